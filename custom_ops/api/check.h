@@ -1,0 +1,228 @@
+// Checks of operator arguments. Every message names the operator, the argument, what was expected
+// and what came, and starts with the Python exception that it means: "[ValueError] merge: ...".
+//
+// Paddle turns a throw into an OSError; fastattn/_ops.py turns that into the exception named. These
+// checks also stand between a direct caller of the raw operator and the process's memory.
+#pragma once
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/types.h"
+#include "paddle/common/ddim.h"
+#include "paddle/phi/api/all.h"
+#include "paddle/phi/api/ext/op_meta_info.h"
+#include "paddle/phi/core/dense_tensor.h"
+
+namespace fastattn::api {
+
+using paddle::Tensor;
+using OptionalTensor = paddle::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// kind: the Python exception, "TypeError" (a wrong type or dtype), "ValueError" (a wrong shape, place
+// or value) or "NotImplementedError" (right, but not supported).
+template <typename... Parts>
+[[noreturn]] void Fail(const char* kind, const char* op, const char* arg, const Parts&... parts) {
+  std::ostringstream text;
+  text << '[' << kind << "] " << op << ": " << arg << ": ";
+  (text << ... << parts);
+  PD_THROW(text.str());
+}
+
+inline std::string ShapeText(const Shape& shape) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < shape.size(); ++i) {
+    text << (i ? ", " : "");
+    if (shape[i] < 0) {
+      text << '?';
+    } else {
+      text << shape[i];
+    }
+  }
+  text << ']';
+  return text.str();
+}
+
+// Strides in elements.
+inline Shape StridesOf(const Tensor& tensor) {
+  const common::DDim strides = tensor.strides();
+  Shape result(strides.size());
+  for (int i = 0; i < strides.size(); ++i) result[i] = strides[i];
+  return result;
+}
+
+// Argument of one operator, for checks in a chain:
+//   Arg("merge", "prefix_lse", lse).Defined().On(place).Dtype({DType::kFloat32}).Dims({h, t});
+class Arg {
+ public:
+  Arg(const char* op, const char* name, const Tensor& tensor)
+      : op_(op), name_(name), tensor_(tensor) {
+    // An empty tensor has no allocation, so initialized() is false for it; defined() is the test.
+    if (!tensor.defined()) Fail("TypeError", op, name, "expected a tensor, got None");
+    if (tensor.numel() < 0) Fail("ValueError", op, name, "negative size");
+    if (tensor.numel() > 0 && !tensor.initialized()) {
+      Fail("ValueError", op, name, "the tensor holds no data");
+    }
+  }
+
+  const Arg& On(const phi::Place& place) const {
+    // An empty tensor may be without a place.
+    if (tensor_.numel() > 0 && tensor_.place() != place) {
+      Fail("ValueError", op_, name_, "expected a tensor on ", place, ", got one on ",
+           tensor_.place());
+    }
+    return *this;
+  }
+
+  const Arg& Dtype(std::initializer_list<phi::DataType> allowed) const {
+    for (auto dtype : allowed) {
+      if (tensor_.dtype() == dtype) return *this;
+    }
+    std::ostringstream text;
+    for (auto dtype : allowed) text << (dtype == *allowed.begin() ? "" : " or ") << dtype;
+    Fail("TypeError", op_, name_, "expected dtype ", text.str(), ", got ", tensor_.dtype());
+  }
+
+  const Arg& Rank(int rank) const {
+    if (static_cast<int>(tensor_.shape().size()) != rank) {
+      Fail("ValueError", op_, name_, "expected ", rank, " dimensions, got shape ",
+           ShapeText(tensor_.shape()));
+    }
+    return *this;
+  }
+
+  // Exact shape; -1 accepts any size of that dimension.
+  const Arg& Dims(const Shape& expected) const {
+    const Shape shape = tensor_.shape();
+    bool same = shape.size() == expected.size();
+    for (size_t i = 0; same && i < shape.size(); ++i) {
+      same = expected[i] < 0 || shape[i] == expected[i];
+    }
+    if (!same) {
+      Fail("ValueError", op_, name_, "expected shape ", ShapeText(expected), ", got ",
+           ShapeText(shape));
+    }
+    return *this;
+  }
+
+  const Arg& Contiguous() const {
+    const Shape shape = tensor_.shape();
+    const Shape strides = StridesOf(tensor_);
+    int64_t expected = 1;
+    for (size_t i = shape.size(); i-- > 0 && tensor_.numel() > 0;) {
+      if (shape[i] != 1 && strides[i] != expected) {
+        Fail("ValueError", op_, name_, "expected a contiguous tensor, got shape ",
+             ShapeText(shape), " with strides ", ShapeText(strides));
+      }
+      expected *= shape[i];
+    }
+    return *this;
+  }
+
+  // Elements of the last dimension lie side by side; other strides are free.
+  const Arg& LastDimContiguous() const {
+    const Shape shape = tensor_.shape();
+    if (!shape.empty() && shape.back() > 1 && StridesOf(tensor_).back() != 1) {
+      Fail("ValueError", op_, name_, "expected stride 1 in the last dimension, got strides ",
+           ShapeText(StridesOf(tensor_)));
+    }
+    return *this;
+  }
+
+ private:
+  const char* op_;
+  const char* name_;
+  const Tensor& tensor_;
+};
+
+// The tensor of an optional argument, or null. Paddle passes None as an absent or as an undefined
+// tensor, depending on the version.
+inline const Tensor* Get(const OptionalTensor& tensor) {
+  return tensor && tensor.get().defined() ? &tensor.get() : nullptr;
+}
+
+namespace detail {
+
+// Paddle 2.6 has no FP8 dtypes; there, only uint8 tensors hold codes.
+template <typename T, typename = void>
+struct Fp8Dtypes {
+  static bool Is(T, DType) { return false; }
+};
+
+template <typename T>
+struct Fp8Dtypes<T, std::void_t<decltype(T::FLOAT8_E4M3FN)>> {
+  static bool Is(T dtype, DType wanted) {
+    return dtype == (wanted == DType::kE4M3 ? T::FLOAT8_E4M3FN : T::FLOAT8_E5M2);
+  }
+};
+
+}  // namespace detail
+
+// Element type of a tensor. An 8-bit cache may be a uint8 tensor whatever its codes are: callers
+// that know the cache type map kUInt8 themselves.
+inline DType ToDType(const char* op, const char* name, phi::DataType dtype) {
+  switch (dtype) {
+    case phi::DataType::FLOAT32:
+      return DType::kFloat32;
+    case phi::DataType::FLOAT16:
+      return DType::kFloat16;
+    case phi::DataType::BFLOAT16:
+      return DType::kBFloat16;
+    case phi::DataType::UINT8:
+      return DType::kUInt8;
+    case phi::DataType::INT8:
+      return DType::kInt8;
+    default:
+      if (detail::Fp8Dtypes<phi::DataType>::Is(dtype, DType::kE4M3)) return DType::kE4M3;
+      if (detail::Fp8Dtypes<phi::DataType>::Is(dtype, DType::kE5M2)) return DType::kE5M2;
+      Fail("TypeError", op, name, "dtype ", dtype, " is not supported");
+  }
+}
+
+// Output tensor with undefined contents. Paddle 2.6 refuses a custom operator's output without an
+// allocation, which an empty tensor has not; there, one element is allocated and the shape set after.
+inline Tensor Empty(const Shape& shape, phi::DataType dtype, const phi::Place& place) {
+  int64_t numel = 1;
+  for (int64_t size : shape) numel *= size;
+  if (numel > 0) return paddle::empty(shape, dtype, place);
+  Tensor tensor = paddle::empty({1}, dtype, place);
+  std::static_pointer_cast<phi::DenseTensor>(tensor.impl())->Resize(common::make_ddim(shape));
+  return tensor;
+}
+
+// Start of a tensor's data as T, or null for an empty one.
+template <typename T = void>
+T* MutableData(Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.data());
+}
+
+template <typename T = void>
+const T* Data(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : static_cast<const T*>(tensor.data());
+}
+
+// For operators without a CUDA kernel.
+inline void RequireCpu(const char* op, const phi::Place& place) {
+  if (place.GetType() != phi::AllocationType::CPU) {
+    PD_THROW(std::string("[NotImplementedError] ") + op + ": no CUDA kernel in this build");
+  }
+}
+
+// Runs f and turns what a dispatch throws into this operator's error.
+template <typename F>
+void Guarded(const char* op, F&& f) {
+  try {
+    f();
+  } catch (const std::invalid_argument& error) {
+    PD_THROW(std::string("[NotImplementedError] ") + op + ": " + error.what());
+  }
+}
+
+}  // namespace fastattn::api

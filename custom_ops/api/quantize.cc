@@ -1,0 +1,90 @@
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "cpu/quantize.h"
+#include "params/quantize.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "quantize_fp8";
+
+QuantGranularity ParseGranularity(const std::string& name) {
+  if (name == "tensor") return QuantGranularity::kTensor;
+  if (name == "token") return QuantGranularity::kToken;
+  if (name == "group") return QuantGranularity::kGroup;
+  Fail("ValueError", kOp, "granularity", "expected tensor, token or group, got '", name, "'");
+}
+
+Shape ScaleShape(const Shape& x, bool has_scale, const std::string& granularity, int group_size) {
+  const QuantGranularity kind = ParseGranularity(granularity);
+  if (has_scale || kind == QuantGranularity::kTensor) return {1};
+  if (x.empty()) Fail("ValueError", kOp, "x", "expected at least 1 dimension, got a scalar");
+  Shape shape(x.begin(), x.end() - 1);
+  if (kind == QuantGranularity::kGroup) {
+    if (group_size <= 0 || (x.back() >= 0 && x.back() % group_size != 0)) {
+      Fail("ValueError", kOp, "group_size", "expected a divisor of the last dimension ", x.back(),
+           ", got ", group_size);
+    }
+    shape.push_back(x.back() < 0 ? -1 : x.back() / group_size);
+  } else {
+    shape.push_back(1);
+  }
+  return shape;
+}
+
+}  // namespace
+
+std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
+                                const std::string& granularity, int group_size) {
+  Arg(kOp, "x", x)
+      .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
+      .Contiguous();
+  const Shape shape = x.shape();
+  const Tensor* given = Get(scale);
+  const Shape scale_shape = ScaleShape(shape, given != nullptr, granularity, group_size);
+
+  Tensor codes = Empty(shape, phi::DataType::UINT8, x.place());
+  Tensor scales = given ? *given : Empty(scale_shape, phi::DataType::FLOAT32, x.place());
+  if (given) {
+    Arg(kOp, "scale", *given).On(x.place()).Dtype({phi::DataType::FLOAT32}).Dims({1});
+  }
+
+  QuantizeFp8Params p;
+  p.dtype = ToDType(kOp, "x", x.dtype());
+  p.granularity = given ? QuantGranularity::kStatic : ParseGranularity(granularity);
+  p.cols = shape.empty() ? 1 : shape.back();
+  p.rows = p.cols == 0 ? 0 : x.numel() / p.cols;
+  p.x_row_stride = p.cols;
+  p.group_size = group_size;
+  p.x = Data(x);
+  p.codes = MutableData<uint8_t>(codes);
+  p.scales = MutableData<float>(scales);
+
+  RequireCpu(kOp, x.place());
+  Guarded(kOp, [&] { cpu::QuantizeFp8(p); });
+  return {codes, scales};
+}
+
+std::vector<Shape> QuantizeFp8InferShape(const Shape& x, const paddle::optional<Shape>& scale,
+                                         const std::string& granularity, int group_size) {
+  return {x, ScaleShape(x, static_cast<bool>(scale), granularity, group_size)};
+}
+
+std::vector<phi::DataType> QuantizeFp8InferDtype(const phi::DataType& x,
+                                                 const paddle::optional<phi::DataType>& scale,
+                                                 const std::string& granularity, int group_size) {
+  return {phi::DataType::UINT8, phi::DataType::FLOAT32};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_quantize_fp8)
+    .Inputs({"x", paddle::Optional("scale")})
+    .Outputs({"codes", "scales"})
+    .Attrs({"granularity: std::string", "group_size: int"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::QuantizeFp8))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::QuantizeFp8InferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::QuantizeFp8InferDtype));

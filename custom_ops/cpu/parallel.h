@@ -1,0 +1,31 @@
+// Threading of the CPU kernels.
+#pragma once
+
+#include <cstdint>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace fastattn::cpu {
+
+// Runs f(begin, end) over [0, n) in contiguous pieces of at least `grain` items, one a thread.
+template <typename F>
+void ParallelFor(int64_t n, int64_t grain, F&& f) {
+  if (n <= 0) return;
+#if defined(_OPENMP)
+  const int64_t pieces = (n + grain - 1) / grain;
+  const int64_t available = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const int threads = static_cast<int>(pieces < available ? pieces : available);
+  if (threads > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t) {
+      f(n * t / threads, n * (t + 1) / threads);
+    }
+    return;
+  }
+#endif
+  f(int64_t{0}, n);
+}
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,42 @@
+// Parts that several operators' Params share. Pointers are device pointers of the operator's place.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fastattn {
+
+// A layer's paged KV cache. Codes are contiguous; see common/layout.h for the order inside a block.
+struct PagedCache {
+  void* key = nullptr;       // [num_blocks, KV, 64, D]
+  void* value = nullptr;     // quantised [num_blocks, KV, D, 64] (fastattn), else [.., KV, 64, D]
+  void* k_scales = nullptr;  // by granularity; null for CacheType::kNone
+  void* v_scales = nullptr;
+  DType dtype = DType::kBFloat16;  // element type of key and value (codes: e4m3, e5m2, int8)
+  DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V
+  CacheType type = CacheType::kNone;
+  CacheLayout layout = CacheLayout::kFastattn;
+  ScaleGranularity k_granularity = ScaleGranularity::kTensor;
+  ScaleGranularity v_granularity = ScaleGranularity::kTensor;
+  int num_blocks = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+};
+
+// Which tokens of a step belong to which row (sequence), and where the rows' blocks are.
+//
+// Nothing here is trusted: a block id outside [0, num_blocks) is an unassigned block, a length
+// below 0 counts as 0, tokens past `num_tokens` are ignored.
+struct RowMeta {
+  const int* block_tables = nullptr;        // [batch, max_blocks]
+  const int* cu_seqlens_q = nullptr;        // [batch + 1] first token of each row
+  const int* seq_lens_decoder = nullptr;    // [batch] tokens cached before this step
+  const int* seq_lens_this_time = nullptr;  // [batch] new tokens; 0 = the row rests
+  const int* batch_id_per_token = nullptr;  // [num_tokens] or null; -1 = padding
+  int batch = 0;
+  int max_blocks = 0;
+  int num_tokens = 0;
+};
+
+}  // namespace fastattn

@@ -1,0 +1,27 @@
+"""fastattn: attention over a quantised KV cache for PaddlePaddle.
+
+``fastattn.functional`` has the operators, ``fastattn.backends`` the attention backends that a
+server plugs in, ``fastattn.reference`` a NumPy model of every operator. They are imported on first
+use, so that ``import fastattn`` works where Paddle or the compiled library does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from fastattn.version import __version__
+
+__all__ = ["__version__", "backends", "functional", "reference"]
+
+_SUBPACKAGES = frozenset({"backends", "functional", "reference"})
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"fastattn.{name}")
+    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,214 @@
+"""The compiled operators: finding the library, registering it with Paddle, calling an operator.
+
+Nothing is loaded when this module is imported; the first :func:`call` (or :func:`load`) loads.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import paddle
+
+from fastattn import env
+
+LIBRARY_NAME = "_fastattn_ops.so"
+PREFIX = "fastattn_"
+
+# What the checks of custom_ops/api/check.h throw, inside the text that Paddle wraps around it.
+_ERROR = re.compile(r"\[(TypeError|ValueError|NotImplementedError)\] (.*?)\s*(?:\n\s*\[|\Z)", re.S)
+_ERROR_TYPES = {
+    "TypeError": TypeError,
+    "ValueError": ValueError,
+    "NotImplementedError": NotImplementedError,
+}
+
+
+class OpSignature(NamedTuple):
+    """What an operator was registered with."""
+
+    name: str  # as users know it, without the prefix
+    inputs: tuple[str, ...]
+    optional: tuple[bool, ...]  # one an input
+    attrs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    inplace: dict[int, int]  # output index -> input index
+
+
+def library_path() -> Path:
+    """Path of the compiled library: ``FASTATTN_LIBRARY`` or the one inside the package."""
+    override = env.library()
+    return Path(override) if override else Path(__file__).parent / LIBRARY_NAME
+
+
+def _check_build(path: Path) -> None:
+    """Refuse a packaged library that was built for another Paddle than the imported one."""
+    try:
+        from fastattn import _build_info
+    except ImportError:
+        return  # a library named by FASTATTN_LIBRARY may come without
+    built = _build_info.PADDLE_VERSION
+    if built != paddle.__version__:
+        raise ImportError(
+            f"{path} was built for Paddle {built}, but Paddle {paddle.__version__} is imported. "
+            "Custom operators fit one Paddle version only: rebuild with "
+            "`python setup_ops.py install` (or `pip install .`) under this Paddle."
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> tuple[str, ...]:
+    """Load the compiled library and register its operators with Paddle.
+
+    Returns
+    -------
+    tuple of str
+        Names of the registered operators, with the ``fastattn_`` prefix.
+
+    Raises
+    ------
+    ImportError
+        If the library is missing, was built for another Paddle, or cannot be loaded.
+    """
+    from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+
+    path = library_path()
+    if not path.exists():
+        raise ImportError(
+            f"fastattn's compiled operators are missing ({path}). Build them with "
+            "`python setup_ops.py install` or `pip install .`."
+        )
+    if not env.library():
+        _check_build(path)
+    try:
+        return tuple(load_op_meta_info_and_register_op(str(path)))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ImportError(f"{path} cannot be loaded into Paddle {paddle.__version__}: {error}") from error
+
+
+@functools.lru_cache(maxsize=None)
+def signature(op: str) -> OpSignature:
+    """Signature of the operator ``fastattn_<op>``, from its registration."""
+    from paddle.utils.cpp_extension.extension_utils import parse_op_info
+
+    load()
+    name = PREFIX + op
+    inputs, attrs, outputs = parse_op_info(name)
+    inplace = paddle.base.core.eager._get_custom_operator_inplace_map(name)
+    return OpSignature(
+        op,
+        tuple(i.split("@")[0] for i in inputs),
+        tuple("@OPTIONAL" in i for i in inputs),
+        tuple(attrs),
+        tuple(o.split("@")[0] for o in outputs),
+        dict(inplace),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _tensor_types() -> tuple[type, ...]:
+    types: list[type] = [paddle.Tensor, paddle.base.core.eager.Tensor, paddle.static.Variable]
+    if hasattr(paddle, "pir"):
+        types.append(paddle.pir.Value)
+    return tuple(types)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` is a tensor of any of Paddle's modes (eager, PIR, static graph)."""
+    return isinstance(value, _tensor_types())
+
+
+def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
+    eager = paddle.base.core.eager.Tensor
+    inplace = sig.inplace.values()
+    for i, (name, value) in enumerate(zip(sig.inputs, values)):
+        if value is None:
+            if not sig.optional[i]:
+                raise TypeError(f"{sig.name}: {name}: expected a tensor, got None")
+        elif isinstance(value, eager):
+            if i in inplace and not value.is_contiguous():
+                raise ValueError(
+                    f"{sig.name}: {name}: it is written in place and must be contiguous, got "
+                    f"shape {list(value.shape)} with strides {list(value.strides)}"
+                )
+        elif not is_tensor(value):
+            raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
+
+
+def _reraise(error: Exception) -> NoReturn:
+    match = _ERROR.search(str(error))
+    if match is None:
+        raise error
+    raise _ERROR_TYPES[match[1]](match[2]) from None
+
+
+def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[Any]:
+    """Run the operator ``fastattn_<op>`` in whichever mode Paddle is in.
+
+    Parameters
+    ----------
+    op : str
+        Name without the ``fastattn_`` prefix.
+    inputs : tuple of Tensor or None
+        In the order of registration; None for an absent optional one.
+    attrs : tuple
+        In the order of registration.
+
+    Returns
+    -------
+    list of Tensor
+        All registered outputs, those written in place included (None where the optional tensor
+        behind one was absent).
+    """
+    sig = signature(op)
+    _check_inputs(sig, inputs)
+    run = _runner()
+    if run is None:
+        return _append_static(sig, inputs, attrs)
+    try:
+        outputs = run(PREFIX + op, *inputs, *attrs)
+    except (OSError, RuntimeError, ValueError) as error:
+        _reraise(error)
+    if len(outputs) == len(sig.outputs):
+        return list(outputs)
+    present = iter(outputs)  # an absent optional tensor leaves no place in the list
+    return [
+        None if i in sig.inplace and inputs[sig.inplace[i]] is None else next(present)
+        for i in range(len(sig.outputs))
+    ]
+
+
+def _runner() -> Any:
+    """Function that runs a custom operator in the present mode; None in a legacy static program."""
+    if paddle.in_dynamic_mode():
+        return paddle.base.core.eager._run_custom_op
+    # Paddle 3 traces into PIR, and its _C_ops knows custom operators there; Paddle 2.6 does not.
+    if getattr(paddle.framework, "in_dynamic_or_pir_mode", bool)():
+        return getattr(paddle._C_ops, "_run_custom_op", None)
+    return None
+
+
+def _append_static(sig: OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]:
+    """Append the operator to a legacy static program."""
+    from paddle.base.layer_helper import LayerHelper
+
+    helper = LayerHelper(PREFIX + sig.name)
+    ins = {
+        name + ("@OPTIONAL" if optional else ""): value
+        for name, optional, value in zip(sig.inputs, sig.optional, inputs)
+        if value is not None
+    }
+    outs: dict[str, Any] = {}
+    for i, name in enumerate(sig.outputs):
+        if i in sig.inplace:
+            if inputs[sig.inplace[i]] is not None:
+                suffix = "@OPTIONAL" if sig.optional[sig.inplace[i]] else ""
+                outs[name + suffix] = inputs[sig.inplace[i]]
+        else:
+            outs[name] = helper.create_variable(dtype="float32")
+    helper.append_op(
+        type=PREFIX + sig.name, inputs=ins, outputs=outs, attrs=dict(zip(sig.attrs, attrs))
+    )
+    return [outs.get(name, outs.get(name + "@OPTIONAL")) for name in sig.outputs]

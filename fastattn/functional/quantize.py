@@ -1,0 +1,62 @@
+"""FP8 quantisation of activations."""
+
+from __future__ import annotations
+
+from paddle import Tensor
+
+from fastattn import _ops
+from fastattn.functional._marker import unified
+
+
+@unified
+def quantize_fp8(
+    x: Tensor,
+    scale: Tensor | None = None,
+    *,
+    granularity: str = "tensor",
+    group_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    r"""Quantise a tensor to e4m3, with a given scale or with one measured on the device.
+
+    .. math:: s = \max(\mathrm{amax}, 10^{-10}) / 448, \qquad
+              c = \mathrm{e4m3}(\mathrm{saturate}(x \cdot (1 / s)))
+
+    Parameters
+    ----------
+    x : Tensor, shape [..., C], float32, float16 or bfloat16
+    scale : Tensor, shape [1], float32, optional
+        Static scale, a dequantisation multiplier (``x ~ code * scale``). It is read on the device.
+    granularity : {"tensor", "token", "group"}
+        What one dynamic scale covers when no `scale` is given: the whole tensor, a row of C
+        elements, or `group_size` elements of a row.
+    group_size : int
+        Elements a scale for ``"group"``; divides C.
+
+    Returns
+    -------
+    codes : Tensor, shape of `x`, uint8
+        e4m3 bits. FP8 saturates; NaN is 0x7F and makes a dynamic scale NaN.
+    scales : Tensor, float32
+        `scale` itself, [1], [..., 1] or [..., C / group_size].
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above, or `x` is not a tensor.
+    ValueError
+        If `scale` is not of shape [1], `granularity` is unknown, or `group_size` does not divide C.
+
+    See Also
+    --------
+    fastattn.reference.quantize_fp8 : the same in NumPy.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import quantize_fp8
+    >>> codes, scale = quantize_fp8(paddle.to_tensor([[1.0, -2.0, 4.0]]), granularity="token")
+    >>> codes.numpy()
+    array([[110, 246, 126]], dtype=uint8)
+    """
+    codes, scales = _ops.call("quantize_fp8", (x, scale), (granularity, group_size))
+    return codes, scales

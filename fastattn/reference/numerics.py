@@ -1,0 +1,91 @@
+"""Rounding, FP8 and integer codes, and scales: the arithmetic that every operator shares.
+
+All roundings are to nearest, ties to even. FP8 saturates, infinities included; NaN keeps the code
+0x7F. Everything here is the definition that the CPU and CUDA kernels are held to, bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+#: Largest finite value of each 8-bit code type: the ``QMAX`` of a scale.
+QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
+
+#: Smallest amax of a cache token; keeps the scale of an all-zero token away from 0.
+CACHE_AMAX_FLOOR = 1e-6
+
+_FP8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def to_codes(x: Array, code: str) -> Array:
+    """Round fp32 values to 8-bit codes.
+
+    Parameters
+    ----------
+    x : array of float32
+    code : {"e4m3", "e5m2", "int8"}
+
+    Returns
+    -------
+    array of uint8
+        The codes' bits. int8 codes lie in [-127, 127] and NaN becomes 0; FP8 saturates and NaN
+        becomes 0x7F.
+    """
+    x = np.asarray(x, np.float32)
+    limit = np.float32(QMAX[code])
+    clipped = np.clip(x, -limit, limit)
+    if code == "int8":
+        rounded = np.rint(np.where(np.isnan(x), np.float32(0), clipped))
+        return rounded.astype(np.int8).view(np.uint8)
+    codes = clipped.astype(_FP8[code]).view(np.uint8)
+    return np.where(np.isnan(x), np.uint8(0x7F), codes)
+
+
+def from_codes(codes: Array, code: str) -> Array:
+    """Values (float32) of 8-bit codes given as uint8 bits; the inverse of :func:`to_codes`."""
+    codes = np.asarray(codes)
+    if codes.dtype.itemsize != 1:
+        raise TypeError(f"expected 8-bit codes, got {codes.dtype}")
+    bits = np.ascontiguousarray(codes).view(np.uint8)
+    return bits.view(np.int8 if code == "int8" else _FP8[code]).astype(np.float32)
+
+
+def amax(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """Largest magnitude along `axis`, fp32; a NaN anywhere makes it NaN."""
+    magnitude = np.abs(np.asarray(x, np.float32))
+    return np.asarray(np.max(magnitude, axis=axis, initial=np.float32(0)), np.float32)
+
+
+def dynamic_scale(group_amax: Array, code: str, floor: float = CACHE_AMAX_FLOOR) -> Array:
+    """Dequantisation scale ``max(amax, floor) / QMAX`` in fp32.
+
+    An infinite amax counts as the largest finite fp32 value; NaN stays NaN.
+    """
+    group_amax = np.asarray(group_amax, np.float32)
+    finite = np.where(np.isinf(group_amax), np.finfo(np.float32).max, group_amax)
+    floored = np.maximum(finite, np.float32(floor))  # np.maximum propagates NaN
+    return (floored / np.float32(QMAX[code])).astype(np.float32)
+
+
+def quantize(x: Array, scale: Array, code: str) -> Array:
+    """Codes ``round(saturate(x * (1 / scale)))``; `scale` broadcasts against `x`.
+
+    The reciprocal is one fp32 division, the product one fp32 multiplication.
+    """
+    with np.errstate(all="ignore"):
+        inverse = np.float32(1.0) / np.asarray(scale, np.float32)
+        return to_codes(np.asarray(x, np.float32) * inverse, code)
+
+
+def round_to(x: Array, dtype: Any) -> Array:
+    """Round fp32 values to `dtype` (e.g. bfloat16) and return them as fp32."""
+    with np.errstate(over="ignore"):
+        return np.asarray(x, np.float32).astype(dtype).astype(np.float32)

@@ -1,0 +1,40 @@
+"""NumPy arrays to Paddle tensors and back, on any place and under any supported Paddle."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import paddle
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E5M2 = np.dtype(ml_dtypes.float8_e5m2)
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BF16}
+
+
+def to_paddle(array, place: str = "cpu") -> paddle.Tensor:
+    """Tensor with the same bits; only a host-to-device copy happens on a GPU.
+
+    bfloat16 arrays become bfloat16 tensors, FP8 arrays uint8 tensors (Paddle 2.6 has no FP8).
+    """
+    array = np.ascontiguousarray(array)
+    if array.dtype == BF16:
+        array = array.view(np.uint16)  # Paddle's NumPy type of bfloat16
+    elif array.dtype in (E4M3, E5M2):
+        array = array.view(np.uint8)
+    return paddle.to_tensor(array, place=paddle.CPUPlace() if place == "cpu" else paddle.CUDAPlace(0))
+
+
+def to_numpy(tensor: paddle.Tensor) -> np.ndarray:
+    """Array with the same bits; bfloat16 comes back as ml_dtypes.bfloat16, FP8 as uint8 codes."""
+    array = tensor.numpy()
+    if tensor.dtype == paddle.bfloat16:
+        return array.view(BF16)
+    if "float8" in str(tensor.dtype):
+        return array.view(np.uint8)
+    return array
+
+
+def int32(values, place: str = "cpu") -> paddle.Tensor:
+    return to_paddle(np.asarray(values, np.int32), place)
