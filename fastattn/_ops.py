@@ -85,7 +85,9 @@ def load() -> tuple[str, ...]:
     try:
         return tuple(load_op_meta_info_and_register_op(str(path)))
     except (OSError, RuntimeError, ValueError) as error:
-        raise ImportError(f"{path} cannot be loaded into Paddle {paddle.__version__}: {error}") from error
+        raise ImportError(
+            f"{path} cannot be loaded into Paddle {paddle.__version__}: {error}"
+        ) from error
 
 
 @functools.lru_cache(maxsize=None)
@@ -140,6 +142,10 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
 def _reraise(error: Exception) -> NoReturn:
     match = _ERROR.search(str(error))
     if match is None:
+        if "output is not initialized" in str(error):  # Paddle 2.6; 3.x returns it
+            raise NotImplementedError(
+                f"Paddle {paddle.__version__} cannot return an empty tensor from a custom operator"
+            ) from None
         raise error
     raise _ERROR_TYPES[match[1]](match[2]) from None
 

@@ -9,7 +9,7 @@ import pytest
 import fastattn.functional as F
 from fastattn import reference
 from tests.support.compare import assert_same_bits
-from tests.support.tensors import DTYPES, to_numpy, to_paddle
+from tests.support.tensors import DTYPES, EMPTY_OUTPUTS, to_numpy, to_paddle
 
 RNG = np.random.default_rng
 
@@ -18,6 +18,8 @@ RNG = np.random.default_rng
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 128), (7, 256), (3, 5, 384), (0, 128)])
 def test_dynamic(place, shape, dtype, granularity):
+    if 0 in shape and not EMPTY_OUTPUTS:
+        pytest.skip("this Paddle has no empty outputs")
     rows = np.exp(RNG(0).normal(size=(*shape[:-1], 1)))
     x = (RNG(1).normal(size=shape) * rows).astype(DTYPES[dtype])
     codes, scales = F.quantize_fp8(to_paddle(x, place), granularity=granularity)
@@ -36,7 +38,9 @@ def test_static_scale_saturates_and_keeps_nan(place):
 
 
 def test_all_zero_row_has_codes_0_and_the_floor_scale(place):
-    codes, scales = F.quantize_fp8(to_paddle(np.zeros((2, 128), np.float32), place), granularity="token")
+    codes, scales = F.quantize_fp8(
+        to_paddle(np.zeros((2, 128), np.float32), place), granularity="token"
+    )
     assert not to_numpy(codes).any()
     assert_same_bits(to_numpy(scales), np.full((2, 1), np.float32(1e-10) / np.float32(448)))
 
@@ -45,7 +49,11 @@ def test_all_zero_row_has_codes_0_and_the_floor_scale(place):
     ("make", "error", "text"),
     [
         (lambda: F.quantize_fp8(None), TypeError, "quantize_fp8: x: expected a tensor, got None"),
-        (lambda: F.quantize_fp8(paddle.ones([2, 4], "int32")), TypeError, "x: expected dtype float32"),
+        (
+            lambda: F.quantize_fp8(paddle.ones([2, 4], "int32")),
+            TypeError,
+            "x: expected dtype float32",
+        ),
         (
             lambda: F.quantize_fp8(paddle.ones([2, 4]), paddle.ones([2])),
             ValueError,

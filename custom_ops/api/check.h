@@ -17,7 +17,6 @@
 #include "paddle/common/ddim.h"
 #include "paddle/phi/api/all.h"
 #include "paddle/phi/api/ext/op_meta_info.h"
-#include "paddle/phi/core/dense_tensor.h"
 
 namespace fastattn::api {
 
@@ -25,8 +24,8 @@ using paddle::Tensor;
 using OptionalTensor = paddle::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-// kind: the Python exception, "TypeError" (a wrong type or dtype), "ValueError" (a wrong shape, place
-// or value) or "NotImplementedError" (right, but not supported).
+// kind: the Python exception, "TypeError" (a wrong type or dtype), "ValueError" (a wrong shape,
+// place or value) or "NotImplementedError" (right, but not supported).
 template <typename... Parts>
 [[noreturn]] void Fail(const char* kind, const char* op, const char* arg, const Parts&... parts) {
   std::ostringstream text;
@@ -118,8 +117,8 @@ class Arg {
     int64_t expected = 1;
     for (size_t i = shape.size(); i-- > 0 && tensor_.numel() > 0;) {
       if (shape[i] != 1 && strides[i] != expected) {
-        Fail("ValueError", op_, name_, "expected a contiguous tensor, got shape ",
-             ShapeText(shape), " with strides ", ShapeText(strides));
+        Fail("ValueError", op_, name_, "expected a contiguous tensor, got shape ", ShapeText(shape),
+             " with strides ", ShapeText(strides));
       }
       expected *= shape[i];
     }
@@ -184,17 +183,6 @@ inline DType ToDType(const char* op, const char* name, phi::DataType dtype) {
       if (detail::Fp8Dtypes<phi::DataType>::Is(dtype, DType::kE5M2)) return DType::kE5M2;
       Fail("TypeError", op, name, "dtype ", dtype, " is not supported");
   }
-}
-
-// Output tensor with undefined contents. Paddle 2.6 refuses a custom operator's output without an
-// allocation, which an empty tensor has not; there, one element is allocated and the shape set after.
-inline Tensor Empty(const Shape& shape, phi::DataType dtype, const phi::Place& place) {
-  int64_t numel = 1;
-  for (int64_t size : shape) numel *= size;
-  if (numel > 0) return paddle::empty(shape, dtype, place);
-  Tensor tensor = paddle::empty({1}, dtype, place);
-  std::static_pointer_cast<phi::DenseTensor>(tensor.impl())->Resize(common::make_ddim(shape));
-  return tensor;
 }
 
 // Start of a tensor's data as T, or null for an empty one.

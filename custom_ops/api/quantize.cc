@@ -46,8 +46,8 @@ std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
   const Tensor* given = Get(scale);
   const Shape scale_shape = ScaleShape(shape, given != nullptr, granularity, group_size);
 
-  Tensor codes = Empty(shape, phi::DataType::UINT8, x.place());
-  Tensor scales = given ? *given : Empty(scale_shape, phi::DataType::FLOAT32, x.place());
+  Tensor codes = paddle::empty(shape, phi::DataType::UINT8, x.place());
+  Tensor scales = given ? *given : paddle::empty(scale_shape, phi::DataType::FLOAT32, x.place());
   if (given) {
     Arg(kOp, "scale", *given).On(x.place()).Dtype({phi::DataType::FLOAT32}).Dims({1});
   }

@@ -39,8 +39,7 @@ FASTATTN_HD constexpr int ValueOffset(int r, int d, int head_dim) {
   if constexpr (kLayout == CacheLayout::kFastDeploy) {
     const int g = d / 16, w = d % 16;
     const int row = g * 16 + w % 8 + ((r / 16) % 2) * 8;
-    const int col =
-        (r / 32) * 32 + (w / 8) * 16 + ((r % 8) / 2) * 4 + ((r % 16) / 8) * 2 + r % 2;
+    const int col = (r / 32) * 32 + (w / 8) * 16 + ((r % 8) / 2) * 4 + ((r % 16) / 8) * 2 + r % 2;
     return row * kBlockSize + col;
   } else if constexpr (kLayout == CacheLayout::kFastattn) {
     return d * kBlockSize + TokenSlot(r);

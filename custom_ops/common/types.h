@@ -62,9 +62,9 @@ FASTATTN_HD constexpr bool IsFp8(CacheType type) {
 }
 
 FASTATTN_HD constexpr int SizeOf(DType dtype) {
-  return dtype == DType::kFloat32                                   ? 4
+  return dtype == DType::kFloat32                                ? 4
          : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2
-                                                                    : 1;
+                                                                 : 1;
 }
 
 // Names in error messages and in dispatch failures.

@@ -36,7 +36,8 @@ void Run(const QuantizeFp8Params& p) {
   if (p.granularity == QuantGranularity::kTensor) {
     std::vector<uint32_t> amax(p.rows, 0);
     ParallelFor(p.rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) amax[r] = AmaxBits<kDType>(x + r * p.x_row_stride, p.cols);
+      for (int64_t r = begin; r < end; ++r)
+        amax[r] = AmaxBits<kDType>(x + r * p.x_row_stride, p.cols);
     });
     const uint32_t all = p.rows == 0 ? 0 : *std::max_element(amax.begin(), amax.end());
     p.scales[0] = DynamicScale(all, kAmaxFloor, kE4M3Max);

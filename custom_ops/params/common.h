@@ -13,7 +13,7 @@ struct PagedCache {
   void* value = nullptr;     // quantised [num_blocks, KV, D, 64] (fastattn), else [.., KV, 64, D]
   void* k_scales = nullptr;  // by granularity; null for CacheType::kNone
   void* v_scales = nullptr;
-  DType dtype = DType::kBFloat16;  // element type of key and value (codes: e4m3, e5m2, int8)
+  DType dtype = DType::kBFloat16;       // element type of key and value (codes: e4m3, e5m2, int8)
   DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V
   CacheType type = CacheType::kNone;
   CacheLayout layout = CacheLayout::kFastattn;

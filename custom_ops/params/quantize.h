@@ -1,4 +1,5 @@
-// quantize_fp8: one launch reads x once (twice for the per-tensor amax) and writes codes and scales.
+// quantize_fp8: one launch reads x once (twice for the per-tensor amax) and writes codes and
+// scales.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,9 @@ namespace fastattn {
 enum class QuantGranularity : int { kStatic, kTensor, kToken, kGroup };
 
 struct QuantizeFp8Params {
-  const void* x = nullptr;    // [rows, cols] fp32 / fp16 / bf16
-  uint8_t* codes = nullptr;   // [rows, cols] e4m3
-  float* scales = nullptr;    // kStatic: input [1]; kTensor [1]; kToken [rows]; kGroup [rows, groups]
+  const void* x = nullptr;   // [rows, cols] fp32 / fp16 / bf16
+  uint8_t* codes = nullptr;  // [rows, cols] e4m3
+  float* scales = nullptr;  // kStatic: input [1]; kTensor [1]; kToken [rows]; kGroup [rows, groups]
   DType dtype = DType::kBFloat16;
   QuantGranularity granularity = QuantGranularity::kToken;
   int64_t rows = 0;

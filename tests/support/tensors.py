@@ -10,6 +10,9 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E5M2 = np.dtype(ml_dtypes.float8_e5m2)
 
+#: Paddle 2.6 refuses a custom operator's output of size 0 (in-place outputs apart).
+EMPTY_OUTPUTS = not paddle.__version__.startswith("2.")
+
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BF16}
 
 
@@ -23,7 +26,9 @@ def to_paddle(array, place: str = "cpu") -> paddle.Tensor:
         array = array.view(np.uint16)  # Paddle's NumPy type of bfloat16
     elif array.dtype in (E4M3, E5M2):
         array = array.view(np.uint8)
-    return paddle.to_tensor(array, place=paddle.CPUPlace() if place == "cpu" else paddle.CUDAPlace(0))
+    return paddle.to_tensor(
+        array, place=paddle.CPUPlace() if place == "cpu" else paddle.CUDAPlace(0)
+    )
 
 
 def to_numpy(tensor: paddle.Tensor) -> np.ndarray:
