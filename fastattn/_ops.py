@@ -90,7 +90,7 @@ def load() -> tuple[str, ...]:
         ) from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def signature(op: str) -> OpSignature:
     """Signature of the operator ``fastattn_<op>``, from its registration."""
     from paddle.utils.cpp_extension.extension_utils import parse_op_info
