@@ -191,6 +191,15 @@ T* MutableData(Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.data());
 }
 
+// Address of a tensor that is written in place although Paddle hands it over as const: its handle
+// is const, its data are not. Use for arguments of the in-place map and for Params shared with
+// readers.
+inline void* MutableAddress(const Tensor& tensor) {
+  if (tensor.numel() == 0) return nullptr;
+  Tensor handle = tensor;  // shares the data
+  return handle.data();
+}
+
 template <typename T = void>
 const T* Data(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<const T*>(tensor.data());

@@ -1,0 +1,175 @@
+#include "api/paged_cache.h"
+
+#include <limits>
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kCacheTypes = "none, cache_int8, cache_fp8, block_wise_int8, block_wise_fp8";
+
+// Codes may lie in a uint8 tensor under every Paddle; a tensor with a dtype of its own must match.
+DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, CacheType type,
+                     Fp8Format format) {
+  const DType codes = IsInt8(type)                 ? DType::kInt8
+                      : format == Fp8Format::kE5M2 ? DType::kE5M2
+                                                   : DType::kE4M3;
+  const DType given = ToDType(op, name, cache.dtype());
+  if (given != DType::kUInt8 && given != codes) {
+    Fail("TypeError", op, name, "expected dtype uint8 or ", NameOf(codes), " for ", NameOf(type),
+         ", got ", NameOf(given));
+  }
+  return codes;
+}
+
+ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* scales,
+                             const PagedCache& cache, const phi::Place& place) {
+  if (scales == nullptr) {
+    Fail("ValueError", op, name, "cache_quant_type '", NameOf(cache.type),
+         "' needs scales, got None");
+  }
+  Arg arg(op, name, *scales);
+  arg.On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16}).Contiguous();
+  if (IsDynamic(cache.type)) {
+    arg.Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize});
+    return ScaleGranularity::kToken;
+  }
+  const Shape shape = scales->shape();
+  const int64_t heads = cache.num_kv_heads;
+  const int64_t channels = heads * cache.head_dim;
+  if (shape == Shape{1}) return ScaleGranularity::kTensor;
+  if (shape == Shape{heads}) return ScaleGranularity::kHead;
+  if (shape == Shape{channels} && IsInt8(cache.type)) return ScaleGranularity::kChannel;
+  if (IsInt8(cache.type)) {
+    Fail("ValueError", op, name, "expected shape [1], [", heads, "] (KV heads) or [", channels,
+         "] (KV heads * head_dim), got ", ShapeText(shape));
+  }
+  Fail("ValueError", op, name, "expected shape [1] or [", heads, "] (KV heads), got ",
+       ShapeText(shape));
+}
+
+void RequireFits(const char* op, const char* name, int64_t size) {
+  if (size > std::numeric_limits<int>::max()) {
+    Fail("ValueError", op, name, "a dimension of ", size, " is too large");
+  }
+}
+
+}  // namespace
+
+CacheType ParseCacheType(const char* op, const std::string& name) {
+  for (CacheType type : {CacheType::kNone, CacheType::kInt8, CacheType::kFp8,
+                         CacheType::kBlockWiseInt8, CacheType::kBlockWiseFp8}) {
+    if (name == NameOf(type)) return type;
+  }
+  Fail("NotImplementedError", op, "cache_quant_type", "'", name,
+       "' is not supported; supported: ", kCacheTypes);
+}
+
+Fp8Format ParseFp8Format(const char* op, const std::string& name) {
+  if (name == "e4m3") return Fp8Format::kE4M3;
+  if (name == "e5m2") return Fp8Format::kE5M2;
+  Fail("ValueError", op, "fp8_format", "expected e4m3 or e5m2, got '", name, "'");
+}
+
+CacheLayout ParseCacheLayout(const char* op, const char* arg, const std::string& name) {
+  if (name == "fastattn") return CacheLayout::kFastattn;
+  if (name == "fastdeploy") return CacheLayout::kFastDeploy;
+  if (name == "logical") return CacheLayout::kLogical;
+  Fail("ValueError", op, arg, "expected fastattn, fastdeploy or logical, got '", name, "'");
+}
+
+PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Place& place) {
+  PagedCache cache;
+  cache.type = ParseCacheType(op, args.cache_quant_type);
+  cache.layout = args.layout;
+  const Fp8Format format = ParseFp8Format(op, args.fp8_format);
+  if (cache.type == CacheType::kBlockWiseFp8 && format != Fp8Format::kE4M3) {
+    Fail("NotImplementedError", op, "fp8_format", "block_wise_fp8 stores e4m3 only, got '",
+         args.fp8_format, "'");
+  }
+
+  Arg key(op, "key_cache", args.key_cache);
+  key.On(place).Rank(4).Contiguous();
+  const Shape shape = args.key_cache.shape();
+  for (int64_t size : shape) RequireFits(op, "key_cache", size);
+  const int64_t head_dim = shape[3];
+  if (shape[2] != kBlockSize) {
+    Fail("ValueError", op, "key_cache", "expected blocks of ", kBlockSize,
+         " tokens, shape [num_blocks, KV, 64, D], got ", ShapeText(shape));
+  }
+  if (head_dim != 64 && head_dim != 128) {
+    Fail("NotImplementedError", op, "key_cache", "head_dim ", head_dim,
+         " is not supported; supported: 64, 128");
+  }
+  if (shape[1] == 0) Fail("ValueError", op, "key_cache", "expected at least 1 KV head, got 0");
+  cache.num_blocks = static_cast<int>(shape[0]);
+  cache.num_kv_heads = static_cast<int>(shape[1]);
+  cache.head_dim = static_cast<int>(head_dim);
+
+  Arg value(op, "value_cache", args.value_cache);
+  value.On(place).Contiguous();
+  const bool transposed = IsQuantized(cache.type) && cache.layout == CacheLayout::kFastattn;
+  value.Dims(transposed ? Shape{shape[0], shape[1], head_dim, kBlockSize} : shape);
+
+  if (cache.type == CacheType::kNone) {
+    for (const Arg* arg : {&key, &value}) {
+      arg->Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16});
+    }
+    value.Dtype({args.key_cache.dtype()});
+    cache.dtype = ToDType(op, "key_cache", args.key_cache.dtype());
+    if (args.k_scales != nullptr || args.v_scales != nullptr) {
+      Fail("ValueError", op, args.k_scales != nullptr ? "cache_k_scales" : "cache_v_scales",
+           "cache_quant_type 'none' takes no scales");
+    }
+  } else {
+    cache.dtype = ParseCodeDtype(op, "key_cache", args.key_cache, cache.type, format);
+    ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, format);
+    cache.k_granularity = ParseScales(op, "cache_k_scales", args.k_scales, cache, place);
+    cache.v_granularity = ParseScales(op, "cache_v_scales", args.v_scales, cache, place);
+    Arg(op, "cache_v_scales", *args.v_scales).Dtype({args.k_scales->dtype()});
+    cache.scale_dtype = ToDType(op, "cache_k_scales", args.k_scales->dtype());
+    // Operators that only read a cache never write through these.
+    cache.k_scales = MutableAddress(*args.k_scales);
+    cache.v_scales = MutableAddress(*args.v_scales);
+  }
+  cache.key = MutableAddress(args.key_cache);
+  cache.value = MutableAddress(args.value_cache);
+  return cache;
+}
+
+RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                  const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place) {
+  Arg(op, "block_tables", block_tables)
+      .On(place)
+      .Dtype({phi::DataType::INT32})
+      .Rank(2)
+      .Contiguous();
+  const int64_t batch = block_tables.shape()[0];
+  for (int64_t size : block_tables.shape()) RequireFits(op, "block_tables", size);
+  RequireFits(op, "num_tokens", num_tokens);
+
+  const auto lengths = [&](const char* name, const Tensor& tensor, int64_t size) {
+    Arg arg(op, name, tensor);
+    arg.On(place).Dtype({phi::DataType::INT32}).Contiguous();
+    if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
+      Fail("ValueError", op, name, "expected shape [", size, "] (block_tables has ", batch,
+           " rows), got ", ShapeText(tensor.shape()));
+    }
+    return Data<int>(tensor);
+  };
+  RowMeta rows;
+  rows.batch = static_cast<int>(batch);
+  rows.max_blocks = static_cast<int>(block_tables.shape()[1]);
+  rows.num_tokens = static_cast<int>(num_tokens);
+  rows.block_tables = Data<int>(block_tables);
+  rows.cu_seqlens_q = lengths("cu_seqlens_q", cu_seqlens_q, batch + 1);
+  rows.seq_lens_decoder = lengths("seq_lens_decoder", seq_lens_decoder, batch);
+  rows.seq_lens_this_time = lengths("seq_lens_this_time", seq_lens_this_time, batch);
+  if (batch_id_per_token != nullptr) {
+    rows.batch_id_per_token = lengths("batch_id_per_token", *batch_id_per_token, num_tokens);
+  }
+  return rows;
+}
+
+}  // namespace fastattn::api

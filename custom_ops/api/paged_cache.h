@@ -1,0 +1,36 @@
+// Parsing and checking of the cache and row arguments that most operators take.
+#pragma once
+
+#include <string>
+
+#include "api/check.h"
+#include "params/common.h"
+
+namespace fastattn::api {
+
+CacheType ParseCacheType(const char* op, const std::string& name);
+Fp8Format ParseFp8Format(const char* op, const std::string& name);
+CacheLayout ParseCacheLayout(const char* op, const char* arg, const std::string& name);
+
+// The cache tensors of a layer as the operators receive them.
+struct CacheArgs {
+  const Tensor& key_cache;
+  const Tensor& value_cache;
+  const Tensor* k_scales;  // null: none given
+  const Tensor* v_scales;
+  const std::string& cache_quant_type;
+  const std::string& fp8_format;
+  CacheLayout layout = CacheLayout::kFastattn;
+};
+
+// Checks shapes, dtypes, place and scales and fills a PagedCache. Throws on the first that is
+// wrong.
+PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Place& place);
+
+// Checks dtypes, places and sizes (not values: those live on the device) and fills a RowMeta. The
+// three length tensors may be [B] or [B, 1].
+RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                  const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place);
+
+}  // namespace fastattn::api

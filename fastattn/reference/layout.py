@@ -1,0 +1,102 @@
+"""Where element (token, channel) of a cache block lies: the three layouts of an 8-bit cache.
+
+``logical`` is [64, D] in token order for K and V, the form that people and tests read. ``fastattn``
+keeps K so and stores V as [D, 64] with the tokens of each group of 16 in the order of
+:func:`token_slot`. ``fastdeploy`` holds the same codes in MMA fragment order, int8 codes with 128
+added.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastattn.reference.numerics import Array
+
+#: Tokens of one cache block.
+BLOCK_SIZE = 64
+
+LAYOUTS = ("fastattn", "fastdeploy", "logical")
+
+
+def token_slot(token: Array) -> Array:
+    """Position of a token (0..63) inside a V row of the ``fastattn`` layout.
+
+    Groups of 16 are stored 0,1,8,9, 2,3,10,11, 4,5,12,13, 6,7,14,15, so that one 32-bit word holds
+    the accumulator columns of one thread of an m16n8 matrix instruction in two neighbouring tiles.
+    """
+    r = np.asarray(token)
+    return 16 * (r // 16) + 4 * ((r % 8) // 2) + 2 * ((r % 16) // 8) + r % 2
+
+
+def key_offsets(layout: str, head_dim: int) -> Array:
+    """Byte offset [64, D] of K element (token, channel) in the block of one KV head."""
+    r, d = np.meshgrid(np.arange(BLOCK_SIZE), np.arange(head_dim), indexing="ij")
+    if layout == "fastdeploy":
+        g, w = d // 16, d % 16
+        row = (r // 16) * 16 + r % 8 + (g % 2) * 8
+        col = (g // 2) * 32 + ((r % 16) // 8) * 16 + ((w % 8) // 2) * 4 + (w // 8) * 2 + w % 2
+        return row * head_dim + col
+    _check(layout)
+    return r * head_dim + d
+
+
+def value_offsets(layout: str, head_dim: int) -> Array:
+    """Byte offset [64, D] of V element (token, channel) in the block of one KV head."""
+    r, d = np.meshgrid(np.arange(BLOCK_SIZE), np.arange(head_dim), indexing="ij")
+    if layout == "fastdeploy":
+        g, w = d // 16, d % 16
+        row = g * 16 + w % 8 + ((r // 16) % 2) * 8
+        col = (r // 32) * 32 + (w // 8) * 16 + ((r % 8) // 2) * 4 + ((r % 16) // 8) * 2 + r % 2
+        return row * BLOCK_SIZE + col
+    if layout == "fastattn":
+        return d * BLOCK_SIZE + token_slot(r)
+    _check(layout)
+    return r * head_dim + d
+
+
+def _check(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def offsets(kind: str, layout: str, head_dim: int) -> Array:
+    """:func:`key_offsets` for kind ``"k"``, :func:`value_offsets` for ``"v"``."""
+    return key_offsets(layout, head_dim) if kind == "k" else value_offsets(layout, head_dim)
+
+
+def cache_shape(kind: str, layout: str, num_blocks: int, kv_heads: int, head_dim: int) -> tuple:
+    """Shape of an 8-bit cache tensor."""
+    if kind == "v" and layout == "fastattn":
+        return (num_blocks, kv_heads, head_dim, BLOCK_SIZE)
+    return (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
+
+
+def pack(logical: Array, kind: str, layout: str, *, int8: bool) -> Array:
+    """Bytes of a cache tensor from its logical codes.
+
+    Parameters
+    ----------
+    logical : array of uint8, shape [num_blocks, KV, 64, D]
+    kind : {"k", "v"}
+    layout : {"fastattn", "fastdeploy", "logical"}
+    int8 : bool
+        The codes are int8; FastDeploy stores those with 128 added.
+    """
+    num_blocks, kv_heads, _, head_dim = logical.shape
+    flat = np.empty((num_blocks, kv_heads, BLOCK_SIZE * head_dim), np.uint8)
+    codes = logical.view(np.uint8)
+    if layout == "fastdeploy" and int8:
+        codes = codes ^ np.uint8(0x80)  # adding 128 to an int8 flips its top bit
+    flat[:, :, offsets(kind, layout, head_dim)] = codes
+    return flat.reshape(cache_shape(kind, layout, num_blocks, kv_heads, head_dim))
+
+
+def unpack(cache: Array, kind: str, layout: str, *, int8: bool) -> Array:
+    """Logical codes [num_blocks, KV, 64, D] of a cache tensor; the inverse of :func:`pack`."""
+    num_blocks, kv_heads = cache.shape[:2]
+    head_dim = cache.shape[2] * cache.shape[3] // BLOCK_SIZE
+    flat = np.ascontiguousarray(cache).view(np.uint8).reshape(num_blocks, kv_heads, -1)
+    codes = flat[:, :, offsets(kind, layout, head_dim)]
+    if layout == "fastdeploy" and int8:
+        codes = codes ^ np.uint8(0x80)
+    return codes
