@@ -64,7 +64,9 @@ def offsets(kind: str, layout: str, head_dim: int) -> Array:
     return key_offsets(layout, head_dim) if kind == "k" else value_offsets(layout, head_dim)
 
 
-def cache_shape(kind: str, layout: str, num_blocks: int, kv_heads: int, head_dim: int) -> tuple:
+def cache_shape(
+    kind: str, layout: str, num_blocks: int, kv_heads: int, head_dim: int
+) -> tuple[int, ...]:
     """Shape of an 8-bit cache tensor."""
     if kind == "v" and layout == "fastattn":
         return (num_blocks, kv_heads, head_dim, BLOCK_SIZE)
