@@ -1,0 +1,60 @@
+// write_cache_kv, append_cache_kv_c8 and convert_cache_layout.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+#include "params/common.h"
+
+namespace fastattn {
+
+// write_cache_kv: quantises the new tokens' K and V into the cache. Dynamic types also write the
+// tokens' scales.
+//
+// Two tokens share a slot only in invalid input; then one of them wins.
+struct WriteCacheParams {
+  PagedCache cache;                // layout is kFastattn
+  RowMeta rows;                    // rows.num_tokens is T
+  const void* key = nullptr;       // [T, KV, D] fp32 / fp16 / bf16, heads contiguous
+  const void* value = nullptr;     // [T, KV, D]
+  DType dtype = DType::kBFloat16;  // of key and value; for type none the cache's, or fp32 (rounded)
+  int64_t key_token_stride = 0;    // elements
+  int64_t value_token_stride = 0;
+};
+
+// append_cache_kv_c8: dequantises the cached tokens of each row into contiguous K and V. Row b's
+// token i goes to output token cu_seqlens_k[b] + i, as round(code * scale) with one fp32 product.
+//
+// Row b gives min(seq_lens_decoder[b], cu_seqlens_k[b + 1] - cu_seqlens_k[b]) tokens, of those
+// only the ones inside [0, num_out_tokens). A negative cu_seqlens_k[b] is no offset: that row is
+// left out. Every other output token stays as it is, those of an unassigned block (past
+// max_blocks, or an id outside [0, num_blocks)) included.
+struct AppendCacheParams {
+  PagedCache cache;       // a quantised type; layout kFastattn or kFastDeploy (int8 codes + 128)
+  void* key = nullptr;    // [num_out_tokens, KV, D] bf16 / fp16, heads contiguous
+  void* value = nullptr;  // [num_out_tokens, KV, D]
+  const int* block_tables = nullptr;      // [batch, max_blocks]
+  const int* seq_lens_decoder = nullptr;  // [batch] cached tokens
+  const int* cu_seqlens_k = nullptr;      // [batch + 1] first output token of each row
+  DType dtype = DType::kBFloat16;         // of key and value
+  bool dynamic_quant = false;             // IsDynamic(cache.type)
+  int batch = 0;
+  int max_blocks = 0;
+  int64_t num_out_tokens = 0;
+  int64_t key_token_stride = 0;  // elements
+  int64_t value_token_stride = 0;
+};
+
+// convert_cache_layout: the same codes in another order, and int8 codes + 128 in kFastDeploy.
+struct ConvertLayoutParams {
+  const void* src = nullptr;  // [num_blocks * KV] blocks of 64 * D elements
+  void* dst = nullptr;        // the same
+  CacheLayout src_layout = CacheLayout::kFastattn;
+  CacheLayout dst_layout = CacheLayout::kLogical;
+  CacheType type = CacheType::kFp8;  // kNone: every layout is the plain order, 2 bytes an element
+  bool is_value = false;             // V's order (else K's)
+  int64_t num_block_heads = 0;       // num_blocks * KV
+  int head_dim = 0;
+};
+
+}  // namespace fastattn
