@@ -104,4 +104,16 @@ inline const char* NameOf(CacheType type) {
   return "unknown";
 }
 
+inline const char* NameOf(CacheLayout layout) {
+  switch (layout) {
+    case CacheLayout::kFastattn:
+      return "fastattn";
+    case CacheLayout::kFastDeploy:
+      return "fastdeploy";
+    case CacheLayout::kLogical:
+      return "logical";
+  }
+  return "unknown";
+}
+
 }  // namespace fastattn

@@ -1,0 +1,278 @@
+// Dequantises cached blocks into contiguous K and V.
+//
+// One CTA handles one block (64 tokens) of one KV head, K and V. Each thread loads 16-byte pieces
+// of codes, all of them before it uses the first.
+//
+// K: a piece is 16 channels of one token: convert and store.
+// V: a piece is 16 tokens of one channel. A thread takes the pieces of 4 neighbouring channels,
+//    transposes 4x4 bytes in registers (8 prmt per 16 bytes) and writes words of 4 channels to
+//    shared memory, token-major; the block is then read back as 16 channels of one token.
+// Stores: 16 codes become 32 bytes, two 16-byte stores. Lanes of a pair trade halves first, so that
+//    one store instruction fills whole 32-byte sectors.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+#include "common/numeric.h"
+#include "common/types.h"
+#include "cuda/append_cache/launch.h"
+#include "cuda/common/convert.cuh"
+#include "cuda/common/row_tiles.cuh"
+
+namespace fastattn::cuda {
+
+inline constexpr int kAppendThreads = 128;
+
+template <DType kOut_, DType kCode_, bool kDynamicQuant_, CacheLayout kLayout_, int kHeadDim_>
+struct AppendTraits {
+  static constexpr DType kOut = kOut_;
+  static constexpr DType kCode = kCode_;
+  static constexpr bool kDynamicQuant = kDynamicQuant_;
+  static constexpr CacheLayout kLayout = kLayout_;
+  static constexpr int kHeadDim = kHeadDim_;
+
+  // FastDeploy adds 128 to int8 codes: flip the top bit of each byte.
+  static constexpr uint32_t kBias =
+      kCode == DType::kInt8 && kLayout == CacheLayout::kFastDeploy ? 0x80808080u : 0u;
+
+  static constexpr int kPiecesPerToken = kHeadDim / 16;
+  static constexpr int kPieces = kBlockSize * kPiecesPerToken / kAppendThreads;  // per thread
+  static constexpr int kTokensPerStep = kAppendThreads / kPiecesPerToken;
+
+  // Shared copy of V: token rows of D bytes, and 32 bytes more after every 16 rows. The 4 token
+  // groups of a warp's transposed writes (8 channel words each) then lie in 4 x 8 different banks.
+  static constexpr int kGroupPad = 32;
+  static constexpr int kSmemBytes = kBlockSize * kHeadDim + 4 * kGroupPad;
+  static __device__ __forceinline__ int SmemOffset(int token) {
+    return token * kHeadDim + (token / 16) * kGroupPad;
+  }
+
+  // Byte offset, inside a block, of the K piece with channels [16 g, 16 g + 16) of token r.
+  static __device__ __forceinline__ int KeyPiece(int r, int g) {
+    if constexpr (kLayout == CacheLayout::kFastDeploy) {
+      const int row = (r & ~15) + (r & 7) + (g & 1) * 8;
+      return row * kHeadDim + (g >> 1) * 32 + ((r >> 3) & 1) * 16;
+    } else {
+      return r * kHeadDim + g * 16;
+    }
+  }
+
+  // Byte offset of the V piece with tokens [16 g, 16 g + 16) (in slot order) of channel d.
+  static __device__ __forceinline__ int ValuePiece(int d, int g) {
+    if constexpr (kLayout == CacheLayout::kFastDeploy) {
+      const int row = (d & ~15) + (d & 7) + (g & 1) * 8;
+      return row * kBlockSize + (g >> 1) * 32 + ((d >> 3) & 1) * 16;
+    } else {
+      return d * kBlockSize + g * 16;
+    }
+  }
+};
+
+// Bytes stored in the order 0,1,8,9, 2,3,10,11, ... back to 0..15.
+__device__ __forceinline__ uint4 SlotsToOrder(uint4 x) {
+  return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
+                    __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
+}
+
+// out[j] = byte j of every in[i], i the byte index: a 4x4 byte transposition.
+__device__ __forceinline__ void TransposeBytes(const uint32_t (&in)[4], uint32_t (&out)[4]) {
+  const uint32_t low01 = __byte_perm(in[0], in[1], 0x5140);  // 0.0 1.0 0.1 1.1
+  const uint32_t low23 = __byte_perm(in[2], in[3], 0x5140);
+  const uint32_t high01 = __byte_perm(in[0], in[1], 0x7362);
+  const uint32_t high23 = __byte_perm(in[2], in[3], 0x7362);
+  out[0] = __byte_perm(low01, low23, 0x5410);
+  out[1] = __byte_perm(low01, low23, 0x7632);
+  out[2] = __byte_perm(high01, high23, 0x5410);
+  out[3] = __byte_perm(high01, high23, 0x7632);
+}
+
+// The 16 static scales of channels [channel, channel + 16) of a head; equal ones where the scale is
+// per tensor or per head.
+__device__ __forceinline__ void LoadStaticScales(const void* scales, DType dtype,
+                                                 ScaleGranularity granularity, int head,
+                                                 int head_dim, int channel, float (&out)[16]) {
+  if (granularity == ScaleGranularity::kChannel) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      out[i] = LoadScale(scales, dtype, static_cast<int64_t>(head) * head_dim + channel + i);
+    }
+  } else {
+    const float scale = LoadScale(scales, dtype, granularity == ScaleGranularity::kHead ? head : 0);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) out[i] = scale;
+  }
+}
+
+// Dequantises 16 codes (channels [16 g, 16 g + 16) of a token) and stores them at `row`. Lanes of a
+// pair hold g and g + 1 of the same token; both call.
+template <typename Traits>
+__device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_scales)[16],
+                                           float token_scale, uint16_t* row, int g, bool active) {
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  uint32_t pairs[8];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    float x[4];
+    CodesToFloat<Traits::kCode>(words[w], x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[i] *= Traits::kDynamicQuant ? token_scale : static_scales[4 * w + i];
+    }
+    pairs[2 * w] = PackPair<Traits::kOut>(x[0], x[1]);
+    pairs[2 * w + 1] = PackPair<Traits::kOut>(x[2], x[3]);
+  }
+  // The even lane gives its high half for the odd lane's low half.
+  const bool odd = g & 1;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t sent = odd ? pairs[i] : pairs[4 + i];
+    const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, sent, 1);
+    if (odd) {
+      pairs[i] = received;
+    } else {
+      pairs[4 + i] = received;
+    }
+  }
+  if (!active) return;
+  uint4* out = reinterpret_cast<uint4*>(row + (g & ~1) * 16) + (odd ? 1 : 0);
+  out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  out[2] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(kAppendThreads)
+    AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
+  constexpr int kHeadDim = Traits::kHeadDim;
+  __shared__ alignas(16) uint8_t smem_v[Traits::kSmemBytes];
+
+  // Find the block.
+  const int kv_heads = p.cache.num_kv_heads;
+  const int64_t slot = blockIdx.x / kv_heads;
+  const int head = blockIdx.x % kv_heads;
+  const int row = FindRow(p.cu_seqlens_k, p.batch, slot);
+  if (row < 0) return;
+  const int start = p.cu_seqlens_k[row];
+  if (start < 0) return;
+  int64_t tokens = min(p.seq_lens_decoder[row], p.cu_seqlens_k[row + 1] - start);
+  tokens = min(tokens, p.num_out_tokens - start);
+  const int64_t tile = slot - (start / kBlockSize + row);
+  const int valid = static_cast<int>(min(tokens - tile * kBlockSize, int64_t{kBlockSize}));
+  if (valid <= 0 || tile >= p.max_blocks) return;
+  const int block = p.block_tables[static_cast<int64_t>(row) * p.max_blocks + tile];
+  if (block < 0 || block >= p.cache.num_blocks) return;
+
+  const int64_t block_head = static_cast<int64_t>(block) * kv_heads + head;
+  const uint8_t* key_codes =
+      static_cast<const uint8_t*>(p.cache.key) + block_head * (kBlockSize * kHeadDim);
+  const uint8_t* value_codes =
+      static_cast<const uint8_t*>(p.cache.value) + block_head * (kBlockSize * kHeadDim);
+
+  // Load everything.
+  const int tid = threadIdx.x;
+  const int g = tid % Traits::kPiecesPerToken;       // channel group of K pieces and of stores
+  const int token0 = tid / Traits::kPiecesPerToken;  // first token of this thread
+  uint4 k[Traits::kPieces];
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    const int r = token0 + i * Traits::kTokensPerStep;
+    k[i] = r < valid ? __ldg(reinterpret_cast<const uint4*>(key_codes + Traits::KeyPiece(r, g)))
+                     : make_uint4(0, 0, 0, 0);
+  }
+  const int v_group = tid % 4;        // tokens [16 v_group, +16)
+  const int v_channel = tid / 4 * 4;  // channels [v_channel, +4)
+  const bool v_active = v_channel < kHeadDim;
+  uint4 v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = v_active ? __ldg(reinterpret_cast<const uint4*>(
+                          value_codes + Traits::ValuePiece(v_channel + i, v_group)))
+                    : make_uint4(0, 0, 0, 0);
+  }
+  float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
+  float k_static[16], v_static[16];
+  if constexpr (Traits::kDynamicQuant) {
+#pragma unroll
+    for (int i = 0; i < Traits::kPieces; ++i) {
+      const int r = token0 + i * Traits::kTokensPerStep;
+      const int64_t index = block_head * kBlockSize + r;
+      k_token_scale[i] = r < valid ? LoadScale(p.cache.k_scales, p.cache.scale_dtype, index) : 0.0f;
+      v_token_scale[i] = r < valid ? LoadScale(p.cache.v_scales, p.cache.scale_dtype, index) : 0.0f;
+    }
+  } else {
+    LoadStaticScales(p.cache.k_scales, p.cache.scale_dtype, p.cache.k_granularity, head, kHeadDim,
+                     g * 16, k_static);
+    LoadStaticScales(p.cache.v_scales, p.cache.scale_dtype, p.cache.v_granularity, head, kHeadDim,
+                     g * 16, v_static);
+  }
+
+  // V: transpose into shared memory.
+  if (v_active) {
+    const uint32_t words[4][4] = {{v[0].x, v[1].x, v[2].x, v[3].x},
+                                  {v[0].y, v[1].y, v[2].y, v[3].y},
+                                  {v[0].z, v[1].z, v[2].z, v[3].z},
+                                  {v[0].w, v[1].w, v[2].w, v[3].w}};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      uint32_t by_token[4];
+      TransposeBytes(words[w], by_token);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        // Word w of a piece holds tokens 2w, 2w+1, 2w+8, 2w+9 of its group.
+        const int token = 16 * v_group + 2 * w + (j & 1) + (j >> 1) * 8;
+        *reinterpret_cast<uint32_t*>(smem_v + Traits::SmemOffset(token) + v_channel) = by_token[j];
+      }
+    }
+  }
+
+  // K: convert and store while V's writes settle.
+  const int64_t out_token = start + tile * kBlockSize;
+  uint16_t* key_out = static_cast<uint16_t*>(p.key) + out_token * p.key_token_stride +
+                      static_cast<int64_t>(head) * kHeadDim;
+  uint16_t* value_out = static_cast<uint16_t*>(p.value) + out_token * p.value_token_stride +
+                        static_cast<int64_t>(head) * kHeadDim;
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    const int r = token0 + i * Traits::kTokensPerStep;
+    uint4 codes = k[i];
+    if constexpr (Traits::kLayout == CacheLayout::kFastDeploy) codes = SlotsToOrder(codes);
+    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
+    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
+    StorePiece<Traits>(codes, k_static, k_token_scale[i], key_out + r * p.key_token_stride, g,
+                       r < valid);
+  }
+
+  // V: read back by token, convert and store.
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    const int r = token0 + i * Traits::kTokensPerStep;
+    uint4 codes = *reinterpret_cast<const uint4*>(smem_v + Traits::SmemOffset(r) + g * 16);
+    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
+    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
+    StorePiece<Traits>(codes, v_static, v_token_scale[i], value_out + r * p.value_token_stride, g,
+                       r < valid);
+  }
+}
+
+template <DType kCode, bool kDynamicQuant, CacheLayout kLayout>
+cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t stream) {
+  const int64_t ctas = NumTileSlots(p.num_out_tokens, p.batch) * p.cache.num_kv_heads;
+  if (p.num_out_tokens == 0 || p.batch == 0 || p.max_blocks == 0 || p.cache.num_blocks == 0) {
+    return cudaSuccess;
+  }
+  cudaError_t status = cudaSuccess;
+  dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
+    dispatch<64, 128>(p.cache.head_dim, "head_dim", [&](auto head_dim) {
+      using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
+                                  decltype(head_dim)::value>;
+      AppendCacheKernel<Traits><<<static_cast<unsigned>(ctas), kAppendThreads, 0, stream>>>(p);
+      status = cudaGetLastError();
+    });
+  });
+  return status;
+}
+
+}  // namespace fastattn::cuda

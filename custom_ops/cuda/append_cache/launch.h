@@ -1,0 +1,18 @@
+// Launchers of append_cache_kv_c8: one per (code type, dynamic_quant, layout), each in a file of
+// its own; LaunchAppendCache picks one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params/cache.h"
+
+namespace fastattn::cuda {
+
+// Enqueues the dequantisation on `stream`. Throws std::invalid_argument for a combination that is
+// not compiled; the API layer has checked everything else.
+cudaError_t LaunchAppendCache(const AppendCacheParams& p, cudaStream_t stream);
+
+template <DType kCode, bool kDynamicQuant, CacheLayout kLayout>
+cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t stream);
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,52 @@
+// Conversions between 8-bit codes, 16-bit values and fp32 in registers, four or two at a time. They
+// give the bits of common/numeric.h.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fastattn::cuda {
+
+// Four codes, one a byte, lowest byte first.
+template <DType kCode>
+__device__ __forceinline__ void CodesToFloat(uint32_t codes, float (&out)[4]) {
+  if constexpr (kCode == DType::kInt8) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[i] = static_cast<float>(static_cast<int8_t>(codes >> (8 * i)));
+    }
+  } else {
+    constexpr __nv_fp8_interpretation_t kFormat = kCode == DType::kE4M3 ? __NV_E4M3 : __NV_E5M2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // fp16 holds every e4m3 and e5m2 value exactly.
+      const __half2_raw pair =
+          __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes >> (16 * i)), kFormat);
+      const float2 values = __half22float2(__half2(pair));
+      out[2 * i] = values.x;
+      out[2 * i + 1] = values.y;
+    }
+  }
+}
+
+// Two fp32 values rounded to T (bf16 or fp16), the first in the low half.
+template <DType kDType>
+__device__ __forceinline__ uint32_t PackPair(float low, float high) {
+  uint32_t bits;
+  if constexpr (kDType == DType::kBFloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    bits = *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    static_assert(kDType == DType::kFloat16);
+    const __half2 pair = __floats2half2_rn(low, high);
+    bits = *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  return bits;
+}
+
+}  // namespace fastattn::cuda
