@@ -1,0 +1,223 @@
+// One token's head in and out of a paged cache: every cache type and layout, for all operators that
+// write or read one.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/layout.h"
+#include "common/numeric.h"
+#include "cpu/convert.h"
+#include "params/common.h"
+
+namespace fastattn::cpu {
+
+inline constexpr int kMaxHeadDim = 128;
+
+// A cache's type and the element type of its codes, as one template parameter.
+template <CacheType kTypeValue, DType kCodeValue>
+struct CacheFormat {
+  static constexpr CacheType kType = kTypeValue;
+  static constexpr DType kCode = kCodeValue;
+  using Storage = typename Element<kCode>::Storage;
+};
+
+// Calls f(CacheFormat<type, code>{}) for the cache's type.
+template <typename F>
+void DispatchCache(const PagedCache& cache, F&& f) {
+  dispatch<CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseInt8,
+           CacheType::kBlockWiseFp8>(cache.type, "cache_quant_type", [&](auto type) {
+    constexpr CacheType kType = decltype(type)::value;
+    if constexpr (kType == CacheType::kNone) {
+      dispatch<DType::kBFloat16, DType::kFloat16>(cache.dtype, "cache dtype", [&](auto code) {
+        f(CacheFormat<kType, decltype(code)::value>{});
+      });
+    } else if constexpr (kType == CacheType::kFp8) {
+      dispatch<DType::kE4M3, DType::kE5M2>(cache.dtype, "cache dtype", [&](auto code) {
+        f(CacheFormat<kType, decltype(code)::value>{});
+      });
+    } else {
+      f(CacheFormat<kType, IsInt8(kType) ? DType::kInt8 : DType::kE4M3>{});
+    }
+  });
+}
+
+template <DType kCode>
+inline constexpr float kCodeMax = kCode == DType::kInt8   ? kInt8Max
+                                  : kCode == DType::kE5M2 ? kE5M2Max
+                                                          : kE4M3Max;
+
+// First element of the block of one KV head.
+inline int64_t BlockOffset(const PagedCache& cache, int block, int head) {
+  return (static_cast<int64_t>(block) * cache.num_kv_heads + head) *
+         (static_cast<int64_t>(kBlockSize) * cache.head_dim);
+}
+
+// Index of a token's dynamic scale.
+inline int64_t TokenScaleIndex(const PagedCache& cache, int block, int head, int slot) {
+  return (static_cast<int64_t>(block) * cache.num_kv_heads + head) * kBlockSize + slot;
+}
+
+// Block of position `position` of row `row`, or -1 when none is assigned.
+inline int BlockOf(const int* block_tables, int max_blocks, int num_blocks, int row,
+                   int64_t position) {
+  const int64_t index = position / kBlockSize;
+  if (position < 0 || index >= max_blocks) return -1;
+  const int block = block_tables[static_cast<int64_t>(row) * max_blocks + index];
+  return block >= 0 && block < num_blocks ? block : -1;
+}
+
+// Writes tokens into a cache of layout kFastattn: quantises, or rounds for type none.
+//
+// Threads may share one: Key and Value touch only the bytes and the scale of their own slot.
+template <typename Format>
+class CacheWriter {
+ public:
+  using Storage = typename Format::Storage;
+
+  explicit CacheWriter(const PagedCache& cache)
+      : cache_(cache),
+        k_inverse_(Inverses(cache, cache.k_scales, cache.k_granularity)),
+        v_inverse_(Inverses(cache, cache.v_scales, cache.v_granularity)) {}
+
+  // Stores x[0 .. D), token `slot` (0..63) of a block, as K of one head.
+  void Key(int block, int head, int slot, const float* x) const {
+    Storage* out = static_cast<Storage*>(cache_.key) + BlockOffset(cache_, block, head) +
+                   static_cast<int64_t>(slot) * cache_.head_dim;
+    Encode(cache_.k_scales, k_inverse_, cache_.k_granularity, block, head, slot, x, out);
+  }
+
+  // The same as V.
+  void Value(int block, int head, int slot, const float* x) const {
+    Storage* base = static_cast<Storage*>(cache_.value) + BlockOffset(cache_, block, head);
+    if constexpr (Format::kType == CacheType::kNone) {
+      Encode(nullptr, v_inverse_, cache_.v_granularity, block, head, slot, x,
+             base + static_cast<int64_t>(slot) * cache_.head_dim);
+    } else {
+      Storage codes[kMaxHeadDim];
+      Encode(cache_.v_scales, v_inverse_, cache_.v_granularity, block, head, slot, x, codes);
+      Storage* out = base + TokenSlot(slot);
+      for (int d = 0; d < cache_.head_dim; ++d) out[d * kBlockSize] = codes[d];
+    }
+  }
+
+ private:
+  // Reciprocals of static scales: one a channel for kChannel, else one a head.
+  static std::vector<float> Inverses(const PagedCache& cache, const void* scales,
+                                     ScaleGranularity granularity) {
+    if constexpr (Format::kType == CacheType::kNone || IsDynamic(Format::kType)) return {};
+    const bool channel = granularity == ScaleGranularity::kChannel;
+    std::vector<float> result(cache.num_kv_heads * (channel ? cache.head_dim : 1));
+    for (size_t i = 0; i < result.size(); ++i) {
+      const int64_t from = granularity == ScaleGranularity::kTensor ? 0 : static_cast<int64_t>(i);
+      result[i] = 1.0f / LoadScale(scales, cache.scale_dtype, from);
+    }
+    return result;
+  }
+
+  void Encode(void* scales, const std::vector<float>& inverses, ScaleGranularity granularity,
+              int block, int head, int slot, const float* x, Storage* out) const {
+    const int n = cache_.head_dim;
+    if constexpr (Format::kType == CacheType::kNone) {
+      StoreRow<Format::kCode>(x, n, out);
+    } else if constexpr (IsDynamic(Format::kType)) {
+      float scale = DynamicScale(AmaxBits(x, n), kCacheAmaxFloor, kCodeMax<Format::kCode>);
+      const int64_t index = TokenScaleIndex(cache_, block, head, slot);
+      if (cache_.scale_dtype == DType::kFloat32) {
+        static_cast<float*>(scales)[index] = scale;
+      } else {
+        const uint16_t rounded = FloatToBFloat16(scale);
+        static_cast<uint16_t*>(scales)[index] = rounded;
+        scale = BFloat16ToFloat(rounded);  // the reader's scale, so that the codes fit it
+      }
+      EncodeRow<Format::kCode>(x, n, 1.0f / scale, out);
+    } else if (granularity == ScaleGranularity::kChannel) {
+      EncodeRow<Format::kCode>(x, n, inverses.data() + static_cast<int64_t>(head) * n, out);
+    } else {
+      EncodeRow<Format::kCode>(x, n, inverses[head], out);
+    }
+  }
+
+  PagedCache cache_;
+  std::vector<float> k_inverse_;
+  std::vector<float> v_inverse_;
+};
+
+// Reads tokens of a quantised cache of any layout as x = code * scale in fp32.
+template <typename Format, CacheLayout kLayout>
+class CacheReader {
+ public:
+  using Storage = typename Format::Storage;
+
+  explicit CacheReader(const PagedCache& cache) : cache_(cache) {}
+
+  // Codes of tokens [begin, end) of one block and head, in token order: codes[(r - begin) * D + d].
+  void KeyCodes(int block, int head, int begin, int end, Storage* codes) const {
+    const int head_dim = cache_.head_dim;
+    const Storage* base =
+        static_cast<const Storage*>(cache_.key) + BlockOffset(cache_, block, head);
+    if constexpr (kLayout == CacheLayout::kFastDeploy) {
+      Gather(base, begin, end, codes,
+             [&](int r, int d) { return KeyOffset<CacheLayout::kFastDeploy>(r, d, head_dim); });
+    } else {
+      std::copy(base + begin * head_dim, base + end * head_dim, codes);
+    }
+  }
+
+  void ValueCodes(int block, int head, int begin, int end, Storage* codes) const {
+    const int head_dim = cache_.head_dim;
+    const Storage* base =
+        static_cast<const Storage*>(cache_.value) + BlockOffset(cache_, block, head);
+    if constexpr (Format::kType == CacheType::kNone) {
+      std::copy(base + begin * head_dim, base + end * head_dim, codes);
+    } else {
+      Gather(base, begin, end, codes,
+             [&](int r, int d) { return ValueOffset<kLayout>(r, d, head_dim); });
+    }
+  }
+
+  // out[0 .. D) = the values of one token's codes.
+  void DecodeKey(int block, int head, int slot, const Storage* codes, float* out) const {
+    Decode(cache_.k_scales, cache_.k_granularity, block, head, slot, codes, out);
+  }
+
+  void DecodeValue(int block, int head, int slot, const Storage* codes, float* out) const {
+    Decode(cache_.v_scales, cache_.v_granularity, block, head, slot, codes, out);
+  }
+
+ private:
+  template <typename Offset>
+  void Gather(const Storage* base, int begin, int end, Storage* codes, Offset&& offset) const {
+    // FastDeploy adds 128 to int8 codes; for 8 bits that flips the sign bit.
+    constexpr int kFlip = kLayout == CacheLayout::kFastDeploy && IsInt8(Format::kType) ? 0x80 : 0;
+    for (int r = begin; r < end; ++r) {
+      for (int d = 0; d < cache_.head_dim; ++d) {
+        *codes++ = static_cast<Storage>(base[offset(r, d)] ^ kFlip);
+      }
+    }
+  }
+
+  void Decode(const void* scales, ScaleGranularity granularity, int block, int head, int slot,
+              const Storage* codes, float* out) const {
+    const int n = cache_.head_dim;
+    LoadRow<Format::kCode>(codes, n, out);
+    if constexpr (Format::kType == CacheType::kNone) return;
+    if constexpr (!IsDynamic(Format::kType)) {
+      if (granularity == ScaleGranularity::kChannel) {
+        const int64_t first = static_cast<int64_t>(head) * n;
+        for (int d = 0; d < n; ++d) out[d] *= LoadScale(scales, cache_.scale_dtype, first + d);
+        return;
+      }
+    }
+    const int64_t index = IsDynamic(Format::kType) ? TokenScaleIndex(cache_, block, head, slot)
+                          : granularity == ScaleGranularity::kHead ? head
+                                                                   : 0;
+    const float scale = LoadScale(scales, cache_.scale_dtype, index);
+    for (int d = 0; d < n; ++d) out[d] *= scale;
+  }
+
+  PagedCache cache_;
+};
+
+}  // namespace fastattn::cpu
