@@ -1,4 +1,4 @@
-"""Every way in which Paddle can run a function: dygraph, traced by AST, by SOT, saved and loaded."""
+"""Every way in which Paddle runs a function: dygraph, traced by AST or SOT, saved and loaded."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+// E2M1 (FP4) codes and UE8M0 block exponents, in integer arithmetic: the same bits on every target,
+// with or without a conversion instruction.
+//
+// E2M1 is sign, two exponent bits, one mantissa bit: 0, 0.5, 1, 1.5, 2, 3, 4, 6. It has no NaN and
+// no infinity. UE8M0 is an exponent byte e + 127; 255 is NaN.
+#pragma once
+
+#include <cstdint>
+
+#include "common/numeric.h"
+#include "common/types.h"
+
+namespace fastattn {
+
+inline constexpr float kE2M1Max = 6.0f;
+// Elements that share one UE8M0 exponent.
+inline constexpr int kMxBlock = 32;
+inline constexpr uint8_t kUE8M0NaN = 255;
+// 6 * 2^-126: with this floor the inverse of a block's scale is a normal fp32 number.
+inline constexpr float kMxAmaxFloor = 0x1.8p-124f;
+
+// Nearest code, ties to the even code. Saturates (infinities too), keeps the sign of zero; a NaN of
+// either sign becomes 7, as the instruction has it.
+FASTATTN_HD uint32_t FloatToE2M1(float x) {
+  const uint32_t bits = FloatBits(x);
+  const uint32_t sign = (bits >> 28) & 0x8u;
+  uint32_t u = bits & 0x7FFFFFFFu;
+  if (u > 0x7F800000u) return 7u;
+  if (u >= 0x40C00000u) return sign | 7u;  // >= 6
+  if (u < 0x3F800000u) {
+    // Below 1 the step is 0.5: adding 2^22 leaves exactly those bits in the mantissa.
+    return sign | (FloatBits(BitsFloat(u) + 0x1p22f) - 0x4A800000u);
+  }
+  u += 0x1FFFFFu + ((u >> 22) & 1u);
+  return sign | ((u >> 22) - (126u << 1));
+}
+
+FASTATTN_HD float E2M1ToFloat(uint32_t code) {
+  const uint32_t sign = (code & 0x8u) << 28;
+  const uint32_t magnitude = code & 0x7u;
+  // An fp32 with the code's exponent and mantissa is 2^126 times too small, the subnormal 0.5 too.
+  return BitsFloat(sign | FloatBits(BitsFloat(magnitude << 22) * 0x1p126f));
+}
+
+// Elements 2i (low nibble) and 2i + 1 of a row share byte i.
+FASTATTN_HD uint8_t PackE2M1(uint32_t even, uint32_t odd) {
+  return static_cast<uint8_t>(even | (odd << 4));
+}
+
+// |x| as bits for the amax of a block; a NaN counts as 0, so that its neighbours keep their values.
+FASTATTN_HD uint32_t MxAbsBits(float x) {
+  const uint32_t u = AbsBits(x);
+  return u > 0x7F800000u ? 0u : u;
+}
+
+// UE8M0 byte of ceil(log2(max(amax, floor) / 6)): the smallest e with amax <= 1.5 * 2^(e + 2). An
+// infinite amax counts as FLT_MAX. The byte lies in [1, 253].
+FASTATTN_HD uint8_t MxScaleByte(uint32_t amax_bits) {
+  constexpr uint32_t kFloorBits = 0x01C00000u;  // kMxAmaxFloor
+  if (amax_bits >= 0x7F800000u) amax_bits = 0x7F7FFFFFu;
+  if (amax_bits < kFloorBits) amax_bits = kFloorBits;
+  // A mantissa above 1.5 carries into the exponent.
+  return static_cast<uint8_t>(((amax_bits + 0x3FFFFFu) >> 23) - 2u);
+}
+
+// 2^(byte - 127); 255 is NaN.
+FASTATTN_HD float UE8M0ToFloat(uint8_t byte) {
+  if (byte == kUE8M0NaN) return BitsFloat(0x7FC00000u);
+  return byte == 0 ? 0x1p-127f : BitsFloat(static_cast<uint32_t>(byte) << 23);
+}
+
+// 2^-(byte - 127), exact, for a byte of MxScaleByte.
+FASTATTN_HD float UE8M0Inverse(uint8_t byte) {
+  return BitsFloat((254u - static_cast<uint32_t>(byte)) << 23);
+}
+
+}  // namespace fastattn
