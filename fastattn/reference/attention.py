@@ -1,0 +1,376 @@
+"""NumPy model of ``flash_attention`` and ``paged_attention``: dense attention over a boolean mask.
+
+Nothing is tiled and nothing runs online: every row (sequence) forms its whole score matrix, takes a
+softmax over the visible keys and multiplies by V. The default arithmetic is fp64. The other
+precisions are what a plain implementation of that precision gives; a kernel is held to twice their
+error.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from fastattn.reference.layout import BLOCK_SIZE, unpack
+from fastattn.reference.numerics import Array, from_codes, quantize, round_to
+
+#: Arithmetic of the model. ``bfloat16`` and ``float16`` compute in fp32 and round Q, K, V (after
+#: dequantisation) and P to that type, as 16-bit matrix products do.
+PRECISIONS = ("float64", "float32", "bfloat16", "float16")
+
+_ROUNDED = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def attention_mask(
+    num_queries: int,
+    num_keys: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    mask_offsets: Array | None = None,
+) -> Array:
+    """Which keys each query of one row sees.
+
+    Parameters
+    ----------
+    num_queries, num_keys : int
+        The queries are the last ones: query i stands at position ``i + num_keys - num_queries``.
+    causal : bool
+        Keys after a query's position are hidden.
+    window_size : (left, right)
+        Keys further away than that are hidden; a negative side is unlimited.
+    mask_offsets : array of int, shape [num_queries, 2], optional
+        Query i sees keys ``[start, end)`` at most.
+
+    Returns
+    -------
+    array of bool, shape [num_queries, num_keys]
+    """
+    position = np.arange(num_queries)[:, None] + (num_keys - num_queries)
+    key = np.arange(num_keys)[None, :]
+    visible = np.ones((num_queries, num_keys), bool)
+    if causal:
+        visible &= key <= position
+    left, right = window_size
+    if left >= 0:
+        visible &= key >= position - left
+    if right >= 0:
+        visible &= key <= position + right
+    if mask_offsets is not None:
+        start, end = np.asarray(mask_offsets).T
+        visible &= (key >= start[:, None]) & (key < end[:, None])
+    return visible
+
+
+def _weighted_values(p: Array, v: Array, visible: Array) -> Array:
+    """``p @ v``, [G, n, m] by [m, D], in which a hidden key has no part, whatever its V is.
+
+    A plain product would turn 0 * NaN into NaN.
+    """
+    finite = np.asarray(np.isfinite(v).all(axis=-1))
+    out = p @ np.where(finite[:, None], v, 0)
+    for key in np.flatnonzero(~finite):
+        sees = visible[:, key]
+        out[:, sees] += p[:, sees, key, None] * v[key]
+    return out
+
+
+def dense_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Array,
+    *,
+    softmax_scale: float,
+    softcap: float = 0.0,
+    sinks: Array | None = None,
+    precision: str = "float64",
+) -> tuple[Array, Array]:
+    r"""Attention of one row.
+
+    .. math:: s_{ij} = \mathrm{cap} \tanh(\lambda q_i k_j / \mathrm{cap}), \qquad
+              o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{\mathrm{sink}} + \sum_j e^{s_{ij}}}
+
+    Parameters
+    ----------
+    q : array, shape [n, H, D]
+    k, v : array, shape [m, KV, D]
+        Query head h reads KV head ``h // (H / KV)``.
+    visible : array of bool, shape [n, m]
+    softmax_scale : float
+    softcap : float
+        0 for none.
+    sinks : array, shape [H], optional
+        Logits that join the denominator only.
+    precision : str
+        One of :data:`PRECISIONS`.
+
+    Returns
+    -------
+    out : array, shape [n, H, D]
+        Not rounded. 0 for a query that sees no key.
+    lse : array, shape [H, n]
+        Natural logarithm of the denominator; -inf for a query that sees no key.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    work = np.float64 if precision == "float64" else np.float32
+    rounded = _ROUNDED.get(precision)
+    operands = [np.asarray(x, work) for x in (q, k, v)]
+    if rounded is not None:
+        operands = [round_to(x, rounded) for x in operands]
+    q, k, v = operands
+
+    tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    out = np.zeros((tokens, heads, head_dim), work)
+    lse = np.full((heads, tokens), -np.inf, work)
+    seeing = np.asarray(visible.any(axis=1))
+    for kv_head in range(kv_heads if seeing.any() else 0):
+        of_group = slice(kv_head * group, (kv_head + 1) * group)
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            s = np.swapaxes(q[:, of_group], 0, 1) @ k[:, kv_head].T * work(softmax_scale)
+            if softcap > 0:
+                s = work(softcap) * np.tanh(s / work(softcap))
+            s = np.where(visible, s, -np.inf).astype(work)
+            largest = s.max(axis=-1)
+            if sinks is not None:
+                sink = np.asarray(sinks, work)[of_group, None]
+                largest = np.maximum(largest, sink)
+            largest = np.where(np.isneginf(largest), work(0), largest)
+            p = np.exp(s - largest[..., None])
+            denominator = p.sum(axis=-1)
+            if sinks is not None:
+                denominator = denominator + np.exp(sink - largest)
+            p = p / np.where(denominator == 0, work(1), denominator)[..., None]
+            if rounded is not None:
+                p = round_to(p, rounded)
+            values = _weighted_values(p, v[:, kv_head], visible)
+            logs = np.log(np.where(denominator == 0, work(1), denominator)) + largest
+        values = np.where(seeing[:, None], values, 0)
+        out[:, of_group] = np.swapaxes(values, 0, 1)
+        lse[of_group] = np.where(seeing & (denominator != 0), logs, -np.inf)
+    return out, lse
+
+
+def as_values(x: Array) -> Array:
+    """Values (fp32) of Q, K or V: uint8 means e4m3 codes, other types have values of their own."""
+    x = np.asarray(x)
+    return from_codes(x, "e4m3") if x.dtype == np.uint8 else x.astype(np.float32)
+
+
+def _descaled_query(q: Array, descale: Array | None) -> Array:
+    values = as_values(q).astype(np.float64)
+    if descale is None:
+        return values
+    descale = np.asarray(descale, np.float64)
+    return values * (descale if descale.shape == (1,) else descale[:, :, None])
+
+
+def _row_descale(descale: Array | None, row: int) -> Array:
+    """Descale [1], [KV] or [B, KV] of one row, shaped to multiply [m, KV, D]."""
+    if descale is None:
+        return np.ones((1, 1, 1))
+    descale = np.asarray(descale, np.float64)
+    return (descale[row] if descale.ndim == 2 else descale)[None, :, None]
+
+
+def _store(out: Array, out_scale: Array | None) -> Array:
+    return out if out_scale is None else quantize(out.astype(np.float32), out_scale, "e4m3")
+
+
+def flash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Array | None = None,
+    mask_offsets: Array | None = None,
+    out_scale: Array | None = None,
+    precision: str = "float64",
+) -> tuple[Array, Array]:
+    """Attention of ragged rows; see :func:`fastattn.functional.flash_attention`.
+
+    Parameters
+    ----------
+    q : array, shape [T, H, D]
+    k, v : array, shape [sum k, KV, D]
+        Floating point, int8, or uint8 holding e4m3 bits (e5m2 as the ml_dtypes type).
+    precision : str
+        Arithmetic, one of :data:`PRECISIONS`.
+
+    Returns
+    -------
+    out : array, shape [T, H, D]
+        fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. Tokens of no row are 0.
+    lse : array, shape [H, T]
+    """
+    tokens, heads, head_dim = q.shape
+    queries = _descaled_query(q, q_descale)
+    out = np.zeros((tokens, heads, head_dim))
+    lse = np.full((heads, tokens), -np.inf)
+    for row in range(len(cu_seqlens_q) - 1):
+        at = slice(int(cu_seqlens_q[row]), int(cu_seqlens_q[row + 1]))
+        keys = slice(int(cu_seqlens_k[row]), int(cu_seqlens_k[row + 1]))
+        visible = attention_mask(
+            at.stop - at.start,
+            keys.stop - keys.start,
+            causal=causal,
+            window_size=window_size,
+            mask_offsets=None if mask_offsets is None else mask_offsets[at],
+        )
+        out[at], lse[:, at] = dense_attention(
+            queries[at],
+            as_values(k[keys]) * _row_descale(k_descale, row),
+            as_values(v[keys]) * _row_descale(v_descale, row),
+            visible,
+            softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+            softcap=softcap,
+            sinks=sinks,
+            precision=precision,
+        )
+    return _store(out, out_scale), lse
+
+
+def _dequantize_blocks(
+    cache: Array, kind: str, scales: Array | None, quant_type: str, fp8_format: str, blocks: Array
+) -> Array:
+    """Values (fp64) [len(blocks), KV, 64, D] of some physical blocks of a K or V cache."""
+    if quant_type == "none":
+        return cache[blocks].astype(np.float64)
+    code = "int8" if quant_type.endswith("int8") else fp8_format
+    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8")
+    values = from_codes(logical, code).astype(np.float64)
+    assert scales is not None, "a quantised cache has scales"
+    multiplier = scales.astype(np.float64)
+    if quant_type.startswith("block_wise"):
+        return values * multiplier[blocks][..., None]
+    kv_heads, head_dim = values.shape[1], values.shape[3]
+    if multiplier.size == kv_heads * head_dim and quant_type == "cache_int8":
+        return values * multiplier.reshape(kv_heads, 1, head_dim)
+    return values * multiplier.reshape(-1, 1, 1)
+
+
+def gather_row(
+    key_cache: Array,
+    value_cache: Array,
+    block_table: Array,
+    num_keys: int,
+    *,
+    cache_k_scales: Array | None = None,
+    cache_v_scales: Array | None = None,
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+) -> tuple[Array, Array, Array]:
+    """K and V of one row from its blocks, dequantised.
+
+    Returns
+    -------
+    k, v : array of float64, shape [num_keys, KV, D]
+        0 where no block is assigned.
+    assigned : array of bool, shape [num_keys]
+        Whether the key's block exists: an id outside ``[0, num_blocks)`` is none.
+    """
+    num_blocks, kv_heads, _, head_dim = key_cache.shape
+    needed = -(-num_keys // BLOCK_SIZE)
+    ids = np.full(needed, -1)
+    ids[: len(block_table)] = np.asarray(block_table)[:needed]
+    known = (ids >= 0) & (ids < num_blocks)
+    gathered = []
+    for kind, cache, scales in (
+        ("k", key_cache, cache_k_scales),
+        ("v", value_cache, cache_v_scales),
+    ):
+        rows = np.zeros((needed, kv_heads, BLOCK_SIZE, head_dim))
+        rows[known] = _dequantize_blocks(
+            cache, kind, scales, cache_quant_type, fp8_format, ids[known]
+        )
+        tokens = rows.transpose(0, 2, 1, 3).reshape(needed * BLOCK_SIZE, kv_heads, head_dim)
+        gathered.append(tokens[:num_keys])
+    return gathered[0], gathered[1], np.repeat(known, BLOCK_SIZE)[:num_keys]
+
+
+def paged_attention(
+    q: Array,
+    key_cache: Array,
+    value_cache: Array,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    seq_lens_decoder: Array,
+    seq_lens_this_time: Array,
+    *,
+    cache_k_scales: Array | None = None,
+    cache_v_scales: Array | None = None,
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+    q_descale: Array | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Array | None = None,
+    mask_offsets: Array | None = None,
+    out_scale: Array | None = None,
+    precision: str = "float64",
+) -> tuple[Array, Array]:
+    """Attention of new tokens over a paged cache; see :func:`fastattn.functional.paged_attention`.
+
+    Row b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new tokens
+    and ``seq_lens_decoder[b] + n`` keys, read from the cache bytes.
+
+    Returns
+    -------
+    out : array, shape [T, H, D]
+        fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. Tokens of no row are 0.
+    lse : array, shape [H, T]
+    """
+    tokens, heads, head_dim = q.shape
+    queries = _descaled_query(q, q_descale)
+    out = np.zeros((tokens, heads, head_dim))
+    lse = np.full((heads, tokens), -np.inf)
+    for row in range(len(block_tables)):
+        first = int(cu_seqlens_q[row])
+        span = min(int(cu_seqlens_q[row + 1]), tokens) - first
+        new = min(max(int(seq_lens_this_time[row]), 0), span)
+        if new <= 0:
+            continue
+        at = slice(first, first + new)
+        num_keys = max(int(seq_lens_decoder[row]), 0) + new
+        k, v, assigned = gather_row(
+            key_cache,
+            value_cache,
+            block_tables[row],
+            num_keys,
+            cache_k_scales=cache_k_scales,
+            cache_v_scales=cache_v_scales,
+            cache_quant_type=cache_quant_type,
+            fp8_format=fp8_format,
+        )
+        visible = attention_mask(
+            new,
+            num_keys,
+            causal=causal,
+            window_size=window_size,
+            mask_offsets=None if mask_offsets is None else mask_offsets[at],
+        )
+        out[at], lse[:, at] = dense_attention(
+            queries[at],
+            k,
+            v,
+            visible & assigned,
+            softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+            softcap=softcap,
+            sinks=sinks,
+            precision=precision,
+        )
+    return _store(out, out_scale), lse
