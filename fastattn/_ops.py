@@ -18,11 +18,12 @@ LIBRARY_NAME = "_fastattn_ops.so"
 PREFIX = "fastattn_"
 
 # What the checks of custom_ops/api/check.h throw, inside the text that Paddle wraps around it.
-_ERROR = re.compile(r"\[(TypeError|ValueError|NotImplementedError)\] (.*?)\s*(?:\n\s*\[|\Z)", re.S)
+_ERROR = re.compile(r"\[(TypeError|ValueError|NotImplementedError|RuntimeError)\] (.*?)\s*(?:\n\s*\[|\Z)", re.S)
 _ERROR_TYPES = {
     "TypeError": TypeError,
     "ValueError": ValueError,
     "NotImplementedError": NotImplementedError,
+    "RuntimeError": RuntimeError,
 }
 
 
