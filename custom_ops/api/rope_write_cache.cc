@@ -1,0 +1,224 @@
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/paged_cache.h"
+#include "cpu/rope_write_cache.h"
+#include "params/rope.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "rope_write_cache_kv";
+constexpr std::initializer_list<phi::DataType> kFloats = {
+    phi::DataType::FLOAT32, phi::DataType::BFLOAT16, phi::DataType::FLOAT16};
+
+QQuant ParseQQuant(const std::string& name) {
+  for (QQuant quant : {QQuant::kNone, QQuant::kPerTensor, QQuant::kPerTokenHead}) {
+    if (name == NameOf(quant)) return quant;
+  }
+  Fail("ValueError", kOp, "q_quant", "expected none, per_tensor or per_token_head, got '", name,
+       "'");
+}
+
+void ParseQkv(const Tensor& qkv, int num_heads, int num_kv_heads, RopeWriteCacheParams& p) {
+  Arg(kOp, "qkv", qkv)
+      .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})
+      .Rank(2)
+      .LastDimContiguous();
+  if (num_heads <= 0) Fail("ValueError", kOp, "num_heads", "expected at least 1, got ", num_heads);
+  if (num_kv_heads != p.cache.num_kv_heads) {
+    Fail("ValueError", kOp, "num_kv_heads", "key_cache holds ", p.cache.num_kv_heads,
+         " KV heads, got ", num_kv_heads);
+  }
+  if (num_heads % num_kv_heads != 0) {
+    Fail("ValueError", kOp, "num_heads", "expected a multiple of num_kv_heads = ", num_kv_heads,
+         ", got ", num_heads);
+  }
+  const int64_t width = (num_heads + 2LL * num_kv_heads) * p.cache.head_dim;
+  Arg(kOp, "qkv", qkv).Dims({-1, width});
+  if (p.cache.type == CacheType::kNone && qkv.dtype() != phi::DataType::BFLOAT16 &&
+      p.cache.dtype == DType::kBFloat16) {
+    Fail("TypeError", kOp, "qkv", "expected the dtype of key_cache, bfloat16, got ", qkv.dtype());
+  }
+  if (p.cache.type == CacheType::kNone && qkv.dtype() != phi::DataType::FLOAT16 &&
+      p.cache.dtype == DType::kFloat16) {
+    Fail("TypeError", kOp, "qkv", "expected the dtype of key_cache, float16, got ", qkv.dtype());
+  }
+  p.num_heads = num_heads;
+  p.dtype = ToDType(kOp, "qkv", qkv.dtype());
+  p.qkv = Data(qkv);
+  p.qkv_stride = StridesOf(qkv)[0];
+}
+
+// A per-channel parameter of any floating point type, or null.
+const void* ParseVector(const char* name, const Tensor* tensor, int64_t size,
+                        const phi::Place& place, DType& dtype) {
+  if (tensor == nullptr) return nullptr;
+  Arg(kOp, name, *tensor).On(place).Dtype(kFloats).Dims({size}).Contiguous();
+  dtype = ToDType(kOp, name, tensor->dtype());
+  return Data(*tensor);
+}
+
+void ParseRotary(const Tensor* table, bool neox, int rotary_dim, const phi::Place& place,
+                 RopeWriteCacheParams& p) {
+  const int head_dim = p.cache.head_dim;
+  if (rotary_dim == -1) rotary_dim = head_dim;
+  if (rotary_dim <= 0 || rotary_dim > head_dim || rotary_dim % 2 != 0) {
+    Fail("ValueError", kOp, "rotary_dim", "expected an even number in [2, ", head_dim,
+         "] (head_dim), got ", rotary_dim);
+  }
+  if (table == nullptr) return;
+  Arg arg(kOp, "rotary_embs", *table);
+  arg.On(place).Dtype({phi::DataType::FLOAT32}).Contiguous();
+  const Shape shape = table->shape();
+  if (shape.size() == 6) {
+    Fail("NotImplementedError", kOp, "rotary_embs", "rope_3d tables (6 dimensions) are not ",
+         "supported, got shape ", ShapeText(shape));
+  }
+  const bool five = shape.size() == 5;
+  if (!(five && shape[0] == 2 && shape[1] == 1 && shape[3] == 1) &&
+      !(shape.size() == 3 && shape[0] == 2)) {
+    Fail("ValueError", kOp, "rotary_embs", "expected shape [2, 1, max_seq, 1, columns] or [2, ",
+         "max_seq, columns], got ", ShapeText(shape));
+  }
+  const int64_t positions = shape[five ? 2 : 1];
+  const int64_t columns = shape.back();
+  if (columns != rotary_dim && columns != rotary_dim / 2) {
+    Fail("ValueError", kOp, "rotary_embs", "expected ", rotary_dim / 2, " or ", rotary_dim,
+         " columns for rotary_dim ", rotary_dim, ", got shape ", ShapeText(shape));
+  }
+  if (positions == 0) Fail("ValueError", kOp, "rotary_embs", "expected at least 1 position, got 0");
+  p.style = neox ? RotaryStyle::kNeox : RotaryStyle::kInterleaved;
+  p.rotary_dim = rotary_dim;
+  p.rotary_step = !neox && columns == rotary_dim ? 2 : 1;
+  p.rotary_stride = columns;
+  p.max_positions = positions;
+  p.cos = Data<float>(*table);
+  p.sin = p.cos + positions * columns;
+}
+
+void ParseQScale(const Tensor* q_scale, const phi::Place& place, RopeWriteCacheParams& p) {
+  if (p.q_quant == QQuant::kPerTensor) {
+    if (q_scale == nullptr) {
+      Fail("ValueError", kOp, "q_scale", "q_quant 'per_tensor' needs a scale, got None");
+    }
+    Arg(kOp, "q_scale", *q_scale).On(place).Dtype({phi::DataType::FLOAT32}).Dims({1});
+    p.q_scale = Data<float>(*q_scale);
+  } else if (q_scale != nullptr) {
+    Fail("ValueError", kOp, "q_scale", "q_quant '", NameOf(p.q_quant), "' takes no scale");
+  }
+}
+
+Shape DescaleShape(QQuant quant, int64_t num_tokens, int num_heads) {
+  return quant == QQuant::kPerTokenHead ? Shape{num_tokens, num_heads} : Shape{1};
+}
+
+}  // namespace
+
+std::vector<Tensor> RopeWriteCacheKv(
+    const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, const OptionalTensor& rotary_embs,
+    const Tensor& block_tables, const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
+    const Tensor& seq_lens_this_time, const OptionalTensor& q_norm_weight,
+    const OptionalTensor& k_norm_weight, const OptionalTensor& qkv_bias,
+    const OptionalTensor& q_scale, OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
+    const OptionalTensor& batch_id_per_token, int num_heads, int num_kv_heads, float rms_norm_eps,
+    bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
+    const std::string& q_quant, const std::string& cache_quant_type,
+    const std::string& fp8_format) {
+  Arg(kOp, "qkv", qkv);
+  const phi::Place place =
+      key_cache.defined() && key_cache.initialized() ? key_cache.place() : qkv.place();
+  RopeWriteCacheParams p;
+  p.cache = ParsePagedCache(kOp,
+                            {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
+                             cache_quant_type, fp8_format},
+                            place);
+  ParseQkv(qkv, num_heads, num_kv_heads, p);
+  Arg(kOp, "qkv", qkv).On(place);
+  const int64_t num_tokens = qkv.shape()[0];
+  p.rows = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+                     Get(batch_id_per_token), num_tokens, place);
+  ParseRotary(Get(rotary_embs), use_neox_rotary_style, rotary_dim, place, p);
+  const int head_dim = p.cache.head_dim;
+  p.bias = ParseVector("qkv_bias", Get(qkv_bias), qkv.shape()[1], place, p.bias_dtype);
+  p.q_norm_weight =
+      ParseVector("q_norm_weight", Get(q_norm_weight), head_dim, place, p.q_norm_dtype);
+  p.k_norm_weight =
+      ParseVector("k_norm_weight", Get(k_norm_weight), head_dim, place, p.k_norm_dtype);
+  p.norm_before_rope = qk_norm_before_rope;
+  p.rms_norm_eps = rms_norm_eps;
+  p.q_quant = ParseQQuant(q_quant);
+  ParseQScale(Get(q_scale), place, p);
+
+  const auto q_dtype = p.q_quant == QQuant::kNone ? qkv.dtype() : phi::DataType::UINT8;
+  Tensor q = paddle::empty({num_tokens, num_heads, head_dim}, q_dtype, place);
+  Tensor q_descale =
+      paddle::empty(DescaleShape(p.q_quant, num_tokens, num_heads), phi::DataType::FLOAT32, place);
+  p.q = MutableData(q);
+  p.q_descale = MutableData<float>(q_descale);
+
+  RequireCpu(kOp, place);
+  Guarded(kOp, [&] { cpu::RopeWriteCache(p); });
+  return {q, q_descale};
+}
+
+std::vector<Shape> RopeWriteCacheKvInferShape(
+    const Shape& qkv, const Shape& key_cache, const Shape& value_cache,
+    const paddle::optional<Shape>& rotary_embs, const Shape& block_tables,
+    const Shape& cu_seqlens_q, const Shape& seq_lens_decoder, const Shape& seq_lens_this_time,
+    const paddle::optional<Shape>& q_norm_weight, const paddle::optional<Shape>& k_norm_weight,
+    const paddle::optional<Shape>& qkv_bias, const paddle::optional<Shape>& q_scale,
+    const paddle::optional<Shape>& cache_k_scales, const paddle::optional<Shape>& cache_v_scales,
+    const paddle::optional<Shape>& batch_id_per_token, int num_heads, int num_kv_heads,
+    float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
+    const std::string& q_quant, const std::string& cache_quant_type,
+    const std::string& fp8_format) {
+  if (qkv.size() != 2) {
+    Fail("ValueError", kOp, "qkv", "expected 2 dimensions, got shape ", ShapeText(qkv));
+  }
+  if (key_cache.size() != 4) {
+    Fail("ValueError", kOp, "key_cache", "expected 4 dimensions, got shape ", ShapeText(key_cache));
+  }
+  return {{qkv[0], num_heads, key_cache[3]}, DescaleShape(ParseQQuant(q_quant), qkv[0], num_heads)};
+}
+
+std::vector<phi::DataType> RopeWriteCacheKvInferDtype(
+    const phi::DataType& qkv, const phi::DataType& key_cache, const phi::DataType& value_cache,
+    const paddle::optional<phi::DataType>& rotary_embs, const phi::DataType& block_tables,
+    const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
+    const phi::DataType& seq_lens_this_time, const paddle::optional<phi::DataType>& q_norm_weight,
+    const paddle::optional<phi::DataType>& k_norm_weight,
+    const paddle::optional<phi::DataType>& qkv_bias, const paddle::optional<phi::DataType>& q_scale,
+    const paddle::optional<phi::DataType>& cache_k_scales,
+    const paddle::optional<phi::DataType>& cache_v_scales,
+    const paddle::optional<phi::DataType>& batch_id_per_token, int num_heads, int num_kv_heads,
+    float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
+    const std::string& q_quant, const std::string& cache_quant_type,
+    const std::string& fp8_format) {
+  return {ParseQQuant(q_quant) == QQuant::kNone ? qkv : phi::DataType::UINT8,
+          phi::DataType::FLOAT32};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_rope_write_cache_kv)
+    .Inputs({"qkv", "key_cache", "value_cache", paddle::Optional("rotary_embs"), "block_tables",
+             "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time",
+             paddle::Optional("q_norm_weight"), paddle::Optional("k_norm_weight"),
+             paddle::Optional("qkv_bias"), paddle::Optional("q_scale"),
+             paddle::Optional("cache_k_scales"), paddle::Optional("cache_v_scales"),
+             paddle::Optional("batch_id_per_token")})
+    .Outputs({"q", "q_descale", "key_cache_out", "value_cache_out",
+              paddle::Optional("cache_k_scales_out"), paddle::Optional("cache_v_scales_out")})
+    .Attrs({"num_heads: int", "num_kv_heads: int", "rms_norm_eps: float",
+            "use_neox_rotary_style: bool", "rotary_dim: int", "qk_norm_before_rope: bool",
+            "q_quant: std::string", "cache_quant_type: std::string", "fp8_format: std::string"})
+    .SetInplaceMap({{"key_cache", "key_cache_out"},
+                    {"value_cache", "value_cache_out"},
+                    {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
+                    {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
+    .SetKernelFn(PD_KERNEL(fastattn::api::RopeWriteCacheKv))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::RopeWriteCacheKvInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::RopeWriteCacheKvInferDtype));

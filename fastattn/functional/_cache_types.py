@@ -1,0 +1,33 @@
+"""Names of the cache types, and the arguments that none of them takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: Types with one scale a token and KV head, measured while writing.
+DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8")
+
+#: Types with scales that the layer holds.
+STATIC_TYPES = ("cache_int8", "cache_fp8")
+
+CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
+
+
+def check_cache_type(op: str, cache_quant_type: str) -> None:
+    """Raise NotImplementedError, which lists the supported names, for any other name."""
+    if cache_quant_type not in CACHE_QUANT_TYPES:
+        raise NotImplementedError(
+            f"{op}: cache_quant_type: {cache_quant_type!r} is not supported; supported: "
+            + ", ".join(CACHE_QUANT_TYPES)
+        )
+
+
+def check_no_zero_points(op: str, cache_quant_type: str, **zero_points: Any) -> None:
+    """Raise ValueError for a zero point: every supported type is symmetric."""
+    for name, value in zero_points.items():
+        if value is not None:
+            check_cache_type(op, cache_quant_type)
+            raise ValueError(
+                f"{op}: {name}: cache_quant_type {cache_quant_type!r} is symmetric and takes no "
+                "zero point"
+            )

@@ -1,0 +1,175 @@
+"""RoPE, qk-norm and the cache write of a step, from the fused projection."""
+
+from __future__ import annotations
+
+from paddle import Tensor
+
+from fastattn import _ops
+from fastattn.functional._cache_types import check_no_zero_points
+from fastattn.functional._marker import unified
+
+
+@unified
+def rope_write_cache_kv(
+    qkv: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    rotary_embs: Tensor | None,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens_decoder: Tensor,
+    seq_lens_this_time: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    rms_norm_eps: float = 1e-6,
+    use_neox_rotary_style: bool = False,
+    rotary_dim: int | None = None,
+    qk_norm_before_rope: bool = False,
+    qkv_bias: Tensor | None = None,
+    q_quant: str = "none",
+    q_scale: Tensor | None = None,
+    cache_k_scales: Tensor | None = None,
+    cache_v_scales: Tensor | None = None,
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+    batch_id_per_token: Tensor | None = None,
+    cache_k_zp: Tensor | None = None,
+    cache_v_zp: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Split a fused projection, rotate Q and K, and write K and V into the paged cache.
+
+    For a pair of channels :math:`(a, b)` at position :math:`p` with table values
+    :math:`c = \cos_p, s = \sin_p`
+
+    .. math:: a' = a c - b s, \qquad b' = a s + b c, \qquad
+              y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \, w
+
+    A head goes through bias, rotation and RMSNorm :math:`y` in fp32, is rounded to the type of
+    `qkv`, and only then quantised: the bytes in the cache are those of rotating first and calling
+    ``write_cache_kv`` on the result. V takes the bias only. `qkv` stays as it is.
+
+    Parameters
+    ----------
+    qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
+        Query heads, then key heads, then value heads. Its rows may be strided.
+    key_cache, value_cache : Tensor
+        Written in place. Shapes and dtypes as for ``write_cache_kv``; for type ``"none"`` the dtype
+        of `qkv`.
+    rotary_embs : Tensor, shape [2, 1, max_seq, 1, R / 2] or [..., R], float32, optional
+        Cosines, then sines, of R = `rotary_dim` channels; [2, max_seq, columns] is accepted too.
+        With R columns each angle is there twice, for neox as ``[a, b, .., a, b, ..]``, else as
+        ``[a, a, b, b, ..]``. Positions past the end use the last one. None: nothing is rotated.
+    block_tables : Tensor, shape [B, max_blocks], int32
+    cu_seqlens_q : Tensor, shape [B + 1], int32
+    seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
+        Cached and new tokens of each row. The i-th new token is at position
+        ``seq_lens_decoder[b] + i``.
+    num_heads, num_kv_heads : int
+        H and KV.
+    q_norm_weight, k_norm_weight : Tensor, shape [D], float32, bfloat16 or float16, optional
+        RMSNorm over each head of Q, of K.
+    rms_norm_eps : float
+    use_neox_rotary_style : bool
+        Pairs are (i, i + R / 2); else (2i, 2i + 1).
+    rotary_dim : int, optional
+        Channels from the start of a head that are rotated, an even number; default D.
+    qk_norm_before_rope : bool
+        Order of norm and rotation. FastDeploy's operators normalise after rotating; with the
+        weight of a model trained the other way round (Qwen3) set this.
+    qkv_bias : Tensor, shape [(H + 2 KV) * D], float32, bfloat16 or float16, optional
+    q_quant : {"none", "per_tensor", "per_token_head"}
+        Q as it is, or as e4m3 with the given `q_scale`, or with one scale a token and head,
+        ``max(amax, 1e-6) / 448``.
+    q_scale : Tensor, shape [1], float32, optional
+        Dequantisation multiplier for ``"per_tensor"``.
+    cache_k_scales, cache_v_scales : Tensor, optional
+        As for ``write_cache_kv``; dynamic types write them.
+    cache_quant_type : str
+        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+    fp8_format : {"e4m3", "e5m2"}
+        Codes of ``cache_fp8``.
+    batch_id_per_token : Tensor, shape [T], int32, optional
+        A token whose id is not its row (-1: CUDA-graph padding) is skipped.
+    cache_k_zp, cache_v_zp : None
+        Zero points; every supported type is symmetric and takes none.
+
+    Returns
+    -------
+    q : Tensor, shape [T, H, D], the dtype of `qkv`, or uint8 (e4m3 codes)
+        Skipped tokens and tokens past the last row give 0.
+    q_descale : Tensor or None
+        None, `q_scale`, or float32 [T, H]. A skipped token has the scale of an all-zero head.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above, or a tensor is None or no tensor.
+    ValueError
+        If shapes, places or options do not fit each other, or a zero point is given.
+    NotImplementedError
+        If `cache_quant_type`, the head dimension or a rope_3d table is not supported.
+
+    See Also
+    --------
+    fastattn.reference.rope_write_cache_kv : the same in NumPy.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import rope_write_cache_kv
+    >>> qkv = paddle.ones([2, 3 * 64], "float16")
+    >>> key_cache = paddle.zeros([1, 1, 64, 64], "float16")
+    >>> value_cache = paddle.zeros([1, 1, 64, 64], "float16")
+    >>> table = paddle.concat([paddle.zeros([1, 8, 32]), paddle.ones([1, 8, 32])])  # 90 degrees
+    >>> blocks, cu, zero, two = (
+    ...     paddle.to_tensor(x, "int32") for x in ([[0]], [0, 2], [0], [2])
+    ... )
+    >>> q, _ = rope_write_cache_kv(
+    ...     qkv, key_cache, value_cache, table, blocks, cu, zero, two, num_heads=1, num_kv_heads=1
+    ... )
+    >>> q.numpy()[0, 0, :4].tolist(), key_cache.numpy()[0, 0, 1, :4].tolist()
+    ([-1.0, 1.0, -1.0, 1.0], [-1.0, 1.0, -1.0, 1.0])
+    >>> value_cache.numpy()[0, 0, :3, 0].tolist()
+    [1.0, 1.0, 0.0]
+    """
+    if cache_k_zp is not None or cache_v_zp is not None:
+        check_no_zero_points(
+            "rope_write_cache_kv", cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp
+        )
+    outputs = _ops.call(
+        "rope_write_cache_kv",
+        (
+            qkv,
+            key_cache,
+            value_cache,
+            rotary_embs,
+            block_tables,
+            cu_seqlens_q,
+            seq_lens_decoder,
+            seq_lens_this_time,
+            q_norm_weight,
+            k_norm_weight,
+            qkv_bias,
+            q_scale,
+            cache_k_scales,
+            cache_v_scales,
+            batch_id_per_token,
+        ),
+        (
+            num_heads,
+            num_kv_heads,
+            rms_norm_eps,
+            use_neox_rotary_style,
+            -1 if rotary_dim is None else rotary_dim,
+            qk_norm_before_rope,
+            q_quant,
+            cache_quant_type,
+            fp8_format,
+        ),
+    )
+    if q_quant == "none":
+        return outputs[0], None
+    return outputs[0], q_scale if q_quant == "per_tensor" else outputs[1]

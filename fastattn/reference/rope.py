@@ -1,0 +1,176 @@
+"""NumPy model of :func:`fastattn.functional.rope_write_cache_kv`.
+
+One head goes through: bias, rotation and RMSNorm in fp32, one rounding to the type of ``qkv``, and
+only then quantisation. Each fp32 operation below is one IEEE rounding in the order written, which
+is what makes the codes of every implementation the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastattn.reference.numerics import Array, amax, dynamic_scale, quantize, round_to
+
+
+def make_rotary_embs(
+    max_positions: int, rotary_dim: int, *, theta: float = 10000.0, neox: bool = False
+) -> Array:
+    """Rotary table of FastDeploy's shape: cosines, then sines, of ``position * theta^(-2i/R)``.
+
+    Returns
+    -------
+    array of float32, shape [2, 1, max_positions, 1, R / 2], or [..., R] for `neox`
+        The second half of a neox table repeats the first.
+    """
+    frequencies = float(theta) ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+    angles = np.arange(max_positions)[:, None] * frequencies
+    if neox:
+        angles = np.concatenate([angles, angles], axis=-1)
+    table = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    return table[:, None, :, None, :]
+
+
+def rotate(x: Array, cos: Array, sin: Array, *, neox: bool) -> Array:
+    """Rotate the pairs of the last dimension by angles given as cos and sin.
+
+    Parameters
+    ----------
+    x : array of float32, shape [..., R]
+    cos, sin : array of float32, shape [..., R / 2] (broadcast)
+    neox : bool
+        Pairs are (i, i + R / 2), else (2i, 2i + 1).
+    """
+    half = x.shape[-1] // 2
+    a, b = (x[..., :half], x[..., half:]) if neox else (x[..., 0::2], x[..., 1::2])
+    first = a * cos - b * sin
+    second = a * sin + b * cos
+    if neox:
+        return np.concatenate([first, second], axis=-1)
+    return np.stack([first, second], axis=-1).reshape(x.shape)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMSNorm over the last dimension in fp32: ``(x * (1 / sqrt(mean(x^2) + eps))) * weight``.
+
+    The squares are summed as a balanced binary tree of neighbours: (0 + 1) + (2 + 3) + ...
+    """
+    x = np.asarray(x, np.float32)
+    total = x * x
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    mean = total / np.float32(x.shape[-1])
+    inverse = np.float32(1.0) / np.sqrt(mean + np.float32(eps))
+    return (x * inverse) * np.asarray(weight).astype(np.float32)
+
+
+def angles_of(
+    rotary_embs: Array, positions: Array, rotary_dim: int, *, neox: bool
+) -> tuple[Array, Array]:
+    """Cosines and sines [T, 1, R / 2] of each token; positions are clamped to the table.
+
+    A table with a column for every channel holds each angle twice: neox ``[a, b, .., a, b, ..]``,
+    interleaved ``[a, a, b, b, ..]``.
+    """
+    table = np.asarray(rotary_embs, np.float32)
+    table = table.reshape(2, -1, table.shape[-1])
+    half = rotary_dim // 2
+    if table.shape[-1] == rotary_dim:
+        table = table[..., :half] if neox else table[..., 0::2]
+    at = table[:, np.clip(positions, 0, table.shape[1] - 1), None, :]
+    return at[0], at[1]
+
+
+def token_rows(
+    num_tokens: int,
+    cu_seqlens_q: Array,
+    seq_lens_decoder: Array,
+    seq_lens_this_time: Array,
+    batch_id_per_token: Array | None = None,
+) -> tuple[Array, Array]:
+    """Row and position of every token of a step; row -1 for padding.
+
+    Padding are tokens of no row and tokens whose batch id does not name their row.
+    """
+    rows = np.full(num_tokens, -1)
+    positions = np.zeros(num_tokens, np.int64)
+    for b in range(len(seq_lens_decoder)):
+        start, end = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])
+        if start < 0:
+            continue
+        new = min(int(seq_lens_this_time[b]), end - start)
+        for i in range(min(new, num_tokens - start)):
+            if batch_id_per_token is None or batch_id_per_token[start + i] == b:
+                rows[start + i] = b
+                positions[start + i] = max(int(seq_lens_decoder[b]), 0) + i
+    return rows, positions
+
+
+def rope_qkv(
+    qkv: Array,
+    positions: Array,
+    rotary_embs: Array | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm_weight: Array | None = None,
+    k_norm_weight: Array | None = None,
+    rms_norm_eps: float = 1e-6,
+    use_neox_rotary_style: bool = False,
+    rotary_dim: int | None = None,
+    qkv_bias: Array | None = None,
+    qk_norm_before_rope: bool = False,
+) -> tuple[Array, Array, Array]:
+    """Split the fused projection and apply bias, rotation and qk-norm.
+
+    Parameters
+    ----------
+    qkv : array of bfloat16 or float16, shape [T, (H + 2 KV) * D]
+    positions : array of int, shape [T]
+
+    Returns
+    -------
+    q, k, v : array of the dtype of `qkv`, shapes [T, H, D], [T, KV, D], [T, KV, D]
+    """
+    dtype: Any = qkv.dtype
+    tokens = qkv.shape[0]
+    heads = num_heads + 2 * num_kv_heads
+    head_dim = qkv.shape[1] // heads
+    x = qkv.astype(np.float32)
+    if qkv_bias is not None:
+        x = x + np.asarray(qkv_bias).astype(np.float32)
+    x = x.reshape(tokens, heads, head_dim)
+    rotated = head_dim if rotary_dim is None else rotary_dim
+
+    def rope(y: Array) -> Array:
+        if rotary_embs is None:
+            return y
+        neox = use_neox_rotary_style
+        cos, sin = angles_of(rotary_embs, positions, rotated, neox=neox)
+        turned = rotate(y[..., :rotated], cos, sin, neox=neox)
+        return np.concatenate([turned, y[..., rotated:]], axis=-1)
+
+    def norm(y: Array, weight: Array | None) -> Array:
+        return y if weight is None else rms_norm(y, weight, rms_norm_eps)
+
+    def transform(y: Array, weight: Array | None) -> Array:
+        with np.errstate(all="ignore"):
+            y = rope(norm(y, weight)) if qk_norm_before_rope else norm(rope(y), weight)
+        return round_to(y, dtype).astype(dtype)
+
+    q = transform(x[:, :num_heads], q_norm_weight)
+    k = transform(x[:, num_heads : num_heads + num_kv_heads], k_norm_weight)
+    v = round_to(x[:, num_heads + num_kv_heads :], dtype).astype(dtype)
+    return q, k, v
+
+
+def quantize_q(q: Array, q_quant: str, q_scale: Array | None) -> tuple[Array, Array | None]:
+    """Quantise queries [T, H, D] to e4m3 codes (uint8) and their dequantisation scales."""
+    if q_quant == "none":
+        return q, None
+    if q_quant == "per_tensor":
+        assert q_scale is not None
+        return quantize(q, q_scale, "e4m3"), np.asarray(q_scale, np.float32)
+    scales = dynamic_scale(amax(q, axis=-1), "e4m3")
+    return quantize(q, scales[..., None], "e4m3"), scales
