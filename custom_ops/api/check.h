@@ -128,7 +128,9 @@ class Arg {
   // Elements of the last dimension lie side by side; other strides are free.
   const Arg& LastDimContiguous() const {
     const Shape shape = tensor_.shape();
-    if (!shape.empty() && shape.back() > 1 && StridesOf(tensor_).back() != 1) {
+    // Strides of an empty tensor mean nothing.
+    const bool several = tensor_.numel() > 0 && !shape.empty() && shape.back() > 1;
+    if (several && StridesOf(tensor_).back() != 1) {
       Fail("ValueError", op_, name_, "expected stride 1 in the last dimension, got strides ",
            ShapeText(StridesOf(tensor_)));
     }
