@@ -8,6 +8,9 @@
 
 namespace fastattn {
 
+// Smallest amax of a dynamic group of activations: as in the serving stack's per-token quantiser.
+inline constexpr float kActivationAmaxFloor = 1e-10f;
+
 enum class QuantGranularity : int { kStatic, kTensor, kToken, kGroup };
 
 struct QuantizeFp8Params {
@@ -19,7 +22,8 @@ struct QuantizeFp8Params {
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t x_row_stride = 0;  // elements
-  int group_size = 0;        // kGroup: divides cols
+  int64_t codes_row_stride = 0;
+  int group_size = 0;  // kGroup: divides cols
 };
 
 }  // namespace fastattn

@@ -89,3 +89,21 @@ def round_to(x: Array, dtype: Any) -> Array:
     """Round fp32 values to `dtype` (e.g. bfloat16) and return them as fp32."""
     with np.errstate(over="ignore"):
         return np.asarray(x, np.float32).astype(dtype).astype(np.float32)
+
+
+def exp_non_positive(x: Array) -> Array:
+    """exp(x) for x <= 0 in plain fp32 steps: 0 below -87, within 2 ulp above; NaN stays NaN.
+
+    ``x = n ln2 + r``, and exp(r) is its Taylor polynomial of degree 7. A library's exp differs in
+    the last bit between platforms, and so would the codes of what it weighs.
+    """
+    f = np.float32
+    x = np.asarray(x, np.float32)
+    safe = np.where(x < f(-87), f(0), x)
+    n = np.rint(safe * f(1.44269504))
+    r = (safe - n * f(0.693359375)) - n * f(-2.12194440e-4)
+    p = f(1) / f(5040)
+    for denominator in (720, 120, 24, 6, 2, 1, 1):
+        p = p * r + f(1) / f(denominator)
+    result = np.ldexp(p, np.where(np.isnan(n), 0, n).astype(np.int32))
+    return np.where(x < f(-87), f(0), result).astype(np.float32)

@@ -1,0 +1,184 @@
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "cpu/merge.h"
+#include "params/merge.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "merge_attn_states";
+
+// The tensor that receives e4m3 codes.
+void CheckCodes(const Tensor& output) {
+  const DType dtype = ToDType(kOp, "output", output.dtype());
+  if (dtype != DType::kUInt8 && dtype != DType::kE4M3) {
+    Fail("TypeError", kOp, "output", "expected dtype uint8 or float8_e4m3fn for FP8, got ",
+         output.dtype());
+  }
+}
+
+void SetOutputStrides(const Tensor& tensor, int64_t& token, int64_t& head) {
+  const Shape strides = StridesOf(tensor);
+  token = strides[0];
+  head = strides[1];
+}
+
+void SetLseStrides(const Tensor& tensor, int64_t& head, int64_t& token) {
+  const Shape strides = StridesOf(tensor);
+  head = strides[0];
+  token = strides[1];
+}
+
+// Static scale: the device's is used as it is, but the host can see this one.
+void CheckScaleValue(const float* scale) {
+  if (scale != nullptr && !(*scale > 0.0f && std::isfinite(*scale))) {
+    Fail("ValueError", kOp, "output_scale", "expected a finite positive scale, got ", *scale);
+  }
+}
+
+// Channels that share a scale, from the shape [T, groups] of the scales.
+int GroupSize(const Tensor& scales, int64_t tokens, int64_t channels) {
+  const Shape shape = scales.shape();
+  const bool fits = shape.size() == 2 && shape[0] == tokens &&
+                    (shape[1] == 0 ? channels == 0 : shape[1] > 0 && channels % shape[1] == 0);
+  if (!fits) {
+    Fail("ValueError", kOp, "output_scales", "expected shape [", tokens, ", groups] where groups ",
+         "divides H * D = ", channels, ", got ", ShapeText(shape));
+  }
+  return static_cast<int>(shape[1] == 0 ? 1 : channels / shape[1]);
+}
+
+}  // namespace
+
+std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& prefix_lse,
+                                    const Tensor& suffix_output, const Tensor& suffix_lse,
+                                    const OptionalTensor& output_scale, OptionalTensor& output,
+                                    OptionalTensor& output_lse, OptionalTensor& output_scales,
+                                    int64_t prefill_tokens_with_context) {
+  Arg(kOp, "prefix_output", prefix_output)
+      .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
+      .Rank(3)
+      .LastDimContiguous();
+  const auto place = prefix_output.place();
+  const Shape shape = prefix_output.shape();
+  const Shape lse_shape = {shape[1], shape[0]};
+  Arg(kOp, "suffix_output", suffix_output)
+      .On(place)
+      .Dtype({prefix_output.dtype()})
+      .Dims(shape)
+      .LastDimContiguous();
+  Arg(kOp, "prefix_lse", prefix_lse).On(place).Dtype({phi::DataType::FLOAT32}).Dims(lse_shape);
+  Arg(kOp, "suffix_lse", suffix_lse).On(place).Dtype({phi::DataType::FLOAT32}).Dims(lse_shape);
+
+  const Tensor* scale = Get(output_scale);
+  const Tensor* given_output = Get(output);
+  const Tensor* given_lse = Get(output_lse);
+  const Tensor* given_scales = Get(output_scales);
+  if (scale != nullptr && given_scales != nullptr) {
+    Fail("ValueError", kOp, "output_scales", "expected None when output_scale is given");
+  }
+  const bool fp8 = scale != nullptr || given_scales != nullptr;
+  if (scale != nullptr) {
+    Arg(kOp, "output_scale", *scale).On(place).Dtype({phi::DataType::FLOAT32}).Dims({1});
+  }
+  if (given_output != nullptr) {
+    const Arg arg(kOp, "output", *given_output);
+    arg.On(place).Dims(shape).LastDimContiguous();
+    if (fp8) {
+      CheckCodes(*given_output);
+    } else {
+      arg.Dtype({prefix_output.dtype()});
+    }
+  }
+  if (given_lse != nullptr) {
+    Arg(kOp, "output_lse", *given_lse).On(place).Dtype({phi::DataType::FLOAT32}).Dims(lse_shape);
+  }
+  if (prefill_tokens_with_context < -1 || prefill_tokens_with_context > shape[0]) {
+    Fail("ValueError", kOp, "prefill_tokens_with_context", "expected None or 0 to T = ", shape[0],
+         ", got ", prefill_tokens_with_context);
+  }
+
+  MergeParams p;
+  p.dtype = ToDType(kOp, "prefix_output", prefix_output.dtype());
+  p.num_tokens = shape[0];
+  p.merged_tokens = prefill_tokens_with_context < 0 ? shape[0] : prefill_tokens_with_context;
+  p.num_heads = static_cast<int>(shape[1]);
+  p.head_dim = static_cast<int>(shape[2]);
+  if (given_scales != nullptr) {
+    Arg(kOp, "output_scales", *given_scales).On(place).Dtype({phi::DataType::FLOAT32}).Contiguous();
+    p.group_size = GroupSize(*given_scales, shape[0], shape[1] * shape[2]);
+  }
+
+  RequireCpu(kOp, place);
+  p.output_scale = scale != nullptr ? Data<float>(*scale) : nullptr;
+  CheckScaleValue(p.output_scale);
+
+  const auto out_dtype = fp8 ? phi::DataType::UINT8 : prefix_output.dtype();
+  Tensor merged = given_output ? *given_output : paddle::empty(shape, out_dtype, place);
+  Tensor merged_lse =
+      given_lse ? *given_lse : paddle::empty(lse_shape, phi::DataType::FLOAT32, place);
+  p.output_kind = given_scales ? MergeOutput::kDynamicFp8
+                  : scale      ? MergeOutput::kStaticFp8
+                               : MergeOutput::kPlain;
+  p.prefix_output = Data(prefix_output);
+  p.suffix_output = Data(suffix_output);
+  p.prefix_lse = Data<float>(prefix_lse);
+  p.suffix_lse = Data<float>(suffix_lse);
+  p.output = MutableData(merged);
+  p.output_lse = MutableData<float>(merged_lse);
+  SetOutputStrides(prefix_output, p.prefix_token_stride, p.prefix_head_stride);
+  SetOutputStrides(suffix_output, p.suffix_token_stride, p.suffix_head_stride);
+  SetOutputStrides(merged, p.output_token_stride, p.output_head_stride);
+  SetLseStrides(prefix_lse, p.prefix_lse_head_stride, p.prefix_lse_token_stride);
+  SetLseStrides(suffix_lse, p.suffix_lse_head_stride, p.suffix_lse_token_stride);
+  SetLseStrides(merged_lse, p.output_lse_head_stride, p.output_lse_token_stride);
+  if (given_scales != nullptr) {
+    p.output_scales = MutableData<float>(output_scales.get());
+    p.output_scales_token_stride = given_scales->shape()[1];
+  }
+
+  Guarded(kOp, [&] { cpu::MergeAttnStates(p); });
+  return {merged, merged_lse};
+}
+
+std::vector<Shape> MergeInferShape(const Shape& prefix_output, const Shape& prefix_lse,
+                                   const Shape& suffix_output, const Shape& suffix_lse,
+                                   const paddle::optional<Shape>& output_scale,
+                                   const paddle::optional<Shape>& output,
+                                   const paddle::optional<Shape>& output_lse,
+                                   const paddle::optional<Shape>& output_scales,
+                                   int64_t prefill_tokens_with_context) {
+  return {prefix_output, prefix_lse};
+}
+
+std::vector<phi::DataType> MergeInferDtype(const phi::DataType& prefix_output,
+                                           const phi::DataType& prefix_lse,
+                                           const phi::DataType& suffix_output,
+                                           const phi::DataType& suffix_lse,
+                                           const paddle::optional<phi::DataType>& output_scale,
+                                           const paddle::optional<phi::DataType>& output,
+                                           const paddle::optional<phi::DataType>& output_lse,
+                                           const paddle::optional<phi::DataType>& output_scales) {
+  const bool fp8 = output_scale || output_scales;
+  return {output ? *output : fp8 ? phi::DataType::UINT8 : prefix_output, phi::DataType::FLOAT32};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_merge_attn_states)
+    .Inputs({"prefix_output", "prefix_lse", "suffix_output", "suffix_lse",
+             paddle::Optional("output_scale"), paddle::Optional("output"),
+             paddle::Optional("output_lse"), paddle::Optional("output_scales")})
+    .Outputs({"merged", "merged_lse", paddle::Optional("output_out"),
+              paddle::Optional("output_lse_out"), paddle::Optional("output_scales_out")})
+    .SetInplaceMap({{paddle::Optional("output"), paddle::Optional("output_out")},
+                    {paddle::Optional("output_lse"), paddle::Optional("output_lse_out")},
+                    {paddle::Optional("output_scales"), paddle::Optional("output_scales_out")}})
+    .Attrs({"prefill_tokens_with_context: int64_t"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::MergeAttnStates))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergeInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergeInferDtype));
