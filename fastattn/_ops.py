@@ -18,7 +18,9 @@ LIBRARY_NAME = "_fastattn_ops.so"
 PREFIX = "fastattn_"
 
 # What the checks of custom_ops/api/check.h throw, inside the text that Paddle wraps around it.
-_ERROR = re.compile(r"\[(TypeError|ValueError|NotImplementedError|RuntimeError)\] (.*?)\s*(?:\n\s*\[|\Z)", re.S)
+_ERROR = re.compile(
+    r"\[(TypeError|ValueError|NotImplementedError|RuntimeError)\] (.*?)\s*(?:\n\s*\[|\Z)", re.S
+)
 _ERROR_TYPES = {
     "TypeError": TypeError,
     "ValueError": ValueError,
@@ -178,13 +180,14 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
         outputs = run(PREFIX + op, *inputs, *attrs)
     except (OSError, RuntimeError, ValueError) as error:
         _reraise(error)
-    if len(outputs) == len(sig.outputs):
+    # An absent optional tensor leaves an empty tensor in the list, or (PIR) no place at all.
+    absent = [i for i, source in sig.inplace.items() if inputs[source] is None]
+    if not absent:
         return list(outputs)
-    present = iter(outputs)  # an absent optional tensor leaves no place in the list
-    return [
-        None if i in sig.inplace and inputs[sig.inplace[i]] is None else next(present)
-        for i in range(len(sig.outputs))
-    ]
+    if len(outputs) == len(sig.outputs):
+        return [None if i in absent else x for i, x in enumerate(outputs)]
+    present = iter(outputs)
+    return [None if i in absent else next(present) for i in range(len(sig.outputs))]
 
 
 def _runner() -> Any:
