@@ -1,5 +1,14 @@
 """The operators, as typed and validating Python functions."""
 
+from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.quantize import quantize_fp8
+from fastattn.functional.rope import rope_write_cache_kv
 
-__all__ = ["quantize_fp8"]
+__all__ = [
+    "indexer_kv_compress_insert",
+    "indexer_q_rope_quant",
+    "merge_attn_states",
+    "quantize_fp8",
+    "rope_write_cache_kv",
+]

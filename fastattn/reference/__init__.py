@@ -1,6 +1,19 @@
 """A readable NumPy model of every operator. It imports no Paddle and is slow on purpose."""
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
+from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.reference.merge import merge_attn_states
+from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8
 
-__all__ = ["attention_mask", "flash_attention", "paged_attention", "quantize_fp8"]
+__all__ = [
+    "attention_mask",
+    "flash_attention",
+    "indexer_kv_compress_insert",
+    "indexer_q_rope_quant",
+    "merge_attn_states",
+    "mxfp4_dequantize",
+    "mxfp4_quantize",
+    "paged_attention",
+    "quantize_fp8",
+]

@@ -1,0 +1,251 @@
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "cpu/indexer.h"
+#include "params/indexer.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kQOp = "indexer_q_rope_quant";
+constexpr const char* kKvOp = "indexer_kv_compress_insert";
+
+const std::initializer_list<phi::DataType> kFloatDtypes = {phi::DataType::FLOAT32,
+                                                           phi::DataType::BFLOAT16};
+const std::initializer_list<phi::DataType> kIndexDtypes = {phi::DataType::INT32,
+                                                           phi::DataType::INT64};
+
+IndexerQuant ParseQuant(const char* op, const std::string& name, bool with_wide) {
+  if (name == "fp8") return IndexerQuant::kFp8;
+  if (name == "mxfp4") return IndexerQuant::kMxfp4;
+  if (with_wide && name == "fp8_512") return IndexerQuant::kFp8Wide;
+  Fail("ValueError", op, "quant", "expected fp8", with_wide ? ", mxfp4 or fp8_512" : " or mxfp4",
+       ", got '", name, "'");
+}
+
+IndexArray ToIndexArray(const char* op, const char* name, const Tensor& tensor,
+                        const phi::Place& place, int64_t tokens) {
+  Arg(op, name, tensor).On(place).Dtype(kIndexDtypes).Dims({tokens}).Contiguous();
+  return {Data(tensor), tensor.dtype() == phi::DataType::INT64};
+}
+
+void CheckCosSin(const char* op, const Tensor& cos_sin) {
+  const Arg arg(op, "cos_sin_cache", cos_sin);
+  arg.Dtype(kFloatDtypes).Dims({-1, kIndexerRopeDim}).Contiguous();
+  if (cos_sin.shape()[0] == 0) {
+    Fail("ValueError", op, "cos_sin_cache", "expected at least 1 position, got shape ",
+         ShapeText(cos_sin.shape()));
+  }
+}
+
+// [T, H, 128] of q to the shapes of codes, scales and weights.
+std::vector<Shape> QueryShapes(const Shape& q, const std::string& quant) {
+  if (q.size() != 3) Fail("ValueError", kQOp, "q", "expected 3 dimensions, got ", ShapeText(q));
+  const int bytes = PageFormatOf(ParseQuant(kQOp, quant, false)).code_bytes;
+  return {{q[0], q[1], bytes}, {q[0], q[1]}, {q[0], q[1]}};
+}
+
+phi::DataType QueryScaleDtype(const std::string& quant) {
+  return quant == "fp8" ? phi::DataType::FLOAT32 : phi::DataType::INT32;
+}
+
+int64_t Product(const Shape& shape, size_t first) {
+  int64_t n = 1;
+  for (size_t i = first; i < shape.size(); ++i) n *= shape[i];
+  return n;
+}
+
+// Checks the page tensor [num_pages, ...bytes] and sets the page fields.
+void SetPages(const Tensor& kv_cache, const phi::Place& place, int page_size,
+              IndexerKvParams* params) {
+  Arg(kKvOp, "kv_cache", kv_cache).On(place).Dtype({phi::DataType::UINT8}).Contiguous();
+  const Shape shape = kv_cache.shape();
+  if (shape.size() < 2) {
+    Fail("ValueError", kKvOp, "kv_cache", "expected [num_pages, page_bytes], got shape ",
+         ShapeText(shape));
+  }
+  if (page_size <= 0) {
+    Fail("ValueError", kKvOp, "page_size", "expected a positive number of tokens, got ", page_size);
+  }
+  const IndexerPageFormat format = PageFormatOf(params->quant);
+  const int64_t needed = int64_t{page_size} * (format.code_bytes + format.scale_bytes);
+  const int64_t bytes = Product(shape, 1);
+  if (bytes < needed || bytes % 4 != 0) {
+    Fail("ValueError", kKvOp, "kv_cache", "expected pages of at least ", needed, " bytes (",
+         page_size, " tokens of ", format.code_bytes + format.scale_bytes,
+         "), a multiple of 4, got shape ", ShapeText(shape));
+  }
+  params->num_pages = shape[0];
+  params->page_size = page_size;
+  params->page_stride = bytes;
+}
+
+// Checks the state cache [num_blocks, state_block, 2 * SW] and sets its fields.
+void SetState(const Tensor& state, const Tensor& block_tables, const phi::Place& place,
+              int compress_ratio, IndexerKvParams* params) {
+  if (compress_ratio != 4 && compress_ratio != 128) {
+    Fail("NotImplementedError", kKvOp, "compress_ratio", "expected 4 or 128, got ", compress_ratio);
+  }
+  const int head_dim = PageFormatOf(params->quant).head_dim;
+  const int64_t width = int64_t{2} * head_dim * (compress_ratio == 4 ? 2 : 1);
+  Arg(kKvOp, "state_cache", state).On(place).Dtype(kFloatDtypes).Dims({-1, -1, width}).Contiguous();
+  const Shape shape = state.shape();
+  if (shape[1] == 0) {
+    Fail("ValueError", kKvOp, "state_cache", "expected at least 1 position a block, got shape ",
+         ShapeText(shape));
+  }
+  Arg(kKvOp, "block_tables", block_tables)
+      .On(place)
+      .Dtype({phi::DataType::INT32})
+      .Rank(2)
+      .Contiguous();
+  params->compress_ratio = compress_ratio;
+  params->state = Data(state);
+  params->state_dtype = ToDType(kKvOp, "state_cache", state.dtype());
+  params->num_state_blocks = shape[0];
+  params->state_block = shape[1];
+  params->state_block_stride = shape[1] * width;
+  params->block_tables = Data<int>(block_tables);
+  params->batch = static_cast<int>(block_tables.shape()[0]);
+  params->max_blocks = static_cast<int>(block_tables.shape()[1]);
+}
+
+}  // namespace
+
+std::vector<Tensor> IndexerQRopeQuant(const Tensor& positions, const Tensor& q,
+                                      const Tensor& cos_sin_cache, const Tensor& weights,
+                                      float softmax_scale, float head_scale,
+                                      const std::string& quant) {
+  CheckCosSin(kQOp, cos_sin_cache);
+  const phi::Place place = cos_sin_cache.place();
+  Arg(kQOp, "q", q)
+      .On(place)
+      .Dtype({phi::DataType::BFLOAT16})
+      .Dims({-1, -1, kIndexerHeadDim})
+      .LastDimContiguous();
+  const Shape shape = q.shape();
+  Arg(kQOp, "weights", weights)
+      .On(place)
+      .Dtype(kFloatDtypes)
+      .Dims({shape[0], shape[1]})
+      .Contiguous();
+
+  IndexerQParams p;
+  p.positions = ToIndexArray(kQOp, "positions", positions, place, shape[0]);
+  p.quant = ParseQuant(kQOp, quant, false);
+  const std::vector<Shape> shapes = QueryShapes(shape, quant);
+  Tensor codes = paddle::empty(shapes[0], phi::DataType::UINT8, place);
+  Tensor scales = paddle::empty(shapes[1], QueryScaleDtype(quant), place);
+  Tensor weights_out = paddle::empty(shapes[2], phi::DataType::FLOAT32, place);
+  const Shape strides = StridesOf(q);
+  p.q = Data<uint16_t>(q);
+  p.q_token_stride = strides[0];
+  p.q_head_stride = strides[1];
+  p.cos_sin = Data(cos_sin_cache);
+  p.cos_sin_dtype = ToDType(kQOp, "cos_sin_cache", cos_sin_cache.dtype());
+  p.max_positions = cos_sin_cache.shape()[0];
+  p.weights = Data(weights);
+  p.weights_dtype = ToDType(kQOp, "weights", weights.dtype());
+  p.codes = MutableData<uint8_t>(codes);
+  p.scales = MutableData(scales);
+  p.weights_out = MutableData<float>(weights_out);
+  p.num_tokens = shape[0];
+  p.num_heads = static_cast<int>(shape[1]);
+  p.softmax_scale = softmax_scale;
+  p.head_scale = head_scale;
+
+  RequireCpu(kQOp, place);
+  Guarded(kQOp, [&] { cpu::IndexerQRopeQuant(p); });
+  return {codes, scales, weights_out};
+}
+
+std::vector<Shape> IndexerQRopeQuantInferShape(const Shape& positions, const Shape& q,
+                                               const Shape& cos_sin_cache, const Shape& weights,
+                                               float softmax_scale, float head_scale,
+                                               const std::string& quant) {
+  return QueryShapes(q, quant);
+}
+
+std::vector<phi::DataType> IndexerQRopeQuantInferDtype(
+    const phi::DataType& positions, const phi::DataType& q, const phi::DataType& cos_sin_cache,
+    const phi::DataType& weights, float softmax_scale, float head_scale, const std::string& quant) {
+  return {phi::DataType::UINT8, QueryScaleDtype(quant), phi::DataType::FLOAT32};
+}
+
+void IndexerKvCompressInsert(const Tensor& state_cache, const Tensor& block_tables,
+                             const Tensor& batch_id_per_token, const Tensor& positions,
+                             const Tensor& state_slots, const Tensor& kv_slots,
+                             const Tensor& rms_norm_weight, const Tensor& cos_sin_cache,
+                             Tensor& kv_cache, int compress_ratio, int page_size,
+                             float rms_norm_eps, const std::string& quant) {
+  CheckCosSin(kKvOp, cos_sin_cache);
+  const phi::Place place = cos_sin_cache.place();
+  IndexerKvParams p;
+  p.quant = ParseQuant(kKvOp, quant, true);
+  SetState(state_cache, block_tables, place, compress_ratio, &p);
+  Arg(kKvOp, "batch_id_per_token", batch_id_per_token)
+      .On(place)
+      .Dtype({phi::DataType::INT32})
+      .Rank(1)
+      .Contiguous();
+  p.num_tokens = batch_id_per_token.shape()[0];
+  p.batch_ids = Data<int>(batch_id_per_token);
+  p.positions = ToIndexArray(kKvOp, "positions", positions, place, p.num_tokens);
+  p.state_slots = ToIndexArray(kKvOp, "state_slots", state_slots, place, p.num_tokens);
+  p.kv_slots = ToIndexArray(kKvOp, "kv_slots", kv_slots, place, p.num_tokens);
+  Arg(kKvOp, "rms_norm_weight", rms_norm_weight)
+      .On(place)
+      .Dtype(kFloatDtypes)
+      .Dims({PageFormatOf(p.quant).head_dim})
+      .Contiguous();
+  p.rms_weight = Data(rms_norm_weight);
+  p.rms_weight_dtype = ToDType(kKvOp, "rms_norm_weight", rms_norm_weight.dtype());
+  p.rms_norm_eps = rms_norm_eps;
+  p.cos_sin = Data(cos_sin_cache);
+  p.cos_sin_dtype = ToDType(kKvOp, "cos_sin_cache", cos_sin_cache.dtype());
+  p.max_positions = cos_sin_cache.shape()[0];
+  SetPages(kv_cache, place, page_size, &p);
+  p.kv_cache = MutableData<uint8_t>(kv_cache);
+
+  RequireCpu(kKvOp, place);
+  Guarded(kKvOp, [&] { cpu::IndexerKvCompressInsert(p); });
+}
+
+// Paddle derives the outputs that are in place itself and wants to hear of the others only.
+std::vector<Shape> IndexerKvCompressInsertInferShape(
+    const Shape& state_cache, const Shape& block_tables, const Shape& batch_id_per_token,
+    const Shape& positions, const Shape& state_slots, const Shape& kv_slots,
+    const Shape& rms_norm_weight, const Shape& cos_sin_cache, const Shape& kv_cache) {
+  return {};
+}
+
+std::vector<phi::DataType> IndexerKvCompressInsertInferDtype(
+    const phi::DataType& state_cache, const phi::DataType& block_tables,
+    const phi::DataType& batch_id_per_token, const phi::DataType& positions,
+    const phi::DataType& state_slots, const phi::DataType& kv_slots,
+    const phi::DataType& rms_norm_weight, const phi::DataType& cos_sin_cache,
+    const phi::DataType& kv_cache) {
+  return {};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_indexer_q_rope_quant)
+    .Inputs({"positions", "q", "cos_sin_cache", "weights"})
+    .Outputs({"codes", "scales", "weights_out"})
+    .Attrs({"softmax_scale: float", "head_scale: float", "quant: std::string"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerQRopeQuant))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerQRopeQuantInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerQRopeQuantInferDtype));
+
+PD_BUILD_OP(fastattn_indexer_kv_compress_insert)
+    .Inputs({"state_cache", "block_tables", "batch_id_per_token", "positions", "state_slots",
+             "kv_slots", "rms_norm_weight", "cos_sin_cache", "kv_cache"})
+    .Outputs({"kv_cache_out"})
+    .Attrs({"compress_ratio: int", "page_size: int", "rms_norm_eps: float", "quant: std::string"})
+    .SetInplaceMap({{"kv_cache", "kv_cache_out"}})
+    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerKvCompressInsert))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerKvCompressInsertInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerKvCompressInsertInferDtype));

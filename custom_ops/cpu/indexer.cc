@@ -1,0 +1,272 @@
+#include "cpu/indexer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "common/dispatch.h"
+#include "common/exact.h"
+#include "common/fp4.h"
+#include "common/numeric.h"
+#include "cpu/parallel.h"
+
+namespace fastattn::cpu {
+
+namespace {
+
+constexpr int kPairs = kIndexerRopeDim / 2;
+// Partial sums of a softmax over the rows of a group: the same tree on every device.
+constexpr int kSegments = 8;
+
+struct Rotation {
+  float cos[kPairs];
+  float sin[kPairs];
+};
+
+Rotation LoadRotation(const void* table, DType dtype, int64_t position, int64_t max_positions) {
+  position = std::min(std::max<int64_t>(position, 0), max_positions - 1);
+  Rotation rotation;
+  for (int i = 0; i < kPairs; ++i) {
+    rotation.cos[i] = LoadScale(table, dtype, position * kIndexerRopeDim + i);
+    rotation.sin[i] = LoadScale(table, dtype, position * kIndexerRopeDim + kPairs + i);
+  }
+  return rotation;
+}
+
+// Rotates the interleaved (even, odd) pairs of x[0..64).
+void Rotate(const Rotation& rotation, float* x) {
+  for (int i = 0; i < kPairs; ++i) {
+    const float even = x[2 * i], odd = x[2 * i + 1];
+    const float c = rotation.cos[i], s = rotation.sin[i];
+    x[2 * i] = Sub(Mul(even, c), Mul(odd, s));
+    x[2 * i + 1] = Add(Mul(odd, c), Mul(even, s));
+  }
+}
+
+void RoundToBFloat16(float* x, int n) {
+  for (int i = 0; i < n; ++i) x[i] = BFloat16ToFloat(FloatToBFloat16(x[i]));
+}
+
+uint32_t AmaxBits(const float* x, int n) {
+  uint32_t amax = 0;
+  for (int i = 0; i < n; ++i) amax = std::max(amax, AbsBits(x[i]));
+  return amax;
+}
+
+// Writes n e4m3 codes and returns their power-of-two scale.
+float EncodeFp8(const float* x, int n, uint8_t* codes) {
+  const float scale = PowerOfTwoFp8Scale(AmaxBits(x, n));
+  const float inverse = 1.0f / scale;  // exact
+  for (int i = 0; i < n; ++i) codes[i] = FloatToE4M3(x[i] * inverse);
+  return scale;
+}
+
+// Writes n / 2 bytes of E2M1 pairs and n / 32 UE8M0 bytes.
+void EncodeMxfp4(const float* x, int n, uint8_t* codes, uint8_t* scales) {
+  for (int b = 0; b < n / kMxBlock; ++b) {
+    const float* block = x + b * kMxBlock;
+    uint32_t amax = 0;
+    for (int i = 0; i < kMxBlock; ++i) amax = std::max(amax, MxAbsBits(block[i]));
+    scales[b] = MxScaleByte(amax);
+    const float inverse = UE8M0Inverse(scales[b]);
+    for (int i = 0; i < kMxBlock; i += 2) {
+      codes[(b * kMxBlock + i) / 2] =
+          PackE2M1(FloatToE2M1(block[i] * inverse), FloatToE2M1(block[i + 1] * inverse));
+    }
+  }
+}
+
+template <IndexerQuant kQuant>
+void QueryToken(const IndexerQParams& p, int64_t token) {
+  const Rotation rotation =
+      LoadRotation(p.cos_sin, p.cos_sin_dtype, p.positions.At(token), p.max_positions);
+  float x[kIndexerHeadDim];
+  for (int h = 0; h < p.num_heads; ++h) {
+    const uint16_t* q = p.q + token * p.q_token_stride + h * p.q_head_stride;
+    for (int d = 0; d < kIndexerHeadDim; ++d) x[d] = BFloat16ToFloat(q[d]);
+    Rotate(rotation, x + kIndexerHeadDim - kIndexerRopeDim);
+    RoundToBFloat16(x, kIndexerHeadDim);
+    const int64_t row = token * p.num_heads + h;
+    float weight = LoadScale(p.weights, p.weights_dtype, row);
+    uint8_t* codes = p.codes + row * PageFormatOf(kQuant).code_bytes;
+    if constexpr (kQuant == IndexerQuant::kMxfp4) {
+      EncodeMxfp4(x, kIndexerHeadDim, codes, static_cast<uint8_t*>(p.scales) + row * 4);
+    } else {
+      const float scale = EncodeFp8(x, kIndexerHeadDim, codes);
+      static_cast<float*>(p.scales)[row] = scale;
+      weight = Mul(weight, scale);
+    }
+    p.weights_out[row] = Mul(Mul(weight, p.softmax_scale), p.head_scale);
+  }
+}
+
+// Rows of a group in the state cache, one a position, oldest first; null for a position below 0.
+template <typename T>
+struct Group {
+  static constexpr int kMaxRows = 128;
+  const T* rows[kMaxRows];
+  int count;
+};
+
+// Finds the rows of the group that ends at `position`. False if a state block is unassigned.
+template <typename T>
+bool FindGroup(const IndexerKvParams& p, int64_t token, int64_t position, int row_width,
+               Group<T>* group) {
+  const int64_t request = p.batch_ids[token];
+  if (request < 0 || request >= p.batch) return false;
+  group->count = p.compress_ratio == 4 ? 8 : 128;
+  for (int j = 0; j < group->count; ++j) {
+    const int64_t at = position - group->count + 1 + j;
+    group->rows[j] = nullptr;
+    if (at < 0) continue;
+    const int64_t index = at / p.state_block;
+    if (index >= p.max_blocks) return false;
+    const int64_t block = p.block_tables[request * p.max_blocks + index];
+    if (block < 0 || block >= p.num_state_blocks) return false;
+    group->rows[j] = static_cast<const T*>(p.state) + block * p.state_block_stride +
+                     at % p.state_block * row_width;
+  }
+  return true;
+}
+
+// out[d] = sum_j softmax_j(score[j][d]) * kv[j][d], each channel by itself.
+//
+// The rows are summed in kSegments contiguous segments, row by row, and the segments pairwise.
+template <DType kDType, int kHead>
+void Compress(const Group<typename Element<kDType>::Storage>& group, int compress_ratio,
+              int state_width, float* out) {
+  using E = Element<kDType>;
+  // Rows of the later half of an overlapping group keep their values in the second HEAD slice.
+  const auto offset = [&](int j) { return j >= compress_ratio ? kHead : 0; };
+  float maximum[kHead];
+  std::fill_n(maximum, kHead, -std::numeric_limits<float>::infinity());
+  for (int j = 0; j < group.count; ++j) {
+    if (!group.rows[j]) continue;
+    const auto* score = group.rows[j] + state_width + offset(j);
+    for (int d = 0; d < kHead; ++d) {
+      const float s = E::Load(score[d]);
+      maximum[d] = s > maximum[d] ? s : maximum[d];
+    }
+  }
+  for (int d = 0; d < kHead; ++d) {
+    if (maximum[d] == -std::numeric_limits<float>::infinity()) maximum[d] = 0.0f;
+  }
+
+  float numerator[kSegments][kHead] = {};
+  float denominator[kSegments][kHead] = {};
+  const int rows_per_segment = group.count / kSegments;
+  for (int j = 0; j < group.count; ++j) {
+    if (!group.rows[j]) continue;  // weight 0 and value 0: adding +0 to sums that start at +0
+    const auto* kv = group.rows[j] + offset(j);
+    const auto* score = kv + state_width;
+    float* num = numerator[j / rows_per_segment];
+    float* den = denominator[j / rows_per_segment];
+    for (int d = 0; d < kHead; ++d) {
+      const float e = ExpNonPositive(Sub(E::Load(score[d]), maximum[d]));
+      num[d] = Add(num[d], Mul(e, E::Load(kv[d])));
+      den[d] = Add(den[d], e);
+    }
+  }
+  for (int width = kSegments / 2; width >= 1; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      for (int d = 0; d < kHead; ++d) {
+        numerator[i][d] = Add(numerator[2 * i][d], numerator[2 * i + 1][d]);
+        denominator[i][d] = Add(denominator[2 * i][d], denominator[2 * i + 1][d]);
+      }
+    }
+  }
+  for (int d = 0; d < kHead; ++d) {
+    // Scores of -inf throughout leave nothing to average.
+    out[d] = denominator[0][d] == 0.0f ? 0.0f : Div(numerator[0][d], denominator[0][d]);
+  }
+}
+
+// x = x / rms(x) * weight; the squares are summed as a tree of neighbours.
+template <int kHead>
+void RmsNorm(const IndexerKvParams& p, float* x) {
+  float sum[kHead];
+  for (int d = 0; d < kHead; ++d) sum[d] = Mul(x[d], x[d]);
+  for (int n = kHead / 2; n >= 1; n /= 2) {
+    for (int i = 0; i < n; ++i) sum[i] = Add(sum[2 * i], sum[2 * i + 1]);
+  }
+  const float mean = Mul(sum[0], 1.0f / kHead);
+  const float inverse = Div(1.0f, Sqrt(Add(mean, p.rms_norm_eps)));
+  for (int d = 0; d < kHead; ++d) {
+    x[d] = Mul(Mul(x[d], inverse), LoadScale(p.rms_weight, p.rms_weight_dtype, d));
+  }
+}
+
+// Quantises a bf16-rounded token into its codes and scales in the page.
+template <IndexerQuant kQuant>
+void Insert(const float* x, uint8_t* codes, uint8_t* scales) {
+  if constexpr (kQuant == IndexerQuant::kFp8) {
+    const float scale = EncodeFp8(x, kIndexerHeadDim, codes);
+    std::memcpy(scales, &scale, sizeof(scale));
+  } else if constexpr (kQuant == IndexerQuant::kMxfp4) {
+    EncodeMxfp4(x, kIndexerHeadDim, codes, scales);
+  } else {
+    constexpr int kPlain = kIndexerWideHeadDim - kIndexerRopeDim;
+    for (int b = 0; b < kPlain / kWideFp8Block; ++b) {
+      const int at = b * kWideFp8Block;
+      scales[b] = PowerOfTwoToUe8m0(EncodeFp8(x + at, kWideFp8Block, codes + at));
+    }
+    scales[kPlain / kWideFp8Block] = 0;
+    for (int i = 0; i < kIndexerRopeDim; ++i) {
+      const uint16_t bits = FloatToBFloat16(x[kPlain + i]);
+      std::memcpy(codes + kPlain + 2 * i, &bits, sizeof(bits));
+    }
+  }
+}
+
+template <IndexerQuant kQuant, DType kState>
+void KeyToken(const IndexerKvParams& p, int64_t token) {
+  constexpr IndexerPageFormat kFormat = PageFormatOf(kQuant);
+  constexpr int kHead = kFormat.head_dim;
+  const int64_t position = p.positions.At(token);
+  const int64_t slot = p.kv_slots.At(token);
+  // (position + 1) would overflow at INT64_MAX.
+  if (position < 0 || position % p.compress_ratio != p.compress_ratio - 1) return;
+  if (p.state_slots.At(token) < 0 || slot < 0 || slot / p.page_size >= p.num_pages) return;
+
+  const int state_width = (p.compress_ratio == 4 ? 2 : 1) * kHead;
+  Group<typename Element<kState>::Storage> group;
+  if (!FindGroup(p, token, position, 2 * state_width, &group)) return;
+  float x[kHead];
+  Compress<kState, kHead>(group, p.compress_ratio, state_width, x);
+  RmsNorm<kHead>(p, x);
+  const int64_t rope_position = position - (p.compress_ratio - 1);
+  Rotate(LoadRotation(p.cos_sin, p.cos_sin_dtype, rope_position, p.max_positions),
+         x + kHead - kIndexerRopeDim);
+  RoundToBFloat16(x, kHead);
+
+  uint8_t* page = p.kv_cache + slot / p.page_size * p.page_stride;
+  const int64_t row = slot % p.page_size;
+  Insert<kQuant>(x, page + row * kFormat.code_bytes,
+                 page + p.page_size * kFormat.code_bytes + row * kFormat.scale_bytes);
+}
+
+}  // namespace
+
+void IndexerQRopeQuant(const IndexerQParams& p) {
+  dispatch<IndexerQuant::kFp8, IndexerQuant::kMxfp4>(p.quant, "quant", [&](auto quant) {
+    const int64_t grain = std::max<int64_t>(1, 64 / std::max(p.num_heads, 1));
+    ParallelFor(p.num_tokens, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) QueryToken<decltype(quant)::value>(p, t);
+    });
+  });
+}
+
+void IndexerKvCompressInsert(const IndexerKvParams& p) {
+  dispatch<IndexerQuant::kFp8, IndexerQuant::kMxfp4, IndexerQuant::kFp8Wide>(
+      p.quant, "quant", [&](auto quant) {
+        dispatch<DType::kFloat32, DType::kBFloat16>(p.state_dtype, "state dtype", [&](auto state) {
+          ParallelFor(p.num_tokens, p.compress_ratio, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) {
+              KeyToken<decltype(quant)::value, decltype(state)::value>(p, t);
+            }
+          });
+        });
+      });
+}
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,213 @@
+"""DeepSeek-V4 indexer: quantised queries and compressed, quantised keys."""
+
+from __future__ import annotations
+
+from paddle import Tensor
+
+from fastattn import _ops
+from fastattn.functional._marker import unified
+
+
+@unified
+def indexer_q_rope_quant(
+    positions: Tensor,
+    q: Tensor,
+    cos_sin_cache: Tensor,
+    weights: Tensor,
+    softmax_scale: float,
+    head_scale: float,
+    *,
+    quant: str = "fp8",
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Rotate, round to bf16 and quantise the indexer's queries; fold constants into the weights.
+
+    The last 64 channels are rotated in fp32, pairs interleaved (GPT-J style):
+    :math:`e' = e\,c - o\,s,\ o' = o\,c + e\,s`, and the whole head is rounded to bf16. Then
+
+    .. math::
+        \text{fp8:}\quad & s = 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-4}) / 448)\rceil},\quad
+        \mathrm{codes} = \mathrm{e4m3}(x / s),\quad
+        w' = w \cdot s \cdot \mathrm{softmax\_scale} \cdot \mathrm{head\_scale} \\
+        \text{mxfp4:}\quad & \text{E2M1 with one UE8M0 exponent per 32 channels},\quad
+        w' = w \cdot \mathrm{softmax\_scale} \cdot \mathrm{head\_scale}
+
+    with the products rounded to fp32 from left to right.
+
+    Parameters
+    ----------
+    positions : Tensor, shape [T], int32 or int64
+        Clamped to the rows of `cos_sin_cache`.
+    q : Tensor, shape [T, H, 128], bfloat16
+        The last dimension must be contiguous.
+    cos_sin_cache : Tensor, shape [max_positions, 64], float32 or bfloat16
+        32 cosines, then 32 sines.
+    weights : Tensor, shape [T, H], float32 or bfloat16
+    softmax_scale, head_scale : float
+    quant : {"fp8", "mxfp4"}
+
+    Returns
+    -------
+    codes : Tensor, uint8
+        e4m3 [T, H, 128], or E2M1 pairs [T, H, 64] with the even channel in the low nibble.
+    scales : Tensor, shape [T, H]
+        "fp8": float32 dequantisation multipliers. They are part of `weights_out` already: only who
+        wants the query itself back needs them. "mxfp4": int32, byte b (little endian) is the UE8M0
+        exponent of channels 32b .. 32b + 31.
+    weights_out : Tensor, shape [T, H], float32
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor or has another dtype.
+    ValueError
+        If a shape does not fit, `cos_sin_cache` is empty, or `quant` is unknown.
+
+    See Also
+    --------
+    fastattn.reference.indexer_q_rope_quant : the same in NumPy, bit by bit.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import indexer_q_rope_quant
+    >>> codes, scales, weights = indexer_q_rope_quant(
+    ...     paddle.to_tensor([0]),
+    ...     paddle.ones([1, 2, 128], "bfloat16"),
+    ...     paddle.concat([paddle.ones([4, 32]), paddle.zeros([4, 32])], axis=1),
+    ...     paddle.ones([1, 2]),
+    ...     0.5,
+    ...     0.25,
+    ... )
+    >>> codes.shape, scales.numpy().tolist(), weights.numpy().tolist()
+    ([1, 2, 128], [[0.00390625, 0.00390625]], [[0.00048828125, 0.00048828125]])
+    """
+    codes, scales, weights_out = _ops.call(
+        "indexer_q_rope_quant",
+        (positions, q, cos_sin_cache, weights),
+        (float(softmax_scale), float(head_scale), quant),
+    )
+    return codes, scales, weights_out
+
+
+@unified
+def indexer_kv_compress_insert(
+    state_cache: Tensor,
+    block_tables: Tensor,
+    batch_id_per_token: Tensor,
+    positions: Tensor,
+    state_slots: Tensor,
+    kv_slots: Tensor,
+    rms_norm_weight: Tensor,
+    cos_sin_cache: Tensor,
+    kv_cache: Tensor,
+    *,
+    compress_ratio: int,
+    page_size: int,
+    rms_norm_eps: float = 1e-6,
+    quant: str = "fp8",
+) -> Tensor:
+    r"""Compress each completed group of tokens into one key and insert it, quantised, into a page.
+
+    A token is processed when its position completes a group of `compress_ratio`, and writes one
+    row of a page:
+
+    1. gather the states of positions ``position - n + 1 .. position``; n is ``2 * compress_ratio``
+       for ratio 4 (groups overlap) and ``compress_ratio`` for 128; positions below 0 count for
+       nothing;
+    2. :math:`x_d = \sum_j \mathrm{softmax}_j(\mathrm{score}_{jd})\,\mathrm{kv}_{jd}`, each channel
+       by itself (0 where all scores are -inf);
+    3. :math:`x \cdot (1 / \sqrt{\mathrm{mean}(x^2) + \epsilon}) \cdot w`;
+    4. rotate the last 64 channels at the group's first position, as
+       :func:`indexer_q_rope_quant` does;
+    5. round to bf16, quantise, insert.
+
+    All arithmetic is fp32 in a fixed order, so that the bytes do not depend on the processor.
+
+    Parameters
+    ----------
+    state_cache : Tensor, shape [num_blocks, state_block, 2 * SW], float32 or bfloat16
+        SW values, then SW scores of a position (position embedding added). SW is HEAD, or 2 * HEAD
+        for ratio 4: such a group reads its older half from the first HEAD and its newer half from
+        the second.
+    block_tables : Tensor, shape [B, max_blocks], int32
+        State blocks of each request: position p is row ``p % state_block`` of block
+        ``block_tables[b, p // state_block]``.
+    batch_id_per_token : Tensor, shape [T], int32
+        Request of each token; outside [0, B) = padding.
+    positions : Tensor, shape [T], int32 or int64
+    state_slots : Tensor, shape [T], int32 or int64
+        Where the token's own state was stored; negative = skip the token. Only the sign is used.
+    kv_slots : Tensor, shape [T], int32 or int64
+        ``page * page_size + row`` to write; negative or past the last page = skip the token.
+    rms_norm_weight : Tensor, shape [HEAD], float32 or bfloat16
+    cos_sin_cache : Tensor, shape [max_positions, 64], float32 or bfloat16
+        32 cosines, then 32 sines; positions are clamped to its rows.
+    kv_cache : Tensor, shape [num_pages, page_bytes], uint8
+        Written in place. The dimensions after the first may be split at will (for example
+        [num_pages, page_size, 132]); page_bytes is their product, a multiple of 4 and at least
+        `page_size` tokens. ``docs/formats.md`` has the bytes.
+    compress_ratio : {4, 128}
+    page_size : int
+        Tokens (groups) of a page.
+    rms_norm_eps : float
+    quant : {"fp8", "mxfp4", "fp8_512"}
+        "fp8": HEAD 128, 132 bytes a token. "mxfp4": HEAD 128, 68 bytes. "fp8_512": HEAD 512,
+        584 bytes; its 64 rotated channels stay bf16.
+
+    Returns
+    -------
+    Tensor
+        `kv_cache` itself. Tokens that need a state block that is unassigned (an id outside
+        [0, num_blocks) or past `max_blocks`) write nothing.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor or has another dtype.
+    ValueError
+        If shapes do not fit each other, the pages are too small, or `quant` is unknown.
+    NotImplementedError
+        If `compress_ratio` is not supported.
+
+    See Also
+    --------
+    fastattn.reference.indexer_kv_compress_insert : the same in NumPy, bit by bit.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import indexer_kv_compress_insert
+    >>> pages = paddle.zeros([1, 132 * 16], "uint8")
+    >>> zeros = paddle.zeros([4], "int32")
+    >>> _ = indexer_kv_compress_insert(
+    ...     paddle.ones([1, 4, 512]),
+    ...     paddle.zeros([1, 1], "int32"),
+    ...     zeros,
+    ...     paddle.arange(4),
+    ...     paddle.arange(4),
+    ...     zeros,
+    ...     paddle.ones([128]),
+    ...     paddle.concat([paddle.ones([4, 32]), paddle.zeros([4, 32])], axis=1),
+    ...     pages,
+    ...     compress_ratio=4,
+    ...     page_size=16,
+    ... )
+    >>> pages.numpy()[0, [0, 127, 128]].tolist()
+    [120, 120, 0]
+    """
+    (result,) = _ops.call(
+        "indexer_kv_compress_insert",
+        (
+            state_cache,
+            block_tables,
+            batch_id_per_token,
+            positions,
+            state_slots,
+            kv_slots,
+            rms_norm_weight,
+            cos_sin_cache,
+            kv_cache,
+        ),
+        (compress_ratio, page_size, float(rms_norm_eps), quant),
+    )
+    return result
