@@ -48,13 +48,13 @@ ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* sca
        ShapeText(shape));
 }
 
+}  // namespace
+
 void RequireFits(const char* op, const char* name, int64_t size) {
   if (size > std::numeric_limits<int>::max()) {
     Fail("ValueError", op, name, "a dimension of ", size, " is too large");
   }
 }
-
-}  // namespace
 
 CacheType ParseCacheType(const char* op, const std::string& name) {
   for (CacheType type : {CacheType::kNone, CacheType::kInt8, CacheType::kFp8,
@@ -170,6 +170,16 @@ RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_s
     rows.batch_id_per_token = lengths("batch_id_per_token", *batch_id_per_token, num_tokens);
   }
   return rows;
+}
+
+int64_t HeadsContiguous(const char* op, const char* name, const Tensor& tensor) {
+  const Shape shape = tensor.shape();
+  const Shape strides = StridesOf(tensor);
+  if (tensor.numel() > 0 && (strides[2] != 1 || (shape[1] != 1 && strides[1] != shape[2]))) {
+    Fail("ValueError", op, name, "expected the heads of a token side by side, got shape ",
+         ShapeText(shape), " with strides ", ShapeText(strides));
+  }
+  return strides[0];
 }
 
 }  // namespace fastattn::api

@@ -8,6 +8,9 @@
 
 namespace fastattn::api {
 
+// Refuses a dimension that does not fit into an int.
+void RequireFits(const char* op, const char* name, int64_t size);
+
 CacheType ParseCacheType(const char* op, const std::string& name);
 Fp8Format ParseFp8Format(const char* op, const std::string& name);
 CacheLayout ParseCacheLayout(const char* op, const char* arg, const std::string& name);
@@ -32,5 +35,8 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
                   const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place);
+
+// Token stride of a tensor [tokens, KV, D] whose heads of one token must lie side by side.
+int64_t HeadsContiguous(const char* op, const char* name, const Tensor& tensor);
 
 }  // namespace fastattn::api

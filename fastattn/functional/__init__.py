@@ -1,14 +1,18 @@
 """The operators, as typed and validating Python functions."""
 
+from fastattn.functional.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
 
 __all__ = [
+    "append_cache_kv_c8",
+    "convert_cache_layout",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "merge_attn_states",
     "quantize_fp8",
     "rope_write_cache_kv",
+    "write_cache_kv",
 ]

@@ -1,13 +1,16 @@
 """A readable NumPy model of every operator. It imports no Paddle and is slow on purpose."""
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
+from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
 from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8
 
 __all__ = [
+    "append_cache_kv_c8",
     "attention_mask",
+    "convert_cache_layout",
     "flash_attention",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
@@ -16,4 +19,5 @@ __all__ = [
     "mxfp4_quantize",
     "paged_attention",
     "quantize_fp8",
+    "write_cache_kv",
 ]

@@ -1,0 +1,133 @@
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/paged_cache.h"
+#include "cpu/append_cache.h"
+#include "params/cache.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "append_cache_kv_c8";
+
+void CheckType(const std::string& cache_quant_type, bool dynamic_quant) {
+  const CacheType type = ParseCacheType(kOp, cache_quant_type);
+  if (!IsQuantized(type)) {
+    Fail("NotImplementedError", kOp, "cache_quant_type", "'none' stores no 8-bit codes; supported:",
+         " cache_int8, cache_fp8, block_wise_int8, block_wise_fp8");
+  }
+  if (dynamic_quant != IsDynamic(type)) {
+    Fail("ValueError", kOp, "dynamic_quant", "cache_quant_type '", cache_quant_type, "' has ",
+         IsDynamic(type) ? "dynamic" : "static", " scales, but dynamic_quant is ",
+         dynamic_quant ? "True" : "False");
+  }
+}
+
+CacheLayout CheckLayout(const std::string& cache_layout) {
+  const CacheLayout layout = ParseCacheLayout(kOp, "cache_layout", cache_layout);
+  if (layout == CacheLayout::kLogical) {
+    Fail("NotImplementedError", kOp, "cache_layout",
+         "'logical' is not supported; supported: fastattn, fastdeploy");
+  }
+  return layout;
+}
+
+// Checks an output and returns its token stride.
+int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& cache,
+                    const phi::Place& place) {
+  Arg(kOp, name, tensor)
+      .On(place)
+      .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})
+      .Dims({-1, cache.num_kv_heads, cache.head_dim});
+  return HeadsContiguous(kOp, name, tensor);
+}
+
+const int* CheckLengths(const char* name, const Tensor& tensor, int64_t size,
+                        const phi::Place& place) {
+  Arg(kOp, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
+  if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
+    Fail("ValueError", kOp, name, "expected shape [", size, "] (block_tables has one row a ",
+         "sequence), got ", ShapeText(tensor.shape()));
+  }
+  return Data<int>(tensor);
+}
+
+}  // namespace
+
+void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor& key, Tensor& value,
+                     const Tensor& block_tables, const Tensor& seq_lens_decoder,
+                     const Tensor& cu_seqlens_k, const Tensor& cache_k_scales,
+                     const Tensor& cache_v_scales, bool dynamic_quant,
+                     const std::string& cache_quant_type, const std::string& cache_layout,
+                     const std::string& fp8_format) {
+  CheckType(cache_quant_type, dynamic_quant);
+  Arg(kOp, "key_cache", key_cache);
+  Arg(kOp, "key", key);
+  Arg(kOp, "cache_k_scales", cache_k_scales);
+  Arg(kOp, "cache_v_scales", cache_v_scales);
+  const phi::Place place = key_cache.initialized() ? key_cache.place() : key.place();
+  AppendCacheParams p;
+  p.cache = ParsePagedCache(kOp,
+                            {key_cache, value_cache, &cache_k_scales, &cache_v_scales,
+                             cache_quant_type, fp8_format, CheckLayout(cache_layout)},
+                            place);
+  p.dynamic_quant = dynamic_quant;
+  p.key_token_stride = CheckOutput("key", key, p.cache, place);
+  p.value_token_stride = CheckOutput("value", value, p.cache, place);
+  Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
+  p.dtype = ToDType(kOp, "key", key.dtype());
+  p.num_out_tokens = key.shape()[0];
+
+  Arg(kOp, "block_tables", block_tables)
+      .On(place)
+      .Dtype({phi::DataType::INT32})
+      .Rank(2)
+      .Contiguous();
+  const Shape table = block_tables.shape();
+  for (int64_t size : table) RequireFits(kOp, "block_tables", size);
+  p.batch = static_cast<int>(table[0]);
+  p.max_blocks = static_cast<int>(table[1]);
+  p.block_tables = Data<int>(block_tables);
+  p.seq_lens_decoder = CheckLengths("seq_lens_decoder", seq_lens_decoder, table[0], place);
+  p.cu_seqlens_k = CheckLengths("cu_seqlens_k", cu_seqlens_k, table[0] + 1, place);
+  p.key = MutableData(key);
+  p.value = MutableData(value);
+
+  RequireCpu(kOp, place);
+  Guarded(kOp, [&] { cpu::AppendCache(p); });
+}
+
+// Everything is written in place: there is no other output.
+std::vector<Shape> AppendCacheKvC8InferShape(
+    const Shape& key_cache, const Shape& value_cache, const Shape& key, const Shape& value,
+    const Shape& block_tables, const Shape& seq_lens_decoder, const Shape& cu_seqlens_k,
+    const Shape& cache_k_scales, const Shape& cache_v_scales, bool dynamic_quant,
+    const std::string& cache_quant_type, const std::string& cache_layout,
+    const std::string& fp8_format) {
+  return {};
+}
+
+std::vector<phi::DataType> AppendCacheKvC8InferDtype(
+    const phi::DataType& key_cache, const phi::DataType& value_cache, const phi::DataType& key,
+    const phi::DataType& value, const phi::DataType& block_tables,
+    const phi::DataType& seq_lens_decoder, const phi::DataType& cu_seqlens_k,
+    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales, bool dynamic_quant,
+    const std::string& cache_quant_type, const std::string& cache_layout,
+    const std::string& fp8_format) {
+  return {};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_append_cache_kv_c8)
+    .Inputs({"key_cache", "value_cache", "key", "value", "block_tables", "seq_lens_decoder",
+             "cu_seqlens_k", "cache_k_scales", "cache_v_scales"})
+    .Outputs({"key_out", "value_out"})
+    .Attrs({"dynamic_quant: bool", "cache_quant_type: std::string", "cache_layout: std::string",
+            "fp8_format: std::string"})
+    .SetInplaceMap({{"key", "key_out"}, {"value", "value_out"}})
+    .SetKernelFn(PD_KERNEL(fastattn::api::AppendCacheKvC8))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::AppendCacheKvC8InferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::AppendCacheKvC8InferDtype));

@@ -1,0 +1,95 @@
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/paged_cache.h"
+#include "cpu/write_cache.h"
+#include "params/cache.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "write_cache_kv";
+
+// Checks K or V of the new tokens and returns its token stride.
+int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& cache,
+                    const phi::Place& place) {
+  Arg(kOp, name, tensor)
+      .On(place)
+      .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
+      .Dims({-1, cache.num_kv_heads, cache.head_dim});
+  return HeadsContiguous(kOp, name, tensor);
+}
+
+}  // namespace
+
+void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Tensor& value_cache,
+                  const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                  const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+                  OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
+                  const OptionalTensor& batch_id_per_token, const std::string& cache_quant_type,
+                  const std::string& fp8_format) {
+  Arg(kOp, "key", key);
+  Arg(kOp, "key_cache", key_cache);
+  const phi::Place place = key_cache.initialized() ? key_cache.place() : key.place();
+  WriteCacheParams p;
+  p.cache = ParsePagedCache(kOp,
+                            {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
+                             cache_quant_type, fp8_format},
+                            place);
+  p.key_token_stride = CheckTokens("key", key, p.cache, place);
+  p.value_token_stride = CheckTokens("value", value, p.cache, place);
+  Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
+  p.dtype = ToDType(kOp, "key", key.dtype());
+  if (p.cache.type == CacheType::kNone && p.dtype != DType::kFloat32 && p.dtype != p.cache.dtype) {
+    Fail("TypeError", kOp, "key", "expected dtype float32 or the cache's ", NameOf(p.cache.dtype),
+         ", got ", NameOf(p.dtype));
+  }
+  p.rows = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+                     Get(batch_id_per_token), key.shape()[0], place);
+  p.key = Data(key);
+  p.value = Data(value);
+
+  RequireCpu(kOp, place);
+  Guarded(kOp, [&] { cpu::WriteCache(p); });
+}
+
+// Everything is written in place: there is no other output.
+std::vector<Shape> WriteCacheKvInferShape(
+    const Shape& key, const Shape& value, const Shape& key_cache, const Shape& value_cache,
+    const Shape& block_tables, const Shape& cu_seqlens_q, const Shape& seq_lens_decoder,
+    const Shape& seq_lens_this_time, const paddle::optional<Shape>& cache_k_scales,
+    const paddle::optional<Shape>& cache_v_scales,
+    const paddle::optional<Shape>& batch_id_per_token, const std::string& cache_quant_type,
+    const std::string& fp8_format) {
+  return {};
+}
+
+std::vector<phi::DataType> WriteCacheKvInferDtype(
+    const phi::DataType& key, const phi::DataType& value, const phi::DataType& key_cache,
+    const phi::DataType& value_cache, const phi::DataType& block_tables,
+    const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
+    const phi::DataType& seq_lens_this_time, const paddle::optional<phi::DataType>& cache_k_scales,
+    const paddle::optional<phi::DataType>& cache_v_scales,
+    const paddle::optional<phi::DataType>& batch_id_per_token, const std::string& cache_quant_type,
+    const std::string& fp8_format) {
+  return {};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_write_cache_kv)
+    .Inputs({"key", "value", "key_cache", "value_cache", "block_tables", "cu_seqlens_q",
+             "seq_lens_decoder", "seq_lens_this_time", paddle::Optional("cache_k_scales"),
+             paddle::Optional("cache_v_scales"), paddle::Optional("batch_id_per_token")})
+    .Outputs({"key_cache_out", "value_cache_out", paddle::Optional("cache_k_scales_out"),
+              paddle::Optional("cache_v_scales_out")})
+    .Attrs({"cache_quant_type: std::string", "fp8_format: std::string"})
+    .SetInplaceMap({{"key_cache", "key_cache_out"},
+                    {"value_cache", "value_cache_out"},
+                    {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
+                    {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
+    .SetKernelFn(PD_KERNEL(fastattn::api::WriteCacheKv))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::WriteCacheKvInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::WriteCacheKvInferDtype));

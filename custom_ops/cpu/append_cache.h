@@ -1,0 +1,9 @@
+#pragma once
+
+#include "params/cache.h"
+
+namespace fastattn::cpu {
+
+void AppendCache(const AppendCacheParams& p);
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,54 @@
+#include "cpu/write_cache.h"
+
+#include <vector>
+
+#include "common/dispatch.h"
+#include "cpu/cache_codec.h"
+#include "cpu/convert.h"
+#include "cpu/parallel.h"
+#include "cpu/token_rows.h"
+
+namespace fastattn::cpu {
+
+namespace {
+
+template <DType kDType, typename Format>
+void Run(const WriteCacheParams& p) {
+  using T = typename Element<kDType>::Storage;
+  const int heads = p.cache.num_kv_heads;
+  const int head_dim = p.cache.head_dim;
+  const T* keys = static_cast<const T*>(p.key);
+  const T* values = static_cast<const T*>(p.value);
+  const CacheWriter<Format> writer(p.cache);
+  const std::vector<int> row_of_token = RowOfTokens(p.rows);
+
+  ParallelFor(int64_t{p.rows.num_tokens} * heads, 64, [&](int64_t begin, int64_t end) {
+    float x[kMaxHeadDim];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t token = item / heads;
+      const int head = static_cast<int>(item % heads);
+      const int row = row_of_token[token];
+      if (row < 0) continue;
+      const int64_t position = PositionOf(p.rows, row, token);
+      const int block =
+          BlockOf(p.rows.block_tables, p.rows.max_blocks, p.cache.num_blocks, row, position);
+      if (block < 0) continue;
+      const int slot = static_cast<int>(position % kBlockSize);
+      LoadRow<kDType>(keys + token * p.key_token_stride + head * head_dim, head_dim, x);
+      writer.Key(block, head, slot, x);
+      LoadRow<kDType>(values + token * p.value_token_stride + head * head_dim, head_dim, x);
+      writer.Value(block, head, slot, x);
+    }
+  });
+}
+
+}  // namespace
+
+void WriteCache(const WriteCacheParams& p) {
+  DispatchCache(p.cache, [&](auto format) {
+    dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16>(
+        p.dtype, "dtype", [&](auto dtype) { Run<decltype(dtype)::value, decltype(format)>(p); });
+  });
+}
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,9 @@
+#pragma once
+
+#include "params/cache.h"
+
+namespace fastattn::cpu {
+
+void WriteCache(const WriteCacheParams& p);
+
+}  // namespace fastattn::cpu

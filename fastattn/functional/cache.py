@@ -1,0 +1,276 @@
+"""Writing a paged KV cache, reading it back, and its byte layouts."""
+
+from __future__ import annotations
+
+from paddle import Tensor
+
+from fastattn import _ops
+from fastattn.functional._cache_types import check_no_zero_points
+from fastattn.functional._marker import unified
+
+
+@unified
+def write_cache_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens_decoder: Tensor,
+    seq_lens_this_time: Tensor,
+    *,
+    cache_k_scales: Tensor | None = None,
+    cache_v_scales: Tensor | None = None,
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+    batch_id_per_token: Tensor | None = None,
+    cache_k_zp: Tensor | None = None,
+    cache_v_zp: Tensor | None = None,
+) -> None:
+    r"""Quantise the new tokens of a step and write them into a layer's paged cache, in place.
+
+    .. math:: s = \max(\mathrm{amax}, 10^{-6}) / Q_{max}, \qquad
+              c = \mathrm{round}(\mathrm{saturate}(x \cdot (1 / s)))
+
+    with one :math:`s` a token and KV head for the dynamic types (:math:`Q_{max}` is 448 for e4m3,
+    57344 for e5m2, 127 for int8) and a given :math:`s` for the static ones. A scale stored as
+    bfloat16 is rounded first and its codes belong to the rounded one.
+
+    Row b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new tokens;
+    its i-th is token ``cu_seqlens_q[b] + i`` of `key` and goes to position ``p =
+    seq_lens_decoder[b] + i``, which is slot ``p % 64`` of block ``block_tables[b, p // 64]``.
+    Tokens without a row or without an assigned block (an id outside ``[0, num_blocks)``) are
+    skipped. Other slots keep their bytes.
+
+    Parameters
+    ----------
+    key, value : Tensor, shape [T, KV, D], float32, float16 or bfloat16
+        For type ``"none"`` of the caches' dtype, or float32, which is rounded to it.
+    key_cache : Tensor, shape [num_blocks, KV, 64, D]
+        uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16.
+    value_cache : Tensor, shape [num_blocks, KV, D, 64]
+        The 64 tokens of a channel lie in the order of :func:`fastattn.reference.layout.token_slot`.
+        For ``"none"`` [num_blocks, KV, 64, D].
+    block_tables : Tensor, shape [B, max_blocks], int32
+    cu_seqlens_q : Tensor, shape [B + 1], int32
+    seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
+        Cached and new tokens of each row.
+    cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16, optional
+        Dequantisation multipliers (``x ~ code * scale``). Static types read them: [1], [KV] or, for
+        ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64].
+    cache_quant_type : str
+        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+    fp8_format : {"e4m3", "e5m2"}
+        Codes of ``cache_fp8``.
+    batch_id_per_token : Tensor, shape [T], int32, optional
+        A token whose id is not its row (-1: CUDA-graph padding) is skipped.
+    cache_k_zp, cache_v_zp : None
+        Zero points; every supported type is symmetric and takes none.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above, or a tensor is None or no tensor.
+    ValueError
+        If shapes or places do not fit each other, scales are missing or superfluous, or a zero
+        point is given.
+    NotImplementedError
+        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+
+    See Also
+    --------
+    fastattn.reference.write_cache_kv : the same in NumPy.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import write_cache_kv
+    >>> key = paddle.full([1, 1, 64], 3.0)
+    >>> key_cache, value_cache = (paddle.zeros([1, 1, 64, 64], "uint8") for _ in range(2))
+    >>> k_scales, v_scales = paddle.zeros([1, 1, 64]), paddle.zeros([1, 1, 64])
+    >>> blocks, cu, cached, new = (paddle.to_tensor(x, "int32") for x in ([[0]], [0, 1], [2], [1]))
+    >>> write_cache_kv(key, key, key_cache, value_cache, blocks, cu, cached, new,
+    ...                cache_k_scales=k_scales, cache_v_scales=v_scales,
+    ...                cache_quant_type="block_wise_int8")
+    >>> key_cache.numpy()[0, 0, 2, :3], round(float(k_scales[0, 0, 2]) * 127, 3)
+    (array([127, 127, 127], dtype=uint8), 3.0)
+    """
+    if cache_k_zp is not None or cache_v_zp is not None:
+        check_no_zero_points(
+            "write_cache_kv", cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp
+        )
+    _ops.call(
+        "write_cache_kv",
+        (
+            key,
+            value,
+            key_cache,
+            value_cache,
+            block_tables,
+            cu_seqlens_q,
+            seq_lens_decoder,
+            seq_lens_this_time,
+            cache_k_scales,
+            cache_v_scales,
+            batch_id_per_token,
+        ),
+        (cache_quant_type, fp8_format),
+    )
+
+
+@unified
+def append_cache_kv_c8(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_tables: Tensor,
+    seq_lens_decoder: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    cache_k_scales: Tensor,
+    cache_v_scales: Tensor,
+    dynamic_quant: bool,
+    cache_quant_type: str,
+    cache_layout: str = "fastattn",
+    fp8_format: str = "e4m3",
+    cache_k_zp: Tensor | None = None,
+    cache_v_zp: Tensor | None = None,
+) -> None:
+    r"""Dequantise each row's cached tokens into contiguous `key` and `value`, in place.
+
+    .. math:: \mathrm{key}[\mathrm{cu\_seqlens\_k}[b] + i] = \mathrm{round}_T(c \cdot s), \qquad
+              0 \le i < \mathrm{seq\_lens\_decoder}[b]
+
+    with the code c and scale s (of that token, for dynamic types) of position i of row b: one fp32
+    product, rounded to the type of `key`. A row gives at most ``cu_seqlens_k[b + 1] -
+    cu_seqlens_k[b]`` tokens. All other tokens of `key` and `value` keep their contents, among them
+    those whose block is not assigned (an id outside ``[0, num_blocks)``).
+
+    Parameters
+    ----------
+    key_cache : Tensor, shape [num_blocks, KV, 64, D], uint8
+        Or of the int8 / float8 dtype of the codes.
+    value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
+        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D].
+    key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
+        Written in place.
+    block_tables : Tensor, shape [B, max_blocks], int32
+    seq_lens_decoder : Tensor, shape [B], int32
+        Cached tokens of each row.
+    cu_seqlens_k : Tensor, shape [B + 1], int32
+        First token of each row in `key`.
+    cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16
+        Dequantisation multipliers: static [1], [KV] or (``cache_int8``) [KV * D], dynamic
+        [num_blocks, KV, 64] in token order.
+    dynamic_quant : bool
+        The cache has one scale a token and KV head. Must agree with `cache_quant_type`.
+    cache_quant_type : str
+        ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+    cache_layout : {"fastattn", "fastdeploy"}
+        Byte order of the caches; int8 codes of FastDeploy have 128 added.
+    fp8_format : {"e4m3", "e5m2"}
+        Codes of ``cache_fp8``.
+    cache_k_zp, cache_v_zp : None
+        Zero points; every supported type is symmetric and takes none.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above, or a tensor is None or no tensor.
+    ValueError
+        If shapes or places do not fit each other, `dynamic_quant` does not agree with
+        `cache_quant_type`, or a zero point is given.
+    NotImplementedError
+        If `cache_quant_type`, `cache_layout` or the head dimension (64, 128) is not supported.
+
+    See Also
+    --------
+    fastattn.reference.append_cache_kv_c8 : the same in NumPy.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import append_cache_kv_c8
+    >>> codes = paddle.full([1, 1, 64, 64], 3, "uint8")
+    >>> scale = paddle.to_tensor([0.5])
+    >>> key, value = paddle.zeros([2, 1, 64], "float16"), paddle.zeros([2, 1, 64], "float16")
+    >>> blocks, cached, cu = (paddle.to_tensor(x, "int32") for x in ([[0]], [2], [0, 2]))
+    >>> append_cache_kv_c8(codes, codes, key, value, blocks, cached, cu, cache_k_scales=scale,
+    ...                    cache_v_scales=scale, dynamic_quant=False, cache_quant_type="cache_int8")
+    >>> key.numpy()[:, 0, 0].tolist()
+    [1.5, 1.5]
+    """
+    if cache_k_zp is not None or cache_v_zp is not None:
+        check_no_zero_points(
+            "append_cache_kv_c8", cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp
+        )
+    _ops.call(
+        "append_cache_kv_c8",
+        (
+            key_cache,
+            value_cache,
+            key,
+            value,
+            block_tables,
+            seq_lens_decoder,
+            cu_seqlens_k,
+            cache_k_scales,
+            cache_v_scales,
+        ),
+        (dynamic_quant, cache_quant_type, cache_layout, fp8_format),
+    )
+
+
+@unified
+def convert_cache_layout(
+    cache: Tensor, *, kind: str, cache_quant_type: str, src: str, dst: str
+) -> Tensor:
+    """Copy a cache tensor into another byte layout; no code changes its value.
+
+    Parameters
+    ----------
+    cache : Tensor, shape [num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]
+        uint8 (or the int8 / float8 dtype of the codes); for type ``"none"`` bfloat16 or float16.
+        The second shape is that of V in layout ``"fastattn"``.
+    kind : {"k", "v"}
+        Which of the two caches it is.
+    cache_quant_type : str
+        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``. For
+        ``"none"`` all layouts are the same plain order.
+    src, dst : {"fastattn", "fastdeploy", "logical"}
+        ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` has 128 added to int8
+        codes. See ``fastattn.reference.layout`` for the formulas.
+
+    Returns
+    -------
+    Tensor
+        A new tensor of the dtype of `cache` and the shape that `dst` has.
+
+    Raises
+    ------
+    TypeError
+        If `cache` is no tensor or its dtype does not fit `cache_quant_type`.
+    ValueError
+        If `kind`, `src` or `dst` is unknown or the shape does not fit them.
+    NotImplementedError
+        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+
+    See Also
+    --------
+    fastattn.reference.convert_cache_layout : the same in NumPy.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import convert_cache_layout
+    >>> cache = paddle.arange(4096).reshape([1, 1, 64, 64]).astype("uint8")
+    >>> moved = convert_cache_layout(
+    ...     cache, kind="v", cache_quant_type="cache_fp8", src="logical", dst="fastattn"
+    ... )
+    >>> moved.numpy()[0, 0, 5, :4].tolist()  # channel 5 of tokens 0, 1, 8, 9
+    [5, 69, 5, 69]
+    """
+    outputs = _ops.call("convert_cache_layout", (cache,), (kind, cache_quant_type, src, dst))
+    return outputs[0]

@@ -1,0 +1,201 @@
+"""NumPy models of ``write_cache_kv``, ``append_cache_kv_c8`` and ``convert_cache_layout``.
+
+Quantised caches are arrays of uint8 (or of an 8-bit type of the same bits) in the layouts of
+:mod:`fastattn.reference.layout`. Scales are always dequantisation multipliers: x ~ code * scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastattn.reference.layout import (
+    BLOCK_SIZE,
+    key_offsets,
+    pack,
+    unpack,
+    value_offsets,
+)
+from fastattn.reference.numerics import Array, amax, dynamic_scale, from_codes, quantize
+
+DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8")
+
+
+def code_of(cache_quant_type: str, fp8_format: str = "e4m3") -> str:
+    """Code type of a quantised cache: ``"int8"``, ``"e4m3"`` or ``"e5m2"``."""
+    if cache_quant_type in ("cache_int8", "block_wise_int8"):
+        return "int8"
+    if cache_quant_type == "block_wise_fp8":
+        return "e4m3"
+    if cache_quant_type == "cache_fp8":
+        return fp8_format
+    raise NotImplementedError(f"cache_quant_type {cache_quant_type!r} stores no 8-bit codes")
+
+
+def static_scales(scales: Array, kv_heads: int, head_dim: int) -> Array:
+    """Static scales [1], [KV] or [KV * D] as fp32, broadcast to [KV, D]."""
+    scales = np.asarray(scales).astype(np.float32)
+    if scales.size == kv_heads * head_dim:
+        return scales.reshape(kv_heads, head_dim)
+    return np.broadcast_to(scales.reshape(-1, 1), (kv_heads, head_dim))
+
+
+def block_of(block_table: Array, position: int, num_blocks: int) -> int | None:
+    """Physical block of a position of one row, None when none is assigned."""
+    if position < 0 or position // BLOCK_SIZE >= len(block_table):
+        return None
+    block = int(block_table[position // BLOCK_SIZE])
+    return block if 0 <= block < num_blocks else None
+
+
+def _new_tokens(
+    num_tokens: int,
+    cu_seqlens_q: Array,
+    seq_lens_decoder: Array,
+    seq_lens_this_time: Array,
+    batch_id_per_token: Array | None,
+) -> Iterator[tuple[int, int, int]]:
+    """(token, row, position) of every token that the step writes."""
+    for row in range(len(seq_lens_decoder)):
+        first = int(cu_seqlens_q[row])
+        if first < 0:
+            continue
+        count = min(int(seq_lens_this_time[row]), int(cu_seqlens_q[row + 1]) - first)
+        for i in range(count):
+            token = first + i
+            if token >= num_tokens:
+                break
+            if batch_id_per_token is not None and batch_id_per_token[token] != row:
+                continue
+            yield token, row, max(int(seq_lens_decoder[row]), 0) + i
+
+
+def quantize_token(
+    x: Array, scales: Array, cache_quant_type: str, fp8_format: str = "e4m3"
+) -> tuple[Array, Array | None]:
+    """Codes of one token's K or V.
+
+    Parameters
+    ----------
+    x : array, shape [KV, D]
+    scales : array
+        Static scales, or (dynamic types) any array of the type that scales are stored in.
+
+    Returns
+    -------
+    codes : array of uint8, shape [KV, D]
+    token_scales : array, shape [KV], or None
+        For dynamic types, ``max(amax, 1e-6) / QMAX`` a head, rounded to the type of `scales`; the
+        codes belong to the rounded scale.
+    """
+    code = code_of(cache_quant_type, fp8_format)
+    x = np.asarray(x).astype(np.float32)
+    if cache_quant_type not in DYNAMIC_TYPES:
+        return quantize(x, static_scales(scales, *x.shape), code), None
+    stored: Array = dynamic_scale(amax(x, axis=-1), code).astype(scales.dtype)
+    return quantize(x, stored.astype(np.float32)[:, None], code), stored
+
+
+def write_cache_kv(
+    key: Array,
+    value: Array,
+    key_cache: Array,
+    value_cache: Array,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    seq_lens_decoder: Array,
+    seq_lens_this_time: Array,
+    *,
+    cache_k_scales: Array | None = None,
+    cache_v_scales: Array | None = None,
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+    batch_id_per_token: Array | None = None,
+) -> None:
+    """Write new tokens into a paged cache; see :func:`fastattn.functional.write_cache_kv`.
+
+    The caches and dynamic scales, C-contiguous arrays, change in place.
+    """
+    num_blocks, kv_heads = key_cache.shape[:2]
+    head_dim = key_cache.shape[3]
+    quantised = cache_quant_type != "none"
+    value_layout = "fastattn" if quantised else "logical"
+    sides = (
+        (key, key_cache, cache_k_scales, key_offsets("fastattn", head_dim)),
+        (value, value_cache, cache_v_scales, value_offsets(value_layout, head_dim)),
+    )
+    for token, row, position in _new_tokens(
+        len(key), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
+    ):
+        block = block_of(block_tables[row], position, num_blocks)
+        if block is None:
+            continue
+        slot = position % BLOCK_SIZE
+        for x, cache, scales, offsets in sides:
+            flat = cache.reshape(num_blocks, kv_heads, BLOCK_SIZE * head_dim)
+            if not quantised:
+                with np.errstate(over="ignore"):
+                    flat[block][:, offsets[slot]] = x[token].astype(cache.dtype)
+                continue
+            assert scales is not None
+            codes, token_scales = quantize_token(x[token], scales, cache_quant_type, fp8_format)
+            flat.view(np.uint8)[block][:, offsets[slot]] = codes
+            if token_scales is not None:
+                scales[block, :, slot] = token_scales
+
+
+def append_cache_kv_c8(
+    key_cache: Array,
+    value_cache: Array,
+    key: Array,
+    value: Array,
+    block_tables: Array,
+    seq_lens_decoder: Array,
+    cu_seqlens_k: Array,
+    *,
+    cache_k_scales: Array,
+    cache_v_scales: Array,
+    cache_quant_type: str,
+    cache_layout: str = "fastattn",
+    fp8_format: str = "e4m3",
+) -> None:
+    """Dequantise cached tokens; see :func:`fastattn.functional.append_cache_kv_c8`.
+
+    `key` and `value` [sum k, KV, D] change in place: an element is ``code * scale``, one fp32
+    product rounded to their type.
+    """
+    code = code_of(cache_quant_type, fp8_format)
+    for kind, cache, scales, out in (
+        ("k", key_cache, cache_k_scales, key),
+        ("v", value_cache, cache_v_scales, value),
+    ):
+        codes = unpack(cache, kind, cache_layout, int8=code == "int8")
+        values = from_codes(codes, code)
+        num_blocks, kv_heads, _, head_dim = values.shape
+        with np.errstate(over="ignore", invalid="ignore"):
+            if cache_quant_type in DYNAMIC_TYPES:
+                values = values * scales.astype(np.float32)[..., None]
+            else:
+                values = values * static_scales(scales, kv_heads, head_dim)[None, :, None]
+            rounded = values.astype(out.dtype)
+        for row in range(len(seq_lens_decoder)):
+            first = int(cu_seqlens_k[row])
+            if first < 0:
+                continue
+            count = min(int(seq_lens_decoder[row]), int(cu_seqlens_k[row + 1]) - first)
+            for i in range(min(count, len(out) - first)):
+                block = block_of(block_tables[row], i, num_blocks)
+                if block is not None:
+                    out[first + i] = rounded[block, :, i % BLOCK_SIZE]
+
+
+def convert_cache_layout(
+    cache: Array, *, kind: str, cache_quant_type: str, src: str, dst: str
+) -> Any:
+    """Bytes of a cache in another layout; see :func:`fastattn.functional.convert_cache_layout`."""
+    if cache_quant_type == "none":
+        return cache.copy()
+    int8 = code_of(cache_quant_type) == "int8"
+    return pack(unpack(cache, kind, src, int8=int8), kind, dst, int8=int8).view(cache.dtype)
