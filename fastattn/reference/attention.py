@@ -160,12 +160,20 @@ def as_values(x: Array) -> Array:
     return from_codes(x, "e4m3") if x.dtype == np.uint8 else x.astype(np.float32)
 
 
-def _descaled_query(q: Array, descale: Array | None) -> Array:
+def _descaled_query(q: Array, descale: Array | None, cu_seqlens_q: Array, kv_heads: int) -> Array:
+    """Q times its descale: [1], [T, H], or [B, KV] (a row's query heads share their KV head's)."""
     values = as_values(q).astype(np.float64)
     if descale is None:
         return values
     descale = np.asarray(descale, np.float64)
-    return values * (descale if descale.shape == (1,) else descale[:, :, None])
+    if descale.shape == (1,):
+        return values * descale
+    if descale.shape != q.shape[:2]:
+        of_rows = np.repeat(descale, q.shape[1] // kv_heads, axis=1)
+        descale = np.ones(q.shape[:2])
+        for row, (begin, end) in enumerate(zip(cu_seqlens_q, cu_seqlens_q[1:])):
+            descale[int(begin) : int(end)] = of_rows[row]
+    return values * descale[:, :, None]
 
 
 def _row_descale(descale: Array | None, row: int) -> Array:
@@ -216,7 +224,7 @@ def flash_attention(
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
-    queries = _descaled_query(q, q_descale)
+    queries = _descaled_query(q, q_descale, cu_seqlens_q, k.shape[1])
     out = np.zeros((tokens, heads, head_dim))
     lse = np.full((heads, tokens), -np.inf)
     for row in range(len(cu_seqlens_q) - 1):
@@ -335,7 +343,7 @@ def paged_attention(
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
-    queries = _descaled_query(q, q_descale)
+    queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     out = np.zeros((tokens, heads, head_dim))
     lse = np.full((heads, tokens), -np.inf)
     for row in range(len(block_tables)):

@@ -1,0 +1,429 @@
+"""Attention problems: ragged batches and caches built to show what a kernel gets wrong.
+
+Scales differ between K and V and inside each, and are never 1. V has a mean. Physical blocks are in
+random order; every slot that no row may read holds NaN codes with NaN scales (int8: -128), and
+table entries that no row needs hold nonsense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+import fastattn.functional as F
+from fastattn import reference
+from fastattn.reference import layout, numerics
+from tests.support.bounds import assert_codes, assert_error_ratio, assert_lse
+from tests.support.tensors import BF16, E5M2, int32, to_numpy, to_paddle
+
+NUMPY_TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+
+#: Options that are tensors for the operator and arrays for the reference.
+_TENSOR_OPTIONS = ("sinks", "mask_offsets", "out_scale", "k_descale", "v_descale")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheKind:
+    """A way of storing K and V."""
+
+    quant_type: str = "none"
+    granularity: str = "tensor"  # of static scales: tensor, head, channel
+    fp8_format: str = "e4m3"
+    scale_dtype: str = "float32"
+    dtype: str = "bfloat16"  # of a cache that is not quantised
+
+    @property
+    def code(self) -> str:
+        return "int8" if self.quant_type.endswith("int8") else self.fp8_format
+
+    @property
+    def dynamic(self) -> bool:
+        return self.quant_type.startswith("block_wise")
+
+    def __str__(self) -> str:
+        if self.quant_type == "none":
+            return f"none-{self.dtype}"
+        parts = [self.quant_type, "token" if self.dynamic else self.granularity]
+        if self.quant_type == "cache_fp8":
+            parts.append(self.fp8_format)
+        return "-".join([*parts, self.scale_dtype])
+
+
+PLAIN = CacheKind()
+BLOCK_WISE_FP8 = CacheKind("block_wise_fp8")
+BLOCK_WISE_INT8 = CacheKind("block_wise_int8")
+
+CACHE_KINDS = [
+    PLAIN,
+    CacheKind(dtype="float16"),
+    *(
+        CacheKind(*kind, scale_dtype=scale_dtype)
+        for kind in (
+            *(("cache_int8", granularity) for granularity in ("tensor", "head", "channel")),
+            *(("cache_fp8", g, f) for g in ("tensor", "head") for f in ("e4m3", "e5m2")),
+            ("block_wise_fp8",),
+            ("block_wise_int8",),
+        )
+        for scale_dtype in ("float32", "bfloat16")
+    ),
+]
+
+#: One kind for each way of reading codes; enough where the kind is not what is tested.
+FEW_KINDS = [PLAIN, CacheKind("cache_int8", "channel"), BLOCK_WISE_FP8, BLOCK_WISE_INT8]
+
+
+@dataclasses.dataclass
+class Half:
+    """K or V of a paged cache: logical codes (or values) [num_blocks, KV, 64, D] and scales."""
+
+    kind: CacheKind
+    letter: str  # k or v
+    elements: np.ndarray
+    scales: np.ndarray | None
+
+    def packed(self) -> np.ndarray:
+        if self.kind.quant_type == "none":
+            return self.elements
+        return layout.pack(self.elements, self.letter, "fastattn", int8=self.kind.code == "int8")
+
+    def poison(self, where) -> None:
+        """Plant NaN (int8: -128, and NaN scales where a token has its own) at [block, ..., r]."""
+        if self.kind.quant_type == "none":
+            self.elements[where] = np.nan
+            return
+        self.elements[where] = 0x80 if self.kind.code == "int8" else 0x7F
+        if self.kind.dynamic:
+            self.scales[where] = np.nan
+
+
+def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> Half:
+    """Quantise values [num_blocks, KV, 64, D]."""
+    if kind.quant_type == "none":
+        return Half(kind, letter, x.astype(NUMPY_TYPES[kind.dtype]), None)
+    kv, dim = x.shape[1], x.shape[3]
+    scale_type = NUMPY_TYPES[kind.scale_dtype]
+    if kind.dynamic:
+        scales = numerics.dynamic_scale(numerics.amax(x, axis=-1), kind.code).astype(scale_type)
+        multiplier = scales.astype(np.float32)[..., None]
+    else:
+        base = {"int8": 0.031, "e4m3": 0.0113, "e5m2": 0.0147}[kind.code]
+        size = {"tensor": 1, "head": kv, "channel": kv * dim}[kind.granularity]
+        spread = np.exp(rng.uniform(-0.7, 0.7, size)) if size > 1 else np.ones(1)
+        scales = (base * (1.0 if letter == "k" else 1.7) * spread).astype(scale_type)
+        multiplier = scales.astype(np.float32)
+        if kind.granularity == "channel":
+            multiplier = multiplier.reshape(kv, 1, dim)
+        else:
+            multiplier = multiplier.reshape(-1, 1, 1)
+        x = x * np.float32(multiplier / base)  # unequal scales for unequal data
+    return Half(kind, letter, numerics.quantize(x, multiplier, kind.code), scales)
+
+
+def _values(rng, shape, mean: float = 0.0) -> np.ndarray:
+    """Normal values whose tokens differ in size."""
+    size = np.exp(rng.normal(0.0, 0.4, (*shape[:-1], 1)))
+    return ((rng.normal(0.0, 1.0, shape) + mean) * size).astype(np.float32)
+
+
+def _queries(rng, tokens: int, heads: int, dim: int, q_type: str):
+    """Q and its descale; `q_type` is a float type, ``e4m3:tensor`` or ``e4m3:token_head``."""
+    q = rng.normal(0.0, 1.3, (tokens, heads, dim)).astype(np.float32)
+    q *= np.exp(rng.normal(0.0, 0.4, (tokens, heads, 1))).astype(np.float32)
+    if q_type in NUMPY_TYPES:
+        return q.astype(NUMPY_TYPES[q_type]), None
+    if q_type == "e4m3:tensor":
+        descale = np.array([0.0173], np.float32)
+        return numerics.quantize(q, descale, "e4m3"), descale
+    descale = numerics.dynamic_scale(numerics.amax(q, axis=-1), "e4m3")
+    return numerics.quantize(q, descale[..., None], "e4m3"), descale
+
+
+def _as_tensors(options: dict[str, Any], place: str) -> dict[str, Any]:
+    return {
+        name: to_paddle(value, place) if name in _TENSOR_OPTIONS and value is not None else value
+        for name, value in options.items()
+    }
+
+
+def output_type(q: np.ndarray) -> str:
+    """Name of the output type for queries of this type."""
+    names = {dtype: name for name, dtype in NUMPY_TYPES.items()}
+    return names.get(q.dtype, "bfloat16")
+
+
+class Problem:
+    """Common part: running, the reference, and the comparison of both."""
+
+    q: np.ndarray
+    options: dict[str, Any]
+
+    def run(self, place: str = "cpu", **extra) -> tuple[np.ndarray, np.ndarray]:
+        """(out, lse) of the operator."""
+        raise NotImplementedError
+
+    def reference(self, precision: str = "float64", **extra) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError
+
+    def owned(self) -> np.ndarray:
+        """Mask [T] of the tokens that belong to a row; the others' results are not compared."""
+        return np.ones(len(self.q), bool)
+
+    def check(self, place: str = "cpu", what: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Run and hold the result to the error-ratio rule; returns (out, lse)."""
+        out, lse = self.run(place)
+        owned = self.owned()
+        # The CPU kernel multiplies in fp32, a GPU kernel in 16 bits.
+        precision = "float32" if place == "cpu" else "bfloat16"
+        scale = self.options.get("out_scale")
+        exact, exact_lse = self.reference(out_scale=None)
+        naive, naive_lse = self.reference(precision, out_scale=None)
+        if scale is None:
+            kind = output_type(self.q)
+            assert out.dtype == NUMPY_TYPES[kind], f"{what}: dtype {out.dtype}"
+            assert_error_ratio(out[owned], exact[owned], naive[owned], kind, f"{what} out")
+        else:
+            assert_codes(out[owned], exact[owned], naive[owned], float(scale[0]), f"{what} codes")
+        assert_lse(lse[:, owned], exact_lse[:, owned], naive_lse[:, owned], f"{what} lse")
+        return out, lse
+
+
+@dataclasses.dataclass
+class PagedProblem(Problem):
+    q: np.ndarray
+    q_descale: np.ndarray | None
+    k: Half
+    v: Half
+    block_tables: np.ndarray
+    cu_seqlens_q: np.ndarray
+    seq_lens_decoder: np.ndarray
+    seq_lens_this_time: np.ndarray
+    options: dict[str, Any]
+
+    @property
+    def kind(self) -> CacheKind:
+        return self.k.kind
+
+    def slot(self, row: int, position: int) -> tuple[int, int]:
+        """(block, token in the block) of a key position."""
+        return int(self.block_tables[row, position // 64]), position % 64
+
+    def poison(self, letter: str, row: int, position: int, head: int | None = None) -> None:
+        block, r = self.slot(row, position)
+        half = self.k if letter == "k" else self.v
+        half.poison((block, slice(None) if head is None else head, r))
+
+    def owned(self) -> np.ndarray:
+        owned = np.zeros(len(self.q), bool)
+        for first, new in zip(self.cu_seqlens_q, self.seq_lens_this_time):
+            owned[first : first + new] = True
+        return owned
+
+    def cache_options(self) -> dict[str, Any]:
+        return {
+            "cache_quant_type": self.kind.quant_type,
+            "fp8_format": self.kind.fp8_format,
+        }
+
+    def arguments(self, place: str = "cpu") -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments of :func:`fastattn.functional.paged_attention`."""
+        new = np.maximum(self.seq_lens_this_time, 0)
+        keys = np.maximum(self.seq_lens_decoder, 0) + new
+        positional = [
+            to_paddle(self.q, place),
+            to_paddle(self.k.packed(), place),
+            to_paddle(self.v.packed(), place),
+            int32(self.block_tables, place),
+            int32(self.cu_seqlens_q, place),
+            int32(self.seq_lens_decoder, place),
+            int32(self.seq_lens_this_time, place),
+            int(new.max(initial=0)),
+            int(keys.max(initial=0)),
+        ]
+        keywords = {**self.cache_options(), **_as_tensors(self.options, place)}
+        for name, value in (
+            ("cache_k_scales", self.k.scales),
+            ("cache_v_scales", self.v.scales),
+            ("q_descale", self.q_descale),
+        ):
+            keywords[name] = None if value is None else to_paddle(value, place)
+        return positional, keywords
+
+    def run(self, place: str = "cpu", **extra):
+        positional, keywords = self.arguments(place)
+        keywords.update(extra)
+        out, lse = F.paged_attention(*positional, return_softmax_lse=True, **keywords)
+        return to_numpy(out), to_numpy(lse)
+
+    def reference(self, precision: str = "float64", **extra):
+        return reference.paged_attention(
+            self.q,
+            self.k.packed(),
+            self.v.packed(),
+            self.block_tables,
+            self.cu_seqlens_q,
+            self.seq_lens_decoder,
+            self.seq_lens_this_time,
+            cache_k_scales=self.k.scales,
+            cache_v_scales=self.v.scales,
+            q_descale=self.q_descale,
+            precision=precision,
+            **{**self.cache_options(), **self.options, **extra},
+        )
+
+
+def _block_tables(rng, keys, prefixes, share: bool) -> tuple[np.ndarray, int]:
+    """Tables [B, max_blocks] with blocks in random order, and the number of physical blocks."""
+    needed = [-(-int(n) // 64) for n in keys]
+    tables = np.full((len(needed), max([*needed, 1]) + 1), -1, np.int64)
+    tables[:, ::2] = 2**30  # an id that no cache has
+    count = 0
+    for row, blocks in enumerate(needed):
+        for i in range(blocks):
+            # A full block of the prefix may be another row's, too.
+            if share and row and i < min(prefixes[0], prefixes[row]) // 64:
+                tables[row, i] = tables[0, i]
+            else:
+                tables[row, i] = count
+                count += 1
+    order = rng.permutation(count + 3)
+    known = (tables >= 0) & (tables < count)
+    tables[known] = order[tables[known]]
+    return tables.astype(np.int32), count + 3
+
+
+def paged_problem(
+    rows,
+    *,
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 64,
+    kind: CacheKind = PLAIN,
+    q_type: str | None = None,
+    seed: int = 0,
+    spans=None,
+    padding: int = 0,
+    share: bool = False,
+    v_mean: float = 0.7,
+    **options,
+) -> PagedProblem:
+    """Problem of ragged rows.
+
+    Parameters
+    ----------
+    rows : sequence of (prefix, new)
+        Cached and new tokens of each row.
+    spans : sequence of int, optional
+        Tokens set aside for each row in ``cu_seqlens_q``, at least its new ones.
+    padding : int
+        Tokens behind the last row's.
+    share : bool
+        Rows with a common number of full prefix blocks share these with the first row.
+    options
+        Passed to the operator and to the reference.
+    """
+    rng = np.random.default_rng(seed)
+    prefixes, new = (np.array([r[i] for r in rows], np.int32).reshape(-1) for i in (0, 1))
+    tables, num_blocks = _block_tables(rng, prefixes + new, prefixes, share)
+    h, kv = heads
+    shape = (num_blocks, kv, 64, dim)
+    k = _store(_values(rng, shape), kind, "k", rng)
+    v = _store(_values(rng, shape, v_mean), kind, "v", rng)
+    written = np.zeros((num_blocks, 64), bool)
+    for row, keys in enumerate(prefixes + new):
+        position = np.arange(keys)
+        written[tables[row, position // 64], position % 64] = True
+    hidden = np.argwhere(~written)
+    for half in (k, v):
+        half.poison((hidden[:, 0], slice(None), hidden[:, 1]))
+    cu = np.concatenate([[0], np.cumsum(new if spans is None else spans)]).astype(np.int32)
+    if q_type is None:
+        q_type = kind.dtype if kind.quant_type == "none" else "bfloat16"
+    q, q_descale = _queries(rng, int(cu[-1]) + padding, h, dim, q_type)
+    return PagedProblem(q, q_descale, k, v, tables, cu, prefixes, new, options)
+
+
+@dataclasses.dataclass
+class FlashProblem(Problem):
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    cu_seqlens_q: np.ndarray
+    cu_seqlens_k: np.ndarray
+    options: dict[str, Any]
+    q_descale: np.ndarray | None = None
+
+    def arguments(self, place: str = "cpu") -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments of :func:`fastattn.functional.flash_attention`."""
+        positional = [
+            to_paddle(self.q, place),
+            to_paddle(self.k, place),
+            to_paddle(self.v, place),
+            int32(self.cu_seqlens_q, place),
+            int32(self.cu_seqlens_k, place),
+            int(np.diff(self.cu_seqlens_q).max(initial=0)),
+            int(np.diff(self.cu_seqlens_k).max(initial=0)),
+        ]
+        keywords = _as_tensors(self.options, place)
+        if self.q_descale is not None:
+            keywords["q_descale"] = to_paddle(self.q_descale, place)
+        return positional, keywords
+
+    def run(self, place: str = "cpu", **extra):
+        positional, keywords = self.arguments(place)
+        keywords.update(extra)
+        out, lse = F.flash_attention(*positional, return_softmax_lse=True, **keywords)
+        return to_numpy(out), to_numpy(lse)
+
+    def reference(self, precision: str = "float64", **extra):
+        return reference.flash_attention(
+            self.q,
+            self.k,
+            self.v,
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            q_descale=self.q_descale,
+            precision=precision,
+            **{**self.options, **extra},
+        )
+
+
+def flash_problem(
+    rows,
+    *,
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 64,
+    q_type: str = "bfloat16",
+    kv_type: str | None = None,
+    descale_shape: str = "head",
+    seed: int = 0,
+    v_mean: float = 0.7,
+    **options,
+) -> FlashProblem:
+    """Problem of ragged rows of (queries, keys) on contiguous tensors.
+
+    `kv_type` is a float type, "e4m3", "e5m2" or "int8"; its descales have `descale_shape` "tensor"
+    [1], "head" [KV] or "batch" [B, KV].
+    """
+    rng = np.random.default_rng(seed)
+    cu_q, cu_k = (np.cumsum([0, *(r[i] for r in rows)]).astype(np.int32) for i in (0, 1))
+    h, kv = heads
+    q, q_descale = _queries(rng, int(cu_q[-1]), h, dim, q_type)
+    if kv_type is None:
+        kv_type = "e4m3" if q_type.startswith("e4m3") else q_type
+    k, v = (_values(rng, (int(cu_k[-1]), kv, dim), mean) for mean in (0.0, v_mean))
+    if kv_type in NUMPY_TYPES:
+        k, v = k.astype(NUMPY_TYPES[kv_type]), v.astype(NUMPY_TYPES[kv_type])
+        return FlashProblem(q, k, v, cu_q, cu_k, options, q_descale)
+    base = np.float32({"int8": 0.031, "e4m3": 0.0113, "e5m2": 0.0147}[kv_type])
+    shape = {"tensor": (1,), "head": (kv,), "batch": (len(rows), kv)}[descale_shape]
+    codes = [numerics.quantize(x, base, kv_type) for x in (k, v)]
+    if kv_type == "int8":
+        codes = [c.view(np.int8) for c in codes]
+    elif kv_type == "e5m2":
+        codes = [c.view(E5M2) for c in codes]
+    descales = {
+        name: (base * factor * np.exp(rng.uniform(-0.7, 0.7, shape))).astype(np.float32)
+        for name, factor in (("k_descale", 1.1), ("v_descale", 1.7))
+    }
+    return FlashProblem(q, *codes, cu_q, cu_k, {**options, **descales}, q_descale)
