@@ -19,6 +19,7 @@
 #include "common/numeric.h"
 #include "common/types.h"
 #include "cuda/append_cache/launch.h"
+#include "cuda/common/bytes.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/row_tiles.cuh"
 
@@ -70,24 +71,6 @@ struct AppendTraits {
     }
   }
 };
-
-// Bytes stored in the order 0,1,8,9, 2,3,10,11, ... back to 0..15.
-__device__ __forceinline__ uint4 SlotsToOrder(uint4 x) {
-  return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410),
-                    __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
-}
-
-// out[j] = byte j of every in[i], i the byte index: a 4x4 byte transposition.
-__device__ __forceinline__ void TransposeBytes(const uint32_t (&in)[4], uint32_t (&out)[4]) {
-  const uint32_t low01 = __byte_perm(in[0], in[1], 0x5140);  // 0.0 1.0 0.1 1.1
-  const uint32_t low23 = __byte_perm(in[2], in[3], 0x5140);
-  const uint32_t high01 = __byte_perm(in[0], in[1], 0x7362);
-  const uint32_t high23 = __byte_perm(in[2], in[3], 0x7362);
-  out[0] = __byte_perm(low01, low23, 0x5410);
-  out[1] = __byte_perm(low01, low23, 0x7632);
-  out[2] = __byte_perm(high01, high23, 0x5410);
-  out[3] = __byte_perm(high01, high23, 0x7632);
-}
 
 // The 16 static scales of channels [channel, channel + 16) of a head; equal ones where the scale is
 // per tensor or per head.
@@ -158,7 +141,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   if (start < 0) return;
   int64_t tokens = min(p.seq_lens_decoder[row], p.cu_seqlens_k[row + 1] - start);
   tokens = min(tokens, p.num_out_tokens - start);
-  const int64_t tile = slot - (start / kBlockSize + row);
+  const int64_t tile = slot - FirstSlot(start, row);
   const int valid = static_cast<int>(min(tokens - tile * kBlockSize, int64_t{kBlockSize}));
   if (valid <= 0 || tile >= p.max_blocks) return;
   const int block = p.block_tables[static_cast<int64_t>(row) * p.max_blocks + tile];

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "common/numeric.h"
 #include "common/types.h"
 
 namespace fastattn::cuda {
@@ -47,6 +48,21 @@ __device__ __forceinline__ uint32_t PackPair(float low, float high) {
     bits = *reinterpret_cast<const uint32_t*>(&pair);
   }
   return bits;
+}
+
+// Four codes of four fp32 values, the first in the lowest byte: saturating, ties to even.
+template <DType kCode>
+__device__ __forceinline__ uint32_t PackCodes(float a, float b, float c, float d) {
+  if constexpr (kCode == DType::kInt8) {
+    return static_cast<uint8_t>(FloatToInt8(a)) | static_cast<uint8_t>(FloatToInt8(b)) << 8 |
+           static_cast<uint8_t>(FloatToInt8(c)) << 16 |
+           static_cast<uint32_t>(static_cast<uint8_t>(FloatToInt8(d))) << 24;
+  } else {
+    constexpr __nv_fp8_interpretation_t kFormat = kCode == DType::kE4M3 ? __NV_E4M3 : __NV_E5M2;
+    const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kFormat);
+    const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, kFormat);
+    return low | high << 16;
+  }
 }
 
 }  // namespace fastattn::cuda

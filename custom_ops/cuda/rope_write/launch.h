@@ -1,0 +1,31 @@
+// Launchers of rope_write_cache_kv and write_cache_kv.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params/cache.h"
+#include "params/rope.h"
+
+namespace fastattn::cuda {
+
+// What both operators' kernels take: Q, K and V apart, the rest as in RopeWriteCacheParams (whose
+// `qkv` and `qkv_stride` are not read). write_cache_kv has no Q heads and no rotation.
+struct StepParams {
+  RopeWriteCacheParams rope;
+  const void* q = nullptr;  // [T, H, D]
+  const void* k = nullptr;  // [T, KV, D]
+  const void* v = nullptr;  // [T, KV, D]
+  int64_t q_stride = 0;     // elements from one token to the next
+  int64_t k_stride = 0;
+  int64_t v_stride = 0;
+};
+
+// Both enqueue one kernel on `stream` and throw std::invalid_argument for what is not compiled.
+cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, cudaStream_t stream);
+cudaError_t LaunchWriteCache(const WriteCacheParams& p, cudaStream_t stream);
+
+// One variant a file. kCode is the cache's element type (bf16 / fp16 for CacheType::kNone).
+template <DType kIn, CacheType kType, DType kCode>
+cudaError_t LaunchStepVariant(const StepParams& p, cudaStream_t stream);
+
+}  // namespace fastattn::cuda
