@@ -35,29 +35,64 @@ Shape ScaleShape(const Shape& x, bool has_scale, const std::string& granularity,
   return shape;
 }
 
+// Stride of x seen as [rows, cols]: the leading dimensions must lie evenly, as those of a slice of
+// the last dimension do.
+int64_t RowStride(const Tensor& x) {
+  const Shape shape = x.shape();
+  const Shape strides = StridesOf(x);
+  if (shape.size() < 2 || x.numel() == 0) return shape.empty() ? 1 : shape.back();
+  int64_t row_stride = -1;  // of the innermost leading dimension that has more than one index
+  int64_t expected = -1;
+  for (size_t i = shape.size() - 1; i-- > 0;) {
+    if (shape[i] == 1) continue;
+    if (row_stride < 0) {
+      row_stride = strides[i];
+    } else if (strides[i] != expected) {
+      Fail("ValueError", kOp, "x", "expected evenly spaced rows, got shape ", ShapeText(shape),
+           " with strides ", ShapeText(strides));
+    }
+    expected = strides[i] * shape[i];
+  }
+  return row_stride < 0 ? shape.back() : row_stride;
+}
+
+void CheckOutput(const Tensor& output, const Tensor& x) {
+  Arg(kOp, "output", output).On(x.place()).Dims(x.shape()).Contiguous();
+  const DType dtype = ToDType(kOp, "output", output.dtype());
+  if (dtype != DType::kUInt8 && dtype != DType::kE4M3) {
+    Fail("TypeError", kOp, "output", "expected dtype uint8 or float8_e4m3fn, got ", output.dtype());
+  }
+}
+
 }  // namespace
 
 std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
-                                const std::string& granularity, int group_size) {
+                                OptionalTensor& output, const std::string& granularity,
+                                int group_size) {
   Arg(kOp, "x", x)
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
-      .Contiguous();
+      .LastDimContiguous();
   const Shape shape = x.shape();
   const Tensor* given = Get(scale);
+  const Tensor* given_output = Get(output);
   const Shape scale_shape = ScaleShape(shape, given != nullptr, granularity, group_size);
-
-  Tensor codes = paddle::empty(shape, phi::DataType::UINT8, x.place());
-  Tensor scales = given ? *given : paddle::empty(scale_shape, phi::DataType::FLOAT32, x.place());
+  const int64_t row_stride = RowStride(x);
   if (given) {
     Arg(kOp, "scale", *given).On(x.place()).Dtype({phi::DataType::FLOAT32}).Dims({1});
   }
+  if (given_output) CheckOutput(*given_output, x);
+
+  Tensor codes =
+      given_output ? *given_output : paddle::empty(shape, phi::DataType::UINT8, x.place());
+  Tensor scales = given ? *given : paddle::empty(scale_shape, phi::DataType::FLOAT32, x.place());
 
   QuantizeFp8Params p;
   p.dtype = ToDType(kOp, "x", x.dtype());
   p.granularity = given ? QuantGranularity::kStatic : ParseGranularity(granularity);
   p.cols = shape.empty() ? 1 : shape.back();
   p.rows = p.cols == 0 ? 0 : x.numel() / p.cols;
-  p.x_row_stride = p.cols;
+  p.x_row_stride = row_stride;
+  p.codes_row_stride = p.cols;
   p.group_size = group_size;
   p.x = Data(x);
   p.codes = MutableData<uint8_t>(codes);
@@ -69,21 +104,24 @@ std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
 }
 
 std::vector<Shape> QuantizeFp8InferShape(const Shape& x, const paddle::optional<Shape>& scale,
+                                         const paddle::optional<Shape>& output,
                                          const std::string& granularity, int group_size) {
   return {x, ScaleShape(x, static_cast<bool>(scale), granularity, group_size)};
 }
 
 std::vector<phi::DataType> QuantizeFp8InferDtype(const phi::DataType& x,
                                                  const paddle::optional<phi::DataType>& scale,
+                                                 const paddle::optional<phi::DataType>& output,
                                                  const std::string& granularity, int group_size) {
-  return {phi::DataType::UINT8, phi::DataType::FLOAT32};
+  return {output ? *output : phi::DataType::UINT8, phi::DataType::FLOAT32};
 }
 
 }  // namespace fastattn::api
 
 PD_BUILD_OP(fastattn_quantize_fp8)
-    .Inputs({"x", paddle::Optional("scale")})
-    .Outputs({"codes", "scales"})
+    .Inputs({"x", paddle::Optional("scale"), paddle::Optional("output")})
+    .Outputs({"codes", "scales", paddle::Optional("output_out")})
+    .SetInplaceMap({{paddle::Optional("output"), paddle::Optional("output_out")}})
     .Attrs({"granularity: std::string", "group_size: int"})
     .SetKernelFn(PD_KERNEL(fastattn::api::QuantizeFp8))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::QuantizeFp8InferShape))

@@ -3,6 +3,7 @@
 from fastattn.functional.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.functional.merge import merge_attn_states
+from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
 
@@ -12,6 +13,8 @@ __all__ = [
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "merge_attn_states",
+    "mxfp4_dequantize",
+    "mxfp4_quantize",
     "quantize_fp8",
     "rope_write_cache_kv",
     "write_cache_kv",

@@ -97,15 +97,15 @@ def merge_attn_states(
     >>> output.numpy().tolist(), round(float(output_lse), 4)
     ([[[2.0, 2.0]]], 0.6931)
     """
-    merged = -1 if prefill_tokens_with_context is None else prefill_tokens_with_context
-    if type(merged) is not int:
+    tokens = -1 if prefill_tokens_with_context is None else prefill_tokens_with_context
+    if type(tokens) is not int:
         raise TypeError(
             "merge_attn_states: prefill_tokens_with_context: expected int, got "
-            f"{type(merged).__name__}"
+            f"{type(tokens).__name__}"
         )
-    if merged < 0 and prefill_tokens_with_context is not None:
+    if tokens < 0 and prefill_tokens_with_context is not None:
         raise ValueError(
-            f"merge_attn_states: prefill_tokens_with_context: expected None or 0 to T, got {merged}"
+            f"merge_attn_states: prefill_tokens_with_context: expected None or 0 to T, got {tokens}"
         )
     inputs = (
         prefix_output,
@@ -117,5 +117,7 @@ def merge_attn_states(
         output_lse,
         output_scales,
     )
-    new, new_lse, given, given_lse, _ = _ops.call("merge_attn_states", inputs, (merged,))
-    return (new if given is None else given), (new_lse if given_lse is None else given_lse)
+    # `merged` shares its memory with `output` where that is given, and is returned even then:
+    # Paddle 2.6 saves no operator whose results are all inputs of the program.
+    merged, merged_lse, *_ = _ops.call("merge_attn_states", inputs, (tokens,))
+    return merged, merged_lse

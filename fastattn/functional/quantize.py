@@ -15,6 +15,7 @@ def quantize_fp8(
     *,
     granularity: str = "tensor",
     group_size: int = 128,
+    output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Quantise a tensor to e4m3, with a given scale or with one measured on the device.
 
@@ -31,10 +32,12 @@ def quantize_fp8(
         elements, or `group_size` elements of a row.
     group_size : int
         Elements a scale for ``"group"``; divides C.
+    output : Tensor, shape of `x`, uint8 or float8_e4m3fn, contiguous, optional
+        Written in place and returned as `codes`.
 
     Returns
     -------
-    codes : Tensor, shape of `x`, uint8
+    codes : Tensor, shape of `x`, uint8 (or the dtype of `output`)
         e4m3 bits. FP8 saturates; NaN is 0x7F and makes a dynamic scale NaN.
     scales : Tensor, float32
         `scale` itself, [1], [..., 1] or [..., C / group_size].
@@ -44,7 +47,8 @@ def quantize_fp8(
     TypeError
         If a dtype is not one of those above, or `x` is not a tensor.
     ValueError
-        If `scale` is not of shape [1], `granularity` is unknown, or `group_size` does not divide C.
+        If `scale` is not of shape [1], `output` not of that of `x`, `granularity` is unknown, or
+        `group_size` does not divide C.
 
     See Also
     --------
@@ -58,5 +62,6 @@ def quantize_fp8(
     >>> codes.numpy()
     array([[110, 246, 126]], dtype=uint8)
     """
-    codes, scales = _ops.call("quantize_fp8", (x, scale), (granularity, group_size))
+    # `codes` shares its memory with `output` where that is given.
+    codes, scales, _ = _ops.call("quantize_fp8", (x, scale, output), (granularity, group_size))
     return codes, scales

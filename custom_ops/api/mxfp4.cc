@@ -1,0 +1,120 @@
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "common/fp4.h"
+#include "cpu/mxfp4.h"
+#include "params/mxfp4.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kQuantize = "mxfp4_quantize";
+constexpr const char* kDequantize = "mxfp4_dequantize";
+
+// The last dimension times `numerator` / `denominator`; -1 stays unknown.
+Shape WithLast(Shape shape, int64_t numerator, int64_t denominator) {
+  if (!shape.empty() && shape.back() >= 0) shape.back() = shape.back() * numerator / denominator;
+  return shape;
+}
+
+void CheckColumns(const char* op, const char* arg, const Shape& shape, int64_t multiple) {
+  if (shape.empty() || shape.back() % multiple != 0) {
+    Fail("ValueError", op, arg, "expected a last dimension that is a multiple of ", multiple,
+         ", got shape ", ShapeText(shape));
+  }
+}
+
+phi::DataType ParseDtype(const std::string& name) {
+  if (name == "float32") return phi::DataType::FLOAT32;
+  if (name == "float16") return phi::DataType::FLOAT16;
+  if (name == "bfloat16") return phi::DataType::BFLOAT16;
+  Fail("ValueError", kDequantize, "dtype", "expected float32, float16 or bfloat16, got '", name,
+       "'");
+}
+
+}  // namespace
+
+std::vector<Tensor> Mxfp4Quantize(const Tensor& x) {
+  Arg(kQuantize, "x", x)
+      .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
+      .Contiguous();
+  const Shape shape = x.shape();
+  CheckColumns(kQuantize, "x", shape, kMxBlock);
+  RequireCpu(kQuantize, x.place());
+
+  Tensor codes = paddle::empty(WithLast(shape, 1, 2), phi::DataType::UINT8, x.place());
+  Tensor scales = paddle::empty(WithLast(shape, 1, kMxBlock), phi::DataType::UINT8, x.place());
+  Mxfp4QuantizeParams p;
+  p.dtype = ToDType(kQuantize, "x", x.dtype());
+  p.cols = shape.back();
+  p.rows = p.cols == 0 ? 0 : x.numel() / p.cols;
+  p.x_row_stride = p.cols;
+  p.x = Data(x);
+  p.codes = MutableData<uint8_t>(codes);
+  p.scales = MutableData<uint8_t>(scales);
+  Guarded(kQuantize, [&] { cpu::Mxfp4Quantize(p); });
+  return {codes, scales};
+}
+
+std::vector<Shape> Mxfp4QuantizeInferShape(const Shape& x) {
+  return {WithLast(x, 1, 2), WithLast(x, 1, kMxBlock)};
+}
+
+std::vector<phi::DataType> Mxfp4QuantizeInferDtype(const phi::DataType& x) {
+  return {phi::DataType::UINT8, phi::DataType::UINT8};
+}
+
+std::vector<Tensor> Mxfp4Dequantize(const Tensor& codes, const Tensor& scales,
+                                    const std::string& dtype) {
+  Arg(kDequantize, "codes", codes).Dtype({phi::DataType::UINT8}).Contiguous();
+  const Shape shape = codes.shape();
+  CheckColumns(kDequantize, "codes", shape, kMxBlock / 2);
+  Arg(kDequantize, "scales", scales)
+      .On(codes.place())
+      .Dtype({phi::DataType::UINT8})
+      .Dims(WithLast(shape, 2, kMxBlock))
+      .Contiguous();
+  const phi::DataType out_dtype = ParseDtype(dtype);
+  RequireCpu(kDequantize, codes.place());
+
+  Tensor x = paddle::empty(WithLast(shape, 2, 1), out_dtype, codes.place());
+  Mxfp4DequantizeParams p;
+  p.dtype = ToDType(kDequantize, "dtype", out_dtype);
+  p.cols = 2 * shape.back();
+  p.rows = shape.back() == 0 ? 0 : codes.numel() / shape.back();
+  p.codes = Data<uint8_t>(codes);
+  p.scales = Data<uint8_t>(scales);
+  p.x = MutableData(x);
+  Guarded(kDequantize, [&] { cpu::Mxfp4Dequantize(p); });
+  return {x};
+}
+
+std::vector<Shape> Mxfp4DequantizeInferShape(const Shape& codes, const Shape& scales,
+                                             const std::string& dtype) {
+  return {WithLast(codes, 2, 1)};
+}
+
+std::vector<phi::DataType> Mxfp4DequantizeInferDtype(const phi::DataType& codes,
+                                                     const phi::DataType& scales,
+                                                     const std::string& dtype) {
+  return {ParseDtype(dtype)};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_mxfp4_quantize)
+    .Inputs({"x"})
+    .Outputs({"codes", "scales"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::Mxfp4Quantize))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::Mxfp4QuantizeInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::Mxfp4QuantizeInferDtype));
+
+PD_BUILD_OP(fastattn_mxfp4_dequantize)
+    .Inputs({"codes", "scales"})
+    .Outputs({"x"})
+    .Attrs({"dtype: std::string"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::Mxfp4Dequantize))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::Mxfp4DequantizeInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::Mxfp4DequantizeInferDtype));

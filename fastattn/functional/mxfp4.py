@@ -1,0 +1,103 @@
+"""MXFP4: E2M1 codes, two a byte, with one UE8M0 exponent for 32 elements."""
+
+from __future__ import annotations
+
+from paddle import Tensor
+
+from fastattn import _ops
+from fastattn.functional._marker import unified
+
+
+@unified
+def mxfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Quantise rows to MXFP4 (the OCP microscaling format, [1]_).
+
+    For each block of 32 elements of a row:
+
+    .. math:: e = \lceil \log_2(\max(\mathrm{amax}, 6 \cdot 2^{-126}) / 6) \rceil, \qquad
+              c = \mathrm{e2m1}(x \cdot 2^{-e})
+
+    The exponent is computed from the bits of amax, so that no logarithm rounds. E2M1 rounds to
+    nearest, ties to even, keeps the sign of zero (-0 is code 8) and has no NaN: a NaN is code 7,
+    and amax passes over it, so that the rest of its block keeps its values. An infinite amax
+    counts as the largest finite fp32 value.
+
+    Parameters
+    ----------
+    x : Tensor, shape [..., C], float32, float16 or bfloat16
+        C is a multiple of 32.
+
+    Returns
+    -------
+    codes : Tensor, shape [..., C / 2], uint8
+        Elements 2i (low nibble) and 2i + 1 (high nibble) in byte i.
+    scales : Tensor, shape [..., C / 32], uint8
+        UE8M0: ``e + 127``.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not a tensor of one of the dtypes above.
+    ValueError
+        If C is not a multiple of 32.
+
+    See Also
+    --------
+    mxfp4_dequantize : the way back.
+    fastattn.reference.mxfp4_quantize : the same in NumPy, bit by bit.
+
+    References
+    ----------
+    .. [1] "OCP Microscaling Formats (MX) Specification", version 1.0, sections 5.3.3 and 6.3
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import mxfp4_quantize
+    >>> codes, scales = mxfp4_quantize(paddle.full([1, 32], -6.0))
+    >>> codes.numpy()[0, 0], scales.numpy().tolist()
+    (255, [[127]])
+    """
+    codes, scales = _ops.call("mxfp4_quantize", (x,))
+    return codes, scales
+
+
+@unified
+def mxfp4_dequantize(codes: Tensor, scales: Tensor, *, dtype: str = "float32") -> Tensor:
+    r"""Values of MXFP4 codes: ``e2m1(code) * 2 ** (scale - 127)``.
+
+    The product is exact in fp32, unless it is over the largest finite value and becomes infinite;
+    it is then rounded to `dtype`. A scale byte of 255 is NaN.
+
+    Parameters
+    ----------
+    codes : Tensor, shape [..., C / 2], uint8
+        As from :func:`mxfp4_quantize`; C is a multiple of 32.
+    scales : Tensor, shape [..., C / 32], uint8
+    dtype : {"float32", "float16", "bfloat16"}
+
+    Returns
+    -------
+    Tensor, shape [..., C], `dtype`
+
+    Raises
+    ------
+    TypeError
+        If an input is not a uint8 tensor.
+    ValueError
+        If the shapes do not fit together, or `dtype` is another.
+
+    See Also
+    --------
+    fastattn.reference.mxfp4_dequantize : the same in NumPy, bit by bit.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import mxfp4_dequantize, mxfp4_quantize
+    >>> x = paddle.full([1, 32], 3.0)
+    >>> bool((mxfp4_dequantize(*mxfp4_quantize(x)) == x).all())
+    True
+    """
+    (x,) = _ops.call("mxfp4_dequantize", (codes, scales), (dtype,))
+    return x
