@@ -1,0 +1,24 @@
+"""Attention backends that a FastDeploy-like server plugs in."""
+
+from fastattn.backends.append import AppendAttentionBackend
+from fastattn.backends.base import AttentionBackend, AttentionMetadata
+from fastattn.backends.flash import FlashAttentionBackend
+from fastattn.backends.flash_mask import FlashMaskAttentionBackend
+from fastattn.backends.forward_meta import ForwardMeta, ForwardMode
+from fastattn.backends.layer_cache import LayerCache
+from fastattn.backends.scales import HeadShard
+from fastattn.backends.standalone import AttentionLayer, make_config
+
+__all__ = [
+    "AppendAttentionBackend",
+    "AttentionBackend",
+    "AttentionLayer",
+    "AttentionMetadata",
+    "FlashAttentionBackend",
+    "FlashMaskAttentionBackend",
+    "ForwardMeta",
+    "ForwardMode",
+    "HeadShard",
+    "LayerCache",
+    "make_config",
+]

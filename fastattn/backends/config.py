@@ -1,0 +1,98 @@
+"""What the backends need of a FastDeploy configuration, and what of it they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastattn.backends.scales import HeadShard
+
+#: Tokens of a cache block.
+BLOCK_SIZE = 64
+
+
+def read(config: Any, path: str, default: Any = None) -> Any:
+    """Value at a dotted path; `default` where a part is missing or None."""
+    for name in path.split("."):
+        config = getattr(config, name, None)
+        if config is None:
+            return default
+    return config
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """Configuration of a backend.
+
+    Attributes
+    ----------
+    max_model_len : int
+        Tokens of the longest sequence; bounds the keys of a row where the host knows no better.
+    causal : bool
+    window_size : int
+        Keys that a query sees, its own included, in every layer; 0: the layer says.
+    rotary_dim : int or None
+        Rotated channels of a head, from ``partial_rotary_factor``.
+    shard : HeadShard
+    """
+
+    max_model_len: int
+    causal: bool
+    window_size: int
+    rotary_dim: int | None
+    shard: HeadShard
+
+    @classmethod
+    def of(cls, fd_config: Any, backend: str, head_dim: int) -> BackendConfig:
+        """Read a FastDeploy configuration.
+
+        Raises
+        ------
+        NotImplementedError
+            If it asks for something that the backends do not do; the message names it.
+        ValueError
+            If ``model_config.max_model_len`` is missing.
+        """
+        _refuse(fd_config, backend, head_dim)
+        max_model_len = read(fd_config, "model_config.max_model_len")
+        if max_model_len is None:
+            raise ValueError(f"{backend}: fd_config.model_config.max_model_len: got None")
+        factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
+        return cls(
+            max_model_len=int(max_model_len),
+            causal=bool(read(fd_config, "model_config.causal", True)),
+            window_size=int(read(fd_config, "model_config.window_size", 0)),
+            rotary_dim=None if factor >= 1.0 else int(head_dim * factor),
+            shard=HeadShard(
+                num_heads=read(fd_config, "model_config.num_key_value_heads"),
+                size=int(read(fd_config, "parallel_config.tensor_parallel_size", 1)),
+                rank=int(read(fd_config, "parallel_config.tensor_parallel_rank", 0)),
+            ),
+        )
+
+
+def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
+    def no(what: str, value: Any, supported: str) -> None:
+        raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
+
+    block_size = read(fd_config, "cache_config.block_size", BLOCK_SIZE)
+    if block_size != BLOCK_SIZE:
+        no("cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
+    if head_dim not in (64, 128):
+        no("head_dim", head_dim, "supported: 64, 128")
+    mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
+    if mode not in ("None", "none", ""):
+        no(
+            "parallel_config.pd_disaggregation_mode",
+            mode,
+            "prefill/decode disaggregation signals the cache's transfer from inside the operators",
+        )
+    # FastDeploy turns 3-D RoPE off for draft models.
+    draft = read(fd_config, "speculative_config.model_type", "main") != "main"
+    for name in ("enable_rope_3d_runtime", "model_config.rope_3d", "model_config.use_3d_rope"):
+        if read(fd_config, name, False) and not draft:
+            no(name, True, "rotary tables of rope_3d differ from row to row")
+    for name in ("head_wise_swa_ratio", "sink_size"):
+        value = read(fd_config, f"model_config.{name}", 0)
+        if value:
+            no(f"model_config.{name}", value, "sliding windows are the same for every head")

@@ -1,0 +1,191 @@
+"""What a step is: a stand-in for FastDeploy's ``ForwardMeta``, and the way backends read one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import paddle
+
+
+class ForwardMode(IntEnum):
+    """Kind of a step, as FastDeploy names it."""
+
+    EXTEND = 1
+    DECODE = 2
+    MIXED = 3
+    NATIVE = 4
+
+    def is_prefill(self) -> bool:
+        """Whether every row is a prefill row."""
+        return self == ForwardMode.EXTEND
+
+    def is_decode(self) -> bool:
+        """Whether every row is a decode row."""
+        return self == ForwardMode.DECODE
+
+    def is_mixed(self) -> bool:
+        """Whether rows may be of any kind."""
+        return self == ForwardMode.MIXED
+
+    def is_native(self) -> bool:
+        """Whether the framework's own operators are to be used."""
+        return self == ForwardMode.NATIVE
+
+
+#: Fields of FastDeploy's ForwardMeta that backends read. :func:`field` and :func:`optional` refuse
+#: any other name: FastDeploy's object answers a misspelt one with None.
+FIELDS = frozenset(
+    {
+        "attn_mask",
+        "attn_mask_offsets",
+        "batch_id_per_token",
+        "block_tables",
+        "caches",
+        "cu_seqlens_q",
+        "forward_mode",
+        "max_len_tensor_cpu",
+        "pre_caches_length",
+        "rope_already_applied",
+        "rotary_embs",
+        "seq_lens_decoder",
+        "seq_lens_this_time",
+        "step_use_cudagraph",
+    }
+)
+
+
+def optional(forward_meta: Any, name: str) -> Any:
+    """Value of a field, None if it is absent."""
+    if name not in FIELDS:
+        raise AttributeError(f"forward_meta has no field {name!r}")
+    return getattr(forward_meta, name, None)
+
+
+def field(forward_meta: Any, name: str) -> Any:
+    """Value of a field that a step must have.
+
+    Raises
+    ------
+    ValueError
+        If it is None, which is also what FastDeploy's object gives for a field never set.
+    """
+    value = optional(forward_meta, name)
+    if value is None:
+        raise ValueError(f"forward_meta.{name}: expected a value, got None")
+    return value
+
+
+class ForwardMeta:
+    """A step's metadata, for tests and for serving without FastDeploy.
+
+    Like FastDeploy's, it has any attribute that is asked for: None unless it was set. Backends
+    therefore read it through :func:`field` and :func:`optional`.
+
+    Parameters
+    ----------
+    **fields
+        Attributes by name; see :meth:`for_step` for a way to have them made.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self.forward_mode: Any = ForwardMode.MIXED
+        self.rope_already_applied = False
+        self.step_use_cudagraph = False
+        self.is_dummy_or_profile_run = False
+        self.pre_caches_length = 0
+        self.__dict__.update(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the protocols of copy and pickle ask for names of their own
+            raise AttributeError(name)
+        setattr(self, name, None)
+        return None
+
+    @classmethod
+    def for_step(
+        cls,
+        *,
+        cached: Sequence[int],
+        new: Sequence[int],
+        block_tables: Any,
+        caches: Sequence[Any],
+        rotary_embs: Any = None,
+        prefill: Sequence[bool] | None = None,
+        num_tokens: int | None = None,
+        place: Any = None,
+        **fields: Any,
+    ) -> ForwardMeta:
+        """Build the metadata of a step from what its scheduler knows.
+
+        Parameters
+        ----------
+        cached, new : sequence of int
+            Tokens in the cache and tokens of this step of each row. ``new[b] = 0``: a stopped row.
+        block_tables : array of int, shape [B, max_blocks]
+            Physical block of each 64 tokens of a row; -1 where there is none.
+        caches : sequence of Tensor
+            ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v, k_scales, v_scales}`` for the
+            dynamic types.
+        rotary_embs : Tensor, optional
+            See :func:`fastattn.functional.rope_write_cache_kv`.
+        prefill : sequence of bool, optional
+            Which rows are prefill rows; by default those with more than one new token.
+        num_tokens : int, optional
+            Rows of ``qkv``, if more than ``sum(new)``: the rest is padding.
+        place : optional
+            Where the tensors are made; default CPU.
+        **fields
+            Further attributes.
+        """
+        place = paddle.CPUPlace() if place is None else place
+        cached_lens, lens = np.asarray(cached, np.int32), np.asarray(new, np.int32)
+        if prefill is None:
+            prefill = [n > 1 for n in new]
+        encoder = np.where(np.asarray(prefill, bool), lens, 0).astype(np.int32)
+        starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
+        total = int(starts[-1]) if num_tokens is None else num_tokens
+        batch_ids = np.full(total, -1, np.int32)
+        batch_ids[: starts[-1]] = np.repeat(np.arange(len(lens), dtype=np.int32), lens)
+
+        def tensor(array: Any) -> Any:
+            return paddle.to_tensor(np.ascontiguousarray(array, np.int32), place=place)
+
+        return cls(
+            **{
+                "seq_lens_encoder": tensor(encoder),
+                "seq_lens_decoder": tensor(cached_lens),
+                "seq_lens_this_time": tensor(lens),
+                "cu_seqlens_q": tensor(starts),
+                "batch_id_per_token": tensor(batch_ids),
+                "block_tables": tensor(block_tables),
+                "max_len_tensor_cpu": max_len_tensor(cached_lens, lens, encoder),
+                "caches": list(caches),
+                "rotary_embs": rotary_embs,
+                **fields,
+            }
+        )
+
+
+def max_len_tensor(cached: Any, new: Any, encoder: Any) -> Any:
+    """FastDeploy's ``max_len_tensor_cpu``: int32 [9] on the host, of which 0 to 5 are used.
+
+    They are the largest of: new tokens, new tokens of prefill rows, cached tokens, cached + new,
+    cached + new of decode rows, keys.
+    """
+    lengths = np.zeros(9, np.int32)
+    active = new > 0
+    if active.any():
+        keys = (cached + new)[active]
+        decode = (cached + new)[active & (encoder == 0)]
+        lengths[:6] = [
+            new.max(),
+            encoder.max(),
+            cached[active].max(),
+            keys.max(),
+            decode.max(initial=0),
+            keys.max(),
+        ]
+    return paddle.to_tensor(lengths, place=paddle.CPUPlace())

@@ -1,0 +1,138 @@
+"""The cache tensors and scales of one layer: the one place that knows where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastattn.backends.forward_meta import field
+from fastattn.backends.scales import HeadShard, local_scales
+from fastattn.functional._cache_types import (
+    DYNAMIC_TYPES,
+    check_cache_type,
+    check_no_zero_points,
+)
+
+#: FastDeploy's ``kv_cache_quant_type`` strings and the type that a layer then names.
+CONFIG_TYPES = {
+    None: "none",
+    "int8": "cache_int8",
+    "float8_e4m3fn": "cache_fp8",
+}
+
+_NO_SHARD = HeadShard()
+
+
+def cache_type_of(kv_cache_quant_type: str | None) -> str:
+    """Cache type of a config string (``int8``, ``float8_e4m3fn``, ...) or of a type's own name.
+
+    Raises
+    ------
+    NotImplementedError
+        If it is not supported; the message lists what is.
+    """
+    name = CONFIG_TYPES.get(kv_cache_quant_type, kv_cache_quant_type)
+    assert name is not None
+    check_cache_type("get_kv_cache_shape", name)
+    return name
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Cache of one layer.
+
+    Attributes
+    ----------
+    key, value : Tensor
+    k_scales, v_scales : Tensor or None
+        Dequantisation multipliers: ``[num_blocks, KV, 64]`` for the dynamic types, the layer's own
+        for the static ones.
+    quant_type, fp8_format : str
+    """
+
+    key: Any
+    value: Any
+    k_scales: Any
+    v_scales: Any
+    quant_type: str
+    fp8_format: str
+
+    @classmethod
+    def of(cls, forward_meta: Any, layer: Any, shard: HeadShard = _NO_SHARD) -> LayerCache:
+        """Pick a layer's tensors from ``forward_meta.caches``.
+
+        Types with one scale a token hold four tensors a layer, ``4 * layer_id + {k, v, k_scales,
+        v_scales}``; every other type holds two, ``2 * layer_id + {k, v}``, and static scales come
+        from the layer (``cache_k_out_scale``, ``cache_v_out_scale``).
+
+        Parameters
+        ----------
+        forward_meta : ForwardMeta
+        layer : object
+            Has ``layer_id`` and, unless it is ``"none"``, ``cache_quant_type_str``.
+        shard : HeadShard
+            This process's share of the model's KV heads, to cut global scales.
+
+        Raises
+        ------
+        NotImplementedError
+            If the layer's type is not supported.
+        ValueError
+            If the list is too short or not a multiple of a layer's tensors, a scale is missing or
+            of a wrong length, or the layer has a zero point.
+        """
+        quant_type = getattr(layer, "cache_quant_type_str", "none")
+        check_cache_type("LayerCache", quant_type)
+        check_no_zero_points(
+            "LayerCache",
+            quant_type,
+            cache_k_zp=getattr(layer, "cache_k_zp", None),
+            cache_v_zp=getattr(layer, "cache_v_zp", None),
+        )
+        dynamic = quant_type in DYNAMIC_TYPES
+        per_layer = 4 if dynamic else 2
+        caches = field(forward_meta, "caches")
+        first = per_layer * layer.layer_id
+        if layer.layer_id < 0 or len(caches) < first + per_layer or len(caches) % per_layer:
+            raise ValueError(
+                f"forward_meta.caches: layer {layer.layer_id} of type {quant_type!r} needs "
+                f"{per_layer} tensors a layer, at {first} to {first + per_layer - 1}; the list has "
+                f"{len(caches)}"
+            )
+        key, value = caches[first], caches[first + 1]
+        if dynamic:
+            scales = [caches[first + 2], caches[first + 3]]
+        elif quant_type == "none":
+            scales = [None, None]
+        else:
+            scales = [
+                cls._static_scales(layer, name, key, shard, quant_type)
+                for name in ("cache_k_out_scale", "cache_v_out_scale")
+            ]
+        fp8_format = getattr(layer, "cache_fp8_format", "e4m3")
+        return cls(key, value, scales[0], scales[1], quant_type, fp8_format)
+
+    @staticmethod
+    def _static_scales(layer: Any, name: str, key: Any, shard: HeadShard, quant_type: str) -> Any:
+        scales = getattr(layer, name, None)
+        if scales is None:
+            raise ValueError(
+                f"layer.{name}: cache_quant_type {quant_type!r} needs static scales, got None"
+            )
+        return local_scales(
+            scales,
+            name=f"layer.{name}",
+            kv_heads=int(key.shape[1]),
+            head_dim=int(key.shape[3]),
+            shard=shard,
+            per_channel=quant_type == "cache_int8",
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that the operators take besides the two cache tensors."""
+        return {
+            "cache_k_scales": self.k_scales,
+            "cache_v_scales": self.v_scales,
+            "cache_quant_type": self.quant_type,
+            "fp8_format": self.fp8_format,
+        }

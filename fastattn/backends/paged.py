@@ -1,0 +1,274 @@
+"""What the backends have in common: a layer's step is two operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import paddle
+
+from fastattn.backends.base import AttentionBackend, AttentionMetadata
+from fastattn.backends.config import BLOCK_SIZE, BackendConfig
+from fastattn.backends.forward_meta import field, optional
+from fastattn.backends.layer_cache import LayerCache, cache_type_of
+from fastattn.functional._cache_types import DYNAMIC_TYPES
+
+
+@dataclass
+class PagedAttentionMetadata(AttentionMetadata):
+    """What the layers of a step share.
+
+    Attributes
+    ----------
+    host_lengths : (int, int) or None
+        Largest numbers of new tokens and of keys of a row; None where the host does not know.
+    mask_offsets : Tensor or None, shape [T, 2]
+    """
+
+    host_lengths: tuple[int, int] | None = None
+    mask_offsets: Any = None
+
+
+class PagedAttentionBackend(AttentionBackend):
+    """Writes the new tokens into the cache, then attends to the whole cache.
+
+    Prefill, decode, speculative and stopped rows go through the same two operators in one call
+    each: nothing is dequantised ahead of time and no partial outputs are merged.
+
+    Parameters
+    ----------
+    fd_config : object
+        A FastDeploy ``FDConfig``, or :func:`fastattn.backends.make_config`'s stand-in.
+    kv_num_heads, num_heads, head_dim : int
+        Heads of this process, and their size.
+    encoder_block_shape_q, decoder_block_shape_q : int
+        Part of the contract; the operators choose their own tiles.
+    q_quant : {"none", "per_tensor", "per_token_head"}
+        How Q is handed to the attention; ``"per_tensor"`` takes ``layer.q_scale``.
+
+    Raises
+    ------
+    NotImplementedError
+        If the configuration asks for something that is not supported; the message names it.
+    """
+
+    __infer_dynamic_dims_fields__ = ("attention_metadata",)
+
+    def __init__(
+        self,
+        fd_config: Any,
+        kv_num_heads: int,
+        num_heads: int,
+        head_dim: int,
+        encoder_block_shape_q: int = -1,
+        decoder_block_shape_q: int = -1,
+        *,
+        q_quant: str = "none",
+    ) -> None:
+        self.config = BackendConfig.of(fd_config, type(self).__name__, head_dim)
+        self.kv_num_heads = kv_num_heads
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.encoder_block_shape_q = encoder_block_shape_q
+        self.decoder_block_shape_q = decoder_block_shape_q
+        self.q_quant = q_quant
+        self.attention_metadata: PagedAttentionMetadata | None = None
+
+    def get_kv_cache_shape(
+        self, max_num_blocks: int, kv_cache_quant_type: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Shapes of a layer's caches; V of a quantised one keeps a block's tokens together.
+
+        Parameters
+        ----------
+        max_num_blocks : int
+        kv_cache_quant_type : str, optional
+            FastDeploy's config string (``int8``, ``float8_e4m3fn``, ``block_wise_fp8``) or a cache
+            type; None: not quantised.
+        """
+        key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, self.head_dim]
+        if cache_type_of(kv_cache_quant_type) == "none":
+            return key, list(key)
+        return key, [max_num_blocks, self.kv_num_heads, self.head_dim, BLOCK_SIZE]
+
+    def get_kv_cache_scale_shape(
+        self, max_num_blocks: int, kv_cache_quant_type: str | None = None
+    ) -> tuple[list[int], str] | None:
+        """Shape and dtype of a layer's two scale tensors; None if its type has none in the cache.
+
+        float32 is the default; bfloat16 tensors of that shape are accepted too.
+        """
+        if cache_type_of(kv_cache_quant_type) not in DYNAMIC_TYPES:
+            return None
+        return [max_num_blocks, self.kv_num_heads, BLOCK_SIZE], "float32"
+
+    def init_attention_metadata(self, forward_meta: Any) -> None:
+        """Prepare a step. Nothing is copied from the device."""
+        self._refuse_step(forward_meta)
+        offsets = optional(forward_meta, "attn_mask_offsets")
+        if offsets is not None and len(offsets.shape) == 1:
+            offsets = offsets.reshape([-1, 2])
+        self.attention_metadata = PagedAttentionMetadata(_host_lengths(forward_meta), offsets)
+
+    def get_attention_meta(self) -> PagedAttentionMetadata | None:
+        """Metadata of the present step."""
+        return self.attention_metadata
+
+    def forward_mixed(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        qkv: Any,
+        compressed_kv: Any,
+        k_pe: Any,
+        layer: Any,
+        forward_meta: Any,
+    ) -> Any:
+        """Attention of one layer.
+
+        Parameters
+        ----------
+        q, k, v
+            Not used: Q, K and V come fused.
+        qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
+            Not rotated yet, unless ``forward_meta.rope_already_applied``; stays as it is.
+        compressed_kv, k_pe
+            Part of the contract (MLA); must be None.
+        layer : object
+            FastDeploy's ``Attention`` layer or an :class:`fastattn.backends.AttentionLayer`.
+        forward_meta : ForwardMeta
+            The step that :meth:`init_attention_metadata` was called with.
+
+        Returns
+        -------
+        Tensor, shape [T, H * D], the dtype of `qkv`
+            0 for padding tokens.
+
+        Raises
+        ------
+        NotImplementedError
+            If the layer needs something that is not supported; the message names it.
+        ValueError
+            If the step lacks a field, or caches and scales do not fit the layer.
+        """
+        from fastattn import functional
+
+        self._refuse_layer(compressed_kv, k_pe, layer)
+        metadata = self.attention_metadata
+        if metadata is None:
+            raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
+        if qkv is None:
+            raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
+        num_tokens = int(qkv.shape[0])
+        if num_tokens == 0:
+            return paddle.zeros([0, self.num_heads * self.head_dim], dtype=qkv.dtype)
+
+        cache = LayerCache.of(forward_meta, layer, self.config.shard)
+        block_tables = field(forward_meta, "block_tables")
+        rows = {
+            "block_tables": block_tables,
+            "cu_seqlens_q": field(forward_meta, "cu_seqlens_q"),
+            "seq_lens_decoder": field(forward_meta, "seq_lens_decoder"),
+            "seq_lens_this_time": field(forward_meta, "seq_lens_this_time"),
+        }
+        query, q_descale = functional.rope_write_cache_kv(
+            qkv,
+            cache.key,
+            cache.value,
+            self._rotary_table(forward_meta),
+            num_heads=self.num_heads,
+            num_kv_heads=self.kv_num_heads,
+            q_quant=self.q_quant,
+            q_scale=getattr(layer, "q_scale", None) if self.q_quant == "per_tensor" else None,
+            batch_id_per_token=optional(forward_meta, "batch_id_per_token"),
+            **rows,
+            **self._projection_arguments(layer, forward_meta),
+            **cache.arguments(),
+        )
+        max_seqlen_q, max_seqlen_k = metadata.host_lengths or (
+            num_tokens,
+            min(self.config.max_model_len, int(block_tables.shape[1]) * BLOCK_SIZE),
+        )
+        out = functional.paged_attention(
+            query,
+            cache.key,
+            cache.value,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            q_descale=q_descale,
+            **rows,
+            **self._mask_arguments(layer, metadata),
+            **cache.arguments(),
+        )
+        return out.reshape([num_tokens, self.num_heads * self.head_dim])
+
+    def _rotary_table(self, forward_meta: Any) -> Any:
+        if optional(forward_meta, "rope_already_applied"):
+            return None
+        return field(forward_meta, "rotary_embs")
+
+    def _projection_arguments(self, layer: Any, forward_meta: Any) -> dict[str, Any]:
+        """How Q, K and V come out of the fused projection."""
+        arguments = {
+            "qkv_bias": getattr(layer, "qkv_bias", None),
+            "rms_norm_eps": getattr(layer, "rms_norm_eps", 1e-6),
+            "use_neox_rotary_style": bool(getattr(layer, "use_neox_rotary_style", False)),
+            "rotary_dim": self.config.rotary_dim,
+        }
+        # A model that normalises before rotating has done so itself when it calls the backend.
+        if not getattr(layer, "qk_norm_before_rope", False):
+            arguments["q_norm_weight"] = getattr(layer, "q_norm_weight", None)
+            arguments["k_norm_weight"] = getattr(layer, "k_norm_weight", None)
+        return arguments
+
+    def _mask_arguments(self, layer: Any, metadata: PagedAttentionMetadata) -> dict[str, Any]:
+        """Which keys a query sees. Mask offsets, where given, are the whole mask."""
+        sinks = getattr(layer, "sinks", None)
+        if metadata.mask_offsets is not None:
+            return {"causal": False, "mask_offsets": metadata.mask_offsets, "sinks": sinks}
+        window = self.config.window_size or int(getattr(layer, "sliding_window", 0) or 0)
+        left = window - 1 if window > 0 else -1  # FastDeploy's window counts the query's own key
+        return {"causal": self.config.causal, "window_size": (left, -1), "sinks": sinks}
+
+    def _refuse_step(self, forward_meta: Any) -> None:
+        if optional(forward_meta, "attn_mask") is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: forward_meta.attn_mask is not supported; use "
+                "attn_mask_offsets"
+            )
+        if optional(forward_meta, "pre_caches_length"):
+            raise NotImplementedError(
+                f"{type(self).__name__}: forward_meta.pre_caches_length is not supported"
+            )
+
+    def _refuse_layer(self, compressed_kv: Any, k_pe: Any, layer: Any) -> None:
+        for name, value in (("compressed_kv", compressed_kv), ("k_pe", k_pe)):
+            if value is not None:
+                raise NotImplementedError(
+                    f"{type(self).__name__}: {name}: multi-head latent attention is not supported"
+                )
+        for name in ("linear_shift", "linear_smooth", "qkv_scale"):
+            if getattr(layer, name, None) is not None:
+                raise NotImplementedError(f"{type(self).__name__}: layer.{name} is not supported")
+        out_scale = getattr(layer, "out_scale", None)
+        if out_scale is not None and out_scale > 0:
+            raise NotImplementedError(
+                f"{type(self).__name__}: layer.out_scale = {out_scale}: a quantised output is not "
+                "supported"
+            )
+
+
+def _host_lengths(forward_meta: Any) -> tuple[int, int] | None:
+    """(max_seqlen_q, max_seqlen_k) from the host's tensor of lengths, if it holds this step's.
+
+    A captured graph is replayed for longer rows than it was captured with, so there they are
+    unknown.
+    """
+    lengths = optional(forward_meta, "max_len_tensor_cpu")
+    if lengths is None or optional(forward_meta, "step_use_cudagraph"):
+        return None
+    if lengths.place.is_gpu_place():
+        raise ValueError("forward_meta.max_len_tensor_cpu: expected a tensor on the host")
+    values = lengths.numpy()
+    return (int(values[0]), int(values[3])) if values[0] > 0 else None

@@ -1,0 +1,93 @@
+"""Static scales of a layer, as FastDeploy keeps them.
+
+``layer.cache_{k,v}_scale`` are quantisation multipliers (``codes = x * scale``) and
+``layer.cache_{k,v}_out_scale`` dequantisation multipliers (``x = codes * scale``). Every operator
+of fastattn takes the latter.
+
+FastDeploy makes the FP8 scales for all heads of the model, also under tensor parallelism, where a
+rank holds only some of the heads: they must be cut to the rank's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import paddle
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """Which KV heads of the model this process holds.
+
+    Parameters
+    ----------
+    num_heads : int, optional
+        KV heads of the whole model; None if every process holds all that it knows of.
+    size, rank : int
+        Tensor-parallel processes, and which of them this is. With more processes than heads each
+        head is held by ``size / num_heads`` of them.
+    """
+
+    num_heads: int | None = None
+    size: int = 1
+    rank: int = 0
+
+    def first_head(self, local_heads: int) -> int:
+        """Index of this process's first head among the model's.
+
+        Raises
+        ------
+        ValueError
+            If `local_heads` is not the share of one process.
+        """
+        total = local_heads * self.size if self.num_heads is None else self.num_heads
+        share = max(total // self.size, 1)
+        divides = total % self.size == 0 if total >= self.size else self.size % total == 0
+        if share != local_heads or not divides or not 0 <= self.rank < self.size:
+            raise ValueError(
+                f"tensor parallel rank {self.rank} of {self.size} cannot hold {local_heads} of "
+                f"{total} KV heads"
+            )
+        return self.rank * total // self.size
+
+
+def local_scales(
+    scales: Any, *, name: str, kv_heads: int, head_dim: int, shard: HeadShard, per_channel: bool
+) -> Any:
+    """Scales of this process's heads, float32 or bfloat16.
+
+    Parameters
+    ----------
+    scales : Tensor, shape [1], [heads] or, with `per_channel`, [heads * D]
+        For this process's heads or for all of the model's.
+    name : str
+        For messages.
+    kv_heads, head_dim : int
+        Heads in this process's cache, and their size.
+
+    Raises
+    ------
+    ValueError
+        If the number of scales fits neither.
+    """
+    count = 1
+    for size in scales.shape:
+        count *= int(size)
+    model_heads = kv_heads if shard.num_heads is None else shard.num_heads
+    widths = (1, head_dim) if per_channel else (1,)
+    if scales.dtype == paddle.float16:
+        scales = scales.astype("float32")
+    if len(scales.shape) != 1:
+        scales = scales.reshape([count])
+    if count == 1 or count in [kv_heads * width for width in widths]:
+        return scales
+    for width in widths:
+        if count == model_heads * width:
+            first = shard.first_head(kv_heads) * width
+            return scales[first : first + kv_heads * width]
+    allowed = sorted({1} | {h * w for h in (kv_heads, model_heads) for w in widths})
+    raise ValueError(
+        f"{name}: expected {' or '.join(map(str, allowed))} scales for {kv_heads} of {model_heads} "
+        f"KV heads of {head_dim} channels, got {count}"
+    )

@@ -1,0 +1,70 @@
+"""A configuration and a layer with FastDeploy's attribute names, for use without FastDeploy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+
+def make_config(
+    *,
+    max_model_len: int,
+    num_key_value_heads: int | None = None,
+    causal: bool = True,
+    window_size: int = 0,
+    partial_rotary_factor: float = 1.0,
+    tensor_parallel_size: int = 1,
+    tensor_parallel_rank: int = 0,
+) -> SimpleNamespace:
+    """What the backends read of an ``FDConfig``."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            max_model_len=max_model_len,
+            num_key_value_heads=num_key_value_heads,
+            causal=causal,
+            window_size=window_size,
+            partial_rotary_factor=partial_rotary_factor,
+        ),
+        cache_config=SimpleNamespace(block_size=64),
+        parallel_config=SimpleNamespace(
+            pd_disaggregation_mode="None",
+            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_rank=tensor_parallel_rank,
+        ),
+        speculative_config=SimpleNamespace(method=None, model_type="main"),
+    )
+
+
+@dataclass
+class AttentionLayer:
+    """What the backends read of FastDeploy's ``Attention`` layer.
+
+    Attributes
+    ----------
+    layer_id : int
+    cache_quant_type_str : str
+    cache_k_out_scale, cache_v_out_scale : Tensor, optional
+        Dequantisation multipliers of the static cache types.
+    q_norm_weight, k_norm_weight : Tensor, optional
+        RMSNorm of Q and K heads, after the rotation.
+    qk_norm_before_rope : bool
+        The model itself has normalised Q and K; the weights above are not used.
+    sliding_window : int
+        Keys that a query sees, its own included; 0: all.
+    """
+
+    layer_id: int
+    cache_quant_type_str: str = "none"
+    cache_fp8_format: str = "e4m3"
+    cache_k_out_scale: Any = None
+    cache_v_out_scale: Any = None
+    use_neox_rotary_style: bool = False
+    qkv_bias: Any = None
+    q_norm_weight: Any = None
+    k_norm_weight: Any = None
+    qk_norm_before_rope: bool = False
+    rms_norm_eps: float = 1e-6
+    sliding_window: int = 0
+    sinks: Any = None
+    q_scale: Any = None
