@@ -2,9 +2,14 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/device.h"
 #include "api/paged_cache.h"
 #include "cpu/append_cache.h"
 #include "params/cache.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/append_cache/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -95,6 +100,13 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
   p.key = MutableData(key);
   p.value = MutableData(value);
 
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(key_cache)) {
+    LaunchOnGpu(kOp, key_cache,
+                [&](cudaStream_t stream) { return cuda::LaunchAppendCache(p, stream); });
+    return;
+  }
+#endif
   RequireCpu(kOp, place);
   Guarded(kOp, [&] { cpu::AppendCache(p); });
 }

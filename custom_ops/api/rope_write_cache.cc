@@ -2,9 +2,14 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/device.h"
 #include "api/paged_cache.h"
 #include "cpu/rope_write_cache.h"
 #include "params/rope.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/rope_write/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -159,6 +164,13 @@ std::vector<Tensor> RopeWriteCacheKv(
   p.q = MutableData(q);
   p.q_descale = MutableData<float>(q_descale);
 
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(qkv)) {
+    LaunchOnGpu(kOp, qkv,
+                [&](cudaStream_t stream) { return cuda::LaunchRopeWriteCache(p, stream); });
+    return {q, q_descale};
+  }
+#endif
   RequireCpu(kOp, place);
   Guarded(kOp, [&] { cpu::RopeWriteCache(p); });
   return {q, q_descale};

@@ -2,9 +2,14 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/device.h"
 #include "api/paged_cache.h"
 #include "cpu/write_cache.h"
 #include "params/cache.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/rope_write/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -51,6 +56,13 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
   p.key = Data(key);
   p.value = Data(value);
 
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(key_cache)) {
+    LaunchOnGpu(kOp, key_cache,
+                [&](cudaStream_t stream) { return cuda::LaunchWriteCache(p, stream); });
+    return;
+  }
+#endif
   RequireCpu(kOp, place);
   Guarded(kOp, [&] { cpu::WriteCache(p); });
 }
