@@ -6,6 +6,7 @@ from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rop
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8
+from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
 
 __all__ = [
     "append_cache_kv_c8",
@@ -14,10 +15,12 @@ __all__ = [
     "flash_attention",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
+    "make_rotary_embs",
     "merge_attn_states",
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
     "quantize_fp8",
+    "rope_write_cache_kv",
     "write_cache_kv",
 ]

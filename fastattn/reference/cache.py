@@ -50,7 +50,7 @@ def block_of(block_table: Array, position: int, num_blocks: int) -> int | None:
     return block if 0 <= block < num_blocks else None
 
 
-def _new_tokens(
+def new_tokens(
     num_tokens: int,
     cu_seqlens_q: Array,
     seq_lens_decoder: Array,
@@ -126,7 +126,7 @@ def write_cache_kv(
         (key, key_cache, cache_k_scales, key_offsets("fastattn", head_dim)),
         (value, value_cache, cache_v_scales, value_offsets(value_layout, head_dim)),
     )
-    for token, row, position in _new_tokens(
+    for token, row, position in new_tokens(
         len(key), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
     ):
         block = block_of(block_tables[row], position, num_blocks)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.reference.cache import new_tokens, write_cache_kv
 from fastattn.reference.numerics import Array, amax, dynamic_scale, quantize, round_to
 
 
@@ -82,31 +83,6 @@ def angles_of(
     return at[0], at[1]
 
 
-def token_rows(
-    num_tokens: int,
-    cu_seqlens_q: Array,
-    seq_lens_decoder: Array,
-    seq_lens_this_time: Array,
-    batch_id_per_token: Array | None = None,
-) -> tuple[Array, Array]:
-    """Row and position of every token of a step; row -1 for padding.
-
-    Padding are tokens of no row and tokens whose batch id does not name their row.
-    """
-    rows = np.full(num_tokens, -1)
-    positions = np.zeros(num_tokens, np.int64)
-    for b in range(len(seq_lens_decoder)):
-        start, end = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])
-        if start < 0:
-            continue
-        new = min(int(seq_lens_this_time[b]), end - start)
-        for i in range(min(new, num_tokens - start)):
-            if batch_id_per_token is None or batch_id_per_token[start + i] == b:
-                rows[start + i] = b
-                positions[start + i] = max(int(seq_lens_decoder[b]), 0) + i
-    return rows, positions
-
-
 def rope_qkv(
     qkv: Array,
     positions: Array,
@@ -174,3 +150,79 @@ def quantize_q(q: Array, q_quant: str, q_scale: Array | None) -> tuple[Array, Ar
         return quantize(q, q_scale, "e4m3"), np.asarray(q_scale, np.float32)
     scales = dynamic_scale(amax(q, axis=-1), "e4m3")
     return quantize(q, scales[..., None], "e4m3"), scales
+
+
+def rope_write_cache_kv(
+    qkv: Array,
+    key_cache: Array,
+    value_cache: Array,
+    rotary_embs: Array | None,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    seq_lens_decoder: Array,
+    seq_lens_this_time: Array,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm_weight: Array | None = None,
+    k_norm_weight: Array | None = None,
+    rms_norm_eps: float = 1e-6,
+    use_neox_rotary_style: bool = False,
+    rotary_dim: int | None = None,
+    qk_norm_before_rope: bool = False,
+    qkv_bias: Array | None = None,
+    q_quant: str = "none",
+    q_scale: Array | None = None,
+    cache_k_scales: Array | None = None,
+    cache_v_scales: Array | None = None,
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+    batch_id_per_token: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """Rotate, normalise and write; see :func:`fastattn.functional.rope_write_cache_kv`.
+
+    The caches and dynamic scales change in place.
+
+    Returns
+    -------
+    q : array, shape [T, H, D], the dtype of `qkv`, or uint8 e4m3 codes
+        0 for tokens of no row and for skipped ones.
+    q_descale : array or None
+    """
+    positions = np.zeros(len(qkv), np.int64)
+    written = np.zeros(len(qkv), bool)
+    for token, _, position in new_tokens(
+        len(qkv), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
+    ):
+        positions[token], written[token] = position, True
+    q, k, v = rope_qkv(
+        qkv,
+        positions,
+        rotary_embs,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        q_norm_weight=q_norm_weight,
+        k_norm_weight=k_norm_weight,
+        rms_norm_eps=rms_norm_eps,
+        use_neox_rotary_style=use_neox_rotary_style,
+        rotary_dim=rotary_dim,
+        qk_norm_before_rope=qk_norm_before_rope,
+        qkv_bias=qkv_bias,
+    )
+    q[~written] = 0
+    write_cache_kv(
+        k,
+        v,
+        key_cache,
+        value_cache,
+        block_tables,
+        cu_seqlens_q,
+        seq_lens_decoder,
+        seq_lens_this_time,
+        cache_k_scales=cache_k_scales,
+        cache_v_scales=cache_v_scales,
+        cache_quant_type=cache_quant_type,
+        fp8_format=fp8_format,
+        batch_id_per_token=batch_id_per_token,
+    )
+    return quantize_q(q, q_quant, q_scale)
