@@ -24,6 +24,10 @@ DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, Cach
 
 ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* scales,
                              const PagedCache& cache, const phi::Place& place) {
+  // Paddle passes an empty optional tensor as an absent one.
+  if (scales == nullptr && IsDynamic(cache.type) && cache.num_blocks == 0) {
+    return ScaleGranularity::kToken;
+  }
   if (scales == nullptr) {
     Fail("ValueError", op, name, "cache_quant_type '", NameOf(cache.type),
          "' needs scales, got None");
@@ -126,11 +130,13 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
     ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, format);
     cache.k_granularity = ParseScales(op, "cache_k_scales", args.k_scales, cache, place);
     cache.v_granularity = ParseScales(op, "cache_v_scales", args.v_scales, cache, place);
-    Arg(op, "cache_v_scales", *args.v_scales).Dtype({args.k_scales->dtype()});
-    cache.scale_dtype = ToDType(op, "cache_k_scales", args.k_scales->dtype());
-    // Operators that only read a cache never write through these.
-    cache.k_scales = MutableAddress(*args.k_scales);
-    cache.v_scales = MutableAddress(*args.v_scales);
+    if (args.k_scales != nullptr && args.v_scales != nullptr) {
+      Arg(op, "cache_v_scales", *args.v_scales).Dtype({args.k_scales->dtype()});
+      cache.scale_dtype = ToDType(op, "cache_k_scales", args.k_scales->dtype());
+      // Operators that only read a cache never write through these.
+      cache.k_scales = MutableAddress(*args.k_scales);
+      cache.v_scales = MutableAddress(*args.v_scales);
+    }
   }
   cache.key = MutableAddress(args.key_cache);
   cache.value = MutableAddress(args.value_cache);

@@ -27,7 +27,7 @@ def write_cache_kv(
     batch_id_per_token: Tensor | None = None,
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     r"""Quantise the new tokens of a step and write them into a layer's paged cache, in place.
 
     .. math:: s = \max(\mathrm{amax}, 10^{-6}) / Q_{max}, \qquad
@@ -68,6 +68,12 @@ def write_cache_kv(
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
 
+    Returns
+    -------
+    key_cache, value_cache : Tensor
+        The caches themselves. While a static program is traced, go on with these: Paddle drops an
+        operator from a saved program when none of its outputs is used.
+
     Raises
     ------
     TypeError
@@ -90,9 +96,9 @@ def write_cache_kv(
     >>> key_cache, value_cache = (paddle.zeros([1, 1, 64, 64], "uint8") for _ in range(2))
     >>> k_scales, v_scales = paddle.zeros([1, 1, 64]), paddle.zeros([1, 1, 64])
     >>> blocks, cu, cached, new = (paddle.to_tensor(x, "int32") for x in ([[0]], [0, 1], [2], [1]))
-    >>> write_cache_kv(key, key, key_cache, value_cache, blocks, cu, cached, new,
-    ...                cache_k_scales=k_scales, cache_v_scales=v_scales,
-    ...                cache_quant_type="block_wise_int8")
+    >>> _ = write_cache_kv(key, key, key_cache, value_cache, blocks, cu, cached, new,
+    ...                    cache_k_scales=k_scales, cache_v_scales=v_scales,
+    ...                    cache_quant_type="block_wise_int8")
     >>> key_cache.numpy()[0, 0, 2, :3], round(float(k_scales[0, 0, 2]) * 127, 3)
     (array([127, 127, 127], dtype=uint8), 3.0)
     """
@@ -100,7 +106,7 @@ def write_cache_kv(
         check_no_zero_points(
             "write_cache_kv", cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp
         )
-    _ops.call(
+    outputs = _ops.call(
         "write_cache_kv",
         (
             key,
@@ -117,6 +123,7 @@ def write_cache_kv(
         ),
         (cache_quant_type, fp8_format),
     )
+    return outputs[0], outputs[1]
 
 
 @unified
@@ -137,7 +144,7 @@ def append_cache_kv_c8(
     fp8_format: str = "e4m3",
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     r"""Dequantise each row's cached tokens into contiguous `key` and `value`, in place.
 
     .. math:: \mathrm{key}[\mathrm{cu\_seqlens\_k}[b] + i] = \mathrm{round}_T(c \cdot s), \qquad
@@ -175,6 +182,11 @@ def append_cache_kv_c8(
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
 
+    Returns
+    -------
+    key, value : Tensor
+        The outputs themselves. While a static program is traced, go on with these.
+
     Raises
     ------
     TypeError
@@ -197,8 +209,8 @@ def append_cache_kv_c8(
     >>> scale = paddle.to_tensor([0.5])
     >>> key, value = paddle.zeros([2, 1, 64], "float16"), paddle.zeros([2, 1, 64], "float16")
     >>> blocks, cached, cu = (paddle.to_tensor(x, "int32") for x in ([[0]], [2], [0, 2]))
-    >>> append_cache_kv_c8(codes, codes, key, value, blocks, cached, cu, cache_k_scales=scale,
-    ...                    cache_v_scales=scale, dynamic_quant=False, cache_quant_type="cache_int8")
+    >>> _ = append_cache_kv_c8(codes, codes, key, value, blocks, cached, cu, cache_k_scales=scale,
+    ...                        cache_v_scales=scale, dynamic_quant=False, cache_quant_type="cache_int8")
     >>> key.numpy()[:, 0, 0].tolist()
     [1.5, 1.5]
     """
@@ -206,7 +218,7 @@ def append_cache_kv_c8(
         check_no_zero_points(
             "append_cache_kv_c8", cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp
         )
-    _ops.call(
+    outputs = _ops.call(
         "append_cache_kv_c8",
         (
             key_cache,
@@ -221,6 +233,7 @@ def append_cache_kv_c8(
         ),
         (dynamic_quant, cache_quant_type, cache_layout, fp8_format),
     )
+    return outputs[0], outputs[1]
 
 
 @unified

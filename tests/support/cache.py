@@ -1,0 +1,150 @@
+"""Paged caches and ragged steps for tests, as NumPy arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from fastattn.reference.layout import BLOCK_SIZE, cache_shape
+from tests.support.tensors import BF16
+
+#: (cache_quant_type, fp8_format) of every quantised cache.
+QUANTISED = (
+    ("cache_int8", "e4m3"),
+    ("cache_fp8", "e4m3"),
+    ("cache_fp8", "e5m2"),
+    ("block_wise_int8", "e4m3"),
+    ("block_wise_fp8", "e4m3"),
+)
+
+
+def is_dynamic(cache_quant_type: str) -> bool:
+    return cache_quant_type.startswith("block_wise")
+
+
+@dataclasses.dataclass
+class Cache:
+    """A layer's cache. Blocks hold arbitrary bytes (NaN codes among them) until written."""
+
+    key: np.ndarray
+    value: np.ndarray
+    k_scales: np.ndarray | None
+    v_scales: np.ndarray | None
+    cache_quant_type: str
+    fp8_format: str
+
+    def copy(self) -> Cache:
+        arrays = (self.key, self.value, self.k_scales, self.v_scales)
+        return Cache(
+            *(None if a is None else a.copy() for a in arrays),
+            self.cache_quant_type,
+            self.fp8_format,
+        )
+
+    @property
+    def options(self) -> dict:
+        return {"cache_quant_type": self.cache_quant_type, "fp8_format": self.fp8_format}
+
+
+def make_cache(
+    cache_quant_type: str,
+    num_blocks: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    fp8_format: str = "e4m3",
+    dtype=BF16,
+    scale_dtype=np.float32,
+    granularity: str = "head",
+    seed: int = 0,
+) -> Cache:
+    """Cache full of random bits; static scales are unequal and not 1.
+
+    Parameters
+    ----------
+    granularity : {"tensor", "head", "channel"}
+        Of static scales.
+    """
+    rng = np.random.default_rng(seed)
+    if cache_quant_type == "none":
+        shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
+        key, value = (rng.integers(0, 1 << 16, shape, np.uint16).view(dtype) for _ in range(2))
+        return Cache(key, value, None, None, "none", "e4m3")
+    key, value = (
+        rng.integers(
+            0, 256, cache_shape(kind, "fastattn", num_blocks, kv_heads, head_dim), np.uint8
+        )
+        for kind in "kv"
+    )
+    if is_dynamic(cache_quant_type):
+        sizes: tuple[int, ...] = (num_blocks, kv_heads, BLOCK_SIZE)
+    else:
+        sizes = ({"tensor": 1, "head": kv_heads, "channel": kv_heads * head_dim}[granularity],)
+    k_scales, v_scales = (
+        rng.uniform(0.5, 2.0, sizes).astype(np.float32) * np.float32(factor) for factor in (0.02, 3)
+    )
+    return Cache(
+        key,
+        value,
+        k_scales.astype(scale_dtype),
+        v_scales.astype(scale_dtype),
+        cache_quant_type,
+        fp8_format,
+    )
+
+
+@dataclasses.dataclass
+class Step:
+    """Row metadata of one step."""
+
+    block_tables: np.ndarray
+    cu_seqlens_q: np.ndarray
+    seq_lens_decoder: np.ndarray
+    seq_lens_this_time: np.ndarray
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return (
+            self.block_tables,
+            self.cu_seqlens_q,
+            self.seq_lens_decoder,
+            self.seq_lens_this_time,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.cu_seqlens_q[-1])
+
+
+def make_step(
+    cached: list[int], new: list[int], *, spare_blocks: int = 3, seed: int = 0
+) -> tuple[Step, int]:
+    """Rows with `cached` and `new` tokens over shuffled blocks, and the number of blocks.
+
+    Table entries past a row's last block are -1 or far out of range.
+    """
+    rng = np.random.default_rng(seed)
+    needed = [-(-(c + n) // BLOCK_SIZE) for c, n in zip(cached, new)]
+    num_blocks = sum(needed) + spare_blocks
+    order = iter(rng.permutation(num_blocks))
+    tables = np.where(rng.random((len(needed), max([*needed, 0]) + 1)) < 0.5, -1, num_blocks)
+    for row, count in enumerate(needed):
+        for i in range(count):
+            tables[row, i] = next(order)
+    return (
+        Step(
+            tables.astype(np.int32),
+            np.cumsum([0, *new]).astype(np.int32),
+            np.asarray(cached, np.int32),
+            np.asarray(new, np.int32),
+        ),
+        num_blocks,
+    )
+
+
+def make_values(shape: tuple[int, ...], dtype, seed: int = 0) -> np.ndarray:
+    """Normal values whose magnitude differs from row to row, so that no two scales agree."""
+    rng = np.random.default_rng(seed)
+    rows = np.exp(rng.normal(size=(*shape[:-1], 1)))
+    return (rng.normal(size=shape) * rows).astype(dtype)
