@@ -9,20 +9,16 @@ import paddle
 import pytest
 
 import fastattn.functional as F
-from fastattn import _ops, reference
+from fastattn import reference
 from fastattn.reference import indexer as model
 from tests.support.compare import assert_same_bits, assert_within
+from tests.support.indexer import cos_sin, key_case
 from tests.support.static import MODES, run_all_modes
 from tests.support.tensors import BF16, DTYPES, E4M3, EMPTY_OUTPUTS, to_numpy, to_paddle
 
 RNG = np.random.default_rng
 SMALL = paddle.__version__.startswith("2.")
 SOFTMAX_SCALE, HEAD_SCALE = 128**-0.5, 0.3
-
-
-def cos_sin(max_positions, dtype=np.float32):
-    angle = np.arange(max_positions)[:, None] * 10000.0 ** (-np.arange(32) / 32)
-    return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(dtype)
 
 
 # ---- the model ---------------------------------------------------------------------------------
@@ -195,37 +191,6 @@ def test_query_may_be_a_slice_of_a_wider_tensor(place):
 
 
 # ---- indexer_kv_compress_insert ----------------------------------------------------------------
-
-
-def key_case(rng, quant, ratio, positions, page_size=16, state_block=4, pages=3, **options):
-    """Inputs of the operator by name; `positions` is a list of arrays, one a request."""
-    head = model.PAGE_FORMATS[quant].head_dim
-    width = head * (2 if ratio == 4 else 1)
-    batch_ids = np.repeat(np.arange(len(positions)), [len(p) for p in positions])
-    flat = np.concatenate(positions)
-    blocks = int(flat.max()) // state_block + 1
-    num_blocks = len(positions) * blocks + 2
-    state = rng.normal(size=(num_blocks, state_block, 2 * width))
-    state[..., width:] *= 3
-    tables = rng.permutation(num_blocks)[: len(positions) * blocks].reshape(-1, blocks)
-    page_bytes = page_size * sum(model.PAGE_FORMATS[quant][1:]) + options.get("padding", 0)
-    return {
-        "state_cache": state.astype(options.get("state_dtype", np.float32)),
-        "block_tables": tables.astype(np.int32),
-        "batch_id_per_token": batch_ids.astype(np.int32),
-        "positions": flat.astype(options.get("index_dtype", np.int64)),
-        "state_slots": np.arange(len(flat)).astype(options.get("index_dtype", np.int64)),
-        "kv_slots": rng.permutation(pages * page_size)[: len(flat)].astype(np.int64),
-        "rms_norm_weight": rng.uniform(0.5, 2, head).astype(
-            options.get("weight_dtype", np.float32)
-        ),
-        "cos_sin_cache": cos_sin(int(flat.max()) + 1, options.get("table_dtype", np.float32)),
-        "kv_cache": np.full((pages, page_bytes), 0xA5, np.uint8),
-        "compress_ratio": ratio,
-        "page_size": page_size,
-        "rms_norm_eps": 1e-5,
-        "quant": quant,
-    }
 
 
 def run_key(place, case):
@@ -406,7 +371,7 @@ def test_key_overlapping_rows_below_position_0_count_for_nothing(place):
     assert_same_bits(run_key(place, case), before)
 
 
-# ---- every mode, and misuse --------------------------------------------------------------------
+# ---- every mode --------------------------------------------------------------------
 
 
 def query_fp8(positions, q, table, weights):
@@ -439,167 +404,14 @@ def test_insert_in_every_mode(place):
     arrays = [v for v in case.values() if isinstance(v, np.ndarray)]
     # Paddle 2.6 prunes an operator whose only output is a fed variable from a saved program.
     modes = [mode for mode in MODES if not (SMALL and mode == "saved")]
-    outputs, inputs = run_all_modes(insert_mxfp4, arrays, place, modes)
+    outputs, inputs = run_all_modes(insert_mxfp4, arrays, place, modes, dynamic=True)
     expected = reference.indexer_kv_compress_insert(**case)
     assert_same_bits(inputs[-1], expected)
     assert_same_bits(outputs[0], expected)
 
 
-# Functions: SOT tracing looks at every global of this module and stumbles over bf16 arrays.
-def query_error_case():
-    return {
-        "positions": np.arange(2),
-        "q": np.zeros((2, 3, 128), BF16),
-        "cos_sin_cache": cos_sin(4),
-        "weights": np.zeros((2, 3), np.float32),
-        "softmax_scale": 1.0,
-        "head_scale": 1.0,
-        "quant": "fp8",
-    }
-
-
-def query_errors():
-    return [
-        ("positions", None, TypeError, "positions: expected a tensor, got None"),
-        ("positions", np.arange(3), ValueError, r"positions: expected shape \[2\], got \[3\]"),
-        (
-            "positions",
-            np.zeros(2, np.float32),
-            TypeError,
-            "positions: expected dtype int32 or int64",
-        ),
-        (
-            "q",
-            np.zeros((2, 3, 128), np.float32),
-            TypeError,
-            "q: expected dtype bfloat16, got float32",
-        ),
-        ("q", np.zeros((2, 3, 64), BF16), ValueError, r"q: expected shape \[\?, \?, 128\]"),
-        ("q", np.zeros((6, 128), BF16), ValueError, r"q: expected shape"),
-        (
-            "cos_sin_cache",
-            cos_sin(4)[:, :32],
-            ValueError,
-            r"cos_sin_cache: expected shape \[\?, 64\]",
-        ),
-        (
-            "cos_sin_cache",
-            np.zeros((4, 64), np.float16),
-            TypeError,
-            "cos_sin_cache: expected dtype",
-        ),
-        ("weights", np.zeros((2, 4), np.float32), ValueError, r"weights: expected shape \[2, 3\]"),
-        ("weights", np.zeros((2, 3), np.int32), TypeError, "weights: expected dtype float32"),
-        ("quant", "int8", ValueError, "quant: expected fp8 or mxfp4, got 'int8'"),
-        ("quant", "fp8_512", ValueError, "quant: expected fp8 or mxfp4, got 'fp8_512'"),
-    ]
-
-
-def key_error_case():
-    return key_case(RNG(12), "fp8", 4, [np.array([3, 7])])
-
-
-def key_errors():
-    return [
-        ("state_cache", None, TypeError, "state_cache: expected a tensor, got None"),
-        (
-            "state_cache",
-            np.zeros((4, 4, 512), np.float16),
-            TypeError,
-            "state_cache: expected dtype",
-        ),
-        ("state_cache", np.zeros((4, 4, 256), np.float32), ValueError, r"shape \[\?, \?, 512\]"),
-        ("state_cache", np.zeros((4, 512), np.float32), ValueError, "state_cache: expected shape"),
-        (
-            "block_tables",
-            np.zeros((1, 2), np.int64),
-            TypeError,
-            "block_tables: expected dtype int32",
-        ),
-        ("block_tables", np.zeros(2, np.int32), ValueError, "block_tables: expected 2 dimensions"),
-        (
-            "batch_id_per_token",
-            np.zeros(2, np.int64),
-            TypeError,
-            "batch_id_per_token: expected dtype",
-        ),
-        ("batch_id_per_token", np.zeros((2, 1), np.int32), ValueError, "expected 1 dimensions"),
-        ("positions", np.arange(3), ValueError, r"positions: expected shape \[2\], got \[3\]"),
-        ("state_slots", np.zeros(2, np.float32), TypeError, "state_slots: expected dtype"),
-        (
-            "kv_slots",
-            np.zeros(1, np.int64),
-            ValueError,
-            r"kv_slots: expected shape \[2\], got \[1\]",
-        ),
-        (
-            "rms_norm_weight",
-            np.ones(64, np.float32),
-            ValueError,
-            r"expected shape \[128\], got \[64\]",
-        ),
-        ("rms_norm_weight", np.ones(128, np.float16), TypeError, "rms_norm_weight: expected dtype"),
-        (
-            "cos_sin_cache",
-            cos_sin(4)[:, :32],
-            ValueError,
-            r"cos_sin_cache: expected shape \[\?, 64\]",
-        ),
-        ("kv_cache", np.zeros((3, 2112), np.int8), TypeError, "kv_cache: expected dtype uint8"),
-        ("kv_cache", np.zeros((3, 2108), np.uint8), ValueError, "pages of at least 2112 bytes"),
-        ("kv_cache", np.zeros((3, 2113), np.uint8), ValueError, "a multiple of 4, got shape"),
-        ("kv_cache", np.zeros(4224, np.uint8), ValueError, r"expected \[num_pages, page_bytes\]"),
-        ("compress_ratio", 8, NotImplementedError, "compress_ratio: expected 4 or 128, got 8"),
-        ("compress_ratio", 0, NotImplementedError, "compress_ratio: expected 4 or 128, got 0"),
-        ("compress_ratio", 128, ValueError, r"state_cache: expected shape \[\?, \?, 256\]"),
-        ("page_size", 0, ValueError, "page_size: expected a positive number of tokens, got 0"),
-        ("page_size", -16, ValueError, "page_size: expected a positive number"),
-        ("page_size", 2**31 - 1, ValueError, "pages of at least"),
-        ("quant", "int8", ValueError, "quant: expected fp8, mxfp4 or fp8_512, got 'int8'"),
-    ]
-
-
-RAW_ORDER = {
-    "indexer_q_rope_quant": list(query_error_case()),
-    "indexer_kv_compress_insert": list(key_error_case()),
-}
-
-
-def run_wrong(op, case, name, value, raw):
-    case = {**case, name: value}
-    args = {k: to_paddle(v) if isinstance(v, np.ndarray) else v for k, v in case.items()}
-    if not raw:
-        return getattr(F, op)(**args)
-    return paddle.base.core.eager._run_custom_op(
-        "fastattn_" + op, *(args[k] for k in RAW_ORDER[op])
-    )
-
-
-@pytest.mark.parametrize(
-    ("op", "name", "value", "error", "text"),
-    [("indexer_q_rope_quant", *e) for e in query_errors()]
-    + [("indexer_kv_compress_insert", *e) for e in key_errors()],
-)
-def test_errors_name_the_argument_in_python_and_in_the_raw_operator(op, name, value, error, text):
-    case = query_error_case() if op == "indexer_q_rope_quant" else key_error_case()
-    with pytest.raises(error, match=text):
-        run_wrong(op, case, name, value, raw=False)
-    with pytest.raises((OSError, RuntimeError, ValueError, TypeError), match=text):
-        run_wrong(op, case, name, value, raw=True)
-
-
-@pytest.mark.parametrize("op", RAW_ORDER)
-def test_raw_operator_refuses_none_for_every_tensor(op):
-    case = query_error_case() if op == "indexer_q_rope_quant" else key_error_case()
-    _ops.load()
-    for name, value in case.items():
-        if isinstance(value, np.ndarray):
-            with pytest.raises((OSError, RuntimeError, ValueError, TypeError)):
-                run_wrong(op, case, name, None, raw=True)
-
-
 def test_empty_dimensions(place):
-    case = key_case(RNG(13), "fp8", 4, [np.array([3, 7])])
+    case = key_case(RNG(12), "fp8", 4, [np.array([3, 7])])
     case["block_tables"] = np.zeros((0, 2), np.int32)
     run_key(place, case)
     case["block_tables"] = np.zeros((1, 0), np.int32)
@@ -607,14 +419,5 @@ def test_empty_dimensions(place):
     if EMPTY_OUTPUTS:
         case["kv_cache"] = np.zeros((0, 2112), np.uint8)
         run_key(place, case)
-    with pytest.raises(ValueError, match="cos_sin_cache: expected at least 1 position"):
-        run_wrong(
-            "indexer_q_rope_quant",
-            query_error_case(),
-            "cos_sin_cache",
-            np.zeros((0, 64), np.float32),
-            False,
-        )
-    if EMPTY_OUTPUTS:
         no_heads = (np.zeros((2, 0, 128), BF16), cos_sin(4), np.zeros((2, 0), np.float32))
         check_query(place, np.arange(2), *no_heads, "fp8")
