@@ -78,7 +78,7 @@ def indexer_q_rope_quant(
     ...     0.5,
     ...     0.25,
     ... )
-    >>> codes.shape, scales.numpy().tolist(), weights.numpy().tolist()
+    >>> list(codes.shape), scales.numpy().tolist(), weights.numpy().tolist()
     ([1, 2, 128], [[0.00390625, 0.00390625]], [[0.00048828125, 0.00048828125]])
     """
     codes, scales, weights_out = _ops.call(
