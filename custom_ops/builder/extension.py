@@ -1,0 +1,281 @@
+"""The setuptools commands that build and install the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from setuptools import Distribution, Extension
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.install import install
+from setuptools.errors import SetupError
+
+from . import sources as source_lists
+from . import toolchain
+from .compile import CompileError, Unit, compile_all
+
+ROOT = Path(__file__).resolve().parents[2]
+CUSTOM_OPS = ROOT / "custom_ops"
+LIBRARY = "fastattn._fastattn_ops"
+HOST = "fastattn._host"
+BUILD_INFO = "_build_info.py"
+
+
+def extensions() -> list[Extension]:
+    """What setuptools is told: the operator library and the module of host facts."""
+    return [Extension(LIBRARY, sources=[]), Extension(HOST, sources=[], optional=True)]
+
+
+def commit(root: Path = ROOT) -> str:
+    """Commit that is built, with ``-dirty`` when tracked files differ; "unknown" outside git."""
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run([*describe, "--exclude=*"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    # A folder unpacked inside another repository must not report that one's commit.
+    if done.returncode != 0 or not (root / ".git").exists():
+        return "unknown"
+    return done.stdout.strip()
+
+
+def build_info_text(info: dict[str, Any]) -> str:
+    """Source of ``_build_info.py``. No time of day: the same build writes the same bytes."""
+    lines = [f"{name} = {value!r}" for name, value in info.items()]
+    return '"""How the compiled library was built (written by the build)."""\n\n' + "\n".join(
+        [*lines, ""]
+    )
+
+
+class BuildOps:
+    """The steps of one build; mixed into Paddle's ``BuildExtension`` by :func:`build_command`."""
+
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [
+        ("cuda=", None, "build the CUDA part: auto (default), on or off"),
+    ]
+
+    def configure(self, cuda_option: str) -> None:
+        """Find the tools and decide what is built."""
+        self.paddle = toolchain.find_paddle()
+        # Paddle's own list would add targets that cannot run the "a" instructions.
+        os.environ.pop("PADDLE_CUDA_ARCH_LIST", None)
+        self.archs = toolchain.parse_archs(
+            os.environ.get("FASTATTN_ARCHS"), toolchain.detect_archs()
+        )
+        self.cuda = self._choose_cuda(cuda_option)
+        if self.cuda is None:
+            self.archs = []
+        self.cxx = toolchain.find_cxx()
+        self.sources = source_lists.discover(CUSTOM_OPS, self.cuda is not None)
+        kind = "cuda" if self.cuda else "cpu"
+        tag = f"{self.paddle.version}-{kind}-{sys.implementation.cache_tag}"
+        self.objects = ROOT / "build" / "objects" / tag
+
+    def _choose_cuda(self, option: str) -> toolchain.Cuda | None:
+        if option not in ("auto", "on", "off"):
+            raise toolchain.ToolchainError(f"--cuda: expected auto, on or off, got {option!r}")
+        if option == "off" or not self.archs:
+            return None
+        if not self.paddle.with_cuda:
+            if option == "on":
+                raise toolchain.ToolchainError(
+                    f"--cuda=on: Paddle {self.paddle.version} at {self.paddle.root} is a CPU build"
+                )
+            return None
+        found = toolchain.find_cuda()
+        if found is None and option == "on":
+            raise toolchain.ToolchainError("--cuda=on: no nvcc; set CUDA_HOME or PATH")
+        if found is None:
+            print("no nvcc found: building the CPU kernels only (set CUDA_HOME for the CUDA part)")
+        return found
+
+    def library_units(self) -> list[Unit]:
+        """Compilations of the operator library, CUDA first because it takes longest."""
+        units = []
+        launcher = tuple(toolchain.find_ccache())
+        if self.cuda is not None:
+            nvcc = (str(self.cuda.nvcc), *toolchain.nvcc_flags(self.cuda, self.archs))
+            identity = f"{self.cuda.version} {toolchain.compiler_identity(tuple(self.cxx))}"
+            for name in self.sources.cuda:
+                units.append(Unit(name, self.objects / f"{name}.o", nvcc, identity, launcher))
+        cxx = (*self.cxx, *toolchain.cxx_flags(self.paddle, self.cuda))
+        identity = f"{toolchain.compiler_identity(tuple(self.cxx))} {self.paddle.version}"
+        for name in self.sources.cxx:
+            units.append(Unit(name, self.objects / f"{name}.o", cxx, identity, launcher))
+        return units
+
+    def host_units(self) -> list[Unit]:
+        """Compilation of the module of host facts; none without ``Python.h``."""
+        include = toolchain.python_include()
+        if self.sources.host_module is None or include is None:
+            print("Python.h is not installed: building without fastattn._host (optional)")
+            return []
+        flags = [
+            *toolchain.host_module_flags(self.paddle, include),
+            f'-DFASTATTN_ARCHS="{";".join(self.archs)}"',
+            f"-DFASTATTN_CUDA={int(self.cuda is not None)}",
+        ]
+        name = self.sources.host_module
+        identity = f"{toolchain.compiler_identity(tuple(self.cxx))} {self.paddle.version}"
+        launcher = tuple(toolchain.find_ccache())
+        return [
+            Unit(name, self.objects / f"{name}.o", (*self.cxx, *flags), identity, launcher),
+        ]
+
+    def info(self) -> dict[str, Any]:
+        """What ``_build_info.py`` records."""
+        flags = toolchain.cxx_flags(None) + (
+            toolchain.nvcc_flags(self.cuda, self.archs) if self.cuda else []
+        )
+        return {
+            "PADDLE_VERSION": self.paddle.version,
+            "COMMIT": commit(),
+            "WITH_CUDA": self.cuda is not None,
+            "ARCHS": list(self.archs),
+            "NVCC": ".".join(map(str, self.cuda.version)) if self.cuda else None,
+            "CXX": toolchain.compiler_identity(tuple(self.cxx)),
+            "FLAGS": " ".join(flags),
+            "PLATFORM": toolchain.platform_name(),
+            "NUM_SOURCES": len(self.sources.cxx) + len(self.sources.cuda),
+            "NUM_CUDA_SOURCES": len(self.sources.cuda),
+            "OPERATORS": source_lists.operators(CUSTOM_OPS, self.sources),
+        }
+
+    def link(self, units: list[Unit], flags: list[str], target: Path) -> None:
+        """Link objects into `target`, which is replaced in one step (a process may have it open)."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        command = [*self.cxx, *(str(u.object) for u in units), *flags, "-o", str(partial)]
+        done = subprocess.run(command, cwd=CUSTOM_OPS, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CompileError(f"linking {target.name} failed:\n{done.stderr}")
+        os.replace(partial, target)
+
+    def build(self, library: Path, host: Path) -> None:
+        """Compile and link everything, and write ``_build_info.py`` beside the library."""
+        start = time.monotonic()
+        library_units, host_units = self.library_units(), self.host_units()
+        jobs = toolchain.jobs()
+        kind = f"CUDA {';'.join(self.archs)}" if self.cuda else "CPU"
+        print(f"fastattn: {kind} operators for Paddle {self.paddle.version}, {jobs} jobs")
+        report = compile_all([*library_units, *host_units], CUSTOM_OPS, jobs, _say)
+        self.link(library_units, toolchain.link_flags(self.paddle, self.cuda), library)
+        if host_units:
+            self.link(host_units, ["-shared", "-Wl,-s"], host)
+        info = self.info()
+        (library.parent / BUILD_INFO).write_text(build_info_text(info), encoding="utf-8")
+        print(
+            f"{info['NUM_SOURCES']} sources ({info['NUM_CUDA_SOURCES']} CUDA instances, "
+            f"{len(info['OPERATORS'])} operators) in {time.monotonic() - start:.1f} s"
+        )
+        if report.seconds:
+            print("slowest: " + ", ".join(f"{n} {s:.1f} s" for n, s in report.slowest()))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def build_command() -> type[build_ext]:
+    """``build_ext`` command: a subclass of Paddle's ``BuildExtension``.
+
+    Paddle's own command lets a file that fails to compile pass until the link, does not track
+    headers, and writes a Python stub that an operator package does not want; so the whole build is
+    replaced, while the type stays the one that Paddle's tools expect.
+    """
+    try:
+        from paddle.utils.cpp_extension import BuildExtension as Base
+    except ImportError:
+        Base = build_ext  # without Paddle (metadata, sdist); building says what is missing
+
+    class BuildExtension(BuildOps, Base):  # type: ignore[misc, valid-type]
+        description = "build the operator library"
+        user_options = Base.user_options + BuildOps.user_options
+
+        def initialize_options(self) -> None:
+            super().initialize_options()
+            self.cuda = None
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.cuda_option = self.cuda or "auto"
+
+        def run(self) -> None:
+            build_ext.run(self)
+            if self.inplace:
+                built = Path(self.get_ext_fullpath_in(self.build_lib, LIBRARY)).parent
+                shutil.copyfile(built / BUILD_INFO, ROOT / "fastattn" / BUILD_INFO)
+
+        def get_ext_fullpath_in(self, folder: str, name: str) -> str:
+            return os.path.join(folder, self.get_ext_filename(name))
+
+        def get_ext_filename(self, fullname: str) -> str:
+            if fullname in (LIBRARY, LIBRARY.rpartition(".")[2]):
+                return os.path.join(*fullname.split(".")) + ".so"
+            return build_ext.get_ext_filename(self, fullname)
+
+        def get_outputs(self) -> list[str]:
+            return [
+                *build_ext.get_outputs(self),
+                os.path.join(self.build_lib, "fastattn", BUILD_INFO),
+            ]
+
+        def build_extensions(self) -> None:
+            library, host = (Path(self.get_ext_fullpath(n)).resolve() for n in (LIBRARY, HOST))
+            try:
+                self.configure(self.cuda_option)
+                self.build(library, host)
+            except (CompileError, toolchain.ToolchainError) as error:
+                raise SetupError(str(error)) from None
+
+    return BuildExtension
+
+
+class BuildPy(build_py):
+    """``build_py`` that starts from an empty folder: what an older build left is in no wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "fastattn", ignore_errors=True)
+        super().run()
+
+
+class Install(install):
+    """``setup_ops.py install``: a wheel, installed by pip, so that pip can also remove it.
+
+    setuptools' own command copies files without a record, and older versions make eggs.
+    """
+
+    def run(self) -> None:
+        if not self._called_by_user():
+            super().run()  # bdist_wheel fills its folder through this command
+            return
+        # The source tree is first in sys.path of whatever runs in it, so it must work as well.
+        self.reinitialize_command("build_ext", inplace=True)
+        self.run_command("build_ext")
+        with tempfile.TemporaryDirectory() as folder:
+            wheel = self.reinitialize_command("bdist_wheel", dist_dir=folder)
+            wheel.ensure_finalized()
+            self.run_command("bdist_wheel")
+            (path,) = Path(folder).glob("*.whl")
+            pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+            subprocess.run([*pip, "--no-deps", "--force-reinstall", str(path)], check=True)
+            subprocess.run([*pip, str(path)], check=True)  # what it depends on
+        print(f"installed {self.distribution.get_fullname()} for {sys.executable}")
+
+    def _called_by_user(self) -> bool:
+        return not self.root and not self.single_version_externally_managed
+
+
+class BinaryDistribution(Distribution):
+    """A distribution with compiled parts, so that its wheel is tagged for one platform."""
+
+    def has_ext_modules(self) -> bool:
+        return True

@@ -1,0 +1,51 @@
+"""Which files make up the operator library."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+HOST_MODULE = "api/host_module.cc"
+
+_OPERATOR = re.compile(r"^PD_BUILD_OP\(\s*fastattn_(\w+)\s*\)", re.M)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Sources by compiler, as paths relative to ``custom_ops``."""
+
+    cxx: tuple[str, ...]
+    cuda: tuple[str, ...]
+    host_module: str | None
+
+
+def discover(root: Path, with_cuda: bool) -> Sources:
+    """List the sources under `root` (the ``custom_ops`` folder), sorted.
+
+    ``api/*.cc`` and ``cpu/**/*.cc`` always belong to the library, ``cuda/**/*.cu`` with CUDA.
+    """
+
+    def find(pattern: str) -> tuple[str, ...]:
+        return tuple(sorted(p.relative_to(root).as_posix() for p in root.glob(pattern)))
+
+    cxx = tuple(name for name in find("api/*.cc") + find("cpu/**/*.cc") if name != HOST_MODULE)
+    host = HOST_MODULE if (root / HOST_MODULE).exists() else None
+    return Sources(cxx, find("cuda/**/*.cu") if with_cuda else (), host)
+
+
+def operators(root: Path, sources: Sources) -> dict[str, list[str]]:
+    """Places that each operator has a kernel for, such as ``{"quantize_fp8": ["cpu"]}``.
+
+    An operator registered in ``api/<family>.cc`` has a CUDA kernel when that file includes a header
+    of ``cuda/`` in a build with CUDA sources, and the operator does not refuse the GPU.
+    """
+    found = {}
+    for name in sources.cxx:
+        if not name.startswith("api/"):
+            continue
+        text = (root / name).read_text(encoding="utf-8")
+        on_gpu = bool(sources.cuda) and re.search(r'#include "cuda/', text) is not None
+        for operator in _OPERATOR.findall(text):
+            found[operator] = ["cpu", "cuda"] if on_gpu else ["cpu"]
+    return dict(sorted(found.items()))

@@ -1,0 +1,277 @@
+"""What a build finds on the machine: compilers, Paddle, the CUDA toolkit, GPU architectures."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping, Sequence
+
+DEFAULT_ARCH = "90a"
+
+# Architectures whose full instruction set exists only as the architecture-specific target "a".
+_SPECIFIC = frozenset({90, 100, 101, 103, 110, 120, 121})
+
+_ARCH = re.compile(r"(\d{2,3})([af]?)\Z")
+
+
+class ToolchainError(RuntimeError):
+    """Something that the build needs is missing or was asked for in the wrong way."""
+
+
+@dataclass(frozen=True)
+class Paddle:
+    """The Paddle that the operators are built for."""
+
+    version: str
+    root: Path  # the package's folder
+    with_cuda: bool
+
+    @property
+    def includes(self) -> tuple[Path, Path]:
+        """Folders of Paddle's headers."""
+        return self.root / "include", self.root / "include" / "third_party"
+
+    @property
+    def library_dirs(self) -> list[Path]:
+        """Folders that hold ``libpaddle.so`` and the libraries that it needs."""
+        return [p for p in (self.root / "base", self.root / "libs") if p.is_dir()]
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit."""
+
+    home: Path
+    nvcc: Path
+    version: tuple[int, int]
+
+    @property
+    def includes(self) -> list[Path]:
+        """Header folders (CUDA 13 keeps CCCL's in a folder of their own)."""
+        include = self.home / "include"
+        return [p for p in (include, include / "cccl") if p.is_dir()]
+
+    @property
+    def library_dir(self) -> Path:
+        """Folder of ``libcudart_static.a``."""
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+            if (self.home / folder / "libcudart_static.a").exists():
+                return self.home / folder
+        raise ToolchainError(f"libcudart_static.a is not in the CUDA toolkit at {self.home}")
+
+
+def find_paddle() -> Paddle:
+    """Describe the Paddle that this Python imports."""
+    if importlib.util.find_spec("paddle") is None:
+        raise ToolchainError(
+            f"Paddle is not installed for {sys.executable}. The operators are built against the "
+            "Paddle that they will run in: `pip install paddlepaddle` (or the paddlepaddle-gpu "
+            "that fits the machine) first."
+        )
+    import paddle
+
+    return Paddle(
+        paddle.__version__, Path(paddle.__file__).parent, bool(paddle.is_compiled_with_cuda())
+    )
+
+
+def find_cxx(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Command of the C++ compiler: ``CXX``, else g++, c++ or clang++."""
+    if environ.get("CXX"):
+        return shlex.split(environ["CXX"])
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name, path=environ.get("PATH")):
+            return [name]
+    raise ToolchainError("no C++ compiler: install g++ (8 or newer) or name one in CXX")
+
+
+def find_cuda(environ: Mapping[str, str] = os.environ) -> Cuda | None:
+    """CUDA toolkit of ``CUDA_HOME`` or ``CUDA_PATH``, of the nvcc in PATH, or of /usr/local/cuda."""
+    candidates = [environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if environ.get(v)]
+    if not candidates:
+        on_path = shutil.which("nvcc", path=environ.get("PATH"))
+        candidates = [str(Path(on_path).resolve().parents[1])] if on_path else []
+        candidates.append("/usr/local/cuda")
+    for home in map(Path, candidates):
+        nvcc = home / "bin" / "nvcc"
+        # An nvcc in PATH may be a wrapper script outside any toolkit; its headers tell.
+        if nvcc.exists() and (home / "include" / "cuda_runtime.h").exists():
+            return Cuda(home, nvcc, nvcc_version(nvcc))
+    return None
+
+
+def nvcc_version(nvcc: Path) -> tuple[int, int]:
+    """Major and minor version of an nvcc."""
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    if match is None:
+        raise ToolchainError(f"{nvcc} --version tells no version: {text!r}")
+    return int(match[1]), int(match[2])
+
+
+@functools.lru_cache(maxsize=None)
+def compiler_identity(command: tuple[str, ...]) -> str:
+    """First line of ``command --version``."""
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        raise ToolchainError(f"{shlex.join(command)} does not run: {error}") from error
+    return (done.stdout or done.stderr).strip().splitlines()[0]
+
+
+def find_ccache(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """``["ccache"]`` where it is installed, else nothing."""
+    return ["ccache"] if shutil.which("ccache", path=environ.get("PATH")) else []
+
+
+def python_include() -> Path | None:
+    """Folder of ``Python.h``, or None where Python's headers are not installed."""
+    folder = Path(sysconfig.get_paths()["include"])
+    return folder if (folder / "Python.h").exists() else None
+
+
+def jobs(environ: Mapping[str, str] = os.environ) -> int:
+    """Number of compilers to run at a time: ``MAX_JOBS``, else the number of CPUs."""
+    text = environ.get("MAX_JOBS", "").strip()
+    if not text:
+        return os.cpu_count() or 1
+    if not text.isdigit() or int(text) < 1:
+        raise ToolchainError(f"MAX_JOBS: expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def detect_archs() -> list[str]:
+    """Architectures of the GPUs that ``nvidia-smi`` lists, each once."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    if done.returncode != 0:
+        return []
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", done.stdout, re.M)
+    return list(
+        dict.fromkeys(specific_arch(int(major) * 10 + int(minor)) for major, minor in found)
+    )
+
+
+def specific_arch(number: int) -> str:
+    """Name of the target with every instruction of compute capability `number` (90 -> "90a")."""
+    return f"{number}a" if number in _SPECIFIC else str(number)
+
+
+def parse_archs(text: str | None, detected: Sequence[str] = ()) -> list[str]:
+    """Read an architecture list such as ``"90a;100a"``, ``"[80, 90]"``, ``"9.0a"`` or ``"none"``.
+
+    Parameters
+    ----------
+    text : str or None
+        Value of ``FASTATTN_ARCHS``. Empty: the GPUs found, else 90a. ``"none"``: no CUDA part.
+    detected : sequence of str
+        Architectures of the GPUs found.
+
+    Returns
+    -------
+    list of str
+        Architectures without a dot, each once, in the order given.
+
+    Raises
+    ------
+    ToolchainError
+        If an entry is no architecture.
+    """
+    text = (text or "").strip().strip("[]")
+    if text.lower() == "none":
+        return []
+    entries = [e.strip(" \"'") for e in re.split(r"[;,\s]+", text) if e.strip(" \"'")]
+    if not entries:
+        return list(detected) or [DEFAULT_ARCH]
+    archs = []
+    for entry in entries:
+        name = re.sub(r"^(\d+)\.(\d)", r"\1\2", re.sub(r"^(sm_|compute_)", "", entry.lower()))
+        if not _ARCH.match(name):
+            raise ToolchainError(
+                f"FASTATTN_ARCHS: expected a list such as '90a;100a' or 'none', got {entry!r}"
+            )
+        archs.append(name)
+    return list(dict.fromkeys(archs))
+
+
+def gencode(archs: Sequence[str]) -> list[str]:
+    """Flags that make nvcc compile for exactly these architectures."""
+    return [f for a in archs for f in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+
+
+def _isystem(paths: Sequence[Path]) -> list[str]:
+    return [f for p in paths for f in ("-isystem", str(p))]
+
+
+def cxx_flags(paddle: Paddle | None, cuda: Cuda | None = None) -> list[str]:
+    """Flags of the C++ sources of the operator library.
+
+    `-ffp-contract=off` keeps the bit-exact paths free of fused multiply-adds; no -march, so that
+    the library runs on any CPU of its family. Without Paddle's Python headers
+    (`PADDLE_NO_PYTHON`) a file takes 3 s instead of 12 s and the library fits any Python.
+    """
+    flags = [
+        *("-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"),
+        *("-fvisibility=hidden", "-DPADDLE_NO_PYTHON", "-I."),
+    ]
+    if cuda is not None:
+        flags += ["-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA", *_isystem(cuda.includes)]
+    if paddle is not None:
+        flags += _isystem(paddle.includes)
+    return flags
+
+
+def nvcc_flags(
+    cuda: Cuda, archs: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> list[str]:
+    """Flags of the CUDA sources; they include no Paddle header."""
+    flags = [
+        *("-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I."),
+        *("--expt-relaxed-constexpr", "-lineinfo"),
+        "--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage",
+        "-Xcompiler=-fPIC,-fopenmp,-ffp-contract=off,-fvisibility=hidden",
+    ]
+    if cuda.version >= (13, 0):
+        # Kernel templates stay callable from other files than the one that instantiates them.
+        flags.append("-static-global-template-stub=false")
+    if environ.get("CXX"):
+        flags += ["-ccbin", shlex.split(environ["CXX"])[0]]
+    return flags + gencode(archs)
+
+
+def link_flags(paddle: Paddle, cuda: Cuda | None = None) -> list[str]:
+    """Flags that link the operator library.
+
+    It needs `libpaddle.so` by name only: Paddle is imported before the library is loaded, so the
+    loader finds it in the process, wherever the environment was moved to. No rpath is written.
+    """
+    flags = ["-shared", "-fopenmp", "-Wl,-s", "-Wl,--exclude-libs,ALL"]
+    flags += [f"-L{p}" for p in paddle.library_dirs] + ["-l:libpaddle.so"]
+    if cuda is not None:
+        flags += [f"-L{cuda.library_dir}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    return flags
+
+
+def host_module_flags(paddle: Paddle, include: Path) -> list[str]:
+    """Flags of the pybind11 module of host facts (pybind11 comes with Paddle)."""
+    return [
+        *("-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-I."),
+        *_isystem([*paddle.includes, include]),
+    ]
+
+
+def platform_name() -> str:
+    """Operating system and processor, such as ``linux-x86_64``."""
+    return f"{platform.system().lower()}-{platform.machine()}"

@@ -1,0 +1,48 @@
+"""Build and install fastattn: ``python setup_ops.py install`` (or ``pip install .``).
+
+The work is done by custom_ops/builder; docs/install.md tells the options.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DEPENDENCIES = ["numpy>=1.21", "ml_dtypes>=0.4", "rich>=12"]
+OLDEST_SETUPTOOLS = (77, 0)  # as in pyproject.toml
+
+
+def main() -> int | None:
+    """Run setuptools; where it is missing or too old, let pip bring it."""
+    try:
+        import setuptools
+
+        recent = tuple(map(int, setuptools.__version__.split(".")[:2])) >= OLDEST_SETUPTOOLS
+    except ImportError:
+        recent = False
+    if not recent and sys.argv[1:] == ["install"]:
+        print("setuptools is missing or old here: `pip install .` does the same", flush=True)
+        return subprocess.call([sys.executable, "-m", "pip", "install", "-v", str(ROOT)])
+
+    sys.path.insert(0, str(ROOT / "custom_ops"))
+    from builder import extension
+
+    backend = sys.modules.get("builder.backend")  # present when pip builds
+    borrowed = backend.borrowed_paddle() if backend else None
+    setuptools.setup(
+        distclass=extension.BinaryDistribution,
+        ext_modules=extension.extensions(),
+        cmdclass={
+            "build_ext": extension.build_command(),
+            "build_py": extension.BuildPy,
+            "install": extension.Install,
+        },
+        install_requires=DEPENDENCIES + ([borrowed] if borrowed else []),
+    )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
