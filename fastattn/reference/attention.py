@@ -300,9 +300,10 @@ def gather_row(
         ("v", value_cache, cache_v_scales),
     ):
         rows = np.zeros((needed, kv_heads, BLOCK_SIZE, head_dim))
-        rows[known] = _dequantize_blocks(
-            cache, kind, scales, cache_quant_type, fp8_format, ids[known]
-        )
+        if known.any():
+            rows[known] = _dequantize_blocks(
+                cache, kind, scales, cache_quant_type, fp8_format, ids[known]
+            )
         tokens = rows.transpose(0, 2, 1, 3).reshape(needed * BLOCK_SIZE, kv_heads, head_dim)
         gathered.append(tokens[:num_keys])
     return gathered[0], gathered[1], np.repeat(known, BLOCK_SIZE)[:num_keys]
