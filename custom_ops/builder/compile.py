@@ -1,4 +1,4 @@
-"""Compiles a list of sources: in parallel, incrementally, with progress, up to the first failure."""
+"""Compiles sources: in parallel, incrementally, with progress, up to the first failure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Callable
 
 _TOOK_SHOWN = 5
 

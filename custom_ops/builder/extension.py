@@ -114,7 +114,9 @@ class BuildOps:
     def host_units(self) -> list[Unit]:
         """Compilation of the module of host facts; none without ``Python.h``."""
         include = toolchain.python_include()
-        if self.sources.host_module is None or include is None:
+        if self.sources.host_module is None:
+            return []
+        if include is None:
             print("Python.h is not installed: building without fastattn._host (optional)")
             return []
         flags = [
@@ -149,7 +151,7 @@ class BuildOps:
         }
 
     def link(self, units: list[Unit], flags: list[str], target: Path) -> None:
-        """Link objects into `target`, which is replaced in one step (a process may have it open)."""
+        """Link objects into `target`, replaced in one step: a process may have it open."""
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         command = [*self.cxx, *(str(u.object) for u in units), *flags, "-o", str(partial)]
@@ -242,6 +244,7 @@ class BuildPy(build_py):
     """``build_py`` that starts from an empty folder: what an older build left is in no wheel."""
 
     def run(self) -> None:
+        """Copy the Python sources."""
         if not self.editable_mode:
             shutil.rmtree(Path(self.build_lib) / "fastattn", ignore_errors=True)
         super().run()
@@ -254,6 +257,7 @@ class Install(install):
     """
 
     def run(self) -> None:
+        """Build a wheel and install it."""
         if not self._called_by_user():
             super().run()  # bdist_wheel fills its folder through this command
             return
@@ -278,4 +282,5 @@ class BinaryDistribution(Distribution):
     """A distribution with compiled parts, so that its wheel is tagged for one platform."""
 
     def has_ext_modules(self) -> bool:
+        """Whether it has compiled parts."""
         return True

@@ -12,9 +12,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Sequence
 
 DEFAULT_ARCH = "90a"
 
@@ -96,7 +96,7 @@ def find_cxx(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def find_cuda(environ: Mapping[str, str] = os.environ) -> Cuda | None:
-    """CUDA toolkit of ``CUDA_HOME`` or ``CUDA_PATH``, of the nvcc in PATH, or of /usr/local/cuda."""
+    """CUDA toolkit of ``CUDA_HOME`` or ``CUDA_PATH``, else of nvcc in PATH or /usr/local/cuda."""
     candidates = [environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if environ.get(v)]
     if not candidates:
         on_path = shutil.which("nvcc", path=environ.get("PATH"))
@@ -119,7 +119,7 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiler_identity(command: tuple[str, ...]) -> str:
     """First line of ``command --version``."""
     try:

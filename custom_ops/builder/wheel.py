@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 _REQUIRED = ("fastattn/_fastattn_ops.so", "fastattn/_build_info.py", "fastattn/py.typed")
 
 _ALLOWED = re.compile(
     r"(fastattn/(\w+/)*\w+\.py"
-    r"|fastattn/py\.typed"
+    r"|fastattn/(py\.typed|_host\.pyi)"
     r"|fastattn/_fastattn_ops\.so"
     r"|fastattn/_host\.[\w.-]+\.so"
     r"|fastattn-[^/]+\.dist-info/.+)\Z"

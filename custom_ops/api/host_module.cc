@@ -1,0 +1,71 @@
+// fastattn._host: facts about the compiled code that need no Paddle and no GPU to tell.
+//
+// No Paddle type crosses this module; it is linked apart from the operators and works without them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/layout.h"
+#include "common/types.h"
+#include "cpu/isa.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr CacheType kCacheTypes[] = {
+    CacheType::kNone,          CacheType::kInt8,         CacheType::kFp8,
+    CacheType::kBlockWiseInt8, CacheType::kBlockWiseFp8,
+};
+
+// The same list as in every dispatch over head_dim, which a test compares.
+constexpr int kHeadDims[] = {64, 128};
+
+std::vector<std::string> CacheTypes() {
+  std::vector<std::string> names;
+  for (CacheType type : kCacheTypes) names.emplace_back(NameOf(type));
+  return names;
+}
+
+std::vector<int> HeadDims() { return {std::begin(kHeadDims), std::end(kHeadDims)}; }
+
+std::vector<std::string> Archs() {
+  std::vector<std::string> archs;
+  std::string entry;
+  for (char c : std::string(FASTATTN_ARCHS) + ";") {
+    if (c != ';') {
+      entry += c;
+    } else if (!entry.empty()) {
+      archs.push_back(std::move(entry));
+      entry.clear();
+    }
+  }
+  return archs;
+}
+
+std::vector<int> TokenSlots() {
+  std::vector<int> slots(kBlockSize);
+  for (int r = 0; r < kBlockSize; ++r) slots[r] = TokenSlot(r);
+  return slots;
+}
+
+}  // namespace
+
+}  // namespace fastattn::api
+
+PYBIND11_MODULE(_host, m) {
+  using namespace fastattn;
+  m.doc() = "Facts about the compiled code.";
+  m.def("block_size", [] { return kBlockSize; }, "Tokens of a cache block.");
+  m.def("head_dims", &api::HeadDims, "Head sizes that attention and the caches support.");
+  m.def("cache_types", &api::CacheTypes, "Names of the cache types.");
+  m.def("token_slots", &api::TokenSlots,
+        "Place of each token of a block in the V rows of the fastattn layout.");
+  m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
+  m.def("archs", &api::Archs, "CUDA architectures compiled for.");
+  m.def(
+      "cpu_isa", [] { return cpu::NameOf(cpu::DetectIsa()); },
+      "Instruction set that vectorised CPU kernels use on this processor.");
+}
