@@ -211,11 +211,17 @@ def _append_static(sig: OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, 
         if value is not None
     }
     outs: dict[str, Any] = {}
+    pure = len(sig.inplace) == len(sig.outputs)
     for i, name in enumerate(sig.outputs):
         if i in sig.inplace:
             if inputs[sig.inplace[i]] is not None:
                 suffix = "@OPTIONAL" if sig.optional[sig.inplace[i]] else ""
-                outs[name + suffix] = inputs[sig.inplace[i]]
+                written = inputs[sig.inplace[i]]
+                # A variable that is fed keeps no operator in a saved program: an operator that only
+                # writes in place gives new variables, which share their data with the inputs.
+                outs[name + suffix] = (
+                    helper.create_variable(dtype=written.dtype) if pure else written
+                )
         else:
             outs[name] = helper.create_variable(dtype="float32")
     helper.append_op(

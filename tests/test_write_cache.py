@@ -21,7 +21,7 @@ from tests.support.cache import (
 )
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.static import run_all_modes
-from tests.support.tensors import BF16, DTYPES, to_numpy, to_paddle
+from tests.support.tensors import BF16, DTYPES, EMPTY_OUTPUTS, to_numpy, to_paddle
 
 CACHED = [0, 1, 63, 64, 65, 100, 320, 7]
 NEW = [1, 0, 65, 64, 63, 1, 200, 5]
@@ -303,6 +303,8 @@ def test_no_tokens_no_rows_no_blocks(place):
             np.zeros(rows, np.int32),
             np.ones(rows, np.int32),
         )
+        if num_blocks == 0 and not EMPTY_OUTPUTS:
+            continue  # Paddle 2.6 refuses an empty output, written in place or not
         for cache_quant_type in ("none", "cache_int8", "block_wise_fp8"):
             cache = make_cache(cache_quant_type, num_blocks, 2, 64)
             key = make_values((tokens, 2, 64), BF16)
@@ -407,7 +409,7 @@ class _Layer(paddle.nn.Layer):
 
     def __init__(self, scales):
         super().__init__()
-        self.scales = self.create_parameter([len(scales)], "float32")
+        self.scales = self.create_parameter([len(scales)], dtype="float32")
         self.scales.set_value(scales)
 
     def forward(self, key, value, key_cache, value_cache, tables, cu, old, new):
