@@ -71,7 +71,7 @@ def pack_e2m1(codes: Array) -> Array:
 def unpack_e2m1(packed: Array) -> Array:
     """Bytes [..., C / 2] to codes [..., C]; the inverse of :func:`pack_e2m1`."""
     pair = np.stack([packed & 0xF, packed >> 4], axis=-1)
-    return pair.reshape(*packed.shape[:-1], -1)
+    return pair.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def mxfp4_quantize(x: Array) -> tuple[Array, Array]:

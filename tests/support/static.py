@@ -33,7 +33,8 @@ def run_all_modes(
     function : callable
         A module-level ``def`` in a file (Paddle traces neither a lambda nor code from stdin). It
         takes one tensor for each array, by position, and returns a tensor or a tuple of tensors.
-        Fix optional arguments and attributes inside it.
+        Fix optional arguments and attributes inside it. Keep NumPy arrays of bfloat16 out of the
+        globals of its file: SOT looks at them and fails.
     arrays : sequence of array
         Inputs; every mode gets its own copies, so that operators may write to them.
     place : {"cpu", "gpu"}
@@ -58,6 +59,8 @@ def run_all_modes(
                 outputs, inputs = _run(runnable, arrays, place)
             assert len(outputs) == len(expected[0]), f"{mode}: {len(outputs)} outputs"
             for i, (a, b) in enumerate(zip(outputs, expected[0])):
+                if mode == "saved" and paddle.__version__.startswith("2."):
+                    b = b + np.zeros(1, b.dtype)  # it saves x * 1 + 0, which makes 0 of -0
                 assert_same_bits(a, b, f"{mode}: output {i}")
             for i, (a, b) in enumerate(zip(inputs, expected[1])):
                 assert_same_bits(a, b, f"{mode}: input {i} after the call")
