@@ -1,0 +1,66 @@
+"""The command line: ``python -m fastattn demo | bench | show-config``.
+
+A subcommand's module is imported when that subcommand is asked for, so that one that cannot be
+imported (no Paddle, no matplotlib, a broken library) does not take the others with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastattn.version import __version__
+
+#: Subcommand -> (module with ``add_parser(subparsers)``, line of help)
+COMMANDS = {
+    "demo": ("fastattn.demo.cli", "train a tiny model, serve it with every cache type"),
+    "bench": ("fastattn.bench.cli", "time the operators on this machine"),
+    "show-config": ("fastattn.cli.show_config", "versions, what is compiled, what would run"),
+}
+
+
+def _requested(argv: Sequence[str]) -> str | None:
+    """The subcommand in `argv`: its first word that is no option."""
+    return next((word for word in argv if not word.startswith("-")), None)
+
+
+def _parser(requested: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastattn",
+        description="Attention over a quantised KV cache for PaddlePaddle.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastattn {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        if name == requested:
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=text)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    requested = _requested(argv)
+    try:
+        parser = _parser(requested)
+        arguments = parser.parse_args(argv)
+        return int(arguments.run(arguments) or 0)
+    except ImportError as error:
+        print(f"fastattn {requested}: {error}", file=sys.stderr)
+        print("`python -m fastattn show-config` tells what is installed.", file=sys.stderr)
+        return 1
