@@ -142,6 +142,13 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
             raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
 
 
+def refuse_empty(op: str, name: str, tensor: Any) -> None:
+    """Raise ValueError if an optional tensor has no elements: Paddle silently drops such a one."""
+    if isinstance(tensor, paddle.base.core.eager.Tensor) and tensor.size == 0:
+        shape = list(tensor.shape)
+        raise ValueError(f"{op}: {name}: expected a tensor with elements, got shape {shape}")
+
+
 def _reraise(error: Exception) -> NoReturn:
     match = _ERROR.search(str(error))
     if match is None:

@@ -220,6 +220,11 @@ def test_errors_name_the_argument(args, kwargs, error, text):
         F.quantize_fp8(*args, **kwargs)
 
 
+def test_an_empty_scale_is_no_absent_one():
+    with pytest.raises(ValueError, match="quantize_fp8: scale: expected a tensor with elements"):
+        F.quantize_fp8(paddle.ones([2, 4]), paddle.zeros([0]))
+
+
 # Paddle hands a contiguous copy of a strided tensor to the raw operator: only Python can refuse it.
 @pytest.mark.parametrize(("args", "kwargs", "error", "text"), BAD_CALLS[:-1])
 def test_the_raw_operator_refuses_them_too(args, kwargs, error, text):
