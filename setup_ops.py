@@ -14,7 +14,7 @@ DEPENDENCIES = ["numpy>=1.21", "ml_dtypes>=0.4", "rich>=12"]
 OLDEST_SETUPTOOLS = (77, 0)  # as in pyproject.toml
 
 
-def main() -> int | None:
+def main() -> None:
     """Run setuptools; where it is missing or too old, let pip bring it."""
     try:
         import setuptools
@@ -24,14 +24,19 @@ def main() -> int | None:
         recent = False
     if not recent and sys.argv[1:] == ["install"]:
         print("setuptools is missing or old here: `pip install .` does the same", flush=True)
-        return subprocess.call([sys.executable, "-m", "pip", "install", "-v", str(ROOT)])
+        sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", "-v", str(ROOT)]))
+    if not recent:
+        sys.exit("setup_ops.py needs setuptools 77 or newer: `pip install -U setuptools`")
 
     sys.path.insert(0, str(ROOT / "custom_ops"))
     from builder import extension
 
     backend = sys.modules.get("builder.backend")  # present when pip builds
     borrowed = backend.borrowed_paddle() if backend else None
+    verbose = {"-v", "--verbose"} & set(sys.argv)
     setuptools.setup(
+        # The build prints its own progress; setuptools would add a line for every file copied.
+        script_args=sys.argv[1:] if verbose else ["--quiet", *sys.argv[1:]],
         distclass=extension.BinaryDistribution,
         ext_modules=extension.extensions(),
         cmdclass={
@@ -41,8 +46,7 @@ def main() -> int | None:
         },
         install_requires=DEPENDENCIES + ([borrowed] if borrowed else []),
     )
-    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

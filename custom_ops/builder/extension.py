@@ -7,9 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
@@ -17,172 +16,17 @@ from setuptools.command.build_py import build_py
 from setuptools.command.install import install
 from setuptools.errors import SetupError
 
-from . import sources as source_lists
-from . import toolchain
-from .compile import CompileError, Unit, compile_all
+from .compile import CompileError
+from .ops import BUILD_INFO, ROOT, Build
+from .toolchain import ToolchainError
 
-ROOT = Path(__file__).resolve().parents[2]
-CUSTOM_OPS = ROOT / "custom_ops"
 LIBRARY = "fastattn._fastattn_ops"
 HOST = "fastattn._host"
-BUILD_INFO = "_build_info.py"
 
 
 def extensions() -> list[Extension]:
     """What setuptools is told: the operator library and the module of host facts."""
     return [Extension(LIBRARY, sources=[]), Extension(HOST, sources=[], optional=True)]
-
-
-def commit(root: Path = ROOT) -> str:
-    """Commit that is built, with ``-dirty`` when tracked files differ; "unknown" outside git."""
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run([*describe, "--exclude=*"], capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    # A folder unpacked inside another repository must not report that one's commit.
-    if done.returncode != 0 or not (root / ".git").exists():
-        return "unknown"
-    return done.stdout.strip()
-
-
-def build_info_text(info: dict[str, Any]) -> str:
-    """Source of ``_build_info.py``. No time of day: the same build writes the same bytes."""
-    lines = [f"{name} = {value!r}" for name, value in info.items()]
-    return '"""How the compiled library was built (written by the build)."""\n\n' + "\n".join(
-        [*lines, ""]
-    )
-
-
-class BuildOps:
-    """The steps of one build; mixed into Paddle's ``BuildExtension`` by :func:`build_command`."""
-
-    user_options: ClassVar[list[tuple[str, str | None, str]]] = [
-        ("cuda=", None, "build the CUDA part: auto (default), on or off"),
-    ]
-
-    def configure(self, cuda_option: str) -> None:
-        """Find the tools and decide what is built."""
-        self.paddle = toolchain.find_paddle()
-        # Paddle's own list would add targets that cannot run the "a" instructions.
-        os.environ.pop("PADDLE_CUDA_ARCH_LIST", None)
-        self.archs = toolchain.parse_archs(
-            os.environ.get("FASTATTN_ARCHS"), toolchain.detect_archs()
-        )
-        self.cuda = self._choose_cuda(cuda_option)
-        if self.cuda is None:
-            self.archs = []
-        self.cxx = toolchain.find_cxx()
-        self.sources = source_lists.discover(CUSTOM_OPS, self.cuda is not None)
-        kind = "cuda" if self.cuda else "cpu"
-        tag = f"{self.paddle.version}-{kind}-{sys.implementation.cache_tag}"
-        self.objects = ROOT / "build" / "objects" / tag
-
-    def _choose_cuda(self, option: str) -> toolchain.Cuda | None:
-        if option not in ("auto", "on", "off"):
-            raise toolchain.ToolchainError(f"--cuda: expected auto, on or off, got {option!r}")
-        if option == "off" or not self.archs:
-            return None
-        if not self.paddle.with_cuda:
-            if option == "on":
-                raise toolchain.ToolchainError(
-                    f"--cuda=on: Paddle {self.paddle.version} at {self.paddle.root} is a CPU build"
-                )
-            return None
-        found = toolchain.find_cuda()
-        if found is None and option == "on":
-            raise toolchain.ToolchainError("--cuda=on: no nvcc; set CUDA_HOME or PATH")
-        if found is None:
-            print("no nvcc found: building the CPU kernels only (set CUDA_HOME for the CUDA part)")
-        return found
-
-    def library_units(self) -> list[Unit]:
-        """Compilations of the operator library, CUDA first because it takes longest."""
-        units = []
-        launcher = tuple(toolchain.find_ccache())
-        if self.cuda is not None:
-            nvcc = (str(self.cuda.nvcc), *toolchain.nvcc_flags(self.cuda, self.archs))
-            identity = f"{self.cuda.version} {toolchain.compiler_identity(tuple(self.cxx))}"
-            for name in self.sources.cuda:
-                units.append(Unit(name, self.objects / f"{name}.o", nvcc, identity, launcher))
-        cxx = (*self.cxx, *toolchain.cxx_flags(self.paddle, self.cuda))
-        identity = f"{toolchain.compiler_identity(tuple(self.cxx))} {self.paddle.version}"
-        for name in self.sources.cxx:
-            units.append(Unit(name, self.objects / f"{name}.o", cxx, identity, launcher))
-        return units
-
-    def host_units(self) -> list[Unit]:
-        """Compilation of the module of host facts; none without ``Python.h``."""
-        include = toolchain.python_include()
-        if self.sources.host_module is None:
-            return []
-        if include is None:
-            print("Python.h is not installed: building without fastattn._host (optional)")
-            return []
-        flags = [
-            *toolchain.host_module_flags(self.paddle, include),
-            f'-DFASTATTN_ARCHS="{";".join(self.archs)}"',
-            f"-DFASTATTN_CUDA={int(self.cuda is not None)}",
-        ]
-        name = self.sources.host_module
-        identity = f"{toolchain.compiler_identity(tuple(self.cxx))} {self.paddle.version}"
-        launcher = tuple(toolchain.find_ccache())
-        return [
-            Unit(name, self.objects / f"{name}.o", (*self.cxx, *flags), identity, launcher),
-        ]
-
-    def info(self) -> dict[str, Any]:
-        """What ``_build_info.py`` records."""
-        flags = toolchain.cxx_flags(None) + (
-            toolchain.nvcc_flags(self.cuda, self.archs) if self.cuda else []
-        )
-        return {
-            "PADDLE_VERSION": self.paddle.version,
-            "COMMIT": commit(),
-            "WITH_CUDA": self.cuda is not None,
-            "ARCHS": list(self.archs),
-            "NVCC": ".".join(map(str, self.cuda.version)) if self.cuda else None,
-            "CXX": toolchain.compiler_identity(tuple(self.cxx)),
-            "FLAGS": " ".join(flags),
-            "PLATFORM": toolchain.platform_name(),
-            "NUM_SOURCES": len(self.sources.cxx) + len(self.sources.cuda),
-            "NUM_CUDA_SOURCES": len(self.sources.cuda),
-            "OPERATORS": source_lists.operators(CUSTOM_OPS, self.sources),
-        }
-
-    def link(self, units: list[Unit], flags: list[str], target: Path) -> None:
-        """Link objects into `target`, replaced in one step: a process may have it open."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        command = [*self.cxx, *(str(u.object) for u in units), *flags, "-o", str(partial)]
-        done = subprocess.run(command, cwd=CUSTOM_OPS, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise CompileError(f"linking {target.name} failed:\n{done.stderr}")
-        os.replace(partial, target)
-
-    def build(self, library: Path, host: Path) -> None:
-        """Compile and link everything, and write ``_build_info.py`` beside the library."""
-        start = time.monotonic()
-        library_units, host_units = self.library_units(), self.host_units()
-        jobs = toolchain.jobs()
-        kind = f"CUDA {';'.join(self.archs)}" if self.cuda else "CPU"
-        print(f"fastattn: {kind} operators for Paddle {self.paddle.version}, {jobs} jobs")
-        report = compile_all([*library_units, *host_units], CUSTOM_OPS, jobs, _say)
-        self.link(library_units, toolchain.link_flags(self.paddle, self.cuda), library)
-        if host_units:
-            self.link(host_units, ["-shared", "-Wl,-s"], host)
-        info = self.info()
-        (library.parent / BUILD_INFO).write_text(build_info_text(info), encoding="utf-8")
-        print(
-            f"{info['NUM_SOURCES']} sources ({info['NUM_CUDA_SOURCES']} CUDA instances, "
-            f"{len(info['OPERATORS'])} operators) in {time.monotonic() - start:.1f} s"
-        )
-        if report.seconds:
-            print("slowest: " + ", ".join(f"{n} {s:.1f} s" for n, s in report.slowest()))
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def build_command() -> type[build_ext]:
@@ -197,13 +41,16 @@ def build_command() -> type[build_ext]:
     except ImportError:
         Base = build_ext  # without Paddle (metadata, sdist); building says what is missing
 
-    class BuildExtension(BuildOps, Base):  # type: ignore[misc, valid-type]
+    class BuildExtension(Base):  # type: ignore[misc, valid-type]
         description = "build the operator library"
-        user_options = Base.user_options + BuildOps.user_options
+        user_options: ClassVar[list[tuple[str, str | None, str]]] = [
+            *Base.user_options,
+            ("cuda=", None, "build the CUDA part: auto (default), on or off"),
+        ]
 
         def initialize_options(self) -> None:
             super().initialize_options()
-            self.cuda = None
+            self.cuda: str | None = None
 
         def finalize_options(self) -> None:
             super().finalize_options()
@@ -232,9 +79,8 @@ def build_command() -> type[build_ext]:
         def build_extensions(self) -> None:
             library, host = (Path(self.get_ext_fullpath(n)).resolve() for n in (LIBRARY, HOST))
             try:
-                self.configure(self.cuda_option)
-                self.build(library, host)
-            except (CompileError, toolchain.ToolchainError) as error:
+                Build(self.cuda_option).run(library, host)
+            except (CompileError, ToolchainError) as error:
                 raise SetupError(str(error)) from None
 
     return BuildExtension
