@@ -371,6 +371,37 @@ def test_key_overlapping_rows_below_position_0_count_for_nothing(place):
     assert_same_bits(run_key(place, case), before)
 
 
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_key_rounds_every_step_as_the_model_does(place, ratio):
+    """bf16 hides an fp32 ulp, so the rotation is made to subtract two keys that differ by it.
+
+    Channel pairs hold the same rows in two orders and are "rotated" by cos = sin = 1: their
+    difference is the rounding error of the sums.
+    """
+    head, n = 512, 8 if ratio == 4 else 128
+    width = head * (2 if ratio == 4 else 1)
+    rng = RNG(14)
+    noise = []
+    for _ in range(8):
+        case = key_case(rng, "fp8_512", ratio, [np.array([n - 1])])
+        rows = rng.normal(size=(n, 2, 32)).astype(np.float32)
+        for j in range(n):
+            row = case["state_cache"][case["block_tables"][0, j // 4], j % 4]
+            half = head if j >= ratio else 0
+            for part, offset in enumerate((0, width)):
+                even = offset + half + head - 64
+                row[even : even + 64 : 2] = rows[j, part]
+                row[even + 1 : even + 64 : 2] = rows[(j + 3) % n, part]
+        case["cos_sin_cache"] = np.ones((n, 64), np.float32)
+        case["rms_norm_weight"][-64:] = 1
+        cache = run_key(place, case)
+        page, row = divmod(int(case["kv_slots"][0]), 16)
+        noise.append(cache[page, row * 576 + 448 : (row + 1) * 576].view(BF16)[::2])
+    noise = np.concatenate(noise).astype(np.float32)
+    assert 0 < np.abs(noise).max() < 1e-5
+    assert np.count_nonzero(noise) > noise.size / 4
+
+
 # ---- every mode --------------------------------------------------------------------
 
 
