@@ -72,7 +72,8 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
   Arg(kOp, "key", key);
   Arg(kOp, "cache_k_scales", cache_k_scales);
   Arg(kOp, "cache_v_scales", cache_v_scales);
-  const phi::Place place = key_cache.initialized() ? key_cache.place() : key.place();
+  const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
+  const phi::Place place = anchor.place();
   AppendCacheParams p;
   p.cache = ParsePagedCache(kOp,
                             {key_cache, value_cache, &cache_k_scales, &cache_v_scales,
@@ -101,8 +102,8 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
   p.value = MutableData(value);
 
 #if defined(FASTATTN_WITH_CUDA)
-  if (OnGpu(key_cache)) {
-    LaunchOnGpu(kOp, key_cache,
+  if (OnGpu(anchor)) {
+    LaunchOnGpu(kOp, anchor,
                 [&](cudaStream_t stream) { return cuda::LaunchAppendCache(p, stream); });
     return;
   }

@@ -2,9 +2,14 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/device.h"
 #include "api/paged_cache.h"
 #include "cpu/convert_layout.h"
 #include "params/cache.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/convert_layout/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -91,6 +96,13 @@ std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& k
   p.num_block_heads = shape[0] * shape[1];
   p.head_dim = static_cast<int>(head_dim);
 
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(cache)) {
+    LaunchOnGpu(kOp, cache,
+                [&](cudaStream_t stream) { return cuda::LaunchConvertLayout(p, stream); });
+    return {out};
+  }
+#endif
   RequireCpu(kOp, cache.place());
   Guarded(kOp, [&] { cpu::ConvertLayout(p); });
   return {out};

@@ -37,7 +37,8 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
                   const std::string& fp8_format) {
   Arg(kOp, "key", key);
   Arg(kOp, "key_cache", key_cache);
-  const phi::Place place = key_cache.initialized() ? key_cache.place() : key.place();
+  const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
+  const phi::Place place = anchor.place();
   WriteCacheParams p;
   p.cache = ParsePagedCache(kOp,
                             {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
@@ -57,8 +58,8 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
   p.value = Data(value);
 
 #if defined(FASTATTN_WITH_CUDA)
-  if (OnGpu(key_cache)) {
-    LaunchOnGpu(kOp, key_cache,
+  if (OnGpu(anchor)) {
+    LaunchOnGpu(kOp, anchor,
                 [&](cudaStream_t stream) { return cuda::LaunchWriteCache(p, stream); });
     return;
   }

@@ -21,6 +21,7 @@
 #include "cuda/append_cache/launch.h"
 #include "cuda/common/bytes.cuh"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/pieces.cuh"
 #include "cuda/common/row_tiles.cuh"
 
 namespace fastattn::cuda {
@@ -41,35 +42,6 @@ struct AppendTraits {
 
   static constexpr int kPiecesPerToken = kHeadDim / 16;
   static constexpr int kPieces = kBlockSize * kPiecesPerToken / kAppendThreads;  // per thread
-  static constexpr int kTokensPerStep = kAppendThreads / kPiecesPerToken;
-
-  // Shared copy of V: token rows of D bytes, and 32 bytes more after every 16 rows. The 4 token
-  // groups of a warp's transposed writes (8 channel words each) then lie in 4 x 8 different banks.
-  static constexpr int kGroupPad = 32;
-  static constexpr int kSmemBytes = kBlockSize * kHeadDim + 4 * kGroupPad;
-  static __device__ __forceinline__ int SmemOffset(int token) {
-    return token * kHeadDim + (token / 16) * kGroupPad;
-  }
-
-  // Byte offset, inside a block, of the K piece with channels [16 g, 16 g + 16) of token r.
-  static __device__ __forceinline__ int KeyPiece(int r, int g) {
-    if constexpr (kLayout == CacheLayout::kFastDeploy) {
-      const int row = (r & ~15) + (r & 7) + (g & 1) * 8;
-      return row * kHeadDim + (g >> 1) * 32 + ((r >> 3) & 1) * 16;
-    } else {
-      return r * kHeadDim + g * 16;
-    }
-  }
-
-  // Byte offset of the V piece with tokens [16 g, 16 g + 16) (in slot order) of channel d.
-  static __device__ __forceinline__ int ValuePiece(int d, int g) {
-    if constexpr (kLayout == CacheLayout::kFastDeploy) {
-      const int row = (d & ~15) + (d & 7) + (g & 1) * 8;
-      return row * kBlockSize + (g >> 1) * 32 + ((d >> 3) & 1) * 16;
-    } else {
-      return d * kBlockSize + g * 16;
-    }
-  }
 };
 
 // The 16 static scales of channels [channel, channel + 16) of a head; equal ones where the scale is
@@ -129,7 +101,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(kAppendThreads)
     AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
   constexpr int kHeadDim = Traits::kHeadDim;
-  __shared__ alignas(16) uint8_t smem_v[Traits::kSmemBytes];
+  __shared__ TokenMajorTile<kHeadDim> value_tile;
 
   // Find the block.
   const int kv_heads = p.cache.num_kv_heads;
@@ -155,13 +127,18 @@ __global__ void __launch_bounds__(kAppendThreads)
 
   // Load everything.
   const int tid = threadIdx.x;
-  const int g = tid % Traits::kPiecesPerToken;       // channel group of K pieces and of stores
-  const int token0 = tid / Traits::kPiecesPerToken;  // first token of this thread
+  const int g = tid % Traits::kPiecesPerToken;  // channel group of K pieces and of stores
+  int tokens_of_thread[Traits::kPieces];
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    tokens_of_thread[i] = KeyPieceOfThread<kHeadDim, kAppendThreads>(i).token;
+  }
   uint4 k[Traits::kPieces];
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
-    const int r = token0 + i * Traits::kTokensPerStep;
-    k[i] = r < valid ? __ldg(reinterpret_cast<const uint4*>(key_codes + Traits::KeyPiece(r, g)))
+    const int r = tokens_of_thread[i];
+    k[i] = r < valid ? __ldg(reinterpret_cast<const uint4*>(
+                           key_codes + KeyPiece<Traits::kLayout, kHeadDim>(r, g)))
                      : make_uint4(0, 0, 0, 0);
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
@@ -170,16 +147,17 @@ __global__ void __launch_bounds__(kAppendThreads)
   uint4 v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    v[i] = v_active ? __ldg(reinterpret_cast<const uint4*>(
-                          value_codes + Traits::ValuePiece(v_channel + i, v_group)))
-                    : make_uint4(0, 0, 0, 0);
+    v[i] = v_active
+               ? __ldg(reinterpret_cast<const uint4*>(
+                     value_codes + ValuePiece<Traits::kLayout, kHeadDim>(v_channel + i, v_group)))
+               : make_uint4(0, 0, 0, 0);
   }
   float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
   float k_static[16], v_static[16];
   if constexpr (Traits::kDynamicQuant) {
 #pragma unroll
     for (int i = 0; i < Traits::kPieces; ++i) {
-      const int r = token0 + i * Traits::kTokensPerStep;
+      const int r = tokens_of_thread[i];
       const int64_t index = block_head * kBlockSize + r;
       k_token_scale[i] = r < valid ? LoadScale(p.cache.k_scales, p.cache.scale_dtype, index) : 0.0f;
       v_token_scale[i] = r < valid ? LoadScale(p.cache.v_scales, p.cache.scale_dtype, index) : 0.0f;
@@ -192,23 +170,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
 
   // V: transpose into shared memory.
-  if (v_active) {
-    const uint32_t words[4][4] = {{v[0].x, v[1].x, v[2].x, v[3].x},
-                                  {v[0].y, v[1].y, v[2].y, v[3].y},
-                                  {v[0].z, v[1].z, v[2].z, v[3].z},
-                                  {v[0].w, v[1].w, v[2].w, v[3].w}};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      uint32_t by_token[4];
-      TransposeBytes(words[w], by_token);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        // Word w of a piece holds tokens 2w, 2w+1, 2w+8, 2w+9 of its group.
-        const int token = 16 * v_group + 2 * w + (j & 1) + (j >> 1) * 8;
-        *reinterpret_cast<uint32_t*>(smem_v + Traits::SmemOffset(token) + v_channel) = by_token[j];
-      }
-    }
-  }
+  if (v_active) ScatterPieces(v, v_channel, v_group, value_tile);
 
   // K: convert and store while V's writes settle.
   const int64_t out_token = start + tile * kBlockSize;
@@ -218,7 +180,7 @@ __global__ void __launch_bounds__(kAppendThreads)
                         static_cast<int64_t>(head) * kHeadDim;
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
-    const int r = token0 + i * Traits::kTokensPerStep;
+    const int r = tokens_of_thread[i];
     uint4 codes = k[i];
     if constexpr (Traits::kLayout == CacheLayout::kFastDeploy) codes = SlotsToOrder(codes);
     codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
@@ -231,8 +193,8 @@ __global__ void __launch_bounds__(kAppendThreads)
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
-    const int r = token0 + i * Traits::kTokensPerStep;
-    uint4 codes = *reinterpret_cast<const uint4*>(smem_v + Traits::SmemOffset(r) + g * 16);
+    const int r = tokens_of_thread[i];
+    uint4 codes = *reinterpret_cast<const uint4*>(value_tile.codes + value_tile.Offset(r) + g * 16);
     codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
     codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
     StorePiece<Traits>(codes, v_static, v_token_scale[i], value_out + r * p.value_token_stride, g,

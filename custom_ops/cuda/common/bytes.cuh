@@ -13,6 +13,12 @@ __device__ __forceinline__ uint4 SlotsToOrder(uint4 x) {
                     __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
 }
 
+// The inverse of SlotsToOrder.
+__device__ __forceinline__ uint4 OrderToSlots(uint4 x) {
+  return make_uint4(__byte_perm(x.x, x.z, 0x5410), __byte_perm(x.x, x.z, 0x7632),
+                    __byte_perm(x.y, x.w, 0x5410), __byte_perm(x.y, x.w, 0x7632));
+}
+
 // out[j] = byte j of every in[i], i the byte index: a 4x4 byte transposition.
 __device__ __forceinline__ void TransposeBytes(const uint32_t (&in)[4], uint32_t (&out)[4]) {
   const uint32_t low01 = __byte_perm(in[0], in[1], 0x5140);  // 0.0 1.0 0.1 1.1

@@ -8,7 +8,7 @@
 // what other steps wrote beside it stays.
 #pragma once
 
-#include "cuda/common/bytes.cuh"
+#include "cuda/common/pieces.cuh"
 #include "cuda/common/row_tiles.cuh"
 #include "cuda/rope_write/cache_store.cuh"
 
@@ -17,16 +17,10 @@ namespace fastattn::cuda {
 inline constexpr int kTileThreads = 128;
 inline constexpr int kQueryBatch = 4;  // query heads whose loads are in flight together
 
-// V of one block in shared memory, see AppendTraits for the padding.
+// V of one block in shared memory.
 template <int kHeadDim>
-struct ValueTile {
-  static constexpr int kGroupPad = 32;
-  alignas(16) uint8_t codes[kBlockSize * kHeadDim + 4 * kGroupPad];
+struct ValueTile : TokenMajorTile<kHeadDim> {
   alignas(16) uint8_t valid[kBlockSize];  // 1: this token is new
-
-  static __device__ __forceinline__ int Offset(int slot) {
-    return slot * kHeadDim + (slot / 16) * kGroupPad;
-  }
 };
 
 // Tokens of a row's share of the packed input that no row uses get q = 0.
@@ -51,33 +45,20 @@ __device__ __forceinline__ void StoreValueTile(const ValueTile<Traits::kHeadDim>
   if (channel >= Traits::kHeadDim) return;
   const uint4 flags = *reinterpret_cast<const uint4*>(tile.valid + 16 * group);
   if ((flags.x | flags.y | flags.z | flags.w) == 0) return;
-  uint32_t pieces[4][4];  // [channel][word of 4 slots]
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    uint32_t by_token[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int token = 16 * group + 2 * w + (j & 1) + (j >> 1) * 8;
-      by_token[j] = *reinterpret_cast<const uint32_t*>(
-          tile.codes + ValueTile<Traits::kHeadDim>::Offset(token) + channel);
-    }
-    uint32_t by_channel[4];
-    TransposeBytes(by_token, by_channel);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pieces[i][w] = by_channel[i];
-  }
+  uint4 pieces[4];  // [channel]
+  GatherPieces<Traits::kHeadDim>(tile, channel, group, pieces);
   const bool whole = (flags.x & flags.y & flags.z & flags.w) == 0x01010101u;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint8_t* out = block + (channel + i) * kBlockSize + group * 16;
     if (whole) {
-      *reinterpret_cast<uint4*>(out) =
-          make_uint4(pieces[i][0], pieces[i][1], pieces[i][2], pieces[i][3]);
+      *reinterpret_cast<uint4*>(out) = pieces[i];
     } else {
+      const uint32_t words[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
 #pragma unroll
       for (int slot = 0; slot < 16; ++slot) {
         if (tile.valid[16 * group + TokenOfSlot(slot)]) {
-          out[slot] = static_cast<uint8_t>(pieces[i][slot / 4] >> (8 * (slot % 4)));
+          out[slot] = static_cast<uint8_t>(words[slot / 4] >> (8 * (slot % 4)));
         }
       }
     }
@@ -201,7 +182,7 @@ __global__ void __launch_bounds__(kTileThreads)
     if constexpr (Traits::kQuantized) {
       const uint2 codes = Quantize<Traits>(x, v_inverse, cache.v_scales, cache.scale_dtype,
                                            block_head * kBlockSize + slot, channel, store);
-      *reinterpret_cast<uint2*>(tile.codes + ValueTile<kHeadDim>::Offset(slot) + channel) = codes;
+      *reinterpret_cast<uint2*>(tile.codes + tile.Offset(slot) + channel) = codes;
       if (channel == 0) tile.valid[slot] = store;
     } else {
       const uint4 bits = RoundTo<Traits::kCode>(x);

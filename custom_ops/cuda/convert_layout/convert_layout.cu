@@ -1,0 +1,137 @@
+// convert_cache_layout: one CTA moves the bytes of one (block, KV head) from one order to another.
+//
+// fastattn and fastdeploy hold the same 16-byte pieces in other places (K: 16 channels of a token,
+// in slot order for fastdeploy; V: 16 tokens of a channel in slot order for both), so those
+// conversions move pieces through registers. Logical V is [64, D]: it meets the others by 4x4 byte
+// transpositions and a token-major copy in shared memory.
+#include <stdexcept>
+
+#include "common/dispatch.h"
+#include "common/layout.h"
+#include "cuda/common/bytes.cuh"
+#include "cuda/common/pieces.cuh"
+#include "cuda/convert_layout/launch.h"
+
+namespace fastattn::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+
+__device__ __forceinline__ uint4 Flip(uint4 x, uint32_t mask) {
+  return make_uint4(x.x ^ mask, x.y ^ mask, x.z ^ mask, x.w ^ mask);
+}
+
+template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    ConvertKeyKernel(const uint8_t* src, uint8_t* dst, uint32_t flip) {
+  constexpr int kPieces = kBlockSize * kHeadDim / 16 / kThreads;
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlockSize * kHeadDim);
+  uint4 pieces[kPieces];
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const PieceOfThread at = KeyPieceOfThread<kHeadDim, kThreads>(i);
+    pieces[i] = __ldg(
+        reinterpret_cast<const uint4*>(src + base + KeyPiece<kSrc, kHeadDim>(at.token, at.group)));
+  }
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const PieceOfThread at = KeyPieceOfThread<kHeadDim, kThreads>(i);
+    uint4 piece = Flip(pieces[i], flip);
+    if constexpr (kSrc == CacheLayout::kFastDeploy && kDst != CacheLayout::kFastDeploy) {
+      piece = SlotsToOrder(piece);
+    }
+    if constexpr (kSrc != CacheLayout::kFastDeploy && kDst == CacheLayout::kFastDeploy) {
+      piece = OrderToSlots(piece);
+    }
+    *reinterpret_cast<uint4*>(dst + base + KeyPiece<kDst, kHeadDim>(at.token, at.group)) = piece;
+  }
+}
+
+template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    ConvertValueKernel(const uint8_t* src, uint8_t* dst, uint32_t flip) {
+  constexpr bool kFromLogical = kSrc == CacheLayout::kLogical;
+  constexpr bool kToLogical = kDst == CacheLayout::kLogical;
+  __shared__ TokenMajorTile<kHeadDim> tile;
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlockSize * kHeadDim);
+  src += base;
+  dst += base;
+  const int group = threadIdx.x % 4;
+  const int channel = threadIdx.x / 4 * 4;
+  const bool active = channel < kHeadDim;
+
+  uint4 pieces[4];  // [channel], 16 tokens of `group` in slot order
+  if constexpr (kFromLogical) {
+    for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
+      const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;
+      *reinterpret_cast<uint4*>(tile.codes + tile.Offset(token) + column) =
+          __ldg(reinterpret_cast<const uint4*>(src) + i);
+    }
+    __syncthreads();
+    if (active) GatherPieces(tile, channel, group, pieces);
+  } else if (active) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pieces[i] = __ldg(
+          reinterpret_cast<const uint4*>(src + ValuePiece<kSrc, kHeadDim>(channel + i, group)));
+    }
+  }
+  if constexpr (kToLogical) {
+    if (active) ScatterPieces(pieces, channel, group, tile);
+    __syncthreads();
+    for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
+      const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;
+      const uint4 codes = *reinterpret_cast<const uint4*>(tile.codes + tile.Offset(token) + column);
+      reinterpret_cast<uint4*>(dst)[i] = Flip(codes, flip);
+    }
+  } else if (active) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *reinterpret_cast<uint4*>(dst + ValuePiece<kDst, kHeadDim>(channel + i, group)) =
+          Flip(pieces[i], flip);
+    }
+  }
+}
+
+template <CacheLayout kSrc, CacheLayout kDst>
+void Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
+  const auto* src = static_cast<const uint8_t*>(p.src);
+  auto* dst = static_cast<uint8_t*>(p.dst);
+  const auto grid = static_cast<unsigned>(p.num_block_heads);
+  dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    if (p.is_value) {
+      ConvertValueKernel<kSrc, kDst, kHeadDim><<<grid, kThreads, 0, stream>>>(src, dst, flip);
+    } else {
+      ConvertKeyKernel<kSrc, kDst, kHeadDim><<<grid, kThreads, 0, stream>>>(src, dst, flip);
+    }
+  });
+}
+
+}  // namespace
+
+cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t stream) {
+  if (p.num_block_heads == 0) return cudaSuccess;
+  const bool same_bytes = p.type == CacheType::kNone || p.src_layout == p.dst_layout;
+  if (same_bytes) {
+    const int64_t bytes =
+        p.num_block_heads * kBlockSize * p.head_dim * (p.type == CacheType::kNone ? 2 : 1);
+    return cudaMemcpyAsync(p.dst, p.src, bytes, cudaMemcpyDeviceToDevice, stream);
+  }
+  const bool fastdeploy =
+      p.src_layout == CacheLayout::kFastDeploy || p.dst_layout == CacheLayout::kFastDeploy;
+  const uint32_t flip = fastdeploy && IsInt8(p.type) ? 0x80808080u : 0u;
+  constexpr CacheLayout kA = CacheLayout::kFastattn, kD = CacheLayout::kFastDeploy,
+                        kL = CacheLayout::kLogical;
+  dispatch<kA, kD, kL>(p.src_layout, "src", [&](auto src) {
+    dispatch<kA, kD, kL>(p.dst_layout, "dst", [&](auto dst) {
+      if constexpr (decltype(src)::value != decltype(dst)::value) {
+        Launch<decltype(src)::value, decltype(dst)::value>(p, flip, stream);
+      }
+    });
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace fastattn::cuda
