@@ -2,8 +2,13 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/device.h"
 #include "cpu/quantize.h"
 #include "params/quantize.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/quantize/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -98,6 +103,12 @@ std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
   p.codes = MutableData<uint8_t>(codes);
   p.scales = MutableData<float>(scales);
 
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(x)) {
+    LaunchOnGpu(kOp, x, [&](cudaStream_t stream) { return cuda::LaunchQuantizeFp8(p, stream); });
+    return {codes, scales};
+  }
+#endif
   RequireCpu(kOp, x.place());
   Guarded(kOp, [&] { cpu::QuantizeFp8(p); });
   return {codes, scales};
