@@ -96,8 +96,9 @@ def pack(logical: Array, kind: str, layout: str, *, int8: bool) -> Array:
 def unpack(cache: Array, kind: str, layout: str, *, int8: bool) -> Array:
     """Logical codes [num_blocks, KV, 64, D] of a cache tensor; the inverse of :func:`pack`."""
     num_blocks, kv_heads = cache.shape[:2]
-    head_dim = cache.shape[2] * cache.shape[3] // BLOCK_SIZE
-    flat = np.ascontiguousarray(cache).view(np.uint8).reshape(num_blocks, kv_heads, -1)
+    size = cache.shape[2] * cache.shape[3]
+    head_dim = size // BLOCK_SIZE
+    flat = np.ascontiguousarray(cache).view(np.uint8).reshape(num_blocks, kv_heads, size)
     codes = flat[:, :, offsets(kind, layout, head_dim)]
     if layout == "fastdeploy" and int8:
         codes = codes ^ np.uint8(0x80)
