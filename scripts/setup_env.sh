@@ -1,0 +1,26 @@
+# Sourced by the other scripts: makes .venv ready, with Paddle and this package in it.
+#
+#   FASTATTN_PADDLE   what to install as Paddle, default paddlepaddle==3.3.1
+#   PYTHON            the Python to start from, default python3
+#
+# What is already there stays, so only the first run takes minutes.
+
+setup_env() { # setup_env EXTRAS
+  local extras=$1 paddle=${FASTATTN_PADDLE:-paddlepaddle==3.3.1} numpy=numpy
+  case "$paddle" in *==2.*) numpy="numpy<2" ;; esac # Paddle 2 does not import NumPy 2
+  if ! .venv/bin/python -c "" 2>/dev/null; then
+    echo "making .venv"
+    rm -rf .venv
+    "${PYTHON:-python3}" -m venv .venv
+  fi
+  if ! command -v "${CXX:-g++}" >/dev/null; then
+    echo "a C++ compiler is needed: install g++ 8 or newer (apt-get install g++)" >&2
+    return 1
+  fi
+  echo "installing $paddle"
+  .venv/bin/python -m pip install -q --disable-pip-version-check \
+    "$paddle" "$numpy" "setuptools>=77,<86"
+  .venv/bin/python setup_ops.py build_ext --inplace
+  .venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation \
+    -e ".$extras" "$numpy"
+}
