@@ -1,5 +1,6 @@
 """The operators, as typed and validating Python functions."""
 
+from fastattn.functional.attention import flash_attention, paged_attention
 from fastattn.functional.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.functional.merge import merge_attn_states
@@ -10,11 +11,13 @@ from fastattn.functional.rope import rope_write_cache_kv
 __all__ = [
     "append_cache_kv_c8",
     "convert_cache_layout",
+    "flash_attention",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "merge_attn_states",
     "mxfp4_dequantize",
     "mxfp4_quantize",
+    "paged_attention",
     "quantize_fp8",
     "rope_write_cache_kv",
     "write_cache_kv",

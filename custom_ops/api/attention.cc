@@ -1,0 +1,487 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/paged_cache.h"
+#include "cpu/attention.h"
+#include "params/attention.h"
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kFlash = "flash_attention";
+constexpr const char* kPaged = "paged_attention";
+
+// What both operators take beside their keys and values.
+struct CommonArgs {
+  const Tensor& q;
+  const Tensor* q_descale;
+  const Tensor* sinks;
+  const Tensor* mask_offsets;
+  const Tensor* out_scale;
+  const Tensor* out;
+  const std::string& out_dtype;
+  double softmax_scale;
+  double softcap;
+  bool causal;
+  int64_t window_left;
+  int64_t window_right;
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
+  bool return_softmax_lse;
+};
+
+int WindowSide(const char* op, int64_t side) {
+  if (side < -1) {
+    Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
+  }
+  return static_cast<int>(std::min<int64_t>(side, std::numeric_limits<int>::max()));
+}
+
+int MaxSeqlen(const char* op, const char* name, int64_t length) {
+  if (length < 0) Fail("ValueError", op, name, "expected at least 0, got ", length);
+  return static_cast<int>(std::min<int64_t>(length, std::numeric_limits<int>::max()));
+}
+
+void ParseQuery(const char* op, const Tensor& q, AttentionParams* p) {
+  const Arg arg(op, "q", q);
+  arg.Rank(3).LastDimContiguous();
+  p->q_dtype = ToDType(op, "q", q.dtype());
+  if (p->q_dtype == DType::kUInt8) p->q_dtype = DType::kE4M3;
+  if (p->q_dtype == DType::kInt8 || p->q_dtype == DType::kE5M2) {
+    Fail("TypeError", op, "q", "expected dtype float32, float16, bfloat16, uint8 (e4m3 codes) or ",
+         "float8_e4m3fn, got ", q.dtype());
+  }
+  const Shape shape = q.shape(), strides = StridesOf(q);
+  for (int64_t size : shape) {
+    if (size > std::numeric_limits<int>::max()) {
+      Fail("ValueError", op, "q", "a dimension of ", size, " is too large");
+    }
+  }
+  p->q = Data(q);
+  p->num_heads = static_cast<int>(shape[1]);
+  p->head_dim = static_cast<int>(shape[2]);
+  p->q_token_stride = strides[0];
+  p->q_head_stride = strides[1];
+}
+
+void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head_dim,
+                AttentionParams* p) {
+  if (head_dim != p->head_dim) {
+    Fail("ValueError", op, keys, "expected head_dim ", p->head_dim, " as q has, got ", head_dim);
+  }
+  if (kv_heads == 0 || p->num_heads % kv_heads != 0) {
+    Fail("ValueError", op, "q", "expected a multiple of the ", kv_heads, " KV heads, got ",
+         p->num_heads, " heads");
+  }
+  if (head_dim != 64 && head_dim != 128) {
+    Fail("NotImplementedError", op, "q", "head_dim ", head_dim,
+         " is not supported; supported: 64, 128");
+  }
+  p->num_kv_heads = static_cast<int>(kv_heads);
+}
+
+// Fills the scale from a tensor whose shape says what it is constant over.
+Descale ParseDescale(const char* op, const char* name, const Tensor& scale, const phi::Place& place,
+                     int64_t batch, int64_t kv_heads) {
+  Arg(op, name, scale).On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
+  const Shape shape = scale.shape(), strides = StridesOf(scale);
+  Descale result;
+  result.data = Data(scale);
+  result.dtype = ToDType(op, name, scale.dtype());
+  if (shape == Shape{batch, kv_heads}) {
+    result.batch_stride = strides[0];
+    result.head_stride = strides[1];
+  } else if (shape == Shape{kv_heads}) {
+    result.head_stride = strides[0];
+  } else if (shape != Shape{1}) {
+    Fail("ValueError", op, name, "expected shape [1], [", kv_heads, "] (KV heads) or [", batch,
+         ", ", kv_heads, "] (rows, KV heads), got ", ShapeText(shape));
+  }
+  return result;
+}
+
+void ParseQueryDescale(const char* op, const Tensor* scale, const phi::Place& place,
+                       AttentionParams* p) {
+  if (scale == nullptr) return;
+  if (p->q_dtype != DType::kE4M3) {
+    Fail("ValueError", op, "q_descale", "expected None for ", NameOf(p->q_dtype),
+         " queries; it belongs to e4m3 codes");
+  }
+  const Arg arg(op, "q_descale", *scale);
+  const Shape shape = scale->shape();
+  const int64_t tokens = p->rows.num_tokens, heads = p->num_heads;
+  if (shape == Shape{tokens, heads}) {
+    arg.On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
+    const Shape strides = StridesOf(*scale);
+    p->q_descale.data = Data(*scale);
+    p->q_descale.dtype = ToDType(op, "q_descale", scale->dtype());
+    p->q_descale.token_stride = strides[0];
+    p->q_descale.head_stride = strides[1];
+    p->q_descale.per_query_head = true;
+    return;
+  }
+  if (shape != Shape{1} && shape != Shape{p->rows.batch, p->num_kv_heads}) {
+    Fail("ValueError", op, "q_descale", "expected shape [1], [", p->rows.batch, ", ",
+         p->num_kv_heads, "] (rows, KV heads) or [", tokens, ", ", heads,
+         "] (tokens, query heads), got ", ShapeText(shape));
+  }
+  p->q_descale = ParseDescale(op, "q_descale", *scale, place, p->rows.batch, p->num_kv_heads);
+}
+
+DType OutputType(const char* op, const CommonArgs& args, const AttentionParams& p) {
+  const std::string& name = args.out_dtype;
+  if (name != "auto" && name != "float32" && name != "float16" && name != "bfloat16") {
+    Fail("ValueError", op, "out_dtype", "expected auto, float32, float16 or bfloat16, got '", name,
+         "'");
+  }
+  const bool codes = p.q_dtype == DType::kE4M3;
+  if (args.out_scale != nullptr) {
+    if (name != "auto") {
+      Fail("ValueError", op, "out_dtype", "expected auto with out_scale (e4m3 codes), got ", name);
+    }
+    return DType::kE4M3;
+  }
+  DType dtype = codes ? DType::kBFloat16 : p.q_dtype;
+  for (DType known : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    if (name == NameOf(known)) dtype = known;
+  }
+  if (!codes && dtype != p.q_dtype) {
+    Fail("TypeError", op, "out_dtype", "expected ", NameOf(p.q_dtype), " as q has, got ", name);
+  }
+  // A given tensor decides for e4m3 queries when nothing else does.
+  if (args.out == nullptr || !args.out->defined()) return dtype;
+  const DType given = ToDType(op, "out", args.out->dtype());
+  const bool free =
+      codes && name == "auto" && (given == DType::kFloat16 || given == DType::kFloat32);
+  return free ? given : dtype;
+}
+
+phi::DataType ToPhi(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return phi::DataType::FLOAT32;
+    case DType::kFloat16:
+      return phi::DataType::FLOAT16;
+    case DType::kBFloat16:
+      return phi::DataType::BFLOAT16;
+    default:
+      return phi::DataType::UINT8;
+  }
+}
+
+// Checks what both operators take; p holds queries, rows and head counts already.
+void ParseCommon(const char* op, const CommonArgs& args, const phi::Place& place,
+                 AttentionParams* p) {
+  const int64_t tokens = p->rows.num_tokens, heads = p->num_heads;
+  ParseQueryDescale(op, args.q_descale, place, p);
+  if (args.sinks != nullptr) {
+    Arg(op, "sinks", *args.sinks)
+        .On(place)
+        .Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16})
+        .Dims({heads})
+        .Contiguous();
+    p->sinks = Data(*args.sinks);
+    p->sinks_dtype = ToDType(op, "sinks", args.sinks->dtype());
+  }
+  if (args.mask_offsets != nullptr) {
+    Arg(op, "mask_offsets", *args.mask_offsets)
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Dims({tokens, 2})
+        .Contiguous();
+    p->mask_offsets = Data<int>(*args.mask_offsets);
+  }
+  if (args.out_scale != nullptr) {
+    Arg(op, "out_scale", *args.out_scale).On(place).Dtype({phi::DataType::FLOAT32}).Dims({1});
+    p->out_scale = Data<float>(*args.out_scale);
+  }
+  if (!std::isfinite(args.softmax_scale)) {
+    Fail("ValueError", op, "softmax_scale", "expected a finite number, got ", args.softmax_scale);
+  }
+  if (!std::isfinite(args.softcap) || args.softcap < 0) {
+    Fail("ValueError", op, "softcap", "expected a finite number of at least 0, got ", args.softcap);
+  }
+  p->softmax_scale = static_cast<float>(args.softmax_scale);
+  p->softcap = static_cast<float>(args.softcap);
+  p->causal = args.causal;
+  p->window_left = WindowSide(op, args.window_left);
+  p->window_right = WindowSide(op, args.window_right);
+  p->max_seqlen_q = MaxSeqlen(op, "max_seqlen_q", args.max_seqlen_q);
+  p->max_seqlen_k = MaxSeqlen(op, "max_seqlen_k", args.max_seqlen_k);
+  p->out_dtype = OutputType(op, args, *p);
+  if (args.out != nullptr) {
+    const Arg arg(op, "out", *args.out);
+    arg.On(place).Dims(args.q.shape()).Contiguous();
+    if (p->out_dtype == DType::kE4M3) {
+      const DType given = ToDType(op, "out", args.out->dtype());
+      if (given != DType::kUInt8 && given != DType::kE4M3) {
+        Fail("TypeError", op, "out", "expected dtype uint8 or float8_e4m3fn with out_scale, got ",
+             args.out->dtype());
+      }
+    } else {
+      arg.Dtype({ToPhi(p->out_dtype)});
+    }
+  }
+}
+
+// Allocates what was not given and runs. Tokens of no row become 0 in a new output and keep what
+// is there in a given one; their LSE is -inf.
+std::vector<Tensor> Run(const char* op, const CommonArgs& args, const phi::Place& place,
+                        AttentionParams* p) {
+  RequireCpu(op, place);
+  Tensor out = args.out ? *args.out : paddle::empty(args.q.shape(), ToPhi(p->out_dtype), place);
+  const Shape lse_shape =
+      args.return_softmax_lse ? Shape{p->num_heads, p->rows.num_tokens} : Shape{1};
+  Tensor lse = paddle::empty(lse_shape, phi::DataType::FLOAT32, place);
+  p->out = MutableData(out);
+  if (args.out == nullptr && p->out != nullptr) {
+    std::memset(p->out, 0, static_cast<size_t>(out.numel()) * SizeOf(p->out_dtype));
+  }
+  float* logs = MutableData<float>(lse);
+  if (logs != nullptr) {
+    std::fill(logs, logs + lse.numel(), -std::numeric_limits<float>::infinity());
+  }
+  p->lse = args.return_softmax_lse ? logs : nullptr;
+  Guarded(op, [&] { cpu::Attention(*p); });
+  return {out, lse};
+}
+
+// Element type of flash_attention's K and V. A uint8 tensor's codes are what kv_dtype says.
+DType ParseKvDtype(const std::string& name, const Tensor& key, DType q_dtype) {
+  if (name != "auto" && name != "e4m3" && name != "e5m2" && name != "int8") {
+    Fail("ValueError", kFlash, "kv_dtype", "expected auto, e4m3, e5m2 or int8, got '", name, "'");
+  }
+  const DType named = name == "int8" ? DType::kInt8 : name == "e5m2" ? DType::kE5M2 : DType::kE4M3;
+  const DType given = ToDType(kFlash, "k", key.dtype());
+  if (given == DType::kUInt8) return named;
+  if (SizeOf(given) == 1) {
+    if (name != "auto" && named != given) {
+      Fail("TypeError", kFlash, "k", "expected codes of kv_dtype ", name, ", got ", key.dtype());
+    }
+    return given;
+  }
+  if (name != "auto") {
+    Fail("TypeError", kFlash, "k", "expected codes of kv_dtype ", name, ", got ", key.dtype());
+  }
+  if (given != q_dtype) {
+    Fail("TypeError", kFlash, "k", "expected 8-bit codes or dtype ",
+         q_dtype == DType::kE4M3 ? "float8_e4m3fn" : NameOf(q_dtype), " as q has, got ",
+         key.dtype());
+  }
+  return given;
+}
+
+void ParsePackedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                   const Tensor& cu_seqlens_k, const Tensor* k_descale, const Tensor* v_descale,
+                   const std::string& kv_dtype, const phi::Place& place, AttentionParams* p) {
+  const Arg key(kFlash, "k", k), value(kFlash, "v", v);
+  key.On(place).Rank(3).LastDimContiguous();
+  value.On(place).Dtype({k.dtype()}).Dims(k.shape()).LastDimContiguous();
+  const Shape shape = k.shape();
+  CheckHeads(kFlash, "k", shape[1], shape[2], p);
+  PackedKv& kv = p->packed;
+  kv.dtype = ParseKvDtype(kv_dtype, k, p->q_dtype);
+  kv.key = Data(k);
+  kv.value = Data(v);
+  kv.num_tokens = shape[0];
+  const Shape key_strides = StridesOf(k), value_strides = StridesOf(v);
+  kv.key_token_stride = key_strides[0];
+  kv.key_head_stride = key_strides[1];
+  kv.value_token_stride = value_strides[0];
+  kv.value_head_stride = value_strides[1];
+
+  for (const auto& [name, lengths] :
+       {std::pair<const char*, const Tensor*>{"cu_seqlens_q", &cu_seqlens_q},
+        std::pair<const char*, const Tensor*>{"cu_seqlens_k", &cu_seqlens_k}}) {
+    Arg(kFlash, name, *lengths).On(place).Dtype({phi::DataType::INT32}).Rank(1).Contiguous();
+    if (lengths->numel() < 1 || lengths->numel() != cu_seqlens_q.numel()) {
+      Fail("ValueError", kFlash, name, "expected shape [rows + 1], the same for cu_seqlens_q and ",
+           "cu_seqlens_k, got ", ShapeText(lengths->shape()));
+    }
+  }
+  p->rows.batch = static_cast<int>(cu_seqlens_q.numel() - 1);
+  p->rows.cu_seqlens_q = Data<int>(cu_seqlens_q);
+  kv.cu_seqlens_k = Data<int>(cu_seqlens_k);
+  for (const auto& [name, scale, target] :
+       {std::tuple<const char*, const Tensor*, Descale*>{"k_descale", k_descale, &kv.k_descale},
+        std::tuple<const char*, const Tensor*, Descale*>{"v_descale", v_descale, &kv.v_descale}}) {
+    if (scale == nullptr) continue;
+    if (SizeOf(kv.dtype) != 1) {
+      Fail("ValueError", kFlash, name, "expected None for ", NameOf(kv.dtype),
+           " keys and values; it belongs to 8-bit codes");
+    }
+    *target = ParseDescale(kFlash, name, *scale, place, p->rows.batch, p->num_kv_heads);
+  }
+}
+
+}  // namespace
+
+std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                   const OptionalTensor& q_descale, const OptionalTensor& k_descale,
+                                   const OptionalTensor& v_descale, const OptionalTensor& sinks,
+                                   const OptionalTensor& mask_offsets,
+                                   const OptionalTensor& out_scale, OptionalTensor& out,
+                                   int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
+                                   bool causal, int64_t window_left, int64_t window_right,
+                                   float softcap, bool return_softmax_lse,
+                                   const std::string& out_dtype, const std::string& kv_dtype) {
+  AttentionParams p;
+  ParseQuery(kFlash, q, &p);
+  const auto place = q.numel() > 0 ? q.place() : cu_seqlens_q.place();
+  p.rows.num_tokens = static_cast<int>(q.shape()[0]);
+  ParsePackedKv(k, v, cu_seqlens_q, cu_seqlens_k, Get(k_descale), Get(v_descale), kv_dtype, place,
+                &p);
+  const CommonArgs args{
+      q,           Get(q_descale), Get(sinks),    Get(mask_offsets), Get(out_scale),
+      Get(out),    out_dtype,      softmax_scale, softcap,           causal,
+      window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse};
+  ParseCommon(kFlash, args, place, &p);
+  return Run(kFlash, args, place, &p);
+}
+
+std::vector<Tensor> PagedAttention(
+    const Tensor& q, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
+    const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+    const OptionalTensor& cache_k_scales, const OptionalTensor& cache_v_scales,
+    const OptionalTensor& q_descale, const OptionalTensor& sinks,
+    const OptionalTensor& mask_offsets, const OptionalTensor& out_scale, OptionalTensor& out,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
+    const std::string& out_dtype, const std::string& cache_quant_type,
+    const std::string& fp8_format) {
+  AttentionParams p;
+  ParseQuery(kPaged, q, &p);
+  const auto place = q.numel() > 0 ? q.place() : block_tables.place();
+  p.paged = true;
+  p.cache = ParsePagedCache(kPaged,
+                            {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
+                             cache_quant_type, fp8_format},
+                            place);
+  CheckHeads(kPaged, "key_cache", p.cache.num_kv_heads, p.cache.head_dim, &p);
+  if (p.cache.type == CacheType::kNone && p.q_dtype != p.cache.dtype) {
+    Fail("TypeError", kPaged, "q", "expected dtype ", NameOf(p.cache.dtype),
+         " as the cache has, got ", q.dtype());
+  }
+  p.rows = ParseRows(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+                     nullptr, q.shape()[0], place);
+  const CommonArgs args{
+      q,           Get(q_descale), Get(sinks),    Get(mask_offsets), Get(out_scale),
+      Get(out),    out_dtype,      softmax_scale, softcap,           causal,
+      window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse};
+  ParseCommon(kPaged, args, place, &p);
+  return Run(kPaged, args, place, &p);
+}
+
+namespace {
+
+using OptionalShape = paddle::optional<Shape>;
+using OptionalDtype = paddle::optional<phi::DataType>;
+
+std::vector<Shape> ResultShapes(const Shape& q, bool return_softmax_lse) {
+  return {q, return_softmax_lse && q.size() == 3 ? Shape{q[1], q[0]} : Shape{1}};
+}
+
+std::vector<phi::DataType> ResultDtypes(const phi::DataType& q, bool has_out_scale,
+                                        const OptionalDtype& out, const std::string& out_dtype) {
+  phi::DataType dtype = q;
+  if (out) {
+    dtype = *out;
+  } else if (has_out_scale) {
+    dtype = phi::DataType::UINT8;
+  } else if (q != phi::DataType::FLOAT32 && q != phi::DataType::FLOAT16) {
+    dtype = out_dtype == "float32"   ? phi::DataType::FLOAT32
+            : out_dtype == "float16" ? phi::DataType::FLOAT16
+                                     : phi::DataType::BFLOAT16;
+  }
+  return {dtype, phi::DataType::FLOAT32};
+}
+
+}  // namespace
+
+std::vector<Shape> FlashInferShape(const Shape& q, const Shape& k, const Shape& v,
+                                   const Shape& cu_seqlens_q, const Shape& cu_seqlens_k,
+                                   const OptionalShape& q_descale, const OptionalShape& k_descale,
+                                   const OptionalShape& v_descale, const OptionalShape& sinks,
+                                   const OptionalShape& mask_offsets,
+                                   const OptionalShape& out_scale, const OptionalShape& out,
+                                   int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
+                                   bool causal, int64_t window_left, int64_t window_right,
+                                   float softcap, bool return_softmax_lse,
+                                   const std::string& out_dtype, const std::string& kv_dtype) {
+  return ResultShapes(q, return_softmax_lse);
+}
+
+std::vector<phi::DataType> FlashInferDtype(
+    const phi::DataType& q, const phi::DataType& k, const phi::DataType& v,
+    const phi::DataType& cu_seqlens_q, const phi::DataType& cu_seqlens_k,
+    const OptionalDtype& q_descale, const OptionalDtype& k_descale, const OptionalDtype& v_descale,
+    const OptionalDtype& sinks, const OptionalDtype& mask_offsets, const OptionalDtype& out_scale,
+    const OptionalDtype& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
+    bool causal, int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
+    const std::string& out_dtype, const std::string& kv_dtype) {
+  return ResultDtypes(q, static_cast<bool>(out_scale), out, out_dtype);
+}
+
+std::vector<Shape> PagedInferShape(
+    const Shape& q, const Shape& key_cache, const Shape& value_cache, const Shape& block_tables,
+    const Shape& cu_seqlens_q, const Shape& seq_lens_decoder, const Shape& seq_lens_this_time,
+    const OptionalShape& cache_k_scales, const OptionalShape& cache_v_scales,
+    const OptionalShape& q_descale, const OptionalShape& sinks, const OptionalShape& mask_offsets,
+    const OptionalShape& out_scale, const OptionalShape& out, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
+    int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
+    const std::string& cache_quant_type, const std::string& fp8_format) {
+  return ResultShapes(q, return_softmax_lse);
+}
+
+std::vector<phi::DataType> PagedInferDtype(
+    const phi::DataType& q, const phi::DataType& key_cache, const phi::DataType& value_cache,
+    const phi::DataType& block_tables, const phi::DataType& cu_seqlens_q,
+    const phi::DataType& seq_lens_decoder, const phi::DataType& seq_lens_this_time,
+    const OptionalDtype& cache_k_scales, const OptionalDtype& cache_v_scales,
+    const OptionalDtype& q_descale, const OptionalDtype& sinks, const OptionalDtype& mask_offsets,
+    const OptionalDtype& out_scale, const OptionalDtype& out, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
+    int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
+    const std::string& cache_quant_type, const std::string& fp8_format) {
+  return ResultDtypes(q, static_cast<bool>(out_scale), out, out_dtype);
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_flash_attention)
+    .Inputs({"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", paddle::Optional("q_descale"),
+             paddle::Optional("k_descale"), paddle::Optional("v_descale"),
+             paddle::Optional("sinks"), paddle::Optional("mask_offsets"),
+             paddle::Optional("out_scale"), paddle::Optional("out")})
+    .Outputs({"result", "softmax_lse", paddle::Optional("out_out")})
+    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
+    .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
+            "causal: bool", "window_left: int64_t", "window_right: int64_t", "softcap: float",
+            "return_softmax_lse: bool", "out_dtype: std::string", "kv_dtype: std::string"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::FlashAttention))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::FlashInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::FlashInferDtype));
+
+PD_BUILD_OP(fastattn_paged_attention)
+    .Inputs({"q", "key_cache", "value_cache", "block_tables", "cu_seqlens_q", "seq_lens_decoder",
+             "seq_lens_this_time", paddle::Optional("cache_k_scales"),
+             paddle::Optional("cache_v_scales"), paddle::Optional("q_descale"),
+             paddle::Optional("sinks"), paddle::Optional("mask_offsets"),
+             paddle::Optional("out_scale"), paddle::Optional("out")})
+    .Outputs({"result", "softmax_lse", paddle::Optional("out_out")})
+    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
+    .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
+            "causal: bool", "window_left: int64_t", "window_right: int64_t", "softcap: float",
+            "return_softmax_lse: bool", "out_dtype: std::string", "cache_quant_type: std::string",
+            "fp8_format: std::string"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::PagedAttention))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedInferDtype));

@@ -1,0 +1,300 @@
+// Attention on the CPU: cuts the step into tiles of packed rows and ranges of keys, runs them on
+// all threads through the kernel of the best instruction set, merges split ranges and writes the
+// result.
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/numeric.h"
+#include "cpu/attention_tile.h"
+#include "cpu/parallel.h"
+
+namespace fastattn::cpu {
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+
+// Rows of one tile are split over their keys in ranges of this size. It is fixed, so that results
+// do not depend on the number of threads.
+constexpr int64_t kSplitKeys = 2048;
+
+TileFunction ChooseTileFunction(const AttentionParams& p) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return avx512::FindTileFunction(p);
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return avx2::FindTileFunction(p);
+  }
+#endif
+  return baseline::FindTileFunction(p);
+}
+
+int64_t Clamp(int64_t x, int64_t low, int64_t high) { return std::max(low, std::min(x, high)); }
+
+// A row's lengths, cut to the tensors: nothing that the metadata says is trusted.
+AttentionRow FindRow(const AttentionParams& p, int b) {
+  AttentionRow row;
+  const RowMeta& rows = p.rows;
+  row.q_begin = Clamp(rows.cu_seqlens_q[b], 0, rows.num_tokens);
+  const int64_t q_end = Clamp(rows.cu_seqlens_q[b + 1], row.q_begin, rows.num_tokens);
+  if (p.paged) {
+    row.q_len = Clamp(rows.seq_lens_this_time[b], 0, q_end - row.q_begin);
+    row.k_len = std::max(rows.seq_lens_decoder[b], 0) + row.q_len;
+  } else {
+    row.q_len = q_end - row.q_begin;
+    row.k_begin = Clamp(p.packed.cu_seqlens_k[b], 0, p.packed.num_tokens);
+    row.k_len = Clamp(p.packed.cu_seqlens_k[b + 1], row.k_begin, p.packed.num_tokens) - row.k_begin;
+  }
+  return row;
+}
+
+// A tile of packed rows of one row and KV head: its result is the merge of its tasks'.
+struct OutputTile {
+  int first_task = 0;
+  int num_tasks = 0;
+  int64_t partial = -1;  // floats from the start of the partial results; -1: a single task
+};
+
+struct Plan {
+  std::vector<AttentionRow> rows;
+  std::vector<AttentionTask> tasks;
+  std::vector<OutputTile> tiles;
+  std::vector<int> tile_of_task;
+  std::vector<int> order;  // of the tasks, the longest first
+  int64_t partial_size = 0;
+};
+
+int64_t PartialSize(const AttentionParams& p, const AttentionTask& task) {
+  return static_cast<int64_t>(task.packed_count) * (p.head_dim + 2);
+}
+
+// Keys that the tile's queries may see by causal mask and window.
+void BoundKeys(const AttentionParams& p, const AttentionRow& row, AttentionTask* task) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t offset = row.k_len - row.q_len;
+  const int64_t first = task->packed_begin / group + offset;
+  const int64_t last = (task->packed_begin + task->packed_count - 1) / group + offset;
+  int64_t begin = 0, end = row.k_len;
+  if (p.paged) end = std::min<int64_t>(end, static_cast<int64_t>(p.rows.max_blocks) * kBlockSize);
+  if (p.causal) end = std::min(end, last + 1);
+  if (p.window_right >= 0) end = std::min(end, last + p.window_right + 1);
+  if (p.window_left >= 0) begin = std::max(begin, first - p.window_left);
+  task->key_begin = begin;
+  task->key_end = std::max(begin, end);
+}
+
+void PlanTile(const AttentionParams& p, AttentionTask task, bool split, Plan* plan) {
+  OutputTile tile;
+  tile.first_task = static_cast<int>(plan->tasks.size());
+  BoundKeys(p, plan->rows[task.row], &task);
+  const int64_t end = task.key_end;
+  do {
+    if (split) task.key_end = std::min(end, (task.key_begin / kSplitKeys + 1) * kSplitKeys);
+    plan->tasks.push_back(task);
+    plan->tile_of_task.push_back(static_cast<int>(plan->tiles.size()));
+    ++tile.num_tasks;
+    task.key_begin = task.key_end;
+  } while (task.key_end < end);
+  if (tile.num_tasks > 1) {
+    tile.partial = plan->partial_size;
+    plan->partial_size += tile.num_tasks * PartialSize(p, task);
+  }
+  plan->tiles.push_back(tile);
+}
+
+Plan MakePlan(const AttentionParams& p) {
+  Plan plan;
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  for (int b = 0; b < p.rows.batch; ++b) {
+    plan.rows.push_back(FindRow(p, b));
+    const int64_t packed = plan.rows[b].q_len * group;
+    for (int h = 0; h < p.num_kv_heads; ++h) {
+      for (int64_t begin = 0; begin < packed; begin += kMaxTileRows) {
+        AttentionTask task;
+        task.row = b;
+        task.kv_head = h;
+        task.packed_begin = begin;
+        task.packed_count = static_cast<int>(std::min<int64_t>(packed - begin, kMaxTileRows));
+        PlanTile(p, task, packed <= kMaxTileRows, &plan);
+      }
+    }
+  }
+  const auto cost = [&](int i) {
+    return plan.tasks[i].packed_count * (plan.tasks[i].key_end - plan.tasks[i].key_begin);
+  };
+  plan.order.resize(plan.tasks.size());
+  for (size_t i = 0; i < plan.order.size(); ++i) plan.order[i] = static_cast<int>(i);
+  std::stable_sort(plan.order.begin(), plan.order.end(),
+                   [&](int a, int b) { return cost(a) > cost(b); });
+  return plan;
+}
+
+// Scales of V that are constant over a row's keys: one, or one a channel.
+class ValueScales {
+ public:
+  ValueScales(const AttentionParams& p, int row, int kv_head) {
+    if (p.paged) {
+      const PagedCache& cache = p.cache;
+      if (!IsQuantized(cache.type) || IsDynamic(cache.type)) return;
+      dtype_ = cache.scale_dtype;
+      if (cache.v_granularity == ScaleGranularity::kChannel) {
+        channels_ = cache.v_scales;
+        offset_ = static_cast<int64_t>(kv_head) * cache.head_dim;
+      } else {
+        const bool per_head = cache.v_granularity == ScaleGranularity::kHead;
+        scale_ = LoadScale(cache.v_scales, dtype_, per_head ? kv_head : 0);
+      }
+    } else if (p.packed.v_descale.data != nullptr) {
+      const Descale& scale = p.packed.v_descale;
+      scale_ = LoadScale(scale.data, scale.dtype, scale.Index(0, row, kv_head, 0));
+    }
+  }
+
+  float At(int d) const {
+    return channels_ == nullptr ? scale_ : LoadScale(channels_, dtype_, offset_ + d);
+  }
+
+ private:
+  const void* channels_ = nullptr;
+  DType dtype_ = DType::kFloat32;
+  int64_t offset_ = 0;
+  float scale_ = 1.0f;
+};
+
+// Normalises and writes one packed row; `maximum` is in units of log2.
+template <DType kOut>
+void WriteRow(const AttentionParams& p, const AttentionRow& row, const AttentionTask& task, int r,
+              const ValueScales& scales, const float* acc, float maximum, float sum) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t packed = task.packed_begin + r;
+  const int64_t token = row.q_begin + packed / group;
+  const int64_t head = task.kv_head * group + packed % group;
+
+  const bool empty = sum == 0.0f;  // no visible key: neither a sum nor an output to scale
+  float lse = empty ? -kInf : (maximum + std::log2(sum)) * kLn2;
+  float normaliser = 1.0f / sum;
+  if (p.sinks != nullptr) {
+    // The sink joins the denominator; it has no value.
+    const float sink = LoadScale(p.sinks, p.sinks_dtype, head);
+    const float largest = std::max(maximum, sink * kLog2E);
+    if (sink == kInf) {
+      lse = empty ? lse : kInf;
+      normaliser = 0.0f;
+    } else if (!empty) {
+      const float factor = std::exp2(maximum - largest);
+      sum = sum * factor + std::exp2(sink * kLog2E - largest);
+      lse = (largest + std::log2(sum)) * kLn2;
+      normaliser = factor / sum;
+    }
+  }
+  if (p.lse != nullptr) p.lse[head * p.rows.num_tokens + token] = lse;
+
+  auto* out = static_cast<typename Element<kOut>::Storage*>(p.out) +
+              (token * p.num_heads + head) * p.head_dim;
+  const float inverse = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
+  for (int d = 0; d < p.head_dim; ++d) {
+    const float o = empty ? 0.0f : acc[d] * normaliser * scales.At(d) * inverse;
+    out[d] = Element<kOut>::Store(o);
+  }
+}
+
+// Merges the partial results of a tile's ranges of keys into buffers' acc, row_max and row_sum.
+void Merge(const AttentionParams& p, const AttentionTask& task, int num_parts, const float* parts,
+           TileBuffers* buffers) {
+  const int64_t size = PartialSize(p, task);
+  const int rows = task.packed_count, dim = p.head_dim;
+  for (int r = 0; r < rows; ++r) {
+    const auto maximum = [&](int i) { return parts[i * size + rows * dim + 2 * r]; };
+    const auto sum = [&](int i) { return parts[i * size + rows * dim + 2 * r + 1]; };
+    float largest = -kInf;
+    for (int i = 0; i < num_parts; ++i) largest = std::max(largest, maximum(i));
+    const float shift = largest == -kInf ? 0.0f : largest;
+    float* acc = buffers->acc + r * dim;
+    float total = 0.0f;
+    for (int i = 0; i < num_parts; ++i) {
+      const float weight = std::exp2(maximum(i) - shift);
+      // With nothing visible in a part, its sum and its output are 0. With NaN they are NaN, which
+      // a weight of 0 leaves NaN.
+      total = (i == 0 ? 0.0f : total) + weight * sum(i);
+      const float* part = parts + i * size + r * dim;
+      for (int d = 0; d < dim; ++d) acc[d] = (i == 0 ? 0.0f : acc[d]) + weight * part[d];
+    }
+    buffers->row_max[r] = largest;
+    buffers->row_sum[r] = total;
+  }
+}
+
+void Save(const AttentionParams& p, const AttentionTask& task, const TileBuffers& buffers,
+          float* part) {
+  const int64_t outputs = static_cast<int64_t>(task.packed_count) * p.head_dim;
+  std::memcpy(part, buffers.acc, outputs * sizeof(float));
+  for (int r = 0; r < task.packed_count; ++r) {
+    part[outputs + 2 * r] = buffers.row_max[r];
+    part[outputs + 2 * r + 1] = buffers.row_sum[r];
+  }
+}
+
+template <DType kOut>
+void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
+  AlignedFloats partial(std::max<int64_t>(plan.partial_size, 1));
+  const auto write = [&](const AttentionTask& task, const TileBuffers& buffers) {
+    const ValueScales scales(p, task.row, task.kv_head);
+    for (int r = 0; r < task.packed_count; ++r) {
+      WriteRow<kOut>(p, plan.rows[task.row], task, r, scales, buffers.acc + r * p.head_dim,
+                     buffers.row_max[r], buffers.row_sum[r]);
+    }
+  };
+  // Every thread takes the next task that none has taken: lengths differ.
+  std::atomic<int64_t> next{0};
+  const int64_t num_tasks = static_cast<int64_t>(plan.order.size());
+  ParallelFor(num_tasks, 1, [&](int64_t, int64_t) {
+    TileBuffers buffers(p.head_dim);
+    for (int64_t i = next++; i < num_tasks; i = next++) {
+      const int index = plan.order[i];
+      const AttentionTask& task = plan.tasks[index];
+      const OutputTile& tile = plan.tiles[plan.tile_of_task[index]];
+      run(p, plan.rows[task.row], task, buffers);
+      if (tile.partial < 0) {
+        write(task, buffers);
+      } else {
+        Save(p, task, buffers,
+             partial.get() + tile.partial + (index - tile.first_task) * PartialSize(p, task));
+      }
+    }
+  });
+  if (plan.partial_size == 0) return;
+  ParallelFor(static_cast<int64_t>(plan.tiles.size()), 16, [&](int64_t begin, int64_t end) {
+    TileBuffers buffers(p.head_dim);
+    for (int64_t i = begin; i < end; ++i) {
+      const OutputTile& tile = plan.tiles[i];
+      if (tile.partial < 0) continue;
+      const AttentionTask& task = plan.tasks[tile.first_task];
+      Merge(p, task, tile.num_tasks, partial.get() + tile.partial, &buffers);
+      write(task, buffers);
+    }
+  });
+}
+
+}  // namespace
+
+void Attention(const AttentionParams& p) {
+  const TileFunction run = ChooseTileFunction(p);
+  const Plan plan = MakePlan(p);
+  dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3>(
+      p.out_dtype, "out_dtype", [&](auto dtype) { Execute<decltype(dtype)::value>(p, run, plan); });
+}
+
+}  // namespace fastattn::cpu

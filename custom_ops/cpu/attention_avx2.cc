@@ -1,0 +1,33 @@
+// The attention kernel for x86-64 processors with AVX2.
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "common/dispatch.h"
+#include "common/layout.h"
+#include "common/numeric.h"
+#include "cpu/attention_tile.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+#include <immintrin.h>
+
+// From here on, and only from here on: an inline function of a header above that was compiled for
+// this set could replace the one that other processors run.
+#pragma GCC target("avx2,fma,f16c")
+
+#define FASTATTN_SIMD_BITS 256
+
+namespace fastattn::cpu::avx2 {
+#include "cpu/attention_simd.h"
+// The order of these two matters.
+#include "cpu/attention_kernel.h"
+}  // namespace fastattn::cpu::avx2
+
+#else
+
+namespace fastattn::cpu::avx2 {
+TileFunction FindTileFunction(const AttentionParams&) { return nullptr; }
+}  // namespace fastattn::cpu::avx2
+
+#endif

@@ -1,0 +1,35 @@
+// The attention kernel for x86-64 processors with AVX512.
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "common/dispatch.h"
+#include "common/layout.h"
+#include "common/numeric.h"
+#include "cpu/attention_tile.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+#include <immintrin.h>
+
+// GCC 12 takes the undefined inputs of its own AVX-512 intrinsics for mistakes.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+// From here on, and only from here on: an inline function of a header above that was compiled for
+// this set could replace the one that other processors run.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+#define FASTATTN_SIMD_BITS 512
+
+namespace fastattn::cpu::avx512 {
+#include "cpu/attention_simd.h"
+// The order of these two matters.
+#include "cpu/attention_kernel.h"
+}  // namespace fastattn::cpu::avx512
+
+#else
+
+namespace fastattn::cpu::avx512 {
+TileFunction FindTileFunction(const AttentionParams&) { return nullptr; }
+}  // namespace fastattn::cpu::avx512
+
+#endif

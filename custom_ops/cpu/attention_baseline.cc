@@ -1,0 +1,17 @@
+// The attention kernel for any processor: vectors of four fp32 lanes.
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "common/dispatch.h"
+#include "common/layout.h"
+#include "common/numeric.h"
+#include "cpu/attention_tile.h"
+
+#define FASTATTN_SIMD_BITS 128
+
+namespace fastattn::cpu::baseline {
+#include "cpu/attention_simd.h"
+// The order of these two matters.
+#include "cpu/attention_kernel.h"
+}  // namespace fastattn::cpu::baseline

@@ -1,0 +1,558 @@
+// Attention of one tile of packed rows over one range of keys. No include guard and no include:
+// attention_baseline.cc, attention_avx2.cc and attention_avx512.cc each compile this text for their
+// instruction set, in a namespace of their own, so that no inline function of one set can be merged
+// by the linker with that of another.
+//
+// Every mask is an interval of key positions per packed row. Scores of hidden keys are replaced by
+// -inf and values of hidden keys are never multiplied: what lies there may be anything.
+
+// Tokens in the order in which the columns of a score tile hold them: values stored by channel
+// ([D, 64]) keep their tokens in TokenSlot order, and the scores follow them.
+template <bool kByChannel>
+struct ColumnOrder {
+  alignas(64) int32_t token[kBlockSize];
+  constexpr ColumnOrder() : token() {
+    for (int i = 0; i < kBlockSize; ++i) token[i] = kByChannel ? TokenOfSlot(i) : i;
+  }
+};
+
+template <bool kByChannel>
+inline constexpr ColumnOrder<kByChannel> kColumnOrder{};
+
+// out[r][0..3] = a[r] . b[0..3] for kRows rows of n elements.
+template <int kRows, int kLength, DType kB, bool kFinite>
+FASTATTN_INLINE void DotBlock(const float* a, int a_stride,
+                              const typename Element<kB>::Storage* const (&b)[4], float* out,
+                              int out_stride) {
+  Vec sum[kRows][4] = {};
+  for (int n = 0; n < kLength; n += kLanes) {
+    Vec x[4];
+    for (int c = 0; c < 4; ++c) x[c] = LoadAs<kB, kFinite>(b[c] + n);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec y = Load(a + r * a_stride + n);
+      for (int c = 0; c < 4; ++c) sum[r][c] = Fma(y, x[c], sum[r][c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const Quad total = Sum4(sum[r]);
+    std::memcpy(out + r * out_stride, &total, sizeof(total));
+  }
+}
+
+template <int kDim, DType kKv, bool kByChannel>
+class TileKernel {
+ public:
+  static void Run(const AttentionParams& p, const AttentionRow& row, const AttentionTask& task,
+                  TileBuffers& buffers) {
+    TileKernel(p, row, task, buffers).Run();
+  }
+
+ private:
+  using Code = typename Element<kKv>::Storage;
+
+  struct Chunk {
+    const Code* key;
+    const Code* value;
+    int64_t start;    // key position of the first token
+    int64_t scale;    // index of its scales (dynamic types)
+    int valid;        // tokens that exist
+    bool full;        // every row sees all of its 64 tokens
+    bool from_codes;  // values: read the codes, else the decoded ones
+    bool poisoned;    // values: not finite, and not visible to every row
+  };
+
+  TileKernel(const AttentionParams& p, const AttentionRow& row, const AttentionTask& task,
+             TileBuffers& buffers)
+      : p_(p), row_(row), task_(task), b_(buffers), rows_(task.packed_count) {
+    if (p.paged) {
+      dynamic_ = IsDynamic(p.cache.type);
+      key_stride_ = value_stride_ = kDim;
+    } else {
+      key_stride_ = p.packed.key_token_stride;
+      value_stride_ = p.packed.value_token_stride;
+    }
+  }
+
+  void Run() {
+    LoadRows();
+    std::memset(b_.acc, 0, sizeof(float) * rows_ * kDim);
+    int64_t begin = task_.key_end, end = task_.key_begin;
+    common_begin_ = task_.key_begin;
+    common_end_ = task_.key_end;
+    for (int r = 0; r < rows_; ++r) {
+      b_.row_max[r] = -__builtin_inff();
+      b_.row_sum[r] = 0.0f;
+      common_begin_ = b_.visible_begin[r] > common_begin_ ? b_.visible_begin[r] : common_begin_;
+      common_end_ = b_.visible_end[r] < common_end_ ? b_.visible_end[r] : common_end_;
+      if (b_.visible_begin[r] >= b_.visible_end[r]) continue;
+      begin = b_.visible_begin[r] < begin ? b_.visible_begin[r] : begin;
+      end = b_.visible_end[r] > end ? b_.visible_end[r] : end;
+    }
+    any_begin_ = begin;
+    any_end_ = end;
+    for (int64_t start = begin / kBlockSize * kBlockSize; start < end;) {
+      num_chunks_ = 0;
+      for (; num_chunks_ < kMaxChunks && start < end; start += kBlockSize) {
+        if (FindChunk(start, &chunks_[num_chunks_])) ++num_chunks_;
+      }
+      if (num_chunks_ > 0) RunTile();
+    }
+  }
+
+  // Decodes the queries and finds each row's scale and interval of visible keys.
+  void LoadRows() {
+    const int group = p_.num_heads / p_.num_kv_heads;
+    float key_scale = 1.0f;
+    const void* channel_scales = nullptr;
+    if (p_.paged && IsQuantized(p_.cache.type) && !dynamic_) {
+      const PagedCache& cache = p_.cache;
+      if (cache.k_granularity == ScaleGranularity::kChannel) {
+        channel_scales = cache.k_scales;
+      } else {
+        const bool per_head = cache.k_granularity == ScaleGranularity::kHead;
+        key_scale = LoadScale(cache.k_scales, cache.scale_dtype, per_head ? task_.kv_head : 0);
+      }
+    } else if (!p_.paged && p_.packed.k_descale.data != nullptr) {
+      const Descale& scale = p_.packed.k_descale;
+      key_scale = LoadScale(scale.data, scale.dtype, scale.Index(0, task_.row, task_.kv_head, 0));
+    }
+    const float unit = p_.softcap > 0.0f ? 1.0f / p_.softcap : kLog2E;
+    for (int r = 0; r < rows_; ++r) {
+      const int64_t i = (task_.packed_begin + r) / group;
+      const int head = task_.kv_head * group + static_cast<int>((task_.packed_begin + r) % group);
+      const int64_t token = row_.q_begin + i;
+      LoadQuery(token * p_.q_token_stride + head * p_.q_head_stride, b_.q + r * kDim);
+      if (channel_scales != nullptr) {
+        for (int d = 0; d < kDim; ++d) {
+          b_.q[r * kDim + d] *= LoadScale(channel_scales, p_.cache.scale_dtype,
+                                          static_cast<int64_t>(task_.kv_head) * kDim + d);
+        }
+      }
+      float scale = p_.softmax_scale * key_scale;
+      if (p_.q_descale.data != nullptr) {
+        scale *= LoadScale(p_.q_descale.data, p_.q_descale.dtype,
+                           p_.q_descale.Index(token, task_.row, task_.kv_head, head));
+      }
+      b_.row_factor[r] = scale * unit;
+      FindVisible(token, i + row_.k_len - row_.q_len, r);
+    }
+  }
+
+  void LoadQuery(int64_t offset, float* out) {
+    switch (p_.q_dtype) {
+      case DType::kFloat32:
+        return DecodeRow<DType::kFloat32>(static_cast<const float*>(p_.q) + offset, out);
+      case DType::kFloat16:
+        return DecodeRow<DType::kFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
+      case DType::kBFloat16:
+        return DecodeRow<DType::kBFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
+      default:
+        return DecodeRow<DType::kE4M3>(static_cast<const uint8_t*>(p_.q) + offset, out);
+    }
+  }
+
+  template <DType kDType>
+  static void DecodeRow(const typename Element<kDType>::Storage* in, float* out) {
+    for (int d = 0; d < kDim; d += kLanes) Store(out + d, LoadAs<kDType>(in + d));
+  }
+
+  void FindVisible(int64_t token, int64_t position, int r) {
+    int64_t begin = task_.key_begin, end = task_.key_end;
+    const auto at_least = [&](int64_t x) { begin = x > begin ? x : begin; };
+    const auto below = [&](int64_t x) { end = x < end ? x : end; };
+    if (p_.causal) below(position + 1);
+    if (p_.window_right >= 0) below(position + p_.window_right + 1);
+    if (p_.window_left >= 0) at_least(position - p_.window_left);
+    if (p_.mask_offsets != nullptr) {
+      at_least(p_.mask_offsets[2 * token]);
+      below(p_.mask_offsets[2 * token + 1]);
+    }
+    b_.visible_begin[r] = begin;
+    b_.visible_end[r] = end;
+  }
+
+  // Addresses of the keys from `start` on; false if their block is not assigned.
+  bool FindChunk(int64_t start, Chunk* chunk) const {
+    chunk->start = start;
+    chunk->valid = static_cast<int>(row_.k_len - start < kBlockSize ? row_.k_len - start
+                                                                    : int64_t{kBlockSize});
+    chunk->full = common_begin_ <= start && common_end_ >= start + kBlockSize;
+    if (p_.paged) {
+      const RowMeta& rows = p_.rows;
+      const int64_t slot = start / kBlockSize;
+      if (slot >= rows.max_blocks) return false;
+      const int id = rows.block_tables[static_cast<int64_t>(task_.row) * rows.max_blocks + slot];
+      if (id < 0 || id >= p_.cache.num_blocks) return false;
+      const int64_t index = static_cast<int64_t>(id) * p_.num_kv_heads + task_.kv_head;
+      chunk->scale = index * kBlockSize;
+      chunk->key = static_cast<const Code*>(p_.cache.key) + index * (kBlockSize * kDim);
+      chunk->value = static_cast<const Code*>(p_.cache.value) + index * (kBlockSize * kDim);
+      return true;
+    }
+    const PackedKv& kv = p_.packed;
+    const int64_t token = row_.k_begin + start;
+    chunk->scale = 0;
+    chunk->key = static_cast<const Code*>(kv.key) + token * kv.key_token_stride +
+                 task_.kv_head * kv.key_head_stride;
+    chunk->value = static_cast<const Code*>(kv.value) + token * kv.value_token_stride +
+                   task_.kv_head * kv.value_head_stride;
+    return true;
+  }
+
+  void RunTile() {
+    for (int c = 0; c < num_chunks_; ++c) {
+      if (dynamic_) LoadScales(c);
+      Scores(c);
+    }
+    for (int r = 0; r < rows_; ++r) Softmax(r);
+    if constexpr (kByChannel) {
+      AddValuesByChannel();
+    } else {
+      AddValuesByToken();
+    }
+  }
+
+  void LoadScales(int c) {
+    const PagedCache& cache = p_.cache;
+    for (int i = 0; i < kBlockSize; ++i) {
+      const int64_t index = chunks_[c].scale + kColumnOrder<kByChannel>.token[i];
+      b_.key_scales[c * kBlockSize + i] = LoadScale(cache.k_scales, cache.scale_dtype, index);
+      b_.value_scales[c * kBlockSize + i] = LoadScale(cache.v_scales, cache.scale_dtype, index);
+    }
+  }
+
+  // scores[r][column] = q[r] . key code of the column's token.
+  void Scores(int c) {
+    const Chunk& chunk = chunks_[c];
+    const Code* key[kBlockSize];
+    for (int i = 0; i < kBlockSize; ++i) {
+      const int token = kColumnOrder<kByChannel>.token[i];
+      // Past the last token there may be no memory: its column repeats the last one and is hidden.
+      key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
+    }
+    float* out = b_.scores + c * kBlockSize;
+    if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
+      if (kByChannel && IsFinite(chunk.key)) {
+        ScoreColumns<kKv, true>(key, out);
+      } else {
+        ScoreColumns<kKv, false>(key, out);
+      }
+      return;
+    }
+    const float* decoded[kBlockSize];
+    for (int i = 0; i < kBlockSize; ++i) {
+      decoded[i] = b_.keys + i * kDim;
+      DecodeRow<kKv>(key[i], b_.keys + i * kDim);
+    }
+    ScoreColumns<DType::kFloat32, true>(decoded, out);
+  }
+
+  // Whether a block of codes may be read by the faster conversion.
+  static bool IsFinite(const Code* codes) {
+    if constexpr (kKv == DType::kE4M3) {
+      return !HasNaNCode(codes, kBlockSize * kDim);
+    } else {
+      return false;
+    }
+  }
+
+  template <DType kB, bool kFinite>
+  void ScoreColumns(const typename Element<kB>::Storage* const (&key)[kBlockSize], float* out) {
+    for (int i = 0; i < kBlockSize; i += 4) {
+      const typename Element<kB>::Storage* const b[4] = {key[i], key[i + 1], key[i + 2],
+                                                         key[i + 3]};
+      int r = 0;
+      for (; r + 4 <= rows_; r += 4) ScoreRows<4, kB, kFinite>(r, b, out + i);
+      if (r + 2 <= rows_) ScoreRows<2, kB, kFinite>(r, b, out + i), r += 2;
+      if (r < rows_) ScoreRows<1, kB, kFinite>(r, b, out + i);
+    }
+  }
+
+  template <int kRows, DType kB, bool kFinite>
+  FASTATTN_INLINE void ScoreRows(int r, const typename Element<kB>::Storage* const (&b)[4],
+                                 float* out) {
+    constexpr int kStep = kRows < kBlockRows ? kRows : kBlockRows;
+    for (int i = r; i < r + kRows; i += kStep) {
+      DotBlock<kStep, kDim, kB, kFinite>(b_.q + i * kDim, kDim, b, out + i * kTileKeys, kTileKeys);
+    }
+  }
+
+  // Turns a row's scores into probabilities (times the value's scale) and rescales its output.
+  void Softmax(int r) {
+    constexpr float kInf = __builtin_inff();
+    float* row = b_.scores + r * kTileKeys;
+    const float factor = b_.row_factor[r];
+    const float cap = p_.softcap * kLog2E;
+    Vec largest = Splat(-kInf);
+    for (int c = 0; c < num_chunks_; ++c) {
+      const bool full = IsFull(r, chunks_[c]);
+      for (int i = 0; i < kBlockSize; i += kLanes) {
+        float* s = row + c * kBlockSize + i;
+        Vec x = Load(s);
+        if (dynamic_) x = x * Load(b_.key_scales + c * kBlockSize + i);
+        x = x * factor;
+        if (cap > 0.0f) x = Tanh(x) * cap;
+        if (!full) x = Visible(r, chunks_[c], i) ? x : Splat(-kInf);
+        Store(s, x);
+        largest = Max(x, largest);
+      }
+    }
+    const float before = b_.row_max[r];
+    const float tile = MaxLane(largest);
+    const float now = tile > before ? tile : before;
+    // While no visible score is above -inf there is nothing to subtract or to rescale.
+    const float shift = now == -kInf ? 0.0f : now;
+    Vec sum{};
+    for (int c = 0; c < num_chunks_; ++c) {
+      const bool full = IsFull(r, chunks_[c]);
+      for (int i = 0; i < kBlockSize; i += kLanes) {
+        float* s = row + c * kBlockSize + i;
+        Vec x = Exp2(Load(s) - shift);
+        sum = sum + x;
+        if (dynamic_) {
+          x = x * Load(b_.value_scales + c * kBlockSize + i);
+          if (!full) x = Visible(r, chunks_[c], i) ? x : Vec{};
+        }
+        Store(s, x);
+      }
+    }
+    b_.row_max[r] = now;
+    if (now == before) {
+      b_.row_sum[r] += SumLanes(sum);
+      return;
+    }
+    const float alpha = Exp2(Splat(before - shift))[0];
+    b_.row_sum[r] = b_.row_sum[r] * alpha + SumLanes(sum);
+    float* acc = b_.acc + r * kDim;
+    for (int d = 0; d < kDim; d += kLanes) Store(acc + d, Load(acc + d) * alpha);
+  }
+
+  bool IsFull(int r, const Chunk& chunk) const {
+    return chunk.full ||
+           (b_.visible_begin[r] <= chunk.start && b_.visible_end[r] >= chunk.start + kBlockSize);
+  }
+
+  // Row r's interval in tokens of a chunk, within [0, 64].
+  int First(int64_t begin, const Chunk& chunk) const {
+    const int64_t i = begin - chunk.start;
+    return static_cast<int>(i < 0 ? 0 : i > kBlockSize ? kBlockSize : i);
+  }
+
+  // All ones in the lanes of columns i, i + 1, ... that row r sees.
+  FASTATTN_INLINE VecInt Visible(int r, const Chunk& chunk, int i) const {
+    const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
+    return (token >= First(b_.visible_begin[r], chunk)) & (token < First(b_.visible_end[r], chunk));
+  }
+
+  // --- values stored by token, [64, D]: every row of values is read only where it is visible -----
+
+  void AddValuesByToken() {
+    constexpr bool kPlain = kKv == DType::kFloat32;
+    const bool decode = !kPlain && rows_ > kBlockRows;
+    if (decode) {
+      for (int c = 0; c < num_chunks_; ++c) {
+        const Chunk& chunk = chunks_[c];
+        const int last = First(any_end_, chunk);
+        for (int i = First(any_begin_, chunk); i < last; ++i) {
+          DecodeRow<kKv>(chunk.value + i * value_stride_, b_.values + (c * kBlockSize + i) * kDim);
+        }
+      }
+    }
+    for (int r = 0; r < rows_;) {
+      const int n = SameInterval(r);
+      if (decode) {
+        AddRows<DType::kFloat32>(r, n, true);
+      } else {
+        AddRows<kKv>(r, n, false);
+      }
+      r += n;
+    }
+  }
+
+  // Number of rows (1, 2 or kBlockRows) from r on that see the same keys of the tile.
+  int SameInterval(int r) const {
+    const int64_t first = chunks_[0].start;
+    const int64_t last = chunks_[num_chunks_ - 1].start + kBlockSize;
+    const auto clip = [&](int64_t x) { return x < first ? first : x > last ? last : x; };
+    int n = 1;
+    while (n < kBlockRows && r + n < rows_ &&
+           clip(b_.visible_begin[r + n]) == clip(b_.visible_begin[r]) &&
+           clip(b_.visible_end[r + n]) == clip(b_.visible_end[r])) {
+      ++n;
+    }
+    return n == kBlockRows ? n : n >= 2 ? 2 : 1;
+  }
+
+  template <DType kB>
+  void AddRows(int r, int n, bool decoded) {
+    if (n == 4) return AddBlock<4, kB>(r, decoded);
+    if (n == 2) return AddBlock<2, kB>(r, decoded);
+    AddBlock<1, kB>(r, decoded);
+  }
+
+  template <int kRows, DType kB>
+  void AddBlock(int r, bool decoded) {
+    using Storage = typename Element<kB>::Storage;
+    constexpr int kWide = 4;  // vectors of channels
+    for (int d = 0; d < kDim; d += kWide * kLanes) {
+      Vec acc[kRows][kWide];
+      for (int i = 0; i < kRows; ++i) {
+        for (int w = 0; w < kWide; ++w) acc[i][w] = Load(b_.acc + (r + i) * kDim + d + w * kLanes);
+      }
+      for (int c = 0; c < num_chunks_; ++c) {
+        const int last = First(b_.visible_end[r], chunks_[c]);
+        const float* p = b_.scores + r * kTileKeys + c * kBlockSize;
+        const int64_t stride = decoded ? kDim : value_stride_;
+        const Storage* values =
+            (decoded ? reinterpret_cast<const Storage*>(b_.values + c * kBlockSize * kDim)
+                     : reinterpret_cast<const Storage*>(chunks_[c].value)) +
+            d;
+        for (int j = First(b_.visible_begin[r], chunks_[c]); j < last; ++j) {
+          Vec v[kWide];
+          for (int w = 0; w < kWide; ++w) v[w] = LoadAs<kB>(values + j * stride + w * kLanes);
+          for (int i = 0; i < kRows; ++i) {
+            const Vec x = Splat(p[i * kTileKeys + j]);
+            for (int w = 0; w < kWide; ++w) acc[i][w] = Fma(x, v[w], acc[i][w]);
+          }
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        for (int w = 0; w < kWide; ++w) Store(b_.acc + (r + i) * kDim + d + w * kLanes, acc[i][w]);
+      }
+    }
+  }
+
+  // --- values stored by channel, [D, 64]: output channel = probabilities . its 64 codes ----------
+
+  void AddValuesByChannel() {
+    bool any_decoded = false, any_codes = false;
+    for (int c = 0; c < num_chunks_; ++c) {
+      Chunk& chunk = chunks_[c];
+      chunk.poisoned = false;
+      chunk.from_codes =
+          chunk.full && rows_ <= kBlockRows && (kKv != DType::kE4M3 || IsFinite(chunk.value));
+      if (!chunk.from_codes) chunk.poisoned = !DecodeChannels(c) && !chunk.full;
+      any_codes |= chunk.from_codes;
+      any_decoded |= !chunk.from_codes && !chunk.poisoned;
+      if (chunk.poisoned) AddPoisoned(c);
+    }
+    if (any_codes) AddChannels<kKv>(true);
+    if (any_decoded) AddChannels<DType::kFloat32>(false);
+  }
+
+  // Decodes a chunk, with 0 for the tokens that no row sees. Returns whether all is finite.
+  bool DecodeChannels(int c) {
+    const Chunk& chunk = chunks_[c];
+    const int first = First(any_begin_, chunk), last = First(any_end_, chunk);
+    float* out = b_.values + c * kBlockSize * kDim;
+    Vec check{};
+    for (int i = 0; i < kBlockSize; i += kLanes) {
+      const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
+      const VecInt seen = (token >= first) & (token < last);
+      for (int d = 0; d < kDim; ++d) {
+        const Vec x = seen ? LoadAs<kKv>(chunk.value + d * kBlockSize + i) : Vec{};
+        check = check + x * 0.0f;  // NaN as soon as x is infinite or NaN
+        Store(out + d * kBlockSize + i, x);
+      }
+    }
+    return SumLanes(check) == 0.0f;
+  }
+
+  template <DType kB>
+  void AddChannels(bool from_codes) {
+    const typename Element<kB>::Storage* values[kMaxChunks];
+    const float* p[kMaxChunks];
+    int n = 0;
+    for (int c = 0; c < num_chunks_; ++c) {
+      if (chunks_[c].poisoned || chunks_[c].from_codes != from_codes) continue;
+      p[n] = b_.scores + c * kBlockSize;
+      if constexpr (kB == DType::kFloat32) {
+        values[n++] = b_.values + c * kBlockSize * kDim;
+      } else {
+        values[n++] = chunks_[c].value;
+      }
+    }
+    for (int d = 0; d < kDim; d += 4) {
+      int r = 0;
+      for (; r + kBlockRows <= rows_; r += kBlockRows) {
+        AddChannelBlock<kBlockRows, kB>(r, d, values, p, n);
+      }
+      if (kBlockRows > 2 && r + 2 <= rows_) AddChannelBlock<2, kB>(r, d, values, p, n), r += 2;
+      if (r < rows_) AddChannelBlock<1, kB>(r, d, values, p, n);
+    }
+  }
+
+  template <int kRows, DType kB>
+  FASTATTN_INLINE void AddChannelBlock(int r, int d,
+                                       const typename Element<kB>::Storage* const* values,
+                                       const float* const* p, int n) {
+    Vec sum[kRows][4] = {};
+    for (int k = 0; k < n; ++k) {
+      for (int i = 0; i < kBlockSize; i += kLanes) {
+        Vec x[4];
+        // Codes come here only where the conversion needs no care for NaN (see from_codes).
+        for (int c = 0; c < 4; ++c) x[c] = LoadAs<kB, true>(values[k] + (d + c) * kBlockSize + i);
+        for (int j = 0; j < kRows; ++j) {
+          const Vec y = Load(p[k] + (r + j) * kTileKeys + i);
+          for (int c = 0; c < 4; ++c) sum[j][c] = Fma(y, x[c], sum[j][c]);
+        }
+      }
+    }
+    for (int j = 0; j < kRows; ++j) {
+      float* acc = b_.acc + (r + j) * kDim + d;
+      Quad total;
+      std::memcpy(&total, acc, sizeof(total));
+      total = total + Sum4(sum[j]);
+      std::memcpy(acc, &total, sizeof(total));
+    }
+  }
+
+  // A chunk with NaN or infinite values that some rows see and others do not: each row apart.
+  void AddPoisoned(int c) {
+    for (int r = 0; r < rows_; ++r) {
+      for (int d = 0; d < kDim; ++d) {
+        Vec sum{};
+        for (int i = 0; i < kBlockSize; i += kLanes) {
+          const Vec x = Load(b_.values + (c * kDim + d) * kBlockSize + i);
+          const Vec y = Load(b_.scores + r * kTileKeys + c * kBlockSize + i);
+          sum = Fma(y, Visible(r, chunks_[c], i) ? x : Vec{}, sum);
+        }
+        b_.acc[r * kDim + d] += SumLanes(sum);
+      }
+    }
+  }
+
+  static constexpr float kLog2E = 1.44269504f;
+
+  const AttentionParams& p_;
+  const AttentionRow& row_;
+  const AttentionTask& task_;
+  TileBuffers& b_;
+  const int rows_;
+  bool dynamic_ = false;
+  int64_t key_stride_;                         // elements between tokens
+  int64_t value_stride_;                       // elements between tokens, values stored by token
+  int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees
+  int64_t common_begin_ = 0, common_end_ = 0;  // keys that every row sees
+  Chunk chunks_[kMaxChunks];
+  int num_chunks_ = 0;
+};
+
+TileFunction FindTileFunction(const AttentionParams& p) {
+  TileFunction result = nullptr;
+  const bool by_channel = p.paged && IsQuantized(p.cache.type);
+  dispatch<64, 128>(p.head_dim, "head_dim", [&](auto dim) {
+    constexpr int kDim = decltype(dim)::value;
+    if (by_channel) {
+      dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8>(
+          p.cache.dtype, "cache dtype",
+          [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, true>::Run; });
+    } else {
+      dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
+               DType::kInt8>(
+          p.paged ? p.cache.dtype : p.packed.dtype, "dtype of the keys",
+          [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, false>::Run; });
+    }
+  });
+  return result;
+}

@@ -1,0 +1,200 @@
+// Vectors of fp32 for one instruction set. Included by attention_kernel.h inside a namespace of
+// that set, after a target pragma: everything here must be inlined into code of the same set, so
+// nothing of this file may be used elsewhere. FASTATTN_SIMD_BITS is 128, 256 or 512.
+
+using Vec = float __attribute__((vector_size(FASTATTN_SIMD_BITS / 8)));
+using VecInt = int32_t __attribute__((vector_size(FASTATTN_SIMD_BITS / 8)));
+// Four sums side by side.
+using Quad = float __attribute__((vector_size(16)));
+using QuadIndex = int32_t __attribute__((vector_size(16)));
+
+inline constexpr int kLanes = FASTATTN_SIMD_BITS / 32;
+// Packed rows of a register block: 4 rows * 4 accumulators leave room in 32 registers, not in 16.
+inline constexpr int kBlockRows = kLanes == 16 ? 4 : 2;
+
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+
+FASTATTN_INLINE Vec Load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+FASTATTN_INLINE VecInt LoadInt(const int32_t* p) {
+  VecInt v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+FASTATTN_INLINE void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+FASTATTN_INLINE Vec Splat(float x) { return x - Vec{}; }
+
+FASTATTN_INLINE VecInt SplatInt(int32_t x) { return x - VecInt{}; }
+
+// The build forbids contraction, for the bit-exact operators; here the fused form is asked for.
+FASTATTN_INLINE Vec Fma(Vec a, Vec b, Vec c) {
+#if FASTATTN_SIMD_BITS == 512
+  return _mm512_fmadd_ps(a, b, c);
+#elif FASTATTN_SIMD_BITS == 256
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// a where it is the larger one; b where it is, and where a is NaN.
+FASTATTN_INLINE Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+FASTATTN_INLINE float MaxLane(Vec v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  float result = lanes[0];
+  for (int i = 1; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
+  return result;
+}
+
+FASTATTN_INLINE Quad TransposedSum(Quad a, Quad b, Quad c, Quad d) {
+  const Quad ab = __builtin_shuffle(a, b, QuadIndex{0, 4, 1, 5}) +
+                  __builtin_shuffle(a, b, QuadIndex{2, 6, 3, 7});
+  const Quad cd = __builtin_shuffle(c, d, QuadIndex{0, 4, 1, 5}) +
+                  __builtin_shuffle(c, d, QuadIndex{2, 6, 3, 7});
+  return __builtin_shuffle(ab, cd, QuadIndex{0, 1, 4, 5}) +
+         __builtin_shuffle(ab, cd, QuadIndex{2, 3, 6, 7});
+}
+
+// The sums of the lanes of four vectors.
+FASTATTN_INLINE Quad Sum4(const Vec (&v)[4]) {
+#if FASTATTN_SIMD_BITS == 512
+  const __m512 ab = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);
+  const __m512 cd = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+  const __m512 all =
+      _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);  // a b c d in each quarter
+  const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#elif FASTATTN_SIMD_BITS == 256
+  const __m256 ab = _mm256_unpacklo_ps(v[0], v[1]) + _mm256_unpackhi_ps(v[0], v[1]);
+  const __m256 cd = _mm256_unpacklo_ps(v[2], v[3]) + _mm256_unpackhi_ps(v[2], v[3]);
+  const __m256 all = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
+  return _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1);
+#else
+  return TransposedSum(v[0], v[1], v[2], v[3]);
+#endif
+}
+
+FASTATTN_INLINE float SumLanes(Vec v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  float result = lanes[0];
+  for (int i = 1; i < kLanes; ++i) result += lanes[i];
+  return result;
+}
+
+// 2^x within 1.5 ulp; 0 below -126 (the result would be subnormal) and for -inf, NaN for NaN. x is
+// at most 127.
+//
+// 2^x = 2^n 2^r with n = round(x) and |r| <= 1/2; the polynomial is the minimax one of degree 6
+// for the relative error, 2e-9 before rounding.
+FASTATTN_INLINE Vec Exp2(Vec x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer in the low bits
+  const Vec shifted = x + kRound;
+  const Vec r = x - (shifted - kRound);
+  Vec p = Fma(Splat(0x1.41d31cp-13f), r, Splat(0x1.5f456ap-10f));
+  p = Fma(p, r, Splat(0x1.3b2dbcp-7f));
+  p = Fma(p, r, Splat(0x1.c6aed4p-5f));
+  p = Fma(p, r, Splat(0x1.ebfbdap-3f));
+  p = Fma(p, r, Splat(0x1.62e430p-1f));
+  p = Fma(p, r, Splat(1.0f));
+  VecInt bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits << 23) + 0x3F800000;
+  Vec power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -126.0f ? Vec{} : p * power;
+}
+
+// tanh(x) as 1 - 2 / (e^2|x| + 1) with the sign of x; |x| beyond 20 would only overflow.
+FASTATTN_INLINE Vec Tanh(Vec x) {
+  const Vec magnitude = x < 0.0f ? -x : x;
+  const Vec limited = magnitude > 20.0f ? Splat(20.0f) : magnitude;
+  const Vec e = Exp2(limited * 2.885390082f);
+  const Vec t = 1.0f - 2.0f / (e + 1.0f);
+  return x < 0.0f ? -t : t;
+}
+
+// Loads kLanes elements of a type as fp32. NaN codes become NaN, unless the caller knows that there
+// are none (kFinite).
+//
+// e4m3 goes through fp16: its magnitude shifted by 7 is the fp16 number 2^-8 as large, and the
+// conversion takes subnormal fp16 numbers at full speed, whatever the denormal mode of the thread.
+template <DType kDType, bool kFinite = false>
+FASTATTN_INLINE Vec LoadAs(const typename Element<kDType>::Storage* p) {
+  if constexpr (kDType == DType::kFloat32) {
+    return Load(p);
+  } else {
+#if FASTATTN_SIMD_BITS == 512
+    if constexpr (SizeOf(kDType) == 2) {
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      if constexpr (kDType == DType::kFloat16) return _mm512_cvtph_ps(x);
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+    } else {
+      const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      if constexpr (kDType == DType::kInt8) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+      } else if constexpr (kDType == DType::kE5M2) {
+        return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8));
+      } else {
+        __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+        half = _mm256_and_si256(half, _mm256_set1_epi16(static_cast<int16_t>(0xBFFF)));
+        if constexpr (!kFinite) {
+          const __m256i nan =
+              _mm256_cmpeq_epi16(_mm256_slli_epi16(half, 1), _mm256_set1_epi16(0x7F00));
+          half = _mm256_or_si256(half, nan);  // all ones is a NaN
+        }
+        return _mm512_cvtph_ps(half) * 256.0f;
+      }
+    }
+#elif FASTATTN_SIMD_BITS == 256
+    if constexpr (SizeOf(kDType) == 2) {
+      const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      if constexpr (kDType == DType::kFloat16) return _mm256_cvtph_ps(x);
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+    } else {
+      const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      if constexpr (kDType == DType::kInt8) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+      } else if constexpr (kDType == DType::kE5M2) {
+        return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(codes), 8));
+      } else {
+        __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7);
+        half = _mm_and_si128(half, _mm_set1_epi16(static_cast<int16_t>(0xBFFF)));
+        if constexpr (!kFinite) {
+          const __m128i nan = _mm_cmpeq_epi16(_mm_slli_epi16(half, 1), _mm_set1_epi16(0x7F00));
+          half = _mm_or_si128(half, nan);
+        }
+        return _mm256_cvtph_ps(half) * 256.0f;
+      }
+    }
+#else
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = Element<kDType>::Load(p[i]);
+    return Load(lanes);
+#endif
+  }
+}
+
+// Whether one of n (a multiple of 64) e4m3 codes is NaN.
+FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int n) {
+  using Bytes = uint8_t __attribute__((vector_size(FASTATTN_SIMD_BITS / 8)));
+  Bytes found{};
+  for (int i = 0; i < n; i += static_cast<int>(sizeof(Bytes))) {
+    Bytes x;
+    std::memcpy(&x, codes + i, sizeof(x));
+    found |= static_cast<Bytes>((x & 0x7F) == 0x7F);
+  }
+  uint64_t words[sizeof(Bytes) / 8];
+  std::memcpy(words, &found, sizeof(found));
+  uint64_t any = 0;
+  for (uint64_t word : words) any |= word;
+  return any != 0;
+}

@@ -1,0 +1,97 @@
+// What the plan of an attention call (attention.cc) and the instruction-set variants of its inner
+// kernel (attention_kernel.h) share.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "params/attention.h"
+
+namespace fastattn::cpu {
+
+// Packed rows of a tile: (query token, query head of one KV head) pairs, tokens outermost.
+inline constexpr int kMaxTileRows = 64;
+// Keys that one pass of the online softmax covers: up to 4 chunks of a cache block's length.
+inline constexpr int kMaxChunks = 4;
+inline constexpr int kTileKeys = kMaxChunks * kBlockSize;
+
+// A row (sequence) of the step, its lengths cut to what memory holds.
+struct AttentionRow {
+  int64_t q_begin = 0;  // first query token
+  int64_t q_len = 0;
+  int64_t k_len = 0;
+  int64_t k_begin = 0;  // first key token of PackedKv
+};
+
+// One unit of work: a tile of packed rows over the keys [key_begin, key_end).
+struct AttentionTask {
+  int row = 0;
+  int kv_head = 0;
+  int64_t packed_begin = 0;  // packed row r is query token r / group, head r % group
+  int packed_count = 0;
+  int64_t key_begin = 0;
+  int64_t key_end = 0;
+};
+
+// 64-byte aligned floats, left uninitialised.
+class AlignedFloats {
+ public:
+  explicit AlignedFloats(size_t count)
+      : data_(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64)), std::free) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  float* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<float, void (*)(void*)> data_;
+};
+
+// Buffers of one thread, for one task after the other. `acc`, `row_max` and `row_sum` are the
+// result: unnormalised output, maximum (in units of log2) and sum of exp2(score - maximum).
+struct TileBuffers {
+  explicit TileBuffers(int head_dim)
+      : q_(kMaxTileRows * head_dim),
+        acc_(kMaxTileRows * head_dim),
+        scores_(kMaxTileRows * kTileKeys),
+        keys_(kBlockSize * head_dim),
+        values_(kTileKeys * head_dim),
+        q(q_.get()),
+        acc(acc_.get()),
+        scores(scores_.get()),
+        keys(keys_.get()),
+        values(values_.get()) {}
+
+ private:
+  AlignedFloats q_, acc_, scores_, keys_, values_;
+
+ public:
+  float* q;       // [rows, D]
+  float* acc;     // [rows, D]
+  float* scores;  // [rows, kTileKeys]
+  float* keys;    // [64, D] decoded
+  float* values;  // [kTileKeys, D], or [chunk, D, 64] for values stored by channel
+  alignas(64) float key_scales[kTileKeys];
+  alignas(64) float value_scales[kTileKeys];
+  float row_max[kMaxTileRows];
+  float row_sum[kMaxTileRows];
+  float row_factor[kMaxTileRows];  // score = row_factor * (q . code) * key scale
+  int64_t visible_begin[kMaxTileRows];
+  int64_t visible_end[kMaxTileRows];
+};
+
+using TileFunction = void (*)(const AttentionParams& p, const AttentionRow& row,
+                              const AttentionTask& task, TileBuffers& buffers);
+
+// The kernel for p's head_dim and types in each instruction set; null where it is not compiled.
+namespace baseline {
+TileFunction FindTileFunction(const AttentionParams& p);
+}
+namespace avx2 {
+TileFunction FindTileFunction(const AttentionParams& p);
+}
+namespace avx512 {
+TileFunction FindTileFunction(const AttentionParams& p);
+}
+
+}  // namespace fastattn::cpu
