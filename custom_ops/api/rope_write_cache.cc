@@ -122,15 +122,17 @@ Shape DescaleShape(QQuant quant, int64_t num_tokens, int num_heads) {
 
 }  // namespace
 
+// Optional tensors come as non-const references, and optional shapes and dtypes as plain ones
+// (empty where absent): for each further optional argument Paddle 2.6 would instantiate this call
+// twice as often, and eight of them take a minute to compile.
 std::vector<Tensor> RopeWriteCacheKv(
-    const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, const OptionalTensor& rotary_embs,
+    const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, OptionalTensor& rotary_embs,
     const Tensor& block_tables, const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
-    const Tensor& seq_lens_this_time, const OptionalTensor& q_norm_weight,
-    const OptionalTensor& k_norm_weight, const OptionalTensor& qkv_bias,
-    const OptionalTensor& q_scale, OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
-    const OptionalTensor& batch_id_per_token, int num_heads, int num_kv_heads, float rms_norm_eps,
-    bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
-    const std::string& q_quant, const std::string& cache_quant_type,
+    const Tensor& seq_lens_this_time, OptionalTensor& q_norm_weight, OptionalTensor& k_norm_weight,
+    OptionalTensor& qkv_bias, OptionalTensor& q_scale, OptionalTensor& cache_k_scales,
+    OptionalTensor& cache_v_scales, OptionalTensor& batch_id_per_token, int num_heads,
+    int num_kv_heads, float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim,
+    bool qk_norm_before_rope, const std::string& q_quant, const std::string& cache_quant_type,
     const std::string& fp8_format) {
   Arg(kOp, "qkv", qkv);
   const phi::Place place =
@@ -177,13 +179,11 @@ std::vector<Tensor> RopeWriteCacheKv(
 }
 
 std::vector<Shape> RopeWriteCacheKvInferShape(
-    const Shape& qkv, const Shape& key_cache, const Shape& value_cache,
-    const paddle::optional<Shape>& rotary_embs, const Shape& block_tables,
-    const Shape& cu_seqlens_q, const Shape& seq_lens_decoder, const Shape& seq_lens_this_time,
-    const paddle::optional<Shape>& q_norm_weight, const paddle::optional<Shape>& k_norm_weight,
-    const paddle::optional<Shape>& qkv_bias, const paddle::optional<Shape>& q_scale,
-    const paddle::optional<Shape>& cache_k_scales, const paddle::optional<Shape>& cache_v_scales,
-    const paddle::optional<Shape>& batch_id_per_token, int num_heads, int num_kv_heads,
+    const Shape& qkv, const Shape& key_cache, const Shape& value_cache, const Shape& rotary_embs,
+    const Shape& block_tables, const Shape& cu_seqlens_q, const Shape& seq_lens_decoder,
+    const Shape& seq_lens_this_time, const Shape& q_norm_weight, const Shape& k_norm_weight,
+    const Shape& qkv_bias, const Shape& q_scale, const Shape& cache_k_scales,
+    const Shape& cache_v_scales, const Shape& batch_id_per_token, int num_heads, int num_kv_heads,
     float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
     const std::string& q_quant, const std::string& cache_quant_type,
     const std::string& fp8_format) {
@@ -198,15 +198,13 @@ std::vector<Shape> RopeWriteCacheKvInferShape(
 
 std::vector<phi::DataType> RopeWriteCacheKvInferDtype(
     const phi::DataType& qkv, const phi::DataType& key_cache, const phi::DataType& value_cache,
-    const paddle::optional<phi::DataType>& rotary_embs, const phi::DataType& block_tables,
+    const phi::DataType& rotary_embs, const phi::DataType& block_tables,
     const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
-    const phi::DataType& seq_lens_this_time, const paddle::optional<phi::DataType>& q_norm_weight,
-    const paddle::optional<phi::DataType>& k_norm_weight,
-    const paddle::optional<phi::DataType>& qkv_bias, const paddle::optional<phi::DataType>& q_scale,
-    const paddle::optional<phi::DataType>& cache_k_scales,
-    const paddle::optional<phi::DataType>& cache_v_scales,
-    const paddle::optional<phi::DataType>& batch_id_per_token, int num_heads, int num_kv_heads,
-    float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
+    const phi::DataType& seq_lens_this_time, const phi::DataType& q_norm_weight,
+    const phi::DataType& k_norm_weight, const phi::DataType& qkv_bias, const phi::DataType& q_scale,
+    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales,
+    const phi::DataType& batch_id_per_token, int num_heads, int num_kv_heads, float rms_norm_eps,
+    bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
     const std::string& q_quant, const std::string& cache_quant_type,
     const std::string& fp8_format) {
   return {ParseQQuant(q_quant) == QQuant::kNone ? qkv : phi::DataType::UINT8,
