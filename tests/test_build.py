@@ -16,6 +16,7 @@ import pytest
 from custom_ops.builder import compile as building
 from custom_ops.builder import sources, toolchain, wheel
 from custom_ops.builder.compile import CompileError, Unit, compile_all
+from fastattn import _ops, env
 from fastattn.reference import layout
 
 ROOT = Path(__file__).parents[1]
@@ -351,11 +352,10 @@ def test_wheel_without_its_library(tmp_path):
 
 
 def test_every_operator_of_the_library_is_discovered():
-    from fastattn import _ops
-
     built = {name[len("fastattn_") :] for name in _ops.load()}
     found = sources.operators(CUSTOM_OPS, sources.discover(CUSTOM_OPS, with_cuda=False))
-    assert built == set(found)
+    # A library named by FASTATTN_LIBRARY may be a part, as one compiles while working on a family.
+    assert built <= set(found) if env.library() else built == set(found)
 
 
 def test_head_dims_of_the_host_module_are_those_of_the_kernels():
