@@ -14,6 +14,7 @@
 #include "common/dispatch.h"
 #include "common/numeric.h"
 #include "cpu/attention_tile.h"
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace fastattn::cpu {
@@ -29,16 +30,14 @@ constexpr float kLn2 = 0.693147181f;
 constexpr int64_t kSplitKeys = 2048;
 
 TileFunction ChooseTileFunction(const AttentionParams& p) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::FindTileFunction(p);
+  switch (DetectIsa()) {
+    case Isa::kAvx512:
+      return avx512::FindTileFunction(p);
+    case Isa::kAvx2:
+      return avx2::FindTileFunction(p);
+    case Isa::kBaseline:
+      break;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    return avx2::FindTileFunction(p);
-  }
-#endif
   return baseline::FindTileFunction(p);
 }
 
