@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser(requested)
         arguments = parser.parse_args(argv)
-        return int(arguments.run(arguments) or 0)
+        handler = getattr(arguments, "run", None) or arguments.func
+        return int(handler(arguments) or 0)
     except ImportError as error:
         print(f"fastattn {requested}: {error}", file=sys.stderr)
         print("`python -m fastattn show-config` tells what is installed.", file=sys.stderr)
