@@ -70,18 +70,24 @@ FASTATTN_HD uint16_t FloatToFloat16(float x) {
   return static_cast<uint16_t>(sign | ((u >> 13) - (112u << 10)));
 }
 
+// Selection by masks: this is the inner loop of every FP8 writer, and it vectorises so.
 FASTATTN_HD uint8_t FloatToE4M3(float x) {
   const uint32_t bits = FloatBits(x);
-  const uint32_t sign = (bits >> 24) & 0x80u;
-  uint32_t u = bits & 0x7FFFFFFFu;
-  if (u > 0x7F800000u) return kFp8NaN;
-  if (u >= 0x43E00000u) return static_cast<uint8_t>(sign | 0x7Eu);  // >= 448
-  if (u < 0x3C800000u) {
-    // Below 2^-6 the step is 2^-9: adding 2^14 leaves exactly those bits in the mantissa.
-    return static_cast<uint8_t>(sign | (FloatBits(BitsFloat(u) + 0x1p14f) - 0x46800000u));
-  }
-  u += 0x7FFFFu + ((u >> 20) & 1u);
-  return static_cast<uint8_t>(sign | ((u >> 20) - (120u << 3)));
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const int32_t u = static_cast<int32_t>(magnitude);
+  const int32_t sign = static_cast<int32_t>((bits >> 24) & 0x80u);
+  // Below 2^-6 the step is 2^-9: adding 2^14 leaves exactly those bits in the mantissa.
+  const int32_t small =
+      static_cast<int32_t>(FloatBits(BitsFloat(magnitude) + 0x1p14f)) - 0x46800000;
+  // From there on: round the mantissa to three bits, ties to even, and rebase the exponent.
+  const int32_t large =
+      static_cast<int32_t>((magnitude + 0x7FFFFu + ((magnitude >> 20) & 1u)) >> 20) - (120 << 3);
+  const int32_t below_normal = (u - 0x3C800000) >> 31;  // all ones or zero
+  const int32_t below_max = (u - 0x43E00000) >> 31;     // 448
+  const int32_t nan = (0x7F800000 - u) >> 31;
+  const int32_t code = (small & below_normal) | (large & ~below_normal);
+  const int32_t saturated = (code & below_max) | (0x7E & ~below_max) | sign;
+  return static_cast<uint8_t>((saturated & ~nan) | (kFp8NaN & nan));
 }
 
 FASTATTN_HD uint8_t FloatToE5M2(float x) {

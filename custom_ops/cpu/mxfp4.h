@@ -15,13 +15,19 @@ void Mxfp4Dequantize(const Mxfp4DequantizeParams& p);
 inline void EncodeMxfp4(const float* x, int64_t n, uint8_t* codes, uint8_t* scales) {
   for (int64_t block = 0; block < n / kMxBlock; ++block) {
     const float* in = x + block * kMxBlock;
-    uint32_t amax = 0;
-    for (int i = 0; i < kMxBlock; ++i) amax = std::max(amax, MxAbsBits(in[i]));
-    scales[block] = MxScaleByte(amax);
+    int32_t amax = 0;  // |x| as bits is never negative; x86 has a signed vector comparison only
+    for (int i = 0; i < kMxBlock; ++i) {
+      amax = std::max(amax, static_cast<int32_t>(MxAbsBits(in[i])));
+    }
+    scales[block] = MxScaleByte(static_cast<uint32_t>(amax));
     const float inverse = UE8M0Inverse(scales[block]);
+    uint8_t one_a_byte[kMxBlock];
+    for (int i = 0; i < kMxBlock; ++i) {
+      one_a_byte[i] = static_cast<uint8_t>(FloatToE2M1(in[i] * inverse));
+    }
     uint8_t* out = codes + block * (kMxBlock / 2);
-    for (int i = 0; i < kMxBlock; i += 2) {
-      out[i / 2] = PackE2M1(FloatToE2M1(in[i] * inverse), FloatToE2M1(in[i + 1] * inverse));
+    for (int i = 0; i < kMxBlock / 2; ++i) {
+      out[i] = PackE2M1(one_a_byte[2 * i], one_a_byte[2 * i + 1]);
     }
   }
 }

@@ -94,7 +94,7 @@ def merge_attn_states(
     >>> from fastattn.functional import merge_attn_states
     >>> one, lse = paddle.ones([1, 1, 2]), paddle.zeros([1, 1])
     >>> output, output_lse = merge_attn_states(one, lse, 3 * one, lse)
-    >>> output.numpy().tolist(), round(float(output_lse), 4)
+    >>> output.numpy().tolist(), round(output_lse.item(), 4)
     ([[[2.0, 2.0]]], 0.6931)
     """
     tokens = -1 if prefill_tokens_with_context is None else prefill_tokens_with_context
