@@ -9,10 +9,18 @@ import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference.layout import BLOCK_SIZE, pack, token_slot, unpack
 from fastattn.reference.numerics import from_codes
-from tests.support.cache import QUANTISED, Cache, is_dynamic, make_cache, make_step, make_values
+from tests.support.cache import (
+    QUANTISED,
+    Cache,
+    append,
+    is_dynamic,
+    make_cache,
+    make_step,
+    make_values,
+)
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.static import run_all_modes
-from tests.support.tensors import BF16, EMPTY_OUTPUTS, to_numpy, to_paddle
+from tests.support.tensors import BF16, EMPTY_OUTPUTS
 
 CACHED = [0, 1, 63, 64, 65, 200, 320, 7]
 
@@ -24,28 +32,6 @@ def in_layout(cache: Cache, layout: str) -> Cache:
     moved.key = pack(unpack(cache.key, "k", "fastattn", int8=int8), "k", layout, int8=int8)
     moved.value = pack(unpack(cache.value, "v", "fastattn", int8=int8), "v", layout, int8=int8)
     return moved
-
-
-def append(cache: Cache, key, value, tables, cached, cu, place: str, layout: str = "fastattn"):
-    """The operator's (key, value)."""
-    outputs = [to_paddle(a.copy(), place) for a in (key, value)]
-    returned = F.append_cache_kv_c8(
-        to_paddle(cache.key, place),
-        to_paddle(cache.value, place),
-        *outputs,
-        to_paddle(tables, place),
-        to_paddle(cached, place),
-        to_paddle(cu, place),
-        cache_k_scales=to_paddle(cache.k_scales, place),
-        cache_v_scales=to_paddle(cache.v_scales, place),
-        dynamic_quant=is_dynamic(cache.cache_quant_type),
-        cache_layout=layout,
-        **cache.options,
-    )
-    arrays = [to_numpy(t) for t in outputs]
-    for tensor, array in zip(returned, arrays):
-        assert_same_bits(to_numpy(tensor), array, "returned")
-    return arrays
 
 
 def model(cache: Cache, key, value, tables, cached, cu, layout: str = "fastattn"):

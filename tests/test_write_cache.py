@@ -18,6 +18,7 @@ from tests.support.cache import (
     make_cache,
     make_step,
     make_values,
+    write,
 )
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.static import run_all_modes
@@ -25,28 +26,6 @@ from tests.support.tensors import BF16, DTYPES, EMPTY_OUTPUTS, to_numpy, to_padd
 
 CACHED = [0, 1, 63, 64, 65, 100, 320, 7]
 NEW = [1, 0, 65, 64, 63, 1, 200, 5]
-
-
-def write(cache: Cache, key, value, step: Step, place: str, batch_id_per_token=None) -> Cache:
-    """The operator's result, as a new cache."""
-    arrays = [cache.key, cache.value, cache.k_scales, cache.v_scales]
-    tensors = [None if a is None else to_paddle(a.copy(), place) for a in arrays]
-    returned = F.write_cache_kv(
-        to_paddle(key, place),
-        to_paddle(value, place),
-        tensors[0],
-        tensors[1],
-        *(to_paddle(a, place) for a in step.arrays),
-        cache_k_scales=tensors[2],
-        cache_v_scales=tensors[3],
-        batch_id_per_token=(
-            None if batch_id_per_token is None else to_paddle(batch_id_per_token, place)
-        ),
-        **cache.options,
-    )
-    for tensor, written in zip(returned, tensors):
-        assert_same_bits(to_numpy(tensor), to_numpy(written), "returned")
-    return Cache(*(None if t is None else to_numpy(t) for t in tensors), *cache.options.values())
 
 
 def model(cache: Cache, key, value, step: Step, batch_id_per_token=None) -> Cache:

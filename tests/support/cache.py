@@ -1,4 +1,4 @@
-"""Paged caches and ragged steps for tests, as NumPy arrays."""
+"""Paged caches and ragged steps for tests, as NumPy arrays, and the operators on them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 
 import numpy as np
 
+import fastattn.functional as F
 from fastattn.reference.layout import BLOCK_SIZE, cache_shape
-from tests.support.tensors import BF16
+from tests.support.compare import assert_same_bits
+from tests.support.tensors import BF16, to_numpy, to_paddle
 
 #: (cache_quant_type, fp8_format) of every quantised cache.
 QUANTISED = (
@@ -148,3 +150,47 @@ def make_values(shape: tuple[int, ...], dtype, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     rows = np.exp(rng.normal(size=(*shape[:-1], 1)))
     return (rng.normal(size=shape) * rows).astype(dtype)
+
+
+def write(cache: Cache, key, value, step: Step, place: str, batch_id_per_token=None) -> Cache:
+    """The operator's result, as a new cache."""
+    arrays = [cache.key, cache.value, cache.k_scales, cache.v_scales]
+    tensors = [None if a is None else to_paddle(a.copy(), place) for a in arrays]
+    returned = F.write_cache_kv(
+        to_paddle(key, place),
+        to_paddle(value, place),
+        tensors[0],
+        tensors[1],
+        *(to_paddle(a, place) for a in step.arrays),
+        cache_k_scales=tensors[2],
+        cache_v_scales=tensors[3],
+        batch_id_per_token=(
+            None if batch_id_per_token is None else to_paddle(batch_id_per_token, place)
+        ),
+        **cache.options,
+    )
+    for tensor, written in zip(returned, tensors):
+        assert_same_bits(to_numpy(tensor), to_numpy(written), "returned")
+    return Cache(*(None if t is None else to_numpy(t) for t in tensors), *cache.options.values())
+
+
+def append(cache: Cache, key, value, tables, cached, cu, place: str, layout: str = "fastattn"):
+    """The operator's (key, value)."""
+    outputs = [to_paddle(a.copy(), place) for a in (key, value)]
+    returned = F.append_cache_kv_c8(
+        to_paddle(cache.key, place),
+        to_paddle(cache.value, place),
+        *outputs,
+        to_paddle(tables, place),
+        to_paddle(cached, place),
+        to_paddle(cu, place),
+        cache_k_scales=to_paddle(cache.k_scales, place),
+        cache_v_scales=to_paddle(cache.v_scales, place),
+        dynamic_quant=is_dynamic(cache.cache_quant_type),
+        cache_layout=layout,
+        **cache.options,
+    )
+    arrays = [to_numpy(t) for t in outputs]
+    for tensor, array in zip(returned, arrays):
+        assert_same_bits(to_numpy(tensor), array, "returned")
+    return arrays
