@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import paddle
 import pytest
@@ -13,6 +18,7 @@ from tests.support.compare import assert_same_bits, assert_within
 from tests.support.static import MODES, run_all_modes
 from tests.support.tensors import DTYPES, EMPTY_OUTPUTS, to_numpy, to_paddle
 
+ROOT = Path(__file__).parents[1]
 INF = np.inf
 SCALE = np.array([0.05], np.float32)
 
@@ -242,6 +248,42 @@ def test_strided_inputs(strided):
     output, lse = F.merge_attn_states(prefix, p, suffix, s)
     assert_same_bits(to_numpy(output), expected[0])
     assert_within(to_numpy(lse), expected[1], 2.0**-23 * (1 + np.abs(expected[1])))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("over_prefix", [False, True])
+def test_every_stride_of_the_kernel(tmp_path, over_prefix):
+    """All six tensors with padding between heads and tokens, or with the two swapped."""
+    library = tmp_path / "merge.so"
+    custom_ops = ROOT / "custom_ops"
+    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC"]
+    sources = [ROOT / "tests/support/merge.cc", custom_ops / "cpu/merge.cc"]
+    subprocess.run(["g++", *flags, f"-I{custom_ops}", "-o", library, *sources], check=True)
+    arrays = sides(13, 3, 20, seed=10)
+    expected = reference.merge_attn_states(*arrays)
+
+    def spread(array, order, pad):
+        """The same values in memory of axis order `order`, `pad` more elements on each axis."""
+        memory = np.full([array.shape[i] + pad for i in order], np.nan, np.float32)
+        view = memory.transpose(np.argsort(order))
+        view = view[tuple(slice(0, n) for n in array.shape)]
+        view[...] = array
+        return view
+
+    prefix, suffix = spread(arrays[0], (1, 0, 2), 3), spread(arrays[2], (0, 1, 2), 5)
+    p, s = spread(arrays[1], (1, 0), 2), spread(arrays[3], (0, 1), 4)
+    output = prefix if over_prefix else spread(np.zeros_like(arrays[0]), (0, 1, 2), 2)
+    lse = p if over_prefix else spread(np.zeros_like(arrays[1]), (1, 0), 1)
+    views = [prefix, p, suffix, s, output, lse]
+    strides = [n // 4 for view in views for n in view.strides[:2]]
+    int64s = [(ctypes.c_int64 * len(v))(*v) for v in ((13, 3, 20), strides)]
+    pointers = [ctypes.c_void_p(v.ctypes.data) for v in views]
+    ctypes.CDLL(str(library)).merge_strided(*pointers, *int64s)
+    assert_same_bits(output, expected[0])
+    assert_within(lse, expected[1], 2.0**-23 * (1 + np.abs(expected[1])))
+    assert_same_bits(suffix, arrays[2])
+    for view in views:  # the padding is untouched
+        assert np.isnan(view.base).sum() == view.base.size - view.size + np.isnan(view).sum()
 
 
 @pytest.mark.skipif(not EMPTY_OUTPUTS, reason="this Paddle has no empty outputs")
