@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +82,7 @@ class Build:
         if found is None and option == "on":
             raise toolchain.ToolchainError("--cuda=on: no nvcc; set CUDA_HOME or PATH")
         if found is None:
-            print("no nvcc found: building the CPU kernels only (set CUDA_HOME for the CUDA part)")
+            _say("no nvcc found: building the CPU kernels only (set CUDA_HOME for the CUDA part)")
         return found
 
     def library_units(self) -> list[Unit]:
@@ -103,7 +106,7 @@ class Build:
         if self.sources.host_module is None:
             return []
         if include is None:
-            print("Python.h is not installed: building without fastattn._host (optional)")
+            _say("Python.h is not installed: building without fastattn._host (optional)")
             return []
         flags = [
             *toolchain.host_module_flags(self.paddle, include),
@@ -152,19 +155,33 @@ class Build:
         library_units, host_units = self.library_units(), self.host_units()
         jobs = toolchain.jobs()
         kind = f"CUDA {';'.join(self.archs)}" if self.cuda else "CPU"
-        print(f"fastattn: {kind} operators for Paddle {self.paddle.version}, {jobs} jobs")
-        report = compile_all([*library_units, *host_units], CUSTOM_OPS, jobs, _say)
-        self.link(library_units, toolchain.link_flags(self.paddle, self.cuda), library)
-        if host_units:
-            self.link(host_units, ["-shared", "-Wl,-s"], host)
+        _say(f"fastattn: {kind} operators for Paddle {self.paddle.version}, {jobs} jobs")
+        with _lock(self.objects):
+            report = compile_all([*library_units, *host_units], CUSTOM_OPS, jobs, _say)
+            self.link(library_units, toolchain.link_flags(self.paddle, self.cuda), library)
+            if host_units:
+                self.link(host_units, ["-shared", "-Wl,-s"], host)
         info = self.info()
         (library.parent / BUILD_INFO).write_text(build_info_text(info), encoding="utf-8")
-        print(
+        _say(
             f"{info['NUM_SOURCES']} sources ({info['NUM_CUDA_SOURCES']} CUDA instances, "
             f"{len(info['OPERATORS'])} operators) in {time.monotonic() - start:.1f} s"
         )
         if report.seconds:
-            print("slowest: " + ", ".join(f"{n} {s:.1f} s" for n, s in report.slowest()))
+            _say("slowest: " + ", ".join(f"{n} {s:.1f} s" for n, s in report.slowest()))
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep a second build out of the same objects."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("another build is running; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _say(line: str) -> None:
