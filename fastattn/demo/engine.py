@@ -1,0 +1,211 @@
+"""Serving: a model, a paged cache of one type, and a scheduler, through an attention backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fastattn.backends import (
+    AttentionLayer,
+    FlashAttentionBackend,
+    ForwardMeta,
+    make_config,
+)
+from fastattn.backends.config import BLOCK_SIZE
+from fastattn.demo.blocks import BlockPool
+from fastattn.demo.model import Config, Model, rotary_table
+from fastattn.demo.scheduler import Request, Row, Scheduler
+from fastattn.functional._cache_types import DYNAMIC_TYPES
+from fastattn.reference.numerics import Array
+
+#: Static dequantisation scales of a layer, ``(k, v)``, fp32.
+LayerScales = tuple[Array, Array]
+
+
+@dataclass
+class Statistics:
+    """What an engine has done so far."""
+
+    steps: int = 0
+    mixed_steps: int = 0  # with prefill and decode rows
+    tokens: int = 0
+    largest_batch: int = 0
+    peak_blocks: int = 0
+    reused_tokens: int = 0
+    preemptions: int = 0
+
+
+class Engine:
+    """Serves requests with one cache type.
+
+    Parameters
+    ----------
+    model : Model
+    cache_quant_type : str
+    scales : sequence of (k, v), optional
+        Per layer, for the static types.
+    num_blocks : int
+        Blocks of 64 tokens in the cache.
+    max_rows, token_budget, chunk, reuse_prefixes
+        See :class:`fastattn.demo.scheduler.Scheduler`.
+    place : optional
+        Where the cache is and the attention runs; default the model's. Moving between the two is
+        the engine's job.
+    backend_class : type
+        One of the classes of :mod:`fastattn.backends`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache_quant_type: str = "none",
+        *,
+        scales: Sequence[LayerScales] | None = None,
+        num_blocks: int = 64,
+        max_rows: int = 8,
+        token_budget: int = 96,
+        chunk: int = 64,
+        reuse_prefixes: bool = True,
+        place: Any = None,
+        backend_class: type[FlashAttentionBackend] = FlashAttentionBackend,
+    ) -> None:
+        config = model.config
+        self.model = model
+        self.place = model.place if place is None else place
+        self.statistics = Statistics()
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks),
+            max_rows=max_rows,
+            token_budget=token_budget,
+            chunk=chunk,
+            reuse_prefixes=reuse_prefixes,
+        )
+        self.backend = backend_class(
+            make_config(max_model_len=config.context, num_key_value_heads=config.kv_heads),
+            config.kv_heads,
+            config.heads,
+            config.head_dim,
+        )
+        self.layers = self._layers(config, cache_quant_type, scales)
+        self.caches = self._caches(config, cache_quant_type, num_blocks)
+        self._rotary = self._tensor(rotary_table(config))
+        self._max_blocks = -(-config.context // BLOCK_SIZE)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that a token takes in the caches of all layers, scales included."""
+        return self._cache_bytes / (self.scheduler.pool.num_blocks * BLOCK_SIZE)
+
+    def submit(self, request: Request) -> Request:
+        """Queue a request.
+
+        Raises
+        ------
+        ValueError
+            If it is longer than the model's context or than the whole cache.
+        """
+        longest = len(request.prompt) + max(request.max_new_tokens - 1, 0)
+        if longest > self.model.config.context:
+            raise ValueError(
+                f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones "
+                f"exceed the model's context of {self.model.config.context}"
+            )
+        self.scheduler.add(request)
+        return request
+
+    def run(self, progress: Callable[[int], None] | None = None) -> None:
+        """Step until every request is done; `progress` gets the number of tokens of each step."""
+        while tokens := self.step():
+            if progress is not None:
+                progress(tokens)
+
+    def step(self) -> int:
+        """Run one step; returns its number of tokens, 0 when there was nothing to do."""
+        rows = self.scheduler.schedule()
+        if not rows:
+            return 0
+        self._count(rows)
+        logits = self._forward(rows)
+        position = 0
+        for row in rows:
+            request = row.request
+            own = logits[position : position + row.count]
+            position += row.count
+            if request.keep_logits:
+                request.logits.append(own)
+            self.scheduler.commit(row)
+            if row.is_last and len(request.generated) < request.max_new_tokens:
+                request.tokens.append(request.sample(own[-1]))
+            if request.done:
+                self.scheduler.finish(request)
+                self.statistics.reused_tokens += request.reused
+                self.statistics.preemptions += request.preemptions
+        return position
+
+    def _forward(self, rows: list[Row]) -> Array:
+        """Logits of all tokens of a step, fp32 ``[T, vocabulary]``."""
+        tokens = [t for row in rows for t in row.request.tokens[row.start : row.start + row.count]]
+        tables = np.full((len(rows), self._max_blocks), -1, np.int32)
+        for table, row in zip(tables, rows):
+            table[: len(row.request.blocks)] = row.request.blocks
+        meta = ForwardMeta.for_step(
+            cached=[row.start for row in rows],
+            new=[row.count for row in rows],
+            prefill=[row.is_prefill for row in rows],
+            block_tables=tables,
+            caches=self.caches,
+            rotary_embs=self._rotary,
+            place=self.place,
+        )
+        with paddle.no_grad():
+            self.backend.init_attention_metadata(meta)
+            x = self.model.embed(np.asarray(tokens, np.int64))
+            for i, layer in enumerate(self.layers):
+                qkv = self._move(self.model.qkv(i, x).astype("bfloat16"), self.place)
+                out = self.backend.forward_mixed(None, None, None, qkv, None, None, layer, meta)
+                out = self._move(out, self.model.place).astype("float32")
+                x = self.model.finish(i, x, out)
+            logits: Array = self.model.logits(x).numpy()
+        return logits
+
+    def _count(self, rows: list[Row]) -> None:
+        prefill = [row.is_prefill for row in rows]
+        seen = self.statistics
+        seen.steps += 1
+        seen.mixed_steps += any(prefill) and not all(prefill)
+        seen.tokens += sum(row.count for row in rows)
+        seen.largest_batch = max(seen.largest_batch, len(rows))
+        seen.peak_blocks = max(seen.peak_blocks, self.scheduler.pool.in_use)
+
+    def _layers(
+        self, config: Config, cache_quant_type: str, scales: Sequence[LayerScales] | None
+    ) -> list[AttentionLayer]:
+        layers = [AttentionLayer(i, cache_quant_type) for i in range(config.layers)]
+        for layer, (k, v) in zip(layers, scales or ()):
+            layer.cache_k_out_scale = self._tensor(k)
+            layer.cache_v_out_scale = self._tensor(v)
+        return layers
+
+    def _caches(self, config: Config, cache_quant_type: str, num_blocks: int) -> list[Any]:
+        shapes = self.backend.get_kv_cache_shape(num_blocks, cache_quant_type)
+        # Paddle's NumPy type of bfloat16 is uint16.
+        dtype = np.uint16 if cache_quant_type == "none" else np.uint8
+        arrays = [np.zeros(shape, dtype) for shape in shapes]
+        if cache_quant_type in DYNAMIC_TYPES:
+            slots = (num_blocks, config.kv_heads, BLOCK_SIZE)
+            arrays += [np.zeros(slots, np.float32) for _ in range(2)]
+        self._cache_bytes = config.layers * sum(array.nbytes for array in arrays)
+        return [self._tensor(array) for _ in range(config.layers) for array in arrays]
+
+    def _tensor(self, array: Array) -> Any:
+        return paddle.to_tensor(np.ascontiguousarray(array), place=self.place)
+
+    @staticmethod
+    def _move(tensor: Any, place: Any) -> Any:
+        if tensor.place.is_gpu_place() == place.is_gpu_place():
+            return tensor
+        return tensor.cuda() if place.is_gpu_place() else tensor.cpu()

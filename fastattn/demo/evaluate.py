@@ -1,0 +1,156 @@
+"""What a cache type costs and what it gives: bytes, perplexity, logit error, tokens a second."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastattn.demo.engine import Engine, LayerScales, Statistics
+from fastattn.demo.gradient import cross_entropy, forward
+from fastattn.demo.model import Config, Model, Weights
+from fastattn.demo.scheduler import Request, Sampling
+from fastattn.demo.text import encode
+from fastattn.functional._cache_types import STATIC_TYPES
+from fastattn.reference.numerics import Array, amax, dynamic_scale
+
+#: Windows of text that static scales are measured on, and that perplexity is computed over.
+CALIBRATION_WINDOWS = 16
+HELD_OUT_WINDOWS = 40
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Logits of the held-out windows, fp32 ``[windows, T, vocabulary]``, and their perplexity."""
+
+    logits: Array
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """A batch of requests that an engine has finished."""
+
+    requests: list[Request]
+    statistics: Statistics
+    bytes_per_token: float
+    tokens_per_second: float
+
+
+def windows(text: str, length: int, count: int) -> Array:
+    """`count` evenly spaced windows of `length` + 1 tokens (fewer if the text is short)."""
+    tokens = encode(text)
+    if len(tokens) < length + 1:
+        raise ValueError(f"expected a text of more than {length} tokens, got {len(tokens)}")
+    count = min(count, (len(tokens) - 1) // length)
+    starts = np.linspace(0, len(tokens) - length - 1, count).astype(np.int64)
+    return np.stack([tokens[s : s + length + 1] for s in starts])
+
+
+def static_scales(
+    weights: Weights, config: Config, text: str, cache_quant_type: str
+) -> list[LayerScales] | None:
+    """Scales of a static type, from the largest K and V of a text: per head (FP8), per channel.
+
+    Returns
+    -------
+    list of (k, v), fp32 ``[KV]`` or ``[KV * D]``
+        One pair a layer; None for a type that has no static scales.
+    """
+    if cache_quant_type not in STATIC_TYPES:
+        return None
+    tokens = windows(text, config.context, CALIBRATION_WINDOWS)[:, :-1]
+    per_channel = cache_quant_type == "cache_int8"
+    code = "int8" if per_channel else "e4m3"
+    axes = (0, 2) if per_channel else (0, 2, 3)  # of [B, KV, T, D]
+    return [
+        (
+            dynamic_scale(amax(layer.k, axis=axes).reshape(-1), code),
+            dynamic_scale(amax(layer.v, axis=axes).reshape(-1), code),
+        )
+        for layer in forward(weights, config, tokens).layers
+    ]
+
+
+def score(
+    model: Model,
+    cache_quant_type: str,
+    scales: Sequence[LayerScales] | None,
+    held_out: Array,
+    *,
+    place: Any = None,
+    progress: Progress | None = None,
+) -> Score:
+    """Perplexity of windows ``[n, T + 1]`` through the paged cache, in chunks of odd lengths."""
+    rows = 4
+    blocks = rows * (-(-model.config.context // 64))
+    engine = Engine(
+        model,
+        cache_quant_type,
+        scales=scales,
+        num_blocks=blocks,
+        max_rows=rows,
+        chunk=61,
+        token_budget=167,
+        reuse_prefixes=False,  # reused tokens have no logits
+        place=place,
+    )
+    requests = [
+        engine.submit(Request(list(window[:-1]), max_new_tokens=0, keep_logits=True))
+        for window in held_out
+    ]
+    engine.run(progress)
+    logits = np.stack([np.concatenate(request.logits) for request in requests])
+    loss, _ = cross_entropy(logits.reshape(-1, logits.shape[-1]), held_out[:, 1:].reshape(-1))
+    return Score(logits, math.exp(loss))
+
+
+def serve(
+    model: Model,
+    cache_quant_type: str,
+    scales: Sequence[LayerScales] | None,
+    jobs: Sequence[tuple[str, int]],
+    sampling: Sampling,
+    *,
+    place: Any = None,
+    progress: Progress | None = None,
+) -> Served:
+    """Serve jobs (prompt, new tokens) as one changing batch."""
+    engine = Engine(model, cache_quant_type, scales=scales, place=place, max_rows=4)
+    start = time.perf_counter()
+    requests = [
+        engine.submit(
+            Request(
+                list(encode(prompt)),
+                new_tokens,
+                Sampling(sampling.temperature, sampling.top_k, sampling.seed + i),
+            )
+        )
+        for i, (prompt, new_tokens) in enumerate(jobs)
+    ]
+    engine.run(progress)
+    elapsed = time.perf_counter() - start
+    return Served(
+        requests,
+        engine.statistics,
+        engine.bytes_per_token,
+        sum(len(r.generated) for r in requests) / elapsed,
+    )
+
+
+def warm_up(model: Model, *, place: Any = None) -> None:
+    """Load the operators and run a few steps, so that no measured run pays for that."""
+    engine = Engine(model, num_blocks=4, place=place)
+    engine.submit(Request([1, 2, 3], 3, Sampling(0.0)))
+    engine.run()
+
+
+def largest_difference(logits: Array, base: Array) -> float:
+    """Largest absolute difference of two logit arrays."""
+    return float(np.max(np.abs(logits - base)))
