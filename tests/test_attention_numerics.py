@@ -251,6 +251,35 @@ def test_v_with_a_large_mean_over_a_long_row(place, kind):
     problem.check(place)
 
 
+# Long rows, whose keys are split among threads and merged.
+
+LONG = {
+    "plain": {},
+    "sinks": {"sinks": np.array([3.0, 11.0], np.float32)},
+    "window": {"window_size": (2500, -1)},
+    "one_part": {"mask_offsets": np.array([[4200, 4300]] * 2, np.int32)},
+    "between_parts": {"mask_offsets": np.array([[2040, 2060], [0, 0]], np.int32)},
+    "softcap": {"softcap": 1.5},
+    "codes": {"out_scale": np.array([0.011], np.float32)},
+}
+
+
+@pytest.mark.parametrize("options", LONG.values(), ids=list(LONG))
+@pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_INT8], ids=str)
+def test_splits_of_a_long_row(place, kind, options):
+    paged_problem([(6200, 2)], heads=(2, 1), kind=kind, **options).check(place)
+
+
+@pytest.mark.parametrize("letter", ["k", "v"])
+@pytest.mark.parametrize("position", [0, 3000, 6200])
+def test_a_nan_in_one_split_of_a_long_row(place, letter, position):
+    problem = paged_problem([(6200, 2)], heads=(2, 1), kind=BLOCK_WISE_FP8)
+    problem.poison(letter, 0, position)
+    out, lse = problem.check(place)
+    assert np.isnan(out.astype(np.float32)).all()
+    assert np.isnan(lse).all() == (letter == "k")
+
+
 # LSE.
 
 

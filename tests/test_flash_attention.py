@@ -8,7 +8,7 @@ import pytest
 
 import fastattn.functional as F
 from tests.support.attention import flash_problem
-from tests.support.bounds import assert_error_ratio, assert_lse
+from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import EMPTY_OUTPUTS, to_numpy, to_paddle
 
@@ -23,6 +23,7 @@ TYPES = [
     ("e4m3:tensor", "e4m3"),
     ("e4m3:token_head", "e4m3"),
     ("bfloat16", "e4m3"),
+    ("bfloat16", "e5m2"),
     ("bfloat16", "int8"),
     ("float16", "e4m3"),
 ]
@@ -35,22 +36,44 @@ def test_ragged_rows(place, types, dim, causal):
     flash_problem(RAGGED, q_type=types[0], kv_type=types[1], dim=dim, causal=causal).check(place)
 
 
-@pytest.mark.skipif(not hasattr(paddle, "float8_e5m2"), reason="this Paddle has no e5m2 tensors")
-@pytest.mark.parametrize("dim", [64, 128])
-def test_e5m2_keys_and_values(place, dim):
-    problem = flash_problem(SHORT, kv_type="e5m2", dim=dim, causal=True)
-    exact, exact_lse = problem.reference()
-    naive, naive_lse = problem.reference("float32" if place == "cpu" else "bfloat16")
+FP8_TENSORS = pytest.mark.skipif(
+    not hasattr(paddle, "float8_e5m2"), reason="this Paddle has no FP8 tensors"
+)
+
+
+@FP8_TENSORS
+@pytest.mark.parametrize("kv_type", ["e4m3", "e5m2"])
+def test_fp8_tensors_name_their_codes(place, kv_type):
+    problem = flash_problem(SHORT, kv_type=kv_type, causal=True)
+    expected, _ = problem.check(place)
     positional, keywords = problem.arguments(place)
     for i in (1, 2):
-        positional[i] = positional[i].view("float8_e5m2")
-    out, lse = F.flash_attention(*positional, return_softmax_lse=True, **keywords)
-    assert_error_ratio(to_numpy(out), exact, naive, "bfloat16")
-    assert_lse(to_numpy(lse), exact_lse, naive_lse)
+        positional[i] = positional[i].view({"e4m3": "float8_e4m3fn"}.get(kv_type, "float8_e5m2"))
+    keywords.pop("kv_dtype", None)
+    assert_same_bits(to_numpy(F.flash_attention(*positional, **keywords)), expected, "out")
+
+
+def test_int8_codes_in_uint8_tensors(place):
+    problem = flash_problem(SHORT, kv_type="int8")
+    expected, _ = problem.run(place)
+    positional, keywords = problem.arguments(place)
+    for i, codes in ((1, problem.k), (2, problem.v)):
+        positional[i] = to_paddle(codes.view(np.uint8), place)
+    out = F.flash_attention(*positional, kv_dtype="int8", **keywords)
+    assert_same_bits(to_numpy(out), expected, "out")
+
+
+@pytest.mark.parametrize("out_dtype", ["float16", "float32"])
+def test_output_type_of_fp8_queries(place, out_dtype):
+    problem = flash_problem(SHORT, q_type="e4m3:tensor")
+    exact, _ = problem.reference()
+    naive, _ = problem.reference("float32" if place == "cpu" else "bfloat16")
+    out, _ = problem.run(place, out_dtype=out_dtype)
+    assert_error_ratio(out, exact, naive, out_dtype)
 
 
 @pytest.mark.parametrize("descale_shape", ["tensor", "head", "batch"])
-@pytest.mark.parametrize("types", TYPES[2:6], ids="-".join)
+@pytest.mark.parametrize("types", TYPES[2:7], ids="-".join)
 def test_descales_are_indexed(place, types, descale_shape):
     flash_problem(
         SHORT, heads=(6, 3), q_type=types[0], kv_type=types[1], descale_shape=descale_shape

@@ -311,7 +311,13 @@ def test_a_cache_without_blocks(place):
 
 def _nan_kinds():
     """Cache types that can hold a NaN."""
-    return [PLAIN, CacheKind("cache_fp8", "head"), BLOCK_WISE_FP8, BLOCK_WISE_INT8]
+    return [
+        PLAIN,
+        CacheKind("cache_fp8", "head"),
+        CacheKind("cache_fp8", "tensor", "e5m2"),
+        BLOCK_WISE_FP8,
+        BLOCK_WISE_INT8,
+    ]
 
 
 @pytest.mark.parametrize("letter", ["k", "v"])

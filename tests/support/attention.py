@@ -365,6 +365,8 @@ class FlashProblem(Problem):
             int(np.diff(self.cu_seqlens_k).max(initial=0)),
         ]
         keywords = _as_tensors(self.options, place)
+        if self.k.dtype == E5M2:
+            keywords["kv_dtype"] = "e5m2"  # the tensors hold uint8
         if self.q_descale is not None:
             keywords["q_descale"] = to_paddle(self.q_descale, place)
         return positional, keywords
