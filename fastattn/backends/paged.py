@@ -190,13 +190,14 @@ class PagedAttentionBackend(AttentionBackend):
             num_tokens,
             min(self.config.max_model_len, int(block_tables.shape[1]) * BLOCK_SIZE),
         )
-        out = functional.paged_attention(
+        out: Any = functional.paged_attention(
             query,
             cache.key,
             cache.value,
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             q_descale=q_descale,
+            out_dtype="auto" if q_descale is None else _dtype_name(qkv),
             **rows,
             **self._mask_arguments(layer, metadata),
             **cache.arguments(),
@@ -257,6 +258,10 @@ class PagedAttentionBackend(AttentionBackend):
                 f"{type(self).__name__}: layer.out_scale = {out_scale}: a quantised output is not "
                 "supported"
             )
+
+
+def _dtype_name(qkv: Any) -> str:
+    return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
 
 
 def _host_lengths(forward_meta: Any) -> tuple[int, int] | None:
