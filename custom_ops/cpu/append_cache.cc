@@ -45,7 +45,7 @@ void Run(const AppendCacheParams& p) {
   const CacheReader<Format, kLayout> reader(p.cache);
   const std::vector<Piece> pieces = Pieces(p);
 
-  ParallelFor(static_cast<int64_t>(pieces.size()) * heads, 1, [&](int64_t begin, int64_t end) {
+  ParallelFor(static_cast<int64_t>(pieces.size()) * heads, 8, [&](int64_t begin, int64_t end) {
     typename Format::Storage codes[kBlockSize * kMaxHeadDim];
     float x[kMaxHeadDim];
     for (int64_t item = begin; item < end; ++item) {

@@ -150,30 +150,35 @@ class CacheReader {
  public:
   using Storage = typename Format::Storage;
 
-  explicit CacheReader(const PagedCache& cache) : cache_(cache) {}
+  explicit CacheReader(const PagedCache& cache) : cache_(cache) {
+    for (int d = 0; d < cache.head_dim; ++d) {
+      k_channel_[d] = KeyOffset<kLayout>(0, d, cache.head_dim);
+      v_channel_[d] = ValueOffset<kValueLayout>(0, d, cache.head_dim);
+    }
+  }
 
   // Codes of tokens [begin, end) of one block and head, in token order: codes[(r - begin) * D + d].
   void KeyCodes(int block, int head, int begin, int end, Storage* codes) const {
-    const int head_dim = cache_.head_dim;
     const Storage* base =
         static_cast<const Storage*>(cache_.key) + BlockOffset(cache_, block, head);
     if constexpr (kLayout == CacheLayout::kFastDeploy) {
-      Gather(base, begin, end, codes,
-             [&](int r, int d) { return KeyOffset<CacheLayout::kFastDeploy>(r, d, head_dim); });
+      for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
+        Gather(base + KeyOffset<kLayout>(r, 0, cache_.head_dim), k_channel_, codes);
+      }
     } else {
-      std::copy(base + begin * head_dim, base + end * head_dim, codes);
+      std::copy(base + begin * cache_.head_dim, base + end * cache_.head_dim, codes);
     }
   }
 
   void ValueCodes(int block, int head, int begin, int end, Storage* codes) const {
-    const int head_dim = cache_.head_dim;
     const Storage* base =
         static_cast<const Storage*>(cache_.value) + BlockOffset(cache_, block, head);
-    if constexpr (Format::kType == CacheType::kNone) {
-      std::copy(base + begin * head_dim, base + end * head_dim, codes);
+    if constexpr (kValueLayout == CacheLayout::kLogical) {
+      std::copy(base + begin * cache_.head_dim, base + end * cache_.head_dim, codes);
     } else {
-      Gather(base, begin, end, codes,
-             [&](int r, int d) { return ValueOffset<kLayout>(r, d, head_dim); });
+      for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
+        Gather(base + ValueOffset<kValueLayout>(r, 0, cache_.head_dim), v_channel_, codes);
+      }
     }
   }
 
@@ -187,14 +192,15 @@ class CacheReader {
   }
 
  private:
-  template <typename Offset>
-  void Gather(const Storage* base, int begin, int end, Storage* codes, Offset&& offset) const {
-    // FastDeploy adds 128 to int8 codes; for 8 bits that flips the sign bit.
+  static constexpr CacheLayout kValueLayout =
+      Format::kType == CacheType::kNone ? CacheLayout::kLogical : kLayout;
+
+  // One token's codes. In every layout the offset of (r, d) is that of (r, 0) plus that of (0, d).
+  void Gather(const Storage* token, const int* channel, Storage* codes) const {
+    // FastDeploy adds 128 to int8 codes; for 8 bits that flips the top bit.
     constexpr int kFlip = kLayout == CacheLayout::kFastDeploy && IsInt8(Format::kType) ? 0x80 : 0;
-    for (int r = begin; r < end; ++r) {
-      for (int d = 0; d < cache_.head_dim; ++d) {
-        *codes++ = static_cast<Storage>(base[offset(r, d)] ^ kFlip);
-      }
+    for (int d = 0; d < cache_.head_dim; ++d) {
+      codes[d] = static_cast<Storage>(token[channel[d]] ^ kFlip);
     }
   }
 
@@ -218,6 +224,8 @@ class CacheReader {
   }
 
   PagedCache cache_;
+  int k_channel_[kMaxHeadDim];
+  int v_channel_[kMaxHeadDim];
 };
 
 }  // namespace fastattn::cpu
