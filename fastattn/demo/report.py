@@ -153,9 +153,9 @@ class Console:
             return
         widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
         lines: list[tuple[str, ...]] = [headers, tuple("-" * w for w in widths), *rows]
-        for row in lines:
+        for line in lines:
             cells = (
-                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
             )
             self.line("  ".join(cells).rstrip())
 
