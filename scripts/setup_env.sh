@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv ready, with Paddle and this package in it.
 #
 #   FASTATTN_PADDLE   what to install as Paddle, default paddlepaddle==3.3.1
