@@ -292,6 +292,8 @@ def test_no_tokens_no_rows_no_blocks(place):
 
 
 def test_key_and_value_may_be_slices_of_qkv(place):
+    if place == "gpu" and not EMPTY_OUTPUTS:
+        pytest.skip("Paddle 2.6 has no kernel for this GPU that makes a slice contiguous")
     step, num_blocks = make_step([7], [20])
     cache = make_cache("block_wise_fp8", num_blocks, 2, 64)
     qkv = make_values((20, 8, 64), np.float32)
@@ -422,3 +424,36 @@ def test_static_scales_may_be_a_layer_s_parameters():
         out = run(*tensors)
         assert_same_bits(to_numpy(out), expected.value)
         assert_same_bits(to_numpy(tensors[2]), expected.key)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("cache_quant_type", "fp8_format"), [q for q in QUANTISED if not is_dynamic(q[0])]
+)
+def test_every_16_bit_value(place, cache_quant_type, fp8_format, dtype):
+    """At scale 1, as they are and a little off, so that ties and both neighbours occur."""
+    values = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[dtype]).reshape(512, 1, 128)
+    step, num_blocks = make_step([0], [512])
+    cache = make_cache(cache_quant_type, num_blocks, 1, 128, fp8_format=fp8_format)
+    cache.k_scales[:] = 1
+    cache.v_scales[:] = 1
+    with np.errstate(all="ignore"):
+        off = values.astype(np.float32) * np.float32(1 + 2.0**-20)
+        wide = values.astype(np.float32)
+    assert_same_cache(write(cache, values, values, step, place), model(cache, values, values, step))
+    assert_same_cache(write(cache, off, wide, step, place), model(cache, off, wide, step))
+
+
+@pytest.mark.parametrize("cache_dtype", [np.float16, BF16])
+def test_fp32_is_rounded_to_the_cache_at_ties_and_limits(place, cache_dtype):
+    middle = np.arange(1 << 16, dtype=np.uint32) << 16 | 0x8000  # ties of bfloat16
+    bits = np.stack([middle - 1, middle, middle + 1]).astype(np.uint32)
+    half = np.arange(1 << 15, dtype=np.uint16).view(np.float16).astype(np.float64)
+    with np.errstate(all="ignore"):
+        ties = np.nan_to_num((half[1:] + half[:-1]) / 2, posinf=65520).astype(np.float32)
+    x = np.concatenate([bits.view(np.float32).reshape(-1), ties, ties * np.float32(1 + 2.0**-20)])
+    x = np.concatenate([x, -x])
+    x = x[: x.size // 128 * 128].reshape(-1, 1, 128)
+    step, num_blocks = make_step([0], [len(x)])
+    cache = make_cache("none", num_blocks, 1, 128, dtype=cache_dtype)
+    assert_same_cache(write(cache, x, x[::-1].copy(), step, place), model(cache, x, x[::-1], step))

@@ -92,7 +92,10 @@ def _runnable(
         static.eval()
         yield static
     elif mode == "sot":
-        yield paddle.jit.to_static(function, full_graph=False)
+        traced = paddle.jit.to_static(function, full_graph=False)
+        if paddle.__version__.startswith("2.") and hasattr(traced, "eval"):
+            traced.eval()  # under Python 3.12 Paddle 2.6 has no SOT and traces the full graph
+        yield traced
     elif mode == "saved":
         specs = []
         for i, array in enumerate(arrays):

@@ -114,8 +114,9 @@ __global__ void __launch_bounds__(kAppendThreads)
   int64_t tokens = min(p.seq_lens_decoder[row], p.cu_seqlens_k[row + 1] - start);
   tokens = min(tokens, p.num_out_tokens - start);
   const int64_t tile = slot - FirstSlot(start, row);
-  const int valid = static_cast<int>(min(tokens - tile * kBlockSize, int64_t{kBlockSize}));
-  if (valid <= 0 || tile >= p.max_blocks) return;
+  tokens -= tile * kBlockSize;
+  if (tokens <= 0 || tile >= p.max_blocks) return;
+  const int valid = static_cast<int>(min(tokens, int64_t{kBlockSize}));
   const int block = p.block_tables[static_cast<int64_t>(row) * p.max_blocks + tile];
   if (block < 0 || block >= p.cache.num_blocks) return;
 

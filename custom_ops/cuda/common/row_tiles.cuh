@@ -37,7 +37,7 @@ __device__ __forceinline__ int FindRow(const int* starts, int batch, int64_t slo
     const int candidate = low + lane * step;
     const bool owned =
         candidate < low + size && FirstSlot(starts[candidate], candidate, tile, extra) <= slot;
-    const int count = __popc(__ballot_sync(0xFFFFFFFFu, owned));
+    const int count = 32 - __clz(__ballot_sync(0xFFFFFFFFu, owned));
     if (count == 0) return low - 1;
     // Candidate count-1 qualifies, candidate count does not: go on between them.
     const int end = low + size;

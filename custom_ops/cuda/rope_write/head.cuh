@@ -83,15 +83,15 @@ __device__ __forceinline__ void LoadAngles(const RopeWriteCacheParams& p, int64_
   if (p.style == RotaryStyle::kNone || channel >= p.rotary_dim) return;
   const int half = p.rotary_dim / 2;
   const bool neox = p.style == RotaryStyle::kNeox;
-  const int first = neox ? (channel < half ? channel : channel - half) : channel / 2;
   const int64_t row = min(position, p.max_positions - 1) * p.rotary_stride;
   const float* cos = p.cos + row;
   const float* sin = p.sin + row;
-  // 16-byte loads where the columns lie side by side and rows keep the alignment.
-  const bool vectors =
-      p.rotary_step == 1 && p.rotary_stride % 4 == 0 &&
+  // 16-byte loads where a lane's columns lie side by side and rows keep the alignment.
+  const bool aligned =
+      p.rotary_step == 1 && p.rotary_stride % 4 == 0 && p.rotary_dim % 16 == 0 &&
       (reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin)) % 16 == 0;
-  if (vectors && (neox || channel + kChunk <= p.rotary_dim)) {
+  if (aligned) {
+    const int first = neox ? (channel < half ? channel : channel - half) : channel / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (i == 1 && !neox) break;
@@ -106,9 +106,29 @@ __device__ __forceinline__ void LoadAngles(const RopeWriteCacheParams& p, int64_
   }
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    if (neox || (i < kChunk / 2 && first + i < half)) {
-      angles.cos[i] = __ldg(cos + static_cast<int64_t>(first + i) * p.rotary_step);
-      angles.sin[i] = __ldg(sin + static_cast<int64_t>(first + i) * p.rotary_step);
+    const int c = channel + i;
+    const int pair = neox ? (c < half ? c : c - half) : channel / 2 + i;
+    if (neox ? c < p.rotary_dim : (i < kChunk / 2 && pair < half)) {
+      angles.cos[i] = __ldg(cos + static_cast<int64_t>(pair) * p.rotary_step);
+      angles.sin[i] = __ldg(sin + static_cast<int64_t>(pair) * p.rotary_step);
+    }
+  }
+}
+
+// Neox partners for a rotary_dim that is no multiple of 16: they lie at another index of another
+// lane, so every register of that lane is asked for.
+__device__ __forceinline__ void GatherPartners(int channel, int half, const float (&x)[kChunk],
+                                               float (&other)[kChunk]) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int c = channel + i;
+    const int partner = c >= 2 * half ? c : (c < half ? c + half : c - half);
+    const int source = lane + partner / kChunk - channel / kChunk;
+#pragma unroll
+    for (int r = 0; r < kChunk; ++r) {
+      const float value = __shfl_sync(kFullWarp, x[r], source);
+      if (partner % kChunk == r) other[i] = value;
     }
   }
 }
@@ -126,19 +146,23 @@ __device__ __forceinline__ void Rotate(const RopeWriteCacheParams& p, int channe
       }
     }
   } else if (p.style == RotaryStyle::kNeox) {
-    const int half = p.rotary_dim / 2;  // a multiple of kChunk, see the launcher
-    const bool rotated = channel < p.rotary_dim;
-    const bool second = channel >= half;
-    const int lane = threadIdx.x & 31;
-    const int partner = rotated ? lane + (second ? -half : half) / kChunk : lane;
+    const int half = p.rotary_dim / 2;
+    float other[kChunk];
+    if (p.rotary_dim % 16 == 0) {
+      const int lane = threadIdx.x & 31;
+      const int distance = channel >= half ? -half / kChunk : half / kChunk;
+      const int partner = channel < p.rotary_dim ? lane + distance : lane;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) other[i] = __shfl_sync(kFullWarp, x[i], partner);
+    } else {
+      GatherPartners(channel, half, x, other);
+    }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const float other = __shfl_sync(kFullWarp, x[i], partner);
-      if (rotated) {
-        const float own = Mul(x[i], angles.cos[i]);
-        const float cross = Mul(other, angles.sin[i]);
-        x[i] = second ? Add(cross, own) : Sub(own, cross);
-      }
+      if (channel + i >= p.rotary_dim) continue;
+      const float own = Mul(x[i], angles.cos[i]);
+      const float cross = Mul(other[i], angles.sin[i]);
+      x[i] = channel + i >= half ? Add(cross, own) : Sub(own, cross);
     }
   }
 }

@@ -48,10 +48,6 @@ bool NothingToDo(const RopeWriteCacheParams& p) { return p.rows.num_tokens == 0;
 
 cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, cudaStream_t stream) {
   if (NothingToDo(p)) return cudaSuccess;
-  if (p.style == RotaryStyle::kNeox && p.rotary_dim % 16 != 0) {
-    throw std::invalid_argument("rotary_dim = " + std::to_string(p.rotary_dim) +
-                                " is not supported for neox on a GPU; supported: multiples of 16");
-  }
   const int64_t head_dim = p.cache.head_dim;
   StepParams step;
   step.rope = p;

@@ -1,0 +1,148 @@
+"""Timing of GPU work: CUDA graphs, driver events, and the floors that results are held against.
+
+Paddle offers no event times and no empty kernel, so events, copies and one PTX kernel come from the
+CUDA driver API (``libcuda.so.1``) through ctypes, on Paddle's own stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import paddle
+
+_EMPTY_KERNEL = b"""
+.version 7.0
+.target sm_70
+.address_size 64
+.visible .entry empty_kernel() { ret; }
+"""
+
+
+class DriverError(RuntimeError):
+    """A call of the CUDA driver failed."""
+
+
+@functools.lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *args: Any) -> None:
+    code = getattr(_driver(), name)(*args)
+    if code != 0:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorName(code, ctypes.byref(text))
+        raise DriverError(f"{name}: {(text.value or b'?').decode()}")
+
+
+def stream() -> ctypes.c_void_p:
+    """Raw handle of Paddle's current stream."""
+    return ctypes.c_void_p(int(paddle.device.cuda.current_stream().cuda_stream or 0))
+
+
+def gpu_name() -> str:
+    """Name of GPU 0 as the driver tells it."""
+    name = ctypes.create_string_buffer(128)
+    device = ctypes.c_int()
+    _call("cuDeviceGet", ctypes.byref(device), 0)
+    _call("cuDeviceGetName", name, 128, device)
+    return name.value.decode()
+
+
+def driver_version() -> str:
+    """CUDA version that the driver supports, e.g. ``"13.0"``."""
+    version = ctypes.c_int()
+    _call("cuDriverGetVersion", ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+class _Event:
+    def __init__(self) -> None:
+        self.handle = ctypes.c_void_p()
+        _call("cuEventCreate", ctypes.byref(self.handle), 0)
+
+    def record(self) -> None:
+        _call("cuEventRecord", self.handle, stream())
+
+    def microseconds_since(self, start: _Event) -> float:
+        _call("cuEventSynchronize", self.handle)
+        elapsed = ctypes.c_float()
+        _call("cuEventElapsedTime", ctypes.byref(elapsed), start.handle, self.handle)
+        return elapsed.value * 1e3
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> Any:
+    """CUDA graph of all `calls`, each run once before so that nothing is set up inside."""
+    from paddle.device.cuda.graphs import CUDAGraph
+
+    for call in calls:
+        call()
+    paddle.device.cuda.synchronize()
+    graph = CUDAGraph()
+    graph.capture_begin()
+    kept = [call() for call in calls]  # outputs live in the graph's memory pool
+    graph.capture_end()
+    graph.kept = kept
+    return graph
+
+
+def median_us(calls: Sequence[Callable[[], object]], replays: int = 30) -> float:
+    """Median time of one call in microseconds, from replays of a graph that holds all of them.
+
+    Give many calls over different buffers, more bytes than the L2 cache, to measure cold.
+    """
+    graph = capture(calls)
+    for _ in range(3):
+        graph.replay()
+    times = []
+    start, end = _Event(), _Event()
+    for _ in range(replays):
+        start.record()
+        graph.replay()
+        end.record()
+        times.append(end.microseconds_since(start))
+    paddle.device.cuda.synchronize()
+    graph.reset()
+    return statistics.median(times) / len(calls)
+
+
+def copy_bandwidth(gib: float = 2.0) -> float:
+    """Device-to-device copy in GB/s, bytes read plus bytes written, median of 20."""
+    size = int(gib * 2**30)
+    paddle.to_tensor([0.0], place=paddle.CUDAPlace(0))  # makes the context current
+    source, target = ctypes.c_uint64(), ctypes.c_uint64()
+    _call("cuMemAlloc_v2", ctypes.byref(source), ctypes.c_size_t(size))
+    _call("cuMemAlloc_v2", ctypes.byref(target), ctypes.c_size_t(size))
+    _call("cuMemsetD32_v2", source, ctypes.c_uint(0x3C003C01), ctypes.c_size_t(size // 4))
+    start, end = _Event(), _Event()
+    times = []
+    for _ in range(20):
+        start.record()
+        _call("cuMemcpyDtoDAsync_v2", target, source, ctypes.c_size_t(size), stream())
+        end.record()
+        times.append(end.microseconds_since(start))
+    _call("cuMemFree_v2", source)
+    _call("cuMemFree_v2", target)
+    return 2 * size / statistics.median(times) / 1e3
+
+
+@functools.lru_cache(maxsize=1)
+def _empty_kernel() -> ctypes.c_void_p:
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _call("cuModuleLoadData", ctypes.byref(module), _EMPTY_KERNEL)
+    _call("cuModuleGetFunction", ctypes.byref(function), module, b"empty_kernel")
+    return function
+
+
+def launch_empty() -> None:
+    """Launch a kernel of one thread that does nothing on Paddle's stream."""
+    _call("cuLaunchKernel", _empty_kernel(), 1, 1, 1, 1, 1, 1, 0, stream(), None, None)
+
+
+def empty_kernel_us(nodes: int = 200) -> float:
+    """Time of an empty kernel as one of many nodes of a CUDA graph, in microseconds."""
+    return median_us([launch_empty] * nodes)
