@@ -95,6 +95,10 @@ class TileKernel {
       for (; num_chunks_ < kMaxChunks && start < end; start += kBlockSize) {
         if (FindChunk(start, &chunks_[num_chunks_])) ++num_chunks_;
       }
+      // The keys behind this tile's, to ask memory for them in time.
+      if (!p_.paged || start >= end || !FindChunk(start, &chunks_[num_chunks_])) {
+        chunks_[num_chunks_].key = nullptr;
+      }
       if (num_chunks_ > 0) RunTile();
     }
   }
@@ -230,12 +234,11 @@ class TileKernel {
       // Past the last token there may be no memory: its column repeats the last one and is hidden.
       key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
     }
-    float* out = b_.scores + c * kBlockSize;
     if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
       if (kByChannel && IsFinite(chunk.key)) {
-        ScoreColumns<kKv, true>(key, out);
+        ScoreColumns<kKv, true>(c, key);
       } else {
-        ScoreColumns<kKv, false>(key, out);
+        ScoreColumns<kKv, false>(c, key);
       }
       return;
     }
@@ -244,7 +247,7 @@ class TileKernel {
       decoded[i] = b_.keys + i * kDim;
       DecodeRow<kKv>(key[i], b_.keys + i * kDim);
     }
-    ScoreColumns<DType::kFloat32, true>(decoded, out);
+    ScoreColumns<DType::kFloat32, true>(c, decoded);
   }
 
   // Whether a block of codes may be read by the faster conversion.
@@ -256,9 +259,23 @@ class TileKernel {
     }
   }
 
+  // Blocks lie anywhere, and the hardware's prefetchers stop at a page: while some keys are at
+  // work, asks for as many of the next chunk's keys and of this chunk's values.
+  FASTATTN_INLINE void Prefetch(int c, int i) const {
+    if (!p_.paged) return;
+    constexpr int kBytes = 4 * kDim * static_cast<int>(sizeof(Code));
+    for (const Code* codes : {chunks_[c + 1].key, static_cast<const Code*>(chunks_[c].value)}) {
+      if (codes == nullptr) continue;
+      const char* from = reinterpret_cast<const char*>(codes) + i / 4 * kBytes;
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+    }
+  }
+
   template <DType kB, bool kFinite>
-  void ScoreColumns(const typename Element<kB>::Storage* const (&key)[kBlockSize], float* out) {
+  void ScoreColumns(int c, const typename Element<kB>::Storage* const (&key)[kBlockSize]) {
+    float* out = b_.scores + c * kBlockSize;
     for (int i = 0; i < kBlockSize; i += 4) {
+      Prefetch(c, i);
       const typename Element<kB>::Storage* const b[4] = {key[i], key[i + 1], key[i + 2],
                                                          key[i + 3]};
       int r = 0;
@@ -534,7 +551,7 @@ class TileKernel {
   int64_t value_stride_;                       // elements between tokens, values stored by token
   int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees
   int64_t common_begin_ = 0, common_end_ = 0;  // keys that every row sees
-  Chunk chunks_[kMaxChunks];
+  Chunk chunks_[kMaxChunks + 1];               // and the first one of the next tile
   int num_chunks_ = 0;
 };
 
