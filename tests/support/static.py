@@ -55,6 +55,8 @@ def run_all_modes(
         for mode in modes:
             if mode == "dygraph":
                 continue
+            if mode == "saved" and place == "gpu" and paddle.__version__.startswith("2."):
+                continue  # it adds x * 1 + 0, and has no such kernel for recent GPUs
             with _runnable(function, mode, arrays, place, dynamic) as runnable:
                 outputs, inputs = _run(runnable, arrays, place)
             assert len(outputs) == len(expected[0]), f"{mode}: {len(outputs)} outputs"
