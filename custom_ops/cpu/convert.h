@@ -81,9 +81,10 @@ struct Lane<DType::kE5M2> : SmallFloat<2, 0x38800000, 0x43000000, 0x47600000, 0x
 template <>
 struct Lane<DType::kBFloat16> {
   static int32_t From(float x) {
-    const int32_t bits = Bits(x);
-    const int32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return Select((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded);
+    const uint32_t bits = FloatBits(x);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const bool nan = static_cast<int32_t>(bits & 0x7FFFFFFFu) > 0x7F800000;
+    return Select(nan, static_cast<int32_t>((bits >> 16) | 0x40u), static_cast<int32_t>(rounded));
   }
   static float To(int32_t code) { return Float(code << 16); }
 };

@@ -136,7 +136,7 @@ def write_cache_kv(
         for x, cache, scales, offsets in sides:
             flat = cache.reshape(num_blocks, kv_heads, BLOCK_SIZE * head_dim)
             if not quantised:
-                with np.errstate(over="ignore"):
+                with np.errstate(over="ignore", invalid="ignore"):
                     flat[block][:, offsets[slot]] = x[token].astype(cache.dtype)
                 continue
             assert scales is not None
