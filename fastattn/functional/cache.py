@@ -209,8 +209,10 @@ def append_cache_kv_c8(
     >>> scale = paddle.to_tensor([0.5])
     >>> key, value = paddle.zeros([2, 1, 64], "float16"), paddle.zeros([2, 1, 64], "float16")
     >>> blocks, cached, cu = (paddle.to_tensor(x, "int32") for x in ([[0]], [2], [0, 2]))
-    >>> _ = append_cache_kv_c8(codes, codes, key, value, blocks, cached, cu, cache_k_scales=scale,
-    ...                        cache_v_scales=scale, dynamic_quant=False, cache_quant_type="cache_int8")
+    >>> _ = append_cache_kv_c8(
+    ...     codes, codes, key, value, blocks, cached, cu, cache_k_scales=scale,
+    ...     cache_v_scales=scale, dynamic_quant=False, cache_quant_type="cache_int8",
+    ... )
     >>> key.numpy()[:, 0, 0].tolist()
     [1.5, 1.5]
     """
