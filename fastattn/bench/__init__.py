@@ -1,0 +1,1 @@
+"""Timing of the operators: ``python -m fastattn bench``."""
