@@ -250,6 +250,19 @@ def test_layer_cache_picks_by_index(cache):
     assert picked.arguments()["cache_quant_type"] == cache
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_static_scales_may_be_parameters(dtype):
+    """FastDeploy's layers hold them as parameters of the model's dtype."""
+    server = Server(FlashAttentionBackend, Model("cache_int8", scale_dtype=np.float16), [9])
+    layer = server.layers[0]
+    for name in ("cache_k_out_scale", "cache_v_out_scale"):
+        values = to_numpy(getattr(layer, name)).astype(np.float32)
+        parameter = paddle.create_parameter([2], dtype)
+        parameter.set_value(paddle.to_tensor(values).astype(dtype))
+        setattr(layer, name, parameter)
+    server.step([5])
+
+
 @pytest.mark.parametrize(
     ("layer", "count", "error", "text"),
     [

@@ -76,6 +76,10 @@ def local_scales(
         count *= int(size)
     model_heads = kv_heads if shard.num_heads is None else shard.num_heads
     widths = (1, head_dim) if per_channel else (1,)
+    if not scales.stop_gradient:
+        # A parameter: the operators list scales among what they write (dynamic types do), and
+        # Paddle refuses that for a tensor that wants a gradient.
+        scales = scales.detach()
     if scales.dtype == paddle.float16:
         scales = scales.astype("float32")
     if len(scales.shape) != 1:
