@@ -280,6 +280,17 @@ def test_a_nan_in_one_split_of_a_long_row(place, letter, position):
     assert np.isnan(lse).all() == (letter == "k")
 
 
+def test_a_nan_stays_even_where_its_weight_is_0(place):
+    # Logits of thousands: all but one probability underflow to 0, and 0 * NaN is still NaN.
+    problem = paged_problem([(6200, 1)], heads=(2, 1), softmax_scale=500.0)
+    _, lse = problem.run(place)
+    assert lse.min() > 1000
+    problem.poison("v", 0, 5)
+    out, lse = problem.check(place)
+    assert np.isnan(out.astype(np.float32)).all()
+    assert np.isfinite(lse).all()
+
+
 # LSE.
 
 

@@ -26,6 +26,8 @@ TYPES = [
     ("bfloat16", "e5m2"),
     ("bfloat16", "int8"),
     ("float16", "e4m3"),
+    ("float32", "float32"),
+    ("float32", "int8"),
 ]
 
 

@@ -142,7 +142,7 @@ def test_masks_and_logit_options(place, kind, options):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("q_type", ["float16", "e4m3:tensor", "e4m3:token_head"])
+@pytest.mark.parametrize("q_type", ["float16", "float32", "e4m3:tensor", "e4m3:token_head"])
 @pytest.mark.parametrize("kind", QUANTISED, ids=str)
 def test_query_types(place, kind, q_type, dim):
     paged_problem(SHORT, kind=kind, q_type=q_type, dim=dim).check(place)
