@@ -3,7 +3,7 @@
 
 #include "common/dispatch.h"
 #include "cuda/rope_write/policy.h"
-#include "cuda/rope_write/tile_kernel.cuh"
+#include "cuda/rope_write/prefill_kernel.cuh"
 #include "cuda/rope_write/token_kernel.cuh"
 
 namespace fastattn::cuda {
@@ -21,9 +21,20 @@ cudaError_t LaunchStepVariant(const StepParams& p, cudaStream_t stream) {
       const dim3 grid((heads + kHeads - 1) / kHeads, rope.rows.num_tokens);
       StepTokenKernel<Traits><<<grid, kTokenThreads, 0, stream>>>(p);
     } else {
-      const int64_t ctas =
+      constexpr int kTokens = kPrefillThreads / Traits::kLanes;
+      const int heads = rope.num_heads + kv_heads;
+      PrefillGrid grid;
+      grid.head_shares = HeadShares(rope.rows.num_tokens / kTokens + 1, heads);
+      grid.heads_per_share = heads / grid.head_shares;
+      grid.heads_per_share += (grid.heads_per_share * grid.head_shares < heads);
+      grid.heads_per_share = (grid.heads_per_share + kHeadBatch - 1) / kHeadBatch * kHeadBatch;
+      grid.head_shares = (heads + grid.heads_per_share - 1) / grid.heads_per_share;
+      grid.stream_ctas = (rope.rows.num_tokens + kTokens - 1) / kTokens * grid.head_shares;
+      const int64_t value_ctas =
           NumTileSlots(rope.rows.num_tokens, rope.rows.batch, kBlockSize, 2) * kv_heads;
-      StepTileKernel<Traits><<<static_cast<unsigned>(ctas), kTileThreads, 0, stream>>>(p);
+      StepPrefillKernel<Traits>
+          <<<static_cast<unsigned>(grid.stream_ctas + value_ctas), kPrefillThreads, 0, stream>>>(
+              p, grid);
     }
     status = cudaGetLastError();
   });

@@ -4,7 +4,7 @@
 namespace fastattn::cuda {
 
 // Up to this many tokens the one-token kernel is faster whatever the rows look like: its CTAs wait
-// for one round of loads, a tile's for eight.
+// for one round of loads.
 inline constexpr int kTokenKernelMax = 512;
 // With more, it is used for decode and speculative rows only, where a tile would be nearly empty.
 inline constexpr int kTokensPerRowMax = 8;
@@ -12,6 +12,14 @@ inline constexpr int kTokensPerRowMax = 8;
 inline bool UseTokenKernel(int num_tokens, int batch) {
   if (num_tokens > 65535) return false;  // the grid's second dimension
   return num_tokens <= kTokenKernelMax || num_tokens <= kTokensPerRowMax * batch;
+}
+
+// CTAs that share the heads of one group of tokens, so that `token_groups` of them fill a GPU
+// several times over.
+inline int HeadShares(int token_groups, int heads) {
+  constexpr int kCtasWanted = 2048;
+  const int shares = (kCtasWanted + token_groups - 1) / token_groups;
+  return shares < 1 ? 1 : (shares > heads ? heads : shares);
 }
 
 }  // namespace fastattn::cuda

@@ -3,36 +3,12 @@
 // token's V codes are stored as single bytes, 64 bytes apart.
 #pragma once
 
-#include "cuda/common/row_tiles.cuh"
 #include "cuda/rope_write/cache_store.cuh"
+#include "cuda/rope_write/token_place.cuh"
 
 namespace fastattn::cuda {
 
 inline constexpr int kTokenThreads = 128;
-
-// Row and position of a token; row -1 for padding. All lanes of a warp ask for the same token.
-struct TokenPlace {
-  int row;
-  int64_t position;
-};
-
-__device__ __forceinline__ TokenPlace FindToken(const RowMeta& rows, int64_t token) {
-  int row;
-  if (rows.batch_id_per_token != nullptr) {
-    row = __ldg(rows.batch_id_per_token + token);
-    if (row < 0 || row >= rows.batch) return {-1, 0};
-  } else {
-    row = FindRow(rows.cu_seqlens_q, rows.batch, token, 1, 0);
-    if (row < 0) return {-1, 0};
-  }
-  const int first = __ldg(rows.cu_seqlens_q + row);
-  const int end = __ldg(rows.cu_seqlens_q + row + 1);
-  const int count = __ldg(rows.seq_lens_this_time + row);
-  const int start = __ldg(rows.seq_lens_decoder + row);
-  const int64_t i = token - first;
-  if (first < 0 || i < 0 || i >= count || token >= end) return {-1, 0};
-  return {row, max(start, 0) + i};
-}
 
 template <typename Traits>
 __global__ void __launch_bounds__(kTokenThreads)
@@ -59,16 +35,13 @@ __global__ void __launch_bounds__(kTokenThreads)
       token * stride + static_cast<int64_t>(is_q ? head : kv_head) * kHeadDim + channel;
   const auto raw = LoadRaw<Traits::kIn>(source, element, head < num_heads);
 
-  const TokenPlace place = FindToken(rows, token);
+  const TokenPlace place = FindToken(rows, token, token);
   const bool owned = place.row >= 0;
   int block = -1;
   Angles angles;
   if (owned) {
-    const int64_t block_index = place.position / kBlockSize;
-    if (!is_q && block_index < rows.max_blocks) {
-      block = __ldg(rows.block_tables + static_cast<int64_t>(place.row) * rows.max_blocks +
-                    block_index);
-      if (block >= cache.num_blocks) block = -1;
+    if (!is_q) {
+      block = FindBlock(rows, cache.num_blocks, place.row, place.position / kBlockSize);
     }
     if (!is_v) LoadAngles(rope, place.position, channel, angles);
   }
