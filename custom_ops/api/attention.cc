@@ -322,15 +322,17 @@ void ParsePackedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
 
 }  // namespace
 
+// Optional tensors come as non-const references, and optional shapes and dtypes as plain ones where
+// their absence does not matter: for each further optional argument Paddle 2.6 would instantiate
+// these calls twice as often, and eight of them take minutes to compile.
 std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                   const OptionalTensor& q_descale, const OptionalTensor& k_descale,
-                                   const OptionalTensor& v_descale, const OptionalTensor& sinks,
-                                   const OptionalTensor& mask_offsets,
-                                   const OptionalTensor& out_scale, OptionalTensor& out,
-                                   int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
-                                   bool causal, int64_t window_left, int64_t window_right,
-                                   float softcap, bool return_softmax_lse,
+                                   OptionalTensor& q_descale, OptionalTensor& k_descale,
+                                   OptionalTensor& v_descale, OptionalTensor& sinks,
+                                   OptionalTensor& mask_offsets, OptionalTensor& out_scale,
+                                   OptionalTensor& out, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                   float softmax_scale, bool causal, int64_t window_left,
+                                   int64_t window_right, float softcap, bool return_softmax_lse,
                                    const std::string& out_dtype, const std::string& kv_dtype) {
   AttentionParams p;
   ParseQuery(kFlash, q, &p);
@@ -349,11 +351,10 @@ std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tenso
 std::vector<Tensor> PagedAttention(
     const Tensor& q, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
     const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
-    const OptionalTensor& cache_k_scales, const OptionalTensor& cache_v_scales,
-    const OptionalTensor& q_descale, const OptionalTensor& sinks,
-    const OptionalTensor& mask_offsets, const OptionalTensor& out_scale, OptionalTensor& out,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
-    int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
+    OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales, OptionalTensor& q_descale,
+    OptionalTensor& sinks, OptionalTensor& mask_offsets, OptionalTensor& out_scale,
+    OptionalTensor& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
+    bool causal, int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& cache_quant_type,
     const std::string& fp8_format) {
   AttentionParams p;
@@ -381,7 +382,6 @@ std::vector<Tensor> PagedAttention(
 
 namespace {
 
-using OptionalShape = paddle::optional<Shape>;
 using OptionalDtype = paddle::optional<phi::DataType>;
 
 std::vector<Shape> ResultShapes(const Shape& q, bool return_softmax_lse) {
@@ -407,13 +407,12 @@ std::vector<phi::DataType> ResultDtypes(const phi::DataType& q, bool has_out_sca
 
 std::vector<Shape> FlashInferShape(const Shape& q, const Shape& k, const Shape& v,
                                    const Shape& cu_seqlens_q, const Shape& cu_seqlens_k,
-                                   const OptionalShape& q_descale, const OptionalShape& k_descale,
-                                   const OptionalShape& v_descale, const OptionalShape& sinks,
-                                   const OptionalShape& mask_offsets,
-                                   const OptionalShape& out_scale, const OptionalShape& out,
-                                   int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
-                                   bool causal, int64_t window_left, int64_t window_right,
-                                   float softcap, bool return_softmax_lse,
+                                   const Shape& q_descale, const Shape& k_descale,
+                                   const Shape& v_descale, const Shape& sinks,
+                                   const Shape& mask_offsets, const Shape& out_scale,
+                                   const Shape& out, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                   float softmax_scale, bool causal, int64_t window_left,
+                                   int64_t window_right, float softcap, bool return_softmax_lse,
                                    const std::string& out_dtype, const std::string& kv_dtype) {
   return ResultShapes(q, return_softmax_lse);
 }
@@ -421,8 +420,8 @@ std::vector<Shape> FlashInferShape(const Shape& q, const Shape& k, const Shape& 
 std::vector<phi::DataType> FlashInferDtype(
     const phi::DataType& q, const phi::DataType& k, const phi::DataType& v,
     const phi::DataType& cu_seqlens_q, const phi::DataType& cu_seqlens_k,
-    const OptionalDtype& q_descale, const OptionalDtype& k_descale, const OptionalDtype& v_descale,
-    const OptionalDtype& sinks, const OptionalDtype& mask_offsets, const OptionalDtype& out_scale,
+    const phi::DataType& q_descale, const phi::DataType& k_descale, const phi::DataType& v_descale,
+    const phi::DataType& sinks, const phi::DataType& mask_offsets, const OptionalDtype& out_scale,
     const OptionalDtype& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
     bool causal, int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& kv_dtype) {
@@ -432,12 +431,12 @@ std::vector<phi::DataType> FlashInferDtype(
 std::vector<Shape> PagedInferShape(
     const Shape& q, const Shape& key_cache, const Shape& value_cache, const Shape& block_tables,
     const Shape& cu_seqlens_q, const Shape& seq_lens_decoder, const Shape& seq_lens_this_time,
-    const OptionalShape& cache_k_scales, const OptionalShape& cache_v_scales,
-    const OptionalShape& q_descale, const OptionalShape& sinks, const OptionalShape& mask_offsets,
-    const OptionalShape& out_scale, const OptionalShape& out, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
-    int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
-    const std::string& cache_quant_type, const std::string& fp8_format) {
+    const Shape& cache_k_scales, const Shape& cache_v_scales, const Shape& q_descale,
+    const Shape& sinks, const Shape& mask_offsets, const Shape& out_scale, const Shape& out,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
+    const std::string& out_dtype, const std::string& cache_quant_type,
+    const std::string& fp8_format) {
   return ResultShapes(q, return_softmax_lse);
 }
 
@@ -445,8 +444,8 @@ std::vector<phi::DataType> PagedInferDtype(
     const phi::DataType& q, const phi::DataType& key_cache, const phi::DataType& value_cache,
     const phi::DataType& block_tables, const phi::DataType& cu_seqlens_q,
     const phi::DataType& seq_lens_decoder, const phi::DataType& seq_lens_this_time,
-    const OptionalDtype& cache_k_scales, const OptionalDtype& cache_v_scales,
-    const OptionalDtype& q_descale, const OptionalDtype& sinks, const OptionalDtype& mask_offsets,
+    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales,
+    const phi::DataType& q_descale, const phi::DataType& sinks, const phi::DataType& mask_offsets,
     const OptionalDtype& out_scale, const OptionalDtype& out, int64_t max_seqlen_q,
     int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
     int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
