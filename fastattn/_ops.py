@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+import runpy
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -47,12 +48,11 @@ def library_path() -> Path:
 
 
 def _check_build(path: Path) -> None:
-    """Refuse a packaged library that was built for another Paddle than the imported one."""
-    try:
-        from fastattn import _build_info
-    except ImportError:
-        return  # a library named by FASTATTN_LIBRARY may come without
-    built = _build_info.PADDLE_VERSION
+    """Refuse a library that was built for another Paddle than the imported one."""
+    record = path.with_name("_build_info.py")  # the build writes it beside the library
+    if not record.exists():
+        return
+    built = runpy.run_path(str(record)).get("PADDLE_VERSION")
     if built != paddle.__version__:
         raise ImportError(
             f"{path} was built for Paddle {built}, but Paddle {paddle.__version__} is imported. "
@@ -81,10 +81,9 @@ def load() -> tuple[str, ...]:
     if not path.exists():
         raise ImportError(
             f"fastattn's compiled operators are missing ({path}). Build them with "
-            "`python setup_ops.py install` or `pip install .`."
+            "`python setup_ops.py install`, or in a source tree, with `pip install -e .`."
         )
-    if not env.library():
-        _check_build(path)
+    _check_build(path)
     try:
         return tuple(load_op_meta_info_and_register_op(str(path)))
     except (OSError, RuntimeError, ValueError) as error:

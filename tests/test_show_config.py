@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import paddle
@@ -154,13 +153,21 @@ def test_help_imports_no_command(monkeypatch, capsys):
     assert all(name in text for name in ("demo", "bench", "show-config"))
 
 
-def test_library_of_another_paddle_is_refused(monkeypatch, tmp_path):
-    info = types.ModuleType("fastattn._build_info")
-    info.PADDLE_VERSION = "1.2.3"
-    monkeypatch.setitem(sys.modules, "fastattn._build_info", info)
-    monkeypatch.setattr("fastattn._build_info", info, raising=False)
+def test_library_of_another_paddle_is_refused(tmp_path):
+    library = tmp_path / "_fastattn_ops.so"
+    library.touch()
+    (tmp_path / "_build_info.py").write_text("PADDLE_VERSION = '1.2.3'\n")
     with pytest.raises(ImportError) as error:
-        _ops._check_build(tmp_path / "_fastattn_ops.so")
+        _ops._check_build(library)
     assert "built for Paddle 1.2.3" in str(error.value)
     assert f"Paddle {paddle.__version__} is imported" in str(error.value)
     assert "setup_ops.py install" in str(error.value)
+    found = config(FASTATTN_LIBRARY=str(library))
+    assert "built for Paddle 1.2.3" in found["library"]["error"]
+    assert found["build"] == {"paddle_version": "1.2.3"}
+
+
+def test_library_of_this_paddle_is_accepted(tmp_path):
+    (tmp_path / "_build_info.py").write_text(f"PADDLE_VERSION = {paddle.__version__!r}\n")
+    _ops._check_build(tmp_path / "_fastattn_ops.so")
+    _ops._check_build(tmp_path / "nothing" / "beside.so")
