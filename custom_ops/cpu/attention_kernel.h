@@ -218,11 +218,24 @@ class TileKernel {
 
   void LoadScales(int c) {
     const PagedCache& cache = p_.cache;
-    for (int i = 0; i < kBlockSize; ++i) {
-      const int64_t index = chunks_[c].scale + kColumnOrder<kByChannel>.token[i];
-      b_.key_scales[c * kBlockSize + i] = LoadScale(cache.k_scales, cache.scale_dtype, index);
-      b_.value_scales[c * kBlockSize + i] = LoadScale(cache.v_scales, cache.scale_dtype, index);
+    float* key = b_.key_scales + c * kBlockSize;
+    float* value = b_.value_scales + c * kBlockSize;
+    if (cache.scale_dtype == DType::kFloat32) {
+      GatherScales<DType::kFloat32>(cache.k_scales, chunks_[c].scale, key);
+      GatherScales<DType::kFloat32>(cache.v_scales, chunks_[c].scale, value);
+    } else {
+      GatherScales<DType::kBFloat16>(cache.k_scales, chunks_[c].scale, key);
+      GatherScales<DType::kBFloat16>(cache.v_scales, chunks_[c].scale, value);
     }
+  }
+
+  // A block's scales in the order of the columns.
+  template <DType kDType>
+  static void GatherScales(const void* scales, int64_t index, float* out) {
+    const auto* in = static_cast<const typename Element<kDType>::Storage*>(scales) + index;
+    float tokens[kBlockSize];
+    for (int i = 0; i < kBlockSize; i += kLanes) Store(tokens + i, LoadAs<kDType>(in + i));
+    for (int i = 0; i < kBlockSize; ++i) out[i] = tokens[kColumnOrder<kByChannel>.token[i]];
   }
 
   // scores[r][column] = q[r] . key code of the column's token.

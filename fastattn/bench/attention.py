@@ -121,7 +121,10 @@ def _paged_case(
         new,
         context,
     )
-    scales = {"cache_k_scales": halves[0].scales, "cache_v_scales": halves[1].scales}
+    scales: dict[str, Any] = {
+        "cache_k_scales": halves[0].scales,
+        "cache_v_scales": halves[1].scales,
+    }
 
     def ours() -> paddle.Tensor:
         return functional.paged_attention(*arguments, cache_quant_type=quant, **scales)
@@ -180,7 +183,9 @@ def _flash_case(
     )
     if dtype == "bfloat16":
         q, k, v = (x.astype(ml_dtypes.bfloat16).astype(np.float32) for x in (q, k, v))
-    tensors = [_bfloat16(x) if dtype == "bfloat16" else paddle.to_tensor(x) for x in (q, k, v)]
+    tensors: list[Any] = [
+        _bfloat16(x) if dtype == "bfloat16" else paddle.to_tensor(x) for x in (q, k, v)
+    ]
     lengths = _int32([0, tokens])
     group = heads // kv_heads
     packed = q.reshape(tokens, kv_heads, group, dim).transpose(1, 0, 2, 3)
@@ -188,7 +193,9 @@ def _flash_case(
     keys, values = (np.ascontiguousarray(x.swapaxes(0, 1))[None] for x in (k, v))
 
     def ours() -> paddle.Tensor:
-        return functional.flash_attention(*tensors, lengths, lengths, tokens, tokens, causal=True)
+        return functional.flash_attention(
+            tensors[0], tensors[1], tensors[2], lengths, lengths, tokens, tokens, causal=True
+        )
 
     def numpy() -> np.ndarray:
         return numpy_attention(packed, keys, values, tokens)

@@ -85,9 +85,9 @@ def _plot(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [row for row in rows if row.ratio is not None]
-    figure, axes = plt.subplots(figsize=(10, 1 + 0.4 * len(shown)))
-    axes.barh([f"{row.op}: {row.shape}" for row in shown], [row.ratio for row in shown])
+    ratios = {f"{row.op}: {row.shape}": row.ratio for row in rows if row.ratio is not None}
+    figure, axes = plt.subplots(figsize=(10, 1 + 0.4 * len(ratios)))
+    axes.barh(list(ratios), list(ratios.values()))
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("speed relative to the peer")
