@@ -239,6 +239,14 @@ def test_styles_and_norms(place, dtype, neox, rotary_dim, norm, norm_first):
         assert_same_bits(q[..., rotary_dim:], untouched, "channels past rotary_dim")
 
 
+def test_the_norm_adds_its_squares_in_the_defined_order(place):
+    """Another order moves some sums by an ulp, and with many channels some results."""
+    case = make_case([0], [400], head_dim=128, dtype=DTYPES["float16"], norm=True)
+    magnitudes = np.exp(np.random.default_rng(0).normal(size=case.qkv.shape))
+    case.qkv[:] = (case.qkv.astype(np.float32) * magnitudes).astype(np.float16)
+    check(case, place)
+
+
 def test_the_two_orders_of_norm_and_rotation_differ(place):
     results = [
         run(make_case([9], [4], norm=True, norm_first=first), place)[0] for first in (False, True)
