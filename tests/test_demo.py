@@ -108,10 +108,10 @@ def test_gradients_are_those_of_paddle():
 
 def test_training_lowers_the_loss_and_repeats(corpus):
     config = Config(layers=1, hidden=32, heads=2, kv_heads=1, mlp=32, context=64)
-    schedule = train.Schedule(steps=25, tokens=512, warmup=5)
+    schedule = train.Schedule(steps=16, tokens=512, warmup=4)
     losses = []
     weights = train.train(corpus, config, schedule, lambda step, steps, loss: losses.append(loss))
-    assert len(losses) == 25 and losses[-1] < losses[0] - 0.5
+    assert len(losses) == 16 and losses[-1] < losses[0] - 0.3
     again = train.train(corpus, config, schedule)
     for name, weight in weights.items():
         np.testing.assert_allclose(again[name], weight, rtol=1e-3, atol=1e-4)

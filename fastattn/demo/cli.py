@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="write a report there; - is stdout")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--max-new-tokens", type=_positive, default=DEFAULT_NEW_TOKENS, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy; default 0.6")
+    parser.add_argument("--temperature", type=float, default=0.5, help="0 is greedy; default 0.5")
     parser.add_argument("--top-k", type=_positive, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--retrain", action="store_true", help="train even if a model is there")
@@ -75,10 +75,15 @@ def run(args: argparse.Namespace) -> int:
     except (DeviceError, ImportError, NotImplementedError, ValueError) as error:
         print(f"fastattn demo: {error}", file=sys.stderr)
         return 1
+    document = json.dumps(report, indent=2)
     if args.json == "-":
-        print(json.dumps(report, indent=2))
+        print(document)
     elif args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            Path(args.json).write_text(document + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"fastattn demo: --json: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -72,13 +72,13 @@ def load() -> Corpus:
 
     Raises
     ------
-    RuntimeError
+    ImportError
         If this Python was installed without it.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise RuntimeError(
+        raise ImportError(
             "the demo's text is pydoc_data.topics, part of Python's standard library, and this "
             "Python was installed without it"
         ) from error
