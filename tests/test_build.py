@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from custom_ops.builder import compile as building
-from custom_ops.builder import sources, toolchain, wheel
+from custom_ops.builder import ops, sources, toolchain, wheel
 from custom_ops.builder.compile import CompileError, Unit, compile_all
 from fastattn import _ops, env
 from fastattn.reference import layout
@@ -346,6 +347,13 @@ def test_wheel_without_its_library(tmp_path):
     done = subprocess.run([sys.executable, wheel.__file__, path], capture_output=True, text=True)
     assert done.returncode == 1
     assert "missing: fastattn/_fastattn_ops.so" in done.stdout and "platform" in done.stdout
+
+
+def test_build_info_is_python(tmp_path):
+    info = {"COMMIT": "abc", "ARCHS": [], "OPERATORS": {"merge": ["cpu"]}, "NVCC": None}
+    path = tmp_path / "_build_info.py"
+    path.write_text(ops.build_info_text(info))
+    assert {k: v for k, v in runpy.run_path(str(path)).items() if k.isupper()} == info
 
 
 # --- this package --------------------------------------------------------------------------------

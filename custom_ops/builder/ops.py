@@ -36,7 +36,8 @@ def commit(root: Path = ROOT) -> str:
 
 def build_info_text(info: dict[str, Any]) -> str:
     """Source of ``_build_info.py``. No time of day: the same build writes the same bytes."""
-    lines = [f"{name} = {value!r}" for name, value in info.items()]
+    types = {list: ": list[str]", dict: ": dict[str, list[str]]"}  # mypy cannot tell an empty one
+    lines = [f"{name}{types.get(type(value), '')} = {value!r}" for name, value in info.items()]
     return '"""How the compiled library was built (written by the build)."""\n\n' + "\n".join(
         [*lines, ""]
     )
