@@ -23,7 +23,7 @@ from fastattn.backends import (
 )
 from tests.support.compare import assert_same_bits
 from tests.support.serving import Model, Server
-from tests.support.tensors import BF16, EMPTY_OUTPUTS, to_numpy, to_paddle
+from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, to_numpy, to_paddle
 
 BACKENDS = (FlashAttentionBackend, FlashMaskAttentionBackend, AppendAttentionBackend)
 TYPES = (
@@ -36,6 +36,11 @@ TYPES = (
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.__name__)
 each_type = pytest.mark.parametrize("cache", TYPES, ids="-".join)
+
+
+def some_tensor(shape: list[int]) -> paddle.Tensor:
+    """On the CPU, whatever the default device is."""
+    return to_paddle(np.ones(shape, np.float32))
 
 
 def small(**options) -> tuple:
@@ -198,7 +203,7 @@ def test_unknown_host_lengths_mean_upper_bounds(place, lengths):
     if lengths == "graph":
         fields["step_use_cudagraph"] = True
     else:
-        zeros = None if lengths is None else paddle.to_tensor(np.zeros(9, np.int32))
+        zeros = None if lengths is None else int32(np.zeros(9))
         fields["max_len_tensor_cpu"] = zeros
     server.step([64, 1], **fields)
     assert server.backend.get_attention_meta().host_lengths is None
@@ -235,8 +240,8 @@ def test_a_step_touches_its_own_layer_only(place, cache):
 @pytest.mark.parametrize("cache", [t[0] for t in TYPES if t[1] == "e4m3"])
 def test_layer_cache_picks_by_index(cache):
     dynamic = cache.startswith("block_wise")
-    tensors = [paddle.full([1, 2, 64, 64], i) for i in range(8)]
-    scale = paddle.ones([2])
+    tensors = [some_tensor([1, 2, 64, 64]) for i in range(8)]
+    scale = some_tensor([2])
     layer = AttentionLayer(1, cache, cache_k_out_scale=scale, cache_v_out_scale=scale)
     picked = LayerCache.of(ForwardMeta(caches=tensors), layer)
     first = 4 if dynamic else 2
@@ -257,8 +262,8 @@ def test_static_scales_may_be_parameters(dtype):
     layer = server.layers[0]
     for name in ("cache_k_out_scale", "cache_v_out_scale"):
         values = to_numpy(getattr(layer, name)).astype(np.float32)
-        parameter = paddle.create_parameter([2], dtype)
-        parameter.set_value(paddle.to_tensor(values).astype(dtype))
+        parameter = to_paddle(values.astype(dtype))
+        parameter.stop_gradient = False
         setattr(layer, name, parameter)
     server.step([5])
 
@@ -281,16 +286,16 @@ def test_static_scales_may_be_parameters(dtype):
     ],
 )
 def test_layer_cache_refuses(layer, count, error, text):
-    meta = ForwardMeta(caches=[paddle.zeros([1, 2, 64, 64])] * count)
+    meta = ForwardMeta(caches=[some_tensor([1, 2, 64, 64])] * count)
     with pytest.raises(error, match=text):
         LayerCache.of(meta, layer)
 
 
 def test_a_zero_point_is_refused():
     layer = AttentionLayer(0, "cache_int8")
-    layer.cache_k_zp = paddle.zeros([2])
+    layer.cache_k_zp = some_tensor([2])
     with pytest.raises(ValueError, match=r"cache_k_zp: .*'cache_int8' is symmetric"):
-        LayerCache.of(ForwardMeta(caches=[paddle.zeros([1, 2, 64, 64])] * 2), layer)
+        LayerCache.of(ForwardMeta(caches=[some_tensor([1, 2, 64, 64])] * 2), layer)
 
 
 # The contract.
@@ -372,9 +377,9 @@ def test_head_dim_and_length_are_checked():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("linear_shift", paddle.zeros([1])),
-        ("linear_smooth", paddle.zeros([1])),
-        ("qkv_scale", paddle.zeros([1])),
+        ("linear_shift", some_tensor([1])),
+        ("linear_smooth", some_tensor([1])),
+        ("qkv_scale", some_tensor([1])),
         ("out_scale", 0.5),
     ],
 )
@@ -388,13 +393,13 @@ def test_layers_are_refused_by_name(name, value):
 def test_mla_and_dense_masks_are_refused():
     server = Server(FlashAttentionBackend, Model(), [5])
     with pytest.raises(NotImplementedError, match=r"forward_meta\.attn_mask"):
-        server.run([5], attn_mask=paddle.zeros([1]))
+        server.run([5], attn_mask=some_tensor([1]))
     with pytest.raises(NotImplementedError, match=r"forward_meta\.pre_caches_length"):
         server.run([5], pre_caches_length=3)
     meta = server.make_meta([5])
     server.backend.init_attention_metadata(meta)
     qkv = to_paddle(server.inputs(0, [5]))
-    some = paddle.zeros([1])
+    some = some_tensor([1])
     for name, arguments in (("compressed_kv", (some, None)), ("k_pe", (None, some))):
         with pytest.raises(NotImplementedError, match=name):
             server.backend.forward(None, None, None, qkv, *arguments, server.layers[0], meta)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import paddle
 import pytest
 
 from fastattn import backends
@@ -17,7 +16,7 @@ from fastattn.backends.forward_meta import field, optional
 from fastattn.backends.scales import local_scales
 from tests.support.compare import assert_same_bits
 from tests.support.serving import Model, Server
-from tests.support.tensors import to_numpy, to_paddle
+from tests.support.tensors import int32, to_numpy, to_paddle
 
 BACKENDS = (FlashAttentionBackend, FlashMaskAttentionBackend, AppendAttentionBackend)
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.__name__)
@@ -29,7 +28,7 @@ def test_bug_13_every_token_of_a_decode_row_is_produced(place, backend):
     server = Server(backend, Model("block_wise_fp8", head_dim=128), [30, 80], place)
     server.step([20, 0])
     server.step([5, 70], prefill=[False, True])
-    told = paddle.to_tensor(np.array([1, 0, 25, 26, 26, 26, 0, 0, 0], np.int32))
+    told = int32([1, 0, 25, 26, 26, 26, 0, 0, 0])
     server.step([5, 0], prefill=[False, False], max_len_tensor_cpu=told)
 
 
@@ -90,7 +89,7 @@ def test_bug_15_more_ranks_than_heads():
 def test_bug_15_a_wrong_number_of_scales_is_an_error(count):
     with pytest.raises(ValueError, match=f"scales: expected 1 or 2 or 8 scales.*got {count}"):
         local_scales(
-            paddle.ones([count]),
+            to_paddle(np.ones(count, np.float32)),
             name="scales",
             kv_heads=2,
             head_dim=64,

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import paddle
 import pytest
 
 import fastattn.functional as F
 from fastattn import _ops
-from tests.support.tensors import int32
+from tests.support.tensors import DTYPES, int32, to_paddle
+
+
+def zeros(shape: list[int], dtype: str = "float32") -> paddle.Tensor:
+    """On the CPU, whatever the default device is."""
+    return to_paddle(np.zeros(shape, DTYPES.get(dtype, dtype)))
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
     """Valid arguments of a small call, with changes."""
     base: dict[str, Any] = {
-        "qkv": paddle.zeros([2, 8 * 64], "float16"),
-        "key_cache": paddle.zeros([2, 2, 64, 64], "float16"),
-        "value_cache": paddle.zeros([2, 2, 64, 64], "float16"),
-        "rotary_embs": paddle.zeros([2, 1, 8, 1, 32]),
+        "qkv": zeros([2, 8 * 64], "float16"),
+        "key_cache": zeros([2, 2, 64, 64], "float16"),
+        "value_cache": zeros([2, 2, 64, 64], "float16"),
+        "rotary_embs": zeros([2, 1, 8, 1, 32]),
         "block_tables": int32([[0]]),
         "cu_seqlens_q": int32([0, 2]),
         "seq_lens_decoder": int32([0]),
@@ -32,17 +38,13 @@ def arguments(**changes: Any) -> dict[str, Any]:
 def codes(**changes: Any) -> dict[str, Any]:
     """The same with an 8-bit cache."""
     base = {
-        "key_cache": paddle.zeros([2, 2, 64, 64], "uint8"),
-        "value_cache": paddle.zeros([2, 2, 64, 64], "uint8"),
-        "cache_k_scales": paddle.ones([2]),
-        "cache_v_scales": paddle.ones([2]),
+        "key_cache": zeros([2, 2, 64, 64], "uint8"),
+        "value_cache": zeros([2, 2, 64, 64], "uint8"),
+        "cache_k_scales": to_paddle(np.ones(2, np.float32)),
+        "cache_v_scales": to_paddle(np.ones(2, np.float32)),
         "cache_quant_type": "cache_fp8",
     }
     return arguments(**(base | changes))
-
-
-def zeros(shape: list[int], dtype: str = "float32") -> paddle.Tensor:
-    return paddle.zeros(shape, dtype)
 
 
 ERRORS = [
@@ -228,7 +230,7 @@ def test_raw_operator_survives_none_and_empty(name):
     with pytest.raises((OSError, ValueError, RuntimeError)):
         call_raw({name: None})
     with pytest.raises((OSError, ValueError, RuntimeError)):
-        call_raw({name: paddle.zeros([0], "int32")})
+        call_raw({name: zeros([0], "int32")})
 
 
 def test_raw_operator_is_what_the_function_calls():
