@@ -146,7 +146,7 @@ class Console:
 
             table = Table()
             for i, header in enumerate(headers):
-                table.add_column(header, justify="left" if i == 0 else "right")
+                table.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
             for row in rows:
                 table.add_row(*row)
             self._rich.print(table)
