@@ -29,6 +29,9 @@ constexpr float kLn2 = 0.693147181f;
 // do not depend on the number of threads.
 constexpr int64_t kSplitKeys = 2048;
 
+// Work (in units of the plan's cost times channels, about 0.1 ms) that is worth another thread.
+constexpr int64_t kWorkerCost = int64_t{1} << 22;
+
 TileFunction ChooseTileFunction(const AttentionParams& p) {
   switch (DetectIsa()) {
     case Isa::kAvx512:
@@ -74,6 +77,7 @@ struct Plan {
   std::vector<int> tile_of_task;
   std::vector<int> order;  // of the tasks, the longest first
   int64_t partial_size = 0;
+  int64_t workers = 0;  // threads that are worth waking
 };
 
 int64_t PartialSize(const AttentionParams& p, const AttentionTask& task) {
@@ -131,13 +135,17 @@ Plan MakePlan(const AttentionParams& p) {
       }
     }
   }
+  // Reading a key costs about as much as using it for four packed rows.
   const auto cost = [&](int i) {
-    return plan.tasks[i].packed_count * (plan.tasks[i].key_end - plan.tasks[i].key_begin);
+    return (plan.tasks[i].packed_count + 4) * (plan.tasks[i].key_end - plan.tasks[i].key_begin);
   };
   plan.order.resize(plan.tasks.size());
   for (size_t i = 0; i < plan.order.size(); ++i) plan.order[i] = static_cast<int>(i);
   std::stable_sort(plan.order.begin(), plan.order.end(),
                    [&](int a, int b) { return cost(a) > cost(b); });
+  int64_t total = 0;
+  for (int i : plan.order) total += cost(i);
+  plan.workers = std::min<int64_t>(plan.tasks.size(), 1 + total * p.head_dim / kWorkerCost);
   return plan;
 }
 
@@ -259,7 +267,7 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
   // Every thread takes the next task that none has taken: lengths differ.
   std::atomic<int64_t> next{0};
   const int64_t num_tasks = static_cast<int64_t>(plan.order.size());
-  ParallelFor(num_tasks, 1, [&](int64_t, int64_t) {
+  ParallelFor(plan.workers, 1, [&](int64_t, int64_t) {
     TileBuffers buffers(p.head_dim);
     for (int64_t i = next++; i < num_tasks; i = next++) {
       const int index = plan.order[i];
