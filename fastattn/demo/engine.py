@@ -17,7 +17,7 @@ from fastattn.backends import (
 )
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.demo.blocks import BlockPool
-from fastattn.demo.model import Config, Model, rotary_table
+from fastattn.demo.model import Config, Model, rotary_table, to_bfloat16
 from fastattn.demo.scheduler import Request, Row, Scheduler
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.reference.numerics import Array
@@ -165,7 +165,7 @@ class Engine:
             self.backend.init_attention_metadata(meta)
             x = self.model.embed(np.asarray(tokens, np.int64))
             for i, layer in enumerate(self.layers):
-                qkv = self._move(self.model.qkv(i, x).astype("bfloat16"), self.place)
+                qkv = self._move(to_bfloat16(self.model.qkv(i, x)), self.place)
                 out = self.backend.forward_mixed(None, None, None, qkv, None, None, layer, meta)
                 out = self._move(out, self.model.place).astype("float32")
                 x = self.model.finish(i, x, out)
@@ -206,6 +206,7 @@ class Engine:
 
     @staticmethod
     def _move(tensor: Any, place: Any) -> Any:
-        if tensor.place.is_gpu_place() == place.is_gpu_place():
+        gpu = isinstance(place, paddle.CUDAPlace)
+        if tensor.place.is_gpu_place() == gpu:
             return tensor
-        return tensor.cuda() if place.is_gpu_place() else tensor.cpu()
+        return tensor.cuda() if gpu else tensor.cpu()

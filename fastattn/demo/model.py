@@ -15,6 +15,7 @@ import paddle
 import paddle.nn.functional as F
 
 from fastattn.demo.text import VOCABULARY
+from fastattn.reference import numerics
 from fastattn.reference.numerics import Array
 
 Weights = dict[str, Array]
@@ -140,7 +141,7 @@ class Model:
         """
 
         def cast(x: Any) -> Any:
-            return x.astype("bfloat16").astype("float32") if bfloat16 else x
+            return to_bfloat16(x).astype("float32") if bfloat16 else x
 
         config = self.config
         batch, length = tokens.shape
@@ -161,6 +162,14 @@ class Model:
             out = out.transpose([0, 3, 1, 2, 4]).reshape([batch, length, heads * dim])
             x = self.finish(i, x, cast(out))
         return self.logits(x)
+
+
+def to_bfloat16(x: Any) -> Any:
+    """Round an fp32 tensor to bfloat16, to nearest: Paddle 2.6 truncates on the CPU."""
+    if x.place.is_gpu_place():
+        return x.astype("bfloat16")
+    bits = x.numpy().astype(numerics.bfloat16).view(np.uint16)
+    return paddle.to_tensor(bits, place=paddle.CPUPlace())
 
 
 def _rms_norm(x: Any, weight: Any) -> Any:
