@@ -34,7 +34,7 @@ class Schedule:
     Most steps see short windows, which cost less attention; the last ones see whole contexts.
     """
 
-    steps: int = 260
+    steps: int = 330
     tokens: int = 2048
     short_window: int = 64
     long_share: float = 0.3
