@@ -1,8 +1,8 @@
 """Loss and gradients of the demo's model, in NumPy.
 
 Written out by hand because the BLAS inside a CPU build of Paddle can be several times slower than
-NumPy's: matrix products of this model ran at 34 against 230 GFLOP/s on an AMD EPYC, which is the
-difference between one minute of training and five. A test holds it to Paddle's own gradients.
+NumPy's: a matrix product of this model ran at 34 against 230 GFLOP/s on two cores of an AMD EPYC
+(defaults of both; Paddle uses one thread). A test holds it to Paddle's own gradients.
 
 Arrays are fp32; N = B * T tokens, G = heads / kv_heads queries a KV head.
 """

@@ -1,7 +1,8 @@
 """Training: Muon for the matrices, Adam for the rest, on windows of the corpus.
 
 Muon (Jordan et al. 2024) applies momentum orthogonalised by a Newton-Schulz iteration. On this
-model it reaches in 100 steps what AdamW needs 250 for, and costs a tenth of a step.
+model it reached in 100 steps the loss that AdamW (one learning rate tried) had after 200, for
+a tenth more time a step.
 """
 
 from __future__ import annotations
