@@ -21,6 +21,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True, scope="session")
 def _library():
+    paddle.set_device("cpu")  # tests without a `place` run here, whatever Paddle's default is
     _ops.load()
 
 

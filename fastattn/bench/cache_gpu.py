@@ -12,35 +12,13 @@ import paddle
 
 import fastattn.functional as F
 from fastattn.bench import gpu_timing
+from fastattn.bench.common import Row, register
 
 BLOCK = 64
 #: Bytes that the rotating buffers of a measurement add up to, several times an L2 cache.
 COLD_BYTES = 400 << 20
 
 TYPES = ("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8")
-
-
-@dataclass
-class Row:
-    """One measurement."""
-
-    op: str
-    shape: str
-    us: float
-    bytes: int
-
-    def as_dict(self, copy_gbs: float, floor_us: float) -> dict[str, Any]:
-        """Row of the JSON file, with rates and fractions."""
-        gbs = self.bytes / self.us / 1e3
-        return {
-            "op": self.op,
-            "shape": self.shape,
-            "us": round(self.us, 3),
-            "bytes": self.bytes,
-            "GB/s": round(gbs, 1),
-            "of copy bandwidth": round(gbs / copy_gbs, 4),
-            "x empty kernel": round(self.us / floor_us, 3),
-        }
 
 
 def _gpu(array: np.ndarray) -> paddle.Tensor:
@@ -65,6 +43,8 @@ class Cache:
         codes = rng.integers(0, 126, size=(num_blocks, kv_heads, BLOCK, head_dim), dtype=np.uint8)
         self.key = _gpu(codes)
         self.value = _gpu(codes.reshape(num_blocks, kv_heads, head_dim, BLOCK))
+        #: The same number of other bytes in the shape that FastDeploy gives V.
+        self.value_as_deployed = _gpu(codes)
         dynamic = cache_type.startswith("block_wise")
         shape = (num_blocks, kv_heads, BLOCK) if dynamic else (kv_heads,)
         self.k_scales = _gpu(rng.uniform(0.01, 0.02, size=shape).astype(np.float32))
@@ -113,12 +93,13 @@ def _copies(bytes_of_one: int, most: int = 64) -> int:
     return int(min(most, max(1, -(-COLD_BYTES // bytes_of_one))))
 
 
+@register("append_cache_kv_c8")
 def append_rows(quick: bool) -> Iterator[Row]:
     """append_cache_kv_c8: 32k and 256k cached tokens, every variant."""
     kv, dim = 8, 128
     rng = np.random.default_rng(1)
     for tokens in (32768,) if quick else (32768, 262144):
-        out = [paddle.empty([tokens, kv, dim], "bfloat16") for _ in range(2)]
+        key, value = (_gpu(np.zeros((tokens, kv, dim), np.uint16)) for _ in range(2))
         batch = 8
         for cache_type in TYPES:
             cache = Cache(cache_type, tokens // BLOCK, kv, dim)
@@ -128,13 +109,14 @@ def append_rows(quick: bool) -> Iterator[Row]:
             args = (_gpu(tables), _gpu(lens), _gpu(cu))
             moved = 2 * tokens * kv * (dim * 3 + cache.scale_bytes)
             for layout in ("fastattn", "fastdeploy"):
-                value = cache.value if layout == "fastattn" else cache.key
+                value_cache = cache.value if layout == "fastattn" else cache.value_as_deployed
 
                 call = functools.partial(
                     F.append_cache_kv_c8,
                     cache.key,
+                    value_cache,
+                    key,
                     value,
-                    *out,
                     *args,
                     dynamic_quant=cache.dynamic,
                     cache_layout=layout,
@@ -142,7 +124,7 @@ def append_rows(quick: bool) -> Iterator[Row]:
                 )
                 us = gpu_timing.median_us([call] * 4)
                 shape = f"{tokens // 1024}k tokens, KV {kv}, D {dim}, {cache_type}, {layout}"
-                yield Row("append_cache_kv_c8", shape, us, moved)
+                yield gpu_timing.row("append_cache_kv_c8", shape, us, moved)
 
 
 def _write_calls(
@@ -156,11 +138,13 @@ def _write_calls(
     q_out = step.tokens * heads * (dim + 4 if q_quant == "per_token_head" else dim * 2)
     rope_bytes = step.tokens * (width * 2 + dim * 4) + kv_out + q_out
     write_bytes = 2 * step.tokens * kv * dim * 2 + kv_out
-    fused, plain = [], []
+    fused: list[Callable[[], object]] = []
+    plain: list[Callable[[], object]] = []
     for _ in range(_copies(rope_bytes)):
         qkv = _bf16(rng, (step.tokens, width))
         fused.append(
-            lambda qkv=qkv: F.rope_write_cache_kv(
+            functools.partial(
+                F.rope_write_cache_kv,
                 qkv,
                 cache.key,
                 cache.value,
@@ -175,13 +159,20 @@ def _write_calls(
     for _ in range(_copies(write_bytes)):
         key, value = (_bf16(rng, (step.tokens, kv, dim)) for _ in range(2))
         plain.append(
-            lambda key=key, value=value: F.write_cache_kv(
-                key, value, cache.key, cache.value, *step.rows(), **cache.arguments()
+            functools.partial(
+                F.write_cache_kv,
+                key,
+                value,
+                cache.key,
+                cache.value,
+                *step.rows(),
+                **cache.arguments(),
             )
         )
     return fused, plain, rope_bytes, write_bytes
 
 
+@register("rope_write_cache_kv")
 def write_rows(quick: bool) -> Iterator[Row]:
     """rope_write_cache_kv and write_cache_kv: decode, speculative and prefill steps."""
     heads, kv, dim = 32, 8, 128
@@ -212,11 +203,14 @@ def write_rows(quick: bool) -> Iterator[Row]:
                 )
                 shape = f"batch {batch} x {new} new, H {heads}, KV {kv}, D {dim}, {cache_type}"
                 us = gpu_timing.median_us(fused)
-                yield Row("rope_write_cache_kv", f"{shape}, q {q_quant}", us, rope_bytes)
+                yield gpu_timing.row("rope_write_cache_kv", f"{shape}, q {q_quant}", us, rope_bytes)
                 if q_quant == "none":
-                    yield Row("write_cache_kv", shape, gpu_timing.median_us(plain), write_bytes)
+                    yield gpu_timing.row(
+                        "write_cache_kv", shape, gpu_timing.median_us(plain), write_bytes
+                    )
 
 
+@register("convert_cache_layout")
 def convert_rows(quick: bool) -> Iterator[Row]:
     """convert_cache_layout over a whole cache."""
     cache = Cache("block_wise_int8", 2048 if quick else 16384, 8, 128)
@@ -232,7 +226,7 @@ def convert_rows(quick: bool) -> Iterator[Row]:
             )
             us = gpu_timing.median_us([call] * 2)
             blocks = tensor.shape[0]
-            yield Row(
+            yield gpu_timing.row(
                 "convert_cache_layout",
                 f"{blocks} blocks, {kind}, {src} to {dst}",
                 us,
@@ -240,6 +234,7 @@ def convert_rows(quick: bool) -> Iterator[Row]:
             )
 
 
+@register("quantize_fp8")
 def quantize_rows(quick: bool) -> Iterator[Row]:
     """quantize_fp8 of activations."""
     rng = np.random.default_rng(5)
@@ -247,18 +242,10 @@ def quantize_rows(quick: bool) -> Iterator[Row]:
         for granularity in ("tensor", "token", "group"):
             moved = rows * cols * 3
             inputs = [_bf16(rng, (rows, cols)) for _ in range(_copies(moved, 8))]
-            calls = [lambda x=x, g=granularity: F.quantize_fp8(x, granularity=g) for x in inputs]
-            yield Row(
+            calls = [functools.partial(F.quantize_fp8, x, granularity=granularity) for x in inputs]
+            yield gpu_timing.row(
                 "quantize_fp8",
                 f"{rows} x {cols} bf16, {granularity}",
                 gpu_timing.median_us(calls),
                 moved,
             )
-
-
-OPS = {
-    "append_cache_kv_c8": append_rows,
-    "rope_write_cache_kv": write_rows,
-    "convert_cache_layout": convert_rows,
-    "quantize_fp8": quantize_rows,
-}

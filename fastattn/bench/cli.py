@@ -22,11 +22,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmarks that were asked for; returns the exit status."""
+    import paddle
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fastattn.bench import attention, overhead  # noqa: F401  they register themselves
     from fastattn.bench.common import REGISTRY, machine
+
+    on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if on_gpu:
+        from fastattn.bench import cache_gpu, gpu_timing  # noqa: F401
 
     console = Console()
     names = arguments.op or list(REGISTRY)
@@ -35,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"bench: --op {unknown[0]}: expected one of {', '.join(REGISTRY)}")
         return 2
     facts = machine()
+    if on_gpu:
+        facts.update(gpu_timing.machine())
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -58,6 +65,8 @@ def _table(rows: list[Row], facts: dict[str, Any]) -> Any:
     from rich.table import Table
 
     title = f"{facts['cpu']}, {facts['cores']} cores, Paddle {facts['paddle']}"
+    if "gpu" in facts:
+        title += f"; {facts['gpu']}, copy {facts['copy_gbs']:.0f} GB/s"
     table = Table(title=title, caption=f"ratio: peer's time / ours; commit {facts['commit']}")
     table.add_column("operator", no_wrap=True)
     table.add_column("shape")

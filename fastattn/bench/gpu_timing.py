@@ -14,6 +14,8 @@ from typing import Any
 
 import paddle
 
+from fastattn.bench.common import Row
+
 _EMPTY_KERNEL = b"""
 .version 7.0
 .target sm_70
@@ -146,3 +148,40 @@ def launch_empty() -> None:
 def empty_kernel_us(nodes: int = 200) -> float:
     """Time of an empty kernel as one of many nodes of a CUDA graph, in microseconds."""
     return median_us([launch_empty] * nodes)
+
+
+@functools.lru_cache(maxsize=1)
+def floors() -> tuple[float, float]:
+    """Copy bandwidth in GB/s and an empty kernel's time in us, measured once a run."""
+    return copy_bandwidth(), empty_kernel_us()
+
+
+def row(op: str, shape: str, us: float, moved: int) -> Row:
+    """Row of a memory-bound operator beside its floor.
+
+    Parameters
+    ----------
+    us : float
+        Measured time.
+    moved : int
+        Bytes that have to be read and written. The floor is a copy that moves as many, or an empty
+        kernel where that takes longer.
+    """
+    copy_gbs, empty_us = floors()
+    copy_us = moved / copy_gbs / 1e3
+    if copy_us < empty_us:
+        peer, peer_us = "empty kernel", empty_us
+    else:
+        peer, peer_us = "copy of as many bytes", copy_us
+    return Row(op, shape, us, rate=moved / us / 1e3, unit="GB/s", peer=peer, peer_us=peer_us)
+
+
+def machine() -> dict[str, Any]:
+    """The GPU that the numbers belong to."""
+    copy_gbs, empty_us = floors()
+    return {
+        "gpu": gpu_name(),
+        "driver_cuda": driver_version(),
+        "copy_gbs": round(copy_gbs, 1),
+        "empty_kernel_us": round(empty_us, 3),
+    }
