@@ -1,0 +1,184 @@
+"""Operators in a CUDA graph: captured once, replayed after their inputs changed in place."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+import fastattn.functional as F
+from fastattn import reference
+from fastattn.reference.numerics import from_codes
+from tests.support.compare import assert_same_bits
+from tests.support.tensors import BF16, int32, to_numpy, to_paddle
+
+ON_GPU = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+KV, DIM, BLOCKS = 2, 128, 9
+
+
+class Inputs:
+    """Tensors of one step that keep their addresses while their contents change."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        # Rows of every kind: prefill in the middle of a block, decode, and one that rests.
+        self.cached = rng.integers(1, 70, 4)
+        self.new = np.array([70, 1, 0, 5])[rng.permutation(4)]
+        self.tables = rng.permutation(BLOCKS)[:8].reshape(4, 2)
+        self.cu = np.concatenate([[0], np.cumsum(self.new)])
+        self.qkv = rng.normal(size=(76, (4 + 2 * KV) * DIM)).astype(BF16)
+        self.key = rng.integers(0, 127, (BLOCKS, KV, 64, DIM), np.uint8)
+        self.value = rng.integers(0, 127, (BLOCKS, KV, DIM, 64), np.uint8)
+        self.k_scales = rng.uniform(0.5, 2, (BLOCKS, KV, 64)).astype(np.float32)
+        self.v_scales = rng.uniform(0.5, 2, (BLOCKS, KV, 64)).astype(np.float32)
+        self.k_start = np.concatenate([[0], np.cumsum(self.cached)])
+        self.out = np.full((2, 280, KV, DIM), 3, BF16)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.asarray(value, np.int32) if value.dtype == np.int64 else value
+            for name, value in vars(self).items()
+        }
+
+
+def _write(t: dict) -> None:
+    q, _ = F.rope_write_cache_kv(
+        t["qkv"],
+        t["key"],
+        t["value"],
+        None,
+        t["tables"],
+        t["cu"],
+        t["cached"],
+        t["new"],
+        num_heads=4,
+        num_kv_heads=KV,
+        cache_k_scales=t["k_scales"],
+        cache_v_scales=t["v_scales"],
+        cache_quant_type="block_wise_fp8",
+    )
+    return q
+
+
+def _append(t: dict) -> None:
+    F.append_cache_kv_c8(
+        t["key"],
+        t["value"],
+        t["out_k"],
+        t["out_v"],
+        t["tables"],
+        t["cached"],
+        t["k_start"],
+        cache_k_scales=t["k_scales"],
+        cache_v_scales=t["v_scales"],
+        dynamic_quant=True,
+        cache_quant_type="block_wise_fp8",
+    )
+
+
+def test_lengths_and_contents_may_change_between_replays():
+    from paddle.device.cuda.graphs import CUDAGraph
+
+    def tensors(inputs: Inputs) -> dict:
+        arrays = inputs.arrays()
+        arrays["out_k"], arrays["out_v"] = arrays.pop("out")
+        return {name: to_paddle(array, "gpu") for name, array in arrays.items()}
+
+    def expected(inputs: Inputs) -> dict[str, np.ndarray]:
+        """The same two operators, each called by itself on fresh tensors."""
+        fresh = tensors(inputs)
+        q = _write(fresh)
+        _append(fresh)
+        names = ("key", "value", "k_scales", "v_scales", "out_k", "out_v")
+        return {"q": to_numpy(q), **{name: to_numpy(fresh[name]) for name in names}}
+
+    held = tensors(Inputs(0))
+    _write(held)
+    _append(held)
+    graph = CUDAGraph()
+    graph.capture_begin()
+    q = _write(held)
+    _append(held)
+    graph.capture_end()
+    for seed in range(1, 5):
+        inputs = Inputs(seed)
+        for name, tensor in tensors(inputs).items():
+            held[name].copy_(tensor, True)
+        graph.replay()
+        want = expected(inputs)
+        assert_same_bits(to_numpy(q), want.pop("q"), f"replay {seed}: q")
+        for name, array in want.items():
+            assert_same_bits(to_numpy(held[name]), array, f"replay {seed}: {name}")
+    graph.reset()
+
+
+def test_quantise_and_convert_in_a_graph():
+    from paddle.device.cuda.graphs import CUDAGraph
+
+    rng = np.random.default_rng(0)
+    x = to_paddle(rng.normal(size=(33, 256)).astype(BF16), "gpu")
+    cache = to_paddle(rng.integers(0, 256, (3, KV, DIM, 64)).astype(np.uint8), "gpu")
+    arguments = {"kind": "v", "cache_quant_type": "cache_int8", "src": "fastattn"}
+    for granularity in ("tensor", "token", "group"):
+        F.quantize_fp8(x, granularity=granularity)
+        F.convert_cache_layout(cache, dst="logical", **arguments)
+        graph = CUDAGraph()
+        graph.capture_begin()
+        codes, scales = F.quantize_fp8(x, granularity=granularity)
+        logical = F.convert_cache_layout(cache, dst="logical", **arguments)
+        graph.capture_end()
+        new = (rng.normal(size=(33, 256)) * 7).astype(BF16)
+        bytes_ = rng.integers(0, 256, (3, KV, DIM, 64)).astype(np.uint8)
+        x.copy_(to_paddle(new, "gpu"), True)
+        cache.copy_(to_paddle(bytes_, "gpu"), True)
+        graph.replay()
+        want_codes, want_scales = reference.quantize_fp8(new, granularity=granularity)
+        assert_same_bits(to_numpy(codes), want_codes, granularity)
+        assert_same_bits(to_numpy(scales), want_scales, granularity)
+        want = reference.convert_cache_layout(bytes_, dst="logical", **arguments)
+        assert_same_bits(to_numpy(logical), want)
+        graph.reset()
+
+
+def test_a_cache_of_more_than_2_to_the_31_bytes():
+    """Offsets are 64 bits wide: blocks at both ends of a 2.5 GiB cache, written and read back."""
+    kv, dim = 8, 128
+    blocks = (5 << 29) // (kv * 64 * dim)
+    assert blocks * kv * 64 * dim > 1 << 31
+    rng = np.random.default_rng(0)
+    # Nothing fills these: only the blocks used below are ever written.
+    paddle.set_device("gpu")
+    key = paddle.empty([blocks, kv, 64, dim], "uint8")
+    value = paddle.empty([blocks, kv, dim, 64], "uint8")
+    k_scales, v_scales = (paddle.empty([blocks, kv, 64], "float32") for _ in range(2))
+    paddle.set_device("cpu")
+    tables = np.array([[0, blocks - 1], [blocks - 2, 1]])
+    new = rng.normal(size=(2, 200, kv, dim)).astype(BF16)
+    lengths = int32([100, 100], "gpu")
+    cu = int32([0, 100, 200], "gpu")
+    keywords = {
+        "cache_k_scales": k_scales,
+        "cache_v_scales": v_scales,
+        "cache_quant_type": "block_wise_fp8",
+    }
+    F.write_cache_kv(
+        *(to_paddle(x, "gpu") for x in new),
+        key,
+        value,
+        int32(tables, "gpu"),
+        cu,
+        int32([0, 0], "gpu"),
+        lengths,
+        **keywords,
+    )
+    out = [to_paddle(np.zeros((200, kv, dim), BF16), "gpu") for _ in range(2)]
+    F.append_cache_kv_c8(
+        key, value, *out, int32(tables, "gpu"), lengths, cu, dynamic_quant=True, **keywords
+    )
+    for got, x in zip(out, new):
+        codes, scales = reference.quantize_fp8(x, granularity="token")
+        # One token and head a scale; the cache's floor only matters for tokens near 0.
+        want = from_codes(codes, "e4m3") * scales
+        assert_same_bits(to_numpy(got), want.astype(BF16))
