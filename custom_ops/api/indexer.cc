@@ -2,8 +2,13 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/device.h"
 #include "cpu/indexer.h"
 #include "params/indexer.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/indexer/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -156,6 +161,13 @@ std::vector<Tensor> IndexerQRopeQuant(const Tensor& positions, const Tensor& q,
   p.softmax_scale = softmax_scale;
   p.head_scale = head_scale;
 
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(cos_sin_cache)) {
+    LaunchOnGpu(kQOp, cos_sin_cache,
+                [&](cudaStream_t stream) { return cuda::LaunchIndexerQRopeQuant(p, stream); });
+    return {codes, scales, weights_out};
+  }
+#endif
   RequireCpu(kQOp, place);
   Guarded(kQOp, [&] { cpu::IndexerQRopeQuant(p); });
   return {codes, scales, weights_out};
@@ -209,6 +221,14 @@ void IndexerKvCompressInsert(const Tensor& state_cache, const Tensor& block_tabl
   SetPages(kv_cache, place, page_size, &p);
   p.kv_cache = MutableData<uint8_t>(kv_cache);
 
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(cos_sin_cache)) {
+    LaunchOnGpu(kKvOp, cos_sin_cache, [&](cudaStream_t stream) {
+      return cuda::LaunchIndexerKvCompressInsert(p, stream);
+    });
+    return;
+  }
+#endif
   RequireCpu(kKvOp, place);
   Guarded(kKvOp, [&] { cpu::IndexerKvCompressInsert(p); });
 }

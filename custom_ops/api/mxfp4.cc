@@ -2,9 +2,14 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/device.h"
 #include "common/fp4.h"
 #include "cpu/mxfp4.h"
 #include "params/mxfp4.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/mxfp4/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -42,7 +47,6 @@ std::vector<Tensor> Mxfp4Quantize(const Tensor& x) {
       .Contiguous();
   const Shape shape = x.shape();
   CheckColumns(kQuantize, "x", shape, kMxBlock);
-  RequireCpu(kQuantize, x.place());
 
   Tensor codes = paddle::empty(WithLast(shape, 1, 2), phi::DataType::UINT8, x.place());
   Tensor scales = paddle::empty(WithLast(shape, 1, kMxBlock), phi::DataType::UINT8, x.place());
@@ -54,6 +58,14 @@ std::vector<Tensor> Mxfp4Quantize(const Tensor& x) {
   p.x = Data(x);
   p.codes = MutableData<uint8_t>(codes);
   p.scales = MutableData<uint8_t>(scales);
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(x)) {
+    LaunchOnGpu(kQuantize, x,
+                [&](cudaStream_t stream) { return cuda::LaunchMxfp4Quantize(p, stream); });
+    return {codes, scales};
+  }
+#endif
+  RequireCpu(kQuantize, x.place());
   Guarded(kQuantize, [&] { cpu::Mxfp4Quantize(p); });
   return {codes, scales};
 }
@@ -77,7 +89,6 @@ std::vector<Tensor> Mxfp4Dequantize(const Tensor& codes, const Tensor& scales,
       .Dims(WithLast(shape, 2, kMxBlock))
       .Contiguous();
   const phi::DataType out_dtype = ParseDtype(dtype);
-  RequireCpu(kDequantize, codes.place());
 
   Tensor x = paddle::empty(WithLast(shape, 2, 1), out_dtype, codes.place());
   Mxfp4DequantizeParams p;
@@ -87,6 +98,14 @@ std::vector<Tensor> Mxfp4Dequantize(const Tensor& codes, const Tensor& scales,
   p.codes = Data<uint8_t>(codes);
   p.scales = Data<uint8_t>(scales);
   p.x = MutableData(x);
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(codes)) {
+    LaunchOnGpu(kDequantize, codes,
+                [&](cudaStream_t stream) { return cuda::LaunchMxfp4Dequantize(p, stream); });
+    return {x};
+  }
+#endif
+  RequireCpu(kDequantize, codes.place());
   Guarded(kDequantize, [&] { cpu::Mxfp4Dequantize(p); });
   return {x};
 }

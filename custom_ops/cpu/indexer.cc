@@ -212,7 +212,9 @@ void Insert(const float* x, uint8_t* codes, uint8_t* scales) {
     }
     scales[kPlain / kWideFp8Block] = 0;
     for (int i = 0; i < kIndexerRopeDim; ++i) {
-      const uint16_t bits = FloatToBFloat16(x[kPlain + i]);
+      // One NaN for all: a processor's own sign and payload must not reach the page.
+      const float value = x[kPlain + i];
+      const uint16_t bits = IsNaN(value) ? uint16_t{0x7FFF} : FloatToBFloat16(value);
       std::memcpy(codes + kPlain + 2 * i, &bits, sizeof(bits));
     }
   }

@@ -190,7 +190,8 @@ def token_bytes(x: Array, quant: str) -> tuple[Array, Array]:
         return mxfp4_quantize(x)
     plain = len(x) - ROPE_DIM
     codes, scales = fp8_block(x[:plain].reshape(-1, WIDE_BLOCK))
-    rope = x[plain:].astype(bfloat16).view(np.uint8)
+    rope = x[plain:].astype(bfloat16).view(np.uint16)
+    rope = np.where(np.isnan(x[plain:]), np.uint16(0x7FFF), rope).view(np.uint8)
     return np.concatenate([codes.ravel(), rope]), np.append(ue8m0_byte(scales), np.uint8(0))
 
 
