@@ -154,12 +154,17 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kLanes;
 
   RawBf16 raw[kHeads];
+  const int64_t element = token * p.q_token_stride + first_head * p.q_head_stride + lane * kChunk;
+  if (grid.q_aligned) {
 #pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    const int64_t element =
-        token * p.q_token_stride + (first_head + i) * p.q_head_stride + lane * kChunk;
-    raw[i] = grid.q_aligned ? LoadRaw<DType::kBFloat16>(p.q, element, i < heads)
-                            : LoadRawUnaligned<DType::kBFloat16>(p.q, element, i < heads);
+    for (int i = 0; i < kHeads; ++i) {
+      raw[i] = LoadRaw<DType::kBFloat16>(p.q, element + i * p.q_head_stride, i < heads);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      raw[i] = LoadRawUnaligned<DType::kBFloat16>(p.q, element + i * p.q_head_stride, i < heads);
+    }
   }
   const int64_t row = token * p.num_heads + first_head;
   float weight = 0.0f;

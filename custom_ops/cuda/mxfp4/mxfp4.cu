@@ -31,22 +31,27 @@ struct Blocks {
 
 template <DType kIn>
 __global__ void __launch_bounds__(kThreads)
-    QuantizeKernel(const __grid_constant__ Mxfp4QuantizeParams p, Blocks blocks, bool aligned) {
+    QuantizeKernel(const __grid_constant__ Mxfp4QuantizeParams p, Blocks blocks, bool plain) {
   constexpr bool kHalf = kFitsHalf<kIn>;
   const int lane = threadIdx.x % 32;
   const int64_t first =
       static_cast<int64_t>(blockIdx.x) * kBlocksPerCta + threadIdx.x / 32 * kBlocksPerWarp;
   const int64_t last = blocks.count - 1;
   Raw<kIn> raw[kRounds];
+  if (plain) {
 #pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const int64_t block = min(first + i * kBlocksPerRound + lane / 4, last);
-    int64_t element = block * kMxBlock + lane % 4 * kChunk;
-    if (p.rows > 1) {
-      const int64_t row = block / blocks.per_row;
-      element += row * (p.x_row_stride - p.cols);
+    for (int i = 0; i < kRounds; ++i) {
+      const int64_t block = min(first + i * kBlocksPerRound + lane / 4, last);
+      raw[i] = LoadRaw<kIn>(p.x, block * kMxBlock + lane % 4 * kChunk, true);
     }
-    raw[i] = aligned ? LoadRaw<kIn>(p.x, element, true) : LoadRawUnaligned<kIn>(p.x, element, true);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int64_t block = min(first + i * kBlocksPerRound + lane / 4, last);
+      const int64_t row = block / blocks.per_row;
+      const int64_t column = (block - row * blocks.per_row) * kMxBlock + lane % 4 * kChunk;
+      raw[i] = LoadRawUnaligned<kIn>(p.x, row * p.x_row_stride + column, true);
+    }
   }
   uint32_t codes[kRounds];
   uint32_t bytes = 0;  // the exponent of round i in byte i
@@ -128,13 +133,11 @@ unsigned Ctas(int64_t blocks) {
 cudaError_t LaunchMxfp4Quantize(const Mxfp4QuantizeParams& p, cudaStream_t stream) {
   const Blocks blocks{p.rows * (p.cols / kMxBlock), p.cols / kMxBlock};
   if (blocks.count == 0) return cudaSuccess;
-  Mxfp4QuantizeParams q = p;
-  if (p.x_row_stride == p.cols) q.rows = 1;  // rows follow each other: one long row
-  const int64_t per_vector = 16 / SizeOf(p.dtype);
-  const bool aligned = IsAligned(p.x, 16) && (q.rows == 1 || p.x_row_stride % per_vector == 0);
+  // Rows that follow each other are one long row.
+  const bool plain = p.x_row_stride == p.cols && IsAligned(p.x, 16);
   dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(p.dtype, "dtype", [&](auto dtype) {
     QuantizeKernel<decltype(dtype)::value>
-        <<<Ctas(blocks.count), kThreads, 0, stream>>>(q, blocks, aligned);
+        <<<Ctas(blocks.count), kThreads, 0, stream>>>(p, blocks, plain);
   });
   return cudaGetLastError();
 }
