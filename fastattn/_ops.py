@@ -22,6 +22,8 @@ PREFIX = "fastattn_"
 _ERROR = re.compile(
     r"\[(TypeError|ValueError|NotImplementedError|RuntimeError)\] (.*?)\s*(?:\n\s*\[|\Z)", re.S
 )
+# Paddle's own check of an attribute's type.
+_ATTRIBUTE_ERROR = re.compile(r"position (\d+)\) must be (\w+), but got ([\w.]+)")
 _ERROR_TYPES = {
     "TypeError": TypeError,
     "ValueError": ValueError,
@@ -124,6 +126,29 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, _tensor_types())
 
 
+# Optional inputs with one entry a token or a row, which are empty where there are none.
+_PER_TOKEN = frozenset(
+    {
+        "batch_id_per_token",
+        "k_descale",
+        "mask_offsets",
+        "out",
+        "output",
+        "output_lse",
+        "output_scales",
+        "q_descale",
+        "v_descale",
+    }
+)
+
+
+def _is_lost(name: str, first: Any) -> bool:
+    """Whether it matters that Paddle hands an empty optional tensor over as an absent one."""
+    if name.startswith("cache_"):  # a cache without blocks has empty scales; the operator checks
+        return False
+    return name not in _PER_TOKEN or not (is_tensor(first) and 0 in first.shape)
+
+
 def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
     eager = paddle.base.core.eager.Tensor
     inplace = sig.inplace.values()
@@ -132,6 +157,11 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
             if not sig.optional[i]:
                 raise TypeError(f"{sig.name}: {name}: expected a tensor, got None")
         elif isinstance(value, eager):
+            if sig.optional[i] and value.size == 0 and _is_lost(name, values[0]):
+                raise ValueError(
+                    f"{sig.name}: {name}: expected a tensor with elements, got shape "
+                    f"{list(value.shape)}"
+                )
             if i in inplace and not value.is_contiguous():
                 raise ValueError(
                     f"{sig.name}: {name}: it is written in place and must be contiguous, got "
@@ -141,14 +171,15 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
             raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
 
 
-def refuse_empty(op: str, name: str, tensor: Any) -> None:
-    """Raise ValueError if an optional tensor has no elements: Paddle silently drops such a one."""
-    if isinstance(tensor, paddle.base.core.eager.Tensor) and tensor.size == 0:
-        shape = list(tensor.shape)
-        raise ValueError(f"{op}: {name}: expected a tensor with elements, got shape {shape}")
-
-
-def _reraise(error: Exception) -> NoReturn:
+def _reraise(sig: OpSignature, error: Exception) -> NoReturn:
+    match = _ATTRIBUTE_ERROR.search(str(error))
+    if match is not None:
+        # Paddle tells the position in the raw call, counted from 1 and with the operator's name.
+        index = int(match[1]) - len(sig.inputs) - 2
+        if 0 <= index < len(sig.attrs):
+            name, kind = sig.attrs[index].split(":")[0], {"long": "int"}.get(match[2], match[2])
+            text = f"{sig.name}: {name}: expected {kind}, got {match[3]}"
+            raise TypeError(text) from None
     match = _ERROR.search(str(error))
     if match is None:
         if "output is not initialized" in str(error):  # Paddle 2.6; 3.x returns it
@@ -184,8 +215,8 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
         return _append_static(sig, inputs, attrs)
     try:
         outputs = run(PREFIX + op, *inputs, *attrs)
-    except (OSError, RuntimeError, ValueError) as error:
-        _reraise(error)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        _reraise(sig, error)
     # An absent optional tensor leaves an empty tensor in the list, or (PIR) no place at all.
     absent = [i for i, source in sig.inplace.items() if inputs[source] is None]
     if not absent:

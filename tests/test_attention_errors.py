@@ -326,6 +326,32 @@ CASES = {
     # Options
     "sinks_shape": (paged, {"sinks": zeros(2)}, ValueError, r"sinks: expected shape \[4\]"),
     "sinks_dtype": (paged, {"sinks": zeros(4, dtype="int32")}, TypeError, "sinks: expected dtype"),
+    "sinks_empty": (paged, {"sinks": zeros(0)}, ValueError, "sinks: .*elements, got shape .0"),
+    "out_empty": (
+        flash,
+        {"out": zeros(0, 4, 64, dtype="bfloat16")},
+        ValueError,
+        r"out: expected a tensor with elements, got shape \[0, 4, 64\]",
+    ),
+    "out_scale_empty": (flash, {"out_scale": zeros(0)}, ValueError, "out_scale: .*elements"),
+    "mask_empty": (
+        paged,
+        {"mask_offsets": zeros(0, 2, dtype="int32")},
+        ValueError,
+        "mask_offsets: expected a tensor with elements",
+    ),
+    "k_descale_empty": (
+        lambda **changed: flash(kv_type="int8", **changed),
+        {"k_descale": zeros(0)},
+        ValueError,
+        "k_descale: expected a tensor with elements",
+    ),
+    # Attributes of another type, which Paddle itself refuses
+    "causal_int": (paged, {"causal": 1}, TypeError, "causal: expected bool, got int"),
+    "max_float": (flash, {"max_seqlen_q": 3.0}, TypeError, "max_seqlen_q: expected int, got float"),
+    "max_none": (paged, {"max_seqlen_k": None}, TypeError, "max_seqlen_k: expected int, got None"),
+    "softcap_none": (flash, {"softcap": None}, TypeError, "softcap: expected float, got None"),
+    "scale_text": (flash, {"softmax_scale": "1"}, TypeError, "softmax_scale: .*float, got str"),
     "mask_shape": (
         paged,
         {"mask_offsets": zeros(4, 2, dtype="int32")},

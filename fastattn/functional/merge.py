@@ -107,7 +107,6 @@ def merge_attn_states(
         raise ValueError(
             f"merge_attn_states: prefill_tokens_with_context: expected None or 0 to T, got {tokens}"
         )
-    _ops.refuse_empty("merge_attn_states", "output_scale", output_scale)
     inputs = (
         prefix_output,
         prefix_lse,

@@ -62,7 +62,6 @@ def quantize_fp8(
     >>> codes.numpy()
     array([[110, 246, 126]], dtype=uint8)
     """
-    _ops.refuse_empty("quantize_fp8", "scale", scale)
     # `codes` shares its memory with `output` where that is given.
     codes, scales, _ = _ops.call("quantize_fp8", (x, scale, output), (granularity, group_size))
     return codes, scales

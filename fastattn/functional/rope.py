@@ -139,18 +139,6 @@ def rope_write_cache_kv(
         check_no_zero_points(
             "rope_write_cache_kv", cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp
         )
-    for name, tensor in (
-        ("rotary_embs", rotary_embs),
-        ("q_norm_weight", q_norm_weight),
-        ("k_norm_weight", k_norm_weight),
-        ("qkv_bias", qkv_bias),
-    ):
-        # Paddle hands an empty optional tensor to the operator as an absent one.
-        if tensor is not None and _ops.is_tensor(tensor) and 0 in tensor.shape:
-            raise ValueError(
-                f"rope_write_cache_kv: {name}: expected a tensor with elements, got shape "
-                f"{list(tensor.shape)}"
-            )
     outputs = _ops.call(
         "rope_write_cache_kv",
         (
