@@ -1,4 +1,4 @@
-"""Faults that other attention kernels have or had, one test each: the smallest input showing it."""
+"""Faults of other attention kernels, by the numbers of docs/faults.md: the smallest inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def positions_problem(queries: int, keys: int, **options):
     ("queries", "keys"),
     [(65, 129), (64, 128), (256, 320), (200, 264), (100, 164), (130, 193), (1000, 1064), (2, 128)],
 )
-def test_a_causal_mask_at_an_unaligned_offset_hides_the_future(place, queries, keys):
+def test_bug02_a_causal_mask_at_an_unaligned_offset_hides_the_future(place, queries, keys):
     # A kernel that masks only its right-most key tile lets early queries see up to 126 more keys.
     out, _ = positions_problem(queries, keys, causal=True).run(place)
     means = (np.arange(queries) + keys - queries) / 2
@@ -41,7 +41,7 @@ def test_a_causal_mask_at_an_unaligned_offset_hides_the_future(place, queries, k
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(128, 64), (300, 64), (129, 1), (5, 0)])
-def test_a_query_without_keys_gives_0_and_minus_infinity(place, queries, keys):
+def test_bug03_a_query_without_keys_gives_0_and_minus_infinity(place, queries, keys):
     # 0 * (1 / 0) is NaN in an epilogue without a guard.
     out, lse = flash_problem([(queries, keys)], causal=True).check(place)
     empty = queries - keys
@@ -50,7 +50,7 @@ def test_a_query_without_keys_gives_0_and_minus_infinity(place, queries, keys):
     assert np.isfinite(lse[:, empty:]).all()
 
 
-def test_a_masked_row_is_not_an_average_of_v(place):
+def test_bug04_a_masked_row_is_not_an_average_of_v(place):
     # A large finite number in place of -inf makes equal weights of a row that is all masked.
     problem = flash_problem([(2, 128)], mask_offsets=np.array([[0, 0], [0, 128]], np.int32))
     problem.v[:] = 7
@@ -62,7 +62,7 @@ def test_a_masked_row_is_not_an_average_of_v(place):
 
 @pytest.mark.parametrize("lengths", [(65, 64), (1, 64), (63, 1), (64, 130)], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_nan_in_the_next_sequence_does_not_leak(place, lengths, causal):
+def test_bug05_nan_in_the_next_sequence_does_not_leak(place, lengths, causal):
     # A tile reaches past the end of its row; a probability of 0 times NaN is NaN.
     problem = flash_problem([(n, n) for n in lengths], causal=causal)
     clean, clean_lse = problem.run(place)
@@ -74,13 +74,13 @@ def test_nan_in_the_next_sequence_does_not_leak(place, lengths, causal):
     assert np.isnan(out[lengths[0] :].astype(np.float32)).all()
 
 
-def test_the_start_of_a_mask_range_is_used(place):
+def test_bug14_the_start_of_a_mask_range_is_used(place):
     out, _ = positions_problem(1, 128, mask_offsets=np.array([[32, 64]], np.int32)).run(place)
     assert (out.astype(np.float64) == 47.5).all()
 
 
 @pytest.mark.parametrize("ends", [(200, 100), (100, 200), (300, 0), (1, 300)], ids=str)
-def test_mask_ends_need_not_grow(place, ends):
+def test_bug14_mask_ends_need_not_grow(place, ends):
     # The number of key tiles may not come from the last query of a tile alone.
     offsets = np.array([[0, end] for end in ends], np.int32)
     out, _ = positions_problem(2, 300, mask_offsets=offsets).run(place)
@@ -89,7 +89,7 @@ def test_mask_ends_need_not_grow(place, ends):
 
 
 @pytest.mark.parametrize("queries", [1, 127, 129])
-def test_a_mask_is_not_read_past_its_end(place, queries):
+def test_bug14_a_mask_is_not_read_past_its_end(place, queries):
     # The mask lies at the end of a larger tensor whose later entries would change the result.
     problem = flash_problem([(queries, 200)])
     offsets = np.stack([np.arange(queries) % 7, np.arange(queries) % 150 + 20], axis=1)
@@ -104,7 +104,7 @@ def test_a_mask_is_not_read_past_its_end(place, queries):
 
 @pytest.mark.parametrize("kind", [PLAIN, CACHE_KINDS[1]], ids=str)
 @pytest.mark.parametrize("keys", [257, 514, 1285, 4097, 8191])
-def test_partial_results_of_splits_keep_their_precision(place, kind, keys):
+def test_bug16_partial_results_of_splits_keep_their_precision(place, kind, keys):
     # Sums such as 257 do not exist in bf16: partial sums stored so would make 1 something else.
     problem = paged_problem([(keys - 1, 1)], kind=kind, heads=(2, 1))
     problem.q[:] = 0
@@ -116,16 +116,16 @@ def test_partial_results_of_splits_keep_their_precision(place, kind, keys):
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
-def test_three_query_heads_a_kv_head(place, kind):
+def test_bug18_three_query_heads_a_kv_head(place, kind):
     paged_problem([(70, 3), (0, 65), (5, 1)], heads=(24, 8), kind=kind).check(place)
 
 
-def test_three_query_heads_a_kv_head_on_contiguous_tensors(place):
+def test_bug18_three_query_heads_a_kv_head_on_contiguous_tensors(place):
     flash_problem([(3, 70), (65, 65)], heads=(24, 8), causal=True).check(place)
 
 
 @pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
-def test_results_are_the_same_bits_every_time(place, kind):
+def test_bug22_results_are_the_same_bits_every_time(place, kind):
     # Long rows, which are split and merged, next to short ones.
     problem = paged_problem([(4500, 1), (3, 1), (700, 2), (64, 66)], heads=(2, 1), kind=kind)
     positional, keywords = problem.arguments(place)
@@ -135,7 +135,7 @@ def test_results_are_the_same_bits_every_time(place, kind):
         assert_same_bits(to_numpy(lse), to_numpy(runs[0][1]), "lse")
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+def test_bug22_results_do_not_depend_on_the_number_of_threads():
     try:
         openmp = ctypes.CDLL("libgomp.so.1")
     except OSError:
@@ -155,7 +155,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("kind", [CACHE_KINDS[2], CACHE_KINDS[-1]], ids=str)
-def test_a_row_gives_the_same_bits_whatever_physical_blocks_hold_it(place, kind):
+def test_bug22_a_row_gives_the_same_bits_whatever_physical_blocks_hold_it(place, kind):
     problem = paged_problem([(500, 3), (64, 2)], kind=kind)
     expected, expected_lse = problem.run(place)
     order = np.random.default_rng(5).permutation(problem.k.elements.shape[0])

@@ -1,4 +1,4 @@
-"""Faults that other serving stacks have had at this level, one test each."""
+"""Faults of other backends, by the numbers of docs/faults.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.__na
 
 
 @each_backend
-def test_bug_13_every_token_of_a_decode_row_is_produced(place, backend):
+def test_bug13_every_token_of_a_decode_row_is_produced(place, backend):
     """A decode row of 5 tokens beside a prefill row, though the host was told of 1."""
     server = Server(backend, Model("block_wise_fp8", head_dim=128), [30, 80], place)
     server.step([20, 0])
@@ -33,7 +33,7 @@ def test_bug_13_every_token_of_a_decode_row_is_produced(place, backend):
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_bug_15_a_rank_uses_the_scales_of_its_own_heads(place, rank):
+def test_bug15_a_rank_uses_the_scales_of_its_own_heads(place, rank):
     """8 heads over 4 ranks, FP8 scales for all 8: rank 1 must use scales 3 and 4."""
     scales = np.arange(1, 9, dtype=np.float32) / 64
     model = Model("cache_fp8")
@@ -58,7 +58,7 @@ def test_bug_15_a_rank_uses_the_scales_of_its_own_heads(place, rank):
         (512, True, slice(128, 256)),
     ],
 )
-def test_bug_15_local_and_global_scales(count, per_channel, expected):
+def test_bug15_local_and_global_scales(count, per_channel, expected):
     scales = np.arange(1, count + 1, dtype=np.float32)
     local = local_scales(
         to_paddle(scales),
@@ -71,7 +71,7 @@ def test_bug_15_local_and_global_scales(count, per_channel, expected):
     assert_same_bits(to_numpy(local), scales[expected])
 
 
-def test_bug_15_more_ranks_than_heads():
+def test_bug15_more_ranks_than_heads():
     scales = np.array([1.0, 2.0], np.float32)
     for rank, head in enumerate([0, 0, 1, 1]):
         local = local_scales(
@@ -86,7 +86,7 @@ def test_bug_15_more_ranks_than_heads():
 
 
 @pytest.mark.parametrize("count", [3, 4, 16, 64, 128])
-def test_bug_15_a_wrong_number_of_scales_is_an_error(count):
+def test_bug15_a_wrong_number_of_scales_is_an_error(count):
     with pytest.raises(ValueError, match=f"scales: expected 1 or 2 or 8 scales.*got {count}"):
         local_scales(
             to_paddle(np.ones(count, np.float32)),
@@ -99,14 +99,14 @@ def test_bug_15_a_wrong_number_of_scales_is_an_error(count):
 
 
 @pytest.mark.parametrize("shard", [HeadShard(8, 3, 0), HeadShard(8, 4, 4), HeadShard(16, 4, 0)])
-def test_bug_15_ranks_that_do_not_divide_the_heads(shard):
+def test_bug15_ranks_that_do_not_divide_the_heads(shard):
     with pytest.raises(ValueError, match="cannot hold 2 of"):
         shard.first_head(2)
 
 
 @each_backend
 @pytest.mark.parametrize("cache", ["none", "block_wise_fp8", "cache_int8"])
-def test_bug_17_neox_layers_normalise_and_skip_padding(place, backend, cache):
+def test_bug17_neox_layers_normalise_and_skip_padding(place, backend, cache):
     server = Server(backend, Model(cache, neox=True, norm=True), [40, 9], place)
     server.step([33, 5], padding=6)
     before = [to_numpy(c).copy() for c in server.caches]
@@ -125,7 +125,7 @@ def test_bug_17_neox_layers_normalise_and_skip_padding(place, backend, cache):
     "name",
     ["block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time", "rotary_embs"],
 )
-def test_bug_23_a_misspelt_field_is_not_taken_for_none(backend, name):
+def test_bug23_a_misspelt_field_is_not_taken_for_none(backend, name):
     server = Server(backend, Model(), [5])
     meta = server.make_meta([5])
     setattr(meta, name[:-1], vars(meta).pop(name))  # set under a name that nobody reads
@@ -135,7 +135,7 @@ def test_bug_23_a_misspelt_field_is_not_taken_for_none(backend, name):
         server.backend.forward(None, None, None, qkv, None, None, server.layers[0], meta)
 
 
-def test_bug_23_backends_cannot_read_an_unknown_field():
+def test_bug23_backends_cannot_read_an_unknown_field():
     meta = backends.ForwardMeta()
     assert meta.seq_len_encoder is None
     for read in (field, optional):

@@ -1,4 +1,4 @@
-"""Bugs that other implementations of these operators have had, each with its smallest input."""
+"""Faults of other cache operators, by the numbers of docs/faults.md: the smallest inputs."""
 
 from __future__ import annotations
 

@@ -38,6 +38,18 @@ def test_ragged_rows(place, types, dim, causal):
     flash_problem(RAGGED, q_type=types[0], kv_type=types[1], dim=dim, causal=causal).check(place)
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 64, 320, 1023])
+def test_prefix_lengths(place, prefix):
+    rows = [(n, prefix + n) for n in (65, 0, 63, 1, 64)]
+    flash_problem(rows, heads=(2, 1), causal=True, seed=prefix).check(place)
+
+
+@pytest.mark.parametrize("types", [TYPES[0], TYPES[3]], ids="-".join)
+def test_rows_of_every_length_in_one_batch(place, types):
+    rows = [(n, n) for n in (65, 1000, 0, 63, 1, 64)]
+    flash_problem(rows, q_type=types[0], kv_type=types[1], heads=(2, 1), causal=True).check(place)
+
+
 FP8_TENSORS = pytest.mark.skipif(
     not hasattr(paddle, "float8_e5m2"), reason="this Paddle has no FP8 tensors"
 )

@@ -51,6 +51,13 @@ def test_prefix_lengths(place, prefix, kind):
     paged_problem(rows, kind=kind, heads=(2, 1), seed=prefix).check(place)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
+def test_rows_of_every_length_in_one_batch(place, kind, dim):
+    rows = [(0, n) for n in (65, 1000, 0, 63, 1, 64)]
+    paged_problem(rows, kind=kind, heads=(2, 1), dim=dim).check(place)
+
+
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_INT8], ids=str)
 def test_a_long_prompt(place, kind):
     paged_problem([(0, 1000), (24, 1000)], heads=(2, 1), dim=128, kind=kind).check(place)

@@ -326,7 +326,7 @@ def test_quantised_q_is_the_quantised_rounded_q(place):
 
 @pytest.mark.parametrize("cache", CACHES[1:], ids="-".join)
 def test_chunks_over_a_recycled_block_give_the_bytes_of_a_fresh_cache(place, cache):
-    """A chunk from the middle of a block ignores the stale bytes there (bug 11)."""
+    """A chunk from the middle of a block ignores the stale bytes there (fault 11)."""
     whole = make_case([0], [150], cache=cache, norm=True)
     fresh, stale = whole.cache.copy(), whole.cache.copy()
     for target, byte in ((fresh, 0), (stale, 0x7E)):
@@ -495,12 +495,12 @@ def test_a_step_without_tokens(place, cached):
     assert descale.shape == (0, 4)
 
 
-# Bug 17 of the serving stack: neox and qk-norm kernels that take no weights and no padding ids.
+# Fault 17 of docs/faults.md: neox and qk-norm kernels that take no weights and no padding ids.
 
 
 @pytest.mark.parametrize("neox", [False, True])
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
-def test_bug_17_norm_weights_and_padding_count_in_every_style(place, cache, neox):
+def test_bug17_norm_weights_and_padding_count_in_every_style(place, cache, neox):
     case = make_case([0], [3], cache=cache, neox=neox)
     case.tensors["q_norm_weight"] = np.full(64, 2.0, np.float32)
     case.tensors["batch_id_per_token"] = np.array([0, 0, -1], np.int32)
