@@ -1,10 +1,9 @@
-"""Every environment variable that fastattn reads, in one place.
+"""Every environment variable that fastattn reads, in one place; docs/install.md has the build's.
 
 =====================  ==========================================================================
 variable               meaning
 =====================  ==========================================================================
 ``FASTATTN_LIBRARY``   load this compiled library instead of the one inside the package
-``FASTATTN_ARCHS``     (build) CUDA architectures to compile for, e.g. ``"90a;100a"``
 ``FASTATTN_CACHE``     folder of the demo's trained model, default ``~/.cache/fastattn``
 =====================  ==========================================================================
 """
