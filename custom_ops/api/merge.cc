@@ -3,8 +3,13 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/device.h"
 #include "cpu/merge.h"
 #include "params/merge.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/merge/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -113,9 +118,7 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
     p.group_size = GroupSize(*given_scales, shape[0], shape[1] * shape[2]);
   }
 
-  RequireCpu(kOp, place);
   p.output_scale = scale != nullptr ? Data<float>(*scale) : nullptr;
-  CheckScaleValue(p.output_scale);
 
   const auto out_dtype = fp8 ? phi::DataType::UINT8 : prefix_output.dtype();
   Tensor merged = given_output ? *given_output : paddle::empty(shape, out_dtype, place);
@@ -141,6 +144,15 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
     p.output_scales_token_stride = given_scales->shape()[1];
   }
 
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(prefix_output)) {
+    LaunchOnGpu(kOp, prefix_output,
+                [&](cudaStream_t stream) { return cuda::LaunchMergeAttnStates(p, stream); });
+    return {merged, merged_lse};
+  }
+#endif
+  RequireCpu(kOp, place);
+  CheckScaleValue(p.output_scale);
   Guarded(kOp, [&] { cpu::MergeAttnStates(p); });
   return {merged, merged_lse};
 }

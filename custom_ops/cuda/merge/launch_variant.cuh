@@ -1,0 +1,174 @@
+// Chooses the kernel and the CTA shape of a merge, for one input dtype.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+#include <numeric>
+
+#include "common/dispatch.h"
+#include "cuda/merge/scalar_kernel.cuh"
+#include "cuda/merge/vector_kernel.cuh"
+
+namespace fastattn::cuda {
+
+template <DType kIn>
+cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream);
+
+inline int CeilPowerOfTwo(int64_t x) {
+  int power = 1;
+  while (power < x) power *= 2;
+  return power;
+}
+
+// Whether everything is 16-byte aligned (codes: one pack's codes) and fits 32-bit strides.
+inline bool FitsVectors(const MergeParams& p, int width) {
+  const bool plain = p.output_kind == MergeOutput::kPlain;
+  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+  if (p.head_dim % width != 0 || p.head_dim == 0) return false;
+  if (address(p.prefix_output) % 16 != 0 || address(p.suffix_output) % 16 != 0) return false;
+  if (address(p.output) % (plain ? 16 : width) != 0) return false;
+  for (const int64_t stride : {p.prefix_token_stride, p.prefix_head_stride, p.suffix_token_stride,
+                               p.suffix_head_stride, p.output_token_stride, p.output_head_stride}) {
+    if (stride % width != 0) return false;
+  }
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  for (const int64_t extent :
+       {p.prefix_token_stride, p.prefix_head_stride, p.suffix_token_stride, p.suffix_head_stride,
+        p.output_token_stride, p.output_head_stride, p.prefix_lse_head_stride,
+        p.prefix_lse_token_stride, p.suffix_lse_head_stride, p.suffix_lse_token_stride,
+        p.output_lse_head_stride, p.output_lse_token_stride, p.output_scales_token_stride,
+        p.num_tokens + kMaxMergeThreads, int64_t{p.num_heads} * p.head_dim + kMaxMergeThreads}) {
+    if (extent > kMost || extent < -kMost) return false;
+  }
+  return true;
+}
+
+inline MergeVectorParams VectorParams(const MergeParams& p) {
+  const auto narrow = [](int64_t x) { return static_cast<int>(x); };
+  MergeVectorParams v;
+  v.prefix_output = p.prefix_output;
+  v.suffix_output = p.suffix_output;
+  v.prefix_lse = p.prefix_lse;
+  v.suffix_lse = p.suffix_lse;
+  v.output_scale = p.output_scale;
+  v.output = p.output;
+  v.output_lse = p.output_lse;
+  v.output_scales = p.output_scales;
+  v.num_tokens = narrow(p.num_tokens);
+  v.merged_tokens = narrow(p.merged_tokens);
+  v.num_heads = p.num_heads;
+  v.packs = 0;
+  v.prefix_token_stride = narrow(p.prefix_token_stride);
+  v.prefix_head_stride = narrow(p.prefix_head_stride);
+  v.suffix_token_stride = narrow(p.suffix_token_stride);
+  v.suffix_head_stride = narrow(p.suffix_head_stride);
+  v.output_token_stride = narrow(p.output_token_stride);
+  v.output_head_stride = narrow(p.output_head_stride);
+  v.prefix_lse_head_stride = narrow(p.prefix_lse_head_stride);
+  v.prefix_lse_token_stride = narrow(p.prefix_lse_token_stride);
+  v.suffix_lse_head_stride = narrow(p.suffix_lse_head_stride);
+  v.suffix_lse_token_stride = narrow(p.suffix_lse_token_stride);
+  v.output_lse_head_stride = narrow(p.output_lse_head_stride);
+  v.output_lse_token_stride = narrow(p.output_lse_token_stride);
+  v.output_scales_token_stride = narrow(p.output_scales_token_stride);
+  v.log2_segment = 0;
+  return v;
+}
+
+// `lanes` threads a head, and heads in multiples of `head_multiple`.
+struct MergeShape {
+  int lanes = 0;
+  int head_multiple = 1;
+  int segment = 1;
+};
+
+// Threads of a head for dynamic FP8, where a group's threads must be an aligned power of two inside
+// a warp; lanes = 0 when they cannot be.
+inline MergeShape DynamicShape(const MergeParams& p, int width) {
+  const int packs = p.head_dim / width;
+  MergeShape shape;
+  if (p.group_size == p.head_dim) {
+    // A head is a group: idle threads fill it up to a power of two.
+    shape.segment = CeilPowerOfTwo(packs);
+    shape.lanes = shape.segment;
+  } else if (p.group_size % width == 0 &&
+             CeilPowerOfTwo(p.group_size / width) * width == p.group_size) {
+    shape.segment = p.group_size / width;
+    shape.lanes = packs;
+    shape.head_multiple = shape.segment / std::gcd(packs, shape.segment);
+  }
+  if (shape.segment > 32 || shape.lanes * shape.head_multiple > kMaxMergeThreads) shape.lanes = 0;
+  return shape;
+}
+
+template <DType kIn, MergeOutput kOutput, int kPacks>
+bool LaunchMergeVectors(const MergeParams& p, cudaStream_t stream) {
+  constexpr int kThreads = 128;
+  constexpr int kTokens = 8;  // fp32 LSEs in a sector
+  constexpr int kWidth = kPackWidth<kIn>;
+  MergeVectorParams v = VectorParams(p);
+  v.packs = p.head_dim / kWidth;
+  MergeShape shape;
+  shape.lanes = (v.packs + kPacks - 1) / kPacks;
+  if constexpr (kOutput == MergeOutput::kDynamicFp8) {
+    shape = DynamicShape(p, kWidth);
+    while (1 << v.log2_segment < shape.segment) ++v.log2_segment;
+  }
+  if (shape.lanes == 0 || shape.lanes > kMaxMergeThreads) return false;
+
+  const int per_token = shape.lanes * shape.head_multiple;
+  int tokens = CeilPowerOfTwo(p.num_tokens < kTokens ? p.num_tokens : kTokens);
+  while (tokens > 1 && tokens * per_token > kThreads) tokens /= 2;
+  int heads = shape.head_multiple;
+  while (heads < p.num_heads && 2 * heads * tokens * shape.lanes <= kThreads) heads *= 2;
+  const int64_t columns = (int64_t{p.num_heads} + heads - 1) / heads;
+  if (columns > 65535) return false;
+  const dim3 grid(static_cast<unsigned>((p.num_tokens + tokens - 1) / tokens),
+                  static_cast<unsigned>(columns));
+  const dim3 block(shape.lanes, heads, tokens);
+  MergeVectorKernel<kIn, kOutput, kPacks><<<grid, block, 0, stream>>>(v);
+  return true;
+}
+
+template <DType kIn, MergeOutput kOutput>
+void LaunchMergeScalars(const MergeParams& p, cudaStream_t stream) {
+  constexpr int64_t kMostX = std::numeric_limits<int>::max(), kMostY = 65535;
+  int64_t heads = 1;
+  if (kOutput == MergeOutput::kDynamicFp8 && p.head_dim > 0) {
+    heads = p.group_size / std::gcd(p.group_size, p.head_dim);  // least common multiple, in heads
+  }
+  const int64_t spans = (p.num_heads + heads - 1) / heads;
+  const dim3 grid(static_cast<unsigned>(p.num_tokens < kMostX ? p.num_tokens : kMostX),
+                  static_cast<unsigned>(spans < kMostY ? spans : kMostY));
+  MergeScalarKernel<kIn, kOutput><<<grid, kScalarMergeThreads, 0, stream>>>(p, heads);
+}
+
+// Two packs a thread share the work for the weights and keep more bytes in flight, from where there
+// are threads enough for a whole GPU.
+inline constexpr int64_t kPacksOfOneWave = 1 << 18;
+
+template <DType kIn>
+cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream) {
+  using M = MergeOutput;
+  constexpr int kWidth = kPackWidth<kIn>;
+  const int64_t packs = p.num_tokens * p.num_heads * (p.head_dim / kWidth);
+  const bool two = packs > kPacksOfOneWave && p.head_dim % (2 * kWidth) == 0;
+  dispatch<M::kPlain, M::kStaticFp8, M::kDynamicFp8>(p.output_kind, "output", [&](auto output) {
+    constexpr M kOutput = decltype(output)::value;
+    bool launched = false;
+    if (FitsVectors(p, kWidth)) {
+      if constexpr (kOutput == M::kDynamicFp8) {
+        launched = LaunchMergeVectors<kIn, kOutput, 1>(p, stream);
+      } else {
+        launched = two ? LaunchMergeVectors<kIn, kOutput, 2>(p, stream)
+                       : LaunchMergeVectors<kIn, kOutput, 1>(p, stream);
+      }
+    }
+    if (!launched) LaunchMergeScalars<kIn, kOutput>(p, stream);
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace fastattn::cuda

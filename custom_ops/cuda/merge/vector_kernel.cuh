@@ -1,0 +1,201 @@
+// Merge, 16 bytes at a time: the channels of a head in `packs` packs, kPacks of them a thread.
+//
+// threadIdx.x runs over the packs of a head, y over heads, z over tokens: no index needs a
+// division. A CTA takes several tokens because the LSEs of a head's tokens usually share a 32-byte
+// sector, which then comes from L1 for all but the first.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/convert.cuh"
+#include "cuda/common/vector.cuh"
+#include "cuda/merge/weights.h"
+#include "params/merge.h"
+#include "params/quantize.h"
+
+namespace fastattn::cuda {
+
+inline constexpr int kMaxMergeThreads = 1024;
+
+template <DType kIn>
+inline constexpr int kPackWidth = 16 / SizeOf(kIn);
+
+// MergeParams with 32-bit strides: half the parameters to fetch before the first address is known,
+// and one multiply-add for each. Strides count elements.
+struct MergeVectorParams {
+  const void* prefix_output;
+  const void* suffix_output;
+  const float* prefix_lse;
+  const float* suffix_lse;
+  const float* output_scale;
+  void* output;
+  float* output_lse;
+  float* output_scales;
+  int num_tokens, merged_tokens, num_heads;
+  int packs;  // 16-byte packs of a head
+  int prefix_token_stride, prefix_head_stride;
+  int suffix_token_stride, suffix_head_stride;
+  int output_token_stride, output_head_stride;
+  int prefix_lse_head_stride, prefix_lse_token_stride;
+  int suffix_lse_head_stride, suffix_lse_token_stride;
+  int output_lse_head_stride, output_lse_token_stride;
+  int output_scales_token_stride;
+  int log2_segment;  // kDynamicFp8: 2^this neighbouring threads share a scale, at most a warp
+};
+
+__device__ __forceinline__ int64_t Offset(int i, int i_stride, int j, int j_stride) {
+  return static_cast<int64_t>(i) * i_stride + static_cast<int64_t>(j) * j_stride;
+}
+
+// Each element is read once: evict first. Not the read-only path: the output may be this memory.
+__device__ __forceinline__ uint4 LoadPack(const char* address, bool active) {
+  return active ? __ldcs(reinterpret_cast<const uint4*>(address)) : make_uint4(0, 0, 0, 0);
+}
+
+template <DType kIn>
+__device__ __forceinline__ void UnpackPack(const uint4& pack, float (&x)[kPackWidth<kIn>]) {
+  if constexpr (kIn == DType::kFloat32) {
+    x[0] = __uint_as_float(pack.x);
+    x[1] = __uint_as_float(pack.y);
+    x[2] = __uint_as_float(pack.z);
+    x[3] = __uint_as_float(pack.w);
+  } else {
+    Unpack<kIn>(Raw<kIn>{pack, make_uint4(0, 0, 0, 0)}, x);
+  }
+}
+
+// What stands for the values of an empty side, so that one expression serves every case with the
+// bits of leaving the side out: x + -0 is x for every x. Two empty sides give +0 + -0 = 0.
+template <DType kIn>
+__device__ __forceinline__ uint4 OrElse(bool use, const uint4& pack, bool negative_zero) {
+  const uint32_t zero = !negative_zero ? 0u : kIn == DType::kFloat32 ? 0x80000000u : 0x80008000u;
+  return make_uint4(use ? pack.x : zero, use ? pack.y : zero, use ? pack.z : zero,
+                    use ? pack.w : zero);
+}
+
+template <DType kIn>
+__device__ __forceinline__ void MergePack(const uint4& prefix, const uint4& suffix,
+                                          const MergeWeights& w, float (&x)[kPackWidth<kIn>]) {
+  float a[kPackWidth<kIn>], b[kPackWidth<kIn>];
+  UnpackPack<kIn>(OrElse<kIn>(w.use_prefix, prefix, w.use_suffix), a);
+  UnpackPack<kIn>(OrElse<kIn>(w.use_suffix, suffix, true), b);
+#pragma unroll
+  for (int i = 0; i < kPackWidth<kIn>; ++i) x[i] = Add(Mul(a[i], w.prefix), Mul(b[i], w.suffix));
+}
+
+template <DType kIn>
+__device__ __forceinline__ void StoreValues(void* output, int64_t at,
+                                            const float (&x)[kPackWidth<kIn>]) {
+  uint4 pack;
+  if constexpr (kIn == DType::kFloat32) {
+    pack = make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+                      __float_as_uint(x[3]));
+  } else {
+    pack = make_uint4(PackPair<kIn>(x[0], x[1]), PackPair<kIn>(x[2], x[3]),
+                      PackPair<kIn>(x[4], x[5]), PackPair<kIn>(x[6], x[7]));
+  }
+  *reinterpret_cast<uint4*>(static_cast<char*>(output) + at * SizeOf(kIn)) = pack;
+}
+
+template <int kWidth>
+__device__ __forceinline__ void StoreCodes(void* output, int64_t at, const float (&x)[kWidth],
+                                           float inverse) {
+  uint32_t words[kWidth / 4];
+#pragma unroll
+  for (int w = 0; w < kWidth / 4; ++w) {
+    words[w] = PackCodes<DType::kE4M3>(Mul(x[4 * w], inverse), Mul(x[4 * w + 1], inverse),
+                                       Mul(x[4 * w + 2], inverse), Mul(x[4 * w + 3], inverse));
+  }
+  char* address = static_cast<char*>(output) + at;
+  if constexpr (kWidth == 8) {
+    *reinterpret_cast<uint2*>(address) = make_uint2(words[0], words[1]);
+  } else {
+    *reinterpret_cast<uint32_t*>(address) = words[0];
+  }
+}
+
+// Scale of a segment of threads, written by its first one.
+template <int kWidth>
+__device__ __forceinline__ float SegmentScale(const MergeVectorParams& p, int token, int head,
+                                              bool active, const float (&x)[kWidth]) {
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) amax = max(amax, AbsBits(x[i]));
+  for (int lanes = 1; lanes < 1 << p.log2_segment; lanes *= 2) {
+    amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
+  }
+  const float scale = DynamicScale(amax, kActivationAmaxFloor, kE4M3Max);
+  const int lane = head * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  const int segment = lane >> p.log2_segment;
+  if (active && lane == segment << p.log2_segment) {
+    p.output_scales[static_cast<int64_t>(token) * p.output_scales_token_stride + segment] = scale;
+  }
+  return scale;
+}
+
+template <DType kIn, MergeOutput kOutput, int kPacks>
+__global__ void __launch_bounds__(kMaxMergeThreads)
+    MergeVectorKernel(const __grid_constant__ MergeVectorParams p) {
+  constexpr int kWidth = kPackWidth<kIn>;
+  static_assert(kOutput != MergeOutput::kDynamicFp8 || kPacks == 1,
+                "a segment's packs side by side");
+  const int token = static_cast<int>(blockIdx.x * blockDim.z + threadIdx.z);
+  const int head = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);
+  const bool active = token < p.num_tokens && head < p.num_heads;
+  const bool has_prefix = active && token < p.merged_tokens;
+
+  // All loads before anything that waits for one.
+  const char* prefix =
+      static_cast<const char*>(p.prefix_output) +
+      Offset(token, p.prefix_token_stride, head, p.prefix_head_stride) * SizeOf(kIn);
+  const char* suffix =
+      static_cast<const char*>(p.suffix_output) +
+      Offset(token, p.suffix_token_stride, head, p.suffix_head_stride) * SizeOf(kIn);
+  uint4 a[kPacks], b[kPacks];
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int pack = static_cast<int>(threadIdx.x + i * blockDim.x);
+    a[i] = LoadPack(prefix + pack * 16, has_prefix && pack < p.packs);
+    b[i] = LoadPack(suffix + pack * 16, active && pack < p.packs);
+  }
+  float prefix_lse = -INFINITY, suffix_lse = -INFINITY, scale = 1.0f;
+  if (has_prefix) {
+    prefix_lse = p.prefix_lse[Offset(head, p.prefix_lse_head_stride,  //
+                                     token, p.prefix_lse_token_stride)];
+  }
+  if (active) {
+    suffix_lse = p.suffix_lse[Offset(head, p.suffix_lse_head_stride,  //
+                                     token, p.suffix_lse_token_stride)];
+  }
+  if constexpr (kOutput == MergeOutput::kStaticFp8) scale = __ldg(p.output_scale);
+
+  float inverse = Div(1.0f, scale);
+  const MergeWeights w = WeightsOfSides(prefix_lse, suffix_lse);
+  const int64_t output = Offset(token, p.output_token_stride, head, p.output_head_stride);
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int pack = static_cast<int>(threadIdx.x + i * blockDim.x);
+    float x[kWidth];
+    MergePack<kIn>(a[i], b[i], w, x);
+    if constexpr (kOutput == MergeOutput::kDynamicFp8) {
+      inverse = Div(1.0f, SegmentScale(p, token, head, active, x));
+    }
+    if (active && pack < p.packs) {
+      if constexpr (kOutput == MergeOutput::kPlain) {
+        StoreValues<kIn>(p.output, output + pack * kWidth, x);
+      } else {
+        StoreCodes(p.output, output + pack * kWidth, x, inverse);
+      }
+    }
+  }
+  // All threads of a head have read its LSEs before one of them writes, maybe over them.
+  __syncthreads();
+  if (active && threadIdx.x == 0) {
+    p.output_lse[Offset(head, p.output_lse_head_stride, token, p.output_lse_token_stride)] =
+        MergedLse(w);
+  }
+}
+
+}  // namespace fastattn::cuda
