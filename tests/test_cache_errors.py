@@ -10,7 +10,7 @@ import fastattn.functional as F
 from fastattn import _ops
 from tests.support.cache import make_cache, make_step, make_values
 from tests.support.compare import assert_same_bits
-from tests.support.tensors import to_numpy, to_paddle
+from tests.support.tensors import BF16, to_numpy, to_paddle
 
 RAW_ERRORS = (OSError, ValueError, TypeError, RuntimeError)
 
@@ -262,6 +262,38 @@ def test_written_caches_must_be_contiguous():
         F.write_cache_kv(**arguments)
 
 
+@pytest.mark.parametrize("kind", ["none", "cache_fp8", "block_wise_int8"])
+@pytest.mark.parametrize(
+    ("written", "other"),
+    [
+        ("value_cache", "key_cache"),
+        ("cache_v_scales", "cache_k_scales"),
+        ("key_cache", "key"),
+        ("value_cache", "value"),
+    ],
+)
+def test_written_memory_is_not_shared(kind, written, other):
+    arguments = _write_arguments(kind)
+    if other.startswith("cache_") and kind == "none":
+        pytest.skip("no scales")
+    if other in ("key", "value"):
+        if kind != "none":
+            pytest.skip("dtypes differ")
+        cache = arguments[written]
+        tokens = cache.flatten()[: 5 * 2 * 64].reshape([5, 2, 64])
+        if tokens.data_ptr() != cache.data_ptr():
+            pytest.skip("this Paddle copies slices")
+        arguments["key"] = arguments["value"] = to_paddle(make_values((5, 2, 64), BF16))
+        arguments[other] = tokens
+    else:
+        arguments[written] = arguments[other]
+    if kind == "cache_fp8" and other == "cache_k_scales":
+        F.write_cache_kv(**arguments)  # they are read only
+        return
+    with pytest.raises(ValueError, match=f"{written}: it is written .* memory with {other}"):
+        F.write_cache_kv(**arguments)
+
+
 def _append_arguments(cache_quant_type: str = "block_wise_fp8") -> dict:
     """Valid arguments: 2 rows, 64 tokens, 2 KV heads, head_dim 64."""
     step, num_blocks = make_step([3, 61], [0, 0], spare_blocks=1)
@@ -375,6 +407,13 @@ APPEND_ERRORS = [
         r"cache_k_scales: expected shape \[\d, 2, 64\], got \[2\]",
     ),
 ]
+
+
+def test_appended_keys_and_values_are_not_the_same_tensor():
+    arguments = _append_arguments()
+    arguments["value"] = arguments["key"]
+    with pytest.raises(ValueError, match=r"value: it is written .* share memory with key"):
+        F.append_cache_kv_c8(**arguments)
 
 
 @pytest.mark.parametrize(("cache_quant_type", "changes", "error", "text"), APPEND_ERRORS)

@@ -47,7 +47,22 @@ def codes(**changes: Any) -> dict[str, Any]:
     return arguments(**(base | changes))
 
 
+_CACHE = zeros([2, 2, 64, 64], "float16")
+
 ERRORS = [
+    (
+        "one cache",
+        ValueError,
+        "value_cache: it is written .* share memory with key_cache",
+        {"key_cache": _CACHE, "value_cache": _CACHE},
+    ),
+    (
+        "eps",
+        ValueError,
+        "rms_norm_eps: expected a finite number of at least 0, got -1",
+        {"rms_norm_eps": -1.0},
+    ),
+    ("eps nan", ValueError, "rms_norm_eps: expected a finite number", {"rms_norm_eps": np.nan}),
     ("None", TypeError, "qkv: expected a tensor, got None", {"qkv": None}),
     ("list", TypeError, "qkv: expected a tensor, got list", {"qkv": [1.0]}),
     ("no cache", TypeError, "key_cache: expected a tensor, got None", {"key_cache": None}),

@@ -83,6 +83,7 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
   p.key_token_stride = CheckOutput("key", key, p.cache, place);
   p.value_token_stride = CheckOutput("value", value, p.cache, place);
   Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
+  RequireApart(kOp, "value", value, "key", key);
   p.dtype = ToDType(kOp, "key", key.dtype());
   p.num_out_tokens = key.shape()[0];
 

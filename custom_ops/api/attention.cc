@@ -345,6 +345,10 @@ std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tenso
       Get(out),    out_dtype,      softmax_scale, softcap,           causal,
       window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse};
   ParseCommon(kFlash, args, place, &p);
+  if (args.out != nullptr) {
+    RequireApart(kFlash, "out", *args.out, "k", k);
+    RequireApart(kFlash, "out", *args.out, "v", v);
+  }
   return Run(kFlash, args, place, &p);
 }
 
@@ -377,6 +381,10 @@ std::vector<Tensor> PagedAttention(
       Get(out),    out_dtype,      softmax_scale, softcap,           causal,
       window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse};
   ParseCommon(kPaged, args, place, &p);
+  if (args.out != nullptr) {
+    RequireApart(kPaged, "out", *args.out, "key_cache", key_cache);
+    RequireApart(kPaged, "out", *args.out, "value_cache", value_cache);
+  }
   return Run(kPaged, args, place, &p);
 }
 

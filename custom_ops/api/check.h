@@ -5,11 +5,13 @@
 // checks also stand between a direct caller of the raw operator and the process's memory.
 #pragma once
 
+#include <cstdint>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -205,6 +207,27 @@ inline void* MutableAddress(const Tensor& tensor) {
 template <typename T = void>
 const T* Data(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<const T*>(tensor.data());
+}
+
+// Refuses a tensor that is written while another argument shares its memory: one of the two would
+// read, or keep, what belongs to the other. Gaps between the elements of a view count as part of
+// it.
+inline void RequireApart(const char* op, const char* written_name, const Tensor& written,
+                         const char* other_name, const Tensor& other) {
+  const auto bytes = [](const Tensor& tensor) {
+    const Shape shape = tensor.shape(), strides = StridesOf(tensor);
+    int64_t last = 0;
+    for (size_t i = 0; i < shape.size(); ++i) last += (shape[i] - 1) * strides[i];
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.data());
+    return std::pair<uintptr_t, uintptr_t>{begin, begin + (last + 1) * phi::SizeOf(tensor.dtype())};
+  };
+  if (written.numel() == 0 || other.numel() == 0) return;
+  const auto [begin, end] = bytes(written);
+  const auto [other_begin, other_end] = bytes(other);
+  if (begin < other_end && other_begin < end) {
+    Fail("ValueError", op, written_name, "it is written and must not share memory with ",
+         other_name);
+  }
 }
 
 // For operators without a CUDA kernel.

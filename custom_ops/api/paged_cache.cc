@@ -143,6 +143,13 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   return cache;
 }
 
+void RequireCacheApart(const char* op, const CacheArgs& args) {
+  RequireApart(op, "value_cache", args.value_cache, "key_cache", args.key_cache);
+  if (args.k_scales != nullptr && IsDynamic(ParseCacheType(op, args.cache_quant_type))) {
+    RequireApart(op, "cache_v_scales", *args.v_scales, "cache_k_scales", *args.k_scales);
+  }
+}
+
 RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
                   const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place) {

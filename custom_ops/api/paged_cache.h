@@ -30,6 +30,10 @@ struct CacheArgs {
 // wrong.
 PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Place& place);
 
+// Refuses a cache that is written if its key and value tensors share memory, or its measured
+// scales.
+void RequireCacheApart(const char* op, const CacheArgs& args);
+
 // Checks dtypes, places and sizes (not values: those live on the device) and fills a RowMeta. The
 // three length tensors may be [B] or [B, 1].
 RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,

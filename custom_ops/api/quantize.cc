@@ -85,7 +85,10 @@ std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
   if (given) {
     Arg(kOp, "scale", *given).On(x.place()).Dtype({phi::DataType::FLOAT32}).Dims({1});
   }
-  if (given_output) CheckOutput(*given_output, x);
+  if (given_output) {
+    CheckOutput(*given_output, x);
+    RequireApart(kOp, "output", *given_output, "x", x);
+  }
 
   Tensor codes =
       given_output ? *given_output : paddle::empty(shape, phi::DataType::UINT8, x.place());

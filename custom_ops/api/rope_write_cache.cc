@@ -1,3 +1,4 @@
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -138,11 +139,13 @@ std::vector<Tensor> RopeWriteCacheKv(
   const phi::Place place =
       key_cache.defined() && key_cache.initialized() ? key_cache.place() : qkv.place();
   RopeWriteCacheParams p;
-  p.cache = ParsePagedCache(kOp,
-                            {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
-                             cache_quant_type, fp8_format},
-                            place);
+  const CacheArgs cache{key_cache,           value_cache,      Get(cache_k_scales),
+                        Get(cache_v_scales), cache_quant_type, fp8_format};
+  p.cache = ParsePagedCache(kOp, cache, place);
+  RequireCacheApart(kOp, cache);
   ParseQkv(qkv, num_heads, num_kv_heads, p);
+  RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
+  RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   Arg(kOp, "qkv", qkv).On(place);
   const int64_t num_tokens = qkv.shape()[0];
   p.rows = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
@@ -155,6 +158,10 @@ std::vector<Tensor> RopeWriteCacheKv(
   p.k_norm_weight =
       ParseVector("k_norm_weight", Get(k_norm_weight), head_dim, place, p.k_norm_dtype);
   p.norm_before_rope = qk_norm_before_rope;
+  if (!std::isfinite(rms_norm_eps) || rms_norm_eps < 0) {
+    Fail("ValueError", kOp, "rms_norm_eps", "expected a finite number of at least 0, got ",
+         rms_norm_eps);
+  }
   p.rms_norm_eps = rms_norm_eps;
   p.q_quant = ParseQQuant(q_quant);
   ParseQScale(Get(q_scale), place, p);

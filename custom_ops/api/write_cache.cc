@@ -40,13 +40,18 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
   const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
   const phi::Place place = anchor.place();
   WriteCacheParams p;
-  p.cache = ParsePagedCache(kOp,
-                            {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
-                             cache_quant_type, fp8_format},
-                            place);
+  const CacheArgs cache{key_cache,           value_cache,      Get(cache_k_scales),
+                        Get(cache_v_scales), cache_quant_type, fp8_format};
+  p.cache = ParsePagedCache(kOp, cache, place);
+  RequireCacheApart(kOp, cache);
   p.key_token_stride = CheckTokens("key", key, p.cache, place);
   p.value_token_stride = CheckTokens("value", value, p.cache, place);
   Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
+  for (const Tensor* tokens : {&key, &value}) {
+    const char* name = tokens == &key ? "key" : "value";
+    RequireApart(kOp, "key_cache", key_cache, name, *tokens);
+    RequireApart(kOp, "value_cache", value_cache, name, *tokens);
+  }
   p.dtype = ToDType(kOp, "key", key.dtype());
   if (p.cache.type == CacheType::kNone && p.dtype != DType::kFloat32 && p.dtype != p.cache.dtype) {
     Fail("TypeError", kOp, "key", "expected dtype float32 or the cache's ", NameOf(p.cache.dtype),

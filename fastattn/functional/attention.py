@@ -7,13 +7,14 @@ from typing import Any
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import check_no_zero_points
 from fastattn.functional._marker import unified
 
 
-def _softmax_scale(q: Any, softmax_scale: float | None) -> float:
+def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
     if softmax_scale is not None:
-        return softmax_scale
+        return as_float(op, "softmax_scale", softmax_scale)
     shape = getattr(q, "shape", None)  # the operator says what is wrong with a q that has none
     return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
@@ -159,10 +160,10 @@ def flash_attention(
     attrs = (
         max_seqlen_q,
         max_seqlen_k,
-        _softmax_scale(q, softmax_scale),
+        _softmax_scale("flash_attention", q, softmax_scale),
         causal,
         *_window("flash_attention", window_size),
-        softcap,
+        as_float("flash_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
         kv_dtype,
@@ -324,10 +325,10 @@ def paged_attention(
     attrs = (
         max_seqlen_q,
         max_seqlen_k,
-        _softmax_scale(q, softmax_scale),
+        _softmax_scale("paged_attention", q, softmax_scale),
         causal,
         *_window("paged_attention", window_size),
-        softcap,
+        as_float("paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
         cache_quant_type,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn.functional._attributes import as_float
 from fastattn.functional._marker import unified
 
 
@@ -84,7 +85,11 @@ def indexer_q_rope_quant(
     codes, scales, weights_out = _ops.call(
         "indexer_q_rope_quant",
         (positions, q, cos_sin_cache, weights),
-        (float(softmax_scale), float(head_scale), quant),
+        (
+            as_float("indexer_q_rope_quant", "softmax_scale", softmax_scale),
+            as_float("indexer_q_rope_quant", "head_scale", head_scale),
+            quant,
+        ),
     )
     return codes, scales, weights_out
 
@@ -208,6 +213,11 @@ def indexer_kv_compress_insert(
             cos_sin_cache,
             kv_cache,
         ),
-        (compress_ratio, page_size, float(rms_norm_eps), quant),
+        (
+            compress_ratio,
+            page_size,
+            as_float("indexer_kv_compress_insert", "rms_norm_eps", rms_norm_eps),
+            quant,
+        ),
     )
     return result

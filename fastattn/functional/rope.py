@@ -5,6 +5,7 @@ from __future__ import annotations
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import check_no_zero_points
 from fastattn.functional._marker import unified
 
@@ -161,7 +162,7 @@ def rope_write_cache_kv(
         (
             num_heads,
             num_kv_heads,
-            rms_norm_eps,
+            as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
             use_neox_rotary_style,
             -1 if rotary_dim is None else rotary_dim,
             qk_norm_before_rope,
