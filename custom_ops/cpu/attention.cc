@@ -32,8 +32,15 @@ constexpr int64_t kSplitKeys = 2048;
 // Work (in units of the plan's cost times channels, about 0.1 ms) that is worth another thread.
 constexpr int64_t kWorkerCost = int64_t{1} << 22;
 
+// The best set that kernels may use; only tests lower it.
+std::atomic<int> isa_limit{static_cast<int>(Isa::kAvx512)};
+
+Isa ChosenIsa() {
+  return static_cast<Isa>(std::min(static_cast<int>(DetectIsa()), isa_limit.load()));
+}
+
 TileFunction ChooseTileFunction(const AttentionParams& p) {
-  switch (DetectIsa()) {
+  switch (ChosenIsa()) {
     case Isa::kAvx512:
       return avx512::FindTileFunction(p);
     case Isa::kAvx2:
@@ -305,3 +312,10 @@ void Attention(const AttentionParams& p) {
 }
 
 }  // namespace fastattn::cpu
+
+// For tests, which reach it through ctypes: every kernel must be right on a processor that has a
+// better one. Returns the set that is used from now on.
+extern "C" __attribute__((visibility("default"))) int fastattn_limit_isa(int isa) {
+  fastattn::cpu::isa_limit = isa;
+  return static_cast<int>(fastattn::cpu::ChosenIsa());
+}
