@@ -1,0 +1,118 @@
+"""merge_attn_states on a GPU: merged and quantised at once against one after the other.
+
+Warm: the same buffers again and again. Cold: as many buffers in turn as exceed the L2 cache, up to
+`MOST_COPIES` of them (below 1.5 MB a call they still fit).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import paddle
+
+import fastattn.functional as F
+from fastattn.bench import gpu_timing
+from fastattn.bench.cache_gpu import COLD_BYTES
+from fastattn.bench.common import Row, register
+
+DIM = 128
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+HEADS = (4, 8, 16, 32, 64, 128)
+DTYPES = ("bfloat16", "float16", "float32")
+VARIANTS = ("fused", "unfused", "fused dynamic")
+MOST_COPIES = 256
+PEER = "merge, then quantize_fp8"
+#: Nodes of a graph that measures warm.
+WARM_CALLS = 20
+
+Call = Callable[[], object]
+
+
+def _gpu(array: np.ndarray) -> paddle.Tensor:
+    return paddle.to_tensor(array, place=paddle.CUDAPlace(0))
+
+
+@functools.lru_cache(maxsize=len(DTYPES))
+def _values(dtype: str) -> np.ndarray:
+    """Normal values to repeat; bfloat16 as its bits, which Paddle takes for bfloat16."""
+    values = np.random.default_rng(0).normal(size=1 << 20).astype(np.float32)
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+def _lse(rng: np.random.Generator, shape: tuple[int, int]) -> paddle.Tensor:
+    lse = rng.normal(size=shape).astype(np.float32)
+    lse[rng.random(shape) < 0.05] = np.inf  # a side without keys
+    return _gpu(lse)
+
+
+def _bytes(variant: str, tokens: int, heads: int, dtype: str) -> int:
+    size = 4 if dtype == "float32" else 2
+    lses = 3 * 4  # both sides' and the output's
+    if variant == "unfused":
+        return tokens * heads * (DIM * (4 * size + 1) + lses)
+    scales = 4 if variant == "fused dynamic" else 0
+    return tokens * heads * (DIM * (2 * size + 1) + lses + scales)
+
+
+def _unfused(inputs: tuple[paddle.Tensor, ...], scale: Any, plain: Any, lse: Any, out: Any) -> None:
+    F.merge_attn_states(*inputs, output=plain, output_lse=lse)
+    F.quantize_fp8(plain, scale, output=out)
+
+
+def _calls(tokens: int, heads: int, dtype: str) -> dict[str, list[Call]]:
+    """Calls of each variant over buffers of their own."""
+    rng = np.random.default_rng(1)
+    shape = (tokens, heads, DIM)
+    values = np.resize(_values(dtype), shape)
+    scale = _gpu(np.array([0.1], np.float32))
+    copies = min(MOST_COPIES, math.ceil(COLD_BYTES / _bytes("fused", tokens, heads, dtype)))
+    calls: dict[str, list[Call]] = {variant: [] for variant in VARIANTS}
+    for _ in range(copies):
+        prefix, suffix = _gpu(values), _gpu(values)
+        prefix_lse, suffix_lse = (_lse(rng, (heads, tokens)) for _ in range(2))
+        inputs = (prefix, prefix_lse, suffix, suffix_lse)
+        plain = paddle.empty(shape, dtype)
+        codes = paddle.empty(shape, "uint8")
+        lse = paddle.empty([heads, tokens], "float32")
+        scales = paddle.empty([tokens, heads], "float32")
+        merge = functools.partial(F.merge_attn_states, *inputs, output=codes, output_lse=lse)
+        calls["fused"].append(functools.partial(merge, output_scale=scale))
+        calls["fused dynamic"].append(functools.partial(merge, output_scales=scales))
+        calls["unfused"].append(functools.partial(_unfused, inputs, scale, plain, lse, codes))
+    return calls
+
+
+@register("merge_attn_states")
+def merge_rows(quick: bool) -> Iterator[Row]:
+    """All tokens x heads x dtypes; a few of them when `quick`."""
+    for dtype in ("bfloat16",) if quick else DTYPES:
+        for tokens in (1, 64, 1024) if quick else TOKENS:
+            for heads in (8, 128) if quick else HEADS:
+                calls = _calls(tokens, heads, dtype)
+                for state in ("warm", "cold"):
+                    shape = f"{tokens} tokens, H {heads}, D {DIM}, {dtype} to e4m3, {state}"
+                    us = {
+                        variant: gpu_timing.median_us(
+                            turns[:1] * WARM_CALLS if state == "warm" else turns
+                        )
+                        for variant, turns in calls.items()
+                    }
+                    for variant in VARIANTS:
+                        moved = _bytes(variant, tokens, heads, dtype)
+                        name = f"merge_attn_states, {variant}"
+                        row = gpu_timing.row(name, shape, us[variant], moved)
+                        if variant == "fused":
+                            row.peer, row.peer_us = PEER, us["unfused"]
+                        yield row
+
+
+def fused_speedup(rows: list[Row], state: str) -> float:
+    """Geometric mean of unfused time / fused time over the rows that are "warm" or "cold"."""
+    ratios = [row.ratio for row in rows if row.peer == PEER and row.shape.endswith(state)]
+    return math.exp(sum(math.log(ratio) for ratio in ratios if ratio) / len(ratios))
