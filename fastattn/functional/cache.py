@@ -79,10 +79,11 @@ def write_cache_kv(
     TypeError
         If a dtype is not one of those above, or a tensor is None or no tensor.
     ValueError
-        If shapes or places do not fit each other, scales are missing or superfluous, or a zero
-        point is given.
+        If shapes or places do not fit each other, scales are missing or superfluous, a zero point
+        is given, or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type` or the head dimension (64, 128) is not supported, or `fp8_format` is
+        not e4m3 for ``block_wise_fp8``.
 
     See Also
     --------
@@ -193,9 +194,10 @@ def append_cache_kv_c8(
         If a dtype is not one of those above, or a tensor is None or no tensor.
     ValueError
         If shapes or places do not fit each other, `dynamic_quant` does not agree with
-        `cache_quant_type`, or a zero point is given.
+        `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type`, `cache_layout` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 128) is not
+        supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``.
 
     See Also
     --------
