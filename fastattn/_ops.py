@@ -157,7 +157,7 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
             if not sig.optional[i]:
                 raise TypeError(f"{sig.name}: {name}: expected a tensor, got None")
         elif isinstance(value, eager):
-            if sig.optional[i] and value.size == 0 and _is_lost(name, values[0]):
+            if sig.optional[i] and 0 in value.shape and _is_lost(name, values[0]):
                 raise ValueError(
                     f"{sig.name}: {name}: expected a tensor with elements, got shape "
                     f"{list(value.shape)}"
