@@ -57,3 +57,10 @@ def test_numbers_of_another_type_are_refused(call, name, value):
 def test_numbers_of_numpy_are_numbers():
     expected = to_numpy(flash(softmax_scale=0.5, softcap=2.0))
     assert_same_bits(to_numpy(flash(softmax_scale=np.float32(0.5), softcap=np.int64(2))), expected)
+
+
+def test_more_kv_heads_than_an_int_counts():
+    q = zeros(3, 0, 64, dtype="bfloat16")
+    k = zeros(0, 1 << 33, 64, dtype="bfloat16")
+    with pytest.raises(ValueError, match="flash_attention: k: a dimension of 8589934592 is too"):
+        F.flash_attention(q, k, k, int32([0, 3]), int32([0, 0]), 3, 0)

@@ -225,6 +225,11 @@ def test_an_empty_scale_is_no_absent_one():
         F.quantize_fp8(paddle.ones([2, 4]), paddle.zeros([0]))
 
 
+def test_a_row_without_elements_has_no_scale():
+    with pytest.raises(ValueError, match="quantize_fp8: x: expected rows with elements"):
+        F.quantize_fp8(paddle.zeros([3, 0]), granularity="token")
+
+
 # Paddle hands a contiguous copy of a strided tensor to the raw operator: only Python can refuse it.
 @pytest.mark.parametrize(("args", "kwargs", "error", "text"), BAD_CALLS[:-1])
 def test_the_raw_operator_refuses_them_too(args, kwargs, error, text):

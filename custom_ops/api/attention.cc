@@ -58,11 +58,7 @@ void ParseQuery(const char* op, const Tensor& q, AttentionParams* p) {
          "float8_e4m3fn, got ", q.dtype());
   }
   const Shape shape = q.shape(), strides = StridesOf(q);
-  for (int64_t size : shape) {
-    if (size > std::numeric_limits<int>::max()) {
-      Fail("ValueError", op, "q", "a dimension of ", size, " is too large");
-    }
-  }
+  for (int64_t size : shape) RequireFits(op, "q", size);
   p->q = Data(q);
   p->num_heads = static_cast<int>(shape[1]);
   p->head_dim = static_cast<int>(shape[2]);
@@ -72,6 +68,7 @@ void ParseQuery(const char* op, const Tensor& q, AttentionParams* p) {
 
 void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head_dim,
                 AttentionParams* p) {
+  RequireFits(op, keys, kv_heads);
   if (head_dim != p->head_dim) {
     Fail("ValueError", op, keys, "expected head_dim ", p->head_dim, " as q has, got ", head_dim);
   }
@@ -305,6 +302,7 @@ void ParsePackedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
            "cu_seqlens_k, got ", ShapeText(lengths->shape()));
     }
   }
+  RequireFits(kFlash, "cu_seqlens_q", cu_seqlens_q.numel());
   p->rows.batch = static_cast<int>(cu_seqlens_q.numel() - 1);
   p->rows.cu_seqlens_q = Data<int>(cu_seqlens_q);
   kv.cu_seqlens_k = Data<int>(cu_seqlens_k);

@@ -81,6 +81,10 @@ std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
   const Tensor* given = Get(scale);
   const Tensor* given_output = Get(output);
   const Shape scale_shape = ScaleShape(shape, given != nullptr, granularity, group_size);
+  if (!given && granularity == "token" && shape.back() == 0 && scale_shape[0] != 0) {
+    Fail("ValueError", kOp, "x", "expected rows with elements for granularity token, got shape ",
+         ShapeText(shape));
+  }
   const int64_t row_stride = RowStride(x);
   if (given) {
     Arg(kOp, "scale", *given).On(x.place()).Dtype({phi::DataType::FLOAT32}).Dims({1});

@@ -105,9 +105,10 @@ FASTATTN_INLINE Vec Exp2(Vec x) {
   p = Fma(p, r, Splat(0x1.ebfbdap-3f));
   p = Fma(p, r, Splat(0x1.62e430p-1f));
   p = Fma(p, r, Splat(1.0f));
-  VecInt bits;
+  // Unsigned: for NaN and far below -126 the sum overflows, and its value is not used.
+  uint32_t __attribute__((vector_size(FASTATTN_SIMD_BITS / 8))) bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits << 23) + 0x3F800000;
+  bits = (bits << 23) + 0x3F800000u;
   Vec power;
   std::memcpy(&power, &bits, sizeof(power));
   return x < -126.0f ? Vec{} : p * power;
