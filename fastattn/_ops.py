@@ -6,11 +6,13 @@ Nothing is loaded when this module is imported; the first :func:`call` (or :func
 from __future__ import annotations
 
 import functools
+import numbers
 import re
 import runpy
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import paddle
 
 from fastattn import env
@@ -41,6 +43,7 @@ class OpSignature(NamedTuple):
     attrs: tuple[str, ...]
     outputs: tuple[str, ...]
     inplace: dict[int, int]  # output index -> input index
+    attr_types: tuple[int, ...]  # Paddle's AttrType, one an attribute
 
 
 def library_path() -> Path:
@@ -97,12 +100,14 @@ def load() -> tuple[str, ...]:
 @functools.cache
 def signature(op: str) -> OpSignature:
     """Signature of the operator ``fastattn_<op>``, from its registration."""
+    from paddle.base.framework import OpProtoHolder
     from paddle.utils.cpp_extension.extension_utils import parse_op_info
 
     load()
     name = PREFIX + op
     inputs, attrs, outputs = parse_op_info(name)
     inplace = paddle.base.core.eager._get_custom_operator_inplace_map(name)
+    types = {a.name: a.type for a in OpProtoHolder.instance().get_op_proto(name).attrs}
     return OpSignature(
         op,
         tuple(i.split("@")[0] for i in inputs),
@@ -110,6 +115,7 @@ def signature(op: str) -> OpSignature:
         tuple(attrs),
         tuple(o.split("@")[0] for o in outputs),
         dict(inplace),
+        tuple(types[a] for a in attrs),
     )
 
 
@@ -171,6 +177,35 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
             raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
 
 
+#: Paddle's AttrType: INT, FLOAT, STRING, BOOLEAN and LONG.
+_ATTRIBUTE_KINDS: dict[int, tuple[type, Any]] = {
+    0: (int, numbers.Integral),
+    1: (float, numbers.Real),
+    2: (str, str),
+    6: (bool, (bool, np.bool_)),
+    9: (int, numbers.Integral),
+}
+
+
+def _traced_attrs(sig: OpSignature, attrs: tuple[Any, ...]) -> list[Any]:
+    """Attributes for a program that is being traced.
+
+    There Paddle 3 ends the process where it otherwise raises, so nothing wrong may reach it.
+    """
+    checked = []
+    for name, attr_type, value in zip(sig.attrs, sig.attr_types, attrs):
+        kind, accepted = _ATTRIBUTE_KINDS[attr_type]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(
+                f"{sig.name}: {name}: expected {kind.__name__}, got {type(value).__name__}"
+            )
+        bits = {0: 32, 9: 64}.get(attr_type)
+        if bits and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+            raise ValueError(f"{sig.name}: {name}: expected an int of {bits} bits, got {value}")
+        checked.append(kind(value))
+    return checked
+
+
 def _reraise(sig: OpSignature, error: Exception) -> NoReturn:
     match = _ATTRIBUTE_ERROR.search(str(error))
     if match is not None:
@@ -211,6 +246,8 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
     sig = signature(op)
     _check_inputs(sig, inputs)
     run = _runner()
+    if run is not paddle.base.core.eager._run_custom_op:
+        attrs = tuple(_traced_attrs(sig, attrs))
     if run is None:
         return _append_static(sig, inputs, attrs)
     try:

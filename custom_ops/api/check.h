@@ -209,6 +209,17 @@ const T* Data(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<const T*>(tensor.data());
 }
 
+// Result of an InferShape or InferDtype function. An exception out of one ends the process while
+// Paddle 3 traces a program: what is wrong gives `fallback`, and the kernel tells it in the run.
+template <typename T, typename F>
+std::vector<T> Inferred(std::vector<T> fallback, F&& infer) {
+  try {
+    return infer();
+  } catch (const std::exception&) {
+    return fallback;
+  }
+}
+
 // Refuses a tensor that is written while another argument shares its memory: one of the two would
 // read, or keep, what belongs to the other. Gaps between the elements of a view count as part of
 // it.

@@ -111,7 +111,9 @@ std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& k
 std::vector<Shape> ConvertCacheLayoutInferShape(const Shape& cache, const std::string& kind,
                                                 const std::string& cache_quant_type,
                                                 const std::string& src, const std::string& dst) {
-  return {OutputShape(cache, Parse(kind, cache_quant_type, src, dst))};
+  return Inferred<Shape>({cache}, [&]() -> std::vector<Shape> {
+    return {OutputShape(cache, Parse(kind, cache_quant_type, src, dst))};
+  });
 }
 
 std::vector<phi::DataType> ConvertCacheLayoutInferDtype(const phi::DataType& cache,

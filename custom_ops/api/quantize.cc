@@ -124,7 +124,9 @@ std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
 std::vector<Shape> QuantizeFp8InferShape(const Shape& x, const paddle::optional<Shape>& scale,
                                          const paddle::optional<Shape>& output,
                                          const std::string& granularity, int group_size) {
-  return {x, ScaleShape(x, static_cast<bool>(scale), granularity, group_size)};
+  return Inferred<Shape>({x, {1}}, [&]() -> std::vector<Shape> {
+    return {x, ScaleShape(x, static_cast<bool>(scale), granularity, group_size)};
+  });
 }
 
 std::vector<phi::DataType> QuantizeFp8InferDtype(const phi::DataType& x,

@@ -194,13 +194,11 @@ std::vector<Shape> RopeWriteCacheKvInferShape(
     float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
     const std::string& q_quant, const std::string& cache_quant_type,
     const std::string& fp8_format) {
-  if (qkv.size() != 2) {
-    Fail("ValueError", kOp, "qkv", "expected 2 dimensions, got shape ", ShapeText(qkv));
-  }
-  if (key_cache.size() != 4) {
-    Fail("ValueError", kOp, "key_cache", "expected 4 dimensions, got shape ", ShapeText(key_cache));
-  }
-  return {{qkv[0], num_heads, key_cache[3]}, DescaleShape(ParseQQuant(q_quant), qkv[0], num_heads)};
+  if (qkv.size() != 2 || key_cache.size() != 4) return {qkv, {1}};  // the kernel refuses them
+  return Inferred<Shape>({qkv, {1}}, [&]() -> std::vector<Shape> {
+    return {{qkv[0], num_heads, key_cache[3]},
+            DescaleShape(ParseQQuant(q_quant), qkv[0], num_heads)};
+  });
 }
 
 std::vector<phi::DataType> RopeWriteCacheKvInferDtype(
@@ -214,8 +212,7 @@ std::vector<phi::DataType> RopeWriteCacheKvInferDtype(
     bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
     const std::string& q_quant, const std::string& cache_quant_type,
     const std::string& fp8_format) {
-  return {ParseQQuant(q_quant) == QQuant::kNone ? qkv : phi::DataType::UINT8,
-          phi::DataType::FLOAT32};
+  return {q_quant == NameOf(QQuant::kNone) ? qkv : phi::DataType::UINT8, phi::DataType::FLOAT32};
 }
 
 }  // namespace fastattn::api

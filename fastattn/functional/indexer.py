@@ -82,6 +82,13 @@ def indexer_q_rope_quant(
     >>> list(codes.shape), scales.numpy().tolist(), weights.numpy().tolist()
     ([1, 2, 128], [[0.00390625, 0.00390625]], [[0.00048828125, 0.00048828125]])
     """
+    # Here, not in the operator: a program that is traced needs both.
+    if quant not in ("fp8", "mxfp4"):
+        raise ValueError(f"indexer_q_rope_quant: quant: expected fp8 or mxfp4, got {quant!r}")
+    if _ops.is_tensor(q) and len(q.shape) != 3:
+        raise ValueError(
+            f"indexer_q_rope_quant: q: expected shape [?, ?, 128], got {list(q.shape)}"
+        )
     codes, scales, weights_out = _ops.call(
         "indexer_q_rope_quant",
         (positions, q, cos_sin_cache, weights),

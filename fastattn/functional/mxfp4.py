@@ -99,5 +99,10 @@ def mxfp4_dequantize(codes: Tensor, scales: Tensor, *, dtype: str = "float32") -
     >>> bool((mxfp4_dequantize(*mxfp4_quantize(x)) == x).all())
     True
     """
+    # Here, not in the operator: a program that is traced needs the dtype.
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(
+            f"mxfp4_dequantize: dtype: expected float32, float16 or bfloat16, got {dtype!r}"
+        )
     (x,) = _ops.call("mxfp4_dequantize", (codes, scales), (dtype,))
     return x
