@@ -482,3 +482,22 @@ def test_progress_without_a_terminal_is_plain_lines():
     lines = stream.getvalue().splitlines()
     assert lines[0] == "training ..." and lines[-1].startswith("training  100 %")
     assert len(lines) == 2 and "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("--temperature", "nan", "expected a finite number of at least 0, got nan"),
+        ("--temperature", "-1", "expected a finite number of at least 0, got -1"),
+        ("--temperature", "warm", "expected a finite number of at least 0, got warm"),
+        ("--seed", "-1", "expected at least 0, got -1"),
+        ("--top-k", "x", "expected an int, got 'x'"),
+        ("--max-new-tokens", "0", "expected at least 1, got 0"),
+    ],
+)
+def test_numbers_are_refused_before_training(capsys, option, value, text):
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["demo", f"{option}={value}"])
+    assert f"argument {option}: {text}" in capsys.readouterr().err
