@@ -253,6 +253,13 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
     try:
         outputs = run(PREFIX + op, *inputs, *attrs)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
+        if "doesn't stop gradient" in str(error):  # Paddle names no argument
+            for i in sig.inplace.values():
+                if inputs[i] is not None and not inputs[i].stop_gradient:
+                    raise ValueError(
+                        f"{op}: {sig.inputs[i]}: it is written in place and must have "
+                        "stop_gradient = True"
+                    ) from None
         _reraise(sig, error)
     # An absent optional tensor leaves an empty tensor in the list, or (PIR) no place at all.
     absent = [i for i, source in sig.inplace.items() if inputs[source] is None]

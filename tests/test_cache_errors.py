@@ -262,6 +262,17 @@ def test_written_caches_must_be_contiguous():
         F.write_cache_kv(**arguments)
 
 
+@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+def test_written_caches_take_no_gradient(name):
+    arguments = _write_arguments("none")
+    arguments["key"], arguments["value"] = (
+        to_paddle(make_values((5, 2, 64), BF16)) for _ in range(2)
+    )
+    arguments[name].stop_gradient = False
+    with pytest.raises(ValueError, match=f"write_cache_kv: {name}: it is written in place and"):
+        F.write_cache_kv(**arguments)
+
+
 @pytest.mark.parametrize("kind", ["none", "cache_fp8", "block_wise_int8"])
 @pytest.mark.parametrize(
     ("written", "other"),
