@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import paddle
 import pytest
@@ -78,9 +80,19 @@ def _append(t: dict) -> None:
     )
 
 
-def test_lengths_and_contents_may_change_between_replays():
+@contextlib.contextmanager
+def capture():
+    """Capture what runs inside; yields the graph."""
     from paddle.device.cuda.graphs import CUDAGraph
 
+    paddle.device.cuda.synchronize()  # no memory with work pending may be freed meanwhile
+    graph = CUDAGraph()
+    graph.capture_begin()
+    yield graph
+    graph.capture_end()
+
+
+def test_lengths_and_contents_may_change_between_replays():
     def tensors(inputs: Inputs) -> dict:
         arrays = inputs.arrays()
         arrays["out_k"], arrays["out_v"] = arrays.pop("out")
@@ -97,11 +109,9 @@ def test_lengths_and_contents_may_change_between_replays():
     held = tensors(Inputs(0))
     _write(held)
     _append(held)
-    graph = CUDAGraph()
-    graph.capture_begin()
-    q = _write(held)
-    _append(held)
-    graph.capture_end()
+    with capture() as graph:
+        q = _write(held)
+        _append(held)
     for seed in range(1, 5):
         inputs = Inputs(seed)
         for name, tensor in tensors(inputs).items():
@@ -115,8 +125,6 @@ def test_lengths_and_contents_may_change_between_replays():
 
 
 def test_quantise_and_convert_in_a_graph():
-    from paddle.device.cuda.graphs import CUDAGraph
-
     rng = np.random.default_rng(0)
     x = to_paddle(rng.normal(size=(33, 256)).astype(BF16), "gpu")
     cache = to_paddle(rng.integers(0, 256, (3, KV, DIM, 64)).astype(np.uint8), "gpu")
@@ -124,11 +132,9 @@ def test_quantise_and_convert_in_a_graph():
     for granularity in ("tensor", "token", "group"):
         F.quantize_fp8(x, granularity=granularity)
         F.convert_cache_layout(cache, dst="logical", **arguments)
-        graph = CUDAGraph()
-        graph.capture_begin()
-        codes, scales = F.quantize_fp8(x, granularity=granularity)
-        logical = F.convert_cache_layout(cache, dst="logical", **arguments)
-        graph.capture_end()
+        with capture() as graph:
+            codes, scales = F.quantize_fp8(x, granularity=granularity)
+            logical = F.convert_cache_layout(cache, dst="logical", **arguments)
         new = (rng.normal(size=(33, 256)) * 7).astype(BF16)
         bytes_ = rng.integers(0, 256, (3, KV, DIM, 64)).astype(np.uint8)
         x.copy_(to_paddle(new, "gpu"), True)
@@ -139,6 +145,7 @@ def test_quantise_and_convert_in_a_graph():
         assert_same_bits(to_numpy(scales), want_scales, granularity)
         want = reference.convert_cache_layout(bytes_, dst="logical", **arguments)
         assert_same_bits(to_numpy(logical), want)
+        del codes, scales, logical  # memory of a graph must not be freed while another is captured
         graph.reset()
 
 

@@ -239,7 +239,7 @@ def nvcc_flags(
     """Flags of the CUDA sources; they include no Paddle header."""
     flags = [
         *("-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I."),
-        *("--expt-relaxed-constexpr", "-lineinfo"),
+        *("--expt-relaxed-constexpr", "-lineinfo", "-Xfatbin", "-compress-all"),
         "--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage",
         "-Xcompiler=-fPIC,-fopenmp,-ffp-contract=off,-fvisibility=hidden",
     ]

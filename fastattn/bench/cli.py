@@ -30,8 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
     from fastattn.bench.common import REGISTRY, machine
 
     on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    paddle.set_device("cpu")  # GPU benchmarks name their place
     if on_gpu:
-        from fastattn.bench import cache_gpu, gpu_timing  # noqa: F401
+        from fastattn.bench import (  # noqa: F401  they register themselves
+            cache_gpu,
+            gpu_timing,
+            indexer_gpu,
+            merge_gpu,
+        )
 
     console = Console()
     names = arguments.op or list(REGISTRY)

@@ -41,17 +41,16 @@ def _calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         return paddle.to_tensor(np.asarray(values, np.int32))
 
     q = paddle.zeros([1, 1, 64], "bfloat16")
-    cache = paddle.zeros([1, 1, 64, 64], "uint8")
-    scales = paddle.ones([1, 1, 64])
+    key_cache, value_cache = (paddle.zeros([1, 1, 64, 64], "uint8") for _ in range(2))
     rows = (int32([[0]]), int32([0, 1]), int32([0]), int32([1]))
     quantised: dict[str, Any] = {
-        "cache_k_scales": scales,
-        "cache_v_scales": scales,
+        "cache_k_scales": paddle.ones([1, 1, 64]),
+        "cache_v_scales": paddle.ones([1, 1, 64]),
         "cache_quant_type": "block_wise_fp8",
     }
     yield (
         "paged_attention",
-        lambda: functional.paged_attention(q, cache, cache, *rows, 1, 1, **quantised),
+        lambda: functional.paged_attention(q, key_cache, value_cache, *rows, 1, 1, **quantised),
     )
     yield (
         "flash_attention",
@@ -59,7 +58,7 @@ def _calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     )
     yield (
         "write_cache_kv",
-        lambda: functional.write_cache_kv(q, q, cache, cache, *rows, **quantised),
+        lambda: functional.write_cache_kv(q, q, key_cache, value_cache, *rows, **quantised),
     )
     yield "quantize_fp8", lambda: functional.quantize_fp8(q, granularity="token")
     lse = paddle.zeros([1, 1])

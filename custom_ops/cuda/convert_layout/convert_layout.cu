@@ -94,6 +94,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// A kernel rather than a memory copy: Paddle 2.6 cannot capture other nodes in a CUDA graph.
+__global__ void __launch_bounds__(kThreads)
+    CopyKernel(const uint4* src, uint4* dst, int64_t pieces) {
+  constexpr int kUnroll = 4;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
+  uint4 values[kUnroll];
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    if (first + i * kThreads < pieces) values[i] = __ldg(src + first + i * kThreads);
+  }
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    if (first + i * kThreads < pieces) dst[first + i * kThreads] = values[i];
+  }
+}
+
 template <CacheLayout kSrc, CacheLayout kDst>
 void Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
   const auto* src = static_cast<const uint8_t*>(p.src);
@@ -117,7 +133,11 @@ cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t strea
   if (same_bytes) {
     const int64_t bytes =
         p.num_block_heads * kBlockSize * p.head_dim * (p.type == CacheType::kNone ? 2 : 1);
-    return cudaMemcpyAsync(p.dst, p.src, bytes, cudaMemcpyDeviceToDevice, stream);
+    const int64_t pieces = bytes / sizeof(uint4);
+    const int64_t ctas = (pieces + kThreads * 4 - 1) / (kThreads * 4);
+    CopyKernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(
+        static_cast<const uint4*>(p.src), static_cast<uint4*>(p.dst), pieces);
+    return cudaGetLastError();
   }
   const bool fastdeploy =
       p.src_layout == CacheLayout::kFastDeploy || p.dst_layout == CacheLayout::kFastDeploy;

@@ -140,6 +140,9 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned*>(p.scales), amax);
 }
 
+// Kernels rather than memory sets: Paddle 2.6 cannot capture other nodes in a CUDA graph.
+__global__ void ClearScaleKernel(float* scale) { *scale = 0.0f; }
+
 __global__ void FinishTensorScaleKernel(float* scale) {
   *scale = DynamicScale(FloatBits(*scale), kActivationAmaxFloor, kE4M3Max);
 }
@@ -169,8 +172,7 @@ cudaError_t LaunchSegments(const QuantizeFp8Params& p, cudaStream_t stream) {
 
 template <DType kIn>
 cudaError_t LaunchTensorAmax(const QuantizeFp8Params& p, cudaStream_t stream) {
-  const cudaError_t cleared = cudaMemsetAsync(p.scales, 0, sizeof(float), stream);
-  if (cleared != cudaSuccess) return cleared;
+  ClearScaleKernel<<<1, 1, 0, stream>>>(p.scales);
   const int64_t wanted = (p.rows * p.cols + kThreads * kChunk - 1) / (kThreads * kChunk);
   constexpr int64_t kMaxCtas = 1024;  // a few a multiprocessor: each loops over the rest
   AmaxKernel<kIn>
@@ -189,8 +191,9 @@ cudaError_t LaunchQuantizeFp8(const QuantizeFp8Params& p, cudaStream_t stream) {
     if (p.rows * p.cols == 0) {
       // An empty tensor still has a per-tensor scale: the floor's.
       if (p.granularity == G::kTensor) {
-        status = cudaMemsetAsync(p.scales, 0, sizeof(float), stream);
-        if (status == cudaSuccess) FinishTensorScaleKernel<<<1, 1, 0, stream>>>(p.scales);
+        ClearScaleKernel<<<1, 1, 0, stream>>>(p.scales);
+        FinishTensorScaleKernel<<<1, 1, 0, stream>>>(p.scales);
+        status = cudaGetLastError();
       }
       return;
     }

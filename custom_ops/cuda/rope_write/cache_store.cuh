@@ -6,12 +6,15 @@
 
 namespace fastattn::cuda {
 
-template <DType kIn_, CacheType kType_, DType kCode_, int kHeadDim_>
+// kRope: there are Q heads, and everything that may happen before the quantiser
+// (rope_write_cache_kv); without it (write_cache_kv) K and V come as they are.
+template <DType kIn_, CacheType kType_, DType kCode_, int kHeadDim_, bool kRope_>
 struct StepTraits {
   static constexpr DType kIn = kIn_;
   static constexpr CacheType kType = kType_;
   static constexpr DType kCode = kCode_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kRope = kRope_;
   static constexpr int kLanes = kHeadDim / kChunk;  // per head
   static constexpr bool kQuantized = IsQuantized(kType);
 };
@@ -57,7 +60,7 @@ __device__ __forceinline__ uint2 Quantize(const float (&x)[kChunk], Inverses& in
     } else if (store && channel == 0) {
       static_cast<float*>(scales)[scale_index] = scale;
     }
-    const float one = Div(1.0f, scale);
+    const float one = __frcp_rn(scale);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) inverse.values[i] = one;
   }
@@ -69,7 +72,7 @@ template <typename Traits>
 __device__ __forceinline__ void StoreQ(const RopeWriteCacheParams& p, float (&x)[kChunk],
                                        float static_inverse, int64_t token, int head, int channel,
                                        bool store) {
-  if constexpr (Traits::kIn != DType::kFloat32) {
+  if constexpr (Traits::kRope) {
     const uint4 bits = RoundTo<Traits::kIn>(x);
     const int64_t index = token * p.num_heads + head;
     const int64_t element = index * Traits::kHeadDim + channel;
@@ -80,10 +83,10 @@ __device__ __forceinline__ void StoreQ(const RopeWriteCacheParams& p, float (&x)
     float inverse[kChunk];
     float one = static_inverse;
     if (p.q_quant == QQuant::kPerTokenHead) {
-      const float scale =
-          DynamicScale(HeadAmaxBits<Traits::kHeadDim>(x), kCacheAmaxFloor, kE4M3Max);
+      const float scale = FastDynamicScale(HeadAmaxBits<Traits::kHeadDim, Traits::kIn>(bits),
+                                           kCacheAmaxFloor, kE4M3Max);
       if (store && channel == 0) p.q_descale[index] = scale;
-      one = Div(1.0f, scale);
+      one = __frcp_rn(scale);
     }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) inverse[i] = one;

@@ -1,6 +1,8 @@
 // Which kernel a step takes, from what the host knows.
 #pragma once
 
+#include <cstdint>
+
 namespace fastattn::cuda {
 
 // Up to this many tokens the one-token kernel is faster whatever the rows look like: its CTAs wait
@@ -17,9 +19,21 @@ inline bool UseTokenKernel(int num_tokens, int batch) {
 // CTAs that share the heads of one group of tokens, so that `token_groups` of them fill a GPU
 // several times over.
 inline int HeadShares(int token_groups, int heads) {
-  constexpr int kCtasWanted = 2048;
+  constexpr int kCtasWanted = 1024;
   const int shares = (kCtasWanted + token_groups - 1) / token_groups;
   return shares < 1 ? 1 : (shares > heads ? heads : shares);
+}
+
+// Heads that a lane group of the one-token kernel takes, so that one wave of CTAs does it all.
+inline int HeadsPerGroup(int num_tokens, int heads, int groups, int most) {
+  constexpr int kCtasOfAWave = 1056;  // 132 multiprocessors x 8
+  for (int share = 1; share < most; ++share) {
+    if (static_cast<int64_t>((heads + groups * share - 1) / (groups * share)) * num_tokens <=
+        kCtasOfAWave) {
+      return share;
+    }
+  }
+  return most;
 }
 
 }  // namespace fastattn::cuda

@@ -33,7 +33,7 @@ __device__ __forceinline__ void LoadHeads(const StepParams& p, int64_t token, in
 #pragma unroll
   for (int i = 0; i < kHeadBatch; ++i) {
     const int head = first_head + i;
-    const bool is_q = head < p.rope.num_heads;
+    const bool is_q = Traits::kRope && head < p.rope.num_heads;
     const int64_t element =
         static_cast<int64_t>(is_q ? head : head - p.rope.num_heads) * Traits::kHeadDim + channel +
         token * (is_q ? p.q_stride : p.k_stride);
@@ -64,7 +64,7 @@ __device__ __forceinline__ void StreamHeads(const StepParams& p, const PrefillGr
   Angles angles;
   int block = -1;
   if (owned) {
-    LoadAngles(rope, place.position, channel, angles);
+    if constexpr (Traits::kRope) LoadAngles(rope, place.position, channel, angles);
     if (end_head > rope.num_heads) {
       block = FindBlock(rope.rows, cache.num_blocks, place.row, place.position / kBlockSize);
     }
@@ -82,11 +82,11 @@ __device__ __forceinline__ void StreamHeads(const StepParams& p, const PrefillGr
       if (head >= end_head) break;
       float x[kChunk];
       Unpack<Traits::kIn>(raw[i], x);
-      if (rope.bias != nullptr) {
+      if (Traits::kRope && rope.bias != nullptr) {
         AddBias(rope.bias, rope.bias_dtype, static_cast<int64_t>(head) * Traits::kHeadDim + channel,
                 x);
       }
-      if (head < rope.num_heads) {
+      if (Traits::kRope && head < rope.num_heads) {
         Transform<Traits>(rope, rope.q_norm_weight, rope.q_norm_dtype, angles, channel, x);
         if (!owned) {
 #pragma unroll
@@ -95,7 +95,9 @@ __device__ __forceinline__ void StreamHeads(const StepParams& p, const PrefillGr
         StoreQ<Traits>(rope, x, q_inverse, token, head, channel, inside);
       } else {
         const int kv_head = head - rope.num_heads;
-        Transform<Traits>(rope, rope.k_norm_weight, rope.k_norm_dtype, angles, channel, x);
+        if constexpr (Traits::kRope) {
+          Transform<Traits>(rope, rope.k_norm_weight, rope.k_norm_dtype, angles, channel, x);
+        }
         RoundToInput<Traits::kIn>(x);
         Inverses inverse;
         LoadInverses<Traits>(cache, cache.k_scales, cache.k_granularity, kv_head, channel, inverse);
@@ -196,7 +198,9 @@ __device__ __forceinline__ void WriteValues(const StepParams& p, int64_t index) 
     const int slot = i * kTokens + threadIdx.x / kLanes;
     float x[kChunk];
     Unpack<Traits::kIn>(raw[i], x);
-    if (rope.bias != nullptr) AddBias(rope.bias, rope.bias_dtype, bias_channel, x);
+    if (Traits::kRope && rope.bias != nullptr) {
+      AddBias(rope.bias, rope.bias_dtype, bias_channel, x);
+    }
     RoundToInput<Traits::kIn>(x);
     if constexpr (Traits::kQuantized) {
       const uint2 codes = Quantize<Traits>(x, inverse, cache.v_scales, cache.scale_dtype,
@@ -219,7 +223,7 @@ __device__ __forceinline__ void WriteValues(const StepParams& p, int64_t index) 
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kPrefillThreads, 4)
+__global__ void __launch_bounds__(kPrefillThreads, Traits::kRope ? 4 : 7)
     StepPrefillKernel(const __grid_constant__ StepParams p, PrefillGrid grid) {
   if (blockIdx.x < grid.stream_ctas) {
     StreamHeads<Traits>(p, grid);
