@@ -7,6 +7,10 @@ import pytest
 
 from fastattn import _ops
 
+# Tests without a `place` run here, and so do tensors made while tests are collected, whatever
+# Paddle's default is.
+paddle.set_device("cpu")
+
 
 def _places() -> list[str]:
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
@@ -21,7 +25,6 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True, scope="session")
 def _library():
-    paddle.set_device("cpu")  # tests without a `place` run here, whatever Paddle's default is
     _ops.load()
 
 

@@ -171,6 +171,8 @@ def test_query_positions_are_clamped(place):
 
 
 def test_query_may_be_a_slice_of_a_wider_tensor(place):
+    if place == "gpu" and not EMPTY_OUTPUTS:
+        pytest.skip("Paddle 2.6 has no kernel for recent GPUs that makes a slice contiguous")
     rng = RNG(6)
     wide = rng.normal(size=(5, 2, 3, 192)).astype(BF16)
     weights, positions = rng.normal(size=(5, 3)).astype(np.float32), np.arange(5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,14 @@ Call = Callable[[], object]
 
 def _gpu(array: np.ndarray) -> paddle.Tensor:
     return paddle.to_tensor(array, place=paddle.CUDAPlace(0))
+
+
+def _empty(shape: Sequence[int], dtype: str) -> paddle.Tensor:
+    paddle.set_device("gpu")
+    try:
+        return paddle.empty(list(shape), dtype)
+    finally:
+        paddle.set_device("cpu")
 
 
 @functools.lru_cache(maxsize=len(DTYPES))
@@ -77,10 +85,10 @@ def _calls(tokens: int, heads: int, dtype: str) -> dict[str, list[Call]]:
         prefix, suffix = _gpu(values), _gpu(values)
         prefix_lse, suffix_lse = (_lse(rng, (heads, tokens)) for _ in range(2))
         inputs = (prefix, prefix_lse, suffix, suffix_lse)
-        plain = paddle.empty(shape, dtype)
-        codes = paddle.empty(shape, "uint8")
-        lse = paddle.empty([heads, tokens], "float32")
-        scales = paddle.empty([tokens, heads], "float32")
+        plain = _empty(shape, dtype)
+        codes = _empty(shape, "uint8")
+        lse = _empty([heads, tokens], "float32")
+        scales = _empty([tokens, heads], "float32")
         merge = functools.partial(F.merge_attn_states, *inputs, output=codes, output_lse=lse)
         calls["fused"].append(functools.partial(merge, output_scale=scale))
         calls["fused dynamic"].append(functools.partial(merge, output_scales=scales))
