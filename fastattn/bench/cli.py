@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
             merge_gpu,
         )
 
-    console = Console()
+    # Not a terminal: wide enough that no column is squeezed away.
+    console = Console() if sys.stdout.isatty() else Console(width=180)
     names = arguments.op or list(REGISTRY)
     unknown = [name for name in names if name not in REGISTRY]
     if unknown:
