@@ -57,7 +57,8 @@ template <typename Traits>
 struct KeyShared {
   float square_sums[Traits::kGroups][Traits::kHeadWarps];
   // Ratio 128: a value a segment and channel, read and written 4 channels at a time.
-  alignas(16) float numerator[Traits::kTeams > 1 ? kKeySegments : 1][Traits::kHead];  // the maxima before
+  alignas(16) float numerator[Traits::kTeams > 1 ? kKeySegments : 1]
+                             [Traits::kHead];  // the maxima before
   alignas(16) float denominator[Traits::kTeams > 1 ? kKeySegments : 1][Traits::kHead];
 };
 
