@@ -1,8 +1,17 @@
-"""``python -m fastattn``."""
+"""``python -m fastattn``: see :mod:`fastattn.cli`."""
 
+from __future__ import annotations
+
+import os
 import sys
 
 from fastattn.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
