@@ -177,13 +177,16 @@ std::vector<Shape> IndexerQRopeQuantInferShape(const Shape& positions, const Sha
                                                const Shape& cos_sin_cache, const Shape& weights,
                                                float softmax_scale, float head_scale,
                                                const std::string& quant) {
-  return QueryShapes(q, quant);
+  return Inferred<Shape>({q, {-1, -1}, weights}, [&] { return QueryShapes(q, quant); });
 }
 
 std::vector<phi::DataType> IndexerQRopeQuantInferDtype(
     const phi::DataType& positions, const phi::DataType& q, const phi::DataType& cos_sin_cache,
     const phi::DataType& weights, float softmax_scale, float head_scale, const std::string& quant) {
-  return {phi::DataType::UINT8, QueryScaleDtype(quant), phi::DataType::FLOAT32};
+  constexpr auto kCodes = phi::DataType::UINT8, kFloat = phi::DataType::FLOAT32;
+  return Inferred<phi::DataType>({kCodes, kFloat, kFloat}, [&]() -> std::vector<phi::DataType> {
+    return {kCodes, QueryScaleDtype(quant), kFloat};
+  });
 }
 
 void IndexerKvCompressInsert(const Tensor& state_cache, const Tensor& block_tables,

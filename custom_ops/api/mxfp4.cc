@@ -118,7 +118,9 @@ std::vector<Shape> Mxfp4DequantizeInferShape(const Shape& codes, const Shape& sc
 std::vector<phi::DataType> Mxfp4DequantizeInferDtype(const phi::DataType& codes,
                                                      const phi::DataType& scales,
                                                      const std::string& dtype) {
-  return {ParseDtype(dtype)};
+  return Inferred<phi::DataType>({phi::DataType::FLOAT32}, [&]() -> std::vector<phi::DataType> {
+    return {ParseDtype(dtype)};
+  });
 }
 
 }  // namespace fastattn::api
