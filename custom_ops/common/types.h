@@ -57,10 +57,6 @@ FASTATTN_HD constexpr bool IsInt8(CacheType type) {
   return type == CacheType::kInt8 || type == CacheType::kBlockWiseInt8;
 }
 
-FASTATTN_HD constexpr bool IsFp8(CacheType type) {
-  return type == CacheType::kFp8 || type == CacheType::kBlockWiseFp8;
-}
-
 FASTATTN_HD constexpr int SizeOf(DType dtype) {
   return dtype == DType::kFloat32                                ? 4
          : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2

@@ -30,8 +30,6 @@ FASTATTN_INLINE void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
 FASTATTN_INLINE Vec Splat(float x) { return x - Vec{}; }
 
-FASTATTN_INLINE VecInt SplatInt(int32_t x) { return x - VecInt{}; }
-
 // The build forbids contraction, for the bit-exact operators; here the fused form is asked for.
 FASTATTN_INLINE Vec Fma(Vec a, Vec b, Vec c) {
 #if FASTATTN_SIMD_BITS == 512

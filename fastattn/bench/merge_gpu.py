@@ -16,7 +16,7 @@ import paddle
 
 import fastattn.functional as F
 from fastattn.bench import gpu_timing
-from fastattn.bench.cache_gpu import COLD_BYTES
+from fastattn.bench.cache_gpu import COLD_BYTES, _gpu
 from fastattn.bench.common import Row, register
 
 DIM = 128
@@ -30,10 +30,6 @@ PEER = "merge, then quantize_fp8"
 WARM_CALLS = 20
 
 Call = Callable[[], object]
-
-
-def _gpu(array: np.ndarray) -> paddle.Tensor:
-    return paddle.to_tensor(array, place=paddle.CUDAPlace(0))
 
 
 def _empty(shape: Sequence[int], dtype: str) -> paddle.Tensor:
