@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,24 +23,27 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(func=run)
 
 
+def _import_benchmarks(on_gpu: bool) -> None:
+    """Import every module of this package, which registers its benchmarks; ``*_gpu`` on a GPU."""
+    import fastattn.bench as package
+
+    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        if module in ("cli", "gpu_timing") or (module.endswith("_gpu") and not on_gpu):
+            continue
+        importlib.import_module(f"{package.__name__}.{module}")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmarks that were asked for; returns the exit status."""
     import paddle
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from fastattn.bench import attention, overhead  # noqa: F401  they register themselves
     from fastattn.bench.common import REGISTRY, machine
 
     on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     paddle.set_device("cpu")  # GPU benchmarks name their place
-    if on_gpu:
-        from fastattn.bench import (  # noqa: F401  they register themselves
-            cache_gpu,
-            gpu_timing,
-            indexer_gpu,
-            merge_gpu,
-        )
+    _import_benchmarks(on_gpu)
 
     # Not a terminal: wide enough that no column is squeezed away.
     console = Console() if sys.stdout.isatty() else Console(width=180)
@@ -49,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     facts = machine()
     if on_gpu:
+        from fastattn.bench import gpu_timing
+
         facts.update(gpu_timing.machine())
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())

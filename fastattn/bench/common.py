@@ -46,13 +46,25 @@ REGISTRY: dict[str, Bench] = {}
 
 
 def register(name: str) -> Callable[[Bench], Bench]:
-    """Register a benchmark under the name that ``--op`` takes."""
+    """Register a benchmark under the name that ``--op`` takes.
+
+    Several may share a name (an operator on the CPU and on a GPU): they run one after the other.
+    """
 
     def add(bench: Bench) -> Bench:
-        REGISTRY[name] = bench
+        earlier = REGISTRY.get(name)
+        REGISTRY[name] = bench if earlier is None else _chain(earlier, bench)
         return bench
 
     return add
+
+
+def _chain(first: Bench, second: Bench) -> Bench:
+    def both(quick: bool) -> Iterator[Row]:
+        yield from first(quick)
+        yield from second(quick)
+
+    return both
 
 
 def interleaved(
