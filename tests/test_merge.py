@@ -209,6 +209,22 @@ def test_fp8_into_a_given_tensor(place, dtype):
     assert_same_bits(to_numpy(returned).view(np.uint8), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dim", [6, 64, 80, 128])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 4), (67, 5), (256, 32)])
+def test_fp32_states_rounded_to_16_bits(place, tokens, heads, dim, dtype):
+    arrays = sides(tokens, heads, dim, seed=11)
+    arrays[0][-1] *= np.float32(1e30)  # infinite in fp16
+    merged, expected_lse = reference.merge_attn_states(*arrays)
+    with np.errstate(over="ignore"):
+        expected = merged.astype(DTYPES[dtype])
+    output = to_paddle(np.zeros((tokens, heads, dim), DTYPES[dtype]), place)
+    returned, lse = F.merge_attn_states(*(to_paddle(a, place) for a in arrays), output=output)
+    assert_same_bits(to_numpy(output), expected, "output")
+    assert_same_bits(to_numpy(returned), expected, "returned")
+    assert_within(to_numpy(lse), expected_lse, 2.0**-23 * (1 + np.abs(expected_lse)), "lse")
+
+
 @pytest.mark.parametrize(
     ("heads", "dim", "groups"), [(4, 96, 4), (4, 96, 3), (3, 256, 6), (4, 64, 2), (2, 80, 1)]
 )
@@ -337,16 +353,25 @@ def in_place_lse(prefix, p, suffix, s):
     return F.merge_attn_states(prefix, p, suffix, s, output_lse=p)
 
 
+def rounded_fp32(prefix, p, suffix, s, output):
+    return F.merge_attn_states(prefix, p, suffix, s, output=output)
+
+
 def dynamic_fp8(prefix, p, suffix, s, scales):
     return F.merge_attn_states(prefix, p, suffix, s, output_scales=scales)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any_tokens"])
 @pytest.mark.parametrize(
-    "function", [plain, static_fp8, in_place, in_place_output, in_place_lse, dynamic_fp8]
+    "function",
+    [plain, static_fp8, in_place, in_place_output, in_place_lse, dynamic_fp8, rounded_fp32],
 )
 def test_modes(place, function, dynamic):
-    more = {static_fp8: [SCALE], dynamic_fp8: [np.zeros((7, 3), np.float32)]}.get(function, [])
+    more = {
+        static_fp8: [SCALE],
+        dynamic_fp8: [np.zeros((7, 3), np.float32)],
+        rounded_fp32: [np.zeros((7, 3, 40), np.float16)],
+    }.get(function, [])
     run_all_modes(function, [*sides(7, 3, 40, seed=9), *more], place, MODES, dynamic)
 
 
@@ -385,7 +410,12 @@ BAD_CALLS = [
     ("output_scale", paddle.full([1], float("nan")), ValueError, "expected a finite positive"),
     ("output_scale", paddle.full([1], float("inf")), ValueError, "expected a finite positive"),
     ("output", paddle.ones([3, 2, 4]), ValueError, r"expected shape \[3, 2, 8\]"),
-    ("output", paddle.zeros([3, 2, 8], "uint8"), TypeError, "expected dtype float32, got uint8"),
+    (
+        "output",
+        paddle.zeros([3, 2, 8], "uint8"),
+        TypeError,
+        "expected dtype float32, float16 or bfloat16, got uint8",
+    ),
     ("output_lse", paddle.zeros([3, 2]), ValueError, r"expected shape \[2, 3\]"),
     ("output_lse", paddle.zeros([2, 3], "float16"), TypeError, "expected dtype float32"),
     ("output_scales", paddle.zeros([2, 2]), ValueError, r"expected shape \[3, groups\]"),

@@ -15,6 +15,7 @@ from tests.support.attention import (
     CacheKind,
     paged_problem,
 )
+from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy, to_paddle
 
@@ -153,6 +154,17 @@ def test_masks_and_logit_options(place, kind, options):
 @pytest.mark.parametrize("kind", QUANTISED, ids=str)
 def test_query_types(place, kind, q_type, dim):
     paged_problem(SHORT, kind=kind, q_type=q_type, dim=dim).check(place)
+
+
+@pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
+def test_fp32_results_of_16_bit_queries(place, q_type):
+    problem = paged_problem(SHORT, kind=BLOCK_WISE_FP8, q_type=q_type)
+    exact, _ = problem.reference()
+    naive, _ = problem.reference("float32" if place == "cpu" else "bfloat16")
+    out, _ = problem.run(place, out_dtype="float32")
+    assert_error_ratio(out, exact, naive, "float32")
+    rounded, _ = problem.run(place)
+    assert_same_bits(out.astype(rounded.dtype), rounded, "the same before it is rounded")
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS, ids=str)

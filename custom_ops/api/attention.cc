@@ -148,8 +148,10 @@ DType OutputType(const char* op, const CommonArgs& args, const AttentionParams& 
   for (DType known : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     if (name == NameOf(known)) dtype = known;
   }
-  if (!codes && dtype != p.q_dtype) {
-    Fail("TypeError", op, "out_dtype", "expected ", NameOf(p.q_dtype), " as q has, got ", name);
+  // fp32 of 16-bit queries: partial results that are merged later.
+  if (!codes && dtype != p.q_dtype && dtype != DType::kFloat32) {
+    Fail("TypeError", op, "out_dtype", "expected ", NameOf(p.q_dtype),
+         " as q has, or float32, got ", name);
   }
   // A given tensor decides for e4m3 queries when nothing else does.
   if (args.out == nullptr || !args.out->defined()) return dtype;
@@ -401,10 +403,10 @@ std::vector<phi::DataType> ResultDtypes(const phi::DataType& q, bool has_out_sca
     dtype = *out;
   } else if (has_out_scale) {
     dtype = phi::DataType::UINT8;
+  } else if (out_dtype == "float32") {
+    dtype = phi::DataType::FLOAT32;
   } else if (q != phi::DataType::FLOAT32 && q != phi::DataType::FLOAT16) {
-    dtype = out_dtype == "float32"   ? phi::DataType::FLOAT32
-            : out_dtype == "float16" ? phi::DataType::FLOAT16
-                                     : phi::DataType::BFLOAT16;
+    dtype = out_dtype == "float16" ? phi::DataType::FLOAT16 : phi::DataType::BFLOAT16;
   }
   return {dtype, phi::DataType::FLOAT32};
 }

@@ -26,6 +26,17 @@ void CheckCodes(const Tensor& output) {
   }
 }
 
+// How values are stored: in the inputs' dtype, or fp32 ones in the 16 bits of a given tensor.
+MergeOutput ValuesKind(DType dtype, const Tensor* output) {
+  if (output == nullptr) return MergeOutput::kPlain;
+  const DType given = ToDType(kOp, "output", output->dtype());
+  if (given == dtype) return MergeOutput::kPlain;
+  if (dtype == DType::kFloat32 && given == DType::kFloat16) return MergeOutput::kFloat16;
+  if (dtype == DType::kFloat32 && given == DType::kBFloat16) return MergeOutput::kBFloat16;
+  Fail("TypeError", kOp, "output", "expected dtype ", NameOf(dtype),
+       dtype == DType::kFloat32 ? ", float16 or bfloat16" : "", ", got ", output->dtype());
+}
+
 void SetOutputStrides(const Tensor& tensor, int64_t& token, int64_t& head) {
   const Shape strides = StridesOf(tensor);
   token = strides[0];
@@ -91,13 +102,8 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
     Arg(kOp, "output_scale", *scale).On(place).Dtype({phi::DataType::FLOAT32}).Dims({1});
   }
   if (given_output != nullptr) {
-    const Arg arg(kOp, "output", *given_output);
-    arg.On(place).Dims(shape).LastDimContiguous();
-    if (fp8) {
-      CheckCodes(*given_output);
-    } else {
-      arg.Dtype({prefix_output.dtype()});
-    }
+    Arg(kOp, "output", *given_output).On(place).Dims(shape).LastDimContiguous();
+    if (fp8) CheckCodes(*given_output);
   }
   if (given_lse != nullptr) {
     Arg(kOp, "output_lse", *given_lse).On(place).Dtype({phi::DataType::FLOAT32}).Dims(lse_shape);
@@ -126,7 +132,7 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
       given_lse ? *given_lse : paddle::empty(lse_shape, phi::DataType::FLOAT32, place);
   p.output_kind = given_scales ? MergeOutput::kDynamicFp8
                   : scale      ? MergeOutput::kStaticFp8
-                               : MergeOutput::kPlain;
+                               : ValuesKind(p.dtype, given_output);
   p.prefix_output = Data(prefix_output);
   p.suffix_output = Data(suffix_output);
   p.prefix_lse = Data<float>(prefix_lse);

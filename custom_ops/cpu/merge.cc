@@ -84,7 +84,7 @@ void MergeToken(const MergeParams& p, int64_t t, float* rows, Weights* weights) 
 
 template <DType kDType, MergeOutput kOutput>
 void StoreToken(const MergeParams& p, int64_t t, const float* rows, uint8_t* codes) {
-  using E = Element<kDType>;
+  using E = Element<StoredType(kOutput, kDType)>;
   const int64_t channels = int64_t{p.num_heads} * p.head_dim;
   if constexpr (kOutput == MergeOutput::kDynamicFp8) {
     // A group may span heads, whose codes need not lie side by side in the output.
@@ -98,7 +98,7 @@ void StoreToken(const MergeParams& p, int64_t t, const float* rows, uint8_t* cod
   }
   for (int h = 0; h < p.num_heads; ++h) {
     const int64_t at = t * p.output_token_stride + h * p.output_head_stride;
-    if constexpr (kOutput == MergeOutput::kPlain) {
+    if constexpr (IsValues(kOutput)) {
       auto* out = static_cast<typename E::Storage*>(p.output) + at;
       const float* row = rows + int64_t{h} * p.head_dim;
       for (int d = 0; d < p.head_dim; ++d) out[d] = E::Store(row[d]);
@@ -116,7 +116,7 @@ void Run(const MergeParams& p) {
   ParallelFor(p.num_tokens, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> rows(channels);
     std::vector<Weights> weights(p.num_heads);
-    std::vector<uint8_t> codes(kOutput == MergeOutput::kPlain ? 0 : channels);
+    std::vector<uint8_t> codes(IsValues(kOutput) ? 0 : channels);
     for (int64_t t = begin; t < end; ++t) {
       MergeToken<kDType>(p, t, rows.data(), weights.data());
       StoreToken<kDType, kOutput>(p, t, rows.data(), codes.data());
@@ -127,10 +127,16 @@ void Run(const MergeParams& p) {
 }  // namespace
 
 void MergeAttnStates(const MergeParams& p) {
+  using M = MergeOutput;
   dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16>(p.dtype, "dtype", [&](auto dtype) {
-    dispatch<MergeOutput::kPlain, MergeOutput::kStaticFp8, MergeOutput::kDynamicFp8>(
-        p.output_kind, "output",
-        [&](auto output) { Run<decltype(dtype)::value, decltype(output)::value>(p); });
+    constexpr DType kDType = decltype(dtype)::value;
+    const auto run = [&](auto output) { Run<kDType, decltype(output)::value>(p); };
+    if constexpr (kDType == DType::kFloat32) {
+      dispatch<M::kPlain, M::kFloat16, M::kBFloat16, M::kStaticFp8, M::kDynamicFp8>(p.output_kind,
+                                                                                    "output", run);
+    } else {
+      dispatch<M::kPlain, M::kStaticFp8, M::kDynamicFp8>(p.output_kind, "output", run);
+    }
   });
 }
 

@@ -10,6 +10,8 @@ namespace fastattn {
 // How the merged output is stored.
 enum class MergeOutput : int {
   kPlain,       // in the inputs' dtype
+  kFloat16,     // of fp32 inputs
+  kBFloat16,    // of fp32 inputs
   kStaticFp8,   // e4m3, scale given
   kDynamicFp8,  // e4m3, one scale per group of channels, measured and written
 };
@@ -18,12 +20,29 @@ inline const char* NameOf(MergeOutput output) {
   switch (output) {
     case MergeOutput::kPlain:
       return "plain";
+    case MergeOutput::kFloat16:
+      return "float16";
+    case MergeOutput::kBFloat16:
+      return "bfloat16";
     case MergeOutput::kStaticFp8:
       return "static FP8";
     case MergeOutput::kDynamicFp8:
       return "dynamic FP8";
   }
   return "unknown";
+}
+
+// Whether the output holds values, not FP8 codes.
+FASTATTN_HD constexpr bool IsValues(MergeOutput output) {
+  return output != MergeOutput::kStaticFp8 && output != MergeOutput::kDynamicFp8;
+}
+
+// Element type of the output for inputs of type `in`.
+FASTATTN_HD constexpr DType StoredType(MergeOutput output, DType in) {
+  return output == MergeOutput::kPlain      ? in
+         : output == MergeOutput::kFloat16  ? DType::kFloat16
+         : output == MergeOutput::kBFloat16 ? DType::kBFloat16
+                                            : DType::kE4M3;
 }
 
 // Strides count elements; the D channels of a head lie side by side everywhere. `output` and
@@ -35,7 +54,7 @@ struct MergeParams {
   const float* prefix_lse = nullptr;    // [H, T] natural log; -inf or +inf = no keys on this side
   const float* suffix_lse = nullptr;    // [H, T]
   const float* output_scale = nullptr;  // kStaticFp8: [1] dequantisation multiplier
-  void* output = nullptr;               // [T, H, D] in `dtype`, or e4m3 codes
+  void* output = nullptr;               // [T, H, D] as output_kind says
   float* output_lse = nullptr;          // [H, T]
   float* output_scales = nullptr;       // kDynamicFp8: [T, H * D / group_size]
 

@@ -102,7 +102,7 @@ def flash_attention(
         are 0.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
         Dtype of the output for e4m3 queries; by default that of `out`, else bfloat16. Other queries
-        give their own dtype.
+        give their own dtype, or float32 (a partial result, to be merged).
     kv_dtype : {"auto", "e4m3", "e5m2", "int8"}
         What uint8 keys and values hold; e4m3 by default.
 
@@ -259,7 +259,8 @@ def paged_attention(
         Written in place and returned. Tokens of no row keep what they hold; in a new output they
         are 0.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
-        Dtype of the output for e4m3 queries; by default that of `out`, else bfloat16.
+        Dtype of the output for e4m3 queries; by default that of `out`, else bfloat16. Other queries
+        give their own dtype, or float32 (a partial result, to be merged).
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
 

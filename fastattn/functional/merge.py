@@ -49,8 +49,9 @@ def merge_attn_states(
         Tokens from here on (0 to T; default T) have no prefix: they are merged as if the prefix
         were empty, which stores the suffix as it is.
     output : Tensor, shape [T, H, D], optional
-        Written in place and returned: the dtype of the inputs, or uint8 or float8_e4m3fn for FP8.
-        It may be `prefix_output` or `suffix_output` itself.
+        Written in place and returned: the dtype of the inputs, for float32 ones also float16 or
+        bfloat16 (rounded to nearest even), or uint8 or float8_e4m3fn for FP8. It may be
+        `prefix_output` or `suffix_output` itself.
     output_lse : Tensor, shape [H, T], float32, optional
         Written in place and returned. It may be `prefix_lse` or `suffix_lse` itself.
     output_scales : Tensor, shape [T, G], float32, contiguous, optional

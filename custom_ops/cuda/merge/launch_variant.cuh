@@ -22,13 +22,13 @@ inline int CeilPowerOfTwo(int64_t x) {
   return power;
 }
 
-// Whether everything is 16-byte aligned (codes: one pack's codes) and fits 32-bit strides.
+// Whether everything is 16-byte aligned (the output as far as a pack's elements go) and fits 32-bit
+// strides.
 inline bool FitsVectors(const MergeParams& p, int width) {
-  const bool plain = p.output_kind == MergeOutput::kPlain;
   const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
   if (p.head_dim % width != 0 || p.head_dim == 0) return false;
   if (address(p.prefix_output) % 16 != 0 || address(p.suffix_output) % 16 != 0) return false;
-  if (address(p.output) % (plain ? 16 : width) != 0) return false;
+  if (address(p.output) % (width * SizeOf(StoredType(p.output_kind, p.dtype))) != 0) return false;
   for (const int64_t stride : {p.prefix_token_stride, p.prefix_head_stride, p.suffix_token_stride,
                                p.suffix_head_stride, p.output_token_stride, p.output_head_stride}) {
     if (stride % width != 0) return false;
@@ -155,7 +155,7 @@ cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream) {
   constexpr int kWidth = kPackWidth<kIn>;
   const int64_t packs = p.num_tokens * p.num_heads * (p.head_dim / kWidth);
   const bool two = packs > kPacksOfOneWave && p.head_dim % (2 * kWidth) == 0;
-  dispatch<M::kPlain, M::kStaticFp8, M::kDynamicFp8>(p.output_kind, "output", [&](auto output) {
+  const auto launch = [&](auto output) {
     constexpr M kOutput = decltype(output)::value;
     bool launched = false;
     if (FitsVectors(p, kWidth)) {
@@ -167,7 +167,13 @@ cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream) {
       }
     }
     if (!launched) LaunchMergeScalars<kIn, kOutput>(p, stream);
-  });
+  };
+  if constexpr (kIn == DType::kFloat32) {
+    dispatch<M::kPlain, M::kFloat16, M::kBFloat16, M::kStaticFp8, M::kDynamicFp8>(p.output_kind,
+                                                                                  "output", launch);
+  } else {
+    dispatch<M::kPlain, M::kStaticFp8, M::kDynamicFp8>(p.output_kind, "output", launch);
+  }
   return cudaGetLastError();
 }
 

@@ -79,8 +79,8 @@ template <DType kIn, MergeOutput kOutput>
 __device__ __forceinline__ void MergeSpan(const MergeParams& p, int64_t token, int64_t first,
                                           int64_t heads) {
   const int64_t begin = first * p.head_dim, end = begin + heads * p.head_dim;
-  if constexpr (kOutput == MergeOutput::kPlain) {
-    using E = Element<kIn>;
+  if constexpr (IsValues(kOutput)) {
+    using E = Element<StoredType(kOutput, kIn)>;
     auto* output = static_cast<typename E::Storage*>(p.output);
     ForChannels<kIn>(p, token, first, begin, end,
                      [&](int64_t at, float x) { output[at] = E::Store(x); });

@@ -85,18 +85,20 @@ __device__ __forceinline__ void MergePack(const uint4& prefix, const uint4& suff
   for (int i = 0; i < kPackWidth<kIn>; ++i) x[i] = Add(Mul(a[i], w.prefix), Mul(b[i], w.suffix));
 }
 
-template <DType kIn>
-__device__ __forceinline__ void StoreValues(void* output, int64_t at,
-                                            const float (&x)[kPackWidth<kIn>]) {
-  uint4 pack;
-  if constexpr (kIn == DType::kFloat32) {
-    pack = make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
-                      __float_as_uint(x[3]));
+template <DType kStored, int kWidth>
+__device__ __forceinline__ void StoreValues(void* output, int64_t at, const float (&x)[kWidth]) {
+  char* address = static_cast<char*>(output) + at * SizeOf(kStored);
+  if constexpr (kStored == DType::kFloat32) {
+    *reinterpret_cast<uint4*>(address) = make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
+                                                    __float_as_uint(x[2]), __float_as_uint(x[3]));
+  } else if constexpr (kWidth == 8) {
+    *reinterpret_cast<uint4*>(address) =
+        make_uint4(PackPair<kStored>(x[0], x[1]), PackPair<kStored>(x[2], x[3]),
+                   PackPair<kStored>(x[4], x[5]), PackPair<kStored>(x[6], x[7]));
   } else {
-    pack = make_uint4(PackPair<kIn>(x[0], x[1]), PackPair<kIn>(x[2], x[3]),
-                      PackPair<kIn>(x[4], x[5]), PackPair<kIn>(x[6], x[7]));
+    *reinterpret_cast<uint2*>(address) =
+        make_uint2(PackPair<kStored>(x[0], x[1]), PackPair<kStored>(x[2], x[3]));
   }
-  *reinterpret_cast<uint4*>(static_cast<char*>(output) + at * SizeOf(kIn)) = pack;
 }
 
 template <int kWidth>
@@ -183,8 +185,8 @@ __global__ void __launch_bounds__(kMaxMergeThreads)
       inverse = Div(1.0f, SegmentScale(p, token, head, active, x));
     }
     if (active && pack < p.packs) {
-      if constexpr (kOutput == MergeOutput::kPlain) {
-        StoreValues<kIn>(p.output, output + pack * kWidth, x);
+      if constexpr (IsValues(kOutput)) {
+        StoreValues<StoredType(kOutput, kIn)>(p.output, output + pack * kWidth, x);
       } else {
         StoreCodes(p.output, output + pack * kWidth, x, inverse);
       }
