@@ -1,3 +1,4 @@
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -16,11 +17,12 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "convert_cache_layout";
+constexpr const char* kInPlaceOp = "convert_cache_blocks";
 
-bool ParseKind(const std::string& kind) {
+bool ParseKind(const char* op, const std::string& kind) {
   if (kind == "v") return true;
   if (kind == "k") return false;
-  Fail("ValueError", kOp, "kind", "expected k or v, got '", kind, "'");
+  Fail("ValueError", op, "kind", "expected k or v, got '", kind, "'");
 }
 
 // Whether the tokens of a channel lie together: the last two dimensions are [D, 64].
@@ -35,10 +37,10 @@ struct Conversion {
   CacheLayout dst;
 };
 
-Conversion Parse(const std::string& kind, const std::string& cache_quant_type,
+Conversion Parse(const char* op, const std::string& kind, const std::string& cache_quant_type,
                  const std::string& src, const std::string& dst) {
-  return {ParseCacheType(kOp, cache_quant_type), ParseKind(kind), ParseCacheLayout(kOp, "src", src),
-          ParseCacheLayout(kOp, "dst", dst)};
+  return {ParseCacheType(op, cache_quant_type), ParseKind(op, kind),
+          ParseCacheLayout(op, "src", src), ParseCacheLayout(op, "dst", dst)};
 }
 
 Shape OutputShape(const Shape& shape, const Conversion& conversion) {
@@ -50,69 +52,107 @@ Shape OutputShape(const Shape& shape, const Conversion& conversion) {
   return before == after ? shape : Shape{shape[0], shape[1], shape[3], shape[2]};
 }
 
-}  // namespace
-
-std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& kind,
-                                       const std::string& cache_quant_type, const std::string& src,
-                                       const std::string& dst) {
-  const Conversion conversion = Parse(kind, cache_quant_type, src, dst);
-  Arg arg(kOp, "cache", cache);
-  arg.Rank(4).Contiguous();
+// Checks `cache` and fills everything but the addresses. `transposed`: its shape ends in [D, 64].
+ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conversion& conversion,
+                               bool transposed, const std::string& expected) {
+  Arg(op, "cache", cache).Rank(4).Contiguous();
   const Shape shape = cache.shape();
-  const bool transposed = IsTransposed(conversion.type, conversion.is_value, conversion.src);
   const int64_t tokens = shape[transposed ? 3 : 2];
   const int64_t head_dim = shape[transposed ? 2 : 3];
   if (tokens != kBlockSize) {
-    Fail("ValueError", kOp, "cache", "expected blocks of ", kBlockSize, " tokens, shape [",
-         transposed ? "num_blocks, KV, D, 64" : "num_blocks, KV, 64, D", "] for kind '", kind,
-         "' in layout '", src, "', got ", ShapeText(shape));
+    Fail("ValueError", op, "cache", "expected blocks of ", kBlockSize, " tokens, shape ", expected,
+         ", got ", ShapeText(shape));
   }
   if (head_dim != 64 && head_dim != 128) {
-    Fail("NotImplementedError", kOp, "cache", "head_dim ", head_dim,
+    Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
          " is not supported; supported: 64, 128");
   }
-  const DType dtype = ToDType(kOp, "cache", cache.dtype());
+  const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone
                         ? dtype == DType::kBFloat16 || dtype == DType::kFloat16
                     : IsInt8(conversion.type)
                         ? dtype == DType::kUInt8 || dtype == DType::kInt8
                         : dtype == DType::kUInt8 || dtype == DType::kE4M3 || dtype == DType::kE5M2;
   if (!fits) {
-    Fail("TypeError", kOp, "cache", "expected dtype ",
+    Fail("TypeError", op, "cache", "expected dtype ",
          conversion.type == CacheType::kNone ? "bfloat16 or float16"
          : IsInt8(conversion.type)           ? "uint8 or int8"
                                              : "uint8, float8_e4m3fn or float8_e5m2",
          " for ", NameOf(conversion.type), ", got ", NameOf(dtype));
   }
-  Tensor out = paddle::empty(OutputShape(shape, conversion), cache.dtype(), cache.place());
-
   ConvertLayoutParams p;
-  p.src = Data(cache);
-  p.dst = MutableData(out);
   p.src_layout = conversion.src;
   p.dst_layout = conversion.dst;
   p.type = conversion.type;
   p.is_value = conversion.is_value;
   p.num_block_heads = shape[0] * shape[1];
   p.head_dim = static_cast<int>(head_dim);
+  return p;
+}
 
+void Run(const char* op, const Tensor& cache, const ConvertLayoutParams& p) {
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(cache)) {
-    LaunchOnGpu(kOp, cache,
+    LaunchOnGpu(op, cache,
                 [&](cudaStream_t stream) { return cuda::LaunchConvertLayout(p, stream); });
-    return {out};
+    return;
   }
 #endif
-  RequireCpu(kOp, cache.place());
-  Guarded(kOp, [&] { cpu::ConvertLayout(p); });
+  RequireCpu(op, cache.place());
+  Guarded(op, [&] { cpu::ConvertLayout(p); });
+}
+
+}  // namespace
+
+std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& kind,
+                                       const std::string& cache_quant_type, const std::string& src,
+                                       const std::string& dst) {
+  const Conversion conversion = Parse(kOp, kind, cache_quant_type, src, dst);
+  const bool transposed = IsTransposed(conversion.type, conversion.is_value, conversion.src);
+  const std::string expected =
+      std::string(transposed ? "[num_blocks, KV, D, 64]" : "[num_blocks, KV, 64, D]") +
+      " for kind '" + kind + "' in layout '" + src + "'";
+  ConvertLayoutParams p = ParseCache(kOp, cache, conversion, transposed, expected);
+  Tensor out = paddle::empty(OutputShape(cache.shape(), conversion), cache.dtype(), cache.place());
+  p.src = Data(cache);
+  p.dst = MutableData(out);
+  Run(kOp, cache, p);
   return {out};
+}
+
+// In place. What lies in a half-converted V has no shape of its own: both are accepted.
+void ConvertCacheBlocks(Tensor& cache, const std::string& kind, const std::string& cache_quant_type,
+                        const std::string& src, const std::string& dst, int64_t begin,
+                        int64_t end) {
+  const Conversion conversion = Parse(kInPlaceOp, kind, cache_quant_type, src, dst);
+  Arg(kInPlaceOp, "cache", cache).Rank(4);
+  const Shape shape = cache.shape();
+  const bool may_transpose = conversion.is_value && IsQuantized(conversion.type);
+  const bool transposed = may_transpose && shape[2] != kBlockSize;
+  ConvertLayoutParams p =
+      ParseCache(kInPlaceOp, cache, conversion, transposed,
+                 may_transpose ? "[num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]"
+                               : "[num_blocks, KV, 64, D]");
+  if (end == std::numeric_limits<int64_t>::max()) end = shape[0];  // all blocks
+  if (begin < 0 || begin > end || end > shape[0]) {
+    Fail("ValueError", kInPlaceOp, begin < 0 || begin > end ? "begin" : "end",
+         "expected 0 <= begin <= end <= ", shape[0], " (num_blocks), got begin ", begin, ", end ",
+         end);
+  }
+  if (begin == end || cache.numel() == 0) return;
+  const int64_t block_bytes = shape[1] * kBlockSize * p.head_dim *
+                              (IsQuantized(conversion.type) ? 1 : SizeOf(DType::kBFloat16));
+  p.dst = MutableData<uint8_t>(cache) + begin * block_bytes;
+  p.src = p.dst;
+  p.num_block_heads = (end - begin) * shape[1];
+  Run(kInPlaceOp, cache, p);
 }
 
 std::vector<Shape> ConvertCacheLayoutInferShape(const Shape& cache, const std::string& kind,
                                                 const std::string& cache_quant_type,
                                                 const std::string& src, const std::string& dst) {
   return Inferred<Shape>({cache}, [&]() -> std::vector<Shape> {
-    return {OutputShape(cache, Parse(kind, cache_quant_type, src, dst))};
+    return {OutputShape(cache, Parse(kOp, kind, cache_quant_type, src, dst))};
   });
 }
 
@@ -122,6 +162,20 @@ std::vector<phi::DataType> ConvertCacheLayoutInferDtype(const phi::DataType& cac
                                                         const std::string& src,
                                                         const std::string& dst) {
   return {cache};
+}
+
+// Everything is written in place: there is no other output.
+std::vector<Shape> ConvertCacheBlocksInferShape(const Shape& cache, const std::string& kind,
+                                                const std::string& cache_quant_type,
+                                                const std::string& src, const std::string& dst,
+                                                int64_t begin, int64_t end) {
+  return {};
+}
+
+std::vector<phi::DataType> ConvertCacheBlocksInferDtype(
+    const phi::DataType& cache, const std::string& kind, const std::string& cache_quant_type,
+    const std::string& src, const std::string& dst, int64_t begin, int64_t end) {
+  return {};
 }
 
 }  // namespace fastattn::api
@@ -134,3 +188,13 @@ PD_BUILD_OP(fastattn_convert_cache_layout)
     .SetKernelFn(PD_KERNEL(fastattn::api::ConvertCacheLayout))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ConvertCacheLayoutInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ConvertCacheLayoutInferDtype));
+
+PD_BUILD_OP(fastattn_convert_cache_blocks)
+    .Inputs({"cache"})
+    .Outputs({"cache_out"})
+    .Attrs({"kind: std::string", "cache_quant_type: std::string", "src: std::string",
+            "dst: std::string", "begin: int64_t", "end: int64_t"})
+    .SetInplaceMap({{"cache", "cache_out"}})
+    .SetKernelFn(PD_KERNEL(fastattn::api::ConvertCacheBlocks))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ConvertCacheBlocksInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ConvertCacheBlocksInferDtype));

@@ -5,6 +5,7 @@
 
 #include "common/dispatch.h"
 #include "common/layout.h"
+#include "cpu/cache_codec.h"
 #include "cpu/parallel.h"
 
 namespace fastattn::cpu {
@@ -31,6 +32,8 @@ std::vector<int> Offsets(CacheLayout layout, bool is_value, int head_dim) {
 
 void ConvertLayout(const ConvertLayoutParams& p) {
   const int64_t elements = int64_t{kBlockSize} * p.head_dim;
+  const bool in_place = p.src == p.dst;
+  if (in_place && (p.type == CacheType::kNone || p.src_layout == p.dst_layout)) return;
   if (p.type == CacheType::kNone) {
     const int64_t bytes = elements * SizeOf(DType::kBFloat16);
     if (p.num_block_heads > 0) std::memcpy(p.dst, p.src, p.num_block_heads * bytes);
@@ -47,8 +50,13 @@ void ConvertLayout(const ConvertLayoutParams& p) {
   const uint8_t* src = static_cast<const uint8_t*>(p.src);
   uint8_t* dst = static_cast<uint8_t*>(p.dst);
   ParallelFor(p.num_block_heads, 4, [&](int64_t begin, int64_t end) {
+    uint8_t block[kBlockSize * kMaxHeadDim];
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* in = src + b * elements;
+      if (in_place) {
+        std::memcpy(block, in, elements);
+        in = block;
+      }
       uint8_t* out = dst + b * elements;
       for (int64_t i = 0; i < elements; ++i) out[i] = in[source[i]] ^ flip;
     }

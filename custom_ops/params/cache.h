@@ -45,7 +45,8 @@ struct AppendCacheParams {
   int64_t value_token_stride = 0;
 };
 
-// convert_cache_layout: the same codes in another order, and int8 codes + 128 in kFastDeploy.
+// convert_cache_layout and convert_cache_blocks: the same codes in another order, and int8 codes +
+// 128 in kFastDeploy. src == dst: in place; otherwise they do not overlap.
 struct ConvertLayoutParams {
   const void* src = nullptr;  // [num_blocks * KV] blocks of 64 * D elements
   void* dst = nullptr;        // the same

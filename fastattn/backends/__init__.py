@@ -2,6 +2,7 @@
 
 from fastattn.backends.append import AppendAttentionBackend
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
+from fastattn.backends.convert import convert_caches
 from fastattn.backends.flash import FlashAttentionBackend
 from fastattn.backends.flash_mask import FlashMaskAttentionBackend
 from fastattn.backends.forward_meta import ForwardMeta, ForwardMode
@@ -20,5 +21,6 @@ __all__ = [
     "ForwardMode",
     "HeadShard",
     "LayerCache",
+    "convert_caches",
     "make_config",
 ]

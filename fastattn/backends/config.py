@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fastattn.backends.layer_cache import cache_type_of
 from fastattn.backends.scales import HeadShard
 
 #: Tokens of a cache block.
@@ -30,7 +31,9 @@ class BackendConfig:
         Tokens of the longest sequence; bounds the keys of a row where the host knows no better.
     causal : bool
     window_size : int
-        Keys that a query sees, its own included, in every layer; 0: the layer says.
+        Keys that a query sees, its own included; 0: the layer says.
+    window_layers : tuple of bool
+        Which layers have the window of `window_size`; empty: all of them.
     rotary_dim : int or None
         Rotated channels of a head, from ``partial_rotary_factor``.
     shard : HeadShard
@@ -39,6 +42,7 @@ class BackendConfig:
     max_model_len: int
     causal: bool
     window_size: int
+    window_layers: tuple[bool, ...]
     rotary_dim: int | None
     shard: HeadShard
 
@@ -53,6 +57,8 @@ class BackendConfig:
         ValueError
             If ``model_config.max_model_len`` is missing.
         """
+        if fd_config is None:
+            raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
         _refuse(fd_config, backend, head_dim)
         max_model_len = read(fd_config, "model_config.max_model_len")
         if max_model_len is None:
@@ -62,13 +68,32 @@ class BackendConfig:
             max_model_len=int(max_model_len),
             causal=bool(read(fd_config, "model_config.causal", True)),
             window_size=int(read(fd_config, "model_config.window_size", 0)),
+            window_layers=_window_layers(fd_config, backend),
             rotary_dim=None if factor >= 1.0 else int(head_dim * factor),
             shard=HeadShard(
                 num_heads=read(fd_config, "model_config.num_key_value_heads"),
-                size=int(read(fd_config, "parallel_config.tensor_parallel_size", 1)),
+                size=_tensor_parallel_size(fd_config),
                 rank=int(read(fd_config, "parallel_config.tensor_parallel_rank", 0)),
             ),
         )
+
+
+def _tensor_parallel_size(fd_config: Any) -> int:
+    # Its name in FastDeploy 2.0 was tensor_parallel_degree.
+    older = read(fd_config, "parallel_config.tensor_parallel_degree", 1)
+    return int(read(fd_config, "parallel_config.tensor_parallel_size", older))
+
+
+def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
+    pattern = read(fd_config, "model_config.window_attn_skip_freq")
+    if pattern is None or not read(fd_config, "model_config.window_size", 0):
+        return ()
+    if not isinstance(pattern, (list, tuple)):
+        raise NotImplementedError(
+            f"{backend}: model_config.window_attn_skip_freq = {pattern!r} is not supported; "
+            "supported: a list with one entry a layer, 1 where the layer has the window"
+        )
+    return tuple(bool(entry) for entry in pattern)
 
 
 def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
@@ -87,6 +112,17 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
             mode,
             "prefill/decode disaggregation signals the cache's transfer from inside the operators",
         )
+    role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
+    if role != "mixed":
+        no("scheduler_config.splitwise_role", role, "supported: mixed (no PD disaggregation)")
+    kind = read(fd_config, "quant_config.kv_cache_quant_type")
+    if kind is not None:
+        kind = getattr(kind, "value", kind)  # FastDeploy has an enum of strings
+        try:
+            cache_type_of(kind)
+        except NotImplementedError as error:
+            supported = str(error).rpartition("supported: ")[2]
+            no("quant_config.kv_cache_quant_type", kind, f"supported: {supported}")
     # FastDeploy turns 3-D RoPE off for draft models.
     draft = read(fd_config, "speculative_config.model_type", "main") != "main"
     for name in ("enable_rope_3d_runtime", "model_config.rope_3d", "model_config.use_3d_rope"):

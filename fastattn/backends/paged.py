@@ -50,6 +50,8 @@ class PagedAttentionBackend(AttentionBackend):
     ------
     NotImplementedError
         If the configuration asks for something that is not supported; the message names it.
+    ValueError
+        If the configuration says too little, or the numbers of heads do not fit it.
     """
 
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
@@ -65,7 +67,17 @@ class PagedAttentionBackend(AttentionBackend):
         *,
         q_quant: str = "none",
     ) -> None:
-        self.config = BackendConfig.of(fd_config, type(self).__name__, head_dim)
+        name = type(self).__name__
+        self.config = BackendConfig.of(fd_config, name, head_dim)
+        if num_heads < 1 or kv_num_heads < 1 or num_heads % kv_num_heads:
+            raise ValueError(
+                f"{name}: num_heads: expected a multiple of kv_num_heads = {kv_num_heads}, got "
+                f"{num_heads}"
+            )
+        try:
+            self.config.shard.first_head(kv_num_heads)
+        except ValueError as error:
+            raise ValueError(f"{name}: kv_num_heads: {error}") from None
         self.kv_num_heads = kv_num_heads
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -228,9 +240,21 @@ class PagedAttentionBackend(AttentionBackend):
         sinks = getattr(layer, "sinks", None)
         if metadata.mask_offsets is not None:
             return {"causal": False, "mask_offsets": metadata.mask_offsets, "sinks": sinks}
-        window = self.config.window_size or int(getattr(layer, "sliding_window", 0) or 0)
+        window = self._window_of(layer)
         left = window - 1 if window > 0 else -1  # FastDeploy's window counts the query's own key
         return {"causal": self.config.causal, "window_size": (left, -1), "sinks": sinks}
+
+    def _window_of(self, layer: Any) -> int:
+        """Keys that a query of the layer sees, its own included; 0: all."""
+        layers = self.config.window_layers
+        if not layers:
+            return self.config.window_size or int(getattr(layer, "sliding_window", 0) or 0)
+        if not 0 <= layer.layer_id < len(layers):
+            raise ValueError(
+                f"{type(self).__name__}: layer.layer_id: model_config.window_attn_skip_freq has "
+                f"{len(layers)} entries, got layer {layer.layer_id}"
+            )
+        return self.config.window_size if layers[layer.layer_id] else 0
 
     def _refuse_step(self, forward_meta: Any) -> None:
         if optional(forward_meta, "attn_mask") is not None:

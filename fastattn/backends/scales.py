@@ -41,9 +41,12 @@ class HeadShard:
         ValueError
             If `local_heads` is not the share of one process.
         """
+        if self.size < 1 or local_heads < 1:
+            raise ValueError(f"{local_heads} KV heads on one of {self.size} tensor parallel ranks")
         total = local_heads * self.size if self.num_heads is None else self.num_heads
         share = max(total // self.size, 1)
-        divides = total % self.size == 0 if total >= self.size else self.size % total == 0
+        larger, smaller = max(total, self.size), min(total, self.size)
+        divides = smaller > 0 and larger % smaller == 0
         if share != local_heads or not divides or not 0 <= self.rank < self.size:
             raise ValueError(
                 f"tensor parallel rank {self.rank} of {self.size} cannot hold {local_heads} of "

@@ -1,7 +1,12 @@
 """The operators, as typed and validating Python functions."""
 
 from fastattn.functional.attention import flash_attention, paged_attention
-from fastattn.functional.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
+from fastattn.functional.cache import (
+    append_cache_kv_c8,
+    convert_cache_blocks,
+    convert_cache_layout,
+    write_cache_kv,
+)
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
@@ -10,6 +15,7 @@ from fastattn.functional.rope import rope_write_cache_kv
 
 __all__ = [
     "append_cache_kv_c8",
+    "convert_cache_blocks",
     "convert_cache_layout",
     "flash_attention",
     "indexer_kv_compress_insert",

@@ -8,6 +8,9 @@ from fastattn import _ops
 from fastattn.functional._cache_types import check_no_zero_points
 from fastattn.functional._marker import unified
 
+# Stands for the number of blocks, which a traced program may not know.
+_ALL_BLOCKS = 2**63 - 1
+
 
 @unified
 def write_cache_kv(
@@ -290,4 +293,74 @@ def convert_cache_layout(
     [5, 69, 5, 69]
     """
     outputs = _ops.call("convert_cache_layout", (cache,), (kind, cache_quant_type, src, dst))
+    return outputs[0]
+
+
+@unified
+def convert_cache_blocks(
+    cache: Tensor,
+    *,
+    kind: str,
+    cache_quant_type: str,
+    src: str,
+    dst: str,
+    begin: int = 0,
+    end: int | None = None,
+) -> Tensor:
+    """Bring blocks of a cache tensor into another byte layout, in place.
+
+    What :func:`convert_cache_layout` does, without a second cache: each block of a KV head is read
+    as a whole before it is written. Blocks outside ``[begin, end)`` keep their bytes. Converting a
+    block twice is not the same as converting it once.
+
+    Parameters
+    ----------
+    cache : Tensor, shape [num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]
+        uint8 (or the int8 / float8 dtype of the codes); for type ``"none"`` bfloat16 or float16,
+        and nothing is done. A quantised V may have either shape, whatever its layout: it keeps the
+        one it has.
+    kind : {"k", "v"}
+        Which of the two caches it is.
+    cache_quant_type : str
+        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+    src, dst : {"fastattn", "fastdeploy", "logical"}
+        As for :func:`convert_cache_layout`.
+    begin, end : int
+        The blocks, by default all of them.
+
+    Returns
+    -------
+    Tensor
+        `cache` itself.
+
+    Raises
+    ------
+    TypeError
+        If `cache` is no tensor or its dtype does not fit `cache_quant_type`.
+    ValueError
+        If `kind`, `src` or `dst` is unknown, the shape does not fit them, or ``0 <= begin <= end <=
+        num_blocks`` does not hold.
+    NotImplementedError
+        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+
+    See Also
+    --------
+    fastattn.backends.convert_caches : all caches of a server.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import convert_cache_blocks
+    >>> cache = paddle.full([3, 1, 64, 64], 129, "uint8")  # FastDeploy's byte of the int8 code 1
+    >>> _ = convert_cache_blocks(
+    ...     cache, kind="k", cache_quant_type="cache_int8", src="fastdeploy", dst="fastattn",
+    ...     begin=1, end=2,
+    ... )
+    >>> cache[:, 0, 0, 0].numpy().tolist()
+    [129, 1, 129]
+    """
+    last = _ALL_BLOCKS if end is None else end
+    outputs = _ops.call(
+        "convert_cache_blocks", (cache,), (kind, cache_quant_type, src, dst, begin, last)
+    )
     return outputs[0]

@@ -1,4 +1,5 @@
-// convert_cache_layout: one CTA moves the bytes of one (block, KV head) from one order to another.
+// convert_cache_layout: one CTA moves the bytes of one (block, KV head) from one order to another,
+// to another tensor or (convert_cache_blocks) in place: it has read them all before it writes.
 //
 // fastattn and fastdeploy hold the same 16-byte pieces in other places (K: 16 channels of a token,
 // in slot order for fastdeploy; V: 16 tokens of a channel in slot order for both), so those
@@ -22,7 +23,19 @@ __device__ __forceinline__ uint4 Flip(uint4 x, uint32_t mask) {
   return make_uint4(x.x ^ mask, x.y ^ mask, x.z ^ mask, x.w ^ mask);
 }
 
-template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim>
+// Bytes that the same kernel overwrites may not go through the read-only cache: its loads may be
+// moved past a barrier.
+template <bool kInPlace>
+__device__ __forceinline__ uint4 Load(const uint8_t* address) {
+  const auto* piece = reinterpret_cast<const uint4*>(address);
+  if constexpr (kInPlace) {
+    return *piece;
+  } else {
+    return __ldg(piece);
+  }
+}
+
+template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim, bool kInPlace>
 __global__ void __launch_bounds__(kThreads)
     ConvertKeyKernel(const uint8_t* src, uint8_t* dst, uint32_t flip) {
   constexpr int kPieces = kBlockSize * kHeadDim / 16 / kThreads;
@@ -31,9 +44,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const PieceOfThread at = KeyPieceOfThread<kHeadDim, kThreads>(i);
-    pieces[i] = __ldg(
-        reinterpret_cast<const uint4*>(src + base + KeyPiece<kSrc, kHeadDim>(at.token, at.group)));
+    pieces[i] = Load<kInPlace>(src + base + KeyPiece<kSrc, kHeadDim>(at.token, at.group));
   }
+  if constexpr (kInPlace) __syncthreads();
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const PieceOfThread at = KeyPieceOfThread<kHeadDim, kThreads>(i);
@@ -48,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim>
+template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim, bool kInPlace>
 __global__ void __launch_bounds__(kThreads)
     ConvertValueKernel(const uint8_t* src, uint8_t* dst, uint32_t flip) {
   constexpr bool kFromLogical = kSrc == CacheLayout::kLogical;
@@ -66,17 +79,17 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
       const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;
       *reinterpret_cast<uint4*>(tile.codes + tile.Offset(token) + column) =
-          __ldg(reinterpret_cast<const uint4*>(src) + i);
+          Load<kInPlace>(src + i * static_cast<int>(sizeof(uint4)));
     }
     __syncthreads();
     if (active) GatherPieces(tile, channel, group, pieces);
   } else if (active) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      pieces[i] = __ldg(
-          reinterpret_cast<const uint4*>(src + ValuePiece<kSrc, kHeadDim>(channel + i, group)));
+      pieces[i] = Load<kInPlace>(src + ValuePiece<kSrc, kHeadDim>(channel + i, group));
     }
   }
+  if constexpr (kInPlace && !kFromLogical && !kToLogical) __syncthreads();
   if constexpr (kToLogical) {
     if (active) ScatterPieces(pieces, channel, group, tile);
     __syncthreads();
@@ -110,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <CacheLayout kSrc, CacheLayout kDst>
+template <CacheLayout kSrc, CacheLayout kDst, bool kInPlace>
 void Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
   const auto* src = static_cast<const uint8_t*>(p.src);
   auto* dst = static_cast<uint8_t*>(p.dst);
@@ -118,9 +131,11 @@ void Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
   dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     if (p.is_value) {
-      ConvertValueKernel<kSrc, kDst, kHeadDim><<<grid, kThreads, 0, stream>>>(src, dst, flip);
+      ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
+          <<<grid, kThreads, 0, stream>>>(src, dst, flip);
     } else {
-      ConvertKeyKernel<kSrc, kDst, kHeadDim><<<grid, kThreads, 0, stream>>>(src, dst, flip);
+      ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>
+          <<<grid, kThreads, 0, stream>>>(src, dst, flip);
     }
   });
 }
@@ -130,6 +145,8 @@ void Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
 cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t stream) {
   if (p.num_block_heads == 0) return cudaSuccess;
   const bool same_bytes = p.type == CacheType::kNone || p.src_layout == p.dst_layout;
+  const bool in_place = p.src == p.dst;
+  if (same_bytes && in_place) return cudaSuccess;
   if (same_bytes) {
     const int64_t bytes =
         p.num_block_heads * kBlockSize * p.head_dim * (p.type == CacheType::kNone ? 2 : 1);
@@ -147,7 +164,9 @@ cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t strea
   dispatch<kA, kD, kL>(p.src_layout, "src", [&](auto src) {
     dispatch<kA, kD, kL>(p.dst_layout, "dst", [&](auto dst) {
       if constexpr (decltype(src)::value != decltype(dst)::value) {
-        Launch<decltype(src)::value, decltype(dst)::value>(p, flip, stream);
+        constexpr CacheLayout kSrc = decltype(src)::value, kDst = decltype(dst)::value;
+        in_place ? Launch<kSrc, kDst, true>(p, flip, stream)
+                 : Launch<kSrc, kDst, false>(p, flip, stream);
       }
     });
   });

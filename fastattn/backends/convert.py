@@ -1,0 +1,178 @@
+"""A server's caches from one byte layout to another, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fastattn.backends.config import BLOCK_SIZE
+from fastattn.functional._cache_types import DYNAMIC_TYPES, check_cache_type
+
+_OP = "convert_caches"
+_LAYOUTS = ("fastattn", "fastdeploy", "logical")
+
+
+def convert_caches(
+    caches: Sequence[Any],
+    *,
+    cache_quant_type: str,
+    src: str = "fastdeploy",
+    dst: str = "fastattn",
+    block_ranges: Iterable[tuple[int, int]] | None = None,
+) -> Sequence[Any]:
+    """Convert the caches of all layers in place, by default FastDeploy's bytes to this package's.
+
+    No second cache and no scratch memory is needed. Scales stay as they are: all layouts have the
+    same ones. Everything is checked before the first byte moves.
+
+    Parameters
+    ----------
+    caches : sequence of Tensor
+        As in ``forward_meta.caches``: ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v,
+        k_scales, v_scales}`` for the dynamic types.
+    cache_quant_type : str
+        ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``; with ``none`` all
+        layouts are the same and nothing is done.
+    src, dst : {"fastattn", "fastdeploy", "logical"}
+        See :func:`fastattn.functional.convert_cache_layout`.
+    block_ranges : iterable of (int, int), optional
+        Physical blocks ``[begin, end)`` to convert, each range once; by default all. Other blocks
+        keep their bytes, so that a server can convert the blocks in use only, or some in every
+        step. A block that is converted twice is lost.
+
+    Returns
+    -------
+    sequence of Tensor
+        `caches`, the same tensors. Each V tensor now has the shape that `dst` has, also if only
+        some of its blocks were converted.
+
+    Raises
+    ------
+    TypeError
+        If an entry is no tensor or has another dtype than a quantised cache.
+    ValueError
+        If the list, a shape or a range does not fit, a layout is unknown, two entries share
+        memory, or ranges overlap.
+    NotImplementedError
+        If `cache_quant_type` or the head dimension is not supported.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.backends import convert_caches
+    >>> key, value = (paddle.full([4, 2, 64, 128], 128, "uint8") for _ in range(2))
+    >>> caches = convert_caches([key, value], cache_quant_type="cache_int8")
+    >>> int(key[3, 1, 2, 5]), list(value.shape)
+    (0, [4, 2, 128, 64])
+    """
+    from fastattn import functional
+
+    check_cache_type(_OP, cache_quant_type)
+    for name, layout in (("src", src), ("dst", dst)):
+        if layout not in _LAYOUTS:
+            raise ValueError(f"{_OP}: {name}: expected {', '.join(_LAYOUTS)}, got {layout!r}")
+    per_layer = 4 if cache_quant_type in DYNAMIC_TYPES else 2
+    if len(caches) % per_layer:
+        raise ValueError(
+            f"{_OP}: caches: type {cache_quant_type!r} has {per_layer} tensors a layer, got "
+            f"{len(caches)}"
+        )
+    ranges = None if block_ranges is None else sorted(_pair(entry) for entry in block_ranges)
+    chosen = [
+        (index, "kv"[index % per_layer])
+        for index in range(len(caches))
+        if index % per_layer in (0, 1)
+    ]
+    if cache_quant_type == "none":
+        return caches
+    shapes = _checked(caches, chosen, cache_quant_type, ranges)
+    for index, kind in chosen:
+        cache = caches[index]
+        for begin, end in [(0, shapes[index][0])] if ranges is None else ranges:
+            if begin == end or cache.size == 0:
+                continue
+            functional.convert_cache_blocks(
+                cache,
+                kind=kind,
+                cache_quant_type=cache_quant_type,
+                src=src,
+                dst=dst,
+                begin=begin,
+                end=end,
+            )
+        num_blocks, kv_heads, head_dim = shapes[index]
+        inner = (
+            [head_dim, BLOCK_SIZE] if kind == "v" and dst == "fastattn" else [BLOCK_SIZE, head_dim]
+        )
+        if list(cache.shape[2:]) != inner:
+            cache.reshape_([num_blocks, kv_heads, *inner])
+    return caches
+
+
+def _pair(entry: Any) -> tuple[int, int]:
+    try:
+        begin, end = entry
+        return int(begin), int(end)
+    except (TypeError, ValueError):
+        raise TypeError(f"{_OP}: block_ranges: expected (begin, end), got {entry!r}") from None
+
+
+def _checked(
+    caches: Sequence[Any],
+    chosen: list[tuple[int, str]],
+    cache_quant_type: str,
+    ranges: list[tuple[int, int]] | None,
+) -> dict[int, tuple[int, int, int]]:
+    """(num_blocks, KV, D) of every tensor to convert. Raises for anything that does not fit."""
+    from fastattn import _ops
+
+    shapes: dict[int, tuple[int, int, int]] = {}
+    spans: list[tuple[int, int, int]] = []  # first byte, end, index
+    codes = ("uint8", "int8") if "int8" in cache_quant_type else ("uint8", "float8")
+    for index, kind in chosen:
+        cache = caches[index]
+        name = f"caches[{index}]"
+        if not _ops.is_tensor(cache):
+            raise TypeError(f"{_OP}: {name}: expected a tensor, got {type(cache).__name__}")
+        dtype = str(cache.dtype).rpartition(".")[2]
+        if not dtype.startswith(codes):
+            raise TypeError(
+                f"{_OP}: {name}: expected dtype uint8 or that of the codes for "
+                f"{cache_quant_type!r}, got {dtype}"
+            )
+        shape = [int(size) for size in cache.shape]
+        transposed = kind == "v" and len(shape) == 4 and shape[2] != BLOCK_SIZE
+        if len(shape) != 4 or shape[3 if transposed else 2] != BLOCK_SIZE:
+            raise ValueError(
+                f"{_OP}: {name}: expected shape [num_blocks, KV, 64, D]"
+                f"{' or [num_blocks, KV, D, 64]' if kind == 'v' else ''}, got {shape}"
+            )
+        head_dim = shape[2 if transposed else 3]
+        if head_dim not in (64, 128):
+            raise NotImplementedError(
+                f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: 64, 128"
+            )
+        if not cache.is_contiguous():
+            raise ValueError(f"{_OP}: {name}: it is written in place and must be contiguous")
+        if not cache.stop_gradient:
+            raise ValueError(
+                f"{_OP}: {name}: it is written in place and must have stop_gradient = True"
+            )
+        shapes[index] = (shape[0], shape[1], head_dim)
+        first = int(cache.data_ptr()) if shape[0] and shape[1] else 0
+        spans.append((first, first + shape[0] * shape[1] * BLOCK_SIZE * head_dim, index))
+        for begin, end in ranges or ():
+            if not 0 <= begin <= end <= shape[0]:
+                raise ValueError(
+                    f"{_OP}: block_ranges: expected 0 <= begin <= end <= {shape[0]} (blocks of "
+                    f"{name}), got ({begin}, {end})"
+                )
+    filled = [entry for entry in ranges or () if entry[0] < entry[1]]
+    for previous, following in zip(filled, filled[1:]):
+        if following[0] < previous[1]:
+            raise ValueError(f"{_OP}: block_ranges: {previous} and {following} overlap")
+    spans.sort()
+    for (_, end, index), (first, _, other) in zip(spans, spans[1:]):
+        if first < end:
+            raise ValueError(f"{_OP}: caches[{index}] and caches[{other}] share memory")
+    return shapes
