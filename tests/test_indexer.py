@@ -110,24 +110,52 @@ def check_query(place, positions, q, table, weights, quant):
     return expected
 
 
+QUERY_DTYPES = [("float32", "bfloat16", np.int64), ("bfloat16", "float32", np.int32)]
 QUERY_CASES = list(
     itertools.product(
-        [1, 7, 32] if SMALL else [0, 1, 7, 32, 257],
+        [1, 7, 32, 257] if SMALL else [0, 1, 7, 32, 257],
         [32, 64],
         ["fp8", "mxfp4"],
-        [("float32", "bfloat16", np.int64), ("bfloat16", "float32", np.int32)],
+        QUERY_DTYPES,
     )
-)
+) + [  # many tokens: every kind once
+    (tokens, heads, quant, QUERY_DTYPES[(i + j + k) % 2])
+    for i, tokens in enumerate([1023, 4096])
+    for j, heads in enumerate([32, 64])
+    for k, quant in enumerate(["fp8", "mxfp4"])
+]
 
 
 @pytest.mark.parametrize(("tokens", "heads", "quant", "dtypes"), QUERY_CASES)
 def test_query_has_the_models_bits(place, tokens, heads, quant, dtypes):
     rng = RNG(tokens + heads)
-    size = np.exp(2 * rng.normal(size=(tokens, heads, 1)))
-    q = (rng.normal(size=(tokens, heads, 128)) * size).astype(BF16)
+    size = np.exp(2 * rng.normal(size=(tokens, heads, 1))).astype(np.float32)
+    values = rng.normal(size=min(tokens * heads * 128, 1 << 20) + 5).astype(np.float32)
+    q = (np.resize(values, (tokens, heads, 128)) * size).astype(BF16)
     weights = rng.normal(size=(tokens, heads)).astype(DTYPES[dtypes[1]])
     positions = rng.integers(0, 1000, tokens).astype(dtypes[2])
     check_query(place, positions, q, cos_sin(1000, DTYPES[dtypes[0]]), weights, quant)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 9, 33])
+@pytest.mark.parametrize("quant", ["fp8", "mxfp4"])
+def test_query_of_any_number_of_heads(place, heads, quant):
+    rng = RNG(heads)
+    q = rng.normal(size=(11, heads, 128)).astype(BF16)
+    weights = rng.normal(size=(11, heads)).astype(np.float32)
+    check_query(place, rng.integers(0, 50, 11), q, cos_sin(50), weights, quant)
+
+
+@pytest.mark.parametrize("quant", ["fp8", "mxfp4"])
+def test_query_of_every_bf16(place, quant):
+    """All bit patterns, in blocks whose scale they set and in blocks whose scale a 6 sets."""
+    bits = np.arange(65536, dtype=np.uint16)
+    sixes = np.full((2115, 32), np.array(6, BF16).view(np.uint16))
+    sixes[:, 1:] = np.resize(bits, (2115, 31))
+    blocks = np.resize(np.concatenate([bits.reshape(-1, 32), sixes]), (4192, 32))
+    q = blocks.reshape(131, 8, 128).view(BF16)
+    still = np.repeat(np.float32([[1.0, 0.0]]), 32, axis=1)
+    check_query(place, np.zeros(131, np.int64), q, still, np.ones((131, 8), np.float32), quant)
 
 
 @pytest.mark.parametrize("quant", ["fp8", "mxfp4"])
@@ -252,13 +280,18 @@ def test_key_has_the_models_bytes(place, quant, ratio, options):
     assert written(case, cache) == sorted(case["kv_slots"][done].tolist())
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 7, 32] if SMALL else [0, 1, 7, 32, 257])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("quant", ["fp8", "mxfp4"])
+KEY_CASES = [
+    (tokens, page_size, quant)
+    for tokens in [1, 7, 32, 257, 1023, 4096] + [0] * (not SMALL)
+    for page_size in ([1, 16, 64] if tokens < 1000 else [64])
+    for quant in model.PAGE_FORMATS
+]
+
+
+@pytest.mark.parametrize(("tokens", "page_size", "quant"), KEY_CASES)
 def test_key_over_many_tokens_and_page_sizes(place, tokens, page_size, quant):
-    case = key_case(
-        RNG(tokens), quant, 4, [np.arange(max(tokens, 1))], page_size, 3, 260 // page_size + 1
-    )
+    pages = max(tokens, 260) // page_size + 1
+    case = key_case(RNG(tokens), quant, 4, [np.arange(max(tokens, 1))], page_size, 3, pages)
     for name in ("batch_id_per_token", "positions", "state_slots", "kv_slots"):
         case[name] = case[name][:tokens]
     cache = run_key(place, case)

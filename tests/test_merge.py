@@ -60,7 +60,7 @@ def fp64_merge(prefix, p, suffix, s):
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [32, 48, 64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize(("tokens", "heads"), [(1, 4), (1, 5), (67, 5), (256, 4), (33, 48)])
+@pytest.mark.parametrize(("tokens", "heads"), [(67, 5), (33, 48)])
 def test_grid(place, tokens, heads, dim, dtype, fp8):
     arrays = sides(tokens, heads, dim, dtype)
     kwargs = {"output_scale": SCALE} if fp8 else {}
