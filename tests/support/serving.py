@@ -92,7 +92,7 @@ class Model:
             return x.astype(np.float64)
         out = np.empty(x.shape)
         for i, token in enumerate(x):
-            like = np.zeros(1, np.float32) if scales is None else scales
+            like = np.zeros(1, self.scale_dtype) if scales is None else scales
             codes, dynamic = quantize_token(token, like, self.cache_quant_type, self.fp8_format)
             multiplier = (
                 static_scales(scales, *token.shape) if dynamic is None else dynamic[:, None]

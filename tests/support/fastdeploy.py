@@ -1,0 +1,300 @@
+"""A FastDeploy worker's side of the backends, through the stand-in of FastDeploy's interface.
+
+It allocates caches, loads scales, cuts heads and fills a ``ForwardMeta`` as FastDeploy's model
+runner does, and checks every layer against the dense fp64 model of :mod:`tests.support.serving`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fastattn.reference.layout import BLOCK_SIZE
+from tests.support.bounds import assert_error_ratio
+from tests.support.serving import MAX_MODEL_LEN, Model
+from tests.support.tensors import BF16, int32, to_numpy, to_paddle
+
+STUB = Path(__file__).parent / "fastdeploy_stub"
+
+#: FastDeploy's ``kv_cache_quant_type`` and the cache type of a layer.
+KINDS = {
+    None: "none",
+    "int8": "cache_int8",
+    "float8_e4m3fn": "cache_fp8",
+    "block_wise_fp8": "block_wise_fp8",
+}
+
+BACKENDS = {
+    "APPEND_ATTN": "AppendAttentionBackend",
+    "FLASH_ATTN": "FlashAttentionBackend",
+    "FLASH_MASK_ATTN": "FlashMaskAttentionBackend",
+}
+
+
+@pytest.fixture
+def fastdeploy(monkeypatch):
+    """A fresh stand-in, as a new process would import it."""
+    for name in [n for n in sys.modules if n.partition(".")[0] == "fastdeploy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(STUB))
+    monkeypatch.delenv("FD_PLUGINS", raising=False)
+    monkeypatch.delenv("FD_ATTENTION_BACKEND", raising=False)
+    yield importlib.import_module("fastdeploy")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "fastdeploy"]:
+        del sys.modules[name]
+
+
+def make_fd_config(
+    model: Model, kind: str | None = None, *, size: int = 1, rank: int = 0, layers: int = 1
+) -> SimpleNamespace:
+    """The fields of an ``FDConfig`` that a backend of FastDeploy reads."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            max_model_len=MAX_MODEL_LEN,
+            head_dim=model.head_dim,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads,
+            num_hidden_layers=layers,
+            start_layer_index=0,
+            rope_theta=500.0,
+            partial_rotary_factor=(model.rotary_dim or model.head_dim) / model.head_dim,
+        ),
+        cache_config=SimpleNamespace(block_size=BLOCK_SIZE, enable_prefix_caching=True),
+        speculative_config=SimpleNamespace(
+            method=None, num_speculative_tokens=1, model_type="main"
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=size,
+            tensor_parallel_rank=rank,
+            expert_parallel_rank=None,
+            pd_disaggregation_mode="None",
+        ),
+        scheduler_config=SimpleNamespace(splitwise_role="mixed", max_num_seqs=8),
+        graph_opt_config=SimpleNamespace(full_cuda_graph=False),
+        quant_config=None if kind is None else SimpleNamespace(kv_cache_quant_type=kind),
+        enable_rope_3d_runtime=False,
+    )
+
+
+def make_model(kind: str | None, **options: Any) -> Model:
+    """A model whose scales are FastDeploy's: bfloat16; one a channel for INT8."""
+    return Model(KINDS[kind], scale_dtype=BF16, per_channel=kind == "int8", **options)
+
+
+class Worker:
+    """One rank's model runner: rows of `lengths` tokens in the end, over layers of one model.
+
+    Parameters
+    ----------
+    model : Model
+        The whole model; a rank takes its heads of it.
+    kind : str or None
+        ``kv_cache_quant_type``.
+    lengths : list of int
+    place : str
+    size, rank : int
+        Tensor-parallel ranks.
+    layers : int
+    shared : int
+        Row 1 starts with the first `shared` blocks of row 0 (prefix cache).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kind: str | None,
+        lengths: list[int],
+        place: str = "cpu",
+        *,
+        size: int = 1,
+        rank: int = 0,
+        layers: int = 2,
+        shared: int = 0,
+    ) -> None:
+        attention = importlib.import_module("fastdeploy.model_executor.layers.attention")
+        meta = importlib.import_module("fastdeploy.model_executor.forward_meta")
+        self.meta_class, self.modes = meta.ForwardMeta, meta.ForwardMode
+        rng = np.random.default_rng(5)
+        self.model, self.kind, self.place = model, kind, place
+        self.q_heads = model.heads // size
+        self.kv_heads = max(1, model.kv_heads // size)
+        self.first_q, self.first_kv = rank * self.q_heads, rank * model.kv_heads // size
+        self.tokens = [
+            rng.normal(size=(layers, n, model.width)).astype(model.dtype) for n in lengths
+        ]
+        self.cached = [0] * len(lengths)
+        self.fd_config = make_fd_config(model, kind, size=size, rank=rank, layers=layers)
+        self.backend = attention.get_attention_backend()(
+            self.fd_config,
+            kv_num_heads=self.kv_heads,
+            num_heads=self.q_heads,
+            head_dim=model.head_dim,
+            encoder_block_shape_q=64,
+            decoder_block_shape_q=16,
+        )
+        self._assign_blocks(lengths, shared, rng)
+        self.caches = self._allocate(layers)
+        self.rotary_embs = self.on(model.table)
+        device = paddle.CPUPlace() if place == "cpu" else paddle.CUDAPlace(0)
+        self.layers = [
+            attention.Attention(
+                self.fd_config,
+                i,
+                device,
+                scales=self._scales(),
+                use_neox_rotary_style=model.neox,
+                q_norm_weight=self.on(model.q_norm_weight),
+                k_norm_weight=self.on(model.k_norm_weight),
+            )
+            for i in range(layers)
+        ]
+
+    def on(self, array: Any) -> Any:
+        return None if array is None else to_paddle(np.array(array), self.place)
+
+    def _assign_blocks(self, lengths: list[int], shared: int, rng: Any) -> None:
+        """Tables [max_num_seqs, blocks]: more rows than there are sequences, -1 where unused."""
+        needed = [-(-n // BLOCK_SIZE) for n in lengths]
+        self.num_blocks = sum(needed) + 2
+        order = rng.permutation(self.num_blocks)
+        self.tables = np.full((len(lengths) + 1, max(needed) + 1), -1)
+        for row, count in enumerate(needed):
+            self.tables[row, :count] = order[sum(needed[:row]) :][:count]
+        if shared:
+            self.tables[1, :shared] = self.tables[0, :shared]
+            self.tokens[1][:, : shared * BLOCK_SIZE] = self.tokens[0][:, : shared * BLOCK_SIZE]
+
+    def _allocate(self, layers: int) -> list[Any]:
+        """Zeros, uint8 for every quantised kind; scales have the model's dtype."""
+        key, value = self.backend.get_kv_cache_shape(
+            max_num_blocks=self.num_blocks, kv_cache_quant_type=self.kind
+        )
+        dtype = self.model.dtype if self.kind is None else np.uint8
+        caches = []
+        for _ in range(layers):
+            caches += [np.zeros(key, dtype), np.zeros(value, dtype)]
+            if self.kind == "block_wise_fp8":
+                caches += [np.zeros(key[:3], BF16) for _ in "kv"]
+        return [self.on(cache) for cache in caches]
+
+    def _scales(self) -> list[np.ndarray] | None:
+        """s of ``x ~ code * s / max_bound``: all heads' for FP8, the rank's channels' for INT8."""
+        if self.model.k_scales is None:
+            return None
+        bound, dim = 127.0 if self.kind == "int8" else 448.0, self.model.head_dim
+        both = [x.astype(np.float64) * bound for x in (self.model.k_scales, self.model.v_scales)]
+        if self.kind == "int8":
+            own = slice(self.first_kv * dim, (self.first_kv + self.kv_heads) * dim)
+            return [x[own] for x in both]
+        return both
+
+    def metadata(self, new: list[int], prefill: list[bool], num_tokens: int) -> dict[str, Any]:
+        """Fields of a step's ForwardMeta, as arrays. The last row of the tables is a free slot."""
+        lens, cached = np.array([*new, 0]), np.array([*self.cached, 0])
+        encoder = np.where([*prefill, False], lens, 0)
+        batch_ids = np.full(num_tokens, -1)
+        batch_ids[: lens.sum()] = np.repeat(np.arange(len(lens)), lens)
+        active = lens > 0
+        most = np.full(9, 123456)  # 6 to 8 are never written
+        most[:6] = [
+            max(x, default=0)
+            for x in (
+                lens,
+                encoder,
+                cached[active],
+                (cached + lens)[active],
+                (cached + lens)[active & (encoder == 0)],
+                (cached + lens)[active],
+            )
+        ]
+        return {
+            "seq_lens_encoder": encoder[:, None],
+            "seq_lens_decoder": cached[:, None],
+            "seq_lens_this_time": lens[:, None],
+            "cu_seqlens_q": np.concatenate([[0], np.cumsum(lens)]),
+            "batch_id_per_token": batch_ids,
+            "block_tables": self.tables,
+            "max_len_tensor_cpu": most,
+        }
+
+    def make_meta(self, arrays: dict[str, Any], **fields: Any) -> Any:
+        tensors = {
+            name: int32(array, "cpu" if name == "max_len_tensor_cpu" else self.place)
+            for name, array in arrays.items()
+        }
+        return self.meta_class(
+            **{
+                **tensors,
+                "caches": self.caches,
+                "rotary_embs": self.rotary_embs,
+                "attn_backend": self.backend,
+                "forward_mode": self.modes.MIXED,
+                "step_use_cudagraph": False,
+                "is_dummy_or_profile_run": False,
+                **fields,
+            }
+        )
+
+    def rank_qkv(self, layer: int, new: list[int], padding: int) -> np.ndarray:
+        """The rank's columns of the fused projection, for the step's tokens."""
+        model, dim = self.model, self.model.head_dim
+        parts = [x[layer, done : done + n] for x, done, n in zip(self.tokens, self.cached, new)]
+        qkv = np.concatenate([*parts, np.full((padding, model.width), 3, model.dtype)])
+        heads = qkv.reshape(len(qkv), -1, dim)
+        k, v = model.heads, model.heads + model.kv_heads
+        own = np.concatenate(
+            [
+                heads[:, self.first_q : self.first_q + self.q_heads],
+                heads[:, k + self.first_kv : k + self.first_kv + self.kv_heads],
+                heads[:, v + self.first_kv : v + self.first_kv + self.kv_heads],
+            ],
+            axis=1,
+        )
+        return own.reshape(len(qkv), -1)
+
+    def step(
+        self,
+        new: list[int],
+        *,
+        prefill: list[bool] | None = None,
+        padding: int = 0,
+        advance: list[int] | None = None,
+        **fields: Any,
+    ) -> None:
+        """Run all layers and check them; rows advance by `advance`, by default by `new`."""
+        prefill = [n > 1 for n in new] if prefill is None else prefill
+        meta = self.make_meta(self.metadata(new, prefill, sum(new) + padding), **fields)
+        self.backend.init_attention_metadata(meta)
+        for i, layer in enumerate(self.layers):
+            qkv = self.on(self.rank_qkv(i, new, padding))
+            before = to_numpy(qkv).copy()
+            out = to_numpy(layer.forward(qkv, meta))
+            assert np.array_equal(to_numpy(qkv).view(np.uint16), before.view(np.uint16))
+            self.check(i, new, out, padding)
+        advance = new if advance is None else advance
+        self.cached = [done + n for done, n in zip(self.cached, advance)]
+
+    def check(self, layer: int, new: list[int], out: np.ndarray, padding: int = 0) -> None:
+        dim, start = self.model.head_dim, 0
+        dtype = "float16" if self.model.dtype == np.float16 else "bfloat16"
+        assert out.shape == (sum(new) + padding, self.q_heads * dim)
+        own = slice(self.first_q * dim, (self.first_q + self.q_heads) * dim)
+        for row, n in enumerate(new):
+            if n == 0:
+                continue
+            tokens = self.tokens[row][layer, : self.cached[row] + n]
+            exact, naive = (
+                self.model.attention(tokens, self.cached[row], p)[:, own]
+                for p in ("float64", dtype)
+            )
+            part = out[start : start + n]
+            start += n
+            assert_error_ratio(part, exact, naive, dtype, f"layer {layer}, row {row}")
+        assert not out[start:].any(), "padding tokens"

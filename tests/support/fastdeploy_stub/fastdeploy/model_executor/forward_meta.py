@@ -1,0 +1,30 @@
+"""A step's metadata: an attribute that nobody has set is None."""
+
+import enum
+
+
+class ForwardMode(enum.IntEnum):
+    EXTEND = enum.auto()
+    DECODE = enum.auto()
+    MIXED = enum.auto()
+    NATIVE = enum.auto()
+
+    def is_decode(self):
+        return self is ForwardMode.DECODE
+
+    def is_mixed(self):
+        return self is ForwardMode.MIXED
+
+    def is_native(self):
+        return self is ForwardMode.NATIVE
+
+
+class ForwardMeta:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(self, name, None)
+        return None
