@@ -1,0 +1,78 @@
+// mbarriers in shared memory and the named barriers of a CTA (sm_90).
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn::cuda {
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Orders this thread's ordinary shared-memory accesses before later ones of the tensor cores and
+// the copy engine.
+__device__ __forceinline__ void FenceAsyncProxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void Arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+
+// Arrives and announces `bytes` that the copy engine will deliver in this phase.
+__device__ __forceinline__ void ArriveExpect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ bool TryWait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, p;\n\t}"
+      : "=r"(done)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// Waits until the phase of the given parity is complete. With FASTATTN_SPIN_LIMIT (clock cycles)
+// defined, a wait that lasts longer ends the kernel with an error instead of hanging.
+__device__ __forceinline__ void Wait(uint64_t* barrier, uint32_t parity) {
+#if defined(FASTATTN_SPIN_LIMIT)
+  const long long start = clock64();
+  while (!TryWait(barrier, parity)) {
+    if (clock64() - start > FASTATTN_SPIN_LIMIT) __trap();
+  }
+#else
+  while (!TryWait(barrier, parity)) {
+  }
+#endif
+}
+
+// Named barrier `id` of kThreads threads: waits for the others, or only arrives.
+template <int kThreads>
+__device__ __forceinline__ void SyncNamed(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+template <int kThreads>
+__device__ __forceinline__ void ArriveNamed(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,81 @@
+// The tensor copy engine (TMA) of sm_90: device side, and the host's encoding of tensor maps.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/mbarrier.cuh"
+
+namespace fastattn::cuda {
+
+// Copies a box of a 3-D tensor into shared memory; its bytes count towards the barrier's phase.
+// What lies outside of the tensor arrives as zeros and is never read.
+__device__ __forceinline__ void CopyBox(const CUtensorMap* map, void* target, uint64_t* barrier,
+                                        int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(SharedAddress(target)),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+
+// Copies `bytes` (a multiple of 16, both sides aligned to 16) into shared memory.
+__device__ __forceinline__ void CopyBulk(const void* source, void* target, uint64_t* barrier,
+                                         uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(target)),
+      "l"(source), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// A tensor of bytes, innermost dimension first.
+struct ByteTensor {
+  const void* data;
+  uint64_t size[3];
+  uint64_t stride[2];  // bytes, of the second and third dimension; multiples of 16
+  uint32_t box[3];
+  CUtensorMapSwizzle swizzle;
+};
+
+// Encodes a tensor map. The encoder is a driver function: it is asked for by name, so that nothing
+// links against the driver's library.
+inline cudaError_t EncodeMap(const ByteTensor& tensor, CUtensorMap* map) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                              const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                              const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                                12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return usable ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  // The driver takes the address of what is read only as that of what may be written.
+  void* data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tensor.data));
+  const cuuint64_t size[3] = {tensor.size[0], tensor.size[1], tensor.size[2]};
+  const cuuint64_t stride[2] = {tensor.stride[0], tensor.stride[1]};
+  const cuuint32_t box[3] = {tensor.box[0], tensor.box[1], tensor.box[2]};
+  const cuuint32_t step[3] = {1, 1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, data, size, stride, box, step,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, tensor.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace fastattn::cuda
