@@ -1,8 +1,9 @@
 """fastattn: attention over a quantised KV cache for PaddlePaddle.
 
 ``fastattn.functional`` has the operators, ``fastattn.backends`` the attention backends that a
-server plugs in, ``fastattn.reference`` a NumPy model of every operator. They are imported on first
-use, so that ``import fastattn`` works where Paddle or the compiled library does not.
+server plugs in, ``fastattn.distributed`` attention over a cache that is spread over processes,
+``fastattn.reference`` a NumPy model of every operator. They are imported on first use, so that
+``import fastattn`` works where Paddle or the compiled library does not.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from types import ModuleType
 
 from fastattn.version import __version__
 
-__all__ = ["__version__", "backends", "functional", "reference"]
+__all__ = ["__version__", "backends", "distributed", "functional", "reference"]
 
-_SUBPACKAGES = frozenset({"backends", "functional", "reference"})
+_SUBPACKAGES = frozenset({"backends", "distributed", "functional", "reference"})
 
 
 def __getattr__(name: str) -> ModuleType:

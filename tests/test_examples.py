@@ -7,11 +7,12 @@ import doctest
 import pytest
 
 import fastattn.functional as F
+from fastattn import distributed
 
 
-@pytest.mark.parametrize("name", F.__all__)
+@pytest.mark.parametrize("name", [*F.__all__, *distributed.__all__])
 def test_the_example_gives_what_it_says(name):
-    function = getattr(F, name)
+    function = getattr(F, name, None) or getattr(distributed, name)
     (test,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
     assert test.examples
     lines: list[str] = []

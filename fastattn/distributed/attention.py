@@ -1,0 +1,297 @@
+"""Decode context parallelism: every rank attends its blocks, then all merge."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor
+
+from fastattn._ops import is_tensor
+from fastattn.functional import merge_attn_states, paged_attention
+
+_OP = "paged_attention_dcp"
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+def _name(dtype: Any) -> str:
+    """``"float32"`` of ``paddle.float32``."""
+    return str(dtype).rpartition(".")[2]
+
+
+def _world_size(group: Any) -> int:
+    if group is None:
+        world_size = int(dist.get_world_size())
+        if world_size > 1 and not dist.is_initialized():
+            raise RuntimeError(
+                f"{_OP}: this is one of {world_size} processes: call "
+                "paddle.distributed.init_parallel_env() first"
+            )
+        return world_size
+    if not isinstance(getattr(group, "nranks", None), int):
+        raise TypeError(
+            f"{_OP}: group: expected a group of paddle.distributed, got {type(group).__name__}"
+        )
+    # group.rank is -1 in a group of one rank, too.
+    if dist.get_rank() not in group.ranks:
+        raise ValueError(f"{_OP}: group: this process is not in it, ranks {list(group.ranks)}")
+    return int(group.nranks)
+
+
+def _value_dtype(q: Tensor, out: Tensor | None, out_dtype: str) -> str:
+    """Type of the result before FP8: what :func:`paged_attention` would give."""
+    if out_dtype not in ("auto", *_FLOATS):
+        raise ValueError(
+            f"{_OP}: out_dtype: expected auto, {', '.join(_FLOATS)}, got {out_dtype!r}"
+        )
+    own = _name(q.dtype)
+    if own not in _FLOATS:  # e4m3 codes
+        given = "bfloat16" if out is None else _name(out.dtype)
+        return given if out_dtype == "auto" else out_dtype
+    if out_dtype not in ("auto", own, "float32"):
+        raise TypeError(f"{_OP}: out_dtype: expected {own} as q has, or float32, got {out_dtype}")
+    return own if out_dtype == "auto" else out_dtype
+
+
+def _check_out(q: Tensor, out: Tensor | None, accepted: tuple[str, ...]) -> None:
+    """Refuse what the last merge would refuse, before the collectives and in terms of `out`."""
+    if out is None:
+        return
+    if not is_tensor(out):
+        raise TypeError(f"{_OP}: out: expected a tensor, got {type(out).__name__}")
+    if list(out.shape) != list(q.shape):
+        raise ValueError(f"{_OP}: out: expected shape {list(q.shape)}, got {list(out.shape)}")
+    if _name(out.dtype) not in accepted:
+        raise TypeError(
+            f"{_OP}: out: expected dtype {' or '.join(accepted)}, got {_name(out.dtype)}"
+        )
+
+
+def _empty(shape: list[int], dtype: Any, place: Any) -> Tensor:
+    """``paddle.empty`` on a place instead of the default device."""
+    return paddle._C_ops.empty(shape, dtype, place)
+
+
+def _gather(part: Tensor, world_size: int, group: Any) -> list[Tensor]:
+    """Everyone's `part`, in the order of the ranks: views of one buffer."""
+    buffer = _empty([world_size * part.shape[0], *part.shape[1:]], part.dtype, part.place)
+    # On a GPU the collective joins the stream of the kernels around it: nothing waits on the host,
+    # and a CUDA graph can hold it.
+    dist.stream.all_gather(
+        buffer, part, group=group, sync_op=True, use_calc_stream=part.place.is_gpu_place()
+    )
+    size = part.shape[0]
+    return [buffer[rank * size : (rank + 1) * size] for rank in range(world_size)]
+
+
+def _merge(
+    states: list[tuple[Tensor, Tensor]],
+    dtype: str,
+    out: Tensor | None,
+    out_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Merge all states in order, over the memory of the first; the last merge stores the result."""
+    result, lse = states[0]
+    for part, part_lse in states[1:-1]:
+        merge_attn_states(result, lse, part, part_lse, output=result, output_lse=lse)
+    if out is None and out_scale is None:
+        same = _name(result.dtype) == dtype
+        out = result if same else _empty(result.shape, getattr(paddle, dtype), result.place)
+    part, part_lse = states[-1]
+    result, _ = merge_attn_states(
+        result, lse, part, part_lse, output=out, output_lse=lse, output_scale=out_scale
+    )
+    return result, lse
+
+
+def _merge_with_sinks(
+    states: list[tuple[Tensor, Tensor]],
+    sinks: Tensor,
+    dtype: str,
+    out: Tensor | None,
+    out_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_merge`; the sinks are one more state, with an output of 0.
+
+    No rank can add them to its own part: it would lose them where it holds no key.
+    """
+    result, lse = states[0]
+    tokens, heads, _ = result.shape
+    for part, part_lse in states[1:]:
+        merge_attn_states(result, lse, part, part_lse, output=result, output_lse=lse)
+    keys_lse = lse.clone()
+    sink_lse = sinks.astype("float32").unsqueeze(1).expand([heads, tokens])
+    states = [(result, lse), (paddle.zeros_like(result), sink_lse)]
+    result, lse = _merge(states, dtype, out, out_scale)
+    # Without any key a sink alone is no attention: the LSE stays -inf, as on one rank.
+    return result, paddle.where(keys_lse == -math.inf, keys_lse, lse)
+
+
+def paged_attention_dcp(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens_decoder: Tensor,
+    seq_lens_this_time: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    group: Any = None,
+    exchange_dtype: str = "float32",
+    cache_k_scales: Tensor | None = None,
+    cache_v_scales: Tensor | None = None,
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+    q_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    mask_offsets: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    out_dtype: str = "auto",
+    cache_k_zp: Tensor | None = None,
+    cache_v_zp: Tensor | None = None,
+) -> Any:
+    r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
+
+    Decode context parallelism: every rank holds some of the blocks of a row (all KV heads of them),
+    attends all queries over those, and the partial results :math:`o_r` with their
+    :math:`\mathrm{lse}_r` are gathered and merged on every rank, in the order of the ranks:
+
+    .. math:: \mathrm{lse} = \ln \sum_r e^{\mathrm{lse}_r}, \qquad
+              o = \sum_r e^{\mathrm{lse}_r - \mathrm{lse}} o_r
+
+    All ranks get the same bits. The parameters that are not below are those of
+    :func:`fastattn.functional.paged_attention`, the same on every rank, `q` included.
+
+    Parameters
+    ----------
+    key_cache, value_cache, cache_k_scales, cache_v_scales : Tensor
+        This rank's cache; ranks may have different numbers of blocks.
+    block_tables : Tensor, shape [B, max_blocks], int32
+        This rank's table, of the same shape on every rank: entry j of a row is the block of this
+        rank's cache that holds the row's tokens ``64 j`` to ``64 j + 63``, or -1 if that is on
+        another rank. A block of -1 is invisible and costs no more than reading its id. Positions
+        stay global, so lengths, masks, windows and rotary positions mean what they mean on one
+        rank. Every logical block must be on exactly one rank: one that is on two counts twice.
+    seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
+        Of the whole rows, not of this rank's part.
+    group : Group of paddle.distributed, optional
+        The default group of all ranks when absent. A group of one rank, and a process without
+        ``paddle.distributed.init_parallel_env()``, just call :func:`paged_attention`.
+    exchange_dtype : {"float32", "output"}
+        Type in which partial outputs travel and are merged. "float32" gives one process's result
+        within 1e-6 of a row's largest channel: of a 16-bit output fewer than 1 in 1000 elements
+        differ, by one rounding step. "output" halves the bytes of a 16-bit output and rounds to 16
+        bits for every rank and every merge: then 1 element in 10 differs.
+    sinks : Tensor, shape [H], float32 or bfloat16, optional
+        Finite or -inf: +inf counts as absent here.
+    out : Tensor, shape [T, H, D], optional
+        Written in place and returned. Tokens of no row become 0.
+
+    Returns
+    -------
+    out : Tensor, shape [T, H, D]
+        uint8 with `out_scale`: the merge stores e4m3 from its fp32 values.
+    softmax_lse : Tensor, shape [H, T], float32
+        Natural logarithm; only with `return_softmax_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As :func:`paged_attention`; also for a group that this process is not in, and in a static
+        program. Every rank must make the call: an exception on one of them leaves the others
+        waiting in the collective.
+
+    Notes
+    -----
+    The write goes through the same table: ``rope_write_cache_kv`` and ``write_cache_kv`` skip the
+    tokens whose block is -1, so every rank is given all new tokens and stores its own.
+
+    See Also
+    --------
+    fastattn.distributed.dcp_local_block_tables : the table of a rank.
+    fastattn.functional.merge_attn_states : the merge.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.distributed import dcp_local_block_tables, paged_attention_dcp
+    >>> from fastattn.functional import write_cache_kv
+    >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
+    >>> rank, world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
+    >>> caches = [paddle.zeros([1, 1, 64, 64], "bfloat16") for _ in range(2)]
+    >>> table = dcp_local_block_tables([[0]], rank, world_size)
+    >>> rows = int32(table), int32([0, 2]), int32([0]), int32([2])
+    >>> x = paddle.ones([2, 1, 64], "bfloat16")
+    >>> _ = write_cache_kv(x, 3 * x, *caches, *rows)
+    >>> paged_attention_dcp(x, *caches, *rows, 2, 2)[:, 0, 0].cast("float32").numpy().tolist()
+    [3.0, 3.0]
+    """
+    if not paddle.in_dynamic_mode():
+        raise NotImplementedError(f"{_OP}: its collectives run in dygraph only")
+    if exchange_dtype not in ("float32", "output"):
+        raise ValueError(
+            f"{_OP}: exchange_dtype: expected float32 or output, got {exchange_dtype!r}"
+        )
+    world_size = _world_size(group)
+    arguments = (
+        q,
+        key_cache,
+        value_cache,
+        block_tables,
+        cu_seqlens_q,
+        seq_lens_decoder,
+        seq_lens_this_time,
+        max_seqlen_q,
+        max_seqlen_k,
+    )
+    options: dict[str, Any] = {
+        "cache_k_scales": cache_k_scales,
+        "cache_v_scales": cache_v_scales,
+        "cache_quant_type": cache_quant_type,
+        "fp8_format": fp8_format,
+        "q_descale": q_descale,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "mask_offsets": mask_offsets,
+        "cache_k_zp": cache_k_zp,
+        "cache_v_zp": cache_v_zp,
+    }
+    if world_size == 1 or not is_tensor(q) or 0 in q.shape:
+        return paged_attention(
+            *arguments,
+            **options,
+            sinks=sinks,
+            out_scale=out_scale,
+            return_softmax_lse=return_softmax_lse,
+            out=out,
+            out_dtype=out_dtype,
+        )
+    if out_scale is not None and out_dtype != "auto":
+        raise ValueError(f"{_OP}: out_dtype: expected auto with out_scale, got {out_dtype!r}")
+    dtype = _value_dtype(q, out if out_scale is None else None, out_dtype)
+    _check_out(q, out, (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn"))
+    part, part_lse = paged_attention(
+        *arguments,
+        **options,
+        return_softmax_lse=True,
+        out_dtype="float32" if exchange_dtype == "float32" else dtype,
+    )
+    lses = _gather(part_lse, world_size, group)
+    states = list(zip(_gather(part, world_size, group), lses))
+    if sinks is None:
+        result, lse = _merge(states, dtype, out, out_scale)
+    else:
+        result, lse = _merge_with_sinks(states, sinks, dtype, out, out_scale)
+    return (result, lse) if return_softmax_lse else result

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Decode context parallelism on two GPUs of this machine, through NCCL, under a CUDA build of Paddle.
+#
+#   scripts/test_dcp_gpu.sh [--library build/gpu/_fastattn_ops.so] [--python python3]
+#
+# tests/test_dcp.py runs in three ways: CPU processes through gloo; attention on the CPU with its
+# results exchanged and merged on the GPUs ("exchange2", all collectives and merges); everything on
+# the GPUs ("gpu2", skipped while the library has no CUDA kernel of paged_attention). Only
+# collectives and fastattn's operators run on the GPUs, so a Paddle without kernels for them will do.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+library=build/gpu/_fastattn_ops.so
+python=python3
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --library) library=$2 ;;
+    --python) python=$2 ;;
+    *)
+      echo "unknown argument: $1" >&2
+      exit 2
+      ;;
+  esac
+  shift 2
+done
+
+FASTATTN_LIBRARY=$(cd "$(dirname "$library")" && pwd)/$(basename "$library")
+export FASTATTN_LIBRARY
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# Virtual machines often lend GPUs without NVLink multicast, where NCCL's use of it fails.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+
+gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
+if [ "$gpus" -lt 2 ]; then
+  echo "two GPUs are needed, found $gpus" >&2
+  exit 2
+fi
+nvidia-smi --query-gpu=name,compute_cap,driver_version --format=csv,noheader
+exec "$python" -m pytest -p no:cacheprovider tests/test_dcp.py -rs
