@@ -27,7 +27,7 @@ done
 FASTATTN_LIBRARY=$(cd "$(dirname "$library")" && pwd)/$(basename "$library")
 export FASTATTN_LIBRARY
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-# Virtual machines often lend GPUs without NVLink multicast, where NCCL's use of it fails.
+# Multicast over NVLink may take GPUs down that a virtual machine shares with others.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)

@@ -54,6 +54,8 @@ def _environment(rank: int, world_size: int, port: int, backend: str) -> dict[st
         devices = visible.split(",") if visible else [str(i) for i in range(world_size)]
         environment["CUDA_VISIBLE_DEVICES"] = devices[rank]
         environment["FLAGS_selected_gpus"] = "0"
+        # Multicast over NVLink may take GPUs down that a virtual machine shares with others.
+        environment.setdefault("NCCL_NVLS_ENABLE", "0")
     return environment
 
 
