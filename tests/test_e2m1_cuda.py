@@ -21,6 +21,8 @@ __global__ void Pack(const float* x, unsigned* codes) {
   codes[0] = fastattn::cuda::PackE2M1x4<true>(four);
   codes[1] = fastattn::cuda::PackE2M1x8<true>(eight);
   codes[2] = fastattn::cuda::PackE2M1x8<false>(eight);
+  codes[3] = fastattn::cuda::PackE2M1OfBf16x8(make_uint4(codes[4], codes[5], codes[6], codes[7]),
+                                              0x3F803F80u);
 }
 """
 

@@ -48,11 +48,14 @@ FASTATTN_HD float ExpNonPositive(float x) {
 }
 
 // Smallest power of two >= max(amax, 1e-4) / 448 for the amax bits of an FP8 block. An infinite
-// amax counts as FLT_MAX; NaN stays NaN.
+// amax counts as FLT_MAX; NaN stays NaN. No quotient: 448 = 1.75 * 2^8, so the exponent of amax
+// less 8, and one more where the mantissa is above 1.75.
 FASTATTN_HD float PowerOfTwoFp8Scale(uint32_t amax_bits) {
-  const uint32_t bits = FloatBits(DynamicScale(amax_bits, 1e-4f, kE4M3Max));
-  if (bits > 0x7F800000u) return BitsFloat(0x7FC00000u);
-  return BitsFloat((bits + 0x007FFFFFu) & 0x7F800000u);
+  constexpr uint32_t kFloorBits = 0x38D1B717u;  // 1e-4
+  if (amax_bits > 0x7F800000u) return BitsFloat(0x7FC00000u);
+  if (amax_bits == 0x7F800000u) amax_bits = 0x7F7FFFFFu;
+  if (amax_bits < kFloorBits) amax_bits = kFloorBits;
+  return BitsFloat(((amax_bits + 0x1FFFFFu) & 0x7F800000u) - (8u << 23));
 }
 
 // A power-of-two scale's UE8M0 byte: its biased exponent, 255 for NaN.

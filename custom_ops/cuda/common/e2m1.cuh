@@ -2,10 +2,12 @@
 //
 // Two paths. cvt.rn.satfinite.e2m1x2.f32 exists on the family targets from SM100 on only. On SM12x
 // reports about its results disagree, so a build for those has to ask for it with
-// FASTATTN_E2M1_SM12X. Everywhere else packed fp16 arithmetic does it, two values at a time: about
-// 6 instructions a value, where the integer form of fp4.h would take longer than the memory does.
+// FASTATTN_E2M1_SM12X. Everywhere else packed arithmetic does it, two values at a time, in bf16
+// where the values come as such and in fp16 otherwise: 6 to 9 instructions a value, where the
+// integer form of fp4.h would take longer than the memory does.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
@@ -106,6 +108,53 @@ __device__ __forceinline__ uint32_t PackE2M1x8(const float (&x)[8]) {
 #else
   return E2M1Pair<kHalf>(x[0], x[4]) >> 9 | E2M1Pair<kHalf>(x[1], x[5]) >> 5 |
          E2M1Pair<kHalf>(x[2], x[6]) >> 1 | E2M1Pair<kHalf>(x[3], x[7]) << 3;
+#endif
+}
+
+__device__ __forceinline__ __nv_bfloat162 AsBf162(uint32_t bits) {
+  return *reinterpret_cast<const __nv_bfloat162*>(&bits);
+}
+
+__device__ __forceinline__ uint32_t Bf162Bits(__nv_bfloat162 x) {
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+
+// Products of bf16 pairs, each rounded once; a NaN becomes 0x7FFF. Exact for a power of two, but
+// for results too small to be normal.
+__device__ __forceinline__ uint32_t ScaleBf16Pair(uint32_t pair, uint32_t factors) {
+  return Bf162Bits(__hmul2_rn(AsBf162(pair), AsBf162(factors)));
+}
+
+// Codes of two bf16 values times a power of two in bits 0..3 and 16..19; the other bits hold
+// anything.
+__device__ __forceinline__ uint32_t E2M1Bf16Pair(uint32_t pair, uint32_t inverse) {
+  const uint32_t scaled = ScaleBf16Pair(pair, inverse);
+  const __nv_bfloat162 a = __hmin2(__habs2(AsBf162(scaled)), AsBf162(0x40C040C0u));  // a NaN: 6
+  // As in RoundToE2M1: beside 2^6 times |x|'s power of two (at least 1's), 2^lp, a bf16 keeps one
+  // mantissa bit of |x|. Its bits are then (133 + lp) << 7 | n, and the code is n + 2 lp.
+  const uint32_t power = Bf162Bits(__hmax2(a, AsBf162(0x3F803F80u))) & 0x7F807F80u;
+  const uint32_t sum = Bf162Bits(__hfma2(AsBf162(power), AsBf162(0x42804280u), a));
+  const uint32_t code = sum + (sum >> 6) + 0x00060006u;  // 2 * 133 + 6 is 0 in the low 4 bits
+  return (code & 0x00070007u) | ((scaled >> 12) & 0xFFF8FFF8u);
+}
+
+// Codes of 8 bf16 values times a power of two (both halves of `inverse`), the first in the lowest
+// nibble.
+__device__ __forceinline__ uint32_t PackE2M1OfBf16x8(const uint4& x, uint32_t inverse) {
+#if defined(FASTATTN_E2M1_INSTRUCTION)
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  float scaled[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    scaled[2 * i] = __fmul_rn(BitsFloat(words[i] << 16), BitsFloat(inverse << 16));
+    scaled[2 * i + 1] = __fmul_rn(BitsFloat(words[i] & 0xFFFF0000u), BitsFloat(inverse << 16));
+  }
+  return PackE2M1x8<true>(scaled);
+#else
+  const uint32_t a = __byte_perm(E2M1Bf16Pair(x.x, inverse), E2M1Bf16Pair(x.y, inverse), 0x6240);
+  const uint32_t b = __byte_perm(E2M1Bf16Pair(x.z, inverse), E2M1Bf16Pair(x.w, inverse), 0x6240);
+  const uint32_t even = __byte_perm(a, b, 0x5410), odd = __byte_perm(a, b, 0x7632);
+  return (even & 0x0F0F0F0Fu) | ((odd << 4) & 0xF0F0F0F0u);
 #endif
 }
 

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "common/dispatch.h"
+#include "cuda/merge/dense_kernel.cuh"
 #include "cuda/merge/scalar_kernel.cuh"
 #include "cuda/merge/vector_kernel.cuh"
 
@@ -20,6 +21,12 @@ inline int CeilPowerOfTwo(int64_t x) {
   int power = 1;
   while (power < x) power *= 2;
   return power;
+}
+
+inline int Log2(int64_t power) {
+  int log2 = 0;
+  while (int64_t{1} << log2 < power) ++log2;
+  return log2;
 }
 
 // Whether everything is 16-byte aligned (the output as far as a pack's elements go) and fits 32-bit
@@ -103,7 +110,7 @@ inline MergeShape DynamicShape(const MergeParams& p, int width) {
   return shape;
 }
 
-template <DType kIn, MergeOutput kOutput, int kPacks>
+template <DType kIn, MergeOutput kOutput>
 bool LaunchMergeVectors(const MergeParams& p, cudaStream_t stream) {
   constexpr int kThreads = 128;
   constexpr int kTokens = 8;  // fp32 LSEs in a sector
@@ -111,10 +118,10 @@ bool LaunchMergeVectors(const MergeParams& p, cudaStream_t stream) {
   MergeVectorParams v = VectorParams(p);
   v.packs = p.head_dim / kWidth;
   MergeShape shape;
-  shape.lanes = (v.packs + kPacks - 1) / kPacks;
+  shape.lanes = v.packs;
   if constexpr (kOutput == MergeOutput::kDynamicFp8) {
     shape = DynamicShape(p, kWidth);
-    while (1 << v.log2_segment < shape.segment) ++v.log2_segment;
+    v.log2_segment = Log2(shape.segment);
   }
   if (shape.lanes == 0 || shape.lanes > kMaxMergeThreads) return false;
 
@@ -128,7 +135,73 @@ bool LaunchMergeVectors(const MergeParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((p.num_tokens + tokens - 1) / tokens),
                   static_cast<unsigned>(columns));
   const dim3 block(shape.lanes, heads, tokens);
-  MergeVectorKernel<kIn, kOutput, kPacks><<<grid, block, 0, stream>>>(v);
+  MergeVectorKernel<kIn, kOutput><<<grid, block, 0, stream>>>(v);
+  return true;
+}
+
+// Whether heads follow each other in memory, all LSEs have the same strides, and rows * lanes and
+// LSE indices fit 31 bits.
+inline bool IsDense(const MergeParams& p, int64_t lanes) {
+  const int64_t token = int64_t{p.num_heads} * p.head_dim;
+  for (const int64_t stride : {p.prefix_head_stride, p.suffix_head_stride, p.output_head_stride}) {
+    if (stride != p.head_dim) return false;
+  }
+  for (const int64_t stride :
+       {p.prefix_token_stride, p.suffix_token_stride, p.output_token_stride}) {
+    if (stride != token) return false;
+  }
+  const int64_t head_stride = p.output_lse_head_stride, token_stride = p.output_lse_token_stride;
+  if (p.prefix_lse_head_stride != head_stride || p.suffix_lse_head_stride != head_stride ||
+      p.prefix_lse_token_stride != token_stride || p.suffix_lse_token_stride != token_stride) {
+    return false;
+  }
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  return head_stride >= 0 && token_stride >= 0 &&
+         head_stride * p.num_heads + token_stride * p.num_tokens <= kMost &&
+         p.num_tokens * p.num_heads * lanes <= kMost - kDenseMergeThreads;
+}
+
+// For parameters that FitsVectors; sets `status` if this kernel can do them.
+template <DType kIn, MergeOutput kOutput, int kPacks>
+bool LaunchMergeDense(const MergeParams& p, cudaStream_t stream, cudaError_t& status) {
+  constexpr int kWidth = kPackWidth<kIn>;
+  const int packs = p.head_dim / kWidth;
+  const int lanes = CeilPowerOfTwo((packs + kPacks - 1) / kPacks);
+  if (lanes > 32 || !IsDense(p, lanes)) return false;
+  MergeDenseParams d;
+  d.log2_segment = 0;
+  if constexpr (kOutput == MergeOutput::kDynamicFp8) {
+    // A group is a row, or an aligned power of two of threads none of which idles.
+    int segment = lanes;
+    if (p.group_size != p.head_dim) {
+      segment = p.group_size / kWidth;
+      if (kPacks > 1 || packs != lanes || p.group_size % kWidth != 0) return false;
+      if (segment > 32 || CeilPowerOfTwo(segment) != segment) return false;
+    }
+    if (p.output_scales_token_stride * p.group_size != int64_t{p.num_heads} * p.head_dim) {
+      return false;
+    }
+    d.log2_segment = Log2(segment);
+  }
+  d.prefix_output = p.prefix_output;
+  d.suffix_output = p.suffix_output;
+  d.prefix_lse = p.prefix_lse;
+  d.suffix_lse = p.suffix_lse;
+  d.output_scale = p.output_scale;
+  d.output = p.output;
+  d.output_lse = p.output_lse;
+  d.output_scales = p.output_scales;
+  d.rows = static_cast<uint32_t>(p.num_tokens * p.num_heads);
+  d.merged_rows = static_cast<uint32_t>(p.merged_tokens * p.num_heads);
+  d.heads = Divisor(static_cast<uint32_t>(p.num_heads));
+  d.packs = packs;
+  d.lse_head_stride = static_cast<int>(p.output_lse_head_stride);
+  d.lse_token_stride = static_cast<int>(p.output_lse_token_stride);
+  d.log2_lanes = Log2(lanes);
+  const uint32_t threads = d.rows << d.log2_lanes;
+  const dim3 grid((threads + kDenseMergeThreads - 1) / kDenseMergeThreads);
+  status = LaunchEarly(MergeDenseKernel<kIn, kOutput, kPacks>, grid, dim3(kDenseMergeThreads),
+                       stream, d);
   return true;
 }
 
@@ -145,8 +218,8 @@ void LaunchMergeScalars(const MergeParams& p, cudaStream_t stream) {
   MergeScalarKernel<kIn, kOutput><<<grid, kScalarMergeThreads, 0, stream>>>(p, heads);
 }
 
-// Two packs a thread share the work for the weights and keep more bytes in flight, from where there
-// are threads enough for a whole GPU.
+// Two packs a thread share the work for the weights, from where there are threads enough for a
+// whole GPU.
 inline constexpr int64_t kPacksOfOneWave = 1 << 18;
 
 template <DType kIn>
@@ -154,19 +227,16 @@ cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream) {
   using M = MergeOutput;
   constexpr int kWidth = kPackWidth<kIn>;
   const int64_t packs = p.num_tokens * p.num_heads * (p.head_dim / kWidth);
-  const bool two = packs > kPacksOfOneWave && p.head_dim % (2 * kWidth) == 0;
+  const bool two = packs > kPacksOfOneWave || p.head_dim > 32 * kWidth;
+  cudaError_t status = cudaSuccess;
   const auto launch = [&](auto output) {
     constexpr M kOutput = decltype(output)::value;
-    bool launched = false;
     if (FitsVectors(p, kWidth)) {
-      if constexpr (kOutput == M::kDynamicFp8) {
-        launched = LaunchMergeVectors<kIn, kOutput, 1>(p, stream);
-      } else {
-        launched = two ? LaunchMergeVectors<kIn, kOutput, 2>(p, stream)
-                       : LaunchMergeVectors<kIn, kOutput, 1>(p, stream);
-      }
+      if (two && LaunchMergeDense<kIn, kOutput, 2>(p, stream, status)) return;
+      if (LaunchMergeDense<kIn, kOutput, 1>(p, stream, status)) return;
+      if (LaunchMergeVectors<kIn, kOutput>(p, stream)) return;
     }
-    if (!launched) LaunchMergeScalars<kIn, kOutput>(p, stream);
+    LaunchMergeScalars<kIn, kOutput>(p, stream);
   };
   if constexpr (kIn == DType::kFloat32) {
     dispatch<M::kPlain, M::kFloat16, M::kBFloat16, M::kStaticFp8, M::kDynamicFp8>(p.output_kind,
@@ -174,7 +244,7 @@ cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream) {
   } else {
     dispatch<M::kPlain, M::kStaticFp8, M::kDynamicFp8>(p.output_kind, "output", launch);
   }
-  return cudaGetLastError();
+  return status == cudaSuccess ? cudaGetLastError() : status;
 }
 
 }  // namespace fastattn::cuda

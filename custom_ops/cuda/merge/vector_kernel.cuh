@@ -1,4 +1,4 @@
-// Merge, 16 bytes at a time: the channels of a head in `packs` packs, kPacks of them a thread.
+// Merge of strided tensors, 16 bytes at a time: a thread takes one of the `packs` packs of a head.
 //
 // threadIdx.x runs over the packs of a head, y over heads, z over tokens: no index needs a
 // division. A CTA takes several tokens because the LSEs of a head's tokens usually share a 32-byte
@@ -85,23 +85,33 @@ __device__ __forceinline__ void MergePack(const uint4& prefix, const uint4& suff
   for (int i = 0; i < kPackWidth<kIn>; ++i) x[i] = Add(Mul(a[i], w.prefix), Mul(b[i], w.suffix));
 }
 
-template <DType kStored, int kWidth>
-__device__ __forceinline__ void StoreValues(void* output, int64_t at, const float (&x)[kWidth]) {
-  char* address = static_cast<char*>(output) + at * SizeOf(kStored);
-  if constexpr (kStored == DType::kFloat32) {
-    *reinterpret_cast<uint4*>(address) = make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
-                                                    __float_as_uint(x[2]), __float_as_uint(x[3]));
-  } else if constexpr (kWidth == 8) {
-    *reinterpret_cast<uint4*>(address) =
-        make_uint4(PackPair<kStored>(x[0], x[1]), PackPair<kStored>(x[2], x[3]),
-                   PackPair<kStored>(x[4], x[5]), PackPair<kStored>(x[6], x[7]));
+// kStream: what is stored leaves the caches first.
+template <bool kStream, typename Pack>
+__device__ __forceinline__ void StorePack(void* address, const Pack& pack) {
+  if constexpr (kStream) {
+    __stcs(static_cast<Pack*>(address), pack);
   } else {
-    *reinterpret_cast<uint2*>(address) =
-        make_uint2(PackPair<kStored>(x[0], x[1]), PackPair<kStored>(x[2], x[3]));
+    *static_cast<Pack*>(address) = pack;
   }
 }
 
-template <int kWidth>
+template <DType kStored, bool kStream, int kWidth>
+__device__ __forceinline__ void StoreValues(void* output, int64_t at, const float (&x)[kWidth]) {
+  char* address = static_cast<char*>(output) + at * SizeOf(kStored);
+  if constexpr (kStored == DType::kFloat32) {
+    StorePack<kStream>(address, make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]),
+                                           __float_as_uint(x[2]), __float_as_uint(x[3])));
+  } else if constexpr (kWidth == 8) {
+    StorePack<kStream>(address,
+                       make_uint4(PackPair<kStored>(x[0], x[1]), PackPair<kStored>(x[2], x[3]),
+                                  PackPair<kStored>(x[4], x[5]), PackPair<kStored>(x[6], x[7])));
+  } else {
+    StorePack<kStream>(address,
+                       make_uint2(PackPair<kStored>(x[0], x[1]), PackPair<kStored>(x[2], x[3])));
+  }
+}
+
+template <bool kStream, int kWidth>
 __device__ __forceinline__ void StoreCodes(void* output, int64_t at, const float (&x)[kWidth],
                                            float inverse) {
   uint32_t words[kWidth / 4];
@@ -112,9 +122,9 @@ __device__ __forceinline__ void StoreCodes(void* output, int64_t at, const float
   }
   char* address = static_cast<char*>(output) + at;
   if constexpr (kWidth == 8) {
-    *reinterpret_cast<uint2*>(address) = make_uint2(words[0], words[1]);
+    StorePack<kStream>(address, make_uint2(words[0], words[1]));
   } else {
-    *reinterpret_cast<uint32_t*>(address) = words[0];
+    StorePack<kStream>(address, words[0]);
   }
 }
 
@@ -137,15 +147,14 @@ __device__ __forceinline__ float SegmentScale(const MergeVectorParams& p, int to
   return scale;
 }
 
-template <DType kIn, MergeOutput kOutput, int kPacks>
+template <DType kIn, MergeOutput kOutput>
 __global__ void __launch_bounds__(kMaxMergeThreads)
     MergeVectorKernel(const __grid_constant__ MergeVectorParams p) {
   constexpr int kWidth = kPackWidth<kIn>;
-  static_assert(kOutput != MergeOutput::kDynamicFp8 || kPacks == 1,
-                "a segment's packs side by side");
   const int token = static_cast<int>(blockIdx.x * blockDim.z + threadIdx.z);
   const int head = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);
-  const bool active = token < p.num_tokens && head < p.num_heads;
+  const int pack = static_cast<int>(threadIdx.x);
+  const bool active = token < p.num_tokens && head < p.num_heads && pack < p.packs;
   const bool has_prefix = active && token < p.merged_tokens;
 
   // All loads before anything that waits for one.
@@ -155,13 +164,8 @@ __global__ void __launch_bounds__(kMaxMergeThreads)
   const char* suffix =
       static_cast<const char*>(p.suffix_output) +
       Offset(token, p.suffix_token_stride, head, p.suffix_head_stride) * SizeOf(kIn);
-  uint4 a[kPacks], b[kPacks];
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    const int pack = static_cast<int>(threadIdx.x + i * blockDim.x);
-    a[i] = LoadPack(prefix + pack * 16, has_prefix && pack < p.packs);
-    b[i] = LoadPack(suffix + pack * 16, active && pack < p.packs);
-  }
+  const uint4 a = LoadPack(prefix + pack * 16, has_prefix);
+  const uint4 b = LoadPack(suffix + pack * 16, active);
   float prefix_lse = -INFINITY, suffix_lse = -INFINITY, scale = 1.0f;
   if (has_prefix) {
     prefix_lse = p.prefix_lse[Offset(head, p.prefix_lse_head_stride,  //
@@ -175,21 +179,18 @@ __global__ void __launch_bounds__(kMaxMergeThreads)
 
   float inverse = Div(1.0f, scale);
   const MergeWeights w = WeightsOfSides(prefix_lse, suffix_lse);
-  const int64_t output = Offset(token, p.output_token_stride, head, p.output_head_stride);
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    const int pack = static_cast<int>(threadIdx.x + i * blockDim.x);
-    float x[kWidth];
-    MergePack<kIn>(a[i], b[i], w, x);
-    if constexpr (kOutput == MergeOutput::kDynamicFp8) {
-      inverse = Div(1.0f, SegmentScale(p, token, head, active, x));
-    }
-    if (active && pack < p.packs) {
-      if constexpr (IsValues(kOutput)) {
-        StoreValues<StoredType(kOutput, kIn)>(p.output, output + pack * kWidth, x);
-      } else {
-        StoreCodes(p.output, output + pack * kWidth, x, inverse);
-      }
+  float x[kWidth];
+  MergePack<kIn>(a, b, w, x);
+  if constexpr (kOutput == MergeOutput::kDynamicFp8) {
+    inverse = Div(1.0f, SegmentScale(p, token, head, active, x));
+  }
+  if (active) {
+    const int64_t element =
+        Offset(token, p.output_token_stride, head, p.output_head_stride) + pack * kWidth;
+    if constexpr (IsValues(kOutput)) {
+      StoreValues<StoredType(kOutput, kIn), false>(p.output, element, x);
+    } else {
+      StoreCodes<false>(p.output, element, x, inverse);
     }
   }
   // All threads of a head have read its LSEs before one of them writes, maybe over them.

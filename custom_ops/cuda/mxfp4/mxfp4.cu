@@ -65,9 +65,13 @@ __global__ void __launch_bounds__(kThreads)
     const uint8_t byte = MxScaleByte(LanesMax<4>(FloatBits(amax)));
     bytes |= static_cast<uint32_t>(byte) << (8 * i);
     const float inverse = UE8M0Inverse(byte);
+    if constexpr (kIn == DType::kBFloat16) {
+      codes[i] = PackE2M1OfBf16x8(raw[i].low, __byte_perm(FloatBits(inverse), 0, 0x3232));
+    } else {
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) x[j] = Mul(x[j], inverse);
-    codes[i] = PackE2M1x8<kHalf>(x);
+      for (int j = 0; j < kChunk; ++j) x[j] = Mul(x[j], inverse);
+      codes[i] = PackE2M1x8<kHalf>(x);
+    }
   }
   TransposeQuad(codes);
   const int64_t block = first + lane % 4 * kBlocksPerRound + lane / 4;

@@ -1,0 +1,45 @@
+// Launch of a kernel while the one before it in the stream still runs.
+//
+// For a kernel of a microsecond, launching takes as long as working. From SM90 on, a kernel may be
+// set up, fetch its parameters and compute its addresses under the end of its predecessor, as long
+// as it waits for that one's results before it touches memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace fastattn::cuda {
+
+// Every thread of a kernel that LaunchEarly launches calls this before its first access to global
+// memory. Returns when all earlier kernels of the stream have ended and their writes can be seen;
+// from here on the next kernel may be set up. That one waits in turn, so order in the stream holds.
+__device__ __forceinline__ void WaitForEarlierKernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// kernel<<<grid, block, 0, stream>>>(params...) that may start early where the GPU can do that.
+// (Binaries of this package run on their own major architecture only, so that the device's tells
+// whether WaitForEarlierKernels was compiled to wait.)
+template <typename... Params>
+cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                        const Params&... params) {
+  int device = 0, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+}  // namespace fastattn::cuda

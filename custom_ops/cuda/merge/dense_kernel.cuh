@@ -1,0 +1,128 @@
+// Merge of contiguous tensors of whole 16-byte packs, up to 64 a head: the usual shapes.
+//
+// A row is a token and head. 2^log2_lanes neighbouring threads, at most a warp, hold a row (some
+// idle where its packs are no power of two), and rows follow each other through the grid as they do
+// in memory, which keeps DRAM pages open: with several tokens a CTA, for the sake of whole sectors
+// of LSEs, 340 MB took 9 % longer. Nothing waits but for the loads: no barrier (a row's threads are
+// one warp's), no branch on what was loaded, no division. Inputs are loaded as usual, so that they
+// may stay in L2, but the output streams through.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/divisor.cuh"
+#include "cuda/common/early_launch.cuh"
+#include "cuda/merge/vector_kernel.cuh"
+
+namespace fastattn::cuda {
+
+inline constexpr int kDenseMergeThreads = 128;
+
+struct MergeDenseParams {
+  const void* prefix_output;
+  const void* suffix_output;
+  const float* prefix_lse;
+  const float* suffix_lse;
+  const float* output_scale;
+  void* output;
+  float* output_lse;
+  float* output_scales;
+  uint32_t rows;         // T * H
+  uint32_t merged_rows;  // rows from here on take the suffix as it is
+  Divisor heads;
+  int packs;                              // of a row
+  int lse_head_stride, lse_token_stride;  // of all three
+  int log2_lanes;
+  int log2_segment;  // kDynamicFp8: 2^this neighbouring threads share a scale, at most a warp
+};
+
+// 1 / x for a scale that a normal number can be the inverse of: the fast path of a correctly
+// rounded division, without its branch. `rare` says that x has no such inverse.
+__device__ __forceinline__ float UsualInverse(float x, bool& rare) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // within 1 ulp
+  rare = ((FloatBits(x) + 0x01800000u) & 0x7F800000u) <= 0x01FFFFFFu;
+  return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
+}
+
+template <int kWidth, int kPacks>
+__device__ __forceinline__ float DenseScale(const MergeDenseParams& p, uint32_t index, bool active,
+                                            const float (&x)[kPacks][kWidth]) {
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) amax = max(amax, AbsBits(x[i][j]));
+  }
+  for (int lanes = 1; lanes < 1 << p.log2_segment; lanes *= 2) {
+    amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
+  }
+  const float scale = DynamicScale(amax, kActivationAmaxFloor, kE4M3Max);
+  const uint32_t segment = index >> p.log2_segment;
+  if (active && index == segment << p.log2_segment) p.output_scales[segment] = scale;
+  return scale;
+}
+
+template <DType kIn, MergeOutput kOutput, int kPacks>
+__global__ void __launch_bounds__(kDenseMergeThreads)
+    MergeDenseKernel(const __grid_constant__ MergeDenseParams p) {
+  constexpr int kWidth = kPackWidth<kIn>;
+  const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+  const uint32_t row = index >> p.log2_lanes;
+  const uint32_t lane = index - (row << p.log2_lanes);
+  const bool active = row < p.rows;
+  const bool has_prefix = row < p.merged_rows;
+  const int64_t first = static_cast<int64_t>(row) * p.packs;
+  WaitForEarlierKernels();
+  uint4 a[kPacks], b[kPacks];
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    // Neighbours take neighbouring packs.
+    const int pack = static_cast<int>(lane) + (i << p.log2_lanes);
+    a[i] = b[i] = make_uint4(0, 0, 0, 0);
+    if (pack < p.packs) {
+      if (has_prefix) a[i] = static_cast<const uint4*>(p.prefix_output)[first + pack];
+      if (active) b[i] = static_cast<const uint4*>(p.suffix_output)[first + pack];
+    }
+  }
+  const uint32_t token = p.heads.Quotient(row);
+  const uint32_t head = row - token * p.heads.divisor;
+  const int at = static_cast<int>(head) * p.lse_head_stride +  //
+                 static_cast<int>(token) * p.lse_token_stride;
+  const float prefix_lse = has_prefix ? p.prefix_lse[at] : -INFINITY;
+  const float suffix_lse = active ? p.suffix_lse[at] : -INFINITY;
+  float inverse = 1.0f;
+  bool rare = false;
+  if constexpr (kOutput == MergeOutput::kStaticFp8) {
+    inverse = UsualInverse(__ldg(p.output_scale), rare);
+  }
+  const MergeWeights w = WeightsOfSides(prefix_lse, suffix_lse);
+  const float lse = MergedLse(w);
+  float x[kPacks][kWidth];
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) MergePack<kIn>(a[i], b[i], w, x[i]);
+  if constexpr (kOutput == MergeOutput::kStaticFp8) {
+    if (rare) inverse = Div(1.0f, __ldg(p.output_scale));
+  } else if constexpr (kOutput == MergeOutput::kDynamicFp8) {
+    inverse = Div(1.0f, DenseScale(p, index, active, x));
+  }
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int pack = static_cast<int>(lane) + (i << p.log2_lanes);
+    if (active && pack < p.packs) {
+      const int64_t element = (first + pack) * kWidth;
+      if constexpr (IsValues(kOutput)) {
+        StoreValues<StoredType(kOutput, kIn), true>(p.output, element, x[i]);
+      } else {
+        StoreCodes<true>(p.output, element, x[i], inverse);
+      }
+    }
+  }
+  // All threads of a row have read its LSEs before one of them writes, maybe over them.
+  __syncwarp();
+  if (active && lane == 0) p.output_lse[at] = lse;
+}
+
+}  // namespace fastattn::cuda
