@@ -1,10 +1,10 @@
-#include <cmath>
 #include <string>
 #include <vector>
 
 #include "api/check.h"
 #include "api/device.h"
 #include "api/paged_cache.h"
+#include "api/rope_args.h"
 #include "cpu/rope_write_cache.h"
 #include "params/rope.h"
 
@@ -17,8 +17,6 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "rope_write_cache_kv";
-constexpr std::initializer_list<phi::DataType> kFloats = {
-    phi::DataType::FLOAT32, phi::DataType::BFLOAT16, phi::DataType::FLOAT16};
 
 QQuant ParseQQuant(const std::string& name) {
   for (QQuant quant : {QQuant::kNone, QQuant::kPerTensor, QQuant::kPerTokenHead}) {
@@ -26,83 +24,6 @@ QQuant ParseQQuant(const std::string& name) {
   }
   Fail("ValueError", kOp, "q_quant", "expected none, per_tensor or per_token_head, got '", name,
        "'");
-}
-
-void ParseQkv(const Tensor& qkv, int num_heads, int num_kv_heads, RopeWriteCacheParams& p) {
-  Arg(kOp, "qkv", qkv)
-      .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})
-      .Rank(2)
-      .LastDimContiguous();
-  if (num_heads <= 0) Fail("ValueError", kOp, "num_heads", "expected at least 1, got ", num_heads);
-  if (num_kv_heads != p.cache.num_kv_heads) {
-    Fail("ValueError", kOp, "num_kv_heads", "key_cache holds ", p.cache.num_kv_heads,
-         " KV heads, got ", num_kv_heads);
-  }
-  if (num_heads % num_kv_heads != 0) {
-    Fail("ValueError", kOp, "num_heads", "expected a multiple of num_kv_heads = ", num_kv_heads,
-         ", got ", num_heads);
-  }
-  const int64_t width = (num_heads + 2LL * num_kv_heads) * p.cache.head_dim;
-  Arg(kOp, "qkv", qkv).Dims({-1, width});
-  if (p.cache.type == CacheType::kNone && qkv.dtype() != phi::DataType::BFLOAT16 &&
-      p.cache.dtype == DType::kBFloat16) {
-    Fail("TypeError", kOp, "qkv", "expected the dtype of key_cache, bfloat16, got ", qkv.dtype());
-  }
-  if (p.cache.type == CacheType::kNone && qkv.dtype() != phi::DataType::FLOAT16 &&
-      p.cache.dtype == DType::kFloat16) {
-    Fail("TypeError", kOp, "qkv", "expected the dtype of key_cache, float16, got ", qkv.dtype());
-  }
-  p.num_heads = num_heads;
-  p.dtype = ToDType(kOp, "qkv", qkv.dtype());
-  p.qkv = Data(qkv);
-  p.qkv_stride = StridesOf(qkv)[0];
-}
-
-// A per-channel parameter of any floating point type, or null.
-const void* ParseVector(const char* name, const Tensor* tensor, int64_t size,
-                        const phi::Place& place, DType& dtype) {
-  if (tensor == nullptr) return nullptr;
-  Arg(kOp, name, *tensor).On(place).Dtype(kFloats).Dims({size}).Contiguous();
-  dtype = ToDType(kOp, name, tensor->dtype());
-  return Data(*tensor);
-}
-
-void ParseRotary(const Tensor* table, bool neox, int rotary_dim, const phi::Place& place,
-                 RopeWriteCacheParams& p) {
-  const int head_dim = p.cache.head_dim;
-  if (rotary_dim == -1) rotary_dim = head_dim;
-  if (rotary_dim <= 0 || rotary_dim > head_dim || rotary_dim % 2 != 0) {
-    Fail("ValueError", kOp, "rotary_dim", "expected an even number in [2, ", head_dim,
-         "] (head_dim), got ", rotary_dim);
-  }
-  if (table == nullptr) return;
-  Arg arg(kOp, "rotary_embs", *table);
-  arg.On(place).Dtype({phi::DataType::FLOAT32}).Contiguous();
-  const Shape shape = table->shape();
-  if (shape.size() == 6) {
-    Fail("NotImplementedError", kOp, "rotary_embs", "rope_3d tables (6 dimensions) are not ",
-         "supported, got shape ", ShapeText(shape));
-  }
-  const bool five = shape.size() == 5;
-  if (!(five && shape[0] == 2 && shape[1] == 1 && shape[3] == 1) &&
-      !(shape.size() == 3 && shape[0] == 2)) {
-    Fail("ValueError", kOp, "rotary_embs", "expected shape [2, 1, max_seq, 1, columns] or [2, ",
-         "max_seq, columns], got ", ShapeText(shape));
-  }
-  const int64_t positions = shape[five ? 2 : 1];
-  const int64_t columns = shape.back();
-  if (columns != rotary_dim && columns != rotary_dim / 2) {
-    Fail("ValueError", kOp, "rotary_embs", "expected ", rotary_dim / 2, " or ", rotary_dim,
-         " columns for rotary_dim ", rotary_dim, ", got shape ", ShapeText(shape));
-  }
-  if (positions == 0) Fail("ValueError", kOp, "rotary_embs", "expected at least 1 position, got 0");
-  p.style = neox ? RotaryStyle::kNeox : RotaryStyle::kInterleaved;
-  p.rotary_dim = rotary_dim;
-  p.rotary_step = !neox && columns == rotary_dim ? 2 : 1;
-  p.rotary_stride = columns;
-  p.max_positions = positions;
-  p.cos = Data<float>(*table);
-  p.sin = p.cos + positions * columns;
 }
 
 void ParseQScale(const Tensor* q_scale, const phi::Place& place, RopeWriteCacheParams& p) {
@@ -143,26 +64,22 @@ std::vector<Tensor> RopeWriteCacheKv(
                         Get(cache_v_scales), cache_quant_type, fp8_format};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireCacheApart(kOp, cache);
-  ParseQkv(qkv, num_heads, num_kv_heads, p);
+  ParseQkv(kOp, qkv, num_heads, num_kv_heads, p);
   RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
   RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   Arg(kOp, "qkv", qkv).On(place);
   const int64_t num_tokens = qkv.shape()[0];
   p.rows = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      Get(batch_id_per_token), num_tokens, place);
-  ParseRotary(Get(rotary_embs), use_neox_rotary_style, rotary_dim, place, p);
+  ParseRotary(kOp, Get(rotary_embs), use_neox_rotary_style, rotary_dim, place, p);
   const int head_dim = p.cache.head_dim;
-  p.bias = ParseVector("qkv_bias", Get(qkv_bias), qkv.shape()[1], place, p.bias_dtype);
+  p.bias = ParseVector(kOp, "qkv_bias", Get(qkv_bias), qkv.shape()[1], place, p.bias_dtype);
   p.q_norm_weight =
-      ParseVector("q_norm_weight", Get(q_norm_weight), head_dim, place, p.q_norm_dtype);
+      ParseVector(kOp, "q_norm_weight", Get(q_norm_weight), head_dim, place, p.q_norm_dtype);
   p.k_norm_weight =
-      ParseVector("k_norm_weight", Get(k_norm_weight), head_dim, place, p.k_norm_dtype);
+      ParseVector(kOp, "k_norm_weight", Get(k_norm_weight), head_dim, place, p.k_norm_dtype);
   p.norm_before_rope = qk_norm_before_rope;
-  if (!std::isfinite(rms_norm_eps) || rms_norm_eps < 0) {
-    Fail("ValueError", kOp, "rms_norm_eps", "expected a finite number of at least 0, got ",
-         rms_norm_eps);
-  }
-  p.rms_norm_eps = rms_norm_eps;
+  p.rms_norm_eps = ParseEps(kOp, rms_norm_eps);
   p.q_quant = ParseQQuant(q_quant);
   ParseQScale(Get(q_scale), place, p);
 

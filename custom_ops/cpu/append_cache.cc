@@ -73,7 +73,9 @@ void Run(const AppendCacheParams& p) {
 void AppendCache(const AppendCacheParams& p) {
   DispatchCache(p.cache, [&](auto format) {
     using Format = decltype(format);
-    if constexpr (IsQuantized(Format::kType)) {  // the API layer refuses type none
+    if constexpr (!IsQuantized(Format::kType)) {  // one order in every layout
+      Run<Format::kCode, CacheLayout::kFastattn, Format>(p);
+    } else {
       dispatch<CacheLayout::kFastattn, CacheLayout::kFastDeploy>(
           p.cache.layout, "cache_layout", [&](auto layout) {
             dispatch<DType::kFloat16, DType::kBFloat16>(p.dtype, "dtype", [&](auto dtype) {

@@ -68,10 +68,10 @@ inline int BlockOf(const int* block_tables, int max_blocks, int num_blocks, int 
   return block >= 0 && block < num_blocks ? block : -1;
 }
 
-// Writes tokens into a cache of layout kFastattn: quantises, or rounds for type none.
+// Writes tokens into a cache: quantises, or rounds for type none.
 //
 // Threads may share one: Key and Value touch only the bytes and the scale of their own slot.
-template <typename Format>
+template <typename Format, CacheLayout kLayout = CacheLayout::kFastattn>
 class CacheWriter {
  public:
   using Storage = typename Format::Storage;
@@ -83,9 +83,17 @@ class CacheWriter {
 
   // Stores x[0 .. D), token `slot` (0..63) of a block, as K of one head.
   void Key(int block, int head, int slot, const float* x) const {
-    Storage* out = static_cast<Storage*>(cache_.key) + BlockOffset(cache_, block, head) +
-                   static_cast<int64_t>(slot) * cache_.head_dim;
-    Encode(cache_.k_scales, k_inverse_, cache_.k_granularity, block, head, slot, x, out);
+    Storage* base = static_cast<Storage*>(cache_.key) + BlockOffset(cache_, block, head);
+    if constexpr (kFastDeploy) {
+      Storage codes[kMaxHeadDim];
+      Encode(cache_.k_scales, k_inverse_, cache_.k_granularity, block, head, slot, x, codes);
+      for (int d = 0; d < cache_.head_dim; ++d) {
+        base[KeyOffset<kLayout>(slot, d, cache_.head_dim)] = static_cast<Storage>(codes[d] ^ kFlip);
+      }
+    } else {
+      Encode(cache_.k_scales, k_inverse_, cache_.k_granularity, block, head, slot, x,
+             base + static_cast<int64_t>(slot) * cache_.head_dim);
+    }
   }
 
   // The same as V.
@@ -97,12 +105,19 @@ class CacheWriter {
     } else {
       Storage codes[kMaxHeadDim];
       Encode(cache_.v_scales, v_inverse_, cache_.v_granularity, block, head, slot, x, codes);
-      Storage* out = base + TokenSlot(slot);
-      for (int d = 0; d < cache_.head_dim; ++d) out[d * kBlockSize] = codes[d];
+      for (int d = 0; d < cache_.head_dim; ++d) {
+        base[ValueOffset<kLayout>(slot, d, cache_.head_dim)] =
+            static_cast<Storage>(codes[d] ^ kFlip);
+      }
     }
   }
 
  private:
+  static constexpr bool kFastDeploy =
+      kLayout == CacheLayout::kFastDeploy && IsQuantized(Format::kType);
+  // FastDeploy adds 128 to int8 codes; for 8 bits that flips the top bit.
+  static constexpr int kFlip = kFastDeploy && IsInt8(Format::kType) ? 0x80 : 0;
+
   // Reciprocals of static scales: one a channel for kChannel, else one a head.
   static std::vector<float> Inverses(const PagedCache& cache, const void* scales,
                                      ScaleGranularity granularity) {

@@ -30,9 +30,9 @@ struct WriteCacheParams {
 // left out. Every other output token stays as it is, those of an unassigned block (past
 // max_blocks, or an id outside [0, num_blocks)) included.
 struct AppendCacheParams {
-  PagedCache cache;       // a quantised type; layout kFastattn or kFastDeploy (int8 codes + 128)
-  void* key = nullptr;    // [num_out_tokens, KV, D] bf16 / fp16, heads contiguous
-  void* value = nullptr;  // [num_out_tokens, KV, D]
+  PagedCache cache;                       // layout kFastattn or kFastDeploy (int8 codes + 128)
+  void* key = nullptr;                    // [num_out_tokens, KV, D] bf16 / fp16, heads contiguous
+  void* value = nullptr;                  // [num_out_tokens, KV, D]
   const int* block_tables = nullptr;      // [batch, max_blocks]
   const int* seq_lens_decoder = nullptr;  // [batch] cached tokens
   const int* cu_seqlens_k = nullptr;      // [batch + 1] first output token of each row

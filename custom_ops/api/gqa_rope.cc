@@ -1,0 +1,169 @@
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/paged_cache.h"
+#include "api/rope_args.h"
+#include "cpu/gqa_rope.h"
+#include "params/gqa_rope.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/gqa_rope/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "gqa_rope_write_cache";
+
+// The kinds that FastDeploy stores in this layout.
+CacheType CheckType(const std::string& cache_quant_type) {
+  const CacheType type = ParseCacheType(kOp, cache_quant_type);
+  if (type == CacheType::kBlockWiseInt8) {
+    Fail("NotImplementedError", kOp, "cache_quant_type",
+         "FastDeploy has no 'block_wise_int8'; supported: none, cache_int8, cache_fp8, "
+         "block_wise_fp8");
+  }
+  return type;
+}
+
+const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const phi::Place& place) {
+  Arg(kOp, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
+  if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
+    Fail("ValueError", kOp, name, "expected shape [", size, "], got ", ShapeText(tensor.shape()));
+  }
+  return Data<int>(tensor);
+}
+
+// FastDeploy tells the rotated part of a head by the table's columns: all pairs once (or, neox,
+// twice), or half of them.
+int RotaryDim(const Tensor& table, int head_dim) {
+  const int64_t columns = table.shape().empty() ? 0 : table.shape().back();
+  return columns == head_dim || columns == head_dim / 2 ? head_dim : head_dim / 2;
+}
+
+int HeadsOf(const Tensor& qkv, const PagedCache& cache) {
+  Arg(kOp, "qkv", qkv).Rank(2);
+  const int64_t heads = qkv.shape()[1] / cache.head_dim - 2LL * cache.num_kv_heads;
+  if (heads < 1 || qkv.shape()[1] % cache.head_dim != 0) {
+    Fail("ValueError", kOp, "qkv", "expected shape [T, (H + 2 * ", cache.num_kv_heads, ") * ",
+         cache.head_dim, "] (the KV heads and head_dim of key_cache), got ",
+         ShapeText(qkv.shape()));
+  }
+  RequireFits(kOp, "qkv", heads);
+  return static_cast<int>(heads);
+}
+
+}  // namespace
+
+std::vector<Tensor> GqaRopeWriteCache(
+    const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, const Tensor& rotary_embs, const Tensor& seq_lens_this_time,
+    const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder, const Tensor& block_tables,
+    OptionalTensor& batch_id_per_token, OptionalTensor& q_norm_weight,
+    OptionalTensor& k_norm_weight, OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
+    int64_t kv_token_num, float rms_norm_eps, bool use_neox_rotary_style,
+    const std::string& cache_quant_type) {
+  CheckType(cache_quant_type);
+  Arg(kOp, "qkv", qkv);
+  const phi::Place place =
+      key_cache.defined() && key_cache.initialized() ? key_cache.place() : qkv.place();
+  const std::string e4m3 = "e4m3";
+  GqaRopeWriteCacheParams p;
+  RopeWriteCacheParams& rope = p.rope;
+  const CacheArgs cache{key_cache,        value_cache, Get(cache_k_scales),     Get(cache_v_scales),
+                        cache_quant_type, e4m3,        CacheLayout::kFastDeploy};
+  rope.cache = ParsePagedCache(kOp, cache, place);
+  RequireCacheApart(kOp, cache);
+  const int kv_heads = rope.cache.num_kv_heads, head_dim = rope.cache.head_dim;
+  ParseQkv(kOp, qkv, HeadsOf(qkv, rope.cache), kv_heads, rope);
+  Arg(kOp, "qkv", qkv).On(place).Contiguous();
+  RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
+  RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
+  const int64_t num_tokens = qkv.shape()[0];
+  rope.rows = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+                        Get(batch_id_per_token), num_tokens, place);
+  p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, rope.rows.batch, place);
+  p.cu_seqlens_k = Lengths("cu_seqlens_k", cu_seqlens_k, rope.rows.batch + 1LL, place);
+  Arg(kOp, "rotary_embs", rotary_embs);
+  ParseRotary(kOp, &rotary_embs, use_neox_rotary_style, RotaryDim(rotary_embs, head_dim), place,
+              rope);
+  rope.q_norm_weight =
+      ParseVector(kOp, "q_norm_weight", Get(q_norm_weight), head_dim, place, rope.q_norm_dtype);
+  rope.k_norm_weight =
+      ParseVector(kOp, "k_norm_weight", Get(k_norm_weight), head_dim, place, rope.k_norm_dtype);
+  rope.rms_norm_eps = ParseEps(kOp, rms_norm_eps);
+  if (kv_token_num < 0) {
+    Fail("ValueError", kOp, "kv_token_num", "expected at least 0, got ", kv_token_num);
+  }
+
+  Tensor q = paddle::empty({num_tokens, rope.num_heads, head_dim}, qkv.dtype(), place);
+  Tensor key = paddle::empty({kv_token_num, kv_heads, head_dim}, qkv.dtype(), place);
+  Tensor value = paddle::empty({kv_token_num, kv_heads, head_dim}, qkv.dtype(), place);
+  Tensor qkv_out = paddle::empty(qkv.shape(), qkv.dtype(), place);
+  Tensor prefix_lens = paddle::empty({rope.rows.batch}, phi::DataType::INT32, place);
+  rope.q = MutableData(q);
+  p.key = MutableData(key);
+  p.value = MutableData(value);
+  p.qkv_out = MutableData(qkv_out);
+  p.prefix_lens = MutableData<int>(prefix_lens);
+  p.num_kv_tokens = kv_token_num;
+
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(qkv)) {
+    LaunchOnGpu(kOp, qkv,
+                [&](cudaStream_t stream) { return cuda::LaunchGqaRopeWriteCache(p, stream); });
+    return {q, key, value, qkv_out};
+  }
+#endif
+  RequireCpu(kOp, place);
+  Guarded(kOp, [&] { cpu::GqaRopeWriteCache(p); });
+  return {q, key, value, qkv_out};
+}
+
+std::vector<Shape> GqaRopeWriteCacheInferShape(
+    const Shape& qkv, const Shape& key_cache, const Shape& value_cache, const Shape& cu_seqlens_q,
+    const Shape& cu_seqlens_k, const Shape& rotary_embs, const Shape& seq_lens_this_time,
+    const Shape& seq_lens_encoder, const Shape& seq_lens_decoder, const Shape& block_tables,
+    const Shape& batch_id_per_token, const Shape& q_norm_weight, const Shape& k_norm_weight,
+    const Shape& cache_k_scales, const Shape& cache_v_scales, int64_t kv_token_num,
+    float rms_norm_eps, bool use_neox_rotary_style, const std::string& cache_quant_type) {
+  if (qkv.size() != 2 || key_cache.size() != 4 || key_cache[3] <= 0) return {qkv, qkv, qkv, qkv};
+  const int64_t heads = qkv[1] / key_cache[3] - 2 * key_cache[1];
+  const Shape kv = {kv_token_num, key_cache[1], key_cache[3]};
+  return {{qkv[0], heads, key_cache[3]}, kv, kv, qkv};
+}
+
+std::vector<phi::DataType> GqaRopeWriteCacheInferDtype(
+    const phi::DataType& qkv, const phi::DataType& key_cache, const phi::DataType& value_cache,
+    const phi::DataType& cu_seqlens_q, const phi::DataType& cu_seqlens_k,
+    const phi::DataType& rotary_embs, const phi::DataType& seq_lens_this_time,
+    const phi::DataType& seq_lens_encoder, const phi::DataType& seq_lens_decoder,
+    const phi::DataType& block_tables, const phi::DataType& batch_id_per_token,
+    const phi::DataType& q_norm_weight, const phi::DataType& k_norm_weight,
+    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales, int64_t kv_token_num,
+    float rms_norm_eps, bool use_neox_rotary_style, const std::string& cache_quant_type) {
+  return {qkv, qkv, qkv, qkv};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_gqa_rope_write_cache)
+    .Inputs({"qkv", "key_cache", "value_cache", "cu_seqlens_q", "cu_seqlens_k", "rotary_embs",
+             "seq_lens_this_time", "seq_lens_encoder", "seq_lens_decoder", "block_tables",
+             paddle::Optional("batch_id_per_token"), paddle::Optional("q_norm_weight"),
+             paddle::Optional("k_norm_weight"), paddle::Optional("cache_k_scales"),
+             paddle::Optional("cache_v_scales")})
+    .Outputs({"q", "k", "v", "qkv_out", "key_cache_out", "value_cache_out",
+              paddle::Optional("cache_k_scales_out"), paddle::Optional("cache_v_scales_out")})
+    .Attrs({"kv_token_num: int64_t", "rms_norm_eps: float", "use_neox_rotary_style: bool",
+            "cache_quant_type: std::string"})
+    .SetInplaceMap({{"key_cache", "key_cache_out"},
+                    {"value_cache", "value_cache_out"},
+                    {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
+                    {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
+    .SetKernelFn(PD_KERNEL(fastattn::api::GqaRopeWriteCache))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::GqaRopeWriteCacheInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::GqaRopeWriteCacheInferDtype));

@@ -1,0 +1,112 @@
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/paged_cache.h"
+#include "cpu/merge_decode.h"
+#include "params/merge_decode.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/merge_decode/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "merge_prefill_decode_output";
+
+const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const phi::Place& place) {
+  Arg(kOp, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
+  if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
+    Fail("ValueError", kOp, name, "expected shape [", size, "] (seq_lens_encoder is [B]), got ",
+         ShapeText(tensor.shape()));
+  }
+  return Data<int>(tensor);
+}
+
+void CheckRows(const char* name, const Tensor& tensor, int head_num, int head_dim) {
+  const int64_t width = static_cast<int64_t>(head_num) * head_dim;
+  const Shape shape = tensor.shape();
+  const int64_t tokens = shape.empty() ? -1 : shape[0];
+  if (shape != Shape{tokens, width} && shape != Shape{tokens, head_num, head_dim}) {
+    Fail("ValueError", kOp, name, "expected shape [T, ", width, "] (head_num * head_dim) or [T, ",
+         head_num, ", ", head_dim, "], got ", ShapeText(shape));
+  }
+}
+
+}  // namespace
+
+void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
+                              const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder,
+                              const Tensor& seq_lens_this_time, const Tensor& cu_seq_q,
+                              int head_num, int head_dim, int max_token) {
+  for (const auto& [name, value] :
+       {std::pair{"head_num", head_num}, {"head_dim", head_dim}, {"max_token", max_token}}) {
+    if (value < 1) Fail("ValueError", kOp, name, "expected at least 1, got ", value);
+  }
+  Arg(kOp, "encoder_res", encoder_res).Contiguous();
+  ToDType(kOp, "encoder_res", encoder_res.dtype());
+  const phi::Place place = encoder_res.place();
+  Arg(kOp, "decoder_res", decoder_res).On(place).Dtype({encoder_res.dtype()}).Contiguous();
+  CheckRows("encoder_res", encoder_res, head_num, head_dim);
+  CheckRows("decoder_res", decoder_res, head_num, head_dim);
+  RequireApart(kOp, "encoder_res", encoder_res, "decoder_res", decoder_res);
+  Arg(kOp, "seq_lens_encoder", seq_lens_encoder);
+  const int64_t batch = seq_lens_encoder.shape().empty() ? 0 : seq_lens_encoder.shape()[0];
+  RequireFits(kOp, "seq_lens_encoder", batch);
+  const int64_t num_tokens = std::min(encoder_res.shape()[0], decoder_res.shape()[0]);
+  RequireFits(kOp, "encoder_res", num_tokens);
+
+  MergeDecodeParams p;
+  p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, batch, place);
+  p.rows.seq_lens_decoder = Lengths("seq_lens_decoder", seq_lens_decoder, batch, place);
+  p.rows.seq_lens_this_time = Lengths("seq_lens_this_time", seq_lens_this_time, batch, place);
+  p.rows.cu_seqlens_q = Lengths("cu_seq_q", cu_seq_q, batch + 1, place);
+  p.rows.batch = static_cast<int>(batch);
+  p.rows.num_tokens = static_cast<int>(num_tokens);
+  p.prefill = MutableData(encoder_res);
+  p.decode = Data(decoder_res);
+  p.row_bytes = static_cast<int64_t>(head_num) * head_dim * phi::SizeOf(encoder_res.dtype());
+  if (num_tokens == 0 || batch == 0) return;
+
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(encoder_res)) {
+    LaunchOnGpu(kOp, encoder_res,
+                [&](cudaStream_t stream) { return cuda::LaunchMergeDecode(p, stream); });
+    return;
+  }
+#endif
+  RequireCpu(kOp, place);
+  Guarded(kOp, [&] { cpu::MergeDecode(p); });
+}
+
+// Everything is written in place: there is no other output.
+std::vector<Shape> MergePrefillDecodeOutputInferShape(
+    const Shape& encoder_res, const Shape& decoder_res, const Shape& seq_lens_encoder,
+    const Shape& seq_lens_decoder, const Shape& seq_lens_this_time, const Shape& cu_seq_q,
+    int head_num, int head_dim, int max_token) {
+  return {};
+}
+
+std::vector<phi::DataType> MergePrefillDecodeOutputInferDtype(
+    const phi::DataType& encoder_res, const phi::DataType& decoder_res,
+    const phi::DataType& seq_lens_encoder, const phi::DataType& seq_lens_decoder,
+    const phi::DataType& seq_lens_this_time, const phi::DataType& cu_seq_q, int head_num,
+    int head_dim, int max_token) {
+  return {};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_merge_prefill_decode_output)
+    .Inputs({"encoder_res", "decoder_res", "seq_lens_encoder", "seq_lens_decoder",
+             "seq_lens_this_time", "cu_seq_q"})
+    .Outputs({"encoder_res_out"})
+    .Attrs({"head_num: int", "head_dim: int", "max_token: int"})
+    .SetInplaceMap({{"encoder_res", "encoder_res_out"}})
+    .SetKernelFn(PD_KERNEL(fastattn::api::MergePrefillDecodeOutput))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergePrefillDecodeOutputInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergePrefillDecodeOutputInferDtype));

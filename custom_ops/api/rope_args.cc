@@ -1,0 +1,100 @@
+#include "api/rope_args.h"
+
+#include <cmath>
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr std::initializer_list<phi::DataType> kFloats = {
+    phi::DataType::FLOAT32, phi::DataType::BFLOAT16, phi::DataType::FLOAT16};
+
+}  // namespace
+
+void ParseQkv(const char* op, const Tensor& qkv, int num_heads, int num_kv_heads,
+              RopeWriteCacheParams& p) {
+  Arg(op, "qkv", qkv)
+      .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})
+      .Rank(2)
+      .LastDimContiguous();
+  if (num_heads <= 0) Fail("ValueError", op, "num_heads", "expected at least 1, got ", num_heads);
+  if (num_kv_heads != p.cache.num_kv_heads) {
+    Fail("ValueError", op, "num_kv_heads", "key_cache holds ", p.cache.num_kv_heads,
+         " KV heads, got ", num_kv_heads);
+  }
+  if (num_heads % num_kv_heads != 0) {
+    Fail("ValueError", op, "num_heads", "expected a multiple of num_kv_heads = ", num_kv_heads,
+         ", got ", num_heads);
+  }
+  const int64_t width = (num_heads + 2LL * num_kv_heads) * p.cache.head_dim;
+  Arg(op, "qkv", qkv).Dims({-1, width});
+  if (p.cache.type == CacheType::kNone && qkv.dtype() != phi::DataType::BFLOAT16 &&
+      p.cache.dtype == DType::kBFloat16) {
+    Fail("TypeError", op, "qkv", "expected the dtype of key_cache, bfloat16, got ", qkv.dtype());
+  }
+  if (p.cache.type == CacheType::kNone && qkv.dtype() != phi::DataType::FLOAT16 &&
+      p.cache.dtype == DType::kFloat16) {
+    Fail("TypeError", op, "qkv", "expected the dtype of key_cache, float16, got ", qkv.dtype());
+  }
+  p.num_heads = num_heads;
+  p.dtype = ToDType(op, "qkv", qkv.dtype());
+  p.qkv = Data(qkv);
+  p.qkv_stride = StridesOf(qkv)[0];
+}
+
+// A per-channel parameter of any floating point type, or null.
+const void* ParseVector(const char* op, const char* name, const Tensor* tensor, int64_t size,
+                        const phi::Place& place, DType& dtype) {
+  if (tensor == nullptr) return nullptr;
+  Arg(op, name, *tensor).On(place).Dtype(kFloats).Dims({size}).Contiguous();
+  dtype = ToDType(op, name, tensor->dtype());
+  return Data(*tensor);
+}
+
+void ParseRotary(const char* op, const Tensor* table, bool neox, int rotary_dim,
+                 const phi::Place& place, RopeWriteCacheParams& p) {
+  const int head_dim = p.cache.head_dim;
+  if (rotary_dim == -1) rotary_dim = head_dim;
+  if (rotary_dim <= 0 || rotary_dim > head_dim || rotary_dim % 2 != 0) {
+    Fail("ValueError", op, "rotary_dim", "expected an even number in [2, ", head_dim,
+         "] (head_dim), got ", rotary_dim);
+  }
+  if (table == nullptr) return;
+  Arg arg(op, "rotary_embs", *table);
+  arg.On(place).Dtype({phi::DataType::FLOAT32}).Contiguous();
+  const Shape shape = table->shape();
+  if (shape.size() == 6) {
+    Fail("NotImplementedError", op, "rotary_embs", "rope_3d tables (6 dimensions) are not ",
+         "supported, got shape ", ShapeText(shape));
+  }
+  const bool five = shape.size() == 5;
+  if (!(five && shape[0] == 2 && shape[1] == 1 && shape[3] == 1) &&
+      !(shape.size() == 3 && shape[0] == 2)) {
+    Fail("ValueError", op, "rotary_embs", "expected shape [2, 1, max_seq, 1, columns] or [2, ",
+         "max_seq, columns], got ", ShapeText(shape));
+  }
+  const int64_t positions = shape[five ? 2 : 1];
+  const int64_t columns = shape.back();
+  if (columns != rotary_dim && columns != rotary_dim / 2) {
+    Fail("ValueError", op, "rotary_embs", "expected ", rotary_dim / 2, " or ", rotary_dim,
+         " columns for rotary_dim ", rotary_dim, ", got shape ", ShapeText(shape));
+  }
+  if (positions == 0) Fail("ValueError", op, "rotary_embs", "expected at least 1 position, got 0");
+  p.style = neox ? RotaryStyle::kNeox : RotaryStyle::kInterleaved;
+  p.rotary_dim = rotary_dim;
+  p.rotary_step = !neox && columns == rotary_dim ? 2 : 1;
+  p.rotary_stride = columns;
+  p.max_positions = positions;
+  p.cos = Data<float>(*table);
+  p.sin = p.cos + positions * columns;
+}
+
+float ParseEps(const char* op, float rms_norm_eps) {
+  if (!std::isfinite(rms_norm_eps) || rms_norm_eps < 0) {
+    Fail("ValueError", op, "rms_norm_eps", "expected a finite number of at least 0, got ",
+         rms_norm_eps);
+  }
+  return rms_norm_eps;
+}
+
+}  // namespace fastattn::api

@@ -1,0 +1,23 @@
+// Parsing and checking of what operators on a fused projection take besides the cache.
+#pragma once
+
+#include "api/check.h"
+#include "params/rope.h"
+
+namespace fastattn::api {
+
+// Fills qkv, its type and strides and num_heads; p.cache is parsed already.
+void ParseQkv(const char* op, const Tensor& qkv, int num_heads, int num_kv_heads,
+              RopeWriteCacheParams& p);
+
+// A per-channel parameter of any floating point type, or null.
+const void* ParseVector(const char* op, const char* name, const Tensor* tensor, int64_t size,
+                        const phi::Place& place, DType& dtype);
+
+// The rotary table; a null one means no rotation, rotary_dim -1 the whole head.
+void ParseRotary(const char* op, const Tensor* table, bool neox, int rotary_dim,
+                 const phi::Place& place, RopeWriteCacheParams& p);
+
+float ParseEps(const char* op, float rms_norm_eps);
+
+}  // namespace fastattn::api

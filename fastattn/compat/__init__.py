@@ -1,0 +1,1 @@
+"""Operators with the names and argument orders that other packages call."""
