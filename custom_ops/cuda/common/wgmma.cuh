@@ -27,23 +27,32 @@ __device__ __forceinline__ void CommitProducts() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-#define FASTATTN_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define FASTATTN_ACC16(d, i) \
-  FASTATTN_ACC4(d, i), FASTATTN_ACC4(d, i + 4), FASTATTN_ACC4(d, i + 8), FASTATTN_ACC4(d, i + 12)
-#define FASTATTN_ACC32(d) FASTATTN_ACC16(d, 0), FASTATTN_ACC16(d, 16)
-#define FASTATTN_ACC64(d) \
-  FASTATTN_ACC16(d, 0), FASTATTN_ACC16(d, 16), FASTATTN_ACC16(d, 32), FASTATTN_ACC16(d, 48)
+// Accumulators as operands: c is "+f", or "=f" where what was in them does not matter (so that they
+// are no live registers before).
+#define FASTATTN_ACC4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define FASTATTN_ACC16(c, d, i)                                                   \
+  FASTATTN_ACC4(c, d, i), FASTATTN_ACC4(c, d, i + 4), FASTATTN_ACC4(c, d, i + 8), \
+      FASTATTN_ACC4(c, d, i + 12)
+#define FASTATTN_ACC32(c, d) FASTATTN_ACC16(c, d, 0), FASTATTN_ACC16(c, d, 16)
+#define FASTATTN_ACC64(c, d) \
+  FASTATTN_ACC32(c, d), FASTATTN_ACC16(c, d, 32), FASTATTN_ACC16(c, d, 48)
 
 // Waits until at most kPending groups of products are in flight. The registers named are those that
 // the finished products write or read: the compiler moves no access to them across the wait.
 template <int kPending>
 __device__ __forceinline__ void WaitProducts(float (&d)[64]) {
-  asm volatile("wgmma.wait_group.sync.aligned %64;" : FASTATTN_ACC64(d) : "n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %64;"
+               : FASTATTN_ACC64("+f", d)
+               : "n"(kPending)
+               : "memory");
 }
 
 template <int kPending>
 __device__ __forceinline__ void WaitProducts(float (&d)[32]) {
-  asm volatile("wgmma.wait_group.sync.aligned %32;" : FASTATTN_ACC32(d) : "n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %32;"
+               : FASTATTN_ACC32("+f", d)
+               : "n"(kPending)
+               : "memory");
 }
 
 template <int kCount>
@@ -55,44 +64,81 @@ __device__ __forceinline__ void KeepRegisters(uint32_t (&a)[kCount]) {
 // d (+)= a * b: 64 x 128 scores, both operands in shared memory.
 template <bool kAdd>
 __device__ __forceinline__ void MultiplyShared(float (&d)[64], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
-      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-      "}, %64, %65, p, 1, 1;\n\t}"
-      : FASTATTN_ACC64(d)
-      : "l"(a), "l"(b), "n"(kAdd ? 1 : 0));
+  if constexpr (kAdd) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
+        "}, %64, %65, p, 1, 1;\n\t}"
+        : FASTATTN_ACC64("+f", d)
+        : "l"(a), "l"(b), "n"(1));
+  } else {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
+        "}, %64, %65, p, 1, 1;\n\t}"
+        : FASTATTN_ACC64("=f", d)
+        : "l"(a), "l"(b), "n"(0));
+  }
 }
 
 // d (+)= a * b with a in registers: bytes 4 * (lane % 4) .. + 3 of rows lane / 4 and + 8 for k from
 // 0 (a[0], a[1]) and from 16 (a[2], a[3]).
 template <bool kAdd>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
-      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"
-      : FASTATTN_ACC64(d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
+  if constexpr (kAdd) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"
+        : FASTATTN_ACC64("+f", d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
+  } else {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"
+        : FASTATTN_ACC64("=f", d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(0));
+  }
 }
 
 template <bool kAdd>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n\t}"
-      : FASTATTN_ACC32(d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
+  if constexpr (kAdd) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n\t}"
+        : FASTATTN_ACC32("+f", d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
+  } else {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n\t}"
+        : FASTATTN_ACC32("=f", d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(0));
+  }
 }
 
 #undef FASTATTN_ACC64

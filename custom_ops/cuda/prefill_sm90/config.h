@@ -1,0 +1,120 @@
+// Compile-time choices of the Hopper prefill kernel, and what its warpgroups share.
+#pragma once
+
+#include <cuda.h>
+#include <vector_types.h>
+
+#include <cstdint>
+
+#include "params/attention.h"
+
+namespace fastattn::cuda::prefill_sm90 {
+
+// How the two consumer warpgroups take turns on the tensor cores.
+enum class Turns : int {
+  kFree,   // not at all
+  kIssue,  // one issues a step's products after the other has
+  kScore,  // one issues a step's products after the other's scores are done
+};
+
+// The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
+template <int kDim_, bool kTokenScales_, bool kSoftcap_, bool kTwoLevel_ = true,
+          Turns kTurns_ = Turns::kIssue, int kStages_ = 5, int kEarly_ = 4>
+struct Config {
+  static constexpr int kDim = kDim_;
+  static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
+  static constexpr bool kSoftcap = kSoftcap_;
+  // Each step's P * V starts from zero and is added in fp32: the tensor core's own sum of FP8
+  // products keeps 14 bits.
+  static constexpr bool kTwoLevel = kTwoLevel_;
+  static constexpr Turns kTurns = kTurns_;
+  static constexpr int kStages = kStages_;
+  // Quarters of a step's exponentials that are computed before waiting for the P * V of the step
+  // before.
+  static constexpr int kEarly = kEarly_;
+
+  static constexpr int kConsumers = 2;
+  static constexpr int kQueries = 64 * kConsumers;
+  static constexpr int kKeys = 2 * kBlockSize;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kCleaners = 3;    // warps of the producer warpgroup that load nothing
+  static constexpr int kOut = kDim / 2;  // output registers of a thread
+  static constexpr int kScores = kKeys / 2;
+};
+
+// A tile of queries, found by the producer.
+struct Tile {
+  int row;
+  int head;
+  int token;      // of the step: the first query
+  int queries;    // that exist
+  int position;   // of the first query among the row's keys
+  int k_len;      // keys of the row that the block table reaches
+  int steps;      // at least 1; -1: no more tiles
+  int last;       // step index (position / kKeys) of the first step; they go downwards
+  int common_lo;  // keys that every query of the tile sees, mask_offsets apart
+  int common_hi;
+};
+
+// Flags of a stage.
+inline constexpr int kUnassigned = 1;  // << 0, 1: no such block; its keys are hidden
+inline constexpr int kClean = 4;       // values need a look before the product
+
+// A row (sequence) with queries for this kernel.
+struct ActiveRow {
+  int row;
+  int token;
+  int q_len;
+  int k_len;
+};
+
+inline constexpr int kMaxActiveRows = 256;
+
+// How far a CTA's loader has come (see TileWalk).
+struct WalkState {
+  int round;
+  int count;     // active rows listed
+  int next_row;  // after them
+  int level;
+  int start;  // tiles of the levels above
+};
+
+template <class C>
+struct alignas(1024) Shared {
+  uint8_t query[2][C::kQueries * C::kDim];
+  uint8_t key[C::kStages][C::kKeys * C::kDim];
+  uint8_t value[C::kStages][C::kKeys * C::kDim];
+  // Token scales: as loaded (fp32 or bf16), and as used: fp32, those of V over the step's largest.
+  uint8_t raw_scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys * 4];
+  float scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys];
+  float reference[C::kTokenScales ? C::kStages : 1][2];  // largest scale of V, and 1 over it
+  // Tokens of a stage whose value is NaN, by channel; a bit each, 16 tokens a word.
+  alignas(16) uint16_t nan_tokens[C::kStages][C::kDim][C::kKeys / 16];
+  alignas(4) uint8_t nan_found[C::kStages][4];  // by each cleaner
+  int flags[C::kStages];
+  Tile tile[2];
+  float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
+  int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last
+  float output_scale[2];         // constant factor of the outputs
+  float sink[2];                 // -inf: none
+  ActiveRow rows[kMaxActiveRows];
+  WalkState walk;
+  uint64_t tile_found[2];
+  uint64_t query_full[2];
+  uint64_t query_empty[2];
+  uint64_t key_full[C::kStages];
+  uint64_t key_empty[C::kStages];
+  uint64_t value_full[C::kStages];
+  uint64_t value_ready[C::kStages];
+  uint64_t value_empty[C::kStages];
+};
+
+struct Arguments {
+  CUtensorMap query;  // [T, H, D]: boxes of 64 tokens
+  CUtensorMap key;    // [blocks * KV, 64, D]: boxes of a block
+  CUtensorMap value;  // [blocks * KV, D, 64]
+  AttentionParams p;
+  int min_query_tokens;
+};
+
+}  // namespace fastattn::cuda::prefill_sm90

@@ -1,0 +1,419 @@
+// A consumer warpgroup: 64 queries of a tile against every step of keys.
+//
+// A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight columns the
+// two from 2 * (lane % 4). V's tokens lie in TokenSlot order, so the scores' registers, packed to
+// e4m3, are the left operand of P * V as they stand.
+#pragma once
+
+#include "common/numeric.h"
+#include "cuda/common/mbarrier.cuh"
+#include "cuda/common/wgmma.cuh"
+#include "cuda/prefill_sm90/config.h"
+#include "cuda/prefill_sm90/epilogue.cuh"
+#include "cuda/prefill_sm90/producer.cuh"
+
+namespace fastattn::cuda::prefill_sm90 {
+
+// P lies in [0, 256] before its cast: few small ones underflow, and none saturates.
+inline constexpr float kLogPeak = 8.0f;
+inline constexpr float kLog2E = 1.44269504f;
+inline constexpr float kMinusInf = -__builtin_huge_valf();
+
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The maximum, NaN if either is.
+__device__ __forceinline__ float MaxNaN(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// Four values as e4m3 codes, the first in the lowest byte.
+__device__ __forceinline__ uint32_t PackE4M3(float a, float b, float c, float d) {
+  uint32_t word;
+  asm("{\n\t.reg .b16 low, high;\n\t"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n\t"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n\t"
+      "mov.b32 %0, {low, high};\n\t}"
+      : "=r"(word)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return word;
+}
+
+template <class C>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const Arguments& arguments, Shared<C>& shared)
+      : p_(arguments.p), shared_(shared), group_(threadIdx.x / 128 - 1), lane_(threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void Run() {
+    if (C::kTurns != Turns::kFree && group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
+    Ring<2> queries;
+    if (NextTile(queries)) {
+      IssueFirst();
+      WaitProducts<0>(s_);
+      EndTurn<Turns::kScore>();
+      while (true) {
+        LoadTile(queries.index);
+        FirstSoftmax();
+        const int steps = shared_.tile[queries.index].steps;
+#pragma unroll 1
+        for (int i = 1; i < steps; ++i) NextStep();
+        queries.Advance();
+        if (!NextTile(queries)) break;
+        // The first scores of a tile run with the last P * V of the tile before, and under its
+        // output.
+        IssueBoth();
+        Finish(queries.index ^ 1);
+        WaitProducts<0>(s_);
+        EndTurn<Turns::kScore>();
+      }
+      Wait(&shared_.value_ready[values_.index], values_.phase);
+      FenceProducts();
+      IssueValues();
+      Finish(queries.index ^ 1);
+    }
+    // Takes the last turn that the other warpgroup has left.
+    if (C::kTurns != Turns::kFree && group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
+  }
+
+ private:
+  static constexpr int kTurnBarrier = 1;
+
+  __device__ __forceinline__ void Release(uint64_t* barrier) {
+    __syncwarp();
+    if (lane_ == 0) Arrive(barrier);
+  }
+
+  __device__ __forceinline__ void BeginTurn() {
+    if constexpr (C::kTurns != Turns::kFree) SyncNamed<256>(kTurnBarrier + group_);
+  }
+
+  template <Turns kWhere>
+  __device__ __forceinline__ void EndTurn() {
+    if constexpr (C::kTurns == kWhere) ArriveNamed<256>(kTurnBarrier + 1 - group_);
+  }
+
+  __device__ __forceinline__ void LoadTile(int buffer) {
+    start_ = shared_.tile[buffer].last * C::kKeys;
+    buffer_ = buffer;
+    int begin = 0, end = 1 << 30;
+    reference_ = 1.0f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      max_[h] = kMinusInf;
+      sum_[h] = 0.0f;
+      pending_[h] = 0.0f;
+      factor_[h] = shared_.factor[buffer][QueryOf(h)];
+      const int2 visible = shared_.visible[buffer][QueryOf(h)];
+      begin = max(begin, visible.x);
+      end = min(end, visible.y);
+    }
+    // Keys that all of the warp's queries see.
+    common_begin_ = __reduce_max_sync(~0u, begin);
+    common_end_ = __reduce_min_sync(~0u, end);
+#pragma unroll
+    for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
+  }
+
+  // Ends a tile whose last product has been issued.
+  __device__ __forceinline__ void Finish(int buffer) {
+    const float one[2] = {1.0f, 1.0f};
+    FinishValues(start_, one);
+    Epilogue<C>::Write(p_, shared_, buffer, o_, max_, sum_, factor_, reference_);
+    Release(&shared_.query_empty[buffer]);
+  }
+
+  // --- products ---------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void IssueScores() {
+    const uint64_t key = OperandDescriptor<C::kDim>(SharedAddress(shared_.key[keys_.index]));
+    MultiplyShared<false>(s_, query_operand_, key);
+#pragma unroll
+    for (int k = 1; k < C::kDim / 32; ++k) {
+      MultiplyShared<true>(s_, query_operand_ + 2 * k, key + 2 * k);
+    }
+    CommitProducts();
+  }
+
+  __device__ __forceinline__ void IssueValues() {
+    const uint64_t value =
+        OperandDescriptor<kBlockSize>(SharedAddress(shared_.value[values_.index]));
+    constexpr int kBlock = kBlockSize * C::kDim / 16;
+    auto& target = Target();
+    MultiplyRegisters<!C::kTwoLevel>(target, probabilities_, value);
+#pragma unroll
+    for (int k = 1; k < C::kKeys / 32; ++k) {
+      MultiplyRegisters<true>(target, probabilities_ + 4 * k, value + k / 2 * kBlock + k % 2 * 2);
+    }
+    CommitProducts();
+  }
+
+  __device__ __forceinline__ float (&Target()) [C::kOut] {
+    if constexpr (C::kTwoLevel) {
+      return product_;
+    } else {
+      return o_;
+    }
+  }
+
+  // --- steps ------------------------------------------------------------------------------------
+
+  // Waits for a tile; false if there are no more.
+  __device__ __forceinline__ bool NextTile(const Ring<2>& queries) {
+    Wait(&shared_.query_full[queries.index], queries.phase);
+    query_operand_ = OperandDescriptor<C::kDim>(
+        SharedAddress(shared_.query[queries.index] + group_ * 64 * C::kDim));
+    return shared_.tile[queries.index].steps >= 0;
+  }
+
+  __device__ __forceinline__ void IssueFirst() {
+    Wait(&shared_.key_full[keys_.index], keys_.phase);
+    flags_ = shared_.flags[keys_.index];
+    BeginTurn();
+    FenceProducts();
+    IssueScores();
+    EndTurn<Turns::kIssue>();
+  }
+
+  // The scores of a step and the P * V of the one before.
+  __device__ __forceinline__ void IssueBoth() {
+    Wait(&shared_.key_full[keys_.index], keys_.phase);
+    flags_ = shared_.flags[keys_.index];
+    Wait(&shared_.value_ready[values_.index], values_.phase);
+    BeginTurn();
+    FenceProducts();
+    IssueScores();
+    IssueValues();
+    EndTurn<Turns::kIssue>();
+  }
+
+  __device__ __forceinline__ void FirstSoftmax() {
+    FinishScores();
+    float shift[2], alpha[2];
+    FindMaximum(shift, alpha);
+    Exponentials<0, 4>(shift);
+    AddSums(alpha);
+    PackProbabilities();
+  }
+
+  // Exponentials run while the other warpgroup's products do, and this one's P * V.
+  __device__ __forceinline__ void NextStep() {
+    IssueBoth();
+    WaitProducts<1>(s_);
+    EndTurn<Turns::kScore>();
+    start_ -= C::kKeys;
+    FinishScores();
+    float shift[2], alpha[2];
+    FindMaximum(shift, alpha);
+    Exponentials<0, C::kEarly>(shift);
+    FinishValues(start_ + C::kKeys, alpha);
+    Exponentials<C::kEarly, 4>(shift);
+    AddSums(alpha);
+    PackProbabilities();
+  }
+
+  // Waits for P * V of the step whose keys start at `start` and adds it. The output's scale follows
+  // the maximum one step late, so that both are one FMA.
+  __device__ __forceinline__ void FinishValues(int start, const float (&alpha)[2]) {
+    WaitProducts<0>(Target());
+    KeepRegisters(probabilities_);
+    if (C::kTwoLevel) {
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) {
+        o_[i] = fmaf(o_[i], pending_[i / 2 % 2], product_[i]);
+      }
+    }
+    const int found = *reinterpret_cast<const int*>(shared_.nan_found[values_.index]) & 0xFFFFFF;
+    if (found != 0) AddNaNs(start, buffer_);
+    Release(&shared_.value_empty[values_.index]);
+    values_.Advance();
+    if (C::kTwoLevel) {
+      pending_[0] = alpha[0];
+      pending_[1] = alpha[1];
+    } else {
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
+    }
+  }
+
+  // --- softmax ----------------------------------------------------------------------------------
+
+  // Ends the use of the step's keys, applies scales, softcap and masks.
+  __device__ __forceinline__ void FinishScores() {
+    const int at = keys_.index;
+    Release(&shared_.key_empty[at]);
+    if constexpr (C::kTokenScales) {
+      Wait(&shared_.value_ready[at], keys_.phase);
+      const float* scales = shared_.scales[at][0] + 2 * (lane_ % 4);
+#pragma unroll
+      for (int j = 0; j < C::kKeys / 8; ++j) {
+        const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+        s_[4 * j] *= scale.x;
+        s_[4 * j + 1] *= scale.y;
+        s_[4 * j + 2] *= scale.x;
+        s_[4 * j + 3] *= scale.y;
+      }
+    }
+    if constexpr (C::kSoftcap) Softcap();
+    const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
+    if (!full || (flags_ & (3 * kUnassigned))) Mask();
+    scale_stage_ = at;
+    keys_.Advance();
+  }
+
+  // cap * tanh(s / cap), in units of log2. factor_ holds the scale over the cap.
+  __device__ __forceinline__ void Softcap() {
+    const float cap = p_.softcap * kLog2E;
+#pragma unroll
+    for (int i = 0; i < C::kScores; ++i) {
+      const float x = s_[i] * factor_[i / 2 % 2];
+      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(x * (2.0f * kLog2E)) + 1.0f);
+    }
+  }
+
+  __device__ __forceinline__ void Mask() {
+    const int column = start_ + 2 * (lane_ % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool hidden = flags_ & (kUnassigned << half);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int2 visible = shared_.visible[buffer_][QueryOf(h)];
+        const unsigned span = hidden ? 0 : visible.y - visible.x;
+        const int first = column + half * kBlockSize - visible.x;
+#pragma unroll
+        for (int j = 0; j < kBlockSize / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& s = s_[half * (kBlockSize / 2) + 4 * j + 2 * h + e];
+            s = static_cast<unsigned>(first + 8 * j + e) < span ? s : kMinusInf;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void FindMaximum(float (&shift)[2], float (&alpha)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float a = s_[2 * h], b = s_[2 * h + 1];
+#pragma unroll
+      for (int i = 4; i < C::kScores; i += 4) {
+        a = MaxNaN(a, s_[i + 2 * h]);
+        b = MaxNaN(b, s_[i + 2 * h + 1]);
+      }
+      float largest = MaxNaN(MaxNaN(a, b), max_[h]);
+      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 2));
+      const float factor = C::kSoftcap ? 1.0f : factor_[h];
+      // While no visible score is above -inf there is nothing to subtract or to rescale.
+      const float base = (largest == kMinusInf ? 0.0f : largest) * factor;
+      alpha[h] = Exp2(fmaf(max_[h], factor, -base));
+      shift[h] = base - kLogPeak;
+      max_[h] = largest;
+    }
+  }
+
+  // Quarters kBegin to kEnd of the step's columns.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void Exponentials(const float (&shift)[2]) {
+#pragma unroll
+    for (int i = kBegin * C::kScores / 4; i < kEnd * C::kScores / 4; ++i) {
+      const int h = i / 2 % 2;
+      s_[i] = Exp2(fmaf(s_[i], C::kSoftcap ? 1.0f : factor_[h], -shift[h]));
+    }
+  }
+
+  __device__ __forceinline__ void AddSums(float (&alpha)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float a = s_[2 * h], b = s_[2 * h + 1];
+#pragma unroll
+      for (int i = 4; i < C::kScores; i += 4) {
+        a += s_[i + 2 * h];
+        b += s_[i + 2 * h + 1];
+      }
+      sum_[h] = fmaf(sum_[h], alpha[h], a + b);
+    }
+  }
+
+  __device__ __forceinline__ void PackProbabilities() {
+    if constexpr (C::kTokenScales) {
+      const float* scales = shared_.scales[scale_stage_][1] + 2 * (lane_ % 4);
+#pragma unroll
+      for (int j = 0; j < C::kKeys / 8; ++j) {
+        const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+        s_[4 * j] *= scale.x;
+        s_[4 * j + 1] *= scale.y;
+        s_[4 * j + 2] *= scale.x;
+        s_[4 * j + 3] *= scale.y;
+      }
+      // The output counts in units of the step's largest scale.
+      const float ratio = reference_ * shared_.reference[scale_stage_][1];
+      reference_ = shared_.reference[scale_stage_][0];
+      pending_[0] *= ratio;
+      pending_[1] *= ratio;
+    }
+#pragma unroll
+    for (int k = 0; k < C::kKeys / 32; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 16 * k + 8 * (i / 2) + 2 * (i % 2);
+        probabilities_[4 * k + i] = PackE4M3(s_[at], s_[at + 1], s_[at + 4], s_[at + 5]);
+      }
+    }
+  }
+
+  // Sets the outputs of rows that see a NaN value (see Cleaner).
+  __device__ __forceinline__ void AddNaNs(int start, int buffer) {
+    const auto* tokens = reinterpret_cast<const uint32_t*>(shared_.nan_tokens[values_.index]);
+#pragma unroll 1
+    for (int w = 0; w < C::kKeys / 32; ++w) {
+      uint32_t seen[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int2 visible = shared_.visible[buffer][QueryOf(h)];
+        const int begin = Clamp(visible.x - start - 32 * w, 0, 32);
+        const int end = Clamp(visible.y - start - 32 * w, 0, 32);
+        const uint64_t bits = (uint64_t{1} << end) - 1;
+        seen[h] = static_cast<uint32_t>(bits) & ~static_cast<uint32_t>((uint64_t{1} << begin) - 1);
+      }
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) {
+        const int channel = 8 * (i / 4) + 2 * (lane_ % 4) + i % 2;
+        if (tokens[channel * (C::kKeys / 32) + w] & seen[i / 2 % 2]) o_[i] = NAN;
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int group_;
+  const int lane_;
+  Ring<C::kStages> keys_, values_;
+  uint64_t query_operand_;
+  int scale_stage_ = 0;
+  int flags_;                      // of the step
+  int start_;                      // first key of the step
+  int buffer_;                     // of the tile
+  int common_begin_, common_end_;  // keys that all of the warp's queries see
+  float max_[2], sum_[2], factor_[2], pending_[2];
+  float reference_;
+  float s_[C::kScores];
+  float o_[C::kOut];
+  float product_[C::kTwoLevel ? C::kOut : 1];
+  uint32_t probabilities_[C::kKeys / 8];
+};
+
+}  // namespace fastattn::cuda::prefill_sm90

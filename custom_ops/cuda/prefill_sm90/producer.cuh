@@ -1,0 +1,314 @@
+// The producer warpgroup: one warp finds tiles and loads them with the copy engine, the other three
+// see to it that no value of a hidden token can reach a result.
+#pragma once
+
+#include "common/numeric.h"
+#include "cuda/common/tma.cuh"
+#include "cuda/prefill_sm90/config.h"
+#include "cuda/prefill_sm90/schedule.cuh"
+
+namespace fastattn::cuda::prefill_sm90 {
+
+// Position in a ring of buffers.
+template <int kSize>
+struct Ring {
+  int index = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++index == kSize) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <class C>
+class Loader {
+ public:
+  __device__ Loader(const Arguments& arguments, Shared<C>& shared)
+      : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {}
+
+  __device__ void Run() {
+    TileWalk<C> walk(a_, shared_);
+    walk.Start();
+    Ring<2> queries;
+    Ring<C::kStages> stages;
+    while (true) {
+      Wait(&shared_.query_empty[queries.index], queries.phase ^ 1);
+      Tile* tile = &shared_.tile[queries.index];
+      const bool found = walk.Next(tile);
+      if (lane_ == 0) {
+        if (found) {
+          LoadQueries(*tile, queries.index);
+        } else {
+          tile->steps = -1;
+          Arrive(&shared_.query_full[queries.index]);
+        }
+        Arrive(&shared_.tile_found[queries.index]);
+      }
+      __syncwarp();
+      if (!found) return;
+      LoadKeys(*tile, &stages);
+      queries.Advance();
+    }
+  }
+
+ private:
+  __device__ void LoadQueries(const volatile Tile& tile, int buffer) {
+    uint64_t* barrier = &shared_.query_full[buffer];
+    ArriveExpect(barrier, C::kQueries * C::kDim);
+    for (int i = 0; i < C::kConsumers; ++i) {
+      CopyBox(&a_.query, shared_.query[buffer] + i * 64 * C::kDim, barrier, 0, tile.head,
+              tile.token + 64 * i);
+    }
+  }
+
+  // Index of a block and KV head in the caches for each lane: half lane % 2 of step lane / 2.
+  // Blocks that are not assigned get the index after the last one, which arrives as zeros.
+  __device__ int FindBlock(const volatile Tile& tile, int step) const {
+    const int slot = 2 * (tile.last - step - lane_ / 2) + lane_ % 2;
+    int id = -1;
+    if (slot >= 0 && slot < p_.rows.max_blocks && slot < (tile.k_len + kBlockSize - 1) / kBlockSize)
+      id = p_.rows.block_tables[static_cast<int64_t>(tile.row) * p_.rows.max_blocks + slot];
+    if (id < 0 || id >= p_.cache.num_blocks) return -1;
+    return id * p_.num_kv_heads + tile.head / (p_.num_heads / p_.num_kv_heads);
+  }
+
+  __device__ void LoadKeys(const volatile Tile& tile, Ring<C::kStages>* stages) {
+    int ahead = FindBlock(tile, 0), block = -1;
+#pragma unroll 1
+    for (int step = 0; step < tile.steps; ++step) {
+      if (step % 16 == 0) {
+        block = ahead;
+        ahead = FindBlock(tile, step + 16);
+      }
+      const int blocks[2] = {__shfl_sync(~0u, block, 2 * (step % 16)),
+                             __shfl_sync(~0u, block, 2 * (step % 16) + 1)};
+      const int start = (tile.last - step) * C::kKeys;
+      int flags = (blocks[0] < 0 ? kUnassigned : 0) | (blocks[1] < 0 ? kUnassigned << 1 : 0);
+      if (start < tile.common_lo || start + C::kKeys > tile.common_hi) flags |= kClean;
+      LoadStep(blocks, flags, *stages);
+      stages->Advance();
+    }
+  }
+
+  __device__ void LoadStep(const int (&blocks)[2], int flags, Ring<C::kStages> stage) {
+    constexpr int kBytes = kBlockSize * C::kDim;
+    const int outside = p_.cache.num_blocks * p_.num_kv_heads;
+    const int at = stage.index;
+    Wait(&shared_.key_empty[at], stage.phase ^ 1);
+    if (lane_ == 0) {
+      shared_.flags[at] = flags;
+      ArriveExpect(&shared_.key_full[at], 2 * kBytes);
+      for (int i = 0; i < 2; ++i) {
+        CopyBox(&a_.key, shared_.key[at] + i * kBytes, &shared_.key_full[at], 0, 0,
+                blocks[i] < 0 ? outside : blocks[i]);
+      }
+    }
+    __syncwarp();
+    Wait(&shared_.value_empty[at], stage.phase ^ 1);
+    if (lane_ == 0) {
+      uint64_t* barrier = &shared_.value_full[at];
+      const int assigned = (blocks[0] >= 0) + (blocks[1] >= 0);
+      const int scale_bytes = kBlockSize * SizeOf(p_.cache.scale_dtype);
+      ArriveExpect(barrier, 2 * kBytes + (C::kTokenScales ? 2 * assigned * scale_bytes : 0));
+      for (int i = 0; i < 2; ++i) {
+        CopyBox(&a_.value, shared_.value[at] + i * kBytes, barrier, 0, 0,
+                blocks[i] < 0 ? outside : blocks[i]);
+        if (C::kTokenScales && blocks[i] >= 0) {
+          const int64_t offset = static_cast<int64_t>(blocks[i]) * scale_bytes;
+          CopyBulk(static_cast<const char*>(p_.cache.k_scales) + offset,
+                   shared_.raw_scales[at][0] + i * scale_bytes, barrier, scale_bytes);
+          CopyBulk(static_cast<const char*>(p_.cache.v_scales) + offset,
+                   shared_.raw_scales[at][1] + i * scale_bytes, barrier, scale_bytes);
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  const Arguments& a_;
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int lane_;
+};
+
+// In steps that some query sees in part, a hidden token's value must not meet the product: 0 * NaN
+// is NaN. Unwritten tokens' codes become 0. NaN codes of written tokens become 0 as well, and are
+// listed for the consumers, which set the outputs of those rows that do see them.
+template <class C>
+class Cleaner {
+ public:
+  __device__ Cleaner(const Arguments& arguments, Shared<C>& shared)
+      : p_(arguments.p), shared_(shared), warp_(threadIdx.x / 32 - 1), lane_(threadIdx.x % 32) {}
+
+  __device__ void Run() {
+    Ring<2> queries;
+    Ring<C::kStages> stages;
+    while (true) {
+      Wait(&shared_.tile_found[queries.index], queries.phase);
+      const Tile& tile = shared_.tile[queries.index];
+      const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
+      if (steps >= 0) FindFactors(tile, queries.index);
+      __syncwarp();
+      if (lane_ == 0) {
+        Arrive(&shared_.query_full[queries.index]);
+        Arrive(&shared_.query_empty[queries.index]);
+      }
+      if (steps < 0) return;
+      queries.Advance();
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        const int at = stages.index;
+        Wait(&shared_.value_full[at], stages.phase);
+        const int written = min(max(k_len - (last - step) * C::kKeys, 0), C::kKeys);
+        bool nan = false;
+        if (shared_.flags[at] & kClean) nan = Clean(at, written);
+        nan = __any_sync(~0u, nan);
+        if (lane_ == 0) shared_.nan_found[at][warp_] = nan;
+        if constexpr (C::kTokenScales) {
+          if (warp_ == 0) PrepareScales(at, written, shared_.flags[at]);
+        }
+        FenceAsyncProxy();
+        __syncwarp();
+        if (lane_ == 0) Arrive(&shared_.value_ready[at]);
+        stages.Advance();
+      }
+    }
+  }
+
+ private:
+  // Reads what the consumers would have to wait for at either end of a tile.
+  __device__ void FindFactors(const Tile& tile, int buffer) {
+    const PagedCache& cache = p_.cache;
+    const int kv_head = tile.head / (p_.num_heads / p_.num_kv_heads);
+    const bool constant = !IsDynamic(cache.type);
+    const int scale = cache.k_granularity == ScaleGranularity::kHead ? kv_head : 0;
+    float factor = p_.softmax_scale * (C::kSoftcap ? 1.0f / p_.softcap : 1.44269504f);
+    if (constant) factor *= LoadScale(cache.k_scales, cache.scale_dtype, scale);
+#pragma unroll 1
+    for (int i = 32 * warp_ + lane_; i < C::kQueries; i += 32 * C::kCleaners) {
+      float x = factor;
+      if (p_.q_descale.data != nullptr && i < tile.queries) {
+        x *= LoadScale(p_.q_descale.data, p_.q_descale.dtype,
+                       p_.q_descale.Index(tile.token + i, tile.row, kv_head, tile.head));
+      }
+      // Hidden scores are -inf, which 0 would turn into NaN.
+      shared_.factor[buffer][i] = x == 0.0f ? 1e-30f : x;
+      shared_.visible[buffer][i] = Visible(tile, i);
+    }
+    if (warp_ != 2 || lane_ != 0) return;
+    const int value_scale = cache.v_granularity == ScaleGranularity::kHead ? kv_head : 0;
+    float output = p_.out_scale == nullptr ? 1.0f : 1.0f / p_.out_scale[0];
+    if (constant) output *= LoadScale(cache.v_scales, cache.scale_dtype, value_scale);
+    shared_.output_scale[buffer] = output;
+    shared_.sink[buffer] = p_.sinks == nullptr ? -__builtin_huge_valf()
+                                               : LoadScale(p_.sinks, p_.sinks_dtype, tile.head);
+  }
+
+  // The interval of keys that query i sees. One that does not exist asks for no mask.
+  __device__ int2 Visible(const Tile& tile, int i) const {
+    constexpr int kFar = 1 << 30;
+    int begin = 0, end = kFar;
+    if (i >= tile.queries) return make_int2(begin, end);
+    const int position = tile.position + i;
+    end = tile.k_len;
+    if (p_.causal) end = min(end, position + 1);
+    if (p_.window_right >= 0) end = min(end, position + min(p_.window_right, kMaxLength) + 1);
+    if (p_.window_left >= 0) begin = max(begin, position - p_.window_left);
+    if (p_.mask_offsets != nullptr) {
+      const int* mask = p_.mask_offsets + 2 * static_cast<int64_t>(tile.token + i);
+      begin = max(begin, min(mask[0], kFar));
+      end = min(end, max(mask[1], 0));
+    }
+    return make_int2(begin, max(begin, end));
+  }
+
+  static constexpr uint32_t kHigh = 0x80808080u;
+
+  // High bits of the bytes of `word` that are NaN codes.
+  __device__ static uint32_t NaNBytes(uint32_t word) {
+    return ((word & ~kHigh) + 0x01010101u) & kHigh;
+  }
+
+  __device__ bool Clean(int at, int written) {
+    constexpr int kPieces = C::kKeys * C::kDim / 16;
+    bool found = false;
+#pragma unroll 1
+    for (int i = warp_ * 32 + lane_; i < kPieces; i += 32 * C::kCleaners) {
+      const int block = i / (4 * C::kDim), channel = i / 4 % C::kDim;
+      const int piece = (i % 4) ^ (channel / 2 % 4);  // undoes the 64-byte swizzle
+      const int token = block * kBlockSize + 16 * piece;
+      uint32_t* words = reinterpret_cast<uint32_t*>(shared_.value[at] + 16 * i);
+      const uint4 codes = *reinterpret_cast<const uint4*>(words);
+      uint32_t tokens = 0;
+      const uint32_t any =
+          NaNBytes(codes.x) | NaNBytes(codes.y) | NaNBytes(codes.z) | NaNBytes(codes.w);
+      if (any != 0 || token + 16 > written) {
+#pragma unroll 1
+        for (int w = 0; w < 4; ++w) tokens |= CleanWord(w, written - token, words + w);
+      }
+      shared_.nan_tokens[at][channel][token / 16] = static_cast<uint16_t>(tokens);
+      found |= tokens != 0;
+    }
+    return found;
+  }
+
+  // Word w of a piece holds tokens 2w, 2w + 1, 2w + 8 and 2w + 9. Returns those with NaN codes.
+  __device__ static uint32_t CleanWord(int w, int written, uint32_t* word) {
+    uint32_t nan = NaNBytes(*word), tokens = 0, keep = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = 2 * w + (i / 2) * 8 + i % 2;
+      const uint32_t high = 0x80u << (8 * i);
+      if (token >= written) nan &= ~high;
+      if (nan & high) tokens |= 1u << token;
+      if (token < written && !(nan & high)) keep |= 0xFFu << (8 * i);
+    }
+    *word &= keep;
+    return tokens;
+  }
+
+  // Scales of a step in fp32. Tokens that do not exist get 0. A NaN scale of V goes to K's, where
+  // the masks keep it from the rows that do not see the token.
+  __device__ void PrepareScales(int at, int written, int flags) {
+    constexpr int kPer = C::kKeys / 32;
+    float key[kPer], value[kPer], largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int token = lane_ + 32 * i;
+      const bool exists = token < written && !(flags & (kUnassigned << (token / kBlockSize)));
+      key[i] = value[i] = 0.0f;
+      if (exists) {
+        key[i] = LoadScale(shared_.raw_scales[at][0], p_.cache.scale_dtype, token);
+        value[i] = LoadScale(shared_.raw_scales[at][1], p_.cache.scale_dtype, token);
+        if (!(fabsf(value[i]) <= 3.0e38f)) {
+          key[i] = __int_as_float(0x7FC00000);
+          value[i] = 0.0f;
+        }
+      }
+      largest = fmaxf(largest, fabsf(value[i]));
+    }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
+    // Far from both ends of fp32's range: ratios of two references stay finite.
+    largest = fmaxf(largest, 1e-18f);
+    const float inverse = 1.0f / largest;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      shared_.scales[at][0][lane_ + 32 * i] = key[i];
+      shared_.scales[at][1][lane_ + 32 * i] = value[i] * inverse;
+    }
+    if (lane_ == 0) {
+      shared_.reference[at][0] = largest;
+      shared_.reference[at][1] = inverse;
+    }
+  }
+
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int warp_;  // 0 .. kCleaners - 1
+  const int lane_;
+};
+
+}  // namespace fastattn::cuda::prefill_sm90
