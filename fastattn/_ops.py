@@ -309,3 +309,9 @@ def _append_static(sig: OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, 
         type=PREFIX + sig.name, inputs=ins, outputs=outs, attrs=dict(zip(sig.attrs, attrs))
     )
     return [outs.get(name, outs.get(name + "@OPTIONAL")) for name in sig.outputs]
+
+
+if env.log_level():
+    from fastattn import _log
+
+    call = _log.logged(call, signature)

@@ -5,12 +5,15 @@ variable               meaning
 =====================  ==========================================================================
 ``FASTATTN_LIBRARY``   load this compiled library instead of the one inside the package
 ``FASTATTN_CACHE``     folder of the demo's trained model, default ``~/.cache/fastattn``
+``FASTATTN_LOG``       0 (default): no log; 1: the first call of every configuration; 2: every call
+                       with all its inputs, before its kernel starts. Read at import.
 =====================  ==========================================================================
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 
@@ -23,3 +26,12 @@ def cache_dir() -> Path:
     """Folder for files that may be made again, such as the demo's model."""
     override = os.environ.get("FASTATTN_CACHE")
     return Path(override) if override else Path.home() / ".cache" / "fastattn"
+
+
+def log_level() -> int:
+    """How much is logged, 0 to 2; a value that is none of these warns and counts as 0."""
+    text = os.environ.get("FASTATTN_LOG") or "0"
+    if text not in ("0", "1", "2"):
+        warnings.warn(f"FASTATTN_LOG: expected 0, 1 or 2, got {text!r}", stacklevel=2)
+        return 0
+    return int(text)

@@ -9,6 +9,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
+from fastattn import env
 from fastattn._ops import is_tensor
 from fastattn.functional import merge_attn_states, paged_attention
 
@@ -76,6 +77,10 @@ def _empty(shape: list[int], dtype: Any, place: Any) -> Tensor:
 
 def _gather(part: Tensor, world_size: int, group: Any) -> list[Tensor]:
     """Everyone's `part`, in the order of the ranks: views of one buffer."""
+    if env.log_level() > 1:
+        from fastattn import _log
+
+        _log.LOGGER.debug("all_gather among %d ranks: %s", world_size, _log.describe(part))
     buffer = _empty([world_size * part.shape[0], *part.shape[1:]], part.dtype, part.place)
     # On a GPU the collective joins the stream of the kernels around it: nothing waits on the host,
     # and a CUDA graph can hold it.

@@ -1,0 +1,117 @@
+"""``FASTATTN_LOG``: operator calls through :mod:`logging`, each before its kernel starts.
+
+Level 1 logs (INFO) the first call of every configuration: an operator with the dtypes, places and
+options of its inputs, and their shapes but for the first dimension, which varies from step to step.
+Level 2 also logs (DEBUG) every call with all its inputs, so that the last line tells which call a
+crash belongs to. Contents of tensors are never read: that would wait for the device. At level 0
+this module is not even imported.
+
+The logger is ``fastattn``. Its lines go to stderr, and to stderr alone: Paddle gives the root
+logger a handler of its own, which would repeat them. An application that gives the logger
+``fastattn`` a handler, at any time, gets the lines instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fastattn import env
+
+LEVEL = env.log_level()
+LOGGER = logging.getLogger("fastattn")
+
+#: Configurations that level 1 remembers; more are not told apart from those.
+MOST_CONFIGURATIONS = 1000
+
+
+class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what `sys.stderr` is at that moment, unless the logger has another handler."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(
+            logging.Formatter("%(asctime)s fastattn %(process)d %(levelname)s %(message)s")
+        )
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    def filter(self, record: logging.LogRecord) -> Any:
+        return LOGGER.handlers == [self] and super().filter(record)
+
+
+def _dtype(value: Any) -> str:
+    return str(value.dtype).rpartition(".")[2]
+
+
+def _place(value: Any) -> str:
+    place = getattr(value, "place", None)
+    return "" if place is None else str(place).removeprefix("Place(").removesuffix(")")
+
+
+def describe(value: Any) -> str:
+    """A tensor as ``bfloat16[4, 8, 128] gpu:0``, anything else as Python shows it; never raises."""
+    try:
+        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+            return repr(value)
+        text = f"{_dtype(value)}{list(value.shape)} {_place(value)}".rstrip()
+        contiguous = getattr(value, "is_contiguous", None)
+        if contiguous is not None and not contiguous():
+            text += f" strides {list(value.strides)}"
+        return text
+    except Exception as error:
+        return f"<{type(value).__name__}: {type(error).__name__}>"
+
+
+def _configuration(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> Any:
+    """What level 1 counts as one configuration. Numbers (lengths, scales) are no part of it."""
+    key: list[Any] = [op]
+    for value in inputs:
+        if hasattr(value, "dtype") and hasattr(value, "shape"):
+            key.append((_dtype(value), tuple(value.shape)[1:], _place(value)))
+        else:
+            key.append(type(value))
+    return tuple([*key, *(x for x in attrs if isinstance(x, (str, bool)))])
+
+
+def _line(names: tuple[str, ...], values: tuple[Any, ...]) -> str:
+    return ", ".join(f"{name.split(':')[0]}={describe(v)}" for name, v in zip(names, values))
+
+
+def logged(call: Callable[..., Any], signature: Callable[[str], Any]) -> Callable[..., Any]:
+    """`_ops.call` that logs."""
+    seen: set[Any] = set()
+    count = 0
+
+    @functools.wraps(call)
+    def wrapper(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
+        nonlocal count
+        count += 1
+        try:
+            key = _configuration(op, inputs, attrs)
+            new = key not in seen and len(seen) < MOST_CONFIGURATIONS
+            if new or LEVEL > 1:
+                sig = signature(op)
+                text = ", ".join(filter(None, [_line(sig.inputs, inputs), _line(sig.attrs, attrs)]))
+                if new:
+                    seen.add(key)
+                    LOGGER.info("%s first called so: %s", op, text)
+                if LEVEL > 1:
+                    LOGGER.debug("call %d: %s: %s", count, op, text)
+        except Exception as error:  # a call that cannot be described is still made
+            LOGGER.debug("call %d: %s: %s: %s", count, op, type(error).__name__, error)
+        return call(op, inputs, attrs)
+
+    return wrapper
+
+
+if LEVEL:
+    LOGGER.setLevel(logging.INFO if LEVEL == 1 else logging.DEBUG)
+    if not LOGGER.handlers:
+        LOGGER.addHandler(_StderrHandler())
+        LOGGER.propagate = False
