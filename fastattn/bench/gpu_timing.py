@@ -112,6 +112,20 @@ def median_us(calls: Sequence[Callable[[], object]], replays: int = 30) -> float
     return statistics.median(times) / len(calls)
 
 
+#: Microseconds of work in a graph of :func:`steady_us`: what a replay costs once is then nothing.
+STEADY_US = 1500
+#: At most so many calls in it.
+STEADY_CALLS = 400
+
+
+def steady_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> float:
+    """Median time of one call as :func:`median_us`, the calls repeated to fill a long graph."""
+    first = list(calls) * max(1, 10 // len(calls))
+    once = median_us(first, replays=3)
+    wanted = min(STEADY_CALLS, STEADY_US / once)
+    return median_us(list(calls) * max(1, int(wanted / len(calls))), replays)
+
+
 def copy_bandwidth(gib: float = 2.0) -> float:
     """Device-to-device copy in GB/s, bytes read plus bytes written, median of 20."""
     size = int(gib * 2**30)
