@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastattn demo | bench | show-config``.
+"""The command line: ``python -m fastattn demo | bench | show-config | collect-env``.
 
 A subcommand's module is imported when that subcommand is asked for, so that one that cannot be
 imported (no Paddle, no matplotlib, a broken library) does not take the others with it.
@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("fastattn.demo.cli", "train a tiny model, serve it with every cache type"),
     "bench": ("fastattn.bench.cli", "time the operators on this machine"),
     "show-config": ("fastattn.cli.show_config", "versions, what is compiled, what would run"),
+    "collect-env": ("fastattn.cli.collect_env", "one block about this machine for a bug report"),
 }
 
 
