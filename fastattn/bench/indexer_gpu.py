@@ -1,4 +1,7 @@
-"""MXFP4 and the indexer operators on a GPU, against the copy bandwidth of the same run."""
+"""MXFP4 and the indexer operators on a GPU, against the copy bandwidth of the same run.
+
+Peers stand beside the queries when there is a report of them (see :mod:`fastattn.bench.peers`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import fastattn.functional as F
 from fastattn.bench import gpu_timing
 from fastattn.bench.cache_gpu import _bf16, _copies, _gpu
 from fastattn.bench.common import Row, register
+from fastattn.bench.peers import peers
 
 HEAD = 128
 ROPE = 64
@@ -47,7 +51,7 @@ def query_rows(quick: bool) -> Iterator[Row]:
     table = _gpu(_table(rng))
     for quant in ("fp8", "mxfp4"):
         codes, scale = (HEAD, 4) if quant == "fp8" else (HEAD // 2, 4)
-        for tokens in (1, 128, 4096) if quick else (1, 128, 1024, 4096, 16384):
+        for tokens in (1, 128, 4096) if quick else (1, 7, 32, 128, 512, 1024, 4096, 16384):
             # Each token's row of the table, its position, and both weights of a head.
             moved = tokens * (heads * (2 * HEAD + codes + scale + 8) + 4 * ROPE + 8)
             positions = _gpu(rng.integers(0, POSITIONS, tokens))
@@ -59,7 +63,13 @@ def query_rows(quick: bool) -> Iterator[Row]:
                 for q in queries
             ]
             shape = f"T {tokens}, H {heads}, {quant}"
-            yield gpu_timing.row("indexer_q_rope_quant", shape, gpu_timing.median_us(calls), moved)
+            us = gpu_timing.steady_us(calls)
+            yield gpu_timing.row("indexer_q_rope_quant", shape, us, moved)
+            for peer in peers("indexer", tokens=tokens, quant=quant):
+                if "q_rope_quant" in peer["peer"]:
+                    row = gpu_timing.row("indexer_q_rope_quant", shape, us, moved)
+                    row.peer, row.peer_us = peer["peer"], peer["us"]
+                    yield row
 
 
 def _key_call(

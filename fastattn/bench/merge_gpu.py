@@ -1,7 +1,8 @@
 """merge_attn_states on a GPU: merged and quantised at once against one after the other.
 
 Warm: the same buffers again and again. Cold: as many buffers in turn as exceed the L2 cache, up to
-`MOST_COPIES` of them (below 1.5 MB a call they still fit).
+`MOST_COPIES` of them (below 1 MB a call they still fit). Peers measured the same way stand beside
+the fused kernel when there is a report of them (see :mod:`fastattn.bench.peers`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import paddle
 
 import fastattn.functional as F
 from fastattn.bench import gpu_timing
-from fastattn.bench.cache_gpu import COLD_BYTES, _gpu
+from fastattn.bench.cache_gpu import _gpu
 from fastattn.bench.common import Row, register
+from fastattn.bench.peers import peers
 
 DIM = 128
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 HEADS = (4, 8, 16, 32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
 VARIANTS = ("fused", "unfused", "fused dynamic")
-MOST_COPIES = 256
-PEER = "merge, then quantize_fp8"
-#: Nodes of a graph that measures warm.
-WARM_CALLS = 20
+COLD_BYTES = 160e6
+MOST_COPIES = 64
+UNFUSED = "merge, then quantize_fp8"
 
 Call = Callable[[], object]
 
@@ -75,7 +76,7 @@ def _calls(tokens: int, heads: int, dtype: str) -> dict[str, list[Call]]:
     shape = (tokens, heads, DIM)
     values = np.resize(_values(dtype), shape)
     scale = _gpu(np.array([0.1], np.float32))
-    copies = min(MOST_COPIES, math.ceil(COLD_BYTES / _bytes("fused", tokens, heads, dtype)))
+    copies = min(MOST_COPIES, int(COLD_BYTES / _bytes("fused", tokens, heads, dtype)) + 1)
     calls: dict[str, list[Call]] = {variant: [] for variant in VARIANTS}
     for _ in range(copies):
         prefix, suffix = _gpu(values), _gpu(values)
@@ -92,31 +93,38 @@ def _calls(tokens: int, heads: int, dtype: str) -> dict[str, list[Call]]:
     return calls
 
 
+def _rows(tokens: int, heads: int, dtype: str) -> Iterator[Row]:
+    calls = _calls(tokens, heads, dtype)
+    for state in ("warm", "cold"):
+        shape = f"{tokens} tokens, H {heads}, D {DIM}, {dtype} to e4m3, {state}"
+        us = {
+            variant: gpu_timing.steady_us(turns[:1] if state == "warm" else turns)
+            for variant, turns in calls.items()
+        }
+        for variant in VARIANTS:
+            moved = _bytes(variant, tokens, heads, dtype)
+            yield gpu_timing.row(f"merge_attn_states, {variant}", shape, us[variant], moved)
+        others = {
+            row["peer"]: row[f"us_{state}"]
+            for row in peers("merge", tokens=tokens, heads=heads, dtype=dtype)
+        }
+        moved = _bytes("fused", tokens, heads, dtype)
+        for peer, peer_us in {UNFUSED: us["unfused"], **others}.items():
+            row = gpu_timing.row("merge_attn_states, fused", shape, us["fused"], moved)
+            row.peer, row.peer_us = peer, peer_us
+            yield row
+
+
 @register("merge_attn_states")
 def merge_rows(quick: bool) -> Iterator[Row]:
     """All tokens x heads x dtypes; a few of them when `quick`."""
     for dtype in ("bfloat16",) if quick else DTYPES:
         for tokens in (1, 64, 1024) if quick else TOKENS:
             for heads in (8, 128) if quick else HEADS:
-                calls = _calls(tokens, heads, dtype)
-                for state in ("warm", "cold"):
-                    shape = f"{tokens} tokens, H {heads}, D {DIM}, {dtype} to e4m3, {state}"
-                    us = {
-                        variant: gpu_timing.median_us(
-                            turns[:1] * WARM_CALLS if state == "warm" else turns
-                        )
-                        for variant, turns in calls.items()
-                    }
-                    for variant in VARIANTS:
-                        moved = _bytes(variant, tokens, heads, dtype)
-                        name = f"merge_attn_states, {variant}"
-                        row = gpu_timing.row(name, shape, us[variant], moved)
-                        if variant == "fused":
-                            row.peer, row.peer_us = PEER, us["unfused"]
-                        yield row
+                yield from _rows(tokens, heads, dtype)
 
 
-def fused_speedup(rows: list[Row], state: str) -> float:
-    """Geometric mean of unfused time / fused time over the rows that are "warm" or "cold"."""
-    ratios = [row.ratio for row in rows if row.peer == PEER and row.shape.endswith(state)]
+def fused_speedup(rows: list[Row], state: str, peer: str = UNFUSED) -> float:
+    """Geometric mean of peer's time / fused time over the rows that are "warm" or "cold"."""
+    ratios = [row.ratio for row in rows if row.peer == peer and row.shape.endswith(state)]
     return math.exp(sum(math.log(ratio) for ratio in ratios if ratio) / len(ratios))
