@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import paddle
 import pytest
 
+import fastattn.functional as F
 from fastattn.bench import common
 from fastattn.bench.common import REGISTRY, Row
 from fastattn.bench.report import Baseline, Report, ReportError, markdown
@@ -185,3 +187,21 @@ def test_nothing_to_plot(write, tmp_path, capsys):
     load = write("a.json", rows=[Row("a", "s", 1.0)])
     assert main(["bench", "--load", load, "--plot", str(tmp_path / "a.png")]) == 2
     assert "no row has a ratio" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0,
+    reason="a GPU's rows take long",
+)
+def test_every_operator_has_rows(tmp_path):
+    path = tmp_path / "report.json"
+    assert main(["bench", "--quick", "--json", str(path)]) == 0
+    measured = {row.op for row in Report.read(path).rows}
+    assert measured >= set(F.__all__) - {"convert_cache_blocks"}  # the kernel of the layouts
+    assert all(row.us > 0 or row.op == "overhead" for row in Report.read(path).rows)
+
+
+def test_list_names_the_benchmarks(capsys):
+    assert main(["bench", "--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert {"overhead", "paged_attention", "merge_attn_states"} <= set(names)
