@@ -13,6 +13,8 @@ from fastattn.bench.common import REGISTRY, Row
 from fastattn.bench.report import Baseline, Report, ReportError, markdown
 from fastattn.cli import main
 
+pytest.importorskip("rich")
+
 
 def test_overhead_writes_a_report(tmp_path, capsys):
     path = tmp_path / "report.json"
