@@ -273,7 +273,13 @@ def _uint8(*shape):
             [_uint8(2, 1, 64, 64), _uint8(2, 1, 64, 64)],
             {"block_ranges": [3]},
             TypeError,
-            r"block_ranges: expected \(begin, end\), got 3",
+            r"block_ranges: expected \(begin, end\) of ints, got 3",
+        ),
+        (
+            [_uint8(2, 1, 64, 64), _uint8(2, 1, 64, 64)],
+            {"block_ranges": [(0, 1.5)]},
+            TypeError,
+            r"block_ranges: expected \(begin, end\) of ints, got \(0, 1.5\)",
         ),
         ([], {"src": "vllm"}, ValueError, "src: expected fastattn, fastdeploy, logical"),
         (

@@ -22,7 +22,7 @@ from tests.support.fastdeploy import (
     make_fd_config,
     make_model,
 )
-from tests.support.tensors import to_numpy
+from tests.support.tensors import EMPTY_OUTPUTS, to_numpy
 
 __all__ = ["fastdeploy"]  # the fixture
 
@@ -329,6 +329,66 @@ def test_a_step_knows_only_what_was_set(registered):
         with pytest.raises(ValueError, match=rf"forward_meta\.{name}: expected a value, got None"):
             worker.layers[0].forward(qkv, meta)
     worker.step([5], max_len_tensor_cpu=None, batch_id_per_token=None)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model_config.max_model_len", None),
+        ("model_config.max_model_len", 0),
+        ("model_config.max_model_len", "many"),
+        ("model_config.window_size", -3),
+        ("model_config.window_size", (8, 0)),
+    ],
+)
+def test_numbers_that_are_none(registered, path, value):
+    config = make_fd_config(make_model(None))
+    part, name = path.split(".")
+    setattr(getattr(config, part), name, value)
+    with pytest.raises(ValueError, match=f"FlashAttentionBackend: fd_config.{path}: expected"):
+        chosen()(config, 2, 4, 64)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "block_wise_fp8"])
+def test_hostile_steps(registered, kind):
+    """Tensors that are missing or of another kind are named, and nothing crashes."""
+    worker = Worker(make_model(kind), kind, [9], layers=1)
+    for index in range(len(worker.caches)):
+        caches = list(worker.caches)
+        caches[index] = None
+        with pytest.raises(ValueError, match=rf"caches\[{index}\]: expected a tensor, got None"):
+            worker.step([5], caches=caches)
+        caches[index] = worker.on(np.zeros((3, 3), np.float64))
+        with pytest.raises((ValueError, TypeError), match="cache"):
+            worker.step([5], caches=caches)
+    with pytest.raises(ValueError, match=r"the list has 1$"):
+        worker.step([5], caches=worker.caches[:1])
+    with pytest.raises(TypeError, match="int32"):
+        worker.step([5], seq_lens_decoder=worker.on(np.zeros((2, 1), np.int64)))
+    with pytest.raises(ValueError, match="max_len_tensor_cpu: expected shape"):
+        worker.step([5], max_len_tensor_cpu=worker.on(np.zeros(3, np.int32)))
+    with pytest.raises(ValueError, match="attn_mask_offsets: expected shape"):
+        worker.step([5], attn_mask_offsets=worker.on(np.zeros(9, np.int32)))
+    with pytest.raises(ValueError, match="mask_offsets"):
+        worker.step([5], attn_mask_offsets=worker.on(np.zeros(8, np.int32)))
+    meta = worker.make_meta(worker.metadata([5], [True], 5))
+    worker.backend.init_attention_metadata(meta)
+    for dtype in (np.float32, np.float16, np.int32):
+        qkv = worker.on(np.zeros((5, 512), dtype))
+        if kind is None or dtype != np.float16:
+            with pytest.raises(TypeError, match="qkv: expected"):
+                worker.layers[0].forward(qkv, meta)
+    with pytest.raises(ValueError, match="qkv: expected"):
+        worker.layers[0].forward(worker.on(np.zeros((5, 500), np.float16)), meta)
+    worker.step([5])
+
+
+@pytest.mark.skipif(not EMPTY_OUTPUTS, reason="this Paddle has no empty outputs")
+def test_a_step_of_stopped_rows(registered, place):
+    worker = Worker(make_model("block_wise_fp8"), "block_wise_fp8", [9, 5], place)
+    worker.step([5, 5])
+    worker.step([0, 0])
+    worker.step([0, 0], padding=4)
 
 
 @pytest.mark.parametrize("fields", [{"attn_mask": 1}, {"pre_caches_length": 3}])

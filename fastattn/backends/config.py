@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,19 +56,16 @@ class BackendConfig:
         NotImplementedError
             If it asks for something that the backends do not do; the message names it.
         ValueError
-            If ``model_config.max_model_len`` is missing.
+            If ``model_config.max_model_len`` is missing, or a number is none.
         """
         if fd_config is None:
             raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
         _refuse(fd_config, backend, head_dim)
-        max_model_len = read(fd_config, "model_config.max_model_len")
-        if max_model_len is None:
-            raise ValueError(f"{backend}: fd_config.model_config.max_model_len: got None")
         factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
         return cls(
-            max_model_len=int(max_model_len),
+            max_model_len=_count(fd_config, backend, "model_config.max_model_len", None, 1),
             causal=bool(read(fd_config, "model_config.causal", True)),
-            window_size=int(read(fd_config, "model_config.window_size", 0)),
+            window_size=_count(fd_config, backend, "model_config.window_size", 0, 0),
             window_layers=_window_layers(fd_config, backend),
             rotary_dim=None if factor >= 1.0 else int(head_dim * factor),
             shard=HeadShard(
@@ -76,6 +74,14 @@ class BackendConfig:
                 rank=int(read(fd_config, "parallel_config.tensor_parallel_rank", 0)),
             ),
         )
+
+
+def _count(config: Any, backend: str, path: str, default: int | None, least: int) -> int:
+    """An int of the configuration that is at least `least`."""
+    value = read(config, path, default)
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{backend}: fd_config.{path}: expected an int >= {least}, got {value!r}")
+    return int(value)
 
 
 def _tensor_parallel_size(fd_config: Any) -> int:

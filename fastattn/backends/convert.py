@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -112,9 +113,11 @@ def convert_caches(
 def _pair(entry: Any) -> tuple[int, int]:
     try:
         begin, end = entry
-        return int(begin), int(end)
+        return operator.index(begin), operator.index(end)
     except (TypeError, ValueError):
-        raise TypeError(f"{_OP}: block_ranges: expected (begin, end), got {entry!r}") from None
+        raise TypeError(
+            f"{_OP}: block_ranges: expected (begin, end) of ints, got {entry!r}"
+        ) from None
 
 
 def _checked(

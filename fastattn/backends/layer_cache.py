@@ -100,6 +100,9 @@ class LayerCache:
                 f"{len(caches)}"
             )
         key, value = caches[first], caches[first + 1]
+        for index in range(first, first + per_layer):
+            if caches[index] is None:
+                raise ValueError(f"forward_meta.caches[{index}]: expected a tensor, got None")
         if dynamic:
             scales = [caches[first + 2], caches[first + 3]]
         elif quant_type == "none":
@@ -118,6 +121,11 @@ class LayerCache:
         if scales is None:
             raise ValueError(
                 f"layer.{name}: cache_quant_type {quant_type!r} needs static scales, got None"
+            )
+        if len(key.shape) != 4:
+            raise ValueError(
+                "forward_meta.caches: expected a key cache of shape [num_blocks, KV, 64, D], got "
+                f"{list(key.shape)}"
             )
         return local_scales(
             scales,

@@ -119,6 +119,11 @@ class PagedAttentionBackend(AttentionBackend):
         self._refuse_step(forward_meta)
         offsets = optional(forward_meta, "attn_mask_offsets")
         if offsets is not None and len(offsets.shape) == 1:
+            if offsets.shape[0] % 2:
+                raise ValueError(
+                    f"{type(self).__name__}: forward_meta.attn_mask_offsets: expected shape [T, 2] "
+                    f"or [2 T], got {list(offsets.shape)}"
+                )
             offsets = offsets.reshape([-1, 2])
         self.attention_metadata = PagedAttentionMetadata(_host_lengths(forward_meta), offsets)
 
@@ -299,5 +304,9 @@ def _host_lengths(forward_meta: Any) -> tuple[int, int] | None:
         return None
     if lengths.place.is_gpu_place():
         raise ValueError("forward_meta.max_len_tensor_cpu: expected a tensor on the host")
+    if len(lengths.shape) != 1 or lengths.shape[0] < 4:
+        raise ValueError(
+            f"forward_meta.max_len_tensor_cpu: expected shape [9], got {list(lengths.shape)}"
+        )
     values = lengths.numpy()
     return (int(values[0]), int(values[3])) if values[0] > 0 else None

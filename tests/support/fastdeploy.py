@@ -247,7 +247,7 @@ class Worker:
         model, dim = self.model, self.model.head_dim
         parts = [x[layer, done : done + n] for x, done, n in zip(self.tokens, self.cached, new)]
         qkv = np.concatenate([*parts, np.full((padding, model.width), 3, model.dtype)])
-        heads = qkv.reshape(len(qkv), -1, dim)
+        heads = qkv.reshape(len(qkv), model.width // dim, dim)
         k, v = model.heads, model.heads + model.kv_heads
         own = np.concatenate(
             [
@@ -257,7 +257,7 @@ class Worker:
             ],
             axis=1,
         )
-        return own.reshape(len(qkv), -1)
+        return own.reshape(len(qkv), own.shape[1] * dim)
 
     def step(
         self,
