@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -83,8 +84,17 @@ def test_registering_again_does_nothing(registered):
     assert CUDAPlatform.get_attention_backend_cls == before
 
 
-def test_too_late_is_said(fastdeploy):
+@pytest.mark.parametrize("outer", [False, True])
+def test_too_late_is_said(fastdeploy, monkeypatch, outer):
+    from fastdeploy.model_executor.layers.attention import attention_selecter
+
     chosen()
+    if outer:  # versions differ in which function keeps the choice
+        attention_selecter._get_attn_backend.cache_clear()
+        kept = functools.cache(attention_selecter.get_attention_backend)
+        monkeypatch.setattr(attention_selecter, "get_attention_backend", kept)
+        kept()
+        attention_selecter._get_attn_backend.cache_clear()
     with pytest.raises(RuntimeError, match="has chosen its attention backend already"):
         plugin.register()
 

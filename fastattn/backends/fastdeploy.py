@@ -103,12 +103,13 @@ def _check_library() -> None:
 def _check_not_chosen() -> None:
     """FastDeploy remembers the class; one that was chosen before would silently stay."""
     selecter = sys.modules.get(f"{PACKAGE}.attention_selecter")
-    info = getattr(getattr(selecter, "_get_attn_backend", None), "cache_info", None)
-    if info is not None and info().currsize > 0:
-        raise RuntimeError(
-            "fastattn: FastDeploy has chosen its attention backend already; register before the "
-            "first get_attention_backend(), which FD_PLUGINS=fastattn does"
-        )
+    for name in ("_get_attn_backend", "get_attention_backend"):  # which one differs by version
+        info = getattr(getattr(selecter, name, None), "cache_info", None)
+        if info is not None and info().currsize > 0:
+            raise RuntimeError(
+                "fastattn: FastDeploy has chosen its attention backend already; register before "
+                "the first get_attention_backend(), which FD_PLUGINS=fastattn does"
+            )
 
 
 def _patch(platform: type) -> None:
