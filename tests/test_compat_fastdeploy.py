@@ -241,7 +241,7 @@ def test_static_scales_of_every_kind(place, scale_dtype):
         step.run_and_check(place)
 
 
-def test_unequal_v_scales_of_a_cached_prefix(place):
+def test_bug01_unequal_v_scales_of_a_cached_prefix(place):
     """V of token r is r + 1 before the second chunk; each token keeps its own scale."""
     step = Step([(1, 64, 1)], kv=1, heads=1)
     block = step.tables[0, 0]
@@ -255,7 +255,7 @@ def test_unequal_v_scales_of_a_cached_prefix(place):
 
 
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "block_wise_fp8"])
-def test_a_chunk_in_the_middle_of_a_stale_block(place, cache_quant_type):
+def test_bug11_a_chunk_in_the_middle_of_a_stale_block(place, cache_quant_type):
     """Codes of a rejected draft or an earlier owner are replaced, not combined."""
     step = Step([(3, 5, 3)], cache_quant_type=cache_quant_type)
     for i in range(2):
@@ -263,7 +263,7 @@ def test_a_chunk_in_the_middle_of_a_stale_block(place, cache_quant_type):
     step.run_and_check(place)
 
 
-def test_rows_of_zeros_stay_finite(place):
+def test_bug06_rows_of_zeros_stay_finite(place):
     step = Step([(4, 0, 4)])
     step.qkv[1] = 0
     step.qkv[2] *= np.array(1e-6, BF16)
@@ -362,7 +362,7 @@ def test_wrong_arguments_are_named(changes, error, text):
 
 
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8"])
-def test_scales_of_the_whole_model_are_refused_not_misread(cache_quant_type):
+def test_bug15_scales_of_the_whole_model_are_refused(cache_quant_type):
     """A rank that holds 2 of 8 heads must pass its own."""
     step = Step(ROWS, cache_quant_type=cache_quant_type, blocks=12)
     given = to_paddle(np.arange(1, 9, dtype=np.float32))
@@ -426,7 +426,7 @@ def merge_arguments(place, dtype=BF16, heads=3, dim=128, extra=0, batch_shape=Tr
     "dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.uint8)], ids=str
 )
 @pytest.mark.parametrize("dim", [128, 192, 7])
-def test_decode_rows_are_merged(place, dtype, dim):
+def test_bug13_all_tokens_of_decode_rows_are_merged(place, dtype, dim):
     """All 5 new tokens of a decode row, though max_token is 1; stopped and padding rows stay."""
     arguments, wanted = merge_arguments(place, dtype, dim=dim, extra=3)
     result = ops.merge_prefill_decode_output(*arguments)

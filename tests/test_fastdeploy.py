@@ -439,7 +439,7 @@ def test_windows_of_some_layers(registered, place):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size"), [(8, 4, 2), (8, 2, 4), (8, 1, 8), (8, 8, 8)]
 )
-def test_every_rank_gives_its_heads(registered, kind, heads, kv_heads, size):
+def test_bug15_every_rank_gives_its_heads(registered, kind, heads, kv_heads, size):
     """Unequal scales a head, given for the whole model (FP8) or for the rank's channels (INT8)."""
     model = make_model(kind, heads=heads, kv_heads=kv_heads)
     for rank in range(size):
