@@ -42,6 +42,7 @@ def main() -> None:
         cmdclass={
             "build_ext": extension.build_command(),
             "build_py": extension.BuildPy,
+            "egg_info": extension.EggInfo,
             "install": extension.Install,
         },
         install_requires=DEPENDENCIES + ([borrowed] if borrowed else []),

@@ -19,6 +19,7 @@ from custom_ops.builder import ops, sources, toolchain, wheel
 from custom_ops.builder.compile import CompileError, Unit, compile_all
 from fastattn import _ops, env
 from fastattn.reference import layout
+from fastattn.version import __version__
 
 ROOT = Path(__file__).parents[1]
 CUSTOM_OPS = ROOT / "custom_ops"
@@ -347,6 +348,67 @@ def test_wheel_without_its_library(tmp_path):
     done = subprocess.run([sys.executable, wheel.__file__, path], capture_output=True, text=True)
     assert done.returncode == 1
     assert "missing: fastattn/_fastattn_ops.so" in done.stdout and "platform" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("paddle", "archs", "label"),
+    [
+        ("3.3.1", [], "paddle3.3.1.cpu"),
+        ("2.6.2", ["90a"], "paddle2.6.2.sm90a"),
+        ("3.4.0.dev20260101+Post-1", ["80", "100a"], "paddle3.4.0.dev20260101.post.1.sm80.sm100a"),
+    ],
+)
+def test_local_version(paddle, archs, label):
+    assert wheel.local_version(paddle, archs) == label
+    assert re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", label)  # what a version may end in
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("0.1.0+paddle3.3.1.sm90a", []),
+        ("0.1.0+paddle3.3.1.cpu", ["the version ends in +paddle3.3.1.cpu, not +paddle3.3.1.sm90a"]),
+        ("0.1.0", ["the version ends in +, not +paddle3.3.1.sm90a"]),
+    ],
+)
+def test_the_name_of_a_wheel_tells_its_build(tmp_path, name, wrong):
+    path = tmp_path / f"fastattn-{name}-cp311-cp311-linux_x86_64.whl"
+    info = ops.build_info_text({"PADDLE_VERSION": "3.3.1", "ARCHS": ["90a"]})
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in GOOD_WHEEL:
+            archive.writestr(file, info if file.endswith("_build_info.py") else "")
+        archive.writestr("fastattn-0.1.0.dist-info/WHEEL", "Root-Is-Purelib: false\n")
+    assert wheel.check(path) == wrong
+
+
+@needs_cxx
+@pytest.mark.parametrize("commands", [["egg_info"], ["build_ext", "--cuda=off", "egg_info"]])
+def test_the_version_of_a_build(tmp_path, commands):
+    done = run_setup(tmp_path, *commands, "-e", str(tmp_path))
+    if "needs setuptools 77" in done.stderr:
+        pytest.skip("setuptools is too old to build with")
+    assert done.returncode == 0, done.stderr
+    (info,) = tmp_path.glob("*.egg-info/PKG-INFO")
+    label = wheel.local_version(toolchain.find_paddle().version, [])
+    assert f"Version: {__version__}+{label}\n" in info.read_text()
+
+
+def test_the_version_of_the_sources(tmp_path):
+    code = "from custom_ops.builder import extension as e; import sys; " + (
+        "d = e.BinaryDistribution({'name': 'fastattn', 'version': '0.1.0'}); "
+        "d.commands = ['sdist']; c = e.EggInfo(d); c.egg_base = sys.argv[1]; "
+        "c.finalize_options(); print(c.egg_version)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.strip().endswith("0.1.0"), done.stderr
+
+
+def run_setup(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "setup_ops.py", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 def test_build_info_is_python(tmp_path):

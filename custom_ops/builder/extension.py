@@ -13,12 +13,14 @@ from typing import ClassVar
 from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 from setuptools.command.install import install
 from setuptools.errors import SetupError
 
 from .compile import CompileError
 from .ops import BUILD_INFO, ROOT, Build
 from .toolchain import ToolchainError
+from .wheel import local_version
 
 LIBRARY = "fastattn._fastattn_ops"
 HOST = "fastattn._host"
@@ -94,6 +96,26 @@ class BuildPy(build_py):
         if not self.editable_mode:
             shutil.rmtree(Path(self.build_lib) / "fastattn", ignore_errors=True)
         super().run()
+
+
+class EggInfo(egg_info):
+    """Metadata of a build: its version ends in what it is built for.
+
+    A library fits one version of Paddle, so wheels for several must be told apart. The sources fit
+    all of them: an sdist has the plain version.
+    """
+
+    def finalize_options(self) -> None:
+        """Add the tag, before the version is settled."""
+        if not self.tag_build and "sdist" not in self.distribution.commands:
+            option = getattr(self.distribution.get_command_obj("build_ext"), "cuda", None)
+            try:
+                build = Build(option or "auto")
+            except ToolchainError:
+                pass  # no Paddle, no compiler: nothing can be built, and building says why
+            else:
+                self.tag_build = "+" + local_version(build.paddle.version, build.archs)
+        super().finalize_options()
 
 
 class Install(install):

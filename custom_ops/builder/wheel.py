@@ -1,11 +1,13 @@
-"""What a wheel of this package may hold."""
+"""What a wheel of this package may hold, and what its version tells."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import sys
+import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _REQUIRED = ("fastattn/_fastattn_ops.so", "fastattn/_build_info.py", "fastattn/py.typed")
@@ -17,6 +19,31 @@ _ALLOWED = re.compile(
     r"|fastattn/_host\.[\w.-]+\.so"
     r"|fastattn-[^/]+\.dist-info/.+)\Z"
 )
+
+
+def local_version(paddle_version: str, archs: Sequence[str]) -> str:
+    """What follows the + in the version of a wheel: the Paddle and the GPUs that it is built for.
+
+    Examples
+    --------
+    >>> local_version("3.3.1", ["90a", "100a"]), local_version("2.6.2", [])
+    ('paddle3.3.1.sm90a.sm100a', 'paddle2.6.2.cpu')
+    """
+    paddle = re.sub(r"[^a-z0-9]+", ".", paddle_version.lower()).strip(".")
+    return ".".join([f"paddle{paddle}", *([f"sm{arch}" for arch in archs] or ["cpu"])])
+
+
+def _label_problems(path: Path, archive: zipfile.ZipFile) -> list[str]:
+    """Whether the file's name tells what the library was built for."""
+    if "fastattn/_build_info.py" not in archive.namelist():
+        return []  # said elsewhere
+    with tempfile.TemporaryDirectory() as folder:
+        info = runpy.run_path(archive.extract("fastattn/_build_info.py", folder))
+    if not {"PADDLE_VERSION", "ARCHS"} <= set(info):
+        return ["fastattn/_build_info.py does not tell PADDLE_VERSION and ARCHS"]
+    expected = local_version(info["PADDLE_VERSION"], info["ARCHS"])
+    found = path.name.split("-")[1].partition("+")[2]
+    return [] if found == expected else [f"the version ends in +{found}, not +{expected}"]
 
 
 def problems(names: Iterable[str], metadata: str = "") -> list[str]:
@@ -51,7 +78,7 @@ def check(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         (tag,) = (n for n in names if n.endswith(".dist-info/WHEEL"))
-        return problems(names, archive.read(tag).decode())
+        return problems(names, archive.read(tag).decode()) + _label_problems(path, archive)
 
 
 if __name__ == "__main__":
