@@ -439,6 +439,11 @@ def test_order_of_codes():
     assert (np.argsort(ordered(codes), kind="stable") == np.argsort(values, kind="stable")).all()
 
 
+def test_the_example_runs_in_two_processes(tmp_path):
+    arguments = ("tests.support.snippet", "README.md", "paged_attention_dcp(")
+    run_group(*arguments, world_size=2, logs=tmp_path)
+
+
 # --- the launcher of the processes ---------------------------------------------------------------
 
 
