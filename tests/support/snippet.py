@@ -1,4 +1,4 @@
-"""``python -m tests.support.snippet FILE WORD``: runs the Python of a markdown file that holds WORD."""
+"""``python -m tests.support.snippet FILE WORD``: runs the Python block of a file that has WORD."""
 
 from __future__ import annotations
 
