@@ -108,7 +108,8 @@ def gqa_rope_write_cache(
     cache_k_zp, cache_v_zp : None
         Zero points, which no supported type has.
     kv_signal_data : None
-        PD disaggregation is not supported.
+        PD disaggregation is not supported. With ``FLAGS_use_pd_disaggregation_per_chunk``, which
+        passes nothing here, nothing is signalled either: do not use this operator there.
     kv_token_num : int
         Rows of `k` and `v`; what `cu_seqlens_k` puts outside of them is left out.
     max_seq_len : int
