@@ -9,6 +9,11 @@
 #include "api/paged_cache.h"
 #include "cpu/attention.h"
 #include "params/attention.h"
+#include "params/attention_plan.h"
+#if defined(FASTATTN_WITH_CUDA)
+#include "api/device.h"
+#include "cuda/attention/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -229,24 +234,78 @@ void ParseCommon(const char* op, const CommonArgs& args, const phi::Place& place
   }
 }
 
+#if defined(FASTATTN_WITH_CUDA)
+
+int NumMultiprocessors(const char* op, const phi::Place& place) {
+  int count = 0;
+  CheckCuda(op,
+            cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, place.GetDeviceId()));
+  return count;
+}
+
+// Tokens of no row are cleared by the kernels, as no memory operation is launched beside them.
+void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out, AttentionParams* p) {
+  const DType keys = p->paged ? p->cache.dtype : p->packed.dtype;
+  if (p->q_dtype == DType::kFloat32) {
+    Fail("NotImplementedError", op, "q", "float32 queries have no CUDA kernel in this build");
+  }
+  RequireFits(op, "q", static_cast<int64_t>(p->rows.num_tokens) * p->num_heads);
+  // The kernels read four channels of a query at once.
+  const int64_t piece = 4 * SizeOf(p->q_dtype);
+  if (p->q_token_stride % 4 != 0 || p->q_head_stride % 4 != 0 ||
+      reinterpret_cast<uintptr_t>(p->q) % piece != 0) {
+    Fail("ValueError", op, "q", "expected strides of a multiple of 4 elements and an address of a ",
+         "multiple of ", piece, " bytes on a GPU, got strides ", p->q_token_stride, " and ",
+         p->q_head_stride);
+  }
+  AttentionSizes sizes;
+  sizes.num_tokens = p->rows.num_tokens;
+  sizes.batch = p->rows.batch;
+  sizes.num_heads = p->num_heads;
+  sizes.num_kv_heads = p->num_kv_heads;
+  sizes.head_dim = p->head_dim;
+  sizes.element_bytes = SizeOf(keys);
+  sizes.max_seqlen_q = p->max_seqlen_q;
+  sizes.max_seqlen_k = p->max_seqlen_k;
+  sizes.num_sms = NumMultiprocessors(op, place);
+  const AttentionPlan plan = PlanAttention(sizes);
+  Tensor workspace;
+  if (plan.workspace > 0) {
+    workspace = paddle::empty({plan.workspace}, phi::DataType::FLOAT32, place);
+    p->workspace = MutableData<float>(workspace);
+  }
+  if (p->out == nullptr) return;
+  LaunchOnGpu(op, out,
+              [&](cudaStream_t stream) { return cuda::LaunchAttention(*p, plan, stream); });
+}
+
+#endif
+
 // Allocates what was not given and runs. Tokens of no row become 0 in a new output and keep what
 // is there in a given one; their LSE is -inf.
 std::vector<Tensor> Run(const char* op, const CommonArgs& args, const phi::Place& place,
                         AttentionParams* p) {
-  RequireCpu(op, place);
   Tensor out = args.out ? *args.out : paddle::empty(args.q.shape(), ToPhi(p->out_dtype), place);
   const Shape lse_shape =
       args.return_softmax_lse ? Shape{p->num_heads, p->rows.num_tokens} : Shape{1};
   Tensor lse = paddle::empty(lse_shape, phi::DataType::FLOAT32, place);
   p->out = MutableData(out);
-  if (args.out == nullptr && p->out != nullptr) {
+  float* logs = MutableData<float>(lse);
+  p->lse = args.return_softmax_lse ? logs : nullptr;
+  p->clear_padding = args.out == nullptr;
+#if defined(FASTATTN_WITH_CUDA)
+  if (place.GetType() == phi::AllocationType::GPU) {
+    RunOnGpu(op, place, out, p);
+    return {out, lse};
+  }
+#endif
+  RequireCpu(op, place);
+  if (p->clear_padding && p->out != nullptr) {
     std::memset(p->out, 0, static_cast<size_t>(out.numel()) * SizeOf(p->out_dtype));
   }
-  float* logs = MutableData<float>(lse);
   if (logs != nullptr) {
     std::fill(logs, logs + lse.numel(), -std::numeric_limits<float>::infinity());
   }
-  p->lse = args.return_softmax_lse ? logs : nullptr;
   Guarded(op, [&] { cpu::Attention(*p); });
   return {out, lse};
 }

@@ -4,12 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <string>
 #include <vector>
 
 #include "common/layout.h"
 #include "common/types.h"
 #include "cpu/isa.h"
+#include "params/attention_plan.h"
 
 namespace fastattn::api {
 
@@ -51,6 +53,27 @@ std::vector<int> TokenSlots() {
   return slots;
 }
 
+// The launches of an attention call on a GPU, in their order.
+std::vector<std::map<std::string, int64_t>> PlanOf(int64_t num_tokens, int64_t batch,
+                                                   int64_t num_heads, int64_t num_kv_heads,
+                                                   int64_t head_dim, int64_t element_bytes,
+                                                   int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                   int64_t num_sms) {
+  const AttentionPlan plan = PlanAttention({num_tokens, batch, num_heads, num_kv_heads, head_dim,
+                                            element_bytes, max_seqlen_q, max_seqlen_k, num_sms});
+  std::vector<std::map<std::string, int64_t>> launches;
+  for (int i = 0; i < plan.num_launches; ++i) {
+    const AttentionLaunch& launch = plan.launches[i];
+    launches.push_back({{"columns", launch.columns},
+                        {"split", launch.split},
+                        {"min_columns", launch.min_columns},
+                        {"max_columns", launch.max_columns},
+                        {"grid", launch.grid},
+                        {"workspace", launch.workspace}});
+  }
+  return launches;
+}
+
 }  // namespace
 
 }  // namespace fastattn::api
@@ -63,6 +86,11 @@ PYBIND11_MODULE(_host, m) {
   m.def("cache_types", &api::CacheTypes, "Names of the cache types.");
   m.def("token_slots", &api::TokenSlots,
         "Place of each token of a block in the V rows of the fastattn layout.");
+  m.def("plan_attention", &api::PlanOf, pybind11::arg("num_tokens"), pybind11::arg("batch"),
+        pybind11::arg("num_heads"), pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"),
+        pybind11::arg("element_bytes"), pybind11::arg("max_seqlen_q"),
+        pybind11::arg("max_seqlen_k"), pybind11::arg("num_sms"),
+        "Launches of an attention call on a GPU: how its work is shared out.");
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");
   m.def(

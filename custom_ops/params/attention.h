@@ -44,7 +44,7 @@ struct PackedKv {
 // assigned.
 struct AttentionParams {
   const void* q = nullptr;              // [num_tokens, H, D]
-  void* out = nullptr;                  // [num_tokens, H, D] contiguous; padding tokens untouched
+  void* out = nullptr;                  // [num_tokens, H, D] contiguous; see clear_padding
   float* lse = nullptr;                 // [H, num_tokens] natural log, or null
   const void* sinks = nullptr;          // [H] logits of the denominator, or null
   const int* mask_offsets = nullptr;    // [num_tokens, 2] (start, end) of visible keys, or null
@@ -72,10 +72,10 @@ struct AttentionParams {
   int max_seqlen_q = 0;  // upper bounds known to the host: they size a grid, they mask nothing
   int max_seqlen_k = 0;
 
-  // KV splits and their partial results, for launchers, which never allocate. The CPU kernel plans
+  // For launchers, which never allocate: floats of params/attention_plan.h. The CPU kernel plans
   // its splits from the lengths and keeps the partial results itself.
-  int num_splits = 1;
-  float* workspace = nullptr;  // [num_splits, num_tokens, H, D + 2]: output, maximum, sum
+  float* workspace = nullptr;
+  bool clear_padding = false;  // launchers: tokens of no row get output 0
 };
 
 }  // namespace fastattn

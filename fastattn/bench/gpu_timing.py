@@ -23,6 +23,67 @@ _EMPTY_KERNEL = b"""
 .visible .entry empty_kernel() { ret; }
 """
 
+# Every thread XORs 16-byte words, four loads under way at a time; the branch keeps the loads.
+_READ_KERNEL = b"""
+.version 7.0
+.target sm_70
+.address_size 64
+.visible .entry read_kernel(.param .u64 source, .param .u64 words)
+{
+  .reg .pred %more;
+  .reg .b32 %x<17>, %block, %size, %thread, %grid;
+  .reg .b64 %at, %end, %step, %next, %pointer, %jump;
+  ld.param.u64 %pointer, [source];
+  ld.param.u64 %end, [words];
+  mov.u32 %block, %ctaid.x;
+  mov.u32 %size, %ntid.x;
+  mov.u32 %thread, %tid.x;
+  mov.u32 %grid, %nctaid.x;
+  mad.lo.u32 %x0, %block, %size, %thread;
+  cvt.u64.u32 %at, %x0;
+  mul.wide.u32 %step, %grid, %size;
+  shl.b64 %jump, %step, 4;
+  mad.lo.u64 %pointer, %at, 16, %pointer;
+  mov.u32 %x0, 0;
+again:
+  mad.lo.u64 %next, %step, 3, %at;
+  setp.ge.u64 %more, %next, %end;
+  @%more bra done;
+  ld.global.nc.v4.u32 {%x1, %x2, %x3, %x4}, [%pointer];
+  add.u64 %pointer, %pointer, %jump;
+  ld.global.nc.v4.u32 {%x5, %x6, %x7, %x8}, [%pointer];
+  add.u64 %pointer, %pointer, %jump;
+  ld.global.nc.v4.u32 {%x9, %x10, %x11, %x12}, [%pointer];
+  add.u64 %pointer, %pointer, %jump;
+  ld.global.nc.v4.u32 {%x13, %x14, %x15, %x16}, [%pointer];
+  add.u64 %pointer, %pointer, %jump;
+  xor.b32 %x1, %x1, %x2;
+  xor.b32 %x3, %x3, %x4;
+  xor.b32 %x5, %x5, %x6;
+  xor.b32 %x7, %x7, %x8;
+  xor.b32 %x9, %x9, %x10;
+  xor.b32 %x11, %x11, %x12;
+  xor.b32 %x13, %x13, %x14;
+  xor.b32 %x15, %x15, %x16;
+  xor.b32 %x1, %x1, %x3;
+  xor.b32 %x5, %x5, %x7;
+  xor.b32 %x9, %x9, %x11;
+  xor.b32 %x13, %x13, %x15;
+  xor.b32 %x1, %x1, %x5;
+  xor.b32 %x9, %x9, %x13;
+  xor.b32 %x1, %x1, %x9;
+  xor.b32 %x0, %x0, %x1;
+  mad.lo.u64 %at, %step, 4, %at;
+  bra again;
+done:
+  setp.ne.u32 %more, %x0, 0x13572468;
+  @%more ret;
+  ld.param.u64 %pointer, [source];
+  st.global.u32 [%pointer], %x0;
+  ret;
+}
+"""
+
 
 class DriverError(RuntimeError):
     """A call of the CUDA driver failed."""
@@ -146,17 +207,76 @@ def copy_bandwidth(gib: float = 2.0) -> float:
     return 2 * size / statistics.median(times) / 1e3
 
 
-@functools.lru_cache(maxsize=1)
-def _empty_kernel() -> ctypes.c_void_p:
+@functools.cache
+def _kernel(ptx: bytes, name: bytes) -> ctypes.c_void_p:
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _call("cuModuleLoadData", ctypes.byref(module), _EMPTY_KERNEL)
-    _call("cuModuleGetFunction", ctypes.byref(function), module, b"empty_kernel")
+    _call("cuModuleLoadData", ctypes.byref(module), ptx)
+    _call("cuModuleGetFunction", ctypes.byref(function), module, name)
     return function
+
+
+@functools.lru_cache(maxsize=1)
+def read_bandwidth(gib: float = 2.0) -> float:
+    """Read-only bandwidth in GB/s: every word of `gib` once, median of 20."""
+    size = int(gib * 2**30)
+    paddle.to_tensor([0.0], place=paddle.CUDAPlace(0))  # makes the context current
+    source = ctypes.c_uint64()
+    _call("cuMemAlloc_v2", ctypes.byref(source), ctypes.c_size_t(size))
+    _call("cuMemsetD32_v2", source, ctypes.c_uint(0x3C003C01), ctypes.c_size_t(size // 4))
+    kernel, words = _kernel(_READ_KERNEL, b"read_kernel"), ctypes.c_uint64(size // 16)
+    pointers = (ctypes.c_void_p * 2)(
+        *(ctypes.cast(ctypes.byref(x), ctypes.c_void_p) for x in (source, words))
+    )
+    grid = 16 * _multiprocessors()
+    start, end = _Event(), _Event()
+    times = []
+    for _ in range(20):
+        start.record()
+        _call("cuLaunchKernel", kernel, grid, 1, 1, 256, 1, 1, 0, stream(), pointers, None)
+        end.record()
+        times.append(end.microseconds_since(start))
+    _call("cuMemFree_v2", source)
+    return size / statistics.median(times) / 1e3
+
+
+def _multiprocessors() -> int:
+    count, device = ctypes.c_int(), ctypes.c_int()
+    _call("cuDeviceGet", ctypes.byref(device), 0)
+    _call("cuDeviceGetAttribute", ctypes.byref(count), 16, device)  # MULTIPROCESSOR_COUNT
+    return count.value
+
+
+def fill_random(tensor: paddle.Tensor, words: Any) -> None:
+    """Fill a GPU tensor with repetitions of the bytes of a NumPy array."""
+    size = tensor.size * tensor.element_size()
+    target = tensor.data_ptr()
+    first = min(size, words.nbytes)
+    _call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), ctypes.c_void_p(words.ctypes.data),
+          ctypes.c_size_t(first))  # fmt: skip
+    done = first
+    while done < size:
+        more = min(done, size - done)
+        _call("cuMemcpyDtoD_v2", ctypes.c_uint64(target + done), ctypes.c_uint64(target),
+              ctypes.c_size_t(more))  # fmt: skip
+        done += more
 
 
 def launch_empty() -> None:
     """Launch a kernel of one thread that does nothing on Paddle's stream."""
-    _call("cuLaunchKernel", _empty_kernel(), 1, 1, 1, 1, 1, 1, 0, stream(), None, None)
+    _call(
+        "cuLaunchKernel",
+        _kernel(_EMPTY_KERNEL, b"empty_kernel"),
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0,
+        stream(),
+        None,
+        None,
+    )
 
 
 def empty_kernel_us(nodes: int = 200) -> float:

@@ -1,0 +1,100 @@
+// How the elements of K and V become 16-bit operands of the tensor cores.
+//
+// int8, e4m3 and e5m2 codes are subsets of fp16, so that the conversion is exact; bf16 and fp16
+// values are operands as they are.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fastattn::cuda {
+
+template <DType kElement>
+struct Format;
+
+template <>
+struct Format<DType::kE4M3> {
+  static constexpr DType kOperand = DType::kFloat16;
+  static constexpr int kBytes = 1;
+
+  // Two codes in the low (high) half of a word.
+  static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t* low, uint32_t* high) {
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(*low) : "h"(static_cast<uint16_t>(codes)));
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(*high) : "h"(static_cast<uint16_t>(codes >> 16)));
+#else
+    const __half2_raw a =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+    const __half2_raw b =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes >> 16), __NV_E4M3);
+    *low = a.x | static_cast<uint32_t>(a.y) << 16;
+    *high = b.x | static_cast<uint32_t>(b.y) << 16;
+#endif
+  }
+
+  // 0xFF for every byte that is not a finite number: exponent and mantissa all ones.
+  static __device__ __forceinline__ uint32_t NonFinite(uint32_t codes) {
+    return (((codes & 0x7F7F7F7Fu) + 0x01010101u) >> 7 & 0x01010101u) * 0xFFu;
+  }
+};
+
+template <>
+struct Format<DType::kE5M2> {
+  static constexpr DType kOperand = DType::kFloat16;
+  static constexpr int kBytes = 1;
+
+  // The code is the upper byte of the fp16 value.
+  static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t* low, uint32_t* high) {
+    *low = __byte_perm(codes, 0, 0x1404);
+    *high = __byte_perm(codes, 0, 0x3424);
+  }
+
+  static __device__ __forceinline__ uint32_t NonFinite(uint32_t codes) {
+    return (((codes & 0x7C7C7C7Cu) + 0x04040404u) >> 7 & 0x01010101u) * 0xFFu;
+  }
+};
+
+template <>
+struct Format<DType::kInt8> {
+  static constexpr DType kOperand = DType::kFloat16;
+  static constexpr int kBytes = 1;
+
+  // fp16(0x6400 | u) is 1024 + u exactly, and u = code + 128.
+  static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t* low, uint32_t* high) {
+    const uint32_t biased = codes ^ 0x80808080u;
+    const __half2 bias = __halves2half2(__ushort_as_half(0x6480), __ushort_as_half(0x6480));
+    const uint32_t a = __byte_perm(biased, 0x64646464u, 0x4140);
+    const uint32_t b = __byte_perm(biased, 0x64646464u, 0x4342);
+    const __half2 x = __hsub2(*reinterpret_cast<const __half2*>(&a), bias);
+    const __half2 y = __hsub2(*reinterpret_cast<const __half2*>(&b), bias);
+    *low = *reinterpret_cast<const uint32_t*>(&x);
+    *high = *reinterpret_cast<const uint32_t*>(&y);
+  }
+
+  static __device__ __forceinline__ uint32_t NonFinite(uint32_t) { return 0; }
+};
+
+template <>
+struct Format<DType::kFloat16> {
+  static constexpr DType kOperand = DType::kFloat16;
+  static constexpr int kBytes = 2;
+
+  static __device__ __forceinline__ uint32_t NonFinite(uint32_t pair) {
+    return (((pair & 0x7C007C00u) + 0x04000400u) >> 15 & 0x00010001u) * 0xFFFFu;
+  }
+};
+
+template <>
+struct Format<DType::kBFloat16> {
+  static constexpr DType kOperand = DType::kBFloat16;
+  static constexpr int kBytes = 2;
+
+  static __device__ __forceinline__ uint32_t NonFinite(uint32_t pair) {
+    return (((pair & 0x7F807F80u) + 0x00800080u) >> 15 & 0x00010001u) * 0xFFFFu;
+  }
+};
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,81 @@
+#include "cuda/attention/launch.h"
+
+#include <algorithm>
+
+#include "common/dispatch.h"
+
+namespace fastattn::cuda {
+
+namespace {
+
+using Launcher = cudaError_t (*)(const AttentionParams&, const AttentionTask&, int, cudaStream_t);
+
+template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales>
+Launcher FindColumns(int columns) {
+  Launcher found = nullptr;
+  dispatch<8, 16, 64>(columns, "columns", [&](auto c) {
+    found = LaunchAttentionVariant<kElement, kHeadDim, kPaged, kTokenScales, decltype(c)::value>;
+  });
+  return found;
+}
+
+template <int kHeadDim>
+Launcher FindElement(const AttentionParams& p, int columns) {
+  Launcher found = nullptr;
+  if (!p.paged) {
+    dispatch<DType::kBFloat16, DType::kFloat16, DType::kE4M3, DType::kE5M2, DType::kInt8>(
+        p.packed.dtype, "keys on a GPU", [&](auto element) {
+          found = FindColumns<decltype(element)::value, kHeadDim, false, false>(columns);
+        });
+  } else if (IsDynamic(p.cache.type)) {
+    dispatch<DType::kE4M3, DType::kInt8>(p.cache.dtype, "dynamic codes", [&](auto element) {
+      found = FindColumns<decltype(element)::value, kHeadDim, true, true>(columns);
+    });
+  } else {
+    dispatch<DType::kBFloat16, DType::kFloat16, DType::kE4M3, DType::kE5M2, DType::kInt8>(
+        p.cache.dtype, "cache on a GPU", [&](auto element) {
+          found = FindColumns<decltype(element)::value, kHeadDim, true, false>(columns);
+        });
+  }
+  return found;
+}
+
+Launcher Find(const AttentionParams& p, int columns) {
+  Launcher found = nullptr;
+  dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
+    found = FindElement<decltype(head_dim)::value>(p, columns);
+  });
+  return found;
+}
+
+}  // namespace
+
+cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
+                            cudaStream_t stream) {
+  if (plan.num_launches == 0) return LaunchClear(p, stream);
+  for (int i = 0; i < plan.num_launches; ++i) {
+    const AttentionLaunch& launch = plan.launches[i];
+    const Launcher run = Find(p, launch.columns);
+    for (int row = 0; row < p.rows.batch; row += kMaxPlanRows) {
+      AttentionTask task;
+      task.split = launch.split;
+      task.clear = i == 0 && (p.clear_padding || p.lse != nullptr);
+      task.first_row = row;
+      task.num_rows = std::min(p.rows.batch - row, kMaxPlanRows);
+      task.group = p.num_heads / p.num_kv_heads;
+      task.min_columns = static_cast<int>(launch.min_columns);
+      task.max_columns = static_cast<int>(launch.max_columns);
+      task.headers = reinterpret_cast<int*>(p.workspace);
+      task.partials = p.workspace + launch.grid * kPartialHeader;
+      const int grid = static_cast<int>(launch.grid);
+      cudaError_t status = run(p, task, grid, stream);
+      if (status == cudaSuccess && launch.split && grid > 1) {
+        status = LaunchMergeParts(p, task, launch.columns, grid, stream);
+      }
+      if (status != cudaSuccess) return status;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/types.h"
+#include "params/attention.h"
+#include "params/attention_plan.h"
+
+namespace fastattn::cuda {
+
+// One launch over some rows of a step.
+struct AttentionTask {
+  bool split = false;
+  bool clear = false;  // also give the tokens of no row their values
+  int first_row = 0;
+  int num_rows = 0;
+  int group = 1;  // query heads of a KV head
+  int min_columns = 0;
+  int max_columns = 0;
+  int* headers = nullptr;     // [grid, kPartialHeader]
+  float* partials = nullptr;  // [grid, kPartsPerCta, columns, D + 2]
+};
+
+// p.workspace holds PlanAttention(...).workspace floats.
+cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
+                            cudaStream_t stream);
+
+// Lets a kernel start before the one ahead of it in the stream has ended, where the GPU can: it
+// then waits for that itself (WaitForPreviousKernel).
+inline cudaError_t OverlapLaunches(cudaLaunchConfig_t* config, cudaLaunchAttribute* attribute) {
+  int device = 0, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  attribute->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute->val.programmaticStreamSerializationAllowed = 1;
+  config->attrs = attribute;
+  config->numAttrs = major >= 9 ? 1 : 0;
+  return status;
+}
+
+template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales, int kColumns>
+cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
+                                   cudaStream_t stream);
+
+// Gives all tokens the values of tokens of no row.
+cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream);
+
+cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task, int columns,
+                             int grid, cudaStream_t stream);
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,188 @@
+// Moves units of K and V from global memory into a stream's ring of shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/numeric.h"
+#include "cuda/attention/mma.cuh"
+#include "cuda/attention/schedule.cuh"
+#include "cuda/attention/traits.cuh"
+
+namespace fastattn::cuda {
+
+// Walks over a stream's units ahead of the computation, K before V of each. The block id of the
+// next unit is read while the current one is loaded.
+template <typename Traits>
+class LoadCursor {
+ public:
+  // `segments` are `count` segments in shared memory.
+  __device__ __forceinline__ LoadCursor(const AttentionParams& p, const Segment* segments,
+                                        int count, int stream)
+      : p_(p), segment_(segments), end_(segments + count), stream_(stream) {
+    unit_ = segment_->unit_begin + stream;
+    Settle();
+  }
+
+  // Starts the copies of K of the next unit into `slot`; V is the same unit's.
+  __device__ __forceinline__ void LoadKeys(uint32_t slot) {
+    loading_ = segment_ != end_;
+    if (loading_) {
+      Place();
+      if (threadIdx.x % Traits::kStreamThreads == 0) {
+        asm volatile(
+            "st.shared.u32 [%0], %1;" ::"r"(slot + Traits::kDataBytes + Traits::kScaleBytes),
+            "r"(assigned_ ? 1 : 0));
+      }
+      if (assigned_) {
+        if constexpr (Traits::kPaged) {
+          CopyRows(slot, static_cast<const char*>(p_.cache.key) + offset_, Traits::kRowBytes);
+          CopyScales(slot, p_.cache.k_scales);
+        } else {
+          CopyPacked(slot, p_.packed.key, p_.packed.key_token_stride, p_.packed.key_head_stride);
+        }
+      }
+      Advance();
+    }
+    CommitCopies();
+  }
+
+  __device__ __forceinline__ void LoadValues(uint32_t slot) {
+    if (loading_ && assigned_) {
+      if constexpr (Traits::kPaged) {
+        const char* source = static_cast<const char*>(p_.cache.value) + offset_;
+        if constexpr (Traits::kTransposedV) {
+          CopyLinear(slot, source);
+        } else {
+          CopyRows(slot, source, Traits::kRowBytes);
+        }
+        CopyScales(slot, p_.cache.v_scales);
+      } else {
+        CopyPacked(slot, p_.packed.value, p_.packed.value_token_stride,
+                   p_.packed.value_head_stride);
+      }
+    }
+    CommitCopies();
+  }
+
+ private:
+  static constexpr int kPieces = Traits::kDataBytes / 16;
+  static constexpr int kPiecesPerRow = Traits::kRowBytes / 16;
+
+  __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kStreamThreads; }
+
+  // Where the current unit lies.
+  __device__ __forceinline__ void Place() {
+    if constexpr (Traits::kPaged) {
+      assigned_ = static_cast<unsigned>(block_) < static_cast<unsigned>(p_.cache.num_blocks);
+      // A block's head holds 64 rows; a unit may be half of them.
+      const int64_t head = static_cast<int64_t>(block_) * p_.num_kv_heads + segment_->head;
+      constexpr int kUnitsPerBlock = kBlockSize / Traits::kUnit;
+      offset_ =
+          head * (kBlockSize * Traits::kRowBytes) + (unit_ % kUnitsPerBlock) * Traits::kDataBytes;
+      scale_ = head * kBlockSize;
+    } else {
+      assigned_ = true;
+      offset_ = segment_->shape.k_begin + static_cast<int64_t>(unit_) * Traits::kUnit;
+      rows_ = segment_->shape.k_len - unit_ * Traits::kUnit;
+      head_ = segment_->head;
+    }
+  }
+
+  __device__ __forceinline__ void Advance() {
+    unit_ += Traits::kStreams;
+    Settle();
+  }
+
+  // Goes on to the segment that holds the stream's next unit.
+  __device__ __forceinline__ void Settle() {
+    while (unit_ >= segment_->unit_end) {
+      if (++segment_ == end_) return;
+      unit_ = segment_->unit_begin + stream_;
+    }
+    if constexpr (Traits::kPaged) {
+      constexpr int kUnitsPerBlock = kBlockSize / Traits::kUnit;
+      const int page = unit_ / kUnitsPerBlock;
+      const int64_t row = segment_->row;
+      block_ = page < p_.rows.max_blocks
+                   ? __ldg(p_.rows.block_tables + row * p_.rows.max_blocks + page)
+                   : -1;
+    }
+  }
+
+  __device__ __forceinline__ void CopyRows(uint32_t slot, const char* source, int64_t stride) {
+#pragma unroll
+    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i) {
+      const int piece = i * Traits::kStreamThreads + Lane();
+      const int row = piece / kPiecesPerRow, chunk = piece % kPiecesPerRow;
+      CopyAsync16(slot + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16,
+                  source + row * stride + chunk * 16);
+    }
+  }
+
+  __device__ __forceinline__ void CopyLinear(uint32_t slot, const char* source) {
+#pragma unroll
+    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i) {
+      const int piece = i * Traits::kStreamThreads + Lane();
+      CopyAsync16(slot + piece * 16, source + piece * 16);
+    }
+  }
+
+  __device__ __forceinline__ void CopyScales(uint32_t slot, const void* scales) {
+    if constexpr (Traits::kTokenScales) {
+      const int bytes = SizeOf(p_.cache.scale_dtype);
+      if (Lane() * 16 < Traits::kUnit * bytes) {
+        CopyAsync16(slot + Traits::kDataBytes + Lane() * 16,
+                    static_cast<const char*>(scales) + scale_ * bytes + Lane() * 16);
+      }
+    }
+  }
+
+  // Rows of contiguous tensors, zeros after the row's last key. Strides that are no multiples of 16
+  // bytes are served a byte at a time.
+  __device__ __forceinline__ void CopyPacked(uint32_t slot, const void* tensor,
+                                             int64_t token_stride, int64_t head_stride) {
+    constexpr int kBytes = Traits::Format::kBytes;
+    const char* source =
+        static_cast<const char*>(tensor) + (offset_ * token_stride + head_ * head_stride) * kBytes;
+    const int64_t stride = token_stride * kBytes;
+    const bool aligned =
+        ((reinterpret_cast<uintptr_t>(tensor) | stride | (head_stride * kBytes)) & 15) == 0;
+#pragma unroll 2
+    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i) {
+      const int piece = i * Traits::kStreamThreads + Lane();
+      const int row = piece / kPiecesPerRow, chunk = piece % kPiecesPerRow;
+      const uint32_t target = slot + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16;
+      const char* from = source + row * stride + chunk * 16;
+      const bool inside = row < rows_;
+      if (aligned) {
+        CopyAsync16(target, inside ? from : static_cast<const char*>(tensor), inside ? 16 : 0);
+      } else {
+        uint32_t words[4] = {0, 0, 0, 0};
+        if (inside) {
+#pragma unroll
+          for (int b = 0; b < 16; ++b) {
+            words[b / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(from[b])) << (8 * (b % 4));
+          }
+        }
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(words[0]),
+                     "r"(words[1]), "r"(words[2]), "r"(words[3])
+                     : "memory");
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const Segment* segment_;  // of the next unit; end_ when there is none
+  const Segment* end_;
+  int stream_;
+  int unit_;
+  bool loading_ = false;   // the current unit exists
+  bool assigned_ = false;  // and its block too
+  int block_ = -1;
+  int rows_ = 0;
+  int head_ = 0;
+  int64_t offset_ = 0;
+  int64_t scale_ = 0;
+};
+
+}  // namespace fastattn::cuda

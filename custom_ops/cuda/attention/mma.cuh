@@ -1,0 +1,112 @@
+// Tensor-core and asynchronous-copy instructions that sm_80 has, one function each.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fastattn::cuda {
+
+// c += a * b, 16 x 8 x 16: row-major a, column-major b, fp32 accumulators.
+template <DType kOperand>
+__device__ __forceinline__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                    uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (kOperand == DType::kFloat16) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    static_assert(kOperand == DType::kBFloat16);
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint2 LoadShared8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
+// Four 8x8 matrices of 16-bit elements, transposed: lane l gives the address of row l % 8 of matrix
+// l / 8 and gets elements (row 2 * (l % 4) and the next, column l / 4) of each.
+__device__ __forceinline__ uint4 LoadMatricesTransposed(uint32_t address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+
+// Transposes an 8x8 matrix of 16-bit elements that lies in a warp's registers, two a lane.
+__device__ __forceinline__ uint32_t TransposeMatrix(uint32_t elements) {
+  uint32_t v;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(elements));
+  return v;
+}
+
+// Copies 16 bytes to shared memory without registers; with `bytes` = 0 it writes zeros instead.
+__device__ __forceinline__ void CopyAsync16(uint32_t target, const void* source, int bytes = 16) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `kPending` of this thread's groups of copies are under way.
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Lets the next kernel of the stream start its prologue, and waits for the end of the kernel
+// before. Both do nothing in a launch that does not overlap.
+__device__ __forceinline__ void AllowDependentLaunch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void WaitForPreviousKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Brings a kernel's parameters into the constant cache while it waits for the kernel before it.
+template <typename T>
+__device__ __forceinline__ void TouchParameters(const T& parameters) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&parameters);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); i += 16) {
+    asm volatile("" ::"r"(words[i]));
+  }
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,109 @@
+// How an attention call is cut into launches, from what the host knows: a pure function of ints.
+//
+// Two ways to share the work out:
+//  - `split`: the keys of all rows and heads, in units of a tile of keys, lie one after the other,
+//    and every CTA takes an equal share of them. A row's keys may so be split over several CTAs,
+//    whose partial results a second kernel merges. The lengths are read on the device: the plan
+//    stays right, and the shares equal, when they change between replays of a CUDA graph.
+//  - whole items: a CTA takes whole tiles of queries with all their keys.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fastattn {
+
+struct AttentionSizes {
+  int64_t num_tokens = 0;  // query tokens, padding included
+  int64_t batch = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t element_bytes = 1;  // of a key
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+  int64_t num_sms = 0;
+};
+
+struct AttentionLaunch {
+  int columns = 0;  // (query token, head) pairs of a tile: 8, 16 or 64
+  bool split = false;
+  int64_t min_columns = 0;  // rows with so many pairs a KV head, and at most max_columns
+  int64_t max_columns = 0;
+  int64_t grid = 0;       // CTAs
+  int64_t workspace = 0;  // floats of partial results
+};
+
+struct AttentionPlan {
+  int num_launches = 0;
+  AttentionLaunch launches[2];
+  int64_t workspace = 0;  // floats, the largest of the launches': they run one after the other
+};
+
+// Rows of one launch; a step with more is launched in pieces.
+inline constexpr int kMaxPlanRows = 512;
+// CTAs that share a multiprocessor.
+inline constexpr int kAttentionCtasPerSm = 2;
+// Ints that a CTA tells the merging kernel, and the parts it may leave: of the item that it found
+// begun, and of the one that it leaves unfinished.
+inline constexpr int kPartialHeader = 8;
+inline constexpr int kPartsPerCta = 2;
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Keys of a unit: a slot of shared memory holds 8 KiB.
+FASTATTN_HD constexpr int KeysPerUnit(int row_bytes) { return row_bytes > 128 ? 32 : 64; }
+
+inline int64_t PartialFloats(int64_t grid, int64_t columns, int64_t head_dim) {
+  return grid * (kPartialHeader + kPartsPerCta * columns * (head_dim + 2));
+}
+
+inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 : 64; }
+
+inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t max_columns) {
+  AttentionLaunch launch;
+  launch.columns = columns;
+  launch.split = true;
+  launch.max_columns = max_columns;
+  // As many CTAs as run at the same time, and none without work when the whole call is small.
+  const int64_t unit = KeysPerUnit(static_cast<int>(s.head_dim * s.element_bytes));
+  const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * s.num_heads / s.num_kv_heads;
+  const int64_t items = s.batch * s.num_kv_heads * CeilDiv(std::min(pairs, max_columns), columns);
+  const int64_t units = items * (CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), unit) + 1);
+  launch.grid = std::max<int64_t>(1, std::min(units, s.num_sms * kAttentionCtasPerSm));
+  launch.workspace = PartialFloats(launch.grid, columns, s.head_dim);
+  return launch;
+}
+
+// The launches of one call. A call of a few query tokens a row is one split launch; in any other,
+// rows that decode are split and the rest takes whole tiles.
+inline AttentionPlan PlanAttention(const AttentionSizes& s) {
+  AttentionPlan plan;
+  if (s.num_tokens <= 0 || s.batch <= 0 || s.num_kv_heads <= 0 || s.num_heads <= 0) return plan;
+  constexpr int64_t kAll = 0x7FFFFFFF;
+  const int64_t group = s.num_heads / s.num_kv_heads;
+  const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * group;
+  if (pairs <= 64 || s.max_seqlen_q <= 8) {
+    plan.launches[0] = SplitLaunch(s, ColumnsFor(pairs), kAll);
+    plan.num_launches = 1;
+  } else {
+    const int64_t decoding = std::max<int64_t>(ColumnsFor(group), group);
+    plan.launches[0] = SplitLaunch(s, ColumnsFor(group), decoding);
+    AttentionLaunch& whole = plan.launches[1];
+    whole.columns = 64;
+    whole.min_columns = decoding + 1;
+    whole.max_columns = kAll;
+    const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, whole.columns) + s.batch,
+                                   s.batch * CeilDiv(pairs, whole.columns));
+    whole.grid = std::min<int64_t>(tiles * s.num_kv_heads, int64_t{1} << 30);
+    plan.num_launches = 2;
+  }
+  for (int i = 0; i < plan.num_launches; ++i) {
+    plan.workspace = std::max(plan.workspace, plan.launches[i].workspace);
+  }
+  return plan;
+}
+
+}  // namespace fastattn

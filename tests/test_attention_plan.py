@@ -1,0 +1,86 @@
+"""How an attention call is shared out on a GPU: a pure function of ints that the host knows."""
+
+from __future__ import annotations
+
+import pytest
+
+host = pytest.importorskip("fastattn._host")
+
+SMS = 132
+
+
+def plan(batch, max_q, max_k, *, heads=32, kv_heads=8, head_dim=128, bytes_=1, tokens=None):
+    return host.plan_attention(
+        num_tokens=batch * max_q if tokens is None else tokens,
+        batch=batch,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        element_bytes=bytes_,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        num_sms=SMS,
+    )
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, max_q, columns",
+    [(32, 8, 1, 8), (64, 8, 1, 8), (32, 8, 2, 8), (32, 8, 3, 16), (16, 1, 1, 16), (17, 1, 1, 64)]
+    + [(32, 8, 5, 64), (64, 8, 8, 64), (128, 1, 1, 64), (128, 1, 8, 64)],
+)
+def test_short_rows_are_one_split_launch(heads, kv_heads, max_q, columns):
+    """All query heads of a KV head share a tile: the smallest that holds them, at most 64."""
+    (launch,) = plan(4, max_q, 8192, heads=heads, kv_heads=kv_heads)
+    assert launch["split"] == 1
+    assert launch["columns"] == columns
+    assert launch["min_columns"] == 0 and launch["max_columns"] >= 2**31
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(32, 8), (64, 8), (16, 1), (128, 1), (8, 8)])
+def test_every_row_belongs_to_one_launch_of_a_mixed_call(heads, kv_heads):
+    decode, prefill = plan(7, 2000, 8192, heads=heads, kv_heads=kv_heads, tokens=2100)
+    assert (decode["split"], prefill["split"]) == (1, 0)
+    assert decode["min_columns"] == 0
+    assert prefill["min_columns"] == decode["max_columns"] + 1
+    assert decode["max_columns"] >= heads // kv_heads  # rows of one token are split
+    assert prefill["max_columns"] >= 2100 * heads
+    assert prefill["workspace"] == 0
+
+
+def test_grid_holds_every_tile_of_every_row():
+    """Rows of 1 token and long ones, in the worst order: as many tiles as there can be."""
+    lengths = [1, 2000, 1, 999, 17, 64, 65, 3000]
+    _, prefill = plan(len(lengths), 3000, 8192, tokens=sum(lengths))
+    tiles = sum(-(-4 * n // prefill["columns"]) for n in lengths)
+    assert prefill["grid"] >= 8 * tiles
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64, 1000])
+@pytest.mark.parametrize("max_k", [0, 1, 64, 1000, 32768, 1 << 20])
+def test_small_calls_have_no_more_ctas_than_units(batch, max_k):
+    (launch,) = plan(batch, 1, max_k)
+    units = batch * 8 * (max(-(-max_k // 64), 1) + 1)
+    assert 1 <= launch["grid"] <= min(units, 2 * SMS)
+
+
+def test_large_calls_fill_the_gpu_once():
+    """Equal shares: CTAs that wait for others to end would only pay for another start."""
+    (launch,) = plan(128, 1, 32768)
+    assert launch["grid"] == 2 * SMS
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_workspace_holds_two_parts_of_every_cta(head_dim):
+    (launch,) = plan(16, 1, 8192, head_dim=head_dim)
+    assert launch["workspace"] >= launch["grid"] * 2 * launch["columns"] * (head_dim + 2)
+
+
+def test_workspace_does_not_grow_with_the_batch_or_the_context():
+    """A server plans its memory once."""
+    sizes = {plan(b, 1, k)[0]["workspace"] for b in (256, 512) for k in (1 << 17, 1 << 20)}
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("batch, tokens", [(0, 0), (0, 5), (3, 0)])
+def test_empty_calls_have_no_launch(batch, tokens):
+    assert plan(batch, 1, 64, tokens=tokens) == []
