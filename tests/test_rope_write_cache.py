@@ -271,6 +271,22 @@ def test_decode_and_speculative_rows(place, cache, new):
     check(make_case([63, 1, 128, 61], [new] * 4, cache=cache, q_quant="per_token_head"), place)
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize(("rows", "most"), [(1100, 1), (90, 4), (50, 30)])
+def test_many_rows_of_which_some_rest(place, rows, most, with_ids):
+    """Rows lie far from where their tokens' number would have them."""
+    rng = np.random.default_rng(rows)
+    new = rng.integers(0, most + 1, rows)
+    new[: rows // 3] = 0
+    options = {"heads": 2, "kv_heads": 1, "neox": True, "q_quant": "per_token_head"}
+    case = make_case(list(rng.integers(0, 70, rows)), list(new), cache=CACHES[-1], **options)
+    if with_ids:
+        ids = np.repeat(np.arange(rows), new).astype(np.int32)
+        ids[::7] = -1
+        case.tensors["batch_id_per_token"] = ids
+    check(case, place)
+
+
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_group_sizes(place, group):
     check(make_case([60], [7], heads=2 * group, q_quant="per_token_head"), place)

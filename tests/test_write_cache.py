@@ -222,6 +222,18 @@ def test_rows_give_fewer_tokens_than_their_room(place):
     assert_same_cache(write(cache, key, key, step, place), model(cache, key, key, step))
 
 
+@pytest.mark.parametrize("cache_quant_type", ["none", "cache_int8", "block_wise_fp8"])
+@pytest.mark.parametrize(("rows", "most"), [(1100, 1), (50, 30)])
+def test_many_rows_of_which_some_rest(place, rows, most, cache_quant_type):
+    rng = np.random.default_rng(rows)
+    new = rng.integers(0, most + 1, rows)
+    new[: rows // 3] = 0
+    step, num_blocks = make_step(list(rng.integers(0, 70, rows)), list(new))
+    cache = make_cache(cache_quant_type, num_blocks, 1, 64)
+    key, value = (make_values((step.num_tokens, 1, 64), BF16, seed) for seed in (1, 2))
+    assert_same_cache(write(cache, key, value, step, place), model(cache, key, value, step))
+
+
 def test_batch_id_per_token_skips_padding(place):
     step, num_blocks = make_step([10, 20], [4, 4])
     ids = np.asarray([0, 0, -1, 0, 1, -1, 1, 1, -1, -1], np.int32)
