@@ -13,9 +13,9 @@ namespace fastattn::cuda {
 template <int kRowBytes>
 __device__ __forceinline__ uint64_t OperandDescriptor(uint32_t address) {
   static_assert(kRowBytes == 128 || kRowBytes == 64);
-  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
-  constexpr uint64_t kGroup = 8 * kRowBytes / 16;
-  return kSwizzle << 62 | kGroup << 32 | uint64_t{1} << 16 | ((address & 0x3FFFF) >> 4);
+  constexpr uint32_t kSwizzle = kRowBytes == 128 ? 1 : 2;
+  constexpr uint32_t kGroup = 8 * kRowBytes / 16;
+  return uint64_t{kSwizzle << 30 | kGroup} << 32 | (1u << 16 | (address & 0x3FFFF) >> 4);
 }
 
 // Orders accesses to registers before the products that follow.

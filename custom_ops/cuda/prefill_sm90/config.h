@@ -19,7 +19,7 @@ enum class Turns : int {
 
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
 template <int kDim_, bool kTokenScales_, bool kSoftcap_, bool kTwoLevel_ = true,
-          Turns kTurns_ = Turns::kIssue, int kStages_ = 5, int kEarly_ = 4>
+          Turns kTurns_ = Turns::kIssue, int kStages_ = 5, int kEarly_ = 1, int kPolynomials_ = 0>
 struct Config {
   static constexpr int kDim = kDim_;
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
@@ -32,6 +32,7 @@ struct Config {
   // Quarters of a step's exponentials that are computed before waiting for the P * V of the step
   // before.
   static constexpr int kEarly = kEarly_;
+  static constexpr int kPolynomials = kPolynomials_;  // of 16 exponentials
 
   static constexpr int kConsumers = 2;
   static constexpr int kQueries = 64 * kConsumers;
@@ -49,7 +50,9 @@ struct Tile {
   int token;      // of the step: the first query
   int queries;    // that exist
   int position;   // of the first query among the row's keys
-  int k_len;      // keys of the row that the block table reaches
+  int k_len;      // keys of the row, paged ones as far as the block table reaches
+  int key_token;  // contiguous keys: the row's first
+  int key_block;  // contiguous keys: the row's first block of transposed values
   int steps;      // at least 1; -1: no more tiles
   int last;       // step index (position / kKeys) of the first step; they go downwards
   int common_lo;  // keys that every query of the tile sees, mask_offsets apart
@@ -87,7 +90,9 @@ struct alignas(1024) Shared {
   // Token scales: as loaded (fp32 or bf16), and as used: fp32, those of V over the step's largest.
   uint8_t raw_scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys * 4];
   float scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys];
-  float reference[C::kTokenScales ? C::kStages : 1][2];  // largest scale of V, and 1 over it
+  uint32_t poisoned[C::kTokenScales ? C::kStages : 1][C::kKeys / 32];  // tokens; a bit each
+  float reference[C::kTokenScales ? C::kStages : 1]
+                 [2];  // V's largest scale; the step before's over it
   // Tokens of a stage whose value is NaN, by channel; a bit each, 16 tokens a word.
   alignas(16) uint16_t nan_tokens[C::kStages][C::kDim][C::kKeys / 16];
   alignas(4) uint8_t nan_found[C::kStages][4];  // by each cleaner
@@ -109,10 +114,17 @@ struct alignas(1024) Shared {
   uint64_t value_empty[C::kStages];
 };
 
+// Contiguous values are transposed into blocks of 64 tokens first. The blocks of row b begin here:
+// rows never share one, and no prefix sum is needed.
+__host__ __device__ constexpr int FirstBlock(int key_token, int row) {
+  return key_token / kBlockSize + row;
+}
+
 struct Arguments {
   CUtensorMap query;  // [T, H, D]: boxes of 64 tokens
-  CUtensorMap key;    // [blocks * KV, 64, D]: boxes of a block
-  CUtensorMap value;  // [blocks * KV, D, 64]
+  CUtensorMap key;    // paged: [blocks * KV, 64, D], else [KV, tokens, D]; boxes of 64 tokens
+  CUtensorMap value;  // [blocks * KV, D, 64]; boxes of a block
+  int value_blocks;
   AttentionParams p;
   int min_query_tokens;
 };

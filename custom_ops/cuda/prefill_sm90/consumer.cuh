@@ -21,8 +21,20 @@ inline constexpr float kMinusInf = -__builtin_huge_valf();
 
 __device__ __forceinline__ float Exp2(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// 2^x for x <= 128 on the FMA units, which have time to spare where the special function units have
+// none: 2^round(x) times a cubic, to 1e-4. Below 2^-126 it stays there.
+__device__ __forceinline__ float Exp2Polynomial(float x) {
+  x = fmaxf(x, -126.0f);
+  const float rounded = x + 12582912.0f;  // 1.5 * 2^23: an integer in the low bits
+  const float rest = x - (rounded - 12582912.0f);
+  float y = fmaf(rest, 0.05517166f, 0.24261116f);
+  y = fmaf(y, rest, 0.69326099f);
+  y = fmaf(y, rest, 0.99992807f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
 }
 
 __device__ __forceinline__ float Reciprocal(float x) {
@@ -54,7 +66,10 @@ template <class C>
 class Consumer {
  public:
   __device__ __forceinline__ Consumer(const Arguments& arguments, Shared<C>& shared)
-      : p_(arguments.p), shared_(shared), group_(threadIdx.x / 128 - 1), lane_(threadIdx.x % 32) {}
+      : p_(arguments.p),
+        shared_(shared),
+        group_(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
+        lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
     if (C::kTurns != Turns::kFree && group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
@@ -78,7 +93,6 @@ class Consumer {
         WaitProducts<0>(s_);
         EndTurn<Turns::kScore>();
       }
-      Wait(&shared_.value_ready[values_.index], values_.phase);
       FenceProducts();
       IssueValues();
       Finish(queries.index ^ 1);
@@ -108,10 +122,9 @@ class Consumer {
     start_ = shared_.tile[buffer].last * C::kKeys;
     buffer_ = buffer;
     int begin = 0, end = 1 << 30;
-    reference_ = 1.0f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      max_[h] = kMinusInf;
+      shift_[h] = kMinusInf;
       sum_[h] = 0.0f;
       pending_[h] = 0.0f;
       factor_[h] = shared_.factor[buffer][QueryOf(h)];
@@ -129,8 +142,10 @@ class Consumer {
   // Ends a tile whose last product has been issued.
   __device__ __forceinline__ void Finish(int buffer) {
     const float one[2] = {1.0f, 1.0f};
-    FinishValues(start_, one);
-    Epilogue<C>::Write(p_, shared_, buffer, o_, max_, sum_, factor_, reference_);
+    const float reference = C::kTokenScales ? shared_.reference[values_.index][0] : 1.0f;
+    AddProduct(one);
+    ReleaseValues(start_);
+    Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference);
     Release(&shared_.query_empty[buffer]);
   }
 
@@ -190,7 +205,6 @@ class Consumer {
   __device__ __forceinline__ void IssueBoth() {
     Wait(&shared_.key_full[keys_.index], keys_.phase);
     flags_ = shared_.flags[keys_.index];
-    Wait(&shared_.value_ready[values_.index], values_.phase);
     BeginTurn();
     FenceProducts();
     IssueScores();
@@ -200,10 +214,10 @@ class Consumer {
 
   __device__ __forceinline__ void FirstSoftmax() {
     FinishScores();
-    float shift[2], alpha[2];
-    FindMaximum(shift, alpha);
-    Exponentials<0, 4>(shift);
-    AddSums(alpha);
+    float alpha[2];
+    FindMaximum(alpha);
+    Exponentials<0, 4>();
+    WaitForValues();
     PackProbabilities();
   }
 
@@ -214,18 +228,27 @@ class Consumer {
     EndTurn<Turns::kScore>();
     start_ -= C::kKeys;
     FinishScores();
-    float shift[2], alpha[2];
-    FindMaximum(shift, alpha);
-    Exponentials<0, C::kEarly>(shift);
-    FinishValues(start_ + C::kKeys, alpha);
-    Exponentials<C::kEarly, 4>(shift);
-    AddSums(alpha);
+    float alpha[2];
+    FindMaximum(alpha);
+    Exponentials<0, C::kEarly>();
+    WaitForValues();
+    AddProduct(alpha);
+    Exponentials<C::kEarly, 4>();
+    ReleaseValues(start_ + C::kKeys);
     PackProbabilities();
   }
 
-  // Waits for P * V of the step whose keys start at `start` and adds it. The output's scale follows
-  // the maximum one step late, so that both are one FMA.
-  __device__ __forceinline__ void FinishValues(int start, const float (&alpha)[2]) {
+  // Waits for the step's values, which only the next product needs. It stands here, and depends on
+  // the sums, because the compiler moves a wait for products up, and exponentials down, as far as
+  // it can: with this between them, they run under the product of the step before.
+  __device__ __forceinline__ void WaitForValues() {
+    const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
+    Wait(&shared_.value_ready[stage_], stage_phase_ ^ never);
+  }
+
+  // Waits for the P * V in flight and adds it. The output's scale follows the maximum one step
+  // late, so that both are one FMA.
+  __device__ __forceinline__ void AddProduct(const float (&alpha)[2]) {
     WaitProducts<0>(Target());
     KeepRegisters(probabilities_);
     if (C::kTwoLevel) {
@@ -234,10 +257,6 @@ class Consumer {
         o_[i] = fmaf(o_[i], pending_[i / 2 % 2], product_[i]);
       }
     }
-    const int found = *reinterpret_cast<const int*>(shared_.nan_found[values_.index]) & 0xFFFFFF;
-    if (found != 0) AddNaNs(start, buffer_);
-    Release(&shared_.value_empty[values_.index]);
-    values_.Advance();
     if (C::kTwoLevel) {
       pending_[0] = alpha[0];
       pending_[1] = alpha[1];
@@ -247,34 +266,46 @@ class Consumer {
     }
   }
 
+  // Ends the use of the values whose product has been added; `start` is their first key.
+  __device__ __forceinline__ void ReleaseValues(int start) {
+    const int found = *reinterpret_cast<const int*>(shared_.nan_found[values_.index]) & 0xFFFFFF;
+    if (found != 0) AddNaNs(start, buffer_);
+    Release(&shared_.value_empty[values_.index]);
+    values_.Advance();
+  }
+
   // --- softmax ----------------------------------------------------------------------------------
 
   // Ends the use of the step's keys, applies scales, softcap and masks.
   __device__ __forceinline__ void FinishScores() {
     const int at = keys_.index;
     Release(&shared_.key_empty[at]);
-    if constexpr (C::kTokenScales) {
-      Wait(&shared_.value_ready[at], keys_.phase);
-      const float* scales = shared_.scales[at][0] + 2 * (lane_ % 4);
-#pragma unroll
-      for (int j = 0; j < C::kKeys / 8; ++j) {
-        const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-        s_[4 * j] *= scale.x;
-        s_[4 * j + 1] *= scale.y;
-        s_[4 * j + 2] *= scale.x;
-        s_[4 * j + 3] *= scale.y;
-      }
-    }
-    if constexpr (C::kSoftcap) Softcap();
+    if constexpr (C::kTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
+    if constexpr (C::kSoftcap) Softcap(at);
     const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
     if (!full || (flags_ & (3 * kUnassigned))) Mask();
-    scale_stage_ = at;
+    stage_ = at;
+    stage_phase_ = keys_.phase;
     keys_.Advance();
   }
 
+  // Multiplies eight columns of the scores with their tokens' scales.
+  __device__ __forceinline__ void ScaleColumns(const float* scales, int j) {
+    const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (lane_ % 4));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      s_[4 * j + 2 * h] *= scale.x;
+      s_[4 * j + 2 * h + 1] *= scale.y;
+    }
+  }
+
   // cap * tanh(s / cap), in units of log2. factor_ holds the scale over the cap.
-  __device__ __forceinline__ void Softcap() {
+  __device__ __forceinline__ void Softcap(int at) {
     const float cap = p_.softcap * kLog2E;
+    if constexpr (C::kTokenScales) {
+#pragma unroll
+      for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[at][0], j);
+    }
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
       const float x = s_[i] * factor_[i / 2 % 2];
@@ -304,64 +335,53 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void FindMaximum(float (&shift)[2], float (&alpha)[2]) {
+  __device__ __forceinline__ void FindMaximum(float (&alpha)[2]) {
+    float part[4];
+#pragma unroll
+    for (int i = 0; i < C::kScores; ++i) {
+      // Hidden scores are -inf already, and stay it: the scales are positive.
+      if (C::kTokenScales && !C::kSoftcap && i % 4 == 0) {
+        ScaleColumns(shared_.scales[stage_][0], i / 4);
+      }
+      part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float a = s_[2 * h], b = s_[2 * h + 1];
-#pragma unroll
-      for (int i = 4; i < C::kScores; i += 4) {
-        a = MaxNaN(a, s_[i + 2 * h]);
-        b = MaxNaN(b, s_[i + 2 * h + 1]);
-      }
-      float largest = MaxNaN(MaxNaN(a, b), max_[h]);
+      float largest = MaxNaN(part[2 * h], part[2 * h + 1]);
       largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 2));
-      const float factor = C::kSoftcap ? 1.0f : factor_[h];
-      // While no visible score is above -inf there is nothing to subtract or to rescale.
-      const float base = (largest == kMinusInf ? 0.0f : largest) * factor;
-      alpha[h] = Exp2(fmaf(max_[h], factor, -base));
-      shift[h] = base - kLogPeak;
-      max_[h] = largest;
+      const float before = shift_[h];
+      shift_[h] = MaxNaN(before, fmaf(largest, Factor(h), -kLogPeak));
+      alpha[h] = Exp2(before - Shift(h));
+      sum_[h] *= alpha[h];
     }
   }
 
-  // Quarters kBegin to kEnd of the step's columns.
+  __device__ __forceinline__ float Factor(int h) const { return C::kSoftcap ? 1.0f : factor_[h]; }
+
+  // What is subtracted from the scores: nothing while no visible one is above -inf.
+  __device__ __forceinline__ float Shift(int h) const {
+    return shift_[h] == kMinusInf ? 0.0f : shift_[h];
+  }
+
+  // Quarters kBegin to kEnd of the step's columns, and their sums.
   template <int kBegin, int kEnd>
-  __device__ __forceinline__ void Exponentials(const float (&shift)[2]) {
+  __device__ __forceinline__ void Exponentials() {
+    const float shift[2] = {Shift(0), Shift(1)};
 #pragma unroll
     for (int i = kBegin * C::kScores / 4; i < kEnd * C::kScores / 4; ++i) {
       const int h = i / 2 % 2;
-      s_[i] = Exp2(fmaf(s_[i], C::kSoftcap ? 1.0f : factor_[h], -shift[h]));
-    }
-  }
-
-  __device__ __forceinline__ void AddSums(float (&alpha)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float a = s_[2 * h], b = s_[2 * h + 1];
-#pragma unroll
-      for (int i = 4; i < C::kScores; i += 4) {
-        a += s_[i + 2 * h];
-        b += s_[i + 2 * h + 1];
-      }
-      sum_[h] = fmaf(sum_[h], alpha[h], a + b);
+      const float x = fmaf(s_[i], Factor(h), -shift[h]);
+      s_[i] = i * 5 % 16 < C::kPolynomials ? Exp2Polynomial(x) : Exp2(x);
+      sum_[h] += s_[i];
+      if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[stage_][1], i / 4);
     }
   }
 
   __device__ __forceinline__ void PackProbabilities() {
     if constexpr (C::kTokenScales) {
-      const float* scales = shared_.scales[scale_stage_][1] + 2 * (lane_ % 4);
-#pragma unroll
-      for (int j = 0; j < C::kKeys / 8; ++j) {
-        const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-        s_[4 * j] *= scale.x;
-        s_[4 * j + 1] *= scale.y;
-        s_[4 * j + 2] *= scale.x;
-        s_[4 * j + 3] *= scale.y;
-      }
       // The output counts in units of the step's largest scale.
-      const float ratio = reference_ * shared_.reference[scale_stage_][1];
-      reference_ = shared_.reference[scale_stage_][0];
+      const float ratio = shared_.reference[stage_][1];
       pending_[0] *= ratio;
       pending_[1] *= ratio;
     }
@@ -389,6 +409,11 @@ class Consumer {
         const uint64_t bits = (uint64_t{1} << end) - 1;
         seen[h] = static_cast<uint32_t>(bits) & ~static_cast<uint32_t>((uint64_t{1} << begin) - 1);
       }
+      if constexpr (C::kTokenScales) {
+        const uint32_t poisoned = shared_.poisoned[values_.index][w];
+        if (poisoned & seen[0]) sum_[0] = NAN;
+        if (poisoned & seen[1]) sum_[1] = NAN;
+      }
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) {
         const int channel = 8 * (i / 4) + 2 * (lane_ % 4) + i % 2;
@@ -403,13 +428,13 @@ class Consumer {
   const int lane_;
   Ring<C::kStages> keys_, values_;
   uint64_t query_operand_;
-  int scale_stage_ = 0;
+  int stage_ = 0;  // of the step
+  uint32_t stage_phase_ = 0;
   int flags_;                      // of the step
   int start_;                      // first key of the step
   int buffer_;                     // of the tile
   int common_begin_, common_end_;  // keys that all of the warp's queries see
-  float max_[2], sum_[2], factor_[2], pending_[2];
-  float reference_;
+  float shift_[2], sum_[2], factor_[2], pending_[2];
   float s_[C::kScores];
   float o_[C::kOut];
   float product_[C::kTwoLevel ? C::kOut : 1];

@@ -29,22 +29,22 @@ struct Place {
 
 template <class C>
 struct Epilogue {
-  // `maximum` of the scores before `factor`; `sum` is this thread's part of it, and like o 2^8 of
-  // the true one. o counts in units of `reference`.
+  // `shift` is 8 below the maximum in units of log2; `sum` is this thread's part of it, and like o
+  // 2^8 of the true one. o counts in units of `reference`.
   __device__ __forceinline__ static void Write(const AttentionParams& p, const Shared<C>& shared,
                                                int buffer, const float (&o)[C::kOut],
-                                               const float (&maximum)[2], const float (&sum)[2],
-                                               const float (&factor)[2], float reference) {
+                                               const float (&shift)[2], const float (&sum)[2],
+                                               float reference) {
     const Place place(shared.tile[buffer]);
     float scale[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = sum[h] + __shfl_xor_sync(~0u, sum[h], 1);
       total += __shfl_xor_sync(~0u, total, 2);
-      const float peak = maximum[h] * (C::kSoftcap ? 1.0f : factor[h]);
-      scale[h] = Normalise(p, place, h, peak, total * 0x1p-8f, shared.sink[buffer]) * 0x1p-8f;
+      scale[h] =
+          Normalise(p, place, h, shift[h] + 8.0f, total * 0x1p-8f, shared.sink[buffer]) * 0x1p-8f;
       // No visible key: 0, whatever the other factors are.
-      if (total != 0.0f) scale[h] *= shared.output_scale[buffer] * reference;
+      if (scale[h] != 0.0f) scale[h] *= shared.output_scale[buffer] * reference;
     }
     switch (p.out_dtype) {
       case DType::kBFloat16:
@@ -65,7 +65,7 @@ struct Epilogue {
                                                     int h, float peak, float sum, float sink) {
     constexpr float kLn2 = 0.693147181f, kLog2 = 1.44269504f;
     constexpr float kInf = __builtin_huge_valf();
-    const bool empty = sum == 0.0f;
+    const bool empty = sum < 0.5f;  // a visible key with the maximum adds 1
     float lse = -kInf, normaliser = 0.0f;
     if (sink == kInf) {
       lse = empty ? lse : kInf;

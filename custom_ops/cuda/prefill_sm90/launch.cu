@@ -25,9 +25,22 @@ bool SupportsCache(const PagedCache& cache) {
   if (IsDynamic(cache.type) && !(IsAligned(cache.k_scales) && IsAligned(cache.v_scales))) {
     return false;
   }
-  const int64_t heads = static_cast<int64_t>(cache.num_blocks) * cache.num_kv_heads;
-  return heads > 0 && heads < std::numeric_limits<int>::max() && IsAligned(cache.key) &&
-         IsAligned(cache.value);
+  return cache.num_blocks > 0 && IsAligned(cache.key) && IsAligned(cache.value);
+}
+
+bool SupportsPacked(const PackedKv& kv) {
+  if (kv.dtype != DType::kE4M3 || kv.num_tokens <= 0) return false;
+  if (kv.num_tokens >= std::numeric_limits<int>::max()) return false;
+  for (int64_t stride : {kv.key_token_stride, kv.key_head_stride}) {
+    if (stride <= 0 || !IsMultiple(stride, 16)) return false;
+  }
+  return IsMultiple(kv.value_token_stride, 4) && IsMultiple(kv.value_head_stride, 4) &&
+         IsAligned(kv.key) && IsAligned(kv.value);
+}
+
+// Blocks of V, paged or transposed.
+int64_t ValueBlocks(const AttentionParams& p) {
+  return p.paged ? p.cache.num_blocks : p.packed.num_tokens / kBlockSize + p.rows.batch;
 }
 
 // The queries [T, H, D], the codes of K as rows of tokens and those of V as rows of channels.
@@ -36,7 +49,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   const auto dim = static_cast<uint64_t>(p.head_dim);
   const auto box = static_cast<uint32_t>(p.head_dim);
   const uint64_t block = dim * kBlockSize;
-  const uint64_t heads = static_cast<uint64_t>(p.cache.num_blocks) * p.cache.num_kv_heads;
+  const uint64_t planes = static_cast<uint64_t>(arguments->value_blocks) * p.num_kv_heads;
   const CUtensorMapSwizzle rows =
       p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const ByteTensor query{
@@ -45,10 +58,16 @@ cudaError_t EncodeMaps(Arguments* arguments) {
       {static_cast<uint64_t>(p.q_head_stride), static_cast<uint64_t>(p.q_token_stride)},
       {box, 1, 64},
       rows};
-  const ByteTensor key{
-      p.cache.key, {dim, kBlockSize, heads}, {dim, block}, {box, kBlockSize, 1}, rows};
-  const ByteTensor value{p.cache.value,
-                         {kBlockSize, dim, heads},
+  ByteTensor key{p.cache.key, {dim, kBlockSize, planes}, {dim, block}, {box, kBlockSize, 1}, rows};
+  if (!p.paged) {
+    key.data = p.packed.key;
+    key.size[1] = static_cast<uint64_t>(p.packed.num_tokens);
+    key.size[2] = static_cast<uint64_t>(p.num_kv_heads);
+    key.stride[0] = static_cast<uint64_t>(p.packed.key_token_stride);
+    key.stride[1] = static_cast<uint64_t>(p.packed.key_head_stride);
+  }
+  const ByteTensor value{p.paged ? p.cache.value : p.workspace,
+                         {kBlockSize, dim, planes},
                          {kBlockSize, block},
                          {kBlockSize, box, 1},
                          CU_TENSOR_MAP_SWIZZLE_64B};
@@ -61,8 +80,9 @@ cudaError_t EncodeMaps(Arguments* arguments) {
 template <int kDim>
 cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
   using prefill_sm90::LaunchVariant;
-  const bool softcap = arguments.p.softcap > 0.0f;
-  if (IsDynamic(arguments.p.cache.type)) {
+  const AttentionParams& p = arguments.p;
+  const bool softcap = p.softcap > 0.0f;
+  if (p.paged && IsDynamic(p.cache.type)) {
     return softcap ? LaunchVariant<kDim, true, true>(arguments, stream)
                    : LaunchVariant<kDim, true, false>(arguments, stream);
   }
@@ -73,17 +93,24 @@ cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
 }  // namespace
 
 bool PrefillSm90Supports(const AttentionParams& p) {
-  if (!p.paged || p.q_dtype != DType::kE4M3) return false;
-  if (p.head_dim != 64 && p.head_dim != 128) return false;
+  if (p.q_dtype != DType::kE4M3 || (p.head_dim != 64 && p.head_dim != 128)) return false;
   if (p.rows.num_tokens <= 0 || p.rows.batch <= 0 || p.num_heads <= 0) return false;
-  if (p.rows.max_blocks <= 0 || p.num_kv_heads <= 0 || p.num_heads % p.num_kv_heads != 0) {
+  if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
     return false;
   }
-  if (!SupportsCache(p.cache)) return false;
+  if (p.paged ? p.rows.max_blocks <= 0 || !SupportsCache(p.cache) : !SupportsPacked(p.packed)) {
+    return false;
+  }
+  if ((ValueBlocks(p) + 1) * p.num_kv_heads >= std::numeric_limits<int>::max()) return false;
   // The copy engine wants 16-byte steps, and a maximum of scores needs a positive factor.
   const bool strides = IsMultiple(p.q_token_stride, 16) && IsMultiple(p.q_head_stride, 16) &&
                        p.q_token_stride > 0 && p.q_head_stride > 0;
   return strides && IsAligned(p.q) && IsAligned(p.out) && p.softmax_scale > 0.0f;
+}
+
+int64_t PrefillSm90Workspace(const AttentionParams& p) {
+  if (p.paged) return 0;
+  return ValueBlocks(p) * p.num_kv_heads * p.head_dim * kBlockSize / sizeof(float);
 }
 
 cudaError_t LaunchPrefillSm90(const AttentionParams& p, int min_query_tokens, cudaStream_t stream) {
@@ -91,7 +118,11 @@ cudaError_t LaunchPrefillSm90(const AttentionParams& p, int min_query_tokens, cu
   Arguments arguments;
   arguments.p = p;
   arguments.min_query_tokens = min_query_tokens;
-  const cudaError_t status = EncodeMaps(&arguments);
+  arguments.value_blocks = static_cast<int>(ValueBlocks(p));
+  cudaError_t status = EncodeMaps(&arguments);
+  if (status == cudaSuccess && !p.paged) {
+    status = prefill_sm90::LaunchTranspose(p, reinterpret_cast<uint8_t*>(p.workspace), stream);
+  }
   if (status != cudaSuccess) return status;
   return p.head_dim == 128 ? Launch<128>(arguments, stream) : Launch<64>(arguments, stream);
 }

@@ -63,15 +63,14 @@ class Loader {
     }
   }
 
-  // Index of a block and KV head in the caches for each lane: half lane % 2 of step lane / 2.
-  // Blocks that are not assigned get the index after the last one, which arrives as zeros.
+  // The block of each lane: half lane % 2 of step lane / 2. -1: it is not assigned.
   __device__ int FindBlock(const volatile Tile& tile, int step) const {
     const int slot = 2 * (tile.last - step - lane_ / 2) + lane_ % 2;
-    int id = -1;
-    if (slot >= 0 && slot < p_.rows.max_blocks && slot < (tile.k_len + kBlockSize - 1) / kBlockSize)
-      id = p_.rows.block_tables[static_cast<int64_t>(tile.row) * p_.rows.max_blocks + slot];
-    if (id < 0 || id >= p_.cache.num_blocks) return -1;
-    return id * p_.num_kv_heads + tile.head / (p_.num_heads / p_.num_kv_heads);
+    if (slot < 0 || slot >= (tile.k_len + kBlockSize - 1) / kBlockSize) return -1;
+    if (!p_.paged) return tile.key_block + slot;
+    const int64_t row = static_cast<int64_t>(tile.row) * p_.rows.max_blocks;
+    const int id = p_.rows.block_tables[row + slot];
+    return id < 0 || id >= a_.value_blocks ? -1 : id;
   }
 
   __device__ void LoadKeys(const volatile Tile& tile, Ring<C::kStages>* stages) {
@@ -87,22 +86,30 @@ class Loader {
       const int start = (tile.last - step) * C::kKeys;
       int flags = (blocks[0] < 0 ? kUnassigned : 0) | (blocks[1] < 0 ? kUnassigned << 1 : 0);
       if (start < tile.common_lo || start + C::kKeys > tile.common_hi) flags |= kClean;
-      LoadStep(blocks, flags, *stages);
+      LoadStep(tile, step, blocks, flags, *stages);
       stages->Advance();
     }
   }
 
-  __device__ void LoadStep(const int (&blocks)[2], int flags, Ring<C::kStages> stage) {
+  // Blocks that are not assigned lie outside of the tensors: they arrive as zeros.
+  __device__ void LoadStep(const volatile Tile& tile, int step, const int (&blocks)[2], int flags,
+                           Ring<C::kStages> stage) {
     constexpr int kBytes = kBlockSize * C::kDim;
-    const int outside = p_.cache.num_blocks * p_.num_kv_heads;
+    const int kv_heads = p_.num_kv_heads, kv_head = tile.head / (p_.num_heads / kv_heads);
     const int at = stage.index;
     Wait(&shared_.key_empty[at], stage.phase ^ 1);
     if (lane_ == 0) {
       shared_.flags[at] = flags;
       ArriveExpect(&shared_.key_full[at], 2 * kBytes);
       for (int i = 0; i < 2; ++i) {
-        CopyBox(&a_.key, shared_.key[at] + i * kBytes, &shared_.key_full[at], 0, 0,
-                blocks[i] < 0 ? outside : blocks[i]);
+        const int block = blocks[i] < 0 ? a_.value_blocks : blocks[i];
+        int token = 0, plane = block * kv_heads + kv_head;
+        if (!p_.paged) {
+          plane = kv_head;
+          token = blocks[i] < 0 ? static_cast<int>(p_.packed.num_tokens)
+                                : tile.key_token + (tile.last - step) * C::kKeys + i * kBlockSize;
+        }
+        CopyBox(&a_.key, shared_.key[at] + i * kBytes, &shared_.key_full[at], 0, token, plane);
       }
     }
     __syncwarp();
@@ -113,10 +120,11 @@ class Loader {
       const int scale_bytes = kBlockSize * SizeOf(p_.cache.scale_dtype);
       ArriveExpect(barrier, 2 * kBytes + (C::kTokenScales ? 2 * assigned * scale_bytes : 0));
       for (int i = 0; i < 2; ++i) {
-        CopyBox(&a_.value, shared_.value[at] + i * kBytes, barrier, 0, 0,
-                blocks[i] < 0 ? outside : blocks[i]);
+        const int block = blocks[i] < 0 ? a_.value_blocks : blocks[i];
+        const int plane = block * kv_heads + kv_head;
+        CopyBox(&a_.value, shared_.value[at] + i * kBytes, barrier, 0, 0, plane);
         if (C::kTokenScales && blocks[i] >= 0) {
-          const int64_t offset = static_cast<int64_t>(blocks[i]) * scale_bytes;
+          const int64_t offset = static_cast<int64_t>(plane) * scale_bytes;
           CopyBulk(static_cast<const char*>(p_.cache.k_scales) + offset,
                    shared_.raw_scales[at][0] + i * scale_bytes, barrier, scale_bytes);
           CopyBulk(static_cast<const char*>(p_.cache.v_scales) + offset,
@@ -157,6 +165,7 @@ class Cleaner {
       }
       if (steps < 0) return;
       queries.Advance();
+      float reference = 1.0f;  // the largest scale of V in the step before
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const int at = stages.index;
@@ -165,10 +174,10 @@ class Cleaner {
         bool nan = false;
         if (shared_.flags[at] & kClean) nan = Clean(at, written);
         nan = __any_sync(~0u, nan);
-        if (lane_ == 0) shared_.nan_found[at][warp_] = nan;
         if constexpr (C::kTokenScales) {
-          if (warp_ == 0) PrepareScales(at, written, shared_.flags[at]);
+          if (warp_ == 0) nan |= PrepareScales(at, written, shared_.flags[at], &reference);
         }
+        if (lane_ == 0) shared_.nan_found[at][warp_] = nan;
         FenceAsyncProxy();
         __syncwarp();
         if (lane_ == 0) Arrive(&shared_.value_ready[at]);
@@ -182,28 +191,34 @@ class Cleaner {
   __device__ void FindFactors(const Tile& tile, int buffer) {
     const PagedCache& cache = p_.cache;
     const int kv_head = tile.head / (p_.num_heads / p_.num_kv_heads);
-    const bool constant = !IsDynamic(cache.type);
-    const int scale = cache.k_granularity == ScaleGranularity::kHead ? kv_head : 0;
     float factor = p_.softmax_scale * (C::kSoftcap ? 1.0f / p_.softcap : 1.44269504f);
-    if (constant) factor *= LoadScale(cache.k_scales, cache.scale_dtype, scale);
+    float output = p_.out_scale == nullptr ? 1.0f : 1.0f / p_.out_scale[0];
+    if (!p_.paged) {
+      factor *= Read(p_.packed.k_descale, tile, 0, kv_head);
+      output *= Read(p_.packed.v_descale, tile, 0, kv_head);
+    } else if (!IsDynamic(cache.type)) {
+      const bool key = cache.k_granularity == ScaleGranularity::kHead;
+      const bool value = cache.v_granularity == ScaleGranularity::kHead;
+      factor *= LoadScale(cache.k_scales, cache.scale_dtype, key ? kv_head : 0);
+      output *= LoadScale(cache.v_scales, cache.scale_dtype, value ? kv_head : 0);
+    }
 #pragma unroll 1
     for (int i = 32 * warp_ + lane_; i < C::kQueries; i += 32 * C::kCleaners) {
       float x = factor;
-      if (p_.q_descale.data != nullptr && i < tile.queries) {
-        x *= LoadScale(p_.q_descale.data, p_.q_descale.dtype,
-                       p_.q_descale.Index(tile.token + i, tile.row, kv_head, tile.head));
-      }
+      if (i < tile.queries) x *= Read(p_.q_descale, tile, tile.token + i, kv_head);
       // Hidden scores are -inf, which 0 would turn into NaN.
       shared_.factor[buffer][i] = x == 0.0f ? 1e-30f : x;
       shared_.visible[buffer][i] = Visible(tile, i);
     }
     if (warp_ != 2 || lane_ != 0) return;
-    const int value_scale = cache.v_granularity == ScaleGranularity::kHead ? kv_head : 0;
-    float output = p_.out_scale == nullptr ? 1.0f : 1.0f / p_.out_scale[0];
-    if (constant) output *= LoadScale(cache.v_scales, cache.scale_dtype, value_scale);
     shared_.output_scale[buffer] = output;
     shared_.sink[buffer] = p_.sinks == nullptr ? -__builtin_huge_valf()
                                                : LoadScale(p_.sinks, p_.sinks_dtype, tile.head);
+  }
+
+  __device__ static float Read(const Descale& scale, const Tile& tile, int token, int kv_head) {
+    if (scale.data == nullptr) return 1.0f;
+    return LoadScale(scale.data, scale.dtype, scale.Index(token, tile.row, kv_head, tile.head));
   }
 
   // The interval of keys that query i sees. One that does not exist asks for no mask.
@@ -269,25 +284,33 @@ class Cleaner {
     return tokens;
   }
 
-  // Scales of a step in fp32. Tokens that do not exist get 0. A NaN scale of V goes to K's, where
-  // the masks keep it from the rows that do not see the token.
-  __device__ void PrepareScales(int at, int written, int flags) {
+  // Scales of a step in fp32. Tokens that do not exist get 1 for K, which keeps hidden scores, and
+  // 0 for V. So do, in a step that some query sees in part, tokens with a NaN scale: they are
+  // listed for the consumers. Returns whether there are any.
+  __device__ bool PrepareScales(int at, int written, int flags, float* reference) {
     constexpr int kPer = C::kKeys / 32;
-    float key[kPer], value[kPer], largest = 0.0f;
+    float value[kPer], largest = 0.0f;
+    bool found = false;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int token = lane_ + 32 * i;
       const bool exists = token < written && !(flags & (kUnassigned << (token / kBlockSize)));
-      key[i] = value[i] = 0.0f;
+      float key = 1.0f;
+      value[i] = 0.0f;
       if (exists) {
-        key[i] = LoadScale(shared_.raw_scales[at][0], p_.cache.scale_dtype, token);
+        key = LoadScale(shared_.raw_scales[at][0], p_.cache.scale_dtype, token);
         value[i] = LoadScale(shared_.raw_scales[at][1], p_.cache.scale_dtype, token);
-        if (!(fabsf(value[i]) <= 3.0e38f)) {
-          key[i] = __int_as_float(0x7FC00000);
-          value[i] = 0.0f;
-        }
       }
-      largest = fmaxf(largest, fabsf(value[i]));
+      const bool nan = !(key + value[i] <= 3.0e38f);
+      if (nan) {
+        key = flags & kClean ? 1.0f : NAN;
+        value[i] = 0.0f;
+      }
+      shared_.scales[at][0][token] = key == 0.0f ? 1e-30f : key;
+      const unsigned poisoned = __ballot_sync(~0u, nan && (flags & kClean));
+      if (lane_ == 0) shared_.poisoned[at][i] = poisoned;
+      found |= poisoned != 0;
+      largest = fmaxf(largest, value[i]);
     }
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
@@ -295,14 +318,13 @@ class Cleaner {
     largest = fmaxf(largest, 1e-18f);
     const float inverse = 1.0f / largest;
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      shared_.scales[at][0][lane_ + 32 * i] = key[i];
-      shared_.scales[at][1][lane_ + 32 * i] = value[i] * inverse;
-    }
+    for (int i = 0; i < kPer; ++i) shared_.scales[at][1][lane_ + 32 * i] = value[i] * inverse;
     if (lane_ == 0) {
       shared_.reference[at][0] = largest;
-      shared_.reference[at][1] = inverse;
+      shared_.reference[at][1] = *reference * inverse;
     }
+    *reference = largest;
+    return found;
   }
 
   const AttentionParams& p_;

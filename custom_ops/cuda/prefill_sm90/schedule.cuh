@@ -15,6 +15,13 @@ inline constexpr int kMaxLength = 1 << 29;
 
 __device__ __forceinline__ int Clamp(int x, int low, int high) { return max(low, min(x, high)); }
 
+// First key token of row b and the number of its keys, contiguous keys.
+__device__ __forceinline__ int2 PackedKeys(const AttentionParams& p, int b) {
+  const int tokens = static_cast<int>(p.packed.num_tokens);
+  const int begin = Clamp(p.packed.cu_seqlens_k[b], 0, tokens);
+  return make_int2(begin, Clamp(p.packed.cu_seqlens_k[b + 1], begin, tokens) - begin);
+}
+
 template <class C>
 class TileWalk {
  public:
@@ -39,7 +46,7 @@ class TileWalk {
     bool found = false;
     do {
 #pragma unroll 1
-      for (; level >= 0; --level) {
+      for (level = NextLevel(level); level >= 0; level = NextLevel(level - 1)) {
         const int tiles = RowsAt(level) * p_.num_heads;
         found = target < start + tiles;
         if (found) break;
@@ -60,8 +67,14 @@ class TileWalk {
     return (row.q_len + C::kQueries - 1) / C::kQueries;
   }
 
-  __device__ static int Base(const ActiveRow& row) {
-    return max((row.k_len + C::kKeys - 1) / C::kKeys - Tiles(row), 0);
+  __device__ int Base(const ActiveRow& row) const {
+    return max((min(row.k_len, Reach()) + C::kKeys - 1) / C::kKeys - Tiles(row), 0);
+  }
+
+  // Keys that a block table holds.
+  __device__ int Reach() const {
+    const int64_t reach = static_cast<int64_t>(p_.rows.max_blocks) * kBlockSize;
+    return p_.paged ? static_cast<int>(min(reach, int64_t{2} * kMaxLength)) : 2 * kMaxLength;
   }
 
   __device__ bool IsAt(int i, int level) const {
@@ -69,6 +82,18 @@ class TileWalk {
     const ActiveRow row = rows_[i];
     const int m = level - Base(row);
     return m >= 0 && m < Tiles(row);
+  }
+
+  // The first level from `level` downwards on which there are tiles; -1: none.
+  __device__ int NextLevel(int level) const {
+    int found = -1;
+#pragma unroll 1
+    for (int i = lane_; i < state_.count; i += 32) {
+      const ActiveRow row = rows_[i];
+      const int base = Base(row), at = min(level, base + Tiles(row) - 1);
+      if (at >= base) found = max(found, at);
+    }
+    return __reduce_max_sync(~0u, found);
   }
 
   __device__ int RowsAt(int level) const {
@@ -108,8 +133,13 @@ class TileWalk {
     const int b = row->row;
     row->token = Clamp(rows.cu_seqlens_q[b], 0, rows.num_tokens);
     const int end = Clamp(rows.cu_seqlens_q[b + 1], row->token, rows.num_tokens);
-    row->q_len = Clamp(rows.seq_lens_this_time[b], 0, end - row->token);
-    row->k_len = Clamp(rows.seq_lens_decoder[b], 0, kMaxLength) + row->q_len;
+    if (p_.paged) {
+      row->q_len = Clamp(rows.seq_lens_this_time[b], 0, end - row->token);
+      row->k_len = Clamp(rows.seq_lens_decoder[b], 0, kMaxLength) + row->q_len;
+    } else {
+      row->q_len = end - row->token;
+      row->k_len = PackedKeys(p_, b).y;
+    }
   }
 
   __device__ void Describe(int index, int level, Tile* tile) const {
@@ -129,14 +159,17 @@ class TileWalk {
     }
     const ActiveRow row = rows_[slot];
     const int m = level - Base(row);
-    const int64_t reach = static_cast<int64_t>(p_.rows.max_blocks) * kBlockSize;
     if (lane_ == 0) {
+      if (!p_.paged) {
+        tile->key_token = PackedKeys(p_, row.row).x;
+        tile->key_block = FirstBlock(tile->key_token, row.row);
+      }
       tile->row = row.row;
       tile->head = head;
       tile->token = row.token + m * C::kQueries;
       tile->queries = min(row.q_len - m * C::kQueries, C::kQueries);
       tile->position = row.k_len - row.q_len + m * C::kQueries;
-      tile->k_len = static_cast<int>(min(static_cast<int64_t>(row.k_len), reach));
+      tile->k_len = min(row.k_len, Reach());
     }
     __syncwarp();
     BoundKeys(tile);

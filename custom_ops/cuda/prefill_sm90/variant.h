@@ -10,4 +10,7 @@ namespace fastattn::cuda::prefill_sm90 {
 template <int kDim, bool kTokenScales, bool kSoftcap>
 cudaError_t LaunchVariant(const Arguments& arguments, cudaStream_t stream);
 
+// Writes the values of contiguous keys as Arguments::value has them.
+cudaError_t LaunchTranspose(const AttentionParams& p, uint8_t* out, cudaStream_t stream);
+
 }  // namespace fastattn::cuda::prefill_sm90
