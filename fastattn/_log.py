@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import paddle
+
 from fastattn import env
 
 LEVEL = env.log_level()
@@ -49,9 +51,13 @@ def _dtype(value: Any) -> str:
     return str(value.dtype).rpartition(".")[2]
 
 
+def _is_eager(value: Any) -> bool:
+    """Whether it has a place and strides; the variables of a traced program warn when asked."""
+    return isinstance(value, paddle.base.core.eager.Tensor)
+
+
 def _place(value: Any) -> str:
-    place = getattr(value, "place", None)
-    return "" if place is None else str(place).removeprefix("Place(").removesuffix(")")
+    return str(value.place).removeprefix("Place(").removesuffix(")") if _is_eager(value) else ""
 
 
 def describe(value: Any) -> str:
@@ -60,8 +66,7 @@ def describe(value: Any) -> str:
         if not hasattr(value, "dtype") or not hasattr(value, "shape"):
             return repr(value)
         text = f"{_dtype(value)}{list(value.shape)} {_place(value)}".rstrip()
-        contiguous = getattr(value, "is_contiguous", None)
-        if contiguous is not None and not contiguous():
+        if _is_eager(value) and not value.is_contiguous():
             text += f" strides {list(value.strides)}"
         return text
     except Exception as error:

@@ -148,6 +148,19 @@ def test_unknown_fields_of_a_later_version_are_ignored(tmp_path):
     assert Report.read(path).rows == [Row("a", "s", 1)]
 
 
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--plot"])
+def test_where_results_cannot_go(write, tmp_path, capsys, option):
+    for path in (tmp_path, tmp_path / "none" / "file.png"):
+        assert main(["bench", "--op", "overhead", option, str(path)]) == 2
+        assert "cannot be written" in capsys.readouterr().out
+
+
+def test_no_matplotlib(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "--op", "overhead", "--plot", str(tmp_path / "a.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
 def test_wrong_arguments(write, capsys):
     assert main(["bench", "--load", write("a.json"), "--fail-below", "0.9"]) == 2
     for value in ("-1", "0", "nan", "x"):

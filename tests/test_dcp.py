@@ -124,11 +124,12 @@ def test_the_result_is_that_of_one_process(ranks, name):
         assert np.mean(apart > 0) <= ranks.most_different
         return
     exact = expected.astype(np.float64)
-    bound = ranks.bound * np.abs(exact).max(-1, keepdims=True)
+    bound = ranks.bound * np.nan_to_num(np.abs(exact)).max(-1, keepdims=True)
     if out.dtype != np.float32:
         kind = "float16" if out.dtype == np.float16 else "bfloat16"
-        bound = bound + rounding_step(exact, kind)
-        assert np.mean(out != expected) <= ranks.most_different
+        bound = bound + rounding_step(np.nan_to_num(exact), kind)
+        different = (out != expected) & ~np.isnan(exact)
+        assert np.mean(different) <= ranks.most_different
     assert_within(out, expected, bound, "out")
 
 
@@ -174,6 +175,15 @@ def test_fp32_exchange_is_nearer_than_16_bits(ranks):
     assert ranks[0]["fp32_output"]["out"].dtype == expected_fp32.dtype == np.float32
     name = "exchange_output-fp8"
     assert 0.005 < np.mean(ranks[0][name]["out"] != one_process(CASES[name])[1]) < 0.05
+
+
+def test_a_nan_stays_in_the_rows_that_see_it(ranks):
+    problem, expected, _ = one_process(CASES["nan"], ranks.place)
+    out = ranks.of("nan")["out"]
+    assert_same_bits(np.isnan(out.astype(np.float32)), np.isnan(expected.astype(np.float32)))
+    cu = problem.cu_seqlens_q
+    rows = [bool(np.isnan(out[a:b].astype(np.float32)).any()) for a, b in zip(cu, cu[1:])]
+    assert rows == [row in (1, 2, 7) for row in range(len(rows))]
 
 
 def test_padding_tokens_are_zero(ranks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import math
 import pkgutil
 import sys
@@ -113,6 +114,20 @@ def _only(report: Report, operators: list[str] | None) -> Report:
     return Report(report.machine, rows)
 
 
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Find out before minutes of measuring that a result could not be written.
+
+    Raises
+    ------
+    ReportError
+    """
+    for path in (arguments.json, arguments.markdown, arguments.plot):
+        if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
+            raise ReportError(f"{path}: cannot be written: no such folder, or a folder")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ReportError("--plot needs matplotlib: pip install matplotlib")
+
+
 def _compare(report: Report, baseline: Baseline, fail_below: float | None) -> int:
     """Print the comparison; returns the exit status."""
     for difference in baseline.differences(report.machine):
@@ -139,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("bench: --fail-below needs --baseline")
         return 2
     try:
-        # Read before minutes of measuring.
+        _check_outputs(arguments)
         baseline = Baseline(Report.read(arguments.baseline)) if arguments.baseline else None
         if arguments.load:
             report = _only(Report.read(arguments.load), arguments.op)

@@ -121,6 +121,15 @@ def _case(rows, assign: Assign = interleaved, dcp: dict[str, Any] | None = None,
     return Case(lambda: paged_problem(rows, **kwargs), assign, dcp or {})
 
 
+def poisoned() -> PagedProblem:
+    """A NaN in a key of row 1, and in a value of row 2 and of row 7, one head of it."""
+    problem = paged_problem(ROWS, kind=BLOCK_WISE_FP8, seed=7)
+    problem.poison("k", 1, 500)
+    problem.poison("v", 2, 100)
+    problem.poison("v", 7, 70, head=1)
+    return problem
+
+
 SINKS = np.array([0.4, -3.0, 5.5, -np.inf], np.float32)
 SCALE = np.array([0.013], np.float32)
 MASK = np.array([(i * 3 % 50, 40 + i * 31 % 90) for i in range(TOKENS)], np.int32)
@@ -152,6 +161,8 @@ CASES: dict[str, Case] = {
     "softcap": _case(SHORT, softcap=1.3),
     "mask_offsets": _case(SHORT, causal=False, mask_offsets=MASK),
     "nothing_visible": _case(SHORT, mask_offsets=NOTHING),
+    "nan": Case(poisoned),
+    "nan-whole_rows": Case(poisoned, whole_rows),
     "padding": _case([(3, 2), (70, 0), (9, 2)], spans=[2, 5, 4], padding=3),
     "shared_blocks": _case([(200, 5), (133, 1), (64, 70)], kind=BLOCK_WISE_FP8, share=True),
 }
