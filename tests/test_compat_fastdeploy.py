@@ -235,6 +235,8 @@ def test_rotary_styles_and_norms(place, cache_quant_type, neox, partial):
 
 @pytest.mark.parametrize("scale_dtype", [np.float32, BF16, np.float16], ids=["f32", "bf16", "f16"])
 def test_static_scales_of_every_kind(place, scale_dtype):
+    if place == "gpu" and scale_dtype == np.float16 and paddle.__version__.startswith("2."):
+        pytest.skip("this Paddle converts no types on recent GPUs")
     for per_channel in (False, True):
         step = Step(ROWS, cache_quant_type="cache_int8", per_channel=per_channel, blocks=12,
                     scale_dtype=scale_dtype)  # fmt: skip
