@@ -309,6 +309,10 @@ def two_ranks(monkeypatch):
             TypeError,
             "out: expected dtype uint8 or float8_e4m3fn, got bfloat16",
         ),
+        ({"out_scale": 0.5}, TypeError, "out_scale: expected a tensor, got float"),
+        ({"out_scale": paddle.ones([2])}, ValueError, r"out_scale: expected shape \[1\]"),
+        ({"sinks": paddle.zeros([3])}, ValueError, r"sinks: expected shape \[4\], got \[3\]"),
+        ({"sinks": paddle.zeros([4], "float64")}, TypeError, "sinks: expected dtype float32 or bf"),
         ({"window_size": 3}, TypeError, "window_size"),
     ],
 )

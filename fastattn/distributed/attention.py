@@ -56,17 +56,17 @@ def _value_dtype(q: Tensor, out: Tensor | None, out_dtype: str) -> str:
     return own if out_dtype == "auto" else out_dtype
 
 
-def _check_out(q: Tensor, out: Tensor | None, accepted: tuple[str, ...]) -> None:
-    """Refuse what the last merge would refuse, before the collectives and in terms of `out`."""
-    if out is None:
+def _check(name: str, tensor: Any, shape: list[int], dtypes: tuple[str, ...]) -> None:
+    """Refuse what a merge would refuse, before the collectives and under the caller's name."""
+    if tensor is None:
         return
-    if not is_tensor(out):
-        raise TypeError(f"{_OP}: out: expected a tensor, got {type(out).__name__}")
-    if list(out.shape) != list(q.shape):
-        raise ValueError(f"{_OP}: out: expected shape {list(q.shape)}, got {list(out.shape)}")
-    if _name(out.dtype) not in accepted:
+    if not is_tensor(tensor):
+        raise TypeError(f"{_OP}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{_OP}: {name}: expected shape {shape}, got {list(tensor.shape)}")
+    if _name(tensor.dtype) not in dtypes:
         raise TypeError(
-            f"{_OP}: out: expected dtype {' or '.join(accepted)}, got {_name(out.dtype)}"
+            f"{_OP}: {name}: expected dtype {' or '.join(dtypes)}, got {_name(tensor.dtype)}"
         )
 
 
@@ -195,8 +195,8 @@ def paged_attention_dcp(
     exchange_dtype : {"float32", "output"}
         Type in which partial outputs travel and are merged. "float32" gives one process's result
         within 1e-6 of a row's largest channel: of a 16-bit output fewer than 1 in 1000 elements
-        differ, by one rounding step. "output" halves the bytes of a 16-bit output and rounds to 16
-        bits for every rank and every merge: then 1 element in 10 differs.
+        differ, by about one rounding step. "output" halves the bytes of a 16-bit output and rounds
+        to 16 bits for every rank and every merge: then 1 element in 10 differs.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
         Finite or -inf: +inf counts as absent here.
     out : Tensor, shape [T, H, D], optional
@@ -285,8 +285,10 @@ def paged_attention_dcp(
         )
     if out_scale is not None and out_dtype != "auto":
         raise ValueError(f"{_OP}: out_dtype: expected auto with out_scale, got {out_dtype!r}")
-    dtype = _value_dtype(q, out if out_scale is None else None, out_dtype)
-    _check_out(q, out, (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn"))
+    dtype = _value_dtype(q, out if out_scale is None and is_tensor(out) else None, out_dtype)
+    _check("out", out, q.shape, (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn"))
+    _check("out_scale", out_scale, [1], ("float32",))
+    _check("sinks", sinks, q.shape[1:2], ("float32", "bfloat16"))
     part, part_lse = paged_attention(
         *arguments,
         **options,
