@@ -10,12 +10,19 @@
 namespace fastattn::cuda {
 
 // Every thread of a kernel that LaunchEarly launches calls this before its first access to global
-// memory. Returns when all earlier kernels of the stream have ended and their writes can be seen;
-// from here on the next kernel may be set up. That one waits in turn, so order in the stream holds.
+// memory. Returns when all earlier kernels of the stream have ended and their writes can be seen.
 __device__ __forceinline__ void WaitForEarlierKernels() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may be set up once every thread got here or ended. It waits in its turn, so order
+// in the stream holds. Not before this kernel's own wait: a row of kernels would then pile up on
+// the multiprocessors, each where its predecessors left room, and that is badly balanced.
+__device__ __forceinline__ void AllowNextKernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 

@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(kThreads)
   float cos[4], sin[4];
   LoadFour(p.cos_sin, p.cos_sin_dtype, column, kAligned, cos);
   LoadFour(p.cos_sin, p.cos_sin_dtype, column + kIndexerRopeDim / 2, kAligned, sin);
+  AllowNextKernel();
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) Rotate(cos, sin, x[i].rotated);
 

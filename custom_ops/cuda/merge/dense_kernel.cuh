@@ -65,34 +65,48 @@ __device__ __forceinline__ float DenseScale(const MergeDenseParams& p, uint32_t 
   return scale;
 }
 
-template <DType kIn, MergeOutput kOutput, int kPacks>
+// kExact: no thread of a row idles.
+template <DType kIn, MergeOutput kOutput, int kPacks, bool kExact>
 __global__ void __launch_bounds__(kDenseMergeThreads)
     MergeDenseKernel(const __grid_constant__ MergeDenseParams p) {
   constexpr int kWidth = kPackWidth<kIn>;
-  const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+  constexpr bool kDynamic = kOutput == MergeOutput::kDynamicFp8;
+  const uint32_t index = blockIdx.x * kDenseMergeThreads + threadIdx.x;
   const uint32_t row = index >> p.log2_lanes;
-  const uint32_t lane = index - (row << p.log2_lanes);
-  const bool active = row < p.rows;
-  const bool has_prefix = row < p.merged_rows;
-  const int64_t first = static_cast<int64_t>(row) * p.packs;
-  WaitForEarlierKernels();
-  uint4 a[kPacks], b[kPacks];
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    // Neighbours take neighbouring packs.
-    const int pack = static_cast<int>(lane) + (i << p.log2_lanes);
-    a[i] = b[i] = make_uint4(0, 0, 0, 0);
-    if (pack < p.packs) {
-      if (has_prefix) a[i] = static_cast<const uint4*>(p.prefix_output)[first + pack];
-      if (active) b[i] = static_cast<const uint4*>(p.suffix_output)[first + pack];
-    }
-  }
+  const uint32_t lane = index & ((1u << p.log2_lanes) - 1);
+  const uint32_t first = (kExact ? (row << p.log2_lanes) * kPacks : row * p.packs) + lane;
   const uint32_t token = p.heads.Quotient(row);
   const uint32_t head = row - token * p.heads.divisor;
-  const int at = static_cast<int>(head) * p.lse_head_stride +  //
-                 static_cast<int>(token) * p.lse_token_stride;
-  const float prefix_lse = has_prefix ? p.prefix_lse[at] : -INFINITY;
-  const float suffix_lse = active ? p.suffix_lse[at] : -INFINITY;
+  const int lse_at = static_cast<int>(head) * p.lse_head_stride +  //
+                     static_cast<int>(token) * p.lse_token_stride;
+  const bool active = row < p.rows;
+  if (!kDynamic && !active) return;  // a dynamic scale takes whole warps
+
+  WaitForEarlierKernels();
+  AllowNextKernel();
+  const auto holds = [&](int i) {  // neighbours take neighbouring packs
+    return kExact || lane + (static_cast<uint32_t>(i) << p.log2_lanes) < p.packs;
+  };
+  uint4 a[kPacks], b[kPacks];
+  float prefix_lse = -INFINITY, suffix_lse = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) a[i] = b[i] = make_uint4(0, 0, 0, 0);
+  if (row < p.merged_rows) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const uint32_t pack = first + (static_cast<uint32_t>(i) << p.log2_lanes);
+      if (holds(i)) a[i] = static_cast<const uint4*>(p.prefix_output)[pack];
+    }
+    prefix_lse = p.prefix_lse[lse_at];
+  }
+  if (!kDynamic || active) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const uint32_t pack = first + (static_cast<uint32_t>(i) << p.log2_lanes);
+      if (holds(i)) b[i] = static_cast<const uint4*>(p.suffix_output)[pack];
+    }
+    suffix_lse = p.suffix_lse[lse_at];
+  }
   float inverse = 1.0f;
   bool rare = false;
   if constexpr (kOutput == MergeOutput::kStaticFp8) {
@@ -105,14 +119,13 @@ __global__ void __launch_bounds__(kDenseMergeThreads)
   for (int i = 0; i < kPacks; ++i) MergePack<kIn>(a[i], b[i], w, x[i]);
   if constexpr (kOutput == MergeOutput::kStaticFp8) {
     if (rare) inverse = Div(1.0f, __ldg(p.output_scale));
-  } else if constexpr (kOutput == MergeOutput::kDynamicFp8) {
+  } else if constexpr (kDynamic) {
     inverse = Div(1.0f, DenseScale(p, index, active, x));
   }
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
-    const int pack = static_cast<int>(lane) + (i << p.log2_lanes);
-    if (active && pack < p.packs) {
-      const int64_t element = (first + pack) * kWidth;
+    if (holds(i) && (!kDynamic || active)) {
+      const int64_t element = int64_t{first + (static_cast<uint32_t>(i) << p.log2_lanes)} * kWidth;
       if constexpr (IsValues(kOutput)) {
         StoreValues<StoredType(kOutput, kIn), true>(p.output, element, x[i]);
       } else {
@@ -122,7 +135,7 @@ __global__ void __launch_bounds__(kDenseMergeThreads)
   }
   // All threads of a row have read its LSEs before one of them writes, maybe over them.
   __syncwarp();
-  if (active && lane == 0) p.output_lse[at] = lse;
+  if (lane == 0 && (!kDynamic || active)) p.output_lse[lse_at] = lse;
 }
 
 }  // namespace fastattn::cuda

@@ -194,14 +194,15 @@ bool LaunchMergeDense(const MergeParams& p, cudaStream_t stream, cudaError_t& st
   d.rows = static_cast<uint32_t>(p.num_tokens * p.num_heads);
   d.merged_rows = static_cast<uint32_t>(p.merged_tokens * p.num_heads);
   d.heads = Divisor(static_cast<uint32_t>(p.num_heads));
-  d.packs = packs;
+  d.packs = static_cast<uint32_t>(packs);
   d.lse_head_stride = static_cast<int>(p.output_lse_head_stride);
   d.lse_token_stride = static_cast<int>(p.output_lse_token_stride);
   d.log2_lanes = Log2(lanes);
   const uint32_t threads = d.rows << d.log2_lanes;
   const dim3 grid((threads + kDenseMergeThreads - 1) / kDenseMergeThreads);
-  status = LaunchEarly(MergeDenseKernel<kIn, kOutput, kPacks>, grid, dim3(kDenseMergeThreads),
-                       stream, d);
+  const auto kernel = packs == lanes * kPacks ? MergeDenseKernel<kIn, kOutput, kPacks, true>
+                                              : MergeDenseKernel<kIn, kOutput, kPacks, false>;
+  status = LaunchEarly(kernel, grid, dim3(kDenseMergeThreads), stream, d);
   return true;
 }
 
@@ -218,21 +219,25 @@ void LaunchMergeScalars(const MergeParams& p, cudaStream_t stream) {
   MergeScalarKernel<kIn, kOutput><<<grid, kScalarMergeThreads, 0, stream>>>(p, heads);
 }
 
-// Two packs a thread share the work for the weights, from where there are threads enough for a
-// whole GPU.
-inline constexpr int64_t kPacksOfOneWave = 1 << 18;
+// Whether a thread should take two packs, which share the work for the weights. That pays once
+// there are threads enough for a whole GPU, as long as all tensors fit its L2 cache; behind DRAM,
+// more threads are better.
+inline bool TwoPacks(const MergeParams& p, int width) {
+  constexpr int64_t kOneWave = 1 << 18, kCacheBytes = 40 << 20;
+  const int64_t packs = p.num_tokens * p.num_heads * (p.head_dim / width);
+  const int64_t bytes = packs * (32 + width * SizeOf(StoredType(p.output_kind, p.dtype)));
+  return p.head_dim > 32 * width || (packs > kOneWave && bytes < kCacheBytes);
+}
 
 template <DType kIn>
 cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream) {
   using M = MergeOutput;
   constexpr int kWidth = kPackWidth<kIn>;
-  const int64_t packs = p.num_tokens * p.num_heads * (p.head_dim / kWidth);
-  const bool two = packs > kPacksOfOneWave || p.head_dim > 32 * kWidth;
   cudaError_t status = cudaSuccess;
   const auto launch = [&](auto output) {
     constexpr M kOutput = decltype(output)::value;
     if (FitsVectors(p, kWidth)) {
-      if (two && LaunchMergeDense<kIn, kOutput, 2>(p, stream, status)) return;
+      if (TwoPacks(p, kWidth) && LaunchMergeDense<kIn, kOutput, 2>(p, stream, status)) return;
       if (LaunchMergeDense<kIn, kOutput, 1>(p, stream, status)) return;
       if (LaunchMergeVectors<kIn, kOutput>(p, stream)) return;
     }

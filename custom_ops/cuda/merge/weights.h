@@ -62,14 +62,31 @@ FASTATTN_HD MergeWeights WeightsOfSides(float prefix_lse, float suffix_lse) {
   return w;
 }
 
-// The sum lies in [1, 2], where both logarithms are within 2^-24.
-FASTATTN_HD float MergedLse(const MergeWeights& w) {
-  if (!w.use_prefix && !w.use_suffix) return w.max;
+// log(x) within 2^-24 for x in [1, 2], NaN for NaN. No branch and no more steps than that takes:
+// log1p(f) for f in [-1/3, 1/3] as f + f^2 * polynomial (relative error 3e-8), x = 1 + f or
+// 2 (1 + f).
+FASTATTN_HD float LogOfSum(float x) {
 #if defined(__CUDA_ARCH__)
-  return Add(logf(w.sum), w.max);
+  const bool large = x > 0x1.555556p0f;
+  const float f = __fmaf_rn(x, large ? 0.5f : 1.0f, -1.0f);  // exact
+  float p = 0x1.1f41ecp-3f;
+  p = __fmaf_rn(p, f, -0x1.3b285ep-3f);
+  p = __fmaf_rn(p, f, 0x1.1ea274p-3f);
+  p = __fmaf_rn(p, f, -0x1.5032e4p-3f);
+  p = __fmaf_rn(p, f, 0x1.99d426p-3f);
+  p = __fmaf_rn(p, f, -0x1.001480p-2f);
+  p = __fmaf_rn(p, f, 0x1.5554fap-2f);
+  p = __fmaf_rn(p, f, -0x1.ffffd6p-2f);
+  p = __fmaf_rn(Mul(f, p), f, f);
+  return __fmaf_rn(large ? 1.0f : 0.0f, 0x1.62e430p-1f, p);
 #else
-  return Add(static_cast<float>(std::log(static_cast<double>(w.sum))), w.max);
+  return static_cast<float>(std::log(static_cast<double>(x)));
 #endif
+}
+
+FASTATTN_HD float MergedLse(const MergeWeights& w) {
+  const bool any = w.use_prefix || w.use_suffix;
+  return Select(any, Add(LogOfSum(w.sum), w.max), w.max);
 }
 
 // One merged value of the two sides' values.
