@@ -15,6 +15,7 @@ enum class Turns : int {
   kFree,   // not at all
   kIssue,  // one issues a step's products after the other has
   kScore,  // one issues a step's products after the other's scores are done
+  kBoth,   // ... after both of the other's products are done
 };
 
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.

@@ -78,6 +78,7 @@ class Consumer {
       IssueFirst();
       WaitProducts<0>(s_);
       EndTurn<Turns::kScore>();
+      EndTurn<Turns::kBoth>();
       while (true) {
         LoadTile(queries.index);
         FirstSoftmax();
@@ -92,6 +93,7 @@ class Consumer {
         Finish(queries.index ^ 1);
         WaitProducts<0>(s_);
         EndTurn<Turns::kScore>();
+        EndTurn<Turns::kBoth>();
       }
       FenceProducts();
       IssueValues();
@@ -233,6 +235,7 @@ class Consumer {
     Exponentials<0, C::kEarly>();
     WaitForValues();
     AddProduct(alpha);
+    EndTurn<Turns::kBoth>();
     Exponentials<C::kEarly, 4>();
     ReleaseValues(start_ + C::kKeys);
     PackProbabilities();
