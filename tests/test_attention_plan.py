@@ -25,8 +25,10 @@ def plan(batch, max_q, max_k, *, heads=32, kv_heads=8, head_dim=128, bytes_=1, t
 
 @pytest.mark.parametrize(
     "heads, kv_heads, max_q, columns",
-    [(32, 8, 1, 8), (64, 8, 1, 8), (32, 8, 2, 8), (32, 8, 3, 16), (16, 1, 1, 16), (17, 1, 1, 64)]
-    + [(32, 8, 5, 64), (64, 8, 8, 64), (128, 1, 1, 64), (128, 1, 8, 64)],
+    [
+        *((32, 8, 1, 8), (64, 8, 1, 8), (32, 8, 2, 8), (32, 8, 3, 16), (16, 1, 1, 16)),
+        *((17, 1, 1, 64), (32, 8, 5, 64), (64, 8, 8, 64), (128, 1, 1, 64), (128, 1, 8, 64)),
+    ],
 )
 def test_short_rows_are_one_split_launch(heads, kv_heads, max_q, columns):
     """All query heads of a KV head share a tile: the smallest that holds them, at most 64."""

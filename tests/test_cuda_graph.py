@@ -124,6 +124,49 @@ def test_lengths_and_contents_may_change_between_replays():
     graph.reset()
 
 
+def _attend(q, t: dict) -> tuple:
+    scales = {"cache_k_scales": t["k_scales"], "cache_v_scales": t["v_scales"]}
+    return F.paged_attention(
+        q,
+        t["key"],
+        t["value"],
+        t["tables"],
+        t["cu"],
+        t["cached"],
+        t["new"],
+        70,
+        140,
+        cache_quant_type="block_wise_fp8",
+        return_softmax_lse=True,
+        **scales,
+    )
+
+
+def test_attention_follows_lengths_that_change_between_replays():
+    """One graph of the write and the attention; rows decode, prefill and rest in turn."""
+
+    def tensors(inputs: Inputs) -> dict:
+        arrays = {name: x for name, x in inputs.arrays().items() if name != "out"}
+        return {name: to_paddle(array, "gpu") for name, array in arrays.items()}
+
+    held = tensors(Inputs(0))
+    _attend(_write(held), held)
+    with capture() as graph:
+        out, lse = _attend(_write(held), held)
+    for seed in range(1, 6):
+        inputs = Inputs(seed)
+        for name, tensor in tensors(inputs).items():
+            held[name].copy_(tensor, True)
+        graph.replay()
+        fresh = tensors(inputs)
+        want, want_lse = _attend(_write(fresh), fresh)
+        assert np.isfinite(to_numpy(lse)).all()
+        assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
+        assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
+    del out, lse
+    graph.reset()
+
+
 def test_quantise_and_convert_in_a_graph():
     rng = np.random.default_rng(0)
     x = to_paddle(rng.normal(size=(33, 256)).astype(BF16), "gpu")

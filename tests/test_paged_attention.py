@@ -64,6 +64,22 @@ def test_a_long_prompt(place, kind):
     paged_problem([(0, 1000), (24, 1000)], heads=(2, 1), dim=128, kind=kind).check(place)
 
 
+@pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
+def test_more_rows_than_one_launch_takes(place, kind):
+    """Rows of none, one, a few and many new tokens, most of them short and some long."""
+    rows = [
+        ((17 * i) % 131 + (3000 if i % 239 == 5 else 0), (1, 0, 1, 3)[i % 4]) for i in range(700)
+    ]
+    paged_problem(rows, kind=kind).check(place)
+
+
+def test_short_and_long_rows_in_one_call(place):
+    """On a GPU, rows that decode and rows of many tokens are different launches."""
+    rows = [(500, 1), (64, 100), (0, 1), (0, 0), (63, 17), (1000, 2), (0, 300), (129, 9)]
+    for heads in ((8, 1), (6, 2), (2, 2)):
+        paged_problem(rows, heads=heads, kind=BLOCK_WISE_INT8, padding=3).check(place)
+
+
 @pytest.mark.parametrize("new", [1, 3, 65])
 def test_causal_end_at_every_offset(place, new):
     # Equal scores, V of key j is j: the output is the mean of the visible positions.

@@ -13,6 +13,7 @@
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
 #include "cuda/attention/launch.h"
+#include "cuda/prefill_sm90/launch.h"
 #endif
 
 namespace fastattn::api {
@@ -269,14 +270,19 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out, Attent
   sizes.max_seqlen_k = p->max_seqlen_k;
   sizes.num_sms = NumMultiprocessors(op, place);
   const AttentionPlan plan = PlanAttention(sizes);
+  if (p->out == nullptr) return;
+  const DeviceGuard guard(op, place.GetDeviceId());
+  const bool fp8_prefill = cuda::TakesFp8Prefill(*p, plan);
+  const int64_t floats =
+      std::max(plan.workspace, fp8_prefill ? cuda::PrefillSm90Workspace(*p) : int64_t{0});
   Tensor workspace;
-  if (plan.workspace > 0) {
-    workspace = paddle::empty({plan.workspace}, phi::DataType::FLOAT32, place);
+  if (floats > 0) {
+    workspace = paddle::empty({floats}, phi::DataType::FLOAT32, place);
     p->workspace = MutableData<float>(workspace);
   }
-  if (p->out == nullptr) return;
-  LaunchOnGpu(op, out,
-              [&](cudaStream_t stream) { return cuda::LaunchAttention(*p, plan, stream); });
+  LaunchOnGpu(op, out, [&](cudaStream_t stream) {
+    return cuda::LaunchAttention(*p, plan, fp8_prefill, stream);
+  });
 }
 
 #endif

@@ -22,7 +22,7 @@ BLOCK, DIM = 64, 128
 TYPES = ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "none")
 #: Batch and context of the table; a shape is repeated over layers that exceed the L2 cache.
 SHAPES = [(b, k * 1024) for k in (1, 8, 32, 128) for b in (1, 16, 64, 128) if b * k <= 4096]
-LAYER_BYTES = 200e6
+LAYER_BYTES = 1.2e9
 #: Peers that read the same kind of cache, by the prefix of their names.
 PEERS = {"cache_fp8": "fp8", "block_wise_int8": "int8", "none": "bf16"}
 
@@ -62,7 +62,7 @@ class Decode:
         size = 2 if kind == "none" else 1
         per_token = 2 * kv_heads * (DIM * size + (4 if dynamic else 0))
         self.bytes = sum(lengths) * per_token
-        layers = max(1, min(32, round(LAYER_BYTES / (blocks * BLOCK * per_token))))
+        layers = max(1, min(64, round(LAYER_BYTES / (blocks * BLOCK * per_token))))
         meta = (
             _gpu(tables),
             _gpu(np.arange(rows + 1, dtype=np.int32) * new),

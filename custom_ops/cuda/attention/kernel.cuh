@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
           p, task, schedule, schedule.first_item + done + threadIdx.x);
     }
     __syncthreads();
-    LoadCursor<Traits> cursor(p, segments, count, stream);
+    LoadCursor<Traits> cursor(p, segments, count, stream, task.split);
     Ring<Traits> ring{SharedAddress(shared) + stream * Traits::kSlots * Traits::kSlotBytes};
 #pragma unroll 1
     for (int i = 0; i < (Traits::kPairs ? 1 : (Traits::kSlots - 1) / 2); ++i) {

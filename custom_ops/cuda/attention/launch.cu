@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/dispatch.h"
+#include "cuda/prefill_sm90/launch.h"
 
 namespace fastattn::cuda {
 
@@ -48,32 +49,55 @@ Launcher Find(const AttentionParams& p, int columns) {
   return found;
 }
 
+cudaError_t RunLaunch(const AttentionParams& p, const AttentionLaunch& launch, bool clear,
+                      cudaStream_t stream) {
+  const Launcher run = Find(p, launch.columns);
+  const int grid = static_cast<int>(launch.grid);
+  for (int row = 0; row < p.rows.batch; row += kMaxPlanRows) {
+    AttentionTask task;
+    task.split = launch.split;
+    task.clear = clear;
+    task.first_row = row;
+    task.num_rows = std::min(p.rows.batch - row, kMaxPlanRows);
+    task.group = p.num_heads / p.num_kv_heads;
+    task.min_columns = static_cast<int>(launch.min_columns);
+    task.max_columns = static_cast<int>(launch.max_columns);
+    task.headers = reinterpret_cast<int*>(p.workspace);
+    task.partials = p.workspace + launch.grid * kPartialHeader;
+    cudaError_t status = run(p, task, grid, stream);
+    if (status == cudaSuccess && launch.split && grid > 1) {
+      status = LaunchMergeParts(p, task, launch.columns, grid, stream);
+    }
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
-cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
+bool TakesFp8Prefill(const AttentionParams& p, const AttentionPlan& plan) {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    return false;
+  }
+  return major == 9 && plan.num_launches == 2 && PrefillSm90Supports(p);
+}
+
+cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan, bool fp8_prefill,
                             cudaStream_t stream) {
   if (plan.num_launches == 0) return LaunchClear(p, stream);
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
-    const Launcher run = Find(p, launch.columns);
-    for (int row = 0; row < p.rows.batch; row += kMaxPlanRows) {
-      AttentionTask task;
-      task.split = launch.split;
-      task.clear = i == 0 && (p.clear_padding || p.lse != nullptr);
-      task.first_row = row;
-      task.num_rows = std::min(p.rows.batch - row, kMaxPlanRows);
-      task.group = p.num_heads / p.num_kv_heads;
-      task.min_columns = static_cast<int>(launch.min_columns);
-      task.max_columns = static_cast<int>(launch.max_columns);
-      task.headers = reinterpret_cast<int*>(p.workspace);
-      task.partials = p.workspace + launch.grid * kPartialHeader;
-      const int grid = static_cast<int>(launch.grid);
-      cudaError_t status = run(p, task, grid, stream);
-      if (status == cudaSuccess && launch.split && grid > 1) {
-        status = LaunchMergeParts(p, task, launch.columns, grid, stream);
-      }
-      if (status != cudaSuccess) return status;
+    cudaError_t status;
+    if (fp8_prefill && !launch.split) {
+      const int64_t group = p.num_heads / p.num_kv_heads;
+      const int64_t min_tokens = (launch.min_columns + group - 1) / group;
+      status = LaunchPrefillSm90(p, static_cast<int>(min_tokens), stream);
+    } else {
+      status = RunLaunch(p, launch, i == 0 && (p.clear_padding || p.lse != nullptr), stream);
     }
+    if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
 }

@@ -23,8 +23,12 @@ struct AttentionTask {
   float* partials = nullptr;  // [grid, kPartsPerCta, columns, D + 2]
 };
 
-// p.workspace holds PlanAttention(...).workspace floats.
-cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
+// Whether LaunchAttention may leave the plan's long rows to the FP8 kernel of prefill_sm90.
+bool TakesFp8Prefill(const AttentionParams& p, const AttentionPlan& plan);
+
+// p.workspace holds PlanAttention(...).workspace floats, and PrefillSm90Workspace(p) floats with
+// `fp8_prefill`.
+cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan, bool fp8_prefill,
                             cudaStream_t stream);
 
 // Lets a kernel start before the one ahead of it in the stream has ended, where the GPU can: it

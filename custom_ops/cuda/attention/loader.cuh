@@ -15,10 +15,11 @@ namespace fastattn::cuda {
 template <typename Traits>
 class LoadCursor {
  public:
-  // `segments` are `count` segments in shared memory.
+  // `segments` are `count` segments in shared memory; `once`: nothing else will read their keys.
   __device__ __forceinline__ LoadCursor(const AttentionParams& p, const Segment* segments,
-                                        int count, int stream)
+                                        int count, int stream, bool once)
       : p_(p), segment_(segments), end_(segments + count), stream_(stream) {
+    policy_ = CachePolicy(once);
     unit_ = segment_->unit_begin + stream;
     Settle();
   }
@@ -115,7 +116,7 @@ class LoadCursor {
       const int piece = i * Traits::kStreamThreads + Lane();
       const int row = piece / kPiecesPerRow, chunk = piece % kPiecesPerRow;
       CopyAsync16(slot + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16,
-                  source + row * stride + chunk * 16);
+                  source + row * stride + chunk * 16, policy_);
     }
   }
 
@@ -123,7 +124,7 @@ class LoadCursor {
 #pragma unroll
     for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i) {
       const int piece = i * Traits::kStreamThreads + Lane();
-      CopyAsync16(slot + piece * 16, source + piece * 16);
+      CopyAsync16(slot + piece * 16, source + piece * 16, policy_);
     }
   }
 
@@ -132,7 +133,7 @@ class LoadCursor {
       const int bytes = SizeOf(p_.cache.scale_dtype);
       if (Lane() * 16 < Traits::kUnit * bytes) {
         CopyAsync16(slot + Traits::kDataBytes + Lane() * 16,
-                    static_cast<const char*>(scales) + scale_ * bytes + Lane() * 16);
+                    static_cast<const char*>(scales) + scale_ * bytes + Lane() * 16, policy_);
       }
     }
   }
@@ -155,7 +156,8 @@ class LoadCursor {
       const char* from = source + row * stride + chunk * 16;
       const bool inside = row < rows_;
       if (aligned) {
-        CopyAsync16(target, inside ? from : static_cast<const char*>(tensor), inside ? 16 : 0);
+        CopyAsync16(target, inside ? from : static_cast<const char*>(tensor), policy_,
+                    inside ? 16 : 0);
       } else {
         uint32_t words[4] = {0, 0, 0, 0};
         if (inside) {
@@ -174,6 +176,7 @@ class LoadCursor {
   const AttentionParams& p_;
   const Segment* segment_;  // of the next unit; end_ when there is none
   const Segment* end_;
+  uint64_t policy_;
   int stream_;
   int unit_;
   bool loading_ = false;   // the current unit exists

@@ -62,11 +62,21 @@ __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t elements) {
   return v;
 }
 
+// What the L2 cache does with lines that are read: those of `once` make room for others first.
+__device__ __forceinline__ uint64_t CachePolicy(bool once) {
+  uint64_t first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return once ? first : normal;
+}
+
 // Copies 16 bytes to shared memory without registers; with `bytes` = 0 it writes zeros instead.
-__device__ __forceinline__ void CopyAsync16(uint32_t target, const void* source, int bytes = 16) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void CopyAsync16(uint32_t target, const void* source, uint64_t policy,
+                                            int bytes = 16) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(target),
+      "l"(source), "r"(bytes), "l"(policy)
+      : "memory");
 }
 
 __device__ __forceinline__ void CommitCopies() {
