@@ -47,6 +47,17 @@ __device__ __forceinline__ float UsualInverse(float x, bool& rare) {
   return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
 }
 
+// DynamicScale of an e4m3 group. The division by 448 is a product with its reciprocal and one
+// correction, which gives the same bits for every amax; the scale is never too small or large for
+// UsualInverse.
+__device__ __forceinline__ float E4M3Scale(uint32_t amax_bits) {
+  constexpr float kReciprocal = 1.0f / kE4M3Max;
+  const float finite = BitsFloat(amax_bits == 0x7F800000u ? 0x7F7FFFFFu : amax_bits);
+  const float amax = finite < kActivationAmaxFloor ? kActivationAmaxFloor : finite;  // keeps a NaN
+  const float quotient = Mul(amax, kReciprocal);
+  return __fmaf_rn(__fmaf_rn(-kE4M3Max, quotient, amax), kReciprocal, quotient);
+}
+
 template <int kWidth, int kPacks>
 __device__ __forceinline__ float DenseScale(const MergeDenseParams& p, uint32_t index, bool active,
                                             const float (&x)[kPacks][kWidth]) {
@@ -59,7 +70,7 @@ __device__ __forceinline__ float DenseScale(const MergeDenseParams& p, uint32_t 
   for (int lanes = 1; lanes < 1 << p.log2_segment; lanes *= 2) {
     amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
   }
-  const float scale = DynamicScale(amax, kActivationAmaxFloor, kE4M3Max);
+  const float scale = E4M3Scale(amax);
   const uint32_t segment = index >> p.log2_segment;
   if (active && index == segment << p.log2_segment) p.output_scales[segment] = scale;
   return scale;
@@ -120,7 +131,7 @@ __global__ void __launch_bounds__(kDenseMergeThreads)
   if constexpr (kOutput == MergeOutput::kStaticFp8) {
     if (rare) inverse = Div(1.0f, __ldg(p.output_scale));
   } else if constexpr (kDynamic) {
-    inverse = Div(1.0f, DenseScale(p, index, active, x));
+    inverse = UsualInverse(DenseScale(p, index, active, x), rare);
   }
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
