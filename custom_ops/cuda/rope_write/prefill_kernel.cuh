@@ -117,6 +117,34 @@ struct ValueTile : TokenMajorTile<kHeadDim> {
   alignas(16) uint8_t valid[kBlockSize];  // 1: this token is new
 };
 
+// The bytes of a piece whose tokens are new (flags: a byte a token, 1 where it is), a word or half
+// a word at a time where neighbours are.
+__device__ __forceinline__ void StoreNewTokens(uint8_t* out, uint4 piece, uint4 flags) {
+  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+  const uint32_t valid[4] = {flags.x, flags.y, flags.z, flags.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    // Tokens 2w, 2w + 1, 2w + 8, 2w + 9 of the group.
+    const uint32_t pairs = __byte_perm(valid[w / 2], valid[w / 2 + 2], w % 2 ? 0x7632 : 0x5410);
+    if (pairs == 0x01010101u) {
+      *reinterpret_cast<uint32_t*>(out + 4 * w) = words[w];
+      continue;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t pair = pairs >> (16 * half) & 0xFFFFu;
+      const uint32_t codes = words[w] >> (16 * half);
+      uint8_t* to = out + 4 * w + 2 * half;
+      if (pair == 0x0101u) {
+        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(codes);
+      } else {
+        if (pair & 0x0001u) to[0] = static_cast<uint8_t>(codes);
+        if (pair & 0x0100u) to[1] = static_cast<uint8_t>(codes >> 8);
+      }
+    }
+  }
+}
+
 template <int kHeadDim>
 __device__ __forceinline__ void StoreValueTile(const ValueTile<kHeadDim>& tile, uint8_t* block) {
   const int group = threadIdx.x % 4;        // tokens [16 group, +16)
@@ -133,13 +161,7 @@ __device__ __forceinline__ void StoreValueTile(const ValueTile<kHeadDim>& tile, 
     if (whole) {
       *reinterpret_cast<uint4*>(out) = pieces[i];
     } else {
-      const uint32_t words[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
-#pragma unroll
-      for (int slot = 0; slot < 16; ++slot) {
-        if (tile.valid[16 * group + TokenOfSlot(slot)]) {
-          out[slot] = static_cast<uint8_t>(words[slot / 4] >> (8 * (slot % 4)));
-        }
-      }
+      StoreNewTokens(out, pieces[i], flags);
     }
   }
 }
