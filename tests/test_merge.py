@@ -192,6 +192,21 @@ def test_written_over_its_inputs(place, over, dtype, dim):
         assert_same_bits(to_numpy(tensors[k]), arrays[k], "an input that is no output")
 
 
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 4), (64, 32), (700, 9)])
+def test_a_chain_of_merges_in_place(place, tokens, heads):
+    """Each call reads what the one before it wrote: on a GPU they are launched under each other."""
+    state = sides(tokens, heads, 128, "bfloat16", empty=0.0, seed=11)[:2]
+    pieces = [sides(tokens, heads, 128, "bfloat16", empty=0.0, seed=i)[2:] for i in range(12, 20)]
+    tensors = [to_paddle(a, place) for a in state]
+    on_place = [[to_paddle(a, place) for a in piece] for piece in pieces]
+    for piece in on_place * 4:
+        F.merge_attn_states(*tensors, *piece, output=tensors[0], output_lse=tensors[1])
+    for piece in pieces * 4:  # one by one: the host takes each result
+        state = merge([*state, *piece], place)
+    for got, expected in zip(tensors, state):
+        assert_same_bits(to_numpy(got), expected)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "float8_e4m3fn"])
 def test_fp8_into_a_given_tensor(place, dtype):
     if dtype != "uint8" and not hasattr(paddle, "float8_e4m3fn"):
