@@ -32,7 +32,7 @@ What holds for all of them:
 - Lengths, positions and block ids on the device are clamped or skipped, never followed out of a
   tensor. A block id outside `[0, num_blocks)` is an unassigned block.
 - They do the same in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and in
-  a CUDA graph. `paged_attention_dcp` runs in dygraph only.
+  a CUDA graph. `paged_attention_dcp` and `cascade_attention` run in dygraph only.
 - 8-bit codes are `uint8` tensors; where Paddle has `float8_e4m3fn`, `float8_e5m2` and `int8`
   tensors those are taken, too.
 

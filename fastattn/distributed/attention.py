@@ -12,14 +12,15 @@ from paddle import Tensor
 from fastattn import env
 from fastattn._ops import is_tensor
 from fastattn.functional import merge_attn_states, paged_attention
+from fastattn.functional._partial import (
+    check_results,
+    check_tensor,
+    dtype_name,
+    empty,
+    value_dtype,
+)
 
 _OP = "paged_attention_dcp"
-_FLOATS = ("float32", "float16", "bfloat16")
-
-
-def _name(dtype: Any) -> str:
-    """``"float32"`` of ``paddle.float32``."""
-    return str(dtype).rpartition(".")[2]
 
 
 def _world_size(group: Any) -> int:
@@ -41,47 +42,13 @@ def _world_size(group: Any) -> int:
     return int(group.nranks)
 
 
-def _value_dtype(q: Tensor, out: Tensor | None, out_dtype: str) -> str:
-    """Type of the result before FP8: what :func:`paged_attention` would give."""
-    if out_dtype not in ("auto", *_FLOATS):
-        raise ValueError(
-            f"{_OP}: out_dtype: expected auto, {', '.join(_FLOATS)}, got {out_dtype!r}"
-        )
-    own = _name(q.dtype)
-    if own not in _FLOATS:  # e4m3 codes
-        given = "bfloat16" if out is None else _name(out.dtype)
-        return given if out_dtype == "auto" else out_dtype
-    if out_dtype not in ("auto", own, "float32"):
-        raise TypeError(f"{_OP}: out_dtype: expected {own} as q has, or float32, got {out_dtype}")
-    return own if out_dtype == "auto" else out_dtype
-
-
-def _check(name: str, tensor: Any, shape: list[int], dtypes: tuple[str, ...]) -> None:
-    """Refuse what a merge would refuse, before the collectives and under the caller's name."""
-    if tensor is None:
-        return
-    if not is_tensor(tensor):
-        raise TypeError(f"{_OP}: {name}: expected a tensor, got {type(tensor).__name__}")
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{_OP}: {name}: expected shape {shape}, got {list(tensor.shape)}")
-    if _name(tensor.dtype) not in dtypes:
-        raise TypeError(
-            f"{_OP}: {name}: expected dtype {' or '.join(dtypes)}, got {_name(tensor.dtype)}"
-        )
-
-
-def _empty(shape: list[int], dtype: Any, place: Any) -> Tensor:
-    """``paddle.empty`` on a place instead of the default device."""
-    return paddle._C_ops.empty(shape, dtype, place)
-
-
 def _gather(part: Tensor, world_size: int, group: Any) -> list[Tensor]:
     """Everyone's `part`, in the order of the ranks: views of one buffer."""
     if env.log_level() > 1:
         from fastattn import _log
 
         _log.LOGGER.debug("all_gather among %d ranks: %s", world_size, _log.describe(part))
-    buffer = _empty([world_size * part.shape[0], *part.shape[1:]], part.dtype, part.place)
+    buffer = empty([world_size * part.shape[0], *part.shape[1:]], part.dtype, part.place)
     # On a GPU the collective joins the stream of the kernels around it: nothing waits on the host,
     # and a CUDA graph can hold it.
     dist.stream.all_gather(
@@ -102,8 +69,8 @@ def _merge(
     for part, part_lse in states[1:-1]:
         merge_attn_states(result, lse, part, part_lse, output=result, output_lse=lse)
     if out is None and out_scale is None:
-        same = _name(result.dtype) == dtype
-        out = result if same else _empty(result.shape, getattr(paddle, dtype), result.place)
+        same = dtype_name(result.dtype) == dtype
+        out = result if same else empty(result.shape, getattr(paddle, dtype), result.place)
     part, part_lse = states[-1]
     result, _ = merge_attn_states(
         result, lse, part, part_lse, output=out, output_lse=lse, output_scale=out_scale
@@ -283,12 +250,9 @@ def paged_attention_dcp(
             out=out,
             out_dtype=out_dtype,
         )
-    if out_scale is not None and out_dtype != "auto":
-        raise ValueError(f"{_OP}: out_dtype: expected auto with out_scale, got {out_dtype!r}")
-    dtype = _value_dtype(q, out if out_scale is None and is_tensor(out) else None, out_dtype)
-    _check("out", out, q.shape, (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn"))
-    _check("out_scale", out_scale, [1], ("float32",))
-    _check("sinks", sinks, q.shape[1:2], ("float32", "bfloat16"))
+    dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
+    check_results(_OP, q, out, out_scale, dtype)
+    check_tensor(_OP, "sinks", sinks, list(q.shape[1:2]), ("float32", "bfloat16"))
     part, part_lse = paged_attention(
         *arguments,
         **options,

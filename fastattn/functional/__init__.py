@@ -7,6 +7,7 @@ from fastattn.functional.cache import (
     convert_cache_layout,
     write_cache_kv,
 )
+from fastattn.functional.cascade import cascade_attention, plan_cascade
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
@@ -15,6 +16,7 @@ from fastattn.functional.rope import rope_write_cache_kv
 
 __all__ = [
     "append_cache_kv_c8",
+    "cascade_attention",
     "convert_cache_blocks",
     "convert_cache_layout",
     "flash_attention",
@@ -24,6 +26,7 @@ __all__ = [
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
+    "plan_cascade",
     "quantize_fp8",
     "rope_write_cache_kv",
     "write_cache_kv",

@@ -1,0 +1,72 @@
+"""What functions have in common that merge partial attentions and then store the result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import Tensor
+
+from fastattn._ops import is_tensor
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def dtype_name(dtype: Any) -> str:
+    """``"float32"`` of ``paddle.float32``."""
+    return str(dtype).rpartition(".")[2]
+
+
+def empty(shape: list[int], dtype: Any, place: Any) -> Tensor:
+    """``paddle.empty`` on a place instead of the default device."""
+    return paddle._C_ops.empty(shape, dtype, place)
+
+
+def value_dtype(
+    op: str, q: Tensor, out: Tensor | None, out_scale: Tensor | None, out_dtype: str
+) -> str:
+    """Type of the result before FP8: what :func:`paged_attention` would give.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `out_dtype` does not fit the others.
+    """
+    if out_scale is not None:
+        if out_dtype != "auto":
+            raise ValueError(f"{op}: out_dtype: expected auto with out_scale, got {out_dtype!r}")
+        out = None
+    if out_dtype not in ("auto", *FLOATS):
+        raise ValueError(f"{op}: out_dtype: expected auto, {', '.join(FLOATS)}, got {out_dtype!r}")
+    own = dtype_name(q.dtype)
+    if own not in FLOATS:  # e4m3 codes
+        given = dtype_name(out.dtype) if out is not None and is_tensor(out) else ""
+        return out_dtype if out_dtype != "auto" else given if given in FLOATS else "bfloat16"
+    if out_dtype not in ("auto", own, "float32"):
+        raise TypeError(f"{op}: out_dtype: expected {own} as q has, or float32, got {out_dtype}")
+    return own if out_dtype == "auto" else out_dtype
+
+
+def check_tensor(
+    op: str, name: str, tensor: Any, shape: list[int], dtypes: tuple[str, ...]
+) -> None:
+    """Refuse what a merge would refuse, before the first operator and under the caller's name."""
+    if tensor is None:
+        return
+    if not is_tensor(tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name}: expected shape {shape}, got {list(tensor.shape)}")
+    if dtype_name(tensor.dtype) not in dtypes:
+        raise TypeError(
+            f"{op}: {name}: expected dtype {' or '.join(dtypes)}, got {dtype_name(tensor.dtype)}"
+        )
+
+
+def check_results(
+    op: str, q: Tensor, out: Tensor | None, out_scale: Tensor | None, dtype: str
+) -> None:
+    """Check where results go; `dtype` is :func:`value_dtype`'s."""
+    allowed = (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn")
+    check_tensor(op, "out", out, list(q.shape), allowed)
+    check_tensor(op, "out_scale", out_scale, [1], ("float32",))

@@ -1,0 +1,389 @@
+"""Attention of rows that share a prefix: the prefix once for all of them, each suffix apart."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+from numpy.typing import ArrayLike, NDArray
+from paddle import Tensor
+
+from fastattn._ops import is_tensor
+from fastattn.functional._cache_types import check_no_zero_points
+from fastattn.functional._partial import check_results, empty, value_dtype
+from fastattn.functional.attention import paged_attention
+from fastattn.functional.merge import merge_attn_states
+
+_OP = "cascade_attention"
+_PLAN = "plan_cascade"
+_BLOCK_SIZE = 64
+
+
+class CascadePlan(NamedTuple):
+    """A step's rows, divided into the prefix that they share and a suffix of each.
+
+    :func:`plan_cascade` makes one from what a scheduler knows on the host. A server that has
+    lengths on the device only may build one of its own tensors. All are int32, contiguous and on
+    the place of `q`. A CUDA graph keeps their addresses: for a later step of the same `tokens`,
+    write that step's plan into them in place.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens P of the prefix, a multiple of 64.
+    prefix_block_table : Tensor, shape [1, P / 64]
+    prefix_cu_seqlens_q : Tensor, shape [2]
+        0 and the number N of new tokens of all rows; tokens of `q` from N on are padding.
+    prefix_seq_lens_decoder : Tensor, shape [1]
+        ``max(P - N, 0)``: all new tokens are queries of one row of ``max(P, N)`` keys, of which
+        those that its table does not list are not visible.
+    prefix_seq_lens_this_time : Tensor, shape [1]
+        N.
+    suffix_block_tables : Tensor, shape [B, max_blocks - P / 64]
+        The rows' tables without their first P / 64 entries.
+    suffix_seq_lens_decoder : Tensor, shape [B]
+        The rows' cached tokens less P.
+    """
+
+    tokens: int
+    prefix_block_table: Tensor
+    prefix_cu_seqlens_q: Tensor
+    prefix_seq_lens_decoder: Tensor
+    prefix_seq_lens_this_time: Tensor
+    suffix_block_tables: Tensor
+    suffix_seq_lens_decoder: Tensor
+
+
+def _integers(name: str, values: ArrayLike, shape: tuple[int, ...], text: str) -> NDArray[np.int64]:
+    if is_tensor(values):
+        raise TypeError(f"{_PLAN}: {name}: expected integers on the host, got a tensor")
+    array = np.asarray(values)
+    fits = array.ndim == len(shape) and all(n in (-1, m) for n, m in zip(shape, array.shape))
+    if not fits:
+        raise ValueError(f"{_PLAN}: {name}: expected shape {text}, got {list(array.shape)}")
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{_PLAN}: {name}: expected integers, got {array.dtype}")
+    return array.astype(np.int64)
+
+
+def _check_shared(
+    tables: NDArray[np.int64], cached: NDArray[np.int64], active: NDArray[np.intp], tokens: int
+) -> None:
+    """Refuse a row that has other blocks, or fewer cached tokens."""
+    prefix = tables[active[0], : tokens // _BLOCK_SIZE]
+    if (prefix < 0).any():
+        raise ValueError(
+            f"{_PLAN}: block_tables: expected {len(prefix)} blocks of the prefix in row "
+            f"{active[0]}, got {prefix.tolist()}"
+        )
+    for row in active:
+        if cached[row] < tokens:
+            raise ValueError(
+                f"{_PLAN}: seq_lens_decoder: expected at least shared_prefix_tokens = {tokens} "
+                f"in row {row}, got {cached[row]}"
+            )
+        if (tables[row, : len(prefix)] != prefix).any():
+            raise ValueError(
+                f"{_PLAN}: block_tables: expected the same first {len(prefix)} blocks in rows "
+                f"{active[0]} and {row}"
+            )
+
+
+def plan_cascade(
+    block_tables: ArrayLike,
+    seq_lens_decoder: ArrayLike,
+    seq_lens_this_time: ArrayLike,
+    shared_prefix_tokens: int,
+    *,
+    place: Any = None,
+) -> CascadePlan:
+    """Divide a step's rows into the prefix that they share and a suffix of each.
+
+    Everything comes from the host, and the plan's tensors are copied to the device: make it once a
+    step, outside of a CUDA graph. Rows without new tokens need not share the prefix.
+
+    Parameters
+    ----------
+    block_tables : array_like of int, shape [B, max_blocks]
+        Physical block of each 64 tokens of a row; -1 where there is none.
+    seq_lens_decoder, seq_lens_this_time : array_like of int, shape [B]
+        Cached tokens and new ones. ``cu_seqlens_q`` of the step must be the sums of the latter: the
+        rows' new tokens lie side by side, padding behind the last.
+    shared_prefix_tokens : int
+        Tokens P that all rows have in common: a multiple of 64, at most every row's cached tokens.
+    place : optional
+        Where the tensors are made; default CPU.
+
+    Returns
+    -------
+    plan : CascadePlan
+        For :func:`cascade_attention` of every layer of the step.
+
+    Raises
+    ------
+    TypeError
+        If an argument is a tensor or not of integers.
+    ValueError
+        If shapes do not fit together, `shared_prefix_tokens` is not a positive multiple of 64, or
+        a row with new tokens has fewer cached tokens or other blocks there.
+
+    Examples
+    --------
+    >>> from fastattn.functional import plan_cascade
+    >>> plan = plan_cascade([[7, 2, -1], [7, 5, 4]], [65, 130], [1, 1], 64)
+    >>> plan.prefix_block_table.tolist(), plan.suffix_block_tables.tolist()
+    ([[7]], [[2, -1], [5, 4]])
+    >>> plan.suffix_seq_lens_decoder.tolist()
+    [1, 66]
+    """
+    tables = _integers("block_tables", block_tables, (-1, -1), "[B, max_blocks]")
+    rows, max_blocks = tables.shape
+    cached = _integers("seq_lens_decoder", seq_lens_decoder, (rows,), f"[{rows}]")
+    new = _integers("seq_lens_this_time", seq_lens_this_time, (rows,), f"[{rows}]")
+    try:
+        tokens = operator.index(shared_prefix_tokens)
+    except TypeError:
+        raise TypeError(
+            f"{_PLAN}: shared_prefix_tokens: expected int, got "
+            f"{type(shared_prefix_tokens).__name__}"
+        ) from None
+    blocks = tokens // _BLOCK_SIZE
+    if tokens < 1 or tokens % _BLOCK_SIZE or blocks > max_blocks:
+        raise ValueError(
+            f"{_PLAN}: shared_prefix_tokens: expected a positive multiple of {_BLOCK_SIZE}, at "
+            f"most {max_blocks * _BLOCK_SIZE} as block_tables can hold, got {tokens}"
+        )
+    new = np.maximum(new, 0)
+    active = np.flatnonzero(new)
+    prefix = np.full(blocks, -1, np.int64)
+    if active.size:
+        _check_shared(tables, cached, active, tokens)
+        prefix = tables[active[0], :blocks]
+    # A table needs a column, and new tokens beyond the last one are of no row's cache.
+    suffix = tables[:, blocks:] if blocks < max_blocks else np.full((rows, 1), -1)
+    total = int(new.sum())
+    place = paddle.CPUPlace() if place is None else place
+
+    def tensor(values: ArrayLike) -> Tensor:
+        return paddle.to_tensor(np.ascontiguousarray(values, np.int32), place=place)
+
+    return CascadePlan(
+        tokens=tokens,
+        prefix_block_table=tensor(prefix[None]),
+        prefix_cu_seqlens_q=tensor([0, total]),
+        prefix_seq_lens_decoder=tensor([max(tokens - total, 0)]),
+        prefix_seq_lens_this_time=tensor([total]),
+        suffix_block_tables=tensor(suffix),
+        suffix_seq_lens_decoder=tensor(np.maximum(cached - tokens, 0)),
+    )
+
+
+def _check(plan: Any, max_seqlen_k: Any, q: Any, q_descale: Any, window_size: Any) -> None:
+    """Refuse what only one of the two sides would, or both under another name."""
+    if not paddle.in_dynamic_mode():
+        raise NotImplementedError(f"{_OP}: a plan belongs to one step: it runs in dygraph only")
+    if not isinstance(plan, CascadePlan):
+        raise TypeError(f"{_OP}: plan: expected a CascadePlan, got {type(plan).__name__}")
+    if type(max_seqlen_k) is not int:
+        raise TypeError(f"{_OP}: max_seqlen_k: expected int, got {type(max_seqlen_k).__name__}")
+    if max_seqlen_k < 0:
+        raise ValueError(f"{_OP}: max_seqlen_k: expected at least 0, got {max_seqlen_k}")
+    if window_size not in ((-1, -1), [-1, -1]):
+        raise NotImplementedError(
+            f"{_OP}: window_size: {window_size!r} is not supported: a window begins at another key "
+            "of the prefix for every query, and one that does not reach the prefix needs no "
+            "cascade; use paged_attention"
+        )
+    if not is_tensor(q):
+        raise TypeError(f"{_OP}: q: expected a tensor, got {type(q).__name__}")
+    if is_tensor(q_descale) and list(q_descale.shape) not in ([1], list(q.shape[:2])):
+        raise ValueError(
+            f"{_OP}: q_descale: expected shape [1] or {list(q.shape[:2])} (tokens, query heads; "
+            f"the prefix knows no rows), got {list(q_descale.shape)}"
+        )
+
+
+def cascade_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: CascadePlan,
+    cu_seqlens_q: Tensor,
+    seq_lens_this_time: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    cache_k_scales: Tensor | None = None,
+    cache_v_scales: Tensor | None = None,
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+    q_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    out_dtype: str = "auto",
+    cache_k_zp: Tensor | None = None,
+    cache_v_zp: Tensor | None = None,
+) -> Any:
+    r"""Attention of a step whose rows share their first cache blocks.
+
+    The result is :func:`paged_attention`'s of the whole rows. The new tokens of all rows attend the
+    P tokens of the prefix as one row, so its blocks are read once a step instead of once a row;
+    every row attends its own suffix; then the two partial results are merged in fp32 [1]_:
+
+    .. math:: \mathrm{lse} = \ln (e^{\mathrm{lse}_p} + e^{\mathrm{lse}_s}), \qquad
+              o = e^{\mathrm{lse}_p - \mathrm{lse}} o_p + e^{\mathrm{lse}_s - \mathrm{lse}} o_s
+
+    Parameters
+    ----------
+    q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
+        As for :func:`paged_attention`.
+    key_cache, value_cache : Tensor
+        As for :func:`paged_attention`; they hold the new tokens already.
+    plan : CascadePlan
+        The step's rows, from :func:`plan_cascade`. The values on the device are not checked: a row
+        with new tokens that has other tokens in its first P gets the attention of the shared ones.
+    cu_seqlens_q : Tensor, shape [B + 1], int32
+        The rows' new tokens lie side by side, as the plan has them.
+    seq_lens_this_time : Tensor, shape [B], int32
+    max_seqlen_q, max_seqlen_k : int
+        Upper bounds of the rows' new tokens and keys, prefix included; they mask nothing.
+    cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16, optional
+        As for :func:`paged_attention`.
+    cache_quant_type : str
+        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+    fp8_format : {"e4m3", "e5m2"}
+        Codes of ``cache_fp8``.
+    q_descale : Tensor, shape [1] or [T, H], float32 or bfloat16, optional
+        Multipliers of e4m3 queries; 1 when absent.
+    softmax_scale : float, optional
+        ``D ** -0.5`` by default.
+    causal : bool
+        Hide the keys after a query's position.
+    window_size : (int, int)
+        Only (-1, -1), no window.
+    softcap : float
+        Bound of the logits; 0 for none.
+    sinks : Tensor, shape [H], float32 or bfloat16, optional
+        Logits that join the denominator (and the LSE) only, once: on the side of the suffix, where
+        every query sees its own key. Finite or -inf.
+    out_scale : Tensor, shape [1], float32, optional
+        Store e4m3 codes of ``out * (1 / out_scale)``: the merge does, from its fp32 values.
+    return_softmax_lse : bool
+        Also return the logarithm of the denominator.
+    out : Tensor, shape [T, H, D], optional
+        Written in place and returned. Tokens of no row become 0.
+    out_dtype : {"auto", "float32", "float16", "bfloat16"}
+        As for :func:`paged_attention`.
+    cache_k_zp, cache_v_zp : None
+        Zero points; every supported type is symmetric and takes none.
+
+    Returns
+    -------
+    out : Tensor, shape [T, H, D]
+        uint8 with `out_scale`.
+    softmax_lse : Tensor, shape [H, T], float32
+        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no row.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`paged_attention`; also if `plan` is no CascadePlan, or `q_descale` has one entry a
+        row.
+    NotImplementedError
+        As :func:`paged_attention`; also for a window, and in a static program.
+
+    See Also
+    --------
+    plan_cascade : the plan of a step.
+    merge_attn_states : the merge.
+
+    References
+    ----------
+    .. [1] Ye et al., "FlashInfer: Efficient and Customizable Attention Engine for LLM Inference
+       Serving", https://arxiv.org/abs/2501.01005
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import cascade_attention, plan_cascade, write_cache_kv
+    >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
+    >>> caches = [paddle.zeros([3, 1, 64, 64], "bfloat16") for _ in range(2)]
+    >>> x = paddle.ones([64, 1, 64], "bfloat16")
+    >>> prefix = int32([[0]]), int32([0, 64]), int32([0]), int32([64])
+    >>> _ = write_cache_kv(x, 4 * x, *caches, *prefix)  # block 0, which two rows start with
+    >>> tables, cached, new = [[0, 1], [0, 2]], [64, 64], [1, 1]
+    >>> rows = int32(tables), int32([0, 1, 2]), int32(cached), int32(new)
+    >>> _ = write_cache_kv(x[:2], 69 * x[:2], *caches, *rows)
+    >>> plan = plan_cascade(tables, cached, new, 64)
+    >>> out = cascade_attention(x[:2], *caches, plan, rows[1], rows[3], 1, 65)
+    >>> out[:, 0, 0].cast("float32").numpy().tolist()
+    [5.0, 5.0]
+    """
+    _check(plan, max_seqlen_k, q, q_descale, window_size)
+    check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)
+    dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
+    check_results(_OP, q, out, out_scale, dtype)
+    options: dict[str, Any] = {
+        "cache_k_scales": cache_k_scales,
+        "cache_v_scales": cache_v_scales,
+        "cache_quant_type": cache_quant_type,
+        "fp8_format": fp8_format,
+        "q_descale": q_descale,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "return_softmax_lse": True,
+    }
+    suffix = (
+        plan.suffix_block_tables,
+        cu_seqlens_q,
+        plan.suffix_seq_lens_decoder,
+        seq_lens_this_time,
+        max_seqlen_q,
+        max(max_seqlen_k - plan.tokens, 0),
+    )
+    options_of_suffix = {**options, "causal": causal, "sinks": sinks}
+    if 0 in q.shape:  # nothing to merge
+        result, lse = paged_attention(
+            q,
+            key_cache,
+            value_cache,
+            *suffix,
+            **options_of_suffix,
+            out_scale=out_scale,
+            out=out,
+            out_dtype=out_dtype,
+        )
+        return (result, lse) if return_softmax_lse else result
+    part, part_lse = paged_attention(
+        q, key_cache, value_cache, *suffix, **options_of_suffix, out_dtype="float32"
+    )
+    num_tokens = int(q.shape[0])
+    prefix, lse = paged_attention(
+        q,
+        key_cache,
+        value_cache,
+        plan.prefix_block_table,
+        plan.prefix_cu_seqlens_q,
+        plan.prefix_seq_lens_decoder,
+        plan.prefix_seq_lens_this_time,
+        num_tokens,
+        max(plan.tokens, num_tokens),
+        **options,
+        causal=False,  # every key of the prefix comes before every query
+        out_dtype="float32",
+    )
+    if out is None and out_scale is None:
+        same = dtype == "float32"
+        out = prefix if same else empty(list(q.shape), getattr(paddle, dtype), q.place)
+    result, lse = merge_attn_states(
+        prefix, lse, part, part_lse, output=out, output_lse=lse, output_scale=out_scale
+    )
+    return (result, lse) if return_softmax_lse else result
