@@ -22,7 +22,13 @@ __device__ __forceinline__ void StreamSync(int stream) {
   if constexpr (Traits::kStreamWarps == 1) {
     __syncwarp();
   } else {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + stream), "n"(Traits::kStreamThreads) : "memory");
+    // Two streams of two warps, each with a named barrier.
+    static_assert(Traits::kStreams == 2);
+    if (stream == 0) {
+      asm volatile("bar.sync 1, 64;" ::: "memory");
+    } else {
+      asm volatile("bar.sync 2, 64;" ::: "memory");
+    }
   }
 }
 
