@@ -18,6 +18,8 @@ from fastattn.bench.peers import peers
 
 HEAD = 128
 ROPE = 64
+#: 32, 64, 128 and 512 MiB of bf16.
+MXFP4_SHAPES = ((4096, 4096), (8192, 4096), (8192, 8192), (16384, 16384))
 #: Rows of the cosine and sine table.
 POSITIONS = 32768
 
@@ -31,7 +33,7 @@ def _table(rng: np.random.Generator) -> np.ndarray:
 def mxfp4_rows(quick: bool) -> Iterator[Row]:
     """mxfp4_quantize and mxfp4_dequantize of bf16."""
     rng = np.random.default_rng(6)
-    for rows, cols in ((4096, 4096),) if quick else ((4096, 4096), (8192, 8192), (16384, 16384)):
+    for rows, cols in MXFP4_SHAPES[:1] if quick else MXFP4_SHAPES:
         elements = rows * cols
         size = f"{rows} x {cols} bf16, {elements >> 19} MiB"
         inputs = [_bf16(rng, (rows, cols)) for _ in range(_copies(2 * elements, 8))]

@@ -8,6 +8,7 @@
 #include "common/fp4.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/e2m1.cuh"
+#include "cuda/common/early_launch.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/common/vector.cuh"
@@ -29,16 +30,18 @@ struct Blocks {
   int64_t per_row;
 };
 
-template <DType kIn>
+// kPlain: rows follow each other, at an address that suits 16-byte loads.
+template <DType kIn, bool kPlain>
 __global__ void __launch_bounds__(kThreads)
-    QuantizeKernel(const __grid_constant__ Mxfp4QuantizeParams p, Blocks blocks, bool plain) {
+    QuantizeKernel(const __grid_constant__ Mxfp4QuantizeParams p, Blocks blocks) {
   constexpr bool kHalf = kFitsHalf<kIn>;
   const int lane = threadIdx.x % 32;
   const int64_t first =
       static_cast<int64_t>(blockIdx.x) * kBlocksPerCta + threadIdx.x / 32 * kBlocksPerWarp;
   const int64_t last = blocks.count - 1;
+  WaitForEarlierKernels();
   Raw<kIn> raw[kRounds];
-  if (plain) {
+  if constexpr (kPlain) {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int64_t block = min(first + i * kBlocksPerRound + lane / 4, last);
@@ -53,6 +56,7 @@ __global__ void __launch_bounds__(kThreads)
       raw[i] = LoadRawUnaligned<kIn>(p.x, row * p.x_row_stride + column, true);
     }
   }
+  AllowNextKernel();
   uint32_t codes[kRounds];
   uint32_t bytes = 0;  // the exponent of round i in byte i
 #pragma unroll
@@ -95,15 +99,17 @@ __device__ __forceinline__ void StoreChunk(void* x, int64_t element,
   }
 }
 
-template <DType kOut>
+// kAligned: the codes' address suits 16-byte loads.
+template <DType kOut, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
-    DequantizeKernel(const __grid_constant__ Mxfp4DequantizeParams p, int64_t count, bool aligned) {
+    DequantizeKernel(const __grid_constant__ Mxfp4DequantizeParams p, int64_t count) {
   const int lane = threadIdx.x % 32;
   const int64_t first =
       static_cast<int64_t>(blockIdx.x) * kBlocksPerCta + threadIdx.x / 32 * kBlocksPerWarp;
   const int64_t block = min(first + lane % 4 * kBlocksPerRound + lane / 4, count - 1);
+  WaitForEarlierKernels();
   uint32_t codes[kRounds];
-  if (aligned) {
+  if constexpr (kAligned) {
     const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(p.codes) + block);
     codes[0] = loaded.x, codes[1] = loaded.y, codes[2] = loaded.z, codes[3] = loaded.w;
   } else {
@@ -115,6 +121,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const float own_scale = UE8M0ToFloat(__ldg(p.scales + block));
+  AllowNextKernel();
   TransposeQuad(codes);
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
@@ -128,8 +135,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-unsigned Ctas(int64_t blocks) {
-  return static_cast<unsigned>((blocks + kBlocksPerCta - 1) / kBlocksPerCta);
+dim3 Ctas(int64_t blocks) {
+  return dim3(static_cast<unsigned>((blocks + kBlocksPerCta - 1) / kBlocksPerCta));
 }
 
 }  // namespace
@@ -139,22 +146,26 @@ cudaError_t LaunchMxfp4Quantize(const Mxfp4QuantizeParams& p, cudaStream_t strea
   if (blocks.count == 0) return cudaSuccess;
   // Rows that follow each other are one long row.
   const bool plain = p.x_row_stride == p.cols && IsAligned(p.x, 16);
+  cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(p.dtype, "dtype", [&](auto dtype) {
-    QuantizeKernel<decltype(dtype)::value>
-        <<<Ctas(blocks.count), kThreads, 0, stream>>>(p, blocks, plain);
+    constexpr DType kIn = decltype(dtype)::value;
+    const auto kernel = plain ? QuantizeKernel<kIn, true> : QuantizeKernel<kIn, false>;
+    status = LaunchEarly(kernel, Ctas(blocks.count), dim3(kThreads), stream, p, blocks);
   });
-  return cudaGetLastError();
+  return status;
 }
 
 cudaError_t LaunchMxfp4Dequantize(const Mxfp4DequantizeParams& p, cudaStream_t stream) {
   const int64_t count = p.rows * (p.cols / kMxBlock);
   if (count == 0) return cudaSuccess;
   const bool aligned = IsAligned(p.codes, 16);
+  cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(p.dtype, "dtype", [&](auto dtype) {
-    DequantizeKernel<decltype(dtype)::value>
-        <<<Ctas(count), kThreads, 0, stream>>>(p, count, aligned);
+    constexpr DType kOut = decltype(dtype)::value;
+    const auto kernel = aligned ? DequantizeKernel<kOut, true> : DequantizeKernel<kOut, false>;
+    status = LaunchEarly(kernel, Ctas(count), dim3(kThreads), stream, p, count);
   });
-  return cudaGetLastError();
+  return status;
 }
 
 }  // namespace fastattn::cuda
