@@ -9,6 +9,7 @@ import paddle
 import pytest
 
 import fastattn.functional as F
+from fastattn.backends import AppendAttentionBackend, FlashAttentionBackend
 from fastattn.reference import numerics
 from tests.support.attention import (
     BLOCK_WISE_FP8,
@@ -21,6 +22,7 @@ from tests.support.attention import (
 )
 from tests.support.bounds import assert_codes, assert_error_ratio
 from tests.support.compare import assert_same_bits
+from tests.support.serving import Model, Server
 from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy, to_paddle
 
 P = 192
@@ -286,3 +288,95 @@ def test_rows_that_rest_need_no_prefix():
     assert to_numpy(plan.prefix_cu_seqlens_q).tolist() == [0, 3]
     resting = F.plan_cascade([[-1, -1]], [0], [0], 64)
     assert to_numpy(resting.prefix_block_table).tolist() == [[-1]]
+
+
+CACHES = [
+    ("none", "e4m3"),
+    ("cache_int8", "e4m3"),
+    ("cache_fp8", "e5m2"),
+    ("block_wise_int8", "e4m3"),
+    ("block_wise_fp8", "e4m3"),
+]
+
+
+def server_with_prefix(backend, model: Model, place: str) -> Server:
+    """Three rows; the first two start with the same two blocks, and only row 0 has written them."""
+    server = Server(backend, model, [210, 190, 40], place, shared=2)
+    server.cached[1] = 0
+    server.step([140, 0, 30])
+    server.cached[1] = 128
+    return server
+
+
+def cascades(monkeypatch) -> list:
+    """Plans of the cascades that run from now on."""
+    plans, function = [], F.cascade_attention
+
+    def counted(query, key, value, plan, *rest, **options):
+        plans.append(plan)
+        return function(query, key, value, plan, *rest, **options)
+
+    monkeypatch.setattr(F, "cascade_attention", counted)
+    return plans
+
+
+@pytest.mark.parametrize("cache", CACHES, ids="-".join)
+@pytest.mark.parametrize("backend", [FlashAttentionBackend, AppendAttentionBackend])
+def test_backend_takes_the_cascade_when_told(place, monkeypatch, backend, cache):
+    """Every step holds to the dense model's bounds with the cascade and without."""
+    plans = cascades(monkeypatch)
+    server = server_with_prefix(backend, Model(*cache, sinks=True, num_layers=2), place)
+    assert not plans
+    server.step([1, 30, 0], shared_prefix_tokens=128, padding=2)
+    server.step([5, 1, 0], shared_prefix_tokens=64)
+    assert [plan.tokens for plan in plans] == [128, 128, 64, 64]
+    server.step([1, 1, 2])
+    assert len(plans) == 4
+
+
+@pytest.mark.parametrize("q_quant", ["per_tensor", "per_token_head"])
+def test_backend_with_quantised_queries(place, monkeypatch, q_quant):
+    plans = cascades(monkeypatch)
+    model = Model("block_wise_fp8", q_quant=q_quant)
+    server = server_with_prefix(FlashAttentionBackend, model, place)
+    server.step([1, 30, 0], shared_prefix_tokens=128)
+    assert len(plans) == 1
+
+
+@pytest.mark.parametrize("shared", [0, 128])
+@pytest.mark.parametrize("q_quant", ["none", "per_token_head"])
+def test_backend_gives_fp8_for_the_next_gemm(place, shared, q_quant):
+    model = Model("block_wise_fp8", q_quant=q_quant)
+    server = server_with_prefix(FlashAttentionBackend, model, place)
+    scale = np.array([0.013], np.float32)
+    server.layers[0].fp8_output_scale = to_paddle(scale, place)
+    new = [2, 30, 0]
+    codes = server.run(new, shared_prefix_tokens=shared, padding=1)[0]
+    assert codes.dtype == np.uint8 and not codes[-1].any()
+    start = 0
+    for row, n in enumerate(new[:2]):
+        tokens = server.tokens[row][0, : server.cached[row] + n]
+        exact, naive = (
+            model.attention(tokens, server.cached[row], p).reshape(n, model.heads, -1)
+            for p in ("float64", "bfloat16")
+        )
+        part = codes[start : start + n].reshape(exact.shape)
+        assert_codes(part, exact, naive, float(scale[0]), f"row {row}")
+        start += n
+
+
+def test_backend_attends_windows_and_mask_offsets_as_ever(place, monkeypatch):
+    plans = cascades(monkeypatch)
+    server = server_with_prefix(FlashAttentionBackend, Model(window=150), place)
+    server.step([1, 30, 0], shared_prefix_tokens=128)
+    server = server_with_prefix(FlashAttentionBackend, Model(), place)
+    seen = np.concatenate([[141], 129 + np.arange(30)])
+    offsets = np.stack([np.zeros(31), seen], 1)
+    server.step([1, 30, 0], shared_prefix_tokens=128, attn_mask_offsets=int32(offsets, place))
+    assert not plans
+
+
+def test_a_step_whose_rows_do_not_share_is_refused():
+    server = server_with_prefix(FlashAttentionBackend, Model(), "cpu")
+    with pytest.raises(ValueError, match="at least shared_prefix_tokens = 128 in row 2, got 30"):
+        server.run([1, 1, 1], shared_prefix_tokens=128)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import paddle
 
+from fastattn.functional import plan_cascade
+
 
 class ForwardMode(IntEnum):
     """Kind of a step, as FastDeploy names it."""
@@ -44,6 +46,7 @@ FIELDS = frozenset(
         "batch_id_per_token",
         "block_tables",
         "caches",
+        "cascade_plan",
         "cu_seqlens_q",
         "forward_mode",
         "max_len_tensor_cpu",
@@ -115,6 +118,7 @@ class ForwardMeta:
         rotary_embs: Any = None,
         prefill: Sequence[bool] | None = None,
         num_tokens: int | None = None,
+        shared_prefix_tokens: int = 0,
         place: Any = None,
         **fields: Any,
     ) -> ForwardMeta:
@@ -135,6 +139,9 @@ class ForwardMeta:
             Which rows are prefill rows; by default those with more than one new token.
         num_tokens : int, optional
             Rows of ``qkv``, if more than ``sum(new)``: the rest is padding.
+        shared_prefix_tokens : int
+            Tokens, a multiple of 64, whose blocks all rows with new tokens have in common. The
+            backends then read them once for all rows; by default (0) once for each.
         place : optional
             Where the tensors are made; default CPU.
         **fields
@@ -153,6 +160,9 @@ class ForwardMeta:
         def tensor(array: Any) -> Any:
             return paddle.to_tensor(np.ascontiguousarray(array, np.int32), place=place)
 
+        plan = None
+        if shared_prefix_tokens:
+            plan = plan_cascade(block_tables, cached_lens, lens, shared_prefix_tokens, place=place)
         return cls(
             **{
                 "seq_lens_encoder": tensor(encoder),
@@ -163,6 +173,7 @@ class ForwardMeta:
                 "block_tables": tensor(block_tables),
                 "max_len_tensor_cpu": max_len_tensor(cached_lens, lens, encoder),
                 "caches": list(caches),
+                "cascade_plan": plan,
                 "rotary_embs": rotary_embs,
                 **fields,
             }

@@ -23,17 +23,21 @@ class PagedAttentionMetadata(AttentionMetadata):
     host_lengths : (int, int) or None
         Largest numbers of new tokens and of keys of a row; None where the host does not know.
     mask_offsets : Tensor or None, shape [T, 2]
+    cascade_plan : CascadePlan or None
+        The prefix that the step's rows share, if one is to be attended once for all of them.
     """
 
     host_lengths: tuple[int, int] | None = None
     mask_offsets: Any = None
+    cascade_plan: Any = None
 
 
 class PagedAttentionBackend(AttentionBackend):
     """Writes the new tokens into the cache, then attends to the whole cache.
 
     Prefill, decode, speculative and stopped rows go through the same two operators in one call
-    each: nothing is dequantised ahead of time and no partial outputs are merged.
+    each: nothing is dequantised ahead of time, and no partial outputs are merged unless
+    ``forward_meta.cascade_plan`` says that the rows share a prefix.
 
     Parameters
     ----------
@@ -125,7 +129,9 @@ class PagedAttentionBackend(AttentionBackend):
                     f"or [2 T], got {list(offsets.shape)}"
                 )
             offsets = offsets.reshape([-1, 2])
-        self.attention_metadata = PagedAttentionMetadata(_host_lengths(forward_meta), offsets)
+        self.attention_metadata = PagedAttentionMetadata(
+            _host_lengths(forward_meta), offsets, optional(forward_meta, "cascade_plan")
+        )
 
     def get_attention_meta(self) -> PagedAttentionMetadata | None:
         """Metadata of the present step."""
@@ -160,7 +166,7 @@ class PagedAttentionBackend(AttentionBackend):
         Returns
         -------
         Tensor, shape [T, H * D], the dtype of `qkv`
-            0 for padding tokens.
+            0 for padding tokens. uint8 (e4m3 codes) for a layer with `fp8_output_scale`.
 
         Raises
         ------
@@ -179,12 +185,13 @@ class PagedAttentionBackend(AttentionBackend):
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
         num_tokens = int(qkv.shape[0])
         if num_tokens == 0:
-            return paddle.zeros([0, self.num_heads * self.head_dim], dtype=qkv.dtype)
+            codes = getattr(layer, "fp8_output_scale", None) is not None
+            dtype = paddle.uint8 if codes else qkv.dtype
+            return paddle.zeros([0, self.num_heads * self.head_dim], dtype=dtype)
 
         cache = LayerCache.of(forward_meta, layer, self.config.shard)
-        block_tables = field(forward_meta, "block_tables")
         rows = {
-            "block_tables": block_tables,
+            "block_tables": field(forward_meta, "block_tables"),
             "cu_seqlens_q": field(forward_meta, "cu_seqlens_q"),
             "seq_lens_decoder": field(forward_meta, "seq_lens_decoder"),
             "seq_lens_this_time": field(forward_meta, "seq_lens_this_time"),
@@ -203,23 +210,49 @@ class PagedAttentionBackend(AttentionBackend):
             **self._projection_arguments(layer, forward_meta),
             **cache.arguments(),
         )
+        out = self._attend(query, q_descale, _dtype_name(qkv), cache, rows, layer, metadata)
+        return out.reshape([num_tokens, self.num_heads * self.head_dim])
+
+    def _attend(
+        self,
+        query: Any,
+        q_descale: Any,
+        dtype: str,
+        cache: LayerCache,
+        rows: dict[str, Any],
+        layer: Any,
+        metadata: PagedAttentionMetadata,
+    ) -> Any:
+        """Attention [T, H, D] over the whole cache, of type `dtype` or e4m3 codes."""
+        from fastattn import functional
+
+        blocks = int(rows["block_tables"].shape[1])
         max_seqlen_q, max_seqlen_k = metadata.host_lengths or (
-            num_tokens,
-            min(self.config.max_model_len, int(block_tables.shape[1]) * BLOCK_SIZE),
+            int(query.shape[0]),
+            min(self.config.max_model_len, blocks * BLOCK_SIZE),
         )
-        out: Any = functional.paged_attention(
+        mask = self._mask_arguments(layer, metadata)
+        output_scale = getattr(layer, "fp8_output_scale", None)
+        options = {
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+            "q_descale": q_descale,
+            "out_scale": output_scale,
+            "out_dtype": "auto" if q_descale is None or output_scale is not None else dtype,
+            **mask,
+            **cache.arguments(),
+        }
+        if metadata.cascade_plan is None or not _sees_all(mask):
+            return functional.paged_attention(query, cache.key, cache.value, **rows, **options)
+        return functional.cascade_attention(
             query,
             cache.key,
             cache.value,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            q_descale=q_descale,
-            out_dtype="auto" if q_descale is None else _dtype_name(qkv),
-            **rows,
-            **self._mask_arguments(layer, metadata),
-            **cache.arguments(),
+            metadata.cascade_plan,
+            rows["cu_seqlens_q"],
+            rows["seq_lens_this_time"],
+            **options,
         )
-        return out.reshape([num_tokens, self.num_heads * self.head_dim])
 
     def _rotary_table(self, forward_meta: Any) -> Any:
         if optional(forward_meta, "rope_already_applied"):
@@ -291,6 +324,11 @@ class PagedAttentionBackend(AttentionBackend):
 
 def _dtype_name(qkv: Any) -> str:
     return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
+
+
+def _sees_all(mask: dict[str, Any]) -> bool:
+    """Whether every query sees all keys of the prefix, as a cascade takes for granted."""
+    return "mask_offsets" not in mask and mask["window_size"] == (-1, -1)
 
 
 def _host_lengths(forward_meta: Any) -> tuple[int, int] | None:

@@ -50,6 +50,8 @@ class AttentionLayer:
         RMSNorm of Q and K heads, after the rotation.
     qk_norm_before_rope : bool
         The model itself has normalised Q and K; the weights above are not used.
+    fp8_output_scale : Tensor, shape [1], float32, optional
+        The backend returns e4m3 codes of ``out / fp8_output_scale`` for the next GEMM.
     sliding_window : int
         Keys that a query sees, its own included; 0: all.
     """
@@ -68,3 +70,4 @@ class AttentionLayer:
     sliding_window: int = 0
     sinks: Any = None
     q_scale: Any = None
+    fp8_output_scale: Any = None
