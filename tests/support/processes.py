@@ -49,6 +49,9 @@ def _environment(rank: int, world_size: int, port: int, backend: str) -> dict[st
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
     }
+    if backend == "gloo" and sys.platform == "linux":
+        # Else the address is that of the host's name, which a container may not resolve.
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     if backend == "nccl":  # each process sees one GPU, as its number 0
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(i) for i in range(world_size)]
