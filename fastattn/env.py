@@ -5,8 +5,8 @@ variable                   meaning
 =========================  ========================================================================
 ``FASTATTN_LIBRARY``       load this compiled library instead of the one inside the package
 ``FASTATTN_CACHE``         folder of the demo's trained model, default ``~/.cache/fastattn``
-``FASTATTN_LOG``           0 (default): no log; 1: the first call of every configuration; 2: every call
-                           with all its inputs, before its kernel starts. Read at import.
+``FASTATTN_LOG``           0 (default): no log; 1: the first call of every configuration; 2: every
+                           call with all its inputs, before its kernel starts. Read at import.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
 =========================  ========================================================================
 """
