@@ -255,6 +255,18 @@ def test_refused_lengths_and_queries():
         F.cascade_attention(None, key, value, problem.plan(), cu, new, 2, 200)
 
 
+def test_refused_in_a_static_program():
+    problem = cascade_problem([(P, 1), (P, 2)])
+    (q, key, value, _, cu, _, new, *lengths), _ = problem.arguments()
+    plan = problem.plan()
+    paddle.enable_static()
+    try:
+        with pytest.raises(NotImplementedError, match="cascade_attention: .* in dygraph only"):
+            F.cascade_attention(q, key, value, plan, cu, new, *lengths)
+    finally:
+        paddle.disable_static()
+
+
 @pytest.mark.parametrize(
     ("error", "text", "changed"),
     [
