@@ -119,38 +119,59 @@ __device__ __forceinline__ void RunSegment(const AttentionParams& p, const Segme
                                            uint32_t columns, LoadCursor<Traits>* cursor,
                                            Ring<Traits>* ring, TileState<Traits>* state) {
   const int unit_end = segment.unit_end;
+  if constexpr (Traits::kPairs) {
+    const int steps = (unit_end - segment.unit_begin + Traits::kStreams - 1) / Traits::kStreams;
 #pragma unroll 1
-  for (int unit = segment.unit_begin + stream; unit < unit_end; unit += Traits::kStreams) {
-    const UnitMask mask = MaskOf<Traits>(segment, unit, columns);
-    if constexpr (Traits::kPairs) {
+    for (int step = 0; step < steps; ++step) {
+      const int unit = segment.unit_begin + step * Traits::kStreams + stream;
+      const UnitMask mask = MaskOf<Traits>(segment, unit, columns);
       WaitForCopies<0>();
-      StreamSync<Traits>(stream);
-      cursor->LoadKeys(ring->NextLoad());
-      cursor->LoadValues(ring->NextLoad());
-      const uint32_t key_slot = ring->NextUse(), value_slot = ring->NextUse();
-      if (!IsAssigned<Traits>(key_slot)) continue;
-      if (mask.needed) CleanValues<Traits>(value_slot, mask, stream, state);
+      __syncthreads();
+      uint32_t key_slot = 0, value_slot = 0;
+      bool present = unit < unit_end;
+      if (present) {
+        cursor->LoadKeys(ring->NextLoad());
+        cursor->LoadValues(ring->NextLoad());
+        key_slot = ring->NextUse(), value_slot = ring->NextUse();
+        present = IsAssigned<Traits>(key_slot);
+      }
+      if (__syncthreads_or(present && mask.needed)) {
+        if (present && mask.needed) InspectValues<Traits>(value_slot, mask, state);
+        __syncthreads();
+        if (present && mask.needed) EraseValues<Traits>(value_slot, mask);
+        __syncthreads();
+      }
+      if (!present) continue;
 #pragma unroll 1
       for (int first = 0; first < Traits::kKeyTiles; first += Traits::kGroup) {
         Scores<Traits> scores;
         Score<Traits>(p, key_slot, mask, query, factors, first, scores);
         Attend<Traits>(p, value_slot, mask, first, scores, state);
       }
-    } else {
+    }
+  } else {
+#pragma unroll 1
+    for (int unit = segment.unit_begin + stream; unit < unit_end; unit += Traits::kStreams) {
+      const UnitMask mask = MaskOf<Traits>(segment, unit, columns);
       Scores<Traits> scores;
       // The newest kSlots - 2 loads may still be under way.
       WaitForCopies<Traits::kSlots - 2>();
-      StreamSync<Traits>(stream);
+      __syncwarp();
       cursor->LoadKeys(ring->NextLoad());
       const uint32_t key_slot = ring->NextUse();
       const bool assigned = IsAssigned<Traits>(key_slot);
       if (assigned) Score<Traits>(p, key_slot, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kSlots - 2>();
-      StreamSync<Traits>(stream);
+      __syncwarp();
       cursor->LoadValues(ring->NextLoad());
       const uint32_t value_slot = ring->NextUse();
       if (!assigned) continue;
-      if (mask.needed) CleanValues<Traits>(value_slot, mask, stream, state);
+      if (mask.needed) {
+        InspectValues<Traits>(value_slot, mask, state);
+        __syncwarp();
+        EraseValues<Traits>(value_slot, mask);
+        __syncwarp();
+      }
       Attend<Traits>(p, value_slot, mask, 0, scores, state);
     }
   }

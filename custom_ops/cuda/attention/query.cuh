@@ -149,8 +149,6 @@ __device__ __forceinline__ void LoadQueries(const AttentionParams& p, const Atte
   constexpr int kBatch = kPasses < 4 ? kPasses : 4;
   ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
   const int quad = threadIdx.x % kLanes;
-  const uint32_t lanes =
-      kLanes == 32 ? 0xFFFFFFFFu : 0xFFFFu << (threadIdx.x & 16);  // that share the column
   const int2 step = Traits::StepOf(quad);
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; pass += kBatch) {
@@ -191,8 +189,12 @@ __device__ __forceinline__ void LoadQueries(const AttentionParams& p, const Atte
       if constexpr (Traits::kCodes) {
         // fp16 has more mantissa than bf16 and less range: bring the largest channel to
         // 2^9 .. 2^10.
-        const float mine = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-        const uint32_t largest = __reduce_max_sync(lanes, __float_as_uint(mine));
+        float mine = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+#pragma unroll
+        for (int step = kLanes / 2; step > 0; step /= 2) {
+          mine = fmaxf(mine, __shfl_xor_sync(0xFFFFFFFFu, mine, step));
+        }
+        const uint32_t largest = __float_as_uint(mine);
         float grow = 1.0f;
         if (largest < 0x7F800000u) {
           const uint32_t exponent = max(largest >> 23, 19u);

@@ -16,22 +16,6 @@ namespace fastattn::cuda {
 inline constexpr float kShift = 15.0f;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
-// Joins the warps of a stream.
-template <typename Traits>
-__device__ __forceinline__ void StreamSync(int stream) {
-  if constexpr (Traits::kStreamWarps == 1) {
-    __syncwarp();
-  } else {
-    // Two streams of two warps, each with a named barrier.
-    static_assert(Traits::kStreams == 2);
-    if (stream == 0) {
-      asm volatile("bar.sync 1, 64;" ::: "memory");
-    } else {
-      asm volatile("bar.sync 2, 64;" ::: "memory");
-    }
-  }
-}
-
 // Running maximum (log2 units), sum and output of a warp's columns over its stream's keys.
 template <typename Traits>
 struct TileState {
@@ -465,28 +449,32 @@ __device__ __forceinline__ void Poison(const uint32_t (&poisoned)[Traits::kTiles
   }
 }
 
+// Gives their NaN to the columns that see a value which is not finite, where columns differ.
+template <typename Traits>
+__device__ __forceinline__ void InspectValues(uint32_t slot, const UnitMask& mask,
+                                              TileState<Traits>* state) {
+  constexpr int kPieces = Traits::kDataBytes / 16;
+  if (!mask.divided) return;
+  uint32_t bad = 0;
+#pragma unroll 1
+  for (int piece = threadIdx.x % 32; piece < kPieces; piece += 32) {
+    const uint4 v = LoadShared16(slot + piece * 16), kept = KeptWords<Traits>(mask, piece);
+    bad |= Traits::Format::NonFinite(v.x & kept.x) | Traits::Format::NonFinite(v.y & kept.y) |
+           Traits::Format::NonFinite(v.z & kept.z) | Traits::Format::NonFinite(v.w & kept.w);
+  }
+  if (__any_sync(0xFFFFFFFFu, bad != 0)) {
+    uint32_t poisoned[Traits::kTiles][2];
+    FindNonFinite<Traits>(slot, mask, poisoned);
+    Poison<Traits>(poisoned, state);
+  }
+}
+
 // Makes a unit's V safe for a product in which some columns do not see some keys: values of keys
 // that no column sees become 0 (they may be anything), and where columns differ so do values that
-// are not finite, after the columns that do see them were given their NaN.
+// are not finite. The threads of the stream share the work, after all of them have inspected V.
 template <typename Traits>
-__device__ __forceinline__ void CleanValues(uint32_t slot, const UnitMask& mask, int stream,
-                                            TileState<Traits>* state) {
+__device__ __forceinline__ void EraseValues(uint32_t slot, const UnitMask& mask) {
   constexpr int kPieces = Traits::kDataBytes / 16;
-  if (mask.divided) {
-    uint32_t bad = 0;
-#pragma unroll 1
-    for (int piece = threadIdx.x % 32; piece < kPieces; piece += 32) {
-      const uint4 v = LoadShared16(slot + piece * 16), kept = KeptWords<Traits>(mask, piece);
-      bad |= Traits::Format::NonFinite(v.x & kept.x) | Traits::Format::NonFinite(v.y & kept.y) |
-             Traits::Format::NonFinite(v.z & kept.z) | Traits::Format::NonFinite(v.w & kept.w);
-    }
-    if (__any_sync(0xFFFFFFFFu, bad != 0)) {
-      uint32_t poisoned[Traits::kTiles][2];
-      FindNonFinite<Traits>(slot, mask, poisoned);
-      Poison<Traits>(poisoned, state);
-    }
-    StreamSync<Traits>(stream);
-  }
 #pragma unroll 1
   for (int piece = threadIdx.x % Traits::kStreamThreads; piece < kPieces;
        piece += Traits::kStreamThreads) {
@@ -501,7 +489,6 @@ __device__ __forceinline__ void CleanValues(uint32_t slot, const UnitMask& mask,
                  "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
   }
-  StreamSync<Traits>(stream);
 }
 
 }  // namespace fastattn::cuda

@@ -51,8 +51,8 @@ struct AttentionTraits {
   static constexpr int kSlotBytes = kDataBytes + kScaleBytes + 16;
   // With few columns a step of the ring is a K or a V, and the number of slots is odd, so that the
   // step of a K starts the load of a K. With many, scores of only kGroup key tiles fit in registers
-  // at a time: a step is a K and its V.
-  static constexpr bool kPairs = kGroup < kKeyTiles;
+  // at a time: a step is a K and its V, and the streams take their steps together.
+  static constexpr bool kPairs = kStreamWarps > 1;
   static constexpr int kSlots = kPairs ? 4 : kDataBytes * kStreams <= 16384 ? 5 : 3;
 
   // Outputs of all streams are merged this many channels at a time.
