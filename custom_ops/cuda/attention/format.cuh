@@ -20,18 +20,27 @@ struct Format<DType::kE4M3> {
   static constexpr DType kOperand = DType::kFloat16;
   static constexpr int kBytes = 1;
 
+#if __CUDA_ARCH__ < 890
+  // Two codes, each in the upper byte of a half: exponent and mantissa moved to their places are
+  // the value / 2^8. 0x7F is NaN.
+  static __device__ __forceinline__ uint32_t WidenPair(uint32_t codes) {
+    const uint32_t magnitude = codes & 0x7F007F00u;
+    uint32_t bits = (codes & 0x80008000u) | magnitude >> 1;
+    const __half2 factor = __halves2half2(__ushort_as_half(0x5C00), __ushort_as_half(0x5C00));
+    const __half2 value = __hmul2(*reinterpret_cast<const __half2*>(&bits), factor);
+    bits = *reinterpret_cast<const uint32_t*>(&value);
+    return bits | ((magnitude + 0x01000100u) >> 15 & 0x00010001u) * 0x7E00u;
+  }
+#endif
+
   // Two codes in the low (high) half of a word.
   static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t* low, uint32_t* high) {
 #if __CUDA_ARCH__ >= 890
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(*low) : "h"(static_cast<uint16_t>(codes)));
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(*high) : "h"(static_cast<uint16_t>(codes >> 16)));
 #else
-    const __half2_raw a =
-        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
-    const __half2_raw b =
-        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes >> 16), __NV_E4M3);
-    *low = a.x | static_cast<uint32_t>(a.y) << 16;
-    *high = b.x | static_cast<uint32_t>(b.y) << 16;
+    *low = WidenPair(__byte_perm(codes, 0, 0x1404));
+    *high = WidenPair(__byte_perm(codes, 0, 0x3424));
 #endif
   }
 
