@@ -15,7 +15,13 @@ import numpy as np
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference import layout, numerics
-from tests.support.bounds import assert_codes, assert_error_ratio, assert_lse
+from tests.support.bounds import (
+    assert_codes,
+    assert_error_ratio,
+    assert_lse,
+    assert_within,
+    rounding_step,
+)
 from tests.support.tensors import BF16, E5M2, int32, to_numpy, to_paddle
 
 NUMPY_TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
@@ -170,10 +176,28 @@ class Problem:
         """Mask [T] of the tokens that belong to a row; the others' results are not compared."""
         return np.ones(len(self.q), bool)
 
+    def multiplies_fp8(self) -> bool:
+        """Whether Q, K and V are e4m3: a GPU then rounds probabilities to e4m3, too."""
+        raise NotImplementedError
+
+    def with_magnitudes(self) -> Problem:
+        """The problem with the absolute values of V."""
+        raise NotImplementedError
+
+    def scale_spread(self) -> float:
+        """Largest over smallest scale of V's tokens."""
+        return 1.0
+
     def check(self, place: str = "cpu", what: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """Run and hold the result to the error-ratio rule; returns (out, lse)."""
+        """Run and hold the result to the error-ratio rule; returns (out, lse).
+
+        Where a GPU multiplies e4m3 by e4m3, to that of e4m3 probabilities.
+        """
         out, lse = self.run(place)
         owned = self.owned()
+        if place != "cpu" and self.multiplies_fp8():
+            assert_fp8_products(self, out, lse, what)
+            return out, lse
         # The CPU kernel multiplies in fp32, a GPU kernel in 16 bits.
         precision = "float32" if place == "cpu" else "bfloat16"
         scale = self.options.get("out_scale")
@@ -187,6 +211,55 @@ class Problem:
             assert_codes(out[owned], exact[owned], naive[owned], float(scale[0]), f"{what} codes")
         assert_lse(lse[:, owned], exact_lse[:, owned], naive_lse[:, owned], f"{what} lse")
         return out, lse
+
+
+#: Codes of a kernel's probabilities: the largest may be as small as 64, the smallest step is 2^-9.
+_FP8_HALF_STEP = 2.0**-10 / 64
+
+
+def assert_fp8_products(problem: Problem, out, lse, what: str = "") -> None:
+    """Hold a result to the error of e4m3 probabilities.
+
+    With p' the rounded probability of a key, an output is off by at most the sum of |p' - p| |v|
+    over the keys, divided by the denominator, which is at least 1 where the largest p is 1:
+
+    - a normal code: |p' - p| <= 2^-4 p. Scores add an error of their own (the tensor core sums
+      products in 14 bits), which moves p by less than 3 %. Together at most that part of the output
+      for the values' magnitudes.
+    - a code below 2^-6: |p' - p| <= half a step, the same for every key. With token scales p
+      is multiplied by its scale over the largest of the tile's.
+    """
+    scale = problem.options.get("out_scale")
+    exact, exact_lse = problem.reference(out_scale=None)
+    twin = problem.with_magnitudes()
+    relative, _ = twin.reference(out_scale=None)
+    twin.q = np.zeros_like(twin.q)
+    mean, keys = twin.reference(out_scale=None, sinks=None)
+    total = mean * np.exp(np.asarray(keys, np.float64)).T[..., None]
+    if scale is None:
+        kind = str(out.dtype)
+    else:
+        kind, out = "e4m3", numerics.from_codes(out, "e4m3").astype(np.float64) * float(scale[0])
+    owned = problem.owned()
+    out, exact, relative, total = (
+        np.asarray(x).astype(np.float64)[owned] for x in (out, exact, relative, total)
+    )
+    step = (
+        rounding_step(exact, kind)
+        if scale is None
+        else (rounding_step(exact / float(scale[0]), kind) * float(scale[0]))
+    )
+    bound = (2.0**-4 + 0.03) * relative + _FP8_HALF_STEP * problem.scale_spread() * total + step
+    assert_within(out, exact, bound + 1e-6, f"{what} out")
+    # Rounding errors cancel over many keys, a wrong scale does not.
+    finite = np.isfinite(exact) & np.isfinite(out)
+    if finite.any():
+        error = np.sqrt(np.mean((out - exact)[finite] ** 2))
+        size = np.sqrt(np.mean(exact[finite] ** 2))
+        allowed = 0.035 if scale is None else 0.055
+        assert error <= allowed * size + 1e-6, f"{what}: typical error {error:.3g} of {size:.3g}"
+    lse, exact_lse = np.asarray(lse)[:, owned], np.asarray(exact_lse)[:, owned]
+    assert_within(lse, exact_lse, np.full(lse.shape, 0.03), f"{what} lse")
 
 
 @dataclasses.dataclass
@@ -204,6 +277,21 @@ class PagedProblem(Problem):
     @property
     def kind(self) -> CacheKind:
         return self.k.kind
+
+    def multiplies_fp8(self) -> bool:
+        quantised = self.kind.quant_type != "none"
+        return self.q.dtype == np.uint8 and quantised and self.kind.code == "e4m3"
+
+    def with_magnitudes(self) -> PagedProblem:
+        magnitudes = dataclasses.replace(self.v, elements=self.v.elements & 0x7F)
+        return dataclasses.replace(self, v=magnitudes)
+
+    def scale_spread(self) -> float:
+        if not self.kind.dynamic:
+            return 1.0
+        scales = self.v.scales.astype(np.float64)
+        scales = scales[np.isfinite(scales)]
+        return float(scales.max() / scales.min()) if scales.size else 1.0
 
     def slot(self, row: int, position: int) -> tuple[int, int]:
         """(block, token in the block) of a key position."""
@@ -352,6 +440,12 @@ class FlashProblem(Problem):
     cu_seqlens_k: np.ndarray
     options: dict[str, Any]
     q_descale: np.ndarray | None = None
+
+    def multiplies_fp8(self) -> bool:
+        return self.q.dtype == np.uint8 and self.k.dtype == np.uint8
+
+    def with_magnitudes(self) -> FlashProblem:
+        return dataclasses.replace(self, v=self.v & 0x7F)
 
     def arguments(self, place: str = "cpu") -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments of :func:`fastattn.functional.flash_attention`."""

@@ -85,6 +85,14 @@ def assert_error_ratio(actual, exact, naive, dtype: str, what: str = "out") -> N
     assert typical <= allowed, f"{what}: typical error {typical:.3g} > {allowed:.3g}"
 
 
+def assert_within(actual, exact, bound, what: str) -> None:
+    """|actual - exact| <= bound everywhere; NaN and infinities in the same places."""
+    excess = _errors(actual, exact) - np.where(np.isfinite(bound), bound, np.inf)
+    excess = np.where(np.isnan(excess), 0.0, excess)  # both NaN, where the bound is, too
+    if excess.size and not (excess <= 0).all():
+        _fail_at(what, excess, actual, exact, bound)
+
+
 def _finite(x):
     return np.where(np.isfinite(x), x, 0.0)
 

@@ -32,10 +32,10 @@ __device__ __forceinline__ void Arrive(uint64_t* barrier) {
 
 // Arrives and announces `bytes` that the copy engine will deliver in this phase.
 __device__ __forceinline__ void ArriveExpect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   SharedAddress(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ bool TryWait(uint64_t* barrier, uint32_t parity) {

@@ -10,6 +10,13 @@
 
 namespace fastattn::cuda::prefill_sm90 {
 
+// P is exp2(score - shift), with the shift kLogPeak below a maximum of the row's scores: many small
+// ones stay above e4m3's smallest code. The maximum may outgrow that by kLogGrowth, up to e4m3's
+// largest, before the shift follows.
+inline constexpr float kLogPeak = 6.0f;
+inline constexpr float kPeak = 64.0f;
+inline constexpr float kLogGrowth = 2.8f;
+
 // How the two consumer warpgroups take turns on the tensor cores.
 enum class Turns : int {
   kFree,   // not at all
@@ -91,7 +98,8 @@ struct alignas(1024) Shared {
   // Token scales: as loaded (fp32 or bf16), and as used: fp32, those of V over the step's largest.
   uint8_t raw_scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys * 4];
   float scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys];
-  uint32_t poisoned[C::kTokenScales ? C::kStages : 1][C::kKeys / 32];  // tokens; a bit each
+  // Tokens whose scale of K, or of V, is NaN; a bit each.
+  uint32_t poisoned[C::kTokenScales ? C::kStages : 1][2][C::kKeys / 32];
   float reference[C::kTokenScales ? C::kStages : 1]
                  [2];  // V's largest scale; the step before's over it
   // Tokens of a stage whose value is NaN, by channel; a bit each, 16 tokens a word.

@@ -29,8 +29,8 @@ struct Place {
 
 template <class C>
 struct Epilogue {
-  // `shift` is 8 below the maximum in units of log2; `sum` is this thread's part of it, and like o
-  // 2^8 of the true one. o counts in units of `reference`.
+  // `shift` is kLogPeak below a maximum in units of log2; `sum` is this thread's part of it, and
+  // like o kPeak times the true one. o counts in units of `reference`.
   __device__ __forceinline__ static void Write(const AttentionParams& p, const Shared<C>& shared,
                                                int buffer, const float (&o)[C::kOut],
                                                const float (&shift)[2], const float (&sum)[2],
@@ -42,7 +42,8 @@ struct Epilogue {
       float total = sum[h] + __shfl_xor_sync(~0u, sum[h], 1);
       total += __shfl_xor_sync(~0u, total, 2);
       scale[h] =
-          Normalise(p, place, h, shift[h] + 8.0f, total * 0x1p-8f, shared.sink[buffer]) * 0x1p-8f;
+          Normalise(p, place, h, shift[h] + kLogPeak, total * (1 / kPeak), shared.sink[buffer]) *
+          (1 / kPeak);
       // No visible key: 0, whatever the other factors are.
       if (scale[h] != 0.0f) scale[h] *= shared.output_scale[buffer] * reference;
     }

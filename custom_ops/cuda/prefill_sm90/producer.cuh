@@ -301,15 +301,17 @@ class Cleaner {
         key = LoadScale(shared_.raw_scales[at][0], p_.cache.scale_dtype, token);
         value[i] = LoadScale(shared_.raw_scales[at][1], p_.cache.scale_dtype, token);
       }
-      const bool nan = !(key + value[i] <= 3.0e38f);
-      if (nan) {
-        key = flags & kClean ? 1.0f : NAN;
-        value[i] = 0.0f;
-      }
+      const bool hide = flags & kClean;
+      const bool poisoned[2] = {hide && !(key <= 3.0e38f), hide && !(value[i] <= 3.0e38f)};
+      if (poisoned[0]) key = 1.0f;
+      if (poisoned[1]) value[i] = 0.0f;
       shared_.scales[at][0][token] = key == 0.0f ? 1e-30f : key;
-      const unsigned poisoned = __ballot_sync(~0u, nan && (flags & kClean));
-      if (lane_ == 0) shared_.poisoned[at][i] = poisoned;
-      found |= poisoned != 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const unsigned tokens = __ballot_sync(~0u, poisoned[half]);
+        if (lane_ == 0) shared_.poisoned[at][half][i] = tokens;
+        found |= tokens != 0;
+      }
       largest = fmaxf(largest, value[i]);
     }
 #pragma unroll
