@@ -23,7 +23,7 @@ __device__ __forceinline__ void TouchParameters(const Params& p) {
 }
 
 inline constexpr int kDecodeThreads = 32;
-inline constexpr int kLogValueParts = 2;  // of up to 4 warps that share a V head's stores
+inline constexpr int kValueParts = 4;
 
 template <typename Traits>
 using DecodeLane = LaneShape<Traits::kIn, Traits::kHeadDim, 4>;
@@ -35,45 +35,27 @@ struct StridedMap {
   static __device__ __forceinline__ int Channel(int lane, int i) { return lane + i * Lane::kLanes; }
 };
 
-// What a warp works on. All of this is known before earlier kernels have ended.
+// Which heads a warp works on, and what does not depend on the token's row.
 struct DecodeHead {
   int token;
-  int window_start;
   int lane;  // of the head
   int head;
-  bool active;   // false: past the last head
-  bool overlap;  // let the next kernel be set up
+  bool active;  // false: past the last head
+  int part;     // of `parts` warps that share the stores of V
+  int parts;    // a power of 2
 };
 
 template <typename Traits>
-__device__ __forceinline__ void SetHead(int unit, int num_heads, DecodeHead& at) {
+__device__ __forceinline__ DecodeHead HeadOfLane(int unit, int num_heads) {
   using Lane = DecodeLane<Traits>;
+  DecodeHead at;
+  at.token = blockIdx.y;
   at.lane = threadIdx.x % Lane::kLanes;
   const int head = unit * Lane::kHeads + threadIdx.x % 32 / Lane::kLanes;
   at.active = head < num_heads;
   at.head = at.active ? head : 0;
-}
-
-// The first loads: nothing of memory may be touched before.
-struct DecodeRows {
-  RowWindow window;
-  int given;
-};
-
-__device__ __forceinline__ DecodeRows LoadRows(const RowMeta& rows, const DecodeHead& at) {
-  WaitForEarlierKernels();
-  // In a large grid the next kernel's CTAs would gather where this one's finish first.
-  if (at.overlap) AllowNextKernel();
-  DecodeRows loaded;
-  loaded.window = LoadWindow(rows, at.window_start);
-  loaded.given = GivenRow(rows, at.token);
-  return loaded;
-}
-
-// Keeps the computation of an address before what follows.
-__device__ __forceinline__ const uint16_t* Computed(const uint16_t* address) {
-  asm volatile("" : "+l"(address));
-  return address;
+  at.part = 0, at.parts = 1;
+  return at;
 }
 
 // Block of a token's place, -1 where there is none.
@@ -83,16 +65,17 @@ __device__ __forceinline__ int BlockOfPlace(const StepParams& p, const WarpPlace
 }
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeQuery(const StepParams& p, const DecodeHead& at) {
+__device__ __forceinline__ void DecodeQuery(const StepParams& p, const RowWindow& window, int given,
+                                            const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   const RopeWriteCacheParams& rope = p.rope;
-  const uint16_t* source = Computed(static_cast<const uint16_t*>(p.q) + at.token * p.q_stride +
-                                    at.head * Lane::kHeadDim + at.lane * Lane::kHalf);
-  const DecodeRows rows = LoadRows(rope.rows, at);
   uint32_t words[Lane::kWords];
-  LoadHalves<Lane::kWords, Lane::kHeadDim>(source, words);
+  LoadHalves<Lane::kWords, Lane::kHeadDim>(static_cast<const uint16_t*>(p.q) +
+                                               at.token * p.q_stride + at.head * Lane::kHeadDim +
+                                               at.lane * Lane::kHalf,
+                                           words);
   const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
-  const WarpPlace place = FindPlace(rope.rows, rows.window, rows.given, at.token);
+  const WarpPlace place = FindPlace(rope.rows, window, given, at.token);
   if (place.row >= 0) {
     RotateWords<Lane>(rope, place.position, at.lane, words);
   } else {
@@ -104,17 +87,17 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, const DecodeHea
 
 // K, and V of type none (kKey false).
 template <typename Traits, bool kKey>
-__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const DecodeHead& at) {
+__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowWindow& window,
+                                                 int given, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   const PagedCache& cache = p.rope.cache;
-  const uint16_t* source = Computed(static_cast<const uint16_t*>(kKey ? p.k : p.v) +
-                                    at.token * (kKey ? p.k_stride : p.v_stride) +
-                                    at.head * Lane::kHeadDim + at.lane * Lane::kHalf);
-  const DecodeRows rows = LoadRows(p.rope.rows, at);
   uint32_t words[Lane::kWords];
-  LoadHalves<Lane::kWords, Lane::kHeadDim>(source, words);
+  LoadHalves<Lane::kWords, Lane::kHeadDim>(static_cast<const uint16_t*>(kKey ? p.k : p.v) +
+                                               at.token * (kKey ? p.k_stride : p.v_stride) +
+                                               at.head * Lane::kHeadDim + at.lane * Lane::kHalf,
+                                           words);
   const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
-  const WarpPlace place = FindPlace(p.rope.rows, rows.window, rows.given, at.token);
+  const WarpPlace place = FindPlace(p.rope.rows, window, given, at.token);
   const int block = BlockOfPlace(p, place);
   if constexpr (Traits::kRope && kKey) {
     if (place.row >= 0) RotateWords<Lane>(p.rope, place.position, at.lane, words);
@@ -126,21 +109,19 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const Deco
                                 at.active && block >= 0);
 }
 
-// `part` of `parts` warps (a power of 2) that share the stores.
 template <typename Traits>
-__device__ __forceinline__ void DecodeValue(const StepParams& p, const DecodeHead& at, int part,
-                                            int parts) {
+__device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow& window, int given,
+                                            const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   using Map = StridedMap<Lane>;
   const PagedCache& cache = p.rope.cache;
-  const uint16_t* source = Computed(static_cast<const uint16_t*>(p.v) + at.token * p.v_stride +
-                                    at.head * Lane::kHeadDim + Map::Channel(at.lane, 0));
-  const DecodeRows rows = LoadRows(p.rope.rows, at);
+  const uint16_t* source =
+      static_cast<const uint16_t*>(p.v) + at.token * p.v_stride + at.head * Lane::kHeadDim;
   uint32_t x[Lane::kValues];
 #pragma unroll
-  for (int i = 0; i < Lane::kValues; ++i) x[i] = source[Map::Channel(0, i)];
+  for (int i = 0; i < Lane::kValues; ++i) x[i] = source[Map::Channel(at.lane, i)];
   const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, at.head);
-  const WarpPlace place = FindPlace(p.rope.rows, rows.window, rows.given, at.token);
+  const WarpPlace place = FindPlace(p.rope.rows, window, given, at.token);
   const int block = BlockOfPlace(p, place);
   uint32_t words[Lane::kWords];
 #pragma unroll
@@ -150,14 +131,14 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const DecodeHea
   const bool store = at.active && block >= 0;
   uint32_t codes[Lane::kCodeWords];
   QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, scale, at.head,
-                                  at.lane, block_head * kBlockSize + slot, store && part == 0,
+                                  at.lane, block_head * kBlockSize + slot, store && at.part == 0,
                                   codes);
   if (!store) return;
   uint8_t* out = static_cast<uint8_t*>(cache.value) + block_head * (kBlockSize * Lane::kHeadDim) +
                  TokenSlot(slot);
 #pragma unroll
   for (int i = 0; i < Lane::kValues; ++i) {
-    if ((i & (parts - 1)) == part) {
+    if ((i & (at.parts - 1)) == at.part) {
       out[Map::Channel(at.lane, i) * kBlockSize] =
           static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
     }
@@ -166,34 +147,39 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const DecodeHea
 
 template <typename Traits>
 __global__ void __launch_bounds__(kDecodeThreads)
-    StepDecodeKernel(const __grid_constant__ StepParams p, float rows_per_token, bool small_grid,
-                     bool overlap) {
+    StepDecodeKernel(const __grid_constant__ StepParams p, float rows_per_token, bool small_grid) {
   using Lane = DecodeLane<Traits>;
+  const RowMeta& rows = p.rope.rows;
   const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
   const int kv_heads = p.rope.cache.num_kv_heads;
+  const int q_units = (q_heads + Lane::kHeads - 1) / Lane::kHeads;
   const int kv_units = (kv_heads + Lane::kHeads - 1) / Lane::kHeads;
   // A small step has warps to spare: the scattered stores of V are what takes longest.
-  const int log_parts = Traits::kQuantized && small_grid ? kLogValueParts : 0;
-  const int value_units = kv_units << log_parts;
+  const int value_parts = Traits::kQuantized && small_grid ? kValueParts : 1;
+  const int value_units = kv_units * value_parts;
   const int unit = blockIdx.x;
-  DecodeHead at;
-  at.token = blockIdx.y;
-  at.window_start = WindowStart(p.rope.rows, at.token * rows_per_token);
-  at.overlap = overlap;
+  const int token = blockIdx.y;
   TouchParameters(p);
+  WaitForEarlierKernels();
+  // The next kernel's CTAs would gather where this one's finish first, unless there is room.
+  if (small_grid) AllowNextKernel();
+  const RowWindow window = LoadWindow(rows, static_cast<int>(token * rows_per_token));
+  const int given = GivenRow(rows, token);
   if (unit < value_units) {
-    SetHead<Traits>(unit >> log_parts, kv_heads, at);
+    DecodeHead at = HeadOfLane<Traits>(unit >> (value_parts == kValueParts ? 2 : 0), kv_heads);
+    at.part = unit & (value_parts - 1);
+    at.parts = value_parts;
     if constexpr (Traits::kQuantized) {
-      DecodeValue<Traits>(p, at, unit & ((1 << log_parts) - 1), 1 << log_parts);
+      DecodeValue<Traits>(p, window, given, at);
     } else {
-      DecodeTokenMajor<Traits, false>(p, at);
+      DecodeTokenMajor<Traits, false>(p, window, given, at);
     }
   } else if (unit < value_units + kv_units) {
-    SetHead<Traits>(unit - value_units, kv_heads, at);
-    DecodeTokenMajor<Traits, true>(p, at);
+    DecodeTokenMajor<Traits, true>(p, window, given,
+                                   HeadOfLane<Traits>(unit - value_units, kv_heads));
   } else if constexpr (Traits::kRope) {
-    SetHead<Traits>(unit - value_units - kv_units, q_heads, at);
-    DecodeQuery<Traits>(p, at);
+    DecodeQuery<Traits>(p, window, given,
+                        HeadOfLane<Traits>(unit - value_units - kv_units, q_heads));
   }
 }
 

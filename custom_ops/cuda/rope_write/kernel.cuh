@@ -30,12 +30,11 @@ cudaError_t LaunchDecode(const StepParams& p, cudaStream_t stream) {
   const RowMeta& rows = p.rope.rows;
   const int kv_units = CeilDiv(p.rope.cache.num_kv_heads, Lane::kHeads);
   const int units = CeilDiv(p.rope.num_heads, Lane::kHeads) + 2 * kv_units;
-  const int64_t ctas = static_cast<int64_t>(units) * rows.num_tokens;
-  const bool small = ctas <= kSmallGrid;
-  const int more = small && Traits::kQuantized ? (kv_units << kLogValueParts) - kv_units : 0;
+  const bool small = static_cast<int64_t>(units) * rows.num_tokens <= kSmallGrid;
+  const int more = small && Traits::kQuantized ? (kValueParts - 1) * kv_units : 0;
   const float rows_per_token = static_cast<float>(rows.batch) / static_cast<float>(rows.num_tokens);
   return LaunchEarly(StepDecodeKernel<Traits>, dim3(units + more, rows.num_tokens),
-                     dim3(kDecodeThreads), stream, p, rows_per_token, small, ctas <= kOverlapGrid);
+                     dim3(kDecodeThreads), stream, p, rows_per_token, small);
 }
 
 // Prompts: rope_write_cache_kv.
@@ -48,9 +47,7 @@ cudaError_t LaunchStream(const StepParams& p, cudaStream_t stream) {
   const int steps = CeilDiv(p.rope.num_heads, Lane::kHeads) + CeilDiv(kv_heads, Lane::kHeads);
   const int64_t slots = NumTileSlots(rows.num_tokens, rows.batch, kBlockSize, 2);
   StreamGrid grid;
-  // One step is too little for what a warp finds out first, unless there are warps to spare.
-  const int least = token_groups * steps <= kSmallGrid ? 1 : 2;
-  grid.steps_per_share = std::max(least, CeilDiv(steps, HeadShares(token_groups, steps)));
+  grid.steps_per_share = CeilDiv(steps, HeadShares(token_groups, steps, kStreamCtasWanted));
   grid.shares = CeilDiv(steps, grid.steps_per_share);
   grid.stream_ctas = token_groups * grid.shares;
   grid.rows_per_token = static_cast<float>(rows.batch) / static_cast<float>(rows.num_tokens);

@@ -20,8 +20,6 @@ inline bool UseTokenKernel(int num_tokens, int batch) {
 
 // A grid of at most this many CTAs leaves most of a GPU to the next kernel.
 inline constexpr int kSmallGrid = 256;
-// Up to this many one-warp CTAs, setting up the next kernel meanwhile does not unbalance it.
-inline constexpr int kOverlapGrid = 2048;
 
 // The same choice where both kernels have their lean form: by the tokens of a row alone.
 inline bool UseDecodeKernel(int num_tokens, int batch) {
@@ -29,11 +27,13 @@ inline bool UseDecodeKernel(int num_tokens, int batch) {
   return num_tokens <= kDecodeKernelMax || num_tokens <= kTokensPerRowMax * batch;
 }
 
+// For the larger CTAs of the lean prefill kernel.
+inline constexpr int kStreamCtasWanted = 512;
+
 // CTAs that share the heads of one group of tokens, so that `token_groups` of them fill a GPU
 // several times over.
-inline int HeadShares(int token_groups, int heads) {
-  constexpr int kCtasWanted = 1024;
-  const int shares = (kCtasWanted + token_groups - 1) / token_groups;
+inline int HeadShares(int token_groups, int heads, int ctas_wanted = 1024) {
+  const int shares = (ctas_wanted + token_groups - 1) / token_groups;
   return shares < 1 ? 1 : (shares > heads ? heads : shares);
 }
 

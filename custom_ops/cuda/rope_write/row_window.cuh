@@ -28,16 +28,13 @@ __device__ __forceinline__ RowFacts LoadRow(const RowMeta& rows, int row) {
           rows.seq_lens_decoder[row]};
 }
 
-// First row of the window for a guess of the row that is looked for.
-__device__ __forceinline__ int WindowStart(const RowMeta& rows, float guess) {
-  return rows.batch <= 32 ? 0 : max(min(static_cast<int>(guess) - 8, rows.batch - 32), 0);
-}
-
-__device__ __forceinline__ RowWindow LoadWindow(const RowMeta& rows, int low) {
+// `guess`: a row likely to be near the one that is looked for.
+__device__ __forceinline__ RowWindow LoadWindow(const RowMeta& rows, int guess) {
   RowWindow window = {};
   if (rows.batch == 0) return window;
-  window.low = low;
-  window.facts = LoadRow(rows, min(low + static_cast<int>(threadIdx.x & 31), rows.batch - 1));
+  window.low = max(min(guess - 8, rows.batch - 32), 0);
+  window.facts =
+      LoadRow(rows, min(window.low + static_cast<int>(threadIdx.x & 31), rows.batch - 1));
   return window;
 }
 

@@ -64,8 +64,7 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   load(first_step, words[0], scales[0]);
   load(first_step + 1, words[1], scales[1]);
 
-  const RowWindow window =
-      LoadWindow(rope.rows, WindowStart(rope.rows, token * grid.rows_per_token));
+  const RowWindow window = LoadWindow(rope.rows, static_cast<int>(token * grid.rows_per_token));
   const WarpPlace place = FindPlace(rope.rows, window, GivenRow(rope.rows, token), token);
   const bool owned = place.row >= 0;
   LaneAngles<Lane> angles = {};
@@ -121,7 +120,7 @@ __device__ __forceinline__ TileWork FindTile(const RowMeta& rows, int tile_slot,
                                              float rows_per_tile) {
   TileWork work = {-1, 0, 0, 0, 0};
   if (rows.batch == 0) return work;
-  const RowWindow window = LoadWindow(rows, WindowStart(rows, tile_slot * rows_per_tile));
+  const RowWindow window = LoadWindow(rows, static_cast<int>(tile_slot * rows_per_tile));
   const int row = PickRow(rows, window, tile_slot, kBlockSize, 2);
   if (row < 0) return work;
   const RowFacts facts = FactsOf(rows, window, row);
