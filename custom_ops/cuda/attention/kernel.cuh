@@ -369,8 +369,9 @@ cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask
   using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kTokenScales, kColumns>;
   const auto kernel = AttentionKernel<Traits>;
   const int bytes = Traits::SharedBytes(task.num_rows);
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The same value in every call: threads of the host may launch at the same time.
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            Traits::SharedBytes(kMaxPlanRows));
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);

@@ -132,7 +132,7 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
     info.keys.begin = max(info.keys.begin, __ldg(offsets));
-    info.keys.end = min(info.keys.end, __ldg(offsets + 1));
+    info.keys.end = max(min(info.keys.end, __ldg(offsets + 1)), 0);
   }
   info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kHeadDim;
   return info;

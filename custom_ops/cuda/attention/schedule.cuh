@@ -249,6 +249,8 @@ __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
   schedule.num_items = begin.place < end.place ? end.item + end.inside - begin.item : 0;
   schedule.first_row = begin.row;
   schedule.last_row = end.row;
+  // More places than can be counted: lengths that no step has.
+  if (sum_before.x >= kMost) schedule.num_items = 0;
   return schedule;
 }
 

@@ -279,10 +279,25 @@ __device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint3
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          // A NaN scale of a key that a column does not see is none of its business.
-          float& x = scores[m][n][2 * half + c];
-          x = mask.needed && x == 0.0f ? 0.0f : x * factor;
+        for (int c = 0; c < 2; ++c) scores[m][n][2 * half + c] *= factor;
+      }
+    }
+  }
+  if (!mask.needed) return;
+  // A NaN scale of a key that a column does not see is none of its business.
+#pragma unroll
+  for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint2 range = LoadShared8(mask.columns + (8 * n + c) * sizeof(ColumnInfo));
+      const int begin = static_cast<int>(range.x) - mask.first_key;
+      const int end = static_cast<int>(range.y) - mask.first_key;
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int key = Traits::KeyOf(first + m, g + 8 * half);
+          if (key < begin || key >= end) scores[m][n][2 * half + c] = 0.0f;
         }
       }
     }
