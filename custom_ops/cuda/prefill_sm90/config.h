@@ -10,12 +10,10 @@
 
 namespace fastattn::cuda::prefill_sm90 {
 
-// P is exp2(score - shift), with the shift kLogPeak below a maximum of the row's scores: many small
-// ones stay above e4m3's smallest code. The maximum may outgrow that by kLogGrowth, up to e4m3's
-// largest, before the shift follows.
-inline constexpr float kLogPeak = 6.0f;
-inline constexpr float kPeak = 64.0f;
-inline constexpr float kLogGrowth = 2.8f;
+// P is exp2(score - shift), with the shift kLogPeak below the maximum of the row's scores: P lies
+// in [0, kPeak] before its cast to e4m3, so that few small ones underflow and none saturates.
+inline constexpr float kLogPeak = 8.0f;
+inline constexpr float kPeak = 256.0f;
 
 // How the two consumer warpgroups take turns on the tensor cores.
 enum class Turns : int {
@@ -105,7 +103,8 @@ struct alignas(1024) Shared {
   // Tokens of a stage whose value is NaN, by channel; a bit each, 16 tokens a word.
   alignas(16) uint16_t nan_tokens[C::kStages][C::kDim][C::kKeys / 16];
   alignas(4) uint8_t nan_found[C::kStages][4];  // by each cleaner
-  int flags[C::kStages];
+  int flags[C::kStages];                        // for the consumers, with the keys
+  int value_flags[C::kStages];                  // the same for the cleaners, with the values
   Tile tile[2];
   float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
   int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last

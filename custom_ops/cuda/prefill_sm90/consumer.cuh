@@ -235,8 +235,8 @@ class Consumer {
     AddProduct(alpha);
     EndTurn<Turns::kBoth>();
     Exponentials<C::kEarly, 4>();
-    PackProbabilities();
     ReleaseValues(start_ + C::kKeys);
+    PackProbabilities();
   }
 
   // Waits for the step's values, which only the next product needs. It stands here, and depends on
@@ -270,7 +270,7 @@ class Consumer {
   // Ends the use of the values whose product has been added; `start` is their first key.
   __device__ __forceinline__ void ReleaseValues(int start) {
     const int found = *reinterpret_cast<const int*>(shared_.nan_found[values_.index]) & 0xFFFFFF;
-    if (__builtin_expect(found != 0, 0)) AddNaNs(start, buffer_);
+    if (found != 0) AddNaNs(start, buffer_);
     Release(&shared_.value_empty[values_.index]);
     values_.Advance();
   }
@@ -284,7 +284,7 @@ class Consumer {
     if constexpr (C::kTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
     if constexpr (C::kSoftcap) Softcap(at);
     const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
-    if (__builtin_expect(!full || (flags_ & (3 * kUnassigned)), 0)) Mask();
+    if (!full || (flags_ & (3 * kUnassigned))) Mask();
     stage_ = at;
     stage_phase_ = keys_.phase;
     keys_.Advance();
@@ -336,43 +336,23 @@ class Consumer {
     }
   }
 
-  // Finds the scores' maximum. What is subtracted follows it only when it has grown by more than P
-  // can take: most steps need no exchange with the row's other lanes, and no factor.
   __device__ __forceinline__ void FindMaximum(float (&alpha)[2]) {
     float part[4];
 #pragma unroll
-    for (int i = 0; i < C::kScores; i += 8) {
-      if constexpr (C::kTokenScales && !C::kSoftcap) {
-        // Hidden scores are -inf already, and stay it: the scales are positive.
+    for (int i = 0; i < C::kScores; ++i) {
+      // Hidden scores are -inf already, and stay it: the scales are positive.
+      if (C::kTokenScales && !C::kSoftcap && i % 4 == 0) {
         ScaleColumns(shared_.scales[stage_][0], i / 4);
-        ScaleColumns(shared_.scales[stage_][0], i / 4 + 1);
       }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float pair = MaxNaN(s_[i + j], s_[i + j + 4]);
-        part[j] = i == 0 ? pair : MaxNaN(part[j], pair);
-      }
+      part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
     }
-    float largest[2];
-    bool grown = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      largest[h] = fmaf(MaxNaN(part[2 * h], part[2 * h + 1]), Factor(h), -kLogPeak);
-      grown |= !(largest[h] <= shift_[h] + kLogGrowth);
-      alpha[h] = 1.0f;
-    }
-    if (__any_sync(~0u, grown)) Grow(largest, alpha);
-  }
-
-  // Raises what is subtracted from the scores to the rows' maxima.
-  __device__ __forceinline__ void Grow(const float (&largest)[2], float (&alpha)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float row = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
-      row = MaxNaN(row, __shfl_xor_sync(~0u, row, 2));
+      float largest = MaxNaN(part[2 * h], part[2 * h + 1]);
+      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 2));
       const float before = shift_[h];
-      // Each row by itself: what other rows hold must not change a bit of its result.
-      shift_[h] = row <= before + kLogGrowth ? before : MaxNaN(before, row);
+      shift_[h] = MaxNaN(before, fmaf(largest, Factor(h), -kLogPeak));
       alpha[h] = Exp2(before - Shift(h));
       sum_[h] *= alpha[h];
     }

@@ -116,6 +116,8 @@ class Loader {
     Wait(&shared_.value_empty[at], stage.phase ^ 1);
     if (lane_ == 0) {
       uint64_t* barrier = &shared_.value_full[at];
+      // A copy: the next keys' flags may come before the cleaners have looked at these values.
+      shared_.value_flags[at] = flags;
       const int assigned = (blocks[0] >= 0) + (blocks[1] >= 0);
       const int scale_bytes = kBlockSize * SizeOf(p_.cache.scale_dtype);
       ArriveExpect(barrier, 2 * kBytes + (C::kTokenScales ? 2 * assigned * scale_bytes : 0));
@@ -172,10 +174,10 @@ class Cleaner {
         Wait(&shared_.value_full[at], stages.phase);
         const int written = min(max(k_len - (last - step) * C::kKeys, 0), C::kKeys);
         bool nan = false;
-        if (shared_.flags[at] & kClean) nan = Clean(at, written);
+        if (shared_.value_flags[at] & kClean) nan = Clean(at, written);
         nan = __any_sync(~0u, nan);
         if constexpr (C::kTokenScales) {
-          if (warp_ == 0) nan |= PrepareScales(at, written, shared_.flags[at], &reference);
+          if (warp_ == 0) nan |= PrepareScales(at, written, shared_.value_flags[at], &reference);
         }
         if (lane_ == 0) shared_.nan_found[at][warp_] = nan;
         FenceAsyncProxy();
