@@ -73,6 +73,17 @@ def test_more_rows_than_one_launch_takes(place, kind):
     paged_problem(rows, kind=kind).check(place)
 
 
+def test_mask_offsets_of_any_value(place):
+    """Ends before the first key, and starts behind the last one, hide every key."""
+    offsets = np.array([[0, -(2**31)], [2**31 - 1, 2**31 - 1], [-(2**31), 2**31 - 1]], np.int32)
+    for new in (3, 30):
+        mask = np.tile(offsets, (new // 3, 1))
+        problem = paged_problem([(300, new)], kind=BLOCK_WISE_FP8, mask_offsets=mask)
+        _, lse = problem.check(place)
+        assert np.isneginf(lse[:, 0::3]).all() and np.isneginf(lse[:, 1::3]).all()
+        assert np.isfinite(lse[:, 2::3]).all()
+
+
 def test_short_and_long_rows_in_one_call(place):
     """On a GPU, rows that decode and rows of many tokens are different launches."""
     rows = [(500, 1), (64, 100), (0, 1), (0, 0), (63, 17), (1000, 2), (0, 300), (129, 9)]
