@@ -232,7 +232,7 @@ class Cleaner {
     end = tile.k_len;
     if (p_.causal) end = min(end, position + 1);
     if (p_.window_right >= 0) end = min(end, position + min(p_.window_right, kMaxLength) + 1);
-    if (p_.window_left >= 0) begin = max(begin, position - p_.window_left);
+    if (p_.window_left >= 0) begin = max(begin, position - min(p_.window_left, kMaxLength));
     if (p_.mask_offsets != nullptr) {
       const int* mask = p_.mask_offsets + 2 * static_cast<int64_t>(tile.token + i);
       begin = max(begin, min(mask[0], kFar));

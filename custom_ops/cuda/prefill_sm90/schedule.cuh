@@ -191,8 +191,8 @@ class TileWalk {
       common_end = min(common_end, first + right);
     }
     if (p_.window_left >= 0) {
-      begin = max(begin, first - p_.window_left);
-      common_begin = max(0, final - p_.window_left);
+      begin = max(begin, first - min(p_.window_left, kMaxLength));
+      common_begin = max(0, final - min(p_.window_left, kMaxLength));
     }
     if (p_.mask_offsets != nullptr) {
       int low = kMaxLength, high = 0;
