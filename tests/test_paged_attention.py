@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -71,6 +73,23 @@ def test_more_rows_than_one_launch_takes(place, kind):
         ((17 * i) % 131 + (3000 if i % 239 == 5 else 0), (1, 0, 1, 3)[i % 4]) for i in range(700)
     ]
     paged_problem(rows, kind=kind).check(place)
+
+
+def test_host_threads_may_call_at_once(place):
+    """Steps of very different batch sizes, each from a thread of its own."""
+    problems = [
+        paged_problem([(70, 1)] * count, kind=BLOCK_WISE_FP8, seed=count) for count in (1, 40, 300)
+    ]
+    expected = [problem.run(place) for problem in problems]
+
+    def repeat(i: int) -> None:
+        for _ in range(5):
+            out, lse = problems[i].run(place)
+            assert_same_bits(out, expected[i][0], f"{i}: out")
+            assert_same_bits(lse, expected[i][1], f"{i}: lse")
+
+    with ThreadPoolExecutor(len(problems)) as pool:
+        list(pool.map(repeat, range(len(problems))))
 
 
 def test_mask_offsets_of_any_value(place):
