@@ -14,6 +14,7 @@
 #include "cuda/attention/schedule.cuh"
 #include "cuda/attention/tile.cuh"
 #include "cuda/attention/traits.cuh"
+#include "cuda/common/early_launch.cuh"
 
 namespace fastattn::cuda {
 
@@ -300,7 +301,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   const int warp_column = warp % Traits::kStreamWarps * Traits::kTiles * 8;
   TouchParameters(p);
   TouchParameters(task);
-  WaitForPreviousKernel();
+  WaitForEarlierKernels();
   const Schedule schedule = MakeSchedule<Traits::kColumns, Traits::kUnit, kAttentionThreads>(
       p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
       reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
@@ -344,7 +345,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       state.Reset();
       RunSegment<Traits>(p, segment, stream, query, factors, SharedAddress(infos), &cursor, &ring,
                          &state);
-      if (done + i + 1 == schedule.num_items) AllowDependentLaunch();
+      if (done + i + 1 == schedule.num_items) AllowNextKernel();
       parts = segment.parts;
       FinishSegment<Traits>(p, task, segment, stream, warp_column, shared, &state);
     }

@@ -32,7 +32,7 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
                             cudaStream_t stream);
 
 // Lets a kernel start before the one ahead of it in the stream has ended, where the GPU can: it
-// then waits for that itself (WaitForPreviousKernel).
+// then waits for that itself (WaitForEarlierKernels).
 inline cudaError_t OverlapLaunches(cudaLaunchConfig_t* config, cudaLaunchAttribute* attribute) {
   int device = 0, major = 0;
   cudaError_t status = cudaGetDevice(&device);

@@ -7,6 +7,7 @@
 #include "cuda/attention/clear.cuh"
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/launch.h"
+#include "cuda/common/early_launch.cuh"
 
 namespace fastattn::cuda {
 
@@ -41,8 +42,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float4 outs[kThreads];
   __shared__ float2 states[kThreads];
   TouchParameters(p);
-  WaitForPreviousKernel();
-  AllowDependentLaunch();
+  WaitForEarlierKernels();
+  AllowNextKernel();
   // What the CTA says: CTAs that share the item, its row, KV head and tile of queries.
   const int4 header = __ldcg(reinterpret_cast<const int4*>(
       task.headers + static_cast<int64_t>(blockIdx.x) * kPartialHeader));

@@ -110,6 +110,30 @@ __device__ __forceinline__ void Multiply(uint32_t slot, const QueryTile<Traits>&
   }
 }
 
+// Gives `value` to the scores of keys that their column does not see.
+template <typename Traits>
+__device__ __forceinline__ void HideKeys(const UnitMask& mask, int first, float value,
+                                         float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint2 range = LoadShared8(mask.columns + (8 * n + c) * sizeof(ColumnInfo));
+      const int begin = static_cast<int>(range.x) - mask.first_key;
+      const int end = static_cast<int>(range.y) - mask.first_key;
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int key = Traits::KeyOf(first + m, g + 8 * half);
+          if (key < begin || key >= end) scores[m][n][2 * half + c] = value;
+        }
+      }
+    }
+  }
+}
+
 // Products with K's codes become scores in log2 units; invisible ones -inf.
 template <typename Traits>
 __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t slot,
@@ -152,25 +176,7 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
       }
     }
   }
-  if (mask.needed) {
-#pragma unroll
-    for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const uint2 range = LoadShared8(mask.columns + (8 * n + c) * sizeof(ColumnInfo));
-        const int begin = static_cast<int>(range.x) - mask.first_key;
-        const int end = static_cast<int>(range.y) - mask.first_key;
-#pragma unroll
-        for (int m = 0; m < Traits::kGroup; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int key = Traits::KeyOf(first + m, g + 8 * half);
-            if (key < begin || key >= end) scores[m][n][2 * half + c] = -kInfinity;
-          }
-        }
-      }
-    }
-  }
+  if (mask.needed) HideKeys<Traits>(mask, first, -kInfinity, scores);
 }
 
 // Raises the running maxima to the scores' and brings sums and outputs to them.
@@ -283,25 +289,8 @@ __device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint3
       }
     }
   }
-  if (!mask.needed) return;
   // A NaN scale of a key that a column does not see is none of its business.
-#pragma unroll
-  for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const uint2 range = LoadShared8(mask.columns + (8 * n + c) * sizeof(ColumnInfo));
-      const int begin = static_cast<int>(range.x) - mask.first_key;
-      const int end = static_cast<int>(range.y) - mask.first_key;
-#pragma unroll
-      for (int m = 0; m < Traits::kGroup; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int key = Traits::KeyOf(first + m, g + 8 * half);
-          if (key < begin || key >= end) scores[m][n][2 * half + c] = 0.0f;
-        }
-      }
-    }
-  }
+  if (mask.needed) HideKeys<Traits>(mask, first, 0.0f, scores);
 }
 
 // 0xFF (0xFFFF) for every element of an operand's word whose key lies in [begin, end).
