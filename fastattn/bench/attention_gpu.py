@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import paddle
 
 import fastattn.functional as F
 from fastattn.bench import gpu_timing
@@ -25,14 +24,6 @@ SHAPES = [(b, k * 1024) for k in (1, 8, 32, 128) for b in (1, 16, 64, 128) if b 
 LAYER_BYTES = 1.2e9
 #: Peers that read the same kind of cache, by the prefix of their names.
 PEERS = {"cache_fp8": "fp8", "block_wise_int8": "int8", "none": "bf16"}
-
-
-def _empty(shape: Sequence[int], dtype: str) -> paddle.Tensor:
-    paddle.set_device("gpu")
-    try:
-        return paddle.empty(list(shape), dtype)
-    finally:
-        paddle.set_device("cpu")
 
 
 @functools.lru_cache(maxsize=2)
@@ -73,10 +64,9 @@ class Decode:
         for _ in range(layers):
             dtype = "bfloat16" if kind == "none" else "uint8"
             v_shape = (BLOCK, DIM) if kind == "none" else (DIM, BLOCK)
-            key = _empty((blocks, kv_heads, BLOCK, DIM), dtype)
-            value = _empty((blocks, kv_heads, *v_shape), dtype)
-            for cache in (key, value):
-                gpu_timing.fill_random(cache, _random("none" if kind == "none" else "codes"))
+            words = _random("none" if kind == "none" else "codes")
+            key = gpu_timing.filled((blocks, kv_heads, BLOCK, DIM), dtype, words)
+            value = gpu_timing.filled((blocks, kv_heads, *v_shape), dtype, words)
             scales = {}
             if kind != "none":
                 shape = (blocks, kv_heads, BLOCK) if dynamic else (kv_heads,)
@@ -92,7 +82,7 @@ class Decode:
                     max_seqlen_q=new,
                     max_seqlen_k=max(lengths),
                     cache_quant_type=kind,
-                    out=_empty((rows * new, heads, DIM), "bfloat16"),
+                    out=gpu_timing.empty((rows * new, heads, DIM), "bfloat16"),
                     **scales,
                 )
             )

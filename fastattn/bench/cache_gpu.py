@@ -27,22 +27,11 @@ def _gpu(array: np.ndarray) -> paddle.Tensor:
     return paddle.to_tensor(array, place=paddle.CUDAPlace(0))
 
 
-def _filled(shape: tuple[int, ...], dtype: str, values: np.ndarray) -> paddle.Tensor:
-    """Tensor on the GPU with repetitions of `values`: no host makes gigabytes of them."""
-    paddle.set_device("gpu")
-    try:
-        tensor = paddle.empty(list(shape), dtype)
-    finally:
-        paddle.set_device("cpu")
-    gpu_timing.fill_random(tensor, values)
-    return tensor
-
-
 def _bf16(rng: np.random.Generator, shape: tuple[int, ...]) -> paddle.Tensor:
     # Random bits with an exponent near 1: real values without a host-side conversion.
     bits = rng.integers(0, 1 << 16, size=1 << 20, dtype=np.uint16)
     bits = (bits & np.uint16(0x807F)) | np.uint16(0x3F00) | (bits & np.uint16(0x0080))
-    return _filled(shape, "bfloat16", bits)
+    return gpu_timing.filled(shape, "bfloat16", bits)
 
 
 class Cache:
@@ -54,10 +43,10 @@ class Cache:
         self.num_blocks = num_blocks
         codes = rng.integers(0, 126, size=1 << 20, dtype=np.uint8)
         shape: tuple[int, ...] = (num_blocks, kv_heads, BLOCK, head_dim)
-        self.key = _filled(shape, "uint8", codes)
-        self.value = _filled((num_blocks, kv_heads, head_dim, BLOCK), "uint8", codes)
+        self.key = gpu_timing.filled(shape, "uint8", codes)
+        self.value = gpu_timing.filled((num_blocks, kv_heads, head_dim, BLOCK), "uint8", codes)
         #: The same number of other bytes in the shape that FastDeploy gives V.
-        self.value_as_deployed = _filled(shape, "uint8", codes)
+        self.value_as_deployed = gpu_timing.filled(shape, "uint8", codes)
         dynamic = cache_type.startswith("block_wise")
         shape = (num_blocks, kv_heads, BLOCK) if dynamic else (kv_heads,)
         self.k_scales = _gpu(rng.uniform(0.01, 0.02, size=shape).astype(np.float32))

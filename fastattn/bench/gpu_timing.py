@@ -261,6 +261,22 @@ def fill_random(tensor: paddle.Tensor, words: Any) -> None:
         done += more
 
 
+def empty(shape: Sequence[int], dtype: str) -> paddle.Tensor:
+    """Uninitialised tensor on the GPU; benchmarks leave Paddle set to the CPU."""
+    paddle.set_device("gpu")
+    try:
+        return paddle.empty(list(shape), dtype)
+    finally:
+        paddle.set_device("cpu")
+
+
+def filled(shape: Sequence[int], dtype: str, words: Any) -> paddle.Tensor:
+    """Tensor on the GPU with repetitions of `words`: no host makes gigabytes of them."""
+    tensor = empty(shape, dtype)
+    fill_random(tensor, words)
+    return tensor
+
+
 def launch_empty() -> None:
     """Launch a kernel of one thread that does nothing on Paddle's stream."""
     _call(

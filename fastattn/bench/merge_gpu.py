@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,6 @@ MOST_COPIES = 64
 UNFUSED = "merge, then quantize_fp8"
 
 Call = Callable[[], object]
-
-
-def _empty(shape: Sequence[int], dtype: str) -> paddle.Tensor:
-    paddle.set_device("gpu")
-    try:
-        return paddle.empty(list(shape), dtype)
-    finally:
-        paddle.set_device("cpu")
 
 
 @functools.lru_cache(maxsize=len(DTYPES))
@@ -82,10 +74,10 @@ def _calls(tokens: int, heads: int, dtype: str) -> dict[str, list[Call]]:
         prefix, suffix = _gpu(values), _gpu(values)
         prefix_lse, suffix_lse = (_lse(rng, (heads, tokens)) for _ in range(2))
         inputs = (prefix, prefix_lse, suffix, suffix_lse)
-        plain = _empty(shape, dtype)
-        codes = _empty(shape, "uint8")
-        lse = _empty([heads, tokens], "float32")
-        scales = _empty([tokens, heads], "float32")
+        plain = gpu_timing.empty(shape, dtype)
+        codes = gpu_timing.empty(shape, "uint8")
+        lse = gpu_timing.empty([heads, tokens], "float32")
+        scales = gpu_timing.empty([tokens, heads], "float32")
         merge = functools.partial(F.merge_attn_states, *inputs, output=codes, output_lse=lse)
         calls["fused"].append(functools.partial(merge, output_scale=scale))
         calls["fused dynamic"].append(functools.partial(merge, output_scales=scales))

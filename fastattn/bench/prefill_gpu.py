@@ -16,7 +16,7 @@ import paddle
 
 import fastattn.functional as F
 from fastattn.bench import gpu_timing
-from fastattn.bench.attention_gpu import BLOCK, DIM, _empty
+from fastattn.bench.attention_gpu import BLOCK, DIM
 from fastattn.bench.cache_gpu import _gpu
 from fastattn.bench.common import Row, register
 from fastattn.bench.peers import peers
@@ -37,9 +37,7 @@ def _codes() -> np.ndarray:
 
 
 def _filled(*shape: int) -> paddle.Tensor:
-    tensor = _empty(shape, "uint8")
-    gpu_timing.fill_random(tensor, _codes())
-    return tensor
+    return gpu_timing.filled(shape, "uint8", _codes())
 
 
 def paged(
@@ -68,7 +66,7 @@ def paged(
         max_seqlen_k=prefix + new,
         cache_quant_type=kind,
         causal=causal,
-        out=_empty((rows * new, heads, DIM), "bfloat16"),
+        out=gpu_timing.empty((rows * new, heads, DIM), "bfloat16"),
         **scales,
     )
 
@@ -88,7 +86,7 @@ def contiguous(
         length,
         length,
         causal=causal,
-        out=_empty((rows * length, heads, DIM), "bfloat16"),
+        out=gpu_timing.empty((rows * length, heads, DIM), "bfloat16"),
     )
 
 
