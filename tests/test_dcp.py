@@ -21,7 +21,12 @@ from fastattn.distributed import (
 )
 from fastattn.reference import numerics
 from tests.support import dcp
-from tests.support.attention import NUMPY_TYPES, output_type, paged_problem
+from tests.support.attention import (
+    NUMPY_TYPES,
+    assert_fp8_products,
+    output_type,
+    paged_problem,
+)
 from tests.support.bounds import assert_codes, assert_error_ratio, assert_lse, rounding_step
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.processes import ProcessesFailed, run_group
@@ -117,6 +122,12 @@ def test_the_result_is_that_of_one_process(ranks, name):
     out, lse = found["out"], found["lse"]
     assert out.dtype == expected.dtype and out.shape == expected.shape
     assert_within(lse, expected_lse, ranks.lse_bound, "lse")
+    if ranks.place == "gpu" and problem.multiplies_fp8():
+        # Both round probabilities to e4m3, each rank relative to the maximum of its own keys: both
+        # are held to the exact result.
+        assert_fp8_products(problem, out, lse, "ranks")
+        assert_fp8_products(problem, expected, expected_lse, "one process")
+        return
     out, expected = out[owned], expected[owned]
     if out.dtype == np.uint8:
         apart = np.abs(ordered(out) - ordered(expected))
@@ -149,6 +160,9 @@ def test_against_fp64(ranks, name):
     problem = case.make()
     owned = problem.owned()
     out, lse = ranks.of(name)["out"], ranks.of(name)["lse"]
+    if ranks.place == "gpu" and problem.multiplies_fp8():
+        assert_fp8_products(problem, out, lse)
+        return
     exact, exact_lse = problem.reference(out_scale=None)
     # Parts that travel in 16 bits make it a 16-bit implementation.
     coarse = "exchange_output" in name or ranks.place == "gpu"
