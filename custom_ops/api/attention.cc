@@ -7,13 +7,16 @@
 
 #include "api/check.h"
 #include "api/paged_cache.h"
+#include "api/quantize_query.h"
 #include "cpu/attention.h"
+#include "cpu/quantize_query.h"
 #include "params/attention.h"
 #include "params/attention_plan.h"
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
 #include "cuda/attention/launch.h"
 #include "cuda/prefill_sm90/launch.h"
+#include "cuda/quantize_query/launch.h"
 #endif
 
 namespace fastattn::api {
@@ -40,6 +43,7 @@ struct CommonArgs {
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;
   bool return_softmax_lse;
+  bool quantize_q;
 };
 
 int WindowSide(const char* op, int64_t side) {
@@ -184,6 +188,7 @@ phi::DataType ToPhi(DType dtype) {
 void ParseCommon(const char* op, const CommonArgs& args, const phi::Place& place,
                  AttentionParams* p) {
   const int64_t tokens = p->rows.num_tokens, heads = p->num_heads;
+  if (args.quantize_q) CheckQuantizeQuery(op, args.q_descale, *p);
   ParseQueryDescale(op, args.q_descale, place, p);
   if (args.sinks != nullptr) {
     Arg(op, "sinks", *args.sinks)
@@ -245,7 +250,8 @@ int NumMultiprocessors(const char* op, const phi::Place& place) {
 }
 
 // Tokens of no row are cleared by the kernels, as no memory operation is launched beside them.
-void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out, AttentionParams* p) {
+void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
+              const QuantizeQueryParams& query, AttentionParams* p) {
   const DType keys = p->paged ? p->cache.dtype : p->packed.dtype;
   if (p->q_dtype == DType::kFloat32) {
     Fail("NotImplementedError", op, "q", "float32 queries have no CUDA kernel in this build");
@@ -296,6 +302,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out, Attent
     p->workspace = MutableData<float>(workspace);
   }
   LaunchOnGpu(op, out, [&](cudaStream_t stream) {
+    const cudaError_t status = cuda::LaunchQuantizeQuery(query, stream);
+    if (status != cudaSuccess) return status;
     return cuda::LaunchAttention(*p, plan, fp8_prefill, stream);
   });
 }
@@ -314,9 +322,12 @@ std::vector<Tensor> Run(const char* op, const CommonArgs& args, const phi::Place
   float* logs = MutableData<float>(lse);
   p->lse = args.return_softmax_lse ? logs : nullptr;
   p->clear_padding = args.out == nullptr;
+  QuantizeQueryParams query;  // without tokens where the queries are taken as they are
+  Tensor query_codes;
+  if (args.quantize_q) query_codes = TakeQueryCodes(place, p, &query);
 #if defined(FASTATTN_WITH_CUDA)
   if (place.GetType() == phi::AllocationType::GPU) {
-    RunOnGpu(op, place, out, p);
+    RunOnGpu(op, place, out, query, p);
     return {out, lse};
   }
 #endif
@@ -327,7 +338,10 @@ std::vector<Tensor> Run(const char* op, const CommonArgs& args, const phi::Place
   if (logs != nullptr) {
     std::fill(logs, logs + lse.numel(), -std::numeric_limits<float>::infinity());
   }
-  Guarded(op, [&] { cpu::Attention(*p); });
+  Guarded(op, [&] {
+    if (args.quantize_q) cpu::QuantizeQuery(query);
+    cpu::Attention(*p);
+  });
   return {out, lse};
 }
 
@@ -413,7 +427,8 @@ std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tenso
                                    OptionalTensor& out, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                    float softmax_scale, bool causal, int64_t window_left,
                                    int64_t window_right, float softcap, bool return_softmax_lse,
-                                   const std::string& out_dtype, const std::string& kv_dtype) {
+                                   const std::string& out_dtype, const std::string& kv_dtype,
+                                   bool quantize_q) {
   AttentionParams p;
   ParseQuery(kFlash, q, &p);
   const auto place = q.numel() > 0 ? q.place() : cu_seqlens_q.place();
@@ -423,7 +438,8 @@ std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tenso
   const CommonArgs args{
       q,           Get(q_descale), Get(sinks),    Get(mask_offsets), Get(out_scale),
       Get(out),    out_dtype,      softmax_scale, softcap,           causal,
-      window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse};
+      window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse,
+      quantize_q};
   ParseCommon(kFlash, args, place, &p);
   if (args.out != nullptr) {
     RequireApart(kFlash, "out", *args.out, "k", k);
@@ -440,7 +456,7 @@ std::vector<Tensor> PagedAttention(
     OptionalTensor& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
     bool causal, int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& cache_quant_type,
-    const std::string& fp8_format) {
+    const std::string& fp8_format, bool quantize_q) {
   AttentionParams p;
   ParseQuery(kPaged, q, &p);
   const auto place = q.numel() > 0 ? q.place() : block_tables.place();
@@ -459,7 +475,8 @@ std::vector<Tensor> PagedAttention(
   const CommonArgs args{
       q,           Get(q_descale), Get(sinks),    Get(mask_offsets), Get(out_scale),
       Get(out),    out_dtype,      softmax_scale, softcap,           causal,
-      window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse};
+      window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse,
+      quantize_q};
   ParseCommon(kPaged, args, place, &p);
   if (args.out != nullptr) {
     RequireApart(kPaged, "out", *args.out, "key_cache", key_cache);
@@ -493,15 +510,13 @@ std::vector<phi::DataType> ResultDtypes(const phi::DataType& q, bool has_out_sca
 
 }  // namespace
 
-std::vector<Shape> FlashInferShape(const Shape& q, const Shape& k, const Shape& v,
-                                   const Shape& cu_seqlens_q, const Shape& cu_seqlens_k,
-                                   const Shape& q_descale, const Shape& k_descale,
-                                   const Shape& v_descale, const Shape& sinks,
-                                   const Shape& mask_offsets, const Shape& out_scale,
-                                   const Shape& out, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                   float softmax_scale, bool causal, int64_t window_left,
-                                   int64_t window_right, float softcap, bool return_softmax_lse,
-                                   const std::string& out_dtype, const std::string& kv_dtype) {
+std::vector<Shape> FlashInferShape(
+    const Shape& q, const Shape& k, const Shape& v, const Shape& cu_seqlens_q,
+    const Shape& cu_seqlens_k, const Shape& q_descale, const Shape& k_descale,
+    const Shape& v_descale, const Shape& sinks, const Shape& mask_offsets, const Shape& out_scale,
+    const Shape& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
+    const std::string& out_dtype, const std::string& kv_dtype, bool quantize_q) {
   return ResultShapes(q, return_softmax_lse);
 }
 
@@ -512,7 +527,7 @@ std::vector<phi::DataType> FlashInferDtype(
     const phi::DataType& sinks, const phi::DataType& mask_offsets, const OptionalDtype& out_scale,
     const OptionalDtype& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
     bool causal, int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
-    const std::string& out_dtype, const std::string& kv_dtype) {
+    const std::string& out_dtype, const std::string& kv_dtype, bool quantize_q) {
   return ResultDtypes(q, static_cast<bool>(out_scale), out, out_dtype);
 }
 
@@ -524,7 +539,7 @@ std::vector<Shape> PagedInferShape(
     int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
     int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& cache_quant_type,
-    const std::string& fp8_format) {
+    const std::string& fp8_format, bool quantize_q) {
   return ResultShapes(q, return_softmax_lse);
 }
 
@@ -537,7 +552,7 @@ std::vector<phi::DataType> PagedInferDtype(
     const OptionalDtype& out_scale, const OptionalDtype& out, int64_t max_seqlen_q,
     int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
     int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
-    const std::string& cache_quant_type, const std::string& fp8_format) {
+    const std::string& cache_quant_type, const std::string& fp8_format, bool quantize_q) {
   return ResultDtypes(q, static_cast<bool>(out_scale), out, out_dtype);
 }
 
@@ -552,7 +567,8 @@ PD_BUILD_OP(fastattn_flash_attention)
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
             "causal: bool", "window_left: int64_t", "window_right: int64_t", "softcap: float",
-            "return_softmax_lse: bool", "out_dtype: std::string", "kv_dtype: std::string"})
+            "return_softmax_lse: bool", "out_dtype: std::string", "kv_dtype: std::string",
+            "quantize_q: bool"})
     .SetKernelFn(PD_KERNEL(fastattn::api::FlashAttention))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::FlashInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::FlashInferDtype));
@@ -568,7 +584,7 @@ PD_BUILD_OP(fastattn_paged_attention)
     .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
             "causal: bool", "window_left: int64_t", "window_right: int64_t", "softcap: float",
             "return_softmax_lse: bool", "out_dtype: std::string", "cache_quant_type: std::string",
-            "fp8_format: std::string"})
+            "fp8_format: std::string", "quantize_q: bool"})
     .SetKernelFn(PD_KERNEL(fastattn::api::PagedAttention))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedInferDtype));

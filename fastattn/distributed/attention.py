@@ -131,6 +131,7 @@ def paged_attention_dcp(
     out_dtype: str = "auto",
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
+    quantize_q: bool = False,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
 
@@ -239,6 +240,7 @@ def paged_attention_dcp(
         "mask_offsets": mask_offsets,
         "cache_k_zp": cache_k_zp,
         "cache_v_zp": cache_v_zp,
+        "quantize_q": quantize_q,
     }
     if world_size == 1 or not is_tensor(q) or 0 in q.shape:
         return paged_attention(

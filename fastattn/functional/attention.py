@@ -52,6 +52,7 @@ def flash_attention(
     out: Tensor | None = None,
     out_dtype: str = "auto",
     kv_dtype: str = "auto",
+    quantize_q: bool = False,
 ) -> Any:
     r"""Attention of ragged rows (sequences) over contiguous keys and values.
 
@@ -105,6 +106,11 @@ def flash_attention(
         give their own dtype, or float32 (a partial result, to be merged).
     kv_dtype : {"auto", "e4m3", "e5m2", "int8"}
         What uint8 keys and values hold; e4m3 by default.
+    quantize_q : bool
+        Quantise float16 or bfloat16 queries to e4m3 first, with a scale ``max(amax, 1e-6) / 448``
+        for each token and head, and attend with the codes: over e4m3 keys and values
+        only. Long rows so reach the FP8 tensor cores of a Hopper GPU, at the price of the codes'
+        rounding (see docs/numerics.md). The output's dtype stays that of `q`.
 
     Returns
     -------
@@ -120,7 +126,8 @@ def flash_attention(
         tensor.
     ValueError
         If shapes or places do not fit each other, a descale is given for 16- or 32-bit values, or
-        an option is out of its range.
+        an option is out of its range; also if `quantize_q` is given for queries that are not of 16
+        bits, with `q_descale`, or for keys that are not e4m3.
     NotImplementedError
         If D is neither 64 nor 128.
 
@@ -167,6 +174,7 @@ def flash_attention(
         return_softmax_lse,
         out_dtype,
         kv_dtype,
+        quantize_q,
     )
     result, lse, *_ = _ops.call("flash_attention", inputs, attrs)
     return (result, lse) if return_softmax_lse else result
@@ -201,6 +209,7 @@ def paged_attention(
     out_dtype: str = "auto",
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
+    quantize_q: bool = False,
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
@@ -263,6 +272,11 @@ def paged_attention(
         give their own dtype, or float32 (a partial result, to be merged).
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
+    quantize_q : bool
+        Quantise float16 or bfloat16 queries to e4m3 first, with a scale ``max(amax, 1e-6) / 448``
+        for each token and head, and attend with the codes: over e4m3 caches
+        only. Long rows so reach the FP8 tensor cores of a Hopper GPU, at the price of the codes'
+        rounding (see docs/numerics.md). The output's dtype stays that of `q`.
 
     Returns
     -------
@@ -277,7 +291,8 @@ def paged_attention(
         If a dtype is not one of those above, or a tensor is None or no tensor.
     ValueError
         If shapes or places do not fit each other, scales are missing or superfluous, a zero point
-        is given, or an option is out of its range.
+        is given, or an option is out of its range; also if `quantize_q` is given for queries that
+        are not of 16 bits, with `q_descale`, or for a cache that is not e4m3.
     NotImplementedError
         If `cache_quant_type` or the head dimension (64, 128) is not supported.
 
@@ -334,6 +349,7 @@ def paged_attention(
         out_dtype,
         cache_quant_type,
         fp8_format,
+        quantize_q,
     )
     result, lse, *_ = _ops.call("paged_attention", inputs, attrs)
     return (result, lse) if return_softmax_lse else result

@@ -231,6 +231,7 @@ def cascade_attention(
     out_dtype: str = "auto",
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
+    quantize_q: bool = False,
 ) -> Any:
     r"""Attention of a step whose rows share their first cache blocks.
 
@@ -284,6 +285,8 @@ def cascade_attention(
         As for :func:`paged_attention`.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
+    quantize_q : bool
+        As for :func:`paged_attention`.
 
     Returns
     -------
@@ -340,6 +343,7 @@ def cascade_attention(
         "softmax_scale": softmax_scale,
         "softcap": softcap,
         "return_softmax_lse": True,
+        "quantize_q": quantize_q,
     }
     suffix = (
         plan.suffix_block_tables,

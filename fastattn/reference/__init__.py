@@ -5,7 +5,7 @@ from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, w
 from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
-from fastattn.reference.quantize import quantize_fp8
+from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "mxfp4_quantize",
     "paged_attention",
     "quantize_fp8",
+    "quantize_query",
     "rope_write_cache_kv",
     "write_cache_kv",
 ]

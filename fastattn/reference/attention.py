@@ -13,6 +13,7 @@ import numpy as np
 
 from fastattn.reference.layout import BLOCK_SIZE, unpack
 from fastattn.reference.numerics import Array, from_codes, quantize, round_to
+from fastattn.reference.quantize import quantize_query
 
 #: Arithmetic of the model. ``bfloat16`` and ``float16`` compute in fp32 and round Q, K, V (after
 #: dequantisation) and P to that type, as 16-bit matrix products do.
@@ -205,6 +206,7 @@ def flash_attention(
     sinks: Array | None = None,
     mask_offsets: Array | None = None,
     out_scale: Array | None = None,
+    quantize_q: bool = False,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
     """Attention of ragged rows; see :func:`fastattn.functional.flash_attention`.
@@ -224,6 +226,8 @@ def flash_attention(
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
+    if quantize_q:
+        q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, k.shape[1])
     out = np.zeros((tokens, heads, head_dim))
     lse = np.full((heads, tokens), -np.inf)
@@ -330,6 +334,7 @@ def paged_attention(
     sinks: Array | None = None,
     mask_offsets: Array | None = None,
     out_scale: Array | None = None,
+    quantize_q: bool = False,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
     """Attention of new tokens over a paged cache; see :func:`fastattn.functional.paged_attention`.
@@ -344,6 +349,8 @@ def paged_attention(
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
+    if quantize_q:
+        q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     out = np.zeros((tokens, heads, head_dim))
     lse = np.full((heads, tokens), -np.inf)

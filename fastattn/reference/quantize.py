@@ -36,3 +36,23 @@ def quantize_fp8(
     groups = x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
     scales = dynamic_scale(amax(groups, axis=-1), "e4m3", AMAX_FLOOR)
     return quantize(groups, scales[..., None], "e4m3").reshape(x.shape), scales
+
+
+def quantize_query(q: Array) -> tuple[Array, Array]:
+    """Queries as e4m3 codes with one scale for each token and head.
+
+    What the attention operators' `quantize_q` means, and ``q_quant="per_token_head"`` of
+    :func:`fastattn.functional.rope_write_cache_kv`: ``scale = max(amax, 1e-6) / 448``.
+
+    Parameters
+    ----------
+    q : array, shape [T, H, D]
+
+    Returns
+    -------
+    codes : array of uint8, shape [T, H, D]
+    descale : array of float32, shape [T, H]
+    """
+    q = np.asarray(q, np.float32)
+    descale = dynamic_scale(amax(q, axis=-1), "e4m3")
+    return quantize(q, descale[..., None], "e4m3"), descale
