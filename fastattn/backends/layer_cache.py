@@ -136,6 +136,11 @@ class LayerCache:
             per_channel=quant_type == "cache_int8",
         )
 
+    def holds_e4m3(self) -> bool:
+        """Whether K and V are e4m3 codes."""
+        fp8 = self.quant_type in ("cache_fp8", "block_wise_fp8")
+        return fp8 and self.fp8_format == "e4m3"
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that the operators take besides the two cache tensors."""
         return {

@@ -47,8 +47,11 @@ class PagedAttentionBackend(AttentionBackend):
         Heads of this process, and their size.
     encoder_block_shape_q, decoder_block_shape_q : int
         Part of the contract; the operators choose their own tiles.
-    q_quant : {"none", "per_tensor", "per_token_head"}
-        How Q is handed to the attention; ``"per_tensor"`` takes ``layer.q_scale``.
+    q_quant : {"none", "per_tensor", "per_token_head", "auto"}
+        How Q is handed to the attention; ``"per_tensor"`` takes ``layer.q_scale``. ``"auto"`` is
+        ``"per_token_head"`` for layers with an e4m3 cache, whose long rows then reach the FP8
+        tensor cores, and ``"none"`` for others. The results are those of the attention's
+        `quantize_q`, without a pass over Q of its own.
 
     Raises
     ------
@@ -196,6 +199,7 @@ class PagedAttentionBackend(AttentionBackend):
             "seq_lens_decoder": field(forward_meta, "seq_lens_decoder"),
             "seq_lens_this_time": field(forward_meta, "seq_lens_this_time"),
         }
+        q_quant = self._q_quant_for(cache)
         query, q_descale = functional.rope_write_cache_kv(
             qkv,
             cache.key,
@@ -203,8 +207,8 @@ class PagedAttentionBackend(AttentionBackend):
             self._rotary_table(forward_meta),
             num_heads=self.num_heads,
             num_kv_heads=self.kv_num_heads,
-            q_quant=self.q_quant,
-            q_scale=getattr(layer, "q_scale", None) if self.q_quant == "per_tensor" else None,
+            q_quant=q_quant,
+            q_scale=getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
             batch_id_per_token=optional(forward_meta, "batch_id_per_token"),
             **rows,
             **self._projection_arguments(layer, forward_meta),
@@ -253,6 +257,11 @@ class PagedAttentionBackend(AttentionBackend):
             rows["seq_lens_this_time"],
             **options,
         )
+
+    def _q_quant_for(self, cache: LayerCache) -> str:
+        if self.q_quant != "auto":
+            return self.q_quant
+        return "per_token_head" if cache.holds_e4m3() else "none"
 
     def _rotary_table(self, forward_meta: Any) -> Any:
         if optional(forward_meta, "rope_already_applied"):
