@@ -31,7 +31,9 @@ template <class C>
 struct Epilogue {
   // `shift` is kLogPeak below a maximum in units of log2; `sum` is this thread's part of it, and
   // like o kPeak times the true one. o counts in units of `reference`.
-  __device__ __forceinline__ static void Write(const AttentionParams& p, const Shared<C>& shared,
+  // Shared: any kernel's, with `tile`, `sink` and `output_scale`.
+  template <class S>
+  __device__ __forceinline__ static void Write(const AttentionParams& p, const S& shared,
                                                int buffer, const float (&o)[C::kOut],
                                                const float (&shift)[2], const float (&sum)[2],
                                                float reference) {

@@ -25,9 +25,12 @@ __device__ __forceinline__ int2 PackedKeys(const AttentionParams& p, int b) {
 template <class C>
 class TileWalk {
  public:
-  __device__ TileWalk(const Arguments& arguments, Shared<C>& shared)
-      : a_(arguments),
-        p_(arguments.p),
+  // Works for any kernel's Arguments with `p` and `min_query_tokens`, and Shared with `rows` and
+  // `walk`.
+  template <class A, class S>
+  __device__ TileWalk(const A& arguments, S& shared)
+      : p_(arguments.p),
+        min_query_tokens_(arguments.min_query_tokens),
         rows_(shared.rows),
         state_(shared.walk),
         lane_(threadIdx.x % 32) {}
@@ -112,7 +115,7 @@ class TileWalk {
     while (next < p_.rows.batch && count + 32 <= kMaxActiveRows) {
       ActiveRow row{next + lane_, 0, 0, 0};
       if (row.row < p_.rows.batch) Read(&row);
-      const bool active = row.q_len >= max(a_.min_query_tokens, 1);
+      const bool active = row.q_len >= max(min_query_tokens_, 1);
       const unsigned voters = __ballot_sync(~0u, active);
       if (active) {
         rows_[count + __popc(voters & ((1u << lane_) - 1))] = row;
@@ -215,8 +218,8 @@ class TileWalk {
     tile->common_hi = common_end;
   }
 
-  const Arguments& a_;
   const AttentionParams& p_;
+  const int min_query_tokens_;
   ActiveRow* rows_;
   volatile WalkState& state_;
   const int lane_;
