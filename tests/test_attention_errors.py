@@ -272,6 +272,45 @@ CASES = {
         TypeError,
         "k_descale: expected dtype",
     ),
+    # Queries to be quantised
+    "quantize_q_of_codes": (
+        lambda **changed: flash(q_type="e4m3:tensor", q_descale=None, **changed),
+        {"quantize_q": True},
+        ValueError,
+        "quantize_q: expected bfloat16 or float16 queries, got float8_e4m3fn",
+    ),
+    "quantize_q_of_fp32": (
+        lambda **changed: paged(kind=FP8, **changed),
+        {"quantize_q": True, "q": zeros(5, 4, 64)},
+        ValueError,
+        "paged_attention: quantize_q: expected bfloat16 or float16 queries, got float32",
+    ),
+    "quantize_q_and_descale": (
+        lambda **changed: paged(kind=FP8, **changed),
+        {"quantize_q": True, "q_descale": zeros(1)},
+        ValueError,
+        "quantize_q: expected no q_descale",
+    ),
+    **{
+        f"quantize_q_over_{name}": (
+            lambda kind=kind, **changed: paged(kind=kind, **changed),
+            {"quantize_q": True},
+            ValueError,
+            f"quantize_q: expected e4m3 keys and values, got {dtype}",
+        )
+        for name, kind, dtype in (
+            ("bfloat16", PLAIN, "bfloat16"),
+            ("int8", INT8, "int8"),
+            ("e5m2", CacheKind("cache_fp8", "head", "e5m2"), "float8_e5m2"),
+        )
+    },
+    "quantize_q_over_contiguous_int8": (
+        lambda **changed: flash(kv_type="int8", **changed),
+        {"quantize_q": True},
+        ValueError,
+        "flash_attention: quantize_q: expected e4m3 keys and values, got int8",
+    ),
+    "quantize_q_type": (paged, {"quantize_q": "yes"}, TypeError, "quantize_q: expected bool"),
     # Rows
     "tables_dtype": (
         paged,

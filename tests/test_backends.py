@@ -131,6 +131,16 @@ def test_quantised_queries(place, dtype, q_quant):
         assert server.step(new)[0].dtype == dtype
 
 
+@each_type
+def test_auto_quantises_queries_over_e4m3_caches(place, cache):
+    e4m3 = cache in (("cache_fp8", "e4m3"), ("block_wise_fp8", "e4m3"))
+    outputs = []
+    for q_quant in ("auto", "per_token_head" if e4m3 else "none"):
+        server = Server(FlashAttentionBackend, Model(*cache, q_quant=q_quant), [90, 40], place)
+        outputs.append(server.run([70, 3])[0])
+    assert_same_bits(*outputs)
+
+
 def test_mask_offsets_are_the_whole_mask(place):
     """Start and end count, later keys may be visible, ends need not grow."""
     model = Model("block_wise_fp8")

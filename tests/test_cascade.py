@@ -18,11 +18,12 @@ from tests.support.attention import (
     FEW_KINDS,
     PLAIN,
     PagedProblem,
+    assert_fp8_products,
     paged_problem,
 )
 from tests.support.bounds import assert_codes, assert_error_ratio
 from tests.support.compare import assert_same_bits
-from tests.support.serving import Model, Server
+from tests.support.serving import Model, Server, assert_fp8_probabilities
 from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy, to_paddle
 
 P = 192
@@ -122,6 +123,12 @@ def test_queries(place, q_type, kind):
     cascade_problem(kind=kind, q_type=q_type, seed=6).check(place)
 
 
+@pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
+def test_queries_that_it_quantises(place, q_type):
+    problem = cascade_problem(kind=BLOCK_WISE_FP8, q_type=q_type, seed=6, quantize_q=True)
+    problem.check(place)
+
+
 @pytest.mark.parametrize("kind", CACHE_KINDS[::3], ids=str)
 @pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:token_head"])
 def test_fp8_output(place, kind, q_type):
@@ -177,9 +184,13 @@ def test_given_output(place, given):
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 def test_output_types_of_e4m3_queries(place, name):
     problem = cascade_problem(kind=BLOCK_WISE_FP8, q_type="e4m3:tensor", seed=10)
-    out, _ = problem.run(place, out_dtype=name)
+    out, lse = problem.run(place, out_dtype=name)
+    assert str(out.dtype) == name
+    if place != "cpu":
+        assert_fp8_products(problem, out, lse)
+        return
     exact, _ = problem.reference()
-    naive, _ = problem.reference("float32" if place == "cpu" else "bfloat16")
+    naive, _ = problem.reference("float32")
     owned = problem.owned()
     assert_error_ratio(out[owned], exact[owned], naive[owned], name)
 
@@ -373,7 +384,11 @@ def test_backend_gives_fp8_for_the_next_gemm(place, shared, q_quant):
             for p in ("float64", "bfloat16")
         )
         part = codes[start : start + n].reshape(exact.shape)
-        assert_codes(part, exact, naive, float(scale[0]), f"row {row}")
+        if place != "cpu" and model.multiplies_fp8():
+            values = numerics.from_codes(part, "e4m3") * scale
+            assert_fp8_probabilities(values, exact, f"row {row}", 2.0**-4)
+        else:
+            assert_codes(part, exact, naive, float(scale[0]), f"row {row}")
         start += n
 
 

@@ -124,7 +124,7 @@ def test_lengths_and_contents_may_change_between_replays():
     graph.reset()
 
 
-def _attend(q, t: dict) -> tuple:
+def _attend(q, t: dict, **options) -> tuple:
     scales = {"cache_k_scales": t["k_scales"], "cache_v_scales": t["v_scales"]}
     return F.paged_attention(
         q,
@@ -139,10 +139,12 @@ def _attend(q, t: dict) -> tuple:
         cache_quant_type="block_wise_fp8",
         return_softmax_lse=True,
         **scales,
+        **options,
     )
 
 
-def test_attention_follows_lengths_that_change_between_replays():
+@pytest.mark.parametrize("quantize_q", [False, True])
+def test_attention_follows_lengths_that_change_between_replays(quantize_q):
     """One graph of the write and the attention; rows decode, prefill and rest in turn."""
 
     def tensors(inputs: Inputs) -> dict:
@@ -150,17 +152,89 @@ def test_attention_follows_lengths_that_change_between_replays():
         return {name: to_paddle(array, "gpu") for name, array in arrays.items()}
 
     held = tensors(Inputs(0))
-    _attend(_write(held), held)
+    _attend(_write(held), held, quantize_q=quantize_q)
     with capture() as graph:
-        out, lse = _attend(_write(held), held)
+        out, lse = _attend(_write(held), held, quantize_q=quantize_q)
     for seed in range(1, 6):
         inputs = Inputs(seed)
         for name, tensor in tensors(inputs).items():
             held[name].copy_(tensor, True)
         graph.replay()
         fresh = tensors(inputs)
-        want, want_lse = _attend(_write(fresh), fresh)
+        want, want_lse = _attend(_write(fresh), fresh, quantize_q=quantize_q)
         assert np.isfinite(to_numpy(lse)).all()
+        assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
+        assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
+    del out, lse
+    graph.reset()
+
+
+class SharedPrefix:
+    """A step of rows that share their first 128 tokens, and its plan, on the GPU."""
+
+    TOKENS, BLOCKS = 128, 14
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        new = np.array([30, 1, 0, 5])[rng.permutation(4)]
+        cached = self.TOKENS + rng.integers(0, 100, 4)
+        blocks = rng.permutation(self.BLOCKS)
+        tables = np.concatenate([np.tile(blocks[:2], (4, 1)), blocks[2:].reshape(4, 3)], axis=1)
+        self.plan = F.plan_cascade(tables, cached, new, self.TOKENS, place=paddle.CUDAPlace(0))
+        codes = rng.integers(0, 127, (2, self.BLOCKS, KV, 64 * DIM), np.uint8)
+        scales = rng.uniform(0.5, 2, (2, self.BLOCKS, KV, 64)).astype(np.float32)
+        arrays = {
+            "q": rng.normal(size=(40, 4, DIM)).astype(BF16),  # the last 4 are padding
+            "key": codes[0].reshape(self.BLOCKS, KV, 64, DIM),
+            "value": codes[1].reshape(self.BLOCKS, KV, DIM, 64),
+            "cu": np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
+            "new": new.astype(np.int32),
+            "cache_k_scales": scales[0],
+            "cache_v_scales": scales[1],
+            "out_scale": rng.uniform(5, 9, 1).astype(np.float32),
+        }
+        self.tensors = {name: to_paddle(array, "gpu") for name, array in arrays.items()}
+
+    def attend(self, fp8: bool) -> tuple:
+        t = self.tensors
+        scales = {name: t[name] for name in ("cache_k_scales", "cache_v_scales")}
+        return F.cascade_attention(
+            t["q"],
+            t["key"],
+            t["value"],
+            self.plan,
+            t["cu"],
+            t["new"],
+            30,
+            320,
+            cache_quant_type="block_wise_fp8",
+            out_scale=t["out_scale"] if fp8 else None,
+            return_softmax_lse=True,
+            **scales,
+        )
+
+    def become(self, other: SharedPrefix) -> None:
+        """Take another step's values in place."""
+        for name, tensor in other.tensors.items():
+            self.tensors[name].copy_(tensor, True)
+        for mine, its in zip(self.plan[1:], other.plan[1:]):
+            mine.copy_(its, True)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_cascade_follows_plans_that_change_between_replays(fp8):
+    """One graph of both sides and the merge; prefixes, lengths and contents change in place."""
+    held = SharedPrefix(0)
+    held.attend(fp8)
+    with capture() as graph:
+        out, lse = held.attend(fp8)
+    for seed in range(1, 5):
+        step = SharedPrefix(seed)
+        held.become(step)
+        graph.replay()
+        want, want_lse = step.attend(fp8)
+        assert np.isfinite(to_numpy(lse)[:, :36]).all()
+        assert np.isneginf(to_numpy(lse)[:, 36:]).all()
         assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
         assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
     del out, lse

@@ -176,6 +176,9 @@ class Problem:
         """Mask [T] of the tokens that belong to a row; the others' results are not compared."""
         return np.ones(len(self.q), bool)
 
+    def has_fp8_queries(self) -> bool:
+        return self.q.dtype == np.uint8 or bool(self.options.get("quantize_q"))
+
     def multiplies_fp8(self) -> bool:
         """Whether Q, K and V are e4m3: a GPU then rounds probabilities to e4m3, too."""
         raise NotImplementedError
@@ -280,7 +283,7 @@ class PagedProblem(Problem):
 
     def multiplies_fp8(self) -> bool:
         quantised = self.kind.quant_type != "none"
-        return self.q.dtype == np.uint8 and quantised and self.kind.code == "e4m3"
+        return self.has_fp8_queries() and quantised and self.kind.code == "e4m3"
 
     def with_magnitudes(self) -> PagedProblem:
         magnitudes = dataclasses.replace(self.v, elements=self.v.elements & 0x7F)
@@ -442,7 +445,7 @@ class FlashProblem(Problem):
     q_descale: np.ndarray | None = None
 
     def multiplies_fp8(self) -> bool:
-        return self.q.dtype == np.uint8 and self.k.dtype == np.uint8
+        return self.has_fp8_queries() and self.k.dtype == np.uint8
 
     def with_magnitudes(self) -> FlashProblem:
         return dataclasses.replace(self, v=self.v & 0x7F)

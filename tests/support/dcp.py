@@ -151,6 +151,7 @@ CASES: dict[str, Case] = {
     "fp8_queries-fp16": _case(
         SHORT, dcp={"out_dtype": "float16"}, kind=BLOCK_WISE_FP8, q_type="e4m3:tensor"
     ),
+    "quantize_q": _case(ROWS, kind=BLOCK_WISE_FP8, quantize_q=True),
     "fp32_output": _case(ROWS, dcp={"out_dtype": "float32"}, kind=BLOCK_WISE_FP8, seed=6),
     "exchange_output": _case(ROWS, dcp={"exchange_dtype": "output"}, kind=BLOCK_WISE_FP8, seed=6),
     "exchange_output-fp8": _case(
