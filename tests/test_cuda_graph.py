@@ -182,7 +182,7 @@ class SharedPrefix:
         tables = np.concatenate([np.tile(blocks[:2], (4, 1)), blocks[2:].reshape(4, 3)], axis=1)
         self.plan = F.plan_cascade(tables, cached, new, self.TOKENS, place=paddle.CUDAPlace(0))
         codes = rng.integers(0, 127, (2, self.BLOCKS, KV, 64 * DIM), np.uint8)
-        scales = rng.uniform(0.5, 2, (2, self.BLOCKS, KV, 64)).astype(np.float32)
+        scales = rng.uniform(0.005, 0.02, (2, self.BLOCKS, KV, 64)).astype(np.float32)
         arrays = {
             "q": rng.normal(size=(40, 4, DIM)).astype(BF16),  # the last 4 are padding
             "key": codes[0].reshape(self.BLOCKS, KV, 64, DIM),
@@ -191,7 +191,7 @@ class SharedPrefix:
             "new": new.astype(np.int32),
             "cache_k_scales": scales[0],
             "cache_v_scales": scales[1],
-            "out_scale": rng.uniform(5, 9, 1).astype(np.float32),
+            "out_scale": rng.uniform(0.01, 0.03, 1).astype(np.float32),
         }
         self.tensors = {name: to_paddle(array, "gpu") for name, array in arrays.items()}
 

@@ -124,16 +124,18 @@ class Model:
         return out.reshape(new, -1)
 
 
-def _assert_fp8_probabilities(actual, exact, what: str) -> None:
+def assert_fp8_probabilities(actual, exact, what: str, rounding: float = 0.0) -> None:
     """Hold a row's tokens to the error that probabilities rounded to e4m3 (2^-4) make.
 
     Over many keys such errors are noise of the output's own size: a few per cent of it typically, a
-    quarter of it nowhere. A wrong scale is neither.
+    quarter of it nowhere. A wrong scale is neither. `rounding` is the largest relative error of
+    what stores the output, if it counts beside that.
     """
     error = np.asarray(actual, np.float64) - exact
     size = np.sqrt(np.mean(np.square(exact), axis=-1, keepdims=True))
-    assert (np.abs(error) <= 0.25 * size).all(), what
-    assert np.sqrt(np.mean(error**2)) <= 0.035 * np.sqrt(np.mean(np.square(exact))), what
+    assert (np.abs(error) <= 0.25 * size + rounding * np.abs(exact)).all(), what
+    typical = 0.035 + rounding / 3
+    assert np.sqrt(np.mean(error**2)) <= typical * np.sqrt(np.mean(np.square(exact))), what
 
 
 class Server:
@@ -280,7 +282,7 @@ class Server:
             part = out[start : start + n]
             start += n
             if self.place != "cpu" and model.multiplies_fp8():
-                _assert_fp8_probabilities(part, exact, f"layer {layer}, row {row}")
+                assert_fp8_probabilities(part, exact, f"layer {layer}, row {row}")
             else:
                 assert_error_ratio(part, exact, naive, dtype, f"layer {layer}, row {row}")
         assert not out[start:].any(), "padding tokens"
