@@ -214,7 +214,7 @@ def write_rows(quick: bool) -> Iterator[Row]:
 
 @register("convert_cache_layout")
 def convert_rows(quick: bool) -> Iterator[Row]:
-    """convert_cache_layout over a whole cache."""
+    """convert_cache_layout over a whole cache, and convert_cache_blocks range by range."""
     cache = Cache("block_wise_int8", 2048 if quick else 16384, 8, 128)
     for kind, tensor in (("k", cache.key), ("v", cache.key)):
         for src, dst in (("fastdeploy", "fastattn"), ("logical", "fastattn")):
@@ -228,12 +228,19 @@ def convert_rows(quick: bool) -> Iterator[Row]:
             )
             us = gpu_timing.median_us([call] * 2)
             blocks = tensor.shape[0]
-            yield gpu_timing.row(
-                "convert_cache_layout",
-                f"{blocks} blocks, {kind}, {src} to {dst}",
-                us,
-                2 * blocks * 8 * BLOCK * 128,
-            )
+            shape = f"{blocks} blocks, {kind}, {src} to {dst}"
+            moved = 2 * blocks * 8 * BLOCK * 128
+            yield gpu_timing.row("convert_cache_layout", shape, us, moved)
+            for step in (256, 2048):
+                ranges = [
+                    functools.partial(
+                        F.convert_cache_blocks, *call.args, **call.keywords, begin=i, end=i + step
+                    )
+                    for i in range(0, blocks, step)
+                ]
+                us = gpu_timing.median_us(ranges) * len(ranges)
+                shape_of_ranges = f"{shape}, in place in ranges of {step}"
+                yield gpu_timing.row("convert_cache_blocks", shape_of_ranges, us, moved)
 
 
 @register("quantize_fp8")
