@@ -176,6 +176,25 @@ def test_ranges_in_any_order_and_in_several_calls(place):
         assert_same_bits(to_numpy(tensor), after)
 
 
+def test_neighbouring_ranges_are_one(place, monkeypatch):
+    theirs, ours = (_server("block_wise_int8", x, layers=1) for x in ("fastdeploy", "fastattn"))
+    tensors = [to_paddle(x.copy(), place) for x in theirs]
+    calls, convert = [], F.convert_cache_blocks
+
+    def counted(cache, *, begin, end, **options):
+        calls.append((begin, end))
+        return convert(cache, begin=begin, end=end, **options)
+
+    monkeypatch.setattr(F, "convert_cache_blocks", counted)
+    ranges = [(2, 3), (0, 1), (2, 2), (1, 2), (4, 5)]
+    convert_caches(tensors, cache_quant_type="block_wise_int8", block_ranges=ranges)
+    assert calls == [(0, 3), (4, 5)] * 2
+    for tensor, before, after in zip(tensors[:2], theirs, ours):
+        expected = after.copy()
+        expected.reshape(5, -1)[3] = before.reshape(5, -1)[3]
+        assert_same_bits(to_numpy(tensor), expected)
+
+
 def test_what_a_converted_cache_means(place):
     """append_cache_kv_c8 reads the same values before and after."""
     tensors = [to_paddle(x, place) for x in _server("block_wise_fp8", "fastdeploy", layers=1)]

@@ -89,8 +89,8 @@ def convert_caches(
     shapes = _checked(caches, chosen, cache_quant_type, ranges)
     for index, kind in chosen:
         cache = caches[index]
-        for begin, end in [(0, shapes[index][0])] if ranges is None else ranges:
-            if begin == end or cache.size == 0:
+        for begin, end in [(0, shapes[index][0])] if ranges is None else _joined(ranges):
+            if cache.size == 0:
                 continue
             functional.convert_cache_blocks(
                 cache,
@@ -118,6 +118,19 @@ def _pair(entry: Any) -> tuple[int, int]:
         raise TypeError(
             f"{_OP}: block_ranges: expected (begin, end) of ints, got {entry!r}"
         ) from None
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges without empty ones, neighbours as one: a launch each costs time."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in ranges:
+        if begin == end:
+            continue
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((begin, end))
+    return joined
 
 
 def _checked(
