@@ -1,4 +1,5 @@
-// Merges the parts of items that several CTAs of an attention kernel shared.
+// Merges the parts of items that several CTAs of an attention kernel shared, as merge_attn_states
+// merges two sides: by the weights and the values of cuda/merge.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,6 +9,8 @@
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/launch.h"
 #include "cuda/common/early_launch.cuh"
+#include "cuda/merge/parts.cuh"
+#include "cuda/merge/values.cuh"
 
 namespace fastattn::cuda {
 
@@ -17,20 +20,17 @@ constexpr int kThreads = 256;
 constexpr int kMergeColumns = 8;  // of a block, at most: 32 threads each
 constexpr int kBatch = 4;         // parts that are loaded together
 
-// Output, maximum and sum of some parts of a column: 4 channels a thread.
+// Some parts of a column, 4 channels a thread.
 struct Merged {
-  float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  float maximum = -kInfinity;
-  float sum = 0.0f;
+  uint4 out = make_uint4(0, 0, 0, 0);  // of fp32
+  PartWeight weight = {kLowestMaximum, 0.0f};
 
-  __device__ __forceinline__ void Join(float4 other, float other_maximum, float other_sum) {
-    const float largest = fmaxf(maximum, other_maximum);
-    const float one = maximum == largest ? 1.0f : Exp2(maximum - largest);
-    const float two = other_maximum == largest ? 1.0f : Exp2(other_maximum - largest);
-    out.x = out.x * one + other.x * two, out.y = out.y * one + other.y * two;
-    out.z = out.z * one + other.z * two, out.w = out.w * one + other.w * two;
-    sum = sum * one + other_sum * two;
-    maximum = largest;
+  __device__ __forceinline__ void Join(const uint4& other, PartWeight other_weight) {
+    const MergeWeights w = WeightsOfParts(weight, other_weight);
+    float x[4];
+    MergePack<DType::kFloat32>(out, other, w, x);
+    out = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));
+    weight = {w.max, w.sum};
   }
 };
 
@@ -39,8 +39,8 @@ struct Merged {
 __global__ void __launch_bounds__(kThreads)
     MergePartsKernel(const __grid_constant__ AttentionParams p,
                      const __grid_constant__ AttentionTask task, int columns, int block_columns) {
-  __shared__ float4 outs[kThreads];
-  __shared__ float2 states[kThreads];
+  __shared__ uint4 outs[kThreads];
+  __shared__ PartWeight weights[kThreads];
   TouchParameters(p);
   WaitForEarlierKernels();
   AllowNextKernel();
@@ -59,21 +59,23 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t part_size = static_cast<int64_t>(columns) * (head_dim + 2);
   Merged merged;
   for (int first = group; first < parts; first += groups * kBatch) {
-    float4 out[kBatch];
-    float2 state[kBatch];
+    uint4 out[kBatch];
+    PartWeight weight[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = first + b * groups;
       if (i < parts) {
         // The first part is its CTA's second one, the others are the first ones of the next CTAs.
         const float* part = first_part + (i == 0 ? 0 : (kPartsPerCta * i - 1) * part_size);
-        out[b] = __ldcg(reinterpret_cast<const float4*>(part + column * head_dim) + quad);
-        state[b] = __ldcg(reinterpret_cast<const float2*>(part + columns * head_dim) + column);
+        out[b] = __ldcg(reinterpret_cast<const uint4*>(part + column * head_dim) + quad);
+        const float2 state =
+            __ldcg(reinterpret_cast<const float2*>(part + columns * head_dim) + column);
+        weight[b] = {fmaxf(state.x, kLowestMaximum), state.y};
       }
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      if (first + b * groups < parts) merged.Join(out[b], state[b].x, state[b].y);
+      if (first + b * groups < parts) merged.Join(out[b], weight[b]);
     }
   }
   const RowShape shape = LoadRowShape(p, header.y);
@@ -81,18 +83,20 @@ __global__ void __launch_bounds__(kThreads)
   const float value_scale = ValueScale(p, header.y, header.z);
   if (groups > 1) {
     outs[threadIdx.x] = merged.out;
-    states[threadIdx.x] = make_float2(merged.maximum, merged.sum);
+    weights[threadIdx.x] = merged.weight;
     __syncthreads();
     if (group > 0) return;
     for (int i = 1; i < groups; ++i) {
-      const float2 state = states[threadIdx.x + i * lanes];
-      merged.Join(outs[threadIdx.x + i * lanes], state.x, state.y);
+      merged.Join(outs[threadIdx.x + i * lanes], weights[threadIdx.x + i * lanes]);
     }
   }
   if (group > 0 || !info.valid) return;
-  const float factor = FinishColumn(p, info, value_scale, merged.maximum, merged.sum, quad == 0);
+  const float factor =
+      FinishColumn(p, info, value_scale, merged.weight.max, merged.weight.sum, quad == 0);
   const int64_t out = (static_cast<int64_t>(info.token) * p.num_heads + info.head) * head_dim;
-  StoreOutput(p, header.z, out, 4 * quad, merged.out, factor);
+  const float4 values = make_float4(BitsFloat(merged.out.x), BitsFloat(merged.out.y),
+                                    BitsFloat(merged.out.z), BitsFloat(merged.out.w));
+  StoreOutput(p, header.z, out, 4 * quad, values, factor);
 }
 
 __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ AttentionParams p) {
@@ -112,17 +116,11 @@ cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream) {
 
 cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task, int columns,
                              int grid, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
   // Where few items share many CTAs, each has many parts: then a block takes one column alone.
   const int items = task.num_rows * p.num_kv_heads;
   const int block_columns = 16 * items <= grid ? 1 : std::min(columns, kMergeColumns);
-  config.gridDim = dim3(grid, columns / block_columns);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute overlap;
-  const cudaError_t status = OverlapLaunches(&config, &overlap);
-  if (status != cudaSuccess) return status;
-  return cudaLaunchKernelEx(&config, MergePartsKernel, p, task, columns, block_columns);
+  return LaunchEarly(MergePartsKernel, dim3(grid, columns / block_columns), dim3(kThreads), stream,
+                     p, task, columns, block_columns);
 }
 
 }  // namespace fastattn::cuda

@@ -86,12 +86,6 @@ __device__ __forceinline__ void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Brings a kernel's parameters into the constant cache while it waits for the kernel before it.
 template <typename T>
 __device__ __forceinline__ void TouchParameters(const T& parameters) {

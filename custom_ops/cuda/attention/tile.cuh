@@ -8,6 +8,7 @@
 #include "cuda/attention/mma.cuh"
 #include "cuda/attention/query.cuh"
 #include "cuda/attention/traits.cuh"
+#include "cuda/common/exp2.cuh"
 
 namespace fastattn::cuda {
 

@@ -20,15 +20,7 @@ namespace fastattn::cuda {
 
 inline constexpr int kDenseMergeThreads = 128;
 
-struct MergeDenseParams {
-  const void* prefix_output;
-  const void* suffix_output;
-  const float* prefix_lse;
-  const float* suffix_lse;
-  const float* output_scale;
-  void* output;
-  float* output_lse;
-  float* output_scales;
+struct MergeDenseParams : MergePointers {
   uint32_t rows;         // T * H
   uint32_t merged_rows;  // rows from here on take the suffix as it is
   Divisor heads;

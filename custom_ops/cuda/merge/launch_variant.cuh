@@ -52,17 +52,15 @@ inline bool FitsVectors(const MergeParams& p, int width) {
   return true;
 }
 
+inline MergePointers PointersOf(const MergeParams& p) {
+  return {p.prefix_output, p.suffix_output, p.prefix_lse, p.suffix_lse,
+          p.output_scale,  p.output,        p.output_lse, p.output_scales};
+}
+
 inline MergeVectorParams VectorParams(const MergeParams& p) {
   const auto narrow = [](int64_t x) { return static_cast<int>(x); };
   MergeVectorParams v;
-  v.prefix_output = p.prefix_output;
-  v.suffix_output = p.suffix_output;
-  v.prefix_lse = p.prefix_lse;
-  v.suffix_lse = p.suffix_lse;
-  v.output_scale = p.output_scale;
-  v.output = p.output;
-  v.output_lse = p.output_lse;
-  v.output_scales = p.output_scales;
+  static_cast<MergePointers&>(v) = PointersOf(p);
   v.num_tokens = narrow(p.num_tokens);
   v.merged_tokens = narrow(p.merged_tokens);
   v.num_heads = p.num_heads;
@@ -183,14 +181,7 @@ bool LaunchMergeDense(const MergeParams& p, cudaStream_t stream, cudaError_t& st
     }
     d.log2_segment = Log2(segment);
   }
-  d.prefix_output = p.prefix_output;
-  d.suffix_output = p.suffix_output;
-  d.prefix_lse = p.prefix_lse;
-  d.suffix_lse = p.suffix_lse;
-  d.output_scale = p.output_scale;
-  d.output = p.output;
-  d.output_lse = p.output_lse;
-  d.output_scales = p.output_scales;
+  static_cast<MergePointers&>(d) = PointersOf(p);
   d.rows = static_cast<uint32_t>(p.num_tokens * p.num_heads);
   d.merged_rows = static_cast<uint32_t>(p.merged_tokens * p.num_heads);
   d.heads = Divisor(static_cast<uint32_t>(p.num_heads));

@@ -11,6 +11,7 @@
 
 #include "cuda/common/convert.cuh"
 #include "cuda/common/vector.cuh"
+#include "cuda/merge/values.cuh"
 #include "cuda/merge/weights.h"
 #include "params/merge.h"
 #include "params/quantize.h"
@@ -19,12 +20,7 @@ namespace fastattn::cuda {
 
 inline constexpr int kMaxMergeThreads = 1024;
 
-template <DType kIn>
-inline constexpr int kPackWidth = 16 / SizeOf(kIn);
-
-// MergeParams with 32-bit strides: half the parameters to fetch before the first address is known,
-// and one multiply-add for each. Strides count elements.
-struct MergeVectorParams {
+struct MergePointers {
   const void* prefix_output;
   const void* suffix_output;
   const float* prefix_lse;
@@ -33,6 +29,11 @@ struct MergeVectorParams {
   void* output;
   float* output_lse;
   float* output_scales;
+};
+
+// MergeParams with 32-bit strides: half the parameters to fetch before the first address is known,
+// and one multiply-add for each. Strides count elements.
+struct MergeVectorParams : MergePointers {
   int num_tokens, merged_tokens, num_heads;
   int packs;  // 16-byte packs of a head
   int prefix_token_stride, prefix_head_stride;
@@ -52,37 +53,6 @@ __device__ __forceinline__ int64_t Offset(int i, int i_stride, int j, int j_stri
 // Each element is read once: evict first. Not the read-only path: the output may be this memory.
 __device__ __forceinline__ uint4 LoadPack(const char* address, bool active) {
   return active ? __ldcs(reinterpret_cast<const uint4*>(address)) : make_uint4(0, 0, 0, 0);
-}
-
-template <DType kIn>
-__device__ __forceinline__ void UnpackPack(const uint4& pack, float (&x)[kPackWidth<kIn>]) {
-  if constexpr (kIn == DType::kFloat32) {
-    x[0] = __uint_as_float(pack.x);
-    x[1] = __uint_as_float(pack.y);
-    x[2] = __uint_as_float(pack.z);
-    x[3] = __uint_as_float(pack.w);
-  } else {
-    Unpack<kIn>(Raw<kIn>{pack, make_uint4(0, 0, 0, 0)}, x);
-  }
-}
-
-// What stands for the values of an empty side, so that one expression serves every case with the
-// bits of leaving the side out: x + -0 is x for every x. Two empty sides give +0 + -0 = 0.
-template <DType kIn>
-__device__ __forceinline__ uint4 OrElse(bool use, const uint4& pack, bool negative_zero) {
-  const uint32_t zero = !negative_zero ? 0u : kIn == DType::kFloat32 ? 0x80000000u : 0x80008000u;
-  return make_uint4(use ? pack.x : zero, use ? pack.y : zero, use ? pack.z : zero,
-                    use ? pack.w : zero);
-}
-
-template <DType kIn>
-__device__ __forceinline__ void MergePack(const uint4& prefix, const uint4& suffix,
-                                          const MergeWeights& w, float (&x)[kPackWidth<kIn>]) {
-  float a[kPackWidth<kIn>], b[kPackWidth<kIn>];
-  UnpackPack<kIn>(OrElse<kIn>(w.use_prefix, prefix, w.use_suffix), a);
-  UnpackPack<kIn>(OrElse<kIn>(w.use_suffix, suffix, true), b);
-#pragma unroll
-  for (int i = 0; i < kPackWidth<kIn>; ++i) x[i] = Add(Mul(a[i], w.prefix), Mul(b[i], w.suffix));
 }
 
 // kStream: what is stored leaves the caches first.

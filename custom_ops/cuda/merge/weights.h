@@ -16,6 +16,21 @@ struct MergeWeights {
   bool use_suffix;
 };
 
+// Two sides by what they count for, as logarithms of any base.
+struct SideOrder {
+  float max;         // NaN if the suffix's is NaN
+  float difference;  // smaller less larger: <= 0, or NaN if a side is
+  bool prefix_larger;
+};
+
+FASTATTN_HD SideOrder OrderSides(float prefix, float suffix) {
+  SideOrder order;
+  order.prefix_larger = prefix > suffix;
+  order.max = order.prefix_larger ? prefix : suffix;
+  order.difference = order.prefix_larger ? Sub(suffix, prefix) : Sub(prefix, suffix);
+  return order;
+}
+
 struct Ratios {
   float one;    // 1 / sum
   float other;  // other / sum
@@ -51,14 +66,14 @@ FASTATTN_HD MergeWeights WeightsOfSides(float prefix_lse, float suffix_lse) {
   MergeWeights w;
   w.use_prefix = p != -infinity;
   w.use_suffix = s != -infinity;
-  const bool prefix_larger = p > s;
-  w.max = prefix_larger ? p : s;
-  const float other = ExpNonPositive(prefix_larger ? Sub(s, p) : Sub(p, s));
+  const SideOrder order = OrderSides(p, s);
+  w.max = order.max;
+  const float other = ExpNonPositive(order.difference);
   w.sum = Add(1.0f, other);
   const Ratios ratios = RatiosOf(other, w.sum);
   const bool any = w.use_prefix || w.use_suffix;
-  w.prefix = any ? (prefix_larger ? ratios.one : ratios.other) : 0.0f;
-  w.suffix = any ? (prefix_larger ? ratios.other : ratios.one) : 0.0f;
+  w.prefix = any ? (order.prefix_larger ? ratios.one : ratios.other) : 0.0f;
+  w.suffix = any ? (order.prefix_larger ? ratios.other : ratios.one) : 0.0f;
   return w;
 }
 
