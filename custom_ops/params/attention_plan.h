@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/ceil_div.h"
 #include "common/types.h"
 
 namespace fastattn {
@@ -50,8 +51,6 @@ inline constexpr int kAttentionCtasPerSm = 2;
 // begun, and of the one that it leaves unfinished.
 inline constexpr int kPartialHeader = 8;
 inline constexpr int kPartsPerCta = 2;
-
-inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Keys of a unit: a slot of shared memory holds 8 KiB.
 FASTATTN_HD constexpr int KeysPerUnit(int row_bytes) { return row_bytes > 128 ? 32 : 64; }

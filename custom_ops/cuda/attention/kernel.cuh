@@ -15,6 +15,7 @@
 #include "cuda/attention/tile.cuh"
 #include "cuda/attention/traits.cuh"
 #include "cuda/common/early_launch.cuh"
+#include "cuda/common/exp2.cuh"
 
 namespace fastattn::cuda {
 
@@ -369,20 +370,12 @@ cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask
                                    cudaStream_t stream) {
   using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kTokenScales, kColumns>;
   const auto kernel = AttentionKernel<Traits>;
-  const int bytes = Traits::SharedBytes(task.num_rows);
   // The same value in every call: threads of the host may launch at the same time.
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            Traits::SharedBytes(kMaxPlanRows));
+  const cudaError_t status = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::SharedBytes(kMaxPlanRows));
   if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(kAttentionThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  cudaLaunchAttribute overlap;
-  status = OverlapLaunches(&config, &overlap);
-  if (status != cudaSuccess) return status;
-  return cudaLaunchKernelEx(&config, kernel, p, task);
+  return LaunchEarlyWithShared(kernel, dim3(grid), dim3(kAttentionThreads),
+                               Traits::SharedBytes(task.num_rows), stream, p, task);
 }
 
 }  // namespace fastattn::cuda

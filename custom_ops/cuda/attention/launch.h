@@ -31,21 +31,6 @@ bool TakesFp8Prefill(const AttentionParams& p, const AttentionPlan& plan);
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan, bool fp8_prefill,
                             cudaStream_t stream);
 
-// Lets a kernel start before the one ahead of it in the stream has ended, where the GPU can: it
-// then waits for that itself (WaitForEarlierKernels).
-inline cudaError_t OverlapLaunches(cudaLaunchConfig_t* config, cudaLaunchAttribute* attribute) {
-  int device = 0, major = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  attribute->id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute->val.programmaticStreamSerializationAllowed = 1;
-  config->attrs = attribute;
-  config->numAttrs = major >= 9 ? 1 : 0;
-  return status;
-}
-
 template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales, int kColumns>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream);

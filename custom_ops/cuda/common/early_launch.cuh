@@ -26,12 +26,13 @@ __device__ __forceinline__ void AllowNextKernel() {
 #endif
 }
 
-// kernel<<<grid, block, 0, stream>>>(params...) that may start early where the GPU can do that.
-// (Binaries of this package run on their own major architecture only, so that the device's tells
-// whether WaitForEarlierKernels was compiled to wait.)
+// kernel<<<grid, block, shared_bytes, stream>>>(params...) that may start early where the GPU can
+// do that. (Binaries of this package run on their own major architecture only, so that the device's
+// tells whether WaitForEarlierKernels was compiled to wait.)
 template <typename... Params>
-cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
-                        const Params&... params) {
+cudaError_t LaunchEarlyWithShared(void (*kernel)(Params...), dim3 grid, dim3 block,
+                                  size_t shared_bytes, cudaStream_t stream,
+                                  const Params&... params) {
   int device = 0, major = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
@@ -43,10 +44,17 @@ cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block, cudaSt
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = major >= 9 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+template <typename... Params>
+cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                        const Params&... params) {
+  return LaunchEarlyWithShared(kernel, grid, block, 0, stream, params...);
 }
 
 }  // namespace fastattn::cuda

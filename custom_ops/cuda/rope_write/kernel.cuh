@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/ceil_div.h"
 #include "common/dispatch.h"
 #include "cuda/common/early_launch.cuh"
 #include "cuda/rope_write/decode_kernel.cuh"
@@ -21,8 +22,6 @@ inline bool OnlyRotates(const RopeWriteCacheParams& p) {
   return p.rotary_dim == p.cache.head_dim && p.rotary_step == 1 && p.rotary_stride % 4 == 0 &&
          (reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin)) % 16 == 0;
 }
-
-inline int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 
 template <typename Traits>
 cudaError_t LaunchDecode(const StepParams& p, cudaStream_t stream) {
