@@ -5,11 +5,15 @@
 // in slot order for fastdeploy; V: 16 tokens of a channel in slot order for both), so those
 // conversions move pieces through registers. Logical V is [64, D]: it meets the others by 4x4 byte
 // transpositions and a token-major copy in shared memory.
+//
+// A range of 256 blocks takes about 12 us: launched one after the other, ranges would wait for a
+// launch a tenth of their time.
 #include <stdexcept>
 
 #include "common/dispatch.h"
 #include "common/layout.h"
 #include "cuda/common/bytes.cuh"
+#include "cuda/common/early_launch.cuh"
 #include "cuda/common/pieces.cuh"
 #include "cuda/convert_layout/launch.h"
 
@@ -40,6 +44,8 @@ __global__ void __launch_bounds__(kThreads)
     ConvertKeyKernel(const uint8_t* src, uint8_t* dst, uint32_t flip) {
   constexpr int kPieces = kBlockSize * kHeadDim / 16 / kThreads;
   const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlockSize * kHeadDim);
+  WaitForEarlierKernels();
+  AllowNextKernel();
   uint4 pieces[kPieces];
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
@@ -74,6 +80,8 @@ __global__ void __launch_bounds__(kThreads)
   const int channel = threadIdx.x / 4 * 4;
   const bool active = channel < kHeadDim;
 
+  WaitForEarlierKernels();
+  AllowNextKernel();
   uint4 pieces[4];  // [channel], 16 tokens of `group` in slot order
   if constexpr (kFromLogical) {
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
@@ -124,20 +132,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <CacheLayout kSrc, CacheLayout kDst, bool kInPlace>
-void Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
+cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
   const auto* src = static_cast<const uint8_t*>(p.src);
   auto* dst = static_cast<uint8_t*>(p.dst);
   const auto grid = static_cast<unsigned>(p.num_block_heads);
+  cudaError_t status = cudaSuccess;
   dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
-    if (p.is_value) {
-      ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
-          <<<grid, kThreads, 0, stream>>>(src, dst, flip);
-    } else {
-      ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>
-          <<<grid, kThreads, 0, stream>>>(src, dst, flip);
-    }
+    const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
+                                   : ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>;
+    status = LaunchEarly(kernel, dim3(grid), dim3(kThreads), stream, src, dst, flip);
   });
+  return status;
 }
 
 }  // namespace
@@ -161,16 +167,17 @@ cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t strea
   const uint32_t flip = fastdeploy && IsInt8(p.type) ? 0x80808080u : 0u;
   constexpr CacheLayout kA = CacheLayout::kFastattn, kD = CacheLayout::kFastDeploy,
                         kL = CacheLayout::kLogical;
+  cudaError_t status = cudaSuccess;
   dispatch<kA, kD, kL>(p.src_layout, "src", [&](auto src) {
     dispatch<kA, kD, kL>(p.dst_layout, "dst", [&](auto dst) {
       if constexpr (decltype(src)::value != decltype(dst)::value) {
         constexpr CacheLayout kSrc = decltype(src)::value, kDst = decltype(dst)::value;
-        in_place ? Launch<kSrc, kDst, true>(p, flip, stream)
-                 : Launch<kSrc, kDst, false>(p, flip, stream);
+        status = in_place ? Launch<kSrc, kDst, true>(p, flip, stream)
+                          : Launch<kSrc, kDst, false>(p, flip, stream);
       }
     });
   });
-  return cudaGetLastError();
+  return status;
 }
 
 }  // namespace fastattn::cuda
