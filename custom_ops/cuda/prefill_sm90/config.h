@@ -84,8 +84,10 @@ struct WalkState {
   int round;
   int count;     // active rows listed
   int next_row;  // after them
+  int section;
+  int sections;
   int level;
-  int start;  // tiles of the levels above
+  int start;  // tiles of the sections and levels ahead
 };
 
 template <class C>

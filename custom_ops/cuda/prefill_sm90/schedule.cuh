@@ -4,6 +4,10 @@
 // Tiles are ordered by the number of keys that they read, the most first, and dealt to the CTAs to
 // and fro. A row's tiles m = 0, 1, ... stand on the levels base + m, its last one on the level of
 // its number of key steps; within a level, rows and then heads follow each other.
+//
+// With kKeyBytes (of a key and its value, of one KV head) the heads are cut into sections whose
+// keys fit into the L2 cache, and one section's tiles follow the other's. Every second section goes
+// from few keys to many, so that neighbouring tiles stay alike.
 #pragma once
 
 #include "cuda/prefill_sm90/config.h"
@@ -22,7 +26,9 @@ __device__ __forceinline__ int2 PackedKeys(const AttentionParams& p, int b) {
   return make_int2(begin, Clamp(p.packed.cu_seqlens_k[b + 1], begin, tokens) - begin);
 }
 
-template <class C>
+inline constexpr float kSectionBytes = 32 << 20;
+
+template <class C, int kKeyBytes = 0>
 class TileWalk {
  public:
   // Works for any kernel's Arguments with `p` and `min_query_tokens`, and Shared with `rows` and
@@ -38,6 +44,7 @@ class TileWalk {
   __device__ void Start() {
     state_.round = state_.count = state_.next_row = state_.start = 0;
     state_.level = -1;
+    state_.section = state_.sections = 0;
     __syncwarp();
   }
 
@@ -45,23 +52,33 @@ class TileWalk {
   __device__ bool Next(Tile* tile) {
     const int grid = gridDim.x, cta = blockIdx.x, round = state_.round;
     const int target = round * grid + (round % 2 == 0 ? cta : grid - 1 - cta);
-    int level = state_.level, start = state_.start;
+    int level = state_.level, start = state_.start, section = state_.section;
     bool found = false;
     do {
 #pragma unroll 1
-      for (level = NextLevel(level); level >= 0; level = NextLevel(level - 1)) {
-        const int tiles = RowsAt(level) * p_.num_heads;
-        found = target < start + tiles;
+      for (; section < state_.sections; level = FirstLevel(++section)) {
+        const bool up = IsAscending(section);
+#pragma unroll 1
+        for (level = NextLevel(level, up); level >= 0;
+             level = NextLevel(level + (up ? 1 : -1), up)) {
+          const int tiles = RowsAt(level) * HeadsOf(section);
+          found = target < start + tiles;
+          if (found) break;
+          start += tiles;
+        }
         if (found) break;
-        start += tiles;
       }
-    } while (!found && LoadRows(&level));
+      if (found || !LoadRows()) break;
+      section = 0;
+      level = FirstLevel(0);
+    } while (true);
     // Every lane writes the same.
     state_.round = round + 1;
     state_.level = level;
     state_.start = start;
+    state_.section = section;
     __syncwarp();
-    if (found) Describe(target - start, level, tile);
+    if (found) Describe(target - start, level, section, tile);
     return found;
   }
 
@@ -87,16 +104,35 @@ class TileWalk {
     return m >= 0 && m < Tiles(row);
   }
 
-  // The first level from `level` downwards on which there are tiles; -1: none.
-  __device__ int NextLevel(int level) const {
-    int found = -1;
+  __device__ bool IsAscending(int section) const { return (state_.sections - section) % 2 == 0; }
+
+  __device__ int FirstLevel(int section) const { return IsAscending(section) ? 0 : 1 << 30; }
+
+  // KV heads of a section, but for the last one.
+  __device__ int SectionHeads() const {
+    return (p_.num_kv_heads + state_.sections - 1) / state_.sections;
+  }
+
+  // Query heads of a section.
+  __device__ int HeadsOf(int section) const {
+    const int size = SectionHeads(), heads = min(size, p_.num_kv_heads - section * size);
+    return max(heads, 0) * (p_.num_heads / p_.num_kv_heads);
+  }
+
+  // The first level from `level` on, downwards or upwards, on which there are tiles; -1: none.
+  __device__ int NextLevel(int level, bool up) const {
+    constexpr int kNone = 1 << 30;
+    int found = up ? kNone : -1;
 #pragma unroll 1
     for (int i = lane_; i < state_.count; i += 32) {
       const ActiveRow row = rows_[i];
-      const int base = Base(row), at = min(level, base + Tiles(row) - 1);
-      if (at >= base) found = max(found, at);
+      const int base = Base(row), top = base + Tiles(row) - 1;
+      if (up && level <= top) found = min(found, max(level, base));
+      if (!up && level >= base) found = max(found, min(level, top));
     }
-    return __reduce_max_sync(~0u, found);
+    if (!up) return __reduce_max_sync(~0u, found);
+    found = __reduce_min_sync(~0u, found);
+    return found == kNone ? -1 : found;
   }
 
   __device__ int RowsAt(int level) const {
@@ -109,8 +145,9 @@ class TileWalk {
   }
 
   // Reads the lengths of further rows; false at the end. Nothing in them is trusted.
-  __device__ bool LoadRows(int* level) {
-    int count = 0, next = state_.next_row, top = -1;
+  __device__ bool LoadRows() {
+    int count = 0, next = state_.next_row;
+    float bytes = 0.0f;  // of the rows' keys, for one KV head
 #pragma unroll 1
     while (next < p_.rows.batch && count + 32 <= kMaxActiveRows) {
       ActiveRow row{next + lane_, 0, 0, 0};
@@ -119,15 +156,20 @@ class TileWalk {
       const unsigned voters = __ballot_sync(~0u, active);
       if (active) {
         rows_[count + __popc(voters & ((1u << lane_) - 1))] = row;
-        top = max(top, Base(row) + Tiles(row) - 1);
+        bytes += static_cast<float>(min(row.k_len, Reach())) * kKeyBytes;
       }
       count += __popc(voters);
       next += 32;
     }
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) bytes += __shfl_xor_sync(~0u, bytes, i);
+    // At least a KV head a section.
+    const float fit = fminf(kSectionBytes / fmaxf(bytes, 1.0f), p_.num_kv_heads);
+    const int heads = max(static_cast<int>(fit), 1);
     state_.count = count;
     state_.next_row = next;
+    state_.sections = (p_.num_kv_heads + heads - 1) / heads;
     __syncwarp();
-    *level = __reduce_max_sync(~0u, top);
     return count > 0;
   }
 
@@ -145,9 +187,10 @@ class TileWalk {
     }
   }
 
-  __device__ void Describe(int index, int level, Tile* tile) const {
-    const int head = index % p_.num_heads;
-    int rank = index / p_.num_heads, slot = 0;
+  __device__ void Describe(int index, int level, int section, Tile* tile) const {
+    const int heads = HeadsOf(section), group = p_.num_heads / p_.num_kv_heads;
+    const int head = section * SectionHeads() * group + index % heads;
+    int rank = index / heads, slot = 0;
 #pragma unroll 1
     for (int i = 0; i < state_.count; i += 32) {
       unsigned at = __ballot_sync(~0u, IsAt(i + lane_, level));
