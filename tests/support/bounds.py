@@ -115,25 +115,26 @@ def assert_lse(actual, exact, naive, what: str = "lse") -> None:
         _fail_at(what, excess, actual, exact, bound)
 
 
-def assert_codes(codes, exact, naive, scale: float, what: str = "codes") -> None:
+def assert_codes(codes, exact, naive, scale: float, what: str = "codes", extra=0.0) -> None:
     """e4m3 codes of ``exact / scale``: each is what some value within the arithmetic's error gives.
 
     The allowance is twice the naive version's error before rounding, so that a code may differ from
-    the exact one only where the exact value lies at a rounding boundary.
+    the exact one only where the exact value lies at a rounding boundary. `extra` is added to it.
     """
     codes = np.asarray(codes)
     assert codes.dtype == np.uint8, f"{what}: dtype {codes.dtype}"
     exact = np.asarray(exact, np.float64)
     slack = 2 * _largest(_finite(_errors(naive, exact))) + _FP32_SLACK * _largest(exact)
+    slack = slack[..., None] + np.nan_to_num(extra, posinf=0.0)
     low, high, actual = (
         numerics.from_codes(c, "e4m3").astype(np.float64)
         for c in (
-            numerics.quantize(exact - slack[..., None], np.float32(scale), "e4m3"),
-            numerics.quantize(exact + slack[..., None], np.float32(scale), "e4m3"),
+            numerics.quantize(exact - slack, np.float32(scale), "e4m3"),
+            numerics.quantize(exact + slack, np.float32(scale), "e4m3"),
             codes,
         )
     )
     with np.errstate(invalid="ignore"):
         fits = ((low <= actual) & (actual <= high)) | (np.isnan(exact) & np.isnan(actual))
     if not fits.all():
-        _fail_at(what, (~fits).astype(int), actual * scale, exact, slack[..., None])
+        _fail_at(what, (~fits).astype(int), actual * scale, exact, slack)
