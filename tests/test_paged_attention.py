@@ -488,3 +488,14 @@ def test_max_seqlens_are_upper_bounds_only(place):
     positional[7:] = [10**6, 10**7]
     out = to_numpy(F.paged_attention(*positional, **keywords)).astype(np.float32)
     np.testing.assert_allclose(out, expected.astype(np.float32), rtol=2**-6, atol=2**-9)
+
+
+def test_max_seqlens_that_are_too_small_hide_nothing(place):
+    """More tiles of queries share fewer CTAs than the host expects."""
+    problem = paged_problem([(1500, 20)], kind=CacheKind("cache_int8"), seed=31)
+    expected, _ = problem.check(place)
+    positional, keywords = problem.arguments(place)
+    for bounds in ([1, 1], [1, 5000], [3, 700]):
+        positional[7:] = bounds
+        out = to_numpy(F.paged_attention(*positional, **keywords)).astype(np.float32)
+        np.testing.assert_allclose(out, expected.astype(np.float32), rtol=2**-6, atol=2**-9)
