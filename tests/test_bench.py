@@ -44,6 +44,35 @@ def test_benchmarks_may_share_a_name(monkeypatch):
     assert [(row.us, row.shape) for row in rows] == [(1.0, "quick True"), (2.0, "quick True")]
 
 
+def _bytes(*tensors) -> int:
+    return sum(x.size * x.element_size() for x in tensors)
+
+
+@pytest.mark.parametrize("quant", ["none", "cache_int8", "block_wise_fp8"])
+def test_bytes_of_a_step_are_what_it_reads_and_writes(quant):
+    from fastattn.bench.compat_cpu import PLACE
+    from fastattn.bench.compat_steps import DIM, KV, describe, gqa_calls
+
+    rows = [(6, 70, 6), (0, 130, 1), (0, 9, 1)]
+    assert describe(rows).startswith("1 x 6 prefill after 70, 1 x 1 decode, 1 x 1 decode, H 32")
+    (call, _), moved = gqa_calls(PLACE, quant, rows, lambda _: 2)
+    q, k, v, qkv_out = call()
+    assert k.shape == v.shape == [6 + 70 + 2, KV, DIM]
+    of_token = {"none": 2 * DIM, "cache_int8": DIM, "block_wise_fp8": DIM + 4}[quant]
+    angles = 8 * DIM * 4
+    cached = 2 * KV * of_token * (70 + 6)  # prefill rows': read, and written
+    assert moved == _bytes(qkv_out, q, k, v, qkv_out) + angles + cached
+
+
+def test_bytes_of_merged_outputs_are_those_of_decode_rows():
+    from fastattn.bench.compat_cpu import PLACE
+    from fastattn.bench.compat_steps import DIM, HEADS, merge_calls
+
+    (call,), moved = merge_calls(PLACE, [(6, 70, 6), (0, 130, 3)], lambda _: 1)
+    assert call().shape == [9, HEADS * DIM]
+    assert moved == 2 * 3 * HEADS * DIM * 2
+
+
 # --- reports -------------------------------------------------------------------------------------
 
 MACHINE = {"cpu": "A", "cores": 2, "paddle": "3.3.1", "commit": "abc", "date": "today"}
