@@ -1,0 +1,124 @@
+"""Prefill on a GPU with bf16 queries: bf16 and 8-bit caches, and contiguous keys.
+
+The shapes of :mod:`fastattn.bench.prefill_gpu`, with peers that compute in bf16.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+import paddle
+
+import fastattn.functional as F
+from fastattn.bench import gpu_timing
+from fastattn.bench.attention_gpu import BLOCK, DIM
+from fastattn.bench.cache_gpu import _gpu
+from fastattn.bench.common import Row, register
+from fastattn.bench.peers import peers
+from fastattn.bench.prefill_gpu import SHAPES, TOKENS, _operations
+
+KINDS = ("none", "cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8")
+PEERS = ("vllm_fa3_bf16", "cudnn_bf16")
+
+
+@functools.lru_cache(maxsize=3)
+def _words(dtype: str) -> np.ndarray:
+    """Normal values: bf16, int8 codes of a sixteenth, or e4m3 codes."""
+    values = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
+    if dtype == "bfloat16":
+        return values.astype(ml_dtypes.bfloat16).view(np.uint8)
+    if dtype == "int8":
+        return np.clip(np.rint(values * 16), -127, 127).astype(np.int8).view(np.uint8)
+    return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+def _filled(dtype: str, *shape: int) -> paddle.Tensor:
+    return gpu_timing.filled(shape, "bfloat16" if dtype == "bfloat16" else "uint8", _words(dtype))
+
+
+def paged(
+    kind: str, rows: int, length: int, heads: int, kv_heads: int, causal: bool
+) -> Callable[[], object]:
+    """A call for `rows` prompts of `length` tokens."""
+    rng = np.random.default_rng(1)
+    pages = -(-length // BLOCK)
+    tables = rng.permutation(rows * pages).astype(np.int32).reshape(rows, pages)
+    quantised = kind != "none"
+    code = "bfloat16" if not quantised else "int8" if kind.endswith("int8") else "e4m3"
+    shape = (rows * pages, kv_heads, BLOCK) if kind.startswith("block_wise") else (kv_heads,)
+    unit = 1 / 16 if code == "int8" else 1.0
+    scales = {
+        name: _gpu((unit * rng.uniform(0.8, 1.2, shape)).astype(np.float32))
+        for name in ("cache_k_scales", "cache_v_scales")
+        if quantised
+    }
+    tokens = (rows * pages, kv_heads, BLOCK, DIM)
+    return functools.partial(
+        F.paged_attention,
+        _filled("bfloat16", rows * length, heads, DIM),
+        _filled(code, *tokens),
+        _filled(code, *((rows * pages, kv_heads, DIM, BLOCK) if quantised else tokens)),
+        _gpu(tables),
+        _gpu(np.arange(rows + 1, dtype=np.int32) * length),
+        _gpu(np.zeros(rows, np.int32)),
+        _gpu(np.full(rows, length, np.int32)),
+        max_seqlen_q=length,
+        max_seqlen_k=length,
+        cache_quant_type=kind,
+        causal=causal,
+        out=gpu_timing.empty((rows * length, heads, DIM), "bfloat16"),
+        **scales,
+    )
+
+
+def contiguous(
+    rows: int, length: int, heads: int, kv_heads: int, causal: bool
+) -> Callable[[], object]:
+    """A call of flash_attention."""
+    starts = _gpu(np.arange(rows + 1, dtype=np.int32) * length)
+    return functools.partial(
+        F.flash_attention,
+        _filled("bfloat16", rows * length, heads, DIM),
+        _filled("bfloat16", rows * length, kv_heads, DIM),
+        _filled("bfloat16", rows * length, kv_heads, DIM),
+        starts,
+        starts,
+        length,
+        length,
+        causal=causal,
+        out=gpu_timing.empty((rows * length, heads, DIM), "bfloat16"),
+    )
+
+
+def _rows(kind: str, length: int, heads: int, kv_heads: int, causal: bool) -> Iterator[Row]:
+    rows = TOKENS // length
+    if kind == "contiguous":
+        op, call = "flash_attention", contiguous(rows, length, heads, kv_heads, causal)
+    else:
+        op, call = "paged_attention", paged(kind, rows, length, heads, kv_heads, causal)
+    us = gpu_timing.median_us([call], replays=20)
+    rate = _operations(rows, 0, length, heads, causal) / us / 1e6
+    mask = "causal" if causal else "full"
+    name = "bf16" if kind in ("none", "contiguous") else kind
+    shape = f"prefill bf16 q, {name} {mask} B {rows} x {length} H {heads}/{kv_heads} D {DIM}"
+    found = [
+        other
+        for other in peers("prefill", s=length, h=heads, hk=kv_heads, causal=causal)
+        if any(part in other["peer"] for part in PEERS)
+    ]
+    if not found:
+        yield Row(op, shape, us, rate, "TFLOP/s")
+    for other in found:
+        yield Row(op, shape, us, rate, "TFLOP/s", other["peer"], other["ms"] * 1e3)
+
+
+@register("prefill_half")
+def prefill_half(quick: bool) -> Iterator[Row]:
+    """Prefill with bf16 queries: every cache type, and contiguous keys."""
+    for causal in (True, False):
+        for length, heads, kv_heads in SHAPES[2:3] if quick else SHAPES:
+            for kind in (*KINDS, "contiguous"):
+                yield from _rows(kind, length, heads, kv_heads, causal)
