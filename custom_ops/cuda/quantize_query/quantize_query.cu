@@ -7,6 +7,7 @@
 #include "cuda/common/vector.cuh"
 #include "cuda/quantize_query/launch.h"
 #include "cuda/rope_write/head.cuh"
+#include "cuda/rope_write/lane.cuh"
 
 namespace fastattn::cuda {
 
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t pair = first + i * kAtOnce;
     const float scale =
         FastDynamicScale(HeadAmaxBits<kHeadDim, kIn>(raw[i].low), kCacheAmaxFloor, kE4M3Max);
-    const float inverse = Div(1.0f, scale);
+    const float inverse = ReciprocalOfNormal(scale);
     float x[kChunk];
     Unpack<kIn>(raw[i], x);
     uint32_t words[2];
