@@ -293,23 +293,17 @@ CASES = {
     ),
     **{
         f"quantize_q_over_{name}": (
-            lambda kind=kind, **changed: paged(kind=kind, **changed),
+            lambda call=call, option=option, **changed: call(**option, **changed),
             {"quantize_q": True},
             ValueError,
-            f"quantize_q: expected e4m3 keys and values, got {dtype}",
+            f"quantize_q: expected e4m3 keys and values, got {name}",
         )
-        for name, kind, dtype in (
-            ("bfloat16", PLAIN, "bfloat16"),
-            ("int8", INT8, "int8"),
-            ("e5m2", CacheKind("cache_fp8", "head", "e5m2"), "float8_e5m2"),
+        for call, option, name in (
+            (paged, {"kind": PLAIN}, "bfloat16"),
+            (paged, {"kind": CacheKind("cache_fp8", "head", "e5m2")}, "float8_e5m2"),
+            (flash, {"kv_type": "int8"}, "int8"),
         )
     },
-    "quantize_q_over_contiguous_int8": (
-        lambda **changed: flash(kv_type="int8", **changed),
-        {"quantize_q": True},
-        ValueError,
-        "flash_attention: quantize_q: expected e4m3 keys and values, got int8",
-    ),
     "quantize_q_type": (paged, {"quantize_q": "yes"}, TypeError, "quantize_q: expected bool"),
     # Rows
     "tables_dtype": (
