@@ -15,7 +15,6 @@
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
 #include "cuda/attention/launch.h"
-#include "cuda/prefill_sm90/launch.h"
 #include "cuda/quantize_query/launch.h"
 #endif
 
@@ -293,9 +292,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   const AttentionPlan plan = PlanAttention(sizes);
   if (p->out == nullptr) return;
   const DeviceGuard guard(op, place.GetDeviceId());
-  const bool fp8_prefill = cuda::TakesFp8Prefill(*p, plan);
-  const int64_t floats =
-      std::max(plan.workspace, fp8_prefill ? cuda::PrefillSm90Workspace(*p) : int64_t{0});
+  const cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p, plan);
+  const int64_t floats = std::max(plan.workspace, cuda::PrefillWorkspace(*p, prefill));
   Tensor workspace;
   if (floats > 0) {
     workspace = paddle::empty({floats}, phi::DataType::FLOAT32, place);
@@ -304,7 +302,7 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   LaunchOnGpu(op, out, [&](cudaStream_t stream) {
     const cudaError_t status = cuda::LaunchQuantizeQuery(query, stream);
     if (status != cudaSuccess) return status;
-    return cuda::LaunchAttention(*p, plan, fp8_prefill, stream);
+    return cuda::LaunchAttention(*p, plan, prefill, stream);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/dispatch.h"
+#include "cuda/prefill_half_sm90/launch.h"
 #include "cuda/prefill_sm90/launch.h"
 
 namespace fastattn::cuda {
@@ -75,25 +76,34 @@ cudaError_t RunLaunch(const AttentionParams& p, const AttentionLaunch& launch, b
 
 }  // namespace
 
-bool TakesFp8Prefill(const AttentionParams& p, const AttentionPlan& plan) {
+PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionPlan& plan) {
   int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaGetDevice(&device) != cudaSuccess) return PrefillKernel::kNone;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-    return false;
+    return PrefillKernel::kNone;
   }
-  return major == 9 && plan.num_launches == 2 && PrefillSm90Supports(p);
+  if (major != 9 || plan.num_launches != 2) return PrefillKernel::kNone;
+  if (PrefillSm90Supports(p)) return PrefillKernel::kFp8;
+  // Its tiles are 128 tokens of one head: shorter rows are better off where heads share a tile.
+  const bool half = p.max_seqlen_q >= 64 && PrefillHalfSm90Supports(p);
+  return half ? PrefillKernel::kHalf : PrefillKernel::kNone;
 }
 
-cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan, bool fp8_prefill,
-                            cudaStream_t stream) {
+int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill) {
+  return prefill == PrefillKernel::kFp8 ? PrefillSm90Workspace(p) : 0;
+}
+
+cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
+                            PrefillKernel prefill, cudaStream_t stream) {
   if (plan.num_launches == 0) return LaunchClear(p, stream);
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
     cudaError_t status;
-    if (fp8_prefill && !launch.split) {
+    if (prefill != PrefillKernel::kNone && !launch.split) {
       const int64_t group = p.num_heads / p.num_kv_heads;
-      const int64_t min_tokens = (launch.min_columns + group - 1) / group;
-      status = LaunchPrefillSm90(p, static_cast<int>(min_tokens), stream);
+      const int min_tokens = static_cast<int>((launch.min_columns + group - 1) / group);
+      status = prefill == PrefillKernel::kFp8 ? LaunchPrefillSm90(p, min_tokens, stream)
+                                              : LaunchPrefillHalfSm90(p, min_tokens, stream);
     } else {
       status = RunLaunch(p, launch, i == 0 && (p.clear_padding || p.lse != nullptr), stream);
     }

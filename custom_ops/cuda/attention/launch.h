@@ -23,13 +23,22 @@ struct AttentionTask {
   float* partials = nullptr;  // [grid, kPartsPerCta, columns, D + 2]
 };
 
-// Whether LaunchAttention may leave the plan's long rows to the FP8 kernel of prefill_sm90.
-bool TakesFp8Prefill(const AttentionParams& p, const AttentionPlan& plan);
+// Kernels that LaunchAttention may leave the plan's long rows to.
+enum class PrefillKernel : int {
+  kNone,
+  kFp8,   // prefill_sm90: e4m3 queries, keys and values
+  kHalf,  // prefill_half_sm90: 16-bit queries
+};
 
-// p.workspace holds PlanAttention(...).workspace floats, and PrefillSm90Workspace(p) floats with
-// `fp8_prefill`.
-cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan, bool fp8_prefill,
-                            cudaStream_t stream);
+// The one for the current device.
+PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionPlan& plan);
+
+// Floats of p.workspace that it writes.
+int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill);
+
+// p.workspace holds the larger of PlanAttention(...).workspace and PrefillWorkspace(...) floats.
+cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
+                            PrefillKernel prefill, cudaStream_t stream);
 
 template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales, int kColumns>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,

@@ -1,0 +1,118 @@
+// Warpgroup matrix products (wgmma, sm_90a) on 16-bit operands with fp32 accumulators; registers of
+// an accumulator as in wgmma.cuh.
+//
+// A left operand in registers, 64 x 16: words 0 and 1 are channels 2 * (lane % 4), + 1 of rows
+// lane / 4 and + 8, words 2 and 3 the same of the channels 8 further on.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace fastattn::cuda {
+
+// Describes a right operand whose columns lie side by side (N-major): blocks of 64 columns, in each
+// a row of 128 bytes for every k, swizzled over 128 bytes. Blocks are kBlockBytes apart. Adding
+// 2048 / 16 moves the start by 16 k.
+template <int kBlockBytes>
+__device__ __forceinline__ uint64_t TransposedDescriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{1024 / 16} << 32;
+  return kSwizzle128 | kEightRows | (kBlockBytes / 16) << 16 | (address & 0x3FFFF) >> 4;
+}
+
+#define FASTATTN_ACC4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define FASTATTN_ACC16(c, d, i)                                                   \
+  FASTATTN_ACC4(c, d, i), FASTATTN_ACC4(c, d, i + 4), FASTATTN_ACC4(c, d, i + 8), \
+      FASTATTN_ACC4(c, d, i + 12)
+#define FASTATTN_ACC32(c, d) FASTATTN_ACC16(c, d, 0), FASTATTN_ACC16(c, d, 16)
+#define FASTATTN_ACC64(c, d) \
+  FASTATTN_ACC32(c, d), FASTATTN_ACC16(c, d, 32), FASTATTN_ACC16(c, d, 48)
+
+#define FASTATTN_LIST32                                                    \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTATTN_LIST64                                                                \
+  FASTATTN_LIST32                                                                      \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// `c` is "+f", or "=f" with `add` 0: what was in the accumulator does not matter then.
+#define FASTATTN_SHARED128(type, c, add)                                                \
+  asm volatile(                                                                         \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                                \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" FASTATTN_LIST64 \
+      "}, %64, %65, p, 1, 1, 0, 0;\n\t}"                                                \
+      : FASTATTN_ACC64(c, d)                                                            \
+      : "l"(a), "l"(b), "n"(add))
+#define FASTATTN_REGISTERS128(type, c, add)                                             \
+  asm volatile(                                                                         \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"                                \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" FASTATTN_LIST64 \
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n\t}"                                \
+      : FASTATTN_ACC64(c, d)                                                            \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add), "n"(kTransposed))
+#define FASTATTN_REGISTERS64(type, c, add)                                             \
+  asm volatile(                                                                        \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"                               \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FASTATTN_LIST32 \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n\t}"                               \
+      : FASTATTN_ACC32(c, d)                                                           \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add), "n"(kTransposed))
+
+// d (+)= a * b: 64 x 128, both operands in shared memory, K-major.
+template <DType kType, bool kAdd>
+__device__ __forceinline__ void MultiplyHalfShared(float (&d)[64], uint64_t a, uint64_t b) {
+  static_assert(kType == DType::kBFloat16 || kType == DType::kFloat16);
+  if constexpr (kType == DType::kBFloat16) {
+    if constexpr (kAdd) {
+      FASTATTN_SHARED128("bf16", "+f", 1);
+    } else {
+      FASTATTN_SHARED128("bf16", "=f", 0);
+    }
+  } else {
+    if constexpr (kAdd) {
+      FASTATTN_SHARED128("f16", "+f", 1);
+    } else {
+      FASTATTN_SHARED128("f16", "=f", 0);
+    }
+  }
+}
+
+// The same with a in registers. kTransposed: b is N-major (TransposedDescriptor).
+template <DType kType, bool kAdd, int kTransposed>
+__device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[64], const uint32_t* a,
+                                                      uint64_t b) {
+  static_assert(kType == DType::kBFloat16 || kType == DType::kFloat16);
+  if constexpr (kType == DType::kBFloat16) {
+    static_assert(kAdd);
+    FASTATTN_REGISTERS128("bf16", "+f", 1);
+  } else if constexpr (kAdd) {
+    FASTATTN_REGISTERS128("f16", "+f", 1);
+  } else {
+    FASTATTN_REGISTERS128("f16", "=f", 0);
+  }
+}
+
+template <DType kType, bool kAdd, int kTransposed>
+__device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[32], const uint32_t* a,
+                                                      uint64_t b) {
+  static_assert(kAdd && (kType == DType::kBFloat16 || kType == DType::kFloat16));
+  if constexpr (kType == DType::kBFloat16) {
+    FASTATTN_REGISTERS64("bf16", "+f", 1);
+  } else {
+    FASTATTN_REGISTERS64("f16", "+f", 1);
+  }
+}
+
+#undef FASTATTN_REGISTERS64
+#undef FASTATTN_REGISTERS128
+#undef FASTATTN_SHARED128
+#undef FASTATTN_LIST64
+#undef FASTATTN_LIST32
+#undef FASTATTN_ACC64
+#undef FASTATTN_ACC32
+#undef FASTATTN_ACC16
+#undef FASTATTN_ACC4
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,452 @@
+// A consumer warpgroup: 64 queries of a tile against every step of keys.
+//
+// A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight columns the
+// two from 2 * (lane % 4): the scores' registers, packed to 16 bits, are the left operand of P * V
+// as they stand.
+#pragma once
+
+#include "common/numeric.h"
+#include "cuda/common/convert.cuh"
+#include "cuda/common/mbarrier.cuh"
+#include "cuda/common/wgmma.cuh"
+#include "cuda/common/wgmma_half.cuh"
+#include "cuda/prefill_half_sm90/config.h"
+#include "cuda/prefill_half_sm90/query.cuh"
+#include "cuda/prefill_sm90/epilogue.cuh"
+
+namespace fastattn::cuda::prefill_half_sm90 {
+
+inline constexpr float kLog2E = 1.44269504f;
+inline constexpr float kMinusInf = -__builtin_huge_valf();
+using prefill_sm90::kLogPeak;
+
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ int Clip(int x, int low, int high) { return max(low, min(x, high)); }
+
+// The maximum, NaN if either is.
+__device__ __forceinline__ float MaxNaN(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+template <class C>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const Arguments& arguments, Shared<C>& shared)
+      : p_(arguments.p),
+        shared_(shared),
+        group_(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void Run() {
+    if (C::kTurns != Turns::kFree && group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
+    Ring<2> queries;
+    if (NextTile(queries)) {
+      IssueFirst();
+      while (true) {
+        WaitProducts<0>(s_);
+        EndTurn<Turns::kScore>();
+        LoadTile(queries.index);
+        FirstStep();
+        const int steps = shared_.tile[queries.index].steps;
+#pragma unroll 1
+        for (int i = 1; i < steps; ++i) NextStep();
+        queries.Advance();
+        const bool more = NextTile(queries);
+        if (!more) break;
+        // The first scores of a tile run under the output of the tile before.
+        IssueAcross();
+        WaitProducts<1>(o_);
+        Finish(queries.index ^ 1, step_ - 1);
+      }
+      FenceProducts();
+      IssueValues();
+      WaitProducts<0>(o_);
+      Finish(queries.index ^ 1, step_);
+    }
+    // Takes the last turn that the other warpgroup has left.
+    if (C::kTurns != Turns::kFree && group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
+  }
+
+ private:
+  static constexpr int kTurnBarrier = 1;
+
+  __device__ __forceinline__ void Release(uint64_t* barrier) {
+    __syncwarp();
+    if (lane_ == 0) Arrive(barrier);
+  }
+
+  __device__ __forceinline__ void BeginTurn() {
+    if constexpr (C::kTurns != Turns::kFree) SyncNamed<256>(kTurnBarrier + group_);
+  }
+
+  template <Turns kWhere>
+  __device__ __forceinline__ void EndTurn() {
+    if constexpr (C::kTurns == kWhere) ArriveNamed<256>(kTurnBarrier + 1 - group_);
+  }
+
+  __device__ __forceinline__ void LoadTile(int buffer) {
+    start_ = shared_.tile[buffer].last * C::kKeys;
+    buffer_ = buffer;
+    int begin = 0, end = 1 << 30;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      shift_[h] = kMinusInf;
+      sum_[h] = 0.0f;
+      factor_[h] = shared_.factor[buffer][prefill_sm90::QueryOf(h)];
+      const int2 visible = shared_.visible[buffer][prefill_sm90::QueryOf(h)];
+      begin = max(begin, visible.x);
+      end = min(end, visible.y);
+    }
+    // Keys that all of the warp's queries see.
+    common_begin_ = __reduce_max_sync(~0u, begin);
+    common_end_ = __reduce_min_sync(~0u, end);
+#pragma unroll
+    for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
+  }
+
+  // Ends a tile whose last product is done.
+  __device__ __forceinline__ void Finish(int buffer, uint32_t last_step) {
+    KeepRegisters(probabilities_);
+    ReleaseValues(last_step, start_);
+    if constexpr (C::kCodes && !C::kTokenScales) {
+      if (p_.paged && p_.cache.v_granularity == ScaleGranularity::kChannel) ScaleChannels(buffer);
+    }
+    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference_);
+    Release(&shared_.query_empty[buffer]);
+  }
+
+  // V's scales, one a channel. Without a visible key the output is 0, whatever they are.
+  __device__ __forceinline__ void ScaleChannels(int buffer) {
+    const int kv_head = shared_.tile[buffer].head / (p_.num_heads / p_.num_kv_heads);
+    const int first = kv_head * C::kDim + 2 * (lane_ % 4);
+#pragma unroll
+    for (int i = 0; i < C::kOut; ++i) {
+      const float scale =
+          LoadScale(p_.cache.v_scales, p_.cache.scale_dtype, first + 8 * (i / 4) + i % 2);
+      o_[i] = shift_[i / 2 % 2] == kMinusInf ? 0.0f : o_[i] * scale;
+    }
+  }
+
+  // --- products ---------------------------------------------------------------------------------
+
+  // Of the step ahead.
+  __device__ __forceinline__ void IssueScores() {
+    const uint64_t key = OperandDescriptor<128>(SharedAddress(shared_.key[Stage(step_ + 1)]));
+    constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
+    query_.template Multiply<false>(s_, 0, key);
+#pragma unroll
+    for (int k = 1; k < C::kDim / 16; ++k) {
+      query_.template Multiply<true>(s_, k, key + k / 4 * kKeySlice + k % 4 * 2);
+    }
+    CommitProducts();
+  }
+
+  __device__ __forceinline__ void IssueValues() {
+    const uint32_t address = SharedAddress(shared_.value[Stage(step_)]);
+    if constexpr (C::kValueRows) {
+      const uint64_t value = TransposedDescriptor<C::kKeys * C::kSlice>(address);
+#pragma unroll
+      for (int k = 0; k < C::kKeys / 16; ++k) {
+        MultiplyHalfRegisters<C::kOperand, true, 1>(o_, probabilities_ + 4 * k, value + k * 128);
+      }
+    } else {
+      const uint64_t value = OperandDescriptor<128>(address);
+      constexpr int kBlock = C::kDim * C::kSlice / 16;
+#pragma unroll
+      for (int k = 0; k < C::kKeys / 16; ++k) {
+        MultiplyHalfRegisters<C::kOperand, true, 0>(o_, probabilities_ + 4 * k,
+                                                    value + k / 4 * kBlock + k % 4 * 2);
+      }
+    }
+    CommitProducts();
+  }
+
+  // --- steps ------------------------------------------------------------------------------------
+
+  // Waits for a tile; false if there are no more.
+  __device__ __forceinline__ bool NextTile(const Ring<2>& queries) {
+    Wait(&shared_.query_full[queries.index], queries.phase);
+    if (shared_.tile[queries.index].steps < 0) return false;
+    query_.Take(p_, shared_, queries.index, group_);
+    if constexpr (C::kCodes) Release(&shared_.query_read);
+    return true;
+  }
+
+  // Steps are counted over all tiles.
+  __device__ __forceinline__ static uint32_t Stage(uint32_t step) { return step % C::kStages; }
+  __device__ __forceinline__ static uint32_t Phase(uint32_t step) { return step / C::kStages % 2; }
+  __device__ __forceinline__ uint32_t ScaleSlot() const { return step_ % C::kScaleSlots; }
+
+  __device__ __forceinline__ void WaitForKeys() {
+    Wait(&shared_.key_full[Stage(step_ + 1)], Phase(step_ + 1));
+  }
+
+  __device__ __forceinline__ void IssueFirst() {
+    WaitForKeys();
+    BeginTurn();
+    FenceProducts();
+    IssueScores();
+    EndTurn<Turns::kIssue>();
+    ++step_;
+  }
+
+  // The scores of a step and the P * V of the one before.
+  __device__ __forceinline__ void IssueBoth() {
+    WaitForKeys();
+    BeginTurn();
+    FenceProducts();
+    IssueScores();
+    IssueValues();
+    EndTurn<Turns::kIssue>();
+    ++step_;
+  }
+
+  // The last P * V of a tile and the first scores of the next.
+  __device__ __forceinline__ void IssueAcross() {
+    WaitForKeys();
+    BeginTurn();
+    FenceProducts();
+    IssueValues();
+    IssueScores();
+    EndTurn<Turns::kIssue>();
+    ++step_;
+  }
+
+  __device__ __forceinline__ void FirstStep() {
+    FinishScores();
+    float alpha[2];
+    FindMaximum(alpha);
+    Exponentials<0, 4>();
+    WaitForValues();
+    if constexpr (C::kTokenScales) ReleaseScales();
+    PackProbabilities();
+  }
+
+  // The softmax runs while the other warpgroup's products do, and this one's P * V.
+  __device__ __forceinline__ void NextStep() {
+    IssueBoth();
+    WaitProducts<1>(s_);
+    EndTurn<Turns::kScore>();
+    start_ -= C::kKeys;
+    FinishScores();
+    float alpha[2];
+    FindMaximum(alpha);
+    Exponentials<0, C::kEarly>();
+    WaitForValues();
+    WaitProducts<0>(o_);
+    KeepRegisters(probabilities_);
+    ReleaseValues(step_ - 1, start_ + C::kKeys);
+    if constexpr (C::kTokenScales) {
+      const float ratio = shared_.reference[ScaleSlot()].y;
+      alpha[0] *= ratio;
+      alpha[1] *= ratio;
+    }
+    // Mostly no row of the warp has a new maximum.
+    if (__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
+    }
+    Exponentials<C::kEarly, 4>();
+    if constexpr (C::kTokenScales) ReleaseScales();
+    PackProbabilities();
+  }
+
+  // Waits for the step's values, which only the next product needs. It stands here, and depends on
+  // the sums, because the compiler moves a wait for products up, and exponentials down, as far as
+  // it can: with this between them, they run under the product of the step before.
+  __device__ __forceinline__ void WaitForValues() {
+    const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
+    Wait(&shared_.value_ready[Stage(step_)], Phase(step_) ^ never);
+  }
+
+  // Ends the use of a step's values, whose product is done; `start` is their first key.
+  __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
+    const uint32_t at = Stage(step);
+    if (*reinterpret_cast<const int*>(shared_.nan_found[at]) != 0) AddNaNs(at, start);
+    Release(&shared_.value_empty[at]);
+  }
+
+  // --- softmax ----------------------------------------------------------------------------------
+
+  // Ends the use of the step's keys, applies softcap and masks.
+  __device__ __forceinline__ void FinishScores() {
+    const int flags = shared_.flags[Stage(step_)];
+    Release(&shared_.key_empty[Stage(step_)]);
+    if constexpr (C::kTokenScales) {
+      Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
+#pragma unroll
+      for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[ScaleSlot()][0], j);
+    }
+    if (p_.softcap > 0.0f) Softcap();
+    const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
+    if (!full || (flags & (3 * kUnassigned))) Mask(flags);
+  }
+
+  // Multiplies eight columns of the scores with their tokens' scales.
+  __device__ __forceinline__ void ScaleColumns(const float* scales, int j) {
+    const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (lane_ % 4));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      s_[4 * j + 2 * h] *= scale.x;
+      s_[4 * j + 2 * h + 1] *= scale.y;
+    }
+  }
+
+  // Ends the use of the step's scales.
+  __device__ __forceinline__ void ReleaseScales() {
+    const uint32_t at = ScaleSlot();
+    reference_ = shared_.reference[at].x;
+    if (shared_.poison_found[at]) AddPoison(at);
+    Release(&shared_.scale_empty[at]);
+  }
+
+  // cap * tanh(s / cap), in units of log2. The factor holds the scale over the cap.
+  __device__ __forceinline__ void Softcap() {
+    const float cap = p_.softcap * kLog2E;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float rate = shared_.factor[buffer_][prefill_sm90::QueryOf(h)] * (2.0f * kLog2E);
+      factor_[h] = 1.0f;
+#pragma unroll
+      for (int j = 0; j < C::kScores / 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& s = s_[4 * j + 2 * h + e];
+          s = cap - 2.0f * cap * Reciprocal(Exp2(s * rate) + 1.0f);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Mask(int flags) {
+    const int column = start_ + 2 * (lane_ % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool hidden = flags & (kUnassigned << half);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int2 visible = shared_.visible[buffer_][prefill_sm90::QueryOf(h)];
+        const unsigned span = hidden ? 0 : visible.y - visible.x;
+        const int first = column + half * kBlockSize - visible.x;
+#pragma unroll
+        for (int j = 0; j < kBlockSize / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& s = s_[half * (kBlockSize / 2) + 4 * j + 2 * h + e];
+            s = static_cast<unsigned>(first + 8 * j + e) < span ? s : kMinusInf;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void FindMaximum(float (&alpha)[2]) {
+    float part[4];
+#pragma unroll
+    for (int i = 0; i < C::kScores; ++i) part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float largest = MaxNaN(part[2 * h], part[2 * h + 1]);
+      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 2));
+      const float before = shift_[h];
+      const float wanted = MaxNaN(before, fmaf(largest, factor_[h], -kLogPeak));
+      // Follows a NaN, and the first visible key.
+      shift_[h] = wanted - before <= C::kSlack ? before : wanted;
+      alpha[h] = Exp2(before - Shift(h));
+      sum_[h] *= alpha[h];
+    }
+  }
+
+  // What is subtracted from the scores: nothing while no visible one is above -inf.
+  __device__ __forceinline__ float Shift(int h) const {
+    return shift_[h] == kMinusInf ? 0.0f : shift_[h];
+  }
+
+  // Quarters kBegin to kEnd of the step's probabilities, and their sums.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void Exponentials() {
+    const float shift[2] = {Shift(0), Shift(1)};
+#pragma unroll
+    for (int i = kBegin * C::kScores / 4; i < kEnd * C::kScores / 4; ++i) {
+      const int h = i / 2 % 2;
+      s_[i] = Exp2(fmaf(s_[i], factor_[h], -shift[h]));
+      sum_[h] += s_[i];
+      if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[ScaleSlot()][1], i / 4);
+    }
+  }
+
+  __device__ __forceinline__ void PackProbabilities() {
+#pragma unroll
+    for (int i = 0; i < C::kScores / 2; ++i) {
+      probabilities_[i] = PackPair<C::kOperand>(s_[2 * i], s_[2 * i + 1]);
+    }
+  }
+
+  // Which of `count` tokens from `first` on query h of the thread sees, a bit each.
+  __device__ __forceinline__ uint32_t SeenTokens(int h, int first, int count) const {
+    const int2 visible = shared_.visible[buffer_][prefill_sm90::QueryOf(h)];
+    const int begin = Clip(visible.x - first, 0, count);
+    const int end = Clip(visible.y - first, 0, count);
+    return static_cast<uint32_t>(((uint64_t{1} << end) - 1) & ~((uint64_t{1} << begin) - 1));
+  }
+
+  // Sets the outputs of rows that see a value which is not finite (see ValueCleaner).
+  __device__ __forceinline__ void AddNaNs(uint32_t at, int start) {
+#pragma unroll 1
+    for (int group = 0; group < C::kKeys / 16; ++group) {
+      if (!shared_.nan_found[at][C::kCodes ? group / 4 : group % C::kHelpers]) continue;
+      const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
+                                SeenTokens(1, start + 16 * group, 16)};
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) {
+        const int channel = 8 * (i / 4) + 2 * (lane_ % 4) + i % 2;
+        if (shared_.nan_tokens[at][channel][group] & seen[i / 2 % 2]) o_[i] = NAN;
+      }
+    }
+  }
+
+  // The same for scales of V (see ScaleLoader).
+  __device__ __forceinline__ void AddPoison(uint32_t at) {
+#pragma unroll 1
+    for (int w = 0; w < C::kKeys / 32; ++w) {
+      const uint32_t tokens = shared_.poisoned[at][w];
+      const bool hit[2] = {(tokens & SeenTokens(0, start_ + 32 * w, 32)) != 0,
+                           (tokens & SeenTokens(1, start_ + 32 * w, 32)) != 0};
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) {
+        if (hit[i / 2 % 2]) o_[i] = NAN;
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int group_;
+  const int lane_;
+  Query<C> query_;
+  uint32_t step_ = ~0u;                 // the one whose softmax is under way
+  int start_;                      // first key of the step
+  int buffer_;                     // of the tile
+  int common_begin_, common_end_;  // keys that all of the warp's queries see
+  float shift_[2], sum_[2], factor_[2];
+  float reference_ = 1.0f;  // unit of the output
+  float s_[C::kScores];
+  float o_[C::kOut];
+  uint32_t probabilities_[C::kScores / 2];
+};
+
+}  // namespace fastattn::cuda::prefill_half_sm90

@@ -1,0 +1,70 @@
+// What consumers would have to wait for at either end of a tile, read ahead by the helper warps.
+#pragma once
+
+#include "common/numeric.h"
+#include "cuda/prefill_half_sm90/config.h"
+#include "cuda/prefill_sm90/schedule.cuh"
+
+namespace fastattn::cuda::prefill_half_sm90 {
+
+// The interval of keys that query i sees. One that does not exist asks for no mask.
+__device__ inline int2 VisibleKeys(const AttentionParams& p, const Tile& tile, int i) {
+  using prefill_sm90::kMaxLength;
+  constexpr int kFar = 1 << 30;
+  int begin = 0, end = kFar;
+  if (i >= tile.queries) return make_int2(begin, end);
+  const int position = tile.position + i;
+  end = tile.k_len;
+  if (p.causal) end = min(end, position + 1);
+  if (p.window_right >= 0) end = min(end, position + min(p.window_right, kMaxLength) + 1);
+  if (p.window_left >= 0) begin = max(begin, position - min(p.window_left, kMaxLength));
+  if (p.mask_offsets != nullptr) {
+    const int* mask = p.mask_offsets + 2 * static_cast<int64_t>(tile.token + i);
+    begin = max(begin, min(mask[0], kFar));
+    end = min(end, max(mask[1], 0));
+  }
+  return make_int2(begin, max(begin, end));
+}
+
+// A scale of K or V that is constant over a row's keys and channels.
+__device__ inline float ConstantScale(const AttentionParams& p, const Tile& tile, int kv_head,
+                                      const void* paged, ScaleGranularity granularity,
+                                      const Descale& packed) {
+  if (!p.paged) {
+    if (packed.data == nullptr) return 1.0f;
+    return LoadScale(packed.data, packed.dtype, packed.Index(0, tile.row, kv_head, tile.head));
+  }
+  if (granularity == ScaleGranularity::kHead) {
+    return LoadScale(paged, p.cache.scale_dtype, kv_head);
+  }
+  return granularity == ScaleGranularity::kTensor ? LoadScale(paged, p.cache.scale_dtype, 0) : 1.0f;
+}
+
+// Helper warp `warp` fills its share.
+template <class C>
+__device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const Tile& tile,
+                            int buffer, int warp) {
+  const int lane = threadIdx.x % 32;
+  float factor = p.softmax_scale * (p.softcap > 0.0f ? 1.0f / p.softcap : 1.44269504f);
+  float output = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
+  if constexpr (C::kCodes && !C::kTokenScales) {
+    const int kv_head = tile.head / (p.num_heads / p.num_kv_heads);
+    const PagedCache& cache = p.cache;
+    factor *=
+        ConstantScale(p, tile, kv_head, cache.k_scales, cache.k_granularity, p.packed.k_descale);
+    output *=
+        ConstantScale(p, tile, kv_head, cache.v_scales, cache.v_granularity, p.packed.v_descale);
+  }
+#pragma unroll 1
+  for (int i = 32 * warp + lane; i < C::kQueries; i += 32 * C::kHelpers) {
+    // Hidden scores are -inf, which 0 would turn into NaN.
+    shared.factor[buffer][i] = factor == 0.0f ? 1e-30f : factor;
+    shared.visible[buffer][i] = VisibleKeys(p, tile, i);
+  }
+  if (warp != 2 || lane != 0) return;
+  shared.output_scale[buffer] = output;
+  shared.sink[buffer] =
+      p.sinks == nullptr ? -__builtin_huge_valf() : LoadScale(p.sinks, p.sinks_dtype, tile.head);
+}
+
+}  // namespace fastattn::cuda::prefill_half_sm90

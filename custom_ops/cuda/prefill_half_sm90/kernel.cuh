@@ -1,0 +1,95 @@
+// Attention of long query rows with 16-bit operands on Hopper: TMA, WGMMA, warp specialisation,
+// persistent CTAs. docs/kernels.md explains the pipeline.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/prefill_half_sm90/consumer.cuh"
+#include "cuda/prefill_half_sm90/converter.cuh"
+#include "cuda/prefill_half_sm90/producer.cuh"
+
+namespace fastattn::cuda::prefill_half_sm90 {
+
+// 64 K registers: 128 threads of the producer and 256 consumers.
+inline constexpr int kProducerRegisters = 56;
+inline constexpr int kConsumerRegisters = 224;
+
+template <class C>
+__device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
+  constexpr int kWarps = 4 * C::kConsumers;
+  for (int i = 0; i < 2; ++i) {
+    InitBarrier(&shared.tile_found[i], 1);
+    InitBarrier(&shared.query_full[i], 1 + C::kHelpers);
+    InitBarrier(&shared.query_empty[i], kWarps + C::kHelpers);
+  }
+  InitBarrier(&shared.query_read, kWarps);
+  for (int i = 0; i < C::kStages; ++i) {
+    InitBarrier(&shared.key_full[i], C::kCodes ? 2 : 1);
+    InitBarrier(&shared.key_empty[i], kWarps);
+    InitBarrier(&shared.value_full[i], 1);
+    InitBarrier(&shared.value_ready[i], C::kCodes ? 2 : C::kHelpers);
+    InitBarrier(&shared.value_empty[i], kWarps);
+    shared.nan_found[i][2] = shared.nan_found[i][3] = 0;
+  }
+  for (int i = 0; i < C::kRawSlots; ++i) {
+    InitBarrier(&shared.raw_full[i], 1);
+    InitBarrier(&shared.raw_empty[i], 1);
+  }
+  for (int i = 0; i < C::kScaleSlots; ++i) {
+    InitBarrier(&shared.scale_full[i], 1);
+    InitBarrier(&shared.scale_empty[i], kWarps);
+  }
+  FenceBarrierInit();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    Kernel(const __grid_constant__ Arguments arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8_t memory[];
+  Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
+  if (threadIdx.x == 0) InitBarriers(shared);
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ReleaseRegisters<kProducerRegisters>();
+    if (threadIdx.x < 32) {
+      if (threadIdx.x == 0) {
+        PrefetchMap(&arguments.query);
+        PrefetchMap(&arguments.key);
+        PrefetchMap(&arguments.value);
+      }
+      __syncwarp();
+      Loader<C>(arguments, shared).Run();
+    } else if constexpr (C::kCodes) {
+      Converter<C>(arguments, shared).Run();
+    } else {
+      Cleaner<C>(arguments, shared).Run();
+    }
+  } else {
+    ClaimRegisters<kConsumerRegisters>();
+    Consumer<C>(arguments, shared).Run();
+  }
+#endif
+}
+
+template <class C>
+cudaError_t LaunchConfig(const Arguments& arguments, cudaStream_t stream) {
+  static_assert(sizeof(Shared<C>) <= 227 * 1024);
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  status = cudaFuncSetAttribute(Kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(sizeof(Shared<C>)));
+  if (status != cudaSuccess) return status;
+  const AttentionParams& p = arguments.p;
+  const int64_t tiles =
+      (static_cast<int64_t>(p.rows.num_tokens) / C::kQueries + p.rows.batch) * p.num_heads;
+  const int grid = static_cast<int>(std::min<int64_t>(tiles, processors));
+  if (grid <= 0) return cudaSuccess;
+  Kernel<C><<<grid, C::kThreads, sizeof(Shared<C>), stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+}  // namespace fastattn::cuda::prefill_half_sm90

@@ -1,0 +1,155 @@
+#include "cuda/prefill_half_sm90/launch.h"
+
+#include <cstdint>
+#include <limits>
+
+#include "cuda/common/tma.cuh"
+#include "cuda/prefill_half_sm90/variant.h"
+
+namespace fastattn::cuda {
+
+namespace {
+
+using prefill_half_sm90::Arguments;
+
+bool IsHalf(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+bool IsAligned(const void* pointer) {
+  return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// Whether the copy engine takes a stride of so many elements.
+bool IsStride(int64_t elements, DType dtype) {
+  return elements > 0 && elements * SizeOf(dtype) % 16 == 0;
+}
+
+bool IsCode(DType dtype) {
+  return dtype == DType::kE4M3 || dtype == DType::kE5M2 || dtype == DType::kInt8;
+}
+
+bool SupportsCache(const PagedCache& cache, DType query) {
+  if (cache.num_blocks <= 0 || !IsAligned(cache.key) || !IsAligned(cache.value)) return false;
+  if (!IsQuantized(cache.type)) return cache.dtype == query;
+  return IsCode(cache.dtype) && cache.layout == CacheLayout::kFastattn &&
+         cache.k_scales != nullptr && cache.v_scales != nullptr;
+}
+
+bool SupportsPacked(const PackedKv& kv, DType query) {
+  if ((kv.dtype != query && !IsCode(kv.dtype)) || kv.num_tokens <= 0) return false;
+  if (kv.num_tokens >= std::numeric_limits<int>::max()) return false;
+  for (int64_t stride :
+       {kv.key_token_stride, kv.key_head_stride, kv.value_token_stride, kv.value_head_stride}) {
+    if (!IsStride(stride, kv.dtype)) return false;
+  }
+  return IsAligned(kv.key) && IsAligned(kv.value);
+}
+
+DType KeyType(const AttentionParams& p) { return p.paged ? p.cache.dtype : p.packed.dtype; }
+
+// Tokens of K or V as rows: operands in boxes of 64 tokens x 128 bytes, codes in whole blocks.
+ByteTensor RowTensor(const AttentionParams& p, const void* paged, const void* packed,
+                     int64_t token_stride, int64_t head_stride) {
+  const auto size = static_cast<uint64_t>(SizeOf(KeyType(p)));
+  const uint64_t row = size * static_cast<uint64_t>(p.head_dim);
+  ByteTensor tensor;
+  if (p.paged) {
+    tensor.data = paged;
+    tensor.size[1] = kBlockSize;
+    tensor.size[2] = static_cast<uint64_t>(p.cache.num_blocks) * p.num_kv_heads;
+    tensor.stride[0] = row;
+    tensor.stride[1] = row * kBlockSize;
+  } else {
+    tensor.data = packed;
+    tensor.size[1] = static_cast<uint64_t>(p.packed.num_tokens);
+    tensor.size[2] = static_cast<uint64_t>(p.num_kv_heads);
+    tensor.stride[0] = size * static_cast<uint64_t>(token_stride);
+    tensor.stride[1] = size * static_cast<uint64_t>(head_stride);
+  }
+  tensor.size[0] = row;
+  tensor.box[0] = size == 1 ? static_cast<uint32_t>(row) : 128;
+  tensor.box[1] = kBlockSize;
+  tensor.box[2] = 1;
+  tensor.swizzle = size == 1 ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B;
+  return tensor;
+}
+
+// V of a cache of codes: channels as rows.
+ByteTensor ChannelTensor(const AttentionParams& p) {
+  const auto dim = static_cast<uint64_t>(p.head_dim);
+  return {p.cache.value,
+          {kBlockSize, dim, static_cast<uint64_t>(p.cache.num_blocks) * p.num_kv_heads},
+          {kBlockSize, kBlockSize * dim},
+          {kBlockSize, static_cast<uint32_t>(dim), 1},
+          CU_TENSOR_MAP_SWIZZLE_NONE};
+}
+
+cudaError_t EncodeMaps(Arguments* arguments) {
+  const AttentionParams& p = arguments->p;
+  const PackedKv& kv = p.packed;
+  const ByteTensor query{
+      p.q,
+      {2 * static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(p.num_heads),
+       static_cast<uint64_t>(p.rows.num_tokens)},
+      {2 * static_cast<uint64_t>(p.q_head_stride), 2 * static_cast<uint64_t>(p.q_token_stride)},
+      {128, 1, 64},
+      CU_TENSOR_MAP_SWIZZLE_128B};
+  const ByteTensor key = RowTensor(p, p.cache.key, kv.key, kv.key_token_stride, kv.key_head_stride);
+  const ByteTensor value =
+      p.paged && IsQuantized(p.cache.type)
+          ? ChannelTensor(p)
+          : RowTensor(p, p.cache.value, kv.value, kv.value_token_stride, kv.value_head_stride);
+  cudaError_t status = EncodeMap(query, &arguments->query);
+  if (status == cudaSuccess) status = EncodeMap(key, &arguments->key);
+  if (status == cudaSuccess) status = EncodeMap(value, &arguments->value);
+  return status;
+}
+
+template <int kDim>
+cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
+  using prefill_half_sm90::LaunchVariant;
+  using prefill_half_sm90::Source;
+  const AttentionParams& p = arguments.p;
+  constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
+  if (!IsCode(KeyType(p))) {
+    return p.q_dtype == kBf16
+               ? LaunchVariant<kBf16, kDim, Source::kOperands, false>(arguments, stream)
+               : LaunchVariant<kFp16, kDim, Source::kOperands, false>(arguments, stream);
+  }
+  if (!p.paged) return LaunchVariant<kFp16, kDim, Source::kCodeRows, false>(arguments, stream);
+  return IsDynamic(p.cache.type)
+             ? LaunchVariant<kFp16, kDim, Source::kCodes, true>(arguments, stream)
+             : LaunchVariant<kFp16, kDim, Source::kCodes, false>(arguments, stream);
+}
+
+}  // namespace
+
+bool PrefillHalfSm90Supports(const AttentionParams& p) {
+  if (!IsHalf(p.q_dtype) || (p.head_dim != 64 && p.head_dim != 128)) return false;
+  if (p.rows.num_tokens <= 0 || p.rows.batch <= 0 || p.num_heads <= 0) return false;
+  if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
+    return false;
+  }
+  if (p.paged) {
+    if (p.rows.max_blocks <= 0 || !SupportsCache(p.cache, p.q_dtype)) return false;
+    const int64_t planes = (int64_t{p.cache.num_blocks} + 1) * p.num_kv_heads;
+    if (planes >= std::numeric_limits<int>::max()) return false;
+  } else if (!SupportsPacked(p.packed, p.q_dtype)) {
+    return false;
+  }
+  // A maximum of scores needs a positive factor.
+  return IsStride(p.q_token_stride, p.q_dtype) && IsStride(p.q_head_stride, p.q_dtype) &&
+         IsAligned(p.q) && IsAligned(p.out) && p.softmax_scale > 0.0f;
+}
+
+cudaError_t LaunchPrefillHalfSm90(const AttentionParams& p, int min_query_tokens,
+                                  cudaStream_t stream) {
+  if (!PrefillHalfSm90Supports(p)) return cudaErrorInvalidValue;
+  Arguments arguments;
+  arguments.p = p;
+  arguments.min_query_tokens = min_query_tokens;
+  const cudaError_t status = EncodeMaps(&arguments);
+  if (status != cudaSuccess) return status;
+  return p.head_dim == 128 ? Launch<128>(arguments, stream) : Launch<64>(arguments, stream);
+}
+
+}  // namespace fastattn::cuda
