@@ -17,4 +17,5 @@ def plan_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     num_sms: int,
+    max_cluster: int = 1,
 ) -> list[dict[str, int]]: ...

@@ -9,7 +9,9 @@ host = pytest.importorskip("fastattn._host")
 SMS = 132
 
 
-def plan(batch, max_q, max_k, *, heads=32, kv_heads=8, head_dim=128, bytes_=1, tokens=None):
+def plan(
+    batch, max_q, max_k, *, heads=32, kv_heads=8, head_dim=128, bytes_=1, tokens=None, cluster=1
+):
     return host.plan_attention(
         num_tokens=batch * max_q if tokens is None else tokens,
         batch=batch,
@@ -20,6 +22,7 @@ def plan(batch, max_q, max_k, *, heads=32, kv_heads=8, head_dim=128, bytes_=1, t
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
         num_sms=SMS,
+        max_cluster=cluster,
     )
 
 
@@ -81,6 +84,46 @@ def test_workspace_does_not_grow_with_the_batch_or_the_context():
     """A server plans its memory once."""
     sizes = {plan(b, 1, k)[0]["workspace"] for b in (256, 512) for k in (1 << 17, 1 << 20)}
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    "batch, kv_heads, max_k, cluster",
+    [
+        *((1, 8, 1024, 8), (1, 8, 16384, 8), (2, 8, 8192, 8), (1, 1, 1024, 8)),
+        *((4, 8, 4096, 4), (32, 1, 4096, 4), (16, 8, 1024, 2)),
+    ],
+)
+def test_clusters_take_a_call_of_few_keys(batch, kv_heads, max_k, cluster):
+    """All CTAs run at the same time, and nothing goes through memory between them."""
+    (launch,) = plan(batch, 1, max_k, heads=4 * kv_heads, kv_heads=kv_heads, cluster=8)
+    assert launch["cluster"] == cluster
+    assert launch["grid"] == batch * kv_heads * cluster <= (2 if cluster == 2 else 1) * SMS
+    assert launch["workspace"] == 0
+
+
+@pytest.mark.parametrize(
+    "batch, max_q, kv_heads, max_k",
+    [
+        *((64, 1, 8, 1024), (17, 1, 8, 1024)),  # more rows and heads than clusters
+        *(
+            (1, 1, 8, 1 << 15),
+            (2, 1, 8, 1 << 14),
+            (16, 1, 8, 2048),
+        ),  # more keys than they read fast
+        (1, 1, 1, 8192),  # a few multiprocessors would read them, the others rest
+        (1, 8, 8, 1024),  # tiles of 64 pairs
+        (1, 2000, 8, 2000),  # rows of many tokens
+    ],
+)
+def test_other_calls_are_shared_out_equally(batch, max_q, kv_heads, max_k):
+    sizes = dict(heads=4 * kv_heads, kv_heads=kv_heads, tokens=batch * max_q)
+    assert plan(batch, max_q, max_k, cluster=8, **sizes) == plan(batch, max_q, max_k, **sizes)
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+def test_no_larger_cluster_than_the_device_has(cluster):
+    (launch,) = plan(1, 1, 1024, cluster=cluster)
+    assert launch["cluster"] == cluster
 
 
 @pytest.mark.parametrize("batch, tokens", [(0, 0), (0, 5), (3, 0)])

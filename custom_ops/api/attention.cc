@@ -289,9 +289,10 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   sizes.max_seqlen_q = p->max_seqlen_q;
   sizes.max_seqlen_k = p->max_seqlen_k;
   sizes.num_sms = NumMultiprocessors(op, place);
-  const AttentionPlan plan = PlanAttention(sizes);
   if (p->out == nullptr) return;
   const DeviceGuard guard(op, place.GetDeviceId());
+  sizes.max_cluster = cuda::MaxAttentionCluster();
+  const AttentionPlan plan = PlanAttention(sizes);
   const cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p, plan);
   const int64_t floats = std::max(plan.workspace, cuda::PrefillWorkspace(*p, prefill));
   Tensor workspace;

@@ -58,9 +58,10 @@ std::vector<std::map<std::string, int64_t>> PlanOf(int64_t num_tokens, int64_t b
                                                    int64_t num_heads, int64_t num_kv_heads,
                                                    int64_t head_dim, int64_t element_bytes,
                                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                                   int64_t num_sms) {
-  const AttentionPlan plan = PlanAttention({num_tokens, batch, num_heads, num_kv_heads, head_dim,
-                                            element_bytes, max_seqlen_q, max_seqlen_k, num_sms});
+                                                   int64_t num_sms, int64_t max_cluster) {
+  const AttentionPlan plan =
+      PlanAttention({num_tokens, batch, num_heads, num_kv_heads, head_dim, element_bytes,
+                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster});
   std::vector<std::map<std::string, int64_t>> launches;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
@@ -69,6 +70,7 @@ std::vector<std::map<std::string, int64_t>> PlanOf(int64_t num_tokens, int64_t b
                         {"min_columns", launch.min_columns},
                         {"max_columns", launch.max_columns},
                         {"grid", launch.grid},
+                        {"cluster", launch.cluster},
                         {"workspace", launch.workspace}});
   }
   return launches;
@@ -89,7 +91,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("plan_attention", &api::PlanOf, pybind11::arg("num_tokens"), pybind11::arg("batch"),
         pybind11::arg("num_heads"), pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"),
         pybind11::arg("element_bytes"), pybind11::arg("max_seqlen_q"),
-        pybind11::arg("max_seqlen_k"), pybind11::arg("num_sms"),
+        pybind11::arg("max_seqlen_k"), pybind11::arg("num_sms"), pybind11::arg("max_cluster") = 1,
         "Launches of an attention call on a GPU: how its work is shared out.");
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");

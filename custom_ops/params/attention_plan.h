@@ -5,6 +5,8 @@
 //    and every CTA takes an equal share of them. A row's keys may so be split over several CTAs,
 //    whose partial results a second kernel merges. The lengths are read on the device: the plan
 //    stays right, and the shares equal, when they change between replays of a CUDA graph.
+//    In a call of few rows a cluster of CTAs takes all keys of a row and KV head instead, and joins
+//    the parts itself: a second kernel takes longer than such a call's keys.
 //  - whole items: a CTA takes whole tiles of queries with all their keys.
 #pragma once
 
@@ -26,6 +28,7 @@ struct AttentionSizes {
   int64_t max_seqlen_q = 0;
   int64_t max_seqlen_k = 0;
   int64_t num_sms = 0;
+  int64_t max_cluster = 1;  // CTAs that may form a cluster
 };
 
 struct AttentionLaunch {
@@ -34,6 +37,7 @@ struct AttentionLaunch {
   int64_t min_columns = 0;  // rows with so many pairs a KV head, and at most max_columns
   int64_t max_columns = 0;
   int64_t grid = 0;       // CTAs
+  int64_t cluster = 1;    // CTAs that take a row and KV head together; 1: equal shares of all keys
   int64_t workspace = 0;  // floats of partial results
 };
 
@@ -47,6 +51,10 @@ struct AttentionPlan {
 inline constexpr int kMaxPlanRows = 512;
 // CTAs that share a multiprocessor.
 inline constexpr int kAttentionCtasPerSm = 2;
+// Units of keys of a call in clusters, at most: by multiprocessor of the GPU, and those of an item
+// by CTA that has a part of it and by items in the call.
+inline constexpr int kClusterUnitsPerSm = 16;
+inline constexpr int kClusterUnitsPerItem = 4;
 // Ints that a CTA tells the merging kernel, and the parts it may leave: of the item that it found
 // begun, and of the one that it leaves unfinished.
 inline constexpr int kPartialHeader = 8;
@@ -61,6 +69,26 @@ inline int64_t PartialFloats(int64_t grid, int64_t columns, int64_t head_dim) {
 
 inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 : 64; }
 
+// CTAs of a cluster for each row and KV head with up to `units` units of keys; 1 where equal shares
+// of all keys are faster. Limits are what was measured on an H100. They hold for rows of unequal
+// lengths, too: the longest row takes as long alone as in the company of others like it.
+inline int64_t ClusterFor(const AttentionSizes& s, int columns, int64_t pairs, int64_t units) {
+  const int64_t items = s.batch * s.num_kv_heads;
+  if (pairs > columns || columns > 16 || items > kAttentionCtasPerSm * s.num_sms ||
+      items * units > kClusterUnitsPerSm * s.num_sms) {
+    return 1;
+  }
+  for (int64_t cluster = 8; cluster > 1; cluster /= 2) {
+    // Pairs of CTAs find two places everywhere, larger clusters only on multiprocessors of their
+    // own.
+    const int64_t ctas = s.num_sms * (cluster == 2 ? kAttentionCtasPerSm : 1);
+    if (cluster > s.max_cluster || items * cluster > ctas) continue;
+    // Few items leave most multiprocessors idle: then keys must be few, too.
+    return units <= kClusterUnitsPerItem * items * cluster ? cluster : 1;
+  }
+  return 1;
+}
+
 inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t max_columns) {
   AttentionLaunch launch;
   launch.columns = columns;
@@ -72,6 +100,11 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
   const int64_t items = s.batch * s.num_kv_heads * CeilDiv(std::min(pairs, max_columns), columns);
   const int64_t units = items * (CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), unit) + 1);
   launch.grid = std::max<int64_t>(1, std::min(units, s.num_sms * kAttentionCtasPerSm));
+  launch.cluster = ClusterFor(s, columns, pairs, CeilDiv(s.max_seqlen_k, unit));
+  if (launch.cluster > 1) {
+    launch.grid = s.batch * s.num_kv_heads * launch.cluster;
+    return launch;  // nothing goes through memory
+  }
   launch.workspace = PartialFloats(launch.grid, columns, s.head_dim);
   return launch;
 }

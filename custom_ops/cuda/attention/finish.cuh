@@ -46,22 +46,6 @@ __device__ __forceinline__ float FinishColumn(const AttentionParams& p, const Co
   return factor * value_scale;
 }
 
-// Scale of V that is constant over a row's keys and channels.
-__device__ __forceinline__ float ValueScale(const AttentionParams& p, int row, int kv_head) {
-  if (p.paged) {
-    const PagedCache& cache = p.cache;
-    if (cache.v_granularity == ScaleGranularity::kChannel || !IsQuantized(cache.type) ||
-        IsDynamic(cache.type)) {
-      return 1.0f;
-    }
-    return LoadScale(cache.v_scales, cache.scale_dtype,
-                     cache.v_granularity == ScaleGranularity::kHead ? kv_head : 0);
-  }
-  const Descale& scale = p.packed.v_descale;
-  if (scale.data == nullptr) return 1.0f;
-  return LoadScale(scale.data, scale.dtype, scale.Index(0, row, kv_head, 0));
-}
-
 // Stores 4 neighbouring channels from d on of the output `column` elements from its start.
 __device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_head, int64_t column,
                                             int d, float4 values, float factor) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/attention/clear.cuh"
+#include "cuda/attention/cluster_join.cuh"
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/loader.cuh"
@@ -227,7 +228,9 @@ __device__ __forceinline__ void FinishSegment(const AttentionParams& p, const At
     }
   }
   float* part = nullptr;
-  if (!segment.Whole()) {
+  if (Traits::kClusters && task.cluster > 1) {
+    part = reinterpret_cast<float*>(shared);  // nothing is left in the ring, or under way to it
+  } else if (!segment.Whole()) {
     part = PartOf(task, Traits::kColumns, Traits::kHeadDim, blockIdx.x, segment.begins_item);
   }
   if (threadIdx.x < Traits::kColumns) {
@@ -248,8 +251,7 @@ __device__ __forceinline__ void FinishSegment(const AttentionParams& p, const At
     } else if (infos[column].out >= 0) {
       const Column info =
           ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + column);
-      infos[column].out_factor =
-          FinishColumn(p, info, ValueScale(p, segment.row, segment.head), maximum, sum);
+      infos[column].out_factor = FinishColumn(p, info, infos[column].value_scale, maximum, sum);
     }
   }
   constexpr int kTilesPerRound = Traits::kMergeDims / 16;
@@ -303,20 +305,33 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   TouchParameters(p);
   TouchParameters(task);
   WaitForEarlierKernels();
-  const Schedule schedule = MakeSchedule<Traits::kColumns, Traits::kUnit, kAttentionThreads>(
-      p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
-      reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
+  const bool clustered = Traits::kClusters && task.cluster > 1;
+  Schedule schedule;
+  RowShape cluster_row;
+  if (clustered) {
+    schedule = MakeClusterSchedule<Traits::kColumns, Traits::kUnit>(p, task, &cluster_row);
+  } else {
+    schedule = MakeSchedule<Traits::kColumns, Traits::kUnit, kAttentionThreads>(
+        p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
+        reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
+  }
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
   static_assert(Traits::kSegmentBytes == sizeof(Segment) * Traits::kMaxSegments);
   int parts = 0;
-  for (uint32_t done = 0; done < schedule.num_items; done += Traits::kMaxSegments) {
-    const int count = static_cast<int>(
-        min(schedule.num_items - done, static_cast<uint32_t>(Traits::kMaxSegments)));
+  // A cluster joins what its CTAs have of an item before it goes on to the next one.
+  const uint32_t most = clustered ? 1 : Traits::kMaxSegments;
+  for (uint32_t done = 0; done < schedule.num_items; done += most) {
+    const int count = static_cast<int>(min(schedule.num_items - done, most));
     if (threadIdx.x < count) {
-      segments[threadIdx.x] = MakeSegment<Traits::kColumns, Traits::kUnit>(
-          p, task, schedule, schedule.first_item + done + threadIdx.x);
+      segments[threadIdx.x] =
+          clustered ? MakeClusterSegment<Traits::kColumns, Traits::kUnit>(
+                          p, task, schedule, cluster_row, done, ClusterRank())
+                    : MakeSegment<Traits::kColumns, Traits::kUnit>(
+                          p, task, schedule, schedule.first_item + done + threadIdx.x);
     }
     __syncthreads();
+    QueryLoads<Traits> loads;
+    if (clustered) loads.Start(p, task, segments[0]);
     LoadCursor<Traits> cursor(p, segments, count, stream, task.split);
     Ring<Traits> ring{SharedAddress(shared) + stream * Traits::kSlots * Traits::kSlotBytes};
 #pragma unroll 1
@@ -327,7 +342,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const Segment& segment = segments[i];
-      LoadQueries<Traits>(p, task, segment, shared);
+      if (!clustered) loads.Start(p, task, segment);
+      StoreQueries<Traits>(p, task, segment, &loads, shared);
       __syncthreads();
       QueryTile<Traits> query;
       query.shared = SharedAddress(shared) + Traits::kQueryOffset +
@@ -351,8 +367,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       FinishSegment<Traits>(p, task, segment, stream, warp_column, shared, &state);
     }
     WaitForCopies<0>();
+    if constexpr (Traits::kClusters) {
+      if (clustered) JoinCluster<Traits>(p, task, segments[0], shared);
+    }
   }
-  if (task.split && threadIdx.x == 0) {
+  if (task.split && !clustered && threadIdx.x == 0) {
     int4 header = make_int4(0, 0, 0, 0);
     if (parts > 0) {
       // The item that goes on in other CTAs is the last one.
@@ -374,7 +393,7 @@ cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask
   const cudaError_t status = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::SharedBytes(kMaxPlanRows));
   if (status != cudaSuccess) return status;
-  return LaunchEarlyWithShared(kernel, dim3(grid), dim3(kAttentionThreads),
+  return LaunchEarlyInClusters(kernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
                                Traits::SharedBytes(task.num_rows), stream, p, task);
 }
 

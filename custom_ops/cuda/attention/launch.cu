@@ -63,10 +63,11 @@ cudaError_t RunLaunch(const AttentionParams& p, const AttentionLaunch& launch, b
     task.group = p.num_heads / p.num_kv_heads;
     task.min_columns = static_cast<int>(launch.min_columns);
     task.max_columns = static_cast<int>(launch.max_columns);
+    task.cluster = static_cast<int>(launch.cluster);
     task.headers = reinterpret_cast<int*>(p.workspace);
     task.partials = p.workspace + launch.grid * kPartialHeader;
     cudaError_t status = run(p, task, grid, stream);
-    if (status == cudaSuccess && launch.split && grid > 1) {
+    if (status == cudaSuccess && launch.split && grid > 1 && launch.cluster == 1) {
       status = LaunchMergeParts(p, task, launch.columns, grid, stream);
     }
     if (status != cudaSuccess) return status;
@@ -75,6 +76,15 @@ cudaError_t RunLaunch(const AttentionParams& p, const AttentionLaunch& launch, b
 }
 
 }  // namespace
+
+int MaxAttentionCluster() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    return 1;
+  }
+  return major >= 9 ? 8 : 1;  // 8 is what every such device can do
+}
 
 PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionPlan& plan) {
   int device = 0, major = 0;

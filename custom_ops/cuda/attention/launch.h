@@ -19,9 +19,13 @@ struct AttentionTask {
   int group = 1;  // query heads of a KV head
   int min_columns = 0;
   int max_columns = 0;
+  int cluster = 1;            // CTAs that take a row and KV head together; 1: equal shares
   int* headers = nullptr;     // [grid, kPartialHeader]
   float* partials = nullptr;  // [grid, kPartsPerCta, columns, D + 2]
 };
+
+// CTAs of a cluster on the current device, at most: AttentionSizes::max_cluster.
+int MaxAttentionCluster();
 
 // Kernels that LaunchAttention may leave the plan's long rows to.
 enum class PrefillKernel : int {

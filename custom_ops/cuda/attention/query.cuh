@@ -14,21 +14,44 @@ namespace fastattn::cuda {
 
 inline constexpr float kLog2E = 1.44269504f;
 
+// Scale of K that is constant over a cache's blocks and channels.
+template <typename Traits>
+__device__ __forceinline__ float KeyScale(const AttentionParams& p, int kv_head) {
+  if constexpr (Traits::kCodes && Traits::kPaged && !Traits::kTokenScales) {
+    const ScaleGranularity granularity = p.cache.k_granularity;
+    if (granularity != ScaleGranularity::kChannel) {
+      return LoadScale(p.cache.k_scales, p.cache.scale_dtype,
+                       granularity == ScaleGranularity::kHead ? kv_head : 0);
+    }
+  }
+  return 1.0f;
+}
+
+// Scale of V that is constant over a row's keys and channels.
+__device__ __forceinline__ float ValueScale(const AttentionParams& p, int row, int kv_head) {
+  if (p.paged) {
+    const PagedCache& cache = p.cache;
+    if (cache.v_granularity == ScaleGranularity::kChannel || !IsQuantized(cache.type) ||
+        IsDynamic(cache.type)) {
+      return 1.0f;
+    }
+    return LoadScale(cache.v_scales, cache.scale_dtype,
+                     cache.v_granularity == ScaleGranularity::kHead ? kv_head : 0);
+  }
+  const Descale& scale = p.packed.v_descale;
+  if (scale.data == nullptr) return 1.0f;
+  return LoadScale(scale.data, scale.dtype, scale.Index(0, row, kv_head, 0));
+}
+
 // What the product of query and key codes is multiplied by, but for scales of single keys.
 template <typename Traits>
 __device__ __forceinline__ float ScoreFactor(const AttentionParams& p, int row, int token,
-                                             int kv_head, int head) {
-  float factor = p.softmax_scale;
+                                             int kv_head, int head, float key_scale) {
+  float factor = p.softmax_scale * key_scale;
   const Descale& q = p.q_descale;
   if (q.data != nullptr) factor *= LoadScale(q.data, q.dtype, q.Index(token, row, kv_head, head));
-  if constexpr (Traits::kCodes && !Traits::kTokenScales) {
-    if constexpr (Traits::kPaged) {
-      const ScaleGranularity granularity = p.cache.k_granularity;
-      if (granularity != ScaleGranularity::kChannel) {
-        const int index = granularity == ScaleGranularity::kHead ? kv_head : 0;
-        factor *= LoadScale(p.cache.k_scales, p.cache.scale_dtype, index);
-      }
-    } else if (p.packed.k_descale.data != nullptr) {
+  if constexpr (Traits::kCodes && !Traits::kPaged) {
+    if (p.packed.k_descale.data != nullptr) {
       const Descale& k = p.packed.k_descale;
       factor *= LoadScale(k.data, k.dtype, k.Index(token, row, kv_head, head));
     }
@@ -59,8 +82,8 @@ struct ColumnInfo {
   float score_factor;  // of products of queries and K's codes
   float query_factor;  // what its query was divided by
   float out_factor;    // of the merged output
-  int unused;
-  int64_t out;  // elements from the start of the output, -1 = not valid
+  float value_scale;   // constant over its keys
+  int64_t out;         // elements from the start of the output, -1 = not valid
 };
 
 // Four channels as they lie in memory, 8 or 4 bytes, which their strides allow to load at once.
@@ -118,7 +141,7 @@ struct QueryTile {
 
 template <typename Traits>
 __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
-                                             const Segment& segment, int c) {
+                                             const Segment& segment, int c, float key_scale) {
   const Column column =
       ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + c);
   ColumnInfo info;
@@ -126,8 +149,9 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   info.score_factor = 0.0f;
   info.out = -1;
   if (!column.valid) return info;
-  info.score_factor = ScoreFactor<Traits>(p, segment.row, column.token, segment.head, column.head) *
-                      (p.softcap > 0.0f ? 1.0f : kLog2E);
+  info.score_factor =
+      ScoreFactor<Traits>(p, segment.row, column.token, segment.head, column.head, key_scale) *
+      (p.softcap > 0.0f ? 1.0f : kLog2E);
   info.keys = VisibleKeys(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
@@ -138,21 +162,20 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   return info;
 }
 
-// Fills the tile's queries and column infos in shared memory. Lanes share a column's channels, four
-// each; all loads of a batch are under way before the first is used.
+// A thread's loads of a tile's queries: lanes share a column's channels, four each. A cluster
+// starts them ahead of its first keys, behind which they would wait.
 template <typename Traits>
-__device__ __forceinline__ void LoadQueries(const AttentionParams& p, const AttentionTask& task,
-                                            const Segment& segment, char* shared) {
-  constexpr int kLanes = Traits::kHeadDim / 4;  // of a column
-  constexpr int kAtOnce = kAttentionThreads / kLanes;
-  constexpr int kPasses = Traits::kColumns / kAtOnce;
-  constexpr int kBatch = kPasses < 4 ? kPasses : 4;
-  ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
-  const int quad = threadIdx.x % kLanes;
-  const int2 step = Traits::StepOf(quad);
-#pragma unroll 1
-  for (int pass = 0; pass < kPasses; pass += kBatch) {
-    uint2 raw[kBatch];
+struct QueryLoads {
+  static constexpr int kLanes = Traits::kHeadDim / 4;  // of a column
+  static constexpr int kAtOnce = kAttentionThreads / kLanes;
+  static constexpr int kPasses = Traits::kColumns / kAtOnce;
+  static constexpr int kBatch = kPasses < 4 ? kPasses : 4;
+  uint2 raw[kBatch];
+  float key_scale, value_scale;
+
+  __device__ __forceinline__ void StartBatch(const AttentionParams& p, const AttentionTask& task,
+                                             const Segment& segment, int pass) {
+    const int quad = threadIdx.x % kLanes;
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
@@ -164,19 +187,47 @@ __device__ __forceinline__ void LoadQueries(const AttentionParams& p, const Atte
             LoadRaw(p, column.token * p.q_token_stride + column.head * p.q_head_stride + 4 * quad);
       }
     }
+  }
+
+  __device__ __forceinline__ void Start(const AttentionParams& p, const AttentionTask& task,
+                                        const Segment& segment) {
+    StartBatch(p, task, segment, 0);
+    if (threadIdx.x < Traits::kColumns) {
+      key_scale = KeyScale<Traits>(p, segment.head);
+      value_scale = ValueScale(p, segment.row, segment.head);
+    }
+  }
+};
+
+// Fills the tile's queries and column infos in shared memory, the first batch from `loads`.
+template <typename Traits>
+__device__ __forceinline__ void StoreQueries(const AttentionParams& p, const AttentionTask& task,
+                                             const Segment& segment, QueryLoads<Traits>* loads,
+                                             char* shared) {
+  constexpr int kLanes = QueryLoads<Traits>::kLanes;
+  constexpr int kAtOnce = QueryLoads<Traits>::kAtOnce;
+  constexpr int kPasses = QueryLoads<Traits>::kPasses;
+  constexpr int kBatch = QueryLoads<Traits>::kBatch;
+  ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
+  const int quad = threadIdx.x % kLanes;
+  const int2 step = Traits::StepOf(quad);
+#pragma unroll 1
+  for (int pass = 0; pass < kPasses; pass += kBatch) {
+    if (pass > 0) loads->StartBatch(p, task, segment, pass);
     // Meanwhile, what the columns see and their scales.
     if (pass == 0 && threadIdx.x < Traits::kColumns) {
-      const ColumnInfo info = InfoOf<Traits>(p, task, segment, threadIdx.x);
+      const ColumnInfo info = InfoOf<Traits>(p, task, segment, threadIdx.x, loads->key_scale);
       ColumnInfo& target = infos[threadIdx.x];
       target.keys = info.keys;
       target.score_factor = info.score_factor;
+      target.value_scale = loads->value_scale;
       target.out = info.out;
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
       float x[4];
-      RawToFloat(raw[b], p.q_dtype, x);
+      RawToFloat(loads->raw[b], p.q_dtype, x);
       if constexpr (Traits::kCodes && Traits::kPaged && !Traits::kTokenScales) {
         if (p.cache.k_granularity == ScaleGranularity::kChannel) {
           const int64_t first = static_cast<int64_t>(segment.head) * Traits::kHeadDim + 4 * quad;

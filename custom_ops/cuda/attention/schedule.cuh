@@ -137,6 +137,19 @@ struct alignas(16) Segment {
   __device__ __forceinline__ bool Whole() const { return begins_item && ends_item; }
 };
 
+// What the columns of a tile see.
+template <int kColumns>
+__device__ __forceinline__ void SetSight(const AttentionParams& p, const AttentionTask& task,
+                                         Segment* s) {
+  const int first = s->tile * kColumns / task.group;
+  const int last = min((s->tile * kColumns + kColumns - 1) / task.group, s->shape.q_len - 1);
+  const KeyRange low = VisibleKeys(p, s->shape, first), high = VisibleKeys(p, s->shape, last);
+  s->any = {min(low.begin, high.end), high.end};
+  s->full = {high.begin, low.end};
+  if (p.mask_offsets != nullptr) s->full = {0, 0};
+  s->divided = first != last || p.mask_offsets != nullptr;
+}
+
 // The CTA's segment of an item.
 template <int kColumns, int kUnit>
 __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const AttentionTask& task,
@@ -161,17 +174,45 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
   // CTA i begins at i * share, or a little before, where that lies in an item's cost.
   s.parts =
       s.begins_item && !s.ends_item ? (place + length - 1) / schedule.share - blockIdx.x + 1 : 0;
-  const int first = s.tile * kColumns / task.group;
-  const int last = min((s.tile * kColumns + kColumns - 1) / task.group, s.shape.q_len - 1);
-  const KeyRange low = VisibleKeys(p, s.shape, first), high = VisibleKeys(p, s.shape, last);
-  s.any = {min(low.begin, high.end), high.end};
-  s.full = {high.begin, low.end};
-  if (p.mask_offsets != nullptr) s.full = {0, 0};
-  s.divided = first != last || p.mask_offsets != nullptr;
+  SetSight<kColumns>(p, task, &s);
   const int units_begin = task.split ? max(static_cast<int>(begin - kItemCost), 0) : 0;
   const int units_end = task.split ? static_cast<int>(end - kItemCost) : work.units;
   s.unit_begin = max(work.first + units_begin, s.any.begin / kUnit);
   s.unit_end = max(min(work.first + units_end, (s.any.end + kUnit - 1) / kUnit), s.unit_begin);
+  return s;
+}
+
+// Clusters: each takes the tiles of one row and KV head in turn. No other row's length counts.
+template <int kColumns, int kUnit>
+__device__ __forceinline__ Schedule MakeClusterSchedule(const AttentionParams& p,
+                                                        const AttentionTask& task, RowShape* row) {
+  const int pair = blockIdx.x / task.cluster;
+  Schedule schedule = {};
+  schedule.first_row = schedule.last_row = pair / p.num_kv_heads;
+  *row = LoadRowShape(p, task.first_row + schedule.first_row);
+  schedule.num_items = WorkOf<kColumns, kUnit>(p, task, *row).tiles;
+  return schedule;
+}
+
+// The share of tile `tile` that CTA `rank` of a cluster has.
+template <int kColumns, int kUnit>
+__device__ __forceinline__ Segment MakeClusterSegment(const AttentionParams& p,
+                                                      const AttentionTask& task,
+                                                      const Schedule& schedule, const RowShape& row,
+                                                      uint32_t tile, int rank) {
+  Segment s;
+  s.shape = row;
+  s.row = task.first_row + schedule.first_row;
+  s.head = blockIdx.x / task.cluster - schedule.first_row * p.num_kv_heads;
+  s.tile = static_cast<int>(tile);
+  s.begins_item = s.ends_item = false;
+  s.parts = 0;
+  SetSight<kColumns>(p, task, &s);
+  const int first = s.any.begin / kUnit;
+  const int units = max((s.any.end + kUnit - 1) / kUnit - first, 0);
+  const int each = units / task.cluster, more = units - each * task.cluster;
+  s.unit_begin = first + rank * each + min(rank, more);
+  s.unit_end = s.unit_begin + each + (rank < more);
   return s;
 }
 

@@ -53,6 +53,7 @@ struct AttentionTraits {
   // step of a K starts the load of a K. With many, scores of only kGroup key tiles fit in registers
   // at a time: a step is a K and its V, and the streams take their steps together.
   static constexpr bool kPairs = kStreamWarps > 1;
+  static constexpr bool kClusters = !kPairs;  // the kernel can run in clusters of CTAs
   static constexpr int kSlots = kPairs ? 4 : kDataBytes * kStreams <= 16384 ? 5 : 3;
 
   // Outputs of all streams are merged this many channels at a time.

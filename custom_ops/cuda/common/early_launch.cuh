@@ -27,10 +27,11 @@ __device__ __forceinline__ void AllowNextKernel() {
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(params...) that may start early where the GPU can
-// do that. (Binaries of this package run on their own major architecture only, so that the device's
-// tells whether WaitForEarlierKernels was compiled to wait.)
+// do that, and in clusters of CTAs, which need sm_90. (Binaries of this package run on their own
+// major architecture only, so that the device's tells whether WaitForEarlierKernels was compiled to
+// wait.)
 template <typename... Params>
-cudaError_t LaunchEarlyWithShared(void (*kernel)(Params...), dim3 grid, dim3 block,
+cudaError_t LaunchEarlyInClusters(void (*kernel)(Params...), dim3 grid, dim3 block, int cluster,
                                   size_t shared_bytes, cudaStream_t stream,
                                   const Params&... params) {
   int device = 0, major = 0;
@@ -38,17 +39,27 @@ cudaError_t LaunchEarlyWithShared(void (*kernel)(Params...), dim3 grid, dim3 blo
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+template <typename... Params>
+cudaError_t LaunchEarlyWithShared(void (*kernel)(Params...), dim3 grid, dim3 block,
+                                  size_t shared_bytes, cudaStream_t stream,
+                                  const Params&... params) {
+  return LaunchEarlyInClusters(kernel, grid, block, 1, shared_bytes, stream, params...);
 }
 
 template <typename... Params>
