@@ -70,6 +70,15 @@ struct Ring {
   }
 };
 
+template <typename Traits, bool kKeys>
+__device__ __forceinline__ void StartLoad(LoadCursor<Traits>* cursor, Ring<Traits>* ring) {
+  if constexpr (kKeys) {
+    cursor->LoadKeys(ring->NextLoad());
+  } else {
+    cursor->LoadValues(ring->NextLoad());
+  }
+}
+
 // Whether the block of the unit whose K lies in `slot` exists.
 template <typename Traits>
 __device__ __forceinline__ bool IsAssigned(uint32_t slot) {
@@ -160,13 +169,13 @@ __device__ __forceinline__ void RunSegment(const AttentionParams& p, const Segme
       // The newest kSlots - 2 loads may still be under way.
       WaitForCopies<Traits::kSlots - 2>();
       __syncwarp();
-      cursor->LoadKeys(ring->NextLoad());
+      StartLoad<Traits, Traits::kSlots % 2 == 1>(cursor, ring);
       const uint32_t key_slot = ring->NextUse();
       const bool assigned = IsAssigned<Traits>(key_slot);
       if (assigned) Score<Traits>(p, key_slot, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kSlots - 2>();
       __syncwarp();
-      cursor->LoadValues(ring->NextLoad());
+      StartLoad<Traits, Traits::kSlots % 2 == 0>(cursor, ring);
       const uint32_t value_slot = ring->NextUse();
       if (!assigned) continue;
       if (mask.needed) {
@@ -339,6 +348,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       cursor.LoadKeys(ring.NextLoad());
       cursor.LoadValues(ring.NextLoad());
     }
+    if constexpr (!Traits::kPairs && Traits::kSlots % 2 == 0) cursor.LoadKeys(ring.NextLoad());
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const Segment& segment = segments[i];
@@ -384,17 +394,38 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.clear) ClearPadding(p, task.first_row, task.num_rows);
 }
 
+// Slots of the kernel's rings on this device. More shared memory than its code uses does no harm.
+template <typename Traits, typename Kernel>
+cudaError_t FindRing(Kernel kernel, int* slots) {
+  static_assert(Traits::SharedBytes(kMaxPlanRows, Traits::kShortRing) <= 99 * 1024);
+  *slots = Traits::kSlots;
+  int device = 0, bytes = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess || bytes >= Traits::SharedBytes(kMaxPlanRows, *slots)) return status;
+  // A small GPU needs code that was compiled for one.
+  cudaFuncAttributes attributes;
+  status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  *slots = Traits::kShortRing;
+  return HasShortRings(attributes.ptxVersion) ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+
 template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales, int kColumns>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream) {
   using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kTokenScales, kColumns>;
   const auto kernel = AttentionKernel<Traits>;
+  int slots = 0;
+  cudaError_t status = FindRing<Traits>(kernel, &slots);
+  if (status != cudaSuccess) return status;
   // The same value in every call: threads of the host may launch at the same time.
-  const cudaError_t status = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::SharedBytes(kMaxPlanRows));
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                Traits::SharedBytes(kMaxPlanRows, slots));
   if (status != cudaSuccess) return status;
   return LaunchEarlyInClusters(kernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
-                               Traits::SharedBytes(task.num_rows), stream, p, task);
+                               Traits::SharedBytes(task.num_rows, slots), stream, p, task);
 }
 
 }  // namespace fastattn::cuda

@@ -20,6 +20,20 @@ namespace fastattn::cuda {
 
 inline constexpr int kAttentionThreads = 128;
 
+// Whether code compiled for this architecture (its number, 89 for 8.9) has the shorter rings, for
+// GPUs with 99 KiB of shared memory for a CTA. The other ones have 163 KiB or more.
+FASTATTN_HD constexpr bool HasShortRings(int arch) {
+  return arch == 86 || arch == 89 || arch / 10 == 12;
+}
+
+#if defined(FASTATTN_SHORT_RINGS)  // to try them on any GPU
+inline constexpr bool kShortRings = true;
+#elif defined(__CUDA_ARCH__)
+inline constexpr bool kShortRings = HasShortRings(__CUDA_ARCH__ / 10);
+#else
+inline constexpr bool kShortRings = false;
+#endif
+
 template <DType kElement_, int kHeadDim_, bool kPaged_, bool kTokenScales_, int kColumns_>
 struct AttentionTraits {
   static constexpr DType kElement = kElement_;
@@ -49,12 +63,14 @@ struct AttentionTraits {
   static constexpr int kDataBytes = kUnit * kRowBytes;
   static constexpr int kScaleBytes = kTokenScales ? kUnit * 4 : 0;
   static constexpr int kSlotBytes = kDataBytes + kScaleBytes + 16;
-  // With few columns a step of the ring is a K or a V, and the number of slots is odd, so that the
-  // step of a K starts the load of a K. With many, scores of only kGroup key tiles fit in registers
-  // at a time: a step is a K and its V, and the streams take their steps together.
+  // With few columns a step of the ring is a K or a V, and starts the load that lies kSlots - 1
+  // ahead. With many, scores of only kGroup key tiles fit in registers at a time: a step is a K and
+  // its V, and the streams take their steps together.
   static constexpr bool kPairs = kStreamWarps > 1;
   static constexpr bool kClusters = !kPairs;  // the kernel can run in clusters of CTAs
-  static constexpr int kSlots = kPairs ? 4 : kDataBytes * kStreams <= 16384 ? 5 : 3;
+  static constexpr int kLongRing = kPairs ? 4 : kDataBytes * kStreams <= 16384 ? 5 : 3;
+  static constexpr int kShortRing = kPairs ? 4 : 2;
+  static constexpr int kSlots = kShortRings ? kShortRing : kLongRing;
 
   // Outputs of all streams are merged this many channels at a time.
   static constexpr int kMergeDims = std::min(2048 / (kStreams * kColumns), kHeadDim);
@@ -62,12 +78,10 @@ struct AttentionTraits {
 
   static constexpr int kQueryBytes = kColumns * kHeadDim * 2;
   static constexpr int kMergeBytes = kStreams * kColumns * kMergeStride * 4;
-  // Queries that move on to registers share the space of the merge.
+  // The merge begins when all warps have used an item's queries.
   static constexpr int kMergeOffset = kStreams * kSlots * kSlotBytes;
-  static constexpr int kQueryOffset = kMergeOffset + (kQueryInRegisters ? 0 : kMergeBytes);
-  static constexpr int kStateOffset = kQueryInRegisters
-                                          ? kMergeOffset + std::max(kMergeBytes, kQueryBytes)
-                                          : kQueryOffset + kQueryBytes;
+  static constexpr int kQueryOffset = kMergeOffset;
+  static constexpr int kStateOffset = kMergeOffset + std::max(kMergeBytes, kQueryBytes);
   static constexpr int kStateBytes = kStreams * kColumns * 8;  // maximum, sum
   static constexpr int kColumnOffset = kStateOffset + kStateBytes;
   static constexpr int kColumnBytes = kColumns * 32;  // ColumnInfo
@@ -77,7 +91,10 @@ struct AttentionTraits {
   static constexpr int kSegmentOffset = kScanOffset + kScanBytes;
   static constexpr int kSegmentBytes = kMaxSegments * 80;
   static constexpr int kScheduleOffset = kSegmentOffset + kSegmentBytes;
-  static constexpr int SharedBytes(int rows) { return kScheduleOffset + 8 * (rows + 1); }
+  // Of a kernel with rings of `slots`: the host does not know which one was compiled.
+  static constexpr int SharedBytes(int rows, int slots) {
+    return kScheduleOffset + kStreams * (slots - kSlots) * kSlotBytes + 8 * (rows + 1);
+  }
 
   static_assert(kMergeDims % 16 == 0 && kSlotBytes % 16 == 0);
 
