@@ -84,9 +84,10 @@ template <DType kType, bool kAdd, int kTransposed>
 __device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[64], const uint32_t* a,
                                                       uint64_t b) {
   static_assert(kType == DType::kBFloat16 || kType == DType::kFloat16);
-  if constexpr (kType == DType::kBFloat16) {
-    static_assert(kAdd);
+  if constexpr (kType == DType::kBFloat16 && kAdd) {
     FASTATTN_REGISTERS128("bf16", "+f", 1);
+  } else if constexpr (kType == DType::kBFloat16) {
+    FASTATTN_REGISTERS128("bf16", "=f", 0);
   } else if constexpr (kAdd) {
     FASTATTN_REGISTERS128("f16", "+f", 1);
   } else {

@@ -71,8 +71,9 @@ class Consumer {
         WaitProducts<1>(o_);
         Finish(queries.index ^ 1, step_ - 1);
       }
+      const uint64_t value = ValueOperand();
       FenceProducts();
-      IssueValues();
+      IssueValues(value);
       WaitProducts<0>(o_);
       Finish(queries.index ^ 1, step_);
     }
@@ -143,33 +144,33 @@ class Consumer {
   // --- products ---------------------------------------------------------------------------------
 
   // Of the step ahead.
-  __device__ __forceinline__ void IssueScores() {
-    const uint64_t key = OperandDescriptor<128>(SharedAddress(shared_.key[Stage(step_ + 1)]));
+  __device__ __forceinline__ uint64_t KeyOperand() const {
+    return OperandDescriptor<128>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
+  }
+
+  __device__ __forceinline__ uint64_t ValueOperand() const {
+    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
+    return C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
+                         : OperandDescriptor<128>(address);
+  }
+
+  __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
     constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
-    query_.template Multiply<false>(s_, 0, key);
+    query_.template Multiply<false>(s_, 0, query, key);
 #pragma unroll
     for (int k = 1; k < C::kDim / 16; ++k) {
-      query_.template Multiply<true>(s_, k, key + k / 4 * kKeySlice + k % 4 * 2);
+      query_.template Multiply<true>(s_, k, query, key + k / 4 * kKeySlice + k % 4 * 2);
     }
     CommitProducts();
   }
 
-  __device__ __forceinline__ void IssueValues() {
-    const uint32_t address = SharedAddress(shared_.value[Stage(step_)]);
-    if constexpr (C::kValueRows) {
-      const uint64_t value = TransposedDescriptor<C::kKeys * C::kSlice>(address);
+  __device__ __forceinline__ void IssueValues(uint64_t value) {
+    constexpr int kBlock = C::kDim * C::kSlice / 16;
 #pragma unroll
-      for (int k = 0; k < C::kKeys / 16; ++k) {
-        MultiplyHalfRegisters<C::kOperand, true, 1>(o_, probabilities_ + 4 * k, value + k * 128);
-      }
-    } else {
-      const uint64_t value = OperandDescriptor<128>(address);
-      constexpr int kBlock = C::kDim * C::kSlice / 16;
-#pragma unroll
-      for (int k = 0; k < C::kKeys / 16; ++k) {
-        MultiplyHalfRegisters<C::kOperand, true, 0>(o_, probabilities_ + 4 * k,
-                                                    value + k / 4 * kBlock + k % 4 * 2);
-      }
+    for (int k = 0; k < C::kKeys / 16; ++k) {
+      const int offset = C::kValueRows ? k * 128 : k / 4 * kBlock + k % 4 * 2;
+      MultiplyHalfRegisters<C::kOperand, true, C::kValueRows>(o_, probabilities_ + 4 * k,
+                                                              value + offset);
     }
     CommitProducts();
   }
@@ -181,46 +182,53 @@ class Consumer {
     Wait(&shared_.query_full[queries.index], queries.phase);
     if (shared_.tile[queries.index].steps < 0) return false;
     query_.Take(p_, shared_, queries.index, group_);
-    if constexpr (C::kCodes) Release(&shared_.query_read);
+    if constexpr (C::kQueryInRegisters) Release(&shared_.query_read);
     return true;
   }
 
   // Steps are counted over all tiles.
-  __device__ __forceinline__ static uint32_t Stage(uint32_t step) { return step % C::kStages; }
-  __device__ __forceinline__ static uint32_t Phase(uint32_t step) { return step / C::kStages % 2; }
+  __device__ __forceinline__ static uint32_t KeyStage(uint32_t step) {
+    return step % C::kKeyStages;
+  }
+  __device__ __forceinline__ static uint32_t ValueStage(uint32_t step) {
+    return step % C::kValueStages;
+  }
   __device__ __forceinline__ uint32_t ScaleSlot() const { return step_ % C::kScaleSlots; }
 
   __device__ __forceinline__ void WaitForKeys() {
-    Wait(&shared_.key_full[Stage(step_ + 1)], Phase(step_ + 1));
+    Wait(&shared_.key_full[KeyStage(step_ + 1)], (step_ + 1) / C::kKeyStages % 2);
   }
 
   __device__ __forceinline__ void IssueFirst() {
+    const uint64_t query = query_.Operand(), key = KeyOperand();
     WaitForKeys();
     BeginTurn();
     FenceProducts();
-    IssueScores();
+    IssueScores(query, key);
     EndTurn<Turns::kIssue>();
     ++step_;
   }
 
   // The scores of a step and the P * V of the one before.
   __device__ __forceinline__ void IssueBoth() {
+    const uint64_t query = query_.Operand(), key = KeyOperand(), value = ValueOperand();
     WaitForKeys();
     BeginTurn();
     FenceProducts();
-    IssueScores();
-    IssueValues();
+    IssueScores(query, key);
+    IssueValues(value);
     EndTurn<Turns::kIssue>();
     ++step_;
   }
 
   // The last P * V of a tile and the first scores of the next.
   __device__ __forceinline__ void IssueAcross() {
+    const uint64_t query = query_.Operand(), key = KeyOperand(), value = ValueOperand();
     WaitForKeys();
     BeginTurn();
     FenceProducts();
-    IssueValues();
-    IssueScores();
+    IssueValues(value);
+    IssueScores(query, key);
     EndTurn<Turns::kIssue>();
     ++step_;
   }
@@ -269,12 +277,12 @@ class Consumer {
   // it can: with this between them, they run under the product of the step before.
   __device__ __forceinline__ void WaitForValues() {
     const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
-    Wait(&shared_.value_ready[Stage(step_)], Phase(step_) ^ never);
+    Wait(&shared_.value_ready[ValueStage(step_)], (step_ / C::kValueStages % 2) ^ never);
   }
 
   // Ends the use of a step's values, whose product is done; `start` is their first key.
   __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
-    const uint32_t at = Stage(step);
+    const uint32_t at = ValueStage(step);
     if (*reinterpret_cast<const int*>(shared_.nan_found[at]) != 0) AddNaNs(at, start);
     Release(&shared_.value_empty[at]);
   }
@@ -283,8 +291,8 @@ class Consumer {
 
   // Ends the use of the step's keys, applies softcap and masks.
   __device__ __forceinline__ void FinishScores() {
-    const int flags = shared_.flags[Stage(step_)];
-    Release(&shared_.key_empty[Stage(step_)]);
+    const int flags = shared_.flags[KeyStage(step_)];
+    Release(&shared_.key_empty[KeyStage(step_)]);
     if constexpr (C::kTokenScales) {
       Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
 #pragma unroll
@@ -438,7 +446,7 @@ class Consumer {
   const int group_;
   const int lane_;
   Query<C> query_;
-  uint32_t step_ = ~0u;                 // the one whose softmax is under way
+  uint32_t step_ = ~0u;            // the one whose softmax is under way
   int start_;                      // first key of the step
   int buffer_;                     // of the tile
   int common_begin_, common_end_;  // keys that all of the warp's queries see

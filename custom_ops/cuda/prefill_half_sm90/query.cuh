@@ -11,25 +11,33 @@
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
+// Tells the compiler that all lanes have the same value: descriptors computed from it take uniform
+// registers and instructions, which leaves nothing between two products.
+__device__ __forceinline__ uint32_t Uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
 // As they lie in shared memory.
-template <class C, bool kInRegisters = C::kCodes>
+template <class C, bool kInRegisters = C::kQueryInRegisters>
 class Query {
  public:
   __device__ __forceinline__ void Take(const AttentionParams&, const Shared<C>& shared, int buffer,
                                        int group) {
-    operand_ =
-        OperandDescriptor<128>(SharedAddress(shared.query[buffer] + group * 64 * C::kRowBytes));
+    address_ = SharedAddress(shared.query[buffer] + group * 64 * C::kRowBytes);
+  }
+
+  __device__ __forceinline__ uint64_t Operand() const {
+    return OperandDescriptor<128>(Uniform(address_));
   }
 
   // s (+)= channels 16 k .. + 15 times keys.
   template <bool kAdd>
-  __device__ __forceinline__ void Multiply(float (&s)[C::kScores], int k, uint64_t keys) const {
+  __device__ __forceinline__ void Multiply(float (&s)[C::kScores], int k, uint64_t operand,
+                                           uint64_t keys) const {
     constexpr int kSlice = 64 * C::kSlice / 16;
-    MultiplyHalfShared<C::kOperand, kAdd>(s, operand_ + k / 4 * kSlice + k % 4 * 2, keys);
+    MultiplyHalfShared<C::kOperand, kAdd>(s, operand + k / 4 * kSlice + k % 4 * 2, keys);
   }
 
  private:
-  uint64_t operand_;
+  uint32_t address_;
 };
 
 // In registers as fp16, each query times a power of two that brings its largest channel to
@@ -48,6 +56,7 @@ class Query<C, true> {
       const int chunk = (2 * (k % 4) + lane / 16) ^ (row % 8);
       LoadMatrices(base + k / 4 * 64 * C::kSlice + 16 * chunk, words_ + 4 * k);
     }
+    if constexpr (!C::kCodes) return;
     const int kv_head = shared.tile[buffer].head / (p.num_heads / p.num_kv_heads);
     const bool channels = p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
     const bool half = p.q_dtype == DType::kFloat16;
@@ -79,9 +88,12 @@ class Query<C, true> {
     }
   }
 
+  __device__ __forceinline__ uint64_t Operand() const { return 0; }
+
   template <bool kAdd>
-  __device__ __forceinline__ void Multiply(float (&s)[C::kScores], int k, uint64_t keys) const {
-    MultiplyHalfRegisters<DType::kFloat16, kAdd, 0>(s, words_ + 4 * k, keys);
+  __device__ __forceinline__ void Multiply(float (&s)[C::kScores], int k, uint64_t,
+                                           uint64_t keys) const {
+    MultiplyHalfRegisters<C::kOperand, kAdd, 0>(s, words_ + 4 * k, keys);
   }
 
  private:
