@@ -13,19 +13,31 @@ struct GqaParams {
   StepParams step;
 };
 
-// 8 codes of one token, in the bytes that FastDeploy's layout gives them.
+// 8 K codes of one token in slot order for a lane of each two that share 16 channels, the lower 8
+// of which are the even lane's. All lanes of the warp take part.
+__device__ __forceinline__ uint2 KeyCodesInSlots(uint2 codes) {
+  const bool upper = threadIdx.x % 2 != 0;
+  const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? codes.x : codes.y, 1);
+  const uint32_t low = upper ? other : codes.x, high = upper ? codes.y : other;
+  return make_uint2(__byte_perm(low, high, 0x5410), __byte_perm(low, high, 0x7632));
+}
+
+// 8 codes of one token, in the bytes that FastDeploy's layout gives them; K's in slot order.
 template <typename Traits>
 __device__ __forceinline__ void StoreFastDeploy(uint8_t* block, bool is_value, int slot,
                                                 int channel, uint2 codes) {
   constexpr CacheLayout kLayout = CacheLayout::kFastDeploy;
   constexpr uint32_t kFlip = Traits::kCode == DType::kInt8 ? 0x80808080u : 0u;  // int8 + 128
   codes = make_uint2(codes.x ^ kFlip, codes.y ^ kFlip);
+  if (!is_value) {
+    const int offset = KeyOffset<kLayout>(slot, channel & ~15, Traits::kHeadDim) + (channel & 8);
+    *reinterpret_cast<uint2*>(block + offset) = codes;
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const auto code = static_cast<uint8_t>((i < 4 ? codes.x : codes.y) >> (8 * (i % 4)));
-    const int offset = is_value ? ValueOffset<kLayout>(slot, channel + i, Traits::kHeadDim)
-                                : KeyOffset<kLayout>(slot, channel + i, Traits::kHeadDim);
-    block[offset] = code;
+    block[ValueOffset<kLayout>(slot, channel + i, Traits::kHeadDim)] = code;
   }
 }
 
@@ -46,10 +58,11 @@ __device__ __forceinline__ void StoreGqaKv(const PagedCache& cache, const HeadRo
     }
     const uint2 codes = Quantize<Traits>(x, inverse, scales, cache.scale_dtype,
                                          block_head * kBlockSize + slot, channel, store);
+    const uint2 key_codes = KeyCodesInSlots(codes);
     if (store) {
       auto* base = static_cast<uint8_t*>(role.is_k ? cache.key : cache.value);
       StoreFastDeploy<Traits>(base + block_head * (kBlockSize * Traits::kHeadDim), role.is_v, slot,
-                              channel, codes);
+                              channel, role.is_v ? codes : key_codes);
     }
   }
 }
