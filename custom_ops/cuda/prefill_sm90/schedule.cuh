@@ -53,24 +53,27 @@ class TileWalk {
     const int grid = gridDim.x, cta = blockIdx.x, round = state_.round;
     const int target = round * grid + (round % 2 == 0 ? cta : grid - 1 - cta);
     int level = state_.level, start = state_.start, section = state_.section;
-    bool found = false;
+    bool found = false, up = false;
     do {
 #pragma unroll 1
-      for (; section < state_.sections; level = FirstLevel(++section)) {
-        const bool up = IsAscending(section);
+      for (; section < state_.sections; ++section, level = kTop) {
+        up = (state_.sections - section) % 2 == 0;
+        const int heads = HeadsOf(section);
 #pragma unroll 1
-        for (level = NextLevel(level, up); level >= 0;
-             level = NextLevel(level + (up ? 1 : -1), up)) {
-          const int tiles = RowsAt(level) * HeadsOf(section);
-          found = target < start + tiles;
+        while (heads > 0) {
+          const Span span = FindSpan(level, up);
+          if (span.rows == 0) break;
+          const int tiles = span.rows * heads, levels = (target - start) / tiles;
+          found = levels < span.levels;
+          level = span.level - (found ? levels : span.levels);
+          start += (found ? levels : span.levels) * tiles;
           if (found) break;
-          start += tiles;
         }
         if (found) break;
       }
       if (found || !LoadRows()) break;
       section = 0;
-      level = FirstLevel(0);
+      level = kTop;
     } while (true);
     // Every lane writes the same.
     state_.round = round + 1;
@@ -78,11 +81,13 @@ class TileWalk {
     state_.start = start;
     state_.section = section;
     __syncwarp();
-    if (found) Describe(target - start, level, section, tile);
+    if (found) Describe(target - start, up ? -level : level, section, tile);
     return found;
   }
 
  private:
+  static constexpr int kTop = 1 << 30;  // above all levels
+
   __device__ static int Tiles(const ActiveRow& row) {
     return (row.q_len + C::kQueries - 1) / C::kQueries;
   }
@@ -104,10 +109,6 @@ class TileWalk {
     return m >= 0 && m < Tiles(row);
   }
 
-  __device__ bool IsAscending(int section) const { return (state_.sections - section) % 2 == 0; }
-
-  __device__ int FirstLevel(int section) const { return IsAscending(section) ? 0 : 1 << 30; }
-
   // KV heads of a section, but for the last one.
   __device__ int SectionHeads() const {
     return (p_.num_kv_heads + state_.sections - 1) / state_.sections;
@@ -119,29 +120,45 @@ class TileWalk {
     return max(heads, 0) * (p_.num_heads / p_.num_kv_heads);
   }
 
-  // The first level from `level` on, downwards or upwards, on which there are tiles; -1: none.
-  __device__ int NextLevel(int level, bool up) const {
-    constexpr int kNone = 1 << 30;
-    int found = up ? kNone : -1;
+  // Levels one below the other with tiles of the same rows.
+  struct Span {
+    int level;   // the highest
+    int levels;  // how many
+    int rows;    // 0: there is no such span
+  };
+
+  // The first span from `level` downwards. A section that goes upwards counts its levels from 0
+  // downwards.
+  __device__ Span FindSpan(int level, bool up) const {
+    int highest = -kTop;
 #pragma unroll 1
     for (int i = lane_; i < state_.count; i += 32) {
-      const ActiveRow row = rows_[i];
-      const int base = Base(row), top = base + Tiles(row) - 1;
-      if (up && level <= top) found = min(found, max(level, base));
-      if (!up && level >= base) found = max(found, min(level, top));
+      const int2 range = LevelsOf(i, up);
+      if (range.x <= level) highest = max(highest, min(level, range.y));
     }
-    if (!up) return __reduce_max_sync(~0u, found);
-    found = __reduce_min_sync(~0u, found);
-    return found == kNone ? -1 : found;
+    Span span{__reduce_max_sync(~0u, highest), 0, 0};
+    if (span.level == -kTop) return span;
+    int end = -kTop, rows = 0;  // the next level that differs
+#pragma unroll 1
+    for (int i = lane_; i < state_.count; i += 32) {
+      const int2 range = LevelsOf(i, up);
+      if (range.y < span.level) {
+        end = max(end, range.y);
+      } else if (range.x <= span.level) {
+        end = max(end, range.x - 1);
+        ++rows;
+      }
+    }
+    span.rows = __reduce_add_sync(~0u, rows);
+    span.levels = span.level - __reduce_max_sync(~0u, end);
+    return span;
   }
 
-  __device__ int RowsAt(int level) const {
-    int found = 0;
-#pragma unroll 1
-    for (int i = 0; i < state_.count; i += 32) {
-      found += __popc(__ballot_sync(~0u, IsAt(i + lane_, level)));
-    }
-    return found;
+  // Lowest and highest level of a listed row.
+  __device__ int2 LevelsOf(int i, bool up) const {
+    const ActiveRow row = rows_[i];
+    const int base = Base(row), top = base + Tiles(row) - 1;
+    return up ? make_int2(-top, -base) : make_int2(base, top);
   }
 
   // Reads the lengths of further rows; false at the end. Nothing in them is trusted.
