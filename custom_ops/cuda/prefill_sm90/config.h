@@ -15,17 +15,8 @@ namespace fastattn::cuda::prefill_sm90 {
 inline constexpr float kLogPeak = 8.0f;
 inline constexpr float kPeak = 256.0f;
 
-// How the two consumer warpgroups take turns on the tensor cores.
-enum class Turns : int {
-  kFree,   // not at all
-  kIssue,  // one issues a step's products after the other has
-  kScore,  // one issues a step's products after the other's scores are done
-  kBoth,   // ... after both of the other's products are done
-};
-
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
-template <int kDim_, bool kTokenScales_, bool kSoftcap_, bool kTwoLevel_ = true,
-          Turns kTurns_ = Turns::kIssue, int kStages_ = 5, int kEarly_ = 1, int kPolynomials_ = 0>
+template <int kDim_, bool kTokenScales_, bool kSoftcap_, bool kTwoLevel_ = true, int kStages_ = 5>
 struct Config {
   static constexpr int kDim = kDim_;
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
@@ -33,12 +24,11 @@ struct Config {
   // Each step's P * V starts from zero and is added in fp32: the tensor core's own sum of FP8
   // products keeps 14 bits.
   static constexpr bool kTwoLevel = kTwoLevel_;
-  static constexpr Turns kTurns = kTurns_;
   static constexpr int kStages = kStages_;
-  // Quarters of a step's exponentials that are computed before waiting for the P * V of the step
-  // before.
-  static constexpr int kEarly = kEarly_;
-  static constexpr int kPolynomials = kPolynomials_;  // of 16 exponentials
+  // Where P * V of the step before is issued and added: ahead of the step's scores, while the
+  // tensor cores find those, or behind them, among the exponentials. With token scales, whose
+  // products stand among the exponentials too, the first is faster, else the second.
+  static constexpr bool kValuesFirst = kTokenScales;
 
   static constexpr int kConsumers = 2;
   static constexpr int kQueries = 64 * kConsumers;

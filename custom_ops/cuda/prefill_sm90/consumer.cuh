@@ -23,16 +23,11 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
-// 2^x for x <= 128 on the FMA units, which have time to spare where the special function units have
-// none: 2^round(x) times a cubic, to 1e-4. Below 2^-126 it stays there.
-__device__ __forceinline__ float Exp2Polynomial(float x) {
-  x = fmaxf(x, -126.0f);
-  const float rounded = x + 12582912.0f;  // 1.5 * 2^23: an integer in the low bits
-  const float rest = x - (rounded - 12582912.0f);
-  float y = fmaf(rest, 0.05517166f, 0.24261116f);
-  y = fmaf(y, rest, 0.69326099f);
-  y = fmaf(y, rest, 0.99992807f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
+// One that the compiler keeps in its place among the exponentials.
+__device__ __forceinline__ float Fma(float a, float b, float c) {
+  float y;
+  asm volatile("fma.rn.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+  return y;
 }
 
 __device__ __forceinline__ float Reciprocal(float x) {
@@ -70,13 +65,11 @@ class Consumer {
         lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
-    if (C::kTurns != Turns::kFree && group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
+    if (group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
     Ring<2> queries;
     if (NextTile(queries)) {
       IssueFirst();
       WaitProducts<0>(s_);
-      EndTurn<Turns::kScore>();
-      EndTurn<Turns::kBoth>();
       while (true) {
         LoadTile(queries.index);
         FirstSoftmax();
@@ -90,32 +83,40 @@ class Consumer {
         IssueBoth();
         Finish(queries.index ^ 1);
         WaitProducts<0>(s_);
-        EndTurn<Turns::kScore>();
-        EndTurn<Turns::kBoth>();
       }
       FenceProducts();
       IssueValues();
       Finish(queries.index ^ 1);
     }
     // Takes the last turn that the other warpgroup has left.
-    if (C::kTurns != Turns::kFree && group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
+    if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
   }
 
  private:
   static constexpr int kTurnBarrier = 1;
+  static_assert(C::kTwoLevel || !C::kTokenScales);
 
   __device__ __forceinline__ void Release(uint64_t* barrier) {
     __syncwarp();
     if (lane_ == 0) Arrive(barrier);
   }
 
+  // The warpgroups take turns at the exponentials: the special function units are busy with one's
+  // while the other waits for products, looks for maxima and issues products.
+  //
+  // The barriers' numbers depend on what the turn is to follow, by a bit that is never set (no sum
+  // is negative): nothing else keeps the compiler from moving them.
   __device__ __forceinline__ void BeginTurn() {
-    if constexpr (C::kTurns != Turns::kFree) SyncNamed<256>(kTurnBarrier + group_);
+    SyncNamed<256>(kTurnBarrier + group_ + (IsImpossible(shift_[1]) ? 1 : 0));
   }
 
-  template <Turns kWhere>
-  __device__ __forceinline__ void EndTurn() {
-    if constexpr (C::kTurns == kWhere) ArriveNamed<256>(kTurnBarrier + 1 - group_);
+  // NaNs that are computed have one payload, not this one.
+  __device__ __forceinline__ static bool IsImpossible(float x) {
+    return __float_as_int(x) == 0x7FABCDEF;
+  }
+
+  __device__ __forceinline__ void EndTurn(float sum) {
+    ArriveNamed<256>(kTurnBarrier + 1 - group_ + (sum < 0.0f ? 1 : 0));
   }
 
   __device__ __forceinline__ void LoadTile(int buffer) {
@@ -141,9 +142,8 @@ class Consumer {
 
   // Ends a tile whose last product has been issued.
   __device__ __forceinline__ void Finish(int buffer) {
-    const float one[2] = {1.0f, 1.0f};
     const float reference = C::kTokenScales ? shared_.reference[values_.index][0] : 1.0f;
-    AddProduct(one);
+    AddProduct<0>();
     ReleaseValues(start_);
     Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference);
     Release(&shared_.query_empty[buffer]);
@@ -152,7 +152,8 @@ class Consumer {
   // --- products ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ void IssueScores() {
-    const uint64_t key = OperandDescriptor<C::kDim>(SharedAddress(shared_.key[keys_.index]));
+    const uint64_t key = OperandDescriptor<C::kDim>(SharedAddress(shared_.key[0])) +
+                         keys_.index * (C::kKeys * C::kDim / 16);
     MultiplyShared<false>(s_, query_operand_, key);
 #pragma unroll
     for (int k = 1; k < C::kDim / 32; ++k) {
@@ -162,8 +163,8 @@ class Consumer {
   }
 
   __device__ __forceinline__ void IssueValues() {
-    const uint64_t value =
-        OperandDescriptor<kBlockSize>(SharedAddress(shared_.value[values_.index]));
+    const uint64_t value = OperandDescriptor<kBlockSize>(SharedAddress(shared_.value[0])) +
+                           values_.index * (C::kKeys * C::kDim / 16);
     constexpr int kBlock = kBlockSize * C::kDim / 16;
     auto& target = Target();
     MultiplyRegisters<!C::kTwoLevel>(target, probabilities_, value);
@@ -195,75 +196,85 @@ class Consumer {
   __device__ __forceinline__ void IssueFirst() {
     Wait(&shared_.key_full[keys_.index], keys_.phase);
     flags_ = shared_.flags[keys_.index];
-    BeginTurn();
     FenceProducts();
     IssueScores();
-    EndTurn<Turns::kIssue>();
   }
 
   // The scores of a step and the P * V of the one before.
   __device__ __forceinline__ void IssueBoth() {
     Wait(&shared_.key_full[keys_.index], keys_.phase);
     flags_ = shared_.flags[keys_.index];
-    BeginTurn();
     FenceProducts();
-    IssueScores();
-    IssueValues();
-    EndTurn<Turns::kIssue>();
+    if constexpr (C::kValuesFirst) {
+      IssueValues();
+      IssueScores();
+    } else {
+      IssueScores();
+      IssueValues();
+    }
   }
 
   __device__ __forceinline__ void FirstSoftmax() {
     FinishScores();
     float alpha[2];
     FindMaximum(alpha);
-    Exponentials<0, 4>();
+    BeginTurn();
     WaitForValues();
-    PackProbabilities();
+    Exponentials<false>(alpha);
+    SetPending(alpha);
   }
 
-  // Exponentials run while the other warpgroup's products do, and this one's P * V.
   __device__ __forceinline__ void NextStep() {
     IssueBoth();
-    WaitProducts<1>(s_);
-    EndTurn<Turns::kScore>();
+    float alpha[2];
+    if constexpr (C::kValuesFirst) {
+      AddProduct<1>();
+      ReleaseValues(start_);
+      WaitProducts<0>(s_);
+    } else {
+      WaitProducts<1>(s_);
+    }
     start_ -= C::kKeys;
     FinishScores();
-    float alpha[2];
     FindMaximum(alpha);
-    Exponentials<0, C::kEarly>();
+    BeginTurn();
     WaitForValues();
-    AddProduct(alpha);
-    EndTurn<Turns::kBoth>();
-    Exponentials<C::kEarly, 4>();
-    ReleaseValues(start_ + C::kKeys);
-    PackProbabilities();
+    if constexpr (C::kValuesFirst) {
+      Exponentials<false>(alpha);
+    } else {
+      WaitProducts<0>(Target());
+      KeepRegisters(probabilities_);
+      Exponentials<true>(alpha);
+      ReleaseValues(start_ + C::kKeys);
+    }
+    SetPending(alpha);
   }
 
   // Waits for the step's values, which only the next product needs. It stands here, and depends on
-  // the sums, because the compiler moves a wait for products up, and exponentials down, as far as
-  // it can: with this between them, they run under the product of the step before.
+  // the maximum, because the compiler moves a wait for products up as far as it can, but not past
+  // this.
   __device__ __forceinline__ void WaitForValues() {
-    const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
+    const int never = __any_sync(~0u, IsImpossible(shift_[0]));
     Wait(&shared_.value_ready[stage_], stage_phase_ ^ never);
   }
 
+  // What the output is multiplied with when the step's product is added.
+  __device__ __forceinline__ void SetPending(const float (&alpha)[2]) {
+    // The output counts in units of the step's largest scale of V.
+    const float ratio = C::kTokenScales ? shared_.reference[stage_][1] : 1.0f;
+    pending_[0] = alpha[0] * ratio;
+    pending_[1] = alpha[1] * ratio;
+  }
+
   // Waits for the P * V in flight and adds it. The output's scale follows the maximum one step
-  // late, so that both are one FMA.
-  __device__ __forceinline__ void AddProduct(const float (&alpha)[2]) {
-    WaitProducts<0>(Target());
+  // late, so that both are one FMA. Without the second level the tensor core has added it.
+  template <int kInFlight>
+  __device__ __forceinline__ void AddProduct() {
+    WaitProducts<kInFlight>(Target());
     KeepRegisters(probabilities_);
-    if (C::kTwoLevel) {
+    if constexpr (C::kTwoLevel) {
 #pragma unroll
-      for (int i = 0; i < C::kOut; ++i) {
-        o_[i] = fmaf(o_[i], pending_[i / 2 % 2], product_[i]);
-      }
-    }
-    if (C::kTwoLevel) {
-      pending_[0] = alpha[0];
-      pending_[1] = alpha[1];
-    } else {
-#pragma unroll
-      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
+      for (int i = 0; i < C::kOut; ++i) o_[i] = fmaf(o_[i], pending_[i / 2 % 2], product_[i]);
     }
   }
 
@@ -365,35 +376,39 @@ class Consumer {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // Quarters kBegin to kEnd of the step's columns, and their sums.
-  template <int kBegin, int kEnd>
-  __device__ __forceinline__ void Exponentials() {
+  // The step's exponentials, their sums and codes. The product before is added among them (or the
+  // output scaled, where the tensor core adds it), so that one fills the other's waits.
+  template <bool kAdd>
+  __device__ __forceinline__ void Exponentials(const float (&alpha)[2]) {
+    constexpr int kPerOutput = C::kScores / C::kOut;
+    constexpr int kTurn = C::kScores - 4;  // the other warpgroup needs some cycles to wake up
     const float shift[2] = {Shift(0), Shift(1)};
 #pragma unroll
-    for (int i = kBegin * C::kScores / 4; i < kEnd * C::kScores / 4; ++i) {
+    for (int i = 0; i < C::kScores; ++i) {
       const int h = i / 2 % 2;
-      const float x = fmaf(s_[i], Factor(h), -shift[h]);
-      s_[i] = i * 5 % 16 < C::kPolynomials ? Exp2Polynomial(x) : Exp2(x);
+      s_[i] = Exp2(fmaf(s_[i], Factor(h), -shift[h]));
+      if (kAdd && i % kPerOutput == 0) {
+        const int k = i / kPerOutput;
+        if constexpr (C::kTwoLevel) {
+          o_[k] = Fma(o_[k], pending_[k / 2 % 2], product_[k]);
+        } else {
+          o_[k] *= alpha[k / 2 % 2];
+        }
+      }
       sum_[h] += s_[i];
+      if (i + 1 == kTurn) EndTurn(sum_[h]);
       if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[stage_][1], i / 4);
+      if (i % 8 == 7) {
+        PackWord(i / 8 * 2);
+        PackWord(i / 8 * 2 + 1);
+      }
     }
   }
 
-  __device__ __forceinline__ void PackProbabilities() {
-    if constexpr (C::kTokenScales) {
-      // The output counts in units of the step's largest scale.
-      const float ratio = shared_.reference[stage_][1];
-      pending_[0] *= ratio;
-      pending_[1] *= ratio;
-    }
-#pragma unroll
-    for (int k = 0; k < C::kKeys / 32; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 16 * k + 8 * (i / 2) + 2 * (i % 2);
-        probabilities_[4 * k + i] = PackE4M3(s_[at], s_[at + 1], s_[at + 4], s_[at + 5]);
-      }
-    }
+  // Word w of the left operand of P * V.
+  __device__ __forceinline__ void PackWord(int w) {
+    const int at = 8 * (w / 2) + 2 * (w % 2);
+    probabilities_[w] = PackE4M3(s_[at], s_[at + 1], s_[at + 4], s_[at + 5]);
   }
 
   // Sets the outputs of rows that see a NaN value (see Cleaner).
