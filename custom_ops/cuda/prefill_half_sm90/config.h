@@ -22,34 +22,16 @@ enum class Source : int {
   kCodes,     // 8-bit codes, tokens of K as rows, and channels of V
 };
 
-// How the two consumer warpgroups take turns on the tensor cores.
-enum class Turns : int {
-  kFree,   // not at all
-  kIssue,  // one issues a step's products after the other has
-  kScore,  // one issues a step's products after the other's scores are done
-};
-
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
-template <DType kOperand_, int kDim_, Source kSource_ = Source::kOperands,
-          bool kTokenScales_ = false, Turns kTurns_ = Turns::kIssue, int kSlack_ = 0,
-          int kEarly_ = 4, bool kQueryInRegisters_ = kSource_ != Source::kOperands,
-          int kValueStages_ = 2>
+template <DType kOperand_, int kDim_, Source kSource_, bool kTokenScales_>
 struct Config {
   static constexpr DType kOperand = kOperand_;  // of both products
   static constexpr int kDim = kDim_;
   static constexpr bool kCodes = kSource_ != Source::kOperands;
   static constexpr bool kValueRows = kSource_ != Source::kCodes;
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
-  static constexpr Turns kTurns = kTurns_;
-  // The maximum that is subtracted from the scores may be so much (in log2 units) below the true
-  // one; outputs are rescaled when it is more.
-  static constexpr int kSlack = kSlack_;
-  // Quarters of a step's exponentials that are computed before waiting for the P * V of the step
-  // before.
-  static constexpr int kEarly = kEarly_;
 
-  static constexpr int kKeyStages = 2;
-  static constexpr int kValueStages = kValueStages_;
+  static constexpr int kStages = 2;
   static constexpr int kConsumers = 2;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = 2 * kBlockSize;
@@ -64,8 +46,7 @@ struct Config {
   // Of a key and its value in memory.
   static constexpr int kKeyBytes = 2 * kDim * (kCodes ? 1 : 2);
   // Queries of codes are converted on their way to registers.
-  static constexpr bool kQueryInRegisters = kQueryInRegisters_;
-  static constexpr int kQueryBuffers = kQueryInRegisters ? 1 : 2;
+  static constexpr int kQueryBuffers = kCodes ? 1 : 2;
   // Codes of one block of K or V; every converting warp has two such buffers.
   static constexpr int kRawSlots = kCodes ? 2 * kHelpers : 1;
   static constexpr int kRawBytes = kCodes ? kBlockSize * kDim : 128;
@@ -80,21 +61,21 @@ inline constexpr int kClean = 4;       // values need a look before the product
 template <class C>
 struct alignas(1024) Shared {
   uint8_t query[C::kQueryBuffers][C::kQueries * C::kRowBytes];  // [consumer][slice][64 tokens][128]
-  uint8_t key[C::kKeyStages][C::kKeys * C::kRowBytes];          // [slice][128 tokens][128]
-  uint8_t value[C::kValueStages][C::kKeys * C::kRowBytes];  // the same, or [block][D channels][128]
+  uint8_t key[C::kStages][C::kKeys * C::kRowBytes];             // [slice][128 tokens][128]
+  uint8_t value[C::kStages][C::kKeys * C::kRowBytes];  // the same, or [block][D channels][128]
   alignas(128) uint8_t raw[C::kRawSlots][C::kRawBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
   // of a helper that found none hold anything.
-  alignas(16) uint16_t nan_tokens[C::kValueStages][C::kDim][C::kKeys / 16];
-  alignas(4) uint8_t nan_found[C::kValueStages][4];  // by each helper, or in each block
+  alignas(16) uint16_t nan_tokens[C::kStages][C::kDim][C::kKeys / 16];
+  alignas(4) uint8_t nan_found[C::kStages][4];  // by each helper, or in each block
   // Token scales in fp32, those of V in units of the reference.
   alignas(16) float scales[C::kScaleSlots][2][C::kScaledKeys];
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite
   float2 reference[C::kScaleSlots];  // unit of V's scales; the step before's over it
   int poison_found[C::kScaleSlots];
-  int flags[C::kKeyStages];          // for the consumers, with the keys
-  int value_flags[C::kValueStages];  // the same for the cleaners, with the values
-  int raw_flags[C::kRawSlots];       // for the converters
+  int flags[C::kStages];        // for the consumers, with the keys
+  int value_flags[C::kStages];  // the same for the cleaners, with the values
+  int raw_flags[C::kRawSlots];  // for the converters
   Tile tile[2];
   float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
   int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last
@@ -106,11 +87,11 @@ struct alignas(1024) Shared {
   uint64_t query_full[2];
   uint64_t query_empty[2];
   uint64_t query_read;
-  uint64_t key_full[C::kKeyStages];
-  uint64_t key_empty[C::kKeyStages];
-  uint64_t value_full[C::kValueStages];
-  uint64_t value_ready[C::kValueStages];
-  uint64_t value_empty[C::kValueStages];
+  uint64_t key_full[C::kStages];
+  uint64_t key_empty[C::kStages];
+  uint64_t value_full[C::kStages];
+  uint64_t value_ready[C::kStages];
+  uint64_t value_empty[C::kStages];
   uint64_t raw_full[C::kRawSlots];
   uint64_t raw_empty[C::kRawSlots];
   uint64_t scale_full[C::kScaleSlots];

@@ -51,13 +51,12 @@ class Consumer {
         lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
-    if (C::kTurns != Turns::kFree && group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
+    if (group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
     Ring<2> queries;
     if (NextTile(queries)) {
       IssueFirst();
       while (true) {
         WaitProducts<0>(s_);
-        EndTurn<Turns::kScore>();
         LoadTile(queries.index);
         FirstStep();
         const int steps = shared_.tile[queries.index].steps;
@@ -78,7 +77,7 @@ class Consumer {
       Finish(queries.index ^ 1, step_);
     }
     // Takes the last turn that the other warpgroup has left.
-    if (C::kTurns != Turns::kFree && group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
+    if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
   }
 
  private:
@@ -89,14 +88,10 @@ class Consumer {
     if (lane_ == 0) Arrive(barrier);
   }
 
-  __device__ __forceinline__ void BeginTurn() {
-    if constexpr (C::kTurns != Turns::kFree) SyncNamed<256>(kTurnBarrier + group_);
-  }
+  __device__ __forceinline__ void BeginTurn() { SyncNamed<256>(kTurnBarrier + group_); }
 
-  template <Turns kWhere>
-  __device__ __forceinline__ void EndTurn() {
-    if constexpr (C::kTurns == kWhere) ArriveNamed<256>(kTurnBarrier + 1 - group_);
-  }
+  // One warpgroup issues its products after the other has.
+  __device__ __forceinline__ void EndTurn() { ArriveNamed<256>(kTurnBarrier + 1 - group_); }
 
   __device__ __forceinline__ void LoadTile(int buffer) {
     start_ = shared_.tile[buffer].last * C::kKeys;
@@ -145,11 +140,11 @@ class Consumer {
 
   // Of the step ahead.
   __device__ __forceinline__ uint64_t KeyOperand() const {
-    return OperandDescriptor<128>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
+    return OperandDescriptor<128>(Uniform(SharedAddress(shared_.key[Stage(step_ + 1)])));
   }
 
   __device__ __forceinline__ uint64_t ValueOperand() const {
-    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
+    const uint32_t address = Uniform(SharedAddress(shared_.value[Stage(step_)]));
     return C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
                          : OperandDescriptor<128>(address);
   }
@@ -182,21 +177,17 @@ class Consumer {
     Wait(&shared_.query_full[queries.index], queries.phase);
     if (shared_.tile[queries.index].steps < 0) return false;
     query_.Take(p_, shared_, queries.index, group_);
-    if constexpr (C::kQueryInRegisters) Release(&shared_.query_read);
+    if constexpr (C::kCodes) Release(&shared_.query_read);
     return true;
   }
 
   // Steps are counted over all tiles.
-  __device__ __forceinline__ static uint32_t KeyStage(uint32_t step) {
-    return step % C::kKeyStages;
-  }
-  __device__ __forceinline__ static uint32_t ValueStage(uint32_t step) {
-    return step % C::kValueStages;
-  }
+  __device__ __forceinline__ static uint32_t Stage(uint32_t step) { return step % C::kStages; }
+  __device__ __forceinline__ static uint32_t Phase(uint32_t step) { return step / C::kStages % 2; }
   __device__ __forceinline__ uint32_t ScaleSlot() const { return step_ % C::kScaleSlots; }
 
   __device__ __forceinline__ void WaitForKeys() {
-    Wait(&shared_.key_full[KeyStage(step_ + 1)], (step_ + 1) / C::kKeyStages % 2);
+    Wait(&shared_.key_full[Stage(step_ + 1)], Phase(step_ + 1));
   }
 
   __device__ __forceinline__ void IssueFirst() {
@@ -205,7 +196,7 @@ class Consumer {
     BeginTurn();
     FenceProducts();
     IssueScores(query, key);
-    EndTurn<Turns::kIssue>();
+    EndTurn();
     ++step_;
   }
 
@@ -217,7 +208,7 @@ class Consumer {
     FenceProducts();
     IssueScores(query, key);
     IssueValues(value);
-    EndTurn<Turns::kIssue>();
+    EndTurn();
     ++step_;
   }
 
@@ -229,7 +220,7 @@ class Consumer {
     FenceProducts();
     IssueValues(value);
     IssueScores(query, key);
-    EndTurn<Turns::kIssue>();
+    EndTurn();
     ++step_;
   }
 
@@ -237,7 +228,7 @@ class Consumer {
     FinishScores();
     float alpha[2];
     FindMaximum(alpha);
-    Exponentials<0, 4>();
+    Exponentials();
     WaitForValues();
     if constexpr (C::kTokenScales) ReleaseScales();
     PackProbabilities();
@@ -247,12 +238,11 @@ class Consumer {
   __device__ __forceinline__ void NextStep() {
     IssueBoth();
     WaitProducts<1>(s_);
-    EndTurn<Turns::kScore>();
     start_ -= C::kKeys;
     FinishScores();
     float alpha[2];
     FindMaximum(alpha);
-    Exponentials<0, C::kEarly>();
+    Exponentials();
     WaitForValues();
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
@@ -267,7 +257,6 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
     }
-    Exponentials<C::kEarly, 4>();
     if constexpr (C::kTokenScales) ReleaseScales();
     PackProbabilities();
   }
@@ -277,12 +266,12 @@ class Consumer {
   // it can: with this between them, they run under the product of the step before.
   __device__ __forceinline__ void WaitForValues() {
     const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
-    Wait(&shared_.value_ready[ValueStage(step_)], (step_ / C::kValueStages % 2) ^ never);
+    Wait(&shared_.value_ready[Stage(step_)], Phase(step_) ^ never);
   }
 
   // Ends the use of a step's values, whose product is done; `start` is their first key.
   __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
-    const uint32_t at = ValueStage(step);
+    const uint32_t at = Stage(step);
     if (*reinterpret_cast<const int*>(shared_.nan_found[at]) != 0) AddNaNs(at, start);
     Release(&shared_.value_empty[at]);
   }
@@ -291,8 +280,8 @@ class Consumer {
 
   // Ends the use of the step's keys, applies softcap and masks.
   __device__ __forceinline__ void FinishScores() {
-    const int flags = shared_.flags[KeyStage(step_)];
-    Release(&shared_.key_empty[KeyStage(step_)]);
+    const int flags = shared_.flags[Stage(step_)];
+    Release(&shared_.key_empty[Stage(step_)]);
     if constexpr (C::kTokenScales) {
       Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
 #pragma unroll
@@ -372,8 +361,7 @@ class Consumer {
       largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 2));
       const float before = shift_[h];
       const float wanted = MaxNaN(before, fmaf(largest, factor_[h], -kLogPeak));
-      // Follows a NaN, and the first visible key.
-      shift_[h] = wanted - before <= C::kSlack ? before : wanted;
+      shift_[h] = wanted - before <= 0 ? before : wanted;  // a NaN stays
       alpha[h] = Exp2(before - Shift(h));
       sum_[h] *= alpha[h];
     }
@@ -384,12 +372,11 @@ class Consumer {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // Quarters kBegin to kEnd of the step's probabilities, and their sums.
-  template <int kBegin, int kEnd>
+  // The step's probabilities and their sums.
   __device__ __forceinline__ void Exponentials() {
     const float shift[2] = {Shift(0), Shift(1)};
 #pragma unroll
-    for (int i = kBegin * C::kScores / 4; i < kEnd * C::kScores / 4; ++i) {
+    for (int i = 0; i < C::kScores; ++i) {
       const int h = i / 2 % 2;
       s_[i] = Exp2(fmaf(s_[i], factor_[h], -shift[h]));
       sum_[h] += s_[i];

@@ -167,8 +167,7 @@ class Converter {
   const int warp_;  // 0 .. kHelpers - 1
   const int lane_;
   int turn_ = 0;  // whose the next block is
-  Ring<C::kKeyStages> keys_;
-  Ring<C::kValueStages> values_;
+  Ring<C::kStages> keys_, values_;
   Ring<2> raw_;
 };
 

@@ -23,11 +23,9 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
     InitBarrier(&shared.query_empty[i], kWarps + C::kHelpers);
   }
   InitBarrier(&shared.query_read, kWarps);
-  for (int i = 0; i < C::kKeyStages; ++i) {
+  for (int i = 0; i < C::kStages; ++i) {
     InitBarrier(&shared.key_full[i], C::kCodes ? 2 : 1);
     InitBarrier(&shared.key_empty[i], kWarps);
-  }
-  for (int i = 0; i < C::kValueStages; ++i) {
     InitBarrier(&shared.value_full[i], 1);
     InitBarrier(&shared.value_ready[i], C::kCodes ? 2 : C::kHelpers);
     InitBarrier(&shared.value_empty[i], kWarps);

@@ -31,7 +31,7 @@ class Loader {
       Wait(&shared_.query_empty[tiles.index], tiles.phase ^ 1);
       Tile* tile = &shared_.tile[tiles.index];
       const bool found = walk.Next(tile);
-      if constexpr (C::kQueryInRegisters) {
+      if constexpr (C::kCodes) {
         if (found) Wait(&shared_.query_read, queries.phase ^ 1);
       }
       if (lane_ == 0) {
@@ -190,8 +190,7 @@ class Loader {
   Shared<C>& shared_;
   const int lane_;
   int kv_head_;
-  Ring<C::kKeyStages> keys_;
-  Ring<C::kValueStages> values_;
+  Ring<C::kStages> keys_, values_;
   Ring<C::kRawSlots> raw_;
   ScaleLoader<C> scales_;
 };
@@ -206,7 +205,7 @@ class Cleaner {
   __device__ void Run() {
     ValueCleaner<C> cleaner(shared_);
     Ring<2> tiles;
-    Ring<C::kValueStages> stages;
+    Ring<C::kStages> stages;
     while (true) {
       Wait(&shared_.tile_found[tiles.index], tiles.phase);
       const Tile& tile = shared_.tile[tiles.index];

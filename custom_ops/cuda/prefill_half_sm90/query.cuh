@@ -16,7 +16,7 @@ namespace fastattn::cuda::prefill_half_sm90 {
 __device__ __forceinline__ uint32_t Uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
 // As they lie in shared memory.
-template <class C, bool kInRegisters = C::kQueryInRegisters>
+template <class C, bool kInRegisters = C::kCodes>
 class Query {
  public:
   __device__ __forceinline__ void Take(const AttentionParams&, const Shared<C>& shared, int buffer,
@@ -56,7 +56,6 @@ class Query<C, true> {
       const int chunk = (2 * (k % 4) + lane / 16) ^ (row % 8);
       LoadMatrices(base + k / 4 * 64 * C::kSlice + 16 * chunk, words_ + 4 * k);
     }
-    if constexpr (!C::kCodes) return;
     const int kv_head = shared.tile[buffer].head / (p.num_heads / p.num_kv_heads);
     const bool channels = p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
     const bool half = p.q_dtype == DType::kFloat16;
