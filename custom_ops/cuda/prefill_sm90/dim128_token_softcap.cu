@@ -5,7 +5,7 @@ namespace fastattn::cuda::prefill_sm90 {
 
 template <>
 cudaError_t LaunchVariant<128, true, true>(const Arguments& arguments, cudaStream_t stream) {
-  return LaunchConfig<Config<128, true, true, true, Turns::kIssue, 5, 0>>(arguments, stream);
+  return LaunchConfig<Config<128, true, true>>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_sm90
