@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.attention import CacheKind, flash_problem, paged_problem
+from tests.support.bounds import assert_within
 
 STATIC = CacheKind("cache_fp8", "head")
 TOKEN = CacheKind("block_wise_fp8")
@@ -99,6 +100,25 @@ def test_nan_stays_with_the_rows_that_see_it(place, kind):
     seen = np.isnan(out)
     assert seen[133:, :2, 5].all() and not seen[:133].any() and not seen[:, :2, 6].any()
     assert seen[250:, 2:].all() and not seen[:250, 2:].any()
+
+
+@pytest.mark.parametrize(
+    "kind", [CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")], ids=str
+)
+def test_scores_of_any_size(place, kind):
+    # A score of 2^40 less a shift of 2^40 must not be the rounding error of either.
+    problem = paged_problem([(100, 200)], kind=kind, dim=128, q_type="e4m3:token_head")
+    size = 2.0 ** np.random.default_rng(4).integers(-40, 61, problem.q_descale.shape)
+    problem.q_descale = (problem.q_descale * size).astype(np.float32)
+    out, lse = problem.run(place)
+    exact, exact_lse = problem.reference()
+    out, exact = out.astype(np.float64), exact.astype(np.float64)
+    assert np.isfinite(out).all()
+    # Scores are sums in 14 bits.
+    assert_within(lse, exact_lse, 0.03 + 2.0**-8 * np.abs(exact_lse), "lse")
+    # So two keys that are nearly the largest may change places: in a few rows only.
+    error = np.sqrt(np.sum((out - exact) ** 2, -1) / np.sum(exact**2, -1))
+    assert np.mean(error < 0.07) > 0.9, f"{np.mean(error < 0.07):.2f} of the rows"
 
 
 def test_two_levels_of_accumulation(place):

@@ -13,6 +13,7 @@
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_half_sm90/query.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
+#include "cuda/prefill_sm90/far_scores.cuh"
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
@@ -101,11 +102,11 @@ class Consumer {
     for (int h = 0; h < 2; ++h) {
       shift_[h] = kMinusInf;
       sum_[h] = 0.0f;
-      factor_[h] = shared_.factor[buffer][prefill_sm90::QueryOf(h)];
       const int2 visible = shared_.visible[buffer][prefill_sm90::QueryOf(h)];
       begin = max(begin, visible.x);
       end = min(end, visible.y);
     }
+    LoadFactors();
     // Keys that all of the warp's queries see.
     common_begin_ = __reduce_max_sync(~0u, begin);
     common_end_ = __reduce_min_sync(~0u, end);
@@ -227,8 +228,9 @@ class Consumer {
   __device__ __forceinline__ void FirstStep() {
     FinishScores();
     float alpha[2];
-    FindMaximum(alpha);
+    const bool far = FindMaximum(alpha);
     Exponentials();
+    if (far) LoadFactors();
     WaitForValues();
     if constexpr (C::kTokenScales) ReleaseScales();
     PackProbabilities();
@@ -241,8 +243,9 @@ class Consumer {
     start_ -= C::kKeys;
     FinishScores();
     float alpha[2];
-    FindMaximum(alpha);
+    const bool far = FindMaximum(alpha);
     Exponentials();
+    if (far) LoadFactors();
     WaitForValues();
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
@@ -350,21 +353,36 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void FindMaximum(float (&alpha)[2]) {
+  // Returns whether the factors are those of this step only.
+  __device__ __forceinline__ bool FindMaximum(float (&alpha)[2]) {
     float part[4];
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
+    float largest[2], wanted[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float largest = MaxNaN(part[2 * h], part[2 * h + 1]);
-      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 2));
+      largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
+      wanted[h] = fmaf(largest[h], factor_[h], -kLogPeak);
+    }
+    const bool far =
+        __any_sync(~0u, prefill_sm90::IsFar(wanted[0]) || prefill_sm90::IsFar(wanted[1]));
+    if (far) prefill_sm90::MultiplyFarScores(s_, factor_, largest, wanted);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
       const float before = shift_[h];
-      const float wanted = MaxNaN(before, fmaf(largest, factor_[h], -kLogPeak));
-      shift_[h] = wanted - before <= 0 ? before : wanted;  // a NaN stays
+      wanted[h] = MaxNaN(before, wanted[h]);
+      shift_[h] = wanted[h] - before <= 0 ? before : wanted[h];  // a NaN stays
       alpha[h] = Exp2(before - Shift(h));
       sum_[h] *= alpha[h];
     }
+    return far;
+  }
+
+  __device__ __forceinline__ void LoadFactors() {
+    factor_[0] = shared_.factor[buffer_][prefill_sm90::QueryOf(0)];
+    factor_[1] = shared_.factor[buffer_][prefill_sm90::QueryOf(1)];
   }
 
   // What is subtracted from the scores: nothing while no visible one is above -inf.

@@ -10,6 +10,7 @@
 #include "cuda/common/wgmma.cuh"
 #include "cuda/prefill_sm90/config.h"
 #include "cuda/prefill_sm90/epilogue.cuh"
+#include "cuda/prefill_sm90/far_scores.cuh"
 #include "cuda/prefill_sm90/producer.cuh"
 
 namespace fastattn::cuda::prefill_sm90 {
@@ -128,11 +129,11 @@ class Consumer {
       shift_[h] = kMinusInf;
       sum_[h] = 0.0f;
       pending_[h] = 0.0f;
-      factor_[h] = shared_.factor[buffer][QueryOf(h)];
       const int2 visible = shared_.visible[buffer][QueryOf(h)];
       begin = max(begin, visible.x);
       end = min(end, visible.y);
     }
+    LoadFactors();
     // Keys that all of the warp's queries see.
     common_begin_ = __reduce_max_sync(~0u, begin);
     common_end_ = __reduce_min_sync(~0u, end);
@@ -217,11 +218,12 @@ class Consumer {
   __device__ __forceinline__ void FirstSoftmax() {
     FinishScores();
     float alpha[2];
-    FindMaximum(alpha);
+    const bool far = FindMaximum(alpha);
     BeginTurn();
     WaitForValues();
     Exponentials<false>(alpha);
     SetPending(alpha);
+    if (far) LoadFactors();
   }
 
   __device__ __forceinline__ void NextStep() {
@@ -236,7 +238,7 @@ class Consumer {
     }
     start_ -= C::kKeys;
     FinishScores();
-    FindMaximum(alpha);
+    const bool far = FindMaximum(alpha);
     BeginTurn();
     WaitForValues();
     if constexpr (C::kValuesFirst) {
@@ -248,6 +250,7 @@ class Consumer {
       ReleaseValues(start_ + C::kKeys);
     }
     SetPending(alpha);
+    if (far) LoadFactors();
   }
 
   // Waits for the step's values, which only the next product needs. It stands here, and depends on
@@ -347,7 +350,8 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void FindMaximum(float (&alpha)[2]) {
+  // Returns whether the factors are those of this step only.
+  __device__ __forceinline__ bool FindMaximum(float (&alpha)[2]) {
     float part[4];
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
@@ -357,16 +361,32 @@ class Consumer {
       }
       part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
     }
+    float largest[2], wanted[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float largest = MaxNaN(part[2 * h], part[2 * h + 1]);
-      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = MaxNaN(largest, __shfl_xor_sync(~0u, largest, 2));
+      largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
+      wanted[h] = fmaf(largest[h], Factor(h), -kLogPeak);
+    }
+    bool far = false;
+    if constexpr (!C::kSoftcap) {
+      far = __any_sync(~0u, IsFar(wanted[0]) || IsFar(wanted[1]));
+      if (far) MultiplyFarScores(s_, factor_, largest, wanted);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
       const float before = shift_[h];
-      shift_[h] = MaxNaN(before, fmaf(largest, Factor(h), -kLogPeak));
+      shift_[h] = MaxNaN(before, wanted[h]);
       alpha[h] = Exp2(before - Shift(h));
       sum_[h] *= alpha[h];
     }
+    return far;
+  }
+
+  __device__ __forceinline__ void LoadFactors() {
+    factor_[0] = shared_.factor[buffer_][QueryOf(0)];
+    factor_[1] = shared_.factor[buffer_][QueryOf(1)];
   }
 
   __device__ __forceinline__ float Factor(int h) const { return C::kSoftcap ? 1.0f : factor_[h]; }
