@@ -181,3 +181,16 @@ def test_dead_rows_of_a_captured_batch_are_harmless(place):
     positional, keywords = problem.arguments(place)
     positional[3] = int32(problem.block_tables, place)
     assert_same_bits(to_numpy(F.paged_attention(*positional, **keywords)), out, "out")
+
+
+@pytest.mark.parametrize("new", [3, 100])
+@pytest.mark.parametrize("window", [(2**29, -1), (2**31 - 1, 2**31 - 1), (2**31 + 5, 0)], ids=str)
+def test_a_window_longer_than_any_row_is_no_window(place, window, new):
+    # Lengths that are too large to be true are cut: the window must not move with the cut.
+    results = []
+    for size in (window, (-1, -1 if window[1] else 0)):
+        problem = paged_problem([(70, new), (200, new)], heads=(2, 1), window_size=size)
+        problem.seq_lens_decoder[1] = 2**31 - 1
+        results.append(problem.run(place))
+    for actual, expected in zip(*results):
+        assert_same_bits(actual, expected, str(window))

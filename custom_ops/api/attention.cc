@@ -49,7 +49,9 @@ int WindowSide(const char* op, int64_t side) {
   if (side < -1) {
     Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
   }
-  return static_cast<int>(std::min<int64_t>(side, std::numeric_limits<int>::max()));
+  // No row is so long: what its lengths then say is cut at other places by every kernel.
+  constexpr int64_t kUnlimited = int64_t{1} << 29;
+  return side < kUnlimited ? static_cast<int>(side) : -1;
 }
 
 int MaxSeqlen(const char* op, const char* name, int64_t length) {
