@@ -16,6 +16,7 @@ from tests.support.attention import (
     CACHE_KINDS,
     PLAIN,
     CacheKind,
+    flash_problem,
     paged_problem,
 )
 from tests.support.compare import assert_same_bits
@@ -32,6 +33,22 @@ def _with_bound(problem, place, max_seqlen_k):
     return [
         to_numpy(x) for x in F.paged_attention(*positional, return_softmax_lse=True, **keywords)
     ]
+
+
+def test_the_calls_below_are_clusters_by_the_plan():
+    host = pytest.importorskip("fastattn._host")
+
+    def cluster(batch, heads, kv_heads, max_k, element_bytes=1, dim=64):
+        plan = host.plan_attention(
+            batch, batch, heads, kv_heads, dim, element_bytes, 1, max_k, 132, 8
+        )
+        return [launch["cluster"] for launch in plan]
+
+    for dim in (64, 128):
+        for element_bytes in (1, 2):
+            assert cluster(5, 4, 2, 1024, element_bytes, dim) == [8]
+    assert [cluster(rows, 16, 1, 400) for rows in (1, 17, 40)] == [[8], [4], [2]]
+    assert cluster(5, 8, 2, LARGE) == [1]
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -68,6 +85,18 @@ def test_speculative_rows(place, kind, new):
 )
 def test_masks_and_logit_options(place, options):
     paged_problem(DECODE, kind=BLOCK_WISE_FP8, **options).check(place)
+
+
+@pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:token_head"])
+def test_e4m3_queries_and_output(place, q_type):
+    scale = np.array([0.07], np.float32)
+    paged_problem(DECODE, kind=BLOCK_WISE_FP8, q_type=q_type, out_scale=scale).check(place)
+
+
+@pytest.mark.parametrize("kv_type", [None, "e4m3", "int8"])
+def test_contiguous_keys(place, kv_type):
+    rows = [(1, 1000), (2, 64), (0, 7), (1, 0), (3, 333)]
+    flash_problem(rows, heads=(8, 2), dim=128, kv_type=kv_type, causal=True).check(place)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.attention import CacheKind, flash_problem, paged_problem
+from tests.support.compare import assert_same_bits
 
 BF16 = CacheKind()
 FP16 = CacheKind(dtype="float16")
@@ -137,6 +138,30 @@ def test_queries_of_any_size(place):
     size = 2.0 ** np.random.default_rng(4).integers(-60, 61, (200, 4, 1))
     problem.q = (problem.q.astype(np.float32) * size).astype(problem.q.dtype)
     problem.check(place)
+
+
+@pytest.mark.parametrize("kind", FEW, ids=str)
+def test_fp32_results(place, kind):
+    problem = paged_problem(MIXED, kind=kind, dim=128)
+    rounded, lse = problem.check(place)
+    out, same_lse = problem.run(place, out_dtype="float32")
+    assert out.dtype == np.float32
+    assert_same_bits(out.astype(rounded.dtype), rounded, "the same before it is rounded")
+    assert_same_bits(same_lse, lse, "lse")
+
+
+def test_keys_of_more_than_a_section(place):
+    # 2 KiB of each token: heads are taken in sections whose keys fit into 32 MiB of the L2 cache.
+    rows = [(9000, 70), (0, 300), (7500, 130), (100, 1)]
+    problem = paged_problem(rows, kind=BF16, heads=(8, 4), dim=128, window_size=(300, 0), seed=5)
+    keys = sum(cached + new for cached, new in rows)
+    assert keys * 4 * 2 * 128 * 2 > 32 << 20
+    problem.check(place)
+
+
+def test_more_rows_than_are_listed_at_once(place):
+    rows = [((7 * i) % 150, 1 + (5 * i) % 24) for i in range(300)] + [(30, 100)]
+    paged_problem(rows, kind=BF16, heads=(4, 1), dim=64, seed=6).check(place)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
