@@ -164,6 +164,36 @@ def test_more_rows_than_are_listed_at_once(place):
     paged_problem(rows, kind=BF16, heads=(4, 1), dim=64, seed=6).check(place)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_that_are_all_far_from_zero(place, sign):
+    problem = flash_problem([(100, 5), (70, 130)], heads=(2, 1), dim=128, q_type="float16")
+    problem.q[:] = 3000 * sign  # scores of 1e8
+    problem.k[:] = 3000
+    problem.check(place)
+
+
+def test_queries_and_scales_of_zero(place):
+    problem = paged_problem([(100, 200)], kind=CacheKind("cache_int8", "head"), dim=128)
+    problem.q[5:90] = 0
+    problem.k.scales[:] = 0
+    problem.check(place)
+
+
+@pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:tensor"])
+def test_a_nan_scale_of_keys_that_nobody_sees(place, q_type):
+    problem = flash_problem(
+        [(100, 70), (80, 0), (90, 200)],
+        heads=(2, 1),
+        dim=128,
+        q_type=q_type,
+        kv_type="e4m3",
+        descale_shape="batch",
+    )
+    problem.options["k_descale"][1] = np.nan
+    out, lse = problem.check(place)
+    assert not out[100:180].any() and np.isneginf(lse[:, 100:180]).all()
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def parse_archs(text: str | None, detected: Sequence[str] = ()) -> list[str]:
     Returns
     -------
     list of str
-        Architectures without a dot, each once, in the order given.
+        Architectures without a dot, each once, in the order given; 90 is 90a.
 
     Raises
     ------
@@ -202,7 +202,8 @@ def parse_archs(text: str | None, detected: Sequence[str] = ()) -> list[str]:
             raise ToolchainError(
                 f"FASTATTN_ARCHS: expected a list such as '90a;100a' or 'none', got {entry!r}"
             )
-        archs.append(name)
+        # The Hopper kernels need what only 90a has; every GPU of capability 9.0 runs it.
+        archs.append("90a" if name == "90" else name)
     return list(dict.fromkeys(archs))
 
 

@@ -74,8 +74,8 @@ inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 
 // lengths, too: the longest row takes as long alone as in the company of others like it.
 inline int64_t ClusterFor(const AttentionSizes& s, int columns, int64_t pairs, int64_t units) {
   const int64_t items = s.batch * s.num_kv_heads;
-  if (pairs > columns || columns > 16 || items > kAttentionCtasPerSm * s.num_sms ||
-      items * units > kClusterUnitsPerSm * s.num_sms) {
+  if (s.batch > kMaxPlanRows || pairs > columns || columns > 16 ||
+      items > kAttentionCtasPerSm * s.num_sms || items * units > kClusterUnitsPerSm * s.num_sms) {
     return 1;
   }
   for (int64_t cluster = 8; cluster > 1; cluster /= 2) {

@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.clear) ClearPadding(p, task.first_row, task.num_rows);
 }
 
-// Slots of the kernel's rings on this device. More shared memory than its code uses does no harm.
+// Slots of the kernel's rings on this device.
 template <typename Traits, typename Kernel>
 cudaError_t FindRing(Kernel kernel, int* slots) {
   static_assert(Traits::SharedBytes(kMaxPlanRows, Traits::kShortRing) <= 99 * 1024);
@@ -403,13 +403,14 @@ cudaError_t FindRing(Kernel kernel, int* slots) {
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess || bytes >= Traits::SharedBytes(kMaxPlanRows, *slots)) return status;
-  // A small GPU needs code that was compiled for one.
+  if (status != cudaSuccess || bytes > 128 * 1024) return status;
+  // A small GPU: its code says which rings it was compiled with.
   cudaFuncAttributes attributes;
   status = cudaFuncGetAttributes(&attributes, kernel);
   if (status != cudaSuccess) return status;
-  *slots = Traits::kShortRing;
-  return HasShortRings(attributes.ptxVersion) ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+  if (HasShortRings(attributes.ptxVersion)) *slots = Traits::kShortRing;
+  const bool fits = bytes >= Traits::SharedBytes(kMaxPlanRows, *slots);
+  return fits ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 
 template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales, int kColumns>

@@ -36,7 +36,7 @@ struct Config {
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = 2 * kBlockSize;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kHelpers = 3;     // warps of the producer warpgroup that load nothing
+  static constexpr int kSideWarps = 3;   // warps of the producer warpgroup that load nothing
   static constexpr int kOut = kDim / 2;  // output registers of a thread
   static constexpr int kScores = kKeys / 2;
   // An operand's tile of tokens lies as one or two slices of 64 channels, rows of kSlice bytes.
@@ -48,7 +48,7 @@ struct Config {
   // Queries of codes are converted on their way to registers.
   static constexpr int kQueryBuffers = kCodes ? 1 : 2;
   // Codes of one block of K or V; every converting warp has two such buffers.
-  static constexpr int kRawSlots = kCodes ? 2 * kHelpers : 1;
+  static constexpr int kRawSlots = kCodes ? 2 * kSideWarps : 1;
   static constexpr int kRawBytes = kCodes ? kBlockSize * kDim : 128;
   static constexpr int kScaleSlots = kTokenScales ? 4 : 1;
   static constexpr int kScaledKeys = kTokenScales ? kKeys : 2;
@@ -65,9 +65,9 @@ struct alignas(1024) Shared {
   uint8_t value[C::kStages][C::kKeys * C::kRowBytes];  // the same, or [block][D channels][128]
   alignas(128) uint8_t raw[C::kRawSlots][C::kRawBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
-  // of a helper that found none hold anything.
+  // of a side warp that found none hold anything.
   alignas(16) uint16_t nan_tokens[C::kStages][C::kDim][C::kKeys / 16];
-  alignas(4) uint8_t nan_found[C::kStages][4];  // by each helper, or in each block
+  alignas(4) uint8_t nan_found[C::kStages][4];  // by each side warp, or in each block
   // Token scales in fp32, those of V in units of the reference.
   alignas(16) float scales[C::kScaleSlots][2][C::kScaledKeys];
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite

@@ -13,34 +13,18 @@
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_half_sm90/query.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
-#include "cuda/prefill_sm90/far_scores.cuh"
+#include "cuda/prefill_sm90/schedule.cuh"
+#include "cuda/prefill_sm90/softmax.cuh"
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
-inline constexpr float kLog2E = 1.44269504f;
-inline constexpr float kMinusInf = -__builtin_huge_valf();
+using prefill_sm90::Clamp;
+using prefill_sm90::Exp2;
+using prefill_sm90::kLog2E;
 using prefill_sm90::kLogPeak;
-
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float Reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ int Clip(int x, int low, int high) { return max(low, min(x, high)); }
-
-// The maximum, NaN if either is.
-__device__ __forceinline__ float MaxNaN(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
+using prefill_sm90::kMinusInf;
+using prefill_sm90::MaxNaN;
+using prefill_sm90::Reciprocal;
 
 template <class C>
 class Consumer {
@@ -121,6 +105,7 @@ class Consumer {
     if constexpr (C::kCodes && !C::kTokenScales) {
       if (p_.paged && p_.cache.v_granularity == ScaleGranularity::kChannel) ScaleChannels(buffer);
     }
+    FinishFactors(buffer);
     prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference_);
     Release(&shared_.query_empty[buffer]);
   }
@@ -380,9 +365,22 @@ class Consumer {
     return far;
   }
 
+  // A NaN would make scores of hidden keys NaN: FinishFactors() puts it where it belongs.
   __device__ __forceinline__ void LoadFactors() {
-    factor_[0] = shared_.factor[buffer_][prefill_sm90::QueryOf(0)];
-    factor_[1] = shared_.factor[buffer_][prefill_sm90::QueryOf(1)];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float factor = shared_.factor[buffer_][prefill_sm90::QueryOf(h)];
+      factor_[h] = factor == factor ? factor : 1.0f;
+    }
+  }
+
+  // Rows with a NaN factor that see a key are NaN.
+  __device__ __forceinline__ void FinishFactors(int buffer) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float factor = shared_.factor[buffer][prefill_sm90::QueryOf(h)];
+      if (factor != factor) sum_[h] = NAN;
+    }
   }
 
   // What is subtracted from the scores: nothing while no visible one is above -inf.
@@ -412,8 +410,8 @@ class Consumer {
   // Which of `count` tokens from `first` on query h of the thread sees, a bit each.
   __device__ __forceinline__ uint32_t SeenTokens(int h, int first, int count) const {
     const int2 visible = shared_.visible[buffer_][prefill_sm90::QueryOf(h)];
-    const int begin = Clip(visible.x - first, 0, count);
-    const int end = Clip(visible.y - first, 0, count);
+    const int begin = Clamp(visible.x - first, 0, count);
+    const int end = Clamp(visible.y - first, 0, count);
     return static_cast<uint32_t>(((uint64_t{1} << end) - 1) & ~((uint64_t{1} << begin) - 1));
   }
 
@@ -421,7 +419,7 @@ class Consumer {
   __device__ __forceinline__ void AddNaNs(uint32_t at, int start) {
 #pragma unroll 1
     for (int group = 0; group < C::kKeys / 16; ++group) {
-      if (!shared_.nan_found[at][C::kCodes ? group / 4 : group % C::kHelpers]) continue;
+      if (!shared_.nan_found[at][C::kCodes ? group / 4 : group % C::kSideWarps]) continue;
       const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
                                 SeenTokens(1, start + 16 * group, 16)};
 #pragma unroll

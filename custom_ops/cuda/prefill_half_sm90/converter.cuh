@@ -68,11 +68,11 @@ class Converter {
 
   __device__ bool IsMine() {
     const bool mine = turn_ == warp_;
-    turn_ = turn_ == C::kHelpers - 1 ? 0 : turn_ + 1;
+    turn_ = turn_ == C::kSideWarps - 1 ? 0 : turn_ + 1;
     return mine;
   }
 
-  __device__ int RawSlot() const { return warp_ + C::kHelpers * raw_.index; }
+  __device__ int RawSlot() const { return warp_ + C::kSideWarps * raw_.index; }
 
   template <class F>
   __device__ __forceinline__ void ConvertKeys(int block) {
@@ -164,7 +164,7 @@ class Converter {
 
   const AttentionParams& p_;
   Shared<C>& shared_;
-  const int warp_;  // 0 .. kHelpers - 1
+  const int warp_;  // 0 .. kSideWarps - 1
   const int lane_;
   int turn_ = 0;  // whose the next block is
   Ring<C::kStages> keys_, values_;

@@ -1,4 +1,4 @@
-// What consumers would have to wait for at either end of a tile, read ahead by the helper warps.
+// What consumers would have to wait for at either end of a tile, read ahead by the side warps.
 #pragma once
 
 #include "common/numeric.h"
@@ -56,7 +56,7 @@ __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const T
         ConstantScale(p, tile, kv_head, cache.v_scales, cache.v_granularity, p.packed.v_descale);
   }
 #pragma unroll 1
-  for (int i = 32 * warp + lane; i < C::kQueries; i += 32 * C::kHelpers) {
+  for (int i = 32 * warp + lane; i < C::kQueries; i += 32 * C::kSideWarps) {
     // Hidden scores are -inf, which 0 would turn into NaN.
     shared.factor[buffer][i] = factor == 0.0f ? 1e-30f : factor;
     shared.visible[buffer][i] = VisibleKeys(p, tile, i);

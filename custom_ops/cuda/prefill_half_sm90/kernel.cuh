@@ -19,15 +19,15 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   constexpr int kWarps = 4 * C::kConsumers;
   for (int i = 0; i < 2; ++i) {
     InitBarrier(&shared.tile_found[i], 1);
-    InitBarrier(&shared.query_full[i], 1 + C::kHelpers);
-    InitBarrier(&shared.query_empty[i], kWarps + C::kHelpers);
+    InitBarrier(&shared.query_full[i], 1 + C::kSideWarps);
+    InitBarrier(&shared.query_empty[i], kWarps + C::kSideWarps);
   }
   InitBarrier(&shared.query_read, kWarps);
   for (int i = 0; i < C::kStages; ++i) {
     InitBarrier(&shared.key_full[i], C::kCodes ? 2 : 1);
     InitBarrier(&shared.key_empty[i], kWarps);
     InitBarrier(&shared.value_full[i], 1);
-    InitBarrier(&shared.value_ready[i], C::kCodes ? 2 : C::kHelpers);
+    InitBarrier(&shared.value_ready[i], C::kCodes ? 2 : C::kSideWarps);
     InitBarrier(&shared.value_empty[i], kWarps);
     shared.nan_found[i][2] = shared.nan_found[i][3] = 0;
   }
@@ -69,6 +69,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ClaimRegisters<kConsumerRegisters>();
     Consumer<C>(arguments, shared).Run();
   }
+#else
+  __trap();  // a build for sm_90 without its own features; rather than leaving rows unwritten
 #endif
 }
 

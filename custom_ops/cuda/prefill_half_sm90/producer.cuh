@@ -225,7 +225,7 @@ class Cleaner {
         bool found = false;
         if (shared_.value_flags[at] & kClean) {
           const int written = k_len - (last - step) * C::kKeys;
-          found = cleaner.Clean(at, written, warp_, C::kKeys / 16, C::kHelpers);
+          found = cleaner.Clean(at, written, warp_, C::kKeys / 16, C::kSideWarps);
         }
         if (lane_ == 0) shared_.nan_found[at][warp_] = found;
         FenceAsyncProxy();
@@ -239,7 +239,7 @@ class Cleaner {
  private:
   const AttentionParams& p_;
   Shared<C>& shared_;
-  const int warp_;  // 0 .. kHelpers - 1
+  const int warp_;  // 0 .. kSideWarps - 1
   const int lane_;
 };
 

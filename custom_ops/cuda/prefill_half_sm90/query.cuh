@@ -75,7 +75,9 @@ class Query<C, true> {
       const uint32_t exponent = bits < 0x7F800000u ? max(bits >> 23, 19u) : 127 + 9;
       shrink[h] = __uint_as_float((254 + 9 - exponent) << 23);
       if (lane % 4 == 0) {
-        shared.factor[buffer][prefill_sm90::QueryOf(h)] *= __uint_as_float((exponent - 9) << 23);
+        float& factor = shared.factor[buffer][prefill_sm90::QueryOf(h)];
+        factor *= __uint_as_float((exponent - 9) << 23);
+        if (factor == 0.0f) factor = 1e-30f;  // as above: -inf * 0 is NaN
       }
     }
     __syncwarp();

@@ -50,7 +50,7 @@ class ScaleLoader {
       poisoned[i] = __ballot_sync(~0u, hide_ && !finite);
       found |= poisoned[i] != 0;
       if (hide_ && !finite) value_[i] = 0.0f;
-      if (finite) largest = fmaxf(largest, value_[i]);
+      if (finite) largest = fmaxf(largest, fabsf(value_[i]));
     }
     const unsigned bits = __reduce_max_sync(~0u, __float_as_uint(largest));
     // The unit is a power of two above all scales so far, so that it seldom changes.

@@ -10,37 +10,15 @@
 #include "cuda/common/wgmma.cuh"
 #include "cuda/prefill_sm90/config.h"
 #include "cuda/prefill_sm90/epilogue.cuh"
-#include "cuda/prefill_sm90/far_scores.cuh"
 #include "cuda/prefill_sm90/producer.cuh"
+#include "cuda/prefill_sm90/softmax.cuh"
 
 namespace fastattn::cuda::prefill_sm90 {
-
-inline constexpr float kLog2E = 1.44269504f;
-inline constexpr float kMinusInf = -__builtin_huge_valf();
-
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // One that the compiler keeps in its place among the exponentials.
 __device__ __forceinline__ float Fma(float a, float b, float c) {
   float y;
   asm volatile("fma.rn.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
-  return y;
-}
-
-__device__ __forceinline__ float Reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The maximum, NaN if either is.
-__device__ __forceinline__ float MaxNaN(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 
@@ -146,6 +124,7 @@ class Consumer {
     const float reference = C::kTokenScales ? shared_.reference[values_.index][0] : 1.0f;
     AddProduct<0>();
     ReleaseValues(start_);
+    FinishFactors(buffer);
     Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference);
     Release(&shared_.query_empty[buffer]);
   }
@@ -384,9 +363,22 @@ class Consumer {
     return far;
   }
 
+  // A NaN would make scores of hidden keys NaN: FinishFactors() puts it where it belongs.
   __device__ __forceinline__ void LoadFactors() {
-    factor_[0] = shared_.factor[buffer_][QueryOf(0)];
-    factor_[1] = shared_.factor[buffer_][QueryOf(1)];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float factor = shared_.factor[buffer_][QueryOf(h)];
+      factor_[h] = factor == factor ? factor : 1.0f;
+    }
+  }
+
+  // Rows with a NaN factor that see a key are NaN.
+  __device__ __forceinline__ void FinishFactors(int buffer) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float factor = shared_.factor[buffer][QueryOf(h)];
+      if (factor != factor) sum_[h] = NAN;
+    }
   }
 
   __device__ __forceinline__ float Factor(int h) const { return C::kSoftcap ? 1.0f : factor_[h]; }

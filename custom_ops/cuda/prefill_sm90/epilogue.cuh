@@ -68,7 +68,7 @@ struct Epilogue {
                                                     int h, float peak, float sum, float sink) {
     constexpr float kLn2 = 0.693147181f, kLog2 = 1.44269504f;
     constexpr float kInf = __builtin_huge_valf();
-    const bool empty = sum < 0.5f;  // a visible key with the maximum adds 1
+    const bool empty = peak == -kInf;  // no score was above it
     float lse = -kInf, normaliser = 0.0f;
     if (sink == kInf) {
       lse = empty ? lse : kInf;

@@ -314,7 +314,7 @@ class Cleaner {
         if (lane_ == 0) shared_.poisoned[at][half][i] = tokens;
         found |= tokens != 0;
       }
-      largest = fmaxf(largest, value[i]);
+      largest = fmaxf(largest, fabsf(value[i]));
     }
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));

@@ -1,11 +1,35 @@
-// Scores so far from 0 that score * factor - shift, rounded once, is not what it should be: the
-// largest one's must be the logarithm of P's peak, not a rounding error of two large numbers.
+// Parts of a thread's softmax that both Hopper prefill kernels share.
 #pragma once
 
 #include "cuda/prefill_sm90/config.h"
 
 namespace fastattn::cuda::prefill_sm90 {
 
+inline constexpr float kLog2E = 1.44269504f;
+inline constexpr float kMinusInf = -__builtin_huge_valf();
+
+// 2^x. Volatile: exponentials stay in their order.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The maximum, NaN if either is.
+__device__ __forceinline__ float MaxNaN(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// Scores so far from 0 that score * factor - shift, rounded once, is not what it should be: the
+// largest one's must be the logarithm of P's peak, not a rounding error of two large numbers.
 // Below it the error is at most 2^-12, in log2 units.
 inline constexpr float kFarScore = 4096.0f;
 
