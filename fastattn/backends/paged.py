@@ -58,7 +58,8 @@ class PagedAttentionBackend(AttentionBackend):
     NotImplementedError
         If the configuration asks for something that is not supported; the message names it.
     ValueError
-        If the configuration says too little, or the numbers of heads do not fit it.
+        If the configuration says too little, the numbers of heads do not fit it, or `q_quant` is
+        unknown.
     """
 
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
@@ -75,6 +76,10 @@ class PagedAttentionBackend(AttentionBackend):
         q_quant: str = "none",
     ) -> None:
         name = type(self).__name__
+        if q_quant not in ("none", "per_tensor", "per_token_head", "auto"):
+            raise ValueError(
+                f"{name}: q_quant: expected none, per_tensor, per_token_head or auto, got {q_quant!r}"
+            )
         self.config = BackendConfig.of(fd_config, name, head_dim)
         if num_heads < 1 or kv_num_heads < 1 or num_heads % kv_num_heads:
             raise ValueError(
