@@ -382,7 +382,7 @@ def test_head_dim_and_length_are_checked():
         FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 96)
     with pytest.raises(ValueError, match="max_model_len"):
         FlashAttentionBackend(SimpleNamespace(), 2, 4, 64)
-    with pytest.raises(ValueError, match="q_quant: expected none, .* or auto, got 'fp8'"):
+    with pytest.raises(ValueError, match=r"q_quant: expected none, .* or auto, got 'fp8'"):
         FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 64, q_quant="fp8")
 
 

@@ -78,7 +78,8 @@ class PagedAttentionBackend(AttentionBackend):
         name = type(self).__name__
         if q_quant not in ("none", "per_tensor", "per_token_head", "auto"):
             raise ValueError(
-                f"{name}: q_quant: expected none, per_tensor, per_token_head or auto, got {q_quant!r}"
+                f"{name}: q_quant: expected none, per_tensor, per_token_head or auto, got "
+                f"{q_quant!r}"
             )
         self.config = BackendConfig.of(fd_config, name, head_dim)
         if num_heads < 1 or kv_num_heads < 1 or num_heads % kv_num_heads:

@@ -12,6 +12,7 @@
 namespace fastattn::cuda::prefill_half_sm90 {
 
 using prefill_sm90::ActiveRow;
+using prefill_sm90::Ring;
 using prefill_sm90::Tile;
 using prefill_sm90::WalkState;
 
@@ -106,19 +107,6 @@ struct Arguments {
   CUtensorMap value;  // the same; paged codes: [blocks * KV, D, 64]
   AttentionParams p;
   int min_query_tokens;
-};
-
-// Position in a ring of buffers.
-template <int kSize>
-struct Ring {
-  int index = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++index == kSize) {
-      index = 0;
-      phase ^= 1;
-    }
-  }
 };
 
 }  // namespace fastattn::cuda::prefill_half_sm90

@@ -16,7 +16,7 @@ inline constexpr float kLogPeak = 8.0f;
 inline constexpr float kPeak = 256.0f;
 
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
-template <int kDim_, bool kTokenScales_, bool kSoftcap_, bool kTwoLevel_ = true, int kStages_ = 5>
+template <int kDim_, bool kTokenScales_, bool kSoftcap_, bool kTwoLevel_ = true>
 struct Config {
   static constexpr int kDim = kDim_;
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
@@ -24,7 +24,7 @@ struct Config {
   // Each step's P * V starts from zero and is added in fp32: the tensor core's own sum of FP8
   // products keeps 14 bits.
   static constexpr bool kTwoLevel = kTwoLevel_;
-  static constexpr int kStages = kStages_;
+  static constexpr int kStages = 5;
   // Where P * V of the step before is issued and added: ahead of the step's scores, while the
   // tensor cores find those, or behind them, among the exponentials. With token scales, whose
   // products stand among the exponentials too, the first is faster, else the second.
@@ -58,6 +58,19 @@ struct Tile {
 // Flags of a stage.
 inline constexpr int kUnassigned = 1;  // << 0, 1: no such block; its keys are hidden
 inline constexpr int kClean = 4;       // values need a look before the product
+
+// Position in a ring of buffers.
+template <int kSize>
+struct Ring {
+  int index = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++index == kSize) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
 
 // A row (sequence) with queries for this kernel.
 struct ActiveRow {

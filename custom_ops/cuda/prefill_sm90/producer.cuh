@@ -9,19 +9,6 @@
 
 namespace fastattn::cuda::prefill_sm90 {
 
-// Position in a ring of buffers.
-template <int kSize>
-struct Ring {
-  int index = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++index == kSize) {
-      index = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 template <class C>
 class Loader {
  public:
