@@ -286,7 +286,7 @@ def cascade_attention(
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
     quantize_q : bool
-        As for :func:`paged_attention`.
+        As for :func:`paged_attention`, once for the prefix and once for the rows' own keys.
 
     Returns
     -------
