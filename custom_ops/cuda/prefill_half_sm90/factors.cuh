@@ -40,7 +40,7 @@ __device__ inline float ConstantScale(const AttentionParams& p, const Tile& tile
   return granularity == ScaleGranularity::kTensor ? LoadScale(paged, p.cache.scale_dtype, 0) : 1.0f;
 }
 
-// Helper warp `warp` fills its share.
+// Side warp `warp` fills its share.
 template <class C>
 __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const Tile& tile,
                             int buffer, int warp) {
