@@ -12,6 +12,8 @@
 namespace fastattn::cuda::prefill_half_sm90 {
 
 using prefill_sm90::ActiveRow;
+using prefill_sm90::kClean;
+using prefill_sm90::kUnassigned;
 using prefill_sm90::Ring;
 using prefill_sm90::Tile;
 using prefill_sm90::WalkState;
@@ -54,10 +56,6 @@ struct Config {
   static constexpr int kScaleSlots = kTokenScales ? 4 : 1;
   static constexpr int kScaledKeys = kTokenScales ? kKeys : 2;
 };
-
-// Flags of a stage.
-inline constexpr int kUnassigned = 1;  // << 0, 1: no such block; its keys are hidden
-inline constexpr int kClean = 4;       // values need a look before the product
 
 template <class C>
 struct alignas(1024) Shared {

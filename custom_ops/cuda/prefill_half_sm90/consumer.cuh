@@ -20,11 +20,15 @@ namespace fastattn::cuda::prefill_half_sm90 {
 
 using prefill_sm90::Clamp;
 using prefill_sm90::Exp2;
+using prefill_sm90::FinishFactors;
+using prefill_sm90::HideScores;
 using prefill_sm90::kLog2E;
 using prefill_sm90::kLogPeak;
 using prefill_sm90::kMinusInf;
+using prefill_sm90::LoadFactors;
 using prefill_sm90::MaxNaN;
 using prefill_sm90::Reciprocal;
+using prefill_sm90::ScaleColumns;
 
 template <class C>
 class Consumer {
@@ -90,7 +94,7 @@ class Consumer {
       begin = max(begin, visible.x);
       end = min(end, visible.y);
     }
-    LoadFactors();
+    LoadFactors(shared_, buffer_, factor_);
     // Keys that all of the warp's queries see.
     common_begin_ = __reduce_max_sync(~0u, begin);
     common_end_ = __reduce_min_sync(~0u, end);
@@ -105,7 +109,7 @@ class Consumer {
     if constexpr (C::kCodes && !C::kTokenScales) {
       if (p_.paged && p_.cache.v_granularity == ScaleGranularity::kChannel) ScaleChannels(buffer);
     }
-    FinishFactors(buffer);
+    FinishFactors(shared_, buffer, sum_);
     prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference_);
     Release(&shared_.query_empty[buffer]);
   }
@@ -215,7 +219,7 @@ class Consumer {
     float alpha[2];
     const bool far = FindMaximum(alpha);
     Exponentials();
-    if (far) LoadFactors();
+    if (far) LoadFactors(shared_, buffer_, factor_);
     WaitForValues();
     if constexpr (C::kTokenScales) ReleaseScales();
     PackProbabilities();
@@ -230,7 +234,7 @@ class Consumer {
     float alpha[2];
     const bool far = FindMaximum(alpha);
     Exponentials();
-    if (far) LoadFactors();
+    if (far) LoadFactors(shared_, buffer_, factor_);
     WaitForValues();
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
@@ -273,21 +277,11 @@ class Consumer {
     if constexpr (C::kTokenScales) {
       Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
 #pragma unroll
-      for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[ScaleSlot()][0], j);
+      for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[ScaleSlot()][0], j, s_);
     }
     if (p_.softcap > 0.0f) Softcap();
     const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
-    if (!full || (flags & (3 * kUnassigned))) Mask(flags);
-  }
-
-  // Multiplies eight columns of the scores with their tokens' scales.
-  __device__ __forceinline__ void ScaleColumns(const float* scales, int j) {
-    const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (lane_ % 4));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      s_[4 * j + 2 * h] *= scale.x;
-      s_[4 * j + 2 * h + 1] *= scale.y;
-    }
+    if (!full || (flags & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags, s_);
   }
 
   // Ends the use of the step's scales.
@@ -311,28 +305,6 @@ class Consumer {
         for (int e = 0; e < 2; ++e) {
           float& s = s_[4 * j + 2 * h + e];
           s = cap - 2.0f * cap * Reciprocal(Exp2(s * rate) + 1.0f);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void Mask(int flags) {
-    const int column = start_ + 2 * (lane_ % 4);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool hidden = flags & (kUnassigned << half);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int2 visible = shared_.visible[buffer_][prefill_sm90::QueryOf(h)];
-        const unsigned span = hidden ? 0 : visible.y - visible.x;
-        const int first = column + half * kBlockSize - visible.x;
-#pragma unroll
-        for (int j = 0; j < kBlockSize / 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& s = s_[half * (kBlockSize / 2) + 4 * j + 2 * h + e];
-            s = static_cast<unsigned>(first + 8 * j + e) < span ? s : kMinusInf;
-          }
         }
       }
     }
@@ -365,24 +337,6 @@ class Consumer {
     return far;
   }
 
-  // A NaN would make scores of hidden keys NaN: FinishFactors() puts it where it belongs.
-  __device__ __forceinline__ void LoadFactors() {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float factor = shared_.factor[buffer_][prefill_sm90::QueryOf(h)];
-      factor_[h] = factor == factor ? factor : 1.0f;
-    }
-  }
-
-  // Rows with a NaN factor that see a key are NaN.
-  __device__ __forceinline__ void FinishFactors(int buffer) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float factor = shared_.factor[buffer][prefill_sm90::QueryOf(h)];
-      if (factor != factor) sum_[h] = NAN;
-    }
-  }
-
   // What is subtracted from the scores: nothing while no visible one is above -inf.
   __device__ __forceinline__ float Shift(int h) const {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
@@ -396,7 +350,7 @@ class Consumer {
       const int h = i / 2 % 2;
       s_[i] = Exp2(fmaf(s_[i], factor_[h], -shift[h]));
       sum_[h] += s_[i];
-      if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[ScaleSlot()][1], i / 4);
+      if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[ScaleSlot()][1], i / 4, s_);
     }
   }
 

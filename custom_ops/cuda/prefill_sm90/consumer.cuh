@@ -111,7 +111,7 @@ class Consumer {
       begin = max(begin, visible.x);
       end = min(end, visible.y);
     }
-    LoadFactors();
+    LoadFactors(shared_, buffer_, factor_);
     // Keys that all of the warp's queries see.
     common_begin_ = __reduce_max_sync(~0u, begin);
     common_end_ = __reduce_min_sync(~0u, end);
@@ -124,7 +124,7 @@ class Consumer {
     const float reference = C::kTokenScales ? shared_.reference[values_.index][0] : 1.0f;
     AddProduct<0>();
     ReleaseValues(start_);
-    FinishFactors(buffer);
+    FinishFactors(shared_, buffer, sum_);
     Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference);
     Release(&shared_.query_empty[buffer]);
   }
@@ -202,7 +202,7 @@ class Consumer {
     WaitForValues();
     Exponentials<false>(alpha);
     SetPending(alpha);
-    if (far) LoadFactors();
+    if (far) LoadFactors(shared_, buffer_, factor_);
   }
 
   __device__ __forceinline__ void NextStep() {
@@ -229,7 +229,7 @@ class Consumer {
       ReleaseValues(start_ + C::kKeys);
     }
     SetPending(alpha);
-    if (far) LoadFactors();
+    if (far) LoadFactors(shared_, buffer_, factor_);
   }
 
   // Waits for the step's values, which only the next product needs. It stands here, and depends on
@@ -277,20 +277,10 @@ class Consumer {
     if constexpr (C::kTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
     if constexpr (C::kSoftcap) Softcap(at);
     const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
-    if (!full || (flags_ & (3 * kUnassigned))) Mask();
+    if (!full || (flags_ & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags_, s_);
     stage_ = at;
     stage_phase_ = keys_.phase;
     keys_.Advance();
-  }
-
-  // Multiplies eight columns of the scores with their tokens' scales.
-  __device__ __forceinline__ void ScaleColumns(const float* scales, int j) {
-    const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (lane_ % 4));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      s_[4 * j + 2 * h] *= scale.x;
-      s_[4 * j + 2 * h + 1] *= scale.y;
-    }
   }
 
   // cap * tanh(s / cap), in units of log2. factor_ holds the scale over the cap.
@@ -298,34 +288,12 @@ class Consumer {
     const float cap = p_.softcap * kLog2E;
     if constexpr (C::kTokenScales) {
 #pragma unroll
-      for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[at][0], j);
+      for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[at][0], j, s_);
     }
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
       const float x = s_[i] * factor_[i / 2 % 2];
       s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(x * (2.0f * kLog2E)) + 1.0f);
-    }
-  }
-
-  __device__ __forceinline__ void Mask() {
-    const int column = start_ + 2 * (lane_ % 4);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool hidden = flags_ & (kUnassigned << half);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int2 visible = shared_.visible[buffer_][QueryOf(h)];
-        const unsigned span = hidden ? 0 : visible.y - visible.x;
-        const int first = column + half * kBlockSize - visible.x;
-#pragma unroll
-        for (int j = 0; j < kBlockSize / 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& s = s_[half * (kBlockSize / 2) + 4 * j + 2 * h + e];
-            s = static_cast<unsigned>(first + 8 * j + e) < span ? s : kMinusInf;
-          }
-        }
-      }
     }
   }
 
@@ -336,7 +304,7 @@ class Consumer {
     for (int i = 0; i < C::kScores; ++i) {
       // Hidden scores are -inf already, and stay it: the scales are positive.
       if (C::kTokenScales && !C::kSoftcap && i % 4 == 0) {
-        ScaleColumns(shared_.scales[stage_][0], i / 4);
+        ScaleColumns(shared_.scales[stage_][0], i / 4, s_);
       }
       part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
     }
@@ -361,24 +329,6 @@ class Consumer {
       sum_[h] *= alpha[h];
     }
     return far;
-  }
-
-  // A NaN would make scores of hidden keys NaN: FinishFactors() puts it where it belongs.
-  __device__ __forceinline__ void LoadFactors() {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float factor = shared_.factor[buffer_][QueryOf(h)];
-      factor_[h] = factor == factor ? factor : 1.0f;
-    }
-  }
-
-  // Rows with a NaN factor that see a key are NaN.
-  __device__ __forceinline__ void FinishFactors(int buffer) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float factor = shared_.factor[buffer][QueryOf(h)];
-      if (factor != factor) sum_[h] = NAN;
-    }
   }
 
   __device__ __forceinline__ float Factor(int h) const { return C::kSoftcap ? 1.0f : factor_[h]; }
@@ -409,7 +359,7 @@ class Consumer {
       }
       sum_[h] += s_[i];
       if (i + 1 == kTurn) EndTurn(sum_[h]);
-      if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[stage_][1], i / 4);
+      if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[stage_][1], i / 4, s_);
       if (i % 8 == 7) {
         PackWord(i / 8 * 2);
         PackWord(i / 8 * 2 + 1);

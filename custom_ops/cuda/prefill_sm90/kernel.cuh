@@ -2,10 +2,8 @@
 // docs/kernels.md explains the pipeline.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/prefill_sm90/consumer.cuh"
-#include "cuda/prefill_sm90/launch.h"
+#include "cuda/prefill_sm90/launch_persistent.h"
 #include "cuda/prefill_sm90/producer.cuh"
 
 namespace fastattn::cuda::prefill_sm90 {
@@ -65,22 +63,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 template <class C>
 cudaError_t LaunchConfig(const Arguments& arguments, cudaStream_t stream) {
-  static_assert(sizeof(Shared<C>) <= 227 * 1024);
-  int device = 0, processors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  status = cudaFuncSetAttribute(Kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(sizeof(Shared<C>)));
-  if (status != cudaSuccess) return status;
-  const AttentionParams& p = arguments.p;
-  const int64_t tiles =
-      (static_cast<int64_t>(p.rows.num_tokens) / C::kQueries + p.rows.batch) * p.num_heads;
-  const int grid = static_cast<int>(std::min<int64_t>(tiles, processors));
-  if (grid <= 0) return cudaSuccess;
-  Kernel<C><<<grid, C::kThreads, sizeof(Shared<C>), stream>>>(arguments);
-  return cudaGetLastError();
+  return LaunchPersistent<C, Shared<C>, Arguments>(Kernel<C>, arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_sm90

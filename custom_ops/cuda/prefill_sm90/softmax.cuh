@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/prefill_sm90/config.h"
+#include "cuda/prefill_sm90/epilogue.cuh"
 
 namespace fastattn::cuda::prefill_sm90 {
 
@@ -51,6 +52,64 @@ __device__ __forceinline__ void MultiplyFarScores(float (&scores)[kScores], floa
     const float top = largest[h] * factor[h];
     wanted[h] = fabsf(top) < 67108864.0f ? top - kLogPeak : top;  // 2^26
     factor[h] = 1.0f;
+  }
+}
+
+// Multiplies a thread's scores of eight columns with their tokens' scales.
+template <int kScores>
+__device__ __forceinline__ void ScaleColumns(const float* scales, int j, float (&scores)[kScores]) {
+  const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (threadIdx.x % 4));
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    scores[4 * j + 2 * h] *= scale.x;
+    scores[4 * j + 2 * h + 1] *= scale.y;
+  }
+}
+
+// Makes scores of keys that their queries do not see -inf. `start` is the step's first key; Shared:
+// any kernel's, with `visible`.
+template <class S, int kScores>
+__device__ __forceinline__ void HideScores(const S& shared, int buffer, int start, int flags,
+                                           float (&scores)[kScores]) {
+  const int column = start + 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool hidden = flags & (kUnassigned << half);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int2 visible = shared.visible[buffer][QueryOf(h)];
+      const unsigned span = hidden ? 0 : visible.y - visible.x;
+      const int first = column + half * kBlockSize - visible.x;
+#pragma unroll
+      for (int j = 0; j < kBlockSize / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& s = scores[half * (kBlockSize / 2) + 4 * j + 2 * h + e];
+          s = static_cast<unsigned>(first + 8 * j + e) < span ? s : kMinusInf;
+        }
+      }
+    }
+  }
+}
+
+// Factors of a thread's two rows. A NaN would make scores of hidden keys NaN, so it counts as 1
+// until FinishFactors() puts it where it belongs.
+template <class S>
+__device__ __forceinline__ void LoadFactors(const S& shared, int buffer, float (&factor)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float x = shared.factor[buffer][QueryOf(h)];
+    factor[h] = x == x ? x : 1.0f;
+  }
+}
+
+// Rows with a NaN factor that see a key are NaN.
+template <class S>
+__device__ __forceinline__ void FinishFactors(const S& shared, int buffer, float (&sum)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float x = shared.factor[buffer][QueryOf(h)];
+    if (x != x) sum[h] = NAN;
   }
 }
 

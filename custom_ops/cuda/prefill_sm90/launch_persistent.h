@@ -1,0 +1,33 @@
+// How both Hopper prefill kernels are launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastattn::cuda::prefill_sm90 {
+
+// One CTA with a Shared a multiprocessor, or fewer where there are not as many tiles.
+template <class C, class Shared, class Arguments>
+cudaError_t LaunchPersistent(void (*kernel)(Arguments), const Arguments& arguments,
+                             cudaStream_t stream) {
+  static_assert(sizeof(Shared) <= 227 * 1024);
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(sizeof(Shared)));
+  if (status != cudaSuccess) return status;
+  const auto& p = arguments.p;
+  const int64_t tiles =
+      (static_cast<int64_t>(p.rows.num_tokens) / C::kQueries + p.rows.batch) * p.num_heads;
+  const int grid = static_cast<int>(std::min<int64_t>(tiles, processors));
+  if (grid <= 0) return cudaSuccess;
+  kernel<<<grid, C::kThreads, sizeof(Shared), stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+}  // namespace fastattn::cuda::prefill_sm90
