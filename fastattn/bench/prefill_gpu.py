@@ -8,7 +8,7 @@ tensor cores draw the power that they draw in use. Peers do not run in Paddle: s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -96,19 +96,22 @@ def _operations(rows: int, prefix: int, new: int, heads: int, causal: bool) -> f
     return 4.0 * rows * heads * DIM * pairs
 
 
-def _rows(
-    op: str, name: str, length: int, heads: int, kv_heads: int, causal: bool
+def rows_of(
+    op: str,
+    call: Callable[[], object],
+    name: str,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    causal: bool,
+    wanted: Sequence[str],
 ) -> Iterator[Row]:
+    """Rows of a call over TOKENS tokens: beside each wanted peer, or one without."""
     rows = TOKENS // length
-    if op == "paged_attention":
-        call = paged(name, rows, 0, length, heads, kv_heads, causal)
-    else:
-        call = contiguous(rows, length, heads, kv_heads, causal)
     us = gpu_timing.median_us([call], replays=20)
     rate = _operations(rows, 0, length, heads, causal) / us / 1e6
     mask = "causal" if causal else "full"
     shape = f"prefill {name} {mask} B {rows} x {length} H {heads}/{kv_heads} D {DIM}"
-    wanted = PEERS["paged" if op == "paged_attention" else "contiguous"]
     found = [
         other
         for other in peers("prefill", s=length, h=heads, hk=kv_heads, causal=causal)
@@ -118,6 +121,18 @@ def _rows(
         yield Row(op, shape, us, rate, "TFLOP/s")
     for other in found:
         yield Row(op, shape, us, rate, "TFLOP/s", other["peer"], other["ms"] * 1e3)
+
+
+def _rows(
+    op: str, name: str, length: int, heads: int, kv_heads: int, causal: bool
+) -> Iterator[Row]:
+    rows = TOKENS // length
+    if op == "paged_attention":
+        call = paged(name, rows, 0, length, heads, kv_heads, causal)
+    else:
+        call = contiguous(rows, length, heads, kv_heads, causal)
+    wanted = PEERS["paged" if op == "paged_attention" else "contiguous"]
+    yield from rows_of(op, call, name, length, heads, kv_heads, causal, wanted)
 
 
 @register("prefill")

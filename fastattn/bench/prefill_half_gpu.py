@@ -17,8 +17,7 @@ from fastattn.bench import gpu_timing
 from fastattn.bench.attention_gpu import BLOCK, DIM
 from fastattn.bench.cache_gpu import _gpu
 from fastattn.bench.common import Row, register
-from fastattn.bench.peers import peers
-from fastattn.bench.prefill_gpu import SHAPES, TOKENS, _operations
+from fastattn.bench.prefill_gpu import SHAPES, TOKENS, rows_of
 
 KINDS = ("none", "cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8")
 PEERS = ("vllm_fa3_bf16", "cudnn_bf16")
@@ -99,20 +98,9 @@ def _rows(kind: str, length: int, heads: int, kv_heads: int, causal: bool) -> It
         op, call = "flash_attention", contiguous(rows, length, heads, kv_heads, causal)
     else:
         op, call = "paged_attention", paged(kind, rows, length, heads, kv_heads, causal)
-    us = gpu_timing.median_us([call], replays=20)
-    rate = _operations(rows, 0, length, heads, causal) / us / 1e6
-    mask = "causal" if causal else "full"
     name = "bf16" if kind in ("none", "contiguous") else kind
-    shape = f"prefill bf16 q, {name} {mask} B {rows} x {length} H {heads}/{kv_heads} D {DIM}"
-    found = [
-        other
-        for other in peers("prefill", s=length, h=heads, hk=kv_heads, causal=causal)
-        if any(part in other["peer"] for part in PEERS)
-    ]
-    if not found:
-        yield Row(op, shape, us, rate, "TFLOP/s")
-    for other in found:
-        yield Row(op, shape, us, rate, "TFLOP/s", other["peer"], other["ms"] * 1e3)
+    name = f"bf16 q, {name}"
+    yield from rows_of(op, call, name, length, heads, kv_heads, causal, PEERS)
 
 
 @register("prefill_half")
