@@ -26,15 +26,21 @@ enum class Source : int {
 };
 
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
-template <DType kOperand_, int kDim_, Source kSource_, bool kTokenScales_>
+// kElement is the type of K as an operand: 16-bit values, which codes are converted to, or the codes
+// as they lie. Queries are two such codes each then.
+template <DType kElement_, int kDim_, Source kSource_, bool kTokenScales_>
 struct Config {
-  static constexpr DType kOperand = kOperand_;  // of both products
+  static constexpr DType kElement = kElement_;
   static constexpr int kDim = kDim_;
   static constexpr bool kCodes = kSource_ != Source::kOperands;
+  static constexpr bool kKeyCodes =
+      kElement != DType::kBFloat16 && kElement != DType::kFloat16;
   static constexpr bool kValueRows = kSource_ != Source::kCodes;
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
+  static constexpr DType kOperand = kCodes ? DType::kFloat16 : kElement;  // of P and V
 
-  static constexpr int kStages = 2;
+  static constexpr int kKeyStages = kKeyCodes ? 3 : 2;
+  static constexpr int kValueStages = kKeyCodes ? 3 : 2;
   static constexpr int kConsumers = 2;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = 2 * kBlockSize;
@@ -46,13 +52,14 @@ struct Config {
   static constexpr int kSlice = 128;
   static constexpr int kSlices = kDim / 64;
   static constexpr int kRowBytes = kSlices * kSlice;
+  static constexpr int kKeyRowBytes = kKeyCodes ? kDim : kRowBytes;
   // Of a key and its value in memory.
   static constexpr int kKeyBytes = 2 * kDim * (kCodes ? 1 : 2);
   // Queries of codes are converted on their way to registers.
   static constexpr int kQueryBuffers = kCodes ? 1 : 2;
-  // Codes of one block of K or V; every converting warp has two such buffers.
-  static constexpr int kRawSlots = kCodes ? 2 * kSideWarps : 1;
-  static constexpr int kRawBytes = kCodes ? kBlockSize * kDim : 128;
+  // Buffers for the codes of a step's K or V that are to be converted.
+  static constexpr int kRawSlots = kKeyCodes ? 2 : kCodes ? 3 : 1;
+  static constexpr int kRawBytes = kCodes ? kKeys * kDim : 128;
   static constexpr int kScaleSlots = kTokenScales ? 4 : 1;
   static constexpr int kScaledKeys = kTokenScales ? kKeys : 2;
 };
@@ -60,20 +67,22 @@ struct Config {
 template <class C>
 struct alignas(1024) Shared {
   uint8_t query[C::kQueryBuffers][C::kQueries * C::kRowBytes];  // [consumer][slice][64 tokens][128]
-  uint8_t key[C::kStages][C::kKeys * C::kRowBytes];             // [slice][128 tokens][128]
-  uint8_t value[C::kStages][C::kKeys * C::kRowBytes];  // the same, or [block][D channels][128]
+  // [slice][128 tokens][128]; codes: [128 tokens][D]
+  uint8_t key[C::kKeyStages][C::kKeys * C::kKeyRowBytes];
+  // [slice][128 tokens][128] or [block][D channels][128]
+  uint8_t value[C::kValueStages][C::kKeys * C::kRowBytes];
   alignas(128) uint8_t raw[C::kRawSlots][C::kRawBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
   // of a side warp that found none hold anything.
-  alignas(16) uint16_t nan_tokens[C::kStages][C::kDim][C::kKeys / 16];
-  alignas(4) uint8_t nan_found[C::kStages][4];  // by each side warp, or in each block
+  alignas(16) uint16_t nan_tokens[C::kValueStages][C::kDim][C::kKeys / 16];
+  alignas(4) uint8_t nan_found[C::kValueStages][4];  // by each side warp
   // Token scales in fp32, those of V in units of the reference.
   alignas(16) float scales[C::kScaleSlots][2][C::kScaledKeys];
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite
   float2 reference[C::kScaleSlots];  // unit of V's scales; the step before's over it
   int poison_found[C::kScaleSlots];
-  int flags[C::kStages];        // for the consumers, with the keys
-  int value_flags[C::kStages];  // the same for the cleaners, with the values
+  int flags[C::kKeyStages];          // for the consumers, with the keys
+  int value_flags[C::kValueStages];  // the same for the cleaners, with the values
   int raw_flags[C::kRawSlots];  // for the converters
   Tile tile[2];
   float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
@@ -86,11 +95,11 @@ struct alignas(1024) Shared {
   uint64_t query_full[2];
   uint64_t query_empty[2];
   uint64_t query_read;
-  uint64_t key_full[C::kStages];
-  uint64_t key_empty[C::kStages];
-  uint64_t value_full[C::kStages];
-  uint64_t value_ready[C::kStages];
-  uint64_t value_empty[C::kStages];
+  uint64_t key_full[C::kKeyStages];
+  uint64_t key_empty[C::kKeyStages];
+  uint64_t value_full[C::kValueStages];
+  uint64_t value_ready[C::kValueStages];
+  uint64_t value_empty[C::kValueStages];
   uint64_t raw_full[C::kRawSlots];
   uint64_t raw_empty[C::kRawSlots];
   uint64_t scale_full[C::kScaleSlots];

@@ -5,6 +5,8 @@
 // as they stand.
 #pragma once
 
+#include <type_traits>
+
 #include "common/numeric.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/mbarrier.cuh"
@@ -12,6 +14,7 @@
 #include "cuda/common/wgmma_half.cuh"
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_half_sm90/query.cuh"
+#include "cuda/prefill_half_sm90/query_codes.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
 #include "cuda/prefill_sm90/schedule.cuh"
 #include "cuda/prefill_sm90/softmax.cuh"
@@ -45,7 +48,7 @@ class Consumer {
     if (NextTile(queries)) {
       IssueFirst();
       while (true) {
-        WaitProducts<0>(s_);
+        WaitForScores<0>();
         LoadTile(queries.index);
         FirstStep();
         const int steps = shared_.tile[queries.index].steps;
@@ -71,6 +74,9 @@ class Consumer {
 
  private:
   static constexpr int kTurnBarrier = 1;
+  // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
+  static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
+  static constexpr float kBias = CodeQuery<C>::kBiasValue;
 
   __device__ __forceinline__ void Release(uint64_t* barrier) {
     __syncwarp();
@@ -95,6 +101,13 @@ class Consumer {
       end = min(end, visible.y);
     }
     LoadFactors(shared_, buffer_, factor_);
+    if constexpr (kIntegers) {
+      // Where a factor is large, the bias in units of log2 would swallow differences of scores.
+      constexpr float kLargest = 1 << 19;
+      const float factor = fmaxf(factor_[0], factor_[1]);
+      biased_ = !C::kTokenScales && p_.softcap <= 0.0f &&
+                __all_sync(~0u, factor * kBias < kLargest);
+    }
     // Keys that all of the warp's queries see.
     common_begin_ = __reduce_max_sync(~0u, begin);
     common_end_ = __reduce_min_sync(~0u, end);
@@ -108,6 +121,12 @@ class Consumer {
     ReleaseValues(last_step, start_);
     if constexpr (C::kCodes && !C::kTokenScales) {
       if (p_.paged && p_.cache.v_granularity == ScaleGranularity::kChannel) ScaleChannels(buffer);
+    }
+    if constexpr (kIntegers) {
+      // Products were rounded down, by half a unit on average.
+      for (int h = 0; h < 2; ++h) {
+        if (biased_) shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
+      }
     }
     FinishFactors(shared_, buffer, sum_);
     prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference_);
@@ -128,25 +147,52 @@ class Consumer {
 
   // --- products ---------------------------------------------------------------------------------
 
+  __device__ __forceinline__ uint64_t QueryOperand() const {
+    if constexpr (C::kKeyCodes) return 0;
+    else return query_.Operand();
+  }
+
   // Of the step ahead.
   __device__ __forceinline__ uint64_t KeyOperand() const {
-    return OperandDescriptor<128>(Uniform(SharedAddress(shared_.key[Stage(step_ + 1)])));
+    constexpr int kRow = C::kKeyCodes ? C::kDim : 128;
+    return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
   }
 
   __device__ __forceinline__ uint64_t ValueOperand() const {
-    const uint32_t address = Uniform(SharedAddress(shared_.value[Stage(step_)]));
+    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
     return C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
                          : OperandDescriptor<128>(address);
   }
 
   __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
-    constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
-    query_.template Multiply<false>(s_, 0, query, key);
+    if constexpr (kIntegers) {
+      query_.Multiply(integers_, key);
+    } else if constexpr (C::kKeyCodes) {
+      query_.Multiply(s_, key);
+    } else {
+      constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
+      query_.template Multiply<false>(s_, 0, query, key);
 #pragma unroll
-    for (int k = 1; k < C::kDim / 16; ++k) {
-      query_.template Multiply<true>(s_, k, query, key + k / 4 * kKeySlice + k % 4 * 2);
+      for (int k = 1; k < C::kDim / 16; ++k) {
+        query_.template Multiply<true>(s_, k, query, key + k / 4 * kKeySlice + k % 4 * 2);
+      }
     }
     CommitProducts();
+  }
+
+  template <int kPending>
+  __device__ __forceinline__ void WaitForScores() {
+    if constexpr (kIntegers) {
+      WaitProducts<kPending>(integers_);
+#pragma unroll
+#ifdef V_ONE
+      for (int i = 0; i < C::kScores; ++i) s_[i] = __int2float_rn(integers_[i]) + kBias;
+#else
+      for (int i = 0; i < C::kScores; ++i) s_[i] = __int_as_float(integers_[i]);
+#endif
+    } else {
+      WaitProducts<kPending>(s_);
+    }
   }
 
   __device__ __forceinline__ void IssueValues(uint64_t value) {
@@ -172,16 +218,20 @@ class Consumer {
   }
 
   // Steps are counted over all tiles.
-  __device__ __forceinline__ static uint32_t Stage(uint32_t step) { return step % C::kStages; }
-  __device__ __forceinline__ static uint32_t Phase(uint32_t step) { return step / C::kStages % 2; }
+  __device__ __forceinline__ static uint32_t KeyStage(uint32_t step) {
+    return step % C::kKeyStages;
+  }
+  __device__ __forceinline__ static uint32_t ValueStage(uint32_t step) {
+    return step % C::kValueStages;
+  }
   __device__ __forceinline__ uint32_t ScaleSlot() const { return step_ % C::kScaleSlots; }
 
   __device__ __forceinline__ void WaitForKeys() {
-    Wait(&shared_.key_full[Stage(step_ + 1)], Phase(step_ + 1));
+    Wait(&shared_.key_full[KeyStage(step_ + 1)], (step_ + 1) / C::kKeyStages % 2);
   }
 
   __device__ __forceinline__ void IssueFirst() {
-    const uint64_t query = query_.Operand(), key = KeyOperand();
+    const uint64_t query = QueryOperand(), key = KeyOperand();
     WaitForKeys();
     BeginTurn();
     FenceProducts();
@@ -192,7 +242,7 @@ class Consumer {
 
   // The scores of a step and the P * V of the one before.
   __device__ __forceinline__ void IssueBoth() {
-    const uint64_t query = query_.Operand(), key = KeyOperand(), value = ValueOperand();
+    const uint64_t query = QueryOperand(), key = KeyOperand(), value = ValueOperand();
     WaitForKeys();
     BeginTurn();
     FenceProducts();
@@ -204,7 +254,7 @@ class Consumer {
 
   // The last P * V of a tile and the first scores of the next.
   __device__ __forceinline__ void IssueAcross() {
-    const uint64_t query = query_.Operand(), key = KeyOperand(), value = ValueOperand();
+    const uint64_t query = QueryOperand(), key = KeyOperand(), value = ValueOperand();
     WaitForKeys();
     BeginTurn();
     FenceProducts();
@@ -228,7 +278,7 @@ class Consumer {
   // The softmax runs while the other warpgroup's products do, and this one's P * V.
   __device__ __forceinline__ void NextStep() {
     IssueBoth();
-    WaitProducts<1>(s_);
+    WaitForScores<1>();
     start_ -= C::kKeys;
     FinishScores();
     float alpha[2];
@@ -258,12 +308,12 @@ class Consumer {
   // it can: with this between them, they run under the product of the step before.
   __device__ __forceinline__ void WaitForValues() {
     const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
-    Wait(&shared_.value_ready[Stage(step_)], Phase(step_) ^ never);
+    Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2 ^ never);
   }
 
   // Ends the use of a step's values, whose product is done; `start` is their first key.
   __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
-    const uint32_t at = Stage(step);
+    const uint32_t at = ValueStage(step);
     if (*reinterpret_cast<const int*>(shared_.nan_found[at]) != 0) AddNaNs(at, start);
     Release(&shared_.value_empty[at]);
   }
@@ -272,8 +322,14 @@ class Consumer {
 
   // Ends the use of the step's keys, applies softcap and masks.
   __device__ __forceinline__ void FinishScores() {
-    const int flags = shared_.flags[Stage(step_)];
-    Release(&shared_.key_empty[Stage(step_)]);
+    const int flags = shared_.flags[KeyStage(step_)];
+    Release(&shared_.key_empty[KeyStage(step_)]);
+    if constexpr (kIntegers) {
+      if (!biased_) {
+#pragma unroll
+        for (int i = 0; i < C::kScores; ++i) s_[i] -= kBias;
+      }
+    }
     if constexpr (C::kTokenScales) {
       Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
 #pragma unroll
@@ -323,8 +379,8 @@ class Consumer {
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
       wanted[h] = fmaf(largest[h], factor_[h], -kLogPeak);
     }
-    const bool far =
-        __any_sync(~0u, prefill_sm90::IsFar(wanted[0]) || prefill_sm90::IsFar(wanted[1]));
+    bool far = __any_sync(~0u, prefill_sm90::IsFar(wanted[0]) || prefill_sm90::IsFar(wanted[1]));
+    if constexpr (kIntegers) far = far && !biased_;
     if (far) prefill_sm90::MultiplyFarScores(s_, factor_, largest, wanted);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -373,7 +429,7 @@ class Consumer {
   __device__ __forceinline__ void AddNaNs(uint32_t at, int start) {
 #pragma unroll 1
     for (int group = 0; group < C::kKeys / 16; ++group) {
-      if (!shared_.nan_found[at][C::kCodes ? group / 4 : group % C::kSideWarps]) continue;
+      if (!shared_.nan_found[at][group % C::kSideWarps]) continue;
       const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
                                 SeenTokens(1, start + 16 * group, 16)};
 #pragma unroll
@@ -402,7 +458,7 @@ class Consumer {
   Shared<C>& shared_;
   const int group_;
   const int lane_;
-  Query<C> query_;
+  std::conditional_t<C::kKeyCodes, CodeQuery<C>, Query<C>> query_;
   uint32_t step_ = ~0u;            // the one whose softmax is under way
   int start_;                      // first key of the step
   int buffer_;                     // of the tile
@@ -410,6 +466,8 @@ class Consumer {
   float shift_[2], sum_[2], factor_[2];
   float reference_ = 1.0f;  // unit of the output
   float s_[C::kScores];
+  int32_t integers_[kIntegers ? C::kScores : 1];
+  bool biased_ = false;
   float o_[C::kOut];
   uint32_t probabilities_[C::kScores / 2];
 };

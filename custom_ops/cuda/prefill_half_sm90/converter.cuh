@@ -1,5 +1,5 @@
-// Codes become 16-bit operands: three warps of the producer warpgroup take the blocks of K and V in
-// turn, each from buffers of its own.
+// Codes become 16-bit operands: three warps of the producer warpgroup share the codes of each step,
+// V's and, where they are no operands as they lie, K's.
 #pragma once
 
 #include <type_traits>
@@ -20,18 +20,30 @@ class Converter {
       : p_(arguments.p), shared_(shared), warp_(threadIdx.x / 32 - 1), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    const DType codes = p_.paged ? p_.cache.dtype : p_.packed.dtype;
-    if (codes == DType::kInt8) {
-      RunFormat<Format<DType::kInt8>>();
-    } else if (codes == DType::kE4M3) {
-      RunFormat<Format<DType::kE4M3>>();
+    if constexpr (C::kKeyCodes) {
+      RunFormat<Format<C::kElement>>();
     } else {
-      RunFormat<Format<DType::kE5M2>>();
+      const DType codes = p_.paged ? p_.cache.dtype : p_.packed.dtype;
+      if (codes == DType::kInt8) {
+        RunFormat<Format<DType::kInt8>>();
+      } else if (codes == DType::kE4M3) {
+        RunFormat<Format<DType::kE4M3>>();
+      } else {
+        RunFormat<Format<DType::kE5M2>>();
+      }
     }
   }
 
  private:
-  // The blocks of a tile come in the loader's order.
+  // A step's codes as groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so that
+  // it waits for shared memory once.
+  static constexpr int kGroup = 512;
+  static constexpr int kBatch = 4;
+  static constexpr int kBatches = C::kRawBytes / (kGroup * kBatch);
+  static constexpr int kRounds = (kBatches + C::kSideWarps - 1) / C::kSideWarps;
+  static constexpr int kNamedBarrier = 3;  // behind the consumers' turns
+
+  // The codes of a tile come in the loader's order.
   template <class F>
   __device__ __forceinline__ void RunFormat() {
     Ring<2> tiles;
@@ -49,64 +61,52 @@ class Converter {
       tiles.Advance();
 #pragma unroll 1
       for (int step = -1; step < steps; ++step) {
-        if (step + 1 < steps) {
-#pragma unroll 1
-          for (int block = 0; block < 2; ++block) {
-            if (IsMine()) ConvertKeys<F>(block);
-          }
-          keys_.Advance();
+        if constexpr (!C::kKeyCodes) {
+          if (step + 1 < steps) ConvertKeys<F>();
         }
-        if (step < 0) continue;
-#pragma unroll 1
-        for (int block = 0; block < 2; ++block) {
-          if (IsMine()) ConvertValues<F>(block, k_len - (last - step) * C::kKeys);
-        }
-        values_.Advance();
+        if (step >= 0) ConvertValues<F>(k_len - (last - step) * C::kKeys);
       }
     }
   }
 
-  __device__ bool IsMine() {
-    const bool mine = turn_ == warp_;
-    turn_ = turn_ == C::kSideWarps - 1 ? 0 : turn_ + 1;
-    return mine;
-  }
-
-  __device__ int RawSlot() const { return warp_ + C::kSideWarps * raw_.index; }
-
   template <class F>
-  __device__ __forceinline__ void ConvertKeys(int block) {
-    const int at = keys_.index, slot = RawSlot();
+  __device__ __forceinline__ void ConvertKeys() {
+    const int at = keys_.index, slot = raw_.index;
     Wait(&shared_.raw_full[slot], raw_.phase);
     Wait(&shared_.key_empty[at], keys_.phase ^ 1);
-    ConvertRows<F>(shared_.raw[slot], shared_.key[at] + block * kBlockSize * C::kSlice);
-    if (block == 0 && lane_ == 0) shared_.flags[at] = shared_.raw_flags[slot];
+    ConvertRows<F>(shared_.raw[slot], shared_.key[at]);
+    if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.raw_flags[slot];
     Finish(slot, &shared_.key_full[at]);
+    keys_.Advance();
   }
 
   template <class F>
-  __device__ __forceinline__ void ConvertValues(int block, int written) {
-    const int at = values_.index, slot = RawSlot();
+  __device__ __forceinline__ void ConvertValues(int written) {
+    const int at = values_.index, slot = raw_.index;
     Wait(&shared_.raw_full[slot], raw_.phase);
     Wait(&shared_.value_empty[at], values_.phase ^ 1);
     if constexpr (C::kValueRows) {
-      ConvertRows<F>(shared_.raw[slot], shared_.value[at] + block * kBlockSize * C::kSlice);
+      ConvertRows<F>(shared_.raw[slot], shared_.value[at]);
     } else {
-      ConvertChannels<F>(shared_.raw[slot], shared_.value[at] + block * C::kDim * C::kSlice);
+      ConvertChannels<F>(shared_.raw[slot], shared_.value[at]);
     }
     bool found = false;
     // Any int8 code is finite.
-    if (!std::is_same_v<F, Format<DType::kInt8>> && (shared_.raw_flags[slot] & kClean)) {
-      __syncwarp();
-      ValueCleaner<C> cleaner(shared_);
-      found = cleaner.Clean(at, written, 4 * block, 4 * block + 4, 1);
+    if constexpr (!std::is_same_v<F, Format<DType::kInt8>>) {
+      if (shared_.raw_flags[slot] & kClean) {
+        // Values are looked at by other warps than converted them.
+        SyncNamed<32 * C::kSideWarps>(kNamedBarrier);
+        ValueCleaner<C> cleaner(shared_);
+        found = cleaner.Clean(at, written, warp_, C::kKeys / 16, C::kSideWarps);
+      }
     }
-    if (lane_ == 0) shared_.nan_found[at][block] = found;
+    if (lane_ == 0) shared_.nan_found[at][warp_] = found;
     Finish(slot, &shared_.value_ready[at]);
+    values_.Advance();
   }
 
   // Hands the operands over, and the codes' buffer back.
-  __device__ void Finish(int slot, uint64_t* full) {
+  __device__ __forceinline__ void Finish(int slot, uint64_t* full) {
     FenceAsyncProxy();
     __syncwarp();
     if (lane_ == 0) {
@@ -116,28 +116,50 @@ class Converter {
     raw_.Advance();
   }
 
-  // 64 tokens with their channels side by side. In each eight lanes, four take one token and four
+  // Has the warp's share of a step's codes stored, `in` + 16 bytes a lane; loads are a batch ahead.
+  // Batches go round between the warps, from one step to the next.
+  template <class Store>
+  __device__ __forceinline__ void Convert(const uint8_t* in, const Store& store) {
+    const int first = warp_ >= turn_ ? warp_ - turn_ : warp_ - turn_ + C::kSideWarps;
+    turn_ = (turn_ + kBatches) % C::kSideWarps;
+    in += first * kBatch * kGroup;
+    uint4 codes[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int batch = first + round * C::kSideWarps;
+      if (batch >= kBatches) break;
+      in += C::kSideWarps * kBatch * kGroup;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        store(batch, i, codes[i]);
+        if (round + 1 < kRounds && batch + C::kSideWarps < kBatches) {
+          codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+        }
+      }
+    }
+  }
+
+  // Tokens with their channels side by side. In each eight lanes, four take one token and four
   // another: their stores meet no bank twice.
   template <class F>
   __device__ __forceinline__ void ConvertRows(const uint8_t* codes, uint8_t* target) {
     constexpr int kPieces = C::kDim / 16, kTokens = 32 / kPieces;
     const int piece = lane_ % kPieces, token = (lane_ / kPieces) ^ (piece / 4);
-    const uint8_t* in = codes + token * C::kDim + 16 * piece;
     uint8_t* out = target + piece / 4 * C::kKeys * C::kSlice + token * C::kSlice;
     const int chunk = 16 * ((2 * (piece % 4)) ^ token);
-#pragma unroll 2
-    for (int i = 0; i < kBlockSize / kTokens; ++i) {
-      const uint4 v = *reinterpret_cast<const uint4*>(in + i * kTokens * C::kDim);
+    Convert(codes + token * C::kDim + 16 * piece, [&](int batch, int i, const uint4& v) {
       uint32_t w[8];
       F::Widen(v.x, &w[0], &w[1]);
       F::Widen(v.y, &w[2], &w[3]);
       F::Widen(v.z, &w[4], &w[5]);
       F::Widen(v.w, &w[6], &w[7]);
       const int at = chunk ^ (kTokens * i % 8 * 16);
-      uint8_t* row = out + i * kTokens * C::kSlice;
+      uint8_t* row = out + (batch * kBatch + i) * kTokens * C::kSlice;
       *reinterpret_cast<uint4*>(row + at) = make_uint4(w[0], w[1], w[2], w[3]);
       *reinterpret_cast<uint4*>(row + (at ^ 16)) = make_uint4(w[4], w[5], w[6], w[7]);
-    }
+    });
   }
 
   // Channels with their 64 tokens side by side, in TokenSlot order: the low pairs of a piece's
@@ -145,30 +167,28 @@ class Converter {
   template <class F>
   __device__ __forceinline__ void ConvertChannels(const uint8_t* codes, uint8_t* target) {
     const int piece = lane_ % 4, channel = lane_ / 4;
-    const uint8_t* in = codes + 16 * lane_;
     uint8_t* out = target + channel * C::kSlice;
     const int at = 16 * ((2 * piece) ^ channel);
-#pragma unroll 2
-    for (int i = 0; i < C::kDim / 8; ++i) {
-      const uint4 v = *reinterpret_cast<const uint4*>(in + i * 8 * kBlockSize);
+    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
       uint4 low, high;
       F::Widen(v.x, &low.x, &high.x);
       F::Widen(v.y, &low.y, &high.y);
       F::Widen(v.z, &low.z, &high.z);
       F::Widen(v.w, &low.w, &high.w);
-      uint8_t* row = out + i * 8 * C::kSlice;
+      uint8_t* row = out + (batch * kBatch + i) * 8 * C::kSlice;
       *reinterpret_cast<uint4*>(row + at) = low;
       *reinterpret_cast<uint4*>(row + (at ^ 16)) = high;
-    }
+    });
   }
 
   const AttentionParams& p_;
   Shared<C>& shared_;
   const int warp_;  // 0 .. kSideWarps - 1
   const int lane_;
-  int turn_ = 0;  // whose the next block is
-  Ring<C::kStages> keys_, values_;
-  Ring<2> raw_;
+  int turn_ = 0;  // whose the next batch is
+  Ring<C::kKeyStages> keys_;
+  Ring<C::kValueStages> values_;
+  Ring<C::kRawSlots> raw_;
 };
 
 }  // namespace fastattn::cuda::prefill_half_sm90

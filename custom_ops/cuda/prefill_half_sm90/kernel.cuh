@@ -22,17 +22,19 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
     InitBarrier(&shared.query_empty[i], kWarps + C::kSideWarps);
   }
   InitBarrier(&shared.query_read, kWarps);
-  for (int i = 0; i < C::kStages; ++i) {
-    InitBarrier(&shared.key_full[i], C::kCodes ? 2 : 1);
+  for (int i = 0; i < C::kKeyStages; ++i) {
+    InitBarrier(&shared.key_full[i], C::kCodes && !C::kKeyCodes ? C::kSideWarps : 1);
     InitBarrier(&shared.key_empty[i], kWarps);
+  }
+  for (int i = 0; i < C::kValueStages; ++i) {
     InitBarrier(&shared.value_full[i], 1);
-    InitBarrier(&shared.value_ready[i], C::kCodes ? 2 : C::kSideWarps);
+    InitBarrier(&shared.value_ready[i], C::kSideWarps);
     InitBarrier(&shared.value_empty[i], kWarps);
-    shared.nan_found[i][2] = shared.nan_found[i][3] = 0;
+    shared.nan_found[i][3] = 0;
   }
   for (int i = 0; i < C::kRawSlots; ++i) {
     InitBarrier(&shared.raw_full[i], 1);
-    InitBarrier(&shared.raw_empty[i], 1);
+    InitBarrier(&shared.raw_empty[i], C::kSideWarps);
   }
   for (int i = 0; i < C::kScaleSlots; ++i) {
     InitBarrier(&shared.scale_full[i], 1);

@@ -46,6 +46,17 @@ bool SupportsPacked(const PackedKv& kv, DType query) {
 
 DType KeyType(const AttentionParams& p) { return p.paged ? p.cache.dtype : p.packed.dtype; }
 
+// Whether codes of K are operands as they lie.
+bool KeyCodes(const AttentionParams& p) {
+#ifdef V_FP8
+  if (KeyType(p) == DType::kE4M3 && p.q_dtype == DType::kBFloat16) return true;
+#endif
+#ifdef V_INT8
+  if (KeyType(p) == DType::kInt8) return true;
+#endif
+  return false;
+}
+
 // Tokens of K or V as rows: operands in boxes of 64 tokens x 128 bytes, codes in whole blocks.
 ByteTensor RowTensor(const AttentionParams& p, const void* paged, const void* packed,
                      int64_t token_stride, int64_t head_stride) {
@@ -93,7 +104,10 @@ cudaError_t EncodeMaps(Arguments* arguments) {
       {2 * static_cast<uint64_t>(p.q_head_stride), 2 * static_cast<uint64_t>(p.q_token_stride)},
       {128, 1, 64},
       CU_TENSOR_MAP_SWIZZLE_128B};
-  const ByteTensor key = RowTensor(p, p.cache.key, kv.key, kv.key_token_stride, kv.key_head_stride);
+  ByteTensor key = RowTensor(p, p.cache.key, kv.key, kv.key_token_stride, kv.key_head_stride);
+  if (KeyCodes(p)) {
+    key.swizzle = p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  }
   const ByteTensor value =
       p.paged && IsQuantized(p.cache.type)
           ? ChannelTensor(p)
@@ -102,6 +116,18 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   if (status == cudaSuccess) status = EncodeMap(key, &arguments->key);
   if (status == cudaSuccess) status = EncodeMap(value, &arguments->value);
   return status;
+}
+
+template <int kDim, prefill_half_sm90::Source kSource, bool kTokenScales>
+cudaError_t LaunchCodes(const Arguments& arguments, cudaStream_t stream) {
+  using prefill_half_sm90::LaunchVariant;
+  if (!KeyCodes(arguments.p)) {
+    return LaunchVariant<DType::kFloat16, kDim, kSource, kTokenScales>(arguments, stream);
+  }
+  if (KeyType(arguments.p) == DType::kInt8) {
+    return LaunchVariant<DType::kInt8, kDim, kSource, kTokenScales>(arguments, stream);
+  }
+  return LaunchVariant<DType::kE4M3, kDim, kSource, kTokenScales>(arguments, stream);
 }
 
 template <int kDim>
@@ -115,10 +141,9 @@ cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
                ? LaunchVariant<kBf16, kDim, Source::kOperands, false>(arguments, stream)
                : LaunchVariant<kFp16, kDim, Source::kOperands, false>(arguments, stream);
   }
-  if (!p.paged) return LaunchVariant<kFp16, kDim, Source::kCodeRows, false>(arguments, stream);
-  return IsDynamic(p.cache.type)
-             ? LaunchVariant<kFp16, kDim, Source::kCodes, true>(arguments, stream)
-             : LaunchVariant<kFp16, kDim, Source::kCodes, false>(arguments, stream);
+  if (!p.paged) return LaunchCodes<kDim, Source::kCodeRows, false>(arguments, stream);
+  return IsDynamic(p.cache.type) ? LaunchCodes<kDim, Source::kCodes, true>(arguments, stream)
+                                 : LaunchCodes<kDim, Source::kCodes, false>(arguments, stream);
 }
 
 }  // namespace

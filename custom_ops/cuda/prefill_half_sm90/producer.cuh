@@ -115,14 +115,18 @@ class Loader {
   }
 
   __device__ void LoadKeys(const volatile Tile& tile, const StepBlocks& blocks) {
-    if constexpr (C::kCodes) {
+    if constexpr (C::kCodes && !C::kKeyCodes) {
       LoadCodes(tile, &a_.key, blocks);
     } else {
       const int at = keys_.index;
       Wait(&shared_.key_empty[at], keys_.phase ^ 1);
       if (lane_ == 0) {
         shared_.flags[at] = blocks.flags;
-        LoadOperands(tile, &a_.key, blocks, shared_.key[at], &shared_.key_full[at]);
+        if constexpr (C::kKeyCodes) {
+          CopyCodes(tile, &a_.key, blocks, shared_.key[at], &shared_.key_full[at]);
+        } else {
+          LoadOperands(tile, &a_.key, blocks, shared_.key[at], &shared_.key_full[at]);
+        }
       }
       __syncwarp();
       keys_.Advance();
@@ -168,21 +172,27 @@ class Loader {
     }
   }
 
-  __device__ void LoadCodes(const volatile Tile& tile, const CUtensorMap* map,
-                            const StepBlocks& blocks) {
+  __device__ void CopyCodes(const volatile Tile& tile, const CUtensorMap* map,
+                            const StepBlocks& blocks, uint8_t* target, uint64_t* barrier) {
+    ArriveExpect(barrier, C::kKeys * C::kDim);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int at = raw_.index;
-      Wait(&shared_.raw_empty[at], raw_.phase ^ 1);
-      if (lane_ == 0) {
-        const int2 place = PlaceOf(tile, blocks.id[i]);
-        shared_.raw_flags[at] = blocks.flags;
-        ArriveExpect(&shared_.raw_full[at], C::kRawBytes);
-        CopyBox(map, shared_.raw[at], &shared_.raw_full[at], 0, place.x, place.y);
-      }
-      __syncwarp();
-      raw_.Advance();
+      const int2 place = PlaceOf(tile, blocks.id[i]);
+      CopyBox(map, target + i * kBlockSize * C::kDim, barrier, 0, place.x, place.y);
     }
+  }
+
+  // Codes that are to be converted.
+  __device__ void LoadCodes(const volatile Tile& tile, const CUtensorMap* map,
+                            const StepBlocks& blocks) {
+    const int at = raw_.index;
+    Wait(&shared_.raw_empty[at], raw_.phase ^ 1);
+    if (lane_ == 0) {
+      shared_.raw_flags[at] = blocks.flags;
+      CopyCodes(tile, map, blocks, shared_.raw[at], &shared_.raw_full[at]);
+    }
+    __syncwarp();
+    raw_.Advance();
   }
 
   const Arguments& a_;
@@ -190,7 +200,8 @@ class Loader {
   Shared<C>& shared_;
   const int lane_;
   int kv_head_;
-  Ring<C::kStages> keys_, values_;
+  Ring<C::kKeyStages> keys_;
+  Ring<C::kValueStages> values_;
   Ring<C::kRawSlots> raw_;
   ScaleLoader<C> scales_;
 };
@@ -205,7 +216,7 @@ class Cleaner {
   __device__ void Run() {
     ValueCleaner<C> cleaner(shared_);
     Ring<2> tiles;
-    Ring<C::kStages> stages;
+    Ring<C::kValueStages> stages;
     while (true) {
       Wait(&shared_.tile_found[tiles.index], tiles.phase);
       const Tile& tile = shared_.tile[tiles.index];
