@@ -28,6 +28,13 @@ KINDS = [
 ]
 #: One for each way of the values into the product.
 FEW = [BF16, CacheKind("cache_int8", "channel"), CacheKind("block_wise_fp8")]
+#: Whose codes of K are operands of the tensor cores as they lie.
+CODES = [
+    CacheKind("cache_int8", "head"),
+    CacheKind("cache_fp8", "head"),
+    CacheKind("block_wise_int8"),
+    CacheKind("block_wise_fp8"),
+]
 #: With codes that are NaN.
 NAN = [BF16, FP16, CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")]
 
@@ -172,6 +179,34 @@ def test_scores_that_are_all_far_from_zero(place, sign):
     problem.check(place)
 
 
+@pytest.mark.parametrize("size", [30, 1e3, 1e6])
+@pytest.mark.parametrize("kind", CODES, ids=str)
+def test_scores_of_codes_that_are_far_from_zero(place, kind, size):
+    # Few keys have weight then, and the integer products of int8 lose their bias.
+    problem = paged_problem([(100, 200)], kind=kind, heads=(2, 1), dim=128, seed=7)
+    problem.q[::2] = (problem.q[::2].astype(np.float32) * size).astype(problem.q.dtype)
+    out, _ = problem.run(place)
+    assert np.isfinite(out.astype(np.float32)).all()
+    # The same key with a weight of one in every row: nothing is left to be rounded.
+    problem.q[:] = np.abs(problem.q)
+    codes = problem.k.elements
+    codes[:] = 0
+    block, at = problem.slot(0, 17)
+    codes[block, :, at] = 100 if "int8" in kind.quant_type else 0x70
+    problem.q[1::2] = (problem.q[1::2].astype(np.float32) * size).astype(problem.q.dtype)
+    problem.check(place)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", CODES, ids=str)
+def test_queries_that_are_not_finite(place, kind, value):
+    problem = paged_problem([(100, 200), (0, 70)], kind=kind, heads=(2, 1), dim=128)
+    problem.q[5, 1, 77] = problem.q[150, 0, 3] = value
+    out, _ = problem.check(place)
+    seen = np.isnan(out.astype(np.float32))
+    assert seen[5, 1].all() and seen[150, 0].all() and seen.sum() == 2 * 128
+
+
 def test_queries_and_scales_of_zero(place):
     problem = paged_problem([(100, 200)], kind=CacheKind("cache_int8", "head"), dim=128)
     problem.q[5:90] = 0
@@ -202,6 +237,8 @@ def test_a_nan_scale_of_keys_that_nobody_sees(place, q_type):
         ("bfloat16", None),
         ("float16", None),
         ("bfloat16", "int8"),
+        ("float16", "int8"),
+        ("bfloat16", "e4m3"),
         ("float16", "e4m3"),
         ("bfloat16", "e5m2"),
     ],

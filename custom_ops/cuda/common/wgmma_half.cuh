@@ -106,6 +106,25 @@ __device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[32], const uint
   }
 }
 
+// d += a * b of 64 x 8 results.
+template <DType kType>
+__device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[4], const uint32_t* a,
+                                                      uint64_t b) {
+  if constexpr (kType == DType::kBFloat16) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " %8, 1, 1, 1, 0;"
+        : FASTATTN_ACC4("+f", d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " %8, 1, 1, 1, 0;"
+        : FASTATTN_ACC4("+f", d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+
 #undef FASTATTN_REGISTERS64
 #undef FASTATTN_REGISTERS128
 #undef FASTATTN_SHARED128

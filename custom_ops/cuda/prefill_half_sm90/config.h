@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_fp16.h>
 #include <vector_types.h>
 
 #include <cstdint>
@@ -61,7 +62,10 @@ struct Config {
   static constexpr int kRawSlots = kKeyCodes ? 2 : kCodes ? 3 : 1;
   static constexpr int kRawBytes = kCodes ? kKeys * kDim : 128;
   static constexpr int kScaleSlots = kTokenScales ? 4 : 1;
-  static constexpr int kScaledKeys = kTokenScales ? kKeys : 2;
+  static constexpr int kScaledKeys = kTokenScales ? kKeys : 8;
+  // Scales of K lie as threads read them: those of columns 2 * q, + 1 of every eight together. A
+  // gap keeps the four groups in banks of their own.
+  static constexpr int kScaleGroup = kScaledKeys / 4 + 4;
 };
 
 template <class C>
@@ -71,15 +75,18 @@ struct alignas(1024) Shared {
   uint8_t key[C::kKeyStages][C::kKeys * C::kKeyRowBytes];
   // [slice][128 tokens][128] or [block][D channels][128]
   uint8_t value[C::kValueStages][C::kKeys * C::kRowBytes];
+#ifdef V_SUMS
+  uint16_t ones[512];
+#endif
   alignas(128) uint8_t raw[C::kRawSlots][C::kRawBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
   // of a side warp that found none hold anything.
   alignas(16) uint16_t nan_tokens[C::kValueStages][C::kDim][C::kKeys / 16];
   alignas(4) uint8_t nan_found[C::kValueStages][4];  // by each side warp
-  // Token scales in fp32, those of V in units of the reference.
-  alignas(16) float scales[C::kScaleSlots][2][C::kScaledKeys];
+  alignas(16) float key_scales[C::kScaleSlots][4][C::kScaleGroup];
+  alignas(16) __half value_scales[C::kScaleSlots][C::kScaledKeys];  // in units of the reference
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite
-  float2 reference[C::kScaleSlots];  // unit of V's scales; the step before's over it
+  float2 reference[C::kScaleSlots];  // unit of V; the step before's over it
   int poison_found[C::kScaleSlots];
   int flags[C::kKeyStages];          // for the consumers, with the keys
   int value_flags[C::kValueStages];  // the same for the cleaners, with the values

@@ -31,7 +31,6 @@ using prefill_sm90::kMinusInf;
 using prefill_sm90::LoadFactors;
 using prefill_sm90::MaxNaN;
 using prefill_sm90::Reciprocal;
-using prefill_sm90::ScaleColumns;
 
 template <class C>
 class Consumer {
@@ -74,9 +73,23 @@ class Consumer {
 
  private:
   static constexpr int kTurnBarrier = 1;
+  static constexpr int kScalesAhead = 2;
   // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
   static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
   static constexpr float kBias = CodeQuery<C>::kBiasValue;
+
+  // Scales of K's tokens, of 16 columns each, loaded ahead of the scores.
+  struct KeyScales {
+    float columns[kScalesAhead][4];
+    uint32_t address;
+
+    __device__ __forceinline__ void Load(int j) {
+      float(&x)[4] = columns[j % kScalesAhead];
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                   : "r"(address + 16 * j));
+    }
+  };
 
   __device__ __forceinline__ void Release(uint64_t* barrier) {
     __syncwarp();
@@ -113,11 +126,21 @@ class Consumer {
     common_end_ = __reduce_min_sync(~0u, end);
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
+#ifdef V_SUMS
+    for (int i = 0; i < 4; ++i) sums_[i] = 0.0f;
+    ones_ = OperandDescriptor<128>(Uniform(SharedAddress(shared_.ones)));
+#endif
   }
 
   // Ends a tile whose last product is done.
   __device__ __forceinline__ void Finish(int buffer, uint32_t last_step) {
     KeepRegisters(probabilities_);
+#ifdef V_SUMS
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(sums_[i])::"memory");
+    sum_[0] = 0.25f * sums_[0];
+    sum_[1] = 0.25f * sums_[2];
+#endif
     ReleaseValues(last_step, start_);
     if constexpr (C::kCodes && !C::kTokenScales) {
       if (p_.paged && p_.cache.v_granularity == ScaleGranularity::kChannel) ScaleChannels(buffer);
@@ -166,7 +189,7 @@ class Consumer {
 
   __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
     if constexpr (kIntegers) {
-      query_.Multiply(integers_, key);
+      query_.Multiply(integers_[0], integers_[1], key);
     } else if constexpr (C::kKeyCodes) {
       query_.Multiply(s_, key);
     } else {
@@ -183,13 +206,10 @@ class Consumer {
   template <int kPending>
   __device__ __forceinline__ void WaitForScores() {
     if constexpr (kIntegers) {
-      WaitProducts<kPending>(integers_);
+      WaitProducts<kPending>(integers_[0]);
+      WaitProducts<kPending>(integers_[1]);
 #pragma unroll
-#ifdef V_ONE
-      for (int i = 0; i < C::kScores; ++i) s_[i] = __int2float_rn(integers_[i]) + kBias;
-#else
-      for (int i = 0; i < C::kScores; ++i) s_[i] = __int_as_float(integers_[i]);
-#endif
+      for (int i = 0; i < C::kScores; ++i) s_[i] = __int_as_float(integers_[i / 32][i % 32]);
     } else {
       WaitProducts<kPending>(s_);
     }
@@ -202,6 +222,9 @@ class Consumer {
       const int offset = C::kValueRows ? k * 128 : k / 4 * kBlock + k % 4 * 2;
       MultiplyHalfRegisters<C::kOperand, true, C::kValueRows>(o_, probabilities_ + 4 * k,
                                                               value + offset);
+#ifdef V_SUMS
+      MultiplyHalfRegisters<C::kOperand>(sums_, probabilities_ + 4 * k, ones_);
+#endif
     }
     CommitProducts();
   }
@@ -265,7 +288,8 @@ class Consumer {
   }
 
   __device__ __forceinline__ void FirstStep() {
-    FinishScores();
+    KeyScales scales = LoadScales();
+    FinishScores(scales);
     float alpha[2];
     const bool far = FindMaximum(alpha);
     Exponentials();
@@ -278,9 +302,10 @@ class Consumer {
   // The softmax runs while the other warpgroup's products do, and this one's P * V.
   __device__ __forceinline__ void NextStep() {
     IssueBoth();
+    KeyScales scales = LoadScales();
     WaitForScores<1>();
     start_ -= C::kKeys;
-    FinishScores();
+    FinishScores(scales);
     float alpha[2];
     const bool far = FindMaximum(alpha);
     Exponentials();
@@ -289,6 +314,11 @@ class Consumer {
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
     ReleaseValues(step_ - 1, start_ + C::kKeys);
+#ifdef V_SUMS
+    const float scale_alpha[2] = {alpha[0], alpha[1]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(sums_[i])::"memory");
+#endif
     if constexpr (C::kTokenScales) {
       const float ratio = shared_.reference[ScaleSlot()].y;
       alpha[0] *= ratio;
@@ -298,6 +328,10 @@ class Consumer {
     if (__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
+#ifdef V_SUMS
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums_[i] *= scale_alpha[i / 2];
+#endif
     }
     if constexpr (C::kTokenScales) ReleaseScales();
     PackProbabilities();
@@ -307,7 +341,11 @@ class Consumer {
   // the sums, because the compiler moves a wait for products up, and exponentials down, as far as
   // it can: with this between them, they run under the product of the step before.
   __device__ __forceinline__ void WaitForValues() {
+#ifdef V_SUMS
+    const int never = __any_sync(~0u, s_[C::kScores - 1] + s_[C::kScores - 3] < 0.0f);
+#else
     const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
+#endif
     Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2 ^ never);
   }
 
@@ -321,23 +359,46 @@ class Consumer {
   // --- softmax ----------------------------------------------------------------------------------
 
   // Ends the use of the step's keys, applies softcap and masks.
-  __device__ __forceinline__ void FinishScores() {
+  __device__ __forceinline__ void FinishScores(KeyScales& scales) {
     const int flags = shared_.flags[KeyStage(step_)];
     Release(&shared_.key_empty[KeyStage(step_)]);
-    if constexpr (kIntegers) {
+    if constexpr (kIntegers && !C::kTokenScales) {
       if (!biased_) {
 #pragma unroll
         for (int i = 0; i < C::kScores; ++i) s_[i] -= kBias;
       }
     }
     if constexpr (C::kTokenScales) {
-      Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
-#pragma unroll
-      for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[ScaleSlot()][0], j, s_);
+      ScaleScores(scales);
     }
     if (p_.softcap > 0.0f) Softcap();
     const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
     if (!full || (flags & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags, s_);
+  }
+
+  __device__ __forceinline__ KeyScales LoadScales() {
+    KeyScales scales;
+    if constexpr (C::kTokenScales) {
+      Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
+      scales.address = SharedAddress(shared_.key_scales[ScaleSlot()][lane_ % 4]);
+#pragma unroll
+      for (int j = 0; j < kScalesAhead; ++j) scales.Load(j);
+    }
+    return scales;
+  }
+
+  __device__ __forceinline__ void ScaleScores(KeyScales& scales) {
+#pragma unroll
+    for (int j = 0; j < C::kKeys / 16; ++j) {
+      const float(&scale)[4] = scales.columns[j % kScalesAhead];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float x = scale[i / 4 * 2 + i % 2];
+        float& s = s_[8 * j + i];
+        s = kIntegers ? fmaf(s, x, -kBias * x) : s * x;
+      }
+      if (j + kScalesAhead < C::kKeys / 16) scales.Load(j + kScalesAhead);
+    }
   }
 
   // Ends the use of the step's scales.
@@ -388,7 +449,9 @@ class Consumer {
       wanted[h] = MaxNaN(before, wanted[h]);
       shift_[h] = wanted[h] - before <= 0 ? before : wanted[h];  // a NaN stays
       alpha[h] = Exp2(before - Shift(h));
+#ifndef V_SUMS
       sum_[h] *= alpha[h];
+#endif
     }
     return far;
   }
@@ -405,8 +468,9 @@ class Consumer {
     for (int i = 0; i < C::kScores; ++i) {
       const int h = i / 2 % 2;
       s_[i] = Exp2(fmaf(s_[i], factor_[h], -shift[h]));
+#ifndef V_SUMS
       sum_[h] += s_[i];
-      if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[ScaleSlot()][1], i / 4, s_);
+#endif
     }
   }
 
@@ -463,11 +527,15 @@ class Consumer {
   int start_;                      // first key of the step
   int buffer_;                     // of the tile
   int common_begin_, common_end_;  // keys that all of the warp's queries see
+#ifdef V_SUMS
+  float sums_[4];
+  uint64_t ones_;
+#endif
   float shift_[2], sum_[2], factor_[2];
   float reference_ = 1.0f;  // unit of the output
   float s_[C::kScores];
-  int32_t integers_[kIntegers ? C::kScores : 1];
-  bool biased_ = false;
+  int32_t integers_[2][32];  // scores of int8 in the making
+  bool biased_;              // scores have kBias
   float o_[C::kOut];
   uint32_t probabilities_[C::kScores / 2];
 };

@@ -85,6 +85,7 @@ class Converter {
     const int at = values_.index, slot = raw_.index;
     Wait(&shared_.raw_full[slot], raw_.phase);
     Wait(&shared_.value_empty[at], values_.phase ^ 1);
+    if constexpr (C::kTokenScales) Wait(&shared_.scale_full[scales_.index], scales_.phase);
     if constexpr (C::kValueRows) {
       ConvertRows<F>(shared_.raw[slot], shared_.value[at]);
     } else {
@@ -103,6 +104,7 @@ class Converter {
     if (lane_ == 0) shared_.nan_found[at][warp_] = found;
     Finish(slot, &shared_.value_ready[at]);
     values_.Advance();
+    scales_.Advance();
   }
 
   // Hands the operands over, and the codes' buffer back.
@@ -163,22 +165,46 @@ class Converter {
   }
 
   // Channels with their 64 tokens side by side, in TokenSlot order: the low pairs of a piece's
-  // words are tokens 0 .. 7, the high ones 8 .. 15.
+  // words are tokens 0 .. 7, the high ones 8 .. 15. With token scales values are multiplied with
+  // theirs.
   template <class F>
   __device__ __forceinline__ void ConvertChannels(const uint8_t* codes, uint8_t* target) {
     const int piece = lane_ % 4, channel = lane_ / 4;
     uint8_t* out = target + channel * C::kSlice;
     const int at = 16 * ((2 * piece) ^ channel);
+    uint4 low_scales, high_scales;
     Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
+      if (C::kTokenScales && i == 0) {
+        const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
+        const auto* scales =
+            reinterpret_cast<const uint4*>(shared_.value_scales[scales_.index] + token);
+        low_scales = scales[0];
+        high_scales = scales[1];
+      }
       uint4 low, high;
       F::Widen(v.x, &low.x, &high.x);
       F::Widen(v.y, &low.y, &high.y);
       F::Widen(v.z, &low.z, &high.z);
       F::Widen(v.w, &low.w, &high.w);
+      if constexpr (C::kTokenScales) {
+        low = Scaled(low, low_scales);
+        high = Scaled(high, high_scales);
+      }
       uint8_t* row = out + (batch * kBatch + i) * 8 * C::kSlice;
       *reinterpret_cast<uint4*>(row + at) = low;
       *reinterpret_cast<uint4*>(row + (at ^ 16)) = high;
     });
+  }
+
+  __device__ __forceinline__ static uint32_t Scaled(uint32_t values, uint32_t scales) {
+    const __half2 x = __hmul2(*reinterpret_cast<const __half2*>(&values),
+                              *reinterpret_cast<const __half2*>(&scales));
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+
+  __device__ __forceinline__ static uint4 Scaled(const uint4& values, const uint4& scales) {
+    return make_uint4(Scaled(values.x, scales.x), Scaled(values.y, scales.y),
+                      Scaled(values.z, scales.z), Scaled(values.w, scales.w));
   }
 
   const AttentionParams& p_;
@@ -189,6 +215,7 @@ class Converter {
   Ring<C::kKeyStages> keys_;
   Ring<C::kValueStages> values_;
   Ring<C::kRawSlots> raw_;
+  Ring<C::kScaleSlots> scales_;
 };
 
 }  // namespace fastattn::cuda::prefill_half_sm90

@@ -46,15 +46,12 @@ bool SupportsPacked(const PackedKv& kv, DType query) {
 
 DType KeyType(const AttentionParams& p) { return p.paged ? p.cache.dtype : p.packed.dtype; }
 
-// Whether codes of K are operands as they lie.
+// Whether codes of K are operands as they lie. Two e4m3 codes hold a bf16 query, but not the bits of
+// fp16, nor those of a product with the scales of channels.
 bool KeyCodes(const AttentionParams& p) {
-#ifdef V_FP8
-  if (KeyType(p) == DType::kE4M3 && p.q_dtype == DType::kBFloat16) return true;
-#endif
-#ifdef V_INT8
-  if (KeyType(p) == DType::kInt8) return true;
-#endif
-  return false;
+  if (KeyType(p) != DType::kE4M3) return KeyType(p) == DType::kInt8;
+  const bool channels = p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
+  return p.q_dtype == DType::kBFloat16 && !channels;
 }
 
 // Tokens of K or V as rows: operands in boxes of 64 tokens x 128 bytes, codes in whole blocks.

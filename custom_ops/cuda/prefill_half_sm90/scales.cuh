@@ -25,7 +25,7 @@ class ScaleLoader {
   __device__ void Load(const StepBlocks& blocks, int kv_head, int written) {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
-      const int token = lane_ + 32 * i, block = blocks.id[token / kBlockSize];
+      const int token = lane_ + 32 * i, block = blocks.id[32 * i / kBlockSize];
       key_[i] = 1.0f;
       value_[i] = 0.0f;
       if (token >= written || block < 0) continue;
@@ -43,12 +43,13 @@ class ScaleLoader {
     const int at = slots_.index;
     float largest = 0.0f;
     bool found = false;
-    unsigned poisoned[kPer];
+    unsigned poisoned = 0;  // of token group lane_
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const bool finite = fabsf(value_[i]) <= 3.0e38f;
-      poisoned[i] = __ballot_sync(~0u, hide_ && !finite);
-      found |= poisoned[i] != 0;
+      const unsigned group = __ballot_sync(~0u, hide_ && !finite);
+      if (lane_ == i) poisoned = group;
+      found |= group != 0;
       if (hide_ && !finite) value_[i] = 0.0f;
       if (finite) largest = fmaxf(largest, fabsf(value_[i]));
     }
@@ -61,12 +62,12 @@ class ScaleLoader {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int token = lane_ + 32 * i;
-      shared_.scales[at][0][token] = key_[i];
-      shared_.scales[at][1][token] = value_[i] * inverse;
-      if (lane_ == i) shared_.poisoned[at][i] = poisoned[i];
+      shared_.key_scales[at][token % 8 / 2][token / 8 * 2 + token % 2] = KeyScale(key_[i]);
+      shared_.value_scales[at][token] = __float2half_rn(value_[i] * inverse * kValueTop);
     }
+    if (lane_ < kPer) shared_.poisoned[at][lane_] = poisoned;
     if (lane_ == 0) {
-      shared_.reference[at] = make_float2(unit, reference_ * inverse);
+      shared_.reference[at] = make_float2(unit * (1 / kValueTop), reference_ * inverse);
       shared_.poison_found[at] = found;
     }
     reference_ = unit;
@@ -77,6 +78,16 @@ class ScaleLoader {
 
  private:
   static constexpr int kPer = C::kKeys / 32;
+  // Scales of V are below it: times the largest code they are finite in fp16, and small ones have
+  // bits.
+  static constexpr float kValueTop = 128.0f;
+
+  // Where scores have a bias (CodeQuery), its product with a scale of 22 bits is exact.
+  __device__ static float KeyScale(float scale) {
+    if (!C::kKeyCodes || C::kElement != DType::kInt8 || scale != scale) return scale;
+    return __uint_as_float(__float_as_uint(scale) & ~3u);
+  }
+
   const AttentionParams& p_;
   Shared<C>& shared_;
   const int lane_;
