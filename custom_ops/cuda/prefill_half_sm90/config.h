@@ -75,9 +75,7 @@ struct alignas(1024) Shared {
   uint8_t key[C::kKeyStages][C::kKeys * C::kKeyRowBytes];
   // [slice][128 tokens][128] or [block][D channels][128]
   uint8_t value[C::kValueStages][C::kKeys * C::kRowBytes];
-#ifdef V_SUMS
-  uint16_t ones[512];
-#endif
+  alignas(1024) uint16_t ones[C::kCodes ? 512 : 1];  // values of 1 (see RowSums)
   alignas(128) uint8_t raw[C::kRawSlots][C::kRawBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
   // of a side warp that found none hold anything.

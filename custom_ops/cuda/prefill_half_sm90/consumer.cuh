@@ -15,6 +15,7 @@
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_half_sm90/query.cuh"
 #include "cuda/prefill_half_sm90/query_codes.cuh"
+#include "cuda/prefill_half_sm90/row_sums.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
 #include "cuda/prefill_sm90/schedule.cuh"
 #include "cuda/prefill_sm90/softmax.cuh"
@@ -61,7 +62,7 @@ class Consumer {
         WaitProducts<1>(o_);
         Finish(queries.index ^ 1, step_ - 1);
       }
-      const uint64_t value = ValueOperand();
+      const RightOperands value = ValueOperand();
       FenceProducts();
       IssueValues(value);
       WaitProducts<0>(o_);
@@ -76,6 +77,8 @@ class Consumer {
   static constexpr int kScalesAhead = 2;
   // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
   static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
+  // The first products of integers are issued ahead of the turn.
+  static constexpr bool kLateTurn = kIntegers && !C::kTokenScales;
   static constexpr float kBias = CodeQuery<C>::kBiasValue;
 
   // Scales of K's tokens, of 16 columns each, loaded ahead of the scores.
@@ -108,7 +111,6 @@ class Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       shift_[h] = kMinusInf;
-      sum_[h] = 0.0f;
       const int2 visible = shared_.visible[buffer][prefill_sm90::QueryOf(h)];
       begin = max(begin, visible.x);
       end = min(end, visible.y);
@@ -126,21 +128,15 @@ class Consumer {
     common_end_ = __reduce_min_sync(~0u, end);
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
-#ifdef V_SUMS
-    for (int i = 0; i < 4; ++i) sums_[i] = 0.0f;
-    ones_ = OperandDescriptor<128>(Uniform(SharedAddress(shared_.ones)));
-#endif
+    sums_.Start();
   }
 
   // Ends a tile whose last product is done.
   __device__ __forceinline__ void Finish(int buffer, uint32_t last_step) {
     KeepRegisters(probabilities_);
-#ifdef V_SUMS
-#pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(sums_[i])::"memory");
-    sum_[0] = 0.25f * sums_[0];
-    sum_[1] = 0.25f * sums_[2];
-#endif
+    sums_.Keep();
+    float sum[2];
+    sums_.Take(sum);
     ReleaseValues(last_step, start_);
     if constexpr (C::kCodes && !C::kTokenScales) {
       if (p_.paged && p_.cache.v_granularity == ScaleGranularity::kChannel) ScaleChannels(buffer);
@@ -151,8 +147,8 @@ class Consumer {
         if (biased_) shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
       }
     }
-    FinishFactors(shared_, buffer, sum_);
-    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference_);
+    FinishFactors(shared_, buffer, sum);
+    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, reference_);
     Release(&shared_.query_empty[buffer]);
   }
 
@@ -181,15 +177,24 @@ class Consumer {
     return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
   }
 
-  __device__ __forceinline__ uint64_t ValueOperand() const {
+  struct RightOperands {
+    uint64_t values;
+    uint64_t ones;
+  };
+
+  __device__ __forceinline__ RightOperands ValueOperand() const {
     const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
-    return C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
-                         : OperandDescriptor<128>(address);
+    return {C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
+                          : OperandDescriptor<128>(address),
+            RowSums<C>::Operand(shared_)};
   }
 
+  template <bool kBegin>
   __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
     if constexpr (kIntegers) {
-      query_.Multiply(integers_[0], integers_[1], key);
+      query_.Multiply(integers_[0], integers_[1], key, [&] {
+        if (kBegin && kLateTurn) BeginTurn();
+      });
     } else if constexpr (C::kKeyCodes) {
       query_.Multiply(s_, key);
     } else {
@@ -215,16 +220,14 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void IssueValues(uint64_t value) {
+  __device__ __forceinline__ void IssueValues(const RightOperands& value) {
     constexpr int kBlock = C::kDim * C::kSlice / 16;
 #pragma unroll
     for (int k = 0; k < C::kKeys / 16; ++k) {
       const int offset = C::kValueRows ? k * 128 : k / 4 * kBlock + k % 4 * 2;
       MultiplyHalfRegisters<C::kOperand, true, C::kValueRows>(o_, probabilities_ + 4 * k,
-                                                              value + offset);
-#ifdef V_SUMS
-      MultiplyHalfRegisters<C::kOperand>(sums_, probabilities_ + 4 * k, ones_);
-#endif
+                                                              value.values + offset);
+      sums_.Multiply(probabilities_ + 4 * k, value.ones);
     }
     CommitProducts();
   }
@@ -256,20 +259,21 @@ class Consumer {
   __device__ __forceinline__ void IssueFirst() {
     const uint64_t query = QueryOperand(), key = KeyOperand();
     WaitForKeys();
-    BeginTurn();
+    if (!kLateTurn) BeginTurn();
     FenceProducts();
-    IssueScores(query, key);
+    IssueScores<true>(query, key);
     EndTurn();
     ++step_;
   }
 
   // The scores of a step and the P * V of the one before.
   __device__ __forceinline__ void IssueBoth() {
-    const uint64_t query = QueryOperand(), key = KeyOperand(), value = ValueOperand();
+    const uint64_t query = QueryOperand(), key = KeyOperand();
+    const RightOperands value = ValueOperand();
     WaitForKeys();
-    BeginTurn();
+    if (!kLateTurn) BeginTurn();
     FenceProducts();
-    IssueScores(query, key);
+    IssueScores<true>(query, key);
     IssueValues(value);
     EndTurn();
     ++step_;
@@ -277,12 +281,13 @@ class Consumer {
 
   // The last P * V of a tile and the first scores of the next.
   __device__ __forceinline__ void IssueAcross() {
-    const uint64_t query = QueryOperand(), key = KeyOperand(), value = ValueOperand();
+    const uint64_t query = QueryOperand(), key = KeyOperand();
+    const RightOperands value = ValueOperand();
     WaitForKeys();
     BeginTurn();
     FenceProducts();
     IssueValues(value);
-    IssueScores(query, key);
+    IssueScores<false>(query, key);
     EndTurn();
     ++step_;
   }
@@ -313,39 +318,25 @@ class Consumer {
     WaitForValues();
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
+    sums_.Keep();
     ReleaseValues(step_ - 1, start_ + C::kKeys);
-#ifdef V_SUMS
-    const float scale_alpha[2] = {alpha[0], alpha[1]};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(sums_[i])::"memory");
-#endif
-    if constexpr (C::kTokenScales) {
-      const float ratio = shared_.reference[ScaleSlot()].y;
-      alpha[0] *= ratio;
-      alpha[1] *= ratio;
-    }
+    // Probabilities are not in the unit of V's token scales.
+    const float ratio = C::kTokenScales ? shared_.reference[ScaleSlot()].y : 1.0f;
     // Mostly no row of the warp has a new maximum.
-    if (__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
+    if (__any_sync(~0u, alpha[0] * ratio != 1.0f || alpha[1] * ratio != 1.0f)) {
+      sums_.Rescale(alpha);
 #pragma unroll
-      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
-#ifdef V_SUMS
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums_[i] *= scale_alpha[i / 2];
-#endif
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2] * ratio;
     }
     if constexpr (C::kTokenScales) ReleaseScales();
     PackProbabilities();
   }
 
   // Waits for the step's values, which only the next product needs. It stands here, and depends on
-  // the sums, because the compiler moves a wait for products up, and exponentials down, as far as
+  // the probabilities, because the compiler moves a wait for products up, and exponentials down, as far as
   // it can: with this between them, they run under the product of the step before.
   __device__ __forceinline__ void WaitForValues() {
-#ifdef V_SUMS
-    const int never = __any_sync(~0u, s_[C::kScores - 1] + s_[C::kScores - 3] < 0.0f);
-#else
-    const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
-#endif
+    const int never = __any_sync(~0u, sums_.Witness(s_) < 0.0f);
     Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2 ^ never);
   }
 
@@ -368,9 +359,7 @@ class Consumer {
         for (int i = 0; i < C::kScores; ++i) s_[i] -= kBias;
       }
     }
-    if constexpr (C::kTokenScales) {
-      ScaleScores(scales);
-    }
+    if constexpr (C::kTokenScales) ScaleScores(scales);
     if (p_.softcap > 0.0f) Softcap();
     const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
     if (!full || (flags & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags, s_);
@@ -449,9 +438,7 @@ class Consumer {
       wanted[h] = MaxNaN(before, wanted[h]);
       shift_[h] = wanted[h] - before <= 0 ? before : wanted[h];  // a NaN stays
       alpha[h] = Exp2(before - Shift(h));
-#ifndef V_SUMS
-      sum_[h] *= alpha[h];
-#endif
+      sums_.Follow(h, alpha[h]);
     }
     return far;
   }
@@ -468,9 +455,7 @@ class Consumer {
     for (int i = 0; i < C::kScores; ++i) {
       const int h = i / 2 % 2;
       s_[i] = Exp2(fmaf(s_[i], factor_[h], -shift[h]));
-#ifndef V_SUMS
-      sum_[h] += s_[i];
-#endif
+      sums_.Add(h, s_[i]);
     }
   }
 
@@ -527,11 +512,8 @@ class Consumer {
   int start_;                      // first key of the step
   int buffer_;                     // of the tile
   int common_begin_, common_end_;  // keys that all of the warp's queries see
-#ifdef V_SUMS
-  float sums_[4];
-  uint64_t ones_;
-#endif
-  float shift_[2], sum_[2], factor_[2];
+  RowSums<C> sums_;
+  float shift_[2], factor_[2];
   float reference_ = 1.0f;  // unit of the output
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making

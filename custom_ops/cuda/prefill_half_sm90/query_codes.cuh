@@ -68,9 +68,11 @@ class CodeQuery {
   }
 
   // The same of int8, 64 keys in `first` and `second` each, in units of `high` and with kBias.
-  // One half's products run while the other's are shifted.
+  // One half's products run while the other's are shifted. `begin` waits for the turn at most of
+  // the products.
+  template <class Begin>
   __device__ __forceinline__ void Multiply(int32_t (&first)[32], int32_t (&second)[32],
-                                           uint64_t keys) const {
+                                           uint64_t keys, const Begin& begin) const {
     constexpr int kHalf = kBlockSize * C::kDim / 16;
     MultiplyTerm<false>(first, low_, keys);
     CommitProducts();
@@ -78,6 +80,7 @@ class CodeQuery {
     CommitProducts();
     WaitProducts<1>(first);
     ShiftLow(first);
+    begin();
     FenceProducts();
     MultiplyTerm<true>(first, high_, keys);
     CommitProducts();
