@@ -47,10 +47,10 @@ class Consumer {
       while (true) {
         WaitProducts<0>(s_);
         LoadTile(queries.index);
-        FirstStep();
         const int steps = shared_.tile[queries.index].steps;
+        FirstStep(steps == 1);
 #pragma unroll 1
-        for (int i = 1; i < steps; ++i) NextStep();
+        for (int i = 1; i < steps; ++i) NextStep(i + 1 == steps);
         queries.Advance();
         const bool more = NextTile(queries);
         if (!more) break;
@@ -130,11 +130,11 @@ class Consumer {
 
   // Of the step ahead.
   __device__ __forceinline__ uint64_t KeyOperand() const {
-    return OperandDescriptor<128>(Uniform(SharedAddress(shared_.key[Stage(step_ + 1)])));
+    return OperandDescriptor<128>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
   }
 
   __device__ __forceinline__ uint64_t ValueOperand() const {
-    const uint32_t address = Uniform(SharedAddress(shared_.value[Stage(step_)]));
+    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
     return C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
                          : OperandDescriptor<128>(address);
   }
@@ -164,7 +164,11 @@ class Consumer {
 
   // Waits for a tile; false if there are no more.
   __device__ __forceinline__ bool NextTile(const Ring<2>& queries) {
-    Wait(&shared_.query_full[queries.index], queries.phase);
+    if constexpr (C::kCodes) {
+      Wait(&shared_.query_full[queries.index], queries.phase);
+    } else {
+      Wait(&shared_.query_full[group_], queries.index);  // one phase a tile
+    }
     if (shared_.tile[queries.index].steps < 0) return false;
     query_.Take(p_, shared_, queries.index, group_);
     if constexpr (C::kCodes) Release(&shared_.query_read);
@@ -172,12 +176,16 @@ class Consumer {
   }
 
   // Steps are counted over all tiles.
-  __device__ __forceinline__ static uint32_t Stage(uint32_t step) { return step % C::kStages; }
-  __device__ __forceinline__ static uint32_t Phase(uint32_t step) { return step / C::kStages % 2; }
+  __device__ __forceinline__ static uint32_t KeyStage(uint32_t step) {
+    return step % C::kKeyStages;
+  }
+  __device__ __forceinline__ static uint32_t ValueStage(uint32_t step) {
+    return step % C::kValueStages;
+  }
   __device__ __forceinline__ uint32_t ScaleSlot() const { return step_ % C::kScaleSlots; }
 
   __device__ __forceinline__ void WaitForKeys() {
-    Wait(&shared_.key_full[Stage(step_ + 1)], Phase(step_ + 1));
+    Wait(&shared_.key_full[KeyStage(step_ + 1)], (step_ + 1) / C::kKeyStages % 2);
   }
 
   __device__ __forceinline__ void IssueFirst() {
@@ -214,8 +222,9 @@ class Consumer {
     ++step_;
   }
 
-  __device__ __forceinline__ void FirstStep() {
-    FinishScores();
+  // `last`: of the tile.
+  __device__ __forceinline__ void FirstStep(bool last) {
+    FinishScores(last);
     float alpha[2];
     const bool far = FindMaximum(alpha);
     Exponentials();
@@ -226,11 +235,11 @@ class Consumer {
   }
 
   // The softmax runs while the other warpgroup's products do, and this one's P * V.
-  __device__ __forceinline__ void NextStep() {
+  __device__ __forceinline__ void NextStep(bool last) {
     IssueBoth();
     WaitProducts<1>(s_);
     start_ -= C::kKeys;
-    FinishScores();
+    FinishScores(last);
     float alpha[2];
     const bool far = FindMaximum(alpha);
     Exponentials();
@@ -258,22 +267,25 @@ class Consumer {
   // it can: with this between them, they run under the product of the step before.
   __device__ __forceinline__ void WaitForValues() {
     const int never = __any_sync(~0u, sum_[0] + sum_[1] < 0.0f);
-    Wait(&shared_.value_ready[Stage(step_)], Phase(step_) ^ never);
+    Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2 ^ never);
   }
 
   // Ends the use of a step's values, whose product is done; `start` is their first key.
   __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
-    const uint32_t at = Stage(step);
+    const uint32_t at = ValueStage(step);
     if (*reinterpret_cast<const int*>(shared_.nan_found[at]) != 0) AddNaNs(at, start);
     Release(&shared_.value_empty[at]);
   }
 
   // --- softmax ----------------------------------------------------------------------------------
 
-  // Ends the use of the step's keys, applies softcap and masks.
-  __device__ __forceinline__ void FinishScores() {
-    const int flags = shared_.flags[Stage(step_)];
-    Release(&shared_.key_empty[Stage(step_)]);
+  // Ends the use of the step's keys, and the tile's queries; applies softcap and masks.
+  __device__ __forceinline__ void FinishScores(bool last) {
+    const int flags = shared_.flags[KeyStage(step_)];
+    Release(&shared_.key_empty[KeyStage(step_)]);
+    if constexpr (!C::kCodes) {
+      if (last && lane_ == 0) Arrive(&shared_.query_done[group_]);
+    }
     if constexpr (C::kTokenScales) {
       Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
 #pragma unroll
@@ -373,7 +385,7 @@ class Consumer {
   __device__ __forceinline__ void AddNaNs(uint32_t at, int start) {
 #pragma unroll 1
     for (int group = 0; group < C::kKeys / 16; ++group) {
-      if (!shared_.nan_found[at][C::kCodes ? group / 4 : group % C::kSideWarps]) continue;
+      if (!shared_.nan_found[at][C::kCodes ? group / 4 : group % C::kCleaners]) continue;
       const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
                                 SeenTokens(1, start + 16 * group, 16)};
 #pragma unroll

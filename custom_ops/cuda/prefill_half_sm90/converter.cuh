@@ -167,7 +167,8 @@ class Converter {
   const int warp_;  // 0 .. kSideWarps - 1
   const int lane_;
   int turn_ = 0;  // whose the next block is
-  Ring<C::kStages> keys_, values_;
+  Ring<C::kKeyStages> keys_;
+  Ring<C::kValueStages> values_;
   Ring<2> raw_;
 };
 

@@ -4,6 +4,7 @@
 
 #include "cuda/prefill_half_sm90/consumer.cuh"
 #include "cuda/prefill_half_sm90/converter.cuh"
+#include "cuda/prefill_half_sm90/operands.cuh"
 #include "cuda/prefill_half_sm90/producer.cuh"
 #include "cuda/prefill_sm90/launch_persistent.h"
 
@@ -18,15 +19,19 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   constexpr int kWarps = 4 * C::kConsumers;
   for (int i = 0; i < 2; ++i) {
     InitBarrier(&shared.tile_found[i], 1);
-    InitBarrier(&shared.query_full[i], 1 + C::kSideWarps);
-    InitBarrier(&shared.query_empty[i], kWarps + C::kSideWarps);
+    InitBarrier(&shared.query_full[i], C::kCodes ? 1 + C::kSideWarps : 1);
+    // Besides the consumers: the converters; or the loader and the cleaners.
+    InitBarrier(&shared.query_empty[i], kWarps + (C::kCodes ? C::kSideWarps : 1 + C::kCleaners));
+    InitBarrier(&shared.query_done[i], 4);
   }
   InitBarrier(&shared.query_read, kWarps);
-  for (int i = 0; i < C::kStages; ++i) {
+  for (int i = 0; i < C::kKeyStages; ++i) {
     InitBarrier(&shared.key_full[i], C::kCodes ? 2 : 1);
     InitBarrier(&shared.key_empty[i], kWarps);
+  }
+  for (int i = 0; i < C::kValueStages; ++i) {
     InitBarrier(&shared.value_full[i], 1);
-    InitBarrier(&shared.value_ready[i], C::kCodes ? 2 : C::kSideWarps);
+    InitBarrier(&shared.value_ready[i], C::kCodes ? 2 : C::kCleaners);
     InitBarrier(&shared.value_empty[i], kWarps);
     shared.nan_found[i][2] = shared.nan_found[i][3] = 0;
   }
@@ -58,11 +63,17 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         PrefetchMap(&arguments.value);
       }
       __syncwarp();
-      Loader<C>(arguments, shared).Run();
+      if constexpr (C::kCodes) {
+        Loader<C>(arguments, shared).Run();
+      } else {
+        OperandLoader<C>(arguments, shared).Run();
+      }
     } else if constexpr (C::kCodes) {
       Converter<C>(arguments, shared).Run();
+    } else if (threadIdx.x < 64) {
+      Finder<C>(arguments, shared).Run();
     } else {
-      Cleaner<C>(arguments, shared).Run();
+      Cleaner<C>(shared).Run();
     }
   } else {
     ClaimRegisters<kConsumerRegisters>();
