@@ -72,9 +72,9 @@ struct alignas(1024) Shared {
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite
   float2 reference[C::kScaleSlots];  // unit of V's scales; the step before's over it
   int poison_found[C::kScaleSlots];
-  int flags[C::kKeyStages];        // for the consumers, with the keys
+  int flags[C::kKeyStages];          // for the consumers, with the keys
   int value_flags[C::kValueStages];  // the same for the cleaners, with the values
-  int raw_flags[C::kRawSlots];  // for the converters
+  int raw_flags[C::kRawSlots];       // for the converters
   Tile tile[2];
   int blocks[2][32];             // operands: of a tile's first 16 steps
   float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)

@@ -47,10 +47,10 @@ class Consumer {
       while (true) {
         WaitProducts<0>(s_);
         LoadTile(queries.index);
+        FirstStep();
         const int steps = shared_.tile[queries.index].steps;
-        FirstStep(steps == 1);
 #pragma unroll 1
-        for (int i = 1; i < steps; ++i) NextStep(i + 1 == steps);
+        for (int i = 1; i < steps; ++i) NextStep();
         queries.Advance();
         const bool more = NextTile(queries);
         if (!more) break;
@@ -69,7 +69,7 @@ class Consumer {
     if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
   }
 
- private:
+ protected:
   static constexpr int kTurnBarrier = 1;
 
   __device__ __forceinline__ void Release(uint64_t* barrier) {
@@ -164,14 +164,10 @@ class Consumer {
 
   // Waits for a tile; false if there are no more.
   __device__ __forceinline__ bool NextTile(const Ring<2>& queries) {
-    if constexpr (C::kCodes) {
-      Wait(&shared_.query_full[queries.index], queries.phase);
-    } else {
-      Wait(&shared_.query_full[group_], queries.index);  // one phase a tile
-    }
+    Wait(&shared_.query_full[queries.index], queries.phase);
     if (shared_.tile[queries.index].steps < 0) return false;
     query_.Take(p_, shared_, queries.index, group_);
-    if constexpr (C::kCodes) Release(&shared_.query_read);
+    Release(&shared_.query_read);
     return true;
   }
 
@@ -222,9 +218,8 @@ class Consumer {
     ++step_;
   }
 
-  // `last`: of the tile.
-  __device__ __forceinline__ void FirstStep(bool last) {
-    FinishScores(last);
+  __device__ __forceinline__ void FirstStep() {
+    FinishScores();
     float alpha[2];
     const bool far = FindMaximum(alpha);
     Exponentials();
@@ -235,11 +230,11 @@ class Consumer {
   }
 
   // The softmax runs while the other warpgroup's products do, and this one's P * V.
-  __device__ __forceinline__ void NextStep(bool last) {
+  __device__ __forceinline__ void NextStep() {
     IssueBoth();
     WaitProducts<1>(s_);
     start_ -= C::kKeys;
-    FinishScores(last);
+    FinishScores();
     float alpha[2];
     const bool far = FindMaximum(alpha);
     Exponentials();
@@ -279,13 +274,10 @@ class Consumer {
 
   // --- softmax ----------------------------------------------------------------------------------
 
-  // Ends the use of the step's keys, and the tile's queries; applies softcap and masks.
-  __device__ __forceinline__ void FinishScores(bool last) {
+  // Ends the use of the step's keys, applies softcap and masks.
+  __device__ __forceinline__ void FinishScores() {
     const int flags = shared_.flags[KeyStage(step_)];
     Release(&shared_.key_empty[KeyStage(step_)]);
-    if constexpr (!C::kCodes) {
-      if (last && lane_ == 0) Arrive(&shared_.query_done[group_]);
-    }
     if constexpr (C::kTokenScales) {
       Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
 #pragma unroll
@@ -322,12 +314,11 @@ class Consumer {
     }
   }
 
-  // Returns whether the factors are those of this step only.
-  __device__ __forceinline__ bool FindMaximum(float (&alpha)[2]) {
+  // The largest score of either row, and the shift below it.
+  __device__ __forceinline__ void FindLargest(float (&largest)[2], float (&wanted)[2]) const {
     float part[4];
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
-    float largest[2], wanted[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
@@ -335,6 +326,17 @@ class Consumer {
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
       wanted[h] = fmaf(largest[h], factor_[h], -kLogPeak);
     }
+  }
+
+  // Returns whether the factors are those of this step only.
+  __device__ __forceinline__ bool FindMaximum(float (&alpha)[2]) {
+    float largest[2], wanted[2];
+    FindLargest(largest, wanted);
+    return MoveMaximum(largest, wanted, alpha);
+  }
+
+  __device__ __forceinline__ bool MoveMaximum(const float (&largest)[2], float (&wanted)[2],
+                                              float (&alpha)[2]) {
     const bool far =
         __any_sync(~0u, prefill_sm90::IsFar(wanted[0]) || prefill_sm90::IsFar(wanted[1]));
     if (far) prefill_sm90::MultiplyFarScores(s_, factor_, largest, wanted);

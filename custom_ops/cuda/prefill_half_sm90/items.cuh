@@ -5,13 +5,13 @@
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
-// TileWalk's order asks for the keys of every row and head of a section at once, which memory cannot
-// deliver where a tile takes few steps. Here a CTA takes an item at a time: a tile, or with a causal
-// mask the tiles n - 1 - m and m of a row of n, which cost the same together whatever m is. The
-// items of a row and head are neighbours, so that their CTAs read the same keys at the same time,
-// and others' keys are asked for later. Rows follow each other by the cost of their items, the
-// highest first. Where rows are long, or the last round of items would leave many CTAs idle, the
-// order is TileWalk's.
+// TileWalk's order asks for the keys of every row and head of a section at once, which memory
+// cannot deliver where a tile takes few steps. Here a CTA takes an item at a time: a tile, or with
+// a causal mask the tiles n - 1 - m and m of a row of n, which cost the same together whatever m
+// is. The items of a row and head are neighbours, so that their CTAs read the same keys at the same
+// time, and others' keys are asked for later. Rows follow each other by the cost of their items,
+// the highest first. Where rows are long, or the last round of items would leave many CTAs idle,
+// the order is TileWalk's.
 template <class C>
 class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
   using Walk = prefill_sm90::TileWalk<C, C::kKeyBytes>;

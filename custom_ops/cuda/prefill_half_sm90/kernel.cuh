@@ -4,6 +4,7 @@
 
 #include "cuda/prefill_half_sm90/consumer.cuh"
 #include "cuda/prefill_half_sm90/converter.cuh"
+#include "cuda/prefill_half_sm90/operand_consumer.cuh"
 #include "cuda/prefill_half_sm90/operands.cuh"
 #include "cuda/prefill_half_sm90/producer.cuh"
 #include "cuda/prefill_sm90/launch_persistent.h"
@@ -77,7 +78,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   } else {
     ClaimRegisters<kConsumerRegisters>();
-    Consumer<C>(arguments, shared).Run();
+    if constexpr (C::kCodes) {
+      Consumer<C>(arguments, shared).Run();
+    } else {
+      OperandConsumer<C>(arguments, shared).Run();
+    }
   }
 #else
   __trap();  // a build for sm_90 without its own features; rather than leaving rows unwritten

@@ -1,5 +1,5 @@
-// The producer warpgroup of operands: a warp finds tiles, another one loads keys and values with the
-// copy engine, and two see to it that no value of a hidden token can reach a result.
+// The producer warpgroup of operands: a warp finds tiles, another one loads keys and values with
+// the copy engine, and two see to it that no value of a hidden token can reach a result.
 #pragma once
 
 #include "cuda/common/tma.cuh"
@@ -108,9 +108,9 @@ class OperandLoader {
           if (step + 16 < steps) ahead = FindBlock(p_, tile, step + 16);
         }
         const StepBlocks blocks = BlocksOf<C>(tile, step, block);
-        const Places places{{PlaceOf(p_, tile, kv_head, blocks.id[0]),
-                             PlaceOf(p_, tile, kv_head, blocks.id[1])},
-                            blocks.flags};
+        const Places places{
+            {PlaceOf(p_, tile, kv_head, blocks.id[0]), PlaceOf(p_, tile, kv_head, blocks.id[1])},
+            blocks.flags};
         LoadKeys(places);
         if (!first) LoadValues(before);
         first = false;

@@ -1,5 +1,5 @@
-// The loading warp of codes: finds tiles, and loads them with the copy engine. The other three warps
-// of the producer warpgroup turn codes into operands (converter.cuh).
+// The loading warp of codes: finds tiles, and loads them with the copy engine. The other three
+// warps of the producer warpgroup turn codes into operands (converter.cuh).
 #pragma once
 
 #include "cuda/common/tma.cuh"

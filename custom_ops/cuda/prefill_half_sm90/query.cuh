@@ -49,8 +49,7 @@ class Query<C, true> {
                                        int group) {
     KeepRegisters(words_);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const uint32_t base =
-        SharedAddress(shared.query + group * 64 * C::kRowBytes + row * C::kSlice);
+    const uint32_t base = SharedAddress(shared.query + group * 64 * C::kRowBytes + row * C::kSlice);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const int chunk = (2 * (k % 4) + lane / 16) ^ (row % 8);
