@@ -21,6 +21,13 @@ __device__ __forceinline__ void CopyBox(const CUtensorMap* map, void* target, ui
       : "memory");
 }
 
+// Brings a box into the L2 cache.
+__device__ __forceinline__ void PrefetchBox(const CUtensorMap* map, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
+               "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
+}
+
 // Copies `bytes` (a multiple of 16, both sides aligned to 16) into shared memory.
 __device__ __forceinline__ void CopyBulk(const void* source, void* target, uint64_t* barrier,
                                          uint32_t bytes) {

@@ -41,12 +41,13 @@ struct Config {
   static constexpr DType kOperand = kCodes ? DType::kFloat16 : kElement;  // of P and V
 
   static constexpr int kKeyStages = kKeyCodes ? 3 : 2;
-  static constexpr int kValueStages = kKeyCodes ? 3 : 2;
+  static constexpr int kValueStages = kCodes && !kKeyCodes ? 2 : 3;
   static constexpr int kConsumers = 2;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = 2 * kBlockSize;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kSideWarps = 3;   // warps of the producer warpgroup that load nothing
+  static constexpr int kSideWarps = 3;   // warps of the producer warpgroup that load no keys
+  static constexpr int kCleaners = 2;    // those of operands that look at values
   static constexpr int kOut = kDim / 2;  // output registers of a thread
   static constexpr int kScores = kKeys / 2;
   // An operand's tile of tokens lies as one or two slices of 64 channels, rows of kSlice bytes.
@@ -56,8 +57,6 @@ struct Config {
   static constexpr int kKeyRowBytes = kKeyCodes ? kDim : kRowBytes;
   // Of a key and its value in memory.
   static constexpr int kKeyBytes = 2 * kDim * (kCodes ? 1 : 2);
-  // Queries of codes are converted on their way to registers.
-  static constexpr int kQueryBuffers = kCodes ? 1 : 2;
   // Buffers for the codes of a step's K or V that are to be converted.
   static constexpr int kRawSlots = kKeyCodes ? 2 : kCodes ? 3 : 1;
   static constexpr int kRawBytes = kCodes ? kKeys * kDim : 128;
@@ -70,7 +69,7 @@ struct Config {
 
 template <class C>
 struct alignas(1024) Shared {
-  uint8_t query[C::kQueryBuffers][C::kQueries * C::kRowBytes];  // [consumer][slice][64 tokens][128]
+  uint8_t query[C::kQueries * C::kRowBytes];  // [consumer][slice][64 tokens][128]
   // [slice][128 tokens][128]; codes: [128 tokens][D]
   uint8_t key[C::kKeyStages][C::kKeys * C::kKeyRowBytes];
   // [slice][128 tokens][128] or [block][D channels][128]
@@ -88,8 +87,9 @@ struct alignas(1024) Shared {
   int poison_found[C::kScaleSlots];
   int flags[C::kKeyStages];          // for the consumers, with the keys
   int value_flags[C::kValueStages];  // the same for the cleaners, with the values
-  int raw_flags[C::kRawSlots];  // for the converters
+  int raw_flags[C::kRawSlots];       // for the converters
   Tile tile[2];
+  int blocks[2][32];             // operands: of a tile's first 16 steps
   float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
   int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last
   float output_scale[2];         // constant factor of the outputs
@@ -97,9 +97,10 @@ struct alignas(1024) Shared {
   ActiveRow rows[prefill_sm90::kMaxActiveRows];
   WalkState walk;
   uint64_t tile_found[2];
-  uint64_t query_full[2];
+  uint64_t query_full[2];  // of a tile; operands: of a consumer
   uint64_t query_empty[2];
   uint64_t query_read;
+  uint64_t query_done[2];  // operands: of a consumer
   uint64_t key_full[C::kKeyStages];
   uint64_t key_empty[C::kKeyStages];
   uint64_t value_full[C::kValueStages];

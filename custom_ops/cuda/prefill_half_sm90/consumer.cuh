@@ -63,6 +63,7 @@ class Consumer {
         Finish(queries.index ^ 1, step_ - 1);
       }
       const RightOperands value = ValueOperand();
+      WaitForValues();
       FenceProducts();
       IssueValues(value);
       WaitProducts<0>(o_);
@@ -72,8 +73,10 @@ class Consumer {
     if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
   }
 
- private:
+ protected:
   static constexpr int kTurnBarrier = 1;
+  // How far a maximum may rise before the shift follows, in units of log2: P stays within fp16.
+  static constexpr float kSlack = 6.0f;
   static constexpr int kScalesAhead = 2;
   // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
   static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
@@ -110,7 +113,8 @@ class Consumer {
     int begin = 0, end = 1 << 30;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      shift_[h] = kMinusInf;
+      shift_[h] = limit_[h] = kMinusInf;
+      subtracted_[h] = 0.0f;
       const int2 visible = shared_.visible[buffer][prefill_sm90::QueryOf(h)];
       begin = max(begin, visible.x);
       end = min(end, visible.y);
@@ -239,7 +243,7 @@ class Consumer {
     Wait(&shared_.query_full[queries.index], queries.phase);
     if (shared_.tile[queries.index].steps < 0) return false;
     query_.Take(p_, shared_, queries.index, group_);
-    if constexpr (C::kCodes) Release(&shared_.query_read);
+    Release(&shared_.query_read);
     return true;
   }
 
@@ -271,6 +275,7 @@ class Consumer {
     const uint64_t query = QueryOperand(), key = KeyOperand();
     const RightOperands value = ValueOperand();
     WaitForKeys();
+    WaitForValues();
     if (!kLateTurn) BeginTurn();
     FenceProducts();
     IssueScores<true>(query, key);
@@ -284,6 +289,7 @@ class Consumer {
     const uint64_t query = QueryOperand(), key = KeyOperand();
     const RightOperands value = ValueOperand();
     WaitForKeys();
+    WaitForValues();
     BeginTurn();
     FenceProducts();
     IssueValues(value);
@@ -296,12 +302,10 @@ class Consumer {
     KeyScales scales = LoadScales();
     FinishScores(scales);
     float alpha[2];
-    const bool far = FindMaximum(alpha);
-    Exponentials();
-    if (far) LoadFactors(shared_, buffer_, factor_);
-    WaitForValues();
+    bool far;
+    FollowMaximum(alpha, &far);
     if constexpr (C::kTokenScales) ReleaseScales();
-    PackProbabilities();
+    FindProbabilities(far);
   }
 
   // The softmax runs while the other warpgroup's products do, and this one's P * V.
@@ -311,33 +315,26 @@ class Consumer {
     WaitForScores<1>();
     start_ -= C::kKeys;
     FinishScores(scales);
-    float alpha[2];
-    const bool far = FindMaximum(alpha);
-    Exponentials();
-    if (far) LoadFactors(shared_, buffer_, factor_);
-    WaitForValues();
+    float alpha[2] = {1.0f, 1.0f};
+    bool far;
+    const bool risen = FollowMaximum(alpha, &far);
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
     sums_.Keep();
     ReleaseValues(step_ - 1, start_ + C::kKeys);
     // Probabilities are not in the unit of V's token scales.
     const float ratio = C::kTokenScales ? shared_.reference[ScaleSlot()].y : 1.0f;
-    // Mostly no row of the warp has a new maximum.
-    if (__any_sync(~0u, alpha[0] * ratio != 1.0f || alpha[1] * ratio != 1.0f)) {
+    if (risen || ratio != 1.0f) {
       sums_.Rescale(alpha);
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2] * ratio;
     }
     if constexpr (C::kTokenScales) ReleaseScales();
-    PackProbabilities();
+    FindProbabilities(far);
   }
 
-  // Waits for the step's values, which only the next product needs. It stands here, and depends on
-  // the probabilities, because the compiler moves a wait for products up, and exponentials down, as far as
-  // it can: with this between them, they run under the product of the step before.
   __device__ __forceinline__ void WaitForValues() {
-    const int never = __any_sync(~0u, sums_.Witness(s_) < 0.0f);
-    Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2 ^ never);
+    Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2);
   }
 
   // Ends the use of a step's values, whose product is done; `start` is their first key.
@@ -416,12 +413,11 @@ class Consumer {
     }
   }
 
-  // Returns whether the factors are those of this step only.
-  __device__ __forceinline__ bool FindMaximum(float (&alpha)[2]) {
+  // The largest score of either row, and the shift below it.
+  __device__ __forceinline__ void FindLargest(float (&largest)[2], float (&wanted)[2]) const {
     float part[4];
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
-    float largest[2], wanted[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
@@ -429,8 +425,11 @@ class Consumer {
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
       wanted[h] = fmaf(largest[h], factor_[h], -kLogPeak);
     }
-    bool far = __any_sync(~0u, prefill_sm90::IsFar(wanted[0]) || prefill_sm90::IsFar(wanted[1]));
-    if constexpr (kIntegers) far = far && !biased_;
+  }
+
+  __device__ __forceinline__ bool MoveMaximum(const float (&largest)[2], float (&wanted)[2],
+                                              float (&alpha)[2]) {
+    const bool far = __any_sync(~0u, IsFar(wanted[0]) || IsFar(wanted[1]));
     if (far) prefill_sm90::MultiplyFarScores(s_, factor_, largest, wanted);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -443,20 +442,44 @@ class Consumer {
     return far;
   }
 
+  // With a bias no score is as far as that.
+  __device__ __forceinline__ bool IsFar(float score) const {
+    return !(kIntegers && biased_) && prefill_sm90::IsFar(score);
+  }
+
   // What is subtracted from the scores: nothing while no visible one is above -inf.
   __device__ __forceinline__ float Shift(int h) const {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // The step's probabilities and their sums.
-  __device__ __forceinline__ void Exponentials() {
-    const float shift[2] = {Shift(0), Shift(1)};
+  // Finds the largest scores, and what is subtracted from scores where that has to change. Returns
+  // whether it has, for some row of the warp; only then alpha is known. `far`: the factors are
+  // those of this step only.
+  __device__ __forceinline__ bool FollowMaximum(float (&alpha)[2], bool* far) {
+    float largest[2], wanted[2];
+    FindLargest(largest, wanted);
+    *far = false;
+    if (!__any_sync(~0u, !(wanted[0] <= limit_[0] && wanted[1] <= limit_[1]))) return false;
+    *far = MoveMaximum(largest, wanted, alpha);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      subtracted_[h] = Shift(h);
+      // Far scores are looked at in every step.
+      limit_[h] = IsFar(shift_[h]) ? kMinusInf : shift_[h] + kSlack;
+    }
+    return true;
+  }
+
+  // The step's probabilities, packed, and their sums.
+  __device__ __forceinline__ void FindProbabilities(bool far) {
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
       const int h = i / 2 % 2;
-      s_[i] = Exp2(fmaf(s_[i], factor_[h], -shift[h]));
+      s_[i] = Exp2(fmaf(s_[i], factor_[h], -subtracted_[h]));
       sums_.Add(h, s_[i]);
     }
+    PackProbabilities();
+    if (far) LoadFactors(shared_, buffer_, factor_);
   }
 
   __device__ __forceinline__ void PackProbabilities() {
@@ -478,7 +501,7 @@ class Consumer {
   __device__ __forceinline__ void AddNaNs(uint32_t at, int start) {
 #pragma unroll 1
     for (int group = 0; group < C::kKeys / 16; ++group) {
-      if (!shared_.nan_found[at][group % C::kSideWarps]) continue;
+      if (!shared_.nan_found[at][group % (C::kCodes ? C::kSideWarps : C::kCleaners)]) continue;
       const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
                                 SeenTokens(1, start + 16 * group, 16)};
 #pragma unroll
@@ -514,6 +537,8 @@ class Consumer {
   int common_begin_, common_end_;  // keys that all of the warp's queries see
   RowSums<C> sums_;
   float shift_[2], factor_[2];
+  float subtracted_[2];  // from scores: the shift, or 0 while that is -inf
+  float limit_[2];       // of what the shift would be, below which it stays
   float reference_ = 1.0f;  // unit of the output
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making

@@ -104,7 +104,10 @@ class Converter {
     if (lane_ == 0) shared_.nan_found[at][warp_] = found;
     Finish(slot, &shared_.value_ready[at]);
     values_.Advance();
-    scales_.Advance();
+    if constexpr (C::kTokenScales) {
+      if (lane_ == 0) Arrive(&shared_.scale_empty[scales_.index]);
+      scales_.Advance();
+    }
   }
 
   // Hands the operands over, and the codes' buffer back.

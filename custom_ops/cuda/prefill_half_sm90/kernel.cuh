@@ -4,6 +4,8 @@
 
 #include "cuda/prefill_half_sm90/consumer.cuh"
 #include "cuda/prefill_half_sm90/converter.cuh"
+#include "cuda/prefill_half_sm90/operand_consumer.cuh"
+#include "cuda/prefill_half_sm90/operands.cuh"
 #include "cuda/prefill_half_sm90/producer.cuh"
 #include "cuda/prefill_sm90/launch_persistent.h"
 
@@ -18,8 +20,10 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   constexpr int kWarps = 4 * C::kConsumers;
   for (int i = 0; i < 2; ++i) {
     InitBarrier(&shared.tile_found[i], 1);
-    InitBarrier(&shared.query_full[i], 1 + C::kSideWarps);
-    InitBarrier(&shared.query_empty[i], kWarps + C::kSideWarps);
+    InitBarrier(&shared.query_full[i], C::kCodes ? 1 + C::kSideWarps : 1);
+    // Besides the consumers: the converters; or the loader and the cleaners.
+    InitBarrier(&shared.query_empty[i], kWarps + (C::kCodes ? C::kSideWarps : 1 + C::kCleaners));
+    InitBarrier(&shared.query_done[i], 4);
   }
   InitBarrier(&shared.query_read, kWarps);
   for (int i = 0; i < C::kKeyStages; ++i) {
@@ -28,7 +32,7 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   }
   for (int i = 0; i < C::kValueStages; ++i) {
     InitBarrier(&shared.value_full[i], 1);
-    InitBarrier(&shared.value_ready[i], C::kSideWarps);
+    InitBarrier(&shared.value_ready[i], C::kCodes ? C::kSideWarps : C::kCleaners);
     InitBarrier(&shared.value_empty[i], kWarps);
     shared.nan_found[i][3] = 0;
   }
@@ -38,7 +42,7 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   }
   for (int i = 0; i < C::kScaleSlots; ++i) {
     InitBarrier(&shared.scale_full[i], 1);
-    InitBarrier(&shared.scale_empty[i], kWarps);
+    InitBarrier(&shared.scale_empty[i], kWarps + C::kSideWarps);
   }
   FenceBarrierInit();
 }
@@ -64,15 +68,25 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         PrefetchMap(&arguments.value);
       }
       __syncwarp();
-      Loader<C>(arguments, shared).Run();
+      if constexpr (C::kCodes) {
+        Loader<C>(arguments, shared).Run();
+      } else {
+        OperandLoader<C>(arguments, shared).Run();
+      }
     } else if constexpr (C::kCodes) {
       Converter<C>(arguments, shared).Run();
+    } else if (threadIdx.x < 64) {
+      Finder<C>(arguments, shared).Run();
     } else {
-      Cleaner<C>(arguments, shared).Run();
+      Cleaner<C>(shared).Run();
     }
   } else {
     ClaimRegisters<kConsumerRegisters>();
-    Consumer<C>(arguments, shared).Run();
+    if constexpr (C::kCodes) {
+      Consumer<C>(arguments, shared).Run();
+    } else {
+      OperandConsumer<C>(arguments, shared).Run();
+    }
   }
 #else
   __trap();  // a build for sm_90 without its own features; rather than leaving rows unwritten

@@ -19,9 +19,9 @@ __device__ __forceinline__ uint32_t Uniform(uint32_t x) { return __shfl_sync(~0u
 template <class C, bool kInRegisters = C::kCodes>
 class Query {
  public:
-  __device__ __forceinline__ void Take(const AttentionParams&, const Shared<C>& shared, int buffer,
+  __device__ __forceinline__ void Take(const AttentionParams&, const Shared<C>& shared, int,
                                        int group) {
-    address_ = SharedAddress(shared.query[buffer] + group * 64 * C::kRowBytes);
+    address_ = SharedAddress(shared.query + group * 64 * C::kRowBytes);
   }
 
   __device__ __forceinline__ uint64_t Operand() const {
@@ -49,8 +49,7 @@ class Query<C, true> {
                                        int group) {
     KeepRegisters(words_);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const uint32_t base =
-        SharedAddress(shared.query[0] + group * 64 * C::kRowBytes + row * C::kSlice);
+    const uint32_t base = SharedAddress(shared.query + group * 64 * C::kRowBytes + row * C::kSlice);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const int chunk = (2 * (k % 4) + lane / 16) ^ (row % 8);

@@ -28,7 +28,7 @@ class CodeQuery {
     KeepRegisters(high_);
     KeepRegisters(low_);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const uint8_t* base = shared.query[0] + group * 64 * C::kRowBytes + row * C::kSlice;
+    const uint8_t* base = shared.query + group * 64 * C::kRowBytes + row * C::kSlice;
     const Values values(p, shared.tile[buffer].head / (p.num_heads / p.num_kv_heads));
     uint2 pairs[kWords];
     float largest[2] = {0.0f, 0.0f};

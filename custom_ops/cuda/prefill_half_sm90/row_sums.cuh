@@ -27,11 +27,6 @@ class RowSums {
   __device__ __forceinline__ void Keep() {}
   __device__ __forceinline__ void Rescale(const float (&)[2]) {}
 
-  // Depends on all probabilities of the step, and is never negative.
-  __device__ __forceinline__ float Witness(const float (&)[C::kScores]) const {
-    return sum_[0] + sum_[1];
-  }
-
   // This thread's part.
   __device__ __forceinline__ void Take(float (&sum)[2]) const {
     sum[0] = sum_[0];
@@ -72,11 +67,6 @@ class RowSums<C, true> {
   __device__ __forceinline__ void Rescale(const float (&alpha)[2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums_[i] *= alpha[i / 2];
-  }
-
-  // Exponentials are found in order.
-  __device__ __forceinline__ float Witness(const float (&s)[C::kScores]) const {
-    return s[C::kScores - 1] + s[C::kScores - 3];
   }
 
   // All four threads of a row have all of the sum.

@@ -3,15 +3,10 @@
 #pragma once
 
 #include "common/numeric.h"
+#include "cuda/prefill_half_sm90/blocks.cuh"
 #include "cuda/prefill_half_sm90/config.h"
 
 namespace fastattn::cuda::prefill_half_sm90 {
-
-// Blocks of a step, -1: not assigned, and its flags.
-struct StepBlocks {
-  int id[2];
-  int flags;
-};
 
 template <class C>
 class ScaleLoader {

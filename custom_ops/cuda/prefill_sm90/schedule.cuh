@@ -50,8 +50,7 @@ class TileWalk {
 
   // Writes the CTA's next tile to shared memory; false if there is none. Called by a whole warp.
   __device__ bool Next(Tile* tile) {
-    const int grid = gridDim.x, cta = blockIdx.x, round = state_.round;
-    const int target = round * grid + (round % 2 == 0 ? cta : grid - 1 - cta);
+    const int round = state_.round, target = Target(round);
     int level = state_.level, start = state_.start, section = state_.section;
     bool found = false, up = false;
     do {
@@ -85,8 +84,14 @@ class TileWalk {
     return found;
   }
 
- private:
+ protected:
   static constexpr int kTop = 1 << 30;  // above all levels
+
+  // Number of the CTA's tile of a round: they are dealt to and fro.
+  __device__ static int Target(int round) {
+    const int grid = gridDim.x, cta = blockIdx.x;
+    return round * grid + (round % 2 == 0 ? cta : grid - 1 - cta);
+  }
 
   __device__ static int Tiles(const ActiveRow& row) {
     return (row.q_len + C::kQueries - 1) / C::kQueries;
@@ -220,8 +225,12 @@ class TileWalk {
       }
       rank -= here;
     }
+    Fill(slot, head, level - Base(rows_[slot]), tile);
+  }
+
+  // Describes tile m of a listed row.
+  __device__ void Fill(int slot, int head, int m, Tile* tile) const {
     const ActiveRow row = rows_[slot];
-    const int m = level - Base(row);
     if (lane_ == 0) {
       if (!p_.paged) {
         tile->key_token = PackedKeys(p_, row.row).x;

@@ -1,0 +1,51 @@
+// Where the blocks of a step lie in the cache.
+#pragma once
+
+#include "cuda/prefill_half_sm90/config.h"
+
+namespace fastattn::cuda::prefill_half_sm90 {
+
+// Blocks of a step, -1: not assigned, and its flags.
+struct StepBlocks {
+  int id[2];
+  int flags;
+};
+
+// The block of each lane: half lane % 2 of step `step` + lane / 2. -1: it is not assigned.
+__device__ inline int FindBlock(const AttentionParams& p, const volatile Tile& tile, int step) {
+  const int lane = threadIdx.x % 32;
+  const int slot = 2 * (tile.last - step - lane / 2) + lane % 2;
+  if (slot < 0 || slot >= (tile.k_len + kBlockSize - 1) / kBlockSize) return -1;
+  if (!p.paged) return slot;
+  const int64_t row = static_cast<int64_t>(tile.row) * p.rows.max_blocks;
+  const int id = p.rows.block_tables[row + slot];
+  return id < 0 || id >= p.cache.num_blocks ? -1 : id;
+}
+
+// Those of a step, `block` being what FindBlock() found for the lanes of its 16 steps.
+template <class C>
+__device__ StepBlocks BlocksOf(const volatile Tile& tile, int step, int block) {
+  StepBlocks blocks;
+  blocks.flags = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    blocks.id[i] = __shfl_sync(~0u, block, 2 * (step % 16) + i);
+    if (blocks.id[i] < 0) blocks.flags |= kUnassigned << i;
+  }
+  const int start = (tile.last - step) * C::kKeys;
+  if (start < tile.common_lo || start + C::kKeys > tile.common_hi) blocks.flags |= kClean;
+  return blocks;
+}
+
+// Coordinates of a block in the tensors of keys and values. One that is not assigned lies outside
+// of them: it arrives as zeros.
+__device__ inline int2 PlaceOf(const AttentionParams& p, const volatile Tile& tile, int kv_head,
+                               int block) {
+  if (p.paged) {
+    return make_int2(0, (block < 0 ? p.cache.num_blocks : block) * p.num_kv_heads + kv_head);
+  }
+  const int end = static_cast<int>(p.packed.num_tokens);
+  return make_int2(block < 0 ? end : tile.key_token + block * kBlockSize, kv_head);
+}
+
+}  // namespace fastattn::cuda::prefill_half_sm90

@@ -1,0 +1,219 @@
+// The producer warpgroup of operands: a warp finds tiles, another one loads keys and values with
+// the copy engine, and two see to it that no value of a hidden token can reach a result.
+#pragma once
+
+#include "cuda/common/tma.cuh"
+#include "cuda/prefill_half_sm90/blocks.cuh"
+#include "cuda/prefill_half_sm90/clean.cuh"
+#include "cuda/prefill_half_sm90/config.h"
+#include "cuda/prefill_half_sm90/factors.cuh"
+#include "cuda/prefill_half_sm90/items.cuh"
+
+namespace fastattn::cuda::prefill_half_sm90 {
+
+// Finds tiles, a tile ahead of the others: a search takes longer than a step. Loads their queries,
+// which have one buffer, as soon as a consumer has read those of the tile before.
+template <class C>
+class Finder {
+ public:
+  __device__ Finder(const Arguments& arguments, Shared<C>& shared)
+      : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {}
+
+  __device__ void Run() {
+    ItemWalk<C> walk(a_, shared_);
+    walk.Start();
+    Ring<2> tiles;
+    Ring<1> queries;
+    bool found = true;
+    while (found) {
+      const int at = tiles.index;
+      Wait(&shared_.query_empty[at], tiles.phase ^ 1);
+      Tile* tile = &shared_.tile[at];
+      found = walk.Next(tile);
+      if (found) {
+        shared_.blocks[at][lane_] = FindBlock(p_, *tile, 0);
+#pragma unroll 1
+        for (int part = 0; part < C::kSideWarps; ++part) {
+          FindFactors<C>(p_, shared_, *tile, at, part);
+        }
+      } else if (lane_ == 0) {
+        tile->steps = -1;
+      }
+      __syncwarp();
+      if (lane_ == 0) {
+        Arrive(&shared_.tile_found[at]);
+        if (found) {
+          for (int i = 0; i < C::kConsumers; ++i) PrefetchQueries(*tile, i);
+        }
+      }
+      for (int i = 0; i < C::kConsumers; ++i) {
+        Wait(&shared_.query_done[i], queries.phase ^ 1);
+        if (lane_ != 0) continue;
+        if (found) {
+          LoadQueries(*tile, i);
+        } else {
+          Arrive(&shared_.query_full[i]);
+        }
+      }
+      __syncwarp();
+      tiles.Advance();
+      queries.Advance();
+    }
+  }
+
+ private:
+  __device__ void PrefetchQueries(const volatile Tile& tile, int consumer) {
+    for (int slice = 0; slice < C::kSlices; ++slice) {
+      PrefetchBox(&a_.query, slice * C::kSlice, tile.head, tile.token + 64 * consumer);
+    }
+  }
+
+  __device__ void LoadQueries(const volatile Tile& tile, int consumer) {
+    uint64_t* barrier = &shared_.query_full[consumer];
+    ArriveExpect(barrier, 64 * C::kRowBytes);
+    for (int slice = 0; slice < C::kSlices; ++slice) {
+      CopyBox(&a_.query, shared_.query + (consumer * C::kSlices + slice) * 64 * C::kSlice, barrier,
+              slice * C::kSlice, tile.head, tile.token + 64 * consumer);
+    }
+  }
+
+  const Arguments& a_;
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int lane_;
+};
+
+// Loads keys and values, without a break between tiles: the keys of a step ahead of the values of
+// the step before, as they are free, and needed, earlier.
+template <class C>
+class OperandLoader {
+ public:
+  __device__ OperandLoader(const Arguments& arguments, Shared<C>& shared)
+      : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {}
+
+  __device__ void Run() {
+    Ring<2> tiles;
+    Places before;
+    bool first = true;
+    while (true) {
+      Wait(&shared_.tile_found[tiles.index], tiles.phase);
+      const volatile Tile& tile = shared_.tile[tiles.index];
+      const int steps = tile.steps, kv_head = tile.head / (p_.num_heads / p_.num_kv_heads);
+      if (steps < 0) break;
+      int ahead = shared_.blocks[tiles.index][lane_], block = -1;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        if (step % 16 == 0) {
+          block = ahead;
+          if (step + 16 < steps) ahead = FindBlock(p_, tile, step + 16);
+        }
+        const StepBlocks blocks = BlocksOf<C>(tile, step, block);
+        const Places places{
+            {PlaceOf(p_, tile, kv_head, blocks.id[0]), PlaceOf(p_, tile, kv_head, blocks.id[1])},
+            blocks.flags};
+        LoadKeys(places);
+        if (!first) LoadValues(before);
+        first = false;
+        before = places;
+      }
+      __syncwarp();
+      if (lane_ == 0) Arrive(&shared_.query_empty[tiles.index]);
+      tiles.Advance();
+    }
+    if (!first) LoadValues(before);
+  }
+
+ private:
+  // Where a step's blocks lie, and its flags.
+  struct Places {
+    int2 at[2];
+    int flags;
+  };
+
+  __device__ void LoadKeys(const Places& places) {
+    const int at = keys_.index;
+    Wait(&shared_.key_empty[at], keys_.phase ^ 1);
+    if (lane_ == 0) {
+      shared_.flags[at] = places.flags;
+      LoadStep(&a_.key, places, shared_.key[at], &shared_.key_full[at]);
+    }
+    __syncwarp();
+    keys_.Advance();
+  }
+
+  __device__ void LoadValues(const Places& places) {
+    const int at = values_.index;
+    Wait(&shared_.value_empty[at], values_.phase ^ 1);
+    if (lane_ == 0) {
+      shared_.value_flags[at] = places.flags;
+      LoadStep(&a_.value, places, shared_.value[at], &shared_.value_full[at]);
+    }
+    __syncwarp();
+    values_.Advance();
+  }
+
+  __device__ void LoadStep(const CUtensorMap* map, const Places& places, uint8_t* target,
+                           uint64_t* barrier) {
+    ArriveExpect(barrier, C::kKeys * C::kRowBytes);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int slice = 0; slice < C::kSlices; ++slice) {
+        CopyBox(map, target + (slice * C::kKeys + i * kBlockSize) * C::kSlice, barrier,
+                slice * C::kSlice, places.at[i].x, places.at[i].y);
+      }
+    }
+  }
+
+  const Arguments& a_;
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int lane_;
+  Ring<C::kKeyStages> keys_;
+  Ring<C::kValueStages> values_;
+};
+
+// Looks at the values of operands between copy and product.
+template <class C>
+class Cleaner {
+ public:
+  __device__ explicit Cleaner(Shared<C>& shared)
+      : shared_(shared), warp_(threadIdx.x / 32 - 2), lane_(threadIdx.x % 32) {}
+
+  __device__ void Run() {
+    ValueCleaner<C> cleaner(shared_);
+    Ring<2> tiles;
+    Ring<C::kValueStages> stages;
+    while (true) {
+      Wait(&shared_.tile_found[tiles.index], tiles.phase);
+      const Tile& tile = shared_.tile[tiles.index];
+      const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
+      __syncwarp();
+      if (lane_ == 0) Arrive(&shared_.query_empty[tiles.index]);
+      if (steps < 0) return;
+      tiles.Advance();
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        const int at = stages.index;
+        Wait(&shared_.value_full[at], stages.phase);
+        bool found = false;
+        if (shared_.value_flags[at] & kClean) {
+          const int written = k_len - (last - step) * C::kKeys;
+          found = cleaner.Clean(at, written, warp_, C::kKeys / 16, C::kCleaners);
+        }
+        if (lane_ == 0) shared_.nan_found[at][warp_] = found;
+        FenceAsyncProxy();
+        __syncwarp();
+        if (lane_ == 0) Arrive(&shared_.value_ready[at]);
+        stages.Advance();
+      }
+    }
+  }
+
+ private:
+  Shared<C>& shared_;
+  const int warp_;  // 0 .. kCleaners - 1
+  const int lane_;
+};
+
+}  // namespace fastattn::cuda::prefill_half_sm90
