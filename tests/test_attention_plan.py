@@ -41,21 +41,82 @@ def test_short_rows_are_one_split_launch(heads, kv_heads, max_q, columns):
     assert launch["min_columns"] == 0 and launch["max_columns"] >= 2**31 - 1
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(32, 8), (64, 8), (16, 1), (128, 1), (8, 8)])
-def test_every_row_belongs_to_one_launch_of_a_mixed_call(heads, kv_heads):
-    decode, prefill = plan(7, 2000, 8192, heads=heads, kv_heads=kv_heads, tokens=2100)
-    assert (decode["split"], prefill["split"]) == (1, 0)
-    assert decode["min_columns"] == 0
-    assert prefill["min_columns"] == decode["max_columns"] + 1
-    assert decode["max_columns"] >= heads // kv_heads  # rows of one token are split
-    assert prefill["max_columns"] >= 2100 * heads
-    assert prefill["workspace"] == 0
+GROUPS = [(8, 8), (16, 8), (6, 2), (32, 8), (40, 8), (64, 8), (9, 1), (16, 1), (17, 1), (128, 1)]
+
+
+@pytest.mark.parametrize("heads, kv_heads", GROUPS)
+def test_launches_of_a_mixed_call(heads, kv_heads):
+    """Rows of one token, speculative ones and long ones, each with tiles that they fill."""
+    group = heads // kv_heads
+    decode, rest, long = plan(7, 2000, 8192, heads=heads, kv_heads=kv_heads, tokens=2100)
+    assert (decode["split"], rest["split"], long["split"]) == (1, 1, 0)
+    assert decode["max_columns"] >= group and decode["columns"] < 64 + group
+    assert (rest["columns"], long["columns"]) == (64, 64)
+    assert rest["max_columns"] == 64 * group - 1
+    assert long["workspace"] == 0
+
+
+def _launches_of(launches, tokens, group):
+    """How many launches take a row of so many new tokens, by each kernel's rule.
+
+    Decode and whole tiles count pairs of a token and a head; a prefill kernel counts tokens, from
+    the fewest that the launch of whole tiles would take.
+    """
+    by_pairs = [x["min_columns"] <= tokens * group <= x["max_columns"] for x in launches]
+    by_tokens = [
+        tokens >= -(-x["min_columns"] // group) if not x["split"] else taken
+        for x, taken in zip(launches, by_pairs)
+    ]
+    return sum(by_pairs), sum(by_tokens)
+
+
+@pytest.mark.parametrize("heads, kv_heads", GROUPS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_row_belongs_to_one_launch(heads, kv_heads, head_dim):
+    """Rows longer than the host was told, too."""
+    lengths = [*range(1, 300), 1000, 4096, 10**6]
+    sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    seen = set()
+    for max_q in (0, 1, 2, 3, 7, 8, 9, 16, 17, 62, 63, 64, 65, 127, 128, 129, 5000):
+        for batch in (1, 2, 9, 600):
+            for tokens in {1, max_q, max_q + batch - 1, max_q + batch, batch * max_q, 3000} - {0}:
+                launches = plan(batch, max_q, 8192, tokens=tokens, **sizes)
+                seen.add(len(launches))
+                for n in lengths:
+                    found = _launches_of(launches, n, heads // kv_heads)
+                    assert found == (1, 1), (max_q, batch, tokens, n, found)
+    assert seen == {1, 2, 3}
+
+
+def _may_be_short(batch, max_q, tokens):
+    """Whether rows of 1 .. max_q tokens, one of them max_q, can have one of 2 .. 63 among them."""
+    sums = {0: False}  # of the rows so far: whether a short one is among them
+    for _ in range(batch - 1):
+        longer = {}
+        for total, short in sums.items():
+            for n in range(1, min(max_q, tokens - total) + 1):
+                longer[total + n] = longer.get(total + n, False) or short or 2 <= n <= 63
+        sums = longer
+    return sums.get(tokens - max_q, False)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_q", [64, 65, 70, 130])
+def test_speculative_rows_have_a_launch_where_they_can_exist(batch, max_q):
+    for tokens in range(max_q + batch - 1, batch * max_q + 1):
+        made = len(plan(batch, max_q, 8192, tokens=tokens)) == 3
+        assert made == _may_be_short(batch, max_q, tokens), tokens
+
+
+@pytest.mark.parametrize("batch, max_q, tokens", [(16, 1024, 16384), (33, 2048, 2080), (1, 64, 64)])
+def test_pure_prefill_and_a_chunk_beside_decode_pay_for_no_more(batch, max_q, tokens):
+    assert [x["split"] for x in plan(batch, max_q, 8192, tokens=tokens)] == [1, 0]
 
 
 def test_grid_holds_every_tile_of_every_row():
     """Rows of 1 token and long ones, in the worst order: as many tiles as there can be."""
     lengths = [1, 2000, 1, 999, 17, 64, 65, 3000]
-    _, prefill = plan(len(lengths), 3000, 8192, tokens=sum(lengths))
+    *_, prefill = plan(len(lengths), 3000, 8192, tokens=sum(lengths))
     tiles = sum(-(-4 * n // prefill["columns"]) for n in lengths)
     assert prefill["grid"] >= 8 * tiles
 

@@ -296,7 +296,7 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   sizes.max_cluster = cuda::MaxAttentionCluster();
   const AttentionPlan plan = PlanAttention(sizes);
   const cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p, plan);
-  const int64_t floats = std::max(plan.workspace, cuda::PrefillWorkspace(*p, prefill));
+  const int64_t floats = plan.workspace + cuda::PrefillWorkspace(*p, prefill);
   Tensor workspace;
   if (floats > 0) {
     workspace = paddle::empty({floats}, phi::DataType::FLOAT32, place);

@@ -8,6 +8,9 @@
 //    In a call of few rows a cluster of CTAs takes all keys of a row and KV head instead, and joins
 //    the parts itself: a second kernel takes longer than such a call's keys.
 //  - whole items: a CTA takes whole tiles of queries with all their keys.
+//
+// Rows of a step that differ much in their number of new tokens belong to different launches, each
+// with tiles that such rows fill.
 #pragma once
 
 #include <algorithm>
@@ -41,10 +44,12 @@ struct AttentionLaunch {
   int64_t workspace = 0;  // floats of partial results
 };
 
+inline constexpr int kMaxLaunches = 3;
+
 struct AttentionPlan {
   int num_launches = 0;
-  AttentionLaunch launches[2];
-  int64_t workspace = 0;  // floats, the largest of the launches': they run one after the other
+  AttentionLaunch launches[kMaxLaunches];
+  int64_t workspace = 0;  // floats of all launches: they may run at the same time
 };
 
 // Rows of one launch; a step with more is launched in pieces.
@@ -59,6 +64,8 @@ inline constexpr int kClusterUnitsPerItem = 4;
 // begun, and of the one that it leaves unfinished.
 inline constexpr int kPartialHeader = 8;
 inline constexpr int kPartsPerCta = 2;
+// New tokens of a row from which its tiles are whole. A kernel for long rows takes 128 at a time.
+inline constexpr int64_t kLongRow = 64;
 
 // Keys of a unit: a slot of shared memory holds 8 KiB.
 FASTATTN_HD constexpr int KeysPerUnit(int row_bytes) { return row_bytes > 128 ? 32 : 64; }
@@ -109,8 +116,18 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
   return launch;
 }
 
-// The launches of one call. A call of a few query tokens a row is one split launch; in any other,
-// rows that decode are split and the rest takes whole tiles.
+// Whether a step with a row of max_seqlen_q tokens may have shorter ones that do not decode. False
+// where the other rows have too many tokens for that, or just one each.
+inline bool MayHaveShortRows(const AttentionSizes& s) {
+  const int64_t others = s.batch - 1;
+  return s.num_tokens < others * s.max_seqlen_q + kLongRow &&
+         s.num_tokens != s.max_seqlen_q + others;
+}
+
+// The launches of one call. A call of a few query tokens a row is one split launch. In any other,
+// rows that decode are split and long ones take whole tiles; rows between them are a split launch
+// of their own, so that a few of them with many keys still fill the GPU. Whether they exist is
+// guessed: without that launch they are with the long ones.
 inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   AttentionPlan plan;
   if (s.num_tokens <= 0 || s.batch <= 0 || s.num_kv_heads <= 0 || s.num_heads <= 0) return plan;
@@ -123,18 +140,23 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   } else {
     const int64_t decoding = std::max<int64_t>(ColumnsFor(group), group);
     plan.launches[0] = SplitLaunch(s, ColumnsFor(group), decoding);
-    AttentionLaunch& whole = plan.launches[1];
+    plan.num_launches = 1;
+    int64_t longest = decoding;
+    if (s.max_seqlen_q >= kLongRow && MayHaveShortRows(s)) {
+      longest = kLongRow * group - 1;
+      AttentionLaunch& rest = plan.launches[plan.num_launches++];
+      rest = SplitLaunch(s, 64, longest);
+      rest.min_columns = decoding + 1;
+    }
+    AttentionLaunch& whole = plan.launches[plan.num_launches++];
     whole.columns = 64;
-    whole.min_columns = decoding + 1;
+    whole.min_columns = longest + 1;
     whole.max_columns = kAll;
     const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, whole.columns) + s.batch,
                                    s.batch * CeilDiv(pairs, whole.columns));
     whole.grid = std::min<int64_t>(tiles * s.num_kv_heads, int64_t{1} << 30);
-    plan.num_launches = 2;
   }
-  for (int i = 0; i < plan.num_launches; ++i) {
-    plan.workspace = std::max(plan.workspace, plan.launches[i].workspace);
-  }
+  for (int i = 0; i < plan.num_launches; ++i) plan.workspace += plan.launches[i].workspace;
   return plan;
 }
 

@@ -294,6 +294,7 @@ class PagedProblem(Problem):
     seq_lens_decoder: np.ndarray
     seq_lens_this_time: np.ndarray
     options: dict[str, Any]
+    max_seqlen_q: int | None = None  # what the operator is told; None: the largest
 
     @property
     def kind(self) -> CacheKind:
@@ -350,7 +351,7 @@ class PagedProblem(Problem):
             int32(self.cu_seqlens_q, place),
             int32(self.seq_lens_decoder, place),
             int32(self.seq_lens_this_time, place),
-            int(new.max(initial=0)),
+            int(new.max(initial=0)) if self.max_seqlen_q is None else self.max_seqlen_q,
             int(keys.max(initial=0)),
         ]
         keywords = {**self.cache_options(), **_as_tensors(self.options, place)}
