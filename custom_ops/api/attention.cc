@@ -294,8 +294,10 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   if (p->out == nullptr) return;
   const DeviceGuard guard(op, place.GetDeviceId());
   sizes.max_cluster = cuda::MaxAttentionCluster();
+  cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p);
+  sizes.long_row = cuda::LongRow(*p, prefill);
   const AttentionPlan plan = PlanAttention(sizes);
-  const cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p, plan);
+  if (plan.Whole() == nullptr) prefill = cuda::PrefillKernel::kNone;
   const int64_t floats = plan.workspace + cuda::PrefillWorkspace(*p, prefill);
   Tensor workspace;
   if (floats > 0) {

@@ -71,14 +71,6 @@ AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, 
   return task;
 }
 
-// The launch of the longest rows, which a prefill kernel may do, or null.
-const AttentionLaunch* FindWhole(const AttentionPlan& plan) {
-  for (const AttentionLaunch& launch : plan.launches) {
-    if (launch.columns > 0 && !launch.split) return &launch;
-  }
-  return nullptr;
-}
-
 bool HasParts(const AttentionLaunch& launch) {
   return launch.split && launch.grid > 1 && launch.cluster == 1;
 }
@@ -123,17 +115,26 @@ int MaxAttentionCluster() {
   return major >= 9 ? 8 : 1;  // 8 is what every such device can do
 }
 
-PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionPlan& plan) {
+PrefillKernel ChoosePrefill(const AttentionParams& p) {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return PrefillKernel::kNone;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
     return PrefillKernel::kNone;
   }
-  if (major != 9 || FindWhole(plan) == nullptr) return PrefillKernel::kNone;
+  if (major != 9) return PrefillKernel::kNone;
   if (PrefillSm90Supports(p)) return PrefillKernel::kFp8;
-  // Its tiles are 128 tokens of one head: shorter rows are better off where heads share a tile.
-  const bool half = p.max_seqlen_q >= 64 && PrefillHalfSm90Supports(p);
-  return half ? PrefillKernel::kHalf : PrefillKernel::kNone;
+  return PrefillHalfSm90Supports(p) ? PrefillKernel::kHalf : PrefillKernel::kNone;
+}
+
+int64_t LongRow(const AttentionParams& p, PrefillKernel prefill) {
+  // A prefill kernel's tiles are 128 tokens of one head, which shorter rows do not fill; split ones
+  // are 64 tokens and heads together. Measured on an H100: with 32 tokens both take as long for
+  // e4m3 queries, and nearly as long for 16-bit ones over 16-bit keys. Codes, which the prefill
+  // kernel converts for every head, are slower there up to 63.
+  constexpr int64_t kPrefillRow = 33;
+  const bool codes = SizeOf(p.paged ? p.cache.dtype : p.packed.dtype) == 1;
+  const bool converts = prefill == PrefillKernel::kHalf && codes;
+  return prefill == PrefillKernel::kNone || converts ? kLongRow : kPrefillRow;
 }
 
 int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill) {
@@ -144,20 +145,20 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
                             PrefillKernel prefill, cudaStream_t stream) {
   if (plan.num_launches == 0) return LaunchClear(p, stream);
   float* workspace = p.workspace + PrefillWorkspace(p, prefill);
+  const bool prefills = prefill != PrefillKernel::kNone;
   // A prefill kernel goes first: its CTAs take a multiprocessor each, and the smaller ones of the
   // others fill those that it leaves or does not need.
-  if (prefill != PrefillKernel::kNone) {
+  if (prefills) {
     const int64_t group = p.num_heads / p.num_kv_heads;
-    const int min_tokens = static_cast<int>(CeilDiv(FindWhole(plan)->min_columns, group));
+    const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_columns, group));
     const cudaError_t status = prefill == PrefillKernel::kFp8
                                    ? LaunchPrefillSm90(p, min_tokens, stream)
                                    : LaunchPrefillHalfSm90(p, min_tokens, stream);
     if (status != cudaSuccess) return status;
   }
   for (int row = 0; row < p.rows.batch; row += kMaxPlanRows) {
-    const bool prefilled = prefill != PrefillKernel::kNone;
-    const cudaError_t status =
-        LaunchRows(p, plan, prefilled, row, prefilled && row == 0, workspace, stream);
+    const bool beside = prefills && row == 0;
+    const cudaError_t status = LaunchRows(p, plan, prefills, row, beside, workspace, stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;

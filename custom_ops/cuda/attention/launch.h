@@ -37,12 +37,16 @@ enum class PrefillKernel : int {
 };
 
 // The one for the current device.
-PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionPlan& plan);
+PrefillKernel ChoosePrefill(const AttentionParams& p);
+
+// New tokens from which a row is better off there: AttentionSizes::long_row.
+int64_t LongRow(const AttentionParams& p, PrefillKernel prefill);
 
 // Floats of p.workspace that it writes.
 int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill);
 
-// p.workspace holds PlanAttention(...).workspace and PrefillWorkspace(...) floats.
+// p.workspace holds plan.workspace and PrefillWorkspace(...) floats. A plan without whole tiles has
+// no rows for a prefill kernel.
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
                             PrefillKernel prefill, cudaStream_t stream);
 
