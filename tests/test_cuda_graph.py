@@ -224,6 +224,33 @@ def test_rows_move_between_launches_between_replays(kind, q_type):
     graph.reset()
 
 
+@pytest.mark.parametrize("kind", [CacheKind("cache_fp8", "head"), BLOCK_WISE_FP8], ids=str)
+@pytest.mark.parametrize("rows", [[(300, 1), (40, 1800), (77, 4)], [(3, 1800), (4000, 9)]], ids=str)
+def test_what_follows_waits_for_every_launch(kind, rows):
+    """The short rows' launches end long before the long row's, which started ahead of them."""
+    problem = paged_problem(rows, kind=kind, dim=DIM, seed=2)
+    positional, options = problem.arguments("gpu")
+    first = to_paddle(np.zeros(problem.q.shape, BF16), "gpu")
+    zeros = to_paddle(np.zeros(problem.q.shape, BF16), "gpu")
+
+    def both():
+        """The second call's first kernel quantises what the first call gives."""
+        F.paged_attention(*positional, out=first, **options)
+        return F.paged_attention(first, *positional[1:], quantize_q=True, **options)
+
+    F.paged_attention(*positional, out=first, **options)
+    paddle.device.cuda.synchronize()
+    want = to_numpy(F.paged_attention(first, *positional[1:], quantize_q=True, **options))
+    with capture() as graph:
+        out = both()
+    for i in range(5):
+        first.copy_(zeros, True)
+        graph.replay()
+        assert_same_bits(to_numpy(out), want, f"replay {i}")
+    del out
+    graph.reset()
+
+
 class SharedPrefix:
     """A step of rows that share their first 128 tokens, and its plan, on the GPU."""
 
