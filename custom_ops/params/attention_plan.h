@@ -159,7 +159,7 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   if (pairs <= 64 || s.max_seqlen_q <= 8) {
     plan.launches[plan.num_launches++] = SplitLaunch(s, ColumnsFor(pairs), kAllColumns);
   } else {
-    // Where a tile for each row and head leaves half of the GPU without work, keys are better split.
+    // Keys are better split where a tile for each row and head leaves half of the GPU without work.
     const int64_t long_row = 2 * s.batch * s.num_heads < s.num_sms ? kLongRow : s.long_row;
     const bool is_long = s.max_seqlen_q >= long_row;
     const bool mixed = MayHaveShortRows(s, long_row);
