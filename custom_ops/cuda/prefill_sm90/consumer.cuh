@@ -134,10 +134,10 @@ class Consumer {
   __device__ __forceinline__ void IssueScores() {
     const uint64_t key = OperandDescriptor<C::kDim>(SharedAddress(shared_.key[0])) +
                          keys_.index * (C::kKeys * C::kDim / 16);
-    MultiplyShared<false>(s_, query_operand_, key);
+    MultiplyShared<false, C::kCodes>(s_, query_operand_, key);
 #pragma unroll
     for (int k = 1; k < C::kDim / 32; ++k) {
-      MultiplyShared<true>(s_, query_operand_ + 2 * k, key + 2 * k);
+      MultiplyShared<true, C::kCodes>(s_, query_operand_ + 2 * k, key + 2 * k);
     }
     CommitProducts();
   }
@@ -147,10 +147,11 @@ class Consumer {
                            values_.index * (C::kKeys * C::kDim / 16);
     constexpr int kBlock = kBlockSize * C::kDim / 16;
     auto& target = Target();
-    MultiplyRegisters<!C::kTwoLevel>(target, probabilities_, value);
+    MultiplyRegisters<!C::kTwoLevel, C::kCodes>(target, probabilities_, value);
 #pragma unroll
     for (int k = 1; k < C::kKeys / 32; ++k) {
-      MultiplyRegisters<true>(target, probabilities_ + 4 * k, value + k / 2 * kBlock + k % 2 * 2);
+      MultiplyRegisters<true, C::kCodes>(target, probabilities_ + 4 * k,
+                                         value + k / 2 * kBlock + k % 2 * 2);
     }
     CommitProducts();
   }
@@ -286,14 +287,14 @@ class Consumer {
   // cap * tanh(s / cap), in units of log2. factor_ holds the scale over the cap.
   __device__ __forceinline__ void Softcap(int at) {
     const float cap = p_.softcap * kLog2E;
+    const float factor[2] = {factor_[0] * (2.0f * kLog2E), factor_[1] * (2.0f * kLog2E)};
     if constexpr (C::kTokenScales) {
 #pragma unroll
       for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[at][0], j, s_);
     }
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
-      const float x = s_[i] * factor_[i / 2 % 2];
-      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(x * (2.0f * kLog2E)) + 1.0f);
+      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(s_[i] * factor[i / 2 % 2]) + 1.0f);
     }
   }
 

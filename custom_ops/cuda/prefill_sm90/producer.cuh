@@ -230,9 +230,12 @@ class Cleaner {
 
   static constexpr uint32_t kHigh = 0x80808080u;
 
-  // High bits of the bytes of `word` that are NaN codes.
+  // High bits of the bytes of `word` that are NaN codes, or infinite ones, which e5m2 has: 0 times
+  // those is NaN as well.
   __device__ static uint32_t NaNBytes(uint32_t word) {
-    return ((word & ~kHigh) + 0x01010101u) & kHigh;
+    constexpr bool kInfinities = C::kCodes == DType::kE5M2;
+    constexpr uint32_t kExponent = kInfinities ? 0x7C7C7C7Cu : ~kHigh;
+    return ((word & kExponent) + (kInfinities ? 0x04040404u : 0x01010101u)) & kHigh;
   }
 
   __device__ bool Clean(int at, int written) {
