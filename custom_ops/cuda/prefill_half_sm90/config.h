@@ -27,15 +27,14 @@ enum class Source : int {
 };
 
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
-// kElement is the type of K as an operand: 16-bit values, which codes are converted to, or the codes
-// as they lie. Queries are two such codes each then.
+// kElement is the type of K as an operand: 16-bit values, which codes are converted to, or the
+// codes as they lie. Queries are two such codes each then.
 template <DType kElement_, int kDim_, Source kSource_, bool kTokenScales_>
 struct Config {
   static constexpr DType kElement = kElement_;
   static constexpr int kDim = kDim_;
   static constexpr bool kCodes = kSource_ != Source::kOperands;
-  static constexpr bool kKeyCodes =
-      kElement != DType::kBFloat16 && kElement != DType::kFloat16;
+  static constexpr bool kKeyCodes = kElement != DType::kBFloat16 && kElement != DType::kFloat16;
   static constexpr bool kValueRows = kSource_ != Source::kCodes;
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
   static constexpr DType kOperand = kCodes ? DType::kFloat16 : kElement;  // of P and V
@@ -83,7 +82,7 @@ struct alignas(1024) Shared {
   alignas(16) float key_scales[C::kScaleSlots][4][C::kScaleGroup];
   alignas(16) __half value_scales[C::kScaleSlots][C::kScaledKeys];  // in units of the reference
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite
-  float2 reference[C::kScaleSlots];  // unit of V; the step before's over it
+  float2 reference[C::kScaleSlots];                  // unit of V; the step before's over it
   int poison_found[C::kScaleSlots];
   int flags[C::kKeyStages];          // for the consumers, with the keys
   int value_flags[C::kValueStages];  // the same for the cleaners, with the values

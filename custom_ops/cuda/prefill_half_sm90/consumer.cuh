@@ -80,7 +80,8 @@ class Consumer {
   static constexpr int kScalesAhead = 2;
   // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
   static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
-  // The first products of integers are issued ahead of the turn.
+  // The first products of integers are issued ahead of the turn. With token scales that gains
+  // nothing.
   static constexpr bool kLateTurn = kIntegers && !C::kTokenScales;
   static constexpr float kBias = CodeQuery<C>::kBiasValue;
 
@@ -90,7 +91,7 @@ class Consumer {
     uint32_t address;
 
     __device__ __forceinline__ void Load(int j) {
-      float(&x)[4] = columns[j % kScalesAhead];
+      float (&x)[4] = columns[j % kScalesAhead];
       asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
                    : "r"(address + 16 * j));
@@ -124,8 +125,8 @@ class Consumer {
       // Where a factor is large, the bias in units of log2 would swallow differences of scores.
       constexpr float kLargest = 1 << 19;
       const float factor = fmaxf(factor_[0], factor_[1]);
-      biased_ = !C::kTokenScales && p_.softcap <= 0.0f &&
-                __all_sync(~0u, factor * kBias < kLargest);
+      biased_ =
+          !C::kTokenScales && p_.softcap <= 0.0f && __all_sync(~0u, factor * kBias < kLargest);
     }
     // Keys that all of the warp's queries see.
     common_begin_ = __reduce_max_sync(~0u, begin);
@@ -171,8 +172,11 @@ class Consumer {
   // --- products ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ uint64_t QueryOperand() const {
-    if constexpr (C::kKeyCodes) return 0;
-    else return query_.Operand();
+    if constexpr (C::kKeyCodes) {
+      return 0;
+    } else {
+      return query_.Operand();
+    }
   }
 
   // Of the step ahead.
@@ -181,6 +185,7 @@ class Consumer {
     return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
   }
 
+  // Of a step's probabilities.
   struct RightOperands {
     uint64_t values;
     uint64_t ones;
@@ -193,6 +198,7 @@ class Consumer {
             RowSums<C>::Operand(shared_)};
   }
 
+  // kBegin: its turn has not begun where it begins late.
   template <bool kBegin>
   __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
     if constexpr (kIntegers) {
@@ -376,7 +382,7 @@ class Consumer {
   __device__ __forceinline__ void ScaleScores(KeyScales& scales) {
 #pragma unroll
     for (int j = 0; j < C::kKeys / 16; ++j) {
-      const float(&scale)[4] = scales.columns[j % kScalesAhead];
+      const float (&scale)[4] = scales.columns[j % kScalesAhead];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float x = scale[i / 4 * 2 + i % 2];
@@ -537,8 +543,8 @@ class Consumer {
   int common_begin_, common_end_;  // keys that all of the warp's queries see
   RowSums<C> sums_;
   float shift_[2], factor_[2];
-  float subtracted_[2];  // from scores: the shift, or 0 while that is -inf
-  float limit_[2];       // of what the shift would be, below which it stays
+  float subtracted_[2];     // from scores: the shift, or 0 while that is -inf
+  float limit_[2];          // of what the shift would be, below which it stays
   float reference_ = 1.0f;  // unit of the output
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making

@@ -46,8 +46,8 @@ bool SupportsPacked(const PackedKv& kv, DType query) {
 
 DType KeyType(const AttentionParams& p) { return p.paged ? p.cache.dtype : p.packed.dtype; }
 
-// Whether codes of K are operands as they lie. Two e4m3 codes hold a bf16 query, but not the bits of
-// fp16, nor those of a product with the scales of channels.
+// Whether codes of K are operands as they lie. Two e4m3 codes hold a bf16 query, but not the bits
+// of fp16, nor those of a product with the scales of channels.
 bool KeyCodes(const AttentionParams& p) {
   if (KeyType(p) != DType::kE4M3) return KeyType(p) == DType::kInt8;
   const bool channels = p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;

@@ -1,7 +1,7 @@
 // Queries as two 8-bit codes each, so that K's codes are operands as they lie.
 //
-// A query times a power of two is high + low. e4m3: both are codes of the same unit; exact for bf16,
-// but for channels far below the largest. int8: `low` counts 1 / 128 of `high`.
+// A query times a power of two is high + low. e4m3: both are codes of the same unit; exact for
+// bf16, but for channels far below the largest. int8: `low` counts 1 / 128 of `high`.
 #pragma once
 
 #include "common/numeric.h"
