@@ -369,7 +369,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ KeyScales LoadScales() {
-    KeyScales scales;
+    KeyScales scales{};
     if constexpr (C::kTokenScales) {
       Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
       scales.address = SharedAddress(shared_.key_scales[ScaleSlot()][lane_ % 4]);

@@ -116,7 +116,7 @@ class OperandConsumer : private Consumer<C> {
   // Ends the use of the tile's queries, too. A predicate and no branch: the compiler is to see that
   // the warp stays together.
   __device__ __forceinline__ void FinishScores(bool last) {
-    typename Base::KeyScales scales;
+    typename Base::KeyScales scales{};
     Base::FinishScores(scales);
     if (last && lane_ == 0) Arrive(&shared_.query_done[group_]);
   }
