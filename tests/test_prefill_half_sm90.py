@@ -207,6 +207,52 @@ def test_queries_that_are_not_finite(place, kind, value):
     assert seen[5, 1].all() and seen[150, 0].all() and seen.sum() == 2 * 128
 
 
+@pytest.mark.parametrize("growth", [4, 60])
+@pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
+def test_scores_that_grow_towards_the_first_key(place, q_type, growth):
+    # Keys are read from the last to the first: a row's maximum rises, and its shift follows.
+    problem = flash_problem(
+        [(130, 700), (300, 600)], heads=(2, 1), dim=128, q_type=q_type, causal=True
+    )
+    factors = np.geomspace(growth, 1, len(problem.k), dtype=np.float32)
+    problem.k[:] = problem.k.astype(np.float32) * factors[:, None, None]
+    problem.check(place)
+
+
+@pytest.mark.parametrize("growth", [4, 60])
+@pytest.mark.parametrize("code", ["int8", "fp8"])
+def test_scores_of_scaled_codes_that_grow_towards_the_first_key(place, code, growth):
+    rows = [(130, 700), (300, 600)]
+    problem = paged_problem(rows, kind=CacheKind(f"block_wise_{code}"), heads=(2, 1), dim=128)
+    for row, (cached, new) in enumerate(rows):
+        for position in range(cached + new):
+            block, at = problem.slot(row, position)
+            problem.k.scales[block, :, at] *= growth ** (1 - position / (cached + new))
+    problem.check(place)
+
+
+@pytest.mark.parametrize("growth", [4, 20])
+def test_integer_scores_that_grow_towards_the_first_key(place, growth):
+    rows = [(130, 700), (300, 600)]
+    kind = CacheKind("cache_int8", "head")
+    problem = paged_problem(rows, kind=kind, heads=(2, 1), dim=128, seed=9)
+    codes = problem.k.elements.view(np.int8)
+    for row, (cached, new) in enumerate(rows):
+        for position in range(cached + new):
+            block, at = problem.slot(row, position)
+            codes[block, :, at] = codes[block, :, at] / growth ** (position / (cached + new))
+    problem.k.scales *= growth
+    problem.check(place)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [200, 300])
+def test_as_many_equal_rows_as_fill_a_gpu(place, tokens, causal):
+    # Short rows: the tiles of a row and head are neighbours, with a causal mask in pairs.
+    rows = [(tokens, tokens)] * 33
+    flash_problem(rows, heads=(4, 2), dim=128, seed=8, causal=causal).check(place)
+
+
 def test_queries_and_scales_of_zero(place):
     problem = paged_problem([(100, 200)], kind=CacheKind("cache_int8", "head"), dim=128)
     problem.q[5:90] = 0
