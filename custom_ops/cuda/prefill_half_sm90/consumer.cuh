@@ -404,18 +404,15 @@ class Consumer {
   // cap * tanh(s / cap), in units of log2. The factor holds the scale over the cap.
   __device__ __forceinline__ void Softcap() {
     const float cap = p_.softcap * kLog2E;
+    float rate[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float rate = shared_.factor[buffer_][prefill_sm90::QueryOf(h)] * (2.0f * kLog2E);
+      rate[h] = shared_.factor[buffer_][prefill_sm90::QueryOf(h)] * (2.0f * kLog2E);
       factor_[h] = 1.0f;
+    }
 #pragma unroll
-      for (int j = 0; j < C::kScores / 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& s = s_[4 * j + 2 * h + e];
-          s = cap - 2.0f * cap * Reciprocal(Exp2(s * rate) + 1.0f);
-        }
-      }
+    for (int i = 0; i < C::kScores; ++i) {
+      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(s_[i] * rate[i / 2 % 2]) + 1.0f);
     }
   }
 
