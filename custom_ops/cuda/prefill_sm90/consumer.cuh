@@ -75,11 +75,6 @@ class Consumer {
   static constexpr int kTurnBarrier = 1;
   static_assert(C::kTwoLevel || !C::kTokenScales);
 
-  __device__ __forceinline__ void Release(uint64_t* barrier) {
-    __syncwarp();
-    if (lane_ == 0) Arrive(barrier);
-  }
-
   // The warpgroups take turns at the exponentials: the special function units are busy with one's
   // while the other waits for products, looks for maxima and issues products.
   //
@@ -126,7 +121,7 @@ class Consumer {
     ReleaseValues(start_);
     FinishFactors(shared_, buffer, sum_);
     Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference);
-    Release(&shared_.query_empty[buffer]);
+    ArriveWarp(&shared_.query_empty[buffer]);
   }
 
   // --- products ---------------------------------------------------------------------------------
@@ -265,7 +260,7 @@ class Consumer {
   __device__ __forceinline__ void ReleaseValues(int start) {
     const int found = *reinterpret_cast<const int*>(shared_.nan_found[values_.index]) & 0xFFFFFF;
     if (found != 0) AddNaNs(start, buffer_);
-    Release(&shared_.value_empty[values_.index]);
+    ArriveWarp(&shared_.value_empty[values_.index]);
     values_.Advance();
   }
 
@@ -274,7 +269,7 @@ class Consumer {
   // Ends the use of the step's keys, applies scales, softcap and masks.
   __device__ __forceinline__ void FinishScores() {
     const int at = keys_.index;
-    Release(&shared_.key_empty[at]);
+    ArriveWarp(&shared_.key_empty[at]);
     if constexpr (C::kTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
     if constexpr (C::kSoftcap) Softcap(at);
     const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;

@@ -147,11 +147,8 @@ class Cleaner {
       const Tile& tile = shared_.tile[queries.index];
       const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
       if (steps >= 0) FindFactors(tile, queries.index);
-      __syncwarp();
-      if (lane_ == 0) {
-        Arrive(&shared_.query_full[queries.index]);
-        Arrive(&shared_.query_empty[queries.index]);
-      }
+      ArriveWarp(&shared_.query_full[queries.index]);
+      ArriveWarp(&shared_.query_empty[queries.index]);
       if (steps < 0) return;
       queries.Advance();
       float reference = 1.0f;  // the largest scale of V in the step before
@@ -168,8 +165,7 @@ class Cleaner {
         }
         if (lane_ == 0) shared_.nan_found[at][warp_] = nan;
         FenceAsyncProxy();
-        __syncwarp();
-        if (lane_ == 0) Arrive(&shared_.value_ready[at]);
+        ArriveWarp(&shared_.value_ready[at]);
         stages.Advance();
       }
     }
