@@ -1,10 +1,11 @@
 // A consumer warpgroup of operands.
 //
-// A step's own chain, from its scores to its probabilities, is what limits the kernel: the other
-// warpgroup's products take less time. So a step waits for its values where it issues the product
-// that reads them, moves the maximum only where that is needed, and has the product of the step
-// before behind it when its exponentials begin: nothing is left behind them, and probabilities are
-// packed among them.
+// A warpgroup's own chain, from the scores of a step to its probabilities, is what limits the
+// kernel: the products of both take less time. So the chain has no maximum in it. A tile's first
+// step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
+// and only where a sum of them is too large, the maximum is found, the shift moved, and they are
+// found again. Values are waited for where the product that reads them is issued, and the product
+// of the step before is done when packing begins, so that nothing is left behind the exponentials.
 #pragma once
 
 #include "cuda/prefill_half_sm90/consumer.cuh"
@@ -38,7 +39,7 @@ class OperandConsumer : private Consumer<C> {
       Base::IssueFirst();
       while (true) {
         WaitProducts<0>(s_);
-        StartTile(tiles.index);
+        Base::LoadTile(tiles.index);
         const int steps = shared_.tile[tiles.index].steps;
         FirstStep(steps == 1);
 #pragma unroll 1
@@ -63,8 +64,10 @@ class OperandConsumer : private Consumer<C> {
   }
 
  private:
-  // How far a maximum may rise before the shift follows, in units of log2: P stays within fp16.
-  static constexpr float kSlack = 6.0f;
+  // Of a thread's probabilities of a row and step, which fp16 holds.
+  static constexpr float kMost = 32768.0f;
+  // Probabilities that are found before there are registers to pack them into.
+  static constexpr int kEarly = 16;
 
   // Waits for a tile; false if there are no more. Each is a phase of the queries' barrier.
   __device__ __forceinline__ bool NextTile(const Ring<2>& tiles) {
@@ -72,15 +75,6 @@ class OperandConsumer : private Consumer<C> {
     if (shared_.tile[tiles.index].steps < 0) return false;
     query_.Take(p_, shared_, tiles.index, group_);
     return true;
-  }
-
-  __device__ __forceinline__ void StartTile(int buffer) {
-    Base::LoadTile(buffer);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      subtracted_[h] = 0.0f;
-      limit_[h] = kMinusInf;
-    }
   }
 
   __device__ __forceinline__ void WaitForValues() {
@@ -107,10 +101,9 @@ class OperandConsumer : private Consumer<C> {
   // `last`: of the tile.
   __device__ __forceinline__ void FirstStep(bool last) {
     FinishScores(last);
-    float alpha[2];
-    bool far;
-    FollowMaximum(alpha, &far);
-    FindProbabilities(far);
+    float part[2];
+    FollowMaximum<false>(part);
+    AddSums(part);
   }
 
   __device__ __forceinline__ void NextStep(bool last) {
@@ -118,17 +111,10 @@ class OperandConsumer : private Consumer<C> {
     WaitProducts<1>(s_);
     start_ -= C::kKeys;
     FinishScores(last);
-    float alpha[2];
-    bool far;
-    const bool risen = FollowMaximum(alpha, &far);
-    WaitProducts<0>(o_);
-    KeepRegisters(probabilities_);
-    Base::ReleaseValues(step_ - 1, start_ + C::kKeys);
-    if (risen) {
-#pragma unroll
-      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
-    }
-    FindProbabilities(far);
+    float part[2];
+    FindProbabilities<true>(part);
+    if (__any_sync(~0u, !(part[0] <= most_[0] && part[1] <= most_[1]))) FollowMaximum<true>(part);
+    AddSums(part);
   }
 
   // Ends the use of the tile's queries, too. A predicate and no branch: the compiler is to see that
@@ -138,38 +124,63 @@ class OperandConsumer : private Consumer<C> {
     if (last && lane_ == 0) Arrive(&shared_.query_done[group_]);
   }
 
-  // Finds the largest scores, and what is subtracted from scores where that has to change. Returns
-  // whether it has, for some row of the warp; only then alpha is known. `far`: the factors are
-  // those of this step only.
-  __device__ __forceinline__ bool FollowMaximum(float (&alpha)[2], bool* far) {
-    float largest[2], wanted[2];
+  // Moves the shifts to the step's largest scores and finds the probabilities. kScale: there is an
+  // output already.
+  template <bool kScale>
+  __device__ __forceinline__ void FollowMaximum(float (&part)[2]) {
+    float largest[2], wanted[2], alpha[2];
     Base::FindLargest(largest, wanted);
-    *far = false;
-    if (!__any_sync(~0u, !(wanted[0] <= limit_[0] && wanted[1] <= limit_[1]))) return false;
-    *far = Base::MoveMaximum(largest, wanted, alpha);
+    const bool far = Base::MoveMaximum(largest, wanted, alpha);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       subtracted_[h] = Base::Shift(h);
-      // Far scores are looked at in every step.
-      limit_[h] = prefill_sm90::IsFar(shift_[h]) ? kMinusInf : shift_[h] + kSlack;
+      // Without a score above -inf there is no shift, and far ones are looked at in every step.
+      const bool usable = shift_[h] > kMinusInf && !prefill_sm90::IsFar(shift_[h]);
+      most_[h] = usable ? kMost : -1.0f;
     }
-    return true;
-  }
-
-  // The step's probabilities, packed, and their sums.
-  __device__ __forceinline__ void FindProbabilities(bool far) {
+    if constexpr (kScale) {
 #pragma unroll
-    for (int i = 0; i < C::kScores; ++i) {
-      const int h = i / 2 % 2;
-      s_[i] = Exp2(fmaf(s_[i], factor_[h], -subtracted_[h]));
-      sum_[h] += s_[i];
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
     }
-    Base::PackProbabilities();
+    FindProbabilities<false>(part);
     if (far) LoadFactors(shared_, Base::buffer_, factor_);
   }
 
+  __device__ __forceinline__ void AddSums(const float (&part)[2]) {
+    sum_[0] += part[0];
+    sum_[1] += part[1];
+  }
+
+  __device__ __forceinline__ float Probability(int i) const {
+    return Exp2(fmaf(s_[i], factor_[i / 2 % 2], -subtracted_[i / 2 % 2]));
+  }
+
+  // The step's probabilities, packed, and this thread's sums of them. Scores stay, in case that
+  // they are needed again. kBehind: ends the product that reads the probabilities of the step
+  // before.
+  template <bool kBehind>
+  __device__ __forceinline__ void FindProbabilities(float (&part)[2]) {
+    float early[kEarly];
+    if constexpr (kBehind) {
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) early[i] = Probability(i);
+      WaitProducts<0>(o_);
+      KeepRegisters(probabilities_);
+      Base::ReleaseValues(step_ - 1, start_ + C::kKeys);
+    }
+    part[0] = part[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < C::kScores; i += 2) {
+      const float a = kBehind && i < kEarly ? early[i % kEarly] : Probability(i);
+      const float b = kBehind && i < kEarly ? early[(i + 1) % kEarly] : Probability(i + 1);
+      part[i / 2 % 2] += a;
+      part[i / 2 % 2] += b;
+      probabilities_[i / 2] = PackPair<C::kOperand>(a, b);
+    }
+  }
+
   float subtracted_[2];  // from scores: the shift, or 0 while that is -inf
-  float limit_[2];       // of what the shift would be, below which it stays
+  float most_[2];        // of a step's sums, with this shift
 };
 
 }  // namespace fastattn::cuda::prefill_half_sm90
