@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 host = pytest.importorskip("fastattn._host")
@@ -10,7 +12,17 @@ SMS = 132
 
 
 def plan(
-    batch, max_q, max_k, *, heads=32, kv_heads=8, head_dim=128, bytes_=1, tokens=None, cluster=1
+    batch,
+    max_q,
+    max_k,
+    *,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    bytes_=1,
+    tokens=None,
+    cluster=1,
+    long_row=64,
 ):
     return host.plan_attention(
         num_tokens=batch * max_q if tokens is None else tokens,
@@ -23,6 +35,7 @@ def plan(
         max_seqlen_k=max_k,
         num_sms=SMS,
         max_cluster=cluster,
+        long_row=long_row,
     )
 
 
@@ -41,21 +54,98 @@ def test_short_rows_are_one_split_launch(heads, kv_heads, max_q, columns):
     assert launch["min_columns"] == 0 and launch["max_columns"] >= 2**31 - 1
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(32, 8), (64, 8), (16, 1), (128, 1), (8, 8)])
-def test_every_row_belongs_to_one_launch_of_a_mixed_call(heads, kv_heads):
-    decode, prefill = plan(7, 2000, 8192, heads=heads, kv_heads=kv_heads, tokens=2100)
-    assert (decode["split"], prefill["split"]) == (1, 0)
-    assert decode["min_columns"] == 0
-    assert prefill["min_columns"] == decode["max_columns"] + 1
-    assert decode["max_columns"] >= heads // kv_heads  # rows of one token are split
-    assert prefill["max_columns"] >= 2100 * heads
-    assert prefill["workspace"] == 0
+GROUPS = [(8, 8), (16, 8), (6, 2), (32, 8), (40, 8), (64, 8), (9, 1), (16, 1), (17, 1), (128, 1)]
+
+
+@pytest.mark.parametrize("long_row", [33, 64])
+@pytest.mark.parametrize("heads, kv_heads", GROUPS)
+def test_launches_of_a_mixed_call(heads, kv_heads, long_row):
+    """Rows of a few tokens, speculative ones and long ones, each with tiles that they fill."""
+    group = heads // kv_heads
+    sizes = dict(heads=heads, kv_heads=kv_heads, long_row=long_row)
+    decode, rest, long = plan(70, 2000, 8192, tokens=2200, **sizes)
+    assert (decode["split"], rest["split"], long["split"]) == (1, 1, 0)
+    assert decode["columns"] == (16 if group <= 16 else 64)
+    assert decode["max_columns"] == max(decode["columns"], group)
+    assert rest["max_columns"] == long_row * group - 1
+    assert (rest["columns"], long["columns"]) == (64, 64)
+    assert long["workspace"] == 0
+
+
+def test_a_chunk_beside_decode_has_tiles_for_one_token():
+    decode, long = plan(33, 2048, 8192, tokens=2080)
+    assert decode["columns"] == 8 and not long["split"]
+
+
+@pytest.mark.parametrize("batch, long", [(2, False), (3, True)])
+def test_a_few_rows_are_split_though_they_are_long(batch, long):
+    """Their heads are too few for a kernel that splits no keys."""
+    launches = plan(batch, 48, 8192, long_row=33)
+    assert [x["split"] for x in launches] == [1, 0 if long else 1]
+
+
+def _launches_of(launches, tokens, group):
+    """How many launches take a row of so many new tokens, by each kernel's rule.
+
+    Decode and whole tiles count pairs of a token and a head; a prefill kernel counts tokens, from
+    the fewest that the launch of whole tiles would take.
+    """
+    by_pairs = [x["min_columns"] <= tokens * group <= x["max_columns"] for x in launches]
+    by_tokens = [
+        tokens >= -(-x["min_columns"] // group) if not x["split"] else taken
+        for x, taken in zip(launches, by_pairs)
+    ]
+    return sum(by_pairs), sum(by_tokens)
+
+
+@pytest.mark.parametrize("heads, kv_heads", GROUPS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_row_belongs_to_one_launch(heads, kv_heads, head_dim):
+    """Rows longer than the host was told, too."""
+    lengths = [*range(1, 300), 1000, 4096, 10**6]
+    sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    seen = set()
+    for max_q in (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 34, 63, 64, 65, 128, 5000):
+        for batch, long_row in itertools.product((1, 9, 600), (33, 64)):
+            for tokens in {1, max_q, max_q + batch - 1, max_q + batch, batch * max_q, 3000} - {0}:
+                launches = plan(batch, max_q, 8192, tokens=tokens, long_row=long_row, **sizes)
+                seen.add(len(launches))
+                for n in lengths:
+                    found = _launches_of(launches, n, heads // kv_heads)
+                    assert found == (1, 1), (max_q, batch, tokens, long_row, n, found)
+    assert seen == {1, 2, 3}
+
+
+def _may_be_short(batch, max_q, tokens, long_row):
+    """Whether rows of 1 .. max_q tokens, one of them max_q, can have one of 2 .. long_row - 1."""
+    sums = {0: False}  # of the rows so far: whether a short one may be among them
+    for _ in range(batch - 1):
+        longer = {}
+        for total, short in sums.items():
+            for n in range(1, min(max_q, tokens - total) + 1):
+                longer[total + n] = longer.get(total + n, False) or short or 2 <= n < long_row
+        sums = longer
+    return sums.get(tokens - max_q, False)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_q, long_row", [(64, 64), (65, 64), (64, 33), (130, 33)])
+def test_short_rows_have_a_launch_where_they_can_exist(batch, max_q, long_row):
+    sizes = dict(heads=128, kv_heads=8, long_row=long_row)
+    for tokens in range(max_q + batch - 1, batch * max_q + 1):
+        made = len(plan(batch, max_q, 8192, tokens=tokens, **sizes)) == 3
+        assert made == _may_be_short(batch, max_q, tokens, long_row), tokens
+
+
+@pytest.mark.parametrize("batch, max_q, tokens", [(16, 1024, 16384), (33, 2048, 2080), (1, 64, 64)])
+def test_pure_prefill_and_a_chunk_beside_decode_pay_for_no_more(batch, max_q, tokens):
+    assert [x["split"] for x in plan(batch, max_q, 8192, tokens=tokens)] == [1, 0]
 
 
 def test_grid_holds_every_tile_of_every_row():
     """Rows of 1 token and long ones, in the worst order: as many tiles as there can be."""
     lengths = [1, 2000, 1, 999, 17, 64, 65, 3000]
-    _, prefill = plan(len(lengths), 3000, 8192, tokens=sum(lengths))
+    *_, prefill = plan(len(lengths), 3000, 8192, tokens=sum(lengths))
     tiles = sum(-(-4 * n // prefill["columns"]) for n in lengths)
     assert prefill["grid"] >= 8 * tiles
 

@@ -73,6 +73,18 @@ def test_bytes_of_merged_outputs_are_those_of_decode_rows():
     assert moved == 2 * 3 * HEADS * DIM * 2
 
 
+@pytest.mark.parametrize(("quant", "fp8_queries"), [("none", False), ("cache_fp8", True)])
+def test_a_mixed_call_has_the_rows_of_its_parts(quant, fp8_queries):
+    from fastattn.bench.compat_cpu import PLACE
+    from fastattn.bench.compat_steps import DIM, HEADS
+    from fastattn.bench.mixed_steps import attention, describe
+
+    parts = [(1, 70, 66), (2, 128, 1), (1, 9, 4)]
+    assert describe(parts).startswith("1 x 66 behind 70 + 2 x 1 behind 128 + 1 x 4 behind 9, H 32")
+    outs = [attention(PLACE, quant, fp8_queries, x)() for x in (parts, *([p] for p in parts))]
+    assert [out.shape for out in outs] == [[n, HEADS, DIM] for n in (72, 66, 2, 4)]
+
+
 # --- reports -------------------------------------------------------------------------------------
 
 MACHINE = {"cpu": "A", "cores": 2, "paddle": "3.3.1", "commit": "abc", "date": "today"}

@@ -11,6 +11,7 @@ import pytest
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference.numerics import from_codes
+from tests.support.attention import BLOCK_WISE_FP8, CacheKind, paged_problem
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
@@ -166,6 +167,87 @@ def test_attention_follows_lengths_that_change_between_replays(quantize_q):
         assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
         assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
     del out, lse
+    graph.reset()
+
+
+class MixedStep:
+    """A step whose rows are of every kind in turn: they rest, decode, speculate and prefill."""
+
+    NEW = (0, 1, 1, 4, 63, 64, 130, 17, 2)
+    KEYS = (3072, 896, 192, 192, 512, 320, 192, 2048, 256)
+
+    def __init__(self, seed: int, kind: CacheKind, q_type: str) -> None:
+        rng = np.random.default_rng(seed)
+        new = rng.permutation(self.NEW)
+        # As many blocks in every step.
+        keys = rng.permutation(self.KEYS) - rng.integers(0, 63, len(new))
+        rows = list(zip(keys - new, new))
+        self.problem = paged_problem(rows, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=3)
+        positional, self.options = self.problem.arguments("gpu")
+        self.inputs = positional[:7]
+
+    def attend(self) -> tuple:
+        return F.paged_attention(*self.inputs, 130, 3072, return_softmax_lse=True, **self.options)
+
+    def become(self, other: MixedStep) -> None:
+        """Take another step's values in place."""
+        for mine, its in zip(self.inputs, other.inputs):
+            mine.copy_(its, True)
+        for name, value in other.options.items():
+            if isinstance(value, paddle.Tensor):
+                self.options[name].copy_(value, True)
+
+
+@pytest.mark.parametrize(
+    "kind, q_type",
+    [
+        *((CacheKind(), "bfloat16"), (CacheKind("block_wise_int8"), "bfloat16")),
+        *((CacheKind("cache_fp8", "head"), "e4m3:tensor"), (BLOCK_WISE_FP8, "e4m3:token_head")),
+    ],
+    ids=str,
+)
+def test_rows_move_between_launches_between_replays(kind, q_type):
+    """Decoding, speculative and long rows are launches of their own, found on the device."""
+    held = MixedStep(0, kind, q_type)
+    held.attend()
+    with capture() as graph:
+        out, lse = held.attend()
+    for seed in range(1, 5):
+        step = MixedStep(seed, kind, q_type)
+        step.problem.check("gpu", f"step {seed}")
+        held.become(step)
+        graph.replay()
+        want, want_lse = step.attend()
+        assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
+        assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
+    del out, lse
+    graph.reset()
+
+
+@pytest.mark.parametrize("kind", [CacheKind("cache_fp8", "head"), BLOCK_WISE_FP8], ids=str)
+@pytest.mark.parametrize("rows", [[(300, 1), (40, 1800), (77, 4)], [(3, 1800), (4000, 9)]], ids=str)
+def test_what_follows_waits_for_every_launch(kind, rows):
+    """The short rows' launches end long before the long row's, which started ahead of them."""
+    problem = paged_problem(rows, kind=kind, dim=DIM, seed=2)
+    positional, options = problem.arguments("gpu")
+    first = to_paddle(np.zeros(problem.q.shape, BF16), "gpu")
+    zeros = to_paddle(np.zeros(problem.q.shape, BF16), "gpu")
+
+    def both():
+        """The second call's first kernel quantises what the first call gives."""
+        F.paged_attention(*positional, out=first, **options)
+        return F.paged_attention(first, *positional[1:], quantize_q=True, **options)
+
+    F.paged_attention(*positional, out=first, **options)
+    paddle.device.cuda.synchronize()
+    want = to_numpy(F.paged_attention(first, *positional[1:], quantize_q=True, **options))
+    with capture() as graph:
+        out = both()
+    for i in range(5):
+        first.copy_(zeros, True)
+        graph.replay()
+        assert_same_bits(to_numpy(out), want, f"replay {i}")
+    del out
     graph.reset()
 
 

@@ -14,14 +14,16 @@ from tests.support.bounds import assert_within
 
 STATIC = CacheKind("cache_fp8", "head")
 TOKEN = CacheKind("block_wise_fp8")
+E5M2 = CacheKind("cache_fp8", "head", "e5m2")
 KINDS = [
     CacheKind("cache_fp8", "tensor"),
     STATIC,
+    E5M2,
     CacheKind("cache_fp8", "head", scale_dtype="bfloat16"),
     TOKEN,
     CacheKind("block_wise_fp8", scale_dtype="bfloat16"),
 ]
-FEW = [STATIC, TOKEN]
+FEW = [STATIC, TOKEN, E5M2]
 
 #: (cached, new) tokens: a chunk at an odd offset, a prompt, decoding and resting rows.
 MIXED = [(333, 129), (0, 300), (100, 1), (0, 0), (51, 77), (64, 256)]
@@ -102,9 +104,7 @@ def test_nan_stays_with_the_rows_that_see_it(place, kind):
     assert seen[250:, 2:].all() and not seen[:250, 2:].any()
 
 
-@pytest.mark.parametrize(
-    "kind", [CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")], ids=str
-)
+@pytest.mark.parametrize("kind", FEW, ids=str)
 def test_scores_of_any_size(place, kind):
     # A score of 2^40 less a shift of 2^40 must not be the rounding error of either.
     problem = paged_problem([(100, 200)], kind=kind, dim=128, q_type="e4m3:token_head")
@@ -139,9 +139,16 @@ def test_two_levels_of_accumulation(place):
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
-def test_contiguous_keys(place, dim, causal):
+@pytest.mark.parametrize("kv_type", ["e4m3", "e5m2"])
+def test_contiguous_keys(place, kv_type, dim, causal):
     rows = [(300, 300), (77, 400), (0, 5), (129, 64), (200, 100)]
     problem = flash_problem(
-        rows, heads=(4, 2), dim=dim, q_type="e4m3:tensor", descale_shape="batch", causal=causal
+        rows,
+        heads=(4, 2),
+        dim=dim,
+        q_type="e4m3:tensor",
+        kv_type=kv_type,
+        descale_shape="batch",
+        causal=causal,
     )
     problem.check(place)

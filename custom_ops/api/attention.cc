@@ -294,9 +294,11 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   if (p->out == nullptr) return;
   const DeviceGuard guard(op, place.GetDeviceId());
   sizes.max_cluster = cuda::MaxAttentionCluster();
+  cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p);
+  sizes.long_row = cuda::LongRow(*p, prefill);
   const AttentionPlan plan = PlanAttention(sizes);
-  const cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p, plan);
-  const int64_t floats = std::max(plan.workspace, cuda::PrefillWorkspace(*p, prefill));
+  if (plan.Whole() == nullptr) prefill = cuda::PrefillKernel::kNone;
+  const int64_t floats = plan.workspace + cuda::PrefillWorkspace(*p, prefill);
   Tensor workspace;
   if (floats > 0) {
     workspace = paddle::empty({floats}, phi::DataType::FLOAT32, place);

@@ -58,10 +58,11 @@ std::vector<std::map<std::string, int64_t>> PlanOf(int64_t num_tokens, int64_t b
                                                    int64_t num_heads, int64_t num_kv_heads,
                                                    int64_t head_dim, int64_t element_bytes,
                                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                                   int64_t num_sms, int64_t max_cluster) {
+                                                   int64_t num_sms, int64_t max_cluster,
+                                                   int64_t long_row) {
   const AttentionPlan plan =
       PlanAttention({num_tokens, batch, num_heads, num_kv_heads, head_dim, element_bytes,
-                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster});
+                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster, long_row});
   std::vector<std::map<std::string, int64_t>> launches;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
@@ -92,6 +93,7 @@ PYBIND11_MODULE(_host, m) {
         pybind11::arg("num_heads"), pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"),
         pybind11::arg("element_bytes"), pybind11::arg("max_seqlen_q"),
         pybind11::arg("max_seqlen_k"), pybind11::arg("num_sms"), pybind11::arg("max_cluster") = 1,
+        pybind11::arg("long_row") = kLongRow,
         "Launches of an attention call on a GPU: how its work is shared out.");
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");

@@ -8,6 +8,9 @@
 //    In a call of few rows a cluster of CTAs takes all keys of a row and KV head instead, and joins
 //    the parts itself: a second kernel takes longer than such a call's keys.
 //  - whole items: a CTA takes whole tiles of queries with all their keys.
+//
+// Rows of a step that differ much in their number of new tokens belong to different launches, each
+// with tiles that such rows fill.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +20,9 @@
 #include "common/types.h"
 
 namespace fastattn {
+
+// New tokens from which a row's tiles are better whole than split.
+inline constexpr int64_t kLongRow = 64;
 
 struct AttentionSizes {
   int64_t num_tokens = 0;  // query tokens, padding included
@@ -29,6 +35,8 @@ struct AttentionSizes {
   int64_t max_seqlen_k = 0;
   int64_t num_sms = 0;
   int64_t max_cluster = 1;  // CTAs that may form a cluster
+  // kLongRow, or less where a kernel for long rows is faster than split tiles from there on.
+  int64_t long_row = kLongRow;
 };
 
 struct AttentionLaunch {
@@ -41,14 +49,24 @@ struct AttentionLaunch {
   int64_t workspace = 0;  // floats of partial results
 };
 
+inline constexpr int kMaxLaunches = 3;
+
 struct AttentionPlan {
   int num_launches = 0;
-  AttentionLaunch launches[2];
-  int64_t workspace = 0;  // floats, the largest of the launches': they run one after the other
+  AttentionLaunch launches[kMaxLaunches];
+  int64_t workspace = 0;  // floats of all launches: they may run at the same time
+
+  // The launch of the longest rows, which a kernel for such rows may do instead, or null.
+  const AttentionLaunch* Whole() const {
+    const AttentionLaunch& last = launches[std::max(num_launches - 1, 0)];
+    return num_launches > 0 && !last.split ? &last : nullptr;
+  }
 };
 
 // Rows of one launch; a step with more is launched in pieces.
 inline constexpr int kMaxPlanRows = 512;
+// Of a launch that takes rows of any length.
+inline constexpr int64_t kAllColumns = 0x7FFFFFFF;
 // CTAs that share a multiprocessor.
 inline constexpr int kAttentionCtasPerSm = 2;
 // Units of keys of a call in clusters, at most: by multiprocessor of the GPU, and those of an item
@@ -109,32 +127,56 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
   return launch;
 }
 
-// The launches of one call. A call of a few query tokens a row is one split launch; in any other,
-// rows that decode are split and the rest takes whole tiles.
+// Whether a step with a row of max_seqlen_q tokens may have shorter ones that are neither long nor
+// decode. False where the other rows have too many tokens for that, or just one each.
+inline bool MayHaveShortRows(const AttentionSizes& s, int64_t long_row) {
+  const int64_t others = s.batch - 1;
+  return s.num_tokens < others * s.max_seqlen_q + long_row &&
+         s.num_tokens != s.max_seqlen_q + others;
+}
+
+inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_columns) {
+  AttentionLaunch launch;
+  launch.columns = 64;
+  launch.min_columns = min_columns;
+  launch.max_columns = kAllColumns;
+  const int64_t group = s.num_heads / s.num_kv_heads;
+  const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, launch.columns) + s.batch,
+                                 s.batch * CeilDiv(s.max_seqlen_q * group, launch.columns));
+  launch.grid = std::min<int64_t>(tiles * s.num_kv_heads, int64_t{1} << 30);
+  return launch;
+}
+
+// The launches of one call. A call of a few query tokens a row is one split launch. In any other,
+// rows that decode are split and long ones take whole tiles; rows between them are a split launch
+// of their own, so that a few of them with many keys still fill the GPU. Whether these exist is
+// guessed: without that launch they are with the long ones.
 inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   AttentionPlan plan;
   if (s.num_tokens <= 0 || s.batch <= 0 || s.num_kv_heads <= 0 || s.num_heads <= 0) return plan;
-  constexpr int64_t kAll = 0x7FFFFFFF;
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * group;
   if (pairs <= 64 || s.max_seqlen_q <= 8) {
-    plan.launches[0] = SplitLaunch(s, ColumnsFor(pairs), kAll);
-    plan.num_launches = 1;
+    plan.launches[plan.num_launches++] = SplitLaunch(s, ColumnsFor(pairs), kAllColumns);
   } else {
-    const int64_t decoding = std::max<int64_t>(ColumnsFor(group), group);
-    plan.launches[0] = SplitLaunch(s, ColumnsFor(group), decoding);
-    AttentionLaunch& whole = plan.launches[1];
-    whole.columns = 64;
-    whole.min_columns = decoding + 1;
-    whole.max_columns = kAll;
-    const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, whole.columns) + s.batch,
-                                   s.batch * CeilDiv(pairs, whole.columns));
-    whole.grid = std::min<int64_t>(tiles * s.num_kv_heads, int64_t{1} << 30);
-    plan.num_launches = 2;
+    // Keys are better split where a tile for each row and head leaves half of the GPU without work.
+    const int64_t long_row = 2 * s.batch * s.num_heads < s.num_sms ? kLongRow : s.long_row;
+    const bool is_long = s.max_seqlen_q >= long_row;
+    const bool mixed = MayHaveShortRows(s, long_row);
+    // Tiles of 16 pairs cost decoding rows little, and short ones less than 64 pairs.
+    const int columns = ColumnsFor(mixed ? std::max<int64_t>(group, 16) : group);
+    const int64_t decoding = std::max<int64_t>(columns, group);
+    plan.launches[plan.num_launches++] = SplitLaunch(s, columns, decoding);
+    int64_t done = decoding;
+    if (mixed || !is_long) {
+      AttentionLaunch& rest = plan.launches[plan.num_launches++];
+      rest = SplitLaunch(s, 64, is_long ? long_row * group - 1 : kAllColumns);
+      rest.min_columns = decoding + 1;
+      done = rest.max_columns;
+    }
+    if (is_long) plan.launches[plan.num_launches++] = WholeLaunch(s, done + 1);
   }
-  for (int i = 0; i < plan.num_launches; ++i) {
-    plan.workspace = std::max(plan.workspace, plan.launches[i].workspace);
-  }
+  for (int i = 0; i < plan.num_launches; ++i) plan.workspace += plan.launches[i].workspace;
   return plan;
 }
 

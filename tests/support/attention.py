@@ -185,7 +185,7 @@ class Problem:
         return self.q.dtype == np.uint8 or bool(self.options.get("quantize_q"))
 
     def multiplies_fp8(self) -> bool:
-        """Whether Q, K and V are e4m3: a GPU then rounds probabilities to e4m3, too."""
+        """Whether Q is e4m3, and K and V are FP8: a GPU then rounds probabilities to e4m3."""
         raise NotImplementedError
 
     def multiplies_bf16(self) -> bool:
@@ -203,7 +203,7 @@ class Problem:
     def check(self, place: str = "cpu", what: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Run and hold the result to the error-ratio rule; returns (out, lse).
 
-        Where a GPU multiplies e4m3 by e4m3, to that of e4m3 probabilities.
+        Where a GPU multiplies e4m3 by FP8, to that of e4m3 probabilities.
         """
         out, lse = self.run(place)
         owned = self.owned()
@@ -294,6 +294,7 @@ class PagedProblem(Problem):
     seq_lens_decoder: np.ndarray
     seq_lens_this_time: np.ndarray
     options: dict[str, Any]
+    max_seqlen_q: int | None = None  # what the operator is told; None: the largest
 
     @property
     def kind(self) -> CacheKind:
@@ -301,7 +302,7 @@ class PagedProblem(Problem):
 
     def multiplies_fp8(self) -> bool:
         quantised = self.kind.quant_type != "none"
-        return self.has_fp8_queries() and quantised and self.kind.code == "e4m3"
+        return self.has_fp8_queries() and quantised and self.kind.code != "int8"
 
     def multiplies_bf16(self) -> bool:
         return self.v.elements.dtype == BF16
@@ -350,7 +351,7 @@ class PagedProblem(Problem):
             int32(self.cu_seqlens_q, place),
             int32(self.seq_lens_decoder, place),
             int32(self.seq_lens_this_time, place),
-            int(new.max(initial=0)),
+            int(new.max(initial=0)) if self.max_seqlen_q is None else self.max_seqlen_q,
             int(keys.max(initial=0)),
         ]
         keywords = {**self.cache_options(), **_as_tensors(self.options, place)}
@@ -466,7 +467,7 @@ class FlashProblem(Problem):
     q_descale: np.ndarray | None = None
 
     def multiplies_fp8(self) -> bool:
-        return self.has_fp8_queries() and self.k.dtype == np.uint8
+        return self.has_fp8_queries() and self.k.dtype in (np.uint8, E5M2)
 
     def multiplies_bf16(self) -> bool:
         return self.v.dtype == BF16

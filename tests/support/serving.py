@@ -64,8 +64,8 @@ class Model:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     def multiplies_fp8(self) -> bool:
-        """Whether queries, keys and values are e4m3."""
-        return self.q_quant != "none" and self.code == "e4m3" and self.cache_quant_type != "none"
+        """Whether queries are e4m3, and keys and values FP8."""
+        return self.q_quant != "none" and self.code != "int8" and self.cache_quant_type != "none"
 
     @property
     def code(self) -> str:

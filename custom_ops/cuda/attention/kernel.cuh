@@ -313,7 +313,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   const int warp_column = warp % Traits::kStreamWarps * Traits::kTiles * 8;
   TouchParameters(p);
   TouchParameters(task);
-  WaitForEarlierKernels();
+  if (task.beside) {
+    BeginBesideEarlierKernel();
+  } else {
+    WaitForEarlierKernels();
+  }
   const bool clustered = Traits::kClusters && task.cluster > 1;
   Schedule schedule;
   RowShape cluster_row;
@@ -341,7 +345,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     __syncthreads();
     QueryLoads<Traits> loads;
     if (clustered) loads.Start(p, task, segments[0]);
-    LoadCursor<Traits> cursor(p, segments, count, stream, task.split);
+    LoadCursor<Traits> cursor(p, segments, count, stream, task.once);
     Ring<Traits> ring{SharedAddress(shared) + stream * Traits::kSlots * Traits::kSlotBytes};
 #pragma unroll 1
     for (int i = 0; i < (Traits::kPairs ? 1 : (Traits::kSlots - 1) / 2); ++i) {
@@ -392,6 +396,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
         header;
   }
   if (task.clear) ClearPadding(p, task.first_row, task.num_rows);
+  if (task.beside) EndBesideEarlierKernel();
 }
 
 // Slots of the kernel's rings on this device.

@@ -1,7 +1,9 @@
 #include "cuda/attention/launch.h"
 
 #include <algorithm>
+#include <utility>
 
+#include "common/ceil_div.h"
 #include "common/dispatch.h"
 #include "cuda/prefill_half_sm90/launch.h"
 #include "cuda/prefill_sm90/launch.h"
@@ -50,26 +52,53 @@ Launcher Find(const AttentionParams& p, int columns) {
   return found;
 }
 
-cudaError_t RunLaunch(const AttentionParams& p, const AttentionLaunch& launch, bool clear,
-                      cudaStream_t stream) {
-  const Launcher run = Find(p, launch.columns);
-  const int grid = static_cast<int>(launch.grid);
-  for (int row = 0; row < p.rows.batch; row += kMaxPlanRows) {
-    AttentionTask task;
-    task.split = launch.split;
-    task.clear = clear;
-    task.first_row = row;
-    task.num_rows = std::min(p.rows.batch - row, kMaxPlanRows);
-    task.group = p.num_heads / p.num_kv_heads;
-    task.min_columns = static_cast<int>(launch.min_columns);
-    task.max_columns = static_cast<int>(launch.max_columns);
-    task.cluster = static_cast<int>(launch.cluster);
-    task.headers = reinterpret_cast<int*>(p.workspace);
-    task.partials = p.workspace + launch.grid * kPartialHeader;
-    cudaError_t status = run(p, task, grid, stream);
-    if (status == cudaSuccess && launch.split && grid > 1 && launch.cluster == 1) {
-      status = LaunchMergeParts(p, task, launch.columns, grid, stream);
-    }
+// The launch over up to kMaxPlanRows rows from `first_row` on. Takes its floats from *workspace.
+AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, int first_row,
+                       float** workspace) {
+  AttentionTask task;
+  task.split = launch.split;
+  task.first_row = first_row;
+  task.num_rows = std::min(p.rows.batch - first_row, kMaxPlanRows);
+  task.group = p.num_heads / p.num_kv_heads;
+  task.min_columns = static_cast<int>(launch.min_columns);
+  task.max_columns = static_cast<int>(launch.max_columns);
+  task.cluster = static_cast<int>(launch.cluster);
+  const int64_t pairs = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
+  task.once = launch.split && std::min(pairs, launch.max_columns) <= launch.columns;
+  task.headers = reinterpret_cast<int*>(*workspace);
+  task.partials = *workspace + launch.grid * kPartialHeader;
+  *workspace += launch.workspace;
+  return task;
+}
+
+bool HasParts(const AttentionLaunch& launch) {
+  return launch.split && launch.grid > 1 && launch.cluster == 1;
+}
+
+// The plan's launches over some rows, but for the one that a prefill kernel does for all rows, then
+// what merges their parts. They work on different rows, so each may run beside the one ahead of it;
+// the first one beside the kernel ahead of them all if `beside`. The first merge waits for all.
+cudaError_t LaunchRows(const AttentionParams& p, const AttentionPlan& plan, bool without_whole,
+                       int first_row, bool beside, float* workspace, cudaStream_t stream) {
+  AttentionTask tasks[kMaxLaunches];
+  bool clear = p.clear_padding || p.lse != nullptr;
+  for (int i = 0; i < plan.num_launches; ++i) {
+    const AttentionLaunch& launch = plan.launches[i];
+    if (without_whole && !launch.split) continue;
+    tasks[i] = MakeTask(p, launch, first_row, &workspace);
+    tasks[i].clear = std::exchange(clear, false);
+    tasks[i].beside = std::exchange(beside, true);
+    const Launcher run = Find(p, launch.columns);
+    const cudaError_t status = run(p, tasks[i], static_cast<int>(launch.grid), stream);
+    if (status != cudaSuccess) return status;
+  }
+  beside = false;
+  for (int i = 0; i < plan.num_launches; ++i) {
+    const AttentionLaunch& launch = plan.launches[i];
+    if (!HasParts(launch)) continue;
+    tasks[i].beside = std::exchange(beside, true);
+    const cudaError_t status =
+        LaunchMergeParts(p, tasks[i], launch.columns, static_cast<int>(launch.grid), stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
@@ -86,17 +115,26 @@ int MaxAttentionCluster() {
   return major >= 9 ? 8 : 1;  // 8 is what every such device can do
 }
 
-PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionPlan& plan) {
+PrefillKernel ChoosePrefill(const AttentionParams& p) {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return PrefillKernel::kNone;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
     return PrefillKernel::kNone;
   }
-  if (major != 9 || plan.num_launches != 2) return PrefillKernel::kNone;
+  if (major != 9) return PrefillKernel::kNone;
   if (PrefillSm90Supports(p)) return PrefillKernel::kFp8;
-  // Its tiles are 128 tokens of one head: shorter rows are better off where heads share a tile.
-  const bool half = p.max_seqlen_q >= 64 && PrefillHalfSm90Supports(p);
-  return half ? PrefillKernel::kHalf : PrefillKernel::kNone;
+  return PrefillHalfSm90Supports(p) ? PrefillKernel::kHalf : PrefillKernel::kNone;
+}
+
+int64_t LongRow(const AttentionParams& p, PrefillKernel prefill) {
+  // A prefill kernel's tiles are 128 tokens of one head, which shorter rows do not fill; split ones
+  // are 64 tokens and heads together. Measured on an H100: with 32 tokens both take as long for
+  // e4m3 queries, and nearly as long for 16-bit ones over 16-bit keys. Codes, which the prefill
+  // kernel converts for every head, are slower there up to 63.
+  constexpr int64_t kPrefillRow = 33;
+  const bool codes = SizeOf(p.paged ? p.cache.dtype : p.packed.dtype) == 1;
+  const bool converts = prefill == PrefillKernel::kHalf && codes;
+  return prefill == PrefillKernel::kNone || converts ? kLongRow : kPrefillRow;
 }
 
 int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill) {
@@ -106,17 +144,21 @@ int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill) {
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
                             PrefillKernel prefill, cudaStream_t stream) {
   if (plan.num_launches == 0) return LaunchClear(p, stream);
-  for (int i = 0; i < plan.num_launches; ++i) {
-    const AttentionLaunch& launch = plan.launches[i];
-    cudaError_t status;
-    if (prefill != PrefillKernel::kNone && !launch.split) {
-      const int64_t group = p.num_heads / p.num_kv_heads;
-      const int min_tokens = static_cast<int>((launch.min_columns + group - 1) / group);
-      status = prefill == PrefillKernel::kFp8 ? LaunchPrefillSm90(p, min_tokens, stream)
-                                              : LaunchPrefillHalfSm90(p, min_tokens, stream);
-    } else {
-      status = RunLaunch(p, launch, i == 0 && (p.clear_padding || p.lse != nullptr), stream);
-    }
+  float* workspace = p.workspace + PrefillWorkspace(p, prefill);
+  const bool prefills = prefill != PrefillKernel::kNone;
+  // A prefill kernel goes first: its CTAs take a multiprocessor each, and the smaller ones of the
+  // others fill those that it leaves or does not need.
+  if (prefills) {
+    const int64_t group = p.num_heads / p.num_kv_heads;
+    const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_columns, group));
+    const cudaError_t status = prefill == PrefillKernel::kFp8
+                                   ? LaunchPrefillSm90(p, min_tokens, stream)
+                                   : LaunchPrefillHalfSm90(p, min_tokens, stream);
+    if (status != cudaSuccess) return status;
+  }
+  for (int row = 0; row < p.rows.batch; row += kMaxPlanRows) {
+    const bool beside = prefills && row == 0;
+    const cudaError_t status = LaunchRows(p, plan, prefills, row, beside, workspace, stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;

@@ -13,7 +13,9 @@ namespace fastattn::cuda {
 // One launch over some rows of a step.
 struct AttentionTask {
   bool split = false;
-  bool clear = false;  // also give the tokens of no row their values
+  bool clear = false;   // also give the tokens of no row their values
+  bool beside = false;  // runs beside the kernel ahead: see early_launch.cuh
+  bool once = false;    // no two tiles read the same keys
   int first_row = 0;
   int num_rows = 0;
   int group = 1;  // query heads of a KV head
@@ -35,12 +37,16 @@ enum class PrefillKernel : int {
 };
 
 // The one for the current device.
-PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionPlan& plan);
+PrefillKernel ChoosePrefill(const AttentionParams& p);
+
+// New tokens from which a row is better off there: AttentionSizes::long_row.
+int64_t LongRow(const AttentionParams& p, PrefillKernel prefill);
 
 // Floats of p.workspace that it writes.
 int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill);
 
-// p.workspace holds the larger of PlanAttention(...).workspace and PrefillWorkspace(...) floats.
+// p.workspace holds plan.workspace and PrefillWorkspace(...) floats. A plan without whole tiles has
+// no rows for a prefill kernel.
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
                             PrefillKernel prefill, cudaStream_t stream);
 

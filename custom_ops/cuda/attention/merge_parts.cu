@@ -165,13 +165,8 @@ __device__ __forceinline__ void MergeItem(const AttentionParams& p, const Attent
 // Blocks of the x axis stand for the CTAs that may have begun a split item, or with kSearch for the
 // items themselves.
 template <bool kSearch>
-__global__ void __launch_bounds__(kThreads)
-    MergePartsKernel(const __grid_constant__ AttentionParams p,
-                     const __grid_constant__ AttentionTask task, int columns, int block_columns,
-                     int ctas) {
-  TouchParameters(p);
-  WaitForEarlierKernels();
-  AllowNextKernel();
+__device__ __forceinline__ void MergeItems(const AttentionParams& p, const AttentionTask& task,
+                                           int columns, int block_columns, int ctas) {
   int k = static_cast<int>(blockIdx.x);
   if constexpr (!kSearch) {
     const SplitItem item = {k, LoadHeader(task, k)};
@@ -185,6 +180,22 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();  // the next item takes the same shared memory
     }
   }
+}
+
+template <bool kSearch>
+__global__ void __launch_bounds__(kThreads)
+    MergePartsKernel(const __grid_constant__ AttentionParams p,
+                     const __grid_constant__ AttentionTask task, int columns, int block_columns,
+                     int ctas) {
+  TouchParameters(p);
+  if (task.beside) {
+    BeginBesideEarlierKernel();
+  } else {
+    WaitForEarlierKernels();
+    AllowNextKernel();
+  }
+  MergeItems<kSearch>(p, task, columns, block_columns, ctas);
+  if (task.beside) EndBesideEarlierKernel();
 }
 
 __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ AttentionParams p) {

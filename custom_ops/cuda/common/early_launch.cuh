@@ -26,6 +26,24 @@ __device__ __forceinline__ void AllowNextKernel() {
 #endif
 }
 
+// Instead of WaitForEarlierKernels, for a kernel that may run beside its predecessor: one that uses
+// nothing of it, and writes nothing that it reads or writes. All earlier kernels have ended: the
+// predecessor allowed this one after its own wait, or began like this one. The fence drops what a
+// multiprocessor still has in its L1 cache of bytes that they wrote.
+__device__ __forceinline__ void BeginBesideEarlierKernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __threadfence();
+#endif
+}
+
+// Such a kernel ends with this: it then ends after its predecessor, and whoever waits for it waits
+// for both. Only the CTA that starts last stays for that.
+__device__ __forceinline__ void EndBesideEarlierKernel() {
+  if (blockIdx.x != gridDim.x - 1 || blockIdx.y != gridDim.y - 1) return;
+  AllowNextKernel();
+  WaitForEarlierKernels();
+}
+
 // kernel<<<grid, block, shared_bytes, stream>>>(params...) that may start early where the GPU can
 // do that, and in clusters of CTAs, which need sm_90. (Binaries of this package run on their own
 // major architecture only, so that the device's tells whether WaitForEarlierKernels was compiled to

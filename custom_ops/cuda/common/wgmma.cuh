@@ -1,10 +1,12 @@
-// Warpgroup matrix products (wgmma, sm_90a) on e4m3 operands with fp32 accumulators.
+// Warpgroup matrix products (wgmma, sm_90a) of e4m3 and 8-bit floats with fp32 accumulators.
 //
 // Accumulator d of a 64 x n product: register 4 * j + 2 * h + e of a thread is row
 // 16 * (warp % 4) + lane / 4 + 8 * h, column 8 * j + 2 * (lane % 4) + e.
 #pragma once
 
 #include <cstdint>
+
+#include "common/types.h"
 
 namespace fastattn::cuda {
 
@@ -61,86 +63,78 @@ __device__ __forceinline__ void KeepRegisters(uint32_t (&a)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-// d (+)= a * b: 64 x 128 scores, both operands in shared memory.
-template <bool kAdd>
-__device__ __forceinline__ void MultiplyShared(float (&d)[64], uint64_t a, uint64_t b) {
-  if constexpr (kAdd) {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-        "}, %64, %65, p, 1, 1;\n\t}"
-        : FASTATTN_ACC64("+f", d)
-        : "l"(a), "l"(b), "n"(1));
-  } else {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-        "}, %64, %65, p, 1, 1;\n\t}"
-        : FASTATTN_ACC64("=f", d)
-        : "l"(a), "l"(b), "n"(0));
+#define FASTATTN_LIST32                                                    \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTATTN_LIST64                                                                \
+  FASTATTN_LIST32                                                                      \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// `right` is the type of b; `c` is "+f", or "=f" with `add` 0: what was in the accumulator does not
+// matter then.
+#define FASTATTN_SHARED128(right, c, add)                                            \
+  asm volatile(                                                                      \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                             \
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3." right " {" FASTATTN_LIST64 \
+      "}, %64, %65, p, 1, 1;\n\t}"                                                   \
+      : FASTATTN_ACC64(c, d)                                                         \
+      : "l"(a), "l"(b), "n"(add))
+#define FASTATTN_REGISTERS128(right, c, add)                                         \
+  asm volatile(                                                                      \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"                             \
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3." right " {" FASTATTN_LIST64 \
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"                                  \
+      : FASTATTN_ACC64(c, d)                                                         \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add))
+#define FASTATTN_REGISTERS64(right, c, add)                                         \
+  asm volatile(                                                                     \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"                            \
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3." right " {" FASTATTN_LIST32 \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n\t}"                                 \
+      : FASTATTN_ACC32(c, d)                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add))
+// Of one product, its four forms.
+#define FASTATTN_FORMS(PRODUCT)                                    \
+  static_assert(kRight == DType::kE4M3 || kRight == DType::kE5M2); \
+  if constexpr (kRight == DType::kE4M3) {                          \
+    if constexpr (kAdd) {                                          \
+      PRODUCT("e4m3", "+f", 1);                                    \
+    } else {                                                       \
+      PRODUCT("e4m3", "=f", 0);                                    \
+    }                                                              \
+  } else {                                                         \
+    if constexpr (kAdd) {                                          \
+      PRODUCT("e5m2", "+f", 1);                                    \
+    } else {                                                       \
+      PRODUCT("e5m2", "=f", 0);                                    \
+    }                                                              \
   }
+
+// d (+)= a * b: 64 x 128 scores, both operands in shared memory, a of e4m3.
+template <bool kAdd, DType kRight = DType::kE4M3>
+__device__ __forceinline__ void MultiplyShared(float (&d)[64], uint64_t a, uint64_t b) {
+  FASTATTN_FORMS(FASTATTN_SHARED128)
 }
 
 // d (+)= a * b with a in registers: bytes 4 * (lane % 4) .. + 3 of rows lane / 4 and + 8 for k from
 // 0 (a[0], a[1]) and from 16 (a[2], a[3]).
-template <bool kAdd>
+template <bool kAdd, DType kRight = DType::kE4M3>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[64], const uint32_t* a, uint64_t b) {
-  if constexpr (kAdd) {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"
-        : FASTATTN_ACC64("+f", d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
-  } else {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"
-        : FASTATTN_ACC64("=f", d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(0));
-  }
+  FASTATTN_FORMS(FASTATTN_REGISTERS128)
 }
 
-template <bool kAdd>
+template <bool kAdd, DType kRight = DType::kE4M3>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (kAdd) {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n\t}"
-        : FASTATTN_ACC32("+f", d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));
-  } else {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n\t}"
-        : FASTATTN_ACC32("=f", d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(0));
-  }
+  FASTATTN_FORMS(FASTATTN_REGISTERS64)
 }
 
+#undef FASTATTN_FORMS
+#undef FASTATTN_REGISTERS64
+#undef FASTATTN_REGISTERS128
+#undef FASTATTN_SHARED128
+#undef FASTATTN_LIST64
+#undef FASTATTN_LIST32
 #undef FASTATTN_ACC64
 #undef FASTATTN_ACC32
 #undef FASTATTN_ACC16

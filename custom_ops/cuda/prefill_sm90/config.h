@@ -16,9 +16,11 @@ inline constexpr float kLogPeak = 8.0f;
 inline constexpr float kPeak = 256.0f;
 
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
-template <int kDim_, bool kTokenScales_, bool kSoftcap_, bool kTwoLevel_ = true>
+template <int kDim_, bool kTokenScales_, bool kSoftcap_, DType kCodes_ = DType::kE4M3,
+          bool kTwoLevel_ = true>
 struct Config {
   static constexpr int kDim = kDim_;
+  static constexpr DType kCodes = kCodes_;             // of K and V
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
   static constexpr bool kSoftcap = kSoftcap_;
   // Each step's P * V starts from zero and is added in fp32: the tensor core's own sum of FP8
@@ -27,8 +29,9 @@ struct Config {
   static constexpr int kStages = 5;
   // Where P * V of the step before is issued and added: ahead of the step's scores, while the
   // tensor cores find those, or behind them, among the exponentials. With token scales, whose
-  // products stand among the exponentials too, the first is faster, else the second.
-  static constexpr bool kValuesFirst = kTokenScales;
+  // products stand among the exponentials too, the first is faster, else the second; a softcap
+  // needs the registers of P * V for itself.
+  static constexpr bool kValuesFirst = kTokenScales || kSoftcap;
 
   static constexpr int kConsumers = 2;
   static constexpr int kQueries = 64 * kConsumers;

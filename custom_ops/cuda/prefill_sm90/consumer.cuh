@@ -75,11 +75,6 @@ class Consumer {
   static constexpr int kTurnBarrier = 1;
   static_assert(C::kTwoLevel || !C::kTokenScales);
 
-  __device__ __forceinline__ void Release(uint64_t* barrier) {
-    __syncwarp();
-    if (lane_ == 0) Arrive(barrier);
-  }
-
   // The warpgroups take turns at the exponentials: the special function units are busy with one's
   // while the other waits for products, looks for maxima and issues products.
   //
@@ -126,7 +121,7 @@ class Consumer {
     ReleaseValues(start_);
     FinishFactors(shared_, buffer, sum_);
     Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference);
-    Release(&shared_.query_empty[buffer]);
+    ArriveWarp(&shared_.query_empty[buffer]);
   }
 
   // --- products ---------------------------------------------------------------------------------
@@ -134,10 +129,10 @@ class Consumer {
   __device__ __forceinline__ void IssueScores() {
     const uint64_t key = OperandDescriptor<C::kDim>(SharedAddress(shared_.key[0])) +
                          keys_.index * (C::kKeys * C::kDim / 16);
-    MultiplyShared<false>(s_, query_operand_, key);
+    MultiplyShared<false, C::kCodes>(s_, query_operand_, key);
 #pragma unroll
     for (int k = 1; k < C::kDim / 32; ++k) {
-      MultiplyShared<true>(s_, query_operand_ + 2 * k, key + 2 * k);
+      MultiplyShared<true, C::kCodes>(s_, query_operand_ + 2 * k, key + 2 * k);
     }
     CommitProducts();
   }
@@ -147,10 +142,11 @@ class Consumer {
                            values_.index * (C::kKeys * C::kDim / 16);
     constexpr int kBlock = kBlockSize * C::kDim / 16;
     auto& target = Target();
-    MultiplyRegisters<!C::kTwoLevel>(target, probabilities_, value);
+    MultiplyRegisters<!C::kTwoLevel, C::kCodes>(target, probabilities_, value);
 #pragma unroll
     for (int k = 1; k < C::kKeys / 32; ++k) {
-      MultiplyRegisters<true>(target, probabilities_ + 4 * k, value + k / 2 * kBlock + k % 2 * 2);
+      MultiplyRegisters<true, C::kCodes>(target, probabilities_ + 4 * k,
+                                         value + k / 2 * kBlock + k % 2 * 2);
     }
     CommitProducts();
   }
@@ -264,7 +260,7 @@ class Consumer {
   __device__ __forceinline__ void ReleaseValues(int start) {
     const int found = *reinterpret_cast<const int*>(shared_.nan_found[values_.index]) & 0xFFFFFF;
     if (found != 0) AddNaNs(start, buffer_);
-    Release(&shared_.value_empty[values_.index]);
+    ArriveWarp(&shared_.value_empty[values_.index]);
     values_.Advance();
   }
 
@@ -273,7 +269,7 @@ class Consumer {
   // Ends the use of the step's keys, applies scales, softcap and masks.
   __device__ __forceinline__ void FinishScores() {
     const int at = keys_.index;
-    Release(&shared_.key_empty[at]);
+    ArriveWarp(&shared_.key_empty[at]);
     if constexpr (C::kTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
     if constexpr (C::kSoftcap) Softcap(at);
     const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
@@ -286,14 +282,14 @@ class Consumer {
   // cap * tanh(s / cap), in units of log2. factor_ holds the scale over the cap.
   __device__ __forceinline__ void Softcap(int at) {
     const float cap = p_.softcap * kLog2E;
+    const float factor[2] = {factor_[0] * (2.0f * kLog2E), factor_[1] * (2.0f * kLog2E)};
     if constexpr (C::kTokenScales) {
 #pragma unroll
       for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[at][0], j, s_);
     }
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
-      const float x = s_[i] * factor_[i / 2 % 2];
-      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(x * (2.0f * kLog2E)) + 1.0f);
+      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(s_[i] * factor[i / 2 % 2]) + 1.0f);
     }
   }
 

@@ -4,8 +4,9 @@
 namespace fastattn::cuda::prefill_sm90 {
 
 template <>
-cudaError_t LaunchVariant<64, false, false>(const Arguments& arguments, cudaStream_t stream) {
-  return LaunchConfig<Config<64, false, false>>(arguments, stream);
+cudaError_t LaunchVariant<64, false, false, DType::kE4M3>(const Arguments& arguments,
+                                                          cudaStream_t stream) {
+  return LaunchConfig<Config<64, false, false, DType::kE4M3>>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_sm90

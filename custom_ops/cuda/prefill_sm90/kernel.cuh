@@ -14,17 +14,18 @@ inline constexpr int kConsumerRegisters = 232;
 
 template <class C>
 __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
-  constexpr int kWarps = 4 * C::kConsumers;
+  constexpr int kWarps = 4 * C::kConsumers * kWarpArrivals;
+  constexpr int kCleaners = C::kCleaners * kWarpArrivals;
   for (int i = 0; i < 2; ++i) {
     InitBarrier(&shared.tile_found[i], 1);
-    InitBarrier(&shared.query_full[i], 1 + C::kCleaners);
-    InitBarrier(&shared.query_empty[i], kWarps + C::kCleaners);
+    InitBarrier(&shared.query_full[i], 1 + kCleaners);
+    InitBarrier(&shared.query_empty[i], kWarps + kCleaners);
   }
   for (int i = 0; i < C::kStages; ++i) {
     InitBarrier(&shared.key_full[i], 1);
     InitBarrier(&shared.key_empty[i], kWarps);
     InitBarrier(&shared.value_full[i], 1);
-    InitBarrier(&shared.value_ready[i], C::kCleaners);
+    InitBarrier(&shared.value_ready[i], kCleaners);
     InitBarrier(&shared.value_empty[i], kWarps);
     shared.nan_found[i][3] = 0;
   }
@@ -39,6 +40,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   if (threadIdx.x == 0) InitBarriers(shared);
   __syncthreads();
+  WaitForEarlierKernels();
+  AllowNextKernel();  // it takes the multiprocessors that this one leaves
   if (threadIdx.x < 128) {
     ReleaseRegisters<kProducerRegisters>();
     if (threadIdx.x < 32) {

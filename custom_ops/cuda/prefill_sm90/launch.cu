@@ -18,9 +18,12 @@ bool IsAligned(const void* pointer) {
   return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
+bool IsCode(DType dtype) { return dtype == DType::kE4M3 || dtype == DType::kE5M2; }
+
 bool SupportsCache(const PagedCache& cache) {
   const bool fp8 = cache.type == CacheType::kFp8 || cache.type == CacheType::kBlockWiseFp8;
-  if (!fp8 || cache.dtype != DType::kE4M3 || cache.layout != CacheLayout::kFastattn) return false;
+  if (!fp8 || !IsCode(cache.dtype) || cache.layout != CacheLayout::kFastattn) return false;
+  if (IsDynamic(cache.type) && cache.dtype != DType::kE4M3) return false;
   if (cache.k_scales == nullptr || cache.v_scales == nullptr) return false;
   if (IsDynamic(cache.type) && !(IsAligned(cache.k_scales) && IsAligned(cache.v_scales))) {
     return false;
@@ -29,7 +32,7 @@ bool SupportsCache(const PagedCache& cache) {
 }
 
 bool SupportsPacked(const PackedKv& kv) {
-  if (kv.dtype != DType::kE4M3 || kv.num_tokens <= 0) return false;
+  if (!IsCode(kv.dtype) || kv.num_tokens <= 0) return false;
   if (kv.num_tokens >= std::numeric_limits<int>::max()) return false;
   for (int64_t stride : {kv.key_token_stride, kv.key_head_stride}) {
     if (stride <= 0 || !IsMultiple(stride, 16)) return false;
@@ -77,17 +80,23 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   return status;
 }
 
-template <int kDim>
+template <int kDim, bool kSoftcap>
 cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
   using prefill_sm90::LaunchVariant;
   const AttentionParams& p = arguments.p;
-  const bool softcap = p.softcap > 0.0f;
+  constexpr DType kE4M3 = DType::kE4M3, kE5M2 = DType::kE5M2;
   if (p.paged && IsDynamic(p.cache.type)) {
-    return softcap ? LaunchVariant<kDim, true, true>(arguments, stream)
-                   : LaunchVariant<kDim, true, false>(arguments, stream);
+    return LaunchVariant<kDim, true, kSoftcap, kE4M3>(arguments, stream);
   }
-  return softcap ? LaunchVariant<kDim, false, true>(arguments, stream)
-                 : LaunchVariant<kDim, false, false>(arguments, stream);
+  const DType codes = p.paged ? p.cache.dtype : p.packed.dtype;
+  return codes == kE5M2 ? LaunchVariant<kDim, false, kSoftcap, kE5M2>(arguments, stream)
+                        : LaunchVariant<kDim, false, kSoftcap, kE4M3>(arguments, stream);
+}
+
+template <int kDim>
+cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
+  return arguments.p.softcap > 0.0f ? Launch<kDim, true>(arguments, stream)
+                                    : Launch<kDim, false>(arguments, stream);
 }
 
 }  // namespace

@@ -6,9 +6,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/common/early_launch.cuh"
+
 namespace fastattn::cuda::prefill_sm90 {
 
-// One CTA with a Shared a multiprocessor, or fewer where there are not as many tiles.
+// One CTA with a Shared a multiprocessor, or fewer where there are not as many tiles. May start
+// early: the kernel waits for those before it.
 template <class C, class Shared, class Arguments>
 cudaError_t LaunchPersistent(void (*kernel)(Arguments), const Arguments& arguments,
                              cudaStream_t stream) {
@@ -26,8 +29,8 @@ cudaError_t LaunchPersistent(void (*kernel)(Arguments), const Arguments& argumen
       (static_cast<int64_t>(p.rows.num_tokens) / C::kQueries + p.rows.batch) * p.num_heads;
   const int grid = static_cast<int>(std::min<int64_t>(tiles, processors));
   if (grid <= 0) return cudaSuccess;
-  kernel<<<grid, C::kThreads, sizeof(Shared), stream>>>(arguments);
-  return cudaGetLastError();
+  return LaunchEarlyWithShared(kernel, dim3(grid), dim3(C::kThreads), sizeof(Shared), stream,
+                               arguments);
 }
 
 }  // namespace fastattn::cuda::prefill_sm90

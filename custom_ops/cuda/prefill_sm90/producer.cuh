@@ -147,11 +147,8 @@ class Cleaner {
       const Tile& tile = shared_.tile[queries.index];
       const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
       if (steps >= 0) FindFactors(tile, queries.index);
-      __syncwarp();
-      if (lane_ == 0) {
-        Arrive(&shared_.query_full[queries.index]);
-        Arrive(&shared_.query_empty[queries.index]);
-      }
+      ArriveWarp(&shared_.query_full[queries.index]);
+      ArriveWarp(&shared_.query_empty[queries.index]);
       if (steps < 0) return;
       queries.Advance();
       float reference = 1.0f;  // the largest scale of V in the step before
@@ -168,8 +165,7 @@ class Cleaner {
         }
         if (lane_ == 0) shared_.nan_found[at][warp_] = nan;
         FenceAsyncProxy();
-        __syncwarp();
-        if (lane_ == 0) Arrive(&shared_.value_ready[at]);
+        ArriveWarp(&shared_.value_ready[at]);
         stages.Advance();
       }
     }
@@ -230,9 +226,12 @@ class Cleaner {
 
   static constexpr uint32_t kHigh = 0x80808080u;
 
-  // High bits of the bytes of `word` that are NaN codes.
+  // High bits of the bytes of `word` that are NaN codes, or infinite ones, which e5m2 has: 0 times
+  // those is NaN as well.
   __device__ static uint32_t NaNBytes(uint32_t word) {
-    return ((word & ~kHigh) + 0x01010101u) & kHigh;
+    constexpr bool kInfinities = C::kCodes == DType::kE5M2;
+    constexpr uint32_t kExponent = kInfinities ? 0x7C7C7C7Cu : ~kHigh;
+    return ((word & kExponent) + (kInfinities ? 0x04040404u : 0x01010101u)) & kHigh;
   }
 
   __device__ bool Clean(int at, int written) {

@@ -7,7 +7,7 @@
 
 namespace fastattn::cuda::prefill_sm90 {
 
-template <int kDim, bool kTokenScales, bool kSoftcap>
+template <int kDim, bool kTokenScales, bool kSoftcap, DType kCodes>
 cudaError_t LaunchVariant(const Arguments& arguments, cudaStream_t stream);
 
 // Writes the values of contiguous keys as Arguments::value has them.
