@@ -1,10 +1,11 @@
 // A consumer warpgroup of operands.
 //
-// A step's own chain, from its scores to its probabilities, is what limits the kernel: the other
-// warpgroup's products take less time. So a step waits for its values where it issues the product
-// that reads them, moves the maximum only where that is needed, and has the product of the step
-// before behind it when its exponentials begin: nothing is left behind them, and probabilities are
-// packed among them.
+// A warpgroup's own chain, from the scores of a step to its probabilities, is what limits the
+// kernel: the products of both take less time. So the chain has no maximum in it. A tile's first
+// step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
+// and only where a sum of them is too large, the maximum is found, the shift moved, and they are
+// found again. Values are waited for where the product that reads them is issued, and the product
+// of the step before is done when packing begins, so that nothing is left behind the exponentials.
 #pragma once
 
 #include "cuda/prefill_half_sm90/consumer.cuh"
@@ -14,6 +15,7 @@ namespace fastattn::cuda::prefill_half_sm90 {
 template <class C>
 class OperandConsumer : private Consumer<C> {
   using Base = Consumer<C>;
+  using Base::factor_;
   using Base::group_;
   using Base::lane_;
   using Base::o_;
@@ -22,8 +24,10 @@ class OperandConsumer : private Consumer<C> {
   using Base::query_;
   using Base::s_;
   using Base::shared_;
+  using Base::shift_;
   using Base::start_;
   using Base::step_;
+  using Base::subtracted_;
   using Base::sums_;
 
  public:
@@ -61,6 +65,11 @@ class OperandConsumer : private Consumer<C> {
   }
 
  private:
+  // Of a thread's probabilities of a row and step, which fp16 holds.
+  static constexpr float kMost = 32768.0f;
+  // Probabilities that are found before there are registers to pack them into.
+  static constexpr int kEarly = 16;
+
   // Waits for a tile; false if there are no more. Each is a phase of the queries' barrier.
   __device__ __forceinline__ bool NextTile(const Ring<2>& tiles) {
     Wait(&shared_.query_full[group_], tiles.index);
@@ -89,10 +98,9 @@ class OperandConsumer : private Consumer<C> {
   // `last`: of the tile.
   __device__ __forceinline__ void FirstStep(bool last) {
     FinishScores(last);
-    float alpha[2];
-    bool far;
-    Base::FollowMaximum(alpha, &far);
-    Base::FindProbabilities(far);
+    float part[2];
+    FollowMaximum<false>(part);
+    AddSums(part);
   }
 
   __device__ __forceinline__ void NextStep(bool last) {
@@ -100,17 +108,10 @@ class OperandConsumer : private Consumer<C> {
     WaitProducts<1>(s_);
     start_ -= C::kKeys;
     FinishScores(last);
-    float alpha[2];
-    bool far;
-    const bool risen = Base::FollowMaximum(alpha, &far);
-    WaitProducts<0>(o_);
-    KeepRegisters(probabilities_);
-    Base::ReleaseValues(step_ - 1, start_ + C::kKeys);
-    if (risen) {
-#pragma unroll
-      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
-    }
-    Base::FindProbabilities(far);
+    float part[2];
+    FindProbabilities<true>(part);
+    if (__any_sync(~0u, !(part[0] <= most_[0] && part[1] <= most_[1]))) FollowMaximum<true>(part);
+    AddSums(part);
   }
 
   // Ends the use of the tile's queries, too. A predicate and no branch: the compiler is to see that
@@ -120,6 +121,63 @@ class OperandConsumer : private Consumer<C> {
     Base::FinishScores(scales);
     if (last && lane_ == 0) Arrive(&shared_.query_done[group_]);
   }
+
+  // Moves the shifts to the step's largest scores and finds the probabilities. kScale: there is an
+  // output already.
+  template <bool kScale>
+  __device__ __forceinline__ void FollowMaximum(float (&part)[2]) {
+    float largest[2], wanted[2], alpha[2];
+    Base::FindLargest(largest, wanted);
+    const bool far = Base::MoveMaximum(largest, wanted, alpha);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      subtracted_[h] = Base::Shift(h);
+      // Without a score above -inf there is no shift, and far ones are looked at in every step.
+      const bool usable = shift_[h] > kMinusInf && !prefill_sm90::IsFar(shift_[h]);
+      most_[h] = usable ? kMost : -1.0f;
+    }
+    if constexpr (kScale) {
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
+    }
+    FindProbabilities<false>(part);
+    if (far) LoadFactors(shared_, Base::buffer_, factor_);
+  }
+
+  __device__ __forceinline__ void AddSums(const float (&part)[2]) {
+    sums_.Add(0, part[0]);
+    sums_.Add(1, part[1]);
+  }
+
+  __device__ __forceinline__ float Probability(int i) const {
+    return Exp2(fmaf(s_[i], factor_[i / 2 % 2], -subtracted_[i / 2 % 2]));
+  }
+
+  // The step's probabilities, packed, and this thread's sums of them. Scores stay, in case that
+  // they are needed again. kBehind: ends the product that reads the probabilities of the step
+  // before.
+  template <bool kBehind>
+  __device__ __forceinline__ void FindProbabilities(float (&part)[2]) {
+    float early[kEarly];
+    if constexpr (kBehind) {
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) early[i] = Probability(i);
+      WaitProducts<0>(o_);
+      KeepRegisters(probabilities_);
+      Base::ReleaseValues(step_ - 1, start_ + C::kKeys);
+    }
+    part[0] = part[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < C::kScores; i += 2) {
+      const float a = kBehind && i < kEarly ? early[i % kEarly] : Probability(i);
+      const float b = kBehind && i < kEarly ? early[(i + 1) % kEarly] : Probability(i + 1);
+      part[i / 2 % 2] += a;
+      part[i / 2 % 2] += b;
+      probabilities_[i / 2] = PackPair<C::kOperand>(a, b);
+    }
+  }
+
+  float most_[2];  // of a step's sums, with this shift
 };
 
 }  // namespace fastattn::cuda::prefill_half_sm90
