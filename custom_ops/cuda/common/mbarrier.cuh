@@ -28,18 +28,22 @@ __device__ __forceinline__ void Arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
-// Arrivals that a barrier counts for a warp that ends with ArriveWarp: one lane's. racecheck does
-// not see that __syncwarp puts the other lanes' accesses ahead of it; for a build with
-// FASTATTN_RACECHECK, every lane arrives.
+// Arrivals that a barrier counts for a warp: one lane's. racecheck does not see that __syncwarp
+// puts the other lanes' accesses ahead of it; in a build with FASTATTN_RACECHECK every lane
+// arrives.
 #if defined(FASTATTN_RACECHECK)
 inline constexpr int kWarpArrivals = 32;
 #else
 inline constexpr int kWarpArrivals = 1;
 #endif
 
+__device__ __forceinline__ bool ArrivesForWarp(int lane) {
+  return kWarpArrivals == 32 || lane == 0;
+}
+
 __device__ __forceinline__ void ArriveWarp(uint64_t* barrier) {
   __syncwarp();
-  if (kWarpArrivals == 32 || threadIdx.x % 32 == 0) Arrive(barrier);
+  if (ArrivesForWarp(threadIdx.x % 32)) Arrive(barrier);
 }
 
 // Arrives and announces `bytes` that the copy engine will deliver in this phase.

@@ -100,7 +100,7 @@ class Consumer {
 
   __device__ __forceinline__ void Release(uint64_t* barrier) {
     __syncwarp();
-    if (lane_ == 0) Arrive(barrier);
+    if (ArrivesForWarp(lane_)) Arrive(barrier);
   }
 
   __device__ __forceinline__ void BeginTurn() { SyncNamed<256>(kTurnBarrier + group_); }

@@ -53,7 +53,7 @@ class Converter {
       const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
       if (steps >= 0) FindFactors<C>(p_, shared_, tile, tiles.index, warp_);
       __syncwarp();
-      if (lane_ == 0) {
+      if (ArrivesForWarp(lane_)) {
         Arrive(&shared_.query_full[tiles.index]);
         Arrive(&shared_.query_empty[tiles.index]);
       }
@@ -105,7 +105,7 @@ class Converter {
     Finish(slot, &shared_.value_ready[at]);
     values_.Advance();
     if constexpr (C::kTokenScales) {
-      if (lane_ == 0) Arrive(&shared_.scale_empty[scales_.index]);
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.index]);
       scales_.Advance();
     }
   }
@@ -114,7 +114,7 @@ class Converter {
   __device__ __forceinline__ void Finish(int slot, uint64_t* full) {
     FenceAsyncProxy();
     __syncwarp();
-    if (lane_ == 0) {
+    if (ArrivesForWarp(lane_)) {
       Arrive(full);
       Arrive(&shared_.raw_empty[slot]);
     }

@@ -26,7 +26,7 @@ class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
   __device__ void Start() {
     Walk::Start();
     Walk::LoadRows();
-    state_.level = Walk::kTop;
+    if (lane_ == 0) state_.level = Walk::kTop;
     int items = 0, longest = 0;
 #pragma unroll 1
     for (int i = lane_; i < state_.count; i += 32) {
@@ -62,10 +62,12 @@ class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
       if (found || !Walk::LoadRows()) break;
       cost = Walk::kTop;
     } while (true);
-    // Every lane writes the same.
-    state_.round = round + 1;
-    state_.level = cost;
-    state_.start = start;
+    __syncwarp();
+    if (lane_ == 0) {
+      state_.round = round + 1;
+      state_.level = cost;
+      state_.start = start;
+    }
     __syncwarp();
     if (found) Take(target - start, cost, tile);
     return found;

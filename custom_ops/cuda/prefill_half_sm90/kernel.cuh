@@ -17,32 +17,33 @@ inline constexpr int kConsumerRegisters = 224;
 
 template <class C>
 __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
-  constexpr int kWarps = 4 * C::kConsumers;
+  constexpr int kWarp = kWarpArrivals, kWarps = 4 * C::kConsumers * kWarp;
+  constexpr int kSides = C::kSideWarps * kWarp, kCleaners = C::kCleaners * kWarp;
   for (int i = 0; i < 2; ++i) {
-    InitBarrier(&shared.tile_found[i], 1);
-    InitBarrier(&shared.query_full[i], C::kCodes ? 1 + C::kSideWarps : 1);
+    InitBarrier(&shared.tile_found[i], C::kCodes ? 1 : kWarp);
+    InitBarrier(&shared.query_full[i], C::kCodes ? 1 + kSides : kWarp);
     // Besides the consumers: the converters; or the loader and the cleaners.
-    InitBarrier(&shared.query_empty[i], kWarps + (C::kCodes ? C::kSideWarps : 1 + C::kCleaners));
-    InitBarrier(&shared.query_done[i], 4);
+    InitBarrier(&shared.query_empty[i], kWarps + (C::kCodes ? kSides : kWarp + kCleaners));
+    InitBarrier(&shared.query_done[i], 4 * kWarp);
   }
   InitBarrier(&shared.query_read, kWarps);
   for (int i = 0; i < C::kKeyStages; ++i) {
-    InitBarrier(&shared.key_full[i], C::kCodes && !C::kKeyCodes ? C::kSideWarps : 1);
+    InitBarrier(&shared.key_full[i], C::kCodes && !C::kKeyCodes ? kSides : 1);
     InitBarrier(&shared.key_empty[i], kWarps);
   }
   for (int i = 0; i < C::kValueStages; ++i) {
     InitBarrier(&shared.value_full[i], 1);
-    InitBarrier(&shared.value_ready[i], C::kCodes ? C::kSideWarps : C::kCleaners);
+    InitBarrier(&shared.value_ready[i], C::kCodes ? kSides : kCleaners);
     InitBarrier(&shared.value_empty[i], kWarps);
     shared.nan_found[i][3] = 0;
   }
   for (int i = 0; i < C::kRawSlots; ++i) {
     InitBarrier(&shared.raw_full[i], 1);
-    InitBarrier(&shared.raw_empty[i], C::kSideWarps);
+    InitBarrier(&shared.raw_empty[i], kSides);
   }
   for (int i = 0; i < C::kScaleSlots; ++i) {
-    InitBarrier(&shared.scale_full[i], 1);
-    InitBarrier(&shared.scale_empty[i], kWarps + C::kSideWarps);
+    InitBarrier(&shared.scale_full[i], kWarp);
+    InitBarrier(&shared.scale_empty[i], kWarps + kSides);
   }
   FenceBarrierInit();
 }

@@ -119,7 +119,7 @@ class OperandConsumer : private Consumer<C> {
   __device__ __forceinline__ void FinishScores(bool last) {
     typename Base::KeyScales scales{};
     Base::FinishScores(scales);
-    if (last && lane_ == 0) Arrive(&shared_.query_done[group_]);
+    if (last && ArrivesForWarp(lane_)) Arrive(&shared_.query_done[group_]);
   }
 
   // Moves the shifts to the step's largest scores and finds the probabilities. kScale: there is an

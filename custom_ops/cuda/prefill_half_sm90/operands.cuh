@@ -39,19 +39,15 @@ class Finder {
       } else if (lane_ == 0) {
         tile->steps = -1;
       }
-      __syncwarp();
-      if (lane_ == 0) {
-        Arrive(&shared_.tile_found[at]);
-        if (found) {
-          for (int i = 0; i < C::kConsumers; ++i) PrefetchQueries(*tile, i);
-        }
+      ArriveWarp(&shared_.tile_found[at]);
+      if (found && lane_ == 0) {
+        for (int i = 0; i < C::kConsumers; ++i) PrefetchQueries(*tile, i);
       }
       for (int i = 0; i < C::kConsumers; ++i) {
         Wait(&shared_.query_done[i], queries.phase ^ 1);
-        if (lane_ != 0) continue;
-        if (found) {
+        if (found && lane_ == 0) {
           LoadQueries(*tile, i);
-        } else {
+        } else if (ArrivesForWarp(lane_)) {
           Arrive(&shared_.query_full[i]);
         }
       }
@@ -116,8 +112,7 @@ class OperandLoader {
         first = false;
         before = places;
       }
-      __syncwarp();
-      if (lane_ == 0) Arrive(&shared_.query_empty[tiles.index]);
+      ArriveWarp(&shared_.query_empty[tiles.index]);
       tiles.Advance();
     }
     if (!first) LoadValues(before);
@@ -188,8 +183,7 @@ class Cleaner {
       Wait(&shared_.tile_found[tiles.index], tiles.phase);
       const Tile& tile = shared_.tile[tiles.index];
       const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
-      __syncwarp();
-      if (lane_ == 0) Arrive(&shared_.query_empty[tiles.index]);
+      ArriveWarp(&shared_.query_empty[tiles.index]);
       if (steps < 0) return;
       tiles.Advance();
 #pragma unroll 1
@@ -203,8 +197,7 @@ class Cleaner {
         }
         if (lane_ == 0) shared_.nan_found[at][warp_] = found;
         FenceAsyncProxy();
-        __syncwarp();
-        if (lane_ == 0) Arrive(&shared_.value_ready[at]);
+        ArriveWarp(&shared_.value_ready[at]);
         stages.Advance();
       }
     }

@@ -66,8 +66,7 @@ class ScaleLoader {
       shared_.poison_found[at] = found;
     }
     reference_ = unit;
-    __syncwarp();
-    if (lane_ == 0) Arrive(&shared_.scale_full[at]);
+    ArriveWarp(&shared_.scale_full[at]);
     slots_.Advance();
   }
 

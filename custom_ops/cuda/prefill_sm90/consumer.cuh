@@ -73,7 +73,7 @@ class Consumer {
 
  private:
   static constexpr int kTurnBarrier = 1;
-  static_assert(C::kTwoLevel || !C::kTokenScales);
+  static_assert(C::kTwoLevel || !C::kValuesFirst);
 
   // The warpgroups take turns at the exponentials: the special function units are busy with one's
   // while the other waits for products, looks for maxima and issues products.

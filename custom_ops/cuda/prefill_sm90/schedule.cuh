@@ -42,9 +42,11 @@ class TileWalk {
         lane_(threadIdx.x % 32) {}
 
   __device__ void Start() {
-    state_.round = state_.count = state_.next_row = state_.start = 0;
-    state_.level = -1;
-    state_.section = state_.sections = 0;
+    if (lane_ == 0) {
+      state_.round = state_.count = state_.next_row = state_.start = 0;
+      state_.level = -1;
+      state_.section = state_.sections = 0;
+    }
     __syncwarp();
   }
 
@@ -74,11 +76,13 @@ class TileWalk {
       section = 0;
       level = kTop;
     } while (true);
-    // Every lane writes the same.
-    state_.round = round + 1;
-    state_.level = level;
-    state_.start = start;
-    state_.section = section;
+    __syncwarp();
+    if (lane_ == 0) {
+      state_.round = round + 1;
+      state_.level = level;
+      state_.start = start;
+      state_.section = section;
+    }
     __syncwarp();
     if (found) Describe(target - start, up ? -level : level, section, tile);
     return found;
@@ -188,9 +192,12 @@ class TileWalk {
     // At least a KV head a section.
     const float fit = fminf(kSectionBytes / fmaxf(bytes, 1.0f), p_.num_kv_heads);
     const int heads = max(static_cast<int>(fit), 1);
-    state_.count = count;
-    state_.next_row = next;
-    state_.sections = (p_.num_kv_heads + heads - 1) / heads;
+    __syncwarp();
+    if (lane_ == 0) {
+      state_.count = count;
+      state_.next_row = next;
+      state_.sections = (p_.num_kv_heads + heads - 1) / heads;
+    }
     __syncwarp();
     return count > 0;
   }
