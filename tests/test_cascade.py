@@ -158,7 +158,11 @@ def test_fp8_output_is_the_merge_of_both_sides(place, kind):
         sides[precision] = prefix * share + suffix * (1 - share)
     exact, naive = sides.values()
     owned = problem.owned()
-    assert_codes(codes[owned], exact[owned], naive[owned], float(scale[0]))
+    slack = 0.0
+    if place != "cpu" and problem.multiplies_bf16():  # as Problem.check
+        magnitudes, _ = problem.with_magnitudes().reference()
+        slack = 2.0**-9 * np.asarray(magnitudes, np.float64)[owned]
+    assert_codes(codes[owned], exact[owned], naive[owned], float(scale[0]), extra=slack)
     # far fewer than 1 in 100 lie at a boundary
     expected = numerics.quantize(exact, scale, "e4m3")
     if place == "cpu":

@@ -255,13 +255,16 @@ def test_chunked_prefill_is_one_shot(place, kind, chunks):
         chunk.seq_lens_this_time = np.array([n])
         chunk.cu_seqlens_q = np.array([0, n])
         out, lse = chunk.check(place)
+        # A GPU may take different kernels for the whole and for a chunk, with probabilities of
+        # their own rounding and, over codes, queries of 15 bits or scores summed in 14.
         np.testing.assert_allclose(
             out.astype(np.float32),
             expected[begin : begin + n].astype(np.float32),
             rtol=2**-6,
-            atol=2**-9,
+            atol=2**-9 if place == "cpu" else 2**-8,
         )
-        np.testing.assert_allclose(lse, expected_lse[:, begin : begin + n], atol=1e-4)
+        expected_chunk = expected_lse[:, begin : begin + n]
+        np.testing.assert_allclose(lse, expected_chunk, atol=1e-4 if place == "cpu" else 2e-3)
         begin += n
 
 
