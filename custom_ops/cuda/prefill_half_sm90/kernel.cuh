@@ -35,7 +35,8 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
     InitBarrier(&shared.value_full[i], 1);
     InitBarrier(&shared.value_ready[i], C::kCodes ? kSides : kCleaners);
     InitBarrier(&shared.value_empty[i], kWarps);
-    shared.nan_found[i][3] = 0;
+    // As one word: no warp ever writes the bytes that have none.
+    *reinterpret_cast<int*>(shared.nan_found[i]) = 0;
   }
   for (int i = 0; i < C::kRawSlots; ++i) {
     InitBarrier(&shared.raw_full[i], 1);
