@@ -40,7 +40,9 @@ def draw(reports: list[dict[str, Any]], out: Path) -> None:
 
     found = curves([row for report in reports for row in report["rows"]])
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    colors = [*range(0, 20, 2), *range(1, 20, 2)]  # the ten strong ones first
     for axis, (mask, names) in zip(axes, found.items()):
+        axis.set_prop_cycle(color=[plt.get_cmap("tab20")(i) for i in colors])
         for name, points in names.items():
             style = "--" if name.startswith(("vllm", "cudnn")) else "-"
             axis.plot(*zip(*sorted(points.items())), style, marker="o", ms=3, label=name)
