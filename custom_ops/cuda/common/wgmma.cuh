@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cuda/common/wgmma_lists.h"
 
 namespace fastattn::cuda {
 
@@ -28,16 +29,6 @@ __device__ __forceinline__ void FenceProducts() {
 __device__ __forceinline__ void CommitProducts() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-
-// Accumulators as operands: c is "+f", or "=f" where what was in them does not matter (so that they
-// are no live registers before).
-#define FASTATTN_ACC4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
-#define FASTATTN_ACC16(c, d, i)                                                   \
-  FASTATTN_ACC4(c, d, i), FASTATTN_ACC4(c, d, i + 4), FASTATTN_ACC4(c, d, i + 8), \
-      FASTATTN_ACC4(c, d, i + 12)
-#define FASTATTN_ACC32(c, d) FASTATTN_ACC16(c, d, 0), FASTATTN_ACC16(c, d, 16)
-#define FASTATTN_ACC64(c, d) \
-  FASTATTN_ACC32(c, d), FASTATTN_ACC16(c, d, 32), FASTATTN_ACC16(c, d, 48)
 
 // Waits until at most kPending groups of products are in flight. The registers named are those that
 // the finished products write or read: the compiler moves no access to them across the wait.
@@ -63,14 +54,6 @@ __device__ __forceinline__ void KeepRegisters(uint32_t (&a)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-#define FASTATTN_LIST32                                                    \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTATTN_LIST64                                                                \
-  FASTATTN_LIST32                                                                      \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
 // `right` is the type of b; `c` is "+f", or "=f" with `add` 0: what was in the accumulator does not
 // matter then.
 #define FASTATTN_SHARED128(right, c, add)                                            \
@@ -94,51 +77,30 @@ __device__ __forceinline__ void KeepRegisters(uint32_t (&a)[kCount]) {
       "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n\t}"                                 \
       : FASTATTN_ACC32(c, d)                                                        \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add))
-// Of one product, its four forms.
-#define FASTATTN_FORMS(PRODUCT)                                    \
-  static_assert(kRight == DType::kE4M3 || kRight == DType::kE5M2); \
-  if constexpr (kRight == DType::kE4M3) {                          \
-    if constexpr (kAdd) {                                          \
-      PRODUCT("e4m3", "+f", 1);                                    \
-    } else {                                                       \
-      PRODUCT("e4m3", "=f", 0);                                    \
-    }                                                              \
-  } else {                                                         \
-    if constexpr (kAdd) {                                          \
-      PRODUCT("e5m2", "+f", 1);                                    \
-    } else {                                                       \
-      PRODUCT("e5m2", "=f", 0);                                    \
-    }                                                              \
-  }
-
 // d (+)= a * b: 64 x 128 scores, both operands in shared memory, a of e4m3.
 template <bool kAdd, DType kRight = DType::kE4M3>
 __device__ __forceinline__ void MultiplyShared(float (&d)[64], uint64_t a, uint64_t b) {
-  FASTATTN_FORMS(FASTATTN_SHARED128)
+  static_assert(kRight == DType::kE4M3 || kRight == DType::kE5M2);
+  FASTATTN_FORMS(FASTATTN_SHARED128, kRight == DType::kE4M3, "e4m3", "e5m2")
 }
 
 // d (+)= a * b with a in registers: bytes 4 * (lane % 4) .. + 3 of rows lane / 4 and + 8 for k from
 // 0 (a[0], a[1]) and from 16 (a[2], a[3]).
 template <bool kAdd, DType kRight = DType::kE4M3>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[64], const uint32_t* a, uint64_t b) {
-  FASTATTN_FORMS(FASTATTN_REGISTERS128)
+  static_assert(kRight == DType::kE4M3 || kRight == DType::kE5M2);
+  FASTATTN_FORMS(FASTATTN_REGISTERS128, kRight == DType::kE4M3, "e4m3", "e5m2")
 }
 
 template <bool kAdd, DType kRight = DType::kE4M3>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[32], const uint32_t* a, uint64_t b) {
-  FASTATTN_FORMS(FASTATTN_REGISTERS64)
+  static_assert(kRight == DType::kE4M3 || kRight == DType::kE5M2);
+  FASTATTN_FORMS(FASTATTN_REGISTERS64, kRight == DType::kE4M3, "e4m3", "e5m2")
 }
 
-#undef FASTATTN_FORMS
 #undef FASTATTN_REGISTERS64
 #undef FASTATTN_REGISTERS128
 #undef FASTATTN_SHARED128
-#undef FASTATTN_LIST64
-#undef FASTATTN_LIST32
-#undef FASTATTN_ACC64
-#undef FASTATTN_ACC32
-#undef FASTATTN_ACC16
-#undef FASTATTN_ACC4
 
 // Gives registers of this warpgroup back, or takes them.
 template <int kRegisters>

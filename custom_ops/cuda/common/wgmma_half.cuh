@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cuda/common/wgmma_lists.h"
 
 namespace fastattn::cuda {
 
@@ -20,22 +21,6 @@ __device__ __forceinline__ uint64_t TransposedDescriptor(uint32_t address) {
   constexpr uint64_t kEightRows = uint64_t{1024 / 16} << 32;
   return kSwizzle128 | kEightRows | (kBlockBytes / 16) << 16 | (address & 0x3FFFF) >> 4;
 }
-
-#define FASTATTN_ACC4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
-#define FASTATTN_ACC16(c, d, i)                                                   \
-  FASTATTN_ACC4(c, d, i), FASTATTN_ACC4(c, d, i + 4), FASTATTN_ACC4(c, d, i + 8), \
-      FASTATTN_ACC4(c, d, i + 12)
-#define FASTATTN_ACC32(c, d) FASTATTN_ACC16(c, d, 0), FASTATTN_ACC16(c, d, 16)
-#define FASTATTN_ACC64(c, d) \
-  FASTATTN_ACC32(c, d), FASTATTN_ACC16(c, d, 32), FASTATTN_ACC16(c, d, 48)
-
-#define FASTATTN_LIST32                                                    \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTATTN_LIST64                                                                \
-  FASTATTN_LIST32                                                                      \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // `c` is "+f", or "=f" with `add` 0: what was in the accumulator does not matter then.
 #define FASTATTN_SHARED128(type, c, add)                                                \
@@ -64,19 +49,7 @@ __device__ __forceinline__ uint64_t TransposedDescriptor(uint32_t address) {
 template <DType kType, bool kAdd>
 __device__ __forceinline__ void MultiplyHalfShared(float (&d)[64], uint64_t a, uint64_t b) {
   static_assert(kType == DType::kBFloat16 || kType == DType::kFloat16);
-  if constexpr (kType == DType::kBFloat16) {
-    if constexpr (kAdd) {
-      FASTATTN_SHARED128("bf16", "+f", 1);
-    } else {
-      FASTATTN_SHARED128("bf16", "=f", 0);
-    }
-  } else {
-    if constexpr (kAdd) {
-      FASTATTN_SHARED128("f16", "+f", 1);
-    } else {
-      FASTATTN_SHARED128("f16", "=f", 0);
-    }
-  }
+  FASTATTN_FORMS(FASTATTN_SHARED128, kType == DType::kBFloat16, "bf16", "f16")
 }
 
 // The same with a in registers. kTransposed: b is N-major (TransposedDescriptor).
@@ -84,15 +57,7 @@ template <DType kType, bool kAdd, int kTransposed>
 __device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[64], const uint32_t* a,
                                                       uint64_t b) {
   static_assert(kType == DType::kBFloat16 || kType == DType::kFloat16);
-  if constexpr (kType == DType::kBFloat16 && kAdd) {
-    FASTATTN_REGISTERS128("bf16", "+f", 1);
-  } else if constexpr (kType == DType::kBFloat16) {
-    FASTATTN_REGISTERS128("bf16", "=f", 0);
-  } else if constexpr (kAdd) {
-    FASTATTN_REGISTERS128("f16", "+f", 1);
-  } else {
-    FASTATTN_REGISTERS128("f16", "=f", 0);
-  }
+  FASTATTN_FORMS(FASTATTN_REGISTERS128, kType == DType::kBFloat16, "bf16", "f16")
 }
 
 template <DType kType, bool kAdd, int kTransposed>
@@ -128,11 +93,5 @@ __device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[4], const uint3
 #undef FASTATTN_REGISTERS64
 #undef FASTATTN_REGISTERS128
 #undef FASTATTN_SHARED128
-#undef FASTATTN_LIST64
-#undef FASTATTN_LIST32
-#undef FASTATTN_ACC64
-#undef FASTATTN_ACC32
-#undef FASTATTN_ACC16
-#undef FASTATTN_ACC4
 
 }  // namespace fastattn::cuda

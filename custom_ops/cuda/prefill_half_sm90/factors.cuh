@@ -7,25 +7,6 @@
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
-// The interval of keys that query i sees. One that does not exist asks for no mask.
-__device__ inline int2 VisibleKeys(const AttentionParams& p, const Tile& tile, int i) {
-  using prefill_sm90::kMaxLength;
-  constexpr int kFar = 1 << 30;
-  int begin = 0, end = kFar;
-  if (i >= tile.queries) return make_int2(begin, end);
-  const int position = tile.position + i;
-  end = tile.k_len;
-  if (p.causal) end = min(end, position + 1);
-  if (p.window_right >= 0) end = min(end, position + min(p.window_right, kMaxLength) + 1);
-  if (p.window_left >= 0) begin = max(begin, position - min(p.window_left, kMaxLength));
-  if (p.mask_offsets != nullptr) {
-    const int* mask = p.mask_offsets + 2 * static_cast<int64_t>(tile.token + i);
-    begin = max(begin, min(mask[0], kFar));
-    end = min(end, max(mask[1], 0));
-  }
-  return make_int2(begin, max(begin, end));
-}
-
 // A scale of K or V that is constant over a row's keys and channels.
 __device__ inline float ConstantScale(const AttentionParams& p, const Tile& tile, int kv_head,
                                       const void* paged, ScaleGranularity granularity,
@@ -59,7 +40,7 @@ __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const T
   for (int i = 32 * warp + lane; i < C::kQueries; i += 32 * C::kSideWarps) {
     // Hidden scores are -inf, which 0 would turn into NaN.
     shared.factor[buffer][i] = factor == 0.0f ? 1e-30f : factor;
-    shared.visible[buffer][i] = VisibleKeys(p, tile, i);
+    shared.visible[buffer][i] = prefill_sm90::VisibleKeys(p, tile, i);
   }
   if (warp != 2 || lane != 0) return;
   shared.output_scale[buffer] = output;

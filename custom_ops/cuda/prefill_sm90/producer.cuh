@@ -193,7 +193,7 @@ class Cleaner {
       if (i < tile.queries) x *= Read(p_.q_descale, tile, tile.token + i, kv_head);
       // Hidden scores are -inf, which 0 would turn into NaN.
       shared_.factor[buffer][i] = x == 0.0f ? 1e-30f : x;
-      shared_.visible[buffer][i] = Visible(tile, i);
+      shared_.visible[buffer][i] = VisibleKeys(p_, tile, i);
     }
     if (warp_ != 2 || lane_ != 0) return;
     shared_.output_scale[buffer] = output;
@@ -204,24 +204,6 @@ class Cleaner {
   __device__ static float Read(const Descale& scale, const Tile& tile, int token, int kv_head) {
     if (scale.data == nullptr) return 1.0f;
     return LoadScale(scale.data, scale.dtype, scale.Index(token, tile.row, kv_head, tile.head));
-  }
-
-  // The interval of keys that query i sees. One that does not exist asks for no mask.
-  __device__ int2 Visible(const Tile& tile, int i) const {
-    constexpr int kFar = 1 << 30;
-    int begin = 0, end = kFar;
-    if (i >= tile.queries) return make_int2(begin, end);
-    const int position = tile.position + i;
-    end = tile.k_len;
-    if (p_.causal) end = min(end, position + 1);
-    if (p_.window_right >= 0) end = min(end, position + min(p_.window_right, kMaxLength) + 1);
-    if (p_.window_left >= 0) begin = max(begin, position - min(p_.window_left, kMaxLength));
-    if (p_.mask_offsets != nullptr) {
-      const int* mask = p_.mask_offsets + 2 * static_cast<int64_t>(tile.token + i);
-      begin = max(begin, min(mask[0], kFar));
-      end = min(end, max(mask[1], 0));
-    }
-    return make_int2(begin, max(begin, end));
   }
 
   static constexpr uint32_t kHigh = 0x80808080u;

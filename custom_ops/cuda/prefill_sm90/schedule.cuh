@@ -26,6 +26,24 @@ __device__ __forceinline__ int2 PackedKeys(const AttentionParams& p, int b) {
   return make_int2(begin, Clamp(p.packed.cu_seqlens_k[b + 1], begin, tokens) - begin);
 }
 
+// The interval of keys that query i sees. One that does not exist asks for no mask.
+__device__ inline int2 VisibleKeys(const AttentionParams& p, const Tile& tile, int i) {
+  constexpr int kFar = 1 << 30;
+  int begin = 0, end = kFar;
+  if (i >= tile.queries) return make_int2(begin, end);
+  const int position = tile.position + i;
+  end = tile.k_len;
+  if (p.causal) end = min(end, position + 1);
+  if (p.window_right >= 0) end = min(end, position + min(p.window_right, kMaxLength) + 1);
+  if (p.window_left >= 0) begin = max(begin, position - min(p.window_left, kMaxLength));
+  if (p.mask_offsets != nullptr) {
+    const int* mask = p.mask_offsets + 2 * static_cast<int64_t>(tile.token + i);
+    begin = max(begin, min(mask[0], kFar));
+    end = min(end, max(mask[1], 0));
+  }
+  return make_int2(begin, max(begin, end));
+}
+
 inline constexpr float kSectionBytes = 32 << 20;
 
 template <class C, int kKeyBytes = 0>
