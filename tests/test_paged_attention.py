@@ -264,7 +264,7 @@ def test_chunked_prefill_is_one_shot(place, kind, chunks):
             atol=2**-9 if place == "cpu" else 2**-8,
         )
         expected_chunk = expected_lse[:, begin : begin + n]
-        np.testing.assert_allclose(lse, expected_chunk, atol=1e-4 if place == "cpu" else 2e-3)
+        np.testing.assert_allclose(lse, expected_chunk, atol=1e-4 if place == "cpu" else 4e-3)
         begin += n
 
 
