@@ -6,7 +6,7 @@ namespace fastattn::cuda::prefill_half_sm90 {
 template <>
 cudaError_t LaunchVariant<DType::kBFloat16, 128, Source::kOperands, false>(
     const Arguments& arguments, cudaStream_t stream) {
-  return LaunchConfig<Config<DType::kBFloat16, 128, Source::kOperands, false>>(arguments, stream);
+  return LaunchConfig<DType::kBFloat16, 128, Source::kOperands, false>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_half_sm90

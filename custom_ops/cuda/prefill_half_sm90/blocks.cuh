@@ -22,30 +22,46 @@ __device__ inline int FindBlock(const AttentionParams& p, const volatile Tile& t
   return id < 0 || id >= p.cache.num_blocks ? -1 : id;
 }
 
-// Those of a step, `block` being what FindBlock() found for the lanes of its 16 steps.
+// Whether some query of the tile sees a part of the step only.
 template <class C>
-__device__ StepBlocks BlocksOf(const volatile Tile& tile, int step, int block) {
+__device__ bool IsPartial(const volatile Tile& tile, int step) {
+  const int start = (tile.last - step) * C::kKeys;
+  return start < tile.common_lo || start + C::kKeys > tile.common_hi;
+}
+
+// Steps whose blocks a warp finds at once. A tile has two such windows in shared memory.
+inline constexpr int kWindow = 16;
+
+// Finds the window that begins with `step`; those two windows ahead are gone. Called by a warp.
+template <class C>
+__device__ void FindWindow(const AttentionParams& p, Shared<C>& shared, int buffer, int step) {
+  const int block = FindBlock(p, shared.tile[buffer], step);
+  shared.blocks[buffer][step / kWindow % 2][threadIdx.x % 32] = block;
+  __syncwarp();
+}
+
+// Those of a step, which its window has.
+template <class C>
+__device__ StepBlocks BlocksOf(const Shared<C>& shared, int buffer, int step) {
+  const volatile int* window = shared.blocks[buffer][step / kWindow % 2];
   StepBlocks blocks;
-  blocks.flags = 0;
+  blocks.flags = IsPartial<C>(shared.tile[buffer], step) ? kClean : 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    blocks.id[i] = __shfl_sync(~0u, block, 2 * (step % 16) + i);
+    blocks.id[i] = window[2 * (step % kWindow) + i];
     if (blocks.id[i] < 0) blocks.flags |= kUnassigned << i;
   }
-  const int start = (tile.last - step) * C::kKeys;
-  if (start < tile.common_lo || start + C::kKeys > tile.common_hi) blocks.flags |= kClean;
   return blocks;
 }
 
 // Coordinates of a block in the tensors of keys and values. One that is not assigned lies outside
 // of them: it arrives as zeros.
-__device__ inline int2 PlaceOf(const AttentionParams& p, const volatile Tile& tile, int kv_head,
-                               int block) {
+__device__ inline int2 PlaceOf(const AttentionParams& p, const volatile Tile& tile, int block) {
   if (p.paged) {
-    return make_int2(0, (block < 0 ? p.cache.num_blocks : block) * p.num_kv_heads + kv_head);
+    return make_int2(0, (block < 0 ? p.cache.num_blocks : block) * p.num_kv_heads + tile.kv_head);
   }
   const int end = static_cast<int>(p.packed.num_tokens);
-  return make_int2(block < 0 ? end : tile.key_token + block * kBlockSize, kv_head);
+  return make_int2(block < 0 ? end : tile.key_token + block * kBlockSize, tile.kv_head);
 }
 
 }  // namespace fastattn::cuda::prefill_half_sm90

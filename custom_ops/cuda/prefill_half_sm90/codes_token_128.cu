@@ -6,7 +6,7 @@ namespace fastattn::cuda::prefill_half_sm90 {
 template <>
 cudaError_t LaunchVariant<DType::kFloat16, 128, Source::kCodes, true>(const Arguments& arguments,
                                                                       cudaStream_t stream) {
-  return LaunchConfig<Config<DType::kFloat16, 128, Source::kCodes, true>>(arguments, stream);
+  return LaunchConfig<DType::kFloat16, 128, Source::kCodes, true>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_half_sm90

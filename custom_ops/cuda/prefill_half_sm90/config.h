@@ -19,6 +19,15 @@ using prefill_sm90::Ring;
 using prefill_sm90::Tile;
 using prefill_sm90::WalkState;
 
+// A ring as one number, where registers are short.
+template <int kSize>
+struct RingCount {
+  int count = 0;  // modulo two rounds
+  __device__ __forceinline__ int Index() const { return count < kSize ? count : count - kSize; }
+  __device__ __forceinline__ uint32_t Phase() const { return count < kSize ? 0 : 1; }
+  __device__ __forceinline__ void Advance() { count = count + 1 == 2 * kSize ? 0 : count + 1; }
+};
+
 // What K and V are in memory.
 enum class Source : int {
   kOperands,  // 16-bit values, tokens as rows
@@ -29,14 +38,18 @@ enum class Source : int {
 // The queries of a tile are kQueries tokens of one head; a step covers kKeys keys, two blocks.
 // kElement is the type of K as an operand: 16-bit values, which codes are converted to, or the
 // codes as they lie. Queries are two such codes each then.
-template <DType kElement_, int kDim_, Source kSource_, bool kTokenScales_>
+template <DType kElement_, int kDim_, Source kSource_, bool kTokenScales_, bool kSoftcap_>
 struct Config {
   static constexpr DType kElement = kElement_;
   static constexpr int kDim = kDim_;
   static constexpr bool kCodes = kSource_ != Source::kOperands;
   static constexpr bool kKeyCodes = kElement != DType::kBFloat16 && kElement != DType::kFloat16;
+  static constexpr bool kFiniteValues = kElement == DType::kInt8;
   static constexpr bool kValueRows = kSource_ != Source::kCodes;
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
+  static constexpr bool kSoftcap = kSoftcap_;
+  static constexpr bool kChannelScales = kCodes && !kTokenScales;  // or a scale for each channel
+  static constexpr bool kProductSums = kCodes;  // probabilities are summed by products
   static constexpr DType kOperand = kCodes ? DType::kFloat16 : kElement;  // of P and V
 
   static constexpr int kKeyStages = kKeyCodes ? 3 : 2;
@@ -68,35 +81,42 @@ struct Config {
 
 template <class C>
 struct alignas(1024) Shared {
+  static constexpr bool kFindAgain = true;    // registers are short
   uint8_t query[C::kQueries * C::kRowBytes];  // [consumer][slice][64 tokens][128]
   // [slice][128 tokens][128]; codes: [128 tokens][D]
   uint8_t key[C::kKeyStages][C::kKeys * C::kKeyRowBytes];
   // [slice][128 tokens][128] or [block][D channels][128]
   uint8_t value[C::kValueStages][C::kKeys * C::kRowBytes];
-  alignas(1024) uint16_t ones[C::kCodes ? 512 : 1];  // values of 1 (see RowSums)
+  alignas(1024) uint16_t ones[C::kProductSums ? 512 : 1];  // values of 1 (see RowSums)
   alignas(128) uint8_t raw[C::kRawSlots][C::kRawBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
   // of a side warp that found none hold anything.
-  alignas(16) uint16_t nan_tokens[C::kValueStages][C::kDim][C::kKeys / 16];
+  alignas(16) uint16_t nan_tokens[C::kFiniteValues ? 1 : C::kValueStages][C::kDim][C::kKeys / 16];
   alignas(4) uint8_t nan_found[C::kValueStages][4];  // by each side warp
   alignas(16) float key_scales[C::kScaleSlots][4][C::kScaleGroup];
   alignas(16) __half value_scales[C::kScaleSlots][C::kScaledKeys];  // in units of the reference
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite
-  float2 reference[C::kScaleSlots];                  // unit of V; the step before's over it
+  float unit_ratio[C::kScaleSlots];                  // V's unit of the step before over this one's
+  float unit[2];                                     // of V in the tile's last step so far
   int poison_found[C::kScaleSlots];
   int flags[C::kKeyStages];          // for the consumers, with the keys
   int value_flags[C::kValueStages];  // the same for the cleaners, with the values
   int raw_flags[C::kRawSlots];       // for the converters
   Tile tile[2];
-  int blocks[2][32];             // operands: of a tile's first 16 steps
+  int blocks[2][2][32];          // of two windows of a tile's steps (see FindWindow)
   float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
   int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last
-  float output_scale[2];         // constant factor of the outputs
-  float sink[2];                 // -inf: none
+  int2 common[4 * C::kConsumers];  // keys that all queries of a consumer's warp see
+  alignas(16) float key_channels[2][C::kChannelScales ? C::kDim : 4];  // if K has them
+  alignas(16) float value_channels[2][C::kChannelScales ? C::kDim : 4];
+  float output_scale[2];  // constant factor of the outputs
+  float sink[2];          // -inf: none
   ActiveRow rows[prefill_sm90::kMaxActiveRows];
   WalkState walk;
+  int empty_phase[2];  // codes: that the loader waits for next
+  int converter_tiles[C::kSideWarps];
   uint64_t tile_found[2];
-  uint64_t query_full[2];  // of a tile; operands: of a consumer
+  uint64_t query_full[2];  // of all consumers; operands: of each
   uint64_t query_empty[2];
   uint64_t query_read;
   uint64_t query_done[2];  // operands: of a consumer

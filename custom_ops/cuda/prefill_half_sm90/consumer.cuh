@@ -3,6 +3,13 @@
 // A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight columns the
 // two from 2 * (lane % 4): the scores' registers, packed to 16 bits, are the left operand of P * V
 // as they stand.
+//
+// A warpgroup's own chain, from the scores of a step to its probabilities, is what limits the
+// kernel: the products of both take less time. So the chain has no maximum in it. A tile's first
+// step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
+// and only where one of them is too large, the maximum is found, the shift moved, and they are
+// found again. Values are waited for where the product that reads them is issued, and the product
+// of the step before is done when packing begins, so that nothing is left behind the exponentials.
 #pragma once
 
 #include <type_traits>
@@ -13,6 +20,7 @@
 #include "cuda/common/wgmma.cuh"
 #include "cuda/common/wgmma_half.cuh"
 #include "cuda/prefill_half_sm90/config.h"
+#include "cuda/prefill_half_sm90/key_scales.cuh"
 #include "cuda/prefill_half_sm90/query.cuh"
 #include "cuda/prefill_half_sm90/query_codes.cuh"
 #include "cuda/prefill_half_sm90/row_sums.cuh"
@@ -44,59 +52,45 @@ class Consumer {
 
   __device__ __forceinline__ void Run() {
     if (group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
-    Ring<2> queries;
-    if (NextTile(queries)) {
+    Ring<2> tiles;
+    if (NextTile(tiles)) {
       IssueFirst();
       while (true) {
         WaitForScores<0>();
-        LoadTile(queries.index);
-        FirstStep();
-        const int steps = shared_.tile[queries.index].steps;
+        LoadTile(tiles.index);
+        const int steps = shared_.tile[tiles.index].steps;
+        FirstStep(steps == 1);
 #pragma unroll 1
-        for (int i = 1; i < steps; ++i) NextStep();
-        queries.Advance();
-        const bool more = NextTile(queries);
+        for (int i = 1; i < steps; ++i) NextStep(i + 1 == steps);
+        tiles.Advance();
+        const bool more = NextTile(tiles);
         if (!more) break;
         // The first scores of a tile run under the output of the tile before.
-        IssueAcross();
+        Issue<true>();
         WaitProducts<1>(o_);
-        Finish(queries.index ^ 1, step_ - 1);
+        Finish(tiles.index ^ 1, step_ - 1);
       }
       const RightOperands value = ValueOperand();
       WaitForValues();
       FenceProducts();
       IssueValues(value);
       WaitProducts<0>(o_);
-      Finish(queries.index ^ 1, step_);
+      Finish(tiles.index ^ 1, step_);
     }
     // Takes the last turn that the other warpgroup has left.
     if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
   }
 
- protected:
+ private:
   static constexpr int kTurnBarrier = 1;
-  // How far a maximum may rise before the shift follows, in units of log2: P stays within fp16.
-  static constexpr float kSlack = 6.0f;
-  static constexpr int kScalesAhead = 2;
+  // Probabilities that are found before there are registers to pack them into.
+  static constexpr int kEarly = C::kCodes ? 0 : 16;
   // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
   static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
   // The first products of integers are issued ahead of the turn. With token scales that gains
   // nothing.
   static constexpr bool kLateTurn = kIntegers && !C::kTokenScales;
   static constexpr float kBias = CodeQuery<C>::kBiasValue;
-
-  // Scales of K's tokens, of 16 columns each, loaded ahead of the scores.
-  struct KeyScales {
-    float columns[kScalesAhead][4];
-    uint32_t address;
-
-    __device__ __forceinline__ void Load(int j) {
-      float (&x)[4] = columns[j % kScalesAhead];
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                   : "r"(address + 16 * j));
-    }
-  };
 
   __device__ __forceinline__ void Release(uint64_t* barrier) {
     __syncwarp();
@@ -109,32 +103,36 @@ class Consumer {
   __device__ __forceinline__ void EndTurn() { ArriveNamed<256>(kTurnBarrier + 1 - group_); }
 
   __device__ __forceinline__ void LoadTile(int buffer) {
-    start_ = shared_.tile[buffer].last * C::kKeys;
     buffer_ = buffer;
+    start_ = shared_.tile[buffer].last * C::kKeys;
     int begin = 0, end = 1 << 30;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      shift_[h] = limit_[h] = kMinusInf;
-      subtracted_[h] = 0.0f;
-      const int2 visible = shared_.visible[buffer][prefill_sm90::QueryOf(h)];
+      shift_[h] = kMinusInf;
+      const int2 visible = shared_.visible[buffer][prefill_sm90::QueryOf<true>(h)];
       begin = max(begin, visible.x);
       end = min(end, visible.y);
     }
-    LoadFactors(shared_, buffer_, factor_);
     if constexpr (kIntegers) {
       // Where a factor is large, the bias in units of log2 would swallow differences of scores.
       constexpr float kLargest = 1 << 19;
-      const float factor = fmaxf(factor_[0], factor_[1]);
-      biased_ =
-          !C::kTokenScales && p_.softcap <= 0.0f && __all_sync(~0u, factor * kBias < kLargest);
+      float factor[2];
+      LoadFactors(shared_, buffer_, factor);
+      biased_ = !C::kTokenScales && !C::kSoftcap &&
+                __all_sync(~0u, fmaxf(factor[0], factor[1]) * kBias < kLargest);
     }
     // Keys that all of the warp's queries see.
-    common_begin_ = __reduce_max_sync(~0u, begin);
-    common_end_ = __reduce_min_sync(~0u, end);
+    begin = __reduce_max_sync(~0u, begin);
+    end = __reduce_min_sync(~0u, end);
+    if (lane_ == 0) Common() = make_int2(begin, end);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
     sums_.Start();
   }
+
+  // In memory, as registers are short.
+  __device__ __forceinline__ int2& Common() { return shared_.common[threadIdx.x / 32 - 4]; }
 
   // Ends a tile whose last product is done.
   __device__ __forceinline__ void Finish(int buffer, uint32_t last_step) {
@@ -143,8 +141,8 @@ class Consumer {
     float sum[2];
     sums_.Take(sum);
     ReleaseValues(last_step, start_);
-    if constexpr (C::kCodes && !C::kTokenScales) {
-      if (p_.paged && p_.cache.v_granularity == ScaleGranularity::kChannel) ScaleChannels(buffer);
+    if constexpr (C::kChannelScales) {
+      if (UsesValueChannels(p_)) ScaleChannels(buffer);
     }
     if constexpr (kIntegers) {
       // Products were rounded down, by half a unit on average.
@@ -153,19 +151,25 @@ class Consumer {
       }
     }
     FinishFactors(shared_, buffer, sum);
-    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, reference_);
+    const float unit = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
+    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, unit);
     Release(&shared_.query_empty[buffer]);
   }
 
   // V's scales, one a channel. Without a visible key the output is 0, whatever they are.
   __device__ __forceinline__ void ScaleChannels(int buffer) {
-    const int kv_head = shared_.tile[buffer].head / (p_.num_heads / p_.num_kv_heads);
-    const int first = kv_head * C::kDim + 2 * (lane_ % 4);
+    const float* scales = shared_.value_channels[buffer] + 2 * (lane_ % 4);
 #pragma unroll
-    for (int i = 0; i < C::kOut; ++i) {
-      const float scale =
-          LoadScale(p_.cache.v_scales, p_.cache.scale_dtype, first + 8 * (i / 4) + i % 2);
-      o_[i] = shift_[i / 2 % 2] == kMinusInf ? 0.0f : o_[i] * scale;
+    for (int j = 0; j < C::kDim / 8; ++j) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const bool empty = shift_[h] == kMinusInf;
+        float& x = o_[4 * j + 2 * h];
+        float& y = o_[4 * j + 2 * h + 1];
+        x = empty ? 0.0f : x * scale.x;
+        y = empty ? 0.0f : y * scale.y;
+      }
     }
   }
 
@@ -244,12 +248,13 @@ class Consumer {
 
   // --- steps ------------------------------------------------------------------------------------
 
-  // Waits for a tile; false if there are no more.
-  __device__ __forceinline__ bool NextTile(const Ring<2>& queries) {
-    Wait(&shared_.query_full[queries.index], queries.phase);
-    if (shared_.tile[queries.index].steps < 0) return false;
-    query_.Take(p_, shared_, queries.index, group_);
-    Release(&shared_.query_read);
+  // Waits for a tile; false if there are no more. Each is a phase of the queries' barrier.
+  __device__ __forceinline__ bool NextTile(const Ring<2>& tiles) {
+    Wait(&shared_.query_full[C::kCodes ? 0 : group_], tiles.index);
+    const int buffer = tiles.index;
+    if (shared_.tile[buffer].steps < 0) return false;
+    query_.Take(p_, shared_, buffer, group_);
+    if constexpr (C::kCodes) Release(&shared_.query_read);
     return true;
   }
 
@@ -276,67 +281,54 @@ class Consumer {
     ++step_;
   }
 
-  // The scores of a step and the P * V of the one before.
-  __device__ __forceinline__ void IssueBoth() {
+  // The scores of the next step and the P * V of this one; kAcross: the next one is of another
+  // tile.
+  template <bool kAcross>
+  __device__ __forceinline__ void Issue() {
     const uint64_t query = QueryOperand(), key = KeyOperand();
     const RightOperands value = ValueOperand();
     WaitForKeys();
     WaitForValues();
-    if (!kLateTurn) BeginTurn();
+    if (kAcross || !kLateTurn) BeginTurn();
     FenceProducts();
-    IssueScores<true>(query, key);
-    IssueValues(value);
+    if constexpr (kAcross) IssueValues(value);
+    IssueScores<!kAcross>(query, key);
+    if constexpr (!kAcross) IssueValues(value);
     EndTurn();
     ++step_;
   }
 
-  // The last P * V of a tile and the first scores of the next.
-  __device__ __forceinline__ void IssueAcross() {
-    const uint64_t query = QueryOperand(), key = KeyOperand();
-    const RightOperands value = ValueOperand();
-    WaitForKeys();
-    WaitForValues();
-    BeginTurn();
-    FenceProducts();
-    IssueValues(value);
-    IssueScores<false>(query, key);
-    EndTurn();
-    ++step_;
-  }
-
-  __device__ __forceinline__ void FirstStep() {
+  // `last`: of the tile.
+  __device__ __forceinline__ void FirstStep(bool last) {
     KeyScales scales = LoadScales();
-    FinishScores(scales);
-    float alpha[2];
-    bool far;
-    FollowMaximum(alpha, &far);
+    const int flags = TakeScores(scales);
+    if constexpr (C::kSoftcap) Softcap();
+    FinishScores(flags, last);
+    FollowMaximum<false>();
     if constexpr (C::kTokenScales) ReleaseScales();
-    FindProbabilities(far);
   }
 
-  // The softmax runs while the other warpgroup's products do, and this one's P * V.
-  __device__ __forceinline__ void NextStep() {
-    IssueBoth();
+  // The softmax runs while the other warpgroup's products do, and this one's P * V. A softcap waits
+  // for that first: it needs the registers of its probabilities.
+  __device__ __forceinline__ void NextStep(bool last) {
+    Issue<false>();
     KeyScales scales = LoadScales();
     WaitForScores<1>();
     start_ -= C::kKeys;
-    FinishScores(scales);
-    float alpha[2] = {1.0f, 1.0f};
-    bool far;
-    const bool risen = FollowMaximum(alpha, &far);
-    WaitProducts<0>(o_);
-    KeepRegisters(probabilities_);
-    sums_.Keep();
-    ReleaseValues(step_ - 1, start_ + C::kKeys);
-    // Probabilities are not in the unit of V's token scales.
-    const float ratio = C::kTokenScales ? shared_.reference[ScaleSlot()].y : 1.0f;
-    if (risen || ratio != 1.0f) {
-      sums_.Rescale(alpha);
-#pragma unroll
-      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2] * ratio;
+    if constexpr (C::kSoftcap) FinishProducts();
+    const int flags = TakeScores(scales);
+    if constexpr (C::kSoftcap) Softcap();
+    FinishScores(flags, last);
+    constexpr bool kBehind = !C::kSoftcap && kEarly > 0;
+    if constexpr (!C::kSoftcap && !kBehind) FinishProducts();
+    if constexpr (C::kTokenScales) FollowUnit();
+    StepSums<C> sums;
+    FindProbabilities<kBehind>(shift_, sums);
+    if (__any_sync(~0u, sums.Exceed())) {
+      FollowMaximum<true>();
+    } else {
+      sums_.Add(sums);
     }
-    if constexpr (C::kTokenScales) ReleaseScales();
-    FindProbabilities(far);
   }
 
   __device__ __forceinline__ void WaitForValues() {
@@ -346,14 +338,17 @@ class Consumer {
   // Ends the use of a step's values, whose product is done; `start` is their first key.
   __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
     const uint32_t at = ValueStage(step);
-    if (*reinterpret_cast<const int*>(shared_.nan_found[at]) != 0) AddNaNs(at, start);
+    if constexpr (!C::kFiniteValues) {
+      const int found = *reinterpret_cast<const int*>(shared_.nan_found[at]);
+      if (found != 0) AddNaNs(found, at, start);
+    }
     Release(&shared_.value_empty[at]);
   }
 
   // --- softmax ----------------------------------------------------------------------------------
 
-  // Ends the use of the step's keys, applies softcap and masks.
-  __device__ __forceinline__ void FinishScores(KeyScales& scales) {
+  // Ends the use of the step's keys, whose flags it returns, and applies the scales of tokens.
+  __device__ __forceinline__ int TakeScores(KeyScales& scales) {
     const int flags = shared_.flags[KeyStage(step_)];
     Release(&shared_.key_empty[KeyStage(step_)]);
     if constexpr (kIntegers && !C::kTokenScales) {
@@ -363,9 +358,18 @@ class Consumer {
       }
     }
     if constexpr (C::kTokenScales) ScaleScores(scales);
-    if (p_.softcap > 0.0f) Softcap();
-    const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
+    return flags;
+  }
+
+  // Applies masks, and ends the use of a tile's queries.
+  __device__ __forceinline__ void FinishScores(int flags, bool last) {
+    const int2 common = Common();
+    const bool full = start_ >= common.x && start_ + C::kKeys <= common.y;
     if (!full || (flags & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags, s_);
+    if constexpr (!C::kCodes) {
+      // A predicate and no branch: the compiler is to see that the warp stays together.
+      if (last && ArrivesForWarp(lane_)) Arrive(&shared_.query_done[group_]);
+    }
   }
 
   __device__ __forceinline__ KeyScales LoadScales() {
@@ -374,7 +378,7 @@ class Consumer {
       Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
       scales.address = SharedAddress(shared_.key_scales[ScaleSlot()][lane_ % 4]);
 #pragma unroll
-      for (int j = 0; j < kScalesAhead; ++j) scales.Load(j);
+      for (int j = 0; j < KeyScales::kAhead; ++j) scales.Load(j);
     }
     return scales;
   }
@@ -382,21 +386,20 @@ class Consumer {
   __device__ __forceinline__ void ScaleScores(KeyScales& scales) {
 #pragma unroll
     for (int j = 0; j < C::kKeys / 16; ++j) {
-      const float (&scale)[4] = scales.columns[j % kScalesAhead];
+      const float (&scale)[4] = scales.columns[j % KeyScales::kAhead];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float x = scale[i / 4 * 2 + i % 2];
         float& s = s_[8 * j + i];
         s = kIntegers ? fmaf(s, x, -kBias * x) : s * x;
       }
-      if (j + kScalesAhead < C::kKeys / 16) scales.Load(j + kScalesAhead);
+      if (j + KeyScales::kAhead < C::kKeys / 16) scales.Load(j + KeyScales::kAhead);
     }
   }
 
   // Ends the use of the step's scales.
   __device__ __forceinline__ void ReleaseScales() {
     const uint32_t at = ScaleSlot();
-    reference_ = shared_.reference[at].x;
     if (shared_.poison_found[at]) AddPoison(at);
     Release(&shared_.scale_empty[at]);
   }
@@ -407,7 +410,7 @@ class Consumer {
     float rate[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      rate[h] = shared_.factor[buffer_][prefill_sm90::QueryOf(h)] * (2.0f * kLog2E);
+      rate[h] = shared_.factor[buffer_][prefill_sm90::QueryOf<true>(h)] * (2.0f * kLog2E);
       factor_[h] = 1.0f;
     }
 #pragma unroll
@@ -430,7 +433,7 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ bool MoveMaximum(const float (&largest)[2], float (&wanted)[2],
+  __device__ __forceinline__ void MoveMaximum(const float (&largest)[2], float (&wanted)[2],
                                               float (&alpha)[2]) {
     const bool far = __any_sync(~0u, IsFar(wanted[0]) || IsFar(wanted[1]));
     if (far) prefill_sm90::MultiplyFarScores(s_, factor_, largest, wanted);
@@ -442,7 +445,6 @@ class Consumer {
       alpha[h] = Exp2(before - Shift(h));
       sums_.Follow(h, alpha[h]);
     }
-    return far;
   }
 
   // With a bias no score is as far as that.
@@ -455,63 +457,104 @@ class Consumer {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // Finds the largest scores, and what is subtracted from scores where that has to change. Returns
-  // whether it has, for some row of the warp; only then alpha is known. `far`: the factors are
-  // those of this step only.
-  __device__ __forceinline__ bool FollowMaximum(float (&alpha)[2], bool* far) {
-    float largest[2], wanted[2];
+  // Moves the shifts to the step's largest scores and finds the probabilities. kScale: there is an
+  // output already.
+  template <bool kScale>
+  __device__ __forceinline__ void FollowMaximum() {
+    if constexpr (!C::kSoftcap) LoadFactors(shared_, buffer_, factor_);
+    float largest[2], wanted[2], alpha[2];
     FindLargest(largest, wanted);
-    *far = false;
-    if (!__any_sync(~0u, !(wanted[0] <= limit_[0] && wanted[1] <= limit_[1]))) return false;
-    *far = MoveMaximum(largest, wanted, alpha);
+    MoveMaximum(largest, wanted, alpha);
+    if constexpr (kScale) {
+      sums_.Rescale(alpha);
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
+    }
+    StepSums<C> sums;
+    const float shift[2] = {Shift(0), Shift(1)};
+    FindProbabilities<false>(shift, sums);
+    sums_.Add(sums);
+    if constexpr (C::kSoftcap) return;
+    LoadFactors(shared_, buffer_, factor_);
+    // Far scores need a look in every step: without a factor, probabilities exceed any bound.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      subtracted_[h] = Shift(h);
-      // Far scores are looked at in every step.
-      limit_[h] = IsFar(shift_[h]) ? kMinusInf : shift_[h] + kSlack;
+      if (IsFar(shift_[h])) factor_[h] = NAN;
     }
-    return true;
   }
 
-  // The step's probabilities, packed, and their sums.
-  __device__ __forceinline__ void FindProbabilities(bool far) {
-#pragma unroll
-    for (int i = 0; i < C::kScores; ++i) {
-      const int h = i / 2 % 2;
-      s_[i] = Exp2(fmaf(s_[i], factor_[h], -subtracted_[h]));
-      sums_.Add(h, s_[i]);
-    }
-    PackProbabilities();
-    if (far) LoadFactors(shared_, buffer_, factor_);
+  __device__ __forceinline__ float Probability(const float (&shift)[2], int i) const {
+    return Exp2(fmaf(s_[i], factor_[i / 2 % 2], -shift[i / 2 % 2]));
   }
 
-  __device__ __forceinline__ void PackProbabilities() {
+  // The step's probabilities, packed, and what there is to know of their sums. Scores stay, in case
+  // that they are needed again. A row without a shift, which is -inf, gets some that exceed any
+  // bound. kBehind: ends the product that reads the probabilities of the step before.
+  template <bool kBehind>
+  __device__ __forceinline__ void FindProbabilities(const float (&shift)[2], StepSums<C>& sums) {
+    float early[kEarly + 1];
+    if constexpr (kBehind) {
 #pragma unroll
-    for (int i = 0; i < C::kScores / 2; ++i) {
-      probabilities_[i] = PackPair<C::kOperand>(s_[2 * i], s_[2 * i + 1]);
+      for (int i = 0; i < kEarly; ++i) early[i] = Probability(shift, i);
+      FinishProducts();
     }
+#pragma unroll
+    for (int i = 0; i < C::kScores; i += 2) {
+      const float a = kBehind && i < kEarly ? early[i % (kEarly + 1)] : Probability(shift, i);
+      const float b =
+          kBehind && i < kEarly ? early[(i + 1) % (kEarly + 1)] : Probability(shift, i + 1);
+      probabilities_[i / 2] = PackPair<C::kOperand>(a, b);
+      sums.Add(i / 2, a, b, probabilities_);
+    }
+  }
+
+  // Ends the P * V of the step before.
+  __device__ __forceinline__ void FinishProducts() {
+    WaitProducts<0>(o_);
+    KeepRegisters(probabilities_);
+    sums_.Keep();
+    ReleaseValues(step_ - 1, start_ + C::kKeys);
+  }
+
+  // Probabilities are not in the unit of V's token scales, but the output is.
+  __device__ __forceinline__ void FollowUnit() {
+    const float ratio = shared_.unit_ratio[ScaleSlot()];
+    if (ratio != 1.0f) {
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio;
+    }
+    ReleaseScales();
   }
 
   // Which of `count` tokens from `first` on query h of the thread sees, a bit each.
   __device__ __forceinline__ uint32_t SeenTokens(int h, int first, int count) const {
-    const int2 visible = shared_.visible[buffer_][prefill_sm90::QueryOf(h)];
+    const int2 visible = shared_.visible[buffer_][prefill_sm90::QueryOf<true>(h)];
     const int begin = Clamp(visible.x - first, 0, count);
     const int end = Clamp(visible.y - first, 0, count);
     return static_cast<uint32_t>(((uint64_t{1} << end) - 1) & ~((uint64_t{1} << begin) - 1));
   }
 
-  // Sets the outputs of rows that see a value which is not finite (see ValueCleaner).
-  __device__ __forceinline__ void AddNaNs(uint32_t at, int start) {
+  // Sets the outputs of rows that see a value which is not finite (see ValueCleaner); `found`: by
+  // which side warps, a byte each.
+  __device__ __forceinline__ void AddNaNs(int found, uint32_t at, int start) {
+    constexpr int kWarps = C::kCodes ? C::kSideWarps : C::kCleaners;
 #pragma unroll 1
     for (int group = 0; group < C::kKeys / 16; ++group) {
-      if (!shared_.nan_found[at][group % (C::kCodes ? C::kSideWarps : C::kCleaners)]) continue;
-      const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
-                                SeenTokens(1, start + 16 * group, 16)};
+      if (found & 1) AddGroup(at, start, group);
+      // The warps take turns: the first byte comes behind the last.
+      found = __byte_perm(found, 0, kWarps == 3 ? 0x4021 : 0x4401);
+    }
+  }
+
+  // Of 16 tokens.
+  __device__ __forceinline__ void AddGroup(uint32_t at, int start, int group) {
+    const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
+                              SeenTokens(1, start + 16 * group, 16)};
+    const int first = 2 * (Lane<true>() % 4);
 #pragma unroll
-      for (int i = 0; i < C::kOut; ++i) {
-        const int channel = 8 * (i / 4) + 2 * (lane_ % 4) + i % 2;
-        if (shared_.nan_tokens[at][channel][group] & seen[i / 2 % 2]) o_[i] = NAN;
-      }
+    for (int i = 0; i < C::kOut; ++i) {
+      const int channel = first + 8 * (i / 4) + i % 2;
+      if (shared_.nan_tokens[at][channel][group] & seen[i / 2 % 2]) o_[i] = NAN;
     }
   }
 
@@ -534,15 +577,11 @@ class Consumer {
   const int group_;
   const int lane_;
   std::conditional_t<C::kKeyCodes, CodeQuery<C>, Query<C>> query_;
-  uint32_t step_ = ~0u;            // the one whose softmax is under way
-  int start_;                      // first key of the step
-  int buffer_;                     // of the tile
-  int common_begin_, common_end_;  // keys that all of the warp's queries see
+  uint32_t step_ = ~0u;  // the one whose softmax is under way
+  int start_;            // first key of the step
+  int buffer_ = 0;       // of the tile
   RowSums<C> sums_;
   float shift_[2], factor_[2];
-  float subtracted_[2];     // from scores: the shift, or 0 while that is -inf
-  float limit_[2];          // of what the shift would be, below which it stays
-  float reference_ = 1.0f;  // unit of the output
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making
   bool biased_;              // scores have kBias

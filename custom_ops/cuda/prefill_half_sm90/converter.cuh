@@ -36,9 +36,9 @@ class Converter {
 
  private:
   // A step's codes as groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so that
-  // it waits for shared memory once.
+  // it waits for shared memory once. Token scales and e4m3 take registers.
   static constexpr int kGroup = 512;
-  static constexpr int kBatch = 4;
+  static constexpr int kBatch = C::kTokenScales ? 2 : 4;
   static constexpr int kBatches = C::kRawBytes / (kGroup * kBatch);
   static constexpr int kRounds = (kBatches + C::kSideWarps - 1) / C::kSideWarps;
   static constexpr int kNamedBarrier = 3;  // behind the consumers' turns
@@ -46,46 +46,65 @@ class Converter {
   // The codes of a tile come in the loader's order.
   template <class F>
   __device__ __forceinline__ void RunFormat() {
-    Ring<2> tiles;
+    SetTiles({});
     while (true) {
-      Wait(&shared_.tile_found[tiles.index], tiles.phase);
-      const Tile& tile = shared_.tile[tiles.index];
-      const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
-      if (steps >= 0) FindFactors<C>(p_, shared_, tile, tiles.index, warp_);
+      Wait(&shared_.tile_found[Tiles().Index()], Tiles().Phase());
+      if (TileNow().steps >= 0) {
+        FindFactors<C>(p_, shared_, TileNow(), Tiles().Index(), warp_);
+      }
       __syncwarp();
-      if (ArrivesForWarp(lane_)) {
-        Arrive(&shared_.query_full[tiles.index]);
-        Arrive(&shared_.query_empty[tiles.index]);
-      }
-      if (steps < 0) return;
-      tiles.Advance();
+      if (TileNow().steps < 0) break;
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.query_full[0]);
 #pragma unroll 1
-      for (int step = -1; step < steps; ++step) {
+      for (int step = -1; step < TileNow().steps; ++step) {
         if constexpr (!C::kKeyCodes) {
-          if (step + 1 < steps) ConvertKeys<F>();
+          if (step + 1 < TileNow().steps) ConvertKeys<F>(step + 1);
         }
-        if (step >= 0) ConvertValues<F>(k_len - (last - step) * C::kKeys);
+        if (step >= 0) ConvertValues<F>(step);
       }
+      __syncwarp();
+      RingCount<2> tiles = Tiles();
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.query_empty[tiles.Index()]);
+      tiles.Advance();
+      SetTiles(tiles);
     }
+    if (ArrivesForWarp(lane_)) Arrive(&shared_.query_full[0]);
+  }
+
+  // The warp's tile: in memory, as registers are short.
+  __device__ __forceinline__ RingCount<2> Tiles() const {
+    const volatile int& count = shared_.converter_tiles[warp_];
+    return {count};
+  }
+  __device__ __forceinline__ void SetTiles(RingCount<2> tiles) {
+    __syncwarp();
+    if (lane_ == 0) shared_.converter_tiles[warp_] = tiles.count;
+    __syncwarp();
+  }
+  __device__ __forceinline__ const volatile Tile& TileNow() const {
+    return shared_.tile[Tiles().Index()];
   }
 
   template <class F>
-  __device__ __forceinline__ void ConvertKeys() {
-    const int at = keys_.index, slot = raw_.index;
-    Wait(&shared_.raw_full[slot], raw_.phase);
-    Wait(&shared_.key_empty[at], keys_.phase ^ 1);
+  __device__ __forceinline__ void ConvertKeys(int step) {
+    // A step ahead of the values, but for a tile's first.
+    static_assert(C::kKeyCodes || C::kKeyStages == C::kValueStages);
+    RingCount<C::kKeyStages> keys{values_.count};
+    if (step > 0) keys.Advance();
+    const int at = keys.Index(), slot = raw_.Index();
+    Wait(&shared_.raw_full[slot], raw_.Phase());
+    Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
     ConvertRows<F>(shared_.raw[slot], shared_.key[at]);
     if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.raw_flags[slot];
     Finish(slot, &shared_.key_full[at]);
-    keys_.Advance();
   }
 
   template <class F>
-  __device__ __forceinline__ void ConvertValues(int written) {
-    const int at = values_.index, slot = raw_.index;
-    Wait(&shared_.raw_full[slot], raw_.phase);
-    Wait(&shared_.value_empty[at], values_.phase ^ 1);
-    if constexpr (C::kTokenScales) Wait(&shared_.scale_full[scales_.index], scales_.phase);
+  __device__ __forceinline__ void ConvertValues(int step) {
+    const int at = values_.Index(), slot = raw_.Index();
+    Wait(&shared_.raw_full[slot], raw_.Phase());
+    Wait(&shared_.value_empty[at], values_.Phase() ^ 1);
+    if constexpr (C::kTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
     if constexpr (C::kValueRows) {
       ConvertRows<F>(shared_.raw[slot], shared_.value[at]);
     } else {
@@ -98,6 +117,7 @@ class Converter {
         // Values are looked at by other warps than converted them.
         SyncNamed<32 * C::kSideWarps>(kNamedBarrier);
         ValueCleaner<C> cleaner(shared_);
+        const int written = TileNow().k_len - (TileNow().last - step) * C::kKeys;
         found = cleaner.Clean(at, written, warp_, C::kKeys / 16, C::kSideWarps);
       }
     }
@@ -105,7 +125,7 @@ class Converter {
     Finish(slot, &shared_.value_ready[at]);
     values_.Advance();
     if constexpr (C::kTokenScales) {
-      if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.index]);
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.Index()]);
       scales_.Advance();
     }
   }
@@ -125,8 +145,7 @@ class Converter {
   // Batches go round between the warps, from one step to the next.
   template <class Store>
   __device__ __forceinline__ void Convert(const uint8_t* in, const Store& store) {
-    const int first = warp_ >= turn_ ? warp_ - turn_ : warp_ - turn_ + C::kSideWarps;
-    turn_ = (turn_ + kBatches) % C::kSideWarps;
+    const int first = (warp_ + C::kSideWarps - Turn()) % C::kSideWarps;
     in += first * kBatch * kGroup;
     uint4 codes[kBatch];
 #pragma unroll
@@ -144,6 +163,12 @@ class Converter {
         }
       }
     }
+  }
+
+  // Whose the next batch is: the warp of a ring that each conversion moves on in.
+  __device__ __forceinline__ int Turn() const {
+    static_assert((C::kKeyCodes ? C::kValueStages : C::kRawSlots) == C::kSideWarps);
+    return C::kKeyCodes ? values_.Index() : raw_.Index();
   }
 
   // Tokens with their channels side by side. In each eight lanes, four take one token and four
@@ -180,7 +205,7 @@ class Converter {
       if (C::kTokenScales && i == 0) {
         const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
         const auto* scales =
-            reinterpret_cast<const uint4*>(shared_.value_scales[scales_.index] + token);
+            reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
         low_scales = scales[0];
         high_scales = scales[1];
       }
@@ -214,11 +239,9 @@ class Converter {
   Shared<C>& shared_;
   const int warp_;  // 0 .. kSideWarps - 1
   const int lane_;
-  int turn_ = 0;  // whose the next batch is
-  Ring<C::kKeyStages> keys_;
-  Ring<C::kValueStages> values_;
-  Ring<C::kRawSlots> raw_;
-  Ring<C::kScaleSlots> scales_;
+  RingCount<C::kValueStages> values_;
+  RingCount<C::kRawSlots> raw_;
+  RingCount<C::kScaleSlots> scales_;
 };
 
 }  // namespace fastattn::cuda::prefill_half_sm90

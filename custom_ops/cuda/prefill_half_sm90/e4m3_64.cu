@@ -6,7 +6,7 @@ namespace fastattn::cuda::prefill_half_sm90 {
 template <>
 cudaError_t LaunchVariant<DType::kE4M3, 64, Source::kCodes, false>(const Arguments& arguments,
                                                                    cudaStream_t stream) {
-  return LaunchConfig<Config<DType::kE4M3, 64, Source::kCodes, false>>(arguments, stream);
+  return LaunchConfig<DType::kE4M3, 64, Source::kCodes, false>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_half_sm90

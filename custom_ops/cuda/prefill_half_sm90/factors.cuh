@@ -2,14 +2,15 @@
 #pragma once
 
 #include "common/numeric.h"
+#include "cuda/common/lane.cuh"
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_sm90/schedule.cuh"
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
 // A scale of K or V that is constant over a row's keys and channels.
-__device__ inline float ConstantScale(const AttentionParams& p, const Tile& tile, int kv_head,
-                                      const void* paged, ScaleGranularity granularity,
+__device__ inline float ConstantScale(const AttentionParams& p, const volatile Tile& tile,
+                                      int kv_head, const void* paged, ScaleGranularity granularity,
                                       const Descale& packed) {
   if (!p.paged) {
     if (packed.data == nullptr) return 1.0f;
@@ -21,15 +22,23 @@ __device__ inline float ConstantScale(const AttentionParams& p, const Tile& tile
   return granularity == ScaleGranularity::kTensor ? LoadScale(paged, p.cache.scale_dtype, 0) : 1.0f;
 }
 
+__device__ __forceinline__ bool UsesKeyChannels(const AttentionParams& p) {
+  return p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
+}
+
+__device__ __forceinline__ bool UsesValueChannels(const AttentionParams& p) {
+  return p.paged && p.cache.v_granularity == ScaleGranularity::kChannel;
+}
+
 // Side warp `warp` fills its share.
 template <class C>
-__device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const Tile& tile,
+__device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const volatile Tile& tile,
                             int buffer, int warp) {
-  const int lane = threadIdx.x % 32;
-  float factor = p.softmax_scale * (p.softcap > 0.0f ? 1.0f / p.softcap : 1.44269504f);
+  const int lane = Lane<true>();
+  float factor = p.softmax_scale * (C::kSoftcap ? 1.0f / p.softcap : 1.44269504f);
   float output = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
-  if constexpr (C::kCodes && !C::kTokenScales) {
-    const int kv_head = tile.head / (p.num_heads / p.num_kv_heads);
+  if constexpr (C::kChannelScales) {
+    const int kv_head = tile.kv_head;
     const PagedCache& cache = p.cache;
     factor *=
         ConstantScale(p, tile, kv_head, cache.k_scales, cache.k_granularity, p.packed.k_descale);
@@ -41,6 +50,16 @@ __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const T
     // Hidden scores are -inf, which 0 would turn into NaN.
     shared.factor[buffer][i] = factor == 0.0f ? 1e-30f : factor;
     shared.visible[buffer][i] = prefill_sm90::VisibleKeys(p, tile, i);
+  }
+  if constexpr (C::kChannelScales) {
+    const int first = tile.kv_head * C::kDim;
+    const bool keys = UsesKeyChannels(p), values = UsesValueChannels(p);
+#pragma unroll 1
+    for (int i = 32 * warp + lane; i < C::kDim; i += 32 * C::kSideWarps) {
+      const DType type = p.cache.scale_dtype;
+      if (keys) shared.key_channels[buffer][i] = LoadScale(p.cache.k_scales, type, first + i);
+      if (values) shared.value_channels[buffer][i] = LoadScale(p.cache.v_scales, type, first + i);
+    }
   }
   if (warp != 2 || lane != 0) return;
   shared.output_scale[buffer] = output;

@@ -4,7 +4,6 @@
 
 #include "cuda/prefill_half_sm90/consumer.cuh"
 #include "cuda/prefill_half_sm90/converter.cuh"
-#include "cuda/prefill_half_sm90/operand_consumer.cuh"
 #include "cuda/prefill_half_sm90/operands.cuh"
 #include "cuda/prefill_half_sm90/producer.cuh"
 #include "cuda/prefill_sm90/launch_persistent.h"
@@ -56,8 +55,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   if (threadIdx.x == 0) InitBarriers(shared);
-  if constexpr (C::kCodes) {
-    for (int i = threadIdx.x; i < 512; i += C::kThreads) shared.ones[i] = 0x3C00;
+  if constexpr (C::kProductSums) {
+    constexpr uint16_t kOne = C::kOperand == DType::kBFloat16 ? 0x3F80 : 0x3C00;
+    for (int i = threadIdx.x; i < 512; i += C::kThreads) shared.ones[i] = kOne;
     FenceAsyncProxy();
   }
   __syncthreads();
@@ -86,20 +86,23 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   } else {
     ClaimRegisters<kConsumerRegisters>();
-    if constexpr (C::kCodes) {
-      Consumer<C>(arguments, shared).Run();
-    } else {
-      OperandConsumer<C>(arguments, shared).Run();
-    }
+    Consumer<C>(arguments, shared).Run();
   }
 #else
   __trap();  // a build for sm_90 without its own features; rather than leaving rows unwritten
 #endif
 }
 
-template <class C>
+// A softcap is a kernel of its own: steps without one are better off without its instructions.
+template <DType kElement, int kDim, Source kSource, bool kTokenScales>
 cudaError_t LaunchConfig(const Arguments& arguments, cudaStream_t stream) {
-  return prefill_sm90::LaunchPersistent<C, Shared<C>, Arguments>(Kernel<C>, arguments, stream);
+  using prefill_sm90::LaunchPersistent;
+  using Plain = Config<kElement, kDim, kSource, kTokenScales, false>;
+  using Capped = Config<kElement, kDim, kSource, kTokenScales, true>;
+  if (arguments.p.softcap > 0.0f) {
+    return LaunchPersistent<Capped, Shared<Capped>>(Kernel<Capped>, arguments, stream);
+  }
+  return LaunchPersistent<Plain, Shared<Plain>>(Kernel<Plain>, arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_half_sm90

@@ -7,7 +7,7 @@
 #include "cuda/prefill_half_sm90/clean.cuh"
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_half_sm90/factors.cuh"
-#include "cuda/prefill_half_sm90/items.cuh"
+#include "cuda/prefill_sm90/items.cuh"
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
@@ -20,7 +20,7 @@ class Finder {
       : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    ItemWalk<C> walk(a_, shared_);
+    prefill_sm90::ItemWalk<C> walk(a_, shared_);
     walk.Start();
     Ring<2> tiles;
     Ring<1> queries;
@@ -31,7 +31,7 @@ class Finder {
       Tile* tile = &shared_.tile[at];
       found = walk.Next(tile);
       if (found) {
-        shared_.blocks[at][lane_] = FindBlock(p_, *tile, 0);
+        FindWindow(p_, shared_, at, 0);
 #pragma unroll 1
         for (int part = 0; part < C::kSideWarps; ++part) {
           FindFactors<C>(p_, shared_, *tile, at, part);
@@ -94,23 +94,19 @@ class OperandLoader {
     while (true) {
       Wait(&shared_.tile_found[tiles.index], tiles.phase);
       const volatile Tile& tile = shared_.tile[tiles.index];
-      const int steps = tile.steps, kv_head = tile.head / (p_.num_heads / p_.num_kv_heads);
+      const int steps = tile.steps;
       if (steps < 0) break;
-      int ahead = shared_.blocks[tiles.index][lane_], block = -1;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        if (step % 16 == 0) {
-          block = ahead;
-          if (step + 16 < steps) ahead = FindBlock(p_, tile, step + 16);
-        }
-        const StepBlocks blocks = BlocksOf<C>(tile, step, block);
-        const Places places{
-            {PlaceOf(p_, tile, kv_head, blocks.id[0]), PlaceOf(p_, tile, kv_head, blocks.id[1])},
-            blocks.flags};
+        const StepBlocks blocks = BlocksOf(shared_, tiles.index, step);
+        const Places places{{PlaceOf(p_, tile, blocks.id[0]), PlaceOf(p_, tile, blocks.id[1])},
+                            blocks.flags};
         LoadKeys(places);
         if (!first) LoadValues(before);
         first = false;
         before = places;
+        const int window = step + kWindow / 2;
+        if (window % kWindow == 0) FindWindow(p_, shared_, tiles.index, window);
       }
       ArriveWarp(&shared_.query_empty[tiles.index]);
       tiles.Advance();

@@ -6,7 +6,7 @@ namespace fastattn::cuda::prefill_half_sm90 {
 template <>
 cudaError_t LaunchVariant<DType::kInt8, 64, Source::kCodeRows, false>(const Arguments& arguments,
                                                                       cudaStream_t stream) {
-  return LaunchConfig<Config<DType::kInt8, 64, Source::kCodeRows, false>>(arguments, stream);
+  return LaunchConfig<DType::kInt8, 64, Source::kCodeRows, false>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_half_sm90

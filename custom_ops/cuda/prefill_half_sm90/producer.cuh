@@ -6,7 +6,7 @@
 #include "cuda/prefill_half_sm90/blocks.cuh"
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_half_sm90/scales.cuh"
-#include "cuda/prefill_sm90/schedule.cuh"
+#include "cuda/prefill_sm90/items.cuh"
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
@@ -21,106 +21,120 @@ class Loader {
         scales_(arguments.p, shared) {}
 
   __device__ void Run() {
-    prefill_sm90::TileWalk<C, C::kKeyBytes> walk(a_, shared_);
+    prefill_sm90::ItemWalk<C> walk(a_, shared_);
     walk.Start();
-    Ring<2> tiles;
-    Ring<1> queries;
-    while (true) {
-      Wait(&shared_.query_empty[tiles.index], tiles.phase ^ 1);
-      Tile* tile = &shared_.tile[tiles.index];
-      const bool found = walk.Next(tile);
-      if (found) Wait(&shared_.query_read, queries.phase ^ 1);
-      if (lane_ == 0) {
-        if (found) {
-          LoadQueries(*tile, &shared_.query_full[tiles.index]);
-        } else {
-          tile->steps = -1;
-          Arrive(&shared_.query_full[tiles.index]);
-        }
-        Arrive(&shared_.tile_found[tiles.index]);
-      }
-      __syncwarp();
+    if (lane_ < 2) shared_.empty_phase[lane_] = 1;
+    __syncwarp();
+    bool found = FindTile(walk, 0, -1);
+    for (int buffer = 0;; buffer ^= 1) {
+      if (lane_ == 0) Arrive(&shared_.tile_found[buffer]);
       if (!found) return;
-      LoadTile(*tile);
-      tiles.Advance();
-      queries.Advance();
+      found = LoadTile(walk, buffer);
     }
   }
 
  private:
-  __device__ void LoadQueries(const volatile Tile& tile, uint64_t* barrier) {
-    ArriveExpect(barrier, C::kQueries * C::kRowBytes);
+  // Behind it, the stages are full.
+  static constexpr int kSearchStep = C::kKeyStages;
+
+  // Finds a tile and loads its queries, once those of the one before, in buffer `before`, have been
+  // read; -1: there is none. Returns false, with a tile that says so, if there are no more.
+  __device__ bool FindTile(prefill_sm90::ItemWalk<C>& walk, int buffer, int before) {
+    const int phase = shared_.empty_phase[buffer];
+    Wait(&shared_.query_empty[buffer], phase);
+    __syncwarp();
+    if (lane_ == 0) shared_.empty_phase[buffer] = phase ^ 1;
+    Tile* tile = &shared_.tile[buffer];
+    const bool found = walk.Next(tile);
+    // The phase is the buffer's number: each tile is one.
+    if (before >= 0) Wait(&shared_.query_read, before);
+    if (lane_ == 0) {
+      if (found) {
+        LoadQueries(*tile);
+      } else {
+        tile->steps = -1;
+        Arrive(&shared_.query_full[0]);
+      }
+    }
+    __syncwarp();
+    if (found) FindWindow(p_, shared_, buffer, 0);
+    return found;
+  }
+
+  __device__ void LoadQueries(const volatile Tile& tile) {
+    ArriveExpect(&shared_.query_full[0], C::kQueries * C::kRowBytes);
     for (int i = 0; i < C::kConsumers; ++i) {
       for (int slice = 0; slice < C::kSlices; ++slice) {
-        CopyBox(&a_.query, shared_.query + (i * C::kSlices + slice) * 64 * C::kSlice, barrier,
-                slice * C::kSlice, tile.head, tile.token + 64 * i);
+        CopyBox(&a_.query, shared_.query + (i * C::kSlices + slice) * 64 * C::kSlice,
+                &shared_.query_full[0], slice * C::kSlice, tile.head, tile.token + 64 * i);
       }
     }
   }
 
   // The keys of a step are loaded before the values of the step ahead of it: they are free, and
-  // needed, earlier.
-  __device__ void LoadTile(const volatile Tile& tile) {
-    int ahead = FindBlock(p_, tile, 0), block = -1;
-    kv_head_ = tile.head / (p_.num_heads / p_.num_kv_heads);
-    if constexpr (C::kTokenScales) scales_.StartTile();
-    StepBlocks current, next;
+  // needed, earlier. On the way the next tile is found, as a search takes longer than a step. Where
+  // tiles are short that comes last: consumers have an output to write. Returns whether there is
+  // one.
+  __device__ bool LoadTile(prefill_sm90::ItemWalk<C>& walk, int buffer) {
+    const volatile Tile& tile = shared_.tile[buffer];
+    bool found = false;
+    if constexpr (C::kTokenScales) scales_.StartTile(buffer);
 #pragma unroll 1
     for (int step = -1; step < tile.steps; ++step) {
-      current = next;
       const bool more = step + 1 < tile.steps;
       if (more) {
-        if ((step + 1) % 16 == 0) {
-          block = ahead;
-          ahead = FindBlock(p_, tile, step + 17);
-        }
-        next = BlocksOf<C>(tile, step + 1, block);
-        LoadKeys(tile, next);
+        const StepBlocks next = BlocksOf(shared_, buffer, step + 1);
+        LoadKeys(buffer, next);
         if constexpr (C::kTokenScales) {
-          scales_.Load(next, kv_head_, tile.k_len - (tile.last - step - 1) * C::kKeys);
+          scales_.Load(next, tile.kv_head, tile.k_len - (tile.last - step - 1) * C::kKeys);
         }
       }
-      if (step >= 0) LoadCodes(tile, &a_.value, current);
+      if (step >= 0) LoadCodes(buffer, &a_.value, BlocksOf(shared_, buffer, step));
       if constexpr (C::kTokenScales) {
-        if (more) scales_.Store();
+        if (more) scales_.Store(IsPartial<C>(tile, step + 1), buffer);
+      }
+      const int window = step + kWindow / 2;
+      if (window % kWindow == 0) FindWindow(p_, shared_, buffer, window);
+      if (step == (walk.ByItems() ? tile.steps : min(tile.steps, kSearchStep)) - 1) {
+        found = FindTile(walk, buffer ^ 1, buffer);
       }
     }
+    return found;
   }
 
-  __device__ void LoadKeys(const volatile Tile& tile, const StepBlocks& blocks) {
+  __device__ void LoadKeys(int buffer, const StepBlocks& blocks) {
     if constexpr (C::kKeyCodes) {
-      const int at = keys_.index;
-      Wait(&shared_.key_empty[at], keys_.phase ^ 1);
+      const int at = keys_.Index();
+      Wait(&shared_.key_empty[at], keys_.Phase() ^ 1);
       if (lane_ == 0) {
         shared_.flags[at] = blocks.flags;
-        CopyCodes(tile, &a_.key, blocks, shared_.key[at], &shared_.key_full[at]);
+        CopyCodes(buffer, &a_.key, blocks, shared_.key[at], &shared_.key_full[at]);
       }
       __syncwarp();
       keys_.Advance();
     } else {
-      LoadCodes(tile, &a_.key, blocks);
+      LoadCodes(buffer, &a_.key, blocks);
     }
   }
 
   // Codes that are to be converted.
-  __device__ void LoadCodes(const volatile Tile& tile, const CUtensorMap* map,
-                            const StepBlocks& blocks) {
-    const int at = raw_.index;
-    Wait(&shared_.raw_empty[at], raw_.phase ^ 1);
+  __device__ void LoadCodes(int buffer, const CUtensorMap* map, const StepBlocks& blocks) {
+    const int at = raw_.Index();
+    Wait(&shared_.raw_empty[at], raw_.Phase() ^ 1);
     if (lane_ == 0) {
       shared_.raw_flags[at] = blocks.flags;
-      CopyCodes(tile, map, blocks, shared_.raw[at], &shared_.raw_full[at]);
+      CopyCodes(buffer, map, blocks, shared_.raw[at], &shared_.raw_full[at]);
     }
     __syncwarp();
     raw_.Advance();
   }
 
-  __device__ void CopyCodes(const volatile Tile& tile, const CUtensorMap* map,
-                            const StepBlocks& blocks, uint8_t* target, uint64_t* barrier) {
+  __device__ void CopyCodes(int buffer, const CUtensorMap* map, const StepBlocks& blocks,
+                            uint8_t* target, uint64_t* barrier) {
     ArriveExpect(barrier, C::kKeys * C::kDim);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int2 place = PlaceOf(p_, tile, kv_head_, blocks.id[i]);
+      const int2 place = PlaceOf(p_, shared_.tile[buffer], blocks.id[i]);
       CopyBox(map, target + i * kBlockSize * C::kDim, barrier, 0, place.x, place.y);
     }
   }
@@ -129,9 +143,8 @@ class Loader {
   const AttentionParams& p_;
   Shared<C>& shared_;
   const int lane_;
-  int kv_head_;
-  Ring<C::kKeyStages> keys_;
-  Ring<C::kRawSlots> raw_;
+  RingCount<C::kKeyStages> keys_;
+  RingCount<C::kRawSlots> raw_;
   ScaleLoader<C> scales_;
 };
 

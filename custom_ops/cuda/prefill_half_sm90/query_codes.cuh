@@ -6,9 +6,12 @@
 
 #include "common/numeric.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/common/wgmma_int8.cuh"
 #include "cuda/prefill_half_sm90/config.h"
+#include "cuda/prefill_half_sm90/factors.cuh"
+#include "cuda/prefill_half_sm90/query.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
 #include "cuda/prefill_sm90/softmax.cuh"
 
@@ -27,34 +30,16 @@ class CodeQuery {
                                        int group) {
     KeepRegisters(high_);
     KeepRegisters(low_);
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const uint8_t* base = shared.query + group * 64 * C::kRowBytes + row * C::kSlice;
-    const Values values(p, shared.tile[buffer].head / (p.num_heads / p.num_kv_heads));
-    uint2 pairs[kWords];
-    float largest[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      // Rows h = 0 and 1 are eight apart, and swizzled alike.
-      const int sixteen = i / 2, h = i % 2, chunk = (2 * (sixteen % 4) + lane % 4 / 2) ^ (row % 8);
-      pairs[i] = *reinterpret_cast<const uint2*>(base + sixteen / 4 * 64 * C::kSlice +
-                                                 h * 8 * C::kSlice + 16 * chunk + 8 * (lane % 2));
-      float x[4];
-      values.Widen(pairs[i], sixteen, x);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) largest[h] = prefill_sm90::MaxNaN(largest[h], fabsf(x[c]));
-    }
-    float scale[2];
-    FindScales(shared, buffer, largest, scale);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      float x[4];
-      values.Widen(pairs[i], i / 2, x);
-      if constexpr (kIntegers) {
-        SplitIntegers(x, scale[i % 2], &high_[i], &low_[i]);
-      } else {
-        SplitFloats(x, scale[i % 2], &high_[i], &low_[i]);
+    // Halves have too many bits for two e4m3 codes.
+    if constexpr (kIntegers) {
+      const bool channels = C::kChannelScales && UsesKeyChannels(p);
+      if (p.q_dtype == DType::kFloat16) {
+        return channels ? Take<DType::kFloat16, C::kChannelScales>(shared, buffer, group)
+                        : Take<DType::kFloat16, false>(shared, buffer, group);
       }
+      if (channels) return Take<DType::kBFloat16, C::kChannelScales>(shared, buffer, group);
     }
+    Take<DType::kBFloat16, false>(shared, buffer, group);
   }
 
   // s = queries times 128 keys of e4m3. The products are under way on return.
@@ -101,38 +86,60 @@ class CodeQuery {
   // A mantissa that this carries over counts as the next power of two: `high` is at most 127.
   static constexpr uint32_t kCarry = kIntegers ? 1u << 16 | 1u << 10 : 0;
 
-  // Where queries come from.
-  struct Values {
-    bool half;
-    const void* scales;  // of K's channels; null: none
-    DType scale_dtype;
-    int first;  // channel of the thread's first code
-
-    __device__ __forceinline__ Values(const AttentionParams& p, int kv_head)
-        // Halves have too many bits for two e4m3 codes.
-        : half(kIntegers && p.q_dtype == DType::kFloat16),
-          scales(kIntegers && p.paged && p.cache.k_granularity == ScaleGranularity::kChannel
-                     ? p.cache.k_scales
-                     : nullptr),
-          scale_dtype(p.cache.scale_dtype),
-          first(kv_head * C::kDim + 4 * (threadIdx.x % 4)) {}
-
-    // Four channels, times K's scales of these channels.
-    __device__ __forceinline__ void Widen(uint2 pairs, int sixteen, float (&x)[4]) const {
-      const uint32_t words[2] = {pairs.x, pairs.y};
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        float2 pair =
-            make_float2(__uint_as_float(words[w] << 16), __uint_as_float(words[w] & 0xFFFF0000u));
-        if (half) pair = __half22float2(*reinterpret_cast<const __half2*>(&words[w]));
-        x[2 * w] = pair.x;
-        x[2 * w + 1] = pair.y;
+  // kChannels: K has scales of channels, which are multiplied to the queries.
+  template <DType kQuery, bool kChannels>
+  __device__ __forceinline__ void Take(Shared<C>& shared, int buffer, int group) {
+    const int lane = Lane<true>(), row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const uint8_t* base = shared.query + group * 64 * C::kRowBytes + row * C::kSlice;
+    const float* scales = shared.key_channels[buffer] + 4 * (lane % 4);
+    // Four channels. Rows h = 0 and 1 are eight apart, and swizzled alike.
+    const auto load = [&](int i) {
+      const int sixteen = i / 2, h = i % 2, chunk = (2 * (sixteen % 4) + lane % 4 / 2) ^ (row % 8);
+      return *reinterpret_cast<const uint2*>(base + sixteen / 4 * 64 * C::kSlice +
+                                             h * 8 * C::kSlice + 16 * chunk + 8 * (lane % 2));
+    };
+    const auto widen = [&](int i, float (&x)[4]) {
+      const uint2 pairs = load(i);
+      WidenPair<kQuery>(pairs.x, &x[0], &x[1]);
+      WidenPair<kQuery>(pairs.y, &x[2], &x[3]);
+      if constexpr (kChannels) {
+        const float4 scale = *reinterpret_cast<const float4*>(scales + 16 * (i / 2));
+        x[0] *= scale.x, x[1] *= scale.y, x[2] *= scale.z, x[3] *= scale.w;
       }
-      if (scales == nullptr) return;
+    };
+    float largest[2] = {0.0f, 0.0f};
+    if constexpr (kChannels) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] *= LoadScale(scales, scale_dtype, first + 16 * sixteen + c);
+      for (int i = 0; i < kWords; ++i) {
+        float x[4];
+        widen(i, x);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          largest[i % 2] = prefill_sm90::MaxNaN(largest[i % 2], fabsf(x[c]));
+        }
+      }
+    } else {
+      LargestMagnitude magnitude[2];
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint2 pairs = load(i);
+        magnitude[i % 2].Add(pairs.x, pairs.y);
+      }
+      for (int h = 0; h < 2; ++h) largest[h] = magnitude[h].template Get<kQuery>();
     }
-  };
+    float scale[2];
+    FindScales(shared, buffer, largest, scale);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      float x[4];
+      widen(i, x);
+      if constexpr (kIntegers) {
+        SplitIntegers(x, scale[i % 2], &high_[i], &low_[i]);
+      } else {
+        SplitFloats(x, scale[i % 2], &high_[i], &low_[i]);
+      }
+    }
+  }
 
   // Powers of two for the thread's queries. The tile's factors make up for them.
   __device__ __forceinline__ static void FindScales(Shared<C>& shared, int buffer,
@@ -146,7 +153,7 @@ class CodeQuery {
       const uint32_t exponent = finite ? max((bits + kCarry) >> 23, 30u) : 127u;
       scale[h] = finite ? __uint_as_float((254 + kTop - exponent) << 23) : 0.0f;
       if (threadIdx.x % 4 == 0) {
-        float& factor = shared.factor[buffer][prefill_sm90::QueryOf(h)];
+        float& factor = shared.factor[buffer][prefill_sm90::QueryOf<true>(h)];
         factor *= __uint_as_float((exponent - kTop + kUnit) << 23);
         if (factor == 0.0f) factor = 1e-30f;  // hidden scores are -inf, and -inf * 0 is NaN
         if (!finite) factor = NAN;            // codes cannot say it

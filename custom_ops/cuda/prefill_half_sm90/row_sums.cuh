@@ -11,15 +11,59 @@
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
+// What is known of a step's probabilities before their product: the thread's sums of two rows.
+template <class C, bool kProducts = C::kProductSums>
+class StepSums {
+ public:
+  // Of two probabilities, which become word i of the operand of P * V.
+  __device__ __forceinline__ void Add(int i, float a, float b, const uint32_t*) {
+    part_[i % 2] += a;
+    part_[i % 2] += b;
+  }
+
+  // Whether a sum is above what 16 bits hold, or NaN.
+  __device__ __forceinline__ bool Exceed() const {
+    return !(part_[0] <= kMost && part_[1] <= kMost);
+  }
+
+  __device__ __forceinline__ float Part(int h) const { return part_[h]; }
+
+ private:
+  static constexpr float kMost = 32768.0f;
+
+  float part_[2] = {0.0f, 0.0f};
+};
+
+// The largest one alone: the bits of 16-bit floats that are not negative are in the order of their
+// values, and NaN is above all.
+template <class C>
+class StepSums<C, true> {
+ public:
+  __device__ __forceinline__ void Add(int i, float, float, const uint32_t* words) {
+    if (i % 2 == 1) largest_ = __vimax3_u16x2(largest_, words[i - 1], words[i]);
+  }
+
+  __device__ __forceinline__ bool Exceed() const { return __vmaxu2(largest_, kMost) != kMost; }
+
+ private:
+  // 2^15, twice.
+  static constexpr uint32_t kMost = C::kOperand == DType::kBFloat16 ? 0x47004700u : 0x78007800u;
+
+  uint32_t largest_ = 0;
+};
+
 // By the threads, each its columns of two rows.
-template <class C, bool kProducts = C::kCodes>
+template <class C, bool kProducts = C::kProductSums>
 class RowSums {
  public:
   __device__ __forceinline__ void Start() { sum_[0] = sum_[1] = 0.0f; }
 
   // The step's probabilities will be alpha of the old ones' unit.
   __device__ __forceinline__ void Follow(int h, float alpha) { sum_[h] *= alpha; }
-  __device__ __forceinline__ void Add(int h, float probability) { sum_[h] += probability; }
+  __device__ __forceinline__ void Add(const StepSums<C>& step) {
+    sum_[0] += step.Part(0);
+    sum_[1] += step.Part(1);
+  }
 
   // Of a step whose probabilities are operands of P * V.
   __device__ __forceinline__ static uint64_t Operand(const Shared<C>&) { return 0; }
@@ -48,7 +92,7 @@ class RowSums<C, true> {
   }
 
   __device__ __forceinline__ void Follow(int, float) {}
-  __device__ __forceinline__ void Add(int, float) {}
+  __device__ __forceinline__ void Add(const StepSums<C>&) {}
 
   __device__ __forceinline__ static uint64_t Operand(const Shared<C>& shared) {
     return OperandDescriptor<128>(Uniform(SharedAddress(shared.ones)));

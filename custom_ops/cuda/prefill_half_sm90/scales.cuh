@@ -14,7 +14,10 @@ class ScaleLoader {
   __device__ ScaleLoader(const AttentionParams& p, Shared<C>& shared)
       : p_(p), shared_(shared), lane_(threadIdx.x % 32) {}
 
-  __device__ void StartTile() { reference_ = 0.0f; }
+  __device__ void StartTile(int buffer) {
+    if (lane_ == 0) shared_.unit[buffer] = 0.0f;
+    __syncwarp();
+  }
 
   // Starts the loads; tokens that do not exist get 1 for K, and 0 for V.
   __device__ void Load(const StepBlocks& blocks, int kv_head, int written) {
@@ -29,31 +32,33 @@ class ScaleLoader {
       key_[i] = LoadScale(p_.cache.k_scales, p_.cache.scale_dtype, at);
       value_[i] = LoadScale(p_.cache.v_scales, p_.cache.scale_dtype, at);
     }
-    hide_ = blocks.flags & kClean;
   }
 
-  // Writes them. In a step that some query sees in part, scales of V that are not finite become 0
-  // and are listed for the consumers: P is 0 where a query does not see them, but 0 * NaN is NaN.
-  __device__ void Store() {
-    const int at = slots_.index;
+  // Writes them. hide: in a step that some query sees in part, scales of V that are not finite
+  // become 0 and are listed for the consumers: P is 0 where a query does not see them, but 0 * NaN
+  // is NaN.
+  __device__ void Store(bool hide, int buffer) {
+    const int at = slots_.Index();
     float largest = 0.0f;
     bool found = false;
     unsigned poisoned = 0;  // of token group lane_
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const bool finite = fabsf(value_[i]) <= 3.0e38f;
-      const unsigned group = __ballot_sync(~0u, hide_ && !finite);
+      const unsigned group = __ballot_sync(~0u, hide && !finite);
       if (lane_ == i) poisoned = group;
       found |= group != 0;
-      if (hide_ && !finite) value_[i] = 0.0f;
+      if (hide && !finite) value_[i] = 0.0f;
       if (finite) largest = fmaxf(largest, fabsf(value_[i]));
     }
     const unsigned bits = __reduce_max_sync(~0u, __float_as_uint(largest));
     // The unit is a power of two above all scales so far, so that it seldom changes.
     const unsigned exponent = min(max((bits >> 23) + 1, 68u), 250u);
-    const float unit = fmaxf(__uint_as_float(exponent << 23), reference_);
+    const float before = shared_.unit[buffer] * kValueTop;
+    const float unit = fmaxf(__uint_as_float(exponent << 23), before);
     const float inverse = __uint_as_float((254u << 23) - __float_as_uint(unit));
-    Wait(&shared_.scale_empty[at], slots_.phase ^ 1);
+    Wait(&shared_.scale_empty[at], slots_.Phase() ^ 1);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int token = lane_ + 32 * i;
@@ -62,10 +67,10 @@ class ScaleLoader {
     }
     if (lane_ < kPer) shared_.poisoned[at][lane_] = poisoned;
     if (lane_ == 0) {
-      shared_.reference[at] = make_float2(unit * (1 / kValueTop), reference_ * inverse);
+      shared_.unit[buffer] = unit * (1 / kValueTop);
+      shared_.unit_ratio[at] = before * inverse;
       shared_.poison_found[at] = found;
     }
-    reference_ = unit;
     ArriveWarp(&shared_.scale_full[at]);
     slots_.Advance();
   }
@@ -85,10 +90,8 @@ class ScaleLoader {
   const AttentionParams& p_;
   Shared<C>& shared_;
   const int lane_;
-  Ring<C::kScaleSlots> slots_;
+  RingCount<C::kScaleSlots> slots_;
   float key_[kPer], value_[kPer];
-  bool hide_;
-  float reference_ = 0.0f;
 };
 
 }  // namespace fastattn::cuda::prefill_half_sm90

@@ -27,6 +27,7 @@ struct Config {
   // products keeps 14 bits.
   static constexpr bool kTwoLevel = kTwoLevel_;
   static constexpr int kStages = 5;
+  static constexpr int kKeyBytes = 0;  // tiles are not ordered by the keys that they share
   // Where P * V of the step before is issued and added: ahead of the step's scores, while the
   // tensor cores find those, or behind them, among the exponentials. With token scales, whose
   // products stand among the exponentials too, the first is faster, else the second; a softcap
@@ -46,6 +47,7 @@ struct Config {
 struct Tile {
   int row;
   int head;
+  int kv_head;
   int token;      // of the step: the first query
   int queries;    // that exist
   int position;   // of the first query among the row's keys
@@ -94,10 +96,16 @@ struct WalkState {
   int sections;
   int level;
   int start;  // tiles of the sections and levels ahead
+  bool by_items;
+  // Of an item whose second tile comes next: its listed row, head and that tile (-1: none does).
+  int slot;
+  int head;
+  int second;
 };
 
 template <class C>
 struct alignas(1024) Shared {
+  static constexpr bool kFindAgain = false;  // threads keep what follows from their lanes
   uint8_t query[2][C::kQueries * C::kDim];
   uint8_t key[C::kStages][C::kKeys * C::kDim];
   uint8_t value[C::kStages][C::kKeys * C::kDim];

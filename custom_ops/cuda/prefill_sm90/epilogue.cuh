@@ -5,23 +5,27 @@
 #include <cuda_fp16.h>
 
 #include "common/numeric.h"
+#include "cuda/common/lane.cuh"
 #include "cuda/prefill_sm90/config.h"
 
 namespace fastattn::cuda::prefill_sm90 {
 
-// Index in the tile of a consumer thread's query h.
+// Index in the tile of a consumer thread's query h. kAgain: see Thread().
+template <bool kAgain = false>
 __device__ __forceinline__ int QueryOf(int h) {
-  return (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
+  const uint32_t thread = Thread<kAgain>();
+  return (thread - 128) / 32 * 16 + thread % 32 / 4 + 8 * h;
 }
 
 struct Place {
   int head;
   int token[2];  // of the step; -1: there is no such query
 
-  __device__ __forceinline__ explicit Place(const Tile& tile) : head(tile.head) {
+  // `first` is the thread's first query.
+  __device__ __forceinline__ Place(const Tile& tile, int first) : head(tile.head) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int i = QueryOf(h);
+      const int i = first + 8 * h;
       token[h] = i < tile.queries ? tile.token + i : -1;
     }
   }
@@ -31,13 +35,13 @@ template <class C>
 struct Epilogue {
   // `shift` is kLogPeak below a maximum in units of log2; `sum` is this thread's part of it, and
   // like o kPeak times the true one. o counts in units of `reference`.
-  // Shared: any kernel's, with `tile`, `sink` and `output_scale`.
+  // Shared: any kernel's, with `tile`, `sink`, `output_scale` and kFindAgain.
   template <class S>
   __device__ __forceinline__ static void Write(const AttentionParams& p, const S& shared,
                                                int buffer, const float (&o)[C::kOut],
                                                const float (&shift)[2], const float (&sum)[2],
                                                float reference) {
-    const Place place(shared.tile[buffer]);
+    const Place place(shared.tile[buffer], QueryOf<S::kFindAgain>(0));
     float scale[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -51,9 +55,9 @@ struct Epilogue {
     }
     switch (p.out_dtype) {
       case DType::kBFloat16:
-        return Store16<false>(p, place, o, scale);
+        return Store16<false, S::kFindAgain>(p, place, o, scale);
       case DType::kFloat16:
-        return Store16<true>(p, place, o, scale);
+        return Store16<true, S::kFindAgain>(p, place, o, scale);
       case DType::kE4M3:
         return Store8(p, place, o, scale);
       default:
@@ -103,7 +107,7 @@ struct Epilogue {
     }
   }
 
-  template <bool kHalf>
+  template <bool kHalf, bool kAgain>
   __device__ __forceinline__ static void Store16(const AttentionParams& p, const Place& place,
                                                  const float (&o)[C::kOut],
                                                  const float (&scale)[2]) {
@@ -120,7 +124,7 @@ struct Epilogue {
         }
         // A quad of lanes holds two columns each of four groups of eight: transposed, a lane has
         // the eight of one group.
-        Transpose(w);
+        Transpose<kAgain>(w);
         if (place.token[h] >= 0) {
           *reinterpret_cast<uint4*>(out + 8 * j) = make_uint4(w[0], w[1], w[2], w[3]);
         }
@@ -128,8 +132,10 @@ struct Epilogue {
     }
   }
 
+  template <bool kAgain>
   __device__ __forceinline__ static void Transpose(uint32_t (&w)[4]) {
-    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    const uint32_t lane = Lane<kAgain>();
+    const bool odd = lane & 1, high = lane & 2;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       const uint32_t other = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);

@@ -5,7 +5,7 @@
 #include "common/numeric.h"
 #include "cuda/common/tma.cuh"
 #include "cuda/prefill_sm90/config.h"
-#include "cuda/prefill_sm90/schedule.cuh"
+#include "cuda/prefill_sm90/items.cuh"
 
 namespace fastattn::cuda::prefill_sm90 {
 
@@ -16,7 +16,7 @@ class Loader {
       : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    TileWalk<C> walk(a_, shared_);
+    ItemWalk<C> walk(a_, shared_);
     walk.Start();
     Ring<2> queries;
     Ring<C::kStages> stages;
@@ -82,7 +82,6 @@ class Loader {
   __device__ void LoadStep(const volatile Tile& tile, int step, const int (&blocks)[2], int flags,
                            Ring<C::kStages> stage) {
     constexpr int kBytes = kBlockSize * C::kDim;
-    const int kv_heads = p_.num_kv_heads, kv_head = tile.head / (p_.num_heads / kv_heads);
     const int at = stage.index;
     Wait(&shared_.key_empty[at], stage.phase ^ 1);
     if (lane_ == 0) {
@@ -90,9 +89,9 @@ class Loader {
       ArriveExpect(&shared_.key_full[at], 2 * kBytes);
       for (int i = 0; i < 2; ++i) {
         const int block = blocks[i] < 0 ? a_.value_blocks : blocks[i];
-        int token = 0, plane = block * kv_heads + kv_head;
+        int token = 0, plane = block * p_.num_kv_heads + tile.kv_head;
         if (!p_.paged) {
-          plane = kv_head;
+          plane = tile.kv_head;
           token = blocks[i] < 0 ? static_cast<int>(p_.packed.num_tokens)
                                 : tile.key_token + (tile.last - step) * C::kKeys + i * kBlockSize;
         }
@@ -110,7 +109,7 @@ class Loader {
       ArriveExpect(barrier, 2 * kBytes + (C::kTokenScales ? 2 * assigned * scale_bytes : 0));
       for (int i = 0; i < 2; ++i) {
         const int block = blocks[i] < 0 ? a_.value_blocks : blocks[i];
-        const int plane = block * kv_heads + kv_head;
+        const int plane = block * p_.num_kv_heads + tile.kv_head;
         CopyBox(&a_.value, shared_.value[at] + i * kBytes, barrier, 0, 0, plane);
         if (C::kTokenScales && blocks[i] >= 0) {
           const int64_t offset = static_cast<int64_t>(plane) * scale_bytes;
@@ -175,7 +174,7 @@ class Cleaner {
   // Reads what the consumers would have to wait for at either end of a tile.
   __device__ void FindFactors(const Tile& tile, int buffer) {
     const PagedCache& cache = p_.cache;
-    const int kv_head = tile.head / (p_.num_heads / p_.num_kv_heads);
+    const int kv_head = tile.kv_head;
     float factor = p_.softmax_scale * (C::kSoftcap ? 1.0f / p_.softcap : 1.44269504f);
     float output = p_.out_scale == nullptr ? 1.0f : 1.0f / p_.out_scale[0];
     if (!p_.paged) {

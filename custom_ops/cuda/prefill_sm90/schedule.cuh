@@ -27,7 +27,7 @@ __device__ __forceinline__ int2 PackedKeys(const AttentionParams& p, int b) {
 }
 
 // The interval of keys that query i sees. One that does not exist asks for no mask.
-__device__ inline int2 VisibleKeys(const AttentionParams& p, const Tile& tile, int i) {
+__device__ inline int2 VisibleKeys(const AttentionParams& p, const volatile Tile& tile, int i) {
   constexpr int kFar = 1 << 30;
   int begin = 0, end = kFar;
   if (i >= tile.queries) return make_int2(begin, end);
@@ -263,6 +263,7 @@ class TileWalk {
       }
       tile->row = row.row;
       tile->head = head;
+      tile->kv_head = head / (p_.num_heads / p_.num_kv_heads);  // once: a division takes long
       tile->token = row.token + m * C::kQueries;
       tile->queries = min(row.q_len - m * C::kQueries, C::kQueries);
       tile->position = row.k_len - row.q_len + m * C::kQueries;

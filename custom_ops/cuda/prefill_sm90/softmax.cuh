@@ -67,7 +67,7 @@ __device__ __forceinline__ void ScaleColumns(const float* scales, int j, float (
 }
 
 // Makes scores of keys that their queries do not see -inf. `start` is the step's first key; Shared:
-// any kernel's, with `visible`.
+// any kernel's, with `visible` and kFindAgain.
 template <class S, int kScores>
 __device__ __forceinline__ void HideScores(const S& shared, int buffer, int start, int flags,
                                            float (&scores)[kScores]) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ void HideScores(const S& shared, int buffer, int star
     const bool hidden = flags & (kUnassigned << half);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int2 visible = shared.visible[buffer][QueryOf(h)];
+      const int2 visible = shared.visible[buffer][QueryOf<S::kFindAgain>(h)];
       const unsigned span = hidden ? 0 : visible.y - visible.x;
       const int first = column + half * kBlockSize - visible.x;
 #pragma unroll
@@ -98,7 +98,7 @@ template <class S>
 __device__ __forceinline__ void LoadFactors(const S& shared, int buffer, float (&factor)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float x = shared.factor[buffer][QueryOf(h)];
+    const float x = shared.factor[buffer][QueryOf<S::kFindAgain>(h)];
     factor[h] = x == x ? x : 1.0f;
   }
 }
@@ -108,7 +108,7 @@ template <class S>
 __device__ __forceinline__ void FinishFactors(const S& shared, int buffer, float (&sum)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float x = shared.factor[buffer][QueryOf(h)];
+    const float x = shared.factor[buffer][QueryOf<S::kFindAgain>(h)];
     if (x != x) sum[h] = NAN;
   }
 }

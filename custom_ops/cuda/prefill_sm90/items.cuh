@@ -3,7 +3,7 @@
 
 #include "cuda/prefill_sm90/schedule.cuh"
 
-namespace fastattn::cuda::prefill_half_sm90 {
+namespace fastattn::cuda::prefill_sm90 {
 
 // TileWalk's order asks for the keys of every row and head of a section at once, which memory
 // cannot deliver where a tile takes few steps. Here a CTA takes an item at a time: a tile, or with
@@ -13,8 +13,8 @@ namespace fastattn::cuda::prefill_half_sm90 {
 // the highest first. Where rows are long, or the last round of items would leave many CTAs idle,
 // the order is TileWalk's.
 template <class C>
-class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
-  using Walk = prefill_sm90::TileWalk<C, C::kKeyBytes>;
+class ItemWalk : private TileWalk<C, C::kKeyBytes> {
+  using Walk = TileWalk<C, C::kKeyBytes>;
   using Walk::lane_;
   using Walk::p_;
   using Walk::rows_;
@@ -26,7 +26,10 @@ class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
   __device__ void Start() {
     Walk::Start();
     Walk::LoadRows();
-    if (lane_ == 0) state_.level = Walk::kTop;
+    if (lane_ == 0) {
+      state_.level = Walk::kTop;
+      state_.second = -1;
+    }
     int items = 0, longest = 0;
 #pragma unroll 1
     for (int i = lane_; i < state_.count; i += 32) {
@@ -36,16 +39,22 @@ class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
     items = __reduce_add_sync(~0u, items) * p_.num_heads;
     longest = __reduce_max_sync(~0u, longest);
     const int grid = gridDim.x, idle = (grid - items % grid) % grid;
-    by_items_ = longest <= kMostTiles && (!p_.causal || idle <= items / kFewIdle);
+    if (lane_ == 0) {
+      state_.by_items = longest <= kMostTiles && (!p_.causal || idle <= items / kFewIdle);
+    }
     __syncwarp();
   }
 
+  __device__ bool ByItems() const { return state_.by_items; }
+
   // As TileWalk's.
   __device__ bool Next(Tile* tile) {
-    if (!by_items_) return Walk::Next(tile);
-    if (second_ >= 0) {
-      Walk::Fill(slot_, head_, second_, tile);
-      second_ = -1;
+    if (!state_.by_items) return Walk::Next(tile);
+    const int second = state_.second;
+    if (second >= 0) {
+      Walk::Fill(state_.slot, state_.head, second, tile);
+      if (lane_ == 0) state_.second = -1;
+      __syncwarp();
       return true;
     }
     const int round = state_.round, target = Walk::Target(round);
@@ -74,7 +83,7 @@ class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
   }
 
  private:
-  static constexpr int kMostTiles = 16;  // of a row
+  static constexpr int kMostTiles = 32;  // of a row
   static constexpr int kFewIdle = 25;    // one in so many
 
   // Of a row and head.
@@ -110,7 +119,7 @@ class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
 
   // Starts item `index` of those of a cost.
   __device__ void Take(int index, int cost, Tile* tile) {
-    int items = 1, before = 0;  // of the row; of the rows ahead
+    int slot = 0, items = 1, before = 0;  // a row, its items; those of the rows ahead
 #pragma unroll 1
     for (int i = 0; i < state_.count; i += 32) {
       const bool listed = i + lane_ < state_.count && Cost(rows_[i + lane_]) == cost;
@@ -124,7 +133,7 @@ class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
       const unsigned behind = __ballot_sync(~0u, index < (before + sum) * p_.num_heads);
       if (behind != 0) {
         const int first = __ffs(behind) - 1;
-        slot_ = i + first;
+        slot = i + first;
         items = __shfl_sync(~0u, own, first);
         before += __shfl_sync(~0u, sum - own, first);
         break;
@@ -132,16 +141,16 @@ class ItemWalk : private prefill_sm90::TileWalk<C, C::kKeyBytes> {
       before += __shfl_sync(~0u, sum, 31);
     }
     index -= before * p_.num_heads;
-    head_ = index / items;
-    const int item = index % items;
-    const int m = p_.causal ? Walk::Tiles(rows_[slot_]) - 1 - item : item;
-    if (m != item) second_ = item;
-    Walk::Fill(slot_, head_, m, tile);
+    const int head = index / items, item = index % items;
+    const int m = p_.causal ? Walk::Tiles(rows_[slot]) - 1 - item : item;
+    if (lane_ == 0) {
+      state_.slot = slot;
+      state_.head = head;
+      state_.second = m != item ? item : -1;
+    }
+    __syncwarp();
+    Walk::Fill(slot, head, m, tile);
   }
-
-  bool by_items_;
-  int slot_, head_;
-  int second_ = -1;  // the tile of the same row and head that comes next
 };
 
-}  // namespace fastattn::cuda::prefill_half_sm90
+}  // namespace fastattn::cuda::prefill_sm90
