@@ -29,7 +29,9 @@ class StepSums {
   __device__ __forceinline__ float Part(int h) const { return part_[h]; }
 
  private:
-  static constexpr float kMost = 32768.0f;
+  // 2^15, which fp16 holds, or 2^40: bf16 has the range, and fp32 that of values below 2^80 times
+  // it.
+  static constexpr float kMost = C::kOperand == DType::kBFloat16 ? 0x1p40f : 0x1p15f;
 
   float part_[2] = {0.0f, 0.0f};
 };
