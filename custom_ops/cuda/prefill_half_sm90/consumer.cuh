@@ -145,7 +145,8 @@ class Consumer {
       if (UsesValueChannels(p_)) ScaleChannels(buffer);
     }
     if constexpr (kIntegers) {
-      // Products were rounded down, by half a unit on average.
+      // Products were rounded down, by half a unit on average. With a bias no score counts as far,
+      // so the factor is the tile's.
       for (int h = 0; h < 2; ++h) {
         if (biased_) shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
       }
@@ -538,6 +539,7 @@ class Consumer {
   // which side warps, a byte each.
   __device__ __forceinline__ void AddNaNs(int found, uint32_t at, int start) {
     constexpr int kWarps = C::kCodes ? C::kSideWarps : C::kCleaners;
+    static_assert(kWarps == 2 || kWarps == 3);
 #pragma unroll 1
     for (int group = 0; group < C::kKeys / 16; ++group) {
       if (found & 1) AddGroup(at, start, group);

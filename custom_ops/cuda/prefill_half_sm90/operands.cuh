@@ -106,7 +106,9 @@ class OperandLoader {
         first = false;
         before = places;
         const int window = step + kWindow / 2;
-        if (window % kWindow == 0) FindWindow(p_, shared_, tiles.index, window);
+        if (window % kWindow == 0 && window < steps) {
+          FindWindow(p_, shared_, tiles.index, window);
+        }
       }
       ArriveWarp(&shared_.query_empty[tiles.index]);
       tiles.Advance();

@@ -36,6 +36,7 @@ class Loader {
  private:
   // Behind it, the stages are full.
   static constexpr int kSearchStep = C::kKeyStages;
+  static constexpr int kShort = 32;  // steps of a tile
 
   // Finds a tile and loads its queries, once those of the one before, in buffer `before`, have been
   // read; -1: there is none. Returns false, with a tile that says so, if there are no more.
@@ -94,8 +95,9 @@ class Loader {
         if (more) scales_.Store(IsPartial<C>(tile, step + 1), buffer);
       }
       const int window = step + kWindow / 2;
-      if (window % kWindow == 0) FindWindow(p_, shared_, buffer, window);
-      if (step == (walk.ByItems() ? tile.steps : min(tile.steps, kSearchStep)) - 1) {
+      if (window % kWindow == 0 && window < tile.steps) FindWindow(p_, shared_, buffer, window);
+      const bool at_end = walk.ByItems() && tile.steps <= kShort;
+      if (step == (at_end ? tile.steps : min(tile.steps, kSearchStep)) - 1) {
         found = FindTile(walk, buffer ^ 1, buffer);
       }
     }

@@ -27,7 +27,7 @@ struct Config {
   // products keeps 14 bits.
   static constexpr bool kTwoLevel = kTwoLevel_;
   static constexpr int kStages = 5;
-  static constexpr int kKeyBytes = 0;  // tiles are not ordered by the keys that they share
+  static constexpr int kKeyBytes = 0;  // TileWalk takes all heads at once
   // Where P * V of the step before is issued and added: ahead of the step's scores, while the
   // tensor cores find those, or behind them, among the exponentials. With token scales, whose
   // products stand among the exponentials too, the first is faster, else the second; a softcap

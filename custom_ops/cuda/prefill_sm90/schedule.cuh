@@ -30,7 +30,8 @@ __device__ __forceinline__ int2 PackedKeys(const AttentionParams& p, int b) {
 __device__ inline int2 VisibleKeys(const AttentionParams& p, const volatile Tile& tile, int i) {
   constexpr int kFar = 1 << 30;
   int begin = 0, end = kFar;
-  if (i >= tile.queries) return make_int2(begin, end);
+  // A row that does not exist sees what was written: a NaN behind it would stay in its shift.
+  if (i >= tile.queries) return make_int2(begin, tile.k_len);
   const int position = tile.position + i;
   end = tile.k_len;
   if (p.causal) end = min(end, position + 1);
