@@ -220,12 +220,12 @@ class Problem:
             assert out.dtype == NUMPY_TYPES[kind], f"{what}: dtype {out.dtype}"
             assert_error_ratio(out[owned], exact[owned], naive[owned], kind, f"{what} out")
         else:
-            # A bf16 probability is off by 2^-9 of it at most. Over a few keys the naive version's
-            # may happen to be exact.
+            # A bf16 probability is off by 2^-8 of it at most. The naive version's largest is exact;
+            # a kernel's is where its reference is the row's maximum.
             slack = 0.0
             if place != "cpu" and self.multiplies_bf16():
                 magnitudes, _ = self.with_magnitudes().reference(out_scale=None)
-                slack = 2.0**-9 * np.asarray(magnitudes, np.float64)[owned]
+                slack = 2.0**-8 * np.asarray(magnitudes, np.float64)[owned]
             name = f"{what} codes"
             assert_codes(out[owned], exact[owned], naive[owned], float(scale[0]), name, slack)
         assert_lse(lse[:, owned], exact_lse[:, owned], naive_lse[:, owned], f"{what} lse")

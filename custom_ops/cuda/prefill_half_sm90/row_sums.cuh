@@ -29,9 +29,9 @@ class StepSums {
   __device__ __forceinline__ float Part(int h) const { return part_[h]; }
 
  private:
-  // 2^15, which fp16 holds, or 2^40: bf16 has the range, and fp32 that of values below 2^80 times
-  // it.
-  static constexpr float kMost = C::kOperand == DType::kBFloat16 ? 0x1p40f : 0x1p15f;
+  // Far larger ones would fit into bf16, but the largest probability of a row is exact only where
+  // the shift follows it.
+  static constexpr float kMost = 0x1p15f;
 
   float part_[2] = {0.0f, 0.0f};
 };
