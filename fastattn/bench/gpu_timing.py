@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -153,14 +154,27 @@ def capture(calls: Sequence[Callable[[], object]]) -> Any:
     return graph
 
 
+#: Seconds of replays before the first one that counts: clocks rise with the work after a pause.
+WARM_UP_SECONDS = 0.025
+
+
+def _warm_up(graph: Any) -> None:
+    started = time.perf_counter()
+    while True:
+        for _ in range(3):
+            graph.replay()
+        paddle.device.cuda.synchronize()
+        if time.perf_counter() - started > WARM_UP_SECONDS:
+            return
+
+
 def median_us(calls: Sequence[Callable[[], object]], replays: int = 30) -> float:
     """Median time of one call in microseconds, from replays of a graph that holds all of them.
 
     Give many calls over different buffers, more bytes than the L2 cache, to measure cold.
     """
     graph = capture(calls)
-    for _ in range(3):
-        graph.replay()
+    _warm_up(graph)
     times = []
     start, end = _Event(), _Event()
     for _ in range(replays):
