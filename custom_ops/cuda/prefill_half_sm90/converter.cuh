@@ -36,7 +36,7 @@ class Converter {
 
  private:
   // A step's codes as groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so that
-  // it waits for shared memory once. Token scales and e4m3 take registers.
+  // it waits for shared memory once. Token scales take registers.
   static constexpr int kGroup = 512;
   static constexpr int kBatch = C::kTokenScales ? 2 : 4;
   static constexpr int kBatches = C::kRawBytes / (kGroup * kBatch);
