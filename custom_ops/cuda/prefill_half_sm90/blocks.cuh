@@ -1,9 +1,20 @@
-// Where the blocks of a step lie in the cache.
+// Where a tile's queries and the blocks of its steps lie.
 #pragma once
 
+#include "cuda/common/tma.cuh"
 #include "cuda/prefill_half_sm90/config.h"
 
 namespace fastattn::cuda::prefill_half_sm90 {
+
+// Starts the copy of a consumer's queries of a tile. Called by one thread.
+template <class C>
+__device__ void CopyQueries(const Arguments& a, Shared<C>& shared, const volatile Tile& tile,
+                            int consumer, uint64_t* barrier) {
+  for (int slice = 0; slice < C::kSlices; ++slice) {
+    CopyBox(&a.query, shared.query + (consumer * C::kSlices + slice) * 64 * C::kSlice, barrier,
+            slice * C::kSlice, tile.head, tile.token + 64 * consumer);
+  }
+}
 
 // Blocks of a step, -1: not assigned, and its flags.
 struct StepBlocks {

@@ -49,7 +49,6 @@ struct Config {
   static constexpr bool kTokenScales = kTokenScales_;  // K and V have a scale for each token
   static constexpr bool kSoftcap = kSoftcap_;
   static constexpr bool kChannelScales = kCodes && !kTokenScales;  // or a scale for each channel
-  static constexpr bool kProductSums = kCodes;  // probabilities are summed by products
   static constexpr DType kOperand = kCodes ? DType::kFloat16 : kElement;  // of P and V
 
   static constexpr int kKeyStages = kKeyCodes ? 3 : 2;
@@ -87,7 +86,7 @@ struct alignas(1024) Shared {
   uint8_t key[C::kKeyStages][C::kKeys * C::kKeyRowBytes];
   // [slice][128 tokens][128] or [block][D channels][128]
   uint8_t value[C::kValueStages][C::kKeys * C::kRowBytes];
-  alignas(1024) uint16_t ones[C::kProductSums ? 512 : 1];  // values of 1 (see RowSums)
+  alignas(1024) uint16_t ones[C::kCodes ? 512 : 1];  // values of 1 (see RowSums)
   alignas(128) uint8_t raw[C::kRawSlots][C::kRawBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
   // of a side warp that found none hold anything.

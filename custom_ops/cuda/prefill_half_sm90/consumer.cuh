@@ -92,11 +92,6 @@ class Consumer {
   static constexpr bool kLateTurn = kIntegers && !C::kTokenScales;
   static constexpr float kBias = CodeQuery<C>::kBiasValue;
 
-  __device__ __forceinline__ void Release(uint64_t* barrier) {
-    __syncwarp();
-    if (ArrivesForWarp(lane_)) Arrive(barrier);
-  }
-
   __device__ __forceinline__ void BeginTurn() { SyncNamed<256>(kTurnBarrier + group_); }
 
   // One warpgroup issues its products after the other has.
@@ -154,7 +149,7 @@ class Consumer {
     FinishFactors(shared_, buffer, sum);
     const float unit = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
     prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, unit);
-    Release(&shared_.query_empty[buffer]);
+    ArriveWarp(&shared_.query_empty[buffer]);
   }
 
   // V's scales, one a channel. Without a visible key the output is 0, whatever they are.
@@ -255,7 +250,7 @@ class Consumer {
     const int buffer = tiles.index;
     if (shared_.tile[buffer].steps < 0) return false;
     query_.Take(p_, shared_, buffer, group_);
-    if constexpr (C::kCodes) Release(&shared_.query_read);
+    if constexpr (C::kCodes) ArriveWarp(&shared_.query_read);
     return true;
   }
 
@@ -343,7 +338,7 @@ class Consumer {
       const int found = *reinterpret_cast<const int*>(shared_.nan_found[at]);
       if (found != 0) AddNaNs(found, at, start);
     }
-    Release(&shared_.value_empty[at]);
+    ArriveWarp(&shared_.value_empty[at]);
   }
 
   // --- softmax ----------------------------------------------------------------------------------
@@ -351,7 +346,7 @@ class Consumer {
   // Ends the use of the step's keys, whose flags it returns, and applies the scales of tokens.
   __device__ __forceinline__ int TakeScores(KeyScales& scales) {
     const int flags = shared_.flags[KeyStage(step_)];
-    Release(&shared_.key_empty[KeyStage(step_)]);
+    ArriveWarp(&shared_.key_empty[KeyStage(step_)]);
     if constexpr (kIntegers && !C::kTokenScales) {
       if (!biased_) {
 #pragma unroll
@@ -402,7 +397,7 @@ class Consumer {
   __device__ __forceinline__ void ReleaseScales() {
     const uint32_t at = ScaleSlot();
     if (shared_.poison_found[at]) AddPoison(at);
-    Release(&shared_.scale_empty[at]);
+    ArriveWarp(&shared_.scale_empty[at]);
   }
 
   // cap * tanh(s / cap), in units of log2. The factor holds the scale over the cap.
@@ -581,7 +576,7 @@ class Consumer {
   std::conditional_t<C::kKeyCodes, CodeQuery<C>, Query<C>> query_;
   uint32_t step_ = ~0u;  // the one whose softmax is under way
   int start_;            // first key of the step
-  int buffer_ = 0;       // of the tile
+  int buffer_;           // of the tile
   RowSums<C> sums_;
   float shift_[2], factor_[2];
   float s_[C::kScores];

@@ -55,9 +55,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   if (threadIdx.x == 0) InitBarriers(shared);
-  if constexpr (C::kProductSums) {
-    constexpr uint16_t kOne = C::kOperand == DType::kBFloat16 ? 0x3F80 : 0x3C00;
-    for (int i = threadIdx.x; i < 512; i += C::kThreads) shared.ones[i] = kOne;
+  if constexpr (C::kCodes) {
+    for (int i = threadIdx.x; i < 512; i += C::kThreads) shared.ones[i] = 0x3C00;
     FenceAsyncProxy();
   }
   __syncthreads();

@@ -67,10 +67,7 @@ class Finder {
   __device__ void LoadQueries(const volatile Tile& tile, int consumer) {
     uint64_t* barrier = &shared_.query_full[consumer];
     ArriveExpect(barrier, 64 * C::kRowBytes);
-    for (int slice = 0; slice < C::kSlices; ++slice) {
-      CopyBox(&a_.query, shared_.query + (consumer * C::kSlices + slice) * 64 * C::kSlice, barrier,
-              slice * C::kSlice, tile.head, tile.token + 64 * consumer);
-    }
+    CopyQueries(a_, shared_, tile, consumer, barrier);
   }
 
   const Arguments& a_;

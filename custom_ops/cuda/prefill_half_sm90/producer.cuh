@@ -65,10 +65,7 @@ class Loader {
   __device__ void LoadQueries(const volatile Tile& tile) {
     ArriveExpect(&shared_.query_full[0], C::kQueries * C::kRowBytes);
     for (int i = 0; i < C::kConsumers; ++i) {
-      for (int slice = 0; slice < C::kSlices; ++slice) {
-        CopyBox(&a_.query, shared_.query + (i * C::kSlices + slice) * 64 * C::kSlice,
-                &shared_.query_full[0], slice * C::kSlice, tile.head, tile.token + 64 * i);
-      }
+      CopyQueries(a_, shared_, tile, i, &shared_.query_full[0]);
     }
   }
 

@@ -12,7 +12,7 @@
 namespace fastattn::cuda::prefill_half_sm90 {
 
 // What is known of a step's probabilities before their product: the thread's sums of two rows.
-template <class C, bool kProducts = C::kProductSums>
+template <class C, bool kProducts = C::kCodes>
 class StepSums {
  public:
   // Of two probabilities, which become word i of the operand of P * V.
@@ -36,7 +36,7 @@ class StepSums {
   float part_[2] = {0.0f, 0.0f};
 };
 
-// The largest one alone: the bits of 16-bit floats that are not negative are in the order of their
+// The largest one alone: the bits of fp16 values that are not negative are in the order of their
 // values, and NaN is above all.
 template <class C>
 class StepSums<C, true> {
@@ -48,14 +48,14 @@ class StepSums<C, true> {
   __device__ __forceinline__ bool Exceed() const { return __vmaxu2(largest_, kMost) != kMost; }
 
  private:
-  // 2^15, twice.
-  static constexpr uint32_t kMost = C::kOperand == DType::kBFloat16 ? 0x47004700u : 0x78007800u;
+  static_assert(C::kOperand == DType::kFloat16);
+  static constexpr uint32_t kMost = 0x78007800u;  // 2^15, twice
 
   uint32_t largest_ = 0;
 };
 
 // By the threads, each its columns of two rows.
-template <class C, bool kProducts = C::kProductSums>
+template <class C, bool kProducts = C::kCodes>
 class RowSums {
  public:
   __device__ __forceinline__ void Start() { sum_[0] = sum_[1] = 0.0f; }

@@ -13,8 +13,8 @@ namespace fastattn::cuda::prefill_sm90 {
 // the highest first. Where rows are long, or the last round of items would leave many CTAs idle,
 // the order is TileWalk's.
 template <class C>
-class ItemWalk : private TileWalk<C, C::kKeyBytes> {
-  using Walk = TileWalk<C, C::kKeyBytes>;
+class ItemWalk : private TileWalk<C> {
+  using Walk = TileWalk<C>;
   using Walk::lane_;
   using Walk::p_;
   using Walk::rows_;

@@ -5,7 +5,7 @@
 // and fro. A row's tiles m = 0, 1, ... stand on the levels base + m, its last one on the level of
 // its number of key steps; within a level, rows and then heads follow each other.
 //
-// With kKeyBytes (of a key and its value, of one KV head) the heads are cut into sections whose
+// With C::kKeyBytes (of a key and its value, of one KV head) the heads are cut into sections whose
 // keys fit into the L2 cache, and one section's tiles follow the other's. Every second section goes
 // from few keys to many, so that neighbouring tiles stay alike.
 #pragma once
@@ -47,7 +47,7 @@ __device__ inline int2 VisibleKeys(const AttentionParams& p, const volatile Tile
 
 inline constexpr float kSectionBytes = 32 << 20;
 
-template <class C, int kKeyBytes = 0>
+template <class C>
 class TileWalk {
  public:
   // Works for any kernel's Arguments with `p` and `min_query_tokens`, and Shared with `rows` and
@@ -201,7 +201,7 @@ class TileWalk {
       const unsigned voters = __ballot_sync(~0u, active);
       if (active) {
         rows_[count + __popc(voters & ((1u << lane_) - 1))] = row;
-        bytes += static_cast<float>(min(row.k_len, Reach())) * kKeyBytes;
+        bytes += static_cast<float>(min(row.k_len, Reach())) * C::kKeyBytes;
       }
       count += __popc(voters);
       next += 32;
