@@ -10,14 +10,14 @@ from fastattn.bench.cache_gpu import _gpu
 from fastattn.bench.common import Row, register
 from fastattn.bench.compat_steps import Place
 from fastattn.bench.mixed_steps import Part, attention, describe
-from fastattn.bench.prefill_half_gpu import _filled
+from fastattn.bench.prefill_gpu import filled
 
 #: Seeds of a call's keys, values, queries and output, in turn.
 _SEEDS = itertools.cycle(range(4))
 PLACE = Place(
     array=_gpu,
-    bfloat16=lambda shape: _filled("bfloat16", next(_SEEDS), *shape),
-    codes=lambda shape: _filled("e4m3", next(_SEEDS), *shape),
+    bfloat16=lambda shape: filled("bfloat16", next(_SEEDS), *shape),
+    codes=lambda shape: filled("e4m3", next(_SEEDS), *shape),
 )
 #: Cache, and whether the queries are e4m3.
 KINDS = (("none", False), ("cache_fp8", True), ("cache_fp8", False))

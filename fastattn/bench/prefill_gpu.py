@@ -29,16 +29,21 @@ SHAPES = [(s, 16, 16) for s in (1024, 2048, 4096, 8192, 16384)] + [
 PEERS = {"paged": ("fp8_paged", "cudnn_fp8"), "contiguous": ("fp8_varlen", "cudnn_fp8")}
 
 
-@functools.lru_cache(maxsize=3)
-def _codes(seed: int) -> np.ndarray:
-    """Normal values as e4m3 codes."""
+@functools.lru_cache(maxsize=8)
+def _words(dtype: str, seed: int) -> np.ndarray:
+    """Normal values: bf16, int8 codes of a sixteenth, or e4m3 codes."""
     values = np.random.default_rng(seed).standard_normal(1 << 22).astype(np.float32)
+    if dtype == "bfloat16":
+        return values.astype(ml_dtypes.bfloat16).view(np.uint8)
+    if dtype == "int8":
+        return np.clip(np.rint(values * 16), -127, 127).astype(np.int8).view(np.uint8)
     return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
-def _filled(seed: int, *shape: int) -> paddle.Tensor:
+def filled(dtype: str, seed: int, *shape: int) -> paddle.Tensor:
     """A tensor of its own seed: a query that is some key as well has a score like no other."""
-    return gpu_timing.filled(shape, "uint8", _codes(seed))
+    kind = "bfloat16" if dtype == "bfloat16" else "uint8"
+    return gpu_timing.filled(shape, kind, _words(dtype, seed))
 
 
 def paged(
@@ -56,9 +61,9 @@ def paged(
     }
     return functools.partial(
         F.paged_attention,
-        _filled(0, rows * new, heads, DIM),
-        _filled(1, rows * pages, kv_heads, BLOCK, DIM),
-        _filled(2, rows * pages, kv_heads, DIM, BLOCK),
+        filled("e4m3", 0, rows * new, heads, DIM),
+        filled("e4m3", 1, rows * pages, kv_heads, BLOCK, DIM),
+        filled("e4m3", 2, rows * pages, kv_heads, DIM, BLOCK),
         _gpu(tables),
         _gpu(np.arange(rows + 1, dtype=np.int32) * new),
         _gpu(np.full(rows, prefix, np.int32)),
@@ -73,15 +78,15 @@ def paged(
 
 
 def contiguous(
-    rows: int, length: int, heads: int, kv_heads: int, causal: bool
+    dtype: str, rows: int, length: int, heads: int, kv_heads: int, causal: bool
 ) -> Callable[[], object]:
-    """A call of flash_attention."""
+    """A call of flash_attention over queries, keys and values of a type."""
     starts = _gpu(np.arange(rows + 1, dtype=np.int32) * length)
     return functools.partial(
         F.flash_attention,
-        _filled(0, rows * length, heads, DIM),
-        _filled(1, rows * length, kv_heads, DIM),
-        _filled(2, rows * length, kv_heads, DIM),
+        filled(dtype, 0, rows * length, heads, DIM),
+        filled(dtype, 1, rows * length, kv_heads, DIM),
+        filled(dtype, 2, rows * length, kv_heads, DIM),
         starts,
         starts,
         length,
@@ -131,7 +136,7 @@ def _rows(
     if op == "paged_attention":
         call = paged(name, rows, 0, length, heads, kv_heads, causal)
     else:
-        call = contiguous(rows, length, heads, kv_heads, causal)
+        call = contiguous("e4m3", rows, length, heads, kv_heads, causal)
     wanted = PEERS["paged" if op == "paged_attention" else "contiguous"]
     yield from rows_of(op, call, name, length, heads, kv_heads, causal, wanted)
 

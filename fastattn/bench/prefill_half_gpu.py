@@ -8,36 +8,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 
-import ml_dtypes
 import numpy as np
-import paddle
 
 import fastattn.functional as F
 from fastattn.bench import gpu_timing
 from fastattn.bench.attention_gpu import BLOCK, DIM
 from fastattn.bench.cache_gpu import _gpu
 from fastattn.bench.common import Row, register
-from fastattn.bench.prefill_gpu import SHAPES, TOKENS, rows_of
+from fastattn.bench.prefill_gpu import SHAPES, TOKENS, contiguous, filled, rows_of
 
 KINDS = ("none", "cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8")
 PEERS = ("vllm_fa3_bf16", "cudnn_bf16")
-
-
-@functools.lru_cache(maxsize=8)
-def _words(dtype: str, seed: int) -> np.ndarray:
-    """Normal values: bf16, int8 codes of a sixteenth, or e4m3 codes."""
-    values = np.random.default_rng(seed).standard_normal(1 << 22).astype(np.float32)
-    if dtype == "bfloat16":
-        return values.astype(ml_dtypes.bfloat16).view(np.uint8)
-    if dtype == "int8":
-        return np.clip(np.rint(values * 16), -127, 127).astype(np.int8).view(np.uint8)
-    return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-
-
-def _filled(dtype: str, seed: int, *shape: int) -> paddle.Tensor:
-    """A tensor of its own seed: a query that is some key as well has a score like no other."""
-    kind = "bfloat16" if dtype == "bfloat16" else "uint8"
-    return gpu_timing.filled(shape, kind, _words(dtype, seed))
 
 
 def paged(
@@ -59,9 +40,9 @@ def paged(
     tokens = (rows * pages, kv_heads, BLOCK, DIM)
     return functools.partial(
         F.paged_attention,
-        _filled("bfloat16", 0, rows * length, heads, DIM),
-        _filled(code, 1, *tokens),
-        _filled(code, 2, *((rows * pages, kv_heads, DIM, BLOCK) if quantised else tokens)),
+        filled("bfloat16", 0, rows * length, heads, DIM),
+        filled(code, 1, *tokens),
+        filled(code, 2, *((rows * pages, kv_heads, DIM, BLOCK) if quantised else tokens)),
         _gpu(tables),
         _gpu(np.arange(rows + 1, dtype=np.int32) * length),
         _gpu(np.zeros(rows, np.int32)),
@@ -75,29 +56,10 @@ def paged(
     )
 
 
-def contiguous(
-    rows: int, length: int, heads: int, kv_heads: int, causal: bool
-) -> Callable[[], object]:
-    """A call of flash_attention."""
-    starts = _gpu(np.arange(rows + 1, dtype=np.int32) * length)
-    return functools.partial(
-        F.flash_attention,
-        _filled("bfloat16", 0, rows * length, heads, DIM),
-        _filled("bfloat16", 1, rows * length, kv_heads, DIM),
-        _filled("bfloat16", 2, rows * length, kv_heads, DIM),
-        starts,
-        starts,
-        length,
-        length,
-        causal=causal,
-        out=gpu_timing.empty((rows * length, heads, DIM), "bfloat16"),
-    )
-
-
 def _rows(kind: str, length: int, heads: int, kv_heads: int, causal: bool) -> Iterator[Row]:
     rows = TOKENS // length
     if kind == "contiguous":
-        op, call = "flash_attention", contiguous(rows, length, heads, kv_heads, causal)
+        op, call = "flash_attention", contiguous("bfloat16", rows, length, heads, kv_heads, causal)
     else:
         op, call = "paged_attention", paged(kind, rows, length, heads, kv_heads, causal)
     name = "bf16" if kind in ("none", "contiguous") else kind
