@@ -1,15 +1,24 @@
-"""The compiled operators: finding the library, registering it with Paddle, calling an operator.
+"""The compiled operators: finding the library, calling an operator, registering with Paddle.
 
 Nothing is loaded when this module is imported; the first :func:`call` (or :func:`load`) loads.
+
+In dygraph an operator's C++ function is called through the module ``fastattn._direct``, with the
+tensors as they are. Paddle's registry is left out: at every call of any custom operator Paddle
+copies its table of all of them, so that calls get slower with each that is registered. The
+operators are registered when the first program is traced, or where ``_direct`` was not built.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.machinery
+import importlib.util
 import numbers
 import re
 import runpy
+import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -35,7 +44,7 @@ _ERROR_TYPES = {
 
 
 class OpSignature(NamedTuple):
-    """What an operator was registered with."""
+    """What an operator was built with."""
 
     name: str  # as users know it, without the prefix
     inputs: tuple[str, ...]
@@ -44,6 +53,14 @@ class OpSignature(NamedTuple):
     outputs: tuple[str, ...]
     inplace: dict[int, int]  # output index -> input index
     attr_types: tuple[int, ...]  # Paddle's AttrType, one an attribute
+
+
+class _Direct(NamedTuple):
+    """An operator as ``fastattn._direct`` calls it."""
+
+    handle: int
+    signature: OpSignature
+    strided: tuple[bool, ...]  # inputs whose strides the operator takes, or refuses itself
 
 
 def library_path() -> Path:
@@ -66,6 +83,22 @@ def _check_build(path: Path) -> None:
         )
 
 
+def _checked_library() -> Path:
+    """Path of the library, which exists and fits the imported Paddle."""
+    path = library_path()
+    if not path.exists():
+        raise ImportError(
+            f"fastattn's compiled operators are missing ({path}). Build them with "
+            "`python setup_ops.py install`, or in a source tree, with `pip install -e .`."
+        )
+    _check_build(path)
+    return path
+
+
+def _cannot_load(path: Path, error: Exception) -> ImportError:
+    return ImportError(f"{path} cannot be loaded into Paddle {paddle.__version__}: {error}")
+
+
 @functools.lru_cache(maxsize=1)
 def load() -> tuple[str, ...]:
     """Load the compiled library and register its operators with Paddle.
@@ -80,26 +113,70 @@ def load() -> tuple[str, ...]:
     ImportError
         If the library is missing, was built for another Paddle, or cannot be loaded.
     """
+    from paddle.base.framework import OpProtoHolder
     from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 
-    path = library_path()
-    if not path.exists():
-        raise ImportError(
-            f"fastattn's compiled operators are missing ({path}). Build them with "
-            "`python setup_ops.py install`, or in a source tree, with `pip install -e .`."
-        )
-    _check_build(path)
+    path = _checked_library()
     try:
-        return tuple(load_op_meta_info_and_register_op(str(path)))
+        load_op_meta_info_and_register_op(str(path))
     except (OSError, RuntimeError, ValueError) as error:
-        raise ImportError(
-            f"{path} cannot be loaded into Paddle {paddle.__version__}: {error}"
-        ) from error
+        raise _cannot_load(path, error) from error
+    # Paddle returns what is new to it: nothing where another library's registration, after ours was
+    # loaded, took our operators along.
+    return tuple(n for n in OpProtoHolder.instance().op_proto_map if n.startswith(PREFIX))
+
+
+def _direct_module(library: Path) -> ModuleType | None:
+    """Module that was built with the library and lies beside it, if any."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = library.with_name(f"_direct{suffix}")
+        if path.exists():
+            spec = importlib.util.spec_from_file_location("fastattn._direct", path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    return None
+
+
+_ATTRIBUTE_TYPES = {"int": 0, "float": 1, "std::string": 2, "bool": 6, "int64_t": 9}
+
+
+@functools.lru_cache(maxsize=1)
+def _load_direct() -> tuple[Any, dict[str, _Direct]]:
+    """Load the library without registering it: the function that calls, and its operators.
+
+    None and nothing where there is no ``_direct``: it is built only where Python's headers are.
+    """
+    path = _checked_library()
+    try:
+        module = _direct_module(path)
+        facts = {} if module is None else module.bind(str(path))
+    except (ImportError, RuntimeError) as error:
+        raise _cannot_load(path, error) from error
+    operators = {}
+    for name, (handle, inputs, optional, attrs, outputs, inplace, strided) in facts.items():
+        pairs = [a.replace(" ", "").split(":", 1) for a in attrs]  # "causal: bool"
+        names = tuple(attr for attr, _ in pairs)
+        types = tuple(_ATTRIBUTE_TYPES[kind] for _, kind in pairs)
+        op = name[len(PREFIX) :]
+        signature = OpSignature(op, inputs, optional, names, outputs, inplace, types)
+        operators[op] = _Direct(handle, signature, strided)
+    return (None if module is None else module.call), operators
 
 
 @functools.cache
 def signature(op: str) -> OpSignature:
-    """Signature of the operator ``fastattn_<op>``, from its registration."""
+    """Signature of the operator ``fastattn_<op>``, from what it was built with."""
+    _, operators = _load_direct()
+    if op in operators:
+        return operators[op].signature
+    return registered_signature(op)
+
+
+@functools.cache
+def registered_signature(op: str) -> OpSignature:
+    """The same from Paddle's registry."""
     from paddle.base.framework import OpProtoHolder
     from paddle.utils.cpp_extension.extension_utils import parse_op_info
 
@@ -155,7 +232,17 @@ def _is_lost(name: str, first: Any) -> bool:
     return name not in _PER_TOKEN or not (is_tensor(first) and 0 in first.shape)
 
 
-def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
+#: Never copied: a pool of gigabytes would be, at every call.
+_CACHES = frozenset(
+    {
+        *("cache", "key_cache", "value_cache", "cache_k_scales", "cache_v_scales"),
+        *("kv_cache", "state_cache"),
+    }
+)
+
+
+def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) -> None:
+    """Refuse what is no tensor; with `copied`, also what Paddle's registry would copy in vain."""
     eager = paddle.base.core.eager.Tensor
     inplace = sig.inplace.values()
     for i, (name, value) in enumerate(zip(sig.inputs, values)):
@@ -168,10 +255,10 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
                     f"{sig.name}: {name}: expected a tensor with elements, got shape "
                     f"{list(value.shape)}"
                 )
-            if i in inplace and not value.is_contiguous():
+            if copied and (i in inplace or name in _CACHES) and not value.is_contiguous():
                 raise ValueError(
-                    f"{sig.name}: {name}: it is written in place and must be contiguous, got "
-                    f"shape {list(value.shape)} with strides {list(value.strides)}"
+                    f"{sig.name}: {name}: expected a contiguous tensor, got shape "
+                    f"{list(value.shape)} with strides {list(value.strides)}"
                 )
         elif not is_tensor(value):
             raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
@@ -187,10 +274,11 @@ _ATTRIBUTE_KINDS: dict[int, tuple[type, Any]] = {
 }
 
 
-def _traced_attrs(sig: OpSignature, attrs: tuple[Any, ...]) -> list[Any]:
-    """Attributes for a program that is being traced.
+def _typed_attrs(sig: OpSignature, attrs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Attributes as plain Python values of the types that the operator was built with.
 
-    There Paddle 3 ends the process where it otherwise raises, so nothing wrong may reach it.
+    While a program is traced, Paddle 3 ends the process where it otherwise raises, so nothing wrong
+    may reach it.
     """
     checked = []
     for name, attr_type, value in zip(sig.attrs, sig.attr_types, attrs):
@@ -203,7 +291,7 @@ def _traced_attrs(sig: OpSignature, attrs: tuple[Any, ...]) -> list[Any]:
         if bits and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
             raise ValueError(f"{sig.name}: {name}: expected an int of {bits} bits, got {value}")
         checked.append(kind(value))
-    return checked
+    return tuple(checked)
 
 
 def _reraise(sig: OpSignature, error: Exception) -> NoReturn:
@@ -217,6 +305,8 @@ def _reraise(sig: OpSignature, error: Exception) -> NoReturn:
             raise TypeError(text) from None
     match = _ERROR.search(str(error))
     if match is None:
+        if "ResourceExhaustedError" in str(error) or str(error) == "out of memory":
+            raise MemoryError(f"{sig.name}: {error}") from None
         if "output is not initialized" in str(error):  # Paddle 2.6; 3.x returns it
             raise NotImplementedError(
                 f"Paddle {paddle.__version__} cannot return an empty tensor from a custom operator"
@@ -233,33 +323,88 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
     op : str
         Name without the ``fastattn_`` prefix.
     inputs : tuple of Tensor or None
-        In the order of registration; None for an absent optional one.
+        In the order of the operator's definition; None for an absent optional one.
     attrs : tuple
-        In the order of registration.
+        In the order of the operator's definition.
 
     Returns
     -------
     list of Tensor
-        All registered outputs, those written in place included (None where the optional tensor
-        behind one was absent).
+        All outputs, those written in place included (None where the optional tensor behind one was
+        absent, or for a result that nobody asked for).
     """
+    if paddle.in_dynamic_mode():
+        run, operators = _load_direct()
+        if run is not None:
+            direct = operators[op]
+            try:
+                outputs = run(direct.handle, inputs, attrs, paddle.is_grad_enabled)
+            except RuntimeError as error:
+                _reraise(direct.signature, error)
+            if outputs is None:
+                return _call_unusual(run, direct, inputs, attrs)
+            return outputs  # type: ignore[no-any-return]
+    return call_registered(op, inputs, attrs)
+
+
+def _call_unusual(
+    run: Any, direct: _Direct, inputs: tuple[Any, ...], attrs: tuple[Any, ...]
+) -> list[Any]:
+    """Make the call that ``_direct`` declined, or say what is wrong with it."""
+    sig = direct.signature
+    _check_inputs(sig, inputs, copied=False)
+    attrs = _typed_attrs(sig, attrs)
+    if paddle.is_grad_enabled():
+        _tell_no_gradient(sig, inputs)
+    taken = tuple(
+        value if strided or value is None or value.is_contiguous() else value.contiguous()
+        for value, strided in zip(inputs, direct.strided)
+    )
+    try:
+        outputs = run(direct.handle, taken, attrs, None)
+    except RuntimeError as error:
+        _reraise(sig, error)
+    # Still declined: distributed tensors, for one, which Paddle's registry knows how to refuse.
+    return call_registered(sig.name, inputs, attrs) if outputs is None else list(outputs)
+
+
+_told_no_gradient: set[str] = set()
+
+
+def _tell_no_gradient(sig: OpSignature, inputs: tuple[Any, ...]) -> None:
+    """Refuse to write what wants a gradient; warn once that an operator passes none back."""
+    wanting = [i for i, value in enumerate(inputs) if value is not None and not value.stop_gradient]
+    for i in wanting:
+        if i in sig.inplace.values():
+            raise ValueError(
+                f"{sig.name}: {sig.inputs[i]}: it is written in place and must have "
+                "stop_gradient = True"
+            )
+    if wanting and sig.name not in _told_no_gradient:
+        _told_no_gradient.add(sig.name)
+        warnings.warn(
+            f"{sig.name}: {sig.inputs[wanting[0]]} wants a gradient (stop_gradient = False), but "
+            "the operator has none: nothing flows back through it. Call it under paddle.no_grad().",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[Any]:
+    """:func:`call` through Paddle's registry: in programs, and in dygraph without ``_direct``."""
+    load()
     sig = signature(op)
-    _check_inputs(sig, inputs)
+    _check_inputs(sig, inputs, copied=True)
     run = _runner()
     if run is not paddle.base.core.eager._run_custom_op:
-        attrs = tuple(_traced_attrs(sig, attrs))
+        attrs = _typed_attrs(sig, attrs)
     if run is None:
         return _append_static(sig, inputs, attrs)
+    if run is paddle.base.core.eager._run_custom_op and paddle.is_grad_enabled():
+        _tell_no_gradient(sig, inputs)
     try:
         outputs = run(PREFIX + op, *inputs, *attrs)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        if "doesn't stop gradient" in str(error):  # Paddle names no argument
-            for i in sig.inplace.values():
-                if inputs[i] is not None and not inputs[i].stop_gradient:
-                    raise ValueError(
-                        f"{op}: {sig.inputs[i]}: it is written in place and must have "
-                        "stop_gradient = True"
-                    ) from None
         _reraise(sig, error)
     # An absent optional tensor leaves an empty tensor in the list, or (PIR) no place at all.
     absent = [i for i, source in sig.inplace.items() if inputs[source] is None]

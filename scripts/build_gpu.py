@@ -33,11 +33,13 @@ def build(out: Path) -> None:
     sys.path.insert(0, str(ROOT / "custom_ops"))
     from builder.compile import CompileError
     from builder.ops import Build
+    from builder.sources import MODULES
     from builder.toolchain import ToolchainError
 
     try:
-        with tempfile.TemporaryDirectory() as unused:  # the host module fits this Python only
-            Build("on").run(out / "_fastattn_ops.so", Path(unused) / "_host.so")
+        with tempfile.TemporaryDirectory() as unused:  # the modules fit this Python only
+            modules = {name: Path(unused) / f"{name}.so" for name in MODULES}
+            Build("on").run(out / "_fastattn_ops.so", modules)
     except (CompileError, ToolchainError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {out / '_fastattn_ops.so'}")

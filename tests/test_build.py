@@ -143,7 +143,7 @@ def test_discover(tmp_path):
     make(tmp_path, dict.fromkeys([*files, "cuda/merge/m.cu", "cuda/merge/k.cuh"], ""))
     found = sources.discover(tmp_path, with_cuda=False)
     assert found.cxx == ("api/a.cc", "api/b.cc", "cpu/deep/y.cc", "cpu/x.cc")
-    assert found.cuda == () and found.host_module == "api/host_module.cc"
+    assert found.cuda == () and found.modules == {"_host": "api/host_module.cc"}
     assert sources.discover(tmp_path, with_cuda=True).cuda == ("cuda/merge/m.cu",)
 
 

@@ -209,7 +209,7 @@ BAD_CALLS = [
         (paddle.ones([2, 4]),),
         {"output": paddle.zeros([4, 2], "uint8").t()},
         ValueError,
-        "output: it is written in place and must be contiguous",
+        "output: expected a contiguous tensor",
     ),
 ]
 

@@ -3,6 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "api/paged_cache.h"
 #include "cpu/append_cache.h"
 #include "params/cache.h"
@@ -145,3 +146,15 @@ PD_BUILD_OP(fastattn_append_cache_kv_c8)
     .SetKernelFn(PD_KERNEL(fastattn::api::AppendCacheKvC8))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::AppendCacheKvC8InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::AppendCacheKvC8InferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect =
+    AddDirect<&AppendCacheKvC8>("fastattn_append_cache_kv_c8",
+                                {"key_cache", "value_cache", "cache_k_scales", "cache_v_scales"});
+
+}  // namespace
+
+}  // namespace fastattn::api

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/direct.h"
 #include "api/paged_cache.h"
 #include "api/quantize_query.h"
 #include "cpu/attention.h"
@@ -243,13 +244,6 @@ void ParseCommon(const char* op, const CommonArgs& args, const phi::Place& place
 
 #if defined(FASTATTN_WITH_CUDA)
 
-int NumMultiprocessors(const char* op, const phi::Place& place) {
-  int count = 0;
-  CheckCuda(op,
-            cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, place.GetDeviceId()));
-  return count;
-}
-
 // Tokens of no row are cleared by the kernels, as no memory operation is launched beside them.
 void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
               const QuantizeQueryParams& query, AttentionParams* p) {
@@ -290,11 +284,13 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   sizes.element_bytes = SizeOf(keys);
   sizes.max_seqlen_q = p->max_seqlen_q;
   sizes.max_seqlen_k = p->max_seqlen_k;
-  sizes.num_sms = NumMultiprocessors(op, place);
   if (p->out == nullptr) return;
   const DeviceGuard guard(op, place.GetDeviceId());
-  sizes.max_cluster = cuda::MaxAttentionCluster();
-  cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p);
+  cuda::DeviceFacts facts;
+  CheckCuda(op, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
+  sizes.num_sms = facts.processors;
+  sizes.max_cluster = cuda::MaxAttentionCluster(facts);
+  cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p, facts);
   sizes.long_row = cuda::LongRow(*p, prefill);
   const AttentionPlan plan = PlanAttention(sizes);
   if (plan.Whole() == nullptr) prefill = cuda::PrefillKernel::kNone;
@@ -304,10 +300,10 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
     workspace = paddle::empty({floats}, phi::DataType::FLOAT32, place);
     p->workspace = MutableData<float>(workspace);
   }
-  LaunchOnGpu(op, out, [&](cudaStream_t stream) {
-    const cudaError_t status = cuda::LaunchQuantizeQuery(query, stream);
-    if (status != cudaSuccess) return status;
-    return cuda::LaunchAttention(*p, plan, prefill, stream);
+  Guarded(op, [&] {
+    const cudaStream_t stream = out.stream();
+    CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
+    CheckCuda(op, cuda::LaunchAttention(*p, plan, prefill, stream));
   });
 }
 
@@ -318,12 +314,12 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
 std::vector<Tensor> Run(const char* op, const CommonArgs& args, const phi::Place& place,
                         AttentionParams* p) {
   Tensor out = args.out ? *args.out : paddle::empty(args.q.shape(), ToPhi(p->out_dtype), place);
-  const Shape lse_shape =
-      args.return_softmax_lse ? Shape{p->num_heads, p->rows.num_tokens} : Shape{1};
-  Tensor lse = paddle::empty(lse_shape, phi::DataType::FLOAT32, place);
+  Tensor lse;  // undefined unless asked for
+  if (args.return_softmax_lse) {
+    lse = paddle::empty({p->num_heads, p->rows.num_tokens}, phi::DataType::FLOAT32, place);
+    p->lse = MutableData<float>(lse);
+  }
   p->out = MutableData(out);
-  float* logs = MutableData<float>(lse);
-  p->lse = args.return_softmax_lse ? logs : nullptr;
   p->clear_padding = args.out == nullptr;
   QuantizeQueryParams query;  // without tokens where the queries are taken as they are
   Tensor query_codes;
@@ -338,8 +334,8 @@ std::vector<Tensor> Run(const char* op, const CommonArgs& args, const phi::Place
   if (p->clear_padding && p->out != nullptr) {
     std::memset(p->out, 0, static_cast<size_t>(out.numel()) * SizeOf(p->out_dtype));
   }
-  if (logs != nullptr) {
-    std::fill(logs, logs + lse.numel(), -std::numeric_limits<float>::infinity());
+  if (p->lse != nullptr) {
+    std::fill(p->lse, p->lse + lse.numel(), -std::numeric_limits<float>::infinity());
   }
   Guarded(op, [&] {
     if (args.quantize_q) cpu::QuantizeQuery(query);
@@ -572,7 +568,7 @@ PD_BUILD_OP(fastattn_flash_attention)
             "causal: bool", "window_left: int64_t", "window_right: int64_t", "softcap: float",
             "return_softmax_lse: bool", "out_dtype: std::string", "kv_dtype: std::string",
             "quantize_q: bool"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::FlashAttention))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::FlashAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::FlashInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::FlashInferDtype));
 
@@ -588,6 +584,20 @@ PD_BUILD_OP(fastattn_paged_attention)
             "causal: bool", "window_left: int64_t", "window_right: int64_t", "softcap: float",
             "return_softmax_lse: bool", "out_dtype: std::string", "cache_quant_type: std::string",
             "fp8_format: std::string", "quantize_q: bool"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::PagedAttention))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::PagedAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectFlashAttention = AddDirect<&FlashAttention>(
+    "fastattn_flash_attention", {"q", "k", "v", "q_descale", "k_descale", "v_descale"});
+const bool kDirectPagedAttention = AddDirect<&PagedAttention>(
+    "fastattn_paged_attention",
+    {"q", "q_descale", "key_cache", "value_cache", "cache_k_scales", "cache_v_scales"});
+
+}  // namespace
+
+}  // namespace fastattn::api

@@ -4,6 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "api/paged_cache.h"
 #include "cpu/convert_layout.h"
 #include "params/cache.h"
@@ -198,3 +199,16 @@ PD_BUILD_OP(fastattn_convert_cache_blocks)
     .SetKernelFn(PD_KERNEL(fastattn::api::ConvertCacheBlocks))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ConvertCacheBlocksInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ConvertCacheBlocksInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectConvertCacheLayout =
+    AddDirect<&ConvertCacheLayout>("fastattn_convert_cache_layout", {"cache"});
+const bool kDirectConvertCacheBlocks =
+    AddDirect<&ConvertCacheBlocks>("fastattn_convert_cache_blocks");
+
+}  // namespace
+
+}  // namespace fastattn::api

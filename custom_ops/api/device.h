@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "api/check.h"
+#include "cuda/common/device_facts.h"
 
 namespace fastattn::api {
 
@@ -13,31 +14,22 @@ inline bool OnGpu(const Tensor& tensor) {
   return tensor.place().GetType() == phi::AllocationType::GPU;
 }
 
+// Throws for a failure, and clears it: the runtime would report it to whoever asks next.
 inline void CheckCuda(const char* op, cudaError_t status) {
   if (status != cudaSuccess) {
+    cudaGetLastError();
     PD_THROW(std::string("[RuntimeError] ") + op + ": CUDA error: " + cudaGetErrorString(status));
   }
 }
 
-// Makes a tensor's GPU the current one for a launch; a server may call from a thread that is set to
-// another.
+// Makes a tensor's GPU the current one for a launch. The calling thread may be set to another, or,
+// before its first use of a GPU, have none.
 class DeviceGuard {
  public:
-  DeviceGuard(const char* op, int device) : op_(op) {
-    CheckCuda(op_, cudaGetDevice(&previous_));
-    changed_ = device != previous_;
-    if (changed_) CheckCuda(op_, cudaSetDevice(device));
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  DeviceGuard(const char* op, int device) : scope_(device) { CheckCuda(op, scope_.status()); }
 
  private:
-  const char* op_;
-  int previous_ = 0;
-  bool changed_ = false;
+  cuda::ContextScope scope_;
 };
 
 // Calls launch(stream), which returns a cudaError_t, on the tensor's GPU and Paddle's stream of it.

@@ -3,6 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "api/paged_cache.h"
 #include "api/rope_args.h"
 #include "cpu/gqa_rope.h"
@@ -167,3 +168,13 @@ PD_BUILD_OP(fastattn_gqa_rope_write_cache)
     .SetKernelFn(PD_KERNEL(fastattn::api::GqaRopeWriteCache))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::GqaRopeWriteCacheInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::GqaRopeWriteCacheInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect = AddDirect<&GqaRopeWriteCache>("fastattn_gqa_rope_write_cache", {"qkv"});
+
+}  // namespace
+
+}  // namespace fastattn::api

@@ -3,6 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "cpu/indexer.h"
 #include "params/indexer.h"
 
@@ -272,3 +273,16 @@ PD_BUILD_OP(fastattn_indexer_kv_compress_insert)
     .SetKernelFn(PD_KERNEL(fastattn::api::IndexerKvCompressInsert))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerKvCompressInsertInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerKvCompressInsertInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectIndexerQRopeQuant =
+    AddDirect<&IndexerQRopeQuant>("fastattn_indexer_q_rope_quant");
+const bool kDirectIndexerKvCompressInsert =
+    AddDirect<&IndexerKvCompressInsert>("fastattn_indexer_kv_compress_insert", {"state_cache"});
+
+}  // namespace
+
+}  // namespace fastattn::api

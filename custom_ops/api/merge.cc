@@ -4,6 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "cpu/merge.h"
 #include "params/merge.h"
 
@@ -200,3 +201,14 @@ PD_BUILD_OP(fastattn_merge_attn_states)
     .SetKernelFn(PD_KERNEL(fastattn::api::MergeAttnStates))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergeInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergeInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect = AddDirect<&MergeAttnStates>(
+    "fastattn_merge_attn_states", {"prefix_output", "prefix_lse", "suffix_output", "suffix_lse"});
+
+}  // namespace
+
+}  // namespace fastattn::api

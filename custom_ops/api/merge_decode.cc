@@ -4,6 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "api/paged_cache.h"
 #include "cpu/merge_decode.h"
 #include "params/merge_decode.h"
@@ -110,3 +111,13 @@ PD_BUILD_OP(fastattn_merge_prefill_decode_output)
     .SetKernelFn(PD_KERNEL(fastattn::api::MergePrefillDecodeOutput))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergePrefillDecodeOutputInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergePrefillDecodeOutputInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect = AddDirect<&MergePrefillDecodeOutput>("fastattn_merge_prefill_decode_output");
+
+}  // namespace
+
+}  // namespace fastattn::api

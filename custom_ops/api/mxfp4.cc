@@ -3,6 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "common/fp4.h"
 #include "cpu/mxfp4.h"
 #include "params/mxfp4.h"
@@ -139,3 +140,14 @@ PD_BUILD_OP(fastattn_mxfp4_dequantize)
     .SetKernelFn(PD_KERNEL(fastattn::api::Mxfp4Dequantize))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::Mxfp4DequantizeInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::Mxfp4DequantizeInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectMxfp4Quantize = AddDirect<&Mxfp4Quantize>("fastattn_mxfp4_quantize");
+const bool kDirectMxfp4Dequantize = AddDirect<&Mxfp4Dequantize>("fastattn_mxfp4_dequantize");
+
+}  // namespace
+
+}  // namespace fastattn::api

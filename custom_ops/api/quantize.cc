@@ -3,6 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "cpu/quantize.h"
 #include "params/quantize.h"
 
@@ -146,3 +147,13 @@ PD_BUILD_OP(fastattn_quantize_fp8)
     .SetKernelFn(PD_KERNEL(fastattn::api::QuantizeFp8))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::QuantizeFp8InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::QuantizeFp8InferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect = AddDirect<&QuantizeFp8>("fastattn_quantize_fp8");
+
+}  // namespace
+
+}  // namespace fastattn::api

@@ -3,6 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "api/paged_cache.h"
 #include "api/rope_args.h"
 #include "cpu/rope_write_cache.h"
@@ -85,10 +86,12 @@ std::vector<Tensor> RopeWriteCacheKv(
 
   const auto q_dtype = p.q_quant == QQuant::kNone ? qkv.dtype() : phi::DataType::UINT8;
   Tensor q = paddle::empty({num_tokens, num_heads, head_dim}, q_dtype, place);
-  Tensor q_descale =
-      paddle::empty(DescaleShape(p.q_quant, num_tokens, num_heads), phi::DataType::FLOAT32, place);
+  Tensor q_descale;  // undefined unless scales are measured
+  if (p.q_quant == QQuant::kPerTokenHead) {
+    q_descale = paddle::empty({num_tokens, num_heads}, phi::DataType::FLOAT32, place);
+    p.q_descale = MutableData<float>(q_descale);
+  }
   p.q = MutableData(q);
-  p.q_descale = MutableData<float>(q_descale);
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(qkv)) {
@@ -150,6 +153,16 @@ PD_BUILD_OP(fastattn_rope_write_cache_kv)
                     {"value_cache", "value_cache_out"},
                     {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
                     {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::RopeWriteCacheKv))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::RopeWriteCacheKv>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::RopeWriteCacheKvInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::RopeWriteCacheKvInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect = AddDirect<&RopeWriteCacheKv>("fastattn_rope_write_cache_kv", {"qkv"});
+
+}  // namespace
+
+}  // namespace fastattn::api

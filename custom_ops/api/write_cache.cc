@@ -3,6 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/direct.h"
 #include "api/paged_cache.h"
 #include "cpu/write_cache.h"
 #include "params/cache.h"
@@ -111,3 +112,13 @@ PD_BUILD_OP(fastattn_write_cache_kv)
     .SetKernelFn(PD_KERNEL(fastattn::api::WriteCacheKv))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::WriteCacheKvInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::WriteCacheKvInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect = AddDirect<&WriteCacheKv>("fastattn_write_cache_kv", {"key", "value"});
+
+}  // namespace
+
+}  // namespace fastattn::api

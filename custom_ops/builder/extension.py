@@ -17,18 +17,20 @@ from setuptools.command.egg_info import egg_info
 from setuptools.command.install import install
 from setuptools.errors import SetupError
 
+from . import sources as source_lists
 from .compile import CompileError
 from .ops import BUILD_INFO, ROOT, Build
 from .toolchain import ToolchainError
 from .wheel import local_version
 
 LIBRARY = "fastattn._fastattn_ops"
-HOST = "fastattn._host"
+MODULES = {name: f"fastattn.{name}" for name in source_lists.MODULES}
 
 
 def extensions() -> list[Extension]:
-    """What setuptools is told: the operator library and the module of host facts."""
-    return [Extension(LIBRARY, sources=[]), Extension(HOST, sources=[], optional=True)]
+    """What setuptools is told: the operator library and the Python modules beside it."""
+    modules = [Extension(name, sources=[], optional=True) for name in MODULES.values()]
+    return [Extension(LIBRARY, sources=[]), *modules]
 
 
 def build_command() -> type[build_ext]:
@@ -79,9 +81,12 @@ def build_command() -> type[build_ext]:
             ]
 
         def build_extensions(self) -> None:
-            library, host = (Path(self.get_ext_fullpath(n)).resolve() for n in (LIBRARY, HOST))
+            library = Path(self.get_ext_fullpath(LIBRARY)).resolve()
+            modules = {
+                name: Path(self.get_ext_fullpath(full)).resolve() for name, full in MODULES.items()
+            }
             try:
-                Build(self.cuda_option).run(library, host)
+                Build(self.cuda_option).run(library, modules)
             except (CompileError, ToolchainError) as error:
                 raise SetupError(str(error)) from None
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,25 +101,28 @@ class Build:
             units.append(Unit(name, self.objects / f"{name}.o", cxx, identity, launcher))
         return units
 
-    def host_units(self) -> list[Unit]:
-        """Compilation of the module of host facts; none without ``Python.h``."""
+    def module_units(self) -> dict[str, Unit]:
+        """Compilations of the Python modules, by name; none without ``Python.h``."""
         include = toolchain.python_include()
-        if self.sources.host_module is None:
-            return []
         if include is None:
-            _say("Python.h is not installed: building without fastattn._host (optional)")
-            return []
+            _say(
+                "Python.h is not installed: building without fastattn._direct (calls in dygraph "
+                "then cost more host time) and fastattn._host"
+            )
+            return {}
         flags = [
-            *toolchain.host_module_flags(self.paddle, include),
+            *toolchain.module_flags(self.paddle, include),
             f'-DFASTATTN_ARCHS="{";".join(self.archs)}"',
             f"-DFASTATTN_CUDA={int(self.cuda is not None)}",
         ]
-        name = self.sources.host_module
         identity = f"{toolchain.compiler_identity(tuple(self.cxx))} {self.paddle.version}"
         launcher = tuple(toolchain.find_ccache())
-        return [
-            Unit(name, self.objects / f"{name}.o", (*self.cxx, *flags), identity, launcher),
-        ]
+        return {
+            name: Unit(
+                source, self.objects / f"{source}.o", (*self.cxx, *flags), identity, launcher
+            )
+            for name, source in self.sources.modules.items()
+        }
 
     def info(self) -> dict[str, Any]:
         """What ``_build_info.py`` records."""
@@ -150,18 +153,27 @@ class Build:
             raise CompileError(f"linking {target.name} failed:\n{done.stderr}")
         os.replace(partial, target)
 
-    def run(self, library: Path, host: Path) -> None:
-        """Compile and link everything, and write ``_build_info.py`` beside the library."""
+    def run(self, library: Path, modules: Mapping[str, Path]) -> None:
+        """Compile and link everything, and write ``_build_info.py`` beside the library.
+
+        Parameters
+        ----------
+        library : Path
+            The operator library to write.
+        modules : mapping of str to Path
+            Python modules to write, by their names in ``sources.MODULES``.
+        """
         start = time.monotonic()
-        library_units, host_units = self.library_units(), self.host_units()
+        library_units, module_units = self.library_units(), self.module_units()
         jobs = toolchain.jobs()
         kind = f"CUDA {';'.join(self.archs)}" if self.cuda else "CPU"
         _say(f"fastattn: {kind} operators for Paddle {self.paddle.version}, {jobs} jobs")
         with _lock(self.objects):
-            report = compile_all([*library_units, *host_units], CUSTOM_OPS, jobs, _say)
+            units = [*library_units, *module_units.values()]
+            report = compile_all(units, CUSTOM_OPS, jobs, _say)
             self.link(library_units, toolchain.link_flags(self.paddle, self.cuda), library)
-            if host_units:
-                self.link(host_units, ["-shared", "-Wl,-s"], host)
+            for name, unit in module_units.items():
+                self.link([unit], toolchain.module_link_flags(self.paddle), modules[name])
         info = self.info()
         (library.parent / BUILD_INFO).write_text(build_info_text(info), encoding="utf-8")
         _say(

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-HOST_MODULE = "api/host_module.cc"
+#: Python extension modules beside the library, and the source of each.
+MODULES = {"_host": "api/host_module.cc", "_direct": "api/direct_module.cc"}
 
 _OPERATOR = re.compile(r"^PD_BUILD_OP\(\s*fastattn_(\w+)\s*\)", re.M)
 
@@ -17,7 +18,7 @@ class Sources:
 
     cxx: tuple[str, ...]
     cuda: tuple[str, ...]
-    host_module: str | None
+    modules: dict[str, str]
 
 
 def discover(root: Path, with_cuda: bool) -> Sources:
@@ -29,9 +30,10 @@ def discover(root: Path, with_cuda: bool) -> Sources:
     def find(pattern: str) -> tuple[str, ...]:
         return tuple(sorted(p.relative_to(root).as_posix() for p in root.glob(pattern)))
 
-    cxx = tuple(name for name in find("api/*.cc") + find("cpu/**/*.cc") if name != HOST_MODULE)
-    host = HOST_MODULE if (root / HOST_MODULE).exists() else None
-    return Sources(cxx, find("cuda/**/*.cu") if with_cuda else (), host)
+    library = find("api/*.cc") + find("cpu/**/*.cc")
+    cxx = tuple(name for name in library if name not in MODULES.values())
+    modules = {name: source for name, source in MODULES.items() if source in library}
+    return Sources(cxx, find("cuda/**/*.cu") if with_cuda else (), modules)
 
 
 def operators(root: Path, sources: Sources) -> dict[str, list[str]]:

@@ -265,12 +265,18 @@ def link_flags(paddle: Paddle, cuda: Cuda | None = None) -> list[str]:
     return flags
 
 
-def host_module_flags(paddle: Paddle, include: Path) -> list[str]:
-    """Flags of the pybind11 module of host facts (pybind11 comes with Paddle)."""
+def module_flags(paddle: Paddle, include: Path) -> list[str]:
+    """Flags of the Python modules (pybind11 comes with Paddle)."""
     return [
         *("-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-I."),
         *_isystem([*paddle.includes, include]),
     ]
+
+
+def module_link_flags(paddle: Paddle) -> list[str]:
+    """Flags that link a Python module: Paddle's library is needed only by one that uses it."""
+    paddle_library = [*(f"-L{p}" for p in paddle.library_dirs), "-l:libpaddle.so"]
+    return ["-shared", "-Wl,-s", "-Wl,--as-needed", *paddle_library, "-ldl"]
 
 
 def platform_name() -> str:

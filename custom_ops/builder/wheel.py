@@ -14,9 +14,9 @@ _REQUIRED = ("fastattn/_fastattn_ops.so", "fastattn/_build_info.py", "fastattn/p
 
 _ALLOWED = re.compile(
     r"(fastattn/(\w+/)*\w+\.py"
-    r"|fastattn/(py\.typed|_host\.pyi)"
+    r"|fastattn/(py\.typed|_(host|direct)\.pyi)"
     r"|fastattn/_fastattn_ops\.so"
-    r"|fastattn/_host\.[\w.-]+\.so"
+    r"|fastattn/_(host|direct)\.[\w.-]+\.so"
     r"|fastattn-[^/]+\.dist-info/.+)\Z"
 )
 

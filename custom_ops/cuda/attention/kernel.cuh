@@ -399,19 +399,15 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.beside) EndBesideEarlierKernel();
 }
 
-// Slots of the kernel's rings on this device.
+// Slots of the kernel's rings on a device whose CTAs have up to `bytes` of shared memory.
 template <typename Traits, typename Kernel>
-cudaError_t FindRing(Kernel kernel, int* slots) {
+cudaError_t FindRing(Kernel kernel, int bytes, int* slots) {
   static_assert(Traits::SharedBytes(kMaxPlanRows, Traits::kShortRing) <= 99 * 1024);
   *slots = Traits::kSlots;
-  int device = 0, bytes = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess || bytes > 128 * 1024) return status;
+  if (bytes > 128 * 1024) return cudaSuccess;
   // A small GPU: its code says which rings it was compiled with.
   cudaFuncAttributes attributes;
-  status = cudaFuncGetAttributes(&attributes, kernel);
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
   if (status != cudaSuccess) return status;
   if (HasShortRings(attributes.ptxVersion)) *slots = Traits::kShortRing;
   const bool fits = bytes >= Traits::SharedBytes(kMaxPlanRows, *slots);
@@ -423,12 +419,16 @@ cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask
                                    cudaStream_t stream) {
   using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kTokenScales, kColumns>;
   const auto kernel = AttentionKernel<Traits>;
-  int slots = 0;
-  cudaError_t status = FindRing<Traits>(kernel, &slots);
+  int device = 0, slots = 0;
+  DeviceFacts facts;
+  cudaError_t status = GetCurrentDevice(&device, &facts);
+  if (status == cudaSuccess) status = FindRing<Traits>(kernel, facts.max_shared_bytes, &slots);
   if (status != cudaSuccess) return status;
-  // The same value in every call: threads of the host may launch at the same time.
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  static OncePerDevice once;
+  status = once.Run(device, [&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 Traits::SharedBytes(kMaxPlanRows, slots));
+  });
   if (status != cudaSuccess) return status;
   return LaunchEarlyInClusters(kernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
                                Traits::SharedBytes(task.num_rows, slots), stream, p, task);

@@ -106,22 +106,12 @@ cudaError_t LaunchRows(const AttentionParams& p, const AttentionPlan& plan, bool
 
 }  // namespace
 
-int MaxAttentionCluster() {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-    return 1;
-  }
-  return major >= 9 ? 8 : 1;  // 8 is what every such device can do
+int MaxAttentionCluster(const DeviceFacts& facts) {
+  return facts.major >= 9 ? 8 : 1;  // 8 is what every such device can do
 }
 
-PrefillKernel ChoosePrefill(const AttentionParams& p) {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return PrefillKernel::kNone;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-    return PrefillKernel::kNone;
-  }
-  if (major != 9) return PrefillKernel::kNone;
+PrefillKernel ChoosePrefill(const AttentionParams& p, const DeviceFacts& facts) {
+  if (!facts.IsHopper()) return PrefillKernel::kNone;
   if (PrefillSm90Supports(p)) return PrefillKernel::kFp8;
   return PrefillHalfSm90Supports(p) ? PrefillKernel::kHalf : PrefillKernel::kNone;
 }

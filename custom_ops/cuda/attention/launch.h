@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cuda/common/device_facts.h"
 #include "params/attention.h"
 #include "params/attention_plan.h"
 
@@ -26,8 +27,8 @@ struct AttentionTask {
   float* partials = nullptr;  // [grid, kPartsPerCta, columns, D + 2]
 };
 
-// CTAs of a cluster on the current device, at most: AttentionSizes::max_cluster.
-int MaxAttentionCluster();
+// CTAs of a cluster on a device, at most: AttentionSizes::max_cluster.
+int MaxAttentionCluster(const DeviceFacts& facts);
 
 // Kernels that LaunchAttention may leave the plan's long rows to.
 enum class PrefillKernel : int {
@@ -36,8 +37,8 @@ enum class PrefillKernel : int {
   kHalf,  // prefill_half_sm90: 16-bit queries
 };
 
-// The one for the current device.
-PrefillKernel ChoosePrefill(const AttentionParams& p);
+// The one for a device.
+PrefillKernel ChoosePrefill(const AttentionParams& p, const DeviceFacts& facts);
 
 // New tokens from which a row is better off there: AttentionSizes::long_row.
 int64_t LongRow(const AttentionParams& p, PrefillKernel prefill);

@@ -7,6 +7,8 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/common/device_facts.h"
+
 namespace fastattn::cuda {
 
 // Every thread of a kernel that LaunchEarly launches calls this before its first access to global
@@ -52,10 +54,9 @@ template <typename... Params>
 cudaError_t LaunchEarlyInClusters(void (*kernel)(Params...), dim3 grid, dim3 block, int cluster,
                                   size_t shared_bytes, cudaStream_t stream,
                                   const Params&... params) {
-  int device = 0, major = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  int device = 0;
+  DeviceFacts facts;
+  const cudaError_t status = GetCurrentDevice(&device, &facts);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -69,7 +70,7 @@ cudaError_t LaunchEarlyInClusters(void (*kernel)(Params...), dim3 grid, dim3 blo
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
+  config.numAttrs = facts.major < 9 ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/device_facts.h"
 #include "cuda/common/mbarrier.cuh"
 
 namespace fastattn::cuda {
@@ -51,38 +52,22 @@ struct ByteTensor {
   CUtensorMapSwizzle swizzle;
 };
 
-// Encodes a tensor map. The encoder is a driver function: it is asked for by name, so that nothing
-// links against the driver's library.
+// Encodes a tensor map. A context must be current in the calling thread.
 inline cudaError_t EncodeMap(const ByteTensor& tensor, CUtensorMap* map) {
-  using Encode =
-      CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                   const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                   CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                                12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t status =
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-    const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return usable ? reinterpret_cast<Encode>(function) : nullptr;
-  }();
-  if (encode == nullptr) return cudaErrorNotSupported;
+  const Driver* driver = nullptr;
+  const cudaError_t status = GetDriver(&driver);
+  if (status != cudaSuccess) return status;
+  if (driver->encode_tiled == nullptr) return cudaErrorNotSupported;
   // The driver takes the address of what is read only as that of what may be written.
   void* data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tensor.data));
   const cuuint64_t size[3] = {tensor.size[0], tensor.size[1], tensor.size[2]};
   const cuuint64_t stride[2] = {tensor.stride[0], tensor.stride[1]};
   const cuuint32_t box[3] = {tensor.box[0], tensor.box[1], tensor.box[2]};
   const cuuint32_t step[3] = {1, 1, 1};
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, data, size, stride, box, step,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, tensor.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return ToRuntime(driver->encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, data, size, stride,
+                                        box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, tensor.swizzle,
+                                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 }
 
 }  // namespace fastattn::cuda

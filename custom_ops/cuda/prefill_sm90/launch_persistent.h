@@ -12,22 +12,25 @@ namespace fastattn::cuda::prefill_sm90 {
 
 // One CTA with a Shared a multiprocessor, or fewer where there are not as many tiles. May start
 // early: the kernel waits for those before it.
+// Each kernel has a configuration C of its own.
 template <class C, class Shared, class Arguments>
 cudaError_t LaunchPersistent(void (*kernel)(Arguments), const Arguments& arguments,
                              cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024);
-  int device = 0, processors = 0;
-  cudaError_t status = cudaGetDevice(&device);
+  int device = 0;
+  DeviceFacts facts;
+  cudaError_t status = GetCurrentDevice(&device, &facts);
   if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  static OncePerDevice once;
+  status = once.Run(device, [&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(sizeof(Shared)));
+  });
   if (status != cudaSuccess) return status;
   const auto& p = arguments.p;
   const int64_t tiles =
       (static_cast<int64_t>(p.rows.num_tokens) / C::kQueries + p.rows.batch) * p.num_heads;
-  const int grid = static_cast<int>(std::min<int64_t>(tiles, processors));
+  const int grid = static_cast<int>(std::min<int64_t>(tiles, facts.processors));
   if (grid <= 0) return cudaSuccess;
   return LaunchEarlyWithShared(kernel, dim3(grid), dim3(C::kThreads), sizeof(Shared), stream,
                                arguments);

@@ -1,0 +1,22 @@
+"""Calls of operators around Paddle's registry (``custom_ops/api/direct_module.cc``)."""
+
+from collections.abc import Callable
+from typing import Any
+
+_Facts = tuple[
+    int,
+    tuple[str, ...],
+    tuple[bool, ...],
+    tuple[str, ...],
+    tuple[str, ...],
+    dict[int, int],
+    tuple[bool, ...],
+]
+
+def bind(path: str) -> dict[str, _Facts]: ...
+def call(
+    handle: int,
+    inputs: tuple[Any, ...],
+    attrs: tuple[Any, ...],
+    gradients_count: Callable[[], bool] | None,
+) -> list[Any] | None: ...

@@ -1,0 +1,246 @@
+"""A small call of every operator, whose tensors are all made before it is made."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+import fastattn.functional as F
+from fastattn.compat.fastdeploy import gqa_rope_write_cache, merge_prefill_decode_output
+from fastattn.reference.rope import make_rotary_embs
+from tests.support.tensors import BF16, int32, to_paddle
+
+HEADS, KV, DIM, BLOCKS = 4, 2, 64, 7
+#: Sequences: cached and new tokens. A prompt that the Hopper prefill kernels take, and decode.
+CACHED, NEW = (0, 70, 3), (130, 1, 5)
+TOKENS = sum(NEW)
+
+Call = Callable[[], list]
+
+
+class _Inputs:
+    """Tensors of one step on a place; the same values for the same place."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.rng = np.random.default_rng(11)
+
+    def floats(self, *shape: int, dtype=BF16):
+        return to_paddle(self.rng.normal(size=shape).astype(dtype), self.place)
+
+    def codes(self, *shape: int):
+        return to_paddle(self.rng.integers(0, 100, shape).astype(np.uint8), self.place)
+
+    def scales(self, *shape: int):
+        return to_paddle(self.rng.uniform(0.5, 2, shape).astype(np.float32), self.place)
+
+    def int32(self, values):
+        return int32(values, self.place)
+
+    def cache(self) -> dict:
+        return {
+            "key_cache": self.codes(BLOCKS, KV, 64, DIM),
+            "value_cache": self.codes(BLOCKS, KV, DIM, 64),
+            "cache_k_scales": self.scales(BLOCKS, KV, 64),
+            "cache_v_scales": self.scales(BLOCKS, KV, 64),
+            "cache_quant_type": "block_wise_fp8",
+        }
+
+    def seqs(self) -> dict:
+        return {
+            "block_tables": self.int32([[4, 0, 6], [1, 5, -1], [2, -1, -1]]),
+            "cu_seqlens_q": self.int32(np.concatenate([[0], np.cumsum(NEW)])),
+            "seq_lens_decoder": self.int32(CACHED),
+            "seq_lens_this_time": self.int32(NEW),
+        }
+
+
+def _with_cache(function, cache: dict, *args, **kwargs) -> Call:
+    """A call whose results are those of the function and the cache that it may have written."""
+    tensors = [cache[name] for name in cache if name != "cache_quant_type"]
+
+    def call() -> list:
+        result = function(*args, **cache, **kwargs)
+        results = list(result) if isinstance(result, tuple) else [result]
+        return [x for x in results if x is not None] + tensors
+
+    return call
+
+
+def _paged(t: _Inputs, dtype=BF16, **options) -> Call:
+    q = t.codes(TOKENS, HEADS, DIM) if dtype == "e4m3" else t.floats(TOKENS, HEADS, DIM)
+    if dtype == "e4m3":
+        options["q_descale"] = t.scales(TOKENS, HEADS)
+    lengths = {"max_seqlen_q": max(NEW), "max_seqlen_k": 130, "return_softmax_lse": True}
+    return _with_cache(F.paged_attention, t.cache(), q, **t.seqs(), **lengths, **options)
+
+
+def _flash(t: _Inputs) -> Call:
+    q, k, v = t.floats(TOKENS, HEADS, DIM), t.floats(TOKENS, KV, DIM), t.floats(TOKENS, KV, DIM)
+    cu = t.int32([0, 130, TOKENS])
+    return lambda: list(
+        F.flash_attention(q, k, v, cu, cu, 130, 130, causal=True, return_softmax_lse=True)
+    )
+
+
+def _rope(t: _Inputs) -> Call:
+    qkv = t.floats(TOKENS, (HEADS + 2 * KV) * DIM)
+    table = to_paddle(make_rotary_embs(200, DIM), t.place)
+    options = {"num_heads": HEADS, "num_kv_heads": KV, "q_quant": "per_token_head"}
+    return _with_cache(
+        F.rope_write_cache_kv, t.cache(), qkv, rotary_embs=table, **t.seqs(), **options
+    )
+
+
+def _write(t: _Inputs) -> Call:
+    k, v = t.floats(TOKENS, KV, DIM), t.floats(TOKENS, KV, DIM)
+    return _with_cache(F.write_cache_kv, t.cache(), k, v, **t.seqs())
+
+
+def _append(t: _Inputs) -> Call:
+    total = sum(CACHED)
+    out = {name: t.floats(total, KV, DIM) for name in ("key", "value")}
+    seqs = {name: x for name, x in t.seqs().items() if name in ("block_tables", "seq_lens_decoder")}
+    cu = t.int32(np.concatenate([[0], np.cumsum(CACHED)]))
+    call = _with_cache(
+        F.append_cache_kv_c8, t.cache(), **out, **seqs, cu_seqlens_k=cu, dynamic_quant=True
+    )
+    return lambda: [*call(), *out.values()]
+
+
+def _merge(t: _Inputs) -> Call:
+    sides = [(t.floats(9, HEADS, DIM), t.scales(HEADS, 9)) for _ in range(2)]
+    scale = t.scales(1)
+    return lambda: list(F.merge_attn_states(*sides[0], *sides[1], output_scale=scale))
+
+
+def _merge_decode(t: _Inputs) -> Call:
+    outputs = [t.floats(TOKENS, HEADS * DIM) for _ in range(2)]
+    encoder = t.int32([130, 0, 0])
+    seqs = t.seqs()
+    rest = (seqs["seq_lens_decoder"], seqs["seq_lens_this_time"], seqs["cu_seqlens_q"])
+    return lambda: [merge_prefill_decode_output(*outputs, encoder, *rest, HEADS, DIM, 5)]
+
+
+def _gqa(t: _Inputs) -> Call:
+    qkv = t.floats(TOKENS, (HEADS + 2 * KV) * DIM)
+    cache, seqs = t.cache(), t.seqs()
+    # A prompt and two sequences that decode: only the prompt's keys are returned.
+    arguments = (
+        qkv,
+        cache["key_cache"],
+        cache["value_cache"],
+        seqs["cu_seqlens_q"],
+        t.int32([0, 130, 130, 130]),
+        to_paddle(make_rotary_embs(200, DIM), t.place),
+        seqs["seq_lens_this_time"],
+        t.int32([130, 0, 0]),
+        seqs["seq_lens_decoder"],
+        t.int32(np.repeat(np.arange(3), NEW)),
+        seqs["block_tables"],
+        *[None] * 8,
+        cache["cache_k_scales"],
+        cache["cache_v_scales"],
+        *[None] * 5,
+        130,
+        0,
+        1e-6,
+        False,
+        "block_wise_fp8",
+    )
+    return lambda: [*gqa_rope_write_cache(*arguments), cache["key_cache"], cache["value_cache"]]
+
+
+def _quantize(t: _Inputs) -> Call:
+    x = t.floats(33, 256)
+    return lambda: list(F.quantize_fp8(x, granularity="group", group_size=64))
+
+
+def _mxfp4(t: _Inputs) -> Call:
+    x = t.floats(33, 256)
+    return lambda: list(F.mxfp4_quantize(x))
+
+
+def _from_mxfp4(t: _Inputs) -> Call:
+    codes, scales = t.codes(33, 128), t.codes(33, 8)
+    return lambda: [F.mxfp4_dequantize(codes, scales)]
+
+
+def _indexer_q(t: _Inputs) -> Call:
+    q, table, weights = t.floats(9, 32, 128), t.scales(40, 64), t.scales(9, 32)
+    positions = t.int32(np.arange(9))
+    return lambda: list(F.indexer_q_rope_quant(positions, q, table, weights, 0.1, 0.7))
+
+
+def _indexer_k(t: _Inputs) -> Call:
+    tokens = t.int32(np.arange(8))
+    pages = t.codes(1, 132 * 16)
+    call = functools.partial(
+        F.indexer_kv_compress_insert,
+        t.floats(2, 4, 512, dtype=np.float32),
+        t.int32([[1, 0]]),
+        t.int32(np.zeros(8)),
+        tokens,
+        tokens,
+        t.int32(np.arange(8) // 4),
+        t.scales(128),
+        t.scales(8, 64),
+        pages,
+        compress_ratio=4,
+        page_size=16,
+    )
+    return lambda: [call()]
+
+
+def _convert(t: _Inputs) -> Call:
+    cache = t.codes(BLOCKS, KV, DIM, 64)
+    kinds = {"kind": "v", "cache_quant_type": "cache_fp8", "src": "fastattn", "dst": "logical"}
+    return lambda: [F.convert_cache_layout(cache, **kinds)]
+
+
+def _convert_blocks(t: _Inputs) -> Call:
+    cache = t.codes(BLOCKS, KV, 64, DIM)
+    kinds = {"kind": "k", "cache_quant_type": "cache_fp8", "src": "fastdeploy", "dst": "fastattn"}
+    done = []
+
+    def call() -> list:
+        if not done:  # a second conversion would start from the first one's result
+            done.append(F.convert_cache_blocks(cache, **kinds, begin=1, end=5))
+        return done
+
+    return call
+
+
+_MAKERS = {
+    "append_cache_kv_c8": _append,
+    "convert_cache_blocks": _convert_blocks,
+    "convert_cache_layout": _convert,
+    "flash_attention": _flash,
+    "gqa_rope_write_cache": _gqa,
+    "indexer_kv_compress_insert": _indexer_k,
+    "indexer_q_rope_quant": _indexer_q,
+    "merge_attn_states": _merge,
+    "merge_prefill_decode_output": _merge_decode,
+    "mxfp4_dequantize": _from_mxfp4,
+    "mxfp4_quantize": _mxfp4,
+    "paged_attention": _paged,
+    "quantize_fp8": _quantize,
+    "rope_write_cache_kv": _rope,
+    "write_cache_kv": _write,
+}
+
+#: Further ways through an operator.
+_VARIANTS = {
+    "paged_attention, e4m3 queries": functools.partial(_paged, dtype="e4m3"),
+    "paged_attention, quantize_q": functools.partial(_paged, quantize_q=True),
+}
+
+OPERATORS = tuple(_MAKERS)
+CALLS = (*_MAKERS, *_VARIANTS)
+
+
+def make_call(name: str, place: str) -> Call:
+    """A call (of `CALLS`) with tensors of its own; returns all tensors that it gave or wrote."""
+    return {**_MAKERS, **_VARIANTS}[name](_Inputs(place))

@@ -1,0 +1,194 @@
+"""Calls around Paddle's registry: results and errors as through it, and nothing registered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import paddle
+import pytest
+
+import fastattn.functional as F
+from fastattn import _ops
+from tests.support.calls import CALLS, OPERATORS, make_call
+from tests.support.compare import assert_same_bits
+from tests.support.tensors import to_numpy
+
+DIRECT = _ops._load_direct()[0] is not None
+pytestmark = pytest.mark.skipif(not DIRECT, reason="built without Python.h")
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """All calls go through Paddle's registry."""
+    monkeypatch.setattr(_ops, "_load_direct", lambda: (None, {}))
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_facts_are_those_of_the_registration(op):
+    direct, registered = _ops.signature(op), _ops.registered_signature(op)
+    assert direct.attrs == tuple(a.split(":")[0].strip() for a in registered.attrs)
+    assert direct._replace(attrs=()) == registered._replace(attrs=())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_both_ways_give_the_same_bits(name, place, monkeypatch):
+    got = make_call(name, place)()
+    monkeypatch.setattr(_ops, "_load_direct", lambda: (None, {}))
+    for i, (a, b) in enumerate(zip(got, make_call(name, place)(), strict=True)):
+        assert_same_bits(to_numpy(a), to_numpy(b), f"{name}: result {i}")
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_dygraph_registers_nothing_and_a_program_does():
+    out = run(
+        """
+        import numpy as np
+        import paddle
+        from fastattn import functional as F
+
+        paddle.set_device("cpu")
+        raw = paddle.base.core.eager._run_custom_op
+        x = paddle.ones([2, 64])
+        expected = F.quantize_fp8(x, granularity="token")[0].numpy()
+        try:
+            raw("fastattn_quantize_fp8", x, None, None, "token", 128)
+        except (RuntimeError, ValueError, OSError) as error:
+            print("unknown" if "fastattn_quantize_fp8" in str(error) else error)
+        paddle.enable_static()
+        program = paddle.static.Program()
+        with paddle.static.program_guard(program):
+            codes, _ = F.quantize_fp8(paddle.static.data("x", [2, 64]), granularity="token")
+            feed = {"x": np.ones([2, 64], "float32")}
+            (got,) = paddle.static.Executor().run(program, feed=feed, fetch_list=[codes])
+        paddle.disable_static()
+        print((got == expected).all(), list(F.quantize_fp8(x, granularity="token")[0].shape))
+        raw("fastattn_quantize_fp8", x, None, None, "token", 128)
+        """
+    )
+    assert out.splitlines() == ["unknown", "True [2, 64]"]
+
+
+X = paddle.ones([4, 256])
+BAD = {
+    "None": lambda: F.quantize_fp8(None),
+    "no tensor": lambda: F.quantize_fp8(np.ones([4, 256], np.float32)),
+    "name": lambda: F.quantize_fp8(X, granularity="row"),
+    "number for a name": lambda: F.quantize_fp8(X, granularity=3),
+    "string for a number": lambda: F.quantize_fp8(X, granularity="group", group_size="64"),
+    "bool for a number": lambda: F.quantize_fp8(X, granularity="group", group_size=True),
+    "dtype": lambda: F.quantize_fp8(X.astype("int32")),
+    "shape": lambda: F.quantize_fp8(X, paddle.ones([2])),
+    "empty optional": lambda: F.quantize_fp8(X, paddle.ones([0])),
+    "kind": lambda: F.convert_cache_layout(X, kind="q", cache_quant_type="none", src="a", dst="b"),
+    "zero dimensions": lambda: F.quantize_fp8(X, paddle.to_tensor(1.0)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_both_ways_refuse_alike(case, monkeypatch):
+    errors = []
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError, NotImplementedError)) as caught:
+            BAD[case]()
+        errors.append((type(caught.value), str(caught.value)))
+        monkeypatch.setattr(_ops, "_load_direct", lambda: (None, {}))
+    assert errors[0] == errors[1]
+
+
+def test_numbers_of_numpy_are_numbers():
+    expected = F.quantize_fp8(X, granularity="group", group_size=64)
+    got = F.quantize_fp8(X, granularity="group", group_size=np.int64(64))
+    for a, b in zip(got, expected):
+        assert_same_bits(to_numpy(a), to_numpy(b))
+
+
+def test_memory_that_runs_out_is_a_memory_error():
+    sig = _ops.signature("quantize_fp8")
+    for text in ("\n\nResourceExhaustedError: Fail to alloc memory of 9 size.", "out of memory"):
+        with pytest.raises(MemoryError, match="quantize_fp8"):
+            _ops._reraise(sig, RuntimeError(text))
+
+
+def test_a_library_of_another_build_is_refused(tmp_path):
+    library = tmp_path / "other.so"
+    library.write_bytes(b"\x7fELF no library")
+    module = _ops._direct_module(_ops.library_path())
+    with pytest.raises(RuntimeError, match=r"other\.so"):
+        module.bind(str(library))
+    with pytest.raises(RuntimeError, match="has no table of operators"):
+        module.bind("libm.so.6")
+
+
+@pytest.mark.parametrize("arguments", [(), (0,), (99, (), (), None), (0, (), (), None)])
+def test_a_raw_call_that_is_wrong_raises(arguments):
+    run_, _ = _ops._load_direct()
+    with pytest.raises(TypeError):
+        run_(*arguments)
+
+
+class TestGradients:
+    """The operators have none, and say so once."""
+
+    @pytest.fixture(autouse=True)
+    def _forget(self, monkeypatch):
+        monkeypatch.setattr(_ops, "_told_no_gradient", set())
+
+    @pytest.fixture(params=["direct", "registry"], autouse=True)
+    def _way(self, request):
+        if request.param == "registry":
+            request.getfixturevalue("registry")
+
+    def test_one_warning_names_the_operator(self):
+        x = paddle.ones([2, 64])
+        x.stop_gradient = False
+        with pytest.warns(RuntimeWarning, match=r"^quantize_fp8: x wants a gradient") as caught:
+            F.quantize_fp8(x)
+            F.quantize_fp8(x)
+        assert len(caught) == 1 and caught[0].filename == __file__
+        lse = paddle.zeros([1, 2])
+        x3 = paddle.ones([2, 1, 64])
+        x3.stop_gradient = False
+        with pytest.warns(RuntimeWarning, match=r"^merge_attn_states: suffix_output wants"):
+            F.merge_attn_states(x3.detach(), lse, x3, lse)
+
+    def test_no_warning_where_gradients_are_off(self):
+        x = paddle.ones([2, 64])
+        y = paddle.ones([2, 64])
+        y.stop_gradient = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            F.quantize_fp8(x)
+            with paddle.no_grad():
+                F.quantize_fp8(y)
+
+    def test_what_is_written_may_not_want_one(self):
+        x, output = paddle.ones([2, 64]), paddle.zeros([2, 64], "uint8")
+        output.stop_gradient = False
+        with pytest.raises(ValueError, match=r"output: .* must have stop_gradient = True"):
+            F.quantize_fp8(x, output=output)
+
+
+def test_a_strided_output_is_written_where_it_lies():
+    rng = np.random.default_rng(3)
+    sides = [paddle.to_tensor(rng.normal(size=(5, 3, 64)).astype(np.float32)) for _ in range(2)]
+    lses = [paddle.to_tensor(rng.normal(size=(3, 5)).astype(np.float32)) for _ in range(2)]
+    expected, _ = F.merge_attn_states(sides[0], lses[0], sides[1], lses[1])
+    pool = paddle.full([5, 7, 64], 9.0)
+    output = pool[:, 2:5]
+    if output.is_contiguous():
+        pytest.skip("this Paddle copies slices")
+    got, _ = F.merge_attn_states(sides[0], lses[0], sides[1], lses[1], output=output)
+    assert_same_bits(to_numpy(got), to_numpy(expected))
+    assert_same_bits(to_numpy(pool)[:, 2:5], to_numpy(expected))
+    assert (to_numpy(pool)[:, [0, 1, 5, 6]] == 9).all()
