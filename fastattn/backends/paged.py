@@ -7,10 +7,12 @@ from typing import Any
 
 import paddle
 
+from fastattn import functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
 from fastattn.backends.forward_meta import field, optional
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
+from fastattn.backends.layer_facts import LayerFacts, seen_of
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 
 
@@ -98,6 +100,7 @@ class PagedAttentionBackend(AttentionBackend):
         self.decoder_block_shape_q = decoder_block_shape_q
         self.q_quant = q_quant
         self.attention_metadata: PagedAttentionMetadata | None = None
+        self._known_layers: dict[int, LayerFacts] = {}
 
     def get_kv_cache_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -184,85 +187,118 @@ class PagedAttentionBackend(AttentionBackend):
         ValueError
             If the step lacks a field, or caches and scales do not fit the layer.
         """
-        from fastattn import functional
-
-        self._refuse_layer(compressed_kv, k_pe, layer)
+        if compressed_kv is not None or k_pe is not None:
+            name = "k_pe" if compressed_kv is None else "compressed_kv"
+            raise NotImplementedError(
+                f"{type(self).__name__}: {name}: multi-head latent attention is not supported"
+            )
         metadata = self.attention_metadata
         if metadata is None:
             raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
-        num_tokens = int(qkv.shape[0])
+        num_tokens = qkv.shape[0]
+        width = self.num_heads * self.head_dim
         if num_tokens == 0:
             codes = getattr(layer, "fp8_output_scale", None) is not None
-            dtype = paddle.uint8 if codes else qkv.dtype
-            return paddle.zeros([0, self.num_heads * self.head_dim], dtype=dtype)
-
-        cache = LayerCache.of(forward_meta, layer, self.config.shard)
-        rows = {
-            "block_tables": field(forward_meta, "block_tables"),
-            "cu_seqlens_q": field(forward_meta, "cu_seqlens_q"),
-            "seq_lens_decoder": field(forward_meta, "seq_lens_decoder"),
-            "seq_lens_this_time": field(forward_meta, "seq_lens_this_time"),
-        }
-        q_quant = self._q_quant_for(cache)
+            return paddle.zeros([0, width], dtype=paddle.uint8 if codes else qkv.dtype)
+        facts = self._facts_of(layer, forward_meta)
+        cache = facts.cache
+        seqs = _sequences(forward_meta)
         query, q_descale = functional.rope_write_cache_kv(
             qkv,
             cache.key,
             cache.value,
             self._rotary_table(forward_meta),
+            *seqs,
             num_heads=self.num_heads,
             num_kv_heads=self.kv_num_heads,
-            q_quant=q_quant,
-            q_scale=getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
             batch_id_per_token=optional(forward_meta, "batch_id_per_token"),
-            **rows,
-            **self._projection_arguments(layer, forward_meta),
-            **cache.arguments(),
+            **facts.write,
         )
-        out = self._attend(query, q_descale, _dtype_name(qkv), cache, rows, layer, metadata)
-        return out.reshape([num_tokens, self.num_heads * self.head_dim])
+        attend = facts.attend
+        if metadata.mask_offsets is not None:  # they are the whole mask
+            whole = {"causal": False, "window_size": (-1, -1)}
+            attend = {**attend, **whole, "mask_offsets": metadata.mask_offsets}
+        if q_descale is not None and attend["out_scale"] is None:
+            attend = {**attend, "out_dtype": _dtype_name(qkv)}
+        out = self._attend(query, q_descale, cache, seqs, attend, metadata)
+        if paddle.in_dynamic_mode():
+            return paddle._C_ops.reshape(out, [num_tokens, width])
+        return out.reshape([num_tokens, width])
 
     def _attend(
         self,
         query: Any,
         q_descale: Any,
-        dtype: str,
         cache: LayerCache,
-        rows: dict[str, Any],
-        layer: Any,
+        seqs: tuple[Any, Any, Any, Any],
+        options: dict[str, Any],
         metadata: PagedAttentionMetadata,
     ) -> Any:
-        """Attention [T, H, D] over the whole cache, of type `dtype` or e4m3 codes."""
-        from fastattn import functional
-
-        blocks = int(rows["block_tables"].shape[1])
+        """Attention [T, H, D] over the whole cache."""
+        block_tables, cu_seqlens_q, _, seq_lens_this_time = seqs
         max_seqlen_q, max_seqlen_k = metadata.host_lengths or (
-            int(query.shape[0]),
-            min(self.config.max_model_len, blocks * BLOCK_SIZE),
+            query.shape[0],
+            min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE),
         )
-        mask = self._mask_arguments(layer, metadata)
-        output_scale = getattr(layer, "fp8_output_scale", None)
-        options = {
-            "max_seqlen_q": max_seqlen_q,
-            "max_seqlen_k": max_seqlen_k,
-            "q_descale": q_descale,
-            "out_scale": output_scale,
-            "out_dtype": "auto" if q_descale is None or output_scale is not None else dtype,
-            **mask,
-            **cache.arguments(),
-        }
-        if metadata.cascade_plan is None or not _sees_all(mask):
-            return functional.paged_attention(query, cache.key, cache.value, **rows, **options)
+        if metadata.cascade_plan is None or not _sees_all(options):
+            return functional.paged_attention(
+                query,
+                cache.key,
+                cache.value,
+                *seqs,
+                max_seqlen_q,
+                max_seqlen_k,
+                q_descale=q_descale,
+                **options,
+            )
         return functional.cascade_attention(
             query,
             cache.key,
             cache.value,
             metadata.cascade_plan,
-            rows["cu_seqlens_q"],
-            rows["seq_lens_this_time"],
+            cu_seqlens_q,
+            seq_lens_this_time,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            q_descale=q_descale,
             **options,
         )
+
+    def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
+        """What the layer's operators take: as the last time, if what it was made from is there."""
+        caches = field(forward_meta, "caches")
+        seen = seen_of(layer, caches) if paddle.in_dynamic_mode() else None
+        if seen is None:
+            return self._make_facts(layer, forward_meta, [])
+        identities = list(map(id, seen))
+        known = self._known_layers.get(id(layer))
+        if known is not None and known.identities == identities and known.keeps_scales:
+            return known
+        facts = self._make_facts(layer, forward_meta, seen)
+        self._known_layers[id(layer)] = facts
+        return facts
+
+    def _make_facts(self, layer: Any, forward_meta: Any, seen: list[Any]) -> LayerFacts:
+        self._refuse_layer(layer)
+        cache = LayerCache.of(forward_meta, layer, self.config.shard)
+        q_quant = self._q_quant_for(cache)
+        write = {
+            "q_quant": q_quant,
+            "q_scale": getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
+            **self._projection_arguments(layer),
+            **cache.arguments(),
+        }
+        attend = {
+            "out_scale": getattr(layer, "fp8_output_scale", None),
+            **self._mask_arguments(layer),
+            **cache.arguments(),
+        }
+        keeps = all(
+            x is None or any(x is y for y in seen) for x in (cache.k_scales, cache.v_scales)
+        )
+        return LayerFacts([*seen, layer], list(map(id, seen)), cache, keeps, write, attend)
 
     def _q_quant_for(self, cache: LayerCache) -> str:
         if self.q_quant != "auto":
@@ -274,7 +310,7 @@ class PagedAttentionBackend(AttentionBackend):
             return None
         return field(forward_meta, "rotary_embs")
 
-    def _projection_arguments(self, layer: Any, forward_meta: Any) -> dict[str, Any]:
+    def _projection_arguments(self, layer: Any) -> dict[str, Any]:
         """How Q, K and V come out of the fused projection."""
         arguments = {
             "qkv_bias": getattr(layer, "qkv_bias", None),
@@ -288,13 +324,11 @@ class PagedAttentionBackend(AttentionBackend):
             arguments["k_norm_weight"] = getattr(layer, "k_norm_weight", None)
         return arguments
 
-    def _mask_arguments(self, layer: Any, metadata: PagedAttentionMetadata) -> dict[str, Any]:
-        """Which keys a query sees. Mask offsets, where given, are the whole mask."""
-        sinks = getattr(layer, "sinks", None)
-        if metadata.mask_offsets is not None:
-            return {"causal": False, "mask_offsets": metadata.mask_offsets, "sinks": sinks}
+    def _mask_arguments(self, layer: Any) -> dict[str, Any]:
+        """Which keys a query sees."""
         window = self._window_of(layer)
         left = window - 1 if window > 0 else -1  # FastDeploy's window counts the query's own key
+        sinks = getattr(layer, "sinks", None)
         return {"causal": self.config.causal, "window_size": (left, -1), "sinks": sinks}
 
     def _window_of(self, layer: Any) -> int:
@@ -320,12 +354,7 @@ class PagedAttentionBackend(AttentionBackend):
                 f"{type(self).__name__}: forward_meta.pre_caches_length is not supported"
             )
 
-    def _refuse_layer(self, compressed_kv: Any, k_pe: Any, layer: Any) -> None:
-        for name, value in (("compressed_kv", compressed_kv), ("k_pe", k_pe)):
-            if value is not None:
-                raise NotImplementedError(
-                    f"{type(self).__name__}: {name}: multi-head latent attention is not supported"
-                )
+    def _refuse_layer(self, layer: Any) -> None:
         for name in ("linear_shift", "linear_smooth", "qkv_scale"):
             if getattr(layer, name, None) is not None:
                 raise NotImplementedError(f"{type(self).__name__}: layer.{name} is not supported")
@@ -339,6 +368,16 @@ class PagedAttentionBackend(AttentionBackend):
 
 def _dtype_name(qkv: Any) -> str:
     return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
+
+
+def _sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
+    """The sequences of a step, as every operator takes them."""
+    return (
+        field(forward_meta, "block_tables"),
+        field(forward_meta, "cu_seqlens_q"),
+        field(forward_meta, "seq_lens_decoder"),
+        field(forward_meta, "seq_lens_this_time"),
+    )
 
 
 def _sees_all(mask: dict[str, Any]) -> bool:

@@ -82,7 +82,7 @@ class _Device:
         ]
 
     def wait(self) -> None:
-        if self.place.is_gpu_place():
+        if isinstance(self.place, paddle.CUDAPlace):
             paddle.device.cuda.synchronize()
 
 

@@ -1,0 +1,97 @@
+"""What the two operators of a layer's step take from the layer, made once and kept.
+
+A server calls a backend for every layer of every step, and asking an ``nn.Layer`` for twenty
+attributes, most of them absent, takes longer than an operator's call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fastattn.backends.layer_cache import LayerCache
+
+#: Attributes that decide about a layer's step.
+_READ = (
+    "cache_fp8_format",
+    "cache_k_out_scale",
+    "cache_k_zp",
+    "cache_quant_type_str",
+    "cache_v_out_scale",
+    "cache_v_zp",
+    "fp8_output_scale",
+    "k_norm_weight",
+    "layer_id",
+    "linear_shift",
+    "linear_smooth",
+    "out_scale",
+    "q_norm_weight",
+    "q_scale",
+    "qk_norm_before_rope",
+    "qkv_bias",
+    "qkv_scale",
+    "rms_norm_eps",
+    "sinks",
+    "sliding_window",
+    "use_neox_rotary_style",
+)
+
+
+class LayerFacts(NamedTuple):
+    """Arguments of a layer's operators, and what they were made from.
+
+    Attributes
+    ----------
+    seen : list
+        Values of the layer's attributes and its cache tensors. They are kept, so that no other
+        object takes their identities.
+    identities : list of int
+    cache : LayerCache
+    keeps_scales : bool
+        Whether the scales of `cache` are the layer's own tensors (or there are none), not copies
+        that would have to follow them.
+    write, attend : dict
+        Keyword arguments of ``rope_write_cache_kv`` and ``paged_attention``.
+    """
+
+    seen: list[Any]
+    identities: list[int]
+    cache: LayerCache
+    keeps_scales: bool
+    write: dict[str, Any]
+    attend: dict[str, Any]
+
+
+def seen_of(layer: Any, caches: Any) -> list[Any] | None:
+    """Values that decide about a layer's step: of its attributes, then its cache tensors.
+
+    They are read from where Python and ``paddle.nn.Layer`` keep them, which runs no code of the
+    layer's class. None if the class computes one of them, or keeps them elsewhere.
+    """
+    own = getattr(layer, "__dict__", None)
+    if own is None or _computes(type(layer)):
+        return None
+    seen = [own.get(name) for name in _READ]
+    for kind in ("_parameters", "_buffers"):
+        tensors = own.get(kind)
+        if tensors:
+            seen += [tensors.get(name) for name in _READ]
+    layer_id = own.get("layer_id")
+    if type(layer_id) is not int or layer_id < 0:
+        return None
+    # The layer's share of the list, whichever number of tensors a layer has.
+    seen.append(len(caches))
+    seen += caches[2 * layer_id : 2 * layer_id + 2]
+    seen += caches[4 * layer_id : 4 * layer_id + 4]
+    return seen
+
+
+_computing: dict[type, bool] = {}
+
+
+def _computes(kind: type) -> bool:
+    """Whether a class has a property (or another descriptor) for an attribute that is read."""
+    known = _computing.get(kind)
+    if known is None:
+        found = (getattr(kind, name, None) for name in _READ)
+        known = _computing[kind] = any(hasattr(type(x), "__get__") for x in found)
+    return known

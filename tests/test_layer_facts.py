@@ -1,0 +1,176 @@
+"""A backend keeps what it made of a layer, for as long as it would make the same again."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta, make_config
+from fastattn.backends.layer_facts import seen_of
+from fastattn.reference.rope import make_rotary_embs
+from tests.support.compare import assert_same_bits
+from tests.support.tensors import to_numpy
+
+H, KV, D = 4, 2, 64
+RNG = np.random.default_rng(5)
+
+
+class ParameterLayer(paddle.nn.Layer):
+    """Keeps its tensors as FastDeploy's layer does: as parameters, which want gradients."""
+
+    def __init__(self, **values):
+        super().__init__()
+        self.layer_id = 0
+        self.cache_quant_type_str = "cache_fp8"
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+def parameter(values, dtype="float32"):
+    values = np.asarray(values, np.float32)
+    created = paddle.create_parameter(
+        list(values.shape), dtype, default_initializer=paddle.nn.initializer.Assign(values)
+    )
+    return created
+
+
+def tensor(values):
+    return paddle.to_tensor(np.asarray(values, np.float32))
+
+
+def make_caches(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = ([3, KV, 64, D], [3, KV, D, 64])
+    return [paddle.to_tensor(rng.integers(0, 100, s).astype(np.uint8)) for s in shapes]
+
+
+def make_meta(caches):
+    return ForwardMeta.for_step(
+        cached=[70, 0],
+        new=[1, 5],
+        block_tables=[[2, 0], [1, -1]],
+        caches=caches,
+        rotary_embs=paddle.to_tensor(make_rotary_embs(200, D)),
+    )
+
+
+QKV = paddle.to_tensor(RNG.normal(size=(6, (H + 2 * KV) * D)).astype(np.float16))
+
+
+def step(backend, layer, caches):
+    meta = make_meta(caches)
+    backend.init_attention_metadata(meta)
+    with paddle.no_grad():
+        return to_numpy(backend.forward_mixed(None, None, None, QKV, None, None, layer, meta))
+
+
+def backend():
+    return FlashAttentionBackend(make_config(max_model_len=256), KV, H, D)
+
+
+def fresh(layer, caches):
+    """The step by a backend that has seen nothing yet, over copies of the caches."""
+    return step(backend(), layer, [paddle.to_tensor(x.numpy()) for x in caches])
+
+
+def scales(seed):
+    rng = np.random.default_rng(seed)
+    return {f"cache_{x}_out_scale": rng.uniform(0.01, 0.1, [KV]) for x in "kv"}
+
+
+CHANGES = {
+    "cache_k_out_scale": [0.3, 0.02],
+    "cache_v_out_scale": [0.3, 0.02],
+    "q_norm_weight": RNG.uniform(0.5, 2, D),
+    "qkv_bias": RNG.normal(size=(H + 2 * KV) * D),
+    "sinks": RNG.normal(size=H),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("kind", ["tensor", "parameter"])
+@pytest.mark.parametrize("how", ["replaced", "written"])
+def test_a_changed_tensor_counts_in_the_next_step(name, kind, how):
+    make = tensor if kind == "tensor" else parameter
+    values = {n: make(v) for n, v in scales(1).items()}
+    if how == "written" and name not in values:
+        values[name] = make(np.ones_like(CHANGES[name]))
+    if kind == "tensor":
+        layer = AttentionLayer(layer_id=0, cache_quant_type_str="cache_fp8", **values)
+    else:
+        layer = ParameterLayer(**values)
+    kept, caches = backend(), make_caches()
+    before = step(kept, layer, caches)
+    assert_same_bits(step(kept, layer, caches), before)
+    if how == "replaced":
+        setattr(layer, name, make(CHANGES[name]))
+    else:
+        getattr(layer, name).set_value(np.asarray(CHANGES[name], np.float32))
+    after = step(kept, layer, caches)
+    assert_same_bits(after, fresh(layer, caches))
+    assert (after != before).any()
+
+
+def test_a_written_scale_that_needs_a_cast_counts():
+    layer = ParameterLayer(**{n: parameter(v, "float16") for n, v in scales(1).items()})
+    kept, caches = backend(), make_caches()
+    before = step(kept, layer, caches)
+    layer.cache_v_out_scale.set_value(np.asarray([0.5, 0.25], np.float16))
+    after = step(kept, layer, caches)
+    assert_same_bits(after, fresh(layer, caches))
+    assert (after != before).any()
+
+
+def test_other_caches_and_other_settings_count():
+    layer = AttentionLayer(
+        layer_id=0, cache_quant_type_str="cache_fp8", **{n: tensor(v) for n, v in scales(1).items()}
+    )
+    kept, first, second = backend(), make_caches(1), make_caches(2)
+    results = [step(kept, layer, first), step(kept, layer, second)]
+    assert_same_bits(results[1], fresh(layer, second))
+    layer.sliding_window = 3
+    results.append(step(kept, layer, first))
+    assert_same_bits(results[2], fresh(layer, first))
+    layer.cache_quant_type_str = "cache_int8"
+    results.append(step(kept, layer, make_caches(1)))
+    assert all((a != b).any() for i, a in enumerate(results) for b in results[:i])
+
+
+def test_a_layer_that_becomes_unsupported_is_refused():
+    layer = ParameterLayer(**{n: tensor(v) for n, v in scales(1).items()})
+    kept, caches = backend(), make_caches()
+    step(kept, layer, caches)
+    layer.linear_shift = tensor([1.0])
+    with pytest.raises(NotImplementedError, match="linear_shift"):
+        step(kept, layer, caches)
+
+
+def test_attributes_that_a_class_computes_are_asked_for_every_time():
+    class Computing:
+        layer_id, cache_quant_type_str = 0, "cache_fp8"
+        cache_k_out_scale = cache_v_out_scale = tensor([0.05])
+        window = 3
+
+        @property
+        def sliding_window(self):
+            return self.window
+
+    layer, kept, caches = Computing(), backend(), make_caches()
+    assert seen_of(layer, caches) is None
+    before = step(kept, layer, caches)
+    layer.window = 60
+    after = step(kept, layer, caches)
+    assert_same_bits(after, fresh(layer, caches))
+    assert (after != before).any()
+
+
+def test_facts_are_kept():
+    layer = ParameterLayer(**{n: tensor(v) for n, v in scales(1).items()})
+    kept, caches = backend(), make_caches()
+    step(kept, layer, caches)
+    first = kept._facts_of(layer, make_meta(caches))
+    assert kept._facts_of(layer, make_meta(caches)) is first
+    other = ParameterLayer(**{n: tensor(v) for n, v in scales(2).items()})
+    assert kept._facts_of(other, make_meta(caches)) is not first
+    assert kept._facts_of(layer, make_meta(caches)) is first
