@@ -90,11 +90,15 @@ def load() -> tuple[str, ...]:
         )
     _check_build(path)
     try:
-        return tuple(load_op_meta_info_and_register_op(str(path)))
+        names = tuple(load_op_meta_info_and_register_op(str(path)))
     except (OSError, RuntimeError, ValueError) as error:
         raise ImportError(
             f"{path} cannot be loaded into Paddle {paddle.__version__}: {error}"
         ) from error
+    from fastattn import _programs  # it imports this module
+
+    _programs.watch()
+    return names
 
 
 @functools.cache
@@ -148,11 +152,27 @@ _PER_TOKEN = frozenset(
 )
 
 
-def _is_lost(name: str, first: Any) -> bool:
-    """Whether it matters that Paddle hands an empty optional tensor over as an absent one."""
-    if name.startswith("cache_"):  # a cache without blocks has empty scales; the operator checks
-        return False
-    return name not in _PER_TOKEN or not (is_tensor(first) and 0 in first.shape)
+def may_not_be_empty(sig: OpSignature, index: int) -> bool:
+    """Whether an optional input has elements whatever the step is.
+
+    Paddle hands an empty optional tensor over as an absent one.
+    """
+    name = sig.inputs[index]
+    # A cache without blocks has empty scales; the operator checks.
+    return sig.optional[index] and name not in _PER_TOKEN and not name.startswith("cache_")
+
+
+def _is_lost(sig: OpSignature, index: int, values: tuple[Any, ...]) -> bool:
+    """Whether it matters that Paddle hands this empty optional tensor over as an absent one."""
+    name, shape = sig.inputs[index], values[index].shape
+    if name not in _PER_TOKEN:
+        return may_not_be_empty(sig, index)
+    if name.endswith("_descale") and len(shape) == 2 and shape[0] == 0:
+        # One entry a sequence: nothing is lost where there are none.
+        starts = values[sig.inputs.index("cu_seqlens_q")]
+        if is_tensor(starts) and list(starts.shape) == [1]:
+            return False
+    return not (is_tensor(values[0]) and 0 in values[0].shape)
 
 
 def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
@@ -162,19 +182,19 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...]) -> None:
         if value is None:
             if not sig.optional[i]:
                 raise TypeError(f"{sig.name}: {name}: expected a tensor, got None")
-        elif isinstance(value, eager):
-            if sig.optional[i] and 0 in value.shape and _is_lost(name, values[0]):
-                raise ValueError(
-                    f"{sig.name}: {name}: expected a tensor with elements, got shape "
-                    f"{list(value.shape)}"
-                )
-            if i in inplace and not value.is_contiguous():
-                raise ValueError(
-                    f"{sig.name}: {name}: it is written in place and must be contiguous, got "
-                    f"shape {list(value.shape)} with strides {list(value.strides)}"
-                )
-        elif not is_tensor(value):
+            continue
+        if not is_tensor(value):
             raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
+        if sig.optional[i] and 0 in value.shape and _is_lost(sig, i, values):
+            raise ValueError(
+                f"{sig.name}: {name}: expected a tensor with elements, got shape "
+                f"{list(value.shape)}"
+            )
+        if i in inplace and isinstance(value, eager) and not value.is_contiguous():
+            raise ValueError(
+                f"{sig.name}: {name}: it is written in place and must be contiguous, got "
+                f"shape {list(value.shape)} with strides {list(value.strides)}"
+            )
 
 
 #: Paddle's AttrType: INT, FLOAT, STRING, BOOLEAN and LONG.
@@ -248,6 +268,11 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
     run = _runner()
     if run is not paddle.base.core.eager._run_custom_op:
         attrs = tuple(_traced_attrs(sig, attrs))
+        from fastattn import _tracing  # it imports this module
+
+        _tracing.check(sig, inputs, attrs)
+    elif any(type(value) is int and value.bit_length() > 31 for value in attrs):
+        attrs = tuple(_traced_attrs(sig, attrs))  # Paddle wraps some, and wrongly refuses others
     if run is None:
         return _append_static(sig, inputs, attrs)
     try:
