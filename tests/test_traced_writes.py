@@ -99,7 +99,7 @@ def test_a_strided_cache_is_refused_by_a_program_that_is_there():
 
 def test_blocks_of_a_pool_are_written():
     """A contiguous view is no copy."""
-    pool, value, *others = tensors()
+    _, value, *others = tensors()
     blocks = paddle.zeros([5, 1, 64, 64], "bfloat16")
     traced(write_and_more)(blocks[2:4], value, *others)
     expected = np.zeros((5, 1, 64, 64), BF16)

@@ -60,4 +60,4 @@ def as_int32(
     beyond = (array < limits.min) | (array > limits.max)
     if beyond.any():
         raise ValueError(f"{op}: {name}: expected int32 values, got {array[beyond].flat[0]}")
-    return np.ascontiguousarray(array, np.int32)
+    return np.array(array, np.int32, order="C")
