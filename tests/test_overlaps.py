@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 import fastattn.functional as F
-from fastattn import reference
+from fastattn import _ops, reference
 from fastattn.functional._marker import unified
 from tests.support.compare import assert_same_bits
 from tests.support.operators import calls, run, zeros
@@ -148,6 +148,16 @@ def test_kv_token_num_whose_bytes_wrap(tokens):
     text = f"^gqa_rope_write_cache: kv_token_num: expected sizes .* got {tokens} \\* 2 \\* 64 \\* 2"
     with pytest.raises(ValueError, match=text):
         run("gqa_rope_write_cache", call.inputs, call.attrs)
+
+
+def test_a_view_of_more_bytes_than_fit():
+    """It repeats 64 elements."""
+    if not hasattr(_ops, "_load_direct"):
+        pytest.skip("Paddle's registry copies a tensor that is not contiguous")
+    q = paddle.as_strided(zeros(1, 1, 64, dtype=FP16), [2**31 - 1, 2**31 - 1, 64], [0, 0, 1])
+    call = calls()["flash_attention"].changed(q=q)
+    with pytest.raises(ValueError, match="q: expected sizes whose product fits 64 bits"):
+        run("flash_attention", call.inputs, call.attrs)
 
 
 def test_mxfp4_columns_that_wrap():

@@ -87,6 +87,22 @@ inline int64_t CheckedProduct(const char* op, const char* arg, const Shape& shap
   return product;
 }
 
+// Refuses a tensor whose number of bytes 64 bits do not hold, in any dtype that results may have: a
+// view that repeats its elements can be that large.
+inline void RequireBytesFit(const char* op, const char* name, const Tensor& tensor) {
+  const auto& dims = tensor.dims();
+  int64_t bytes = 16;
+  bool fits = true;
+  for (int i = 0; i < dims.size(); ++i) {
+    if (dims[i] == 0) return;
+    fits = dims[i] > 0 && !__builtin_mul_overflow(bytes, int64_t{dims[i]}, &bytes) && fits;
+  }
+  if (!fits) {
+    Fail("ValueError", op, name, "expected sizes whose product fits 64 bits, got shape ",
+         ShapeText(tensor.shape()));
+  }
+}
+
 // Refuses a GPU tensor that does not start at a multiple of `bytes`, as the widest access of a
 // kernel to it needs. A CPU takes any address.
 inline void RequireAlignedAddress(const char* op, const char* name, const Tensor& tensor,
@@ -124,7 +140,7 @@ class Arg {
       : op_(op), name_(name), tensor_(tensor) {
     // An empty tensor has no allocation, so initialized() is false for it; defined() is the test.
     if (!tensor.defined()) Fail("TypeError", op, name, "expected a tensor, got None");
-    if (tensor.numel() < 0) Fail("ValueError", op, name, "negative size");
+    RequireBytesFit(op, name, tensor);
     if (tensor.numel() > 0 && !tensor.initialized()) {
       Fail("ValueError", op, name, "the tensor holds no data");
     }
