@@ -121,6 +121,9 @@ def load() -> tuple[str, ...]:
         load_op_meta_info_and_register_op(str(path))
     except (OSError, RuntimeError, ValueError) as error:
         raise _cannot_load(path, error) from error
+    from fastattn import _programs  # it imports this module
+
+    _programs.watch()
     # Paddle returns what is new to it: nothing where another library's registration, after ours was
     # loaded, took our operators along.
     return tuple(n for n in OpProtoHolder.instance().op_proto_map if n.startswith(PREFIX))
@@ -225,11 +228,27 @@ _PER_TOKEN = frozenset(
 )
 
 
-def _is_lost(name: str, first: Any) -> bool:
-    """Whether it matters that Paddle hands an empty optional tensor over as an absent one."""
-    if name.startswith("cache_"):  # a cache without blocks has empty scales; the operator checks
-        return False
-    return name not in _PER_TOKEN or not (is_tensor(first) and 0 in first.shape)
+def may_not_be_empty(sig: OpSignature, index: int) -> bool:
+    """Whether an optional input has elements whatever the step is.
+
+    Paddle hands an empty optional tensor over as an absent one.
+    """
+    name = sig.inputs[index]
+    # A cache without blocks has empty scales; the operator checks.
+    return sig.optional[index] and name not in _PER_TOKEN and not name.startswith("cache_")
+
+
+def _is_lost(sig: OpSignature, index: int, values: tuple[Any, ...]) -> bool:
+    """Whether it matters that Paddle hands this empty optional tensor over as an absent one."""
+    name, shape = sig.inputs[index], values[index].shape
+    if name not in _PER_TOKEN:
+        return may_not_be_empty(sig, index)
+    if name.endswith("_descale") and len(shape) == 2 and shape[0] == 0:
+        # One entry a sequence: nothing is lost where there are none.
+        starts = values[sig.inputs.index("cu_seqlens_q")]
+        if is_tensor(starts) and list(starts.shape) == [1]:
+            return False
+    return not (is_tensor(values[0]) and 0 in values[0].shape)
 
 
 #: Never copied: a pool of gigabytes would be, at every call.
@@ -249,19 +268,20 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) ->
         if value is None:
             if not sig.optional[i]:
                 raise TypeError(f"{sig.name}: {name}: expected a tensor, got None")
-        elif isinstance(value, eager):
-            if sig.optional[i] and 0 in value.shape and _is_lost(name, values[0]):
-                raise ValueError(
-                    f"{sig.name}: {name}: expected a tensor with elements, got shape "
-                    f"{list(value.shape)}"
-                )
-            if copied and (i in inplace or name in _CACHES) and not value.is_contiguous():
-                raise ValueError(
-                    f"{sig.name}: {name}: expected a contiguous tensor, got shape "
-                    f"{list(value.shape)} with strides {list(value.strides)}"
-                )
-        elif not is_tensor(value):
+            continue
+        if not is_tensor(value):
             raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
+        if sig.optional[i] and 0 in value.shape and _is_lost(sig, i, values):
+            raise ValueError(
+                f"{sig.name}: {name}: expected a tensor with elements, got shape "
+                f"{list(value.shape)}"
+            )
+        stays = copied and (i in inplace or name in _CACHES)
+        if stays and isinstance(value, eager) and not value.is_contiguous():
+            raise ValueError(
+                f"{sig.name}: {name}: expected a contiguous tensor, got shape "
+                f"{list(value.shape)} with strides {list(value.strides)}"
+            )
 
 
 #: Paddle's AttrType: INT, FLOAT, STRING, BOOLEAN and LONG.
@@ -397,7 +417,12 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
     _check_inputs(sig, inputs, copied=True)
     run = _runner()
     if run is not paddle.base.core.eager._run_custom_op:
+        from fastattn import _tracing  # it imports this module
+
         attrs = _typed_attrs(sig, attrs)
+        _tracing.check(sig, inputs, attrs)
+    elif any(type(value) is int and value.bit_length() > 31 for value in attrs):
+        attrs = _typed_attrs(sig, attrs)  # Paddle wraps some, and wrongly refuses others
     if run is None:
         return _append_static(sig, inputs, attrs)
     if run is paddle.base.core.eager._run_custom_op and paddle.is_grad_enabled():

@@ -17,6 +17,7 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "append_cache_kv_c8";
+constexpr int64_t kPieceBytes = 16;  // what a GPU reads of a cache and stores of a token at once
 
 void CheckType(const std::string& cache_quant_type, bool dynamic_quant) {
   const CacheType type = ParseCacheType(kOp, cache_quant_type);
@@ -47,7 +48,9 @@ int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& ca
       .On(place)
       .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})
       .Dims({-1, cache.num_kv_heads, cache.head_dim});
-  return HeadsContiguous(kOp, name, tensor);
+  const int64_t token_stride = HeadsContiguous(kOp, name, tensor);
+  RequireAligned(kOp, name, tensor, kPieceBytes);
+  return token_stride;
 }
 
 const int* CheckLengths(const char* name, const Tensor& tensor, int64_t size,
@@ -80,6 +83,8 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
                             {key_cache, value_cache, &cache_k_scales, &cache_v_scales,
                              cache_quant_type, fp8_format, CheckLayout(cache_layout)},
                             place);
+  RequireAligned(kOp, "key_cache", key_cache, kPieceBytes);
+  RequireAligned(kOp, "value_cache", value_cache, kPieceBytes);
   p.dynamic_quant = dynamic_quant;
   p.key_token_stride = CheckOutput("key", key, p.cache, place);
   p.value_token_stride = CheckOutput("value", value, p.cache, place);
@@ -100,6 +105,16 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
   p.block_tables = Data<int>(block_tables);
   p.seq_lens_decoder = CheckLengths("seq_lens_decoder", seq_lens_decoder, table[0], place);
   p.cu_seqlens_k = CheckLengths("cu_seqlens_k", cu_seqlens_k, table[0] + 1, place);
+  for (const Tensor* written : {&key, &value}) {
+    RequireApart(kOp, written == &key ? "key" : "value", *written,
+                 {{"key_cache", &key_cache},
+                  {"value_cache", &value_cache},
+                  {"cache_k_scales", &cache_k_scales},
+                  {"cache_v_scales", &cache_v_scales},
+                  {"block_tables", &block_tables},
+                  {"seq_lens_decoder", &seq_lens_decoder},
+                  {"cu_seqlens_k", &cu_seqlens_k}});
+  }
   p.key = MutableData(key);
   p.value = MutableData(value);
 

@@ -173,19 +173,6 @@ DType OutputType(const char* op, const CommonArgs& args, const AttentionParams& 
   return free ? given : dtype;
 }
 
-phi::DataType ToPhi(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return phi::DataType::FLOAT32;
-    case DType::kFloat16:
-      return phi::DataType::FLOAT16;
-    case DType::kBFloat16:
-      return phi::DataType::BFLOAT16;
-    default:
-      return phi::DataType::UINT8;
-  }
-}
-
 // Checks what both operators take; p holds queries, rows and head counts already.
 void ParseCommon(const char* op, const CommonArgs& args, const phi::Place& place,
                  AttentionParams* p) {
@@ -239,6 +226,12 @@ void ParseCommon(const char* op, const CommonArgs& args, const phi::Place& place
     } else {
       arg.Dtype({ToPhi(p->out_dtype)});
     }
+    RequireSameOrApart(op, "out", *args.out, "q", args.q);  // kernels read before they write
+    RequireApart(op, "out", *args.out,
+                 {{"q_descale", args.q_descale},
+                  {"sinks", args.sinks},
+                  {"mask_offsets", args.mask_offsets},
+                  {"out_scale", args.out_scale}});
   }
 }
 
@@ -441,8 +434,13 @@ std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tenso
       quantize_q};
   ParseCommon(kFlash, args, place, &p);
   if (args.out != nullptr) {
-    RequireApart(kFlash, "out", *args.out, "k", k);
-    RequireApart(kFlash, "out", *args.out, "v", v);
+    RequireApart(kFlash, "out", *args.out,
+                 {{"k", &k},
+                  {"v", &v},
+                  {"k_descale", Get(k_descale)},
+                  {"v_descale", Get(v_descale)},
+                  {"cu_seqlens_q", &cu_seqlens_q},
+                  {"cu_seqlens_k", &cu_seqlens_k}});
   }
   return Run(kFlash, args, place, &p);
 }
@@ -478,8 +476,15 @@ std::vector<Tensor> PagedAttention(
       quantize_q};
   ParseCommon(kPaged, args, place, &p);
   if (args.out != nullptr) {
-    RequireApart(kPaged, "out", *args.out, "key_cache", key_cache);
-    RequireApart(kPaged, "out", *args.out, "value_cache", value_cache);
+    RequireApart(kPaged, "out", *args.out,
+                 {{"key_cache", &key_cache},
+                  {"value_cache", &value_cache},
+                  {"cache_k_scales", Get(cache_k_scales)},
+                  {"cache_v_scales", Get(cache_v_scales)},
+                  {"block_tables", &block_tables},
+                  {"cu_seqlens_q", &cu_seqlens_q},
+                  {"seq_lens_decoder", &seq_lens_decoder},
+                  {"seq_lens_this_time", &seq_lens_this_time}});
   }
   return Run(kPaged, args, place, &p);
 }

@@ -5,6 +5,7 @@
 // checks also stand between a direct caller of the raw operator and the process's memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -59,6 +60,78 @@ inline Shape StridesOf(const Tensor& tensor) {
   return result;
 }
 
+// Product of sizes of which an allocation or an index is made. The last may be an element's bytes.
+inline int64_t CheckedProduct(const char* op, const char* arg,
+                              std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  bool fits = true;
+  for (int64_t size : sizes) {
+    if (size == 0) return 0;
+    fits = !__builtin_mul_overflow(product, size, &product) && fits;
+  }
+  if (!fits) {
+    std::ostringstream text;
+    for (const int64_t& size : sizes) text << (&size == sizes.begin() ? "" : " * ") << size;
+    Fail("ValueError", op, arg, "expected sizes whose product fits 64 bits, got ", text.str());
+  }
+  return product;
+}
+
+// The same of the dimensions of a shape from `first` on.
+inline int64_t CheckedProduct(const char* op, const char* arg, const Shape& shape,
+                              size_t first = 0) {
+  int64_t product = 1;
+  for (size_t i = first; i < shape.size(); ++i) {
+    product = CheckedProduct(op, arg, {product, shape[i]});
+  }
+  return product;
+}
+
+// Refuses a tensor whose number of bytes 64 bits do not hold, in any dtype that results may have: a
+// view that repeats its elements can be that large.
+inline void RequireBytesFit(const char* op, const char* name, const Tensor& tensor) {
+  const auto& dims = tensor.dims();
+  int64_t bytes = 16;
+  bool fits = true;
+  for (int i = 0; i < dims.size(); ++i) {
+    if (dims[i] == 0) return;
+    fits = dims[i] > 0 && !__builtin_mul_overflow(bytes, int64_t{dims[i]}, &bytes) && fits;
+  }
+  if (!fits) {
+    Fail("ValueError", op, name, "expected sizes whose product fits 64 bits, got shape ",
+         ShapeText(tensor.shape()));
+  }
+}
+
+// Refuses a GPU tensor that does not start at a multiple of `bytes`, as the widest access of a
+// kernel to it needs. A CPU takes any address.
+inline void RequireAlignedAddress(const char* op, const char* name, const Tensor& tensor,
+                                  int64_t bytes) {
+  if (bytes < 2 || tensor.numel() == 0) return;
+  if (tensor.place().GetType() != phi::AllocationType::GPU) return;
+  const auto rest = static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.data()) % bytes);
+  if (rest != 0) {
+    Fail("ValueError", op, name, "expected an address of a multiple of ", bytes,
+         " bytes on a GPU, got one ", rest, " bytes past a multiple");
+  }
+}
+
+// The same of every run of elements that its strides lead to: those of the dimensions before the
+// last `inner` ones, which lie side by side.
+inline void RequireAligned(const char* op, const char* name, const Tensor& tensor, int64_t bytes,
+                           size_t inner = 1) {
+  if (tensor.numel() == 0 || tensor.place().GetType() != phi::AllocationType::GPU) return;
+  RequireAlignedAddress(op, name, tensor, bytes);
+  const Shape shape = tensor.shape(), strides = StridesOf(tensor);
+  const auto size = static_cast<int64_t>(phi::SizeOf(tensor.dtype()));
+  for (size_t i = 0; i + inner < shape.size(); ++i) {
+    if (shape[i] > 1 && strides[i] * size % bytes != 0) {
+      Fail("ValueError", op, name, "expected strides of a multiple of ", bytes / size,
+           " elements (", bytes, " bytes) on a GPU, got strides ", ShapeText(strides));
+    }
+  }
+}
+
 // Argument of one operator, for checks in a chain:
 //   Arg("merge", "prefix_lse", lse).Defined().On(place).Dtype({DType::kFloat32}).Dims({h, t});
 class Arg {
@@ -67,10 +140,11 @@ class Arg {
       : op_(op), name_(name), tensor_(tensor) {
     // An empty tensor has no allocation, so initialized() is false for it; defined() is the test.
     if (!tensor.defined()) Fail("TypeError", op, name, "expected a tensor, got None");
-    if (tensor.numel() < 0) Fail("ValueError", op, name, "negative size");
+    RequireBytesFit(op, name, tensor);
     if (tensor.numel() > 0 && !tensor.initialized()) {
       Fail("ValueError", op, name, "the tensor holds no data");
     }
+    RequireAlignedAddress(op, name, tensor, static_cast<int64_t>(phi::SizeOf(tensor.dtype())));
   }
 
   const Arg& On(const phi::Place& place) const {
@@ -189,6 +263,20 @@ inline DType ToDType(const char* op, const char* name, phi::DataType dtype) {
   }
 }
 
+// dtype of a new tensor; codes are uint8.
+inline phi::DataType ToPhi(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return phi::DataType::FLOAT32;
+    case DType::kFloat16:
+      return phi::DataType::FLOAT16;
+    case DType::kBFloat16:
+      return phi::DataType::BFLOAT16;
+    default:
+      return phi::DataType::UINT8;
+  }
+}
+
 // Start of a tensor's data as T, or null for an empty one.
 template <typename T = void>
 T* MutableData(Tensor& tensor) {
@@ -238,6 +326,67 @@ inline void RequireApart(const char* op, const char* written_name, const Tensor&
   if (begin < other_end && other_begin < end) {
     Fail("ValueError", op, written_name, "it is written and must not share memory with ",
          other_name);
+  }
+}
+
+struct NamedTensor {
+  const char* name;
+  const Tensor* tensor;  // null: not given
+};
+
+inline void RequireApart(const char* op, const char* written_name, const Tensor& written,
+                         std::initializer_list<NamedTensor> others) {
+  for (const auto& [name, tensor] : others) {
+    if (tensor != nullptr) RequireApart(op, written_name, written, name, *tensor);
+  }
+}
+
+namespace detail {
+
+// Whether index differences below `shape` lead from a byte offset to within `size` bytes of 0.
+// `order`: the dimensions by falling stride. Of a view whose elements lie apart, a stride is larger
+// than all that the smaller ones reach: the two nearest multiples are the only ones to try.
+inline bool ReachesZero(const Shape& shape, const Shape& strides, const std::vector<size_t>& order,
+                        size_t at, int64_t offset, int64_t size) {
+  if (at == order.size()) return -size < offset && offset < size;
+  const int64_t count = shape[order[at]], stride = strides[order[at]] * size;
+  if (count == 1 || stride == 0) {
+    return ReachesZero(shape, strides, order, at + 1, offset, size);
+  }
+  const int64_t nearest = offset / stride;
+  for (int64_t i : {nearest - 1, nearest, nearest + 1}) {
+    if (-count < i && i < count &&
+        ReachesZero(shape, strides, order, at + 1, offset - i * stride, size)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace detail
+
+// Refuses a tensor that is written while another argument lies in its memory, unless that one is
+// the same view of it: for operators that read an element before they write over it. Views of one
+// pool with the same strides may interleave.
+inline void RequireSameOrApart(const char* op, const char* written_name, const Tensor& written,
+                               const char* other_name, const Tensor& other) {
+  if (written.numel() == 0 || other.numel() == 0) return;
+  const bool alike = written.shape() == other.shape() &&
+                     phi::SizeOf(written.dtype()) == phi::SizeOf(other.dtype()) &&
+                     StridesOf(written) == StridesOf(other);
+  if (!alike) return RequireApart(op, written_name, written, other_name, other);
+  const int64_t offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(written.data())) -
+                         static_cast<int64_t>(reinterpret_cast<uintptr_t>(other.data()));
+  if (offset == 0) return;
+  const Shape shape = written.shape(), strides = StridesOf(written);
+  std::vector<size_t> order(shape.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return strides[a] > strides[b]; });
+  const auto size = static_cast<int64_t>(phi::SizeOf(written.dtype()));
+  if (detail::ReachesZero(shape, strides, order, 0, offset, size)) {
+    Fail("ValueError", op, written_name, "it is written and must be ", other_name,
+         " itself or not share memory with it, got one that is shifted by ", offset, " bytes");
   }
 }
 

@@ -57,6 +57,7 @@ Shape OutputShape(const Shape& shape, const Conversion& conversion) {
 ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conversion& conversion,
                                bool transposed, const std::string& expected) {
   Arg(op, "cache", cache).Rank(4).Contiguous();
+  RequireAligned(op, "cache", cache, 16);  // what a GPU reads and stores at once
   const Shape shape = cache.shape();
   const int64_t tokens = shape[transposed ? 3 : 2];
   const int64_t head_dim = shape[transposed ? 2 : 3];
@@ -86,7 +87,7 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   p.dst_layout = conversion.dst;
   p.type = conversion.type;
   p.is_value = conversion.is_value;
-  p.num_block_heads = shape[0] * shape[1];
+  p.num_block_heads = CheckedProduct(op, "cache", {shape[0], shape[1]});
   p.head_dim = static_cast<int>(head_dim);
   return p;
 }
@@ -141,11 +142,11 @@ void ConvertCacheBlocks(Tensor& cache, const std::string& kind, const std::strin
          end);
   }
   if (begin == end || cache.numel() == 0) return;
-  const int64_t block_bytes = shape[1] * kBlockSize * p.head_dim *
-                              (IsQuantized(conversion.type) ? 1 : SizeOf(DType::kBFloat16));
-  p.dst = MutableData<uint8_t>(cache) + begin * block_bytes;
+  const int element = IsQuantized(conversion.type) ? 1 : SizeOf(DType::kBFloat16);
+  p.dst = MutableData<uint8_t>(cache) +
+          CheckedProduct(kInPlaceOp, "cache", {begin, shape[1], kBlockSize, p.head_dim, element});
   p.src = p.dst;
-  p.num_block_heads = (end - begin) * shape[1];
+  p.num_block_heads = CheckedProduct(kInPlaceOp, "cache", {end - begin, shape[1]});
   Run(kInPlaceOp, cache, p);
 }
 

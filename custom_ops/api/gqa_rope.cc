@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "gqa_rope_write_cache";
+constexpr int64_t kPieceBytes = 16;  // the most that a GPU reads or stores at once
 
 // The kinds that FastDeploy stores in this layout.
 CacheType CheckType(const std::string& cache_quant_type) {
@@ -78,9 +80,12 @@ std::vector<Tensor> GqaRopeWriteCache(
                         cache_quant_type, e4m3,        CacheLayout::kFastDeploy};
   rope.cache = ParsePagedCache(kOp, cache, place);
   RequireCacheApart(kOp, cache);
+  RequireAligned(kOp, "key_cache", key_cache, kPieceBytes);
+  RequireAligned(kOp, "value_cache", value_cache, kPieceBytes);
   const int kv_heads = rope.cache.num_kv_heads, head_dim = rope.cache.head_dim;
   ParseQkv(kOp, qkv, HeadsOf(qkv, rope.cache), kv_heads, rope);
   Arg(kOp, "qkv", qkv).On(place).Contiguous();
+  RequireAligned(kOp, "qkv", qkv, kPieceBytes);
   RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
   RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   const int64_t num_tokens = qkv.shape()[0];
@@ -99,6 +104,8 @@ std::vector<Tensor> GqaRopeWriteCache(
   if (kv_token_num < 0) {
     Fail("ValueError", kOp, "kv_token_num", "expected at least 0, got ", kv_token_num);
   }
+  CheckedProduct(kOp, "kv_token_num",
+                 {kv_token_num, kv_heads, head_dim, int64_t{SizeOf(rope.dtype)}});
 
   Tensor q = paddle::empty({num_tokens, rope.num_heads, head_dim}, qkv.dtype(), place);
   Tensor key = paddle::empty({kv_token_num, kv_heads, head_dim}, qkv.dtype(), place);
@@ -131,10 +138,12 @@ std::vector<Shape> GqaRopeWriteCacheInferShape(
     const Shape& batch_id_per_token, const Shape& q_norm_weight, const Shape& k_norm_weight,
     const Shape& cache_k_scales, const Shape& cache_v_scales, int64_t kv_token_num,
     float rms_norm_eps, bool use_neox_rotary_style, const std::string& cache_quant_type) {
-  if (qkv.size() != 2 || key_cache.size() != 4 || key_cache[3] <= 0) return {qkv, qkv, qkv, qkv};
-  const int64_t heads = qkv[1] / key_cache[3] - 2 * key_cache[1];
-  const Shape kv = {kv_token_num, key_cache[1], key_cache[3]};
-  return {{qkv[0], heads, key_cache[3]}, kv, kv, qkv};
+  if (qkv.size() != 2 || key_cache.size() != 4) return {qkv, qkv, qkv, qkv};
+  const int64_t kv_heads = key_cache[1], head_dim = key_cache[3];
+  const bool known = qkv[1] >= 0 && kv_heads >= 0 && head_dim > 0;
+  const int64_t heads = known ? qkv[1] / head_dim - 2 * kv_heads : -1;
+  const Shape kv = {kv_token_num, kv_heads, head_dim};
+  return {{qkv[0], std::max<int64_t>(heads, -1), head_dim}, kv, kv, qkv};
 }
 
 std::vector<phi::DataType> GqaRopeWriteCacheInferDtype(

@@ -4,6 +4,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/paged_cache.h"
 #include "cpu/indexer.h"
 #include "params/indexer.h"
 
@@ -57,12 +58,6 @@ phi::DataType QueryScaleDtype(const std::string& quant) {
   return quant == "fp8" ? phi::DataType::FLOAT32 : phi::DataType::INT32;
 }
 
-int64_t Product(const Shape& shape, size_t first) {
-  int64_t n = 1;
-  for (size_t i = first; i < shape.size(); ++i) n *= shape[i];
-  return n;
-}
-
 // Checks the page tensor [num_pages, ...bytes] and sets the page fields.
 void SetPages(const Tensor& kv_cache, const phi::Place& place, int page_size,
               IndexerKvParams* params) {
@@ -77,7 +72,7 @@ void SetPages(const Tensor& kv_cache, const phi::Place& place, int page_size,
   }
   const IndexerPageFormat format = PageFormatOf(params->quant);
   const int64_t needed = int64_t{page_size} * (format.code_bytes + format.scale_bytes);
-  const int64_t bytes = Product(shape, 1);
+  const int64_t bytes = CheckedProduct(kKvOp, "kv_cache", shape, 1);
   if (bytes < needed || bytes % 4 != 0) {
     Fail("ValueError", kKvOp, "kv_cache", "expected pages of at least ", needed, " bytes (",
          page_size, " tokens of ", format.code_bytes + format.scale_bytes,
@@ -107,12 +102,13 @@ void SetState(const Tensor& state, const Tensor& block_tables, const phi::Place&
       .Dtype({phi::DataType::INT32})
       .Rank(2)
       .Contiguous();
+  for (int64_t size : block_tables.shape()) RequireFits(kKvOp, "block_tables", size);
   params->compress_ratio = compress_ratio;
   params->state = Data(state);
   params->state_dtype = ToDType(kKvOp, "state_cache", state.dtype());
   params->num_state_blocks = shape[0];
   params->state_block = shape[1];
-  params->state_block_stride = shape[1] * width;
+  params->state_block_stride = CheckedProduct(kKvOp, "state_cache", {shape[1], width});
   params->block_tables = Data<int>(block_tables);
   params->batch = static_cast<int>(block_tables.shape()[0]);
   params->max_blocks = static_cast<int>(block_tables.shape()[1]);
@@ -132,6 +128,7 @@ std::vector<Tensor> IndexerQRopeQuant(const Tensor& positions, const Tensor& q,
       .Dims({-1, -1, kIndexerHeadDim})
       .LastDimContiguous();
   const Shape shape = q.shape();
+  RequireFits(kQOp, "q", shape[1]);
   Arg(kQOp, "weights", weights)
       .On(place)
       .Dtype(kFloatDtypes)
@@ -224,6 +221,15 @@ void IndexerKvCompressInsert(const Tensor& state_cache, const Tensor& block_tabl
   p.max_positions = cos_sin_cache.shape()[0];
   SetPages(kv_cache, place, page_size, &p);
   p.kv_cache = MutableData<uint8_t>(kv_cache);
+  RequireApart(kKvOp, "kv_cache", kv_cache,
+               {{"state_cache", &state_cache},
+                {"block_tables", &block_tables},
+                {"batch_id_per_token", &batch_id_per_token},
+                {"positions", &positions},
+                {"state_slots", &state_slots},
+                {"kv_slots", &kv_slots},
+                {"rms_norm_weight", &rms_norm_weight},
+                {"cos_sin_cache", &cos_sin_cache}});
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(cos_sin_cache)) {

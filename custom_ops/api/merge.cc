@@ -5,6 +5,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/paged_cache.h"
 #include "cpu/merge.h"
 #include "params/merge.h"
 
@@ -66,7 +67,46 @@ int GroupSize(const Tensor& scales, int64_t tokens, int64_t channels) {
     Fail("ValueError", kOp, "output_scales", "expected shape [", tokens, ", groups] where groups ",
          "divides H * D = ", channels, ", got ", ShapeText(shape));
   }
-  return static_cast<int>(shape[1] == 0 ? 1 : channels / shape[1]);
+  const int64_t group = shape[1] == 0 ? 1 : channels / shape[1];
+  RequireFits(kOp, "output_scales", group);
+  return static_cast<int>(group);
+}
+
+// The tensors of a call, any of the last four null.
+struct Tensors {
+  const Tensor &prefix_output, &prefix_lse, &suffix_output, &suffix_lse;
+  const Tensor *output_scale, *output, *output_lse, *output_scales;
+};
+
+// An output may be written over an input that it is, element for element; whatever else is written
+// lies apart.
+void CheckApart(const Tensors& t) {
+  if (t.output != nullptr) {
+    RequireSameOrApart(kOp, "output", *t.output, "prefix_output", t.prefix_output);
+    RequireSameOrApart(kOp, "output", *t.output, "suffix_output", t.suffix_output);
+    RequireApart(kOp, "output", *t.output,
+                 {{"prefix_lse", &t.prefix_lse},
+                  {"suffix_lse", &t.suffix_lse},
+                  {"output_scale", t.output_scale}});
+  }
+  if (t.output_lse != nullptr) {
+    RequireSameOrApart(kOp, "output_lse", *t.output_lse, "prefix_lse", t.prefix_lse);
+    RequireSameOrApart(kOp, "output_lse", *t.output_lse, "suffix_lse", t.suffix_lse);
+    RequireApart(kOp, "output_lse", *t.output_lse,
+                 {{"prefix_output", &t.prefix_output},
+                  {"suffix_output", &t.suffix_output},
+                  {"output_scale", t.output_scale},
+                  {"output", t.output}});
+  }
+  if (t.output_scales != nullptr) {
+    RequireApart(kOp, "output_scales", *t.output_scales,
+                 {{"prefix_output", &t.prefix_output},
+                  {"prefix_lse", &t.prefix_lse},
+                  {"suffix_output", &t.suffix_output},
+                  {"suffix_lse", &t.suffix_lse},
+                  {"output", t.output},
+                  {"output_lse", t.output_lse}});
+  }
 }
 
 }  // namespace
@@ -82,6 +122,7 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
       .LastDimContiguous();
   const auto place = prefix_output.place();
   const Shape shape = prefix_output.shape();
+  for (size_t i : {1, 2}) RequireFits(kOp, "prefix_output", shape[i]);
   const Shape lse_shape = {shape[1], shape[0]};
   Arg(kOp, "suffix_output", suffix_output)
       .On(place)
@@ -122,8 +163,11 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
   p.head_dim = static_cast<int>(shape[2]);
   if (given_scales != nullptr) {
     Arg(kOp, "output_scales", *given_scales).On(place).Dtype({phi::DataType::FLOAT32}).Contiguous();
-    p.group_size = GroupSize(*given_scales, shape[0], shape[1] * shape[2]);
+    p.group_size = GroupSize(*given_scales, shape[0],
+                             CheckedProduct(kOp, "prefix_output", {shape[1], shape[2]}));
   }
+  CheckApart({prefix_output, prefix_lse, suffix_output, suffix_lse, scale, given_output, given_lse,
+              given_scales});
 
   p.output_scale = scale != nullptr ? Data<float>(*scale) : nullptr;
 

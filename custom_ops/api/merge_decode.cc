@@ -29,7 +29,7 @@ const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const p
 }
 
 void CheckRows(const char* name, const Tensor& tensor, int head_num, int head_dim) {
-  const int64_t width = static_cast<int64_t>(head_num) * head_dim;
+  const int64_t width = CheckedProduct(kOp, "head_num", {head_num, head_dim});
   const Shape shape = tensor.shape();
   const int64_t tokens = shape.empty() ? -1 : shape[0];
   if (shape != Shape{tokens, width} && shape != Shape{tokens, head_num, head_dim}) {
@@ -70,7 +70,9 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
   p.rows.num_tokens = static_cast<int>(num_tokens);
   p.prefill = MutableData(encoder_res);
   p.decode = Data(decoder_res);
-  p.row_bytes = static_cast<int64_t>(head_num) * head_dim * phi::SizeOf(encoder_res.dtype());
+  p.row_bytes =
+      CheckedProduct(kOp, "head_num",
+                     {head_num, head_dim, static_cast<int64_t>(phi::SizeOf(encoder_res.dtype()))});
   if (num_tokens == 0 || batch == 0) return;
 
 #if defined(FASTATTN_WITH_CUDA)

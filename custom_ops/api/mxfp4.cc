@@ -20,8 +20,11 @@ constexpr const char* kQuantize = "mxfp4_quantize";
 constexpr const char* kDequantize = "mxfp4_dequantize";
 
 // The last dimension times `numerator` / `denominator`; -1 stays unknown.
-Shape WithLast(Shape shape, int64_t numerator, int64_t denominator) {
-  if (!shape.empty() && shape.back() >= 0) shape.back() = shape.back() * numerator / denominator;
+Shape WithLast(const char* op, Shape shape, int64_t numerator, int64_t denominator) {
+  if (!shape.empty() && shape.back() >= 0) {
+    shape.back() =
+        CheckedProduct(op, numerator == 1 ? "x" : "codes", {shape.back(), numerator}) / denominator;
+  }
   return shape;
 }
 
@@ -49,8 +52,9 @@ std::vector<Tensor> Mxfp4Quantize(const Tensor& x) {
   const Shape shape = x.shape();
   CheckColumns(kQuantize, "x", shape, kMxBlock);
 
-  Tensor codes = paddle::empty(WithLast(shape, 1, 2), phi::DataType::UINT8, x.place());
-  Tensor scales = paddle::empty(WithLast(shape, 1, kMxBlock), phi::DataType::UINT8, x.place());
+  Tensor codes = paddle::empty(WithLast(kQuantize, shape, 1, 2), phi::DataType::UINT8, x.place());
+  Tensor scales =
+      paddle::empty(WithLast(kQuantize, shape, 1, kMxBlock), phi::DataType::UINT8, x.place());
   Mxfp4QuantizeParams p;
   p.dtype = ToDType(kQuantize, "x", x.dtype());
   p.cols = shape.back();
@@ -72,7 +76,7 @@ std::vector<Tensor> Mxfp4Quantize(const Tensor& x) {
 }
 
 std::vector<Shape> Mxfp4QuantizeInferShape(const Shape& x) {
-  return {WithLast(x, 1, 2), WithLast(x, 1, kMxBlock)};
+  return {WithLast(kQuantize, x, 1, 2), WithLast(kQuantize, x, 1, kMxBlock)};
 }
 
 std::vector<phi::DataType> Mxfp4QuantizeInferDtype(const phi::DataType& x) {
@@ -87,11 +91,11 @@ std::vector<Tensor> Mxfp4Dequantize(const Tensor& codes, const Tensor& scales,
   Arg(kDequantize, "scales", scales)
       .On(codes.place())
       .Dtype({phi::DataType::UINT8})
-      .Dims(WithLast(shape, 2, kMxBlock))
+      .Dims(WithLast(kDequantize, shape, 2, kMxBlock))
       .Contiguous();
   const phi::DataType out_dtype = ParseDtype(dtype);
 
-  Tensor x = paddle::empty(WithLast(shape, 2, 1), out_dtype, codes.place());
+  Tensor x = paddle::empty(WithLast(kDequantize, shape, 2, 1), out_dtype, codes.place());
   Mxfp4DequantizeParams p;
   p.dtype = ToDType(kDequantize, "dtype", out_dtype);
   p.cols = 2 * shape.back();
@@ -113,7 +117,8 @@ std::vector<Tensor> Mxfp4Dequantize(const Tensor& codes, const Tensor& scales,
 
 std::vector<Shape> Mxfp4DequantizeInferShape(const Shape& codes, const Shape& scales,
                                              const std::string& dtype) {
-  return {WithLast(codes, 2, 1)};
+  return Inferred<Shape>(
+      {codes}, [&]() -> std::vector<Shape> { return {WithLast(kDequantize, codes, 2, 1)}; });
 }
 
 std::vector<phi::DataType> Mxfp4DequantizeInferDtype(const phi::DataType& codes,

@@ -145,6 +145,11 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 
 void RequireCacheApart(const char* op, const CacheArgs& args) {
   RequireApart(op, "value_cache", args.value_cache, "key_cache", args.key_cache);
+  for (const NamedTensor& cache :
+       {NamedTensor{"key_cache", &args.key_cache}, {"value_cache", &args.value_cache}}) {
+    RequireApart(op, cache.name, *cache.tensor,
+                 {{"cache_k_scales", args.k_scales}, {"cache_v_scales", args.v_scales}});
+  }
   if (args.k_scales != nullptr && IsDynamic(ParseCacheType(op, args.cache_quant_type))) {
     RequireApart(op, "cache_v_scales", *args.v_scales, "cache_k_scales", *args.k_scales);
   }

@@ -93,6 +93,7 @@ std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
   if (given_output) {
     CheckOutput(*given_output, x);
     RequireApart(kOp, "output", *given_output, "x", x);
+    if (given) RequireApart(kOp, "output", *given_output, "scale", *given);
   }
 
   Tensor codes =

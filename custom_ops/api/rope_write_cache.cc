@@ -18,6 +18,7 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "rope_write_cache_kv";
+constexpr int64_t kPieceBytes = 16;  // the most that a GPU reads or stores at once
 
 QQuant ParseQQuant(const std::string& name) {
   for (QQuant quant : {QQuant::kNone, QQuant::kPerTensor, QQuant::kPerTokenHead}) {
@@ -65,7 +66,10 @@ std::vector<Tensor> RopeWriteCacheKv(
                         Get(cache_v_scales), cache_quant_type, fp8_format};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireCacheApart(kOp, cache);
+  RequireAligned(kOp, "key_cache", key_cache, kPieceBytes);
+  RequireAligned(kOp, "value_cache", value_cache, kPieceBytes);
   ParseQkv(kOp, qkv, num_heads, num_kv_heads, p);
+  RequireAligned(kOp, "qkv", qkv, kPieceBytes);
   RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
   RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   Arg(kOp, "qkv", qkv).On(place);

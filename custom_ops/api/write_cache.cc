@@ -17,6 +17,7 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "write_cache_kv";
+constexpr int64_t kPieceBytes = 16;  // the most that a GPU reads or stores at once
 
 // Checks K or V of the new tokens and returns its token stride.
 int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& cache,
@@ -25,7 +26,9 @@ int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& ca
       .On(place)
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
       .Dims({-1, cache.num_kv_heads, cache.head_dim});
-  return HeadsContiguous(kOp, name, tensor);
+  const int64_t token_stride = HeadsContiguous(kOp, name, tensor);
+  RequireAligned(kOp, name, tensor, kPieceBytes);
+  return token_stride;
 }
 
 }  // namespace
@@ -45,6 +48,8 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
                         Get(cache_v_scales), cache_quant_type, fp8_format};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireCacheApart(kOp, cache);
+  RequireAligned(kOp, "key_cache", key_cache, kPieceBytes);
+  RequireAligned(kOp, "value_cache", value_cache, kPieceBytes);
   p.key_token_stride = CheckTokens("key", key, p.cache, place);
   p.value_token_stride = CheckTokens("value", value, p.cache, place);
   Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());

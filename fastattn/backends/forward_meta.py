@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
 
+from fastattn._ops import is_tensor
 from fastattn.functional import plan_cascade
+from fastattn.functional._attributes import as_int32
 
 
 class ForwardMode(IntEnum):
@@ -81,6 +83,78 @@ def field(forward_meta: Any, name: str) -> Any:
     return value
 
 
+#: What a cascade plan was made for.
+_PLANNED = (
+    "block_tables",
+    "cu_seqlens_q",
+    "max_len_tensor_cpu",
+    "seq_lens_decoder",
+    "seq_lens_this_time",
+)
+_PLAN_RECORD = "_fastattn_plan_record"
+
+
+class _Seen(NamedTuple):
+    """A tensor as it was."""
+
+    tensor: Any
+    version: int
+    values: Any  # on the host only: some of Paddle's ways to write leave the version as it is
+
+    @classmethod
+    def of(cls, tensor: Any) -> _Seen:
+        if not is_tensor(tensor) or not hasattr(tensor, "inplace_version"):
+            return cls(tensor, 0, None)
+        values = tensor.numpy().copy() if tensor.place.is_cpu_place() else None
+        return cls(tensor, tensor.inplace_version, values)
+
+    def differs(self, now: Any) -> bool:
+        if now is not self.tensor:
+            return True
+        if self.version != getattr(now, "inplace_version", 0):
+            return True
+        return self.values is not None and not np.array_equal(self.values, now.numpy())
+
+
+def _record_plan(forward_meta: Any, plan: Any) -> None:
+    """Keep what a plan was made for beside it."""
+    rows = {name: _Seen.of(optional(forward_meta, name)) for name in _PLANNED}
+    own = [_Seen.of(x) for x in plan if is_tensor(x)]
+    setattr(forward_meta, _PLAN_RECORD, (plan, own, rows))
+
+
+def current_plan(forward_meta: Any) -> Any:
+    """The step's ``cascade_plan``, None if there is none.
+
+    A plan holds lengths and blocks of its own, so it ends with the step that it was made for. The
+    first call for a plan (or :meth:`ForwardMeta.for_step`) remembers what it goes with: which
+    tensors they were and how often they had been written, and on the host, their values.
+    ``max_len_tensor_cpu`` is on the host always. A step under a CUDA graph, which is written into
+    the captured tensors together with its plan, is not checked.
+
+    Raises
+    ------
+    ValueError
+        If lengths or block tables have changed since, and neither the plan nor what is in it has.
+    """
+    plan = optional(forward_meta, "cascade_plan")
+    if plan is None or optional(forward_meta, "step_use_cudagraph"):
+        return plan
+    if not isinstance(plan, tuple) or not paddle.in_dynamic_mode():
+        return plan  # cascade_attention says what is wrong with it
+    known, own, rows = getattr(forward_meta, _PLAN_RECORD, None) or (None, [], {})
+    if known is plan and not any(seen.differs(seen.tensor) for seen in own):
+        for name, seen in rows.items():
+            if seen.differs(optional(forward_meta, name)):
+                raise ValueError(
+                    f"forward_meta.cascade_plan: forward_meta.{name} has changed since the plan "
+                    "was made; make one for every step"
+                )
+    else:
+        _record_plan(forward_meta, plan)
+    return plan
+
+
 class ForwardMeta:
     """A step's metadata, for tests and for serving without FastDeploy.
 
@@ -106,6 +180,10 @@ class ForwardMeta:
             raise AttributeError(name)
         setattr(self, name, None)
         return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Attributes, less what is remembered of this object's own tensors."""
+        return {k: v for k, v in self.__dict__.items() if k != _PLAN_RECORD}
 
     @classmethod
     def for_step(
@@ -146,14 +224,36 @@ class ForwardMeta:
             Where the tensors are made; default CPU.
         **fields
             Further attributes.
+
+        Raises
+        ------
+        TypeError
+            If a number is no integer.
+        ValueError
+            If shapes do not fit together, a number does not fit int32 or is negative, `num_tokens`
+            is less than ``sum(new)``, or rows do not share the prefix.
         """
+        op = "ForwardMeta.for_step"
         place = paddle.CPUPlace() if place is None else place
-        cached_lens, lens = np.asarray(cached, np.int32), np.asarray(new, np.int32)
-        if prefill is None:
-            prefill = [n > 1 for n in new]
-        encoder = np.where(np.asarray(prefill, bool), lens, 0).astype(np.int32)
-        starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
-        total = int(starts[-1]) if num_tokens is None else num_tokens
+        lens = as_int32(op, "new", new, (-1,), "[B]")
+        rows = len(lens)
+        cached_lens = as_int32(op, "cached", cached, (rows,), f"[{rows}]")
+        tables = as_int32(op, "block_tables", block_tables, (rows, -1), f"[{rows}, max_blocks]")
+        for name, lengths in (("cached", cached_lens), ("new", lens)):
+            if (lengths < 0).any():
+                raise ValueError(f"{op}: {name}: expected at least 0, got {lengths.min()}")
+        flags = lens > 1 if prefill is None else np.asarray(prefill, bool)
+        if flags.shape != (rows,):
+            raise ValueError(f"{op}: prefill: expected shape [{rows}], got {list(flags.shape)}")
+        encoder = np.where(flags, lens, 0).astype(np.int32)
+        starts = as_int32(op, "new", np.cumsum([0, *lens.tolist()]), (-1,), "[B + 1]")
+        total = int(starts[-1])
+        if num_tokens is not None:
+            total = int(as_int32(op, "num_tokens", num_tokens, (), "[]"))
+        if total < starts[-1]:
+            raise ValueError(
+                f"{op}: num_tokens: expected at least {starts[-1]}, the sum of new, got {total}"
+            )
         batch_ids = np.full(total, -1, np.int32)
         batch_ids[: starts[-1]] = np.repeat(np.arange(len(lens), dtype=np.int32), lens)
 
@@ -162,15 +262,15 @@ class ForwardMeta:
 
         plan = None
         if shared_prefix_tokens:
-            plan = plan_cascade(block_tables, cached_lens, lens, shared_prefix_tokens, place=place)
-        return cls(
+            plan = plan_cascade(tables, cached_lens, lens, shared_prefix_tokens, place=place)
+        meta = cls(
             **{
                 "seq_lens_encoder": tensor(encoder),
                 "seq_lens_decoder": tensor(cached_lens),
                 "seq_lens_this_time": tensor(lens),
                 "cu_seqlens_q": tensor(starts),
                 "batch_id_per_token": tensor(batch_ids),
-                "block_tables": tensor(block_tables),
+                "block_tables": tensor(tables),
                 "max_len_tensor_cpu": max_len_tensor(cached_lens, lens, encoder),
                 "caches": list(caches),
                 "cascade_plan": plan,
@@ -178,6 +278,9 @@ class ForwardMeta:
                 **fields,
             }
         )
+        if plan is not None and meta.cascade_plan is plan:
+            _record_plan(meta, plan)
+        return meta
 
 
 def max_len_tensor(cached: Any, new: Any, encoder: Any) -> Any:

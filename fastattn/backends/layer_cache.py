@@ -20,8 +20,6 @@ CONFIG_TYPES = {
     "float8_e4m3fn": "cache_fp8",
 }
 
-_NO_SHARD = HeadShard()
-
 
 def cache_type_of(kv_cache_quant_type: str | None) -> str:
     """Cache type of a config string (``int8``, ``float8_e4m3fn``, ...) or of a type's own name.
@@ -58,7 +56,7 @@ class LayerCache:
     fp8_format: str
 
     @classmethod
-    def of(cls, forward_meta: Any, layer: Any, shard: HeadShard = _NO_SHARD) -> LayerCache:
+    def of(cls, forward_meta: Any, layer: Any, shard: HeadShard | None = None) -> LayerCache:
         """Pick a layer's tensors from ``forward_meta.caches``.
 
         Types with one scale a token hold four tensors a layer, ``4 * layer_id + {k, v, k_scales,
@@ -70,8 +68,8 @@ class LayerCache:
         forward_meta : ForwardMeta
         layer : object
             Has ``layer_id`` and, unless it is ``"none"``, ``cache_quant_type_str``.
-        shard : HeadShard
-            This process's share of the model's KV heads, to cut global scales.
+        shard : HeadShard, optional
+            This process's share of the model's KV heads, to cut global scales; default all.
 
         Raises
         ------
@@ -109,7 +107,7 @@ class LayerCache:
             scales = [None, None]
         else:
             scales = [
-                cls._static_scales(layer, name, key, shard, quant_type)
+                cls._static_scales(layer, name, key, shard or HeadShard(), quant_type)
                 for name in ("cache_k_out_scale", "cache_v_out_scale")
             ]
         fp8_format = getattr(layer, "cache_fp8_format", "e4m3")

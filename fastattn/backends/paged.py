@@ -10,7 +10,7 @@ import paddle
 from fastattn import functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
-from fastattn.backends.forward_meta import field, optional
+from fastattn.backends.forward_meta import current_plan, field, optional
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import LayerFacts, seen_of
 from fastattn.functional._cache_types import DYNAMIC_TYPES
@@ -142,7 +142,7 @@ class PagedAttentionBackend(AttentionBackend):
                 )
             offsets = offsets.reshape([-1, 2])
         self.attention_metadata = PagedAttentionMetadata(
-            _host_lengths(forward_meta), offsets, optional(forward_meta, "cascade_plan")
+            _host_lengths(forward_meta), offsets, current_plan(forward_meta)
         )
 
     def get_attention_meta(self) -> PagedAttentionMetadata | None:

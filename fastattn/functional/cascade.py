@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
+from fastattn.functional._attributes import as_int32
 from fastattn.functional._cache_types import check_no_zero_points
 from fastattn.functional._partial import check_results, empty, value_dtype
 from fastattn.functional.attention import paged_attention
@@ -59,13 +60,7 @@ class CascadePlan(NamedTuple):
 def _integers(name: str, values: ArrayLike, shape: tuple[int, ...], text: str) -> NDArray[np.int64]:
     if is_tensor(values):
         raise TypeError(f"{_PLAN}: {name}: expected integers on the host, got a tensor")
-    array = np.asarray(values)
-    fits = array.ndim == len(shape) and all(n in (-1, m) for n, m in zip(shape, array.shape))
-    if not fits:
-        raise ValueError(f"{_PLAN}: {name}: expected shape {text}, got {list(array.shape)}")
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"{_PLAN}: {name}: expected integers, got {array.dtype}")
-    return array.astype(np.int64)
+    return as_int32(_PLAN, name, values, shape, text).astype(np.int64)
 
 
 def _check_shared(
@@ -126,8 +121,9 @@ def plan_cascade(
     TypeError
         If an argument is a tensor or not of integers.
     ValueError
-        If shapes do not fit together, `shared_prefix_tokens` is not a positive multiple of 64, or
-        a row with new tokens has fewer cached tokens or other blocks there.
+        If shapes do not fit together, a value does not fit int32, `shared_prefix_tokens` is not a
+        positive multiple of 64, or a row with new tokens has fewer cached tokens or other blocks
+        there.
 
     Examples
     --------
@@ -164,6 +160,10 @@ def plan_cascade(
     # A table needs a column, and new tokens beyond the last one are of no row's cache.
     suffix = tables[:, blocks:] if blocks < max_blocks else np.full((rows, 1), -1)
     total = int(new.sum())
+    if total > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{_PLAN}: seq_lens_this_time: expected a sum that fits int32, got {total}"
+        )
     place = paddle.CPUPlace() if place is None else place
 
     def tensor(values: ArrayLike) -> Tensor:

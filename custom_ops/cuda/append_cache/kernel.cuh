@@ -21,6 +21,7 @@
 #include "cuda/append_cache/launch.h"
 #include "cuda/common/bytes.cuh"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/pieces.cuh"
 #include "cuda/common/row_tiles.cuh"
 
@@ -214,8 +215,7 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
     dispatch<64, 128>(p.cache.head_dim, "head_dim", [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
-      AppendCacheKernel<Traits><<<static_cast<unsigned>(ctas), kAppendThreads, 0, stream>>>(p);
-      status = cudaGetLastError();
+      status = LaunchKernel(AppendCacheKernel<Traits>, GridSize(ctas), kAppendThreads, stream, p);
     });
   });
   return status;

@@ -14,6 +14,7 @@
 #include "common/layout.h"
 #include "cuda/common/bytes.cuh"
 #include "cuda/common/early_launch.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/pieces.cuh"
 #include "cuda/convert_layout/launch.h"
 
@@ -135,7 +136,7 @@ template <CacheLayout kSrc, CacheLayout kDst, bool kInPlace>
 cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
   const auto* src = static_cast<const uint8_t*>(p.src);
   auto* dst = static_cast<uint8_t*>(p.dst);
-  const auto grid = static_cast<unsigned>(p.num_block_heads);
+  const unsigned grid = GridSize(p.num_block_heads);
   cudaError_t status = cudaSuccess;
   dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
@@ -158,9 +159,8 @@ cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t strea
         p.num_block_heads * kBlockSize * p.head_dim * (p.type == CacheType::kNone ? 2 : 1);
     const int64_t pieces = bytes / sizeof(uint4);
     const int64_t ctas = (pieces + kThreads * 4 - 1) / (kThreads * 4);
-    CopyKernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(
-        static_cast<const uint4*>(p.src), static_cast<uint4*>(p.dst), pieces);
-    return cudaGetLastError();
+    return LaunchKernel(CopyKernel, GridSize(ctas), kThreads, stream,
+                        static_cast<const uint4*>(p.src), static_cast<uint4*>(p.dst), pieces);
   }
   const bool fastdeploy =
       p.src_layout == CacheLayout::kFastDeploy || p.dst_layout == CacheLayout::kFastDeploy;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/dispatch.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/gqa_rope/launch.h"
 #include "cuda/rope_write/token_kernel.cuh"
 
@@ -119,14 +120,16 @@ __global__ void __launch_bounds__(kTokenThreads)
 }
 
 template <DType kIn, CacheType kType, DType kCode>
-void LaunchGqaFormat(const GqaParams& p, cudaStream_t stream) {
+cudaError_t LaunchGqaFormat(const GqaParams& p, cudaStream_t stream) {
+  cudaError_t status = cudaErrorInvalidValue;
   dispatch<64, 128>(p.step.rope.cache.head_dim, "head_dim", [&](auto head_dim) {
     using Traits = StepTraits<kIn, kType, kCode, decltype(head_dim)::value, true>;
     constexpr int kGroups = kTokenThreads / Traits::kLanes;
     const int heads = p.step.rope.num_heads + 2 * p.step.rope.cache.num_kv_heads;
     const dim3 grid(p.step.rope.rows.num_tokens, (heads + kGroups - 1) / kGroups);
-    GqaTokenKernel<Traits><<<grid, kTokenThreads, 0, stream>>>(p);
+    status = LaunchKernel(GqaTokenKernel<Traits>, grid, kTokenThreads, stream, p);
   });
+  return status;
 }
 
 template <DType kIn>
@@ -135,15 +138,16 @@ cudaError_t LaunchGqaTokens(const GqaRopeWriteCacheParams& gqa, cudaStream_t str
   p.gqa = gqa;
   p.step.rope = gqa.rope;
   p.step.q = gqa.rope.qkv;
+  cudaError_t status = cudaErrorInvalidValue;
   dispatch<CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseFp8>(
       gqa.rope.cache.type, "cache_quant_type", [&](auto type) {
         constexpr CacheType kType = decltype(type)::value;
         constexpr DType kCode = kType == CacheType::kNone ? kIn
                                 : IsInt8(kType)           ? DType::kInt8
                                                           : DType::kE4M3;
-        LaunchGqaFormat<kIn, kType, kCode>(p, stream);
+        status = LaunchGqaFormat<kIn, kType, kCode>(p, stream);
       });
-  return cudaGetLastError();
+  return status;
 }
 
 }  // namespace fastattn::cuda

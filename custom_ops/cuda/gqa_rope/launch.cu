@@ -2,6 +2,7 @@
 
 #include "common/dispatch.h"
 #include "cuda/append_cache/launch.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/row_tiles.cuh"
 
 namespace fastattn::cuda {
@@ -47,10 +48,8 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t LaunchGqaPrefix16(const AppendCacheParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(NumTileSlots(p.num_out_tokens, p.batch)),
-                  p.cache.num_kv_heads);
-  Prefix16Kernel<<<grid, kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  const dim3 grid(GridSize(NumTileSlots(p.num_out_tokens, p.batch)), p.cache.num_kv_heads);
+  return LaunchKernel(Prefix16Kernel, grid, kThreads, stream, p);
 }
 
 cudaError_t LaunchGqaRopeWriteCache(const GqaRopeWriteCacheParams& p, cudaStream_t stream) {
@@ -62,8 +61,9 @@ cudaError_t LaunchGqaRopeWriteCache(const GqaRopeWriteCacheParams& p, cudaStream
     });
   }
   if (status != cudaSuccess || rows.batch == 0 || p.num_kv_tokens == 0) return status;
-  PrefixLengthsKernel<<<(rows.batch + kThreads - 1) / kThreads, kThreads, 0, stream>>>(p);
-  status = cudaGetLastError();
+  status =
+      LaunchKernel(PrefixLengthsKernel, GridSize((rows.batch + int64_t{kThreads} - 1) / kThreads),
+                   kThreads, stream, p);
   if (status != cudaSuccess) return status;
   const AppendCacheParams prefix = PrefixOf(p);
   return p.rope.cache.type == CacheType::kNone ? LaunchGqaPrefix16(prefix, stream)

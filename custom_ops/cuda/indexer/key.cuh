@@ -17,6 +17,7 @@
 #include "common/fp4.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/e2m1.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/indexer/encode.cuh"
@@ -421,9 +422,8 @@ cudaError_t LaunchKeyVariant(const IndexerKvParams& p, cudaStream_t stream) {
   grid.tile = static_cast<int>(tile);
   grid.state_aligned = IsAligned(p.state, 4 * SizeOf(Traits::kState));
   grid.pages_aligned = IsAligned(p.kv_cache, 4);
-  const auto ctas = static_cast<unsigned>((p.num_tokens + tile - 1) / tile);
-  KeyKernel<Traits><<<ctas, Traits::kThreads, 0, stream>>>(p, grid);
-  return cudaGetLastError();
+  return LaunchKernel(KeyKernel<Traits>, GridSize((p.num_tokens + tile - 1) / tile),
+                      Traits::kThreads, stream, p, grid);
 }
 
 template <IndexerQuant kQuant>

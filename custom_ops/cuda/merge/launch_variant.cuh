@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "common/dispatch.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/merge/dense_kernel.cuh"
 #include "cuda/merge/scalar_kernel.cuh"
 #include "cuda/merge/vector_kernel.cuh"
@@ -108,8 +109,9 @@ inline MergeShape DynamicShape(const MergeParams& p, int width) {
   return shape;
 }
 
+// For parameters that FitsVectors; sets `status` if this kernel can do them.
 template <DType kIn, MergeOutput kOutput>
-bool LaunchMergeVectors(const MergeParams& p, cudaStream_t stream) {
+bool LaunchMergeVectors(const MergeParams& p, cudaStream_t stream, cudaError_t& status) {
   constexpr int kThreads = 128;
   constexpr int kTokens = 8;  // fp32 LSEs in a sector
   constexpr int kWidth = kPackWidth<kIn>;
@@ -133,7 +135,7 @@ bool LaunchMergeVectors(const MergeParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((p.num_tokens + tokens - 1) / tokens),
                   static_cast<unsigned>(columns));
   const dim3 block(shape.lanes, heads, tokens);
-  MergeVectorKernel<kIn, kOutput><<<grid, block, 0, stream>>>(v);
+  status = LaunchKernel(MergeVectorKernel<kIn, kOutput>, grid, block, stream, v);
   return true;
 }
 
@@ -159,7 +161,7 @@ inline bool IsDense(const MergeParams& p, int64_t lanes) {
          p.num_tokens * p.num_heads * lanes <= kMost - kDenseMergeThreads;
 }
 
-// For parameters that FitsVectors; sets `status` if this kernel can do them.
+// As LaunchMergeVectors.
 template <DType kIn, MergeOutput kOutput, int kPacks>
 bool LaunchMergeDense(const MergeParams& p, cudaStream_t stream, cudaError_t& status) {
   constexpr int kWidth = kPackWidth<kIn>;
@@ -198,7 +200,7 @@ bool LaunchMergeDense(const MergeParams& p, cudaStream_t stream, cudaError_t& st
 }
 
 template <DType kIn, MergeOutput kOutput>
-void LaunchMergeScalars(const MergeParams& p, cudaStream_t stream) {
+cudaError_t LaunchMergeScalars(const MergeParams& p, cudaStream_t stream) {
   constexpr int64_t kMostX = std::numeric_limits<int>::max(), kMostY = 65535;
   int64_t heads = 1;
   if (kOutput == MergeOutput::kDynamicFp8 && p.head_dim > 0) {
@@ -207,7 +209,7 @@ void LaunchMergeScalars(const MergeParams& p, cudaStream_t stream) {
   const int64_t spans = (p.num_heads + heads - 1) / heads;
   const dim3 grid(static_cast<unsigned>(p.num_tokens < kMostX ? p.num_tokens : kMostX),
                   static_cast<unsigned>(spans < kMostY ? spans : kMostY));
-  MergeScalarKernel<kIn, kOutput><<<grid, kScalarMergeThreads, 0, stream>>>(p, heads);
+  return LaunchKernel(MergeScalarKernel<kIn, kOutput>, grid, kScalarMergeThreads, stream, p, heads);
 }
 
 // Whether a thread should take two packs, which share the work for the weights. That pays once
@@ -230,9 +232,9 @@ cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream) {
     if (FitsVectors(p, kWidth)) {
       if (TwoPacks(p, kWidth) && LaunchMergeDense<kIn, kOutput, 2>(p, stream, status)) return;
       if (LaunchMergeDense<kIn, kOutput, 1>(p, stream, status)) return;
-      if (LaunchMergeVectors<kIn, kOutput>(p, stream)) return;
+      if (LaunchMergeVectors<kIn, kOutput>(p, stream, status)) return;
     }
-    LaunchMergeScalars<kIn, kOutput>(p, stream);
+    status = LaunchMergeScalars<kIn, kOutput>(p, stream);
   };
   if constexpr (kIn == DType::kFloat32) {
     dispatch<M::kPlain, M::kFloat16, M::kBFloat16, M::kStaticFp8, M::kDynamicFp8>(p.output_kind,
@@ -240,7 +242,7 @@ cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream) {
   } else {
     dispatch<M::kPlain, M::kStaticFp8, M::kDynamicFp8>(p.output_kind, "output", launch);
   }
-  return status == cudaSuccess ? cudaGetLastError() : status;
+  return status;
 }
 
 }  // namespace fastattn::cuda

@@ -1,4 +1,5 @@
 // merge_prefill_decode_output: one warp copies one token, if it belongs to a decode row.
+#include "cuda/common/launch.cuh"
 #include "cuda/merge_decode/launch.h"
 #include "cuda/rope_write/token_place.cuh"
 
@@ -39,9 +40,8 @@ cudaError_t LaunchMergeDecode(const MergeDecodeParams& p, cudaStream_t stream) {
   const auto addresses = reinterpret_cast<uintptr_t>(p.prefill) |
                          reinterpret_cast<uintptr_t>(p.decode) |
                          static_cast<uintptr_t>(p.row_bytes);
-  const auto grid = static_cast<unsigned>((p.rows.num_tokens + kWarps - 1) / kWarps);
-  MergeDecodeKernel<<<grid, kThreads, 0, stream>>>(p, addresses % sizeof(uint4) == 0);
-  return cudaGetLastError();
+  const unsigned grid = GridSize((p.rows.num_tokens + int64_t{kWarps} - 1) / kWarps);
+  return LaunchKernel(MergeDecodeKernel, grid, kThreads, stream, p, addresses % sizeof(uint4) == 0);
 }
 
 }  // namespace fastattn::cuda

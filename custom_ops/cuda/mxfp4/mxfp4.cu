@@ -9,6 +9,7 @@
 #include "cuda/common/convert.cuh"
 #include "cuda/common/e2m1.cuh"
 #include "cuda/common/early_launch.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/common/vector.cuh"
@@ -135,9 +136,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-dim3 Ctas(int64_t blocks) {
-  return dim3(static_cast<unsigned>((blocks + kBlocksPerCta - 1) / kBlocksPerCta));
-}
+dim3 Ctas(int64_t blocks) { return dim3(GridSize((blocks + kBlocksPerCta - 1) / kBlocksPerCta)); }
 
 }  // namespace
 

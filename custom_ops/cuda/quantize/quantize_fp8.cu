@@ -6,6 +6,7 @@
 #include "common/dispatch.h"
 #include "common/exact.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/quantize/launch.h"
 
@@ -161,24 +162,23 @@ cudaError_t LaunchSegments(const QuantizeFp8Params& p, cudaStream_t stream) {
   const int64_t lanes = length / kChunk;
   if (aligned && length % kChunk == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0) {
     const int64_t ctas = (segments.count * lanes + kThreads - 1) / kThreads;
-    QuantizeVectorKernel<kIn, kGranularity><<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(
-        p, segments, static_cast<int>(lanes));
-  } else {
-    QuantizeSegmentKernel<kIn, kGranularity>
-        <<<static_cast<unsigned>(segments.count), kThreads, 0, stream>>>(p, segments);
+    return LaunchKernel(QuantizeVectorKernel<kIn, kGranularity>, GridSize(ctas), kThreads, stream,
+                        p, segments, static_cast<int>(lanes));
   }
-  return cudaGetLastError();
+  return LaunchKernel(QuantizeSegmentKernel<kIn, kGranularity>, GridSize(segments.count), kThreads,
+                      stream, p, segments);
 }
 
 template <DType kIn>
 cudaError_t LaunchTensorAmax(const QuantizeFp8Params& p, cudaStream_t stream) {
-  ClearScaleKernel<<<1, 1, 0, stream>>>(p.scales);
+  cudaError_t status = LaunchKernel(ClearScaleKernel, 1, 1, stream, p.scales);
+  if (status != cudaSuccess) return status;
   const int64_t wanted = (p.rows * p.cols + kThreads * kChunk - 1) / (kThreads * kChunk);
   constexpr int64_t kMaxCtas = 1024;  // a few a multiprocessor: each loops over the rest
-  AmaxKernel<kIn>
-      <<<static_cast<unsigned>(wanted < kMaxCtas ? wanted : kMaxCtas), kThreads, 0, stream>>>(p);
-  FinishTensorScaleKernel<<<1, 1, 0, stream>>>(p.scales);
-  return cudaGetLastError();
+  status = LaunchKernel(AmaxKernel<kIn>, GridSize(wanted < kMaxCtas ? wanted : kMaxCtas), kThreads,
+                        stream, p);
+  if (status != cudaSuccess) return status;
+  return LaunchKernel(FinishTensorScaleKernel, 1, 1, stream, p.scales);
 }
 
 }  // namespace
@@ -191,9 +191,10 @@ cudaError_t LaunchQuantizeFp8(const QuantizeFp8Params& p, cudaStream_t stream) {
     if (p.rows * p.cols == 0) {
       // An empty tensor still has a per-tensor scale: the floor's.
       if (p.granularity == G::kTensor) {
-        ClearScaleKernel<<<1, 1, 0, stream>>>(p.scales);
-        FinishTensorScaleKernel<<<1, 1, 0, stream>>>(p.scales);
-        status = cudaGetLastError();
+        status = LaunchKernel(ClearScaleKernel, 1, 1, stream, p.scales);
+        if (status == cudaSuccess) {
+          status = LaunchKernel(FinishTensorScaleKernel, 1, 1, stream, p.scales);
+        }
       }
       return;
     }

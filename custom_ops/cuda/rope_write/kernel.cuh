@@ -7,6 +7,7 @@
 #include "common/ceil_div.h"
 #include "common/dispatch.h"
 #include "cuda/common/early_launch.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/rope_write/decode_kernel.cuh"
 #include "cuda/rope_write/policy.h"
 #include "cuda/rope_write/prefill_kernel.cuh"
@@ -51,7 +52,7 @@ cudaError_t LaunchStream(const StepParams& p, cudaStream_t stream) {
   grid.stream_ctas = token_groups * grid.shares;
   grid.rows_per_token = static_cast<float>(rows.batch) / static_cast<float>(rows.num_tokens);
   grid.rows_per_tile = static_cast<float>(rows.batch) / static_cast<float>(slots);
-  const auto ctas = static_cast<unsigned>(grid.stream_ctas + slots * kv_heads);
+  const unsigned ctas = GridSize(grid.stream_ctas + slots * kv_heads);
   return LaunchEarly(StepStreamKernel<Traits>, dim3(ctas), dim3(kStreamThreads), stream, p, grid);
 }
 
@@ -91,8 +92,7 @@ cudaError_t LaunchGeneralStep(const StepParams& p, cudaStream_t stream) {
     const int heads = rope.num_heads + 2 * kv_heads;
     const int share = HeadsPerGroup(num_tokens, heads, kGroups, kTokenHeadsMax);
     const dim3 grid(CeilDiv(heads, kGroups * share), num_tokens);
-    StepTokenKernel<Traits><<<grid, kTokenThreads, 0, stream>>>(p, share);
-    return cudaGetLastError();
+    return LaunchKernel(StepTokenKernel<Traits>, grid, kTokenThreads, stream, p, share);
   }
   constexpr int kTokens = kPrefillThreads / Traits::kLanes;
   const int token_groups = CeilDiv(num_tokens, kTokens);
@@ -103,9 +103,8 @@ cudaError_t LaunchGeneralStep(const StepParams& p, cudaStream_t stream) {
   grid.head_shares = CeilDiv(heads, grid.heads_per_share);
   grid.stream_ctas = token_groups * grid.head_shares;
   const int64_t value_ctas = NumTileSlots(num_tokens, rope.rows.batch, kBlockSize, 2) * kv_heads;
-  const auto ctas = static_cast<unsigned>(grid.stream_ctas + value_ctas);
-  StepPrefillKernel<Traits><<<ctas, kPrefillThreads, 0, stream>>>(p, grid);
-  return cudaGetLastError();
+  return LaunchKernel(StepPrefillKernel<Traits>, GridSize(grid.stream_ctas + value_ctas),
+                      kPrefillThreads, stream, p, grid);
 }
 
 template <DType kIn, CacheType kType, DType kCode>

@@ -1,0 +1,38 @@
+// Launches whose status is their own.
+//
+// After kernel<<<...>>> only cudaGetLastError() tells, and it tells of whatever failed before in
+// this thread too, somebody else's call included. cudaLaunchKernelEx returns the launch's status;
+// what it leaves behind is cleared, so that no later check reports it again.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace fastattn::cuda {
+
+// First dimension of a grid. The caller turns the exception into the operator's error.
+inline unsigned GridSize(int64_t ctas) {
+  if (ctas < 0 || ctas > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("too large a problem: " + std::to_string(ctas) +
+                                " CTAs, a grid holds 2147483647");
+  }
+  return static_cast<unsigned>(ctas);
+}
+
+template <typename... Params>
+cudaError_t LaunchKernel(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                         const Params&... params) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, params...);
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,121 @@
+"""Programs that Paddle traced, at every run: tensors that it would hand over as something else.
+
+Paddle copies an input of a program that is not contiguous, or not on the program's device, and an
+empty optional tensor reaches an operator as an absent one. An operator inside the program sees
+neither: it would write into the copy, and do without the tensor. So the runs themselves are
+watched, those of loaded programs too; a program without this package's operators is looked at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import paddle
+
+from fastattn import _ops
+
+_CUSTOM_OP = "custom_op." + _ops.PREFIX
+
+
+class _Use(NamedTuple):
+    """An input or parameter of a program as an argument of an operator."""
+
+    is_parameter: bool
+    position: int  # among the program's inputs, or its parameters
+    op: str
+    name: str
+    written: bool  # else: optional, and not to be empty
+
+
+def _operations(block: Any) -> Iterator[Any]:
+    for op in block.ops:
+        yield op
+        for inner in op.blocks():
+            yield from _operations(inner)
+
+
+def _uses(runner: Any) -> list[_Use]:
+    """What the operators of a program write or may not find empty."""
+    places = [(False, i, v) for i, v in enumerate(runner._inputs.var_list)]
+    places += [(True, i, v) for i, v in enumerate(runner._param_values)]
+    uses = []
+    for op in _operations(runner._origin_main_program.global_block()):
+        if not op.name().startswith(_CUSTOM_OP):
+            continue
+        sig = _ops.signature(op.name()[len(_CUSTOM_OP) :].rstrip("_"))
+        written = set(sig.inplace.values())
+        for i, name in enumerate(sig.inputs):
+            if i not in written and not _ops.may_not_be_empty(sig, i):
+                continue
+            value = op.operand_source(i)
+            for is_parameter, position, known in places:
+                if value.is_same(known):
+                    uses.append(_Use(is_parameter, position, sig.name, name, i in written))
+    return uses
+
+
+def _check(use: _Use, tensor: Any, place: Any) -> None:
+    if not use.written:
+        if 0 in tensor.shape:
+            raise ValueError(
+                f"{use.op}: {use.name}: expected a tensor with elements, got shape "
+                f"{list(tensor.shape)}"
+            )
+        return
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{use.op}: {use.name}: it is written in place and must be contiguous, got shape "
+            f"{list(tensor.shape)} with strides {list(tensor.strides)}: a program writes into a "
+            "copy"
+        )
+    if not use.is_parameter and tensor.stop_gradient and not tensor.place._equals(place):
+        raise ValueError(
+            f"{use.op}: {use.name}: it is written in place and must be on {place}, where the "
+            f"program runs, got a tensor on {tensor.place}: a program writes into a copy"
+        )
+
+
+def _check_run(uses: list[_Use], runner: Any, inputs: Any) -> None:
+    tensors = [x for x in paddle.utils.flatten(inputs) if not _is_constant(x)]
+    if len(tensors) != len(runner._inputs.var_list):
+        return
+    place = paddle.framework._current_expected_place()
+    for use in uses:
+        tensor = (runner._params if use.is_parameter else tensors)[use.position]
+        if isinstance(tensor, paddle.base.core.eager.Tensor):
+            _check(use, tensor, place)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether an argument of a traced function is no input of the program."""
+    return not hasattr(value, "shape") or not hasattr(value, "dtype")
+
+
+@functools.lru_cache(maxsize=1)
+def watch() -> None:
+    """Have the runs of traced programs checked. Paddle 2, which traces otherwise, is left alone."""
+    try:
+        from paddle.jit.dy2static.pir_partial_program import PartialProgramLayer
+    except ImportError:
+        return
+    known: weakref.WeakKeyDictionary[Any, list[_Use]] = weakref.WeakKeyDictionary()
+
+    def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def checked_run(self: Any, inputs: Any) -> Any:
+            uses = known.get(self)
+            if uses is None:
+                uses = known[self] = _uses(self)
+            if uses:
+                _check_run(uses, self, inputs)
+            return run(self, inputs)
+
+        return checked_run
+
+    for name in ("__call__", "sot_call"):
+        run = getattr(PartialProgramLayer, name, None)
+        if run is not None:
+            setattr(PartialProgramLayer, name, checked(run))

@@ -1,0 +1,307 @@
+"""Checks of an operator's arguments while a program is traced.
+
+There Paddle 3 ends the process where an operator throws, and a traced program throws when it runs:
+what the operators refuse must be refused before they get into a program. :data:`RULES` says it once
+more, for everything that can be known then: names, ranges and dtypes, with the types and texts of
+the operators' own errors. Dygraph does not come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import paddle
+
+from fastattn import _ops, _rules
+from fastattn._rules import Call, Rule
+
+_CACHE: dict[str, Rule] = {
+    "key_cache": _rules.cache_dtype,
+    "value_cache": _rules.value_cache_dtype,
+    "cache_k_scales": _rules.cache_scales,
+    "cache_v_scales": _rules.both(_rules.cache_scales, _rules.like("cache_k_scales")),
+}
+_INT32 = _rules.dtypes("int32")
+_ROWS: dict[str, Rule] = {
+    name: _INT32
+    for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time")
+}
+_STEP: dict[str, Rule] = {**_CACHE, **_ROWS, "batch_id_per_token": _INT32}
+_PARAMETER = _rules.dtypes("float32", "bfloat16", "float16")
+_NORMS: dict[str, Rule] = {"q_norm_weight": _PARAMETER, "k_norm_weight": _PARAMETER}
+_window = _rules.at_least(-1, "expected -1 (unlimited) or at least 0, got ", shown_as="window_size")
+_ATTENTION_INPUTS: dict[str, Rule] = {
+    "q_descale": _rules.query_descale,
+    "sinks": _rules.dtypes("float32", "bfloat16"),
+    "mask_offsets": _INT32,
+    "out_scale": _rules.dtypes("float32"),
+    "out": _rules.attention_out,
+}
+_ATTENTION_ATTRS: dict[str, Rule] = {
+    "max_seqlen_q": _rules.at_least(0),
+    "max_seqlen_k": _rules.at_least(0),
+    "softmax_scale": _rules.finite(),
+    "causal": _rules.anything,
+    "window_left": _window,
+    "window_right": _window,
+    "softcap": _rules.finite(0),
+    "return_softmax_lse": _rules.anything,
+    "out_dtype": _rules.out_dtype,
+    "quantize_q": _rules.quantize_q,
+}
+
+_FP32_OR_BF16 = _rules.dtypes("float32", "bfloat16")
+_INDEX = _rules.dtypes("int32", "int64")
+_TYPE_AND_FORMAT: dict[str, Rule] = {
+    "cache_quant_type": _rules.cache_type,
+    "fp8_format": _rules.fp8_format,
+}
+_CONVERSION: dict[str, Rule] = {
+    "kind": _rules.names(ValueError, ("k", "v"), "expected k or v, got '{}'"),
+    "cache_quant_type": _rules.cache_type,
+    "src": _rules.layout,
+    "dst": _rules.layout,
+}
+
+
+@dataclass(frozen=True)
+class OpRules:
+    """Rules of an operator's inputs and attributes; absent optional inputs are skipped.
+
+    `always` names the optional inputs whose absence may be wrong.
+    """
+
+    inputs: Mapping[str, Rule]
+    attrs: Mapping[str, Rule] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
+
+
+_SCALES = ("cache_k_scales", "cache_v_scales")
+
+#: Every input and attribute of every operator (a test compares). Attributes come first: an input's
+#: rule may rely on them.
+RULES: dict[str, OpRules] = {
+    "write_cache_kv": OpRules(
+        {**_STEP, "key": _rules.dtypes(*_rules.FLOATS), "value": _rules.written_values},
+        _TYPE_AND_FORMAT,
+        _SCALES,
+    ),
+    "rope_write_cache_kv": OpRules(
+        {
+            **_STEP,
+            **_NORMS,
+            "qkv": _rules.qkv,
+            "rotary_embs": _rules.dtypes("float32"),
+            "qkv_bias": _PARAMETER,
+            "q_scale": _rules.q_scale,
+        },
+        {
+            **_TYPE_AND_FORMAT,
+            "num_kv_heads": _rules.num_kv_heads,
+            "num_heads": _rules.num_heads,
+            "rms_norm_eps": _rules.finite(0),
+            "use_neox_rotary_style": _rules.anything,
+            "rotary_dim": _rules.rotary_dim,
+            "qk_norm_before_rope": _rules.anything,
+            "q_quant": _rules.names(
+                ValueError,
+                ("none", "per_tensor", "per_token_head"),
+                "expected none, per_tensor or per_token_head, got '{}'",
+            ),
+        },
+        (*_SCALES, "q_scale"),
+    ),
+    "gqa_rope_write_cache": OpRules(
+        {
+            **_STEP,
+            **_NORMS,
+            "qkv": _rules.qkv,
+            "rotary_embs": _rules.dtypes("float32"),
+            "cu_seqlens_k": _INT32,
+            "seq_lens_encoder": _INT32,
+        },
+        {
+            "cache_quant_type": _rules.fastdeploy_type,
+            "kv_token_num": _rules.kv_token_num,
+            "rms_norm_eps": _rules.finite(0),
+            "use_neox_rotary_style": _rules.anything,
+        },
+        _SCALES,
+    ),
+    "append_cache_kv_c8": OpRules(
+        {
+            **_CACHE,
+            "key": _rules.dtypes(*_rules.HALVES),
+            "value": _rules.both(_rules.dtypes(*_rules.HALVES), _rules.like("key")),
+            "block_tables": _INT32,
+            "seq_lens_decoder": _INT32,
+            "cu_seqlens_k": _INT32,
+        },
+        {
+            "cache_quant_type": _rules.append_type,
+            "dynamic_quant": _rules.dynamic_quant,
+            "cache_layout": _rules.append_layout,
+            "fp8_format": _rules.fp8_format,
+        },
+    ),
+    "convert_cache_layout": OpRules({"cache": _rules.convertible}, _CONVERSION),
+    "convert_cache_blocks": OpRules(
+        {"cache": _rules.convertible},
+        {**_CONVERSION, "begin": _rules.block_range, "end": _rules.block_range},
+    ),
+    "flash_attention": OpRules(
+        {
+            "q": _rules.queries,
+            "v": _rules.like("k"),
+            "k": _rules.keys,
+            "cu_seqlens_q": _INT32,
+            "cu_seqlens_k": _INT32,
+            "k_descale": _rules.key_descale,
+            "v_descale": _rules.key_descale,
+            **_ATTENTION_INPUTS,
+        },
+        {
+            **_ATTENTION_ATTRS,
+            "kv_dtype": _rules.names(
+                ValueError,
+                ("auto", "e4m3", "e5m2", "int8"),
+                "expected auto, e4m3, e5m2 or int8, got '{}'",
+            ),
+        },
+    ),
+    "paged_attention": OpRules(
+        {**_CACHE, "q": _rules.paged_queries, **_ROWS, **_ATTENTION_INPUTS},
+        {**_TYPE_AND_FORMAT, **_ATTENTION_ATTRS},
+        _SCALES,
+    ),
+    "merge_attn_states": OpRules(
+        {
+            "prefix_output": _rules.dtypes(*_rules.FLOATS),
+            "prefix_lse": _rules.dtypes("float32"),
+            "suffix_output": _rules.like("prefix_output"),
+            "suffix_lse": _rules.dtypes("float32"),
+            "output_scale": _rules.dtypes("float32"),
+            "output": _rules.merged,
+            "output_lse": _rules.dtypes("float32"),
+            "output_scales": _rules.dtypes("float32"),
+        },
+        {"prefill_tokens_with_context": _rules.prefill_tokens},
+    ),
+    "merge_prefill_decode_output": OpRules(
+        {
+            "encoder_res": _rules.supported,
+            "decoder_res": _rules.like("encoder_res"),
+            "seq_lens_encoder": _INT32,
+            "seq_lens_decoder": _INT32,
+            "seq_lens_this_time": _INT32,
+            "cu_seq_q": _INT32,
+        },
+        {
+            "head_num": _rules.at_least(1),
+            "head_dim": _rules.at_least(1),
+            "max_token": _rules.at_least(1),
+        },
+    ),
+    "quantize_fp8": OpRules(
+        {
+            "x": _rules.dtypes(*_rules.FLOATS),
+            "scale": _rules.dtypes("float32"),
+            "output": _rules.codes_output(""),
+        },
+        {
+            "granularity": _rules.names(
+                ValueError,
+                ("tensor", "token", "group"),
+                "expected tensor, token or group, got '{}'",
+            ),
+            "group_size": _rules.group_size,
+        },
+    ),
+    "mxfp4_quantize": OpRules({"x": _rules.dtypes(*_rules.FLOATS)}),
+    "mxfp4_dequantize": OpRules(
+        {"codes": _rules.dtypes("uint8"), "scales": _rules.dtypes("uint8")},
+        {
+            "dtype": _rules.names(
+                ValueError, _rules.FLOATS, "expected float32, float16 or bfloat16, got '{}'"
+            )
+        },
+    ),
+    "indexer_q_rope_quant": OpRules(
+        {
+            "positions": _INDEX,
+            "q": _rules.dtypes("bfloat16"),
+            "cos_sin_cache": _FP32_OR_BF16,
+            "weights": _FP32_OR_BF16,
+        },
+        {
+            "softmax_scale": _rules.anything,
+            "head_scale": _rules.anything,
+            "quant": _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'"),
+        },
+    ),
+    "indexer_kv_compress_insert": OpRules(
+        {
+            "state_cache": _FP32_OR_BF16,
+            "block_tables": _INT32,
+            "batch_id_per_token": _INT32,
+            "positions": _INDEX,
+            "state_slots": _INDEX,
+            "kv_slots": _INDEX,
+            "rms_norm_weight": _FP32_OR_BF16,
+            "cos_sin_cache": _FP32_OR_BF16,
+            "kv_cache": _rules.dtypes("uint8"),
+        },
+        {
+            "compress_ratio": _rules.compress_ratio,
+            "page_size": _rules.at_least(1, "expected a positive number of tokens, got "),
+            "rms_norm_eps": _rules.anything,
+            "quant": _rules.names(
+                ValueError,
+                ("fp8", "mxfp4", "fp8_512"),
+                "expected fp8, mxfp4 or fp8_512, got '{}'",
+            ),
+        },
+    ),
+}
+
+
+def _check_view(op: str, name: str, value: Any) -> None:
+    """Refuse to write into a view that the traced function itself made.
+
+    A traced program computes a view as a tensor of its own: what is written into it is lost.
+    """
+    define = getattr(value, "get_defining_op", None)
+    made_by = define() if define is not None else None
+    if made_by is None or made_by.name() not in getattr(paddle.base.framework, "stride_ops", ()):
+        return
+    raise ValueError(
+        f"{op}: {name}: it is written in place and must not be a view that the traced function "
+        f"made ({made_by.name()}): a program writes into a copy of it; make the view outside"
+    )
+
+
+def check(sig: _ops.OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> None:
+    """Refuse what the operator would refuse, or write where nobody sees it.
+
+    Parameters
+    ----------
+    sig : OpSignature
+    inputs, attrs : tuple
+        In the order of registration, of the right Python types.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        With the operator's own text.
+    """
+    call = Call(sig.name, dict(zip(sig.inputs, inputs)), dict(zip(sig.attrs, attrs)))
+    rules = RULES[sig.name]
+    for name, rule in rules.attrs.items():
+        rule(call, name)
+    for name, rule in rules.inputs.items():
+        if call.inputs[name] is not None or name in rules.always:
+            rule(call, name)
+    for i in sig.inplace.values():
+        _check_view(sig.name, sig.inputs[i], inputs[i])

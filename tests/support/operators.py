@@ -1,0 +1,205 @@
+"""A small valid call of every operator, by the names it was registered with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+
+from fastattn import _ops
+from fastattn.functional._marker import unified
+from tests.support.tensors import DTYPES, int32, to_paddle
+
+
+class OpCall(NamedTuple):
+    """Tensors and attributes by name; an input that is not named is absent."""
+
+    inputs: dict[str, Any]
+    attrs: dict[str, Any]
+
+    def changed(self, **changes: Any) -> OpCall:
+        """The same with some tensors or attributes replaced."""
+        inputs = {k: v for k, v in changes.items() if k not in self.attrs}
+        attrs = {k: v for k, v in changes.items() if k in self.attrs}
+        return OpCall({**self.inputs, **inputs}, {**self.attrs, **attrs})
+
+
+def zeros(*shape: int, dtype: str = "float32", place: str = "cpu") -> paddle.Tensor:
+    return to_paddle(np.zeros(shape, DTYPES.get(dtype, dtype)), place)
+
+
+@unified
+def run(op: str, inputs: dict[str, Any], attrs: dict[str, Any]) -> list[Any]:
+    """Call the registered operator, past its Python function."""
+    sig = _ops.signature(op)
+    assert set(inputs) <= set(sig.inputs) and set(attrs) == set(sig.attrs), op
+    tensors = tuple(inputs.get(name) for name in sig.inputs)
+    return _ops.call(op, tensors, tuple(attrs[name] for name in sig.attrs))
+
+
+def calls(place: str = "cpu") -> dict[str, OpCall]:
+    """One sequence of 2 new tokens, 4 heads over 2 KV heads of 64 channels."""
+
+    def make(*shape: int, dtype: str = "float32") -> paddle.Tensor:
+        return zeros(*shape, dtype=dtype, place=place)
+
+    def ones(*shape: int) -> paddle.Tensor:
+        return to_paddle(np.ones(shape, np.float32), place)
+
+    def rows() -> dict[str, Any]:
+        return {
+            "block_tables": int32([[0]], place),
+            "cu_seqlens_q": int32([0, 2], place),
+            "seq_lens_decoder": int32([0], place),
+            "seq_lens_this_time": int32([2], place),
+        }
+
+    def cache(dtype: str = "float16") -> dict[str, Any]:
+        return {name: make(3, 2, 64, 64, dtype=dtype) for name in ("key_cache", "value_cache")}
+
+    def scales() -> dict[str, Any]:
+        return {"cache_k_scales": ones(2), "cache_v_scales": ones(2)}
+
+    plain = {"cache_quant_type": "none", "fp8_format": "e4m3"}
+    attention = {
+        "max_seqlen_q": 2,
+        "max_seqlen_k": 2,
+        "softmax_scale": 0.125,
+        "causal": True,
+        "window_left": -1,
+        "window_right": -1,
+        "softcap": 0.0,
+        "return_softmax_lse": False,
+        "out_dtype": "auto",
+        "quantize_q": False,
+    }
+    conversion = {"kind": "k", "cache_quant_type": "cache_fp8", "src": "fastattn", "dst": "logical"}
+    return {
+        "write_cache_kv": OpCall(
+            {
+                "key": make(2, 2, 64, dtype="float16"),
+                "value": make(2, 2, 64, dtype="float16"),
+                **cache(),
+                **rows(),
+            },
+            plain,
+        ),
+        "rope_write_cache_kv": OpCall(
+            {
+                "qkv": make(2, 8 * 64, dtype="float16"),
+                **cache(),
+                **rows(),
+                "rotary_embs": make(2, 1, 8, 1, 32),
+            },
+            {
+                **plain,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "rms_norm_eps": 1e-6,
+                "use_neox_rotary_style": False,
+                "rotary_dim": -1,
+                "qk_norm_before_rope": False,
+                "q_quant": "none",
+            },
+        ),
+        "gqa_rope_write_cache": OpCall(
+            {
+                "qkv": make(2, 8 * 64, dtype="float16"),
+                **cache(),
+                **rows(),
+                "rotary_embs": make(2, 1, 8, 1, 32),
+                "cu_seqlens_k": int32([0, 2], place),
+                "seq_lens_encoder": int32([2], place),
+            },
+            {
+                "kv_token_num": 2,
+                "rms_norm_eps": 1e-6,
+                "use_neox_rotary_style": False,
+                "cache_quant_type": "none",
+            },
+        ),
+        "append_cache_kv_c8": OpCall(
+            {
+                **cache("uint8"),
+                **scales(),
+                "key": make(2, 2, 64, dtype="float16"),
+                "value": make(2, 2, 64, dtype="float16"),
+                "block_tables": int32([[0]], place),
+                "seq_lens_decoder": int32([2], place),
+                "cu_seqlens_k": int32([0, 2], place),
+            },
+            {
+                "dynamic_quant": False,
+                "cache_quant_type": "cache_fp8",
+                "cache_layout": "fastattn",
+                "fp8_format": "e4m3",
+            },
+        ),
+        "convert_cache_layout": OpCall({"cache": make(3, 2, 64, 64, dtype="uint8")}, conversion),
+        "convert_cache_blocks": OpCall(
+            {"cache": make(3, 2, 64, 64, dtype="uint8")}, {**conversion, "begin": 0, "end": 2}
+        ),
+        "flash_attention": OpCall(
+            {
+                "q": make(2, 4, 64, dtype="float16"),
+                "k": make(2, 2, 64, dtype="float16"),
+                "v": make(2, 2, 64, dtype="float16"),
+                "cu_seqlens_q": int32([0, 2], place),
+                "cu_seqlens_k": int32([0, 2], place),
+            },
+            {**attention, "kv_dtype": "auto"},
+        ),
+        "paged_attention": OpCall(
+            {"q": make(2, 4, 64, dtype="float16"), **cache(), **rows()}, {**plain, **attention}
+        ),
+        "merge_attn_states": OpCall(
+            {
+                "prefix_output": make(2, 4, 64, dtype="float16"),
+                "prefix_lse": make(4, 2),
+                "suffix_output": make(2, 4, 64, dtype="float16"),
+                "suffix_lse": make(4, 2),
+            },
+            {"prefill_tokens_with_context": -1},
+        ),
+        "merge_prefill_decode_output": OpCall(
+            {
+                "encoder_res": make(2, 4 * 64, dtype="float16"),
+                "decoder_res": make(2, 4 * 64, dtype="float16"),
+                "seq_lens_encoder": int32([0], place),
+                "seq_lens_decoder": int32([5], place),
+                "seq_lens_this_time": int32([2], place),
+                "cu_seq_q": int32([0, 2], place),
+            },
+            {"head_num": 4, "head_dim": 64, "max_token": 2},
+        ),
+        "quantize_fp8": OpCall({"x": make(2, 64)}, {"granularity": "group", "group_size": 32}),
+        "mxfp4_quantize": OpCall({"x": make(2, 64)}, {}),
+        "mxfp4_dequantize": OpCall(
+            {"codes": make(2, 32, dtype="uint8"), "scales": make(2, 2, dtype="uint8")},
+            {"dtype": "float16"},
+        ),
+        "indexer_q_rope_quant": OpCall(
+            {
+                "positions": int32([0, 1], place),
+                "q": make(2, 3, 128, dtype="bfloat16"),
+                "cos_sin_cache": make(4, 64),
+                "weights": make(2, 3),
+            },
+            {"softmax_scale": 1.0, "head_scale": 1.0, "quant": "fp8"},
+        ),
+        "indexer_kv_compress_insert": OpCall(
+            {
+                "state_cache": make(2, 4, 512),
+                "block_tables": int32([[0, 1]], place),
+                "batch_id_per_token": int32([0, 0], place),
+                "positions": int32([3, 4], place),
+                "state_slots": int32([0, 1], place),
+                "kv_slots": int32([0, 1], place),
+                "rms_norm_weight": make(128),
+                "cos_sin_cache": make(4, 64),
+                "kv_cache": make(2, 4, 132, dtype="uint8"),
+            },
+            {"compress_ratio": 4, "page_size": 4, "rms_norm_eps": 1e-6, "quant": "fp8"},
+        ),
+    }

@@ -1,0 +1,204 @@
+"""Tensors that are written while another argument lies in their memory, and sizes that overflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+import fastattn.functional as F
+from fastattn import _ops, reference
+from fastattn.functional._marker import unified
+from tests.support.compare import assert_same_bits
+from tests.support.operators import calls, run, zeros
+from tests.support.tensors import to_numpy, to_paddle
+
+
+def window(pool: paddle.Tensor, first: int, like: paddle.Tensor) -> paddle.Tensor:
+    """View of a flat uint8 pool from byte `first` on, of another tensor's shape and dtype."""
+    size, start = int(np.prod(like.shape)), first // bytes_of(like)
+    # The dtype first: Paddle's view of a slice as another dtype lies elsewhere.
+    return pool.view(like.dtype)[start : start + size].view(list(like.shape))
+
+
+def bytes_of(tensor: paddle.Tensor) -> int:
+    return tensor.element_size()
+
+
+FP16 = "float16"
+#: Operator, the tensor that is written, the one that lies in its memory, and how many of the
+#: latter's elements it is shifted by; tensors that the small call lacks.
+SHIFTED = [
+    ("flash_attention", "out", "q", 64, {}),
+    ("flash_attention", "out", "q", 1, {}),
+    ("flash_attention", "out", "sinks", 0, {"sinks": zeros(4)}),
+    ("flash_attention", "out", "mask_offsets", 2, {"mask_offsets": zeros(2, 2, dtype="int32")}),
+    ("flash_attention", "out", "cu_seqlens_k", 0, {}),
+    ("paged_attention", "out", "q", 256, {}),
+    ("paged_attention", "out", "sinks", 4, {"sinks": zeros(4)}),
+    ("paged_attention", "out", "block_tables", 0, {}),
+    ("paged_attention", "out", "seq_lens_decoder", 0, {}),
+    ("merge_attn_states", "output", "prefix_output", 64, {}),
+    ("merge_attn_states", "output", "suffix_output", 1, {}),
+    ("merge_attn_states", "output", "suffix_lse", 0, {}),
+    ("merge_attn_states", "output_lse", "prefix_lse", 1, {}),
+    ("merge_attn_states", "output_lse", "suffix_lse", 2, {}),
+    ("merge_attn_states", "output_lse", "suffix_output", 0, {}),
+    ("append_cache_kv_c8", "key", "key_cache", 0, {}),
+    ("append_cache_kv_c8", "value", "key_cache", 64, {}),
+    ("append_cache_kv_c8", "key", "value_cache", 128, {}),
+    ("append_cache_kv_c8", "value", "cache_v_scales", 0, {}),
+    ("append_cache_kv_c8", "key", "cu_seqlens_k", 0, {}),
+    ("indexer_kv_compress_insert", "kv_cache", "state_cache", 128, {}),
+    ("indexer_kv_compress_insert", "kv_cache", "rms_norm_weight", 0, {}),
+    ("indexer_kv_compress_insert", "kv_cache", "kv_slots", 1, {}),
+    ("write_cache_kv", "key_cache", "cache_k_scales", 0, {}),
+    ("write_cache_kv", "value_cache", "cache_k_scales", 0, {}),
+    ("write_cache_kv", "key_cache", "key", 64, {}),
+    ("quantize_fp8", "output", "scale", 0, {"scale": zeros(1)}),
+]
+
+
+@pytest.mark.parametrize(("op", "written", "read", "shift", "more"), SHIFTED)
+def test_what_is_written_lies_apart(op, written, read, shift, more):
+    call = calls()[op].changed(**more)
+    if op == "write_cache_kv" and "scales" in read:
+        names = ("key_cache", "value_cache")
+        call = call.changed(
+            cache_quant_type="block_wise_fp8",
+            **{name: zeros(3, 2, 64, 64, dtype="uint8") for name in names},
+            **{name: zeros(3, 2, 64) for name in ("cache_k_scales", "cache_v_scales")},
+        )
+    outputs = {
+        "out": zeros(2, 4, 64, dtype=FP16),
+        "output": zeros(2, 4, 64, dtype=FP16),
+        "output_lse": zeros(4, 2),
+    }
+    if op == "quantize_fp8":
+        outputs["output"] = zeros(2, 64, dtype="uint8")
+    first, second = call.inputs.get(written, outputs.get(written)), call.inputs[read]
+    base = paddle.zeros([65536], "uint8")
+    call = call.changed(
+        **{
+            written: window(base, 0, first),
+            read: window(base, shift * bytes_of(second), second),
+        }
+    )
+    with pytest.raises(ValueError, match=f"^{op}: {written}: it is written and must .*{read}"):
+        run(op, call.inputs, call.attrs)
+
+
+@pytest.mark.parametrize("first", [1020, 1024])
+def test_q_descale_under_the_output(first):
+    """e4m3 queries: their scale in the output's last bytes, or right behind them."""
+    pool = paddle.zeros([2048], "uint8")
+    q = zeros(2, 4, 64, dtype="uint8")
+    k = zeros(2, 2, 64, dtype="uint8")
+    starts = to_paddle(np.array([0, 2], np.int32))
+    descale = window(pool, first, zeros(1))
+    out = window(pool, 0, zeros(2, 4, 64, dtype="bfloat16"))
+    arguments = (q, k, k, starts, starts, 2, 2)
+    if first == 1024:
+        F.flash_attention(*arguments, q_descale=descale, out=out)
+        return
+    with pytest.raises(ValueError, match=r"out: it is written .* share memory with q_descale"):
+        F.flash_attention(*arguments, q_descale=descale, out=out)
+
+
+def test_an_output_that_is_an_input_stays_allowed():
+    rng = np.random.default_rng(3)
+    p, s = (rng.normal(size=(3, 2, 8)).astype(np.float32) for _ in range(2))
+    lse_p, lse_s = (rng.normal(size=(2, 3)).astype(np.float32) for _ in range(2))
+    expected = reference.merge_attn_states(p, lse_p, s, lse_s)
+    tensors = [to_paddle(x.copy()) for x in (p, lse_p, s, lse_s)]
+    F.merge_attn_states(*tensors, output=tensors[2], output_lse=tensors[1])
+    assert_same_bits(to_numpy(tensors[2]), expected[0])
+    np.testing.assert_allclose(to_numpy(tensors[1]), expected[1], rtol=1e-6)
+
+
+def test_outputs_beside_inputs_in_one_buffer():
+    """[T, 3, H, D]: every second span of memory is another's, and none is shared."""
+    rng = np.random.default_rng(4)
+    packed = rng.normal(size=(5, 3, 2, 8)).astype(np.float32)
+    lse_p, lse_s = (rng.normal(size=(2, 5)).astype(np.float32) for _ in range(2))
+    expected = reference.merge_attn_states(packed[:, 0], lse_p, packed[:, 2], lse_s)
+    pool = to_paddle(packed.copy())
+    given = [pool[:, i] for i in range(3)]
+    out, _ = _merge_raw(given[0], to_paddle(lse_p), given[2], to_paddle(lse_s), given[2])
+    assert_same_bits(to_numpy(pool)[:, 2], expected[0])
+    assert_same_bits(to_numpy(pool)[:, :2], packed[:, :2])
+    assert out is not None
+
+
+def _merge_raw(*tensors: Any) -> Any:
+    """Strided outputs: the merge takes them; so does the small view of a head."""
+    try:
+        return F.merge_attn_states(*tensors[:4], output=tensors[4])
+    except ValueError as error:
+        if "must be contiguous" in str(error):
+            pytest.skip("strided outputs do not reach the operator")
+        raise
+
+
+@pytest.mark.parametrize("tokens", [2**57 + 5, 2**60, 2**62, 2**63 - 1])
+def test_kv_token_num_whose_bytes_wrap(tokens):
+    call = calls()["gqa_rope_write_cache"].changed(kv_token_num=tokens)
+    text = f"^gqa_rope_write_cache: kv_token_num: expected sizes .* got {tokens} \\* 2 \\* 64 \\* 2"
+    with pytest.raises(ValueError, match=text):
+        run("gqa_rope_write_cache", call.inputs, call.attrs)
+
+
+def test_a_view_of_more_bytes_than_fit():
+    """It repeats 64 elements."""
+    if not hasattr(_ops, "_load_direct"):
+        pytest.skip("Paddle's registry copies a tensor that is not contiguous")
+    q = paddle.as_strided(zeros(1, 1, 64, dtype=FP16), [2**31 - 1, 2**31 - 1, 64], [0, 0, 1])
+    call = calls()["flash_attention"].changed(q=q)
+    with pytest.raises(ValueError, match="q: expected sizes whose product fits 64 bits"):
+        run("flash_attention", call.inputs, call.attrs)
+
+
+def test_mxfp4_columns_that_wrap():
+    """No elements, but a last dimension that doubles."""
+    codes = paddle.empty([0, 2**62], "uint8")
+    scales = paddle.empty([0, 2**58], "uint8")
+    with pytest.raises(ValueError, match="codes: expected sizes whose product fits 64 bits"):
+        F.mxfp4_dequantize(codes, scales)
+
+
+@unified
+def record(shapes: list[Any], outputs: list[Any]) -> None:
+    """Shapes as the program knows them: in a traced function they would become tensors."""
+    shapes.append([list(x.shape) for x in outputs])
+
+
+@pytest.mark.parametrize("heads", [-1, 2])
+def test_heads_of_an_unknown_cache_are_unknown(heads):
+    """A program that is saved with any number of KV heads tells no number of query heads."""
+    from paddle.static import InputSpec
+
+    if paddle.__version__.startswith("2."):
+        pytest.skip("Paddle 2.6 gives a custom operator's outputs no shape while tracing")
+    call = calls()["gqa_rope_write_cache"]
+    names = list(call.inputs)
+    shapes = []
+
+    def program(tensors):
+        outputs = run("gqa_rope_write_cache", dict(zip(names, tensors)), call.attrs)
+        record(shapes, outputs[:4])
+        return outputs[0]
+
+    specs = []
+    for name in names:
+        shape = list(call.inputs[name].shape)
+        if name.endswith("_cache"):
+            shape[1] = heads
+        specs.append(InputSpec(shape, call.inputs[name].dtype, name=name))
+    static = paddle.jit.to_static(program, input_spec=[specs], full_graph=True)
+    static.eval()
+    out = static([call.inputs[name] for name in names])
+    assert list(out.shape) == [2, 4, 64]
+    known = 4 if heads == 2 else -1
+    assert shapes[-1] == [[2, known, 64], [2, heads, 64], [2, heads, 64], [2, 512]]
