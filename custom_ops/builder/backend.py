@@ -58,7 +58,7 @@ def _requirements(config_settings: Any = None) -> list[str]:
     """Nothing beyond setuptools; an environment without Paddle is refused before the build."""
     sys.path.extend(p for p in surrounding_paths() if p not in sys.path)
     try:
-        require_paddle()
+        require_paddle("pip")  # not of this Python: it may be of a build environment
     except ToolchainError as error:
         sys.exit(
             f"error: {error}\nWhere a Paddle is installed and yet not seen (build environments of "

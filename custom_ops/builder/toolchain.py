@@ -84,18 +84,17 @@ class Cuda:
         raise ToolchainError(f"libcudart_static.a is not in the CUDA toolkit at {self.home}")
 
 
-def require_paddle() -> None:
-    """Refuse to go on without a Paddle, with the line to type.
+def require_paddle(pip: str | None = None) -> None:
+    """Refuse to go on without a Paddle, with the line to type; `pip` is how it starts.
 
     None is fetched: `paddlepaddle` and `paddlepaddle-gpu` are two distributions of one module, and
     only the user knows which of them, in which version, the environment is meant to have.
     """
     if importlib.util.find_spec("paddle") is not None:
         return
-    install = f"{shlex.quote(sys.executable)} -m pip install"
-    line = f"{install} paddlepaddle"
+    line = f"{pip or f'{shlex.quote(sys.executable)} -m pip'} install paddlepaddle"
     if shutil.which("nvidia-smi"):
-        line = f"{install} paddlepaddle-gpu    # the one that fits the GPU's driver"
+        line += "-gpu    # the one that fits the GPU's driver"
     raise ToolchainError(
         f"Paddle is not installed for {sys.executable}. The operators are built against the "
         f"Paddle that they will run in, so install one first:\n\n    {line}\n"
