@@ -137,7 +137,7 @@ def test_architectures_are_those_that_nvcc_lists():
     command = [str(cuda.nvcc), "--list-gpu-code"]
     listed = subprocess.run(command, capture_output=True, text=True).stdout.split()
     known = {name[len("sm_") :] for name in listed}
-    for number in (70, 75, 80, 86, 89, 90, 100, 103, 110, 120, 121):
+    for number in (70, 75, 80, 86, 89, 90, 100, 101, 103, 110, 120, 121):
         arch = toolchain.specific_arch(number)
         try:
             toolchain.check_cuda(cuda, [arch])

@@ -35,7 +35,7 @@ _ARCH_SINCE = {
     110: (13, 0),
 }
 _FAMILY_SINCE = (12, 9)  # the "f" targets
-_OLDEST_ARCH_OF_CUDA_13 = 75
+_GONE_IN_CUDA_13 = frozenset({*range(75), 101})  # 101 has become 110
 
 
 class ToolchainError(RuntimeError):
@@ -215,7 +215,7 @@ def check_cuda(cuda: Cuda, archs: Sequence[str]) -> None:
                 "newer: name a newer toolkit in CUDA_HOME, or leave the CUDA kernels out with "
                 "FASTATTN_ARCHS=none"
             )
-        if cuda.version >= (13, 0) and int(number) < _OLDEST_ARCH_OF_CUDA_13:
+        if cuda.version >= (13, 0) and int(number) in _GONE_IN_CUDA_13:
             raise ToolchainError(
                 f"{cuda.nvcc} is of CUDA {found}, which no longer compiles for sm_{arch} of "
                 "FASTATTN_ARCHS: CUDA 12 does"
