@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def without_gpu(folder, monkeypatch):
 def test_without_paddle(tmp_path, command):
     done = setup_ops(command, flags=["-S"], PATH=str(tmp_path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{sys.executable} -m pip install paddlepaddle\n" in done.stderr
+    assert f"{shlex.quote(sys.executable)} -m pip install paddlepaddle\n" in done.stderr
     assert done.stdout == ""  # nothing was fetched or built
 
 
@@ -183,7 +184,7 @@ def test_without_paddle_on_a_machine_with_a_gpu(tmp_path):
     script(tmp_path / "nvidia-smi", "true")
     done = setup_ops("install", flags=["-S"], PATH=str(tmp_path))
     assert done.returncode == 1
-    assert f"{sys.executable} -m pip install paddlepaddle-gpu" in done.stderr
+    assert f"{shlex.quote(sys.executable)} -m pip install paddlepaddle-gpu" in done.stderr
 
 
 @pytest.mark.parametrize(
