@@ -5,34 +5,80 @@ The work is done by custom_ops/builder; docs/install.md tells the options.
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-DEPENDENCIES = ["numpy>=1.21", "ml_dtypes>=0.4", "rich>=12"]
-OLDEST_SETUPTOOLS = (77, 0)  # as in pyproject.toml
+SETUPTOOLS = "setuptools>=77,<86"  # as in pyproject.toml
+OLDEST_SETUPTOOLS = 77
+INSTALL_SETUPTOOLS = f"{shlex.quote(sys.executable)} -m pip install '{SETUPTOOLS}'"
+BORROWED = "FASTATTN_BORROWED_SETUPTOOLS"
+BUILDING = {"install", "build", "build_ext", "bdist_wheel", "develop"}
+
+
+def recent_setuptools() -> bool:
+    """Whether this Python has a setuptools that reads pyproject.toml."""
+    try:
+        version = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return int(re.match(r"\d+", version)[0]) >= OLDEST_SETUPTOOLS
+
+
+def run_with_borrowed_setuptools() -> int:
+    """Run this script again, with a setuptools for this run only; its exit status.
+
+    The environment's own setuptools stays as it is, as in the isolated builds of pip.
+    """
+    install = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    print(f"fetching {SETUPTOOLS} for this build (missing or older here)", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if subprocess.call([*install, "--target", folder, SETUPTOOLS]) != 0:
+            sys.exit(f"error: that failed; install one yourself:\n\n    {INSTALL_SETUPTOOLS}\n")
+        path = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path), BORROWED: folder}
+        return subprocess.call([sys.executable, *sys.argv], env=environ)
+
+
+def forget_borrowed_setuptools() -> bool:
+    """Keep what was borrowed from the processes started here; whether this run borrowed."""
+    if os.environ.pop(BORROWED, None) is None:
+        return False
+    rest = os.environ.pop("PYTHONPATH").partition(os.pathsep)[2]
+    if rest:
+        os.environ["PYTHONPATH"] = rest
+    return True
 
 
 def main() -> None:
-    """Run setuptools; where it is missing or too old, let pip bring it."""
-    try:
-        import setuptools
-
-        recent = tuple(map(int, setuptools.__version__.split(".")[:2])) >= OLDEST_SETUPTOOLS
-    except ImportError:
-        recent = False
-    if not recent and sys.argv[1:] == ["install"]:
-        print("setuptools is missing or old here: `pip install .` does the same", flush=True)
-        sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", "-v", str(ROOT)]))
-    if not recent:
-        sys.exit("setup_ops.py needs setuptools 77 or newer: `pip install -U setuptools`")
-
+    """Run setuptools, in a version that can read this package's metadata."""
     sys.path.insert(0, str(ROOT / "custom_ops"))
+    from builder.toolchain import ToolchainError, require_paddle, require_pip
+
+    borrowed = forget_borrowed_setuptools()
+    by_pip = "builder.backend" in sys.modules
+    recent = recent_setuptools()
+    try:
+        if BUILDING.intersection(sys.argv):
+            require_paddle()
+        if not recent and (borrowed or by_pip):
+            raise ToolchainError(f"setup_ops.py needs {SETUPTOOLS}:\n\n    {INSTALL_SETUPTOOLS}\n")
+        if not recent or "install" in sys.argv:
+            require_pip()
+    except ToolchainError as error:
+        sys.exit(f"error: {error}")
+    if not recent:
+        sys.exit(run_with_borrowed_setuptools())
+
+    import setuptools
     from builder import extension
 
-    backend = sys.modules.get("builder.backend")  # present when pip builds
-    borrowed = backend.borrowed_paddle() if backend else None
     verbose = {"-v", "--verbose"} & set(sys.argv)
     setuptools.setup(
         # The build prints its own progress; setuptools would add a line for every file copied.
@@ -45,7 +91,7 @@ def main() -> None:
             "egg_info": extension.EggInfo,
             "install": extension.Install,
         },
-        install_requires=DEPENDENCIES + ([borrowed] if borrowed else []),
+        install_requires=extension.install_requires(),
     )
 
 

@@ -8,7 +8,7 @@
 
 setup_env() { # setup_env EXTRAS
   local extras=$1 paddle=${FASTATTN_PADDLE:-paddlepaddle==3.3.1} numpy=numpy
-  case "$paddle" in *==2.*) numpy="numpy<2" ;; esac # Paddle 2 does not import NumPy 2
+  case "$paddle" in *==2.*) numpy="numpy<2" ;; esac # Paddle 2 was made for NumPy 1
   if ! .venv/bin/python -c "" 2>/dev/null; then
     echo "making .venv"
     rm -rf .venv

@@ -385,7 +385,7 @@ def test_the_name_of_a_wheel_tells_its_build(tmp_path, name, wrong):
 @pytest.mark.parametrize("commands", [["egg_info"], ["build_ext", "--cuda=off", "egg_info"]])
 def test_the_version_of_a_build(tmp_path, commands):
     done = run_setup(tmp_path, *commands, "-e", str(tmp_path))
-    if "needs setuptools 77" in done.stderr:
+    if "fetching setuptools" in done.stdout:
         pytest.skip("setuptools is too old to build with")
     assert done.returncode == 0, done.stderr
     (info,) = tmp_path.glob("*.egg-info/PKG-INFO")

@@ -2,13 +2,13 @@
 
 pip builds in an isolated environment that hides the packages of the one it installs into. The
 operators must be built against exactly the Paddle there, so this backend makes that environment's
-packages importable again (after the isolated ones), and asks for a Paddle of its own only when that
-environment has none; the wheel then depends on that version.
+packages importable again (after the isolated ones). It never asks for a Paddle of its own: see
+``toolchain.require_paddle``.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import site
 import sys
 import sysconfig
@@ -17,8 +17,11 @@ from typing import Any
 
 from setuptools import build_meta
 
+from .ops import ROOT
+from .toolchain import ToolchainError, require_paddle
+from .wheel import unpack_compiled
+
 SETUP_SCRIPT = "setup_ops.py"
-_OLDEST_PADDLE = "paddlepaddle>=2.6.2"
 
 
 def surrounding_paths() -> list[str]:
@@ -30,34 +33,37 @@ def surrounding_paths() -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def borrowed_paddle() -> str | None:
-    """Requirement on the Paddle that was installed for this build only, or None.
-
-    None means that the surrounding environment has its own, so the package must not ask for one:
-    `paddlepaddle` and `paddlepaddle-gpu` are different distributions of the same module.
-    """
-    spec = importlib.util.find_spec("paddle")
-    if spec is None or spec.origin is None:
-        return None
-    if any(Path(path) in Path(spec.origin).parents for path in surrounding_paths()):
-        return None
-    import paddle
-
-    return f"paddlepaddle=={paddle.__version__}"
-
-
 class _Backend(build_meta._BuildMetaBackend):
     def run_setup(self, setup_script: str = SETUP_SCRIPT) -> None:
         sys.path.extend(p for p in surrounding_paths() if p not in sys.path)
         super().run_setup(SETUP_SCRIPT)
 
-
-def _requirements(config_settings: Any = None) -> list[str]:
-    sys.path.extend(p for p in surrounding_paths() if p not in sys.path)
-    return [] if importlib.util.find_spec("paddle") else [_OLDEST_PADDLE]
+    def build_wheel(
+        self,
+        wheel_directory: str | os.PathLike[str],
+        config_settings: Any = None,
+        metadata_directory: str | os.PathLike[str] | None = None,
+    ) -> str:
+        name = super().build_wheel(wheel_directory, config_settings, metadata_directory)
+        # As after `setup_ops.py install`: whatever runs in the source tree finds its folder first.
+        unpack_compiled(Path(wheel_directory) / name, ROOT)
+        return name
 
 
 def _no_requirements(config_settings: Any = None) -> list[str]:
+    return []
+
+
+def _requirements(config_settings: Any = None) -> list[str]:
+    """Nothing beyond setuptools; an environment without Paddle is refused before the build."""
+    sys.path.extend(p for p in surrounding_paths() if p not in sys.path)
+    try:
+        require_paddle("pip")  # not of this Python: it may be of a build environment
+    except ToolchainError as error:
+        sys.exit(
+            f"error: {error}\nWhere a Paddle is installed and yet not seen (build environments of "
+            "uv or `python -m build`, PYTHONPATH), build with --no-build-isolation."
+        )
     return []
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
-from setuptools import Distribution, Extension
+from setuptools import Distribution, Extension, SetuptoolsDeprecationWarning
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
@@ -20,8 +22,8 @@ from setuptools.errors import SetupError
 from . import sources as source_lists
 from .compile import CompileError
 from .ops import BUILD_INFO, ROOT, Build
-from .toolchain import ToolchainError
-from .wheel import local_version
+from .toolchain import ToolchainError, find_paddle
+from .wheel import local_version, requirements, unpack_compiled
 
 LIBRARY = "fastattn._fastattn_ops"
 MODULES = {name: f"fastattn.{name}" for name in source_lists.MODULES}
@@ -31,6 +33,14 @@ def extensions() -> list[Extension]:
     """What setuptools is told: the operator library and the Python modules beside it."""
     modules = [Extension(name, sources=[], optional=True) for name in MODULES.values()]
     return [Extension(LIBRARY, sources=[]), *modules]
+
+
+def install_requires() -> list[str]:
+    """What the package asks pip for, in this environment."""
+    try:
+        return requirements(find_paddle().version, importlib.metadata.version("numpy"))
+    except (ToolchainError, importlib.metadata.PackageNotFoundError):
+        return requirements(None, None)  # an sdist, or the metadata of what cannot be built here
 
 
 def build_command() -> type[build_ext]:
@@ -129,26 +139,37 @@ class Install(install):
     setuptools' own command copies files without a record, and older versions make eggs.
     """
 
+    def initialize_options(self) -> None:
+        """As setuptools', but without its banner against a command that this one replaces."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SetuptoolsDeprecationWarning)
+            super().initialize_options()
+
     def run(self) -> None:
-        """Build a wheel and install it."""
+        """Build a wheel, install it, and put its compiled files into the source tree."""
         if not self._called_by_user():
             super().run()  # bdist_wheel fills its folder through this command
             return
-        # The source tree is first in sys.path of whatever runs in it, so it must work as well.
-        self.reinitialize_command("build_ext", inplace=True)
-        self.run_command("build_ext")
         with tempfile.TemporaryDirectory() as folder:
-            wheel = self.reinitialize_command("bdist_wheel", dist_dir=folder)
-            wheel.ensure_finalized()
+            # No keyword arguments here: the method of Debian's distutils takes none.
+            wheel = self.reinitialize_command("bdist_wheel")
+            wheel.dist_dir = folder
             self.run_command("bdist_wheel")
             (path,) = Path(folder).glob("*.whl")
-            pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, "--no-deps", "--force-reinstall", str(path)], check=True)
-            subprocess.run([*pip, str(path)], check=True)  # what it depends on
+            unpack_compiled(path, ROOT)
+            _pip("install", "--no-deps", "--force-reinstall", str(path))
+            # What it depends on. Paddle and others run with the NumPy that is there: it stays.
+            _pip("install", str(path), f"numpy=={importlib.metadata.version('numpy')}")
         print(f"installed {self.distribution.get_fullname()} for {sys.executable}")
 
     def _called_by_user(self) -> bool:
         return not self.root and not self.single_version_externally_managed
+
+
+def _pip(command: str, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", command, "--quiet", *arguments])
+    if done.returncode != 0:
+        raise SetupError(f"pip {command} failed; its message is above")
 
 
 class BinaryDistribution(Distribution):

@@ -63,6 +63,9 @@ class Build:
         if self.cuda is None:
             self.archs = []
         self.cxx = toolchain.find_cxx()
+        toolchain.check_cxx(self.cxx)
+        if self.cuda is not None:
+            toolchain.check_cuda(self.cuda, self.archs)
         self.sources = source_lists.discover(CUSTOM_OPS, self.cuda is not None)
         kind = "cuda" if self.cuda else "cpu"
         tag = f"{self.paddle.version}-{kind}-{sys.implementation.cache_tag}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
 import importlib.util
 import os
 import platform
@@ -22,6 +23,19 @@ DEFAULT_ARCH = "90a"
 _SPECIFIC = frozenset({90, 100, 101, 103, 110, 120, 121})
 
 _ARCH = re.compile(r"(\d{2,3})([af]?)\Z")
+
+OLDEST_GCC = (8, 0)
+
+# First toolkit that compiles for an architecture; 12.0 is also what the kernels' instructions need
+# (PTX 8.0: wgmma, setmaxnreg, bulk copies).
+OLDEST_CUDA = (12, 0)
+_ARCH_SINCE = {
+    **dict.fromkeys((100, 101, 120), (12, 8)),
+    **dict.fromkeys((103, 121), (12, 9)),
+    110: (13, 0),
+}
+_FAMILY_SINCE = (12, 9)  # the "f" targets
+_GONE_IN_CUDA_13 = frozenset({*range(75), 101})  # 101 has become 110
 
 
 class ToolchainError(RuntimeError):
@@ -70,15 +84,45 @@ class Cuda:
         raise ToolchainError(f"libcudart_static.a is not in the CUDA toolkit at {self.home}")
 
 
+def require_paddle(pip: str | None = None) -> None:
+    """Refuse to go on without a Paddle, with the line to type; `pip` is how it starts.
+
+    None is fetched: `paddlepaddle` and `paddlepaddle-gpu` are two distributions of one module, and
+    only the user knows which of them, in which version, the environment is meant to have.
+    """
+    if importlib.util.find_spec("paddle") is not None:
+        return
+    line = f"{pip or f'{shlex.quote(sys.executable)} -m pip'} install paddlepaddle"
+    if shutil.which("nvidia-smi"):
+        line += "-gpu    # the one that fits the GPU's driver"
+    raise ToolchainError(
+        f"Paddle is not installed for {sys.executable}. The operators are built against the "
+        f"Paddle that they will run in, so install one first:\n\n    {line}\n"
+    )
+
+
+def require_pip() -> None:
+    """Refuse to go on where pip, which installs the wheel, is missing (as in uv's environments)."""
+    # Not importlib.util.find_spec: setuptools' import hook takes that for pip itself running, and
+    # leaves Python 3.11 and older with the distutils of the standard library.
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
+        raise ToolchainError(
+            f"pip is missing for {sys.executable}: `{shlex.quote(sys.executable)} -m ensurepip` "
+            "(or `uv pip install pip`) first"
+        )
+
+
 def find_paddle() -> Paddle:
     """Describe the Paddle that this Python imports."""
-    if importlib.util.find_spec("paddle") is None:
+    require_paddle()
+    try:
+        import paddle
+    except Exception as error:  # of many types: a missing library, a NumPy that does not fit
+        first = next(iter(str(error).strip().splitlines()), "no message")
         raise ToolchainError(
-            f"Paddle is not installed for {sys.executable}. The operators are built against the "
-            "Paddle that they will run in: `pip install paddlepaddle` (or the paddlepaddle-gpu "
-            "that fits the machine) first."
-        )
-    import paddle
+            f"Paddle is installed for {sys.executable} but does not import: "
+            f"{type(error).__name__}: {first} (Paddle 2.6 needs numpy<2)"
+        ) from error
 
     return Paddle(
         paddle.__version__, Path(paddle.__file__).parent, bool(paddle.is_compiled_with_cuda())
@@ -127,6 +171,55 @@ def compiler_identity(command: tuple[str, ...]) -> str:
     except OSError as error:
         raise ToolchainError(f"{shlex.join(command)} does not run: {error}") from error
     return (done.stdout or done.stderr).strip().splitlines()[0]
+
+
+@functools.cache
+def _macros(command: tuple[str, ...]) -> dict[str, int]:
+    """Macros with a number for a value that a C++ compiler defines by itself."""
+    try:
+        done = subprocess.run(
+            [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True
+        )
+    except OSError as error:
+        raise ToolchainError(f"{shlex.join(command)} does not run: {error}") from error
+    return {
+        name: int(value)
+        for name, value in re.findall(r"^#define (\w+) (\d+)\s*$", done.stdout, re.M)
+    }
+
+
+def check_cxx(command: Sequence[str]) -> None:
+    """Refuse a GCC that is too old for the sources; other compilers are taken as they are."""
+    macros = _macros(tuple(command))
+    if "__GNUC__" not in macros or "__clang__" in macros:
+        return
+    found = macros["__GNUC__"], macros.get("__GNUC_MINOR__", 0)
+    if found < OLDEST_GCC:
+        raise ToolchainError(
+            f"{shlex.join(command)} is GCC {found[0]}.{found[1]}, and the sources need "
+            f"{OLDEST_GCC[0]} or newer: name a newer one in CXX, such as CXX=g++-12"
+        )
+
+
+def check_cuda(cuda: Cuda, archs: Sequence[str]) -> None:
+    """Refuse a toolkit that is too old for the kernels or too old or new for an architecture."""
+    found = ".".join(map(str, cuda.version))
+    for arch in archs:
+        number, suffix = re.fullmatch(r"(\d+)([af]?)", arch).groups()  # type: ignore[union-attr]
+        oldest = max(OLDEST_CUDA, _ARCH_SINCE.get(int(number), OLDEST_CUDA))
+        if suffix == "f":
+            oldest = max(oldest, _FAMILY_SINCE)
+        if cuda.version < oldest:
+            raise ToolchainError(
+                f"{cuda.nvcc} is of CUDA {found}, and sm_{arch} needs {oldest[0]}.{oldest[1]} or "
+                "newer: name a newer toolkit in CUDA_HOME, or leave the CUDA kernels out with "
+                "FASTATTN_ARCHS=none"
+            )
+        if cuda.version >= (13, 0) and int(number) in _GONE_IN_CUDA_13:
+            raise ToolchainError(
+                f"{cuda.nvcc} is of CUDA {found}, which no longer compiles for sm_{arch} of "
+                "FASTATTN_ARCHS: CUDA 12 does"
+            )
 
 
 def find_ccache(environ: Mapping[str, str] = os.environ) -> list[str]:
