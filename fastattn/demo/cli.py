@@ -67,8 +67,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--train",
         action="store_true",
-        help="serve a model that this machine trains (about a minute on two cores); it is kept in "
-        "the cache folder, where the next --train finds it",
+        help="serve a model that this machine trains, which takes minutes; it is kept in the cache "
+        "folder, where the next --train finds it",
     )
     parser.add_argument(
         "--retrain", action="store_true", help="as --train, even if a trained model is kept"
