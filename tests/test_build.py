@@ -310,6 +310,9 @@ GOOD_WHEEL = [
     "fastattn/_host.cpython-311-x86_64-linux-gnu.so",
     "fastattn/functional/quantize.py",
     "fastattn/py.typed",
+    "fastattn/demo/model.npz",
+    "fastattn/demo/recipe.json",
+    "fastattn/demo/held_out.txt",
     "fastattn-0.1.0.dist-info/METADATA",
     "fastattn-0.1.0.dist-info/licenses/LICENSE",
 ]
@@ -328,6 +331,8 @@ def test_good_wheel():
         "build/temp/quantize.o",
         "fastattn/_fastattn_ops_pd_.so",
         "fastattn/_fastattn_ops.py",
+        "fastattn/demo/demo-0123456789abcdef.npz",
+        "fastattn/model.npz",
         "tests/test_build.py",
         "custom_ops/builder/wheel.py",
         "fastattn/__pycache__/env.cpython-311.pyc",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import paddle
@@ -17,7 +17,7 @@ from fastattn.demo.blocks import BlockPool, block_keys
 from fastattn.demo.engine import Engine
 from fastattn.demo.model import Config, Model, initial_weights
 from fastattn.demo.scheduler import Request, Sampling, Scheduler
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES
+from fastattn.functional._cache_types import CACHE_QUANT_TYPES, STATIC_TYPES
 
 SMALL = Config(layers=2, hidden=32, heads=4, kv_heads=2, head_dim=64, mlp=48, context=256)
 GREEDY = Sampling(temperature=0.0)
@@ -53,14 +53,6 @@ def scales(weights, corpus):
 
 
 # Text
-
-
-def test_the_split_is_deterministic_and_disjoint(corpus):
-    assert text.load() == corpus
-    train_lines, held_out = corpus.train.split("\n"), corpus.held_out.split("\n")
-    assert not set(train_lines) & set(held_out)
-    assert len(train_lines) == pytest.approx(11 * len(held_out), abs=11)
-    assert len(corpus.train) > 100_000 and len(corpus.held_out) > 10_000
 
 
 def test_the_text_is_prose(corpus):
@@ -115,6 +107,22 @@ def test_training_lowers_the_loss_and_repeats(corpus):
     again = train.train(corpus, config, schedule)
     for name, weight in weights.items():
         np.testing.assert_allclose(again[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_two_halves_of_a_step_give_the_gradients_of_the_whole():
+    config = Config(layers=1, hidden=32, heads=2, kv_heads=1, mlp=32, context=64)
+    weights = small_weights(config)
+    windows = np.random.default_rng(1).integers(0, config.vocabulary, (5, 18))  # 3 and 2
+    expected_loss, expected = gradient.loss_and_gradients(
+        weights, config, windows[:, :-1], windows[:, 1:]
+    )
+    with ThreadPoolExecutor(2) as pool:
+        loss, gradients = train._gradients(pool, weights, config, windows)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert set(gradients) == set(expected)
+    for name, reference in expected.items():
+        error = np.abs(gradients[name] - reference).max() / np.abs(reference).max()
+        assert error < 2e-5, name
 
 
 def test_weights_survive_a_file_and_a_broken_one_is_ignored(tmp_path, weights):
@@ -362,9 +370,27 @@ def test_quantised_caches_stay_near_the_plain_one(model, corpus, scales):
     base = evaluate.score(model, "none", None, held_out)
     for name in CACHE_QUANT_TYPES[1:]:
         scored = evaluate.score(model, name, scales[name], held_out)
-        error = evaluate.largest_difference(scored.logits, base.logits)
-        assert 0 < error < 0.1 * base.logits.std(), name
+        spread = base.logits.std()
+        difference = scored.logits - base.logits
+        assert 0 < np.sqrt((difference**2).mean()) < 0.02 * spread, name
+        largest = evaluate.largest_difference(scored.logits, base.logits)
+        assert largest == np.abs(difference).max() < 0.3 * spread, name
         assert scored.perplexity == pytest.approx(base.perplexity, rel=0.02), name
+
+
+def test_static_scales_do_not_depend_on_how_many_windows_run_at_once(
+    monkeypatch, weights, corpus, scales
+):
+    monkeypatch.setattr(evaluate, "_CALIBRATION_BATCH", evaluate.CALIBRATION_WINDOWS)
+    tokens = []
+    for name in STATIC_TYPES:
+        found = evaluate.static_scales(weights, SMALL, corpus.train, name, progress=tokens.append)
+        for pair, expected in zip(found, scales[name]):
+            for array, reference in zip(pair, expected):
+                np.testing.assert_allclose(array, reference, rtol=1e-5)
+        assert tokens == [evaluate.calibration_tokens(SMALL, corpus.train, name)]
+        tokens.clear()
+    assert evaluate.calibration_tokens(SMALL, corpus.train, "none") == 0
 
 
 def test_static_scales_cover_the_text_they_were_measured_on(weights, corpus, scales):
@@ -381,76 +407,10 @@ def test_static_scales_cover_the_text_they_were_measured_on(weights, corpus, sca
 # Command
 
 
-RESULT_KEYS = {
-    "cache_quant_type",
-    "bytes_per_token",
-    "perplexity",
-    "perplexity_ratio",
-    "max_logit_error",
-    "tokens_per_second",
-    "text",
-}
-
-
 def parse(*arguments):
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers())
     return parser.parse_args(["demo", *arguments])
-
-
-@pytest.fixture
-def tiny_demo(monkeypatch, tmp_path):
-    """The command with a model that trains in a moment."""
-    config = Config(layers=1, hidden=32, heads=2, kv_heads=1, mlp=32, context=256)
-    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fastattn.demo.model.Config", lambda: config)
-    schedule = train.Schedule(steps=3, tokens=512)
-    monkeypatch.setattr("fastattn.demo.train.Schedule", lambda: schedule)
-    monkeypatch.setattr("fastattn.demo.evaluate.HELD_OUT_WINDOWS", 2)
-
-
-def check_report(found, types):
-    assert set(found) == {
-        "schema",
-        "versions",
-        "device",
-        "model",
-        "prompt",
-        "serving",
-        "cache_types",
-    }
-    assert found["schema"] == report.SCHEMA
-    assert set(found["versions"]) == {"fastattn", "paddle", "python"}
-    assert set(found["model"]) == {"parameters", "path", "trained", "training_seconds"}
-    assert found["serving"]["requests"] > 1 and found["serving"]["mixed_steps"] > 0
-    assert [r["cache_quant_type"] for r in found["cache_types"]] == list(types)
-    for result in found["cache_types"]:
-        assert set(result) == RESULT_KEYS
-        assert all(isinstance(v, (int, float, str)) for v in result.values())
-        assert result["perplexity"] > 1 and result["tokens_per_second"] > 0
-    base = found["cache_types"][0]
-    assert base["perplexity_ratio"] == 1 and base["max_logit_error"] == 0
-
-
-def test_the_command_trains_once_and_reports(tiny_demo, tmp_path, capsys):
-    file = tmp_path / "report.json"
-    arguments = parse("--json", str(file), "--max-new-tokens", "5")
-    assert arguments.run(arguments) == 0
-    shown = capsys.readouterr().out
-    first = json.loads(file.read_text())
-    check_report(first, CACHE_QUANT_TYPES)
-    assert first["model"]["trained"] and "training on" in shown
-    for name in CACHE_QUANT_TYPES:
-        assert f"\n{name} " in shown
-    assert first["serving"]["reused_tokens"] > 0
-
-    arguments = parse("--json", "-", "--cache-quant-type", "cache_fp8", "--max-new-tokens", "5")
-    assert arguments.run(arguments) == 0
-    captured = capsys.readouterr()
-    second = json.loads(captured.out)
-    check_report(second, ("none", "cache_fp8"))
-    assert not second["model"]["trained"] and "perplexity" in captured.err
-    assert second["cache_types"][1]["text"] == first["cache_types"][2]["text"]
 
 
 def test_the_command_tells_what_is_wrong(capsys):

@@ -174,7 +174,7 @@ def without_gpu(folder, monkeypatch):
 
 @pytest.mark.parametrize("command", ["install", "build_ext", "bdist_wheel"])
 def test_without_paddle(tmp_path, command):
-    done = setup_ops(command, flags=["-S"], PATH=str(tmp_path))
+    done = setup_ops(command, flags=["-S"], PATH=str(tmp_path), PYTHONPATH="")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{shlex.quote(sys.executable)} -m pip install paddlepaddle\n" in done.stderr
     assert done.stdout == ""  # nothing was fetched or built
@@ -182,7 +182,7 @@ def test_without_paddle(tmp_path, command):
 
 def test_without_paddle_on_a_machine_with_a_gpu(tmp_path):
     script(tmp_path / "nvidia-smi", "true")
-    done = setup_ops("install", flags=["-S"], PATH=str(tmp_path))
+    done = setup_ops("install", flags=["-S"], PATH=str(tmp_path), PYTHONPATH="")
     assert done.returncode == 1
     assert f"{shlex.quote(sys.executable)} -m pip install paddlepaddle-gpu" in done.stderr
 

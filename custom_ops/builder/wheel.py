@@ -12,11 +12,19 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_REQUIRED = ("fastattn/_fastattn_ops.so", "fastattn/_build_info.py", "fastattn/py.typed")
+_REQUIRED = (
+    "fastattn/_fastattn_ops.so",
+    "fastattn/_build_info.py",
+    "fastattn/py.typed",
+    "fastattn/demo/model.npz",
+    "fastattn/demo/recipe.json",
+    "fastattn/demo/held_out.txt",
+)
 
 _ALLOWED = re.compile(
     r"(fastattn/(\w+/)*\w+\.py"
     r"|fastattn/(py\.typed|_(host|direct)\.pyi)"
+    r"|fastattn/demo/(model\.npz|recipe\.json|held_out\.txt)"
     r"|fastattn/_fastattn_ops\.so"
     r"|fastattn/_(host|direct)\.[\w.-]+\.so"
     r"|fastattn-[^/]+\.dist-info/.+)\Z"

@@ -1,10 +1,14 @@
-"""``python -m fastattn demo``."""
+"""``python -m fastattn demo``.
+
+Nothing here imports Paddle before the first line is shown: that import takes seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -12,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES
+#: ``fastattn.functional`` has the same names and brings Paddle with them.
+CACHE_QUANT_TYPES = ("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8")
 
 DEFAULT_PROMPT = "The following statement "
 DEFAULT_NEW_TOKENS = 200
@@ -32,14 +37,17 @@ _OTHER_PROMPTS = (
 )
 _OTHER_NEW_TOKENS = 80
 
+#: Tokens of a chunk that take as long as one that is generated in a step of few.
+_GENERATED_WEIGHT = 12
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the ``demo`` command to a command line."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
-        help="train a tiny GPT on this machine and serve it with every cache type",
-        description="Train a tiny GPT (first run only, about a minute on two cores), then serve it "
-        "from a paged cache of every type and compare them.",
+        help="serve a tiny GPT with every cache type",
+        description="Serve a tiny GPT, which comes with the package or is trained here, from a "
+        "paged cache of every type and compare them.",
     )
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue")
     parser.add_argument(
@@ -56,7 +64,15 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--top-k", type=_positive, default=20)
     parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--retrain", action="store_true", help="train even if a model is there")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="serve a model that this machine trains, which takes minutes; it is kept in the cache "
+        "folder, where the next --train finds it",
+    )
+    parser.add_argument(
+        "--retrain", action="store_true", help="as --train, even if a trained model is kept"
+    )
     parser.set_defaults(run=run)
 
 
@@ -88,15 +104,27 @@ def _temperature(text: str) -> float:
     return value
 
 
+def _calm_threads() -> None:
+    """Let threads that wait sleep instead of spin, unless the user has said otherwise.
+
+    The demo's products are small, and libraries that spin at the end of each leave other programs
+    no core: with both cores of a machine taken the demo took 100 to 120 s, and 25 s so.
+    """
+    if "numpy" in sys.modules:
+        return  # the libraries have read these by now
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
-    from fastattn.demo.place import DeviceError
+    _calm_threads()
     from fastattn.demo.report import Console
 
     console = Console(sys.stderr if args.json == "-" else sys.stdout)
     try:
         report = _demo(args, console)
-    except (DeviceError, ImportError, NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:
         print(f"fastattn demo: {error}", file=sys.stderr)
         return 1
     document = json.dumps(report, indent=2)
@@ -112,34 +140,53 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
-    import paddle
-
-    from fastattn import _ops
-    from fastattn.demo import place, report, text
-    from fastattn.demo.model import Config, Model
+    from fastattn.demo import report
     from fastattn.version import __version__
 
-    config = Config()
-    places = place.choose(args.device)
-    if not 1 <= len(args.prompt) <= config.context:
-        raise ValueError(
-            f"--prompt: expected 1 to {config.context} characters, got {len(args.prompt)}"
-        )
-    _ops.load()  # a missing library is told before a minute of training
-    corpus = text.load()
+    with console.progress("loading", 4) as update:
+        update(0, "Paddle")
+        import paddle
+
+        from fastattn.demo import place, train
+        from fastattn.demo.model import Config, Model
+
+        config, schedule = Config(), train.Schedule()
+        places = place.choose(args.device)
+        if not 1 <= len(args.prompt) <= config.context:
+            raise ValueError(
+                f"--prompt: expected 1 to {config.context} characters, got {len(args.prompt)}"
+            )
+        update(1, "operators")
+        from fastattn import _ops
+
+        _ops.load()
+        update(2, "text")
+        from fastattn.demo import text
+
+        corpus = text.load()
+        update(3, "model")
+        weights, origin = _find_model(args, corpus, config, schedule)
+        update(4, "")
     console.line(
         f"fastattn {__version__}, Paddle {paddle.__version__}, attention on {args.device}"
         + (f" ({places.note})" if places.note else "")
     )
-    weights, training = _trained(args, console, corpus, config)
-    parameters = sum(w.size for w in weights.values())
+    if not corpus.complete:
+        console.line(
+            "this Python's text lacks some of the paragraphs to measure with: perplexities are of "
+            f"{len(corpus.held_out)} characters"
+        )
+    if weights is None:
+        weights, origin = _train(console, corpus, config, schedule)
+    else:
+        console.line(f"model from {origin['path']}")
     model = Model(config, weights, places.model)
     results, serving = _compare(args, console, corpus, model, weights, places.cache)
     console.line()
     console.line(
         "served {requests} requests in {steps} steps, {mixed_steps} of them with prefill and "
-        "decode rows, at most {largest_batch} rows a step; {reused_tokens} prompt tokens came from "
-        "shared blocks".format(**serving)
+        "decode sequences, at most {largest_batch} sequences a step; {reused_tokens} prompt tokens "
+        "came from shared blocks".format(**serving)
     )
     console.text(
         f"text (cache type {results[-1].cache_quant_type}):", args.prompt, results[-1].text
@@ -152,39 +199,62 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         device={"requested": args.device, "note": places.note},
-        model={"parameters": int(parameters), **training},
+        model={"parameters": int(sum(w.size for w in weights.values())), **origin},
+        text={
+            "train_sha256": text.digest(corpus.train),
+            "held_out_sha256": text.digest(corpus.held_out),
+            "held_out_characters": len(corpus.held_out),
+            "held_out_complete": corpus.complete,
+        },
         prompt=args.prompt,
         serving=serving,
         results=results,
     )
 
 
-def _trained(args: argparse.Namespace, console: Any, corpus: Any, config: Any) -> tuple[Any, Any]:
-    """Weights from the cache folder, or from training now; and how they came about."""
+def _find_model(
+    args: argparse.Namespace, corpus: Any, config: Any, schedule: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Weights that are there already, or None, and how they came about."""
+    from fastattn import env
+    from fastattn.demo import shipped, train
+
+    origin = {"trained": False, "training_seconds": 0.0}
+    if not (args.train or args.retrain):
+        path = shipped.MODEL_FILE
+        return shipped.load(config), {"origin": "shipped", "path": str(path), **origin}
+    path = train.weights_path(env.cache_dir(), corpus, config, schedule)
+    weights = None if args.retrain else train.load_weights(path, config)
+    return weights, {"origin": "cache", "path": str(path), **origin}
+
+
+def _train(console: Any, corpus: Any, config: Any, schedule: Any) -> tuple[Any, dict[str, Any]]:
+    """Weights trained now and kept in the cache folder, and how they came about."""
     from fastattn import env
     from fastattn.demo import train
 
-    schedule = train.Schedule()
     path = train.weights_path(env.cache_dir(), corpus, config, schedule)
-    weights = None if args.retrain else train.load_weights(path, config)
-    if weights is not None:
-        console.line(f"model from {path}")
-        return weights, {"path": str(path), "trained": False, "training_seconds": 0.0}
     start = time.perf_counter()
     title = f"training on {len(corpus.train) // 1000} kB of text"
     with console.progress(title, schedule.steps) as update:
-        weights = train.train(
-            corpus,
-            config,
-            schedule,
-            lambda step, steps, loss: update(step, f"loss {loss:.2f} nats a byte"),
-        )
+
+        def show(step: int, steps: int, loss: float) -> None:
+            left = (time.perf_counter() - start) / step * (steps - step)
+            update(step, f"loss {loss:.2f} nats a byte, {left:.0f} s left")
+
+        weights = train.train(corpus, config, schedule, show)
     seconds = round(time.perf_counter() - start, 1)
     try:
         train.save_weights(path, weights)
+        console.line(f"model kept in {path}")
     except OSError as error:
         console.line(f"the model could not be kept in {path.parent}: {error}")
-    return weights, {"path": str(path), "trained": True, "training_seconds": seconds}
+    return weights, {
+        "origin": "trained",
+        "path": str(path),
+        "trained": True,
+        "training_seconds": seconds,
+    }
 
 
 def _compare(
@@ -210,21 +280,26 @@ def _compare(
     jobs = [(args.prompt, args.max_new_tokens)]
     jobs += [(prompt, min(_OTHER_NEW_TOKENS, args.max_new_tokens)) for prompt in _OTHER_PROMPTS]
     jobs = [(prompt, min(new, config.context + 1 - len(prompt))) for prompt, new in jobs]
-    total = held_out.size + sum(len(prompt) + new for prompt, new in jobs)
+    to_generate = sum(new for _, new in jobs)
     sampling = Sampling(args.temperature, args.top_k, args.seed)
     evaluate.warm_up(model, place=place)
 
     results: list[TypeResult] = []
     base = None
     for name in types:
-        scales = evaluate.static_scales(weights, config, corpus.train, name)
+        to_measure = evaluate.calibration_tokens(config, corpus.train, name)
+        total = to_measure + held_out[:, :-1].size + _GENERATED_WEIGHT * to_generate
         with console.progress(f"{name}: perplexity and serving", total) as update:
-            count = _Counter(update)
+            count = _Counter(update, total)
+            if to_measure:
+                count.phase("static scales")
+            scales = evaluate.static_scales(weights, config, corpus.train, name, progress=count)
+            count.phase("perplexity")
             scored = evaluate.score(model, name, scales, held_out, place=place, progress=count)
+            count.phase("serving", _GENERATED_WEIGHT)
             served = evaluate.serve(
                 model, name, scales, jobs, sampling, place=place, progress=count
             )
-            update(total, "")
         base = base or scored
         results.append(
             TypeResult(
@@ -241,12 +316,19 @@ def _compare(
 
 
 class _Counter:
-    """Adds up the tokens of steps for a progress bar."""
+    """Adds up the tokens of steps for a progress bar, which also tells the phase."""
 
-    def __init__(self, update: Callable[[int, str], None]) -> None:
+    def __init__(self, update: Callable[[int, str], None], total: int) -> None:
         self._update = update
+        self._total = total
         self._done = 0
+        self._phase = ""
+        self._weight = 1
+
+    def phase(self, name: str, weight: int = 1) -> None:
+        self._phase, self._weight = name, weight
+        self(0)
 
     def __call__(self, tokens: int) -> None:
-        self._done += tokens
-        self._update(self._done, "")
+        self._done += self._weight * tokens
+        self._update(self._done, self._phase if self._done < self._total else "")

@@ -22,6 +22,8 @@ from fastattn.reference.numerics import Array, amax, dynamic_scale
 CALIBRATION_WINDOWS = 16
 HELD_OUT_WINDOWS = 40
 
+_CALIBRATION_BATCH = 4
+
 Progress = Callable[[int], None]
 
 
@@ -53,10 +55,31 @@ def windows(text: str, length: int, count: int) -> Array:
     return np.stack([tokens[s : s + length + 1] for s in starts])
 
 
+def calibration_tokens(config: Config, text: str, cache_quant_type: str) -> int:
+    """Tokens that :func:`static_scales` runs the model over."""
+    if cache_quant_type not in STATIC_TYPES:
+        return 0
+    return windows(text, config.context, CALIBRATION_WINDOWS)[:, :-1].size
+
+
 def static_scales(
-    weights: Weights, config: Config, text: str, cache_quant_type: str
+    weights: Weights,
+    config: Config,
+    text: str,
+    cache_quant_type: str,
+    *,
+    progress: Progress | None = None,
 ) -> list[LayerScales] | None:
     """Scales of a static type, from the largest K and V of a text: per head (FP8), per channel.
+
+    Parameters
+    ----------
+    weights : dict of arrays
+    config : Config
+    text : str
+    cache_quant_type : str
+    progress : callable, optional
+        Gets the number of tokens of every forward pass.
 
     Returns
     -------
@@ -69,13 +92,27 @@ def static_scales(
     per_channel = cache_quant_type == "cache_int8"
     code = "int8" if per_channel else "e4m3"
     axes = (0, 2) if per_channel else (0, 2, 3)  # of [B, KV, T, D]
-    return [
-        (
-            dynamic_scale(amax(layer.k, axis=axes).reshape(-1), code),
-            dynamic_scale(amax(layer.v, axis=axes).reshape(-1), code),
-        )
-        for layer in forward(weights, config, tokens).layers
+    largest: list[LayerScales] = []
+    for start in range(0, len(tokens), _CALIBRATION_BATCH):
+        part = tokens[start : start + _CALIBRATION_BATCH]
+        seen = [
+            (amax(layer.k, axis=axes).reshape(-1), amax(layer.v, axis=axes).reshape(-1))
+            for layer in forward(weights, config, part).layers
+        ]
+        pairs = zip(seen, largest or seen)
+        largest = [(np.maximum(k, old_k), np.maximum(v, old_v)) for (k, v), (old_k, old_v) in pairs]
+        if progress is not None:
+            progress(part.size)
+    return [(dynamic_scale(k, code), dynamic_scale(v, code)) for k, v in largest]
+
+
+def perplexity(weights: Weights, config: Config, held_out: Array) -> float:
+    """Perplexity of windows ``[n, T + 1]`` with plain dense attention in fp32: no cache at all."""
+    losses = [
+        cross_entropy(forward(weights, config, window[None, :-1]).logits, window[1:])[0]
+        for window in held_out
     ]
+    return math.exp(sum(losses) / len(losses))
 
 
 def score(
@@ -121,7 +158,10 @@ def serve(
     place: Any = None,
     progress: Progress | None = None,
 ) -> Served:
-    """Serve jobs (prompt, new tokens) as one changing batch."""
+    """Serve jobs (prompt, new tokens) as one changing batch.
+
+    `progress` gets the number of tokens that every step has generated.
+    """
     engine = Engine(model, cache_quant_type, scales=scales, place=place, max_rows=4)
     start = time.perf_counter()
     requests = [
@@ -134,13 +174,17 @@ def serve(
         )
         for i, (prompt, new_tokens) in enumerate(jobs)
     ]
-    engine.run(progress)
+    generated = 0
+    while engine.step():
+        before, generated = generated, sum(len(r.generated) for r in requests)
+        if progress is not None:
+            progress(generated - before)
     elapsed = time.perf_counter() - start
     return Served(
         requests,
         engine.statistics,
         engine.bytes_per_token,
-        sum(len(r.generated) for r in requests) / elapsed,
+        generated / elapsed,
     )
 
 

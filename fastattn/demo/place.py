@@ -24,7 +24,7 @@ class Places(NamedTuple):
     note: str
 
 
-class DeviceError(RuntimeError):
+class DeviceError(ValueError):
     """The device that was asked for cannot be used; the message says why."""
 
 

@@ -1,9 +1,18 @@
-"""English text that every Python installation carries: the prose of its language reference."""
+"""English text that every Python installation carries: the prose of its language reference.
+
+The text differs from release to release, while the demo's model was trained on that of one of
+them. So ``held_out.txt`` names the paragraphs to measure with, by digest: a Python that has them
+all measures with the same text as the recipe, and none measures with text of the training.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +21,14 @@ from fastattn.reference.numerics import Array
 #: Bytes 0 to 127 are the tokens.
 VOCABULARY = 128
 
-_HELD_OUT_EVERY = 12
+#: Digests of the paragraphs that no training sees, one a line, in the order of the held-out text.
+HELD_OUT_FILE = Path(__file__).with_name("held_out.txt")
+
+#: Held-out text and training text share no run of this many characters.
+LONGEST_SHARED_RUN = 40
+
+_HELD_OUT_EVERY = 6
+_MIN_HELD_OUT = 2000
 _MIN_CHARACTERS = 60
 _MIN_PROSE = 0.88  # letters and blanks; below it a paragraph is code, grammar or a table
 _ASCII = {  # typographic characters by code point
@@ -28,10 +44,31 @@ _ASCII = {  # typographic characters by code point
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to train on and text to measure with; no paragraph is in both."""
+    """Text to train on and text to measure with, which have no long run of characters in common.
+
+    Attributes
+    ----------
+    train, held_out : str
+        Paragraphs, one a line.
+    complete : bool
+        Whether the running Python has every paragraph that ``held_out.txt`` names.
+    """
 
     train: str
     held_out: str
+    complete: bool = True
+
+
+def digest(text: str) -> str:
+    """First 16 hexadecimal digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def held_out_digests() -> tuple[str, ...]:
+    """Digests in ``held_out.txt``."""
+    lines = HELD_OUT_FILE.read_text(encoding="ascii").splitlines()
+    return tuple(line for line in lines if line and not line.startswith("#"))
 
 
 def encode(text: str) -> Array:
@@ -59,12 +96,49 @@ def paragraphs(source: str) -> list[str]:
     return found
 
 
-def split(lines: list[str]) -> Corpus:
-    """Put every twelfth distinct paragraph aside, in the order given."""
-    distinct = list(dict.fromkeys(lines))
-    held_out = distinct[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
-    kept = set(held_out)
-    return Corpus("\n".join(p for p in distinct if p not in kept), "\n".join(held_out))
+def choose_held_out(releases: Sequence[Iterable[str]]) -> list[str]:
+    """Digests of every sixth paragraph that all releases have, in the order of the first one.
+
+    Parameters
+    ----------
+    releases : sequence of iterables of str
+        Paragraphs of several Python releases.
+    """
+    others = [set(release) for release in releases[1:]]
+    common = [p for p in dict.fromkeys(releases[0]) if all(p in other for other in others)]
+    return [digest(p) for p in common[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]]
+
+
+def split(lines: Iterable[str], held_out: Sequence[str]) -> Corpus:
+    """Put paragraphs aside, and drop those that repeat a part of them.
+
+    Parameters
+    ----------
+    lines : iterable of str
+        Paragraphs.
+    held_out : sequence of str
+        Digests of those to put aside; the held-out text has their order.
+
+    Returns
+    -------
+    Corpus
+    """
+    by_digest = {digest(p): p for p in lines}
+    aside = [by_digest.pop(d) for d in held_out if d in by_digest]
+    known = {run for p in aside for run in _runs(p)}
+    kept = [p for p in by_digest.values() if known.isdisjoint(_runs(p))]
+    return Corpus("\n".join(kept), "\n".join(aside), len(aside) == len(held_out))
+
+
+def _runs(paragraph: str) -> Iterable[str]:
+    """Every run of :data:`LONGEST_SHARED_RUN` characters of a paragraph."""
+    size = LONGEST_SHARED_RUN
+    return (paragraph[i : i + size] for i in range(len(paragraph) - size + 1))
+
+
+def all_paragraphs(topics: dict[str, str]) -> list[str]:
+    """Distinct paragraphs of a ``pydoc_data.topics.topics``, by topic."""
+    return list(dict.fromkeys(p for name in sorted(topics) for p in paragraphs(topics[name])))
 
 
 def load() -> Corpus:
@@ -74,6 +148,8 @@ def load() -> Corpus:
     ------
     ImportError
         If this Python was installed without it.
+    ValueError
+        If it has too little of the text to measure with.
     """
     try:
         from pydoc_data.topics import topics
@@ -82,4 +158,11 @@ def load() -> Corpus:
             "the demo's text is pydoc_data.topics, part of Python's standard library, and this "
             "Python was installed without it"
         ) from error
-    return split([p for name in sorted(topics) for p in paragraphs(topics[name])])
+    corpus = split(all_paragraphs(topics), held_out_digests())
+    if len(corpus.held_out) < _MIN_HELD_OUT:
+        raise ValueError(
+            f"the demo measures with paragraphs of pydoc_data.topics that {HELD_OUT_FILE} names; "
+            f"expected at least {_MIN_HELD_OUT} characters of them, this Python has "
+            f"{len(corpus.held_out)}"
+        )
+    return corpus
