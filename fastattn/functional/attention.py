@@ -319,9 +319,10 @@ def paged_attention(
     >>> paged_attention(x, *caches, *rows, 2, 2)[:, 0, 0].cast("float32").numpy().tolist()
     [3.0, 3.0]
     """
-    check_no_zero_points(
-        "paged_attention", cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp
-    )
+    if cache_k_zp is not None or cache_v_zp is not None:
+        check_no_zero_points(
+            "paged_attention", cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp
+        )
     inputs = (
         q,
         key_cache,
