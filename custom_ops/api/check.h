@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/strided_view.h"
 #include "common/types.h"
 #include "paddle/common/ddim.h"
 #include "paddle/phi/api/all.h"
@@ -308,22 +309,23 @@ std::vector<T> Inferred(std::vector<T> fallback, F&& infer) {
   }
 }
 
+// The bytes of a tensor that has elements.
+inline StridedView BytesOf(const Tensor& tensor) {
+  const common::DDim& shape = tensor.dims();
+  const common::DDim& strides = tensor.strides();
+  const auto bytes = static_cast<int64_t>(phi::SizeOf(tensor.dtype()));
+  StridedView view(reinterpret_cast<uintptr_t>(tensor.data()), bytes);
+  for (int i = 0; i < shape.size(); ++i) view.Add(shape[i], strides[i] * bytes);
+  return view;
+}
+
 // Refuses a tensor that is written while another argument shares its memory: one of the two would
-// read, or keep, what belongs to the other. Gaps between the elements of a view count as part of
-// it.
+// read, or keep, what belongs to the other. Views that are interleaved, as K and V of one pool are,
+// are apart if their elements are.
 inline void RequireApart(const char* op, const char* written_name, const Tensor& written,
                          const char* other_name, const Tensor& other) {
-  const auto bytes = [](const Tensor& tensor) {
-    const Shape shape = tensor.shape(), strides = StridesOf(tensor);
-    int64_t last = 0;
-    for (size_t i = 0; i < shape.size(); ++i) last += (shape[i] - 1) * strides[i];
-    const auto begin = reinterpret_cast<uintptr_t>(tensor.data());
-    return std::pair<uintptr_t, uintptr_t>{begin, begin + (last + 1) * phi::SizeOf(tensor.dtype())};
-  };
   if (written.numel() == 0 || other.numel() == 0) return;
-  const auto [begin, end] = bytes(written);
-  const auto [other_begin, other_end] = bytes(other);
-  if (begin < other_end && other_begin < end) {
+  if (MayOverlap(BytesOf(written), BytesOf(other))) {
     Fail("ValueError", op, written_name, "it is written and must not share memory with ",
          other_name);
   }
@@ -387,6 +389,14 @@ inline void RequireSameOrApart(const char* op, const char* written_name, const T
   if (detail::ReachesZero(shape, strides, order, 0, offset, size)) {
     Fail("ValueError", op, written_name, "it is written and must be ", other_name,
          " itself or not share memory with it, got one that is shifted by ", offset, " bytes");
+  }
+}
+
+// Refuses a tensor that is written if two of its elements may share memory.
+inline void RequireNoOverlap(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.numel() > 0 && BytesOf(tensor).RepeatsItself()) {
+    Fail("ValueError", op, name, "it is written and no two of its elements may share memory, got ",
+         "shape ", ShapeText(tensor.shape()), " with strides ", ShapeText(StridesOf(tensor)));
   }
 }
 

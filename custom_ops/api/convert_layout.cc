@@ -56,9 +56,10 @@ Shape OutputShape(const Shape& shape, const Conversion& conversion) {
 // Checks `cache` and fills everything but the addresses. `transposed`: its shape ends in [D, 64].
 ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conversion& conversion,
                                bool transposed, const std::string& expected) {
-  Arg(op, "cache", cache).Rank(4).Contiguous();
+  Arg(op, "cache", cache).Rank(4);
   RequireAligned(op, "cache", cache, 16);  // what a GPU reads and stores at once
   const Shape shape = cache.shape();
+  for (int64_t size : shape) RequireFits(op, "cache", size);
   const int64_t tokens = shape[transposed ? 3 : 2];
   const int64_t head_dim = shape[transposed ? 2 : 3];
   if (tokens != kBlockSize) {
@@ -87,7 +88,9 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   p.dst_layout = conversion.dst;
   p.type = conversion.type;
   p.is_value = conversion.is_value;
-  p.num_block_heads = CheckedProduct(op, "cache", {shape[0], shape[1]});
+  p.num_planes = CheckedProduct(op, "cache", {shape[0], shape[1]});
+  p.num_kv_heads = static_cast<int>(shape[1]);
+  p.src_strides = ParseCacheStrides(op, "cache", cache, true);
   p.head_dim = static_cast<int>(head_dim);
   return p;
 }
@@ -118,6 +121,8 @@ std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& k
   Tensor out = paddle::empty(OutputShape(cache.shape(), conversion), cache.dtype(), cache.place());
   p.src = Data(cache);
   p.dst = MutableData(out);
+  const int64_t plane = int64_t{kBlockSize} * p.head_dim;
+  p.dst_strides = {plane * p.num_kv_heads, plane, 0};
   Run(kOp, cache, p);
   return {out};
 }
@@ -142,11 +147,13 @@ void ConvertCacheBlocks(Tensor& cache, const std::string& kind, const std::strin
          end);
   }
   if (begin == end || cache.numel() == 0) return;
+  RequireNoOverlap(kInPlaceOp, "cache", cache);
   const int element = IsQuantized(conversion.type) ? 1 : SizeOf(DType::kBFloat16);
   p.dst = MutableData<uint8_t>(cache) +
-          CheckedProduct(kInPlaceOp, "cache", {begin, shape[1], kBlockSize, p.head_dim, element});
+          CheckedProduct(kInPlaceOp, "cache", {begin, p.src_strides.block, element});
   p.src = p.dst;
-  p.num_block_heads = CheckedProduct(kInPlaceOp, "cache", {end - begin, shape[1]});
+  p.dst_strides = p.src_strides;
+  p.num_planes = CheckedProduct(kInPlaceOp, "cache", {end - begin, shape[1]});
   Run(kInPlaceOp, cache, p);
 }
 

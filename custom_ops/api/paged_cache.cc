@@ -23,7 +23,8 @@ DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, Cach
 }
 
 ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* scales,
-                             const PagedCache& cache, const phi::Place& place) {
+                             const PagedCache& cache, const phi::Place& place,
+                             CacheStrides* strides) {
   // Paddle passes an empty optional tensor as an absent one.
   if (scales == nullptr && IsDynamic(cache.type) && cache.num_blocks == 0) {
     return ScaleGranularity::kToken;
@@ -33,11 +34,13 @@ ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* sca
          "' needs scales, got None");
   }
   Arg arg(op, name, *scales);
-  arg.On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16}).Contiguous();
+  arg.On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
   if (IsDynamic(cache.type)) {
     arg.Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize});
+    *strides = ParseCacheStrides(op, name, *scales, place);
     return ScaleGranularity::kToken;
   }
+  arg.Contiguous();
   const Shape shape = scales->shape();
   const int64_t heads = cache.num_kv_heads;
   const int64_t channels = heads * cache.head_dim;
@@ -82,6 +85,42 @@ CacheLayout ParseCacheLayout(const char* op, const char* arg, const std::string&
   Fail("ValueError", op, arg, "expected fastattn, fastdeploy or logical, got '", name, "'");
 }
 
+CacheStrides ParseCacheStrides(const char* op, const char* name, const Tensor& tensor,
+                               const phi::Place& place, bool whole_planes) {
+  const common::DDim& shape = tensor.dims();
+  const common::DDim& given = tensor.strides();
+  const int rank = shape.size();
+  const int64_t bytes = static_cast<int64_t>(phi::SizeOf(tensor.dtype()));
+  // The kernels of a GPU move 16 bytes at a time.
+  const bool on_gpu = place.GetType() != phi::AllocationType::CPU;
+  const auto is_aligned = [&](int64_t x) { return !on_gpu || x % 16 == 0; };
+  const auto fail = [&](const char* expected) {
+    Fail("ValueError", op, name, "expected ", expected, ", got shape ", ShapeText(tensor.shape()),
+         " with strides ", ShapeText(StridesOf(tensor)));
+  };
+  int64_t strides[4] = {};
+  int64_t natural = 1;  // of a contiguous tensor
+  for (int i = rank - 1; i >= 0; --i) {
+    // The stride of a dimension of one entry, or of an empty tensor, means nothing.
+    strides[i] = shape[i] == 1 || tensor.numel() == 0 ? natural : given[i];
+    if (i == rank - 1 && strides[i] != 1) fail("stride 1 in the last dimension");
+    if (strides[i] <= 0) fail("positive strides");
+    if (i < rank - 1 && !is_aligned(strides[i] * bytes)) {
+      fail("strides of a multiple of 16 bytes on a GPU");
+    }
+    if (whole_planes && i == rank - 2 && strides[i] != natural) {
+      fail("the rows of a block and KV head side by side");
+    }
+    natural *= shape[i];
+  }
+  if (tensor.numel() > 0 && !is_aligned(reinterpret_cast<intptr_t>(tensor.data()))) {
+    Fail("ValueError", op, name, "expected data at a multiple of 16 bytes on a GPU, got address ",
+         tensor.data(), ", shape ", ShapeText(tensor.shape()), " with strides ",
+         ShapeText(StridesOf(tensor)));
+  }
+  return {strides[0], strides[1], rank == 4 ? strides[2] : 1};
+}
+
 PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Place& place) {
   PagedCache cache;
   cache.type = ParseCacheType(op, args.cache_quant_type);
@@ -93,7 +132,7 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   }
 
   Arg key(op, "key_cache", args.key_cache);
-  key.On(place).Rank(4).Contiguous();
+  key.On(place).Rank(4);
   const Shape shape = args.key_cache.shape();
   for (int64_t size : shape) RequireFits(op, "key_cache", size);
   const int64_t head_dim = shape[3];
@@ -111,9 +150,14 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   cache.head_dim = static_cast<int>(head_dim);
 
   Arg value(op, "value_cache", args.value_cache);
-  value.On(place).Contiguous();
+  value.On(place);
   const bool transposed = IsQuantized(cache.type) && cache.layout == CacheLayout::kFastattn;
   value.Dims(transposed ? Shape{shape[0], shape[1], head_dim, kBlockSize} : shape);
+
+  // The fastdeploy layout orders the bytes of a whole plane.
+  const bool whole = IsQuantized(cache.type) && cache.layout == CacheLayout::kFastDeploy;
+  cache.key_strides = ParseCacheStrides(op, "key_cache", args.key_cache, place, whole);
+  cache.value_strides = ParseCacheStrides(op, "value_cache", args.value_cache, place, whole);
 
   if (cache.type == CacheType::kNone) {
     for (const Arg* arg : {&key, &value}) {
@@ -128,8 +172,10 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   } else {
     cache.dtype = ParseCodeDtype(op, "key_cache", args.key_cache, cache.type, format);
     ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, format);
-    cache.k_granularity = ParseScales(op, "cache_k_scales", args.k_scales, cache, place);
-    cache.v_granularity = ParseScales(op, "cache_v_scales", args.v_scales, cache, place);
+    cache.k_granularity =
+        ParseScales(op, "cache_k_scales", args.k_scales, cache, place, &cache.k_scale_strides);
+    cache.v_granularity =
+        ParseScales(op, "cache_v_scales", args.v_scales, cache, place, &cache.v_scale_strides);
     if (args.k_scales != nullptr && args.v_scales != nullptr) {
       Arg(op, "cache_v_scales", *args.v_scales).Dtype({args.k_scales->dtype()});
       cache.scale_dtype = ToDType(op, "cache_k_scales", args.k_scales->dtype());
@@ -144,6 +190,8 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 }
 
 void RequireCacheApart(const char* op, const CacheArgs& args) {
+  RequireNoOverlap(op, "key_cache", args.key_cache);
+  RequireNoOverlap(op, "value_cache", args.value_cache);
   RequireApart(op, "value_cache", args.value_cache, "key_cache", args.key_cache);
   for (const NamedTensor& cache :
        {NamedTensor{"key_cache", &args.key_cache}, {"value_cache", &args.value_cache}}) {
@@ -151,6 +199,8 @@ void RequireCacheApart(const char* op, const CacheArgs& args) {
                  {{"cache_k_scales", args.k_scales}, {"cache_v_scales", args.v_scales}});
   }
   if (args.k_scales != nullptr && IsDynamic(ParseCacheType(op, args.cache_quant_type))) {
+    RequireNoOverlap(op, "cache_k_scales", *args.k_scales);
+    RequireNoOverlap(op, "cache_v_scales", *args.v_scales);
     RequireApart(op, "cache_v_scales", *args.v_scales, "cache_k_scales", *args.k_scales);
   }
 }

@@ -54,7 +54,8 @@ class TileKernel {
     const Code* key;
     const Code* value;
     int64_t start;    // key position of the first token
-    int64_t scale;    // index of its scales (dynamic types)
+    int64_t k_scale;  // index of its scales (dynamic types)
+    int64_t v_scale;
     int valid;        // tokens that exist
     bool full;        // every row sees all of its 64 tokens
     bool from_codes;  // values: read the codes, else the decoded ones
@@ -66,7 +67,8 @@ class TileKernel {
       : p_(p), row_(row), task_(task), b_(buffers), rows_(task.packed_count) {
     if (p.paged) {
       dynamic_ = IsDynamic(p.cache.type);
-      key_stride_ = value_stride_ = kDim;
+      key_stride_ = p.cache.key_strides.row;
+      value_stride_ = p.cache.value_strides.row;
     } else {
       key_stride_ = p.packed.key_token_stride;
       value_stride_ = p.packed.value_token_stride;
@@ -187,15 +189,16 @@ class TileKernel {
       if (slot >= rows.max_blocks) return false;
       const int id = rows.block_tables[static_cast<int64_t>(task_.row) * rows.max_blocks + slot];
       if (id < 0 || id >= p_.cache.num_blocks) return false;
-      const int64_t index = static_cast<int64_t>(id) * p_.num_kv_heads + task_.kv_head;
-      chunk->scale = index * kBlockSize;
-      chunk->key = static_cast<const Code*>(p_.cache.key) + index * (kBlockSize * kDim);
-      chunk->value = static_cast<const Code*>(p_.cache.value) + index * (kBlockSize * kDim);
+      const PagedCache& cache = p_.cache;
+      const int head = task_.kv_head;
+      chunk->k_scale = cache.k_scale_strides.Plane(id, head);
+      chunk->v_scale = cache.v_scale_strides.Plane(id, head);
+      chunk->key = static_cast<const Code*>(cache.key) + cache.key_strides.Plane(id, head);
+      chunk->value = static_cast<const Code*>(cache.value) + cache.value_strides.Plane(id, head);
       return true;
     }
     const PackedKv& kv = p_.packed;
     const int64_t token = row_.k_begin + start;
-    chunk->scale = 0;
     chunk->key = static_cast<const Code*>(kv.key) + token * kv.key_token_stride +
                  task_.kv_head * kv.key_head_stride;
     chunk->value = static_cast<const Code*>(kv.value) + token * kv.value_token_stride +
@@ -221,11 +224,11 @@ class TileKernel {
     float* key = b_.key_scales + c * kBlockSize;
     float* value = b_.value_scales + c * kBlockSize;
     if (cache.scale_dtype == DType::kFloat32) {
-      GatherScales<DType::kFloat32>(cache.k_scales, chunks_[c].scale, key);
-      GatherScales<DType::kFloat32>(cache.v_scales, chunks_[c].scale, value);
+      GatherScales<DType::kFloat32>(cache.k_scales, chunks_[c].k_scale, key);
+      GatherScales<DType::kFloat32>(cache.v_scales, chunks_[c].v_scale, value);
     } else {
-      GatherScales<DType::kBFloat16>(cache.k_scales, chunks_[c].scale, key);
-      GatherScales<DType::kBFloat16>(cache.v_scales, chunks_[c].scale, value);
+      GatherScales<DType::kBFloat16>(cache.k_scales, chunks_[c].k_scale, key);
+      GatherScales<DType::kBFloat16>(cache.v_scales, chunks_[c].v_scale, value);
     }
   }
 
@@ -248,7 +251,7 @@ class TileKernel {
       key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
     }
     if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
-      if (kByChannel && IsFinite(chunk.key)) {
+      if (kByChannel && IsFinite<kDim>(chunk.key, key_stride_)) {
         ScoreColumns<kKv, true>(c, key);
       } else {
         ScoreColumns<kKv, false>(c, key);
@@ -263,23 +266,30 @@ class TileKernel {
     ScoreColumns<DType::kFloat32, true>(c, decoded);
   }
 
-  // Whether a block of codes may be read by the faster conversion.
-  static bool IsFinite(const Code* codes) {
-    if constexpr (kKv == DType::kE4M3) {
-      return !HasNaNCode(codes, kBlockSize * kDim);
-    } else {
+  // Whether a block of codes, in rows of kRow, may be read by the faster conversion.
+  template <int kRow>
+  static bool IsFinite(const Code* codes, int64_t stride) {
+    if constexpr (kKv != DType::kE4M3)
       return false;
-    }
+    else
+      return !HasNaNCode(codes, kBlockSize * kDim / kRow, kRow, stride);
   }
 
   // Blocks lie anywhere, and the hardware's prefetchers stop at a page: while some keys are at
   // work, asks for as many of the next chunk's keys and of this chunk's values.
   FASTATTN_INLINE void Prefetch(int c, int i) const {
     if (!p_.paged) return;
-    constexpr int kBytes = 4 * kDim * static_cast<int>(sizeof(Code));
-    for (const Code* codes : {chunks_[c + 1].key, static_cast<const Code*>(chunks_[c].value)}) {
-      if (codes == nullptr) continue;
-      const char* from = reinterpret_cast<const char*>(codes) + i / 4 * kBytes;
+    if (chunks_[c + 1].key != nullptr) PrefetchRows<kDim>(chunks_[c + 1].key, key_stride_, i);
+    constexpr int kRow = kByChannel ? kBlockSize : kDim;
+    PrefetchRows<kRow>(chunks_[c].value, value_stride_, i * kDim / kRow);
+  }
+
+  // As many rows of kRow as hold 4 tokens, from `first` on.
+  template <int kRow>
+  FASTATTN_INLINE void PrefetchRows(const Code* codes, int64_t stride, int first) const {
+    constexpr int kBytes = kRow * static_cast<int>(sizeof(Code));
+    for (int r = first; r < first + 4 * kDim / kRow; ++r) {
+      const char* from = reinterpret_cast<const char*>(codes + r * stride);
       for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
     }
   }
@@ -459,8 +469,8 @@ class TileKernel {
     for (int c = 0; c < num_chunks_; ++c) {
       Chunk& chunk = chunks_[c];
       chunk.poisoned = false;
-      chunk.from_codes =
-          chunk.full && rows_ <= kBlockRows && (kKv != DType::kE4M3 || IsFinite(chunk.value));
+      chunk.from_codes = chunk.full && rows_ <= kBlockRows &&
+                         (kKv != DType::kE4M3 || IsFinite<kBlockSize>(chunk.value, value_stride_));
       if (!chunk.from_codes) chunk.poisoned = !DecodeChannels(c) && !chunk.full;
       any_codes |= chunk.from_codes;
       any_decoded |= !chunk.from_codes && !chunk.poisoned;
@@ -480,7 +490,7 @@ class TileKernel {
       const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
       const VecInt seen = (token >= first) & (token < last);
       for (int d = 0; d < kDim; ++d) {
-        const Vec x = seen ? LoadAs<kKv>(chunk.value + d * kBlockSize + i) : Vec{};
+        const Vec x = seen ? LoadAs<kKv>(chunk.value + d * value_stride_ + i) : Vec{};
         check = check + x * 0.0f;  // NaN as soon as x is infinite or NaN
         Store(out + d * kBlockSize + i, x);
       }
@@ -516,12 +526,13 @@ class TileKernel {
   FASTATTN_INLINE void AddChannelBlock(int r, int d,
                                        const typename Element<kB>::Storage* const* values,
                                        const float* const* p, int n) {
+    const int64_t stride = kB == DType::kFloat32 ? kBlockSize : value_stride_;  // decoded, or codes
     Vec sum[kRows][4] = {};
     for (int k = 0; k < n; ++k) {
       for (int i = 0; i < kBlockSize; i += kLanes) {
         Vec x[4];
         // Codes come here only where the conversion needs no care for NaN (see from_codes).
-        for (int c = 0; c < 4; ++c) x[c] = LoadAs<kB, true>(values[k] + (d + c) * kBlockSize + i);
+        for (int c = 0; c < 4; ++c) x[c] = LoadAs<kB, true>(values[k] + (d + c) * stride + i);
         for (int j = 0; j < kRows; ++j) {
           const Vec y = Load(p[k] + (r + j) * kTileKeys + i);
           for (int c = 0; c < 4; ++c) sum[j][c] = Fma(y, x[c], sum[j][c]);
@@ -561,7 +572,7 @@ class TileKernel {
   const int rows_;
   bool dynamic_ = false;
   int64_t key_stride_;                         // elements between tokens
-  int64_t value_stride_;                       // elements between tokens, values stored by token
+  int64_t value_stride_;                       // elements between tokens or, by channel, channels
   int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees
   int64_t common_begin_ = 0, common_end_ = 0;  // keys that every row sees
   Chunk chunks_[kMaxChunks + 1];               // and the first one of the next tile

@@ -182,14 +182,16 @@ FASTATTN_INLINE Vec LoadAs(const typename Element<kDType>::Storage* p) {
   }
 }
 
-// Whether one of n (a multiple of 64) e4m3 codes is NaN.
-FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int n) {
+// Whether one of n (a multiple of 64) e4m3 codes in each of `rows` rows is NaN.
+FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int rows, int n, int64_t stride) {
   using Bytes = uint8_t __attribute__((vector_size(FASTATTN_SIMD_BITS / 8)));
   Bytes found{};
-  for (int i = 0; i < n; i += static_cast<int>(sizeof(Bytes))) {
-    Bytes x;
-    std::memcpy(&x, codes + i, sizeof(x));
-    found |= static_cast<Bytes>((x & 0x7F) == 0x7F);
+  for (int r = 0; r < rows; ++r, codes += stride) {
+    for (int i = 0; i < n; i += static_cast<int>(sizeof(Bytes))) {
+      Bytes x;
+      std::memcpy(&x, codes + i, sizeof(x));
+      found |= static_cast<Bytes>((x & 0x7F) == 0x7F);
+    }
   }
   uint64_t words[sizeof(Bytes) / 8];
   std::memcpy(words, &found, sizeof(found));

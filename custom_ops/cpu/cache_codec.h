@@ -48,15 +48,11 @@ inline constexpr float kCodeMax = kCode == DType::kInt8   ? kInt8Max
                                   : kCode == DType::kE5M2 ? kE5M2Max
                                                           : kE4M3Max;
 
-// First element of the block of one KV head.
-inline int64_t BlockOffset(const PagedCache& cache, int block, int head) {
-  return (static_cast<int64_t>(block) * cache.num_kv_heads + head) *
-         (static_cast<int64_t>(kBlockSize) * cache.head_dim);
-}
-
-// Index of a token's dynamic scale.
-inline int64_t TokenScaleIndex(const PagedCache& cache, int block, int head, int slot) {
-  return (static_cast<int64_t>(block) * cache.num_kv_heads + head) * kBlockSize + slot;
+// Where V of token r and channel d lies in a plane whose rows are `row` elements apart.
+template <CacheLayout kLayout>
+int64_t ValueElement(int r, int d, int head_dim, int64_t row) {
+  if constexpr (kLayout == CacheLayout::kFastattn) return d * row + TokenSlot(r);
+  return ValueOffset<kLayout>(r, d, head_dim);
 }
 
 // Block of position `position` of row `row`, or -1 when none is assigned.
@@ -83,30 +79,32 @@ class CacheWriter {
 
   // Stores x[0 .. D), token `slot` (0..63) of a block, as K of one head.
   void Key(int block, int head, int slot, const float* x) const {
-    Storage* base = static_cast<Storage*>(cache_.key) + BlockOffset(cache_, block, head);
+    Storage* base = static_cast<Storage*>(cache_.key) + cache_.key_strides.Plane(block, head);
+    const int64_t scale = cache_.k_scale_strides.Plane(block, head) + slot;
     if constexpr (kFastDeploy) {
       Storage codes[kMaxHeadDim];
-      Encode(cache_.k_scales, k_inverse_, cache_.k_granularity, block, head, slot, x, codes);
+      Encode(cache_.k_scales, scale, k_inverse_, cache_.k_granularity, head, x, codes);
       for (int d = 0; d < cache_.head_dim; ++d) {
         base[KeyOffset<kLayout>(slot, d, cache_.head_dim)] = static_cast<Storage>(codes[d] ^ kFlip);
       }
     } else {
-      Encode(cache_.k_scales, k_inverse_, cache_.k_granularity, block, head, slot, x,
-             base + static_cast<int64_t>(slot) * cache_.head_dim);
+      Encode(cache_.k_scales, scale, k_inverse_, cache_.k_granularity, head, x,
+             base + slot * cache_.key_strides.row);
     }
   }
 
   // The same as V.
   void Value(int block, int head, int slot, const float* x) const {
-    Storage* base = static_cast<Storage*>(cache_.value) + BlockOffset(cache_, block, head);
+    Storage* base = static_cast<Storage*>(cache_.value) + cache_.value_strides.Plane(block, head);
+    const int64_t row = cache_.value_strides.row;
+    const int64_t scale = cache_.v_scale_strides.Plane(block, head) + slot;
     if constexpr (Format::kType == CacheType::kNone) {
-      Encode(nullptr, v_inverse_, cache_.v_granularity, block, head, slot, x,
-             base + static_cast<int64_t>(slot) * cache_.head_dim);
+      Encode(nullptr, scale, v_inverse_, cache_.v_granularity, head, x, base + slot * row);
     } else {
       Storage codes[kMaxHeadDim];
-      Encode(cache_.v_scales, v_inverse_, cache_.v_granularity, block, head, slot, x, codes);
+      Encode(cache_.v_scales, scale, v_inverse_, cache_.v_granularity, head, x, codes);
       for (int d = 0; d < cache_.head_dim; ++d) {
-        base[ValueOffset<kLayout>(slot, d, cache_.head_dim)] =
+        base[ValueElement<kLayout>(slot, d, cache_.head_dim, row)] =
             static_cast<Storage>(codes[d] ^ kFlip);
       }
     }
@@ -131,19 +129,19 @@ class CacheWriter {
     return result;
   }
 
-  void Encode(void* scales, const std::vector<float>& inverses, ScaleGranularity granularity,
-              int block, int head, int slot, const float* x, Storage* out) const {
+  // scale_index: of the token's dynamic scale.
+  void Encode(void* scales, int64_t scale_index, const std::vector<float>& inverses,
+              ScaleGranularity granularity, int head, const float* x, Storage* out) const {
     const int n = cache_.head_dim;
     if constexpr (Format::kType == CacheType::kNone) {
       StoreRow<Format::kCode>(x, n, out);
     } else if constexpr (IsDynamic(Format::kType)) {
       float scale = DynamicScale(AmaxBits(x, n), kCacheAmaxFloor, kCodeMax<Format::kCode>);
-      const int64_t index = TokenScaleIndex(cache_, block, head, slot);
       if (cache_.scale_dtype == DType::kFloat32) {
-        static_cast<float*>(scales)[index] = scale;
+        static_cast<float*>(scales)[scale_index] = scale;
       } else {
         const uint16_t rounded = FloatToBFloat16(scale);
-        static_cast<uint16_t*>(scales)[index] = rounded;
+        static_cast<uint16_t*>(scales)[scale_index] = rounded;
         scale = BFloat16ToFloat(rounded);  // the reader's scale, so that the codes fit it
       }
       EncodeRow<Format::kCode>(x, n, 1.0f / scale, out);
@@ -168,42 +166,45 @@ class CacheReader {
   explicit CacheReader(const PagedCache& cache) : cache_(cache) {
     for (int d = 0; d < cache.head_dim; ++d) {
       k_channel_[d] = KeyOffset<kLayout>(0, d, cache.head_dim);
-      v_channel_[d] = ValueOffset<kValueLayout>(0, d, cache.head_dim);
+      v_channel_[d] = ValueElement<kValueLayout>(0, d, cache.head_dim, cache.value_strides.row);
     }
   }
 
   // Codes of tokens [begin, end) of one block and head, in token order: codes[(r - begin) * D + d].
   void KeyCodes(int block, int head, int begin, int end, Storage* codes) const {
     const Storage* base =
-        static_cast<const Storage*>(cache_.key) + BlockOffset(cache_, block, head);
-    if constexpr (kLayout == CacheLayout::kFastDeploy) {
-      for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
+        static_cast<const Storage*>(cache_.key) + cache_.key_strides.Plane(block, head);
+    for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
+      if constexpr (kLayout == CacheLayout::kFastDeploy) {
         Gather(base + KeyOffset<kLayout>(r, 0, cache_.head_dim), k_channel_, codes);
+      } else {
+        std::copy_n(base + r * cache_.key_strides.row, cache_.head_dim, codes);
       }
-    } else {
-      std::copy(base + begin * cache_.head_dim, base + end * cache_.head_dim, codes);
     }
   }
 
   void ValueCodes(int block, int head, int begin, int end, Storage* codes) const {
     const Storage* base =
-        static_cast<const Storage*>(cache_.value) + BlockOffset(cache_, block, head);
-    if constexpr (kValueLayout == CacheLayout::kLogical) {
-      std::copy(base + begin * cache_.head_dim, base + end * cache_.head_dim, codes);
-    } else {
-      for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
-        Gather(base + ValueOffset<kValueLayout>(r, 0, cache_.head_dim), v_channel_, codes);
+        static_cast<const Storage*>(cache_.value) + cache_.value_strides.Plane(block, head);
+    const int64_t row = cache_.value_strides.row;
+    for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
+      if constexpr (kValueLayout == CacheLayout::kLogical) {
+        std::copy_n(base + r * row, cache_.head_dim, codes);
+      } else {
+        Gather(base + ValueElement<kValueLayout>(r, 0, cache_.head_dim, row), v_channel_, codes);
       }
     }
   }
 
   // out[0 .. D) = the values of one token's codes.
   void DecodeKey(int block, int head, int slot, const Storage* codes, float* out) const {
-    Decode(cache_.k_scales, cache_.k_granularity, block, head, slot, codes, out);
+    const int64_t scale = cache_.k_scale_strides.Plane(block, head) + slot;
+    Decode(cache_.k_scales, scale, cache_.k_granularity, head, codes, out);
   }
 
   void DecodeValue(int block, int head, int slot, const Storage* codes, float* out) const {
-    Decode(cache_.v_scales, cache_.v_granularity, block, head, slot, codes, out);
+    const int64_t scale = cache_.v_scale_strides.Plane(block, head) + slot;
+    Decode(cache_.v_scales, scale, cache_.v_granularity, head, codes, out);
   }
 
  private:
@@ -211,7 +212,8 @@ class CacheReader {
       Format::kType == CacheType::kNone ? CacheLayout::kLogical : kLayout;
 
   // One token's codes. In every layout the offset of (r, d) is that of (r, 0) plus that of (0, d).
-  void Gather(const Storage* token, const int* channel, Storage* codes) const {
+  template <typename Offset>
+  void Gather(const Storage* token, const Offset* channel, Storage* codes) const {
     // FastDeploy adds 128 to int8 codes; for 8 bits that flips the top bit.
     constexpr int kFlip = kLayout == CacheLayout::kFastDeploy && IsInt8(Format::kType) ? 0x80 : 0;
     for (int d = 0; d < cache_.head_dim; ++d) {
@@ -219,7 +221,7 @@ class CacheReader {
     }
   }
 
-  void Decode(const void* scales, ScaleGranularity granularity, int block, int head, int slot,
+  void Decode(const void* scales, int64_t scale_index, ScaleGranularity granularity, int head,
               const Storage* codes, float* out) const {
     const int n = cache_.head_dim;
     LoadRow<Format::kCode>(codes, n, out);
@@ -231,7 +233,7 @@ class CacheReader {
         return;
       }
     }
-    const int64_t index = IsDynamic(Format::kType) ? TokenScaleIndex(cache_, block, head, slot)
+    const int64_t index = IsDynamic(Format::kType)                 ? scale_index
                           : granularity == ScaleGranularity::kHead ? head
                                                                    : 0;
     const float scale = LoadScale(scales, cache_.scale_dtype, index);
@@ -240,7 +242,7 @@ class CacheReader {
 
   PagedCache cache_;
   int k_channel_[kMaxHeadDim];
-  int v_channel_[kMaxHeadDim];
+  int64_t v_channel_[kMaxHeadDim];
 };
 
 }  // namespace fastattn::cpu

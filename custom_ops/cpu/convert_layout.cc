@@ -35,8 +35,13 @@ void ConvertLayout(const ConvertLayoutParams& p) {
   const bool in_place = p.src == p.dst;
   if (in_place && (p.type == CacheType::kNone || p.src_layout == p.dst_layout)) return;
   if (p.type == CacheType::kNone) {
-    const int64_t bytes = elements * SizeOf(DType::kBFloat16);
-    if (p.num_block_heads > 0) std::memcpy(p.dst, p.src, p.num_block_heads * bytes);
+    ParallelFor(p.num_planes, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::memcpy(static_cast<uint16_t*>(p.dst) + p.DstPlane(i),
+                    static_cast<const uint16_t*>(p.src) + p.SrcPlane(i),
+                    elements * sizeof(uint16_t));
+      }
+    });
     return;
   }
   const std::vector<int> from = Offsets(p.src_layout, p.is_value, p.head_dim);
@@ -49,15 +54,15 @@ void ConvertLayout(const ConvertLayoutParams& p) {
   const uint8_t flip = flips ? 0x80 : 0;
   const uint8_t* src = static_cast<const uint8_t*>(p.src);
   uint8_t* dst = static_cast<uint8_t*>(p.dst);
-  ParallelFor(p.num_block_heads, 4, [&](int64_t begin, int64_t end) {
+  ParallelFor(p.num_planes, 4, [&](int64_t begin, int64_t end) {
     uint8_t block[kBlockSize * kMaxHeadDim];
     for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* in = src + b * elements;
+      const uint8_t* in = src + p.SrcPlane(b);
       if (in_place) {
         std::memcpy(block, in, elements);
         in = block;
       }
-      uint8_t* out = dst + b * elements;
+      uint8_t* out = dst + p.DstPlane(b);
       for (int64_t i = 0; i < elements; ++i) out[i] = in[source[i]] ^ flip;
     }
   });

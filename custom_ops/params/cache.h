@@ -48,14 +48,27 @@ struct AppendCacheParams {
 // convert_cache_layout and convert_cache_blocks: the same codes in another order, and int8 codes +
 // 128 in kFastDeploy. src == dst: in place; otherwise they do not overlap.
 struct ConvertLayoutParams {
-  const void* src = nullptr;  // [num_blocks * KV] blocks of 64 * D elements
+  const void* src = nullptr;  // [num_blocks, KV] planes of 64 * D elements, each contiguous
   void* dst = nullptr;        // the same
+  CacheStrides src_strides;
+  CacheStrides dst_strides;
   CacheLayout src_layout = CacheLayout::kFastattn;
   CacheLayout dst_layout = CacheLayout::kLogical;
   CacheType type = CacheType::kFp8;  // kNone: every layout is the plain order, 2 bytes an element
   bool is_value = false;             // V's order (else K's)
-  int64_t num_block_heads = 0;       // num_blocks * KV
+  int64_t num_planes = 0;            // num_blocks * KV
+  int num_kv_heads = 1;
   int head_dim = 0;
+
+  // First element of a plane, counted block by block.
+  FASTATTN_HD int64_t SrcPlane(int64_t plane) const {
+    return src_strides.Plane(static_cast<int>(plane / num_kv_heads),
+                             static_cast<int>(plane % num_kv_heads));
+  }
+  FASTATTN_HD int64_t DstPlane(int64_t plane) const {
+    return dst_strides.Plane(static_cast<int>(plane / num_kv_heads),
+                             static_cast<int>(plane % num_kv_heads));
+  }
 };
 
 }  // namespace fastattn

@@ -7,12 +7,35 @@
 
 namespace fastattn {
 
-// A layer's paged KV cache. Codes are contiguous; see common/layout.h for the order inside a block.
+// Where the plane of a block and KV head lies in a cache tensor, and its rows; in elements. A row
+// is the last dimension and contiguous: a token's channels, or a channel's tokens where V is
+// [.., D, 64]. Any order of the other dimensions is a set of strides, so that K and V may be views
+// of one pool. The rows of scales [num_blocks, KV, 64] are single elements.
+struct CacheStrides {
+  int64_t block = 0;
+  int64_t head = 0;
+  int64_t row = 0;
+
+  // The first element of a plane. Neither index is negative.
+  FASTATTN_HD int64_t Plane(int block_id, int kv_head) const {
+    return static_cast<uint32_t>(block_id) * block + static_cast<uint32_t>(kv_head) * head;
+  }
+  FASTATTN_HD int64_t Row(int block_id, int kv_head, int index) const {
+    return Plane(block_id, kv_head) + index * row;
+  }
+};
+
+// A layer's paged KV cache; see common/layout.h for the order inside a block. On a GPU, addresses
+// and strides of tensors with one entry a block are multiples of 16 bytes.
 struct PagedCache {
   void* key = nullptr;       // [num_blocks, KV, 64, D]
   void* value = nullptr;     // quantised [num_blocks, KV, D, 64] (fastattn), else [.., KV, 64, D]
   void* k_scales = nullptr;  // by granularity; null for CacheType::kNone
   void* v_scales = nullptr;
+  CacheStrides key_strides;  // planes are contiguous in layout kFastDeploy
+  CacheStrides value_strides;
+  CacheStrides k_scale_strides;  // of dynamic types
+  CacheStrides v_scale_strides;
   DType dtype = DType::kBFloat16;       // element type of key and value (codes: e4m3, e5m2, int8)
   DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V
   CacheType type = CacheType::kNone;

@@ -62,6 +62,21 @@ __device__ __forceinline__ void LoadStaticScales(const void* scales, DType dtype
   }
 }
 
+// Byte offsets in a plane of the K piece with channels [16 g, +16) of token r, and of the V piece
+// with tokens [16 g, +16) of channel d. Rows of the fastattn layout are `row` bytes apart; planes
+// of the other one are contiguous.
+template <typename Traits>
+__device__ __forceinline__ int64_t KeyPieceIn(int64_t row, int r, int g) {
+  if constexpr (Traits::kLayout == CacheLayout::kFastattn) return r * row + g * 16;
+  return KeyPiece<Traits::kLayout, Traits::kHeadDim>(r, g);
+}
+
+template <typename Traits>
+__device__ __forceinline__ int64_t ValuePieceIn(int64_t row, int d, int g) {
+  if constexpr (Traits::kLayout == CacheLayout::kFastattn) return d * row + g * 16;
+  return ValuePiece<Traits::kLayout, Traits::kHeadDim>(d, g);
+}
+
 // Dequantises 16 codes (channels [16 g, 16 g + 16) of a token) and stores them at `row`. Lanes of a
 // pair hold g and g + 1 of the same token; both call.
 template <typename Traits>
@@ -121,11 +136,11 @@ __global__ void __launch_bounds__(kAppendThreads)
   const int block = p.block_tables[static_cast<int64_t>(row) * p.max_blocks + tile];
   if (block < 0 || block >= p.cache.num_blocks) return;
 
-  const int64_t block_head = static_cast<int64_t>(block) * kv_heads + head;
+  const PagedCache& cache = p.cache;
   const uint8_t* key_codes =
-      static_cast<const uint8_t*>(p.cache.key) + block_head * (kBlockSize * kHeadDim);
+      static_cast<const uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
   const uint8_t* value_codes =
-      static_cast<const uint8_t*>(p.cache.value) + block_head * (kBlockSize * kHeadDim);
+      static_cast<const uint8_t*>(cache.value) + cache.value_strides.Plane(block, head);
 
   // Load everything.
   const int tid = threadIdx.x;
@@ -140,7 +155,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   for (int i = 0; i < Traits::kPieces; ++i) {
     const int r = tokens_of_thread[i];
     k[i] = r < valid ? __ldg(reinterpret_cast<const uint4*>(
-                           key_codes + KeyPiece<Traits::kLayout, kHeadDim>(r, g)))
+                           key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g)))
                      : make_uint4(0, 0, 0, 0);
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
@@ -149,10 +164,10 @@ __global__ void __launch_bounds__(kAppendThreads)
   uint4 v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    v[i] = v_active
-               ? __ldg(reinterpret_cast<const uint4*>(
-                     value_codes + ValuePiece<Traits::kLayout, kHeadDim>(v_channel + i, v_group)))
-               : make_uint4(0, 0, 0, 0);
+    v[i] = v_active ? __ldg(reinterpret_cast<const uint4*>(
+                          value_codes +
+                          ValuePieceIn<Traits>(cache.value_strides.row, v_channel + i, v_group)))
+                    : make_uint4(0, 0, 0, 0);
   }
   float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
   float k_static[16], v_static[16];
@@ -160,9 +175,10 @@ __global__ void __launch_bounds__(kAppendThreads)
 #pragma unroll
     for (int i = 0; i < Traits::kPieces; ++i) {
       const int r = tokens_of_thread[i];
-      const int64_t index = block_head * kBlockSize + r;
-      k_token_scale[i] = r < valid ? LoadScale(p.cache.k_scales, p.cache.scale_dtype, index) : 0.0f;
-      v_token_scale[i] = r < valid ? LoadScale(p.cache.v_scales, p.cache.scale_dtype, index) : 0.0f;
+      const int64_t k_index = cache.k_scale_strides.Plane(block, head) + r;
+      const int64_t v_index = cache.v_scale_strides.Plane(block, head) + r;
+      k_token_scale[i] = r < valid ? LoadScale(cache.k_scales, cache.scale_dtype, k_index) : 0.0f;
+      v_token_scale[i] = r < valid ? LoadScale(cache.v_scales, cache.scale_dtype, v_index) : 0.0f;
     }
   } else {
     LoadStaticScales(p.cache.k_scales, p.cache.scale_dtype, p.cache.k_granularity, head, kHeadDim,

@@ -36,8 +36,9 @@ class LoadCursor {
       }
       if (assigned_) {
         if constexpr (Traits::kPaged) {
-          CopyRows(slot, static_cast<const char*>(p_.cache.key) + offset_, Traits::kRowBytes);
-          CopyScales(slot, p_.cache.k_scales);
+          const PagedCache& cache = p_.cache;
+          CopyPlane<Traits::kRowBytes, true>(slot, cache.key, cache.key_strides, key_);
+          CopyScales(slot, cache.k_scales, key_scale_);
         } else {
           CopyPacked(slot, p_.packed.key, p_.packed.key_token_stride, p_.packed.key_head_stride);
         }
@@ -50,13 +51,11 @@ class LoadCursor {
   __device__ __forceinline__ void LoadValues(uint32_t slot) {
     if (loading_ && assigned_) {
       if constexpr (Traits::kPaged) {
-        const char* source = static_cast<const char*>(p_.cache.value) + offset_;
-        if constexpr (Traits::kTransposedV) {
-          CopyLinear(slot, source);
-        } else {
-          CopyRows(slot, source, Traits::kRowBytes);
-        }
-        CopyScales(slot, p_.cache.v_scales);
+        const PagedCache& cache = p_.cache;
+        constexpr int kRowBytes = Traits::kTransposedV ? kBlockSize : Traits::kRowBytes;
+        constexpr bool kSwizzled = !Traits::kTransposedV;  // channels are read as they lie
+        CopyPlane<kRowBytes, kSwizzled>(slot, cache.value, cache.value_strides, value_);
+        CopyScales(slot, cache.v_scales, value_scale_);
       } else {
         CopyPacked(slot, p_.packed.value, p_.packed.value_token_stride,
                    p_.packed.value_head_stride);
@@ -66,6 +65,7 @@ class LoadCursor {
   }
 
  private:
+  static constexpr int kBytes = Traits::Format::kBytes;
   static constexpr int kPieces = Traits::kDataBytes / 16;
   static constexpr int kPiecesPerRow = Traits::kRowBytes / 16;
 
@@ -75,12 +75,17 @@ class LoadCursor {
   __device__ __forceinline__ void Place() {
     if constexpr (Traits::kPaged) {
       assigned_ = static_cast<unsigned>(block_) < static_cast<unsigned>(p_.cache.num_blocks);
-      // A block's head holds 64 rows; a unit may be half of them.
-      const int64_t head = static_cast<int64_t>(block_) * p_.num_kv_heads + segment_->head;
+      // A plane holds 64 keys; a unit may be half of them.
       constexpr int kUnitsPerBlock = kBlockSize / Traits::kUnit;
-      offset_ =
-          head * (kBlockSize * Traits::kRowBytes) + (unit_ % kUnitsPerBlock) * Traits::kDataBytes;
-      scale_ = head * kBlockSize;
+      static_assert(kUnitsPerBlock == 1 || !(Traits::kTransposedV || Traits::kTokenScales));
+      const PagedCache& cache = p_.cache;
+      const int head = segment_->head, row = unit_ % kUnitsPerBlock * Traits::kUnit;
+      key_ = cache.key_strides.Row(block_, head, row);
+      value_ = cache.value_strides.Row(block_, head, row);
+      if constexpr (Traits::kTokenScales) {
+        key_scale_ = cache.k_scale_strides.Plane(block_, head);
+        value_scale_ = cache.v_scale_strides.Plane(block_, head);
+      }
     } else {
       assigned_ = true;
       offset_ = segment_->shape.k_begin + static_cast<int64_t>(unit_) * Traits::kUnit;
@@ -110,30 +115,30 @@ class LoadCursor {
     }
   }
 
-  __device__ __forceinline__ void CopyRows(uint32_t slot, const char* source, int64_t stride) {
+  // A unit's rows of kRowBytes from `element` on.
+  template <int kRowBytes, bool kSwizzled>
+  __device__ __forceinline__ void CopyPlane(uint32_t slot, const void* tensor,
+                                            const CacheStrides& strides, int64_t element) {
+    constexpr int kRowPieces = kRowBytes / 16;
+    constexpr int kRows = Traits::kStreamThreads / kRowPieces;  // that the stream copies at a time
+    const int row = Lane() / kRowPieces, chunk = Lane() % kRowPieces;
+    const char* from =
+        static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
+    const int64_t step = kRows * kBytes * strides.row;
+    const uint32_t to = slot + row * kRowBytes;
 #pragma unroll
-    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i) {
-      const int piece = i * Traits::kStreamThreads + Lane();
-      const int row = piece / kPiecesPerRow, chunk = piece % kPiecesPerRow;
-      CopyAsync16(slot + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16,
-                  source + row * stride + chunk * 16, policy_);
+    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i, from += step) {
+      const int place = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
+      CopyAsync16(to + place * 16 + i * kRows * kRowBytes, from, policy_);
     }
   }
 
-  __device__ __forceinline__ void CopyLinear(uint32_t slot, const char* source) {
-#pragma unroll
-    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i) {
-      const int piece = i * Traits::kStreamThreads + Lane();
-      CopyAsync16(slot + piece * 16, source + piece * 16, policy_);
-    }
-  }
-
-  __device__ __forceinline__ void CopyScales(uint32_t slot, const void* scales) {
+  __device__ __forceinline__ void CopyScales(uint32_t slot, const void* scales, int64_t element) {
     if constexpr (Traits::kTokenScales) {
       const int bytes = SizeOf(p_.cache.scale_dtype);
       if (Lane() * 16 < Traits::kUnit * bytes) {
         CopyAsync16(slot + Traits::kDataBytes + Lane() * 16,
-                    static_cast<const char*>(scales) + scale_ * bytes + Lane() * 16, policy_);
+                    static_cast<const char*>(scales) + element * bytes + Lane() * 16, policy_);
       }
     }
   }
@@ -142,7 +147,6 @@ class LoadCursor {
   // bytes are served a byte at a time.
   __device__ __forceinline__ void CopyPacked(uint32_t slot, const void* tensor,
                                              int64_t token_stride, int64_t head_stride) {
-    constexpr int kBytes = Traits::Format::kBytes;
     const char* source =
         static_cast<const char*>(tensor) + (offset_ * token_stride + head_ * head_stride) * kBytes;
     const int64_t stride = token_stride * kBytes;
@@ -184,8 +188,12 @@ class LoadCursor {
   int block_ = -1;
   int rows_ = 0;
   int head_ = 0;
-  int64_t offset_ = 0;
-  int64_t scale_ = 0;
+  int64_t offset_ = 0;  // packed: the first key
+  // Paged, in elements; where they are not used the compiler drops them.
+  int64_t key_ = 0;
+  int64_t value_ = 0;
+  int64_t key_scale_ = 0;
+  int64_t value_scale_ = 0;
 };
 
 }  // namespace fastattn::cuda

@@ -42,16 +42,17 @@ __device__ __forceinline__ uint4 Load(const uint8_t* address) {
 
 template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim, bool kInPlace>
 __global__ void __launch_bounds__(kThreads)
-    ConvertKeyKernel(const uint8_t* src, uint8_t* dst, uint32_t flip) {
+    ConvertKeyKernel(const __grid_constant__ ConvertLayoutParams p, uint32_t flip) {
   constexpr int kPieces = kBlockSize * kHeadDim / 16 / kThreads;
-  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlockSize * kHeadDim);
+  const uint8_t* src = static_cast<const uint8_t*>(p.src) + p.SrcPlane(blockIdx.x);
+  uint8_t* dst = static_cast<uint8_t*>(p.dst) + p.DstPlane(blockIdx.x);
   WaitForEarlierKernels();
   AllowNextKernel();
   uint4 pieces[kPieces];
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const PieceOfThread at = KeyPieceOfThread<kHeadDim, kThreads>(i);
-    pieces[i] = Load<kInPlace>(src + base + KeyPiece<kSrc, kHeadDim>(at.token, at.group));
+    pieces[i] = Load<kInPlace>(src + KeyPiece<kSrc, kHeadDim>(at.token, at.group));
   }
   if constexpr (kInPlace) __syncthreads();
 #pragma unroll
@@ -64,19 +65,18 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kSrc != CacheLayout::kFastDeploy && kDst == CacheLayout::kFastDeploy) {
       piece = OrderToSlots(piece);
     }
-    *reinterpret_cast<uint4*>(dst + base + KeyPiece<kDst, kHeadDim>(at.token, at.group)) = piece;
+    *reinterpret_cast<uint4*>(dst + KeyPiece<kDst, kHeadDim>(at.token, at.group)) = piece;
   }
 }
 
 template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim, bool kInPlace>
 __global__ void __launch_bounds__(kThreads)
-    ConvertValueKernel(const uint8_t* src, uint8_t* dst, uint32_t flip) {
+    ConvertValueKernel(const __grid_constant__ ConvertLayoutParams p, uint32_t flip) {
   constexpr bool kFromLogical = kSrc == CacheLayout::kLogical;
   constexpr bool kToLogical = kDst == CacheLayout::kLogical;
   __shared__ TokenMajorTile<kHeadDim> tile;
-  const int64_t base = static_cast<int64_t>(blockIdx.x) * (kBlockSize * kHeadDim);
-  src += base;
-  dst += base;
+  const uint8_t* src = static_cast<const uint8_t*>(p.src) + p.SrcPlane(blockIdx.x);
+  uint8_t* dst = static_cast<uint8_t*>(p.dst) + p.DstPlane(blockIdx.x);
   const int group = threadIdx.x % 4;
   const int channel = threadIdx.x / 4 * 4;
   const bool active = channel < kHeadDim;
@@ -116,33 +116,38 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A kernel rather than a memory copy: Paddle 2.6 cannot capture other nodes in a CUDA graph.
+// A CTA copies a plane. A kernel rather than a memory copy: Paddle 2.6 cannot capture
+// other nodes in a CUDA graph.
 __global__ void __launch_bounds__(kThreads)
-    CopyKernel(const uint4* src, uint4* dst, int64_t pieces) {
+    CopyKernel(const __grid_constant__ ConvertLayoutParams p, int element_bytes) {
   constexpr int kUnroll = 4;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kUnroll) + threadIdx.x;
-  uint4 values[kUnroll];
+  const int pieces = kBlockSize * p.head_dim * element_bytes / static_cast<int>(sizeof(uint4));
+  const auto* src = reinterpret_cast<const uint4*>(static_cast<const char*>(p.src) +
+                                                   p.SrcPlane(blockIdx.x) * element_bytes);
+  auto* dst =
+      reinterpret_cast<uint4*>(static_cast<char*>(p.dst) + p.DstPlane(blockIdx.x) * element_bytes);
+  for (int first = threadIdx.x; first < pieces; first += kThreads * kUnroll) {
+    uint4 values[kUnroll];
 #pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    if (first + i * kThreads < pieces) values[i] = __ldg(src + first + i * kThreads);
-  }
+    for (int i = 0; i < kUnroll; ++i) {
+      if (first + i * kThreads < pieces) values[i] = __ldg(src + first + i * kThreads);
+    }
 #pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    if (first + i * kThreads < pieces) dst[first + i * kThreads] = values[i];
+    for (int i = 0; i < kUnroll; ++i) {
+      if (first + i * kThreads < pieces) dst[first + i * kThreads] = values[i];
+    }
   }
 }
 
 template <CacheLayout kSrc, CacheLayout kDst, bool kInPlace>
 cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
-  const auto* src = static_cast<const uint8_t*>(p.src);
-  auto* dst = static_cast<uint8_t*>(p.dst);
-  const unsigned grid = GridSize(p.num_block_heads);
+  const unsigned grid = GridSize(p.num_planes);
   cudaError_t status = cudaSuccess;
   dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
                                    : ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>;
-    status = LaunchEarly(kernel, dim3(grid), dim3(kThreads), stream, src, dst, flip);
+    status = LaunchEarly(kernel, dim3(grid), dim3(kThreads), stream, p, flip);
   });
   return status;
 }
@@ -150,17 +155,13 @@ cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t str
 }  // namespace
 
 cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t stream) {
-  if (p.num_block_heads == 0) return cudaSuccess;
+  if (p.num_planes == 0) return cudaSuccess;
   const bool same_bytes = p.type == CacheType::kNone || p.src_layout == p.dst_layout;
   const bool in_place = p.src == p.dst;
   if (same_bytes && in_place) return cudaSuccess;
   if (same_bytes) {
-    const int64_t bytes =
-        p.num_block_heads * kBlockSize * p.head_dim * (p.type == CacheType::kNone ? 2 : 1);
-    const int64_t pieces = bytes / sizeof(uint4);
-    const int64_t ctas = (pieces + kThreads * 4 - 1) / (kThreads * 4);
-    return LaunchKernel(CopyKernel, GridSize(ctas), kThreads, stream,
-                        static_cast<const uint4*>(p.src), static_cast<uint4*>(p.dst), pieces);
+    const int element_bytes = p.type == CacheType::kNone ? SizeOf(DType::kBFloat16) : 1;
+    return LaunchKernel(CopyKernel, GridSize(p.num_planes), kThreads, stream, p, element_bytes);
   }
   const bool fastdeploy =
       p.src_layout == CacheLayout::kFastDeploy || p.dst_layout == CacheLayout::kFastDeploy;

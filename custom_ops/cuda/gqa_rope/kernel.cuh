@@ -49,7 +49,6 @@ __device__ __forceinline__ void StoreGqaKv(const PagedCache& cache, const HeadRo
   if constexpr (!Traits::kQuantized) {
     StoreKv<Traits>(cache, role, block, slot, channel, x);
   } else {
-    const int64_t block_head = static_cast<int64_t>(block) * cache.num_kv_heads + role.index;
     const bool store = block >= 0 && (role.is_k || role.is_v);
     Inverses inverse;
     void* scales = role.is_k ? cache.k_scales : cache.v_scales;
@@ -57,13 +56,16 @@ __device__ __forceinline__ void StoreGqaKv(const PagedCache& cache, const HeadRo
       LoadInverses<Traits>(cache, scales, role.is_k ? cache.k_granularity : cache.v_granularity,
                            role.index, channel, inverse);
     }
-    const uint2 codes = Quantize<Traits>(x, inverse, scales, cache.scale_dtype,
-                                         block_head * kBlockSize + slot, channel, store);
+    const CacheStrides& scale_strides = role.is_k ? cache.k_scale_strides : cache.v_scale_strides;
+    const uint2 codes =
+        Quantize<Traits>(x, inverse, scales, cache.scale_dtype,
+                         scale_strides.Plane(block, role.index) + slot, channel, store);
     const uint2 key_codes = KeyCodesInSlots(codes);
     if (store) {
       auto* base = static_cast<uint8_t*>(role.is_k ? cache.key : cache.value);
-      StoreFastDeploy<Traits>(base + block_head * (kBlockSize * Traits::kHeadDim), role.is_v, slot,
-                              channel, role.is_v ? codes : key_codes);
+      const CacheStrides& strides = role.is_k ? cache.key_strides : cache.value_strides;
+      StoreFastDeploy<Traits>(base + strides.Plane(block, role.index), role.is_v, slot, channel,
+                              role.is_v ? codes : key_codes);
     }
   }
 }

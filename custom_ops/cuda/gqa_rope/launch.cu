@@ -35,13 +35,18 @@ __global__ void __launch_bounds__(kThreads)
   const int tokens = static_cast<int>(min(count - begin, int64_t{kBlockSize}));
   const int head = blockIdx.y;
   const int pieces = p.cache.head_dim / 8;  // of 16 bytes, a token
-  const int64_t source =
-      (static_cast<int64_t>(block) * p.cache.num_kv_heads + head) * kBlockSize * pieces;
+  const PagedCache& cache = p.cache;
+  const auto* keys = static_cast<const uint16_t*>(cache.key) + cache.key_strides.Plane(block, head);
+  const auto* values =
+      static_cast<const uint16_t*>(cache.value) + cache.value_strides.Plane(block, head);
   for (int i = threadIdx.x; i < tokens * pieces; i += kThreads) {
-    const int64_t out = first + begin + i / pieces;
-    const int64_t target = (out * p.cache.num_kv_heads + head) * pieces + i % pieces;
-    static_cast<uint4*>(p.key)[target] = static_cast<const uint4*>(p.cache.key)[source + i];
-    static_cast<uint4*>(p.value)[target] = static_cast<const uint4*>(p.cache.value)[source + i];
+    const int token = i / pieces, channel = i % pieces * 8;
+    const int64_t out = first + begin + token;
+    const int64_t target = (out * cache.num_kv_heads + head) * pieces + i % pieces;
+    static_cast<uint4*>(p.key)[target] =
+        *reinterpret_cast<const uint4*>(keys + token * cache.key_strides.row + channel);
+    static_cast<uint4*>(p.value)[target] =
+        *reinterpret_cast<const uint4*>(values + token * cache.value_strides.row + channel);
   }
 }
 

@@ -65,12 +65,11 @@ __device__ StepBlocks BlocksOf(const Shared<C>& shared, int buffer, int step) {
   return blocks;
 }
 
-// Coordinates of a block in the tensors of keys and values. One that is not assigned lies outside
-// of them: it arrives as zeros.
-__device__ inline int2 PlaceOf(const AttentionParams& p, const volatile Tile& tile, int block) {
-  if (p.paged) {
-    return make_int2(0, (block < 0 ? p.cache.num_blocks : block) * p.num_kv_heads + tile.kv_head);
-  }
+// Coordinates of a block in the tensor of keys or values. One that is not assigned lies outside of
+// it: it arrives as zeros.
+__device__ inline int2 PlaceOf(const AttentionParams& p, const BlockPlanes& planes,
+                               const volatile Tile& tile, int block) {
+  if (p.paged) return make_int2(0, planes.Of(block, tile.kv_head));
   const int end = static_cast<int>(p.packed.num_tokens);
   return make_int2(block < 0 ? end : tile.key_token + block * kBlockSize, tile.kv_head);
 }

@@ -133,9 +133,11 @@ struct alignas(1024) Shared {
 // Tensors of bytes. Operands come in boxes of 64 tokens x 128 bytes of a head, codes in those of a
 // block of a head.
 struct Arguments {
-  CUtensorMap query;  // [T, H, 2 D]
-  CUtensorMap key;    // paged: [blocks * KV, 64, bytes], else [KV, tokens, bytes]
-  CUtensorMap value;  // the same; paged codes: [blocks * KV, D, 64]
+  CUtensorMap query;       // [T, H, 2 D]
+  CUtensorMap key;         // paged: [planes, 64, bytes], else [KV, tokens, bytes]
+  CUtensorMap value;       // the same; paged codes: [planes, D, 64]
+  BlockPlanes key_planes;  // paged
+  BlockPlanes value_planes;
   AttentionParams p;
   int min_query_tokens;
 };

@@ -28,7 +28,12 @@ bool IsCode(DType dtype) {
 }
 
 bool SupportsCache(const PagedCache& cache, DType query) {
-  if (cache.num_blocks <= 0 || !IsAligned(cache.key) || !IsAligned(cache.value)) return false;
+  if (!IsAligned(cache.key) || !IsAligned(cache.value)) return false;
+  for (const CacheStrides* strides : {&cache.key_strides, &cache.value_strides}) {
+    if (!PlanesOf(*strides, cache.num_blocks, cache.num_kv_heads, SizeOf(cache.dtype)).fits) {
+      return false;
+    }
+  }
   if (!IsQuantized(cache.type)) return cache.dtype == query;
   // e5m2 reaches too far for fp16 times a token scale.
   if (IsDynamic(cache.type) && cache.dtype == DType::kE5M2) return false;
@@ -56,18 +61,30 @@ bool KeyCodes(const AttentionParams& p) {
   return p.q_dtype == DType::kBFloat16 && !channels;
 }
 
+// A cache's planes, all but the rows' size and box; *planes finds those of a block.
+ByteTensor PlaneTensor(const AttentionParams& p, const void* data, const CacheStrides& strides,
+                       BlockPlanes* planes) {
+  const int size = SizeOf(p.cache.dtype);
+  const PlaneDimension dimension = PlanesOf(strides, p.cache.num_blocks, p.num_kv_heads, size);
+  *planes = dimension.planes;
+  ByteTensor tensor;
+  tensor.data = data;
+  tensor.size[2] = static_cast<uint64_t>(dimension.planes.outside);
+  tensor.stride[0] = static_cast<uint64_t>(strides.row * size);
+  tensor.stride[1] = dimension.stride;
+  return tensor;
+}
+
 // Tokens of K or V as rows: operands in boxes of 64 tokens x 128 bytes, codes in whole blocks.
-ByteTensor RowTensor(const AttentionParams& p, const void* paged, const void* packed,
-                     int64_t token_stride, int64_t head_stride) {
+ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStrides& strides,
+                     const void* packed, int64_t token_stride, int64_t head_stride,
+                     BlockPlanes* planes) {
   const auto size = static_cast<uint64_t>(SizeOf(KeyType(p)));
   const uint64_t row = size * static_cast<uint64_t>(p.head_dim);
   ByteTensor tensor;
   if (p.paged) {
-    tensor.data = paged;
+    tensor = PlaneTensor(p, paged, strides, planes);
     tensor.size[1] = kBlockSize;
-    tensor.size[2] = static_cast<uint64_t>(p.cache.num_blocks) * p.num_kv_heads;
-    tensor.stride[0] = row;
-    tensor.stride[1] = row * kBlockSize;
   } else {
     tensor.data = packed;
     tensor.size[1] = static_cast<uint64_t>(p.packed.num_tokens);
@@ -84,13 +101,15 @@ ByteTensor RowTensor(const AttentionParams& p, const void* paged, const void* pa
 }
 
 // V of a cache of codes: channels as rows.
-ByteTensor ChannelTensor(const AttentionParams& p) {
-  const auto dim = static_cast<uint64_t>(p.head_dim);
-  return {p.cache.value,
-          {kBlockSize, dim, static_cast<uint64_t>(p.cache.num_blocks) * p.num_kv_heads},
-          {kBlockSize, kBlockSize * dim},
-          {kBlockSize, static_cast<uint32_t>(dim), 1},
-          CU_TENSOR_MAP_SWIZZLE_NONE};
+ByteTensor ChannelTensor(const AttentionParams& p, BlockPlanes* planes) {
+  ByteTensor tensor = PlaneTensor(p, p.cache.value, p.cache.value_strides, planes);
+  tensor.size[0] = kBlockSize;
+  tensor.size[1] = static_cast<uint64_t>(p.head_dim);
+  tensor.box[0] = kBlockSize;
+  tensor.box[1] = static_cast<uint32_t>(p.head_dim);
+  tensor.box[2] = 1;
+  tensor.swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
+  return tensor;
 }
 
 cudaError_t EncodeMaps(Arguments* arguments) {
@@ -103,14 +122,16 @@ cudaError_t EncodeMaps(Arguments* arguments) {
       {2 * static_cast<uint64_t>(p.q_head_stride), 2 * static_cast<uint64_t>(p.q_token_stride)},
       {128, 1, 64},
       CU_TENSOR_MAP_SWIZZLE_128B};
-  ByteTensor key = RowTensor(p, p.cache.key, kv.key, kv.key_token_stride, kv.key_head_stride);
+  ByteTensor key = RowTensor(p, p.cache.key, p.cache.key_strides, kv.key, kv.key_token_stride,
+                             kv.key_head_stride, &arguments->key_planes);
   if (KeyCodes(p)) {
     key.swizzle = p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   }
   const ByteTensor value =
       p.paged && IsQuantized(p.cache.type)
-          ? ChannelTensor(p)
-          : RowTensor(p, p.cache.value, kv.value, kv.value_token_stride, kv.value_head_stride);
+          ? ChannelTensor(p, &arguments->value_planes)
+          : RowTensor(p, p.cache.value, p.cache.value_strides, kv.value, kv.value_token_stride,
+                      kv.value_head_stride, &arguments->value_planes);
   cudaError_t status = EncodeMap(query, &arguments->query);
   if (status == cudaSuccess) status = EncodeMap(key, &arguments->key);
   if (status == cudaSuccess) status = EncodeMap(value, &arguments->value);
@@ -155,8 +176,6 @@ bool PrefillHalfSm90Supports(const AttentionParams& p) {
   }
   if (p.paged) {
     if (p.rows.max_blocks <= 0 || !SupportsCache(p.cache, p.q_dtype)) return false;
-    const int64_t planes = (int64_t{p.cache.num_blocks} + 1) * p.num_kv_heads;
-    if (planes >= std::numeric_limits<int>::max()) return false;
   } else if (!SupportsPacked(p.packed, p.q_dtype)) {
     return false;
   }

@@ -96,12 +96,10 @@ class OperandLoader {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const StepBlocks blocks = BlocksOf(shared_, tiles.index, step);
-        const Places places{{PlaceOf(p_, tile, blocks.id[0]), PlaceOf(p_, tile, blocks.id[1])},
-                            blocks.flags};
-        LoadKeys(places);
+        LoadKeys(PlacesOf(a_.key_planes, tile, blocks));
         if (!first) LoadValues(before);
         first = false;
-        before = places;
+        before = PlacesOf(a_.value_planes, tile, blocks);
         const int window = step + kWindow / 2;
         if (window % kWindow == 0 && window < steps) {
           FindWindow(p_, shared_, tiles.index, window);
@@ -119,6 +117,12 @@ class OperandLoader {
     int2 at[2];
     int flags;
   };
+
+  __device__ Places PlacesOf(const BlockPlanes& planes, const volatile Tile& tile,
+                             const StepBlocks& blocks) const {
+    return {{PlaceOf(p_, planes, tile, blocks.id[0]), PlaceOf(p_, planes, tile, blocks.id[1])},
+            blocks.flags};
+  }
 
   __device__ void LoadKeys(const Places& places) {
     const int at = keys_.index;

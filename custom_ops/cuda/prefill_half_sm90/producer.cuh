@@ -87,7 +87,9 @@ class Loader {
           scales_.Load(next, tile.kv_head, tile.k_len - (tile.last - step - 1) * C::kKeys);
         }
       }
-      if (step >= 0) LoadCodes(buffer, &a_.value, BlocksOf(shared_, buffer, step));
+      if (step >= 0) {
+        LoadCodes(buffer, &a_.value, a_.value_planes, BlocksOf(shared_, buffer, step));
+      }
       if constexpr (C::kTokenScales) {
         if (more) scales_.Store(IsPartial<C>(tile, step + 1), buffer);
       }
@@ -107,33 +109,34 @@ class Loader {
       Wait(&shared_.key_empty[at], keys_.Phase() ^ 1);
       if (lane_ == 0) {
         shared_.flags[at] = blocks.flags;
-        CopyCodes(buffer, &a_.key, blocks, shared_.key[at], &shared_.key_full[at]);
+        CopyCodes(buffer, &a_.key, a_.key_planes, blocks, shared_.key[at], &shared_.key_full[at]);
       }
       __syncwarp();
       keys_.Advance();
     } else {
-      LoadCodes(buffer, &a_.key, blocks);
+      LoadCodes(buffer, &a_.key, a_.key_planes, blocks);
     }
   }
 
   // Codes that are to be converted.
-  __device__ void LoadCodes(int buffer, const CUtensorMap* map, const StepBlocks& blocks) {
+  __device__ void LoadCodes(int buffer, const CUtensorMap* map, const BlockPlanes& planes,
+                            const StepBlocks& blocks) {
     const int at = raw_.Index();
     Wait(&shared_.raw_empty[at], raw_.Phase() ^ 1);
     if (lane_ == 0) {
       shared_.raw_flags[at] = blocks.flags;
-      CopyCodes(buffer, map, blocks, shared_.raw[at], &shared_.raw_full[at]);
+      CopyCodes(buffer, map, planes, blocks, shared_.raw[at], &shared_.raw_full[at]);
     }
     __syncwarp();
     raw_.Advance();
   }
 
-  __device__ void CopyCodes(int buffer, const CUtensorMap* map, const StepBlocks& blocks,
-                            uint8_t* target, uint64_t* barrier) {
+  __device__ void CopyCodes(int buffer, const CUtensorMap* map, const BlockPlanes& planes,
+                            const StepBlocks& blocks, uint8_t* target, uint64_t* barrier) {
     ArriveExpect(barrier, C::kKeys * C::kDim);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int2 place = PlaceOf(p_, shared_.tile[buffer], blocks.id[i]);
+      const int2 place = PlaceOf(p_, planes, shared_.tile[buffer], blocks.id[i]);
       CopyBox(map, target + i * kBlockSize * C::kDim, barrier, 0, place.x, place.y);
     }
   }

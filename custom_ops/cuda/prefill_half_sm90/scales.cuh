@@ -27,10 +27,12 @@ class ScaleLoader {
       key_[i] = 1.0f;
       value_[i] = 0.0f;
       if (token >= written || block < 0) continue;
-      const int64_t at = (static_cast<int64_t>(block) * p_.num_kv_heads + kv_head) * kBlockSize +
-                         token % kBlockSize;
-      key_[i] = LoadScale(p_.cache.k_scales, p_.cache.scale_dtype, at);
-      value_[i] = LoadScale(p_.cache.v_scales, p_.cache.scale_dtype, at);
+      const PagedCache& cache = p_.cache;
+      const int at = token % kBlockSize;
+      key_[i] = LoadScale(cache.k_scales, cache.scale_dtype,
+                          cache.k_scale_strides.Plane(block, kv_head) + at);
+      value_[i] = LoadScale(cache.v_scales, cache.scale_dtype,
+                            cache.v_scale_strides.Plane(block, kv_head) + at);
     }
   }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/block_planes.h"
 #include "params/attention.h"
 
 namespace fastattn::cuda::prefill_sm90 {
@@ -145,9 +146,11 @@ __host__ __device__ constexpr int FirstBlock(int key_token, int row) {
 }
 
 struct Arguments {
-  CUtensorMap query;  // [T, H, D]: boxes of 64 tokens
-  CUtensorMap key;    // paged: [blocks * KV, 64, D], else [KV, tokens, D]; boxes of 64 tokens
-  CUtensorMap value;  // [blocks * KV, D, 64]; boxes of a block
+  CUtensorMap query;       // [T, H, D]: boxes of 64 tokens
+  CUtensorMap key;         // paged: [planes, 64, D], else [KV, tokens, D]; boxes of 64 tokens
+  CUtensorMap value;       // [planes, D, 64]; boxes of a block
+  BlockPlanes key_planes;  // paged
+  BlockPlanes value_planes;
   int value_blocks;
   AttentionParams p;
   int min_query_tokens;

@@ -18,6 +18,11 @@ bool IsAligned(const void* pointer) {
   return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
+bool AreAligned(const CacheStrides& strides, DType dtype) {
+  return IsMultiple(strides.block * SizeOf(dtype), 16) &&
+         IsMultiple(strides.head * SizeOf(dtype), 16);
+}
+
 bool IsCode(DType dtype) { return dtype == DType::kE4M3 || dtype == DType::kE5M2; }
 
 bool SupportsCache(const PagedCache& cache) {
@@ -25,10 +30,14 @@ bool SupportsCache(const PagedCache& cache) {
   if (!fp8 || !IsCode(cache.dtype) || cache.layout != CacheLayout::kFastattn) return false;
   if (IsDynamic(cache.type) && cache.dtype != DType::kE4M3) return false;
   if (cache.k_scales == nullptr || cache.v_scales == nullptr) return false;
-  if (IsDynamic(cache.type) && !(IsAligned(cache.k_scales) && IsAligned(cache.v_scales))) {
+  if (IsDynamic(cache.type) && !(IsAligned(cache.k_scales) && IsAligned(cache.v_scales) &&
+                                 AreAligned(cache.k_scale_strides, cache.scale_dtype) &&
+                                 AreAligned(cache.v_scale_strides, cache.scale_dtype))) {
     return false;
   }
-  return cache.num_blocks > 0 && IsAligned(cache.key) && IsAligned(cache.value);
+  return IsAligned(cache.key) && IsAligned(cache.value) &&
+         PlanesOf(cache.key_strides, cache.num_blocks, cache.num_kv_heads, 1).fits &&
+         PlanesOf(cache.value_strides, cache.num_blocks, cache.num_kv_heads, 1).fits;
 }
 
 bool SupportsPacked(const PackedKv& kv) {
@@ -51,8 +60,15 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   const AttentionParams& p = arguments->p;
   const auto dim = static_cast<uint64_t>(p.head_dim);
   const auto box = static_cast<uint32_t>(p.head_dim);
-  const uint64_t block = dim * kBlockSize;
-  const uint64_t planes = static_cast<uint64_t>(arguments->value_blocks) * p.num_kv_heads;
+  // What Transpose leaves of contiguous values are blocks of a contiguous cache.
+  const int64_t plane = int64_t{kBlockSize} * p.head_dim;
+  const CacheStrides blocks{plane * p.num_kv_heads, plane, kBlockSize};
+  const CacheStrides& key_strides = p.paged ? p.cache.key_strides : blocks;
+  const CacheStrides& value_strides = p.paged ? p.cache.value_strides : blocks;
+  const PlaneDimension keys = PlanesOf(key_strides, arguments->value_blocks, p.num_kv_heads, 1);
+  const PlaneDimension values = PlanesOf(value_strides, arguments->value_blocks, p.num_kv_heads, 1);
+  arguments->key_planes = keys.planes;
+  arguments->value_planes = values.planes;
   const CUtensorMapSwizzle rows =
       p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const ByteTensor query{
@@ -61,7 +77,11 @@ cudaError_t EncodeMaps(Arguments* arguments) {
       {static_cast<uint64_t>(p.q_head_stride), static_cast<uint64_t>(p.q_token_stride)},
       {box, 1, 64},
       rows};
-  ByteTensor key{p.cache.key, {dim, kBlockSize, planes}, {dim, block}, {box, kBlockSize, 1}, rows};
+  ByteTensor key{p.cache.key,
+                 {dim, kBlockSize, static_cast<uint64_t>(keys.planes.outside)},
+                 {static_cast<uint64_t>(key_strides.row), keys.stride},
+                 {box, kBlockSize, 1},
+                 rows};
   if (!p.paged) {
     key.data = p.packed.key;
     key.size[1] = static_cast<uint64_t>(p.packed.num_tokens);
@@ -70,8 +90,8 @@ cudaError_t EncodeMaps(Arguments* arguments) {
     key.stride[1] = static_cast<uint64_t>(p.packed.key_head_stride);
   }
   const ByteTensor value{p.paged ? p.cache.value : p.workspace,
-                         {kBlockSize, dim, planes},
-                         {kBlockSize, block},
+                         {kBlockSize, dim, static_cast<uint64_t>(values.planes.outside)},
+                         {static_cast<uint64_t>(value_strides.row), values.stride},
                          {kBlockSize, box, 1},
                          CU_TENSOR_MAP_SWIZZLE_64B};
   cudaError_t status = EncodeMap(query, &arguments->query);

@@ -88,8 +88,7 @@ class Loader {
       shared_.flags[at] = flags;
       ArriveExpect(&shared_.key_full[at], 2 * kBytes);
       for (int i = 0; i < 2; ++i) {
-        const int block = blocks[i] < 0 ? a_.value_blocks : blocks[i];
-        int token = 0, plane = block * p_.num_kv_heads + tile.kv_head;
+        int token = 0, plane = a_.key_planes.Of(blocks[i], tile.kv_head);
         if (!p_.paged) {
           plane = tile.kv_head;
           token = blocks[i] < 0 ? static_cast<int>(p_.packed.num_tokens)
@@ -108,19 +107,23 @@ class Loader {
       const int scale_bytes = kBlockSize * SizeOf(p_.cache.scale_dtype);
       ArriveExpect(barrier, 2 * kBytes + (C::kTokenScales ? 2 * assigned * scale_bytes : 0));
       for (int i = 0; i < 2; ++i) {
-        const int block = blocks[i] < 0 ? a_.value_blocks : blocks[i];
-        const int plane = block * p_.num_kv_heads + tile.kv_head;
-        CopyBox(&a_.value, shared_.value[at] + i * kBytes, barrier, 0, 0, plane);
+        CopyBox(&a_.value, shared_.value[at] + i * kBytes, barrier, 0, 0,
+                a_.value_planes.Of(blocks[i], tile.kv_head));
         if (C::kTokenScales && blocks[i] >= 0) {
-          const int64_t offset = static_cast<int64_t>(plane) * scale_bytes;
-          CopyBulk(static_cast<const char*>(p_.cache.k_scales) + offset,
+          CopyBulk(ScalesOf(p_.cache.k_scales, p_.cache.k_scale_strides, blocks[i], tile.kv_head),
                    shared_.raw_scales[at][0] + i * scale_bytes, barrier, scale_bytes);
-          CopyBulk(static_cast<const char*>(p_.cache.v_scales) + offset,
+          CopyBulk(ScalesOf(p_.cache.v_scales, p_.cache.v_scale_strides, blocks[i], tile.kv_head),
                    shared_.raw_scales[at][1] + i * scale_bytes, barrier, scale_bytes);
         }
       }
     }
     __syncwarp();
+  }
+
+  __device__ const char* ScalesOf(const void* scales, const CacheStrides& strides, int block,
+                                  int kv_head) const {
+    return static_cast<const char*>(scales) +
+           strides.Plane(block, kv_head) * SizeOf(p_.cache.scale_dtype);
   }
 
   const Arguments& a_;

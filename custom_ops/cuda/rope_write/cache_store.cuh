@@ -117,15 +117,17 @@ __device__ __forceinline__ void RoundToInput(float (&x)[kChunk]) {
   if constexpr (kIn != DType::kFloat32) RoundTo<kIn>(x);
 }
 
-// K of token `slot` of a block: codes, or values for type none.
+// K of token `slot` of a block: codes, or values for type none. Without `store` the block may be
+// -1.
 template <typename Traits>
 __device__ __forceinline__ void StoreKey(const PagedCache& cache, float (&x)[kChunk],
-                                         Inverses& inverse, int64_t block_head, int slot,
+                                         Inverses& inverse, int block, int head, int slot,
                                          int channel, bool store) {
-  const int64_t element = (block_head * kBlockSize + slot) * Traits::kHeadDim + channel;
+  const int64_t element = cache.key_strides.Row(block, head, slot) + channel;
   if constexpr (Traits::kQuantized) {
-    const uint2 codes = Quantize<Traits>(x, inverse, cache.k_scales, cache.scale_dtype,
-                                         block_head * kBlockSize + slot, channel, store);
+    const uint2 codes =
+        Quantize<Traits>(x, inverse, cache.k_scales, cache.scale_dtype,
+                         cache.k_scale_strides.Plane(block, head) + slot, channel, store);
     if (store) *reinterpret_cast<uint2*>(static_cast<uint8_t*>(cache.key) + element) = codes;
   } else {
     const uint4 bits = RoundTo<Traits::kCode>(x);

@@ -102,11 +102,12 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowW
   if constexpr (Traits::kRope && kKey) {
     if (place.row >= 0) RotateWords<Lane>(p.rope, place.position, at.lane, words);
   }
-  const int64_t block_head = static_cast<int64_t>(block) * cache.num_kv_heads + at.head;
-  StoreTokenMajor<Traits, Lane>(words, cache, kKey ? cache.key : cache.value, cache.k_scales,
-                                cache.k_granularity, scale, at.head, at.lane,
-                                block_head * kBlockSize + place.position % kBlockSize,
-                                at.active && block >= 0);
+  const int slot = place.position % kBlockSize;
+  const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
+  StoreTokenMajor<Traits, Lane>(
+      words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity, scale,
+      at.head, at.lane, strides.Row(block, at.head, slot),
+      cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
 }
 
 template <typename Traits>
@@ -127,20 +128,20 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow
 #pragma unroll
   for (int i = 0; i < Lane::kWords; ++i) words[i] = x[2 * i] | x[2 * i + 1] << 16;
   const int slot = place.position % kBlockSize;
-  const int64_t block_head = static_cast<int64_t>(block) * cache.num_kv_heads + at.head;
   const bool store = at.active && block >= 0;
   uint32_t codes[Lane::kCodeWords];
   QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, scale, at.head,
-                                  at.lane, block_head * kBlockSize + slot, store && at.part == 0,
-                                  codes);
+                                  at.lane, cache.v_scale_strides.Plane(block, at.head) + slot,
+                                  store && at.part == 0, codes);
   if (!store) return;
-  uint8_t* out = static_cast<uint8_t*>(cache.value) + block_head * (kBlockSize * Lane::kHeadDim) +
-                 TokenSlot(slot);
+  const CacheStrides& strides = cache.value_strides;
+  uint8_t* out =
+      static_cast<uint8_t*>(cache.value) + strides.Row(block, at.head, at.lane) + TokenSlot(slot);
+  const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
 #pragma unroll
-  for (int i = 0; i < Lane::kValues; ++i) {
+  for (int i = 0; i < Lane::kValues; ++i, out += step) {
     if ((i & (at.parts - 1)) == at.part) {
-      out[Map::Channel(at.lane, i) * kBlockSize] =
-          static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
+      *out = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
     }
   }
 }

@@ -345,18 +345,19 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
   }
 }
 
-// K (or V of type none) of token `slot` of a block. All lanes of the warp take part.
+// K (or V of type none) of a token, whose row in the cache begins at `row`. All lanes of the warp
+// take part.
 template <typename Traits, typename Lane>
 __device__ __forceinline__ void StoreTokenMajor(const uint32_t (&words)[Lane::kWords],
                                                 const PagedCache& cache, void* codes_out,
                                                 void* scales, ScaleGranularity granularity,
-                                                float head_scale, int head, int lane,
-                                                int64_t token_of_cache, bool store) {
-  const int64_t element = token_of_cache * Lane::kHeadDim + lane * Lane::kHalf;
+                                                float head_scale, int head, int lane, int64_t row,
+                                                int64_t scale_index, bool store) {
+  const int64_t element = row + lane * Lane::kHalf;
   if constexpr (Traits::kQuantized) {
     uint32_t codes[Lane::kCodeWords];
     QuantizeLane<Traits, Lane>(words, cache, scales, granularity, head_scale, head, lane,
-                               token_of_cache, store, codes);
+                               scale_index, store, codes);
     if (store) {
       StoreHalves<Lane::kCodeWords, Lane::kHeadDim / 2>(static_cast<uint8_t*>(codes_out) + element,
                                                         codes);

@@ -101,9 +101,7 @@ __device__ __forceinline__ void StreamHeads(const StepParams& p, const PrefillGr
         RoundToInput<Traits::kIn>(x);
         Inverses inverse;
         LoadInverses<Traits>(cache, cache.k_scales, cache.k_granularity, kv_head, channel, inverse);
-        StoreKey<Traits>(cache, x, inverse,
-                         static_cast<int64_t>(block) * cache.num_kv_heads + kv_head, slot, channel,
-                         owned && block >= 0);
+        StoreKey<Traits>(cache, x, inverse, block, kv_head, slot, channel, owned && block >= 0);
       }
     }
 #pragma unroll
@@ -146,7 +144,8 @@ __device__ __forceinline__ void StoreNewTokens(uint8_t* out, uint4 piece, uint4 
 }
 
 template <int kHeadDim>
-__device__ __forceinline__ void StoreValueTile(const ValueTile<kHeadDim>& tile, uint8_t* block) {
+__device__ __forceinline__ void StoreValueTile(const ValueTile<kHeadDim>& tile, uint8_t* plane,
+                                               int64_t row) {
   const int group = threadIdx.x % 4;        // tokens [16 group, +16)
   const int channel = threadIdx.x / 4 * 4;  // channels [channel, +4)
   if (channel >= kHeadDim) return;
@@ -157,7 +156,7 @@ __device__ __forceinline__ void StoreValueTile(const ValueTile<kHeadDim>& tile, 
   const bool whole = (flags.x & flags.y & flags.z & flags.w) == 0x01010101u;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    uint8_t* out = block + (channel + i) * kBlockSize + group * 16;
+    uint8_t* out = plane + (channel + i) * row + group * 16;
     if (whole) {
       *reinterpret_cast<uint4*>(out) = pieces[i];
     } else {
@@ -197,7 +196,7 @@ __device__ __forceinline__ void WriteValues(const StepParams& p, int64_t index) 
   if (high <= low) return;
   const int block = FindBlock(rows, cache.num_blocks, row, block_index);
   if (block < 0) return;
-  const int64_t block_head = static_cast<int64_t>(block) * kv_heads + head;
+  const int64_t plane = cache.value_strides.Plane(block, head);
 
   Raw<Traits::kIn> raw[kPasses];
   bool owned[kPasses];
@@ -225,13 +224,14 @@ __device__ __forceinline__ void WriteValues(const StepParams& p, int64_t index) 
     }
     RoundToInput<Traits::kIn>(x);
     if constexpr (Traits::kQuantized) {
-      const uint2 codes = Quantize<Traits>(x, inverse, cache.v_scales, cache.scale_dtype,
-                                           block_head * kBlockSize + slot, channel, owned[i]);
+      const uint2 codes =
+          Quantize<Traits>(x, inverse, cache.v_scales, cache.scale_dtype,
+                           cache.v_scale_strides.Plane(block, head) + slot, channel, owned[i]);
       *reinterpret_cast<uint2*>(tile.codes + tile.Offset(slot) + channel) = codes;
       if (channel == 0) tile.valid[slot] = owned[i];
     } else {
       const uint4 bits = RoundTo<Traits::kCode>(x);
-      const int64_t element = (block_head * kBlockSize + slot) * kHeadDim + channel;
+      const int64_t element = plane + slot * cache.value_strides.row + channel;
       if (owned[i]) {
         *reinterpret_cast<uint4*>(static_cast<uint16_t*>(cache.value) + element) = bits;
       }
@@ -239,8 +239,8 @@ __device__ __forceinline__ void WriteValues(const StepParams& p, int64_t index) 
   }
   if constexpr (Traits::kQuantized) {
     __syncthreads();
-    StoreValueTile<kHeadDim>(
-        tile, static_cast<uint8_t*>(cache.value) + block_head * (kBlockSize * kHeadDim));
+    StoreValueTile<kHeadDim>(tile, static_cast<uint8_t*>(cache.value) + plane,
+                             cache.value_strides.row);
   }
 }
 

@@ -96,10 +96,10 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     } else {
       const int head = (step - q_steps) * kHeads + group;
       const bool store = block >= 0 && head < cache.num_kv_heads;
-      const int64_t place_in_cache =
-          (static_cast<int64_t>(block) * cache.num_kv_heads + head) * kBlockSize + slot;
       StoreTokenMajor<Traits, Lane>(rounded, cache, cache.key, cache.k_scales, cache.k_granularity,
-                                    scale, store ? head : 0, lane, place_in_cache, store);
+                                    scale, store ? head : 0, lane,
+                                    cache.key_strides.Row(block, head, slot),
+                                    cache.k_scale_strides.Plane(block, head) + slot, store);
     }
   };
   for (int step = first_step; step < end_step; step += 2) {
@@ -183,8 +183,8 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
   const float k_scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
   const int block = BlockOf(rows, cache.num_blocks, work.row, work.block_index);
   if (block < 0) return;
-  const int64_t block_head = static_cast<int64_t>(block) * cache.num_kv_heads + head;
-  const int64_t first_cached = block_head * kBlockSize + first_slot;
+  const int64_t v_plane = cache.value_strides.Plane(block, head);
+  const int64_t v_scales = cache.v_scale_strides.Plane(block, head);
   if (part != TilePart::kKeys) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
@@ -192,13 +192,14 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
       if constexpr (Traits::kQuantized) {
         uint32_t codes[Lane::kCodeWords];
         QuantizeLane<Traits, Lane>(words[i], cache, cache.v_scales, cache.v_granularity, v_scale,
-                                   head, lane, first_cached + i * kTokens, owned[i], codes);
+                                   head, lane, v_scales + slot, owned[i], codes);
         StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
             tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
         if (lane == 0) tile.valid[slot] = owned[i];
       } else {
         StoreTokenMajor<Traits, Lane>(words[i], cache, cache.value, nullptr, cache.v_granularity,
-                                      v_scale, head, lane, first_cached + i * kTokens, owned[i]);
+                                      v_scale, head, lane, v_plane + slot * cache.value_strides.row,
+                                      v_scales + slot, owned[i]);
       }
       if (owned[i] && part == TilePart::kBoth) {
         LoadHalves<Lane::kWords, kHeadDim>(keys + (work.token + slot) * p.k_stride, words[i]);
@@ -206,15 +207,19 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
     }
     if constexpr (Traits::kQuantized) {
       __syncthreads();
-      StoreValueTile<kHeadDim>(
-          tile, static_cast<uint8_t*>(cache.value) + block_head * (kBlockSize * kHeadDim));
+      StoreValueTile<kHeadDim>(tile, static_cast<uint8_t*>(cache.value) + v_plane,
+                               cache.value_strides.row);
     }
   }
   if (part != TilePart::kValues) {
+    const int64_t k_plane = cache.key_strides.Plane(block, head);
+    const int64_t k_scales = cache.k_scale_strides.Plane(block, head);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
+      const int slot = i * kTokens + first_slot;
       StoreTokenMajor<Traits, Lane>(words[i], cache, cache.key, cache.k_scales, cache.k_granularity,
-                                    k_scale, head, lane, first_cached + i * kTokens, owned[i]);
+                                    k_scale, head, lane, k_plane + slot * cache.key_strides.row,
+                                    k_scales + slot, owned[i]);
     }
   }
 }

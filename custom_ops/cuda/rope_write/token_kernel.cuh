@@ -67,8 +67,8 @@ __device__ __forceinline__ void TransformAny(const StepParams& p, const HeadRole
 template <typename Traits>
 __device__ __forceinline__ void StoreKv(const PagedCache& cache, const HeadRole& role, int block,
                                         int slot, int channel, float (&x)[kChunk]) {
-  const int64_t block_head = static_cast<int64_t>(block) * cache.num_kv_heads + role.index;
-  const int64_t token = block_head * kBlockSize + slot;
+  const CacheStrides& strides = role.is_k ? cache.key_strides : cache.value_strides;
+  const int64_t plane = strides.Plane(block, role.index);
   const bool store = block >= 0 && (role.is_k || role.is_v);
   RoundToInput<Traits::kIn>(x);
   if constexpr (Traits::kQuantized) {
@@ -78,24 +78,26 @@ __device__ __forceinline__ void StoreKv(const PagedCache& cache, const HeadRole&
       LoadInverses<Traits>(cache, scales, role.is_k ? cache.k_granularity : cache.v_granularity,
                            role.index, channel, inverse);
     }
+    const CacheStrides& scale_strides = role.is_k ? cache.k_scale_strides : cache.v_scale_strides;
     const uint2 codes =
-        Quantize<Traits>(x, inverse, scales, cache.scale_dtype, token, channel, store);
+        Quantize<Traits>(x, inverse, scales, cache.scale_dtype,
+                         scale_strides.Plane(block, role.index) + slot, channel, store);
     if (store && role.is_k) {
-      uint8_t* out = static_cast<uint8_t*>(cache.key) + token * Traits::kHeadDim + channel;
+      uint8_t* out = static_cast<uint8_t*>(cache.key) + plane + slot * strides.row + channel;
       *reinterpret_cast<uint2*>(out) = codes;
     } else if (store) {
-      uint8_t* out = static_cast<uint8_t*>(cache.value) +
-                     (block_head * Traits::kHeadDim + channel) * kBlockSize + TokenSlot(slot);
+      uint8_t* out =
+          static_cast<uint8_t*>(cache.value) + plane + channel * strides.row + TokenSlot(slot);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        out[i * kBlockSize] = static_cast<uint8_t>((i < 4 ? codes.x : codes.y) >> (8 * (i % 4)));
+        out[i * strides.row] = static_cast<uint8_t>((i < 4 ? codes.x : codes.y) >> (8 * (i % 4)));
       }
     }
   } else {
     const uint4 bits = RoundTo<Traits::kCode>(x);
     if (store) {
-      uint16_t* out = static_cast<uint16_t*>(role.is_k ? cache.key : cache.value) +
-                      token * Traits::kHeadDim + channel;
+      uint16_t* out = static_cast<uint16_t*>(role.is_k ? cache.key : cache.value) + plane +
+                      slot * strides.row + channel;
       *reinterpret_cast<uint4*>(out) = bits;
     }
   }
