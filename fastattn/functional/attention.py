@@ -229,7 +229,9 @@ def paged_attention(
         contiguous, the others may be strided.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16. KV
-        divides H.
+        divides H. Its last dimension must be contiguous, the others may have any strides, those of
+        `value_cache` and of dynamic scales as well (``[num_blocks, 64, KV, D]`` transposed, both
+        halves of one pool): no cache is ever copied.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel lie in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D].

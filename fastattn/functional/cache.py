@@ -52,6 +52,9 @@ def write_cache_kv(
         For type ``"none"`` of the caches' dtype, or float32, which is rounded to it.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16.
+        Its last dimension must be contiguous, the others may have any strides, those of
+        `value_cache` and of dynamic scales as well: views of one pool, or transposed ones, are
+        written where they lie.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel lie in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D].
@@ -162,7 +165,9 @@ def append_cache_kv_c8(
     Parameters
     ----------
     key_cache : Tensor, shape [num_blocks, KV, 64, D], uint8
-        Or of the int8 / float8 dtype of the codes.
+        Or of the int8 / float8 dtype of the codes. The caches and dynamic scales may have strides
+        as for ``write_cache_kv``; in layout ``"fastdeploy"`` the 64 * D codes of a block and head
+        must lie together.
     value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
         For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D].
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
@@ -253,7 +258,8 @@ def convert_cache_layout(
     ----------
     cache : Tensor, shape [num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]
         uint8 (or the int8 / float8 dtype of the codes); for type ``"none"`` bfloat16 or float16.
-        The second shape is that of V in layout ``"fastattn"``.
+        The second shape is that of V in layout ``"fastattn"``. Blocks and heads may have any
+        strides, the elements of a block and head must lie together.
     kind : {"k", "v"}
         Which of the two caches it is.
     cache_quant_type : str
@@ -318,7 +324,7 @@ def convert_cache_blocks(
     cache : Tensor, shape [num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]
         uint8 (or the int8 / float8 dtype of the codes); for type ``"none"`` bfloat16 or float16,
         and nothing is done. A quantised V may have either shape, whatever its layout: it keeps the
-        one it has.
+        one it has. Strides as for ``convert_cache_layout``.
     kind : {"k", "v"}
         Which of the two caches it is.
     cache_quant_type : str

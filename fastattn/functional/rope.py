@@ -57,8 +57,8 @@ def rope_write_cache_kv(
     qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
         Query heads, then key heads, then value heads. Its rows may be strided.
     key_cache, value_cache : Tensor
-        Written in place. Shapes and dtypes as for ``write_cache_kv``; for type ``"none"`` the dtype
-        of `qkv`.
+        Written in place. Shapes, dtypes and strides as for ``write_cache_kv``; for type ``"none"``
+        the dtype of `qkv`.
     rotary_embs : Tensor, shape [2, 1, max_seq, 1, R / 2] or [..., R], float32, optional
         Cosines, then sines, of R = `rotary_dim` channels; [2, max_seq, columns] is accepted too.
         With R columns each angle is there twice, for neox as ``[a, b, .., a, b, ..]``, else as
