@@ -94,27 +94,27 @@ CacheStrides ParseCacheStrides(const char* op, const char* name, const Tensor& t
   // The kernels of a GPU move 16 bytes at a time.
   const bool on_gpu = place.GetType() != phi::AllocationType::CPU;
   const auto is_aligned = [&](int64_t x) { return !on_gpu || x % 16 == 0; };
-  const auto fail = [&](const char* expected) {
-    Fail("ValueError", op, name, "expected ", expected, ", got shape ", ShapeText(tensor.shape()),
-         " with strides ", ShapeText(StridesOf(tensor)));
+  const auto fail = [&](const char* text) {
+    Fail("ValueError", op, name, text, ", got shape ", ShapeText(tensor.shape()), " with strides ",
+         ShapeText(StridesOf(tensor)));
   };
   int64_t strides[4] = {};
   int64_t natural = 1;  // of a contiguous tensor
   for (int i = rank - 1; i >= 0; --i) {
     // The stride of a dimension of one entry, or of an empty tensor, means nothing.
     strides[i] = shape[i] == 1 || tensor.numel() == 0 ? natural : given[i];
-    if (i == rank - 1 && strides[i] != 1) fail("stride 1 in the last dimension");
-    if (strides[i] <= 0) fail("positive strides");
+    if (i == rank - 1 && strides[i] != 1) fail("its last dimension must be contiguous");
+    if (strides[i] <= 0) fail("its strides must be positive");
     if (i < rank - 1 && !is_aligned(strides[i] * bytes)) {
-      fail("strides of a multiple of 16 bytes on a GPU");
+      fail("its strides must be multiples of 16 bytes on a GPU");
     }
     if (whole_planes && i == rank - 2 && strides[i] != natural) {
-      fail("the rows of a block and KV head side by side");
+      fail("the rows of a block and KV head must be contiguous");
     }
     natural *= shape[i];
   }
   if (tensor.numel() > 0 && !is_aligned(reinterpret_cast<intptr_t>(tensor.data()))) {
-    Fail("ValueError", op, name, "expected data at a multiple of 16 bytes on a GPU, got address ",
+    Fail("ValueError", op, name, "its address must be a multiple of 16 bytes on a GPU, got ",
          tensor.data(), ", shape ", ShapeText(tensor.shape()), " with strides ",
          ShapeText(StridesOf(tensor)));
   }

@@ -49,6 +49,7 @@ class TileKernel {
 
  private:
   using Code = typename Element<kKv>::Storage;
+  static constexpr int kPlaneCodes = kBlockSize * kDim;
 
   struct Chunk {
     const Code* key;
@@ -269,10 +270,8 @@ class TileKernel {
   // Whether a block of codes, in rows of kRow, may be read by the faster conversion.
   template <int kRow>
   static bool IsFinite(const Code* codes, int64_t stride) {
-    if constexpr (kKv != DType::kE4M3)
-      return false;
-    else
-      return !HasNaNCode(codes, kBlockSize * kDim / kRow, kRow, stride);
+    if constexpr (kKv != DType::kE4M3) return false;
+    return !HasNaNCode(reinterpret_cast<const uint8_t*>(codes), kPlaneCodes / kRow, kRow, stride);
   }
 
   // Blocks lie anywhere, and the hardware's prefetchers stop at a page: while some keys are at
@@ -288,8 +287,9 @@ class TileKernel {
   template <int kRow>
   FASTATTN_INLINE void PrefetchRows(const Code* codes, int64_t stride, int first) const {
     constexpr int kBytes = kRow * static_cast<int>(sizeof(Code));
-    for (int r = first; r < first + 4 * kDim / kRow; ++r) {
-      const char* from = reinterpret_cast<const char*>(codes + r * stride);
+    const char* from = reinterpret_cast<const char*>(codes + first * stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < 4 * kDim / kRow; ++r, from += stride * sizeof(Code)) {
       for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
     }
   }
