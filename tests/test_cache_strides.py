@@ -506,9 +506,9 @@ def test_alignment(place):
     q = to_paddle(np.zeros((2, 4, 64), BF16), place)
     step = [int32(x, place) for x in ([[0]], [0, 2], [0], [2])]
     for strides, offset, text in (
-        ([8192, 4096, 64, 1], 2, "its address must be a multiple of 16 bytes on a GPU, got"),
-        ([8196, 4096, 64, 1], 0, "its strides must be multiples of 16 bytes on a GPU, got shape"),
-        ([8704, 4352, 68, 1], 0, "its strides must be multiples of 16 bytes on a GPU, got shape"),
+        ([8192, 4096, 64, 1], 2, "expected an address of a multiple of 16 bytes on a GPU"),
+        ([8196, 4096, 64, 1], 0, "expected strides of a multiple of 16 bytes on a GPU"),
+        ([8704, 4352, 68, 1], 0, "expected strides of a multiple of 16 bytes on a GPU"),
     ):
         bad = strided(memory, [2, 2, 64, 64], strides, offset)
         if place == "cpu":

@@ -253,21 +253,12 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
          "multiple of ", piece, " bytes on a GPU, got strides ", p->q_token_stride, " and ",
          p->q_head_stride);
   }
-  const auto require_aligned = [op](const char* name, const void* data, int64_t bytes) {
-    if (reinterpret_cast<uintptr_t>(data) % bytes != 0) {
-      Fail("ValueError", op, name, "expected an address of a multiple of ", bytes,
-           " bytes on a GPU");
-    }
-  };
-  require_aligned("out", p->out, 4 * SizeOf(p->out_dtype));
-  if (p->paged) {
-    require_aligned("key_cache", p->cache.key, 16);
-    require_aligned("value_cache", p->cache.value, 16);
-    if (IsDynamic(p->cache.type)) {
-      require_aligned("cache_k_scales", p->cache.k_scales, 16);
-      require_aligned("cache_v_scales", p->cache.v_scales, 16);
-    }
+  const int64_t out_piece = 4 * SizeOf(p->out_dtype);
+  if (reinterpret_cast<uintptr_t>(p->out) % out_piece != 0) {
+    Fail("ValueError", op, "out", "expected an address of a multiple of ", out_piece,
+         " bytes on a GPU");
   }
+  if (p->paged) RequireAlignedCache(op, p->cache);
   AttentionSizes sizes;
   sizes.num_tokens = p->rows.num_tokens;
   sizes.batch = p->rows.batch;

@@ -37,7 +37,7 @@ ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* sca
   arg.On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
   if (IsDynamic(cache.type)) {
     arg.Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize});
-    *strides = ParseCacheStrides(op, name, *scales, place);
+    *strides = ParseCacheStrides(op, name, *scales);
     return ScaleGranularity::kToken;
   }
   arg.Contiguous();
@@ -86,14 +86,10 @@ CacheLayout ParseCacheLayout(const char* op, const char* arg, const std::string&
 }
 
 CacheStrides ParseCacheStrides(const char* op, const char* name, const Tensor& tensor,
-                               const phi::Place& place, bool whole_planes) {
+                               bool whole_planes) {
   const common::DDim& shape = tensor.dims();
   const common::DDim& given = tensor.strides();
   const int rank = shape.size();
-  const int64_t bytes = static_cast<int64_t>(phi::SizeOf(tensor.dtype()));
-  // The kernels of a GPU move 16 bytes at a time.
-  const bool on_gpu = place.GetType() != phi::AllocationType::CPU;
-  const auto is_aligned = [&](int64_t x) { return !on_gpu || x % 16 == 0; };
   const auto fail = [&](const char* text) {
     Fail("ValueError", op, name, text, ", got shape ", ShapeText(tensor.shape()), " with strides ",
          ShapeText(StridesOf(tensor)));
@@ -105,18 +101,10 @@ CacheStrides ParseCacheStrides(const char* op, const char* name, const Tensor& t
     strides[i] = shape[i] == 1 || tensor.numel() == 0 ? natural : given[i];
     if (i == rank - 1 && strides[i] != 1) fail("its last dimension must be contiguous");
     if (strides[i] <= 0) fail("its strides must be positive");
-    if (i < rank - 1 && !is_aligned(strides[i] * bytes)) {
-      fail("its strides must be multiples of 16 bytes on a GPU");
-    }
     if (whole_planes && i == rank - 2 && strides[i] != natural) {
       fail("the rows of a block and KV head must be contiguous");
     }
     natural *= shape[i];
-  }
-  if (tensor.numel() > 0 && !is_aligned(reinterpret_cast<intptr_t>(tensor.data()))) {
-    Fail("ValueError", op, name, "its address must be a multiple of 16 bytes on a GPU, got ",
-         tensor.data(), ", shape ", ShapeText(tensor.shape()), " with strides ",
-         ShapeText(StridesOf(tensor)));
   }
   return {strides[0], strides[1], rank == 4 ? strides[2] : 1};
 }
@@ -156,8 +144,8 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 
   // The fastdeploy layout orders the bytes of a whole plane.
   const bool whole = IsQuantized(cache.type) && cache.layout == CacheLayout::kFastDeploy;
-  cache.key_strides = ParseCacheStrides(op, "key_cache", args.key_cache, place, whole);
-  cache.value_strides = ParseCacheStrides(op, "value_cache", args.value_cache, place, whole);
+  cache.key_strides = ParseCacheStrides(op, "key_cache", args.key_cache, whole);
+  cache.value_strides = ParseCacheStrides(op, "value_cache", args.value_cache, whole);
 
   if (cache.type == CacheType::kNone) {
     for (const Arg* arg : {&key, &value}) {
@@ -187,6 +175,25 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   cache.key = MutableAddress(args.key_cache);
   cache.value = MutableAddress(args.value_cache);
   return cache;
+}
+
+void RequireAlignedCache(const char* op, const PagedCache& cache) {
+  const auto require = [op](const char* name, const void* data, const CacheStrides& strides,
+                            int64_t row, DType dtype) {
+    if (reinterpret_cast<uintptr_t>(data) % 16 != 0) {
+      Fail("ValueError", op, name, "expected an address of a multiple of 16 bytes on a GPU");
+    }
+    if ((strides.block | strides.head | row) * SizeOf(dtype) % 16 != 0) {
+      Fail("ValueError", op, name, "expected strides of a multiple of 16 bytes on a GPU, got ",
+           strides.block, ", ", strides.head, " and ", strides.row, " elements");
+    }
+  };
+  require("key_cache", cache.key, cache.key_strides, cache.key_strides.row, cache.dtype);
+  require("value_cache", cache.value, cache.value_strides, cache.value_strides.row, cache.dtype);
+  if (IsDynamic(cache.type)) {  // scales have no rows
+    require("cache_k_scales", cache.k_scales, cache.k_scale_strides, 0, cache.scale_dtype);
+    require("cache_v_scales", cache.v_scales, cache.v_scale_strides, 0, cache.scale_dtype);
+  }
 }
 
 void RequireCacheApart(const char* op, const CacheArgs& args) {

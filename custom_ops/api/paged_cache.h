@@ -28,14 +28,17 @@ struct CacheArgs {
 
 // Strides of a tensor with one entry a block, [num_blocks, KV, rows, columns] or (scales)
 // [num_blocks, KV, columns]. Any order of the dimensions will do, and any distance between their
-// entries, but the last one is contiguous. Refuses what the kernels of `place` cannot address.
-// whole_planes: neither may there be gaps between the rows of a block and head.
+// entries, but the last one is contiguous. whole_planes: neither may there be gaps between the rows
+// of a block and head. What a GPU's kernels need beyond that is for the operator to check.
 CacheStrides ParseCacheStrides(const char* op, const char* name, const Tensor& tensor,
-                               const phi::Place& place, bool whole_planes = false);
+                               bool whole_planes = false);
 
 // Checks shapes, dtypes, place, strides and scales and fills a PagedCache. Throws on the first that
 // is wrong. No tensor is copied: the kernels read and write it where it lies.
 PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Place& place);
+
+// Refuses a cache that a GPU's kernels cannot read 16 bytes at a time.
+void RequireAlignedCache(const char* op, const PagedCache& cache);
 
 // Refuses a cache that is written if its key and value tensors share memory, or its measured
 // scales, or if elements of one of them do.
