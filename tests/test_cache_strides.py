@@ -425,11 +425,11 @@ POOL = [8, 2, 2, 64, 64]  # blocks, K and V, heads, tokens, channels
 @pytest.mark.parametrize(
     ("strides", "text"),
     [
-        ([16384, 4096, 1, 64], r"its last dimension must be contiguous, got shape "
+        ([16384, 4096, 1, 64], r"expected stride 1 in the last dimension, got shape "
          r"\[8, 2, 64, 64\] with strides \[16384, 4096, 1, 64\]"),
-        ([16384, 8192, 128, 2], "its last dimension must be contiguous"),
-        ([0, 4096, 64, 1], "its strides must be positive, got shape .* with strides"),
-        ([16384, 4096, 0, 1], "its strides must be positive"),
+        ([16384, 8192, 128, 2], "expected stride 1 in the last dimension"),
+        ([0, 4096, 64, 1], "expected positive strides, got shape .* with strides"),
+        ([16384, 4096, 0, 1], "expected positive strides"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("which", ["key_cache", "value_cache"])
@@ -469,7 +469,7 @@ def test_rows_of_the_fastdeploy_layout_lie_side_by_side():
     cache = make_cache("cache_fp8", 3, 2, 64)
     placed = Placed([cache.key, cache.value], "gaps", "cpu")
     outputs = [paddle.zeros([5, 2, 64], dtype="bfloat16") for _ in "kv"]
-    text = "key_cache: the rows of a block and KV head must be contiguous, got shape"
+    text = "key_cache: expected the rows of a block and KV head side by side, got shape"
     with pytest.raises(ValueError, match=text):
         F.append_cache_kv_c8(
             *placed.tensors,
@@ -481,7 +481,7 @@ def test_rows_of_the_fastdeploy_layout_lie_side_by_side():
             cache_layout="fastdeploy",
             **cache.options,
         )
-    with pytest.raises(ValueError, match="cache: the rows of a block and KV head must be"):
+    with pytest.raises(ValueError, match="cache: expected the rows of a block and KV head"):
         F.convert_cache_layout(
             placed.tensors[0], kind="k", cache_quant_type="cache_fp8", src="fastattn", dst="logical"
         )
@@ -495,7 +495,7 @@ def test_strides_of_scales(call):
     for name in ("cache_k_scales", "cache_v_scales"):
         scales = {"cache_k_scales": good, "cache_v_scales": good + 0}
         scales[name] = strided(pool, [8, 2, 64], [256, 128, 2])
-        with pytest.raises(ValueError, match=f"{name}: its last dimension must be contiguous"):
+        with pytest.raises(ValueError, match=f"{name}: expected stride 1 in the last dimension"):
             call(to_paddle(cache.key), to_paddle(cache.value), **scales, **cache.options)
 
 

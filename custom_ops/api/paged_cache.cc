@@ -99,10 +99,10 @@ CacheStrides ParseCacheStrides(const char* op, const char* name, const Tensor& t
   for (int i = rank - 1; i >= 0; --i) {
     // The stride of a dimension of one entry, or of an empty tensor, means nothing.
     strides[i] = shape[i] == 1 || tensor.numel() == 0 ? natural : given[i];
-    if (i == rank - 1 && strides[i] != 1) fail("its last dimension must be contiguous");
-    if (strides[i] <= 0) fail("its strides must be positive");
+    if (i == rank - 1 && strides[i] != 1) fail("expected stride 1 in the last dimension");
+    if (strides[i] <= 0) fail("expected positive strides");
     if (whole_planes && i == rank - 2 && strides[i] != natural) {
-      fail("the rows of a block and KV head must be contiguous");
+      fail("expected the rows of a block and KV head side by side");
     }
     natural *= shape[i];
   }
