@@ -6,6 +6,7 @@
 #include "common/dispatch.h"
 #include "common/layout.h"
 #include "common/numeric.h"
+#include "common/softcap.h"
 #include "cpu/attention_tile.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -103,7 +103,7 @@ struct alignas(1024) Shared {
   int raw_flags[C::kRawSlots];       // for the converters
   Tile tile[2];
   int blocks[2][2][32];          // of two windows of a tile's steps (see FindWindow)
-  float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
+  float factor[2][C::kQueries];  // what turns a query's products into scores in units of log2
   int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last
   int2 common[4 * C::kConsumers];  // keys that all queries of a consumer's warp see
   alignas(16) float key_channels[2][C::kChannelScales ? C::kDim : 4];  // if K has them

@@ -7,8 +7,9 @@
 // A warpgroup's own chain, from the scores of a step to its probabilities, is what limits the
 // kernel: the products of both take less time. So the chain has no maximum in it. A tile's first
 // step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
-// and only where one of them is too large, the maximum is found, the shift moved, and they are
-// found again. Values are waited for where the product that reads them is issued, and the product
+// and only where one of them is too large, the maximum is found, the row's shift moved, and they
+// are found again. Rows whose own are not too large keep their shifts, and so their bits, whatever
+// the others see. Values are waited for where the product that reads them is issued, and the product
 // of the step before is done when packing begins, so that nothing is left behind the exponentials.
 #pragma once
 
@@ -17,6 +18,7 @@
 #include "common/numeric.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/mbarrier.cuh"
+#include "cuda/common/softcap.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/common/wgmma_half.cuh"
 #include "cuda/prefill_half_sm90/config.h"
@@ -34,12 +36,10 @@ using prefill_sm90::Clamp;
 using prefill_sm90::Exp2;
 using prefill_sm90::FinishFactors;
 using prefill_sm90::HideScores;
-using prefill_sm90::kLog2E;
 using prefill_sm90::kLogPeak;
 using prefill_sm90::kMinusInf;
 using prefill_sm90::LoadFactors;
 using prefill_sm90::MaxNaN;
-using prefill_sm90::Reciprocal;
 
 template <class C>
 class Consumer {
@@ -109,12 +109,9 @@ class Consumer {
       end = min(end, visible.y);
     }
     if constexpr (kIntegers) {
-      // Where a factor is large, the bias in units of log2 would swallow differences of scores.
-      constexpr float kLargest = 1 << 19;
       float factor[2];
       LoadFactors(shared_, buffer_, factor);
-      biased_ = !C::kTokenScales && !C::kSoftcap &&
-                __all_sync(~0u, fmaxf(factor[0], factor[1]) * kBias < kLargest);
+      all_biased_ = __all_sync(~0u, IsBiased(factor[0]) && IsBiased(factor[1]));
     }
     // Keys that all of the warp's queries see.
     begin = __reduce_max_sync(~0u, begin);
@@ -143,7 +140,9 @@ class Consumer {
       // Products were rounded down, by half a unit on average. With a bias no score counts as far,
       // so the factor is the tile's.
       for (int h = 0; h < 2; ++h) {
-        if (biased_) shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
+        if (IsBiased(factor_[h])) {
+          shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
+        }
       }
     }
     FinishFactors(shared_, buffer, sum);
@@ -300,7 +299,7 @@ class Consumer {
     const int flags = TakeScores(scales);
     if constexpr (C::kSoftcap) Softcap();
     FinishScores(flags, last);
-    FollowMaximum<false>();
+    FollowMaximum<false>({true, true});
     if constexpr (C::kTokenScales) ReleaseScales();
   }
 
@@ -321,7 +320,8 @@ class Consumer {
     StepSums<C> sums;
     FindProbabilities<kBehind>(shift_, sums);
     if (__any_sync(~0u, sums.Exceed())) {
-      FollowMaximum<true>();
+      const bool moves[2] = {Exceeds(sums, 0), Exceeds(sums, 1)};
+      FollowMaximum<true>(moves);
     } else {
       sums_.Add(sums);
     }
@@ -348,9 +348,13 @@ class Consumer {
     const int flags = shared_.flags[KeyStage(step_)];
     ArriveWarp(&shared_.key_empty[KeyStage(step_)]);
     if constexpr (kIntegers && !C::kTokenScales) {
-      if (!biased_) {
+      if (!all_biased_) {
+        float factor[2];
+        LoadFactors(shared_, buffer_, factor);
+        const float bias[2] = {IsBiased(factor[0]) ? 0.0f : kBias,
+                               IsBiased(factor[1]) ? 0.0f : kBias};
 #pragma unroll
-        for (int i = 0; i < C::kScores; ++i) s_[i] -= kBias;
+        for (int i = 0; i < C::kScores; ++i) s_[i] -= bias[i / 2 % 2];
       }
     }
     if constexpr (C::kTokenScales) ScaleScores(scales);
@@ -400,19 +404,13 @@ class Consumer {
     ArriveWarp(&shared_.scale_empty[at]);
   }
 
-  // cap * tanh(s / cap), in units of log2. The factor holds the scale over the cap.
+  // Turns products into capped scores, in units of log2.
   __device__ __forceinline__ void Softcap() {
-    const float cap = p_.softcap * kLog2E;
-    float rate[2];
+    const ScoreCap cap(p_.softcap);
+    LoadFactors(shared_, buffer_, factor_);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      rate[h] = shared_.factor[buffer_][prefill_sm90::QueryOf<true>(h)] * (2.0f * kLog2E);
-      factor_[h] = 1.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < C::kScores; ++i) {
-      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(s_[i] * rate[i / 2 % 2]) + 1.0f);
-    }
+    for (int i = 0; i < C::kScores; ++i) s_[i] = cap(s_[i] * factor_[i / 2 % 2]);
+    factor_[0] = factor_[1] = 1.0f;
   }
 
   // The largest score of either row, and the shift below it.
@@ -429,23 +427,39 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void MoveMaximum(const float (&largest)[2], float (&wanted)[2],
-                                              float (&alpha)[2]) {
-    const bool far = __any_sync(~0u, IsFar(wanted[0]) || IsFar(wanted[1]));
-    if (far) prefill_sm90::MultiplyFarScores(s_, factor_, largest, wanted);
+  __device__ __forceinline__ void MoveMaximum(const bool (&moves)[2], const float (&largest)[2],
+                                              float (&wanted)[2], float (&alpha)[2]) {
+    const bool far[2] = {moves[0] && IsFar(0, wanted[0]), moves[1] && IsFar(1, wanted[1])};
+    if (__any_sync(~0u, far[0] || far[1])) {
+      prefill_sm90::MultiplyFarScores(s_, factor_, far, largest, wanted);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float before = shift_[h];
       wanted[h] = MaxNaN(before, wanted[h]);
-      shift_[h] = wanted[h] - before <= 0 ? before : wanted[h];  // a NaN stays
+      // A NaN stays.
+      shift_[h] = !moves[h] || wanted[h] - before <= 0 ? before : wanted[h];
       alpha[h] = Exp2(before - Shift(h));
       sums_.Follow(h, alpha[h]);
     }
   }
 
-  // With a bias no score is as far as that.
-  __device__ __forceinline__ bool IsFar(float score) const {
-    return !(kIntegers && biased_) && prefill_sm90::IsFar(score);
+  // With a bias no score is as far as that. factor_ is the tile's.
+  __device__ __forceinline__ bool IsFar(int h, float score) const {
+    return !(kIntegers && IsBiased(factor_[h])) && prefill_sm90::IsFar(score);
+  }
+
+  // Whether a row's scores keep kBias. Where its factor is large, the bias in units of log2 would
+  // swallow differences of scores.
+  __device__ __forceinline__ static bool IsBiased(float factor) {
+    constexpr float kLargest = 1 << 19;
+    return !C::kTokenScales && !C::kSoftcap && factor * kBias < kLargest;
+  }
+
+  // Whether one of the four threads of row h has a probability of it that is too large.
+  __device__ __forceinline__ bool Exceeds(const StepSums<C>& sums, int h) const {
+    const unsigned votes = __ballot_sync(~0u, sums.Exceeds(h, probabilities_));
+    return (votes >> (lane_ & ~3) & 0xF) != 0;
   }
 
   // What is subtracted from the scores: nothing while no visible one is above -inf.
@@ -453,14 +467,14 @@ class Consumer {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // Moves the shifts to the step's largest scores and finds the probabilities. kScale: there is an
-  // output already.
+  // Moves the shifts of those rows that do to the step's largest scores and finds the
+  // probabilities. kScale: there is an output already.
   template <bool kScale>
-  __device__ __forceinline__ void FollowMaximum() {
+  __device__ __forceinline__ void FollowMaximum(const bool (&moves)[2]) {
     if constexpr (!C::kSoftcap) LoadFactors(shared_, buffer_, factor_);
     float largest[2], wanted[2], alpha[2];
     FindLargest(largest, wanted);
-    MoveMaximum(largest, wanted, alpha);
+    MoveMaximum(moves, largest, wanted, alpha);
     if constexpr (kScale) {
       sums_.Rescale(alpha);
 #pragma unroll
@@ -475,7 +489,7 @@ class Consumer {
     // Far scores need a look in every step: without a factor, probabilities exceed any bound.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (IsFar(shift_[h])) factor_[h] = NAN;
+      if (IsFar(h, shift_[h])) factor_[h] = NAN;
     }
   }
 
@@ -581,7 +595,7 @@ class Consumer {
   float shift_[2], factor_[2];
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making
-  bool biased_;              // scores have kBias
+  bool all_biased_;          // all scores of the warp have kBias
   float o_[C::kOut];
   uint32_t probabilities_[C::kScores / 2];
 };

@@ -26,6 +26,11 @@ class StepSums {
     return !(part_[0] <= kMost && part_[1] <= kMost);
   }
 
+  // The same of row h alone.
+  __device__ __forceinline__ bool Exceeds(int h, const uint32_t*) const {
+    return !(part_[h] <= kMost);
+  }
+
   __device__ __forceinline__ float Part(int h) const { return part_[h]; }
 
  private:
@@ -46,6 +51,14 @@ class StepSums<C, true> {
   }
 
   __device__ __forceinline__ bool Exceed() const { return __vmaxu2(largest_, kMost) != kMost; }
+
+  // Of row h, which has every second word.
+  __device__ __forceinline__ bool Exceeds(int h, const uint32_t* words) const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = h; i < C::kScores / 2; i += 2) largest = __vmaxu2(largest, words[i]);
+    return __vmaxu2(largest, kMost) != kMost;
+  }
 
  private:
   static_assert(C::kOperand == DType::kFloat16);

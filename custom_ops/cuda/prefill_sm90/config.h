@@ -122,7 +122,7 @@ struct alignas(1024) Shared {
   int flags[C::kStages];                        // for the consumers, with the keys
   int value_flags[C::kStages];                  // the same for the cleaners, with the values
   Tile tile[2];
-  float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
+  float factor[2][C::kQueries];  // what turns a query's products into scores in units of log2
   int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last
   float output_scale[2];         // constant factor of the outputs
   float sink[2];                 // -inf: none

@@ -7,6 +7,7 @@
 
 #include "common/numeric.h"
 #include "cuda/common/mbarrier.cuh"
+#include "cuda/common/softcap.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/prefill_sm90/config.h"
 #include "cuda/prefill_sm90/epilogue.cuh"
@@ -279,17 +280,16 @@ class Consumer {
     keys_.Advance();
   }
 
-  // cap * tanh(s / cap), in units of log2. factor_ holds the scale over the cap.
+  // Turns products into capped scores, in units of log2.
   __device__ __forceinline__ void Softcap(int at) {
-    const float cap = p_.softcap * kLog2E;
-    const float factor[2] = {factor_[0] * (2.0f * kLog2E), factor_[1] * (2.0f * kLog2E)};
+    const ScoreCap cap(p_.softcap);
     if constexpr (C::kTokenScales) {
 #pragma unroll
       for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[at][0], j, s_);
     }
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
-      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(s_[i] * factor[i / 2 % 2]) + 1.0f);
+      s_[i] = cap(s_[i] * factor_[i / 2 % 2]);
     }
   }
 
@@ -310,12 +310,13 @@ class Consumer {
       largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
-      wanted[h] = fmaf(largest[h], Factor(h), -kLogPeak);
+      wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -kLogPeak);
     }
-    bool far = false;
+    bool any_far = false;
     if constexpr (!C::kSoftcap) {
-      far = __any_sync(~0u, IsFar(wanted[0]) || IsFar(wanted[1]));
-      if (far) MultiplyFarScores(s_, factor_, largest, wanted);
+      const bool far[2] = {IsFar(wanted[0]), IsFar(wanted[1])};
+      any_far = __any_sync(~0u, far[0] || far[1]);
+      if (any_far) MultiplyFarScores(s_, factor_, far, largest, wanted);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -324,7 +325,7 @@ class Consumer {
       alpha[h] = Exp2(before - Shift(h));
       sum_[h] *= alpha[h];
     }
-    return far;
+    return any_far;
   }
 
   __device__ __forceinline__ float Factor(int h) const { return C::kSoftcap ? 1.0f : factor_[h]; }

@@ -175,7 +175,7 @@ class Cleaner {
   __device__ void FindFactors(const Tile& tile, int buffer) {
     const PagedCache& cache = p_.cache;
     const int kv_head = tile.kv_head;
-    float factor = p_.softmax_scale * (C::kSoftcap ? 1.0f / p_.softcap : 1.44269504f);
+    float factor = p_.softmax_scale * 1.44269504f;
     float output = p_.out_scale == nullptr ? 1.0f : 1.0f / p_.out_scale[0];
     if (!p_.paged) {
       factor *= Read(p_.packed.k_descale, tile, 0, kv_head);
