@@ -147,7 +147,7 @@ class Consumer {
     }
     FinishFactors(shared_, buffer, sum);
     const float unit = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
-    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, unit);
+    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, {unit, unit});
     ArriveWarp(&shared_.query_empty[buffer]);
   }
 
