@@ -21,8 +21,8 @@ int64_t MaxThreads();
 
 // Threads that `items` of `work` units each are worth.
 inline int64_t ThreadsFor(int64_t items, int64_t work) {
-  const int64_t worth = static_cast<int64_t>(static_cast<double>(items) *
-                                             static_cast<double>(work) / kThreadWork);
+  const int64_t worth =
+      static_cast<int64_t>(static_cast<double>(items) * static_cast<double>(work) / kThreadWork);
   const int64_t threads = std::min(items, worth);
   return threads <= 1 ? 1 : std::min(threads, MaxThreads());
 }

@@ -131,10 +131,9 @@ __device__ __forceinline__ void LeaveOwnExponents(TileState<Traits>* state) {
 
 // The same where they do not differ, relative to a power of two that bounds all scales.
 template <typename Traits>
-__device__ __forceinline__ void ApplyCommonScales(const AttentionParams& p, uint32_t slot,
-                                                 const UnitMask& mask, int first,
-                                                 float (&scores)[Traits::kGroup][Traits::kTiles][4],
-                                                 TileState<Traits>* state) {
+__device__ __forceinline__ void ApplyCommonScales(
+    const AttentionParams& p, uint32_t slot, const UnitMask& mask, int first,
+    float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
   const int g = threadIdx.x % 32 / 4;
   float scale[Traits::kGroup][2];
   uint32_t largest = 0;

@@ -9,8 +9,9 @@
 // step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
 // and only where one of them is too large, the maximum is found, the row's shift moved, and they
 // are found again. Rows whose own are not too large keep their shifts, and so their bits, whatever
-// the others see. Values are waited for where the product that reads them is issued, and the product
-// of the step before is done when packing begins, so that nothing is left behind the exponentials.
+// the others see. Values are waited for where the product that reads them is issued, and the
+// product of the step before is done when packing begins, so that nothing is left behind the
+// exponentials.
 #pragma once
 
 #include <type_traits>
@@ -26,13 +27,14 @@
 #include "cuda/prefill_half_sm90/query.cuh"
 #include "cuda/prefill_half_sm90/query_codes.cuh"
 #include "cuda/prefill_half_sm90/row_sums.cuh"
+#include "cuda/prefill_half_sm90/row_units.cuh"
+#include "cuda/prefill_half_sm90/sight.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
 #include "cuda/prefill_sm90/schedule.cuh"
 #include "cuda/prefill_sm90/softmax.cuh"
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
-using prefill_sm90::Clamp;
 using prefill_sm90::Exp2;
 using prefill_sm90::FinishFactors;
 using prefill_sm90::HideScores;
@@ -121,6 +123,7 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
     sums_.Start();
+    units_.Start();
   }
 
   // In memory, as registers are short.
@@ -146,8 +149,9 @@ class Consumer {
       }
     }
     FinishFactors(shared_, buffer, sum);
-    const float unit = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
-    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, {unit, unit});
+    const float common = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
+    const float unit[2] = {units_.Unit(0, common), units_.Unit(1, common)};
+    prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, unit);
     ArriveWarp(&shared_.query_empty[buffer]);
   }
 
@@ -194,7 +198,7 @@ class Consumer {
     const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
     return {C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
                           : OperandDescriptor<128>(address),
-            RowSums<C>::Operand(shared_)};
+            RowSums<C>::Operand(shared_, units_.Own())};
   }
 
   // kBegin: its turn has not begun where it begins late.
@@ -300,7 +304,10 @@ class Consumer {
     if constexpr (C::kSoftcap) Softcap();
     FinishScores(flags, last);
     FollowMaximum<false>({true, true});
-    if constexpr (C::kTokenScales) ReleaseScales();
+    if constexpr (C::kTokenScales) {
+      if (units_.Change(flags)) FollowOwnUnits(flags);
+      ReleaseScales();
+    }
   }
 
   // The softmax runs while the other warpgroup's products do, and this one's P * V. A softcap waits
@@ -316,7 +323,11 @@ class Consumer {
     FinishScores(flags, last);
     constexpr bool kBehind = !C::kSoftcap && kEarly > 0;
     if constexpr (!C::kSoftcap && !kBehind) FinishProducts();
-    if constexpr (C::kTokenScales) FollowUnit();
+    bool change = false;
+    if constexpr (C::kTokenScales) {
+      change = units_.Change(flags);
+      if (!change) FollowUnit();
+    }
     StepSums<C> sums;
     FindProbabilities<kBehind>(shift_, sums);
     if (__any_sync(~0u, sums.Exceed())) {
@@ -324,6 +335,11 @@ class Consumer {
       FollowMaximum<true>(moves);
     } else {
       sums_.Add(sums);
+    }
+    if constexpr (C::kTokenScales) {
+      if (!change) return;
+      FollowOwnUnits(flags);
+      ReleaseScales();
     }
   }
 
@@ -336,7 +352,7 @@ class Consumer {
     const uint32_t at = ValueStage(step);
     if constexpr (!C::kFiniteValues) {
       const int found = *reinterpret_cast<const int*>(shared_.nan_found[at]);
-      if (found != 0) AddNaNs(found, at, start);
+      if (found != 0) AddNaNs(shared_, found, at, buffer_, start, o_);
     }
     ArriveWarp(&shared_.value_empty[at]);
   }
@@ -400,7 +416,7 @@ class Consumer {
   // Ends the use of the step's scales.
   __device__ __forceinline__ void ReleaseScales() {
     const uint32_t at = ScaleSlot();
-    if (shared_.poison_found[at]) AddPoison(at);
+    if (shared_.poison_found[at]) AddPoison(shared_, at, buffer_, start_, o_);
     ArriveWarp(&shared_.scale_empty[at]);
   }
 
@@ -526,6 +542,13 @@ class Consumer {
     ReleaseValues(step_ - 1, start_ + C::kKeys);
   }
 
+  __device__ __forceinline__ void FollowOwnUnits(int flags) {
+    float ratio[2];
+    units_.Follow(shared_, ScaleSlot(), buffer_, start_, flags, probabilities_, sums_, ratio);
+#pragma unroll
+    for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio[i / 2 % 2];
+  }
+
   // Probabilities are not in the unit of V's token scales, but the output is.
   __device__ __forceinline__ void FollowUnit() {
     const float ratio = shared_.unit_ratio[ScaleSlot()];
@@ -534,53 +557,6 @@ class Consumer {
       for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio;
     }
     ReleaseScales();
-  }
-
-  // Which of `count` tokens from `first` on query h of the thread sees, a bit each.
-  __device__ __forceinline__ uint32_t SeenTokens(int h, int first, int count) const {
-    const int2 visible = shared_.visible[buffer_][prefill_sm90::QueryOf<true>(h)];
-    const int begin = Clamp(visible.x - first, 0, count);
-    const int end = Clamp(visible.y - first, 0, count);
-    return static_cast<uint32_t>(((uint64_t{1} << end) - 1) & ~((uint64_t{1} << begin) - 1));
-  }
-
-  // Sets the outputs of rows that see a value which is not finite (see ValueCleaner); `found`: by
-  // which side warps, a byte each.
-  __device__ __forceinline__ void AddNaNs(int found, uint32_t at, int start) {
-    constexpr int kWarps = C::kCodes ? C::kSideWarps : C::kCleaners;
-    static_assert(kWarps == 2 || kWarps == 3);
-#pragma unroll 1
-    for (int group = 0; group < C::kKeys / 16; ++group) {
-      if (found & 1) AddGroup(at, start, group);
-      // The warps take turns: the first byte comes behind the last.
-      found = __byte_perm(found, 0, kWarps == 3 ? 0x4021 : 0x4401);
-    }
-  }
-
-  // Of 16 tokens.
-  __device__ __forceinline__ void AddGroup(uint32_t at, int start, int group) {
-    const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
-                              SeenTokens(1, start + 16 * group, 16)};
-    const int first = 2 * (Lane<true>() % 4);
-#pragma unroll
-    for (int i = 0; i < C::kOut; ++i) {
-      const int channel = first + 8 * (i / 4) + i % 2;
-      if (shared_.nan_tokens[at][channel][group] & seen[i / 2 % 2]) o_[i] = NAN;
-    }
-  }
-
-  // The same for scales of V (see ScaleLoader).
-  __device__ __forceinline__ void AddPoison(uint32_t at) {
-#pragma unroll 1
-    for (int w = 0; w < C::kKeys / 32; ++w) {
-      const uint32_t tokens = shared_.poisoned[at][w];
-      const bool hit[2] = {(tokens & SeenTokens(0, start_ + 32 * w, 32)) != 0,
-                           (tokens & SeenTokens(1, start_ + 32 * w, 32)) != 0};
-#pragma unroll
-      for (int i = 0; i < C::kOut; ++i) {
-        if (hit[i / 2 % 2]) o_[i] = NAN;
-      }
-    }
   }
 
   const AttentionParams& p_;
@@ -592,6 +568,7 @@ class Consumer {
   int start_;            // first key of the step
   int buffer_;           // of the tile
   RowSums<C> sums_;
+  RowUnits<C> units_;
   float shift_[2], factor_[2];
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making
