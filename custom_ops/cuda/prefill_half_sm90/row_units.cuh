@@ -8,6 +8,7 @@
 
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
+#include "cuda/common/shared_address.cuh"
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_half_sm90/row_sums.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
@@ -54,40 +55,43 @@ class RowUnits {
 
  private:
   // A unit that no scale is needed for.
-  static constexpr uint32_t kLeastExponent = 61;
+  static constexpr int kLeastExponent = 61;
 
   // A thread's columns are two of every eight.
-  __device__ __forceinline__ static const uint8_t* Exponents(const Shared<C>& shared,
-                                                             uint32_t slot) {
-    return shared.value_exponents[slot] + 2 * (Lane<true>() % 4);
+  __device__ __forceinline__ static uint32_t Exponents(const Shared<C>& shared, uint32_t slot) {
+    return SharedAddress(shared.value_exponents[slot]) + 2 * (Lane<true>() % 4);
+  }
+
+  // Two exponents. Volatile: all at once would take too many registers.
+  __device__ __forceinline__ static int2 LoadPair(uint32_t address) {
+    uint16_t pair;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(pair) : "r"(address));
+    return make_int2(pair & 0xFF, pair >> 8);
   }
 
   // The largest power of two among the scales of tokens that row h sees.
   __device__ __forceinline__ static float LargestSeen(const Shared<C>& shared, uint32_t slot,
                                                       int buffer, int start, int h) {
-    const uint8_t* exponents = Exponents(shared, slot);
+    const uint32_t exponents = Exponents(shared, slot);
     const int2 visible = shared.visible[buffer][prefill_sm90::QueryOf<true>(h)];
     const int first = start + 2 * (Lane<true>() % 4);
-    uint32_t largest = kLeastExponent;
+    int largest = kLeastExponent;
 #pragma unroll 1
     for (int i = 0; i < C::kKeys; i += 8) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int key = first + i + e;
-        if (key >= visible.x && key < visible.y) {
-          largest = max(largest, static_cast<uint32_t>(exponents[i + e]));
-        }
-      }
+      const int2 pair = LoadPair(exponents + i);
+      const int key = first + i;
+      if (key >= visible.x && key < visible.y) largest = max(largest, pair.x);
+      if (key + 1 >= visible.x && key + 1 < visible.y) largest = max(largest, pair.y);
     }
     largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-    return __uint_as_float(largest << 23);
+    return __int_as_float(largest << 23);
   }
 
   // Multiplies row h's probabilities; returns the sum of what they were.
   __device__ __forceinline__ static float Scale(const Shared<C>& shared, uint32_t slot, int h,
                                                 float unit, uint32_t (&words)[C::kScores / 2]) {
-    const uint8_t* exponents = Exponents(shared, slot);
+    const uint32_t exponents = Exponents(shared, slot);
     const int top = static_cast<int>(__float_as_uint(unit) >> 23);
     float sum = 0.0f;
 #pragma unroll
@@ -97,8 +101,8 @@ class RowUnits {
       sum += p.x;
       sum += p.y;
       // Those of hidden tokens may be above it.
-      const int x = max(min(exponents[8 * i] - top, 0), -126);
-      const int y = max(min(exponents[8 * i + 1] - top, 0), -126);
+      const int2 pair = LoadPair(exponents + 8 * i);
+      const int x = max(min(pair.x - top, 0), -126), y = max(min(pair.y - top, 0), -126);
       word = PackPair<DType::kFloat16>(p.x * __uint_as_float((127 + x) << 23),
                                        p.y * __uint_as_float((127 + y) << 23));
     }
