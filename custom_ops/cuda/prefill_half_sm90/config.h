@@ -97,7 +97,8 @@ struct alignas(1024) Shared {
   // In units of the reference; with kClean: their mantissas alone, and the exponents.
   alignas(16) __half value_scales[C::kScaleSlots][C::kScaledKeys];
   uint8_t value_exponents[C::kScaleSlots][C::kScaledKeys];
-  float common_unit[C::kScaleSlots];  // of V in the last step without kClean, this one or before
+  // Of V in the last step without kClean, this one or before; with it the sign is negative.
+  float common_unit[C::kScaleSlots];
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite
   float unit_ratio[C::kScaleSlots];                  // V's unit of the step before over this one's
   float unit[2];                                     // of V in the tile's last step so far

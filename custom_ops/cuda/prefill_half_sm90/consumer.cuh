@@ -305,7 +305,7 @@ class Consumer {
     FinishScores(flags, last);
     FollowMaximum<false>({true, true});
     if constexpr (C::kTokenScales) {
-      if (units_.Change(flags)) FollowOwnUnits(flags);
+      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
       ReleaseScales();
     }
   }
@@ -323,10 +323,8 @@ class Consumer {
     FinishScores(flags, last);
     constexpr bool kBehind = !C::kSoftcap && kEarly > 0;
     if constexpr (!C::kSoftcap && !kBehind) FinishProducts();
-    bool change = false;
     if constexpr (C::kTokenScales) {
-      change = units_.Change(flags);
-      if (!change) FollowUnit();
+      if (!units_.Change(shared_, ScaleSlot())) FollowUnit();
     }
     StepSums<C> sums;
     FindProbabilities<kBehind>(shift_, sums);
@@ -337,8 +335,8 @@ class Consumer {
       sums_.Add(sums);
     }
     if constexpr (C::kTokenScales) {
-      if (!change) return;
-      FollowOwnUnits(flags);
+      // Asked for again: registers are short, and the slot is this step's until it is released.
+      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
       ReleaseScales();
     }
   }
@@ -542,9 +540,9 @@ class Consumer {
     ReleaseValues(step_ - 1, start_ + C::kKeys);
   }
 
-  __device__ __forceinline__ void FollowOwnUnits(int flags) {
+  __device__ __forceinline__ void FollowOwnUnits() {
     float ratio[2];
-    units_.Follow(shared_, ScaleSlot(), buffer_, start_, flags, probabilities_, sums_, ratio);
+    units_.Follow(shared_, ScaleSlot(), buffer_, start_, probabilities_, sums_, ratio);
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio[i / 2 % 2];
   }
@@ -556,7 +554,6 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio;
     }
-    ReleaseScales();
   }
 
   const AttentionParams& p_;

@@ -24,7 +24,9 @@ class RowUnits {
   __device__ __forceinline__ bool Own() const { return C::kTokenScales && own_; }
 
   // Whether a step needs Follow().
-  __device__ __forceinline__ bool Change(int flags) const { return own_ || (flags & kClean); }
+  __device__ __forceinline__ bool Change(const Shared<C>& shared, uint32_t slot) const {
+    return own_ || IsOwn(shared, slot);
+  }
 
   // Of row h's output; `common`: where rows have none of their own.
   __device__ __forceinline__ float Unit(int h, float common) const {
@@ -34,10 +36,10 @@ class RowUnits {
   // Takes up a step whose probabilities are in `words`: `ratio` is what the outputs so far are
   // multiplied with. No product is under way.
   __device__ __forceinline__ void Follow(const Shared<C>& shared, uint32_t slot, int buffer,
-                                         int start, int flags, uint32_t (&words)[C::kScores / 2],
+                                         int start, uint32_t (&words)[C::kScores / 2],
                                          RowSums<C>& sums, float (&ratio)[2]) {
-    const float common = shared.common_unit[slot];
-    const bool own = flags & kClean;
+    const float common = fabsf(shared.common_unit[slot]);
+    const bool own = IsOwn(shared, slot);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float before = own_ ? unit_[h] : common;
@@ -54,6 +56,12 @@ class RowUnits {
   }
 
  private:
+  // Read again where it is asked for: registers are short.
+  __device__ __forceinline__ static bool IsOwn(const Shared<C>& shared, uint32_t slot) {
+    const volatile float& common = shared.common_unit[slot];
+    return __float_as_int(common) < 0;
+  }
+
   // A unit that no scale is needed for.
   static constexpr int kLeastExponent = 61;
 

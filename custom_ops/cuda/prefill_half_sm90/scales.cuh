@@ -69,7 +69,9 @@ class ScaleLoader {
     }
     if (lane_ < kPer) shared_.poisoned[at][lane_] = poisoned;
     if (lane_ == 0) {
-      shared_.unit[buffer] = shared_.common_unit[at] = unit * (1 / kValueTop);
+      const float common = unit * (1 / kValueTop);
+      shared_.unit[buffer] = common;
+      shared_.common_unit[at] = hide ? -common : common;
       shared_.unit_ratio[at] = before * inverse;
       shared_.poison_found[at] = found;
     }
