@@ -184,6 +184,22 @@ def test_softcap_of_logits_far_above_it(place, cap):
     assert np.abs(lse - cap).max() < math.log(140) + 1.0
 
 
+@pytest.mark.parametrize("cap", [1.0, 30.0, 1e4, 1e5, 1e8, 3e38])
+@pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
+def test_softcap_keeps_the_precision_of_scores_far_below_it(place, kind, cap):
+    """An error in proportion to the cap would make every softmax uniform in the end."""
+    for rows in ([(130, 4), (5, 1)], [(70, 200)]):
+        problem = paged_problem(rows, kind=kind, dim=128, softcap=cap, softmax_scale=0.31)
+        _, lse = problem.check(place, f"cap {cap}")
+        exact, exact_lse = problem.reference()
+        if place == "cpu":
+            np.testing.assert_allclose(lse, exact_lse, rtol=3e-6, atol=3e-6)
+            fp32, _ = problem.run(place, out_dtype="float32")
+            assert np.abs(fp32 - exact).max() < 2e-5 * np.abs(exact).max()
+        else:
+            np.testing.assert_allclose(lse, exact_lse, rtol=2e-3, atol=2e-2)
+
+
 # Scales.
 
 

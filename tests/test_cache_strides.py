@@ -78,6 +78,23 @@ def test_paged_attention(place, kind, dim, layout):
     assert_same_bits(lse, expected_lse, "lse")
 
 
+@pytest.mark.parametrize("layout", ["gaps", "unlike", "interleaved"])
+@pytest.mark.parametrize("kind", [PLAIN, KINDS[2], KINDS[3], KINDS[4], BLOCK_WISE_FP8], ids=str)
+def test_values_that_are_not_finite_for_some_queries(place, kind, layout):
+    """A NaN in V that late queries of a prompt see and early ones do not."""
+    problem = paged_problem(ROWS, heads=(6, 3), dim=64, kind=kind)
+    for seq, position in ((2, 77), (3, 120)):
+        block = problem.block_tables[seq, position // 64]
+        problem.v.poison((block, slice(None), position % 64))
+    out, lse = StridedProblem.of(problem, layout).run(place)
+    expected, expected_lse = problem.run(place)
+    assert_same_bits(out, expected, "out")
+    assert_same_bits(lse, expected_lse, "lse")
+    if kind.quant_type != "cache_int8":  # whose codes are all finite
+        nan = np.isnan(expected.astype(np.float32)).any(axis=(1, 2))
+        assert nan.any() and not nan.all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("q_type", ["e4m3:tensor", "e4m3:token_head"])
 @pytest.mark.parametrize("kind", [KINDS[3], KINDS[4], BLOCK_WISE_FP8], ids=str)

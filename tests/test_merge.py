@@ -288,7 +288,8 @@ def test_every_stride_of_the_kernel(tmp_path, over_prefix):
     library = tmp_path / "merge.so"
     custom_ops = ROOT / "custom_ops"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC"]
-    sources = [ROOT / "tests/support/merge.cc", custom_ops / "cpu/merge.cc"]
+    kernel = [custom_ops / "cpu" / name for name in ("merge.cc", "parallel.cc")]
+    sources = [ROOT / "tests/support/merge.cc", *kernel]
     subprocess.run(["g++", *flags, f"-I{custom_ops}", "-o", library, *sources], check=True)
     arrays = sides(13, 3, 20, seed=10)
     expected = reference.merge_attn_states(*arrays)

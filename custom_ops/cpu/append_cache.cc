@@ -45,7 +45,8 @@ void Run(const AppendCacheParams& p) {
   const CacheReader<Format, kLayout> reader(p.cache);
   const std::vector<Piece> pieces = Pieces(p);
 
-  ParallelFor(static_cast<int64_t>(pieces.size()) * heads, 8, [&](int64_t begin, int64_t end) {
+  const int64_t items = static_cast<int64_t>(pieces.size()) * heads;
+  ParallelFor(items, 2LL * kBlockSize * head_dim, [&](int64_t begin, int64_t end) {
     typename Format::Storage codes[kBlockSize * kMaxHeadDim];
     float x[kMaxHeadDim];
     for (int64_t item = begin; item < end; ++item) {

@@ -29,8 +29,8 @@ constexpr float kLn2 = 0.693147181f;
 // do not depend on the number of threads.
 constexpr int64_t kSplitKeys = 2048;
 
-// Work (in units of the plan's cost times channels, about 0.1 ms) that is worth another thread.
-constexpr int64_t kWorkerCost = int64_t{1} << 22;
+// The plan's cost times channels is that many units of work (see parallel.h).
+constexpr int64_t kCostPerWork = 16;
 
 // The best set that kernels may use; only tests lower it.
 std::atomic<int> isa_limit{static_cast<int>(Isa::kAvx512)};
@@ -84,7 +84,7 @@ struct Plan {
   std::vector<int> tile_of_task;
   std::vector<int> order;  // of the tasks, the longest first
   int64_t partial_size = 0;
-  int64_t workers = 0;  // threads that are worth waking
+  int64_t work = 0;  // of a task, on average
 };
 
 int64_t PartialSize(const AttentionParams& p, const AttentionTask& task) {
@@ -152,7 +152,8 @@ Plan MakePlan(const AttentionParams& p) {
                    [&](int a, int b) { return cost(a) > cost(b); });
   int64_t total = 0;
   for (int i : plan.order) total += cost(i);
-  plan.workers = std::min<int64_t>(plan.tasks.size(), 1 + total * p.head_dim / kWorkerCost);
+  const int64_t tasks = std::max<int64_t>(plan.tasks.size(), 1);
+  plan.work = total / tasks * p.head_dim / kCostPerWork;
   return plan;
 }
 
@@ -274,7 +275,7 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
   // Every thread takes the next task that none has taken: lengths differ.
   std::atomic<int64_t> next{0};
   const int64_t num_tasks = static_cast<int64_t>(plan.order.size());
-  ParallelFor(plan.workers, 1, [&](int64_t, int64_t) {
+  ParallelFor(num_tasks, plan.work, [&](int64_t, int64_t) {
     TileBuffers buffers(p.head_dim);
     for (int64_t i = next++; i < num_tasks; i = next++) {
       const int index = plan.order[i];
@@ -290,7 +291,8 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
     }
   });
   if (plan.partial_size == 0) return;
-  ParallelFor(static_cast<int64_t>(plan.tiles.size()), 16, [&](int64_t begin, int64_t end) {
+  const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size());
+  ParallelFor(num_tiles, plan.partial_size / num_tiles, [&](int64_t begin, int64_t end) {
     TileBuffers buffers(p.head_dim);
     for (int64_t i = begin; i < end; ++i) {
       const OutputTile& tile = plan.tiles[i];

@@ -6,6 +6,7 @@
 #include "common/dispatch.h"
 #include "common/layout.h"
 #include "common/numeric.h"
+#include "common/softcap.h"
 #include "cpu/attention_tile.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -22,8 +23,10 @@
 
 namespace fastattn::cpu::avx512 {
 #include "cpu/attention_simd.h"
-// The order of these two matters.
+// The order of these matters.
 #include "cpu/attention_kernel.h"
+// Finds it.
+#include "cpu/attention_dispatch.h"
 }  // namespace fastattn::cpu::avx512
 
 #else

@@ -6,12 +6,15 @@
 #include "common/dispatch.h"
 #include "common/layout.h"
 #include "common/numeric.h"
+#include "common/softcap.h"
 #include "cpu/attention_tile.h"
 
 #define FASTATTN_SIMD_BITS 128
 
 namespace fastattn::cpu::baseline {
 #include "cpu/attention_simd.h"
-// The order of these two matters.
+// The order of these matters.
 #include "cpu/attention_kernel.h"
+// Finds it.
+#include "cpu/attention_dispatch.h"
 }  // namespace fastattn::cpu::baseline

@@ -60,7 +60,7 @@ class TileKernel {
     int valid;        // tokens that exist
     bool full;        // every row sees all of its 64 tokens
     bool from_codes;  // values: read the codes, else the decoded ones
-    bool poisoned;    // values: not finite, and not visible to every row
+    bool poisoned;    // values: some are not finite, and not visible to every row
   };
 
   TileKernel(const AttentionParams& p, const AttentionRow& row, const AttentionTask& task,
@@ -123,7 +123,6 @@ class TileKernel {
       const Descale& scale = p_.packed.k_descale;
       key_scale = LoadScale(scale.data, scale.dtype, scale.Index(0, task_.row, task_.kv_head, 0));
     }
-    const float unit = p_.softcap > 0.0f ? 1.0f / p_.softcap : kLog2E;
     for (int r = 0; r < rows_; ++r) {
       const int64_t i = (task_.packed_begin + r) / group;
       const int head = task_.kv_head * group + static_cast<int>((task_.packed_begin + r) % group);
@@ -140,7 +139,7 @@ class TileKernel {
         scale *= LoadScale(p_.q_descale.data, p_.q_descale.dtype,
                            p_.q_descale.Index(token, task_.row, task_.kv_head, head));
       }
-      b_.row_factor[r] = scale * unit;
+      b_.row_factor[r] = scale * kLog2E;
       FindVisible(token, i + row_.k_len - row_.q_len, r);
     }
   }
@@ -322,7 +321,9 @@ class TileKernel {
     constexpr float kInf = __builtin_inff();
     float* row = b_.scores + r * kTileKeys;
     const float factor = b_.row_factor[r];
-    const float cap = p_.softcap * kLog2E;
+    // In units of log2, like the scores. The largest caps would not be finite in them.
+    const float cap = p_.softcap < 2e38f ? p_.softcap * kLog2E : 3e38f;
+    const float inverse = 1.0f / cap;
     Vec largest = Splat(-kInf);
     for (int c = 0; c < num_chunks_; ++c) {
       const bool full = IsFull(r, chunks_[c]);
@@ -331,7 +332,7 @@ class TileKernel {
         Vec x = Load(s);
         if (dynamic_) x = x * Load(b_.key_scales + c * kBlockSize + i);
         x = x * factor;
-        if (cap > 0.0f) x = Tanh(x) * cap;
+        if (cap > 0.0f) x = Softcap(x, cap, inverse);
         if (!full) x = Visible(r, chunks_[c], i) ? x : Splat(-kInf);
         Store(s, x);
         largest = Max(x, largest);
@@ -473,26 +474,31 @@ class TileKernel {
                          (kKv != DType::kE4M3 || IsFinite<kBlockSize>(chunk.value, value_stride_));
       if (!chunk.from_codes) chunk.poisoned = !DecodeChannels(c) && !chunk.full;
       any_codes |= chunk.from_codes;
-      any_decoded |= !chunk.from_codes && !chunk.poisoned;
-      if (chunk.poisoned) AddPoisoned(c);
+      any_decoded |= !chunk.from_codes;
     }
     if (any_codes) AddChannels<kKv>(true);
     if (any_decoded) AddChannels<DType::kFloat32>(false);
+    for (int c = 0; c < num_chunks_; ++c) {
+      if (chunks_[c].poisoned) AddNonFinite(c);
+    }
   }
 
-  // Decodes a chunk, with 0 for the tokens that no row sees. Returns whether all is finite.
+  // Decodes a chunk, with 0 for the tokens that no row sees, and where rows differ for values that
+  // are not finite. Returns whether all are.
   bool DecodeChannels(int c) {
     const Chunk& chunk = chunks_[c];
     const int first = First(any_begin_, chunk), last = First(any_end_, chunk);
     float* out = b_.values + c * kBlockSize * kDim;
+    const VecInt keep = VecInt{} - (chunk.full ? 1 : 0);
     Vec check{};
     for (int i = 0; i < kBlockSize; i += kLanes) {
       const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
       const VecInt seen = (token >= first) & (token < last);
       for (int d = 0; d < kDim; ++d) {
         const Vec x = seen ? LoadAs<kKv>(chunk.value + d * value_stride_ + i) : Vec{};
-        check = check + x * 0.0f;  // NaN as soon as x is infinite or NaN
-        Store(out + d * kBlockSize + i, x);
+        const Vec zero = x * 0.0f;  // NaN if x is infinite or NaN
+        check = check + zero;
+        Store(out + d * kBlockSize + i, keep | (zero == 0.0f) ? x : Vec{});
       }
     }
     return SumLanes(check) == 0.0f;
@@ -504,7 +510,7 @@ class TileKernel {
     const float* p[kMaxChunks];
     int n = 0;
     for (int c = 0; c < num_chunks_; ++c) {
-      if (chunks_[c].poisoned || chunks_[c].from_codes != from_codes) continue;
+      if (chunks_[c].from_codes != from_codes) continue;
       p[n] = b_.scores + c * kBlockSize;
       if constexpr (kB == DType::kFloat32) {
         values[n++] = b_.values + c * kBlockSize * kDim;
@@ -548,17 +554,22 @@ class TileKernel {
     }
   }
 
-  // A chunk with NaN or infinite values that some rows see and others do not: each row apart.
-  void AddPoisoned(int c) {
-    for (int r = 0; r < rows_; ++r) {
-      for (int d = 0; d < kDim; ++d) {
-        Vec sum{};
-        for (int i = 0; i < kBlockSize; i += kLanes) {
-          const Vec x = Load(b_.values + (c * kDim + d) * kBlockSize + i);
-          const Vec y = Load(b_.scores + r * kTileKeys + c * kBlockSize + i);
-          sum = Fma(y, Visible(r, chunks_[c], i) ? x : Vec{}, sum);
+  // NaN and infinite values that some rows see and others do not are 0 in the products, whose sums
+  // are otherwise as ever: rows that do not see them keep their bits. The other rows get them here.
+  void AddNonFinite(int c) {
+    for (int i = 0; i < kBlockSize * kDim; i += kLanes) {
+      const Code* channel = chunks_[c].value + i / kBlockSize * value_stride_;
+      const Vec values = LoadAs<kKv>(channel + i % kBlockSize);
+      if (SumLanes(values * 0.0f) == 0.0f) continue;
+      for (int lane = i; lane < i + kLanes; ++lane) {
+        const int column = lane % kBlockSize;
+        const int64_t key = chunks_[c].start + kColumnOrder<kByChannel>.token[column];
+        const float x = values[lane - i];
+        for (int r = 0; r < rows_ && x * 0.0f != 0.0f; ++r) {
+          if (key < b_.visible_begin[r] || key >= b_.visible_end[r]) continue;
+          b_.acc[r * kDim + lane / kBlockSize] +=
+              b_.scores[r * kTileKeys + c * kBlockSize + column] * x;
         }
-        b_.acc[r * kDim + d] += SumLanes(sum);
       }
     }
   }
@@ -578,22 +589,3 @@ class TileKernel {
   Chunk chunks_[kMaxChunks + 1];               // and the first one of the next tile
   int num_chunks_ = 0;
 };
-
-TileFunction FindTileFunction(const AttentionParams& p) {
-  TileFunction result = nullptr;
-  const bool by_channel = p.paged && IsQuantized(p.cache.type);
-  dispatch<64, 128>(p.head_dim, "head_dim", [&](auto dim) {
-    constexpr int kDim = decltype(dim)::value;
-    if (by_channel) {
-      dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8>(
-          p.cache.dtype, "cache dtype",
-          [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, true>::Run; });
-    } else {
-      dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
-               DType::kInt8>(
-          p.paged ? p.cache.dtype : p.packed.dtype, "dtype of the keys",
-          [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, false>::Run; });
-    }
-  });
-  return result;
-}

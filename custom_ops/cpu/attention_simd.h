@@ -112,13 +112,20 @@ FASTATTN_INLINE Vec Exp2(Vec x) {
   return x < -126.0f ? Vec{} : p * power;
 }
 
-// tanh(x) as 1 - 2 / (e^2|x| + 1) with the sign of x; |x| beyond 20 would only overflow.
-FASTATTN_INLINE Vec Tanh(Vec x) {
-  const Vec magnitude = x < 0.0f ? -x : x;
+// cap * tanh(x / cap); `inverse` is 1 / cap (see common/softcap.h). |t| beyond 20 would only
+// overflow.
+FASTATTN_INLINE Vec Softcap(Vec x, float cap, float inverse) {
+  const Vec t = x * inverse;
+  const Vec magnitude = t < 0.0f ? -t : t;
   const Vec limited = magnitude > 20.0f ? Splat(20.0f) : magnitude;
   const Vec e = Exp2(limited * 2.885390082f);
-  const Vec t = 1.0f - 2.0f / (e + 1.0f);
-  return x < 0.0f ? -t : t;
+  const Vec large = (1.0f - 2.0f / (e + 1.0f)) * cap;
+  const Vec u = t * t;
+  Vec ratio = Fma(Splat(kSoftcapSeries4), u, Splat(kSoftcapSeries3));
+  ratio = Fma(ratio, u, Splat(kSoftcapSeries2));
+  ratio = Fma(ratio, u, Splat(kSoftcapSeries1));
+  ratio = Fma(ratio, u, Splat(1.0f));
+  return magnitude < kSoftcapSmall ? x * ratio : t < 0.0f ? -large : large;
 }
 
 // Loads kLanes elements of a type as fp32. NaN codes become NaN, unless the caller knows that there

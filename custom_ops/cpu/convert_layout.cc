@@ -54,7 +54,7 @@ void ConvertLayout(const ConvertLayoutParams& p) {
   const uint8_t flip = flips ? 0x80 : 0;
   const uint8_t* src = static_cast<const uint8_t*>(p.src);
   uint8_t* dst = static_cast<uint8_t*>(p.dst);
-  ParallelFor(p.num_planes, 4, [&](int64_t begin, int64_t end) {
+  ParallelFor(p.num_planes, elements, [&](int64_t begin, int64_t end) {
     uint8_t block[kBlockSize * kMaxHeadDim];
     for (int64_t b = begin; b < end; ++b) {
       const uint8_t* in = src + p.SrcPlane(b);

@@ -100,7 +100,9 @@ void GqaRopeWriteCache(const GqaRopeWriteCacheParams& p) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.rope.dtype, "dtype", [&](auto dtype) {
       dispatch<64, 128>(p.rope.cache.head_dim, "head_dim", [&](auto head_dim) {
         const Step<decltype(dtype)::value, decltype(format), decltype(head_dim)::value> step(p);
-        ParallelFor(p.rope.rows.num_tokens, 4, [&](int64_t begin, int64_t end) {
+        const int64_t heads = p.rope.num_heads + 2LL * p.rope.cache.num_kv_heads;
+        const int64_t work = 2 * heads * p.rope.cache.head_dim;  // rotated and written
+        ParallelFor(p.rope.rows.num_tokens, work, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t) step.Token(t, row_of_token[t]);
         });
       });

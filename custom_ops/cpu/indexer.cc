@@ -251,8 +251,7 @@ void KeyToken(const IndexerKvParams& p, int64_t token) {
 
 void IndexerQRopeQuant(const IndexerQParams& p) {
   dispatch<IndexerQuant::kFp8, IndexerQuant::kMxfp4>(p.quant, "quant", [&](auto quant) {
-    const int64_t grain = std::max<int64_t>(1, 64 / std::max(p.num_heads, 1));
-    ParallelFor(p.num_tokens, grain, [&](int64_t begin, int64_t end) {
+    ParallelFor(p.num_tokens, 2LL * p.num_heads * kIndexerHeadDim, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) QueryToken<decltype(quant)::value>(p, t);
     });
   });
@@ -262,7 +261,9 @@ void IndexerKvCompressInsert(const IndexerKvParams& p) {
   dispatch<IndexerQuant::kFp8, IndexerQuant::kMxfp4, IndexerQuant::kFp8Wide>(
       p.quant, "quant", [&](auto quant) {
         dispatch<DType::kFloat32, DType::kBFloat16>(p.state_dtype, "state dtype", [&](auto state) {
-          ParallelFor(p.num_tokens, p.compress_ratio, [&](int64_t begin, int64_t end) {
+          // Each token is compressed once or twice, with an exponential a channel.
+          const int64_t work = 8LL * PageFormatOf(decltype(quant)::value).head_dim;
+          ParallelFor(p.num_tokens, work, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t) {
               KeyToken<decltype(quant)::value, decltype(state)::value>(p, t);
             }

@@ -112,8 +112,7 @@ void StoreToken(const MergeParams& p, int64_t t, const float* rows, uint8_t* cod
 template <DType kDType, MergeOutput kOutput>
 void Run(const MergeParams& p) {
   const int64_t channels = int64_t{p.num_heads} * p.head_dim;
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(channels, 1));
-  ParallelFor(p.num_tokens, grain, [&](int64_t begin, int64_t end) {
+  ParallelFor(p.num_tokens, channels, [&](int64_t begin, int64_t end) {
     std::vector<float> rows(channels);
     std::vector<Weights> weights(p.num_heads);
     std::vector<uint8_t> codes(IsValues(kOutput) ? 0 : channels);

@@ -1,5 +1,6 @@
 #include "cpu/merge_decode.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -8,7 +9,10 @@
 namespace fastattn::cpu {
 
 void MergeDecode(const MergeDecodeParams& p) {
-  ParallelFor(p.rows.batch, 16, [&](int64_t begin, int64_t end) {
+  // 16 bytes are copied a nanosecond, in rows of the average length.
+  const int64_t bytes = p.rows.num_tokens * p.row_bytes;
+  const int64_t work = bytes / 16 / std::max(p.rows.batch, 1);
+  ParallelFor(p.rows.batch, work, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (p.seq_lens_encoder[row] > 0 || p.rows.seq_lens_decoder[row] <= 0) continue;
       const NewTokens tokens = NewTokensOf(p.rows, static_cast<int>(row));

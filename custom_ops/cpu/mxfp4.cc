@@ -10,13 +10,11 @@ namespace {
 // Elements converted at a time: whole blocks, in the first-level cache.
 constexpr int64_t kPiece = 32 * kMxBlock;
 
-int64_t Grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)); }
-
 template <DType kDType>
 void Quantize(const Mxfp4QuantizeParams& p) {
   using E = Element<kDType>;
   const auto* x = static_cast<const typename E::Storage*>(p.x);
-  ParallelFor(p.rows, Grain(p.cols), [&](int64_t begin, int64_t end) {
+  ParallelFor(p.rows, p.cols, [&](int64_t begin, int64_t end) {
     float values[kPiece];
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t c = 0; c < p.cols; c += kPiece) {
@@ -34,7 +32,7 @@ template <DType kDType>
 void Dequantize(const Mxfp4DequantizeParams& p) {
   using E = Element<kDType>;
   auto* x = static_cast<typename E::Storage*>(p.x);
-  ParallelFor(p.rows, Grain(p.cols), [&](int64_t begin, int64_t end) {
+  ParallelFor(p.rows, p.cols, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin * p.cols / kMxBlock; block < end * p.cols / kMxBlock; ++block) {
       const float scale = UE8M0ToFloat(p.scales[block]);
       const uint8_t* codes = p.codes + block * (kMxBlock / 2);

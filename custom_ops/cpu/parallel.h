@@ -1,32 +1,38 @@
-// Threading of the CPU kernels.
+// Threading of the CPU kernels: one rule says how many threads a call takes.
+//
+// A call takes one thread for each kThreadWork of its work, at least one and at most
+// MaxThreads(). On a busy machine a thread that is woken may have to wait for a core for several
+// milliseconds, and the call waits with it: a small call is done sooner by one thread alone.
+//
+// Work is counted in units of about a nanosecond of one core: a channel that is read, converted
+// and written is one. It is an estimate from the call's sizes; nothing is measured. Results do not
+// depend on it: no item's arithmetic depends on the thread that has it, or on their number.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#include <unistd.h>
-#endif
 
 namespace fastattn::cpu {
 
-#if defined(_OPENMP)
-// Threads that a parallel region may have. GNU's OpenMP waits for ever in a process forked from one
-// that has used threads: they are not there any more.
-inline int64_t AvailableThreads() {
-  static const pid_t first_user = getpid();
-  return omp_in_parallel() || getpid() != first_user ? 1 : omp_get_max_threads();
-}
-#endif
+inline constexpr int64_t kThreadWork = int64_t{1} << 20;
 
-// Runs f(begin, end) over [0, n) in contiguous pieces of at least `grain` items, one a thread.
+// Threads that a call may have now (see parallel.cc).
+int64_t MaxThreads();
+
+// Threads that `items` of `work` units each are worth.
+inline int64_t ThreadsFor(int64_t items, int64_t work) {
+  const int64_t worth =
+      static_cast<int64_t>(static_cast<double>(items) * static_cast<double>(work) / kThreadWork);
+  const int64_t threads = std::min(items, worth);
+  return threads <= 1 ? 1 : std::min(threads, MaxThreads());
+}
+
+// Runs f(begin, end) over [0, n) in contiguous pieces, one a thread. `work`: of an item.
 template <typename F>
-void ParallelFor(int64_t n, int64_t grain, F&& f) {
+void ParallelFor(int64_t n, int64_t work, F&& f) {
   if (n <= 0) return;
 #if defined(_OPENMP)
-  const int64_t pieces = (n + grain - 1) / grain;
-  const int64_t available = pieces > 1 ? AvailableThreads() : 1;
-  const int threads = static_cast<int>(pieces < available ? pieces : available);
+  const int threads = static_cast<int>(ThreadsFor(n, work));
   if (threads > 1) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < threads; ++t) {

@@ -13,11 +13,10 @@ template <DType kDType>
 void Run(const QuantizeFp8Params& p) {
   using T = typename Element<kDType>::Storage;
   const T* x = static_cast<const T*>(p.x);
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(p.cols, 1));
 
   if (p.granularity == QuantGranularity::kTensor) {
     std::vector<uint32_t> amax(p.rows, 0);
-    ParallelFor(p.rows, grain, [&](int64_t begin, int64_t end) {
+    ParallelFor(p.rows, p.cols, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         amax[r] = AmaxBits<kDType>(x + r * p.x_row_stride, p.cols);
       }
@@ -30,7 +29,7 @@ void Run(const QuantizeFp8Params& p) {
       p.granularity == QuantGranularity::kStatic || p.granularity == QuantGranularity::kTensor;
   const int64_t group = p.granularity == QuantGranularity::kGroup ? p.group_size : p.cols;
   const int64_t groups = group == 0 ? 0 : p.cols / group;
-  ParallelFor(p.rows, grain, [&](int64_t begin, int64_t end) {
+  ParallelFor(p.rows, p.cols, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t g = 0; g < groups; ++g) {
         const T* in = x + r * p.x_row_stride + g * group;

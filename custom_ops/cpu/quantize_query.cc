@@ -14,8 +14,7 @@ void QuantizeQuery(const QuantizeQueryParams& p) {
   dispatch<DType::kBFloat16, DType::kFloat16>(p.q_dtype, "q", [&](auto dtype) {
     constexpr DType kIn = decltype(dtype)::value;
     const auto* q = static_cast<const typename Element<kIn>::Storage*>(p.q);
-    const int64_t grain = std::max<int64_t>(1, 16384 / dim);
-    ParallelFor(p.num_tokens * heads, grain, [&](int64_t begin, int64_t end) {
+    ParallelFor(p.num_tokens * heads, dim, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const auto* x = q + i / heads * p.q_token_stride + i % heads * p.q_head_stride;
         const float scale = DynamicScale(AmaxBits<kIn>(x, dim), kCacheAmaxFloor, kE4M3Max);

@@ -99,7 +99,9 @@ void RopeWriteCache(const RopeWriteCacheParams& p) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "dtype", [&](auto dtype) {
       dispatch<64, 128>(p.cache.head_dim, "head_dim", [&](auto head_dim) {
         const Writer<decltype(dtype)::value, decltype(format), decltype(head_dim)::value> writer(p);
-        ParallelFor(p.rows.num_tokens, 4, [&](int64_t begin, int64_t end) {
+        const int64_t heads = p.num_heads + 2LL * p.cache.num_kv_heads;
+        const int64_t work = 2 * heads * p.cache.head_dim;  // rotated and written
+        ParallelFor(p.rows.num_tokens, work, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t) writer.Token(t, row_of_token[t]);
         });
       });

@@ -22,7 +22,7 @@ void Run(const WriteCacheParams& p) {
   const CacheWriter<Format> writer(p.cache);
   const std::vector<int> row_of_token = RowOfTokens(p.rows);
 
-  ParallelFor(int64_t{p.rows.num_tokens} * heads, 256, [&](int64_t begin, int64_t end) {
+  ParallelFor(int64_t{p.rows.num_tokens} * heads, 2 * head_dim, [&](int64_t begin, int64_t end) {
     float x[kMaxHeadDim];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t token = item / heads;

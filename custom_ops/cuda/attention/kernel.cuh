@@ -15,6 +15,7 @@
 #include "cuda/attention/schedule.cuh"
 #include "cuda/attention/tile.cuh"
 #include "cuda/attention/traits.cuh"
+#include "cuda/attention/value_scales.cuh"
 #include "cuda/common/early_launch.cuh"
 #include "cuda/common/exp2.cuh"
 
@@ -198,6 +199,9 @@ __device__ __forceinline__ void FinishSegment(const AttentionParams& p, const At
   float2* states = reinterpret_cast<float2*>(shared + Traits::kStateOffset);
   ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
   float* merge = reinterpret_cast<float*>(shared + Traits::kMergeOffset);
+  if constexpr (Traits::kTokenScales) {
+    if (state->scale_exponent == kOwnExponents) LeaveOwnExponents<Traits>(state);
+  }
 #pragma unroll
   for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll

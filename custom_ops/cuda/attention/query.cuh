@@ -151,7 +151,7 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   if (!column.valid) return info;
   info.score_factor =
       ScoreFactor<Traits>(p, segment.row, column.token, segment.head, column.head, key_scale) *
-      (p.softcap > 0.0f ? 1.0f : kLog2E);
+      kLog2E;
   info.keys = VisibleKeys(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);

@@ -9,6 +9,7 @@
 #include "cuda/attention/query.cuh"
 #include "cuda/attention/traits.cuh"
 #include "cuda/common/exp2.cuh"
+#include "cuda/common/softcap.cuh"
 
 namespace fastattn::cuda {
 
@@ -17,13 +18,18 @@ namespace fastattn::cuda {
 inline constexpr float kShift = 15.0f;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
+// No exponent: columns have their own.
+inline constexpr int kOwnExponents = 0;
+
 // Running maximum (log2 units), sum and output of a warp's columns over its stream's keys.
 template <typename Traits>
 struct TileState {
   float maximum[Traits::kTiles][2];
   float sum[Traits::kTiles][2];  // of this lane's keys only
   float out[Traits::kDimTiles][Traits::kTiles][4];
-  int scale_exponent;  // token scales of V: `out` is in units of 2^(scale_exponent - 127)
+  // Token scales of V: `out` is in units of 2^(scale_exponent - 127); kOwnExponents: of a power of
+  // two of each column's own (see value_scales.cuh).
+  int scale_exponent;
 
   __device__ __forceinline__ void Reset() {
 #pragma unroll
@@ -163,17 +169,13 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
     }
   }
   if (p.softcap > 0.0f) {
-    // cap * tanh(x / cap) = cap - 2 cap / (1 + exp(2 x / cap)), off by some 1e-7 of cap.
-    const float rate = 2.0f * kLog2E / p.softcap, cap = p.softcap * kLog2E;
+    const ScoreCap cap(p.softcap);
 #pragma unroll
     for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float y = 1.0f + Exp2(scores[m][n][c] * rate);
-          scores[m][n][c] = fmaf(-2.0f * cap, __fdividef(1.0f, y), cap);
-        }
+        for (int c = 0; c < 4; ++c) scores[m][n][c] = cap(scores[m][n][c]);
       }
     }
   }
@@ -240,58 +242,6 @@ __device__ __forceinline__ void Exponentiate(float (&scores)[Traits::kGroup][Tra
       }
     }
   }
-}
-
-// Multiplies probabilities by V's token scales, relative to a power of two that bounds them all.
-template <typename Traits>
-__device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint32_t slot,
-                                                 const UnitMask& mask, int first,
-                                                 float (&scores)[Traits::kGroup][Traits::kTiles][4],
-                                                 TileState<Traits>* state) {
-  const int g = threadIdx.x % 32 / 4;
-  float scale[Traits::kGroup][2];
-  uint32_t largest = 0;
-#pragma unroll
-  for (int m = 0; m < Traits::kGroup; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int key = Traits::KeyOf(first + m, g + 8 * half);
-      float x = TokenScale<Traits>(slot, key, p.cache.scale_dtype);
-      if (mask.needed && (key < mask.begin || key >= mask.end)) x = 0.0f;
-      scale[m][half] = x;
-      const uint32_t bits = __float_as_uint(x) & 0x7FFFFFFFu;
-      if (bits < 0x7F800000u) largest = max(largest, bits);
-    }
-  }
-  largest = __reduce_max_sync(0xFFFFFFFFu, largest);
-  const int exponent = min(static_cast<int>(largest >> 23) + 1, 252);
-  if (exponent > state->scale_exponent) {
-    const float factor = Exp2(static_cast<float>(state->scale_exponent - exponent));
-#pragma unroll
-    for (int i = 0; i < Traits::kDimTiles; ++i) {
-#pragma unroll
-      for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) state->out[i][n][c] *= factor;
-      }
-    }
-    state->scale_exponent = exponent;
-  }
-  const float inverse = __uint_as_float(static_cast<uint32_t>(254 - state->scale_exponent) << 23);
-#pragma unroll
-  for (int m = 0; m < Traits::kGroup; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float factor = scale[m][half] * inverse;
-#pragma unroll
-      for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) scores[m][n][2 * half + c] *= factor;
-      }
-    }
-  }
-  // A NaN scale of a key that a column does not see is none of its business.
-  if (mask.needed) HideKeys<Traits>(mask, first, 0.0f, scores);
 }
 
 // 0xFF (0xFFFF) for every element of an operand's word whose key lies in [begin, end).

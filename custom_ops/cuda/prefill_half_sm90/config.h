@@ -86,14 +86,19 @@ struct alignas(1024) Shared {
   uint8_t key[C::kKeyStages][C::kKeys * C::kKeyRowBytes];
   // [slice][128 tokens][128] or [block][D channels][128]
   uint8_t value[C::kValueStages][C::kKeys * C::kRowBytes];
-  alignas(1024) uint16_t ones[C::kCodes ? 512 : 1];  // values of 1 (see RowSums)
+  // Eight columns of values for RowSums, swizzled: 16 of 1 each, and then 48 of 0.
+  alignas(1024) uint16_t ones[C::kCodes ? 512 : 1];
   alignas(128) uint8_t raw[C::kRawSlots][C::kRawBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
   // of a side warp that found none hold anything.
   alignas(16) uint16_t nan_tokens[C::kFiniteValues ? 1 : C::kValueStages][C::kDim][C::kKeys / 16];
   alignas(4) uint8_t nan_found[C::kValueStages][4];  // by each side warp
   alignas(16) float key_scales[C::kScaleSlots][4][C::kScaleGroup];
-  alignas(16) __half value_scales[C::kScaleSlots][C::kScaledKeys];  // in units of the reference
+  // In units of the reference; with kClean: their mantissas alone, and the exponents.
+  alignas(16) __half value_scales[C::kScaleSlots][C::kScaledKeys];
+  uint8_t value_exponents[C::kScaleSlots][C::kScaledKeys];
+  // Of V in the last step without kClean, this one or before; with it the sign is negative.
+  float common_unit[C::kScaleSlots];
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite
   float unit_ratio[C::kScaleSlots];                  // V's unit of the step before over this one's
   float unit[2];                                     // of V in the tile's last step so far
@@ -102,9 +107,9 @@ struct alignas(1024) Shared {
   int value_flags[C::kValueStages];  // the same for the cleaners, with the values
   int raw_flags[C::kRawSlots];       // for the converters
   Tile tile[2];
-  int blocks[2][2][32];          // of two windows of a tile's steps (see FindWindow)
-  float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
-  int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last
+  int blocks[2][2][32];            // of two windows of a tile's steps (see FindWindow)
+  float factor[2][C::kQueries];    // what turns a query's products into scores in units of log2
+  int2 visible[2][C::kQueries];    // first key that a query sees, and the one after its last
   int2 common[4 * C::kConsumers];  // keys that all queries of a consumer's warp see
   alignas(16) float key_channels[2][C::kChannelScales ? C::kDim : 4];  // if K has them
   alignas(16) float value_channels[2][C::kChannelScales ? C::kDim : 4];

@@ -7,9 +7,11 @@
 // A warpgroup's own chain, from the scores of a step to its probabilities, is what limits the
 // kernel: the products of both take less time. So the chain has no maximum in it. A tile's first
 // step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
-// and only where one of them is too large, the maximum is found, the shift moved, and they are
-// found again. Values are waited for where the product that reads them is issued, and the product
-// of the step before is done when packing begins, so that nothing is left behind the exponentials.
+// and only where one of them is too large, the maximum is found, the row's shift moved, and they
+// are found again. Rows whose own are not too large keep their shifts, and so their bits, whatever
+// the others see. Values are waited for where the product that reads them is issued, and the
+// product of the step before is done when packing begins, so that nothing is left behind the
+// exponentials.
 #pragma once
 
 #include <type_traits>
@@ -17,6 +19,7 @@
 #include "common/numeric.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/mbarrier.cuh"
+#include "cuda/common/softcap.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/common/wgmma_half.cuh"
 #include "cuda/prefill_half_sm90/config.h"
@@ -24,22 +27,21 @@
 #include "cuda/prefill_half_sm90/query.cuh"
 #include "cuda/prefill_half_sm90/query_codes.cuh"
 #include "cuda/prefill_half_sm90/row_sums.cuh"
+#include "cuda/prefill_half_sm90/row_units.cuh"
+#include "cuda/prefill_half_sm90/sight.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
 #include "cuda/prefill_sm90/schedule.cuh"
 #include "cuda/prefill_sm90/softmax.cuh"
 
 namespace fastattn::cuda::prefill_half_sm90 {
 
-using prefill_sm90::Clamp;
 using prefill_sm90::Exp2;
 using prefill_sm90::FinishFactors;
 using prefill_sm90::HideScores;
-using prefill_sm90::kLog2E;
 using prefill_sm90::kLogPeak;
 using prefill_sm90::kMinusInf;
 using prefill_sm90::LoadFactors;
 using prefill_sm90::MaxNaN;
-using prefill_sm90::Reciprocal;
 
 template <class C>
 class Consumer {
@@ -109,12 +111,9 @@ class Consumer {
       end = min(end, visible.y);
     }
     if constexpr (kIntegers) {
-      // Where a factor is large, the bias in units of log2 would swallow differences of scores.
-      constexpr float kLargest = 1 << 19;
       float factor[2];
       LoadFactors(shared_, buffer_, factor);
-      biased_ = !C::kTokenScales && !C::kSoftcap &&
-                __all_sync(~0u, fmaxf(factor[0], factor[1]) * kBias < kLargest);
+      all_biased_ = __all_sync(~0u, IsBiased(factor[0]) && IsBiased(factor[1]));
     }
     // Keys that all of the warp's queries see.
     begin = __reduce_max_sync(~0u, begin);
@@ -124,6 +123,7 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
     sums_.Start();
+    units_.Start();
   }
 
   // In memory, as registers are short.
@@ -143,11 +143,14 @@ class Consumer {
       // Products were rounded down, by half a unit on average. With a bias no score counts as far,
       // so the factor is the tile's.
       for (int h = 0; h < 2; ++h) {
-        if (biased_) shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
+        if (IsBiased(factor_[h])) {
+          shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
+        }
       }
     }
     FinishFactors(shared_, buffer, sum);
-    const float unit = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
+    const float common = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
+    const float unit[2] = {units_.Unit(0, common), units_.Unit(1, common)};
     prefill_sm90::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, unit);
     ArriveWarp(&shared_.query_empty[buffer]);
   }
@@ -195,7 +198,7 @@ class Consumer {
     const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
     return {C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
                           : OperandDescriptor<128>(address),
-            RowSums<C>::Operand(shared_)};
+            RowSums<C>::Operand(shared_, units_.Own())};
   }
 
   // kBegin: its turn has not begun where it begins late.
@@ -300,8 +303,11 @@ class Consumer {
     const int flags = TakeScores(scales);
     if constexpr (C::kSoftcap) Softcap();
     FinishScores(flags, last);
-    FollowMaximum<false>();
-    if constexpr (C::kTokenScales) ReleaseScales();
+    FollowMaximum<false>({true, true});
+    if constexpr (C::kTokenScales) {
+      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
+      ReleaseScales();
+    }
   }
 
   // The softmax runs while the other warpgroup's products do, and this one's P * V. A softcap waits
@@ -317,13 +323,21 @@ class Consumer {
     FinishScores(flags, last);
     constexpr bool kBehind = !C::kSoftcap && kEarly > 0;
     if constexpr (!C::kSoftcap && !kBehind) FinishProducts();
-    if constexpr (C::kTokenScales) FollowUnit();
+    if constexpr (C::kTokenScales) {
+      if (!units_.Change(shared_, ScaleSlot())) FollowUnit();
+    }
     StepSums<C> sums;
     FindProbabilities<kBehind>(shift_, sums);
     if (__any_sync(~0u, sums.Exceed())) {
-      FollowMaximum<true>();
+      const bool moves[2] = {Exceeds(sums, 0), Exceeds(sums, 1)};
+      FollowMaximum<true>(moves);
     } else {
       sums_.Add(sums);
+    }
+    if constexpr (C::kTokenScales) {
+      // Asked for again: registers are short, and the slot is this step's until it is released.
+      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
+      ReleaseScales();
     }
   }
 
@@ -336,7 +350,7 @@ class Consumer {
     const uint32_t at = ValueStage(step);
     if constexpr (!C::kFiniteValues) {
       const int found = *reinterpret_cast<const int*>(shared_.nan_found[at]);
-      if (found != 0) AddNaNs(found, at, start);
+      if (found != 0) AddNaNs(shared_, found, at, buffer_, start, o_);
     }
     ArriveWarp(&shared_.value_empty[at]);
   }
@@ -348,9 +362,13 @@ class Consumer {
     const int flags = shared_.flags[KeyStage(step_)];
     ArriveWarp(&shared_.key_empty[KeyStage(step_)]);
     if constexpr (kIntegers && !C::kTokenScales) {
-      if (!biased_) {
+      if (!all_biased_) {
+        float factor[2];
+        LoadFactors(shared_, buffer_, factor);
+        const float bias[2] = {IsBiased(factor[0]) ? 0.0f : kBias,
+                               IsBiased(factor[1]) ? 0.0f : kBias};
 #pragma unroll
-        for (int i = 0; i < C::kScores; ++i) s_[i] -= kBias;
+        for (int i = 0; i < C::kScores; ++i) s_[i] -= bias[i / 2 % 2];
       }
     }
     if constexpr (C::kTokenScales) ScaleScores(scales);
@@ -396,23 +414,17 @@ class Consumer {
   // Ends the use of the step's scales.
   __device__ __forceinline__ void ReleaseScales() {
     const uint32_t at = ScaleSlot();
-    if (shared_.poison_found[at]) AddPoison(at);
+    if (shared_.poison_found[at]) AddPoison(shared_, at, buffer_, start_, o_);
     ArriveWarp(&shared_.scale_empty[at]);
   }
 
-  // cap * tanh(s / cap), in units of log2. The factor holds the scale over the cap.
+  // Turns products into capped scores, in units of log2.
   __device__ __forceinline__ void Softcap() {
-    const float cap = p_.softcap * kLog2E;
-    float rate[2];
+    const ScoreCap cap(p_.softcap);
+    LoadFactors(shared_, buffer_, factor_);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      rate[h] = shared_.factor[buffer_][prefill_sm90::QueryOf<true>(h)] * (2.0f * kLog2E);
-      factor_[h] = 1.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < C::kScores; ++i) {
-      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(s_[i] * rate[i / 2 % 2]) + 1.0f);
-    }
+    for (int i = 0; i < C::kScores; ++i) s_[i] = cap(s_[i] * factor_[i / 2 % 2]);
+    factor_[0] = factor_[1] = 1.0f;
   }
 
   // The largest score of either row, and the shift below it.
@@ -429,23 +441,39 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void MoveMaximum(const float (&largest)[2], float (&wanted)[2],
-                                              float (&alpha)[2]) {
-    const bool far = __any_sync(~0u, IsFar(wanted[0]) || IsFar(wanted[1]));
-    if (far) prefill_sm90::MultiplyFarScores(s_, factor_, largest, wanted);
+  __device__ __forceinline__ void MoveMaximum(const bool (&moves)[2], const float (&largest)[2],
+                                              float (&wanted)[2], float (&alpha)[2]) {
+    const bool far[2] = {moves[0] && IsFar(0, wanted[0]), moves[1] && IsFar(1, wanted[1])};
+    if (__any_sync(~0u, far[0] || far[1])) {
+      prefill_sm90::MultiplyFarScores(s_, factor_, far, largest, wanted);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float before = shift_[h];
       wanted[h] = MaxNaN(before, wanted[h]);
-      shift_[h] = wanted[h] - before <= 0 ? before : wanted[h];  // a NaN stays
+      // A NaN stays.
+      shift_[h] = !moves[h] || wanted[h] - before <= 0 ? before : wanted[h];
       alpha[h] = Exp2(before - Shift(h));
       sums_.Follow(h, alpha[h]);
     }
   }
 
-  // With a bias no score is as far as that.
-  __device__ __forceinline__ bool IsFar(float score) const {
-    return !(kIntegers && biased_) && prefill_sm90::IsFar(score);
+  // With a bias no score is as far as that. factor_ is the tile's.
+  __device__ __forceinline__ bool IsFar(int h, float score) const {
+    return !(kIntegers && IsBiased(factor_[h])) && prefill_sm90::IsFar(score);
+  }
+
+  // Whether a row's scores keep kBias. Where its factor is large, the bias in units of log2 would
+  // swallow differences of scores.
+  __device__ __forceinline__ static bool IsBiased(float factor) {
+    constexpr float kLargest = 1 << 19;
+    return !C::kTokenScales && !C::kSoftcap && factor * kBias < kLargest;
+  }
+
+  // Whether one of the four threads of row h has a probability of it that is too large.
+  __device__ __forceinline__ bool Exceeds(const StepSums<C>& sums, int h) const {
+    const unsigned votes = __ballot_sync(~0u, sums.Exceeds(h, probabilities_));
+    return (votes >> (lane_ & ~3) & 0xF) != 0;
   }
 
   // What is subtracted from the scores: nothing while no visible one is above -inf.
@@ -453,14 +481,14 @@ class Consumer {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // Moves the shifts to the step's largest scores and finds the probabilities. kScale: there is an
-  // output already.
+  // Moves the shifts of those rows that do to the step's largest scores and finds the
+  // probabilities. kScale: there is an output already.
   template <bool kScale>
-  __device__ __forceinline__ void FollowMaximum() {
+  __device__ __forceinline__ void FollowMaximum(const bool (&moves)[2]) {
     if constexpr (!C::kSoftcap) LoadFactors(shared_, buffer_, factor_);
     float largest[2], wanted[2], alpha[2];
     FindLargest(largest, wanted);
-    MoveMaximum(largest, wanted, alpha);
+    MoveMaximum(moves, largest, wanted, alpha);
     if constexpr (kScale) {
       sums_.Rescale(alpha);
 #pragma unroll
@@ -475,7 +503,7 @@ class Consumer {
     // Far scores need a look in every step: without a factor, probabilities exceed any bound.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (IsFar(shift_[h])) factor_[h] = NAN;
+      if (IsFar(h, shift_[h])) factor_[h] = NAN;
     }
   }
 
@@ -512,60 +540,19 @@ class Consumer {
     ReleaseValues(step_ - 1, start_ + C::kKeys);
   }
 
+  __device__ __forceinline__ void FollowOwnUnits() {
+    float ratio[2];
+    units_.Follow(shared_, ScaleSlot(), buffer_, start_, probabilities_, sums_, ratio);
+#pragma unroll
+    for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio[i / 2 % 2];
+  }
+
   // Probabilities are not in the unit of V's token scales, but the output is.
   __device__ __forceinline__ void FollowUnit() {
     const float ratio = shared_.unit_ratio[ScaleSlot()];
     if (ratio != 1.0f) {
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio;
-    }
-    ReleaseScales();
-  }
-
-  // Which of `count` tokens from `first` on query h of the thread sees, a bit each.
-  __device__ __forceinline__ uint32_t SeenTokens(int h, int first, int count) const {
-    const int2 visible = shared_.visible[buffer_][prefill_sm90::QueryOf<true>(h)];
-    const int begin = Clamp(visible.x - first, 0, count);
-    const int end = Clamp(visible.y - first, 0, count);
-    return static_cast<uint32_t>(((uint64_t{1} << end) - 1) & ~((uint64_t{1} << begin) - 1));
-  }
-
-  // Sets the outputs of rows that see a value which is not finite (see ValueCleaner); `found`: by
-  // which side warps, a byte each.
-  __device__ __forceinline__ void AddNaNs(int found, uint32_t at, int start) {
-    constexpr int kWarps = C::kCodes ? C::kSideWarps : C::kCleaners;
-    static_assert(kWarps == 2 || kWarps == 3);
-#pragma unroll 1
-    for (int group = 0; group < C::kKeys / 16; ++group) {
-      if (found & 1) AddGroup(at, start, group);
-      // The warps take turns: the first byte comes behind the last.
-      found = __byte_perm(found, 0, kWarps == 3 ? 0x4021 : 0x4401);
-    }
-  }
-
-  // Of 16 tokens.
-  __device__ __forceinline__ void AddGroup(uint32_t at, int start, int group) {
-    const uint32_t seen[2] = {SeenTokens(0, start + 16 * group, 16),
-                              SeenTokens(1, start + 16 * group, 16)};
-    const int first = 2 * (Lane<true>() % 4);
-#pragma unroll
-    for (int i = 0; i < C::kOut; ++i) {
-      const int channel = first + 8 * (i / 4) + i % 2;
-      if (shared_.nan_tokens[at][channel][group] & seen[i / 2 % 2]) o_[i] = NAN;
-    }
-  }
-
-  // The same for scales of V (see ScaleLoader).
-  __device__ __forceinline__ void AddPoison(uint32_t at) {
-#pragma unroll 1
-    for (int w = 0; w < C::kKeys / 32; ++w) {
-      const uint32_t tokens = shared_.poisoned[at][w];
-      const bool hit[2] = {(tokens & SeenTokens(0, start_ + 32 * w, 32)) != 0,
-                           (tokens & SeenTokens(1, start_ + 32 * w, 32)) != 0};
-#pragma unroll
-      for (int i = 0; i < C::kOut; ++i) {
-        if (hit[i / 2 % 2]) o_[i] = NAN;
-      }
     }
   }
 
@@ -578,10 +565,11 @@ class Consumer {
   int start_;            // first key of the step
   int buffer_;           // of the tile
   RowSums<C> sums_;
+  RowUnits<C> units_;
   float shift_[2], factor_[2];
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making
-  bool biased_;              // scores have kBias
+  bool all_biased_;          // all scores of the warp have kBias
   float o_[C::kOut];
   uint32_t probabilities_[C::kScores / 2];
 };

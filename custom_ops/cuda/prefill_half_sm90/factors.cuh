@@ -35,7 +35,7 @@ template <class C>
 __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const volatile Tile& tile,
                             int buffer, int warp) {
   const int lane = Lane<true>();
-  float factor = p.softmax_scale * (C::kSoftcap ? 1.0f / p.softcap : 1.44269504f);
+  float factor = p.softmax_scale * 1.44269504f;
   float output = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
   if constexpr (C::kChannelScales) {
     const int kv_head = tile.kv_head;

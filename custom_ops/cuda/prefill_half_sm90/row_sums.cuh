@@ -26,6 +26,11 @@ class StepSums {
     return !(part_[0] <= kMost && part_[1] <= kMost);
   }
 
+  // The same of row h alone.
+  __device__ __forceinline__ bool Exceeds(int h, const uint32_t*) const {
+    return !(part_[h] <= kMost);
+  }
+
   __device__ __forceinline__ float Part(int h) const { return part_[h]; }
 
  private:
@@ -46,6 +51,14 @@ class StepSums<C, true> {
   }
 
   __device__ __forceinline__ bool Exceed() const { return __vmaxu2(largest_, kMost) != kMost; }
+
+  // Of row h, which has every second word.
+  __device__ __forceinline__ bool Exceeds(int h, const uint32_t* words) const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = h; i < C::kScores / 2; i += 2) largest = __vmaxu2(largest, words[i]);
+    return __vmaxu2(largest, kMost) != kMost;
+  }
 
  private:
   static_assert(C::kOperand == DType::kFloat16);
@@ -68,7 +81,7 @@ class RowSums {
   }
 
   // Of a step whose probabilities are operands of P * V.
-  __device__ __forceinline__ static uint64_t Operand(const Shared<C>&) { return 0; }
+  __device__ __forceinline__ static uint64_t Operand(const Shared<C>&, bool) { return 0; }
   __device__ __forceinline__ void Multiply(const uint32_t*, uint64_t) {}
   __device__ __forceinline__ void Keep() {}
   __device__ __forceinline__ void Rescale(const float (&)[2]) {}
@@ -96,8 +109,15 @@ class RowSums<C, true> {
   __device__ __forceinline__ void Follow(int, float) {}
   __device__ __forceinline__ void Add(const StepSums<C>&) {}
 
-  __device__ __forceinline__ static uint64_t Operand(const Shared<C>& shared) {
-    return OperandDescriptor<128>(Uniform(SharedAddress(shared.ones)));
+  // Values of 1, or with `zeros` of 0, which lie behind them: for steps that AddRow() takes.
+  __device__ __forceinline__ static uint64_t Operand(const Shared<C>& shared, bool zeros) {
+    return OperandDescriptor<128>(Uniform(SharedAddress(shared.ones) + (zeros ? 32 : 0)));
+  }
+
+  // The sum of a step's probabilities of row h, where no product is under way.
+  __device__ __forceinline__ void AddRow(int h, float sum) {
+    sums_[2 * h] += sum;
+    sums_[2 * h + 1] += sum;
   }
 
   __device__ __forceinline__ void Multiply(const uint32_t* probabilities, uint64_t ones) {

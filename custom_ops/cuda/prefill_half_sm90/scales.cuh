@@ -38,7 +38,7 @@ class ScaleLoader {
 
   // Writes them. hide: in a step that some query sees in part, scales of V that are not finite
   // become 0 and are listed for the consumers: P is 0 where a query does not see them, but 0 * NaN
-  // is NaN.
+  // is NaN. The others go to RowUnits.
   __device__ void Store(bool hide, int buffer) {
     const int at = slots_.Index();
     float largest = 0.0f;
@@ -57,19 +57,23 @@ class ScaleLoader {
     // The unit is a power of two above all scales so far, so that it seldom changes.
     const unsigned exponent = min(max((bits >> 23) + 1, 68u), 250u);
     const float before = shared_.unit[buffer] * kValueTop;
-    const float unit = fmaxf(__uint_as_float(exponent << 23), before);
-    const float inverse = __uint_as_float((254u << 23) - __float_as_uint(unit));
+    const float unit = hide ? before : fmaxf(__uint_as_float(exponent << 23), before);
+    const float inverse = hide ? 0.0f : __uint_as_float((254u << 23) - __float_as_uint(unit));
     Wait(&shared_.scale_empty[at], slots_.Phase() ^ 1);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int token = lane_ + 32 * i;
       shared_.key_scales[at][token % 8 / 2][token / 8 * 2 + token % 2] = KeyScale(key_[i]);
-      shared_.value_scales[at][token] = __float2half_rn(value_[i] * inverse * kValueTop);
+      shared_.value_scales[at][token] =
+          __float2half_rn(hide ? Mantissa(value_[i]) : value_[i] * inverse * kValueTop);
+      if (hide) shared_.value_exponents[at][token] = Exponent(value_[i]);
     }
     if (lane_ < kPer) shared_.poisoned[at][lane_] = poisoned;
     if (lane_ == 0) {
-      shared_.unit[buffer] = unit * (1 / kValueTop);
+      const float common = unit * (1 / kValueTop);
+      shared_.unit[buffer] = common;
+      shared_.common_unit[at] = hide ? -common : common;
       shared_.unit_ratio[at] = before * inverse;
       shared_.poison_found[at] = found;
     }
@@ -87,6 +91,14 @@ class ScaleLoader {
   __device__ static float KeyScale(float scale) {
     if (!C::kKeyCodes || C::kElement != DType::kInt8 || scale != scale) return scale;
     return __uint_as_float(__float_as_uint(scale) & ~3u);
+  }
+
+  __device__ static uint8_t Exponent(float scale) { return __float_as_uint(scale) >> 23 & 0xFF; }
+
+  // From 1 to 2; what is below the normal numbers is 0.
+  __device__ static float Mantissa(float scale) {
+    const uint32_t bits = (__float_as_uint(scale) & 0x807FFFFFu) | 0x3F800000u;
+    return Exponent(scale) == 0 ? 0.0f : __uint_as_float(bits);
   }
 
   const AttentionParams& p_;

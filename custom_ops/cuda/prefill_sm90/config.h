@@ -63,7 +63,16 @@ struct Tile {
 
 // Flags of a stage.
 inline constexpr int kUnassigned = 1;  // << 0, 1: no such block; its keys are hidden
-inline constexpr int kClean = 4;       // values need a look before the product
+inline constexpr int kClean = 4;       // some query may see a part of the step only
+inline constexpr int kAfterClean = 8;  // that goes for the tile's step before
+
+// An output counts in units of V's largest token scale, but not of one below it.
+inline constexpr float kLeastUnit = 1e-18f;
+
+// What an output is multiplied with when its unit changes. It is finite: an output of 0 stays 0.
+__device__ __forceinline__ float RatioOfUnits(float before, float now) {
+  return fminf(before / now, 3.4e38f);
+}
 
 // Position in a ring of buffers.
 template <int kSize>
@@ -115,15 +124,17 @@ struct alignas(1024) Shared {
   float scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys];
   // Tokens whose scale of K, or of V, is NaN; a bit each.
   uint32_t poisoned[C::kTokenScales ? C::kStages : 1][2][C::kKeys / 32];
-  float reference[C::kTokenScales ? C::kStages : 1]
-                 [2];  // V's largest scale; the step before's over it
+  // V's largest scale, and the step before's over it. With kClean: -1, and the largest scale of the
+  // last step without.
+  float reference[C::kTokenScales ? C::kStages : 1][2];
+  float row_unit[C::kTokenScales ? C::kQueries : 1];  // of a query's output, behind kClean
   // Tokens of a stage whose value is NaN, by channel; a bit each, 16 tokens a word.
   alignas(16) uint16_t nan_tokens[C::kStages][C::kDim][C::kKeys / 16];
   alignas(4) uint8_t nan_found[C::kStages][4];  // by each cleaner
   int flags[C::kStages];                        // for the consumers, with the keys
   int value_flags[C::kStages];                  // the same for the cleaners, with the values
   Tile tile[2];
-  float factor[2][C::kQueries];  // what turns a query's scores into units of log2 (of the softcap)
+  float factor[2][C::kQueries];  // what turns a query's products into scores in units of log2
   int2 visible[2][C::kQueries];  // first key that a query sees, and the one after its last
   float output_scale[2];         // constant factor of the outputs
   float sink[2];                 // -inf: none

@@ -7,6 +7,7 @@
 
 #include "common/numeric.h"
 #include "cuda/common/mbarrier.cuh"
+#include "cuda/common/softcap.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/prefill_sm90/config.h"
 #include "cuda/prefill_sm90/epilogue.cuh"
@@ -116,11 +117,18 @@ class Consumer {
 
   // Ends a tile whose last product has been issued.
   __device__ __forceinline__ void Finish(int buffer) {
-    const float reference = C::kTokenScales ? shared_.reference[values_.index][0] : 1.0f;
+    float unit[2] = {1.0f, 1.0f};
+    if constexpr (C::kTokenScales) {
+      const float reference = shared_.reference[values_.index][0];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        unit[h] = reference < 0.0f ? shared_.row_unit[QueryOf(h)] : reference;
+      }
+    }
     AddProduct<0>();
     ReleaseValues(start_);
     FinishFactors(shared_, buffer, sum_);
-    Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, reference);
+    Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, unit);
     ArriveWarp(&shared_.query_empty[buffer]);
   }
 
@@ -196,8 +204,7 @@ class Consumer {
     const bool far = FindMaximum(alpha);
     BeginTurn();
     WaitForValues();
-    Exponentials<false>(alpha);
-    SetPending(alpha);
+    FindProbabilities(alpha);
     if (far) LoadFactors(shared_, buffer_, factor_);
   }
 
@@ -217,14 +224,14 @@ class Consumer {
     BeginTurn();
     WaitForValues();
     if constexpr (C::kValuesFirst) {
-      Exponentials<false>(alpha);
+      FindProbabilities(alpha);
     } else {
       WaitProducts<0>(Target());
       KeepRegisters(probabilities_);
-      Exponentials<true>(alpha);
+      Exponentials<true, false>(alpha, alpha);
       ReleaseValues(start_ + C::kKeys);
+      SetPending(alpha);
     }
-    SetPending(alpha);
     if (far) LoadFactors(shared_, buffer_, factor_);
   }
 
@@ -234,6 +241,57 @@ class Consumer {
   __device__ __forceinline__ void WaitForValues() {
     const int never = __any_sync(~0u, IsImpossible(shift_[0]));
     Wait(&shared_.value_ready[stage_], stage_phase_ ^ never);
+  }
+
+  // The step's exponentials, where the product of the step before has been added.
+  __device__ __forceinline__ void FindProbabilities(const float (&alpha)[2]) {
+    if constexpr (C::kTokenScales) {
+      if (flags_ & (kClean | kAfterClean)) {
+        float inverse[2], ratio[2];
+        FindUnits(inverse, ratio);
+        Exponentials<false, true>(alpha, inverse);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) pending_[h] = alpha[h] * ratio[h];
+        return;
+      }
+    }
+    Exponentials<false, false>(alpha, alpha);
+    SetPending(alpha);
+  }
+
+  // Where some query sees a part of the step only, each has an output in units of the largest scale
+  // of V that it sees itself: one of another query's keys must not take its bits. `inverse`: what
+  // V's scales are multiplied with; `ratio`: what the output is.
+  __device__ __forceinline__ void FindUnits(float (&inverse)[2], float (&ratio)[2]) {
+    const float* scales = shared_.scales[stage_][1] + 2 * (lane_ % 4);
+    const float reference = shared_.reference[stage_][0];
+    const int first = start_ + 2 * (lane_ % 4);
+    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int2 visible = shared_.visible[buffer_][QueryOf(h)];
+      float& row_unit = shared_.row_unit[QueryOf(h)];
+      const float before = flags_ & kAfterClean ? row_unit : shared_.reference[stage_][1];
+      float largest = 0.0f;
+#pragma unroll 1
+      for (int i = 0; i < C::kKeys; i += 8) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int key = first + i + e;
+          if (key >= visible.x && key < visible.y) largest = fmaxf(largest, fabsf(scales[i + e]));
+        }
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+      // A step without a visible key changes nothing.
+      const float own = largest > 0.0f ? fmaxf(largest, kLeastUnit) : before;
+      const float unit = flags_ & kClean ? own : reference;
+      inverse[h] = flags_ & kClean ? 1.0f / own : 1.0f;
+      ratio[h] = RatioOfUnits(before, unit);
+      __syncwarp();
+      if (lane_ % 4 == 0) row_unit = unit;
+    }
+    __syncwarp();
   }
 
   // What the output is multiplied with when the step's product is added.
@@ -279,17 +337,16 @@ class Consumer {
     keys_.Advance();
   }
 
-  // cap * tanh(s / cap), in units of log2. factor_ holds the scale over the cap.
+  // Turns products into capped scores, in units of log2.
   __device__ __forceinline__ void Softcap(int at) {
-    const float cap = p_.softcap * kLog2E;
-    const float factor[2] = {factor_[0] * (2.0f * kLog2E), factor_[1] * (2.0f * kLog2E)};
+    const ScoreCap cap(p_.softcap);
     if constexpr (C::kTokenScales) {
 #pragma unroll
       for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[at][0], j, s_);
     }
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
-      s_[i] = cap - 2.0f * cap * Reciprocal(Exp2(s_[i] * factor[i / 2 % 2]) + 1.0f);
+      s_[i] = cap(s_[i] * factor_[i / 2 % 2]);
     }
   }
 
@@ -310,12 +367,13 @@ class Consumer {
       largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
-      wanted[h] = fmaf(largest[h], Factor(h), -kLogPeak);
+      wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -kLogPeak);
     }
-    bool far = false;
+    bool any_far = false;
     if constexpr (!C::kSoftcap) {
-      far = __any_sync(~0u, IsFar(wanted[0]) || IsFar(wanted[1]));
-      if (far) MultiplyFarScores(s_, factor_, largest, wanted);
+      const bool far[2] = {IsFar(wanted[0]), IsFar(wanted[1])};
+      any_far = __any_sync(~0u, far[0] || far[1]);
+      if (any_far) MultiplyFarScores(s_, factor_, far, largest, wanted);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -324,7 +382,7 @@ class Consumer {
       alpha[h] = Exp2(before - Shift(h));
       sum_[h] *= alpha[h];
     }
-    return far;
+    return any_far;
   }
 
   __device__ __forceinline__ float Factor(int h) const { return C::kSoftcap ? 1.0f : factor_[h]; }
@@ -335,9 +393,10 @@ class Consumer {
   }
 
   // The step's exponentials, their sums and codes. The product before is added among them (or the
-  // output scaled, where the tensor core adds it), so that one fills the other's waits.
-  template <bool kAdd>
-  __device__ __forceinline__ void Exponentials(const float (&alpha)[2]) {
+  // output scaled, where the tensor core adds it), so that one fills the other's waits. kOwnUnits:
+  // V's scales are to be multiplied with `inverse` (see FindUnits).
+  template <bool kAdd, bool kOwnUnits>
+  __device__ __forceinline__ void Exponentials(const float (&alpha)[2], const float (&inverse)[2]) {
     constexpr int kPerOutput = C::kScores / C::kOut;
     constexpr int kTurn = C::kScores - 4;  // the other warpgroup needs some cycles to wake up
     const float shift[2] = {Shift(0), Shift(1)};
@@ -355,12 +414,25 @@ class Consumer {
       }
       sum_[h] += s_[i];
       if (i + 1 == kTurn) EndTurn(sum_[h]);
-      if (C::kTokenScales && i % 4 == 3) ScaleColumns(shared_.scales[stage_][1], i / 4, s_);
+      if (C::kTokenScales && i % 4 == 3) {
+        if constexpr (kOwnUnits) {
+          ScaleOwnColumns(i / 4, inverse);
+        } else {
+          ScaleColumns(shared_.scales[stage_][1], i / 4, s_);
+        }
+      }
       if (i % 8 == 7) {
         PackWord(i / 8 * 2);
         PackWord(i / 8 * 2 + 1);
       }
     }
+  }
+
+  // ScaleColumns() of V's scales in each row's own unit, which no visible one exceeds.
+  __device__ __forceinline__ void ScaleOwnColumns(int j, const float (&inverse)[2]) {
+    const float* scales = shared_.scales[stage_][1] + 8 * j + 2 * (lane_ % 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s_[4 * j + i] *= fminf(scales[i % 2] * inverse[i / 2], 1.0f);
   }
 
   // Word w of the left operand of P * V.

@@ -34,13 +34,13 @@ struct Place {
 template <class C>
 struct Epilogue {
   // `shift` is kLogPeak below a maximum in units of log2; `sum` is this thread's part of it, and
-  // like o kPeak times the true one. o counts in units of `reference`.
+  // like o kPeak times the true one. o counts in `unit`.
   // Shared: any kernel's, with `tile`, `sink`, `output_scale` and kFindAgain.
   template <class S>
   __device__ __forceinline__ static void Write(const AttentionParams& p, const S& shared,
                                                int buffer, const float (&o)[C::kOut],
                                                const float (&shift)[2], const float (&sum)[2],
-                                               float reference) {
+                                               const float (&unit)[2]) {
     const Place place(shared.tile[buffer], QueryOf<S::kFindAgain>(0));
     float scale[2];
 #pragma unroll
@@ -51,7 +51,7 @@ struct Epilogue {
           Normalise(p, place, h, shift[h] + kLogPeak, total * (1 / kPeak), shared.sink[buffer]) *
           (1 / kPeak);
       // No visible key: 0, whatever the other factors are.
-      if (scale[h] != 0.0f) scale[h] *= shared.output_scale[buffer] * reference;
+      if (scale[h] != 0.0f) scale[h] *= shared.output_scale[buffer] * unit[h];
     }
     switch (p.out_dtype) {
       case DType::kBFloat16:

@@ -61,7 +61,7 @@ class Loader {
   }
 
   __device__ void LoadKeys(const volatile Tile& tile, Ring<C::kStages>* stages) {
-    int ahead = FindBlock(tile, 0), block = -1;
+    int ahead = FindBlock(tile, 0), block = -1, before = 0;
 #pragma unroll 1
     for (int step = 0; step < tile.steps; ++step) {
       if (step % 16 == 0) {
@@ -73,6 +73,8 @@ class Loader {
       const int start = (tile.last - step) * C::kKeys;
       int flags = (blocks[0] < 0 ? kUnassigned : 0) | (blocks[1] < 0 ? kUnassigned << 1 : 0);
       if (start < tile.common_lo || start + C::kKeys > tile.common_hi) flags |= kClean;
+      if (before & kClean) flags |= kAfterClean;
+      before = flags;
       LoadStep(tile, step, blocks, flags, *stages);
       stages->Advance();
     }
@@ -178,7 +180,7 @@ class Cleaner {
   __device__ void FindFactors(const Tile& tile, int buffer) {
     const PagedCache& cache = p_.cache;
     const int kv_head = tile.kv_head;
-    float factor = p_.softmax_scale * (C::kSoftcap ? 1.0f / p_.softcap : 1.44269504f);
+    float factor = p_.softmax_scale * 1.44269504f;
     float output = p_.out_scale == nullptr ? 1.0f : 1.0f / p_.out_scale[0];
     if (!p_.paged) {
       factor *= Read(p_.packed.k_descale, tile, 0, kv_head);
@@ -258,7 +260,8 @@ class Cleaner {
 
   // Scales of a step in fp32. Tokens that do not exist get 1 for K, which keeps hidden scores, and
   // 0 for V. So do, in a step that some query sees in part, tokens with a NaN scale: they are
-  // listed for the consumers. Returns whether there are any.
+  // listed for the consumers. Returns whether there are any. V's scales are relative to the largest
+  // one, but not in such a step: there each query has a largest one of its own.
   __device__ bool PrepareScales(int at, int written, int flags, float* reference) {
     constexpr int kPer = C::kKeys / 32;
     float value[kPer], largest = 0.0f;
@@ -288,16 +291,16 @@ class Cleaner {
     }
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
-    // Far from both ends of fp32's range: ratios of two references stay finite.
-    largest = fmaxf(largest, 1e-18f);
-    const float inverse = 1.0f / largest;
+    largest = fmaxf(largest, kLeastUnit);
+    const bool own = flags & kClean;
+    const float inverse = own ? 1.0f : 1.0f / largest;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) shared_.scales[at][1][lane_ + 32 * i] = value[i] * inverse;
     if (lane_ == 0) {
-      shared_.reference[at][0] = largest;
-      shared_.reference[at][1] = *reference * inverse;
+      shared_.reference[at][0] = own ? -1.0f : largest;
+      shared_.reference[at][1] = own ? *reference : RatioOfUnits(*reference, largest);
     }
-    *reference = largest;
+    if (!own) *reference = largest;
     return found;
   }
 

@@ -6,19 +6,12 @@
 
 namespace fastattn::cuda::prefill_sm90 {
 
-inline constexpr float kLog2E = 1.44269504f;
 inline constexpr float kMinusInf = -__builtin_huge_valf();
 
 // 2^x. Volatile: exponentials stay in their order.
 __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float Reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -39,18 +32,25 @@ __device__ __forceinline__ bool IsFar(float score) {
   return fabsf(score) > kFarScore && score > -__builtin_huge_valf();
 }
 
-// Multiplies a thread's scores of two rows, whose factors become 1 for this step: differences of
-// the products are exact near the largest. `wanted` is the shift below that one, by kLogPeak where
-// this can be subtracted exactly.
+// The shift below a step's largest score, by kLogPeak where this can be subtracted exactly.
+__device__ __forceinline__ float ShiftBelow(float largest) {
+  return fabsf(largest) < 67108864.0f ? largest - kLogPeak : largest;  // 2^26
+}
+
+// Multiplies a thread's scores of those of its two rows that are far, whose factors become 1 for
+// this step: differences of the products are exact near the largest. `wanted` is the shift below
+// that one. The other row stays as it is to the bit: it sees nothing of what the far one sees.
 template <int kScores>
 __device__ __forceinline__ void MultiplyFarScores(float (&scores)[kScores], float (&factor)[2],
-                                                  const float (&largest)[2], float (&wanted)[2]) {
+                                                  const bool (&far)[2], const float (&largest)[2],
+                                                  float (&wanted)[2]) {
+  const float times[2] = {far[0] ? factor[0] : 1.0f, far[1] ? factor[1] : 1.0f};
 #pragma unroll
-  for (int i = 0; i < kScores; ++i) scores[i] *= factor[i / 2 % 2];
+  for (int i = 0; i < kScores; ++i) scores[i] *= times[i / 2 % 2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float top = largest[h] * factor[h];
-    wanted[h] = fabsf(top) < 67108864.0f ? top - kLogPeak : top;  // 2^26
+    if (!far[h]) continue;
+    wanted[h] = ShiftBelow(largest[h] * factor[h]);
     factor[h] = 1.0f;
   }
 }
