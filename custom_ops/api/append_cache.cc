@@ -98,7 +98,7 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
       .Dtype({phi::DataType::INT32})
       .Rank(2)
       .Contiguous();
-  const Shape table = block_tables.shape();
+  const Sizes table = SizesOf(block_tables);
   for (int64_t size : table) RequireFits(kOp, "block_tables", size);
   p.batch = static_cast<int>(table[0]);
   p.max_blocks = static_cast<int>(table[1]);

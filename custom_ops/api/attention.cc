@@ -69,7 +69,7 @@ void ParseQuery(const char* op, const Tensor& q, AttentionParams* p) {
     Fail("TypeError", op, "q", "expected dtype float32, float16, bfloat16, uint8 (e4m3 codes) or ",
          "float8_e4m3fn, got ", q.dtype());
   }
-  const Shape shape = q.shape(), strides = StridesOf(q);
+  const Sizes shape = SizesOf(q), strides = StridesOf(q);
   for (int64_t size : shape) RequireFits(op, "q", size);
   p->q = Data(q);
   p->num_heads = static_cast<int>(shape[1]);
@@ -99,16 +99,16 @@ void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head
 Descale ParseDescale(const char* op, const char* name, const Tensor& scale, const phi::Place& place,
                      int64_t batch, int64_t kv_heads) {
   Arg(op, name, scale).On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
-  const Shape shape = scale.shape(), strides = StridesOf(scale);
+  const Sizes shape = SizesOf(scale), strides = StridesOf(scale);
   Descale result;
   result.data = Data(scale);
   result.dtype = ToDType(op, name, scale.dtype());
-  if (shape == Shape{batch, kv_heads}) {
+  if (shape == Sizes{batch, kv_heads}) {
     result.batch_stride = strides[0];
     result.head_stride = strides[1];
-  } else if (shape == Shape{kv_heads}) {
+  } else if (shape == Sizes{kv_heads}) {
     result.head_stride = strides[0];
-  } else if (shape != Shape{1}) {
+  } else if (shape != Sizes{1}) {
     Fail("ValueError", op, name, "expected shape [1], [", kv_heads, "] (KV heads) or [", batch,
          ", ", kv_heads, "] (rows, KV heads), got ", ShapeText(shape));
   }
@@ -123,11 +123,11 @@ void ParseQueryDescale(const char* op, const Tensor* scale, const phi::Place& pl
          " queries; it belongs to e4m3 codes");
   }
   const Arg arg(op, "q_descale", *scale);
-  const Shape shape = scale->shape();
+  const Sizes shape = SizesOf(*scale);
   const int64_t tokens = p->rows.num_tokens, heads = p->num_heads;
-  if (shape == Shape{tokens, heads}) {
+  if (shape == Sizes{tokens, heads}) {
     arg.On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
-    const Shape strides = StridesOf(*scale);
+    const Sizes strides = StridesOf(*scale);
     p->q_descale.data = Data(*scale);
     p->q_descale.dtype = ToDType(op, "q_descale", scale->dtype());
     p->q_descale.token_stride = strides[0];
@@ -135,7 +135,7 @@ void ParseQueryDescale(const char* op, const Tensor* scale, const phi::Place& pl
     p->q_descale.per_query_head = true;
     return;
   }
-  if (shape != Shape{1} && shape != Shape{p->rows.batch, p->num_kv_heads}) {
+  if (shape != Sizes{1} && shape != Sizes{p->rows.batch, p->num_kv_heads}) {
     Fail("ValueError", op, "q_descale", "expected shape [1], [", p->rows.batch, ", ",
          p->num_kv_heads, "] (rows, KV heads) or [", tokens, ", ", heads,
          "] (tokens, query heads), got ", ShapeText(shape));
@@ -359,14 +359,14 @@ void ParsePackedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
   const Arg key(kFlash, "k", k), value(kFlash, "v", v);
   key.On(place).Rank(3).LastDimContiguous();
   value.On(place).Dtype({k.dtype()}).Dims(k.shape()).LastDimContiguous();
-  const Shape shape = k.shape();
+  const Sizes shape = SizesOf(k);
   CheckHeads(kFlash, "k", shape[1], shape[2], p);
   PackedKv& kv = p->packed;
   kv.dtype = ParseKvDtype(kv_dtype, k, p->q_dtype);
   kv.key = Data(k);
   kv.value = Data(v);
   kv.num_tokens = shape[0];
-  const Shape key_strides = StridesOf(k), value_strides = StridesOf(v);
+  const Sizes key_strides = StridesOf(k), value_strides = StridesOf(v);
   kv.key_token_stride = key_strides[0];
   kv.key_head_stride = key_strides[1];
   kv.value_token_stride = value_strides[0];

@@ -5,7 +5,6 @@
 // checks also stand between a direct caller of the raw operator and the process's memory.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -15,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "api/sizes.h"
 #include "common/dispatch.h"
 #include "common/strided_view.h"
 #include "common/types.h"
@@ -38,7 +38,7 @@ template <typename... Parts>
   PD_THROW(text.str());
 }
 
-inline std::string ShapeText(const Shape& shape) {
+inline std::string ShapeText(const Sizes& shape) {
   std::ostringstream text;
   text << '[';
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -51,14 +51,6 @@ inline std::string ShapeText(const Shape& shape) {
   }
   text << ']';
   return text.str();
-}
-
-// Strides in elements.
-inline Shape StridesOf(const Tensor& tensor) {
-  const common::DDim strides = tensor.strides();
-  Shape result(strides.size());
-  for (int i = 0; i < strides.size(); ++i) result[i] = strides[i];
-  return result;
 }
 
 // Product of sizes of which an allocation or an index is made. The last may be an element's bytes.
@@ -79,7 +71,7 @@ inline int64_t CheckedProduct(const char* op, const char* arg,
 }
 
 // The same of the dimensions of a shape from `first` on.
-inline int64_t CheckedProduct(const char* op, const char* arg, const Shape& shape,
+inline int64_t CheckedProduct(const char* op, const char* arg, const Sizes& shape,
                               size_t first = 0) {
   int64_t product = 1;
   for (size_t i = first; i < shape.size(); ++i) {
@@ -100,7 +92,7 @@ inline void RequireBytesFit(const char* op, const char* name, const Tensor& tens
   }
   if (!fits) {
     Fail("ValueError", op, name, "expected sizes whose product fits 64 bits, got shape ",
-         ShapeText(tensor.shape()));
+         ShapeText(SizesOf(tensor)));
   }
 }
 
@@ -123,7 +115,7 @@ inline void RequireAligned(const char* op, const char* name, const Tensor& tenso
                            size_t inner = 1) {
   if (tensor.numel() == 0 || tensor.place().GetType() != phi::AllocationType::GPU) return;
   RequireAlignedAddress(op, name, tensor, bytes);
-  const Shape shape = tensor.shape(), strides = StridesOf(tensor);
+  const Sizes shape = SizesOf(tensor), strides = StridesOf(tensor);
   const auto size = static_cast<int64_t>(phi::SizeOf(tensor.dtype()));
   for (size_t i = 0; i + inner < shape.size(); ++i) {
     if (shape[i] > 1 && strides[i] * size % bytes != 0) {
@@ -169,14 +161,14 @@ class Arg {
   const Arg& Rank(int rank) const {
     if (static_cast<int>(tensor_.shape().size()) != rank) {
       Fail("ValueError", op_, name_, "expected ", rank, " dimensions, got shape ",
-           ShapeText(tensor_.shape()));
+           ShapeText(SizesOf(tensor_)));
     }
     return *this;
   }
 
   // Exact shape; -1 accepts any size of that dimension.
-  const Arg& Dims(const Shape& expected) const {
-    const Shape shape = tensor_.shape();
+  const Arg& Dims(const Sizes& expected) const {
+    const Sizes shape = SizesOf(tensor_);
     bool same = shape.size() == expected.size();
     for (size_t i = 0; same && i < shape.size(); ++i) {
       same = expected[i] < 0 || shape[i] == expected[i];
@@ -189,8 +181,8 @@ class Arg {
   }
 
   const Arg& Contiguous() const {
-    const Shape shape = tensor_.shape();
-    const Shape strides = StridesOf(tensor_);
+    const Sizes shape = SizesOf(tensor_);
+    const Sizes strides = StridesOf(tensor_);
     int64_t expected = 1;
     for (size_t i = shape.size(); i-- > 0 && tensor_.numel() > 0;) {
       if (shape[i] != 1 && strides[i] != expected) {
@@ -204,7 +196,7 @@ class Arg {
 
   // Elements of the last dimension lie side by side; other strides are free.
   const Arg& LastDimContiguous() const {
-    const Shape shape = tensor_.shape();
+    const Sizes shape = SizesOf(tensor_);
     // Strides of an empty tensor mean nothing.
     const bool several = tensor_.numel() > 0 && !shape.empty() && shape.back() > 1;
     if (several && StridesOf(tensor_).back() != 1) {
@@ -343,52 +335,18 @@ inline void RequireApart(const char* op, const char* written_name, const Tensor&
   }
 }
 
-namespace detail {
-
-// Whether index differences below `shape` lead from a byte offset to within `size` bytes of 0.
-// `order`: the dimensions by falling stride. Of a view whose elements lie apart, a stride is larger
-// than all that the smaller ones reach: the two nearest multiples are the only ones to try.
-inline bool ReachesZero(const Shape& shape, const Shape& strides, const std::vector<size_t>& order,
-                        size_t at, int64_t offset, int64_t size) {
-  if (at == order.size()) return -size < offset && offset < size;
-  const int64_t count = shape[order[at]], stride = strides[order[at]] * size;
-  if (count == 1 || stride == 0) {
-    return ReachesZero(shape, strides, order, at + 1, offset, size);
-  }
-  const int64_t nearest = offset / stride;
-  for (int64_t i : {nearest - 1, nearest, nearest + 1}) {
-    if (-count < i && i < count &&
-        ReachesZero(shape, strides, order, at + 1, offset - i * stride, size)) {
-      return true;
-    }
-  }
-  return false;
-}
-
-}  // namespace detail
-
 // Refuses a tensor that is written while another argument lies in its memory, unless that one is
 // the same view of it: for operators that read an element before they write over it. Views of one
 // pool with the same strides may interleave.
 inline void RequireSameOrApart(const char* op, const char* written_name, const Tensor& written,
                                const char* other_name, const Tensor& other) {
   if (written.numel() == 0 || other.numel() == 0) return;
-  const bool alike = written.shape() == other.shape() &&
-                     phi::SizeOf(written.dtype()) == phi::SizeOf(other.dtype()) &&
-                     StridesOf(written) == StridesOf(other);
-  if (!alike) return RequireApart(op, written_name, written, other_name, other);
-  const int64_t offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(written.data())) -
-                         static_cast<int64_t>(reinterpret_cast<uintptr_t>(other.data()));
-  if (offset == 0) return;
-  const Shape shape = written.shape(), strides = StridesOf(written);
-  std::vector<size_t> order(shape.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::sort(order.begin(), order.end(),
-            [&](size_t a, size_t b) { return strides[a] > strides[b]; });
-  const auto size = static_cast<int64_t>(phi::SizeOf(written.dtype()));
-  if (detail::ReachesZero(shape, strides, order, 0, offset, size)) {
+  const bool same = written.data() == other.data() && SizesOf(written) == SizesOf(other) &&
+                    StridesOf(written) == StridesOf(other) &&
+                    phi::SizeOf(written.dtype()) == phi::SizeOf(other.dtype());
+  if (!same && MayOverlap(BytesOf(written), BytesOf(other))) {
     Fail("ValueError", op, written_name, "it is written and must be ", other_name,
-         " itself or not share memory with it, got one that is shifted by ", offset, " bytes");
+         " itself or not share memory with it");
   }
 }
 
@@ -396,7 +354,7 @@ inline void RequireSameOrApart(const char* op, const char* written_name, const T
 inline void RequireNoOverlap(const char* op, const char* name, const Tensor& tensor) {
   if (tensor.numel() > 0 && BytesOf(tensor).RepeatsItself()) {
     Fail("ValueError", op, name, "it is written and no two of its elements may share memory, got ",
-         "shape ", ShapeText(tensor.shape()), " with strides ", ShapeText(StridesOf(tensor)));
+         "shape ", ShapeText(SizesOf(tensor)), " with strides ", ShapeText(StridesOf(tensor)));
   }
 }
 

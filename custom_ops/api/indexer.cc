@@ -142,7 +142,7 @@ std::vector<Tensor> IndexerQRopeQuant(const Tensor& positions, const Tensor& q,
   Tensor codes = paddle::empty(shapes[0], phi::DataType::UINT8, place);
   Tensor scales = paddle::empty(shapes[1], QueryScaleDtype(quant), place);
   Tensor weights_out = paddle::empty(shapes[2], phi::DataType::FLOAT32, place);
-  const Shape strides = StridesOf(q);
+  const Sizes strides = StridesOf(q);
   p.q = Data<uint16_t>(q);
   p.q_token_stride = strides[0];
   p.q_head_stride = strides[1];

@@ -40,13 +40,13 @@ MergeOutput ValuesKind(DType dtype, const Tensor* output) {
 }
 
 void SetOutputStrides(const Tensor& tensor, int64_t& token, int64_t& head) {
-  const Shape strides = StridesOf(tensor);
+  const Sizes strides = StridesOf(tensor);
   token = strides[0];
   head = strides[1];
 }
 
 void SetLseStrides(const Tensor& tensor, int64_t& head, int64_t& token) {
-  const Shape strides = StridesOf(tensor);
+  const Sizes strides = StridesOf(tensor);
   head = strides[0];
   token = strides[1];
 }
@@ -60,7 +60,7 @@ void CheckScaleValue(const float* scale) {
 
 // Channels that share a scale, from the shape [T, groups] of the scales.
 int GroupSize(const Tensor& scales, int64_t tokens, int64_t channels) {
-  const Shape shape = scales.shape();
+  const Sizes shape = SizesOf(scales);
   const bool fits = shape.size() == 2 && shape[0] == tokens &&
                     (shape[1] == 0 ? channels == 0 : shape[1] > 0 && channels % shape[1] == 0);
   if (!fits) {
@@ -121,7 +121,7 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
       .Rank(3)
       .LastDimContiguous();
   const auto place = prefix_output.place();
-  const Shape shape = prefix_output.shape();
+  const Sizes shape = SizesOf(prefix_output);
   for (size_t i : {1, 2}) RequireFits(kOp, "prefix_output", shape[i]);
   const Shape lse_shape = {shape[1], shape[0]};
   Arg(kOp, "suffix_output", suffix_output)
@@ -172,7 +172,7 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
   p.output_scale = scale != nullptr ? Data<float>(*scale) : nullptr;
 
   const auto out_dtype = fp8 ? phi::DataType::UINT8 : prefix_output.dtype();
-  Tensor merged = given_output ? *given_output : paddle::empty(shape, out_dtype, place);
+  Tensor merged = given_output ? *given_output : paddle::empty(shape.ToVector(), out_dtype, place);
   Tensor merged_lse =
       given_lse ? *given_lse : paddle::empty(lse_shape, phi::DataType::FLOAT32, place);
   p.output_kind = given_scales ? MergeOutput::kDynamicFp8

@@ -30,9 +30,9 @@ const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const p
 
 void CheckRows(const char* name, const Tensor& tensor, int head_num, int head_dim) {
   const int64_t width = CheckedProduct(kOp, "head_num", {head_num, head_dim});
-  const Shape shape = tensor.shape();
+  const Sizes shape = SizesOf(tensor);
   const int64_t tokens = shape.empty() ? -1 : shape[0];
-  if (shape != Shape{tokens, width} && shape != Shape{tokens, head_num, head_dim}) {
+  if (shape != Sizes{tokens, width} && shape != Sizes{tokens, head_num, head_dim}) {
     Fail("ValueError", kOp, name, "expected shape [T, ", width, "] (head_num * head_dim) or [T, ",
          head_num, ", ", head_dim, "], got ", ShapeText(shape));
   }

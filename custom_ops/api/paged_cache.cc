@@ -41,12 +41,12 @@ ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* sca
     return ScaleGranularity::kToken;
   }
   arg.Contiguous();
-  const Shape shape = scales->shape();
+  const Sizes shape = SizesOf(*scales);
   const int64_t heads = cache.num_kv_heads;
   const int64_t channels = heads * cache.head_dim;
-  if (shape == Shape{1}) return ScaleGranularity::kTensor;
-  if (shape == Shape{heads}) return ScaleGranularity::kHead;
-  if (shape == Shape{channels} && IsInt8(cache.type)) return ScaleGranularity::kChannel;
+  if (shape == Sizes{1}) return ScaleGranularity::kTensor;
+  if (shape == Sizes{heads}) return ScaleGranularity::kHead;
+  if (shape == Sizes{channels} && IsInt8(cache.type)) return ScaleGranularity::kChannel;
   if (IsInt8(cache.type)) {
     Fail("ValueError", op, name, "expected shape [1], [", heads, "] (KV heads) or [", channels,
          "] (KV heads * head_dim), got ", ShapeText(shape));
@@ -121,7 +121,7 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 
   Arg key(op, "key_cache", args.key_cache);
   key.On(place).Rank(4);
-  const Shape shape = args.key_cache.shape();
+  const Sizes shape = SizesOf(args.key_cache);
   for (int64_t size : shape) RequireFits(op, "key_cache", size);
   const int64_t head_dim = shape[3];
   if (shape[2] != kBlockSize) {
@@ -248,8 +248,8 @@ RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_s
 }
 
 int64_t HeadsContiguous(const char* op, const char* name, const Tensor& tensor) {
-  const Shape shape = tensor.shape();
-  const Shape strides = StridesOf(tensor);
+  const Sizes shape = SizesOf(tensor);
+  const Sizes strides = StridesOf(tensor);
   if (tensor.numel() > 0 && (strides[2] != 1 || (shape[1] != 1 && strides[1] != shape[2]))) {
     Fail("ValueError", op, name, "expected the heads of a token side by side, got shape ",
          ShapeText(shape), " with strides ", ShapeText(strides));

@@ -45,7 +45,7 @@ Shape ScaleShape(const Shape& x, bool has_scale, const std::string& granularity,
 // the last dimension do.
 int64_t RowStride(const Tensor& x) {
   const Shape shape = x.shape();
-  const Shape strides = StridesOf(x);
+  const Sizes strides = StridesOf(x);
   if (shape.size() < 2 || x.numel() == 0) return shape.empty() ? 1 : shape.back();
   int64_t row_stride = -1;  // of the innermost leading dimension that has more than one index
   int64_t expected = -1;

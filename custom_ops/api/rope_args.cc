@@ -62,7 +62,7 @@ void ParseRotary(const char* op, const Tensor* table, bool neox, int rotary_dim,
   if (table == nullptr) return;
   Arg arg(op, "rotary_embs", *table);
   arg.On(place).Dtype({phi::DataType::FLOAT32}).Contiguous();
-  const Shape shape = table->shape();
+  const Sizes shape = SizesOf(*table);
   if (shape.size() == 6) {
     Fail("NotImplementedError", op, "rotary_embs", "rope_3d tables (6 dimensions) are not ",
          "supported, got shape ", ShapeText(shape));

@@ -189,6 +189,14 @@ def _host_us(device: _Device, call: Call, calls: int = 200) -> float:
     return statistics.median(spent)
 
 
+def _warm_up(device: _Device, call: Call, seconds: float = 0.5) -> None:
+    """Call for a while: a processor that rested is slow at first."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        call()
+        device.wait()
+
+
 @contextmanager
 def _through_registry() -> Iterator[None]:
     direct = _ops.call
@@ -214,6 +222,7 @@ def host_rows(quick: bool) -> Iterator[Row]:
     size = _Size(32, 8, 128, 16, 1023) if on_gpu else _Size(1, 1, 64, 1, 0)
     calls = list(_operator_calls(device, size))
     calls += [("layer step", shape, call) for shape, call in _layer_calls(device, size, quick)]
+    _warm_up(device, calls[0][2])
     alone = [_host_us(device, call) for _, _, call in calls]
     more = COUNT if register_dummies() else 0
     beside = f"{more} more operators"
