@@ -96,7 +96,7 @@ struct alignas(1024) Shared {
   alignas(16) float key_scales[C::kScaleSlots][4][C::kScaleGroup];
   // In units of the reference; with kClean: their mantissas alone, and the exponents.
   alignas(16) __half value_scales[C::kScaleSlots][C::kScaledKeys];
-  uint8_t value_exponents[C::kScaleSlots][C::kScaledKeys];
+  alignas(4) uint8_t value_exponents[C::kScaleSlots][C::kScaledKeys];
   // Of V in the last step without kClean, this one or before; with it the sign is negative.
   float common_unit[C::kScaleSlots];
   uint32_t poisoned[C::kScaleSlots][C::kKeys / 32];  // tokens whose scale of V is not finite

@@ -9,6 +9,7 @@
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/shared_address.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/prefill_half_sm90/config.h"
 #include "cuda/prefill_half_sm90/row_sums.cuh"
 #include "cuda/prefill_sm90/epilogue.cuh"
@@ -40,12 +41,13 @@ class RowUnits {
                                          RowSums<C>& sums, float (&ratio)[2]) {
     const float common = fabsf(shared.common_unit[slot]);
     const bool own = IsOwn(shared, slot);
+    const int before_lane = own ? MaxOfLanesBefore(LargestOfLane(shared, slot)) : 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float before = own_ ? unit_[h] : common;
       float unit = common;
       if (own) {
-        unit = fmaxf(before, LargestSeen(shared, slot, buffer, start, h));
+        unit = fmaxf(before, LargestSeen(shared, slot, buffer, start, h, before_lane));
         sums.AddRow(h, Scale(shared, slot, h, unit, words));
       }
       // Finite: an output of 0 stays 0.
@@ -77,22 +79,53 @@ class RowUnits {
     return make_int2(pair & 0xFF, pair >> 8);
   }
 
-  // The largest power of two among the scales of tokens that row h sees.
+  __device__ __forceinline__ static uint32_t LoadFour(const Shared<C>& shared, uint32_t slot,
+                                                      int token) {
+    uint32_t four;
+    asm volatile("ld.shared.u32 %0, [%1];"
+                 : "=r"(four)
+                 : "r"(SharedAddress(shared.value_exponents[slot]) + token));
+    return four;
+  }
+
+  __device__ __forceinline__ static int LargestOf(uint32_t four) {
+    const uint32_t two = __vmaxu4(four, four >> 16);
+    return static_cast<int>(max(two & 0xFF, two >> 8 & 0xFF));
+  }
+
+  // The largest exponent of this lane's four tokens.
+  __device__ __forceinline__ static int LargestOfLane(const Shared<C>& shared, uint32_t slot) {
+    static_assert(C::kKeys <= 128);
+    const int first = 4 * Lane<true>();
+    return first < C::kKeys ? LargestOf(LoadFour(shared, slot, first)) : 0;
+  }
+
+  // The largest power of two among the scales of tokens that row h sees. `before_lane`: the largest
+  // exponent of the tokens before this lane's four.
   __device__ __forceinline__ static float LargestSeen(const Shared<C>& shared, uint32_t slot,
-                                                      int buffer, int start, int h) {
-    const uint32_t exponents = Exponents(shared, slot);
+                                                      int buffer, int start, int h,
+                                                      int before_lane) {
     const int2 visible = shared.visible[buffer][prefill_sm90::QueryOf<true>(h)];
-    const int first = start + 2 * (Lane<true>() % 4);
+    const int begin = visible.x - start, end = min(visible.y - start, C::kKeys);
     int largest = kLeastExponent;
+    if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window's first tokens lie in the step
+      const uint32_t exponents = Exponents(shared, slot);
+      const int first = 2 * (Lane<true>() % 4);
 #pragma unroll 1
-    for (int i = 0; i < C::kKeys; i += 8) {
-      const int2 pair = LoadPair(exponents + i);
-      const int key = first + i;
-      if (key >= visible.x && key < visible.y) largest = max(largest, pair.x);
-      if (key + 1 >= visible.x && key + 1 < visible.y) largest = max(largest, pair.y);
+      for (int i = 0; i < C::kKeys; i += 8) {
+        const int2 pair = LoadPair(exponents + i);
+        const int token = first + i;
+        if (token >= begin && token < end) largest = max(largest, pair.x);
+        if (token + 1 >= begin && token + 1 < end) largest = max(largest, pair.y);
+      }
+      largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+      largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+    } else {
+      const int last = max(end, 1) - 1;
+      const uint32_t seen = LoadFour(shared, slot, last / 4 * 4) & (~0u >> (24 - last % 4 * 8));
+      const int before = __shfl_sync(~0u, before_lane, last / 4);
+      if (end > 0) largest = max(largest, max(before, LargestOf(seen)));
     }
-    largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
     return __int_as_float(largest << 23);
   }
 

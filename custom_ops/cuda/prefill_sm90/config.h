@@ -121,7 +121,7 @@ struct alignas(1024) Shared {
   uint8_t value[C::kStages][C::kKeys * C::kDim];
   // Token scales: as loaded (fp32 or bf16), and as used: fp32, those of V over the step's largest.
   uint8_t raw_scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys * 4];
-  float scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys];
+  alignas(16) float scales[C::kTokenScales ? C::kStages : 1][2][C::kKeys];
   // Tokens whose scale of K, or of V, is NaN; a bit each.
   uint32_t poisoned[C::kTokenScales ? C::kStages : 1][2][C::kKeys / 32];
   // V's largest scale, and the step before's over it. With kClean: -1, and the largest scale of the

@@ -8,6 +8,7 @@
 #include "common/numeric.h"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/softcap.cuh"
+#include "cuda/common/warp_scan.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/prefill_sm90/config.h"
 #include "cuda/prefill_sm90/epilogue.cuh"
@@ -263,35 +264,62 @@ class Consumer {
   // of V that it sees itself: one of another query's keys must not take its bits. `inverse`: what
   // V's scales are multiplied with; `ratio`: what the output is.
   __device__ __forceinline__ void FindUnits(float (&inverse)[2], float (&ratio)[2]) {
-    const float* scales = shared_.scales[stage_][1] + 2 * (lane_ % 4);
     const float reference = shared_.reference[stage_][0];
-    const int first = start_ + 2 * (lane_ % 4);
+    const bool own = flags_ & kClean;
+    float largest[2] = {};
+    if (own) {
+      const float before_lane = MaxOfLanesBefore(LargestOfLane());
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        largest[h] = LargestSeen(shared_.visible[buffer_][QueryOf(h)], before_lane);
+      }
+    }
     __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int2 visible = shared_.visible[buffer_][QueryOf(h)];
       float& row_unit = shared_.row_unit[QueryOf(h)];
       const float before = flags_ & kAfterClean ? row_unit : shared_.reference[stage_][1];
-      float largest = 0.0f;
-#pragma unroll 1
-      for (int i = 0; i < C::kKeys; i += 8) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = first + i + e;
-          if (key >= visible.x && key < visible.y) largest = fmaxf(largest, fabsf(scales[i + e]));
-        }
-      }
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
       // A step without a visible key changes nothing.
-      const float own = largest > 0.0f ? fmaxf(largest, kLeastUnit) : before;
-      const float unit = flags_ & kClean ? own : reference;
-      inverse[h] = flags_ & kClean ? 1.0f / own : 1.0f;
+      const float seen = largest[h] > 0.0f ? fmaxf(largest[h], kLeastUnit) : before;
+      const float unit = own ? seen : reference;
+      inverse[h] = own ? 1.0f / seen : 1.0f;
       ratio[h] = RatioOfUnits(before, unit);
       __syncwarp();
       if (lane_ % 4 == 0) row_unit = unit;
     }
     __syncwarp();
+  }
+
+  // The largest of V's scales of this lane's four keys, NaN apart.
+  __device__ __forceinline__ float LargestOfLane() const {
+    static_assert(C::kKeys <= 128);
+    if (4 * lane_ >= C::kKeys) return 0.0f;
+    const auto x = *reinterpret_cast<const float4*>(shared_.scales[stage_][1] + 4 * lane_);
+    return fmaxf(fmaxf(fmaxf(0.0f, fabsf(x.x)), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+  }
+
+  // The largest of V's scales of the step among keys that a query sees. `before_lane`: of the keys
+  // before this lane's four.
+  __device__ __forceinline__ float LargestSeen(int2 visible, float before_lane) const {
+    const float* scales = shared_.scales[stage_][1];
+    const int begin = visible.x - start_, end = min(visible.y - start_, C::kKeys);
+    if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window's first keys lie in the step
+      float largest = 0.0f;
+#pragma unroll 1
+      for (int i = 2 * (lane_ % 4); i < C::kKeys; i += i % 2 == 0 ? 1 : 7) {
+        if (i >= begin && i < end) largest = fmaxf(largest, fabsf(scales[i]));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+      return fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    }
+    const int last = max(end, 1) - 1;
+    const auto x = *reinterpret_cast<const float4*>(scales + last / 4 * 4);
+    float largest = __shfl_sync(~0u, before_lane, last / 4);
+    largest = fmaxf(largest, fabsf(x.x));
+    if (last % 4 >= 1) largest = fmaxf(largest, fabsf(x.y));
+    if (last % 4 >= 2) largest = fmaxf(largest, fabsf(x.z));
+    if (last % 4 >= 3) largest = fmaxf(largest, fabsf(x.w));
+    return end > 0 ? largest : 0.0f;
   }
 
   // What the output is multiplied with when the step's product is added.
