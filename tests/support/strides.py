@@ -168,6 +168,7 @@ class PeakMemory:
     def start(self) -> None:
         if self._gpu:
             # A peak from before must not hide a new one.
+            self._filler = None
             missing = paddle.device.cuda.max_memory_allocated() - self._now()
             with default_place("gpu"):
                 self._filler = paddle.empty([missing], dtype="uint8") if missing > 0 else None
