@@ -247,7 +247,7 @@ class Consumer {
   // The step's exponentials, where the product of the step before has been added.
   __device__ __forceinline__ void FindProbabilities(const float (&alpha)[2]) {
     if constexpr (C::kTokenScales) {
-      if (flags_ & (kClean | kAfterClean)) {
+      if (flags_ & kClean) {
         float inverse[2], ratio[2];
         FindUnits(inverse, ratio);
         Exponentials<false, true>(alpha, inverse);
@@ -264,15 +264,11 @@ class Consumer {
   // of V that it sees itself: one of another query's keys must not take its bits. `inverse`: what
   // V's scales are multiplied with; `ratio`: what the output is.
   __device__ __forceinline__ void FindUnits(float (&inverse)[2], float (&ratio)[2]) {
-    const float reference = shared_.reference[stage_][0];
-    const bool own = flags_ & kClean;
-    float largest[2] = {};
-    if (own) {
-      const float before_lane = MaxOfLanesBefore(LargestOfLane());
+    const float before_lane = MaxOfLanesBefore(LargestOfLane());
+    float largest[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        largest[h] = LargestSeen(shared_.visible[buffer_][QueryOf(h)], before_lane);
-      }
+    for (int h = 0; h < 2; ++h) {
+      largest[h] = LargestSeen(shared_.visible[buffer_][QueryOf(h)], before_lane);
     }
     __syncwarp();
 #pragma unroll
@@ -280,9 +276,8 @@ class Consumer {
       float& row_unit = shared_.row_unit[QueryOf(h)];
       const float before = flags_ & kAfterClean ? row_unit : shared_.reference[stage_][1];
       // A step without a visible key changes nothing.
-      const float seen = largest[h] > 0.0f ? fmaxf(largest[h], kLeastUnit) : before;
-      const float unit = own ? seen : reference;
-      inverse[h] = own ? 1.0f / seen : 1.0f;
+      const float unit = largest[h] > 0.0f ? fmaxf(largest[h], kLeastUnit) : before;
+      inverse[h] = 1.0f / unit;
       ratio[h] = RatioOfUnits(before, unit);
       __syncwarp();
       if (lane_ % 4 == 0) row_unit = unit;
@@ -325,9 +320,16 @@ class Consumer {
   // What the output is multiplied with when the step's product is added.
   __device__ __forceinline__ void SetPending(const float (&alpha)[2]) {
     // The output counts in units of the step's largest scale of V.
-    const float ratio = C::kTokenScales ? shared_.reference[stage_][1] : 1.0f;
-    pending_[0] = alpha[0] * ratio;
-    pending_[1] = alpha[1] * ratio;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float ratio = C::kTokenScales ? shared_.reference[stage_][1] : 1.0f;
+      if constexpr (C::kTokenScales) {
+        if (flags_ & kAfterClean) {
+          ratio = RatioOfUnits(shared_.row_unit[QueryOf(h)], shared_.reference[stage_][0]);
+        }
+      }
+      pending_[h] = alpha[h] * ratio;
+    }
   }
 
   // Waits for the P * V in flight and adds it. The output's scale follows the maximum one step
