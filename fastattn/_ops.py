@@ -168,6 +168,18 @@ def _load_direct() -> tuple[Any, dict[str, _Direct]]:
     return (None if module is None else module.call), operators
 
 
+def prepare() -> None:
+    """Load the library without a call, so that what is wrong with it is told now.
+
+    Raises
+    ------
+    ImportError
+        As :func:`load` does, which is only called where nothing can be called directly.
+    """
+    if _load_direct()[0] is None:
+        load()
+
+
 @functools.cache
 def signature(op: str) -> OpSignature:
     """Signature of the operator ``fastattn_<op>``, from what it was built with."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fastattn.backends.layer_cache import LayerCache
+from fastattn.functional._cache_types import STATIC_TYPES
 
 #: Attributes that decide about a layer's step.
 _READ = (
@@ -46,19 +47,49 @@ class LayerFacts(NamedTuple):
         object takes their identities.
     identities : list of int
     cache : LayerCache
-    keeps_scales : bool
-        Whether the scales of `cache` are the layer's own tensors (or there are none), not copies
-        that would have to follow them.
     write, attend : dict
         Keyword arguments of ``rope_write_cache_kv`` and ``paged_attention``.
+    sources : tuple of Tensor or None
+        The layer's scales of K and V where those of `cache` are made of them: the latter must
+        follow what is written into them.
+    detached : bool
+        Whether they are made by ``detach()`` alone.
     """
 
     seen: list[Any]
     identities: list[int]
     cache: LayerCache
-    keeps_scales: bool
     write: dict[str, Any]
     attend: dict[str, Any]
+    sources: tuple[Any, Any] | None
+    detached: bool
+
+    @classmethod
+    def of(
+        cls,
+        layer: Any,
+        seen: list[Any],
+        cache: LayerCache,
+        write: dict[str, Any],
+        attend: dict[str, Any],
+    ) -> LayerFacts:
+        """Facts from the arguments of a layer's operators, scales included."""
+        given = tuple(
+            getattr(layer, name, None) for name in ("cache_k_out_scale", "cache_v_out_scale")
+        )
+        pairs: list[tuple[Any, Any]] = list(zip((cache.k_scales, cache.v_scales), given))
+        static = cache.quant_type in STATIC_TYPES
+        made = static and not all(ours is theirs for ours, theirs in pairs)
+        detached = made and all(
+            ours.dtype == theirs.dtype and ours.shape == theirs.shape for ours, theirs in pairs
+        )
+        sources = (given[0], given[1]) if made else None
+        return cls([*seen, layer], list(map(id, seen)), cache, write, attend, sources, detached)
+
+    def with_scales(self, k_scales: Any, v_scales: Any) -> LayerFacts:
+        """The same with other scales."""
+        scales = {"cache_k_scales": k_scales, "cache_v_scales": v_scales}
+        return self._replace(write={**self.write, **scales}, attend={**self.attend, **scales})
 
 
 def seen_of(layer: Any, caches: Any) -> list[Any] | None:

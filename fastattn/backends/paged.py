@@ -274,8 +274,13 @@ class PagedAttentionBackend(AttentionBackend):
             return self._make_facts(layer, forward_meta, [])
         identities = list(map(id, seen))
         known = self._known_layers.get(id(layer))
-        if known is not None and known.identities == identities and known.keeps_scales:
-            return known
+        if known is not None and known.identities == identities:
+            if known.sources is None:
+                return known
+            if known.detached:
+                return known.with_scales(*(source.detach() for source in known.sources))
+            cache = LayerCache.of(forward_meta, layer, self.config.shard)
+            return known.with_scales(cache.k_scales, cache.v_scales)
         facts = self._make_facts(layer, forward_meta, seen)
         self._known_layers[id(layer)] = facts
         return facts
@@ -295,10 +300,7 @@ class PagedAttentionBackend(AttentionBackend):
             **self._mask_arguments(layer),
             **cache.arguments(),
         }
-        keeps = all(
-            x is None or any(x is y for y in seen) for x in (cache.k_scales, cache.v_scales)
-        )
-        return LayerFacts([*seen, layer], list(map(id, seen)), cache, keeps, write, attend)
+        return LayerFacts.of(layer, seen, cache, write, attend)
 
     def _q_quant_for(self, cache: LayerCache) -> str:
         if self.q_quant != "auto":

@@ -17,11 +17,11 @@ BUDGET_US = 10.0
 
 def _raw_call(function: Callable[[], Any]) -> Callable[[], Any]:
     """The raw operator call, bare of the Python layer, that `function` makes."""
-    made: list[tuple[Any, ...]] = []
+    made: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = []
     original = _ops.call
 
     def record(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[Any]:
-        made.append((_ops.PREFIX + op, *inputs, *attrs))
+        made.append((op, inputs, attrs))
         return original(op, inputs, attrs)
 
     _ops.call = record
@@ -29,9 +29,13 @@ def _raw_call(function: Callable[[], Any]) -> Callable[[], Any]:
         function()
     finally:
         _ops.call = original
-    run = paddle.base.core.eager._run_custom_op
-    (arguments,) = made
-    return lambda: run(*arguments)
+    ((op, inputs, attrs),) = made
+    run, operators = _ops._load_direct()
+    if run is None:
+        registered = paddle.base.core.eager._run_custom_op
+        return lambda: registered(_ops.PREFIX + op, *inputs, *attrs)
+    handle = operators[op].handle
+    return lambda: run(handle, inputs, attrs, None)
 
 
 def _calls() -> Iterator[tuple[str, Callable[[], Any]]]:

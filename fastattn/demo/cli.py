@@ -159,7 +159,7 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
         update(1, "operators")
         from fastattn import _ops
 
-        _ops.load()
+        _ops.prepare()
         update(2, "text")
         from fastattn.demo import text
 
