@@ -13,6 +13,10 @@ _Facts = tuple[
     tuple[bool, ...],
 ]
 
+def flat(tensor: Any) -> Any: ...
+def unchanged(
+    own: dict[str, Any], kinds: tuple[str, ...], names: tuple[str, ...], seen: list[Any]
+) -> bool: ...
 def bind(path: str) -> dict[str, _Facts]: ...
 def call(
     handle: int,

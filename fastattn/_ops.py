@@ -129,6 +129,7 @@ def load() -> tuple[str, ...]:
     return tuple(n for n in OpProtoHolder.instance().op_proto_map if n.startswith(PREFIX))
 
 
+@functools.lru_cache(maxsize=1)
 def _direct_module(library: Path) -> ModuleType | None:
     """Module that was built with the library and lies beside it, if any."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
@@ -166,6 +167,26 @@ def _load_direct() -> tuple[Any, dict[str, _Direct]]:
         signature = OpSignature(op, inputs, optional, names, outputs, inplace, types)
         operators[op] = _Direct(handle, signature, strided)
     return (None if module is None else module.call), operators
+
+
+def flat(tensor: Any) -> Any:
+    """A contiguous tensor [T, ..] as [T, rest], over the same memory in dygraph."""
+    result = None
+    if paddle.in_dynamic_mode():
+        helper = helpers()
+        result = helper.flat(tensor) if helper is not None else None
+    if result is not None:
+        return result
+    count = 1
+    for size in tensor.shape[1:]:
+        count *= size
+    return tensor.reshape([tensor.shape[0], count])
+
+
+@functools.lru_cache(maxsize=1)
+def helpers() -> ModuleType | None:
+    """``fastattn._direct``, or None where it was not built."""
+    return _direct_module(_checked_library())
 
 
 def prepare() -> None:

@@ -81,7 +81,7 @@ def test_a_chunk_beside_decode_has_tiles_for_one_token():
 def test_a_few_rows_are_split_though_they_are_long(batch, long):
     """Their heads are too few for a kernel that splits no keys."""
     launches = plan(batch, 48, 8192, long_row=33)
-    assert [x["split"] for x in launches] == [1, 0 if long else 1]
+    assert [x["split"] for x in launches] == ([0] if long else [1, 1])
 
 
 def _launches_of(launches, tokens, group):
@@ -137,9 +137,15 @@ def test_short_rows_have_a_launch_where_they_can_exist(batch, max_q, long_row):
         assert made == _may_be_short(batch, max_q, tokens, long_row), tokens
 
 
-@pytest.mark.parametrize("batch, max_q, tokens", [(16, 1024, 16384), (33, 2048, 2080), (1, 64, 64)])
-def test_pure_prefill_and_a_chunk_beside_decode_pay_for_no_more(batch, max_q, tokens):
-    assert [x["split"] for x in plan(batch, max_q, 8192, tokens=tokens)] == [1, 0]
+def test_a_chunk_beside_decode_pays_for_no_more():
+    assert [x["split"] for x in plan(33, 2048, 8192, tokens=2080)] == [1, 0]
+
+
+@pytest.mark.parametrize("batch, max_q", [(16, 1024), (1, 64), (4, 100)])
+def test_pure_prefill_is_one_launch_without_a_workspace(batch, max_q):
+    (launch,) = plan(batch, max_q, 8192, tokens=batch * max_q)
+    assert not launch["split"] and launch["workspace"] == 0 and launch["min_columns"] == 0
+    assert len(plan(batch, max_q, 8192, tokens=batch * max_q + 1)) > 1  # the last one is padding
 
 
 def test_grid_holds_every_tile_of_every_row():

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+from fastattn import _ops
 from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta, make_config
 from fastattn.backends.layer_facts import seen_of
 from fastattn.reference.rope import make_rotary_embs
@@ -174,3 +175,29 @@ def test_facts_are_kept():
     other = ParameterLayer(**{n: tensor(v) for n, v in scales(2).items()})
     assert kept._facts_of(other, make_meta(caches)) is not first
     assert kept._facts_of(layer, make_meta(caches)) is first
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["direct", "without"])
+def test_facts_of_a_layer_among_many_are_kept(built, monkeypatch):
+    """More than 256 tensors: Python makes a new number of their count every time."""
+    if not built:
+        monkeypatch.setattr(_ops, "helpers", lambda: None)
+    layer = AttentionLayer(
+        layer_id=0, cache_quant_type_str="cache_fp8", **{n: tensor(v) for n, v in scales(1).items()}
+    )
+    kept, caches = backend(), make_caches() * 200
+    first = kept._facts_of(layer, make_meta(caches))
+    assert kept._facts_of(layer, make_meta(list(caches))) is first
+    assert kept._facts_of(layer, make_meta(caches[:-2])) is not first
+    layer.qkv_bias = tensor(CHANGES["qkv_bias"])
+    assert kept._facts_of(layer, make_meta(caches)).write["qkv_bias"] is layer.qkv_bias
+
+
+def test_a_flat_view_shares_its_memory():
+    x = tensor(RNG.normal(size=(5, 3, 64)))
+    flat = _ops.flat(x)
+    assert list(flat.shape) == [5, 192] and flat.stop_gradient
+    assert_same_bits(to_numpy(flat), to_numpy(x).reshape(5, 192))
+    assert flat.data_ptr() == x.data_ptr()
+    transposed = x.transpose([1, 0, 2])
+    assert_same_bits(to_numpy(_ops.flat(transposed)), to_numpy(transposed).reshape(3, 320))

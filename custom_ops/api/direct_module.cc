@@ -9,10 +9,11 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "api/direct.h"
+#include "paddle/phi/api/include/tensor_utils.h"
 #include "paddle/utils/pybind.h"
 
 namespace fastattn::api {
@@ -254,9 +255,68 @@ py::dict Bind(const std::string& path) {
   return facts;
 }
 
-PyMethodDef call_method = {
-    "call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Call)), METH_FASTCALL,
-    "call(handle, inputs, attrs, gradients_count) -> list of outputs, or None: declined."};
+// A tensor [T, ..] as [T, rest] over the same memory: paddle.reshape takes longer than a launch.
+// None: declined.
+PyObject* Flat(PyObject*, PyObject* object) {
+  if (!paddle::pybind::PyCheckTensor(object)) Py_RETURN_NONE;
+  const Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
+  if (!tensor.defined() || !tensor.is_dense_tensor() || tensor.dims().size() < 2) Py_RETURN_NONE;
+  if (tensor.numel() == 0 || !IsContiguous(tensor)) Py_RETURN_NONE;
+  const int64_t tokens = tensor.dims()[0];
+  const phi::IntArray shape({tokens, tensor.numel() / tokens});
+  Tensor handle = tensor;  // keeps the memory
+  void* data = handle.data();
+  try {
+    return paddle::pybind::ToPyObject(paddle::from_blob(data, shape, tensor.dtype(),
+                                                        phi::DataLayout::NCHW, tensor.place(),
+                                                        [handle = std::move(handle)](void*) {}));
+  } catch (const std::exception&) {
+    Py_RETURN_NONE;
+  }
+}
+
+// unchanged(own, kinds, names, seen): whether `seen` holds, by identity, what the dict `own` has
+// under each name (None: nothing), followed by the same of each dict in it whose name is in
+// `kinds`, empty ones apart. `seen` may go on. An attribute of paddle.nn.Layer takes Python a
+// microsecond.
+PyObject* Unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4 || !PyDict_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]) ||
+      !PyList_Check(args[3])) {
+    PyErr_SetString(PyExc_TypeError, "unchanged(own, kinds, names, seen)");
+    return nullptr;
+  }
+  PyObject* names = args[2];
+  PyObject* seen = args[3];
+  Py_ssize_t at = 0;
+  const auto same = [&](PyObject* dict) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i, ++at) {
+      PyObject* value = PyDict_GetItem(dict, PyTuple_GET_ITEM(names, i));
+      if (value == nullptr) value = Py_None;
+      if (at >= PyList_GET_SIZE(seen) || PyList_GET_ITEM(seen, at) != value) return false;
+    }
+    return true;
+  };
+  if (!same(args[0])) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[1]); ++i) {
+    PyObject* dict = PyDict_GetItem(args[0], PyTuple_GET_ITEM(args[1], i));
+    if (dict == nullptr || !PyDict_Check(dict) || PyDict_Size(dict) == 0) continue;
+    if (!same(dict)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+template <typename Function>
+PyCFunction Method(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"call", Method(Call), METH_FASTCALL,
+     "call(handle, inputs, attrs, gradients_count) -> list of outputs, or None: declined."},
+    {"flat", Flat, METH_O, "flat(tensor [T, ..]) -> [T, rest] over the same memory, or None."},
+    {"unchanged", Method(Unchanged), METH_FASTCALL,
+     "unchanged(own, kinds, names, seen) -> whether the dict's values are those seen before."},
+};
 
 }  // namespace
 
@@ -267,5 +327,8 @@ PYBIND11_MODULE(_direct, m) {
   m.doc() = "Operators, called around Paddle's registry.";
   stop_gradient = PyUnicode_InternFromString("stop_gradient");
   m.def("bind", &Bind, "Loads a library of operators; returns facts of each by its name.");
-  m.add_object("call", py::reinterpret_steal<py::object>(PyCFunction_New(&call_method, nullptr)));
+  for (PyMethodDef& method : methods) {
+    m.add_object(method.ml_name,
+                 py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr)));
+  }
 }

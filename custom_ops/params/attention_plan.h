@@ -150,7 +150,8 @@ inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_columns)
 // The launches of one call. A call of a few query tokens a row is one split launch. In any other,
 // rows that decode are split and long ones take whole tiles; rows between them are a split launch
 // of their own, so that a few of them with many keys still fill the GPU. Whether these exist is
-// guessed: without that launch they are with the long ones.
+// guessed: without that launch they are with the long ones. Where all sequences are long by their
+// number and the number of tokens, there is nothing but whole tiles.
 inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   AttentionPlan plan;
   if (s.num_tokens <= 0 || s.batch <= 0 || s.num_kv_heads <= 0 || s.num_heads <= 0) return plan;
@@ -162,6 +163,12 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
     // Keys are better split where a tile for each row and head leaves half of the GPU without work.
     const int64_t long_row = 2 * s.batch * s.num_heads < s.num_sms ? kLongRow : s.long_row;
     const bool is_long = s.max_seqlen_q >= long_row;
+    if (is_long && s.num_tokens == s.batch * s.max_seqlen_q) {
+      // All sequences are as long as one may be. A replay of a CUDA graph may find shorter ones:
+      // whole tiles take those too, only not as fast.
+      plan.launches[plan.num_launches++] = WholeLaunch(s, 0);
+      return plan;
+    }
     const bool mixed = MayHaveShortRows(s, long_row);
     // Tiles of 16 pairs cost decoding rows little, and short ones less than 64 pairs.
     const int columns = ColumnsFor(mixed ? std::max<int64_t>(group, 16) : group);

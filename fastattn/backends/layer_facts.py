@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fastattn import _ops
 from fastattn.backends.layer_cache import LayerCache
 from fastattn.functional._cache_types import STATIC_TYPES
 
@@ -37,15 +38,19 @@ _READ = (
 )
 
 
+#: Where ``paddle.nn.Layer`` keeps tensors.
+_HOLDERS = ("_parameters", "_buffers")
+
+
 class LayerFacts(NamedTuple):
     """Arguments of a layer's operators, and what they were made from.
 
     Attributes
     ----------
+    layer : object
     seen : list
-        Values of the layer's attributes and its cache tensors. They are kept, so that no other
-        object takes their identities.
-    identities : list of int
+        Values of the layer's attributes, then what of the list of caches is the layer's. They are
+        kept, so that no other object takes their identities.
     cache : LayerCache
     write, attend : dict
         Keyword arguments of ``rope_write_cache_kv`` and ``paged_attention``.
@@ -56,8 +61,8 @@ class LayerFacts(NamedTuple):
         Whether they are made by ``detach()`` alone.
     """
 
+    layer: Any
     seen: list[Any]
-    identities: list[int]
     cache: LayerCache
     write: dict[str, Any]
     attend: dict[str, Any]
@@ -84,7 +89,19 @@ class LayerFacts(NamedTuple):
             ours.dtype == theirs.dtype and ours.shape == theirs.shape for ours, theirs in pairs
         )
         sources = (given[0], given[1]) if made else None
-        return cls([*seen, layer], list(map(id, seen)), cache, write, attend, sources, detached)
+        return cls(layer, seen, cache, write, attend, sources, detached)
+
+    def hold(self, caches: Any) -> bool:
+        """Whether the layer and its caches are as they were when the facts were made."""
+        helper = _ops.helpers()
+        own = self.layer.__dict__
+        if helper is None:
+            now = seen_of(self.layer, caches)
+            return now is not None and _same(now, self.seen)
+        if not helper.unchanged(own, _HOLDERS, _READ, self.seen):
+            return False
+        now = _caches_of(own["layer_id"], caches)
+        return _same(now, self.seen[-len(now) :])
 
     def with_scales(self, k_scales: Any, v_scales: Any) -> LayerFacts:
         """The same with other scales."""
@@ -102,18 +119,25 @@ def seen_of(layer: Any, caches: Any) -> list[Any] | None:
     if own is None or _computes(type(layer)):
         return None
     seen = [own.get(name) for name in _READ]
-    for kind in ("_parameters", "_buffers"):
+    for kind in _HOLDERS:
         tensors = own.get(kind)
         if tensors:
             seen += [tensors.get(name) for name in _READ]
     layer_id = own.get("layer_id")
     if type(layer_id) is not int or layer_id < 0:
         return None
-    # The layer's share of the list, whichever number of tensors a layer has.
-    seen.append(len(caches))
-    seen += caches[2 * layer_id : 2 * layer_id + 2]
-    seen += caches[4 * layer_id : 4 * layer_id + 4]
-    return seen
+    return seen + _caches_of(layer_id, caches)
+
+
+def _caches_of(layer_id: int, caches: Any) -> list[Any]:
+    """The layer's share of the list, whichever number of tensors a layer has, and the length."""
+    first, second = 2 * layer_id, 4 * layer_id
+    return [*caches[first : first + 2], *caches[second : second + 4], len(caches)]
+
+
+def _same(now: list[Any], seen: list[Any]) -> bool:
+    """Whether two lists hold the same objects, and at the end the same number."""
+    return now[-1] == seen[-1] and list(map(id, now[:-1])) == list(map(id, seen[:-1]))
 
 
 _computing: dict[type, bool] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import paddle
 
-from fastattn import functional
+from fastattn import _ops, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
 from fastattn.backends.forward_meta import current_plan, field, optional
@@ -223,9 +223,7 @@ class PagedAttentionBackend(AttentionBackend):
         if q_descale is not None and attend["out_scale"] is None:
             attend = {**attend, "out_dtype": _dtype_name(qkv)}
         out = self._attend(query, q_descale, cache, seqs, attend, metadata)
-        if paddle.in_dynamic_mode():
-            return paddle._C_ops.reshape(out, [num_tokens, width])
-        return out.reshape([num_tokens, width])
+        return _ops.flat(out)
 
     def _attend(
         self,
@@ -269,20 +267,20 @@ class PagedAttentionBackend(AttentionBackend):
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
         """What the layer's operators take: as the last time, if what it was made from is there."""
         caches = field(forward_meta, "caches")
-        seen = seen_of(layer, caches) if paddle.in_dynamic_mode() else None
-        if seen is None:
+        if not paddle.in_dynamic_mode():
             return self._make_facts(layer, forward_meta, [])
-        identities = list(map(id, seen))
         known = self._known_layers.get(id(layer))
-        if known is not None and known.identities == identities:
+        if known is not None and known.hold(caches):
             if known.sources is None:
                 return known
             if known.detached:
                 return known.with_scales(*(source.detach() for source in known.sources))
             cache = LayerCache.of(forward_meta, layer, self.config.shard)
             return known.with_scales(cache.k_scales, cache.v_scales)
-        facts = self._make_facts(layer, forward_meta, seen)
-        self._known_layers[id(layer)] = facts
+        seen = seen_of(layer, caches)
+        facts = self._make_facts(layer, forward_meta, seen or [])
+        if seen is not None:
+            self._known_layers[id(layer)] = facts
         return facts
 
     def _make_facts(self, layer: Any, forward_meta: Any, seen: list[Any]) -> LayerFacts:

@@ -145,6 +145,7 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
                                    ? LaunchPrefillSm90(p, min_tokens, stream)
                                    : LaunchPrefillHalfSm90(p, min_tokens, stream);
     if (status != cudaSuccess) return status;
+    if (plan.num_launches == 1) return LaunchClearPadding(p, stream);  // else another one does
   }
   for (int row = 0; row < p.rows.batch; row += kMaxPlanRows) {
     const bool beside = prefills && row == 0;

@@ -58,6 +58,9 @@ cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask
 // Gives all tokens the values of tokens of no row.
 cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream);
 
+// Gives tokens of no sequence theirs, beside the kernel ahead, which writes the others.
+cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream);
+
 cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task, int columns,
                              int grid, cudaStream_t stream);
 

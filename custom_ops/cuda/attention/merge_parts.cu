@@ -205,12 +205,26 @@ __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ 
   ClearTokens(p, begin, min(begin + each, p.rows.num_tokens));
 }
 
+__global__ void __launch_bounds__(kThreads)
+    ClearPaddingKernel(const __grid_constant__ AttentionParams p) {
+  BeginBesideEarlierKernel();
+  ClearPadding(p, 0, p.rows.batch);
+  EndBesideEarlierKernel();
+}
+
 }  // namespace
 
 cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream) {
   if (p.rows.num_tokens == 0 || (!p.clear_padding && p.lse == nullptr)) return cudaSuccess;
   ClearKernel<<<std::min(p.rows.num_tokens, 1024), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
+}
+
+cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream) {
+  if (!p.clear_padding && p.lse == nullptr) return cudaSuccess;
+  constexpr int kMostCtas = 128;
+  return LaunchEarly(ClearPaddingKernel, dim3(std::min(p.rows.batch, kMostCtas)), dim3(kThreads),
+                     stream, p);
 }
 
 cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task, int columns,
