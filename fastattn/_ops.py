@@ -16,6 +16,7 @@ import importlib.util
 import numbers
 import re
 import runpy
+import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +100,10 @@ def _cannot_load(path: Path, error: Exception) -> ImportError:
     return ImportError(f"{path} cannot be loaded into Paddle {paddle.__version__}: {error}")
 
 
+#: Held while the library is loaded or registered: threads may make the first call at once.
+_LOADING = threading.RLock()
+
+
 @functools.lru_cache(maxsize=1)
 def load() -> tuple[str, ...]:
     """Load the compiled library and register its operators with Paddle.
@@ -118,7 +123,8 @@ def load() -> tuple[str, ...]:
 
     path = _checked_library()
     try:
-        load_op_meta_info_and_register_op(str(path))
+        with _LOADING:
+            load_op_meta_info_and_register_op(str(path))
     except (OSError, RuntimeError, ValueError) as error:
         raise _cannot_load(path, error) from error
     from fastattn import _programs  # it imports this module
@@ -129,7 +135,6 @@ def load() -> tuple[str, ...]:
     return tuple(n for n in OpProtoHolder.instance().op_proto_map if n.startswith(PREFIX))
 
 
-@functools.lru_cache(maxsize=1)
 def _direct_module(library: Path) -> ModuleType | None:
     """Module that was built with the library and lies beside it, if any."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
@@ -146,12 +151,35 @@ def _direct_module(library: Path) -> ModuleType | None:
 _ATTRIBUTE_TYPES = {"int": 0, "float": 1, "std::string": 2, "bool": 6, "int64_t": 9}
 
 
+class _Bound(NamedTuple):
+    """``fastattn._direct`` and what it says of the library's operators."""
+
+    module: ModuleType | None
+    operators: dict[str, _Direct]
+
+
+_bound: list[_Bound] = []
+
+
+def _bind() -> _Bound:
+    """Load the library without registering it; once, whichever threads ask."""
+    with _LOADING:
+        if not _bound:
+            _bound.append(_load_library())
+        return _bound[0]
+
+
 @functools.lru_cache(maxsize=1)
 def _load_direct() -> tuple[Any, dict[str, _Direct]]:
-    """Load the library without registering it: the function that calls, and its operators.
+    """The function that calls operators, and the operators.
 
     None and nothing where there is no ``_direct``: it is built only where Python's headers are.
     """
+    module, operators = _bind()
+    return (None if module is None else module.call), operators
+
+
+def _load_library() -> _Bound:
     path = _checked_library()
     try:
         module = _direct_module(path)
@@ -166,7 +194,7 @@ def _load_direct() -> tuple[Any, dict[str, _Direct]]:
         op = name[len(PREFIX) :]
         signature = OpSignature(op, inputs, optional, names, outputs, inplace, types)
         operators[op] = _Direct(handle, signature, strided)
-    return (None if module is None else module.call), operators
+    return _Bound(module, operators)
 
 
 def flat(tensor: Any) -> Any:
@@ -186,7 +214,7 @@ def flat(tensor: Any) -> Any:
 @functools.lru_cache(maxsize=1)
 def helpers() -> ModuleType | None:
     """``fastattn._direct``, or None where it was not built."""
-    return _direct_module(_checked_library())
+    return _bind().module
 
 
 def prepare() -> None:
@@ -304,6 +332,9 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) ->
             continue
         if not is_tensor(value):
             raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
+        if isinstance(value, eager) and value._is_initialized() and not value.is_dense():
+            kind = "distributed" if value.is_dist() else "sparse"
+            raise TypeError(f"{sig.name}: {name}: expected a dense tensor, got a {kind} one")
         if sig.optional[i] and 0 in value.shape and _is_lost(sig, i, values):
             raise ValueError(
                 f"{sig.name}: {name}: expected a tensor with elements, got shape "
@@ -358,7 +389,7 @@ def _reraise(sig: OpSignature, error: Exception) -> NoReturn:
             raise TypeError(text) from None
     match = _ERROR.search(str(error))
     if match is None:
-        if "ResourceExhaustedError" in str(error) or str(error) == "out of memory":
+        if "ResourceExhausted" in str(error) or str(error) == "out of memory":
             raise MemoryError(f"{sig.name}: {error}") from None
         if "output is not initialized" in str(error):  # Paddle 2.6; 3.x returns it
             raise NotImplementedError(
@@ -417,7 +448,7 @@ def _call_unusual(
         outputs = run(direct.handle, taken, attrs, None)
     except RuntimeError as error:
         _reraise(sig, error)
-    # Still declined: distributed tensors, for one, which Paddle's registry knows how to refuse.
+    # Still declined: an undefined tensor, which Paddle's registry knows how to refuse.
     return call_registered(sig.name, inputs, attrs) if outputs is None else list(outputs)
 
 

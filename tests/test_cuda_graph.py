@@ -251,6 +251,52 @@ def test_what_follows_waits_for_every_launch(kind, rows):
     graph.reset()
 
 
+class UniformStep(MixedStep):
+    """A step whose tensors are those of four sequences of 70 new tokens, whatever it holds."""
+
+    KEYS = (512, 320, 192, 256)
+
+    def __init__(self, new, kind: CacheKind, q_type: str, seed: int) -> None:
+        rows = [(keys - n, n) for keys, n in zip(self.KEYS, new)]
+        self.problem = paged_problem(
+            rows, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=280 - sum(new)
+        )
+        positional, self.options = self.problem.arguments("gpu")
+        self.inputs = positional[:7]
+
+    def attend(self) -> tuple:
+        return F.paged_attention(*self.inputs, 70, 512, return_softmax_lse=True, **self.options)
+
+
+@pytest.mark.parametrize(
+    "kind, q_type",
+    [
+        *((CacheKind(), "bfloat16"), (BLOCK_WISE_FP8, "bfloat16")),
+        *((CacheKind("cache_fp8", "head"), "e4m3:tensor"), (BLOCK_WISE_FP8, "e4m3:token_head")),
+    ],
+    ids=str,
+)
+def test_long_sequences_alone_become_short_ones(kind, q_type):
+    """The launch of whole tiles takes any length, and padding is cleared beside it."""
+    held = UniformStep((70, 70, 70, 70), kind, q_type, 0)
+    held.attend()
+    with capture() as graph:
+        out, lse = held.attend()
+    for seed, new in enumerate([(70, 70, 70, 70), (1, 70, 0, 5), (0, 0, 1, 0), (69, 33, 64, 2)], 1):
+        step = UniformStep(new, kind, q_type, seed)
+        held.become(step)
+        graph.replay()
+        step.problem.check("gpu", f"step {seed}")
+        want, want_lse = step.attend()
+        assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
+        assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
+        tokens = sum(new)
+        assert (to_numpy(out)[tokens:].astype(np.float32) == 0).all()
+        assert np.isneginf(to_numpy(lse)[:, tokens:]).all()
+    del out, lse
+    graph.reset()
+
+
 class SharedPrefix:
     """A step of rows that share their first 128 tokens, and its plan, on the GPU."""
 

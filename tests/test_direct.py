@@ -192,3 +192,83 @@ def test_a_strided_output_is_written_where_it_lies():
     assert_same_bits(to_numpy(got), to_numpy(expected))
     assert_same_bits(to_numpy(pool)[:, 2:5], to_numpy(expected))
     assert (to_numpy(pool)[:, [0, 1, 5, 6]] == 9).all()
+
+
+def test_threads_that_make_the_first_call_bind_once():
+    out = run(
+        """
+        import sys, threading
+        import paddle
+        from fastattn import _ops, functional as F
+
+        paddle.set_device("cpu")
+        counts = []
+        load = _ops._load_library
+        _ops._load_library = lambda: counts.append(1) or load()
+        sys.setswitchinterval(1e-6)
+        barrier = threading.Barrier(8)
+        x = paddle.ones([2, 64])
+        results = []
+
+        def first():
+            barrier.wait()
+            results.append(F.quantize_fp8(x, granularity="token")[0])
+
+        threads = [threading.Thread(target=first) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(len(counts), len(results))
+        """
+    )
+    assert out.split() == ["1", "8"]
+
+
+def test_a_tensor_that_is_cleared_during_a_call_stays_until_its_end():
+    run(
+        """
+        import threading
+        import paddle
+        import fastattn.functional as F
+
+        paddle.set_device("cpu")
+        tensors = [paddle.ones([2048, 1024])]
+        stop = threading.Event()
+
+        def clear():
+            while not stop.is_set():
+                tensors[0]._clear()
+
+        thread = threading.Thread(target=clear)
+        thread.start()
+        for _ in range(100):
+            tensors[0] = paddle.ones([2048, 1024])
+            try:
+                F.quantize_fp8(tensors[0], granularity="token")
+            except (TypeError, ValueError):
+                pass  # cleared before the call
+        stop.set()
+        thread.join()
+        """
+    )
+
+
+def test_a_tensor_without_data_is_declined():
+    x = paddle.ones([2, 3, 4])
+    x._clear_data()
+    assert _ops.helpers().flat(x) is None
+
+
+def test_a_flat_view_keeps_what_its_source_had():
+    x = paddle.arange(4096, dtype="float32").reshape([4, 2, 512])
+    flat = _ops.flat(x)
+    x.cast_("float64")
+    junk = [paddle.full([4, 2, 512], 9.0) for _ in range(20)]
+    assert (flat.numpy().reshape(-1) == np.arange(4096)).all() and junk
+
+
+def test_a_sparse_tensor_is_refused_by_name():
+    sparse = paddle.sparse.sparse_coo_tensor([[0, 1], [1, 2]], [1.0, 2.0], [4, 256])
+    with pytest.raises(TypeError, match="quantize_fp8: x: expected a dense tensor, got a sparse"):
+        F.quantize_fp8(sparse)

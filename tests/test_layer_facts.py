@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import paddle
 import pytest
 
 from fastattn import _ops
 from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta, make_config
-from fastattn.backends.layer_facts import seen_of
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import to_numpy
@@ -158,12 +160,66 @@ def test_attributes_that_a_class_computes_are_asked_for_every_time():
             return self.window
 
     layer, kept, caches = Computing(), backend(), make_caches()
-    assert seen_of(layer, caches) is None
+    assert kept._facts_of(layer, make_meta(caches)).seen is None
     before = step(kept, layer, caches)
     layer.window = 60
     after = step(kept, layer, caches)
     assert_same_bits(after, fresh(layer, caches))
     assert (after != before).any()
+
+
+class Forwarding:
+    """A wrapper, as of a quantisation, that has what its inner layer has."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["inner"], name)
+
+
+class Constant(ParameterLayer):
+    sliding_window = 3
+
+
+@pytest.mark.parametrize("kind", ["wrapper", "class"])
+def test_attributes_that_lie_elsewhere_are_asked_for_every_time(kind, monkeypatch):
+    values = {n: tensor(v) for n, v in scales(1).items()}
+    inner = Constant(**values) if kind == "class" else ParameterLayer(**values, sliding_window=3)
+    layer = inner if kind == "class" else Forwarding(inner)
+    kept, caches = backend(), make_caches()
+    before = step(kept, layer, caches)
+    if kind == "class":
+        monkeypatch.setattr(Constant, "sliding_window", 60)
+    else:
+        inner.sliding_window = 60
+    after = step(kept, layer, caches)
+    assert_same_bits(after, fresh(layer, caches))
+    assert (after != before).any()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "parameter"])
+def test_scales_that_change_their_dtype_in_place(kind):
+    make = tensor if kind == "tensor" else parameter
+    layer = ParameterLayer(**{n: make(v) for n, v in scales(1).items()})
+    kept, caches = backend(), make_caches()
+    step(kept, layer, caches)
+    for name in scales(1):
+        with paddle.no_grad():
+            getattr(layer, name).cast_("float16")
+    assert_same_bits(step(kept, layer, caches), fresh(layer, caches))
+
+
+def test_a_backend_keeps_neither_caches_nor_layers():
+    layer = ParameterLayer(**{n: tensor(v) for n, v in scales(1).items()})
+    kept, caches = backend(), make_caches()
+    step(kept, layer, caches)
+    alive = [weakref.ref(x) for x in (layer, *caches)]
+    kept.attention_metadata = None
+    del layer, caches
+    gc.collect()
+    assert [x() is None for x in alive] == [True] * 3
+    assert kept._known_layers._facts == {}
 
 
 def test_facts_are_kept():

@@ -7,14 +7,23 @@
 #include <array>
 #include <exception>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "api/direct.h"
-#include "paddle/phi/api/include/tensor_utils.h"
+#include "paddle/phi/api/include/api.h"
 #include "paddle/utils/pybind.h"
+
+// Paddle 2.6 does not ship all of this header.
+#if __has_include("paddle/phi/core/dense_tensor.inl")
+#include "paddle/phi/core/dense_tensor.h"
+#define FASTATTN_HAS_DENSE_TENSOR 1
+#else
+#define FASTATTN_HAS_DENSE_TENSOR 0
+#endif
 
 namespace fastattn::api {
 
@@ -54,15 +63,34 @@ bool WantsGradient(PyObject* object, const Tensor& tensor) {
   return wants;
 }
 
+// The tensors of a call. They have the data of Python's tensors, but not the objects, which another
+// thread may give other data while the call runs without the GIL.
+class Inputs {
+ public:
+  Inputs() { tensors_.reserve(kMostInputs); }
+
+  void Add(const Tensor* tensor) {
+    tensors_.push_back(tensor == nullptr ? Tensor() : Tensor(tensor->impl()));
+    pointers_[tensors_.size() - 1] = tensor == nullptr ? nullptr : &tensors_.back();
+  }
+
+  Tensor* const* data() const { return pointers_; }
+  Tensor* operator[](int i) const { return pointers_[i]; }
+
+ private:
+  std::vector<Tensor> tensors_;  // never grows beyond what is reserved
+  Tensor* pointers_[kMostInputs] = {};
+};
+
 // Fills the inputs; false to decline, which checked arguments do less often. wants_gradient tells
 // whether one of them does.
-bool TakeInputs(const Handle& handle, PyObject* tuple, bool checked, Tensor** inputs,
+bool TakeInputs(const Handle& handle, PyObject* tuple, bool checked, Inputs* inputs,
                 bool* wants_gradient) {
   for (int i = 0; i < handle.op->num_inputs; ++i) {
     PyObject* object = PyTuple_GET_ITEM(tuple, i);
     if (object == Py_None) {
       if (!handle.optional[i]) return false;
-      inputs[i] = nullptr;
+      inputs->Add(nullptr);
       continue;
     }
     if (!paddle::pybind::PyCheckTensor(object)) return false;
@@ -71,7 +99,7 @@ bool TakeInputs(const Handle& handle, PyObject* tuple, bool checked, Tensor** in
     if (!checked && handle.optional[i] && tensor.numel() == 0) return false;
     if (!handle.strided[i] && tensor.numel() > 0 && !IsContiguous(tensor)) return false;
     if (!checked && !*wants_gradient) *wants_gradient = WantsGradient(object, tensor);
-    inputs[i] = &tensor;
+    inputs->Add(&tensor);
   }
   return true;
 }
@@ -142,25 +170,39 @@ PyObject* MakeOutputs(const DirectOp& op, PyObject* inputs, const std::vector<Te
 
 // Without the GIL, so that other threads go on while a CPU kernel runs. The message of what was
 // thrown comes back, or nothing.
-std::string RunWithoutGil(const DirectOp& op, Tensor** inputs, const DirectAttr* attrs,
+std::string RunWithoutGil(const DirectOp& op, const Inputs& inputs, const DirectAttr* attrs,
                           std::vector<Tensor>* results) {
   std::string message;
   Py_BEGIN_ALLOW_THREADS;
   try {
-    op.run(inputs, attrs, results);
+    op.run(inputs.data(), attrs, results);
   } catch (const std::bad_alloc&) {
     message = "out of memory";
   } catch (const std::exception& error) {
     message = error.what();
     if (message.empty()) message = "unknown error";
+  } catch (...) {
+    message = "unknown error";
   }
   Py_END_ALLOW_THREADS;
   return message;
 }
 
+PyObject* CallChecked(PyObject* const* args, Py_ssize_t count);
+
+// Lets no C++ exception into the interpreter.
+PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    return CallChecked(args, count);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
 // call(handle, inputs, attrs, gradients_count): gradients_count() says whether a tensor that wants
 // a gradient is a reason to decline. None: the arguments have been checked, nothing of it is.
-PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* CallChecked(PyObject* const* args, Py_ssize_t count) {
   const Py_ssize_t index = count == 4 ? PyLong_AsSsize_t(args[0]) : -1;
   if (index < 0 || index >= static_cast<Py_ssize_t>(handles.size()) || !PyTuple_Check(args[1]) ||
       !PyTuple_Check(args[2])) {
@@ -175,11 +217,11 @@ PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
                  op.num_inputs, op.kinds.size());
     return nullptr;
   }
-  Tensor* inputs[kMostInputs];
+  Inputs inputs;
   DirectAttr attrs[kMostAttrs];
   bool wants_gradient = false;
   const bool checked = args[3] == Py_None;
-  if (!TakeInputs(handle, args[1], checked, inputs, &wants_gradient) ||
+  if (!TakeInputs(handle, args[1], checked, &inputs, &wants_gradient) ||
       !TakeAttrs(handle, args[2], attrs)) {
     Py_RETURN_NONE;
   }
@@ -236,6 +278,12 @@ Handle MakeHandle(const DirectOp& op) {
   return handle;
 }
 
+py::dict AllFacts() {
+  py::dict facts;
+  for (size_t i = 0; i < handles.size(); ++i) facts[handles[i].op->name] = Facts(i);
+  return facts;
+}
+
 // Facts of every operator of the library at `path`, by its name.
 py::dict Bind(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -247,29 +295,31 @@ py::dict Bind(const std::string& path) {
   if (table->version != kDirectVersion || table->tensor_size != sizeof(Tensor)) {
     throw std::runtime_error(path + " is of another build than fastattn._direct");
   }
+  // Calls may be under way with the handles of a table that is bound already.
+  if (!handles.empty() && handles.front().op == table->ops->data()) return AllFacts();
   std::vector<Handle> found;
   for (const DirectOp& op : *table->ops) found.push_back(MakeHandle(op));
   handles = std::move(found);
-  py::dict facts;
-  for (size_t i = 0; i < handles.size(); ++i) facts[handles[i].op->name] = Facts(i);
-  return facts;
+  return AllFacts();
 }
 
-// A tensor [T, ..] as [T, rest] over the same memory: paddle.reshape takes longer than a launch.
-// None: declined.
+// A tensor [T, ..] as [T, rest] over the same memory: reshape from Python takes longer than a
+// launch. None: declined.
 PyObject* Flat(PyObject*, PyObject* object) {
   if (!paddle::pybind::PyCheckTensor(object)) Py_RETURN_NONE;
-  const Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
-  if (!tensor.defined() || !tensor.is_dense_tensor() || tensor.dims().size() < 2) Py_RETURN_NONE;
-  if (tensor.numel() == 0 || !IsContiguous(tensor)) Py_RETURN_NONE;
-  const int64_t tokens = tensor.dims()[0];
-  const phi::IntArray shape({tokens, tensor.numel() / tokens});
-  Tensor handle = tensor;  // keeps the memory
-  void* data = handle.data();
   try {
-    return paddle::pybind::ToPyObject(paddle::from_blob(data, shape, tensor.dtype(),
-                                                        phi::DataLayout::NCHW, tensor.place(),
-                                                        [handle = std::move(handle)](void*) {}));
+    const Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
+    if (!tensor.defined() || !tensor.is_dense_tensor() || !tensor.initialized()) Py_RETURN_NONE;
+    if (tensor.dims().size() < 2 || tensor.numel() == 0 || !IsContiguous(tensor)) Py_RETURN_NONE;
+    const int64_t tokens = tensor.dims()[0], rest = tensor.numel() / tokens;
+#if FASTATTN_HAS_DENSE_TENSOR
+    auto flat = std::make_shared<phi::DenseTensor>(
+        *static_cast<const phi::DenseTensor*>(tensor.impl().get()));
+    flat->Resize(common::make_ddim({tokens, rest}));
+    return paddle::pybind::ToPyObject(Tensor(flat));
+#else
+    return paddle::pybind::ToPyObject(paddle::experimental::reshape(tensor, {tokens, rest}));
+#endif
   } catch (const std::exception&) {
     Py_RETURN_NONE;
   }

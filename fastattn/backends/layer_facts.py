@@ -1,16 +1,20 @@
 """What the two operators of a layer's step take from the layer, made once and kept.
 
 A server calls a backend for every layer of every step, and asking an ``nn.Layer`` for twenty
-attributes, most of them absent, takes longer than an operator's call.
+attributes, most of them absent, takes longer than an operator's call. Caches are no part of it, and
+layers are not kept alive.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
+
+import paddle
 
 from fastattn import _ops
 from fastattn.backends.layer_cache import LayerCache
-from fastattn.functional._cache_types import STATIC_TYPES
+from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
 
 #: Attributes that decide about a layer's step.
 _READ = (
@@ -47,38 +51,47 @@ class LayerFacts(NamedTuple):
 
     Attributes
     ----------
-    layer : object
-    seen : list
-        Values of the layer's attributes, then what of the list of caches is the layer's. They are
-        kept, so that no other object takes their identities.
-    cache : LayerCache
+    seen : list or None
+        Values of the layer's attributes, kept so that no other object takes their identities; None
+        where the layer may answer otherwise the next time.
+    num_caches, first, dynamic : int, int, bool
+        Length of the list of caches, the layer's first in it, and whether scales follow K and V.
+    k_scales, v_scales : Tensor or None
+        Static scales.
     write, attend : dict
-        Keyword arguments of ``rope_write_cache_kv`` and ``paged_attention``.
+        Keyword arguments of ``rope_write_cache_kv`` and ``paged_attention``, scales apart.
     sources : tuple of Tensor or None
-        The layer's scales of K and V where those of `cache` are made of them: the latter must
-        follow what is written into them.
+        The layer's scales of K and V where `k_scales` and `v_scales` are made of them: those must
+        follow what is written into these.
     detached : bool
         Whether they are made by ``detach()`` alone.
+    kinds : list
+        Dtypes and shapes of the layer's scales: ``layer.to(dtype=...)`` changes them in place.
     """
 
-    layer: Any
-    seen: list[Any]
-    cache: LayerCache
+    seen: list[Any] | None
+    num_caches: int
+    first: int
+    dynamic: bool
+    k_scales: Any
+    v_scales: Any
     write: dict[str, Any]
     attend: dict[str, Any]
     sources: tuple[Any, Any] | None
     detached: bool
+    kinds: list[Any]
 
     @classmethod
     def of(
         cls,
         layer: Any,
-        seen: list[Any],
+        caches: Any,
         cache: LayerCache,
         write: dict[str, Any],
         attend: dict[str, Any],
     ) -> LayerFacts:
-        """Facts from the arguments of a layer's operators, scales included."""
+        """Facts from the arguments of a layer's operators."""
+        dynamic = cache.quant_type in DYNAMIC_TYPES
         given = tuple(
             getattr(layer, name, None) for name in ("cache_k_out_scale", "cache_v_out_scale")
         )
@@ -88,29 +101,72 @@ class LayerFacts(NamedTuple):
         detached = made and all(
             ours.dtype == theirs.dtype and ours.shape == theirs.shape for ours, theirs in pairs
         )
-        sources = (given[0], given[1]) if made else None
-        return cls(layer, seen, cache, write, attend, sources, detached)
+        return cls(
+            seen=_seen_of(layer) if paddle.in_dynamic_mode() else None,
+            num_caches=len(caches),
+            first=(4 if dynamic else 2) * layer.layer_id,
+            dynamic=dynamic,
+            k_scales=None if dynamic else cache.k_scales,
+            v_scales=None if dynamic else cache.v_scales,
+            write=write,
+            attend=attend,
+            sources=(given[0], given[1]) if made else None,
+            detached=detached,
+            kinds=_kinds_of(given) if static else [],
+        )
 
-    def hold(self, caches: Any) -> bool:
-        """Whether the layer and its caches are as they were when the facts were made."""
-        helper = _ops.helpers()
-        own = self.layer.__dict__
-        if helper is None:
-            now = seen_of(self.layer, caches)
-            return now is not None and _same(now, self.seen)
-        if not helper.unchanged(own, _HOLDERS, _READ, self.seen):
+    def hold(self, layer: Any, caches: Any) -> bool:
+        """Whether the layer is as it was, and the list of caches as long."""
+        if self.seen is None or len(caches) != self.num_caches:
             return False
-        now = _caches_of(own["layer_id"], caches)
-        return _same(now, self.seen[-len(now) :])
+        for tensor in caches[self.first : self.first + (4 if self.dynamic else 2)]:
+            if tensor is None:  # said by LayerCache
+                return False
+        helper = _ops.helpers()
+        if helper is not None:
+            return bool(helper.unchanged(layer.__dict__, _HOLDERS, _READ, self.seen))
+        now = _seen_of(layer)
+        return now is not None and list(map(id, now)) == list(map(id, self.seen))
 
-    def with_scales(self, k_scales: Any, v_scales: Any) -> LayerFacts:
-        """The same with other scales."""
-        scales = {"cache_k_scales": k_scales, "cache_v_scales": v_scales}
-        return self._replace(write={**self.write, **scales}, attend={**self.attend, **scales})
+    def scales(self, forward_meta: Any, layer: Any, shard: Any) -> tuple[Any, Any]:
+        """Scales of K and V for a call."""
+        if self.dynamic:
+            caches = forward_meta.caches
+            return caches[self.first + 2], caches[self.first + 3]
+        if not self.kinds:
+            return None, None
+        if self.sources is None and self.kinds == _kinds_of((self.k_scales, self.v_scales)):
+            return self.k_scales, self.v_scales
+        if self.sources and self.detached and self.kinds == _kinds_of(self.sources):
+            return self.sources[0].detach(), self.sources[1].detach()
+        cache = LayerCache.of(forward_meta, layer, shard)
+        return cache.k_scales, cache.v_scales
 
 
-def seen_of(layer: Any, caches: Any) -> list[Any] | None:
-    """Values that decide about a layer's step: of its attributes, then its cache tensors.
+def _kinds_of(scales: Any) -> list[Any]:
+    return [(x.dtype, x.shape) for x in scales]
+
+
+class KnownLayers:
+    """Facts of the layers that a backend has seen, each for as long as its layer lives."""
+
+    def __init__(self) -> None:
+        self._facts: dict[int, tuple[Any, LayerFacts]] = {}
+
+    def get(self, layer: Any) -> LayerFacts | None:
+        """Facts of a layer, if there are any."""
+        known = self._facts.get(id(layer))
+        return known[1] if known is not None and known[0]() is layer else None
+
+    def put(self, layer: Any, facts: LayerFacts) -> None:
+        """Keep a layer's facts, unless they may not hold the next time."""
+        if facts.seen is not None and type(layer).__weakrefoffset__ > 0:
+            key, known = id(layer), self._facts
+            known[key] = (weakref.ref(layer, lambda _: known.pop(key, None)), facts)
+
+
+def _seen_of(layer: Any) -> list[Any] | None:
+    """Values that decide about a layer's step.
 
     They are read from where Python and ``paddle.nn.Layer`` keep them, which runs no code of the
     layer's class. None if the class computes one of them, or keeps them elsewhere.
@@ -118,35 +174,27 @@ def seen_of(layer: Any, caches: Any) -> list[Any] | None:
     own = getattr(layer, "__dict__", None)
     if own is None or _computes(type(layer)):
         return None
+    if any(name not in own and getattr(type(layer), name, None) is not None for name in _READ):
+        return None
     seen = [own.get(name) for name in _READ]
     for kind in _HOLDERS:
         tensors = own.get(kind)
         if tensors:
             seen += [tensors.get(name) for name in _READ]
-    layer_id = own.get("layer_id")
-    if type(layer_id) is not int or layer_id < 0:
-        return None
-    return seen + _caches_of(layer_id, caches)
-
-
-def _caches_of(layer_id: int, caches: Any) -> list[Any]:
-    """The layer's share of the list, whichever number of tensors a layer has, and the length."""
-    first, second = 2 * layer_id, 4 * layer_id
-    return [*caches[first : first + 2], *caches[second : second + 4], len(caches)]
-
-
-def _same(now: list[Any], seen: list[Any]) -> bool:
-    """Whether two lists hold the same objects, and at the end the same number."""
-    return now[-1] == seen[-1] and list(map(id, now[:-1])) == list(map(id, seen[:-1]))
+    return seen
 
 
 _computing: dict[type, bool] = {}
 
 
 def _computes(kind: type) -> bool:
-    """Whether a class has a property (or another descriptor) for an attribute that is read."""
+    """Whether a class answers for attributes itself: by a property of one, or for any of them."""
     known = _computing.get(kind)
     if known is None:
         found = (getattr(kind, name, None) for name in _READ)
-        known = _computing[kind] = any(hasattr(type(x), "__get__") for x in found)
+        answers: tuple[Any, ...] = (None, paddle.nn.Layer.__getattr__)
+        forwards = getattr(kind, "__getattr__", None) not in answers
+        asked = getattr(kind, "__getattribute__") not in (object.__getattribute__,)  # noqa: B009
+        known = forwards or asked or any(hasattr(type(x), "__get__") for x in found)
+        _computing[kind] = known
     return known

@@ -12,7 +12,7 @@ from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
 from fastattn.backends.forward_meta import current_plan, field, optional
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
-from fastattn.backends.layer_facts import LayerFacts, seen_of
+from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 
 
@@ -100,7 +100,7 @@ class PagedAttentionBackend(AttentionBackend):
         self.decoder_block_shape_q = decoder_block_shape_q
         self.q_quant = q_quant
         self.attention_metadata: PagedAttentionMetadata | None = None
-        self._known_layers: dict[int, LayerFacts] = {}
+        self._known_layers = KnownLayers()
 
     def get_kv_cache_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -203,33 +203,41 @@ class PagedAttentionBackend(AttentionBackend):
             codes = getattr(layer, "fp8_output_scale", None) is not None
             return paddle.zeros([0, width], dtype=paddle.uint8 if codes else qkv.dtype)
         facts = self._facts_of(layer, forward_meta)
-        cache = facts.cache
+        caches = forward_meta.caches
+        key, value = caches[facts.first], caches[facts.first + 1]
+        k_scales, v_scales = facts.scales(forward_meta, layer, self.config.shard)
         seqs = _sequences(forward_meta)
         query, q_descale = functional.rope_write_cache_kv(
             qkv,
-            cache.key,
-            cache.value,
+            key,
+            value,
             self._rotary_table(forward_meta),
             *seqs,
             num_heads=self.num_heads,
             num_kv_heads=self.kv_num_heads,
             batch_id_per_token=optional(forward_meta, "batch_id_per_token"),
+            cache_k_scales=k_scales,
+            cache_v_scales=v_scales,
             **facts.write,
         )
-        attend = facts.attend
+        attend = {
+            **facts.attend,
+            "q_descale": q_descale,
+            "cache_k_scales": k_scales,
+            "cache_v_scales": v_scales,
+        }
         if metadata.mask_offsets is not None:  # they are the whole mask
-            whole = {"causal": False, "window_size": (-1, -1)}
-            attend = {**attend, **whole, "mask_offsets": metadata.mask_offsets}
+            attend["mask_offsets"] = metadata.mask_offsets
+            attend.update(causal=False, window_size=(-1, -1))
         if q_descale is not None and attend["out_scale"] is None:
-            attend = {**attend, "out_dtype": _dtype_name(qkv)}
-        out = self._attend(query, q_descale, cache, seqs, attend, metadata)
-        return _ops.flat(out)
+            attend["out_dtype"] = _dtype_name(qkv)
+        return _ops.flat(self._attend(query, key, value, seqs, attend, metadata))
 
     def _attend(
         self,
         query: Any,
-        q_descale: Any,
-        cache: LayerCache,
+        key: Any,
+        value: Any,
         seqs: tuple[Any, Any, Any, Any],
         options: dict[str, Any],
         metadata: PagedAttentionMetadata,
@@ -242,63 +250,44 @@ class PagedAttentionBackend(AttentionBackend):
         )
         if metadata.cascade_plan is None or not _sees_all(options):
             return functional.paged_attention(
-                query,
-                cache.key,
-                cache.value,
-                *seqs,
-                max_seqlen_q,
-                max_seqlen_k,
-                q_descale=q_descale,
-                **options,
+                query, key, value, *seqs, max_seqlen_q, max_seqlen_k, **options
             )
         return functional.cascade_attention(
             query,
-            cache.key,
-            cache.value,
+            key,
+            value,
             metadata.cascade_plan,
             cu_seqlens_q,
             seq_lens_this_time,
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
-            q_descale=q_descale,
             **options,
         )
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
         """What the layer's operators take: as the last time, if what it was made from is there."""
         caches = field(forward_meta, "caches")
-        if not paddle.in_dynamic_mode():
-            return self._make_facts(layer, forward_meta, [])
-        known = self._known_layers.get(id(layer))
-        if known is not None and known.hold(caches):
-            if known.sources is None:
-                return known
-            if known.detached:
-                return known.with_scales(*(source.detach() for source in known.sources))
-            cache = LayerCache.of(forward_meta, layer, self.config.shard)
-            return known.with_scales(cache.k_scales, cache.v_scales)
-        seen = seen_of(layer, caches)
-        facts = self._make_facts(layer, forward_meta, seen or [])
-        if seen is not None:
-            self._known_layers[id(layer)] = facts
-        return facts
-
-    def _make_facts(self, layer: Any, forward_meta: Any, seen: list[Any]) -> LayerFacts:
+        known = self._known_layers.get(layer) if paddle.in_dynamic_mode() else None
+        if known is not None and known.hold(layer, caches):
+            return known
         self._refuse_layer(layer)
         cache = LayerCache.of(forward_meta, layer, self.config.shard)
         q_quant = self._q_quant_for(cache)
+        types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
         write = {
             "q_quant": q_quant,
             "q_scale": getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
             **self._projection_arguments(layer),
-            **cache.arguments(),
+            **types,
         }
         attend = {
             "out_scale": getattr(layer, "fp8_output_scale", None),
             **self._mask_arguments(layer),
-            **cache.arguments(),
+            **types,
         }
-        return LayerFacts.of(layer, seen, cache, write, attend)
+        facts = LayerFacts.of(layer, caches, cache, write, attend)
+        self._known_layers.put(layer, facts)
+        return facts
 
     def _q_quant_for(self, cache: LayerCache) -> str:
         if self.q_quant != "auto":

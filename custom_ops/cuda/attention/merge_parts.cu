@@ -10,6 +10,7 @@
 #include "cuda/attention/finish.cuh"
 #include "cuda/attention/launch.h"
 #include "cuda/common/early_launch.cuh"
+#include "cuda/common/launch.cuh"
 #include "cuda/merge/parts.cuh"
 #include "cuda/merge/values.cuh"
 
@@ -216,8 +217,8 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream) {
   if (p.rows.num_tokens == 0 || (!p.clear_padding && p.lse == nullptr)) return cudaSuccess;
-  ClearKernel<<<std::min(p.rows.num_tokens, 1024), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchKernel(ClearKernel, dim3(std::min(p.rows.num_tokens, 1024)), dim3(kThreads), stream,
+                      p);
 }
 
 cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream) {

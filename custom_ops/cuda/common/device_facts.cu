@@ -76,9 +76,11 @@ cudaError_t GetDeviceFacts(int device, DeviceFacts* facts) {
   if (device < 0 || device >= kMostDevices) return Ask(device, facts);
   if (!asked[device].load(std::memory_order_acquire)) {
     const std::lock_guard<std::mutex> lock(mutex);
-    const cudaError_t status = Ask(device, &known[device]);
-    if (status != cudaSuccess) return status;
-    asked[device].store(true, std::memory_order_release);
+    if (!asked[device].load(std::memory_order_relaxed)) {
+      const cudaError_t status = Ask(device, &known[device]);
+      if (status != cudaSuccess) return status;
+      asked[device].store(true, std::memory_order_release);
+    }
   }
   *facts = known[device];
   return cudaSuccess;

@@ -102,9 +102,9 @@ cudaError_t LaunchConfig(const Arguments& arguments, cudaStream_t stream) {
   using Plain = Config<kElement, kDim, kSource, kTokenScales, false>;
   using Capped = Config<kElement, kDim, kSource, kTokenScales, true>;
   if (arguments.p.softcap > 0.0f) {
-    return LaunchPersistent<Capped, Shared<Capped>>(Kernel<Capped>, arguments, stream);
+    return LaunchPersistent<Kernel<Capped>, Capped, Shared<Capped>>(arguments, stream);
   }
-  return LaunchPersistent<Plain, Shared<Plain>>(Kernel<Plain>, arguments, stream);
+  return LaunchPersistent<Kernel<Plain>, Plain, Shared<Plain>>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_half_sm90

@@ -462,8 +462,11 @@ class Consumer {
   __device__ __forceinline__ void ScaleOwnColumns(int j, const float (&inverse)[2]) {
     const float* scales = shared_.scales[stage_][1] + 8 * j + 2 * (lane_ % 4);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s_[4 * j + i] *= fminf(scales[i % 2] * inverse[i / 2], 1.0f);
+    for (int i = 0; i < 4; ++i) s_[4 * j + i] *= Clamped(scales[i % 2] * inverse[i / 2]);
   }
+
+  // The scale of a hidden key may be too large for the row's unit; 0 times infinity is NaN.
+  __device__ __forceinline__ static float Clamped(float x) { return fmaxf(fminf(x, 1.0f), -1.0f); }
 
   // Word w of the left operand of P * V.
   __device__ __forceinline__ void PackWord(int w) {

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 template <class C>
 cudaError_t LaunchConfig(const Arguments& arguments, cudaStream_t stream) {
-  return LaunchPersistent<C, Shared<C>, Arguments>(Kernel<C>, arguments, stream);
+  return LaunchPersistent<Kernel<C>, C, Shared<C>>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::prefill_sm90

@@ -12,10 +12,9 @@ namespace fastattn::cuda::prefill_sm90 {
 
 // One CTA with a Shared a multiprocessor, or fewer where there are not as many tiles. May start
 // early: the kernel waits for those before it.
-// Each kernel has a configuration C of its own.
-template <class C, class Shared, class Arguments>
-cudaError_t LaunchPersistent(void (*kernel)(Arguments), const Arguments& arguments,
-                             cudaStream_t stream) {
+// The kernel is a template argument because what is set once is set of it.
+template <auto kKernel, class C, class Shared, class Arguments>
+cudaError_t LaunchPersistent(const Arguments& arguments, cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024);
   int device = 0;
   DeviceFacts facts;
@@ -23,7 +22,7 @@ cudaError_t LaunchPersistent(void (*kernel)(Arguments), const Arguments& argumen
   if (status != cudaSuccess) return status;
   static OncePerDevice once;
   status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(sizeof(Shared)));
   });
   if (status != cudaSuccess) return status;
@@ -32,7 +31,7 @@ cudaError_t LaunchPersistent(void (*kernel)(Arguments), const Arguments& argumen
       (static_cast<int64_t>(p.rows.num_tokens) / C::kQueries + p.rows.batch) * p.num_heads;
   const int grid = static_cast<int>(std::min<int64_t>(tiles, facts.processors));
   if (grid <= 0) return cudaSuccess;
-  return LaunchEarlyWithShared(kernel, dim3(grid), dim3(C::kThreads), sizeof(Shared), stream,
+  return LaunchEarlyWithShared(kKernel, dim3(grid), dim3(C::kThreads), sizeof(Shared), stream,
                                arguments);
 }
 

@@ -277,7 +277,8 @@ class Cleaner {
         value[i] = LoadScale(shared_.raw_scales[at][1], p_.cache.scale_dtype, token);
       }
       const bool hide = flags & kClean;
-      const bool poisoned[2] = {hide && !(key <= 3.0e38f), hide && !(value[i] <= 3.0e38f)};
+      const bool poisoned[2] = {hide && !(fabsf(key) <= 3.0e38f),
+                                hide && !(fabsf(value[i]) <= 3.0e38f)};
       if (poisoned[0]) key = 1.0f;
       if (poisoned[1]) value[i] = 0.0f;
       shared_.scales[at][0][token] = key == 0.0f ? 1e-30f : key;

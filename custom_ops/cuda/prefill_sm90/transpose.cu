@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/layout.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/prefill_sm90/schedule.cuh"
 #include "cuda/prefill_sm90/variant.h"
 
@@ -72,12 +73,8 @@ cudaError_t LaunchTranspose(const AttentionParams& p, uint8_t* out, cudaStream_t
   // The largest length sizes the grid only: longer rows take more rounds.
   const int blocks = std::max(1, std::min(p.max_seqlen_k / kBlockSize + 1, 65535));
   const dim3 grid(blocks, p.num_kv_heads, std::min(p.rows.batch, 65535));
-  if (p.head_dim == 128) {
-    TransposeValues<128><<<grid, 128, 0, stream>>>(p, out);
-  } else {
-    TransposeValues<64><<<grid, 64, 0, stream>>>(p, out);
-  }
-  return cudaGetLastError();
+  return p.head_dim == 128 ? LaunchKernel(TransposeValues<128>, grid, dim3(128), stream, p, out)
+                           : LaunchKernel(TransposeValues<64>, grid, dim3(64), stream, p, out);
 }
 
 }  // namespace fastattn::cuda::prefill_sm90
