@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
+import math
 import numbers
 import re
 import runpy
@@ -205,10 +206,11 @@ def flat(tensor: Any) -> Any:
         result = helper.flat(tensor) if helper is not None else None
     if result is not None:
         return result
-    count = 1
-    for size in tensor.shape[1:]:
-        count *= size
-    return tensor.reshape([tensor.shape[0], count])
+    tokens, *rest = tensor.shape
+    shape = [tokens, math.prod(rest)]
+    return (
+        paddle._C_ops.reshape(tensor, shape) if paddle.in_dynamic_mode() else tensor.reshape(shape)
+    )
 
 
 @functools.lru_cache(maxsize=1)

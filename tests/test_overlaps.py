@@ -18,6 +18,8 @@ from tests.support.tensors import to_numpy, to_paddle
 
 def window(pool: paddle.Tensor, first: int, like: paddle.Tensor) -> paddle.Tensor:
     """View of a flat uint8 pool from byte `first` on, of another tensor's shape and dtype."""
+    if paddle.__version__.startswith("2."):
+        pytest.skip("Paddle 2.6 ends the process in a view of another dtype")
     size, start = int(np.prod(like.shape)), first // bytes_of(like)
     # The dtype first: Paddle's view of a slice as another dtype lies elsewhere.
     return pool.view(like.dtype)[start : start + size].view(list(like.shape))

@@ -32,6 +32,8 @@ def error_of(function, *arguments) -> Exception | None:
 
 def traced(op: str, call: OpCall) -> list[Any]:
     """The call inside a program of `paddle.jit.to_static`."""
+    if not PIR:
+        pytest.skip("Paddle 2.6 loses what a traced function closes over")
     attrs = call.attrs
 
     def program(tensors):

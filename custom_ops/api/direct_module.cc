@@ -14,15 +14,11 @@
 #include <vector>
 
 #include "api/direct.h"
-#include "paddle/phi/api/include/api.h"
 #include "paddle/utils/pybind.h"
 
 // Paddle 2.6 does not ship all of this header.
 #if __has_include("paddle/phi/core/dense_tensor.inl")
 #include "paddle/phi/core/dense_tensor.h"
-#define FASTATTN_HAS_DENSE_TENSOR 1
-#else
-#define FASTATTN_HAS_DENSE_TENSOR 0
 #endif
 
 namespace fastattn::api {
@@ -303,26 +299,25 @@ py::dict Bind(const std::string& path) {
   return AllFacts();
 }
 
-// A tensor [T, ..] as [T, rest] over the same memory: reshape from Python takes longer than a
-// launch. None: declined.
+// A tensor [T, ..] as [T, rest] over the same memory, which takes reshape longer. None: declined.
 PyObject* Flat(PyObject*, PyObject* object) {
+#if __has_include("paddle/phi/core/dense_tensor.inl")
   if (!paddle::pybind::PyCheckTensor(object)) Py_RETURN_NONE;
   try {
     const Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
     if (!tensor.defined() || !tensor.is_dense_tensor() || !tensor.initialized()) Py_RETURN_NONE;
     if (tensor.dims().size() < 2 || tensor.numel() == 0 || !IsContiguous(tensor)) Py_RETURN_NONE;
     const int64_t tokens = tensor.dims()[0], rest = tensor.numel() / tokens;
-#if FASTATTN_HAS_DENSE_TENSOR
     auto flat = std::make_shared<phi::DenseTensor>(
         *static_cast<const phi::DenseTensor*>(tensor.impl().get()));
     flat->Resize(common::make_ddim({tokens, rest}));
     return paddle::pybind::ToPyObject(Tensor(flat));
-#else
-    return paddle::pybind::ToPyObject(paddle::experimental::reshape(tensor, {tokens, rest}));
-#endif
   } catch (const std::exception&) {
     Py_RETURN_NONE;
   }
+#else
+  Py_RETURN_NONE;
+#endif
 }
 
 // unchanged(own, kinds, names, seen): whether `seen` holds, by identity, what the dict `own` has
