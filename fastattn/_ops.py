@@ -476,6 +476,21 @@ def _tell_no_gradient(sig: OpSignature, inputs: tuple[Any, ...]) -> None:
         )
 
 
+def _refuse_eager(sig: OpSignature, inputs: tuple[Any, ...]) -> None:
+    """Refuse what Paddle ends the process for: a static program takes only variables of its own.
+
+    ``paddle.jit.to_static`` turns the tensors that a traced function comes across into such.
+    """
+    if paddle.base.dygraph.base.in_to_static_mode():
+        return
+    for name, value in zip(sig.inputs, inputs):
+        if isinstance(value, paddle.base.core.eager.Tensor):
+            raise TypeError(
+                f"{sig.name}: {name}: expected a variable of the static program, got a tensor of "
+                "dygraph"
+            )
+
+
 def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[Any]:
     """:func:`call` through Paddle's registry: in programs, and in dygraph without ``_direct``."""
     load()
@@ -485,6 +500,7 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
     if run is not paddle.base.core.eager._run_custom_op:
         from fastattn import _tracing  # it imports this module
 
+        _refuse_eager(sig, inputs)
         attrs = _typed_attrs(sig, attrs)
         _tracing.check(sig, inputs, attrs)
     elif any(type(value) is int and value.bit_length() > 31 for value in attrs):

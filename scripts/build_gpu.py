@@ -6,7 +6,8 @@
 The Python named must have a CUDA build of Paddle (`pip install paddlepaddle-gpu==2.6.2`); nvcc is
 found through CUDA_HOME or PATH. The result, `OUT/_fastattn_ops.so` with `_build_info.py` beside it,
 depends on that Paddle's version but not on its Python: carry both files to the GPU machine and name
-the library in FASTATTN_LIBRARY. `scripts/test_gpu.sh` tests it there.
+the library in FASTATTN_LIBRARY. The modules beside it (`_direct`, which calls go through in dygraph)
+fit one Python: carry them too where that is the same. `scripts/test_gpu.sh` tests it there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +38,11 @@ def build(out: Path) -> None:
     from builder.toolchain import ToolchainError
 
     try:
-        with tempfile.TemporaryDirectory() as unused:  # the modules fit this Python only
-            modules = {name: Path(unused) / f"{name}.so" for name in MODULES}
-            Build("on").run(out / "_fastattn_ops.so", modules)
+        # The modules fit this Python only; another one calls through Paddle's registry.
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        Build("on").run(
+            out / "_fastattn_ops.so", {name: out / f"{name}{suffix}" for name in MODULES}
+        )
     except (CompileError, ToolchainError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {out / '_fastattn_ops.so'}")

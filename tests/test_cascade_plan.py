@@ -96,6 +96,7 @@ def test_a_copy_has_its_own_record(clone):
         backend.init_attention_metadata(other)
 
 
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2.6 cannot pickle a tensor")
 def test_metadata_is_pickled_without_its_record():
     state = pickle.loads(pickle.dumps(make_meta(cascade_plan=None)))
     assert state.cascade_plan is None and list(state.seq_lens_decoder.shape) == [2]

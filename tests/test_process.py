@@ -160,6 +160,8 @@ TRACED_ERRORS = {
     "attribute bool": "F.flash_attention(c, c, c, i, i, 1, 1, causal='x')",
     "attribute range": "F.quantize_fp8(x, group_size=2**40)",
     "dtype name": "F.mxfp4_dequantize(x, x, dtype='q')",
+    "eager tensor": "F.quantize_fp8(x, EAGER)",
+    "eager x": "F.quantize_fp8(EAGER)",
     "quant name": "F.indexer_q_rope_quant(x, x, x, x, 1.0, 1.0, quant='q')",
     "quant rank": "F.indexer_q_rope_quant(x, x, x, x, 1.0, 1.0)",
     "numpy string": "F.flash_attention(c, c, c, i, i, 1, 1, softmax_scale=np.str_('1'))",
@@ -174,6 +176,7 @@ def test_errors_in_a_traced_program_do_not_end_the_process():
         import paddle
         import fastattn.functional as F
         paddle.set_device("cpu")
+        EAGER = paddle.to_tensor([2.0])
         paddle.enable_static()
         for name, text in {TRACED_ERRORS!r}.items():
             program = paddle.static.Program()
