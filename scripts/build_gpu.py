@@ -6,8 +6,8 @@
 The Python named must have a CUDA build of Paddle (`pip install paddlepaddle-gpu==2.6.2`); nvcc is
 found through CUDA_HOME or PATH. The result, `OUT/_fastattn_ops.so` with `_build_info.py` beside it,
 depends on that Paddle's version but not on its Python: carry both files to the GPU machine and name
-the library in FASTATTN_LIBRARY. The modules beside it (`_direct`, which calls go through in dygraph)
-fit one Python: carry them too where that is the same. `scripts/test_gpu.sh` tests it there.
+the library in FASTATTN_LIBRARY. The modules beside it fit one Python; carry them too where that is
+the same (calls in dygraph go through `_direct`). `scripts/test_gpu.sh` tests the library there.
 """
 
 from __future__ import annotations
