@@ -200,17 +200,14 @@ def _load_library() -> _Bound:
 
 def flat(tensor: Any) -> Any:
     """A contiguous tensor [T, ..] as [T, rest], over the same memory in dygraph."""
-    result = None
-    if paddle.in_dynamic_mode():
-        helper = helpers()
-        result = helper.flat(tensor) if helper is not None else None
+    dynamic = paddle.in_dynamic_mode()
+    helper = helpers() if dynamic else None
+    result = None if helper is None else helper.flat(tensor)
     if result is not None:
         return result
     tokens, *rest = tensor.shape
     shape = [tokens, math.prod(rest)]
-    return (
-        paddle._C_ops.reshape(tensor, shape) if paddle.in_dynamic_mode() else tensor.reshape(shape)
-    )
+    return paddle._C_ops.reshape(tensor, shape) if dynamic else tensor.reshape(shape)
 
 
 @functools.lru_cache(maxsize=1)

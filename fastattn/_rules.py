@@ -337,20 +337,20 @@ def keys(call: Call, name: str) -> None:
         call.fail(TypeError, name, text)
 
 
-def key_descale(call: Call, name: str) -> None:
-    keys = call.dtype("k")
-    if call.inputs[name] is not None and keys in FLOATS:
-        text = f"expected None for {keys} keys and values; it belongs to 8-bit codes"
-        call.fail(ValueError, name, text)
-    dtypes("float32", "bfloat16")(call, name)
+def _descale_of(tensor: str, text: str) -> Rule:
+    """A descale, which belongs to a tensor of codes; `text` takes the dtype of another."""
+
+    def rule(call: Call, name: str) -> None:
+        dtype = call.dtype(tensor)
+        if call.inputs[name] is not None and dtype in FLOATS:
+            call.fail(ValueError, name, text.format(dtype))
+        dtypes("float32", "bfloat16")(call, name)
+
+    return rule
 
 
-def query_descale(call: Call, name: str) -> None:
-    queries = call.dtype("q")
-    if call.inputs[name] is not None and queries in FLOATS:
-        text = f"expected None for {queries} queries; it belongs to e4m3 codes"
-        call.fail(ValueError, name, text)
-    dtypes("float32", "bfloat16")(call, name)
+key_descale = _descale_of("k", "expected None for {} keys and values; it belongs to 8-bit codes")
+query_descale = _descale_of("q", "expected None for {} queries; it belongs to e4m3 codes")
 
 
 def out_dtype(call: Call, name: str) -> None:

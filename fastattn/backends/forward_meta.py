@@ -77,11 +77,9 @@ def field(forward_meta: Any, name: str) -> Any:
     ValueError
         If it is None, which is also what FastDeploy's object gives for a field never set.
     """
-    value = getattr(forward_meta, name, None)
-    if value is None or name not in FIELDS:
-        raise ValueError(
-            f"forward_meta.{name}: expected a value, got {optional(forward_meta, name)}"
-        )
+    value = optional(forward_meta, name)
+    if value is None:
+        raise ValueError(f"forward_meta.{name}: expected a value, got None")
     return value
 
 
