@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(CUDA is None or not HAS_GPU, reason="no nvcc or 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("merge") / "merge.so"
-    kernels = sorted((ROOT / "custom_ops/cuda/merge").glob("*.cu"))
+    folders = [ROOT / "custom_ops/cuda" / name for name in ("common", "merge")]
+    kernels = sorted(source for folder in folders for source in folder.glob("*.cu"))
     flags = toolchain.nvcc_flags(CUDA, toolchain.parse_archs(None, toolchain.detect_archs()))
     command = [str(CUDA.nvcc), *flags, "-t0", "-shared", "-Xcompiler=-fvisibility=default"]
     command += [str(ROOT / "tests/support/merge_gpu.cu"), *map(str, kernels), "-o", str(path)]

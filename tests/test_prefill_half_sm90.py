@@ -1,6 +1,6 @@
 """Long rows of bf16 and fp16 queries over every cache and over contiguous keys.
 
-On a Hopper GPU these take the kernel of custom_ops/cuda/prefill_half_sm90; anywhere else the other
+On a Hopper GPU these take the kernel of custom_ops/cuda/attention/wgmma_sm90/fp16; anywhere else the other
 kernels. Results are held to the error of 16-bit products (see tests.support.attention).
 """
 

@@ -1,6 +1,6 @@
 """Long rows of e4m3 queries over FP8 keys and values.
 
-On a Hopper GPU these take the kernel of custom_ops/cuda/prefill_sm90, which multiplies e4m3
+On a Hopper GPU these take the kernel of custom_ops/cuda/attention/wgmma_sm90/fp8, which multiplies e4m3
 probabilities (see tests.support.attention.assert_fp8_products); anywhere else the other kernels.
 """
 

@@ -9,7 +9,7 @@
 #include "params/cache.h"
 
 #if defined(FASTATTN_WITH_CUDA)
-#include "cuda/append_cache/launch.h"
+#include "cuda/cache/append/launch.h"
 #endif
 
 namespace fastattn::api {

@@ -16,7 +16,7 @@
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
 #include "cuda/attention/launch.h"
-#include "cuda/quantize_query/launch.h"
+#include "cuda/attention/quantize_q/launch.h"
 #endif
 
 namespace fastattn::api {
@@ -124,7 +124,7 @@ void ParseQueryDescale(const char* op, const Tensor* scale, const phi::Place& pl
   }
   const Arg arg(op, "q_descale", *scale);
   const Sizes shape = SizesOf(*scale);
-  const int64_t tokens = p->rows.num_tokens, heads = p->num_heads;
+  const int64_t tokens = p->seqs.num_tokens, heads = p->num_heads;
   if (shape == Sizes{tokens, heads}) {
     arg.On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
     const Sizes strides = StridesOf(*scale);
@@ -135,12 +135,12 @@ void ParseQueryDescale(const char* op, const Tensor* scale, const phi::Place& pl
     p->q_descale.per_query_head = true;
     return;
   }
-  if (shape != Sizes{1} && shape != Sizes{p->rows.batch, p->num_kv_heads}) {
-    Fail("ValueError", op, "q_descale", "expected shape [1], [", p->rows.batch, ", ",
+  if (shape != Sizes{1} && shape != Sizes{p->seqs.batch, p->num_kv_heads}) {
+    Fail("ValueError", op, "q_descale", "expected shape [1], [", p->seqs.batch, ", ",
          p->num_kv_heads, "] (rows, KV heads) or [", tokens, ", ", heads,
          "] (tokens, query heads), got ", ShapeText(shape));
   }
-  p->q_descale = ParseDescale(op, "q_descale", *scale, place, p->rows.batch, p->num_kv_heads);
+  p->q_descale = ParseDescale(op, "q_descale", *scale, place, p->seqs.batch, p->num_kv_heads);
 }
 
 DType OutputType(const char* op, const CommonArgs& args, const AttentionParams& p) {
@@ -176,7 +176,7 @@ DType OutputType(const char* op, const CommonArgs& args, const AttentionParams& 
 // Checks what both operators take; p holds queries, rows and head counts already.
 void ParseCommon(const char* op, const CommonArgs& args, const phi::Place& place,
                  AttentionParams* p) {
-  const int64_t tokens = p->rows.num_tokens, heads = p->num_heads;
+  const int64_t tokens = p->seqs.num_tokens, heads = p->num_heads;
   if (args.quantize_q) CheckQuantizeQuery(op, args.q_descale, *p);
   ParseQueryDescale(op, args.q_descale, place, p);
   if (args.sinks != nullptr) {
@@ -240,11 +240,11 @@ void ParseCommon(const char* op, const CommonArgs& args, const phi::Place& place
 // Tokens of no row are cleared by the kernels, as no memory operation is launched beside them.
 void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
               const QuantizeQueryParams& query, AttentionParams* p) {
-  const DType keys = p->paged ? p->cache.dtype : p->packed.dtype;
+  const DType keys = p->paged ? p->cache.dtype : p->ragged.dtype;
   if (p->q_dtype == DType::kFloat32) {
     Fail("NotImplementedError", op, "q", "float32 queries have no CUDA kernel in this build");
   }
-  RequireFits(op, "q", static_cast<int64_t>(p->rows.num_tokens) * p->num_heads);
+  RequireFits(op, "q", static_cast<int64_t>(p->seqs.num_tokens) * p->num_heads);
   // The kernels read four channels of a query at once.
   const int64_t piece = 4 * SizeOf(p->q_dtype);
   if (p->q_token_stride % 4 != 0 || p->q_head_stride % 4 != 0 ||
@@ -260,8 +260,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   }
   if (p->paged) RequireAlignedCache(op, p->cache);
   AttentionSizes sizes;
-  sizes.num_tokens = p->rows.num_tokens;
-  sizes.batch = p->rows.batch;
+  sizes.num_tokens = p->seqs.num_tokens;
+  sizes.batch = p->seqs.batch;
   sizes.num_heads = p->num_heads;
   sizes.num_kv_heads = p->num_kv_heads;
   sizes.head_dim = p->head_dim;
@@ -275,7 +275,7 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   sizes.num_sms = facts.processors;
   sizes.max_cluster = cuda::MaxAttentionCluster(facts);
   cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p, facts);
-  sizes.long_row = cuda::LongRow(*p, prefill);
+  sizes.long_seq = cuda::LongRow(*p, prefill);
   const AttentionPlan plan = PlanAttention(sizes);
   if (plan.Whole() == nullptr) prefill = cuda::PrefillKernel::kNone;
   const int64_t floats = plan.workspace + cuda::PrefillWorkspace(*p, prefill);
@@ -300,7 +300,7 @@ std::vector<Tensor> Run(const char* op, const CommonArgs& args, const phi::Place
   Tensor out = args.out ? *args.out : paddle::empty(args.q.shape(), ToPhi(p->out_dtype), place);
   Tensor lse;  // undefined unless asked for
   if (args.return_softmax_lse) {
-    lse = paddle::empty({p->num_heads, p->rows.num_tokens}, phi::DataType::FLOAT32, place);
+    lse = paddle::empty({p->num_heads, p->seqs.num_tokens}, phi::DataType::FLOAT32, place);
     p->lse = MutableData<float>(lse);
   }
   p->out = MutableData(out);
@@ -361,7 +361,7 @@ void ParsePackedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
   value.On(place).Dtype({k.dtype()}).Dims(k.shape()).LastDimContiguous();
   const Sizes shape = SizesOf(k);
   CheckHeads(kFlash, "k", shape[1], shape[2], p);
-  PackedKv& kv = p->packed;
+  RaggedKv& kv = p->ragged;
   kv.dtype = ParseKvDtype(kv_dtype, k, p->q_dtype);
   kv.key = Data(k);
   kv.value = Data(v);
@@ -382,8 +382,8 @@ void ParsePackedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
     }
   }
   RequireFits(kFlash, "cu_seqlens_q", cu_seqlens_q.numel());
-  p->rows.batch = static_cast<int>(cu_seqlens_q.numel() - 1);
-  p->rows.cu_seqlens_q = Data<int>(cu_seqlens_q);
+  p->seqs.batch = static_cast<int>(cu_seqlens_q.numel() - 1);
+  p->seqs.cu_seqlens_q = Data<int>(cu_seqlens_q);
   kv.cu_seqlens_k = Data<int>(cu_seqlens_k);
   for (const auto& [name, scale, target] :
        {std::tuple<const char*, const Tensor*, Descale*>{"k_descale", k_descale, &kv.k_descale},
@@ -393,7 +393,7 @@ void ParsePackedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
       Fail("ValueError", kFlash, name, "expected None for ", NameOf(kv.dtype),
            " keys and values; it belongs to 8-bit codes");
     }
-    *target = ParseDescale(kFlash, name, *scale, place, p->rows.batch, p->num_kv_heads);
+    *target = ParseDescale(kFlash, name, *scale, place, p->seqs.batch, p->num_kv_heads);
   }
 }
 
@@ -415,7 +415,7 @@ std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tenso
   AttentionParams p;
   ParseQuery(kFlash, q, &p);
   const auto place = q.numel() > 0 ? q.place() : cu_seqlens_q.place();
-  p.rows.num_tokens = static_cast<int>(q.shape()[0]);
+  p.seqs.num_tokens = static_cast<int>(q.shape()[0]);
   ParsePackedKv(k, v, cu_seqlens_q, cu_seqlens_k, Get(k_descale), Get(v_descale), kv_dtype, place,
                 &p);
   const CommonArgs args{
@@ -458,7 +458,7 @@ std::vector<Tensor> PagedAttention(
     Fail("TypeError", kPaged, "q", "expected dtype ", NameOf(p.cache.dtype),
          " as the cache has, got ", q.dtype());
   }
-  p.rows = ParseRows(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+  p.seqs = ParseRows(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      nullptr, q.shape()[0], place);
   const CommonArgs args{
       q,           Get(q_descale), Get(sinks),    Get(mask_offsets), Get(out_scale),

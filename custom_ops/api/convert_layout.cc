@@ -10,7 +10,7 @@
 #include "params/cache.h"
 
 #if defined(FASTATTN_WITH_CUDA)
-#include "cuda/convert_layout/launch.h"
+#include "cuda/cache/convert/launch.h"
 #endif
 
 namespace fastattn::api {

@@ -11,7 +11,7 @@
 #include "params/gqa_rope.h"
 
 #if defined(FASTATTN_WITH_CUDA)
-#include "cuda/gqa_rope/launch.h"
+#include "cuda/compat/gqa_rope/launch.h"
 #endif
 
 namespace fastattn::api {
@@ -89,10 +89,10 @@ std::vector<Tensor> GqaRopeWriteCache(
   RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
   RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   const int64_t num_tokens = qkv.shape()[0];
-  rope.rows = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+  rope.seqs = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                         Get(batch_id_per_token), num_tokens, place);
-  p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, rope.rows.batch, place);
-  p.cu_seqlens_k = Lengths("cu_seqlens_k", cu_seqlens_k, rope.rows.batch + 1LL, place);
+  p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, rope.seqs.batch, place);
+  p.cu_seqlens_k = Lengths("cu_seqlens_k", cu_seqlens_k, rope.seqs.batch + 1LL, place);
   Arg(kOp, "rotary_embs", rotary_embs);
   ParseRotary(kOp, &rotary_embs, use_neox_rotary_style, RotaryDim(rotary_embs, head_dim), place,
               rope);
@@ -111,7 +111,7 @@ std::vector<Tensor> GqaRopeWriteCache(
   Tensor key = paddle::empty({kv_token_num, kv_heads, head_dim}, qkv.dtype(), place);
   Tensor value = paddle::empty({kv_token_num, kv_heads, head_dim}, qkv.dtype(), place);
   Tensor qkv_out = paddle::empty(qkv.shape(), qkv.dtype(), place);
-  Tensor prefix_lens = paddle::empty({rope.rows.batch}, phi::DataType::INT32, place);
+  Tensor prefix_lens = paddle::empty({rope.seqs.batch}, phi::DataType::INT32, place);
   rope.q = MutableData(q);
   p.key = MutableData(key);
   p.value = MutableData(value);

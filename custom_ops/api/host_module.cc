@@ -59,17 +59,17 @@ std::vector<std::map<std::string, int64_t>> PlanOf(int64_t num_tokens, int64_t b
                                                    int64_t head_dim, int64_t element_bytes,
                                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
                                                    int64_t num_sms, int64_t max_cluster,
-                                                   int64_t long_row) {
+                                                   int64_t long_seq) {
   const AttentionPlan plan =
       PlanAttention({num_tokens, batch, num_heads, num_kv_heads, head_dim, element_bytes,
-                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster, long_row});
+                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster, long_seq});
   std::vector<std::map<std::string, int64_t>> launches;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
     launches.push_back({{"columns", launch.columns},
                         {"split", launch.split},
-                        {"min_columns", launch.min_columns},
-                        {"max_columns", launch.max_columns},
+                        {"min_pairs", launch.min_pairs},
+                        {"max_pairs", launch.max_pairs},
                         {"grid", launch.grid},
                         {"cluster", launch.cluster},
                         {"workspace", launch.workspace}});
@@ -93,7 +93,7 @@ PYBIND11_MODULE(_host, m) {
         pybind11::arg("num_heads"), pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"),
         pybind11::arg("element_bytes"), pybind11::arg("max_seqlen_q"),
         pybind11::arg("max_seqlen_k"), pybind11::arg("num_sms"), pybind11::arg("max_cluster") = 1,
-        pybind11::arg("long_row") = kLongRow,
+        pybind11::arg("long_seq") = kLongSeq,
         "Launches of an attention call on a GPU: how its work is shared out.");
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");

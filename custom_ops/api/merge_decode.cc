@@ -10,7 +10,7 @@
 #include "params/merge_decode.h"
 
 #if defined(FASTATTN_WITH_CUDA)
-#include "cuda/merge_decode/launch.h"
+#include "cuda/compat/merge_decode/launch.h"
 #endif
 
 namespace fastattn::api {
@@ -63,11 +63,11 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
 
   MergeDecodeParams p;
   p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, batch, place);
-  p.rows.seq_lens_decoder = Lengths("seq_lens_decoder", seq_lens_decoder, batch, place);
-  p.rows.seq_lens_this_time = Lengths("seq_lens_this_time", seq_lens_this_time, batch, place);
-  p.rows.cu_seqlens_q = Lengths("cu_seq_q", cu_seq_q, batch + 1, place);
-  p.rows.batch = static_cast<int>(batch);
-  p.rows.num_tokens = static_cast<int>(num_tokens);
+  p.seqs.seq_lens_decoder = Lengths("seq_lens_decoder", seq_lens_decoder, batch, place);
+  p.seqs.seq_lens_this_time = Lengths("seq_lens_this_time", seq_lens_this_time, batch, place);
+  p.seqs.cu_seqlens_q = Lengths("cu_seq_q", cu_seq_q, batch + 1, place);
+  p.seqs.batch = static_cast<int>(batch);
+  p.seqs.num_tokens = static_cast<int>(num_tokens);
   p.prefill = MutableData(encoder_res);
   p.decode = Data(decoder_res);
   p.row_bytes =

@@ -212,7 +212,7 @@ void RequireCacheApart(const char* op, const CacheArgs& args) {
   }
 }
 
-RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+SeqMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
                   const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place) {
   Arg(op, "block_tables", block_tables)
@@ -233,18 +233,18 @@ RowMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_s
     }
     return Data<int>(tensor);
   };
-  RowMeta rows;
-  rows.batch = static_cast<int>(batch);
-  rows.max_blocks = static_cast<int>(block_tables.shape()[1]);
-  rows.num_tokens = static_cast<int>(num_tokens);
-  rows.block_tables = Data<int>(block_tables);
-  rows.cu_seqlens_q = lengths("cu_seqlens_q", cu_seqlens_q, batch + 1);
-  rows.seq_lens_decoder = lengths("seq_lens_decoder", seq_lens_decoder, batch);
-  rows.seq_lens_this_time = lengths("seq_lens_this_time", seq_lens_this_time, batch);
+  SeqMeta seqs;
+  seqs.batch = static_cast<int>(batch);
+  seqs.max_blocks = static_cast<int>(block_tables.shape()[1]);
+  seqs.num_tokens = static_cast<int>(num_tokens);
+  seqs.block_tables = Data<int>(block_tables);
+  seqs.cu_seqlens_q = lengths("cu_seqlens_q", cu_seqlens_q, batch + 1);
+  seqs.seq_lens_decoder = lengths("seq_lens_decoder", seq_lens_decoder, batch);
+  seqs.seq_lens_this_time = lengths("seq_lens_this_time", seq_lens_this_time, batch);
   if (batch_id_per_token != nullptr) {
-    rows.batch_id_per_token = lengths("batch_id_per_token", *batch_id_per_token, num_tokens);
+    seqs.batch_id_per_token = lengths("batch_id_per_token", *batch_id_per_token, num_tokens);
   }
-  return rows;
+  return seqs;
 }
 
 int64_t HeadsContiguous(const char* op, const char* name, const Tensor& tensor) {

@@ -18,7 +18,7 @@ inline void CheckQuantizeQuery(const char* op, const Tensor* q_descale, const At
     Fail("ValueError", op, "quantize_q", "expected no q_descale, which belongs to e4m3 queries: ",
          "16-bit ones get their scales here");
   }
-  const DType keys = p.paged ? p.cache.dtype : p.packed.dtype;
+  const DType keys = p.paged ? p.cache.dtype : p.ragged.dtype;
   if (keys != DType::kE4M3) {
     Fail("ValueError", op, "quantize_q", "expected e4m3 keys and values, got ", NameOf(keys));
   }
@@ -30,7 +30,7 @@ inline Tensor TakeQueryCodes(const phi::Place& place, AttentionParams* p,
                              QuantizeQueryParams* query) {
   query->q = p->q;
   query->q_dtype = p->q_dtype;
-  query->num_tokens = p->rows.num_tokens;
+  query->num_tokens = p->seqs.num_tokens;
   query->num_heads = p->num_heads;
   query->head_dim = p->head_dim;
   query->q_token_stride = p->q_token_stride;

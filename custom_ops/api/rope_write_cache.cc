@@ -10,7 +10,7 @@
 #include "params/rope.h"
 
 #if defined(FASTATTN_WITH_CUDA)
-#include "cuda/rope_write/launch.h"
+#include "cuda/cache/rope_write/launch.h"
 #endif
 
 namespace fastattn::api {
@@ -74,7 +74,7 @@ std::vector<Tensor> RopeWriteCacheKv(
   RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   Arg(kOp, "qkv", qkv).On(place);
   const int64_t num_tokens = qkv.shape()[0];
-  p.rows = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+  p.seqs = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      Get(batch_id_per_token), num_tokens, place);
   ParseRotary(kOp, Get(rotary_embs), use_neox_rotary_style, rotary_dim, place, p);
   const int head_dim = p.cache.head_dim;

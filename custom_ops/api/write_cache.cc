@@ -9,7 +9,7 @@
 #include "params/cache.h"
 
 #if defined(FASTATTN_WITH_CUDA)
-#include "cuda/rope_write/launch.h"
+#include "cuda/cache/rope_write/launch.h"
 #endif
 
 namespace fastattn::api {
@@ -63,7 +63,7 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
     Fail("TypeError", kOp, "key", "expected dtype float32 or the cache's ", NameOf(p.cache.dtype),
          ", got ", NameOf(p.dtype));
   }
-  p.rows = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+  p.seqs = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      Get(batch_id_per_token), key.shape()[0], place);
   p.key = Data(key);
   p.value = Data(value);

@@ -54,18 +54,18 @@ TileFunction ChooseTileFunction(const AttentionParams& p) {
 int64_t Clamp(int64_t x, int64_t low, int64_t high) { return std::max(low, std::min(x, high)); }
 
 // A row's lengths, cut to the tensors: nothing that the metadata says is trusted.
-AttentionRow FindRow(const AttentionParams& p, int b) {
-  AttentionRow row;
-  const RowMeta& rows = p.rows;
-  row.q_begin = Clamp(rows.cu_seqlens_q[b], 0, rows.num_tokens);
-  const int64_t q_end = Clamp(rows.cu_seqlens_q[b + 1], row.q_begin, rows.num_tokens);
+AttentionSeq FindSeq(const AttentionParams& p, int b) {
+  AttentionSeq row;
+  const SeqMeta& seqs = p.seqs;
+  row.q_begin = Clamp(seqs.cu_seqlens_q[b], 0, seqs.num_tokens);
+  const int64_t q_end = Clamp(seqs.cu_seqlens_q[b + 1], row.q_begin, seqs.num_tokens);
   if (p.paged) {
-    row.q_len = Clamp(rows.seq_lens_this_time[b], 0, q_end - row.q_begin);
-    row.k_len = std::max(rows.seq_lens_decoder[b], 0) + row.q_len;
+    row.q_len = Clamp(seqs.seq_lens_this_time[b], 0, q_end - row.q_begin);
+    row.k_len = std::max(seqs.seq_lens_decoder[b], 0) + row.q_len;
   } else {
     row.q_len = q_end - row.q_begin;
-    row.k_begin = Clamp(p.packed.cu_seqlens_k[b], 0, p.packed.num_tokens);
-    row.k_len = Clamp(p.packed.cu_seqlens_k[b + 1], row.k_begin, p.packed.num_tokens) - row.k_begin;
+    row.k_begin = Clamp(p.ragged.cu_seqlens_k[b], 0, p.ragged.num_tokens);
+    row.k_len = Clamp(p.ragged.cu_seqlens_k[b + 1], row.k_begin, p.ragged.num_tokens) - row.k_begin;
   }
   return row;
 }
@@ -78,7 +78,7 @@ struct OutputTile {
 };
 
 struct Plan {
-  std::vector<AttentionRow> rows;
+  std::vector<AttentionSeq> seqs;
   std::vector<AttentionTask> tasks;
   std::vector<OutputTile> tiles;
   std::vector<int> tile_of_task;
@@ -92,13 +92,13 @@ int64_t PartialSize(const AttentionParams& p, const AttentionTask& task) {
 }
 
 // Keys that the tile's queries may see by causal mask and window.
-void BoundKeys(const AttentionParams& p, const AttentionRow& row, AttentionTask* task) {
+void BoundKeys(const AttentionParams& p, const AttentionSeq& row, AttentionTask* task) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t offset = row.k_len - row.q_len;
   const int64_t first = task->packed_begin / group + offset;
   const int64_t last = (task->packed_begin + task->packed_count - 1) / group + offset;
   int64_t begin = 0, end = row.k_len;
-  if (p.paged) end = std::min<int64_t>(end, static_cast<int64_t>(p.rows.max_blocks) * kBlockSize);
+  if (p.paged) end = std::min<int64_t>(end, static_cast<int64_t>(p.seqs.max_blocks) * kBlockSize);
   if (p.causal) end = std::min(end, last + 1);
   if (p.window_right >= 0) end = std::min(end, last + p.window_right + 1);
   if (p.window_left >= 0) begin = std::max(begin, first - p.window_left);
@@ -109,7 +109,7 @@ void BoundKeys(const AttentionParams& p, const AttentionRow& row, AttentionTask*
 void PlanTile(const AttentionParams& p, AttentionTask task, bool split, Plan* plan) {
   OutputTile tile;
   tile.first_task = static_cast<int>(plan->tasks.size());
-  BoundKeys(p, plan->rows[task.row], &task);
+  BoundKeys(p, plan->seqs[task.row], &task);
   const int64_t end = task.key_end;
   do {
     if (split) task.key_end = std::min(end, (task.key_begin / kSplitKeys + 1) * kSplitKeys);
@@ -128,9 +128,9 @@ void PlanTile(const AttentionParams& p, AttentionTask task, bool split, Plan* pl
 Plan MakePlan(const AttentionParams& p) {
   Plan plan;
   const int64_t group = p.num_heads / p.num_kv_heads;
-  for (int b = 0; b < p.rows.batch; ++b) {
-    plan.rows.push_back(FindRow(p, b));
-    const int64_t packed = plan.rows[b].q_len * group;
+  for (int b = 0; b < p.seqs.batch; ++b) {
+    plan.seqs.push_back(FindSeq(p, b));
+    const int64_t packed = plan.seqs[b].q_len * group;
     for (int h = 0; h < p.num_kv_heads; ++h) {
       for (int64_t begin = 0; begin < packed; begin += kMaxTileRows) {
         AttentionTask task;
@@ -172,8 +172,8 @@ class ValueScales {
         const bool per_head = cache.v_granularity == ScaleGranularity::kHead;
         scale_ = LoadScale(cache.v_scales, dtype_, per_head ? kv_head : 0);
       }
-    } else if (p.packed.v_descale.data != nullptr) {
-      const Descale& scale = p.packed.v_descale;
+    } else if (p.ragged.v_descale.data != nullptr) {
+      const Descale& scale = p.ragged.v_descale;
       scale_ = LoadScale(scale.data, scale.dtype, scale.Index(0, row, kv_head, 0));
     }
   }
@@ -191,7 +191,7 @@ class ValueScales {
 
 // Normalises and writes one packed row; `maximum` is in units of log2.
 template <DType kOut>
-void WriteRow(const AttentionParams& p, const AttentionRow& row, const AttentionTask& task, int r,
+void WriteRow(const AttentionParams& p, const AttentionSeq& row, const AttentionTask& task, int r,
               const ValueScales& scales, const float* acc, float maximum, float sum) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t packed = task.packed_begin + r;
@@ -215,7 +215,7 @@ void WriteRow(const AttentionParams& p, const AttentionRow& row, const Attention
       normaliser = factor / sum;
     }
   }
-  if (p.lse != nullptr) p.lse[head * p.rows.num_tokens + token] = lse;
+  if (p.lse != nullptr) p.lse[head * p.seqs.num_tokens + token] = lse;
 
   auto* out = static_cast<typename Element<kOut>::Storage*>(p.out) +
               (token * p.num_heads + head) * p.head_dim;
@@ -230,10 +230,10 @@ void WriteRow(const AttentionParams& p, const AttentionRow& row, const Attention
 void Merge(const AttentionParams& p, const AttentionTask& task, int num_parts, const float* parts,
            TileBuffers* buffers) {
   const int64_t size = PartialSize(p, task);
-  const int rows = task.packed_count, dim = p.head_dim;
-  for (int r = 0; r < rows; ++r) {
-    const auto maximum = [&](int i) { return parts[i * size + rows * dim + 2 * r]; };
-    const auto sum = [&](int i) { return parts[i * size + rows * dim + 2 * r + 1]; };
+  const int seqs = task.packed_count, dim = p.head_dim;
+  for (int r = 0; r < seqs; ++r) {
+    const auto maximum = [&](int i) { return parts[i * size + seqs * dim + 2 * r]; };
+    const auto sum = [&](int i) { return parts[i * size + seqs * dim + 2 * r + 1]; };
     float largest = -kInf;
     for (int i = 0; i < num_parts; ++i) largest = std::max(largest, maximum(i));
     const float shift = largest == -kInf ? 0.0f : largest;
@@ -268,7 +268,7 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
   const auto write = [&](const AttentionTask& task, const TileBuffers& buffers) {
     const ValueScales scales(p, task.row, task.kv_head);
     for (int r = 0; r < task.packed_count; ++r) {
-      WriteRow<kOut>(p, plan.rows[task.row], task, r, scales, buffers.acc + r * p.head_dim,
+      WriteRow<kOut>(p, plan.seqs[task.row], task, r, scales, buffers.acc + r * p.head_dim,
                      buffers.row_max[r], buffers.row_sum[r]);
     }
   };
@@ -281,7 +281,7 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
       const int index = plan.order[i];
       const AttentionTask& task = plan.tasks[index];
       const OutputTile& tile = plan.tiles[plan.tile_of_task[index]];
-      run(p, plan.rows[task.row], task, buffers);
+      run(p, plan.seqs[task.row], task, buffers);
       if (tile.partial < 0) {
         write(task, buffers);
       } else {

@@ -13,7 +13,7 @@ TileFunction FindTileFunction(const AttentionParams& p) {
     } else {
       dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
                DType::kInt8>(
-          p.paged ? p.cache.dtype : p.packed.dtype, "dtype of the keys",
+          p.paged ? p.cache.dtype : p.ragged.dtype, "dtype of the keys",
           [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, false>::Run; });
     }
   });

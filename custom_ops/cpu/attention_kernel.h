@@ -42,7 +42,7 @@ FASTATTN_INLINE void DotBlock(const float* a, int a_stride,
 template <int kDim, DType kKv, bool kByChannel>
 class TileKernel {
  public:
-  static void Run(const AttentionParams& p, const AttentionRow& row, const AttentionTask& task,
+  static void Run(const AttentionParams& p, const AttentionSeq& row, const AttentionTask& task,
                   TileBuffers& buffers) {
     TileKernel(p, row, task, buffers).Run();
   }
@@ -63,7 +63,7 @@ class TileKernel {
     bool poisoned;    // values: some are not finite, and not visible to every row
   };
 
-  TileKernel(const AttentionParams& p, const AttentionRow& row, const AttentionTask& task,
+  TileKernel(const AttentionParams& p, const AttentionSeq& row, const AttentionTask& task,
              TileBuffers& buffers)
       : p_(p), row_(row), task_(task), b_(buffers), rows_(task.packed_count) {
     if (p.paged) {
@@ -71,8 +71,8 @@ class TileKernel {
       key_stride_ = p.cache.key_strides.row;
       value_stride_ = p.cache.value_strides.row;
     } else {
-      key_stride_ = p.packed.key_token_stride;
-      value_stride_ = p.packed.value_token_stride;
+      key_stride_ = p.ragged.key_token_stride;
+      value_stride_ = p.ragged.value_token_stride;
     }
   }
 
@@ -119,8 +119,8 @@ class TileKernel {
         const bool per_head = cache.k_granularity == ScaleGranularity::kHead;
         key_scale = LoadScale(cache.k_scales, cache.scale_dtype, per_head ? task_.kv_head : 0);
       }
-    } else if (!p_.paged && p_.packed.k_descale.data != nullptr) {
-      const Descale& scale = p_.packed.k_descale;
+    } else if (!p_.paged && p_.ragged.k_descale.data != nullptr) {
+      const Descale& scale = p_.ragged.k_descale;
       key_scale = LoadScale(scale.data, scale.dtype, scale.Index(0, task_.row, task_.kv_head, 0));
     }
     for (int r = 0; r < rows_; ++r) {
@@ -147,18 +147,18 @@ class TileKernel {
   void LoadQuery(int64_t offset, float* out) {
     switch (p_.q_dtype) {
       case DType::kFloat32:
-        return DecodeRow<DType::kFloat32>(static_cast<const float*>(p_.q) + offset, out);
+        return DecodeSeq<DType::kFloat32>(static_cast<const float*>(p_.q) + offset, out);
       case DType::kFloat16:
-        return DecodeRow<DType::kFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
+        return DecodeSeq<DType::kFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
       case DType::kBFloat16:
-        return DecodeRow<DType::kBFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
+        return DecodeSeq<DType::kBFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
       default:
-        return DecodeRow<DType::kE4M3>(static_cast<const uint8_t*>(p_.q) + offset, out);
+        return DecodeSeq<DType::kE4M3>(static_cast<const uint8_t*>(p_.q) + offset, out);
     }
   }
 
   template <DType kDType>
-  static void DecodeRow(const typename Element<kDType>::Storage* in, float* out) {
+  static void DecodeSeq(const typename Element<kDType>::Storage* in, float* out) {
     for (int d = 0; d < kDim; d += kLanes) Store(out + d, LoadAs<kDType>(in + d));
   }
 
@@ -184,10 +184,10 @@ class TileKernel {
                                                                     : int64_t{kBlockSize});
     chunk->full = common_begin_ <= start && common_end_ >= start + kBlockSize;
     if (p_.paged) {
-      const RowMeta& rows = p_.rows;
+      const SeqMeta& seqs = p_.seqs;
       const int64_t slot = start / kBlockSize;
-      if (slot >= rows.max_blocks) return false;
-      const int id = rows.block_tables[static_cast<int64_t>(task_.row) * rows.max_blocks + slot];
+      if (slot >= seqs.max_blocks) return false;
+      const int id = seqs.block_tables[static_cast<int64_t>(task_.row) * seqs.max_blocks + slot];
       if (id < 0 || id >= p_.cache.num_blocks) return false;
       const PagedCache& cache = p_.cache;
       const int head = task_.kv_head;
@@ -197,7 +197,7 @@ class TileKernel {
       chunk->value = static_cast<const Code*>(cache.value) + cache.value_strides.Plane(id, head);
       return true;
     }
-    const PackedKv& kv = p_.packed;
+    const RaggedKv& kv = p_.ragged;
     const int64_t token = row_.k_begin + start;
     chunk->key = static_cast<const Code*>(kv.key) + token * kv.key_token_stride +
                  task_.kv_head * kv.key_head_stride;
@@ -261,7 +261,7 @@ class TileKernel {
     const float* decoded[kBlockSize];
     for (int i = 0; i < kBlockSize; ++i) {
       decoded[i] = b_.keys + i * kDim;
-      DecodeRow<kKv>(key[i], b_.keys + i * kDim);
+      DecodeSeq<kKv>(key[i], b_.keys + i * kDim);
     }
     ScoreColumns<DType::kFloat32, true>(c, decoded);
   }
@@ -395,7 +395,7 @@ class TileKernel {
         const Chunk& chunk = chunks_[c];
         const int last = First(any_end_, chunk);
         for (int i = First(any_begin_, chunk); i < last; ++i) {
-          DecodeRow<kKv>(chunk.value + i * value_stride_, b_.values + (c * kBlockSize + i) * kDim);
+          DecodeSeq<kKv>(chunk.value + i * value_stride_, b_.values + (c * kBlockSize + i) * kDim);
         }
       }
     }
@@ -577,7 +577,7 @@ class TileKernel {
   static constexpr float kLog2E = 1.44269504f;
 
   const AttentionParams& p_;
-  const AttentionRow& row_;
+  const AttentionSeq& row_;
   const AttentionTask& task_;
   TileBuffers& b_;
   const int rows_;

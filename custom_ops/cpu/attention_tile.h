@@ -17,11 +17,11 @@ inline constexpr int kMaxChunks = 4;
 inline constexpr int kTileKeys = kMaxChunks * kBlockSize;
 
 // A row (sequence) of the step, its lengths cut to what memory holds.
-struct AttentionRow {
+struct AttentionSeq {
   int64_t q_begin = 0;  // first query token
   int64_t q_len = 0;
   int64_t k_len = 0;
-  int64_t k_begin = 0;  // first key token of PackedKv
+  int64_t k_begin = 0;  // first key token of RaggedKv
 };
 
 // One unit of work: a tile of packed rows over the keys [key_begin, key_end).
@@ -80,7 +80,7 @@ struct TileBuffers {
   int64_t visible_end[kMaxTileRows];
 };
 
-using TileFunction = void (*)(const AttentionParams& p, const AttentionRow& row,
+using TileFunction = void (*)(const AttentionParams& p, const AttentionSeq& row,
                               const AttentionTask& task, TileBuffers& buffers);
 
 // The kernel for p's head_dim and types in each instruction set; null where it is not compiled.

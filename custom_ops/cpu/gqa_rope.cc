@@ -9,7 +9,7 @@
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/rope_head.h"
-#include "cpu/token_rows.h"
+#include "cpu/token_seqs.h"
 
 namespace fastattn::cpu {
 
@@ -36,11 +36,11 @@ class Step {
       for (int h = 0; h < heads + 2 * kv_heads; ++h) Store(token, h, x);
       return;
     }
-    const int64_t position = PositionOf(rope_.rows, row, token);
+    const int64_t position = PositionOf(rope_.seqs, row, token);
     Angles angles;
     if (rope_.style != RotaryStyle::kNone) LoadAngles(rope_, position, angles);
     const bool prefill = p_.seq_lens_encoder[row] > 0;
-    const int block = prefill ? BlockOf(rope_.rows.block_tables, rope_.rows.max_blocks,
+    const int block = prefill ? BlockOf(rope_.seqs.block_tables, rope_.seqs.max_blocks,
                                         rope_.cache.num_blocks, row, position)
                               : -1;
     const int slot = static_cast<int>(position % kBlockSize);
@@ -66,8 +66,8 @@ class Step {
   // Row of key and value that a new token takes, or -1.
   int64_t OutToken(int64_t token, int row) const {
     const int64_t first = p_.cu_seqlens_k[row];
-    const int64_t prefix = PrefixLength(p_.seq_lens_encoder[row], rope_.rows.seq_lens_decoder[row]);
-    const int64_t out = first + prefix + (token - rope_.rows.cu_seqlens_q[row]);
+    const int64_t prefix = PrefixLength(p_.seq_lens_encoder[row], rope_.seqs.seq_lens_decoder[row]);
+    const int64_t out = first + prefix + (token - rope_.seqs.cu_seqlens_q[row]);
     return first >= 0 && out < p_.num_kv_tokens ? out : -1;
   }
 
@@ -95,21 +95,21 @@ class Step {
 }  // namespace
 
 void GqaRopeWriteCache(const GqaRopeWriteCacheParams& p) {
-  const std::vector<int> row_of_token = RowOfTokens(p.rope.rows);
+  const std::vector<int> row_of_token = SeqOfTokens(p.rope.seqs);
   DispatchCache(p.rope.cache, [&](auto format) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.rope.dtype, "dtype", [&](auto dtype) {
       dispatch<64, 128>(p.rope.cache.head_dim, "head_dim", [&](auto head_dim) {
         const Step<decltype(dtype)::value, decltype(format), decltype(head_dim)::value> step(p);
         const int64_t heads = p.rope.num_heads + 2LL * p.rope.cache.num_kv_heads;
         const int64_t work = 2 * heads * p.rope.cache.head_dim;  // rotated and written
-        ParallelFor(p.rope.rows.num_tokens, work, [&](int64_t begin, int64_t end) {
+        ParallelFor(p.rope.seqs.num_tokens, work, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t) step.Token(t, row_of_token[t]);
         });
       });
     });
   });
-  for (int b = 0; b < p.rope.rows.batch; ++b) {
-    p.prefix_lens[b] = PrefixLength(p.seq_lens_encoder[b], p.rope.rows.seq_lens_decoder[b]);
+  for (int b = 0; b < p.rope.seqs.batch; ++b) {
+    p.prefix_lens[b] = PrefixLength(p.seq_lens_encoder[b], p.rope.seqs.seq_lens_decoder[b]);
   }
   AppendCache(PrefixOf(p));
 }

@@ -4,18 +4,18 @@
 #include <cstring>
 
 #include "cpu/parallel.h"
-#include "cpu/token_rows.h"
+#include "cpu/token_seqs.h"
 
 namespace fastattn::cpu {
 
 void MergeDecode(const MergeDecodeParams& p) {
   // 16 bytes are copied a nanosecond, in rows of the average length.
-  const int64_t bytes = p.rows.num_tokens * p.row_bytes;
-  const int64_t work = bytes / 16 / std::max(p.rows.batch, 1);
-  ParallelFor(p.rows.batch, work, [&](int64_t begin, int64_t end) {
+  const int64_t bytes = p.seqs.num_tokens * p.row_bytes;
+  const int64_t work = bytes / 16 / std::max(p.seqs.batch, 1);
+  ParallelFor(p.seqs.batch, work, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      if (p.seq_lens_encoder[row] > 0 || p.rows.seq_lens_decoder[row] <= 0) continue;
-      const NewTokens tokens = NewTokensOf(p.rows, static_cast<int>(row));
+      if (p.seq_lens_encoder[row] > 0 || p.seqs.seq_lens_decoder[row] <= 0) continue;
+      const NewTokens tokens = NewTokensOf(p.seqs, static_cast<int>(row));
       if (tokens.count == 0) continue;
       const int64_t first = tokens.first * p.row_bytes;
       std::memcpy(static_cast<char*>(p.prefill) + first, static_cast<const char*>(p.decode) + first,

@@ -9,7 +9,7 @@
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/rope_head.h"
-#include "cpu/token_rows.h"
+#include "cpu/token_seqs.h"
 
 namespace fastattn::cpu {
 
@@ -37,7 +37,7 @@ class Writer {
       for (int head = 0; head < p_.num_heads; ++head) StoreQ(token, head, x);
       return;
     }
-    const int64_t position = PositionOf(p_.rows, row, token);
+    const int64_t position = PositionOf(p_.seqs, row, token);
     Angles angles;
     if (p_.style != RotaryStyle::kNone) LoadAngles(p_, position, angles);
     for (int head = 0; head < p_.num_heads; ++head) {
@@ -46,7 +46,7 @@ class Writer {
       StoreQ(token, head, x);
     }
     const int block =
-        BlockOf(p_.rows.block_tables, p_.rows.max_blocks, p_.cache.num_blocks, row, position);
+        BlockOf(p_.seqs.block_tables, p_.seqs.max_blocks, p_.cache.num_blocks, row, position);
     if (block < 0) return;
     const int slot = static_cast<int>(position % kBlockSize);
     for (int head = 0; head < p_.cache.num_kv_heads; ++head) {
@@ -94,14 +94,14 @@ class Writer {
 }  // namespace
 
 void RopeWriteCache(const RopeWriteCacheParams& p) {
-  const std::vector<int> row_of_token = RowOfTokens(p.rows);
+  const std::vector<int> row_of_token = SeqOfTokens(p.seqs);
   DispatchCache(p.cache, [&](auto format) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "dtype", [&](auto dtype) {
       dispatch<64, 128>(p.cache.head_dim, "head_dim", [&](auto head_dim) {
         const Writer<decltype(dtype)::value, decltype(format), decltype(head_dim)::value> writer(p);
         const int64_t heads = p.num_heads + 2LL * p.cache.num_kv_heads;
         const int64_t work = 2 * heads * p.cache.head_dim;  // rotated and written
-        ParallelFor(p.rows.num_tokens, work, [&](int64_t begin, int64_t end) {
+        ParallelFor(p.seqs.num_tokens, work, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t) writer.Token(t, row_of_token[t]);
         });
       });

@@ -6,7 +6,7 @@
 #include "cpu/cache_codec.h"
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
-#include "cpu/token_rows.h"
+#include "cpu/token_seqs.h"
 
 namespace fastattn::cpu {
 
@@ -20,18 +20,18 @@ void Run(const WriteCacheParams& p) {
   const T* keys = static_cast<const T*>(p.key);
   const T* values = static_cast<const T*>(p.value);
   const CacheWriter<Format> writer(p.cache);
-  const std::vector<int> row_of_token = RowOfTokens(p.rows);
+  const std::vector<int> row_of_token = SeqOfTokens(p.seqs);
 
-  ParallelFor(int64_t{p.rows.num_tokens} * heads, 2 * head_dim, [&](int64_t begin, int64_t end) {
+  ParallelFor(int64_t{p.seqs.num_tokens} * heads, 2 * head_dim, [&](int64_t begin, int64_t end) {
     float x[kMaxHeadDim];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t token = item / heads;
       const int head = static_cast<int>(item % heads);
       const int row = row_of_token[token];
       if (row < 0) continue;
-      const int64_t position = PositionOf(p.rows, row, token);
+      const int64_t position = PositionOf(p.seqs, row, token);
       const int block =
-          BlockOf(p.rows.block_tables, p.rows.max_blocks, p.cache.num_blocks, row, position);
+          BlockOf(p.seqs.block_tables, p.seqs.max_blocks, p.cache.num_blocks, row, position);
       if (block < 0) continue;
       const int slot = static_cast<int>(position % kBlockSize);
       LoadRow<kDType>(keys + token * p.key_token_stride + head * head_dim, head_dim, x);

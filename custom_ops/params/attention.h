@@ -25,7 +25,7 @@ struct Descale {
 };
 
 // K and V as contiguous tokens of all rows, one row after the other (flash_attention).
-struct PackedKv {
+struct RaggedKv {
   const void* key = nullptr;          // [num_tokens, KV, D]
   const void* value = nullptr;        // [num_tokens, KV, D]
   const int* cu_seqlens_k = nullptr;  // [batch + 1]
@@ -57,9 +57,9 @@ struct AttentionParams {
   int64_t q_head_stride = 0;
 
   bool paged = false;
-  RowMeta rows;      // flash_attention: only cu_seqlens_q, batch and num_tokens
+  SeqMeta seqs;      // flash_attention: only cu_seqlens_q, batch and num_tokens
   PagedCache cache;  // paged
-  PackedKv packed;   // not paged
+  RaggedKv ragged;   // not paged
 
   int num_heads = 0;
   int num_kv_heads = 0;  // divides num_heads

@@ -22,7 +22,7 @@
 namespace fastattn {
 
 // New tokens from which a row's tiles are better whole than split.
-inline constexpr int64_t kLongRow = 64;
+inline constexpr int64_t kLongSeq = 64;
 
 struct AttentionSizes {
   int64_t num_tokens = 0;  // query tokens, padding included
@@ -35,15 +35,15 @@ struct AttentionSizes {
   int64_t max_seqlen_k = 0;
   int64_t num_sms = 0;
   int64_t max_cluster = 1;  // CTAs that may form a cluster
-  // kLongRow, or less where a kernel for long rows is faster than split tiles from there on.
-  int64_t long_row = kLongRow;
+  // kLongSeq, or less where a kernel for long rows is faster than split tiles from there on.
+  int64_t long_seq = kLongSeq;
 };
 
 struct AttentionLaunch {
   int columns = 0;  // (query token, head) pairs of a tile: 8, 16 or 64
   bool split = false;
-  int64_t min_columns = 0;  // rows with so many pairs a KV head, and at most max_columns
-  int64_t max_columns = 0;
+  int64_t min_pairs = 0;  // rows with so many pairs a KV head, and at most max_pairs
+  int64_t max_pairs = 0;
   int64_t grid = 0;       // CTAs
   int64_t cluster = 1;    // CTAs that take a row and KV head together; 1: equal shares of all keys
   int64_t workspace = 0;  // floats of partial results
@@ -64,25 +64,25 @@ struct AttentionPlan {
 };
 
 // Rows of one launch; a step with more is launched in pieces.
-inline constexpr int kMaxPlanRows = 512;
+inline constexpr int kMaxPlanSeqs = 512;
 // Of a launch that takes rows of any length.
-inline constexpr int64_t kAllColumns = 0x7FFFFFFF;
+inline constexpr int64_t kAllPairs = 0x7FFFFFFF;
 // CTAs that share a multiprocessor.
 inline constexpr int kAttentionCtasPerSm = 2;
 // Units of keys of a call in clusters, at most: by multiprocessor of the GPU, and those of an item
 // by CTA that has a part of it and by items in the call.
-inline constexpr int kClusterUnitsPerSm = 16;
-inline constexpr int kClusterUnitsPerItem = 4;
+inline constexpr int kClusterKvTilesPerSm = 16;
+inline constexpr int kClusterKvTilesPerWorkTile = 4;
 // Ints that a CTA tells the merging kernel, and the parts it may leave: of the item that it found
 // begun, and of the one that it leaves unfinished.
 inline constexpr int kPartialHeader = 8;
-inline constexpr int kPartsPerCta = 2;
+inline constexpr int kPartialsPerCta = 2;
 
 // Keys of a unit: a slot of shared memory holds 8 KiB.
-FASTATTN_HD constexpr int KeysPerUnit(int row_bytes) { return row_bytes > 128 ? 32 : 64; }
+FASTATTN_HD constexpr int KeysPerKvTile(int row_bytes) { return row_bytes > 128 ? 32 : 64; }
 
 inline int64_t PartialFloats(int64_t grid, int64_t columns, int64_t head_dim) {
-  return grid * (kPartialHeader + kPartsPerCta * columns * (head_dim + 2));
+  return grid * (kPartialHeader + kPartialsPerCta * columns * (head_dim + 2));
 }
 
 inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 : 64; }
@@ -92,8 +92,8 @@ inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 
 // lengths, too: the longest row takes as long alone as in the company of others like it.
 inline int64_t ClusterFor(const AttentionSizes& s, int columns, int64_t pairs, int64_t units) {
   const int64_t items = s.batch * s.num_kv_heads;
-  if (s.batch > kMaxPlanRows || pairs > columns || columns > 16 ||
-      items > kAttentionCtasPerSm * s.num_sms || items * units > kClusterUnitsPerSm * s.num_sms) {
+  if (s.batch > kMaxPlanSeqs || pairs > columns || columns > 16 ||
+      items > kAttentionCtasPerSm * s.num_sms || items * units > kClusterKvTilesPerSm * s.num_sms) {
     return 1;
   }
   for (int64_t cluster = 8; cluster > 1; cluster /= 2) {
@@ -102,20 +102,20 @@ inline int64_t ClusterFor(const AttentionSizes& s, int columns, int64_t pairs, i
     const int64_t ctas = s.num_sms * (cluster == 2 ? kAttentionCtasPerSm : 1);
     if (cluster > s.max_cluster || items * cluster > ctas) continue;
     // Few items leave most multiprocessors idle: then keys must be few, too.
-    return units <= kClusterUnitsPerItem * items * cluster ? cluster : 1;
+    return units <= kClusterKvTilesPerWorkTile * items * cluster ? cluster : 1;
   }
   return 1;
 }
 
-inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t max_columns) {
+inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t max_pairs) {
   AttentionLaunch launch;
   launch.columns = columns;
   launch.split = true;
-  launch.max_columns = max_columns;
+  launch.max_pairs = max_pairs;
   // As many CTAs as run at the same time, and none without work when the whole call is small.
-  const int64_t unit = KeysPerUnit(static_cast<int>(s.head_dim * s.element_bytes));
+  const int64_t unit = KeysPerKvTile(static_cast<int>(s.head_dim * s.element_bytes));
   const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * s.num_heads / s.num_kv_heads;
-  const int64_t items = s.batch * s.num_kv_heads * CeilDiv(std::min(pairs, max_columns), columns);
+  const int64_t items = s.batch * s.num_kv_heads * CeilDiv(std::min(pairs, max_pairs), columns);
   const int64_t units = items * (CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), unit) + 1);
   launch.grid = std::max<int64_t>(1, std::min(units, s.num_sms * kAttentionCtasPerSm));
   launch.cluster = ClusterFor(s, columns, pairs, CeilDiv(s.max_seqlen_k, unit));
@@ -129,17 +129,17 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
 
 // Whether a step with a row of max_seqlen_q tokens may have shorter ones that are neither long nor
 // decode. False where the other rows have too many tokens for that, or just one each.
-inline bool MayHaveShortRows(const AttentionSizes& s, int64_t long_row) {
+inline bool MayHaveShortSeqs(const AttentionSizes& s, int64_t long_seq) {
   const int64_t others = s.batch - 1;
-  return s.num_tokens < others * s.max_seqlen_q + long_row &&
+  return s.num_tokens < others * s.max_seqlen_q + long_seq &&
          s.num_tokens != s.max_seqlen_q + others;
 }
 
-inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_columns) {
+inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_pairs) {
   AttentionLaunch launch;
   launch.columns = 64;
-  launch.min_columns = min_columns;
-  launch.max_columns = kAllColumns;
+  launch.min_pairs = min_pairs;
+  launch.max_pairs = kAllPairs;
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, launch.columns) + s.batch,
                                  s.batch * CeilDiv(s.max_seqlen_q * group, launch.columns));
@@ -158,18 +158,18 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * group;
   if (pairs <= 64 || s.max_seqlen_q <= 8) {
-    plan.launches[plan.num_launches++] = SplitLaunch(s, ColumnsFor(pairs), kAllColumns);
+    plan.launches[plan.num_launches++] = SplitLaunch(s, ColumnsFor(pairs), kAllPairs);
   } else {
     // Keys are better split where a tile for each row and head leaves half of the GPU without work.
-    const int64_t long_row = 2 * s.batch * s.num_heads < s.num_sms ? kLongRow : s.long_row;
-    const bool is_long = s.max_seqlen_q >= long_row;
+    const int64_t long_seq = 2 * s.batch * s.num_heads < s.num_sms ? kLongSeq : s.long_seq;
+    const bool is_long = s.max_seqlen_q >= long_seq;
     if (is_long && s.num_tokens == s.batch * s.max_seqlen_q) {
       // All sequences are as long as one may be. A replay of a CUDA graph may find shorter ones:
       // whole tiles take those too, only not as fast.
       plan.launches[plan.num_launches++] = WholeLaunch(s, 0);
       return plan;
     }
-    const bool mixed = MayHaveShortRows(s, long_row);
+    const bool mixed = MayHaveShortSeqs(s, long_seq);
     // Tiles of 16 pairs cost decoding rows little, and short ones less than 64 pairs.
     const int columns = ColumnsFor(mixed ? std::max<int64_t>(group, 16) : group);
     const int64_t decoding = std::max<int64_t>(columns, group);
@@ -177,9 +177,9 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
     int64_t done = decoding;
     if (mixed || !is_long) {
       AttentionLaunch& rest = plan.launches[plan.num_launches++];
-      rest = SplitLaunch(s, 64, is_long ? long_row * group - 1 : kAllColumns);
-      rest.min_columns = decoding + 1;
-      done = rest.max_columns;
+      rest = SplitLaunch(s, 64, is_long ? long_seq * group - 1 : kAllPairs);
+      rest.min_pairs = decoding + 1;
+      done = rest.max_pairs;
     }
     if (is_long) plan.launches[plan.num_launches++] = WholeLaunch(s, done + 1);
   }

@@ -14,7 +14,7 @@ namespace fastattn {
 // Two tokens share a slot only in invalid input; then one of them wins.
 struct WriteCacheParams {
   PagedCache cache;                // layout is kFastattn
-  RowMeta rows;                    // rows.num_tokens is T
+  SeqMeta seqs;                    // rows.num_tokens is T
   const void* key = nullptr;       // [T, KV, D] fp32 / fp16 / bf16, heads contiguous
   const void* value = nullptr;     // [T, KV, D]
   DType dtype = DType::kBFloat16;  // of key and value; for type none the cache's, or fp32 (rounded)

@@ -51,7 +51,7 @@ struct PagedCache {
 //
 // Nothing here is trusted: a block id outside [0, num_blocks) is an unassigned block, a length
 // below 0 counts as 0, tokens past `num_tokens` are ignored.
-struct RowMeta {
+struct SeqMeta {
   const int* block_tables = nullptr;        // [batch, max_blocks]
   const int* cu_seqlens_q = nullptr;        // [batch + 1] first token of each row
   const int* seq_lens_decoder = nullptr;    // [batch] tokens cached before this step

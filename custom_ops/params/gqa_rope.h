@@ -38,13 +38,13 @@ inline AppendCacheParams PrefixOf(const GqaRopeWriteCacheParams& p) {
   prefix.cache = p.rope.cache;
   prefix.key = p.key;
   prefix.value = p.value;
-  prefix.block_tables = p.rope.rows.block_tables;
+  prefix.block_tables = p.rope.seqs.block_tables;
   prefix.seq_lens_decoder = p.prefix_lens;
   prefix.cu_seqlens_k = p.cu_seqlens_k;
   prefix.dtype = p.rope.dtype;
   prefix.dynamic_quant = IsDynamic(p.rope.cache.type);
-  prefix.batch = p.rope.rows.batch;
-  prefix.max_blocks = p.rope.rows.max_blocks;
+  prefix.batch = p.rope.seqs.batch;
+  prefix.max_blocks = p.rope.seqs.max_blocks;
   prefix.num_out_tokens = p.num_kv_tokens;
   prefix.key_token_stride = prefix.value_token_stride =
       static_cast<int64_t>(p.rope.cache.num_kv_heads) * p.rope.cache.head_dim;

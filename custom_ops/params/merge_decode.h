@@ -13,7 +13,7 @@ struct MergeDecodeParams {
   void* prefill = nullptr;                // [T, row_bytes], written
   const void* decode = nullptr;           // [T, row_bytes]
   const int* seq_lens_encoder = nullptr;  // [batch]
-  RowMeta rows;                           // without blocks and batch ids
+  SeqMeta seqs;                           // without blocks and batch ids
   int64_t row_bytes = 0;                  // of one token
 };
 

@@ -37,7 +37,7 @@ struct RopeWriteCacheParams {
   void* q = nullptr;                    // [T, H, D]: type of qkv, or e4m3
   float* q_descale = nullptr;           // [T, H], kPerTokenHead
   PagedCache cache;
-  RowMeta rows;
+  SeqMeta seqs;
   DType dtype = DType::kBFloat16;        // of qkv: bf16 or fp16
   DType bias_dtype = DType::kBFloat16;   // fp32, bf16 or fp16
   DType q_norm_dtype = DType::kFloat32;  // fp32, bf16 or fp16

@@ -5,8 +5,8 @@
 
 #include "common/ceil_div.h"
 #include "common/dispatch.h"
-#include "cuda/prefill_half_sm90/launch.h"
-#include "cuda/prefill_sm90/launch.h"
+#include "cuda/attention/wgmma_sm90/fp16/launch.h"
+#include "cuda/attention/wgmma_sm90/fp8/launch.h"
 
 namespace fastattn::cuda {
 
@@ -28,7 +28,7 @@ Launcher FindElement(const AttentionParams& p, int columns) {
   Launcher found = nullptr;
   if (!p.paged) {
     dispatch<DType::kBFloat16, DType::kFloat16, DType::kE4M3, DType::kE5M2, DType::kInt8>(
-        p.packed.dtype, "keys on a GPU", [&](auto element) {
+        p.ragged.dtype, "keys on a GPU", [&](auto element) {
           found = FindColumns<decltype(element)::value, kHeadDim, false, false>(columns);
         });
   } else if (IsDynamic(p.cache.type)) {
@@ -52,19 +52,19 @@ Launcher Find(const AttentionParams& p, int columns) {
   return found;
 }
 
-// The launch over up to kMaxPlanRows rows from `first_row` on. Takes its floats from *workspace.
+// The launch over up to kMaxPlanSeqs rows from `first_row` on. Takes its floats from *workspace.
 AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, int first_row,
                        float** workspace) {
   AttentionTask task;
   task.split = launch.split;
   task.first_row = first_row;
-  task.num_rows = std::min(p.rows.batch - first_row, kMaxPlanRows);
+  task.num_rows = std::min(p.seqs.batch - first_row, kMaxPlanSeqs);
   task.group = p.num_heads / p.num_kv_heads;
-  task.min_columns = static_cast<int>(launch.min_columns);
-  task.max_columns = static_cast<int>(launch.max_columns);
+  task.min_pairs = static_cast<int>(launch.min_pairs);
+  task.max_pairs = static_cast<int>(launch.max_pairs);
   task.cluster = static_cast<int>(launch.cluster);
   const int64_t pairs = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
-  task.once = launch.split && std::min(pairs, launch.max_columns) <= launch.columns;
+  task.once = launch.split && std::min(pairs, launch.max_pairs) <= launch.columns;
   task.headers = reinterpret_cast<int*>(*workspace);
   task.partials = *workspace + launch.grid * kPartialHeader;
   *workspace += launch.workspace;
@@ -122,9 +122,9 @@ int64_t LongRow(const AttentionParams& p, PrefillKernel prefill) {
   // e4m3 queries, and nearly as long for 16-bit ones over 16-bit keys. Codes, which the prefill
   // kernel converts for every head, are slower there up to 63.
   constexpr int64_t kPrefillRow = 33;
-  const bool codes = SizeOf(p.paged ? p.cache.dtype : p.packed.dtype) == 1;
+  const bool codes = SizeOf(p.paged ? p.cache.dtype : p.ragged.dtype) == 1;
   const bool converts = prefill == PrefillKernel::kHalf && codes;
-  return prefill == PrefillKernel::kNone || converts ? kLongRow : kPrefillRow;
+  return prefill == PrefillKernel::kNone || converts ? kLongSeq : kPrefillRow;
 }
 
 int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill) {
@@ -140,14 +140,14 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
   // others fill those that it leaves or does not need.
   if (prefills) {
     const int64_t group = p.num_heads / p.num_kv_heads;
-    const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_columns, group));
+    const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_pairs, group));
     const cudaError_t status = prefill == PrefillKernel::kFp8
                                    ? LaunchPrefillSm90(p, min_tokens, stream)
                                    : LaunchPrefillHalfSm90(p, min_tokens, stream);
     if (status != cudaSuccess) return status;
     if (plan.num_launches == 1) return LaunchClearPadding(p, stream);  // else another one does
   }
-  for (int row = 0; row < p.rows.batch; row += kMaxPlanRows) {
+  for (int row = 0; row < p.seqs.batch; row += kMaxPlanSeqs) {
     const bool beside = prefills && row == 0;
     const cudaError_t status = LaunchRows(p, plan, prefills, row, beside, workspace, stream);
     if (status != cudaSuccess) return status;

@@ -15,16 +15,16 @@ namespace fastattn::cuda {
 struct AttentionTask {
   bool split = false;
   bool clear = false;   // also give the tokens of no row their values
-  bool beside = false;  // runs beside the kernel ahead: see early_launch.cuh
+  bool beside = false;  // runs beside the kernel ahead: see pdl.cuh
   bool once = false;    // no two tiles read the same keys
   int first_row = 0;
   int num_rows = 0;
   int group = 1;  // query heads of a KV head
-  int min_columns = 0;
-  int max_columns = 0;
+  int min_pairs = 0;
+  int max_pairs = 0;
   int cluster = 1;            // CTAs that take a row and KV head together; 1: equal shares
   int* headers = nullptr;     // [grid, kPartialHeader]
-  float* partials = nullptr;  // [grid, kPartsPerCta, columns, D + 2]
+  float* partials = nullptr;  // [grid, kPartialsPerCta, columns, D + 2]
 };
 
 // CTAs of a cluster on a device, at most: AttentionSizes::max_cluster.
@@ -33,14 +33,14 @@ int MaxAttentionCluster(const DeviceFacts& facts);
 // Kernels that LaunchAttention may leave the plan's long rows to.
 enum class PrefillKernel : int {
   kNone,
-  kFp8,   // prefill_sm90: e4m3 queries, keys and values
-  kHalf,  // prefill_half_sm90: 16-bit queries
+  kFp8,   // wgmma_fp8: e4m3 queries, keys and values
+  kHalf,  // wgmma_fp16: 16-bit queries
 };
 
 // The one for a device.
 PrefillKernel ChoosePrefill(const AttentionParams& p, const DeviceFacts& facts);
 
-// New tokens from which a row is better off there: AttentionSizes::long_row.
+// New tokens from which a row is better off there: AttentionSizes::long_seq.
 int64_t LongRow(const AttentionParams& p, PrefillKernel prefill);
 
 // Floats of p.workspace that it writes.

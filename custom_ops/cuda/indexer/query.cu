@@ -9,7 +9,7 @@
 #include "cuda/common/convert.cuh"
 #include "cuda/common/divisor.cuh"
 #include "cuda/common/e2m1.cuh"
-#include "cuda/common/early_launch.cuh"
+#include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/common/vector.cuh"

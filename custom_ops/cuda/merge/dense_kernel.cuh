@@ -13,7 +13,7 @@
 #include <cstdint>
 
 #include "cuda/common/divisor.cuh"
-#include "cuda/common/early_launch.cuh"
+#include "cuda/common/pdl.cuh"
 #include "cuda/merge/vector_kernel.cuh"
 
 namespace fastattn::cuda {

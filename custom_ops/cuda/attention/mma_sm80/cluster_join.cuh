@@ -1,0 +1,78 @@
+// How the CTAs of a cluster, which share an item, join what each has of it: through each other's
+// shared memory, so that no second kernel is needed.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/mma_sm80/finish.cuh"
+#include "cuda/attention/mma_sm80/query.cuh"
+#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/common/cluster.cuh"
+#include "cuda/merge/parts.cuh"
+#include "cuda/merge/values.cuh"
+
+namespace fastattn::cuda {
+
+// Joins the parts at the start of each CTA's shared memory, in the order of their ranks. Every CTA
+// writes some of the output. Behind it, shared memory may be overwritten.
+template <typename Traits>
+__device__ __forceinline__ void JoinCluster(const AttentionParams& p, const AttentionTask& task,
+                                            const Segment& segment, const char* shared) {
+  constexpr int kQuads = Traits::kHeadDim / 4;
+  constexpr int kBatch = 8;  // parts that are loaded together
+  const ColumnInfo* infos = reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset);
+  const uint32_t part = SharedAddress(shared);
+  const int cluster = task.cluster;
+  const int each = Traits::kColumns * kQuads / cluster;
+  const int begin = static_cast<int>(ClusterRank()) * each;
+  ArriveAtCluster();
+  WaitForCluster();
+#pragma unroll 1
+  for (int done = 0; done < each; done += kAttentionThreads) {
+    const int index = begin + done + static_cast<int>(threadIdx.x);
+    const int column = index / kQuads, quad = index % kQuads;
+    const bool mine = done + static_cast<int>(threadIdx.x) < each && infos[column].out >= 0;
+    uint4 out = make_uint4(0, 0, 0, 0);
+    PartWeight weight = {kLowestMaximum, 0.0f};
+    if (mine) {
+#pragma unroll 1
+      for (int first = 0; first < cluster; first += kBatch) {
+        uint4 outs[kBatch];
+        float2 states[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const uint32_t from = AddressInCluster(min(first + b, cluster - 1), part);
+          outs[b] = LoadCluster16(from + index * 16);
+          states[b] = LoadCluster8(from + Traits::kColumns * Traits::kHeadDim * 4 + column * 8);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          if (first + b >= cluster) continue;
+          const MergeWeights w =
+              WeightsOfParts(weight, {fmaxf(states[b].x, kLowestMaximum), states[b].y});
+          float x[4];
+          MergePack<DType::kFloat32>(out, outs[b], w, x);
+          out = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));
+          weight = {w.max, w.sum};
+        }
+      }
+    }
+    __syncwarp();
+    if (done + kAttentionThreads >= each) ArriveAtCluster();
+    if (mine) {
+      const Column info =
+          ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + column);
+      const float factor =
+          FinishColumn(p, info, infos[column].value_scale, weight.max, weight.sum, quad == 0);
+      StoreOutput(
+          p, segment.head, infos[column].out, 4 * quad,
+          make_float4(BitsFloat(out.x), BitsFloat(out.y), BitsFloat(out.z), BitsFloat(out.w)),
+          factor);
+    }
+  }
+  __syncwarp();
+  WaitForCluster();
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,86 @@
+// From a column's maximum, sum and unnormalised output to what is stored: shared by the attention
+// kernel and by the one that merges the parts of split items.
+#pragma once
+
+#include <cstdint>
+
+#include "common/numeric.h"
+#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/attention/mma_sm80/query.cuh"
+#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/mma_sm80/tile.cuh"
+#include "cuda/common/convert.cuh"
+
+namespace fastattn::cuda {
+
+inline constexpr float kLn2 = 0.693147181f;
+
+// Writes a column's LSE, if `write_lse`, and returns what its output is multiplied by.
+// `sum` is in units of 2^kShift relative to `maximum`, which is in log2 units.
+__device__ __forceinline__ float FinishColumn(const AttentionParams& p, const Column& column,
+                                              float value_scale, float maximum, float sum,
+                                              bool write_lse = true) {
+  const bool empty = sum == 0.0f;
+  float lse = empty ? -kInfinity : (maximum + log2f(sum) - kShift) * kLn2;
+  float factor = empty ? 0.0f : 1.0f / sum;
+  if (p.sinks != nullptr && !empty) {
+    // The sink joins the denominator; it has no value.
+    const float sink = LoadScale(p.sinks, p.sinks_dtype, column.head);
+    if (sink == kInfinity) {
+      lse = kInfinity;
+      factor = 0.0f;
+    } else {
+      const float largest = fmaxf(maximum, sink * kLog2E);
+      const float weight = exp2f(maximum - largest);
+      const float total = sum * weight + exp2f(sink * kLog2E - largest + kShift);
+      lse = (largest + log2f(total) - kShift) * kLn2;
+      factor = weight / total;
+    }
+  }
+  if (p.lse != nullptr && write_lse) {
+    p.lse[static_cast<int64_t>(column.head) * p.seqs.num_tokens + column.token] = lse;
+  }
+  // Without a visible key the output is 0, whatever the scales are.
+  if (empty) return 0.0f;
+  if (p.out_scale != nullptr) factor *= 1.0f / p.out_scale[0];
+  return factor * value_scale;
+}
+
+// Stores 4 neighbouring channels from d on of the output `column` elements from its start.
+__device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_head, int64_t column,
+                                            int d, float4 values, float factor) {
+  float out[4] = {values.x * factor, values.y * factor, values.z * factor, values.w * factor};
+  if (p.paged && p.cache.v_granularity == ScaleGranularity::kChannel && factor != 0.0f) {
+    const int64_t first = static_cast<int64_t>(kv_head) * p.head_dim + d;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[i] *= LoadScale(p.cache.v_scales, p.cache.scale_dtype, first + i);
+    }
+  }
+  const int64_t offset = column + d;
+  switch (p.out_dtype) {
+    case DType::kFloat32:
+      *reinterpret_cast<float4*>(static_cast<float*>(p.out) + offset) =
+          make_float4(out[0], out[1], out[2], out[3]);
+      break;
+    case DType::kFloat16:
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + offset) = make_uint2(
+          PackPair<DType::kFloat16>(out[0], out[1]), PackPair<DType::kFloat16>(out[2], out[3]));
+      break;
+    case DType::kBFloat16:
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + offset) = make_uint2(
+          PackPair<DType::kBFloat16>(out[0], out[1]), PackPair<DType::kBFloat16>(out[2], out[3]));
+      break;
+    default:
+      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + offset) =
+          PackCodes<DType::kE4M3>(out[0], out[1], out[2], out[3]);
+  }
+}
+
+// A part's output [columns, D], then its columns' (maximum, sum).
+__device__ __forceinline__ float* PartOf(const AttentionTask& task, int columns, int head_dim,
+                                         int64_t cta, int part) {
+  return task.partials + (cta * kPartialsPerCta + part) * columns * (head_dim + 2);
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,199 @@
+// Moves units of K and V from global memory into a stream's ring of shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/numeric.h"
+#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/mma_sm80/traits.cuh"
+
+namespace fastattn::cuda {
+
+// Walks over a stream's units ahead of the computation, K before V of each. The block id of the
+// next unit is read while the current one is loaded.
+template <typename Traits>
+class LoadCursor {
+ public:
+  // `segments` are `count` segments in shared memory; `once`: nothing else will read their keys.
+  __device__ __forceinline__ LoadCursor(const AttentionParams& p, const Segment* segments,
+                                        int count, int stream, bool once)
+      : p_(p), segment_(segments), end_(segments + count), stream_(stream) {
+    policy_ = CachePolicy(once);
+    unit_ = segment_->unit_begin + stream;
+    Settle();
+  }
+
+  // Starts the copies of K of the next unit into `slot`; V is the same unit's.
+  __device__ __forceinline__ void LoadKeys(uint32_t slot) {
+    loading_ = segment_ != end_;
+    if (loading_) {
+      Place();
+      if (threadIdx.x % Traits::kStreamThreads == 0) {
+        asm volatile(
+            "st.shared.u32 [%0], %1;" ::"r"(slot + Traits::kDataBytes + Traits::kScaleBytes),
+            "r"(assigned_ ? 1 : 0));
+      }
+      if (assigned_) {
+        if constexpr (Traits::kPaged) {
+          const PagedCache& cache = p_.cache;
+          CopyPlane<Traits::kRowBytes, true>(slot, cache.key, cache.key_strides, key_);
+          CopyScales(slot, cache.k_scales, key_scale_);
+        } else {
+          CopyPacked(slot, p_.ragged.key, p_.ragged.key_token_stride, p_.ragged.key_head_stride);
+        }
+      }
+      Advance();
+    }
+    CommitCopies();
+  }
+
+  __device__ __forceinline__ void LoadValues(uint32_t slot) {
+    if (loading_ && assigned_) {
+      if constexpr (Traits::kPaged) {
+        const PagedCache& cache = p_.cache;
+        constexpr int kRowBytes = Traits::kTransposedV ? kBlockSize : Traits::kRowBytes;
+        constexpr bool kSwizzled = !Traits::kTransposedV;  // channels are read as they lie
+        CopyPlane<kRowBytes, kSwizzled>(slot, cache.value, cache.value_strides, value_);
+        CopyScales(slot, cache.v_scales, value_scale_);
+      } else {
+        CopyPacked(slot, p_.ragged.value, p_.ragged.value_token_stride,
+                   p_.ragged.value_head_stride);
+      }
+    }
+    CommitCopies();
+  }
+
+ private:
+  static constexpr int kBytes = Traits::Format::kBytes;
+  static constexpr int kPieces = Traits::kDataBytes / 16;
+  static constexpr int kPiecesPerRow = Traits::kRowBytes / 16;
+
+  __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kStreamThreads; }
+
+  // Where the current unit lies.
+  __device__ __forceinline__ void Place() {
+    if constexpr (Traits::kPaged) {
+      assigned_ = static_cast<unsigned>(block_) < static_cast<unsigned>(p_.cache.num_blocks);
+      // A plane holds 64 keys; a unit may be half of them.
+      constexpr int kUnitsPerBlock = kBlockSize / Traits::kUnit;
+      static_assert(kUnitsPerBlock == 1 || !(Traits::kTransposedV || Traits::kTokenScales));
+      const PagedCache& cache = p_.cache;
+      const int head = segment_->head, row = unit_ % kUnitsPerBlock * Traits::kUnit;
+      key_ = cache.key_strides.Row(block_, head, row);
+      value_ = cache.value_strides.Row(block_, head, row);
+      if constexpr (Traits::kTokenScales) {
+        key_scale_ = cache.k_scale_strides.Plane(block_, head);
+        value_scale_ = cache.v_scale_strides.Plane(block_, head);
+      }
+    } else {
+      assigned_ = true;
+      offset_ = segment_->shape.k_begin + static_cast<int64_t>(unit_) * Traits::kUnit;
+      rows_ = segment_->shape.k_len - unit_ * Traits::kUnit;
+      head_ = segment_->head;
+    }
+  }
+
+  __device__ __forceinline__ void Advance() {
+    unit_ += Traits::kStreams;
+    Settle();
+  }
+
+  // Goes on to the segment that holds the stream's next unit.
+  __device__ __forceinline__ void Settle() {
+    while (unit_ >= segment_->unit_end) {
+      if (++segment_ == end_) return;
+      unit_ = segment_->unit_begin + stream_;
+    }
+    if constexpr (Traits::kPaged) {
+      constexpr int kUnitsPerBlock = kBlockSize / Traits::kUnit;
+      const int page = unit_ / kUnitsPerBlock;
+      const int64_t row = segment_->row;
+      block_ = page < p_.seqs.max_blocks
+                   ? __ldg(p_.seqs.block_tables + row * p_.seqs.max_blocks + page)
+                   : -1;
+    }
+  }
+
+  // A unit's rows of kRowBytes from `element` on.
+  template <int kRowBytes, bool kSwizzled>
+  __device__ __forceinline__ void CopyPlane(uint32_t slot, const void* tensor,
+                                            const CacheStrides& strides, int64_t element) {
+    constexpr int kRowPieces = kRowBytes / 16;
+    constexpr int kRows = Traits::kStreamThreads / kRowPieces;  // that the stream copies at a time
+    const int row = Lane() / kRowPieces, chunk = Lane() % kRowPieces;
+    const char* from =
+        static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
+    const int64_t step = kRows * kBytes * strides.row;
+    const uint32_t to = slot + row * kRowBytes;
+#pragma unroll
+    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i, from += step) {
+      const int place = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
+      CopyAsync16(to + place * 16 + i * kRows * kRowBytes, from, policy_);
+    }
+  }
+
+  __device__ __forceinline__ void CopyScales(uint32_t slot, const void* scales, int64_t element) {
+    if constexpr (Traits::kTokenScales) {
+      const int bytes = SizeOf(p_.cache.scale_dtype);
+      if (Lane() * 16 < Traits::kUnit * bytes) {
+        CopyAsync16(slot + Traits::kDataBytes + Lane() * 16,
+                    static_cast<const char*>(scales) + element * bytes + Lane() * 16, policy_);
+      }
+    }
+  }
+
+  // Rows of contiguous tensors, zeros after the row's last key. Strides that are no multiples of 16
+  // bytes are served a byte at a time.
+  __device__ __forceinline__ void CopyPacked(uint32_t slot, const void* tensor,
+                                             int64_t token_stride, int64_t head_stride) {
+    const char* source =
+        static_cast<const char*>(tensor) + (offset_ * token_stride + head_ * head_stride) * kBytes;
+    const int64_t stride = token_stride * kBytes;
+    const bool aligned =
+        ((reinterpret_cast<uintptr_t>(tensor) | stride | (head_stride * kBytes)) & 15) == 0;
+#pragma unroll 2
+    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i) {
+      const int piece = i * Traits::kStreamThreads + Lane();
+      const int row = piece / kPiecesPerRow, chunk = piece % kPiecesPerRow;
+      const uint32_t target = slot + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16;
+      const char* from = source + row * stride + chunk * 16;
+      const bool inside = row < rows_;
+      if (aligned) {
+        CopyAsync16(target, inside ? from : static_cast<const char*>(tensor), policy_,
+                    inside ? 16 : 0);
+      } else {
+        uint32_t words[4] = {0, 0, 0, 0};
+        if (inside) {
+#pragma unroll
+          for (int b = 0; b < 16; ++b) {
+            words[b / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(from[b])) << (8 * (b % 4));
+          }
+        }
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(words[0]),
+                     "r"(words[1]), "r"(words[2]), "r"(words[3])
+                     : "memory");
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const Segment* segment_;  // of the next unit; end_ when there is none
+  const Segment* end_;
+  uint64_t policy_;
+  int stream_;
+  int unit_;
+  bool loading_ = false;   // the current unit exists
+  bool assigned_ = false;  // and its block too
+  int block_ = -1;
+  int rows_ = 0;
+  int head_ = 0;
+  int64_t offset_ = 0;  // packed: the first key
+  // Paged, in elements; where they are not used the compiler drops them.
+  int64_t key_ = 0;
+  int64_t value_ = 0;
+  int64_t key_scale_ = 0;
+  int64_t value_scale_ = 0;
+};
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,245 @@
+// Merges the parts of items that several CTAs of an attention kernel shared, as merge_attn_states
+// merges two sides: by the weights and the values of cuda/merge.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/ceil_div.h"
+#include "cuda/attention/launch.h"
+#include "cuda/attention/mma_sm80/finish.cuh"
+#include "cuda/attention/shared/clear.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/pdl.cuh"
+#include "cuda/merge/parts.cuh"
+#include "cuda/merge/values.cuh"
+
+namespace fastattn::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMergeColumns = 8;  // of a block, at most: 32 threads each
+constexpr int kBatch = 4;         // parts that are loaded and joined together
+// Blocks of which most have nothing to do: more cost more time than the search for the few items.
+constexpr int kMostBlocks = 1536;
+
+// Some parts of a column, 4 channels a thread. Without any it changes nothing that it joins.
+struct Merged {
+  uint4 out = make_uint4(0, 0, 0, 0);  // of fp32
+  PartWeight weight = {kLowestMaximum, 0.0f};
+
+  __device__ __forceinline__ void Join(const Merged& other) {
+    const MergeWeights w = WeightsOfParts(weight, other.weight);
+    float x[4];
+    MergePack<DType::kFloat32>(out, other.out, w, x);
+    out = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));
+    weight = {w.max, w.sum};
+  }
+
+  // In pairs, so that few joins wait for each other.
+  __device__ __forceinline__ void JoinAll(Merged (&others)[kBatch]) {
+#pragma unroll
+    for (int step = 1; step < kBatch; step *= 2) {
+#pragma unroll
+      for (int i = 0; i + step < kBatch; i += 2 * step) others[i].Join(others[i + step]);
+    }
+    Join(others[0]);
+  }
+};
+
+// An item that several CTAs share.
+struct SplitItem {
+  int cta;      // that began it
+  int4 header;  // what that one says: CTAs that share it, its row, KV head and tile of queries
+};
+
+__device__ __forceinline__ int4 LoadHeader(const AttentionTask& task, int cta) {
+  return __ldcg(
+      reinterpret_cast<const int4*>(task.headers + static_cast<int64_t>(cta) * kPartialHeader));
+}
+
+// The k-th split item, in some order; of 0 CTAs behind the last.
+__device__ __forceinline__ SplitItem FindItem(const AttentionTask& task, int ctas, int k) {
+  constexpr int kWarps = kThreads / 32, kHeaders = 2;
+  __shared__ int counts[kWarps];
+  __shared__ SplitItem found;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const uint32_t lower_lanes = (1u << threadIdx.x % 32) - 1;
+  if (threadIdx.x == 0) found.header = make_int4(0, 0, 0, 0);
+  for (int first = 0; k >= 0 && first < ctas; first += kThreads * kHeaders) {
+    const int begin = first + static_cast<int>(threadIdx.x);
+    int4 headers[kHeaders];
+    uint32_t votes[kHeaders];
+    int count = 0;
+#pragma unroll
+    for (int h = 0; h < kHeaders; ++h) {
+      const int cta = begin + h * kThreads;
+      headers[h] = cta < ctas ? LoadHeader(task, cta) : make_int4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int h = 0; h < kHeaders; ++h) {
+      votes[h] = __ballot_sync(0xFFFFFFFFu, headers[h].x > 0);
+      count += __popc(votes[h]);
+    }
+    if (threadIdx.x % 32 == 0) counts[warp] = count;
+    __syncthreads();
+    int before = 0, all = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      before += w < warp ? counts[w] : 0;
+      all += counts[w];
+    }
+#pragma unroll
+    for (int h = 0; h < kHeaders; ++h) {
+      if (headers[h].x > 0 && before + __popc(votes[h] & lower_lanes) == k) {
+        found = {begin + h * kThreads, headers[h]};
+      }
+      before += __popc(votes[h]);
+    }
+    k -= all;
+    __syncthreads();
+  }
+  return found;
+}
+
+// Merges `block_columns` columns of an item. Parts are joined in a fixed order, so that the result
+// does not depend on who finished first.
+__device__ __forceinline__ void MergeItem(const AttentionParams& p, const AttentionTask& task,
+                                          int columns, int block_columns, const SplitItem& item) {
+  __shared__ uint4 outs[kThreads];
+  __shared__ PartWeight weights[kThreads];
+  const int parts = item.header.x;
+  const int head_dim = p.head_dim, quads = head_dim / 4;
+  const int quad = threadIdx.x % quads;
+  const int column = blockIdx.y * block_columns + threadIdx.x / quads % block_columns;
+  const int lanes = quads * block_columns;
+  // The parts are dealt out over groups of threads that hold all columns of the block.
+  const int groups = kThreads / lanes, group = threadIdx.x / lanes;
+  const float* first_part = PartOf(task, columns, head_dim, item.cta, 1);
+  const int64_t part_size = static_cast<int64_t>(columns) * (head_dim + 2);
+  Merged merged;
+  for (int first = group; first < parts; first += groups * kBatch) {
+    Merged batch[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * groups;
+      if (i < parts) {
+        // The first part is its CTA's second one, the others are the first ones of the next CTAs.
+        const float* part = first_part + (i == 0 ? 0 : (kPartialsPerCta * i - 1) * part_size);
+        batch[b].out = __ldcg(reinterpret_cast<const uint4*>(part + column * head_dim) + quad);
+        const float2 state =
+            __ldcg(reinterpret_cast<const float2*>(part + columns * head_dim) + column);
+        batch[b].weight = {fmaxf(state.x, kLowestMaximum), state.y};
+      }
+    }
+    merged.JoinAll(batch);
+  }
+  const RowShape shape = LoadRowShape(p, item.header.y);
+  const int kv_head = item.header.z;
+  const Column info = ColumnOf(task, shape, kv_head, item.header.w * columns + column);
+  const float value_scale = ValueScale(p, item.header.y, kv_head);
+  if (groups > 1) {
+    outs[threadIdx.x] = merged.out;
+    weights[threadIdx.x] = merged.weight;
+    __syncthreads();
+    if (group > 0) return;
+    for (int first = 1; first < groups; first += kBatch) {
+      Merged batch[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int other = threadIdx.x + (first + b) * lanes;
+        if (other < kThreads) batch[b].out = outs[other], batch[b].weight = weights[other];
+      }
+      merged.JoinAll(batch);
+    }
+  }
+  if (!info.valid) return;
+  const float factor =
+      FinishColumn(p, info, value_scale, merged.weight.max, merged.weight.sum, quad == 0);
+  const int64_t out = (static_cast<int64_t>(info.token) * p.num_heads + info.head) * head_dim;
+  const float4 values = make_float4(BitsFloat(merged.out.x), BitsFloat(merged.out.y),
+                                    BitsFloat(merged.out.z), BitsFloat(merged.out.w));
+  StoreOutput(p, kv_head, out, 4 * quad, values, factor);
+}
+
+// Blocks of the x axis stand for the CTAs that may have begun a split item, or with kSearch for the
+// items themselves.
+template <bool kSearch>
+__device__ __forceinline__ void MergeItems(const AttentionParams& p, const AttentionTask& task,
+                                           int columns, int block_columns, int ctas) {
+  int k = static_cast<int>(blockIdx.x);
+  if constexpr (!kSearch) {
+    const SplitItem item = {k, LoadHeader(task, k)};
+    if (item.header.x > 0) MergeItem(p, task, columns, block_columns, item);
+  } else {
+    // The host does not know how many items there are, only how many there should be at most.
+    for (;; k += static_cast<int>(gridDim.x)) {
+      const SplitItem item = FindItem(task, ctas, k);
+      if (item.header.x == 0) return;
+      MergeItem(p, task, columns, block_columns, item);
+      __syncthreads();  // the next item takes the same shared memory
+    }
+  }
+}
+
+template <bool kSearch>
+__global__ void __launch_bounds__(kThreads)
+    MergePartsKernel(const __grid_constant__ AttentionParams p,
+                     const __grid_constant__ AttentionTask task, int columns, int block_columns,
+                     int ctas) {
+  TouchParameters(p);
+  if (task.beside) {
+    BeginBesideEarlierKernel();
+  } else {
+    WaitForEarlierKernels();
+    AllowNextKernel();
+  }
+  MergeItems<kSearch>(p, task, columns, block_columns, ctas);
+  if (task.beside) EndBesideEarlierKernel();
+}
+
+__global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ AttentionParams p) {
+  const int each = (p.seqs.num_tokens + gridDim.x - 1) / gridDim.x;
+  const int begin = static_cast<int>(
+      min(static_cast<int64_t>(blockIdx.x) * each, static_cast<int64_t>(p.seqs.num_tokens)));
+  ClearTokens(p, begin, min(begin + each, p.seqs.num_tokens));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    ClearPaddingKernel(const __grid_constant__ AttentionParams p) {
+  BeginBesideEarlierKernel();
+  ClearPadding(p, 0, p.seqs.batch);
+  EndBesideEarlierKernel();
+}
+
+}  // namespace
+
+cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream) {
+  if (p.seqs.num_tokens == 0 || (!p.clear_padding && p.lse == nullptr)) return cudaSuccess;
+  return LaunchKernel(ClearKernel, dim3(std::min(p.seqs.num_tokens, 1024)), dim3(kThreads), stream,
+                      p);
+}
+
+cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream) {
+  if (!p.clear_padding && p.lse == nullptr) return cudaSuccess;
+  constexpr int kMostCtas = 128;
+  return LaunchEarly(ClearPaddingKernel, dim3(std::min(p.seqs.batch, kMostCtas)), dim3(kThreads),
+                     stream, p);
+}
+
+cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task, int columns,
+                             int grid, cudaStream_t stream) {
+  const int64_t pairs =
+      std::min<int64_t>(std::max<int64_t>(p.max_seqlen_q, 1) * task.group, task.max_pairs);
+  const int64_t items = CeilDiv(pairs, columns) * task.num_rows * p.num_kv_heads;
+  // Where few items share many CTAs, each has many parts: then a block takes one column alone.
+  const bool few = 16 * items <= grid;
+  const int block_columns = few ? 1 : std::min(columns, kMergeColumns);
+  const bool search = few && grid * columns > kMostBlocks;
+  const dim3 blocks(search ? static_cast<int>(items) : grid, columns / block_columns);
+  return LaunchEarly(search ? MergePartsKernel<true> : MergePartsKernel<false>, blocks,
+                     dim3(kThreads), stream, p, task, columns, block_columns, grid);
+}
+
+}  // namespace fastattn::cuda

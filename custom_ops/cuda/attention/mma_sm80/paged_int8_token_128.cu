@@ -1,0 +1,12 @@
+#include "cuda/attention/mma_sm80/kernel.cuh"
+
+namespace fastattn::cuda {
+
+template cudaError_t LaunchAttentionVariant<DType::kInt8, 128, true, true, 8>(
+    const AttentionParams&, const AttentionTask&, int, cudaStream_t);
+template cudaError_t LaunchAttentionVariant<DType::kInt8, 128, true, true, 16>(
+    const AttentionParams&, const AttentionTask&, int, cudaStream_t);
+template cudaError_t LaunchAttentionVariant<DType::kInt8, 128, true, true, 64>(
+    const AttentionParams&, const AttentionTask&, int, cudaStream_t);
+
+}  // namespace fastattn::cuda

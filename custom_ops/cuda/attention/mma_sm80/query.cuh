@@ -1,0 +1,270 @@
+// Loads a tile of queries as 16-bit operands, with the factor that turns a product with K's codes
+// into a score.
+#pragma once
+
+#include <cstdint>
+
+#include "common/numeric.h"
+#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/common/convert.cuh"
+
+namespace fastattn::cuda {
+
+inline constexpr float kLog2E = 1.44269504f;
+
+// Scale of K that is constant over a cache's blocks and channels.
+template <typename Traits>
+__device__ __forceinline__ float KeyScale(const AttentionParams& p, int kv_head) {
+  if constexpr (Traits::kCodes && Traits::kPaged && !Traits::kTokenScales) {
+    const ScaleGranularity granularity = p.cache.k_granularity;
+    if (granularity != ScaleGranularity::kChannel) {
+      return LoadScale(p.cache.k_scales, p.cache.scale_dtype,
+                       granularity == ScaleGranularity::kHead ? kv_head : 0);
+    }
+  }
+  return 1.0f;
+}
+
+// Scale of V that is constant over a row's keys and channels.
+__device__ __forceinline__ float ValueScale(const AttentionParams& p, int row, int kv_head) {
+  if (p.paged) {
+    const PagedCache& cache = p.cache;
+    if (cache.v_granularity == ScaleGranularity::kChannel || !IsQuantized(cache.type) ||
+        IsDynamic(cache.type)) {
+      return 1.0f;
+    }
+    return LoadScale(cache.v_scales, cache.scale_dtype,
+                     cache.v_granularity == ScaleGranularity::kHead ? kv_head : 0);
+  }
+  const Descale& scale = p.ragged.v_descale;
+  if (scale.data == nullptr) return 1.0f;
+  return LoadScale(scale.data, scale.dtype, scale.Index(0, row, kv_head, 0));
+}
+
+// What the product of query and key codes is multiplied by, but for scales of single keys.
+template <typename Traits>
+__device__ __forceinline__ float ScoreFactor(const AttentionParams& p, int row, int token,
+                                             int kv_head, int head, float key_scale) {
+  float factor = p.softmax_scale * key_scale;
+  const Descale& q = p.q_descale;
+  if (q.data != nullptr) factor *= LoadScale(q.data, q.dtype, q.Index(token, row, kv_head, head));
+  if constexpr (Traits::kCodes && !Traits::kPaged) {
+    if (p.ragged.k_descale.data != nullptr) {
+      const Descale& k = p.ragged.k_descale;
+      factor *= LoadScale(k.data, k.dtype, k.Index(token, row, kv_head, head));
+    }
+  }
+  return factor;
+}
+
+// A (query token, head) pair of a tile; pairs behind the row's last one are not valid.
+struct Column {
+  bool valid;
+  int token;
+  int head;
+};
+
+__device__ __forceinline__ Column ColumnOf(const AttentionTask& task, const RowShape& row,
+                                           int kv_head, int pair) {
+  const int index = pair / task.group;
+  Column column;
+  column.valid = index < row.q_len;
+  column.token = row.q_begin + index;
+  column.head = kv_head * task.group + pair - index * task.group;
+  return column;
+}
+
+// What a CTA keeps of a column in shared memory.
+struct ColumnInfo {
+  KeyRange keys;       // that it sees
+  float score_factor;  // of products of queries and K's codes
+  float query_factor;  // what its query was divided by
+  float out_factor;    // of the merged output
+  float value_scale;   // constant over its keys
+  int64_t out;         // elements from the start of the output, -1 = not valid
+};
+
+// Four channels as they lie in memory, 8 or 4 bytes, which their strides allow to load at once.
+__device__ __forceinline__ uint2 LoadRaw(const AttentionParams& p, int64_t offset) {
+  if (p.q_dtype == DType::kE4M3) {
+    return make_uint2(
+        __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(p.q) + offset)), 0);
+  }
+  return __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.q) + offset));
+}
+
+__device__ __forceinline__ void RawToFloat(const uint2& raw, DType dtype, float (&out)[4]) {
+  if (dtype == DType::kBFloat16) {
+    out[0] = __uint_as_float(raw.x << 16), out[1] = __uint_as_float(raw.x & 0xFFFF0000u);
+    out[2] = __uint_as_float(raw.y << 16), out[3] = __uint_as_float(raw.y & 0xFFFF0000u);
+  } else if (dtype == DType::kFloat16) {
+    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
+    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+    out[0] = low.x, out[1] = low.y, out[2] = high.x, out[3] = high.y;
+  } else {
+    CodesToFloat<DType::kE4M3>(raw.x, out);
+  }
+}
+
+// The B operands of K Q^T: of lane (g, t), column tile n and step s, the words hold 4 channels (see
+// AttentionTraits::StepOf) of column 8 n + g.
+template <typename Traits>
+struct QueryTile {
+  static constexpr int kKept = Traits::kQueryInRegisters ? Traits::kTiles : 1;
+  uint32_t words[kKept][Traits::kSteps][2];
+  uint32_t shared;  // a lane's words of tile n and step s
+
+  // From shared memory to registers, if they live there.
+  __device__ __forceinline__ void Fetch() {
+    if constexpr (Traits::kQueryInRegisters) {
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+        for (int s = 0; s < Traits::kSteps; ++s) {
+          const uint2 pair = LoadShared8(shared + (n * Traits::kSteps + s) * 256);
+          words[n][s][0] = pair.x, words[n][s][1] = pair.y;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint2 At(int n, int s) const {
+    if constexpr (Traits::kQueryInRegisters) {
+      return make_uint2(words[n][s][0], words[n][s][1]);
+    } else {
+      return LoadShared8(shared + (n * Traits::kSteps + s) * 256);
+    }
+  }
+};
+
+template <typename Traits>
+__device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
+                                             const Segment& segment, int c, float key_scale) {
+  const Column column =
+      ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + c);
+  ColumnInfo info;
+  info.keys = {0, 0};
+  info.score_factor = 0.0f;
+  info.out = -1;
+  if (!column.valid) return info;
+  info.score_factor =
+      ScoreFactor<Traits>(p, segment.row, column.token, segment.head, column.head, key_scale) *
+      kLog2E;
+  info.keys = VisibleKeys(p, segment.shape, column.token - segment.shape.q_begin);
+  if (p.mask_offsets != nullptr) {
+    const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
+    info.keys.begin = max(info.keys.begin, __ldg(offsets));
+    info.keys.end = max(min(info.keys.end, __ldg(offsets + 1)), 0);
+  }
+  info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kHeadDim;
+  return info;
+}
+
+// A thread's loads of a tile's queries: lanes share a column's channels, four each. A cluster
+// starts them ahead of its first keys, behind which they would wait.
+template <typename Traits>
+struct QueryLoads {
+  static constexpr int kLanes = Traits::kHeadDim / 4;  // of a column
+  static constexpr int kAtOnce = kAttentionThreads / kLanes;
+  static constexpr int kPasses = Traits::kColumns / kAtOnce;
+  static constexpr int kBatch = kPasses < 4 ? kPasses : 4;
+  uint2 raw[kBatch];
+  float key_scale, value_scale;
+
+  __device__ __forceinline__ void StartBatch(const AttentionParams& p, const AttentionTask& task,
+                                             const Segment& segment, int pass) {
+    const int quad = threadIdx.x % kLanes;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
+      const Column column =
+          ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + c);
+      raw[b] = make_uint2(0, 0);
+      if (column.valid) {
+        raw[b] =
+            LoadRaw(p, column.token * p.q_token_stride + column.head * p.q_head_stride + 4 * quad);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Start(const AttentionParams& p, const AttentionTask& task,
+                                        const Segment& segment) {
+    StartBatch(p, task, segment, 0);
+    if (threadIdx.x < Traits::kColumns) {
+      key_scale = KeyScale<Traits>(p, segment.head);
+      value_scale = ValueScale(p, segment.row, segment.head);
+    }
+  }
+};
+
+// Fills the tile's queries and column infos in shared memory, the first batch from `loads`.
+template <typename Traits>
+__device__ __forceinline__ void StoreQueries(const AttentionParams& p, const AttentionTask& task,
+                                             const Segment& segment, QueryLoads<Traits>* loads,
+                                             char* shared) {
+  constexpr int kLanes = QueryLoads<Traits>::kLanes;
+  constexpr int kAtOnce = QueryLoads<Traits>::kAtOnce;
+  constexpr int kPasses = QueryLoads<Traits>::kPasses;
+  constexpr int kBatch = QueryLoads<Traits>::kBatch;
+  ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
+  const int quad = threadIdx.x % kLanes;
+  const int2 step = Traits::StepOf(quad);
+#pragma unroll 1
+  for (int pass = 0; pass < kPasses; pass += kBatch) {
+    if (pass > 0) loads->StartBatch(p, task, segment, pass);
+    // Meanwhile, what the columns see and their scales.
+    if (pass == 0 && threadIdx.x < Traits::kColumns) {
+      const ColumnInfo info = InfoOf<Traits>(p, task, segment, threadIdx.x, loads->key_scale);
+      ColumnInfo& target = infos[threadIdx.x];
+      target.keys = info.keys;
+      target.score_factor = info.score_factor;
+      target.value_scale = loads->value_scale;
+      target.out = info.out;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
+      float x[4];
+      RawToFloat(loads->raw[b], p.q_dtype, x);
+      if constexpr (Traits::kCodes && Traits::kPaged && !Traits::kTokenScales) {
+        if (p.cache.k_granularity == ScaleGranularity::kChannel) {
+          const int64_t first = static_cast<int64_t>(segment.head) * Traits::kHeadDim + 4 * quad;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            x[i] *= LoadScale(p.cache.k_scales, p.cache.scale_dtype, first + i);
+          }
+        }
+      }
+      if constexpr (Traits::kCodes) {
+        // fp16 has more mantissa than bf16 and less range: bring the largest channel to
+        // 2^9 .. 2^10.
+        float mine = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+#pragma unroll
+        for (int step = kLanes / 2; step > 0; step /= 2) {
+          mine = fmaxf(mine, __shfl_xor_sync(0xFFFFFFFFu, mine, step));
+        }
+        const uint32_t largest = __float_as_uint(mine);
+        float grow = 1.0f;
+        if (largest < 0x7F800000u) {
+          const uint32_t exponent = max(largest >> 23, 19u);
+          const float shrink = __uint_as_float((254 + 9 - exponent) << 23);
+          grow = __uint_as_float((exponent - 9) << 23);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[i] *= shrink;
+        }
+        if (quad == 0) infos[c].query_factor = grow;
+      } else if (quad == 0) {
+        infos[c].query_factor = 1.0f;
+      }
+      constexpr DType kOperand = Traits::Format::kOperand;
+      const int lane = c % 8 * 4 + step.x;
+      *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
+                                ((c / 8 * Traits::kSteps + step.y) * 32 + lane) * 8) =
+          make_uint2(PackPair<kOperand>(x[0], x[1]), PackPair<kOperand>(x[2], x[3]));
+    }
+  }
+}
+
+}  // namespace fastattn::cuda

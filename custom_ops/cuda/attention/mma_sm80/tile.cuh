@@ -1,0 +1,449 @@
+// One unit of keys: scores, softmax and output of a warp's columns.
+#pragma once
+
+#include <cstdint>
+
+#include "common/layout.h"
+#include "common/numeric.h"
+#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/attention/mma_sm80/query.cuh"
+#include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/common/exp2.cuh"
+#include "cuda/common/softcap.cuh"
+
+namespace fastattn::cuda {
+
+// P = 2^kShift * exp2(score - maximum): fp16 then has its full precision down to probabilities of
+// 2^-29 of the largest, and sums of products stay far inside fp32.
+inline constexpr float kShift = 15.0f;
+inline constexpr float kInfinity = __builtin_huge_valf();
+
+// No exponent: columns have their own.
+inline constexpr int kOwnExponents = 0;
+
+// Running maximum (log2 units), sum and output of a warp's columns over its stream's keys.
+template <typename Traits>
+struct TileState {
+  float maximum[Traits::kTiles][2];
+  float sum[Traits::kTiles][2];  // of this lane's keys only
+  float out[Traits::kDimTiles][Traits::kTiles][4];
+  // Token scales of V: `out` is in units of 2^(scale_exponent - 127); kOwnExponents: of a power of
+  // two of each column's own (see value_scales.cuh).
+  int scale_exponent;
+
+  __device__ __forceinline__ void Reset() {
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        maximum[n][c] = -kInfinity;
+        sum[n][c] = 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < Traits::kDimTiles; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out[i][n][c] = 0.0f;
+      }
+    }
+    scale_exponent = 1;
+  }
+};
+
+// What a unit's keys are to the columns of the tile.
+struct UnitMask {
+  int first_key;     // the unit's, in the row
+  bool needed;       // some column does not see some key
+  bool divided;      // columns differ in what they see
+  int begin, end;    // keys of the unit that any column may see, relative to first_key
+  uint32_t columns;  // shared memory: ColumnInfo of this lane's first column
+};
+
+template <typename Traits>
+__device__ __forceinline__ float TokenScale(uint32_t slot, int key, DType dtype) {
+  if (dtype == DType::kFloat32) {
+    float scale;
+    asm volatile("ld.shared.f32 %0, [%1];"
+                 : "=f"(scale)
+                 : "r"(slot + Traits::kDataBytes + key * 4));
+    return scale;
+  }
+  uint16_t bits;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(slot + Traits::kDataBytes + key * 2));
+  return BFloat16ToFloat(bits);
+}
+
+// scores[m][n] += K Q^T for key tiles first .. first + kGroup.
+template <typename Traits>
+__device__ __forceinline__ void Multiply(uint32_t slot, const QueryTile<Traits>& query, int first,
+                                         float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < Traits::kChunks; ++j) {
+    uint4 keys[Traits::kGroup][2];
+#pragma unroll
+    for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = Traits::KeyOf(first + m, g + 8 * half);
+        keys[m][half] = LoadShared16(slot + row * Traits::kRowBytes +
+                                     Traits::Swizzle(row, Traits::ChunkOf(t, j)) * 16);
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < Traits::kStepsPerChunk; ++w) {
+      uint2 b[Traits::kTiles];
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+        b[n] = query.At(n, j * Traits::kStepsPerChunk + w);
+      }
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+        const uint32_t* low = &keys[m][0].x;
+        const uint32_t* high = &keys[m][1].x;
+        uint32_t a0, a1, a2, a3;
+        if constexpr (Traits::kCodes) {
+          Traits::Format::Widen(low[w], &a0, &a2);
+          Traits::Format::Widen(high[w], &a1, &a3);
+        } else {
+          a0 = low[2 * w], a2 = low[2 * w + 1];
+          a1 = high[2 * w], a3 = high[2 * w + 1];
+        }
+#pragma unroll
+        for (int n = 0; n < Traits::kTiles; ++n) {
+          Mma<Traits::Format::kOperand>(scores[m][n], a0, a1, a2, a3, b[n].x, b[n].y);
+        }
+      }
+    }
+  }
+}
+
+// Gives `value` to the scores of keys that their column does not see.
+template <typename Traits>
+__device__ __forceinline__ void HideKeys(const UnitMask& mask, int first, float value,
+                                         float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint2 range = LoadShared8(mask.columns + (8 * n + c) * sizeof(ColumnInfo));
+      const int begin = static_cast<int>(range.x) - mask.first_key;
+      const int end = static_cast<int>(range.y) - mask.first_key;
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int key = Traits::KeyOf(first + m, g + 8 * half);
+          if (key < begin || key >= end) scores[m][n][2 * half + c] = value;
+        }
+      }
+    }
+  }
+}
+
+// Products with K's codes become scores in log2 units; invisible ones -inf.
+template <typename Traits>
+__device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t slot,
+                                             const UnitMask& mask,
+                                             const float (&factors)[Traits::kTiles][2], int first,
+                                             float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int m = 0; m < Traits::kGroup; ++m) {
+    float scale[2] = {1.0f, 1.0f};
+    if constexpr (Traits::kTokenScales) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scale[half] =
+            TokenScale<Traits>(slot, Traits::KeyOf(first + m, g + 8 * half), p.cache.scale_dtype);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float x = scores[m][n][c];
+        if constexpr (Traits::kTokenScales) x *= scale[c / 2];
+        scores[m][n][c] = x * factors[n][c % 2];
+      }
+    }
+  }
+  if (p.softcap > 0.0f) {
+    const ScoreCap cap(p.softcap);
+#pragma unroll
+    for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) scores[m][n][c] = cap(scores[m][n][c]);
+      }
+    }
+  }
+  if (mask.needed) HideKeys<Traits>(mask, first, -kInfinity, scores);
+}
+
+// Raises the running maxima to the scores' and brings sums and outputs to them.
+template <typename Traits>
+__device__ __forceinline__ void RaiseMaximum(
+    const float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
+  float factor[Traits::kTiles][2];
+  bool raised = false;
+#pragma unroll
+  for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float largest = -kInfinity;
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+        largest = fmaxf(largest, fmaxf(scores[m][n][c], scores[m][n][2 + c]));
+      }
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
+      }
+      const float before = state->maximum[n][c];
+      const float maximum = fmaxf(before, largest);
+      // Nothing visible yet: both are -inf, and sum and output are 0.
+      factor[n][c] = maximum == before ? 1.0f : Exp2(before - maximum);
+      raised |= maximum != before;
+      state->maximum[n][c] = maximum;
+      state->sum[n][c] *= factor[n][c];
+    }
+  }
+  if (!__any_sync(0xFFFFFFFFu, raised)) return;
+#pragma unroll
+  for (int i = 0; i < Traits::kDimTiles; ++i) {
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) state->out[i][n][c] *= factor[n][c % 2];
+    }
+  }
+}
+
+// Scores become probabilities (times 2^kShift), which join the sums.
+template <typename Traits>
+__device__ __forceinline__ void Exponentiate(float (&scores)[Traits::kGroup][Traits::kTiles][4],
+                                             TileState<Traits>* state) {
+#pragma unroll
+  for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float maximum = state->maximum[n][c];
+      const float offset = kShift - (maximum == -kInfinity ? 0.0f : maximum);
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& x = scores[m][n][2 * half + c];
+          x = Exp2(x + offset);
+          state->sum[n][c] += x;
+        }
+      }
+    }
+  }
+}
+
+// 0xFF (0xFFFF) for every element of an operand's word whose key lies in [begin, end).
+__device__ __forceinline__ uint32_t KeepKeys(int begin, int end, int k0, int k1, int k2, int k3) {
+  const auto byte = [&](int key, int i) {
+    return key >= begin && key < end ? 0xFFu << (8 * i) : 0u;
+  };
+  return byte(k0, 0) | byte(k1, 1) | byte(k2, 2) | byte(k3, 3);
+}
+
+// out += V^T P^T for key tiles first .. first + kGroup.
+template <typename Traits>
+__device__ __forceinline__ void Accumulate(uint32_t slot, int first,
+                                           const uint32_t (&p)[Traits::kGroup][Traits::kTiles][2],
+                                           TileState<Traits>* state) {
+  using Format = typename Traits::Format;
+  constexpr DType kOperand = Format::kOperand;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < Traits::kDimTiles; ++i) {
+    if constexpr (Traits::kTransposedV) {
+      uint32_t words[2][Traits::kGroup];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t address = slot + (16 * i + g + 8 * half) * kBlockSize + 16 * t + 4 * first;
+        if constexpr (Traits::kGroup == 4) {
+          const uint4 v = LoadShared16(address);
+          words[half][0] = v.x, words[half][1] = v.y, words[half][2] = v.z, words[half][3] = v.w;
+        } else {
+          const uint2 v = LoadShared8(address);
+          words[half][0] = v.x, words[half][1] = v.y;
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+        uint32_t a0, a1, a2, a3;
+        Format::Widen(words[0][m], &a0, &a2);
+        Format::Widen(words[1][m], &a1, &a3);
+#pragma unroll
+        for (int n = 0; n < Traits::kTiles; ++n) {
+          Mma<kOperand>(state->out[i][n], a0, a1, a2, a3, p[m][n][0], p[m][n][1]);
+        }
+      }
+    } else if constexpr (Traits::kCodes) {
+      // A 16-bit element of the load is two neighbouring channels of a key: the even ones are rows
+      // g of the operand, the odd ones rows g + 8.
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; m += 2) {
+        const int row = 16 * (first + m) + lane;
+        const uint4 v =
+            LoadMatricesTransposed(slot + row * Traits::kRowBytes + Traits::Swizzle(row, i) * 16);
+        const uint32_t words[2][2] = {{v.x, v.y}, {v.z, v.w}};
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          uint32_t a0, a1, a2, a3;
+          Format::Widen(__byte_perm(words[u][0], 0, 0x3120), &a0, &a1);
+          Format::Widen(__byte_perm(words[u][1], 0, 0x3120), &a2, &a3);
+#pragma unroll
+          for (int n = 0; n < Traits::kTiles; ++n) {
+            Mma<kOperand>(state->out[i][n], a0, a1, a2, a3, p[m + u][n][0], p[m + u][n][1]);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+        const int row = 16 * (first + m) + (lane & 7) + 8 * (lane >> 4);
+        const int chunk = 2 * i + ((lane >> 3) & 1);
+        const uint4 v = LoadMatricesTransposed(slot + row * Traits::kRowBytes +
+                                               Traits::Swizzle(row, chunk) * 16);
+#pragma unroll
+        for (int n = 0; n < Traits::kTiles; ++n) {
+          Mma<kOperand>(state->out[i][n], v.x, v.y, v.z, v.w, p[m][n][0], p[m][n][1]);
+        }
+      }
+    }
+  }
+}
+
+// Words of a 16-byte piece of V in a slot that hold keys which some column sees.
+template <typename Traits>
+__device__ __forceinline__ uint4 KeptWords(const UnitMask& mask, int piece) {
+  const int begin = mask.begin, end = mask.end;
+  if constexpr (Traits::kTransposedV) {
+    const int k = 16 * (piece % (kBlockSize / 16));
+    return make_uint4(KeepKeys(begin, end, k, k + 1, k + 8, k + 9),
+                      KeepKeys(begin, end, k + 2, k + 3, k + 10, k + 11),
+                      KeepKeys(begin, end, k + 4, k + 5, k + 12, k + 13),
+                      KeepKeys(begin, end, k + 6, k + 7, k + 14, k + 15));
+  } else {
+    const int key = piece / (Traits::kRowBytes / 16);
+    const uint32_t all = key >= begin && key < end ? 0xFFFFFFFFu : 0u;
+    return make_uint4(all, all, all, all);
+  }
+}
+
+// Raw bits of V's element (key, channel) of the unit in `slot`, and whether they are a finite
+// value.
+template <typename Traits>
+__device__ __forceinline__ bool IsFiniteValue(uint32_t slot, int key, int channel) {
+  uint32_t bits;
+  if constexpr (Traits::kTransposedV) {
+    asm volatile("ld.shared.u8 %0, [%1];"
+                 : "=r"(bits)
+                 : "r"(slot + channel * kBlockSize + TokenSlot(key)));
+  } else if constexpr (Traits::kCodes) {
+    asm volatile("ld.shared.u8 %0, [%1];"
+                 : "=r"(bits)
+                 : "r"(slot + key * Traits::kRowBytes + Traits::Swizzle(key, channel / 16) * 16 +
+                       channel % 16));
+  } else {
+    asm volatile("ld.shared.u16 %0, [%1];"
+                 : "=r"(bits)
+                 : "r"(slot + key * Traits::kRowBytes + Traits::Swizzle(key, channel / 8) * 16 +
+                       channel % 8 * 2));
+  }
+  return Traits::Format::NonFinite(bits) == 0;
+}
+
+// A non-finite value makes its channel NaN in the columns that see its key, and in no other: where
+// columns differ it cannot go through the matrix product, in which 0 * NaN is NaN. Rare and slow.
+template <typename Traits>
+__device__ __noinline__ void FindNonFinite(uint32_t slot, const UnitMask& mask,
+                                           uint32_t (&poisoned)[Traits::kTiles][2]) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int n = 0; n < Traits::kTiles; ++n) poisoned[n][0] = poisoned[n][1] = 0;
+  for (int i = 0; i < 2 * Traits::kDimTiles; ++i) {
+    const int channel = Traits::ChannelOf(i / 2, g + 8 * (i % 2));
+    for (int key = max(mask.begin, 0); key < min(mask.end, Traits::kUnit); ++key) {
+      if (IsFiniteValue<Traits>(slot, key, channel)) continue;
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const uint2 range = LoadShared8(mask.columns + (8 * n + c) * sizeof(ColumnInfo));
+          const int position = mask.first_key + key;
+          if (position >= static_cast<int>(range.x) && position < static_cast<int>(range.y)) {
+            poisoned[n][c] |= 1u << i;
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void Poison(const uint32_t (&poisoned)[Traits::kTiles][2],
+                                       TileState<Traits>* state) {
+  const float nan = __int_as_float(0x7FFFFFFF);
+#pragma unroll
+  for (int i = 0; i < Traits::kDimTiles; ++i) {
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (poisoned[n][c % 2] >> (2 * i + c / 2) & 1) state->out[i][n][c] = nan;
+      }
+    }
+  }
+}
+
+// Gives their NaN to the columns that see a value which is not finite, where columns differ.
+template <typename Traits>
+__device__ __forceinline__ void InspectValues(uint32_t slot, const UnitMask& mask,
+                                              TileState<Traits>* state) {
+  constexpr int kPieces = Traits::kDataBytes / 16;
+  if (!mask.divided) return;
+  uint32_t bad = 0;
+#pragma unroll 1
+  for (int piece = threadIdx.x % 32; piece < kPieces; piece += 32) {
+    const uint4 v = LoadShared16(slot + piece * 16), kept = KeptWords<Traits>(mask, piece);
+    bad |= Traits::Format::NonFinite(v.x & kept.x) | Traits::Format::NonFinite(v.y & kept.y) |
+           Traits::Format::NonFinite(v.z & kept.z) | Traits::Format::NonFinite(v.w & kept.w);
+  }
+  if (__any_sync(0xFFFFFFFFu, bad != 0)) {
+    uint32_t poisoned[Traits::kTiles][2];
+    FindNonFinite<Traits>(slot, mask, poisoned);
+    Poison<Traits>(poisoned, state);
+  }
+}
+
+// Makes a unit's V safe for a product in which some columns do not see some keys: values of keys
+// that no column sees become 0 (they may be anything), and where columns differ so do values that
+// are not finite. The threads of the stream share the work, after all of them have inspected V.
+template <typename Traits>
+__device__ __forceinline__ void EraseValues(uint32_t slot, const UnitMask& mask) {
+  constexpr int kPieces = Traits::kDataBytes / 16;
+#pragma unroll 1
+  for (int piece = threadIdx.x % Traits::kStreamThreads; piece < kPieces;
+       piece += Traits::kStreamThreads) {
+    uint4 v = LoadShared16(slot + piece * 16);
+    const uint4 kept = KeptWords<Traits>(mask, piece);
+    v.x &= kept.x, v.y &= kept.y, v.z &= kept.z, v.w &= kept.w;
+    if (mask.divided) {
+      v.x &= ~Traits::Format::NonFinite(v.x), v.y &= ~Traits::Format::NonFinite(v.y);
+      v.z &= ~Traits::Format::NonFinite(v.z), v.w &= ~Traits::Format::NonFinite(v.w);
+    }
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(slot + piece * 16), "r"(v.x),
+                 "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  }
+}
+
+}  // namespace fastattn::cuda

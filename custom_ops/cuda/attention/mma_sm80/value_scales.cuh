@@ -1,0 +1,196 @@
+// Token scales of V (block_wise_fp8, block_wise_int8), which the probabilities are multiplied with.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/attention/mma_sm80/query.cuh"
+#include "cuda/attention/mma_sm80/tile.cuh"
+#include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/common/exp2.cuh"
+#include "cuda/common/lane.cuh"
+#include "cuda/common/shared_address.cuh"
+
+namespace fastattn::cuda {
+
+// Where the exponents of this lane's columns lie, 8 bytes apart: in shared memory that takes the
+// columns' maxima and sums when the segment ends.
+template <typename Traits>
+__device__ __forceinline__ uint32_t OwnExponents() {
+  extern __shared__ __align__(16) char shared[];
+  const int thread = Thread<true>(), warp = thread / 32, stream = warp / Traits::kStreamWarps;
+  const int column = warp % Traits::kStreamWarps * Traits::kTiles * 8 + 2 * (thread % 4);
+  return SharedAddress(shared) + Traits::kStateOffset + (stream * Traits::kColumns + column) * 8;
+}
+
+__device__ __forceinline__ int LoadExponent(uint32_t address) {
+  int exponent;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(exponent) : "r"(address) : "memory");
+  return exponent;
+}
+
+// Token scales are bounded by 2^(exponent - 127) of the largest one, given by its bits.
+__device__ __forceinline__ int ExponentAbove(uint32_t largest) {
+  return min(static_cast<int>(largest >> 23) + 1, 252);
+}
+
+// Raises the exponents of columns that differ in what they see, each to what bounds the scales that
+// the column itself sees: one of another column's keys must not take its bits. They lie in shared
+// memory behind it, followed by those of before; `uniform`: theirs if they had none of their own.
+// A call: registers are short, and few units need it.
+template <typename Traits>
+__device__ __noinline__ void RaiseOwnExponents(uint32_t slot, DType dtype, uint32_t columns,
+                                               int first_key, int first, int uniform) {
+  const int g = threadIdx.x % 32 / 4;
+  const uint32_t exponents = OwnExponents<Traits>();
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; i < 2 * Traits::kTiles; ++i) {
+    const int column = 8 * (i / 2) + i % 2;
+    const uint2 range = LoadShared8(columns + column * sizeof(ColumnInfo));
+    const int begin = static_cast<int>(range.x) - first_key;
+    const int end = static_cast<int>(range.y) - first_key;
+    uint32_t largest = 0;
+#pragma unroll 1
+    for (int j = 0; j < 2 * Traits::kGroup; ++j) {
+      const int key = Traits::KeyOf(first + j / 2, g + 8 * (j % 2));
+      const uint32_t bits = __float_as_uint(TokenScale<Traits>(slot, key, dtype)) & 0x7FFFFFFFu;
+      if (key >= begin && key < end && bits < 0x7F800000u) largest = max(largest, bits);
+    }
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
+    }
+    const uint32_t address = exponents + column * 8;
+    const int before = uniform == kOwnExponents ? LoadExponent(address) : uniform;
+    __syncwarp();
+    if (g == 0) {
+      asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(address),
+                   "r"(max(before, ExponentAbove(largest))), "r"(before)
+                   : "memory");
+    }
+  }
+  __syncwarp();
+}
+
+// Multiplies probabilities by V's token scales where columns differ in what they see.
+template <typename Traits>
+__device__ __forceinline__ void ApplyOwnScales(const AttentionParams& p, uint32_t slot,
+                                               const UnitMask& mask, int first,
+                                               float (&scores)[Traits::kGroup][Traits::kTiles][4],
+                                               TileState<Traits>* state) {
+  RaiseOwnExponents<Traits>(slot, p.cache.scale_dtype, mask.columns, mask.first_key, first,
+                            state->scale_exponent);
+  state->scale_exponent = kOwnExponents;
+  const int g = Lane<true>() / 4;  // found again: registers are short
+  const uint32_t exponents = OwnExponents<Traits>();
+#pragma unroll
+  for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint2 pair = LoadShared8(exponents + (8 * n + c) * 8);
+      const int exponent = static_cast<int>(pair.x), before = static_cast<int>(pair.y);
+      const float raise = Exp2(static_cast<float>(before - exponent));
+#pragma unroll
+      for (int i = 0; i < Traits::kDimTiles; ++i) {
+        state->out[i][n][c] *= raise;
+        state->out[i][n][c + 2] *= raise;
+      }
+      const float inverse = __uint_as_float(static_cast<uint32_t>(254 - exponent) << 23);
+#pragma unroll
+      for (int i = 0; i < 2 * Traits::kGroup; ++i) {
+        const int key = Traits::KeyOf(first + i / 2, g + 8 * (i % 2));
+        scores[i / 2][n][2 * (i % 2) + c] *=
+            TokenScale<Traits>(slot, key, p.cache.scale_dtype) * inverse;
+      }
+    }
+  }
+}
+
+// Brings outputs whose columns have exponents of their own to units of 1. The exponents' memory is
+// free then.
+template <typename Traits>
+__device__ __forceinline__ void LeaveOwnExponents(TileState<Traits>* state) {
+  const uint32_t exponents = OwnExponents<Traits>();
+#pragma unroll
+  for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const uint32_t exponent = LoadExponent(exponents + (8 * n + c) * 8);
+      const float unit = __uint_as_float(exponent << 23);
+#pragma unroll
+      for (int i = 0; i < Traits::kDimTiles; ++i) {
+        state->out[i][n][c] *= unit;
+        state->out[i][n][c + 2] *= unit;
+      }
+    }
+  }
+  state->scale_exponent = 127;
+  __syncwarp();
+}
+
+// The same where they do not differ, relative to a power of two that bounds all scales.
+template <typename Traits>
+__device__ __forceinline__ void ApplyCommonScales(
+    const AttentionParams& p, uint32_t slot, const UnitMask& mask, int first,
+    float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
+  const int g = threadIdx.x % 32 / 4;
+  float scale[Traits::kGroup][2];
+  uint32_t largest = 0;
+#pragma unroll
+  for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = Traits::KeyOf(first + m, g + 8 * half);
+      float x = TokenScale<Traits>(slot, key, p.cache.scale_dtype);
+      if (mask.needed && (key < mask.begin || key >= mask.end)) x = 0.0f;
+      scale[m][half] = x;
+      const uint32_t bits = __float_as_uint(x) & 0x7FFFFFFFu;
+      if (bits < 0x7F800000u) largest = max(largest, bits);
+    }
+  }
+  largest = __reduce_max_sync(0xFFFFFFFFu, largest);
+  const int exponent = ExponentAbove(largest);
+  if (exponent > state->scale_exponent) {
+    const float factor = Exp2(static_cast<float>(state->scale_exponent - exponent));
+#pragma unroll
+    for (int i = 0; i < Traits::kDimTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) state->out[i][n][c] *= factor;
+      }
+    }
+    state->scale_exponent = exponent;
+  }
+  const float inverse = __uint_as_float(static_cast<uint32_t>(254 - state->scale_exponent) << 23);
+#pragma unroll
+  for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor = scale[m][half] * inverse;
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) scores[m][n][2 * half + c] *= factor;
+      }
+    }
+  }
+}
+
+// Multiplies probabilities by V's token scales.
+template <typename Traits>
+__device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint32_t slot,
+                                                 const UnitMask& mask, int first,
+                                                 float (&scores)[Traits::kGroup][Traits::kTiles][4],
+                                                 TileState<Traits>* state) {
+  if ((mask.needed && mask.divided) || state->scale_exponent == kOwnExponents) {
+    ApplyOwnScales<Traits>(p, slot, mask, first, scores, state);
+  } else {
+    ApplyCommonScales<Traits>(p, slot, mask, first, scores, state);
+  }
+  // A NaN scale of a key that a column does not see is none of its business.
+  if (mask.needed) HideKeys<Traits>(mask, first, 0.0f, scores);
+}
+
+}  // namespace fastattn::cuda

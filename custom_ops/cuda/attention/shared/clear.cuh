@@ -1,0 +1,46 @@
+// Output and LSE of the tokens that belong to no row.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "params/attention.h"
+
+namespace fastattn::cuda {
+
+// Tokens [begin, end): output 0 where p.clear_padding says so, LSE -inf. All threads take part.
+__device__ __forceinline__ void ClearTokens(const AttentionParams& p, int begin, int end) {
+  if (begin >= end) return;
+  if (p.clear_padding) {
+    // A token's output is a multiple of 64 bytes.
+    const int64_t bytes = static_cast<int64_t>(p.num_heads) * p.head_dim * SizeOf(p.out_dtype);
+    char* out = static_cast<char*>(p.out);
+    for (int64_t i = begin * bytes / 16 + threadIdx.x; i < end * bytes / 16; i += blockDim.x) {
+      reinterpret_cast<uint4*>(out)[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+  if (p.lse != nullptr) {
+    const int64_t tokens = end - begin;
+    for (int64_t i = threadIdx.x; i < tokens * p.num_heads; i += blockDim.x) {
+      p.lse[i / tokens * p.seqs.num_tokens + begin + i % tokens] = __int_as_float(0xFF800000);
+    }
+  }
+}
+
+// The CTAs share the rows of a task: each clears what lies between the end of its rows' new tokens
+// and the next row, the first one also what lies before all rows.
+__device__ __forceinline__ void ClearPadding(const AttentionParams& p, int first_row,
+                                             int num_rows) {
+  const int last_row = first_row + num_rows;
+  if (blockIdx.x == 0 && first_row == 0) {
+    ClearTokens(p, 0, min(max(p.seqs.cu_seqlens_q[0], 0), p.seqs.num_tokens));
+  }
+  for (int b = first_row + blockIdx.x; b < last_row; b += gridDim.x) {
+    const RowShape row = LoadRowShape(p, b);
+    const int next = b + 1 == p.seqs.batch ? p.seqs.num_tokens
+                                           : min(p.seqs.cu_seqlens_q[b + 1], p.seqs.num_tokens);
+    ClearTokens(p, row.q_begin + row.q_len, next);
+  }
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,189 @@
+// How the results of a thread's two queries are written.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/numeric.h"
+#include "cuda/attention/wgmma_sm90/fp8/config.h"
+#include "cuda/common/lane.cuh"
+
+namespace fastattn::cuda::wgmma_fp8 {
+
+// Index in the tile of a consumer thread's query h. kAgain: see Thread().
+template <bool kAgain = false>
+__device__ __forceinline__ int QueryOf(int h) {
+  const uint32_t thread = Thread<kAgain>();
+  return (thread - 128) / 32 * 16 + thread % 32 / 4 + 8 * h;
+}
+
+struct Place {
+  int head;
+  int token[2];  // of the step; -1: there is no such query
+
+  // `first` is the thread's first query.
+  __device__ __forceinline__ Place(const Tile& tile, int first) : head(tile.head) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = first + 8 * h;
+      token[h] = i < tile.queries ? tile.token + i : -1;
+    }
+  }
+};
+
+template <class C>
+struct Epilogue {
+  // `shift` is kLogPeak below a maximum in units of log2; `sum` is this thread's part of it, and
+  // like o kPeak times the true one. o counts in `unit`.
+  // Shared: any kernel's, with `tile`, `sink`, `output_scale` and kFindAgain.
+  template <class S>
+  __device__ __forceinline__ static void Write(const AttentionParams& p, const S& shared,
+                                               int buffer, const float (&o)[C::kOut],
+                                               const float (&shift)[2], const float (&sum)[2],
+                                               const float (&unit)[2]) {
+    const Place place(shared.tile[buffer], QueryOf<S::kFindAgain>(0));
+    float scale[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float total = sum[h] + __shfl_xor_sync(~0u, sum[h], 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      scale[h] =
+          Normalise(p, place, h, shift[h] + kLogPeak, total * (1 / kPeak), shared.sink[buffer]) *
+          (1 / kPeak);
+      // No visible key: 0, whatever the other factors are.
+      if (scale[h] != 0.0f) scale[h] *= shared.output_scale[buffer] * unit[h];
+    }
+    switch (p.out_dtype) {
+      case DType::kBFloat16:
+        return Store16<false, S::kFindAgain>(p, place, o, scale);
+      case DType::kFloat16:
+        return Store16<true, S::kFindAgain>(p, place, o, scale);
+      case DType::kE4M3:
+        return Store8(p, place, o, scale);
+      default:
+        return Store32(p, place, o, scale);
+    }
+  }
+
+ private:
+  // Writes the row's LSE and returns what its sum over P * V is multiplied with. `peak` is in units
+  // of log2.
+  __device__ __forceinline__ static float Normalise(const AttentionParams& p, const Place& place,
+                                                    int h, float peak, float sum, float sink) {
+    constexpr float kLn2 = 0.693147181f, kLog2 = 1.44269504f;
+    constexpr float kInf = __builtin_huge_valf();
+    const bool empty = peak == -kInf;  // no score was above it
+    float lse = -kInf, normaliser = 0.0f;
+    if (sink == kInf) {
+      lse = empty ? lse : kInf;
+    } else if (!empty) {
+      // The sink joins the denominator; it has no value. A NaN peak comes with a NaN sum, a NaN
+      // sink makes one.
+      const float largest = fmaxf(peak, sink * kLog2);
+      const float part = exp2f(peak - largest);
+      const float whole = sum * part + exp2f(sink * kLog2 - largest);
+      lse = (largest + log2f(whole)) * kLn2;
+      normaliser = part / whole;
+    }
+    if (p.lse != nullptr && place.token[h] >= 0 && threadIdx.x % 4 == 0) {
+      p.lse[static_cast<int64_t>(place.head) * p.seqs.num_tokens + place.token[h]] = lse;
+    }
+    return normaliser;
+  }
+
+  __device__ __forceinline__ static int64_t Offset(const AttentionParams& p, const Place& place,
+                                                   int h) {
+    return (static_cast<int64_t>(place.token[h]) * p.num_heads + place.head) * C::kDim;
+  }
+
+  template <bool kHalf>
+  __device__ __forceinline__ static uint32_t Pack16(float a, float b) {
+    if constexpr (kHalf) {
+      const __half2 pair = __floats2half2_rn(a, b);
+      return reinterpret_cast<const uint32_t&>(pair);
+    } else {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+      return reinterpret_cast<const uint32_t&>(pair);
+    }
+  }
+
+  template <bool kHalf, bool kAgain>
+  __device__ __forceinline__ static void Store16(const AttentionParams& p, const Place& place,
+                                                 const float (&o)[C::kOut],
+                                                 const float (&scale)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      auto* out = static_cast<uint16_t*>(p.out) + Offset(p, place, h) + 8 * (threadIdx.x % 4);
+#pragma unroll
+      for (int j = 0; j < C::kDim / 8; j += 4) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = 4 * (j + i) + 2 * h;
+          w[i] = Pack16<kHalf>(o[at] * scale[h], o[at + 1] * scale[h]);
+        }
+        // A quad of lanes holds two columns each of four groups of eight: transposed, a lane has
+        // the eight of one group.
+        Transpose<kAgain>(w);
+        if (place.token[h] >= 0) {
+          *reinterpret_cast<uint4*>(out + 8 * j) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+      }
+    }
+  }
+
+  template <bool kAgain>
+  __device__ __forceinline__ static void Transpose(uint32_t (&w)[4]) {
+    const uint32_t lane = Lane<kAgain>();
+    const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+      w[i] = odd ? other : w[i];
+      w[i + 1] = odd ? w[i + 1] : other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t other = __shfl_xor_sync(~0u, high ? w[i] : w[i + 2], 2);
+      w[i] = high ? other : w[i];
+      w[i + 2] = high ? w[i + 2] : other;
+    }
+  }
+
+  __device__ __forceinline__ static void Store8(const AttentionParams& p, const Place& place,
+                                                const float (&o)[C::kOut],
+                                                const float (&scale)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (place.token[h] < 0) continue;
+      auto* out = static_cast<uint8_t*>(p.out) + Offset(p, place, h) + 2 * (threadIdx.x % 4);
+#pragma unroll
+      for (int j = 0; j < C::kDim / 8; ++j) {
+        const int at = 4 * j + 2 * h;
+        uint16_t pair;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+            : "=h"(pair)
+            : "f"(o[at + 1] * scale[h]), "f"(o[at] * scale[h]));
+        *reinterpret_cast<uint16_t*>(out + 8 * j) = pair;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void Store32(const AttentionParams& p, const Place& place,
+                                                 const float (&o)[C::kOut],
+                                                 const float (&scale)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (place.token[h] < 0) continue;
+      auto* out = static_cast<float*>(p.out) + Offset(p, place, h) + 2 * (threadIdx.x % 4);
+#pragma unroll
+      for (int j = 0; j < C::kDim / 8; ++j) {
+        const int at = 4 * j + 2 * h;
+        *reinterpret_cast<float2*>(out + 8 * j) =
+            make_float2(o[at] * scale[h], o[at + 1] * scale[h]);
+      }
+    }
+  }
+};
+
+}  // namespace fastattn::cuda::wgmma_fp8

@@ -1,0 +1,38 @@
+// How both Hopper prefill kernels are launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/common/pdl.cuh"
+
+namespace fastattn::cuda::wgmma_fp8 {
+
+// One CTA with a Shared a multiprocessor, or fewer where there are not as many tiles. May start
+// early: the kernel waits for those before it.
+// The kernel is a template argument because what is set once is set of it.
+template <auto kKernel, class C, class Shared, class Arguments>
+cudaError_t LaunchPersistent(const Arguments& arguments, cudaStream_t stream) {
+  static_assert(sizeof(Shared) <= 227 * 1024);
+  int device = 0;
+  DeviceFacts facts;
+  cudaError_t status = GetCurrentDevice(&device, &facts);
+  if (status != cudaSuccess) return status;
+  static OncePerDevice once;
+  status = once.Run(device, [&] {
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(sizeof(Shared)));
+  });
+  if (status != cudaSuccess) return status;
+  const auto& p = arguments.p;
+  const int64_t tiles =
+      (static_cast<int64_t>(p.seqs.num_tokens) / C::kQueries + p.seqs.batch) * p.num_heads;
+  const int grid = static_cast<int>(std::min<int64_t>(tiles, facts.processors));
+  if (grid <= 0) return cudaSuccess;
+  return LaunchEarlyWithShared(kKernel, dim3(grid), dim3(C::kThreads), sizeof(Shared), stream,
+                               arguments);
+}
+
+}  // namespace fastattn::cuda::wgmma_fp8

@@ -1,0 +1,577 @@
+// A consumer warpgroup: 64 queries of a tile against every step of keys.
+//
+// A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight columns the
+// two from 2 * (lane % 4): the scores' registers, packed to 16 bits, are the left operand of P * V
+// as they stand.
+//
+// A warpgroup's own chain, from the scores of a step to its probabilities, is what limits the
+// kernel: the products of both take less time. So the chain has no maximum in it. A tile's first
+// step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
+// and only where one of them is too large, the maximum is found, the row's shift moved, and they
+// are found again. Rows whose own are not too large keep their shifts, and so their bits, whatever
+// the others see. Values are waited for where the product that reads them is issued, and the
+// product of the step before is done when packing begins, so that nothing is left behind the
+// exponentials.
+#pragma once
+
+#include <type_traits>
+
+#include "common/numeric.h"
+#include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
+#include "cuda/attention/wgmma_sm90/common/schedule.cuh"
+#include "cuda/attention/wgmma_sm90/common/softmax.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/config.h"
+#include "cuda/attention/wgmma_sm90/fp16/key_scales.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/query.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/query_codes.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/row_sums.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/row_units.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/sight.cuh"
+#include "cuda/common/convert.cuh"
+#include "cuda/common/mbarrier.cuh"
+#include "cuda/common/softcap.cuh"
+#include "cuda/common/wgmma.cuh"
+#include "cuda/common/wgmma_half.cuh"
+
+namespace fastattn::cuda::wgmma_fp16 {
+
+using wgmma_fp8::Exp2;
+using wgmma_fp8::FinishFactors;
+using wgmma_fp8::HideScores;
+using wgmma_fp8::kLogPeak;
+using wgmma_fp8::kMinusInf;
+using wgmma_fp8::LoadFactors;
+using wgmma_fp8::MaxNaN;
+
+template <class C>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const Arguments& arguments, Shared<C>& shared)
+      : p_(arguments.p),
+        shared_(shared),
+        group_(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void Run() {
+    if (group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
+    Ring<2> tiles;
+    if (NextTile(tiles)) {
+      IssueFirst();
+      while (true) {
+        WaitForScores<0>();
+        LoadTile(tiles.index);
+        const int steps = shared_.tile[tiles.index].steps;
+        FirstStep(steps == 1);
+#pragma unroll 1
+        for (int i = 1; i < steps; ++i) NextStep(i + 1 == steps);
+        tiles.Advance();
+        const bool more = NextTile(tiles);
+        if (!more) break;
+        // The first scores of a tile run under the output of the tile before.
+        Issue<true>();
+        WaitProducts<1>(o_);
+        Finish(tiles.index ^ 1, step_ - 1);
+      }
+      const RightOperands value = ValueOperand();
+      WaitForValues();
+      FenceProducts();
+      IssueValues(value);
+      WaitProducts<0>(o_);
+      Finish(tiles.index ^ 1, step_);
+    }
+    // Takes the last turn that the other warpgroup has left.
+    if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
+  }
+
+ private:
+  static constexpr int kTurnBarrier = 1;
+  // Probabilities that are found before there are registers to pack them into.
+  static constexpr int kEarly = C::kCodes ? 0 : 16;
+  // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
+  static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
+  // The first products of integers are issued ahead of the turn. With token scales that gains
+  // nothing.
+  static constexpr bool kLateTurn = kIntegers && !C::kTokenScales;
+  static constexpr float kBias = CodeQuery<C>::kBiasValue;
+
+  __device__ __forceinline__ void BeginTurn() { SyncNamed<256>(kTurnBarrier + group_); }
+
+  // One warpgroup issues its products after the other has.
+  __device__ __forceinline__ void EndTurn() { ArriveNamed<256>(kTurnBarrier + 1 - group_); }
+
+  __device__ __forceinline__ void LoadTile(int buffer) {
+    buffer_ = buffer;
+    start_ = shared_.tile[buffer].last * C::kKeys;
+    int begin = 0, end = 1 << 30;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      shift_[h] = kMinusInf;
+      const int2 visible = shared_.visible[buffer][wgmma_fp8::QueryOf<true>(h)];
+      begin = max(begin, visible.x);
+      end = min(end, visible.y);
+    }
+    if constexpr (kIntegers) {
+      float factor[2];
+      LoadFactors(shared_, buffer_, factor);
+      all_biased_ = __all_sync(~0u, IsBiased(factor[0]) && IsBiased(factor[1]));
+    }
+    // Keys that all of the warp's queries see.
+    begin = __reduce_max_sync(~0u, begin);
+    end = __reduce_min_sync(~0u, end);
+    if (lane_ == 0) Common() = make_int2(begin, end);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
+    sums_.Start();
+    units_.Start();
+  }
+
+  // In memory, as registers are short.
+  __device__ __forceinline__ int2& Common() { return shared_.common[threadIdx.x / 32 - 4]; }
+
+  // Ends a tile whose last product is done.
+  __device__ __forceinline__ void Finish(int buffer, uint32_t last_step) {
+    KeepRegisters(probabilities_);
+    sums_.Keep();
+    float sum[2];
+    sums_.Take(sum);
+    ReleaseValues(last_step, start_);
+    if constexpr (C::kChannelScales) {
+      if (UsesValueChannels(p_)) ScaleChannels(buffer);
+    }
+    if constexpr (kIntegers) {
+      // Products were rounded down, by half a unit on average. With a bias no score counts as far,
+      // so the factor is the tile's.
+      for (int h = 0; h < 2; ++h) {
+        if (IsBiased(factor_[h])) {
+          shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
+        }
+      }
+    }
+    FinishFactors(shared_, buffer, sum);
+    const float common = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
+    const float unit[2] = {units_.Unit(0, common), units_.Unit(1, common)};
+    wgmma_fp8::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, unit);
+    ArriveWarp(&shared_.query_empty[buffer]);
+  }
+
+  // V's scales, one a channel. Without a visible key the output is 0, whatever they are.
+  __device__ __forceinline__ void ScaleChannels(int buffer) {
+    const float* scales = shared_.value_channels[buffer] + 2 * (lane_ % 4);
+#pragma unroll
+    for (int j = 0; j < C::kDim / 8; ++j) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const bool empty = shift_[h] == kMinusInf;
+        float& x = o_[4 * j + 2 * h];
+        float& y = o_[4 * j + 2 * h + 1];
+        x = empty ? 0.0f : x * scale.x;
+        y = empty ? 0.0f : y * scale.y;
+      }
+    }
+  }
+
+  // --- products ---------------------------------------------------------------------------------
+
+  __device__ __forceinline__ uint64_t QueryOperand() const {
+    if constexpr (C::kKeyCodes) {
+      return 0;
+    } else {
+      return query_.Operand();
+    }
+  }
+
+  // Of the step ahead.
+  __device__ __forceinline__ uint64_t KeyOperand() const {
+    constexpr int kRow = C::kKeyCodes ? C::kDim : 128;
+    return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
+  }
+
+  // Of a step's probabilities.
+  struct RightOperands {
+    uint64_t values;
+    uint64_t ones;
+  };
+
+  __device__ __forceinline__ RightOperands ValueOperand() const {
+    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
+    return {C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
+                          : OperandDescriptor<128>(address),
+            RowSums<C>::Operand(shared_, units_.Own())};
+  }
+
+  // kBegin: its turn has not begun where it begins late.
+  template <bool kBegin>
+  __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
+    if constexpr (kIntegers) {
+      query_.Multiply(integers_[0], integers_[1], key, [&] {
+        if (kBegin && kLateTurn) BeginTurn();
+      });
+    } else if constexpr (C::kKeyCodes) {
+      query_.Multiply(s_, key);
+    } else {
+      constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
+      query_.template Multiply<false>(s_, 0, query, key);
+#pragma unroll
+      for (int k = 1; k < C::kDim / 16; ++k) {
+        query_.template Multiply<true>(s_, k, query, key + k / 4 * kKeySlice + k % 4 * 2);
+      }
+    }
+    CommitProducts();
+  }
+
+  template <int kPending>
+  __device__ __forceinline__ void WaitForScores() {
+    if constexpr (kIntegers) {
+      WaitProducts<kPending>(integers_[0]);
+      WaitProducts<kPending>(integers_[1]);
+#pragma unroll
+      for (int i = 0; i < C::kScores; ++i) s_[i] = __int_as_float(integers_[i / 32][i % 32]);
+    } else {
+      WaitProducts<kPending>(s_);
+    }
+  }
+
+  __device__ __forceinline__ void IssueValues(const RightOperands& value) {
+    constexpr int kBlock = C::kDim * C::kSlice / 16;
+#pragma unroll
+    for (int k = 0; k < C::kKeys / 16; ++k) {
+      const int offset = C::kValueRows ? k * 128 : k / 4 * kBlock + k % 4 * 2;
+      MultiplyHalfRegisters<C::kOperand, true, C::kValueRows>(o_, probabilities_ + 4 * k,
+                                                              value.values + offset);
+      sums_.Multiply(probabilities_ + 4 * k, value.ones);
+    }
+    CommitProducts();
+  }
+
+  // --- steps ------------------------------------------------------------------------------------
+
+  // Waits for a tile; false if there are no more. Each is a phase of the queries' barrier.
+  __device__ __forceinline__ bool NextTile(const Ring<2>& tiles) {
+    Wait(&shared_.query_full[C::kCodes ? 0 : group_], tiles.index);
+    const int buffer = tiles.index;
+    if (shared_.tile[buffer].steps < 0) return false;
+    query_.Take(p_, shared_, buffer, group_);
+    if constexpr (C::kCodes) ArriveWarp(&shared_.query_read);
+    return true;
+  }
+
+  // Steps are counted over all tiles.
+  __device__ __forceinline__ static uint32_t KeyStage(uint32_t step) {
+    return step % C::kKeyStages;
+  }
+  __device__ __forceinline__ static uint32_t ValueStage(uint32_t step) {
+    return step % C::kValueStages;
+  }
+  __device__ __forceinline__ uint32_t ScaleSlot() const { return step_ % C::kScaleSlots; }
+
+  __device__ __forceinline__ void WaitForKeys() {
+    Wait(&shared_.key_full[KeyStage(step_ + 1)], (step_ + 1) / C::kKeyStages % 2);
+  }
+
+  __device__ __forceinline__ void IssueFirst() {
+    const uint64_t query = QueryOperand(), key = KeyOperand();
+    WaitForKeys();
+    if (!kLateTurn) BeginTurn();
+    FenceProducts();
+    IssueScores<true>(query, key);
+    EndTurn();
+    ++step_;
+  }
+
+  // The scores of the next step and the P * V of this one; kAcross: the next one is of another
+  // tile.
+  template <bool kAcross>
+  __device__ __forceinline__ void Issue() {
+    const uint64_t query = QueryOperand(), key = KeyOperand();
+    const RightOperands value = ValueOperand();
+    WaitForKeys();
+    WaitForValues();
+    if (kAcross || !kLateTurn) BeginTurn();
+    FenceProducts();
+    if constexpr (kAcross) IssueValues(value);
+    IssueScores<!kAcross>(query, key);
+    if constexpr (!kAcross) IssueValues(value);
+    EndTurn();
+    ++step_;
+  }
+
+  // `last`: of the tile.
+  __device__ __forceinline__ void FirstStep(bool last) {
+    KeyScales scales = LoadScales();
+    const int flags = TakeScores(scales);
+    if constexpr (C::kSoftcap) Softcap();
+    FinishScores(flags, last);
+    FollowMaximum<false>({true, true});
+    if constexpr (C::kTokenScales) {
+      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
+      ReleaseScales();
+    }
+  }
+
+  // The softmax runs while the other warpgroup's products do, and this one's P * V. A softcap waits
+  // for that first: it needs the registers of its probabilities.
+  __device__ __forceinline__ void NextStep(bool last) {
+    Issue<false>();
+    KeyScales scales = LoadScales();
+    WaitForScores<1>();
+    start_ -= C::kKeys;
+    if constexpr (C::kSoftcap) FinishProducts();
+    const int flags = TakeScores(scales);
+    if constexpr (C::kSoftcap) Softcap();
+    FinishScores(flags, last);
+    constexpr bool kBehind = !C::kSoftcap && kEarly > 0;
+    if constexpr (!C::kSoftcap && !kBehind) FinishProducts();
+    if constexpr (C::kTokenScales) {
+      if (!units_.Change(shared_, ScaleSlot())) FollowUnit();
+    }
+    StepSums<C> sums;
+    FindProbabilities<kBehind>(shift_, sums);
+    if (__any_sync(~0u, sums.Exceed())) {
+      const bool moves[2] = {Exceeds(sums, 0), Exceeds(sums, 1)};
+      FollowMaximum<true>(moves);
+    } else {
+      sums_.Add(sums);
+    }
+    if constexpr (C::kTokenScales) {
+      // Asked for again: registers are short, and the slot is this step's until it is released.
+      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
+      ReleaseScales();
+    }
+  }
+
+  __device__ __forceinline__ void WaitForValues() {
+    Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2);
+  }
+
+  // Ends the use of a step's values, whose product is done; `start` is their first key.
+  __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
+    const uint32_t at = ValueStage(step);
+    if constexpr (!C::kFiniteValues) {
+      const int found = *reinterpret_cast<const int*>(shared_.nan_found[at]);
+      if (found != 0) AddNaNs(shared_, found, at, buffer_, start, o_);
+    }
+    ArriveWarp(&shared_.value_empty[at]);
+  }
+
+  // --- softmax ----------------------------------------------------------------------------------
+
+  // Ends the use of the step's keys, whose flags it returns, and applies the scales of tokens.
+  __device__ __forceinline__ int TakeScores(KeyScales& scales) {
+    const int flags = shared_.flags[KeyStage(step_)];
+    ArriveWarp(&shared_.key_empty[KeyStage(step_)]);
+    if constexpr (kIntegers && !C::kTokenScales) {
+      if (!all_biased_) {
+        float factor[2];
+        LoadFactors(shared_, buffer_, factor);
+        const float bias[2] = {IsBiased(factor[0]) ? 0.0f : kBias,
+                               IsBiased(factor[1]) ? 0.0f : kBias};
+#pragma unroll
+        for (int i = 0; i < C::kScores; ++i) s_[i] -= bias[i / 2 % 2];
+      }
+    }
+    if constexpr (C::kTokenScales) ScaleScores(scales);
+    return flags;
+  }
+
+  // Applies masks, and ends the use of a tile's queries.
+  __device__ __forceinline__ void FinishScores(int flags, bool last) {
+    const int2 common = Common();
+    const bool full = start_ >= common.x && start_ + C::kKeys <= common.y;
+    if (!full || (flags & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags, s_);
+    if constexpr (!C::kCodes) {
+      // A predicate and no branch: the compiler is to see that the warp stays together.
+      if (last && ArrivesForWarp(lane_)) Arrive(&shared_.query_done[group_]);
+    }
+  }
+
+  __device__ __forceinline__ KeyScales LoadScales() {
+    KeyScales scales{};
+    if constexpr (C::kTokenScales) {
+      Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
+      scales.address = SharedAddress(shared_.key_scales[ScaleSlot()][lane_ % 4]);
+#pragma unroll
+      for (int j = 0; j < KeyScales::kAhead; ++j) scales.Load(j);
+    }
+    return scales;
+  }
+
+  __device__ __forceinline__ void ScaleScores(KeyScales& scales) {
+#pragma unroll
+    for (int j = 0; j < C::kKeys / 16; ++j) {
+      const float (&scale)[4] = scales.columns[j % KeyScales::kAhead];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float x = scale[i / 4 * 2 + i % 2];
+        float& s = s_[8 * j + i];
+        s = kIntegers ? fmaf(s, x, -kBias * x) : s * x;
+      }
+      if (j + KeyScales::kAhead < C::kKeys / 16) scales.Load(j + KeyScales::kAhead);
+    }
+  }
+
+  // Ends the use of the step's scales.
+  __device__ __forceinline__ void ReleaseScales() {
+    const uint32_t at = ScaleSlot();
+    if (shared_.poison_found[at]) AddPoison(shared_, at, buffer_, start_, o_);
+    ArriveWarp(&shared_.scale_empty[at]);
+  }
+
+  // Turns products into capped scores, in units of log2.
+  __device__ __forceinline__ void Softcap() {
+    const ScoreCap cap(p_.softcap);
+    LoadFactors(shared_, buffer_, factor_);
+#pragma unroll
+    for (int i = 0; i < C::kScores; ++i) s_[i] = cap(s_[i] * factor_[i / 2 % 2]);
+    factor_[0] = factor_[1] = 1.0f;
+  }
+
+  // The largest score of either row, and the shift below it.
+  __device__ __forceinline__ void FindLargest(float (&largest)[2], float (&wanted)[2]) const {
+    float part[4];
+#pragma unroll
+    for (int i = 0; i < C::kScores; ++i) part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
+      wanted[h] = fmaf(largest[h], factor_[h], -kLogPeak);
+    }
+  }
+
+  __device__ __forceinline__ void MoveMaximum(const bool (&moves)[2], const float (&largest)[2],
+                                              float (&wanted)[2], float (&alpha)[2]) {
+    const bool far[2] = {moves[0] && IsFar(0, wanted[0]), moves[1] && IsFar(1, wanted[1])};
+    if (__any_sync(~0u, far[0] || far[1])) {
+      wgmma_fp8::MultiplyFarScores(s_, factor_, far, largest, wanted);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float before = shift_[h];
+      wanted[h] = MaxNaN(before, wanted[h]);
+      // A NaN stays.
+      shift_[h] = !moves[h] || wanted[h] - before <= 0 ? before : wanted[h];
+      alpha[h] = Exp2(before - Shift(h));
+      sums_.Follow(h, alpha[h]);
+    }
+  }
+
+  // With a bias no score is as far as that. factor_ is the tile's.
+  __device__ __forceinline__ bool IsFar(int h, float score) const {
+    return !(kIntegers && IsBiased(factor_[h])) && wgmma_fp8::IsFar(score);
+  }
+
+  // Whether a row's scores keep kBias. Where its factor is large, the bias in units of log2 would
+  // swallow differences of scores.
+  __device__ __forceinline__ static bool IsBiased(float factor) {
+    constexpr float kLargest = 1 << 19;
+    return !C::kTokenScales && !C::kSoftcap && factor * kBias < kLargest;
+  }
+
+  // Whether one of the four threads of row h has a probability of it that is too large.
+  __device__ __forceinline__ bool Exceeds(const StepSums<C>& sums, int h) const {
+    const unsigned votes = __ballot_sync(~0u, sums.Exceeds(h, probabilities_));
+    return (votes >> (lane_ & ~3) & 0xF) != 0;
+  }
+
+  // What is subtracted from the scores: nothing while no visible one is above -inf.
+  __device__ __forceinline__ float Shift(int h) const {
+    return shift_[h] == kMinusInf ? 0.0f : shift_[h];
+  }
+
+  // Moves the shifts of those rows that do to the step's largest scores and finds the
+  // probabilities. kScale: there is an output already.
+  template <bool kScale>
+  __device__ __forceinline__ void FollowMaximum(const bool (&moves)[2]) {
+    if constexpr (!C::kSoftcap) LoadFactors(shared_, buffer_, factor_);
+    float largest[2], wanted[2], alpha[2];
+    FindLargest(largest, wanted);
+    MoveMaximum(moves, largest, wanted, alpha);
+    if constexpr (kScale) {
+      sums_.Rescale(alpha);
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
+    }
+    StepSums<C> sums;
+    const float shift[2] = {Shift(0), Shift(1)};
+    FindProbabilities<false>(shift, sums);
+    sums_.Add(sums);
+    if constexpr (C::kSoftcap) return;
+    LoadFactors(shared_, buffer_, factor_);
+    // Far scores need a look in every step: without a factor, probabilities exceed any bound.
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (IsFar(h, shift_[h])) factor_[h] = NAN;
+    }
+  }
+
+  __device__ __forceinline__ float Probability(const float (&shift)[2], int i) const {
+    return Exp2(fmaf(s_[i], factor_[i / 2 % 2], -shift[i / 2 % 2]));
+  }
+
+  // The step's probabilities, packed, and what there is to know of their sums. Scores stay, in case
+  // that they are needed again. A row without a shift, which is -inf, gets some that exceed any
+  // bound. kBehind: ends the product that reads the probabilities of the step before.
+  template <bool kBehind>
+  __device__ __forceinline__ void FindProbabilities(const float (&shift)[2], StepSums<C>& sums) {
+    float early[kEarly + 1];
+    if constexpr (kBehind) {
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) early[i] = Probability(shift, i);
+      FinishProducts();
+    }
+#pragma unroll
+    for (int i = 0; i < C::kScores; i += 2) {
+      const float a = kBehind && i < kEarly ? early[i % (kEarly + 1)] : Probability(shift, i);
+      const float b =
+          kBehind && i < kEarly ? early[(i + 1) % (kEarly + 1)] : Probability(shift, i + 1);
+      probabilities_[i / 2] = PackPair<C::kOperand>(a, b);
+      sums.Add(i / 2, a, b, probabilities_);
+    }
+  }
+
+  // Ends the P * V of the step before.
+  __device__ __forceinline__ void FinishProducts() {
+    WaitProducts<0>(o_);
+    KeepRegisters(probabilities_);
+    sums_.Keep();
+    ReleaseValues(step_ - 1, start_ + C::kKeys);
+  }
+
+  __device__ __forceinline__ void FollowOwnUnits() {
+    float ratio[2];
+    units_.Follow(shared_, ScaleSlot(), buffer_, start_, probabilities_, sums_, ratio);
+#pragma unroll
+    for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio[i / 2 % 2];
+  }
+
+  // Probabilities are not in the unit of V's token scales, but the output is.
+  __device__ __forceinline__ void FollowUnit() {
+    const float ratio = shared_.unit_ratio[ScaleSlot()];
+    if (ratio != 1.0f) {
+#pragma unroll
+      for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio;
+    }
+  }
+
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int group_;
+  const int lane_;
+  std::conditional_t<C::kKeyCodes, CodeQuery<C>, Query<C>> query_;
+  uint32_t step_ = ~0u;  // the one whose softmax is under way
+  int start_;            // first key of the step
+  int buffer_;           // of the tile
+  RowSums<C> sums_;
+  RowUnits<C> units_;
+  float shift_[2], factor_[2];
+  float s_[C::kScores];
+  int32_t integers_[2][32];  // scores of int8 in the making
+  bool all_biased_;          // all scores of the warp have kBias
+  float o_[C::kOut];
+  uint32_t probabilities_[C::kScores / 2];
+};
+
+}  // namespace fastattn::cuda::wgmma_fp16

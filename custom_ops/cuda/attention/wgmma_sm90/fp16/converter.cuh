@@ -1,0 +1,247 @@
+// Codes become 16-bit operands: three warps of the producer warpgroup share the codes of each step,
+// V's and, where they are no operands as they lie, K's.
+#pragma once
+
+#include <type_traits>
+
+#include "common/numeric.h"
+#include "cuda/attention/shared/format.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/clean.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/config.h"
+#include "cuda/attention/wgmma_sm90/fp16/factors.cuh"
+#include "cuda/common/mbarrier.cuh"
+
+namespace fastattn::cuda::wgmma_fp16 {
+
+template <class C>
+class Converter {
+ public:
+  __device__ Converter(const Arguments& arguments, Shared<C>& shared)
+      : p_(arguments.p), shared_(shared), warp_(threadIdx.x / 32 - 1), lane_(threadIdx.x % 32) {}
+
+  __device__ void Run() {
+    if constexpr (C::kKeyCodes) {
+      RunFormat<Format<C::kElement>>();
+    } else {
+      const DType codes = p_.paged ? p_.cache.dtype : p_.ragged.dtype;
+      if (codes == DType::kInt8) {
+        RunFormat<Format<DType::kInt8>>();
+      } else if (codes == DType::kE4M3) {
+        RunFormat<Format<DType::kE4M3>>();
+      } else {
+        RunFormat<Format<DType::kE5M2>>();
+      }
+    }
+  }
+
+ private:
+  // A step's codes as groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so that
+  // it waits for shared memory once. Token scales take registers.
+  static constexpr int kGroup = 512;
+  static constexpr int kBatch = C::kTokenScales ? 2 : 4;
+  static constexpr int kBatches = C::kRawBytes / (kGroup * kBatch);
+  static constexpr int kRounds = (kBatches + C::kSideWarps - 1) / C::kSideWarps;
+  static constexpr int kNamedBarrier = 3;  // behind the consumers' turns
+
+  // The codes of a tile come in the loader's order.
+  template <class F>
+  __device__ __forceinline__ void RunFormat() {
+    SetTiles({});
+    while (true) {
+      Wait(&shared_.tile_found[Tiles().Index()], Tiles().Phase());
+      if (TileNow().steps >= 0) {
+        FindFactors<C>(p_, shared_, TileNow(), Tiles().Index(), warp_);
+      }
+      __syncwarp();
+      if (TileNow().steps < 0) break;
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.query_full[0]);
+#pragma unroll 1
+      for (int step = -1; step < TileNow().steps; ++step) {
+        if constexpr (!C::kKeyCodes) {
+          if (step + 1 < TileNow().steps) ConvertKeys<F>(step + 1);
+        }
+        if (step >= 0) ConvertValues<F>(step);
+      }
+      __syncwarp();
+      RingCount<2> tiles = Tiles();
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.query_empty[tiles.Index()]);
+      tiles.Advance();
+      SetTiles(tiles);
+    }
+    if (ArrivesForWarp(lane_)) Arrive(&shared_.query_full[0]);
+  }
+
+  // The warp's tile: in memory, as registers are short.
+  __device__ __forceinline__ RingCount<2> Tiles() const {
+    const volatile int& count = shared_.converter_tiles[warp_];
+    return {count};
+  }
+  __device__ __forceinline__ void SetTiles(RingCount<2> tiles) {
+    __syncwarp();
+    if (lane_ == 0) shared_.converter_tiles[warp_] = tiles.count;
+    __syncwarp();
+  }
+  __device__ __forceinline__ const volatile Tile& TileNow() const {
+    return shared_.tile[Tiles().Index()];
+  }
+
+  template <class F>
+  __device__ __forceinline__ void ConvertKeys(int step) {
+    // A step ahead of the values, but for a tile's first.
+    static_assert(C::kKeyCodes || C::kKeyStages == C::kValueStages);
+    RingCount<C::kKeyStages> keys{values_.count};
+    if (step > 0) keys.Advance();
+    const int at = keys.Index(), slot = raw_.Index();
+    Wait(&shared_.raw_full[slot], raw_.Phase());
+    Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
+    ConvertRows<F>(shared_.raw[slot], shared_.key[at]);
+    if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.raw_flags[slot];
+    Finish(slot, &shared_.key_full[at]);
+  }
+
+  template <class F>
+  __device__ __forceinline__ void ConvertValues(int step) {
+    const int at = values_.Index(), slot = raw_.Index();
+    Wait(&shared_.raw_full[slot], raw_.Phase());
+    Wait(&shared_.value_empty[at], values_.Phase() ^ 1);
+    if constexpr (C::kTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
+    if constexpr (C::kValueRows) {
+      ConvertRows<F>(shared_.raw[slot], shared_.value[at]);
+    } else {
+      ConvertChannels<F>(shared_.raw[slot], shared_.value[at]);
+    }
+    bool found = false;
+    // Any int8 code is finite.
+    if constexpr (!std::is_same_v<F, Format<DType::kInt8>>) {
+      if (shared_.raw_flags[slot] & kClean) {
+        // Values are looked at by other warps than converted them.
+        SyncNamed<32 * C::kSideWarps>(kNamedBarrier);
+        ValueCleaner<C> cleaner(shared_);
+        const int written = TileNow().k_len - (TileNow().last - step) * C::kKeys;
+        found = cleaner.Clean(at, written, warp_, C::kKeys / 16, C::kSideWarps);
+      }
+    }
+    if (lane_ == 0) shared_.nan_found[at][warp_] = found;
+    Finish(slot, &shared_.value_ready[at]);
+    values_.Advance();
+    if constexpr (C::kTokenScales) {
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.Index()]);
+      scales_.Advance();
+    }
+  }
+
+  // Hands the operands over, and the codes' buffer back.
+  __device__ __forceinline__ void Finish(int slot, uint64_t* full) {
+    FenceAsyncProxy();
+    __syncwarp();
+    if (ArrivesForWarp(lane_)) {
+      Arrive(full);
+      Arrive(&shared_.raw_empty[slot]);
+    }
+    raw_.Advance();
+  }
+
+  // Has the warp's share of a step's codes stored, `in` + 16 bytes a lane; loads are a batch ahead.
+  // Batches go round between the warps, from one step to the next.
+  template <class Store>
+  __device__ __forceinline__ void Convert(const uint8_t* in, const Store& store) {
+    const int first = (warp_ + C::kSideWarps - Turn()) % C::kSideWarps;
+    in += first * kBatch * kGroup;
+    uint4 codes[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int batch = first + round * C::kSideWarps;
+      if (batch >= kBatches) break;
+      in += C::kSideWarps * kBatch * kGroup;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        store(batch, i, codes[i]);
+        if (round + 1 < kRounds && batch + C::kSideWarps < kBatches) {
+          codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+        }
+      }
+    }
+  }
+
+  // Whose the next batch is: the warp of a ring that each conversion moves on in.
+  __device__ __forceinline__ int Turn() const {
+    static_assert((C::kKeyCodes ? C::kValueStages : C::kRawSlots) == C::kSideWarps);
+    return C::kKeyCodes ? values_.Index() : raw_.Index();
+  }
+
+  // Tokens with their channels side by side. In each eight lanes, four take one token and four
+  // another: their stores meet no bank twice.
+  template <class F>
+  __device__ __forceinline__ void ConvertRows(const uint8_t* codes, uint8_t* target) {
+    constexpr int kPieces = C::kDim / 16, kTokens = 32 / kPieces;
+    const int piece = lane_ % kPieces, token = (lane_ / kPieces) ^ (piece / 4);
+    uint8_t* out = target + piece / 4 * C::kKeys * C::kSlice + token * C::kSlice;
+    const int chunk = 16 * ((2 * (piece % 4)) ^ token);
+    Convert(codes + token * C::kDim + 16 * piece, [&](int batch, int i, const uint4& v) {
+      uint32_t w[8];
+      F::Widen(v.x, &w[0], &w[1]);
+      F::Widen(v.y, &w[2], &w[3]);
+      F::Widen(v.z, &w[4], &w[5]);
+      F::Widen(v.w, &w[6], &w[7]);
+      const int at = chunk ^ (kTokens * i % 8 * 16);
+      uint8_t* row = out + (batch * kBatch + i) * kTokens * C::kSlice;
+      *reinterpret_cast<uint4*>(row + at) = make_uint4(w[0], w[1], w[2], w[3]);
+      *reinterpret_cast<uint4*>(row + (at ^ 16)) = make_uint4(w[4], w[5], w[6], w[7]);
+    });
+  }
+
+  // Channels with their 64 tokens side by side, in TokenSlot order: the low pairs of a piece's
+  // words are tokens 0 .. 7, the high ones 8 .. 15. With token scales values are multiplied with
+  // theirs.
+  template <class F>
+  __device__ __forceinline__ void ConvertChannels(const uint8_t* codes, uint8_t* target) {
+    const int piece = lane_ % 4, channel = lane_ / 4;
+    uint8_t* out = target + channel * C::kSlice;
+    const int at = 16 * ((2 * piece) ^ channel);
+    uint4 low_scales, high_scales;
+    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
+      if (C::kTokenScales && i == 0) {
+        const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
+        const auto* scales =
+            reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
+        low_scales = scales[0];
+        high_scales = scales[1];
+      }
+      uint4 low, high;
+      F::Widen(v.x, &low.x, &high.x);
+      F::Widen(v.y, &low.y, &high.y);
+      F::Widen(v.z, &low.z, &high.z);
+      F::Widen(v.w, &low.w, &high.w);
+      if constexpr (C::kTokenScales) {
+        low = Scaled(low, low_scales);
+        high = Scaled(high, high_scales);
+      }
+      uint8_t* row = out + (batch * kBatch + i) * 8 * C::kSlice;
+      *reinterpret_cast<uint4*>(row + at) = low;
+      *reinterpret_cast<uint4*>(row + (at ^ 16)) = high;
+    });
+  }
+
+  __device__ __forceinline__ static uint32_t Scaled(uint32_t values, uint32_t scales) {
+    const __half2 x = __hmul2(*reinterpret_cast<const __half2*>(&values),
+                              *reinterpret_cast<const __half2*>(&scales));
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+
+  __device__ __forceinline__ static uint4 Scaled(const uint4& values, const uint4& scales) {
+    return make_uint4(Scaled(values.x, scales.x), Scaled(values.y, scales.y),
+                      Scaled(values.z, scales.z), Scaled(values.w, scales.w));
+  }
+
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int warp_;  // 0 .. kSideWarps - 1
+  const int lane_;
+  RingCount<C::kValueStages> values_;
+  RingCount<C::kRawSlots> raw_;
+  RingCount<C::kScaleSlots> scales_;
+};
+
+}  // namespace fastattn::cuda::wgmma_fp16

@@ -1,0 +1,12 @@
+#include "cuda/attention/wgmma_sm90/fp16/kernel.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/variant.h"
+
+namespace fastattn::cuda::wgmma_fp16 {
+
+template <>
+cudaError_t LaunchVariant<DType::kInt8, 128, Source::kCodeRows, false>(const Arguments& arguments,
+                                                                       cudaStream_t stream) {
+  return LaunchConfig<DType::kInt8, 128, Source::kCodeRows, false>(arguments, stream);
+}
+
+}  // namespace fastattn::cuda::wgmma_fp16

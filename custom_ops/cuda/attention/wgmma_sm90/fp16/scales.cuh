@@ -1,0 +1,111 @@
+// Token scales (block_wise_fp8, block_wise_int8): read by the loading warp, one step after the
+// other.
+#pragma once
+
+#include "common/numeric.h"
+#include "cuda/attention/wgmma_sm90/fp16/blocks.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/config.h"
+
+namespace fastattn::cuda::wgmma_fp16 {
+
+template <class C>
+class ScaleLoader {
+ public:
+  __device__ ScaleLoader(const AttentionParams& p, Shared<C>& shared)
+      : p_(p), shared_(shared), lane_(threadIdx.x % 32) {}
+
+  __device__ void StartTile(int buffer) {
+    if (lane_ == 0) shared_.unit[buffer] = 0.0f;
+    __syncwarp();
+  }
+
+  // Starts the loads; tokens that do not exist get 1 for K, and 0 for V.
+  __device__ void Load(const StepBlocks& blocks, int kv_head, int written) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int token = lane_ + 32 * i, block = blocks.id[32 * i / kBlockSize];
+      key_[i] = 1.0f;
+      value_[i] = 0.0f;
+      if (token >= written || block < 0) continue;
+      const PagedCache& cache = p_.cache;
+      const int at = token % kBlockSize;
+      key_[i] = LoadScale(cache.k_scales, cache.scale_dtype,
+                          cache.k_scale_strides.Plane(block, kv_head) + at);
+      value_[i] = LoadScale(cache.v_scales, cache.scale_dtype,
+                            cache.v_scale_strides.Plane(block, kv_head) + at);
+    }
+  }
+
+  // Writes them. hide: in a step that some query sees in part, scales of V that are not finite
+  // become 0 and are listed for the consumers: P is 0 where a query does not see them, but 0 * NaN
+  // is NaN. The others go to RowUnits.
+  __device__ void Store(bool hide, int buffer) {
+    const int at = slots_.Index();
+    float largest = 0.0f;
+    bool found = false;
+    unsigned poisoned = 0;  // of token group lane_
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const bool finite = fabsf(value_[i]) <= 3.0e38f;
+      const unsigned group = __ballot_sync(~0u, hide && !finite);
+      if (lane_ == i) poisoned = group;
+      found |= group != 0;
+      if (hide && !finite) value_[i] = 0.0f;
+      if (finite) largest = fmaxf(largest, fabsf(value_[i]));
+    }
+    const unsigned bits = __reduce_max_sync(~0u, __float_as_uint(largest));
+    // The unit is a power of two above all scales so far, so that it seldom changes.
+    const unsigned exponent = min(max((bits >> 23) + 1, 68u), 250u);
+    const float before = shared_.unit[buffer] * kValueTop;
+    const float unit = hide ? before : fmaxf(__uint_as_float(exponent << 23), before);
+    const float inverse = hide ? 0.0f : __uint_as_float((254u << 23) - __float_as_uint(unit));
+    Wait(&shared_.scale_empty[at], slots_.Phase() ^ 1);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int token = lane_ + 32 * i;
+      shared_.key_scales[at][token % 8 / 2][token / 8 * 2 + token % 2] = KeyScale(key_[i]);
+      shared_.value_scales[at][token] =
+          __float2half_rn(hide ? Mantissa(value_[i]) : value_[i] * inverse * kValueTop);
+      if (hide) shared_.value_exponents[at][token] = Exponent(value_[i]);
+    }
+    if (lane_ < kPer) shared_.poisoned[at][lane_] = poisoned;
+    if (lane_ == 0) {
+      const float common = unit * (1 / kValueTop);
+      shared_.unit[buffer] = common;
+      shared_.common_unit[at] = hide ? -common : common;
+      shared_.unit_ratio[at] = before * inverse;
+      shared_.poison_found[at] = found;
+    }
+    ArriveWarp(&shared_.scale_full[at]);
+    slots_.Advance();
+  }
+
+ private:
+  static constexpr int kPer = C::kKeys / 32;
+  // Scales of V are below it: times the largest code they are finite in fp16, and small ones have
+  // bits.
+  static constexpr float kValueTop = 128.0f;
+
+  // Where scores have a bias (CodeQuery), its product with a scale of 22 bits is exact.
+  __device__ static float KeyScale(float scale) {
+    if (!C::kKeyCodes || C::kElement != DType::kInt8 || scale != scale) return scale;
+    return __uint_as_float(__float_as_uint(scale) & ~3u);
+  }
+
+  __device__ static uint8_t Exponent(float scale) { return __float_as_uint(scale) >> 23 & 0xFF; }
+
+  // From 1 to 2; what is below the normal numbers is 0.
+  __device__ static float Mantissa(float scale) {
+    const uint32_t bits = (__float_as_uint(scale) & 0x807FFFFFu) | 0x3F800000u;
+    return Exponent(scale) == 0 ? 0.0f : __uint_as_float(bits);
+  }
+
+  const AttentionParams& p_;
+  Shared<C>& shared_;
+  const int lane_;
+  RingCount<C::kScaleSlots> slots_;
+  float key_[kPer], value_[kPer];
+};
+
+}  // namespace fastattn::cuda::wgmma_fp16

@@ -1,0 +1,240 @@
+// Dequantises cached blocks into contiguous K and V.
+//
+// One CTA handles one block (64 tokens) of one KV head, K and V. Each thread loads 16-byte pieces
+// of codes, all of them before it uses the first.
+//
+// K: a piece is 16 channels of one token: convert and store.
+// V: a piece is 16 tokens of one channel. A thread takes the pieces of 4 neighbouring channels,
+//    transposes 4x4 bytes in registers (8 prmt per 16 bytes) and writes words of 4 channels to
+//    shared memory, token-major; the block is then read back as 16 channels of one token.
+// Stores: 16 codes become 32 bytes, two 16-byte stores. Lanes of a pair trade halves first, so that
+//    one store instruction fills whole 32-byte sectors.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+#include "common/numeric.h"
+#include "common/types.h"
+#include "cuda/cache/append/launch.h"
+#include "cuda/common/bytes.cuh"
+#include "cuda/common/convert.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/pieces.cuh"
+#include "cuda/common/seq_tiles.cuh"
+
+namespace fastattn::cuda {
+
+inline constexpr int kAppendThreads = 128;
+
+template <DType kOut_, DType kCode_, bool kDynamicQuant_, CacheLayout kLayout_, int kHeadDim_>
+struct AppendTraits {
+  static constexpr DType kOut = kOut_;
+  static constexpr DType kCode = kCode_;
+  static constexpr bool kDynamicQuant = kDynamicQuant_;
+  static constexpr CacheLayout kLayout = kLayout_;
+  static constexpr int kHeadDim = kHeadDim_;
+
+  // FastDeploy adds 128 to int8 codes: flip the top bit of each byte.
+  static constexpr uint32_t kBias =
+      kCode == DType::kInt8 && kLayout == CacheLayout::kFastDeploy ? 0x80808080u : 0u;
+
+  static constexpr int kPiecesPerToken = kHeadDim / 16;
+  static constexpr int kPieces = kBlockSize * kPiecesPerToken / kAppendThreads;  // per thread
+};
+
+// The 16 static scales of channels [channel, channel + 16) of a head; equal ones where the scale is
+// per tensor or per head.
+__device__ __forceinline__ void LoadStaticScales(const void* scales, DType dtype,
+                                                 ScaleGranularity granularity, int head,
+                                                 int head_dim, int channel, float (&out)[16]) {
+  if (granularity == ScaleGranularity::kChannel) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      out[i] = LoadScale(scales, dtype, static_cast<int64_t>(head) * head_dim + channel + i);
+    }
+  } else {
+    const float scale = LoadScale(scales, dtype, granularity == ScaleGranularity::kHead ? head : 0);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) out[i] = scale;
+  }
+}
+
+// Byte offsets in a plane of the K piece with channels [16 g, +16) of token r, and of the V piece
+// with tokens [16 g, +16) of channel d. Rows of the fastattn layout are `row` bytes apart; planes
+// of the other one are contiguous.
+template <typename Traits>
+__device__ __forceinline__ int64_t KeyPieceIn(int64_t row, int r, int g) {
+  if constexpr (Traits::kLayout == CacheLayout::kFastattn) return r * row + g * 16;
+  return KeyPiece<Traits::kLayout, Traits::kHeadDim>(r, g);
+}
+
+template <typename Traits>
+__device__ __forceinline__ int64_t ValuePieceIn(int64_t row, int d, int g) {
+  if constexpr (Traits::kLayout == CacheLayout::kFastattn) return d * row + g * 16;
+  return ValuePiece<Traits::kLayout, Traits::kHeadDim>(d, g);
+}
+
+// Dequantises 16 codes (channels [16 g, 16 g + 16) of a token) and stores them at `row`. Lanes of a
+// pair hold g and g + 1 of the same token; both call.
+template <typename Traits>
+__device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_scales)[16],
+                                           float token_scale, uint16_t* row, int g, bool active) {
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  uint32_t pairs[8];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    float x[4];
+    CodesToFloat<Traits::kCode>(words[w], x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[i] *= Traits::kDynamicQuant ? token_scale : static_scales[4 * w + i];
+    }
+    pairs[2 * w] = PackPair<Traits::kOut>(x[0], x[1]);
+    pairs[2 * w + 1] = PackPair<Traits::kOut>(x[2], x[3]);
+  }
+  // The even lane gives its high half for the odd lane's low half.
+  const bool odd = g & 1;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t sent = odd ? pairs[i] : pairs[4 + i];
+    const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, sent, 1);
+    if (odd) {
+      pairs[i] = received;
+    } else {
+      pairs[4 + i] = received;
+    }
+  }
+  if (!active) return;
+  uint4* out = reinterpret_cast<uint4*>(row + (g & ~1) * 16) + (odd ? 1 : 0);
+  out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  out[2] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(kAppendThreads)
+    AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
+  constexpr int kHeadDim = Traits::kHeadDim;
+  __shared__ TokenMajorTile<kHeadDim> value_tile;
+
+  // Find the block.
+  const int kv_heads = p.cache.num_kv_heads;
+  const int64_t slot = blockIdx.x / kv_heads;
+  const int head = blockIdx.x % kv_heads;
+  const int row = FindSeq(p.cu_seqlens_k, p.batch, slot);
+  if (row < 0) return;
+  const int start = p.cu_seqlens_k[row];
+  if (start < 0) return;
+  int64_t tokens = min(p.seq_lens_decoder[row], p.cu_seqlens_k[row + 1] - start);
+  tokens = min(tokens, p.num_out_tokens - start);
+  const int64_t tile = slot - FirstSlot(start, row);
+  tokens -= tile * kBlockSize;
+  if (tokens <= 0 || tile >= p.max_blocks) return;
+  const int valid = static_cast<int>(min(tokens, int64_t{kBlockSize}));
+  const int block = p.block_tables[static_cast<int64_t>(row) * p.max_blocks + tile];
+  if (block < 0 || block >= p.cache.num_blocks) return;
+
+  const PagedCache& cache = p.cache;
+  const uint8_t* key_codes =
+      static_cast<const uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
+  const uint8_t* value_codes =
+      static_cast<const uint8_t*>(cache.value) + cache.value_strides.Plane(block, head);
+
+  // Load everything.
+  const int tid = threadIdx.x;
+  const int g = tid % Traits::kPiecesPerToken;  // channel group of K pieces and of stores
+  int tokens_of_thread[Traits::kPieces];
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    tokens_of_thread[i] = KeyPieceOfThread<kHeadDim, kAppendThreads>(i).token;
+  }
+  uint4 k[Traits::kPieces];
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    const int r = tokens_of_thread[i];
+    k[i] = r < valid ? __ldg(reinterpret_cast<const uint4*>(
+                           key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g)))
+                     : make_uint4(0, 0, 0, 0);
+  }
+  const int v_group = tid % 4;        // tokens [16 v_group, +16)
+  const int v_channel = tid / 4 * 4;  // channels [v_channel, +4)
+  const bool v_active = v_channel < kHeadDim;
+  uint4 v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = v_active ? __ldg(reinterpret_cast<const uint4*>(
+                          value_codes +
+                          ValuePieceIn<Traits>(cache.value_strides.row, v_channel + i, v_group)))
+                    : make_uint4(0, 0, 0, 0);
+  }
+  float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
+  float k_static[16], v_static[16];
+  if constexpr (Traits::kDynamicQuant) {
+#pragma unroll
+    for (int i = 0; i < Traits::kPieces; ++i) {
+      const int r = tokens_of_thread[i];
+      const int64_t k_index = cache.k_scale_strides.Plane(block, head) + r;
+      const int64_t v_index = cache.v_scale_strides.Plane(block, head) + r;
+      k_token_scale[i] = r < valid ? LoadScale(cache.k_scales, cache.scale_dtype, k_index) : 0.0f;
+      v_token_scale[i] = r < valid ? LoadScale(cache.v_scales, cache.scale_dtype, v_index) : 0.0f;
+    }
+  } else {
+    LoadStaticScales(p.cache.k_scales, p.cache.scale_dtype, p.cache.k_granularity, head, kHeadDim,
+                     g * 16, k_static);
+    LoadStaticScales(p.cache.v_scales, p.cache.scale_dtype, p.cache.v_granularity, head, kHeadDim,
+                     g * 16, v_static);
+  }
+
+  // V: transpose into shared memory.
+  if (v_active) ScatterPieces(v, v_channel, v_group, value_tile);
+
+  // K: convert and store while V's writes settle.
+  const int64_t out_token = start + tile * kBlockSize;
+  uint16_t* key_out = static_cast<uint16_t*>(p.key) + out_token * p.key_token_stride +
+                      static_cast<int64_t>(head) * kHeadDim;
+  uint16_t* value_out = static_cast<uint16_t*>(p.value) + out_token * p.value_token_stride +
+                        static_cast<int64_t>(head) * kHeadDim;
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    const int r = tokens_of_thread[i];
+    uint4 codes = k[i];
+    if constexpr (Traits::kLayout == CacheLayout::kFastDeploy) codes = SlotsToOrder(codes);
+    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
+    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
+    StorePiece<Traits>(codes, k_static, k_token_scale[i], key_out + r * p.key_token_stride, g,
+                       r < valid);
+  }
+
+  // V: read back by token, convert and store.
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    const int r = tokens_of_thread[i];
+    uint4 codes = *reinterpret_cast<const uint4*>(value_tile.codes + value_tile.Offset(r) + g * 16);
+    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
+    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
+    StorePiece<Traits>(codes, v_static, v_token_scale[i], value_out + r * p.value_token_stride, g,
+                       r < valid);
+  }
+}
+
+template <DType kCode, bool kDynamicQuant, CacheLayout kLayout>
+cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t stream) {
+  const int64_t ctas = NumTileSlots(p.num_out_tokens, p.batch) * p.cache.num_kv_heads;
+  if (p.num_out_tokens == 0 || p.batch == 0 || p.max_blocks == 0 || p.cache.num_blocks == 0) {
+    return cudaSuccess;
+  }
+  cudaError_t status = cudaSuccess;
+  dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
+    dispatch<64, 128>(p.cache.head_dim, "head_dim", [&](auto head_dim) {
+      using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
+                                  decltype(head_dim)::value>;
+      status = LaunchKernel(AppendCacheKernel<Traits>, GridSize(ctas), kAppendThreads, stream, p);
+    });
+  });
+  return status;
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,187 @@
+// Decode and speculative steps where nothing but a full rotation is asked for: a warp, alone in its
+// CTA, takes two (D 64: four) heads of one token, all Q, all K or all V, and runs only their code.
+// Two rounds of loads: the rows, the values and the scales; then the block and the angles.
+#pragma once
+
+#include "cuda/cache/rope_write/lane.cuh"
+#include "cuda/cache/rope_write/row_window.cuh"
+#include "cuda/common/pdl.cuh"
+
+namespace fastattn::cuda {
+
+// Brings a kernel's parameters into the constant cache while it has to wait anyway.
+template <typename Params>
+__device__ __forceinline__ void TouchParameters(const Params& p) {
+#if __CUDA_ARCH__ >= 900
+  int bits = 0;
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(p); i += 64) {
+    bits ^= *reinterpret_cast<const int*>(reinterpret_cast<const char*>(&p) + i);
+  }
+  if (bits == 0x5bd1e995) __nanosleep(1);  // harmless, but keeps the loads
+#endif
+}
+
+inline constexpr int kDecodeThreads = 32;
+inline constexpr int kValueParts = 4;
+
+template <typename Traits>
+using DecodeLane = LaneShape<Traits::kIn, Traits::kHeadDim, 4>;
+
+// V's codes are single bytes, a channel's row of 64 bytes apart. Neighbouring lanes take
+// neighbouring channels, so that a store of the warp touches half as many 128-byte lines.
+template <typename Lane>
+struct StridedMap {
+  static __device__ __forceinline__ int Channel(int lane, int i) { return lane + i * Lane::kLanes; }
+};
+
+// Which heads a warp works on, and what does not depend on the token's row.
+struct DecodeHead {
+  int token;
+  int lane;  // of the head
+  int head;
+  bool active;  // false: past the last head
+  int part;     // of `parts` warps that share the stores of V
+  int parts;    // a power of 2
+};
+
+template <typename Traits>
+__device__ __forceinline__ DecodeHead HeadOfLane(int unit, int num_heads) {
+  using Lane = DecodeLane<Traits>;
+  DecodeHead at;
+  at.token = blockIdx.y;
+  at.lane = threadIdx.x % Lane::kLanes;
+  const int head = unit * Lane::kHeads + threadIdx.x % 32 / Lane::kLanes;
+  at.active = head < num_heads;
+  at.head = at.active ? head : 0;
+  at.part = 0, at.parts = 1;
+  return at;
+}
+
+// Block of a token's place, -1 where there is none.
+__device__ __forceinline__ int BlockOfPlace(const StepParams& p, const WarpPlace& place) {
+  if (place.row < 0) return -1;
+  return BlockOf(p.rope.seqs, p.rope.cache.num_blocks, place.row, place.position / kBlockSize);
+}
+
+template <typename Traits>
+__device__ __forceinline__ void DecodeQuery(const StepParams& p, const RowWindow& window, int given,
+                                            const DecodeHead& at) {
+  using Lane = DecodeLane<Traits>;
+  const RopeWriteCacheParams& rope = p.rope;
+  uint32_t words[Lane::kWords];
+  LoadHalves<Lane::kWords, Lane::kHeadDim>(static_cast<const uint16_t*>(p.q) +
+                                               at.token * p.q_stride + at.head * Lane::kHeadDim +
+                                               at.lane * Lane::kHalf,
+                                           words);
+  const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
+  const WarpPlace place = FindPlace(rope.seqs, window, given, at.token);
+  if (place.row >= 0) {
+    RotateWords<Lane>(rope, place.position, at.lane, words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Lane::kWords; ++i) words[i] = 0;
+  }
+  StoreQuery<Lane>(words, rope, Reciprocal(scale), at.token, at.head, at.lane, at.active);
+}
+
+// K, and V of type none (kKey false).
+template <typename Traits, bool kKey>
+__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowWindow& window,
+                                                 int given, const DecodeHead& at) {
+  using Lane = DecodeLane<Traits>;
+  const PagedCache& cache = p.rope.cache;
+  uint32_t words[Lane::kWords];
+  LoadHalves<Lane::kWords, Lane::kHeadDim>(static_cast<const uint16_t*>(kKey ? p.k : p.v) +
+                                               at.token * (kKey ? p.k_stride : p.v_stride) +
+                                               at.head * Lane::kHeadDim + at.lane * Lane::kHalf,
+                                           words);
+  const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
+  const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
+  const int block = BlockOfPlace(p, place);
+  if constexpr (Traits::kRope && kKey) {
+    if (place.row >= 0) RotateWords<Lane>(p.rope, place.position, at.lane, words);
+  }
+  const int slot = place.position % kBlockSize;
+  const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
+  StoreTokenMajor<Traits, Lane>(
+      words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity, scale,
+      at.head, at.lane, strides.Row(block, at.head, slot),
+      cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+}
+
+template <typename Traits>
+__device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow& window, int given,
+                                            const DecodeHead& at) {
+  using Lane = DecodeLane<Traits>;
+  using Map = StridedMap<Lane>;
+  const PagedCache& cache = p.rope.cache;
+  const uint16_t* source =
+      static_cast<const uint16_t*>(p.v) + at.token * p.v_stride + at.head * Lane::kHeadDim;
+  uint32_t x[Lane::kValues];
+#pragma unroll
+  for (int i = 0; i < Lane::kValues; ++i) x[i] = source[Map::Channel(at.lane, i)];
+  const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, at.head);
+  const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
+  const int block = BlockOfPlace(p, place);
+  uint32_t words[Lane::kWords];
+#pragma unroll
+  for (int i = 0; i < Lane::kWords; ++i) words[i] = x[2 * i] | x[2 * i + 1] << 16;
+  const int slot = place.position % kBlockSize;
+  const bool store = at.active && block >= 0;
+  uint32_t codes[Lane::kCodeWords];
+  QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, scale, at.head,
+                                  at.lane, cache.v_scale_strides.Plane(block, at.head) + slot,
+                                  store && at.part == 0, codes);
+  if (!store) return;
+  const CacheStrides& strides = cache.value_strides;
+  uint8_t* out =
+      static_cast<uint8_t*>(cache.value) + strides.Row(block, at.head, at.lane) + TokenSlot(slot);
+  const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
+#pragma unroll
+  for (int i = 0; i < Lane::kValues; ++i, out += step) {
+    if ((i & (at.parts - 1)) == at.part) {
+      *out = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
+    }
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(kDecodeThreads)
+    StepDecodeKernel(const __grid_constant__ StepParams p, float rows_per_token, bool small_grid) {
+  using Lane = DecodeLane<Traits>;
+  const SeqMeta& seqs = p.rope.seqs;
+  const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
+  const int kv_heads = p.rope.cache.num_kv_heads;
+  const int q_units = (q_heads + Lane::kHeads - 1) / Lane::kHeads;
+  const int kv_units = (kv_heads + Lane::kHeads - 1) / Lane::kHeads;
+  // A small step has warps to spare: the scattered stores of V are what takes longest.
+  const int value_parts = Traits::kQuantized && small_grid ? kValueParts : 1;
+  const int value_units = kv_units * value_parts;
+  const int unit = blockIdx.x;
+  const int token = blockIdx.y;
+  TouchParameters(p);
+  WaitForEarlierKernels();
+  // The next kernel's CTAs would gather where this one's finish first, unless there is room.
+  if (small_grid) AllowNextKernel();
+  const RowWindow window = LoadWindow(seqs, static_cast<int>(token * rows_per_token));
+  const int given = GivenRow(seqs, token);
+  if (unit < value_units) {
+    DecodeHead at = HeadOfLane<Traits>(unit >> (value_parts == kValueParts ? 2 : 0), kv_heads);
+    at.part = unit & (value_parts - 1);
+    at.parts = value_parts;
+    if constexpr (Traits::kQuantized) {
+      DecodeValue<Traits>(p, window, given, at);
+    } else {
+      DecodeTokenMajor<Traits, false>(p, window, given, at);
+    }
+  } else if (unit < value_units + kv_units) {
+    DecodeTokenMajor<Traits, true>(p, window, given,
+                                   HeadOfLane<Traits>(unit - value_units, kv_heads));
+  } else if constexpr (Traits::kRope) {
+    DecodeQuery<Traits>(p, window, given,
+                        HeadOfLane<Traits>(unit - value_units - kv_units, q_heads));
+  }
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,399 @@
+// One head of one token, spread over neighbouring lanes of a warp: a lane holds kHalf channels of
+// the head's first half and the kHalf channels D / 2 further, so that both partners of a rotation,
+// neox or interleaved, are its own. For 16-bit input. The bits are those of the CPU kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/exact.h"
+#include "common/numeric.h"
+#include "cuda/cache/rope_write/cache_store.cuh"
+#include "cuda/cache/rope_write/launch.h"
+#include "cuda/common/convert.cuh"
+
+namespace fastattn::cuda {
+
+template <DType kIn_, int kHeadDim_, int kHalf_>
+struct LaneShape {
+  static constexpr DType kIn = kIn_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHalf = kHalf_;
+  static constexpr int kValues = 2 * kHalf;          // of a lane
+  static constexpr int kWords = kHalf;               // the same as 16-bit pairs
+  static constexpr int kCodeWords = kHalf / 2;       // the same as 8-bit codes
+  static constexpr int kLanes = kHeadDim / kValues;  // of a head
+  static constexpr int kHeads = 32 / kLanes;         // of a warp
+};
+
+// Channel of a lane's i-th value in a LaneShape.
+template <typename Lane>
+struct HalvesMap {
+  static __device__ __forceinline__ int Channel(int lane, int i) {
+    return lane * Lane::kHalf + (i < Lane::kHalf ? i : i - Lane::kHalf + Lane::kHeadDim / 2);
+  }
+};
+
+template <int kBytes>
+struct VectorOfBytes;
+template <>
+struct VectorOfBytes<4> {
+  using Type = uint32_t;
+};
+template <>
+struct VectorOfBytes<8> {
+  using Type = uint2;
+};
+template <>
+struct VectorOfBytes<16> {
+  using Type = uint4;
+};
+
+// kWords words to or from two places kDistance bytes apart, half of them each.
+template <int kWords, int kDistance>
+__device__ __forceinline__ void LoadHalves(const void* from, uint32_t (&words)[kWords]) {
+  using Vector = typename VectorOfBytes<2 * kWords>::Type;
+  Vector halves[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    halves[i] = *reinterpret_cast<const Vector*>(static_cast<const char*>(from) + i * kDistance);
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(halves)[i];
+}
+
+template <int kWords, int kDistance>
+__device__ __forceinline__ void StoreHalves(void* to, const uint32_t (&words)[kWords]) {
+  using Vector = typename VectorOfBytes<2 * kWords>::Type;
+  Vector halves[2];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(halves)[i] = words[i];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    *reinterpret_cast<Vector*>(static_cast<char*>(to) + i * kDistance) = halves[i];
+  }
+}
+
+template <typename Lane>
+__device__ __forceinline__ void UnpackWords(const uint32_t (&words)[Lane::kWords],
+                                            float (&x)[Lane::kValues]) {
+#pragma unroll
+  for (int i = 0; i < Lane::kWords; ++i) {
+    if constexpr (Lane::kIn == DType::kBFloat16) {
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+    } else {
+      const __half2 pair = *reinterpret_cast<const __half2*>(&words[i]);
+      x[2 * i] = __low2float(pair);
+      x[2 * i + 1] = __high2float(pair);
+    }
+  }
+}
+
+template <typename Lane>
+__device__ __forceinline__ void PackWords(const float (&x)[Lane::kValues],
+                                          uint32_t (&words)[Lane::kWords]) {
+#pragma unroll
+  for (int i = 0; i < Lane::kWords; ++i) {
+    words[i] = PackPair<Lane::kIn>(x[2 * i], x[2 * i + 1]);
+  }
+}
+
+// Angles of a lane's pairs: neox (kHalf channel i and its partner), else neighbouring channels.
+template <typename Lane>
+struct LaneAngles {
+  float cos[Lane::kHalf];
+  float sin[Lane::kHalf];
+};
+
+template <int kCount>
+__device__ __forceinline__ void LoadFloats(const float* from, float* out) {
+  using Vector = typename VectorOfBytes<(kCount > 4 ? 16 : 4 * kCount)>::Type;
+  constexpr int kVector = sizeof(Vector) / 4;
+#pragma unroll
+  for (int i = 0; i < kCount / kVector; ++i) {
+    const Vector v = reinterpret_cast<const Vector*>(from)[i];
+#pragma unroll
+    for (int w = 0; w < kVector; ++w) {
+      out[i * kVector + w] = __uint_as_float(reinterpret_cast<const uint32_t*>(&v)[w]);
+    }
+  }
+}
+
+template <typename Lane>
+__device__ __forceinline__ void LoadLaneAngles(const RopeWriteCacheParams& p, uint32_t position,
+                                               int lane, LaneAngles<Lane>& angles) {
+  if (p.style == RotaryStyle::kNone) return;
+  const int64_t last = p.max_positions - 1;
+  const int64_t row = (position < last ? position : last) * p.rotary_stride;
+  if (p.style == RotaryStyle::kNeox) {
+    LoadFloats<Lane::kHalf>(p.cos + row + lane * Lane::kHalf, angles.cos);
+    LoadFloats<Lane::kHalf>(p.sin + row + lane * Lane::kHalf, angles.sin);
+  } else {
+    constexpr int kPairs = Lane::kHalf / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t first = row + lane * kPairs + i * (Lane::kHeadDim / 4);
+      LoadFloats<kPairs>(p.cos + first, angles.cos + i * kPairs);
+      LoadFloats<kPairs>(p.sin + first, angles.sin + i * kPairs);
+    }
+  }
+}
+
+template <typename Lane>
+__device__ __forceinline__ void RotateLane(RotaryStyle style, const LaneAngles<Lane>& angles,
+                                           float (&x)[Lane::kValues]) {
+  if (style == RotaryStyle::kNeox) {
+#pragma unroll
+    for (int i = 0; i < Lane::kHalf; ++i) {
+      const float a = x[i], b = x[i + Lane::kHalf];
+      x[i] = Sub(Mul(a, angles.cos[i]), Mul(b, angles.sin[i]));
+      x[i + Lane::kHalf] = Add(Mul(a, angles.sin[i]), Mul(b, angles.cos[i]));
+    }
+  } else if (style == RotaryStyle::kInterleaved) {
+#pragma unroll
+    for (int i = 0; i < Lane::kHalf; ++i) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = Sub(Mul(a, angles.cos[i]), Mul(b, angles.sin[i]));
+      x[2 * i + 1] = Add(Mul(a, angles.sin[i]), Mul(b, angles.cos[i]));
+    }
+  }
+}
+
+// Loads the angles and rotates values where they lie.
+template <typename Lane>
+__device__ __forceinline__ void RotateWords(const RopeWriteCacheParams& p, uint32_t position,
+                                            int lane, uint32_t (&words)[Lane::kWords]) {
+  LaneAngles<Lane> angles = {};
+  LoadLaneAngles<Lane>(p, position, lane, angles);
+  float x[Lane::kValues];
+  UnpackWords<Lane>(words, x);
+  RotateLane<Lane>(p.style, angles, x);
+  PackWords<Lane>(x, words);
+}
+
+// The pair with the larger magnitudes of a and b, signs arbitrary; a NaN wins.
+template <DType kIn>
+__device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t out;
+  if constexpr (kIn == DType::kBFloat16) {
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  }
+  return out;
+#else
+  return __vmaxu2(a & 0x7FFF7FFFu, b & 0x7FFF7FFFu);
+#endif
+}
+
+// Maximum of |x| over a head as fp32 bits, in all of its lanes, which all take part.
+template <typename Lane>
+__device__ __forceinline__ uint32_t LaneAmaxBits(const uint32_t (&words)[Lane::kWords]) {
+  uint32_t m[Lane::kWords];
+#pragma unroll
+  for (int i = 0; i < Lane::kWords; ++i) m[i] = words[i];
+#pragma unroll
+  for (int n = Lane::kWords / 2; n > 0; n /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) m[i] = MaxMagnitudes<Lane::kIn>(m[i], m[i + n]);
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < Lane::kLanes; lanes *= 2) {
+    m[0] = MaxMagnitudes<Lane::kIn>(m[0], __shfl_xor_sync(kFullWarp, m[0], lanes));
+  }
+  if constexpr (Lane::kIn == DType::kBFloat16) {
+    return max((m[0] << 16) & 0x7FFF0000u, m[0] & 0x7FFF0000u);
+  } else {
+    const uint32_t bits = max(m[0] & 0x7FFFu, (m[0] >> 16) & 0x7FFFu);
+    return AbsBits(Element<Lane::kIn>::Load(static_cast<uint16_t>(bits)));
+  }
+}
+
+// 1 / x correctly rounded where neither x nor the result is subnormal: one Newton step from the
+// hardware's approximation is enough (checked over all such x).
+__device__ __forceinline__ float ReciprocalOfNormal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
+}
+
+// __frcp_rn without its call of a subroutine, which costs registers all around it (the same bits
+// for every x, checked).
+__device__ __forceinline__ float Reciprocal(float x) {
+  const uint32_t bits = FloatBits(x), sign = bits & 0x80000000u;
+  const uint32_t exponent = AbsBits(x) >> 23;
+  if (exponent - 1 < 252) return ReciprocalOfNormal(x);
+  if (AbsBits(x) == 0) return BitsFloat(sign | 0x7F800000u);
+  if (exponent == 255) return IsNaN(x) ? BitsFloat(0x7FFFFFFFu) : BitsFloat(sign);
+  if (exponent == 0) return ReciprocalOfNormal(x * 0x1p64f) * 0x1p64f;
+  // From 2^126 on the result is subnormal: 2^(299 - exponent) / mantissa in units of 2^-149.
+  const int64_t mantissa = (bits & 0x007FFFFFu) | 0x00800000u;
+  const float estimate = fabsf(ReciprocalOfNormal(x * 0x1p-64f)) * 0x1p85f;
+  int64_t quotient = static_cast<int>(estimate);
+  int64_t rest = (int64_t{1} << (299 - exponent)) - quotient * mantissa;
+  if (rest < 0) --quotient, rest += mantissa;
+  if (rest >= mantissa) ++quotient, rest -= mantissa;
+  if (2 * rest > mantissa || (2 * rest == mantissa && (quotient & 1))) ++quotient;
+  return BitsFloat(sign | static_cast<uint32_t>(quotient));
+}
+
+// Codes of four scaled values, the first in the lowest byte. kBounded: |x| < 127.5 and no NaN.
+template <DType kCode, bool kBounded>
+__device__ __forceinline__ uint32_t CodesOf(float a, float b, float c, float d) {
+  if constexpr (kCode != DType::kInt8) {
+    return PackCodes<kCode>(a, b, c, d);
+  } else if constexpr (kBounded) {
+    // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low byte.
+    constexpr float kRound = 0x1.8p23f;
+    const uint32_t low = __byte_perm(FloatBits(Add(a, kRound)), FloatBits(Add(b, kRound)), 0x0040);
+    const uint32_t high = __byte_perm(FloatBits(Add(c, kRound)), FloatBits(Add(d, kRound)), 0x0040);
+    return __byte_perm(low, high, 0x5410);
+  } else {
+    const float x[4] = {a, b, c, d};
+    int code[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#if __CUDA_ARCH__ >= 800
+      float clamped;  // a NaN stays one, and becomes 0
+      asm("max.NaN.f32 %0, %1, %2;" : "=f"(clamped) : "f"(x[i]), "f"(-kInt8Max));
+      asm("cvt.rni.s32.f32 %0, %1;" : "=r"(code[i]) : "f"(clamped));
+#else
+      code[i] = FloatToInt8(x[i]);
+#endif
+    }
+    uint32_t high, low;
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+        : "=r"(high)
+        : "r"(code[3]), "r"(code[2]), "r"(0));
+    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;"
+        : "=r"(low)
+        : "r"(code[1]), "r"(code[0]), "r"(high));
+    return low;
+  }
+}
+
+template <typename Lane, DType kCode, bool kBounded>
+__device__ __forceinline__ void EncodeLane(const float (&x)[Lane::kValues],
+                                           uint32_t (&codes)[Lane::kCodeWords]) {
+#pragma unroll
+  for (int i = 0; i < Lane::kCodeWords; ++i) {
+    codes[i] = CodesOf<kCode, kBounded>(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+  }
+}
+
+template <int kValues>
+__device__ __forceinline__ void Scale(float (&x)[kValues], float factor) {
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) x[i] = Mul(x[i], factor);
+}
+
+// Static scale of a whole head or tensor; asked for before the values are needed.
+template <typename Traits>
+__device__ __forceinline__ float HeadScale(const PagedCache& cache, const void* scales,
+                                           ScaleGranularity granularity, int head) {
+  if constexpr (Traits::kQuantized && !IsDynamic(Traits::kType)) {
+    if (granularity != ScaleGranularity::kChannel) {
+      return LoadScale(scales, cache.scale_dtype,
+                       granularity == ScaleGranularity::kHead ? head : 0);
+    }
+  }
+  return 1.0f;
+}
+
+// Codes of a lane's K or V, `words` being the values as the input's type holds them. A dynamic
+// scale goes to scales[scale_index] if `store`. All lanes of the warp take part.
+template <typename Traits, typename Lane, typename Map = HalvesMap<Lane>>
+__device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWords],
+                                             const PagedCache& cache, void* scales,
+                                             ScaleGranularity granularity, float head_scale,
+                                             int head, int lane, int64_t scale_index, bool store,
+                                             uint32_t (&codes)[Lane::kCodeWords]) {
+  float x[Lane::kValues];
+  if constexpr (IsDynamic(Traits::kType)) {
+    const uint32_t amax = LaneAmaxBits<Lane>(words);
+    float scale = FastDynamicScale(amax, kCacheAmaxFloor, kCodeMax<Traits::kCode>);
+    if (cache.scale_dtype == DType::kBFloat16) {
+      const uint16_t rounded = FloatToBFloat16(scale);
+      if (store && lane == 0) static_cast<uint16_t*>(scales)[scale_index] = rounded;
+      scale = BFloat16ToFloat(rounded);  // the reader's scale, so that the codes fit it
+    } else if (store && lane == 0) {
+      static_cast<float*>(scales)[scale_index] = scale;
+    }
+    UnpackWords<Lane>(words, x);
+    Scale(x, ReciprocalOfNormal(scale));
+    if (Traits::kCode != DType::kInt8 || amax < 0x7F800000u) {
+      EncodeLane<Lane, Traits::kCode, true>(x, codes);
+    } else {
+      EncodeLane<Lane, Traits::kCode, false>(x, codes);
+    }
+  } else {
+    UnpackWords<Lane>(words, x);
+    if (IsInt8(Traits::kType) && granularity == ScaleGranularity::kChannel) {
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) {
+        if (i % 4 == 0) asm volatile("" ::: "memory");  // few scales at a time: registers
+        const int index = head * Lane::kHeadDim + Map::Channel(lane, i);
+        x[i] = Mul(x[i], Reciprocal(LoadScale(scales, cache.scale_dtype, index)));
+      }
+    } else {
+      Scale(x, Reciprocal(head_scale));
+    }
+    EncodeLane<Lane, Traits::kCode, false>(x, codes);
+  }
+}
+
+// K (or V of type none) of a token, whose row in the cache begins at `row`. All lanes of the warp
+// take part.
+template <typename Traits, typename Lane>
+__device__ __forceinline__ void StoreTokenMajor(const uint32_t (&words)[Lane::kWords],
+                                                const PagedCache& cache, void* codes_out,
+                                                void* scales, ScaleGranularity granularity,
+                                                float head_scale, int head, int lane, int64_t row,
+                                                int64_t scale_index, bool store) {
+  const int64_t element = row + lane * Lane::kHalf;
+  if constexpr (Traits::kQuantized) {
+    uint32_t codes[Lane::kCodeWords];
+    QuantizeLane<Traits, Lane>(words, cache, scales, granularity, head_scale, head, lane,
+                               scale_index, store, codes);
+    if (store) {
+      StoreHalves<Lane::kCodeWords, Lane::kHeadDim / 2>(static_cast<uint8_t*>(codes_out) + element,
+                                                        codes);
+    }
+  } else if (store) {
+    StoreHalves<Lane::kWords, Lane::kHeadDim>(static_cast<uint16_t*>(codes_out) + element, words);
+  }
+}
+
+// Q of one head, `words` its rounded values. All lanes of the warp take part.
+template <typename Lane>
+__device__ __forceinline__ void StoreQuery(const uint32_t (&words)[Lane::kWords],
+                                           const RopeWriteCacheParams& p, float static_inverse,
+                                           int64_t token, int head, int lane, bool store) {
+  const int64_t index = token * p.num_heads + head;
+  const int64_t element = index * Lane::kHeadDim + lane * Lane::kHalf;
+  if (p.q_quant == QQuant::kNone) {
+    if (store) {
+      StoreHalves<Lane::kWords, Lane::kHeadDim>(static_cast<uint16_t*>(p.q) + element, words);
+    }
+    return;
+  }
+  float inverse = static_inverse;
+  if (p.q_quant == QQuant::kPerTokenHead) {
+    const float scale = FastDynamicScale(LaneAmaxBits<Lane>(words), kCacheAmaxFloor, kE4M3Max);
+    if (store && lane == 0) p.q_descale[index] = scale;
+    inverse = ReciprocalOfNormal(scale);
+  }
+  float x[Lane::kValues];
+  UnpackWords<Lane>(words, x);
+  Scale(x, inverse);
+  uint32_t codes[Lane::kCodeWords];
+  EncodeLane<Lane, DType::kE4M3, true>(x, codes);
+  if (store) {
+    StoreHalves<Lane::kCodeWords, Lane::kHeadDim / 2>(static_cast<uint8_t*>(p.q) + element, codes);
+  }
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,78 @@
+#include "cuda/compat/gqa_rope/launch.h"
+
+#include "common/dispatch.h"
+#include "cuda/cache/append/launch.h"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/seq_tiles.cuh"
+
+namespace fastattn::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+
+__global__ void PrefixLengthsKernel(const __grid_constant__ GqaRopeWriteCacheParams p) {
+  const int row = blockIdx.x * kThreads + threadIdx.x;
+  if (row < p.rope.seqs.batch) {
+    p.prefix_lens[row] = PrefixLength(p.seq_lens_encoder[row], p.rope.seqs.seq_lens_decoder[row]);
+  }
+}
+
+// One CTA copies the tokens of one block of one KV head. Values of 16 bits need no conversion.
+__global__ void __launch_bounds__(kThreads)
+    Prefix16Kernel(const __grid_constant__ AppendCacheParams p) {
+  const int row = FindSeq(p.cu_seqlens_k, p.batch, blockIdx.x);
+  if (row < 0) return;
+  const int first = p.cu_seqlens_k[row];
+  const int64_t tile = blockIdx.x - FirstSlot(first, row);
+  if (first < 0 || tile >= p.max_blocks) return;
+  const int64_t end = min(static_cast<int64_t>(p.cu_seqlens_k[row + 1]), p.num_out_tokens);
+  const int64_t count = min(static_cast<int64_t>(p.seq_lens_decoder[row]), end - first);
+  const int64_t begin = tile * kBlockSize;
+  if (begin >= count) return;
+  const int block = p.block_tables[static_cast<int64_t>(row) * p.max_blocks + tile];
+  if (block < 0 || block >= p.cache.num_blocks) return;
+  const int tokens = static_cast<int>(min(count - begin, int64_t{kBlockSize}));
+  const int head = blockIdx.y;
+  const int pieces = p.cache.head_dim / 8;  // of 16 bytes, a token
+  const PagedCache& cache = p.cache;
+  const auto* keys = static_cast<const uint16_t*>(cache.key) + cache.key_strides.Plane(block, head);
+  const auto* values =
+      static_cast<const uint16_t*>(cache.value) + cache.value_strides.Plane(block, head);
+  for (int i = threadIdx.x; i < tokens * pieces; i += kThreads) {
+    const int token = i / pieces, channel = i % pieces * 8;
+    const int64_t out = first + begin + token;
+    const int64_t target = (out * cache.num_kv_heads + head) * pieces + i % pieces;
+    static_cast<uint4*>(p.key)[target] =
+        *reinterpret_cast<const uint4*>(keys + token * cache.key_strides.row + channel);
+    static_cast<uint4*>(p.value)[target] =
+        *reinterpret_cast<const uint4*>(values + token * cache.value_strides.row + channel);
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchGqaPrefix16(const AppendCacheParams& p, cudaStream_t stream) {
+  const dim3 grid(GridSize(NumTileSlots(p.num_out_tokens, p.batch)), p.cache.num_kv_heads);
+  return LaunchKernel(Prefix16Kernel, grid, kThreads, stream, p);
+}
+
+cudaError_t LaunchGqaRopeWriteCache(const GqaRopeWriteCacheParams& p, cudaStream_t stream) {
+  const SeqMeta& seqs = p.rope.seqs;
+  cudaError_t status = cudaSuccess;
+  if (seqs.num_tokens > 0) {
+    dispatch<DType::kBFloat16, DType::kFloat16>(p.rope.dtype, "qkv dtype", [&](auto dtype) {
+      status = LaunchGqaTokens<decltype(dtype)::value>(p, stream);
+    });
+  }
+  if (status != cudaSuccess || seqs.batch == 0 || p.num_kv_tokens == 0) return status;
+  status =
+      LaunchKernel(PrefixLengthsKernel, GridSize((seqs.batch + int64_t{kThreads} - 1) / kThreads),
+                   kThreads, stream, p);
+  if (status != cudaSuccess) return status;
+  const AppendCacheParams prefix = PrefixOf(p);
+  return p.rope.cache.type == CacheType::kNone ? LaunchGqaPrefix16(prefix, stream)
+                                               : LaunchAppendCache(prefix, stream);
+}
+
+}  // namespace fastattn::cuda
