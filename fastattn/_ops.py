@@ -560,6 +560,28 @@ def _append_static(sig: OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, 
     return [outs.get(name, outs.get(name + "@OPTIONAL")) for name in sig.outputs]
 
 
+_unwatched_call = call
+
+
+def step_function() -> Any:
+    """``fastattn._direct.step`` where calls go that way and nobody watches them, else None."""
+    if call is not _unwatched_call or not paddle.in_dynamic_mode():
+        return None
+    module = helpers()
+    return None if module is None else module.step
+
+
+def handle(op: str) -> int:
+    """Number of the operator ``fastattn_<op>`` for ``fastattn._direct``, -1 without it."""
+    _, operators = _load_direct()
+    return operators[op].handle if op in operators else -1
+
+
+def reraise(op: str, error: RuntimeError) -> NoReturn:
+    """Raise what `error` of ``fastattn._direct`` says, as :func:`call` does."""
+    _reraise(signature(op), error)
+
+
 if env.log_level():
     from fastattn import _log
 

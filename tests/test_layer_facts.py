@@ -257,3 +257,132 @@ def test_a_flat_view_shares_its_memory():
     assert flat.data_ptr() == x.data_ptr()
     transposed = x.transpose([1, 0, 2])
     assert_same_bits(to_numpy(_ops.flat(transposed)), to_numpy(transposed).reshape(3, 320))
+
+
+def step_layer(kind):
+    if kind == "cache_fp8":
+        values = {n: tensor(v) for n, v in scales(3).items()}
+        return AttentionLayer(layer_id=0, cache_quant_type_str=kind, **values), make_caches(3)
+    layer = AttentionLayer(
+        layer_id=0,
+        cache_quant_type_str=kind,
+        qkv_bias=tensor(CHANGES["qkv_bias"]),
+        sinks=tensor(CHANGES["sinks"]),
+    )
+    if kind == "none":
+        rng = np.random.default_rng(4)
+        return layer, [
+            paddle.to_tensor(rng.normal(size=[3, KV, 64, D]).astype(np.float16)) for _ in range(2)
+        ]
+    rng = np.random.default_rng(5)
+    more = [rng.uniform(0.01, 0.1, [3, KV, 64]).astype(np.float32) for _ in range(2)]
+    return layer, make_caches(5) + [paddle.to_tensor(x) for x in more]
+
+
+needs_step = pytest.mark.skipif(_ops.helpers() is None, reason="fastattn._direct was not built")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Results of ``fastattn._direct.step``, None where it declined."""
+    results = []
+    run = _ops.step_function()
+
+    def watched(*args):
+        results.append(None)
+        results[-1] = run(*args)
+        return results[-1]
+
+    monkeypatch.setattr(_ops, "step_function", lambda: watched)
+    return results
+
+
+@needs_step
+@pytest.mark.parametrize("kind", ["none", "cache_fp8", "block_wise_fp8", "block_wise_int8"])
+def test_a_step_in_one_call_is_the_step_in_python(kind, taken, monkeypatch):
+    layer, caches = step_layer(kind)
+    copies = [paddle.to_tensor(x.numpy()) for x in caches]
+    kept = backend()
+    expected = step(kept, layer, copies)  # the layer's first: in Python
+    assert taken == []
+    assert_same_bits(step(kept, layer, caches), expected)
+    assert len(taken) == 1 and taken[0] is not None and taken[0].shape == [6, H * D]
+    for ours, theirs in zip(caches, copies):
+        assert_same_bits(to_numpy(ours), to_numpy(theirs))
+    monkeypatch.setattr(_ops, "step_function", lambda: None)
+    assert_same_bits(step(kept, layer, caches), expected)
+    assert len(taken) == 1
+
+
+@needs_step
+@pytest.mark.parametrize(
+    "name, value, error, match",
+    [
+        ("cu_seqlens_q", None, ValueError, "forward_meta.cu_seqlens_q: expected a value"),
+        ("rotary_embs", None, ValueError, "forward_meta.rotary_embs: expected a value"),
+        ("seq_lens_decoder", "x", TypeError, "seq_lens_decoder: expected a tensor, got str"),
+        ("caches", None, ValueError, "caches"),
+        ("block_tables", [[0, 1]], TypeError, "block_tables: expected a tensor, got list"),
+    ],
+)
+def test_a_step_in_one_call_declines_what_is_wrong(name, value, error, match, taken):
+    layer, caches = step_layer("block_wise_fp8")
+    kept = backend()
+    step(kept, layer, caches)
+    meta = make_meta(caches)
+    kept.init_attention_metadata(meta)
+    setattr(meta, name, value)
+    before = [x.numpy() for x in caches]
+    with pytest.raises(error, match=match):
+        kept.forward_mixed(None, None, None, QKV, None, None, layer, meta)
+    assert taken == [None]
+    for cache, was in zip(caches, before):
+        assert_same_bits(cache.numpy(), was)
+
+
+@needs_step
+def test_errors_of_a_step_in_one_call_have_their_class_and_text(taken):
+    layer, caches = step_layer("block_wise_fp8")
+    kept = backend()
+    step(kept, layer, caches)
+    for columns, text in [(QKV.shape[1] - 1, "qkv"), (1, "qkv")]:
+        bad = paddle.to_tensor(np.zeros([6, columns], np.float16))
+        meta = make_meta(caches)
+        kept.init_attention_metadata(meta)
+        with pytest.raises(ValueError, match=f"^rope_write_cache_kv: {text}: expected"):
+            kept.forward_mixed(None, None, None, bad, None, None, layer, meta)
+    short = make_meta(caches)
+    kept.init_attention_metadata(short)
+    short.seq_lens_decoder = short.seq_lens_decoder[:1]
+    with pytest.raises(ValueError, match="^rope_write_cache_kv: seq_lens_decoder: expected shape"):
+        kept.forward_mixed(None, None, None, QKV, None, None, layer, short)
+    assert len(taken) == 3
+
+
+@needs_step
+def test_a_step_that_wants_gradients_warns(taken, monkeypatch):
+    layer, caches = step_layer("block_wise_fp8")
+    kept = backend()
+    step(kept, layer, caches)
+    monkeypatch.setattr(_ops, "_told_no_gradient", set())
+    meta = make_meta(caches)
+    kept.init_attention_metadata(meta)
+    wanting = QKV.clone()
+    wanting.stop_gradient = False
+    with pytest.warns(RuntimeWarning, match="rope_write_cache_kv: qkv wants a gradient"):
+        kept.forward_mixed(None, None, None, wanting, None, None, layer, meta)
+    assert taken == [None]
+
+
+@needs_step
+def test_step_refuses_arguments_that_are_none_of_its_own():
+    run = _ops.helpers().step
+    for arguments in [(), (1,) * 8, ((),) * 8]:
+        with pytest.raises(TypeError, match="step"):
+            run(*arguments)
+
+
+@needs_step
+def test_a_watched_call_is_not_passed_by(monkeypatch):
+    monkeypatch.setattr(_ops, "call", lambda *a: None)
+    assert _ops.step_function() is None

@@ -7,8 +7,10 @@ layers are not kept alive.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import paddle
 
@@ -51,7 +53,8 @@ _WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale")
 _HOLDERS = ("_parameters", "_buffers")
 
 
-class LayerFacts(NamedTuple):
+@dataclass
+class LayerFacts:
     """Arguments of a layer's operators, and what they were made from.
 
     Attributes
@@ -154,6 +157,25 @@ class LayerFacts(NamedTuple):
             return bool(helper.unchanged(layer.__dict__, _HOLDERS, _READ, self.seen))
         now = _seen_of(layer)
         return now is not None and list(map(id, now)) == list(map(id, self.seen))
+
+    @functools.cached_property
+    def step_plan(self) -> tuple[Any, ...] | None:
+        """The layer's part of ``fastattn._direct.step``, if that may take its steps."""
+        if self.seen is None or self.q_quant != "none":
+            return None
+        return (
+            _ops.handle("rope_write_cache_kv"),
+            self.write_tensors,
+            self.write_attrs,
+            _ops.handle("paged_attention"),
+            self.attend_tensors,
+            self.attend_attrs,
+            self.num_caches,
+            self.first,
+            _HOLDERS,
+            _READ,
+            self.seen,
+        )
 
     def q_descale(self, written: list[Any]) -> Any:
         """Scales of the operator's Q, None for one that is not quantised."""

@@ -197,6 +197,9 @@ class PagedAttentionBackend(AttentionBackend):
             raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
+        done = self._step(qkv, layer, forward_meta, metadata)
+        if done is not None:
+            return done
         num_tokens = qkv.shape[0]
         if num_tokens == 0:
             width = self.num_heads * self.head_dim
@@ -229,6 +232,31 @@ class PagedAttentionBackend(AttentionBackend):
             lengths + facts.attend_attrs,
         )
         return _ops.flat(attended[0])
+
+    def _step(
+        self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata
+    ) -> Any:
+        """A plain step of a layer that has been seen before, without Python; None: not taken."""
+        facts = self._known_layers.get(layer)
+        if facts is None or metadata.cascade_plan is not None or metadata.mask_offsets is not None:
+            return None
+        run, plan = _ops.step_function(), facts.step_plan
+        if run is None or plan is None:
+            return None
+        scales = None if facts.dynamic else facts.scales(forward_meta, layer, self.config.shard)
+        try:
+            return run(
+                plan,
+                layer.__dict__,
+                optional(forward_meta, "caches"),
+                forward_meta,
+                qkv,
+                metadata.host_lengths,
+                self.config.max_model_len,
+                scales,
+            )
+        except RuntimeError as error:
+            _ops.reraise("paged_attention", error)
 
     def _options(
         self,
