@@ -78,8 +78,8 @@ class Inputs {
   Tensor* pointers_[kMostInputs] = {};
 };
 
-// Fills the inputs; false to decline, which checked arguments do less often. wants_gradient tells
-// whether one of them does.
+// Fills the inputs; false declines the call, which is rarer for arguments that Python has checked.
+// `wants_gradient` tells whether one of them has stop_gradient = False.
 bool TakeInputs(const Handle& handle, PyObject* tuple, bool checked, Inputs* inputs,
                 bool* wants_gradient) {
   for (int i = 0; i < handle.op->num_inputs; ++i) {
@@ -164,8 +164,8 @@ PyObject* MakeOutputs(const DirectOp& op, PyObject* inputs, const std::vector<Te
   return list;
 }
 
-// Without the GIL, so that other threads go on while a CPU kernel runs. The message of what was
-// thrown comes back, or nothing.
+// Runs an operator without the GIL, so that other threads go on while a CPU kernel runs. Returns
+// the message of an exception, or nothing.
 std::string RunWithoutGil(const DirectOp& op, const Inputs& inputs, const DirectAttr* attrs,
                           std::vector<Tensor>* results) {
   std::string message;
@@ -186,7 +186,7 @@ std::string RunWithoutGil(const DirectOp& op, const Inputs& inputs, const Direct
 
 PyObject* CallChecked(PyObject* const* args, Py_ssize_t count);
 
-// Lets no C++ exception into the interpreter.
+// call() of the module. No C++ exception may reach the interpreter.
 PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     return CallChecked(args, count);
@@ -197,7 +197,7 @@ PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // call(handle, inputs, attrs, gradients_count): gradients_count() says whether a tensor that wants
-// a gradient is a reason to decline. None: the arguments have been checked, nothing of it is.
+// a gradient is a reason to decline. None means that the arguments have been checked already.
 PyObject* CallChecked(PyObject* const* args, Py_ssize_t count) {
   const Py_ssize_t index = count == 4 ? PyLong_AsSsize_t(args[0]) : -1;
   if (index < 0 || index >= static_cast<Py_ssize_t>(handles.size()) || !PyTuple_Check(args[1]) ||

@@ -15,7 +15,7 @@ namespace fastattn::cpu {
 namespace {
 
 constexpr int kPairs = kIndexerRopeDim / 2;
-// Partial sums of a softmax over the rows of a group: the same tree on every device.
+// Segments of a group whose partial sums are added as a tree, the same one on every device.
 constexpr int kSegments = 8;
 
 struct Rotation {
@@ -176,7 +176,7 @@ void Compress(const Group<typename Element<kDType>::Storage>& group, int compres
     }
   }
   for (int d = 0; d < kHead; ++d) {
-    // Scores of -inf throughout leave nothing to average.
+    // Where all scores are -inf there is nothing to average.
     out[d] = denominator[0][d] == 0.0f ? 0.0f : Div(numerator[0][d], denominator[0][d]);
   }
 }
