@@ -18,5 +18,5 @@ def plan_attention(
     max_seqlen_k: int,
     num_sms: int,
     max_cluster: int = 1,
-    long_row: int = 64,
+    long_seq: int = 64,
 ) -> list[dict[str, int]]: ...

@@ -22,7 +22,7 @@ def plan(
     bytes_=1,
     tokens=None,
     cluster=1,
-    long_row=64,
+    long_seq=64,
 ):
     return host.plan_attention(
         num_tokens=batch * max_q if tokens is None else tokens,
@@ -35,7 +35,7 @@ def plan(
         max_seqlen_k=max_k,
         num_sms=SMS,
         max_cluster=cluster,
-        long_row=long_row,
+        long_seq=long_seq,
     )
 
 
@@ -51,23 +51,23 @@ def test_short_rows_are_one_split_launch(heads, kv_heads, max_q, columns):
     (launch,) = plan(4, max_q, 8192, heads=heads, kv_heads=kv_heads)
     assert launch["split"] == 1
     assert launch["columns"] == columns
-    assert launch["min_columns"] == 0 and launch["max_columns"] >= 2**31 - 1
+    assert launch["min_pairs"] == 0 and launch["max_pairs"] >= 2**31 - 1
 
 
 GROUPS = [(8, 8), (16, 8), (6, 2), (32, 8), (40, 8), (64, 8), (9, 1), (16, 1), (17, 1), (128, 1)]
 
 
-@pytest.mark.parametrize("long_row", [33, 64])
+@pytest.mark.parametrize("long_seq", [33, 64])
 @pytest.mark.parametrize("heads, kv_heads", GROUPS)
-def test_launches_of_a_mixed_call(heads, kv_heads, long_row):
+def test_launches_of_a_mixed_call(heads, kv_heads, long_seq):
     """Rows of a few tokens, speculative ones and long ones, each with tiles that they fill."""
     group = heads // kv_heads
-    sizes = dict(heads=heads, kv_heads=kv_heads, long_row=long_row)
+    sizes = dict(heads=heads, kv_heads=kv_heads, long_seq=long_seq)
     decode, rest, long = plan(70, 2000, 8192, tokens=2200, **sizes)
     assert (decode["split"], rest["split"], long["split"]) == (1, 1, 0)
     assert decode["columns"] == (16 if group <= 16 else 64)
-    assert decode["max_columns"] == max(decode["columns"], group)
-    assert rest["max_columns"] == long_row * group - 1
+    assert decode["max_pairs"] == max(decode["columns"], group)
+    assert rest["max_pairs"] == long_seq * group - 1
     assert (rest["columns"], long["columns"]) == (64, 64)
     assert long["workspace"] == 0
 
@@ -80,7 +80,7 @@ def test_a_chunk_beside_decode_has_tiles_for_one_token():
 @pytest.mark.parametrize("batch, long", [(2, False), (3, True)])
 def test_a_few_rows_are_split_though_they_are_long(batch, long):
     """Their heads are too few for a kernel that splits no keys."""
-    launches = plan(batch, 48, 8192, long_row=33)
+    launches = plan(batch, 48, 8192, long_seq=33)
     assert [x["split"] for x in launches] == ([0] if long else [1, 1])
 
 
@@ -90,9 +90,9 @@ def _launches_of(launches, tokens, group):
     Decode and whole tiles count pairs of a token and a head; a prefill kernel counts tokens, from
     the fewest that the launch of whole tiles would take.
     """
-    by_pairs = [x["min_columns"] <= tokens * group <= x["max_columns"] for x in launches]
+    by_pairs = [x["min_pairs"] <= tokens * group <= x["max_pairs"] for x in launches]
     by_tokens = [
-        tokens >= -(-x["min_columns"] // group) if not x["split"] else taken
+        tokens >= -(-x["min_pairs"] // group) if not x["split"] else taken
         for x, taken in zip(launches, by_pairs)
     ]
     return sum(by_pairs), sum(by_tokens)
@@ -106,35 +106,35 @@ def test_every_row_belongs_to_one_launch(heads, kv_heads, head_dim):
     sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     seen = set()
     for max_q in (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 34, 63, 64, 65, 128, 5000):
-        for batch, long_row in itertools.product((1, 9, 600), (33, 64)):
+        for batch, long_seq in itertools.product((1, 9, 600), (33, 64)):
             for tokens in {1, max_q, max_q + batch - 1, max_q + batch, batch * max_q, 3000} - {0}:
-                launches = plan(batch, max_q, 8192, tokens=tokens, long_row=long_row, **sizes)
+                launches = plan(batch, max_q, 8192, tokens=tokens, long_seq=long_seq, **sizes)
                 seen.add(len(launches))
                 for n in lengths:
                     found = _launches_of(launches, n, heads // kv_heads)
-                    assert found == (1, 1), (max_q, batch, tokens, long_row, n, found)
+                    assert found == (1, 1), (max_q, batch, tokens, long_seq, n, found)
     assert seen == {1, 2, 3}
 
 
-def _may_be_short(batch, max_q, tokens, long_row):
-    """Whether rows of 1 .. max_q tokens, one of them max_q, can have one of 2 .. long_row - 1."""
+def _may_be_short(batch, max_q, tokens, long_seq):
+    """Whether rows of 1 .. max_q tokens, one of them max_q, can have one of 2 .. long_seq - 1."""
     sums = {0: False}  # of the rows so far: whether a short one may be among them
     for _ in range(batch - 1):
         longer = {}
         for total, short in sums.items():
             for n in range(1, min(max_q, tokens - total) + 1):
-                longer[total + n] = longer.get(total + n, False) or short or 2 <= n < long_row
+                longer[total + n] = longer.get(total + n, False) or short or 2 <= n < long_seq
         sums = longer
     return sums.get(tokens - max_q, False)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
-@pytest.mark.parametrize("max_q, long_row", [(64, 64), (65, 64), (64, 33), (130, 33)])
-def test_short_rows_have_a_launch_where_they_can_exist(batch, max_q, long_row):
-    sizes = dict(heads=128, kv_heads=8, long_row=long_row)
+@pytest.mark.parametrize("max_q, long_seq", [(64, 64), (65, 64), (64, 33), (130, 33)])
+def test_short_rows_have_a_launch_where_they_can_exist(batch, max_q, long_seq):
+    sizes = dict(heads=128, kv_heads=8, long_seq=long_seq)
     for tokens in range(max_q + batch - 1, batch * max_q + 1):
         made = len(plan(batch, max_q, 8192, tokens=tokens, **sizes)) == 3
-        assert made == _may_be_short(batch, max_q, tokens, long_row), tokens
+        assert made == _may_be_short(batch, max_q, tokens, long_seq), tokens
 
 
 def test_a_chunk_beside_decode_pays_for_no_more():
@@ -144,7 +144,7 @@ def test_a_chunk_beside_decode_pays_for_no_more():
 @pytest.mark.parametrize("batch, max_q", [(16, 1024), (1, 64), (4, 100)])
 def test_pure_prefill_is_one_launch_without_a_workspace(batch, max_q):
     (launch,) = plan(batch, max_q, 8192, tokens=batch * max_q)
-    assert not launch["split"] and launch["workspace"] == 0 and launch["min_columns"] == 0
+    assert not launch["split"] and launch["workspace"] == 0 and launch["min_pairs"] == 0
     assert len(plan(batch, max_q, 8192, tokens=batch * max_q + 1)) > 1  # the last one is padding
 
 

@@ -94,15 +94,15 @@ def static_scales(
     axes = (0, 2) if per_channel else (0, 2, 3)  # of [B, KV, T, D]
     largest: list[LayerScales] = []
     for start in range(0, len(tokens), _CALIBRATION_BATCH):
-        part = tokens[start : start + _CALIBRATION_BATCH]
+        batch = tokens[start : start + _CALIBRATION_BATCH]
         seen = [
             (amax(layer.k, axis=axes).reshape(-1), amax(layer.v, axis=axes).reshape(-1))
-            for layer in forward(weights, config, part).layers
+            for layer in forward(weights, config, batch).layers
         ]
         pairs = zip(seen, largest or seen)
         largest = [(np.maximum(k, old_k), np.maximum(v, old_v)) for (k, v), (old_k, old_v) in pairs]
         if progress is not None:
-            progress(part.size)
+            progress(batch.size)
     return [(dynamic_scale(k, code), dynamic_scale(v, code)) for k, v in largest]
 
 
@@ -125,14 +125,14 @@ def score(
     progress: Progress | None = None,
 ) -> Score:
     """Perplexity of windows ``[n, T + 1]`` through the paged cache, in chunks of odd lengths."""
-    rows = 4
-    blocks = rows * (-(-model.config.context // 64))
+    max_seqs = 4
+    blocks = max_seqs * (-(-model.config.context // 64))
     engine = Engine(
         model,
         cache_quant_type,
         scales=scales,
         num_blocks=blocks,
-        max_rows=rows,
+        max_seqs=max_seqs,
         chunk=61,
         token_budget=167,
         reuse_prefixes=False,  # reused tokens have no logits
@@ -162,7 +162,7 @@ def serve(
 
     `progress` gets the number of tokens that every step has generated.
     """
-    engine = Engine(model, cache_quant_type, scales=scales, place=place, max_rows=4)
+    engine = Engine(model, cache_quant_type, scales=scales, place=place, max_seqs=4)
     start = time.perf_counter()
     requests = [
         engine.submit(
