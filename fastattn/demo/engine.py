@@ -28,7 +28,7 @@ LayerScales = tuple[Array, Array]
 
 @dataclass
 class Statistics:
-    """What an engine has done so far."""
+    """Counters of an engine."""
 
     steps: int = 0
     mixed_steps: int = 0  # with prefill and decoding requests
@@ -97,7 +97,7 @@ class Engine:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that a token takes in the caches of all layers, scales included."""
+        """Bytes of a token in the caches of all layers, scales included."""
         return self._cache_bytes / (self.scheduler.pool.num_blocks * BLOCK_SIZE)
 
     def submit(self, request: Request) -> Request:

@@ -1,4 +1,4 @@
-"""What a cache type costs and what it gives: bytes, perplexity, logit error, tokens a second."""
+"""Comparison of cache types: bytes, perplexity, logit error, tokens a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastattn.demo.text import encode
 from fastattn.functional._cache_types import STATIC_TYPES
 from fastattn.reference.numerics import Array, amax, dynamic_scale
 
-#: Windows of text that static scales are measured on, and that perplexity is computed over.
+#: Windows of text for static scales, and for perplexity.
 CALIBRATION_WINDOWS = 16
 HELD_OUT_WINDOWS = 40
 
@@ -189,7 +189,7 @@ def serve(
 
 
 def warm_up(model: Model, *, place: Any = None) -> None:
-    """Load the operators and run a few steps, so that no measured run pays for that."""
+    """Load the operators and run a few steps, so that measured runs exclude the start-up."""
     engine = Engine(model, num_blocks=4, place=place)
     engine.submit(Request([1, 2, 3], 3, Sampling(0.0)))
     engine.run()

@@ -214,7 +214,7 @@ class Scheduler:
             request = self.waiting[0]
             shared: list[int] = []
             if self.reuse_prefixes:
-                # The last token always runs: its logits are what the request is here for.
+                # The last token always runs, because its logits give the next token.
                 keys = block_keys(request.tokens[: len(request.tokens) - 1])
                 shared = self.pool.acquire_prefix(keys)
             if _blocks_for(len(request.tokens)) - len(shared) > self.pool.available:
