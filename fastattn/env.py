@@ -30,7 +30,7 @@ def cache_dir() -> Path:
 
 
 def log_level() -> int:
-    """How much is logged, 0 to 2; a value that is none of these warns and counts as 0."""
+    """Log level, 0 to 2; any other value warns and counts as 0."""
     text = os.environ.get("FASTATTN_LOG") or "0"
     if text not in ("0", "1", "2"):
         warnings.warn(f"FASTATTN_LOG: expected 0, 1 or 2, got {text!r}", stacklevel=2)

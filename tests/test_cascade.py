@@ -289,12 +289,20 @@ def test_refused_in_a_static_program():
         (ValueError, "shared_prefix_tokens: expected a positive multiple of 64", {"tokens": 65}),
         (ValueError, "at most 192 as block_tables can hold, got 256", {"tokens": 256}),
         (TypeError, "shared_prefix_tokens: expected int, got float", {"tokens": 64.0}),
-        (ValueError, "the same first 2 blocks in rows 0 and 1", {"tokens": 128}),
-        (ValueError, "at least shared_prefix_tokens = 64 in row 1, got 63", {"cached": [64, 63]}),
+        (ValueError, "the same first 2 blocks in sequences 0 and 1", {"tokens": 128}),
+        (
+            ValueError,
+            "at least shared_prefix_tokens = 64 in sequence 1, got 63",
+            {"cached": [64, 63]},
+        ),
         (ValueError, "seq_lens_decoder: expected shape [2], got [3]", {"cached": [64] * 3}),
         (ValueError, "seq_lens_this_time: expected shape [2], got [1]", {"new": [1]}),
         (ValueError, "block_tables: expected shape [B, max_blocks], got [2]", {"tables": [1, 2]}),
-        (ValueError, "1 blocks of the prefix in row 0, got [-1]", {"tables": [[-1, 1, 2]] * 2}),
+        (
+            ValueError,
+            "1 blocks of the prefix in sequence 0, got [-1]",
+            {"tables": [[-1, 1, 2]] * 2},
+        ),
         (TypeError, "block_tables: expected integers, got float64", {"tables": [[0.5, 1, 2]] * 2}),
         (TypeError, "seq_lens_decoder: expected integers on the host", {"cached": int32([64, 64])}),
     ],
@@ -409,5 +417,7 @@ def test_backend_attends_windows_and_mask_offsets_as_ever(place, monkeypatch):
 
 def test_a_step_whose_rows_do_not_share_is_refused():
     server = server_with_prefix(FlashAttentionBackend, Model(), "cpu")
-    with pytest.raises(ValueError, match="at least shared_prefix_tokens = 128 in row 2, got 30"):
+    with pytest.raises(
+        ValueError, match="at least shared_prefix_tokens = 128 in sequence 2, got 30"
+    ):
         server.run([1, 1, 1], shared_prefix_tokens=128)

@@ -338,7 +338,7 @@ def test_names_and_defaults_are_fastdeploys():
         ({"seq_lens_this_time": to_paddle(np.zeros(6))}, TypeError, "expected dtype int32"),
         ({"cache_k_zp": int32([1])}, ValueError, "cache_k_zp: .*takes no zero point"),
         ({"kv_signal_data": int32([1])}, NotImplementedError, "kv_signal_data: PD"),
-        ({"rope_3d": True}, NotImplementedError, "rope_3d: tables that differ by row"),
+        ({"rope_3d": True}, NotImplementedError, "rope_3d: tables of each sequence"),
         ({"cache_quant_type": "cache_int4_zp"}, NotImplementedError, "'cache_int4_zp' is not"),
         ({"cache_quant_type": "block_wise_int8"}, NotImplementedError, "FastDeploy has no"),
         ({"cache_quant_type": 3}, TypeError, "cache_quant_type: expected str, got int"),

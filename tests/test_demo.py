@@ -226,7 +226,7 @@ def drain(scheduler):
 
 
 def test_a_step_mixes_decode_rows_and_prefill_chunks_under_the_budget():
-    scheduler = Scheduler(BlockPool(20), max_rows=4, token_budget=40, chunk=32)
+    scheduler = Scheduler(BlockPool(20), max_seqs=4, token_budget=40, chunk=32)
     scheduler.add(Request(range(10), 8))
     scheduler.add(Request(range(100), 2))
     steps = drain(scheduler)
@@ -239,7 +239,7 @@ def test_a_step_mixes_decode_rows_and_prefill_chunks_under_the_budget():
 
 
 def test_waiting_requests_join_when_others_leave():
-    scheduler = Scheduler(BlockPool(20), max_rows=2, token_budget=64, chunk=64)
+    scheduler = Scheduler(BlockPool(20), max_seqs=2, token_budget=64, chunk=64)
     requests = [Request([i], i + 1) for i in range(5)]
     for request in requests:
         scheduler.add(request)
@@ -250,7 +250,7 @@ def test_waiting_requests_join_when_others_leave():
 
 
 def test_a_prefix_in_the_cache_is_not_computed_again():
-    scheduler = Scheduler(BlockPool(20), max_rows=2, token_budget=256, chunk=256)
+    scheduler = Scheduler(BlockPool(20), max_seqs=2, token_budget=256, chunk=256)
     prompt = list(range(128))
     for tokens in (prompt, prompt, [*prompt, 5], [*prompt[:64], 77, *prompt[65:]]):
         scheduler.add(Request(tokens, 1))
@@ -264,7 +264,7 @@ def test_a_prefix_in_the_cache_is_not_computed_again():
 
 def test_the_youngest_makes_room_when_blocks_run_out():
     scheduler = Scheduler(
-        BlockPool(3), max_rows=2, token_budget=256, chunk=256, reuse_prefixes=False
+        BlockPool(3), max_seqs=2, token_budget=256, chunk=256, reuse_prefixes=False
     )
     old, young = Request(range(60), 100), Request(range(100, 160), 60)
     scheduler.add(old)
@@ -276,13 +276,13 @@ def test_the_youngest_makes_room_when_blocks_run_out():
 
 
 def test_impossible_requests_are_refused(model):
-    scheduler = Scheduler(BlockPool(2), max_rows=1, token_budget=8, chunk=8)
+    scheduler = Scheduler(BlockPool(2), max_seqs=1, token_budget=8, chunk=8)
     with pytest.raises(ValueError, match="needs 3 cache blocks, there are 2"):
         scheduler.add(Request(range(100), 30))
     with pytest.raises(ValueError, match="at least one token"):
         Request([], 3)
     with pytest.raises(ValueError, match="chunk"):
-        Scheduler(BlockPool(2), max_rows=1, token_budget=8, chunk=0)
+        Scheduler(BlockPool(2), max_seqs=1, token_budget=8, chunk=0)
     with pytest.raises(ValueError, match="context of 256"):
         Engine(model).submit(Request(range(100), 158))
 
@@ -337,7 +337,7 @@ def test_a_batch_gives_what_each_request_gives_alone(model, scales, name):
 @pytest.mark.parametrize("name", CACHE_QUANT_TYPES)
 def test_reused_prefixes_give_the_same_tokens(model, scales, name):
     prompts = [PROMPTS[2] + tail for tail in ("", " One", " Two")]
-    options = {"max_rows": 1, "token_budget": 50, "chunk": 50}
+    options = {"max_seqs": 1, "token_budget": 50, "chunk": 50}
     reusing, seen = serve(model, name, scales, prompts, **options)
     plain, other = serve(model, name, scales, prompts, reuse_prefixes=False, **options)
     assert reusing == plain

@@ -89,4 +89,4 @@ def test_tests_and_scripts_that_are_named_exist(page):
 
 def test_what_the_checks_find():
     assert anchors("# A `b_c`, d!\n## E\n") == {"a-b_c-d", "e"}
-    assert MAKE["_markdown"](":func:`a.b` of ``x | y`` [1]_") == "`b` of `x \\| y`"
+    assert MAKE["_markdown"](":func:`a.b` of ``x | y`` [1]_") == "`b` of `x \\| y` [1]"

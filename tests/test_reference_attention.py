@@ -10,7 +10,7 @@ import pytest
 
 from fastattn import reference
 from fastattn.reference import layout, numerics
-from fastattn.reference.attention import dense_attention, gather_row
+from fastattn.reference.attention import dense_attention, gather_seq
 
 RNG = np.random.default_rng
 
@@ -221,7 +221,7 @@ def logical_bytes(cache, kind):
         ("block_wise_int8", (3, 2, 64), "e4m3"),
     ],
 )
-def test_gather_row_is_one_loop_over_elements(quant_type, scale_shape, fp8_format):
+def test_gather_seq_is_one_loop_over_elements(quant_type, scale_shape, fp8_format):
     rng = RNG(5)
     blocks, kv, dim = 3, 2, 4
     table = np.array([2, 0, -1, 7, 1], np.int32)
@@ -234,7 +234,7 @@ def test_gather_row_is_one_loop_over_elements(quant_type, scale_shape, fp8_forma
         logical = rng.integers(0, 120, (2, blocks, kv, 64, dim)).astype(np.uint8)
         caches = [logical_bytes(logical[0], "k"), logical_bytes(logical[1], "v")]
         scales = [rng.uniform(0.5, 2, scale_shape).astype(np.float32) for _ in range(2)]
-    k, v, assigned = gather_row(
+    k, v, assigned = gather_seq(
         caches[0],
         caches[1],
         table,

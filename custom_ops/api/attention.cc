@@ -67,7 +67,7 @@ std::vector<Tensor> PagedAttention(
     Fail("TypeError", kPaged, "q", "expected dtype ", NameOf(p.cache.dtype),
          " as the cache has, got ", q.dtype());
   }
-  p.seqs = ParseRows(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+  p.seqs = ParseSeqs(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      nullptr, q.shape()[0], place);
   const AttentionArgs args{
       q,           Get(q_descale), Get(sinks),    Get(mask_offsets), Get(out_scale),

@@ -17,7 +17,7 @@ int WindowSide(const char* op, int64_t side) {
   if (side < -1) {
     Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
   }
-  // No row is so long: what its lengths then say is cut at other places by every kernel.
+  // No sequence is so long, so a wider window hides nothing.
   constexpr int64_t kUnlimited = int64_t{1} << 29;
   return side < kUnlimited ? static_cast<int>(side) : -1;
 }
@@ -42,7 +42,7 @@ Descale ParseDescale(const char* op, const char* name, const Tensor& scale, cons
     result.head_stride = strides[0];
   } else if (shape != Sizes{1}) {
     Fail("ValueError", op, name, "expected shape [1], [", kv_heads, "] (KV heads) or [", batch,
-         ", ", kv_heads, "] (rows, KV heads), got ", ShapeText(shape));
+         ", ", kv_heads, "] (sequences, KV heads), got ", ShapeText(shape));
   }
   return result;
 }
@@ -69,7 +69,7 @@ void ParseQueryDescale(const char* op, const Tensor* scale, const phi::Place& pl
   }
   if (shape != Sizes{1} && shape != Sizes{p->seqs.batch, p->num_kv_heads}) {
     Fail("ValueError", op, "q_descale", "expected shape [1], [", p->seqs.batch, ", ",
-         p->num_kv_heads, "] (rows, KV heads) or [", tokens, ", ", heads,
+         p->num_kv_heads, "] (sequences, KV heads) or [", tokens, ", ", heads,
          "] (tokens, query heads), got ", ShapeText(shape));
   }
   p->q_descale = ParseDescale(op, "q_descale", *scale, place, p->seqs.batch, p->num_kv_heads);
@@ -191,7 +191,7 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
         std::pair<const char*, const Tensor*>{"cu_seqlens_k", &cu_seqlens_k}}) {
     Arg(kFlash, name, *lengths).On(place).Dtype({phi::DataType::INT32}).Rank(1).Contiguous();
     if (lengths->numel() < 1 || lengths->numel() != cu_seqlens_q.numel()) {
-      Fail("ValueError", kFlash, name, "expected shape [rows + 1], the same for cu_seqlens_q and ",
+      Fail("ValueError", kFlash, name, "expected shape [sequences + 1], the same for cu_seqlens_q and ",
            "cu_seqlens_k, got ", ShapeText(lengths->shape()));
     }
   }

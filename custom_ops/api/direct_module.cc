@@ -41,7 +41,7 @@ PyObject* MakeOutputs(const DirectOp& op, PyObject* inputs, const std::vector<Te
 
 PyObject* CallChecked(PyObject* const* args, Py_ssize_t count);
 
-// Lets no C++ exception into the interpreter.
+// call() of the module. No C++ exception may reach the interpreter.
 PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     return CallChecked(args, count);
@@ -52,7 +52,7 @@ PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // call(handle, inputs, attrs, gradients_count): gradients_count() says whether a tensor that wants
-// a gradient is a reason to decline. None: the arguments have been checked, nothing of it is.
+// a gradient is a reason to decline. None means that the arguments have been checked already.
 PyObject* CallChecked(PyObject* const* args, Py_ssize_t count) {
   const Py_ssize_t index = count == 4 ? PyLong_AsSsize_t(args[0]) : -1;
   if (index < 0 || index >= static_cast<Py_ssize_t>(handles.size()) || !PyTuple_Check(args[1]) ||

@@ -1,4 +1,4 @@
-// fastattn._host: facts about the compiled code that need no Paddle and no GPU to tell.
+// fastattn._host: facts about the compiled code, which need neither Paddle nor a GPU.
 //
 // No Paddle type crosses this module; it is linked apart from the operators and works without them.
 #include <pybind11/pybind11.h>
@@ -166,7 +166,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("head_dims", &api::HeadDims, "Head sizes that attention and the caches support.");
   m.def("cache_types", &api::CacheTypes, "Names of the cache types.");
   m.def("token_slots", &api::TokenSlots,
-        "Place of each token of a block in the V rows of the fastattn layout.");
+        "Slot of each token of a block in the V cache of the fastattn layout.");
   m.def("plan_attention", &api::PlanOf, pybind11::arg("num_tokens"), pybind11::arg("batch"),
         pybind11::arg("num_heads"), pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"),
         pybind11::arg("element_bytes"), pybind11::arg("max_seqlen_q"),

@@ -1,8 +1,8 @@
-"""What the two operators of a layer's step take from the layer, made once and kept.
+"""Arguments of a layer's two operators that come from the layer, cached between steps.
 
 A server calls a backend for every layer of every step, and asking an ``nn.Layer`` for twenty
-attributes, most of them absent, takes longer than an operator's call. Caches are no part of it, and
-layers are not kept alive.
+attributes, most of them absent, takes longer than an operator's call. Cache tensors are not kept
+here, and layers are not kept alive.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
 from fastattn.functional.attention import paged_attention_attrs
 from fastattn.functional.rope import rope_write_attrs
 
-#: Attributes that decide about a layer's step.
+#: Attributes of a layer that its operators' arguments depend on.
 _READ = (
     "cache_fp8_format",
     "cache_k_out_scale",
@@ -55,15 +55,15 @@ _HOLDERS = ("_parameters", "_buffers")
 
 @dataclass
 class LayerFacts:
-    """Arguments of a layer's operators, and what they were made from.
+    """Arguments of a layer's operators, and the values that they were made from.
 
     Attributes
     ----------
     seen : list or None
-        Values of the layer's attributes, kept so that no other object takes their identities; None
-        where the layer may answer otherwise the next time.
+        Values of the layer's attributes, kept alive so that their identities stay unique; None if
+        the layer computes attributes, which may then change.
     num_caches, first, dynamic : int, int, bool
-        Length of the list of caches, the layer's first in it, and whether scales follow K and V.
+        Length of the list of caches, the layer's first entry, and whether scales follow K and V.
     k_scales, v_scales : Tensor or None
         Static scales.
     write_tensors, write_attrs : tuple
@@ -71,14 +71,14 @@ class LayerFacts:
     q_quant : str
         How the operator returns Q.
     attend : dict
-        Keyword arguments of ``paged_attention``, scales apart.
+        Keyword arguments of ``paged_attention``, without the scales.
     attend_tensors, attend_attrs : tuple
         Arguments of the operator ``paged_attention`` in a plain step, less what a step brings.
     sources : tuple of Tensor or None
-        The layer's scales of K and V where `k_scales` and `v_scales` are made of them: those must
-        follow what is written into these.
+        The layer's scales of K and V if `k_scales` and `v_scales` were made from them: writes to
+        the former must reach the latter.
     detached : bool
-        Whether they are made by ``detach()`` alone.
+        Whether `k_scales` and `v_scales` are those tensors detached.
     kinds : list
         Dtypes and shapes of the layer's scales: ``layer.to(dtype=...)`` changes them in place.
     """
@@ -146,11 +146,11 @@ class LayerFacts:
         )
 
     def hold(self, layer: Any, caches: Any) -> bool:
-        """Whether the layer is as it was, and the list of caches as long."""
+        """Whether the layer is unchanged, and so is the length of the list of caches."""
         if self.seen is None or len(caches) != self.num_caches:
             return False
         for tensor in caches[self.first : self.first + (4 if self.dynamic else 2)]:
-            if tensor is None:  # said by LayerCache
+            if tensor is None:  # LayerCache raises
                 return False
         helper = _ops.helpers()
         if helper is not None:
@@ -203,7 +203,7 @@ def _kinds_of(scales: Any) -> list[Any]:
 
 
 class KnownLayers:
-    """Facts of the layers that a backend has seen, each for as long as its layer lives."""
+    """Facts of a backend's layers, each for as long as its layer lives."""
 
     def __init__(self) -> None:
         self._facts: dict[int, tuple[Any, LayerFacts]] = {}
@@ -214,17 +214,17 @@ class KnownLayers:
         return known[1] if known is not None and known[0]() is layer else None
 
     def put(self, layer: Any, facts: LayerFacts) -> None:
-        """Keep a layer's facts, unless they may not hold the next time."""
+        """Keep a layer's facts, unless the layer computes attributes."""
         if facts.seen is not None and type(layer).__weakrefoffset__ > 0:
             key, known = id(layer), self._facts
             known[key] = (weakref.ref(layer, lambda _: known.pop(key, None)), facts)
 
 
 def _seen_of(layer: Any) -> list[Any] | None:
-    """Values that decide about a layer's step.
+    """Values of the attributes that a layer's operators depend on.
 
-    They are read from where Python and ``paddle.nn.Layer`` keep them, which runs no code of the
-    layer's class. None if the class computes one of them, or keeps them elsewhere.
+    They are read from where Python and ``paddle.nn.Layer`` store them, without running code of the
+    layer's class. None if the class computes one of them, or stores it elsewhere.
     """
     own = getattr(layer, "__dict__", None)
     if own is None or _computes(type(layer)):
@@ -243,7 +243,7 @@ _computing: dict[type, bool] = {}
 
 
 def _computes(kind: type) -> bool:
-    """Whether a class answers for attributes itself: by a property of one, or for any of them."""
+    """Whether a class computes attributes: by a property, ``__getattr__`` or the like."""
     known = _computing.get(kind)
     if known is None:
         found = (getattr(kind, name, None) for name in _READ)

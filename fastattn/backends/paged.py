@@ -1,4 +1,4 @@
-"""What the backends have in common: a layer's step is two operators."""
+"""Base class of the backends: a layer's step is two operators."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastattn.functional._cache_types import DYNAMIC_TYPES
 
 @dataclass
 class PagedAttentionMetadata(AttentionMetadata):
-    """What the layers of a step share.
+    """Metadata that the layers of a step share.
 
     Attributes
     ----------
     host_lengths : (int, int) or None
-        Largest numbers of new tokens and of keys of a row; None where the host does not know.
+        Largest numbers of new tokens and of keys of a sequence; None if unknown on the host.
     mask_offsets : Tensor or None, shape [T, 2]
     cascade_plan : CascadePlan or None
-        The prefix that the step's rows share, if one is to be attended once for all of them.
+        Plan of a cascade, if the step's sequences share a prefix.
     """
 
     host_lengths: tuple[int, int] | None = None
@@ -37,9 +37,9 @@ class PagedAttentionMetadata(AttentionMetadata):
 class PagedAttentionBackend(AttentionBackend):
     """Writes the new tokens into the cache, then attends to the whole cache.
 
-    Prefill, decode, speculative and stopped rows go through the same two operators in one call
-    each: nothing is dequantised ahead of time, and no partial outputs are merged unless
-    ``forward_meta.cascade_plan`` says that the rows share a prefix.
+    Prefill, decoding, speculative and inactive sequences go through the same two operators in one
+    call each. Nothing is dequantised ahead of time, and no partial results are merged unless
+    ``forward_meta.cascade_plan`` says that the sequences share a prefix.
 
     Parameters
     ----------
@@ -48,19 +48,19 @@ class PagedAttentionBackend(AttentionBackend):
     kv_num_heads, num_heads, head_dim : int
         Heads of this process, and their size.
     encoder_block_shape_q, decoder_block_shape_q : int
-        Part of the contract; the operators choose their own tiles.
+        Arguments of FastDeploy's backends. Not used: the operators choose their own tiles.
     q_quant : {"none", "per_tensor", "per_token_head", "auto"}
-        How Q is handed to the attention; ``"per_tensor"`` takes ``layer.q_scale``. ``"auto"`` is
-        ``"per_token_head"`` for layers with an e4m3 cache, whose long rows then reach the FP8
+        Quantisation of Q for the attention; ``"per_tensor"`` uses ``layer.q_scale``. ``"auto"`` is
+        ``"per_token_head"`` for layers with an e4m3 cache, whose long sequences then run on the FP8
         tensor cores, and ``"none"`` for others. The results are those of the attention's
-        `quantize_q`, without a pass over Q of its own.
+        `quantize_q`, but need no extra pass over Q.
 
     Raises
     ------
     NotImplementedError
-        If the configuration asks for something that is not supported; the message names it.
+        If the configuration needs something that is not supported; the message names it.
     ValueError
-        If the configuration says too little, the numbers of heads do not fit it, or `q_quant` is
+        If the configuration lacks an option, the numbers of heads do not match it, or `q_quant` is
         unknown.
     """
 
@@ -146,7 +146,7 @@ class PagedAttentionBackend(AttentionBackend):
         )
 
     def get_attention_meta(self) -> PagedAttentionMetadata | None:
-        """Metadata of the present step."""
+        """Metadata of the current step."""
         return self.attention_metadata
 
     def forward_mixed(
@@ -167,9 +167,9 @@ class PagedAttentionBackend(AttentionBackend):
         q, k, v
             Not used: Q, K and V come fused.
         qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
-            Not rotated yet, unless ``forward_meta.rope_already_applied``; stays as it is.
+            Not rotated yet, unless ``forward_meta.rope_already_applied``. It is not changed.
         compressed_kv, k_pe
-            Part of the contract (MLA); must be None.
+            Arguments of MLA backends; must be None.
         layer : object
             FastDeploy's ``Attention`` layer or an :class:`fastattn.backends.AttentionLayer`.
         forward_meta : ForwardMeta
@@ -185,7 +185,7 @@ class PagedAttentionBackend(AttentionBackend):
         NotImplementedError
             If the layer needs something that is not supported; the message names it.
         ValueError
-            If the step lacks a field, or caches and scales do not fit the layer.
+            If the step lacks a field, or caches and scales do not match the layer.
         """
         if compressed_kv is not None or k_pe is not None:
             name = "k_pe" if compressed_kv is None else "compressed_kv"
@@ -311,7 +311,7 @@ class PagedAttentionBackend(AttentionBackend):
         )
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
-        """What the layer's operators take: as the last time, if what it was made from is there."""
+        """Arguments of the layer's operators, reused if the layer is unchanged."""
         caches = field(forward_meta, "caches")
         known = self._known_layers.get(layer) if paddle.in_dynamic_mode() else None
         if known is not None and known.hold(layer, caches):
@@ -404,14 +404,14 @@ def _dtype_name(qkv: Any) -> str:
 
 
 def _sees_all(mask: dict[str, Any]) -> bool:
-    """Whether every query sees all keys of the prefix, as a cascade takes for granted."""
+    """Whether every query sees all keys of the prefix, as a cascade requires."""
     return "mask_offsets" not in mask and mask["window_size"] == (-1, -1)
 
 
 def _host_lengths(forward_meta: Any) -> tuple[int, int] | None:
     """(max_seqlen_q, max_seqlen_k) from the host's tensor of lengths, if it holds this step's.
 
-    A captured graph is replayed for longer rows than it was captured with, so there they are
+    A CUDA graph may be replayed for longer sequences than it was captured with, so there they are
     unknown.
     """
     lengths = optional(forward_meta, "max_len_tensor_cpu")
