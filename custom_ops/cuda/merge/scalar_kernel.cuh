@@ -10,7 +10,7 @@
 
 #include "common/numeric.h"
 #include "cuda/common/convert.cuh"
-#include "cuda/merge/weights.h"
+#include "cuda/merge/shared/merge_weights.h"
 #include "params/merge.h"
 #include "params/quantize.h"
 

@@ -11,8 +11,8 @@
 
 #include "cuda/common/convert.cuh"
 #include "cuda/common/vector.cuh"
-#include "cuda/merge/values.cuh"
-#include "cuda/merge/weights.h"
+#include "cuda/merge/shared/merge_values.cuh"
+#include "cuda/merge/shared/merge_weights.h"
 #include "params/merge.h"
 #include "params/quantize.h"
 

@@ -9,8 +9,8 @@
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/cluster.cuh"
-#include "cuda/merge/parts.cuh"
-#include "cuda/merge/values.cuh"
+#include "cuda/merge/shared/merge_values.cuh"
+#include "cuda/merge/shared/partial_weights.cuh"
 
 namespace fastattn::cuda {
 

@@ -11,8 +11,8 @@
 #include "cuda/attention/shared/clear.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
-#include "cuda/merge/parts.cuh"
-#include "cuda/merge/values.cuh"
+#include "cuda/merge/shared/merge_values.cuh"
+#include "cuda/merge/shared/partial_weights.cuh"
 
 namespace fastattn::cuda {
 

@@ -3,9 +3,9 @@
 #include "common/dispatch.h"
 #include "common/exact.h"
 #include "cuda/attention/quantize_q/launch.h"
-#include "cuda/cache/rope_write/head.cuh"
-#include "cuda/cache/rope_write/lane.cuh"
+#include "cuda/common/convert.cuh"
 #include "cuda/common/divisor.cuh"
+#include "cuda/common/dynamic_scale.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/vector.cuh"
 

@@ -19,11 +19,11 @@
 #include "common/numeric.h"
 #include "common/types.h"
 #include "cuda/cache/append/launch.h"
+#include "cuda/cache/shared/block_pieces.cuh"
+#include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/bytes.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/launch.cuh"
-#include "cuda/common/pieces.cuh"
-#include "cuda/common/seq_tiles.cuh"
 
 namespace fastattn::cuda {
 

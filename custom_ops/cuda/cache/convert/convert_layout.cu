@@ -13,10 +13,10 @@
 #include "common/dispatch.h"
 #include "common/layout.h"
 #include "cuda/cache/convert/launch.h"
+#include "cuda/cache/shared/block_pieces.cuh"
 #include "cuda/common/bytes.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
-#include "cuda/common/pieces.cuh"
 
 namespace fastattn::cuda {
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/cache/rope_write/lane.cuh"
-#include "cuda/cache/rope_write/row_window.cuh"
+#include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {

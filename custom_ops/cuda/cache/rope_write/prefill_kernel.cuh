@@ -11,8 +11,8 @@
 #pragma once
 
 #include "cuda/cache/rope_write/cache_store.cuh"
-#include "cuda/cache/rope_write/token_place.cuh"
-#include "cuda/common/pieces.cuh"
+#include "cuda/cache/shared/block_pieces.cuh"
+#include "cuda/cache/shared/token_lookup.cuh"
 
 namespace fastattn::cuda {
 

@@ -9,7 +9,7 @@
 
 #include "cuda/cache/rope_write/lane.cuh"
 #include "cuda/cache/rope_write/prefill_kernel.cuh"
-#include "cuda/cache/rope_write/row_window.cuh"
+#include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/cache/rope_write/cache_store.cuh"
-#include "cuda/cache/rope_write/token_place.cuh"
+#include "cuda/cache/shared/token_lookup.cuh"
 
 namespace fastattn::cuda {
 

@@ -1,5 +1,5 @@
 // merge_prefill_decode_output: one warp copies one token, if it belongs to a decode row.
-#include "cuda/cache/rope_write/token_place.cuh"
+#include "cuda/cache/shared/token_lookup.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/compat/merge_decode/launch.h"
 

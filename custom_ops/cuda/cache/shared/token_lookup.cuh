@@ -1,7 +1,7 @@
 // Which row a token belongs to and where in its sequence it stands.
 #pragma once
 
-#include "cuda/common/seq_tiles.cuh"
+#include "cuda/cache/shared/seq_tiles.cuh"
 #include "params/common.h"
 
 namespace fastattn::cuda {

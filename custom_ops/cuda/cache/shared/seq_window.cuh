@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "cuda/cache/rope_write/token_place.cuh"
-#include "cuda/common/seq_tiles.cuh"
+#include "cuda/cache/shared/seq_tiles.cuh"
+#include "cuda/cache/shared/token_lookup.cuh"
 
 namespace fastattn::cuda {
 

@@ -4,7 +4,7 @@
 
 #include "common/exact.h"
 #include "cuda/common/exp2.cuh"
-#include "cuda/merge/weights.h"
+#include "cuda/merge/shared/merge_weights.h"
 
 namespace fastattn::cuda {
 

@@ -8,7 +8,7 @@
 #include "common/exact.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/vector.cuh"
-#include "cuda/merge/weights.h"
+#include "cuda/merge/shared/merge_weights.h"
 
 namespace fastattn::cuda {
 
