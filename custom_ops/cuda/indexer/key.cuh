@@ -68,18 +68,18 @@ template <typename Traits>
 __device__ __forceinline__ bool IsWanted(const IndexerKvParams& p, int64_t token) {
   const int64_t position = p.positions.At(token);
   const int64_t slot = p.kv_slots.At(token);
-  const int request = __ldg(p.batch_ids + token);
+  const int batch_idx = __ldg(p.batch_ids + token);
   return position >= 0 && position % Traits::kRatio == Traits::kRatio - 1 &&
          p.state_slots.At(token) >= 0 && slot >= 0 && slot / p.page_size < p.num_pages &&
-         request >= 0 && request < p.batch;
+         batch_idx >= 0 && batch_idx < p.batch;
 }
 
 // Element offset of the state row of `at`, a position >= 0; -1 if its block is unassigned.
-__device__ __forceinline__ int64_t FindStateRow(const IndexerKvParams& p, int request, int64_t at,
+__device__ __forceinline__ int64_t FindStateRow(const IndexerKvParams& p, int batch_idx, int64_t at,
                                                 int row_width) {
   const int64_t index = at / p.state_block;
   if (index >= p.max_blocks) return -1;
-  const int block = __ldg(p.block_tables + static_cast<int64_t>(request) * p.max_blocks + index);
+  const int block = __ldg(p.block_tables + static_cast<int64_t>(batch_idx) * p.max_blocks + index);
   if (block < 0 || block >= p.num_state_blocks) return -1;
   return block * p.state_block_stride + (at - index * p.state_block) * row_width;
 }

@@ -27,10 +27,10 @@ constexpr int kMostBlocks = 1536;
 // Some parts of a column, 4 channels a thread. Without any it changes nothing that it joins.
 struct Merged {
   uint4 out = make_uint4(0, 0, 0, 0);  // of fp32
-  PartWeight weight = {kLowestMaximum, 0.0f};
+  PartialWeight weight = {kLowestMaximum, 0.0f};
 
   __device__ __forceinline__ void Join(const Merged& other) {
-    const MergeWeights w = WeightsOfParts(weight, other.weight);
+    const MergeWeights w = WeightsOfPartials(weight, other.weight);
     float x[4];
     MergePack<DType::kFloat32>(out, other.out, w, x);
     out = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));
@@ -108,7 +108,7 @@ __device__ __forceinline__ SplitItem FindItem(const AttentionTask& task, int cta
 __device__ __forceinline__ void MergeItem(const AttentionParams& p, const AttentionTask& task,
                                           int columns, int block_columns, const SplitItem& item) {
   __shared__ uint4 outs[kThreads];
-  __shared__ PartWeight weights[kThreads];
+  __shared__ PartialWeight weights[kThreads];
   const int parts = item.header.x;
   const int head_dim = p.head_dim, quads = head_dim / 4;
   const int quad = threadIdx.x % quads;
