@@ -3,7 +3,8 @@
 
 namespace fastattn::cuda {
 
-// The largest of `x` (at least 0) over the lanes before this one, 0 for the first. All lanes call.
+// Exclusive scan: the maximum of `x` (at least 0) over the lanes before this one, and 0 in the
+// first lane. All lanes take part.
 template <typename T>
 __device__ __forceinline__ T MaxOfLanesBefore(T x) {
   const int lane = threadIdx.x % 32;

@@ -1,11 +1,11 @@
 // indexer_kv_compress_insert for one page format: gather, per-channel softmax, RMSNorm, rotation,
 // bf16, quantisation, insertion.
 //
-// Only a token whose position completes a group does anything, so a CTA looks through a tile of up
-// to 32 tokens and shares those out. A row of the state lies in HEAD / 4 threads of 4 channels. At
-// ratio 4 these threads hold all 8 rows of a group, each a segment of the sums, and every load is
-// in flight at once. At ratio 128 the 8 segments of 16 rows lie in 8 such teams, which meet in
-// shared memory; the scores are read twice, the second time from cache.
+// Only tokens whose positions complete a group need work, so that a CTA looks through a tile of up
+// to 32 tokens and shares those out among its threads. A row of the state lies in HEAD / 4 threads
+// of 4 channels. At ratio 4 these threads hold all 8 rows of a group, each a segment of the sums,
+// and every load is in flight at once. At ratio 128 the 8 segments of 16 rows lie in 8 such teams,
+// which meet in shared memory; the scores are read twice, the second time from cache.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -53,7 +53,7 @@ struct KeyGrid {
   bool pages_aligned;  // for stores of 4 bytes
 };
 
-// What a group's threads share.
+// Shared memory of a CTA's groups.
 template <typename Traits>
 struct KeyShared {
   float square_sums[Traits::kGroups][Traits::kHeadWarps];
@@ -84,7 +84,7 @@ __device__ __forceinline__ int64_t FindStateRow(const IndexerKvParams& p, int ba
   return block * p.state_block_stride + (at - index * p.state_block) * row_width;
 }
 
-// The rows of a team: lane j has the offset of row j, or -1 for one that counts for nothing.
+// The state rows of a team: lane j has the offset of row j, or -1 if there is no such row.
 template <typename Traits>
 struct TeamRows {
   int64_t own;
@@ -124,7 +124,7 @@ __device__ __forceinline__ void Raise(const float (&score)[kKeyChannels],
   }
 }
 
-// With no score above -inf, subtract 0.
+// Where no score is above -inf, the maximum becomes 0, as -inf less -inf would be NaN.
 __device__ __forceinline__ void FinishMaximum(float (&maximum)[kKeyChannels]) {
 #pragma unroll
   for (int c = 0; c < kKeyChannels; ++c) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ float Average(float numerator, float denominator) {
   return denominator == 0.0f ? 0.0f : Div(numerator, denominator);
 }
 
-// Ratio 4: 8 rows, each a segment.
+// Ratio 4: a thread sums all 8 rows, each of them a segment.
 template <typename Traits>
 __device__ __forceinline__ void CompressHere(const IndexerKvParams& p, const KeyGrid& grid,
                                              const TeamRows<Traits>& rows, int channel,
@@ -311,8 +311,8 @@ __device__ __forceinline__ uint32_t EncodeFp8(const float (&x)[kKeyChannels], fl
                                  Mul(x[3], inverse));
 }
 
-// Codes and scales of a bf16-rounded token, `rounded` being its bf16 pairs. Whole warps take part;
-// `live`: store.
+// Stores the codes and scales of a bf16-rounded token if `live`; `rounded` has its bf16 pairs.
+// Whole warps take part.
 template <typename Traits>
 __device__ __forceinline__ void InsertKey(const float (&x)[kKeyChannels], uint2 rounded,
                                           int channel, uint8_t* codes, uint8_t* scales,
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int team = threadIdx.x / Traits::kTeamThreads % Traits::kTeams;
   const int channel = threadIdx.x % Traits::kTeamThreads * kKeyChannels;
 
-  // Every warp looks for itself; all find the same.
+  // Every warp looks for itself, and all of them find the same.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * grid.tile;
   const bool inside = lane < grid.tile && first + lane < p.num_tokens;
   const uint32_t wanted = __ballot_sync(kAllLanes, inside && IsWanted<Traits>(p, first + lane));
@@ -387,7 +387,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
       live = __all_sync(kAllLanes, assigned) && live;
       CompressHere<Traits>(p, grid, rows, channel, x);
     } else {
-      // One group a CTA: all threads agree, and the barrier frees the shared memory as well.
+      // A CTA has one group, so that all threads agree; the barrier frees the shared memory as
+      // well.
       if (!__syncthreads_and(assigned)) continue;
       CompressTogether<Traits>(p, grid, rows, team, channel, shared, x);
     }

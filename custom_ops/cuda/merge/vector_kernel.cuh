@@ -50,12 +50,13 @@ __device__ __forceinline__ int64_t Offset(int i, int i_stride, int j, int j_stri
   return static_cast<int64_t>(i) * i_stride + static_cast<int64_t>(j) * j_stride;
 }
 
-// Each element is read once: evict first. Not the read-only path: the output may be this memory.
+// Each element is read once, so that it is evicted first. The load does not take the read-only
+// path, as the output may be this memory.
 __device__ __forceinline__ uint4 LoadPack(const char* address, bool active) {
   return active ? __ldcs(reinterpret_cast<const uint4*>(address)) : make_uint4(0, 0, 0, 0);
 }
 
-// kStream: what is stored leaves the caches first.
+// With kStream the caches evict first what is stored.
 template <bool kStream, typename Pack>
 __device__ __forceinline__ void StorePack(void* address, const Pack& pack) {
   if constexpr (kStream) {

@@ -25,13 +25,13 @@ constexpr int kBlocksPerRound = 32 * kChunk / kMxBlock;  // of a warp
 constexpr int kBlocksPerWarp = kRounds * kBlocksPerRound;
 constexpr int kBlocksPerCta = kThreads / 32 * kBlocksPerWarp;
 
-// Blocks of a tensor; a row is `per_row` of them.
+// MXFP4 blocks of a tensor, `per_row` of them in a row.
 struct Blocks {
   int64_t count;
   int64_t per_row;
 };
 
-// kPlain: rows follow each other, at an address that suits 16-byte loads.
+// kPlain: the rows are contiguous, at an address that is aligned for 16-byte loads.
 template <DType kIn, bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     QuantizeKernel(const __grid_constant__ Mxfp4QuantizeParams p, Blocks blocks) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void StoreChunk(void* x, int64_t element,
   }
 }
 
-// kAligned: the codes' address suits 16-byte loads.
+// kAligned: the codes' address is aligned for 16-byte loads.
 template <DType kOut, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     DequantizeKernel(const __grid_constant__ Mxfp4DequantizeParams p, int64_t count) {
@@ -143,7 +143,7 @@ dim3 Ctas(int64_t blocks) { return dim3(GridSize((blocks + kBlocksPerCta - 1) / 
 cudaError_t LaunchMxfp4Quantize(const Mxfp4QuantizeParams& p, cudaStream_t stream) {
   const Blocks blocks{p.rows * (p.cols / kMxBlock), p.cols / kMxBlock};
   if (blocks.count == 0) return cudaSuccess;
-  // Rows that follow each other are one long row.
+  // Contiguous rows are one long row.
   const bool plain = p.x_row_stride == p.cols && IsAligned(p.x, 16);
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(p.dtype, "dtype", [&](auto dtype) {

@@ -1,5 +1,5 @@
-// Rows of a step in the lanes of a warp: one round of independent loads finds a token's row and all
-// that is known of it, where a search and then its loads would be two or three in sequence.
+// Sequences of a step in the lanes of a warp. One round of independent loads finds a token's
+// sequence and its metadata, where a search and then its loads would be two or three in sequence.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace fastattn::cuda {
 
-// What the metadata says of one row.
+// Metadata of one sequence.
 struct RowFacts {
   int first;  // its first token
-  int end;    // first token of the next row
+  int end;    // first token of the next sequence
   int count;  // new tokens
   int start;  // cached tokens
 };
 
-// Lane i: row low + i (the last row where that is past the end).
+// Lane i has sequence low + i, or the last one where that is past the end.
 struct RowWindow {
   int low;
   RowFacts facts;
@@ -28,7 +28,7 @@ __device__ __forceinline__ RowFacts LoadRow(const SeqMeta& seqs, int row) {
           seqs.seq_lens_decoder[row]};
 }
 
-// `guess`: a row likely to be near the one that is looked for.
+// `guess` is a sequence that is probably near the one that is looked for.
 __device__ __forceinline__ RowWindow LoadWindow(const SeqMeta& seqs, int guess) {
   RowWindow window = {};
   if (seqs.batch == 0) return window;
@@ -38,7 +38,7 @@ __device__ __forceinline__ RowWindow LoadWindow(const SeqMeta& seqs, int guess) 
   return window;
 }
 
-// Row that owns `slot` as FindSeq defines it. All lanes take part and get the result.
+// Returns the sequence that owns `slot` as FindSeq defines it. All lanes take part and get it.
 __device__ __forceinline__ int PickRow(const SeqMeta& seqs, const RowWindow& window, int64_t slot,
                                        int tile, int extra) {
   const int lane = threadIdx.x & 31;
@@ -52,7 +52,8 @@ __device__ __forceinline__ int PickRow(const SeqMeta& seqs, const RowWindow& win
   return window.low + count - 1;
 }
 
-// Facts of a row, from the window where it is in there. All lanes ask for the same row.
+// Returns the facts of a sequence, out of the window if it is in there. All lanes ask for the same
+// one.
 __device__ __forceinline__ RowFacts FactsOf(const SeqMeta& seqs, const RowWindow& window, int row) {
   const int lane = row - window.low;
   if (lane < 0 || lane >= 32) return LoadRow(seqs, row);
@@ -62,7 +63,7 @@ __device__ __forceinline__ RowFacts FactsOf(const SeqMeta& seqs, const RowWindow
           __shfl_sync(0xFFFFFFFFu, window.facts.start, lane)};
 }
 
-// Row and position of one token for a whole warp; row -1 for padding.
+// Sequence and position of one token for a whole warp; the sequence is -1 for padding.
 struct WarpPlace {
   int row;
   uint32_t position;
@@ -74,12 +75,12 @@ __device__ __forceinline__ WarpPlace PlaceInRow(const RowFacts& facts, int row, 
   return {row, static_cast<uint32_t>(max(facts.start, 0)) + static_cast<uint32_t>(i)};
 }
 
-// `given`: the token's batch id where there are any. All lanes take part.
+// `given` is the token's batch id if the step has any. All lanes take part.
 __device__ __forceinline__ WarpPlace FindPlace(const SeqMeta& seqs, const RowWindow& window,
                                                int given, int token) {
   if (seqs.batch == 0) return {-1, 0};
   const bool ids = seqs.batch_id_per_token != nullptr;
-  // Mostly one lane's row is the token's: it alone knows the position.
+  // Mostly one lane has the token's sequence: it alone knows the position.
   const int row = window.low + static_cast<int>(threadIdx.x & 31);
   const WarpPlace mine = PlaceInRow(window.facts, row, token);
   const bool owns = mine.row >= 0 && row < seqs.batch && (!ids || given == row);
@@ -97,7 +98,7 @@ __device__ __forceinline__ int GivenRow(const SeqMeta& seqs, int token) {
   return seqs.batch_id_per_token != nullptr ? seqs.batch_id_per_token[token] : 0;
 }
 
-// Block of a position, or -1 when none is assigned.
+// Physical block of a sequence's block, or a negative number if none is assigned.
 __device__ __forceinline__ int BlockOf(const SeqMeta& seqs, int num_blocks, int row,
                                        uint32_t block_index) {
   if (block_index >= static_cast<uint32_t>(seqs.max_blocks)) return -1;

@@ -1,4 +1,4 @@
-// Which row a token belongs to and where in its sequence it stands.
+// Which sequence a token belongs to, and its position there.
 #pragma once
 
 #include "cuda/cache/shared/seq_tiles.cuh"
@@ -6,13 +6,13 @@
 
 namespace fastattn::cuda {
 
-// Row and position of a token; row -1 for padding.
+// Sequence and position of a token; the sequence is -1 for padding.
 struct TokenPlace {
   int row;
   int64_t position;
 };
 
-// All lanes of a warp take part; `base` is the same in all of them, and lane tokens lie at or a
+// All lanes of a warp take part. `base` is the same in all of them, and their tokens lie at it or a
 // little past it.
 __device__ __forceinline__ TokenPlace FindToken(const SeqMeta& seqs, int64_t base, int64_t token) {
   int row;
@@ -32,7 +32,7 @@ __device__ __forceinline__ TokenPlace FindToken(const SeqMeta& seqs, int64_t bas
   return {row, max(start, 0) + i};
 }
 
-// Block of a position, or -1 when none is assigned.
+// Physical block of a sequence's block, or a negative number if none is assigned.
 __device__ __forceinline__ int FindBlock(const SeqMeta& seqs, int num_blocks, int row,
                                          int64_t block_index) {
   if (block_index >= seqs.max_blocks) return -1;
