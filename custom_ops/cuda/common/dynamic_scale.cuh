@@ -6,11 +6,10 @@
 
 #include "common/exact.h"
 #include "common/numeric.h"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/vector.cuh"
 
 namespace fastattn::cuda {
-
-inline constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // Maximum of |x| over the head, as bits (a NaN wins), in all of its lanes.
 template <int kHeadDim>

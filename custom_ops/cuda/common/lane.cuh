@@ -1,9 +1,12 @@
-// The index of a thread in its CTA, and its lane.
+// A thread's index in its CTA, its lane, and the lanes of its warp.
 #pragma once
 
 #include <cstdint>
 
 namespace fastattn::cuda {
+
+// All lanes, as the mask of warp instructions.
+inline constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // With kAgain the index is read where it is needed, so that nothing derived from it stays in a
 // register until then. The read is volatile, or the compiler would move it to the front.

@@ -17,6 +17,7 @@
 #include "common/fp4.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/e2m1.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/unaligned.cuh"
@@ -27,8 +28,6 @@ namespace fastattn::cuda {
 
 inline constexpr int kKeyChannels = 4;  // of a thread
 inline constexpr int kKeySegments = 8;  // partial sums of the softmax
-inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
 template <IndexerQuant kKind, DType kStateDType, int kCompressRatio>
 struct KeyTraits {
   static constexpr IndexerQuant kQuant = kKind;
@@ -89,7 +88,7 @@ template <typename Traits>
 struct TeamRows {
   int64_t own;
 
-  __device__ __forceinline__ int64_t Row(int j) const { return __shfl_sync(kAllLanes, own, j); }
+  __device__ __forceinline__ int64_t Row(int j) const { return __shfl_sync(kFullWarp, own, j); }
 };
 
 // Slice of the state row that row j of a group uses: the later half of an overlapping group keeps
@@ -259,7 +258,7 @@ __device__ __forceinline__ void NormKey(const IndexerKvParams& p, int group, int
   float sum = Add(Add(Mul(x[0], x[0]), Mul(x[1], x[1])), Add(Mul(x[2], x[2]), Mul(x[3], x[3])));
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
-    sum = Add(sum, __shfl_xor_sync(kAllLanes, sum, lanes));
+    sum = Add(sum, __shfl_xor_sync(kFullWarp, sum, lanes));
   }
   if constexpr (Traits::kHeadWarps > 1) {
     static_assert(Traits::kHeadWarps == 4);
@@ -330,7 +329,7 @@ __device__ __forceinline__ void InsertKey(const float (&x)[kKeyChannels], uint2 
     const float inverse = UE8M0Inverse(byte);
     const uint32_t four = PackE2M1x4<true>(
         {Mul(x[0], inverse), Mul(x[1], inverse), Mul(x[2], inverse), Mul(x[3], inverse)});
-    const uint32_t word = four | __shfl_down_sync(kAllLanes, four, 1) << 16;
+    const uint32_t word = four | __shfl_down_sync(kFullWarp, four, 1) << 16;
     if (live && channel % 8 == 0) StoreWord(codes + channel / 2, word, aligned);
     if (live && channel % kMxBlock == 0) scales[channel / kMxBlock] = byte;
   } else {
@@ -368,7 +367,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   // Every warp looks for itself, and all of them find the same.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * grid.tile;
   const bool inside = lane < grid.tile && first + lane < p.num_tokens;
-  const uint32_t wanted = __ballot_sync(kAllLanes, inside && IsWanted<Traits>(p, first + lane));
+  const uint32_t wanted = __ballot_sync(kFullWarp, inside && IsWanted<Traits>(p, first + lane));
   const int count = __popc(wanted);
 
   for (int base = 0; base < count; base += Traits::kGroups) {
@@ -384,7 +383,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     float x[kKeyChannels];
     if constexpr (Traits::kTeams == 1) {
-      live = __all_sync(kAllLanes, assigned) && live;
+      live = __all_sync(kFullWarp, assigned) && live;
       CompressHere<Traits>(p, grid, rows, channel, x);
     } else {
       // A CTA has one group, so that all threads agree; the barrier frees the shared memory as

@@ -15,6 +15,7 @@
 
 #include "cuda/common/divisor.cuh"
 #include "cuda/common/dynamic_scale.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/merge/vector_kernel.cuh"
 
@@ -49,7 +50,7 @@ __device__ __forceinline__ float DenseScale(const MergeDenseParams& p, uint32_t 
     for (int j = 0; j < kWidth; ++j) amax = max(amax, AbsBits(x[i][j]));
   }
   for (int lanes = 1; lanes < 1 << p.log2_segment; lanes *= 2) {
-    amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
+    amax = max(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
   }
   // A scale of e4m3 is never too small or too large for UsualInverse.
   const float scale = FastDynamicScale(amax, kActivationAmaxFloor, kE4M3Max);

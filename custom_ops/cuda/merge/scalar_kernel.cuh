@@ -10,6 +10,7 @@
 
 #include "common/numeric.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/merge/shared/merge_weights.h"
 #include "params/merge.h"
 #include "params/quantize.h"
@@ -62,7 +63,7 @@ __device__ __forceinline__ void ForChannels(const MergeParams& p, int64_t token,
 __device__ __forceinline__ uint32_t CtaMax(uint32_t x) {
   constexpr int kWarps = kScalarMergeThreads / 32;
   __shared__ uint32_t warps[kWarps];
-  for (int lanes = 1; lanes < 32; lanes *= 2) x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, lanes));
+  for (int lanes = 1; lanes < 32; lanes *= 2) x = max(x, __shfl_xor_sync(kFullWarp, x, lanes));
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   for (int i = 0; i < kWarps; ++i) x = max(x, warps[i]);

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/merge/shared/merge_values.cuh"
 #include "cuda/merge/shared/merge_weights.h"
@@ -107,7 +108,7 @@ __device__ __forceinline__ float SegmentScale(const MergeVectorParams& p, int to
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) amax = max(amax, AbsBits(x[i]));
   for (int lanes = 1; lanes < 1 << p.log2_segment; lanes *= 2) {
-    amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
+    amax = max(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
   }
   const float scale = DynamicScale(amax, kActivationAmaxFloor, kE4M3Max);
   const int lane = head * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);

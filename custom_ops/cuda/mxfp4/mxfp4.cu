@@ -8,6 +8,7 @@
 #include "common/fp4.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/e2m1.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   TransposeQuad(codes);
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
-    const float scale = __shfl_sync(0xFFFFFFFFu, own_scale, (lane & ~3) + i);
+    const float scale = __shfl_sync(kFullWarp, own_scale, (lane & ~3) + i);
     float x[kChunk];
     UnpackE2M1x8(codes[i], x);
 #pragma unroll

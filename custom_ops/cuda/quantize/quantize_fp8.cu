@@ -6,6 +6,7 @@
 #include "common/dispatch.h"
 #include "common/exact.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/quantize/launch.h"
@@ -25,7 +26,7 @@ struct Segments {
 
 __device__ __forceinline__ uint32_t WarpMax(uint32_t x, int lanes) {
   for (int offset = 1; offset < lanes; offset *= 2) {
-    x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+    x = max(x, __shfl_xor_sync(kFullWarp, x, offset));
   }
   return x;
 }

@@ -24,6 +24,7 @@
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/bytes.cuh"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 
 namespace fastattn::cuda {
@@ -102,7 +103,7 @@ __device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_sca
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t sent = odd ? pairs[i] : pairs[4 + i];
-    const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, sent, 1);
+    const uint32_t received = __shfl_xor_sync(kFullWarp, sent, 1);
     if (odd) {
       pairs[i] = received;
     } else {

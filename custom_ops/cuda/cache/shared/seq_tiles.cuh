@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cuda/common/lane.cuh"
 
 namespace fastattn::cuda {
 
@@ -38,7 +39,7 @@ __device__ __forceinline__ int FindSeq(const int* starts, int batch, int64_t slo
     const int candidate = low + lane * stride;
     const bool owned =
         candidate < low + size && FirstSlot(starts[candidate], candidate, tile, extra) <= slot;
-    const int count = 32 - __clz(__ballot_sync(0xFFFFFFFFu, owned));
+    const int count = 32 - __clz(__ballot_sync(kFullWarp, owned));
     if (count == 0) return low - 1;
     // Candidate count-1 qualifies, candidate count does not: the search goes on between them.
     const int end = low + size;

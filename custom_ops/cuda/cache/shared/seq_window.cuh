@@ -6,6 +6,7 @@
 
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/cache/shared/token_lookup.cuh"
+#include "cuda/common/lane.cuh"
 
 namespace fastattn::cuda {
 
@@ -44,10 +45,10 @@ __device__ __forceinline__ int PickRow(const SeqMeta& seqs, const RowWindow& win
   const int lane = threadIdx.x & 31;
   const int row = window.low + lane;
   const bool owned = row < seqs.batch && FirstSlot(window.facts.first, row, tile, extra) <= slot;
-  const int count = 32 - __clz(__ballot_sync(0xFFFFFFFFu, owned));
+  const int count = 32 - __clz(__ballot_sync(kFullWarp, owned));
   const bool beyond = count == 32 && row + 1 < seqs.batch &&
                       FirstSlot(window.facts.end, row + 1, tile, extra) <= slot;
-  const bool elsewhere = count == 0 ? window.low > 0 : __shfl_sync(0xFFFFFFFFu, beyond, 31);
+  const bool elsewhere = count == 0 ? window.low > 0 : __shfl_sync(kFullWarp, beyond, 31);
   if (elsewhere) return FindSeq(seqs.cu_seqlens_q, seqs.batch, slot, tile, extra);
   return window.low + count - 1;
 }
@@ -57,10 +58,10 @@ __device__ __forceinline__ int PickRow(const SeqMeta& seqs, const RowWindow& win
 __device__ __forceinline__ RowFacts FactsOf(const SeqMeta& seqs, const RowWindow& window, int row) {
   const int lane = row - window.low;
   if (lane < 0 || lane >= 32) return LoadRow(seqs, row);
-  return {__shfl_sync(0xFFFFFFFFu, window.facts.first, lane),
-          __shfl_sync(0xFFFFFFFFu, window.facts.end, lane),
-          __shfl_sync(0xFFFFFFFFu, window.facts.count, lane),
-          __shfl_sync(0xFFFFFFFFu, window.facts.start, lane)};
+  return {__shfl_sync(kFullWarp, window.facts.first, lane),
+          __shfl_sync(kFullWarp, window.facts.end, lane),
+          __shfl_sync(kFullWarp, window.facts.count, lane),
+          __shfl_sync(kFullWarp, window.facts.start, lane)};
 }
 
 // Sequence and position of one token for a whole warp; the sequence is -1 for padding.
@@ -84,10 +85,10 @@ __device__ __forceinline__ WarpPlace FindPlace(const SeqMeta& seqs, const RowWin
   const int row = window.low + static_cast<int>(threadIdx.x & 31);
   const WarpPlace mine = PlaceInRow(window.facts, row, token);
   const bool owns = mine.row >= 0 && row < seqs.batch && (!ids || given == row);
-  const unsigned owners = __ballot_sync(0xFFFFFFFFu, owns);
+  const unsigned owners = __ballot_sync(kFullWarp, owns);
   if (owners != 0) {
     const int owner = __ffs(owners) - 1;
-    return {window.low + owner, __shfl_sync(0xFFFFFFFFu, mine.position, owner)};
+    return {window.low + owner, __shfl_sync(kFullWarp, mine.position, owner)};
   }
   const int found = ids ? given : PickRow(seqs, window, token, 1, 0);
   if (found < 0 || found >= seqs.batch) return {-1, 0};
