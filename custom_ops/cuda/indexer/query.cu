@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const uint16_t* q = p.q + token * p.q_token_stride + first_head * p.q_head_stride + lane * kChunk;
   const int64_t row = static_cast<int64_t>(token) * p.num_heads + first_head;
-  WaitForEarlierKernels();
+  PdlWait();
   // The position is loaded first, as the angles wait for it.
   int64_t position = active ? p.positions.At(token) : 0;
   Chunks x[kHeads];
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads)
   float cos[4], sin[4];
   LoadFour(p.cos_sin, p.cos_sin_dtype, column, kAligned, cos);
   LoadFour(p.cos_sin, p.cos_sin_dtype, column + kIndexerRopeDim / 2, kAligned, sin);
-  AllowNextKernel();
+  PdlLaunchDependents();
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) Rotate(cos, sin, x[i].rotated);
 
@@ -210,7 +210,7 @@ cudaError_t LaunchIndexerQRopeQuant(const IndexerQParams& p, cudaStream_t stream
   dispatch<IndexerQuant::kFp8, IndexerQuant::kMxfp4>(p.quant, "quant", [&](auto quant) {
     constexpr IndexerQuant kQuant = decltype(quant)::value;
     const auto kernel = aligned ? QueryKernel<kQuant, true> : QueryKernel<kQuant, false>;
-    status = LaunchEarly(kernel, ctas, dim3(kThreads), stream, p, grid);
+    status = LaunchPdl(kernel, ctas, dim3(kThreads), stream, p, grid);
   });
   return status;
 }

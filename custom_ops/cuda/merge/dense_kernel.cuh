@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kDenseMergeThreads)
   const bool active = row < p.rows;
   if (!kDynamic && !active) return;  // a dynamic scale takes whole warps
 
-  WaitForEarlierKernels();
-  AllowNextKernel();
+  PdlWait();
+  PdlLaunchDependents();
   const auto holds = [&](int i) {  // neighbours take neighbouring packs
     return kExact || lane + (static_cast<uint32_t>(i) << p.log2_lanes) < p.packs;
   };

@@ -195,7 +195,7 @@ bool LaunchMergeDense(const MergeParams& p, cudaStream_t stream, cudaError_t& st
   const dim3 grid((threads + kDenseMergeThreads - 1) / kDenseMergeThreads);
   const auto kernel = packs == lanes * kPacks ? MergeDenseKernel<kIn, kOutput, kPacks, true>
                                               : MergeDenseKernel<kIn, kOutput, kPacks, false>;
-  status = LaunchEarly(kernel, grid, dim3(kDenseMergeThreads), stream, d);
+  status = LaunchPdl(kernel, grid, dim3(kDenseMergeThreads), stream, d);
   return true;
 }
 

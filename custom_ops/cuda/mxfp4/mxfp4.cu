@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first =
       static_cast<int64_t>(blockIdx.x) * kBlocksPerCta + threadIdx.x / 32 * kBlocksPerWarp;
   const int64_t last = blocks.count - 1;
-  WaitForEarlierKernels();
+  PdlWait();
   Raw<kIn> raw[kRounds];
   if constexpr (kPlain) {
 #pragma unroll
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
       raw[i] = LoadRawUnaligned<kIn>(p.x, row * p.x_row_stride + column, true);
     }
   }
-  AllowNextKernel();
+  PdlLaunchDependents();
   uint32_t codes[kRounds];
   uint32_t bytes = 0;  // the exponent of round i in byte i
 #pragma unroll
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first =
       static_cast<int64_t>(blockIdx.x) * kBlocksPerCta + threadIdx.x / 32 * kBlocksPerWarp;
   const int64_t block = min(first + lane % 4 * kBlocksPerRound + lane / 4, count - 1);
-  WaitForEarlierKernels();
+  PdlWait();
   uint32_t codes[kRounds];
   if constexpr (kAligned) {
     const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(p.codes) + block);
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const float own_scale = UE8M0ToFloat(__ldg(p.scales + block));
-  AllowNextKernel();
+  PdlLaunchDependents();
   TransposeQuad(codes);
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
@@ -150,7 +150,7 @@ cudaError_t LaunchMxfp4Quantize(const Mxfp4QuantizeParams& p, cudaStream_t strea
   dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(p.dtype, "dtype", [&](auto dtype) {
     constexpr DType kIn = decltype(dtype)::value;
     const auto kernel = plain ? QuantizeKernel<kIn, true> : QuantizeKernel<kIn, false>;
-    status = LaunchEarly(kernel, Ctas(blocks.count), dim3(kThreads), stream, p, blocks);
+    status = LaunchPdl(kernel, Ctas(blocks.count), dim3(kThreads), stream, p, blocks);
   });
   return status;
 }
@@ -163,7 +163,7 @@ cudaError_t LaunchMxfp4Dequantize(const Mxfp4DequantizeParams& p, cudaStream_t s
   dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(p.dtype, "dtype", [&](auto dtype) {
     constexpr DType kOut = decltype(dtype)::value;
     const auto kernel = aligned ? DequantizeKernel<kOut, true> : DequantizeKernel<kOut, false>;
-    status = LaunchEarly(kernel, Ctas(count), dim3(kThreads), stream, p, count);
+    status = LaunchPdl(kernel, Ctas(count), dim3(kThreads), stream, p, count);
   });
   return status;
 }

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPieces = kBlockSize * kHeadDim / 16 / kThreads;
   const uint8_t* src = static_cast<const uint8_t*>(p.src) + p.SrcPlane(blockIdx.x);
   uint8_t* dst = static_cast<uint8_t*>(p.dst) + p.DstPlane(blockIdx.x);
-  WaitForEarlierKernels();
-  AllowNextKernel();
+  PdlWait();
+  PdlLaunchDependents();
   uint4 pieces[kPieces];
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kThreads)
   const int channel = threadIdx.x / 4 * 4;
   const bool active = channel < kHeadDim;
 
-  WaitForEarlierKernels();
-  AllowNextKernel();
+  PdlWait();
+  PdlLaunchDependents();
   uint4 pieces[4];  // [channel], 16 tokens of `group` in slot order
   if constexpr (kFromLogical) {
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
@@ -147,7 +147,7 @@ cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t str
     constexpr int kHeadDim = decltype(head_dim)::value;
     const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
                                    : ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>;
-    status = LaunchEarly(kernel, dim3(grid), dim3(kThreads), stream, p, flip);
+    status = LaunchPdl(kernel, dim3(grid), dim3(kThreads), stream, p, flip);
   });
   return status;
 }

@@ -23,8 +23,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (token >= p.seqs.num_tokens) return;
   const TokenPlace place = FindToken(p.seqs, token, token);
-  if (place.row < 0) return;
-  if (p.seq_lens_encoder[place.row] > 0 || p.seqs.seq_lens_decoder[place.row] <= 0) return;
+  if (place.batch_idx < 0) return;
+  if (p.seq_lens_encoder[place.batch_idx] > 0 || p.seqs.seq_lens_decoder[place.batch_idx] <= 0)
+    return;
   const int lane = threadIdx.x % kWarp;
   if (aligned) {
     CopyToken<uint4>(p, token, lane);
