@@ -205,8 +205,8 @@ __device__ __forceinline__ void CompressTogether(const IndexerKvParams& p, const
       Raise(score, maximum);
     }
   }
-  float4* slot = reinterpret_cast<float4*>(&shared.numerator[team][channel]);
-  *slot = make_float4(maximum[0], maximum[1], maximum[2], maximum[3]);
+  float4* own = reinterpret_cast<float4*>(&shared.numerator[team][channel]);
+  *own = make_float4(maximum[0], maximum[1], maximum[2], maximum[3]);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kKeySegments; ++i) {
@@ -227,7 +227,7 @@ __device__ __forceinline__ void CompressTogether(const IndexerKvParams& p, const
     }
   }
   __syncthreads();
-  *slot = make_float4(sums.numerator[0], sums.numerator[1], sums.numerator[2], sums.numerator[3]);
+  *own = make_float4(sums.numerator[0], sums.numerator[1], sums.numerator[2], sums.numerator[3]);
   *reinterpret_cast<float4*>(&shared.denominator[team][channel]) = make_float4(
       sums.denominator[0], sums.denominator[1], sums.denominator[2], sums.denominator[3]);
   __syncthreads();

@@ -2,9 +2,9 @@
 // to another tensor or (convert_cache_blocks) in place. It has read them all before it writes.
 //
 // fastattn and fastdeploy hold the same 16-byte pieces in other places (K: 16 channels of a token,
-// in slot order for fastdeploy; V: 16 tokens of a channel in slot order for both), so those
-// conversions move pieces through registers. Logical V is [64, D]: it meets the others by 4x4 byte
-// transpositions and a token-major copy in shared memory.
+// in TokenSlot order for fastdeploy; V: 16 tokens of a channel in TokenSlot order for both), so
+// those conversions move pieces through registers. Logical V is [64, D]: it meets the others by 4x4
+// byte transpositions and a token-major copy in shared memory.
 //
 // A range of 256 blocks takes about 12 us. Without PDL, ranges that follow each other would wait
 // for launches a tenth of their time.
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
 
   PdlWait();
   PdlLaunchDependents();
-  uint4 pieces[4];  // [channel], 16 tokens of `group` in slot order
+  uint4 pieces[4];  // [channel], 16 tokens of `group` in TokenSlot order
   if constexpr (kFromLogical) {
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
       const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;

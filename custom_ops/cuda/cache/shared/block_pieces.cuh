@@ -20,7 +20,8 @@ __device__ __forceinline__ int KeyPiece(int r, int g) {
   }
 }
 
-// Byte offset of the V piece with tokens [16 g, 16 g + 16), in slot order, of channel d.
+// Byte offset of the V piece with tokens [16 g, 16 g + 16) of channel d, in the order of TokenSlot
+// (common/layout.h).
 template <CacheLayout kLayout, int kHeadDim>
 __device__ __forceinline__ int ValuePiece(int d, int g) {
   static_assert(kLayout != CacheLayout::kLogical, "logical V has no pieces of one channel");
