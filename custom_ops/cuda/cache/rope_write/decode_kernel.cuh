@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/cache/rope_write/lane.cuh"
-#include "cuda/cache/rope_write/row_window.cuh"
+#include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {
@@ -60,12 +60,13 @@ __device__ __forceinline__ DecodeHead HeadOfLane(int unit, int num_heads) {
 
 // Block of a token's place, -1 where there is none.
 __device__ __forceinline__ int BlockOfPlace(const StepParams& p, const WarpPlace& place) {
-  if (place.row < 0) return -1;
-  return BlockOf(p.rope.seqs, p.rope.cache.num_blocks, place.row, place.position / kBlockSize);
+  if (place.batch_idx < 0) return -1;
+  return BlockOf(p.rope.seqs, p.rope.cache.num_blocks, place.batch_idx,
+                 place.position / kBlockSize);
 }
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeQuery(const StepParams& p, const RowWindow& window, int given,
+__device__ __forceinline__ void DecodeQuery(const StepParams& p, const SeqWindow& window, int given,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   const RopeWriteCacheParams& rope = p.rope;
@@ -76,7 +77,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, const RowWindow
                                            words);
   const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
   const WarpPlace place = FindPlace(rope.seqs, window, given, at.token);
-  if (place.row >= 0) {
+  if (place.batch_idx >= 0) {
     RotateWords<Lane>(rope, place.position, at.lane, words);
   } else {
 #pragma unroll
@@ -87,7 +88,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, const RowWindow
 
 // K, and V of type none (kKey false).
 template <typename Traits, bool kKey>
-__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowWindow& window,
+__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const SeqWindow& window,
                                                  int given, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   const PagedCache& cache = p.rope.cache;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowW
   const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
   const int block = BlockOfPlace(p, place);
   if constexpr (Traits::kRope && kKey) {
-    if (place.row >= 0) RotateWords<Lane>(p.rope, place.position, at.lane, words);
+    if (place.batch_idx >= 0) RotateWords<Lane>(p.rope, place.position, at.lane, words);
   }
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
@@ -111,7 +112,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowW
 }
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow& window, int given,
+__device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow& window, int given,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   using Map = StridedMap<Lane>;
@@ -161,11 +162,11 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int unit = blockIdx.x;
   const int token = blockIdx.y;
   TouchParameters(p);
-  WaitForEarlierKernels();
+  PdlWait();
   // The next kernel's CTAs would gather where this one's finish first, unless there is room.
-  if (small_grid) AllowNextKernel();
-  const RowWindow window = LoadWindow(seqs, static_cast<int>(token * rows_per_token));
-  const int given = GivenRow(seqs, token);
+  if (small_grid) PdlLaunchDependents();
+  const SeqWindow window = LoadWindow(seqs, static_cast<int>(token * rows_per_token));
+  const int given = GivenSeq(seqs, token);
   if (unit < value_units) {
     DecodeHead at = HeadOfLane<Traits>(unit >> (value_parts == kValueParts ? 2 : 0), kv_heads);
     at.part = unit & (value_parts - 1);

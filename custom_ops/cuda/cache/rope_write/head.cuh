@@ -11,11 +11,10 @@
 #include "common/numeric.h"
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/dynamic_scale.cuh"
 #include "cuda/common/vector.cuh"
 
 namespace fastattn::cuda {
-
-inline constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // Rounds to kOut (bf16 / fp16); the packed bits are returned, x becomes the rounded values.
 template <DType kOut>
@@ -165,49 +164,6 @@ __device__ __forceinline__ void Rotate(const RopeWriteCacheParams& p, int channe
       x[i] = channel + i >= half ? Add(cross, own) : Sub(own, cross);
     }
   }
-}
-
-// Maximum of |x| over the head, as bits (a NaN wins), in all of its lanes.
-template <int kHeadDim>
-__device__ __forceinline__ uint32_t HeadAmaxBits(const float (&x)[kChunk]) {
-  uint32_t amax = 0;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) amax = max(amax, AbsBits(x[i]));
-#pragma unroll
-  for (int lanes = 1; lanes < kHeadDim / kChunk; lanes *= 2) {
-    amax = max(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
-  }
-  return amax;
-}
-
-// The same from packed 16-bit values, two in a word: their magnitudes order as unsigned integers.
-template <int kHeadDim, DType kIn>
-__device__ __forceinline__ uint32_t HeadAmaxBits(uint4 pairs) {
-  uint32_t amax = __vmaxu2(__vmaxu2(pairs.x & 0x7FFF7FFFu, pairs.y & 0x7FFF7FFFu),
-                           __vmaxu2(pairs.z & 0x7FFF7FFFu, pairs.w & 0x7FFF7FFFu));
-#pragma unroll
-  for (int lanes = 1; lanes < kHeadDim / kChunk; lanes *= 2) {
-    amax = __vmaxu2(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
-  }
-  const uint16_t largest = static_cast<uint16_t>(max(amax & 0xFFFFu, amax >> 16));
-  return AbsBits(Element<kIn>::Load(largest));
-}
-
-template <DType kCode>
-inline constexpr float kCodeMax = kCode == DType::kInt8   ? kInt8Max
-                                  : kCode == DType::kE5M2 ? kE5M2Max
-                                                          : kE4M3Max;
-
-// DynamicScale with the same bits in fewer instructions. The quotient by a constant
-// b is corrected once by its exact remainder, which rounds it right for every amax from 1e-10 to
-// FLT_MAX and b in {127, 448, 57344} (checked over all of them); NaN passes through.
-__device__ __forceinline__ float FastDynamicScale(uint32_t amax_bits, float floor, float qmax) {
-  if (amax_bits == 0x7F800000u) amax_bits = 0x7F7FFFFFu;
-  const float amax = __uint_as_float(amax_bits);
-  const float a = amax < floor ? floor : amax;
-  const float y = 1.0f / qmax;  // a constant
-  const float q = a * y;
-  return __fmaf_rn(__fmaf_rn(-qmax, q, a), y, q);
 }
 
 // 8 codes of x[i] * inverse[i], the first in the lowest byte.

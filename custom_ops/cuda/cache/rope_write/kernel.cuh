@@ -33,8 +33,8 @@ cudaError_t LaunchDecode(const StepParams& p, cudaStream_t stream) {
   const bool small = static_cast<int64_t>(units) * seqs.num_tokens <= kSmallGrid;
   const int more = small && Traits::kQuantized ? (kValueParts - 1) * kv_units : 0;
   const float rows_per_token = static_cast<float>(seqs.batch) / static_cast<float>(seqs.num_tokens);
-  return LaunchEarly(StepDecodeKernel<Traits>, dim3(units + more, seqs.num_tokens),
-                     dim3(kDecodeThreads), stream, p, rows_per_token, small);
+  return LaunchPdl(StepDecodeKernel<Traits>, dim3(units + more, seqs.num_tokens),
+                   dim3(kDecodeThreads), stream, p, rows_per_token, small);
 }
 
 // Prompts: rope_write_cache_kv.
@@ -53,7 +53,7 @@ cudaError_t LaunchStream(const StepParams& p, cudaStream_t stream) {
   grid.rows_per_token = static_cast<float>(seqs.batch) / static_cast<float>(seqs.num_tokens);
   grid.rows_per_tile = static_cast<float>(seqs.batch) / static_cast<float>(slots);
   const unsigned ctas = GridSize(grid.stream_ctas + slots * kv_heads);
-  return LaunchEarly(StepStreamKernel<Traits>, dim3(ctas), dim3(kStreamThreads), stream, p, grid);
+  return LaunchPdl(StepStreamKernel<Traits>, dim3(ctas), dim3(kStreamThreads), stream, p, grid);
 }
 
 // Prompts: write_cache_kv.
@@ -65,8 +65,8 @@ cudaError_t LaunchTiles(const StepParams& p, cudaStream_t stream) {
   const bool split = slots <= kSmallGrid / kv_heads;
   const dim3 grid(kv_heads, std::min(slots, kTileRun), CeilDiv(slots, kTileRun) * (split ? 2 : 1));
   const float rows_per_tile = static_cast<float>(seqs.batch) / static_cast<float>(slots);
-  return LaunchEarly(StepTileKernel<Traits>, grid, dim3(kStreamThreads), stream, p, rows_per_tile,
-                     split);
+  return LaunchPdl(StepTileKernel<Traits>, grid, dim3(kStreamThreads), stream, p, rows_per_tile,
+                   split);
 }
 
 template <typename Traits>

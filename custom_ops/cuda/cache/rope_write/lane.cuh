@@ -12,6 +12,7 @@
 #include "cuda/cache/rope_write/cache_store.cuh"
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/dynamic_scale.cuh"
 
 namespace fastattn::cuda {
 
@@ -210,14 +211,6 @@ __device__ __forceinline__ uint32_t LaneAmaxBits(const uint32_t (&words)[Lane::k
     const uint32_t bits = max(m[0] & 0x7FFFu, (m[0] >> 16) & 0x7FFFu);
     return AbsBits(Element<Lane::kIn>::Load(static_cast<uint16_t>(bits)));
   }
-}
-
-// 1 / x correctly rounded where neither x nor the result is subnormal: one Newton step from the
-// hardware's approximation is enough (checked over all such x).
-__device__ __forceinline__ float ReciprocalOfNormal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
 }
 
 // __frcp_rn without its call of a subroutine, which costs registers all around it (the same bits

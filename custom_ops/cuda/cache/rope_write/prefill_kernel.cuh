@@ -11,8 +11,8 @@
 #pragma once
 
 #include "cuda/cache/rope_write/cache_store.cuh"
-#include "cuda/cache/rope_write/token_place.cuh"
-#include "cuda/common/pieces.cuh"
+#include "cuda/cache/shared/block_pieces.cuh"
+#include "cuda/cache/shared/token_lookup.cuh"
 
 namespace fastattn::cuda {
 
@@ -60,13 +60,13 @@ __device__ __forceinline__ void StreamHeads(const StepParams& p, const PrefillGr
   LoadHeads<Traits>(p, token, channel, first_head, end_head, inside, raw);
 
   const TokenPlace place = FindToken(rope.seqs, base, token);
-  const bool owned = place.row >= 0;
+  const bool owned = place.batch_idx >= 0;
   Angles angles;
   int block = -1;
   if (owned) {
     if constexpr (Traits::kRope) LoadAngles(rope, place.position, channel, angles);
     if (end_head > rope.num_heads) {
-      block = FindBlock(rope.seqs, cache.num_blocks, place.row, place.position / kBlockSize);
+      block = FindBlock(rope.seqs, cache.num_blocks, place.batch_idx, place.position / kBlockSize);
     }
   }
   const int slot = static_cast<int>(place.position % kBlockSize);

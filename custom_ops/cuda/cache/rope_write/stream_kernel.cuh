@@ -9,7 +9,7 @@
 
 #include "cuda/cache/rope_write/lane.cuh"
 #include "cuda/cache/rope_write/prefill_kernel.cuh"
-#include "cuda/cache/rope_write/row_window.cuh"
+#include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {
@@ -64,15 +64,15 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   load(first_step, words[0], scales[0]);
   load(first_step + 1, words[1], scales[1]);
 
-  const RowWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.rows_per_token));
-  const WarpPlace place = FindPlace(rope.seqs, window, GivenRow(rope.seqs, token), token);
-  const bool owned = place.row >= 0;
+  const SeqWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.rows_per_token));
+  const WarpPlace place = FindPlace(rope.seqs, window, GivenSeq(rope.seqs, token), token);
+  const bool owned = place.batch_idx >= 0;
   LaneAngles<Lane> angles = {};
   int block = -1;
   if (owned) {
     LoadLaneAngles<Lane>(rope, place.position, lane, angles);
     if (end_step > q_steps) {
-      block = BlockOf(rope.seqs, cache.num_blocks, place.row, place.position / kBlockSize);
+      block = BlockOf(rope.seqs, cache.num_blocks, place.batch_idx, place.position / kBlockSize);
     }
   }
   const int slot = place.position % kBlockSize;
@@ -120,10 +120,10 @@ __device__ __forceinline__ TileWork FindTile(const SeqMeta& seqs, int tile_slot,
                                              float rows_per_tile) {
   TileWork work = {-1, 0, 0, 0, 0};
   if (seqs.batch == 0) return work;
-  const RowWindow window = LoadWindow(seqs, static_cast<int>(tile_slot * rows_per_tile));
-  const int row = PickRow(seqs, window, tile_slot, kBlockSize, 2);
+  const SeqWindow window = LoadWindow(seqs, static_cast<int>(tile_slot * rows_per_tile));
+  const int row = PickSeq(seqs, window, tile_slot, kBlockSize, 2);
   if (row < 0) return work;
-  const RowFacts facts = FactsOf(seqs, window, row);
+  const SeqFacts facts = FactsOf(seqs, window, row);
   if (facts.first < 0) return work;
   const int end = max(min(facts.end, seqs.num_tokens), 0);
   const int count = max(min(facts.count, end - facts.first), 0);
@@ -230,7 +230,7 @@ inline constexpr int kTileRun = 32768;  // tiles in the grid's second dimension
 template <typename Traits>
 __global__ void __launch_bounds__(kStreamThreads, 4)
     StepTileKernel(const __grid_constant__ StepParams p, float rows_per_tile, bool split) {
-  WaitForEarlierKernels();
+  PdlWait();
   const int run = split ? blockIdx.z / 2 : blockIdx.z;
   const TilePart part = split ? static_cast<TilePart>(blockIdx.z % 2) : TilePart::kBoth;
   WriteTile<Traits>(p, blockIdx.x, run * kTileRun + blockIdx.y, rows_per_tile, part);
@@ -240,8 +240,8 @@ template <typename Traits>
 __global__ void __launch_bounds__(kStreamThreads, 3)
     StepStreamKernel(const __grid_constant__ StepParams p,
                      const __grid_constant__ StreamGrid grid) {
-  WaitForEarlierKernels();
-  AllowNextKernel();
+  PdlWait();
+  PdlLaunchDependents();
   if (blockIdx.x < grid.stream_ctas) {
     StreamToken<Traits>(p, grid, blockIdx.x);
   } else {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/cache/rope_write/cache_store.cuh"
-#include "cuda/cache/rope_write/token_place.cuh"
+#include "cuda/cache/shared/token_lookup.cuh"
 
 namespace fastattn::cuda {
 
@@ -128,11 +128,11 @@ __global__ void __launch_bounds__(kTokenThreads)
   }
 
   const TokenPlace place = FindToken(rope.seqs, token, token);
-  const bool owned = place.row >= 0;
+  const bool owned = place.batch_idx >= 0;
   Angles angles;
   int block = -1;
   if (owned) {
-    block = FindBlock(rope.seqs, cache.num_blocks, place.row, place.position / kBlockSize);
+    block = FindBlock(rope.seqs, cache.num_blocks, place.batch_idx, place.position / kBlockSize);
     if constexpr (Traits::kRope) LoadAngles(rope, place.position, channel, angles);
   }
   const int slot = static_cast<int>(place.position % kBlockSize);

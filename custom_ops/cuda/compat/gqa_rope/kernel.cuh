@@ -86,17 +86,18 @@ __global__ void __launch_bounds__(kTokenThreads)
   const Raw<Traits::kIn> raw =
       LoadRaw<Traits::kIn>(p.step.q, token * rope.qkv_stride + fused, active);
   const TokenPlace place = FindToken(rope.seqs, token, token);
-  const bool owned = place.row >= 0;
+  const bool owned = place.batch_idx >= 0;
   Angles angles;
   int block = -1;
   int64_t out = -1;
   if (owned) {
     LoadAngles(rope, place.position, channel, angles);
-    const int encoder = __ldg(p.gqa.seq_lens_encoder + place.row);
-    const int decoder = __ldg(rope.seqs.seq_lens_decoder + place.row);
-    const int first = __ldg(p.gqa.cu_seqlens_k + place.row);
+    const int encoder = __ldg(p.gqa.seq_lens_encoder + place.batch_idx);
+    const int decoder = __ldg(rope.seqs.seq_lens_decoder + place.batch_idx);
+    const int first = __ldg(p.gqa.cu_seqlens_k + place.batch_idx);
     if (encoder > 0) {
-      block = FindBlock(rope.seqs, rope.cache.num_blocks, place.row, place.position / kBlockSize);
+      block =
+          FindBlock(rope.seqs, rope.cache.num_blocks, place.batch_idx, place.position / kBlockSize);
     }
     const int64_t i = place.position - max(decoder, 0);
     out = first < 0 ? -1 : first + static_cast<int64_t>(PrefixLength(encoder, decoder)) + i;

@@ -2,8 +2,8 @@
 
 #include "common/dispatch.h"
 #include "cuda/cache/append/launch.h"
+#include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/launch.cuh"
-#include "cuda/common/seq_tiles.cuh"
 
 namespace fastattn::cuda {
 
