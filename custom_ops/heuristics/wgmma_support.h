@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/block_planes.h"
 #include "common/types.h"
 #include "params/attention.h"
+#include "params/block_planes.h"
 
 namespace fastattn {
 
