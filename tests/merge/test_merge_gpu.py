@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from pathlib import Path
 
 import numpy as np
-import paddle
 import pytest
 
 from custom_ops.builder import toolchain
 from fastattn import reference
+from tests.support import ROOT
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.tensors import DTYPES
 
-ROOT = Path(__file__).parents[1]
 CUDA = toolchain.find_cuda()
-HAS_GPU = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 KINDS = {"plain": 0, "static": 3, "dynamic": 4}
 SCALE = np.array([0.05], np.float32)
 
-pytestmark = pytest.mark.skipif(CUDA is None or not HAS_GPU, reason="no nvcc or no GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CUDA is None, reason="no nvcc")]
 
 
 @pytest.fixture(scope="module")

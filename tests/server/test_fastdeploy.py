@@ -6,7 +6,6 @@ import functools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import paddle
@@ -14,6 +13,7 @@ import pytest
 
 from fastattn import _ops, backends
 from fastattn.backends import fastdeploy as plugin
+from tests.support import ROOT
 from tests.support.fastdeploy import (
     BACKENDS,
     KINDS,
@@ -27,7 +27,6 @@ from tests.support.tensors import EMPTY_OUTPUTS, to_numpy
 
 __all__ = ["fastdeploy"]  # the fixture
 
-ROOT = Path(__file__).parents[1]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 each_backend = pytest.mark.parametrize("name", BACKENDS)
 
@@ -450,16 +449,14 @@ def test_bug15_every_rank_gives_its_heads(registered, kind, heads, kv_heads, siz
 
 # --- CUDA graph ----------------------------------------------------------------------------------
 
-ON_GPU = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
 
-
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @each_kind
 def test_a_captured_decode_step(registered, place, kind):
     """Captured once; replayed for rows that grow, rest and end, with padding tokens."""
     if place != "gpu":
         pytest.skip("a graph is captured on a GPU")
-    from tests.test_cuda_graph import capture
+    from tests.attention.test_gpu_graph import capture
 
     worker = Worker(make_model(kind), kind, [200, 70, 90], place, layers=1)
     worker.step([120, 5, 63])

@@ -10,16 +10,15 @@ import ctypes
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from fastattn.reference import mxfp4, numerics
+from tests.support import ROOT
 from tests.support.compare import assert_same_bits
 
-ROOT = Path(__file__).parents[1]
 U16 = np.arange(65536, dtype=np.uint32).astype(np.uint16)
 U8 = np.arange(256, dtype=np.uint32).astype(np.uint8)
 

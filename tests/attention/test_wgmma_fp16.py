@@ -1,7 +1,7 @@
-"""Long rows of bf16 and fp16 queries over every cache and over contiguous keys.
+"""Long sequences of bf16 and fp16 queries over every cache and over ragged keys.
 
-On a Hopper GPU these take the kernel of custom_ops/cuda/attention/wgmma_sm90/fp16; anywhere else the other
-kernels. Results are held to the error of 16-bit products (see tests.support.attention).
+On a Hopper GPU these take the kernel of custom_ops/cuda/attention/wgmma_sm90/fp16; anywhere else
+the other kernels. Results are held to the error of 16-bit products (see tests.support.attention).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import reference
-from tests import test_append_cache, test_rope_write_cache, test_write_cache
+from tests.cache import test_append_cache, test_rope_write_cache, test_write_cache
 from tests.support.attention import (
     BLOCK_WISE_FP8,
     BLOCK_WISE_INT8,
@@ -301,8 +301,8 @@ def test_conversions(place, cache_quant_type, src, dst, in_place, layout):
 @pytest.mark.parametrize("cache_quant_type", ["none", "cache_int8", "cache_fp8", "block_wise_fp8"])
 def test_gqa_rope_write_cache(place, cache_quant_type, layout):
     from fastattn.compat import fastdeploy as ops
-    from tests.test_compat_fastdeploy import ROWS as STEP
-    from tests.test_compat_fastdeploy import Step
+    from tests.server.test_compat_fastdeploy import ROWS as STEP
+    from tests.server.test_compat_fastdeploy import Step
 
     step = Step(STEP, cache_quant_type=cache_quant_type, dim=128, blocks=12)
     arguments = step.arguments(place)

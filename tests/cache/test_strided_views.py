@@ -6,12 +6,11 @@ import ctypes
 import itertools
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +14,11 @@ import pytest
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference import indexer, layout, mxfp4, numerics
+from tests.support import ROOT
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, E4M3, E5M2, int32, to_numpy, to_paddle
 
-PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 RNG = np.random.default_rng
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import paddle
 import pytest
@@ -14,8 +13,7 @@ import pytest
 from fastattn import _ops
 from fastattn.cli import main, show_config
 from fastattn.version import __version__
-
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT
 
 
 def run(*arguments, **environ):

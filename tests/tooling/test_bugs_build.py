@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from custom_ops.builder import toolchain
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 SOURCES = [
     p for p in (ROOT / "custom_ops").rglob("*.*") if p.suffix in (".cc", ".cu", ".h", ".cuh")
 ]
@@ -39,5 +39,6 @@ def test_faults_are_numbered():
 @pytest.mark.parametrize(("number", "files"), FAULTS, ids=[number for number, _ in FAULTS])
 def test_every_fault_has_its_tests(number, files):
     for name in re.findall(r"`([\w.]+)`", files):
-        text = (ROOT / "tests" / name).read_text(encoding="utf-8")
+        (path,) = (ROOT / "tests").rglob(name)
+        text = path.read_text(encoding="utf-8")
         assert f"def test_bug{int(number):02}_" in text, name

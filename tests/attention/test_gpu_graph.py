@@ -15,8 +15,7 @@ from tests.support.attention import BLOCK_WISE_FP8, CacheKind, paged_problem
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
-ON_GPU = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 KV, DIM, BLOCKS = 2, 128, 9
 

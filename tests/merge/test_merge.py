@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import paddle
@@ -14,11 +13,11 @@ import pytest
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference.numerics import exp_non_positive, from_codes
+from tests.support import ROOT
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.static import MODES, run_all_modes
 from tests.support.tensors import DTYPES, EMPTY_OUTPUTS, to_numpy, to_paddle
 
-ROOT = Path(__file__).parents[1]
 INF = np.inf
 SCALE = np.array([0.05], np.float32)
 

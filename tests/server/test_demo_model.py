@@ -23,6 +23,7 @@ from fastattn import _ops
 from fastattn.demo import cli, evaluate, report, shipped, text, train
 from fastattn.demo.model import Config, Model, initial_weights, weight_shapes
 from fastattn.functional._cache_types import CACHE_QUANT_TYPES
+from tests.support import ROOT
 
 RUN = text.LONGEST_SHARED_RUN
 
@@ -155,7 +156,7 @@ def test_eight_bits_cost_what_the_page_says(recipe):
     perplexity = recipe["perplexity"]
     cost = 100 * (perplexity["int8"] / perplexity["float32"] - 1)
     assert abs(cost) < 0.1
-    page = (Path(__file__).parents[1] / "docs" / "demo.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
     for name in ("float32", "float16", "bfloat16", "int8"):
         assert f"| {perplexity[name]:.5f} |" in page, name
 

@@ -579,9 +579,8 @@ def test_raw_attributes(monkeypatch, name):
                 raw(op, inputs, changed)
 
 
-def test_a_place_is_checked_where_there_are_two():
-    if not (paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
-        pytest.skip("one place only")
+@pytest.mark.gpu
+def test_a_gpu_call_refuses_tensors_of_the_cpu():
     with pytest.raises(ValueError, match="expected a tensor on"):
         paged("gpu", block_tables=int32(np.zeros((2, 3)), "cpu"))
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import fastattn.functional as F
+from tests.attention.test_attention_errors import PAGED_NAMES, flash, paged, zeros
 from tests.support.attention import flash_problem, paged_problem
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import int32, to_numpy, to_paddle
-from tests.test_attention_errors import PAGED_NAMES, flash, paged, zeros
 
 
 @pytest.mark.parametrize("name", ["key_cache", "value_cache"])

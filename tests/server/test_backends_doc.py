@@ -9,8 +9,9 @@ import paddle
 import pytest
 
 from fastattn.backends import config, fastdeploy, layer_cache
+from tests.support import ROOT
 
-DOC = Path(__file__).parents[1] / "docs" / "backends.md"
+DOC = ROOT / "docs" / "backends.md"
 TEXT = DOC.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 

@@ -20,8 +20,8 @@ from custom_ops.builder.compile import CompileError, Unit, compile_all
 from fastattn import _ops, env
 from fastattn.reference import layout
 from fastattn.version import __version__
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 CUSTOM_OPS = ROOT / "custom_ops"
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 CUDA = toolchain.find_cuda()
@@ -333,7 +333,7 @@ def test_good_wheel():
         "fastattn/_fastattn_ops.py",
         "fastattn/demo/demo-0123456789abcdef.npz",
         "fastattn/model.npz",
-        "tests/test_build.py",
+        "tests/tooling/test_build.py",
         "custom_ops/builder/wheel.py",
         "fastattn/__pycache__/env.cpython-311.pyc",
     ],

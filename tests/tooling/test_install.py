@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from custom_ops.builder import ops, toolchain, wheel
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 extension = pytest.importorskip("custom_ops.builder.extension", reason="needs setuptools")
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from custom_ops.builder import toolchain
+from tests.support import ROOT
 
-CUSTOM_OPS = Path(__file__).parents[1] / "custom_ops"
+CUSTOM_OPS = ROOT / "custom_ops"
 CUDA = toolchain.find_cuda()
 INSTRUCTION = "cvt.rn.satfinite.e2m1x2.f32"
 KERNEL = """

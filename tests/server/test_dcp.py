@@ -51,7 +51,13 @@ def modes():
     return found
 
 
-@pytest.fixture(scope="module", params=modes(), ids=lambda mode: f"{mode[0]}{mode[1]}")
+def mode_id(mode):
+    """An id that -k gpu chooses where processes need a GPU."""
+    name, world_size = mode
+    return f"{'gpu_' if name == 'exchange' else ''}{name}{world_size}"
+
+
+@pytest.fixture(scope="module", params=modes(), ids=mode_id)
 def ranks(request, tmp_path_factory):
     """Results of every rank: (case -> name -> array) for each."""
     mode, world_size = request.param

@@ -6,15 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import paddle
 import pytest
 
 from fastattn.cli import collect_env, main
 from fastattn.version import __version__
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 SECTIONS = ("fastattn", "Paddle", "GPU", "Python", "tools", "system", "environment")
 
 

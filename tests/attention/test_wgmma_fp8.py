@@ -1,7 +1,8 @@
-"""Long rows of e4m3 queries over FP8 keys and values.
+"""Long sequences of e4m3 queries over FP8 keys and values.
 
-On a Hopper GPU these take the kernel of custom_ops/cuda/attention/wgmma_sm90/fp8, which multiplies e4m3
-probabilities (see tests.support.attention.assert_fp8_products); anywhere else the other kernels.
+On a Hopper GPU these take the kernel of custom_ops/cuda/attention/wgmma_sm90/fp8, which multiplies
+e4m3 probabilities (see tests.support.attention.assert_fp8_products); anywhere else the other
+kernels.
 """
 
 from __future__ import annotations

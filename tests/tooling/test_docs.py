@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
 import fastattn.functional as F
 from fastattn import distributed
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 MAKE = runpy.run_path(str(ROOT / "scripts" / "make_operators_doc.py"))
 FUNCTIONS = [
     *(getattr(F, name) for name in F.__all__),
@@ -75,16 +74,19 @@ def test_links_lead_somewhere(page):
 def test_tests_and_scripts_that_are_named_exist(page):
     for name in re.findall(r"`((?:tests|scripts|docs)/[\w./-]+)`", page.read_text()):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+    tests = list((ROOT / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+\.py|test_\w+)`", page.read_text()):
-        file = name if name.endswith(".py") else None
-        found = (
-            (ROOT / "tests" / file).exists()
-            if file
-            else any(
-                f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py")
-            )
-        )
+        if name.endswith(".py"):
+            found = name in [path.name for path in tests]
+        else:
+            found = any(f"def {name}(" in path.read_text() for path in tests)
         assert found, f"{page.name}: {name}"
+
+
+def test_names_of_test_files_are_unique():
+    """Pages name them without their folder."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)) > 60
 
 
 def test_what_the_checks_find():
