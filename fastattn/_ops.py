@@ -560,6 +560,10 @@ def _append_static(sig: OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, 
     return [outs.get(name, outs.get(name + "@OPTIONAL")) for name in sig.outputs]
 
 
+if env.profile():
+    from fastattn import _profile
+
+    call = _profile.ranged(call)
 if env.log_level():
     from fastattn import _log
 

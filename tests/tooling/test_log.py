@@ -24,7 +24,8 @@ F.quantize_fp8(x, paddle.ones([1]))
 
 
 def run(code, level=None, **environ):
-    environment = {k: v for k, v in os.environ.items() if k != "FASTATTN_LOG"}
+    others = ("FASTATTN_LOG", "FASTATTN_PROFILE", "PYTHONWARNINGS")
+    environment = {k: v for k, v in os.environ.items() if k not in others}
     if level is not None:
         environment["FASTATTN_LOG"] = level
     done = subprocess.run(
