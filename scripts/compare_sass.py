@@ -3,7 +3,8 @@
 
     scripts/compare_sass.py A.so B.so [--cuobjdump PATH]
 
-Takes libraries, objects and cubins, whatever cuobjdump reads. Names, source files and the addresses
+Takes libraries, objects and cubins, whatever cuobjdump reads, and files `*.sass` with what
+`cuobjdump -sass` printed for one, which saves most of the time of a later comparison. Names, source files and the addresses
 of instructions are ignored: a kernel of A is the same as one of B when both have the same
 instructions with the same encodings, which hold the scheduling too, for the same architecture.
 Branch targets count from the start of their kernel, so they are compared. Operands that name a
@@ -110,6 +111,9 @@ def read_kernels(cuobjdump: str, path: Path) -> list[Kernel]:
     """Kernels of a build, disassembled."""
     if not path.is_file():
         raise CannotCompare(f"{path}: no such file")
+    if path.suffix == ".sass":
+        with path.open("rb") as lines:
+            return checked(path, list(parse(lines)))
     errors: list[bytes] = []
     with subprocess.Popen(
         [cuobjdump, "-sass", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -121,6 +125,11 @@ def read_kernels(cuobjdump: str, path: Path) -> list[Kernel]:
     if process.returncode != 0:
         text = b"".join(errors).decode(errors="replace").strip()
         raise CannotCompare(f"{path}: cuobjdump ended with status {process.returncode}: {text}")
+    return checked(path, kernels)
+
+
+def checked(path: Path, kernels: list[Kernel]) -> list[Kernel]:
+    """The kernels of a build if they are some, each with instructions."""
     if empty := [kernel.name for kernel in kernels if kernel.count == 0]:
         raise CannotCompare(f"{path}: no instructions were found in {empty[0]}")
     if not kernels:

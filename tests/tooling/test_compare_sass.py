@@ -113,6 +113,20 @@ def test_a_change_is_found(compare, change, name):
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
+def test_a_saved_disassembly_is_read(tmp_path, capsys, side):
+    program = tmp_path / "cuobjdump"
+    program.write_text('#!/bin/sh\ncat "$2"\n')
+    program.chmod(0o755)
+    (tmp_path / "a.sass").write_text(BASE)
+    (tmp_path / "b.so").write_text(BASE.replace("R2, R1, 0x1", "R2, R1, 0x3"))
+    paths = [str(tmp_path / name) for name in ("a.sass", "b.so")]
+    arguments = ["--cuobjdump", str(program)]
+    assert main([*(paths if side == "A" else paths[::-1]), *arguments]) == 1
+    assert "instruction 1:" in capsys.readouterr().out
+    assert main([paths[0], paths[0], "--cuobjdump", "/nonexistent"]) == 0
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
 def test_a_missing_kernel_is_found(compare, side):
     less = disassembly(function(ADD_NAME, ADDER))
     status, text = compare(*((BASE, less) if side == "A" else (less, BASE)))
