@@ -4,11 +4,11 @@
     scripts/compare_sass.py A.so B.so [--cuobjdump PATH]
 
 Takes libraries, objects and cubins, whatever cuobjdump reads, and files `*.sass` with what
-`cuobjdump -sass` printed for one, which saves most of the time of a later comparison. Names, source files and the addresses
-of instructions are ignored: a kernel of A is the same as one of B when both have the same
-instructions with the same encodings, which hold the scheduling too, for the same architecture.
-Branch targets count from the start of their kernel, so they are compared. Operands that name a
-symbol are compared without the name.
+`cuobjdump -sass` printed for one, which saves most of the time of a later comparison. Names, source
+files and the addresses of instructions are ignored: a kernel of A is the same as one of B when both
+have the same instructions with the same encodings, which hold the scheduling too, for the same
+architecture. Branch targets count from the start of their kernel, so they are compared. Operands
+that name a symbol are compared without the name.
 
 Kernels that have no equal are paired by name, else by what their demangled names have in common;
 for each pair the first instruction that differs is shown. The status is 0 when all kernels are the
