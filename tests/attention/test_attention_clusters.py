@@ -1,7 +1,7 @@
 """Few query tokens over few keys: on a GPU, clusters take what equal shares take in larger calls.
 
 Which of the two does not show in a result, so both are held to the same model. A larger bound on
-the keys of a row, which the host gives, is what makes a call a large one.
+the keys of a sequence, which the host gives, is what makes a call a large one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tests.support.attention import (
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import to_numpy
 
-#: (cached, new) tokens of decoding rows: long, short, resting and new ones.
+#: (cached, new) tokens of decoding sequences: long, short, resting and new ones.
 DECODE = [(1023, 1), (64, 1), (0, 0), (0, 1), (200, 1)]
-LARGE = 1 << 24  # keys of a row, as a bound
+LARGE = 1 << 24  # keys of a sequence, as a bound
 
 
 def _with_bound(problem, place, max_seqlen_k):
@@ -47,7 +47,7 @@ def test_the_calls_below_are_clusters_by_the_plan():
     for dim in (64, 128):
         for element_bytes in (1, 2):
             assert cluster(5, 4, 2, 1024, element_bytes, dim) == [8]
-    assert [cluster(rows, 16, 1, 400) for rows in (1, 17, 40)] == [[8], [4], [2]]
+    assert [cluster(seqs, 16, 1, 400) for seqs in (1, 17, 40)] == [[8], [4], [2]]
     assert cluster(5, 8, 2, LARGE) == [1]
 
 
@@ -58,18 +58,18 @@ def test_every_cache_type(place, kind, dim):
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (8, 1), (16, 1), (32, 8), (64, 8)], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 5, 17, 40])
-def test_clusters_of_every_size(place, heads, rows):
-    """8, 4 or 2 CTAs, or none: it depends on how many rows and heads there are."""
-    lengths = [((37 * i) % 400, 1) for i in range(1, rows + 1)]
-    paged_problem(lengths, heads=heads, kind=BLOCK_WISE_FP8, seed=rows).check(place)
+@pytest.mark.parametrize("seqs", [1, 2, 5, 17, 40])
+def test_clusters_of_every_size(place, heads, seqs):
+    """8, 4 or 2 CTAs, or none: it depends on how many sequences and heads there are."""
+    lengths = [((37 * i) % 400, 1) for i in range(1, seqs + 1)]
+    paged_problem(lengths, heads=heads, kind=BLOCK_WISE_FP8, seed=seqs).check(place)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, CacheKind("cache_fp8"), BLOCK_WISE_INT8], ids=str)
 @pytest.mark.parametrize("new", [1, 2, 3, 8])
-def test_speculative_rows(place, kind, new):
-    rows = [(700, new), (70, 1), (0, new), (129, new - 1)]
-    paged_problem(rows, kind=kind, seed=new).check(place)
+def test_speculative_seqs(place, kind, new):
+    seqs = [(700, new), (70, 1), (0, new), (129, new - 1)]
+    paged_problem(seqs, kind=kind, seed=new).check(place)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_e4m3_queries_and_output(place, q_type):
 
 @pytest.mark.parametrize("kv_type", [None, "e4m3", "int8"])
 def test_contiguous_keys(place, kv_type):
-    rows = [(1, 1000), (2, 64), (0, 7), (1, 0), (3, 333)]
-    flash_problem(rows, heads=(8, 2), dim=128, kv_type=kv_type, causal=True).check(place)
+    seqs = [(1, 1000), (2, 64), (0, 7), (1, 0), (3, 333)]
+    flash_problem(seqs, heads=(8, 2), dim=128, kv_type=kv_type, causal=True).check(place)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
-def test_padding_and_resting_rows(place, kind):
-    rows, spans = [(3, 1), (70, 0), (900, 1)], [2, 5, 1]
-    paged_problem(rows, kind=kind, spans=spans, padding=3).check(place)
+def test_padding_and_resting_seqs(place, kind):
+    seqs, spans = [(3, 1), (70, 0), (900, 1)], [2, 5, 1]
+    paged_problem(seqs, kind=kind, spans=spans, padding=3).check(place)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
@@ -120,7 +120,7 @@ def test_a_bound_of_the_lengths_is_no_limit(place, kind, bound):
 
 
 @pytest.mark.parametrize("bound", [1024, LARGE])
-def test_a_nan_among_the_keys_reaches_its_row_only(place, bound):
+def test_a_nan_among_the_keys_reaches_its_seq_only(place, bound):
     problem = paged_problem(DECODE, kind=CacheKind("cache_fp8"), heads=(8, 2), seed=7)
     problem.poison("k", 0, 600, head=1)
     out, lse = _with_bound(problem, place, bound)

@@ -12,7 +12,7 @@ from tests.support.attention import CACHE_KINDS, FEW_KINDS, flash_problem, paged
 
 BASELINE, AVX2, AVX512 = range(3)
 #: More rows of Q than a register block, and fewer; whole blocks, and parts of one.
-ROWS = [(0, 65), (320, 63), (0, 0), (64, 1), (1, 64), (130, 2), (2100, 1)]
+SEQS = [(0, 65), (320, 63), (0, 0), (64, 1), (1, 64), (130, 2), (2100, 1)]
 
 
 @pytest.fixture(params=[BASELINE, AVX2, AVX512], ids=["baseline", "avx2", "avx512"])
@@ -34,20 +34,20 @@ def test_the_limit_is_what_the_processor_has(isa):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", CACHE_KINDS[::2], ids=str)
 def test_paged_attention(isa, kind, dim):
-    paged_problem(ROWS, kind=kind, dim=dim).check("cpu")
+    paged_problem(SEQS, kind=kind, dim=dim).check("cpu")
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS[1:], ids=str)
 def test_fp8_queries_and_options(isa, kind):
     sinks = np.array([0.4, -3.0, 2.5, 0.0], np.float32)
     options = {"sinks": sinks, "softcap": 2.0, "window_size": (65, -1)}
-    paged_problem(ROWS, kind=kind, q_type="e4m3:token_head", **options).check("cpu")
+    paged_problem(SEQS, kind=kind, q_type="e4m3:token_head", **options).check("cpu")
 
 
 @pytest.mark.parametrize("letter", ["k", "v"])
 @pytest.mark.parametrize("kind", FEW_KINDS[::2], ids=str)
 def test_a_visible_nan(isa, kind, letter):
-    problem = paged_problem(ROWS, kind=kind)
+    problem = paged_problem(SEQS, kind=kind)
     problem.poison(letter, 1, 350)
     out, _ = problem.check("cpu")
     hidden = 65 + 350 - 320  # the first query that sees it
@@ -59,5 +59,5 @@ def test_a_visible_nan(isa, kind, letter):
                                    ("e4m3:tensor", "e4m3"), ("float16", "e5m2"),
                                    ("bfloat16", "int8")], ids="-".join)  # fmt: skip
 def test_flash_attention(isa, types):
-    rows = [(65, 75), (0, 3), (1, 300), (66, 64)]
-    flash_problem(rows, q_type=types[0], kv_type=types[1], causal=True).check("cpu")
+    seqs = [(65, 75), (0, 3), (1, 300), (66, 64)]
+    flash_problem(seqs, q_type=types[0], kv_type=types[1], causal=True).check("cpu")

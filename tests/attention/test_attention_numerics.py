@@ -25,15 +25,15 @@ LENGTHS = [(0, 1), (1, 1), (62, 2), (63, 1), (64, 3), (255, 1), (256, 1), (320, 
 
 
 def set_value(problem, value):
-    """Make every V that a row may read `value` (as nearly as its codes allow)."""
-    half = problem.v
-    if half.scales is None:
-        half.elements[:] = value
+    """Make every V that a sequence may read `value` (as nearly as its codes allow)."""
+    stored = problem.v
+    if stored.scales is None:
+        stored.elements[:] = value
         return
-    code = {"int8": 100, "e4m3": 0x70, "e5m2": 0x54}[half.kind.code]  # 100, 128, 64
-    size = {"int8": 100.0, "e4m3": 128.0, "e5m2": 64.0}[half.kind.code]
-    half.elements[:] = code
-    half.scales[:] = np.float32(value / size)
+    code = {"int8": 100, "e4m3": 0x70, "e5m2": 0x54}[stored.kind.code]  # 100, 128, 64
+    size = {"int8": 100.0, "e4m3": 128.0, "e5m2": 64.0}[stored.kind.code]
+    stored.elements[:] = code
+    stored.scales[:] = np.float32(value / size)
 
 
 # Probabilities sum to 1.
@@ -70,24 +70,24 @@ def test_small_probabilities_are_not_lost(place, kind):
     value = np.zeros((1, 1, 64, 64), np.float32)
     value[0, 0, 1:] = 1
     block = problem.slot(0, 0)[0]
-    for half, x in ((problem.k, key), (problem.v, value)):
-        write_exactly(half, block, x[0])
+    for stored, x in ((problem.k, key), (problem.v, value)):
+        write_exactly(stored, block, x[0])
     out, lse = problem.check(place)
     weight = 31 * math.exp(-8) / (1 + 31 * math.exp(-8))
     np.testing.assert_allclose(out.astype(np.float64), weight, rtol=0.01)
     np.testing.assert_allclose(lse, math.log(1 + 31 * math.exp(-8)), atol=2e-5)
 
 
-def write_exactly(half, block, x):
+def write_exactly(stored, block, x):
     """Store values 0 and 1 [KV, 64, D] so that they are read back as 0 and 1."""
-    if half.scales is None:
-        half.elements[block] = x
+    if stored.scales is None:
+        stored.elements[block] = x
         return
-    half.elements[block] = np.where(x == 1, 64 if half.kind.code == "int8" else 0x68, 0)  # 64.0
-    if half.kind.dynamic:
-        half.scales[block] = 1 / 64
+    stored.elements[block] = np.where(x == 1, 64 if stored.kind.code == "int8" else 0x68, 0)  # 64.0
+    if stored.kind.dynamic:
+        stored.scales[block] = 1 / 64
     else:
-        half.scales[:] = 1 / 64
+        stored.scales[:] = 1 / 64
 
 
 # The running maximum.
@@ -95,7 +95,7 @@ def write_exactly(half, block, x):
 
 @pytest.mark.parametrize("late", [5, 700, 1399])
 @pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
-def test_one_large_key_anywhere_in_a_long_row(place, kind, late):
+def test_one_large_key_anywhere_in_a_long_seq(place, kind, late):
     problem = paged_problem([(1397, 3)], kind=kind, heads=(2, 1))
     block, r = problem.slot(0, late)
     towards = problem.q[2, 0].astype(np.float32) >= 0  # the query that sees all of them
@@ -142,7 +142,7 @@ def test_strongly_negative_logits_after_an_empty_tile(place, kind, sinks):
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
-def test_a_row_without_a_visible_key_is_0_and_minus_infinity(place, kind):
+def test_a_query_without_a_visible_key_is_0_and_minus_infinity(place, kind):
     offsets = np.array([[0, 0], [50, 20], [300, 400], [0, 300], [128, 129]] * 2, np.int32)
     problem = paged_problem([(200, 5), (190, 5)], kind=kind, mask_offsets=offsets)
     out, lse = problem.check(place)
@@ -188,8 +188,8 @@ def test_softcap_of_logits_far_above_it(place, cap):
 @pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
 def test_softcap_keeps_the_precision_of_scores_far_below_it(place, kind, cap):
     """An error in proportion to the cap would make every softmax uniform in the end."""
-    for rows in ([(130, 4), (5, 1)], [(70, 200)]):
-        problem = paged_problem(rows, kind=kind, dim=128, softcap=cap, softmax_scale=0.31)
+    for seqs in ([(130, 4), (5, 1)], [(70, 200)]):
+        problem = paged_problem(seqs, kind=kind, dim=128, softcap=cap, softmax_scale=0.31)
         _, lse = problem.check(place, f"cap {cap}")
         exact, exact_lse = problem.reference()
         if place == "cpu":
@@ -211,14 +211,14 @@ def test_every_scale_counts_by_itself(place, kind, letter):
     """Changing one scale changes the result as it does in the model, and only there."""
     problem = paged_problem([(100, 2), (30, 1)], kind=kind)
     before, _ = problem.check(place)
-    half = problem.k if letter == "k" else problem.v
+    stored = problem.k if letter == "k" else problem.v
     if kind.dynamic:
         block, r = problem.slot(0, 70)
-        half.scales[block, 1, r] *= 6
+        stored.scales[block, 1, r] *= 6
         changed = np.zeros((3, 4), bool)
         changed[:2, 2:] = True
     else:
-        half.scales[-1] *= 3
+        stored.scales[-1] *= 3
         changed = np.zeros((3, 4), bool)
         changed[:, 2:] = True
         if kind.granularity == "tensor":
@@ -243,10 +243,10 @@ def test_query_scales_count(place, q_type):
 @pytest.mark.parametrize("kind", [BLOCK_WISE_FP8, BLOCK_WISE_INT8], ids=str)
 def test_all_zero_tokens(place, kind):
     problem = paged_problem([(70, 3)], kind=kind)
-    for half in (problem.k, problem.v):
+    for stored in (problem.k, problem.v):
         block, r = problem.slot(0, 5)
-        half.elements[block, :, r] = 0
-        half.scales[block, :, r] = np.float32(1e-6) / np.float32(448)
+        stored.elements[block, :, r] = 0
+        stored.scales[block, :, r] = np.float32(1e-6) / np.float32(448)
     out, lse = problem.check(place)
     assert np.isfinite(out.astype(np.float32)).all()
     problem.k.elements[:] = 0
@@ -260,14 +260,14 @@ def test_all_zero_tokens(place, kind):
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
-def test_v_with_a_large_mean_over_a_long_row(place, kind):
+def test_v_with_a_large_mean_over_a_long_seq(place, kind):
     # Equal-signed products: an accumulator of few bits drifts (18 % at 16k keys in FP8 kernels).
     problem = paged_problem([(8190, 2)], kind=kind, heads=(1, 1), v_mean=8.0)
     problem.q *= np.asarray(0.05, problem.q.dtype)
     problem.check(place)
 
 
-# Long rows, whose keys are split among threads and merged.
+# Long sequences, whose keys are split among threads and merged.
 
 LONG = {
     "plain": {},
@@ -282,13 +282,13 @@ LONG = {
 
 @pytest.mark.parametrize("options", LONG.values(), ids=list(LONG))
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_INT8], ids=str)
-def test_splits_of_a_long_row(place, kind, options):
+def test_splits_of_a_long_seq(place, kind, options):
     paged_problem([(6200, 2)], heads=(2, 1), kind=kind, **options).check(place)
 
 
 @pytest.mark.parametrize("letter", ["k", "v"])
 @pytest.mark.parametrize("position", [0, 3000, 6200])
-def test_a_nan_in_one_split_of_a_long_row(place, letter, position):
+def test_a_nan_in_one_split_of_a_long_seq(place, letter, position):
     problem = paged_problem([(6200, 2)], heads=(2, 1), kind=BLOCK_WISE_FP8)
     problem.poison(letter, 0, position)
     out, lse = problem.check(place)

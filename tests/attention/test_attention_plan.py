@@ -22,7 +22,7 @@ def plan(
     bytes_=1,
     tokens=None,
     cluster=1,
-    long_row=64,
+    long_seq=64,
 ):
     return host.plan_attention(
         num_tokens=batch * max_q if tokens is None else tokens,
@@ -35,7 +35,7 @@ def plan(
         max_seqlen_k=max_k,
         num_sms=SMS,
         max_cluster=cluster,
-        long_row=long_row,
+        long_seq=long_seq,
     )
 
 
@@ -46,7 +46,7 @@ def plan(
         *((17, 1, 1, 64), (32, 8, 5, 64), (64, 8, 8, 64), (128, 1, 1, 64), (128, 1, 8, 64)),
     ],
 )
-def test_short_rows_are_one_split_launch(heads, kv_heads, max_q, columns):
+def test_short_seqs_are_one_split_launch(heads, kv_heads, max_q, columns):
     """All query heads of a KV head share a tile: the smallest that holds them, at most 64."""
     (launch,) = plan(4, max_q, 8192, heads=heads, kv_heads=kv_heads)
     assert launch["split"] == 1
@@ -57,17 +57,17 @@ def test_short_rows_are_one_split_launch(heads, kv_heads, max_q, columns):
 GROUPS = [(8, 8), (16, 8), (6, 2), (32, 8), (40, 8), (64, 8), (9, 1), (16, 1), (17, 1), (128, 1)]
 
 
-@pytest.mark.parametrize("long_row", [33, 64])
+@pytest.mark.parametrize("long_seq", [33, 64])
 @pytest.mark.parametrize("heads, kv_heads", GROUPS)
-def test_launches_of_a_mixed_call(heads, kv_heads, long_row):
-    """Rows of a few tokens, speculative ones and long ones, each with tiles that they fill."""
+def test_launches_of_a_mixed_call(heads, kv_heads, long_seq):
+    """Sequences of a few tokens, speculative ones and long ones, each with tiles that they fill."""
     group = heads // kv_heads
-    sizes = dict(heads=heads, kv_heads=kv_heads, long_row=long_row)
+    sizes = dict(heads=heads, kv_heads=kv_heads, long_seq=long_seq)
     decode, rest, long = plan(70, 2000, 8192, tokens=2200, **sizes)
     assert (decode["split"], rest["split"], long["split"]) == (1, 1, 0)
     assert decode["columns"] == (16 if group <= 16 else 64)
     assert decode["max_columns"] == max(decode["columns"], group)
-    assert rest["max_columns"] == long_row * group - 1
+    assert rest["max_columns"] == long_seq * group - 1
     assert (rest["columns"], long["columns"]) == (64, 64)
     assert long["workspace"] == 0
 
@@ -78,14 +78,14 @@ def test_a_chunk_beside_decode_has_tiles_for_one_token():
 
 
 @pytest.mark.parametrize("batch, long", [(2, False), (3, True)])
-def test_a_few_rows_are_split_though_they_are_long(batch, long):
+def test_a_few_seqs_are_split_though_they_are_long(batch, long):
     """Their heads are too few for a kernel that splits no keys."""
-    launches = plan(batch, 48, 8192, long_row=33)
+    launches = plan(batch, 48, 8192, long_seq=33)
     assert [x["split"] for x in launches] == ([0] if long else [1, 1])
 
 
 def _launches_of(launches, tokens, group):
-    """How many launches take a row of so many new tokens, by each kernel's rule.
+    """How many launches take a sequence of so many new tokens, by each kernel's rule.
 
     Decode and whole tiles count pairs of a token and a head; a prefill kernel counts tokens, from
     the fewest that the launch of whole tiles would take.
@@ -100,41 +100,41 @@ def _launches_of(launches, tokens, group):
 
 @pytest.mark.parametrize("heads, kv_heads", GROUPS)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_every_row_belongs_to_one_launch(heads, kv_heads, head_dim):
-    """Rows longer than the host was told, too."""
+def test_every_seq_belongs_to_one_launch(heads, kv_heads, head_dim):
+    """Sequences longer than the host was told, too."""
     lengths = [*range(1, 300), 1000, 4096, 10**6]
     sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     seen = set()
     for max_q in (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 34, 63, 64, 65, 128, 5000):
-        for batch, long_row in itertools.product((1, 9, 600), (33, 64)):
+        for batch, long_seq in itertools.product((1, 9, 600), (33, 64)):
             for tokens in {1, max_q, max_q + batch - 1, max_q + batch, batch * max_q, 3000} - {0}:
-                launches = plan(batch, max_q, 8192, tokens=tokens, long_row=long_row, **sizes)
+                launches = plan(batch, max_q, 8192, tokens=tokens, long_seq=long_seq, **sizes)
                 seen.add(len(launches))
                 for n in lengths:
                     found = _launches_of(launches, n, heads // kv_heads)
-                    assert found == (1, 1), (max_q, batch, tokens, long_row, n, found)
+                    assert found == (1, 1), (max_q, batch, tokens, long_seq, n, found)
     assert seen == {1, 2, 3}
 
 
-def _may_be_short(batch, max_q, tokens, long_row):
-    """Whether rows of 1 .. max_q tokens, one of them max_q, can have one of 2 .. long_row - 1."""
-    sums = {0: False}  # of the rows so far: whether a short one may be among them
+def _may_be_short(batch, max_q, tokens, long_seq):
+    """Whether one of sequences of 1 .. max_q tokens can have 2 .. long_seq - 1; one has max_q."""
+    sums = {0: False}  # of the sequences so far: whether a short one may be among them
     for _ in range(batch - 1):
         longer = {}
         for total, short in sums.items():
             for n in range(1, min(max_q, tokens - total) + 1):
-                longer[total + n] = longer.get(total + n, False) or short or 2 <= n < long_row
+                longer[total + n] = longer.get(total + n, False) or short or 2 <= n < long_seq
         sums = longer
     return sums.get(tokens - max_q, False)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
-@pytest.mark.parametrize("max_q, long_row", [(64, 64), (65, 64), (64, 33), (130, 33)])
-def test_short_rows_have_a_launch_where_they_can_exist(batch, max_q, long_row):
-    sizes = dict(heads=128, kv_heads=8, long_row=long_row)
+@pytest.mark.parametrize("max_q, long_seq", [(64, 64), (65, 64), (64, 33), (130, 33)])
+def test_short_seqs_have_a_launch_where_they_can_exist(batch, max_q, long_seq):
+    sizes = dict(heads=128, kv_heads=8, long_seq=long_seq)
     for tokens in range(max_q + batch - 1, batch * max_q + 1):
         made = len(plan(batch, max_q, 8192, tokens=tokens, **sizes)) == 3
-        assert made == _may_be_short(batch, max_q, tokens, long_row), tokens
+        assert made == _may_be_short(batch, max_q, tokens, long_seq), tokens
 
 
 def test_a_chunk_beside_decode_pays_for_no_more():
@@ -148,8 +148,8 @@ def test_pure_prefill_is_one_launch_without_a_workspace(batch, max_q):
     assert len(plan(batch, max_q, 8192, tokens=batch * max_q + 1)) > 1  # the last one is padding
 
 
-def test_grid_holds_every_tile_of_every_row():
-    """Rows of 1 token and long ones, in the worst order: as many tiles as there can be."""
+def test_grid_holds_every_tile_of_every_seq():
+    """Sequences of 1 token and long ones, in the worst order: as many tiles as there can be."""
     lengths = [1, 2000, 1, 999, 17, 64, 65, 3000]
     *_, prefill = plan(len(lengths), 3000, 8192, tokens=sum(lengths))
     tiles = sum(-(-4 * n // prefill["columns"]) for n in lengths)
@@ -160,8 +160,8 @@ def test_grid_holds_every_tile_of_every_row():
 @pytest.mark.parametrize("max_k", [0, 1, 64, 1000, 32768, 1 << 20])
 def test_small_calls_have_no_more_ctas_than_units(batch, max_k):
     (launch,) = plan(batch, 1, max_k)
-    units = batch * 8 * (max(-(-max_k // 64), 1) + 1)
-    assert 1 <= launch["grid"] <= min(units, 2 * SMS)
+    kv_tiles = batch * 8 * (max(-(-max_k // 64), 1) + 1)
+    assert 1 <= launch["grid"] <= min(kv_tiles, 2 * SMS)
 
 
 def test_large_calls_fill_the_gpu_once():
@@ -200,7 +200,7 @@ def test_clusters_take_a_call_of_few_keys(batch, kv_heads, max_k, cluster):
 @pytest.mark.parametrize(
     "batch, max_q, kv_heads, max_k",
     [
-        *((64, 1, 8, 1024), (17, 1, 8, 1024)),  # more rows and heads than clusters
+        *((64, 1, 8, 1024), (17, 1, 8, 1024)),  # more sequences and heads than clusters
         *(
             (1, 1, 8, 1 << 15),
             (2, 1, 8, 1 << 14),
@@ -208,7 +208,7 @@ def test_clusters_take_a_call_of_few_keys(batch, kv_heads, max_k, cluster):
         ),  # more keys than they read fast
         (1, 1, 1, 8192),  # a few multiprocessors would read them, the others rest
         (1, 8, 8, 1024),  # tiles of 64 pairs
-        (1, 2000, 8, 2000),  # rows of many tokens
+        (1, 2000, 8, 2000),  # sequences of many tokens
     ],
 )
 def test_other_calls_are_shared_out_equally(batch, max_q, kv_heads, max_k):

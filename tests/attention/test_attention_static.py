@@ -11,7 +11,7 @@ from tests.support.compare import assert_same_bits
 from tests.support.static import run_all_modes
 from tests.support.tensors import to_numpy
 
-ROWS = [(70, 3), (0, 2), (129, 1)]
+SEQS = [(70, 3), (0, 2), (129, 1)]
 
 
 def paged(q, key_cache, value_cache, tables, cu, decoder, this_time):
@@ -90,7 +90,7 @@ def arrays(problem, *names, place="cpu"):
 
 
 def test_paged_attention(place):
-    problem = paged_problem(ROWS)
+    problem = paged_problem(SEQS)
     outputs, _ = run_all_modes(paged, arrays(problem), place)
     expected = problem.check(place)
     assert_same_bits(outputs[0], expected[0], "out")
@@ -98,7 +98,7 @@ def test_paged_attention(place):
 
 
 def test_paged_attention_saved_with_any_number_of_tokens(place):
-    problem = paged_problem(ROWS)
+    problem = paged_problem(SEQS)
     outputs, _ = run_all_modes(
         paged_output_only, arrays(problem), place, modes=("saved",), dynamic=True
     )
@@ -108,7 +108,7 @@ def test_paged_attention_saved_with_any_number_of_tokens(place):
 def test_paged_attention_with_scales_and_options(place):
     sinks = np.array([0.4, -3.0, 2.5, 0.0], np.float32)
     problem = paged_problem(
-        ROWS,
+        SEQS,
         kind=BLOCK_WISE_FP8,
         q_type="e4m3:token_head",
         sinks=sinks,
@@ -123,13 +123,13 @@ def test_paged_attention_with_scales_and_options(place):
 
 
 def test_paged_attention_with_codes_as_output(place):
-    problem = paged_problem(ROWS, out_scale=np.array([0.021], np.float32))
+    problem = paged_problem(SEQS, out_scale=np.array([0.021], np.float32))
     outputs, _ = run_all_modes(paged_codes, arrays(problem, "out_scale"), place)
     assert_same_bits(outputs[0], problem.check(place)[0], "codes")
 
 
 def test_paged_attention_in_place(place):
-    problem = paged_problem(ROWS, kind=PLAIN)
+    problem = paged_problem(SEQS, kind=PLAIN)
     expected, _ = problem.run(place)
     outputs, inputs = run_all_modes(
         paged_in_place, [*arrays(problem), np.zeros_like(expected)], place

@@ -50,8 +50,8 @@ def test_bug03_a_query_without_keys_gives_0_and_minus_infinity(place, queries, k
     assert np.isfinite(lse[:, empty:]).all()
 
 
-def test_bug04_a_masked_row_is_not_an_average_of_v(place):
-    # A large finite number in place of -inf makes equal weights of a row that is all masked.
+def test_bug04_a_masked_query_is_not_an_average_of_v(place):
+    # A large finite number in place of -inf makes equal weights of keys that are all masked.
     problem = flash_problem([(2, 128)], mask_offsets=np.array([[0, 0], [0, 128]], np.int32))
     problem.v[:] = 7
     out, lse = problem.check(place)
@@ -63,13 +63,13 @@ def test_bug04_a_masked_row_is_not_an_average_of_v(place):
 @pytest.mark.parametrize("lengths", [(65, 64), (1, 64), (63, 1), (64, 130)], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_bug05_nan_in_the_next_sequence_does_not_leak(place, lengths, causal):
-    # A tile reaches past the end of its row; a probability of 0 times NaN is NaN.
+    # A tile reaches past the end of its sequence; a probability of 0 times NaN is NaN.
     problem = flash_problem([(n, n) for n in lengths], causal=causal)
     clean, clean_lse = problem.run(place)
     problem.k[lengths[0] :] = np.nan
     problem.v[lengths[0] :] = np.nan
     out, lse = problem.run(place)
-    assert_same_bits(out[: lengths[0]], clean[: lengths[0]], "first row")
+    assert_same_bits(out[: lengths[0]], clean[: lengths[0]], "first sequence")
     assert_same_bits(lse[:, : lengths[0]], clean_lse[:, : lengths[0]], "its LSE")
     assert np.isnan(out[lengths[0] :].astype(np.float32)).all()
 
@@ -126,7 +126,7 @@ def test_bug18_three_query_heads_a_kv_head_on_contiguous_tensors(place):
 
 @pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
 def test_bug22_results_are_the_same_bits_every_time(place, kind):
-    # Long rows, which are split and merged, next to short ones.
+    # Long sequences, which are split and merged, next to short ones.
     problem = paged_problem([(4500, 1), (3, 1), (700, 2), (64, 66)], heads=(2, 1), kind=kind)
     positional, keywords = problem.arguments(place)
     runs = [F.paged_attention(*positional, return_softmax_lse=True, **keywords) for _ in range(4)]
@@ -155,16 +155,16 @@ def test_bug22_results_do_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("kind", [CACHE_KINDS[2], CACHE_KINDS[-1]], ids=str)
-def test_bug22_a_row_gives_the_same_bits_whatever_physical_blocks_hold_it(place, kind):
+def test_bug22_a_seq_gives_the_same_bits_whatever_physical_blocks_hold_it(place, kind):
     problem = paged_problem([(500, 3), (64, 2)], kind=kind)
     expected, expected_lse = problem.run(place)
     order = np.random.default_rng(5).permutation(problem.k.elements.shape[0])
     used = (problem.block_tables >= 0) & (problem.block_tables < len(order))
     where = np.argsort(order)
-    for half in (problem.k, problem.v):
-        half.elements = half.elements[order]
+    for stored in (problem.k, problem.v):
+        stored.elements = stored.elements[order]
         if kind.dynamic:
-            half.scales = half.scales[order]
+            stored.scales = stored.scales[order]
     problem.block_tables = problem.block_tables.copy()
     problem.block_tables[used] = where[problem.block_tables[used]]
     out, lse = problem.run(place)
@@ -172,8 +172,8 @@ def test_bug22_a_row_gives_the_same_bits_whatever_physical_blocks_hold_it(place,
     assert_same_bits(lse, expected_lse, "lse")
 
 
-def test_dead_rows_of_a_captured_batch_are_harmless(place):
-    # A fixed batch with resting rows whose table entries are stale.
+def test_dead_seqs_of_a_captured_batch_are_harmless(place):
+    # A fixed batch with resting sequences whose table entries are stale.
     problem = paged_problem([(70, 1), (0, 0), (130, 1), (0, 0)])
     problem.block_tables[[1, 3]] = 2**31 - 1
     problem.seq_lens_decoder[[1, 3]] = [900, -3]
@@ -185,7 +185,7 @@ def test_dead_rows_of_a_captured_batch_are_harmless(place):
 
 @pytest.mark.parametrize("new", [3, 100])
 @pytest.mark.parametrize("window", [(2**29, -1), (2**31 - 1, 2**31 - 1), (2**31 + 5, 0)], ids=str)
-def test_a_window_longer_than_any_row_is_no_window(place, window, new):
+def test_a_window_longer_than_any_seq_is_no_window(place, window, new):
     # Lengths that are too large to be true are cut: the window must not move with the cut.
     results = []
     for size in (window, (-1, -1 if window[1] else 0)):

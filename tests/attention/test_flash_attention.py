@@ -1,4 +1,4 @@
-"""flash_attention against the fp64 model: ragged rows on contiguous tensors."""
+"""flash_attention against the fp64 model: ragged sequences on contiguous tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import EMPTY_OUTPUTS, skip_slices_on, to_numpy, to_paddle
 
-#: (queries, keys) of each row; more queries than keys leave rows without a visible key if causal.
+#: (queries, keys) of each sequence; if causal, more queries than keys leave some without any.
 RAGGED = [(65, 65), (1, 1000), (0, 0), (63, 383), (64, 64), (1, 1), (0, 7), (5, 0), (66, 64)]
 SHORT = [(5, 75), (66, 66), (1, 130), (0, 3), (9, 4)]
 
@@ -34,20 +34,20 @@ TYPES = [
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
-def test_ragged_rows(place, types, dim, causal):
+def test_ragged_seqs(place, types, dim, causal):
     flash_problem(RAGGED, q_type=types[0], kv_type=types[1], dim=dim, causal=causal).check(place)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 64, 320, 1023])
 def test_prefix_lengths(place, prefix):
-    rows = [(n, prefix + n) for n in (65, 0, 63, 1, 64)]
-    flash_problem(rows, heads=(2, 1), causal=True, seed=prefix).check(place)
+    seqs = [(n, prefix + n) for n in (65, 0, 63, 1, 64)]
+    flash_problem(seqs, heads=(2, 1), causal=True, seed=prefix).check(place)
 
 
 @pytest.mark.parametrize("types", [TYPES[0], TYPES[3]], ids="-".join)
-def test_rows_of_every_length_in_one_batch(place, types):
-    rows = [(n, n) for n in (65, 1000, 0, 63, 1, 64)]
-    flash_problem(rows, q_type=types[0], kv_type=types[1], heads=(2, 1), causal=True).check(place)
+def test_seqs_of_every_length_in_one_batch(place, types):
+    seqs = [(n, n) for n in (65, 1000, 0, 63, 1, 64)]
+    flash_problem(seqs, q_type=types[0], kv_type=types[1], heads=(2, 1), causal=True).check(place)
 
 
 FP8_TENSORS = pytest.mark.skipif(
@@ -103,7 +103,7 @@ def test_descales_of_k_and_v_may_differ_in_shape(place):
     problem.check(place)
 
 
-def test_q_descale_of_a_row_and_kv_head(place):
+def test_q_descale_of_a_seq_and_kv_head(place):
     problem = flash_problem(SHORT, heads=(6, 2), q_type="e4m3:tensor")
     rng = np.random.default_rng(4)
     problem.q_descale = rng.uniform(0.005, 0.03, (len(SHORT), 2)).astype(np.float32)
@@ -183,11 +183,11 @@ def test_same_bits_twice(place, types):
     assert_same_bits(first[1], second[1], "lse")
 
 
-@pytest.mark.parametrize("rows", [[], [(0, 0)], [(0, 5)]], ids=str)
-def test_no_tokens(place, rows):
+@pytest.mark.parametrize("seqs", [[], [(0, 0)], [(0, 5)]], ids=str)
+def test_no_tokens(place, seqs):
     if not EMPTY_OUTPUTS:
         pytest.skip("this Paddle has no empty outputs")
-    out, lse = flash_problem(rows).run(place)
+    out, lse = flash_problem(seqs).run(place)
     assert out.shape == (0, 4, 64)
     assert lse.shape == (4, 0)
 
@@ -229,8 +229,8 @@ def test_a_visible_nan_reaches_exactly_the_queries_that_see_it(place, letter, ty
     clean, clean_lse = problem.run(place)
     tensor = problem.k if letter == "k" else problem.v
     nan = 0x7F if tensor.dtype == np.uint8 else np.nan
-    tensor[40, 1] = nan  # row 0, key 40: queries from 30 on
-    tensor[80 + 63, 0] = nan  # row 1, its last key: its last query
+    tensor[40, 1] = nan  # sequence 0, key 40: queries from 30 on
+    tensor[80 + 63, 0] = nan  # sequence 1, its last key: its last query
     out, lse = problem.check(place)
     poisoned = np.zeros(out.shape[:2], bool)
     poisoned[30:70, 2:] = True

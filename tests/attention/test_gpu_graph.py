@@ -25,7 +25,7 @@ class Inputs:
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        # Rows of every kind: prefill in the middle of a block, decode, and one that rests.
+        # Sequences of every kind: prefill in the middle of a block, decode, and one that rests.
         self.cached = rng.integers(1, 70, 4)
         self.new = np.array([70, 1, 0, 5])[rng.permutation(4)]
         self.tables = rng.permutation(BLOCKS)[:8].reshape(4, 2)
@@ -145,7 +145,7 @@ def _attend(q, t: dict, **options) -> tuple:
 
 @pytest.mark.parametrize("quantize_q", [False, True])
 def test_attention_follows_lengths_that_change_between_replays(quantize_q):
-    """One graph of the write and the attention; rows decode, prefill and rest in turn."""
+    """One graph of the write and the attention; sequences decode, prefill and rest in turn."""
 
     def tensors(inputs: Inputs) -> dict:
         arrays = {name: x for name, x in inputs.arrays().items() if name != "out"}
@@ -170,7 +170,7 @@ def test_attention_follows_lengths_that_change_between_replays(quantize_q):
 
 
 class MixedStep:
-    """A step whose rows are of every kind in turn: they rest, decode, speculate and prefill."""
+    """A step whose sequences rest, decode, speculate and prefill in turn."""
 
     NEW = (0, 1, 1, 4, 63, 64, 130, 17, 2)
     KEYS = (3072, 896, 192, 192, 512, 320, 192, 2048, 256)
@@ -180,8 +180,8 @@ class MixedStep:
         new = rng.permutation(self.NEW)
         # As many blocks in every step.
         keys = rng.permutation(self.KEYS) - rng.integers(0, 63, len(new))
-        rows = list(zip(keys - new, new))
-        self.problem = paged_problem(rows, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=3)
+        seqs = list(zip(keys - new, new))
+        self.problem = paged_problem(seqs, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=3)
         positional, self.options = self.problem.arguments("gpu")
         self.inputs = positional[:7]
 
@@ -205,8 +205,8 @@ class MixedStep:
     ],
     ids=str,
 )
-def test_rows_move_between_launches_between_replays(kind, q_type):
-    """Decoding, speculative and long rows are launches of their own, found on the device."""
+def test_seqs_move_between_launches_between_replays(kind, q_type):
+    """Decoding, speculative and long sequences are launches of their own, found on the device."""
     held = MixedStep(0, kind, q_type)
     held.attend()
     with capture() as graph:
@@ -224,10 +224,10 @@ def test_rows_move_between_launches_between_replays(kind, q_type):
 
 
 @pytest.mark.parametrize("kind", [CacheKind("cache_fp8", "head"), BLOCK_WISE_FP8], ids=str)
-@pytest.mark.parametrize("rows", [[(300, 1), (40, 1800), (77, 4)], [(3, 1800), (4000, 9)]], ids=str)
-def test_what_follows_waits_for_every_launch(kind, rows):
-    """The short rows' launches end long before the long row's, which started ahead of them."""
-    problem = paged_problem(rows, kind=kind, dim=DIM, seed=2)
+@pytest.mark.parametrize("seqs", [[(300, 1), (40, 1800), (77, 4)], [(3, 1800), (4000, 9)]], ids=str)
+def test_what_follows_waits_for_every_launch(kind, seqs):
+    """The launches of short sequences end long before that of the long one, which starts first."""
+    problem = paged_problem(seqs, kind=kind, dim=DIM, seed=2)
     positional, options = problem.arguments("gpu")
     first = to_paddle(np.zeros(problem.q.shape, BF16), "gpu")
     zeros = to_paddle(np.zeros(problem.q.shape, BF16), "gpu")
@@ -256,9 +256,9 @@ class UniformStep(MixedStep):
     KEYS = (512, 320, 192, 256)
 
     def __init__(self, new, kind: CacheKind, q_type: str, seed: int) -> None:
-        rows = [(keys - n, n) for keys, n in zip(self.KEYS, new)]
+        seqs = [(keys - n, n) for keys, n in zip(self.KEYS, new)]
         self.problem = paged_problem(
-            rows, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=280 - sum(new)
+            seqs, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=280 - sum(new)
         )
         positional, self.options = self.problem.arguments("gpu")
         self.inputs = positional[:7]
@@ -297,7 +297,7 @@ def test_long_sequences_alone_become_short_ones(kind, q_type):
 
 
 class SharedPrefix:
-    """A step of rows that share their first 128 tokens, and its plan, on the GPU."""
+    """A step of sequences that share their first 128 tokens, and its plan, on the GPU."""
 
     TOKENS, BLOCKS = 128, 14
 

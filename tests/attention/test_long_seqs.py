@@ -1,8 +1,8 @@
-"""Long rows: what depends on how many steps and tiles they have, and softcaps.
+"""Long sequences: what depends on how many KV iterations and work tiles they have, and softcaps.
 
-On a Hopper GPU a step is 128 keys and a tile 128 queries of a head. Block ids are found for 16
-steps at a time, rows of up to 32 tiles are dealt out otherwise than longer ones, and a softcap is a
-kernel of its own.
+On a Hopper GPU a KV iteration takes 128 keys and a work tile 128 queries of a head. Block ids are
+found for 16 iterations at a time, sequences of up to 32 work tiles are scheduled otherwise than
+longer ones, and a softcap is a kernel of its own.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ each_kind = pytest.mark.parametrize(("kind", "q_type"), KINDS, ids=IDS)
 
 
 @each_kind
-def test_more_steps_than_two_windows_of_blocks(place, kind, q_type):
-    rows = [(4300, 200), (2100, 130), (0, 70)]
-    paged_problem(rows, kind=kind, heads=(2, 1), dim=128, q_type=q_type, seed=11).check(place)
+def test_more_kv_iterations_than_two_windows_of_blocks(place, kind, q_type):
+    seqs = [(4300, 200), (2100, 130), (0, 70)]
+    paged_problem(seqs, kind=kind, heads=(2, 1), dim=128, q_type=q_type, seed=11).check(place)
 
 
 @pytest.mark.parametrize(("kind", "q_type"), KINDS[1:2] + KINDS[-2:], ids=IDS[1:2] + IDS[-2:])
-def test_rows_of_more_tiles_than_items_take(place, kind, q_type):
-    rows = [(0, 4200), (300, 200)]
-    problem = paged_problem(rows, kind=kind, heads=(1, 1), q_type=q_type, seed=12)
+def test_seqs_of_more_work_tiles_than_ctas_take(place, kind, q_type):
+    seqs = [(0, 4200), (300, 200)]
+    problem = paged_problem(seqs, kind=kind, heads=(1, 1), q_type=q_type, seed=12)
     problem.check(place)
 
 
 @each_kind
-def test_tiles_of_one_to_three_steps(place, kind, q_type):
-    rows = [(0, n) for n in (64, 127, 128, 129, 256, 257, 384, 385)]
-    paged_problem(rows, kind=kind, heads=(2, 2), dim=128, q_type=q_type, seed=13).check(place)
+def test_work_tiles_of_one_to_three_kv_iterations(place, kind, q_type):
+    seqs = [(0, n) for n in (64, 127, 128, 129, 256, 257, 384, 385)]
+    paged_problem(seqs, kind=kind, heads=(2, 2), dim=128, q_type=q_type, seed=13).check(place)
 
 
 @pytest.mark.parametrize(("kind", "q_type"), KINDS[3:4] + KINDS[-3:], ids=IDS[3:4] + IDS[-3:])
-def test_more_rows_than_are_listed_at_once(place, kind, q_type):
+def test_more_seqs_than_are_listed_at_once(place, kind, q_type):
     # 256 are listed at a time; those of few tokens are for another kernel.
-    rows = [((7 * i) % 150, 64 + (5 * i) % 9) for i in range(300)] + [(30, 200)]
-    paged_problem(rows, kind=kind, heads=(1, 1), q_type=q_type, seed=14).check(place)
+    seqs = [((7 * i) % 150, 64 + (5 * i) % 9) for i in range(300)] + [(30, 200)]
+    paged_problem(seqs, kind=kind, heads=(1, 1), q_type=q_type, seed=14).check(place)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @each_kind
 def test_softcap(place, kind, q_type, dim):
-    rows = [(300, 200), (0, 333)]
+    seqs = [(300, 200), (0, 333)]
     options = {"softcap": 5.0, "causal": True} if dim == 64 else {"softcap": 50.0, "causal": False}
-    paged_problem(rows, kind=kind, dim=dim, q_type=q_type, seed=15, **options).check(place)
+    paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, seed=15, **options).check(place)

@@ -55,20 +55,20 @@ def fill(elements: np.ndarray, scales, where, code: str | None, garbage: str) ->
         scales[where] = SCALES[garbage]
 
 
-def paged_with(problem, row: int, positions, garbage: str):
-    """The problem with these keys and values of a row overwritten."""
+def paged_with(problem, seq: int, positions, garbage: str):
+    """The problem with these keys and values of a sequence overwritten."""
     other = copy.deepcopy(problem)
-    blocks = other.block_tables[row, np.asarray(positions) // 64]
+    blocks = other.block_tables[seq, np.asarray(positions) // 64]
     where = (blocks, slice(None), np.asarray(positions) % 64)
     code = None if other.kind.quant_type == "none" else other.kind.code
-    for half in (other.k, other.v):
-        scales = half.scales if other.kind.dynamic else None
-        fill(half.elements, scales, where, code, garbage)
+    for stored in (other.k, other.v):
+        scales = stored.scales if other.kind.dynamic else None
+        fill(stored.elements, scales, where, code, garbage)
     return other
 
 
 def intervals(new: int, keys: int, options: dict, offsets=None) -> np.ndarray:
-    """Keys [begin, end) that each query of a row sees, [new, 2]."""
+    """Keys [begin, end) that each query of a sequence sees, [new, 2]."""
     seen = np.empty((new, 2), np.int64)
     for i in range(new):
         position, begin, end = i + keys - new, 0, keys
@@ -104,9 +104,9 @@ def assert_masked(place, problem, change, tokens, seen, positions) -> bool:
     return True
 
 
-def check_paged(place, problem, positions, row: int = 0) -> bool:
-    first, new = int(problem.cu_seqlens_q[row]), int(problem.seq_lens_this_time[row])
-    keys = int(problem.seq_lens_decoder[row]) + new
+def check_paged(place, problem, positions, seq: int = 0) -> bool:
+    first, new = int(problem.cu_seqlens_q[seq]), int(problem.seq_lens_this_time[seq])
+    keys = int(problem.seq_lens_decoder[seq]) + new
     tokens = np.arange(first, first + new)
     offsets = problem.options.get("mask_offsets")
     if offsets is not None:
@@ -115,7 +115,7 @@ def check_paged(place, problem, positions, row: int = 0) -> bool:
     positions = np.asarray(positions)
 
     def change(garbage):
-        return paged_with(problem, row, positions, garbage)
+        return paged_with(problem, seq, positions, garbage)
 
     return assert_masked(place, problem, change, tokens, seen, positions)
 
@@ -127,18 +127,18 @@ def query_types(kind: CacheKind) -> list[str | None]:
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("rows", [LONG, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize("seqs", [LONG, SHORT], ids=["long", "short"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_keys_behind_a_query(place, kind, rows, dim):
-    prefix, new = rows[0]
+def test_keys_behind_a_query(place, kind, seqs, dim):
+    prefix, new = seqs[0]
     for seed, q_type in enumerate(query_types(kind)):
-        problem = paged_problem(rows, kind=kind, dim=dim, q_type=q_type, seed=seed)
+        problem = paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, seed=seed)
         for offset in (0, 1, 63, 64, 65, 100):
             query = min(offset, new - 2)
             assert check_paged(place, problem, np.arange(prefix + query + 1, prefix + new))
 
 
-@pytest.mark.parametrize("rows", [LONG, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize("seqs", [LONG, SHORT], ids=["long", "short"])
 @pytest.mark.parametrize("kind", FEW, ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -151,10 +151,10 @@ def test_keys_behind_a_query(place, kind, rows, dim):
     ],
     ids=lambda options: "-".join(options),
 )
-def test_keys_beside_a_window(place, kind, options, rows):
-    prefix, new = rows[0]
+def test_keys_beside_a_window(place, kind, options, seqs):
+    prefix, new = seqs[0]
     for seed, q_type in enumerate(query_types(kind)):
-        problem = paged_problem(rows, kind=kind, dim=128, q_type=q_type, seed=seed, **options)
+        problem = paged_problem(seqs, kind=kind, dim=128, q_type=q_type, seed=seed, **options)
         left = problem.options.get("window_size", (20, -1))[0]
         compared = [
             check_paged(place, problem, positions)
@@ -164,18 +164,18 @@ def test_keys_beside_a_window(place, kind, options, rows):
         assert any(compared)
 
 
-@pytest.mark.parametrize("rows", [LONG, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize("seqs", [LONG, SHORT], ids=["long", "short"])
 @pytest.mark.parametrize("kind", FEW, ids=str)
-def test_keys_outside_of_mask_offsets(place, kind, rows):
+def test_keys_outside_of_mask_offsets(place, kind, seqs):
     rng = np.random.default_rng(5)
-    tokens, (prefix, new) = sum(row[1] for row in rows), rows[0]
+    tokens, (prefix, new) = sum(seq[1] for seq in seqs), seqs[0]
     start = rng.integers(0, prefix, tokens)
     length = rng.integers(1, prefix + new, tokens)
     offsets = np.stack([start, start + length], axis=1).astype(np.int32)
     offsets[0] = 3, prefix // 2
     for seed, q_type in enumerate(query_types(kind)):
         problem = paged_problem(
-            rows, kind=kind, dim=128, q_type=q_type, seed=seed, causal=False, mask_offsets=offsets
+            seqs, kind=kind, dim=128, q_type=q_type, seed=seed, causal=False, mask_offsets=offsets
         )
         assert check_paged(place, problem, np.arange(prefix // 2 + 1, prefix + new))
         check_paged(place, problem, [prefix + new // 3])
@@ -183,13 +183,13 @@ def test_keys_outside_of_mask_offsets(place, kind, rows):
 
 
 @pytest.mark.parametrize("kind", FEW, ids=str)
-@pytest.mark.parametrize("rows", [[(70, 200)], [(331, 5)], [(100, 1)]], ids=str)
-def test_unwritten_keys_of_the_last_block(place, kind, rows):
-    (prefix, new), tokens = rows[0], rows[0][1]
+@pytest.mark.parametrize("seqs", [[(70, 200)], [(331, 5)], [(100, 1)]], ids=str)
+def test_unwritten_keys_of_the_last_block(place, kind, seqs):
+    (prefix, new), tokens = seqs[0], seqs[0][1]
     for seed, q_type in enumerate(query_types(kind)):
         for causal in (True, False):
             problem = paged_problem(
-                rows, kind=kind, dim=128, q_type=q_type, seed=seed, causal=causal
+                seqs, kind=kind, dim=128, q_type=q_type, seed=seed, causal=causal
             )
             end = prefix + new
             positions = np.arange(end, (end + 63) // 64 * 64)
@@ -202,14 +202,14 @@ def test_unwritten_keys_of_the_last_block(place, kind, rows):
 
 
 @pytest.mark.parametrize("kind", FEW[-2:], ids=str)
-@pytest.mark.parametrize("rows", [LONG, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize("seqs", [LONG, SHORT], ids=["long", "short"])
 def test_a_large_token_scale_takes_no_precision_of_the_queries_that_do_not_see_it(
-    place, kind, rows
+    place, kind, seqs
 ):
     """As before it was there, they are as near to fp64 as any."""
-    prefix, new = rows[0]
+    prefix, new = seqs[0]
     for q_type in query_types(kind):
-        problem = paged_problem(rows, kind=kind, dim=128, q_type=q_type, v_mean=0.0)
+        problem = paged_problem(seqs, kind=kind, dim=128, q_type=q_type, v_mean=0.0)
         changed = paged_with(problem, 0, [prefix + new - 1], "huge")
         exact, exact_lse = problem.reference()
         out, lse = changed.run(place)
@@ -233,19 +233,19 @@ FLASH_TYPES = [
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
-    "rows", [[(200, 270), (77, 80)], [(5, 333), (3, 9)]], ids=["long", "short"]
+    "seqs", [[(200, 270), (77, 80)], [(5, 333), (3, 9)]], ids=["long", "short"]
 )
 @pytest.mark.parametrize("q_type, kv_type", FLASH_TYPES)
-def test_contiguous_keys(place, q_type, kv_type, rows, dim):
-    (new, keys), _ = rows
+def test_contiguous_keys(place, q_type, kv_type, seqs, dim):
+    (new, keys), _ = seqs
     code = kv_type if kv_type in CODES else None
     for options in ({"causal": True}, {"causal": False, "window_size": (50, 0)}):
-        problem = flash_problem(rows, dim=dim, q_type=q_type, kv_type=kv_type, **options)
+        problem = flash_problem(seqs, dim=dim, q_type=q_type, kv_type=kv_type, **options)
         seen = intervals(new, keys, options)
-        # Behind queries of the first row, up to the end of the next row.
+        # Behind queries of the first sequence, up to the end of the next sequence.
         for offset in (0, 1, 63, 64, 65, 100, new - 1):
             query = min(offset, new - 1)
-            positions = np.arange(keys - new + query + 1, keys + rows[1][1])
+            positions = np.arange(keys - new + query + 1, keys + seqs[1][1])
 
             def change(garbage, problem=problem, positions=positions):
                 other = copy.deepcopy(problem)

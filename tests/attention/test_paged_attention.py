@@ -23,7 +23,7 @@ from tests.support.tensors import EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy
 
 RNG = np.random.default_rng
 
-#: (cached, new) tokens: prefill, chunked prefill, decode and resting rows in one step.
+#: (cached, new) tokens: prefill, chunked prefill, decode and resting sequences in one step.
 MIXED = [(0, 65), (1023, 1), (320, 63), (0, 0), (64, 1), (1, 64), (0, 1), (70, 5)]
 SHORT = [(70, 5), (0, 66), (129, 1), (0, 0)]
 QUANTISED = [kind for kind in FEW_KINDS if kind.quant_type != "none"]
@@ -50,15 +50,15 @@ def test_query_head_groups(place, heads, kind):
 @pytest.mark.parametrize("prefix", [0, 1, 64, 320, 1023])
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
 def test_prefix_lengths(place, prefix, kind):
-    rows = [(prefix, n) for n in (1, 2, 63, 64, 65, 130, 0)]
-    paged_problem(rows, kind=kind, heads=(2, 1), seed=prefix).check(place)
+    seqs = [(prefix, n) for n in (1, 2, 63, 64, 65, 130, 0)]
+    paged_problem(seqs, kind=kind, heads=(2, 1), seed=prefix).check(place)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
-def test_rows_of_every_length_in_one_batch(place, kind, dim):
-    rows = [(0, n) for n in (65, 1000, 0, 63, 1, 64)]
-    paged_problem(rows, kind=kind, heads=(2, 1), dim=dim).check(place)
+def test_seqs_of_every_length_in_one_batch(place, kind, dim):
+    seqs = [(0, n) for n in (65, 1000, 0, 63, 1, 64)]
+    paged_problem(seqs, kind=kind, heads=(2, 1), dim=dim).check(place)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_INT8], ids=str)
@@ -67,12 +67,12 @@ def test_a_long_prompt(place, kind):
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
-def test_more_rows_than_one_launch_takes(place, kind):
-    """Rows of none, one, a few and many new tokens, most of them short and some long."""
-    rows = [
+def test_more_seqs_than_one_launch_takes(place, kind):
+    """Sequences of none, one, a few and many new tokens, most of them short and some long."""
+    seqs = [
         ((17 * i) % 131 + (3000 if i % 239 == 5 else 0), (1, 0, 1, 3)[i % 4]) for i in range(700)
     ]
-    paged_problem(rows, kind=kind).check(place)
+    paged_problem(seqs, kind=kind).check(place)
 
 
 def test_host_threads_may_call_at_once(place):
@@ -103,11 +103,11 @@ def test_mask_offsets_of_any_value(place):
         assert np.isfinite(lse[:, 2::3]).all()
 
 
-def test_short_and_long_rows_in_one_call(place):
-    """On a GPU, rows that decode and rows of many tokens are different launches."""
-    rows = [(500, 1), (64, 100), (0, 1), (0, 0), (63, 17), (1000, 2), (0, 300), (129, 9)]
+def test_short_and_long_seqs_in_one_call(place):
+    """On a GPU, sequences that decode and sequences of many tokens are different launches."""
+    seqs = [(500, 1), (64, 100), (0, 1), (0, 0), (63, 17), (1000, 2), (0, 300), (129, 9)]
     for heads in ((8, 1), (6, 2), (2, 2)):
-        paged_problem(rows, heads=heads, kind=BLOCK_WISE_INT8, padding=3).check(place)
+        paged_problem(seqs, heads=heads, kind=BLOCK_WISE_INT8, padding=3).check(place)
 
 
 @pytest.mark.parametrize("new", [1, 3, 65])
@@ -124,9 +124,9 @@ def test_causal_end_at_every_offset(place, new):
 
 
 def _positions_as_values(problem):
-    for row, keys in enumerate(problem.seq_lens_decoder + problem.seq_lens_this_time):
+    for seq, keys in enumerate(problem.seq_lens_decoder + problem.seq_lens_this_time):
         position = np.arange(keys)
-        at = problem.block_tables[row, position // 64], slice(None), position % 64
+        at = problem.block_tables[seq, position // 64], slice(None), position % 64
         problem.k.elements[at] = 0
         problem.v.elements[at] = position[:, None, None]
 
@@ -145,9 +145,9 @@ def test_int8_positions_at_every_offset(place, causal):
     np.testing.assert_allclose(out.astype(np.float64)[:, 1, 7], 0.25 * last / 2, rtol=2**-8)
 
 
-def _offsets(rows, make):
-    """mask_offsets [T, 2] from a function of (prefix, index in the row)."""
-    return np.array([make(p, i) for p, n in rows for i in range(n)], np.int32).reshape(-1, 2)
+def _offsets(seqs, make):
+    """mask_offsets [T, 2] from a function of (prefix, index in the sequence)."""
+    return np.array([make(p, i) for p, n in seqs for i in range(n)], np.int32).reshape(-1, 2)
 
 
 WILD = [(-5, 3), (9, 2), (2**31 - 1, 2**31 - 1), (-(2**31), 2**31 - 1)]
@@ -214,15 +214,15 @@ def test_fp32_results_of_16_bit_queries(place, q_type):
 
 
 @pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
-def test_rows_may_share_blocks(place, kind):
-    rows = [(200, 5), (133, 1), (64, 70), (1, 2)]
-    problem = paged_problem(rows, kind=kind, share=True)
+def test_seqs_may_share_blocks(place, kind):
+    seqs = [(200, 5), (133, 1), (64, 70), (1, 2)]
+    problem = paged_problem(seqs, kind=kind, share=True)
     assert (problem.block_tables[0, :2] == problem.block_tables[1, :2]).all()
     problem.check(place)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
-def test_rows_do_not_depend_on_their_order(place, kind):
+def test_seqs_do_not_depend_on_their_order(place, kind):
     problem = paged_problem(MIXED, kind=kind)
     out, lse = problem.run(place)
     cu = problem.cu_seqlens_q
@@ -234,7 +234,7 @@ def test_rows_do_not_depend_on_their_order(place, kind):
     problem.seq_lens_this_time = problem.seq_lens_this_time[order]
     problem.cu_seqlens_q = np.concatenate([[0], np.cumsum(problem.seq_lens_this_time)])
     again, lse_again = problem.run(place)
-    # Another order may split rows elsewhere: the same within the rule, not bit by bit.
+    # Another order may split sequences elsewhere: the same within the rule, not bit by bit.
     problem.check(place)
     np.testing.assert_allclose(
         again.astype(np.float32), out[tokens].astype(np.float32), rtol=2**-6, atol=2**-9
@@ -276,11 +276,12 @@ def test_same_bits_twice(place, kind):
     assert_same_bits(first[1], second[1], "lse")
 
 
-# Tokens without a row, rows without tokens, keys without a block.
+# Tokens without a sequence, sequences without tokens, keys without a block.
 
 
-def test_resting_rows_and_padding_tokens(place):
-    # Row 1 rests with 5 tokens set aside, row 2 uses 2 of its 4, and 3 tokens follow the last row.
+def test_resting_seqs_and_padding_tokens(place):
+    # Sequence 1 rests with 5 tokens set aside, sequence 2 uses 2 of its 4, and 3 tokens follow the
+    # last sequence.
     problem = paged_problem([(3, 2), (70, 0), (9, 2)], spans=[2, 5, 4], padding=3)
     out, lse = problem.check(place)
     assert out.shape == (14, 4, 64)
@@ -291,7 +292,7 @@ def test_resting_rows_and_padding_tokens(place):
     F.paged_attention(*positional, out=given, **keywords)
     owned = problem.owned()
     assert_same_bits(to_numpy(given)[owned], out[owned], "owned tokens")
-    assert_same_bits(to_numpy(given)[~owned], marker[~owned], "tokens of no row")
+    assert_same_bits(to_numpy(given)[~owned], marker[~owned], "tokens of no sequence")
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
@@ -325,7 +326,7 @@ def test_the_first_id_past_the_cache_is_unassigned(place):
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
-def test_a_block_table_shorter_than_the_row(place, kind):
+def test_a_block_table_shorter_than_the_seq(place, kind):
     problem = paged_problem([(200, 3), (10, 4)], kind=kind)
     problem.block_tables = np.ascontiguousarray(problem.block_tables[:, :2])
     problem.check(place)
@@ -343,22 +344,22 @@ def test_wild_lengths_stay_in_bounds(place):
         positional, keywords = problem.arguments(place)
         positional[4:7] = (int32(x, place) for x in (cu, decoder, this_time))
         out = to_numpy(F.paged_attention(*positional, **keywords))
-        if cu[0] == 0:  # a row before the wild one is right
+        if cu[0] == 0:  # a sequence before the wild one is right
             expected = problem.reference()[0][:2]
             np.testing.assert_allclose(out[:2].astype(np.float64), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_INT8], ids=str)
-@pytest.mark.parametrize("rows", [[], [(0, 0)], [(5, 0), (64, 0)]], ids=str)
-def test_no_tokens(place, rows, kind):
+@pytest.mark.parametrize("seqs", [[], [(0, 0)], [(5, 0), (64, 0)]], ids=str)
+def test_no_tokens(place, seqs, kind):
     if not EMPTY_OUTPUTS:
         pytest.skip("this Paddle has no empty outputs")
-    out, lse = paged_problem(rows, kind=kind).run(place)
+    out, lse = paged_problem(seqs, kind=kind).run(place)
     assert out.shape == (0, 4, 64)
     assert lse.shape == (4, 0)
 
 
-def test_no_rows_but_tokens(place):
+def test_no_seqs_but_tokens(place):
     problem = paged_problem([], padding=3)
     out, lse = problem.run(place)
     assert out.shape == (3, 4, 64)
@@ -391,15 +392,15 @@ def _nan_kinds():
 @pytest.mark.parametrize("letter", ["k", "v"])
 @pytest.mark.parametrize("kind", _nan_kinds(), ids=str)
 def test_a_visible_nan_reaches_exactly_the_queries_that_see_it(place, kind, letter):
-    rows = [(70, 4), (3, 70), (72, 1)]
-    problem = paged_problem(rows, kind=kind)
+    seqs = [(70, 4), (3, 70), (72, 1)]
+    problem = paged_problem(seqs, kind=kind)
     clean, clean_lse = problem.run(place)
     problem.poison(letter, 0, 72, head=1)
     problem.poison(letter, 1, 40, head=0)
     out, lse = problem.check(place)
     poisoned = np.zeros(out.shape[:2], bool)
-    poisoned[2:4, 2:] = True  # positions 72 and 73 of row 0, the query heads of KV head 1
-    poisoned[4 + 37 : 74, :2] = True  # positions 40 to 72 of row 1
+    poisoned[2:4, 2:] = True  # positions 72 and 73 of sequence 0, the query heads of KV head 1
+    poisoned[4 + 37 : 74, :2] = True  # positions 40 to 72 of sequence 1
     np.testing.assert_array_equal(np.isnan(out.astype(np.float32)).all(axis=-1), poisoned)
     assert_same_bits(out[~poisoned], clean[~poisoned], "other tokens and heads")
     assert_same_bits(lse.T[~poisoned], clean_lse.T[~poisoned], "their LSE")

@@ -35,7 +35,7 @@ KINDS = [
 ]
 FEW = [STATIC, BLOCK_WISE_FP8]
 
-#: (cached, new) tokens: chunks at odd offsets, a prompt, decoding, speculative and resting rows.
+#: (cached, new) tokens: chunks at odd offsets, a prompt, decode, speculative and resting sequences.
 MIXED = [(333, 129), (0, 150), (100, 1), (0, 0), (51, 77), (64, 3)]
 FLASH = [(150, 300), (1, 77), (0, 5), (129, 129), (3, 64)]
 
@@ -95,7 +95,7 @@ def test_codes_and_scales_of_the_model():
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_mixed_rows(place, kind, dim, q_type):
+def test_mixed_seqs(place, kind, dim, q_type):
     problem = paged_problem(
         MIXED, kind=kind, dim=dim, q_type=q_type, padding=5, quantize_q=True, seed=dim
     )
@@ -105,15 +105,15 @@ def test_mixed_rows(place, kind, dim, q_type):
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1), (5, 5)], ids=str)
 @pytest.mark.parametrize("kind", FEW, ids=str)
 def test_query_head_groups(place, kind, heads):
-    rows = [(70, 100), (200, 1), (0, 13)]
-    check(paged_problem(rows, kind=kind, heads=heads, dim=128, quantize_q=True), place)
+    seqs = [(70, 100), (200, 1), (0, 13)]
+    check(paged_problem(seqs, kind=kind, heads=heads, dim=128, quantize_q=True), place)
 
 
 @pytest.mark.parametrize("new", [1, 4])
 @pytest.mark.parametrize("kind", FEW, ids=str)
-def test_decoding_rows(place, kind, new):
-    rows = [(63, new), (1000, new), (0, new), (64, 0)]
-    check(paged_problem(rows, kind=kind, heads=(8, 2), dim=128, quantize_q=True), place)
+def test_decoding_seqs(place, kind, new):
+    seqs = [(63, new), (1000, new), (0, new), (64, 0)]
+    check(paged_problem(seqs, kind=kind, heads=(8, 2), dim=128, quantize_q=True), place)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +204,10 @@ def test_same_as_codes_of_the_cache_writer(place, kind):
 
 
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
-@pytest.mark.parametrize("rows", [[(100, 90)], [(100, 2)]], ids=["long", "short"])
-def test_special_queries(place, rows, q_type):
+@pytest.mark.parametrize("seqs", [[(100, 90)], [(100, 2)]], ids=["long", "short"])
+def test_special_queries(place, seqs, q_type):
     """A NaN stays with its token and head; infinities saturate; zeros attend evenly."""
-    problem = paged_problem(rows, kind=BLOCK_WISE_FP8, q_type=q_type, quantize_q=True)
+    problem = paged_problem(seqs, kind=BLOCK_WISE_FP8, q_type=q_type, quantize_q=True)
     clean, clean_lse = problem.run(place)
     problem.q[0, 0] = 0
     problem.q[0, 1, 5] = np.nan
@@ -264,7 +264,7 @@ def test_padding_and_a_given_output(place):
     positional, keywords = problem.arguments(place)
     F.paged_attention(*positional, out=given, **keywords)
     assert_same_bits(to_numpy(given)[owned], expected[owned], "owned tokens")
-    assert_same_bits(to_numpy(given)[~owned], marker[~owned], "tokens of no row")
+    assert_same_bits(to_numpy(given)[~owned], marker[~owned], "tokens of no sequence")
 
 
 def test_no_tokens(place):
@@ -276,7 +276,7 @@ def test_no_tokens(place):
     assert lse.shape == (4, 0)
 
 
-def test_no_rows_but_tokens(place):
+def test_no_seqs_but_tokens(place):
     problem = paged_problem([], kind=BLOCK_WISE_FP8, padding=3, quantize_q=True)
     out, lse = problem.run(place)
     assert not out.astype(np.float32).any()

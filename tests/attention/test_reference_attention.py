@@ -27,7 +27,7 @@ def visible_by_definition(i, j, queries, keys, causal, window, offsets):
 
 
 def loops(q, k, v, sees, scale, softcap=0.0, sinks=None):
-    """Attention of one row from its definition, one float at a time."""
+    """Attention of one sequence from its definition, one float at a time."""
     tokens, heads, dim = q.shape
     group = heads // k.shape[1]
     out = np.zeros(q.shape)
@@ -117,15 +117,15 @@ def test_flash_attention_is_the_triple_loop(heads, mask, extra):
     out, lse = reference.flash_attention(
         q, k, v, cu_q, cu_k, sinks=sinks, q_descale=np.array([0.6]), **arguments
     )
-    for row in range(4):
-        at, keys = slice(cu_q[row], cu_q[row + 1]), slice(cu_k[row], cu_k[row + 1])
+    for seq in range(4):
+        at, keys = slice(cu_q[seq], cu_q[seq + 1]), slice(cu_k[seq], cu_k[seq + 1])
 
-        def sees(i, j, row=row):
+        def sees(i, j, seq=seq):
             return visible_by_definition(
                 i,
                 j,
-                q_lens[row],
-                k_lens[row],
+                q_lens[seq],
+                k_lens[seq],
                 mask.get("causal", False),
                 mask.get("window_size", (-1, -1)),
                 offsets,
@@ -133,7 +133,7 @@ def test_flash_attention_is_the_triple_loop(heads, mask, extra):
 
         expected = loops(
             as_float32(q[at]) * 0.6,
-            as_float32(k[keys]) * descale["k_descale"][row][:, None],
+            as_float32(k[keys]) * descale["k_descale"][seq][:, None],
             as_float32(v[keys]) * descale["v_descale"][:, None],
             sees,
             0.7,
@@ -186,7 +186,7 @@ def test_known_answers(precision):
     assert np.isneginf(lse).all()
 
 
-def test_nan_stays_in_the_rows_and_channels_that_see_it():
+def test_nan_stays_in_the_seqs_and_channels_that_see_it():
     rng = RNG(1)
     q = rng.normal(size=(4, 2, 4))
     k, v = rng.normal(size=(2, 6, 1, 4))
@@ -221,7 +221,7 @@ def logical_bytes(cache, kind):
         ("block_wise_int8", (3, 2, 64), "e4m3"),
     ],
 )
-def test_gather_row_is_one_loop_over_elements(quant_type, scale_shape, fp8_format):
+def test_gather_seq_is_one_loop_over_elements(quant_type, scale_shape, fp8_format):
     rng = RNG(5)
     blocks, kv, dim = 3, 2, 4
     table = np.array([2, 0, -1, 7, 1], np.int32)
@@ -268,30 +268,30 @@ def test_gather_row_is_one_loop_over_elements(quant_type, scale_shape, fp8_forma
                     assert actual[token, head, d] == expected
 
 
-def test_paged_attention_is_flash_attention_of_the_gathered_rows():
+def test_paged_attention_is_flash_attention_of_the_gathered_seqs():
     rng = RNG(7)
     blocks, kv, h, dim = 9, 2, 4, 4
     prefix, new = [0, 70, 5, 3], [3, 2, 0, 4]
     tables = np.array([[4, 1], [0, 8], [5, 6], [2, 3]], np.int32)
     cache = rng.normal(size=(2, blocks, kv, 64, dim)).astype(np.float16)
-    cu_q = np.cumsum([0, 3, 2, 1, 4])  # row 2 rests although a token is set aside for it
+    cu_q = np.cumsum([0, 3, 2, 1, 4])  # sequence 2 rests although a token is set aside for it
     q = rng.normal(size=(12, h, dim)).astype(np.float16)
     out, lse = reference.paged_attention(
         q, cache[0], cache[1], tables, cu_q, np.array(prefix), np.array(new), window_size=(9, -1)
     )
-    for row in range(4):
-        keys = prefix[row] + new[row]
-        at = slice(cu_q[row], cu_q[row] + new[row])
+    for seq in range(4):
+        keys = prefix[seq] + new[seq]
+        at = slice(cu_q[seq], cu_q[seq] + new[seq])
         k, v = (
-            c[tables[row]].transpose(0, 2, 1, 3).reshape(128, kv, dim)[:keys].astype(np.float64)
+            c[tables[seq]].transpose(0, 2, 1, 3).reshape(128, kv, dim)[:keys].astype(np.float64)
             for c in cache
         )
         expected = loops(
             q[at].astype(np.float64),
             k,
             v,
-            lambda i, j, row=row, keys=keys: visible_by_definition(
-                i, j, new[row], keys, True, (9, -1), None
+            lambda i, j, seq=seq, keys=keys: visible_by_definition(
+                i, j, new[seq], keys, True, (9, -1), None
             ),
             dim**-0.5,
         )

@@ -43,20 +43,20 @@ CODES = [
 #: With codes that are NaN.
 NAN = [BF16, FP16, CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")]
 
-#: (cached, new) tokens: a chunk at an odd offset, a prompt, decoding and resting rows.
+#: (cached, new) tokens: a chunk at an odd offset, a prompt, decoding and resting sequences.
 MIXED = [(333, 129), (0, 300), (100, 1), (0, 0), (51, 77), (64, 256)]
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_mixed_rows(place, kind, dim):
+def test_mixed_seqs(place, kind, dim):
     paged_problem(MIXED, kind=kind, dim=dim, seed=1, padding=3).check(place)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.quant_type != "none"], ids=str)
 def test_fp16_queries_of_codes(place, kind):
-    rows = [(70, 200), (0, 130)]
-    paged_problem(rows, kind=kind, dim=128, q_type="float16", seed=2).check(place)
+    seqs = [(70, 200), (0, 130)]
+    paged_problem(seqs, kind=kind, dim=128, q_type="float16", seed=2).check(place)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1), (5, 5)], ids=str)
@@ -69,8 +69,8 @@ def test_query_head_groups(place, heads, kind):
 @pytest.mark.parametrize("new", [64, 127, 129])
 def test_prefix_lengths(place, prefix, new):
     for seed, kind in enumerate((BF16, CacheKind("block_wise_int8"))):
-        rows = [(prefix, new), (prefix + 5, new + 1)]
-        paged_problem(rows, kind=kind, heads=(2, 1), dim=128, seed=seed).check(place, str(kind))
+        seqs = [(prefix, new), (prefix + 5, new + 1)]
+        paged_problem(seqs, kind=kind, heads=(2, 1), dim=128, seed=seed).check(place, str(kind))
 
 
 @pytest.mark.parametrize("kind", FEW, ids=str)
@@ -111,7 +111,7 @@ def test_blocks_that_are_not_assigned(place, kind):
 
 
 @pytest.mark.parametrize("kind", NAN, ids=str)
-def test_nan_stays_with_the_rows_that_see_it(place, kind):
+def test_nan_stays_with_the_seqs_that_see_it(place, kind):
     problem = paged_problem([(200, 300)], kind=kind, dim=128)
     nan = np.nan if kind.quant_type == "none" else 0x7F
     problem.v.elements[problem.slot(0, 333)[0], 0, 333 % 64, 5] = nan
@@ -123,7 +123,7 @@ def test_nan_stays_with_the_rows_that_see_it(place, kind):
 
 
 @pytest.mark.parametrize("code", ["fp8", "int8"])
-def test_nan_scales_stay_with_the_rows_that_see_them(place, code):
+def test_nan_scales_stay_with_the_seqs_that_see_them(place, code):
     problem = paged_problem([(200, 300)], kind=CacheKind(f"block_wise_{code}"), dim=128)
     problem.v.scales[problem.slot(0, 333)[0], 0, 333 % 64] = np.nan
     problem.k.scales[problem.slot(0, 450)[0], 1, 450 % 64] = np.nan
@@ -164,16 +164,16 @@ def test_fp32_results(place, kind):
 
 def test_keys_of_more_than_a_section(place):
     # 2 KiB of each token: heads are taken in sections whose keys fit into 32 MiB of the L2 cache.
-    rows = [(9000, 70), (0, 300), (7500, 130), (100, 1)]
-    problem = paged_problem(rows, kind=BF16, heads=(8, 4), dim=128, window_size=(300, 0), seed=5)
-    keys = sum(cached + new for cached, new in rows)
+    seqs = [(9000, 70), (0, 300), (7500, 130), (100, 1)]
+    problem = paged_problem(seqs, kind=BF16, heads=(8, 4), dim=128, window_size=(300, 0), seed=5)
+    keys = sum(cached + new for cached, new in seqs)
     assert keys * 4 * 2 * 128 * 2 > 32 << 20
     problem.check(place)
 
 
-def test_more_rows_than_are_listed_at_once(place):
-    rows = [((7 * i) % 150, 1 + (5 * i) % 24) for i in range(300)] + [(30, 100)]
-    paged_problem(rows, kind=BF16, heads=(4, 1), dim=64, seed=6).check(place)
+def test_more_seqs_than_are_listed_at_once(place):
+    seqs = [((7 * i) % 150, 1 + (5 * i) % 24) for i in range(300)] + [(30, 100)]
+    paged_problem(seqs, kind=BF16, heads=(4, 1), dim=64, seed=6).check(place)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -227,11 +227,11 @@ def test_scores_that_grow_towards_the_first_key(place, q_type, growth):
 @pytest.mark.parametrize("growth", [4, 60])
 @pytest.mark.parametrize("code", ["int8", "fp8"])
 def test_scores_of_scaled_codes_that_grow_towards_the_first_key(place, code, growth):
-    rows = [(130, 700), (300, 600)]
-    problem = paged_problem(rows, kind=CacheKind(f"block_wise_{code}"), heads=(2, 1), dim=128)
-    for row, (cached, new) in enumerate(rows):
+    seqs = [(130, 700), (300, 600)]
+    problem = paged_problem(seqs, kind=CacheKind(f"block_wise_{code}"), heads=(2, 1), dim=128)
+    for seq, (cached, new) in enumerate(seqs):
         for position in range(cached + new):
-            block, at = problem.slot(row, position)
+            block, at = problem.slot(seq, position)
             problem.k.scales[block, :, at] *= growth ** (1 - position / (cached + new))
     if code == "fp8" and growth > 4 and place != "cpu":
         assert_scores_in_14_bits(problem, place)
@@ -241,13 +241,13 @@ def test_scores_of_scaled_codes_that_grow_towards_the_first_key(place, code, gro
 
 @pytest.mark.parametrize("growth", [4, 20])
 def test_integer_scores_that_grow_towards_the_first_key(place, growth):
-    rows = [(130, 700), (300, 600)]
+    seqs = [(130, 700), (300, 600)]
     kind = CacheKind("cache_int8", "head")
-    problem = paged_problem(rows, kind=kind, heads=(2, 1), dim=128, seed=9)
+    problem = paged_problem(seqs, kind=kind, heads=(2, 1), dim=128, seed=9)
     codes = problem.k.elements.view(np.int8)
-    for row, (cached, new) in enumerate(rows):
+    for seq, (cached, new) in enumerate(seqs):
         for position in range(cached + new):
-            block, at = problem.slot(row, position)
+            block, at = problem.slot(seq, position)
             codes[block, :, at] = codes[block, :, at] / growth ** (position / (cached + new))
     problem.k.scales *= growth
     problem.check(place)
@@ -255,10 +255,10 @@ def test_integer_scores_that_grow_towards_the_first_key(place, growth):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [200, 300])
-def test_as_many_equal_rows_as_fill_a_gpu(place, tokens, causal):
-    # Short rows: the tiles of a row and head are neighbours, with a causal mask in pairs.
-    rows = [(tokens, tokens)] * 33
-    flash_problem(rows, heads=(4, 2), dim=128, seed=8, causal=causal).check(place)
+def test_as_many_equal_seqs_as_fill_a_gpu(place, tokens, causal):
+    # Short sequences: the tiles of a sequence and head are neighbours, with a causal mask in pairs.
+    seqs = [(tokens, tokens)] * 33
+    flash_problem(seqs, heads=(4, 2), dim=128, seed=8, causal=causal).check(place)
 
 
 def test_queries_and_scales_of_zero(place):
@@ -299,17 +299,17 @@ def test_a_nan_scale_of_keys_that_nobody_sees(place, q_type):
     ids=lambda types: "-".join(filter(None, types)),
 )
 def test_contiguous_keys(place, types, dim, causal):
-    rows = [(300, 300), (77, 400), (0, 5), (129, 64), (200, 100)]
+    seqs = [(300, 300), (77, 400), (0, 5), (129, 64), (200, 100)]
     q_type, kv_type = types
     problem = flash_problem(
-        rows, heads=(4, 2), dim=dim, q_type=q_type, kv_type=kv_type, descale_shape="batch",
+        seqs, heads=(4, 2), dim=dim, q_type=q_type, kv_type=kv_type, descale_shape="batch",
         causal=causal,
     )  # fmt: skip
     problem.check(place)
 
 
 @pytest.mark.parametrize("kv_type", ["bfloat16", "e4m3"])
-def test_contiguous_rows_do_not_see_each_other(place, kv_type):
+def test_contiguous_seqs_do_not_see_each_other(place, kv_type):
     problem = flash_problem([(100, 200), (90, 100)], dim=128, kv_type=kv_type)
     nan = np.nan if kv_type == "bfloat16" else 0x7F
     problem.k[200, 0, 3] = problem.v[200, 0, 3] = nan

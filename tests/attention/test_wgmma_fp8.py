@@ -30,28 +30,28 @@ KINDS = [
 ]
 FEW = [STATIC, TOKEN, E5M2]
 
-#: (cached, new) tokens: a chunk at an odd offset, a prompt, decoding and resting rows.
+#: (cached, new) tokens: a chunk at an odd offset, a prompt, decoding and resting sequences.
 MIXED = [(333, 129), (0, 300), (100, 1), (0, 0), (51, 77), (64, 256)]
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_mixed_rows(place, kind, dim):
+def test_mixed_seqs(place, kind, dim):
     paged_problem(MIXED, kind=kind, dim=dim, q_type="e4m3:token_head", seed=1).check(place)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1), (5, 5)], ids=str)
 @pytest.mark.parametrize("kind", FEW, ids=str)
 def test_query_head_groups(place, heads, kind):
-    rows = [(70, 200), (0, 130)]
-    paged_problem(rows, kind=kind, heads=heads, dim=128, q_type="e4m3:tensor").check(place)
+    seqs = [(70, 200), (0, 130)]
+    paged_problem(seqs, kind=kind, heads=heads, dim=128, q_type="e4m3:tensor").check(place)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 63, 64, 127, 200])
 @pytest.mark.parametrize("new", [64, 127, 129])
 def test_prefix_lengths(place, prefix, new):
-    rows = [(prefix, new), (prefix + 5, new + 1)]
-    paged_problem(rows, kind=TOKEN, dim=128, q_type="e4m3:tensor", seed=prefix).check(place)
+    seqs = [(prefix, new), (prefix + 5, new + 1)]
+    paged_problem(seqs, kind=TOKEN, dim=128, q_type="e4m3:tensor", seed=prefix).check(place)
 
 
 @pytest.mark.parametrize("kind", FEW, ids=str)
@@ -68,8 +68,8 @@ def test_prefix_lengths(place, prefix, new):
     ids=lambda options: "-".join(options),
 )
 def test_options(place, kind, options):
-    rows = [(300, 200), (0, 333)]
-    problem = paged_problem(rows, kind=kind, dim=128, q_type="e4m3:token_head", **options)
+    seqs = [(300, 200), (0, 333)]
+    problem = paged_problem(seqs, kind=kind, dim=128, q_type="e4m3:token_head", **options)
     problem.check(place)
 
 
@@ -99,7 +99,7 @@ def test_blocks_that_are_not_assigned(place, kind):
 
 
 @pytest.mark.parametrize("kind", FEW, ids=str)
-def test_nan_stays_with_the_rows_that_see_it(place, kind):
+def test_nan_stays_with_the_seqs_that_see_it(place, kind):
     problem = paged_problem([(200, 300)], kind=kind, dim=128, q_type="e4m3:tensor")
     problem.v.elements[problem.slot(0, 333)[0], 0, 333 % 64, 5] = 0x7F
     problem.k.elements[problem.slot(0, 450)[0], 1, 450 % 64, 7] = 0xFF
@@ -138,9 +138,9 @@ def test_two_levels_of_accumulation(place):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_type", ["e4m3", "e5m2"])
 def test_contiguous_keys(place, kv_type, dim, causal):
-    rows = [(300, 300), (77, 400), (0, 5), (129, 64), (200, 100)]
+    seqs = [(300, 300), (77, 400), (0, 5), (129, 64), (200, 100)]
     problem = flash_problem(
-        rows,
+        seqs,
         heads=(4, 2),
         dim=dim,
         q_type="e4m3:tensor",

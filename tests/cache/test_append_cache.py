@@ -56,15 +56,15 @@ def check(cache: Cache, tables, cached, cu, tokens: int, place: str, dtype=BF16,
     shape = (tokens, cache.key.shape[1], cache.key.shape[3])
     marker = np.full(shape, 77, dtype)
     moved = in_layout(cache, layout)
-    rows = [np.asarray(a, np.int32) for a in (tables, cached, cu)]
-    actual = append(moved, marker, -marker, *rows, place, layout)
-    expected = model(moved, marker, -marker, *rows, layout)
+    seqs = [np.asarray(a, np.int32) for a in (tables, cached, cu)]
+    actual = append(moved, marker, -marker, *seqs, place, layout)
+    expected = model(moved, marker, -marker, *seqs, layout)
     assert_same_bits(actual[0], expected[0], "key")
     assert_same_bits(actual[1], expected[1], "value")
     return actual
 
 
-def _rows(cached, seed=0):
+def _seqs(cached, seed=0):
     step, num_blocks = make_step(cached, [0] * len(cached), seed=seed)
     return step.block_tables, step.seq_lens_decoder, np.cumsum([0, *cached]), num_blocks
 
@@ -73,9 +73,9 @@ def _rows(cached, seed=0):
 @pytest.mark.parametrize("layout", ["fastattn", "fastdeploy"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
-def test_ragged_rows(place, cache_quant_type, fp8_format, head_dim, layout, dtype):
+def test_ragged_seqs(place, cache_quant_type, fp8_format, head_dim, layout, dtype):
     """Random bytes: every code, NaN ones included, and infinities from the product."""
-    tables, cached, cu, num_blocks = _rows(CACHED)
+    tables, cached, cu, num_blocks = _seqs(CACHED)
     cache = make_cache(cache_quant_type, num_blocks, 2, head_dim, fp8_format=fp8_format)
     check(cache, tables, cached, cu, sum(CACHED), place, dtype, layout)
 
@@ -95,7 +95,7 @@ def test_ragged_rows(place, cache_quant_type, fp8_format, head_dim, layout, dtyp
     ],
 )
 def test_scales(place, cache_quant_type, granularity, scale_dtype, layout):
-    tables, cached, cu, num_blocks = _rows([70, 3])
+    tables, cached, cu, num_blocks = _seqs([70, 3])
     cache = make_cache(
         cache_quant_type, num_blocks, 3, 128, scale_dtype=scale_dtype, granularity=granularity
     )
@@ -162,7 +162,7 @@ def test_reads_back_what_was_written(place, cache_quant_type, fp8_format):
 
 
 def test_tokens_that_stay_untouched(place):
-    """Room beyond a row's cached tokens, gaps, unassigned blocks, and tokens of no row."""
+    """Room beyond a sequence's cached tokens, gaps, unassigned blocks, tokens of no sequence."""
     cache = make_cache("block_wise_fp8", 4, 2, 64)
     tables = [[3, -1, 1], [99, 2, 0]]
     key, value = check(cache, tables, [150, 100], [2, 160, 300], 310, place)
@@ -206,17 +206,17 @@ def test_no_blocks_and_no_tokens(place):
 
 
 def test_stale_slots_do_not_matter(place):
-    """Slots past a row's length may hold NaN codes and NaN scales."""
+    """Slots past a sequence's length may hold NaN codes and NaN scales."""
     cached = [5, 64, 70]
-    tables, lengths, cu, num_blocks = _rows(cached)
+    tables, lengths, cu, num_blocks = _seqs(cached)
     cache = make_cache("block_wise_fp8", num_blocks, 2, 64)
     dirty = cache.copy()
     key = unpack(dirty.key, "k", "fastattn", int8=False)
     value = unpack(dirty.value, "v", "fastattn", int8=False)
     used = np.zeros((num_blocks, BLOCK_SIZE), bool)
-    for row, length in enumerate(cached):
+    for seq, length in enumerate(cached):
         for i in range(length):
-            used[tables[row, i // BLOCK_SIZE], i % BLOCK_SIZE] = True
+            used[tables[seq, i // BLOCK_SIZE], i % BLOCK_SIZE] = True
     for codes in (key, value):
         codes.swapaxes(1, 2)[~used] = 0x7F
     for scales in (dirty.k_scales, dirty.v_scales):
@@ -250,8 +250,8 @@ def test_every_code_times_a_scale_is_one_rounded_product(place):
         )
         for dtype in (np.float16, BF16):
             zeros = np.zeros((64, 8, 128), dtype)
-            rows = [np.asarray(a, np.int32) for a in ([[0]], [64], [0, 64])]
-            outputs = append(cache, zeros, zeros, *rows, place)
+            seqs = [np.asarray(a, np.int32) for a in ([[0]], [64], [0, 64])]
+            outputs = append(cache, zeros, zeros, *seqs, place)
             for out, scale in zip(outputs, (scales, scales[::-1])):
                 exact = from_codes(logical[0], code).astype(np.float64) * scale[:, None, None]
                 with np.errstate(over="ignore"):
@@ -308,13 +308,13 @@ def _write_then_append(x, key_cache, value_cache, scales, out, tables, cu, zero,
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_all_modes_of_paddle(place, dynamic):
-    tables, cached, cu, num_blocks = _rows([70, 3])
+    tables, cached, cu, num_blocks = _seqs([70, 3])
     cache = in_layout(make_cache("block_wise_fp8", num_blocks, 2, 64), "fastdeploy")
     outputs = [np.full((73, 2, 64), x, BF16) for x in (1, 2)]
-    rows = (tables, cached, cu.astype(np.int32))
-    arrays = [cache.key, cache.value, *outputs, cache.k_scales, cache.v_scales, *rows]
+    seqs = (tables, cached, cu.astype(np.int32))
+    arrays = [cache.key, cache.value, *outputs, cache.k_scales, cache.v_scales, *seqs]
     _, inputs = run_all_modes(_append_dynamic, arrays, place, dynamic=dynamic)
-    expected = model(cache, *outputs, *rows, "fastdeploy")
+    expected = model(cache, *outputs, *seqs, "fastdeploy")
     assert_same_bits(inputs[2], expected[0])
     assert_same_bits(inputs[3], expected[1])
 

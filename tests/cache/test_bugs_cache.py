@@ -20,15 +20,15 @@ def _int32(values) -> np.ndarray:
 
 
 def _step(cached: int, new: int, table=((0, 1),)) -> Step:
-    """One row."""
+    """One sequence."""
     return Step(_int32(table), _int32([0, new]), _int32([cached]), _int32([new]))
 
 
 def _read(cache: Cache, tokens: int, place: str, table=((0, 1),), dtype=BF16, layout="fastattn"):
-    """Dequantised (key, value) of the first tokens of one row."""
+    """Dequantised (key, value) of the first tokens of one sequence."""
     out = np.zeros((tokens, cache.key.shape[1], cache.key.shape[3]), dtype)
-    rows = (_int32(table), _int32([tokens]), _int32([0, tokens]))
-    return append(cache, out, out, *rows, place, layout)
+    seqs = (_int32(table), _int32([tokens]), _int32([0, tokens]))
+    return append(cache, out, out, *seqs, place, layout)
 
 
 def _fill(shape, value, dtype=BF16) -> np.ndarray:
@@ -39,19 +39,19 @@ def _fill(shape, value, dtype=BF16) -> np.ndarray:
 @pytest.mark.parametrize("cache_quant_type", ["block_wise_fp8", "block_wise_int8"])
 def test_bug01_v_dynamic_scale_index(place, cache_quant_type, layout):
     """V of token r is r + 1: a scale read from another token gives another constant."""
-    rows = np.arange(1, 65)[:, None, None]
-    x = _fill((64, 1, 128), rows)
+    tokens = np.arange(1, 65)[:, None, None]
+    x = _fill((64, 1, 128), tokens)
     cache = write(make_cache(cache_quant_type, 2, 1, 128), x, x, _step(0, 64), place)
     int8 = "int8" in cache_quant_type
     for kind, name in (("k", "key"), ("v", "value")):
         codes = unpack(getattr(cache, name), kind, "fastattn", int8=int8)
         setattr(cache, name, pack(codes, kind, layout, int8=int8))
     for out in _read(cache, 64, place, layout=layout):
-        assert_within(out, np.broadcast_to(rows, out.shape), rows * 0.01)
+        assert_within(out, np.broadcast_to(tokens, out.shape), tokens * 0.01)
 
 
 @pytest.mark.parametrize("cache_quant_type", ["block_wise_fp8", "block_wise_int8"])
-def test_bug06_all_zero_row(place, cache_quant_type):
+def test_bug06_all_zero_token(place, cache_quant_type):
     """The floor scale instead of 448 / 0."""
     x = _fill((8, 1, 128), 1.0)
     x[5] = 0
@@ -67,7 +67,7 @@ def test_bug06_all_zero_row(place, cache_quant_type):
 
 
 @pytest.mark.parametrize("value", [0.005, 6e-8, -0.0068])
-def test_bug07_fp16_row_whose_multiplier_overflows(place, value):
+def test_bug07_fp16_token_whose_multiplier_overflows(place, value):
     """448 / 0.005 is no fp16 number; the multiplier is fp32."""
     x = _fill((1, 1, 128), value, np.float16)
     cache = write(make_cache("block_wise_fp8", 2, 1, 128), x, x, _step(0, 1), place)
@@ -144,23 +144,23 @@ def test_bug11_chunk_that_starts_inside_a_recycled_block(place, cache_quant_type
 
 def test_bug12_unsupported_shapes_and_dtypes_are_errors(place):
     """Blocks of 32 tokens, fp32 outputs, odd head sizes: an error, never an untouched output."""
-    rows = [to_paddle(a, place) for a in _step(0, 1).arrays]
+    seqs = [to_paddle(a, place) for a in _step(0, 1).arrays]
     x = to_paddle(np.zeros((1, 1, 128), np.float32), place)
     scale = to_paddle(np.ones(1, np.float32), place)
     options = {"cache_k_scales": scale, "cache_v_scales": scale, "cache_quant_type": "cache_fp8"}
     small = to_paddle(np.zeros((2, 1, 32, 128), np.uint8), place)
     with pytest.raises(ValueError, match="key_cache: expected blocks of 64 tokens"):
-        F.write_cache_kv(x, x, small, small, *rows, **options)
+        F.write_cache_kv(x, x, small, small, *seqs, **options)
     cache = make_cache("cache_fp8", 2, 1, 128)
     caches = [to_paddle(a, place) for a in (cache.key, cache.value)]
-    lengths = [rows[0], rows[2], rows[1]]
+    lengths = [seqs[0], seqs[2], seqs[1]]
     with pytest.raises(ValueError, match="key_cache: expected blocks of 64 tokens"):
         F.append_cache_kv_c8(small, small, x, x, *lengths, dynamic_quant=False, **options)
     with pytest.raises(TypeError, match="key: expected dtype bfloat16 or float16, got float32"):
         F.append_cache_kv_c8(*caches, x, x, *lengths, dynamic_quant=False, **options)
     odd = to_paddle(np.zeros((2, 1, 64, 96), np.uint8), place)
     with pytest.raises(NotImplementedError, match="head_dim 96 is not supported"):
-        F.write_cache_kv(x, x, odd, odd, *rows, **options)
+        F.write_cache_kv(x, x, odd, odd, *seqs, **options)
 
 
 def test_bug15_scales_of_all_heads_for_a_shard_of_them(place):
@@ -209,12 +209,12 @@ def _convert(cache):
 
 def test_bug19_shape_functions_of_every_operator(place):
     """Tracing calls them; a wrong arity ends the process there."""
-    rows = [*_step(3, 2).arrays]
+    seqs = [*_step(3, 2).arrays]
     x = make_values((2, 1, 128), BF16)
     cache = make_cache("none", 2, 1, 128)
-    run_all_modes(_write, [x, x, cache.key, cache.value, *rows], place, dynamic=True)
+    run_all_modes(_write, [x, x, cache.key, cache.value, *seqs], place, dynamic=True)
     cache = make_cache("cache_int8", 2, 1, 128)
-    lengths = [rows[0], rows[2], _int32([0, 2])]
+    lengths = [seqs[0], seqs[2], _int32([0, 2])]
     arrays = [cache.key, cache.value, x, x, *lengths, np.float32([0.3])]
     run_all_modes(_append, arrays, place, dynamic=True)
     run_all_modes(_convert, [cache.key], place, dynamic=True)

@@ -20,7 +20,7 @@ def _zeros(shape, dtype="float32"):
 
 
 def _write_arguments(cache_quant_type: str = "block_wise_fp8") -> dict:
-    """Valid arguments: 2 rows, 5 tokens, 2 KV heads, head_dim 64, 4 blocks."""
+    """Valid arguments: 2 sequences, 5 tokens, 2 KV heads, head_dim 64, 4 blocks."""
     step, num_blocks = make_step([3, 60], [1, 4], spare_blocks=1)
     cache = make_cache(cache_quant_type, num_blocks, 2, 64)
     names = ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time")
@@ -306,7 +306,7 @@ def test_written_memory_is_not_shared(kind, written, other):
 
 
 def _append_arguments(cache_quant_type: str = "block_wise_fp8") -> dict:
-    """Valid arguments: 2 rows, 64 tokens, 2 KV heads, head_dim 64."""
+    """Valid arguments: 2 sequences, 64 tokens, 2 KV heads, head_dim 64."""
     step, num_blocks = make_step([3, 61], [0, 0], spare_blocks=1)
     cache = make_cache(cache_quant_type, num_blocks, 2, 64)
     return {

@@ -43,7 +43,7 @@ KINDS = [
     CacheKind("block_wise_fp8", scale_dtype="bfloat16"),
 ]
 #: Decode, a few tokens, prefill and a chunk, over whole blocks and parts of them.
-ROWS = [(100, 1), (64, 3), (0, 130), (75, 70), (0, 1)]
+SEQS = [(100, 1), (64, 3), (0, 130), (75, 70), (0, 1)]
 
 
 @dataclasses.dataclass
@@ -71,7 +71,7 @@ class StridedProblem(PagedProblem):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_paged_attention(place, kind, dim, layout):
-    problem = paged_problem(ROWS, heads=(6, 3), dim=dim, kind=kind)
+    problem = paged_problem(SEQS, heads=(6, 3), dim=dim, kind=kind)
     out, lse = StridedProblem.of(problem, layout).check(place)
     expected, expected_lse = problem.run(place)
     assert_same_bits(out, expected, "out")
@@ -82,7 +82,7 @@ def test_paged_attention(place, kind, dim, layout):
 @pytest.mark.parametrize("kind", [PLAIN, KINDS[2], KINDS[3], KINDS[4], BLOCK_WISE_FP8], ids=str)
 def test_values_that_are_not_finite_for_some_queries(place, kind, layout):
     """A NaN in V that late queries of a prompt see and early ones do not."""
-    problem = paged_problem(ROWS, heads=(6, 3), dim=64, kind=kind)
+    problem = paged_problem(SEQS, heads=(6, 3), dim=64, kind=kind)
     for seq, position in ((2, 77), (3, 120)):
         block = problem.block_tables[seq, position // 64]
         problem.v.poison((block, slice(None), position % 64))
@@ -99,7 +99,7 @@ def test_values_that_are_not_finite_for_some_queries(place, kind, layout):
 @pytest.mark.parametrize("q_type", ["e4m3:tensor", "e4m3:token_head"])
 @pytest.mark.parametrize("kind", [KINDS[3], KINDS[4], BLOCK_WISE_FP8], ids=str)
 def test_paged_attention_with_fp8_queries(place, kind, q_type, layout):
-    problem = paged_problem(ROWS, heads=(6, 3), dim=128, kind=kind, q_type=q_type)
+    problem = paged_problem(SEQS, heads=(6, 3), dim=128, kind=kind, q_type=q_type)
     out, _ = StridedProblem.of(problem, layout).check(place)
     assert_same_bits(out, problem.run(place)[0], "out")
 
@@ -110,9 +110,9 @@ def test_one_kv_head_and_one_block(place, heads, layout):
     """Strides of dimensions of one entry mean nothing."""
     problem = paged_problem([(3, 40)], heads=heads, dim=128, kind=BLOCK_WISE_FP8)
     table = problem.block_tables[0, 0]
-    for half in (problem.k, problem.v):
-        half.elements = half.elements[table : table + 1]
-        half.scales = half.scales[table : table + 1]
+    for stored in (problem.k, problem.v):
+        stored.elements = stored.elements[table : table + 1]
+        stored.scales = stored.scales[table : table + 1]
     problem.block_tables = np.zeros_like(problem.block_tables)
     out, _ = StridedProblem.of(problem, layout).check(place)
     assert_same_bits(out, problem.run(place)[0], "out")
@@ -254,8 +254,8 @@ def _check_append(place, cache_quant_type, fp8_format, head_dim, layout, cache_l
         cache_layout=cache_layout,
         **cache.options,
     )
-    rows = (step.block_tables, step.seq_lens_decoder, cu)
-    expected = test_append_cache.model(cache, marker, -marker, *rows, cache_layout)
+    seqs = (step.block_tables, step.seq_lens_decoder, cu)
+    expected = test_append_cache.model(cache, marker, -marker, *seqs, cache_layout)
     for name, actual, wanted in zip(("key", "value"), outputs, expected):
         assert_same_bits(to_numpy(actual), wanted, name)
     assert_written(placed, cache)  # only read
@@ -301,7 +301,7 @@ def test_conversions(place, cache_quant_type, src, dst, in_place, layout):
 @pytest.mark.parametrize("cache_quant_type", ["none", "cache_int8", "cache_fp8", "block_wise_fp8"])
 def test_gqa_rope_write_cache(place, cache_quant_type, layout):
     from fastattn.compat import fastdeploy as ops
-    from tests.server.test_compat_fastdeploy import ROWS as STEP
+    from tests.server.test_compat_fastdeploy import SEQS as STEP
     from tests.server.test_compat_fastdeploy import Step
 
     step = Step(STEP, cache_quant_type=cache_quant_type, dim=128, blocks=12)
@@ -538,7 +538,7 @@ def test_alignment(place):
 def test_views_as_users_make_them(place):
     """``[num_blocks, 2, 64, KV, D]``, as other packages keep K and V, by slices and a transpose."""
     skip_slices_on(place)
-    problem = paged_problem(ROWS, heads=(6, 3), dim=128)
+    problem = paged_problem(SEQS, heads=(6, 3), dim=128)
     pool = np.stack([problem.k.packed(), problem.v.packed()], 1).transpose(0, 1, 3, 2, 4)
     memory = to_paddle(pool, place)
     views = [memory[:, i].transpose([0, 2, 1, 3]) for i in range(2)]

@@ -203,7 +203,7 @@ def test_model_normalises_to_the_weight():
 @pytest.mark.parametrize("q_quant", QUANTS)
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_ragged_rows(place, head_dim, cache, q_quant):
+def test_ragged_seqs(place, head_dim, cache, q_quant):
     check(
         make_case(
             [0, 63, 5, 130, 64, 0],
@@ -267,21 +267,21 @@ def test_bf16_scales_are_rounded_before_use(place, cache):
 
 @pytest.mark.parametrize("new", [1, 2, 5, 8])
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
-def test_decode_and_speculative_rows(place, cache, new):
+def test_decode_and_speculative_seqs(place, cache, new):
     check(make_case([63, 1, 128, 61], [new] * 4, cache=cache, q_quant="per_token_head"), place)
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
-@pytest.mark.parametrize(("rows", "most"), [(1100, 1), (90, 4), (50, 30)])
-def test_many_rows_of_which_some_rest(place, rows, most, with_ids):
-    """Rows lie far from where their tokens' number would have them."""
-    rng = np.random.default_rng(rows)
-    new = rng.integers(0, most + 1, rows)
-    new[: rows // 3] = 0
+@pytest.mark.parametrize(("seqs", "most"), [(1100, 1), (90, 4), (50, 30)])
+def test_many_seqs_of_which_some_rest(place, seqs, most, with_ids):
+    """Sequences lie far from where their tokens' number would have them."""
+    rng = np.random.default_rng(seqs)
+    new = rng.integers(0, most + 1, seqs)
+    new[: seqs // 3] = 0
     options = {"heads": 2, "kv_heads": 1, "neox": True, "q_quant": "per_token_head"}
-    case = make_case(list(rng.integers(0, 70, rows)), list(new), cache=CACHES[-1], **options)
+    case = make_case(list(rng.integers(0, 70, seqs)), list(new), cache=CACHES[-1], **options)
     if with_ids:
-        ids = np.repeat(np.arange(rows), new).astype(np.int32)
+        ids = np.repeat(np.arange(seqs), new).astype(np.int32)
         ids[::7] = -1
         case.tensors["batch_id_per_token"] = ids
     check(case, place)
@@ -377,7 +377,7 @@ def test_padding_tokens_leave_the_cache_and_get_zero(place):
     case = dataclasses.replace(case, qkv=np.concatenate([case.qkv, extra]))
     case.tensors["batch_id_per_token"] = ids
     q, descale, _ = check(case, place)
-    skipped = [1, 7, 8, 9, 10, 11]  # 9 names a row that is not its own
+    skipped = [1, 7, 8, 9, 10, 11]  # 9 names a sequence that is not its own
     assert not q[skipped].any()
     assert_same_bits(
         descale[skipped], np.full((6, 4), np.float32(1e-6) / np.float32(448), np.float32)
@@ -458,7 +458,7 @@ def test_unassigned_blocks_are_skipped(place):
     check(case, place)
 
 
-def test_a_row_longer_than_its_block_table(place):
+def test_a_seq_longer_than_its_block_table(place):
     case = make_case([0], [130], cache=CACHES[-1])
     case.step.block_tables = case.step.block_tables[:, :1].copy()
     check(case, place)

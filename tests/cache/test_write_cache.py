@@ -213,8 +213,8 @@ def test_any_split_into_chunks_gives_the_same_bytes(place):
         assert_same_cache(actual, expected)
 
 
-def test_rows_give_fewer_tokens_than_their_room(place):
-    """seq_lens_this_time decides; the rest of a row's room and the tail are padding."""
+def test_seqs_give_fewer_tokens_than_their_room(place):
+    """seq_lens_this_time decides; the rest of a sequence's room and the tail are padding."""
     step, num_blocks = make_step([10, 20, 30], [8, 8, 8])
     step.seq_lens_this_time[:] = [3, 0, 100]
     cache = make_cache("block_wise_fp8", num_blocks, 2, 64)
@@ -223,12 +223,12 @@ def test_rows_give_fewer_tokens_than_their_room(place):
 
 
 @pytest.mark.parametrize("cache_quant_type", ["none", "cache_int8", "block_wise_fp8"])
-@pytest.mark.parametrize(("rows", "most"), [(1100, 1), (50, 30)])
-def test_many_rows_of_which_some_rest(place, rows, most, cache_quant_type):
-    rng = np.random.default_rng(rows)
-    new = rng.integers(0, most + 1, rows)
-    new[: rows // 3] = 0
-    step, num_blocks = make_step(list(rng.integers(0, 70, rows)), list(new))
+@pytest.mark.parametrize(("seqs", "most"), [(1100, 1), (50, 30)])
+def test_many_seqs_of_which_some_rest(place, seqs, most, cache_quant_type):
+    rng = np.random.default_rng(seqs)
+    new = rng.integers(0, most + 1, seqs)
+    new[: seqs // 3] = 0
+    step, num_blocks = make_step(list(rng.integers(0, 70, seqs)), list(new))
     cache = make_cache(cache_quant_type, num_blocks, 1, 64)
     key, value = (make_values((step.num_tokens, 1, 64), BF16, seed) for seed in (1, 2))
     assert_same_cache(write(cache, key, value, step, place), model(cache, key, value, step))
@@ -280,8 +280,8 @@ def test_values_out_of_range_are_skipped(place, change, cache_quant_type):
     assert_same_cache(write(cache, key, key, step, place, ids), model(cache, key, key, step, ids))
 
 
-def test_no_tokens_no_rows_no_blocks(place):
-    for tokens, rows, max_blocks, num_blocks in (
+def test_no_tokens_no_seqs_no_blocks(place):
+    for tokens, seqs, max_blocks, num_blocks in (
         (0, 2, 3, 4),
         (5, 0, 0, 4),
         (5, 2, 0, 4),
@@ -289,10 +289,10 @@ def test_no_tokens_no_rows_no_blocks(place):
         (0, 0, 0, 0),
     ):
         step = Step(
-            np.zeros((rows, max_blocks), np.int32),
-            np.arange(rows + 1, dtype=np.int32),
-            np.zeros(rows, np.int32),
-            np.ones(rows, np.int32),
+            np.zeros((seqs, max_blocks), np.int32),
+            np.arange(seqs + 1, dtype=np.int32),
+            np.zeros(seqs, np.int32),
+            np.ones(seqs, np.int32),
         )
         if num_blocks == 0 and not EMPTY_OUTPUTS:
             continue  # Paddle 2.6 refuses an empty output, written in place or not

@@ -51,7 +51,7 @@ def small(**options) -> tuple:
 @each_backend
 @each_type
 def test_a_day_of_serving(place, backend, cache):
-    """Prefill in odd chunks, decode, speculative, mixed and stopped rows, padding tokens."""
+    """Prefill in odd chunks, decode, speculative, mixed and stopped sequences, padding tokens."""
     server = Server(backend, Model(*cache), [140, 100, 70, 30], place)
     server.step([7, 65, 0, 1])
     server.step([63, 1, 64, 8])
@@ -96,7 +96,7 @@ def test_chunked_prefill_equals_one_prefill(place, backend, cache):
 @each_backend
 @each_type
 def test_a_shared_prefix(place, backend, cache):
-    """Row 1 starts with two blocks that row 0 has written."""
+    """Sequence 1 starts with two blocks that sequence 0 has written."""
     server = Server(backend, Model(*cache), [200, 170], place, shared=2)
     server.cached[1] = 0
     server.step([130, 0])
@@ -107,7 +107,7 @@ def test_a_shared_prefix(place, backend, cache):
 
 
 @pytest.mark.parametrize("drafts", range(2, 9))
-def test_speculative_rows_overwrite_rejected_drafts(place, drafts):
+def test_speculative_seqs_overwrite_rejected_drafts(place, drafts):
     model = Model("block_wise_fp8")
     server = Server(AppendAttentionBackend, model, [120, 90], place)
     server.step([61, 30])
@@ -154,8 +154,8 @@ def test_mask_offsets_are_the_whole_mask(place):
         offsets[5] = (10, 10)  # nothing visible
         given = server.on(offsets.astype(np.int32).reshape(-1 if flat else (60, 2)))
         out = server.run([40, 20], attn_mask_offsets=given)[0]
-        for row, part, at in ((0, slice(0, 40), 60), (1, slice(40, 60), 0)):
-            tokens = server.tokens[row][0, : at + part.stop - part.start]
+        for seq, part, at in ((0, slice(0, 40), 60), (1, slice(40, 60), 0)):
+            tokens = server.tokens[seq][0, : at + part.stop - part.start]
             exact = model.attention(
                 tokens,
                 at,

@@ -23,8 +23,8 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.__na
 
 
 @each_backend
-def test_bug13_every_token_of_a_decode_row_is_produced(place, backend):
-    """A decode row of 5 tokens beside a prefill row, though the host was told of 1."""
+def test_bug13_every_token_of_a_decode_seq_is_produced(place, backend):
+    """A decode sequence of 5 tokens beside a prefill sequence, though the host was told of 1."""
     server = Server(backend, Model("block_wise_fp8", head_dim=128), [30, 80], place)
     server.step([20, 0])
     server.step([5, 70], prefill=[False, True])
@@ -113,7 +113,8 @@ def test_bug17_neox_layers_normalise_and_skip_padding(place, backend, cache):
     server.run([0, 0], padding=4)  # a step of padding tokens only
     for old, tensor in zip(before, server.caches):
         assert_same_bits(to_numpy(tensor), old)
-    ids = server.on(np.full(3, -1, np.int32))  # padding inside a row, as a replayed graph has it
+    # Padding inside a sequence, as a replayed graph has it.
+    ids = server.on(np.full(3, -1, np.int32))
     server.run([2, 1], batch_id_per_token=ids)
     for old, tensor in zip(before, server.caches):
         assert_same_bits(to_numpy(tensor), old)

@@ -27,22 +27,22 @@ class Step:
 
     Parameters
     ----------
-    rows : list of (encoder, decoder, new)
+    seqs : list of (encoder, decoder, new)
     """
 
-    def __init__(self, rows, *, cache_quant_type="block_wise_fp8", dtype=BF16, heads=4, kv=2,
+    def __init__(self, seqs, *, cache_quant_type="block_wise_fp8", dtype=BF16, heads=4, kv=2,
                  dim=128, neox=False, partial=False, norm=False, padding=0, blocks=9,
                  per_channel=False, scale_dtype=BF16, seed=0):  # fmt: skip
         rng = np.random.default_rng(seed)
         self.type, self.heads, self.kv, self.dim, self.neox = cache_quant_type, heads, kv, dim, neox
         self.rotary_dim = dim // 2 if partial else dim
-        self.encoder, self.decoder, self.new = (np.array(x, np.int32) for x in zip(*rows))
+        self.encoder, self.decoder, self.new = (np.array(x, np.int32) for x in zip(*seqs))
         self.cu_q = np.concatenate([[0], np.cumsum(self.new)]).astype(np.int32)
         prefix = np.where(self.encoder > 0, self.decoder, 0)
         self.cu_k = np.concatenate([[0], np.cumsum(prefix + self.new)]).astype(np.int32)
         tokens = int(self.cu_q[-1]) + padding
         self.batch_ids = np.full(tokens, -1, np.int32)
-        self.batch_ids[: self.cu_q[-1]] = np.repeat(np.arange(len(rows)), self.new)
+        self.batch_ids[: self.cu_q[-1]] = np.repeat(np.arange(len(seqs)), self.new)
         self.qkv = rng.normal(size=(tokens, (heads + 2 * kv) * dim)).astype(dtype)
         columns = {(False, False): dim, (True, False): dim, (True, True): dim // 2}
         table = make_rotary_embs(256, columns.get((neox, partial), dim // 2), theta=77, neox=neox)
@@ -53,11 +53,11 @@ class Step:
         self.table = np.ascontiguousarray(table)
         self.norms = [rng.uniform(0.5, 2, dim).astype(np.float32) if norm else None for _ in "qk"]
         order = rng.permutation(blocks)
-        self.tables = np.full((len(rows), 4), -1, np.int32)
+        self.tables = np.full((len(seqs), 4), -1, np.int32)
         at = 0
-        for row, length in enumerate(self.decoder + self.new):
+        for seq, length in enumerate(self.decoder + self.new):
             count = -(-int(length) // 64)
-            self.tables[row, :count] = order[at : at + count]
+            self.tables[seq, :count] = order[at : at + count]
             at += count
         assert at <= blocks
         self.code = "int8" if cache_quant_type == "cache_int8" else "e4m3"
@@ -153,16 +153,16 @@ class Step:
         for side, new in enumerate((k, v)):
             cache, scale = self._side(side)
             out = np.zeros((int(self.cu_k[-1]), self.kv, self.dim), self.qkv.dtype)
-            for row, prefix in enumerate(np.where(self.encoder > 0, self.decoder, 0)):
+            for seq, prefix in enumerate(np.where(self.encoder > 0, self.decoder, 0)):
                 for i in range(prefix):
-                    block = block_of(self.tables[row], i, len(cache))
+                    block = block_of(self.tables[seq], i, len(cache))
                     if block is not None:
-                        out[self.cu_k[row] + i] = self._read(cache, scale, block, i % 64)
-            for token, row, position in owners:
-                prefix = self.decoder[row] if self.encoder[row] > 0 else 0
-                out[self.cu_k[row] + prefix + token - self.cu_q[row]] = new[token]
-                if self.encoder[row] > 0:
-                    block = block_of(self.tables[row], position, len(cache))
+                        out[self.cu_k[seq] + i] = self._read(cache, scale, block, i % 64)
+            for token, seq, position in owners:
+                prefix = self.decoder[seq] if self.encoder[seq] > 0 else 0
+                out[self.cu_k[seq] + prefix + token - self.cu_q[seq]] = new[token]
+                if self.encoder[seq] > 0:
+                    block = block_of(self.tables[seq], position, len(cache))
                     if block is not None:
                         self._write(cache, scale, block, position % 64, new[token])
             if self.type != "none":
@@ -211,15 +211,15 @@ class Step:
                 assert_same_bits(to_numpy(a), b, f"{name} scales")
 
 
-#: Prefill, chunked prefill, prefix hit, decode, stopped, and speculative rows.
-ROWS = [(70, 0, 70), (9, 67, 9), (0, 100, 1), (5, 64, 5), (0, 30, 0), (0, 5, 3)]
+#: Prefill, chunked prefill, prefix hit, decode, stopped, and speculative sequences.
+SEQS = [(70, 0, 70), (9, 67, 9), (0, 100, 1), (5, 64, 5), (0, 30, 0), (0, 5, 3)]
 
 
 @pytest.mark.parametrize("cache_quant_type", TYPES)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16)], ids=str)
 def test_a_mixed_step(place, cache_quant_type, dim, dtype):
-    step = Step(ROWS, cache_quant_type=cache_quant_type, dim=dim, dtype=dtype, blocks=12, padding=3)
+    step = Step(SEQS, cache_quant_type=cache_quant_type, dim=dim, dtype=dtype, blocks=12, padding=3)
     step.run_and_check(place)
 
 
@@ -228,7 +228,7 @@ def test_a_mixed_step(place, cache_quant_type, dim, dtype):
     ("neox", "partial"), [(False, False), (True, False), (True, True), (False, True)]
 )
 def test_rotary_styles_and_norms(place, cache_quant_type, neox, partial):
-    step = Step(ROWS, cache_quant_type=cache_quant_type, neox=neox, partial=partial, norm=True,
+    step = Step(SEQS, cache_quant_type=cache_quant_type, neox=neox, partial=partial, norm=True,
                 heads=6, kv=3, blocks=12)  # fmt: skip
     step.run_and_check(place)
 
@@ -238,7 +238,7 @@ def test_static_scales_of_every_kind(place, scale_dtype):
     if place == "gpu" and scale_dtype == np.float16 and paddle.__version__.startswith("2."):
         pytest.skip("this Paddle converts no types on recent GPUs")
     for per_channel in (False, True):
-        step = Step(ROWS, cache_quant_type="cache_int8", per_channel=per_channel, blocks=12,
+        step = Step(SEQS, cache_quant_type="cache_int8", per_channel=per_channel, blocks=12,
                     scale_dtype=scale_dtype)  # fmt: skip
         step.run_and_check(place)
 
@@ -265,7 +265,7 @@ def test_bug11_a_chunk_in_the_middle_of_a_stale_block(place, cache_quant_type):
     step.run_and_check(place)
 
 
-def test_bug06_rows_of_zeros_stay_finite(place):
+def test_bug06_tokens_of_zeros_stay_finite(place):
     step = Step([(4, 0, 4)])
     step.qkv[1] = 0
     step.qkv[2] *= np.array(1e-6, BF16)
@@ -276,7 +276,7 @@ def test_bug06_rows_of_zeros_stay_finite(place):
 
 def test_wild_lengths_and_blocks_stay_inside(place):
     """Block ids outside the cache, offsets outside k and v: left out, the rest is right."""
-    step = Step(ROWS, blocks=12)
+    step = Step(SEQS, blocks=12)
     step.tables[0, 1] = 99
     step.tables[1, 0] = -7
     arguments = step.arguments(place)
@@ -295,7 +295,7 @@ def test_without_batch_ids_or_with_cuda_graph_padding(place):
     step = Step([(0, 9, 1), (6, 0, 6)], padding=4)
     step.run_and_check(place)
     step.run_and_check(place, batch_id_per_token=None)
-    step.batch_ids[0] = -1  # padding inside a row
+    step.batch_ids[0] = -1  # padding inside a sequence
     step.arguments(place)
     q = ops.gqa_rope_write_cache(*step.arguments(place))[0]
     assert not to_numpy(q)[0].any()
@@ -303,9 +303,9 @@ def test_without_batch_ids_or_with_cuda_graph_padding(place):
 
 def test_the_older_order_of_arguments(place):
     """Without use_neox_rotary_style: (rms_norm_eps, cache_quant_type, rope_3d)."""
-    Step(ROWS, blocks=12).run_and_check(place, older=True)
+    Step(SEQS, blocks=12).run_and_check(place, older=True)
     with pytest.raises(NotImplementedError, match="rope_3d"):
-        ops.gqa_rope_write_cache(*Step(ROWS, blocks=12).arguments(older=True, rope_3d=True))
+        ops.gqa_rope_write_cache(*Step(SEQS, blocks=12).arguments(older=True, rope_3d=True))
 
 
 def test_names_and_defaults_are_fastdeploys():
@@ -338,7 +338,7 @@ def test_names_and_defaults_are_fastdeploys():
         ({"seq_lens_this_time": to_paddle(np.zeros(6))}, TypeError, "expected dtype int32"),
         ({"cache_k_zp": int32([1])}, ValueError, "cache_k_zp: .*takes no zero point"),
         ({"kv_signal_data": int32([1])}, NotImplementedError, "kv_signal_data: PD"),
-        ({"rope_3d": True}, NotImplementedError, "rope_3d: tables that differ by row"),
+        ({"rope_3d": True}, NotImplementedError, "rope_3d: tables that differ by (row|sequence)"),
         ({"cache_quant_type": "cache_int4_zp"}, NotImplementedError, "'cache_int4_zp' is not"),
         ({"cache_quant_type": "block_wise_int8"}, NotImplementedError, "FastDeploy has no"),
         ({"cache_quant_type": 3}, TypeError, "cache_quant_type: expected str, got int"),
@@ -358,7 +358,7 @@ def test_names_and_defaults_are_fastdeploys():
     ],
 )
 def test_wrong_arguments_are_named(changes, error, text):
-    step = Step(ROWS, blocks=12)
+    step = Step(SEQS, blocks=12)
     with pytest.raises(error, match=f"gqa_rope_write_cache: .*{text}"):
         ops.gqa_rope_write_cache(*step.arguments(**changes))
 
@@ -366,7 +366,7 @@ def test_wrong_arguments_are_named(changes, error, text):
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8"])
 def test_bug15_scales_of_the_whole_model_are_refused(cache_quant_type):
     """A rank that holds 2 of 8 heads must pass its own."""
-    step = Step(ROWS, cache_quant_type=cache_quant_type, blocks=12)
+    step = Step(SEQS, cache_quant_type=cache_quant_type, blocks=12)
     given = to_paddle(np.arange(1, 9, dtype=np.float32))
     with pytest.raises(ValueError, match=r"cache_k_dequant_scales: expected .* scales.*got 8"):
         ops.gqa_rope_write_cache(*step.arguments(cache_k_dequant_scales=given))
@@ -418,7 +418,7 @@ def merge_arguments(place, dtype=BF16, heads=3, dim=128, extra=0, batch_shape=Tr
         for _ in "pd"
     )
     wanted = prefill.copy()
-    wanted[5:10] = decode[5:10]  # row 1 is the only decode row with new tokens
+    wanted[5:10] = decode[5:10]  # sequence 1 is the only decode sequence with new tokens
     lens = [x[:, None] if batch_shape else x for x in (encoder, decoder, new)]
     tensors = [to_paddle(prefill.copy(), place), to_paddle(decode, place)]
     return [*tensors, *(int32(x, place) for x in (*lens, cu)), heads, dim, 1], wanted
@@ -428,8 +428,8 @@ def merge_arguments(place, dtype=BF16, heads=3, dim=128, extra=0, batch_shape=Tr
     "dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.uint8)], ids=str
 )
 @pytest.mark.parametrize("dim", [128, 192, 7])
-def test_bug13_all_tokens_of_decode_rows_are_merged(place, dtype, dim):
-    """All 5 new tokens of a decode row, though max_token is 1; stopped and padding rows stay."""
+def test_bug13_all_tokens_of_decode_seqs_are_merged(place, dtype, dim):
+    """All 5 new tokens of a decode sequence, though max_token is 1; others stay as they are."""
     arguments, wanted = merge_arguments(place, dtype, dim=dim, extra=3)
     result = ops.merge_prefill_decode_output(*arguments)
     assert_same_bits(to_numpy(arguments[0]).view(np.uint8), wanted.view(np.uint8))

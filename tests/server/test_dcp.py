@@ -151,9 +151,9 @@ def test_the_result_is_that_of_one_process(ranks, name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in dcp.CASES if "whole_rows" in n or "all_on_the_last" in n]
+    "name", [n for n in dcp.CASES if "whole_seqs" in n or "all_on_the_last" in n]
 )
-def test_rows_on_one_rank_have_the_same_bits(ranks, name):
+def test_seqs_on_one_rank_have_the_same_bits(ranks, name):
     _, expected, expected_lse = one_process(CASES[name], ranks.place)
     assert_same_bits(ranks[0][name]["out"], expected, "out")
     assert_same_bits(ranks[0][name]["lse"], expected_lse, "lse")
@@ -197,13 +197,13 @@ def test_fp32_exchange_is_nearer_than_16_bits(ranks):
     assert 0.005 < np.mean(ranks[0][name]["out"] != one_process(CASES[name])[1]) < 0.05
 
 
-def test_a_nan_stays_in_the_rows_that_see_it(ranks):
+def test_a_nan_stays_in_the_seqs_that_see_it(ranks):
     problem, expected, _ = one_process(CASES["nan"], ranks.place)
     out = ranks.of("nan")["out"]
     assert_same_bits(np.isnan(out.astype(np.float32)), np.isnan(expected.astype(np.float32)))
     cu = problem.cu_seqlens_q
-    rows = [bool(np.isnan(out[a:b].astype(np.float32)).any()) for a, b in zip(cu, cu[1:])]
-    assert rows == [row in (1, 2, 7) for row in range(len(rows))]
+    seqs = [bool(np.isnan(out[a:b].astype(np.float32)).any()) for a, b in zip(cu, cu[1:])]
+    assert seqs == [seq in (1, 2, 7) for seq in range(len(seqs))]
 
 
 def test_padding_tokens_are_zero(ranks):
@@ -244,15 +244,15 @@ def test_steps_of_a_server(ranks, kind):
             assert_within(rank[name][f"out{i}"], one[f"out{i}"], bound, f"step {i}")
             assert_same_bits(rank[name][f"out{i}"], ranks[0][name][f"out{i}"], f"step {i}")
     # Every token's K codes and scales are on exactly one rank, with the bytes of one process.
-    for row, length in enumerate(one["lengths"]):
+    for seq, length in enumerate(one["lengths"]):
         for block in range(-(-int(length) // 64)):
-            owners = [r for r in ranks if r[name]["tables"][row, block] >= 0]
+            owners = [r for r in ranks if r[name]["tables"][seq, block] >= 0]
             assert owners == [ranks[block % len(ranks)]]
             tokens = min(64, int(length) - 64 * block)
-            at, there = one["tables"][row, block], owners[0][name]["tables"][row, block]
+            at, there = one["tables"][seq, block], owners[0][name]["tables"][seq, block]
             for part in ("key", "k_scales") if kind.dynamic else ("key",):
                 got, expected = owners[0][name][part][there], one[part][at]
-                assert_same_bits(got[:, :tokens], expected[:, :tokens], f"{part} of {row}, {block}")
+                assert_same_bits(got[:, :tokens], expected[:, :tokens], f"{part} of {seq}, {block}")
 
 
 def test_writers_leave_other_blocks_alone(ranks):
@@ -262,8 +262,8 @@ def test_writers_leave_other_blocks_alone(ranks):
         found = results[f"serve-{kind}"]
         fresh = dcp.make_cache("none", len(found["key"]), dcp.KV_HEADS, dcp.DIM, seed=rank)
         used = np.zeros(fresh.key.shape[0], bool)
-        for row, length in enumerate(found["lengths"]):
-            ids = found["tables"][row, : -(-int(length) // 64)]
+        for seq, length in enumerate(found["lengths"]):
+            ids = found["tables"][seq, : -(-int(length) // 64)]
             used[ids[ids >= 0]] = True
         assert used.any() and not used.all()
         assert_same_bits(found["key"][~used], fresh.key[~used], "key")
@@ -273,7 +273,7 @@ def test_writers_leave_other_blocks_alone(ranks):
 
 
 def test_one_process_is_paged_attention():
-    problem = paged_problem(dcp.ROWS, kind=dcp.BLOCK_WISE_FP8, sinks=dcp.SINKS)
+    problem = paged_problem(dcp.SEQS, kind=dcp.BLOCK_WISE_FP8, sinks=dcp.SINKS)
     expected, expected_lse = problem.run("cpu")
     positional, keywords = problem.arguments("cpu")
     out, lse = paged_attention_dcp(*positional, return_softmax_lse=True, **keywords)
@@ -353,7 +353,7 @@ def test_a_query_that_is_no_tensor(monkeypatch):
 def test_out_is_written_in_place(monkeypatch, out_dtype):
     two_ranks(monkeypatch)
     # Twice the same keys: the same output.
-    problem = paged_problem(dcp.ROWS, kind=dcp.BLOCK_WISE_FP8)
+    problem = paged_problem(dcp.SEQS, kind=dcp.BLOCK_WISE_FP8)
     expected, lse = problem.run("cpu", out_dtype=out_dtype)
     out = paddle.zeros(list(expected.shape), out_dtype)
     positional, keywords = problem.arguments("cpu")
@@ -369,7 +369,7 @@ def test_out_is_written_in_place(monkeypatch, out_dtype):
 
 def test_fp8_out_is_written_in_place(monkeypatch):
     two_ranks(monkeypatch)
-    problem = paged_problem(dcp.ROWS, kind=dcp.BLOCK_WISE_FP8, out_scale=dcp.SCALE)
+    problem = paged_problem(dcp.SEQS, kind=dcp.BLOCK_WISE_FP8, out_scale=dcp.SCALE)
     expected, _ = problem.run("cpu")
     out = to_paddle(np.zeros(expected.shape, np.uint8))
     positional, keywords = problem.arguments("cpu")
@@ -398,14 +398,14 @@ def test_processes_without_a_group(monkeypatch):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    rows=st.integers(0, 4),
+    seqs=st.integers(0, 4),
     blocks=st.integers(0, 30),
     world_size=st.integers(1, 9),
     interleave=st.integers(1, 5),
     tokens=st.integers(0, 30 * 64),
 )
-def test_local_tables_are_a_partition(rows, blocks, world_size, interleave, tokens):
-    tables = np.random.default_rng(0).integers(0, 2**31 - 1, (rows, blocks))
+def test_local_tables_are_a_partition(seqs, blocks, world_size, interleave, tokens):
+    tables = np.random.default_rng(0).integers(0, 2**31 - 1, (seqs, blocks))
     before = tables.copy()
     local = [
         dcp_local_block_tables(tables, rank, world_size, interleave=interleave)
@@ -421,17 +421,17 @@ def test_local_tables_are_a_partition(rows, blocks, world_size, interleave, toke
     ]
     assert sum(counts) == used
     assert max(counts) - min(counts) <= interleave
-    if rows and used <= blocks:
+    if seqs and used <= blocks:
         assert counts == [int((x[0, :used] >= 0).sum()) for x in local]
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=st.integers(0, 4), stripes=st.integers(0, 9), world_size=st.integers(1, 9))
-def test_stripes(rows, stripes, world_size):
-    ids = np.random.default_rng(0).integers(-1, 99, (rows, stripes))
+@given(seqs=st.integers(0, 4), stripes=st.integers(0, 9), world_size=st.integers(1, 9))
+def test_stripes(seqs, stripes, world_size):
+    ids = np.random.default_rng(0).integers(-1, 99, (seqs, stripes))
     for rank in range(world_size):
         table = dcp_stripe_block_tables(ids, rank, world_size)
-        assert table.shape == (rows, stripes * world_size) and table.dtype == np.int32
+        assert table.shape == (seqs, stripes * world_size) and table.dtype == np.int32
         assert (table[:, rank::world_size] == ids).all()
         everyone = np.repeat(ids, world_size, axis=1)
         assert (dcp_local_block_tables(everyone, rank, world_size) == table).all()

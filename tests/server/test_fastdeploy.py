@@ -294,7 +294,7 @@ def test_a_day_of_a_worker(registered, monkeypatch, place, name, kind):
     monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
     worker = Worker(make_model(kind, norm=True), kind, [150, 170, 40], place, shared=1)
     assert type(worker.backend) is getattr(backends, BACKENDS[name])
-    worker.step([70, 0, 17])  # prefill; row 1 waits
+    worker.step([70, 0, 17])  # prefill; sequence 1 waits
     worker.cached[1] = 64  # it finds its first block in the prefix cache
     worker.step([40, 9, 1])  # chunked prefill beside prefill over a cached prefix and decode
     worker.step([1, 55, 1], padding=3)  # its chunks are not multiples of anything
@@ -393,7 +393,7 @@ def test_hostile_steps(registered, kind):
 
 
 @pytest.mark.skipif(not EMPTY_OUTPUTS, reason="this Paddle has no empty outputs")
-def test_a_step_of_stopped_rows(registered, place):
+def test_a_step_of_stopped_seqs(registered, place):
     worker = Worker(make_model("block_wise_fp8"), "block_wise_fp8", [9, 5], place)
     worker.step([5, 5])
     worker.step([0, 0])
@@ -453,7 +453,7 @@ def test_bug15_every_rank_gives_its_heads(registered, kind, heads, kv_heads, siz
 @pytest.mark.gpu
 @each_kind
 def test_a_captured_decode_step(registered, place, kind):
-    """Captured once; replayed for rows that grow, rest and end, with padding tokens."""
+    """Captured once; replayed for sequences that grow, rest and end, with padding tokens."""
     if place != "gpu":
         pytest.skip("a graph is captured on a GPU")
     from tests.attention.test_gpu_graph import capture
