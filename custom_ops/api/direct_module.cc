@@ -301,23 +301,23 @@ py::dict Bind(const std::string& path) {
 
 // A tensor [T, ..] as [T, rest] over the same memory, which takes reshape longer. None: declined.
 PyObject* Flat(PyObject*, PyObject* object) {
-#if __has_include("paddle/phi/core/dense_tensor.inl")
   if (!paddle::pybind::PyCheckTensor(object)) Py_RETURN_NONE;
   try {
     const Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
     if (!tensor.defined() || !tensor.is_dense_tensor() || !tensor.initialized()) Py_RETURN_NONE;
     if (tensor.dims().size() < 2 || tensor.numel() == 0 || !IsContiguous(tensor)) Py_RETURN_NONE;
     const int64_t tokens = tensor.dims()[0], rest = tensor.numel() / tokens;
+#if __has_include("paddle/phi/core/dense_tensor.inl")
     auto flat = std::make_shared<phi::DenseTensor>(
         *static_cast<const phi::DenseTensor*>(tensor.impl().get()));
     flat->Resize(common::make_ddim({tokens, rest}));
     return paddle::pybind::ToPyObject(Tensor(flat));
+#else
+    return paddle::pybind::ToPyObject(paddle::experimental::view_shape(tensor, {tokens, rest}));
+#endif
   } catch (const std::exception&) {
     Py_RETURN_NONE;
   }
-#else
-  Py_RETURN_NONE;
-#endif
 }
 
 // unchanged(own, kinds, names, seen): whether `seen` holds, by identity, what the dict `own` has

@@ -39,15 +39,19 @@ def discover(root: Path, with_cuda: bool) -> Sources:
 def operators(root: Path, sources: Sources) -> dict[str, list[str]]:
     """Places that each operator has a kernel for, such as ``{"quantize_fp8": ["cpu"]}``.
 
-    An operator registered in ``api/<family>.cc`` has a CUDA kernel when that file includes a header
-    of ``cuda/`` in a build with CUDA sources, and the operator does not refuse the GPU.
+    An operator registered in ``api/<family>.cc`` has a CUDA kernel when that file or another
+    ``api/<family>_*.cc`` includes a header of ``cuda/`` in a build with CUDA sources.
     """
     found = {}
     for name in sources.cxx:
         if not name.startswith("api/"):
             continue
         text = (root / name).read_text(encoding="utf-8")
-        on_gpu = bool(sources.cuda) and re.search(r'#include "cuda/', text) is not None
+        family = [text]
+        for other in sources.cxx:
+            if other.startswith(name.removesuffix(".cc") + "_"):
+                family.append((root / other).read_text(encoding="utf-8"))
+        on_gpu = bool(sources.cuda) and any('#include "cuda/' in part for part in family)
         for operator in _OPERATOR.findall(text):
             found[operator] = ["cpu", "cuda"] if on_gpu else ["cpu"]
     return dict(sorted(found.items()))

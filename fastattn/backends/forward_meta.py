@@ -83,6 +83,24 @@ def field(forward_meta: Any, name: str) -> Any:
     return value
 
 
+def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
+    """Block tables, starts, cached and new lengths of a step's sequences, in operators' order.
+
+    Raises
+    ------
+    ValueError
+        If one of them is None.
+    """
+    tables = getattr(forward_meta, "block_tables", None)
+    starts = getattr(forward_meta, "cu_seqlens_q", None)
+    cached = getattr(forward_meta, "seq_lens_decoder", None)
+    new = getattr(forward_meta, "seq_lens_this_time", None)
+    if tables is None or starts is None or cached is None or new is None:
+        for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time"):
+            field(forward_meta, name)  # says which
+    return tables, starts, cached, new
+
+
 #: What a cascade plan was made for.
 _PLANNED = (
     "block_tables",

@@ -15,6 +15,8 @@ import paddle
 from fastattn import _ops
 from fastattn.backends.layer_cache import LayerCache
 from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
+from fastattn.functional.attention import paged_attention_attrs
+from fastattn.functional.rope import rope_write_attrs
 
 #: Attributes that decide about a layer's step.
 _READ = (
@@ -42,6 +44,9 @@ _READ = (
 )
 
 
+#: Tensors of a layer that ``rope_write_cache_kv`` takes, in its order.
+_WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale")
+
 #: Where ``paddle.nn.Layer`` keeps tensors.
 _HOLDERS = ("_parameters", "_buffers")
 
@@ -58,8 +63,14 @@ class LayerFacts(NamedTuple):
         Length of the list of caches, the layer's first in it, and whether scales follow K and V.
     k_scales, v_scales : Tensor or None
         Static scales.
-    write, attend : dict
-        Keyword arguments of ``rope_write_cache_kv`` and ``paged_attention``, scales apart.
+    write_tensors, write_attrs : tuple
+        Arguments of the operator ``rope_write_cache_kv``: the layer's tensors, the attributes.
+    q_quant : str
+        How the operator returns Q.
+    attend : dict
+        Keyword arguments of ``paged_attention``, scales apart.
+    attend_tensors, attend_attrs : tuple
+        Arguments of the operator ``paged_attention`` in a plain step, less what a step brings.
     sources : tuple of Tensor or None
         The layer's scales of K and V where `k_scales` and `v_scales` are made of them: those must
         follow what is written into these.
@@ -75,8 +86,12 @@ class LayerFacts(NamedTuple):
     dynamic: bool
     k_scales: Any
     v_scales: Any
-    write: dict[str, Any]
+    write_tensors: tuple[Any, ...]
+    write_attrs: tuple[Any, ...]
+    q_quant: str
     attend: dict[str, Any]
+    attend_tensors: tuple[Any, ...]
+    attend_attrs: tuple[Any, ...]
     sources: tuple[Any, Any] | None
     detached: bool
     kinds: list[Any]
@@ -87,10 +102,11 @@ class LayerFacts(NamedTuple):
         layer: Any,
         caches: Any,
         cache: LayerCache,
+        heads: tuple[int, int, int],
         write: dict[str, Any],
         attend: dict[str, Any],
     ) -> LayerFacts:
-        """Facts from the arguments of a layer's operators."""
+        """Facts from the keyword arguments of a layer's operators and (H, KV, D)."""
         dynamic = cache.quant_type in DYNAMIC_TYPES
         given = tuple(
             getattr(layer, name, None) for name in ("cache_k_out_scale", "cache_v_out_scale")
@@ -108,8 +124,19 @@ class LayerFacts(NamedTuple):
             dynamic=dynamic,
             k_scales=None if dynamic else cache.k_scales,
             v_scales=None if dynamic else cache.v_scales,
-            write=write,
+            write_tensors=tuple(write.get(name) for name in _WRITE_TENSORS),
+            write_attrs=rope_write_attrs(
+                num_heads=heads[0],
+                num_kv_heads=heads[1],
+                **{name: x for name, x in write.items() if name not in _WRITE_TENSORS},
+            ),
+            q_quant=write["q_quant"],
             attend=attend,
+            attend_tensors=(attend["sinks"], None, attend["out_scale"], None),
+            attend_attrs=paged_attention_attrs(
+                softmax_scale=float(heads[2] ** -0.5),
+                **{name: x for name, x in attend.items() if name not in ("sinks", "out_scale")},
+            ),
             sources=(given[0], given[1]) if made else None,
             detached=detached,
             kinds=_kinds_of(given) if static else [],
@@ -127,6 +154,12 @@ class LayerFacts(NamedTuple):
             return bool(helper.unchanged(layer.__dict__, _HOLDERS, _READ, self.seen))
         now = _seen_of(layer)
         return now is not None and list(map(id, now)) == list(map(id, self.seen))
+
+    def q_descale(self, written: list[Any]) -> Any:
+        """Scales of the operator's Q, None for one that is not quantised."""
+        if self.q_quant == "none":
+            return None
+        return self.write_tensors[-1] if self.q_quant == "per_tensor" else written[1]
 
     def scales(self, forward_meta: Any, layer: Any, shard: Any) -> tuple[Any, Any]:
         """Scales of K and V for a call."""

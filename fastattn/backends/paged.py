@@ -10,7 +10,7 @@ import paddle
 from fastattn import _ops, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
-from fastattn.backends.forward_meta import current_plan, field, optional
+from fastattn.backends.forward_meta import current_plan, field, optional, sequences
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.functional._cache_types import DYNAMIC_TYPES
@@ -198,40 +198,64 @@ class PagedAttentionBackend(AttentionBackend):
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
         num_tokens = qkv.shape[0]
-        width = self.num_heads * self.head_dim
         if num_tokens == 0:
+            width = self.num_heads * self.head_dim
             codes = getattr(layer, "fp8_output_scale", None) is not None
             return paddle.zeros([0, width], dtype=paddle.uint8 if codes else qkv.dtype)
         facts = self._facts_of(layer, forward_meta)
         caches = forward_meta.caches
         key, value = caches[facts.first], caches[facts.first + 1]
-        k_scales, v_scales = facts.scales(forward_meta, layer, self.config.shard)
-        seqs = _sequences(forward_meta)
-        query, q_descale = functional.rope_write_cache_kv(
-            qkv,
-            key,
-            value,
-            self._rotary_table(forward_meta),
-            *seqs,
-            num_heads=self.num_heads,
-            num_kv_heads=self.kv_num_heads,
-            batch_id_per_token=optional(forward_meta, "batch_id_per_token"),
-            cache_k_scales=k_scales,
-            cache_v_scales=v_scales,
-            **facts.write,
+        scales = facts.scales(forward_meta, layer, self.config.shard)
+        seqs = sequences(forward_meta)
+        rotated = optional(forward_meta, "rope_already_applied")
+        table = None if rotated else field(forward_meta, "rotary_embs")
+        batch_ids = optional(forward_meta, "batch_id_per_token")
+        # What functional.rope_write_cache_kv and functional.paged_attention do, with everything
+        # that stays the same from step to step made ready: a layer's step is mostly Python's time.
+        written = _ops.call(
+            "rope_write_cache_kv",
+            (qkv, key, value, table, *seqs, *facts.write_tensors, *scales, batch_ids),
+            facts.write_attrs,
         )
-        attend = {
+        q_descale = facts.q_descale(written)
+        plain = metadata.cascade_plan is None and metadata.mask_offsets is None
+        if not plain or q_descale is not None:
+            options = self._options(facts, scales, q_descale, qkv, metadata)
+            return _ops.flat(self._attend(written[0], key, value, seqs, options, metadata))
+        lengths = metadata.host_lengths or self._longest(num_tokens, seqs[0])
+        attended = _ops.call(
+            "paged_attention",
+            (written[0], key, value, *seqs, *scales, None, *facts.attend_tensors),
+            lengths + facts.attend_attrs,
+        )
+        return _ops.flat(attended[0])
+
+    def _options(
+        self,
+        facts: LayerFacts,
+        scales: tuple[Any, Any],
+        q_descale: Any,
+        qkv: Any,
+        metadata: PagedAttentionMetadata,
+    ) -> dict[str, Any]:
+        """Keyword arguments of the attention in a step that is not plain."""
+        options = {
             **facts.attend,
             "q_descale": q_descale,
-            "cache_k_scales": k_scales,
-            "cache_v_scales": v_scales,
+            "cache_k_scales": scales[0],
+            "cache_v_scales": scales[1],
         }
         if metadata.mask_offsets is not None:  # they are the whole mask
-            attend["mask_offsets"] = metadata.mask_offsets
-            attend.update(causal=False, window_size=(-1, -1))
-        if q_descale is not None and attend["out_scale"] is None:
-            attend["out_dtype"] = _dtype_name(qkv)
-        return _ops.flat(self._attend(query, key, value, seqs, attend, metadata))
+            options["mask_offsets"] = metadata.mask_offsets
+            options.update(causal=False, window_size=(-1, -1))
+        if q_descale is not None and options["out_scale"] is None:
+            options["out_dtype"] = _dtype_name(qkv)
+        return options
+
+    def _longest(self, num_tokens: int, block_tables: Any) -> tuple[int, int]:
+        """Bounds of a step's lengths where the host does not know them."""
+        keys = min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE)
+        return num_tokens, keys
 
     def _attend(
         self,
@@ -244,14 +268,9 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> Any:
         """Attention [T, H, D] over the whole cache."""
         block_tables, cu_seqlens_q, _, seq_lens_this_time = seqs
-        max_seqlen_q, max_seqlen_k = metadata.host_lengths or (
-            query.shape[0],
-            min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE),
-        )
+        longest = metadata.host_lengths or self._longest(query.shape[0], block_tables)
         if metadata.cascade_plan is None or not _sees_all(options):
-            return functional.paged_attention(
-                query, key, value, *seqs, max_seqlen_q, max_seqlen_k, **options
-            )
+            return functional.paged_attention(query, key, value, *seqs, *longest, **options)
         return functional.cascade_attention(
             query,
             key,
@@ -259,8 +278,7 @@ class PagedAttentionBackend(AttentionBackend):
             metadata.cascade_plan,
             cu_seqlens_q,
             seq_lens_this_time,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
+            *longest,
             **options,
         )
 
@@ -285,7 +303,7 @@ class PagedAttentionBackend(AttentionBackend):
             **self._mask_arguments(layer),
             **types,
         }
-        facts = LayerFacts.of(layer, caches, cache, write, attend)
+        facts = LayerFacts.of(layer, caches, cache, self._heads(), write, attend)
         self._known_layers.put(layer, facts)
         return facts
 
@@ -294,10 +312,8 @@ class PagedAttentionBackend(AttentionBackend):
             return self.q_quant
         return "per_token_head" if cache.holds_e4m3() else "none"
 
-    def _rotary_table(self, forward_meta: Any) -> Any:
-        if optional(forward_meta, "rope_already_applied"):
-            return None
-        return field(forward_meta, "rotary_embs")
+    def _heads(self) -> tuple[int, int, int]:
+        return self.num_heads, self.kv_num_heads, self.head_dim
 
     def _projection_arguments(self, layer: Any) -> dict[str, Any]:
         """How Q, K and V come out of the fused projection."""
@@ -357,16 +373,6 @@ class PagedAttentionBackend(AttentionBackend):
 
 def _dtype_name(qkv: Any) -> str:
     return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
-
-
-def _sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
-    """The sequences of a step, as every operator takes them."""
-    return (
-        field(forward_meta, "block_tables"),
-        field(forward_meta, "cu_seqlens_q"),
-        field(forward_meta, "seq_lens_decoder"),
-        field(forward_meta, "seq_lens_this_time"),
-    )
 
 
 def _sees_all(mask: dict[str, Any]) -> bool:

@@ -180,6 +180,31 @@ def flash_attention(
     return (result, lse) if return_softmax_lse else result
 
 
+def paged_attention_attrs(
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    cache_quant_type: str,
+    fp8_format: str,
+    softcap: float = 0.0,
+    return_softmax_lse: bool = False,
+    out_dtype: str = "auto",
+    quantize_q: bool = False,
+) -> tuple[Any, ...]:
+    """Attributes of the operator ``paged_attention`` behind the two lengths, in its order."""
+    return (
+        softmax_scale,
+        causal,
+        *_window("paged_attention", window_size),
+        as_float("paged_attention", "softcap", softcap),
+        return_softmax_lse,
+        out_dtype,
+        cache_quant_type,
+        fp8_format,
+        quantize_q,
+    )
+
+
 @unified
 def paged_attention(
     q: Tensor,
@@ -341,18 +366,16 @@ def paged_attention(
         out_scale,
         out,
     )
-    attrs = (
-        max_seqlen_q,
-        max_seqlen_k,
+    attrs = paged_attention_attrs(
         _softmax_scale("paged_attention", q, softmax_scale),
         causal,
-        *_window("paged_attention", window_size),
-        as_float("paged_attention", "softcap", softcap),
-        return_softmax_lse,
-        out_dtype,
+        window_size,
         cache_quant_type,
         fp8_format,
+        softcap,
+        return_softmax_lse,
+        out_dtype,
         quantize_q,
     )
-    result, lse, *_ = _ops.call("paged_attention", inputs, attrs)
+    result, lse, *_ = _ops.call("paged_attention", inputs, (max_seqlen_q, max_seqlen_k, *attrs))
     return (result, lse) if return_softmax_lse else result

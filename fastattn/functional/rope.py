@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import check_no_zero_points
 from fastattn.functional._marker import unified
+
+
+def rope_write_attrs(
+    num_heads: int,
+    num_kv_heads: int,
+    rms_norm_eps: float,
+    use_neox_rotary_style: bool,
+    rotary_dim: int | None,
+    qk_norm_before_rope: bool = False,
+    q_quant: str = "none",
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+) -> tuple[Any, ...]:
+    """Attributes of the operator ``rope_write_cache_kv``, in its order."""
+    return (
+        num_heads,
+        num_kv_heads,
+        as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
+        use_neox_rotary_style,
+        -1 if rotary_dim is None else rotary_dim,
+        qk_norm_before_rope,
+        q_quant,
+        cache_quant_type,
+        fp8_format,
+    )
 
 
 @unified
@@ -159,12 +186,12 @@ def rope_write_cache_kv(
             cache_v_scales,
             batch_id_per_token,
         ),
-        (
+        rope_write_attrs(
             num_heads,
             num_kv_heads,
-            as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
+            rms_norm_eps,
             use_neox_rotary_style,
-            -1 if rotary_dim is None else rotary_dim,
+            rotary_dim,
             qk_norm_before_rope,
             q_quant,
             cache_quant_type,

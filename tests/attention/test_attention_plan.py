@@ -51,7 +51,7 @@ def test_short_seqs_are_one_split_launch(heads, kv_heads, max_q, columns):
     (launch,) = plan(4, max_q, 8192, heads=heads, kv_heads=kv_heads)
     assert launch["split"] == 1
     assert launch["columns"] == columns
-    assert launch["min_columns"] == 0 and launch["max_columns"] >= 2**31 - 1
+    assert launch["min_pairs"] == 0 and launch["max_pairs"] >= 2**31 - 1
 
 
 GROUPS = [(8, 8), (16, 8), (6, 2), (32, 8), (40, 8), (64, 8), (9, 1), (16, 1), (17, 1), (128, 1)]
@@ -66,8 +66,8 @@ def test_launches_of_a_mixed_call(heads, kv_heads, long_seq):
     decode, rest, long = plan(70, 2000, 8192, tokens=2200, **sizes)
     assert (decode["split"], rest["split"], long["split"]) == (1, 1, 0)
     assert decode["columns"] == (16 if group <= 16 else 64)
-    assert decode["max_columns"] == max(decode["columns"], group)
-    assert rest["max_columns"] == long_seq * group - 1
+    assert decode["max_pairs"] == max(decode["columns"], group)
+    assert rest["max_pairs"] == long_seq * group - 1
     assert (rest["columns"], long["columns"]) == (64, 64)
     assert long["workspace"] == 0
 
@@ -90,9 +90,9 @@ def _launches_of(launches, tokens, group):
     Decode and whole tiles count pairs of a token and a head; a prefill kernel counts tokens, from
     the fewest that the launch of whole tiles would take.
     """
-    by_pairs = [x["min_columns"] <= tokens * group <= x["max_columns"] for x in launches]
+    by_pairs = [x["min_pairs"] <= tokens * group <= x["max_pairs"] for x in launches]
     by_tokens = [
-        tokens >= -(-x["min_columns"] // group) if not x["split"] else taken
+        tokens >= -(-x["min_pairs"] // group) if not x["split"] else taken
         for x, taken in zip(launches, by_pairs)
     ]
     return sum(by_pairs), sum(by_tokens)
@@ -144,7 +144,7 @@ def test_a_chunk_beside_decode_pays_for_no_more():
 @pytest.mark.parametrize("batch, max_q", [(16, 1024), (1, 64), (4, 100)])
 def test_pure_prefill_is_one_launch_without_a_workspace(batch, max_q):
     (launch,) = plan(batch, max_q, 8192, tokens=batch * max_q)
-    assert not launch["split"] and launch["workspace"] == 0 and launch["min_columns"] == 0
+    assert not launch["split"] and launch["workspace"] == 0 and launch["min_pairs"] == 0
     assert len(plan(batch, max_q, 8192, tokens=batch * max_q + 1)) > 1  # the last one is padding
 
 
@@ -158,7 +158,7 @@ def test_grid_holds_every_tile_of_every_seq():
 
 @pytest.mark.parametrize("batch", [1, 3, 64, 1000])
 @pytest.mark.parametrize("max_k", [0, 1, 64, 1000, 32768, 1 << 20])
-def test_small_calls_have_no_more_ctas_than_units(batch, max_k):
+def test_small_calls_have_no_more_ctas_than_kv_tiles(batch, max_k):
     (launch,) = plan(batch, 1, max_k)
     kv_tiles = batch * 8 * (max(-(-max_k // 64), 1) + 1)
     assert 1 <= launch["grid"] <= min(kv_tiles, 2 * SMS)
@@ -171,7 +171,7 @@ def test_large_calls_fill_the_gpu_once():
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_workspace_holds_two_parts_of_every_cta(head_dim):
+def test_workspace_holds_two_partial_results_of_every_cta(head_dim):
     (launch,) = plan(16, 1, 8192, head_dim=head_dim)
     assert launch["workspace"] >= launch["grid"] * 2 * launch["columns"] * (head_dim + 2)
 
@@ -225,3 +225,67 @@ def test_no_larger_cluster_than_the_device_has(cluster):
 @pytest.mark.parametrize("batch, tokens", [(0, 0), (0, 5), (3, 0)])
 def test_empty_calls_have_no_launch(batch, tokens):
     assert plan(batch, 1, 64, tokens=tokens) == []
+
+
+def decide(q, k, cache_type, *, head_dim=128, tokens=4096, batch=2, max_q=4096, major=9):
+    return host.decide_attention(
+        q, k, cache_type, tokens, batch, 32, 8, head_dim, max_q, 8192, compute_major=major
+    )
+
+
+E4M3, E5M2, BF16, FP16 = "float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "q, k, cache_type, kernel",
+    [
+        (E4M3, E4M3, "cache_fp8", "wgmma_fp8"),
+        (E4M3, E5M2, "cache_fp8", "wgmma_fp8"),
+        (E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
+        (E4M3, E5M2, "block_wise_fp8", "mma_sm80"),
+        (E4M3, E4M3, "ragged", "wgmma_fp8"),
+        (E4M3, "int8", "cache_int8", "mma_sm80"),
+        (E4M3, "int8", "block_wise_int8", "mma_sm80"),
+        (BF16, BF16, "none", "wgmma_fp16"),
+        (FP16, FP16, "none", "wgmma_fp16"),
+        (FP16, BF16, "none", "mma_sm80"),
+        (BF16, E4M3, "cache_fp8", "wgmma_fp16"),
+        (BF16, E5M2, "cache_fp8", "wgmma_fp16"),
+        (BF16, E4M3, "block_wise_fp8", "wgmma_fp16"),
+        (BF16, E5M2, "block_wise_fp8", "mma_sm80"),
+        (FP16, "int8", "cache_int8", "wgmma_fp16"),
+        (BF16, "int8", "block_wise_int8", "wgmma_fp16"),
+        (BF16, "int8", "ragged", "wgmma_fp16"),
+        (BF16, FP16, "ragged", "mma_sm80"),
+    ],
+)
+def test_kernel_of_long_sequences(q, k, cache_type, kernel, head_dim):
+    """By the types of Q and of the cache, on a Hopper GPU; another one has mma_sm80 alone."""
+    found, workspace, launches = decide(q, k, cache_type, head_dim=head_dim)
+    assert found == kernel
+    transposed = cache_type == "ragged" and kernel == "wgmma_fp8"
+    splits = sum(launch["workspace"] for launch in launches)
+    blocks = 2 * 8192 // 64 + 2  # of 64 tokens, and one more a sequence
+    assert workspace == splits + (blocks * 8 * head_dim * 64 // 4 if transposed else 0)
+    for major in (8, 10, 12):
+        assert decide(q, k, cache_type, head_dim=head_dim, major=major)[0] == "mma_sm80"
+
+
+@pytest.mark.parametrize("max_q, batch", [(1, 64), (8, 4), (2, 300)])
+def test_a_call_without_long_sequences_takes_no_prefill_kernel(max_q, batch):
+    found, _, launches = decide(
+        E4M3, E4M3, "cache_fp8", tokens=max_q * batch, batch=batch, max_q=max_q
+    )
+    assert found == "mma_sm80" and all(launch["split"] for launch in launches)
+
+
+def test_head_dims_without_a_kernel_are_left_to_the_checks():
+    assert decide(E4M3, E4M3, "cache_fp8", head_dim=96)[0] == "mma_sm80"
+
+
+def test_unknown_types_are_refused():
+    with pytest.raises(ValueError, match="unknown type e4m3"):
+        decide("e4m3", E4M3, "cache_fp8")
+    with pytest.raises(ValueError, match="unknown cache type fp8"):
+        decide(E4M3, E4M3, "fp8")

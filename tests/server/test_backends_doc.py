@@ -23,7 +23,7 @@ def test_block_runs(code):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 def test_the_tables_are_complete():

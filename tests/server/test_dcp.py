@@ -474,7 +474,7 @@ def test_order_of_codes():
 
 
 def test_the_example_runs_in_two_processes(tmp_path):
-    arguments = ("tests.support.snippet", "README.md", "paged_attention_dcp(")
+    arguments = ("tests.support.snippet", "docs/dcp.md", "paged_attention_dcp(")
     run_group(*arguments, world_size=2, logs=tmp_path)
 
 

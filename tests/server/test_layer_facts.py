@@ -246,7 +246,7 @@ def test_facts_of_a_layer_among_many_are_kept(built, monkeypatch):
     assert kept._facts_of(layer, make_meta(list(caches))) is first
     assert kept._facts_of(layer, make_meta(caches[:-2])) is not first
     layer.qkv_bias = tensor(CHANGES["qkv_bias"])
-    assert kept._facts_of(layer, make_meta(caches)).write["qkv_bias"] is layer.qkv_bias
+    assert kept._facts_of(layer, make_meta(caches)).write_tensors[2] is layer.qkv_bias
 
 
 def test_a_flat_view_shares_its_memory():

@@ -17,7 +17,7 @@ FUNCTIONS = [
     *(getattr(F, name) for name in F.__all__),
     *(getattr(distributed, name) for name in distributed.__all__),
 ]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_operators_page_is_up_to_date():

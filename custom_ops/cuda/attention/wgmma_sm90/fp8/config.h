@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/block_planes.h"
+#include "common/block_planes.h"
 #include "params/attention.h"
 
 namespace fastattn::cuda::wgmma_fp8 {

@@ -12,12 +12,12 @@
 
 #include "params/common.h"
 
-namespace fastattn::cuda {
+namespace fastattn {
 
 struct BlockPlanes {
   int block = 0;    // from one block to the next, in strides of the dimension
   int head = 0;     // from one KV head to the next
-  int outside = 0;  // what the copy engine fills with zeros: the dimension's size
+  int outside = 0;  // what TMA fills with zeros: the dimension's size
 
   // block -1: it is not assigned.
   FASTATTN_HD int Of(int block_id, int kv_head) const {
@@ -28,7 +28,7 @@ struct BlockPlanes {
 struct PlaneDimension {
   BlockPlanes planes;
   uint64_t stride = 0;  // bytes
-  bool fits = false;    // the copy engine takes it
+  bool fits = false;    // TMA takes it
 };
 
 inline PlaneDimension PlanesOf(const CacheStrides& strides, int num_blocks, int num_kv_heads,
@@ -55,4 +55,4 @@ inline PlaneDimension PlanesOf(const CacheStrides& strides, int num_blocks, int 
   return result;
 }
 
-}  // namespace fastattn::cuda
+}  // namespace fastattn
