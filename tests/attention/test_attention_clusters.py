@@ -1,4 +1,4 @@
-"""Few query tokens over few keys: on a GPU, clusters take what equal shares take in larger calls.
+"""Few query tokens over few keys: on a GPU, clusters take what equal splits take in larger calls.
 
 Which of the two does not show in a result, so both are held to the same model. A larger bound on
 the keys of a sequence, which the host gives, is what makes a call a large one.

@@ -305,7 +305,7 @@ CASES = {
         )
     },
     "quantize_q_type": (paged, {"quantize_q": "yes"}, TypeError, "quantize_q: expected bool"),
-    # Rows
+    # Sequences
     "tables_dtype": (
         paged,
         {"block_tables": zeros(2, 3, dtype="int64")},

@@ -137,7 +137,7 @@ def test_nan_scales_stay_with_the_seqs_that_see_them(place, code):
     "kind", [CacheKind("block_wise_int8"), CacheKind("block_wise_fp8")], ids=str
 )
 def test_token_scales_far_apart(place, kind):
-    # The unit that probabilities count in follows the largest scale of V, step by step.
+    # The scale that probabilities are stored with follows the largest scale of V, step by step.
     problem = paged_problem([(600, 200)], kind=kind, heads=(2, 1), dim=128)
     size = 2.0 ** np.random.default_rng(3).integers(-12, 13, problem.v.scales.shape)
     problem.v.scales[:] = problem.v.scales * size.astype(np.float32)

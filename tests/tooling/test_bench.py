@@ -60,11 +60,11 @@ def test_bytes_of_a_step_are_what_it_reads_and_writes(quant):
     assert k.shape == v.shape == [6 + 70 + 2, KV, DIM]
     of_token = {"none": 2 * DIM, "cache_int8": DIM, "block_wise_fp8": DIM + 4}[quant]
     angles = 8 * DIM * 4
-    cached = 2 * KV * of_token * (70 + 6)  # prefill rows': read, and written
+    cached = 2 * KV * of_token * (70 + 6)  # of prefill sequences: read, and written
     assert moved == _bytes(qkv_out, q, k, v, qkv_out) + angles + cached
 
 
-def test_bytes_of_merged_outputs_are_those_of_decode_rows():
+def test_bytes_of_merged_outputs_are_those_of_decode_seqs():
     from fastattn.bench.compat_cpu import PLACE
     from fastattn.bench.compat_steps import DIM, HEADS, merge_calls
 

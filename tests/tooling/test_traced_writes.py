@@ -24,7 +24,7 @@ VIEW = "must not be a view that the traced function made"
 
 
 def tensors() -> tuple[paddle.Tensor, ...]:
-    """Key cache of 2 pooled heads, value cache of one, key and value, and the rows."""
+    """Key cache of 2 pooled heads, value cache of one, key and value, and the sequences."""
     return (
         paddle.zeros([2, 2, 64, 64], "bfloat16"),
         paddle.zeros([2, 1, 64, 64], "bfloat16"),
@@ -240,15 +240,15 @@ def test_a_loaded_program_refuses_a_strided_cache():
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_program_for_tables_of_any_length_refuses_an_empty_one():
     """The operator would go without a rotation."""
-    _, value, _, *rows = tensors()
+    _, value, _, *seqs = tensors()
     qkv, table = paddle.ones([2, 3 * 64], "bfloat16"), paddle.ones([2, 1, 8, 1, 32])
-    given = (qkv, value, paddle.zeros_like(value), table, *rows)
+    given = (qkv, value, paddle.zeros_like(value), table, *seqs)
     specs = [InputSpec(list(x.shape), x.dtype, name=f"x{i}") for i, x in enumerate(given)]
     specs[3] = InputSpec([2, 1, -1, 1, 32], "float32", name="x3")
     loaded = save_and_load(rotate, specs)
     assert loaded(*given).shape == [2, 1, 64]
     with pytest.raises(ValueError, match="rotary_embs: expected a tensor with elements"):
-        loaded(*given[:3], table[:, :, :0], *rows)
+        loaded(*given[:3], table[:, :, :0], *seqs)
 
 
 class Attention(paddle.nn.Layer):
