@@ -107,13 +107,15 @@ def drain(pipe: IO[bytes], into: list[bytes]) -> threading.Thread:
     return thread
 
 
-def read_kernels(cuobjdump: str, path: Path) -> list[Kernel]:
+def read_kernels(cuobjdump: str | None, path: Path) -> list[Kernel]:
     """Kernels of a build, disassembled."""
     if not path.is_file():
         raise CannotCompare(f"{path}: no such file")
     if path.suffix == ".sass":
         with path.open("rb") as lines:
             return checked(path, list(parse(lines)))
+    if cuobjdump is None:
+        raise CannotCompare("no cuobjdump: set CUDA_HOME, PATH or --cuobjdump")
     errors: list[bytes] = []
     with subprocess.Popen(
         [cuobjdump, "-sass", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -270,9 +272,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("b", type=Path, metavar="B", help="the one to compare it with")
     parser.add_argument("--cuobjdump", default=find_cuobjdump(), help="the program to use")
     arguments = parser.parse_args(argv)
-    if arguments.cuobjdump is None:
-        print("error: no cuobjdump: set CUDA_HOME, PATH or --cuobjdump", file=sys.stderr)
-        return 2
     try:
         with ThreadPoolExecutor(2) as pool:
             read = [

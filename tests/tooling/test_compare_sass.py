@@ -123,7 +123,15 @@ def test_a_saved_disassembly_is_read(tmp_path, capsys, side):
     arguments = ["--cuobjdump", str(program)]
     assert main([*(paths if side == "A" else paths[::-1]), *arguments]) == 1
     assert "instruction 1:" in capsys.readouterr().out
-    assert main([paths[0], paths[0], "--cuobjdump", "/nonexistent"]) == 0
+
+
+def test_no_cuobjdump(tmp_path, capsys, monkeypatch):
+    """It is needed for libraries, and not for saved disassemblies."""
+    monkeypatch.setitem(main.__globals__, "find_cuobjdump", lambda: None)
+    for name, status in (("a.sass", 0), ("a.so", 2)):
+        (tmp_path / name).write_text(BASE)
+        assert main([str(tmp_path / name)] * 2) == status
+    assert "error: no cuobjdump: set CUDA_HOME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
