@@ -582,6 +582,10 @@ def reraise(op: str, error: RuntimeError) -> NoReturn:
     _reraise(signature(op), error)
 
 
+if env.profile():
+    from fastattn import _profile
+
+    call = _profile.ranged(call)
 if env.log_level():
     from fastattn import _log
 

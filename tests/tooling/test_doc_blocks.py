@@ -8,7 +8,8 @@ from pathlib import Path
 import paddle
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 LONGEST = 120  # lines of the README and of a kernel's page
 
 
