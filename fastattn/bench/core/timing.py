@@ -1,75 +1,25 @@
-"""Rows of a benchmark, interleaved timing, and facts about the machine."""
+"""Host clocks, and facts about the host."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
+import functools
 import gc
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-
-@dataclasses.dataclass
-class Row:
-    """One measurement: an operator at one shape, beside a peer or a floor of the same run."""
-
-    op: str
-    shape: str
-    us: float
-    rate: float | None = None
-    unit: str = ""  # of the rate: GB/s or GFLOP/s
-    peer: str = ""
-    peer_us: float | None = None
-    error: float | None = None  # largest |ours - peer's| / largest |peer's|
-
-    @property
-    def ratio(self) -> float | None:
-        """Speed relative to the peer: above 1 is faster."""
-        return None if self.peer_us is None else self.peer_us / self.us
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**dataclasses.asdict(self), "ratio": self.ratio}
+Call = Callable[[], object]
+#: A call of a function with arguments, of whatever types a table of shapes makes.
+bind: Any = functools.partial
 
 
-#: A benchmark yields rows; `quick` asks for small shapes and few repetitions.
-Bench = Callable[[bool], Iterator[Row]]
-
-#: Name -> benchmark, in the order of the table.
-REGISTRY: dict[str, Bench] = {}
-
-
-def register(name: str) -> Callable[[Bench], Bench]:
-    """Register a benchmark under the name that ``--op`` takes.
-
-    Several may share a name (an operator on the CPU and on a GPU): they run one after the other.
-    """
-
-    def add(bench: Bench) -> Bench:
-        earlier = REGISTRY.get(name)
-        REGISTRY[name] = bench if earlier is None else _chain(earlier, bench)
-        return bench
-
-    return add
-
-
-def _chain(first: Bench, second: Bench) -> Bench:
-    def both(quick: bool) -> Iterator[Row]:
-        yield from first(quick)
-        yield from second(quick)
-
-    return both
-
-
-def interleaved(
-    functions: Sequence[Callable[[], object]], repeats: int, calls: int = 1
-) -> list[list[float]]:
+def interleaved(functions: Sequence[Call], repeats: int, calls: int = 1) -> list[list[float]]:
     """Time functions in turn, so that what else the machine does meets all of them alike.
 
     Parameters
@@ -103,7 +53,7 @@ def interleaved(
     return times
 
 
-def medians(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+def medians(functions: Sequence[Call], repeats: int) -> list[float]:
     """Median microseconds of each function; see :func:`interleaved`."""
     return [statistics.median(times) for times in interleaved(functions, repeats)]
 

@@ -13,6 +13,34 @@ import os
 from pathlib import Path
 from typing import Any
 
+COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty kernel"
+
+#: Start of a name in a report -> the short public name that tables and plots show.
+_PUBLIC = {
+    COPY: "copy",
+    READ: "read",
+    "vllm_fa3_fp8": "vLLM FA3 FP8",
+    "vllm_fa3_bf16": "vLLM FA3 BF16",
+    "vllm_triton_fp8": "vLLM Triton FP8",
+    "vllm_triton_int8": "vLLM Triton INT8",
+    "cudnn_fp8": "cuDNN FP8",
+    "cudnn_bf16": "cuDNN BF16",
+    "vLLM Triton q_rope_quant": "vLLM Triton",
+    "vllm reshape_and_cache": "vLLM",
+    "vllm rope": "vLLM, 2 kernels",
+    "vllm fa3": "vLLM FA3",
+    "merge, vllm": "vLLM CUDA",
+    "merge, then quantize_fp8": "in two calls",
+    "NumPy": "NumPy fp32",
+    "itself, nothing registered": "alone",
+    "Paddle's registry": "registry",
+}
+
+
+def public_name(peer: str) -> str:
+    """Short public name of a peer."""
+    return next((name for start, name in _PUBLIC.items() if peer.startswith(start)), peer)
+
 
 @functools.lru_cache(maxsize=1)
 def _rows() -> tuple[dict[str, Any], ...]:

@@ -10,12 +10,12 @@ import ctypes
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import paddle
 
-from fastattn.bench.common import Row
+from fastattn.bench.core.timing import Call
 
 _EMPTY_KERNEL = b"""
 .version 7.0
@@ -139,7 +139,7 @@ class _Event:
         return elapsed.value * 1e3
 
 
-def capture(calls: Sequence[Callable[[], object]]) -> Any:
+def capture(calls: Sequence[Call]) -> Any:
     """CUDA graph of all `calls`, each run once before so that nothing is set up inside."""
     from paddle.device.cuda.graphs import CUDAGraph
 
@@ -168,23 +168,17 @@ def _warm_up(graph: Any) -> None:
             return
 
 
-def median_us(calls: Sequence[Callable[[], object]], replays: int = 30) -> float:
+def median_us(calls: Sequence[Call], replays: int = 30) -> float:
     """Median time of one call in microseconds, from replays of a graph that holds all of them.
 
     Give many calls over different buffers, more bytes than the L2 cache, to measure cold.
     """
     graph = capture(calls)
     _warm_up(graph)
-    times = []
-    start, end = _Event(), _Event()
-    for _ in range(replays):
-        start.record()
-        graph.replay()
-        end.record()
-        times.append(end.microseconds_since(start))
+    us = _median_event_us(graph.replay, replays)
     paddle.device.cuda.synchronize()
     graph.reset()
-    return statistics.median(times) / len(calls)
+    return us / len(calls)
 
 
 #: Microseconds of work in a graph of :func:`steady_us`: what a replay costs once is then nothing.
@@ -193,7 +187,7 @@ STEADY_US = 1500
 STEADY_CALLS = 400
 
 
-def steady_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> float:
+def steady_us(calls: Sequence[Call], replays: int = 15) -> float:
     """Median time of one call as :func:`median_us`, the calls repeated to fill a long graph."""
     first = list(calls) * max(1, 10 // len(calls))
     once = median_us(first, replays=3)
@@ -201,24 +195,38 @@ def steady_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> float
     return median_us(list(calls) * max(1, int(wanted / len(calls))), replays)
 
 
-def copy_bandwidth(gib: float = 2.0) -> float:
-    """Device-to-device copy in GB/s, bytes read plus bytes written, median of 20."""
-    size = int(gib * 2**30)
-    paddle.to_tensor([0.0], place=paddle.CUDAPlace(0))  # makes the context current
-    source, target = ctypes.c_uint64(), ctypes.c_uint64()
-    _call("cuMemAlloc_v2", ctypes.byref(source), ctypes.c_size_t(size))
-    _call("cuMemAlloc_v2", ctypes.byref(target), ctypes.c_size_t(size))
-    _call("cuMemsetD32_v2", source, ctypes.c_uint(0x3C003C01), ctypes.c_size_t(size // 4))
+def _median_event_us(work: Call, times: int = 20) -> float:
     start, end = _Event(), _Event()
-    times = []
-    for _ in range(20):
+    taken = []
+    for _ in range(times):
         start.record()
-        _call("cuMemcpyDtoDAsync_v2", target, source, ctypes.c_size_t(size), stream())
+        work()
         end.record()
-        times.append(end.microseconds_since(start))
+        taken.append(end.microseconds_since(start))
+    return statistics.median(taken)
+
+
+#: Bytes of the buffers that bandwidths are measured over.
+_BUFFER = 2 << 30
+
+
+def _buffer() -> ctypes.c_uint64:
+    """Memory of :data:`_BUFFER` bytes that hold values, not zeros."""
+    paddle.to_tensor([0.0], place=paddle.CUDAPlace(0))  # makes the context current
+    pointer = ctypes.c_uint64()
+    _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(_BUFFER))
+    _call("cuMemsetD32_v2", pointer, ctypes.c_uint(0x3C003C01), ctypes.c_size_t(_BUFFER // 4))
+    return pointer
+
+
+def copy_bandwidth() -> float:
+    """Device-to-device copy in GB/s, bytes read plus bytes written."""
+    source, target = _buffer(), _buffer()
+    size = ctypes.c_size_t(_BUFFER)
+    us = _median_event_us(lambda: _call("cuMemcpyDtoDAsync_v2", target, source, size, stream()))
     _call("cuMemFree_v2", source)
     _call("cuMemFree_v2", target)
-    return 2 * size / statistics.median(times) / 1e3
+    return 2 * _BUFFER / us / 1e3
 
 
 @functools.cache
@@ -230,27 +238,17 @@ def _kernel(ptx: bytes, name: bytes) -> ctypes.c_void_p:
 
 
 @functools.lru_cache(maxsize=1)
-def read_bandwidth(gib: float = 2.0) -> float:
-    """Read-only bandwidth in GB/s: every word of `gib` once, median of 20."""
-    size = int(gib * 2**30)
-    paddle.to_tensor([0.0], place=paddle.CUDAPlace(0))  # makes the context current
-    source = ctypes.c_uint64()
-    _call("cuMemAlloc_v2", ctypes.byref(source), ctypes.c_size_t(size))
-    _call("cuMemsetD32_v2", source, ctypes.c_uint(0x3C003C01), ctypes.c_size_t(size // 4))
-    kernel, words = _kernel(_READ_KERNEL, b"read_kernel"), ctypes.c_uint64(size // 16)
+def read_bandwidth() -> float:
+    """Read-only bandwidth in GB/s: every word of a buffer once."""
+    source = _buffer()
+    kernel, words = _kernel(_READ_KERNEL, b"read_kernel"), ctypes.c_uint64(_BUFFER // 16)
     pointers = (ctypes.c_void_p * 2)(
         *(ctypes.cast(ctypes.byref(x), ctypes.c_void_p) for x in (source, words))
     )
-    grid = 16 * _multiprocessors()
-    start, end = _Event(), _Event()
-    times = []
-    for _ in range(20):
-        start.record()
-        _call("cuLaunchKernel", kernel, grid, 1, 1, 256, 1, 1, 0, stream(), pointers, None)
-        end.record()
-        times.append(end.microseconds_since(start))
+    shape = (16 * _multiprocessors(), 1, 1, 256, 1, 1, 0)
+    us = _median_event_us(lambda: _call("cuLaunchKernel", kernel, *shape, stream(), pointers, None))
     _call("cuMemFree_v2", source)
-    return size / statistics.median(times) / 1e3
+    return _BUFFER / us / 1e3
 
 
 def _multiprocessors() -> int:
@@ -260,53 +258,23 @@ def _multiprocessors() -> int:
     return count.value
 
 
-def fill_random(tensor: paddle.Tensor, words: Any) -> None:
+def fill(tensor: paddle.Tensor, words: Any) -> None:
     """Fill a GPU tensor with repetitions of the bytes of a NumPy array."""
-    size = tensor.size * tensor.element_size()
-    target = tensor.data_ptr()
-    first = min(size, words.nbytes)
-    _call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), ctypes.c_void_p(words.ctypes.data),
-          ctypes.c_size_t(first))  # fmt: skip
-    done = first
-    while done < size:
+    size, target = tensor.size * tensor.element_size(), tensor.data_ptr()
+    done = min(size, words.nbytes)
+    source = ctypes.c_void_p(words.ctypes.data)
+    _call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, ctypes.c_size_t(done))
+    while 0 < done < size:
         more = min(done, size - done)
-        _call("cuMemcpyDtoD_v2", ctypes.c_uint64(target + done), ctypes.c_uint64(target),
-              ctypes.c_size_t(more))  # fmt: skip
+        end, begin = ctypes.c_uint64(target + done), ctypes.c_uint64(target)
+        _call("cuMemcpyDtoD_v2", end, begin, ctypes.c_size_t(more))
         done += more
-
-
-def empty(shape: Sequence[int], dtype: str) -> paddle.Tensor:
-    """Uninitialised tensor on the GPU; benchmarks leave Paddle set to the CPU."""
-    paddle.set_device("gpu")
-    try:
-        return paddle.empty(list(shape), dtype)
-    finally:
-        paddle.set_device("cpu")
-
-
-def filled(shape: Sequence[int], dtype: str, words: Any) -> paddle.Tensor:
-    """Tensor on the GPU with repetitions of `words`: no host makes gigabytes of them."""
-    tensor = empty(shape, dtype)
-    fill_random(tensor, words)
-    return tensor
 
 
 def launch_empty() -> None:
     """Launch a kernel of one thread that does nothing on Paddle's stream."""
-    _call(
-        "cuLaunchKernel",
-        _kernel(_EMPTY_KERNEL, b"empty_kernel"),
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        0,
-        stream(),
-        None,
-        None,
-    )
+    kernel, one = _kernel(_EMPTY_KERNEL, b"empty_kernel"), (1, 1, 1)
+    _call("cuLaunchKernel", kernel, *one, *one, 0, stream(), None, None)
 
 
 def empty_kernel_us(nodes: int = 200) -> float:
@@ -318,26 +286,6 @@ def empty_kernel_us(nodes: int = 200) -> float:
 def floors() -> tuple[float, float]:
     """Copy bandwidth in GB/s and an empty kernel's time in us, measured once a run."""
     return copy_bandwidth(), empty_kernel_us()
-
-
-def row(op: str, shape: str, us: float, moved: int) -> Row:
-    """Row of a memory-bound operator beside its floor.
-
-    Parameters
-    ----------
-    us : float
-        Measured time.
-    moved : int
-        Bytes that have to be read and written. The floor is a copy that moves as many, or an empty
-        kernel where that takes longer.
-    """
-    copy_gbs, empty_us = floors()
-    copy_us = moved / copy_gbs / 1e3
-    if copy_us < empty_us:
-        peer, peer_us = "empty kernel", empty_us
-    else:
-        peer, peer_us = "copy of as many bytes", copy_us
-    return Row(op, shape, us, rate=moved / us / 1e3, unit="GB/s", peer=peer, peer_us=peer_us)
 
 
 def machine() -> dict[str, Any]:
