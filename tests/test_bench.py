@@ -237,7 +237,7 @@ def test_a_table_fits_its_terminal(width):
     ("peer", "name"),
     [
         ("vllm_fa3_fp8 (q fp8)", "vLLM FA3 FP8"),
-        ("vllm_fa3_bf16_varlen", "vLLM FA3 BF16"),
+        ("vllm_fa3_bf16_varlen", "vLLM FA3 BF16 ragged"),
         ("vllm rope + reshape_and_cache fp8 (2 kernels)", "vLLM, 2 kernels"),
         ("copy of as many bytes", "copy"),
         ("empty kernel", "empty kernel"),

@@ -19,6 +19,8 @@ COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty ker
 _PUBLIC = {
     COPY: "copy",
     READ: "read",
+    "vllm_fa3_fp8_varlen": "vLLM FA3 FP8 ragged",
+    "vllm_fa3_bf16_varlen": "vLLM FA3 BF16 ragged",
     "vllm_fa3_fp8": "vLLM FA3 FP8",
     "vllm_fa3_bf16": "vLLM FA3 BF16",
     "vllm_triton_fp8": "vLLM Triton FP8",

@@ -151,7 +151,9 @@ def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
         raise ReportError("no row has a ratio to draw")
     grouped = len(points) > MOST_BARS
     names = [
-        f"{row.op} / {public_name(row.peer)}" if grouped else f"{row.op}: {row.shape}"
+        " / ".join(
+            filter(None, (row.op if grouped else f"{row.op}: {row.shape}", public_name(row.peer)))
+        )
         for row, _ in points
     ]
     lines = list(dict.fromkeys(names))
