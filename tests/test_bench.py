@@ -322,7 +322,12 @@ def test_rows_of_decode_are_drawn_as_curves():
             rows += [row, *(row.beside(peer, us * k) for peer, us in others.items())]
     figure = draw_curves(CHARTS[0], Report(MACHINE, rows), pyplot)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["fastattn FP8", "fastattn BF16", "vLLM FA3 BF16", "vLLM FA3 FP8"]
+    assert texts == [
+        "fastattn FP8",
+        "fastattn BF16",
+        "vLLM FlashAttention-3 BF16",
+        "vLLM FlashAttention-3 FP8",
+    ]
     assert "GB/s" in figure.axes[0].get_ylabel() and "tokens" in figure.axes[0].get_xlabel()
     pyplot.close(figure)
     assert draw_curves(CHARTS[1], Report(MACHINE, rows), pyplot) is None

@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastattn.bench.core.peers import READ, public_name
+from fastattn.bench.core.peers import COPY, EMPTY, READ, public_name
 from fastattn.bench.core.report import Baseline, Report, ReportError
 from fastattn.bench.core.rows import Row
 from fastattn.bench.core.tables import title
 
 #: A plot of at most this many rows names each of them; a larger one has a line for each operator.
-MOST_BARS = 40
+MOST_BARS = 24
 #: Lines of a chart: ours by name in the rows, and so many of the peers, the fastest.
 MOST_PEERS = 2
 _OURS = ("#08306b", "#2171b5", "#6baed6")
 _PEERS = ("#d94801", "#fd8d3c")
 _MARKERS = "os^Dv"
+#: Colours of what stands beside a peer, and beside a floor that memory or a launch sets.
+_SPEEDUP, _FRACTION = "#2171b5", "#969696"
 
 #: Line -> its points.
 Curves = dict[str, dict[int, float]]
@@ -132,7 +134,8 @@ def draw_curves(chart: Chart, report: Report, plt: Any) -> Any | None:
     axes[0][0].set_ylim(0, floor * 1.1 or None)
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
     shown = [name for name in lines if name in handles]
-    figure.legend([handles[n] for n in shown], shown, loc="lower center", ncol=3, frameon=False)
+    spelled = [name.replace("FA3", "FlashAttention-3") for name in shown]
+    figure.legend([handles[n] for n in shown], spelled, loc="lower center", ncol=3, frameon=False)
     machine = report.machine
     figure.suptitle(
         f"{chart.title}\n{machine.get('gpu', machine.get('cpu'))}, one run", fontsize=11
@@ -160,13 +163,15 @@ def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
     figure, axes = plt.subplots(figsize=(10, 1.4 + 0.28 * len(lines)))
     heights = [lines.index(name) for name in names]
     ratios = [ratio for _, ratio in points]
+    floors = () if baseline else (COPY, EMPTY, READ)
+    colors = [_FRACTION if row.peer in floors else _SPEEDUP for row, _ in points]
     if grouped:
-        axes.plot(ratios, heights, "o", markersize=4, alpha=0.35, markeredgewidth=0)
+        axes.scatter(ratios, heights, s=16, alpha=0.4, linewidths=0, color=colors)
         for i, name in enumerate(lines):
             middle = statistics.median(r for n, r in zip(names, ratios) if n == name)
             axes.plot([middle], [i], "|", color="black", markersize=14)
     else:
-        axes.barh(heights, ratios, height=0.7)
+        axes.barh(heights, ratios, height=0.7, color=colors)
     axes.set_yticks(range(len(lines)), lines, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
@@ -178,7 +183,8 @@ def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
     else:
         axes.set_xlim(left=0)
     other = "the baseline" if baseline is not None else "the peer"
-    axes.set_xlabel(f"speed relative to {other} (right of 1 is faster)")
+    grey = ", grey: of what memory or a launch allows" if _FRACTION in colors else ""
+    axes.set_xlabel(f"speed relative to {other} (right of 1 is faster{grey})")
     axes.set_title(title(report.machine), fontsize=10)
     axes.grid(axis="x", linewidth=0.3)
     figure.tight_layout()
