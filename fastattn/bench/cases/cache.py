@@ -146,21 +146,10 @@ def append_cache_kv_c8(device: Device) -> Iterator[Row]:
         for quant in ("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8"):
             cache = Cache(device, quant, tokens // BLOCK_SIZE)
             moved = tokens * (2 * KV * DIM * BF16 + token_bytes(quant))
-            for layout, values in (
-                ("fastattn", cache.value),
-                ("fastdeploy", cache.value.reshape(cache.key.shape)),
-            ):
-                call = bind(
-                    F.append_cache_kv_c8,
-                    cache.key,
-                    values,
-                    key,
-                    value,
-                    *meta,
-                    dynamic_quant=is_dynamic(quant),
-                    cache_layout=layout,
-                    **cache.options,
-                )
-                size = f"{tokens // 1024}k tokens, KV {KV}, D {DIM}"
-                shape = f"{size}, {quant}, {layout}"
+            options = {**cache.options, "dynamic_quant": is_dynamic(quant)}
+            deployed = cache.value.reshape(cache.key.shape)  # as FastDeploy shapes V
+            for layout, values in (("fastattn", cache.value), ("fastdeploy", deployed)):
+                tensors = (cache.key, values, key, value, *meta)
+                call = bind(F.append_cache_kv_c8, *tensors, cache_layout=layout, **options)
+                shape = f"{tokens // 1024}k tokens, KV {KV}, D {DIM}, {quant}, {layout}"
                 yield device.memory_row("append_cache_kv_c8", shape, [call], moved)

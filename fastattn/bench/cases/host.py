@@ -74,24 +74,24 @@ def _operator_calls(device: Device, size: _Size) -> Iterator[tuple[str, str, Cal
     h, kv, d, t, _ = size
     step = Step(device, [size.cached] * t, [1] * t)
     cache = Cache(device, QUANT, step.blocks, kv, d)
-    key, value, meta, options = cache.key, cache.value, step.meta, cache.options
+    kv_cache, meta, options = cache.tensors, step.meta, cache.options
     q, k, v = (device.random((t, n, d), "float16") for n in (h, kv, kv))
     qkv = device.random((t, (h + 2 * kv) * d), "float16")
     table = device.array(make_rotary_embs(step.longest, d))
     lse, scale, whole = device.uniform((h, t)), device.uniform((1,)), device.int32([0, t])
     seqs, tokens = f"{t} sequences, H {h}/{kv} D {d}", f"{t} tokens, H {h}/{kv} D {d}"
     heads = {"num_heads": h, "num_kv_heads": kv}
-    attend = bind(F.paged_attention, q, key, value, *meta, 1, step.longest, **options)
+    attend = bind(F.paged_attention, q, *kv_cache, *meta, 1, step.longest, **options)
     yield "paged_attention", seqs, attend
     flash = bind(F.flash_attention, q, k, v, whole, whole, t, t, causal=True)
     yield "flash_attention", tokens, flash
-    yield "write_cache_kv", seqs, bind(F.write_cache_kv, k, v, key, value, *meta, **options)
-    rope = bind(F.rope_write_cache_kv, qkv, key, value, table, *meta, **heads, **options)
+    yield "write_cache_kv", seqs, bind(F.write_cache_kv, k, v, *kv_cache, *meta, **options)
+    rope = bind(F.rope_write_cache_kv, qkv, *kv_cache, table, *meta, **heads, **options)
     yield "rope_write_cache_kv", seqs, rope
     merge = bind(F.merge_attn_states, q, lse, q, lse, output_scale=scale)
     yield "merge_attn_states", f"{t} tokens, H {h} D {d}", merge
     yield "quantize_fp8", f"{t} tokens", bind(F.quantize_fp8, q, granularity="token")
-    convert = bind(F.convert_cache_blocks, key, kind="k", cache_quant_type=QUANT)
+    convert = bind(F.convert_cache_blocks, cache.key, kind="k", cache_quant_type=QUANT)
     yield "convert_cache_blocks", "1 block", bind(convert, src="fastattn", dst="logical", end=1)
 
 
@@ -108,7 +108,7 @@ def _layer_calls(device: Device, size: _Size) -> Iterator[tuple[str, str, Call]]
             cached=[cached] * seqs,
             new=[new] * seqs,
             block_tables=np.arange(seqs * pages).reshape(seqs, pages),
-            caches=[cache.key, cache.value, *cache.scales],
+            caches=[*cache.tensors, *cache.scales],
             rotary_embs=table,
             place=device.place,
         )

@@ -45,6 +45,7 @@ class Cache:
         self.blocks = blocks
         self.key = device.random((blocks, kv, BLOCK_SIZE, dim), code, seed=1)
         self.value = device.random((blocks, kv, *rest), code, seed=2)
+        self.tensors = (self.key, self.value)
         self.scales: list[paddle.Tensor | None] = [None, None]
         if quant != "none":
             shape = (blocks, kv, BLOCK_SIZE) if is_dynamic(quant) else (kv,)
@@ -94,40 +95,20 @@ def paged_calls(
 ) -> list[Call]:
     """Calls of paged_attention for a step, each over a cache of its own."""
     shape = (step.tokens, heads, DIM)
+    options.update(max_seqlen_q=int(step.new.max()), max_seqlen_k=step.longest)
     calls: list[Call] = []
     for _ in range(copies):
-        cache = Cache(device, quant, step.blocks, kv)
-        call = bind(
-            F.paged_attention,
-            device.random(shape, queries),
-            cache.key,
-            cache.value,
-            *step.meta,
-            max_seqlen_q=int(step.new.max()),
-            max_seqlen_k=step.longest,
-            out=device.empty(shape, "bfloat16"),
-            **cache.options,
-            **options,
-        )
-        calls.append(call)
+        cache, q = Cache(device, quant, step.blocks, kv), device.random(shape, queries)
+        of_call = {**cache.options, **options, "out": device.empty(shape, "bfloat16")}
+        calls.append(bind(F.paged_attention, q, *cache.tensors, *step.meta, **of_call))
     return calls
 
 
 def write_calls(device: Device, cache: Cache, step: Step, copies: int) -> list[Call]:
     """Calls of write_cache_kv over keys and values of their own."""
-    shape = (step.tokens, KV, DIM)
-    return [
-        bind(
-            F.write_cache_kv,
-            device.random(shape, seed=1),
-            device.random(shape, seed=2),
-            cache.key,
-            cache.value,
-            *step.meta,
-            **cache.options,
-        )
-        for _ in range(copies)
-    ]
+    shape, rest = (step.tokens, KV, DIM), (*cache.tensors, *step.meta)
+    pairs = [[device.random(shape, seed=seed) for seed in (1, 2)] for _ in range(copies)]
+    return [bind(F.write_cache_kv, *pair, *rest, **cache.options) for pair in pairs]
 
 
 def rope_write_calls(
@@ -140,18 +121,7 @@ def rope_write_calls(
     **options: Any,
 ) -> list[Call]:
     """Calls of rope_write_cache_kv over projections of their own."""
-    return [
-        bind(
-            F.rope_write_cache_kv,
-            device.random((step.tokens, (heads + 2 * KV) * DIM)),
-            cache.key,
-            cache.value,
-            angles,
-            *step.meta,
-            num_heads=heads,
-            num_kv_heads=KV,
-            **cache.options,
-            **options,
-        )
-        for _ in range(copies)
-    ]
+    shape, rest = (step.tokens, (heads + 2 * KV) * DIM), (*cache.tensors, angles, *step.meta)
+    options.update(cache.options, num_heads=heads, num_kv_heads=KV)
+    qkvs = [device.random(shape) for _ in range(copies)]
+    return [bind(F.rope_write_cache_kv, qkv, *rest, **options) for qkv in qkvs]

@@ -33,10 +33,7 @@ def _states(device: Device, tokens: int, heads: int, dtype: str) -> list[Any]:
     for seed in (0, 1):
         lse = rng.normal(size=(heads, tokens))
         lse[rng.random(lse.shape) < 0.05] = np.inf
-        states += [
-            device.random((tokens, heads, DIM), dtype, seed),
-            device.array(lse, np.float32),
-        ]
+        states += [device.random((tokens, heads, DIM), dtype, seed), device.array(lse, np.float32)]
     return states
 
 

@@ -74,7 +74,7 @@ def cascade(device: Cpu) -> Iterator[Row]:
         query = device.random((seqs, HEADS, DIM))
         starts, this_time = device.int32(np.arange(seqs + 1)), device.int32(new)
         lengths = (device.int32(tables), starts, device.int32(decoder), this_time)
-        tensors, longest = (query, cache.key, cache.value), (1, prefix + own)
+        tensors, longest = (query, *cache.tensors), (1, prefix + own)
         calls: list[Call] = [
             bind(F.cascade_attention, *tensors, plan, starts, this_time, *longest, **cache.options),
             bind(F.paged_attention, *tensors, *lengths, *longest, **cache.options),

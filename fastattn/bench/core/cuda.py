@@ -25,12 +25,22 @@ _EMPTY_KERNEL = b"""
 """
 
 # Every thread XORs 16-byte words, four loads under way at a time; the branch keeps the loads.
-_READ_KERNEL = b"""
+_LOADS = "".join(
+    f"  ld.global.nc.v4.u32 {{%x{i}, %x{i + 1}, %x{i + 2}, %x{i + 3}}}, [%pointer];\n"
+    "  add.u64 %pointer, %pointer, %jump;\n"
+    for i in (1, 5, 9, 13)
+)
+_XORS = "".join(
+    f"  xor.b32 %x{i}, %x{i}, %x{i + step};\n"
+    for step in (1, 2, 4, 8)
+    for i in range(1, 17, 2 * step)
+)
+_READ_KERNEL = f"""
 .version 7.0
 .target sm_70
 .address_size 64
 .visible .entry read_kernel(.param .u64 source, .param .u64 words)
-{
+{{
   .reg .pred %more;
   .reg .b32 %x<17>, %block, %size, %thread, %grid;
   .reg .b64 %at, %end, %step, %next, %pointer, %jump;
@@ -50,30 +60,7 @@ again:
   mad.lo.u64 %next, %step, 3, %at;
   setp.ge.u64 %more, %next, %end;
   @%more bra done;
-  ld.global.nc.v4.u32 {%x1, %x2, %x3, %x4}, [%pointer];
-  add.u64 %pointer, %pointer, %jump;
-  ld.global.nc.v4.u32 {%x5, %x6, %x7, %x8}, [%pointer];
-  add.u64 %pointer, %pointer, %jump;
-  ld.global.nc.v4.u32 {%x9, %x10, %x11, %x12}, [%pointer];
-  add.u64 %pointer, %pointer, %jump;
-  ld.global.nc.v4.u32 {%x13, %x14, %x15, %x16}, [%pointer];
-  add.u64 %pointer, %pointer, %jump;
-  xor.b32 %x1, %x1, %x2;
-  xor.b32 %x3, %x3, %x4;
-  xor.b32 %x5, %x5, %x6;
-  xor.b32 %x7, %x7, %x8;
-  xor.b32 %x9, %x9, %x10;
-  xor.b32 %x11, %x11, %x12;
-  xor.b32 %x13, %x13, %x14;
-  xor.b32 %x15, %x15, %x16;
-  xor.b32 %x1, %x1, %x3;
-  xor.b32 %x5, %x5, %x7;
-  xor.b32 %x9, %x9, %x11;
-  xor.b32 %x13, %x13, %x15;
-  xor.b32 %x1, %x1, %x5;
-  xor.b32 %x9, %x9, %x13;
-  xor.b32 %x1, %x1, %x9;
-  xor.b32 %x0, %x0, %x1;
+{_LOADS}{_XORS}  xor.b32 %x0, %x0, %x1;
   mad.lo.u64 %at, %step, 4, %at;
   bra again;
 done:
@@ -82,8 +69,8 @@ done:
   ld.param.u64 %pointer, [source];
   st.global.u32 [%pointer], %x0;
   ret;
-}
-"""
+}}
+""".encode()
 
 
 class DriverError(RuntimeError):
@@ -108,15 +95,6 @@ def stream() -> ctypes.c_void_p:
     return ctypes.c_void_p(int(paddle.device.cuda.current_stream().cuda_stream or 0))
 
 
-def gpu_name() -> str:
-    """Name of GPU 0 as the driver tells it."""
-    name = ctypes.create_string_buffer(128)
-    device = ctypes.c_int()
-    _call("cuDeviceGet", ctypes.byref(device), 0)
-    _call("cuDeviceGetName", name, 128, device)
-    return name.value.decode()
-
-
 def driver_version() -> str:
     """CUDA version that the driver supports, e.g. ``"13.0"``."""
     version = ctypes.c_int()
@@ -139,33 +117,19 @@ class _Event:
         return elapsed.value * 1e3
 
 
-def capture(calls: Sequence[Call]) -> Any:
-    """CUDA graph of all `calls`, each run once before so that nothing is set up inside."""
-    from paddle.device.cuda.graphs import CUDAGraph
-
-    for call in calls:
-        call()
-    paddle.device.cuda.synchronize()
-    graph = CUDAGraph()
-    graph.capture_begin()
-    kept = [call() for call in calls]  # outputs live in the graph's memory pool
-    graph.capture_end()
-    graph.kept = kept
-    return graph
+def _median_event_us(work: Call, times: int = 20) -> float:
+    start, end = _Event(), _Event()
+    taken = []
+    for _ in range(times):
+        start.record()
+        work()
+        end.record()
+        taken.append(end.microseconds_since(start))
+    return statistics.median(taken)
 
 
 #: Seconds of replays before the first one that counts: clocks rise with the work after a pause.
 WARM_UP_SECONDS = 0.025
-
-
-def _warm_up(graph: Any) -> None:
-    started = time.perf_counter()
-    while True:
-        for _ in range(3):
-            graph.replay()
-        paddle.device.cuda.synchronize()
-        if time.perf_counter() - started > WARM_UP_SECONDS:
-            return
 
 
 def median_us(calls: Sequence[Call], replays: int = 30) -> float:
@@ -173,8 +137,20 @@ def median_us(calls: Sequence[Call], replays: int = 30) -> float:
 
     Give many calls over different buffers, more bytes than the L2 cache, to measure cold.
     """
-    graph = capture(calls)
-    _warm_up(graph)
+    from paddle.device.cuda.graphs import CUDAGraph
+
+    for call in calls:  # so that nothing is set up inside the capture
+        call()
+    paddle.device.cuda.synchronize()
+    graph = CUDAGraph()
+    graph.capture_begin()
+    graph.kept = [call() for call in calls]  # outputs live in the graph's memory pool
+    graph.capture_end()
+    end = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < end:
+        for _ in range(3):
+            graph.replay()
+        paddle.device.cuda.synchronize()
     us = _median_event_us(graph.replay, replays)
     paddle.device.cuda.synchronize()
     graph.reset()
@@ -193,17 +169,6 @@ def steady_us(calls: Sequence[Call], replays: int = 15) -> float:
     once = median_us(first, replays=3)
     wanted = min(STEADY_CALLS, STEADY_US / once)
     return median_us(list(calls) * max(1, int(wanted / len(calls))), replays)
-
-
-def _median_event_us(work: Call, times: int = 20) -> float:
-    start, end = _Event(), _Event()
-    taken = []
-    for _ in range(times):
-        start.record()
-        work()
-        end.record()
-        taken.append(end.microseconds_since(start))
-    return statistics.median(taken)
 
 
 #: Bytes of the buffers that bandwidths are measured over.
@@ -245,17 +210,11 @@ def read_bandwidth() -> float:
     pointers = (ctypes.c_void_p * 2)(
         *(ctypes.cast(ctypes.byref(x), ctypes.c_void_p) for x in (source, words))
     )
-    shape = (16 * _multiprocessors(), 1, 1, 256, 1, 1, 0)
+    multiprocessors = paddle.device.cuda.get_device_properties(0).multi_processor_count
+    shape = (16 * multiprocessors, 1, 1, 256, 1, 1, 0)
     us = _median_event_us(lambda: _call("cuLaunchKernel", kernel, *shape, stream(), pointers, None))
     _call("cuMemFree_v2", source)
     return _BUFFER / us / 1e3
-
-
-def _multiprocessors() -> int:
-    count, device = ctypes.c_int(), ctypes.c_int()
-    _call("cuDeviceGet", ctypes.byref(device), 0)
-    _call("cuDeviceGetAttribute", ctypes.byref(count), 16, device)  # MULTIPROCESSOR_COUNT
-    return count.value
 
 
 def fill(tensor: paddle.Tensor, words: Any) -> None:
@@ -277,22 +236,17 @@ def launch_empty() -> None:
     _call("cuLaunchKernel", kernel, *one, *one, 0, stream(), None, None)
 
 
-def empty_kernel_us(nodes: int = 200) -> float:
-    """Time of an empty kernel as one of many nodes of a CUDA graph, in microseconds."""
-    return median_us([launch_empty] * nodes)
-
-
 @functools.lru_cache(maxsize=1)
 def floors() -> tuple[float, float]:
-    """Copy bandwidth in GB/s and an empty kernel's time in us, measured once a run."""
-    return copy_bandwidth(), empty_kernel_us()
+    """Copy bandwidth in GB/s and time of an empty kernel as a graph's node in us, once a run."""
+    return copy_bandwidth(), median_us([launch_empty] * 200)
 
 
 def machine() -> dict[str, Any]:
     """The GPU that the numbers belong to."""
     copy_gbs, empty_us = floors()
     return {
-        "gpu": gpu_name(),
+        "gpu": paddle.device.cuda.get_device_name(0),
         "driver_cuda": driver_version(),
         "copy_gbs": round(copy_gbs, 1),
         "empty_kernel_us": round(empty_us, 3),

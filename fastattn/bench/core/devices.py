@@ -80,9 +80,9 @@ class Device(ABC):
         finally:
             paddle.set_device("cpu")
 
-    @abstractmethod
     def copies(self, moved: int, most: int = 64) -> int:
         """Calls over buffers of their own, of `moved` bytes each, that no cache holds together."""
+        return 1
 
     @abstractmethod
     def memory_row(self, op: str, shape: str, calls: Sequence[Call], moved: int) -> Row:
@@ -96,13 +96,12 @@ class Device(ABC):
             Bytes that one call has to read and write.
         """
 
-    @abstractmethod
-    def wait(self) -> None:
+    def wait(self) -> None:  # noqa: B027
         """Wait for all work."""
 
-    @abstractmethod
     def machine(self) -> dict[str, Any]:
         """What the numbers belong to."""
+        return timing.machine()
 
 
 class Cpu(Device):
@@ -117,10 +116,6 @@ class Cpu(Device):
         """See :meth:`Device.random`."""
         return self.array(np.resize(_words(kind, seed), tuple(shape)))
 
-    def copies(self, moved: int, most: int = 64) -> int:
-        """See :meth:`Device.copies`: one; the copy beside it takes the caches."""
-        return 1
-
     def memory_row(self, op: str, shape: str, calls: Sequence[Call], moved: int) -> Row:
         """See :meth:`Device.memory_row`."""
         source = np.ones(max(moved // 2, 1), np.uint8)
@@ -128,13 +123,6 @@ class Cpu(Device):
         functions = [calls[0], lambda: np.copyto(target, source)]
         us, copy_us = timing.medians(functions, 3 if self.quick else 9)
         return Row(op, shape, us, moved / us / 1e3, "GB/s", COPY, copy_us)
-
-    def wait(self) -> None:
-        """See :meth:`Device.wait`."""
-
-    def machine(self) -> dict[str, Any]:
-        """See :meth:`Device.machine`."""
-        return timing.machine()
 
 
 class Gpu(Device):

@@ -165,13 +165,11 @@ def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
     ratios = [ratio for _, ratio in points]
     floors = () if baseline else (COPY, EMPTY, READ)
     colors = [_FRACTION if row.peer in floors else _SPEEDUP for row, _ in points]
+    axes.scatter(ratios, heights, s=20, alpha=0.5 if grouped else 1, linewidths=0, color=colors)
     if grouped:
-        axes.scatter(ratios, heights, s=16, alpha=0.4, linewidths=0, color=colors)
         for i, name in enumerate(lines):
             middle = statistics.median(r for n, r in zip(names, ratios) if n == name)
             axes.plot([middle], [i], "|", color="black", markersize=14)
-    else:
-        axes.barh(heights, ratios, height=0.7, color=colors)
     axes.set_yticks(range(len(lines)), lines, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
