@@ -66,21 +66,26 @@ def _import_cases() -> None:
         importlib.import_module(f"{package.__name__}.{info.name}")
 
 
-def _measure(chosen: Mapping[str, Bench], device: Any, console: Any) -> dict[str, list[Row]]:
-    """Rows of each family."""
+def _measure(chosen: Mapping[str, Bench], device: Any, console: Any, folder: Path | None) -> Report:
+    """Rows of all; those of a family also go to its file, as soon as each benchmark is done."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    machine = device.machine()
     rows: dict[str, list[Row]] = {}
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen))
         for name, bench in chosen.items():
             progress.update(task, description=name)
+            of_family = rows.setdefault(family(bench), [])
             for row in bench(device):
-                rows.setdefault(family(bench), []).append(row)
+                of_family.append(row)
                 progress.update(task, description=f"{name}: {row.shape}")
+            if folder:
+                file = f"{_stem(machine)}-{family(bench).replace('_', '-')}.json"
+                Report(machine, of_family).write(folder / file)
             progress.advance(task)
-    return rows
+    return Report(machine, [row for of_family in rows.values() for row in of_family])
 
 
 def _stem(machine: Mapping[str, Any]) -> str:
@@ -109,13 +114,8 @@ def _run_benchmarks(arguments: argparse.Namespace, console: Any) -> Report | int
             f"bench: --op {unknown[0]}: expected one of {', '.join(known)}", soft_wrap=True
         )
         return 2
-    machine = device.machine()
-    families = _measure({name: known[name] for name in names}, device, console)
-    if arguments.json_dir:
-        for name, rows in families.items():
-            path = arguments.json_dir / f"{_stem(machine)}-{name.replace('_', '-')}.json"
-            Report(machine, rows).write(path)
-    return Report(machine, [row for rows in families.values() for row in rows])
+    chosen = {name: known[name] for name in names}
+    return _measure(chosen, device, console, arguments.json_dir)
 
 
 def _only(report: Report, operators: list[str] | None) -> Report:

@@ -46,11 +46,8 @@ _STEPS: dict[str, list[list[Seq]]] = {
     ],
     "gpu quick": [[(8192, 0, 8192)]],
 }
-_TYPES = {
-    "cpu": ("none", "cache_int8", "cache_fp8", "block_wise_fp8"),
-    "gpu": ("none", "cache_int8", "cache_fp8", "block_wise_fp8"),
-    "gpu quick": ("block_wise_fp8",),
-}
+_ALL = ("none", "cache_int8", "cache_fp8", "block_wise_fp8")
+_TYPES = {"cpu": _ALL, "gpu": _ALL, "gpu quick": ("block_wise_fp8",)}
 _MERGED: dict[str, list[list[Seq]]] = {
     "cpu": [[(512, 0, 512), *[(0, 300, 8)] * 64]],
     "cpu quick": [[(512, 0, 512), *[(0, 300, 1)] * 64]],
@@ -92,26 +89,18 @@ def gqa_calls(
         starts,
         device.int32(starts_of(prefix + new)),
         device.array(make_rotary_embs(step.longest, DIM)),
-        *(device.int32(x) for x in (new, encoder, cached)),
-        device.int32(np.repeat(np.arange(len(seqs)), new)),
+        *(device.int32(x) for x in (new, encoder, cached, np.repeat(np.arange(len(seqs)), new))),
         tables,
         *[None] * 8,  # lists of tiles, norms
-        *scales,
-        *[None] * 3,  # zero points, PD signals
-        kv_tokens,
-        0,
-        1e-6,
-        False,
-        quant,
+        *(*scales, *[None] * 3),  # then zero points, PD signals
+        *(kv_tokens, 0, 1e-6, False, quant),
     )
     width = (HEADS + 2 * KV) * DIM
     moved = tokens * (2 * width * BF16 + HEADS * DIM * BF16 + 4 * DIM)  # q, qkv_out, angles
     moved += kv_tokens * 2 * KV * DIM * BF16
     moved += int(prefix.sum() + new[encoder > 0].sum()) * token_bytes(quant)
-    return [
-        bind(gqa_rope_write_cache, device.random((tokens, width)), *arguments)
-        for _ in range(device.copies(moved, most))
-    ], moved
+    qkvs = [device.random((tokens, width)) for _ in range(device.copies(moved, most))]
+    return [bind(gqa_rope_write_cache, qkv, *arguments) for qkv in qkvs], moved
 
 
 def merge_calls(device: Device, seqs: Sequence[Seq]) -> tuple[list[Call], int]:
@@ -123,17 +112,9 @@ def merge_calls(device: Device, seqs: Sequence[Seq]) -> tuple[list[Call], int]:
     meta = [device.int32(x) for x in (encoder, cached, new, starts_of(new))]
     shape = (int(new.sum()), HEADS * DIM)
     moved = 2 * int(new[encoder == 0].sum()) * HEADS * DIM * BF16
-    return [
-        bind(
-            merge_prefill_decode_output,
-            *(device.random(shape) for _ in range(2)),
-            *meta,
-            HEADS,
-            DIM,
-            int(new.max()),
-        )
-        for _ in range(device.copies(moved, 16))
-    ], moved
+    rest = (*meta, HEADS, DIM, int(new.max()))
+    pairs = [[device.random(shape) for _ in "ab"] for _ in range(device.copies(moved, 16))]
+    return [bind(merge_prefill_decode_output, *pair, *rest) for pair in pairs], moved
 
 
 def describe(seqs: Sequence[Seq]) -> str:

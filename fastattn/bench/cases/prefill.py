@@ -19,6 +19,7 @@ from fastattn.bench.core.timing import Call, bind
 
 TOKENS = 16384
 #: Length of a sequence, query and KV heads.
+Shape = tuple[int, int, int]
 _SHAPES = [
     *((length, 16, 16) for length in (1024, 2048, 4096, 8192, 16384)),
     *((length, 64, 8) for length in (4096, 16384)),
@@ -43,7 +44,7 @@ _QUANTIZED = {
 def _paged(
     device: Gpu,
     quant: str,
-    shape: tuple[int, int, int],
+    shape: Shape,
     queries: str,
     prefix: int = 0,
     seqs: int = 0,
@@ -56,25 +57,17 @@ def _paged(
     return paged_calls(device, quant, step, heads, kv, queries, **options)[0]
 
 
-def _contiguous(device: Gpu, dtype: str, shape: tuple[int, int, int], causal: bool) -> Call:
+def _contiguous(device: Gpu, dtype: str, shape: Shape, causal: bool) -> Call:
     """A call of flash_attention over queries, keys and values of a type."""
     length, heads, kv = shape
     starts = device.int32(np.arange(TOKENS // length + 1) * length)
-    return bind(
-        F.flash_attention,
-        *(device.random((TOKENS, n, DIM), dtype, seed) for seed, n in enumerate((heads, kv, kv))),
-        starts,
-        starts,
-        length,
-        length,
-        causal=causal,
-        out=device.empty((TOKENS, heads, DIM), "bfloat16"),
-    )
+    qkv = [device.random((TOKENS, n, DIM), dtype, seed) for seed, n in enumerate((heads, kv, kv))]
+    out = device.empty((TOKENS, heads, DIM), "bfloat16")
+    lengths = (starts, starts, length, length)
+    return bind(F.flash_attention, *qkv, *lengths, causal=causal, out=out)
 
 
-def _rate(
-    us: float, seqs: int, prefix: int, shape: tuple[int, int, int], causal: bool
-) -> tuple[float, str]:
+def _rate(us: float, seqs: int, prefix: int, shape: Shape, causal: bool) -> tuple[float, str]:
     """Multiplications and additions a second; the diagonal counts half."""
     length, heads, _ = shape
     pairs = prefix * length + (length * length / 2 if causal else length * length)
@@ -86,7 +79,7 @@ def _rows(
     op: str,
     call: Call,
     name: str,
-    shape: tuple[int, int, int],
+    shape: Shape,
     causal: bool,
     wanted: Sequence[str],
 ) -> Iterator[Row]:

@@ -136,10 +136,8 @@ def draw_curves(chart: Chart, report: Report, plt: Any) -> Any | None:
     shown = [name for name in lines if name in handles]
     spelled = [name.replace("FA3", "FlashAttention-3") for name in shown]
     figure.legend([handles[n] for n in shown], spelled, loc="lower center", ncol=3, frameon=False)
-    machine = report.machine
-    figure.suptitle(
-        f"{chart.title}\n{machine.get('gpu', machine.get('cpu'))}, one run", fontsize=11
-    )
+    device = report.machine.get("gpu", report.machine.get("cpu"))
+    figure.suptitle(f"{chart.title}\n{device}, one run", fontsize=11)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     return figure
 
@@ -153,12 +151,10 @@ def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
     if not points:
         raise ReportError("no row has a ratio to draw")
     grouped = len(points) > MOST_BARS
-    names = [
-        " / ".join(
-            filter(None, (row.op if grouped else f"{row.op}: {row.shape}", public_name(row.peer)))
-        )
-        for row, _ in points
-    ]
+    names = []
+    for row, _ in points:
+        name = row.op if grouped else f"{row.op}: {row.shape}"
+        names.append(f"{name} / {public_name(row.peer)}" if row.peer else name)
     lines = list(dict.fromkeys(names))
     figure, axes = plt.subplots(figsize=(10, 1.4 + 0.28 * len(lines)))
     heights = [lines.index(name) for name in names]
@@ -173,13 +169,10 @@ def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
     axes.set_yticks(range(len(lines)), lines, fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    if max(ratios) / min(ratios) > 8:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_xlim(left=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     other = "the baseline" if baseline is not None else "the peer"
     grey = ", grey: of what memory or a launch allows" if _FRACTION in colors else ""
     axes.set_xlabel(f"speed relative to {other} (right of 1 is faster{grey})")

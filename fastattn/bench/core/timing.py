@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -59,29 +60,22 @@ def medians(functions: Sequence[Call], repeats: int) -> list[float]:
 
 
 def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    text = facts.read_text() if facts.exists() else ""
+    match = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
     """Commit of the checkout that the package lies in, with + when it has changes."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+        output = subprocess.check_output(
+            command, cwd=Path(__file__).parent, text=True, timeout=10, stderr=subprocess.DEVNULL
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return output.strip() or None
 
 
 def machine() -> dict[str, Any]:
