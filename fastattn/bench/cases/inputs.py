@@ -91,14 +91,15 @@ def paged_calls(
     kv: int = KV,
     queries: str = "bfloat16",
     copies: int = 1,
+    dim: int = DIM,
     **options: Any,
 ) -> list[Call]:
     """Calls of paged_attention for a step, each over a cache of its own."""
-    shape = (step.tokens, heads, DIM)
+    shape = (step.tokens, heads, dim)
     options.update(max_seqlen_q=int(step.new.max()), max_seqlen_k=step.longest)
     calls: list[Call] = []
     for _ in range(copies):
-        cache, q = Cache(device, quant, step.blocks, kv), device.random(shape, queries)
+        cache, q = Cache(device, quant, step.blocks, kv, dim), device.random(shape, queries)
         of_call = {**cache.options, **options, "out": device.empty(shape, "bfloat16")}
         calls.append(bind(F.paged_attention, q, *cache.tensors, *step.meta, **of_call))
     return calls

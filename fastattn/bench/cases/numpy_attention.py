@@ -18,17 +18,18 @@ from fastattn.reference import layout, numerics
 Array = NDArray[Any]
 _PEER = "NumPy, K/V in fp32"
 
-_DECODE = {  # cache type, batch, H, KV, context
+_DECODE = {  # cache type, batch, H, KV, D, context
     "cpu": [
-        ("block_wise_fp8", 8, 32, 8, 4096),
-        ("block_wise_fp8", 8, 32, 8, 1024),
-        ("block_wise_int8", 8, 32, 8, 1024),
-        ("cache_fp8", 8, 32, 8, 1024),
-        ("none", 8, 32, 8, 1024),
-        ("block_wise_fp8", 1, 32, 8, 4096),
-        ("block_wise_fp8", 8, 8, 8, 1024),
+        ("block_wise_fp8", 8, 32, 8, 128, 4096),
+        ("block_wise_fp8", 8, 32, 8, 128, 1024),
+        ("block_wise_int8", 8, 32, 8, 128, 1024),
+        ("cache_fp8", 8, 32, 8, 128, 1024),
+        ("none", 8, 32, 8, 128, 1024),
+        ("block_wise_fp8", 1, 32, 8, 128, 4096),
+        ("block_wise_fp8", 8, 8, 8, 128, 1024),
+        ("block_wise_fp8", 8, 32, 8, 64, 1024),
     ],
-    "cpu quick": [("block_wise_fp8", 2, 32, 8, 1024), ("none", 2, 32, 8, 1024)],
+    "cpu quick": [("block_wise_fp8", 2, 32, 8, 128, 1024), ("none", 2, 32, 8, 128, 1024)],
 }
 _CHUNKS = {"cpu": ("block_wise_fp8", "none"), "cpu quick": ("block_wise_fp8",)}
 _DTYPES = {"cpu": ("float32", "bfloat16"), "cpu quick": ("float32",)}
@@ -99,11 +100,11 @@ def _row(
 
 
 def _paged(
-    device: Cpu, quant: str, batch: int, heads: int, kv: int, context: int, new: int
+    device: Cpu, quant: str, batch: int, heads: int, kv: int, dim: int, context: int, new: int
 ) -> tuple[Call, Call, int]:
     """Ours, NumPy's, and the bytes of K, V and scales that ours reads."""
     step = Step(device, [context - new] * batch, [new] * batch)
-    ours: Any = paged_calls(device, quant, step, heads, kv)[0]
+    ours: Any = paged_calls(device, quant, step, heads, kv, dim=dim)[0]
     q, key, value = ours.args[:3]
     scales = [ours.keywords[name] for name in ("cache_k_scales", "cache_v_scales")]
     tables = step.meta[0].numpy()
@@ -120,15 +121,15 @@ def _paged(
 def paged_attention(device: Cpu) -> Iterator[Row]:
     """Decode, then chunked prefill, over every kind of cache."""
     op = "paged_attention"
-    for quant, batch, heads, kv, context in device.of(_DECODE):
-        ours, numpy, size = _paged(device, quant, batch, heads, kv, context, 1)
-        shape = f"decode {quant} B{batch} H{heads}/{kv} D128 ctx {context}"
+    for quant, batch, heads, kv, dim, context in device.of(_DECODE):
+        ours, numpy, size = _paged(device, quant, batch, heads, kv, dim, context, 1)
+        shape = f"decode {quant} B {batch} H {heads}/{kv} D {dim} ctx {context}"
         yield _row(device, op, shape, ours, numpy, size, "GB/s", batch)
     heads, kv, context, new = 16, 4, 1024, 256
     for quant in device.of(_CHUNKS):
-        ours, numpy, _ = _paged(device, quant, 1, heads, kv, context, new)
+        ours, numpy, _ = _paged(device, quant, 1, heads, kv, 128, context, new)
         flops = 4 * heads * 128 * sum(range(context - new + 1, context + 1))
-        shape = f"chunk of {new} {quant} B1 H{heads}/{kv} D128 ctx {context}"
+        shape = f"chunk of {new} {quant} B 1 H {heads}/{kv} D 128 ctx {context}"
         yield _row(device, op, shape, ours, numpy, flops, "GFLOP/s", 1)
 
 
@@ -143,6 +144,6 @@ def flash_attention(device: Cpu) -> Iterator[Row]:
         ours = bind(F.flash_attention, q, k, v, *lengths, causal=True)
         folded = (_folded(q, 1, kv), *(_folded(x, 1, kv) for x in (k, v)), tokens)
         flops = 4 * heads * dim * tokens * (tokens + 1) // 2
-        shape = f"causal {dtype} T{tokens} H{heads}/{kv} D{dim}"
+        shape = f"causal {dtype} T {tokens} H {heads}/{kv} D {dim}"
         numpy = bind(numpy_attention, *folded)
         yield _row(device, "flash_attention", shape, ours, numpy, flops, "GFLOP/s", 1)

@@ -73,10 +73,6 @@ done:
 """.encode()
 
 
-class DriverError(RuntimeError):
-    """A call of the CUDA driver failed."""
-
-
 @functools.lru_cache(maxsize=1)
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
@@ -87,7 +83,7 @@ def _call(name: str, *args: Any) -> None:
     if code != 0:
         text = ctypes.c_char_p()
         _driver().cuGetErrorName(code, ctypes.byref(text))
-        raise DriverError(f"{name}: {(text.value or b'?').decode()}")
+        raise RuntimeError(f"{name}: {(text.value or b'?').decode()}")
 
 
 def stream() -> ctypes.c_void_p:
