@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "custom_ops"))
 
-from builder import sources, toolchain  # noqa: E402
+from builder import instances, sources, toolchain  # noqa: E402
 from builder.compile import CompileError, Unit, compile_all  # noqa: E402
 
 
@@ -47,9 +47,12 @@ def main() -> None:
     launcher = tuple(toolchain.find_ccache())
 
     def unit(name: str, compiler: tuple[str, ...]) -> Unit:
-        return Unit(name, arguments.out.resolve() / f"{name}.o", compiler, identity, launcher)
+        out = arguments.out.resolve() / f"{name.replace(toolchain.GENERATED, '.')}.o"
+        return Unit(name, out, compiler, identity, launcher)
 
-    kernels = [unit(name, nvcc) for name in chosen(found.cuda, arguments.all)]
+    instances.write(ROOT / "build" / "generated")
+    names = (*found.cuda, *(f"{toolchain.GENERATED}/{name}" for name in instances.sources()))
+    kernels = [unit(name, nvcc) for name in chosen(names, arguments.all)]
     host = (*cxx, *toolchain.cxx_flags(paddle, cuda))
     api = [unit(name, host) for name in found.cxx if name.startswith("api/")]
     try:
@@ -58,7 +61,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(
         f"{len(api)} sources against Paddle {paddle.version} with CUDA, {len(kernels)} of "
-        f"{len(found.cuda)} kernels for {';'.join(archs)}: compiled"
+        f"{len(names)} kernels for {';'.join(archs)}: compiled"
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from custom_ops.builder import compile as building
-from custom_ops.builder import ops, sources, toolchain, wheel
+from custom_ops.builder import instances, ops, sources, toolchain, wheel
 from custom_ops.builder.compile import CompileError, Unit, compile_all
 from fastattn import _ops, env
 from fastattn.reference import layout
@@ -443,6 +443,10 @@ def test_head_dims_of_the_host_module_are_those_of_the_kernels():
     assert lists and {tuple(map(int, found.split(","))) for found in lists} == {
         tuple(host.head_dims())
     }
+    for family in instances.FAMILIES:
+        if "head_dim" in family.columns:
+            column = list(family.columns).index("head_dim")
+            assert {values[column] for values in family.arguments()} == set(host.head_dims())
 
 
 def test_host_module_agrees_with_the_reference():

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import instances, toolchain
 from . import sources as source_lists
-from . import toolchain
 from .compile import CompileError, Unit, compile_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +96,10 @@ class Build:
         if self.cuda is not None:
             nvcc = (str(self.cuda.nvcc), *toolchain.nvcc_flags(self.cuda, self.archs))
             identity = f"{self.cuda.version} {toolchain.compiler_identity(tuple(self.cxx))}"
+            instances.write(CUSTOM_OPS / toolchain.GENERATED)
+            for name in instances.sources():
+                source = f"{toolchain.GENERATED}/{name}"
+                units.append(Unit(source, self.objects / f"{name}.o", nvcc, identity, launcher))
             for name in self.sources.cuda:
                 units.append(Unit(name, self.objects / f"{name}.o", nvcc, identity, launcher))
         cxx = (*self.cxx, *toolchain.cxx_flags(self.paddle, self.cuda))
@@ -127,6 +131,10 @@ class Build:
             for name, source in self.sources.modules.items()
         }
 
+    def num_cuda_sources(self) -> int:
+        """Hand-written and generated ones."""
+        return len(self.sources.cuda) + len(instances.sources()) if self.cuda else 0
+
     def info(self) -> dict[str, Any]:
         """What ``_build_info.py`` records."""
         flags = toolchain.cxx_flags(None) + (
@@ -141,8 +149,8 @@ class Build:
             "CXX": toolchain.compiler_identity(tuple(self.cxx)),
             "FLAGS": " ".join(flags),
             "PLATFORM": toolchain.platform_name(),
-            "NUM_SOURCES": len(self.sources.cxx) + len(self.sources.cuda),
-            "NUM_CUDA_SOURCES": len(self.sources.cuda),
+            "NUM_SOURCES": len(self.sources.cxx) + self.num_cuda_sources(),
+            "NUM_CUDA_SOURCES": self.num_cuda_sources(),
             "OPERATORS": source_lists.operators(CUSTOM_OPS, self.sources),
         }
 

@@ -19,6 +19,9 @@ from pathlib import Path
 
 DEFAULT_ARCH = "90a"
 
+#: Where builder/instances.py writes, seen from ``custom_ops``.
+GENERATED = "../build/generated"
+
 # Architectures whose full instruction set exists only as the architecture-specific target "a".
 _SPECIFIC = frozenset({90, 100, 101, 103, 110, 120, 121})
 
@@ -332,7 +335,7 @@ def nvcc_flags(
 ) -> list[str]:
     """Flags of the CUDA sources; they include no Paddle header."""
     flags = [
-        *("-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I."),
+        *("-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I.", f"-I{GENERATED}"),
         *("--expt-relaxed-constexpr", "-lineinfo", "-Xfatbin", "-compress-all"),
         "--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage",
         "-Xcompiler=-fPIC,-fopenmp,-ffp-contract=off,-fvisibility=hidden",

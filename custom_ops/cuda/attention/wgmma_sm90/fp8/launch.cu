@@ -2,8 +2,9 @@
 
 #include <cstdint>
 #include <limits>
+#include <tuple>
 
-#include "cuda/attention/wgmma_sm90/fp8/variant.h"
+#include "cuda/attention/wgmma_sm90/fp8/instances.h"
 #include "cuda/common/tma.cuh"
 
 namespace fastattn::cuda {
@@ -11,6 +12,7 @@ namespace fastattn::cuda {
 namespace {
 
 using wgmma_fp8::Arguments;
+using wgmma_fp8::Instances;
 
 bool IsMultiple(int64_t x, int64_t of) { return x % of == 0; }
 
@@ -100,29 +102,18 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   return status;
 }
 
-template <int kDim, bool kSoftcap>
-cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
-  using wgmma_fp8::LaunchVariant;
-  const AttentionParams& p = arguments.p;
-  constexpr DType kE4M3 = DType::kE4M3, kE5M2 = DType::kE5M2;
-  if (p.paged && IsDynamic(p.cache.type)) {
-    return LaunchVariant<kDim, true, kSoftcap, kE4M3>(arguments, stream);
-  }
-  const DType codes = p.paged ? p.cache.dtype : p.ragged.dtype;
-  return codes == kE5M2 ? LaunchVariant<kDim, false, kSoftcap, kE5M2>(arguments, stream)
-                        : LaunchVariant<kDim, false, kSoftcap, kE4M3>(arguments, stream);
-}
-
-template <int kDim>
-cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
-  return arguments.p.softcap > 0.0f ? Launch<kDim, true>(arguments, stream)
-                                    : Launch<kDim, false>(arguments, stream);
+// Template arguments of the variant for these parameters.
+auto VariantOf(const AttentionParams& p) {
+  return std::tuple{Wanted{"head_dim", p.head_dim},
+                    Wanted{"token_scales", p.paged && IsDynamic(p.cache.type)},
+                    Wanted{"softcap", p.softcap > 0.0f},
+                    Wanted{"code", p.paged ? p.cache.dtype : p.ragged.dtype}};
 }
 
 }  // namespace
 
 bool PrefillSm90Supports(const AttentionParams& p) {
-  if (p.q_dtype != DType::kE4M3 || (p.head_dim != 64 && p.head_dim != 128)) return false;
+  if (p.q_dtype != DType::kE4M3 || !IsCompiled(Instances{}, VariantOf(p))) return false;
   if (p.seqs.num_tokens <= 0 || p.seqs.batch <= 0 || p.num_heads <= 0) return false;
   if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
     return false;
@@ -153,7 +144,10 @@ cudaError_t LaunchPrefillSm90(const AttentionParams& p, int min_query_tokens, cu
     status = wgmma_fp8::LaunchTranspose(p, reinterpret_cast<uint8_t*>(p.workspace), stream);
   }
   if (status != cudaSuccess) return status;
-  return p.head_dim == 128 ? Launch<128>(arguments, stream) : Launch<64>(arguments, stream);
+  dispatch(Instances{}, VariantOf(p), [&](auto... values) {
+    status = wgmma_fp8::LaunchVariant<decltype(values)::value...>(arguments, stream);
+  });
+  return status;
 }
 
 }  // namespace fastattn::cuda
