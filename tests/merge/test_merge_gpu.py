@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from custom_ops.builder import toolchain
+from custom_ops.builder import instances, toolchain
 from fastattn import reference
 from tests.support import ROOT
 from tests.support.compare import assert_same_bits, assert_within
@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CUDA is None, reason="no nvcc"
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("merge") / "merge.so"
-    folders = [ROOT / "custom_ops/cuda" / name for name in ("common", "merge")]
+    instances.write(ROOT / "build/generated")
+    roots = [ROOT / "custom_ops", ROOT / "build/generated"]
+    folders = [root / "cuda" / name for root in roots for name in ("common", "merge")]
     kernels = sorted(source for folder in folders for source in folder.glob("*.cu"))
     flags = toolchain.nvcc_flags(CUDA, toolchain.parse_archs(None, toolchain.detect_archs()))
     command = [str(CUDA.nvcc), *flags, "-t0", "-shared", "-Xcompiler=-fvisibility=default"]

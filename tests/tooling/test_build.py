@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from custom_ops.builder import compile as building
-from custom_ops.builder import ops, sources, toolchain, wheel
+from custom_ops.builder import instances, project, toolchain, wheel
 from custom_ops.builder.compile import CompileError, Unit, compile_all
 from fastattn import _ops, env
 from fastattn.reference import layout
@@ -24,6 +25,9 @@ from tests.support import ROOT
 
 CUSTOM_OPS = ROOT / "custom_ops"
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+sys.path.insert(0, str(ROOT / "scripts"))
+import check_wheel  # noqa: E402
+
 CUDA = toolchain.find_cuda()
 needs_nvcc = pytest.mark.skipif(CUDA is None, reason="no nvcc")
 
@@ -88,14 +92,13 @@ def test_detect_archs(monkeypatch, tmp_path):
 
 
 def test_flags_of_the_library():
-    paddle = toolchain.Paddle("3.3.1", Path("/p"), True)
     cuda = toolchain.Cuda(Path("/c"), Path("/c/bin/nvcc"), (13, 0))
-    plain = toolchain.cxx_flags(paddle)
+    plain = toolchain.cxx_flags()
     for flag in ("-O3", "-DNDEBUG", "-std=c++17", "-ffp-contract=off", "-DPADDLE_NO_PYTHON"):
         assert flag in plain
     assert not any(f.startswith("-march") for f in plain)
     assert "-DFASTATTN_WITH_CUDA" not in plain
-    assert {"-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA"} <= set(toolchain.cxx_flags(paddle, cuda))
+    assert {"-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA"} <= set(toolchain.cxx_flags(True))
     device = toolchain.nvcc_flags(cuda, ["90a"], {})
     assert "-O3" in device and "arch=compute_90a,code=sm_90a" in device
     assert "-static-global-template-stub=false" in device
@@ -141,10 +144,9 @@ def make(root, files):
 def test_discover(tmp_path):
     files = ["api/b.cc", "api/a.cc", "api/host_module.cc", "cpu/x.cc", "cpu/deep/y.cc", "cpu/x.h"]
     make(tmp_path, dict.fromkeys([*files, "cuda/merge/m.cu", "cuda/merge/k.cuh"], ""))
-    found = sources.discover(tmp_path, with_cuda=False)
-    assert found.cxx == ("api/a.cc", "api/b.cc", "cpu/deep/y.cc", "cpu/x.cc")
-    assert found.cuda == () and found.modules == {"_host": "api/host_module.cc"}
-    assert sources.discover(tmp_path, with_cuda=True).cuda == ("cuda/merge/m.cu",)
+    cxx = ["api/a.cc", "api/b.cc", "cpu/deep/y.cc", "cpu/x.cc"]
+    assert project.discover(tmp_path, with_cuda=False) == (cxx, [])
+    assert project.discover(tmp_path, with_cuda=True) == (cxx, ["cuda/merge/m.cu"])
 
 
 def test_operators_and_their_places(tmp_path):
@@ -156,9 +158,9 @@ def test_operators_and_their_places(tmp_path):
             "cuda/a/launch.cu": "",
         },
     )
-    found = sources.operators(tmp_path, sources.discover(tmp_path, with_cuda=True))
+    found = project.operators(tmp_path, with_cuda=True)
     assert found == {"one": ["cpu", "cuda"], "two": ["cpu"], "three": ["cpu"]}
-    found = sources.operators(tmp_path, sources.discover(tmp_path, with_cuda=False))
+    found = project.operators(tmp_path, with_cuda=False)
     assert set(map(tuple, found.values())) == {("cpu",)}
 
 
@@ -176,15 +178,15 @@ class Project:
 
     def build(self, *flags, jobs=1, identity="", names=None):
         units = [
-            Unit(n, self.objects / f"{n}.o", ("g++", "-I.", *flags), identity)
-            for n in names or self.names
+            Unit(n, n, self.objects / f"{n}.o", ("g++", "-I.", *flags)) for n in names or self.names
         ]
         self.lines.clear()
-        return compile_all(units, self.root, jobs, self.lines.append)
+        say = self.lines.append
+        return compile_all(units, self.root, self.objects, jobs, identity, say)
 
 
 @pytest.fixture
-def project(tmp_path):
+def tiny(tmp_path):
     return Project(
         tmp_path,
         {
@@ -198,106 +200,129 @@ def project(tmp_path):
 
 
 @needs_cxx
-def test_progress_lines(project):
-    report = project.build()
-    assert len(project.lines) == 2
-    for i, (line, name) in enumerate(zip(project.lines, ("a.cc", "b.cc"))):
-        assert re.fullmatch(rf"\[{i + 1}/2\] {re.escape(name)} \d+\.\d s", line)
-    assert set(report.seconds) == {"a.cc", "b.cc"} and report.total == 2
-    assert all((project.objects / f"{n}.o").exists() for n in project.names)
+def test_progress_lines(tiny):
+    seconds = tiny.build()
+    assert len(tiny.lines) == 2
+    for i, (line, name) in enumerate(zip(tiny.lines, ("a.cc", "b.cc"))):
+        assert re.fullmatch(rf"\[{i + 1}/2\] +\d+ s  {re.escape(name)}", line)
+    assert set(seconds) == {"a.cc", "b.cc"} and min(seconds.values()) > 0
+    assert list(seconds.values()) == sorted(seconds.values(), reverse=True)
+    assert all((tiny.objects / f"{n}.o").exists() for n in tiny.names)
 
 
 @needs_cxx
-def test_nothing_to_do(project):
-    project.build()
-    assert project.build().seconds == {}
-    assert project.lines == ["2 of 2 sources are up to date"]
+def test_nothing_to_do(tiny):
+    tiny.build()
+    assert tiny.build() == {}
+    assert tiny.lines == ["2 of 2 sources are up to date"]
 
 
 @needs_cxx
-def test_touched_header_rebuilds_what_includes_it(project):
-    project.build()
-    (project.root / "sub/deep.h").write_text("constexpr int kShared = 2;\n")
-    assert set(project.build().seconds) == {"a.cc"}
-    (project.root / "only b.h").write_text("constexpr int kOnly = 2;\n")
-    assert set(project.build().seconds) == {"b.cc"}
+def test_touched_header_rebuilds_what_includes_it(tiny):
+    tiny.build()
+    (tiny.root / "sub/deep.h").write_text("constexpr int kShared = 2;\n")
+    assert set(tiny.build()) == {"a.cc"}
+    (tiny.root / "only b.h").write_text("constexpr int kOnly = 2;\n")
+    assert set(tiny.build()) == {"b.cc"}
 
 
 @needs_cxx
-def test_contents_count_not_times(project):
-    """A header from the past, as tar and git checkouts leave them, still rebuilds."""
-    project.build()
-    header = project.root / "sub/deep.h"
+def test_a_changed_header_from_the_past_rebuilds(tiny):
+    """As an archive leaves it that is unpacked over an older tree."""
+    tiny.build()
+    header = tiny.root / "sub/deep.h"
     header.write_text("constexpr int kShared = 3;\n")
     os.utime(header, (1, 1))
-    assert set(project.build().seconds) == {"a.cc"}
-    os.utime(project.root / "a.cc")
-    assert project.build().seconds == {}
+    assert set(tiny.build()) == {"a.cc"}
+    assert tiny.build() == {}
 
 
 @needs_cxx
-def test_changed_flags_rebuild_everything(project):
-    project.build("-O1")
-    assert set(project.build("-O2").seconds) == {"a.cc", "b.cc"}
-    assert set(project.build("-O2", identity="another compiler").seconds) == {"a.cc", "b.cc"}
+def test_changed_flags_rebuild_everything(tiny):
+    tiny.build("-O1")
+    assert set(tiny.build("-O2")) == {"a.cc", "b.cc"}
+    assert set(tiny.build("-O2", identity="another compiler")) == {"a.cc", "b.cc"}
 
 
 @needs_cxx
-def test_lost_object_or_removed_header_rebuilds(project):
-    project.build()
-    (project.objects / "a.cc.o").unlink()
-    assert set(project.build().seconds) == {"a.cc"}
-    (project.root / "only b.h").unlink()
+def test_lost_object_or_removed_header_rebuilds(tiny):
+    tiny.build()
+    (tiny.objects / "a.cc.o").unlink()
+    assert set(tiny.build()) == {"a.cc"}
+    (tiny.root / "only b.h").unlink()
     with pytest.raises(CompileError):
-        project.build()
+        tiny.build()
 
 
 @needs_cxx
-def test_first_failure_stops_and_shows_the_message(project, capfd):
-    make(project.root, {"bad.cc": "int broken( { }\n", "never.cc": "int never;\n"})
-    with pytest.raises(CompileError, match=r"bad\.cc did not compile \(exit status 1 of g\+\+\)"):
-        project.build(names=["a.cc", "bad.cc", "never.cc"])
+def test_a_touched_header_rebuilds_too(tiny):
+    tiny.build()
+    os.utime(tiny.root / "sub/deep.h")
+    assert set(tiny.build()) == {"a.cc"}
+    assert tiny.lines[0] == "1 of 2 sources are up to date"
+
+
+@needs_cxx
+def test_first_failure_stops_and_shows_the_message(tiny, capfd):
+    make(tiny.root, {"bad.cc": "int broken( { }\n", "never.cc": "int never;\n"})
+    with pytest.raises(CompileError, match=r"^bad\.cc did not compile$"):
+        tiny.build(names=["a.cc", "bad.cc", "never.cc"])
     message = capfd.readouterr().err
     assert message.startswith("bad.cc:1:") and "error:" in message
     assert "int broken( { }" in message  # the quoted line: exactly what the compiler wrote
-    assert project.lines[-1] == "[2/3] bad.cc FAILED"
-    assert not (project.objects / "never.cc.o").exists()
-    assert set(project.build(names=["a.cc"]).seconds) == set()  # what was done stays done
+    assert message.splitlines()[-1].startswith("command: g++ -I. -MMD")
+    assert tiny.lines[-1] == "bad.cc FAILED"
+    assert not (tiny.objects / "never.cc.o").exists()
+    assert set(tiny.build(names=["a.cc"])) == set()  # what was done stays done
 
 
 @needs_cxx
-def test_failure_stops_running_compilers(project):
-    """One that would compile for long does not keep the message waiting."""
-    slow = project.root / "slow.sh"
-    slow.write_text("#!/bin/sh\nsleep 60 & wait\n")
-    slow.chmod(0o755)
-    make(project.root, {"bad.cc": "#error stop\n"})
-    units = [
-        Unit("a.cc", project.objects / "a.cc.o", (str(slow),)),
-        Unit("bad.cc", project.objects / "bad.cc.o", ("g++",)),
-    ]
-    process_groups = []
-    original = building.os.killpg
-    building.os.killpg = lambda pid, sig: (process_groups.append(pid), original(pid, sig))
-    try:
-        with pytest.raises(CompileError, match=r"bad\.cc"):
-            compile_all(units, project.root, 2, project.lines.append)
-    finally:
-        building.os.killpg = original
-    assert len(process_groups) == 1
+def test_only_the_first_of_several_messages_is_shown(tiny, capfd):
+    make(tiny.root, {f"bad{i}.cc": f"#error number {i}\n" for i in range(2)})
+    with pytest.raises(CompileError, match=r"^bad\d\.cc did not compile$") as error:
+        tiny.build(names=["bad0.cc", "bad1.cc"], jobs=2)
+    first = str(error.value)[3]
+    message = capfd.readouterr().err
+    assert f"#error number {first}" in message and message.count("command: ") == 1
+    assert len(re.findall(r"error: #error", message)) == 1
+
+
+@needs_cxx
+def test_warnings_are_shown(tiny, capfd):
+    tiny.build('-DNOTE=_Pragma("message(\\"look here\\")")', names=["a.cc"])
+    make(tiny.root, {"a.cc": "#warning look here\n"})
+    tiny.build(names=["a.cc"])
+    assert any("look here" in line for line in tiny.lines)
+
+
+def test_a_missing_ninja_is_named(tiny, monkeypatch):
+    monkeypatch.setattr(building, "find_ninja", lambda: None)
+    with pytest.raises(
+        toolchain.ToolchainError, match=r"ninja, .* is missing:\s+.* install ninja\n"
+    ):
+        tiny.build()
+
+
+def test_a_source_that_is_missing_is_named(tiny):
+    with pytest.raises(CompileError, match=r"none\.cc.*missing"):
+        tiny.build(names=["none.cc"])
+
+
+@needs_cxx
+def test_folders_with_spaces(tmp_path):
+    files = {"a b.cc": '#include "in $ it/c d.h"\n', "in $ it/c d.h": "int one;\n"}
+    spaced = Project(tmp_path / "with a: space", files)
+    assert set(spaced.build('-DTEXT="$x  y"')) == {"a b.cc"}
+    assert spaced.build('-DTEXT="$x  y"') == {}
+    (spaced.root / "in $ it/c d.h").write_text("int two;\n")
+    assert set(spaced.build('-DTEXT="$x  y"')) == {"a b.cc"}
 
 
 @needs_cxx
 def test_parallel_build_counts_every_source(tmp_path):
-    project = Project(tmp_path, {f"f{i}.cc": f"int f{i};\n" for i in range(6)})
-    report = project.build(jobs=3)
-    assert len(report.seconds) == 6 and len(report.slowest()) == 5
-    assert [line.split()[0] for line in project.lines] == [f"[{i}/6]" for i in range(1, 7)]
-
-
-def test_parse_depfile():
-    text = "out.o: a.cc \\\n  with\\ space.h \\\n c$$.h\n\nwith\\ space.h:\n"
-    assert building.parse_depfile(text) == ["a.cc", "with space.h", "c$.h"]
+    six = Project(tmp_path, {f"f{i}.cc": f"int f{i};\n" for i in range(6)})
+    assert len(six.build(jobs=3)) == 6
+    assert [line.split()[0] for line in six.lines] == [f"[{i}/6]" for i in range(1, 7)]
 
 
 # --- wheels --------------------------------------------------------------------------------------
@@ -319,7 +344,7 @@ GOOD_WHEEL = [
 
 
 def test_good_wheel():
-    assert wheel.problems(GOOD_WHEEL, "Root-Is-Purelib: false\n") == []
+    assert check_wheel.problems(GOOD_WHEEL, "Root-Is-Purelib: false\n") == []
 
 
 @pytest.mark.parametrize(
@@ -339,18 +364,20 @@ def test_good_wheel():
     ],
 )
 def test_wheel_with_something_else(name):
-    assert wheel.problems([*GOOD_WHEEL, name]) == [f"must not be in the wheel: {name}"]
+    assert check_wheel.problems([*GOOD_WHEEL, name]) == [f"must not be in the wheel: {name}"]
 
 
 def test_wheel_without_its_library(tmp_path):
     names = [n for n in GOOD_WHEEL if n != "fastattn/_fastattn_ops.so"]
-    assert wheel.problems(names) == ["missing: fastattn/_fastattn_ops.so"]
+    assert check_wheel.problems(names) == ["missing: fastattn/_fastattn_ops.so"]
     path = tmp_path / "fastattn-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             archive.writestr(name, "")
         archive.writestr("fastattn-0.1.0.dist-info/WHEEL", "Root-Is-Purelib: true\n")
-    done = subprocess.run([sys.executable, wheel.__file__, path], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, check_wheel.__file__, path], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "missing: fastattn/_fastattn_ops.so" in done.stdout and "platform" in done.stdout
 
@@ -378,12 +405,12 @@ def test_local_version(paddle, archs, label):
 )
 def test_the_name_of_a_wheel_tells_its_build(tmp_path, name, wrong):
     path = tmp_path / f"fastattn-{name}-cp311-cp311-linux_x86_64.whl"
-    info = ops.build_info_text({"PADDLE_VERSION": "3.3.1", "ARCHS": ["90a"]})
+    info = project.build_info_text({"PADDLE_VERSION": "3.3.1", "ARCHS": ["90a"]})
     with zipfile.ZipFile(path, "w") as archive:
         for file in GOOD_WHEEL:
             archive.writestr(file, info if file.endswith("_build_info.py") else "")
         archive.writestr("fastattn-0.1.0.dist-info/WHEEL", "Root-Is-Purelib: false\n")
-    assert wheel.check(path) == wrong
+    assert check_wheel.check(path) == wrong
 
 
 @needs_cxx
@@ -419,7 +446,7 @@ def run_setup(folder, *arguments):
 def test_build_info_is_python(tmp_path):
     info = {"COMMIT": "abc", "ARCHS": [], "OPERATORS": {"merge": ["cpu"]}, "NVCC": None}
     path = tmp_path / "_build_info.py"
-    path.write_text(ops.build_info_text(info))
+    path.write_text(project.build_info_text(info))
     assert {k: v for k, v in runpy.run_path(str(path)).items() if k.isupper()} == info
 
 
@@ -428,7 +455,7 @@ def test_build_info_is_python(tmp_path):
 
 def test_every_operator_of_the_library_is_discovered():
     built = {name[len("fastattn_") :] for name in _ops.load()}
-    found = sources.operators(CUSTOM_OPS, sources.discover(CUSTOM_OPS, with_cuda=False))
+    found = project.operators(CUSTOM_OPS, with_cuda=False)
     # A library named by FASTATTN_LIBRARY may be a part, as one compiles while working on a family.
     assert built <= set(found) if env.library() else built == set(found)
 
@@ -443,6 +470,10 @@ def test_head_dims_of_the_host_module_are_those_of_the_kernels():
     assert lists and {tuple(map(int, found.split(","))) for found in lists} == {
         tuple(host.head_dims())
     }
+    for family in instances.FAMILIES:
+        if "head_dim" in family.columns:
+            column = list(family.columns).index("head_dim")
+            assert {values[column] for values in family.arguments()} == set(host.head_dims())
 
 
 def test_host_module_agrees_with_the_reference():
@@ -475,22 +506,22 @@ def test_dummy_kernel_compiles_for_its_architectures(tmp_path):
         f for f in toolchain.nvcc_flags(CUDA, ["90a"]) if f not in ("-Xfatbin", "-compress-all")
     ]
     command = (str(CUDA.nvcc), *flags)  # uncompressed, so that the architecture can be read
-    unit = Unit("cuda/k.cu", tmp_path / "k.o", command)
+    unit = Unit("cuda/k.cu", "cuda/k.cu", tmp_path / "objects" / "k.o", command)
     lines: list[str] = []
-    compile_all([unit], tmp_path, 1, lines.append)
-    assert b"sm_90a" in (tmp_path / "k.o").read_bytes()
-    assert compile_all([unit], tmp_path, 1, lines.append).seconds == {}
+    for expected in ({"cuda/k.cu"}, set()):
+        done = compile_all([unit], tmp_path, tmp_path / "objects", say=lines.append)
+        assert set(done) == expected, lines
+    assert b"sm_90a" in unit.object.read_bytes()
 
 
 @needs_nvcc
 @pytest.mark.slow
 def test_api_sources_compile_with_cuda(tmp_path):
     """As in a build with a CUDA Paddle of this version; needs only CUDA's headers."""
-    paddle = toolchain.find_paddle()
-    found = sources.discover(CUSTOM_OPS, with_cuda=True)
-    flags = ("g++", *toolchain.cxx_flags(paddle, CUDA), "-fsyntax-only")
-    units = [Unit(n, tmp_path / f"{n}.o", flags) for n in found.cxx if n.startswith("api/")]
-    for unit in units:
-        unit.object.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(unit.command(), cwd=CUSTOM_OPS, capture_output=True, text=True)
-        assert done.returncode == 0, f"{unit.name}:\n{done.stderr}"
+    build = project.Build("on", replace(toolchain.find_paddle(), with_cuda=True))
+    build.objects = tmp_path
+    for unit in build.units(build.extensions()[:1]):
+        if unit.name.startswith("api/"):
+            command = [*unit.compiler, "-fsyntax-only", unit.source]
+            done = subprocess.run(command, cwd=CUSTOM_OPS, capture_output=True, text=True)
+            assert done.returncode == 0, f"{unit.name}:\n{done.stderr}"

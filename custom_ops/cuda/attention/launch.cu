@@ -1,10 +1,11 @@
 #include "cuda/attention/launch.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "common/ceil_div.h"
-#include "common/dispatch.h"
+#include "cuda/attention/mma_sm80/instances.h"
 #include "cuda/attention/wgmma_sm90/fp16/launch.h"
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
 
@@ -14,40 +15,15 @@ namespace {
 
 using Launcher = cudaError_t (*)(const AttentionParams&, const AttentionTask&, int, cudaStream_t);
 
-template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales>
-Launcher FindColumns(int columns) {
-  Launcher found = nullptr;
-  dispatch<8, 16, 64>(columns, "columns", [&](auto c) {
-    found = LaunchAttentionVariant<kElement, kHeadDim, kPaged, kTokenScales, decltype(c)::value>;
-  });
-  return found;
-}
-
-template <int kHeadDim>
-Launcher FindElement(const AttentionParams& p, int columns) {
-  Launcher found = nullptr;
-  if (!p.paged) {
-    dispatch<DType::kBFloat16, DType::kFloat16, DType::kE4M3, DType::kE5M2, DType::kInt8>(
-        p.ragged.dtype, "keys on a GPU", [&](auto element) {
-          found = FindColumns<decltype(element)::value, kHeadDim, false, false>(columns);
-        });
-  } else if (IsDynamic(p.cache.type)) {
-    dispatch<DType::kE4M3, DType::kInt8>(p.cache.dtype, "dynamic codes", [&](auto element) {
-      found = FindColumns<decltype(element)::value, kHeadDim, true, true>(columns);
-    });
-  } else {
-    dispatch<DType::kBFloat16, DType::kFloat16, DType::kE4M3, DType::kE5M2, DType::kInt8>(
-        p.cache.dtype, "cache on a GPU", [&](auto element) {
-          found = FindColumns<decltype(element)::value, kHeadDim, true, false>(columns);
-        });
-  }
-  return found;
-}
-
 Launcher Find(const AttentionParams& p, int columns) {
+  const bool dynamic = p.paged && IsDynamic(p.cache.type);
+  const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
+  const std::tuple wanted{Wanted{keys, p.paged ? p.cache.dtype : p.ragged.dtype},
+                          Wanted{"head_dim", p.head_dim}, Wanted{"paged", p.paged},
+                          Wanted{"token_scales", dynamic}, Wanted{"columns", columns}};
   Launcher found = nullptr;
-  dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
-    found = FindElement<decltype(head_dim)::value>(p, columns);
+  dispatch(AttentionInstances{}, wanted, [&](auto... arguments) {
+    found = LaunchAttentionVariant<decltype(arguments)::value...>;
   });
   return found;
 }

@@ -1,8 +1,9 @@
 #include "cuda/attention/wgmma_sm90/fp16/launch.h"
 
 #include <cstdint>
+#include <tuple>
 
-#include "cuda/attention/wgmma_sm90/fp16/variant.h"
+#include "cuda/attention/wgmma_sm90/fp16/instances.h"
 #include "cuda/common/tma.cuh"
 #include "heuristics/wgmma_support.h"
 
@@ -11,6 +12,7 @@ namespace fastattn::cuda {
 namespace {
 
 using wgmma_fp16::Arguments;
+using wgmma_fp16::Instances;
 
 bool IsCode(DType dtype) {
   return dtype == DType::kE4M3 || dtype == DType::kE5M2 || dtype == DType::kInt8;
@@ -101,32 +103,15 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   return status;
 }
 
-template <int kDim, wgmma_fp16::Source kSource, bool kTokenScales>
-cudaError_t LaunchCodes(const Arguments& arguments, cudaStream_t stream) {
-  using wgmma_fp16::LaunchVariant;
-  if (!KeyCodes(arguments.p)) {
-    return LaunchVariant<DType::kFloat16, kDim, kSource, kTokenScales>(arguments, stream);
-  }
-  if (KeyType(arguments.p) == DType::kInt8) {
-    return LaunchVariant<DType::kInt8, kDim, kSource, kTokenScales>(arguments, stream);
-  }
-  return LaunchVariant<DType::kE4M3, kDim, kSource, kTokenScales>(arguments, stream);
-}
-
-template <int kDim>
-cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
-  using wgmma_fp16::LaunchVariant;
+// Template arguments of the variant for these parameters.
+auto VariantOf(const AttentionParams& p) {
   using wgmma_fp16::Source;
-  const AttentionParams& p = arguments.p;
-  constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
-  if (!IsCode(KeyType(p))) {
-    return p.q_dtype == kBf16
-               ? LaunchVariant<kBf16, kDim, Source::kOperands, false>(arguments, stream)
-               : LaunchVariant<kFp16, kDim, Source::kOperands, false>(arguments, stream);
-  }
-  if (!p.paged) return LaunchCodes<kDim, Source::kCodeRows, false>(arguments, stream);
-  return IsDynamic(p.cache.type) ? LaunchCodes<kDim, Source::kCodes, true>(arguments, stream)
-                                 : LaunchCodes<kDim, Source::kCodes, false>(arguments, stream);
+  const bool codes = IsCode(KeyType(p));
+  const DType operand = !codes ? p.q_dtype : KeyCodes(p) ? KeyType(p) : DType::kFloat16;
+  const Source source = !codes ? Source::kOperands : p.paged ? Source::kCodes : Source::kCodeRows;
+  return std::tuple{Wanted{"operand", operand}, Wanted{"head_dim", p.head_dim},
+                    Wanted{"source", source},
+                    Wanted{"token_scales", codes && p.paged && IsDynamic(p.cache.type)}};
 }
 
 }  // namespace
@@ -136,9 +121,12 @@ cudaError_t LaunchWgmmaFp16(const AttentionParams& p, int min_query_tokens, cuda
   Arguments arguments;
   arguments.p = p;
   arguments.min_query_tokens = min_query_tokens;
-  const cudaError_t status = EncodeMaps(&arguments);
+  cudaError_t status = EncodeMaps(&arguments);
   if (status != cudaSuccess) return status;
-  return p.head_dim == 128 ? Launch<128>(arguments, stream) : Launch<64>(arguments, stream);
+  dispatch(Instances{}, VariantOf(p), [&](auto... values) {
+    status = wgmma_fp16::LaunchVariant<decltype(values)::value...>(arguments, stream);
+  });
+  return status;
 }
 
 }  // namespace fastattn::cuda

@@ -1,8 +1,9 @@
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
 
 #include <cstdint>
+#include <tuple>
 
-#include "cuda/attention/wgmma_sm90/fp8/variant.h"
+#include "cuda/attention/wgmma_sm90/fp8/instances.h"
 #include "cuda/common/tma.cuh"
 #include "heuristics/wgmma_support.h"
 
@@ -11,6 +12,7 @@ namespace fastattn::cuda {
 namespace {
 
 using wgmma_fp8::Arguments;
+using wgmma_fp8::Instances;
 
 // The queries [T, H, D], the codes of K as rows of tokens and those of V as rows of channels.
 cudaError_t EncodeMaps(Arguments* arguments) {
@@ -57,23 +59,12 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   return status;
 }
 
-template <int kDim, bool kSoftcap>
-cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
-  using wgmma_fp8::LaunchVariant;
-  const AttentionParams& p = arguments.p;
-  constexpr DType kE4M3 = DType::kE4M3, kE5M2 = DType::kE5M2;
-  if (p.paged && IsDynamic(p.cache.type)) {
-    return LaunchVariant<kDim, true, kSoftcap, kE4M3>(arguments, stream);
-  }
-  const DType codes = p.paged ? p.cache.dtype : p.ragged.dtype;
-  return codes == kE5M2 ? LaunchVariant<kDim, false, kSoftcap, kE5M2>(arguments, stream)
-                        : LaunchVariant<kDim, false, kSoftcap, kE4M3>(arguments, stream);
-}
-
-template <int kDim>
-cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
-  return arguments.p.softcap > 0.0f ? Launch<kDim, true>(arguments, stream)
-                                    : Launch<kDim, false>(arguments, stream);
+// Template arguments of the variant for these parameters.
+auto VariantOf(const AttentionParams& p) {
+  return std::tuple{Wanted{"head_dim", p.head_dim},
+                    Wanted{"token_scales", p.paged && IsDynamic(p.cache.type)},
+                    Wanted{"softcap", p.softcap > 0.0f},
+                    Wanted{"code", p.paged ? p.cache.dtype : p.ragged.dtype}};
 }
 
 }  // namespace
@@ -89,7 +80,10 @@ cudaError_t LaunchWgmmaFp8(const AttentionParams& p, int min_query_tokens, cudaS
     status = wgmma_fp8::LaunchTranspose(p, reinterpret_cast<uint8_t*>(p.workspace), stream);
   }
   if (status != cudaSuccess) return status;
-  return p.head_dim == 128 ? Launch<128>(arguments, stream) : Launch<64>(arguments, stream);
+  dispatch(Instances{}, VariantOf(p), [&](auto... values) {
+    status = wgmma_fp8::LaunchVariant<decltype(values)::value...>(arguments, stream);
+  });
+  return status;
 }
 
 }  // namespace fastattn::cuda
