@@ -275,7 +275,7 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   sizes.num_sms = facts.processors;
   sizes.max_cluster = cuda::MaxAttentionCluster(facts);
   cuda::PrefillKernel prefill = cuda::ChoosePrefill(*p, facts);
-  sizes.long_seq = cuda::LongRow(*p, prefill);
+  sizes.long_seq = cuda::LongSeqTokens(*p, prefill);
   const AttentionPlan plan = PlanAttention(sizes);
   if (plan.Whole() == nullptr) prefill = cuda::PrefillKernel::kNone;
   const int64_t floats = plan.workspace + cuda::PrefillWorkspace(*p, prefill);

@@ -5,6 +5,7 @@
 
 #include "common/ceil_div.h"
 #include "common/dispatch.h"
+#include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/wgmma_sm90/fp16/launch.h"
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
 
@@ -14,11 +15,11 @@ namespace {
 
 using Launcher = cudaError_t (*)(const AttentionParams&, const AttentionTask&, int, cudaStream_t);
 
-template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales>
+template <DType kElement, int kHeadDim, bool kPaged, bool kPerTokenScales>
 Launcher FindColumns(int columns) {
   Launcher found = nullptr;
   dispatch<8, 16, 64>(columns, "columns", [&](auto c) {
-    found = LaunchAttentionVariant<kElement, kHeadDim, kPaged, kTokenScales, decltype(c)::value>;
+    found = LaunchAttentionVariant<kElement, kHeadDim, kPaged, kPerTokenScales, decltype(c)::value>;
   });
   return found;
 }
@@ -52,53 +53,56 @@ Launcher Find(const AttentionParams& p, int columns) {
   return found;
 }
 
-// The launch over up to kMaxPlanSeqs rows from `first_row` on. Takes its floats from *workspace.
-AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, int first_row,
+// The launch over up to kMaxPlanSeqs sequences from `first_seq` on. Takes its floats from
+// *workspace.
+AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, int first_seq,
                        float** workspace) {
   AttentionTask task;
   task.split = launch.split;
-  task.first_row = first_row;
-  task.num_rows = std::min(p.seqs.batch - first_row, kMaxPlanSeqs);
+  task.first_seq = first_seq;
+  task.num_seqs = std::min(p.seqs.batch - first_seq, kMaxPlanSeqs);
   task.group = p.num_heads / p.num_kv_heads;
   task.min_pairs = static_cast<int>(launch.min_pairs);
   task.max_pairs = static_cast<int>(launch.max_pairs);
   task.cluster = static_cast<int>(launch.cluster);
   const int64_t pairs = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
-  task.once = launch.split && std::min(pairs, launch.max_pairs) <= launch.columns;
+  task.keys_read_once = launch.split && std::min(pairs, launch.max_pairs) <= launch.columns;
   task.headers = reinterpret_cast<int*>(*workspace);
   task.partials = *workspace + launch.grid * kPartialHeader;
   *workspace += launch.workspace;
   return task;
 }
 
-bool HasParts(const AttentionLaunch& launch) {
+bool LeavesPartials(const AttentionLaunch& launch) {
   return launch.split && launch.grid > 1 && launch.cluster == 1;
 }
 
-// The plan's launches over some rows, but for the one that a prefill kernel does for all rows, then
-// what merges their parts. They work on different rows, so each may run beside the one ahead of it;
-// the first one beside the kernel ahead of them all if `beside`. The first merge waits for all.
-cudaError_t LaunchRows(const AttentionParams& p, const AttentionPlan& plan, bool without_whole,
-                       int first_row, bool beside, float* workspace, cudaStream_t stream) {
+// The plan's launches over some sequences, but for the one that a prefill kernel does for all of
+// them, then the merges of their partial results. The launches work on different sequences, so each
+// may overlap the one ahead of it; the first one overlaps the kernel ahead of them all if
+// `overlaps_previous`. The first merge waits for all.
+cudaError_t LaunchSeqs(const AttentionParams& p, const AttentionPlan& plan, bool without_whole,
+                       int first_seq, bool overlaps_previous, float* workspace,
+                       cudaStream_t stream) {
   AttentionTask tasks[kMaxLaunches];
-  bool clear = p.clear_padding || p.lse != nullptr;
+  bool clear_padding = p.clear_padding || p.lse != nullptr;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
     if (without_whole && !launch.split) continue;
-    tasks[i] = MakeTask(p, launch, first_row, &workspace);
-    tasks[i].clear = std::exchange(clear, false);
-    tasks[i].beside = std::exchange(beside, true);
+    tasks[i] = MakeTask(p, launch, first_seq, &workspace);
+    tasks[i].clear_padding = std::exchange(clear_padding, false);
+    tasks[i].overlaps_previous = std::exchange(overlaps_previous, true);
     const Launcher run = Find(p, launch.columns);
     const cudaError_t status = run(p, tasks[i], static_cast<int>(launch.grid), stream);
     if (status != cudaSuccess) return status;
   }
-  beside = false;
+  overlaps_previous = false;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
-    if (!HasParts(launch)) continue;
-    tasks[i].beside = std::exchange(beside, true);
+    if (!LeavesPartials(launch)) continue;
+    tasks[i].overlaps_previous = std::exchange(overlaps_previous, true);
     const cudaError_t status =
-        LaunchMergeParts(p, tasks[i], launch.columns, static_cast<int>(launch.grid), stream);
+        LaunchMergePartials(p, tasks[i], launch.columns, static_cast<int>(launch.grid), stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
@@ -112,23 +116,22 @@ int MaxAttentionCluster(const DeviceFacts& facts) {
 
 PrefillKernel ChoosePrefill(const AttentionParams& p, const DeviceFacts& facts) {
   if (!facts.IsHopper()) return PrefillKernel::kNone;
-  if (PrefillSm90Supports(p)) return PrefillKernel::kFp8;
-  return PrefillHalfSm90Supports(p) ? PrefillKernel::kHalf : PrefillKernel::kNone;
+  if (WgmmaFp8Supports(p)) return PrefillKernel::kFp8;
+  return WgmmaFp16Supports(p) ? PrefillKernel::kFp16 : PrefillKernel::kNone;
 }
 
-int64_t LongRow(const AttentionParams& p, PrefillKernel prefill) {
-  // A prefill kernel's tiles are 128 tokens of one head, which shorter rows do not fill; split ones
-  // are 64 tokens and heads together. Measured on an H100: with 32 tokens both take as long for
-  // e4m3 queries, and nearly as long for 16-bit ones over 16-bit keys. Codes, which the prefill
-  // kernel converts for every head, are slower there up to 63.
-  constexpr int64_t kPrefillRow = 33;
+int64_t LongSeqTokens(const AttentionParams& p, PrefillKernel prefill) {
+  // A prefill kernel's work tiles are 128 tokens of one head, which shorter sequences do not fill;
+  // split ones are 64 tokens and heads together. Both take about as long for 32 tokens; codes,
+  // which the prefill kernel converts for every head, are slower there up to 63.
+  constexpr int64_t kPrefillTokens = 33;
   const bool codes = SizeOf(p.paged ? p.cache.dtype : p.ragged.dtype) == 1;
-  const bool converts = prefill == PrefillKernel::kHalf && codes;
-  return prefill == PrefillKernel::kNone || converts ? kLongSeq : kPrefillRow;
+  const bool converts = prefill == PrefillKernel::kFp16 && codes;
+  return prefill == PrefillKernel::kNone || converts ? kLongSeq : kPrefillTokens;
 }
 
 int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill) {
-  return prefill == PrefillKernel::kFp8 ? PrefillSm90Workspace(p) : 0;
+  return prefill == PrefillKernel::kFp8 ? WgmmaFp8Workspace(p) : 0;
 }
 
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
@@ -142,14 +145,15 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
     const int64_t group = p.num_heads / p.num_kv_heads;
     const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_pairs, group));
     const cudaError_t status = prefill == PrefillKernel::kFp8
-                                   ? LaunchPrefillSm90(p, min_tokens, stream)
-                                   : LaunchPrefillHalfSm90(p, min_tokens, stream);
+                                   ? LaunchWgmmaFp8(p, min_tokens, stream)
+                                   : LaunchWgmmaFp16(p, min_tokens, stream);
     if (status != cudaSuccess) return status;
     if (plan.num_launches == 1) return LaunchClearPadding(p, stream);  // else another one does
   }
-  for (int row = 0; row < p.seqs.batch; row += kMaxPlanSeqs) {
-    const bool beside = prefills && row == 0;
-    const cudaError_t status = LaunchRows(p, plan, prefills, row, beside, workspace, stream);
+  for (int seq = 0; seq < p.seqs.batch; seq += kMaxPlanSeqs) {
+    const bool overlaps_previous = prefills && seq == 0;
+    const cudaError_t status =
+        LaunchSeqs(p, plan, prefills, seq, overlaps_previous, workspace, stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;

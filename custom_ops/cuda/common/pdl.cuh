@@ -32,7 +32,7 @@ __device__ __forceinline__ void AllowNextKernel() {
 // nothing of it, and writes nothing that it reads or writes. All earlier kernels have ended: the
 // predecessor allowed this one after its own wait, or began like this one. The fence drops what a
 // multiprocessor still has in its L1 cache of bytes that they wrote.
-__device__ __forceinline__ void BeginBesideEarlierKernel() {
+__device__ __forceinline__ void BeginOverlappingPrevious() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __threadfence();
 #endif
@@ -40,7 +40,7 @@ __device__ __forceinline__ void BeginBesideEarlierKernel() {
 
 // Such a kernel ends with this: it then ends after its predecessor, and whoever waits for it waits
 // for both. Only the CTA that starts last stays for that.
-__device__ __forceinline__ void EndBesideEarlierKernel() {
+__device__ __forceinline__ void EndOverlappingPrevious() {
   if (blockIdx.x != gridDim.x - 1 || blockIdx.y != gridDim.y - 1) return;
   AllowNextKernel();
   WaitForEarlierKernels();

@@ -4,12 +4,12 @@
 
 #include <cstdint>
 
-#include "cuda/attention/mma_sm80/finish.cuh"
+#include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/cluster.cuh"
-#include "cuda/merge/parts.cuh"
+#include "cuda/merge/partials.cuh"
 #include "cuda/merge/values.cuh"
 
 namespace fastattn::cuda {
@@ -22,7 +22,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
   constexpr int kQuads = Traits::kHeadDim / 4;
   constexpr int kBatch = 8;  // parts that are loaded together
   const ColumnInfo* infos = reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset);
-  const uint32_t part = SharedAddress(shared);
+  const uint32_t partial = SharedAddress(shared);
   const int cluster = task.cluster;
   const int each = Traits::kColumns * kQuads / cluster;
   const int begin = static_cast<int>(ClusterRank()) * each;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
     const int column = index / kQuads, quad = index % kQuads;
     const bool mine = done + static_cast<int>(threadIdx.x) < each && infos[column].out >= 0;
     uint4 out = make_uint4(0, 0, 0, 0);
-    PartWeight weight = {kLowestMaximum, 0.0f};
+    PartialWeight weight = {kLowestMaximum, 0.0f};
     if (mine) {
 #pragma unroll 1
       for (int first = 0; first < cluster; first += kBatch) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
         float2 states[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-          const uint32_t from = AddressInCluster(min(first + b, cluster - 1), part);
+          const uint32_t from = AddressInCluster(min(first + b, cluster - 1), partial);
           outs[b] = LoadCluster16(from + index * 16);
           states[b] = LoadCluster8(from + Traits::kColumns * Traits::kHeadDim * 4 + column * 8);
         }
@@ -50,7 +50,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
         for (int b = 0; b < kBatch; ++b) {
           if (first + b >= cluster) continue;
           const MergeWeights w =
-              WeightsOfParts(weight, {fmaxf(states[b].x, kLowestMaximum), states[b].y});
+              WeightsOfPartials(weight, {fmaxf(states[b].x, kLowestMaximum), states[b].y});
           float x[4];
           MergePack<DType::kFloat32>(out, outs[b], w, x);
           out = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));

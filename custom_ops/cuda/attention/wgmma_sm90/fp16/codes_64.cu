@@ -4,9 +4,9 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <>
-cudaError_t LaunchVariant<DType::kFloat16, 64, Source::kCodes, false>(const Arguments& arguments,
-                                                                      cudaStream_t stream) {
-  return LaunchConfig<DType::kFloat16, 64, Source::kCodes, false>(arguments, stream);
+cudaError_t LaunchVariant<DType::kFloat16, 64, Source::kPagedCodes, false>(
+    const Arguments& arguments, cudaStream_t stream) {
+  return LaunchConfig<DType::kFloat16, 64, Source::kPagedCodes, false>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::wgmma_fp16

@@ -18,15 +18,15 @@
 
 #include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
-#include "cuda/attention/wgmma_sm90/common/schedule.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
+#include "cuda/attention/wgmma_sm90/common/tile_scheduler.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
 #include "cuda/attention/wgmma_sm90/fp16/key_scales.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/nan_outputs.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query_codes.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/row_sums.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/row_units.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/sight.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/row_v_scales.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/softcap.cuh"
@@ -34,14 +34,6 @@
 #include "cuda/common/wgmma_half.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
-
-using wgmma_fp8::Exp2;
-using wgmma_fp8::FinishFactors;
-using wgmma_fp8::HideScores;
-using wgmma_fp8::kLogPeak;
-using wgmma_fp8::kMinusInf;
-using wgmma_fp8::LoadFactors;
-using wgmma_fp8::MaxNaN;
 
 template <class C>
 class Consumer {
@@ -53,60 +45,62 @@ class Consumer {
         lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
-    if (group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
-    Ring<2> tiles;
+    if (group_ == 1) ArriveNamed<256>(kPingPongBarrier + 0);
+    PipelineState<2> tiles;
     if (NextTile(tiles)) {
       IssueFirst();
       while (true) {
         WaitForScores<0>();
         LoadTile(tiles.index);
-        const int steps = shared_.tile[tiles.index].steps;
-        FirstStep(steps == 1);
+        const int kv_tiles = shared_.tile[tiles.index].kv_tiles;
+        FirstIteration(kv_tiles == 1);
 #pragma unroll 1
-        for (int i = 1; i < steps; ++i) NextStep(i + 1 == steps);
+        for (int i = 1; i < kv_tiles; ++i) NextIteration(i + 1 == kv_tiles);
         tiles.Advance();
         const bool more = NextTile(tiles);
         if (!more) break;
         // The first scores of a tile run under the output of the tile before.
         Issue<true>();
         WaitProducts<1>(o_);
-        Finish(tiles.index ^ 1, step_ - 1);
+        Finish(tiles.index ^ 1, iteration_ - 1);
       }
       const RightOperands value = ValueOperand();
       WaitForValues();
       FenceProducts();
       IssueValues(value);
       WaitProducts<0>(o_);
-      Finish(tiles.index ^ 1, step_);
+      Finish(tiles.index ^ 1, iteration_);
     }
     // Takes the last turn that the other warpgroup has left.
-    if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
+    if (group_ == 0) SyncNamed<256>(kPingPongBarrier + 0);
   }
 
  private:
-  static constexpr int kTurnBarrier = 1;
+  static constexpr int kPingPongBarrier = 1;
   // Probabilities that are found before there are registers to pack them into.
-  static constexpr int kEarly = C::kCodes ? 0 : 16;
+  static constexpr int kEarly = C::kQuantized ? 0 : 16;
   // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
-  static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
+  static constexpr bool kIntegers = C::kKeyCodeOperands && C::kElement == DType::kInt8;
   // The first products of integers are issued ahead of the turn. With token scales that gains
   // nothing.
-  static constexpr bool kLateTurn = kIntegers && !C::kTokenScales;
+  static constexpr bool kLatePingPong = kIntegers && !C::kPerTokenScales;
   static constexpr float kBias = CodeQuery<C>::kBiasValue;
 
-  __device__ __forceinline__ void BeginTurn() { SyncNamed<256>(kTurnBarrier + group_); }
+  __device__ __forceinline__ void PingPongWait() { SyncNamed<256>(kPingPongBarrier + group_); }
 
   // One warpgroup issues its products after the other has.
-  __device__ __forceinline__ void EndTurn() { ArriveNamed<256>(kTurnBarrier + 1 - group_); }
+  __device__ __forceinline__ void PingPongArrive() {
+    ArriveNamed<256>(kPingPongBarrier + 1 - group_);
+  }
 
   __device__ __forceinline__ void LoadTile(int buffer) {
     buffer_ = buffer;
-    start_ = shared_.tile[buffer].last * C::kKeys;
+    start_ = shared_.tile[buffer].last_kv_tile * C::kKeys;
     int begin = 0, end = 1 << 30;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       shift_[h] = kMinusInf;
-      const int2 visible = shared_.visible[buffer][wgmma_fp8::QueryOf<true>(h)];
+      const int2 visible = shared_.visible[buffer][QueryIndex<true>(h)];
       begin = max(begin, visible.x);
       end = min(end, visible.y);
     }
@@ -118,25 +112,25 @@ class Consumer {
     // Keys that all of the warp's queries see.
     begin = __reduce_max_sync(~0u, begin);
     end = __reduce_min_sync(~0u, end);
-    if (lane_ == 0) Common() = make_int2(begin, end);
+    if (lane_ == 0) Unmasked() = make_int2(begin, end);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
     sums_.Start();
-    units_.Start();
+    row_v_scales_.Start();
   }
 
   // In memory, as registers are short.
-  __device__ __forceinline__ int2& Common() { return shared_.common[threadIdx.x / 32 - 4]; }
+  __device__ __forceinline__ int2& Unmasked() { return shared_.unmasked[threadIdx.x / 32 - 4]; }
 
   // Ends a tile whose last product is done.
-  __device__ __forceinline__ void Finish(int buffer, uint32_t last_step) {
+  __device__ __forceinline__ void Finish(int buffer, uint32_t last_iteration) {
     KeepRegisters(probabilities_);
     sums_.Keep();
     float sum[2];
     sums_.Take(sum);
-    ReleaseValues(last_step, start_);
-    if constexpr (C::kChannelScales) {
+    ReleaseValues(last_iteration, start_);
+    if constexpr (C::kPerChannelScales) {
       if (UsesValueChannels(p_)) ScaleChannels(buffer);
     }
     if constexpr (kIntegers) {
@@ -148,10 +142,10 @@ class Consumer {
         }
       }
     }
-    FinishFactors(shared_, buffer, sum);
-    const float common = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
-    const float unit[2] = {units_.Unit(0, common), units_.Unit(1, common)};
-    wgmma_fp8::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, unit);
+    RestoreNanFactors(shared_, buffer, sum);
+    const float common = C::kPerTokenScales ? shared_.v_scale[buffer] : 1.0f;
+    const float v_scale[2] = {row_v_scales_.VScale(0, common), row_v_scales_.VScale(1, common)};
+    Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, v_scale);
     ArriveWarp(&shared_.query_empty[buffer]);
   }
 
@@ -175,7 +169,7 @@ class Consumer {
   // --- products ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ uint64_t QueryOperand() const {
-    if constexpr (C::kKeyCodes) {
+    if constexpr (C::kKeyCodeOperands) {
       return 0;
     } else {
       return query_.Operand();
@@ -184,8 +178,8 @@ class Consumer {
 
   // Of the step ahead.
   __device__ __forceinline__ uint64_t KeyOperand() const {
-    constexpr int kRow = C::kKeyCodes ? C::kDim : 128;
-    return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
+    constexpr int kRow = C::kKeyCodeOperands ? C::kDim : 128;
+    return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(iteration_ + 1)])));
   }
 
   // Of a step's probabilities.
@@ -195,10 +189,10 @@ class Consumer {
   };
 
   __device__ __forceinline__ RightOperands ValueOperand() const {
-    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
-    return {C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
-                          : OperandDescriptor<128>(address),
-            RowSums<C>::Operand(shared_, units_.Own())};
+    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(iteration_)]));
+    return {C::kTokenMajorV ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
+                            : OperandDescriptor<128>(address),
+            RowSums<C>::Operand(shared_, row_v_scales_.Own())};
   }
 
   // kBegin: its turn has not begun where it begins late.
@@ -206,9 +200,9 @@ class Consumer {
   __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
     if constexpr (kIntegers) {
       query_.Multiply(integers_[0], integers_[1], key, [&] {
-        if (kBegin && kLateTurn) BeginTurn();
+        if (kBegin && kLatePingPong) PingPongWait();
       });
-    } else if constexpr (C::kKeyCodes) {
+    } else if constexpr (C::kKeyCodeOperands) {
       query_.Multiply(s_, key);
     } else {
       constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
@@ -237,9 +231,9 @@ class Consumer {
     constexpr int kBlock = C::kDim * C::kSlice / 16;
 #pragma unroll
     for (int k = 0; k < C::kKeys / 16; ++k) {
-      const int offset = C::kValueRows ? k * 128 : k / 4 * kBlock + k % 4 * 2;
-      MultiplyHalfRegisters<C::kOperand, true, C::kValueRows>(o_, probabilities_ + 4 * k,
-                                                              value.values + offset);
+      const int offset = C::kTokenMajorV ? k * 128 : k / 4 * kBlock + k % 4 * 2;
+      MultiplyHalfRegisters<C::kOperand, true, C::kTokenMajorV>(o_, probabilities_ + 4 * k,
+                                                                value.values + offset);
       sums_.Multiply(probabilities_ + 4 * k, value.ones);
     }
     CommitProducts();
@@ -248,36 +242,36 @@ class Consumer {
   // --- steps ------------------------------------------------------------------------------------
 
   // Waits for a tile; false if there are no more. Each is a phase of the queries' barrier.
-  __device__ __forceinline__ bool NextTile(const Ring<2>& tiles) {
-    Wait(&shared_.query_full[C::kCodes ? 0 : group_], tiles.index);
+  __device__ __forceinline__ bool NextTile(const PipelineState<2>& tiles) {
+    Wait(&shared_.query_full[C::kQuantized ? 0 : group_], tiles.index);
     const int buffer = tiles.index;
-    if (shared_.tile[buffer].steps < 0) return false;
+    if (shared_.tile[buffer].kv_tiles < 0) return false;
     query_.Take(p_, shared_, buffer, group_);
-    if constexpr (C::kCodes) ArriveWarp(&shared_.query_read);
+    if constexpr (C::kQuantized) ArriveWarp(&shared_.query_read);
     return true;
   }
 
   // Steps are counted over all tiles.
-  __device__ __forceinline__ static uint32_t KeyStage(uint32_t step) {
-    return step % C::kKeyStages;
+  __device__ __forceinline__ static uint32_t KeyStage(uint32_t iteration) {
+    return iteration % C::kKeyStages;
   }
-  __device__ __forceinline__ static uint32_t ValueStage(uint32_t step) {
-    return step % C::kValueStages;
+  __device__ __forceinline__ static uint32_t ValueStage(uint32_t iteration) {
+    return iteration % C::kValueStages;
   }
-  __device__ __forceinline__ uint32_t ScaleSlot() const { return step_ % C::kScaleSlots; }
+  __device__ __forceinline__ uint32_t ScaleStage() const { return iteration_ % C::kScaleStages; }
 
   __device__ __forceinline__ void WaitForKeys() {
-    Wait(&shared_.key_full[KeyStage(step_ + 1)], (step_ + 1) / C::kKeyStages % 2);
+    Wait(&shared_.key_full[KeyStage(iteration_ + 1)], (iteration_ + 1) / C::kKeyStages % 2);
   }
 
   __device__ __forceinline__ void IssueFirst() {
     const uint64_t query = QueryOperand(), key = KeyOperand();
     WaitForKeys();
-    if (!kLateTurn) BeginTurn();
+    if (!kLatePingPong) PingPongWait();
     FenceProducts();
     IssueScores<true>(query, key);
-    EndTurn();
-    ++step_;
+    PingPongArrive();
+    ++iteration_;
   }
 
   // The scores of the next step and the P * V of this one; kAcross: the next one is of another
@@ -288,31 +282,31 @@ class Consumer {
     const RightOperands value = ValueOperand();
     WaitForKeys();
     WaitForValues();
-    if (kAcross || !kLateTurn) BeginTurn();
+    if (kAcross || !kLatePingPong) PingPongWait();
     FenceProducts();
     if constexpr (kAcross) IssueValues(value);
     IssueScores<!kAcross>(query, key);
     if constexpr (!kAcross) IssueValues(value);
-    EndTurn();
-    ++step_;
+    PingPongArrive();
+    ++iteration_;
   }
 
   // `last`: of the tile.
-  __device__ __forceinline__ void FirstStep(bool last) {
+  __device__ __forceinline__ void FirstIteration(bool last) {
     KeyScales scales = LoadScales();
     const int flags = TakeScores(scales);
     if constexpr (C::kSoftcap) Softcap();
     FinishScores(flags, last);
     FollowMaximum<false>({true, true});
-    if constexpr (C::kTokenScales) {
-      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
+    if constexpr (C::kPerTokenScales) {
+      if (row_v_scales_.Change(shared_, ScaleStage())) FollowRowVScales();
       ReleaseScales();
     }
   }
 
   // The softmax runs while the other warpgroup's products do, and this one's P * V. A softcap waits
   // for that first: it needs the registers of its probabilities.
-  __device__ __forceinline__ void NextStep(bool last) {
+  __device__ __forceinline__ void NextIteration(bool last) {
     Issue<false>();
     KeyScales scales = LoadScales();
     WaitForScores<1>();
@@ -323,10 +317,10 @@ class Consumer {
     FinishScores(flags, last);
     constexpr bool kBehind = !C::kSoftcap && kEarly > 0;
     if constexpr (!C::kSoftcap && !kBehind) FinishProducts();
-    if constexpr (C::kTokenScales) {
-      if (!units_.Change(shared_, ScaleSlot())) FollowUnit();
+    if constexpr (C::kPerTokenScales) {
+      if (!row_v_scales_.Change(shared_, ScaleStage())) FollowVScale();
     }
-    StepSums<C> sums;
+    KvTileSums<C> sums;
     FindProbabilities<kBehind>(shift_, sums);
     if (__any_sync(~0u, sums.Exceed())) {
       const bool moves[2] = {Exceeds(sums, 0), Exceeds(sums, 1)};
@@ -334,23 +328,23 @@ class Consumer {
     } else {
       sums_.Add(sums);
     }
-    if constexpr (C::kTokenScales) {
+    if constexpr (C::kPerTokenScales) {
       // Asked for again: registers are short, and the slot is this step's until it is released.
-      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
+      if (row_v_scales_.Change(shared_, ScaleStage())) FollowRowVScales();
       ReleaseScales();
     }
   }
 
   __device__ __forceinline__ void WaitForValues() {
-    Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2);
+    Wait(&shared_.value_ready[ValueStage(iteration_)], iteration_ / C::kValueStages % 2);
   }
 
   // Ends the use of a step's values, whose product is done; `start` is their first key.
-  __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
-    const uint32_t at = ValueStage(step);
+  __device__ __forceinline__ void ReleaseValues(uint32_t iteration, int start) {
+    const uint32_t at = ValueStage(iteration);
     if constexpr (!C::kFiniteValues) {
       const int found = *reinterpret_cast<const int*>(shared_.nan_found[at]);
-      if (found != 0) AddNaNs(shared_, found, at, buffer_, start, o_);
+      if (found != 0) SetNanOutputs(shared_, found, at, buffer_, start, o_);
     }
     ArriveWarp(&shared_.value_empty[at]);
   }
@@ -359,9 +353,9 @@ class Consumer {
 
   // Ends the use of the step's keys, whose flags it returns, and applies the scales of tokens.
   __device__ __forceinline__ int TakeScores(KeyScales& scales) {
-    const int flags = shared_.flags[KeyStage(step_)];
-    ArriveWarp(&shared_.key_empty[KeyStage(step_)]);
-    if constexpr (kIntegers && !C::kTokenScales) {
+    const int flags = shared_.flags[KeyStage(iteration_)];
+    ArriveWarp(&shared_.key_empty[KeyStage(iteration_)]);
+    if constexpr (kIntegers && !C::kPerTokenScales) {
       if (!all_biased_) {
         float factor[2];
         LoadFactors(shared_, buffer_, factor);
@@ -371,16 +365,16 @@ class Consumer {
         for (int i = 0; i < C::kScores; ++i) s_[i] -= bias[i / 2 % 2];
       }
     }
-    if constexpr (C::kTokenScales) ScaleScores(scales);
+    if constexpr (C::kPerTokenScales) ScaleScores(scales);
     return flags;
   }
 
   // Applies masks, and ends the use of a tile's queries.
   __device__ __forceinline__ void FinishScores(int flags, bool last) {
-    const int2 common = Common();
+    const int2 common = Unmasked();
     const bool full = start_ >= common.x && start_ + C::kKeys <= common.y;
-    if (!full || (flags & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags, s_);
-    if constexpr (!C::kCodes) {
+    if (!full || (flags & (3 * kUnassigned))) MaskScores(shared_, buffer_, start_, flags, s_);
+    if constexpr (!C::kQuantized) {
       // A predicate and no branch: the compiler is to see that the warp stays together.
       if (last && ArrivesForWarp(lane_)) Arrive(&shared_.query_done[group_]);
     }
@@ -388,9 +382,9 @@ class Consumer {
 
   __device__ __forceinline__ KeyScales LoadScales() {
     KeyScales scales{};
-    if constexpr (C::kTokenScales) {
-      Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
-      scales.address = SharedAddress(shared_.key_scales[ScaleSlot()][lane_ % 4]);
+    if constexpr (C::kPerTokenScales) {
+      Wait(&shared_.scale_full[ScaleStage()], iteration_ / C::kScaleStages % 2);
+      scales.address = SharedAddress(shared_.key_scales[ScaleStage()][lane_ % 4]);
 #pragma unroll
       for (int j = 0; j < KeyScales::kAhead; ++j) scales.Load(j);
     }
@@ -413,8 +407,8 @@ class Consumer {
 
   // Ends the use of the step's scales.
   __device__ __forceinline__ void ReleaseScales() {
-    const uint32_t at = ScaleSlot();
-    if (shared_.poison_found[at]) AddPoison(shared_, at, buffer_, start_, o_);
+    const uint32_t at = ScaleStage();
+    if (shared_.poison_found[at]) SetPoisonedOutputs(shared_, at, buffer_, start_, o_);
     ArriveWarp(&shared_.scale_empty[at]);
   }
 
@@ -445,7 +439,7 @@ class Consumer {
                                               float (&wanted)[2], float (&alpha)[2]) {
     const bool far[2] = {moves[0] && IsFar(0, wanted[0]), moves[1] && IsFar(1, wanted[1])};
     if (__any_sync(~0u, far[0] || far[1])) {
-      wgmma_fp8::MultiplyFarScores(s_, factor_, far, largest, wanted);
+      MultiplyFarScores(s_, factor_, far, largest, wanted);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -453,25 +447,25 @@ class Consumer {
       wanted[h] = MaxNaN(before, wanted[h]);
       // A NaN stays.
       shift_[h] = !moves[h] || wanted[h] - before <= 0 ? before : wanted[h];
-      alpha[h] = Exp2(before - Shift(h));
+      alpha[h] = OrderedExp2(before - Shift(h));
       sums_.Follow(h, alpha[h]);
     }
   }
 
   // With a bias no score is as far as that. factor_ is the tile's.
   __device__ __forceinline__ bool IsFar(int h, float score) const {
-    return !(kIntegers && IsBiased(factor_[h])) && wgmma_fp8::IsFar(score);
+    return !(kIntegers && IsBiased(factor_[h])) && IsFarScore(score);
   }
 
   // Whether a row's scores keep kBias. Where its factor is large, the bias in units of log2 would
   // swallow differences of scores.
   __device__ __forceinline__ static bool IsBiased(float factor) {
     constexpr float kLargest = 1 << 19;
-    return !C::kTokenScales && !C::kSoftcap && factor * kBias < kLargest;
+    return !C::kPerTokenScales && !C::kSoftcap && factor * kBias < kLargest;
   }
 
   // Whether one of the four threads of row h has a probability of it that is too large.
-  __device__ __forceinline__ bool Exceeds(const StepSums<C>& sums, int h) const {
+  __device__ __forceinline__ bool Exceeds(const KvTileSums<C>& sums, int h) const {
     const unsigned votes = __ballot_sync(~0u, sums.Exceeds(h, probabilities_));
     return (votes >> (lane_ & ~3) & 0xF) != 0;
   }
@@ -494,7 +488,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
     }
-    StepSums<C> sums;
+    KvTileSums<C> sums;
     const float shift[2] = {Shift(0), Shift(1)};
     FindProbabilities<false>(shift, sums);
     sums_.Add(sums);
@@ -508,14 +502,14 @@ class Consumer {
   }
 
   __device__ __forceinline__ float Probability(const float (&shift)[2], int i) const {
-    return Exp2(fmaf(s_[i], factor_[i / 2 % 2], -shift[i / 2 % 2]));
+    return OrderedExp2(fmaf(s_[i], factor_[i / 2 % 2], -shift[i / 2 % 2]));
   }
 
   // The step's probabilities, packed, and what there is to know of their sums. Scores stay, in case
   // that they are needed again. A row without a shift, which is -inf, gets some that exceed any
   // bound. kBehind: ends the product that reads the probabilities of the step before.
   template <bool kBehind>
-  __device__ __forceinline__ void FindProbabilities(const float (&shift)[2], StepSums<C>& sums) {
+  __device__ __forceinline__ void FindProbabilities(const float (&shift)[2], KvTileSums<C>& sums) {
     float early[kEarly + 1];
     if constexpr (kBehind) {
 #pragma unroll
@@ -537,19 +531,19 @@ class Consumer {
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
     sums_.Keep();
-    ReleaseValues(step_ - 1, start_ + C::kKeys);
+    ReleaseValues(iteration_ - 1, start_ + C::kKeys);
   }
 
-  __device__ __forceinline__ void FollowOwnUnits() {
+  __device__ __forceinline__ void FollowRowVScales() {
     float ratio[2];
-    units_.Follow(shared_, ScaleSlot(), buffer_, start_, probabilities_, sums_, ratio);
+    row_v_scales_.Follow(shared_, ScaleStage(), buffer_, start_, probabilities_, sums_, ratio);
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio[i / 2 % 2];
   }
 
   // Probabilities are not in the unit of V's token scales, but the output is.
-  __device__ __forceinline__ void FollowUnit() {
-    const float ratio = shared_.unit_ratio[ScaleSlot()];
+  __device__ __forceinline__ void FollowVScale() {
+    const float ratio = shared_.v_scale_ratio[ScaleStage()];
     if (ratio != 1.0f) {
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio;
@@ -560,12 +554,12 @@ class Consumer {
   Shared<C>& shared_;
   const int group_;
   const int lane_;
-  std::conditional_t<C::kKeyCodes, CodeQuery<C>, Query<C>> query_;
-  uint32_t step_ = ~0u;  // the one whose softmax is under way
-  int start_;            // first key of the step
-  int buffer_;           // of the tile
+  std::conditional_t<C::kKeyCodeOperands, CodeQuery<C>, Query<C>> query_;
+  uint32_t iteration_ = ~0u;  // the one whose softmax is under way
+  int start_;                 // first key of the step
+  int buffer_;                // of the tile
   RowSums<C> sums_;
-  RowUnits<C> units_;
+  RowVScales<C> row_v_scales_;
   float shift_[2], factor_[2];
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making

@@ -4,9 +4,9 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <>
-cudaError_t LaunchVariant<DType::kE4M3, 128, Source::kCodes, true>(const Arguments& arguments,
-                                                                   cudaStream_t stream) {
-  return LaunchConfig<DType::kE4M3, 128, Source::kCodes, true>(arguments, stream);
+cudaError_t LaunchVariant<DType::kE4M3, 128, Source::kPagedCodes, true>(const Arguments& arguments,
+                                                                        cudaStream_t stream) {
+  return LaunchConfig<DType::kE4M3, 128, Source::kPagedCodes, true>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::wgmma_fp16

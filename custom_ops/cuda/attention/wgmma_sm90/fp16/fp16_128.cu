@@ -4,9 +4,9 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <>
-cudaError_t LaunchVariant<DType::kFloat16, 128, Source::kOperands, false>(
-    const Arguments& arguments, cudaStream_t stream) {
-  return LaunchConfig<DType::kFloat16, 128, Source::kOperands, false>(arguments, stream);
+cudaError_t LaunchVariant<DType::kFloat16, 128, Source::k16Bit, false>(const Arguments& arguments,
+                                                                       cudaStream_t stream) {
+  return LaunchConfig<DType::kFloat16, 128, Source::k16Bit, false>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::wgmma_fp16

@@ -5,8 +5,8 @@
 #include "cuda/attention/wgmma_sm90/common/launch_persistent.h"
 #include "cuda/attention/wgmma_sm90/fp16/consumer.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/converter.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/operands.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/producer.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/producer_16bit.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/producer_codes.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
 
@@ -17,33 +17,33 @@ inline constexpr int kConsumerRegisters = 224;
 template <class C>
 __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   constexpr int kWarp = kWarpArrivals, kWarps = 4 * C::kConsumers * kWarp;
-  constexpr int kSides = C::kSideWarps * kWarp, kCleaners = C::kCleaners * kWarp;
+  constexpr int kHelpers = C::kHelperWarps * kWarp, kScrubWarps = C::kScrubWarps * kWarp;
   for (int i = 0; i < 2; ++i) {
-    InitBarrier(&shared.tile_found[i], C::kCodes ? 1 : kWarp);
-    InitBarrier(&shared.query_full[i], C::kCodes ? 1 + kSides : kWarp);
+    InitBarrier(&shared.tile_found[i], C::kQuantized ? 1 : kWarp);
+    InitBarrier(&shared.query_full[i], C::kQuantized ? 1 + kHelpers : kWarp);
     // Besides the consumers: the converters; or the loader and the cleaners.
-    InitBarrier(&shared.query_empty[i], kWarps + (C::kCodes ? kSides : kWarp + kCleaners));
+    InitBarrier(&shared.query_empty[i], kWarps + (C::kQuantized ? kHelpers : kWarp + kScrubWarps));
     InitBarrier(&shared.query_done[i], 4 * kWarp);
   }
   InitBarrier(&shared.query_read, kWarps);
   for (int i = 0; i < C::kKeyStages; ++i) {
-    InitBarrier(&shared.key_full[i], C::kCodes && !C::kKeyCodes ? kSides : 1);
+    InitBarrier(&shared.key_full[i], C::kQuantized && !C::kKeyCodeOperands ? kHelpers : 1);
     InitBarrier(&shared.key_empty[i], kWarps);
   }
   for (int i = 0; i < C::kValueStages; ++i) {
     InitBarrier(&shared.value_full[i], 1);
-    InitBarrier(&shared.value_ready[i], C::kCodes ? kSides : kCleaners);
+    InitBarrier(&shared.value_ready[i], C::kQuantized ? kHelpers : kScrubWarps);
     InitBarrier(&shared.value_empty[i], kWarps);
     // As one word: no warp ever writes the bytes that have none.
     *reinterpret_cast<int*>(shared.nan_found[i]) = 0;
   }
-  for (int i = 0; i < C::kRawSlots; ++i) {
-    InitBarrier(&shared.raw_full[i], 1);
-    InitBarrier(&shared.raw_empty[i], kSides);
+  for (int i = 0; i < C::kCodeStages; ++i) {
+    InitBarrier(&shared.codes_full[i], 1);
+    InitBarrier(&shared.codes_empty[i], kHelpers);
   }
-  for (int i = 0; i < C::kScaleSlots; ++i) {
+  for (int i = 0; i < C::kScaleStages; ++i) {
     InitBarrier(&shared.scale_full[i], kWarp);
-    InitBarrier(&shared.scale_empty[i], kWarps + kSides);
+    InitBarrier(&shared.scale_empty[i], kWarps + kHelpers);
   }
   FenceBarrierInit();
 }
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   if (threadIdx.x == 0) InitBarriers(shared);
-  if constexpr (C::kCodes) {
+  if constexpr (C::kQuantized) {
     for (int i = threadIdx.x; i < 512; i += C::kThreads) {
       const int column = i / 64, piece = (i / 8 % 8) ^ column;  // undoes the 128-byte swizzle
       shared.ones[i] = piece < 2 ? 0x3C00 : 0;
@@ -74,17 +74,17 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         PrefetchMap(&arguments.value);
       }
       __syncwarp();
-      if constexpr (C::kCodes) {
-        Loader<C>(arguments, shared).Run();
+      if constexpr (C::kQuantized) {
+        CodeLoader<C>(arguments, shared).Run();
       } else {
-        OperandLoader<C>(arguments, shared).Run();
+        KvLoader<C>(arguments, shared).Run();
       }
-    } else if constexpr (C::kCodes) {
+    } else if constexpr (C::kQuantized) {
       Converter<C>(arguments, shared).Run();
     } else if (threadIdx.x < 64) {
-      Finder<C>(arguments, shared).Run();
+      TileFinder<C>(arguments, shared).Run();
     } else {
-      Cleaner<C>(shared).Run();
+      ScrubWarp<C>(shared).Run();
     }
   } else {
     ClaimRegisters<kConsumerRegisters>();
@@ -96,11 +96,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 }
 
 // A softcap is a kernel of its own: steps without one are better off without its instructions.
-template <DType kElement, int kDim, Source kSource, bool kTokenScales>
+template <DType kElement, int kDim, Source kSource, bool kPerTokenScales>
 cudaError_t LaunchConfig(const Arguments& arguments, cudaStream_t stream) {
-  using wgmma_fp8::LaunchPersistent;
-  using Plain = Config<kElement, kDim, kSource, kTokenScales, false>;
-  using Capped = Config<kElement, kDim, kSource, kTokenScales, true>;
+  using Plain = Config<kElement, kDim, kSource, kPerTokenScales, false>;
+  using Capped = Config<kElement, kDim, kSource, kPerTokenScales, true>;
   if (arguments.p.softcap > 0.0f) {
     return LaunchPersistent<Kernel<Capped>, Capped, Shared<Capped>>(arguments, stream);
   }

@@ -138,16 +138,16 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   return status;
 }
 
-template <int kDim, wgmma_fp16::Source kSource, bool kTokenScales>
+template <int kDim, wgmma_fp16::Source kSource, bool kPerTokenScales>
 cudaError_t LaunchCodes(const Arguments& arguments, cudaStream_t stream) {
   using wgmma_fp16::LaunchVariant;
   if (!KeyCodes(arguments.p)) {
-    return LaunchVariant<DType::kFloat16, kDim, kSource, kTokenScales>(arguments, stream);
+    return LaunchVariant<DType::kFloat16, kDim, kSource, kPerTokenScales>(arguments, stream);
   }
   if (KeyType(arguments.p) == DType::kInt8) {
-    return LaunchVariant<DType::kInt8, kDim, kSource, kTokenScales>(arguments, stream);
+    return LaunchVariant<DType::kInt8, kDim, kSource, kPerTokenScales>(arguments, stream);
   }
-  return LaunchVariant<DType::kE4M3, kDim, kSource, kTokenScales>(arguments, stream);
+  return LaunchVariant<DType::kE4M3, kDim, kSource, kPerTokenScales>(arguments, stream);
 }
 
 template <int kDim>
@@ -158,17 +158,17 @@ cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
   constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
   if (!IsCode(KeyType(p))) {
     return p.q_dtype == kBf16
-               ? LaunchVariant<kBf16, kDim, Source::kOperands, false>(arguments, stream)
-               : LaunchVariant<kFp16, kDim, Source::kOperands, false>(arguments, stream);
+               ? LaunchVariant<kBf16, kDim, Source::k16Bit, false>(arguments, stream)
+               : LaunchVariant<kFp16, kDim, Source::k16Bit, false>(arguments, stream);
   }
-  if (!p.paged) return LaunchCodes<kDim, Source::kCodeRows, false>(arguments, stream);
-  return IsDynamic(p.cache.type) ? LaunchCodes<kDim, Source::kCodes, true>(arguments, stream)
-                                 : LaunchCodes<kDim, Source::kCodes, false>(arguments, stream);
+  if (!p.paged) return LaunchCodes<kDim, Source::kRaggedCodes, false>(arguments, stream);
+  return IsDynamic(p.cache.type) ? LaunchCodes<kDim, Source::kPagedCodes, true>(arguments, stream)
+                                 : LaunchCodes<kDim, Source::kPagedCodes, false>(arguments, stream);
 }
 
 }  // namespace
 
-bool PrefillHalfSm90Supports(const AttentionParams& p) {
+bool WgmmaFp16Supports(const AttentionParams& p) {
   if (!IsHalf(p.q_dtype) || (p.head_dim != 64 && p.head_dim != 128)) return false;
   if (p.seqs.num_tokens <= 0 || p.seqs.batch <= 0 || p.num_heads <= 0) return false;
   if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
@@ -184,9 +184,8 @@ bool PrefillHalfSm90Supports(const AttentionParams& p) {
          IsAligned(p.q) && IsAligned(p.out) && p.softmax_scale > 0.0f;
 }
 
-cudaError_t LaunchPrefillHalfSm90(const AttentionParams& p, int min_query_tokens,
-                                  cudaStream_t stream) {
-  if (!PrefillHalfSm90Supports(p)) return cudaErrorInvalidValue;
+cudaError_t LaunchWgmmaFp16(const AttentionParams& p, int min_query_tokens, cudaStream_t stream) {
+  if (!WgmmaFp16Supports(p)) return cudaErrorInvalidValue;
   Arguments arguments;
   arguments.p = p;
   arguments.min_query_tokens = min_query_tokens;

@@ -7,14 +7,13 @@
 
 namespace fastattn::cuda {
 
-// Whether LaunchPrefillHalfSm90 takes these parameters on a device of compute capability 9.0. Looks
+// Whether LaunchWgmmaFp16 takes these parameters on a device of compute capability 9.0. Looks
 // at nothing but the host's values, and not at p.workspace.
-bool PrefillHalfSm90Supports(const AttentionParams& p);
+bool WgmmaFp16Supports(const AttentionParams& p);
 
 // Enqueues the attention of the rows with at least `min_query_tokens` new tokens; those of the
 // other rows, and tokens of no row, are not touched. Nothing is read on the host, so a captured
 // graph follows the lengths.
-cudaError_t LaunchPrefillHalfSm90(const AttentionParams& p, int min_query_tokens,
-                                  cudaStream_t stream);
+cudaError_t LaunchWgmmaFp16(const AttentionParams& p, int min_query_tokens, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

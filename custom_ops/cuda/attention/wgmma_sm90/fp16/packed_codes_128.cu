@@ -4,9 +4,9 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <>
-cudaError_t LaunchVariant<DType::kFloat16, 128, Source::kCodeRows, false>(
+cudaError_t LaunchVariant<DType::kFloat16, 128, Source::kRaggedCodes, false>(
     const Arguments& arguments, cudaStream_t stream) {
-  return LaunchConfig<DType::kFloat16, 128, Source::kCodeRows, false>(arguments, stream);
+  return LaunchConfig<DType::kFloat16, 128, Source::kRaggedCodes, false>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::wgmma_fp16

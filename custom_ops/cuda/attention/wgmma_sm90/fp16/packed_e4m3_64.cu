@@ -4,9 +4,9 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <>
-cudaError_t LaunchVariant<DType::kE4M3, 64, Source::kCodeRows, false>(const Arguments& arguments,
-                                                                      cudaStream_t stream) {
-  return LaunchConfig<DType::kE4M3, 64, Source::kCodeRows, false>(arguments, stream);
+cudaError_t LaunchVariant<DType::kE4M3, 64, Source::kRaggedCodes, false>(const Arguments& arguments,
+                                                                         cudaStream_t stream) {
+  return LaunchConfig<DType::kE4M3, 64, Source::kRaggedCodes, false>(arguments, stream);
 }
 
 }  // namespace fastattn::cuda::wgmma_fp16

@@ -4,7 +4,7 @@
 #include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
-#include "cuda/attention/wgmma_sm90/fp16/factors.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/tile_factors.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/shared_address.cuh"
@@ -49,7 +49,7 @@ class LargestMagnitude {
 };
 
 // As they lie in shared memory.
-template <class C, bool kInRegisters = C::kCodes>
+template <class C, bool kInRegisters = C::kQuantized>
 class Query {
  public:
   __device__ __forceinline__ void Take(const AttentionParams&, const Shared<C>& shared, int,
@@ -81,12 +81,12 @@ class Query<C, true> {
   __device__ __forceinline__ void Take(const AttentionParams& p, Shared<C>& shared, int buffer,
                                        int group) {
     KeepRegisters(words_);
-    const bool channels = C::kChannelScales && UsesKeyChannels(p);
+    const bool channels = C::kPerChannelScales && UsesKeyChannels(p);
     if (p.q_dtype == DType::kFloat16) {
-      return channels ? Take<DType::kFloat16, C::kChannelScales>(shared, buffer, group)
+      return channels ? Take<DType::kFloat16, C::kPerChannelScales>(shared, buffer, group)
                       : Take<DType::kFloat16, false>(shared, buffer, group);
     }
-    return channels ? Take<DType::kBFloat16, C::kChannelScales>(shared, buffer, group)
+    return channels ? Take<DType::kBFloat16, C::kPerChannelScales>(shared, buffer, group)
                     : Take<DType::kBFloat16, false>(shared, buffer, group);
   }
 
@@ -99,7 +99,7 @@ class Query<C, true> {
   }
 
  private:
-  static constexpr int kSteps = C::kDim / 16;
+  static constexpr int kMmaSteps = C::kDim / 16;
 
   // kChannels: K has scales of channels, which are multiplied to the queries.
   template <DType kQuery, bool kChannels>
@@ -125,7 +125,7 @@ class Query<C, true> {
     float largest[2] = {0.0f, 0.0f};
     LargestMagnitude magnitude[2];
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < kMmaSteps; ++k) {
       uint32_t words[4];
       load(k, words);
 #pragma unroll
@@ -151,14 +151,14 @@ class Query<C, true> {
       const uint32_t exponent = bits < 0x7F800000u ? max(bits >> 23, 19u) : 127 + 9;
       shrink[h] = __uint_as_float((254 + 9 - exponent) << 23);
       if (lane % 4 == 0) {
-        float& factor = shared.factor[buffer][wgmma_fp8::QueryOf<true>(h)];
+        float& factor = shared.factor[buffer][QueryIndex<true>(h)];
         factor *= __uint_as_float((exponent - 9) << 23);
         if (factor == 0.0f) factor = 1e-30f;  // as above: -inf * 0 is NaN
       }
     }
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < kMmaSteps; ++k) {
       load(k, words_ + 4 * k);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -176,7 +176,7 @@ class Query<C, true> {
                  : "memory");
   }
 
-  uint32_t words_[4 * kSteps];
+  uint32_t words_[4 * kMmaSteps];
 };
 
 }  // namespace fastattn::cuda::wgmma_fp16

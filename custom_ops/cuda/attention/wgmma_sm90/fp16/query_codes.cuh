@@ -8,8 +8,8 @@
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
-#include "cuda/attention/wgmma_sm90/fp16/factors.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/tile_factors.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/wgmma.cuh"
@@ -32,12 +32,12 @@ class CodeQuery {
     KeepRegisters(low_);
     // Halves have too many bits for two e4m3 codes.
     if constexpr (kIntegers) {
-      const bool channels = C::kChannelScales && UsesKeyChannels(p);
+      const bool channels = C::kPerChannelScales && UsesKeyChannels(p);
       if (p.q_dtype == DType::kFloat16) {
-        return channels ? Take<DType::kFloat16, C::kChannelScales>(shared, buffer, group)
+        return channels ? Take<DType::kFloat16, C::kPerChannelScales>(shared, buffer, group)
                         : Take<DType::kFloat16, false>(shared, buffer, group);
       }
-      if (channels) return Take<DType::kBFloat16, C::kChannelScales>(shared, buffer, group);
+      if (channels) return Take<DType::kBFloat16, C::kPerChannelScales>(shared, buffer, group);
     }
     Take<DType::kBFloat16, false>(shared, buffer, group);
   }
@@ -47,9 +47,9 @@ class CodeQuery {
     // The small sums first: a sum of FP8 products keeps 14 bits of the largest.
     MultiplyRegisters<false>(s, low_, keys);
 #pragma unroll
-    for (int k = 1; k < kSteps; ++k) MultiplyRegisters<true>(s, low_ + 4 * k, keys + 2 * k);
+    for (int k = 1; k < kMmaSteps; ++k) MultiplyRegisters<true>(s, low_ + 4 * k, keys + 2 * k);
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) MultiplyRegisters<true>(s, high_ + 4 * k, keys + 2 * k);
+    for (int k = 0; k < kMmaSteps; ++k) MultiplyRegisters<true>(s, high_ + 4 * k, keys + 2 * k);
   }
 
   // The same of int8, 64 keys in `first` and `second` each, in units of `high` and with kBias.
@@ -78,7 +78,7 @@ class CodeQuery {
  private:
   static constexpr bool kIntegers = C::kElement == DType::kInt8;
   static constexpr int kWords = C::kDim / 8;
-  static constexpr int kSteps = C::kDim / 32;
+  static constexpr int kMmaSteps = C::kDim / 32;
   // The largest channel of a query becomes 2^kTop and more.
   static constexpr int kTop = kIntegers ? 13 : 7;
   // Scores count 2^kUnit.
@@ -115,7 +115,7 @@ class CodeQuery {
         widen(i, x);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          largest[i % 2] = wgmma_fp8::MaxNaN(largest[i % 2], fabsf(x[c]));
+          largest[i % 2] = MaxNaN(largest[i % 2], fabsf(x[c]));
         }
       }
     } else {
@@ -146,14 +146,14 @@ class CodeQuery {
                                                     float (&largest)[2], float (&scale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      largest[h] = wgmma_fp8::MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
-      largest[h] = wgmma_fp8::MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
       const uint32_t bits = __float_as_uint(largest[h]);
       const bool finite = bits < 0x7F800000u;
       const uint32_t exponent = finite ? max((bits + kCarry) >> 23, 30u) : 127u;
       scale[h] = finite ? __uint_as_float((254 + kTop - exponent) << 23) : 0.0f;
       if (threadIdx.x % 4 == 0) {
-        float& factor = shared.factor[buffer][wgmma_fp8::QueryOf<true>(h)];
+        float& factor = shared.factor[buffer][QueryIndex<true>(h)];
         factor *= __uint_as_float((exponent - kTop + kUnit) << 23);
         if (factor == 0.0f) factor = 1e-30f;  // hidden scores are -inf, and -inf * 0 is NaN
         if (!finite) factor = NAN;            // codes cannot say it
@@ -209,7 +209,7 @@ class CodeQuery {
                                                       uint64_t keys) {
     MultiplyInt8<kAdd>(s, words, keys);
 #pragma unroll
-    for (int k = 1; k < kSteps; ++k) MultiplyInt8<true>(s, words + 4 * k, keys + 2 * k);
+    for (int k = 1; k < kMmaSteps; ++k) MultiplyInt8<true>(s, words + 4 * k, keys + 2 * k);
   }
 
   // In units of `high`. |score| is less than 2^22: a step of fp32 is 1 with the bias.

@@ -12,39 +12,39 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 // What is known of a step's probabilities before their product: the thread's sums of two rows.
-template <class C, bool kProducts = C::kCodes>
-class StepSums {
+template <class C, bool kProducts = C::kQuantized>
+class KvTileSums {
  public:
   // Of two probabilities, which become word i of the operand of P * V.
   __device__ __forceinline__ void Add(int i, float a, float b, const uint32_t*) {
-    part_[i % 2] += a;
-    part_[i % 2] += b;
+    partial_[i % 2] += a;
+    partial_[i % 2] += b;
   }
 
   // Whether a sum is above what 16 bits hold, or NaN.
   __device__ __forceinline__ bool Exceed() const {
-    return !(part_[0] <= kMost && part_[1] <= kMost);
+    return !(partial_[0] <= kMost && partial_[1] <= kMost);
   }
 
   // The same of row h alone.
   __device__ __forceinline__ bool Exceeds(int h, const uint32_t*) const {
-    return !(part_[h] <= kMost);
+    return !(partial_[h] <= kMost);
   }
 
-  __device__ __forceinline__ float Part(int h) const { return part_[h]; }
+  __device__ __forceinline__ float Partial(int h) const { return partial_[h]; }
 
  private:
   // Far larger ones would fit into bf16, but the largest probability of a row is exact only where
   // the shift follows it.
   static constexpr float kMost = 0x1p15f;
 
-  float part_[2] = {0.0f, 0.0f};
+  float partial_[2] = {0.0f, 0.0f};
 };
 
 // The largest one alone: the bits of fp16 values that are not negative are in the order of their
 // values, and NaN is above all.
 template <class C>
-class StepSums<C, true> {
+class KvTileSums<C, true> {
  public:
   __device__ __forceinline__ void Add(int i, float, float, const uint32_t* words) {
     if (i % 2 == 1) largest_ = __vimax3_u16x2(largest_, words[i - 1], words[i]);
@@ -68,16 +68,16 @@ class StepSums<C, true> {
 };
 
 // By the threads, each its columns of two rows.
-template <class C, bool kProducts = C::kCodes>
+template <class C, bool kProducts = C::kQuantized>
 class RowSums {
  public:
   __device__ __forceinline__ void Start() { sum_[0] = sum_[1] = 0.0f; }
 
   // The step's probabilities will be alpha of the old ones' unit.
   __device__ __forceinline__ void Follow(int h, float alpha) { sum_[h] *= alpha; }
-  __device__ __forceinline__ void Add(const StepSums<C>& step) {
-    sum_[0] += step.Part(0);
-    sum_[1] += step.Part(1);
+  __device__ __forceinline__ void Add(const KvTileSums<C>& iteration) {
+    sum_[0] += iteration.Partial(0);
+    sum_[1] += iteration.Partial(1);
   }
 
   // Of a step whose probabilities are operands of P * V.
@@ -107,7 +107,7 @@ class RowSums<C, true> {
   }
 
   __device__ __forceinline__ void Follow(int, float) {}
-  __device__ __forceinline__ void Add(const StepSums<C>&) {}
+  __device__ __forceinline__ void Add(const KvTileSums<C>&) {}
 
   // Values of 1, or with `zeros` of 0, which lie behind them: for steps that AddRow() takes.
   __device__ __forceinline__ static uint64_t Operand(const Shared<C>& shared, bool zeros) {

@@ -7,7 +7,7 @@
 
 namespace fastattn::cuda::wgmma_fp16 {
 
-template <DType kOperand, int kDim, Source kSource, bool kTokenScales>
+template <DType kOperand, int kDim, Source kSource, bool kPerTokenScales>
 cudaError_t LaunchVariant(const Arguments& arguments, cudaStream_t stream);
 
 }  // namespace fastattn::cuda::wgmma_fp16

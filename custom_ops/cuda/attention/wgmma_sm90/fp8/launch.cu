@@ -55,12 +55,13 @@ int64_t ValueBlocks(const AttentionParams& p) {
   return p.paged ? p.cache.num_blocks : p.ragged.num_tokens / kBlockSize + p.seqs.batch;
 }
 
-// The queries [T, H, D], the codes of K as rows of tokens and those of V as rows of channels.
+// Encodes the tensor maps: queries [T, H, D], the codes of K as rows of tokens and those of V as
+// rows of channels.
 cudaError_t EncodeMaps(Arguments* arguments) {
   const AttentionParams& p = arguments->p;
   const auto dim = static_cast<uint64_t>(p.head_dim);
   const auto box = static_cast<uint32_t>(p.head_dim);
-  // What Transpose leaves of contiguous values are blocks of a contiguous cache.
+  // LaunchTranspose writes ragged values as blocks of a contiguous cache.
   const int64_t plane = int64_t{kBlockSize} * p.head_dim;
   const CacheStrides blocks{plane * p.num_kv_heads, plane, kBlockSize};
   const CacheStrides& key_strides = p.paged ? p.cache.key_strides : blocks;
@@ -69,19 +70,19 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   const PlaneDimension values = PlanesOf(value_strides, arguments->value_blocks, p.num_kv_heads, 1);
   arguments->key_planes = keys.planes;
   arguments->value_planes = values.planes;
-  const CUtensorMapSwizzle seqs =
+  const CUtensorMapSwizzle swizzle =
       p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const ByteTensor query{
       p.q,
       {dim, static_cast<uint64_t>(p.num_heads), static_cast<uint64_t>(p.seqs.num_tokens)},
       {static_cast<uint64_t>(p.q_head_stride), static_cast<uint64_t>(p.q_token_stride)},
       {box, 1, 64},
-      seqs};
+      swizzle};
   ByteTensor key{p.cache.key,
                  {dim, kBlockSize, static_cast<uint64_t>(keys.planes.outside)},
                  {static_cast<uint64_t>(key_strides.row), keys.stride},
                  {box, kBlockSize, 1},
-                 seqs};
+                 swizzle};
   if (!p.paged) {
     key.data = p.ragged.key;
     key.size[1] = static_cast<uint64_t>(p.ragged.num_tokens);
@@ -121,7 +122,7 @@ cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
 
 }  // namespace
 
-bool PrefillSm90Supports(const AttentionParams& p) {
+bool WgmmaFp8Supports(const AttentionParams& p) {
   if (p.q_dtype != DType::kE4M3 || (p.head_dim != 64 && p.head_dim != 128)) return false;
   if (p.seqs.num_tokens <= 0 || p.seqs.batch <= 0 || p.num_heads <= 0) return false;
   if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
@@ -131,19 +132,19 @@ bool PrefillSm90Supports(const AttentionParams& p) {
     return false;
   }
   if ((ValueBlocks(p) + 1) * p.num_kv_heads >= std::numeric_limits<int>::max()) return false;
-  // The copy engine wants 16-byte steps, and a maximum of scores needs a positive factor.
+  // TMA wants strides of 16 bytes, and a maximum of scores needs a positive factor.
   const bool strides = IsMultiple(p.q_token_stride, 16) && IsMultiple(p.q_head_stride, 16) &&
                        p.q_token_stride > 0 && p.q_head_stride > 0;
   return strides && IsAligned(p.q) && IsAligned(p.out) && p.softmax_scale > 0.0f;
 }
 
-int64_t PrefillSm90Workspace(const AttentionParams& p) {
+int64_t WgmmaFp8Workspace(const AttentionParams& p) {
   if (p.paged) return 0;
   return ValueBlocks(p) * p.num_kv_heads * p.head_dim * kBlockSize / sizeof(float);
 }
 
-cudaError_t LaunchPrefillSm90(const AttentionParams& p, int min_query_tokens, cudaStream_t stream) {
-  if (!PrefillSm90Supports(p)) return cudaErrorInvalidValue;
+cudaError_t LaunchWgmmaFp8(const AttentionParams& p, int min_query_tokens, cudaStream_t stream) {
+  if (!WgmmaFp8Supports(p)) return cudaErrorInvalidValue;
   Arguments arguments;
   arguments.p = p;
   arguments.min_query_tokens = min_query_tokens;

@@ -6,12 +6,12 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
-#include "cuda/attention/launch.h"
-#include "cuda/attention/mma_sm80/finish.cuh"
-#include "cuda/attention/shared/clear.cuh"
+#include "cuda/attention/mma_sm80/epilogue.cuh"
+#include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/shared/clear_padding.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
-#include "cuda/merge/parts.cuh"
+#include "cuda/merge/partials.cuh"
 #include "cuda/merge/values.cuh"
 
 namespace fastattn::cuda {
@@ -27,10 +27,10 @@ constexpr int kMostBlocks = 1536;
 // Some parts of a column, 4 channels a thread. Without any it changes nothing that it joins.
 struct Merged {
   uint4 out = make_uint4(0, 0, 0, 0);  // of fp32
-  PartWeight weight = {kLowestMaximum, 0.0f};
+  PartialWeight weight = {kLowestMaximum, 0.0f};
 
   __device__ __forceinline__ void Join(const Merged& other) {
-    const MergeWeights w = WeightsOfParts(weight, other.weight);
+    const MergeWeights w = WeightsOfPartials(weight, other.weight);
     float x[4];
     MergePack<DType::kFloat32>(out, other.out, w, x);
     out = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));
@@ -49,7 +49,7 @@ struct Merged {
 };
 
 // An item that several CTAs share.
-struct SplitItem {
+struct SplitTile {
   int cta;      // that began it
   int4 header;  // what that one says: CTAs that share it, its row, KV head and tile of queries
 };
@@ -60,10 +60,10 @@ __device__ __forceinline__ int4 LoadHeader(const AttentionTask& task, int cta) {
 }
 
 // The k-th split item, in some order; of 0 CTAs behind the last.
-__device__ __forceinline__ SplitItem FindItem(const AttentionTask& task, int ctas, int k) {
+__device__ __forceinline__ SplitTile FindSplitTile(const AttentionTask& task, int ctas, int k) {
   constexpr int kWarps = kThreads / 32, kHeaders = 2;
   __shared__ int counts[kWarps];
-  __shared__ SplitItem found;
+  __shared__ SplitTile found;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const uint32_t lower_lanes = (1u << threadIdx.x % 32) - 1;
   if (threadIdx.x == 0) found.header = make_int4(0, 0, 0, 0);
@@ -105,40 +105,42 @@ __device__ __forceinline__ SplitItem FindItem(const AttentionTask& task, int cta
 
 // Merges `block_columns` columns of an item. Parts are joined in a fixed order, so that the result
 // does not depend on who finished first.
-__device__ __forceinline__ void MergeItem(const AttentionParams& p, const AttentionTask& task,
-                                          int columns, int block_columns, const SplitItem& item) {
+__device__ __forceinline__ void MergeTile(const AttentionParams& p, const AttentionTask& task,
+                                          int columns, int block_columns,
+                                          const SplitTile& work_tile) {
   __shared__ uint4 outs[kThreads];
-  __shared__ PartWeight weights[kThreads];
-  const int parts = item.header.x;
+  __shared__ PartialWeight weights[kThreads];
+  const int num_splits = work_tile.header.x;
   const int head_dim = p.head_dim, quads = head_dim / 4;
   const int quad = threadIdx.x % quads;
   const int column = blockIdx.y * block_columns + threadIdx.x / quads % block_columns;
   const int lanes = quads * block_columns;
   // The parts are dealt out over groups of threads that hold all columns of the block.
   const int groups = kThreads / lanes, group = threadIdx.x / lanes;
-  const float* first_part = PartOf(task, columns, head_dim, item.cta, 1);
-  const int64_t part_size = static_cast<int64_t>(columns) * (head_dim + 2);
+  const float* first_partial = PartialOf(task, columns, head_dim, work_tile.cta, 1);
+  const int64_t partial_size = static_cast<int64_t>(columns) * (head_dim + 2);
   Merged merged;
-  for (int first = group; first < parts; first += groups * kBatch) {
+  for (int first = group; first < num_splits; first += groups * kBatch) {
     Merged batch[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = first + b * groups;
-      if (i < parts) {
+      if (i < num_splits) {
         // The first part is its CTA's second one, the others are the first ones of the next CTAs.
-        const float* part = first_part + (i == 0 ? 0 : (kPartialsPerCta * i - 1) * part_size);
-        batch[b].out = __ldcg(reinterpret_cast<const uint4*>(part + column * head_dim) + quad);
+        const float* partial =
+            first_partial + (i == 0 ? 0 : (kPartialsPerCta * i - 1) * partial_size);
+        batch[b].out = __ldcg(reinterpret_cast<const uint4*>(partial + column * head_dim) + quad);
         const float2 state =
-            __ldcg(reinterpret_cast<const float2*>(part + columns * head_dim) + column);
+            __ldcg(reinterpret_cast<const float2*>(partial + columns * head_dim) + column);
         batch[b].weight = {fmaxf(state.x, kLowestMaximum), state.y};
       }
     }
     merged.JoinAll(batch);
   }
-  const RowShape shape = LoadRowShape(p, item.header.y);
-  const int kv_head = item.header.z;
-  const Column info = ColumnOf(task, shape, kv_head, item.header.w * columns + column);
-  const float value_scale = ValueScale(p, item.header.y, kv_head);
+  const SeqShape shape = LoadSeqShape(p, work_tile.header.y);
+  const int kv_head = work_tile.header.z;
+  const Column info = ColumnOf(task, shape, kv_head, work_tile.header.w * columns + column);
+  const float value_scale = ValueScale(p, work_tile.header.y, kv_head);
   if (groups > 1) {
     outs[threadIdx.x] = merged.out;
     weights[threadIdx.x] = merged.weight;
@@ -166,18 +168,18 @@ __device__ __forceinline__ void MergeItem(const AttentionParams& p, const Attent
 // Blocks of the x axis stand for the CTAs that may have begun a split item, or with kSearch for the
 // items themselves.
 template <bool kSearch>
-__device__ __forceinline__ void MergeItems(const AttentionParams& p, const AttentionTask& task,
+__device__ __forceinline__ void MergeTiles(const AttentionParams& p, const AttentionTask& task,
                                            int columns, int block_columns, int ctas) {
   int k = static_cast<int>(blockIdx.x);
   if constexpr (!kSearch) {
-    const SplitItem item = {k, LoadHeader(task, k)};
-    if (item.header.x > 0) MergeItem(p, task, columns, block_columns, item);
+    const SplitTile work_tile = {k, LoadHeader(task, k)};
+    if (work_tile.header.x > 0) MergeTile(p, task, columns, block_columns, work_tile);
   } else {
     // The host does not know how many items there are, only how many there should be at most.
     for (;; k += static_cast<int>(gridDim.x)) {
-      const SplitItem item = FindItem(task, ctas, k);
-      if (item.header.x == 0) return;
-      MergeItem(p, task, columns, block_columns, item);
+      const SplitTile work_tile = FindSplitTile(task, ctas, k);
+      if (work_tile.header.x == 0) return;
+      MergeTile(p, task, columns, block_columns, work_tile);
       __syncthreads();  // the next item takes the same shared memory
     }
   }
@@ -185,18 +187,18 @@ __device__ __forceinline__ void MergeItems(const AttentionParams& p, const Atten
 
 template <bool kSearch>
 __global__ void __launch_bounds__(kThreads)
-    MergePartsKernel(const __grid_constant__ AttentionParams p,
-                     const __grid_constant__ AttentionTask task, int columns, int block_columns,
-                     int ctas) {
-  TouchParameters(p);
-  if (task.beside) {
-    BeginBesideEarlierKernel();
+    MergePartialsKernel(const __grid_constant__ AttentionParams p,
+                        const __grid_constant__ AttentionTask task, int columns, int block_columns,
+                        int ctas) {
+  PrefetchParameters(p);
+  if (task.overlaps_previous) {
+    BeginOverlappingPrevious();
   } else {
     WaitForEarlierKernels();
     AllowNextKernel();
   }
-  MergeItems<kSearch>(p, task, columns, block_columns, ctas);
-  if (task.beside) EndBesideEarlierKernel();
+  MergeTiles<kSearch>(p, task, columns, block_columns, ctas);
+  if (task.overlaps_previous) EndOverlappingPrevious();
 }
 
 __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ AttentionParams p) {
@@ -208,9 +210,9 @@ __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ 
 
 __global__ void __launch_bounds__(kThreads)
     ClearPaddingKernel(const __grid_constant__ AttentionParams p) {
-  BeginBesideEarlierKernel();
+  BeginOverlappingPrevious();
   ClearPadding(p, 0, p.seqs.batch);
-  EndBesideEarlierKernel();
+  EndOverlappingPrevious();
 }
 
 }  // namespace
@@ -228,17 +230,17 @@ cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream) {
                      stream, p);
 }
 
-cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task, int columns,
-                             int grid, cudaStream_t stream) {
+cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int columns,
+                                int grid, cudaStream_t stream) {
   const int64_t pairs =
       std::min<int64_t>(std::max<int64_t>(p.max_seqlen_q, 1) * task.group, task.max_pairs);
-  const int64_t items = CeilDiv(pairs, columns) * task.num_rows * p.num_kv_heads;
+  const int64_t work_tiles = CeilDiv(pairs, columns) * task.num_seqs * p.num_kv_heads;
   // Where few items share many CTAs, each has many parts: then a block takes one column alone.
-  const bool few = 16 * items <= grid;
+  const bool few = 16 * work_tiles <= grid;
   const int block_columns = few ? 1 : std::min(columns, kMergeColumns);
   const bool search = few && grid * columns > kMostBlocks;
-  const dim3 blocks(search ? static_cast<int>(items) : grid, columns / block_columns);
-  return LaunchEarly(search ? MergePartsKernel<true> : MergePartsKernel<false>, blocks,
+  const dim3 blocks(search ? static_cast<int>(work_tiles) : grid, columns / block_columns);
+  return LaunchEarly(search ? MergePartialsKernel<true> : MergePartialsKernel<false>, blocks,
                      dim3(kThreads), stream, p, task, columns, block_columns, grid);
 }
 

@@ -13,34 +13,34 @@ namespace fastattn::cuda {
 // Walks over a stream's units ahead of the computation, K before V of each. The block id of the
 // next unit is read while the current one is loaded.
 template <typename Traits>
-class LoadCursor {
+class KvLoader {
  public:
   // `segments` are `count` segments in shared memory; `once`: nothing else will read their keys.
-  __device__ __forceinline__ LoadCursor(const AttentionParams& p, const Segment* segments,
-                                        int count, int stream, bool once)
-      : p_(p), segment_(segments), end_(segments + count), stream_(stream) {
-    policy_ = CachePolicy(once);
-    unit_ = segment_->unit_begin + stream;
+  __device__ __forceinline__ KvLoader(const AttentionParams& p, const Segment* segments, int count,
+                                      int pipeline, bool keys_read_once)
+      : p_(p), segment_(segments), end_(segments + count), pipeline_(pipeline) {
+    policy_ = CachePolicy(keys_read_once);
+    kv_tile_ = segment_->kv_tile_begin + pipeline;
     Settle();
   }
 
   // Starts the copies of K of the next unit into `slot`; V is the same unit's.
-  __device__ __forceinline__ void LoadKeys(uint32_t slot) {
+  __device__ __forceinline__ void LoadKeys(uint32_t stage) {
     loading_ = segment_ != end_;
     if (loading_) {
       Place();
-      if (threadIdx.x % Traits::kStreamThreads == 0) {
+      if (threadIdx.x % Traits::kPipelineThreads == 0) {
         asm volatile(
-            "st.shared.u32 [%0], %1;" ::"r"(slot + Traits::kDataBytes + Traits::kScaleBytes),
+            "st.shared.u32 [%0], %1;" ::"r"(stage + Traits::kDataBytes + Traits::kScaleBytes),
             "r"(assigned_ ? 1 : 0));
       }
       if (assigned_) {
         if constexpr (Traits::kPaged) {
           const PagedCache& cache = p_.cache;
-          CopyPlane<Traits::kRowBytes, true>(slot, cache.key, cache.key_strides, key_);
-          CopyScales(slot, cache.k_scales, key_scale_);
+          CopyPlane<Traits::kRowBytes, true>(stage, cache.key, cache.key_strides, key_);
+          CopyScales(stage, cache.k_scales, key_scale_);
         } else {
-          CopyPacked(slot, p_.ragged.key, p_.ragged.key_token_stride, p_.ragged.key_head_stride);
+          CopyRagged(stage, p_.ragged.key, p_.ragged.key_token_stride, p_.ragged.key_head_stride);
         }
       }
       Advance();
@@ -48,16 +48,16 @@ class LoadCursor {
     CommitCopies();
   }
 
-  __device__ __forceinline__ void LoadValues(uint32_t slot) {
+  __device__ __forceinline__ void LoadValues(uint32_t stage) {
     if (loading_ && assigned_) {
       if constexpr (Traits::kPaged) {
         const PagedCache& cache = p_.cache;
         constexpr int kRowBytes = Traits::kTransposedV ? kBlockSize : Traits::kRowBytes;
         constexpr bool kSwizzled = !Traits::kTransposedV;  // channels are read as they lie
-        CopyPlane<kRowBytes, kSwizzled>(slot, cache.value, cache.value_strides, value_);
-        CopyScales(slot, cache.v_scales, value_scale_);
+        CopyPlane<kRowBytes, kSwizzled>(stage, cache.value, cache.value_strides, value_);
+        CopyScales(stage, cache.v_scales, value_scale_);
       } else {
-        CopyPacked(slot, p_.ragged.value, p_.ragged.value_token_stride,
+        CopyRagged(stage, p_.ragged.value, p_.ragged.value_token_stride,
                    p_.ragged.value_head_stride);
       }
     }
@@ -69,46 +69,46 @@ class LoadCursor {
   static constexpr int kPieces = Traits::kDataBytes / 16;
   static constexpr int kPiecesPerRow = Traits::kRowBytes / 16;
 
-  __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kStreamThreads; }
+  __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kPipelineThreads; }
 
   // Where the current unit lies.
   __device__ __forceinline__ void Place() {
     if constexpr (Traits::kPaged) {
       assigned_ = static_cast<unsigned>(block_) < static_cast<unsigned>(p_.cache.num_blocks);
       // A plane holds 64 keys; a unit may be half of them.
-      constexpr int kUnitsPerBlock = kBlockSize / Traits::kUnit;
-      static_assert(kUnitsPerBlock == 1 || !(Traits::kTransposedV || Traits::kTokenScales));
+      constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
+      static_assert(kKvTilesPerBlock == 1 || !(Traits::kTransposedV || Traits::kPerTokenScales));
       const PagedCache& cache = p_.cache;
-      const int head = segment_->head, row = unit_ % kUnitsPerBlock * Traits::kUnit;
+      const int head = segment_->head, row = kv_tile_ % kKvTilesPerBlock * Traits::kKvTile;
       key_ = cache.key_strides.Row(block_, head, row);
       value_ = cache.value_strides.Row(block_, head, row);
-      if constexpr (Traits::kTokenScales) {
+      if constexpr (Traits::kPerTokenScales) {
         key_scale_ = cache.k_scale_strides.Plane(block_, head);
         value_scale_ = cache.v_scale_strides.Plane(block_, head);
       }
     } else {
       assigned_ = true;
-      offset_ = segment_->shape.k_begin + static_cast<int64_t>(unit_) * Traits::kUnit;
-      rows_ = segment_->shape.k_len - unit_ * Traits::kUnit;
+      offset_ = segment_->shape.k_begin + static_cast<int64_t>(kv_tile_) * Traits::kKvTile;
+      rows_ = segment_->shape.k_len - kv_tile_ * Traits::kKvTile;
       head_ = segment_->head;
     }
   }
 
   __device__ __forceinline__ void Advance() {
-    unit_ += Traits::kStreams;
+    kv_tile_ += Traits::kPipelines;
     Settle();
   }
 
   // Goes on to the segment that holds the stream's next unit.
   __device__ __forceinline__ void Settle() {
-    while (unit_ >= segment_->unit_end) {
+    while (kv_tile_ >= segment_->kv_tile_end) {
       if (++segment_ == end_) return;
-      unit_ = segment_->unit_begin + stream_;
+      kv_tile_ = segment_->kv_tile_begin + pipeline_;
     }
     if constexpr (Traits::kPaged) {
-      constexpr int kUnitsPerBlock = kBlockSize / Traits::kUnit;
-      const int page = unit_ / kUnitsPerBlock;
-      const int64_t row = segment_->row;
+      constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
+      const int page = kv_tile_ / kKvTilesPerBlock;
+      const int64_t row = segment_->batch_idx;
       block_ = page < p_.seqs.max_blocks
                    ? __ldg(p_.seqs.block_tables + row * p_.seqs.max_blocks + page)
                    : -1;
@@ -117,27 +117,28 @@ class LoadCursor {
 
   // A unit's rows of kRowBytes from `element` on.
   template <int kRowBytes, bool kSwizzled>
-  __device__ __forceinline__ void CopyPlane(uint32_t slot, const void* tensor,
+  __device__ __forceinline__ void CopyPlane(uint32_t stage, const void* tensor,
                                             const CacheStrides& strides, int64_t element) {
     constexpr int kRowPieces = kRowBytes / 16;
-    constexpr int kRows = Traits::kStreamThreads / kRowPieces;  // that the stream copies at a time
+    constexpr int kRows =
+        Traits::kPipelineThreads / kRowPieces;  // that the stream copies at a time
     const int row = Lane() / kRowPieces, chunk = Lane() % kRowPieces;
     const char* from =
         static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
     const int64_t step = kRows * kBytes * strides.row;
-    const uint32_t to = slot + row * kRowBytes;
+    const uint32_t to = stage + row * kRowBytes;
 #pragma unroll
-    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i, from += step) {
-      const int place = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
-      CopyAsync16(to + place * 16 + i * kRows * kRowBytes, from, policy_);
+    for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += step) {
+      const int cost = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
+      CopyAsync16(to + cost * 16 + i * kRows * kRowBytes, from, policy_);
     }
   }
 
-  __device__ __forceinline__ void CopyScales(uint32_t slot, const void* scales, int64_t element) {
-    if constexpr (Traits::kTokenScales) {
+  __device__ __forceinline__ void CopyScales(uint32_t stage, const void* scales, int64_t element) {
+    if constexpr (Traits::kPerTokenScales) {
       const int bytes = SizeOf(p_.cache.scale_dtype);
-      if (Lane() * 16 < Traits::kUnit * bytes) {
-        CopyAsync16(slot + Traits::kDataBytes + Lane() * 16,
+      if (Lane() * 16 < Traits::kKvTile * bytes) {
+        CopyAsync16(stage + Traits::kDataBytes + Lane() * 16,
                     static_cast<const char*>(scales) + element * bytes + Lane() * 16, policy_);
       }
     }
@@ -145,7 +146,7 @@ class LoadCursor {
 
   // Rows of contiguous tensors, zeros after the row's last key. Strides that are no multiples of 16
   // bytes are served a byte at a time.
-  __device__ __forceinline__ void CopyPacked(uint32_t slot, const void* tensor,
+  __device__ __forceinline__ void CopyRagged(uint32_t stage, const void* tensor,
                                              int64_t token_stride, int64_t head_stride) {
     const char* source =
         static_cast<const char*>(tensor) + (offset_ * token_stride + head_ * head_stride) * kBytes;
@@ -153,10 +154,10 @@ class LoadCursor {
     const bool aligned =
         ((reinterpret_cast<uintptr_t>(tensor) | stride | (head_stride * kBytes)) & 15) == 0;
 #pragma unroll 2
-    for (int i = 0; i < kPieces / Traits::kStreamThreads; ++i) {
-      const int piece = i * Traits::kStreamThreads + Lane();
+    for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i) {
+      const int piece = i * Traits::kPipelineThreads + Lane();
       const int row = piece / kPiecesPerRow, chunk = piece % kPiecesPerRow;
-      const uint32_t target = slot + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16;
+      const uint32_t target = stage + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16;
       const char* from = source + row * stride + chunk * 16;
       const bool inside = row < rows_;
       if (aligned) {
@@ -181,8 +182,8 @@ class LoadCursor {
   const Segment* segment_;  // of the next unit; end_ when there is none
   const Segment* end_;
   uint64_t policy_;
-  int stream_;
-  int unit_;
+  int pipeline_;
+  int kv_tile_;
   bool loading_ = false;   // the current unit exists
   bool assigned_ = false;  // and its block too
   int block_ = -1;

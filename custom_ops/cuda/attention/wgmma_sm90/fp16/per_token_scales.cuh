@@ -3,24 +3,24 @@
 #pragma once
 
 #include "common/numeric.h"
-#include "cuda/attention/wgmma_sm90/fp16/blocks.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
+#include "cuda/attention/wgmma_sm90/fp16/kv_tile_blocks.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <class C>
-class ScaleLoader {
+class PerTokenScaleLoader {
  public:
-  __device__ ScaleLoader(const AttentionParams& p, Shared<C>& shared)
+  __device__ PerTokenScaleLoader(const AttentionParams& p, Shared<C>& shared)
       : p_(p), shared_(shared), lane_(threadIdx.x % 32) {}
 
   __device__ void StartTile(int buffer) {
-    if (lane_ == 0) shared_.unit[buffer] = 0.0f;
+    if (lane_ == 0) shared_.v_scale[buffer] = 0.0f;
     __syncwarp();
   }
 
   // Starts the loads; tokens that do not exist get 1 for K, and 0 for V.
-  __device__ void Load(const StepBlocks& blocks, int kv_head, int written) {
+  __device__ void Load(const KvTileBlocks& blocks, int kv_head, int written) {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int token = lane_ + 32 * i, block = blocks.id[32 * i / kBlockSize];
@@ -38,9 +38,9 @@ class ScaleLoader {
 
   // Writes them. hide: in a step that some query sees in part, scales of V that are not finite
   // become 0 and are listed for the consumers: P is 0 where a query does not see them, but 0 * NaN
-  // is NaN. The others go to RowUnits.
+  // is NaN. The others go to RowVScales.
   __device__ void Store(bool hide, int buffer) {
-    const int at = slots_.Index();
+    const int at = scale_stages_.Index();
     float largest = 0.0f;
     bool found = false;
     unsigned poisoned = 0;  // of token group lane_
@@ -56,10 +56,10 @@ class ScaleLoader {
     const unsigned bits = __reduce_max_sync(~0u, __float_as_uint(largest));
     // The unit is a power of two above all scales so far, so that it seldom changes.
     const unsigned exponent = min(max((bits >> 23) + 1, 68u), 250u);
-    const float before = shared_.unit[buffer] * kValueTop;
-    const float unit = hide ? before : fmaxf(__uint_as_float(exponent << 23), before);
-    const float inverse = hide ? 0.0f : __uint_as_float((254u << 23) - __float_as_uint(unit));
-    Wait(&shared_.scale_empty[at], slots_.Phase() ^ 1);
+    const float before = shared_.v_scale[buffer] * kValueTop;
+    const float v_scale = hide ? before : fmaxf(__uint_as_float(exponent << 23), before);
+    const float inverse = hide ? 0.0f : __uint_as_float((254u << 23) - __float_as_uint(v_scale));
+    Wait(&shared_.scale_empty[at], scale_stages_.Phase() ^ 1);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
@@ -71,14 +71,14 @@ class ScaleLoader {
     }
     if (lane_ < kPer) shared_.poisoned[at][lane_] = poisoned;
     if (lane_ == 0) {
-      const float common = unit * (1 / kValueTop);
-      shared_.unit[buffer] = common;
-      shared_.common_unit[at] = hide ? -common : common;
-      shared_.unit_ratio[at] = before * inverse;
+      const float common = v_scale * (1 / kValueTop);
+      shared_.v_scale[buffer] = common;
+      shared_.common_v_scale[at] = hide ? -common : common;
+      shared_.v_scale_ratio[at] = before * inverse;
       shared_.poison_found[at] = found;
     }
     ArriveWarp(&shared_.scale_full[at]);
-    slots_.Advance();
+    scale_stages_.Advance();
   }
 
  private:
@@ -89,7 +89,7 @@ class ScaleLoader {
 
   // Where scores have a bias (CodeQuery), its product with a scale of 22 bits is exact.
   __device__ static float KeyScale(float scale) {
-    if (!C::kKeyCodes || C::kElement != DType::kInt8 || scale != scale) return scale;
+    if (!C::kKeyCodeOperands || C::kElement != DType::kInt8 || scale != scale) return scale;
     return __uint_as_float(__float_as_uint(scale) & ~3u);
   }
 
@@ -104,7 +104,7 @@ class ScaleLoader {
   const AttentionParams& p_;
   Shared<C>& shared_;
   const int lane_;
-  RingCount<C::kScaleSlots> slots_;
+  PackedPipelineState<C::kScaleStages> scale_stages_;
   float key_[kPer], value_[kPer];
 };
 

@@ -2,11 +2,11 @@
 // the copy engine, and two see to it that no value of a hidden token can reach a result.
 #pragma once
 
-#include "cuda/attention/wgmma_sm90/common/items.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/blocks.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/clean.cuh"
+#include "cuda/attention/wgmma_sm90/common/paired_tile_scheduler.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
-#include "cuda/attention/wgmma_sm90/fp16/factors.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/kv_tile_blocks.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/nan_scrub.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/tile_factors.cuh"
 #include "cuda/common/tma.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
@@ -14,30 +14,30 @@ namespace fastattn::cuda::wgmma_fp16 {
 // Finds tiles, a tile ahead of the others: a search takes longer than a step. Loads their queries,
 // which have one buffer, as soon as a consumer has read those of the tile before.
 template <class C>
-class Finder {
+class TileFinder {
  public:
-  __device__ Finder(const Arguments& arguments, Shared<C>& shared)
+  __device__ TileFinder(const Arguments& arguments, Shared<C>& shared)
       : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    wgmma_fp8::ItemWalk<C> walk(a_, shared_);
-    walk.Start();
-    Ring<2> tiles;
-    Ring<1> queries;
+    PairedTileScheduler<C> scheduler(a_, shared_);
+    scheduler.Start();
+    PipelineState<2> tiles;
+    PipelineState<1> queries;
     bool found = true;
     while (found) {
       const int at = tiles.index;
       Wait(&shared_.query_empty[at], tiles.phase ^ 1);
-      Tile* tile = &shared_.tile[at];
-      found = walk.Next(tile);
+      WorkTile* tile = &shared_.tile[at];
+      found = scheduler.Next(tile);
       if (found) {
-        FindWindow(p_, shared_, at, 0);
+        LookUpBlocks(p_, shared_, at, 0);
 #pragma unroll 1
-        for (int part = 0; part < C::kSideWarps; ++part) {
+        for (int part = 0; part < C::kHelperWarps; ++part) {
           FindFactors<C>(p_, shared_, *tile, at, part);
         }
       } else if (lane_ == 0) {
-        tile->steps = -1;
+        tile->kv_tiles = -1;
       }
       ArriveWarp(&shared_.tile_found[at]);
       if (found && lane_ == 0) {
@@ -58,13 +58,13 @@ class Finder {
   }
 
  private:
-  __device__ void PrefetchQueries(const volatile Tile& tile, int consumer) {
+  __device__ void PrefetchQueries(const volatile WorkTile& tile, int consumer) {
     for (int slice = 0; slice < C::kSlices; ++slice) {
       PrefetchBox(&a_.query, slice * C::kSlice, tile.head, tile.token + 64 * consumer);
     }
   }
 
-  __device__ void LoadQueries(const volatile Tile& tile, int consumer) {
+  __device__ void LoadQueries(const volatile WorkTile& tile, int consumer) {
     uint64_t* barrier = &shared_.query_full[consumer];
     ArriveExpect(barrier, 64 * C::kRowBytes);
     CopyQueries(a_, shared_, tile, consumer, barrier);
@@ -79,30 +79,30 @@ class Finder {
 // Loads keys and values, without a break between tiles: the keys of a step ahead of the values of
 // the step before, as they are free, and needed, earlier.
 template <class C>
-class OperandLoader {
+class KvLoader {
  public:
-  __device__ OperandLoader(const Arguments& arguments, Shared<C>& shared)
+  __device__ KvLoader(const Arguments& arguments, Shared<C>& shared)
       : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    Ring<2> tiles;
-    Places before;
+    PipelineState<2> tiles;
+    KvTileCoordinates before;
     bool first = true;
     while (true) {
       Wait(&shared_.tile_found[tiles.index], tiles.phase);
-      const volatile Tile& tile = shared_.tile[tiles.index];
-      const int steps = tile.steps;
-      if (steps < 0) break;
+      const volatile WorkTile& tile = shared_.tile[tiles.index];
+      const int kv_tiles = tile.kv_tiles;
+      if (kv_tiles < 0) break;
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
-        const StepBlocks blocks = BlocksOf(shared_, tiles.index, step);
-        LoadKeys(PlacesOf(a_.key_planes, tile, blocks));
+      for (int iteration = 0; iteration < kv_tiles; ++iteration) {
+        const KvTileBlocks blocks = BlocksOf(shared_, tiles.index, iteration);
+        LoadKeys(CoordinatesOf(a_.key_planes, tile, blocks));
         if (!first) LoadValues(before);
         first = false;
-        before = PlacesOf(a_.value_planes, tile, blocks);
-        const int window = step + kWindow / 2;
-        if (window % kWindow == 0 && window < steps) {
-          FindWindow(p_, shared_, tiles.index, window);
+        before = CoordinatesOf(a_.value_planes, tile, blocks);
+        const int window = iteration + kBlockLookups / 2;
+        if (window % kBlockLookups == 0 && window < kv_tiles) {
+          LookUpBlocks(p_, shared_, tiles.index, window);
         }
       }
       ArriveWarp(&shared_.query_empty[tiles.index]);
@@ -113,48 +113,50 @@ class OperandLoader {
 
  private:
   // Where a step's blocks lie, and its flags.
-  struct Places {
+  struct KvTileCoordinates {
     int2 at[2];
     int flags;
   };
 
-  __device__ Places PlacesOf(const BlockPlanes& planes, const volatile Tile& tile,
-                             const StepBlocks& blocks) const {
-    return {{PlaceOf(p_, planes, tile, blocks.id[0]), PlaceOf(p_, planes, tile, blocks.id[1])},
+  __device__ KvTileCoordinates CoordinatesOf(const BlockPlanes& planes,
+                                             const volatile WorkTile& tile,
+                                             const KvTileBlocks& blocks) const {
+    return {{BlockCoordinates(p_, planes, tile, blocks.id[0]),
+             BlockCoordinates(p_, planes, tile, blocks.id[1])},
             blocks.flags};
   }
 
-  __device__ void LoadKeys(const Places& places) {
+  __device__ void LoadKeys(const KvTileCoordinates& coordinates) {
     const int at = keys_.index;
     Wait(&shared_.key_empty[at], keys_.phase ^ 1);
     if (lane_ == 0) {
-      shared_.flags[at] = places.flags;
-      LoadStep(&a_.key, places, shared_.key[at], &shared_.key_full[at]);
+      shared_.flags[at] = coordinates.flags;
+      LoadKvTile(&a_.key, coordinates, shared_.key[at], &shared_.key_full[at]);
     }
     __syncwarp();
     keys_.Advance();
   }
 
-  __device__ void LoadValues(const Places& places) {
+  __device__ void LoadValues(const KvTileCoordinates& coordinates) {
     const int at = values_.index;
     Wait(&shared_.value_empty[at], values_.phase ^ 1);
     if (lane_ == 0) {
-      shared_.value_flags[at] = places.flags;
-      LoadStep(&a_.value, places, shared_.value[at], &shared_.value_full[at]);
+      shared_.value_flags[at] = coordinates.flags;
+      LoadKvTile(&a_.value, coordinates, shared_.value[at], &shared_.value_full[at]);
     }
     __syncwarp();
     values_.Advance();
   }
 
-  __device__ void LoadStep(const CUtensorMap* map, const Places& places, uint8_t* target,
-                           uint64_t* barrier) {
+  __device__ void LoadKvTile(const CUtensorMap* map, const KvTileCoordinates& coordinates,
+                             uint8_t* target, uint64_t* barrier) {
     ArriveExpect(barrier, C::kKeys * C::kRowBytes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int slice = 0; slice < C::kSlices; ++slice) {
         CopyBox(map, target + (slice * C::kKeys + i * kBlockSize) * C::kSlice, barrier,
-                slice * C::kSlice, places.at[i].x, places.at[i].y);
+                slice * C::kSlice, coordinates.at[i].x, coordinates.at[i].y);
       }
     }
   }
@@ -163,36 +165,36 @@ class OperandLoader {
   const AttentionParams& p_;
   Shared<C>& shared_;
   const int lane_;
-  Ring<C::kKeyStages> keys_;
-  Ring<C::kValueStages> values_;
+  PipelineState<C::kKeyStages> keys_;
+  PipelineState<C::kValueStages> values_;
 };
 
 // Looks at the values of operands between copy and product.
 template <class C>
-class Cleaner {
+class ScrubWarp {
  public:
-  __device__ explicit Cleaner(Shared<C>& shared)
+  __device__ explicit ScrubWarp(Shared<C>& shared)
       : shared_(shared), warp_(threadIdx.x / 32 - 2), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    ValueCleaner<C> cleaner(shared_);
-    Ring<2> tiles;
-    Ring<C::kValueStages> stages;
+    NanScrubber<C> scrubber(shared_);
+    PipelineState<2> tiles;
+    PipelineState<C::kValueStages> stages;
     while (true) {
       Wait(&shared_.tile_found[tiles.index], tiles.phase);
-      const Tile& tile = shared_.tile[tiles.index];
-      const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
+      const WorkTile& tile = shared_.tile[tiles.index];
+      const int kv_tiles = tile.kv_tiles, last = tile.last_kv_tile, k_len = tile.k_len;
       ArriveWarp(&shared_.query_empty[tiles.index]);
-      if (steps < 0) return;
+      if (kv_tiles < 0) return;
       tiles.Advance();
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
+      for (int iteration = 0; iteration < kv_tiles; ++iteration) {
         const int at = stages.index;
         Wait(&shared_.value_full[at], stages.phase);
         bool found = false;
-        if (shared_.value_flags[at] & kClean) {
-          const int written = k_len - (last - step) * C::kKeys;
-          found = cleaner.Clean(at, written, warp_, C::kKeys / 16, C::kCleaners);
+        if (shared_.value_flags[at] & kNeedsScrub) {
+          const int written = k_len - (last - iteration) * C::kKeys;
+          found = scrubber.Scrub(at, written, warp_, C::kKeys / 16, C::kScrubWarps);
         }
         if (lane_ == 0) shared_.nan_found[at][warp_] = found;
         FenceAsyncProxy();
@@ -204,7 +206,7 @@ class Cleaner {
 
  private:
   Shared<C>& shared_;
-  const int warp_;  // 0 .. kCleaners - 1
+  const int warp_;  // 0 .. kScrubWarps - 1
   const int lane_;
 };
 

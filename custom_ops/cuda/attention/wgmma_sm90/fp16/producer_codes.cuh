@@ -2,18 +2,18 @@
 // warps of the producer warpgroup turn codes into operands (converter.cuh).
 #pragma once
 
-#include "cuda/attention/wgmma_sm90/common/items.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/blocks.cuh"
+#include "cuda/attention/wgmma_sm90/common/paired_tile_scheduler.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
-#include "cuda/attention/wgmma_sm90/fp16/scales.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/kv_tile_blocks.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/per_token_scales.cuh"
 #include "cuda/common/tma.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <class C>
-class Loader {
+class CodeLoader {
  public:
-  __device__ Loader(const Arguments& arguments, Shared<C>& shared)
+  __device__ CodeLoader(const Arguments& arguments, Shared<C>& shared)
       : a_(arguments),
         p_(arguments.p),
         shared_(shared),
@@ -21,48 +21,48 @@ class Loader {
         scales_(arguments.p, shared) {}
 
   __device__ void Run() {
-    wgmma_fp8::ItemWalk<C> walk(a_, shared_);
-    walk.Start();
+    PairedTileScheduler<C> scheduler(a_, shared_);
+    scheduler.Start();
     if (lane_ < 2) shared_.empty_phase[lane_] = 1;
     __syncwarp();
-    bool found = FindTile(walk, 0, -1);
+    bool found = FindTile(scheduler, 0, -1);
     for (int buffer = 0;; buffer ^= 1) {
       if (lane_ == 0) Arrive(&shared_.tile_found[buffer]);
       if (!found) return;
-      found = LoadTile(walk, buffer);
+      found = LoadTile(scheduler, buffer);
     }
   }
 
  private:
   // Behind it, the stages are full.
-  static constexpr int kSearchStep = C::kKeyStages;
+  static constexpr int kSearchIteration = C::kKeyStages;
   static constexpr int kShort = 32;  // steps of a tile
 
   // Finds a tile and loads its queries, once those of the one before, in buffer `before`, have been
   // read; -1: there is none. Returns false, with a tile that says so, if there are no more.
-  __device__ bool FindTile(wgmma_fp8::ItemWalk<C>& walk, int buffer, int before) {
+  __device__ bool FindTile(PairedTileScheduler<C>& scheduler, int buffer, int before) {
     const int phase = shared_.empty_phase[buffer];
     Wait(&shared_.query_empty[buffer], phase);
     __syncwarp();
     if (lane_ == 0) shared_.empty_phase[buffer] = phase ^ 1;
-    Tile* tile = &shared_.tile[buffer];
-    const bool found = walk.Next(tile);
+    WorkTile* tile = &shared_.tile[buffer];
+    const bool found = scheduler.Next(tile);
     // The phase is the buffer's number: each tile is one.
     if (before >= 0) Wait(&shared_.query_read, before);
     if (lane_ == 0) {
       if (found) {
         LoadQueries(*tile);
       } else {
-        tile->steps = -1;
+        tile->kv_tiles = -1;
         Arrive(&shared_.query_full[0]);
       }
     }
     __syncwarp();
-    if (found) FindWindow(p_, shared_, buffer, 0);
+    if (found) LookUpBlocks(p_, shared_, buffer, 0);
     return found;
   }
 
-  __device__ void LoadQueries(const volatile Tile& tile) {
+  __device__ void LoadQueries(const volatile WorkTile& tile) {
     ArriveExpect(&shared_.query_full[0], C::kQueries * C::kRowBytes);
     for (int i = 0; i < C::kConsumers; ++i) {
       CopyQueries(a_, shared_, tile, i, &shared_.query_full[0]);
@@ -73,38 +73,40 @@ class Loader {
   // needed, earlier. On the way the next tile is found, as a search takes longer than a step. Where
   // tiles are short that comes last: consumers have an output to write. Returns whether there is
   // one.
-  __device__ bool LoadTile(wgmma_fp8::ItemWalk<C>& walk, int buffer) {
-    const volatile Tile& tile = shared_.tile[buffer];
+  __device__ bool LoadTile(PairedTileScheduler<C>& scheduler, int buffer) {
+    const volatile WorkTile& tile = shared_.tile[buffer];
     bool found = false;
-    if constexpr (C::kTokenScales) scales_.StartTile(buffer);
+    if constexpr (C::kPerTokenScales) scales_.StartTile(buffer);
 #pragma unroll 1
-    for (int step = -1; step < tile.steps; ++step) {
-      const bool more = step + 1 < tile.steps;
+    for (int iteration = -1; iteration < tile.kv_tiles; ++iteration) {
+      const bool more = iteration + 1 < tile.kv_tiles;
       if (more) {
-        const StepBlocks next = BlocksOf(shared_, buffer, step + 1);
+        const KvTileBlocks next = BlocksOf(shared_, buffer, iteration + 1);
         LoadKeys(buffer, next);
-        if constexpr (C::kTokenScales) {
-          scales_.Load(next, tile.kv_head, tile.k_len - (tile.last - step - 1) * C::kKeys);
+        if constexpr (C::kPerTokenScales) {
+          scales_.Load(next, tile.kv_head,
+                       tile.k_len - (tile.last_kv_tile - iteration - 1) * C::kKeys);
         }
       }
-      if (step >= 0) {
-        LoadCodes(buffer, &a_.value, a_.value_planes, BlocksOf(shared_, buffer, step));
+      if (iteration >= 0) {
+        LoadCodes(buffer, &a_.value, a_.value_planes, BlocksOf(shared_, buffer, iteration));
       }
-      if constexpr (C::kTokenScales) {
-        if (more) scales_.Store(IsPartial<C>(tile, step + 1), buffer);
+      if constexpr (C::kPerTokenScales) {
+        if (more) scales_.Store(IsPartlyMasked<C>(tile, iteration + 1), buffer);
       }
-      const int window = step + kWindow / 2;
-      if (window % kWindow == 0 && window < tile.steps) FindWindow(p_, shared_, buffer, window);
-      const bool at_end = walk.ByItems() && tile.steps <= kShort;
-      if (step == (at_end ? tile.steps : min(tile.steps, kSearchStep)) - 1) {
-        found = FindTile(walk, buffer ^ 1, buffer);
+      const int window = iteration + kBlockLookups / 2;
+      if (window % kBlockLookups == 0 && window < tile.kv_tiles)
+        LookUpBlocks(p_, shared_, buffer, window);
+      const bool at_end = scheduler.InPairs() && tile.kv_tiles <= kShort;
+      if (iteration == (at_end ? tile.kv_tiles : min(tile.kv_tiles, kSearchIteration)) - 1) {
+        found = FindTile(scheduler, buffer ^ 1, buffer);
       }
     }
     return found;
   }
 
-  __device__ void LoadKeys(int buffer, const StepBlocks& blocks) {
-    if constexpr (C::kKeyCodes) {
+  __device__ void LoadKeys(int buffer, const KvTileBlocks& blocks) {
+    if constexpr (C::kKeyCodeOperands) {
       const int at = keys_.Index();
       Wait(&shared_.key_empty[at], keys_.Phase() ^ 1);
       if (lane_ == 0) {
@@ -120,23 +122,23 @@ class Loader {
 
   // Codes that are to be converted.
   __device__ void LoadCodes(int buffer, const CUtensorMap* map, const BlockPlanes& planes,
-                            const StepBlocks& blocks) {
-    const int at = raw_.Index();
-    Wait(&shared_.raw_empty[at], raw_.Phase() ^ 1);
+                            const KvTileBlocks& blocks) {
+    const int at = code_stages_.Index();
+    Wait(&shared_.codes_empty[at], code_stages_.Phase() ^ 1);
     if (lane_ == 0) {
-      shared_.raw_flags[at] = blocks.flags;
-      CopyCodes(buffer, map, planes, blocks, shared_.raw[at], &shared_.raw_full[at]);
+      shared_.code_flags[at] = blocks.flags;
+      CopyCodes(buffer, map, planes, blocks, shared_.codes[at], &shared_.codes_full[at]);
     }
     __syncwarp();
-    raw_.Advance();
+    code_stages_.Advance();
   }
 
   __device__ void CopyCodes(int buffer, const CUtensorMap* map, const BlockPlanes& planes,
-                            const StepBlocks& blocks, uint8_t* target, uint64_t* barrier) {
+                            const KvTileBlocks& blocks, uint8_t* target, uint64_t* barrier) {
     ArriveExpect(barrier, C::kKeys * C::kDim);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int2 place = PlaceOf(p_, planes, shared_.tile[buffer], blocks.id[i]);
+      const int2 place = BlockCoordinates(p_, planes, shared_.tile[buffer], blocks.id[i]);
       CopyBox(map, target + i * kBlockSize * C::kDim, barrier, 0, place.x, place.y);
     }
   }
@@ -145,9 +147,9 @@ class Loader {
   const AttentionParams& p_;
   Shared<C>& shared_;
   const int lane_;
-  RingCount<C::kKeyStages> keys_;
-  RingCount<C::kRawSlots> raw_;
-  ScaleLoader<C> scales_;
+  PackedPipelineState<C::kKeyStages> keys_;
+  PackedPipelineState<C::kCodeStages> code_stages_;
+  PerTokenScaleLoader<C> scales_;
 };
 
 }  // namespace fastattn::cuda::wgmma_fp16

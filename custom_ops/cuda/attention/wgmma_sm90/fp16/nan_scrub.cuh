@@ -8,31 +8,31 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <class C>
-class ValueCleaner {
+class NanScrubber {
  public:
-  __device__ explicit ValueCleaner(Shared<C>& shared) : shared_(shared), lane_(threadIdx.x % 32) {}
+  __device__ explicit NanScrubber(Shared<C>& shared) : shared_(shared), lane_(threadIdx.x % 32) {}
 
   // A warp takes the groups of 16 tokens from `first` to `last` in steps of `step`. Returns whether
   // there are values of written tokens that are not finite.
-  __device__ bool Clean(int at, int written, int first, int last, int step) {
+  __device__ bool Scrub(int at, int written, int first, int last, int iteration) {
     bool bad = false;
 #pragma unroll 1
-    for (int group = first; group < last; group += step) {
+    for (int group = first; group < last; group += iteration) {
 #pragma unroll 2
       for (int i = 0; i < C::kDim / 16; ++i) {
-        if constexpr (C::kValueRows) {
+        if constexpr (C::kTokenMajorV) {
           constexpr int kPieces = C::kDim / 8;
           const int token = 16 * group + (32 * i + lane_) / kPieces;
-          bad |= CleanPiece(RowPiece(at, token, lane_ % kPieces), token < written ? 8 : 0);
+          bad |= ScrubPiece(RowPiece(at, token, lane_ % kPieces), token < written ? 8 : 0);
         } else {
           const int eight = 2 * group + lane_ % 2;
-          bad |= CleanPiece(ChannelPiece(at, 16 * i + lane_ / 2, eight), written - 8 * eight);
+          bad |= ScrubPiece(ChannelPiece(at, 16 * i + lane_ / 2, eight), written - 8 * eight);
         }
       }
     }
     if (!__any_sync(~0u, bad)) return false;
 #pragma unroll 1
-    for (int group = first; group < last; group += step) ListNonFinite(at, group);
+    for (int group = first; group < last; group += iteration) ListNonFinite(at, group);
     return true;
   }
 
@@ -58,7 +58,7 @@ class ValueCleaner {
   }
 
   // Keeps the first `kept` of eight values; returns whether one of them is not finite.
-  __device__ static bool CleanPiece(uint4* piece, int kept) {
+  __device__ static bool ScrubPiece(uint4* piece, int kept) {
     uint4 v = *piece;
     if (kept < 8) {
       v.x &= Kept(kept), v.y &= Kept(kept - 2), v.z &= Kept(kept - 4), v.w &= Kept(kept - 6);
@@ -79,9 +79,9 @@ class ValueCleaner {
       uint32_t tokens = 0;
 #pragma unroll 1
       for (int i = 0; i < 16; ++i) {
-        uint4* piece = C::kValueRows ? RowPiece(at, 16 * group + i, channel / 8)
-                                     : ChannelPiece(at, channel, 2 * group + i / 8);
-        uint16_t* value = reinterpret_cast<uint16_t*>(piece) + (C::kValueRows ? channel : i) % 8;
+        uint4* piece = C::kTokenMajorV ? RowPiece(at, 16 * group + i, channel / 8)
+                                       : ChannelPiece(at, channel, 2 * group + i / 8);
+        uint16_t* value = reinterpret_cast<uint16_t*>(piece) + (C::kTokenMajorV ? channel : i) % 8;
         if (NonFinite(*value) == 0) continue;
         *value = 0;
         tokens |= 1u << i;

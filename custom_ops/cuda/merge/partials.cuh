@@ -9,7 +9,7 @@
 namespace fastattn::cuda {
 
 // What a part counts for: sum * 2^max. A part without keys has a sum of 0, and values of 0.
-struct PartWeight {
+struct PartialWeight {
   float max;
   float sum;
 };
@@ -19,7 +19,8 @@ inline constexpr float kLowestMaximum = -3.40282347e38f;
 
 // WeightsOfSides of parts, in units of 2^max of the result instead of its sum. No part is left out:
 // what has no key is 0, or NaN, which has to stay.
-__device__ __forceinline__ MergeWeights WeightsOfParts(PartWeight prefix, PartWeight suffix) {
+__device__ __forceinline__ MergeWeights WeightsOfPartials(PartialWeight prefix,
+                                                          PartialWeight suffix) {
   const SideOrder order = OrderSides(prefix.max, suffix.max);
   const float other = Exp2(order.difference);
   MergeWeights w;

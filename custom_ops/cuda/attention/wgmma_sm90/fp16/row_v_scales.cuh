@@ -17,12 +17,12 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <class C>
-class RowUnits {
+class RowVScales {
  public:
   __device__ __forceinline__ void Start() { own_ = false; }
 
   // Whether the rows have units of their own. Their sums do not come from the products then.
-  __device__ __forceinline__ bool Own() const { return C::kTokenScales && own_; }
+  __device__ __forceinline__ bool Own() const { return C::kPerTokenScales && own_; }
 
   // Whether a step needs Follow().
   __device__ __forceinline__ bool Change(const Shared<C>& shared, uint32_t slot) const {
@@ -30,8 +30,8 @@ class RowUnits {
   }
 
   // Of row h's output; `common`: where rows have none of their own.
-  __device__ __forceinline__ float Unit(int h, float common) const {
-    return Own() ? unit_[h] : common;
+  __device__ __forceinline__ float VScale(int h, float common) const {
+    return Own() ? v_scale_[h] : common;
   }
 
   // Takes up a step whose probabilities are in `words`: `ratio` is what the outputs so far are
@@ -39,20 +39,20 @@ class RowUnits {
   __device__ __forceinline__ void Follow(const Shared<C>& shared, uint32_t slot, int buffer,
                                          int start, uint32_t (&words)[C::kScores / 2],
                                          RowSums<C>& sums, float (&ratio)[2]) {
-    const float common = fabsf(shared.common_unit[slot]);
+    const float common = fabsf(shared.common_v_scale[slot]);
     const bool own = IsOwn(shared, slot);
     const int before_lane = own ? MaxOfLanesBefore(LargestOfLane(shared, slot)) : 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float before = own_ ? unit_[h] : common;
-      float unit = common;
+      const float before = own_ ? v_scale_[h] : common;
+      float v_scale = common;
       if (own) {
-        unit = fmaxf(before, LargestSeen(shared, slot, buffer, start, h, before_lane));
-        sums.AddRow(h, Scale(shared, slot, h, unit, words));
+        v_scale = fmaxf(before, LargestSeen(shared, slot, buffer, start, h, before_lane));
+        sums.AddRow(h, Scale(shared, slot, h, v_scale, words));
       }
       // Finite: an output of 0 stays 0.
-      ratio[h] = fminf(before / unit, 0x1p127f);
-      unit_[h] = unit;
+      ratio[h] = fminf(before / v_scale, 0x1p127f);
+      v_scale_[h] = v_scale;
     }
     own_ = own;
   }
@@ -60,7 +60,7 @@ class RowUnits {
  private:
   // Read again where it is asked for: registers are short.
   __device__ __forceinline__ static bool IsOwn(const Shared<C>& shared, uint32_t slot) {
-    const volatile float& common = shared.common_unit[slot];
+    const volatile float& common = shared.common_v_scale[slot];
     return __float_as_int(common) < 0;
   }
 
@@ -105,7 +105,7 @@ class RowUnits {
   __device__ __forceinline__ static float LargestSeen(const Shared<C>& shared, uint32_t slot,
                                                       int buffer, int start, int h,
                                                       int before_lane) {
-    const int2 visible = shared.visible[buffer][wgmma_fp8::QueryOf<true>(h)];
+    const int2 visible = shared.visible[buffer][QueryIndex<true>(h)];
     const int begin = visible.x - start, end = min(visible.y - start, C::kKeys);
     int largest = kLeastExponent;
     if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window's first tokens lie in the step
@@ -131,9 +131,9 @@ class RowUnits {
 
   // Multiplies row h's probabilities; returns the sum of what they were.
   __device__ __forceinline__ static float Scale(const Shared<C>& shared, uint32_t slot, int h,
-                                                float unit, uint32_t (&words)[C::kScores / 2]) {
+                                                float v_scale, uint32_t (&words)[C::kScores / 2]) {
     const uint32_t exponents = Exponents(shared, slot);
-    const int top = static_cast<int>(__float_as_uint(unit) >> 23);
+    const int top = static_cast<int>(__float_as_uint(v_scale) >> 23);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::kKeys / 8; ++i) {
@@ -152,7 +152,7 @@ class RowUnits {
   }
 
   bool own_;
-  float unit_[2];
+  float v_scale_[2];
 };
 
 }  // namespace fastattn::cuda::wgmma_fp16
