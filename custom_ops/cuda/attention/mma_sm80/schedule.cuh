@@ -12,28 +12,11 @@
 
 namespace fastattn::cuda {
 
-// Lengths of a sequence, and where its keys can be addressed.
-struct SeqShape {
-  int q_begin;
-  int q_len;
-  int k_len;
-  int k_limit;      // keys that can be addressed
-  int64_t k_begin;  // ragged K and V: first key
+// Keys [begin, end).
+struct KeyRange {
+  int begin;
+  int end;
 };
-
-__device__ __forceinline__ SeqShape LoadSeqShape(const AttentionParams& p, int batch_idx) {
-  constexpr int kMaxKeys = Sm80Bounds::kMaxKeys;
-  SeqShape seq;
-  LoadSeqLengths<Sm80Bounds>(p, batch_idx, &seq);
-  if (p.paged) {
-    seq.k_limit = min(seq.k_len, min(p.seqs.max_blocks, kMaxKeys / kBlockSize) * kBlockSize);
-    seq.k_begin = 0;
-  } else {
-    seq.k_limit = seq.k_len;
-    seq.k_begin = LoadRaggedKeys<Sm80Bounds>(p, batch_idx).begin;
-  }
-  return seq;
-}
 
 // Keys that query `index` of a sequence sees, mask_offsets apart.
 __device__ __forceinline__ KeyRange VisibleKeys(const AttentionParams& p, const SeqShape& seq,

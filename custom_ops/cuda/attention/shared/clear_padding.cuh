@@ -37,8 +37,7 @@ __device__ __forceinline__ void ClearPadding(const AttentionParams& p, int first
     ClearTokens(p, 0, min(max(p.seqs.cu_seqlens_q[0], 0), p.seqs.num_tokens));
   }
   for (int b = first_seq + blockIdx.x; b < last_seq; b += gridDim.x) {
-    SeqLengths seq;
-    LoadSeqLengths<Sm80Bounds>(p, b, &seq);
+    const SeqShape seq = LoadSeqShape(p, b);
     const int next = b + 1 == p.seqs.batch ? p.seqs.num_tokens
                                            : min(p.seqs.cu_seqlens_q[b + 1], p.seqs.num_tokens);
     ClearTokens(p, seq.q_begin + seq.q_len, next);

@@ -1,89 +1,89 @@
 // Lengths of a sequence, cut to the tensors: nothing that the metadata says is trusted.
+//
+// One rule with two forms, which differ in their bounds and in the order of their loads: each is
+// part of the measured machine code of its kernels. mma_sm80 (and what runs beside it) bounds all
+// keys of a sequence by 2^30 and loads through the read-only cache; wgmma_sm90 bounds the cached
+// keys by 2^29. Ragged keys need no bound of their own there, as the launcher refuses more tokens
+// than an int holds.
 #pragma once
 
 #include <cstdint>
 
+#include "common/types.h"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
 
 __device__ __forceinline__ int Clamp(int x, int low, int high) { return max(low, min(x, high)); }
 
-// Bounds on lengths, positions and windows, so that their sums fit into an int. The kernel families
-// differ: mma_sm80 bounds all keys of a sequence by 2^30 and loads lengths through the read-only
-// cache; wgmma_sm90 bounds the cached keys by 2^29 and loads lengths plainly. They are arguments of
-// one rule, and not one value, because each is part of a family's measured machine code.
+// Bounds on positions and windows, so that their sums fit into an int.
 struct Sm80Bounds {
   static constexpr int kMaxKeys = 1 << 30;
-  static constexpr int kMaxWindowLeft = kMaxKeys;
-  static constexpr int kMaxWindowRight = kMaxKeys - 1;
 
-  static __device__ __forceinline__ int Load(const int* length) { return __ldg(length); }
-  static __device__ __forceinline__ int Cut(int x, int low, int high) {
-    return min(max(x, low), high);
-  }
-  static __device__ __forceinline__ int MaxCached(int q_len) { return kMaxKeys - q_len; }
-  static __device__ __forceinline__ int MaxRagged(int64_t num_tokens) {
-    return static_cast<int>(min(num_tokens, static_cast<int64_t>(kMaxKeys)));
+  // The key after the last one of a window to the right of `position`.
+  static __device__ __forceinline__ int WindowEnd(int position, int right) {
+    return position + 1 + min(right, kMaxKeys - 1);
   }
 };
 
 struct Sm90Bounds {
   static constexpr int kMaxKeys = 1 << 29;
-  static constexpr int kMaxWindowLeft = kMaxKeys;
-  static constexpr int kMaxWindowRight = kMaxKeys;
 
-  static __device__ __forceinline__ int Load(const int* length) { return *length; }
-  static __device__ __forceinline__ int Cut(int x, int low, int high) {
-    return Clamp(x, low, high);
-  }
-  static __device__ __forceinline__ int MaxCached(int) { return kMaxKeys; }
-  // The launcher refuses more tokens than an int holds.
-  static __device__ __forceinline__ int MaxRagged(int64_t num_tokens) {
-    return static_cast<int>(num_tokens);
+  static __device__ __forceinline__ int WindowEnd(int position, int right) {
+    return position + min(right, kMaxKeys) + 1;
   }
 };
 
-// Keys [begin, end).
-struct KeyRange {
-  int begin;
-  int end;
+// Lengths of a sequence, and which of its keys can be addressed.
+struct SeqShape {
+  int q_begin;      // the sequence's first token in q
+  int q_len;        // its new tokens
+  int k_len;        // its keys, those of the new tokens included
+  int k_limit;      // keys that can be addressed
+  int64_t k_begin;  // ragged K and V: first key
 };
 
-// A sequence's keys among the tokens of ragged K and V.
-template <class Bounds>
-__device__ __forceinline__ KeyRange LoadRaggedKeys(const AttentionParams& p, int batch_idx) {
-  const int last = Bounds::MaxRagged(p.ragged.num_tokens);
-  const int begin = Bounds::Cut(Bounds::Load(p.ragged.cu_seqlens_k + batch_idx), 0, last);
-  const int end = Bounds::Cut(Bounds::Load(p.ragged.cu_seqlens_k + batch_idx + 1), begin, last);
-  return {begin, end};
+__device__ __forceinline__ SeqShape LoadSeqShape(const AttentionParams& p, int b) {
+  constexpr int kMaxKeys = Sm80Bounds::kMaxKeys;
+  SeqShape seq;
+  const SeqMeta& seqs = p.seqs;
+  const int q_begin = __ldg(seqs.cu_seqlens_q + b), q_end = __ldg(seqs.cu_seqlens_q + b + 1);
+  seq.q_begin = min(max(q_begin, 0), seqs.num_tokens);
+  seq.q_len = min(max(q_end, seq.q_begin), seqs.num_tokens) - seq.q_begin;
+  if (p.paged) {
+    seq.q_len = min(max(__ldg(seqs.seq_lens_this_time + b), 0), seq.q_len);
+    seq.k_len = min(max(__ldg(seqs.seq_lens_decoder + b), 0), kMaxKeys - seq.q_len) + seq.q_len;
+    seq.k_limit = min(seq.k_len, min(seqs.max_blocks, kMaxKeys / kBlockSize) * kBlockSize);
+    seq.k_begin = 0;
+  } else {
+    const int last = static_cast<int>(min(p.ragged.num_tokens, static_cast<int64_t>(kMaxKeys)));
+    const int k_begin = min(max(__ldg(p.ragged.cu_seqlens_k + b), 0), last);
+    seq.k_len = min(max(__ldg(p.ragged.cu_seqlens_k + b + 1), k_begin), last) - k_begin;
+    seq.k_limit = seq.k_len;
+    seq.k_begin = k_begin;
+  }
+  return seq;
 }
 
-struct SeqLengths {
-  int q_begin;
-  int q_len;
-  int k_len;
-};
+// A sequence's first key among the tokens of ragged K and V, and the number of its keys.
+__device__ __forceinline__ int2 LoadRaggedKeys(const AttentionParams& p, int b) {
+  const int tokens = static_cast<int>(p.ragged.num_tokens);
+  const int begin = Clamp(p.ragged.cu_seqlens_k[b], 0, tokens);
+  return make_int2(begin, Clamp(p.ragged.cu_seqlens_k[b + 1], begin, tokens) - begin);
+}
 
-// Sets q_begin (the sequence's first token in q), q_len (its new tokens) and k_len (its keys, those
-// of the new tokens included). They are set in place because the kernels' machine code depends on
-// it.
-template <class Bounds, class Seq>
-__device__ __forceinline__ void LoadSeqLengths(const AttentionParams& p, int batch_idx, Seq* seq) {
+// Sets q_begin, q_len and k_len, in place.
+template <class Seq>
+__device__ __forceinline__ void LoadSeqLengths(const AttentionParams& p, int b, Seq* seq) {
   const SeqMeta& seqs = p.seqs;
-  const int b = batch_idx;
-  seq->q_begin = Bounds::Cut(Bounds::Load(seqs.cu_seqlens_q + b), 0, seqs.num_tokens);
-  const int end =
-      Bounds::Cut(Bounds::Load(seqs.cu_seqlens_q + b + 1), seq->q_begin, seqs.num_tokens);
+  seq->q_begin = Clamp(seqs.cu_seqlens_q[b], 0, seqs.num_tokens);
+  const int end = Clamp(seqs.cu_seqlens_q[b + 1], seq->q_begin, seqs.num_tokens);
   if (p.paged) {
-    seq->q_len = Bounds::Cut(Bounds::Load(seqs.seq_lens_this_time + b), 0, end - seq->q_begin);
-    seq->k_len =
-        Bounds::Cut(Bounds::Load(seqs.seq_lens_decoder + b), 0, Bounds::MaxCached(seq->q_len)) +
-        seq->q_len;
+    seq->q_len = Clamp(seqs.seq_lens_this_time[b], 0, end - seq->q_begin);
+    seq->k_len = Clamp(seqs.seq_lens_decoder[b], 0, Sm90Bounds::kMaxKeys) + seq->q_len;
   } else {
     seq->q_len = end - seq->q_begin;
-    const KeyRange keys = LoadRaggedKeys<Bounds>(p, b);
-    seq->k_len = keys.end - keys.begin;
+    seq->k_len = LoadRaggedKeys(p, b).y;
   }
 }
 

@@ -11,16 +11,14 @@ namespace fastattn::cuda {
 template <class Bounds>
 __device__ __forceinline__ int VisibleEnd(const AttentionParams& p, int position, int end) {
   if (p.causal) end = min(end, position + 1);
-  if (p.window_right >= 0) {
-    end = min(end, position + min(p.window_right, Bounds::kMaxWindowRight) + 1);
-  }
+  if (p.window_right >= 0) end = min(end, Bounds::WindowEnd(position, p.window_right));
   return end;
 }
 
 // The first key that it sees, of those from `begin` on.
 template <class Bounds>
 __device__ __forceinline__ int VisibleBegin(const AttentionParams& p, int position, int begin) {
-  if (p.window_left >= 0) begin = max(begin, position - min(p.window_left, Bounds::kMaxWindowLeft));
+  if (p.window_left >= 0) begin = max(begin, position - min(p.window_left, Bounds::kMaxKeys));
   return begin;
 }
 

@@ -37,12 +37,12 @@ __device__ void SetKvTiles(const AttentionParams& p, WorkTile* tile, int lane) {
     unmasked_end = min(unmasked_end, first + 1);
   }
   if (p.window_right >= 0) {
-    const int right = min(p.window_right, Sm90Bounds::kMaxWindowRight) + 1;
+    const int right = min(p.window_right, Sm90Bounds::kMaxKeys) + 1;
     end = min(end, final + right);
     unmasked_end = min(unmasked_end, first + right);
   }
   if (p.window_left >= 0) {
-    const int left = min(p.window_left, Sm90Bounds::kMaxWindowLeft);
+    const int left = min(p.window_left, Sm90Bounds::kMaxKeys);
     begin = max(begin, first - left);
     unmasked_begin = max(0, final - left);
   }

@@ -193,9 +193,7 @@ class TileScheduler {
     return count > 0;
   }
 
-  __device__ void Read(ActiveSeq* seq) const {
-    LoadSeqLengths<Sm90Bounds>(p_, seq->batch_idx, seq);
-  }
+  __device__ void Read(ActiveSeq* seq) const { LoadSeqLengths(p_, seq->batch_idx, seq); }
 
   __device__ void Describe(int index, int level, int section, WorkTile* tile) const {
     const int heads = HeadsOf(section), group = p_.num_heads / p_.num_kv_heads;
@@ -221,7 +219,7 @@ class TileScheduler {
     const ActiveSeq seq = seqs_[listed];
     if (lane_ == 0) {
       if (!p_.paged) {
-        tile->ragged_token = LoadRaggedKeys<Sm90Bounds>(p_, seq.batch_idx).begin;
+        tile->ragged_token = LoadRaggedKeys(p_, seq.batch_idx).x;
         tile->ragged_block = FirstBlock(tile->ragged_token, seq.batch_idx);
       }
       tile->batch_idx = seq.batch_idx;
