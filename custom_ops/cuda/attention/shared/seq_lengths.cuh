@@ -21,7 +21,7 @@ struct Sm80Bounds {
   static constexpr int kMaxKeys = 1 << 30;
 
   // The key after the last one of a window to the right of `position`.
-  static __device__ __forceinline__ int WindowEnd(int position, int right) {
+  static __device__ __forceinline__ int WindowEnd(int position, const int& right) {
     return position + 1 + min(right, kMaxKeys - 1);
   }
 };
@@ -29,7 +29,7 @@ struct Sm80Bounds {
 struct Sm90Bounds {
   static constexpr int kMaxKeys = 1 << 29;
 
-  static __device__ __forceinline__ int WindowEnd(int position, int right) {
+  static __device__ __forceinline__ int WindowEnd(int position, const int& right) {
     return position + min(right, kMaxKeys) + 1;
   }
 };
