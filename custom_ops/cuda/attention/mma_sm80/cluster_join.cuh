@@ -1,5 +1,5 @@
-// How the CTAs of a cluster, which share an item, join what each has of it: through each other's
-// shared memory, so that no second kernel is needed.
+// How the CTAs of a cluster, which share a work tile, join their partial results: through each
+// other's shared memory, so that no second kernel is needed.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +14,13 @@
 
 namespace fastattn::cuda {
 
-// Joins the parts at the start of each CTA's shared memory, in the order of their ranks. Every CTA
-// writes some of the output. Behind it, shared memory may be overwritten.
+// Joins the partial results at the start of each CTA's shared memory, in the order of their ranks.
+// Every CTA writes some of the output. Afterwards, shared memory may be overwritten.
 template <typename Traits>
 __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const AttentionTask& task,
                                             const Segment& segment, const char* shared) {
   constexpr int kQuads = Traits::kHeadDim / 4;
-  constexpr int kBatch = 8;  // parts that are loaded together
+  constexpr int kBatch = 8;  // partial results that are loaded together
   const ColumnInfo* infos = reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset);
   const uint32_t partial = SharedAddress(shared);
   const int cluster = task.cluster;

@@ -1,4 +1,30 @@
-// The attention kernel: see traits.cuh for who does what.
+// The attention kernel of every call that no wgmma_sm90 kernel takes: mma.sync, from sm_80 on.
+//
+// Work tile: kColumns = 8, 16 or 64 packed GQA columns, (query token, query head) pairs of one KV
+// head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all work tiles
+// lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what it has of
+// a work tile is a Segment. A work tile that lies in several CTAs leaves partial results, which
+// merge_partials.cu merges; in small calls the CTAs of a cluster join them at once
+// (cluster_join.cuh).
+//
+// Warps: 4, without roles. They form warp pipelines of one or two warps (traits.cuh): each takes
+// every kPipelines-th KV tile of 64 (or 32) keys, copies it ahead with cp.async, and has a maximum,
+// sums and an output of its own, merged in the epilogue. One-warp pipelines synchronise with nobody
+// inside a segment; two-warp ones meet at __syncthreads in every iteration, as they share their
+// stages.
+//
+// Shared memory (offsets in traits.cuh): the stages of all pipelines; queries as fragments, in the
+// same place as the merge of outputs; maxima and sums; ColumnInfo; segments; the schedule.
+//
+// Numerics: K and V become 16-bit operands (exactly, for codes); queries over codes are fp16 times
+// a power of two. Scores, sums and outputs are fp32; P is 2^15 times its value in 16 bits. Scales
+// of Q and K are one factor of a column; per-token K scales multiply scores, per-token V scales
+// multiply P relative to a power of two (value_scales.cuh); per-channel V scales belong to the
+// epilogue. NaN scrubbing: where keys are masked, V is scrubbed in shared memory and NaNs are given
+// to the columns that see them (kv_tile.cuh).
+//
+// Reading order: traits.cuh, this file, schedule.cuh, query.cuh, kv_loader.cuh, kv_tile.cuh,
+// value_scales.cuh, epilogue.cuh, cluster_join.cuh, merge_partials.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -35,7 +61,7 @@ __device__ __forceinline__ KvTileMask MaskOf(const Segment& segment, int kv_tile
   return mask;
 }
 
-// Scores of kGroup key tiles to packed probabilities, as B operands of V^T P^T.
+// Packs the scores of kGroup key tiles, probabilities by now, as B operands of V^T P^T.
 template <typename Traits>
 __device__ __forceinline__ void PackProbabilities(
     const float (&scores)[Traits::kGroup][Traits::kTiles][4],
@@ -53,7 +79,7 @@ __device__ __forceinline__ void PackProbabilities(
   }
 }
 
-// A stream's ring: where the next load goes and where the next computation reads.
+// A warp pipeline's stages: where the next load goes and where the next computation reads.
 template <typename Traits>
 struct StageRing {
   uint32_t base;
@@ -81,7 +107,7 @@ __device__ __forceinline__ void StartLoad(KvLoader<Traits>* cursor, StageRing<Tr
   }
 }
 
-// Whether the block of the unit whose K lies in `slot` exists.
+// Whether the block of the KV tile whose K lies in `stage` is assigned.
 template <typename Traits>
 __device__ __forceinline__ bool IsAssigned(uint32_t stage) {
   uint32_t assigned;
@@ -125,7 +151,7 @@ __device__ __forceinline__ void Attend(const AttentionParams& p, uint32_t stage,
   Accumulate<Traits>(stage, first, packed, state);
 }
 
-// Works through the stream's units of a segment.
+// The mainloop: the warp pipeline's KV tiles of a segment.
 template <typename Traits>
 __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segment& segment,
                                             int pipeline, const QueryTile<Traits>& query,
@@ -193,7 +219,8 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
   }
 }
 
-// Merges the streams and writes the item's output, or this CTA's part of it.
+// The epilogue: merges the warp pipelines and writes the work tile's output, or this CTA's partial
+// result.
 template <typename Traits>
 __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const AttentionTask& task,
                                               const Segment& segment, int pipeline, int warp_column,
@@ -219,7 +246,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
     }
   }
   __syncthreads();
-  // Streams that saw nothing have -inf for a maximum and 0 for a sum, but for NaN, which stays.
+  // Pipelines that saw nothing have -inf for a maximum and 0 for a sum. A NaN stays.
   const auto weight_of = [](float partial, float maximum) {
     return partial == maximum ? 1.0f : Exp2(partial - maximum);
   };
@@ -245,7 +272,8 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
   }
   float* partial = nullptr;
   if (Traits::kClusters && task.cluster > 1) {
-    partial = reinterpret_cast<float*>(shared);  // nothing is left in the ring, or under way to it
+    partial =
+        reinterpret_cast<float*>(shared);  // nothing is left in the stages, or under way to them
   } else if (!segment.Whole()) {
     partial =
         PartialOf(task, Traits::kColumns, Traits::kHeadDim, blockIdx.x, segment.begins_work_tile);
@@ -275,7 +303,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
   constexpr int kQuads = Traits::kMergeDims / 4;
 #pragma unroll 1
   for (int round = 0; round < Traits::kDimTiles / kTilesPerRound; ++round) {
-    // Registers take no index that varies: every round passes by all of them.
+    // Registers take no index that varies, so every round passes by all of them.
 #pragma unroll
     for (int i = 0; i < Traits::kDimTiles; ++i) {
       if (i / kTilesPerRound != round) continue;
@@ -339,7 +367,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
   static_assert(Traits::kSegmentBytes == sizeof(Segment) * Traits::kMaxSegments);
   int num_splits = 0;
-  // A cluster joins what its CTAs have of an item before it goes on to the next one.
+  // A cluster joins what its CTAs have of a work tile before it goes on to the next one.
   const uint32_t most = clustered ? 1 : Traits::kMaxSegments;
   for (uint32_t done = 0; done < schedule.num_work_tiles; done += most) {
     const int count = static_cast<int>(min(schedule.num_work_tiles - done, most));
@@ -397,7 +425,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.split && !clustered && threadIdx.x == 0) {
     int4 header = make_int4(0, 0, 0, 0);
     if (num_splits > 0) {
-      // The item that goes on in other CTAs is the last one.
+      // The work tile that goes on in other CTAs is the last one.
       const Segment& last = segments[(schedule.num_work_tiles - 1) % Traits::kMaxSegments];
       header = make_int4(num_splits, last.batch_idx, last.head, last.tile);
     }
@@ -408,13 +436,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.overlaps_previous) EndOverlappingPrevious();
 }
 
-// Slots of the kernel's rings on a device whose CTAs have up to `bytes` of shared memory.
+// Stages of the kernel on a device whose CTAs have up to `bytes` of shared memory.
 template <typename Traits, typename Kernel>
 cudaError_t FindStages(Kernel kernel, int bytes, int* stages) {
   static_assert(Traits::SharedBytes(kMaxPlanSeqs, Traits::kFewStages) <= 99 * 1024);
   *stages = Traits::kStages;
   if (bytes > 128 * 1024) return cudaSuccess;
-  // A small GPU: its code says which rings it was compiled with.
+  // On a small GPU the code says how many stages it was compiled with.
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
   if (status != cudaSuccess) return status;

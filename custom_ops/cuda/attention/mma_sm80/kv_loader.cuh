@@ -1,4 +1,4 @@
-// Moves units of K and V from global memory into a stream's ring of shared memory.
+// Moves KV tiles from global memory into a warp pipeline's stages.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,13 @@
 
 namespace fastattn::cuda {
 
-// Walks over a stream's units ahead of the computation, K before V of each. The block id of the
-// next unit is read while the current one is loaded.
+// Walks over a pipeline's KV tiles ahead of the computation, K before V of each. The block id of
+// the next KV tile is read while the current one is loaded.
 template <typename Traits>
 class KvLoader {
  public:
-  // `segments` are `count` segments in shared memory; `once`: nothing else will read their keys.
+  // `segments` are `count` segments in shared memory; `keys_read_once`: nothing else will read
+  // their keys.
   __device__ __forceinline__ KvLoader(const AttentionParams& p, const Segment* segments, int count,
                                       int pipeline, bool keys_read_once)
       : p_(p), segment_(segments), end_(segments + count), pipeline_(pipeline) {
@@ -24,7 +25,7 @@ class KvLoader {
     Settle();
   }
 
-  // Starts the copies of K of the next unit into `slot`; V is the same unit's.
+  // Starts the copies of K of the next KV tile into `stage`; V is the same one's.
   __device__ __forceinline__ void LoadKeys(uint32_t stage) {
     loading_ = segment_ != end_;
     if (loading_) {
@@ -71,11 +72,11 @@ class KvLoader {
 
   __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kPipelineThreads; }
 
-  // Where the current unit lies.
+  // Finds where the current KV tile lies.
   __device__ __forceinline__ void Place() {
     if constexpr (Traits::kPaged) {
       assigned_ = static_cast<unsigned>(block_) < static_cast<unsigned>(p_.cache.num_blocks);
-      // A plane holds 64 keys; a unit may be half of them.
+      // A plane holds 64 keys; a KV tile may be half of them.
       constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
       static_assert(kKvTilesPerBlock == 1 || !(Traits::kTransposedV || Traits::kPerTokenScales));
       const PagedCache& cache = p_.cache;
@@ -99,7 +100,7 @@ class KvLoader {
     Settle();
   }
 
-  // Goes on to the segment that holds the stream's next unit.
+  // Goes on to the segment that holds the pipeline's next KV tile.
   __device__ __forceinline__ void Settle() {
     while (kv_tile_ >= segment_->kv_tile_end) {
       if (++segment_ == end_) return;
@@ -115,13 +116,13 @@ class KvLoader {
     }
   }
 
-  // A unit's rows of kRowBytes from `element` on.
+  // Copies a KV tile's rows of kRowBytes from `element` on.
   template <int kRowBytes, bool kSwizzled>
   __device__ __forceinline__ void CopyPlane(uint32_t stage, const void* tensor,
                                             const CacheStrides& strides, int64_t element) {
     constexpr int kRowPieces = kRowBytes / 16;
     constexpr int kRows =
-        Traits::kPipelineThreads / kRowPieces;  // that the stream copies at a time
+        Traits::kPipelineThreads / kRowPieces;  // that the pipeline copies at a time
     const int row = Lane() / kRowPieces, chunk = Lane() % kRowPieces;
     const char* from =
         static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
@@ -129,8 +130,8 @@ class KvLoader {
     const uint32_t to = stage + row * kRowBytes;
 #pragma unroll
     for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += step) {
-      const int cost = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
-      CopyAsync16(to + cost * 16 + i * kRows * kRowBytes, from, policy_);
+      const int piece = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
+      CopyAsync16(to + piece * 16 + i * kRows * kRowBytes, from, policy_);
     }
   }
 
@@ -144,8 +145,8 @@ class KvLoader {
     }
   }
 
-  // Rows of contiguous tensors, zeros after the row's last key. Strides that are no multiples of 16
-  // bytes are served a byte at a time.
+  // Copies rows of ragged tensors, zeros after the sequence's last key. Strides that are no
+  // multiples of 16 bytes are served a byte at a time.
   __device__ __forceinline__ void CopyRagged(uint32_t stage, const void* tensor,
                                              int64_t token_stride, int64_t head_stride) {
     const char* source =
@@ -179,18 +180,18 @@ class KvLoader {
   }
 
   const AttentionParams& p_;
-  const Segment* segment_;  // of the next unit; end_ when there is none
+  const Segment* segment_;  // of the next KV tile; end_ when there is none
   const Segment* end_;
   uint64_t policy_;
   int pipeline_;
   int kv_tile_;
-  bool loading_ = false;   // the current unit exists
+  bool loading_ = false;   // the current KV tile exists
   bool assigned_ = false;  // and its block too
   int block_ = -1;
   int rows_ = 0;
   int head_ = 0;
-  int64_t offset_ = 0;  // packed: the first key
-  // Paged, in elements; where they are not used the compiler drops them.
+  int64_t offset_ = 0;  // ragged: the first key
+  // Paged: offsets in elements. Where they are not used the compiler drops them.
   int64_t key_ = 0;
   int64_t value_ = 0;
   int64_t key_scale_ = 0;

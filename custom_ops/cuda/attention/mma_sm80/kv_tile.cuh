@@ -1,4 +1,4 @@
-// One unit of keys: scores, softmax and output of a warp's columns.
+// One KV tile: scores, softmax and output of a warp's columns.
 #pragma once
 
 #include <cstdint>
@@ -19,17 +19,17 @@ inline constexpr int kLog2Unit = 15;
 inline constexpr float kShift = kLog2Unit;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
-// No exponent: columns have their own.
+// Not an exponent: columns have exponents of their own.
 inline constexpr int kColumnExponents = 0;
 
-// Running maximum (log2 units), sum and output of a warp's columns over its stream's keys.
+// Running maximum (log2 units), sum and output of a warp's columns over its pipeline's keys.
 template <typename Traits>
 struct TileState {
   float maximum[Traits::kTiles][2];
   float sum[Traits::kTiles][2];  // of this lane's keys only
   float out[Traits::kDimTiles][Traits::kTiles][4];
-  // Token scales of V: `out` is in units of 2^(scale_exponent - 127); kColumnExponents: of a power
-  // of two of each column's own (see value_scales.cuh).
+  // Per-token scales of V: `out` counts 2^(scale_exponent - 127); kColumnExponents: a power of two
+  // of each column's own (see value_scales.cuh).
   int scale_exponent;
 
   __device__ __forceinline__ void Reset() {
@@ -50,12 +50,12 @@ struct TileState {
   }
 };
 
-// What a unit's keys are to the columns of the tile.
+// What a KV tile's keys are to the columns of the work tile.
 struct KvTileMask {
-  int first_key;        // the unit's, in the row
+  int first_key;        // of the KV tile, in the sequence
   bool needs_mask;      // some column does not see some key
-  bool columns_differ;  // columns differ in what they see
-  int begin, end;       // keys of the unit that any column may see, relative to first_key
+  bool columns_differ;  // in what they see
+  int begin, end;       // keys of the KV tile that any column may see, relative to first_key
   uint32_t columns;     // shared memory: ColumnInfo of this lane's first column
 };
 
@@ -118,7 +118,7 @@ __device__ __forceinline__ void Multiply(uint32_t stage, const QueryTile<Traits>
   }
 }
 
-// Gives `value` to the scores of keys that their column does not see.
+// Sets the scores of masked keys to `value`.
 template <typename Traits>
 __device__ __forceinline__ void MaskKeys(const KvTileMask& mask, int first, float value,
                                          float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
@@ -142,7 +142,7 @@ __device__ __forceinline__ void MaskKeys(const KvTileMask& mask, int first, floa
   }
 }
 
-// Products with K's codes become scores in log2 units; invisible ones -inf.
+// Turns products with K's elements into scores in log2 units; those of masked keys become -inf.
 template <typename Traits>
 __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t stage,
                                              const KvTileMask& mask,
@@ -204,7 +204,7 @@ __device__ __forceinline__ void RaiseMaximum(
       }
       const float before = state->maximum[n][c];
       const float maximum = fmaxf(before, largest);
-      // Nothing visible yet: both are -inf, and sum and output are 0.
+      // While nothing is visible both are -inf, and sum and output are 0.
       factor[n][c] = maximum == before ? 1.0f : Exp2(before - maximum);
       raised |= maximum != before;
       state->maximum[n][c] = maximum;
@@ -222,7 +222,7 @@ __device__ __forceinline__ void RaiseMaximum(
   }
 }
 
-// Scores become probabilities (times 2^kShift), which join the sums.
+// Turns scores into probabilities (times 2^kShift) and adds them to the sums.
 template <typename Traits>
 __device__ __forceinline__ void Exponentiate(float (&scores)[Traits::kGroup][Traits::kTiles][4],
                                              TileState<Traits>* state) {
@@ -245,7 +245,7 @@ __device__ __forceinline__ void Exponentiate(float (&scores)[Traits::kGroup][Tra
   }
 }
 
-// 0xFF (0xFFFF) for every element of an operand's word whose key lies in [begin, end).
+// 0xFF for every byte of an operand's word whose key lies in [begin, end).
 __device__ __forceinline__ uint32_t KeepKeys(int begin, int end, int k0, int k1, int k2, int k3) {
   const auto byte = [&](int key, int i) {
     return key >= begin && key < end ? 0xFFu << (8 * i) : 0u;
@@ -322,7 +322,7 @@ __device__ __forceinline__ void Accumulate(uint32_t stage, int first,
   }
 }
 
-// Words of a 16-byte piece of V in a slot that hold keys which some column sees.
+// Masks of the words of a 16-byte piece of V in a stage: keys which some column sees.
 template <typename Traits>
 __device__ __forceinline__ uint4 KeptWords(const KvTileMask& mask, int piece) {
   const int begin = mask.begin, end = mask.end;
@@ -339,8 +339,7 @@ __device__ __forceinline__ uint4 KeptWords(const KvTileMask& mask, int piece) {
   }
 }
 
-// Raw bits of V's element (key, channel) of the unit in `slot`, and whether they are a finite
-// value.
+// Whether V's element (key, channel) of the KV tile in `stage` is a finite value.
 template <typename Traits>
 __device__ __forceinline__ bool IsFiniteValue(uint32_t stage, int key, int channel) {
   uint32_t bits;
@@ -363,7 +362,8 @@ __device__ __forceinline__ bool IsFiniteValue(uint32_t stage, int key, int chann
 }
 
 // A non-finite value makes its channel NaN in the columns that see its key, and in no other: where
-// columns differ it cannot go through the matrix product, in which 0 * NaN is NaN. Rare and slow.
+// columns differ it cannot go through the matrix product, in which 0 * NaN is NaN. This is rare and
+// slow.
 template <typename Traits>
 __device__ __noinline__ void FindNonFinite(uint32_t stage, const KvTileMask& mask,
                                            uint32_t (&poisoned)[Traits::kTiles][2]) {
@@ -405,7 +405,7 @@ __device__ __forceinline__ void PoisonColumns(const uint32_t (&poisoned)[Traits:
   }
 }
 
-// Gives their NaN to the columns that see a value which is not finite, where columns differ.
+// Where columns differ, makes the outputs of those that see a non-finite value NaN.
 template <typename Traits>
 __device__ __forceinline__ void PropagateNonFinite(uint32_t stage, const KvTileMask& mask,
                                                    TileState<Traits>* state) {
@@ -425,9 +425,10 @@ __device__ __forceinline__ void PropagateNonFinite(uint32_t stage, const KvTileM
   }
 }
 
-// Makes a unit's V safe for a product in which some columns do not see some keys: values of keys
-// that no column sees become 0 (they may be anything), and where columns differ so do values that
-// are not finite. The threads of the stream share the work, after all of them have inspected V.
+// NaN scrubbing: makes V safe for a product in which some columns do not see some keys. Values of
+// keys that no column sees become 0 (they may be anything), and where columns differ so do values
+// that are not finite. The threads of the pipeline share the work, after all of them have inspected
+// V.
 template <typename Traits>
 __device__ __forceinline__ void ScrubValues(uint32_t stage, const KvTileMask& mask) {
   constexpr int kPieces = Traits::kDataBytes / 16;

@@ -59,7 +59,8 @@ __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t elements) {
   return v;
 }
 
-// What the L2 cache does with lines that are read: those of `once` make room for others first.
+// What the L2 cache does with lines that are read: those of keys that are read once make room for
+// others first.
 __device__ __forceinline__ uint64_t CachePolicy(bool keys_read_once) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));

@@ -1,4 +1,4 @@
-// Token scales of V (block_wise_fp8, block_wise_int8), which the probabilities are multiplied with.
+// V's per-token scales (block_wise_fp8, block_wise_int8), which multiply the probabilities.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace fastattn::cuda {
 
-// Where the exponents of this lane's columns lie, 8 bytes apart: in shared memory that takes the
+// Address of the exponents of this lane's columns, 8 bytes apart: in shared memory that takes the
 // columns' maxima and sums when the segment ends.
 template <typename Traits>
 __device__ __forceinline__ uint32_t ColumnExponents() {
@@ -29,15 +29,15 @@ __device__ __forceinline__ int LoadExponent(uint32_t address) {
   return exponent;
 }
 
-// Token scales are bounded by 2^(exponent - 127) of the largest one, given by its bits.
+// Per-token scales are bounded by 2^(exponent - 127), with `largest` the bits of the largest one.
 __device__ __forceinline__ int ExponentAbove(uint32_t largest) {
   return min(static_cast<int>(largest >> 23) + 1, 252);
 }
 
 // Raises the exponents of columns that differ in what they see, each to what bounds the scales that
-// the column itself sees: one of another column's keys must not take its bits. They lie in shared
-// memory behind it, followed by those of before; `uniform`: theirs if they had none of their own.
-// A call: registers are short, and few units need it.
+// the column itself sees: a scale that only another column sees must not take its bits. The
+// exponents then lie in shared memory, each followed by the one before; `uniform`: the one of all
+// columns, if they had none of their own. A call, as registers are short and few KV tiles need it.
 template <typename Traits>
 __device__ __noinline__ void RaiseColumnExponents(uint32_t stage, DType dtype, uint32_t columns,
                                                   int first_key, int first, int uniform) {
@@ -73,7 +73,7 @@ __device__ __noinline__ void RaiseColumnExponents(uint32_t stage, DType dtype, u
   __syncwarp();
 }
 
-// Multiplies probabilities by V's token scales where columns differ in what they see.
+// Multiplies probabilities with V's scales where columns differ in what they see.
 template <typename Traits>
 __device__ __forceinline__ void ApplyColumnScales(
     const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
@@ -81,7 +81,7 @@ __device__ __forceinline__ void ApplyColumnScales(
   RaiseColumnExponents<Traits>(stage, p.cache.scale_dtype, mask.columns, mask.first_key, first,
                                state->scale_exponent);
   state->scale_exponent = kColumnExponents;
-  const int g = Lane<true>() / 4;  // found again: registers are short
+  const int g = Lane<true>() / 4;  // found again, as registers are short
   const uint32_t exponents = ColumnExponents<Traits>();
 #pragma unroll
   for (int n = 0; n < Traits::kTiles; ++n) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void DropColumnExponents(TileState<Traits>* state) {
   __syncwarp();
 }
 
-// The same where they do not differ, relative to a power of two that bounds all scales.
+// Does the same where columns do not differ, relative to a power of two that bounds all scales.
 template <typename Traits>
 __device__ __forceinline__ void ApplyCommonScales(
     const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
@@ -177,7 +177,7 @@ __device__ __forceinline__ void ApplyCommonScales(
   }
 }
 
-// Multiplies probabilities by V's token scales.
+// Multiplies probabilities with V's per-token scales.
 template <typename Traits>
 __device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint32_t stage,
                                                  const KvTileMask& mask, int first,
@@ -188,7 +188,7 @@ __device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint3
   } else {
     ApplyCommonScales<Traits>(p, stage, mask, first, scores, state);
   }
-  // A NaN scale of a key that a column does not see is none of its business.
+  // A NaN scale of a key that a column does not see must not reach that column.
   if (mask.needs_mask) MaskKeys<Traits>(mask, first, 0.0f, scores);
 }
 

@@ -1,17 +1,17 @@
-// A consumer warpgroup: 64 queries of a tile against every step of keys.
+// A consumer warpgroup runs the mainloop: 64 queries of a work tile against each of its KV tiles.
 //
 // A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight columns the
 // two from 2 * (lane % 4): the scores' registers, packed to 16 bits, are the left operand of P * V
 // as they stand.
 //
-// A warpgroup's own chain, from the scores of a step to its probabilities, is what limits the
-// kernel: the products of both take less time. So the chain has no maximum in it. A tile's first
-// step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
-// and only where one of them is too large, the maximum is found, the row's shift moved, and they
-// are found again. Rows whose own are not too large keep their shifts, and so their bits, whatever
-// the others see. Values are waited for where the product that reads them is issued, and the
-// product of the step before is done when packing begins, so that nothing is left behind the
-// exponentials.
+// What limits the kernel is a warpgroup's own chain from the scores of a KV tile to its
+// probabilities: the products of both warpgroups take less time. So the chain has no maximum in it.
+// The first iteration of a work tile finds the rows' maxima, which set the shifts; the others take
+// exponentials at once, and only where one of them is too large are the maximum found, the row's
+// shift moved and the exponentials found again. Rows whose own exponentials are not too large keep
+// their shifts, and so their bits, whatever the others see. The wait for values stands where the
+// product that reads them is issued, and the product of the iteration before is done when packing
+// begins, so that nothing is left behind the exponentials.
 #pragma once
 
 #include <type_traits>
@@ -59,7 +59,7 @@ class Consumer {
         tiles.Advance();
         const bool more = NextTile(tiles);
         if (!more) break;
-        // The first scores of a tile run under the output of the tile before.
+        // The first scores of a work tile run under the epilogue of the one before.
         Issue<true>();
         WaitProducts<1>(o_);
         Finish(tiles.index ^ 1, iteration_ - 1);
@@ -71,7 +71,7 @@ class Consumer {
       WaitProducts<0>(o_);
       Finish(tiles.index ^ 1, iteration_);
     }
-    // Takes the last turn that the other warpgroup has left.
+    // Takes the last arrival of the other warpgroup.
     if (group_ == 0) SyncNamed<256>(kPingPongBarrier + 0);
   }
 
@@ -81,14 +81,14 @@ class Consumer {
   static constexpr int kEarly = C::kQuantized ? 0 : 16;
   // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
   static constexpr bool kIntegers = C::kKeyCodeOperands && C::kElement == DType::kInt8;
-  // The first products of integers are issued ahead of the turn. With token scales that gains
-  // nothing.
+  // The first products of integers are issued ahead of the ping-pong barrier, but not with
+  // per-token scales, which gain nothing by it.
   static constexpr bool kLatePingPong = kIntegers && !C::kPerTokenScales;
   static constexpr float kBias = CodeQuery<C>::kBiasValue;
 
   __device__ __forceinline__ void PingPongWait() { SyncNamed<256>(kPingPongBarrier + group_); }
 
-  // One warpgroup issues its products after the other has.
+  // Ping-pong: one warpgroup issues its products after the other has.
   __device__ __forceinline__ void PingPongArrive() {
     ArriveNamed<256>(kPingPongBarrier + 1 - group_);
   }
@@ -109,7 +109,7 @@ class Consumer {
       LoadFactors(shared_, buffer_, factor);
       all_biased_ = __all_sync(~0u, IsBiased(factor[0]) && IsBiased(factor[1]));
     }
-    // Keys that all of the warp's queries see.
+    // These keys are seen by all of the warp's queries.
     begin = __reduce_max_sync(~0u, begin);
     end = __reduce_min_sync(~0u, end);
     if (lane_ == 0) Unmasked() = make_int2(begin, end);
@@ -120,10 +120,11 @@ class Consumer {
     row_v_scales_.Start();
   }
 
-  // In memory, as registers are short.
+  // The range of keys that all of the warp's queries see lies in shared memory, as registers are
+  // short.
   __device__ __forceinline__ int2& Unmasked() { return shared_.unmasked[threadIdx.x / 32 - 4]; }
 
-  // Ends a tile whose last product is done.
+  // Ends a work tile whose last product is done.
   __device__ __forceinline__ void Finish(int buffer, uint32_t last_iteration) {
     KeepRegisters(probabilities_);
     sums_.Keep();
@@ -135,7 +136,7 @@ class Consumer {
     }
     if constexpr (kIntegers) {
       // Products were rounded down, by half a unit on average. With a bias no score counts as far,
-      // so the factor is the tile's.
+      // so the factor is the work tile's.
       for (int h = 0; h < 2; ++h) {
         if (IsBiased(factor_[h])) {
           shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
@@ -149,7 +150,7 @@ class Consumer {
     ArriveWarp(&shared_.query_empty[buffer]);
   }
 
-  // V's scales, one a channel. Without a visible key the output is 0, whatever they are.
+  // Applies V's per-channel scales. Without a visible key the output is 0, whatever they are.
   __device__ __forceinline__ void ScaleChannels(int buffer) {
     const float* scales = shared_.value_channels[buffer] + 2 * (lane_ % 4);
 #pragma unroll
@@ -176,13 +177,13 @@ class Consumer {
     }
   }
 
-  // Of the step ahead.
+  // The descriptor of the next iteration's keys.
   __device__ __forceinline__ uint64_t KeyOperand() const {
     constexpr int kRow = C::kKeyCodeOperands ? C::kDim : 128;
     return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(iteration_ + 1)])));
   }
 
-  // Of a step's probabilities.
+  // What an iteration's probabilities are multiplied with.
   struct RightOperands {
     uint64_t values;
     uint64_t ones;
@@ -195,7 +196,7 @@ class Consumer {
             RowSums<C>::Operand(shared_, row_v_scales_.Own())};
   }
 
-  // kBegin: its turn has not begun where it begins late.
+  // kBegin: where the ping-pong barrier is late, it has not been waited for.
   template <bool kBegin>
   __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
     if constexpr (kIntegers) {
@@ -239,9 +240,10 @@ class Consumer {
     CommitProducts();
   }
 
-  // --- steps ------------------------------------------------------------------------------------
+  // --- mainloop
+  // ------------------------------------------------------------------------------------
 
-  // Waits for a tile; false if there are no more. Each is a phase of the queries' barrier.
+  // Waits for a work tile; false if there are no more. Each one is a phase of the queries' barrier.
   __device__ __forceinline__ bool NextTile(const PipelineState<2>& tiles) {
     Wait(&shared_.query_full[C::kQuantized ? 0 : group_], tiles.index);
     const int buffer = tiles.index;
@@ -251,7 +253,7 @@ class Consumer {
     return true;
   }
 
-  // Steps are counted over all tiles.
+  // Iterations are counted over all work tiles.
   __device__ __forceinline__ static uint32_t KeyStage(uint32_t iteration) {
     return iteration % C::kKeyStages;
   }
@@ -274,8 +276,8 @@ class Consumer {
     ++iteration_;
   }
 
-  // The scores of the next step and the P * V of this one; kAcross: the next one is of another
-  // tile.
+  // Issues the scores of the next iteration and the P * V of this one; kAcross: the next one is of
+  // another work tile.
   template <bool kAcross>
   __device__ __forceinline__ void Issue() {
     const uint64_t query = QueryOperand(), key = KeyOperand();
@@ -291,7 +293,7 @@ class Consumer {
     ++iteration_;
   }
 
-  // `last`: of the tile.
+  // `last`: the iteration is the work tile's last one.
   __device__ __forceinline__ void FirstIteration(bool last) {
     KeyScales scales = LoadScales();
     const int flags = TakeScores(scales);
@@ -304,8 +306,8 @@ class Consumer {
     }
   }
 
-  // The softmax runs while the other warpgroup's products do, and this one's P * V. A softcap waits
-  // for that first: it needs the registers of its probabilities.
+  // The softmax runs while the other warpgroup's products do, and this one's P * V. With a softcap
+  // it waits for P * V first, as it needs the registers of its probabilities.
   __device__ __forceinline__ void NextIteration(bool last) {
     Issue<false>();
     KeyScales scales = LoadScales();
@@ -329,7 +331,8 @@ class Consumer {
       sums_.Add(sums);
     }
     if constexpr (C::kPerTokenScales) {
-      // Asked for again: registers are short, and the slot is this step's until it is released.
+      // Change() is asked again because registers are short; the stage is this iteration's until it
+      // is released.
       if (row_v_scales_.Change(shared_, ScaleStage())) FollowRowVScales();
       ReleaseScales();
     }
@@ -339,7 +342,7 @@ class Consumer {
     Wait(&shared_.value_ready[ValueStage(iteration_)], iteration_ / C::kValueStages % 2);
   }
 
-  // Ends the use of a step's values, whose product is done; `start` is their first key.
+  // Ends the use of an iteration's values, whose product is done; `start` is their first key.
   __device__ __forceinline__ void ReleaseValues(uint32_t iteration, int start) {
     const uint32_t at = ValueStage(iteration);
     if constexpr (!C::kFiniteValues) {
@@ -351,7 +354,7 @@ class Consumer {
 
   // --- softmax ----------------------------------------------------------------------------------
 
-  // Ends the use of the step's keys, whose flags it returns, and applies the scales of tokens.
+  // Ends the use of the KV tile's keys, whose flags it returns, and applies per-token scales.
   __device__ __forceinline__ int TakeScores(KeyScales& scales) {
     const int flags = shared_.flags[KeyStage(iteration_)];
     ArriveWarp(&shared_.key_empty[KeyStage(iteration_)]);
@@ -369,13 +372,13 @@ class Consumer {
     return flags;
   }
 
-  // Applies masks, and ends the use of a tile's queries.
+  // Applies masks, and ends the use of a work tile's queries.
   __device__ __forceinline__ void FinishScores(int flags, bool last) {
     const int2 common = Unmasked();
     const bool full = start_ >= common.x && start_ + C::kKeys <= common.y;
     if (!full || (flags & (3 * kUnassigned))) MaskScores(shared_, buffer_, start_, flags, s_);
     if constexpr (!C::kQuantized) {
-      // A predicate and no branch: the compiler is to see that the warp stays together.
+      // This is a predicate and no branch, so that the compiler sees that the warp stays together.
       if (last && ArrivesForWarp(lane_)) Arrive(&shared_.query_done[group_]);
     }
   }
@@ -405,7 +408,7 @@ class Consumer {
     }
   }
 
-  // Ends the use of the step's scales.
+  // Ends the use of the KV tile's scales.
   __device__ __forceinline__ void ReleaseScales() {
     const uint32_t at = ScaleStage();
     if (shared_.poison_found[at]) SetPoisonedOutputs(shared_, at, buffer_, start_, o_);
@@ -421,7 +424,7 @@ class Consumer {
     factor_[0] = factor_[1] = 1.0f;
   }
 
-  // The largest score of either row, and the shift below it.
+  // Finds the largest score of either row, and the shift below it.
   __device__ __forceinline__ void FindLargest(float (&largest)[2], float (&wanted)[2]) const {
     float part[4];
 #pragma unroll
@@ -445,14 +448,14 @@ class Consumer {
     for (int h = 0; h < 2; ++h) {
       const float before = shift_[h];
       wanted[h] = MaxNaN(before, wanted[h]);
-      // A NaN stays.
+      // A NaN in the shift stays.
       shift_[h] = !moves[h] || wanted[h] - before <= 0 ? before : wanted[h];
       alpha[h] = OrderedExp2(before - Shift(h));
       sums_.Follow(h, alpha[h]);
     }
   }
 
-  // With a bias no score is as far as that. factor_ is the tile's.
+  // Whether a score is far from 0. With a bias none is. factor_ is the work tile's.
   __device__ __forceinline__ bool IsFar(int h, float score) const {
     return !(kIntegers && IsBiased(factor_[h])) && IsFarScore(score);
   }
@@ -475,7 +478,7 @@ class Consumer {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // Moves the shifts of those rows that do to the step's largest scores and finds the
+  // Moves the shifts of the rows in `moves` to the KV tile's largest scores and finds the
   // probabilities. kScale: there is an output already.
   template <bool kScale>
   __device__ __forceinline__ void FollowMaximum(const bool (&moves)[2]) {
@@ -494,7 +497,7 @@ class Consumer {
     sums_.Add(sums);
     if constexpr (C::kSoftcap) return;
     LoadFactors(shared_, buffer_, factor_);
-    // Far scores need a look in every step: without a factor, probabilities exceed any bound.
+    // Far scores need a look in every iteration: without a factor, probabilities exceed any bound.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (IsFar(h, shift_[h])) factor_[h] = NAN;
@@ -505,9 +508,9 @@ class Consumer {
     return OrderedExp2(fmaf(s_[i], factor_[i / 2 % 2], -shift[i / 2 % 2]));
   }
 
-  // The step's probabilities, packed, and what there is to know of their sums. Scores stay, in case
-  // that they are needed again. A row without a shift, which is -inf, gets some that exceed any
-  // bound. kBehind: ends the product that reads the probabilities of the step before.
+  // Finds the KV tile's probabilities, packed, and what is kept of their sums. The scores stay, in
+  // case they are needed again. A row without a shift (it is -inf) gets probabilities that exceed
+  // any bound. kBehind: ends the product that reads the probabilities of the iteration before.
   template <bool kBehind>
   __device__ __forceinline__ void FindProbabilities(const float (&shift)[2], KvTileSums<C>& sums) {
     float early[kEarly + 1];
@@ -526,7 +529,7 @@ class Consumer {
     }
   }
 
-  // Ends the P * V of the step before.
+  // Ends the P * V of the iteration before.
   __device__ __forceinline__ void FinishProducts() {
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
@@ -541,7 +544,7 @@ class Consumer {
     for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio[i / 2 % 2];
   }
 
-  // Probabilities are not in the unit of V's token scales, but the output is.
+  // Rescales the output to the KV tile's V scale, which probabilities do not contain.
   __device__ __forceinline__ void FollowVScale() {
     const float ratio = shared_.v_scale_ratio[ScaleStage()];
     if (ratio != 1.0f) {
@@ -556,8 +559,8 @@ class Consumer {
   const int lane_;
   std::conditional_t<C::kKeyCodeOperands, CodeQuery<C>, Query<C>> query_;
   uint32_t iteration_ = ~0u;  // the one whose softmax is under way
-  int start_;                 // first key of the step
-  int buffer_;                // of the tile
+  int start_;                 // first key of the KV tile
+  int buffer_;                // of the work tile
   RowSums<C> sums_;
   RowVScales<C> row_v_scales_;
   float shift_[2], factor_[2];

@@ -1,5 +1,5 @@
-// Codes become 16-bit operands: three warps of the producer warpgroup share the codes of each step,
-// V's and, where they are no operands as they lie, K's.
+// Converts codes to 16-bit operands: three warps of the producer warpgroup share each KV tile's
+// codes of V and, where they are no operands as they lie, of K.
 #pragma once
 
 #include <type_traits>
@@ -35,15 +35,15 @@ class Converter {
   }
 
  private:
-  // A step's codes as groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so that
-  // it waits for shared memory once. Token scales take registers.
+  // A KV tile's codes are groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so
+  // that it waits for shared memory once. Per-token scales take registers.
   static constexpr int kGroup = 512;
   static constexpr int kBatch = C::kPerTokenScales ? 2 : 4;
   static constexpr int kBatches = C::kCodeBytes / (kGroup * kBatch);
   static constexpr int kRounds = (kBatches + C::kHelperWarps - 1) / C::kHelperWarps;
-  static constexpr int kNamedBarrier = 3;  // behind the consumers' turns
+  static constexpr int kNamedBarrier = 3;  // after those of the ping-pong
 
-  // The codes of a tile come in the loader's order.
+  // Converts the codes of work tiles in the loader's order.
   template <class F>
   __device__ __forceinline__ void RunFormat() {
     SetTiles({});
@@ -71,7 +71,7 @@ class Converter {
     if (ArrivesForWarp(lane_)) Arrive(&shared_.query_full[0]);
   }
 
-  // The warp's tile: in memory, as registers are short.
+  // The warp's pipeline state of work tiles lies in shared memory, as registers are short.
   __device__ __forceinline__ PackedPipelineState<2> Tiles() const {
     const volatile int& count = shared_.converter_tiles[warp_];
     return {count};
@@ -87,7 +87,7 @@ class Converter {
 
   template <class F>
   __device__ __forceinline__ void ConvertKeys(int iteration) {
-    // A step ahead of the values, but for a tile's first.
+    // Keys are an iteration ahead of the values, but for a work tile's first.
     static_assert(C::kKeyCodeOperands || C::kKeyStages == C::kValueStages);
     PackedPipelineState<C::kKeyStages> keys{values_.count};
     if (iteration > 0) keys.Advance();
@@ -111,10 +111,10 @@ class Converter {
       ConvertChannels<F>(shared_.codes[slot], shared_.value[at]);
     }
     bool found = false;
-    // Any int8 code is finite.
+    // Every int8 code is finite.
     if constexpr (!std::is_same_v<F, Format<DType::kInt8>>) {
       if (shared_.code_flags[slot] & kNeedsScrub) {
-        // Values are looked at by other warps than converted them.
+        // Other warps scrub the values than converted them.
         SyncNamed<32 * C::kHelperWarps>(kNamedBarrier);
         NanScrubber<C> scrubber(shared_);
         const int written = TileNow().k_len - (TileNow().last_kv_tile - iteration) * C::kKeys;
@@ -130,7 +130,7 @@ class Converter {
     }
   }
 
-  // Hands the operands over, and the codes' buffer back.
+  // Hands the operands over, and the codes' stage back.
   __device__ __forceinline__ void Finish(int slot, uint64_t* full) {
     FenceAsyncProxy();
     __syncwarp();
@@ -141,8 +141,8 @@ class Converter {
     code_stages_.Advance();
   }
 
-  // Has the warp's share of a step's codes stored, `in` + 16 bytes a lane; loads are a batch ahead.
-  // Batches go round between the warps, from one step to the next.
+  // Has the warp's share of a KV tile's codes stored, `in` + 16 bytes a lane; loads are a batch
+  // ahead. Batches go round between the warps, from one KV tile to the next.
   template <class Store>
   __device__ __forceinline__ void Convert(const uint8_t* in, const Store& store) {
     const int first = (warp_ + C::kHelperWarps - Turn()) % C::kHelperWarps;
@@ -165,14 +165,14 @@ class Converter {
     }
   }
 
-  // Whose the next batch is: the warp of a ring that each conversion moves on in.
+  // The warp that takes the next first batch: each conversion moves on by one.
   __device__ __forceinline__ int Turn() const {
     static_assert((C::kKeyCodeOperands ? C::kValueStages : C::kCodeStages) == C::kHelperWarps);
     return C::kKeyCodeOperands ? values_.Index() : code_stages_.Index();
   }
 
-  // Tokens with their channels side by side. In each eight lanes, four take one token and four
-  // another: their stores meet no bank twice.
+  // Converts tokens with their channels side by side. In each eight lanes, four take one token and
+  // four another: their stores meet no bank twice.
   template <class F>
   __device__ __forceinline__ void ConvertRows(const uint8_t* codes, uint8_t* target) {
     constexpr int kPieces = C::kDim / 16, kTokens = 32 / kPieces;
@@ -192,9 +192,9 @@ class Converter {
     });
   }
 
-  // Channels with their 64 tokens side by side, in TokenSlot order: the low pairs of a piece's
-  // words are tokens 0 .. 7, the high ones 8 .. 15. With token scales values are multiplied with
-  // theirs.
+  // Converts channels with their 64 tokens side by side, in TokenSlot order: the low pairs of a
+  // piece's words are tokens 0 .. 7, the high ones 8 .. 15. Values are multiplied with their
+  // per-token scales, if there are any.
   template <class F>
   __device__ __forceinline__ void ConvertChannels(const uint8_t* codes, uint8_t* target) {
     const int piece = lane_ % 4, channel = lane_ / 4;

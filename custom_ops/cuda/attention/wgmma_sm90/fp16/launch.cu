@@ -18,7 +18,7 @@ bool IsAligned(const void* pointer) {
   return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// Whether the copy engine takes a stride of so many elements.
+// Whether TMA takes a stride of so many elements.
 bool IsStride(int64_t elements, DType dtype) {
   return elements > 0 && elements * SizeOf(dtype) % 16 == 0;
 }
@@ -35,7 +35,7 @@ bool SupportsCache(const PagedCache& cache, DType query) {
     }
   }
   if (!IsQuantized(cache.type)) return cache.dtype == query;
-  // e5m2 reaches too far for fp16 times a token scale.
+  // e5m2 reaches too far for fp16 times a per-token scale.
   if (IsDynamic(cache.type) && cache.dtype == DType::kE5M2) return false;
   return IsCode(cache.dtype) && cache.layout == CacheLayout::kFastattn &&
          cache.k_scales != nullptr && cache.v_scales != nullptr;
@@ -53,15 +53,15 @@ bool SupportsRagged(const RaggedKv& kv, DType query) {
 
 DType KeyType(const AttentionParams& p) { return p.paged ? p.cache.dtype : p.ragged.dtype; }
 
-// Whether codes of K are operands as they lie. Two e4m3 codes hold a bf16 query, but not the bits
-// of fp16, nor those of a product with the scales of channels.
+// Whether K's codes are operands as they lie. Two e4m3 codes hold a bf16 query, but not the bits of
+// fp16, nor those of a product with per-channel scales.
 bool KeyCodes(const AttentionParams& p) {
   if (KeyType(p) != DType::kE4M3) return KeyType(p) == DType::kInt8;
   const bool channels = p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
   return p.q_dtype == DType::kBFloat16 && !channels;
 }
 
-// A cache's planes, all but the rows' size and box; *planes finds those of a block.
+// A cache's planes, all but the size and box of their rows; *planes finds those of a block.
 ByteTensor PlaneTensor(const AttentionParams& p, const void* data, const CacheStrides& strides,
                        BlockPlanes* planes) {
   const int size = SizeOf(p.cache.dtype);
@@ -75,9 +75,9 @@ ByteTensor PlaneTensor(const AttentionParams& p, const void* data, const CacheSt
   return tensor;
 }
 
-// Tokens of K or V as rows: operands in boxes of 64 tokens x 128 bytes, codes in whole blocks.
+// Tokens of K or V as rows: 16-bit values in boxes of 64 tokens x 128 bytes, codes in whole blocks.
 ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStrides& strides,
-                     const void* packed, int64_t token_stride, int64_t head_stride,
+                     const void* ragged, int64_t token_stride, int64_t head_stride,
                      BlockPlanes* planes) {
   const auto size = static_cast<uint64_t>(SizeOf(KeyType(p)));
   const uint64_t row = size * static_cast<uint64_t>(p.head_dim);
@@ -86,7 +86,7 @@ ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStr
     tensor = PlaneTensor(p, paged, strides, planes);
     tensor.size[1] = kBlockSize;
   } else {
-    tensor.data = packed;
+    tensor.data = ragged;
     tensor.size[1] = static_cast<uint64_t>(p.ragged.num_tokens);
     tensor.size[2] = static_cast<uint64_t>(p.num_kv_heads);
     tensor.stride[0] = size * static_cast<uint64_t>(token_stride);

@@ -1,4 +1,4 @@
-// What NaN and infinite values and scales do to the outputs of the rows that see them.
+// Makes outputs NaN whose rows see values or scales that are NaN or infinite (see nan_scrub.cuh).
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
@@ -8,7 +8,7 @@
 
 namespace fastattn::cuda::wgmma_fp16 {
 
-// Which of `count` tokens from `first` on query h of the thread sees, a bit each.
+// A bit for each of `count` tokens from `first` on that query h of the thread sees.
 template <class C>
 __device__ __forceinline__ uint32_t SeenTokens(const Shared<C>& shared, int buffer, int h,
                                                int first, int count) {
@@ -18,7 +18,7 @@ __device__ __forceinline__ uint32_t SeenTokens(const Shared<C>& shared, int buff
   return static_cast<uint32_t>(((uint64_t{1} << end) - 1) & ~((uint64_t{1} << begin) - 1));
 }
 
-// Of 16 tokens of stage `at`, whose first key is `start`.
+// Does so for 16 tokens of stage `at`, whose first key is `start`.
 template <class C>
 __device__ __forceinline__ void SetGroupNanOutputs(const Shared<C>& shared, uint32_t at, int buffer,
                                                    int start, int group, float (&o)[C::kOut]) {
@@ -32,8 +32,8 @@ __device__ __forceinline__ void SetGroupNanOutputs(const Shared<C>& shared, uint
   }
 }
 
-// Sets the outputs of rows that see a value which is not finite (see NanScrubber); `found`: by
-// which side warps, a byte each.
+// Sets the outputs of rows that see a value which is not finite (see NanScrubber); `found`: a byte
+// for each helper warp that scrubs.
 template <class C>
 __device__ __forceinline__ void SetNanOutputs(const Shared<C>& shared, int found, uint32_t at,
                                               int buffer, int start, float (&o)[C::kOut]) {
@@ -42,12 +42,12 @@ __device__ __forceinline__ void SetNanOutputs(const Shared<C>& shared, int found
 #pragma unroll 1
   for (int group = 0; group < C::kKeys / 16; ++group) {
     if (found & 1) SetGroupNanOutputs(shared, at, buffer, start, group, o);
-    // The warps take turns: the first byte comes behind the last.
+    // The warps scrub one group each in turn: the first byte comes behind the last.
     found = __byte_perm(found, 0, kWarps == 3 ? 0x4021 : 0x4401);
   }
 }
 
-// The same for scales of V (see PerTokenScaleLoader).
+// Does the same for V's per-token scales (see PerTokenScaleLoader).
 template <class C>
 __device__ __forceinline__ void SetPoisonedOutputs(const Shared<C>& shared, uint32_t at, int buffer,
                                                    int start, float (&o)[C::kOut]) {

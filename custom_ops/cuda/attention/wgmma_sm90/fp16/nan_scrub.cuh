@@ -1,6 +1,7 @@
-// In steps that some query sees in part, a hidden token's value must not meet the product: 0 * NaN
-// is NaN. Values of unwritten tokens become 0. Those of written tokens that are not finite become 0
-// as well, and are listed for the consumers, which set the outputs of those rows that do see them.
+// NaN scrubbing. In KV tiles that some query sees only in part, the value of a masked key must not
+// enter the product: 0 * NaN is NaN. Values of unwritten tokens become 0. Those of written tokens
+// that are not finite become 0 as well, and are listed for the consumers, which set the outputs of
+// the rows that see them.
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
@@ -12,12 +13,12 @@ class NanScrubber {
  public:
   __device__ explicit NanScrubber(Shared<C>& shared) : shared_(shared), lane_(threadIdx.x % 32) {}
 
-  // A warp takes the groups of 16 tokens from `first` to `last` in steps of `step`. Returns whether
-  // there are values of written tokens that are not finite.
-  __device__ bool Scrub(int at, int written, int first, int last, int iteration) {
+  // A warp takes every `stride`-th group of 16 tokens from `first` to `last`. Returns whether
+  // values of written tokens are not finite.
+  __device__ bool Scrub(int at, int written, int first, int last, int stride) {
     bool bad = false;
 #pragma unroll 1
-    for (int group = first; group < last; group += iteration) {
+    for (int group = first; group < last; group += stride) {
 #pragma unroll 2
       for (int i = 0; i < C::kDim / 16; ++i) {
         if constexpr (C::kTokenMajorV) {
@@ -32,25 +33,25 @@ class NanScrubber {
     }
     if (!__any_sync(~0u, bad)) return false;
 #pragma unroll 1
-    for (int group = first; group < last; group += iteration) ListNonFinite(at, group);
+    for (int group = first; group < last; group += stride) ListNonFinite(at, group);
     return true;
   }
 
  private:
-  // In either half: 0xFFFF if it is no finite number.
+  // Sets 0xFFFF in either half that is no finite number.
   __device__ static uint32_t NonFinite(uint32_t pair) {
     constexpr uint32_t kExponent = C::kOperand == DType::kBFloat16 ? 0x7F807F80u : 0x7C007C00u;
     constexpr uint32_t kStep = C::kOperand == DType::kBFloat16 ? 0x00800080u : 0x04000400u;
     return (((pair & kExponent) + kStep) >> 15 & 0x00010001u) * 0xFFFFu;
   }
 
-  // Channels 8 * piece .. + 7 of a token.
+  // The piece with channels 8 * piece .. + 7 of a token.
   __device__ uint4* RowPiece(int at, int token, int piece) const {
     return reinterpret_cast<uint4*>(shared_.value[at] + (piece / 8 * C::kKeys + token) * C::kSlice +
                                     16 * ((piece ^ token) % 8));
   }
 
-  // Tokens 8 * eight .. + 7 of a channel.
+  // The piece with tokens 8 * eight .. + 7 of a channel.
   __device__ uint4* ChannelPiece(int at, int channel, int eight) const {
     return reinterpret_cast<uint4*>(shared_.value[at] +
                                     (eight / 8 * C::kDim + channel) * C::kSlice +
@@ -71,7 +72,7 @@ class NanScrubber {
     return count >= 2 ? ~0u : count == 1 ? 0xFFFFu : 0u;
   }
 
-  // A lane takes whole channels. Rare and slow.
+  // Lists them and makes them 0. A lane takes whole channels. This is rare and slow.
   __device__ void ListNonFinite(int at, int group) {
     __syncwarp();
 #pragma unroll 1

@@ -1,5 +1,6 @@
-// The producer warpgroup of operands: a warp finds tiles, another one loads keys and values with
-// the copy engine, and two see to it that no value of a hidden token can reach a result.
+// The producer warpgroup of 16-bit K and V: a warp finds work tiles, another one loads keys and
+// values with TMA, and two scrub NaNs out of V, so that no value of a masked key can reach a
+// result.
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/common/paired_tile_scheduler.cuh"
@@ -11,8 +12,8 @@
 
 namespace fastattn::cuda::wgmma_fp16 {
 
-// Finds tiles, a tile ahead of the others: a search takes longer than a step. Loads their queries,
-// which have one buffer, as soon as a consumer has read those of the tile before.
+// Finds work tiles, one ahead of the others: a search takes longer than an iteration. Loads their
+// queries, which have one buffer, as soon as a consumer has read those of the work tile before.
 template <class C>
 class TileFinder {
  public:
@@ -33,8 +34,8 @@ class TileFinder {
       if (found) {
         LookUpBlocks(p_, shared_, at, 0);
 #pragma unroll 1
-        for (int part = 0; part < C::kHelperWarps; ++part) {
-          FindFactors<C>(p_, shared_, *tile, at, part);
+        for (int share = 0; share < C::kHelperWarps; ++share) {
+          FindFactors<C>(p_, shared_, *tile, at, share);
         }
       } else if (lane_ == 0) {
         tile->kv_tiles = -1;
@@ -76,8 +77,8 @@ class TileFinder {
   const int lane_;
 };
 
-// Loads keys and values, without a break between tiles: the keys of a step ahead of the values of
-// the step before, as they are free, and needed, earlier.
+// Loads keys and values, without a break between work tiles: the keys of an iteration ahead of the
+// values of the one before, as their stages are free, and needed, earlier.
 template <class C>
 class KvLoader {
  public:
@@ -112,7 +113,7 @@ class KvLoader {
   }
 
  private:
-  // Where a step's blocks lie, and its flags.
+  // Where a KV tile's blocks lie, and its flags.
   struct KvTileCoordinates {
     int2 at[2];
     int flags;
@@ -169,7 +170,7 @@ class KvLoader {
   PipelineState<C::kValueStages> values_;
 };
 
-// Looks at the values of operands between copy and product.
+// Scrubs 16-bit values between copy and product.
 template <class C>
 class ScrubWarp {
  public:

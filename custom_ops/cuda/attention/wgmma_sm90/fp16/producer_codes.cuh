@@ -1,4 +1,4 @@
-// The loading warp of codes: finds tiles, and loads them with the copy engine. The other three
+// The loading warp of 8-bit K and V: finds work tiles, and loads them with TMA. The other three
 // warps of the producer warpgroup turn codes into operands (converter.cuh).
 #pragma once
 
@@ -34,12 +34,12 @@ class CodeLoader {
   }
 
  private:
-  // Behind it, the stages are full.
+  // After this iteration the stages are full.
   static constexpr int kSearchIteration = C::kKeyStages;
-  static constexpr int kShort = 32;  // steps of a tile
+  static constexpr int kShort = 32;  // KV tiles of a work tile
 
-  // Finds a tile and loads its queries, once those of the one before, in buffer `before`, have been
-  // read; -1: there is none. Returns false, with a tile that says so, if there are no more.
+  // Finds a work tile and loads its queries, once those of the one before, in buffer `before` (-1:
+  // there is none), have been read. Returns false, with a tile that says so, if there are no more.
   __device__ bool FindTile(PairedTileScheduler<C>& scheduler, int buffer, int before) {
     const int phase = shared_.empty_phase[buffer];
     Wait(&shared_.query_empty[buffer], phase);
@@ -47,7 +47,7 @@ class CodeLoader {
     if (lane_ == 0) shared_.empty_phase[buffer] = phase ^ 1;
     WorkTile* tile = &shared_.tile[buffer];
     const bool found = scheduler.Next(tile);
-    // The phase is the buffer's number: each tile is one.
+    // The phase is the buffer's number: each work tile is one phase.
     if (before >= 0) Wait(&shared_.query_read, before);
     if (lane_ == 0) {
       if (found) {
@@ -69,10 +69,10 @@ class CodeLoader {
     }
   }
 
-  // The keys of a step are loaded before the values of the step ahead of it: they are free, and
-  // needed, earlier. On the way the next tile is found, as a search takes longer than a step. Where
-  // tiles are short that comes last: consumers have an output to write. Returns whether there is
-  // one.
+  // Loads the keys of an iteration before the values of the one ahead of it: their stages are free,
+  // and needed, earlier. On the way it finds the next work tile, as a search takes longer than an
+  // iteration; where work tiles are short that comes last, since consumers have an output to write.
+  // Returns whether there is a next one.
   __device__ bool LoadTile(PairedTileScheduler<C>& scheduler, int buffer) {
     const volatile WorkTile& tile = shared_.tile[buffer];
     bool found = false;
@@ -120,7 +120,7 @@ class CodeLoader {
     }
   }
 
-  // Codes that are to be converted.
+  // Loads codes that are to be converted.
   __device__ void LoadCodes(int buffer, const CUtensorMap* map, const BlockPlanes& planes,
                             const KvTileBlocks& blocks) {
     const int at = code_stages_.Index();

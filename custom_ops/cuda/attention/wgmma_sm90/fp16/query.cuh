@@ -1,4 +1,4 @@
-// The left operand of the scores: 64 queries of a tile.
+// The left operand of the scores: 64 queries of a work tile.
 #pragma once
 
 #include "common/numeric.h"
@@ -17,7 +17,7 @@ namespace fastattn::cuda::wgmma_fp16 {
 // registers and instructions, which leaves nothing between two products.
 __device__ __forceinline__ uint32_t Uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
-// Two queries of 16 bits in fp32.
+// Two 16-bit elements of a query in fp32.
 template <DType kQuery>
 __device__ __forceinline__ void WidenPair(uint32_t pair, float* low, float* high) {
   if constexpr (kQuery == DType::kFloat16) {
@@ -48,7 +48,7 @@ class LargestMagnitude {
   uint32_t largest_ = 0;
 };
 
-// As they lie in shared memory.
+// Queries as they lie in shared memory.
 template <class C, bool kInRegisters = C::kQuantized>
 class Query {
  public:
@@ -61,7 +61,7 @@ class Query {
     return OperandDescriptor<128>(Uniform(address_));
   }
 
-  // s (+)= channels 16 k .. + 15 times keys.
+  // s (+)= the query's channels 16 k .. + 15 times those of the keys.
   template <bool kAdd>
   __device__ __forceinline__ void Multiply(float (&s)[C::kScores], int k, uint64_t operand,
                                            uint64_t keys) const {
@@ -73,8 +73,8 @@ class Query {
   uint32_t address_;
 };
 
-// In registers as fp16, each query times a power of two that brings its largest channel to
-// 2^9 .. 2^10: fp16 has more mantissa than bf16 and less range. The tile's factors make up for it.
+// Queries in registers as fp16, each times a power of two that brings its largest channel to 2^9 ..
+// 2^10: fp16 has more mantissa than bf16 and less range. The work tile's factors make up for it.
 template <class C>
 class Query<C, true> {
  public:
@@ -101,13 +101,14 @@ class Query<C, true> {
  private:
   static constexpr int kMmaSteps = C::kDim / 16;
 
-  // kChannels: K has scales of channels, which are multiplied to the queries.
+  // kChannels: K has per-channel scales, which multiply the queries.
   template <DType kQuery, bool kChannels>
   __device__ __forceinline__ void Take(Shared<C>& shared, int buffer, int group) {
     const int lane = Lane<true>(), row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     const uint32_t base = SharedAddress(shared.query + group * 64 * C::kRowBytes + row * C::kSlice);
     const float* scales = shared.key_channels[buffer] + 2 * (lane % 4);
-    // Both passes read them: registers are short while the tile before has products under way.
+    // Both passes read the words again: registers are short while the work tile before has products
+    // under way.
     const auto load = [&](int k, uint32_t* words) {
       const int chunk = (2 * (k % 4) + lane / 16) ^ (row % 8);
       LoadMatrices(base + k / 4 * 64 * C::kSlice + 16 * chunk, words);

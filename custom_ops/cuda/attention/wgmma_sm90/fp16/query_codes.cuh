@@ -1,7 +1,8 @@
 // Queries as two 8-bit codes each, so that K's codes are operands as they lie.
 //
-// A query times a power of two is high + low. e4m3: both are codes of the same unit; exact for
-// bf16, but for channels far below the largest. int8: `low` counts 1 / 128 of `high`.
+// A query times a power of two is high + low. e4m3: both are codes relative to the same power of
+// two; exact for bf16, but for channels far below the largest. int8: `low` counts 1 / 128 of
+// `high`.
 #pragma once
 
 #include "common/numeric.h"
@@ -30,7 +31,7 @@ class CodeQuery {
                                        int group) {
     KeepRegisters(high_);
     KeepRegisters(low_);
-    // Halves have too many bits for two e4m3 codes.
+    // fp16 queries have too many bits for two e4m3 codes.
     if constexpr (kIntegers) {
       const bool channels = C::kPerChannelScales && UsesKeyChannels(p);
       if (p.q_dtype == DType::kFloat16) {
@@ -44,7 +45,7 @@ class CodeQuery {
 
   // s = queries times 128 keys of e4m3. The products are under way on return.
   __device__ __forceinline__ void Multiply(float (&s)[C::kScores], uint64_t keys) const {
-    // The small sums first: a sum of FP8 products keeps 14 bits of the largest.
+    // The small sums come first: a sum of FP8 products keeps 14 bits of the largest.
     MultiplyRegisters<false>(s, low_, keys);
 #pragma unroll
     for (int k = 1; k < kMmaSteps; ++k) MultiplyRegisters<true>(s, low_ + 4 * k, keys + 2 * k);
@@ -52,9 +53,9 @@ class CodeQuery {
     for (int k = 0; k < kMmaSteps; ++k) MultiplyRegisters<true>(s, high_ + 4 * k, keys + 2 * k);
   }
 
-  // The same of int8, 64 keys in `first` and `second` each, in units of `high` and with kBias.
-  // One half's products run while the other's are shifted. `begin` waits for the turn at most of
-  // the products.
+  // Does the same with int8, 64 keys in `first` and `second` each, in units of `high` and with
+  // kBias. One half's products run while the other's are shifted. `begin` waits at the ping-pong
+  // barrier, ahead of most of the products.
   template <class Begin>
   __device__ __forceinline__ void Multiply(int32_t (&first)[32], int32_t (&second)[32],
                                            uint64_t keys, const Begin& begin) const {
@@ -86,13 +87,13 @@ class CodeQuery {
   // A mantissa that this carries over counts as the next power of two: `high` is at most 127.
   static constexpr uint32_t kCarry = kIntegers ? 1u << 16 | 1u << 10 : 0;
 
-  // kChannels: K has scales of channels, which are multiplied to the queries.
+  // kChannels: K has per-channel scales, which multiply the queries.
   template <DType kQuery, bool kChannels>
   __device__ __forceinline__ void Take(Shared<C>& shared, int buffer, int group) {
     const int lane = Lane<true>(), row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     const uint8_t* base = shared.query + group * 64 * C::kRowBytes + row * C::kSlice;
     const float* scales = shared.key_channels[buffer] + 4 * (lane % 4);
-    // Four channels. Rows h = 0 and 1 are eight apart, and swizzled alike.
+    // Loads four channels. Rows h = 0 and 1 are eight apart, and swizzled alike.
     const auto load = [&](int i) {
       const int sixteen = i / 2, h = i % 2, chunk = (2 * (sixteen % 4) + lane % 4 / 2) ^ (row % 8);
       return *reinterpret_cast<const uint2*>(base + sixteen / 4 * 64 * C::kSlice +
@@ -141,7 +142,7 @@ class CodeQuery {
     }
   }
 
-  // Powers of two for the thread's queries. The tile's factors make up for them.
+  // Finds powers of two for the thread's queries. The work tile's factors make up for them.
   __device__ __forceinline__ static void FindScales(Shared<C>& shared, int buffer,
                                                     float (&largest)[2], float (&scale)[2]) {
 #pragma unroll
@@ -155,7 +156,7 @@ class CodeQuery {
       if (threadIdx.x % 4 == 0) {
         float& factor = shared.factor[buffer][QueryIndex<true>(h)];
         factor *= __uint_as_float((exponent - kTop + kUnit) << 23);
-        if (factor == 0.0f) factor = 1e-30f;  // hidden scores are -inf, and -inf * 0 is NaN
+        if (factor == 0.0f) factor = 1e-30f;  // masked scores are -inf, and -inf * 0 is NaN
         if (!finite) factor = NAN;            // codes cannot say it
       }
     }
@@ -184,7 +185,7 @@ class CodeQuery {
     *high = *low = 0;
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      // fp16 holds bf16's bits here, codes, and their difference.
+      // fp16 holds here the bits of bf16, of codes, and of their difference.
       const uint32_t pair = PackPair<DType::kFloat16>(x[2 * w] * scale, x[2 * w + 1] * scale);
       const uint32_t codes = PackHalves(pair);
       uint32_t whole;
@@ -212,7 +213,8 @@ class CodeQuery {
     for (int k = 1; k < kMmaSteps; ++k) MultiplyInt8<true>(s, words + 4 * k, keys + 2 * k);
   }
 
-  // In units of `high`. |score| is less than 2^22: a step of fp32 is 1 with the bias.
+  // Brings scores to units of `high`. |score| is less than 2^22: with the bias, neighbouring fp32
+  // values differ by 1.
   __device__ __forceinline__ static void ShiftLow(int32_t (&s)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[i] = (s[i] >> 7) + kBias;

@@ -1,9 +1,10 @@
-// Token scales of V where a query may see a part of a step only.
+// V's per-token scales where a query may see only a part of a KV tile.
 //
-// Elsewhere the values of a step are multiplied with their scales before the products, in one unit
-// for all queries. In such a step one query's unit must not depend on what another one sees: the
-// values are multiplied with the mantissas of their scales alone, and the probabilities of a row
-// with the powers of two, over the largest one that the row sees.
+// Elsewhere a KV tile's values are multiplied with their scales before the products, relative to
+// one power of two for all queries. In such a KV tile what one query's output is relative to must
+// not depend on what another query sees: the values are multiplied with the mantissas of their
+// scales alone, and the probabilities of a row with the powers of two, over the largest one that
+// the row sees.
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
@@ -21,20 +22,20 @@ class RowVScales {
  public:
   __device__ __forceinline__ void Start() { own_ = false; }
 
-  // Whether the rows have units of their own. Their sums do not come from the products then.
+  // Whether each row has a V scale of its own. Their sums do not come from the products then.
   __device__ __forceinline__ bool Own() const { return C::kPerTokenScales && own_; }
 
-  // Whether a step needs Follow().
+  // Whether a KV tile needs Follow().
   __device__ __forceinline__ bool Change(const Shared<C>& shared, uint32_t slot) const {
     return own_ || IsOwn(shared, slot);
   }
 
-  // Of row h's output; `common`: where rows have none of their own.
+  // What row h's output is relative to; `common`: where rows have no scale of their own.
   __device__ __forceinline__ float VScale(int h, float common) const {
     return Own() ? v_scale_[h] : common;
   }
 
-  // Takes up a step whose probabilities are in `words`: `ratio` is what the outputs so far are
+  // Takes up a KV tile whose probabilities are in `words`: `ratio` is what the outputs so far are
   // multiplied with. No product is under way.
   __device__ __forceinline__ void Follow(const Shared<C>& shared, uint32_t slot, int buffer,
                                          int start, uint32_t (&words)[C::kScores / 2],
@@ -50,7 +51,7 @@ class RowVScales {
         v_scale = fmaxf(before, LargestSeen(shared, slot, buffer, start, h, before_lane));
         sums.AddRow(h, Scale(shared, slot, h, v_scale, words));
       }
-      // Finite: an output of 0 stays 0.
+      // The ratio is finite, so that an output of 0 stays 0.
       ratio[h] = fminf(before / v_scale, 0x1p127f);
       v_scale_[h] = v_scale;
     }
@@ -58,13 +59,13 @@ class RowVScales {
   }
 
  private:
-  // Read again where it is asked for: registers are short.
+  // The flag is read again where it is asked for: registers are short.
   __device__ __forceinline__ static bool IsOwn(const Shared<C>& shared, uint32_t slot) {
     const volatile float& common = shared.common_v_scale[slot];
     return __float_as_int(common) < 0;
   }
 
-  // A unit that no scale is needed for.
+  // No scale needs a smaller power of two.
   static constexpr int kLeastExponent = 61;
 
   // A thread's columns are two of every eight.
@@ -72,7 +73,7 @@ class RowVScales {
     return SharedAddress(shared.value_exponents[slot]) + 2 * (Lane<true>() % 4);
   }
 
-  // Two exponents. Volatile: all at once would take too many registers.
+  // Loads two exponents. Volatile, because all at once would take too many registers.
   __device__ __forceinline__ static int2 LoadPair(uint32_t address) {
     uint16_t pair;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(pair) : "r"(address));
@@ -108,7 +109,7 @@ class RowVScales {
     const int2 visible = shared.visible[buffer][QueryIndex<true>(h)];
     const int begin = visible.x - start, end = min(visible.y - start, C::kKeys);
     int largest = kLeastExponent;
-    if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window's first tokens lie in the step
+    if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window begins in the KV tile
       const uint32_t exponents = Exponents(shared, slot);
       const int first = 2 * (Lane<true>() % 4);
 #pragma unroll 1
@@ -141,7 +142,7 @@ class RowVScales {
       const float2 p = __half22float2(*reinterpret_cast<const __half2*>(&word));
       sum += p.x;
       sum += p.y;
-      // Those of hidden tokens may be above it.
+      // Exponents of masked keys may be above the top.
       const int2 pair = LoadPair(exponents + 8 * i);
       const int x = max(min(pair.x - top, 0), -126), y = max(min(pair.y - top, 0), -126);
       word = PackPair<DType::kFloat16>(p.x * __uint_as_float((127 + x) << 23),
