@@ -1,10 +1,10 @@
 // The attention kernel of every call that no wgmma_sm90 kernel takes: mma.sync, from sm_80 on.
 //
-// Work tile: kColumns = 8, 16 or 64 packed GQA columns, (query token, query head) pairs of one KV
-// head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all work tiles
-// lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what it has of
-// a work tile is a Segment. A work tile that lies in several CTAs leaves partial results, which
-// merge_partials.cu merges; in small calls the CTAs of a cluster join them at once
+// Work tile: kColumns = 8, 16 or 64 probabilities GQA columns, (query token, query head) pairs of
+// one KV head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all
+// work tiles lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what
+// it has of a work tile is a Segment. A work tile that lies in several CTAs leaves partial results,
+// which merge_partials.cu merges; in small calls the CTAs of a cluster join them at once
 // (cluster_join.cuh).
 //
 // Warps: 4, without roles. They form warp pipelines of one or two warps (traits.cuh): each takes
@@ -65,14 +65,14 @@ __device__ __forceinline__ KvTileMask MaskOf(const Segment& segment, int kv_tile
 template <typename Traits>
 __device__ __forceinline__ void PackProbabilities(
     const float (&scores)[Traits::kGroup][Traits::kTiles][4],
-    uint32_t (&packed)[Traits::kGroup][Traits::kTiles][2]) {
+    uint32_t (&probabilities)[Traits::kGroup][Traits::kTiles][2]) {
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        packed[m][n][half] = TransposeMatrix(
+        probabilities[m][n][half] = TransposeMatrix(
             PackPair<Traits::Format::kOperand>(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
       }
     }
@@ -146,9 +146,9 @@ __device__ __forceinline__ void Attend(const AttentionParams& p, uint32_t stage,
   if constexpr (Traits::kPerTokenScales) {
     ApplyValueScales<Traits>(p, stage, mask, first, scores, state);
   }
-  uint32_t packed[Traits::kGroup][Traits::kTiles][2];
-  PackProbabilities<Traits>(scores, packed);
-  Accumulate<Traits>(stage, first, packed, state);
+  uint32_t probabilities[Traits::kGroup][Traits::kTiles][2];
+  PackProbabilities<Traits>(scores, probabilities);
+  Accumulate<Traits>(stage, first, probabilities, state);
 }
 
 // The mainloop: the warp pipeline's KV tiles of a segment.
@@ -160,11 +160,11 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
                                             StageRing<Traits>* ring, TileState<Traits>* state) {
   const int kv_tile_end = segment.kv_tile_end;
   if constexpr (Traits::kPairsKv) {
-    const int steps =
+    const int iterations =
         (kv_tile_end - segment.kv_tile_begin + Traits::kPipelines - 1) / Traits::kPipelines;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      const int kv_tile = segment.kv_tile_begin + step * Traits::kPipelines + pipeline;
+    for (int iteration = 0; iteration < iterations; ++iteration) {
+      const int kv_tile = segment.kv_tile_begin + iteration * Traits::kPipelines + pipeline;
       const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, columns);
       WaitForCopies<0>();
       __syncthreads();

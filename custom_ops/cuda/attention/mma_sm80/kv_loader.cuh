@@ -7,6 +7,7 @@
 #include "cuda/attention/mma_sm80/mma.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/attention/shared/block_table.cuh"
 
 namespace fastattn::cuda {
 
@@ -109,10 +110,8 @@ class KvLoader {
     if constexpr (Traits::kPaged) {
       constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
       const int page = kv_tile_ / kKvTilesPerBlock;
-      const int64_t row = segment_->batch_idx;
-      block_ = page < p_.seqs.max_blocks
-                   ? __ldg(p_.seqs.block_tables + row * p_.seqs.max_blocks + page)
-                   : -1;
+      const int batch_idx = segment_->batch_idx;
+      block_ = page < p_.seqs.max_blocks ? __ldg(BlockEntry(p_, batch_idx, page)) : -1;
     }
   }
 
@@ -126,10 +125,10 @@ class KvLoader {
     const int row = Lane() / kRowPieces, chunk = Lane() % kRowPieces;
     const char* from =
         static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
-    const int64_t step = kRows * kBytes * strides.row;
+    const int64_t stride = kRows * kBytes * strides.row;
     const uint32_t to = stage + row * kRowBytes;
 #pragma unroll
-    for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += step) {
+    for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += stride) {
       const int piece = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
       CopyAsync16(to + piece * 16 + i * kRows * kRowBytes, from, policy_);
     }

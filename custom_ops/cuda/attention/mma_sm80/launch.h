@@ -1,4 +1,4 @@
-// Launches of the kernels of this folder, over some sequences of a step.
+// Launches of the kernels of this folder, over some sequences of a call.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ namespace fastattn::cuda {
 struct AttentionTask {
   bool split = false;
   bool clear_padding = false;      // also clears the tokens of no sequence
-  bool overlaps_previous = false;  // runs beside the kernel ahead of it: see pdl.cuh
+  bool overlaps_previous = false;  // runs while the kernel ahead of it does: see pdl.cuh
   bool keys_read_once = false;     // no two work tiles read the same keys
   int first_seq = 0;
   int num_seqs = 0;

@@ -1,5 +1,5 @@
 // Which work tiles, (sequence, KV head, tile of queries), and which of their keys a CTA works on:
-// found on the device, as no host knows the lengths of a step.
+// found on the device, as the host does not know the lengths.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +51,8 @@ __device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const Attent
 }
 
 // The work tiles of a task lie one behind the other on an axis of costs. A split work tile of n KV
-// tiles costs kWorkTileCost + n: what is in front stands for its work beside the keys. A whole work
-// tile costs one.
+// tiles costs kWorkTileCost + n: what is in front stands for its work apart from the keys. A whole
+// work tile costs one.
 inline constexpr uint32_t kWorkTileCost = 6;
 
 __device__ __forceinline__ uint32_t CostOf(const AttentionTask& task, const SeqWork& work) {
@@ -265,7 +265,7 @@ __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
       begin.cost < end.cost ? end.work_tile + end.inside - begin.work_tile : 0;
   schedule.first_seq = begin.seq;
   schedule.last_seq = end.seq;
-  // More cost than can be counted comes from lengths that no step has.
+  // More cost than can be counted comes from lengths that no call has.
   if (sum_before.x >= kMost) schedule.num_work_tiles = 0;
   return schedule;
 }

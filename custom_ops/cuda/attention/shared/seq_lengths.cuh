@@ -1,10 +1,10 @@
 // Lengths of a sequence, cut to the tensors: nothing that the metadata says is trusted.
 //
 // One rule with two forms, which differ in their bounds and in the order of their loads: each is
-// part of the measured machine code of its kernels. mma_sm80 (and what runs beside it) bounds all
-// keys of a sequence by 2^30 and loads through the read-only cache; wgmma_sm90 bounds the cached
-// keys by 2^29. Ragged keys need no bound of their own there, as the launcher refuses more tokens
-// than an int holds.
+// part of the measured machine code of its kernels. mma_sm80 (and the clearing of padding) bounds
+// all keys of a sequence by 2^30 and loads through the read-only cache; wgmma_sm90 bounds the
+// cached keys by 2^29. Ragged keys need no bound of their own there, as the launcher refuses more
+// tokens than an int holds.
 #pragma once
 
 #include <cstdint>

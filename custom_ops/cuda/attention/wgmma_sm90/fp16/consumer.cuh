@@ -426,12 +426,13 @@ class Consumer {
 
   // Finds the largest score of either row, and the shift below it.
   __device__ __forceinline__ void FindLargest(float (&largest)[2], float (&wanted)[2]) const {
-    float part[4];
+    float largest_of[4];
 #pragma unroll
-    for (int i = 0; i < C::kScores; ++i) part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
+    for (int i = 0; i < C::kScores; ++i)
+      largest_of[i % 4] = i < 4 ? s_[i] : MaxNaN(largest_of[i % 4], s_[i]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
+      largest[h] = MaxNaN(largest_of[2 * h], largest_of[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
       wanted[h] = fmaf(largest[h], factor_[h], -kLogPeak);

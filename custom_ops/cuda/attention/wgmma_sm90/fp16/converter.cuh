@@ -91,29 +91,29 @@ class Converter {
     static_assert(C::kKeyCodeOperands || C::kKeyStages == C::kValueStages);
     PackedPipelineState<C::kKeyStages> keys{values_.count};
     if (iteration > 0) keys.Advance();
-    const int at = keys.Index(), slot = code_stages_.Index();
-    Wait(&shared_.codes_full[slot], code_stages_.Phase());
+    const int at = keys.Index(), code_stage = code_stages_.Index();
+    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
     Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
-    ConvertRows<F>(shared_.codes[slot], shared_.key[at]);
-    if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.code_flags[slot];
-    Finish(slot, &shared_.key_full[at]);
+    ConvertRows<F>(shared_.codes[code_stage], shared_.key[at]);
+    if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.code_flags[code_stage];
+    Finish(code_stage, &shared_.key_full[at]);
   }
 
   template <class F>
   __device__ __forceinline__ void ConvertValues(int iteration) {
-    const int at = values_.Index(), slot = code_stages_.Index();
-    Wait(&shared_.codes_full[slot], code_stages_.Phase());
+    const int at = values_.Index(), code_stage = code_stages_.Index();
+    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
     Wait(&shared_.value_empty[at], values_.Phase() ^ 1);
     if constexpr (C::kPerTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
     if constexpr (C::kTokenMajorV) {
-      ConvertRows<F>(shared_.codes[slot], shared_.value[at]);
+      ConvertRows<F>(shared_.codes[code_stage], shared_.value[at]);
     } else {
-      ConvertChannels<F>(shared_.codes[slot], shared_.value[at]);
+      ConvertChannels<F>(shared_.codes[code_stage], shared_.value[at]);
     }
     bool found = false;
     // Every int8 code is finite.
     if constexpr (!std::is_same_v<F, Format<DType::kInt8>>) {
-      if (shared_.code_flags[slot] & kNeedsScrub) {
+      if (shared_.code_flags[code_stage] & kNeedsScrub) {
         // Other warps scrub the values than converted them.
         SyncNamed<32 * C::kHelperWarps>(kNamedBarrier);
         NanScrubber<C> scrubber(shared_);
@@ -122,7 +122,7 @@ class Converter {
       }
     }
     if (lane_ == 0) shared_.nan_found[at][warp_] = found;
-    Finish(slot, &shared_.value_ready[at]);
+    Finish(code_stage, &shared_.value_ready[at]);
     values_.Advance();
     if constexpr (C::kPerTokenScales) {
       if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.Index()]);
@@ -131,12 +131,12 @@ class Converter {
   }
 
   // Hands the operands over, and the codes' stage back.
-  __device__ __forceinline__ void Finish(int slot, uint64_t* full) {
+  __device__ __forceinline__ void Finish(int code_stage, uint64_t* full) {
     FenceAsyncProxy();
     __syncwarp();
     if (ArrivesForWarp(lane_)) {
       Arrive(full);
-      Arrive(&shared_.codes_empty[slot]);
+      Arrive(&shared_.codes_empty[code_stage]);
     }
     code_stages_.Advance();
   }

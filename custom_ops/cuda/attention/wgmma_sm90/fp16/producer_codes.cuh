@@ -138,8 +138,8 @@ class CodeLoader {
     ArriveExpect(barrier, C::kKeys * C::kDim);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int2 place = BlockCoordinates(p_, planes, shared_.tile[buffer], blocks.id[i]);
-      CopyBox(map, target + i * kBlockSize * C::kDim, barrier, 0, place.x, place.y);
+      const int2 origin = BlockCoordinates(p_, planes, shared_.tile[buffer], blocks.id[i]);
+      CopyBox(map, target + i * kBlockSize * C::kDim, barrier, 0, origin.x, origin.y);
     }
   }
 
