@@ -94,10 +94,10 @@ FAMILIES = (
         folder="cuda/attention/mma_sm80",
         launcher="LaunchAttentionVariant",
         takes="const AttentionParams&, const AttentionTask&, int, cudaStream_t",
-        declared="cuda/attention/launch.h",
+        declared="launch.h",
         defined="kernel.cuh",
         columns={
-            **{"element": "DType", "head_dim": "int", "paged": "bool", "token_scales": "bool"},
+            **{"element": "DType", "head_dim": "int", "paged": "bool", "per_token_scales": "bool"},
             **{"columns": "int"},
         },
         together="columns",
@@ -113,7 +113,7 @@ FAMILIES = (
         takes="const Arguments&, cudaStream_t",
         declared="variant.h",
         defined="kernel.cuh",
-        columns={"head_dim": "int", "token_scales": "bool", "softcap": "bool", "code": "DType"},
+        columns={"head_dim": "int", "per_token_scales": "bool", "softcap": "bool", "code": "DType"},
         rows=(
             (HEAD_DIMS, False, EITHER, FP8),
             (HEAD_DIMS, True, EITHER, "kE4M3"),
@@ -126,11 +126,11 @@ FAMILIES = (
         takes="const Arguments&, cudaStream_t",
         declared="variant.h",
         defined="kernel.cuh",
-        columns={"operand": "DType", "head_dim": "int", "source": "Source", "token_scales": "bool"},
+        columns={"operand": "DType", "head_dim": "int", "source": "Source", "per_token_scales": "bool"},
         rows=(
-            (HALF, HEAD_DIMS, "kOperands", False),
-            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kCodeRows", False),
-            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kCodes", EITHER),
+            (HALF, HEAD_DIMS, "k16Bit", False),
+            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kRaggedCodes", False),
+            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kPagedCodes", EITHER),
         ),
     ),
     Family(

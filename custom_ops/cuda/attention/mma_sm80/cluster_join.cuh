@@ -1,10 +1,10 @@
-// How the CTAs of a cluster, which share an item, join what each has of it: through each other's
-// shared memory, so that no second kernel is needed.
+// How the CTAs of a cluster, which share a work tile, join their partial results: through each
+// other's shared memory, so that no second kernel is needed.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/attention/mma_sm80/finish.cuh"
+#include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
@@ -14,15 +14,15 @@
 
 namespace fastattn::cuda {
 
-// Joins the parts at the start of each CTA's shared memory, in the order of their ranks. Every CTA
-// writes some of the output. Behind it, shared memory may be overwritten.
+// Joins the partial results at the start of each CTA's shared memory, in the order of their ranks.
+// Every CTA writes some of the output. Afterwards, shared memory may be overwritten.
 template <typename Traits>
 __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const AttentionTask& task,
                                             const Segment& segment, const char* shared) {
   constexpr int kQuads = Traits::kHeadDim / 4;
-  constexpr int kBatch = 8;  // parts that are loaded together
+  constexpr int kBatch = 8;  // partial results that are loaded together
   const ColumnInfo* infos = reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset);
-  const uint32_t part = SharedAddress(shared);
+  const uint32_t partial = SharedAddress(shared);
   const int cluster = task.cluster;
   const int each = Traits::kColumns * kQuads / cluster;
   const int begin = static_cast<int>(ClusterRank()) * each;
@@ -42,7 +42,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
         float2 states[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-          const uint32_t from = AddressInCluster(min(first + b, cluster - 1), part);
+          const uint32_t from = AddressInCluster(min(first + b, cluster - 1), partial);
           outs[b] = LoadCluster16(from + index * 16);
           states[b] = LoadCluster8(from + Traits::kColumns * Traits::kHeadDim * 4 + column * 8);
         }

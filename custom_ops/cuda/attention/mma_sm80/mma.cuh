@@ -59,12 +59,13 @@ __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t elements) {
   return v;
 }
 
-// What the L2 cache does with lines that are read: those of `once` make room for others first.
-__device__ __forceinline__ uint64_t CachePolicy(bool once) {
+// What the L2 cache does with lines that are read: those of keys that are read once make room for
+// others first.
+__device__ __forceinline__ uint64_t CachePolicy(bool keys_read_once) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
-  return once ? first : normal;
+  return keys_read_once ? first : normal;
 }
 
 // Copies 16 bytes to shared memory without registers; with `bytes` = 0 it writes zeros instead.
@@ -88,7 +89,7 @@ __device__ __forceinline__ void WaitForCopies() {
 
 // Brings a kernel's parameters into the constant cache while it waits for the kernel before it.
 template <typename T>
-__device__ __forceinline__ void TouchParameters(const T& parameters) {
+__device__ __forceinline__ void PrefetchParameters(const T& parameters) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(&parameters);
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T) / 4); i += 16) {

@@ -1,5 +1,5 @@
-// Loads a tile of queries as 16-bit operands, with the factor that turns a product with K's codes
-// into a score.
+// Loads a work tile's queries as 16-bit operands, with the factor that turns a product with K's
+// codes into a score.
 #pragma once
 
 #include <cstdint>
@@ -8,70 +8,72 @@
 #include "cuda/attention/mma_sm80/mma.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/attention/shared/normaliser.cuh"
+#include "cuda/attention/shared/scales.cuh"
 #include "cuda/common/convert.cuh"
 
 namespace fastattn::cuda {
 
-inline constexpr float kLog2E = 1.44269504f;
-
-// Scale of K that is constant over a cache's blocks and channels.
+// A scale of K that is constant over a cache's blocks and a head's channels.
 template <typename Traits>
 __device__ __forceinline__ float KeyScale(const AttentionParams& p, int kv_head) {
-  if constexpr (Traits::kCodes && Traits::kPaged && !Traits::kTokenScales) {
-    const ScaleGranularity granularity = p.cache.k_granularity;
+  if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kPerTokenScales) {
+    const PagedCache& cache = p.cache;
+    const ScaleGranularity granularity = cache.k_granularity;
     if (granularity != ScaleGranularity::kChannel) {
-      return LoadScale(p.cache.k_scales, p.cache.scale_dtype,
-                       granularity == ScaleGranularity::kHead ? kv_head : 0);
+      return LoadHeadScale(cache, cache.k_scales, granularity == ScaleGranularity::kHead, kv_head);
     }
   }
   return 1.0f;
 }
 
-// Scale of V that is constant over a row's keys and channels.
-__device__ __forceinline__ float ValueScale(const AttentionParams& p, int row, int kv_head) {
+// A scale of V that is constant over a sequence's keys and a head's channels.
+__device__ __forceinline__ float ValueScale(const AttentionParams& p, int batch_idx, int kv_head) {
   if (p.paged) {
     const PagedCache& cache = p.cache;
     if (cache.v_granularity == ScaleGranularity::kChannel || !IsQuantized(cache.type) ||
         IsDynamic(cache.type)) {
       return 1.0f;
     }
-    return LoadScale(cache.v_scales, cache.scale_dtype,
-                     cache.v_granularity == ScaleGranularity::kHead ? kv_head : 0);
+    return LoadHeadScale(cache, cache.v_scales, cache.v_granularity == ScaleGranularity::kHead,
+                         kv_head);
   }
   const Descale& scale = p.ragged.v_descale;
   if (scale.data == nullptr) return 1.0f;
-  return LoadScale(scale.data, scale.dtype, scale.Index(0, row, kv_head, 0));
+  return LoadScale(scale.data, scale.dtype, scale.Index(0, batch_idx, kv_head, 0));
 }
 
-// What the product of query and key codes is multiplied by, but for scales of single keys.
+// What the product of a query and K's codes is multiplied with, per-token scales of K left out.
 template <typename Traits>
-__device__ __forceinline__ float ScoreFactor(const AttentionParams& p, int row, int token,
+__device__ __forceinline__ float ScoreFactor(const AttentionParams& p, int batch_idx, int token,
                                              int kv_head, int head, float key_scale) {
   float factor = p.softmax_scale * key_scale;
   const Descale& q = p.q_descale;
-  if (q.data != nullptr) factor *= LoadScale(q.data, q.dtype, q.Index(token, row, kv_head, head));
-  if constexpr (Traits::kCodes && !Traits::kPaged) {
+  if (q.data != nullptr)
+    factor *= LoadScale(q.data, q.dtype, q.Index(token, batch_idx, kv_head, head));
+  if constexpr (Traits::kQuantized && !Traits::kPaged) {
     if (p.ragged.k_descale.data != nullptr) {
       const Descale& k = p.ragged.k_descale;
-      factor *= LoadScale(k.data, k.dtype, k.Index(token, row, kv_head, head));
+      factor *= LoadScale(k.data, k.dtype, k.Index(token, batch_idx, kv_head, head));
     }
   }
   return factor;
 }
 
-// A (query token, head) pair of a tile; pairs behind the row's last one are not valid.
+// Packed GQA: a column of a work tile is a (query token, head) pair. Pairs behind the sequence's
+// last one are not valid.
 struct Column {
   bool valid;
   int token;
   int head;
 };
 
-__device__ __forceinline__ Column ColumnOf(const AttentionTask& task, const RowShape& row,
+__device__ __forceinline__ Column ColumnOf(const AttentionTask& task, const SeqShape& seq,
                                            int kv_head, int pair) {
   const int index = pair / task.group;
   Column column;
-  column.valid = index < row.q_len;
-  column.token = row.q_begin + index;
+  column.valid = index < seq.q_len;
+  column.token = seq.q_begin + index;
   column.head = kv_head * task.group + pair - index * task.group;
   return column;
 }
@@ -113,7 +115,7 @@ __device__ __forceinline__ void RawToFloat(const uint2& raw, DType dtype, float 
 template <typename Traits>
 struct QueryTile {
   static constexpr int kKept = Traits::kQueryInRegisters ? Traits::kTiles : 1;
-  uint32_t words[kKept][Traits::kSteps][2];
+  uint32_t words[kKept][Traits::kMmaSteps][2];
   uint32_t shared;  // a lane's words of tile n and step s
 
   // From shared memory to registers, if they live there.
@@ -122,8 +124,8 @@ struct QueryTile {
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
-        for (int s = 0; s < Traits::kSteps; ++s) {
-          const uint2 pair = LoadShared8(shared + (n * Traits::kSteps + s) * 256);
+        for (int s = 0; s < Traits::kMmaSteps; ++s) {
+          const uint2 pair = LoadShared8(shared + (n * Traits::kMmaSteps + s) * 256);
           words[n][s][0] = pair.x, words[n][s][1] = pair.y;
         }
       }
@@ -134,7 +136,7 @@ struct QueryTile {
     if constexpr (Traits::kQueryInRegisters) {
       return make_uint2(words[n][s][0], words[n][s][1]);
     } else {
-      return LoadShared8(shared + (n * Traits::kSteps + s) * 256);
+      return LoadShared8(shared + (n * Traits::kMmaSteps + s) * 256);
     }
   }
 };
@@ -149,9 +151,9 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   info.score_factor = 0.0f;
   info.out = -1;
   if (!column.valid) return info;
-  info.score_factor =
-      ScoreFactor<Traits>(p, segment.row, column.token, segment.head, column.head, key_scale) *
-      kLog2E;
+  info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, column.token, segment.head,
+                                          column.head, key_scale) *
+                      kLog2E;
   info.keys = VisibleKeys(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
@@ -162,7 +164,7 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   return info;
 }
 
-// A thread's loads of a tile's queries: lanes share a column's channels, four each. A cluster
+// A thread's loads of a work tile's queries: lanes share a column's channels, four each. A cluster
 // starts them ahead of its first keys, behind which they would wait.
 template <typename Traits>
 struct QueryLoads {
@@ -194,12 +196,12 @@ struct QueryLoads {
     StartBatch(p, task, segment, 0);
     if (threadIdx.x < Traits::kColumns) {
       key_scale = KeyScale<Traits>(p, segment.head);
-      value_scale = ValueScale(p, segment.row, segment.head);
+      value_scale = ValueScale(p, segment.batch_idx, segment.head);
     }
   }
 };
 
-// Fills the tile's queries and column infos in shared memory, the first batch from `loads`.
+// Writes the work tile's queries and column infos to shared memory, the first batch from `loads`.
 template <typename Traits>
 __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const AttentionTask& task,
                                              const Segment& segment, QueryLoads<Traits>* loads,
@@ -228,7 +230,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
       float x[4];
       RawToFloat(loads->raw[b], p.q_dtype, x);
-      if constexpr (Traits::kCodes && Traits::kPaged && !Traits::kTokenScales) {
+      if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kPerTokenScales) {
         if (p.cache.k_granularity == ScaleGranularity::kChannel) {
           const int64_t first = static_cast<int64_t>(segment.head) * Traits::kHeadDim + 4 * quad;
 #pragma unroll
@@ -237,7 +239,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
           }
         }
       }
-      if constexpr (Traits::kCodes) {
+      if constexpr (Traits::kQuantized) {
         // fp16 has more mantissa than bf16 and less range: bring the largest channel to
         // 2^9 .. 2^10.
         float mine = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
@@ -261,7 +263,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       constexpr DType kOperand = Traits::Format::kOperand;
       const int lane = c % 8 * 4 + step.x;
       *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
-                                ((c / 8 * Traits::kSteps + step.y) * 32 + lane) * 8) =
+                                ((c / 8 * Traits::kMmaSteps + step.y) * 32 + lane) * 8) =
           make_uint2(PackPair<kOperand>(x[0], x[1]), PackPair<kOperand>(x[2], x[3]));
     }
   }

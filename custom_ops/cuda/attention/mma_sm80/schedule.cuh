@@ -1,46 +1,16 @@
-// Which (row, KV head, tile of queries) and which of its keys a CTA works on, found on the device.
+// Which work tiles, (sequence, KV head, tile of queries), and which of their keys a CTA works on:
+// found on the device, as the host does not know the lengths.
 #pragma once
 
 #include <cstdint>
 
 #include "common/types.h"
-#include "cuda/attention/launch.h"
+#include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/shared/seq_lengths.cuh"
+#include "cuda/attention/shared/visible_keys.cuh"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
-
-// Positions stay below this, so that a window may be added to one.
-inline constexpr int kMaxKeys = 1 << 30;
-
-// Lengths of a row, cut to the tensors: nothing that the metadata says is trusted.
-struct RowShape {
-  int q_begin;      // first token of the row in q
-  int q_len;        // its new tokens
-  int k_len;        // its keys, the new tokens' included
-  int k_limit;      // keys that can be addressed
-  int64_t k_begin;  // packed: first key
-};
-
-__device__ __forceinline__ RowShape LoadRowShape(const AttentionParams& p, int b) {
-  RowShape row;
-  const SeqMeta& seqs = p.seqs;
-  const int q_begin = __ldg(seqs.cu_seqlens_q + b), q_end = __ldg(seqs.cu_seqlens_q + b + 1);
-  row.q_begin = min(max(q_begin, 0), seqs.num_tokens);
-  row.q_len = min(max(q_end, row.q_begin), seqs.num_tokens) - row.q_begin;
-  if (p.paged) {
-    row.q_len = min(max(__ldg(seqs.seq_lens_this_time + b), 0), row.q_len);
-    row.k_len = min(max(__ldg(seqs.seq_lens_decoder + b), 0), kMaxKeys - row.q_len) + row.q_len;
-    row.k_limit = min(row.k_len, min(seqs.max_blocks, kMaxKeys / kBlockSize) * kBlockSize);
-    row.k_begin = 0;
-  } else {
-    const int last = static_cast<int>(min(p.ragged.num_tokens, static_cast<int64_t>(kMaxKeys)));
-    const int k_begin = min(max(__ldg(p.ragged.cu_seqlens_k + b), 0), last);
-    row.k_len = min(max(__ldg(p.ragged.cu_seqlens_k + b + 1), k_begin), last) - k_begin;
-    row.k_limit = row.k_len;
-    row.k_begin = k_begin;
-  }
-  return row;
-}
 
 // Keys [begin, end).
 struct KeyRange {
@@ -48,70 +18,69 @@ struct KeyRange {
   int end;
 };
 
-// Keys that query `index` of a row sees by causal mask and window.
-__device__ __forceinline__ KeyRange VisibleKeys(const AttentionParams& p, const RowShape& row,
+// Keys that query `index` of a sequence sees, mask_offsets apart.
+__device__ __forceinline__ KeyRange VisibleKeys(const AttentionParams& p, const SeqShape& seq,
                                                 int index) {
-  const int position = index + row.k_len - row.q_len;
-  KeyRange keys{0, row.k_limit};
-  if (p.causal) keys.end = min(keys.end, position + 1);
-  if (p.window_right >= 0) {
-    keys.end = min(keys.end, position + 1 + min(p.window_right, kMaxKeys - 1));
-  }
-  if (p.window_left >= 0) keys.begin = max(keys.begin, position - min(p.window_left, kMaxKeys));
+  const int position = index + seq.k_len - seq.q_len;
+  KeyRange keys{0, seq.k_limit};
+  keys.end = VisibleEnd<Sm80Bounds>(p, position, keys.end);
+  keys.begin = VisibleBegin<Sm80Bounds>(p, position, keys.begin);
   keys.end = max(keys.end, 0);
   keys.begin = min(keys.begin, keys.end);
   return keys;
 }
 
-// Work of a row: `tiles` tiles of queries for each KV head, each over the units [first, first +
-// units) of the row's keys. A tile may see fewer of them.
-struct RowWork {
+// Work of a sequence: `tiles` work tiles for each KV head, each over the KV tiles [first, first +
+// kv_tiles) of the sequence's keys. A work tile may see fewer of them.
+struct SeqWork {
   int tiles;
   int first;
-  int units;
+  int kv_tiles;
 };
 
-template <int kColumns, int kUnit>
-__device__ __forceinline__ RowWork WorkOf(const AttentionParams& p, const AttentionTask& task,
-                                          const RowShape& row) {
-  const int pairs = row.q_len * task.group;
+template <int kColumns, int kKvTile>
+__device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const AttentionTask& task,
+                                          const SeqShape& seq) {
+  const int pairs = seq.q_len * task.group;
   if (pairs == 0 || pairs < task.min_pairs || pairs > task.max_pairs) return {0, 0, 0};
-  const int first = VisibleKeys(p, row, 0).begin / kUnit;
-  const int end = VisibleKeys(p, row, row.q_len - 1).end;
-  // A row that sees nothing still has its output to write.
-  const int units = max((end + kUnit - 1) / kUnit - first, 1);
-  return {(pairs + kColumns - 1) / kColumns, first, units};
+  const int first = VisibleKeys(p, seq, 0).begin / kKvTile;
+  const int end = VisibleKeys(p, seq, seq.q_len - 1).end;
+  // A sequence that sees nothing still has its output to write.
+  const int kv_tiles = max((end + kKvTile - 1) / kKvTile - first, 1);
+  return {(pairs + kColumns - 1) / kColumns, first, kv_tiles};
 }
 
-// The work of a task in one row of places. A split item of n units has kItemCost + n of them: those
-// in front stand for what an item costs beside its keys. A whole item has one.
-inline constexpr uint32_t kItemCost = 6;
+// The work tiles of a task lie one behind the other on an axis of costs. A split work tile of n KV
+// tiles costs kWorkTileCost + n: what is in front stands for its work apart from the keys. A whole
+// work tile costs one.
+inline constexpr uint32_t kWorkTileCost = 6;
 
-__device__ __forceinline__ uint32_t PlacesOf(const AttentionTask& task, const RowWork& work) {
-  return task.split ? work.units + kItemCost : 1;
+__device__ __forceinline__ uint32_t CostOf(const AttentionTask& task, const SeqWork& work) {
+  return task.split ? work.kv_tiles + kWorkTileCost : 1;
 }
 
-// The places and the items before each row of the task, in shared memory, and the CTA's share.
+// The cost and the work tiles before each sequence of the task, in shared memory, and the CTA's
+// share.
 struct Schedule {
-  const uint2* before;  // [rows + 1]: places, items
-  uint32_t begin;       // places; a share never begins or ends inside an item's cost
+  const uint2* before;  // [num_seqs + 1]: cost, work tiles
+  uint32_t begin;       // cost; a share never begins or ends inside a kWorkTileCost
   uint32_t end;
-  uint32_t share;       // of every CTA but the last, before that rule
-  uint32_t first_item;  // of the CTA
-  uint32_t num_items;
-  int first_row;  // that hold them
-  int last_row;
+  uint32_t share;            // of every CTA but the last, before that rule
+  uint32_t first_work_tile;  // of the CTA
+  uint32_t num_work_tiles;
+  int first_seq;  // that hold them
+  int last_seq;
 };
 
-// Row of the task that holds a place: the last one that begins at or before it. All lanes of a warp
-// take part: 2 rounds for up to 1024 rows.
-__device__ __forceinline__ int RowAt(const uint2* before, int num_rows, uint32_t place) {
+// Sequence of the task that holds a point of the cost axis: the last one that begins at or before
+// it. All lanes of a warp take part: 2 rounds for up to 1024 sequences.
+__device__ __forceinline__ int SeqAt(const uint2* before, int num_seqs, uint32_t cost) {
   const int lane = threadIdx.x % 32;
-  int low = 0, size = num_rows;
+  int low = 0, size = num_seqs;
   while (size > 1) {
     const int step = (size + 31) / 32;
     const int candidate = lane * step;
-    const bool begins = candidate < size && before[low + candidate].x <= place;
+    const bool begins = candidate < size && before[low + candidate].x <= cost;
     const int last = 31 - __clz(__ballot_sync(0xFFFFFFFFu, begins));
     low += last * step;
     size = min(step, size - last * step);
@@ -119,127 +88,131 @@ __device__ __forceinline__ int RowAt(const uint2* before, int num_rows, uint32_t
   return low;
 }
 
-// One item (row, KV head, tile of queries), or a part of it, as a CTA works on it.
+// A work tile, or the split of its keys that a CTA works on.
 struct alignas(16) Segment {
-  RowShape shape;
-  int row;  // of the step
+  SeqShape shape;
+  int batch_idx;
   int head;
   int tile;
-  int unit_begin;  // units of keys, those that the tile cannot see left out
-  int unit_end;
-  KeyRange full;    // keys that all columns see
-  KeyRange any;     // keys that any column may see
-  int divided;      // columns differ in what they see
-  int begins_item;  // no other CTA has the item's units before these, or after them
-  int ends_item;
-  int parts;  // CTAs that share an item which begins here and does not end, else 0
+  int kv_tile_begin;  // KV tiles, without those that the work tile cannot see
+  int kv_tile_end;
+  KeyRange seen_by_all;  // keys that all columns see
+  KeyRange seen_by_any;  // keys that any column may see
+  int columns_differ;    // in what they see
+  int begins_work_tile;  // no other CTA has KV tiles before these, or after them
+  int ends_work_tile;
+  int num_splits;  // CTAs that share a work tile which begins here and does not end, else 0
 
-  __device__ __forceinline__ bool Whole() const { return begins_item && ends_item; }
+  __device__ __forceinline__ bool Whole() const { return begins_work_tile && ends_work_tile; }
 };
 
-// What the columns of a tile see.
+// Sets what the columns of a work tile see.
 template <int kColumns>
-__device__ __forceinline__ void SetSight(const AttentionParams& p, const AttentionTask& task,
-                                         Segment* s) {
+__device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const AttentionTask& task,
+                                               Segment* s) {
   const int first = s->tile * kColumns / task.group;
   const int last = min((s->tile * kColumns + kColumns - 1) / task.group, s->shape.q_len - 1);
   const KeyRange low = VisibleKeys(p, s->shape, first), high = VisibleKeys(p, s->shape, last);
-  s->any = {min(low.begin, high.end), high.end};
-  s->full = {high.begin, low.end};
-  if (p.mask_offsets != nullptr) s->full = {0, 0};
-  s->divided = first != last || p.mask_offsets != nullptr;
+  s->seen_by_any = {min(low.begin, high.end), high.end};
+  s->seen_by_all = {high.begin, low.end};
+  if (p.mask_offsets != nullptr) s->seen_by_all = {0, 0};
+  s->columns_differ = first != last || p.mask_offsets != nullptr;
 }
 
-// The CTA's segment of an item.
-template <int kColumns, int kUnit>
+// The CTA's segment of a work tile.
+template <int kColumns, int kKvTile>
 __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const AttentionTask& task,
-                                               const Schedule& schedule, uint32_t item) {
-  int row = schedule.first_row;
-  while (row < schedule.last_row && schedule.before[row + 1].y <= item) ++row;
+                                               const Schedule& schedule, uint32_t work_tile) {
+  int seq = schedule.first_seq;
+  while (seq < schedule.last_seq && schedule.before[seq + 1].y <= work_tile) ++seq;
   Segment s;
-  s.row = task.first_row + row;
-  s.shape = LoadRowShape(p, s.row);
-  const RowWork work = WorkOf<kColumns, kUnit>(p, task, s.shape);
-  const uint2 before = schedule.before[row];
-  const uint32_t length = PlacesOf(task, work);
-  const uint32_t index = item - before.y;
-  const uint32_t place = before.x + index * length;
-  const uint32_t begin = max(place, schedule.begin) - place;
-  const uint32_t end = min(place + length, schedule.end) - place;
+  s.batch_idx = task.first_seq + seq;
+  s.shape = LoadSeqShape(p, s.batch_idx);
+  const SeqWork work = WorkOf<kColumns, kKvTile>(p, task, s.shape);
+  const uint2 before = schedule.before[seq];
+  const uint32_t length = CostOf(task, work);
+  const uint32_t index = work_tile - before.y;
+  const uint32_t cost = before.x + index * length;
+  const uint32_t begin = max(cost, schedule.begin) - cost;
+  const uint32_t end = min(cost + length, schedule.end) - cost;
   s.head = index / work.tiles;
   s.tile = index - s.head * work.tiles;
-  if (!task.split) s.tile = work.tiles - 1 - s.tile;  // a causal row's longest tiles first
-  s.begins_item = begin == 0;
-  s.ends_item = end == length;
-  // CTA i begins at i * share, or a little before, where that lies in an item's cost.
-  s.parts =
-      s.begins_item && !s.ends_item ? (place + length - 1) / schedule.share - blockIdx.x + 1 : 0;
-  SetSight<kColumns>(p, task, &s);
-  const int units_begin = task.split ? max(static_cast<int>(begin - kItemCost), 0) : 0;
-  const int units_end = task.split ? static_cast<int>(end - kItemCost) : work.units;
-  s.unit_begin = max(work.first + units_begin, s.any.begin / kUnit);
-  s.unit_end = max(min(work.first + units_end, (s.any.end + kUnit - 1) / kUnit), s.unit_begin);
+  if (!task.split) s.tile = work.tiles - 1 - s.tile;  // longest first with a causal mask
+  s.begins_work_tile = begin == 0;
+  s.ends_work_tile = end == length;
+  // CTA i begins at i * share, or a little before, where that lies in a kWorkTileCost.
+  s.num_splits = s.begins_work_tile && !s.ends_work_tile
+                     ? (cost + length - 1) / schedule.share - blockIdx.x + 1
+                     : 0;
+  SetVisibleKeys<kColumns>(p, task, &s);
+  const int kv_tiles_begin = task.split ? max(static_cast<int>(begin - kWorkTileCost), 0) : 0;
+  const int kv_tiles_end = task.split ? static_cast<int>(end - kWorkTileCost) : work.kv_tiles;
+  s.kv_tile_begin = max(work.first + kv_tiles_begin, s.seen_by_any.begin / kKvTile);
+  s.kv_tile_end = max(min(work.first + kv_tiles_end, (s.seen_by_any.end + kKvTile - 1) / kKvTile),
+                      s.kv_tile_begin);
   return s;
 }
 
-// Clusters: each takes the tiles of one row and KV head in turn. No other row's length counts.
-template <int kColumns, int kUnit>
+// A cluster takes the work tiles of one sequence and KV head one after the other. No other
+// sequence's length counts.
+template <int kColumns, int kKvTile>
 __device__ __forceinline__ Schedule MakeClusterSchedule(const AttentionParams& p,
-                                                        const AttentionTask& task, RowShape* row) {
+                                                        const AttentionTask& task, SeqShape* seq) {
   const int pair = blockIdx.x / task.cluster;
   Schedule schedule = {};
-  schedule.first_row = schedule.last_row = pair / p.num_kv_heads;
-  *row = LoadRowShape(p, task.first_row + schedule.first_row);
-  schedule.num_items = WorkOf<kColumns, kUnit>(p, task, *row).tiles;
+  schedule.first_seq = schedule.last_seq = pair / p.num_kv_heads;
+  *seq = LoadSeqShape(p, task.first_seq + schedule.first_seq);
+  schedule.num_work_tiles = WorkOf<kColumns, kKvTile>(p, task, *seq).tiles;
   return schedule;
 }
 
-// The share of tile `tile` that CTA `rank` of a cluster has.
-template <int kColumns, int kUnit>
+// The split of work tile `tile` that CTA `rank` of a cluster has.
+template <int kColumns, int kKvTile>
 __device__ __forceinline__ Segment MakeClusterSegment(const AttentionParams& p,
                                                       const AttentionTask& task,
-                                                      const Schedule& schedule, const RowShape& row,
+                                                      const Schedule& schedule, const SeqShape& seq,
                                                       uint32_t tile, int rank) {
   Segment s;
-  s.shape = row;
-  s.row = task.first_row + schedule.first_row;
-  s.head = blockIdx.x / task.cluster - schedule.first_row * p.num_kv_heads;
+  s.shape = seq;
+  s.batch_idx = task.first_seq + schedule.first_seq;
+  s.head = blockIdx.x / task.cluster - schedule.first_seq * p.num_kv_heads;
   s.tile = static_cast<int>(tile);
-  s.begins_item = s.ends_item = false;
-  s.parts = 0;
-  SetSight<kColumns>(p, task, &s);
-  const int first = s.any.begin / kUnit;
-  const int units = max((s.any.end + kUnit - 1) / kUnit - first, 0);
-  const int each = units / task.cluster, more = units - each * task.cluster;
-  s.unit_begin = first + rank * each + min(rank, more);
-  s.unit_end = s.unit_begin + each + (rank < more);
+  s.begins_work_tile = s.ends_work_tile = false;
+  s.num_splits = 0;
+  SetVisibleKeys<kColumns>(p, task, &s);
+  const int first = s.seen_by_any.begin / kKvTile;
+  const int kv_tiles = max((s.seen_by_any.end + kKvTile - 1) / kKvTile - first, 0);
+  const int each = kv_tiles / task.cluster, more = kv_tiles - each * task.cluster;
+  s.kv_tile_begin = first + rank * each + min(rank, more);
+  s.kv_tile_end = s.kv_tile_begin + each + (rank < more);
   return s;
 }
 
-// Where a share begins or ends, the row and the item there, and whether that is inside the item.
+// Where a share begins or ends, the sequence and the work tile there, and whether that is inside
+// the work tile.
 struct ShareEdge {
-  uint32_t place;
-  uint32_t item;
-  int row;
+  uint32_t cost;
+  uint32_t work_tile;
+  int seq;
   bool inside;
 };
 
 __device__ __forceinline__ ShareEdge EdgeAt(const AttentionTask& task, const uint2* before,
-                                            uint64_t place) {
-  const uint2 all = before[task.num_rows];
-  if (place >= all.x) return {all.x, all.y, task.num_rows - 1, false};
-  const uint32_t at = static_cast<uint32_t>(place);
-  const int row = RowAt(before, task.num_rows, at);
-  const uint2 start = before[row], next = before[row + 1];
+                                            uint64_t cost) {
+  const uint2 all = before[task.num_seqs];
+  if (cost >= all.x) return {all.x, all.y, task.num_seqs - 1, false};
+  const uint32_t at = static_cast<uint32_t>(cost);
+  const int seq = SeqAt(before, task.num_seqs, at);
+  const uint2 start = before[seq], next = before[seq + 1];
   const uint32_t length = (next.x - start.x) / (next.y - start.y);
   const uint32_t index = (at - start.x) / length;
   const uint32_t offset = at - start.x - index * length;
-  const bool inside = task.split && offset > kItemCost;
-  return {inside ? at : at - offset, start.y + index, row, inside};
+  const bool inside = task.split && offset > kWorkTileCost;
+  return {inside ? at : at - offset, start.y + index, seq, inside};
 }
 
-// Fills before[0 .. rows] and returns the CTA's share of the work. All threads take part.
-template <int kColumns, int kUnit, int kThreads>
+// Fills before[0 .. num_seqs] and returns the CTA's share of the work. All threads take part.
+template <int kColumns, int kKvTile, int kThreads>
 __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
                                                  const AttentionTask& task, uint2* before,
                                                  uint2* warp_totals) {
@@ -248,15 +221,16 @@ __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint2 sum_before = make_uint2(0, 0);
   if (threadIdx.x == 0) before[0] = sum_before;
-  for (int base = 0; base < task.num_rows; base += kThreads) {
-    const int row = base + threadIdx.x;
+  for (int base = 0; base < task.num_seqs; base += kThreads) {
+    const int seq = base + threadIdx.x;
     uint2 sum = make_uint2(0, 0);
-    if (row < task.num_rows) {
-      const RowWork work = WorkOf<kColumns, kUnit>(p, task, LoadRowShape(p, task.first_row + row));
-      const uint64_t items = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
-      const uint64_t places = items * PlacesOf(task, work);
-      // A row that does not fit is left out, places and items alike.
-      if (places < kMost / 2) sum = make_uint2(places, items);
+    if (seq < task.num_seqs) {
+      const SeqWork work =
+          WorkOf<kColumns, kKvTile>(p, task, LoadSeqShape(p, task.first_seq + seq));
+      const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
+      const uint64_t costs = work_tiles * CostOf(task, work);
+      // A sequence that does not fit is left out, with its cost and its work tiles.
+      if (costs < kMost / 2) sum = make_uint2(costs, work_tiles);
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -272,8 +246,8 @@ __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
       total.x = min(total.x + warp_totals[w].x, kMost);
       total.y += warp_totals[w].y;
     }
-    if (row < task.num_rows) {
-      before[row + 1] = make_uint2(min(sum_before.x + sum.x, kMost), sum_before.y + sum.y);
+    if (seq < task.num_seqs) {
+      before[seq + 1] = make_uint2(min(sum_before.x + sum.x, kMost), sum_before.y + sum.y);
     }
     sum_before = total;
     __syncthreads();
@@ -284,14 +258,15 @@ __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
   const uint64_t first = static_cast<uint64_t>(blockIdx.x) * schedule.share;
   const ShareEdge begin = EdgeAt(task, before, first);
   const ShareEdge end = EdgeAt(task, before, first + schedule.share);
-  schedule.begin = begin.place;
-  schedule.end = end.place;
-  schedule.first_item = begin.item;
-  schedule.num_items = begin.place < end.place ? end.item + end.inside - begin.item : 0;
-  schedule.first_row = begin.row;
-  schedule.last_row = end.row;
-  // More places than can be counted: lengths that no step has.
-  if (sum_before.x >= kMost) schedule.num_items = 0;
+  schedule.begin = begin.cost;
+  schedule.end = end.cost;
+  schedule.first_work_tile = begin.work_tile;
+  schedule.num_work_tiles =
+      begin.cost < end.cost ? end.work_tile + end.inside - begin.work_tile : 0;
+  schedule.first_seq = begin.seq;
+  schedule.last_seq = end.seq;
+  // More cost than can be counted comes from lengths that no call has.
+  if (sum_before.x >= kMost) schedule.num_work_tiles = 0;
   return schedule;
 }
 

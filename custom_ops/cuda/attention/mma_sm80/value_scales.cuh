@@ -1,11 +1,11 @@
-// Token scales of V (block_wise_fp8, block_wise_int8), which the probabilities are multiplied with.
+// V's per-token scales (block_wise_fp8, block_wise_int8), which multiply the probabilities.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/mma.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
-#include "cuda/attention/mma_sm80/tile.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/exp2.cuh"
 #include "cuda/common/lane.cuh"
@@ -13,14 +13,14 @@
 
 namespace fastattn::cuda {
 
-// Where the exponents of this lane's columns lie, 8 bytes apart: in shared memory that takes the
+// Address of the exponents of this lane's columns, 8 bytes apart: in shared memory that takes the
 // columns' maxima and sums when the segment ends.
 template <typename Traits>
-__device__ __forceinline__ uint32_t OwnExponents() {
+__device__ __forceinline__ uint32_t ColumnExponents() {
   extern __shared__ __align__(16) char shared[];
-  const int thread = Thread<true>(), warp = thread / 32, stream = warp / Traits::kStreamWarps;
-  const int column = warp % Traits::kStreamWarps * Traits::kTiles * 8 + 2 * (thread % 4);
-  return SharedAddress(shared) + Traits::kStateOffset + (stream * Traits::kColumns + column) * 8;
+  const int thread = Thread<true>(), warp = thread / 32, pipeline = warp / Traits::kPipelineWarps;
+  const int column = warp % Traits::kPipelineWarps * Traits::kTiles * 8 + 2 * (thread % 4);
+  return SharedAddress(shared) + Traits::kStateOffset + (pipeline * Traits::kColumns + column) * 8;
 }
 
 __device__ __forceinline__ int LoadExponent(uint32_t address) {
@@ -29,20 +29,20 @@ __device__ __forceinline__ int LoadExponent(uint32_t address) {
   return exponent;
 }
 
-// Token scales are bounded by 2^(exponent - 127) of the largest one, given by its bits.
+// Per-token scales are bounded by 2^(exponent - 127), with `largest` the bits of the largest one.
 __device__ __forceinline__ int ExponentAbove(uint32_t largest) {
   return min(static_cast<int>(largest >> 23) + 1, 252);
 }
 
 // Raises the exponents of columns that differ in what they see, each to what bounds the scales that
-// the column itself sees: one of another column's keys must not take its bits. They lie in shared
-// memory behind it, followed by those of before; `uniform`: theirs if they had none of their own.
-// A call: registers are short, and few units need it.
+// the column itself sees: a scale that only another column sees must not take its bits. The
+// exponents then lie in shared memory, each followed by the one before; `uniform`: the one of all
+// columns, if they had none of their own. A call, as registers are short and few KV tiles need it.
 template <typename Traits>
-__device__ __noinline__ void RaiseOwnExponents(uint32_t slot, DType dtype, uint32_t columns,
-                                               int first_key, int first, int uniform) {
+__device__ __noinline__ void RaiseColumnExponents(uint32_t stage, DType dtype, uint32_t columns,
+                                                  int first_key, int first, int uniform) {
   const int g = threadIdx.x % 32 / 4;
-  const uint32_t exponents = OwnExponents<Traits>();
+  const uint32_t exponents = ColumnExponents<Traits>();
   __syncwarp();
 #pragma unroll 1
   for (int i = 0; i < 2 * Traits::kTiles; ++i) {
@@ -54,7 +54,7 @@ __device__ __noinline__ void RaiseOwnExponents(uint32_t slot, DType dtype, uint3
 #pragma unroll 1
     for (int j = 0; j < 2 * Traits::kGroup; ++j) {
       const int key = Traits::KeyOf(first + j / 2, g + 8 * (j % 2));
-      const uint32_t bits = __float_as_uint(TokenScale<Traits>(slot, key, dtype)) & 0x7FFFFFFFu;
+      const uint32_t bits = __float_as_uint(TokenScale<Traits>(stage, key, dtype)) & 0x7FFFFFFFu;
       if (key >= begin && key < end && bits < 0x7F800000u) largest = max(largest, bits);
     }
 #pragma unroll
@@ -62,7 +62,7 @@ __device__ __noinline__ void RaiseOwnExponents(uint32_t slot, DType dtype, uint3
       largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
     }
     const uint32_t address = exponents + column * 8;
-    const int before = uniform == kOwnExponents ? LoadExponent(address) : uniform;
+    const int before = uniform == kColumnExponents ? LoadExponent(address) : uniform;
     __syncwarp();
     if (g == 0) {
       asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(address),
@@ -73,17 +73,16 @@ __device__ __noinline__ void RaiseOwnExponents(uint32_t slot, DType dtype, uint3
   __syncwarp();
 }
 
-// Multiplies probabilities by V's token scales where columns differ in what they see.
+// Multiplies probabilities with V's scales where columns differ in what they see.
 template <typename Traits>
-__device__ __forceinline__ void ApplyOwnScales(const AttentionParams& p, uint32_t slot,
-                                               const UnitMask& mask, int first,
-                                               float (&scores)[Traits::kGroup][Traits::kTiles][4],
-                                               TileState<Traits>* state) {
-  RaiseOwnExponents<Traits>(slot, p.cache.scale_dtype, mask.columns, mask.first_key, first,
-                            state->scale_exponent);
-  state->scale_exponent = kOwnExponents;
-  const int g = Lane<true>() / 4;  // found again: registers are short
-  const uint32_t exponents = OwnExponents<Traits>();
+__device__ __forceinline__ void ApplyColumnScales(
+    const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
+    float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
+  RaiseColumnExponents<Traits>(stage, p.cache.scale_dtype, mask.columns, mask.first_key, first,
+                               state->scale_exponent);
+  state->scale_exponent = kColumnExponents;
+  const int g = Lane<true>() / 4;  // found again, as registers are short
+  const uint32_t exponents = ColumnExponents<Traits>();
 #pragma unroll
   for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
@@ -101,7 +100,7 @@ __device__ __forceinline__ void ApplyOwnScales(const AttentionParams& p, uint32_
       for (int i = 0; i < 2 * Traits::kGroup; ++i) {
         const int key = Traits::KeyOf(first + i / 2, g + 8 * (i % 2));
         scores[i / 2][n][2 * (i % 2) + c] *=
-            TokenScale<Traits>(slot, key, p.cache.scale_dtype) * inverse;
+            TokenScale<Traits>(stage, key, p.cache.scale_dtype) * inverse;
       }
     }
   }
@@ -110,18 +109,18 @@ __device__ __forceinline__ void ApplyOwnScales(const AttentionParams& p, uint32_
 // Brings outputs whose columns have exponents of their own to units of 1. The exponents' memory is
 // free then.
 template <typename Traits>
-__device__ __forceinline__ void LeaveOwnExponents(TileState<Traits>* state) {
-  const uint32_t exponents = OwnExponents<Traits>();
+__device__ __forceinline__ void DropColumnExponents(TileState<Traits>* state) {
+  const uint32_t exponents = ColumnExponents<Traits>();
 #pragma unroll
   for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const uint32_t exponent = LoadExponent(exponents + (8 * n + c) * 8);
-      const float unit = __uint_as_float(exponent << 23);
+      const float kv_tile = __uint_as_float(exponent << 23);
 #pragma unroll
       for (int i = 0; i < Traits::kDimTiles; ++i) {
-        state->out[i][n][c] *= unit;
-        state->out[i][n][c + 2] *= unit;
+        state->out[i][n][c] *= kv_tile;
+        state->out[i][n][c + 2] *= kv_tile;
       }
     }
   }
@@ -129,10 +128,10 @@ __device__ __forceinline__ void LeaveOwnExponents(TileState<Traits>* state) {
   __syncwarp();
 }
 
-// The same where they do not differ, relative to a power of two that bounds all scales.
+// Does the same where columns do not differ, relative to a power of two that bounds all scales.
 template <typename Traits>
 __device__ __forceinline__ void ApplyCommonScales(
-    const AttentionParams& p, uint32_t slot, const UnitMask& mask, int first,
+    const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
     float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
   const int g = threadIdx.x % 32 / 4;
   float scale[Traits::kGroup][2];
@@ -142,8 +141,8 @@ __device__ __forceinline__ void ApplyCommonScales(
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = Traits::KeyOf(first + m, g + 8 * half);
-      float x = TokenScale<Traits>(slot, key, p.cache.scale_dtype);
-      if (mask.needed && (key < mask.begin || key >= mask.end)) x = 0.0f;
+      float x = TokenScale<Traits>(stage, key, p.cache.scale_dtype);
+      if (mask.needs_mask && (key < mask.begin || key >= mask.end)) x = 0.0f;
       scale[m][half] = x;
       const uint32_t bits = __float_as_uint(x) & 0x7FFFFFFFu;
       if (bits < 0x7F800000u) largest = max(largest, bits);
@@ -178,19 +177,19 @@ __device__ __forceinline__ void ApplyCommonScales(
   }
 }
 
-// Multiplies probabilities by V's token scales.
+// Multiplies probabilities with V's per-token scales.
 template <typename Traits>
-__device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint32_t slot,
-                                                 const UnitMask& mask, int first,
+__device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint32_t stage,
+                                                 const KvTileMask& mask, int first,
                                                  float (&scores)[Traits::kGroup][Traits::kTiles][4],
                                                  TileState<Traits>* state) {
-  if ((mask.needed && mask.divided) || state->scale_exponent == kOwnExponents) {
-    ApplyOwnScales<Traits>(p, slot, mask, first, scores, state);
+  if ((mask.needs_mask && mask.columns_differ) || state->scale_exponent == kColumnExponents) {
+    ApplyColumnScales<Traits>(p, stage, mask, first, scores, state);
   } else {
-    ApplyCommonScales<Traits>(p, slot, mask, first, scores, state);
+    ApplyCommonScales<Traits>(p, stage, mask, first, scores, state);
   }
-  // A NaN scale of a key that a column does not see is none of its business.
-  if (mask.needed) HideKeys<Traits>(mask, first, 0.0f, scores);
+  // A NaN scale of a key that a column does not see must not reach that column.
+  if (mask.needs_mask) MaskKeys<Traits>(mask, first, 0.0f, scores);
 }
 
 }  // namespace fastattn::cuda

@@ -1,28 +1,36 @@
-// How the results of a thread's two queries are written.
+// The epilogue: a thread's two rows of the output are normalised and written, with their LSE.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "common/numeric.h"
-#include "cuda/attention/wgmma_sm90/fp8/config.h"
+#include "cuda/attention/shared/normaliser.cuh"
+#include "cuda/attention/wgmma_sm90/common/work_tile.h"
 #include "cuda/common/lane.cuh"
+#include "params/attention.h"
 
-namespace fastattn::cuda::wgmma_fp8 {
+namespace fastattn::cuda::wgmma_sm90 {
 
-// Index in the tile of a consumer thread's query h. kAgain: see Thread().
-template <bool kAgain = false>
-__device__ __forceinline__ int QueryOf(int h) {
-  const uint32_t thread = Thread<kAgain>();
+// P is exp2(score - shift), with the shift kLogPeak below the maximum of the row's scores: P lies
+// in [0, kPeak]. Before a cast to e4m3 few small ones underflow then, and none saturates.
+inline constexpr float kLogPeak = 8.0f;
+inline constexpr float kPeak = 256.0f;
+
+// Index in the work tile of a consumer thread's query h. kRecompute: see Thread().
+template <bool kRecompute = false>
+__device__ __forceinline__ int QueryIndex(int h) {
+  const uint32_t thread = Thread<kRecompute>();
   return (thread - 128) / 32 * 16 + thread % 32 / 4 + 8 * h;
 }
 
-struct Place {
+// Where a thread's two rows of the output go.
+struct OutputRows {
   int head;
-  int token[2];  // of the step; -1: there is no such query
+  int token[2];  // in q; -1: there is no such query
 
   // `first` is the thread's first query.
-  __device__ __forceinline__ Place(const Tile& tile, int first) : head(tile.head) {
+  __device__ __forceinline__ OutputRows(const WorkTile& tile, int first) : head(tile.head) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int i = first + 8 * h;
@@ -33,67 +41,62 @@ struct Place {
 
 template <class C>
 struct Epilogue {
-  // `shift` is kLogPeak below a maximum in units of log2; `sum` is this thread's part of it, and
-  // like o kPeak times the true one. o counts in `unit`.
-  // Shared: any kernel's, with `tile`, `sink`, `output_scale` and kFindAgain.
+  // `shift` is kLogPeak below a row's maximum in units of log2; `sum` is this thread's addend of
+  // the row's sum and, like o, kPeak times the true one. o is relative to `v_scale`. Shared (of any
+  // kernel) has `tile`, `sink`, `output_scale` and kRecomputeLane.
   template <class S>
   __device__ __forceinline__ static void Write(const AttentionParams& p, const S& shared,
                                                int buffer, const float (&o)[C::kOut],
                                                const float (&shift)[2], const float (&sum)[2],
-                                               const float (&unit)[2]) {
-    const Place place(shared.tile[buffer], QueryOf<S::kFindAgain>(0));
+                                               const float (&v_scale)[2]) {
+    const OutputRows rows(shared.tile[buffer], QueryIndex<S::kRecomputeLane>(0));
     float scale[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = sum[h] + __shfl_xor_sync(~0u, sum[h], 1);
       total += __shfl_xor_sync(~0u, total, 2);
       scale[h] =
-          Normalise(p, place, h, shift[h] + kLogPeak, total * (1 / kPeak), shared.sink[buffer]) *
+          Normalise(p, rows, h, shift[h] + kLogPeak, total * (1 / kPeak), shared.sink[buffer]) *
           (1 / kPeak);
-      // No visible key: 0, whatever the other factors are.
-      if (scale[h] != 0.0f) scale[h] *= shared.output_scale[buffer] * unit[h];
+      // Without a visible key the output is 0, whatever the other factors are.
+      if (scale[h] != 0.0f) scale[h] *= shared.output_scale[buffer] * v_scale[h];
     }
     switch (p.out_dtype) {
       case DType::kBFloat16:
-        return Store16<false, S::kFindAgain>(p, place, o, scale);
+        return Store16<false, S::kRecomputeLane>(p, rows, o, scale);
       case DType::kFloat16:
-        return Store16<true, S::kFindAgain>(p, place, o, scale);
+        return Store16<true, S::kRecomputeLane>(p, rows, o, scale);
       case DType::kE4M3:
-        return Store8(p, place, o, scale);
+        return Store8(p, rows, o, scale);
       default:
-        return Store32(p, place, o, scale);
+        return Store32(p, rows, o, scale);
     }
   }
 
  private:
   // Writes the row's LSE and returns what its sum over P * V is multiplied with. `peak` is in units
-  // of log2.
-  __device__ __forceinline__ static float Normalise(const AttentionParams& p, const Place& place,
-                                                    int h, float peak, float sum, float sink) {
-    constexpr float kLn2 = 0.693147181f, kLog2 = 1.44269504f;
+  // of log2; without a sink `sink` is -inf, which adds nothing.
+  __device__ __forceinline__ static float Normalise(const AttentionParams& p,
+                                                    const OutputRows& rows, int h, float peak,
+                                                    float sum, float sink) {
     constexpr float kInf = __builtin_huge_valf();
     const bool empty = peak == -kInf;  // no score was above it
-    float lse = -kInf, normaliser = 0.0f;
+    Normaliser result = {-kInf, 0.0f};
     if (sink == kInf) {
-      lse = empty ? lse : kInf;
+      result.lse = empty ? result.lse : kInf;
     } else if (!empty) {
-      // The sink joins the denominator; it has no value. A NaN peak comes with a NaN sum, a NaN
-      // sink makes one.
-      const float largest = fmaxf(peak, sink * kLog2);
-      const float part = exp2f(peak - largest);
-      const float whole = sum * part + exp2f(sink * kLog2 - largest);
-      lse = (largest + log2f(whole)) * kLn2;
-      normaliser = part / whole;
+      // A NaN peak comes with a NaN sum, a NaN sink makes one.
+      result = JoinSink<0>(peak, sum, sink);
     }
-    if (p.lse != nullptr && place.token[h] >= 0 && threadIdx.x % 4 == 0) {
-      p.lse[static_cast<int64_t>(place.head) * p.seqs.num_tokens + place.token[h]] = lse;
+    if (p.lse != nullptr && rows.token[h] >= 0 && threadIdx.x % 4 == 0) {
+      p.lse[static_cast<int64_t>(rows.head) * p.seqs.num_tokens + rows.token[h]] = result.lse;
     }
-    return normaliser;
+    return result.factor;
   }
 
-  __device__ __forceinline__ static int64_t Offset(const AttentionParams& p, const Place& place,
+  __device__ __forceinline__ static int64_t Offset(const AttentionParams& p, const OutputRows& rows,
                                                    int h) {
-    return (static_cast<int64_t>(place.token[h]) * p.num_heads + place.head) * C::kDim;
+    return (static_cast<int64_t>(rows.token[h]) * p.num_heads + rows.head) * C::kDim;
   }
 
   template <bool kHalf>
@@ -107,13 +110,13 @@ struct Epilogue {
     }
   }
 
-  template <bool kHalf, bool kAgain>
-  __device__ __forceinline__ static void Store16(const AttentionParams& p, const Place& place,
+  template <bool kHalf, bool kRecompute>
+  __device__ __forceinline__ static void Store16(const AttentionParams& p, const OutputRows& rows,
                                                  const float (&o)[C::kOut],
                                                  const float (&scale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      auto* out = static_cast<uint16_t*>(p.out) + Offset(p, place, h) + 8 * (threadIdx.x % 4);
+      auto* out = static_cast<uint16_t*>(p.out) + Offset(p, rows, h) + 8 * (threadIdx.x % 4);
 #pragma unroll
       for (int j = 0; j < C::kDim / 8; j += 4) {
         uint32_t w[4];
@@ -124,17 +127,17 @@ struct Epilogue {
         }
         // A quad of lanes holds two columns each of four groups of eight: transposed, a lane has
         // the eight of one group.
-        Transpose<kAgain>(w);
-        if (place.token[h] >= 0) {
+        Transpose<kRecompute>(w);
+        if (rows.token[h] >= 0) {
           *reinterpret_cast<uint4*>(out + 8 * j) = make_uint4(w[0], w[1], w[2], w[3]);
         }
       }
     }
   }
 
-  template <bool kAgain>
+  template <bool kRecompute>
   __device__ __forceinline__ static void Transpose(uint32_t (&w)[4]) {
-    const uint32_t lane = Lane<kAgain>();
+    const uint32_t lane = Lane<kRecompute>();
     const bool odd = lane & 1, high = lane & 2;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
@@ -150,13 +153,13 @@ struct Epilogue {
     }
   }
 
-  __device__ __forceinline__ static void Store8(const AttentionParams& p, const Place& place,
+  __device__ __forceinline__ static void Store8(const AttentionParams& p, const OutputRows& rows,
                                                 const float (&o)[C::kOut],
                                                 const float (&scale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (place.token[h] < 0) continue;
-      auto* out = static_cast<uint8_t*>(p.out) + Offset(p, place, h) + 2 * (threadIdx.x % 4);
+      if (rows.token[h] < 0) continue;
+      auto* out = static_cast<uint8_t*>(p.out) + Offset(p, rows, h) + 2 * (threadIdx.x % 4);
 #pragma unroll
       for (int j = 0; j < C::kDim / 8; ++j) {
         const int at = 4 * j + 2 * h;
@@ -169,13 +172,13 @@ struct Epilogue {
     }
   }
 
-  __device__ __forceinline__ static void Store32(const AttentionParams& p, const Place& place,
+  __device__ __forceinline__ static void Store32(const AttentionParams& p, const OutputRows& rows,
                                                  const float (&o)[C::kOut],
                                                  const float (&scale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (place.token[h] < 0) continue;
-      auto* out = static_cast<float*>(p.out) + Offset(p, place, h) + 2 * (threadIdx.x % 4);
+      if (rows.token[h] < 0) continue;
+      auto* out = static_cast<float*>(p.out) + Offset(p, rows, h) + 2 * (threadIdx.x % 4);
 #pragma unroll
       for (int j = 0; j < C::kDim / 8; ++j) {
         const int at = 4 * j + 2 * h;
@@ -186,4 +189,4 @@ struct Epilogue {
   }
 };
 
-}  // namespace fastattn::cuda::wgmma_fp8
+}  // namespace fastattn::cuda::wgmma_sm90

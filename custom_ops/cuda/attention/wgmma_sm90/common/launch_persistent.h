@@ -1,4 +1,4 @@
-// How both Hopper prefill kernels are launched.
+// How both Hopper kernels are launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,11 +8,11 @@
 
 #include "cuda/common/pdl.cuh"
 
-namespace fastattn::cuda::wgmma_fp8 {
+namespace fastattn::cuda::wgmma_sm90 {
 
-// One CTA with a Shared a multiprocessor, or fewer where there are not as many tiles. May start
-// early: the kernel waits for those before it.
-// The kernel is a template argument because what is set once is set of it.
+// Launches a persistent CTA on each multiprocessor, or fewer where there are not as many work
+// tiles, with programmatic dependent launch: the kernel waits for those before it. The kernel is a
+// template argument because its attributes are set once, for each of them.
 template <auto kKernel, class C, class Shared, class Arguments>
 cudaError_t LaunchPersistent(const Arguments& arguments, cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024);
@@ -35,4 +35,4 @@ cudaError_t LaunchPersistent(const Arguments& arguments, cudaStream_t stream) {
                              arguments);
 }
 
-}  // namespace fastattn::cuda::wgmma_fp8
+}  // namespace fastattn::cuda::wgmma_sm90

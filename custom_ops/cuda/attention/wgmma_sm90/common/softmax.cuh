@@ -1,21 +1,21 @@
-// Parts of a thread's softmax that both Hopper prefill kernels share.
+// What both Hopper kernels share of a thread's softmax.
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
-#include "cuda/attention/wgmma_sm90/fp8/config.h"
+#include "cuda/attention/wgmma_sm90/common/work_tile.h"
 
-namespace fastattn::cuda::wgmma_fp8 {
+namespace fastattn::cuda::wgmma_sm90 {
 
 inline constexpr float kMinusInf = -__builtin_huge_valf();
 
-// 2^x. Volatile: exponentials stay in their order.
-__device__ __forceinline__ float Exp2(float x) {
+// 2^x. The statement is volatile so that exponentials stay in their order.
+__device__ __forceinline__ float OrderedExp2(float x) {
   float y;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// The maximum, NaN if either is.
+// The maximum, or NaN if either is NaN.
 __device__ __forceinline__ float MaxNaN(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
@@ -27,18 +27,19 @@ __device__ __forceinline__ float MaxNaN(float a, float b) {
 // Below it the error is at most 2^-12, in log2 units.
 inline constexpr float kFarScore = 4096.0f;
 
-// Whether a step's largest score, in log2 units, is far from 0. -inf (nothing is visible) is not.
-__device__ __forceinline__ bool IsFar(float score) {
+// Whether a KV tile's largest score, in log2 units, is far from 0. -inf is not: it says that no key
+// is visible.
+__device__ __forceinline__ bool IsFarScore(float score) {
   return fabsf(score) > kFarScore && score > -__builtin_huge_valf();
 }
 
-// The shift below a step's largest score, by kLogPeak where this can be subtracted exactly.
+// The shift below a KV tile's largest score, by kLogPeak where this can be subtracted exactly.
 __device__ __forceinline__ float ShiftBelow(float largest) {
   return fabsf(largest) < 67108864.0f ? largest - kLogPeak : largest;  // 2^26
 }
 
 // Multiplies a thread's scores of those of its two rows that are far, whose factors become 1 for
-// this step: differences of the products are exact near the largest. `wanted` is the shift below
+// this KV tile: differences of the products are exact near the largest. `wanted` is the shift below
 // that one. The other row stays as it is to the bit: it sees nothing of what the far one sees.
 template <int kScores>
 __device__ __forceinline__ void MultiplyFarScores(float (&scores)[kScores], float (&factor)[2],
@@ -55,7 +56,7 @@ __device__ __forceinline__ void MultiplyFarScores(float (&scores)[kScores], floa
   }
 }
 
-// Multiplies a thread's scores of eight columns with their tokens' scales.
+// Multiplies a thread's scores of eight columns with the scales of their tokens.
 template <int kScores>
 __device__ __forceinline__ void ScaleColumns(const float* scales, int j, float (&scores)[kScores]) {
   const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j + 2 * (threadIdx.x % 4));
@@ -66,19 +67,19 @@ __device__ __forceinline__ void ScaleColumns(const float* scales, int j, float (
   }
 }
 
-// Makes scores of keys that their queries do not see -inf. `start` is the step's first key; Shared:
-// any kernel's, with `visible` and kFindAgain.
+// Makes scores of masked keys -inf. `start` is the KV tile's first key; Shared (of any kernel) has
+// `visible` and kRecomputeLane.
 template <class S, int kScores>
-__device__ __forceinline__ void HideScores(const S& shared, int buffer, int start, int flags,
+__device__ __forceinline__ void MaskScores(const S& shared, int buffer, int start, int flags,
                                            float (&scores)[kScores]) {
   const int column = start + 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const bool hidden = flags & (kUnassigned << half);
+    const bool unassigned = flags & (kUnassigned << half);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int2 visible = shared.visible[buffer][QueryOf<S::kFindAgain>(h)];
-      const unsigned span = hidden ? 0 : visible.y - visible.x;
+      const int2 visible = shared.visible[buffer][QueryIndex<S::kRecomputeLane>(h)];
+      const unsigned span = unassigned ? 0 : visible.y - visible.x;
       const int first = column + half * kBlockSize - visible.x;
 #pragma unroll
       for (int j = 0; j < kBlockSize / 8; ++j) {
@@ -92,25 +93,25 @@ __device__ __forceinline__ void HideScores(const S& shared, int buffer, int star
   }
 }
 
-// Factors of a thread's two rows. A NaN would make scores of hidden keys NaN, so it counts as 1
-// until FinishFactors() puts it where it belongs.
+// Loads the factors of a thread's two rows. A NaN would make scores of masked keys NaN, so it
+// counts as 1 until RestoreNanFactors() makes the row NaN.
 template <class S>
 __device__ __forceinline__ void LoadFactors(const S& shared, int buffer, float (&factor)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float x = shared.factor[buffer][QueryOf<S::kFindAgain>(h)];
+    const float x = shared.factor[buffer][QueryIndex<S::kRecomputeLane>(h)];
     factor[h] = x == x ? x : 1.0f;
   }
 }
 
-// Rows with a NaN factor that see a key are NaN.
+// Makes rows with a NaN factor NaN (if they see no key, the epilogue writes 0 all the same).
 template <class S>
-__device__ __forceinline__ void FinishFactors(const S& shared, int buffer, float (&sum)[2]) {
+__device__ __forceinline__ void RestoreNanFactors(const S& shared, int buffer, float (&sum)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float x = shared.factor[buffer][QueryOf<S::kFindAgain>(h)];
+    const float x = shared.factor[buffer][QueryIndex<S::kRecomputeLane>(h)];
     if (x != x) sum[h] = NAN;
   }
 }
 
-}  // namespace fastattn::cuda::wgmma_fp8
+}  // namespace fastattn::cuda::wgmma_sm90

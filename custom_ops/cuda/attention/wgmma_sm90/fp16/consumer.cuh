@@ -1,32 +1,32 @@
-// A consumer warpgroup: 64 queries of a tile against every step of keys.
+// A consumer warpgroup runs the mainloop: 64 queries of a work tile against each of its KV tiles.
 //
 // A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight columns the
 // two from 2 * (lane % 4): the scores' registers, packed to 16 bits, are the left operand of P * V
 // as they stand.
 //
-// A warpgroup's own chain, from the scores of a step to its probabilities, is what limits the
-// kernel: the products of both take less time. So the chain has no maximum in it. A tile's first
-// step finds the rows' maxima, which the shifts are set from; the others take exponentials at once,
-// and only where one of them is too large, the maximum is found, the row's shift moved, and they
-// are found again. Rows whose own are not too large keep their shifts, and so their bits, whatever
-// the others see. Values are waited for where the product that reads them is issued, and the
-// product of the step before is done when packing begins, so that nothing is left behind the
-// exponentials.
+// What limits the kernel is a warpgroup's own chain from the scores of a KV tile to its
+// probabilities: the products of both warpgroups take less time. So the chain has no maximum in it.
+// The first iteration of a work tile finds the rows' maxima, which set the shifts; the others take
+// exponentials at once, and only where one of them is too large are the maximum found, the row's
+// shift moved and the exponentials found again. Rows whose own exponentials are not too large keep
+// their shifts, and so their bits, whatever the others see. The wait for values stands where the
+// product that reads them is issued, and the product of the iteration before is done when packing
+// begins, so that nothing is left behind the exponentials.
 #pragma once
 
 #include <type_traits>
 
 #include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
-#include "cuda/attention/wgmma_sm90/common/schedule.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
+#include "cuda/attention/wgmma_sm90/common/tile_scheduler.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
 #include "cuda/attention/wgmma_sm90/fp16/key_scales.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/nan_outputs.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query_codes.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/row_sums.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/row_units.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/sight.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/row_v_scales.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/softcap.cuh"
@@ -34,14 +34,6 @@
 #include "cuda/common/wgmma_half.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
-
-using wgmma_fp8::Exp2;
-using wgmma_fp8::FinishFactors;
-using wgmma_fp8::HideScores;
-using wgmma_fp8::kLogPeak;
-using wgmma_fp8::kMinusInf;
-using wgmma_fp8::LoadFactors;
-using wgmma_fp8::MaxNaN;
 
 template <class C>
 class Consumer {
@@ -53,60 +45,62 @@ class Consumer {
         lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
-    if (group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
-    Ring<2> tiles;
+    if (group_ == 1) ArriveNamed<256>(kPingPongBarrier + 0);
+    PipelineState<2> tiles;
     if (NextTile(tiles)) {
       IssueFirst();
       while (true) {
         WaitForScores<0>();
         LoadTile(tiles.index);
-        const int steps = shared_.tile[tiles.index].steps;
-        FirstStep(steps == 1);
+        const int kv_tiles = shared_.tile[tiles.index].kv_tiles;
+        FirstIteration(kv_tiles == 1);
 #pragma unroll 1
-        for (int i = 1; i < steps; ++i) NextStep(i + 1 == steps);
+        for (int i = 1; i < kv_tiles; ++i) NextIteration(i + 1 == kv_tiles);
         tiles.Advance();
         const bool more = NextTile(tiles);
         if (!more) break;
-        // The first scores of a tile run under the output of the tile before.
+        // The first scores of a work tile run under the epilogue of the one before.
         Issue<true>();
         WaitProducts<1>(o_);
-        Finish(tiles.index ^ 1, step_ - 1);
+        Finish(tiles.index ^ 1, iteration_ - 1);
       }
       const RightOperands value = ValueOperand();
       WaitForValues();
       FenceProducts();
       IssueValues(value);
       WaitProducts<0>(o_);
-      Finish(tiles.index ^ 1, step_);
+      Finish(tiles.index ^ 1, iteration_);
     }
-    // Takes the last turn that the other warpgroup has left.
-    if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
+    // Takes the last arrival of the other warpgroup.
+    if (group_ == 0) SyncNamed<256>(kPingPongBarrier + 0);
   }
 
  private:
-  static constexpr int kTurnBarrier = 1;
+  static constexpr int kPingPongBarrier = 1;
   // Probabilities that are found before there are registers to pack them into.
-  static constexpr int kEarly = C::kCodes ? 0 : 16;
+  static constexpr int kEarly = C::kQuantized ? 0 : 16;
   // Scores are found as integers, whose bits with a bias are scores plus kBias in fp32.
-  static constexpr bool kIntegers = C::kKeyCodes && C::kElement == DType::kInt8;
-  // The first products of integers are issued ahead of the turn. With token scales that gains
-  // nothing.
-  static constexpr bool kLateTurn = kIntegers && !C::kTokenScales;
+  static constexpr bool kIntegers = C::kKeyCodeOperands && C::kElement == DType::kInt8;
+  // The first products of integers are issued ahead of the ping-pong barrier, but not with
+  // per-token scales, which gain nothing by it.
+  static constexpr bool kLatePingPong = kIntegers && !C::kPerTokenScales;
   static constexpr float kBias = CodeQuery<C>::kBiasValue;
 
-  __device__ __forceinline__ void BeginTurn() { SyncNamed<256>(kTurnBarrier + group_); }
+  __device__ __forceinline__ void PingPongWait() { SyncNamed<256>(kPingPongBarrier + group_); }
 
-  // One warpgroup issues its products after the other has.
-  __device__ __forceinline__ void EndTurn() { ArriveNamed<256>(kTurnBarrier + 1 - group_); }
+  // Ping-pong: one warpgroup issues its products after the other has.
+  __device__ __forceinline__ void PingPongArrive() {
+    ArriveNamed<256>(kPingPongBarrier + 1 - group_);
+  }
 
   __device__ __forceinline__ void LoadTile(int buffer) {
     buffer_ = buffer;
-    start_ = shared_.tile[buffer].last * C::kKeys;
+    start_ = shared_.tile[buffer].last_kv_tile * C::kKeys;
     int begin = 0, end = 1 << 30;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       shift_[h] = kMinusInf;
-      const int2 visible = shared_.visible[buffer][wgmma_fp8::QueryOf<true>(h)];
+      const int2 visible = shared_.visible[buffer][QueryIndex<true>(h)];
       begin = max(begin, visible.x);
       end = min(end, visible.y);
     }
@@ -115,47 +109,48 @@ class Consumer {
       LoadFactors(shared_, buffer_, factor);
       all_biased_ = __all_sync(~0u, IsBiased(factor[0]) && IsBiased(factor[1]));
     }
-    // Keys that all of the warp's queries see.
+    // These keys are seen by all of the warp's queries.
     begin = __reduce_max_sync(~0u, begin);
     end = __reduce_min_sync(~0u, end);
-    if (lane_ == 0) Common() = make_int2(begin, end);
+    if (lane_ == 0) Unmasked() = make_int2(begin, end);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
     sums_.Start();
-    units_.Start();
+    row_v_scales_.Start();
   }
 
-  // In memory, as registers are short.
-  __device__ __forceinline__ int2& Common() { return shared_.common[threadIdx.x / 32 - 4]; }
+  // The range of keys that all of the warp's queries see lies in shared memory, as registers are
+  // short.
+  __device__ __forceinline__ int2& Unmasked() { return shared_.unmasked[threadIdx.x / 32 - 4]; }
 
-  // Ends a tile whose last product is done.
-  __device__ __forceinline__ void Finish(int buffer, uint32_t last_step) {
+  // Ends a work tile whose last product is done.
+  __device__ __forceinline__ void Finish(int buffer, uint32_t last_iteration) {
     KeepRegisters(probabilities_);
     sums_.Keep();
     float sum[2];
     sums_.Take(sum);
-    ReleaseValues(last_step, start_);
-    if constexpr (C::kChannelScales) {
+    ReleaseValues(last_iteration, start_);
+    if constexpr (C::kPerChannelScales) {
       if (UsesValueChannels(p_)) ScaleChannels(buffer);
     }
     if constexpr (kIntegers) {
       // Products were rounded down, by half a unit on average. With a bias no score counts as far,
-      // so the factor is the tile's.
+      // so the factor is the work tile's.
       for (int h = 0; h < 2; ++h) {
         if (IsBiased(factor_[h])) {
           shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
         }
       }
     }
-    FinishFactors(shared_, buffer, sum);
-    const float common = C::kTokenScales ? shared_.unit[buffer] : 1.0f;
-    const float unit[2] = {units_.Unit(0, common), units_.Unit(1, common)};
-    wgmma_fp8::Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, unit);
+    RestoreNanFactors(shared_, buffer, sum);
+    const float common = C::kPerTokenScales ? shared_.v_scale[buffer] : 1.0f;
+    const float v_scale[2] = {row_v_scales_.VScale(0, common), row_v_scales_.VScale(1, common)};
+    Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum, v_scale);
     ArriveWarp(&shared_.query_empty[buffer]);
   }
 
-  // V's scales, one a channel. Without a visible key the output is 0, whatever they are.
+  // Applies V's per-channel scales. Without a visible key the output is 0, whatever they are.
   __device__ __forceinline__ void ScaleChannels(int buffer) {
     const float* scales = shared_.value_channels[buffer] + 2 * (lane_ % 4);
 #pragma unroll
@@ -175,40 +170,40 @@ class Consumer {
   // --- products ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ uint64_t QueryOperand() const {
-    if constexpr (C::kKeyCodes) {
+    if constexpr (C::kKeyCodeOperands) {
       return 0;
     } else {
       return query_.Operand();
     }
   }
 
-  // Of the step ahead.
+  // The descriptor of the next iteration's keys.
   __device__ __forceinline__ uint64_t KeyOperand() const {
-    constexpr int kRow = C::kKeyCodes ? C::kDim : 128;
-    return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(step_ + 1)])));
+    constexpr int kRow = C::kKeyCodeOperands ? C::kDim : 128;
+    return OperandDescriptor<kRow>(Uniform(SharedAddress(shared_.key[KeyStage(iteration_ + 1)])));
   }
 
-  // Of a step's probabilities.
+  // What an iteration's probabilities are multiplied with.
   struct RightOperands {
     uint64_t values;
     uint64_t ones;
   };
 
   __device__ __forceinline__ RightOperands ValueOperand() const {
-    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(step_)]));
-    return {C::kValueRows ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
-                          : OperandDescriptor<128>(address),
-            RowSums<C>::Operand(shared_, units_.Own())};
+    const uint32_t address = Uniform(SharedAddress(shared_.value[ValueStage(iteration_)]));
+    return {C::kTokenMajorV ? TransposedDescriptor<C::kKeys * C::kSlice>(address)
+                            : OperandDescriptor<128>(address),
+            RowSums<C>::Operand(shared_, row_v_scales_.Own())};
   }
 
-  // kBegin: its turn has not begun where it begins late.
+  // kBegin: where the ping-pong barrier is late, it has not been waited for.
   template <bool kBegin>
   __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
     if constexpr (kIntegers) {
       query_.Multiply(integers_[0], integers_[1], key, [&] {
-        if (kBegin && kLateTurn) BeginTurn();
+        if (kBegin && kLatePingPong) PingPongWait();
       });
-    } else if constexpr (C::kKeyCodes) {
+    } else if constexpr (C::kKeyCodeOperands) {
       query_.Multiply(s_, key);
     } else {
       constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
@@ -237,82 +232,83 @@ class Consumer {
     constexpr int kBlock = C::kDim * C::kSlice / 16;
 #pragma unroll
     for (int k = 0; k < C::kKeys / 16; ++k) {
-      const int offset = C::kValueRows ? k * 128 : k / 4 * kBlock + k % 4 * 2;
-      MultiplyHalfRegisters<C::kOperand, true, C::kValueRows>(o_, probabilities_ + 4 * k,
-                                                              value.values + offset);
+      const int offset = C::kTokenMajorV ? k * 128 : k / 4 * kBlock + k % 4 * 2;
+      MultiplyHalfRegisters<C::kOperand, true, C::kTokenMajorV>(o_, probabilities_ + 4 * k,
+                                                                value.values + offset);
       sums_.Multiply(probabilities_ + 4 * k, value.ones);
     }
     CommitProducts();
   }
 
-  // --- steps ------------------------------------------------------------------------------------
+  // --- mainloop
+  // ------------------------------------------------------------------------------------
 
-  // Waits for a tile; false if there are no more. Each is a phase of the queries' barrier.
-  __device__ __forceinline__ bool NextTile(const Ring<2>& tiles) {
-    Wait(&shared_.query_full[C::kCodes ? 0 : group_], tiles.index);
+  // Waits for a work tile; false if there are no more. Each one is a phase of the queries' barrier.
+  __device__ __forceinline__ bool NextTile(const PipelineState<2>& tiles) {
+    Wait(&shared_.query_full[C::kQuantized ? 0 : group_], tiles.index);
     const int buffer = tiles.index;
-    if (shared_.tile[buffer].steps < 0) return false;
+    if (shared_.tile[buffer].kv_tiles < 0) return false;
     query_.Take(p_, shared_, buffer, group_);
-    if constexpr (C::kCodes) ArriveWarp(&shared_.query_read);
+    if constexpr (C::kQuantized) ArriveWarp(&shared_.query_read);
     return true;
   }
 
-  // Steps are counted over all tiles.
-  __device__ __forceinline__ static uint32_t KeyStage(uint32_t step) {
-    return step % C::kKeyStages;
+  // Iterations are counted over all work tiles.
+  __device__ __forceinline__ static uint32_t KeyStage(uint32_t iteration) {
+    return iteration % C::kKeyStages;
   }
-  __device__ __forceinline__ static uint32_t ValueStage(uint32_t step) {
-    return step % C::kValueStages;
+  __device__ __forceinline__ static uint32_t ValueStage(uint32_t iteration) {
+    return iteration % C::kValueStages;
   }
-  __device__ __forceinline__ uint32_t ScaleSlot() const { return step_ % C::kScaleSlots; }
+  __device__ __forceinline__ uint32_t ScaleStage() const { return iteration_ % C::kScaleStages; }
 
   __device__ __forceinline__ void WaitForKeys() {
-    Wait(&shared_.key_full[KeyStage(step_ + 1)], (step_ + 1) / C::kKeyStages % 2);
+    Wait(&shared_.key_full[KeyStage(iteration_ + 1)], (iteration_ + 1) / C::kKeyStages % 2);
   }
 
   __device__ __forceinline__ void IssueFirst() {
     const uint64_t query = QueryOperand(), key = KeyOperand();
     WaitForKeys();
-    if (!kLateTurn) BeginTurn();
+    if (!kLatePingPong) PingPongWait();
     FenceProducts();
     IssueScores<true>(query, key);
-    EndTurn();
-    ++step_;
+    PingPongArrive();
+    ++iteration_;
   }
 
-  // The scores of the next step and the P * V of this one; kAcross: the next one is of another
-  // tile.
+  // Issues the scores of the next iteration and the P * V of this one; kAcross: the next one is of
+  // another work tile.
   template <bool kAcross>
   __device__ __forceinline__ void Issue() {
     const uint64_t query = QueryOperand(), key = KeyOperand();
     const RightOperands value = ValueOperand();
     WaitForKeys();
     WaitForValues();
-    if (kAcross || !kLateTurn) BeginTurn();
+    if (kAcross || !kLatePingPong) PingPongWait();
     FenceProducts();
     if constexpr (kAcross) IssueValues(value);
     IssueScores<!kAcross>(query, key);
     if constexpr (!kAcross) IssueValues(value);
-    EndTurn();
-    ++step_;
+    PingPongArrive();
+    ++iteration_;
   }
 
-  // `last`: of the tile.
-  __device__ __forceinline__ void FirstStep(bool last) {
+  // `last`: the iteration is the work tile's last one.
+  __device__ __forceinline__ void FirstIteration(bool last) {
     KeyScales scales = LoadScales();
     const int flags = TakeScores(scales);
     if constexpr (C::kSoftcap) Softcap();
     FinishScores(flags, last);
     FollowMaximum<false>({true, true});
-    if constexpr (C::kTokenScales) {
-      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
+    if constexpr (C::kPerTokenScales) {
+      if (row_v_scales_.Change(shared_, ScaleStage())) FollowRowVScales();
       ReleaseScales();
     }
   }
 
-  // The softmax runs while the other warpgroup's products do, and this one's P * V. A softcap waits
-  // for that first: it needs the registers of its probabilities.
-  __device__ __forceinline__ void NextStep(bool last) {
+  // The softmax runs while the other warpgroup's products do, and this one's P * V. With a softcap
+  // it waits for P * V first, as it needs the registers of its probabilities.
+  __device__ __forceinline__ void NextIteration(bool last) {
     Issue<false>();
     KeyScales scales = LoadScales();
     WaitForScores<1>();
@@ -323,10 +319,10 @@ class Consumer {
     FinishScores(flags, last);
     constexpr bool kBehind = !C::kSoftcap && kEarly > 0;
     if constexpr (!C::kSoftcap && !kBehind) FinishProducts();
-    if constexpr (C::kTokenScales) {
-      if (!units_.Change(shared_, ScaleSlot())) FollowUnit();
+    if constexpr (C::kPerTokenScales) {
+      if (!row_v_scales_.Change(shared_, ScaleStage())) FollowVScale();
     }
-    StepSums<C> sums;
+    KvTileSums<C> sums;
     FindProbabilities<kBehind>(shift_, sums);
     if (__any_sync(~0u, sums.Exceed())) {
       const bool moves[2] = {Exceeds(sums, 0), Exceeds(sums, 1)};
@@ -334,34 +330,35 @@ class Consumer {
     } else {
       sums_.Add(sums);
     }
-    if constexpr (C::kTokenScales) {
-      // Asked for again: registers are short, and the slot is this step's until it is released.
-      if (units_.Change(shared_, ScaleSlot())) FollowOwnUnits();
+    if constexpr (C::kPerTokenScales) {
+      // Change() is asked again because registers are short; the stage is this iteration's until it
+      // is released.
+      if (row_v_scales_.Change(shared_, ScaleStage())) FollowRowVScales();
       ReleaseScales();
     }
   }
 
   __device__ __forceinline__ void WaitForValues() {
-    Wait(&shared_.value_ready[ValueStage(step_)], step_ / C::kValueStages % 2);
+    Wait(&shared_.value_ready[ValueStage(iteration_)], iteration_ / C::kValueStages % 2);
   }
 
-  // Ends the use of a step's values, whose product is done; `start` is their first key.
-  __device__ __forceinline__ void ReleaseValues(uint32_t step, int start) {
-    const uint32_t at = ValueStage(step);
+  // Ends the use of an iteration's values, whose product is done; `start` is their first key.
+  __device__ __forceinline__ void ReleaseValues(uint32_t iteration, int start) {
+    const uint32_t at = ValueStage(iteration);
     if constexpr (!C::kFiniteValues) {
       const int found = *reinterpret_cast<const int*>(shared_.nan_found[at]);
-      if (found != 0) AddNaNs(shared_, found, at, buffer_, start, o_);
+      if (found != 0) SetNanOutputs(shared_, found, at, buffer_, start, o_);
     }
     ArriveWarp(&shared_.value_empty[at]);
   }
 
   // --- softmax ----------------------------------------------------------------------------------
 
-  // Ends the use of the step's keys, whose flags it returns, and applies the scales of tokens.
+  // Ends the use of the KV tile's keys, whose flags it returns, and applies per-token scales.
   __device__ __forceinline__ int TakeScores(KeyScales& scales) {
-    const int flags = shared_.flags[KeyStage(step_)];
-    ArriveWarp(&shared_.key_empty[KeyStage(step_)]);
-    if constexpr (kIntegers && !C::kTokenScales) {
+    const int flags = shared_.flags[KeyStage(iteration_)];
+    ArriveWarp(&shared_.key_empty[KeyStage(iteration_)]);
+    if constexpr (kIntegers && !C::kPerTokenScales) {
       if (!all_biased_) {
         float factor[2];
         LoadFactors(shared_, buffer_, factor);
@@ -371,26 +368,26 @@ class Consumer {
         for (int i = 0; i < C::kScores; ++i) s_[i] -= bias[i / 2 % 2];
       }
     }
-    if constexpr (C::kTokenScales) ScaleScores(scales);
+    if constexpr (C::kPerTokenScales) ScaleScores(scales);
     return flags;
   }
 
-  // Applies masks, and ends the use of a tile's queries.
+  // Applies masks, and ends the use of a work tile's queries.
   __device__ __forceinline__ void FinishScores(int flags, bool last) {
-    const int2 common = Common();
+    const int2 common = Unmasked();
     const bool full = start_ >= common.x && start_ + C::kKeys <= common.y;
-    if (!full || (flags & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags, s_);
-    if constexpr (!C::kCodes) {
-      // A predicate and no branch: the compiler is to see that the warp stays together.
+    if (!full || (flags & (3 * kUnassigned))) MaskScores(shared_, buffer_, start_, flags, s_);
+    if constexpr (!C::kQuantized) {
+      // This is a predicate and no branch, so that the compiler sees that the warp stays together.
       if (last && ArrivesForWarp(lane_)) Arrive(&shared_.query_done[group_]);
     }
   }
 
   __device__ __forceinline__ KeyScales LoadScales() {
     KeyScales scales{};
-    if constexpr (C::kTokenScales) {
-      Wait(&shared_.scale_full[ScaleSlot()], step_ / C::kScaleSlots % 2);
-      scales.address = SharedAddress(shared_.key_scales[ScaleSlot()][lane_ % 4]);
+    if constexpr (C::kPerTokenScales) {
+      Wait(&shared_.scale_full[ScaleStage()], iteration_ / C::kScaleStages % 2);
+      scales.address = SharedAddress(shared_.key_scales[ScaleStage()][lane_ % 4]);
 #pragma unroll
       for (int j = 0; j < KeyScales::kAhead; ++j) scales.Load(j);
     }
@@ -411,10 +408,10 @@ class Consumer {
     }
   }
 
-  // Ends the use of the step's scales.
+  // Ends the use of the KV tile's scales.
   __device__ __forceinline__ void ReleaseScales() {
-    const uint32_t at = ScaleSlot();
-    if (shared_.poison_found[at]) AddPoison(shared_, at, buffer_, start_, o_);
+    const uint32_t at = ScaleStage();
+    if (shared_.poison_found[at]) SetPoisonedOutputs(shared_, at, buffer_, start_, o_);
     ArriveWarp(&shared_.scale_empty[at]);
   }
 
@@ -427,14 +424,15 @@ class Consumer {
     factor_[0] = factor_[1] = 1.0f;
   }
 
-  // The largest score of either row, and the shift below it.
+  // Finds the largest score of either row, and the shift below it.
   __device__ __forceinline__ void FindLargest(float (&largest)[2], float (&wanted)[2]) const {
-    float part[4];
+    float largest_of[4];
 #pragma unroll
-    for (int i = 0; i < C::kScores; ++i) part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
+    for (int i = 0; i < C::kScores; ++i)
+      largest_of[i % 4] = i < 4 ? s_[i] : MaxNaN(largest_of[i % 4], s_[i]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
+      largest[h] = MaxNaN(largest_of[2 * h], largest_of[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
       wanted[h] = fmaf(largest[h], factor_[h], -kLogPeak);
@@ -445,33 +443,33 @@ class Consumer {
                                               float (&wanted)[2], float (&alpha)[2]) {
     const bool far[2] = {moves[0] && IsFar(0, wanted[0]), moves[1] && IsFar(1, wanted[1])};
     if (__any_sync(~0u, far[0] || far[1])) {
-      wgmma_fp8::MultiplyFarScores(s_, factor_, far, largest, wanted);
+      MultiplyFarScores(s_, factor_, far, largest, wanted);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float before = shift_[h];
       wanted[h] = MaxNaN(before, wanted[h]);
-      // A NaN stays.
+      // A NaN in the shift stays.
       shift_[h] = !moves[h] || wanted[h] - before <= 0 ? before : wanted[h];
-      alpha[h] = Exp2(before - Shift(h));
+      alpha[h] = OrderedExp2(before - Shift(h));
       sums_.Follow(h, alpha[h]);
     }
   }
 
-  // With a bias no score is as far as that. factor_ is the tile's.
+  // Whether a score is far from 0. With a bias none is. factor_ is the work tile's.
   __device__ __forceinline__ bool IsFar(int h, float score) const {
-    return !(kIntegers && IsBiased(factor_[h])) && wgmma_fp8::IsFar(score);
+    return !(kIntegers && IsBiased(factor_[h])) && IsFarScore(score);
   }
 
   // Whether a row's scores keep kBias. Where its factor is large, the bias in units of log2 would
   // swallow differences of scores.
   __device__ __forceinline__ static bool IsBiased(float factor) {
     constexpr float kLargest = 1 << 19;
-    return !C::kTokenScales && !C::kSoftcap && factor * kBias < kLargest;
+    return !C::kPerTokenScales && !C::kSoftcap && factor * kBias < kLargest;
   }
 
   // Whether one of the four threads of row h has a probability of it that is too large.
-  __device__ __forceinline__ bool Exceeds(const StepSums<C>& sums, int h) const {
+  __device__ __forceinline__ bool Exceeds(const KvTileSums<C>& sums, int h) const {
     const unsigned votes = __ballot_sync(~0u, sums.Exceeds(h, probabilities_));
     return (votes >> (lane_ & ~3) & 0xF) != 0;
   }
@@ -481,7 +479,7 @@ class Consumer {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // Moves the shifts of those rows that do to the step's largest scores and finds the
+  // Moves the shifts of the rows in `moves` to the KV tile's largest scores and finds the
   // probabilities. kScale: there is an output already.
   template <bool kScale>
   __device__ __forceinline__ void FollowMaximum(const bool (&moves)[2]) {
@@ -494,13 +492,13 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= alpha[i / 2 % 2];
     }
-    StepSums<C> sums;
+    KvTileSums<C> sums;
     const float shift[2] = {Shift(0), Shift(1)};
     FindProbabilities<false>(shift, sums);
     sums_.Add(sums);
     if constexpr (C::kSoftcap) return;
     LoadFactors(shared_, buffer_, factor_);
-    // Far scores need a look in every step: without a factor, probabilities exceed any bound.
+    // Far scores need a look in every iteration: without a factor, probabilities exceed any bound.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (IsFar(h, shift_[h])) factor_[h] = NAN;
@@ -508,14 +506,14 @@ class Consumer {
   }
 
   __device__ __forceinline__ float Probability(const float (&shift)[2], int i) const {
-    return Exp2(fmaf(s_[i], factor_[i / 2 % 2], -shift[i / 2 % 2]));
+    return OrderedExp2(fmaf(s_[i], factor_[i / 2 % 2], -shift[i / 2 % 2]));
   }
 
-  // The step's probabilities, packed, and what there is to know of their sums. Scores stay, in case
-  // that they are needed again. A row without a shift, which is -inf, gets some that exceed any
-  // bound. kBehind: ends the product that reads the probabilities of the step before.
+  // Finds the KV tile's probabilities, packed, and what is kept of their sums. The scores stay, in
+  // case they are needed again. A row without a shift (it is -inf) gets probabilities that exceed
+  // any bound. kBehind: ends the product that reads the probabilities of the iteration before.
   template <bool kBehind>
-  __device__ __forceinline__ void FindProbabilities(const float (&shift)[2], StepSums<C>& sums) {
+  __device__ __forceinline__ void FindProbabilities(const float (&shift)[2], KvTileSums<C>& sums) {
     float early[kEarly + 1];
     if constexpr (kBehind) {
 #pragma unroll
@@ -532,24 +530,24 @@ class Consumer {
     }
   }
 
-  // Ends the P * V of the step before.
+  // Ends the P * V of the iteration before.
   __device__ __forceinline__ void FinishProducts() {
     WaitProducts<0>(o_);
     KeepRegisters(probabilities_);
     sums_.Keep();
-    ReleaseValues(step_ - 1, start_ + C::kKeys);
+    ReleaseValues(iteration_ - 1, start_ + C::kKeys);
   }
 
-  __device__ __forceinline__ void FollowOwnUnits() {
+  __device__ __forceinline__ void FollowRowVScales() {
     float ratio[2];
-    units_.Follow(shared_, ScaleSlot(), buffer_, start_, probabilities_, sums_, ratio);
+    row_v_scales_.Follow(shared_, ScaleStage(), buffer_, start_, probabilities_, sums_, ratio);
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio[i / 2 % 2];
   }
 
-  // Probabilities are not in the unit of V's token scales, but the output is.
-  __device__ __forceinline__ void FollowUnit() {
-    const float ratio = shared_.unit_ratio[ScaleSlot()];
+  // Rescales the output to the KV tile's V scale, which probabilities do not contain.
+  __device__ __forceinline__ void FollowVScale() {
+    const float ratio = shared_.v_scale_ratio[ScaleStage()];
     if (ratio != 1.0f) {
 #pragma unroll
       for (int i = 0; i < C::kOut; ++i) o_[i] *= ratio;
@@ -560,12 +558,12 @@ class Consumer {
   Shared<C>& shared_;
   const int group_;
   const int lane_;
-  std::conditional_t<C::kKeyCodes, CodeQuery<C>, Query<C>> query_;
-  uint32_t step_ = ~0u;  // the one whose softmax is under way
-  int start_;            // first key of the step
-  int buffer_;           // of the tile
+  std::conditional_t<C::kKeyCodeOperands, CodeQuery<C>, Query<C>> query_;
+  uint32_t iteration_ = ~0u;  // the one whose softmax is under way
+  int start_;                 // first key of the KV tile
+  int buffer_;                // of the work tile
   RowSums<C> sums_;
-  RowUnits<C> units_;
+  RowVScales<C> row_v_scales_;
   float shift_[2], factor_[2];
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making

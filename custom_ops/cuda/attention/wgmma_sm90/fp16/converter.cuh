@@ -1,14 +1,14 @@
-// Codes become 16-bit operands: three warps of the producer warpgroup share the codes of each step,
-// V's and, where they are no operands as they lie, K's.
+// Converts codes to 16-bit operands: three warps of the producer warpgroup share each KV tile's
+// codes of V and, where they are no operands as they lie, of K.
 #pragma once
 
 #include <type_traits>
 
 #include "common/numeric.h"
 #include "cuda/attention/shared/format.cuh"
-#include "cuda/attention/wgmma_sm90/fp16/clean.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
-#include "cuda/attention/wgmma_sm90/fp16/factors.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/nan_scrub.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/tile_factors.cuh"
 #include "cuda/common/mbarrier.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
@@ -20,7 +20,7 @@ class Converter {
       : p_(arguments.p), shared_(shared), warp_(threadIdx.x / 32 - 1), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    if constexpr (C::kKeyCodes) {
+    if constexpr (C::kKeyCodeOperands) {
       RunFormat<Format<C::kElement>>();
     } else {
       const DType codes = p_.paged ? p_.cache.dtype : p_.ragged.dtype;
@@ -35,35 +35,35 @@ class Converter {
   }
 
  private:
-  // A step's codes as groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so that
-  // it waits for shared memory once. Token scales take registers.
+  // A KV tile's codes are groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so
+  // that it waits for shared memory once. Per-token scales take registers.
   static constexpr int kGroup = 512;
-  static constexpr int kBatch = C::kTokenScales ? 2 : 4;
-  static constexpr int kBatches = C::kRawBytes / (kGroup * kBatch);
-  static constexpr int kRounds = (kBatches + C::kSideWarps - 1) / C::kSideWarps;
-  static constexpr int kNamedBarrier = 3;  // behind the consumers' turns
+  static constexpr int kBatch = C::kPerTokenScales ? 2 : 4;
+  static constexpr int kBatches = C::kCodeBytes / (kGroup * kBatch);
+  static constexpr int kRounds = (kBatches + C::kHelperWarps - 1) / C::kHelperWarps;
+  static constexpr int kNamedBarrier = 3;  // after those of the ping-pong
 
-  // The codes of a tile come in the loader's order.
+  // Converts the codes of work tiles in the loader's order.
   template <class F>
   __device__ __forceinline__ void RunFormat() {
     SetTiles({});
     while (true) {
       Wait(&shared_.tile_found[Tiles().Index()], Tiles().Phase());
-      if (TileNow().steps >= 0) {
+      if (TileNow().kv_tiles >= 0) {
         FindFactors<C>(p_, shared_, TileNow(), Tiles().Index(), warp_);
       }
       __syncwarp();
-      if (TileNow().steps < 0) break;
+      if (TileNow().kv_tiles < 0) break;
       if (ArrivesForWarp(lane_)) Arrive(&shared_.query_full[0]);
 #pragma unroll 1
-      for (int step = -1; step < TileNow().steps; ++step) {
-        if constexpr (!C::kKeyCodes) {
-          if (step + 1 < TileNow().steps) ConvertKeys<F>(step + 1);
+      for (int iteration = -1; iteration < TileNow().kv_tiles; ++iteration) {
+        if constexpr (!C::kKeyCodeOperands) {
+          if (iteration + 1 < TileNow().kv_tiles) ConvertKeys<F>(iteration + 1);
         }
-        if (step >= 0) ConvertValues<F>(step);
+        if (iteration >= 0) ConvertValues<F>(iteration);
       }
       __syncwarp();
-      RingCount<2> tiles = Tiles();
+      PackedPipelineState<2> tiles = Tiles();
       if (ArrivesForWarp(lane_)) Arrive(&shared_.query_empty[tiles.Index()]);
       tiles.Advance();
       SetTiles(tiles);
@@ -71,108 +71,108 @@ class Converter {
     if (ArrivesForWarp(lane_)) Arrive(&shared_.query_full[0]);
   }
 
-  // The warp's tile: in memory, as registers are short.
-  __device__ __forceinline__ RingCount<2> Tiles() const {
+  // The warp's pipeline state of work tiles lies in shared memory, as registers are short.
+  __device__ __forceinline__ PackedPipelineState<2> Tiles() const {
     const volatile int& count = shared_.converter_tiles[warp_];
     return {count};
   }
-  __device__ __forceinline__ void SetTiles(RingCount<2> tiles) {
+  __device__ __forceinline__ void SetTiles(PackedPipelineState<2> tiles) {
     __syncwarp();
     if (lane_ == 0) shared_.converter_tiles[warp_] = tiles.count;
     __syncwarp();
   }
-  __device__ __forceinline__ const volatile Tile& TileNow() const {
+  __device__ __forceinline__ const volatile WorkTile& TileNow() const {
     return shared_.tile[Tiles().Index()];
   }
 
   template <class F>
-  __device__ __forceinline__ void ConvertKeys(int step) {
-    // A step ahead of the values, but for a tile's first.
-    static_assert(C::kKeyCodes || C::kKeyStages == C::kValueStages);
-    RingCount<C::kKeyStages> keys{values_.count};
-    if (step > 0) keys.Advance();
-    const int at = keys.Index(), slot = raw_.Index();
-    Wait(&shared_.raw_full[slot], raw_.Phase());
+  __device__ __forceinline__ void ConvertKeys(int iteration) {
+    // Keys are an iteration ahead of the values, but for a work tile's first.
+    static_assert(C::kKeyCodeOperands || C::kKeyStages == C::kValueStages);
+    PackedPipelineState<C::kKeyStages> keys{values_.count};
+    if (iteration > 0) keys.Advance();
+    const int at = keys.Index(), code_stage = code_stages_.Index();
+    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
     Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
-    ConvertRows<F>(shared_.raw[slot], shared_.key[at]);
-    if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.raw_flags[slot];
-    Finish(slot, &shared_.key_full[at]);
+    ConvertRows<F>(shared_.codes[code_stage], shared_.key[at]);
+    if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.code_flags[code_stage];
+    Finish(code_stage, &shared_.key_full[at]);
   }
 
   template <class F>
-  __device__ __forceinline__ void ConvertValues(int step) {
-    const int at = values_.Index(), slot = raw_.Index();
-    Wait(&shared_.raw_full[slot], raw_.Phase());
+  __device__ __forceinline__ void ConvertValues(int iteration) {
+    const int at = values_.Index(), code_stage = code_stages_.Index();
+    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
     Wait(&shared_.value_empty[at], values_.Phase() ^ 1);
-    if constexpr (C::kTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
-    if constexpr (C::kValueRows) {
-      ConvertRows<F>(shared_.raw[slot], shared_.value[at]);
+    if constexpr (C::kPerTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
+    if constexpr (C::kTokenMajorV) {
+      ConvertRows<F>(shared_.codes[code_stage], shared_.value[at]);
     } else {
-      ConvertChannels<F>(shared_.raw[slot], shared_.value[at]);
+      ConvertChannels<F>(shared_.codes[code_stage], shared_.value[at]);
     }
     bool found = false;
-    // Any int8 code is finite.
+    // Every int8 code is finite.
     if constexpr (!std::is_same_v<F, Format<DType::kInt8>>) {
-      if (shared_.raw_flags[slot] & kClean) {
-        // Values are looked at by other warps than converted them.
-        SyncNamed<32 * C::kSideWarps>(kNamedBarrier);
-        ValueCleaner<C> cleaner(shared_);
-        const int written = TileNow().k_len - (TileNow().last - step) * C::kKeys;
-        found = cleaner.Clean(at, written, warp_, C::kKeys / 16, C::kSideWarps);
+      if (shared_.code_flags[code_stage] & kNeedsScrub) {
+        // Other warps scrub the values than converted them.
+        SyncNamed<32 * C::kHelperWarps>(kNamedBarrier);
+        NanScrubber<C> scrubber(shared_);
+        const int written = TileNow().k_len - (TileNow().last_kv_tile - iteration) * C::kKeys;
+        found = scrubber.Scrub(at, written, warp_, C::kKeys / 16, C::kHelperWarps);
       }
     }
     if (lane_ == 0) shared_.nan_found[at][warp_] = found;
-    Finish(slot, &shared_.value_ready[at]);
+    Finish(code_stage, &shared_.value_ready[at]);
     values_.Advance();
-    if constexpr (C::kTokenScales) {
+    if constexpr (C::kPerTokenScales) {
       if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.Index()]);
       scales_.Advance();
     }
   }
 
-  // Hands the operands over, and the codes' buffer back.
-  __device__ __forceinline__ void Finish(int slot, uint64_t* full) {
+  // Hands the operands over, and the codes' stage back.
+  __device__ __forceinline__ void Finish(int code_stage, uint64_t* full) {
     FenceAsyncProxy();
     __syncwarp();
     if (ArrivesForWarp(lane_)) {
       Arrive(full);
-      Arrive(&shared_.raw_empty[slot]);
+      Arrive(&shared_.codes_empty[code_stage]);
     }
-    raw_.Advance();
+    code_stages_.Advance();
   }
 
-  // Has the warp's share of a step's codes stored, `in` + 16 bytes a lane; loads are a batch ahead.
-  // Batches go round between the warps, from one step to the next.
+  // Has the warp's share of a KV tile's codes stored, `in` + 16 bytes a lane; loads are a batch
+  // ahead. Batches go round between the warps, from one KV tile to the next.
   template <class Store>
   __device__ __forceinline__ void Convert(const uint8_t* in, const Store& store) {
-    const int first = (warp_ + C::kSideWarps - Turn()) % C::kSideWarps;
+    const int first = (warp_ + C::kHelperWarps - Turn()) % C::kHelperWarps;
     in += first * kBatch * kGroup;
     uint4 codes[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      const int batch = first + round * C::kSideWarps;
+      const int batch = first + round * C::kHelperWarps;
       if (batch >= kBatches) break;
-      in += C::kSideWarps * kBatch * kGroup;
+      in += C::kHelperWarps * kBatch * kGroup;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         store(batch, i, codes[i]);
-        if (round + 1 < kRounds && batch + C::kSideWarps < kBatches) {
+        if (round + 1 < kRounds && batch + C::kHelperWarps < kBatches) {
           codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
         }
       }
     }
   }
 
-  // Whose the next batch is: the warp of a ring that each conversion moves on in.
+  // The warp that takes the next first batch: each conversion moves on by one.
   __device__ __forceinline__ int Turn() const {
-    static_assert((C::kKeyCodes ? C::kValueStages : C::kRawSlots) == C::kSideWarps);
-    return C::kKeyCodes ? values_.Index() : raw_.Index();
+    static_assert((C::kKeyCodeOperands ? C::kValueStages : C::kCodeStages) == C::kHelperWarps);
+    return C::kKeyCodeOperands ? values_.Index() : code_stages_.Index();
   }
 
-  // Tokens with their channels side by side. In each eight lanes, four take one token and four
-  // another: their stores meet no bank twice.
+  // Converts tokens with their channels side by side. In each eight lanes, four take one token and
+  // four another: their stores meet no bank twice.
   template <class F>
   __device__ __forceinline__ void ConvertRows(const uint8_t* codes, uint8_t* target) {
     constexpr int kPieces = C::kDim / 16, kTokens = 32 / kPieces;
@@ -192,9 +192,9 @@ class Converter {
     });
   }
 
-  // Channels with their 64 tokens side by side, in TokenSlot order: the low pairs of a piece's
-  // words are tokens 0 .. 7, the high ones 8 .. 15. With token scales values are multiplied with
-  // theirs.
+  // Converts channels with their 64 tokens side by side, in TokenSlot order: the low pairs of a
+  // piece's words are tokens 0 .. 7, the high ones 8 .. 15. Values are multiplied with their
+  // per-token scales, if there are any.
   template <class F>
   __device__ __forceinline__ void ConvertChannels(const uint8_t* codes, uint8_t* target) {
     const int piece = lane_ % 4, channel = lane_ / 4;
@@ -202,7 +202,7 @@ class Converter {
     const int at = 16 * ((2 * piece) ^ channel);
     uint4 low_scales, high_scales;
     Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
-      if (C::kTokenScales && i == 0) {
+      if (C::kPerTokenScales && i == 0) {
         const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
         const auto* scales =
             reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
@@ -214,7 +214,7 @@ class Converter {
       F::Widen(v.y, &low.y, &high.y);
       F::Widen(v.z, &low.z, &high.z);
       F::Widen(v.w, &low.w, &high.w);
-      if constexpr (C::kTokenScales) {
+      if constexpr (C::kPerTokenScales) {
         low = Scaled(low, low_scales);
         high = Scaled(high, high_scales);
       }
@@ -237,11 +237,11 @@ class Converter {
 
   const AttentionParams& p_;
   Shared<C>& shared_;
-  const int warp_;  // 0 .. kSideWarps - 1
+  const int warp_;  // 0 .. kHelperWarps - 1
   const int lane_;
-  RingCount<C::kValueStages> values_;
-  RingCount<C::kRawSlots> raw_;
-  RingCount<C::kScaleSlots> scales_;
+  PackedPipelineState<C::kValueStages> values_;
+  PackedPipelineState<C::kCodeStages> code_stages_;
+  PackedPipelineState<C::kScaleStages> scales_;
 };
 
 }  // namespace fastattn::cuda::wgmma_fp16

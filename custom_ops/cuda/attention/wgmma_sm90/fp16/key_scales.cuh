@@ -1,11 +1,11 @@
-// Scales of K's tokens, as a consumer's thread takes them.
+// K's per-token scales, as a consumer's thread takes them.
 #pragma once
 
 #include <cstdint>
 
 namespace fastattn::cuda::wgmma_fp16 {
 
-// Of its columns, 16 of a step each, loaded ahead of the scores.
+// The scales of the thread's columns: 16 of a KV tile at a time, loaded ahead of the scores.
 struct KeyScales {
   static constexpr int kAhead = 2;
 

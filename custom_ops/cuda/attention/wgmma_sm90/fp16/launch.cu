@@ -26,7 +26,7 @@ bool KeyCodes(const AttentionParams& p) {
   return p.q_dtype == DType::kBFloat16 && !channels;
 }
 
-// A cache's planes, all but the rows' size and box; *planes finds those of a block.
+// A cache's planes, all but the size and box of their rows; *planes finds those of a block.
 ByteTensor PlaneTensor(const AttentionParams& p, const void* data, const CacheStrides& strides,
                        BlockPlanes* planes) {
   const int size = SizeOf(p.cache.dtype);
@@ -40,9 +40,9 @@ ByteTensor PlaneTensor(const AttentionParams& p, const void* data, const CacheSt
   return tensor;
 }
 
-// Tokens of K or V as rows: operands in boxes of 64 tokens x 128 bytes, codes in whole blocks.
+// Tokens of K or V as rows: 16-bit values in boxes of 64 tokens x 128 bytes, codes in whole blocks.
 ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStrides& strides,
-                     const void* packed, int64_t token_stride, int64_t head_stride,
+                     const void* ragged, int64_t token_stride, int64_t head_stride,
                      BlockPlanes* planes) {
   const auto size = static_cast<uint64_t>(SizeOf(KeyType(p)));
   const uint64_t row = size * static_cast<uint64_t>(p.head_dim);
@@ -51,7 +51,7 @@ ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStr
     tensor = PlaneTensor(p, paged, strides, planes);
     tensor.size[1] = kBlockSize;
   } else {
-    tensor.data = packed;
+    tensor.data = ragged;
     tensor.size[1] = static_cast<uint64_t>(p.ragged.num_tokens);
     tensor.size[2] = static_cast<uint64_t>(p.num_kv_heads);
     tensor.stride[0] = size * static_cast<uint64_t>(token_stride);
@@ -108,10 +108,12 @@ auto VariantOf(const AttentionParams& p) {
   using wgmma_fp16::Source;
   const bool codes = IsCode(KeyType(p));
   const DType operand = !codes ? p.q_dtype : KeyCodes(p) ? KeyType(p) : DType::kFloat16;
-  const Source source = !codes ? Source::kOperands : p.paged ? Source::kCodes : Source::kCodeRows;
+  const Source source = !codes    ? Source::k16Bit
+                        : p.paged ? Source::kPagedCodes
+                                  : Source::kRaggedCodes;
   return std::tuple{Wanted{"operand", operand}, Wanted{"head_dim", p.head_dim},
                     Wanted{"source", source},
-                    Wanted{"token_scales", codes && p.paged && IsDynamic(p.cache.type)}};
+                    Wanted{"per_token_scales", codes && p.paged && IsDynamic(p.cache.type)}};
 }
 
 }  // namespace

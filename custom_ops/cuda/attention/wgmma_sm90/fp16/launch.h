@@ -1,4 +1,4 @@
-// Attention of long query rows of 16-bit queries, for sm_90a.
+// Attention of sequences with many new tokens and 16-bit queries, for sm_90a.
 #pragma once
 
 #include <cuda_runtime.h>

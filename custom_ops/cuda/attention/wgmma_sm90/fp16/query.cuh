@@ -1,10 +1,10 @@
-// The left operand of the scores: 64 queries of a tile.
+// The left operand of the scores: 64 queries of a work tile.
 #pragma once
 
 #include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
-#include "cuda/attention/wgmma_sm90/fp16/factors.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/tile_factors.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/shared_address.cuh"
@@ -17,7 +17,7 @@ namespace fastattn::cuda::wgmma_fp16 {
 // registers and instructions, which leaves nothing between two products.
 __device__ __forceinline__ uint32_t Uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
-// Two queries of 16 bits in fp32.
+// Two 16-bit elements of a query in fp32.
 template <DType kQuery>
 __device__ __forceinline__ void WidenPair(uint32_t pair, float* low, float* high) {
   if constexpr (kQuery == DType::kFloat16) {
@@ -48,8 +48,8 @@ class LargestMagnitude {
   uint32_t largest_ = 0;
 };
 
-// As they lie in shared memory.
-template <class C, bool kInRegisters = C::kCodes>
+// Queries as they lie in shared memory.
+template <class C, bool kInRegisters = C::kQuantized>
 class Query {
  public:
   __device__ __forceinline__ void Take(const AttentionParams&, const Shared<C>& shared, int,
@@ -61,7 +61,7 @@ class Query {
     return OperandDescriptor<128>(Uniform(address_));
   }
 
-  // s (+)= channels 16 k .. + 15 times keys.
+  // s (+)= the query's channels 16 k .. + 15 times those of the keys.
   template <bool kAdd>
   __device__ __forceinline__ void Multiply(float (&s)[C::kScores], int k, uint64_t operand,
                                            uint64_t keys) const {
@@ -73,20 +73,20 @@ class Query {
   uint32_t address_;
 };
 
-// In registers as fp16, each query times a power of two that brings its largest channel to
-// 2^9 .. 2^10: fp16 has more mantissa than bf16 and less range. The tile's factors make up for it.
+// Queries in registers as fp16, each times a power of two that brings its largest channel to 2^9 ..
+// 2^10: fp16 has more mantissa than bf16 and less range. The work tile's factors make up for it.
 template <class C>
 class Query<C, true> {
  public:
   __device__ __forceinline__ void Take(const AttentionParams& p, Shared<C>& shared, int buffer,
                                        int group) {
     KeepRegisters(words_);
-    const bool channels = C::kChannelScales && UsesKeyChannels(p);
+    const bool channels = C::kPerChannelScales && UsesKeyChannels(p);
     if (p.q_dtype == DType::kFloat16) {
-      return channels ? Take<DType::kFloat16, C::kChannelScales>(shared, buffer, group)
+      return channels ? Take<DType::kFloat16, C::kPerChannelScales>(shared, buffer, group)
                       : Take<DType::kFloat16, false>(shared, buffer, group);
     }
-    return channels ? Take<DType::kBFloat16, C::kChannelScales>(shared, buffer, group)
+    return channels ? Take<DType::kBFloat16, C::kPerChannelScales>(shared, buffer, group)
                     : Take<DType::kBFloat16, false>(shared, buffer, group);
   }
 
@@ -99,15 +99,16 @@ class Query<C, true> {
   }
 
  private:
-  static constexpr int kSteps = C::kDim / 16;
+  static constexpr int kMmaSteps = C::kDim / 16;
 
-  // kChannels: K has scales of channels, which are multiplied to the queries.
+  // kChannels: K has per-channel scales, which multiply the queries.
   template <DType kQuery, bool kChannels>
   __device__ __forceinline__ void Take(Shared<C>& shared, int buffer, int group) {
     const int lane = Lane<true>(), row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     const uint32_t base = SharedAddress(shared.query + group * 64 * C::kRowBytes + row * C::kSlice);
     const float* scales = shared.key_channels[buffer] + 2 * (lane % 4);
-    // Both passes read them: registers are short while the tile before has products under way.
+    // Both passes read the words again: registers are short while the work tile before has products
+    // under way.
     const auto load = [&](int k, uint32_t* words) {
       const int chunk = (2 * (k % 4) + lane / 16) ^ (row % 8);
       LoadMatrices(base + k / 4 * 64 * C::kSlice + 16 * chunk, words);
@@ -125,7 +126,7 @@ class Query<C, true> {
     float largest[2] = {0.0f, 0.0f};
     LargestMagnitude magnitude[2];
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < kMmaSteps; ++k) {
       uint32_t words[4];
       load(k, words);
 #pragma unroll
@@ -151,14 +152,14 @@ class Query<C, true> {
       const uint32_t exponent = bits < 0x7F800000u ? max(bits >> 23, 19u) : 127 + 9;
       shrink[h] = __uint_as_float((254 + 9 - exponent) << 23);
       if (lane % 4 == 0) {
-        float& factor = shared.factor[buffer][wgmma_fp8::QueryOf<true>(h)];
+        float& factor = shared.factor[buffer][QueryIndex<true>(h)];
         factor *= __uint_as_float((exponent - 9) << 23);
         if (factor == 0.0f) factor = 1e-30f;  // as above: -inf * 0 is NaN
       }
     }
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < kMmaSteps; ++k) {
       load(k, words_ + 4 * k);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -176,7 +177,7 @@ class Query<C, true> {
                  : "memory");
   }
 
-  uint32_t words_[4 * kSteps];
+  uint32_t words_[4 * kMmaSteps];
 };
 
 }  // namespace fastattn::cuda::wgmma_fp16

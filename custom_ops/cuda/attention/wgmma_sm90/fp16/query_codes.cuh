@@ -1,15 +1,16 @@
 // Queries as two 8-bit codes each, so that K's codes are operands as they lie.
 //
-// A query times a power of two is high + low. e4m3: both are codes of the same unit; exact for
-// bf16, but for channels far below the largest. int8: `low` counts 1 / 128 of `high`.
+// A query times a power of two is high + low. e4m3: both are codes relative to the same power of
+// two; exact for bf16, but for channels far below the largest. int8: `low` counts 1 / 128 of
+// `high`.
 #pragma once
 
 #include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
-#include "cuda/attention/wgmma_sm90/fp16/factors.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/tile_factors.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/wgmma.cuh"
@@ -30,31 +31,31 @@ class CodeQuery {
                                        int group) {
     KeepRegisters(high_);
     KeepRegisters(low_);
-    // Halves have too many bits for two e4m3 codes.
+    // fp16 queries have too many bits for two e4m3 codes.
     if constexpr (kIntegers) {
-      const bool channels = C::kChannelScales && UsesKeyChannels(p);
+      const bool channels = C::kPerChannelScales && UsesKeyChannels(p);
       if (p.q_dtype == DType::kFloat16) {
-        return channels ? Take<DType::kFloat16, C::kChannelScales>(shared, buffer, group)
+        return channels ? Take<DType::kFloat16, C::kPerChannelScales>(shared, buffer, group)
                         : Take<DType::kFloat16, false>(shared, buffer, group);
       }
-      if (channels) return Take<DType::kBFloat16, C::kChannelScales>(shared, buffer, group);
+      if (channels) return Take<DType::kBFloat16, C::kPerChannelScales>(shared, buffer, group);
     }
     Take<DType::kBFloat16, false>(shared, buffer, group);
   }
 
   // s = queries times 128 keys of e4m3. The products are under way on return.
   __device__ __forceinline__ void Multiply(float (&s)[C::kScores], uint64_t keys) const {
-    // The small sums first: a sum of FP8 products keeps 14 bits of the largest.
+    // The small sums come first: a sum of FP8 products keeps 14 bits of the largest.
     MultiplyRegisters<false>(s, low_, keys);
 #pragma unroll
-    for (int k = 1; k < kSteps; ++k) MultiplyRegisters<true>(s, low_ + 4 * k, keys + 2 * k);
+    for (int k = 1; k < kMmaSteps; ++k) MultiplyRegisters<true>(s, low_ + 4 * k, keys + 2 * k);
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) MultiplyRegisters<true>(s, high_ + 4 * k, keys + 2 * k);
+    for (int k = 0; k < kMmaSteps; ++k) MultiplyRegisters<true>(s, high_ + 4 * k, keys + 2 * k);
   }
 
-  // The same of int8, 64 keys in `first` and `second` each, in units of `high` and with kBias.
-  // One half's products run while the other's are shifted. `begin` waits for the turn at most of
-  // the products.
+  // Does the same with int8, 64 keys in `first` and `second` each, in units of `high` and with
+  // kBias. One half's products run while the other's are shifted. `begin` waits at the ping-pong
+  // barrier, ahead of most of the products.
   template <class Begin>
   __device__ __forceinline__ void Multiply(int32_t (&first)[32], int32_t (&second)[32],
                                            uint64_t keys, const Begin& begin) const {
@@ -78,7 +79,7 @@ class CodeQuery {
  private:
   static constexpr bool kIntegers = C::kElement == DType::kInt8;
   static constexpr int kWords = C::kDim / 8;
-  static constexpr int kSteps = C::kDim / 32;
+  static constexpr int kMmaSteps = C::kDim / 32;
   // The largest channel of a query becomes 2^kTop and more.
   static constexpr int kTop = kIntegers ? 13 : 7;
   // Scores count 2^kUnit.
@@ -86,13 +87,13 @@ class CodeQuery {
   // A mantissa that this carries over counts as the next power of two: `high` is at most 127.
   static constexpr uint32_t kCarry = kIntegers ? 1u << 16 | 1u << 10 : 0;
 
-  // kChannels: K has scales of channels, which are multiplied to the queries.
+  // kChannels: K has per-channel scales, which multiply the queries.
   template <DType kQuery, bool kChannels>
   __device__ __forceinline__ void Take(Shared<C>& shared, int buffer, int group) {
     const int lane = Lane<true>(), row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     const uint8_t* base = shared.query + group * 64 * C::kRowBytes + row * C::kSlice;
     const float* scales = shared.key_channels[buffer] + 4 * (lane % 4);
-    // Four channels. Rows h = 0 and 1 are eight apart, and swizzled alike.
+    // Loads four channels. Rows h = 0 and 1 are eight apart, and swizzled alike.
     const auto load = [&](int i) {
       const int sixteen = i / 2, h = i % 2, chunk = (2 * (sixteen % 4) + lane % 4 / 2) ^ (row % 8);
       return *reinterpret_cast<const uint2*>(base + sixteen / 4 * 64 * C::kSlice +
@@ -115,7 +116,7 @@ class CodeQuery {
         widen(i, x);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          largest[i % 2] = wgmma_fp8::MaxNaN(largest[i % 2], fabsf(x[c]));
+          largest[i % 2] = MaxNaN(largest[i % 2], fabsf(x[c]));
         }
       }
     } else {
@@ -141,21 +142,21 @@ class CodeQuery {
     }
   }
 
-  // Powers of two for the thread's queries. The tile's factors make up for them.
+  // Finds powers of two for the thread's queries. The work tile's factors make up for them.
   __device__ __forceinline__ static void FindScales(Shared<C>& shared, int buffer,
                                                     float (&largest)[2], float (&scale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      largest[h] = wgmma_fp8::MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
-      largest[h] = wgmma_fp8::MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
+      largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
       const uint32_t bits = __float_as_uint(largest[h]);
       const bool finite = bits < 0x7F800000u;
       const uint32_t exponent = finite ? max((bits + kCarry) >> 23, 30u) : 127u;
       scale[h] = finite ? __uint_as_float((254 + kTop - exponent) << 23) : 0.0f;
       if (threadIdx.x % 4 == 0) {
-        float& factor = shared.factor[buffer][wgmma_fp8::QueryOf<true>(h)];
+        float& factor = shared.factor[buffer][QueryIndex<true>(h)];
         factor *= __uint_as_float((exponent - kTop + kUnit) << 23);
-        if (factor == 0.0f) factor = 1e-30f;  // hidden scores are -inf, and -inf * 0 is NaN
+        if (factor == 0.0f) factor = 1e-30f;  // masked scores are -inf, and -inf * 0 is NaN
         if (!finite) factor = NAN;            // codes cannot say it
       }
     }
@@ -184,7 +185,7 @@ class CodeQuery {
     *high = *low = 0;
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      // fp16 holds bf16's bits here, codes, and their difference.
+      // fp16 holds here the bits of bf16, of codes, and of their difference.
       const uint32_t pair = PackPair<DType::kFloat16>(x[2 * w] * scale, x[2 * w + 1] * scale);
       const uint32_t codes = PackHalves(pair);
       uint32_t whole;
@@ -209,10 +210,11 @@ class CodeQuery {
                                                       uint64_t keys) {
     MultiplyInt8<kAdd>(s, words, keys);
 #pragma unroll
-    for (int k = 1; k < kSteps; ++k) MultiplyInt8<true>(s, words + 4 * k, keys + 2 * k);
+    for (int k = 1; k < kMmaSteps; ++k) MultiplyInt8<true>(s, words + 4 * k, keys + 2 * k);
   }
 
-  // In units of `high`. |score| is less than 2^22: a step of fp32 is 1 with the bias.
+  // Brings scores to units of `high`. |score| is less than 2^22: with the bias, neighbouring fp32
+  // values differ by 1.
   __device__ __forceinline__ static void ShiftLow(int32_t (&s)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) s[i] = (s[i] >> 7) + kBias;

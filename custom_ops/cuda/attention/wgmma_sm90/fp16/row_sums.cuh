@@ -11,40 +11,40 @@
 
 namespace fastattn::cuda::wgmma_fp16 {
 
-// What is known of a step's probabilities before their product: the thread's sums of two rows.
-template <class C, bool kProducts = C::kCodes>
-class StepSums {
+// What is known of a KV tile's probabilities before their product: the thread's sums of two rows.
+template <class C, bool kProducts = C::kQuantized>
+class KvTileSums {
  public:
-  // Of two probabilities, which become word i of the operand of P * V.
+  // Adds two probabilities, which become word i of the operand of P * V.
   __device__ __forceinline__ void Add(int i, float a, float b, const uint32_t*) {
-    part_[i % 2] += a;
-    part_[i % 2] += b;
+    partial_[i % 2] += a;
+    partial_[i % 2] += b;
   }
 
   // Whether a sum is above what 16 bits hold, or NaN.
   __device__ __forceinline__ bool Exceed() const {
-    return !(part_[0] <= kMost && part_[1] <= kMost);
+    return !(partial_[0] <= kMost && partial_[1] <= kMost);
   }
 
-  // The same of row h alone.
+  // Whether that of row h is.
   __device__ __forceinline__ bool Exceeds(int h, const uint32_t*) const {
-    return !(part_[h] <= kMost);
+    return !(partial_[h] <= kMost);
   }
 
-  __device__ __forceinline__ float Part(int h) const { return part_[h]; }
+  __device__ __forceinline__ float Partial(int h) const { return partial_[h]; }
 
  private:
-  // Far larger ones would fit into bf16, but the largest probability of a row is exact only where
-  // the shift follows it.
+  // bf16 would hold far larger ones, but the largest probability of a row is exact only where the
+  // shift follows it.
   static constexpr float kMost = 0x1p15f;
 
-  float part_[2] = {0.0f, 0.0f};
+  float partial_[2] = {0.0f, 0.0f};
 };
 
-// The largest one alone: the bits of fp16 values that are not negative are in the order of their
-// values, and NaN is above all.
+// Keeps the largest one alone: the bits of fp16 values that are not negative are in the order of
+// their values, and NaN is above all.
 template <class C>
-class StepSums<C, true> {
+class KvTileSums<C, true> {
  public:
   __device__ __forceinline__ void Add(int i, float, float, const uint32_t* words) {
     if (i % 2 == 1) largest_ = __vimax3_u16x2(largest_, words[i - 1], words[i]);
@@ -52,7 +52,7 @@ class StepSums<C, true> {
 
   __device__ __forceinline__ bool Exceed() const { return __vmaxu2(largest_, kMost) != kMost; }
 
-  // Of row h, which has every second word.
+  // Whether one of row h does, which has every second word.
   __device__ __forceinline__ bool Exceeds(int h, const uint32_t* words) const {
     uint32_t largest = 0;
 #pragma unroll
@@ -67,26 +67,26 @@ class StepSums<C, true> {
   uint32_t largest_ = 0;
 };
 
-// By the threads, each its columns of two rows.
-template <class C, bool kProducts = C::kCodes>
+// Sums found by the threads, each its columns of two rows.
+template <class C, bool kProducts = C::kQuantized>
 class RowSums {
  public:
   __device__ __forceinline__ void Start() { sum_[0] = sum_[1] = 0.0f; }
 
-  // The step's probabilities will be alpha of the old ones' unit.
+  // Rescales what has been summed up, when the row's shift moves.
   __device__ __forceinline__ void Follow(int h, float alpha) { sum_[h] *= alpha; }
-  __device__ __forceinline__ void Add(const StepSums<C>& step) {
-    sum_[0] += step.Part(0);
-    sum_[1] += step.Part(1);
+  __device__ __forceinline__ void Add(const KvTileSums<C>& iteration) {
+    sum_[0] += iteration.Partial(0);
+    sum_[1] += iteration.Partial(1);
   }
 
-  // Of a step whose probabilities are operands of P * V.
+  // The right operand that sums up the probabilities of P * V; none here.
   __device__ __forceinline__ static uint64_t Operand(const Shared<C>&, bool) { return 0; }
   __device__ __forceinline__ void Multiply(const uint32_t*, uint64_t) {}
   __device__ __forceinline__ void Keep() {}
   __device__ __forceinline__ void Rescale(const float (&)[2]) {}
 
-  // This thread's part.
+  // Gives this thread's addend of the sums.
   __device__ __forceinline__ void Take(float (&sum)[2]) const {
     sum[0] = sum_[0];
     sum[1] = sum_[1];
@@ -96,8 +96,8 @@ class RowSums {
   float sum_[2];
 };
 
-// By the tensor cores, with values of 1: where codes are converted, the other warps' instructions
-// cost more time than products do. P is rounded as it is for P * V.
+// Sums found by the tensor cores, with values of 1: where codes are converted, other warps'
+// instructions cost more time than products do. P is rounded as it is for P * V.
 template <class C>
 class RowSums<C, true> {
  public:
@@ -107,14 +107,15 @@ class RowSums<C, true> {
   }
 
   __device__ __forceinline__ void Follow(int, float) {}
-  __device__ __forceinline__ void Add(const StepSums<C>&) {}
+  __device__ __forceinline__ void Add(const KvTileSums<C>&) {}
 
-  // Values of 1, or with `zeros` of 0, which lie behind them: for steps that AddRow() takes.
+  // Values of 1, or with `zeros` of 0, which lie behind them: for KV tiles whose sums AddRow()
+  // takes.
   __device__ __forceinline__ static uint64_t Operand(const Shared<C>& shared, bool zeros) {
     return OperandDescriptor<128>(Uniform(SharedAddress(shared.ones) + (zeros ? 32 : 0)));
   }
 
-  // The sum of a step's probabilities of row h, where no product is under way.
+  // Adds the sum of a KV tile's probabilities of row h, where no product is under way.
   __device__ __forceinline__ void AddRow(int h, float sum) {
     sums_[2 * h] += sum;
     sums_[2 * h + 1] += sum;
@@ -124,7 +125,7 @@ class RowSums<C, true> {
     MultiplyHalfRegisters<C::kOperand>(sums_, probabilities, ones);
   }
 
-  // Behind a wait for the products.
+  // Called after a wait for the products.
   __device__ __forceinline__ void Keep() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(sums_[i])::"memory");
@@ -135,7 +136,7 @@ class RowSums<C, true> {
     for (int i = 0; i < 4; ++i) sums_[i] *= alpha[i / 2];
   }
 
-  // All four threads of a row have all of the sum.
+  // Gives a fourth of the sum: all four threads of a row have all of it.
   __device__ __forceinline__ void Take(float (&sum)[2]) const {
     sum[0] = 0.25f * sums_[0];
     sum[1] = 0.25f * sums_[2];

@@ -10,17 +10,17 @@ namespace fastattn::cuda::wgmma_fp16 {
 // For error messages.
 inline const char* NameOf(Source source) {
   switch (source) {
-    case Source::kOperands:
-      return "operands";
-    case Source::kCodeRows:
-      return "code rows";
-    case Source::kCodes:
-      return "codes";
+    case Source::k16Bit:
+      return "16-bit";
+    case Source::kRaggedCodes:
+      return "ragged codes";
+    case Source::kPagedCodes:
+      return "paged codes";
   }
   return "unknown";
 }
 
-template <DType kOperand, int kDim, Source kSource, bool kTokenScales>
+template <DType kOperand, int kDim, Source kSource, bool kPerTokenScales>
 cudaError_t LaunchVariant(const Arguments& arguments, cudaStream_t stream);
 
 }  // namespace fastattn::cuda::wgmma_fp16

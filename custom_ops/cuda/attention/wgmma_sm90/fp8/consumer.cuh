@@ -1,4 +1,4 @@
-// A consumer warpgroup: 64 queries of a tile against every step of keys.
+// A consumer warpgroup runs the mainloop: 64 queries of a work tile against each of its KV tiles.
 //
 // A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight columns the
 // two from 2 * (lane % 4). V's tokens lie in TokenSlot order, so the scores' registers, packed to
@@ -6,10 +6,10 @@
 #pragma once
 
 #include "common/numeric.h"
+#include "cuda/attention/shared/seq_lengths.cuh"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/config.h"
-#include "cuda/attention/wgmma_sm90/fp8/producer.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/softcap.cuh"
 #include "cuda/common/warp_scan.cuh"
@@ -17,7 +17,7 @@
 
 namespace fastattn::cuda::wgmma_fp8 {
 
-// One that the compiler keeps in its place among the exponentials.
+// An FMA that the compiler keeps in its place among the exponentials.
 __device__ __forceinline__ float Fma(float a, float b, float c) {
   float y;
   asm volatile("fma.rn.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
@@ -46,17 +46,17 @@ class Consumer {
         lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
-    if (group_ == 1) ArriveNamed<256>(kTurnBarrier + 0);
-    Ring<2> queries;
+    if (group_ == 1) ArriveNamed<256>(kPingPongBarrier + 0);
+    PipelineState<2> queries;
     if (NextTile(queries)) {
       IssueFirst();
       WaitProducts<0>(s_);
       while (true) {
         LoadTile(queries.index);
         FirstSoftmax();
-        const int steps = shared_.tile[queries.index].steps;
+        const int kv_tiles = shared_.tile[queries.index].kv_tiles;
 #pragma unroll 1
-        for (int i = 1; i < steps; ++i) NextStep();
+        for (int i = 1; i < kv_tiles; ++i) NextIteration();
         queries.Advance();
         if (!NextTile(queries)) break;
         // The first scores of a tile run with the last P * V of the tile before, and under its
@@ -69,21 +69,21 @@ class Consumer {
       IssueValues();
       Finish(queries.index ^ 1);
     }
-    // Takes the last turn that the other warpgroup has left.
-    if (group_ == 0) SyncNamed<256>(kTurnBarrier + 0);
+    // Takes the last arrival of the other warpgroup.
+    if (group_ == 0) SyncNamed<256>(kPingPongBarrier + 0);
   }
 
  private:
-  static constexpr int kTurnBarrier = 1;
+  static constexpr int kPingPongBarrier = 1;
   static_assert(C::kTwoLevel || !C::kValuesFirst);
 
-  // The warpgroups take turns at the exponentials: the special function units are busy with one's
-  // while the other waits for products, looks for maxima and issues products.
+  // Ping-pong: the warpgroups take the exponentials in turn, so that the special function units are
+  // busy with one's while the other waits for products, looks for maxima and issues products.
   //
-  // The barriers' numbers depend on what the turn is to follow, by a bit that is never set (no sum
-  // is negative): nothing else keeps the compiler from moving them.
-  __device__ __forceinline__ void BeginTurn() {
-    SyncNamed<256>(kTurnBarrier + group_ + (IsImpossible(shift_[1]) ? 1 : 0));
+  // The barriers' numbers depend on what the synchronisation is to follow, by a bit that is never
+  // set (no sum is negative): nothing else keeps the compiler from moving them.
+  __device__ __forceinline__ void PingPongWait() {
+    SyncNamed<256>(kPingPongBarrier + group_ + (IsImpossible(shift_[1]) ? 1 : 0));
   }
 
   // NaNs that are computed have one payload, not this one.
@@ -91,12 +91,12 @@ class Consumer {
     return __float_as_int(x) == 0x7FABCDEF;
   }
 
-  __device__ __forceinline__ void EndTurn(float sum) {
-    ArriveNamed<256>(kTurnBarrier + 1 - group_ + (sum < 0.0f ? 1 : 0));
+  __device__ __forceinline__ void PingPongArrive(float sum) {
+    ArriveNamed<256>(kPingPongBarrier + 1 - group_ + (sum < 0.0f ? 1 : 0));
   }
 
   __device__ __forceinline__ void LoadTile(int buffer) {
-    start_ = shared_.tile[buffer].last * C::kKeys;
+    start_ = shared_.tile[buffer].last_kv_tile * C::kKeys;
     buffer_ = buffer;
     int begin = 0, end = 1 << 30;
 #pragma unroll
@@ -104,32 +104,32 @@ class Consumer {
       shift_[h] = kMinusInf;
       sum_[h] = 0.0f;
       pending_[h] = 0.0f;
-      const int2 visible = shared_.visible[buffer][QueryOf(h)];
+      const int2 visible = shared_.visible[buffer][QueryIndex(h)];
       begin = max(begin, visible.x);
       end = min(end, visible.y);
     }
     LoadFactors(shared_, buffer_, factor_);
     // Keys that all of the warp's queries see.
-    common_begin_ = __reduce_max_sync(~0u, begin);
-    common_end_ = __reduce_min_sync(~0u, end);
+    unmasked_begin_ = __reduce_max_sync(~0u, begin);
+    unmasked_end_ = __reduce_min_sync(~0u, end);
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
   }
 
-  // Ends a tile whose last product has been issued.
+  // Ends a work tile whose last product has been issued.
   __device__ __forceinline__ void Finish(int buffer) {
-    float unit[2] = {1.0f, 1.0f};
-    if constexpr (C::kTokenScales) {
-      const float reference = shared_.reference[values_.index][0];
+    float v_scale[2] = {1.0f, 1.0f};
+    if constexpr (C::kPerTokenScales) {
+      const float max_v_scale = shared_.max_v_scale[values_.index][0];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        unit[h] = reference < 0.0f ? shared_.row_unit[QueryOf(h)] : reference;
+        v_scale[h] = max_v_scale < 0.0f ? shared_.row_v_scale[QueryIndex(h)] : max_v_scale;
       }
     }
     AddProduct<0>();
     ReleaseValues(start_);
-    FinishFactors(shared_, buffer, sum_);
-    Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, unit);
+    RestoreNanFactors(shared_, buffer, sum_);
+    Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, v_scale);
     ArriveWarp(&shared_.query_empty[buffer]);
   }
 
@@ -138,10 +138,10 @@ class Consumer {
   __device__ __forceinline__ void IssueScores() {
     const uint64_t key = OperandDescriptor<C::kDim>(SharedAddress(shared_.key[0])) +
                          keys_.index * (C::kKeys * C::kDim / 16);
-    MultiplyShared<false, C::kCodes>(s_, query_operand_, key);
+    MultiplyShared<false, C::kKvType>(s_, query_operand_, key);
 #pragma unroll
     for (int k = 1; k < C::kDim / 32; ++k) {
-      MultiplyShared<true, C::kCodes>(s_, query_operand_ + 2 * k, key + 2 * k);
+      MultiplyShared<true, C::kKvType>(s_, query_operand_ + 2 * k, key + 2 * k);
     }
     CommitProducts();
   }
@@ -151,11 +151,11 @@ class Consumer {
                            values_.index * (C::kKeys * C::kDim / 16);
     constexpr int kBlock = kBlockSize * C::kDim / 16;
     auto& target = Target();
-    MultiplyRegisters<!C::kTwoLevel, C::kCodes>(target, probabilities_, value);
+    MultiplyRegisters<!C::kTwoLevel, C::kKvType>(target, probabilities_, value);
 #pragma unroll
     for (int k = 1; k < C::kKeys / 32; ++k) {
-      MultiplyRegisters<true, C::kCodes>(target, probabilities_ + 4 * k,
-                                         value + k / 2 * kBlock + k % 2 * 2);
+      MultiplyRegisters<true, C::kKvType>(target, probabilities_ + 4 * k,
+                                          value + k / 2 * kBlock + k % 2 * 2);
     }
     CommitProducts();
   }
@@ -168,14 +168,14 @@ class Consumer {
     }
   }
 
-  // --- steps ------------------------------------------------------------------------------------
+  // --- mainloop ---------------------------------------------------------------------------------
 
-  // Waits for a tile; false if there are no more.
-  __device__ __forceinline__ bool NextTile(const Ring<2>& queries) {
+  // Waits for a work tile; false if there are no more.
+  __device__ __forceinline__ bool NextTile(const PipelineState<2>& queries) {
     Wait(&shared_.query_full[queries.index], queries.phase);
     query_operand_ = OperandDescriptor<C::kDim>(
         SharedAddress(shared_.query[queries.index] + group_ * 64 * C::kDim));
-    return shared_.tile[queries.index].steps >= 0;
+    return shared_.tile[queries.index].kv_tiles >= 0;
   }
 
   __device__ __forceinline__ void IssueFirst() {
@@ -185,7 +185,7 @@ class Consumer {
     IssueScores();
   }
 
-  // The scores of a step and the P * V of the one before.
+  // Issues the scores of an iteration and the P * V of the one before.
   __device__ __forceinline__ void IssueBoth() {
     Wait(&shared_.key_full[keys_.index], keys_.phase);
     flags_ = shared_.flags[keys_.index];
@@ -203,13 +203,13 @@ class Consumer {
     FinishScores();
     float alpha[2];
     const bool far = FindMaximum(alpha);
-    BeginTurn();
+    PingPongWait();
     WaitForValues();
     FindProbabilities(alpha);
     if (far) LoadFactors(shared_, buffer_, factor_);
   }
 
-  __device__ __forceinline__ void NextStep() {
+  __device__ __forceinline__ void NextIteration() {
     IssueBoth();
     float alpha[2];
     if constexpr (C::kValuesFirst) {
@@ -222,7 +222,7 @@ class Consumer {
     start_ -= C::kKeys;
     FinishScores();
     const bool far = FindMaximum(alpha);
-    BeginTurn();
+    PingPongWait();
     WaitForValues();
     if constexpr (C::kValuesFirst) {
       FindProbabilities(alpha);
@@ -236,20 +236,20 @@ class Consumer {
     if (far) LoadFactors(shared_, buffer_, factor_);
   }
 
-  // Waits for the step's values, which only the next product needs. It stands here, and depends on
-  // the maximum, because the compiler moves a wait for products up as far as it can, but not past
-  // this.
+  // Waits for the KV tile's values, which only the next product needs. The wait stands here, and
+  // depends on the maximum, because the compiler moves a wait for products up as far as it can, but
+  // not past this.
   __device__ __forceinline__ void WaitForValues() {
     const int never = __any_sync(~0u, IsImpossible(shift_[0]));
     Wait(&shared_.value_ready[stage_], stage_phase_ ^ never);
   }
 
-  // The step's exponentials, where the product of the step before has been added.
+  // Finds the exponentials where the product of the iteration before has been added.
   __device__ __forceinline__ void FindProbabilities(const float (&alpha)[2]) {
-    if constexpr (C::kTokenScales) {
-      if (flags_ & kClean) {
+    if constexpr (C::kPerTokenScales) {
+      if (flags_ & kNeedsScrub) {
         float inverse[2], ratio[2];
-        FindUnits(inverse, ratio);
+        FindRowVScales(inverse, ratio);
         Exponentials<false, true>(alpha, inverse);
 #pragma unroll
         for (int h = 0; h < 2; ++h) pending_[h] = alpha[h] * ratio[h];
@@ -260,32 +260,32 @@ class Consumer {
     SetPending(alpha);
   }
 
-  // Where some query sees a part of the step only, each has an output in units of the largest scale
-  // of V that it sees itself: one of another query's keys must not take its bits. `inverse`: what
-  // V's scales are multiplied with; `ratio`: what the output is.
-  __device__ __forceinline__ void FindUnits(float (&inverse)[2], float (&ratio)[2]) {
+  // Where some query sees only a part of the KV tile, the output of each row is relative to the
+  // largest scale of V that the row itself sees: the scale of a key that only another row sees must
+  // not take its bits. `inverse`: what V's scales are multiplied with; `ratio`: what the output is.
+  __device__ __forceinline__ void FindRowVScales(float (&inverse)[2], float (&ratio)[2]) {
     const float before_lane = MaxOfLanesBefore(LargestOfLane());
     float largest[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      largest[h] = LargestSeen(shared_.visible[buffer_][QueryOf(h)], before_lane);
+      largest[h] = LargestSeen(shared_.visible[buffer_][QueryIndex(h)], before_lane);
     }
     __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float& row_unit = shared_.row_unit[QueryOf(h)];
-      const float before = flags_ & kAfterClean ? row_unit : shared_.reference[stage_][1];
-      // A step without a visible key changes nothing.
-      const float unit = largest[h] > 0.0f ? fmaxf(largest[h], kLeastUnit) : before;
-      inverse[h] = 1.0f / unit;
-      ratio[h] = RatioOfUnits(before, unit);
+      float& row_v_scale = shared_.row_v_scale[QueryIndex(h)];
+      const float before = flags_ & kAfterScrub ? row_v_scale : shared_.max_v_scale[stage_][1];
+      // A KV tile without a visible key changes nothing.
+      const float v_scale = largest[h] > 0.0f ? fmaxf(largest[h], kMinVScale) : before;
+      inverse[h] = 1.0f / v_scale;
+      ratio[h] = VScaleRatio(before, v_scale);
       __syncwarp();
-      if (lane_ % 4 == 0) row_unit = unit;
+      if (lane_ % 4 == 0) row_v_scale = v_scale;
     }
     __syncwarp();
   }
 
-  // The largest of V's scales of this lane's four keys, NaN apart.
+  // The largest of V's scales of this lane's four keys, NaNs left out.
   __device__ __forceinline__ float LargestOfLane() const {
     static_assert(C::kKeys <= 128);
     if (4 * lane_ >= C::kKeys) return 0.0f;
@@ -293,12 +293,12 @@ class Consumer {
     return fmaxf(fmaxf(fmaxf(0.0f, fabsf(x.x)), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
   }
 
-  // The largest of V's scales of the step among keys that a query sees. `before_lane`: of the keys
-  // before this lane's four.
+  // The largest of V's scales of the KV tile among keys that a query sees. `before_lane`: that of
+  // the keys before this lane's four.
   __device__ __forceinline__ float LargestSeen(int2 visible, float before_lane) const {
     const float* scales = shared_.scales[stage_][1];
     const int begin = visible.x - start_, end = min(visible.y - start_, C::kKeys);
-    if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window's first keys lie in the step
+    if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window begins in the KV tile
       float largest = 0.0f;
 #pragma unroll 1
       for (int i = 2 * (lane_ % 4); i < C::kKeys; i += i % 2 == 0 ? 1 : 7) {
@@ -317,23 +317,23 @@ class Consumer {
     return end > 0 ? largest : 0.0f;
   }
 
-  // What the output is multiplied with when the step's product is added.
+  // Sets what the output is multiplied with when the iteration's product is added.
   __device__ __forceinline__ void SetPending(const float (&alpha)[2]) {
-    // The output counts in units of the step's largest scale of V.
+    // The output is relative to the KV tile's largest scale of V.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float ratio = C::kTokenScales ? shared_.reference[stage_][1] : 1.0f;
-      if constexpr (C::kTokenScales) {
-        if (flags_ & kAfterClean) {
-          ratio = RatioOfUnits(shared_.row_unit[QueryOf(h)], shared_.reference[stage_][0]);
+      float ratio = C::kPerTokenScales ? shared_.max_v_scale[stage_][1] : 1.0f;
+      if constexpr (C::kPerTokenScales) {
+        if (flags_ & kAfterScrub) {
+          ratio = VScaleRatio(shared_.row_v_scale[QueryIndex(h)], shared_.max_v_scale[stage_][0]);
         }
       }
       pending_[h] = alpha[h] * ratio;
     }
   }
 
-  // Waits for the P * V in flight and adds it. The output's scale follows the maximum one step
-  // late, so that both are one FMA. Without the second level the tensor core has added it.
+  // Waits for the P * V in flight and adds it. The output is rescaled to the maximum one iteration
+  // late, so that both are one FMA. Without two-level accumulation the tensor core has added it.
   template <int kInFlight>
   __device__ __forceinline__ void AddProduct() {
     WaitProducts<kInFlight>(Target());
@@ -347,21 +347,21 @@ class Consumer {
   // Ends the use of the values whose product has been added; `start` is their first key.
   __device__ __forceinline__ void ReleaseValues(int start) {
     const int found = *reinterpret_cast<const int*>(shared_.nan_found[values_.index]) & 0xFFFFFF;
-    if (found != 0) AddNaNs(start, buffer_);
+    if (found != 0) SetNanOutputs(start, buffer_);
     ArriveWarp(&shared_.value_empty[values_.index]);
     values_.Advance();
   }
 
   // --- softmax ----------------------------------------------------------------------------------
 
-  // Ends the use of the step's keys, applies scales, softcap and masks.
+  // Ends the use of the KV tile's keys, applies scales, softcap and masks.
   __device__ __forceinline__ void FinishScores() {
     const int at = keys_.index;
     ArriveWarp(&shared_.key_empty[at]);
-    if constexpr (C::kTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
+    if constexpr (C::kPerTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
     if constexpr (C::kSoftcap) Softcap(at);
-    const bool full = start_ >= common_begin_ && start_ + C::kKeys <= common_end_;
-    if (!full || (flags_ & (3 * kUnassigned))) HideScores(shared_, buffer_, start_, flags_, s_);
+    const bool full = start_ >= unmasked_begin_ && start_ + C::kKeys <= unmasked_end_;
+    if (!full || (flags_ & (3 * kUnassigned))) MaskScores(shared_, buffer_, start_, flags_, s_);
     stage_ = at;
     stage_phase_ = keys_.phase;
     keys_.Advance();
@@ -370,7 +370,7 @@ class Consumer {
   // Turns products into capped scores, in units of log2.
   __device__ __forceinline__ void Softcap(int at) {
     const ScoreCap cap(p_.softcap);
-    if constexpr (C::kTokenScales) {
+    if constexpr (C::kPerTokenScales) {
 #pragma unroll
       for (int j = 0; j < C::kKeys / 8; ++j) ScaleColumns(shared_.scales[at][0], j, s_);
     }
@@ -380,28 +380,28 @@ class Consumer {
     }
   }
 
-  // Returns whether the factors are those of this step only.
+  // Returns whether the factors are those of this KV tile only.
   __device__ __forceinline__ bool FindMaximum(float (&alpha)[2]) {
-    float part[4];
+    float largest_of[4];
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
-      // Hidden scores are -inf already, and stay it: the scales are positive.
-      if (C::kTokenScales && !C::kSoftcap && i % 4 == 0) {
+      // Masked scores are -inf already, and stay it: the scales are positive.
+      if (C::kPerTokenScales && !C::kSoftcap && i % 4 == 0) {
         ScaleColumns(shared_.scales[stage_][0], i / 4, s_);
       }
-      part[i % 4] = i < 4 ? s_[i] : MaxNaN(part[i % 4], s_[i]);
+      largest_of[i % 4] = i < 4 ? s_[i] : MaxNaN(largest_of[i % 4], s_[i]);
     }
     float largest[2], wanted[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      largest[h] = MaxNaN(part[2 * h], part[2 * h + 1]);
+      largest[h] = MaxNaN(largest_of[2 * h], largest_of[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
       wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -kLogPeak);
     }
     bool any_far = false;
     if constexpr (!C::kSoftcap) {
-      const bool far[2] = {IsFar(wanted[0]), IsFar(wanted[1])};
+      const bool far[2] = {IsFarScore(wanted[0]), IsFarScore(wanted[1])};
       any_far = __any_sync(~0u, far[0] || far[1]);
       if (any_far) MultiplyFarScores(s_, factor_, far, largest, wanted);
     }
@@ -409,7 +409,7 @@ class Consumer {
     for (int h = 0; h < 2; ++h) {
       const float before = shift_[h];
       shift_[h] = MaxNaN(before, wanted[h]);
-      alpha[h] = Exp2(before - Shift(h));
+      alpha[h] = OrderedExp2(before - Shift(h));
       sum_[h] *= alpha[h];
     }
     return any_far;
@@ -422,18 +422,18 @@ class Consumer {
     return shift_[h] == kMinusInf ? 0.0f : shift_[h];
   }
 
-  // The step's exponentials, their sums and codes. The product before is added among them (or the
-  // output scaled, where the tensor core adds it), so that one fills the other's waits. kOwnUnits:
-  // V's scales are to be multiplied with `inverse` (see FindUnits).
-  template <bool kAdd, bool kOwnUnits>
+  // Finds the KV tile's exponentials, their sums and codes. The product before is added among them
+  // (or the output scaled, where the tensor core adds it), so that one fills the other's waits.
+  // kRowVScales: V's scales are multiplied with `inverse` (see FindRowVScales).
+  template <bool kAdd, bool kRowVScales>
   __device__ __forceinline__ void Exponentials(const float (&alpha)[2], const float (&inverse)[2]) {
     constexpr int kPerOutput = C::kScores / C::kOut;
-    constexpr int kTurn = C::kScores - 4;  // the other warpgroup needs some cycles to wake up
+    constexpr int kPingPongAt = C::kScores - 4;  // the other warpgroup needs some cycles to wake up
     const float shift[2] = {Shift(0), Shift(1)};
 #pragma unroll
     for (int i = 0; i < C::kScores; ++i) {
       const int h = i / 2 % 2;
-      s_[i] = Exp2(fmaf(s_[i], Factor(h), -shift[h]));
+      s_[i] = OrderedExp2(fmaf(s_[i], Factor(h), -shift[h]));
       if (kAdd && i % kPerOutput == 0) {
         const int k = i / kPerOutput;
         if constexpr (C::kTwoLevel) {
@@ -443,10 +443,10 @@ class Consumer {
         }
       }
       sum_[h] += s_[i];
-      if (i + 1 == kTurn) EndTurn(sum_[h]);
-      if (C::kTokenScales && i % 4 == 3) {
-        if constexpr (kOwnUnits) {
-          ScaleOwnColumns(i / 4, inverse);
+      if (i + 1 == kPingPongAt) PingPongArrive(sum_[h]);
+      if (C::kPerTokenScales && i % 4 == 3) {
+        if constexpr (kRowVScales) {
+          ScaleByRowVScales(i / 4, inverse);
         } else {
           ScaleColumns(shared_.scales[stage_][1], i / 4, s_);
         }
@@ -458,14 +458,14 @@ class Consumer {
     }
   }
 
-  // ScaleColumns() of V's scales in each row's own unit, which no visible one exceeds.
-  __device__ __forceinline__ void ScaleOwnColumns(int j, const float (&inverse)[2]) {
+  // ScaleColumns() with V's scales relative to each row's own, which no visible one exceeds.
+  __device__ __forceinline__ void ScaleByRowVScales(int j, const float (&inverse)[2]) {
     const float* scales = shared_.scales[stage_][1] + 8 * j + 2 * (lane_ % 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) s_[4 * j + i] *= Clamped(scales[i % 2] * inverse[i / 2]);
   }
 
-  // The scale of a hidden key may be too large for the row's unit; 0 times infinity is NaN.
+  // The scale of a masked key may be far above the row's; 0 times infinity is NaN.
   __device__ __forceinline__ static float Clamped(float x) { return fmaxf(fminf(x, 1.0f), -1.0f); }
 
   // Word w of the left operand of P * V.
@@ -474,22 +474,22 @@ class Consumer {
     probabilities_[w] = PackE4M3(s_[at], s_[at + 1], s_[at + 4], s_[at + 5]);
   }
 
-  // Sets the outputs of rows that see a NaN value (see Cleaner).
-  __device__ __forceinline__ void AddNaNs(int start, int buffer) {
+  // Sets the outputs of rows that see a NaN value (see ValueScrubber).
+  __device__ __forceinline__ void SetNanOutputs(int start, int buffer) {
     const auto* tokens = reinterpret_cast<const uint32_t*>(shared_.nan_tokens[values_.index]);
 #pragma unroll 1
     for (int w = 0; w < C::kKeys / 32; ++w) {
       uint32_t seen[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int2 visible = shared_.visible[buffer][QueryOf(h)];
+        const int2 visible = shared_.visible[buffer][QueryIndex(h)];
         const int begin = Clamp(visible.x - start - 32 * w, 0, 32);
         const int end = Clamp(visible.y - start - 32 * w, 0, 32);
         const uint64_t bits = (uint64_t{1} << end) - 1;
         seen[h] = static_cast<uint32_t>(bits) & ~static_cast<uint32_t>((uint64_t{1} << begin) - 1);
       }
       uint32_t whole = 0;
-      if constexpr (C::kTokenScales) {
+      if constexpr (C::kPerTokenScales) {
         whole = shared_.poisoned[values_.index][1][w];
         const uint32_t scores = shared_.poisoned[values_.index][0][w];
         if (scores & seen[0]) sum_[0] = NAN;
@@ -507,14 +507,14 @@ class Consumer {
   Shared<C>& shared_;
   const int group_;
   const int lane_;
-  Ring<C::kStages> keys_, values_;
+  PipelineState<C::kStages> keys_, values_;
   uint64_t query_operand_;
-  int stage_ = 0;  // of the step
+  int stage_ = 0;  // of the KV tile
   uint32_t stage_phase_ = 0;
-  int flags_;                      // of the step
-  int start_;                      // first key of the step
-  int buffer_;                     // of the tile
-  int common_begin_, common_end_;  // keys that all of the warp's queries see
+  int flags_;                          // of the KV tile
+  int start_;                          // first key of the KV tile
+  int buffer_;                         // of the work tile
+  int unmasked_begin_, unmasked_end_;  // keys that all of the warp's queries see
   float shift_[2], sum_[2], factor_[2], pending_[2];
   float s_[C::kScores];
   float o_[C::kOut];

@@ -14,12 +14,13 @@ namespace {
 using wgmma_fp8::Arguments;
 using wgmma_fp8::Instances;
 
-// The queries [T, H, D], the codes of K as rows of tokens and those of V as rows of channels.
+// Encodes the tensor maps: queries [T, H, D], the codes of K as rows of tokens and those of V as
+// rows of channels.
 cudaError_t EncodeMaps(Arguments* arguments) {
   const AttentionParams& p = arguments->p;
   const auto dim = static_cast<uint64_t>(p.head_dim);
   const auto box = static_cast<uint32_t>(p.head_dim);
-  // What Transpose leaves of contiguous values are blocks of a contiguous cache.
+  // LaunchTranspose writes ragged values as blocks of a contiguous cache.
   const int64_t plane = int64_t{kBlockSize} * p.head_dim;
   const CacheStrides blocks{plane * p.num_kv_heads, plane, kBlockSize};
   const CacheStrides& key_strides = p.paged ? p.cache.key_strides : blocks;
@@ -28,19 +29,19 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   const PlaneDimension values = PlanesOf(value_strides, arguments->value_blocks, p.num_kv_heads, 1);
   arguments->key_planes = keys.planes;
   arguments->value_planes = values.planes;
-  const CUtensorMapSwizzle seqs =
+  const CUtensorMapSwizzle swizzle =
       p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const ByteTensor query{
       p.q,
       {dim, static_cast<uint64_t>(p.num_heads), static_cast<uint64_t>(p.seqs.num_tokens)},
       {static_cast<uint64_t>(p.q_head_stride), static_cast<uint64_t>(p.q_token_stride)},
       {box, 1, 64},
-      seqs};
+      swizzle};
   ByteTensor key{p.cache.key,
                  {dim, kBlockSize, static_cast<uint64_t>(keys.planes.outside)},
                  {static_cast<uint64_t>(key_strides.row), keys.stride},
                  {box, kBlockSize, 1},
-                 seqs};
+                 swizzle};
   if (!p.paged) {
     key.data = p.ragged.key;
     key.size[1] = static_cast<uint64_t>(p.ragged.num_tokens);
@@ -62,7 +63,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
 // Template arguments of the variant for these parameters.
 auto VariantOf(const AttentionParams& p) {
   return std::tuple{Wanted{"head_dim", p.head_dim},
-                    Wanted{"token_scales", p.paged && IsDynamic(p.cache.type)},
+                    Wanted{"per_token_scales", p.paged && IsDynamic(p.cache.type)},
                     Wanted{"softcap", p.softcap > 0.0f},
                     Wanted{"code", p.paged ? p.cache.dtype : p.ragged.dtype}};
 }

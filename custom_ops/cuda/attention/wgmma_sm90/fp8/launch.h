@@ -1,4 +1,4 @@
-// Attention of long query rows over FP8 keys and values, for sm_90a.
+// Attention of sequences with many new tokens over FP8 keys and values, for sm_90a.
 #pragma once
 
 #include <cuda_runtime.h>

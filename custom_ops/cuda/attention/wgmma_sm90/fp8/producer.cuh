@@ -1,34 +1,38 @@
-// The producer warpgroup: one warp finds tiles and loads them with the copy engine, the other three
-// see to it that no value of a hidden token can reach a result.
+// The producer warpgroup: one warp finds work tiles and loads them with TMA, the other three scrub
+// NaNs out of V, so that no value of a masked key can reach a result.
 #pragma once
 
 #include "common/numeric.h"
-#include "cuda/attention/wgmma_sm90/common/items.cuh"
+#include "cuda/attention/shared/normaliser.cuh"
+#include "cuda/attention/shared/scales.cuh"
+#include "cuda/attention/wgmma_sm90/common/kv_blocks.cuh"
+#include "cuda/attention/wgmma_sm90/common/paired_tile_scheduler.cuh"
+#include "cuda/attention/wgmma_sm90/common/query_keys.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/config.h"
 #include "cuda/common/tma.cuh"
 
 namespace fastattn::cuda::wgmma_fp8 {
 
 template <class C>
-class Loader {
+class KvLoader {
  public:
-  __device__ Loader(const Arguments& arguments, Shared<C>& shared)
+  __device__ KvLoader(const Arguments& arguments, Shared<C>& shared)
       : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    ItemWalk<C> walk(a_, shared_);
-    walk.Start();
-    Ring<2> queries;
-    Ring<C::kStages> stages;
+    PairedTileScheduler<C> scheduler(a_, shared_);
+    scheduler.Start();
+    PipelineState<2> queries;
+    PipelineState<C::kStages> stages;
     while (true) {
       Wait(&shared_.query_empty[queries.index], queries.phase ^ 1);
-      Tile* tile = &shared_.tile[queries.index];
-      const bool found = walk.Next(tile);
+      WorkTile* tile = &shared_.tile[queries.index];
+      const bool found = scheduler.Next(tile);
       if (lane_ == 0) {
         if (found) {
           LoadQueries(*tile, queries.index);
         } else {
-          tile->steps = -1;
+          tile->kv_tiles = -1;
           Arrive(&shared_.query_full[queries.index]);
         }
         Arrive(&shared_.tile_found[queries.index]);
@@ -41,7 +45,7 @@ class Loader {
   }
 
  private:
-  __device__ void LoadQueries(const volatile Tile& tile, int buffer) {
+  __device__ void LoadQueries(const volatile WorkTile& tile, int buffer) {
     uint64_t* barrier = &shared_.query_full[buffer];
     ArriveExpect(barrier, C::kQueries * C::kDim);
     for (int i = 0; i < C::kConsumers; ++i) {
@@ -50,39 +54,29 @@ class Loader {
     }
   }
 
-  // The block of each lane: half lane % 2 of step lane / 2. -1: it is not assigned.
-  __device__ int FindBlock(const volatile Tile& tile, int step) const {
-    const int slot = 2 * (tile.last - step - lane_ / 2) + lane_ % 2;
-    if (slot < 0 || slot >= (tile.k_len + kBlockSize - 1) / kBlockSize) return -1;
-    if (!p_.paged) return tile.key_block + slot;
-    const int64_t row = static_cast<int64_t>(tile.row) * p_.seqs.max_blocks;
-    const int id = p_.seqs.block_tables[row + slot];
-    return id < 0 || id >= a_.value_blocks ? -1 : id;
-  }
-
-  __device__ void LoadKeys(const volatile Tile& tile, Ring<C::kStages>* stages) {
-    int ahead = FindBlock(tile, 0), block = -1, before = 0;
+  __device__ void LoadKeys(const volatile WorkTile& tile, PipelineState<C::kStages>* stages) {
+    int ahead = FindBlock<true>(p_, tile, 0, lane_, a_.value_blocks), block = -1, before = 0;
 #pragma unroll 1
-    for (int step = 0; step < tile.steps; ++step) {
-      if (step % 16 == 0) {
+    for (int iteration = 0; iteration < tile.kv_tiles; ++iteration) {
+      if (iteration % kBlockLookups == 0) {
         block = ahead;
-        ahead = FindBlock(tile, step + 16);
+        ahead = FindBlock<true>(p_, tile, iteration + kBlockLookups, lane_, a_.value_blocks);
       }
-      const int blocks[2] = {__shfl_sync(~0u, block, 2 * (step % 16)),
-                             __shfl_sync(~0u, block, 2 * (step % 16) + 1)};
-      const int start = (tile.last - step) * C::kKeys;
+      const int blocks[2] = {__shfl_sync(~0u, block, 2 * (iteration % kBlockLookups)),
+                             __shfl_sync(~0u, block, 2 * (iteration % kBlockLookups) + 1)};
+      const int start = (tile.last_kv_tile - iteration) * C::kKeys;
       int flags = (blocks[0] < 0 ? kUnassigned : 0) | (blocks[1] < 0 ? kUnassigned << 1 : 0);
-      if (start < tile.common_lo || start + C::kKeys > tile.common_hi) flags |= kClean;
-      if (before & kClean) flags |= kAfterClean;
+      if (start < tile.unmasked_begin || start + C::kKeys > tile.unmasked_end) flags |= kNeedsScrub;
+      if (before & kNeedsScrub) flags |= kAfterScrub;
       before = flags;
-      LoadStep(tile, step, blocks, flags, *stages);
+      LoadKvTile(tile, iteration, blocks, flags, *stages);
       stages->Advance();
     }
   }
 
-  // Blocks that are not assigned lie outside of the tensors: they arrive as zeros.
-  __device__ void LoadStep(const volatile Tile& tile, int step, const int (&blocks)[2], int flags,
-                           Ring<C::kStages> stage) {
+  // Coordinates of blocks that are not assigned lie outside of the tensors: zeros arrive.
+  __device__ void LoadKvTile(const volatile WorkTile& tile, int iteration, const int (&blocks)[2],
+                             int flags, PipelineState<C::kStages> stage) {
     constexpr int kBytes = kBlockSize * C::kDim;
     const int at = stage.index;
     Wait(&shared_.key_empty[at], stage.phase ^ 1);
@@ -94,7 +88,8 @@ class Loader {
         if (!p_.paged) {
           plane = tile.kv_head;
           token = blocks[i] < 0 ? static_cast<int>(p_.ragged.num_tokens)
-                                : tile.key_token + (tile.last - step) * C::kKeys + i * kBlockSize;
+                                : tile.ragged_token + (tile.last_kv_tile - iteration) * C::kKeys +
+                                      i * kBlockSize;
         }
         CopyBox(&a_.key, shared_.key[at] + i * kBytes, &shared_.key_full[at], 0, token, plane);
       }
@@ -103,15 +98,16 @@ class Loader {
     Wait(&shared_.value_empty[at], stage.phase ^ 1);
     if (lane_ == 0) {
       uint64_t* barrier = &shared_.value_full[at];
-      // A copy: the next keys' flags may come before the cleaners have looked at these values.
+      // The flags are copied because the next keys' flags may come before the scrubbing warps have
+      // looked at these values.
       shared_.value_flags[at] = flags;
       const int assigned = (blocks[0] >= 0) + (blocks[1] >= 0);
       const int scale_bytes = kBlockSize * SizeOf(p_.cache.scale_dtype);
-      ArriveExpect(barrier, 2 * kBytes + (C::kTokenScales ? 2 * assigned * scale_bytes : 0));
+      ArriveExpect(barrier, 2 * kBytes + (C::kPerTokenScales ? 2 * assigned * scale_bytes : 0));
       for (int i = 0; i < 2; ++i) {
         CopyBox(&a_.value, shared_.value[at] + i * kBytes, barrier, 0, 0,
                 a_.value_planes.Of(blocks[i], tile.kv_head));
-        if (C::kTokenScales && blocks[i] >= 0) {
+        if (C::kPerTokenScales && blocks[i] >= 0) {
           CopyBulk(ScalesOf(p_.cache.k_scales, p_.cache.k_scale_strides, blocks[i], tile.kv_head),
                    shared_.raw_scales[at][0] + i * scale_bytes, barrier, scale_bytes);
           CopyBulk(ScalesOf(p_.cache.v_scales, p_.cache.v_scale_strides, blocks[i], tile.kv_head),
@@ -134,38 +130,39 @@ class Loader {
   const int lane_;
 };
 
-// In steps that some query sees in part, a hidden token's value must not meet the product: 0 * NaN
-// is NaN. Unwritten tokens' codes become 0. NaN codes of written tokens become 0 as well, and are
-// listed for the consumers, which set the outputs of those rows that do see them.
+// NaN scrubbing. In KV tiles that some query sees only in part, the value of a masked key must not
+// enter the product: 0 * NaN is NaN. Codes of unwritten tokens become 0. NaN codes of written
+// tokens become 0 as well, and are listed for the consumers, which set the outputs of the rows that
+// see them.
 template <class C>
-class Cleaner {
+class ValueScrubber {
  public:
-  __device__ Cleaner(const Arguments& arguments, Shared<C>& shared)
+  __device__ ValueScrubber(const Arguments& arguments, Shared<C>& shared)
       : p_(arguments.p), shared_(shared), warp_(threadIdx.x / 32 - 1), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    Ring<2> queries;
-    Ring<C::kStages> stages;
+    PipelineState<2> queries;
+    PipelineState<C::kStages> stages;
     while (true) {
       Wait(&shared_.tile_found[queries.index], queries.phase);
-      const Tile& tile = shared_.tile[queries.index];
-      const int steps = tile.steps, last = tile.last, k_len = tile.k_len;
-      if (steps >= 0) FindFactors(tile, queries.index);
+      const WorkTile& tile = shared_.tile[queries.index];
+      const int kv_tiles = tile.kv_tiles, last = tile.last_kv_tile, k_len = tile.k_len;
+      if (kv_tiles >= 0) FindFactors(tile, queries.index);
       ArriveWarp(&shared_.query_full[queries.index]);
       ArriveWarp(&shared_.query_empty[queries.index]);
-      if (steps < 0) return;
+      if (kv_tiles < 0) return;
       queries.Advance();
-      float reference = 1.0f;  // the largest scale of V in the step before
+      float max_v_scale = 1.0f;  // V's largest one in the iteration before
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
+      for (int iteration = 0; iteration < kv_tiles; ++iteration) {
         const int at = stages.index;
         Wait(&shared_.value_full[at], stages.phase);
-        const int written = min(max(k_len - (last - step) * C::kKeys, 0), C::kKeys);
+        const int written = min(max(k_len - (last - iteration) * C::kKeys, 0), C::kKeys);
         bool nan = false;
-        if (shared_.value_flags[at] & kClean) nan = Clean(at, written);
+        if (shared_.value_flags[at] & kNeedsScrub) nan = Scrub(at, written);
         nan = __any_sync(~0u, nan);
-        if constexpr (C::kTokenScales) {
-          if (warp_ == 0) nan |= PrepareScales(at, written, shared_.value_flags[at], &reference);
+        if constexpr (C::kPerTokenScales) {
+          if (warp_ == 0) nan |= PrepareScales(at, written, shared_.value_flags[at], &max_v_scale);
         }
         if (lane_ == 0) shared_.nan_found[at][warp_] = nan;
         FenceAsyncProxy();
@@ -176,11 +173,11 @@ class Cleaner {
   }
 
  private:
-  // Reads what the consumers would have to wait for at either end of a tile.
-  __device__ void FindFactors(const Tile& tile, int buffer) {
+  // Reads, ahead of the consumers, what they would have to wait for at either end of a work tile.
+  __device__ void FindFactors(const WorkTile& tile, int buffer) {
     const PagedCache& cache = p_.cache;
     const int kv_head = tile.kv_head;
-    float factor = p_.softmax_scale * 1.44269504f;
+    float factor = p_.softmax_scale * kLog2E;
     float output = p_.out_scale == nullptr ? 1.0f : 1.0f / p_.out_scale[0];
     if (!p_.paged) {
       factor *= Read(p_.ragged.k_descale, tile, 0, kv_head);
@@ -188,16 +185,16 @@ class Cleaner {
     } else if (!IsDynamic(cache.type)) {
       const bool key = cache.k_granularity == ScaleGranularity::kHead;
       const bool value = cache.v_granularity == ScaleGranularity::kHead;
-      factor *= LoadScale(cache.k_scales, cache.scale_dtype, key ? kv_head : 0);
-      output *= LoadScale(cache.v_scales, cache.scale_dtype, value ? kv_head : 0);
+      factor *= LoadHeadScale(cache, cache.k_scales, key, kv_head);
+      output *= LoadHeadScale(cache, cache.v_scales, value, kv_head);
     }
 #pragma unroll 1
-    for (int i = 32 * warp_ + lane_; i < C::kQueries; i += 32 * C::kCleaners) {
+    for (int i = 32 * warp_ + lane_; i < C::kQueries; i += 32 * C::kScrubWarps) {
       float x = factor;
       if (i < tile.queries) x *= Read(p_.q_descale, tile, tile.token + i, kv_head);
-      // Hidden scores are -inf, which 0 would turn into NaN.
+      // Masked scores are -inf, which 0 would turn into NaN.
       shared_.factor[buffer][i] = x == 0.0f ? 1e-30f : x;
-      shared_.visible[buffer][i] = VisibleKeys(p_, tile, i);
+      shared_.visible[buffer][i] = QueryKeys(p_, tile, i);
     }
     if (warp_ != 2 || lane_ != 0) return;
     shared_.output_scale[buffer] = output;
@@ -205,26 +202,25 @@ class Cleaner {
                                                : LoadScale(p_.sinks, p_.sinks_dtype, tile.head);
   }
 
-  __device__ static float Read(const Descale& scale, const Tile& tile, int token, int kv_head) {
-    if (scale.data == nullptr) return 1.0f;
-    return LoadScale(scale.data, scale.dtype, scale.Index(token, tile.row, kv_head, tile.head));
+  __device__ static float Read(const Descale& scale, const WorkTile& tile, int token, int kv_head) {
+    return LoadDescale(scale, token, kv_head, tile);
   }
 
   static constexpr uint32_t kHigh = 0x80808080u;
 
-  // High bits of the bytes of `word` that are NaN codes, or infinite ones, which e5m2 has: 0 times
-  // those is NaN as well.
+  // Sets the high bit of every byte of `word` that is the code of a NaN, or of an infinity, which
+  // e5m2 has: 0 times that is NaN as well.
   __device__ static uint32_t NaNBytes(uint32_t word) {
-    constexpr bool kInfinities = C::kCodes == DType::kE5M2;
+    constexpr bool kInfinities = C::kKvType == DType::kE5M2;
     constexpr uint32_t kExponent = kInfinities ? 0x7C7C7C7Cu : ~kHigh;
     return ((word & kExponent) + (kInfinities ? 0x04040404u : 0x01010101u)) & kHigh;
   }
 
-  __device__ bool Clean(int at, int written) {
+  __device__ bool Scrub(int at, int written) {
     constexpr int kPieces = C::kKeys * C::kDim / 16;
     bool found = false;
 #pragma unroll 1
-    for (int i = warp_ * 32 + lane_; i < kPieces; i += 32 * C::kCleaners) {
+    for (int i = warp_ * 32 + lane_; i < kPieces; i += 32 * C::kScrubWarps) {
       const int block = i / (4 * C::kDim), channel = i / 4 % C::kDim;
       const int piece = (i % 4) ^ (channel / 2 % 4);  // undoes the 64-byte swizzle
       const int token = block * kBlockSize + 16 * piece;
@@ -235,7 +231,7 @@ class Cleaner {
           NaNBytes(codes.x) | NaNBytes(codes.y) | NaNBytes(codes.z) | NaNBytes(codes.w);
       if (any != 0 || token + 16 > written) {
 #pragma unroll 1
-        for (int w = 0; w < 4; ++w) tokens |= CleanWord(w, written - token, words + w);
+        for (int w = 0; w < 4; ++w) tokens |= ScrubWord(w, written - token, words + w);
       }
       shared_.nan_tokens[at][channel][token / 16] = static_cast<uint16_t>(tokens);
       found |= tokens != 0;
@@ -244,7 +240,7 @@ class Cleaner {
   }
 
   // Word w of a piece holds tokens 2w, 2w + 1, 2w + 8 and 2w + 9. Returns those with NaN codes.
-  __device__ static uint32_t CleanWord(int w, int written, uint32_t* word) {
+  __device__ static uint32_t ScrubWord(int w, int written, uint32_t* word) {
     uint32_t nan = NaNBytes(*word), tokens = 0, keep = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -258,11 +254,12 @@ class Cleaner {
     return tokens;
   }
 
-  // Scales of a step in fp32. Tokens that do not exist get 1 for K, which keeps hidden scores, and
-  // 0 for V. So do, in a step that some query sees in part, tokens with a NaN scale: they are
-  // listed for the consumers. Returns whether there are any. V's scales are relative to the largest
-  // one, but not in such a step: there each query has a largest one of its own.
-  __device__ bool PrepareScales(int at, int written, int flags, float* reference) {
+  // Writes a KV tile's per-token scales in fp32. Tokens that do not exist get 1 for K, which keeps
+  // masked scores, and 0 for V. So do, where some query sees only a part of the KV tile, tokens
+  // with a NaN scale: they are listed for the consumers. Returns whether there are any. V's scales
+  // are relative to the largest one, but not in such a KV tile: there each query has a largest one
+  // of its own.
+  __device__ bool PrepareScales(int at, int written, int flags, float* max_v_scale) {
     constexpr int kPer = C::kKeys / 32;
     float value[kPer], largest = 0.0f;
     bool found = false;
@@ -276,9 +273,9 @@ class Cleaner {
         key = LoadScale(shared_.raw_scales[at][0], p_.cache.scale_dtype, token);
         value[i] = LoadScale(shared_.raw_scales[at][1], p_.cache.scale_dtype, token);
       }
-      const bool hide = flags & kClean;
-      const bool poisoned[2] = {hide && !(fabsf(key) <= 3.0e38f),
-                                hide && !(fabsf(value[i]) <= 3.0e38f)};
+      const bool scrubs = flags & kNeedsScrub;
+      const bool poisoned[2] = {scrubs && !(fabsf(key) <= 3.0e38f),
+                                scrubs && !(fabsf(value[i]) <= 3.0e38f)};
       if (poisoned[0]) key = 1.0f;
       if (poisoned[1]) value[i] = 0.0f;
       shared_.scales[at][0][token] = key == 0.0f ? 1e-30f : key;
@@ -292,22 +289,22 @@ class Cleaner {
     }
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
-    largest = fmaxf(largest, kLeastUnit);
-    const bool own = flags & kClean;
-    const float inverse = own ? 1.0f : 1.0f / largest;
+    largest = fmaxf(largest, kMinVScale);
+    const bool per_row = flags & kNeedsScrub;
+    const float inverse = per_row ? 1.0f : 1.0f / largest;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) shared_.scales[at][1][lane_ + 32 * i] = value[i] * inverse;
     if (lane_ == 0) {
-      shared_.reference[at][0] = own ? -1.0f : largest;
-      shared_.reference[at][1] = own ? *reference : RatioOfUnits(*reference, largest);
+      shared_.max_v_scale[at][0] = per_row ? -1.0f : largest;
+      shared_.max_v_scale[at][1] = per_row ? *max_v_scale : VScaleRatio(*max_v_scale, largest);
     }
-    if (!own) *reference = largest;
+    if (!per_row) *max_v_scale = largest;
     return found;
   }
 
   const AttentionParams& p_;
   Shared<C>& shared_;
-  const int warp_;  // 0 .. kCleaners - 1
+  const int warp_;  // 0 .. kScrubWarps - 1
   const int lane_;
 };
 

@@ -1,9 +1,9 @@
-// Values of contiguous keys in the order of a cache block, [blocks, KV, D, 64] in TokenSlot order:
-// the product P * V wants the tokens of a channel together. Runs ahead of the attention kernel.
+// Transposes ragged V into the order of a cache block, [blocks, KV, D, 64] in TokenSlot order: the
+// product P * V wants the tokens of a channel together. The kernel runs ahead of the attention.
 #include <algorithm>
 
 #include "common/layout.h"
-#include "cuda/attention/wgmma_sm90/common/schedule.cuh"
+#include "cuda/attention/shared/seq_lengths.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/variant.h"
 #include "cuda/common/launch.cuh"
 
@@ -30,7 +30,7 @@ __device__ void TransposePiece(const AttentionParams& p, const uint8_t* in, uint
     words[t] =
         t < tokens ? *reinterpret_cast<const uint32_t*>(in + t * p.ragged.value_token_stride) : 0;
   }
-  uint32_t seqs[4][4];
+  uint32_t channels[4][4];
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     uint32_t w[4];
@@ -38,12 +38,12 @@ __device__ void TransposePiece(const AttentionParams& p, const uint8_t* in, uint
     for (int i = 0; i < 4; ++i) w[i] = words[TokenOfSlot(4 * s + i)];
     TransposeBytes(w);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) seqs[c][s] = w[c];
+    for (int c = 0; c < 4; ++c) channels[c][s] = w[c];
   }
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     *reinterpret_cast<uint4*>(out + c * kBlockSize) =
-        make_uint4(seqs[c][0], seqs[c][1], seqs[c][2], seqs[c][3]);
+        make_uint4(channels[c][0], channels[c][1], channels[c][2], channels[c][3]);
   }
 }
 
@@ -52,12 +52,12 @@ template <int kDim>
 __global__ void __launch_bounds__(kDim) TransposeValues(const AttentionParams p, uint8_t* out) {
   const int head = blockIdx.y;
   const int channel = 4 * (threadIdx.x % (kDim / 4)), piece = threadIdx.x / (kDim / 4);
-  for (int row = blockIdx.z; row < p.seqs.batch; row += gridDim.z) {
-    const int2 keys = PackedKeys(p, row);
+  for (int seq = blockIdx.z; seq < p.seqs.batch; seq += gridDim.z) {
+    const int2 keys = LoadRaggedKeys(p, seq);
     for (int block = blockIdx.x; block * kBlockSize < keys.y; block += gridDim.x) {
       const int token = block * kBlockSize + 16 * piece;
       const int64_t plane =
-          static_cast<int64_t>(FirstBlock(keys.x, row) + block) * p.num_kv_heads + head;
+          static_cast<int64_t>(FirstBlock(keys.x, seq) + block) * p.num_kv_heads + head;
       const auto* in = static_cast<const uint8_t*>(p.ragged.value) +
                        (keys.x + static_cast<int64_t>(token)) * p.ragged.value_token_stride +
                        head * p.ragged.value_head_stride + channel;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kDim) TransposeValues(const AttentionParams p,
 }  // namespace
 
 cudaError_t LaunchTranspose(const AttentionParams& p, uint8_t* out, cudaStream_t stream) {
-  // The largest length sizes the grid only: longer rows take more rounds.
+  // The largest length sizes the grid only: longer sequences take more rounds.
   const int blocks = std::max(1, std::min(p.max_seqlen_k / kBlockSize + 1, 65535));
   const dim3 grid(blocks, p.num_kv_heads, std::min(p.seqs.batch, 65535));
   return p.head_dim == 128 ? LaunchKernel(TransposeValues<128>, grid, dim3(128), stream, p, out)

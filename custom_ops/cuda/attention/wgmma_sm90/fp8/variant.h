@@ -7,10 +7,10 @@
 
 namespace fastattn::cuda::wgmma_fp8 {
 
-template <int kDim, bool kTokenScales, bool kSoftcap, DType kCodes>
+template <int kDim, bool kPerTokenScales, bool kSoftcap, DType kKvType>
 cudaError_t LaunchVariant(const Arguments& arguments, cudaStream_t stream);
 
-// Writes the values of contiguous keys as Arguments::value has them.
+// Writes ragged V as Arguments::value has it.
 cudaError_t LaunchTranspose(const AttentionParams& p, uint8_t* out, cudaStream_t stream);
 
 }  // namespace fastattn::cuda::wgmma_fp8

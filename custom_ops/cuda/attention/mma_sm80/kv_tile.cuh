@@ -1,4 +1,4 @@
-// One unit of keys: scores, softmax and output of a warp's columns.
+// One KV tile: scores, softmax and output of a warp's columns.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +15,21 @@ namespace fastattn::cuda {
 
 // P = 2^kShift * exp2(score - maximum): fp16 then has its full precision down to probabilities of
 // 2^-29 of the largest, and sums of products stay far inside fp32.
-inline constexpr float kShift = 15.0f;
+inline constexpr int kLog2Unit = 15;
+inline constexpr float kShift = kLog2Unit;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
-// No exponent: columns have their own.
-inline constexpr int kOwnExponents = 0;
+// Not an exponent: columns have exponents of their own.
+inline constexpr int kColumnExponents = 0;
 
-// Running maximum (log2 units), sum and output of a warp's columns over its stream's keys.
+// Running maximum (log2 units), sum and output of a warp's columns over its pipeline's keys.
 template <typename Traits>
 struct TileState {
   float maximum[Traits::kTiles][2];
   float sum[Traits::kTiles][2];  // of this lane's keys only
   float out[Traits::kDimTiles][Traits::kTiles][4];
-  // Token scales of V: `out` is in units of 2^(scale_exponent - 127); kOwnExponents: of a power of
-  // two of each column's own (see value_scales.cuh).
+  // Per-token scales of V: `out` counts 2^(scale_exponent - 127); kColumnExponents: a power of two
+  // of each column's own (see value_scales.cuh).
   int scale_exponent;
 
   __device__ __forceinline__ void Reset() {
@@ -49,32 +50,32 @@ struct TileState {
   }
 };
 
-// What a unit's keys are to the columns of the tile.
-struct UnitMask {
-  int first_key;     // the unit's, in the row
-  bool needed;       // some column does not see some key
-  bool divided;      // columns differ in what they see
-  int begin, end;    // keys of the unit that any column may see, relative to first_key
-  uint32_t columns;  // shared memory: ColumnInfo of this lane's first column
+// What a KV tile's keys are to the columns of the work tile.
+struct KvTileMask {
+  int first_key;        // of the KV tile, in the sequence
+  bool needs_mask;      // some column does not see some key
+  bool columns_differ;  // in what they see
+  int begin, end;       // keys of the KV tile that any column may see, relative to first_key
+  uint32_t columns;     // shared memory: ColumnInfo of this lane's first column
 };
 
 template <typename Traits>
-__device__ __forceinline__ float TokenScale(uint32_t slot, int key, DType dtype) {
+__device__ __forceinline__ float TokenScale(uint32_t stage, int key, DType dtype) {
   if (dtype == DType::kFloat32) {
     float scale;
     asm volatile("ld.shared.f32 %0, [%1];"
                  : "=f"(scale)
-                 : "r"(slot + Traits::kDataBytes + key * 4));
+                 : "r"(stage + Traits::kDataBytes + key * 4));
     return scale;
   }
   uint16_t bits;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(slot + Traits::kDataBytes + key * 2));
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(stage + Traits::kDataBytes + key * 2));
   return BFloat16ToFloat(bits);
 }
 
 // scores[m][n] += K Q^T for key tiles first .. first + kGroup.
 template <typename Traits>
-__device__ __forceinline__ void Multiply(uint32_t slot, const QueryTile<Traits>& query, int first,
+__device__ __forceinline__ void Multiply(uint32_t stage, const QueryTile<Traits>& query, int first,
                                          float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -85,23 +86,23 @@ __device__ __forceinline__ void Multiply(uint32_t slot, const QueryTile<Traits>&
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = Traits::KeyOf(first + m, g + 8 * half);
-        keys[m][half] = LoadShared16(slot + row * Traits::kRowBytes +
+        keys[m][half] = LoadShared16(stage + row * Traits::kRowBytes +
                                      Traits::Swizzle(row, Traits::ChunkOf(t, j)) * 16);
       }
     }
 #pragma unroll
-    for (int w = 0; w < Traits::kStepsPerChunk; ++w) {
+    for (int w = 0; w < Traits::kMmaStepsPerChunk; ++w) {
       uint2 b[Traits::kTiles];
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
-        b[n] = query.At(n, j * Traits::kStepsPerChunk + w);
+        b[n] = query.At(n, j * Traits::kMmaStepsPerChunk + w);
       }
 #pragma unroll
       for (int m = 0; m < Traits::kGroup; ++m) {
         const uint32_t* low = &keys[m][0].x;
         const uint32_t* high = &keys[m][1].x;
         uint32_t a0, a1, a2, a3;
-        if constexpr (Traits::kCodes) {
+        if constexpr (Traits::kQuantized) {
           Traits::Format::Widen(low[w], &a0, &a2);
           Traits::Format::Widen(high[w], &a1, &a3);
         } else {
@@ -117,9 +118,9 @@ __device__ __forceinline__ void Multiply(uint32_t slot, const QueryTile<Traits>&
   }
 }
 
-// Gives `value` to the scores of keys that their column does not see.
+// Sets the scores of masked keys to `value`.
 template <typename Traits>
-__device__ __forceinline__ void HideKeys(const UnitMask& mask, int first, float value,
+__device__ __forceinline__ void MaskKeys(const KvTileMask& mask, int first, float value,
                                          float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   const int g = threadIdx.x % 32 / 4;
 #pragma unroll
@@ -141,21 +142,21 @@ __device__ __forceinline__ void HideKeys(const UnitMask& mask, int first, float 
   }
 }
 
-// Products with K's codes become scores in log2 units; invisible ones -inf.
+// Turns products with K's elements into scores in log2 units; those of masked keys become -inf.
 template <typename Traits>
-__device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t slot,
-                                             const UnitMask& mask,
+__device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t stage,
+                                             const KvTileMask& mask,
                                              const float (&factors)[Traits::kTiles][2], int first,
                                              float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   const int g = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
     float scale[2] = {1.0f, 1.0f};
-    if constexpr (Traits::kTokenScales) {
+    if constexpr (Traits::kPerTokenScales) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         scale[half] =
-            TokenScale<Traits>(slot, Traits::KeyOf(first + m, g + 8 * half), p.cache.scale_dtype);
+            TokenScale<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half), p.cache.scale_dtype);
       }
     }
 #pragma unroll
@@ -163,7 +164,7 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float x = scores[m][n][c];
-        if constexpr (Traits::kTokenScales) x *= scale[c / 2];
+        if constexpr (Traits::kPerTokenScales) x *= scale[c / 2];
         scores[m][n][c] = x * factors[n][c % 2];
       }
     }
@@ -179,7 +180,7 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
       }
     }
   }
-  if (mask.needed) HideKeys<Traits>(mask, first, -kInfinity, scores);
+  if (mask.needs_mask) MaskKeys<Traits>(mask, first, -kInfinity, scores);
 }
 
 // Raises the running maxima to the scores' and brings sums and outputs to them.
@@ -203,7 +204,7 @@ __device__ __forceinline__ void RaiseMaximum(
       }
       const float before = state->maximum[n][c];
       const float maximum = fmaxf(before, largest);
-      // Nothing visible yet: both are -inf, and sum and output are 0.
+      // While nothing is visible both are -inf, and sum and output are 0.
       factor[n][c] = maximum == before ? 1.0f : Exp2(before - maximum);
       raised |= maximum != before;
       state->maximum[n][c] = maximum;
@@ -221,7 +222,7 @@ __device__ __forceinline__ void RaiseMaximum(
   }
 }
 
-// Scores become probabilities (times 2^kShift), which join the sums.
+// Turns scores into probabilities (times 2^kShift) and adds them to the sums.
 template <typename Traits>
 __device__ __forceinline__ void Exponentiate(float (&scores)[Traits::kGroup][Traits::kTiles][4],
                                              TileState<Traits>* state) {
@@ -244,7 +245,7 @@ __device__ __forceinline__ void Exponentiate(float (&scores)[Traits::kGroup][Tra
   }
 }
 
-// 0xFF (0xFFFF) for every element of an operand's word whose key lies in [begin, end).
+// 0xFF for every byte of an operand's word whose key lies in [begin, end).
 __device__ __forceinline__ uint32_t KeepKeys(int begin, int end, int k0, int k1, int k2, int k3) {
   const auto byte = [&](int key, int i) {
     return key >= begin && key < end ? 0xFFu << (8 * i) : 0u;
@@ -254,7 +255,7 @@ __device__ __forceinline__ uint32_t KeepKeys(int begin, int end, int k0, int k1,
 
 // out += V^T P^T for key tiles first .. first + kGroup.
 template <typename Traits>
-__device__ __forceinline__ void Accumulate(uint32_t slot, int first,
+__device__ __forceinline__ void Accumulate(uint32_t stage, int first,
                                            const uint32_t (&p)[Traits::kGroup][Traits::kTiles][2],
                                            TileState<Traits>* state) {
   using Format = typename Traits::Format;
@@ -266,7 +267,7 @@ __device__ __forceinline__ void Accumulate(uint32_t slot, int first,
       uint32_t words[2][Traits::kGroup];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t address = slot + (16 * i + g + 8 * half) * kBlockSize + 16 * t + 4 * first;
+        const uint32_t address = stage + (16 * i + g + 8 * half) * kBlockSize + 16 * t + 4 * first;
         if constexpr (Traits::kGroup == 4) {
           const uint4 v = LoadShared16(address);
           words[half][0] = v.x, words[half][1] = v.y, words[half][2] = v.z, words[half][3] = v.w;
@@ -285,14 +286,14 @@ __device__ __forceinline__ void Accumulate(uint32_t slot, int first,
           Mma<kOperand>(state->out[i][n], a0, a1, a2, a3, p[m][n][0], p[m][n][1]);
         }
       }
-    } else if constexpr (Traits::kCodes) {
+    } else if constexpr (Traits::kQuantized) {
       // A 16-bit element of the load is two neighbouring channels of a key: the even ones are rows
       // g of the operand, the odd ones rows g + 8.
 #pragma unroll
       for (int m = 0; m < Traits::kGroup; m += 2) {
         const int row = 16 * (first + m) + lane;
         const uint4 v =
-            LoadMatricesTransposed(slot + row * Traits::kRowBytes + Traits::Swizzle(row, i) * 16);
+            LoadMatricesTransposed(stage + row * Traits::kRowBytes + Traits::Swizzle(row, i) * 16);
         const uint32_t words[2][2] = {{v.x, v.y}, {v.z, v.w}};
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
@@ -310,7 +311,7 @@ __device__ __forceinline__ void Accumulate(uint32_t slot, int first,
       for (int m = 0; m < Traits::kGroup; ++m) {
         const int row = 16 * (first + m) + (lane & 7) + 8 * (lane >> 4);
         const int chunk = 2 * i + ((lane >> 3) & 1);
-        const uint4 v = LoadMatricesTransposed(slot + row * Traits::kRowBytes +
+        const uint4 v = LoadMatricesTransposed(stage + row * Traits::kRowBytes +
                                                Traits::Swizzle(row, chunk) * 16);
 #pragma unroll
         for (int n = 0; n < Traits::kTiles; ++n) {
@@ -321,9 +322,9 @@ __device__ __forceinline__ void Accumulate(uint32_t slot, int first,
   }
 }
 
-// Words of a 16-byte piece of V in a slot that hold keys which some column sees.
+// Masks of the words of a 16-byte piece of V in a stage: keys which some column sees.
 template <typename Traits>
-__device__ __forceinline__ uint4 KeptWords(const UnitMask& mask, int piece) {
+__device__ __forceinline__ uint4 KeptWords(const KvTileMask& mask, int piece) {
   const int begin = mask.begin, end = mask.end;
   if constexpr (Traits::kTransposedV) {
     const int k = 16 * (piece % (kBlockSize / 16));
@@ -338,41 +339,41 @@ __device__ __forceinline__ uint4 KeptWords(const UnitMask& mask, int piece) {
   }
 }
 
-// Raw bits of V's element (key, channel) of the unit in `slot`, and whether they are a finite
-// value.
+// Whether V's element (key, channel) of the KV tile in `stage` is a finite value.
 template <typename Traits>
-__device__ __forceinline__ bool IsFiniteValue(uint32_t slot, int key, int channel) {
+__device__ __forceinline__ bool IsFiniteValue(uint32_t stage, int key, int channel) {
   uint32_t bits;
   if constexpr (Traits::kTransposedV) {
     asm volatile("ld.shared.u8 %0, [%1];"
                  : "=r"(bits)
-                 : "r"(slot + channel * kBlockSize + TokenSlot(key)));
-  } else if constexpr (Traits::kCodes) {
+                 : "r"(stage + channel * kBlockSize + TokenSlot(key)));
+  } else if constexpr (Traits::kQuantized) {
     asm volatile("ld.shared.u8 %0, [%1];"
                  : "=r"(bits)
-                 : "r"(slot + key * Traits::kRowBytes + Traits::Swizzle(key, channel / 16) * 16 +
+                 : "r"(stage + key * Traits::kRowBytes + Traits::Swizzle(key, channel / 16) * 16 +
                        channel % 16));
   } else {
     asm volatile("ld.shared.u16 %0, [%1];"
                  : "=r"(bits)
-                 : "r"(slot + key * Traits::kRowBytes + Traits::Swizzle(key, channel / 8) * 16 +
+                 : "r"(stage + key * Traits::kRowBytes + Traits::Swizzle(key, channel / 8) * 16 +
                        channel % 8 * 2));
   }
   return Traits::Format::NonFinite(bits) == 0;
 }
 
 // A non-finite value makes its channel NaN in the columns that see its key, and in no other: where
-// columns differ it cannot go through the matrix product, in which 0 * NaN is NaN. Rare and slow.
+// columns differ it cannot go through the matrix product, in which 0 * NaN is NaN. This is rare and
+// slow.
 template <typename Traits>
-__device__ __noinline__ void FindNonFinite(uint32_t slot, const UnitMask& mask,
+__device__ __noinline__ void FindNonFinite(uint32_t stage, const KvTileMask& mask,
                                            uint32_t (&poisoned)[Traits::kTiles][2]) {
   const int g = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int n = 0; n < Traits::kTiles; ++n) poisoned[n][0] = poisoned[n][1] = 0;
   for (int i = 0; i < 2 * Traits::kDimTiles; ++i) {
     const int channel = Traits::ChannelOf(i / 2, g + 8 * (i % 2));
-    for (int key = max(mask.begin, 0); key < min(mask.end, Traits::kUnit); ++key) {
-      if (IsFiniteValue<Traits>(slot, key, channel)) continue;
+    for (int key = max(mask.begin, 0); key < min(mask.end, Traits::kKvTile); ++key) {
+      if (IsFiniteValue<Traits>(stage, key, channel)) continue;
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
@@ -389,8 +390,8 @@ __device__ __noinline__ void FindNonFinite(uint32_t slot, const UnitMask& mask,
 }
 
 template <typename Traits>
-__device__ __forceinline__ void Poison(const uint32_t (&poisoned)[Traits::kTiles][2],
-                                       TileState<Traits>* state) {
+__device__ __forceinline__ void PoisonColumns(const uint32_t (&poisoned)[Traits::kTiles][2],
+                                              TileState<Traits>* state) {
   const float nan = __int_as_float(0x7FFFFFFF);
 #pragma unroll
   for (int i = 0; i < Traits::kDimTiles; ++i) {
@@ -404,43 +405,44 @@ __device__ __forceinline__ void Poison(const uint32_t (&poisoned)[Traits::kTiles
   }
 }
 
-// Gives their NaN to the columns that see a value which is not finite, where columns differ.
+// Where columns differ, makes the outputs of those that see a non-finite value NaN.
 template <typename Traits>
-__device__ __forceinline__ void InspectValues(uint32_t slot, const UnitMask& mask,
-                                              TileState<Traits>* state) {
+__device__ __forceinline__ void PropagateNonFinite(uint32_t stage, const KvTileMask& mask,
+                                                   TileState<Traits>* state) {
   constexpr int kPieces = Traits::kDataBytes / 16;
-  if (!mask.divided) return;
+  if (!mask.columns_differ) return;
   uint32_t bad = 0;
 #pragma unroll 1
   for (int piece = threadIdx.x % 32; piece < kPieces; piece += 32) {
-    const uint4 v = LoadShared16(slot + piece * 16), kept = KeptWords<Traits>(mask, piece);
+    const uint4 v = LoadShared16(stage + piece * 16), kept = KeptWords<Traits>(mask, piece);
     bad |= Traits::Format::NonFinite(v.x & kept.x) | Traits::Format::NonFinite(v.y & kept.y) |
            Traits::Format::NonFinite(v.z & kept.z) | Traits::Format::NonFinite(v.w & kept.w);
   }
   if (__any_sync(0xFFFFFFFFu, bad != 0)) {
     uint32_t poisoned[Traits::kTiles][2];
-    FindNonFinite<Traits>(slot, mask, poisoned);
-    Poison<Traits>(poisoned, state);
+    FindNonFinite<Traits>(stage, mask, poisoned);
+    PoisonColumns<Traits>(poisoned, state);
   }
 }
 
-// Makes a unit's V safe for a product in which some columns do not see some keys: values of keys
-// that no column sees become 0 (they may be anything), and where columns differ so do values that
-// are not finite. The threads of the stream share the work, after all of them have inspected V.
+// NaN scrubbing: makes V safe for a product in which some columns do not see some keys. Values of
+// keys that no column sees become 0 (they may be anything), and where columns differ so do values
+// that are not finite. The threads of the pipeline share the work, after all of them have inspected
+// V.
 template <typename Traits>
-__device__ __forceinline__ void EraseValues(uint32_t slot, const UnitMask& mask) {
+__device__ __forceinline__ void ScrubValues(uint32_t stage, const KvTileMask& mask) {
   constexpr int kPieces = Traits::kDataBytes / 16;
 #pragma unroll 1
-  for (int piece = threadIdx.x % Traits::kStreamThreads; piece < kPieces;
-       piece += Traits::kStreamThreads) {
-    uint4 v = LoadShared16(slot + piece * 16);
+  for (int piece = threadIdx.x % Traits::kPipelineThreads; piece < kPieces;
+       piece += Traits::kPipelineThreads) {
+    uint4 v = LoadShared16(stage + piece * 16);
     const uint4 kept = KeptWords<Traits>(mask, piece);
     v.x &= kept.x, v.y &= kept.y, v.z &= kept.z, v.w &= kept.w;
-    if (mask.divided) {
+    if (mask.columns_differ) {
       v.x &= ~Traits::Format::NonFinite(v.x), v.y &= ~Traits::Format::NonFinite(v.y);
       v.z &= ~Traits::Format::NonFinite(v.z), v.w &= ~Traits::Format::NonFinite(v.w);
     }
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(slot + piece * 16), "r"(v.x),
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(stage + piece * 16), "r"(v.x),
                  "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
   }

@@ -1,9 +1,10 @@
-// Token scales of V where a query may see a part of a step only.
+// V's per-token scales where a query may see only a part of a KV tile.
 //
-// Elsewhere the values of a step are multiplied with their scales before the products, in one unit
-// for all queries. In such a step one query's unit must not depend on what another one sees: the
-// values are multiplied with the mantissas of their scales alone, and the probabilities of a row
-// with the powers of two, over the largest one that the row sees.
+// Elsewhere a KV tile's values are multiplied with their scales before the products, relative to
+// one power of two for all queries. In such a KV tile what one query's output is relative to must
+// not depend on what another query sees: the values are multiplied with the mantissas of their
+// scales alone, and the probabilities of a row with the powers of two, over the largest one that
+// the row sees.
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
@@ -17,54 +18,54 @@
 namespace fastattn::cuda::wgmma_fp16 {
 
 template <class C>
-class RowUnits {
+class RowVScales {
  public:
   __device__ __forceinline__ void Start() { own_ = false; }
 
-  // Whether the rows have units of their own. Their sums do not come from the products then.
-  __device__ __forceinline__ bool Own() const { return C::kTokenScales && own_; }
+  // Whether each row has a V scale of its own. Their sums do not come from the products then.
+  __device__ __forceinline__ bool Own() const { return C::kPerTokenScales && own_; }
 
-  // Whether a step needs Follow().
+  // Whether a KV tile needs Follow().
   __device__ __forceinline__ bool Change(const Shared<C>& shared, uint32_t slot) const {
     return own_ || IsOwn(shared, slot);
   }
 
-  // Of row h's output; `common`: where rows have none of their own.
-  __device__ __forceinline__ float Unit(int h, float common) const {
-    return Own() ? unit_[h] : common;
+  // What row h's output is relative to; `common`: where rows have no scale of their own.
+  __device__ __forceinline__ float VScale(int h, float common) const {
+    return Own() ? v_scale_[h] : common;
   }
 
-  // Takes up a step whose probabilities are in `words`: `ratio` is what the outputs so far are
+  // Takes up a KV tile whose probabilities are in `words`: `ratio` is what the outputs so far are
   // multiplied with. No product is under way.
   __device__ __forceinline__ void Follow(const Shared<C>& shared, uint32_t slot, int buffer,
                                          int start, uint32_t (&words)[C::kScores / 2],
                                          RowSums<C>& sums, float (&ratio)[2]) {
-    const float common = fabsf(shared.common_unit[slot]);
+    const float common = fabsf(shared.common_v_scale[slot]);
     const bool own = IsOwn(shared, slot);
     const int before_lane = own ? MaxOfLanesBefore(LargestOfLane(shared, slot)) : 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float before = own_ ? unit_[h] : common;
-      float unit = common;
+      const float before = own_ ? v_scale_[h] : common;
+      float v_scale = common;
       if (own) {
-        unit = fmaxf(before, LargestSeen(shared, slot, buffer, start, h, before_lane));
-        sums.AddRow(h, Scale(shared, slot, h, unit, words));
+        v_scale = fmaxf(before, LargestSeen(shared, slot, buffer, start, h, before_lane));
+        sums.AddRow(h, Scale(shared, slot, h, v_scale, words));
       }
-      // Finite: an output of 0 stays 0.
-      ratio[h] = fminf(before / unit, 0x1p127f);
-      unit_[h] = unit;
+      // The ratio is finite, so that an output of 0 stays 0.
+      ratio[h] = fminf(before / v_scale, 0x1p127f);
+      v_scale_[h] = v_scale;
     }
     own_ = own;
   }
 
  private:
-  // Read again where it is asked for: registers are short.
+  // The flag is read again where it is asked for: registers are short.
   __device__ __forceinline__ static bool IsOwn(const Shared<C>& shared, uint32_t slot) {
-    const volatile float& common = shared.common_unit[slot];
+    const volatile float& common = shared.common_v_scale[slot];
     return __float_as_int(common) < 0;
   }
 
-  // A unit that no scale is needed for.
+  // No scale needs a smaller power of two.
   static constexpr int kLeastExponent = 61;
 
   // A thread's columns are two of every eight.
@@ -72,7 +73,7 @@ class RowUnits {
     return SharedAddress(shared.value_exponents[slot]) + 2 * (Lane<true>() % 4);
   }
 
-  // Two exponents. Volatile: all at once would take too many registers.
+  // Loads two exponents. Volatile, because all at once would take too many registers.
   __device__ __forceinline__ static int2 LoadPair(uint32_t address) {
     uint16_t pair;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(pair) : "r"(address));
@@ -105,10 +106,10 @@ class RowUnits {
   __device__ __forceinline__ static float LargestSeen(const Shared<C>& shared, uint32_t slot,
                                                       int buffer, int start, int h,
                                                       int before_lane) {
-    const int2 visible = shared.visible[buffer][wgmma_fp8::QueryOf<true>(h)];
+    const int2 visible = shared.visible[buffer][QueryIndex<true>(h)];
     const int begin = visible.x - start, end = min(visible.y - start, C::kKeys);
     int largest = kLeastExponent;
-    if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window's first tokens lie in the step
+    if (__any_sync(~0u, begin > 0 && end > 0)) {  // a window begins in the KV tile
       const uint32_t exponents = Exponents(shared, slot);
       const int first = 2 * (Lane<true>() % 4);
 #pragma unroll 1
@@ -131,9 +132,9 @@ class RowUnits {
 
   // Multiplies row h's probabilities; returns the sum of what they were.
   __device__ __forceinline__ static float Scale(const Shared<C>& shared, uint32_t slot, int h,
-                                                float unit, uint32_t (&words)[C::kScores / 2]) {
+                                                float v_scale, uint32_t (&words)[C::kScores / 2]) {
     const uint32_t exponents = Exponents(shared, slot);
-    const int top = static_cast<int>(__float_as_uint(unit) >> 23);
+    const int top = static_cast<int>(__float_as_uint(v_scale) >> 23);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < C::kKeys / 8; ++i) {
@@ -141,7 +142,7 @@ class RowUnits {
       const float2 p = __half22float2(*reinterpret_cast<const __half2*>(&word));
       sum += p.x;
       sum += p.y;
-      // Those of hidden tokens may be above it.
+      // Exponents of masked keys may be above the top.
       const int2 pair = LoadPair(exponents + 8 * i);
       const int x = max(min(pair.x - top, 0), -126), y = max(min(pair.y - top, 0), -126);
       word = PackPair<DType::kFloat16>(p.x * __uint_as_float((127 + x) << 23),
@@ -152,7 +153,7 @@ class RowUnits {
   }
 
   bool own_;
-  float unit_[2];
+  float v_scale_[2];
 };
 
 }  // namespace fastattn::cuda::wgmma_fp16

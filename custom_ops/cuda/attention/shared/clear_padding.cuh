@@ -1,14 +1,15 @@
-// Output and LSE of the tokens that belong to no row.
+// Output and LSE of the tokens that belong to no sequence.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/shared/seq_lengths.cuh"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
 
-// Tokens [begin, end): output 0 where p.clear_padding says so, LSE -inf. All threads take part.
+// Tokens [begin, end) get output 0, where p.clear_padding says so, and LSE -inf. All threads take
+// part.
 __device__ __forceinline__ void ClearTokens(const AttentionParams& p, int begin, int end) {
   if (begin >= end) return;
   if (p.clear_padding) {
@@ -27,19 +28,19 @@ __device__ __forceinline__ void ClearTokens(const AttentionParams& p, int begin,
   }
 }
 
-// The CTAs share the rows of a task: each clears what lies between the end of its rows' new tokens
-// and the next row, the first one also what lies before all rows.
-__device__ __forceinline__ void ClearPadding(const AttentionParams& p, int first_row,
-                                             int num_rows) {
-  const int last_row = first_row + num_rows;
-  if (blockIdx.x == 0 && first_row == 0) {
+// The CTAs share the sequences of a task: each clears what lies between the end of its sequences'
+// new tokens and the next sequence, the first one also what lies before all sequences.
+__device__ __forceinline__ void ClearPadding(const AttentionParams& p, int first_seq,
+                                             int num_seqs) {
+  const int last_seq = first_seq + num_seqs;
+  if (blockIdx.x == 0 && first_seq == 0) {
     ClearTokens(p, 0, min(max(p.seqs.cu_seqlens_q[0], 0), p.seqs.num_tokens));
   }
-  for (int b = first_row + blockIdx.x; b < last_row; b += gridDim.x) {
-    const RowShape row = LoadRowShape(p, b);
+  for (int b = first_seq + blockIdx.x; b < last_seq; b += gridDim.x) {
+    const SeqShape seq = LoadSeqShape(p, b);
     const int next = b + 1 == p.seqs.batch ? p.seqs.num_tokens
                                            : min(p.seqs.cu_seqlens_q[b + 1], p.seqs.num_tokens);
-    ClearTokens(p, row.q_begin + row.q_len, next);
+    ClearTokens(p, seq.q_begin + seq.q_len, next);
   }
 }
 

@@ -1,14 +1,14 @@
-// Merges the parts of items that several CTAs of an attention kernel shared, as merge_attn_states
-// merges two sides: by the weights and the values of cuda/merge.
+// Merges the partial results of work tiles that several CTAs of an attention kernel shared, as
+// merge_attn_states merges two sides: by the weights and the values of cuda/merge.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
 
 #include "common/ceil_div.h"
-#include "cuda/attention/launch.h"
-#include "cuda/attention/mma_sm80/finish.cuh"
-#include "cuda/attention/shared/clear.cuh"
+#include "cuda/attention/mma_sm80/epilogue.cuh"
+#include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/shared/clear_padding.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/merge/shared/merge_values.cuh"
@@ -20,11 +20,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMergeColumns = 8;  // of a block, at most: 32 threads each
-constexpr int kBatch = 4;         // parts that are loaded and joined together
-// Blocks of which most have nothing to do: more cost more time than the search for the few items.
+constexpr int kBatch = 4;         // partial results that are loaded and joined together
+// Most blocks have nothing to do: more of them cost more time than the search for the few split
+// work tiles.
 constexpr int kMostBlocks = 1536;
 
-// Some parts of a column, 4 channels a thread. Without any it changes nothing that it joins.
+// Some partial results of a column, 4 channels a thread. Without any it changes nothing that it
+// joins.
 struct Merged {
   uint4 out = make_uint4(0, 0, 0, 0);  // of fp32
   PartialWeight weight = {kLowestMaximum, 0.0f};
@@ -37,7 +39,7 @@ struct Merged {
     weight = {w.max, w.sum};
   }
 
-  // In pairs, so that few joins wait for each other.
+  // Joins in pairs, so that few joins wait for each other.
   __device__ __forceinline__ void JoinAll(Merged (&others)[kBatch]) {
 #pragma unroll
     for (int step = 1; step < kBatch; step *= 2) {
@@ -48,10 +50,10 @@ struct Merged {
   }
 };
 
-// An item that several CTAs share.
-struct SplitItem {
+// A work tile that several CTAs share.
+struct SplitTile {
   int cta;      // that began it
-  int4 header;  // what that one says: CTAs that share it, its row, KV head and tile of queries
+  int4 header;  // what that one says: CTAs that share it, its sequence, KV head and tile
 };
 
 __device__ __forceinline__ int4 LoadHeader(const AttentionTask& task, int cta) {
@@ -59,11 +61,11 @@ __device__ __forceinline__ int4 LoadHeader(const AttentionTask& task, int cta) {
       reinterpret_cast<const int4*>(task.headers + static_cast<int64_t>(cta) * kPartialHeader));
 }
 
-// The k-th split item, in some order; of 0 CTAs behind the last.
-__device__ __forceinline__ SplitItem FindItem(const AttentionTask& task, int ctas, int k) {
+// The k-th split work tile, in some order; of 0 CTAs behind the last.
+__device__ __forceinline__ SplitTile FindSplitTile(const AttentionTask& task, int ctas, int k) {
   constexpr int kWarps = kThreads / 32, kHeaders = 2;
   __shared__ int counts[kWarps];
-  __shared__ SplitItem found;
+  __shared__ SplitTile found;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const uint32_t lower_lanes = (1u << threadIdx.x % 32) - 1;
   if (threadIdx.x == 0) found.header = make_int4(0, 0, 0, 0);
@@ -103,42 +105,45 @@ __device__ __forceinline__ SplitItem FindItem(const AttentionTask& task, int cta
   return found;
 }
 
-// Merges `block_columns` columns of an item. Parts are joined in a fixed order, so that the result
-// does not depend on who finished first.
-__device__ __forceinline__ void MergeItem(const AttentionParams& p, const AttentionTask& task,
-                                          int columns, int block_columns, const SplitItem& item) {
+// Merges `block_columns` columns of a work tile. Partial results are joined in a fixed order, so
+// that the result does not depend on who finished first.
+__device__ __forceinline__ void MergeTile(const AttentionParams& p, const AttentionTask& task,
+                                          int columns, int block_columns,
+                                          const SplitTile& work_tile) {
   __shared__ uint4 outs[kThreads];
   __shared__ PartialWeight weights[kThreads];
-  const int parts = item.header.x;
+  const int num_splits = work_tile.header.x;
   const int head_dim = p.head_dim, quads = head_dim / 4;
   const int quad = threadIdx.x % quads;
   const int column = blockIdx.y * block_columns + threadIdx.x / quads % block_columns;
   const int lanes = quads * block_columns;
-  // The parts are dealt out over groups of threads that hold all columns of the block.
+  // The partial results are dealt out over groups of threads that hold all columns of the block.
   const int groups = kThreads / lanes, group = threadIdx.x / lanes;
-  const float* first_part = PartOf(task, columns, head_dim, item.cta, 1);
-  const int64_t part_size = static_cast<int64_t>(columns) * (head_dim + 2);
+  const float* first_partial = PartialOf(task, columns, head_dim, work_tile.cta, 1);
+  const int64_t partial_size = static_cast<int64_t>(columns) * (head_dim + 2);
   Merged merged;
-  for (int first = group; first < parts; first += groups * kBatch) {
+  for (int first = group; first < num_splits; first += groups * kBatch) {
     Merged batch[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = first + b * groups;
-      if (i < parts) {
-        // The first part is its CTA's second one, the others are the first ones of the next CTAs.
-        const float* part = first_part + (i == 0 ? 0 : (kPartialsPerCta * i - 1) * part_size);
-        batch[b].out = __ldcg(reinterpret_cast<const uint4*>(part + column * head_dim) + quad);
+      if (i < num_splits) {
+        // The first partial result is its CTA's second one, the others are the first ones of the
+        // next CTAs.
+        const float* partial =
+            first_partial + (i == 0 ? 0 : (kPartialsPerCta * i - 1) * partial_size);
+        batch[b].out = __ldcg(reinterpret_cast<const uint4*>(partial + column * head_dim) + quad);
         const float2 state =
-            __ldcg(reinterpret_cast<const float2*>(part + columns * head_dim) + column);
+            __ldcg(reinterpret_cast<const float2*>(partial + columns * head_dim) + column);
         batch[b].weight = {fmaxf(state.x, kLowestMaximum), state.y};
       }
     }
     merged.JoinAll(batch);
   }
-  const RowShape shape = LoadRowShape(p, item.header.y);
-  const int kv_head = item.header.z;
-  const Column info = ColumnOf(task, shape, kv_head, item.header.w * columns + column);
-  const float value_scale = ValueScale(p, item.header.y, kv_head);
+  const SeqShape shape = LoadSeqShape(p, work_tile.header.y);
+  const int kv_head = work_tile.header.z;
+  const Column info = ColumnOf(task, shape, kv_head, work_tile.header.w * columns + column);
+  const float value_scale = ValueScale(p, work_tile.header.y, kv_head);
   if (groups > 1) {
     outs[threadIdx.x] = merged.out;
     weights[threadIdx.x] = merged.weight;
@@ -163,40 +168,40 @@ __device__ __forceinline__ void MergeItem(const AttentionParams& p, const Attent
   StoreOutput(p, kv_head, out, 4 * quad, values, factor);
 }
 
-// Blocks of the x axis stand for the CTAs that may have begun a split item, or with kSearch for the
-// items themselves.
+// Blocks of the x axis stand for the CTAs that may have begun a split work tile, or with kSearch
+// for the work tiles themselves.
 template <bool kSearch>
-__device__ __forceinline__ void MergeItems(const AttentionParams& p, const AttentionTask& task,
+__device__ __forceinline__ void MergeTiles(const AttentionParams& p, const AttentionTask& task,
                                            int columns, int block_columns, int ctas) {
   int k = static_cast<int>(blockIdx.x);
   if constexpr (!kSearch) {
-    const SplitItem item = {k, LoadHeader(task, k)};
-    if (item.header.x > 0) MergeItem(p, task, columns, block_columns, item);
+    const SplitTile work_tile = {k, LoadHeader(task, k)};
+    if (work_tile.header.x > 0) MergeTile(p, task, columns, block_columns, work_tile);
   } else {
-    // The host does not know how many items there are, only how many there should be at most.
+    // The host does not know how many split work tiles there are, only how many there may be.
     for (;; k += static_cast<int>(gridDim.x)) {
-      const SplitItem item = FindItem(task, ctas, k);
-      if (item.header.x == 0) return;
-      MergeItem(p, task, columns, block_columns, item);
-      __syncthreads();  // the next item takes the same shared memory
+      const SplitTile work_tile = FindSplitTile(task, ctas, k);
+      if (work_tile.header.x == 0) return;
+      MergeTile(p, task, columns, block_columns, work_tile);
+      __syncthreads();  // the next one takes the same shared memory
     }
   }
 }
 
 template <bool kSearch>
 __global__ void __launch_bounds__(kThreads)
-    MergePartsKernel(const __grid_constant__ AttentionParams p,
-                     const __grid_constant__ AttentionTask task, int columns, int block_columns,
-                     int ctas) {
-  TouchParameters(p);
-  if (task.beside) {
+    MergePartialsKernel(const __grid_constant__ AttentionParams p,
+                        const __grid_constant__ AttentionTask task, int columns, int block_columns,
+                        int ctas) {
+  PrefetchParameters(p);
+  if (task.overlaps_previous) {
     PdlBeginConcurrent();
   } else {
     PdlWait();
     PdlLaunchDependents();
   }
-  MergeItems<kSearch>(p, task, columns, block_columns, ctas);
-  if (task.beside) PdlEndConcurrent();
+  MergeTiles<kSearch>(p, task, columns, block_columns, ctas);
+  if (task.overlaps_previous) PdlEndConcurrent();
 }
 
 __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ AttentionParams p) {
@@ -228,17 +233,18 @@ cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream) {
                    stream, p);
 }
 
-cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task, int columns,
-                             int grid, cudaStream_t stream) {
+cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int columns,
+                                int grid, cudaStream_t stream) {
   const int64_t pairs =
       std::min<int64_t>(std::max<int64_t>(p.max_seqlen_q, 1) * task.group, task.max_pairs);
-  const int64_t items = CeilDiv(pairs, columns) * task.num_rows * p.num_kv_heads;
-  // Where few items share many CTAs, each has many parts: then a block takes one column alone.
-  const bool few = 16 * items <= grid;
+  const int64_t work_tiles = CeilDiv(pairs, columns) * task.num_seqs * p.num_kv_heads;
+  // Where few work tiles share many CTAs, each has many partial results: then a block takes one
+  // column alone.
+  const bool few = 16 * work_tiles <= grid;
   const int block_columns = few ? 1 : std::min(columns, kMergeColumns);
   const bool search = few && grid * columns > kMostBlocks;
-  const dim3 blocks(search ? static_cast<int>(items) : grid, columns / block_columns);
-  return LaunchPdl(search ? MergePartsKernel<true> : MergePartsKernel<false>, blocks,
+  const dim3 blocks(search ? static_cast<int>(work_tiles) : grid, columns / block_columns);
+  return LaunchPdl(search ? MergePartialsKernel<true> : MergePartialsKernel<false>, blocks,
                    dim3(kThreads), stream, p, task, columns, block_columns, grid);
 }
 

@@ -1,19 +1,19 @@
-// From a column's maximum, sum and unnormalised output to what is stored: shared by the attention
-// kernel and by the one that merges the parts of split items.
+// The epilogue: from a column's maximum, sum and unnormalised output to what is stored. The
+// attention kernel and the one that merges partial results share it.
 #pragma once
 
 #include <cstdint>
 
 #include "common/numeric.h"
+#include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/mma.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
-#include "cuda/attention/mma_sm80/tile.cuh"
+#include "cuda/attention/shared/normaliser.cuh"
+
 #include "cuda/common/convert.cuh"
 
 namespace fastattn::cuda {
-
-inline constexpr float kLn2 = 0.693147181f;
 
 // Writes a column's LSE, if `write_lse`, and returns what its output is multiplied by.
 // `sum` is in units of 2^kShift relative to `maximum`, which is in log2 units.
@@ -24,17 +24,14 @@ __device__ __forceinline__ float FinishColumn(const AttentionParams& p, const Co
   float lse = empty ? -kInfinity : (maximum + log2f(sum) - kShift) * kLn2;
   float factor = empty ? 0.0f : 1.0f / sum;
   if (p.sinks != nullptr && !empty) {
-    // The sink joins the denominator; it has no value.
     const float sink = LoadScale(p.sinks, p.sinks_dtype, column.head);
     if (sink == kInfinity) {
       lse = kInfinity;
       factor = 0.0f;
     } else {
-      const float largest = fmaxf(maximum, sink * kLog2E);
-      const float weight = exp2f(maximum - largest);
-      const float total = sum * weight + exp2f(sink * kLog2E - largest + kShift);
-      lse = (largest + log2f(total) - kShift) * kLn2;
-      factor = weight / total;
+      const Normaliser joined = JoinSink<kLog2Unit>(maximum, sum, sink);
+      lse = joined.lse;
+      factor = joined.factor;
     }
   }
   if (p.lse != nullptr && write_lse) {
@@ -77,10 +74,10 @@ __device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_hea
   }
 }
 
-// A part's output [columns, D], then its columns' (maximum, sum).
-__device__ __forceinline__ float* PartOf(const AttentionTask& task, int columns, int head_dim,
-                                         int64_t cta, int part) {
-  return task.partials + (cta * kPartialsPerCta + part) * columns * (head_dim + 2);
+// A partial result: output [columns, D], then the columns' (maximum, sum).
+__device__ __forceinline__ float* PartialOf(const AttentionTask& task, int columns, int head_dim,
+                                            int64_t cta, int partial) {
+  return task.partials + (cta * kPartialsPerCta + partial) * columns * (head_dim + 2);
 }
 
 }  // namespace fastattn::cuda

@@ -1,21 +1,20 @@
-// What consumers would have to wait for at either end of a tile, read ahead by the side warps.
+// What consumers would have to wait for at either end of a work tile: helper warps read it ahead.
 #pragma once
 
 #include "common/numeric.h"
-#include "cuda/attention/wgmma_sm90/common/schedule.cuh"
+#include "cuda/attention/shared/normaliser.cuh"
+#include "cuda/attention/shared/scales.cuh"
+#include "cuda/attention/wgmma_sm90/common/query_keys.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
 #include "cuda/common/lane.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
 
-// A scale of K or V that is constant over a row's keys and channels.
-__device__ inline float ConstantScale(const AttentionParams& p, const volatile Tile& tile,
+// A scale of K or V that is constant over a sequence's keys and a head's channels.
+__device__ inline float ConstantScale(const AttentionParams& p, const volatile WorkTile& tile,
                                       int kv_head, const void* paged, ScaleGranularity granularity,
-                                      const Descale& packed) {
-  if (!p.paged) {
-    if (packed.data == nullptr) return 1.0f;
-    return LoadScale(packed.data, packed.dtype, packed.Index(0, tile.row, kv_head, tile.head));
-  }
+                                      const Descale& ragged) {
+  if (!p.paged) return LoadDescale(ragged, 0, kv_head, tile);
   if (granularity == ScaleGranularity::kHead) {
     return LoadScale(paged, p.cache.scale_dtype, kv_head);
   }
@@ -30,14 +29,14 @@ __device__ __forceinline__ bool UsesValueChannels(const AttentionParams& p) {
   return p.paged && p.cache.v_granularity == ScaleGranularity::kChannel;
 }
 
-// Side warp `warp` fills its share.
+// Fills the share of helper warp `warp`.
 template <class C>
-__device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const volatile Tile& tile,
-                            int buffer, int warp) {
+__device__ void FindFactors(const AttentionParams& p, Shared<C>& shared,
+                            const volatile WorkTile& tile, int buffer, int warp) {
   const int lane = Lane<true>();
-  float factor = p.softmax_scale * 1.44269504f;
+  float factor = p.softmax_scale * kLog2E;
   float output = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
-  if constexpr (C::kChannelScales) {
+  if constexpr (C::kPerChannelScales) {
     const int kv_head = tile.kv_head;
     const PagedCache& cache = p.cache;
     factor *=
@@ -46,16 +45,16 @@ __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared, const v
         ConstantScale(p, tile, kv_head, cache.v_scales, cache.v_granularity, p.ragged.v_descale);
   }
 #pragma unroll 1
-  for (int i = 32 * warp + lane; i < C::kQueries; i += 32 * C::kSideWarps) {
-    // Hidden scores are -inf, which 0 would turn into NaN.
+  for (int i = 32 * warp + lane; i < C::kQueries; i += 32 * C::kHelperWarps) {
+    // Masked scores are -inf, which 0 would turn into NaN.
     shared.factor[buffer][i] = factor == 0.0f ? 1e-30f : factor;
-    shared.visible[buffer][i] = wgmma_fp8::VisibleKeys(p, tile, i);
+    shared.visible[buffer][i] = QueryKeys(p, tile, i);
   }
-  if constexpr (C::kChannelScales) {
+  if constexpr (C::kPerChannelScales) {
     const int first = tile.kv_head * C::kDim;
     const bool keys = UsesKeyChannels(p), values = UsesValueChannels(p);
 #pragma unroll 1
-    for (int i = 32 * warp + lane; i < C::kDim; i += 32 * C::kSideWarps) {
+    for (int i = 32 * warp + lane; i < C::kDim; i += 32 * C::kHelperWarps) {
       const DType type = p.cache.scale_dtype;
       if (keys) shared.key_channels[buffer][i] = LoadScale(p.cache.k_scales, type, first + i);
       if (values) shared.value_channels[buffer][i] = LoadScale(p.cache.v_scales, type, first + i);

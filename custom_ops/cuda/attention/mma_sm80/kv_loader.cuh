@@ -1,0 +1,200 @@
+// Moves KV tiles from global memory into a warp pipeline's stages.
+#pragma once
+
+#include <cstdint>
+
+#include "common/numeric.h"
+#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/attention/shared/block_table.cuh"
+
+namespace fastattn::cuda {
+
+// Walks over a pipeline's KV tiles ahead of the computation, K before V of each. The block id of
+// the next KV tile is read while the current one is loaded.
+template <typename Traits>
+class KvLoader {
+ public:
+  // `segments` are `count` segments in shared memory; `keys_read_once`: nothing else will read
+  // their keys.
+  __device__ __forceinline__ KvLoader(const AttentionParams& p, const Segment* segments, int count,
+                                      int pipeline, bool keys_read_once)
+      : p_(p), segment_(segments), end_(segments + count), pipeline_(pipeline) {
+    policy_ = CachePolicy(keys_read_once);
+    kv_tile_ = segment_->kv_tile_begin + pipeline;
+    Settle();
+  }
+
+  // Starts the copies of K of the next KV tile into `stage`; V is the same one's.
+  __device__ __forceinline__ void LoadKeys(uint32_t stage) {
+    loading_ = segment_ != end_;
+    if (loading_) {
+      Place();
+      if (threadIdx.x % Traits::kPipelineThreads == 0) {
+        asm volatile(
+            "st.shared.u32 [%0], %1;" ::"r"(stage + Traits::kDataBytes + Traits::kScaleBytes),
+            "r"(assigned_ ? 1 : 0));
+      }
+      if (assigned_) {
+        if constexpr (Traits::kPaged) {
+          const PagedCache& cache = p_.cache;
+          CopyPlane<Traits::kRowBytes, true>(stage, cache.key, cache.key_strides, key_);
+          CopyScales(stage, cache.k_scales, key_scale_);
+        } else {
+          CopyRagged(stage, p_.ragged.key, p_.ragged.key_token_stride, p_.ragged.key_head_stride);
+        }
+      }
+      Advance();
+    }
+    CommitCopies();
+  }
+
+  __device__ __forceinline__ void LoadValues(uint32_t stage) {
+    if (loading_ && assigned_) {
+      if constexpr (Traits::kPaged) {
+        const PagedCache& cache = p_.cache;
+        constexpr int kRowBytes = Traits::kTransposedV ? kBlockSize : Traits::kRowBytes;
+        constexpr bool kSwizzled = !Traits::kTransposedV;  // channels are read as they lie
+        CopyPlane<kRowBytes, kSwizzled>(stage, cache.value, cache.value_strides, value_);
+        CopyScales(stage, cache.v_scales, value_scale_);
+      } else {
+        CopyRagged(stage, p_.ragged.value, p_.ragged.value_token_stride,
+                   p_.ragged.value_head_stride);
+      }
+    }
+    CommitCopies();
+  }
+
+ private:
+  static constexpr int kBytes = Traits::Format::kBytes;
+  static constexpr int kPieces = Traits::kDataBytes / 16;
+  static constexpr int kPiecesPerRow = Traits::kRowBytes / 16;
+
+  __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kPipelineThreads; }
+
+  // Finds where the current KV tile lies.
+  __device__ __forceinline__ void Place() {
+    if constexpr (Traits::kPaged) {
+      assigned_ = static_cast<unsigned>(block_) < static_cast<unsigned>(p_.cache.num_blocks);
+      // A plane holds 64 keys; a KV tile may be half of them.
+      constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
+      static_assert(kKvTilesPerBlock == 1 || !(Traits::kTransposedV || Traits::kPerTokenScales));
+      const PagedCache& cache = p_.cache;
+      const int head = segment_->head, row = kv_tile_ % kKvTilesPerBlock * Traits::kKvTile;
+      key_ = cache.key_strides.Row(block_, head, row);
+      value_ = cache.value_strides.Row(block_, head, row);
+      if constexpr (Traits::kPerTokenScales) {
+        key_scale_ = cache.k_scale_strides.Plane(block_, head);
+        value_scale_ = cache.v_scale_strides.Plane(block_, head);
+      }
+    } else {
+      assigned_ = true;
+      offset_ = segment_->shape.k_begin + static_cast<int64_t>(kv_tile_) * Traits::kKvTile;
+      rows_ = segment_->shape.k_len - kv_tile_ * Traits::kKvTile;
+      head_ = segment_->head;
+    }
+  }
+
+  __device__ __forceinline__ void Advance() {
+    kv_tile_ += Traits::kPipelines;
+    Settle();
+  }
+
+  // Goes on to the segment that holds the pipeline's next KV tile.
+  __device__ __forceinline__ void Settle() {
+    while (kv_tile_ >= segment_->kv_tile_end) {
+      if (++segment_ == end_) return;
+      kv_tile_ = segment_->kv_tile_begin + pipeline_;
+    }
+    if constexpr (Traits::kPaged) {
+      constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
+      const int page = kv_tile_ / kKvTilesPerBlock;
+      const int batch_idx = segment_->batch_idx;
+      block_ = page < p_.seqs.max_blocks ? __ldg(BlockEntry(p_, batch_idx, page)) : -1;
+    }
+  }
+
+  // Copies a KV tile's rows of kRowBytes from `element` on.
+  template <int kRowBytes, bool kSwizzled>
+  __device__ __forceinline__ void CopyPlane(uint32_t stage, const void* tensor,
+                                            const CacheStrides& strides, int64_t element) {
+    constexpr int kRowPieces = kRowBytes / 16;
+    constexpr int kRows =
+        Traits::kPipelineThreads / kRowPieces;  // that the pipeline copies at a time
+    const int row = Lane() / kRowPieces, chunk = Lane() % kRowPieces;
+    const char* from =
+        static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
+    const int64_t stride = kRows * kBytes * strides.row;
+    const uint32_t to = stage + row * kRowBytes;
+#pragma unroll
+    for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += stride) {
+      const int piece = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
+      CopyAsync16(to + piece * 16 + i * kRows * kRowBytes, from, policy_);
+    }
+  }
+
+  __device__ __forceinline__ void CopyScales(uint32_t stage, const void* scales, int64_t element) {
+    if constexpr (Traits::kPerTokenScales) {
+      const int bytes = SizeOf(p_.cache.scale_dtype);
+      if (Lane() * 16 < Traits::kKvTile * bytes) {
+        CopyAsync16(stage + Traits::kDataBytes + Lane() * 16,
+                    static_cast<const char*>(scales) + element * bytes + Lane() * 16, policy_);
+      }
+    }
+  }
+
+  // Copies rows of ragged tensors, zeros after the sequence's last key. Strides that are no
+  // multiples of 16 bytes are served a byte at a time.
+  __device__ __forceinline__ void CopyRagged(uint32_t stage, const void* tensor,
+                                             int64_t token_stride, int64_t head_stride) {
+    const char* source =
+        static_cast<const char*>(tensor) + (offset_ * token_stride + head_ * head_stride) * kBytes;
+    const int64_t stride = token_stride * kBytes;
+    const bool aligned =
+        ((reinterpret_cast<uintptr_t>(tensor) | stride | (head_stride * kBytes)) & 15) == 0;
+#pragma unroll 2
+    for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i) {
+      const int piece = i * Traits::kPipelineThreads + Lane();
+      const int row = piece / kPiecesPerRow, chunk = piece % kPiecesPerRow;
+      const uint32_t target = stage + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16;
+      const char* from = source + row * stride + chunk * 16;
+      const bool inside = row < rows_;
+      if (aligned) {
+        CopyAsync16(target, inside ? from : static_cast<const char*>(tensor), policy_,
+                    inside ? 16 : 0);
+      } else {
+        uint32_t words[4] = {0, 0, 0, 0};
+        if (inside) {
+#pragma unroll
+          for (int b = 0; b < 16; ++b) {
+            words[b / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(from[b])) << (8 * (b % 4));
+          }
+        }
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(words[0]),
+                     "r"(words[1]), "r"(words[2]), "r"(words[3])
+                     : "memory");
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const Segment* segment_;  // of the next KV tile; end_ when there is none
+  const Segment* end_;
+  uint64_t policy_;
+  int pipeline_;
+  int kv_tile_;
+  bool loading_ = false;   // the current KV tile exists
+  bool assigned_ = false;  // and its block too
+  int block_ = -1;
+  int rows_ = 0;
+  int head_ = 0;
+  int64_t offset_ = 0;  // ragged: the first key
+  // Paged: offsets in elements. Where they are not used the compiler drops them.
+  int64_t key_ = 0;
+  int64_t value_ = 0;
+  int64_t key_scale_ = 0;
+  int64_t value_scale_ = 0;
+};
+
+}  // namespace fastattn::cuda

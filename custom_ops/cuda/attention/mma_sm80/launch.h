@@ -1,0 +1,41 @@
+// Launches of the kernels of this folder, over some sequences of a call.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/types.h"
+#include "heuristics/attention_plan.h"
+#include "params/attention.h"
+
+namespace fastattn::cuda {
+
+struct AttentionTask {
+  bool split = false;
+  bool clear_padding = false;      // also clears the tokens of no sequence
+  bool overlaps_previous = false;  // runs while the kernel ahead of it does: see pdl.cuh
+  bool keys_read_once = false;     // no two work tiles read the same keys
+  int first_seq = 0;
+  int num_seqs = 0;
+  int group = 1;  // query heads of a KV head: packed GQA folds them into a tile's columns
+  int min_pairs = 0;
+  int max_pairs = 0;
+  int cluster = 1;            // CTAs that take a sequence and KV head together; 1: equal shares
+  int* headers = nullptr;     // [grid, kPartialHeader]
+  float* partials = nullptr;  // [grid, kPartialsPerCta, columns, D + 2]
+};
+
+template <DType kElement, int kHeadDim, bool kPaged, bool kPerTokenScales, int kColumns>
+cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
+                                   cudaStream_t stream);
+
+// Merges the partial results that a split launch left.
+cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int columns,
+                                int grid, cudaStream_t stream);
+
+// Clears the output and LSE of all tokens, which belong to no sequence.
+cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream);
+
+// Clears tokens of no sequence while the kernel ahead writes the others.
+cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream);
+
+}  // namespace fastattn::cuda

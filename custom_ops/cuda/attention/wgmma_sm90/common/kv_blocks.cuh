@@ -1,0 +1,25 @@
+// Which cache blocks a KV tile consists of.
+#pragma once
+
+#include "cuda/attention/shared/block_table.cuh"
+#include "cuda/attention/wgmma_sm90/common/work_tile.h"
+
+namespace fastattn::cuda::wgmma_sm90 {
+
+// KV iterations whose blocks a warp looks up at once, two lanes an iteration.
+inline constexpr int kBlockLookups = 16;
+
+// The block of each lane: half lane % 2 of iteration `iteration` + lane / 2; -1: it is not
+// assigned. Paged ones are below `num_blocks`. Ragged ones are numbered from the sequence's first
+// one on, or with kTransposed from that of the transposed values.
+template <bool kTransposed>
+__device__ inline int FindBlock(const AttentionParams& p, const volatile WorkTile& tile,
+                                int iteration, int lane, const int& num_blocks) {
+  const int block_idx = 2 * (tile.last_kv_tile - iteration - lane / 2) + lane % 2;
+  if (block_idx < 0 || block_idx >= (tile.k_len + kBlockSize - 1) / kBlockSize) return -1;
+  if (!p.paged) return kTransposed ? tile.ragged_block + block_idx : block_idx;
+  const int id = *BlockEntry(p, tile.batch_idx, block_idx);
+  return id < 0 || id >= num_blocks ? -1 : id;
+}
+
+}  // namespace fastattn::cuda::wgmma_sm90

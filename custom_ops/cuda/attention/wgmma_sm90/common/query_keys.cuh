@@ -1,0 +1,70 @@
+// Which keys a query of a work tile sees, and which all of them see.
+#pragma once
+
+#include "cuda/attention/shared/visible_keys.cuh"
+#include "cuda/attention/wgmma_sm90/common/work_tile.h"
+
+namespace fastattn::cuda::wgmma_sm90 {
+
+// First key that query i sees, and the one after its last.
+__device__ inline int2 QueryKeys(const AttentionParams& p, const volatile WorkTile& tile, int i) {
+  constexpr int kFar = 1 << 30;
+  int begin = 0, end = kFar;
+  // Out-of-range query rows use k_len as their bound: they ask for no mask of their own, but a NaN
+  // past it would poison the row max.
+  if (i >= tile.queries) return make_int2(begin, tile.k_len);
+  const int position = tile.position + i;
+  end = tile.k_len;
+  end = VisibleEnd<Sm90Bounds>(p, position, end);
+  begin = VisibleBegin<Sm90Bounds>(p, position, begin);
+  if (p.mask_offsets != nullptr) {
+    const int* mask = p.mask_offsets + 2 * static_cast<int64_t>(tile.token + i);
+    begin = max(begin, min(mask[0], kFar));
+    end = min(end, max(mask[1], 0));
+  }
+  return make_int2(begin, max(begin, end));
+}
+
+// Sets the KV tiles of a work tile whose queries and k_len are known. Called by a whole warp.
+template <class C>
+__device__ void SetKvTiles(const AttentionParams& p, WorkTile* tile, int lane) {
+  // VisibleBegin() and VisibleEnd() for the first and the last query, each mask for both at once.
+  const int first = tile->position, final = first + tile->queries - 1;
+  int begin = 0, end = tile->k_len;
+  int unmasked_begin = 0, unmasked_end = end;
+  if (p.causal) {
+    end = min(end, final + 1);
+    unmasked_end = min(unmasked_end, first + 1);
+  }
+  if (p.window_right >= 0) {
+    const int right = min(p.window_right, Sm90Bounds::kMaxKeys) + 1;
+    end = min(end, final + right);
+    unmasked_end = min(unmasked_end, first + right);
+  }
+  if (p.window_left >= 0) {
+    const int left = min(p.window_left, Sm90Bounds::kMaxKeys);
+    begin = max(begin, first - left);
+    unmasked_begin = max(0, final - left);
+  }
+  if (p.mask_offsets != nullptr) {
+    int least = Sm90Bounds::kMaxKeys, most = 0;
+#pragma unroll 1
+    for (int i = lane; i < tile->queries; i += 32) {
+      const int64_t token = tile->token + i;
+      least = min(least, p.mask_offsets[2 * token]);
+      most = max(most, p.mask_offsets[2 * token + 1]);
+    }
+    begin = max(begin, __reduce_min_sync(~0u, least));
+    end = min(end, __reduce_max_sync(~0u, most));
+    unmasked_end = 0;  // not known: every KV tile is masked
+  }
+  if (lane != 0) return;
+  // Without a visible key, one iteration finds that out.
+  const bool empty = end <= begin;
+  tile->kv_tiles = empty ? 1 : (end + C::kKeys - 1) / C::kKeys - begin / C::kKeys;
+  tile->last_kv_tile = empty ? 0 : (end - 1) / C::kKeys;
+  tile->unmasked_begin = unmasked_begin;
+  tile->unmasked_end = unmasked_end;
+}
+
+}  // namespace fastattn::cuda::wgmma_sm90
