@@ -28,14 +28,12 @@ CUDA = {
     "cuda/attention": (
         "cuda/common",
         "cuda/attention/shared",
+        "cuda/attention/mma_sm80/launch.h",
         "cuda/attention/wgmma_sm90/fp8/launch.h",
         "cuda/attention/wgmma_sm90/fp16/launch.h",
     ),
     "cuda/attention/shared": ("cuda/common", "cuda/merge/shared"),
-    "cuda/attention/mma_sm80": (
-        *("cuda/common", "cuda/merge/shared", "cuda/attention/shared"),
-        "cuda/attention/launch.h",
-    ),
+    "cuda/attention/mma_sm80": ("cuda/common", "cuda/merge/shared", "cuda/attention/shared"),
     "cuda/attention/quantize_q": ("cuda/common",),
     "cuda/attention/wgmma_sm90/common": ("cuda/common", "cuda/attention/shared"),
     "cuda/attention/wgmma_sm90/fp8": WGMMA,
@@ -54,9 +52,6 @@ HOST = {
 # Arrows that stand against the table and have yet to go: (folder, included header).
 PENDING: set[tuple[str, str]] = {
     ("cuda/compat/gqa_rope", "cuda/cache/rope_write/token_kernel.cuh"),
-    ("cuda/attention/shared", "cuda/attention/mma_sm80/schedule.cuh"),
-    ("cuda/attention/wgmma_sm90/common", "cuda/attention/wgmma_sm90/fp8/config.h"),
-    ("cuda/attention/wgmma_sm90/fp16", "cuda/attention/wgmma_sm90/fp8/config.h"),
 }
 
 
@@ -87,6 +82,8 @@ def arrows() -> list[tuple[str, str]]:
 def test_every_include_names_its_header_from_custom_ops():
     for folder, header in includes():
         if not header.startswith("paddle/"):
+            if header.endswith("/instances.h"):
+                continue  # written by the build
             assert (CUSTOM_OPS / header).exists(), f'{folder} includes "{header}"'
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from custom_ops.builder import instances, toolchain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CUSTOM_OPS = ROOT / "custom_ops"
 CUDA = toolchain.find_cuda()
 FAMILIES = {family.folder: family for family in instances.FAMILIES}
