@@ -8,6 +8,7 @@
 
 #include "api/paged_cache.h"
 #include "api/quantize_query.h"
+#include "common/head_dims.h"
 
 namespace fastattn::api {
 
@@ -160,9 +161,9 @@ void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head
     Fail("ValueError", op, "q", "expected a multiple of the ", kv_heads, " KV heads, got ",
          p->num_heads, " heads");
   }
-  if (head_dim != 64 && head_dim != 128) {
+  if (!HeadDims::Has(head_dim)) {
     Fail("NotImplementedError", op, "q", "head_dim ", head_dim,
-         " is not supported; supported: 64, 128");
+         " is not supported; supported: ", HeadDims::Text());
   }
   p->num_kv_heads = static_cast<int>(kv_heads);
 }
@@ -191,8 +192,9 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
         std::pair<const char*, const Tensor*>{"cu_seqlens_k", &cu_seqlens_k}}) {
     Arg(kFlash, name, *lengths).On(place).Dtype({phi::DataType::INT32}).Rank(1).Contiguous();
     if (lengths->numel() < 1 || lengths->numel() != cu_seqlens_q.numel()) {
-      Fail("ValueError", kFlash, name, "expected shape [sequences + 1], the same for cu_seqlens_q and ",
-           "cu_seqlens_k, got ", ShapeText(lengths->shape()));
+      Fail("ValueError", kFlash, name,
+           "expected shape [sequences + 1], the same for cu_seqlens_q and ", "cu_seqlens_k, got ",
+           ShapeText(lengths->shape()));
     }
   }
   RequireFits(kFlash, "cu_seqlens_q", cu_seqlens_q.numel());

@@ -6,6 +6,7 @@
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/paged_cache.h"
+#include "common/head_dims.h"
 #include "cpu/convert_layout.h"
 #include "params/cache.h"
 
@@ -66,9 +67,9 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
     Fail("ValueError", op, "cache", "expected blocks of ", kBlockSize, " tokens, shape ", expected,
          ", got ", ShapeText(shape));
   }
-  if (head_dim != 64 && head_dim != 128) {
+  if (!HeadDims::Has(head_dim)) {
     Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
-         " is not supported; supported: 64, 128");
+         " is not supported; supported: ", HeadDims::Text());
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/head_dims.h"
 #include "common/layout.h"
 #include "common/types.h"
 #include "cpu/isa.h"
@@ -24,16 +25,15 @@ constexpr CacheType kCacheTypes[] = {
     CacheType::kBlockWiseInt8, CacheType::kBlockWiseFp8,
 };
 
-// The same list as in every dispatch over head_dim, which a test compares.
-constexpr int kHeadDims[] = {64, 128};
-
 std::vector<std::string> CacheTypes() {
   std::vector<std::string> names;
   for (CacheType type : kCacheTypes) names.emplace_back(NameOf(type));
   return names;
 }
 
-std::vector<int> HeadDims() { return {std::begin(kHeadDims), std::end(kHeadDims)}; }
+std::vector<int> SupportedHeadDims() {
+  return {std::begin(HeadDims::kDims), std::end(HeadDims::kDims)};
+}
 
 std::vector<std::string> Archs() {
   std::vector<std::string> archs;
@@ -163,7 +163,7 @@ PYBIND11_MODULE(_host, m) {
   using namespace fastattn;
   m.doc() = "Facts about the compiled code.";
   m.def("block_size", [] { return kBlockSize; }, "Tokens of a cache block.");
-  m.def("head_dims", &api::HeadDims, "Head sizes that attention and the caches support.");
+  m.def("head_dims", &api::SupportedHeadDims, "Head sizes that attention and the caches support.");
   m.def("cache_types", &api::CacheTypes, "Names of the cache types.");
   m.def("token_slots", &api::TokenSlots,
         "Slot of each token of a block in the V cache of the fastattn layout.");

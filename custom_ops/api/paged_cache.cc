@@ -1,4 +1,5 @@
 #include "api/paged_cache.h"
+#include "common/head_dims.h"
 
 #include <limits>
 
@@ -129,9 +130,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
     Fail("ValueError", op, "key_cache", "expected blocks of ", kBlockSize,
          " tokens, shape [num_blocks, KV, 64, D], got ", ShapeText(shape));
   }
-  if (head_dim != 64 && head_dim != 128) {
+  if (!HeadDims::Has(head_dim)) {
     Fail("NotImplementedError", op, "key_cache", "head_dim ", head_dim,
-         " is not supported; supported: 64, 128");
+         " is not supported; supported: ", HeadDims::Text());
   }
   if (shape[1] == 0) Fail("ValueError", op, "key_cache", "expected at least 1 KV head, got 0");
   cache.num_blocks = static_cast<int>(shape[0]);

@@ -5,6 +5,7 @@
 
 #include "common/block_table.h"
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "cpu/append_cache.h"
 #include "cpu/cache_codec.h"
 #include "cpu/convert.h"
@@ -101,7 +102,7 @@ void GqaRopeWriteCache(const GqaRopeWriteCacheParams& p) {
   const std::vector<int> seq_of_token = SeqOfTokens(p.rope.seqs);
   DispatchCache(p.rope.cache, [&](auto format) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.rope.dtype, "dtype", [&](auto dtype) {
-      dispatch<64, 128>(p.rope.cache.head_dim, "head_dim", [&](auto head_dim) {
+      HeadDims::Dispatch(p.rope.cache.head_dim, [&](auto head_dim) {
         const Step<decltype(dtype)::value, decltype(format), decltype(head_dim)::value> step(p);
         const int64_t heads = p.rope.num_heads + 2LL * p.rope.cache.num_kv_heads;
         const int64_t work = 2 * heads * p.rope.cache.head_dim;  // rotated and written

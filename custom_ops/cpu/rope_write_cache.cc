@@ -5,6 +5,7 @@
 
 #include "common/block_table.h"
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "common/numeric.h"
 #include "cpu/cache_codec.h"
 #include "cpu/convert.h"
@@ -98,7 +99,7 @@ void RopeWriteCache(const RopeWriteCacheParams& p) {
   const std::vector<int> seq_of_token = SeqOfTokens(p.seqs);
   DispatchCache(p.cache, [&](auto format) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "dtype", [&](auto dtype) {
-      dispatch<64, 128>(p.cache.head_dim, "head_dim", [&](auto head_dim) {
+      HeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
         const Writer<decltype(dtype)::value, decltype(format), decltype(head_dim)::value> writer(p);
         const int64_t heads = p.num_heads + 2LL * p.cache.num_kv_heads;
         const int64_t work = 2 * heads * p.cache.head_dim;  // rotated and written

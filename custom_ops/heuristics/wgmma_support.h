@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/head_dims.h"
 #include "common/types.h"
 #include "params/attention.h"
 #include "params/block_planes.h"
@@ -40,7 +41,7 @@ inline bool ScalesFit(const void* scales, const CacheStrides& strides, DType dty
 
 // What both kernels ask of a call. A running maximum of scaled scores needs a positive scale.
 inline bool Common(const AttentionParams& p) {
-  if (p.head_dim != 64 && p.head_dim != 128) return false;
+  if (!HeadDims::Has(p.head_dim)) return false;
   if (p.seqs.num_tokens <= 0 || p.seqs.batch <= 0 || p.num_heads <= 0) return false;
   if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
     return false;

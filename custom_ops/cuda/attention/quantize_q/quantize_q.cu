@@ -2,6 +2,7 @@
 // and a thread several pairs, whose loads are all under way before the first is used.
 #include "common/dispatch.h"
 #include "common/exact.h"
+#include "common/head_dims.h"
 #include "cuda/attention/quantize_q/launch.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/divisor.cuh"
@@ -92,7 +93,7 @@ cudaError_t LaunchQuantizeQuery(const QuantizeQueryParams& p, cudaStream_t strea
   cudaError_t status = cudaSuccess;
   if (p.num_tokens <= 0 || p.num_heads <= 0) return status;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.q_dtype, "q", [&](auto dtype) {
-    dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
+    HeadDims::Dispatch(p.head_dim, [&](auto head_dim) {
       status = Launch<decltype(dtype)::value, decltype(head_dim)::value>(p, stream);
     });
   });

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "common/types.h"
@@ -227,7 +228,7 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
   }
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
-    dispatch<64, 128>(p.cache.head_dim, "head_dim", [&](auto head_dim) {
+    HeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
       status = LaunchKernel(AppendCacheKernel<Traits>, GridSize(ctas), kAppendThreads, stream, p);

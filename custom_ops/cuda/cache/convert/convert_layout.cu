@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "common/layout.h"
 #include "cuda/cache/convert/launch.h"
 #include "cuda/cache/shared/block_pieces.cuh"
@@ -143,7 +144,7 @@ template <CacheLayout kSrc, CacheLayout kDst, bool kInPlace>
 cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
   const unsigned grid = GridSize(p.num_planes);
   cudaError_t status = cudaSuccess;
-  dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
+  HeadDims::Dispatch(p.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
                                    : ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>;
