@@ -92,11 +92,13 @@ struct AttentionTraits {
   static constexpr int kSegmentBytes = kMaxSegments * 80;
   static constexpr int kScheduleOffset = kSegmentOffset + kSegmentBytes;
   // Bytes of a kernel with `stages` stages: the host does not know how many were compiled.
-  static constexpr int SharedBytes(int rows, int stages) {
-    return kScheduleOffset + kPipelines * (stages - kStages) * kStageBytes + 8 * (rows + 1);
+  static constexpr int SharedBytes(int num_seqs, int stages) {
+    return kScheduleOffset + kPipelines * (stages - kStages) * kStageBytes + 8 * (num_seqs + 1);
   }
 
   static_assert(kMergeDims % 16 == 0 && kStageBytes % 16 == 0);
+  // Swizzles and chunks of KV tiles assume it; the last channels would be dropped.
+  static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256);
 
   // The 16-byte piece in which a row's piece `chunk` lies: no 8 lanes of a load meet in a bank.
   static __device__ __forceinline__ int Swizzle(int row, int chunk) {
