@@ -81,17 +81,19 @@ struct Epilogue {
                                                     float sum, float sink) {
     constexpr float kInf = __builtin_huge_valf();
     const bool empty = peak == -kInf;  // no score was above it
-    Normaliser result = {-kInf, 0.0f};
+    float lse = -kInf, factor = 0.0f;
     if (sink == kInf) {
-      result.lse = empty ? result.lse : kInf;
+      lse = empty ? lse : kInf;
     } else if (!empty) {
       // A NaN peak comes with a NaN sum, a NaN sink makes one.
-      result = JoinSink<0>(peak, sum, sink);
+      const Normaliser joined = JoinSink<0>(peak, sum, sink);
+      lse = joined.lse;
+      factor = joined.factor;
     }
     if (p.lse != nullptr && rows.token[h] >= 0 && threadIdx.x % 4 == 0) {
-      p.lse[static_cast<int64_t>(rows.head) * p.seqs.num_tokens + rows.token[h]] = result.lse;
+      p.lse[static_cast<int64_t>(rows.head) * p.seqs.num_tokens + rows.token[h]] = lse;
     }
-    return result.factor;
+    return factor;
   }
 
   __device__ __forceinline__ static int64_t Offset(const AttentionParams& p, const OutputRows& rows,
