@@ -1,9 +1,11 @@
-// Decode and speculative steps where nothing but a full rotation is asked for: a warp, alone in its
-// CTA, takes two (D 64: four) heads of one token, all Q, all K or all V, and runs only their code.
-// Two rounds of loads: the rows, the values and the scales; then the block and the angles.
+// Decode and speculative steps: a warp, alone in its CTA, takes two (D 64: four) heads of one
+// token, all Q, all K or all V, and runs only their code. Two rounds of loads: the sequences, the
+// values, the bias, the norm's weights and the scales; then the block and the angles.
 #pragma once
 
-#include "cuda/cache/rope_write/lane.cuh"
+#include "common/layout.h"
+#include "cuda/cache/rope_write/launch.h"
+#include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/common/pdl.cuh"
 
@@ -35,7 +37,7 @@ struct StridedMap {
   static __device__ __forceinline__ int Channel(int lane, int i) { return lane + i * Lane::kLanes; }
 };
 
-// Which heads a warp works on, and what does not depend on the token's row.
+// Which heads a warp works on, and what does not depend on the token's sequence.
 struct DecodeHead {
   int token;
   int lane;  // of the head
@@ -64,49 +66,113 @@ __device__ __forceinline__ int BlockOfPlace(const StepParams& p, const WarpPlace
   return BlockOf(p.rope.seqs, p.rope.cache.num_blocks, place.row, place.position / kBlockSize);
 }
 
+enum class HeadKind { kQuery, kKey, kValue };
+
+// Index of a head among [Q heads, K heads, V heads].
+template <HeadKind kKind>
+__device__ __forceinline__ int FusedHead(const RopeWriteCacheParams& p, int head) {
+  if constexpr (kKind == HeadKind::kQuery) return head;
+  const int before = kKind == HeadKind::kValue ? p.cache.num_kv_heads : 0;
+  return head + before + p.num_heads;
+}
+
+// A lane's values of a head and what is to happen to them. All that does not depend on the token's
+// sequence is asked for at once.
+template <typename Traits, typename Lane, HeadKind kKind>
+struct DecodeValues {
+  using Options = typename Traits::Options;
+  static constexpr bool kNorm = Options::kNorm && kKind != HeadKind::kValue;
+
+  uint32_t words[Lane::kWords];
+  float bias[Lane::kValues];      // where there is one
+  float weights[2][Lane::kHalf];  // of the norm, where there is one
+
+  __device__ __forceinline__ DecodeValues(const RopeWriteCacheParams& p, const void* source,
+                                          int64_t stride, const DecodeHead& at) {
+    using Element = typename fastattn::Element<Traits::kIn>::Storage;
+    LoadHalves<Lane::kWords, Lane::kDistance>(static_cast<const Element*>(source) +
+                                                  at.token * stride + at.head * Lane::kHeadDim +
+                                                  at.lane * Lane::kHalf,
+                                              words);
+    if (HasBias<Options>(p)) {
+      const int first = FusedHead<kKind>(p, at.head) * Lane::kHeadDim;
+      LoadLaneParameters<Traits, Lane>(p.bias, p.bias_dtype, first, at.lane, bias);
+    }
+    if constexpr (kNorm) {
+      const HeadNorm<Traits, Lane> norm(p, kKind == HeadKind::kQuery, at.lane);
+      if (norm.weight != nullptr) {
+        norm.LoadWeights(0, weights[0]);
+        norm.LoadWeights(1, weights[1]);
+      }
+    }
+  }
+
+  // To the head as it is stored. Every lane of the warp takes part.
+  __device__ __forceinline__ void Transform(const RopeWriteCacheParams& p, uint32_t position,
+                                            int lane) {
+    if constexpr (kKind != HeadKind::kValue || Options::kBias) {
+      LaneRotation<Traits, Lane, kDecodeThreads / 32> rotation;
+      if (kKind != HeadKind::kValue) rotation.Load(p, position, lane);
+      float x[Lane::kValues];
+      UnpackWords<Lane>(words, x);
+      if (HasBias<Options>(p)) {
+#pragma unroll
+        for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], bias[i]);
+      }
+      const auto norm = [&](float (&values)[Lane::kValues]) {
+        const bool is_q = kKind == HeadKind::kQuery;
+        if ((is_q ? p.q_norm_weight : p.k_norm_weight) == nullptr) return;
+        const auto weight = [&](int half, float (&w)[Lane::kHalf]) {
+#pragma unroll
+          for (int i = 0; i < Lane::kHalf; ++i) w[i] = weights[half][i];
+        };
+        NormLane<Lane>(p.rms_norm_eps, weight, values);
+      };
+      if constexpr (kKind != HeadKind::kValue) {
+        TransformLane<Traits, Lane, false>(p, rotation, lane, norm, x);
+      }
+      PackWords<Traits::kIn>(x, words);
+    }
+  }
+};
+
 template <typename Traits>
 __device__ __forceinline__ void DecodeQuery(const StepParams& p, const RowWindow& window, int given,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   const RopeWriteCacheParams& rope = p.rope;
-  uint32_t words[Lane::kWords];
-  LoadHalves<Lane::kWords, Lane::kHeadDim>(static_cast<const uint16_t*>(p.q) +
-                                               at.token * p.q_stride + at.head * Lane::kHeadDim +
-                                               at.lane * Lane::kHalf,
-                                           words);
+  DecodeValues<Traits, Lane, HeadKind::kQuery> values(rope, p.q, p.q_stride, at);
   const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
   const WarpPlace place = FindPlace(rope.seqs, window, given, at.token);
   if (place.row >= 0) {
-    RotateWords<Lane>(rope, place.position, at.lane, words);
+    values.Transform(rope, place.position, at.lane);
   } else {
 #pragma unroll
-    for (int i = 0; i < Lane::kWords; ++i) words[i] = 0;
+    for (int i = 0; i < Lane::kWords; ++i) values.words[i] = 0;
   }
-  StoreQuery<Lane>(words, rope, Reciprocal(scale), at.token, at.head, at.lane, at.active);
+  StoreQuery<Lane>(values.words, rope, Reciprocal(scale), at.token, at.head, at.lane, at.active);
 }
 
-// K, and V of type none (kKey false).
-template <typename Traits, bool kKey>
+// K, and V of type none.
+template <typename Traits, HeadKind kKind>
 __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowWindow& window,
                                                  int given, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
+  constexpr bool kKey = kKind == HeadKind::kKey;
   const PagedCache& cache = p.rope.cache;
-  uint32_t words[Lane::kWords];
-  LoadHalves<Lane::kWords, Lane::kHeadDim>(static_cast<const uint16_t*>(kKey ? p.k : p.v) +
-                                               at.token * (kKey ? p.k_stride : p.v_stride) +
-                                               at.head * Lane::kHeadDim + at.lane * Lane::kHalf,
-                                           words);
+  DecodeValues<Traits, Lane, kKind> values(p.rope, kKey ? p.k : p.v, kKey ? p.k_stride : p.v_stride,
+                                           at);
   const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
   const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
   const int block = BlockOfPlace(p, place);
-  if constexpr (Traits::kRope && kKey) {
-    if (place.row >= 0) RotateWords<Lane>(p.rope, place.position, at.lane, words);
+  if constexpr (Traits::kRope) {
+    if (place.row >= 0) values.Transform(p.rope, place.position, at.lane);
   }
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
   StoreTokenMajor<Traits, Lane>(
-      words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity, scale,
-      at.head, at.lane, strides.Row(block, at.head, slot),
+      values.words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity,
+      scale, at.head, at.lane, strides.Row(block, at.head, slot),
       cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
 }
 
@@ -116,17 +182,42 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow
   using Lane = DecodeLane<Traits>;
   using Map = StridedMap<Lane>;
   const PagedCache& cache = p.rope.cache;
-  const uint16_t* source =
-      static_cast<const uint16_t*>(p.v) + at.token * p.v_stride + at.head * Lane::kHeadDim;
-  uint32_t x[Lane::kValues];
+  using Options = typename Traits::Options;
+  using Element = typename fastattn::Element<Traits::kIn>::Storage;
+  const Element* source =
+      static_cast<const Element*>(p.v) + at.token * p.v_stride + at.head * Lane::kHeadDim;
+  Element loaded[Lane::kValues];
 #pragma unroll
-  for (int i = 0; i < Lane::kValues; ++i) x[i] = source[Map::Channel(at.lane, i)];
+  for (int i = 0; i < Lane::kValues; ++i) loaded[i] = source[Map::Channel(at.lane, i)];
+  float bias[Lane::kValues];
+  if (HasBias<Options>(p.rope)) {
+    const int first = FusedHead<HeadKind::kValue>(p.rope, at.head) * Lane::kHeadDim;
+#pragma unroll
+    for (int i = 0; i < Lane::kValues; ++i) {
+      bias[i] = LoadParameter(p.rope.bias, p.rope.bias_dtype, first + Map::Channel(at.lane, i));
+    }
+  }
   const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, at.head);
   const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
   const int block = BlockOfPlace(p, place);
   uint32_t words[Lane::kWords];
 #pragma unroll
-  for (int i = 0; i < Lane::kWords; ++i) words[i] = x[2 * i] | x[2 * i + 1] << 16;
+  for (int i = 0; i < Lane::kWords; ++i) {
+    if constexpr (Traits::kIn == DType::kFloat32) {
+      words[i] = FloatBits(loaded[i]);
+    } else {
+      words[i] = loaded[2 * i] | static_cast<uint32_t>(loaded[2 * i + 1]) << 16;
+    }
+  }
+  if constexpr (Options::kBias) {
+    if (HasBias<Options>(p.rope)) {
+      float x[Lane::kValues];
+      UnpackWords<Lane>(words, x);
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], bias[i]);
+      PackWords<Traits::kIn>(x, words);
+    }
+  }
   const int slot = place.position % kBlockSize;
   const bool store = at.active && block >= 0;
   uint32_t codes[Lane::kCodeWords];
@@ -148,7 +239,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow
 
 template <typename Traits>
 __global__ void __launch_bounds__(kDecodeThreads)
-    StepDecodeKernel(const __grid_constant__ StepParams p, float rows_per_token, bool small_grid) {
+    StepDecodeKernel(const __grid_constant__ StepParams p, float seqs_per_token, bool small_grid) {
   using Lane = DecodeLane<Traits>;
   const SeqMeta& seqs = p.rope.seqs;
   const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
@@ -164,7 +255,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   WaitForEarlierKernels();
   // The next kernel's CTAs would gather where this one's finish first, unless there is room.
   if (small_grid) AllowNextKernel();
-  const RowWindow window = LoadWindow(seqs, static_cast<int>(token * rows_per_token));
+  const RowWindow window = LoadWindow(seqs, static_cast<int>(token * seqs_per_token));
   const int given = GivenRow(seqs, token);
   if (unit < value_units) {
     DecodeHead at = HeadOfLane<Traits>(unit >> (value_parts == kValueParts ? 2 : 0), kv_heads);
@@ -173,11 +264,11 @@ __global__ void __launch_bounds__(kDecodeThreads)
     if constexpr (Traits::kQuantized) {
       DecodeValue<Traits>(p, window, given, at);
     } else {
-      DecodeTokenMajor<Traits, false>(p, window, given, at);
+      DecodeTokenMajor<Traits, HeadKind::kValue>(p, window, given, at);
     }
   } else if (unit < value_units + kv_units) {
-    DecodeTokenMajor<Traits, true>(p, window, given,
-                                   HeadOfLane<Traits>(unit - value_units, kv_heads));
+    DecodeTokenMajor<Traits, HeadKind::kKey>(p, window, given,
+                                             HeadOfLane<Traits>(unit - value_units, kv_heads));
   } else if constexpr (Traits::kRope) {
     DecodeQuery<Traits>(p, window, given,
                         HeadOfLane<Traits>(unit - value_units - kv_units, q_heads));
