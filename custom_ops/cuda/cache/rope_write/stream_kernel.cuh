@@ -31,6 +31,9 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   const int first_step = share * grid.steps_per_share;
   const int end_step = min(first_step + grid.steps_per_share, q_steps + k_steps);
 
+  constexpr int kAhead = kStepsAhead<Options>;
+  constexpr bool kFewRegisters = kAhead == 1;
+  const auto keep = [](int x) { return kFewRegisters ? KeepInLoop(x) : x; };
   const int lane_offset = group * Lane::kHeadDim + lane * Lane::kHalf;
   const uint16_t* source = static_cast<const uint16_t*>(p.q) + token * p.q_stride + lane_offset;
   const auto load = [&](int step, uint32_t (&words)[Lane::kWords], float& scale) {
@@ -39,12 +42,11 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     const int first = is_q ? 0 : q_heads * Lane::kHeadDim;
     if (step < end_step && head + group < (is_q ? q_heads : cache.num_kv_heads)) {
       LoadHalves<Lane::kWords, Lane::kDistance>(source + first + head * Lane::kHeadDim, words);
-      if (!is_q) {
+      if (!kFewRegisters && !is_q) {
         scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head + group);
       }
     }
   };
-  constexpr int kAhead = kStepsAhead<Options>;
   uint32_t words[kAhead][Lane::kWords] = {};
   float scales[kAhead];
 #pragma unroll
@@ -69,13 +71,12 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
 
   const auto work = [&](int step, uint32_t (&words)[Lane::kWords], float& next_scale) {
     const bool is_q = step < q_steps;
-    const int thread = kAhead == 2 ? threadIdx.x : KeepInLoop(threadIdx.x);
-    const int group = thread % 32 / Lane::kLanes;
+    const int thread = keep(threadIdx.x);
     const int lane = thread % Lane::kLanes;
-    const int head = (is_q ? step : step - q_steps) * kHeads + group;
+    const int head = (is_q ? step : step - q_steps) * kHeads + thread % 32 / Lane::kLanes;
     const bool active = head < (is_q ? q_heads : cache.num_kv_heads);
     uint32_t rounded[Lane::kWords];
-    const float scale = next_scale;
+    float scale = next_scale;
     float x[Lane::kValues];
     UnpackWords<Lane>(words, x);
     load(step + kAhead, words, next_scale);
@@ -90,12 +91,13 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
 #pragma unroll
         for (int i = 0; i < Lane::kWords; ++i) rounded[i] = 0;
       }
-      StoreQuery<Lane>(rounded, rope, q_inverse, kAhead == 2 ? token : KeepInLoop(token), head,
-                       lane, active);
+      StoreQuery<Lane>(rounded, rope, q_inverse, keep(token), head, lane, active);
     } else {
-      const int here = kAhead == 2 ? block : KeepInLoop(block);
-      const int at = kAhead == 2 ? slot : KeepInLoop(slot);
+      const int here = keep(block), at = keep(slot);
       const bool store = here >= 0 && active;
+      if (kFewRegisters) {
+        scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, store ? head : 0);
+      }
       StoreTokenMajor<Traits, Lane>(rounded, cache, cache.key, cache.k_scales, cache.k_granularity,
                                     scale, store ? head : 0, lane,
                                     cache.key_strides.Row(here, head, at),

@@ -46,11 +46,11 @@ __device__ __forceinline__ void StoreKeyPiece(const uint32_t (&codes)[Lane::kCod
 }
 
 // Token of key and value that a sequence's i-th new token takes, -1 for none.
-__device__ __forceinline__ int64_t RaggedToken(const GqaRopeWriteCacheParams& p, int seq, int i) {
+__device__ __forceinline__ int RaggedToken(const GqaRopeWriteCacheParams& p, int seq, int i) {
   const int first = p.cu_seqlens_k[seq];
   const int prefix = PrefixLength(p.seq_lens_encoder[seq], p.rope.seqs.seq_lens_decoder[seq]);
   const int64_t token = static_cast<int64_t>(first) + prefix + i;
-  return first >= 0 && token < p.num_kv_tokens ? token : -1;
+  return first >= 0 && token < p.num_kv_tokens && token <= INT32_MAX ? static_cast<int>(token) : -1;
 }
 
 // A head's values into row `row` of a tensor [.., heads, D].
@@ -107,20 +107,21 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
   const WarpPlace place = FindPlace(rope.seqs, window, GivenRow(rope.seqs, token), token);
   const bool owned = place.row >= 0;
   LaneRotation<Traits, Lane, kStreamThreads / 32> rotation;
-  int block = -1;
-  int64_t out = -1;
+  int own_block = -1;
+  int out = -1;
   if (owned) {
     rotation.Load(rope, place.position, lane);
     const uint32_t start = max(rope.seqs.seq_lens_decoder[place.row], 0);
     out = RaggedToken(p, place.row, static_cast<int>(place.position - start));
     if (p.seq_lens_encoder[place.row] > 0) {
       end_step = min(end_step, q_steps + kv_steps);
-      block = BlockOf(rope.seqs, cache.num_blocks, place.row, place.position / kBlockSize);
+      own_block = BlockOf(rope.seqs, cache.num_blocks, place.row, place.position / kBlockSize);
     }
   }
-  const int slot = place.position % kBlockSize;
+  const int own_slot = place.position % kBlockSize;
   for (int step = first_step; step < end_step; ++step) {
     const Heads at = heads_of(step);
+    const int lane = KeepInLoop(threadIdx.x) % Lane::kLanes;
     const bool active = at.head < (at.is_q ? q_heads : kv_heads);
     uint32_t rounded[Lane::kWords];
     float x[Lane::kValues];
@@ -141,10 +142,13 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
       if (at.is_q) {
         StoreHead<Lane>(rope.q, row, q_heads, at.head, lane, rounded);
       } else if (out >= 0) {
-        StoreHead<Lane>(at.is_k ? p.key : p.value, out, kv_heads, at.head, lane, rounded);
+        StoreHead<Lane>(at.is_k ? p.key : p.value, KeepInLoop(out), kv_heads, at.head, lane,
+                        rounded);
       }
     }
+    const int block = KeepInLoop(own_block);
     if (!at.is_k || block < 0) continue;
+    const int slot = KeepInLoop(own_slot);
     const int head = active ? at.head : 0;
     const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
     const int64_t scale_index = cache.k_scale_strides.Plane(block, head) + slot;
@@ -205,7 +209,7 @@ __device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, i
     const int slot = i * kTokens + first_slot;
     if (!owned[i]) continue;
     StoreHead<Lane>(p.qkv_out, work.token + slot, fused_heads, fused_head, lane, words[i]);
-    const int64_t out = RaggedToken(p, work.seq, base + slot);
+    const int out = RaggedToken(p, work.seq, base + slot);
     if (out >= 0) StoreHead<Lane>(p.value, out, kv_heads, head, lane, words[i]);
   }
   if (block < 0) return;
