@@ -73,15 +73,17 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     const bool is_q = step < q_steps;
     const int thread = keep(threadIdx.x);
     const int lane = thread % Lane::kLanes;
-    const int head = (is_q ? step : step - q_steps) * kHeads + thread % 32 / Lane::kLanes;
-    const bool active = head < (is_q ? q_heads : cache.num_kv_heads);
+    const int group = thread % 32 / Lane::kLanes;
+    const int q_head = step * kHeads + group;
+    const int k_head = (step - q_steps) * kHeads + group;
     uint32_t rounded[Lane::kWords];
     float scale = next_scale;
     float x[Lane::kValues];
     UnpackWords<Lane>(words, x);
     load(step + kAhead, words, next_scale);
     if (HasBias<Options>(rope)) {
-      AddBias<Traits, Lane>(rope, (active ? head : 0) + (is_q ? 0 : q_heads), lane, x);
+      const int last = q_heads + cache.num_kv_heads - 1;
+      AddBias<Traits, Lane>(rope, is_q ? min(q_head, last) : min(q_heads + k_head, last), lane, x);
     }
     TransformLane<Traits, Lane, true>(rope, rotation, lane,
                                       HeadNorm<Traits, Lane>(rope, is_q, lane), x);
@@ -91,17 +93,17 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
 #pragma unroll
         for (int i = 0; i < Lane::kWords; ++i) rounded[i] = 0;
       }
-      StoreQuery<Lane>(rounded, rope, q_inverse, keep(token), head, lane, active);
+      StoreQuery<Lane>(rounded, rope, q_inverse, keep(token), q_head, lane, q_head < q_heads);
     } else {
       const int here = keep(block), at = keep(slot);
-      const bool store = here >= 0 && active;
+      const bool store = here >= 0 && k_head < cache.num_kv_heads;
+      const int head = store ? k_head : 0;
       if (kFewRegisters) {
-        scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, store ? head : 0);
+        scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
       }
       StoreTokenMajor<Traits, Lane>(rounded, cache, cache.key, cache.k_scales, cache.k_granularity,
-                                    scale, store ? head : 0, lane,
-                                    cache.key_strides.Row(here, head, at),
-                                    cache.k_scale_strides.Plane(here, head) + at, store);
+                                    scale, head, lane, cache.key_strides.Row(here, k_head, at),
+                                    cache.k_scale_strides.Plane(here, k_head) + at, store);
     }
   };
   for (int step = first_step; step < end_step; step += kAhead) {
