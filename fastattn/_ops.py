@@ -19,6 +19,7 @@ import re
 import runpy
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
@@ -226,6 +227,25 @@ def prepare() -> None:
     """
     if _load_direct()[0] is None:
         load()
+
+
+def operators() -> tuple[str, ...]:
+    """Names of the library's operators, without the prefix.
+
+    They are registered with Paddle only where they cannot be called directly.
+    """
+    run, found = _load_direct()
+    return tuple(n[len(PREFIX) :] for n in load()) if run is None else tuple(found)
+
+
+def bare_call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> Callable[[], Any]:
+    """What :func:`call` does in dygraph, without its checks: for measuring them."""
+    run, found = _load_direct()
+    if run is None:
+        registered = paddle.base.core.eager._run_custom_op
+        return lambda: registered(PREFIX + op, *inputs, *attrs)
+    handle = found[op].handle
+    return lambda: run(handle, inputs, attrs, None)
 
 
 @functools.cache

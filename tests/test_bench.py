@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
 
 import paddle
 import pytest
 
 import fastattn.functional as F
-from fastattn.bench import common
-from fastattn.bench.common import REGISTRY, Row
-from fastattn.bench.report import Baseline, Report, ReportError, markdown
+from fastattn.bench.core import rows as registry
+from fastattn.bench.core.devices import Cpu
+from fastattn.bench.core.peers import READ, public_name
+from fastattn.bench.core.report import Baseline, Report, ReportError
+from fastattn.bench.core.rows import Row, benchmarks
+from fastattn.bench.core.tables import WIDTH, markdown, table
 from fastattn.cli import main
 
 pytest.importorskip("rich")
@@ -23,7 +29,7 @@ def test_overhead_writes_a_report(tmp_path, capsys):
     measured = " ".join(f"{row['op']} {row['shape']}" for row in report["rows"])
     assert "paged_attention" in measured and "write_cache_kv" in measured
     assert report["machine"]["cores"] >= 1
-    assert "overhead" in REGISTRY
+    assert "overhead" in benchmarks("cpu") and "overhead" in benchmarks("gpu")
 
 
 def test_an_unknown_operator_is_named(capsys):
@@ -36,12 +42,26 @@ def test_ratio_above_1_is_faster(us, peer, ratio):
     assert Row("op", "shape", us, peer_us=peer).ratio == ratio
 
 
-def test_benchmarks_may_share_a_name(monkeypatch):
-    monkeypatch.setattr(common, "REGISTRY", {})
-    for us in (1.0, 2.0):
-        common.register("op")(lambda quick, us=us: iter([Row("op", f"quick {quick}", us)]))
-    rows = list(common.REGISTRY["op"](True))
-    assert [(row.us, row.shape) for row in rows] == [(1.0, "quick True"), (2.0, "quick True")]
+def test_a_name_may_have_a_benchmark_for_each_device(monkeypatch):
+    monkeypatch.setattr(registry, "REGISTRY", {})
+    for us, kinds in ((1.0, ["cpu"]), (2.0, ["gpu"])):
+        registry.register("op", *kinds)(lambda device, us=us: iter([Row("op", device, us)]))
+    registry.register("both")(lambda device: iter([]))
+    assert set(benchmarks("cpu")) == set(benchmarks("gpu")) == {"op", "both"}
+    assert list(benchmarks("gpu")["op"]("here")) == [Row("op", "here", 2.0)]
+
+
+def test_the_names_are_listed_without_registering_operators(tmp_path):
+    code = (
+        "from fastattn import _ops\n"
+        "from fastattn.cli import main\n"
+        "assert main(['bench', '--list']) == 0\n"
+        "assert main(['bench', '--op', 'overhead', '--quick']) == 0\n"
+        "direct = _ops.helpers() is not None\n"
+        "assert not direct or _ops.load.cache_info().currsize == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def _bytes(*tensors) -> int:
@@ -50,39 +70,38 @@ def _bytes(*tensors) -> int:
 
 @pytest.mark.parametrize("quant", ["none", "cache_int8", "block_wise_fp8"])
 def test_bytes_of_a_step_are_what_it_reads_and_writes(quant):
-    from fastattn.bench.compat_cpu import PLACE
-    from fastattn.bench.compat_steps import DIM, KV, describe, gqa_calls
+    from fastattn.bench.cases.compat import describe, gqa_calls
+    from fastattn.bench.cases.inputs import DIM, KV
 
-    rows = [(6, 70, 6), (0, 130, 1), (0, 9, 1)]
-    assert describe(rows).startswith("1 x 6 prefill after 70, 1 x 1 decode, 1 x 1 decode, H 32")
-    (call, _), moved = gqa_calls(PLACE, quant, rows, lambda _: 2)
+    seqs = [(6, 70, 6), (0, 130, 1), (0, 9, 1)]
+    assert describe(seqs).startswith("1 x 6 prefill after 70, 1 x 1 decode, 1 x 1 decode, H 32")
+    (call,), moved = gqa_calls(Cpu(quick=True), quant, seqs)
     q, k, v, qkv_out = call()
     assert k.shape == v.shape == [6 + 70 + 2, KV, DIM]
     of_token = {"none": 2 * DIM, "cache_int8": DIM, "block_wise_fp8": DIM + 4}[quant]
     angles = 8 * DIM * 4
-    cached = 2 * KV * of_token * (70 + 6)  # prefill rows': read, and written
+    cached = 2 * KV * of_token * (70 + 6)  # a prompt's: read, and written
     assert moved == _bytes(qkv_out, q, k, v, qkv_out) + angles + cached
 
 
-def test_bytes_of_merged_outputs_are_those_of_decode_rows():
-    from fastattn.bench.compat_cpu import PLACE
-    from fastattn.bench.compat_steps import DIM, HEADS, merge_calls
+def test_bytes_of_merged_outputs_are_those_of_decoding_sequences():
+    from fastattn.bench.cases.compat import merge_calls
+    from fastattn.bench.cases.inputs import DIM, HEADS
 
-    (call,), moved = merge_calls(PLACE, [(6, 70, 6), (0, 130, 3)], lambda _: 1)
+    (call,), moved = merge_calls(Cpu(quick=True), [(6, 70, 6), (0, 130, 3)])
     assert call().shape == [9, HEADS * DIM]
     assert moved == 2 * 3 * HEADS * DIM * 2
 
 
-@pytest.mark.parametrize(("quant", "fp8_queries"), [("none", False), ("cache_fp8", True)])
-def test_a_mixed_call_has_the_rows_of_its_parts(quant, fp8_queries):
-    from fastattn.bench.compat_cpu import PLACE
-    from fastattn.bench.compat_steps import DIM, HEADS
-    from fastattn.bench.mixed_steps import attention, describe
+@pytest.mark.parametrize(("quant", "queries"), [("none", "bfloat16"), ("cache_fp8", "e4m3")])
+def test_a_mixed_call_has_the_sequences_of_its_parts(quant, queries):
+    from fastattn.bench.cases.inputs import DIM, HEADS
+    from fastattn.bench.cases.mixed import attention, describe
 
     parts = [(1, 70, 66), (2, 128, 1), (1, 9, 4)]
     assert describe(parts).startswith("1 x 66 behind 70 + 2 x 1 behind 128 + 1 x 4 behind 9, H 32")
-    outs = [attention(PLACE, quant, fp8_queries, x)() for x in (parts, *([p] for p in parts))]
-    assert [out.shape for out in outs] == [[n, HEADS, DIM] for n in (72, 66, 2, 4)]
+    calls = [attention(Cpu(quick=True), quant, queries, x) for x in (parts, *([p] for p in parts))]
+    assert [call().shape for call in calls] == [[n, HEADS, DIM] for n in (72, 66, 2, 4)]
 
 
 # --- reports -------------------------------------------------------------------------------------
@@ -189,6 +208,58 @@ def test_unknown_fields_of_a_later_version_are_ignored(tmp_path):
     assert Report.read(path).rows == [Row("a", "s", 1)]
 
 
+@pytest.mark.parametrize("width", [WIDTH, 120])
+def test_a_table_fits_its_terminal(width):
+    from rich.console import Console
+
+    shape = "decode block_wise_fp8 B {} ctx 131072 H 32/8 D 128"
+    rows = [
+        Row("paged_attention", shape.format(b), 12345.6, 3012.3, "GB/s", peer, 23456.7, 1.2e-3)
+        for b in (1, 128)
+        for peer in (READ, "vllm_triton_int8pth")
+    ]
+    rows += [
+        Row("merge_attn_states, fused dynamic", "4096 tokens, warm", 1.0, peer=f"x [{'y' * 99}]")
+    ]
+    report = Report({**MACHINE, "gpu": "NVIDIA H100 80GB HBM3"}, rows)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table(report, Baseline(report)))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    text = "".join(lines)
+    assert "paged_attention, H 32/8, D 128" in text  # once, not in every row
+    assert text.count("D 128") == 1 and "…" not in text
+    assert text.count("12,345.6") == 4 and text.count("3012.3") == 4
+    assert "error" in text and "baseline" in text and "INT8" in text
+
+
+@pytest.mark.parametrize(
+    ("peer", "name"),
+    [
+        ("vllm_fa3_fp8 (q fp8)", "vLLM FA3 FP8"),
+        ("vllm_fa3_bf16_varlen", "vLLM FA3 BF16 ragged"),
+        ("vllm rope + reshape_and_cache fp8 (2 kernels)", "vLLM, 2 kernels"),
+        ("copy of as many bytes", "copy"),
+        ("empty kernel", "empty kernel"),
+    ],
+)
+def test_peers_have_short_public_names(peer, name):
+    assert public_name(peer) == name
+
+
+def test_a_file_of_each_family(tmp_path, capsys):
+    arguments = ["bench", "--quick", "--json-dir", str(tmp_path)]
+    assert main([*arguments, "--op", "overhead", "--op", "quantize_fp8"]) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.partition("-")[2] for name in names] == ["host.json", "quantize.json"]
+    assert {row.op for row in Report.read(tmp_path / names[0]).rows} == {"overhead"}
+    assert main(["bench", "--json-dir", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().out
+    for wrong in (["--all", "--op", "host"], ["--json-dir"]):
+        with pytest.raises(SystemExit):
+            main(["bench", *wrong])
+
+
 @pytest.mark.parametrize("option", ["--json", "--markdown", "--plot"])
 def test_where_results_cannot_go(write, tmp_path, capsys, option):
     for path in (tmp_path, tmp_path / "none" / "file.png"):
@@ -236,6 +307,30 @@ def test_plot(write, tmp_path, many, suffix):
         assert again.read_bytes() == path.read_bytes()
     compared = ["--baseline", write("old.json", *[1.0] * len(rows), rows=rows)]
     assert main(["bench", "--load", load, "--plot", str(path), *compared]) == 0
+
+
+def test_rows_of_decode_are_drawn_as_curves():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from fastattn.bench.core.plots import CHARTS, draw_curves
+
+    rows = []
+    for quant in ("cache_fp8", "none", "cache_int8"):
+        for k in (1, 8, 32):
+            shape = f"decode {quant} B 16 ctx {k * 1024} H 32/8 D 128"
+            row = Row("paged_attention", shape, 10.0 * k, 1000.0 + k, "GB/s", READ, 3.0 * k)
+            others = {"vllm_fa3_fp8": 12.0, "vllm_fa3_bf16": 11.0, "vllm_triton_fp8": 40.0}
+            rows += [row, *(row.beside(peer, us * k) for peer, us in others.items())]
+    figure = draw_curves(CHARTS[0], Report(MACHINE, rows), pyplot)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [
+        "fastattn FP8",
+        "fastattn BF16",
+        "vLLM FlashAttention-3 BF16",
+        "vLLM FlashAttention-3 FP8",
+    ]
+    assert "GB/s" in figure.axes[0].get_ylabel() and "tokens" in figure.axes[0].get_xlabel()
+    pyplot.close(figure)
+    assert draw_curves(CHARTS[1], Report(MACHINE, rows), pyplot) is None
 
 
 def test_nothing_to_plot(write, tmp_path, capsys):

@@ -7,12 +7,16 @@ import importlib
 import importlib.util
 import math
 import pkgutil
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastattn.bench.common import Row
-from fastattn.bench.report import Baseline, Report, ReportError, markdown, plot, table
+from fastattn.bench.core.plots import plot
+from fastattn.bench.core.report import Baseline, Report, ReportError
+from fastattn.bench.core.rows import Bench, Row, benchmarks, family
+from fastattn.bench.core.tables import WIDTH, markdown, table
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,14 +26,21 @@ def add_parser(subparsers: Any) -> None:
         help="time the operators on this machine",
         description="Times the operators; docs/benchmarks.md tells how to read the rows.",
     )
-    parser.add_argument("--op", action="append", metavar="NAME", help="only this one; repeatable")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--op", action="append", metavar="NAME", help="only this one; repeatable")
+    chosen.add_argument("--all", action="store_true", help="all of them, which is the default")
     parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
     parser.add_argument("--list", action="store_true", help="list the names and exit")
+    for option, text in (
+        ("--load", "measure nothing: take the rows of this JSON"),
+        ("--baseline", "compare with the JSON of an earlier run"),
+        ("--json", "write the rows there"),
+        ("--markdown", "write the table there"),
+        ("--plot", "draw them (needs matplotlib)"),
+    ):
+        parser.add_argument(option, type=Path, metavar="FILE", help=text)
     parser.add_argument(
-        "--load", type=Path, metavar="FILE", help="measure nothing: take the rows of this JSON"
-    )
-    parser.add_argument(
-        "--baseline", type=Path, metavar="FILE", help="compare with the JSON of an earlier run"
+        "--json-dir", type=Path, metavar="FOLDER", help="write a JSON of each family there"
     )
     parser.add_argument(
         "--fail-below",
@@ -37,9 +48,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="RATIO",
         help="status 1 if a row is slower than that (0.9: 10%%) relative to the baseline",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (needs matplotlib)")
     parser.set_defaults(func=run)
 
 
@@ -50,60 +58,64 @@ def _ratio(text: str) -> float:
     return value
 
 
-def _import_benchmarks(on_gpu: bool) -> None:
-    """Import every module of this package, which registers its benchmarks.
+def _import_cases() -> None:
+    """Import every module of cases, which registers its benchmarks."""
+    import fastattn.bench.cases as package
 
-    Modules named ``*_gpu`` need a GPU; those named ``*_cpu`` are for machines without one.
-    """
-    import fastattn.bench as package
-
-    skipped = "_cpu" if on_gpu else "_gpu"
-    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
-        if module not in ("cli", "gpu_timing", "report") and not module.endswith(skipped):
-            importlib.import_module(f"{package.__name__}.{module}")
+    for info in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{info.name}")
 
 
-def _measure(names: list[str], quick: bool, facts: dict[str, Any], console: Any) -> Report:
+def _measure(chosen: Mapping[str, Bench], device: Any, console: Any, folder: Path | None) -> Report:
+    """Rows of all; those of a family also go to its file, as soon as each benchmark is done."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from fastattn.bench.common import REGISTRY
-
-    rows: list[Row] = []
+    machine = device.machine()
+    rows: dict[str, list[Row]] = {}
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(names))
-        for name in names:
+        task = progress.add_task("", total=len(chosen))
+        for name, bench in chosen.items():
             progress.update(task, description=name)
-            for row in REGISTRY[name](quick):
-                rows.append(row)
+            of_family = rows.setdefault(family(bench), [])
+            for row in bench(device):
+                of_family.append(row)
                 progress.update(task, description=f"{name}: {row.shape}")
+            if folder:
+                file = f"{_stem(machine)}-{family(bench).replace('_', '-')}.json"
+                Report(machine, of_family).write(folder / file)
             progress.advance(task)
-    return Report(facts, rows)
+    return Report(machine, [row for of_family in rows.values() for row in of_family])
+
+
+def _stem(machine: Mapping[str, Any]) -> str:
+    """Start of the names of a machine's files: ``h100`` of an NVIDIA H100, else ``cpu``."""
+    match = re.search(r"[A-Z]+\d+\w*", machine.get("gpu", ""))
+    return match[0].lower() if match else "gpu" if "gpu" in machine else "cpu"
 
 
 def _run_benchmarks(arguments: argparse.Namespace, console: Any) -> Report | int:
     """Measure what was asked for; an exit status where that ends the command."""
     import paddle
 
-    from fastattn.bench.common import REGISTRY, machine
+    from fastattn.bench.core.devices import present
 
-    on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    paddle.set_device("cpu")  # GPU benchmarks name their place
-    _import_benchmarks(on_gpu)
+    device = present(arguments.quick)
+    paddle.set_device("cpu")  # benchmarks name their place
+    _import_cases()
+    known = benchmarks(device.kind)
     if arguments.list:
-        print("\n".join(REGISTRY))
+        print("\n".join(known))
         return 0
-    names = arguments.op or list(REGISTRY)
-    unknown = [name for name in names if name not in REGISTRY]
+    names = arguments.op or list(known)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        console.print(f"bench: --op {unknown[0]}: expected one of {', '.join(REGISTRY)}")
+        console.print(
+            f"bench: --op {unknown[0]}: expected one of {', '.join(known)}", soft_wrap=True
+        )
         return 2
-    facts = machine()
-    if on_gpu:
-        from fastattn.bench import gpu_timing
-
-        facts.update(gpu_timing.machine())
-    return _measure(names, arguments.quick, facts, console)
+    chosen = {name: known[name] for name in names}
+    return _measure(chosen, device, console, arguments.json_dir)
 
 
 def _only(report: Report, operators: list[str] | None) -> Report:
@@ -124,6 +136,11 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     for path in (arguments.json, arguments.markdown, arguments.plot):
         if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
             raise ReportError(f"{path}: cannot be written: no such folder, or a folder")
+    if arguments.json_dir is not None:
+        if arguments.load:
+            raise ReportError("--json-dir: --load measures nothing")
+        if not arguments.json_dir.is_dir():
+            raise ReportError(f"{arguments.json_dir}: cannot be written: no such folder")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise ReportError("--plot needs matplotlib: pip install matplotlib")
 
@@ -148,8 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmarks that were asked for; returns the exit status."""
     from rich.console import Console
 
-    # Not a terminal: wide enough that no column is squeezed away.
-    console = Console() if sys.stdout.isatty() else Console(width=180)
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     if arguments.fail_below is not None and arguments.baseline is None:
         console.print("bench: --fail-below needs --baseline")
         return 2
@@ -172,6 +188,6 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.plot:
             plot(report, arguments.plot, baseline)
     except ReportError as error:
-        console.print(f"bench: {error}", markup=False)
+        console.print(f"bench: {error}", markup=False, soft_wrap=True)
         return 2
     return status

@@ -1,0 +1,1 @@
+"""What every benchmark shares: devices, timing, rows, tables, peers and plots."""

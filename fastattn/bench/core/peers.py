@@ -1,0 +1,60 @@
+"""Times of other libraries' kernels, which another program measured on the same machine.
+
+Those libraries do not run in Paddle. The program's report is a JSON file ``{"rows": [..]}``, its
+name is in the environment variable ``FASTATTN_BENCH_PEERS``. A row names its ``section`` and
+``peer``, its shape, and its microseconds: as medians of replayed CUDA graphs, like those here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty kernel"
+
+#: Start of a name in a report -> the short public name that tables and plots show.
+_PUBLIC = {
+    COPY: "copy",
+    READ: "read",
+    "vllm_fa3_fp8_varlen": "vLLM FA3 FP8 ragged",
+    "vllm_fa3_bf16_varlen": "vLLM FA3 BF16 ragged",
+    "vllm_fa3_fp8": "vLLM FA3 FP8",
+    "vllm_fa3_bf16": "vLLM FA3 BF16",
+    "vllm_triton_fp8": "vLLM Triton FP8",
+    "vllm_triton_int8": "vLLM Triton INT8",
+    "cudnn_fp8": "cuDNN FP8",
+    "cudnn_bf16": "cuDNN BF16",
+    "vLLM Triton q_rope_quant": "vLLM Triton",
+    "vllm reshape_and_cache": "vLLM",
+    "vllm rope": "vLLM, 2 kernels",
+    "vllm fa3": "vLLM FA3",
+    "merge, vllm": "vLLM CUDA",
+    "merge, then quantize_fp8": "in two calls",
+    "NumPy": "NumPy fp32",
+    "itself, nothing registered": "alone",
+    "Paddle's registry": "registry",
+}
+
+
+def public_name(peer: str) -> str:
+    """Short public name of a peer."""
+    return next((name for start, name in _PUBLIC.items() if peer.startswith(start)), peer)
+
+
+@functools.lru_cache(maxsize=1)
+def _rows() -> tuple[dict[str, Any], ...]:
+    path = os.environ.get("FASTATTN_BENCH_PEERS")
+    return tuple(json.loads(Path(path).read_text())["rows"]) if path else ()
+
+
+def peers(section: str, **shape: object) -> list[dict[str, Any]]:
+    """Rows of a section with these values of its fields; a field that a row lacks fits any."""
+    return [
+        row
+        for row in _rows()
+        if row["section"] == section
+        and all(row.get(name, value) == value for name, value in shape.items())
+    ]

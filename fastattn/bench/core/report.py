@@ -1,0 +1,92 @@
+"""Reports of a benchmark in JSON, and the comparison with an earlier one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastattn.bench.core.rows import Row
+
+#: Facts of the machine without whose equality times mean little beside each other.
+_COMPARABLE = ("cpu", "cores", "gpu", "paddle")
+
+
+class ReportError(ValueError):
+    """A file is no report."""
+
+
+@dataclasses.dataclass
+class Report:
+    """Measurements and what they belong to."""
+
+    machine: dict[str, Any]
+    rows: list[Row]
+
+    def write(self, path: Path) -> None:
+        """Write JSON."""
+        report = {"machine": self.machine, "rows": [row.as_dict() for row in self.rows]}
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read JSON that :meth:`write` wrote.
+
+        Raises
+        ------
+        ReportError
+            If it is something else, or cannot be read.
+        """
+        names = {field.name for field in dataclasses.fields(Row)}
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            rows = [Row(**{k: v for k, v in row.items() if k in names}) for row in report["rows"]]
+            if not all(isinstance(row.us, (int, float)) for row in rows):
+                raise TypeError("a row without microseconds")
+            return cls(dict(report.get("machine", {})), rows)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ReportError(f"{path}: no report of this command: {error}") from None
+
+
+class Baseline:
+    """An earlier report, to hold another one against."""
+
+    def __init__(self, report: Report) -> None:
+        self.machine = report.machine
+        # The same measurement may stand beside several peers.
+        self._us: dict[tuple[str, str], float] = {}
+        for row in report.rows:
+            self._us.setdefault((row.op, row.shape), row.us)
+
+    def ratio(self, row: Row) -> float | None:
+        """Speed relative to the baseline: above 1 is faster; None for a row that it lacks."""
+        earlier = self._us.get((row.op, row.shape))
+        if earlier is None or earlier <= 0 or row.us <= 0:
+            return None
+        return earlier / row.us
+
+    def differences(self, machine: Mapping[str, Any]) -> list[str]:
+        """What differs between the machines: then the comparison says little."""
+        return [
+            f"{name}: {self.machine.get(name)} then, {machine.get(name)} now"
+            for name in _COMPARABLE
+            if self.machine.get(name) != machine.get(name)
+        ]
+
+    def summary(self, rows: Iterable[Row]) -> tuple[str, float | None]:
+        """One line about all ratios, and the smallest of them."""
+        ratios = {(row.op, row.shape): self.ratio(row) for row in rows}
+        known = {key: ratio for key, ratio in ratios.items() if ratio is not None}
+        if not known:
+            return "no row of this run is in the baseline", None
+        worst = min(known, key=lambda key: known[key])
+        mean = math.exp(statistics.fmean(math.log(ratio) for ratio in known.values()))
+        text = (
+            f"{len(known)} of {len(ratios)} rows are in the baseline: geometric mean {mean:.2f}x, "
+            f"slowest {known[worst]:.2f}x ({worst[0]}: {worst[1]})"
+        )
+        return text, known[worst]
