@@ -15,8 +15,8 @@ __device__ __forceinline__ uint32_t ClusterRank() {
   return rank;
 }
 
-// What a thread wrote or read before it arrives comes before what others do behind their wait. All
-// threads of the cluster take part in both.
+// The two halves of the cluster's barrier. A thread's accesses before it arrives come before those
+// of others behind their wait. All threads of the cluster take part in both.
 __device__ __forceinline__ void ArriveAtCluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -29,7 +29,7 @@ __device__ __forceinline__ void WaitForCluster() {
 #endif
 }
 
-// Where CTA `rank` has what lies at `address` of this CTA's shared memory.
+// Address in the shared memory of CTA `rank` that corresponds to `address` in this CTA's.
 __device__ __forceinline__ uint32_t AddressInCluster(uint32_t rank, uint32_t address) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));

@@ -13,7 +13,7 @@
 
 namespace fastattn::cuda {
 
-// Four codes, one a byte, lowest byte first.
+// Converts four codes, the first in the lowest byte.
 template <DType kCode>
 __device__ __forceinline__ void CodesToFloat(uint32_t codes, float (&out)[4]) {
   if constexpr (kCode == DType::kInt8) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ void CodesToFloat(uint32_t codes, float (&out)[4]) {
   }
 }
 
-// Two fp32 values rounded to T (bf16 or fp16), the first in the low half.
+// Rounds two fp32 values to bf16 or fp16; the first one goes to the low half.
 template <DType kDType>
 __device__ __forceinline__ uint32_t PackPair(float low, float high) {
   uint32_t bits;
@@ -50,7 +50,7 @@ __device__ __forceinline__ uint32_t PackPair(float low, float high) {
   return bits;
 }
 
-// Four codes of four fp32 values, the first in the lowest byte: saturating, ties to even.
+// Codes of four fp32 values, the first in the lowest byte. They saturate; ties go to even.
 template <DType kCode>
 __device__ __forceinline__ uint32_t PackCodes(float a, float b, float c, float d) {
   if constexpr (kCode == DType::kInt8) {

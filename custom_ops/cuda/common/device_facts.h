@@ -1,4 +1,4 @@
-// What is asked of a device once, and of the CUDA driver by name: host code.
+// Facts of a device that are asked for once, and functions of the CUDA driver: host code.
 #pragma once
 
 #include <cuda.h>
@@ -9,19 +9,19 @@
 
 namespace fastattn::cuda {
 
-// What does not change while a process runs.
+// Properties that do not change while a process runs.
 struct DeviceFacts {
   int major = 0;             // of the compute capability
   int processors = 0;        // multiprocessors
-  int max_shared_bytes = 0;  // of a CTA that asks for more than the default
+  int max_shared_bytes = 0;  // of a CTA, with the attribute that raises the default
 
   bool IsHopper() const { return major == 9; }
 };
 
-// Facts of a device; asked for at its first use by any thread.
+// Facts of a device. The first use by any thread asks the runtime for them.
 cudaError_t GetDeviceFacts(int device, DeviceFacts* facts);
 
-// The current device and facts of it.
+// Returns the current device and its facts.
 cudaError_t GetCurrentDevice(int* device, DeviceFacts* facts);
 
 // Functions of the driver. They are looked up by name, so that nothing links against its library.
@@ -67,8 +67,8 @@ class ContextScope {
   bool changed_ = false;
 };
 
-// Something to be done once on each device, such as setting a kernel's attributes: a static object
-// of the launch. Threads that meet here may both do it.
+// Runs something once on each device, such as setting a kernel's attributes. A launcher holds it as
+// a static object. Two threads that come at once may both run it.
 class OncePerDevice {
  public:
   template <typename F>

@@ -1,4 +1,4 @@
-// Division of indices by a number that only the host knows: a multiplication on the device.
+// Division of indices by a number that the host chooses: the device only multiplies.
 #pragma once
 
 #include <cstdint>

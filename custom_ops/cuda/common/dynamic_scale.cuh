@@ -6,11 +6,10 @@
 
 #include "common/exact.h"
 #include "common/numeric.h"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/vector.cuh"
 
 namespace fastattn::cuda {
-
-inline constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
 // Maximum of |x| over the head, as bits (a NaN wins), in all of its lanes.
 template <int kHeadDim>
@@ -43,9 +42,9 @@ inline constexpr float kCodeMax = kCode == DType::kInt8   ? kInt8Max
                                   : kCode == DType::kE5M2 ? kE5M2Max
                                                           : kE4M3Max;
 
-// DynamicScale with the same bits in fewer instructions. The quotient by a constant
-// b is corrected once by its exact remainder, which rounds it right for every amax from 1e-10 to
-// FLT_MAX and b in {127, 448, 57344} (checked over all of them); NaN passes through.
+// DynamicScale with the same bits in fewer instructions. One correction of the quotient by its
+// exact remainder rounds it right for every amax from 1e-10 to FLT_MAX and qmax in {127, 448,
+// 57344} (checked over all of them). A NaN passes through.
 __device__ __forceinline__ float FastDynamicScale(uint32_t amax_bits, float floor, float qmax) {
   if (amax_bits == 0x7F800000u) amax_bits = 0x7F7FFFFFu;
   const float amax = __uint_as_float(amax_bits);
@@ -55,8 +54,8 @@ __device__ __forceinline__ float FastDynamicScale(uint32_t amax_bits, float floo
   return __fmaf_rn(__fmaf_rn(-qmax, q, a), y, q);
 }
 
-// 1 / x correctly rounded where neither x nor the result is subnormal: one Newton step from the
-// hardware's approximation is enough (checked over all such x).
+// Returns 1 / x correctly rounded where neither x nor the result is subnormal: one Newton step from
+// the hardware's approximation is enough (checked over all such x).
 __device__ __forceinline__ float ReciprocalOfNormal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,10 +1,10 @@
 // fp32 to E2M1 codes in registers, with the bits of FloatToE2M1 in common/fp4.h.
 //
-// Two paths. cvt.rn.satfinite.e2m1x2.f32 exists on the family targets from SM100 on only. On SM12x
-// reports about its results disagree, so a build for those has to ask for it with
-// FASTATTN_E2M1_SM12X. Everywhere else packed arithmetic does it, two values at a time, in bf16
-// where the values come as such and in fp16 otherwise: 6 to 9 instructions a value, where the
-// integer form of fp4.h would take longer than the memory does.
+// There are two paths. cvt.rn.satfinite.e2m1x2.f32 exists on the family targets from SM100 on only.
+// On SM12x reports about its results disagree, so that a build for those has to ask for it with
+// FASTATTN_E2M1_SM12X. Everywhere else two values at a time are rounded by arithmetic on pairs, in
+// bf16 where the values come as such and in fp16 otherwise. That takes 6 to 9 instructions a value;
+// the integer form of fp4.h would take longer than the memory does.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,7 +49,7 @@ __device__ __forceinline__ float RoundToE2M1(float x) {
   return __fsub_rn(__fadd_rn(a, magic), magic);
 }
 
-// The same in fp16, with 2^9.
+// Rounds the same way in fp16, with 2^9.
 __device__ __forceinline__ __half2 RoundToE2M1(__half2 x) {
   const __half2 a = __hmin2(__habs2(x), AsHalf2(0x46004600u));
   const __half2 power = __hmax2(AsHalf2(HalfBits(a) & 0x7C007C00u), AsHalf2(0x3C003C00u));
@@ -88,8 +88,8 @@ __device__ __forceinline__ uint32_t E2M1Quad(float a, float b, float c, float d)
 }
 #endif
 
-// Codes of 4 values in 16 bits, the first in the lowest nibble. kHalf: the values are ones of which
-// kFitsHalf holds, times a power of two.
+// Codes of 4 values in 16 bits, the first in the lowest nibble. With kHalf the values are a power
+// of two times values of a type that kFitsHalf.
 template <bool kHalf>
 __device__ __forceinline__ uint32_t PackE2M1x4(const float (&x)[4]) {
 #if defined(FASTATTN_E2M1_INSTRUCTION)

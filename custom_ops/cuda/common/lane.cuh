@@ -1,12 +1,15 @@
-// The number of a thread, and its lane.
+// A thread's index in its CTA, its lane, and the lanes of its warp.
 #pragma once
 
 #include <cstdint>
 
 namespace fastattn::cuda {
 
-// kAgain: found when it is needed, so that what follows from it is kept in no register until then.
-// Volatile, as the compiler would find it once.
+// All lanes, as the mask of warp instructions.
+inline constexpr unsigned kFullWarp = 0xFFFFFFFFu;
+
+// With kAgain the index is read where it is needed, so that nothing derived from it stays in a
+// register until then. The read is volatile, or the compiler would move it to the front.
 template <bool kAgain>
 __device__ __forceinline__ uint32_t Thread() {
   if constexpr (!kAgain) return threadIdx.x;

@@ -1,8 +1,9 @@
-// Launches whose status is their own.
+// Launches that return their own status.
 //
-// After kernel<<<...>>> only cudaGetLastError() tells, and it tells of whatever failed before in
-// this thread too, somebody else's call included. cudaLaunchKernelEx returns the launch's status;
-// what it leaves behind is cleared, so that no later check reports it again.
+// After kernel<<<...>>> only cudaGetLastError() has the status, and it reports whatever failed
+// before in this thread too, somebody else's call included. cudaLaunchKernelEx returns the status
+// of its launch; the error that it leaves behind is cleared, so that no later check reports it
+// again.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +15,7 @@
 
 namespace fastattn::cuda {
 
-// First dimension of a grid. The caller turns the exception into the operator's error.
+// First dimension of a grid of `ctas`. The caller turns the exception into the operator's error.
 inline unsigned GridSize(int64_t ctas) {
   if (ctas < 0 || ctas > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("too large a problem: " + std::to_string(ctas) +

@@ -13,13 +13,13 @@ __device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {
                : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine.
+// Makes initialised barriers visible to TMA.
 __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Orders this thread's ordinary shared-memory accesses before later ones of the tensor cores and
-// the copy engine.
+// Orders this thread's ordinary shared-memory accesses before later ones of the tensor cores and of
+// TMA.
 __device__ __forceinline__ void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -28,9 +28,9 @@ __device__ __forceinline__ void Arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
-// Arrivals that a barrier counts for a warp: one lane's. racecheck does not see that __syncwarp
-// puts the other lanes' accesses ahead of it; in a build with FASTATTN_RACECHECK every lane
-// arrives.
+// Arrivals that a barrier counts for a warp: one lane arrives for all. racecheck does not see that
+// __syncwarp puts the other lanes' accesses ahead of it, so that every lane arrives in a build with
+// FASTATTN_RACECHECK.
 #if defined(FASTATTN_RACECHECK)
 inline constexpr int kWarpArrivals = 32;
 #else
@@ -46,7 +46,7 @@ __device__ __forceinline__ void ArriveWarp(uint64_t* barrier) {
   if (ArrivesForWarp(threadIdx.x % 32)) Arrive(barrier);
 }
 
-// Arrives and announces `bytes` that the copy engine will deliver in this phase.
+// Arrives and announces `bytes` that TMA will deliver in this phase.
 __device__ __forceinline__ void ArriveExpect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
@@ -80,7 +80,7 @@ __device__ __forceinline__ void Wait(uint64_t* barrier, uint32_t parity) {
 #endif
 }
 
-// Named barrier `id` of kThreads threads: waits for the others, or only arrives.
+// Waits at named barrier `id` until kThreads threads have arrived. ArriveNamed arrives only.
 template <int kThreads>
 __device__ __forceinline__ void SyncNamed(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");

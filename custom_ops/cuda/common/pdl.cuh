@@ -1,4 +1,5 @@
-// Launch of a kernel while the one before it in the stream still runs.
+// Programmatic dependent launch (PDL): launch of a kernel while the one before it in the stream
+// still runs.
 //
 // For a kernel of a microsecond, launching takes as long as working. From SM90 on, a kernel may be
 // set up, fetch its parameters and compute its addresses under the end of its predecessor, as long
@@ -11,49 +12,50 @@
 
 namespace fastattn::cuda {
 
-// Every thread of a kernel that LaunchEarly launches calls this before its first access to global
-// memory. Returns when all earlier kernels of the stream have ended and their writes can be seen.
-__device__ __forceinline__ void WaitForEarlierKernels() {
+// griddepcontrol.wait: returns when all earlier kernels of the stream have ended and their writes
+// can be seen. Every thread of a kernel that LaunchPdl launches calls it before its first access
+// to global memory.
+__device__ __forceinline__ void PdlWait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The next kernel may be set up once every thread got here or ended. It waits in its turn, so order
-// in the stream holds. Not before this kernel's own wait: a row of kernels would then pile up on
-// the multiprocessors, each where its predecessors left room, and that is badly balanced.
-__device__ __forceinline__ void AllowNextKernel() {
+// griddepcontrol.launch_dependents: the next kernel may be set up once every thread got here or
+// ended. That kernel waits in turn, so that order in the stream holds. A kernel calls it behind its
+// own wait only: else several kernels would pile up on the multiprocessors, each where its
+// predecessors left room, which balances badly.
+__device__ __forceinline__ void PdlLaunchDependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// Instead of WaitForEarlierKernels, for a kernel that may run beside its predecessor: one that uses
-// nothing of it, and writes nothing that it reads or writes. All earlier kernels have ended: the
-// predecessor allowed this one after its own wait, or began like this one. The fence drops what a
-// multiprocessor still has in its L1 cache of bytes that they wrote.
-__device__ __forceinline__ void BeginBesideEarlierKernel() {
+// A kernel that is independent of its predecessor (it uses nothing of it, and writes nothing that
+// it reads or writes) calls this instead of PdlWait, and runs concurrently with it.
+// All kernels before those two have ended: the predecessor launched its dependents after its own
+// wait, or began like this one. The fence drops what a multiprocessor still has in its L1 cache of
+// bytes that they wrote.
+__device__ __forceinline__ void PdlBeginConcurrent() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __threadfence();
 #endif
 }
 
-// Such a kernel ends with this: it then ends after its predecessor, and whoever waits for it waits
-// for both. Only the CTA that starts last stays for that.
-__device__ __forceinline__ void EndBesideEarlierKernel() {
+// Such a kernel ends with this call, which makes it end after its predecessor, so that whoever
+// waits for it waits for both. Only the CTA that starts last stays for that.
+__device__ __forceinline__ void PdlEndConcurrent() {
   if (blockIdx.x != gridDim.x - 1 || blockIdx.y != gridDim.y - 1) return;
-  AllowNextKernel();
-  WaitForEarlierKernels();
+  PdlLaunchDependents();
+  PdlWait();
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(params...) that may start early where the GPU can
-// do that, and in clusters of CTAs, which need sm_90. (Binaries of this package run on their own
-// major architecture only, so that the device's tells whether WaitForEarlierKernels was compiled to
-// wait.)
+// kernel<<<grid, block, shared_bytes, stream>>>(params...) with PDL where the GPU can do that, and
+// in clusters of CTAs, which need sm_90. Binaries of this package run on their own major
+// architecture only, so that the device's tells whether PdlWait was compiled to wait.
 template <typename... Params>
-cudaError_t LaunchEarlyInClusters(void (*kernel)(Params...), dim3 grid, dim3 block, int cluster,
-                                  size_t shared_bytes, cudaStream_t stream,
-                                  const Params&... params) {
+cudaError_t LaunchPdlInClusters(void (*kernel)(Params...), dim3 grid, dim3 block, int cluster,
+                                size_t shared_bytes, cudaStream_t stream, const Params&... params) {
   int device = 0;
   DeviceFacts facts;
   const cudaError_t status = GetCurrentDevice(&device, &facts);
@@ -75,16 +77,15 @@ cudaError_t LaunchEarlyInClusters(void (*kernel)(Params...), dim3 grid, dim3 blo
 }
 
 template <typename... Params>
-cudaError_t LaunchEarlyWithShared(void (*kernel)(Params...), dim3 grid, dim3 block,
-                                  size_t shared_bytes, cudaStream_t stream,
-                                  const Params&... params) {
-  return LaunchEarlyInClusters(kernel, grid, block, 1, shared_bytes, stream, params...);
+cudaError_t LaunchPdlWithShared(void (*kernel)(Params...), dim3 grid, dim3 block,
+                                size_t shared_bytes, cudaStream_t stream, const Params&... params) {
+  return LaunchPdlInClusters(kernel, grid, block, 1, shared_bytes, stream, params...);
 }
 
 template <typename... Params>
-cudaError_t LaunchEarly(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
-                        const Params&... params) {
-  return LaunchEarlyWithShared(kernel, grid, block, 0, stream, params...);
+cudaError_t LaunchPdl(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                      const Params&... params) {
+  return LaunchPdlWithShared(kernel, grid, block, 0, stream, params...);
 }
 
 }  // namespace fastattn::cuda

@@ -5,12 +5,14 @@
 
 #include <cstdint>
 
+#include "cuda/common/lane.cuh"
+
 namespace fastattn::cuda {
 
-// One step of a transposition: lanes whose `bit` is 0 give b and keep a, the others the reverse.
+// One step of a transposition: lanes whose `bit` is 0 keep a and give b away, the others keep b.
 __device__ __forceinline__ void SwapHalves(uint32_t& a, uint32_t& b, int bit) {
   const bool upper = threadIdx.x & bit;
-  const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? a : b, bit);
+  const uint32_t other = __shfl_xor_sync(kFullWarp, upper ? a : b, bit);
   if (upper) {
     a = other;
   } else {
@@ -18,7 +20,7 @@ __device__ __forceinline__ void SwapHalves(uint32_t& a, uint32_t& b, int bit) {
   }
 }
 
-// Among each four lanes: word i of lane j becomes word j of lane i.
+// Transposes 4x4 words in each four lanes: word i of lane j becomes word j of lane i.
 __device__ __forceinline__ void TransposeQuad(uint32_t (&words)[4]) {
   SwapHalves(words[0], words[1], 1);
   SwapHalves(words[2], words[3], 1);
@@ -31,17 +33,17 @@ template <int kLanes>
 __device__ __forceinline__ uint32_t LanesMax(uint32_t x) {
 #pragma unroll
   for (int lanes = 1; lanes < kLanes; lanes *= 2) {
-    x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, lanes));
+    x = max(x, __shfl_xor_sync(kFullWarp, x, lanes));
   }
   return x;
 }
 
-// The same for the two 16-bit halves apart.
+// The same for each of the two 16-bit halves.
 template <int kLanes>
 __device__ __forceinline__ uint32_t LanesMax2(uint32_t x) {
 #pragma unroll
   for (int lanes = 1; lanes < kLanes; lanes *= 2) {
-    x = __vmaxu2(x, __shfl_xor_sync(0xFFFFFFFFu, x, lanes));
+    x = __vmaxu2(x, __shfl_xor_sync(kFullWarp, x, lanes));
   }
   return x;
 }

@@ -11,7 +11,7 @@ class ScoreCap {
   __device__ __forceinline__ explicit ScoreCap(float softcap)
       : cap_(softcap * kLog2E), inverse_(Reciprocal(cap_)) {}
 
-  // The largest caps are infinite here, and 1 / cap is 0: then x comes back.
+  // The largest caps are infinite here, and 1 / cap is 0, so that x comes back unchanged.
   __device__ __forceinline__ float operator()(float x) const {
     const float t = x * inverse_, u = t * t;
     float ratio = fmaf(kSoftcapSeries4, u, kSoftcapSeries3);

@@ -1,4 +1,5 @@
-// The tensor copy engine (TMA) of sm_90: device side, and the host's encoding of tensor maps.
+// TMA (the Tensor Memory Accelerator of sm_90): its instructions, and the host's encoding of tensor
+// maps.
 #pragma once
 
 #include <cuda.h>
@@ -11,8 +12,8 @@
 
 namespace fastattn::cuda {
 
-// Copies a box of a 3-D tensor into shared memory; its bytes count towards the barrier's phase.
-// What lies outside of the tensor arrives as zeros and is never read.
+// Copies a box of a 3-D tensor into shared memory; its bytes count towards the barrier's phase. TMA
+// fills with zeros what lies outside of the tensor, and never reads it.
 __device__ __forceinline__ void CopyBox(const CUtensorMap* map, void* target, uint64_t* barrier,
                                         int c0, int c1, int c2) {
   asm volatile(
@@ -22,7 +23,7 @@ __device__ __forceinline__ void CopyBox(const CUtensorMap* map, void* target, ui
       : "memory");
 }
 
-// Brings a box into the L2 cache.
+// Prefetches a box into the L2 cache.
 __device__ __forceinline__ void PrefetchBox(const CUtensorMap* map, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
                "r"(c0), "r"(c1), "r"(c2)
@@ -43,7 +44,7 @@ __device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// A tensor of bytes, innermost dimension first.
+// A tensor of bytes, its innermost dimension first.
 struct ByteTensor {
   const void* data;
   uint64_t size[3];
@@ -58,7 +59,7 @@ inline cudaError_t EncodeMap(const ByteTensor& tensor, CUtensorMap* map) {
   const cudaError_t status = GetDriver(&driver);
   if (status != cudaSuccess) return status;
   if (driver->encode_tiled == nullptr) return cudaErrorNotSupported;
-  // The driver takes the address of what is read only as that of what may be written.
+  // The driver's function takes a pointer to mutable data, even to data that is only read.
   void* data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tensor.data));
   const cuuint64_t size[3] = {tensor.size[0], tensor.size[1], tensor.size[2]};
   const cuuint64_t stride[2] = {tensor.stride[0], tensor.stride[1]};

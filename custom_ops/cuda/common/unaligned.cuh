@@ -1,4 +1,4 @@
-// Loads from addresses that may or may not suit a vector load.
+// Loads from addresses that need not be aligned for a vector load.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ inline bool IsAligned(const void* address, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(address) % bytes == 0;
 }
 
-// LoadRaw for any address that suits one element.
+// LoadRaw for an address that is aligned to one element only.
 template <DType kIn>
 __device__ __forceinline__ Raw<kIn> LoadRawUnaligned(const void* base, int64_t element,
                                                      bool active) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ Raw<kIn> LoadRawUnaligned(const void* base, int64_t e
           make_uint4(words[4], words[5], words[6], words[7])};
 }
 
-// Four neighbouring fp32 or bf16 values; `aligned`: the address suits one vector load.
+// Loads four neighbouring fp32 or bf16 values. `aligned` says that one vector load can do it.
 __device__ __forceinline__ void LoadFour(const void* base, DType dtype, int64_t element,
                                          bool aligned, float (&x)[4]) {
   if (!aligned) {

@@ -9,9 +9,9 @@
 
 namespace fastattn::cuda {
 
-inline constexpr int kChunk = 8;  // channels a lane holds
+inline constexpr int kChunk = 8;  // values of a thread
 
-// 8 values as loaded.
+// kChunk values as they were loaded.
 template <DType kIn>
 struct Raw {
   uint4 low, high;  // high: fp32 only

@@ -21,7 +21,7 @@ __device__ __forceinline__ uint64_t OperandDescriptor(uint32_t address) {
   return uint64_t{kSwizzle << 30 | kGroup} << 32 | (1u << 16 | (address & 0x3FFFF) >> 4);
 }
 
-// Orders accesses to registers before the products that follow.
+// Orders accesses to registers before the products that follow (wgmma.fence).
 __device__ __forceinline__ void FenceProducts() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -30,8 +30,8 @@ __device__ __forceinline__ void CommitProducts() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits until at most kPending groups of products are in flight. The registers named are those that
-// the finished products write or read: the compiler moves no access to them across the wait.
+// Waits until at most kPending groups of products are in flight. `d` names the registers that the
+// finished products write, so that the compiler moves no access to them across the wait.
 template <int kPending>
 __device__ __forceinline__ void WaitProducts(float (&d)[64]) {
   asm volatile("wgmma.wait_group.sync.aligned %64;"
@@ -54,8 +54,8 @@ __device__ __forceinline__ void KeepRegisters(uint32_t (&a)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-// `right` is the type of b; `c` is "+f", or "=f" with `add` 0: what was in the accumulator does not
-// matter then.
+// `right` is the type of b. `c` is "+f", or "=f" with `add` 0: the product then ignores what was in
+// the accumulator.
 #define FASTATTN_SHARED128(right, c, add)                                            \
   asm volatile(                                                                      \
       "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                             \
@@ -102,7 +102,7 @@ __device__ __forceinline__ void MultiplyRegisters(float (&d)[32], const uint32_t
 #undef FASTATTN_REGISTERS128
 #undef FASTATTN_SHARED128
 
-// Gives registers of this warpgroup back, or takes them.
+// Lowers the register count of this warpgroup to kRegisters; ClaimRegisters raises it.
 template <int kRegisters>
 __device__ __forceinline__ void ReleaseRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

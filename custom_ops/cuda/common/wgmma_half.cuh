@@ -22,7 +22,7 @@ __device__ __forceinline__ uint64_t TransposedDescriptor(uint32_t address) {
   return kSwizzle128 | kEightRows | (kBlockBytes / 16) << 16 | (address & 0x3FFFF) >> 4;
 }
 
-// `c` is "+f", or "=f" with `add` 0: what was in the accumulator does not matter then.
+// `c` is "+f", or "=f" with `add` 0: the product then ignores what was in the accumulator.
 #define FASTATTN_SHARED128(type, c, add)                                                \
   asm volatile(                                                                         \
       "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"                                \

@@ -8,7 +8,7 @@
 
 namespace fastattn::cuda {
 
-// `c` is "+r", or "=r" with `add` 0: what was in the accumulator does not matter then.
+// `c` is "+r", or "=r" with `add` 0: the product then ignores what was in the accumulator.
 #define FASTATTN_INT8(c, add)                                              \
   asm volatile(                                                            \
       "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"                   \

@@ -1,8 +1,8 @@
-// What the products of wgmma*.cuh are written with.
+// Operand lists of the inline assembly in wgmma*.cuh.
 #pragma once
 
-// Accumulators as operands of an assembly: `c` is their constraint, "+f", or "=f" where what was in
-// them does not matter (so that they are no live registers before).
+// Accumulators as operands of inline assembly. `c` is their constraint: "+f", or "=f" where the
+// product ignores what was in them (they are then no live registers before it).
 #define FASTATTN_ACC4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
 #define FASTATTN_ACC16(c, d, i)                                                   \
   FASTATTN_ACC4(c, d, i), FASTATTN_ACC4(c, d, i + 4), FASTATTN_ACC4(c, d, i + 8), \
@@ -11,7 +11,7 @@
 #define FASTATTN_ACC64(c, d) \
   FASTATTN_ACC32(c, d), FASTATTN_ACC16(c, d, 32), FASTATTN_ACC16(c, d, 48)
 
-// Their names in it.
+// The names of accumulators in the assembly.
 #define FASTATTN_LIST32                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -20,7 +20,8 @@
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// A product of right operands of one of two types, that adds to its accumulators or does not.
+// Expands to a product whose right operand has one of two types, and which adds to its accumulators
+// if kAdd.
 #define FASTATTN_FORMS(PRODUCT, is_first, first, second) \
   if constexpr (is_first) {                              \
     if constexpr (kAdd) {                                \

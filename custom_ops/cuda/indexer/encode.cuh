@@ -1,4 +1,5 @@
-// What the query and the key kernels share: the rotation of a pair, and FP8's power-of-two scale.
+// Code that the query and the key kernels share: the rotation of a pair, and the inverse of FP8's
+// power-of-two scale.
 #pragma once
 
 #include <cstdint>

@@ -1,11 +1,11 @@
 // indexer_kv_compress_insert for one page format: gather, per-channel softmax, RMSNorm, rotation,
 // bf16, quantisation, insertion.
 //
-// Only a token whose position completes a group does anything, so a CTA looks through a tile of up
-// to 32 tokens and shares those out. A row of the state lies in HEAD / 4 threads of 4 channels. At
-// ratio 4 these threads hold all 8 rows of a group, each a segment of the sums, and every load is
-// in flight at once. At ratio 128 the 8 segments of 16 rows lie in 8 such teams, which meet in
-// shared memory; the scores are read twice, the second time from cache.
+// Only tokens whose positions complete a group need work, so that a CTA looks through a tile of up
+// to 32 tokens and shares those out among its threads. A row of the state lies in HEAD / 4 threads
+// of 4 channels. At ratio 4 these threads hold all 8 rows of a group, each a segment of the sums,
+// and every load is in flight at once. At ratio 128 the 8 segments of 16 rows lie in 8 such teams,
+// which meet in shared memory; the scores are read twice, the second time from cache.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,6 +17,7 @@
 #include "common/fp4.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/e2m1.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/unaligned.cuh"
@@ -27,8 +28,6 @@ namespace fastattn::cuda {
 
 inline constexpr int kKeyChannels = 4;  // of a thread
 inline constexpr int kKeySegments = 8;  // partial sums of the softmax
-inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
 template <IndexerQuant kKind, DType kStateDType, int kCompressRatio>
 struct KeyTraits {
   static constexpr IndexerQuant kQuant = kKind;
@@ -53,7 +52,7 @@ struct KeyGrid {
   bool pages_aligned;  // for stores of 4 bytes
 };
 
-// What a group's threads share.
+// Shared memory of a CTA's groups.
 template <typename Traits>
 struct KeyShared {
   float square_sums[Traits::kGroups][Traits::kHeadWarps];
@@ -68,28 +67,28 @@ template <typename Traits>
 __device__ __forceinline__ bool IsWanted(const IndexerKvParams& p, int64_t token) {
   const int64_t position = p.positions.At(token);
   const int64_t slot = p.kv_slots.At(token);
-  const int request = __ldg(p.batch_ids + token);
+  const int batch_idx = __ldg(p.batch_ids + token);
   return position >= 0 && position % Traits::kRatio == Traits::kRatio - 1 &&
          p.state_slots.At(token) >= 0 && slot >= 0 && slot / p.page_size < p.num_pages &&
-         request >= 0 && request < p.batch;
+         batch_idx >= 0 && batch_idx < p.batch;
 }
 
 // Element offset of the state row of `at`, a position >= 0; -1 if its block is unassigned.
-__device__ __forceinline__ int64_t FindStateRow(const IndexerKvParams& p, int request, int64_t at,
+__device__ __forceinline__ int64_t FindStateRow(const IndexerKvParams& p, int batch_idx, int64_t at,
                                                 int row_width) {
   const int64_t index = at / p.state_block;
   if (index >= p.max_blocks) return -1;
-  const int block = __ldg(p.block_tables + static_cast<int64_t>(request) * p.max_blocks + index);
+  const int block = __ldg(p.block_tables + static_cast<int64_t>(batch_idx) * p.max_blocks + index);
   if (block < 0 || block >= p.num_state_blocks) return -1;
   return block * p.state_block_stride + (at - index * p.state_block) * row_width;
 }
 
-// The rows of a team: lane j has the offset of row j, or -1 for one that counts for nothing.
+// The state rows of a team: lane j has the offset of row j, or -1 if there is no such row.
 template <typename Traits>
 struct TeamRows {
   int64_t own;
 
-  __device__ __forceinline__ int64_t Row(int j) const { return __shfl_sync(kAllLanes, own, j); }
+  __device__ __forceinline__ int64_t Row(int j) const { return __shfl_sync(kFullWarp, own, j); }
 };
 
 // Slice of the state row that row j of a group uses: the later half of an overlapping group keeps
@@ -124,7 +123,7 @@ __device__ __forceinline__ void Raise(const float (&score)[kKeyChannels],
   }
 }
 
-// With no score above -inf, subtract 0.
+// Where no score is above -inf, the maximum becomes 0, as -inf less -inf would be NaN.
 __device__ __forceinline__ void FinishMaximum(float (&maximum)[kKeyChannels]) {
 #pragma unroll
   for (int c = 0; c < kKeyChannels; ++c) {
@@ -137,7 +136,7 @@ __device__ __forceinline__ float Average(float numerator, float denominator) {
   return denominator == 0.0f ? 0.0f : Div(numerator, denominator);
 }
 
-// Ratio 4: 8 rows, each a segment.
+// Ratio 4: a thread sums all 8 rows, each of them a segment.
 template <typename Traits>
 __device__ __forceinline__ void CompressHere(const IndexerKvParams& p, const KeyGrid& grid,
                                              const TeamRows<Traits>& rows, int channel,
@@ -206,8 +205,8 @@ __device__ __forceinline__ void CompressTogether(const IndexerKvParams& p, const
       Raise(score, maximum);
     }
   }
-  float4* slot = reinterpret_cast<float4*>(&shared.numerator[team][channel]);
-  *slot = make_float4(maximum[0], maximum[1], maximum[2], maximum[3]);
+  float4* own = reinterpret_cast<float4*>(&shared.numerator[team][channel]);
+  *own = make_float4(maximum[0], maximum[1], maximum[2], maximum[3]);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kKeySegments; ++i) {
@@ -228,7 +227,7 @@ __device__ __forceinline__ void CompressTogether(const IndexerKvParams& p, const
     }
   }
   __syncthreads();
-  *slot = make_float4(sums.numerator[0], sums.numerator[1], sums.numerator[2], sums.numerator[3]);
+  *own = make_float4(sums.numerator[0], sums.numerator[1], sums.numerator[2], sums.numerator[3]);
   *reinterpret_cast<float4*>(&shared.denominator[team][channel]) = make_float4(
       sums.denominator[0], sums.denominator[1], sums.denominator[2], sums.denominator[3]);
   __syncthreads();
@@ -259,7 +258,7 @@ __device__ __forceinline__ void NormKey(const IndexerKvParams& p, int group, int
   float sum = Add(Add(Mul(x[0], x[0]), Mul(x[1], x[1])), Add(Mul(x[2], x[2]), Mul(x[3], x[3])));
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
-    sum = Add(sum, __shfl_xor_sync(kAllLanes, sum, lanes));
+    sum = Add(sum, __shfl_xor_sync(kFullWarp, sum, lanes));
   }
   if constexpr (Traits::kHeadWarps > 1) {
     static_assert(Traits::kHeadWarps == 4);
@@ -311,8 +310,8 @@ __device__ __forceinline__ uint32_t EncodeFp8(const float (&x)[kKeyChannels], fl
                                  Mul(x[3], inverse));
 }
 
-// Codes and scales of a bf16-rounded token, `rounded` being its bf16 pairs. Whole warps take part;
-// `live`: store.
+// Stores the codes and scales of a bf16-rounded token if `live`; `rounded` has its bf16 pairs.
+// Whole warps take part.
 template <typename Traits>
 __device__ __forceinline__ void InsertKey(const float (&x)[kKeyChannels], uint2 rounded,
                                           int channel, uint8_t* codes, uint8_t* scales,
@@ -330,7 +329,7 @@ __device__ __forceinline__ void InsertKey(const float (&x)[kKeyChannels], uint2 
     const float inverse = UE8M0Inverse(byte);
     const uint32_t four = PackE2M1x4<true>(
         {Mul(x[0], inverse), Mul(x[1], inverse), Mul(x[2], inverse), Mul(x[3], inverse)});
-    const uint32_t word = four | __shfl_down_sync(kAllLanes, four, 1) << 16;
+    const uint32_t word = four | __shfl_down_sync(kFullWarp, four, 1) << 16;
     if (live && channel % 8 == 0) StoreWord(codes + channel / 2, word, aligned);
     if (live && channel % kMxBlock == 0) scales[channel / kMxBlock] = byte;
   } else {
@@ -365,10 +364,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int team = threadIdx.x / Traits::kTeamThreads % Traits::kTeams;
   const int channel = threadIdx.x % Traits::kTeamThreads * kKeyChannels;
 
-  // Every warp looks for itself; all find the same.
+  // Every warp looks for itself, and all of them find the same.
   const int64_t first = static_cast<int64_t>(blockIdx.x) * grid.tile;
   const bool inside = lane < grid.tile && first + lane < p.num_tokens;
-  const uint32_t wanted = __ballot_sync(kAllLanes, inside && IsWanted<Traits>(p, first + lane));
+  const uint32_t wanted = __ballot_sync(kFullWarp, inside && IsWanted<Traits>(p, first + lane));
   const int count = __popc(wanted);
 
   for (int base = 0; base < count; base += Traits::kGroups) {
@@ -384,10 +383,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     float x[kKeyChannels];
     if constexpr (Traits::kTeams == 1) {
-      live = __all_sync(kAllLanes, assigned) && live;
+      live = __all_sync(kFullWarp, assigned) && live;
       CompressHere<Traits>(p, grid, rows, channel, x);
     } else {
-      // One group a CTA: all threads agree, and the barrier frees the shared memory as well.
+      // A CTA has one group, so that all threads agree; the barrier frees the shared memory as
+      // well.
       if (!__syncthreads_and(assigned)) continue;
       CompressTogether<Traits>(p, grid, rows, team, channel, shared, x);
     }

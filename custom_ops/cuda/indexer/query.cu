@@ -1,6 +1,6 @@
-// indexer_q_rope_quant. Eight lanes hold a head: each 8 of the channels that are rotated and 8 of
-// those that are not, so that no lane idles while the others rotate. They convert kHeads heads of a
-// token at once.
+// indexer_q_rope_quant. Eight lanes hold a head. Each has 8 of the channels that are rotated and 8
+// of those that are not, so that no lane idles while the others rotate. They convert kHeads heads
+// of a token at once.
 #include <limits>
 
 #include "common/dispatch.h"
@@ -54,8 +54,8 @@ __device__ __forceinline__ void Rotate(const float (&cos)[4], const float (&sin)
                      PackPair<kIn>(x[4], x[5]), PackPair<kIn>(x[6], x[7]));
 }
 
-// Largest |x| among even and among odd channels, as two bf16. kNaNWins: a NaN is the largest;
-// otherwise it does not count.
+// Largest |x| among the even and among the odd channels, as two bf16. A NaN is the largest with
+// kNaNWins, and is ignored otherwise.
 template <bool kNaNWins>
 __device__ __forceinline__ uint32_t ChunkAmax(const uint4& x) {
   if constexpr (kNaNWins) {
@@ -83,7 +83,8 @@ __device__ __forceinline__ uint2 Fp8Codes(const uint4& chunk, uint32_t inverse) 
                     PackCodes<DType::kE4M3>(x[4], x[5], x[6], x[7]));
 }
 
-// Codes of the heads to row, row + 1, ... and their scales; lane i < kHeads returns head i's.
+// Stores the codes of the heads in rows `row`, `row` + 1, ... and their scales. Lane i < kHeads
+// returns the scale of head i.
 __device__ __forceinline__ float StoreFp8(const IndexerQParams& p, const Chunks (&x)[kHeads],
                                           int64_t row, int heads) {
   const int lane = threadIdx.x % kLanes;
@@ -159,8 +160,8 @@ __global__ void __launch_bounds__(kThreads)
 
   const uint16_t* q = p.q + token * p.q_token_stride + first_head * p.q_head_stride + lane * kChunk;
   const int64_t row = static_cast<int64_t>(token) * p.num_heads + first_head;
-  WaitForEarlierKernels();
-  // The position first: the angles wait for it.
+  PdlWait();
+  // The position is loaded first, as the angles wait for it.
   int64_t position = active ? p.positions.At(token) : 0;
   Chunks x[kHeads];
 #pragma unroll
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kThreads)
   float cos[4], sin[4];
   LoadFour(p.cos_sin, p.cos_sin_dtype, column, kAligned, cos);
   LoadFour(p.cos_sin, p.cos_sin_dtype, column + kIndexerRopeDim / 2, kAligned, sin);
-  AllowNextKernel();
+  PdlLaunchDependents();
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) Rotate(cos, sin, x[i].rotated);
 
@@ -209,7 +210,7 @@ cudaError_t LaunchIndexerQRopeQuant(const IndexerQParams& p, cudaStream_t stream
   dispatch<IndexerQuant::kFp8, IndexerQuant::kMxfp4>(p.quant, "quant", [&](auto quant) {
     constexpr IndexerQuant kQuant = decltype(quant)::value;
     const auto kernel = aligned ? QueryKernel<kQuant, true> : QueryKernel<kQuant, false>;
-    status = LaunchEarly(kernel, ctas, dim3(kThreads), stream, p, grid);
+    status = LaunchPdl(kernel, ctas, dim3(kThreads), stream, p, grid);
   });
   return status;
 }

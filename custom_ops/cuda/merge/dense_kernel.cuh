@@ -1,11 +1,12 @@
 // Merge of contiguous tensors of whole 16-byte packs, up to 64 a head: the usual shapes.
 //
-// A row is a token and head. 2^log2_lanes neighbouring threads, at most a warp, hold a row (some
-// idle where its packs are no power of two), and rows follow each other through the grid as they do
-// in memory, which keeps DRAM pages open: with several tokens a CTA, for the sake of whole sectors
-// of LSEs, 340 MB took 9 % longer. Nothing waits but for the loads: no barrier (a row's threads are
-// one warp's), no branch on what was loaded, no division. Inputs are loaded as usual, so that they
-// may stay in L2, but the output streams through.
+// A row is the D channels of a token and head. 2^log2_lanes neighbouring threads, at most a warp,
+// hold a row (some idle where its packs are no power of two), and rows follow each other through
+// the grid as they do in memory, which keeps DRAM pages open: with several tokens a CTA, for the
+// sake of whole sectors of LSEs, 340 MB took 9 % longer. A thread waits for nothing but its loads:
+// it meets no barrier (a row's threads are in one warp), no branch on what was loaded and no
+// division. Inputs are loaded as usual, so that they may stay in L2, but the output streams
+// through.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,6 +14,8 @@
 #include <cstdint>
 
 #include "cuda/common/divisor.cuh"
+#include "cuda/common/dynamic_scale.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/merge/vector_kernel.cuh"
 
@@ -30,24 +33,11 @@ struct MergeDenseParams : MergePointers {
   int log2_segment;  // kDynamicFp8: 2^this neighbouring threads share a scale, at most a warp
 };
 
-// 1 / x for a scale that a normal number can be the inverse of: the fast path of a correctly
-// rounded division, without its branch. `rare` says that x has no such inverse.
+// Returns 1 / x for a scale whose inverse is a normal number: this is the fast path of a correctly
+// rounded division, without its branch. `rare` tells that x has no such inverse.
 __device__ __forceinline__ float UsualInverse(float x, bool& rare) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // within 1 ulp
   rare = ((FloatBits(x) + 0x01800000u) & 0x7F800000u) <= 0x01FFFFFFu;
-  return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
-}
-
-// DynamicScale of an e4m3 group. The division by 448 is a product with its reciprocal and one
-// correction, which gives the same bits for every amax; the scale is never too small or large for
-// UsualInverse.
-__device__ __forceinline__ float E4M3Scale(uint32_t amax_bits) {
-  constexpr float kReciprocal = 1.0f / kE4M3Max;
-  const float finite = BitsFloat(amax_bits == 0x7F800000u ? 0x7F7FFFFFu : amax_bits);
-  const float amax = finite < kActivationAmaxFloor ? kActivationAmaxFloor : finite;  // keeps a NaN
-  const float quotient = Mul(amax, kReciprocal);
-  return __fmaf_rn(__fmaf_rn(-kE4M3Max, quotient, amax), kReciprocal, quotient);
+  return ReciprocalOfNormal(x);
 }
 
 template <int kWidth, int kPacks>
@@ -60,9 +50,10 @@ __device__ __forceinline__ float DenseScale(const MergeDenseParams& p, uint32_t 
     for (int j = 0; j < kWidth; ++j) amax = max(amax, AbsBits(x[i][j]));
   }
   for (int lanes = 1; lanes < 1 << p.log2_segment; lanes *= 2) {
-    amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
+    amax = max(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
   }
-  const float scale = E4M3Scale(amax);
+  // A scale of e4m3 is never too small or too large for UsualInverse.
+  const float scale = FastDynamicScale(amax, kActivationAmaxFloor, kE4M3Max);
   const uint32_t segment = index >> p.log2_segment;
   if (active && index == segment << p.log2_segment) p.output_scales[segment] = scale;
   return scale;
@@ -85,8 +76,8 @@ __global__ void __launch_bounds__(kDenseMergeThreads)
   const bool active = row < p.rows;
   if (!kDynamic && !active) return;  // a dynamic scale takes whole warps
 
-  WaitForEarlierKernels();
-  AllowNextKernel();
+  PdlWait();
+  PdlLaunchDependents();
   const auto holds = [&](int i) {  // neighbours take neighbouring packs
     return kExact || lane + (static_cast<uint32_t>(i) << p.log2_lanes) < p.packs;
   };

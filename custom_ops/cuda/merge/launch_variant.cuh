@@ -109,7 +109,7 @@ inline MergeShape DynamicShape(const MergeParams& p, int width) {
   return shape;
 }
 
-// For parameters that FitsVectors; sets `status` if this kernel can do them.
+// For parameters that FitsVectors. Returns whether this kernel can do them, and sets `status` then.
 template <DType kIn, MergeOutput kOutput>
 bool LaunchMergeVectors(const MergeParams& p, cudaStream_t stream, cudaError_t& status) {
   constexpr int kThreads = 128;
@@ -161,7 +161,7 @@ inline bool IsDense(const MergeParams& p, int64_t lanes) {
          p.num_tokens * p.num_heads * lanes <= kMost - kDenseMergeThreads;
 }
 
-// As LaunchMergeVectors.
+// Returns and sets the same as LaunchMergeVectors.
 template <DType kIn, MergeOutput kOutput, int kPacks>
 bool LaunchMergeDense(const MergeParams& p, cudaStream_t stream, cudaError_t& status) {
   constexpr int kWidth = kPackWidth<kIn>;
@@ -195,7 +195,7 @@ bool LaunchMergeDense(const MergeParams& p, cudaStream_t stream, cudaError_t& st
   const dim3 grid((threads + kDenseMergeThreads - 1) / kDenseMergeThreads);
   const auto kernel = packs == lanes * kPacks ? MergeDenseKernel<kIn, kOutput, kPacks, true>
                                               : MergeDenseKernel<kIn, kOutput, kPacks, false>;
-  status = LaunchEarly(kernel, grid, dim3(kDenseMergeThreads), stream, d);
+  status = LaunchPdl(kernel, grid, dim3(kDenseMergeThreads), stream, d);
   return true;
 }
 
@@ -212,9 +212,9 @@ cudaError_t LaunchMergeScalars(const MergeParams& p, cudaStream_t stream) {
   return LaunchKernel(MergeScalarKernel<kIn, kOutput>, grid, kScalarMergeThreads, stream, p, heads);
 }
 
-// Whether a thread should take two packs, which share the work for the weights. That pays once
-// there are threads enough for a whole GPU, as long as all tensors fit its L2 cache; behind DRAM,
-// more threads are better.
+// Whether a thread should take two packs, which share the work for the weights. That pays where
+// there are threads enough for a whole GPU and all tensors fit its L2 cache. When data come from
+// DRAM, more threads are better.
 inline bool TwoPacks(const MergeParams& p, int width) {
   constexpr int64_t kOneWave = 1 << 18, kCacheBytes = 40 << 20;
   const int64_t packs = p.num_tokens * p.num_heads * (p.head_dim / width);

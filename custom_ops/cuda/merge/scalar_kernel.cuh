@@ -1,4 +1,4 @@
-// Merge of anything: any D, alignment, stride and group of channels, one value at a time.
+// Merge for any D, alignment, stride and group of channels, one value at a time.
 //
 // One CTA takes a span of whole heads of a token: one head, or for dynamic FP8 as many as hold
 // whole groups. Groups are read twice, the second time from cache.
@@ -10,6 +10,7 @@
 
 #include "common/numeric.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/merge/shared/merge_weights.h"
 #include "params/merge.h"
 #include "params/quantize.h"
@@ -35,8 +36,8 @@ __device__ __forceinline__ float LoadSide(const void* side, int64_t index, bool 
              : 0.0f;
 }
 
-// f(place in the output, merged value) for the channels [begin, end) of a token's H * D, which lie
-// in `first_head` or later, all threads of the CTA side by side.
+// Calls f(element of the output, merged value) for the channels [begin, end) of a token's H * D,
+// which lie in `first_head` or later. All threads of the CTA share them.
 template <DType kIn, typename F>
 __device__ __forceinline__ void ForChannels(const MergeParams& p, int64_t token, int64_t first_head,
                                             int64_t begin, int64_t end, F&& f) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ void ForChannels(const MergeParams& p, int64_t token,
 __device__ __forceinline__ uint32_t CtaMax(uint32_t x) {
   constexpr int kWarps = kScalarMergeThreads / 32;
   __shared__ uint32_t warps[kWarps];
-  for (int lanes = 1; lanes < 32; lanes *= 2) x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, lanes));
+  for (int lanes = 1; lanes < 32; lanes *= 2) x = max(x, __shfl_xor_sync(kFullWarp, x, lanes));
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   for (int i = 0; i < kWarps; ++i) x = max(x, warps[i]);

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/merge/shared/merge_values.cuh"
 #include "cuda/merge/shared/merge_weights.h"
@@ -50,12 +51,13 @@ __device__ __forceinline__ int64_t Offset(int i, int i_stride, int j, int j_stri
   return static_cast<int64_t>(i) * i_stride + static_cast<int64_t>(j) * j_stride;
 }
 
-// Each element is read once: evict first. Not the read-only path: the output may be this memory.
+// Each element is read once, so that it is evicted first. The load does not take the read-only
+// path, as the output may be this memory.
 __device__ __forceinline__ uint4 LoadPack(const char* address, bool active) {
   return active ? __ldcs(reinterpret_cast<const uint4*>(address)) : make_uint4(0, 0, 0, 0);
 }
 
-// kStream: what is stored leaves the caches first.
+// With kStream the caches evict first what is stored.
 template <bool kStream, typename Pack>
 __device__ __forceinline__ void StorePack(void* address, const Pack& pack) {
   if constexpr (kStream) {
@@ -106,7 +108,7 @@ __device__ __forceinline__ float SegmentScale(const MergeVectorParams& p, int to
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) amax = max(amax, AbsBits(x[i]));
   for (int lanes = 1; lanes < 1 << p.log2_segment; lanes *= 2) {
-    amax = max(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, lanes));
+    amax = max(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
   }
   const float scale = DynamicScale(amax, kActivationAmaxFloor, kE4M3Max);
   const int lane = head * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);

@@ -8,6 +8,7 @@
 #include "common/fp4.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/e2m1.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
@@ -25,13 +26,13 @@ constexpr int kBlocksPerRound = 32 * kChunk / kMxBlock;  // of a warp
 constexpr int kBlocksPerWarp = kRounds * kBlocksPerRound;
 constexpr int kBlocksPerCta = kThreads / 32 * kBlocksPerWarp;
 
-// Blocks of a tensor; a row is `per_row` of them.
+// MXFP4 blocks of a tensor, `per_row` of them in a row.
 struct Blocks {
   int64_t count;
   int64_t per_row;
 };
 
-// kPlain: rows follow each other, at an address that suits 16-byte loads.
+// kPlain: the rows are contiguous, at an address that is aligned for 16-byte loads.
 template <DType kIn, bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     QuantizeKernel(const __grid_constant__ Mxfp4QuantizeParams p, Blocks blocks) {
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first =
       static_cast<int64_t>(blockIdx.x) * kBlocksPerCta + threadIdx.x / 32 * kBlocksPerWarp;
   const int64_t last = blocks.count - 1;
-  WaitForEarlierKernels();
+  PdlWait();
   Raw<kIn> raw[kRounds];
   if constexpr (kPlain) {
 #pragma unroll
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
       raw[i] = LoadRawUnaligned<kIn>(p.x, row * p.x_row_stride + column, true);
     }
   }
-  AllowNextKernel();
+  PdlLaunchDependents();
   uint32_t codes[kRounds];
   uint32_t bytes = 0;  // the exponent of round i in byte i
 #pragma unroll
@@ -100,7 +101,7 @@ __device__ __forceinline__ void StoreChunk(void* x, int64_t element,
   }
 }
 
-// kAligned: the codes' address suits 16-byte loads.
+// kAligned: the codes' address is aligned for 16-byte loads.
 template <DType kOut, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     DequantizeKernel(const __grid_constant__ Mxfp4DequantizeParams p, int64_t count) {
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first =
       static_cast<int64_t>(blockIdx.x) * kBlocksPerCta + threadIdx.x / 32 * kBlocksPerWarp;
   const int64_t block = min(first + lane % 4 * kBlocksPerRound + lane / 4, count - 1);
-  WaitForEarlierKernels();
+  PdlWait();
   uint32_t codes[kRounds];
   if constexpr (kAligned) {
     const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(p.codes) + block);
@@ -122,11 +123,11 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const float own_scale = UE8M0ToFloat(__ldg(p.scales + block));
-  AllowNextKernel();
+  PdlLaunchDependents();
   TransposeQuad(codes);
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
-    const float scale = __shfl_sync(0xFFFFFFFFu, own_scale, (lane & ~3) + i);
+    const float scale = __shfl_sync(kFullWarp, own_scale, (lane & ~3) + i);
     float x[kChunk];
     UnpackE2M1x8(codes[i], x);
 #pragma unroll
@@ -143,13 +144,13 @@ dim3 Ctas(int64_t blocks) { return dim3(GridSize((blocks + kBlocksPerCta - 1) / 
 cudaError_t LaunchMxfp4Quantize(const Mxfp4QuantizeParams& p, cudaStream_t stream) {
   const Blocks blocks{p.rows * (p.cols / kMxBlock), p.cols / kMxBlock};
   if (blocks.count == 0) return cudaSuccess;
-  // Rows that follow each other are one long row.
+  // Contiguous rows are one long row.
   const bool plain = p.x_row_stride == p.cols && IsAligned(p.x, 16);
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(p.dtype, "dtype", [&](auto dtype) {
     constexpr DType kIn = decltype(dtype)::value;
     const auto kernel = plain ? QuantizeKernel<kIn, true> : QuantizeKernel<kIn, false>;
-    status = LaunchEarly(kernel, Ctas(blocks.count), dim3(kThreads), stream, p, blocks);
+    status = LaunchPdl(kernel, Ctas(blocks.count), dim3(kThreads), stream, p, blocks);
   });
   return status;
 }
@@ -162,7 +163,7 @@ cudaError_t LaunchMxfp4Dequantize(const Mxfp4DequantizeParams& p, cudaStream_t s
   dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(p.dtype, "dtype", [&](auto dtype) {
     constexpr DType kOut = decltype(dtype)::value;
     const auto kernel = aligned ? DequantizeKernel<kOut, true> : DequantizeKernel<kOut, false>;
-    status = LaunchEarly(kernel, Ctas(count), dim3(kThreads), stream, p, count);
+    status = LaunchPdl(kernel, Ctas(count), dim3(kThreads), stream, p, count);
   });
   return status;
 }

@@ -1,4 +1,4 @@
-// quantize_fp8. A segment is what one scale covers inside a row: the whole row, or a group of it.
+// quantize_fp8. A segment is the part of a row that one scale covers: the whole row, or a group.
 //
 // Segments of 8 * 2^k elements up to 256 whose rows are 16-byte aligned take the vector kernel: a
 // segment in 2^k lanes, 8 elements a lane, x read once. Everything else takes one CTA a segment,
@@ -6,6 +6,7 @@
 #include "common/dispatch.h"
 #include "common/exact.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/quantize/launch.h"
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How a launch sees the problem: `segments` segments of `length` elements, `per_row` of them a row.
+// The problem of a launch: `count` segments of `length` elements, `per_row` of them in a row.
 struct Segments {
   int64_t count;
   int64_t per_row;
@@ -25,7 +26,7 @@ struct Segments {
 
 __device__ __forceinline__ uint32_t WarpMax(uint32_t x, int lanes) {
   for (int offset = 1; offset < lanes; offset *= 2) {
-    x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+    x = max(x, __shfl_xor_sync(kFullWarp, x, offset));
   }
   return x;
 }
@@ -150,7 +151,7 @@ __global__ void FinishTensorScaleKernel(float* scale) {
 
 template <DType kIn, QuantGranularity kGranularity>
 cudaError_t LaunchSegments(const QuantizeFp8Params& p, cudaStream_t stream) {
-  // One static scale: cut rows into pieces of any length that suits.
+  // With one scale for the tensor, rows may be cut into segments of any length.
   constexpr bool kOneScale =
       kGranularity == QuantGranularity::kStatic || kGranularity == QuantGranularity::kTensor;
   const bool aligned =

@@ -34,7 +34,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
     const int column = index / kQuads, quad = index % kQuads;
     const bool mine = done + static_cast<int>(threadIdx.x) < each && infos[column].out >= 0;
     uint4 out = make_uint4(0, 0, 0, 0);
-    PartWeight weight = {kLowestMaximum, 0.0f};
+    PartialWeight weight = {kLowestMaximum, 0.0f};
     if (mine) {
 #pragma unroll 1
       for (int first = 0; first < cluster; first += kBatch) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
         for (int b = 0; b < kBatch; ++b) {
           if (first + b >= cluster) continue;
           const MergeWeights w =
-              WeightsOfParts(weight, {fmaxf(states[b].x, kLowestMaximum), states[b].y});
+              WeightsOfPartials(weight, {fmaxf(states[b].x, kLowestMaximum), states[b].y});
           float x[4];
           MergePack<DType::kFloat32>(out, outs[b], w, x);
           out = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));

@@ -318,9 +318,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   TouchParameters(p);
   TouchParameters(task);
   if (task.beside) {
-    BeginBesideEarlierKernel();
+    PdlBeginConcurrent();
   } else {
-    WaitForEarlierKernels();
+    PdlWait();
   }
   const bool clustered = Traits::kClusters && task.cluster > 1;
   Schedule schedule;
@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       state.Reset();
       RunSegment<Traits>(p, segment, stream, query, factors, SharedAddress(infos), &cursor, &ring,
                          &state);
-      if (done + i + 1 == schedule.num_items) AllowNextKernel();
+      if (done + i + 1 == schedule.num_items) PdlLaunchDependents();
       parts = segment.parts;
       FinishSegment<Traits>(p, task, segment, stream, warp_column, shared, &state);
     }
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
         header;
   }
   if (task.clear) ClearPadding(p, task.first_row, task.num_rows);
-  if (task.beside) EndBesideEarlierKernel();
+  if (task.beside) PdlEndConcurrent();
 }
 
 // Slots of the kernel's rings on a device whose CTAs have up to `bytes` of shared memory.
@@ -434,8 +434,8 @@ cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask
                                 Traits::SharedBytes(kMaxPlanSeqs, slots));
   });
   if (status != cudaSuccess) return status;
-  return LaunchEarlyInClusters(kernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
-                               Traits::SharedBytes(task.num_rows, slots), stream, p, task);
+  return LaunchPdlInClusters(kernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
+                             Traits::SharedBytes(task.num_rows, slots), stream, p, task);
 }
 
 }  // namespace fastattn::cuda

@@ -27,10 +27,10 @@ constexpr int kMostBlocks = 1536;
 // Some parts of a column, 4 channels a thread. Without any it changes nothing that it joins.
 struct Merged {
   uint4 out = make_uint4(0, 0, 0, 0);  // of fp32
-  PartWeight weight = {kLowestMaximum, 0.0f};
+  PartialWeight weight = {kLowestMaximum, 0.0f};
 
   __device__ __forceinline__ void Join(const Merged& other) {
-    const MergeWeights w = WeightsOfParts(weight, other.weight);
+    const MergeWeights w = WeightsOfPartials(weight, other.weight);
     float x[4];
     MergePack<DType::kFloat32>(out, other.out, w, x);
     out = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));
@@ -108,7 +108,7 @@ __device__ __forceinline__ SplitItem FindItem(const AttentionTask& task, int cta
 __device__ __forceinline__ void MergeItem(const AttentionParams& p, const AttentionTask& task,
                                           int columns, int block_columns, const SplitItem& item) {
   __shared__ uint4 outs[kThreads];
-  __shared__ PartWeight weights[kThreads];
+  __shared__ PartialWeight weights[kThreads];
   const int parts = item.header.x;
   const int head_dim = p.head_dim, quads = head_dim / 4;
   const int quad = threadIdx.x % quads;
@@ -190,13 +190,13 @@ __global__ void __launch_bounds__(kThreads)
                      int ctas) {
   TouchParameters(p);
   if (task.beside) {
-    BeginBesideEarlierKernel();
+    PdlBeginConcurrent();
   } else {
-    WaitForEarlierKernels();
-    AllowNextKernel();
+    PdlWait();
+    PdlLaunchDependents();
   }
   MergeItems<kSearch>(p, task, columns, block_columns, ctas);
-  if (task.beside) EndBesideEarlierKernel();
+  if (task.beside) PdlEndConcurrent();
 }
 
 __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ AttentionParams p) {
@@ -208,9 +208,9 @@ __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ 
 
 __global__ void __launch_bounds__(kThreads)
     ClearPaddingKernel(const __grid_constant__ AttentionParams p) {
-  BeginBesideEarlierKernel();
+  PdlBeginConcurrent();
   ClearPadding(p, 0, p.seqs.batch);
-  EndBesideEarlierKernel();
+  PdlEndConcurrent();
 }
 
 }  // namespace
@@ -224,8 +224,8 @@ cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream) {
 cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream) {
   if (!p.clear_padding && p.lse == nullptr) return cudaSuccess;
   constexpr int kMostCtas = 128;
-  return LaunchEarly(ClearPaddingKernel, dim3(std::min(p.seqs.batch, kMostCtas)), dim3(kThreads),
-                     stream, p);
+  return LaunchPdl(ClearPaddingKernel, dim3(std::min(p.seqs.batch, kMostCtas)), dim3(kThreads),
+                   stream, p);
 }
 
 cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task, int columns,
@@ -238,8 +238,8 @@ cudaError_t LaunchMergeParts(const AttentionParams& p, const AttentionTask& task
   const int block_columns = few ? 1 : std::min(columns, kMergeColumns);
   const bool search = few && grid * columns > kMostBlocks;
   const dim3 blocks(search ? static_cast<int>(items) : grid, columns / block_columns);
-  return LaunchEarly(search ? MergePartsKernel<true> : MergePartsKernel<false>, blocks,
-                     dim3(kThreads), stream, p, task, columns, block_columns, grid);
+  return LaunchPdl(search ? MergePartsKernel<true> : MergePartsKernel<false>, blocks,
+                   dim3(kThreads), stream, p, task, columns, block_columns, grid);
 }
 
 }  // namespace fastattn::cuda

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t total = static_cast<uint32_t>(p.num_tokens) * heads.divisor;
   const uint32_t first = blockIdx.x * (kAtOnce * kPairs) + threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
-  WaitForEarlierKernels();
+  PdlWait();
   Raw<kIn> raw[kPairs];
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
         token * p.q_token_stride + (pair - token * heads.divisor) * p.q_head_stride + lane * kChunk;
     raw[i].low = pair < total ? LoadChannels<kVector>(p.q, element) : make_uint4(0, 0, 0, 0);
   }
-  AllowNextKernel();
+  PdlLaunchDependents();
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const uint32_t pair = first + i * kAtOnce;
@@ -81,7 +81,7 @@ cudaError_t Launch(const QuantizeQueryParams& p, cudaStream_t stream) {
   const int64_t total = static_cast<int64_t>(p.num_tokens) * p.num_heads;
   const dim3 grid(static_cast<unsigned>((total + kPerCta - 1) / kPerCta));
   const Divisor heads(static_cast<uint32_t>(p.num_heads));
-  return LaunchEarly(
+  return LaunchPdl(
       vector ? QuantizeQueryKernel<kIn, kHeadDim, true> : QuantizeQueryKernel<kIn, kHeadDim, false>,
       grid, dim3(kThreads), stream, p, heads);
 }

@@ -3,12 +3,12 @@
 // One CTA handles one block (64 tokens) of one KV head, K and V. Each thread loads 16-byte pieces
 // of codes, all of them before it uses the first.
 //
-// K: a piece is 16 channels of one token: convert and store.
+// K: a piece is 16 channels of one token, which its thread converts and stores.
 // V: a piece is 16 tokens of one channel. A thread takes the pieces of 4 neighbouring channels,
 //    transposes 4x4 bytes in registers (8 prmt per 16 bytes) and writes words of 4 channels to
 //    shared memory, token-major; the block is then read back as 16 channels of one token.
-// Stores: 16 codes become 32 bytes, two 16-byte stores. Lanes of a pair trade halves first, so that
-//    one store instruction fills whole 32-byte sectors.
+// Stores: 16 codes become 32 bytes, two 16-byte stores. Neighbouring lanes trade halves first, so
+//    that one store instruction fills whole 32-byte sectors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,12 +17,14 @@
 
 #include "common/dispatch.h"
 #include "common/numeric.h"
+#include "common/static_scales.h"
 #include "common/types.h"
 #include "cuda/cache/append/launch.h"
 #include "cuda/cache/shared/block_pieces.cuh"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/bytes.cuh"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 
 namespace fastattn::cuda {
@@ -45,43 +47,44 @@ struct AppendTraits {
   static constexpr int kPieces = kBlockSize * kPiecesPerToken / kAppendThreads;  // per thread
 };
 
-// The 16 static scales of channels [channel, channel + 16) of a head; equal ones where the scale is
-// per tensor or per head.
+// Loads the static scales of channels [channel, channel + 16) of a head; they are equal where the
+// scale is per tensor or per head.
 __device__ __forceinline__ void LoadStaticScales(const void* scales, DType dtype,
                                                  ScaleGranularity granularity, int head,
                                                  int head_dim, int channel, float (&out)[16]) {
   if (granularity == ScaleGranularity::kChannel) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      out[i] = LoadScale(scales, dtype, static_cast<int64_t>(head) * head_dim + channel + i);
+      out[i] = LoadScale(scales, dtype, StaticScaleIndex(granularity, head, channel + i, head_dim));
     }
   } else {
-    const float scale = LoadScale(scales, dtype, granularity == ScaleGranularity::kHead ? head : 0);
+    const float scale =
+        LoadScale(scales, dtype, StaticScaleIndex(granularity, head, channel, head_dim));
 #pragma unroll
     for (int i = 0; i < 16; ++i) out[i] = scale;
   }
 }
 
 // Byte offsets in a plane of the K piece with channels [16 g, +16) of token r, and of the V piece
-// with tokens [16 g, +16) of channel d. Rows of the fastattn layout are `row` bytes apart; planes
-// of the other one are contiguous.
+// with tokens [16 g, +16) of channel d. The rows of a plane in the fastattn layout are `row_stride`
+// bytes apart; planes in the other layout are contiguous.
 template <typename Traits>
-__device__ __forceinline__ int64_t KeyPieceIn(int64_t row, int r, int g) {
-  if constexpr (Traits::kLayout == CacheLayout::kFastattn) return r * row + g * 16;
+__device__ __forceinline__ int64_t KeyPieceIn(int64_t row_stride, int r, int g) {
+  if constexpr (Traits::kLayout == CacheLayout::kFastattn) return r * row_stride + g * 16;
   return KeyPiece<Traits::kLayout, Traits::kHeadDim>(r, g);
 }
 
 template <typename Traits>
-__device__ __forceinline__ int64_t ValuePieceIn(int64_t row, int d, int g) {
-  if constexpr (Traits::kLayout == CacheLayout::kFastattn) return d * row + g * 16;
+__device__ __forceinline__ int64_t ValuePieceIn(int64_t row_stride, int d, int g) {
+  if constexpr (Traits::kLayout == CacheLayout::kFastattn) return d * row_stride + g * 16;
   return ValuePiece<Traits::kLayout, Traits::kHeadDim>(d, g);
 }
 
-// Dequantises 16 codes (channels [16 g, 16 g + 16) of a token) and stores them at `row`. Lanes of a
-// pair hold g and g + 1 of the same token; both call.
+// Dequantises 16 codes (channels [16 g, 16 g + 16) of a token) and stores them in the token's
+// channels at `out`. Two neighbouring lanes hold g and g + 1 of the same token, and both take part.
 template <typename Traits>
 __device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_scales)[16],
-                                           float token_scale, uint16_t* row, int g, bool active) {
+                                           float token_scale, uint16_t* out, int g, bool active) {
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
   uint32_t pairs[8];
 #pragma unroll
@@ -100,7 +103,7 @@ __device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_sca
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t sent = odd ? pairs[i] : pairs[4 + i];
-    const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, sent, 1);
+    const uint32_t received = __shfl_xor_sync(kFullWarp, sent, 1);
     if (odd) {
       pairs[i] = received;
     } else {
@@ -108,9 +111,9 @@ __device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_sca
     }
   }
   if (!active) return;
-  uint4* out = reinterpret_cast<uint4*>(row + (g & ~1) * 16) + (odd ? 1 : 0);
-  out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  out[2] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+  uint4* halves = reinterpret_cast<uint4*>(out + (g & ~1) * 16) + (odd ? 1 : 0);
+  halves[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  halves[2] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
 }
 
 template <typename Traits>
@@ -119,30 +122,26 @@ __global__ void __launch_bounds__(kAppendThreads)
   constexpr int kHeadDim = Traits::kHeadDim;
   __shared__ TokenMajorTile<kHeadDim> value_tile;
 
-  // Find the block.
-  const int kv_heads = p.cache.num_kv_heads;
-  const int64_t slot = blockIdx.x / kv_heads;
-  const int head = blockIdx.x % kv_heads;
-  const int row = FindSeq(p.cu_seqlens_k, p.batch, slot);
-  if (row < 0) return;
-  const int start = p.cu_seqlens_k[row];
-  if (start < 0) return;
-  int64_t tokens = min(p.seq_lens_decoder[row], p.cu_seqlens_k[row + 1] - start);
-  tokens = min(tokens, p.num_out_tokens - start);
-  const int64_t tile = slot - FirstSlot(start, row);
-  tokens -= tile * kBlockSize;
-  if (tokens <= 0 || tile >= p.max_blocks) return;
-  const int valid = static_cast<int>(min(tokens, int64_t{kBlockSize}));
-  const int block = p.block_tables[static_cast<int64_t>(row) * p.max_blocks + tile];
-  if (block < 0 || block >= p.cache.num_blocks) return;
-
   const PagedCache& cache = p.cache;
+  const int64_t slot = blockIdx.x / cache.num_kv_heads;
+  const int head = blockIdx.x % cache.num_kv_heads;
+  const int batch_idx = FindSeq(p.cu_seqlens_k, p.batch, slot);
+  if (batch_idx < 0) return;
+  const int start = p.cu_seqlens_k[batch_idx];
+  if (start < 0) return;
+  const int64_t tile = slot - FirstSlot(start, batch_idx);
+  int64_t tokens = min(p.seq_lens_decoder[batch_idx], p.cu_seqlens_k[batch_idx + 1] - start);
+  tokens = min(tokens, p.num_out_tokens - start) - tile * kBlockSize;
+  if (tokens <= 0 || tile >= p.max_blocks) return;
+  const int count = static_cast<int>(min(tokens, int64_t{kBlockSize}));
+  const int block = p.block_tables[static_cast<int64_t>(batch_idx) * p.max_blocks + tile];
+  if (block < 0 || block >= cache.num_blocks) return;
   const uint8_t* key_codes =
       static_cast<const uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
   const uint8_t* value_codes =
       static_cast<const uint8_t*>(cache.value) + cache.value_strides.Plane(block, head);
 
-  // Load everything.
+  // All loads are issued before the first of them is used.
   const int tid = threadIdx.x;
   const int g = tid % Traits::kPiecesPerToken;  // channel group of K pieces and of stores
   int tokens_of_thread[Traits::kPieces];
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(kAppendThreads)
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
     const int r = tokens_of_thread[i];
-    k[i] = r < valid ? __ldg(reinterpret_cast<const uint4*>(
+    k[i] = r < count ? __ldg(reinterpret_cast<const uint4*>(
                            key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g)))
                      : make_uint4(0, 0, 0, 0);
   }
@@ -177,8 +176,8 @@ __global__ void __launch_bounds__(kAppendThreads)
       const int r = tokens_of_thread[i];
       const int64_t k_index = cache.k_scale_strides.Plane(block, head) + r;
       const int64_t v_index = cache.v_scale_strides.Plane(block, head) + r;
-      k_token_scale[i] = r < valid ? LoadScale(cache.k_scales, cache.scale_dtype, k_index) : 0.0f;
-      v_token_scale[i] = r < valid ? LoadScale(cache.v_scales, cache.scale_dtype, v_index) : 0.0f;
+      k_token_scale[i] = r < count ? LoadScale(cache.k_scales, cache.scale_dtype, k_index) : 0.0f;
+      v_token_scale[i] = r < count ? LoadScale(cache.v_scales, cache.scale_dtype, v_index) : 0.0f;
     }
   } else {
     LoadStaticScales(p.cache.k_scales, p.cache.scale_dtype, p.cache.k_granularity, head, kHeadDim,
@@ -187,10 +186,10 @@ __global__ void __launch_bounds__(kAppendThreads)
                      g * 16, v_static);
   }
 
-  // V: transpose into shared memory.
+  // V is transposed on its way into shared memory.
   if (v_active) ScatterPieces(v, v_channel, v_group, value_tile);
 
-  // K: convert and store while V's writes settle.
+  // K is converted and stored while V's writes settle.
   const int64_t out_token = start + tile * kBlockSize;
   uint16_t* key_out = static_cast<uint16_t*>(p.key) + out_token * p.key_token_stride +
                       static_cast<int64_t>(head) * kHeadDim;
@@ -204,10 +203,10 @@ __global__ void __launch_bounds__(kAppendThreads)
     codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
     codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
     StorePiece<Traits>(codes, k_static, k_token_scale[i], key_out + r * p.key_token_stride, g,
-                       r < valid);
+                       r < count);
   }
 
-  // V: read back by token, convert and store.
+  // V is read back by token, converted and stored.
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(kAppendThreads)
     codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
     codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
     StorePiece<Traits>(codes, v_static, v_token_scale[i], value_out + r * p.value_token_stride, g,
-                       r < valid);
+                       r < count);
   }
 }
 

@@ -1,13 +1,13 @@
 // convert_cache_layout: one CTA moves the bytes of one (block, KV head) from one order to another,
-// to another tensor or (convert_cache_blocks) in place: it has read them all before it writes.
+// to another tensor or (convert_cache_blocks) in place. It has read them all before it writes.
 //
 // fastattn and fastdeploy hold the same 16-byte pieces in other places (K: 16 channels of a token,
-// in slot order for fastdeploy; V: 16 tokens of a channel in slot order for both), so those
-// conversions move pieces through registers. Logical V is [64, D]: it meets the others by 4x4 byte
-// transpositions and a token-major copy in shared memory.
+// in TokenSlot order for fastdeploy; V: 16 tokens of a channel in TokenSlot order for both), so
+// those conversions move pieces through registers. Logical V is [64, D]: it meets the others by 4x4
+// byte transpositions and a token-major copy in shared memory.
 //
-// A range of 256 blocks takes about 12 us: launched one after the other, ranges would wait for a
-// launch a tenth of their time.
+// A range of 256 blocks takes about 12 us. Without PDL, ranges that follow each other would wait
+// for launches a tenth of their time.
 #include <stdexcept>
 
 #include "common/dispatch.h"
@@ -28,8 +28,8 @@ __device__ __forceinline__ uint4 Flip(uint4 x, uint32_t mask) {
   return make_uint4(x.x ^ mask, x.y ^ mask, x.z ^ mask, x.w ^ mask);
 }
 
-// Bytes that the same kernel overwrites may not go through the read-only cache: its loads may be
-// moved past a barrier.
+// Loads bytes. Those that the same kernel overwrites may not go through the read-only cache: the
+// compiler may move its loads past a barrier.
 template <bool kInPlace>
 __device__ __forceinline__ uint4 Load(const uint8_t* address) {
   const auto* piece = reinterpret_cast<const uint4*>(address);
@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPieces = kBlockSize * kHeadDim / 16 / kThreads;
   const uint8_t* src = static_cast<const uint8_t*>(p.src) + p.SrcPlane(blockIdx.x);
   uint8_t* dst = static_cast<uint8_t*>(p.dst) + p.DstPlane(blockIdx.x);
-  WaitForEarlierKernels();
-  AllowNextKernel();
+  PdlWait();
+  PdlLaunchDependents();
   uint4 pieces[kPieces];
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
@@ -81,9 +81,9 @@ __global__ void __launch_bounds__(kThreads)
   const int channel = threadIdx.x / 4 * 4;
   const bool active = channel < kHeadDim;
 
-  WaitForEarlierKernels();
-  AllowNextKernel();
-  uint4 pieces[4];  // [channel], 16 tokens of `group` in slot order
+  PdlWait();
+  PdlLaunchDependents();
+  uint4 pieces[4];  // [channel], 16 tokens of `group` in TokenSlot order
   if constexpr (kFromLogical) {
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
       const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;
@@ -147,7 +147,7 @@ cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t str
     constexpr int kHeadDim = decltype(head_dim)::value;
     const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
                                    : ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>;
-    status = LaunchEarly(kernel, dim3(grid), dim3(kThreads), stream, p, flip);
+    status = LaunchPdl(kernel, dim3(grid), dim3(kThreads), stream, p, flip);
   });
   return status;
 }

@@ -25,7 +25,7 @@ __device__ __forceinline__ void TouchParameters(const Params& p) {
 }
 
 inline constexpr int kDecodeThreads = 32;
-inline constexpr int kValueParts = 4;
+inline constexpr int kValueShares = 4;
 
 template <typename Traits>
 using DecodeLane = LaneShape<Traits::kIn, Traits::kHeadDim, 4>;
@@ -43,27 +43,28 @@ struct DecodeHead {
   int lane;  // of the head
   int head;
   bool active;  // false: past the last head
-  int part;     // of `parts` warps that share the stores of V
-  int parts;    // a power of 2
+  int share;    // of `shares` warps that share the stores of V
+  int shares;   // a power of 2
 };
 
 template <typename Traits>
-__device__ __forceinline__ DecodeHead HeadOfLane(int unit, int num_heads) {
+__device__ __forceinline__ DecodeHead HeadOfLane(int group, int num_heads) {
   using Lane = DecodeLane<Traits>;
   DecodeHead at;
   at.token = blockIdx.y;
   at.lane = threadIdx.x % Lane::kLanes;
-  const int head = unit * Lane::kHeads + threadIdx.x % 32 / Lane::kLanes;
+  const int head = group * Lane::kHeads + threadIdx.x % 32 / Lane::kLanes;
   at.active = head < num_heads;
   at.head = at.active ? head : 0;
-  at.part = 0, at.parts = 1;
+  at.share = 0, at.shares = 1;
   return at;
 }
 
 // Block of a token's place, -1 where there is none.
 __device__ __forceinline__ int BlockOfPlace(const StepParams& p, const WarpPlace& place) {
-  if (place.row < 0) return -1;
-  return BlockOf(p.rope.seqs, p.rope.cache.num_blocks, place.row, place.position / kBlockSize);
+  if (place.batch_idx < 0) return -1;
+  return BlockOf(p.rope.seqs, p.rope.cache.num_blocks, place.batch_idx,
+                 place.position / kBlockSize);
 }
 
 enum class HeadKind { kQuery, kKey, kValue };
@@ -137,14 +138,14 @@ struct DecodeValues {
 };
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeQuery(const StepParams& p, const RowWindow& window, int given,
+__device__ __forceinline__ void DecodeQuery(const StepParams& p, const SeqWindow& window, int given,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   const RopeWriteCacheParams& rope = p.rope;
   DecodeValues<Traits, Lane, HeadKind::kQuery> values(rope, p.q, p.q_stride, at);
   const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
   const WarpPlace place = FindPlace(rope.seqs, window, given, at.token);
-  if (place.row >= 0) {
+  if (place.batch_idx >= 0) {
     values.Transform(rope, place.position, at.lane);
   } else {
 #pragma unroll
@@ -155,7 +156,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, const RowWindow
 
 // K, and V of type none.
 template <typename Traits, HeadKind kKind>
-__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowWindow& window,
+__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const SeqWindow& window,
                                                  int given, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   constexpr bool kKey = kKind == HeadKind::kKey;
@@ -166,7 +167,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowW
   const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
   const int block = BlockOfPlace(p, place);
   if constexpr (Traits::kRope) {
-    if (place.row >= 0) values.Transform(p.rope, place.position, at.lane);
+    if (place.batch_idx >= 0) values.Transform(p.rope, place.position, at.lane);
   }
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
@@ -177,7 +178,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const RowW
 }
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow& window, int given,
+__device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow& window, int given,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   using Map = StridedMap<Lane>;
@@ -223,7 +224,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow
   uint32_t codes[Lane::kCodeWords];
   QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, scale, at.head,
                                   at.lane, cache.v_scale_strides.Plane(block, at.head) + slot,
-                                  store && at.part == 0, codes);
+                                  store && at.share == 0, codes);
   if (!store) return;
   const CacheStrides& strides = cache.value_strides;
   uint8_t* out =
@@ -231,7 +232,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const RowWindow
   const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
 #pragma unroll
   for (int i = 0; i < Lane::kValues; ++i, out += step) {
-    if ((i & (at.parts - 1)) == at.part) {
+    if ((i & (at.shares - 1)) == at.share) {
       *out = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
     }
   }
@@ -244,34 +245,34 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const SeqMeta& seqs = p.rope.seqs;
   const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
   const int kv_heads = p.rope.cache.num_kv_heads;
-  const int q_units = (q_heads + Lane::kHeads - 1) / Lane::kHeads;
-  const int kv_units = (kv_heads + Lane::kHeads - 1) / Lane::kHeads;
+  const int q_groups = (q_heads + Lane::kHeads - 1) / Lane::kHeads;
+  const int kv_groups = (kv_heads + Lane::kHeads - 1) / Lane::kHeads;
   // A small step has warps to spare: the scattered stores of V are what takes longest.
-  const int value_parts = Traits::kQuantized && small_grid ? kValueParts : 1;
-  const int value_units = kv_units * value_parts;
-  const int unit = blockIdx.x;
+  const int value_shares = Traits::kQuantized && small_grid ? kValueShares : 1;
+  const int value_groups = kv_groups * value_shares;
+  const int group = blockIdx.x;
   const int token = blockIdx.y;
   TouchParameters(p);
-  WaitForEarlierKernels();
+  PdlWait();
   // The next kernel's CTAs would gather where this one's finish first, unless there is room.
-  if (small_grid) AllowNextKernel();
-  const RowWindow window = LoadWindow(seqs, static_cast<int>(token * seqs_per_token));
-  const int given = GivenRow(seqs, token);
-  if (unit < value_units) {
-    DecodeHead at = HeadOfLane<Traits>(unit >> (value_parts == kValueParts ? 2 : 0), kv_heads);
-    at.part = unit & (value_parts - 1);
-    at.parts = value_parts;
+  if (small_grid) PdlLaunchDependents();
+  const SeqWindow window = LoadWindow(seqs, static_cast<int>(token * seqs_per_token));
+  const int given = GivenSeq(seqs, token);
+  if (group < value_groups) {
+    DecodeHead at = HeadOfLane<Traits>(group >> (value_shares == kValueShares ? 2 : 0), kv_heads);
+    at.share = group & (value_shares - 1);
+    at.shares = value_shares;
     if constexpr (Traits::kQuantized) {
       DecodeValue<Traits>(p, window, given, at);
     } else {
       DecodeTokenMajor<Traits, HeadKind::kValue>(p, window, given, at);
     }
-  } else if (unit < value_units + kv_units) {
+  } else if (group < value_groups + kv_groups) {
     DecodeTokenMajor<Traits, HeadKind::kKey>(p, window, given,
-                                             HeadOfLane<Traits>(unit - value_units, kv_heads));
+                                             HeadOfLane<Traits>(group - value_groups, kv_heads));
   } else if constexpr (Traits::kRope) {
     DecodeQuery<Traits>(p, window, given,
-                        HeadOfLane<Traits>(unit - value_units - kv_units, q_heads));
+                        HeadOfLane<Traits>(group - value_groups - kv_groups, q_heads));
   }
 }
 

@@ -19,13 +19,13 @@ template <typename Traits>
 cudaError_t LaunchDecode(const StepParams& p, cudaStream_t stream) {
   using Lane = DecodeLane<Traits>;
   const SeqMeta& seqs = p.rope.seqs;
-  const int kv_units = CeilDiv(p.rope.cache.num_kv_heads, Lane::kHeads);
-  const int units = CeilDiv(p.rope.num_heads, Lane::kHeads) + 2 * kv_units;
-  const bool small = static_cast<int64_t>(units) * seqs.num_tokens <= kSmallGrid;
-  const int more = small && Traits::kQuantized ? (kValueParts - 1) * kv_units : 0;
+  const int kv_groups = CeilDiv(p.rope.cache.num_kv_heads, Lane::kHeads);
+  const int groups = CeilDiv(p.rope.num_heads, Lane::kHeads) + 2 * kv_groups;
+  const bool small = static_cast<int64_t>(groups) * seqs.num_tokens <= kSmallGrid;
+  const int more = small && Traits::kQuantized ? (kValueShares - 1) * kv_groups : 0;
   const float seqs_per_token = static_cast<float>(seqs.batch) / static_cast<float>(seqs.num_tokens);
-  return LaunchEarly(StepDecodeKernel<Traits>, dim3(units + more, seqs.num_tokens),
-                     dim3(kDecodeThreads), stream, p, seqs_per_token, small);
+  return LaunchPdl(StepDecodeKernel<Traits>, dim3(groups + more, seqs.num_tokens),
+                   dim3(kDecodeThreads), stream, p, seqs_per_token, small);
 }
 
 // Prompts: rope_write_cache_kv.
@@ -35,8 +35,8 @@ cudaError_t LaunchStream(const StepParams& p, cudaStream_t stream) {
   const int kv_heads = p.rope.cache.num_kv_heads;
   const int steps = CeilDiv(p.rope.num_heads, Lane::kHeads) + CeilDiv(kv_heads, Lane::kHeads);
   const StreamGrid grid = MakeStreamGrid(p.rope.seqs, steps, kv_heads);
-  return LaunchEarly(StepStreamKernel<Traits>, dim3(GridSize(grid.ctas)), dim3(kStreamThreads),
-                     stream, p, grid);
+  return LaunchPdl(StepStreamKernel<Traits>, dim3(GridSize(grid.ctas)), dim3(kStreamThreads),
+                   stream, p, grid);
 }
 
 // Prompts: write_cache_kv.
@@ -48,8 +48,8 @@ cudaError_t LaunchTiles(const StepParams& p, cudaStream_t stream) {
   const bool split = slots <= kSmallGrid / kv_heads;
   const dim3 grid(kv_heads, std::min(slots, kTileRun), CeilDiv(slots, kTileRun) * (split ? 2 : 1));
   const float seqs_per_tile = static_cast<float>(seqs.batch) / static_cast<float>(slots);
-  return LaunchEarly(StepTileKernel<Traits>, grid, dim3(kStreamThreads), stream, p, seqs_per_tile,
-                     split);
+  return LaunchPdl(StepTileKernel<Traits>, grid, dim3(kStreamThreads), stream, p, seqs_per_tile,
+                   split);
 }
 
 template <typename Traits>

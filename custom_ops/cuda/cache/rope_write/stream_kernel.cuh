@@ -55,15 +55,15 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     load(first_step + i, words[i], scales[i]);
   }
 
-  const RowWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.seqs_per_token));
-  const WarpPlace place = FindPlace(rope.seqs, window, GivenRow(rope.seqs, token), token);
-  const bool owned = place.row >= 0;
+  const SeqWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.seqs_per_token));
+  const WarpPlace place = FindPlace(rope.seqs, window, GivenSeq(rope.seqs, token), token);
+  const bool owned = place.batch_idx >= 0;
   LaneRotation<Traits, Lane, kStreamThreads / 32> rotation;
   int block = -1;
   if (owned) {
     rotation.Load(rope, place.position, lane);
     if (end_step > q_steps) {
-      block = BlockOf(rope.seqs, cache.num_blocks, place.row, place.position / kBlockSize);
+      block = BlockOf(rope.seqs, cache.num_blocks, place.batch_idx, place.position / kBlockSize);
     }
   }
   const int slot = place.position % kBlockSize;
@@ -118,14 +118,15 @@ template <typename Traits>
 __global__ void __launch_bounds__(kStreamThreads, 3)
     StepStreamKernel(const __grid_constant__ StepParams p,
                      const __grid_constant__ StreamGrid grid) {
-  WaitForEarlierKernels();
-  AllowNextKernel();
+  PdlWait();
+  PdlLaunchDependents();
   if (blockIdx.x < grid.stream_ctas) {
     StreamToken<Traits>(p, grid, blockIdx.x);
   } else {
     const unsigned index = blockIdx.x - grid.stream_ctas;
     const int kv_heads = p.rope.cache.num_kv_heads;
-    WriteTile<Traits>(p, index % kv_heads, index / kv_heads, grid.seqs_per_tile, TilePart::kValues);
+    WriteTile<Traits>(p, index % kv_heads, index / kv_heads, grid.seqs_per_tile,
+                      TileOutput::kValues);
   }
 }
 

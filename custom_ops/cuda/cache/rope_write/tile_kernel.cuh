@@ -12,7 +12,7 @@
 namespace fastattn::cuda {
 
 // Which of K and V a CTA writes.
-enum class TilePart : int { kValues, kKeys, kBoth };
+enum class TileOutput : int { kValues, kKeys, kBoth };
 
 // Adds V's bias to a tile's values and rounds them again.
 template <typename Traits, typename Lane, int kPasses>
@@ -38,7 +38,7 @@ __device__ __forceinline__ void AddValueBias(const RopeWriteCacheParams& p, int 
 // them in front the kernel was slower.
 template <typename Traits>
 __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int tile_slot,
-                                          float seqs_per_tile, TilePart part) {
+                                          float seqs_per_tile, TileOutput output) {
   using Lane = StreamLane<Traits>;
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kTokens = kStreamThreads / Lane::kLanes;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
   const SeqMeta& seqs = p.rope.seqs;
   const PagedCache& cache = p.rope.cache;
   const TileWork work = FindTile(seqs, tile_slot, seqs_per_tile);
-  if (work.seq < 0) return;
+  if (work.batch_idx < 0) return;
   const int lane = threadIdx.x % Lane::kLanes;
   const int first_slot = threadIdx.x / Lane::kLanes;
   const int offset = head * kHeadDim + lane * Lane::kHalf;
@@ -64,21 +64,21 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
     const int token = work.token + slot;
     owned[i] = slot >= work.low && slot < work.high;
     if (owned[i] && seqs.batch_id_per_token != nullptr) {
-      owned[i] = seqs.batch_id_per_token[token] == work.seq;
+      owned[i] = seqs.batch_id_per_token[token] == work.batch_idx;
     }
     if (owned[i]) {
-      const bool k = part == TilePart::kKeys;
+      const bool k = output == TileOutput::kKeys;
       LoadHalves<Lane::kWords, Lane::kDistance>(
           k ? keys + token * p.k_stride : values + token * p.v_stride, words[i]);
     }
   }
   const float v_scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, head);
   const float k_scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
-  const int block = BlockOf(seqs, cache.num_blocks, work.seq, work.block_index);
+  const int block = BlockOf(seqs, cache.num_blocks, work.batch_idx, work.block_index);
   if (block < 0) return;
   const int64_t v_plane = cache.value_strides.Plane(block, head);
   const int64_t v_scales = cache.v_scale_strides.Plane(block, head);
-  if (part != TilePart::kKeys) {
+  if (output != TileOutput::kKeys) {
     AddValueBias<Traits, Lane>(p.rope, head, lane, words);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
                                       v_scale, head, lane, v_plane + slot * cache.value_strides.row,
                                       v_scales + slot, owned[i]);
       }
-      if (owned[i] && part == TilePart::kBoth) {
+      if (owned[i] && output == TileOutput::kBoth) {
         LoadHalves<Lane::kWords, Lane::kDistance>(keys + (work.token + slot) * p.k_stride,
                                                   words[i]);
       }
@@ -106,7 +106,7 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
                                              cache.value_strides.row);
     }
   }
-  if (part != TilePart::kValues) {
+  if (output != TileOutput::kValues) {
     const int64_t k_plane = cache.key_strides.Plane(block, head);
     const int64_t k_scales = cache.k_scale_strides.Plane(block, head);
 #pragma unroll
@@ -125,10 +125,10 @@ inline constexpr int kTileRun = 32768;  // tiles in the grid's second dimension
 template <typename Traits>
 __global__ void __launch_bounds__(kStreamThreads, Traits::kIn == DType::kFloat32 ? 3 : 4)
     StepTileKernel(const __grid_constant__ StepParams p, float seqs_per_tile, bool split) {
-  WaitForEarlierKernels();
+  PdlWait();
   const int run = split ? blockIdx.z / 2 : blockIdx.z;
-  const TilePart part = split ? static_cast<TilePart>(blockIdx.z % 2) : TilePart::kBoth;
-  WriteTile<Traits>(p, blockIdx.x, run * kTileRun + blockIdx.y, seqs_per_tile, part);
+  const TileOutput output = split ? static_cast<TileOutput>(blockIdx.z % 2) : TileOutput::kBoth;
+  WriteTile<Traits>(p, blockIdx.x, run * kTileRun + blockIdx.y, seqs_per_tile, output);
 }
 
 }  // namespace fastattn::cuda

@@ -1,5 +1,5 @@
-// A cache block of one head as 16-byte pieces, and V's way between channel-major pieces and a
-// token-major copy in shared memory.
+// A cache block of one head as 16-byte pieces, and the transposition of V between pieces of one
+// channel and a token-major copy in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,8 @@ __device__ __forceinline__ int KeyPiece(int r, int g) {
   }
 }
 
-// Byte offset of the V piece with tokens [16 g, 16 g + 16), in slot order, of channel d.
+// Byte offset of the V piece with tokens [16 g, 16 g + 16) of channel d, in the order of TokenSlot
+// (common/layout.h).
 template <CacheLayout kLayout, int kHeadDim>
 __device__ __forceinline__ int ValuePiece(int d, int g) {
   static_assert(kLayout != CacheLayout::kLogical, "logical V has no pieces of one channel");
@@ -32,8 +33,8 @@ __device__ __forceinline__ int ValuePiece(int d, int g) {
   }
 }
 
-// The i-th K piece of this thread. A warp's tokens come as r and r + 8: those halves share a
-// 32-byte sector in the fastdeploy layout.
+// The i-th K piece of this thread. A warp takes tokens r and r + 8 together, as their pieces share
+// a 32-byte sector in the fastdeploy layout.
 struct PieceOfThread {
   int token, group;
 };
@@ -46,9 +47,9 @@ __device__ __forceinline__ PieceOfThread KeyPieceOfThread(int i) {
           static_cast<int>(threadIdx.x) % kPiecesPerToken};
 }
 
-// V codes of a block, token rows of D bytes, and 32 bytes more after every 16 rows. When a warp
-// reads or writes words of 4 channels of 4 token groups x 8 channel quads, the groups then lie in 4
-// x 8 different banks.
+// V codes of a block as token rows of D bytes, padded by 32 bytes after every 16 rows. When a warp
+// reads or writes words of 4 channels of 4 token groups x 8 channel quads, the padding puts them
+// into 4 x 8 different banks.
 template <int kHeadDim>
 struct TokenMajorTile {
   static constexpr int kGroupPad = 32;
@@ -59,7 +60,7 @@ struct TokenMajorTile {
   }
 };
 
-// Word w of a V piece holds tokens 2w, 2w+1, 2w+8, 2w+9 of its group: the token of its byte j.
+// Token of byte j in word w of a V piece: the word holds tokens 2w, 2w+1, 2w+8, 2w+9 of its group.
 __device__ __forceinline__ int TokenOfWord(int w, int j) { return 2 * w + (j & 1) + (j >> 1) * 8; }
 
 // Writes the pieces of channels [channel, +4), tokens [16 group, +16), token-major.

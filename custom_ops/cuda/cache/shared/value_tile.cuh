@@ -11,7 +11,7 @@ namespace fastattn::cuda {
 
 // A tile of one sequence: its block and the tokens [low, high) of that block that are new.
 struct TileWork {
-  int seq;  // -1: nothing to do
+  int batch_idx;  // -1: nothing to do
   int block_index;
   int token;  // of the block's first slot; may lie before the sequence's first token
   int low, high;
@@ -22,22 +22,22 @@ __device__ __forceinline__ TileWork FindTile(const SeqMeta& seqs, int tile_slot,
                                              float seqs_per_tile) {
   TileWork work = {-1, 0, 0, 0, 0};
   if (seqs.batch == 0) return work;
-  const RowWindow window = LoadWindow(seqs, static_cast<int>(tile_slot * seqs_per_tile));
-  const int seq = PickRow(seqs, window, tile_slot, kBlockSize, 2);
-  if (seq < 0) return work;
-  const RowFacts facts = FactsOf(seqs, window, seq);
+  const SeqWindow window = LoadWindow(seqs, static_cast<int>(tile_slot * seqs_per_tile));
+  const int batch_idx = PickSeq(seqs, window, tile_slot, kBlockSize, 2);
+  if (batch_idx < 0) return work;
+  const SeqFacts facts = FactsOf(seqs, window, batch_idx);
   if (facts.first < 0) return work;
   const int end = max(min(facts.end, seqs.num_tokens), 0);
   const int count = max(min(facts.count, end - facts.first), 0);
   const int start = max(facts.start, 0);
-  const int tile = tile_slot - (facts.first / kBlockSize + 2 * seq);
+  const int tile = tile_slot - (facts.first / kBlockSize + 2 * batch_idx);
   // The block's first slot, counted from the sequence's first token.
   const int base = tile * kBlockSize - start % kBlockSize;
   work.low = max(-base, 0);
   work.high = min(count - base, kBlockSize);
   work.block_index = start / kBlockSize + tile;
   work.token = facts.first + base;
-  if (work.high > work.low) work.seq = seq;
+  if (work.high > work.low) work.batch_idx = batch_idx;
   return work;
 }
 

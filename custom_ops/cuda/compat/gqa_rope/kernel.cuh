@@ -46,9 +46,10 @@ __device__ __forceinline__ void StoreKeyPiece(const uint32_t (&codes)[Lane::kCod
 }
 
 // Token of key and value that a sequence's i-th new token takes, -1 for none.
-__device__ __forceinline__ int RaggedToken(const GqaRopeWriteCacheParams& p, int seq, int i) {
-  const int first = p.cu_seqlens_k[seq];
-  const int prefix = PrefixLength(p.seq_lens_encoder[seq], p.rope.seqs.seq_lens_decoder[seq]);
+__device__ __forceinline__ int RaggedToken(const GqaRopeWriteCacheParams& p, int batch_idx, int i) {
+  const int first = p.cu_seqlens_k[batch_idx];
+  const int prefix =
+      PrefixLength(p.seq_lens_encoder[batch_idx], p.rope.seqs.seq_lens_decoder[batch_idx]);
   const int64_t token = static_cast<int64_t>(first) + prefix + i;
   return first >= 0 && token < p.num_kv_tokens && token <= INT32_MAX ? static_cast<int>(token) : -1;
 }
@@ -103,19 +104,20 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
   uint32_t words[Lane::kWords] = {};
   load(first_step, words);
 
-  const RowWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.seqs_per_token));
-  const WarpPlace place = FindPlace(rope.seqs, window, GivenRow(rope.seqs, token), token);
-  const bool owned = place.row >= 0;
+  const SeqWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.seqs_per_token));
+  const WarpPlace place = FindPlace(rope.seqs, window, GivenSeq(rope.seqs, token), token);
+  const bool owned = place.batch_idx >= 0;
   LaneRotation<Traits, Lane, kStreamThreads / 32> rotation;
   int own_block = -1;
   int out = -1;
   if (owned) {
     rotation.Load(rope, place.position, lane);
-    const uint32_t start = max(rope.seqs.seq_lens_decoder[place.row], 0);
-    out = RaggedToken(p, place.row, static_cast<int>(place.position - start));
-    if (p.seq_lens_encoder[place.row] > 0) {
+    const uint32_t start = max(rope.seqs.seq_lens_decoder[place.batch_idx], 0);
+    out = RaggedToken(p, place.batch_idx, static_cast<int>(place.position - start));
+    if (p.seq_lens_encoder[place.batch_idx] > 0) {
       end_step = min(end_step, q_steps + kv_steps);
-      own_block = BlockOf(rope.seqs, cache.num_blocks, place.row, place.position / kBlockSize);
+      own_block =
+          BlockOf(rope.seqs, cache.num_blocks, place.batch_idx, place.position / kBlockSize);
     }
   }
   const int own_slot = place.position % kBlockSize;
@@ -179,7 +181,7 @@ __device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, i
   const SeqMeta& seqs = p.rope.seqs;
   const PagedCache& cache = p.rope.cache;
   const TileWork work = FindTile(seqs, tile_slot, seqs_per_tile);
-  if (work.seq < 0 || p.seq_lens_encoder[work.seq] <= 0) return;
+  if (work.batch_idx < 0 || p.seq_lens_encoder[work.batch_idx] <= 0) return;
   const int kv_heads = cache.num_kv_heads;
   const int fused_heads = p.rope.num_heads + 2 * kv_heads;
   const int fused_head = fused_heads - kv_heads + head;
@@ -195,21 +197,21 @@ __device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, i
     const int token = work.token + slot;
     owned[i] = slot >= work.low && slot < work.high;
     if (owned[i] && seqs.batch_id_per_token != nullptr) {
-      owned[i] = seqs.batch_id_per_token[token] == work.seq;
+      owned[i] = seqs.batch_id_per_token[token] == work.batch_idx;
     }
     if (owned[i]) {
       LoadHalves<Lane::kWords, Lane::kDistance>(values + token * p.rope.qkv_stride, words[i]);
     }
   }
   const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, head);
-  const int block = BlockOf(seqs, cache.num_blocks, work.seq, work.block_index);
-  const int base = work.token - seqs.cu_seqlens_q[work.seq];
+  const int block = BlockOf(seqs, cache.num_blocks, work.batch_idx, work.block_index);
+  const int base = work.token - seqs.cu_seqlens_q[work.batch_idx];
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
     const int slot = i * kTokens + first_slot;
     if (!owned[i]) continue;
     StoreHead<Lane>(p.qkv_out, work.token + slot, fused_heads, fused_head, lane, words[i]);
-    const int out = RaggedToken(p, work.seq, base + slot);
+    const int out = RaggedToken(p, work.batch_idx, base + slot);
     if (out >= 0) StoreHead<Lane>(p.value, out, kv_heads, head, lane, words[i]);
   }
   if (block < 0) return;
@@ -243,7 +245,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(kStreamThreads, 3)
     GqaStreamKernel(const __grid_constant__ GqaRopeWriteCacheParams p,
                     const __grid_constant__ StreamGrid grid) {
-  WaitForEarlierKernels();
+  PdlWait();
   if (blockIdx.x < grid.stream_ctas) {
     GqaStreamToken<Traits>(p, grid, blockIdx.x);
   } else {
@@ -263,8 +265,8 @@ cudaError_t LaunchGqaFormat(const GqaRopeWriteCacheParams& p, cudaStream_t strea
     const int kv_heads = rope.cache.num_kv_heads;
     const int steps = CeilDiv(rope.num_heads, Lane::kHeads) + 2 * CeilDiv(kv_heads, Lane::kHeads);
     const StreamGrid grid = MakeStreamGrid(rope.seqs, steps, kv_heads);
-    status = LaunchEarly(GqaStreamKernel<Traits>, dim3(GridSize(grid.ctas)), dim3(kStreamThreads),
-                         stream, p, grid);
+    status = LaunchPdl(GqaStreamKernel<Traits>, dim3(GridSize(grid.ctas)), dim3(kStreamThreads),
+                       stream, p, grid);
   };
   const bool norm = rope.q_norm_weight != nullptr || rope.k_norm_weight != nullptr;
   dispatch<64, 128>(rope.cache.head_dim, "head_dim", [&](auto head_dim) {

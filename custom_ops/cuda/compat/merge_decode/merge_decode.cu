@@ -1,4 +1,4 @@
-// merge_prefill_decode_output: one warp copies one token, if it belongs to a decode row.
+// merge_prefill_decode_output: one warp copies one token if it belongs to a decode sequence.
 #include "cuda/cache/shared/token_lookup.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/compat/merge_decode/launch.h"
@@ -11,7 +11,7 @@ constexpr int kThreads = 128;
 constexpr int kWarp = 32;
 
 template <typename Piece>
-__device__ __forceinline__ void CopyRow(const MergeDecodeParams& p, int64_t token, int lane) {
+__device__ __forceinline__ void CopyToken(const MergeDecodeParams& p, int64_t token, int lane) {
   const int64_t pieces = p.row_bytes / static_cast<int64_t>(sizeof(Piece));
   const auto* from = static_cast<const Piece*>(p.decode) + token * pieces;
   auto* to = static_cast<Piece*>(p.prefill) + token * pieces;
@@ -23,13 +23,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (token >= p.seqs.num_tokens) return;
   const TokenPlace place = FindToken(p.seqs, token, token);
-  if (place.row < 0) return;
-  if (p.seq_lens_encoder[place.row] > 0 || p.seqs.seq_lens_decoder[place.row] <= 0) return;
+  if (place.batch_idx < 0) return;
+  if (p.seq_lens_encoder[place.batch_idx] > 0 || p.seqs.seq_lens_decoder[place.batch_idx] <= 0)
+    return;
   const int lane = threadIdx.x % kWarp;
   if (aligned) {
-    CopyRow<uint4>(p, token, lane);
+    CopyToken<uint4>(p, token, lane);
   } else {
-    CopyRow<uint8_t>(p, token, lane);
+    CopyToken<uint8_t>(p, token, lane);
   }
 }
 

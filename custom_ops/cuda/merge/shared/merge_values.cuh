@@ -27,7 +27,7 @@ __device__ __forceinline__ void UnpackPack(const uint4& pack, float (&x)[kPackWi
   }
 }
 
-// What stands for the values of an empty side, so that one expression serves every case with the
+// Replaces the values of an empty side by zeros, so that one expression serves every case with the
 // bits of leaving the side out: x + -0 is x for every x. Two empty sides give +0 + -0 = 0.
 template <DType kIn>
 __device__ __forceinline__ uint4 OrElse(bool use, const uint4& pack, bool negative_zero) {

@@ -1,4 +1,4 @@
-// What each side of one token and head counts for in a merge by log-sum-exp.
+// The weights of the two sides of one token and head in a merge by log-sum-exp.
 #pragma once
 
 #include <cmath>
@@ -16,10 +16,10 @@ struct MergeWeights {
   bool use_suffix;
 };
 
-// Two sides by what they count for, as logarithms of any base.
+// The order of two sides by their weights, which are logarithms of any base.
 struct SideOrder {
   float max;         // NaN if the suffix's is NaN
-  float difference;  // smaller less larger: <= 0, or NaN if a side is
+  float difference;  // the smaller minus the larger: <= 0, or NaN if a side is
   bool prefix_larger;
 };
 
@@ -36,7 +36,7 @@ struct Ratios {
   float other;  // other / sum
 };
 
-// Both quotients correctly rounded, for other in [0, 1] and sum = 1 + other, or NaN.
+// Returns both quotients correctly rounded, for other in [0, 1] and sum = 1 + other, or NaN.
 //
 // The device's division handles every exponent, by a branch and a call. In this range an estimate
 // of the reciprocal within 2 ulp, two Newton steps and one correction of the quotient are enough
@@ -57,8 +57,8 @@ FASTATTN_HD Ratios RatiosOf(float other, float sum) {
 
 // -inf and +inf mark a side without keys. A NaN on either side reaches both weights.
 //
-// One of the two exponentials is exp(0) = 1, whose polynomial gives exactly 1: the other one is all
-// there is to compute, with the bits of computing both.
+// One of the two exponentials is exp(0) = 1, and the polynomial gives exactly 1 for it. Computing
+// the other one alone gives the bits of computing both.
 FASTATTN_HD MergeWeights WeightsOfSides(float prefix_lse, float suffix_lse) {
   const float infinity = BitsFloat(0x7F800000u);
   const float p = prefix_lse == infinity ? -infinity : prefix_lse;
@@ -77,9 +77,8 @@ FASTATTN_HD MergeWeights WeightsOfSides(float prefix_lse, float suffix_lse) {
   return w;
 }
 
-// log(x) within 2^-24 for x in [1, 2], NaN for NaN. No branch and no more steps than that takes:
-// log1p(f) for f in [-1/3, 1/3] as f + f^2 * polynomial (relative error 3e-8), x = 1 + f or
-// 2 (1 + f).
+// Returns log(x) within 2^-24 for x in [1, 2], and NaN for NaN, without a branch: log1p(f) for f in
+// [-1/3, 1/3] is f + f^2 * polynomial (relative error 3e-8), where x = 1 + f or 2 (1 + f).
 FASTATTN_HD float LogOfSum(float x) {
 #if defined(__CUDA_ARCH__)
   const bool large = x > 0x1.555556p0f;
@@ -104,7 +103,7 @@ FASTATTN_HD float MergedLse(const MergeWeights& w) {
   return Select(any, Add(LogOfSum(w.sum), w.max), w.max);
 }
 
-// One merged value of the two sides' values.
+// Merges one value of each side.
 FASTATTN_HD float MergeValues(float prefix, float suffix, const MergeWeights& w) {
   if (!w.use_suffix) return w.use_prefix ? Mul(prefix, w.prefix) : 0.0f;
   if (!w.use_prefix) return Mul(suffix, w.suffix);

@@ -1,5 +1,5 @@
-// The merge of two parts of one attention, each with its values as they were summed up: they are
-// divided by the sum of all parts at the end, once.
+// The merge of two partial results of one attention, each with its values as they were summed up:
+// they are divided by the sum over all splits at the end, once.
 #pragma once
 
 #include "common/exact.h"
@@ -8,18 +8,20 @@
 
 namespace fastattn::cuda {
 
-// What a part counts for: sum * 2^max. A part without keys has a sum of 0, and values of 0.
-struct PartWeight {
+// The weight of a partial result is sum * 2^max. One without keys has a sum of 0, and values of 0.
+struct PartialWeight {
   float max;
   float sum;
 };
 
-// A maximum that stands for -inf: two of them have a difference.
+// Stands for a maximum of -inf, so that two of them have a difference.
 inline constexpr float kLowestMaximum = -3.40282347e38f;
 
-// WeightsOfSides of parts, in units of 2^max of the result instead of its sum. No part is left out:
-// what has no key is 0, or NaN, which has to stay.
-__device__ __forceinline__ MergeWeights WeightsOfParts(PartWeight prefix, PartWeight suffix) {
+// WeightsOfSides for partial results: the weights are in units of 2^max of the merged one instead
+// of its sum. Neither side is left out: the values of a split without keys are 0, and a NaN among
+// them has to stay.
+__device__ __forceinline__ MergeWeights WeightsOfPartials(PartialWeight prefix,
+                                                          PartialWeight suffix) {
   const SideOrder order = OrderSides(prefix.max, suffix.max);
   const float other = Exp2(order.difference);
   MergeWeights w;

@@ -31,8 +31,8 @@ cudaError_t LaunchPersistent(const Arguments& arguments, cudaStream_t stream) {
       (static_cast<int64_t>(p.seqs.num_tokens) / C::kQueries + p.seqs.batch) * p.num_heads;
   const int grid = static_cast<int>(std::min<int64_t>(tiles, facts.processors));
   if (grid <= 0) return cudaSuccess;
-  return LaunchEarlyWithShared(kKernel, dim3(grid), dim3(C::kThreads), sizeof(Shared), stream,
-                               arguments);
+  return LaunchPdlWithShared(kKernel, dim3(grid), dim3(C::kThreads), sizeof(Shared), stream,
+                             arguments);
 }
 
 }  // namespace fastattn::cuda::wgmma_fp8

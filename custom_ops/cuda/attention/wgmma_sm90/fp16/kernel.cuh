@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     FenceAsyncProxy();
   }
   __syncthreads();
-  WaitForEarlierKernels();
-  AllowNextKernel();  // it takes the multiprocessors that this one leaves
+  PdlWait();
+  PdlLaunchDependents();  // it takes the multiprocessors that this one leaves
   if (threadIdx.x < 128) {
     ReleaseRegisters<kProducerRegisters>();
     if (threadIdx.x < 32) {

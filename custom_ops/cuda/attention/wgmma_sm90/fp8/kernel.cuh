@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   if (threadIdx.x == 0) InitBarriers(shared);
   __syncthreads();
-  WaitForEarlierKernels();
-  AllowNextKernel();  // it takes the multiprocessors that this one leaves
+  PdlWait();
+  PdlLaunchDependents();  // it takes the multiprocessors that this one leaves
   if (threadIdx.x < 128) {
     ReleaseRegisters<kProducerRegisters>();
     if (threadIdx.x < 32) {

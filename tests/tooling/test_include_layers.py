@@ -1,0 +1,144 @@
+"""Which folders of custom_ops may include which, read from the sources: no compiler, no GPU."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+CUSTOM_OPS = Path(__file__).parents[2] / "custom_ops"
+SUFFIXES = {".h", ".cuh", ".cc", ".cu"}
+
+# Every folder below cuda/, and the folders or single headers that it may include besides its own,
+# common/, params/ and heuristics/. A folder that is new needs a line here.
+CACHE = ("cuda/common", "cuda/cache/shared")
+WGMMA = ("cuda/common", "cuda/attention/shared", "cuda/attention/wgmma_sm90/common")
+CUDA = {
+    "cuda/common": (),
+    "cuda/merge": ("cuda/common", "cuda/merge/shared"),
+    "cuda/merge/shared": ("cuda/common",),
+    "cuda/cache/shared": ("cuda/common",),
+    "cuda/cache/append": CACHE,
+    "cuda/cache/convert": CACHE,
+    "cuda/cache/rope_write": CACHE,
+    "cuda/compat/gqa_rope": (*CACHE, "cuda/cache/append/launch.h"),
+    "cuda/compat/merge_decode": CACHE,
+    "cuda/attention": (
+        "cuda/common",
+        "cuda/attention/shared",
+        "cuda/attention/wgmma_sm90/fp8/launch.h",
+        "cuda/attention/wgmma_sm90/fp16/launch.h",
+    ),
+    "cuda/attention/shared": ("cuda/common", "cuda/merge/shared"),
+    "cuda/attention/mma_sm80": (
+        *("cuda/common", "cuda/merge/shared", "cuda/attention/shared"),
+        "cuda/attention/launch.h",
+    ),
+    "cuda/attention/quantize_q": ("cuda/common",),
+    "cuda/attention/wgmma_sm90/common": ("cuda/common", "cuda/attention/shared"),
+    "cuda/attention/wgmma_sm90/fp8": WGMMA,
+    "cuda/attention/wgmma_sm90/fp16": WGMMA,
+    "cuda/indexer": ("cuda/common",),
+    "cuda/mxfp4": ("cuda/common",),
+    "cuda/quantize": ("cuda/common",),
+}
+# The folders above the kernels.
+HOST = {
+    "common": (),
+    "params": ("common",),
+    "heuristics": ("common", "params"),
+    "cpu": ("common", "params"),
+}
+# Arrows that stand against the table and have yet to go: (folder, included header).
+PENDING: set[tuple[str, str]] = {
+    ("cuda/compat/gqa_rope", "cuda/cache/rope_write/token_kernel.cuh"),
+    ("cuda/attention/shared", "cuda/attention/mma_sm80/schedule.cuh"),
+    ("cuda/attention/wgmma_sm90/common", "cuda/attention/wgmma_sm90/fp8/config.h"),
+    ("cuda/attention/wgmma_sm90/fp16", "cuda/attention/wgmma_sm90/fp8/config.h"),
+}
+
+
+def includes(root: Path = CUSTOM_OPS) -> set[tuple[str, str]]:
+    """Pairs (folder, included header), both relative to custom_ops."""
+    found = set()
+    for path in root.rglob("*"):
+        if path.suffix in SUFFIXES:
+            folder = path.parent.relative_to(root).as_posix()
+            for header in re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text("utf-8"), re.M):
+                found.add((folder, header))
+    return found
+
+
+def folder_of(header: str) -> str:
+    return Path(header).parent.as_posix()
+
+
+def arrows() -> list[tuple[str, str]]:
+    """Includes across folders but for the pending ones."""
+    return sorted(
+        (folder, header)
+        for folder, header in includes() - PENDING
+        if (CUSTOM_OPS / header).exists() and folder_of(header) != folder
+    )
+
+
+def test_every_include_names_its_header_from_custom_ops():
+    for folder, header in includes():
+        if not header.startswith("paddle/"):
+            assert (CUSTOM_OPS / header).exists(), f'{folder} includes "{header}"'
+
+
+def test_every_folder_of_kernels_is_in_the_table():
+    folders = {
+        path.parent.relative_to(CUSTOM_OPS).as_posix()
+        for path in (CUSTOM_OPS / "cuda").rglob("*")
+        if path.suffix in SUFFIXES
+    }
+    assert folders <= CUDA.keys()
+
+
+def test_includes_follow_the_table():
+    wrong = []
+    for folder, header in arrows():
+        if folder in CUDA:
+            allowed = ("common", "params", "heuristics", *CUDA[folder])
+        elif folder in HOST:
+            allowed = HOST[folder]
+        else:
+            continue
+        if header not in allowed and folder_of(header) not in allowed:
+            wrong.append(f"{folder} -> {header}")
+    assert not wrong
+
+
+def test_headers_for_others_are_shared_or_launchers():
+    """A kernel's own headers serve its own folder only."""
+    wrong = [
+        f"{folder} -> {header}"
+        for folder, header in arrows()
+        if header.startswith("cuda/")
+        and Path(header).parent.name not in ("shared", "common")
+        and Path(header).name != "launch.h"
+    ]
+    assert not wrong
+
+
+def test_no_folder_includes_one_that_includes_it():
+    graph = defaultdict(set)
+    for folder, header in arrows():
+        graph[folder].add(folder_of(header))
+
+    def walk(folder: str, path: tuple[str, ...]) -> None:
+        if folder in path:
+            pytest.fail(" -> ".join((*path[path.index(folder) :], folder)))
+        for other in sorted(graph[folder]):
+            walk(other, (*path, folder))
+
+    for folder in sorted(graph):
+        walk(folder, ())
+
+
+def test_pending_arrows_exist():
+    assert includes() >= PENDING, "an arrow is gone: take it out of PENDING"
