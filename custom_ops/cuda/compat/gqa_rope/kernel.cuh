@@ -246,6 +246,11 @@ __global__ void __launch_bounds__(kStreamThreads, 3)
     GqaStreamKernel(const __grid_constant__ GqaRopeWriteCacheParams p,
                     const __grid_constant__ StreamGrid grid) {
   PdlWait();
+  const int batch_idx = blockIdx.x * kStreamThreads + threadIdx.x;
+  if (batch_idx < p.rope.seqs.batch) {  // the grid has more threads
+    p.prefix_lens[batch_idx] =
+        PrefixLength(p.seq_lens_encoder[batch_idx], p.rope.seqs.seq_lens_decoder[batch_idx]);
+  }
   if (blockIdx.x < grid.stream_ctas) {
     GqaStreamToken<Traits>(p, grid, blockIdx.x);
   } else {
@@ -271,8 +276,10 @@ cudaError_t LaunchGqaFormat(const GqaRopeWriteCacheParams& p, cudaStream_t strea
   const bool norm = rope.q_norm_weight != nullptr || rope.k_norm_weight != nullptr;
   dispatch<64, 128>(rope.cache.head_dim, "head_dim", [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
-    if (norm || !IsCommonRope(rope)) {
+    if (!IsCommonRope(rope)) {
       launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, true, true>>{});
+    } else if (norm) {
+      launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, true>>{});
     } else {
       launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, false>>{});
     }
