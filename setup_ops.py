@@ -17,8 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 SETUPTOOLS = "setuptools>=77,<86"  # as in pyproject.toml
 OLDEST_SETUPTOOLS = 77
-INSTALL_SETUPTOOLS = f"{shlex.quote(sys.executable)} -m pip install '{SETUPTOOLS}'"
-BORROWED = "FASTATTN_BORROWED_SETUPTOOLS"
+BORROWED = "FASTATTN_BORROWED_TOOLS"
 BUILDING = {"install", "build", "build_ext", "bdist_wheel", "develop"}
 
 
@@ -31,22 +30,28 @@ def recent_setuptools() -> bool:
     return int(re.match(r"\d+", version)[0]) >= OLDEST_SETUPTOOLS
 
 
-def run_with_borrowed_setuptools() -> int:
-    """Run this script again, with a setuptools for this run only; its exit status.
+def install_line(packages: list[str]) -> str:
+    """What to type to have these packages."""
+    return f"\n\n    {shlex.join([sys.executable, '-m', 'pip', 'install', *packages])}\n"
+
+
+def run_with_borrowed(packages: list[str]) -> int:
+    """Run this script again, with these packages for this run only; its exit status.
 
     The environment's own setuptools stays as it is, as in the isolated builds of pip.
     """
     install = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    print(f"fetching {SETUPTOOLS} for this build (missing or older here)", flush=True)
+    print(f"fetching {' and '.join(packages)} for this build (missing or older here)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        if subprocess.call([*install, "--target", folder, SETUPTOOLS]) != 0:
-            sys.exit(f"error: that failed; install one yourself:\n\n    {INSTALL_SETUPTOOLS}\n")
-        path = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path), BORROWED: folder}
+        if subprocess.call([*install, "--target", folder, *packages]) != 0:
+            sys.exit(f"error: that failed; install them yourself:{install_line(packages)}")
+        environ = {**os.environ, BORROWED: folder}
+        for name, value in (("PYTHONPATH", folder), ("PATH", os.path.join(folder, "bin"))):
+            environ[name] = os.pathsep.join(filter(None, [value, os.environ.get(name)]))
         return subprocess.call([sys.executable, *sys.argv], env=environ)
 
 
-def forget_borrowed_setuptools() -> bool:
+def forget_borrowed() -> bool:
     """Keep what was borrowed from the processes started here; whether this run borrowed."""
     if os.environ.pop(BORROWED, None) is None:
         return False
@@ -59,22 +64,26 @@ def forget_borrowed_setuptools() -> bool:
 def main() -> None:
     """Run setuptools, in a version that can read this package's metadata."""
     sys.path.insert(0, str(ROOT / "custom_ops"))
-    from builder.toolchain import ToolchainError, require_paddle, require_pip
+    from builder.toolchain import NINJA, ToolchainError, find_ninja, require_paddle, require_pip
 
-    borrowed = forget_borrowed_setuptools()
+    borrowed = forget_borrowed()
     by_pip = "builder.backend" in sys.modules
-    recent = recent_setuptools()
+    builds = bool(BUILDING.intersection(sys.argv))
+    missing = [] if recent_setuptools() else [SETUPTOOLS]
+    if builds and find_ninja() is None:
+        missing.append(NINJA)
     try:
-        if BUILDING.intersection(sys.argv):
+        if builds:
             require_paddle()
-        if not recent and (borrowed or by_pip):
-            raise ToolchainError(f"setup_ops.py needs {SETUPTOOLS}:\n\n    {INSTALL_SETUPTOOLS}\n")
-        if not recent or "install" in sys.argv:
+        if missing and (borrowed or by_pip):
+            needs = " and ".join(missing)
+            raise ToolchainError(f"setup_ops.py needs {needs}:{install_line(missing)}")
+        if missing or "install" in sys.argv:
             require_pip()
     except ToolchainError as error:
         sys.exit(f"error: {error}")
-    if not recent:
-        sys.exit(run_with_borrowed_setuptools())
+    if missing:
+        sys.exit(run_with_borrowed(missing))
 
     import setuptools
     from builder import extension
@@ -84,7 +93,6 @@ def main() -> None:
         # The build prints its own progress; setuptools would add a line for every file copied.
         script_args=sys.argv[1:] if verbose else ["--quiet", *sys.argv[1:]],
         distclass=extension.BinaryDistribution,
-        ext_modules=extension.extensions(),
         cmdclass={
             "build_ext": extension.build_command(),
             "build_py": extension.BuildPy,

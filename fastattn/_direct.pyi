@@ -24,3 +24,13 @@ def call(
     attrs: tuple[Any, ...],
     gradients_count: Callable[[], bool] | None,
 ) -> list[Any] | None: ...
+def step(
+    plan: tuple[Any, ...],
+    own: dict[str, Any],
+    caches: list[Any],
+    forward_meta: Any,
+    qkv: Any,
+    lengths: tuple[int, int] | None,
+    max_keys: int,
+    scales: tuple[Any, Any] | None,
+) -> Any: ...

@@ -18,5 +18,19 @@ def plan_attention(
     max_seqlen_k: int,
     num_sms: int,
     max_cluster: int = 1,
-    long_row: int = 64,
+    long_seq: int = 64,
 ) -> list[dict[str, int]]: ...
+def decide_attention(
+    q_dtype: str,
+    k_dtype: str,
+    cache_type: str,
+    num_tokens: int,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    compute_major: int = 9,
+    num_sms: int = 132,
+) -> tuple[str, int, list[dict[str, int]]]: ...

@@ -26,12 +26,12 @@ from fastattn import env
 LEVEL = env.log_level()
 LOGGER = logging.getLogger("fastattn")
 
-#: Configurations that level 1 remembers; more are not told apart from those.
+#: Configurations that level 1 remembers; it logs no further ones.
 MOST_CONFIGURATIONS = 1000
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what `sys.stderr` is at that moment, unless the logger has another handler."""
+    """Writes to the current `sys.stderr`, unless the logger has another handler."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -61,7 +61,7 @@ def _place(value: Any) -> str:
 
 
 def describe(value: Any) -> str:
-    """A tensor as ``bfloat16[4, 8, 128] gpu:0``, anything else as Python shows it; never raises."""
+    """A tensor as ``bfloat16[4, 8, 128] gpu:0``, other values by ``repr``; never raises."""
     try:
         if not hasattr(value, "dtype") or not hasattr(value, "shape"):
             return repr(value)
@@ -74,7 +74,7 @@ def describe(value: Any) -> str:
 
 
 def _configuration(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> Any:
-    """What level 1 counts as one configuration. Numbers (lengths, scales) are no part of it."""
+    """Key of a configuration for level 1. It leaves out numbers, such as lengths and scales."""
     key: list[Any] = [op]
     for value in inputs:
         if hasattr(value, "dtype") and hasattr(value, "shape"):

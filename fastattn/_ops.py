@@ -32,7 +32,7 @@ from fastattn import env
 LIBRARY_NAME = "_fastattn_ops.so"
 PREFIX = "fastattn_"
 
-# What the checks of custom_ops/api/check.h throw, inside the text that Paddle wraps around it.
+# The error that the checks of custom_ops/api/check.h throw, inside Paddle's own text.
 _ERROR = re.compile(
     r"\[(TypeError|ValueError|NotImplementedError|RuntimeError)\] (.*?)\s*(?:\n\s*\[|\Z)", re.S
 )
@@ -47,7 +47,7 @@ _ERROR_TYPES = {
 
 
 class OpSignature(NamedTuple):
-    """What an operator was built with."""
+    """Inputs, attributes and outputs of an operator, as it was built."""
 
     name: str  # as users know it, without the prefix
     inputs: tuple[str, ...]
@@ -154,7 +154,7 @@ _ATTRIBUTE_TYPES = {"int": 0, "float": 1, "std::string": 2, "bool": 6, "int64_t"
 
 
 class _Bound(NamedTuple):
-    """``fastattn._direct`` and what it says of the library's operators."""
+    """``fastattn._direct`` and the library's operators."""
 
     module: ModuleType | None
     operators: dict[str, _Direct]
@@ -175,7 +175,7 @@ def _bind() -> _Bound:
 def _load_direct() -> tuple[Any, dict[str, _Direct]]:
     """The function that calls operators, and the operators.
 
-    None and nothing where there is no ``_direct``: it is built only where Python's headers are.
+    None and an empty dict without ``_direct``, which is only built where Python's headers are.
     """
     module, operators = _bind()
     return (None if module is None else module.call), operators
@@ -218,12 +218,12 @@ def helpers() -> ModuleType | None:
 
 
 def prepare() -> None:
-    """Load the library without a call, so that what is wrong with it is told now.
+    """Load the library without calling an operator, so that errors in it show now.
 
     Raises
     ------
     ImportError
-        As :func:`load` does, which is only called where nothing can be called directly.
+        As :func:`load`, which runs only where operators cannot be called directly.
     """
     if _load_direct()[0] is None:
         load()
@@ -259,7 +259,7 @@ def signature(op: str) -> OpSignature:
 
 @functools.cache
 def registered_signature(op: str) -> OpSignature:
-    """The same from Paddle's registry."""
+    """Signature of the operator ``fastattn_<op>``, from Paddle's registry."""
     from paddle.base.framework import OpProtoHolder
     from paddle.utils.cpp_extension.extension_utils import parse_op_info
 
@@ -292,7 +292,7 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, _tensor_types())
 
 
-# Optional inputs with one entry a token or a row, which are empty where there are none.
+# Optional inputs with one entry a token or a sequence: empty where the step has none.
 _PER_TOKEN = frozenset(
     {
         "batch_id_per_token",
@@ -309,7 +309,7 @@ _PER_TOKEN = frozenset(
 
 
 def may_not_be_empty(sig: OpSignature, index: int) -> bool:
-    """Whether an optional input has elements whatever the step is.
+    """Whether an optional input has elements in every step, even an empty one.
 
     Paddle hands an empty optional tensor over as an absent one.
     """
@@ -341,7 +341,7 @@ _CACHES = frozenset(
 
 
 def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) -> None:
-    """Refuse what is no tensor; with `copied`, also what Paddle's registry would copy in vain."""
+    """Refuse arguments that are not tensors and, with `copied`, those that a copy would break."""
     eager = paddle.base.core.eager.Tensor
     inplace = sig.inplace.values()
     for i, (name, value) in enumerate(zip(sig.inputs, values)):
@@ -380,8 +380,8 @@ _ATTRIBUTE_KINDS: dict[int, tuple[type, Any]] = {
 def _typed_attrs(sig: OpSignature, attrs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Attributes as plain Python values of the types that the operator was built with.
 
-    While a program is traced, Paddle 3 ends the process where it otherwise raises, so nothing wrong
-    may reach it.
+    While a program is traced, Paddle 3 ends the process where it otherwise raises, so wrong types
+    must not reach it.
     """
     checked = []
     for name, attr_type, value in zip(sig.attrs, sig.attr_types, attrs):
@@ -433,8 +433,8 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
     Returns
     -------
     list of Tensor
-        All outputs, those written in place included (None where the optional tensor behind one was
-        absent, or for a result that nobody asked for).
+        All outputs, those written in place included. None for an absent optional tensor, and for a
+        result that was not asked for.
     """
     if paddle.in_dynamic_mode():
         run, operators = _load_direct()
@@ -453,7 +453,7 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
 def _call_unusual(
     run: Any, direct: _Direct, inputs: tuple[Any, ...], attrs: tuple[Any, ...]
 ) -> list[Any]:
-    """Make the call that ``_direct`` declined, or say what is wrong with it."""
+    """Make the call that ``_direct`` declined, or raise for its arguments."""
     sig = direct.signature
     _check_inputs(sig, inputs, copied=False)
     attrs = _typed_attrs(sig, attrs)
@@ -475,7 +475,7 @@ _told_no_gradient: set[str] = set()
 
 
 def _tell_no_gradient(sig: OpSignature, inputs: tuple[Any, ...]) -> None:
-    """Refuse to write what wants a gradient; warn once that an operator passes none back."""
+    """Refuse to write tensors that want a gradient; warn once that an operator has none."""
     wanting = [i for i, value in enumerate(inputs) if value is not None and not value.stop_gradient]
     for i in wanting:
         if i in sig.inplace.values():
@@ -494,9 +494,9 @@ def _tell_no_gradient(sig: OpSignature, inputs: tuple[Any, ...]) -> None:
 
 
 def _refuse_eager(sig: OpSignature, inputs: tuple[Any, ...]) -> None:
-    """Refuse what Paddle ends the process for: a static program takes only variables of its own.
+    """Refuse dygraph tensors in a static program, where Paddle would end the process.
 
-    ``paddle.jit.to_static`` turns the tensors that a traced function comes across into such.
+    ``paddle.jit.to_static`` turns the tensors of a traced function into variables of the program.
     """
     if paddle.base.dygraph.base.in_to_static_mode():
         return
@@ -541,7 +541,7 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
 
 
 def _runner() -> Any:
-    """Function that runs a custom operator in the present mode; None in a legacy static program."""
+    """Function that runs a custom operator in the current mode; None in a legacy static program."""
     if paddle.in_dynamic_mode():
         return paddle.base.core.eager._run_custom_op
     # Paddle 3 traces into PIR, and its _C_ops knows custom operators there; Paddle 2.6 does not.
@@ -580,6 +580,32 @@ def _append_static(sig: OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, 
     return [outs.get(name, outs.get(name + "@OPTIONAL")) for name in sig.outputs]
 
 
+_unwatched_call = call
+
+
+def step_function() -> Any:
+    """``fastattn._direct.step`` where calls go that way and nobody watches them, else None."""
+    if call is not _unwatched_call or not paddle.in_dynamic_mode():
+        return None
+    module = helpers()
+    return None if module is None else module.step
+
+
+def handle(op: str) -> int:
+    """Number of the operator ``fastattn_<op>`` for ``fastattn._direct``, -1 without it."""
+    _, operators = _load_direct()
+    return operators[op].handle if op in operators else -1
+
+
+def reraise(op: str, error: RuntimeError) -> NoReturn:
+    """Raise what `error` of ``fastattn._direct`` says, as :func:`call` does."""
+    _reraise(signature(op), error)
+
+
+if env.profile():
+    from fastattn import _profile
+
+    call = _profile.ranged(call)
 if env.log_level():
     from fastattn import _log
 

@@ -1,9 +1,9 @@
-"""Programs that Paddle traced, at every run: tensors that it would hand over as something else.
+"""Checks of the inputs of traced programs at every run.
 
-Paddle copies an input of a program that is not contiguous, or not on the program's device, and an
-empty optional tensor reaches an operator as an absent one. An operator inside the program sees
-neither: it would write into the copy, and do without the tensor. So the runs themselves are
-watched, those of loaded programs too; a program without this package's operators is looked at once.
+Paddle copies an input of a program that is not contiguous, or not on the program's device, and
+hands an empty optional tensor over as an absent one. An operator inside the program cannot see
+either: it would write into the copy, or run without the tensor. So the runs themselves are checked,
+those of loaded programs too. A program without this package's operators is inspected once only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CUSTOM_OP = "custom_op." + _ops.PREFIX
 
 
 class _Use(NamedTuple):
-    """An input or parameter of a program as an argument of an operator."""
+    """An input or parameter of a program that is an argument of an operator."""
 
     is_parameter: bool
     position: int  # among the program's inputs, or its parameters
@@ -38,7 +38,7 @@ def _operations(block: Any) -> Iterator[Any]:
 
 
 def _uses(runner: Any) -> list[_Use]:
-    """What the operators of a program write or may not find empty."""
+    """Inputs of a program that its operators write, or that must not be empty."""
     places = [(False, i, v) for i, v in enumerate(runner._inputs.var_list)]
     places += [(True, i, v) for i, v in enumerate(runner._param_values)]
     uses = []
@@ -90,13 +90,13 @@ def _check_run(uses: list[_Use], runner: Any, inputs: Any) -> None:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether an argument of a traced function is no input of the program."""
+    """Whether an argument of a traced function is not an input of the program."""
     return not hasattr(value, "shape") or not hasattr(value, "dtype")
 
 
 @functools.lru_cache(maxsize=1)
 def watch() -> None:
-    """Have the runs of traced programs checked. Paddle 2, which traces otherwise, is left alone."""
+    """Check the runs of traced programs from now on; those of Paddle 2 are not checked."""
     try:
         from paddle.jit.dy2static.pir_partial_program import PartialProgramLayer
     except ImportError:

@@ -1,6 +1,6 @@
-"""Rules of single arguments for :mod:`fastattn._tracing`: what they may be, and the error if not.
+"""Rules of single arguments for :mod:`fastattn._tracing`: their allowed values, and the errors.
 
-Types and texts are those of the operators' own checks (custom_ops/api).
+Types and texts of the errors are those of the operators' own checks (custom_ops/api).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OTHERS = ("bool", "int16", "int32", "int64", "float64", "complex64", "complex12
 
 @dataclass(frozen=True)
 class Call:
-    """What an operator is called with: tensors and attributes by name."""
+    """Arguments of an operator's call: tensors and attributes by name."""
 
     op: str
     inputs: Mapping[str, Any]
@@ -117,7 +117,7 @@ def supported(call: Call, name: str) -> None:
 
 
 def codes_output(text: str) -> Rule:
-    """For a given tensor that takes e4m3 codes."""
+    """For an output tensor that takes e4m3 codes."""
 
     def check(call: Call, name: str) -> None:
         supported(call, name)
@@ -169,7 +169,7 @@ def value_cache_dtype(call: Call, name: str) -> None:
 
 
 def cache_scales(call: Call, name: str) -> None:
-    """Scales that a type needs and those that it does not take; dtypes."""
+    """Scales are given exactly for the types that have them, and have a supported dtype."""
     cache_type = call.attrs["cache_quant_type"]
     given = call.inputs[name] is not None
     if cache_type == "none":
@@ -338,7 +338,7 @@ def keys(call: Call, name: str) -> None:
 
 
 def _descale_of(tensor: str, text: str) -> Rule:
-    """A descale, which belongs to a tensor of codes; `text` takes the dtype of another."""
+    """Descale of a tensor of codes; `text` is the error for a tensor of another dtype."""
 
     def rule(call: Call, name: str) -> None:
         dtype = call.dtype(tensor)

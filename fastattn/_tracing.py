@@ -1,9 +1,9 @@
 """Checks of an operator's arguments while a program is traced.
 
-There Paddle 3 ends the process where an operator throws, and a traced program throws when it runs:
-what the operators refuse must be refused before they get into a program. :data:`RULES` says it once
-more, for everything that can be known then: names, ranges and dtypes, with the types and texts of
-the operators' own errors. Dygraph does not come here.
+While Paddle 3 traces, an operator that throws ends the process, and a traced program throws only
+when it runs. So wrong arguments must be refused before they get into a program. :data:`RULES`
+repeats the operators' own checks of all that is known at that time (names, ranges and dtypes), with
+the same types and texts of errors. Dygraph calls do not use it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _CACHE: dict[str, Rule] = {
     "cache_v_scales": _rules.both(_rules.cache_scales, _rules.like("cache_k_scales")),
 }
 _INT32 = _rules.dtypes("int32")
-_ROWS: dict[str, Rule] = {
+_SEQS: dict[str, Rule] = {
     name: _INT32
     for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time")
 }
-_STEP: dict[str, Rule] = {**_CACHE, **_ROWS, "batch_id_per_token": _INT32}
+_STEP: dict[str, Rule] = {**_CACHE, **_SEQS, "batch_id_per_token": _INT32}
 _PARAMETER = _rules.dtypes("float32", "bfloat16", "float16")
 _NORMS: dict[str, Rule] = {"q_norm_weight": _PARAMETER, "k_norm_weight": _PARAMETER}
 _window = _rules.at_least(-1, "expected -1 (unlimited) or at least 0, got ", shown_as="window_size")
@@ -172,7 +172,7 @@ RULES: dict[str, OpRules] = {
         },
     ),
     "paged_attention": OpRules(
-        {**_CACHE, "q": _rules.paged_queries, **_ROWS, **_ATTENTION_INPUTS},
+        {**_CACHE, "q": _rules.paged_queries, **_SEQS, **_ATTENTION_INPUTS},
         {**_TYPE_AND_FORMAT, **_ATTENTION_ATTRS},
         _SCALES,
     ),
@@ -283,7 +283,7 @@ def _check_view(op: str, name: str, value: Any) -> None:
 
 
 def check(sig: _ops.OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> None:
-    """Refuse what the operator would refuse, or write where nobody sees it.
+    """Refuse arguments that the operator would refuse, and writes that would be lost.
 
     Parameters
     ----------

@@ -7,6 +7,8 @@ variable                   meaning
 ``FASTATTN_CACHE``         folder of the demo's trained model, default ``~/.cache/fastattn``
 ``FASTATTN_LOG``           0 (default): no log; 1: the first call of every configuration; 2: every
                            call with all its inputs, before its kernel starts. Read at import.
+``FASTATTN_PROFILE``       1: a range around every operator call, for ``paddle.profiler`` and NVTX.
+                           Read at import.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
 =========================  ========================================================================
 """
@@ -31,8 +33,18 @@ def cache_dir() -> Path:
 
 def log_level() -> int:
     """How much is logged, 0 to 2; a value that is none of these warns and counts as 0."""
-    text = os.environ.get("FASTATTN_LOG") or "0"
-    if text not in ("0", "1", "2"):
-        warnings.warn(f"FASTATTN_LOG: expected 0, 1 or 2, got {text!r}", stacklevel=2)
+    return _number("FASTATTN_LOG", ("0", "1", "2"))
+
+
+def profile() -> bool:
+    """Whether operator calls are ranges of a profiler; values but 0 and 1 warn and count as 0."""
+    return _number("FASTATTN_PROFILE", ("0", "1")) == 1
+
+
+def _number(name: str, values: tuple[str, ...]) -> int:
+    text = os.environ.get(name) or "0"
+    if text not in values:
+        expected = f"{', '.join(values[:-1])} or {values[-1]}"
+        warnings.warn(f"{name}: expected {expected}, got {text!r}", stacklevel=3)
         return 0
     return int(text)

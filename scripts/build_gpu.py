@@ -16,48 +16,32 @@ import argparse
 import os
 import subprocess
 import sys
-import sysconfig
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default=sys.executable, help="Python with a CUDA Paddle")
     parser.add_argument("--archs", help="GPU architectures, default: FASTATTN_ARCHS or 90a")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder to write")
-    return parser.parse_args()
-
-
-def build(out: Path) -> None:
-    sys.path.insert(0, str(ROOT / "custom_ops"))
-    from builder.compile import CompileError
-    from builder.ops import Build
-    from builder.sources import MODULES
-    from builder.toolchain import ToolchainError
-
-    try:
-        # The modules fit this Python only; another one calls through Paddle's registry.
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        Build("on").run(
-            out / "_fastattn_ops.so", {name: out / f"{name}{suffix}" for name in MODULES}
-        )
-    except (CompileError, ToolchainError) as error:
-        sys.exit(f"error: {error}")
-    print(f"wrote {out / '_fastattn_ops.so'}")
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
     if arguments.archs:
         os.environ["FASTATTN_ARCHS"] = arguments.archs
     out = arguments.out.resolve()
-    if Path(arguments.python).absolute() == Path(sys.executable).absolute():
-        build(out)
-    else:
-        command = [arguments.python, __file__, "--python", arguments.python, "--out", str(out)]
-        sys.exit(subprocess.call(command))
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        python = os.path.abspath(
+            arguments.python
+        )  # not resolved: a virtual environment's is a link
+        command = [python, "setup_ops.py", "build_ext", "--cuda=on", "--build-lib", folder]
+        if subprocess.call(command, cwd=ROOT) != 0:
+            sys.exit(1)
+        for path in Path(folder, "fastattn").iterdir():
+            os.replace(path, out / path.name)
+    print(f"wrote {out / '_fastattn_ops.so'}")
 
 
 if __name__ == "__main__":

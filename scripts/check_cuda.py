@@ -11,23 +11,25 @@ and every launcher is compiled; `--all` compiles every one. Nothing is linked or
 from __future__ import annotations
 
 import argparse
-import os
+import dataclasses
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "custom_ops"))
 
-from builder import sources, toolchain  # noqa: E402
+from builder import instances, toolchain  # noqa: E402
 from builder.compile import CompileError, Unit, compile_all  # noqa: E402
+from builder.project import CUSTOM_OPS, Build  # noqa: E402
 
 
-def chosen(names: tuple[str, ...], everything: bool) -> list[str]:
-    first = {str(Path(name).parent): name for name in reversed(names)}
+def chosen(units: list[Unit], everything: bool) -> list[Unit]:
+    """One kernel of each folder and the launchers."""
+    first = {str(Path(unit.name).parent): unit for unit in reversed(units)}
     return [
-        name
-        for name in names
-        if everything or name in first.values() or Path(name).name == "launch.cu"
+        unit
+        for unit in units
+        if everything or unit in first.values() or Path(unit.name).name == "launch.cu"
     ]
 
 
@@ -36,29 +38,21 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="compile every kernel")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "check_cuda")
     arguments = parser.parse_args()
-    cuda = toolchain.find_cuda()
-    if cuda is None:
-        sys.exit("no nvcc: set CUDA_HOME or PATH")
-    paddle = toolchain.find_paddle()
-    archs = toolchain.parse_archs(os.environ.get("FASTATTN_ARCHS"))
-    found = sources.discover(ROOT / "custom_ops", with_cuda=True)
-    cxx, nvcc = toolchain.find_cxx(), (str(cuda.nvcc), *toolchain.nvcc_flags(cuda, archs))
-    identity = f"{toolchain.compiler_identity(tuple(cxx))} {cuda.version} {paddle.version}"
-    launcher = tuple(toolchain.find_ccache())
-
-    def unit(name: str, compiler: tuple[str, ...]) -> Unit:
-        return Unit(name, arguments.out.resolve() / f"{name}.o", compiler, identity, launcher)
-
-    kernels = [unit(name, nvcc) for name in chosen(found.cuda, arguments.all)]
-    host = (*cxx, *toolchain.cxx_flags(paddle, cuda))
-    api = [unit(name, host) for name in found.cxx if name.startswith("api/")]
     try:
-        compile_all([*kernels, *api], ROOT / "custom_ops", toolchain.jobs())
-    except CompileError as error:
+        build = Build("on", dataclasses.replace(toolchain.find_paddle(), with_cuda=True))
+        build.objects = arguments.out.resolve()
+        instances.write(CUSTOM_OPS / toolchain.GENERATED)
+        units = build.units(build.extensions()[:1])
+        kernels = [unit for unit in units if unit.name.endswith(".cu")]
+        some = chosen(kernels, arguments.all)
+        api = [unit for unit in units if unit.name.startswith("api/")]
+        jobs, identity = toolchain.jobs(), build.identity()
+        compile_all([*some, *api], CUSTOM_OPS, build.objects, jobs, identity)
+    except (CompileError, toolchain.ToolchainError) as error:
         sys.exit(f"error: {error}")
     print(
-        f"{len(api)} sources against Paddle {paddle.version} with CUDA, {len(kernels)} of "
-        f"{len(found.cuda)} kernels for {';'.join(archs)}: compiled"
+        f"{len(api)} sources against Paddle {build.paddle.version} with CUDA, {len(some)} of "
+        f"{len(kernels)} kernels for {';'.join(build.archs)}: compiled"
     )
 
 

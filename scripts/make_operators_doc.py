@@ -2,7 +2,7 @@
 """Write docs/operators.md from the signatures and docstrings of the operators.
 
 scripts/make_operators_doc.py           # writes it
-scripts/make_operators_doc.py --check   # status 1 when it is not what would be written
+scripts/make_operators_doc.py --check   # status 1 if the file is out of date
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ TARGET = ROOT / "docs" / "operators.md"
 INTRODUCTION = """# Operators
 
 Written by `scripts/make_operators_doc.py` from the signatures and docstrings; `help(function)` has
-the formulas, notes and examples as well. T is the number of new tokens of a step, B of rows
-(sequences), H and KV of query and KV heads, D the head dimension. Row metadata is FastDeploy's and
-lies on the tensors' device; nothing copies it to the host.
+notes and examples as well. T is the number of new tokens of a step, B of sequences, H and KV of
+query and KV heads, D the head dimension. The metadata of sequences has FastDeploy's names and is on
+the tensors' device; nothing copies it to the host. [glossary.md](glossary.md) explains the words.
 
-What holds for all of them:
+For all operators:
 
-- An argument that is wrong raises before any kernel starts. The message reads
+- A wrong argument raises before any kernel starts. The message reads
   `operator: argument: expected ..., got ...`.
-- Lengths, positions and block ids on the device are clamped or skipped, never followed out of a
-  tensor. A block id outside `[0, num_blocks)` is an unassigned block.
-- They do the same in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and in
-  a CUDA graph. `paged_attention_dcp` and `cascade_attention` run in dygraph only.
-- 8-bit codes are `uint8` tensors; where Paddle has `float8_e4m3fn`, `float8_e5m2` and `int8`
-  tensors those are taken, too.
+- Lengths, positions and block ids on the device are clamped, or their tokens skipped; they never
+  lead out of a tensor. A block id outside `[0, num_blocks)` means an unassigned block.
+- They work in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and in a CUDA
+  graph. `paged_attention_dcp` and `cascade_attention` work in dygraph only.
+- 8-bit codes are `uint8` tensors. Where Paddle has `float8_e4m3fn`, `float8_e5m2` and `int8`
+  tensors, operators take those, too.
 
 """
 
 
 def _sections(docstring: str) -> dict[str, str]:
-    """Name -> text of a numpydoc docstring; the part before the first one is ``""``."""
-    parts = re.split(r"^(\w[\w ]+)\n-{3,}\n", docstring, flags=re.M)
-    return {"": parts[0], **{n: text for n, text in zip(parts[1::2], parts[2::2])}}
+    """Sections of a numpydoc docstring by name; the text before the first one is ``""``."""
+    head, *rest = re.split(r"^(\w[\w ]+)\n-{3,}\n", docstring, flags=re.M)
+    return {"": head, **dict(zip(rest[::2], rest[1::2]))}
 
 
 def _markdown(text: str) -> str:
-    """A docstring's inline markup in markdown, as one line."""
+    """Inline markup of a docstring in markdown, as one line."""
     text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
     text = re.sub(r":\w+:`~?([^`]*)`", lambda m: f"`{m[1].rpartition('.')[2]}`", text)
     text = re.sub(r"``([^`]*)``", r"`\1`", text)
-    text = re.sub(r" \[\d+\]_", "", text)
+    text = re.sub(r"\[(\d+)\]_", r"[\1]", text)
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -66,18 +66,24 @@ def _entries(section: str) -> list[tuple[str, str, str]]:
     return [(name, _markdown(kind), _markdown(" ".join(lines))) for name, kind, lines in found]
 
 
+def _references(section: str) -> list[str]:
+    """Entries of References, ``.. [1] ...``, as paragraphs."""
+    entries = re.split(r"^\.\. (?=\[\d+\])", section, flags=re.M)[1:]
+    return [re.sub(r"(https?://\S+)", r"<\1>", _markdown(entry)) for entry in entries]
+
+
 def _signature(function: Callable[..., Any]) -> str:
     signature = inspect.signature(function)
-    parts = [re.sub(r": .*?(?= = |$)", "", str(p)) for p in signature.parameters.values()]
-    parts = [p.replace(" = ", "=") for p in parts]
+    arguments = [re.sub(r": .*?(?= = |$)", "", str(p)) for p in signature.parameters.values()]
+    arguments = [argument.replace(" = ", "=") for argument in arguments]
     first = next(
         (i for i, p in enumerate(signature.parameters.values()) if p.kind is p.KEYWORD_ONLY), None
     )
     if first is not None:
-        parts.insert(first, "*")
+        arguments.insert(first, "*")
     lines, line = [], f"{function.__name__}("
-    for i, part in enumerate(parts):
-        text = part + (", " if i < len(parts) - 1 else ")")
+    for i, argument in enumerate(arguments):
+        text = argument + (", " if i < len(arguments) - 1 else ")")
         if len(line) + len(text) > 96:
             lines.append(line.rstrip())
             line = "    "
@@ -85,10 +91,33 @@ def _signature(function: Callable[..., Any]) -> str:
     return "\n".join([*lines, line])
 
 
+def _math(formula: str) -> str:
+    """A display formula; aligned where the docstring has alignment marks."""
+    lines = " ".join(formula.split())
+    if "&" in lines:
+        lines = rf"\begin{{aligned}} {lines} \end{{aligned}}"
+    return f"$$\n{lines}\n$$"
+
+
+def _description(text: str) -> list[str]:
+    """Paragraphs, lists and formulas before a docstring's first section."""
+    blocks: list[str] = []
+    paragraphs = iter(re.split(r"\n\s*\n", text.strip("\n")))
+    for paragraph in paragraphs:
+        directive, is_math, formula = paragraph.partition(".. math::")
+        if is_math and not directive.strip():
+            blocks.append(_math(formula or next(paragraphs)))
+        else:
+            items = re.split(r"^(?=- |\d+\. )", paragraph.strip(), flags=re.M)
+            blocks.append("\n".join(_markdown(item) for item in items if item))
+    return blocks
+
+
 def _operator(function: Callable[..., Any]) -> str:
     sections = _sections(inspect.getdoc(function) or "")
-    summary = sections[""].strip().split("\n\n")[0]
-    lines = [f"## `{function.__name__}`", "", _markdown(summary), ""]
+    lines = [f"## `{function.__name__}`", ""]
+    for block in _description(sections[""]):
+        lines += [block, ""]
     lines += [
         "```py",
         _signature(function),
@@ -105,25 +134,27 @@ def _operator(function: Callable[..., Any]) -> str:
         lines.append(f"| {label} | {(kind or _markdown(name)).removeprefix('Tensor, ')} | {text} |")
     lines += ["", "| raises | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, _, text in _entries(sections["Raises"])]
+    for reference in _references(sections.get("References", "")):
+        lines += ["", reference]
     return "\n".join([*lines, "", ""])
 
 
 def text() -> str:
-    """The whole file."""
+    """Text of the whole file."""
     import fastattn.functional as functional
     from fastattn import distributed
 
-    parts = [INTRODUCTION]
+    chapters = [INTRODUCTION]
     for title, module in (
         ("fastattn.functional", functional),
         ("fastattn.distributed", distributed),
     ):
         functions = [getattr(module, name) for name in module.__all__]
         links = ", ".join(f"[`{f.__name__}`](#{f.__name__})" for f in functions)
-        parts.append(f"`{title}`: {links}\n\n")
+        chapters.append(f"`{title}`: {links}\n\n")
     for module in (functional, distributed):
-        parts += [_operator(getattr(module, name)) for name in module.__all__]
-    return "".join(parts).rstrip() + "\n"
+        chapters += [_operator(getattr(module, name)) for name in module.__all__]
+    return "".join(chapters).rstrip() + "\n"
 
 
 def main() -> int:

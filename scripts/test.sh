@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a test run: makes .venv, builds the package in it, runs pytest.
-# Arguments go to pytest: scripts/test.sh tests/test_quantize.py -k token
+# Arguments go to pytest: scripts/test.sh tests/indexer/test_quantize.py -k token
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup_env.sh

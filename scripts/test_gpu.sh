@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 library=build/gpu/_fastattn_ops.so
 log=build/gpu/test_gpu.log
 python=python3
-sanitize="tests/test_append_cache.py -k gpu"
+sanitize="tests/cache/test_append_cache.py -k gpu"
 while [ $# -gt 0 ]; do
   case "$1" in
     --library) library=$2 ;;

@@ -18,6 +18,14 @@ def _places() -> list[str]:
     return ["cpu"]
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of the mark `gpu`, which -k gpu chooses as well, are skipped where there is no GPU."""
+    if "gpu" not in _places():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 def pytest_generate_tests(metafunc):
     if "place" in metafunc.fixturenames:
         metafunc.parametrize("place", _places())

@@ -17,7 +17,6 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "append_cache_kv_c8";
-constexpr int64_t kPieceBytes = 16;  // what a GPU reads of a cache and stores of a token at once
 
 void CheckType(const std::string& cache_quant_type, bool dynamic_quant) {
   const CacheType type = ParseCacheType(kOp, cache_quant_type);
@@ -49,7 +48,7 @@ int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& ca
       .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})
       .Dims({-1, cache.num_kv_heads, cache.head_dim});
   const int64_t token_stride = HeadsContiguous(kOp, name, tensor);
-  RequireAligned(kOp, name, tensor, kPieceBytes);
+  RequireAligned(kOp, name, tensor, kVectorBytes);
   return token_stride;
 }
 
@@ -83,8 +82,8 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
                             {key_cache, value_cache, &cache_k_scales, &cache_v_scales,
                              cache_quant_type, fp8_format, CheckLayout(cache_layout)},
                             place);
-  RequireAligned(kOp, "key_cache", key_cache, kPieceBytes);
-  RequireAligned(kOp, "value_cache", value_cache, kPieceBytes);
+  RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
+  RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   p.dynamic_quant = dynamic_quant;
   p.key_token_stride = CheckOutput("key", key, p.cache, place);
   p.value_token_stride = CheckOutput("value", value, p.cache, place);

@@ -28,7 +28,7 @@ using paddle::Tensor;
 using OptionalTensor = paddle::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-// kind: the Python exception, "TypeError" (a wrong type or dtype), "ValueError" (a wrong shape,
+// `kind` is the Python exception: "TypeError" (a wrong type or dtype), "ValueError" (a wrong shape,
 // place or value) or "NotImplementedError" (right, but not supported).
 template <typename... Parts>
 [[noreturn]] void Fail(const char* kind, const char* op, const char* arg, const Parts&... parts) {
@@ -53,7 +53,7 @@ inline std::string ShapeText(const Sizes& shape) {
   return text.str();
 }
 
-// Product of sizes of which an allocation or an index is made. The last may be an element's bytes.
+// Product of sizes, for an allocation or an index. The last may be an element's bytes.
 inline int64_t CheckedProduct(const char* op, const char* arg,
                               std::initializer_list<int64_t> sizes) {
   int64_t product = 1;
@@ -70,7 +70,7 @@ inline int64_t CheckedProduct(const char* op, const char* arg,
   return product;
 }
 
-// The same of the dimensions of a shape from `first` on.
+// The same for the dimensions of a shape from `first` on.
 inline int64_t CheckedProduct(const char* op, const char* arg, const Sizes& shape,
                               size_t first = 0) {
   int64_t product = 1;
@@ -80,7 +80,7 @@ inline int64_t CheckedProduct(const char* op, const char* arg, const Sizes& shap
   return product;
 }
 
-// Refuses a tensor whose number of bytes 64 bits do not hold, in any dtype that results may have: a
+// Refuses a tensor whose size in bytes, in any dtype that results may have, does not fit 64 bits: a
 // view that repeats its elements can be that large.
 inline void RequireBytesFit(const char* op, const char* name, const Tensor& tensor) {
   const auto& dims = tensor.dims();
@@ -96,6 +96,9 @@ inline void RequireBytesFit(const char* op, const char* name, const Tensor& tens
   }
 }
 
+// Widest load or store of a CUDA kernel.
+inline constexpr int64_t kVectorBytes = 16;
+
 // Refuses a GPU tensor that does not start at a multiple of `bytes`, as the widest access of a
 // kernel to it needs. A CPU takes any address.
 inline void RequireAlignedAddress(const char* op, const char* name, const Tensor& tensor,
@@ -109,8 +112,8 @@ inline void RequireAlignedAddress(const char* op, const char* name, const Tensor
   }
 }
 
-// The same of every run of elements that its strides lead to: those of the dimensions before the
-// last `inner` ones, which lie side by side.
+// The same for every address that the strides lead to, those of the last `inner` dimensions left
+// out, whose elements lie side by side.
 inline void RequireAligned(const char* op, const char* name, const Tensor& tensor, int64_t bytes,
                            size_t inner = 1) {
   if (tensor.numel() == 0 || tensor.place().GetType() != phi::AllocationType::GPU) return;
@@ -141,7 +144,7 @@ class Arg {
   }
 
   const Arg& On(const phi::Place& place) const {
-    // An empty tensor may be without a place.
+    // An empty tensor may have no place.
     if (tensor_.numel() > 0 && tensor_.place() != place) {
       Fail("ValueError", op_, name_, "expected a tensor on ", place, ", got one on ",
            tensor_.place());
@@ -256,7 +259,7 @@ inline DType ToDType(const char* op, const char* name, phi::DataType dtype) {
   }
 }
 
-// dtype of a new tensor; codes are uint8.
+// Dtype of a new tensor; codes are uint8.
 inline phi::DataType ToPhi(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
@@ -276,9 +279,8 @@ T* MutableData(Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.data());
 }
 
-// Address of a tensor that is written in place although Paddle hands it over as const: its handle
-// is const, its data are not. Use for arguments of the in-place map and for Params shared with
-// readers.
+// Address of a tensor that is written in place although Paddle hands it over as const: the handle
+// is const, the data are not. For arguments of the in-place map and for Params shared with readers.
 inline void* MutableAddress(const Tensor& tensor) {
   if (tensor.numel() == 0) return nullptr;
   Tensor handle = tensor;  // shares the data
@@ -291,7 +293,7 @@ const T* Data(const Tensor& tensor) {
 }
 
 // Result of an InferShape or InferDtype function. An exception out of one ends the process while
-// Paddle 3 traces a program: what is wrong gives `fallback`, and the kernel tells it in the run.
+// Paddle 3 traces a program, so an error gives `fallback`, and the kernel raises it at the run.
 template <typename T, typename F>
 std::vector<T> Inferred(std::vector<T> fallback, F&& infer) {
   try {
@@ -311,9 +313,8 @@ inline StridedView BytesOf(const Tensor& tensor) {
   return view;
 }
 
-// Refuses a tensor that is written while another argument shares its memory: one of the two would
-// read, or keep, what belongs to the other. Views that are interleaved, as K and V of one pool are,
-// are apart if their elements are.
+// Refuses a written tensor that shares memory with another argument. Interleaved views, such as K
+// and V of one pool, share none if their elements do not.
 inline void RequireApart(const char* op, const char* written_name, const Tensor& written,
                          const char* other_name, const Tensor& other) {
   if (written.numel() == 0 || other.numel() == 0) return;
@@ -335,9 +336,9 @@ inline void RequireApart(const char* op, const char* written_name, const Tensor&
   }
 }
 
-// Refuses a tensor that is written while another argument lies in its memory, unless that one is
-// the same view of it: for operators that read an element before they write over it. Views of one
-// pool with the same strides may interleave.
+// Refuses a written tensor that shares memory with another argument, unless both are the same view:
+// for operators that read an element before they write over it. Views of one pool with the same
+// strides may interleave.
 inline void RequireSameOrApart(const char* op, const char* written_name, const Tensor& written,
                                const char* other_name, const Tensor& other) {
   if (written.numel() == 0 || other.numel() == 0) return;
@@ -350,7 +351,7 @@ inline void RequireSameOrApart(const char* op, const char* written_name, const T
   }
 }
 
-// Refuses a tensor that is written if two of its elements may share memory.
+// Refuses a written tensor of which two elements may share memory.
 inline void RequireNoOverlap(const char* op, const char* name, const Tensor& tensor) {
   if (tensor.numel() > 0 && BytesOf(tensor).RepeatsItself()) {
     Fail("ValueError", op, name, "it is written and no two of its elements may share memory, got ",
@@ -365,7 +366,7 @@ inline void RequireCpu(const char* op, const phi::Place& place) {
   }
 }
 
-// Runs f and turns what a dispatch throws into this operator's error.
+// Runs f and turns an exception of a dispatch into this operator's error.
 template <typename F>
 void Guarded(const char* op, F&& f) {
   try {

@@ -57,7 +57,7 @@ Shape OutputShape(const Shape& shape, const Conversion& conversion) {
 ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conversion& conversion,
                                bool transposed, const std::string& expected) {
   Arg(op, "cache", cache).Rank(4);
-  RequireAligned(op, "cache", cache, 16);  // what a GPU reads and stores at once
+  RequireAligned(op, "cache", cache, kVectorBytes);
   const Shape shape = cache.shape();
   for (int64_t size : shape) RequireFits(op, "cache", size);
   const int64_t tokens = shape[transposed ? 3 : 2];
@@ -127,7 +127,7 @@ std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& k
   return {out};
 }
 
-// In place. What lies in a half-converted V has no shape of its own: both are accepted.
+// Converts in place. A V cache of which only some blocks are converted may have either shape.
 void ConvertCacheBlocks(Tensor& cache, const std::string& kind, const std::string& cache_quant_type,
                         const std::string& src, const std::string& dst, int64_t begin,
                         int64_t end) {

@@ -4,143 +4,18 @@
 // out what it is: a wrong argument, a tensor to be copied first, a tensor that wants a gradient.
 #include <dlfcn.h>
 
-#include <array>
 #include <exception>
-#include <limits>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "api/direct.h"
-#include "paddle/utils/pybind.h"
-
-// Paddle 2.6 does not ship all of this header.
-#if __has_include("paddle/phi/core/dense_tensor.inl")
-#include "paddle/phi/core/dense_tensor.h"
-#endif
+#include "api/direct_call.h"
+#include "api/direct_step.h"
 
 namespace fastattn::api {
 
 namespace {
-
-constexpr int kMostInputs = 24;
-constexpr int kMostAttrs = 16;
-
-// An operator as call() wants it: no look-up by name on the way.
-struct Handle {
-  const DirectOp* op;
-  std::array<bool, kMostInputs> optional{};
-  std::array<bool, kMostInputs> strided{};
-  std::array<bool, kMostInputs> written{};
-};
-
-std::vector<Handle> handles;
-PyObject* stop_gradient = nullptr;  // the attribute's interned name
-
-bool IsContiguous(const Tensor& tensor) {
-  const auto& sizes = tensor.dims();
-  const auto& strides = tensor.strides();
-  int64_t expected = 1;
-  for (int i = sizes.size(); i-- > 0;) {
-    if (sizes[i] != 1 && strides[i] != expected) return false;
-    expected *= sizes[i];
-  }
-  return true;
-}
-
-bool WantsGradient(PyObject* object, const Tensor& tensor) {
-  if (tensor.get_autograd_meta() == nullptr) return false;
-  PyObject* stops = PyObject_GetAttr(object, stop_gradient);
-  if (stops == nullptr) PyErr_Clear();
-  const bool wants = stops == Py_False;
-  Py_XDECREF(stops);
-  return wants;
-}
-
-// The tensors of a call. They have the data of Python's tensors, but not the objects, which another
-// thread may give other data while the call runs without the GIL.
-class Inputs {
- public:
-  Inputs() { tensors_.reserve(kMostInputs); }
-
-  void Add(const Tensor* tensor) {
-    tensors_.push_back(tensor == nullptr ? Tensor() : Tensor(tensor->impl()));
-    pointers_[tensors_.size() - 1] = tensor == nullptr ? nullptr : &tensors_.back();
-  }
-
-  Tensor* const* data() const { return pointers_; }
-  Tensor* operator[](int i) const { return pointers_[i]; }
-
- private:
-  std::vector<Tensor> tensors_;  // never grows beyond what is reserved
-  Tensor* pointers_[kMostInputs] = {};
-};
-
-// Fills the inputs; false to decline, which checked arguments do less often. wants_gradient tells
-// whether one of them does.
-bool TakeInputs(const Handle& handle, PyObject* tuple, bool checked, Inputs* inputs,
-                bool* wants_gradient) {
-  for (int i = 0; i < handle.op->num_inputs; ++i) {
-    PyObject* object = PyTuple_GET_ITEM(tuple, i);
-    if (object == Py_None) {
-      if (!handle.optional[i]) return false;
-      inputs->Add(nullptr);
-      continue;
-    }
-    if (!paddle::pybind::PyCheckTensor(object)) return false;
-    Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
-    if (!tensor.defined() || !tensor.is_dense_tensor()) return false;
-    if (!checked && handle.optional[i] && tensor.numel() == 0) return false;
-    if (!handle.strided[i] && tensor.numel() > 0 && !IsContiguous(tensor)) return false;
-    if (!checked && !*wants_gradient) *wants_gradient = WantsGradient(object, tensor);
-    inputs->Add(&tensor);
-  }
-  return true;
-}
-
-bool TakeInteger(PyObject* object, bool wide, DirectAttr* attr) {
-  if (!PyLong_CheckExact(object)) return false;
-  int overflow = 0;
-  attr->integer = PyLong_AsLongLongAndOverflow(object, &overflow);
-  if (overflow != 0) return false;
-  using Narrow = std::numeric_limits<int>;
-  return wide || (attr->integer >= Narrow::min() && attr->integer <= Narrow::max());
-}
-
-bool TakeAttrs(const Handle& handle, PyObject* tuple, DirectAttr* attrs) {
-  const std::string& kinds = handle.op->kinds;
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    PyObject* object = PyTuple_GET_ITEM(tuple, i);
-    DirectAttr& attr = attrs[i];
-    switch (kinds[i]) {
-      case 'i':
-      case 'l':
-        if (!TakeInteger(object, kinds[i] == 'l', &attr)) return false;
-        break;
-      case 'f':
-        if (!PyFloat_CheckExact(object)) return false;
-        attr.real = PyFloat_AS_DOUBLE(object);
-        break;
-      case 'b':
-        if (!PyBool_Check(object)) return false;
-        attr.integer = object == Py_True;
-        break;
-      default: {
-        if (!PyUnicode_Check(object)) return false;
-        Py_ssize_t size = 0;
-        attr.text = PyUnicode_AsUTF8AndSize(object, &size);
-        if (attr.text == nullptr) {
-          PyErr_Clear();
-          return false;
-        }
-        attr.text_size = static_cast<size_t>(size);
-      }
-    }
-  }
-  return true;
-}
 
 // All registered outputs: those written in place are the inputs themselves (None where absent).
 PyObject* MakeOutputs(const DirectOp& op, PyObject* inputs, const std::vector<Tensor>& results) {
@@ -164,29 +39,9 @@ PyObject* MakeOutputs(const DirectOp& op, PyObject* inputs, const std::vector<Te
   return list;
 }
 
-// Without the GIL, so that other threads go on while a CPU kernel runs. The message of what was
-// thrown comes back, or nothing.
-std::string RunWithoutGil(const DirectOp& op, const Inputs& inputs, const DirectAttr* attrs,
-                          std::vector<Tensor>* results) {
-  std::string message;
-  Py_BEGIN_ALLOW_THREADS;
-  try {
-    op.run(inputs.data(), attrs, results);
-  } catch (const std::bad_alloc&) {
-    message = "out of memory";
-  } catch (const std::exception& error) {
-    message = error.what();
-    if (message.empty()) message = "unknown error";
-  } catch (...) {
-    message = "unknown error";
-  }
-  Py_END_ALLOW_THREADS;
-  return message;
-}
-
 PyObject* CallChecked(PyObject* const* args, Py_ssize_t count);
 
-// Lets no C++ exception into the interpreter.
+// call() of the module. No C++ exception may reach the interpreter.
 PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     return CallChecked(args, count);
@@ -197,7 +52,7 @@ PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // call(handle, inputs, attrs, gradients_count): gradients_count() says whether a tensor that wants
-// a gradient is a reason to decline. None: the arguments have been checked, nothing of it is.
+// a gradient is a reason to decline. None means that the arguments have been checked already.
 PyObject* CallChecked(PyObject* const* args, Py_ssize_t count) {
   const Py_ssize_t index = count == 4 ? PyLong_AsSsize_t(args[0]) : -1;
   if (index < 0 || index >= static_cast<Py_ssize_t>(handles.size()) || !PyTuple_Check(args[1]) ||
@@ -217,8 +72,8 @@ PyObject* CallChecked(PyObject* const* args, Py_ssize_t count) {
   DirectAttr attrs[kMostAttrs];
   bool wants_gradient = false;
   const bool checked = args[3] == Py_None;
-  if (!TakeInputs(handle, args[1], checked, &inputs, &wants_gradient) ||
-      !TakeAttrs(handle, args[2], attrs)) {
+  if (!TakeInputs(handle, &PyTuple_GET_ITEM(args[1], 0), checked, &inputs, &wants_gradient) ||
+      !TakeAttrs(handle, args[2], 0, attrs)) {
     Py_RETURN_NONE;
   }
   if (wants_gradient) {
@@ -234,9 +89,7 @@ PyObject* CallChecked(PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_RuntimeError, message.c_str());
     return nullptr;
   }
-  for (int i = 0; i < op.num_inputs; ++i) {
-    if (handle.written[i] && inputs[i] != nullptr) inputs[i]->bump_inplace_version();
-  }
+  CountWrites(handle, inputs);
   return MakeOutputs(op, args[1], results);
 }
 
@@ -299,55 +152,25 @@ py::dict Bind(const std::string& path) {
   return AllFacts();
 }
 
-// A tensor [T, ..] as [T, rest] over the same memory, which takes reshape longer. None: declined.
+// flat(tensor [T, ..]) -> [T, rest] over the same memory. None: declined.
 PyObject* Flat(PyObject*, PyObject* object) {
-#if __has_include("paddle/phi/core/dense_tensor.inl")
   if (!paddle::pybind::PyCheckTensor(object)) Py_RETURN_NONE;
   try {
-    const Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
-    if (!tensor.defined() || !tensor.is_dense_tensor() || !tensor.initialized()) Py_RETURN_NONE;
-    if (tensor.dims().size() < 2 || tensor.numel() == 0 || !IsContiguous(tensor)) Py_RETURN_NONE;
-    const int64_t tokens = tensor.dims()[0], rest = tensor.numel() / tokens;
-    auto flat = std::make_shared<phi::DenseTensor>(
-        *static_cast<const phi::DenseTensor*>(tensor.impl().get()));
-    flat->Resize(common::make_ddim({tokens, rest}));
-    return paddle::pybind::ToPyObject(Tensor(flat));
+    const Tensor flat = FlatView(paddle::pybind::CastPyArg2Tensor(object, 0));
+    if (flat.defined()) return paddle::pybind::ToPyObject(flat);
   } catch (const std::exception&) {
-    Py_RETURN_NONE;
   }
-#else
   Py_RETURN_NONE;
-#endif
 }
 
-// unchanged(own, kinds, names, seen): whether `seen` holds, by identity, what the dict `own` has
-// under each name (None: nothing), followed by the same of each dict in it whose name is in
-// `kinds`, empty ones apart. `seen` may go on. An attribute of paddle.nn.Layer takes Python a
-// microsecond.
+// unchanged(own, kinds, names, seen): see HoldsStill.
 PyObject* Unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 4 || !PyDict_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]) ||
       !PyList_Check(args[3])) {
     PyErr_SetString(PyExc_TypeError, "unchanged(own, kinds, names, seen)");
     return nullptr;
   }
-  PyObject* names = args[2];
-  PyObject* seen = args[3];
-  Py_ssize_t at = 0;
-  const auto same = [&](PyObject* dict) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i, ++at) {
-      PyObject* value = PyDict_GetItem(dict, PyTuple_GET_ITEM(names, i));
-      if (value == nullptr) value = Py_None;
-      if (at >= PyList_GET_SIZE(seen) || PyList_GET_ITEM(seen, at) != value) return false;
-    }
-    return true;
-  };
-  if (!same(args[0])) Py_RETURN_FALSE;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[1]); ++i) {
-    PyObject* dict = PyDict_GetItem(args[0], PyTuple_GET_ITEM(args[1], i));
-    if (dict == nullptr || !PyDict_Check(dict) || PyDict_Size(dict) == 0) continue;
-    if (!same(dict)) Py_RETURN_FALSE;
-  }
-  Py_RETURN_TRUE;
+  return PyBool_FromLong(HoldsStill(args[0], args[1], args[2], args[3]));
 }
 
 template <typename Function>
@@ -359,6 +182,9 @@ PyMethodDef methods[] = {
     {"call", Method(Call), METH_FASTCALL,
      "call(handle, inputs, attrs, gradients_count) -> list of outputs, or None: declined."},
     {"flat", Flat, METH_O, "flat(tensor [T, ..]) -> [T, rest] over the same memory, or None."},
+    {"step", Method(Step), METH_FASTCALL,
+     "step(plan, own, caches, forward_meta, qkv, lengths, max_keys, scales) -> attention of a "
+     "layer's step [T, H * D], or None: declined."},
     {"unchanged", Method(Unchanged), METH_FASTCALL,
      "unchanged(own, kinds, names, seen) -> whether the dict's values are those seen before."},
 };
@@ -371,6 +197,7 @@ PYBIND11_MODULE(_direct, m) {
   using namespace fastattn::api;
   m.doc() = "Operators, called around Paddle's registry.";
   stop_gradient = PyUnicode_InternFromString("stop_gradient");
+  InternStepNames();
   m.def("bind", &Bind, "Loads a library of operators; returns facts of each by its name.");
   for (PyMethodDef& method : methods) {
     m.add_object(method.ml_name,

@@ -19,9 +19,8 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "gqa_rope_write_cache";
-constexpr int64_t kPieceBytes = 16;  // the most that a GPU reads or stores at once
 
-// The kinds that FastDeploy stores in this layout.
+// Refuses the cache type that FastDeploy does not have.
 CacheType CheckType(const std::string& cache_quant_type) {
   const CacheType type = ParseCacheType(kOp, cache_quant_type);
   if (type == CacheType::kBlockWiseInt8) {
@@ -40,8 +39,8 @@ const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const p
   return Data<int>(tensor);
 }
 
-// FastDeploy tells the rotated part of a head by the table's columns: all pairs once (or, neox,
-// twice), or half of them.
+// Rotated channels of a head. FastDeploy tells them by the table's columns: D / 2 (or, for neox, D)
+// for the whole head, else half of it is rotated.
 int RotaryDim(const Tensor& table, int head_dim) {
   const int64_t columns = table.shape().empty() ? 0 : table.shape().back();
   return columns == head_dim || columns == head_dim / 2 ? head_dim : head_dim / 2;
@@ -80,16 +79,16 @@ std::vector<Tensor> GqaRopeWriteCache(
                         cache_quant_type, e4m3,        CacheLayout::kFastDeploy};
   rope.cache = ParsePagedCache(kOp, cache, place);
   RequireCacheApart(kOp, cache);
-  RequireAligned(kOp, "key_cache", key_cache, kPieceBytes);
-  RequireAligned(kOp, "value_cache", value_cache, kPieceBytes);
+  RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
+  RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   const int kv_heads = rope.cache.num_kv_heads, head_dim = rope.cache.head_dim;
   ParseQkv(kOp, qkv, HeadsOf(qkv, rope.cache), kv_heads, rope);
   Arg(kOp, "qkv", qkv).On(place).Contiguous();
-  RequireAligned(kOp, "qkv", qkv, kPieceBytes);
+  RequireAligned(kOp, "qkv", qkv, kVectorBytes);
   RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
   RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   const int64_t num_tokens = qkv.shape()[0];
-  rope.seqs = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+  rope.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                         Get(batch_id_per_token), num_tokens, place);
   p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, rope.seqs.batch, place);
   p.cu_seqlens_k = Lengths("cu_seqlens_k", cu_seqlens_k, rope.seqs.batch + 1LL, place);

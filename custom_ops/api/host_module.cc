@@ -1,17 +1,19 @@
-// fastattn._host: facts about the compiled code that need no Paddle and no GPU to tell.
+// fastattn._host: facts about the compiled code, which need neither Paddle nor a GPU.
 //
 // No Paddle type crosses this module; it is linked apart from the operators and works without them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/layout.h"
 #include "common/types.h"
 #include "cpu/isa.h"
-#include "params/attention_plan.h"
+#include "heuristics/attention.h"
 
 namespace fastattn::api {
 
@@ -53,17 +55,10 @@ std::vector<int> TokenSlots() {
   return slots;
 }
 
-// The launches of an attention call on a GPU, in their order.
-std::vector<std::map<std::string, int64_t>> PlanOf(int64_t num_tokens, int64_t batch,
-                                                   int64_t num_heads, int64_t num_kv_heads,
-                                                   int64_t head_dim, int64_t element_bytes,
-                                                   int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                                   int64_t num_sms, int64_t max_cluster,
-                                                   int64_t long_seq) {
-  const AttentionPlan plan =
-      PlanAttention({num_tokens, batch, num_heads, num_kv_heads, head_dim, element_bytes,
-                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster, long_seq});
-  std::vector<std::map<std::string, int64_t>> launches;
+using Launches = std::vector<std::map<std::string, int64_t>>;
+
+Launches LaunchesOf(const AttentionPlan& plan) {
+  Launches launches;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
     launches.push_back({{"columns", launch.columns},
@@ -77,6 +72,89 @@ std::vector<std::map<std::string, int64_t>> PlanOf(int64_t num_tokens, int64_t b
   return launches;
 }
 
+// The launches of an attention call on a GPU, in their order.
+Launches PlanOf(int64_t num_tokens, int64_t batch, int64_t num_heads, int64_t num_kv_heads,
+                int64_t head_dim, int64_t element_bytes, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                int64_t num_sms, int64_t max_cluster, int64_t long_seq) {
+  return LaunchesOf(
+      PlanAttention({num_tokens, batch, num_heads, num_kv_heads, head_dim, element_bytes,
+                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster, long_seq}));
+}
+
+DType NamedType(const std::string& name) {
+  for (DType type : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
+                     DType::kInt8}) {
+    if (name == NameOf(type)) return type;
+  }
+  throw std::invalid_argument("unknown type " + name);
+}
+
+CacheType NamedCacheType(const std::string& name) {
+  for (CacheType type : kCacheTypes) {
+    if (name == NameOf(type)) return type;
+  }
+  throw std::invalid_argument("unknown cache type " + name);
+}
+
+// A call over contiguous tensors at addresses that are never read.
+AttentionParams CallOf(const std::string& q_dtype, const std::string& k_dtype,
+                       const std::string& cache_type, int num_tokens, int batch, int num_heads,
+                       int num_kv_heads, int head_dim, int max_seqlen_q, int max_seqlen_k) {
+  void* const somewhere = reinterpret_cast<void*>(uintptr_t{4096});
+  AttentionParams p;
+  p.q = p.out = somewhere;
+  p.q_dtype = NamedType(q_dtype);
+  p.q_head_stride = head_dim;
+  p.q_token_stride = static_cast<int64_t>(num_heads) * head_dim;
+  p.num_heads = num_heads;
+  p.num_kv_heads = num_kv_heads;
+  p.head_dim = head_dim;
+  p.max_seqlen_q = max_seqlen_q;
+  p.max_seqlen_k = max_seqlen_k;
+  p.seqs.batch = batch;
+  p.seqs.num_tokens = num_tokens;
+  p.seqs.max_blocks = max_seqlen_k / kBlockSize + 1;
+  p.paged = cache_type != "ragged";
+  if (!p.paged) {
+    RaggedKv& kv = p.ragged;
+    kv.key = kv.value = somewhere;
+    kv.dtype = NamedType(k_dtype);
+    kv.num_tokens = static_cast<int64_t>(batch) * max_seqlen_k;
+    kv.key_token_stride = kv.value_token_stride = static_cast<int64_t>(num_kv_heads) * head_dim;
+    kv.key_head_stride = kv.value_head_stride = head_dim;
+    return p;
+  }
+  PagedCache& cache = p.cache;
+  cache.type = NamedCacheType(cache_type);
+  cache.dtype = NamedType(k_dtype);
+  cache.num_blocks = batch * p.seqs.max_blocks;
+  cache.num_kv_heads = num_kv_heads;
+  cache.head_dim = head_dim;
+  cache.key = cache.value = cache.k_scales = cache.v_scales = somewhere;
+  const int64_t plane = int64_t{kBlockSize} * head_dim;
+  cache.key_strides = {plane * num_kv_heads, plane, head_dim};
+  cache.value_strides = {plane * num_kv_heads, plane,
+                         IsQuantized(cache.type) ? kBlockSize : head_dim};
+  cache.k_scale_strides =
+      cache.v_scale_strides = {int64_t{kBlockSize} * num_kv_heads, kBlockSize, 1};
+  return p;
+}
+
+// What the host decides about a call on a GPU: (prefill kernel, floats of workspace, launches).
+std::tuple<std::string, int64_t, Launches> Decide(const std::string& q_dtype,
+                                                  const std::string& k_dtype,
+                                                  const std::string& cache_type, int num_tokens,
+                                                  int batch, int num_heads, int num_kv_heads,
+                                                  int head_dim, int max_seqlen_q, int max_seqlen_k,
+                                                  int compute_major, int num_sms) {
+  const AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
+                                   num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
+  const AttentionDecision decision = DecideAttention(p, {compute_major, num_sms});
+  const char* const kernels[] = {"mma_sm80", "wgmma_fp8", "wgmma_fp16"};
+  return {kernels[static_cast<int>(decision.prefill)], decision.workspace,
+          LaunchesOf(decision.plan)};
+}
+
 }  // namespace
 
 }  // namespace fastattn::api
@@ -88,13 +166,19 @@ PYBIND11_MODULE(_host, m) {
   m.def("head_dims", &api::HeadDims, "Head sizes that attention and the caches support.");
   m.def("cache_types", &api::CacheTypes, "Names of the cache types.");
   m.def("token_slots", &api::TokenSlots,
-        "Place of each token of a block in the V rows of the fastattn layout.");
+        "Slot of each token of a block in the V cache of the fastattn layout.");
   m.def("plan_attention", &api::PlanOf, pybind11::arg("num_tokens"), pybind11::arg("batch"),
         pybind11::arg("num_heads"), pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"),
         pybind11::arg("element_bytes"), pybind11::arg("max_seqlen_q"),
         pybind11::arg("max_seqlen_k"), pybind11::arg("num_sms"), pybind11::arg("max_cluster") = 1,
         pybind11::arg("long_seq") = kLongSeq,
         "Launches of an attention call on a GPU: how its work is shared out.");
+  using pybind11::arg;
+  m.def("decide_attention", &api::Decide, arg("q_dtype"), arg("k_dtype"), arg("cache_type"),
+        arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"), arg("head_dim"),
+        arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9, arg("num_sms") = 132,
+        "Kernel of a call's whole tiles, floats of workspace, and launches on a GPU; cache_type "
+        "ragged: flash_attention.");
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");
   m.def(

@@ -28,7 +28,7 @@ const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const p
   return Data<int>(tensor);
 }
 
-void CheckRows(const char* name, const Tensor& tensor, int head_num, int head_dim) {
+void CheckTokens(const char* name, const Tensor& tensor, int head_num, int head_dim) {
   const int64_t width = CheckedProduct(kOp, "head_num", {head_num, head_dim});
   const Sizes shape = SizesOf(tensor);
   const int64_t tokens = shape.empty() ? -1 : shape[0];
@@ -52,8 +52,8 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
   ToDType(kOp, "encoder_res", encoder_res.dtype());
   const phi::Place place = encoder_res.place();
   Arg(kOp, "decoder_res", decoder_res).On(place).Dtype({encoder_res.dtype()}).Contiguous();
-  CheckRows("encoder_res", encoder_res, head_num, head_dim);
-  CheckRows("decoder_res", decoder_res, head_num, head_dim);
+  CheckTokens("encoder_res", encoder_res, head_num, head_dim);
+  CheckTokens("decoder_res", decoder_res, head_num, head_dim);
   RequireApart(kOp, "encoder_res", encoder_res, "decoder_res", decoder_res);
   Arg(kOp, "seq_lens_encoder", seq_lens_encoder);
   const int64_t batch = seq_lens_encoder.shape().empty() ? 0 : seq_lens_encoder.shape()[0];

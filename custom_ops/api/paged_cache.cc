@@ -8,7 +8,8 @@ namespace {
 
 constexpr const char* kCacheTypes = "none, cache_int8, cache_fp8, block_wise_int8, block_wise_fp8";
 
-// Codes may lie in a uint8 tensor under every Paddle; a tensor with a dtype of its own must match.
+// Dtype of a cache's codes. Every Paddle has uint8 tensors, which may hold any codes; a tensor of
+// an 8-bit type of its own must match.
 DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, CacheType type,
                      Fp8Format format) {
   const DType codes = IsInt8(type)                 ? DType::kInt8
@@ -180,10 +181,10 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 void RequireAlignedCache(const char* op, const PagedCache& cache) {
   const auto require = [op](const char* name, const void* data, const CacheStrides& strides,
                             int64_t row, DType dtype) {
-    if (reinterpret_cast<uintptr_t>(data) % 16 != 0) {
+    if (reinterpret_cast<uintptr_t>(data) % kVectorBytes != 0) {
       Fail("ValueError", op, name, "expected an address of a multiple of 16 bytes on a GPU");
     }
-    if ((strides.block | strides.head | row) * SizeOf(dtype) % 16 != 0) {
+    if ((strides.block | strides.head | row) * SizeOf(dtype) % kVectorBytes != 0) {
       Fail("ValueError", op, name, "expected strides of a multiple of 16 bytes on a GPU, got ",
            strides.block, ", ", strides.head, " and ", strides.row, " elements");
     }
@@ -212,7 +213,7 @@ void RequireCacheApart(const char* op, const CacheArgs& args) {
   }
 }
 
-SeqMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
                   const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place) {
   Arg(op, "block_tables", block_tables)
@@ -229,7 +230,7 @@ SeqMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_s
     arg.On(place).Dtype({phi::DataType::INT32}).Contiguous();
     if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
       Fail("ValueError", op, name, "expected shape [", size, "] (block_tables has ", batch,
-           " rows), got ", ShapeText(tensor.shape()));
+           " sequences), got ", ShapeText(tensor.shape()));
     }
     return Data<int>(tensor);
   };

@@ -1,4 +1,4 @@
-// Parsing and checking of the cache and row arguments that most operators take.
+// Parsing and checking of the cache and sequence arguments that most operators take.
 #pragma once
 
 #include <string>
@@ -26,10 +26,10 @@ struct CacheArgs {
   CacheLayout layout = CacheLayout::kFastattn;
 };
 
-// Strides of a tensor with one entry a block, [num_blocks, KV, rows, columns] or (scales)
-// [num_blocks, KV, columns]. Any order of the dimensions will do, and any distance between their
-// entries, but the last one is contiguous. whole_planes: neither may there be gaps between the rows
-// of a block and head. What a GPU's kernels need beyond that is for the operator to check.
+// Strides of a cache [num_blocks, KV, rows, columns] or of dynamic scales [num_blocks, KV,
+// columns]. The last dimension must be contiguous; the others may have any positive strides, in any
+// order. With `whole_planes` the rows of a block and head must lie side by side. The operator
+// checks what a GPU's kernels need beyond that.
 CacheStrides ParseCacheStrides(const char* op, const char* name, const Tensor& tensor,
                                bool whole_planes = false);
 
@@ -40,13 +40,13 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 // Refuses a cache that a GPU's kernels cannot read 16 bytes at a time.
 void RequireAlignedCache(const char* op, const PagedCache& cache);
 
-// Refuses a cache that is written if its key and value tensors share memory, or its measured
-// scales, or if elements of one of them do.
+// Refuses a cache that is written if its key and value tensors or its dynamic scales share memory,
+// or if elements of one of these tensors do.
 void RequireCacheApart(const char* op, const CacheArgs& args);
 
 // Checks dtypes, places and sizes (not values: those live on the device) and fills a SeqMeta. The
 // three length tensors may be [B] or [B, 1].
-SeqMeta ParseRows(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
                   const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place);
 

@@ -18,7 +18,6 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "rope_write_cache_kv";
-constexpr int64_t kPieceBytes = 16;  // the most that a GPU reads or stores at once
 
 QQuant ParseQQuant(const std::string& name) {
   for (QQuant quant : {QQuant::kNone, QQuant::kPerTensor, QQuant::kPerTokenHead}) {
@@ -66,15 +65,15 @@ std::vector<Tensor> RopeWriteCacheKv(
                         Get(cache_v_scales), cache_quant_type, fp8_format};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireCacheApart(kOp, cache);
-  RequireAligned(kOp, "key_cache", key_cache, kPieceBytes);
-  RequireAligned(kOp, "value_cache", value_cache, kPieceBytes);
+  RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
+  RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   ParseQkv(kOp, qkv, num_heads, num_kv_heads, p);
-  RequireAligned(kOp, "qkv", qkv, kPieceBytes);
+  RequireAligned(kOp, "qkv", qkv, kVectorBytes);
   RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
   RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   Arg(kOp, "qkv", qkv).On(place);
   const int64_t num_tokens = qkv.shape()[0];
-  p.seqs = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+  p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      Get(batch_id_per_token), num_tokens, place);
   ParseRotary(kOp, Get(rotary_embs), use_neox_rotary_style, rotary_dim, place, p);
   const int head_dim = p.cache.head_dim;

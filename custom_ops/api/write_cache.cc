@@ -17,7 +17,6 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "write_cache_kv";
-constexpr int64_t kPieceBytes = 16;  // the most that a GPU reads or stores at once
 
 // Checks K or V of the new tokens and returns its token stride.
 int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& cache,
@@ -27,7 +26,7 @@ int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& ca
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
       .Dims({-1, cache.num_kv_heads, cache.head_dim});
   const int64_t token_stride = HeadsContiguous(kOp, name, tensor);
-  RequireAligned(kOp, name, tensor, kPieceBytes);
+  RequireAligned(kOp, name, tensor, kVectorBytes);
   return token_stride;
 }
 
@@ -48,8 +47,8 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
                         Get(cache_v_scales), cache_quant_type, fp8_format};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireCacheApart(kOp, cache);
-  RequireAligned(kOp, "key_cache", key_cache, kPieceBytes);
-  RequireAligned(kOp, "value_cache", value_cache, kPieceBytes);
+  RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
+  RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   p.key_token_stride = CheckTokens("key", key, p.cache, place);
   p.value_token_stride = CheckTokens("value", value, p.cache, place);
   Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
@@ -63,7 +62,7 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
     Fail("TypeError", kOp, "key", "expected dtype float32 or the cache's ", NameOf(p.cache.dtype),
          ", got ", NameOf(p.dtype));
   }
-  p.seqs = ParseRows(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
+  p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      Get(batch_id_per_token), key.shape()[0], place);
   p.key = Data(key);
   p.value = Data(value);

@@ -1,7 +1,7 @@
 """Builds the compiled part of fastattn: the steps behind ``setup_ops.py``.
 
-``toolchain`` finds compilers, Paddle and GPU architectures, ``sources`` the files to compile,
-``compile`` runs the compilers, ``ops`` is one build from all of these, ``extension`` ties it to
-setuptools and Paddle, ``backend`` is what pip calls, ``wheel`` checks what a wheel holds. Only
-``extension`` and ``backend`` need setuptools, and no module imports Paddle before it is needed.
+``toolchain`` finds compilers, Paddle and GPU architectures; ``instances`` is the table of the
+kernels' variants; ``project`` says what is compiled, as extensions of Paddle; ``compile`` runs
+ninja; ``extension`` holds the commands of setuptools, ``backend`` is what pip calls, ``wheel`` what
+a wheel is called and asks for. No module imports Paddle before it is needed.
 """

@@ -17,8 +17,8 @@ from typing import Any
 
 from setuptools import build_meta
 
-from .ops import ROOT
-from .toolchain import ToolchainError, require_paddle
+from .project import ROOT
+from .toolchain import NINJA, ToolchainError, find_ninja, require_paddle
 from .wheel import unpack_compiled
 
 SETUP_SCRIPT = "setup_ops.py"
@@ -55,7 +55,7 @@ def _no_requirements(config_settings: Any = None) -> list[str]:
 
 
 def _requirements(config_settings: Any = None) -> list[str]:
-    """Nothing beyond setuptools; an environment without Paddle is refused before the build."""
+    """Ninja where there is none; an environment without Paddle is refused before the build."""
     sys.path.extend(p for p in surrounding_paths() if p not in sys.path)
     try:
         require_paddle("pip")  # not of this Python: it may be of a build environment
@@ -64,7 +64,7 @@ def _requirements(config_settings: Any = None) -> list[str]:
             f"error: {error}\nWhere a Paddle is installed and yet not seen (build environments of "
             "uv or `python -m build`, PYTHONPATH), build with --no-build-isolation."
         )
-    return []
+    return [] if find_ninja() else [NINJA]
 
 
 _backend = _Backend()

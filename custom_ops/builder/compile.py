@@ -1,4 +1,4 @@
-"""Compiles sources: in parallel, incrementally, with progress, up to the first failure."""
+"""Compiles sources with ninja, shows its progress, and ends with the first failure."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-_TOOK_SHOWN = 5
+from .toolchain import ToolchainError, find_ninja
+
+_RULE = """\
+builddir = {folder}
+rule compile
+  command = $compiler -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $name
+"""
+_STATUS = re.compile(r"\[(\d+)/(\d+)\] (\d+)[\d.]* (.*)")
 
 
 class CompileError(RuntimeError):
@@ -29,181 +35,125 @@ class CompileError(RuntimeError):
 class Unit:
     """One source and how to compile it."""
 
-    name: str  # relative to the source folder, also the name in the log
+    name: str  # in the log
+    source: str  # seen from the folder that the compilers run in
     object: Path
     compiler: tuple[str, ...]  # the compiler and its flags, without input and output
-    identity: str = ""  # what else decides the object: versions of the compiler and of Paddle
-    launcher: tuple[str, ...] = ()  # ccache
 
-    @property
-    def depfile(self) -> Path:
-        """Where the compiler lists the headers that it read."""
-        return self.object.with_suffix(".d")
 
-    @property
-    def stamp(self) -> Path:
-        """Where a successful compilation leaves the digest of all that went into it."""
-        return self.object.with_suffix(".json")
+def _write(path: Path, text: str) -> Path:
+    """Write a file unless it has this text: its time tells when it changed."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+    return path
 
-    def command(self) -> list[str]:
-        """Full command, to run in the source folder."""
-        return [
-            *self.launcher,
-            *self.compiler,
-            *("-MMD", "-MF", str(self.depfile), "-c", self.name, "-o", str(self.object)),
+
+def _touch_changed(root: Path, record: Path) -> None:
+    """Renew the time of sources that have changed since the last build and yet are older than it.
+
+    ninja compares times, and a release that is unpacked over another one has times of its own.
+    """
+    files = [p for p in root.rglob("*.*") if p.suffix in (".h", ".cuh", ".cc", ".cu")]
+    found = {os.fspath(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    if record.exists():
+        known, last = json.loads(record.read_text(encoding="utf-8")), record.stat().st_mtime
+        for path, digest in found.items():
+            if known.get(path) != digest and os.stat(path).st_mtime <= last:
+                os.utime(path)
+    record.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _script(units: Sequence[Unit], root: Path, folder: Path, identity: Path) -> str:
+    def path(target: str | Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", os.path.relpath(root / target, root))
+
+    lines = [_RULE.format(folder=path(folder))]
+    for unit in units:
+        lines += [
+            f"build {path(unit.object)}: compile {path(unit.source)} | {path(identity)}",
+            f"  name = {unit.name}",
+            "  compiler = " + shlex.join(unit.compiler).replace("$", "$$"),
         ]
-
-
-@dataclass
-class Report:
-    """What a build did."""
-
-    total: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # of each source compiled just now
-
-    def slowest(self) -> list[tuple[str, float]]:
-        """The five sources that took longest, longest first."""
-        return sorted(self.seconds.items(), key=lambda item: -item[1])[:_TOOK_SHOWN]
-
-
-def parse_depfile(text: str) -> list[str]:
-    """Files named in a Makefile rule as compilers write it (escaped spaces, continued lines)."""
-    text = text.replace("\\\n", " ")
-    _, _, rest = text.partition(": ")
-    names = re.findall(r"(?:\\.|[^\s\\])+", rest.splitlines()[0] if rest else "")
-    return [re.sub(r"\\(.)", r"\1", name).replace("$$", "$") for name in names]
-
-
-def _digest(unit: Unit, root: Path, files: Iterable[str]) -> str:
-    """Digest of the command, the compiler's identity and the contents of all files read."""
-    sha = hashlib.sha256(json.dumps([unit.compiler, unit.identity, unit.name]).encode())
-    for name in files:
-        sha.update(b"\0" + name.encode() + b"\0")
-        sha.update((root / name).read_bytes())
-    return sha.hexdigest()
-
-
-def is_current(unit: Unit, root: Path) -> bool:
-    """Whether the object exists and nothing that it was made from has changed since."""
-    try:
-        stamp = json.loads(unit.stamp.read_text(encoding="utf-8"))
-        return unit.object.exists() and stamp["digest"] == _digest(unit, root, stamp["files"])
-    except (OSError, ValueError, KeyError):
-        return False  # never built, a header is gone, or another version's stamp
-
-
-class _Runner:
-    """Runs compilers and can stop all of them."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[str]] = set()
-        self._stopped = False
-
-    def run(self, unit: Unit) -> tuple[int, str, float]:
-        """Exit status, output and seconds of one compilation."""
-        unit.object.parent.mkdir(parents=True, exist_ok=True)
-        unit.stamp.unlink(missing_ok=True)
-        start = time.monotonic()
-        with self._lock:
-            if self._stopped:
-                return -1, "", 0.0
-            process = subprocess.Popen(
-                unit.command(),
-                cwd=self._root,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,  # a group of its own: the driver and what it starts
-            )
-            self._running.add(process)
-        output, _ = process.communicate()
-        with self._lock:
-            self._running.discard(process)
-        if process.returncode == 0:
-            files = parse_depfile(unit.depfile.read_text(encoding="utf-8"))
-            stamp = {"digest": _digest(unit, self._root, files), "files": files}
-            unit.stamp.write_text(json.dumps(stamp), encoding="utf-8")
-        return process.returncode, output, time.monotonic() - start
-
-    def stop(self) -> None:
-        """End the compilers that still run and start no others."""
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                try:
-                    os.killpg(process.pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    continue
+    return "\n".join([*lines, ""])
 
 
 def compile_all(
     units: Sequence[Unit],
     root: Path,
+    folder: Path,
     jobs: int = 1,
+    identity: str = "",
     say: Callable[[str], None] = print,
-) -> Report:
-    """Bring the objects of `units` up to date.
+) -> dict[str, float]:
+    """Bring the objects of `units` up to date; the seconds of those compiled, longest first.
 
-    Parameters
-    ----------
-    units : sequence of Unit
-        What to compile.
-    root : Path
-        Source folder; the compilers run in it.
-    jobs : int
-        Compilers to run at a time.
-    say : callable
-        Takes each line of progress.
-
-    Returns
-    -------
-    Report
-        Number of sources, and the seconds of those that were compiled.
-
-    Raises
-    ------
-    CompileError
-        At the first source that does not compile, after its compiler's message was written to
-        standard error. Compilers that still run are stopped.
+    The compilers run in `root`, `jobs` at a time; `folder` is for what ninja remembers. `identity`
+    is what else decides the objects, such as the compiler's version. A `CompileError` follows the
+    message of the first compiler that fails, on standard error; no others are started then.
     """
-    report = Report(total=len(units))
-    stale = [unit for unit in units if not is_current(unit, root)]
-    if len(stale) < len(units):
-        say(f"{len(units) - len(stale)} of {len(units)} sources are up to date")
-    if not stale:
-        return report
-    runner = _Runner(root)
-    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        pending: dict[Future[tuple[int, str, float]], Unit] = {
-            pool.submit(runner.run, unit): unit for unit in stale
-        }
-        try:
-            while pending:
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    unit = pending.pop(future)
-                    code, output, seconds = future.result()
-                    report.seconds[unit.name] = seconds
-                    count = f"[{len(report.seconds)}/{len(stale)}] {unit.name}"
-                    if code != 0:
-                        _fail(unit, count, code, output, say)
-                    say(f"{count} {seconds:.1f} s")
-                    if output.strip():
-                        say(output.rstrip())
-        finally:
-            for future in pending:
-                future.cancel()
-            runner.stop()
-    return report
+    folder.mkdir(parents=True, exist_ok=True)
+    _touch_changed(root, folder / "sources.json")
+    decides = _write(folder / "identity", identity)
+    script = _write(folder / "build.ninja", _script(units, root, folder, decides))
+    ninja = find_ninja()
+    if ninja is None:
+        line = shlex.join([sys.executable, "-m", "pip", "install", "ninja"])
+        raise ToolchainError(f"ninja, which runs the compilers, is missing:\n\n    {line}\n")
+    done = _run([ninja, "-f", os.path.relpath(script, root), f"-j{jobs}"], units, root, say)
+    names = {os.path.relpath(unit.object, root): unit.name for unit in units}
+    seconds = {}
+    if done:
+        for line in (folder / ".ninja_log").read_text(encoding="utf-8").splitlines()[1:]:
+            start, end, _, target, _ = line.split("\t")
+            if names.get(target) in done:
+                seconds[names[target]] = (int(end) - int(start)) / 1000
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-def _fail(unit: Unit, count: str, code: int, output: str, say: Callable[[str], None]) -> None:
-    say(f"{count} FAILED")
-    sys.stdout.flush()
-    sys.stderr.write(output if output.endswith("\n") else output + "\n")
-    sys.stderr.write(f"command: {shlex.join(unit.command())}\n")
-    sys.stderr.flush()
-    raise CompileError(f"{unit.name} did not compile (exit status {code} of {unit.compiler[0]})")
+def _run(
+    command: list[str], units: Sequence[Unit], root: Path, say: Callable[[str], None]
+) -> set[str]:
+    """Names of what ninja compiled; shows its progress and the message of the first failure."""
+    environ = {**os.environ, "NINJA_STATUS": "[%f/%t] %e "}
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environ,
+    )
+    done: set[str] = set()
+    first: list[str] = []  # of the failures: its name, its command, what the compiler wrote
+    line, failures = "", 0
+    assert process.stdout is not None
+    for line in map(str.rstrip, process.stdout):
+        status = _STATUS.match(line)
+        if status:
+            count, total, elapsed, name = status.groups()
+            if not done and int(total) < len(units):
+                say(f"{len(units) - int(total)} of {len(units)} sources are up to date")
+            done.add(name)
+            say(f"[{count}/{total}] {elapsed:>3} s  {name}")
+            writes = False
+        elif line.startswith("FAILED: "):
+            failures, writes = failures + 1, True
+            say(f"{name} FAILED")
+            first = first or [name]
+        elif line.startswith("ninja: "):
+            continue
+        elif not failures or not writes:
+            say(line)
+        elif failures == 1:
+            first.append(line)
+            if len(first) > 2:
+                print(line, file=sys.stderr, flush=True)
+    if process.wait() != 0:
+        if not first:
+            raise CompileError(f"ninja ended with status {process.returncode}: {line}")
+        print(f"command: {first[1]}", file=sys.stderr, flush=True)
+        raise CompileError(f"{first[0]} did not compile")
+    if not done:
+        say(f"{len(units)} of {len(units)} sources are up to date")
+    return done

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from setuptools import Distribution, Extension, SetuptoolsDeprecationWarning
+from setuptools import Distribution, SetuptoolsDeprecationWarning
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
 from setuptools.command.install import install
 from setuptools.errors import SetupError
 
-from . import sources as source_lists
-from .compile import CompileError
-from .ops import BUILD_INFO, ROOT, Build
+from . import instances, toolchain
+from .compile import CompileError, compile_all
+from .project import CUSTOM_OPS, MODULES, ROOT, build_info_text, find_build, say
 from .toolchain import ToolchainError, find_paddle
 from .wheel import local_version, requirements, unpack_compiled
 
-LIBRARY = "fastattn._fastattn_ops"
-MODULES = {name: f"fastattn.{name}" for name in source_lists.MODULES}
-
-
-def extensions() -> list[Extension]:
-    """What setuptools is told: the operator library and the Python modules beside it."""
-    modules = [Extension(name, sources=[], optional=True) for name in MODULES.values()]
-    return [Extension(LIBRARY, sources=[]), *modules]
+BUILD_INFO = "fastattn/_build_info.py"
 
 
 def install_requires() -> list[str]:
@@ -44,12 +41,7 @@ def install_requires() -> list[str]:
 
 
 def build_command() -> type[build_ext]:
-    """``build_ext`` command: a subclass of Paddle's ``BuildExtension``.
-
-    Paddle's own command lets a file that fails to compile pass until the link, does not track
-    headers, and writes a Python stub that an operator package does not want; so the whole build is
-    replaced, while the type stays the one that Paddle's tools expect.
-    """
+    """``build_ext`` command: Paddle's ``BuildExtension``, with ninja for the compilations."""
     try:
         from paddle.utils.cpp_extension import BuildExtension as Base
     except ImportError:
@@ -61,46 +53,99 @@ def build_command() -> type[build_ext]:
             *Base.user_options,
             ("cuda=", None, "build the CUDA part: auto (default), on or off"),
         ]
+        problem = ""
 
         def initialize_options(self) -> None:
             super().initialize_options()
             self.cuda: str | None = None
 
         def finalize_options(self) -> None:
+            if "sdist" not in self.distribution.commands:
+                try:
+                    self.build = find_build(self.cuda or "auto")
+                    self.distribution.ext_modules = self.build.extensions()
+                except ToolchainError as error:
+                    self.problem = str(error)  # metadata needs no compiler
             super().finalize_options()
-            self.cuda_option = self.cuda or "auto"
 
         def run(self) -> None:
-            build_ext.run(self)
+            if self.problem:
+                raise SetupError(self.problem)
+            build_ext.run(self)  # Paddle's would write a Python module beside the library
             if self.inplace:
-                built = Path(self.get_ext_fullpath_in(self.build_lib, LIBRARY)).parent
-                shutil.copyfile(built / BUILD_INFO, ROOT / "fastattn" / BUILD_INFO)
-
-        def get_ext_fullpath_in(self, folder: str, name: str) -> str:
-            return os.path.join(folder, self.get_ext_filename(name))
+                shutil.copyfile(Path(self.build_lib, BUILD_INFO), ROOT / BUILD_INFO)
 
         def get_ext_filename(self, fullname: str) -> str:
-            if fullname in (LIBRARY, LIBRARY.rpartition(".")[2]):
-                return os.path.join(*fullname.split(".")) + ".so"
-            return build_ext.get_ext_filename(self, fullname)
+            fits_one_python = any(name.endswith(fullname) for name in MODULES)
+            named_by = build_ext if fits_one_python else Base
+            return named_by.get_ext_filename(self, fullname)
 
         def get_outputs(self) -> list[str]:
-            return [
-                *build_ext.get_outputs(self),
-                os.path.join(self.build_lib, "fastattn", BUILD_INFO),
-            ]
+            return [*build_ext.get_outputs(self), os.path.join(self.build_lib, BUILD_INFO)]
+
+        def _check_abi(self) -> None:
+            """Nothing: `Build` has refused a compiler that is too old."""
+
+        def _record_op_info(self) -> None:
+            """Nothing: it is for the Python module that is not written."""
 
         def build_extensions(self) -> None:
-            library = Path(self.get_ext_fullpath(LIBRARY)).resolve()
-            modules = {
-                name: Path(self.get_ext_fullpath(full)).resolve() for name, full in MODULES.items()
-            }
+            start, build = time.monotonic(), self.build
+            kind = f"CUDA {';'.join(build.archs)}" if build.cuda else "CPU"
+            jobs = toolchain.jobs()
+            say(f"fastattn: {kind} operators for Paddle {build.paddle.version}, {jobs} jobs")
+            units = build.units(self.extensions)
             try:
-                Build(self.cuda_option).run(library, modules)
+                with _lock(build.objects):
+                    if build.cuda:
+                        instances.write(CUSTOM_OPS / toolchain.GENERATED)
+                    seconds = compile_all(
+                        units, CUSTOM_OPS, build.objects, jobs, build.identity(), say
+                    )
+                    self._link({unit.source: os.fspath(unit.object) for unit in units})
             except (CompileError, ToolchainError) as error:
                 raise SetupError(str(error)) from None
+            info = build.info()
+            Path(self.build_lib, BUILD_INFO).write_text(build_info_text(info), encoding="utf-8")
+            say(
+                f"{info['NUM_SOURCES']} sources ({info['NUM_CUDA_SOURCES']} CUDA instances, "
+                f"{len(info['OPERATORS'])} operators) in {time.monotonic() - start:.1f} s"
+            )
+            if seconds:
+                slowest = [f"{name} {took:.1f} s" for name, took in list(seconds.items())[:5]]
+                say("slowest: " + ", ".join(slowest))
+
+        def _link(self, objects: dict[str, str]) -> None:
+            compiler, cxx = self.compiler, self.build.cxx
+            for name in ("compiler_cxx", "linker_exe", "linker_exe_cxx"):
+                if name in compiler.executables:
+                    compiler.set_executable(name, cxx)
+            for name in ("linker_so", "linker_so_cxx"):
+                if name in compiler.executables:
+                    compiler.set_executable(name, [*cxx, "-shared"])
+            compiler.compile = lambda sources, **_: [
+                objects[os.path.relpath(ROOT / source, CUSTOM_OPS)] for source in sources
+            ]
+            # distutils compares times only: not the flags, nor the objects of another Paddle.
+            self.force = compiler.force = True
+            with contextlib.redirect_stdout(None):  # "it will cost a few seconds"
+                super().build_extensions()
+            Path(self.build_lib, "fastattn", "version.txt").unlink(missing_ok=True)
 
     return BuildExtension
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep a second build out of the same objects."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another build is running; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class BuildPy(build_py):
@@ -124,11 +169,8 @@ class EggInfo(egg_info):
         """Add the tag, before the version is settled."""
         if not self.tag_build and "sdist" not in self.distribution.commands:
             option = getattr(self.distribution.get_command_obj("build_ext"), "cuda", None)
-            try:
-                build = Build(option or "auto")
-            except ToolchainError:
-                pass  # no Paddle, no compiler: nothing can be built, and building says why
-            else:
+            with contextlib.suppress(ToolchainError):  # then building says why it cannot
+                build = find_build(option or "auto")
                 self.tag_build = "+" + local_version(build.paddle.version, build.archs)
         super().finalize_options()
 
@@ -147,7 +189,7 @@ class Install(install):
 
     def run(self) -> None:
         """Build a wheel, install it, and put its compiled files into the source tree."""
-        if not self._called_by_user():
+        if self.root or self.single_version_externally_managed:
             super().run()  # bdist_wheel fills its folder through this command
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -161,9 +203,6 @@ class Install(install):
             # What it depends on. Paddle and others run with the NumPy that is there: it stays.
             _pip("install", str(path), f"numpy=={importlib.metadata.version('numpy')}")
         print(f"installed {self.distribution.get_fullname()} for {sys.executable}")
-
-    def _called_by_user(self) -> bool:
-        return not self.root and not self.single_version_externally_managed
 
 
 def _pip(command: str, *arguments: str) -> None:

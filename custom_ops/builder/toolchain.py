@@ -6,36 +6,33 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
-import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_ARCH = "90a"
 
-# Architectures whose full instruction set exists only as the architecture-specific target "a".
-_SPECIFIC = frozenset({90, 100, 101, 103, 110, 120, 121})
+#: What to fetch where there is none; two versions of it do not read each other's logs.
+NINJA = "ninja>=1.10"
 
-_ARCH = re.compile(r"(\d{2,3})([af]?)\Z")
+#: Where builder/instances.py writes, seen from ``custom_ops``.
+GENERATED = "../build/generated"
 
 OLDEST_GCC = (8, 0)
 
 # First toolkit that compiles for an architecture; 12.0 is also what the kernels' instructions need
 # (PTX 8.0: wgmma, setmaxnreg, bulk copies).
 OLDEST_CUDA = (12, 0)
-_ARCH_SINCE = {
-    **dict.fromkeys((100, 101, 120), (12, 8)),
-    **dict.fromkeys((103, 121), (12, 9)),
-    110: (13, 0),
-}
+_ARCH_SINCE = {100: (12, 8), 101: (12, 8), 103: (12, 9), 110: (13, 0), 120: (12, 8), 121: (12, 9)}
 _FAMILY_SINCE = (12, 9)  # the "f" targets
 _GONE_IN_CUDA_13 = frozenset({*range(75), 101})  # 101 has become 110
+# Architectures whose full instruction set exists only as the architecture-specific target "a".
+_SPECIFIC = frozenset({90, *_ARCH_SINCE})
 
 
 class ToolchainError(RuntimeError):
@@ -50,16 +47,6 @@ class Paddle:
     root: Path  # the package's folder
     with_cuda: bool
 
-    @property
-    def includes(self) -> tuple[Path, Path]:
-        """Folders of Paddle's headers."""
-        return self.root / "include", self.root / "include" / "third_party"
-
-    @property
-    def library_dirs(self) -> list[Path]:
-        """Folders that hold ``libpaddle.so`` and the libraries that it needs."""
-        return [p for p in (self.root / "base", self.root / "libs") if p.is_dir()]
-
 
 @dataclass(frozen=True)
 class Cuda:
@@ -68,12 +55,6 @@ class Cuda:
     home: Path
     nvcc: Path
     version: tuple[int, int]
-
-    @property
-    def includes(self) -> list[Path]:
-        """Header folders (CUDA 13 keeps CCCL's in a folder of their own)."""
-        include = self.home / "include"
-        return [p for p in (include, include / "cccl") if p.is_dir()]
 
     @property
     def library_dir(self) -> Path:
@@ -112,6 +93,13 @@ def require_pip() -> None:
         )
 
 
+def find_ninja() -> str | None:
+    """Path of ninja: beside this Python, where pip puts it, else in PATH."""
+    folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    return shutil.which("ninja", path=folders)
+
+
+@functools.cache
 def find_paddle() -> Paddle:
     """Describe the Paddle that this Python imports."""
     require_paddle()
@@ -123,10 +111,8 @@ def find_paddle() -> Paddle:
             f"Paddle is installed for {sys.executable} but does not import: "
             f"{type(error).__name__}: {first} (Paddle 2.6 needs numpy<2)"
         ) from error
-
-    return Paddle(
-        paddle.__version__, Path(paddle.__file__).parent, bool(paddle.is_compiled_with_cuda())
-    )
+    root = Path(paddle.__file__).parent
+    return Paddle(paddle.__version__, root, bool(paddle.is_compiled_with_cuda()))
 
 
 def find_cxx(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -150,51 +136,41 @@ def find_cuda(environ: Mapping[str, str] = os.environ) -> Cuda | None:
         nvcc = home / "bin" / "nvcc"
         # An nvcc in PATH may be a wrapper script outside any toolkit; its headers tell.
         if nvcc.exists() and (home / "include" / "cuda_runtime.h").exists():
-            return Cuda(home, nvcc, nvcc_version(nvcc))
+            text = _output(str(nvcc), "--version")
+            match = re.search(r"release (\d+)\.(\d+)", text)
+            if match is None:
+                raise ToolchainError(f"{nvcc} --version tells no version: {text!r}")
+            return Cuda(home, nvcc, (int(match[1]), int(match[2])))
     return None
 
 
-def nvcc_version(nvcc: Path) -> tuple[int, int]:
-    """Major and minor version of an nvcc."""
-    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"release (\d+)\.(\d+)", text)
-    if match is None:
-        raise ToolchainError(f"{nvcc} --version tells no version: {text!r}")
-    return int(match[1]), int(match[2])
-
-
 @functools.cache
-def compiler_identity(command: tuple[str, ...]) -> str:
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise ToolchainError(f"{command[0]} does not run: {error}") from error
+    return done.stdout or done.stderr
+
+
+def compiler_identity(command: Sequence[str]) -> str:
     """First line of ``command --version``."""
-    try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True)
-    except OSError as error:
-        raise ToolchainError(f"{shlex.join(command)} does not run: {error}") from error
-    return (done.stdout or done.stderr).strip().splitlines()[0]
+    return _output(*command, "--version").strip().splitlines()[0]
 
 
-@functools.cache
-def _macros(command: tuple[str, ...]) -> dict[str, int]:
-    """Macros with a number for a value that a C++ compiler defines by itself."""
-    try:
-        done = subprocess.run(
-            [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True
-        )
-    except OSError as error:
-        raise ToolchainError(f"{shlex.join(command)} does not run: {error}") from error
-    return {
-        name: int(value)
-        for name, value in re.findall(r"^#define (\w+) (\d+)\s*$", done.stdout, re.M)
-    }
+def gcc_version(command: Sequence[str]) -> tuple[int, int] | None:
+    """Version of a GCC, by the macros that it defines; None for another compiler."""
+    text = _output(*command, "-dM", "-E", "-x", "c++", os.devnull)
+    macros = dict(re.findall(r"^#define (\w+) (\d+)\s*$", text, re.M))
+    if "__GNUC__" not in macros or "__clang__" in macros:
+        return None
+    return int(macros["__GNUC__"]), int(macros.get("__GNUC_MINOR__", 0))
 
 
 def check_cxx(command: Sequence[str]) -> None:
     """Refuse a GCC that is too old for the sources; other compilers are taken as they are."""
-    macros = _macros(tuple(command))
-    if "__GNUC__" not in macros or "__clang__" in macros:
-        return
-    found = macros["__GNUC__"], macros.get("__GNUC_MINOR__", 0)
-    if found < OLDEST_GCC:
+    found = gcc_version(command)
+    if found is not None and found < OLDEST_GCC:
         raise ToolchainError(
             f"{shlex.join(command)} is GCC {found[0]}.{found[1]}, and the sources need "
             f"{OLDEST_GCC[0]} or newer: name a newer one in CXX, such as CXX=g++-12"
@@ -205,9 +181,9 @@ def check_cuda(cuda: Cuda, archs: Sequence[str]) -> None:
     """Refuse a toolkit that is too old for the kernels or too old or new for an architecture."""
     found = ".".join(map(str, cuda.version))
     for arch in archs:
-        number, suffix = re.fullmatch(r"(\d+)([af]?)", arch).groups()  # type: ignore[union-attr]
-        oldest = max(OLDEST_CUDA, _ARCH_SINCE.get(int(number), OLDEST_CUDA))
-        if suffix == "f":
+        number = int(arch.rstrip("af"))
+        oldest = max(OLDEST_CUDA, _ARCH_SINCE.get(number, OLDEST_CUDA))
+        if arch.endswith("f"):
             oldest = max(oldest, _FAMILY_SINCE)
         if cuda.version < oldest:
             raise ToolchainError(
@@ -215,29 +191,16 @@ def check_cuda(cuda: Cuda, archs: Sequence[str]) -> None:
                 "newer: name a newer toolkit in CUDA_HOME, or leave the CUDA kernels out with "
                 "FASTATTN_ARCHS=none"
             )
-        if cuda.version >= (13, 0) and int(number) in _GONE_IN_CUDA_13:
+        if cuda.version >= (13, 0) and number in _GONE_IN_CUDA_13:
             raise ToolchainError(
                 f"{cuda.nvcc} is of CUDA {found}, which no longer compiles for sm_{arch} of "
                 "FASTATTN_ARCHS: CUDA 12 does"
             )
 
 
-def find_ccache(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """``["ccache"]`` where it is installed, else nothing."""
-    return ["ccache"] if shutil.which("ccache", path=environ.get("PATH")) else []
-
-
-def python_include() -> Path | None:
-    """Folder of ``Python.h``, or None where Python's headers are not installed."""
-    folder = Path(sysconfig.get_paths()["include"])
-    return folder if (folder / "Python.h").exists() else None
-
-
 def jobs(environ: Mapping[str, str] = os.environ) -> int:
     """Number of compilers to run at a time: ``MAX_JOBS``, else the number of CPUs."""
-    text = environ.get("MAX_JOBS", "").strip()
-    if not text:
-        return os.cpu_count() or 1
+    text = environ.get("MAX_JOBS", "").strip() or str(os.cpu_count() or 1)
     if not text.isdigit() or int(text) < 1:
         raise ToolchainError(f"MAX_JOBS: expected a number of at least 1, got {text!r}")
     return int(text)
@@ -249,12 +212,8 @@ def detect_archs() -> list[str]:
         return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True)
-    if done.returncode != 0:
-        return []
-    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", done.stdout, re.M)
-    return list(
-        dict.fromkeys(specific_arch(int(major) * 10 + int(minor)) for major, minor in found)
-    )
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", done.stdout if done.returncode == 0 else "", re.M)
+    return list(dict.fromkeys(specific_arch(int(major + minor)) for major, minor in found))
 
 
 def specific_arch(number: int) -> str:
@@ -263,41 +222,25 @@ def specific_arch(number: int) -> str:
 
 
 def parse_archs(text: str | None, detected: Sequence[str] = ()) -> list[str]:
-    """Read an architecture list such as ``"90a;100a"``, ``"[80, 90]"``, ``"9.0a"`` or ``"none"``.
+    """Read ``FASTATTN_ARCHS``, such as ``"90a;100a"``, ``"[80, 90]"`` or ``"9.0a"``.
 
-    Parameters
-    ----------
-    text : str or None
-        Value of ``FASTATTN_ARCHS``. Empty: the GPUs found, else 90a. ``"none"``: no CUDA part.
-    detected : sequence of str
-        Architectures of the GPUs found.
-
-    Returns
-    -------
-    list of str
-        Architectures without a dot, each once, in the order given; 90 is 90a.
-
-    Raises
-    ------
-    ToolchainError
-        If an entry is no architecture.
+    Gives architectures without a dot, each once, in the order given: what was detected for an empty
+    text, none for ``"none"``.
     """
     text = (text or "").strip().strip("[]")
     if text.lower() == "none":
         return []
     entries = [e.strip(" \"'") for e in re.split(r"[;,\s]+", text) if e.strip(" \"'")]
-    if not entries:
-        return list(detected) or [DEFAULT_ARCH]
     archs = []
     for entry in entries:
         name = re.sub(r"^(\d+)\.(\d)", r"\1\2", re.sub(r"^(sm_|compute_)", "", entry.lower()))
-        if not _ARCH.match(name):
+        if not re.fullmatch(r"\d{2,3}[af]?", name):
             raise ToolchainError(
                 f"FASTATTN_ARCHS: expected a list such as '90a;100a' or 'none', got {entry!r}"
             )
         # The Hopper kernels need what only 90a has; every GPU of capability 9.0 runs it.
         archs.append("90a" if name == "90" else name)
-    return list(dict.fromkeys(archs))
+    return list(dict.fromkeys(archs)) or list(detected) or [DEFAULT_ARCH]
 
 
 def gencode(archs: Sequence[str]) -> list[str]:
@@ -305,26 +248,18 @@ def gencode(archs: Sequence[str]) -> list[str]:
     return [f for a in archs for f in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
 
 
-def _isystem(paths: Sequence[Path]) -> list[str]:
-    return [f for p in paths for f in ("-isystem", str(p))]
-
-
-def cxx_flags(paddle: Paddle | None, cuda: Cuda | None = None) -> list[str]:
-    """Flags of the C++ sources of the operator library.
+def cxx_flags(with_cuda: bool = False) -> list[str]:
+    """Flags of the C++ sources of the operator library, beside those of Paddle's classes.
 
     `-ffp-contract=off` keeps the bit-exact paths free of fused multiply-adds; no -march, so that
     the library runs on any CPU of its family. Without Paddle's Python headers
     (`PADDLE_NO_PYTHON`) a file takes 3 s instead of 12 s and the library fits any Python.
     """
-    flags = [
+    return [
         *("-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"),
         *("-fvisibility=hidden", "-DPADDLE_NO_PYTHON", "-I."),
+        *(("-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA") if with_cuda else ()),
     ]
-    if cuda is not None:
-        flags += ["-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA", *_isystem(cuda.includes)]
-    if paddle is not None:
-        flags += _isystem(paddle.includes)
-    return flags
 
 
 def nvcc_flags(
@@ -332,7 +267,7 @@ def nvcc_flags(
 ) -> list[str]:
     """Flags of the CUDA sources; they include no Paddle header."""
     flags = [
-        *("-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I."),
+        *("-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I.", f"-I{GENERATED}"),
         *("--expt-relaxed-constexpr", "-lineinfo", "-Xfatbin", "-compress-all"),
         "--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage",
         "-Xcompiler=-fPIC,-fopenmp,-ffp-contract=off,-fvisibility=hidden",
@@ -343,35 +278,3 @@ def nvcc_flags(
     if environ.get("CXX"):
         flags += ["-ccbin", shlex.split(environ["CXX"])[0]]
     return flags + gencode(archs)
-
-
-def link_flags(paddle: Paddle, cuda: Cuda | None = None) -> list[str]:
-    """Flags that link the operator library.
-
-    It needs `libpaddle.so` by name only: Paddle is imported before the library is loaded, so the
-    loader finds it in the process, wherever the environment was moved to. No rpath is written.
-    """
-    flags = ["-shared", "-fopenmp", "-Wl,-s", "-Wl,--exclude-libs,ALL"]
-    flags += [f"-L{p}" for p in paddle.library_dirs] + ["-l:libpaddle.so"]
-    if cuda is not None:
-        flags += [f"-L{cuda.library_dir}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-    return flags
-
-
-def module_flags(paddle: Paddle, include: Path) -> list[str]:
-    """Flags of the Python modules (pybind11 comes with Paddle)."""
-    return [
-        *("-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-I."),
-        *_isystem([*paddle.includes, include]),
-    ]
-
-
-def module_link_flags(paddle: Paddle) -> list[str]:
-    """Flags that link a Python module: Paddle's library is needed only by one that uses it."""
-    paddle_library = [*(f"-L{p}" for p in paddle.library_dirs), "-l:libpaddle.so"]
-    return ["-shared", "-Wl,-s", "-Wl,--as-needed", *paddle_library, "-ldl"]
-
-
-def platform_name() -> str:
-    """Operating system and processor, such as ``linux-x86_64``."""
-    return f"{platform.system().lower()}-{platform.machine()}"

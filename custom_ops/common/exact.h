@@ -25,8 +25,8 @@ FASTATTN_HD float Div(float a, float b) { return a / b; }
 FASTATTN_HD float Sqrt(float a) { return __builtin_sqrtf(a); }
 #endif
 
-// `on` ? a : b, on the device without a branch around what one of them costs: a kernel of few waits
-// is faster when everything is computed side by side.
+// `on` ? a : b. On the device it is one select without a branch: a kernel that waits little for
+// memory is faster when both values are computed.
 FASTATTN_HD float Select(bool on, float a, float b) {
 #if defined(__CUDA_ARCH__)
   float chosen;

@@ -22,7 +22,8 @@ inline constexpr float kMxAmaxFloor = 0x1.8p-124f;
 // Nearest code, ties to the even code. Saturates (infinities too), keeps the sign of zero; a NaN of
 // either sign becomes 7, as the instruction has it.
 //
-// Selection by masks: a CPU would mispredict a branch for every other value, and this vectorises.
+// Cases are selected by masks: a CPU would mispredict a branch for every other value, and masks
+// vectorise.
 FASTATTN_HD uint32_t FloatToE2M1(float x) {
   const uint32_t bits = FloatBits(x);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -49,7 +50,7 @@ FASTATTN_HD float E2M1ToFloat(uint32_t code) {
   return BitsFloat(sign | FloatBits(BitsFloat(magnitude << 22) * 0x1p126f));
 }
 
-// Elements 2i (low nibble) and 2i + 1 of a row share byte i.
+// Elements 2i (low nibble) and 2i + 1 share byte i.
 FASTATTN_HD uint8_t PackE2M1(uint32_t even, uint32_t odd) {
   return static_cast<uint8_t>(even | (odd << 4));
 }

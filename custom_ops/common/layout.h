@@ -6,7 +6,7 @@
 
 namespace fastattn {
 
-// Position of token r (0..63) inside a 64-token V row of the `fastattn` layout.
+// Slot of token r (0..63) among the 64 tokens of a channel of V in the `fastattn` layout.
 //
 // Each group of 16 tokens is stored in the order 0,1,8,9, 2,3,10,11, 4,5,12,13, 6,7,14,15: the four
 // bytes of a word are then the accumulator columns that one thread of an m16n8 MMA holds in two
@@ -23,8 +23,7 @@ FASTATTN_HD constexpr int TokenOfSlot(int slot) {
 template <CacheLayout kLayout>
 FASTATTN_HD constexpr int KeyOffset(int r, int d, int head_dim) {
   if constexpr (kLayout == CacheLayout::kFastDeploy) {
-    // 16 x 32 tiles in MMA fragment order: the low row parity bit goes to the column, d's octet
-    // parity and the 16-group parity trade places with it.
+    // 16 x 32 tiles in MMA fragment order.
     const int g = d / 16, w = d % 16;
     const int row = (r / 16) * 16 + r % 8 + (g % 2) * 8;
     const int col = (g / 2) * 32 + ((r % 16) / 8) * 16 + ((w % 8) / 2) * 4 + (w / 8) * 2 + w % 2;

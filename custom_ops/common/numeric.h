@@ -70,7 +70,7 @@ FASTATTN_HD uint16_t FloatToFloat16(float x) {
   return static_cast<uint16_t>(sign | ((u >> 13) - (112u << 10)));
 }
 
-// Selection by masks: this is the inner loop of every FP8 writer, and it vectorises so.
+// Cases are selected by masks, so that this inner loop of every FP8 writer vectorises.
 FASTATTN_HD uint8_t FloatToE4M3(float x) {
   const uint32_t bits = FloatBits(x);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;

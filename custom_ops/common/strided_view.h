@@ -87,7 +87,7 @@ class StridedView {
     int64_t a_last = 0, b_last = 0;
     if (a.Stride() == stride) a_last = (a.first++)->size - 1;
     if (b.Stride() == stride) b_last = (b.first++)->size - 1;
-    // Those that may meet: -b's extent < distance + q * stride < a's extent.
+    // Entries may meet where -b's extent < distance + q * stride < a's extent.
     const int64_t low = std::max(-a_last, CeilDiv(1 - b.Extent() - distance, stride));
     const int64_t high = std::min(b_last, FloorDiv(a.Extent() - 1 - distance, stride));
     if (high - low >= kMostPairs) return true;
@@ -100,7 +100,7 @@ class StridedView {
   static int64_t FloorDiv(int64_t x, int64_t y) { return x / y - (x % y < 0); }
   static int64_t CeilDiv(int64_t x, int64_t y) { return -FloorDiv(-x, y); }
 
-  // Neighbours that entries of nested views may meet are fewer.
+  // Nested views have fewer neighbouring entries that may meet.
   static constexpr int64_t kMostPairs = 4;
 
   int64_t begin_;

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
+#include "common/seq_lengths.h"
 #include "cpu/cache_codec.h"
 #include "cpu/convert.h"
 #include "cpu/parallel.h"
@@ -12,29 +14,28 @@ namespace fastattn::cpu {
 
 namespace {
 
-// Tokens of one row that lie in one block.
-struct Piece {
+// Tokens of one sequence that lie in one block.
+struct BlockTokens {
   int block;
   int count;
   int64_t out_token;
 };
 
-std::vector<Piece> Pieces(const AppendCacheParams& p) {
-  std::vector<Piece> pieces;
-  for (int row = 0; row < p.batch; ++row) {
-    const int64_t first = p.cu_seqlens_k[row];
-    if (first < 0) continue;
-    const int64_t end = std::min<int64_t>(p.cu_seqlens_k[row + 1], p.num_out_tokens);
-    const int64_t count = std::min<int64_t>(
-        {p.seq_lens_decoder[row], end - first, int64_t{p.max_blocks} * kBlockSize});
+std::vector<BlockTokens> FindBlocks(const AppendCacheParams& p) {
+  std::vector<BlockTokens> blocks;
+  for (int b = 0; b < p.batch; ++b) {
+    const TokenRange<int64_t> out = WrittenTokens<int64_t>(p.cu_seqlens_k[b], p.cu_seqlens_k[b + 1],
+                                                           p.seq_lens_decoder[b], p.num_out_tokens);
+    const int64_t count = std::min(out.count, int64_t{p.max_blocks} * kBlockSize);
     for (int64_t i = 0; i < count; i += kBlockSize) {
-      const int block = BlockOf(p.block_tables, p.max_blocks, p.cache.num_blocks, row, i);
+      const int block =
+          BlockOf(p.block_tables, p.max_blocks, p.cache.num_blocks, b, i / kBlockSize);
       if (block < 0) continue;
       const int size = static_cast<int>(std::min<int64_t>(kBlockSize, count - i));
-      pieces.push_back({block, size, first + i});
+      blocks.push_back({block, size, out.begin + i});
     }
   }
-  return pieces;
+  return blocks;
 }
 
 template <DType kOut, CacheLayout kLayout, typename Format>
@@ -43,26 +44,26 @@ void Run(const AppendCacheParams& p) {
   const int heads = p.cache.num_kv_heads;
   const int head_dim = p.cache.head_dim;
   const CacheReader<Format, kLayout> reader(p.cache);
-  const std::vector<Piece> pieces = Pieces(p);
+  const std::vector<BlockTokens> blocks = FindBlocks(p);
 
-  const int64_t items = static_cast<int64_t>(pieces.size()) * heads;
-  ParallelFor(items, 2LL * kBlockSize * head_dim, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = static_cast<int64_t>(blocks.size()) * heads;
+  ParallelFor(tasks, 2LL * kBlockSize * head_dim, [&](int64_t begin, int64_t end) {
     typename Format::Storage codes[kBlockSize * kMaxHeadDim];
     float x[kMaxHeadDim];
-    for (int64_t item = begin; item < end; ++item) {
-      const Piece& piece = pieces[item / heads];
-      const int head = static_cast<int>(item % heads);
-      T* key = static_cast<T*>(p.key) + piece.out_token * p.key_token_stride + head * head_dim;
-      reader.KeyCodes(piece.block, head, 0, piece.count, codes);
-      for (int r = 0; r < piece.count; ++r) {
-        reader.DecodeKey(piece.block, head, r, codes + r * head_dim, x);
+    for (int64_t task = begin; task < end; ++task) {
+      const BlockTokens& tokens = blocks[task / heads];
+      const int head = static_cast<int>(task % heads);
+      T* key = static_cast<T*>(p.key) + tokens.out_token * p.key_token_stride + head * head_dim;
+      reader.KeyCodes(tokens.block, head, 0, tokens.count, codes);
+      for (int r = 0; r < tokens.count; ++r) {
+        reader.DecodeKey(tokens.block, head, r, codes + r * head_dim, x);
         StoreRow<kOut>(x, head_dim, key + r * p.key_token_stride);
       }
       T* value =
-          static_cast<T*>(p.value) + piece.out_token * p.value_token_stride + head * head_dim;
-      reader.ValueCodes(piece.block, head, 0, piece.count, codes);
-      for (int r = 0; r < piece.count; ++r) {
-        reader.DecodeValue(piece.block, head, r, codes + r * head_dim, x);
+          static_cast<T*>(p.value) + tokens.out_token * p.value_token_stride + head * head_dim;
+      reader.ValueCodes(tokens.block, head, 0, tokens.count, codes);
+      for (int r = 0; r < tokens.count; ++r) {
+        reader.DecodeValue(tokens.block, head, r, codes + r * head_dim, x);
         StoreRow<kOut>(x, head_dim, value + r * p.value_token_stride);
       }
     }
@@ -74,7 +75,7 @@ void Run(const AppendCacheParams& p) {
 void AppendCache(const AppendCacheParams& p) {
   DispatchCache(p.cache, [&](auto format) {
     using Format = decltype(format);
-    if constexpr (!IsQuantized(Format::kType)) {  // one order in every layout
+    if constexpr (!IsQuantized(Format::kType)) {  // the same order in every layout
       Run<Format::kCode, CacheLayout::kFastattn, Format>(p);
     } else {
       dispatch<CacheLayout::kFastattn, CacheLayout::kFastDeploy>(

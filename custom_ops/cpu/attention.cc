@@ -1,6 +1,6 @@
-// Attention on the CPU: cuts the step into tiles of packed rows and ranges of keys, runs them on
-// all threads through the kernel of the best instruction set, merges split ranges and writes the
-// result.
+// Attention on the CPU: cuts the step into tiles of packed GQA rows and splits of the keys, runs
+// these on all threads through the kernel of the best instruction set, merges the partial results
+// and writes the output.
 #include "cpu/attention.h"
 
 #include <algorithm>
@@ -13,6 +13,9 @@
 
 #include "common/dispatch.h"
 #include "common/numeric.h"
+#include "common/seq_lengths.h"
+#include "common/static_scales.h"
+#include "common/visible_keys.h"
 #include "cpu/attention_tile.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -25,14 +28,13 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
-// Rows of one tile are split over their keys in ranges of this size. It is fixed, so that results
-// do not depend on the number of threads.
+// Keys of a split. The size is fixed, so that results do not depend on the number of threads.
 constexpr int64_t kSplitKeys = 2048;
 
-// The plan's cost times channels is that many units of work (see parallel.h).
+// So much of the plan's cost, times channels, is one nanosecond of work (see parallel.h).
 constexpr int64_t kCostPerWork = 16;
 
-// The best set that kernels may use; only tests lower it.
+// The best instruction set that kernels may use; only tests lower it.
 std::atomic<int> isa_limit{static_cast<int>(Isa::kAvx512)};
 
 Isa ChosenIsa() {
@@ -51,30 +53,33 @@ TileFunction ChooseTileFunction(const AttentionParams& p) {
   return baseline::FindTileFunction(p);
 }
 
-int64_t Clamp(int64_t x, int64_t low, int64_t high) { return std::max(low, std::min(x, high)); }
-
-// A row's lengths, cut to the tensors: nothing that the metadata says is trusted.
-AttentionSeq FindSeq(const AttentionParams& p, int b) {
-  AttentionSeq row;
+// Lengths of a sequence. The CPU counts positions in 64 bits and so needs no upper bound on them.
+AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
+  constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
   const SeqMeta& seqs = p.seqs;
-  row.q_begin = Clamp(seqs.cu_seqlens_q[b], 0, seqs.num_tokens);
-  const int64_t q_end = Clamp(seqs.cu_seqlens_q[b + 1], row.q_begin, seqs.num_tokens);
+  const int* cu_q = seqs.cu_seqlens_q + batch_idx;
+  const TokenRange<int64_t> queries = RaggedTokens<int64_t>(cu_q[0], cu_q[1], seqs.num_tokens);
+  AttentionSeq seq;
+  seq.q_begin = queries.begin;
   if (p.paged) {
-    row.q_len = Clamp(seqs.seq_lens_this_time[b], 0, q_end - row.q_begin);
-    row.k_len = std::max(seqs.seq_lens_decoder[b], 0) + row.q_len;
+    seq.q_len = Clamp<int64_t>(seqs.seq_lens_this_time[batch_idx], 0, queries.count);
+    seq.k_len = PagedKeys<int64_t>(seqs.seq_lens_decoder[batch_idx], seq.q_len, kUnlimited);
   } else {
-    row.q_len = q_end - row.q_begin;
-    row.k_begin = Clamp(p.ragged.cu_seqlens_k[b], 0, p.ragged.num_tokens);
-    row.k_len = Clamp(p.ragged.cu_seqlens_k[b + 1], row.k_begin, p.ragged.num_tokens) - row.k_begin;
+    const int* cu_k = p.ragged.cu_seqlens_k + batch_idx;
+    const auto keys = RaggedTokens<int64_t>(cu_k[0], cu_k[1], p.ragged.num_tokens);
+    seq.q_len = queries.count;
+    seq.k_begin = keys.begin;
+    seq.k_len = keys.count;
   }
-  return row;
+  return seq;
 }
 
-// A tile of packed rows of one row and KV head: its result is the merge of its tasks'.
+// A tile of packed GQA rows of one sequence and KV head. Its tasks are the splits of its keys, and
+// its result is the merge of theirs.
 struct OutputTile {
   int first_task = 0;
   int num_tasks = 0;
-  int64_t partial = -1;  // floats from the start of the partial results; -1: a single task
+  int64_t partial = -1;  // offset of its partial results, in floats; -1: a single task
 };
 
 struct Plan {
@@ -82,34 +87,55 @@ struct Plan {
   std::vector<AttentionTask> tasks;
   std::vector<OutputTile> tiles;
   std::vector<int> tile_of_task;
-  std::vector<int> order;  // of the tasks, the longest first
+  std::vector<int> order;  // tasks, the longest first
   int64_t partial_size = 0;
-  int64_t work = 0;  // of a task, on average
+  int64_t work = 0;  // average of a task
 };
 
 int64_t PartialSize(const AttentionParams& p, const AttentionTask& task) {
   return static_cast<int64_t>(task.packed_count) * (p.head_dim + 2);
 }
 
-// Keys that the tile's queries may see by causal mask and window.
-void BoundKeys(const AttentionParams& p, const AttentionSeq& row, AttentionTask* task) {
+BandMask<int64_t> MaskOf(const AttentionParams& p) {
+  return {p.causal, p.window_left, p.window_right};
+}
+
+// Bounds a task's keys by what causal mask and window let the first and the last query of its tile
+// see.
+void BoundKeys(const AttentionParams& p, const AttentionSeq& seq, AttentionTask* task) {
   const int64_t group = p.num_heads / p.num_kv_heads;
-  const int64_t offset = row.k_len - row.q_len;
+  const int64_t offset = seq.k_len - seq.q_len;
   const int64_t first = task->packed_begin / group + offset;
   const int64_t last = (task->packed_begin + task->packed_count - 1) / group + offset;
-  int64_t begin = 0, end = row.k_len;
-  if (p.paged) end = std::min<int64_t>(end, static_cast<int64_t>(p.seqs.max_blocks) * kBlockSize);
-  if (p.causal) end = std::min(end, last + 1);
-  if (p.window_right >= 0) end = std::min(end, last + p.window_right + 1);
-  if (p.window_left >= 0) begin = std::max(begin, first - p.window_left);
-  task->key_begin = begin;
-  task->key_end = std::max(begin, end);
+  int64_t num_keys = seq.k_len;
+  if (p.paged) num_keys = std::min(num_keys, int64_t{p.seqs.max_blocks} * kBlockSize);
+  const BandMask<int64_t> mask = MaskOf(p);
+  task->key_begin = VisibleKeys(mask, first, num_keys).begin;
+  task->key_end = std::max(task->key_begin, VisibleKeys(mask, last, num_keys).end);
+}
+
+// Fills the keys of a task that each row of its tile sees.
+void FindVisible(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task,
+                 TileBuffers* buffers) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const BandMask<int64_t> mask = MaskOf(p);
+  for (int r = 0; r < task.packed_count; ++r) {
+    const int64_t query = (task.packed_begin + r) / group;
+    KeyRange<int64_t> keys = VisibleKeys(mask, query + seq.k_len - seq.q_len, seq.k_len);
+    keys = Intersect(keys, {task.key_begin, task.key_end});
+    if (p.mask_offsets != nullptr) {
+      const int* offsets = p.mask_offsets + 2 * (seq.q_begin + query);
+      keys = Intersect(keys, {offsets[0], offsets[1]});
+    }
+    buffers->visible_begin[r] = keys.begin;
+    buffers->visible_end[r] = keys.end;
+  }
 }
 
 void PlanTile(const AttentionParams& p, AttentionTask task, bool split, Plan* plan) {
   OutputTile tile;
   tile.first_task = static_cast<int>(plan->tasks.size());
-  BoundKeys(p, plan->seqs[task.row], &task);
+  BoundKeys(p, plan->seqs[task.batch_idx], &task);
   const int64_t end = task.key_end;
   do {
     if (split) task.key_end = std::min(end, (task.key_begin / kSplitKeys + 1) * kSplitKeys);
@@ -134,7 +160,7 @@ Plan MakePlan(const AttentionParams& p) {
     for (int h = 0; h < p.num_kv_heads; ++h) {
       for (int64_t begin = 0; begin < packed; begin += kMaxTileRows) {
         AttentionTask task;
-        task.row = b;
+        task.batch_idx = b;
         task.kv_head = h;
         task.packed_begin = begin;
         task.packed_count = static_cast<int>(std::min<int64_t>(packed - begin, kMaxTileRows));
@@ -142,7 +168,7 @@ Plan MakePlan(const AttentionParams& p) {
       }
     }
   }
-  // Reading a key costs about as much as using it for four packed rows.
+  // Reading a key costs about as much as using it for four packed GQA rows.
   const auto cost = [&](int i) {
     return (plan.tasks[i].packed_count + 4) * (plan.tasks[i].key_end - plan.tasks[i].key_begin);
   };
@@ -157,24 +183,24 @@ Plan MakePlan(const AttentionParams& p) {
   return plan;
 }
 
-// Scales of V that are constant over a row's keys: one, or one a channel.
+// Scales of V that are constant over a sequence's keys. The epilogue applies them.
 class ValueScales {
  public:
-  ValueScales(const AttentionParams& p, int row, int kv_head) {
+  ValueScales(const AttentionParams& p, int batch_idx, int kv_head) {
     if (p.paged) {
       const PagedCache& cache = p.cache;
       if (!IsQuantized(cache.type) || IsDynamic(cache.type)) return;
       dtype_ = cache.scale_dtype;
+      const int64_t first = StaticScaleIndex(cache.v_granularity, kv_head, 0, cache.head_dim);
       if (cache.v_granularity == ScaleGranularity::kChannel) {
         channels_ = cache.v_scales;
-        offset_ = static_cast<int64_t>(kv_head) * cache.head_dim;
+        offset_ = first;
       } else {
-        const bool per_head = cache.v_granularity == ScaleGranularity::kHead;
-        scale_ = LoadScale(cache.v_scales, dtype_, per_head ? kv_head : 0);
+        scale_ = LoadScale(cache.v_scales, dtype_, first);
       }
     } else if (p.ragged.v_descale.data != nullptr) {
       const Descale& scale = p.ragged.v_descale;
-      scale_ = LoadScale(scale.data, scale.dtype, scale.Index(0, row, kv_head, 0));
+      scale_ = LoadScale(scale.data, scale.dtype, scale.Index(0, batch_idx, kv_head, 0));
     }
   }
 
@@ -183,19 +209,20 @@ class ValueScales {
   }
 
  private:
-  const void* channels_ = nullptr;
+  const void* channels_ = nullptr;  // one scale a channel
   DType dtype_ = DType::kFloat32;
   int64_t offset_ = 0;
   float scale_ = 1.0f;
 };
 
-// Normalises and writes one packed row; `maximum` is in units of log2.
+// Epilogue of one packed GQA row: joins the sink, normalises and writes. `maximum` is a base-2
+// logarithm.
 template <DType kOut>
-void WriteRow(const AttentionParams& p, const AttentionSeq& row, const AttentionTask& task, int r,
+void WriteRow(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task, int r,
               const ValueScales& scales, const float* acc, float maximum, float sum) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t packed = task.packed_begin + r;
-  const int64_t token = row.q_begin + packed / group;
+  const int64_t token = seq.q_begin + packed / group;
   const int64_t head = task.kv_head * group + packed % group;
 
   const bool empty = sum == 0.0f;  // no visible key: neither a sum nor an output to scale
@@ -226,39 +253,39 @@ void WriteRow(const AttentionParams& p, const AttentionSeq& row, const Attention
   }
 }
 
-// Merges the partial results of a tile's ranges of keys into buffers' acc, row_max and row_sum.
-void Merge(const AttentionParams& p, const AttentionTask& task, int num_parts, const float* parts,
-           TileBuffers* buffers) {
+// Merges the partial results of a tile's splits into buffers' acc, row_max and row_sum.
+void Merge(const AttentionParams& p, const AttentionTask& task, int num_splits,
+           const float* partials, TileBuffers* buffers) {
   const int64_t size = PartialSize(p, task);
-  const int seqs = task.packed_count, dim = p.head_dim;
-  for (int r = 0; r < seqs; ++r) {
-    const auto maximum = [&](int i) { return parts[i * size + seqs * dim + 2 * r]; };
-    const auto sum = [&](int i) { return parts[i * size + seqs * dim + 2 * r + 1]; };
+  const int rows = task.packed_count, dim = p.head_dim;
+  for (int r = 0; r < rows; ++r) {
+    const auto maximum = [&](int i) { return partials[i * size + rows * dim + 2 * r]; };
+    const auto sum = [&](int i) { return partials[i * size + rows * dim + 2 * r + 1]; };
     float largest = -kInf;
-    for (int i = 0; i < num_parts; ++i) largest = std::max(largest, maximum(i));
+    for (int i = 0; i < num_splits; ++i) largest = std::max(largest, maximum(i));
     const float shift = largest == -kInf ? 0.0f : largest;
     float* acc = buffers->acc + r * dim;
     float total = 0.0f;
-    for (int i = 0; i < num_parts; ++i) {
+    for (int i = 0; i < num_splits; ++i) {
       const float weight = std::exp2(maximum(i) - shift);
-      // With nothing visible in a part, its sum and its output are 0. With NaN they are NaN, which
-      // a weight of 0 leaves NaN.
+      // A split without visible keys has sum 0 and output 0. One with a NaN has NaN in both, and a
+      // weight of 0 leaves them NaN.
       total = (i == 0 ? 0.0f : total) + weight * sum(i);
-      const float* part = parts + i * size + r * dim;
-      for (int d = 0; d < dim; ++d) acc[d] = (i == 0 ? 0.0f : acc[d]) + weight * part[d];
+      const float* out = partials + i * size + r * dim;
+      for (int d = 0; d < dim; ++d) acc[d] = (i == 0 ? 0.0f : acc[d]) + weight * out[d];
     }
     buffers->row_max[r] = largest;
     buffers->row_sum[r] = total;
   }
 }
 
-void Save(const AttentionParams& p, const AttentionTask& task, const TileBuffers& buffers,
-          float* part) {
+void SavePartial(const AttentionParams& p, const AttentionTask& task, const TileBuffers& buffers,
+                 float* partial) {
   const int64_t outputs = static_cast<int64_t>(task.packed_count) * p.head_dim;
-  std::memcpy(part, buffers.acc, outputs * sizeof(float));
+  std::memcpy(partial, buffers.acc, outputs * sizeof(float));
   for (int r = 0; r < task.packed_count; ++r) {
-    part[outputs + 2 * r] = buffers.row_max[r];
-    part[outputs + 2 * r + 1] = buffers.row_sum[r];
+    partial[outputs + 2 * r] = buffers.row_max[r];
+    partial[outputs + 2 * r + 1] = buffers.row_sum[r];
   }
 }
 
@@ -266,13 +293,13 @@ template <DType kOut>
 void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
   AlignedFloats partial(std::max<int64_t>(plan.partial_size, 1));
   const auto write = [&](const AttentionTask& task, const TileBuffers& buffers) {
-    const ValueScales scales(p, task.row, task.kv_head);
+    const ValueScales scales(p, task.batch_idx, task.kv_head);
     for (int r = 0; r < task.packed_count; ++r) {
-      WriteRow<kOut>(p, plan.seqs[task.row], task, r, scales, buffers.acc + r * p.head_dim,
+      WriteRow<kOut>(p, plan.seqs[task.batch_idx], task, r, scales, buffers.acc + r * p.head_dim,
                      buffers.row_max[r], buffers.row_sum[r]);
     }
   };
-  // Every thread takes the next task that none has taken: lengths differ.
+  // Tasks differ in length, so every thread takes the next one when it is done with its own.
   std::atomic<int64_t> next{0};
   const int64_t num_tasks = static_cast<int64_t>(plan.order.size());
   ParallelFor(num_tasks, plan.work, [&](int64_t, int64_t) {
@@ -281,12 +308,14 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
       const int index = plan.order[i];
       const AttentionTask& task = plan.tasks[index];
       const OutputTile& tile = plan.tiles[plan.tile_of_task[index]];
-      run(p, plan.seqs[task.row], task, buffers);
+      const AttentionSeq& seq = plan.seqs[task.batch_idx];
+      FindVisible(p, seq, task, &buffers);
+      run(p, seq, task, buffers);
       if (tile.partial < 0) {
         write(task, buffers);
       } else {
-        Save(p, task, buffers,
-             partial.get() + tile.partial + (index - tile.first_task) * PartialSize(p, task));
+        const int64_t split = index - tile.first_task;
+        SavePartial(p, task, buffers, partial.get() + tile.partial + split * PartialSize(p, task));
       }
     }
   });
@@ -316,7 +345,7 @@ void Attention(const AttentionParams& p) {
 }  // namespace fastattn::cpu
 
 // For tests, which reach it through ctypes: every kernel must be right on a processor that has a
-// better one. Returns the set that is used from now on.
+// better one. Returns the instruction set that is used from now on.
 extern "C" __attribute__((visibility("default"))) int fastattn_limit_isa(int isa) {
   fastattn::cpu::isa_limit = isa;
   return static_cast<int>(fastattn::cpu::ChosenIsa());

@@ -3,10 +3,12 @@
 #include <cstring>
 #include <new>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "common/layout.h"
 #include "common/numeric.h"
 #include "common/softcap.h"
+#include "common/static_scales.h"
 #include "cpu/attention_tile.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -15,8 +17,8 @@
 
 // GCC 12 takes the undefined inputs of its own AVX-512 intrinsics for mistakes.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// From here on, and only from here on: an inline function of a header above that was compiled for
-// this set could replace the one that other processors run.
+// The pragma stands behind the headers: an inline function of theirs that was compiled for this
+// instruction set could replace the one that other processors run.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #define FASTATTN_SIMD_BITS 512

@@ -3,10 +3,12 @@
 #include <cstring>
 #include <new>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "common/layout.h"
 #include "common/numeric.h"
 #include "common/softcap.h"
+#include "common/static_scales.h"
 #include "cpu/attention_tile.h"
 
 #define FASTATTN_SIMD_BITS 128

@@ -1,5 +1,5 @@
-// The function of TileKernel for a call. Included after attention_kernel.h, as that is: without a
-// guard, once for every instruction set.
+// Chooses the instance of TileKernel for a call. Included after attention_kernel.h and, like it,
+// without a guard, once for every instruction set.
 
 TileFunction FindTileFunction(const AttentionParams& p) {
   TileFunction result = nullptr;

@@ -1,10 +1,11 @@
-// Attention of one tile of packed rows over one range of keys. No include guard and no include:
+// Attention of one tile of packed GQA rows over one range of keys. No include guard and no include:
 // attention_baseline.cc, attention_avx2.cc and attention_avx512.cc each compile this text for their
 // instruction set, in a namespace of their own, so that no inline function of one set can be merged
-// by the linker with that of another.
+// by the linker with that of another. For the same reason nothing here instantiates a function
+// template of a common header.
 //
-// Every mask is an interval of key positions per packed row. Scores of hidden keys are replaced by
-// -inf and values of hidden keys are never multiplied: what lies there may be anything.
+// Each row of the tile sees an interval of key positions. Scores of masked keys become -inf, and
+// values of masked keys are never multiplied, because that memory may hold anything, NaN included.
 
 // Tokens in the order in which the columns of a score tile hold them: values stored by channel
 // ([D, 64]) keep their tokens in TokenSlot order, and the scores follow them.
@@ -42,9 +43,9 @@ FASTATTN_INLINE void DotBlock(const float* a, int a_stride,
 template <int kDim, DType kKv, bool kByChannel>
 class TileKernel {
  public:
-  static void Run(const AttentionParams& p, const AttentionSeq& row, const AttentionTask& task,
+  static void Run(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task,
                   TileBuffers& buffers) {
-    TileKernel(p, row, task, buffers).Run();
+    TileKernel(p, seq, task, buffers).Run();
   }
 
  private:
@@ -59,13 +60,13 @@ class TileKernel {
     int64_t v_scale;
     int valid;        // tokens that exist
     bool full;        // every row sees all of its 64 tokens
-    bool from_codes;  // values: read the codes, else the decoded ones
-    bool poisoned;    // values: some are not finite, and not visible to every row
+    bool from_codes;  // the codes of V are read, not decoded values
+    bool poisoned;    // some of V is not finite and not visible to every row
   };
 
-  TileKernel(const AttentionParams& p, const AttentionSeq& row, const AttentionTask& task,
+  TileKernel(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task,
              TileBuffers& buffers)
-      : p_(p), row_(row), task_(task), b_(buffers), rows_(task.packed_count) {
+      : p_(p), seq_(seq), task_(task), b_(buffers), rows_(task.packed_count) {
     if (p.paged) {
       dynamic_ = IsDynamic(p.cache.type);
       key_stride_ = p.cache.key_strides.row;
@@ -98,7 +99,7 @@ class TileKernel {
       for (; num_chunks_ < kMaxChunks && start < end; start += kBlockSize) {
         if (FindChunk(start, &chunks_[num_chunks_])) ++num_chunks_;
       }
-      // The keys behind this tile's, to ask memory for them in time.
+      // The chunk behind this tile's, which is prefetched while the tile is computed.
       if (!p_.paged || start >= end || !FindChunk(start, &chunks_[num_chunks_])) {
         chunks_[num_chunks_].key = nullptr;
       }
@@ -106,7 +107,7 @@ class TileKernel {
     }
   }
 
-  // Decodes the queries and finds each row's scale and interval of visible keys.
+  // Decodes the queries and finds each row's scale.
   void LoadRows() {
     const int group = p_.num_heads / p_.num_kv_heads;
     float key_scale = 1.0f;
@@ -116,89 +117,74 @@ class TileKernel {
       if (cache.k_granularity == ScaleGranularity::kChannel) {
         channel_scales = cache.k_scales;
       } else {
-        const bool per_head = cache.k_granularity == ScaleGranularity::kHead;
-        key_scale = LoadScale(cache.k_scales, cache.scale_dtype, per_head ? task_.kv_head : 0);
+        key_scale = LoadScale(cache.k_scales, cache.scale_dtype,
+                              StaticScaleIndex(cache.k_granularity, task_.kv_head, 0, kDim));
       }
     } else if (!p_.paged && p_.ragged.k_descale.data != nullptr) {
       const Descale& scale = p_.ragged.k_descale;
-      key_scale = LoadScale(scale.data, scale.dtype, scale.Index(0, task_.row, task_.kv_head, 0));
+      key_scale =
+          LoadScale(scale.data, scale.dtype, scale.Index(0, task_.batch_idx, task_.kv_head, 0));
     }
     for (int r = 0; r < rows_; ++r) {
       const int64_t i = (task_.packed_begin + r) / group;
       const int head = task_.kv_head * group + static_cast<int>((task_.packed_begin + r) % group);
-      const int64_t token = row_.q_begin + i;
+      const int64_t token = seq_.q_begin + i;
       LoadQuery(token * p_.q_token_stride + head * p_.q_head_stride, b_.q + r * kDim);
       if (channel_scales != nullptr) {
         for (int d = 0; d < kDim; ++d) {
-          b_.q[r * kDim + d] *= LoadScale(channel_scales, p_.cache.scale_dtype,
-                                          static_cast<int64_t>(task_.kv_head) * kDim + d);
+          b_.q[r * kDim + d] *=
+              LoadScale(channel_scales, p_.cache.scale_dtype,
+                        StaticScaleIndex(ScaleGranularity::kChannel, task_.kv_head, d, kDim));
         }
       }
       float scale = p_.softmax_scale * key_scale;
       if (p_.q_descale.data != nullptr) {
         scale *= LoadScale(p_.q_descale.data, p_.q_descale.dtype,
-                           p_.q_descale.Index(token, task_.row, task_.kv_head, head));
+                           p_.q_descale.Index(token, task_.batch_idx, task_.kv_head, head));
       }
       b_.row_factor[r] = scale * kLog2E;
-      FindVisible(token, i + row_.k_len - row_.q_len, r);
     }
   }
 
   void LoadQuery(int64_t offset, float* out) {
     switch (p_.q_dtype) {
       case DType::kFloat32:
-        return DecodeSeq<DType::kFloat32>(static_cast<const float*>(p_.q) + offset, out);
+        return DecodeRow<DType::kFloat32>(static_cast<const float*>(p_.q) + offset, out);
       case DType::kFloat16:
-        return DecodeSeq<DType::kFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
+        return DecodeRow<DType::kFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
       case DType::kBFloat16:
-        return DecodeSeq<DType::kBFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
+        return DecodeRow<DType::kBFloat16>(static_cast<const uint16_t*>(p_.q) + offset, out);
       default:
-        return DecodeSeq<DType::kE4M3>(static_cast<const uint8_t*>(p_.q) + offset, out);
+        return DecodeRow<DType::kE4M3>(static_cast<const uint8_t*>(p_.q) + offset, out);
     }
   }
 
   template <DType kDType>
-  static void DecodeSeq(const typename Element<kDType>::Storage* in, float* out) {
+  static void DecodeRow(const typename Element<kDType>::Storage* in, float* out) {
     for (int d = 0; d < kDim; d += kLanes) Store(out + d, LoadAs<kDType>(in + d));
-  }
-
-  void FindVisible(int64_t token, int64_t position, int r) {
-    int64_t begin = task_.key_begin, end = task_.key_end;
-    const auto at_least = [&](int64_t x) { begin = x > begin ? x : begin; };
-    const auto below = [&](int64_t x) { end = x < end ? x : end; };
-    if (p_.causal) below(position + 1);
-    if (p_.window_right >= 0) below(position + p_.window_right + 1);
-    if (p_.window_left >= 0) at_least(position - p_.window_left);
-    if (p_.mask_offsets != nullptr) {
-      at_least(p_.mask_offsets[2 * token]);
-      below(p_.mask_offsets[2 * token + 1]);
-    }
-    b_.visible_begin[r] = begin;
-    b_.visible_end[r] = end;
   }
 
   // Addresses of the keys from `start` on; false if their block is not assigned.
   bool FindChunk(int64_t start, Chunk* chunk) const {
     chunk->start = start;
-    chunk->valid = static_cast<int>(row_.k_len - start < kBlockSize ? row_.k_len - start
+    chunk->valid = static_cast<int>(seq_.k_len - start < kBlockSize ? seq_.k_len - start
                                                                     : int64_t{kBlockSize});
     chunk->full = common_begin_ <= start && common_end_ >= start + kBlockSize;
     if (p_.paged) {
       const SeqMeta& seqs = p_.seqs;
-      const int64_t slot = start / kBlockSize;
-      if (slot >= seqs.max_blocks) return false;
-      const int id = seqs.block_tables[static_cast<int64_t>(task_.row) * seqs.max_blocks + slot];
-      if (id < 0 || id >= p_.cache.num_blocks) return false;
       const PagedCache& cache = p_.cache;
+      const int block = BlockOf(seqs.block_tables, seqs.max_blocks, cache.num_blocks,
+                                task_.batch_idx, start / kBlockSize);
+      if (block < 0) return false;
       const int head = task_.kv_head;
-      chunk->k_scale = cache.k_scale_strides.Plane(id, head);
-      chunk->v_scale = cache.v_scale_strides.Plane(id, head);
-      chunk->key = static_cast<const Code*>(cache.key) + cache.key_strides.Plane(id, head);
-      chunk->value = static_cast<const Code*>(cache.value) + cache.value_strides.Plane(id, head);
+      chunk->k_scale = cache.k_scale_strides.Plane(block, head);
+      chunk->v_scale = cache.v_scale_strides.Plane(block, head);
+      chunk->key = static_cast<const Code*>(cache.key) + cache.key_strides.Plane(block, head);
+      chunk->value = static_cast<const Code*>(cache.value) + cache.value_strides.Plane(block, head);
       return true;
     }
     const RaggedKv& kv = p_.ragged;
-    const int64_t token = row_.k_begin + start;
+    const int64_t token = seq_.k_begin + start;
     chunk->key = static_cast<const Code*>(kv.key) + token * kv.key_token_stride +
                  task_.kv_head * kv.key_head_stride;
     chunk->value = static_cast<const Code*>(kv.value) + token * kv.value_token_stride +
@@ -247,7 +233,7 @@ class TileKernel {
     const Code* key[kBlockSize];
     for (int i = 0; i < kBlockSize; ++i) {
       const int token = kColumnOrder<kByChannel>.token[i];
-      // Past the last token there may be no memory: its column repeats the last one and is hidden.
+      // Past the last token there may be no memory: its column repeats the last one and is masked.
       key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
     }
     if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
@@ -261,7 +247,7 @@ class TileKernel {
     const float* decoded[kBlockSize];
     for (int i = 0; i < kBlockSize; ++i) {
       decoded[i] = b_.keys + i * kDim;
-      DecodeSeq<kKv>(key[i], b_.keys + i * kDim);
+      DecodeRow<kKv>(key[i], b_.keys + i * kDim);
     }
     ScoreColumns<DType::kFloat32, true>(c, decoded);
   }
@@ -273,8 +259,8 @@ class TileKernel {
     return !HasNaNCode(reinterpret_cast<const uint8_t*>(codes), kPlaneCodes / kRow, kRow, stride);
   }
 
-  // Blocks lie anywhere, and the hardware's prefetchers stop at a page: while some keys are at
-  // work, asks for as many of the next chunk's keys and of this chunk's values.
+  // Blocks lie anywhere, and the hardware's prefetchers stop at a page. So while some keys are
+  // computed, this prefetches as many of the next chunk's keys and of this chunk's values.
   FASTATTN_INLINE void Prefetch(int c, int i) const {
     if (!p_.paged) return;
     if (chunks_[c + 1].key != nullptr) PrefetchRows<kDim>(chunks_[c + 1].key, key_stride_, i);
@@ -321,7 +307,7 @@ class TileKernel {
     constexpr float kInf = __builtin_inff();
     float* row = b_.scores + r * kTileKeys;
     const float factor = b_.row_factor[r];
-    // In units of log2, like the scores. The largest caps would not be finite in them.
+    // A base-2 logarithm, like the scores. The largest caps would not be finite as one.
     const float cap = p_.softcap < 2e38f ? p_.softcap * kLog2E : 3e38f;
     const float inverse = 1.0f / cap;
     Vec largest = Splat(-kInf);
@@ -341,7 +327,7 @@ class TileKernel {
     const float before = b_.row_max[r];
     const float tile = MaxLane(largest);
     const float now = tile > before ? tile : before;
-    // While no visible score is above -inf there is nothing to subtract or to rescale.
+    // While no visible score is above -inf, there is nothing to subtract or to rescale.
     const float shift = now == -kInf ? 0.0f : now;
     Vec sum{};
     for (int c = 0; c < num_chunks_; ++c) {
@@ -385,7 +371,7 @@ class TileKernel {
     return (token >= First(b_.visible_begin[r], chunk)) & (token < First(b_.visible_end[r], chunk));
   }
 
-  // --- values stored by token, [64, D]: every row of values is read only where it is visible -----
+  // --- values stored by token, [64, D]: a token's values are read only where it is visible -------
 
   void AddValuesByToken() {
     constexpr bool kPlain = kKv == DType::kFloat32;
@@ -395,7 +381,7 @@ class TileKernel {
         const Chunk& chunk = chunks_[c];
         const int last = First(any_end_, chunk);
         for (int i = First(any_begin_, chunk); i < last; ++i) {
-          DecodeSeq<kKv>(chunk.value + i * value_stride_, b_.values + (c * kBlockSize + i) * kDim);
+          DecodeRow<kKv>(chunk.value + i * value_stride_, b_.values + (c * kBlockSize + i) * kDim);
         }
       }
     }
@@ -483,8 +469,8 @@ class TileKernel {
     }
   }
 
-  // Decodes a chunk, with 0 for the tokens that no row sees, and where rows differ for values that
-  // are not finite. Returns whether all are.
+  // Decodes a chunk, with 0 for the tokens that no row sees and, where rows differ in what they
+  // see, for values that are not finite. Returns whether all are finite.
   bool DecodeChannels(int c) {
     const Chunk& chunk = chunks_[c];
     const int first = First(any_begin_, chunk), last = First(any_end_, chunk);
@@ -554,8 +540,8 @@ class TileKernel {
     }
   }
 
-  // NaN and infinite values that some rows see and others do not are 0 in the products, whose sums
-  // are otherwise as ever: rows that do not see them keep their bits. The other rows get them here.
+  // NaN and infinite values that only some rows see are 0 in the matrix products, so that rows that
+  // do not see them keep their bits. The rows that see them get them here.
   void AddNonFinite(int c) {
     for (int i = 0; i < kBlockSize * kDim; i += kLanes) {
       const Code* channel = chunks_[c].value + i / kBlockSize * value_stride_;
@@ -577,7 +563,7 @@ class TileKernel {
   static constexpr float kLog2E = 1.44269504f;
 
   const AttentionParams& p_;
-  const AttentionSeq& row_;
+  const AttentionSeq& seq_;
   const AttentionTask& task_;
   TileBuffers& b_;
   const int rows_;

@@ -10,25 +10,25 @@
 
 namespace fastattn::cpu {
 
-// Packed rows of a tile: (query token, query head of one KV head) pairs, tokens outermost.
+// Packed GQA rows of a tile: (query token, query head of one KV head) pairs, tokens outermost.
 inline constexpr int kMaxTileRows = 64;
 // Keys that one pass of the online softmax covers: up to 4 chunks of a cache block's length.
 inline constexpr int kMaxChunks = 4;
 inline constexpr int kTileKeys = kMaxChunks * kBlockSize;
 
-// A row (sequence) of the step, its lengths cut to what memory holds.
+// A sequence of the step, its lengths cut to the tensors (see common/seq_lengths.h).
 struct AttentionSeq {
   int64_t q_begin = 0;  // first query token
   int64_t q_len = 0;
   int64_t k_len = 0;
-  int64_t k_begin = 0;  // first key token of RaggedKv
+  int64_t k_begin = 0;  // first key token, ragged K and V only
 };
 
-// One unit of work: a tile of packed rows over the keys [key_begin, key_end).
+// What a thread works on at a time: a tile of packed GQA rows over the keys [key_begin, key_end).
 struct AttentionTask {
-  int row = 0;
+  int batch_idx = 0;
   int kv_head = 0;
-  int64_t packed_begin = 0;  // packed row r is query token r / group, head r % group
+  int64_t packed_begin = 0;  // packed GQA row r is query token r / group, head r % group
   int packed_count = 0;
   int64_t key_begin = 0;
   int64_t key_end = 0;
@@ -47,8 +47,9 @@ class AlignedFloats {
   std::unique_ptr<float, void (*)(void*)> data_;
 };
 
-// Buffers of one thread, for one task after the other. `acc`, `row_max` and `row_sum` are the
-// result: unnormalised output, maximum (in units of log2) and sum of exp2(score - maximum).
+// Buffers of one thread, for one task after the other. The caller fills `visible_begin` and
+// `visible_end`. `acc`, `row_max` and `row_sum` are the result: unnormalised output, maximum (a
+// base-2 logarithm) and sum of exp2(score - maximum).
 struct TileBuffers {
   explicit TileBuffers(int head_dim)
       : q_(kMaxTileRows * head_dim),
@@ -75,12 +76,12 @@ struct TileBuffers {
   alignas(64) float value_scales[kTileKeys];
   float row_max[kMaxTileRows];
   float row_sum[kMaxTileRows];
-  float row_factor[kMaxTileRows];  // score = row_factor * (q . code) * key scale
-  int64_t visible_begin[kMaxTileRows];
+  float row_factor[kMaxTileRows];       // score = row_factor * (q . code) * key scale
+  int64_t visible_begin[kMaxTileRows];  // keys that a row sees; none if end <= begin
   int64_t visible_end[kMaxTileRows];
 };
 
-using TileFunction = void (*)(const AttentionParams& p, const AttentionSeq& row,
+using TileFunction = void (*)(const AttentionParams& p, const AttentionSeq& seq,
                               const AttentionTask& task, TileBuffers& buffers);
 
 // The kernel for p's head_dim and types in each instruction set; null where it is not compiled.

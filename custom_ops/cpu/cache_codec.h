@@ -1,5 +1,5 @@
-// One token's head in and out of a paged cache: every cache type and layout, for all operators that
-// write or read one.
+// Writes and reads one head of one token in a paged cache of any type and layout, for every
+// operator that does so.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include "common/dispatch.h"
 #include "common/layout.h"
 #include "common/numeric.h"
+#include "common/static_scales.h"
 #include "cpu/convert.h"
 #include "params/common.h"
 
@@ -48,25 +49,16 @@ inline constexpr float kCodeMax = kCode == DType::kInt8   ? kInt8Max
                                   : kCode == DType::kE5M2 ? kE5M2Max
                                                           : kE4M3Max;
 
-// Where V of token r and channel d lies in a plane whose rows are `row` elements apart.
+// Where V of token r and channel d lies in a plane whose rows are `row_stride` elements apart.
 template <CacheLayout kLayout>
-int64_t ValueElement(int r, int d, int head_dim, int64_t row) {
-  if constexpr (kLayout == CacheLayout::kFastattn) return d * row + TokenSlot(r);
+int64_t ValueElement(int r, int d, int head_dim, int64_t row_stride) {
+  if constexpr (kLayout == CacheLayout::kFastattn) return d * row_stride + TokenSlot(r);
   return ValueOffset<kLayout>(r, d, head_dim);
-}
-
-// Block of position `position` of row `row`, or -1 when none is assigned.
-inline int BlockOf(const int* block_tables, int max_blocks, int num_blocks, int row,
-                   int64_t position) {
-  const int64_t index = position / kBlockSize;
-  if (position < 0 || index >= max_blocks) return -1;
-  const int block = block_tables[static_cast<int64_t>(row) * max_blocks + index];
-  return block >= 0 && block < num_blocks ? block : -1;
 }
 
 // Writes tokens into a cache: quantises, or rounds for type none.
 //
-// Threads may share one: Key and Value touch only the bytes and the scale of their own slot.
+// Threads may share a writer: Key and Value touch only the bytes and the scale of their own slot.
 template <typename Format, CacheLayout kLayout = CacheLayout::kFastattn>
 class CacheWriter {
  public:
@@ -96,15 +88,15 @@ class CacheWriter {
   // The same as V.
   void Value(int block, int head, int slot, const float* x) const {
     Storage* base = static_cast<Storage*>(cache_.value) + cache_.value_strides.Plane(block, head);
-    const int64_t row = cache_.value_strides.row;
+    const int64_t row_stride = cache_.value_strides.row;
     const int64_t scale = cache_.v_scale_strides.Plane(block, head) + slot;
     if constexpr (Format::kType == CacheType::kNone) {
-      Encode(nullptr, scale, v_inverse_, cache_.v_granularity, head, x, base + slot * row);
+      Encode(nullptr, scale, v_inverse_, cache_.v_granularity, head, x, base + slot * row_stride);
     } else {
       Storage codes[kMaxHeadDim];
       Encode(cache_.v_scales, scale, v_inverse_, cache_.v_granularity, head, x, codes);
       for (int d = 0; d < cache_.head_dim; ++d) {
-        base[ValueElement<kLayout>(slot, d, cache_.head_dim, row)] =
+        base[ValueElement<kLayout>(slot, d, cache_.head_dim, row_stride)] =
             static_cast<Storage>(codes[d] ^ kFlip);
       }
     }
@@ -116,20 +108,21 @@ class CacheWriter {
   // FastDeploy adds 128 to int8 codes; for 8 bits that flips the top bit.
   static constexpr int kFlip = kFastDeploy && IsInt8(Format::kType) ? 0x80 : 0;
 
-  // Reciprocals of static scales: one a channel for kChannel, else one a head.
+  // Reciprocals of static scales, one a channel for kChannel and else one a head.
   static std::vector<float> Inverses(const PagedCache& cache, const void* scales,
                                      ScaleGranularity granularity) {
     if constexpr (Format::kType == CacheType::kNone || IsDynamic(Format::kType)) return {};
-    const bool channel = granularity == ScaleGranularity::kChannel;
-    std::vector<float> result(cache.num_kv_heads * (channel ? cache.head_dim : 1));
-    for (size_t i = 0; i < result.size(); ++i) {
-      const int64_t from = granularity == ScaleGranularity::kTensor ? 0 : static_cast<int64_t>(i);
-      result[i] = 1.0f / LoadScale(scales, cache.scale_dtype, from);
+    const int per_head = granularity == ScaleGranularity::kChannel ? cache.head_dim : 1;
+    std::vector<float> result(cache.num_kv_heads * per_head);
+    for (int i = 0; i < static_cast<int>(result.size()); ++i) {
+      const int64_t index =
+          StaticScaleIndex(granularity, i / per_head, i % per_head, cache.head_dim);
+      result[i] = 1.0f / LoadScale(scales, cache.scale_dtype, index);
     }
     return result;
   }
 
-  // scale_index: of the token's dynamic scale.
+  // `scale_index` is that of the token's dynamic scale.
   void Encode(void* scales, int64_t scale_index, const std::vector<float>& inverses,
               ScaleGranularity granularity, int head, const float* x, Storage* out) const {
     const int n = cache_.head_dim;
@@ -186,12 +179,13 @@ class CacheReader {
   void ValueCodes(int block, int head, int begin, int end, Storage* codes) const {
     const Storage* base =
         static_cast<const Storage*>(cache_.value) + cache_.value_strides.Plane(block, head);
-    const int64_t row = cache_.value_strides.row;
+    const int64_t row_stride = cache_.value_strides.row;
     for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
       if constexpr (kValueLayout == CacheLayout::kLogical) {
-        std::copy_n(base + r * row, cache_.head_dim, codes);
+        std::copy_n(base + r * row_stride, cache_.head_dim, codes);
       } else {
-        Gather(base + ValueElement<kValueLayout>(r, 0, cache_.head_dim, row), v_channel_, codes);
+        Gather(base + ValueElement<kValueLayout>(r, 0, cache_.head_dim, row_stride), v_channel_,
+               codes);
       }
     }
   }
@@ -211,7 +205,8 @@ class CacheReader {
   static constexpr CacheLayout kValueLayout =
       Format::kType == CacheType::kNone ? CacheLayout::kLogical : kLayout;
 
-  // One token's codes. In every layout the offset of (r, d) is that of (r, 0) plus that of (0, d).
+  // Reads one token's codes: in every layout the offset of (r, d) is that of (r, 0) plus that of
+  // (0, d).
   template <typename Offset>
   void Gather(const Storage* token, const Offset* channel, Storage* codes) const {
     // FastDeploy adds 128 to int8 codes; for 8 bits that flips the top bit.
@@ -228,14 +223,13 @@ class CacheReader {
     if constexpr (Format::kType == CacheType::kNone) return;
     if constexpr (!IsDynamic(Format::kType)) {
       if (granularity == ScaleGranularity::kChannel) {
-        const int64_t first = static_cast<int64_t>(head) * n;
+        const int64_t first = StaticScaleIndex(granularity, head, 0, n);
         for (int d = 0; d < n; ++d) out[d] *= LoadScale(scales, cache_.scale_dtype, first + d);
         return;
       }
     }
-    const int64_t index = IsDynamic(Format::kType)                 ? scale_index
-                          : granularity == ScaleGranularity::kHead ? head
-                                                                   : 0;
+    const int64_t index =
+        IsDynamic(Format::kType) ? scale_index : StaticScaleIndex(granularity, head, 0, n);
     const float scale = LoadScale(scales, cache_.scale_dtype, index);
     for (int d = 0; d < n; ++d) out[d] *= scale;
   }

@@ -1,9 +1,9 @@
-// Conversions of whole rows between fp32 and the stored element types.
+// Conversions of whole rows of elements between fp32 and the stored types.
 //
 // The bits are those of common/numeric.h, whose scalar functions branch around floating point
 // operations: the compiler may not speculate these, so loops over them do not vectorise. Here every
-// case is computed and one is selected with masks, and a row changes its element size in a loop of
-// its own.
+// case is computed and one is selected with masks, and a loop of its own changes the element size
+// of a row.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@ namespace fastattn::cpu {
 
 namespace detail {
 
-// Elements of a piece of a row; its 32-bit form stays in L1.
-inline constexpr int kPiece = 128;
+// Elements of a row that are converted at a time, so that their 32-bit form stays in L1.
+inline constexpr int kChunk = 128;
 
 inline int32_t Bits(float x) { return static_cast<int32_t>(FloatBits(x)); }
 inline float Float(int32_t bits) { return BitsFloat(static_cast<uint32_t>(bits)); }
@@ -117,9 +117,9 @@ void LoadRow(const typename Element<kDType>::Storage* x, int n, float* out) {
   if constexpr (kDType == DType::kFloat32) {
     std::copy(x, x + n, out);
   } else {
-    int32_t wide[detail::kPiece];
-    for (int begin = 0; begin < n; begin += detail::kPiece) {
-      const int size = std::min(detail::kPiece, n - begin);
+    int32_t wide[detail::kChunk];
+    for (int begin = 0; begin < n; begin += detail::kChunk) {
+      const int size = std::min(detail::kChunk, n - begin);
       for (int i = 0; i < size; ++i) wide[i] = x[begin + i];
       for (int i = 0; i < size; ++i) out[begin + i] = detail::Lane<kDType>::To(wide[i]);
     }
@@ -133,9 +133,9 @@ void StoreValues(int n, typename Element<kDType>::Storage* out, Value&& value) {
   if constexpr (kDType == DType::kFloat32) {
     for (int i = 0; i < n; ++i) out[i] = value(i);
   } else {
-    int32_t wide[detail::kPiece];
-    for (int begin = 0; begin < n; begin += detail::kPiece) {
-      const int size = std::min(detail::kPiece, n - begin);
+    int32_t wide[detail::kChunk];
+    for (int begin = 0; begin < n; begin += detail::kChunk) {
+      const int size = std::min(detail::kChunk, n - begin);
       for (int i = 0; i < size; ++i) wide[i] = detail::Lane<kDType>::From(value(begin + i));
       for (int i = 0; i < size; ++i) out[begin + i] = static_cast<Storage>(wide[i]);
     }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "cpu/append_cache.h"
 #include "cpu/cache_codec.h"
@@ -27,24 +28,24 @@ class Step {
         q_weight_(Widened(rope_.q_norm_weight, rope_.q_norm_dtype, kHeadDim)),
         k_weight_(Widened(rope_.k_norm_weight, rope_.k_norm_dtype, kHeadDim)) {}
 
-  // row: the token's row, or -1 for a token of no row.
-  void Token(int64_t token, int row) const {
+  // `batch_idx` is the token's sequence, or -1 for padding.
+  void Token(int64_t token, int batch_idx) const {
     const int heads = rope_.num_heads, kv_heads = rope_.cache.num_kv_heads;
     float x[kHeadDim];
-    if (row < 0) {
+    if (batch_idx < 0) {
       std::fill_n(x, kHeadDim, 0.0f);
       for (int h = 0; h < heads + 2 * kv_heads; ++h) Store(token, h, x);
       return;
     }
-    const int64_t position = PositionOf(rope_.seqs, row, token);
+    const int64_t position = PositionOf(rope_.seqs, batch_idx, token);
     Angles angles;
     if (rope_.style != RotaryStyle::kNone) LoadAngles(rope_, position, angles);
-    const bool prefill = p_.seq_lens_encoder[row] > 0;
+    const bool prefill = p_.seq_lens_encoder[batch_idx] > 0;
     const int block = prefill ? BlockOf(rope_.seqs.block_tables, rope_.seqs.max_blocks,
-                                        rope_.cache.num_blocks, row, position)
+                                        rope_.cache.num_blocks, batch_idx, position / kBlockSize)
                               : -1;
     const int slot = static_cast<int>(position % kBlockSize);
-    const int64_t out = OutToken(token, row);
+    const int64_t out = OutToken(token, batch_idx);
     for (int h = 0; h < heads + 2 * kv_heads; ++h) {
       Load(token, h, x);
       const bool is_value = h >= heads + kv_heads;
@@ -63,11 +64,13 @@ class Step {
   }
 
  private:
-  // Row of key and value that a new token takes, or -1.
-  int64_t OutToken(int64_t token, int row) const {
-    const int64_t first = p_.cu_seqlens_k[row];
-    const int64_t prefix = PrefixLength(p_.seq_lens_encoder[row], rope_.seqs.seq_lens_decoder[row]);
-    const int64_t out = first + prefix + (token - rope_.seqs.cu_seqlens_q[row]);
+  // Token of key and value that a new token becomes, or -1.
+  int64_t OutToken(int64_t token, int batch_idx) const {
+    const SeqMeta& seqs = rope_.seqs;
+    const int64_t first = p_.cu_seqlens_k[batch_idx];
+    const int64_t prefix =
+        PrefixLength(p_.seq_lens_encoder[batch_idx], seqs.seq_lens_decoder[batch_idx]);
+    const int64_t out = first + prefix + (token - seqs.cu_seqlens_q[batch_idx]);
     return first >= 0 && out < p_.num_kv_tokens ? out : -1;
   }
 
@@ -95,7 +98,7 @@ class Step {
 }  // namespace
 
 void GqaRopeWriteCache(const GqaRopeWriteCacheParams& p) {
-  const std::vector<int> row_of_token = SeqOfTokens(p.rope.seqs);
+  const std::vector<int> seq_of_token = SeqOfTokens(p.rope.seqs);
   DispatchCache(p.rope.cache, [&](auto format) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.rope.dtype, "dtype", [&](auto dtype) {
       dispatch<64, 128>(p.rope.cache.head_dim, "head_dim", [&](auto head_dim) {
@@ -103,7 +106,7 @@ void GqaRopeWriteCache(const GqaRopeWriteCacheParams& p) {
         const int64_t heads = p.rope.num_heads + 2LL * p.rope.cache.num_kv_heads;
         const int64_t work = 2 * heads * p.rope.cache.head_dim;  // rotated and written
         ParallelFor(p.rope.seqs.num_tokens, work, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t) step.Token(t, row_of_token[t]);
+          for (int64_t t = begin; t < end; ++t) step.Token(t, seq_of_token[t]);
         });
       });
     });

@@ -15,7 +15,7 @@ namespace fastattn::cpu {
 namespace {
 
 constexpr int kPairs = kIndexerRopeDim / 2;
-// Partial sums of a softmax over the rows of a group: the same tree on every device.
+// Segments of a group whose partial sums are added as a tree, the same one on every device.
 constexpr int kSegments = 8;
 
 struct Rotation {
@@ -86,63 +86,63 @@ void QueryToken(const IndexerQParams& p, int64_t token) {
     for (int d = 0; d < kIndexerHeadDim; ++d) x[d] = BFloat16ToFloat(q[d]);
     Rotate(rotation, x + kIndexerHeadDim - kIndexerRopeDim);
     RoundToBFloat16(x, kIndexerHeadDim);
-    const int64_t row = token * p.num_heads + h;
-    float weight = LoadScale(p.weights, p.weights_dtype, row);
-    uint8_t* codes = p.codes + row * PageFormatOf(kQuant).code_bytes;
+    const int64_t index = token * p.num_heads + h;
+    float weight = LoadScale(p.weights, p.weights_dtype, index);
+    uint8_t* codes = p.codes + index * PageFormatOf(kQuant).code_bytes;
     if constexpr (kQuant == IndexerQuant::kMxfp4) {
-      EncodeMxfp4(x, kIndexerHeadDim, codes, static_cast<uint8_t*>(p.scales) + row * 4);
+      EncodeMxfp4(x, kIndexerHeadDim, codes, static_cast<uint8_t*>(p.scales) + index * 4);
     } else {
       const float scale = EncodeFp8(x, kIndexerHeadDim, codes);
-      static_cast<float*>(p.scales)[row] = scale;
+      static_cast<float*>(p.scales)[index] = scale;
       weight = Mul(weight, scale);
     }
-    p.weights_out[row] = Mul(Mul(weight, p.softmax_scale), p.head_scale);
+    p.weights_out[index] = Mul(Mul(weight, p.softmax_scale), p.head_scale);
   }
 }
 
-// Rows of a group in the state cache, one a position, oldest first; null for a position below 0.
+// States of a group in the state cache, one a position, oldest first; null for a position below 0.
 template <typename T>
 struct Group {
-  static constexpr int kMaxRows = 128;
-  const T* rows[kMaxRows];
+  static constexpr int kMaxStates = 128;
+  const T* states[kMaxStates];
   int count;
 };
 
-// Finds the rows of the group that ends at `position`. False if a state block is unassigned.
+// Finds the states of the group that ends at `position`. False if a state block is unassigned.
 template <typename T>
-bool FindGroup(const IndexerKvParams& p, int64_t token, int64_t position, int row_width,
+bool FindGroup(const IndexerKvParams& p, int64_t token, int64_t position, int state_size,
                Group<T>* group) {
-  const int64_t request = p.batch_ids[token];
-  if (request < 0 || request >= p.batch) return false;
+  const int64_t batch_idx = p.batch_ids[token];
+  if (batch_idx < 0 || batch_idx >= p.batch) return false;
   group->count = p.compress_ratio == 4 ? 8 : 128;
   for (int j = 0; j < group->count; ++j) {
     const int64_t at = position - group->count + 1 + j;
-    group->rows[j] = nullptr;
+    group->states[j] = nullptr;
     if (at < 0) continue;
     const int64_t index = at / p.state_block;
     if (index >= p.max_blocks) return false;
-    const int64_t block = p.block_tables[request * p.max_blocks + index];
+    const int64_t block = p.block_tables[batch_idx * p.max_blocks + index];
     if (block < 0 || block >= p.num_state_blocks) return false;
-    group->rows[j] = static_cast<const T*>(p.state) + block * p.state_block_stride +
-                     at % p.state_block * row_width;
+    group->states[j] = static_cast<const T*>(p.state) + block * p.state_block_stride +
+                       at % p.state_block * state_size;
   }
   return true;
 }
 
 // out[d] = sum_j softmax_j(score[j][d]) * kv[j][d], each channel by itself.
 //
-// The rows are summed in kSegments contiguous segments, row by row, and the segments pairwise.
+// The states are summed one by one in kSegments contiguous segments, and the segments pairwise.
 template <DType kDType, int kHead>
 void Compress(const Group<typename Element<kDType>::Storage>& group, int compress_ratio,
               int state_width, float* out) {
   using E = Element<kDType>;
-  // Rows of the later half of an overlapping group keep their values in the second HEAD slice.
+  // States in the newer half of an overlapping group have their values in the second HEAD slice.
   const auto offset = [&](int j) { return j >= compress_ratio ? kHead : 0; };
   float maximum[kHead];
   std::fill_n(maximum, kHead, -std::numeric_limits<float>::infinity());
   for (int j = 0; j < group.count; ++j) {
-    if (!group.rows[j]) continue;
-    const auto* score = group.rows[j] + state_width + offset(j);
+    if (!group.states[j]) continue;
+    const auto* score = group.states[j] + state_width + offset(j);
     for (int d = 0; d < kHead; ++d) {
       const float s = E::Load(score[d]);
       maximum[d] = s > maximum[d] ? s : maximum[d];
@@ -154,13 +154,13 @@ void Compress(const Group<typename Element<kDType>::Storage>& group, int compres
 
   float numerator[kSegments][kHead] = {};
   float denominator[kSegments][kHead] = {};
-  const int rows_per_segment = group.count / kSegments;
+  const int states_per_segment = group.count / kSegments;
   for (int j = 0; j < group.count; ++j) {
-    if (!group.rows[j]) continue;  // weight 0 and value 0: adding +0 to sums that start at +0
-    const auto* kv = group.rows[j] + offset(j);
+    if (!group.states[j]) continue;  // weight 0 and value 0: adding +0 to sums that start at +0
+    const auto* kv = group.states[j] + offset(j);
     const auto* score = kv + state_width;
-    float* num = numerator[j / rows_per_segment];
-    float* den = denominator[j / rows_per_segment];
+    float* num = numerator[j / states_per_segment];
+    float* den = denominator[j / states_per_segment];
     for (int d = 0; d < kHead; ++d) {
       const float e = ExpNonPositive(Sub(E::Load(score[d]), maximum[d]));
       num[d] = Add(num[d], Mul(e, E::Load(kv[d])));
@@ -176,7 +176,7 @@ void Compress(const Group<typename Element<kDType>::Storage>& group, int compres
     }
   }
   for (int d = 0; d < kHead; ++d) {
-    // Scores of -inf throughout leave nothing to average.
+    // Where all scores are -inf there is nothing to average.
     out[d] = denominator[0][d] == 0.0f ? 0.0f : Div(numerator[0][d], denominator[0][d]);
   }
 }
@@ -242,9 +242,9 @@ void KeyToken(const IndexerKvParams& p, int64_t token) {
   RoundToBFloat16(x, kHead);
 
   uint8_t* page = p.kv_cache + slot / p.page_size * p.page_stride;
-  const int64_t row = slot % p.page_size;
-  Insert<kQuant>(x, page + row * kFormat.code_bytes,
-                 page + p.page_size * kFormat.code_bytes + row * kFormat.scale_bytes);
+  const int64_t entry = slot % p.page_size;
+  Insert<kQuant>(x, page + entry * kFormat.code_bytes,
+                 page + p.page_size * kFormat.code_bytes + entry * kFormat.scale_bytes);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ namespace {
 
 constexpr float kEmpty = -std::numeric_limits<float>::infinity();
 
-// What each side of one (token, head) counts for. An empty side's output is not to be read into the
+// Weight of each side of one (token, head). The output of an empty side must not be read into the
 // result: its memory may hold anything, and 0 * NaN is NaN.
 struct Weights {
   bool use_prefix;
@@ -27,7 +27,7 @@ struct Weights {
 };
 
 Weights WeightsOf(float prefix_lse, float suffix_lse) {
-  // Some kernels mark a row without keys by +inf.
+  // Some kernels mark a query without keys by an LSE of +inf.
   const float p = prefix_lse == -kEmpty ? kEmpty : prefix_lse;
   const float s = suffix_lse == -kEmpty ? kEmpty : suffix_lse;
   Weights w{p != kEmpty, s != kEmpty, 0.0f, 0.0f, kEmpty};

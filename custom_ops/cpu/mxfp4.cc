@@ -7,18 +7,18 @@ namespace fastattn::cpu {
 
 namespace {
 
-// Elements converted at a time: whole blocks, in the first-level cache.
-constexpr int64_t kPiece = 32 * kMxBlock;
+// Elements that are converted at a time: whole blocks, which fit the L1 cache.
+constexpr int64_t kChunk = 32 * kMxBlock;
 
 template <DType kDType>
 void Quantize(const Mxfp4QuantizeParams& p) {
   using E = Element<kDType>;
   const auto* x = static_cast<const typename E::Storage*>(p.x);
   ParallelFor(p.rows, p.cols, [&](int64_t begin, int64_t end) {
-    float values[kPiece];
+    float values[kChunk];
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t c = 0; c < p.cols; c += kPiece) {
-        const int64_t n = std::min(kPiece, p.cols - c);
+      for (int64_t c = 0; c < p.cols; c += kChunk) {
+        const int64_t n = std::min(kChunk, p.cols - c);
         const auto* in = x + r * p.x_row_stride + c;
         for (int64_t i = 0; i < n; ++i) values[i] = E::Load(in[i]);
         const int64_t at = r * p.cols + c;

@@ -39,9 +39,9 @@ const bool kLoadedInChild = IsForked();
 
 }  // namespace
 
-// GNU's OpenMP waits for ever in a process that was forked from one whose threads it had started,
-// for anybody: the child believes in threads that only its parent has. Whether the parent had any
-// cannot be told, so a forked process works with one thread.
+// GNU's OpenMP hangs in a process that was forked after it had started threads: the child counts on
+// threads that only its parent has. Whether the parent had any cannot be told, so a forked process
+// works with one thread.
 int64_t MaxThreads() {
   if (kLoadedInChild || getpid() != kLoadedIn || omp_in_parallel()) return 1;
   return omp_get_max_threads();

@@ -4,9 +4,9 @@
 // MaxThreads(). On a busy machine a thread that is woken may have to wait for a core for several
 // milliseconds, and the call waits with it: a small call is done sooner by one thread alone.
 //
-// Work is counted in units of about a nanosecond of one core: a channel that is read, converted
-// and written is one. It is an estimate from the call's sizes; nothing is measured. Results do not
-// depend on it: no item's arithmetic depends on the thread that has it, or on their number.
+// Work is counted in nanoseconds of one core, about one for each channel that is read, converted
+// and written. It is an estimate from the call's sizes; nothing is measured. Results do not depend
+// on it: an iteration's arithmetic depends neither on its thread nor on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -19,15 +19,16 @@ inline constexpr int64_t kThreadWork = int64_t{1} << 20;
 // Threads that a call may have now (see parallel.cc).
 int64_t MaxThreads();
 
-// Threads that `items` of `work` units each are worth.
-inline int64_t ThreadsFor(int64_t items, int64_t work) {
-  const int64_t worth =
-      static_cast<int64_t>(static_cast<double>(items) * static_cast<double>(work) / kThreadWork);
-  const int64_t threads = std::min(items, worth);
+// Threads that `iterations` of `work` each are worth.
+inline int64_t ThreadsFor(int64_t iterations, int64_t work) {
+  const int64_t worth = static_cast<int64_t>(static_cast<double>(iterations) *
+                                             static_cast<double>(work) / kThreadWork);
+  const int64_t threads = std::min(iterations, worth);
   return threads <= 1 ? 1 : std::min(threads, MaxThreads());
 }
 
-// Runs f(begin, end) over [0, n) in contiguous pieces, one a thread. `work`: of an item.
+// Runs f(begin, end) over [0, n) in contiguous ranges, one a thread. `work` is that of an
+// iteration.
 template <typename F>
 void ParallelFor(int64_t n, int64_t work, F&& f) {
   if (n <= 0) return;

@@ -1,5 +1,5 @@
-// What a head goes through between the fused projection and the cache: rotation, RMSNorm and one
-// rounding, in fp32.
+// What happens to a head between the fused projection and the cache: rotation and RMSNorm in fp32,
+// and one rounding.
 #pragma once
 
 #include <algorithm>
@@ -68,7 +68,7 @@ void RmsNorm(const float* weight, float eps, float* x) {
   for (int i = 0; i < kHeadDim; ++i) x[i] = (x[i] * inverse) * weight[i];
 }
 
-// To the type of qkv and back: what is quantised is what an unfused write would read.
+// Rounds to the type of qkv, so that what is quantised is what an unfused write would read.
 template <DType kDType>
 void RoundRow(float* x, int n) {
   using E = Element<kDType>;

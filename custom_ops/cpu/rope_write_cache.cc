@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "common/numeric.h"
 #include "cpu/cache_codec.h"
@@ -29,15 +30,15 @@ class Writer {
         k_weight_(Widened(p.k_norm_weight, p.k_norm_dtype, kHeadDim)),
         q_inverse_(p.q_quant == QQuant::kPerTensor ? 1.0f / p.q_scale[0] : 0.0f) {}
 
-  // row: the token's row, or -1 for a token that is skipped.
-  void Token(int64_t token, int row) const {
+  // `batch_idx` is the token's sequence, or -1 for a token that is skipped.
+  void Token(int64_t token, int batch_idx) const {
     float x[kHeadDim];
-    if (row < 0) {
+    if (batch_idx < 0) {
       std::fill_n(x, kHeadDim, 0.0f);
       for (int head = 0; head < p_.num_heads; ++head) StoreQ(token, head, x);
       return;
     }
-    const int64_t position = PositionOf(p_.seqs, row, token);
+    const int64_t position = PositionOf(p_.seqs, batch_idx, token);
     Angles angles;
     if (p_.style != RotaryStyle::kNone) LoadAngles(p_, position, angles);
     for (int head = 0; head < p_.num_heads; ++head) {
@@ -45,8 +46,8 @@ class Writer {
       TransformHead<kDType, kHeadDim>(p_, angles, q_weight_, x);
       StoreQ(token, head, x);
     }
-    const int block =
-        BlockOf(p_.seqs.block_tables, p_.seqs.max_blocks, p_.cache.num_blocks, row, position);
+    const int block = BlockOf(p_.seqs.block_tables, p_.seqs.max_blocks, p_.cache.num_blocks,
+                              batch_idx, position / kBlockSize);
     if (block < 0) return;
     const int slot = static_cast<int>(position % kBlockSize);
     for (int head = 0; head < p_.cache.num_kv_heads; ++head) {
@@ -94,7 +95,7 @@ class Writer {
 }  // namespace
 
 void RopeWriteCache(const RopeWriteCacheParams& p) {
-  const std::vector<int> row_of_token = SeqOfTokens(p.seqs);
+  const std::vector<int> seq_of_token = SeqOfTokens(p.seqs);
   DispatchCache(p.cache, [&](auto format) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "dtype", [&](auto dtype) {
       dispatch<64, 128>(p.cache.head_dim, "head_dim", [&](auto head_dim) {
@@ -102,7 +103,7 @@ void RopeWriteCache(const RopeWriteCacheParams& p) {
         const int64_t heads = p.num_heads + 2LL * p.cache.num_kv_heads;
         const int64_t work = 2 * heads * p.cache.head_dim;  // rotated and written
         ParallelFor(p.seqs.num_tokens, work, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t) writer.Token(t, row_of_token[t]);
+          for (int64_t t = begin; t < end; ++t) writer.Token(t, seq_of_token[t]);
         });
       });
     });

@@ -1,43 +1,35 @@
-// Which row (sequence) each new token of a step belongs to.
+// Which sequence each new token of a step belongs to.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "common/seq_lengths.h"
 #include "params/common.h"
 
 namespace fastattn::cpu {
 
-// New tokens of row `row`: its first token and how many; none of them lies outside
-// [0, num_tokens).
-struct NewTokens {
-  int64_t first = 0;
-  int64_t count = 0;
-};
-
-inline NewTokens NewTokensOf(const SeqMeta& seqs, int row) {
-  const int64_t first = seqs.cu_seqlens_q[row];
-  if (first < 0) return {};
-  const int64_t room = std::min<int64_t>(seqs.cu_seqlens_q[row + 1], seqs.num_tokens) - first;
-  return {first, std::max<int64_t>(0, std::min<int64_t>(seqs.seq_lens_this_time[row], room))};
+// New tokens of a sequence, none of them outside [0, num_tokens).
+inline TokenRange<int64_t> NewTokensOf(const SeqMeta& seqs, int batch_idx) {
+  return WrittenTokens<int64_t>(seqs.cu_seqlens_q[batch_idx], seqs.cu_seqlens_q[batch_idx + 1],
+                                seqs.seq_lens_this_time[batch_idx], seqs.num_tokens);
 }
 
-// Row of each token, -1 for padding and for a token whose batch id does not name its row.
+// Sequence of each token, -1 for padding and for a token whose batch id names another sequence.
 inline std::vector<int> SeqOfTokens(const SeqMeta& seqs) {
   std::vector<int> result(seqs.num_tokens, -1);
-  for (int row = 0; row < seqs.batch; ++row) {
-    const NewTokens tokens = NewTokensOf(seqs, row);
-    for (int64_t t = tokens.first; t < tokens.first + tokens.count; ++t) {
-      if (seqs.batch_id_per_token == nullptr || seqs.batch_id_per_token[t] == row) result[t] = row;
+  for (int b = 0; b < seqs.batch; ++b) {
+    const TokenRange<int64_t> tokens = NewTokensOf(seqs, b);
+    for (int64_t t = tokens.begin; t < tokens.begin + tokens.count; ++t) {
+      if (seqs.batch_id_per_token == nullptr || seqs.batch_id_per_token[t] == b) result[t] = b;
     }
   }
   return result;
 }
 
-// Position of token `token` of row `row` in its sequence. Negative lengths count as 0.
-inline int64_t PositionOf(const SeqMeta& seqs, int row, int64_t token) {
-  return std::max(seqs.seq_lens_decoder[row], 0) + (token - seqs.cu_seqlens_q[row]);
+// Position of a new token in its sequence.
+inline int64_t PositionOf(const SeqMeta& seqs, int batch_idx, int64_t token) {
+  return NewTokenPosition(seqs.seq_lens_decoder[batch_idx], token - seqs.cu_seqlens_q[batch_idx]);
 }
 
 }  // namespace fastattn::cpu

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "cpu/cache_codec.h"
 #include "cpu/convert.h"
@@ -20,18 +21,18 @@ void Run(const WriteCacheParams& p) {
   const T* keys = static_cast<const T*>(p.key);
   const T* values = static_cast<const T*>(p.value);
   const CacheWriter<Format> writer(p.cache);
-  const std::vector<int> row_of_token = SeqOfTokens(p.seqs);
+  const std::vector<int> seq_of_token = SeqOfTokens(p.seqs);
 
   ParallelFor(int64_t{p.seqs.num_tokens} * heads, 2 * head_dim, [&](int64_t begin, int64_t end) {
     float x[kMaxHeadDim];
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t token = item / heads;
-      const int head = static_cast<int>(item % heads);
-      const int row = row_of_token[token];
-      if (row < 0) continue;
-      const int64_t position = PositionOf(p.seqs, row, token);
-      const int block =
-          BlockOf(p.seqs.block_tables, p.seqs.max_blocks, p.cache.num_blocks, row, position);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t token = task / heads;
+      const int head = static_cast<int>(task % heads);
+      const int batch_idx = seq_of_token[token];
+      if (batch_idx < 0) continue;
+      const int64_t position = PositionOf(p.seqs, batch_idx, token);
+      const int block = BlockOf(p.seqs.block_tables, p.seqs.max_blocks, p.cache.num_blocks,
+                                batch_idx, position / kBlockSize);
       if (block < 0) continue;
       const int slot = static_cast<int>(position % kBlockSize);
       LoadRow<kDType>(keys + token * p.key_token_stride + head * head_dim, head_dim, x);

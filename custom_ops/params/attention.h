@@ -7,24 +7,24 @@
 
 namespace fastattn {
 
-// Dequantisation multipliers in fp32 or bf16 that are constant over some of the dimensions: those
-// have stride 0. Null data means 1.
+// Dequantisation multipliers in fp32 or bf16. Dimensions over which they are constant have stride
+// 0. Null data means 1.
 struct Descale {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t token_stride = 0;  // elements; a query token of the step (Q only)
-  int64_t batch_stride = 0;  // elements; a row
+  int64_t batch_stride = 0;  // elements; a sequence
   int64_t head_stride = 0;   // elements; a KV head, or a query head if per_query_head
   bool per_query_head = false;
 
-  // kv_head is the head's KV head, head its query head.
-  FASTATTN_HD int64_t Index(int64_t token, int64_t row, int64_t kv_head, int64_t head) const {
-    return token * token_stride + row * batch_stride +
+  // `head` is a query head, `kv_head` the KV head that it reads.
+  FASTATTN_HD int64_t Index(int64_t token, int64_t batch_idx, int64_t kv_head, int64_t head) const {
+    return token * token_stride + batch_idx * batch_stride +
            (per_query_head ? head : kv_head) * head_stride;
   }
 };
 
-// K and V as contiguous tokens of all rows, one row after the other (flash_attention).
+// Ragged K and V: the tokens of all sequences, one sequence after the other (flash_attention).
 struct RaggedKv {
   const void* key = nullptr;          // [num_tokens, KV, D]
   const void* value = nullptr;        // [num_tokens, KV, D]
@@ -39,9 +39,9 @@ struct RaggedKv {
   Descale v_descale;
 };
 
-// Query i of a row with q queries and k keys stands at key position i + k - q. Every mask is an
-// interval of key positions around it; a key is visible if all of them hold it and its block is
-// assigned.
+// Query i of a sequence with q queries and k keys has key position i + k - q. Each mask is an
+// interval of key positions (see common/visible_keys.h); a key is visible if all of them hold it
+// and its block is assigned.
 struct AttentionParams {
   const void* q = nullptr;              // [num_tokens, H, D]
   void* out = nullptr;                  // [num_tokens, H, D] contiguous; see clear_padding
@@ -59,7 +59,7 @@ struct AttentionParams {
   bool paged = false;
   SeqMeta seqs;      // flash_attention: only cu_seqlens_q, batch and num_tokens
   PagedCache cache;  // paged
-  RaggedKv ragged;   // not paged
+  RaggedKv ragged;   // else
 
   int num_heads = 0;
   int num_kv_heads = 0;  // divides num_heads
@@ -72,10 +72,10 @@ struct AttentionParams {
   int max_seqlen_q = 0;  // upper bounds known to the host: they size a grid, they mask nothing
   int max_seqlen_k = 0;
 
-  // For launchers, which never allocate: floats of params/attention_plan.h. The CPU kernel plans
+  // For launchers, which never allocate: floats of heuristics/attention_plan.h. The CPU kernel plans
   // its splits from the lengths and keeps the partial results itself.
   float* workspace = nullptr;
-  bool clear_padding = false;  // launchers: tokens of no row get output 0
+  bool clear_padding = false;  // launchers: tokens of no sequence get output 0
 };
 
 }  // namespace fastattn

@@ -11,10 +11,10 @@ namespace fastattn {
 // write_cache_kv: quantises the new tokens' K and V into the cache. Dynamic types also write the
 // tokens' scales.
 //
-// Two tokens share a slot only in invalid input; then one of them wins.
+// Only in invalid input do two tokens share a slot; then either may be the one that stays.
 struct WriteCacheParams {
   PagedCache cache;                // layout is kFastattn
-  SeqMeta seqs;                    // rows.num_tokens is T
+  SeqMeta seqs;                    // seqs.num_tokens is T
   const void* key = nullptr;       // [T, KV, D] fp32 / fp16 / bf16, heads contiguous
   const void* value = nullptr;     // [T, KV, D]
   DType dtype = DType::kBFloat16;  // of key and value; for type none the cache's, or fp32 (rounded)
@@ -22,20 +22,21 @@ struct WriteCacheParams {
   int64_t value_token_stride = 0;
 };
 
-// append_cache_kv_c8: dequantises the cached tokens of each row into contiguous K and V. Row b's
-// token i goes to output token cu_seqlens_k[b] + i, as round(code * scale) with one fp32 product.
+// append_cache_kv_c8: dequantises the cached tokens of each sequence into ragged K and V. Token i
+// of sequence b goes to output token cu_seqlens_k[b] + i, as round(code * scale) with one fp32
+// product.
 //
-// Row b gives min(seq_lens_decoder[b], cu_seqlens_k[b + 1] - cu_seqlens_k[b]) tokens, of those
-// only the ones inside [0, num_out_tokens). A negative cu_seqlens_k[b] is no offset: that row is
-// left out. Every other output token stays as it is, those of an unassigned block (past
-// max_blocks, or an id outside [0, num_blocks)) included.
+// A sequence gives min(seq_lens_decoder[b], cu_seqlens_k[b + 1] - cu_seqlens_k[b]) tokens, of those
+// only the ones inside [0, num_out_tokens). A negative cu_seqlens_k[b] is no offset, so that
+// sequence is left out. Every other output token keeps its contents, those of an unassigned block
+// (past max_blocks, or an id outside [0, num_blocks)) included.
 struct AppendCacheParams {
   PagedCache cache;                       // layout kFastattn or kFastDeploy (int8 codes + 128)
   void* key = nullptr;                    // [num_out_tokens, KV, D] bf16 / fp16, heads contiguous
   void* value = nullptr;                  // [num_out_tokens, KV, D]
   const int* block_tables = nullptr;      // [batch, max_blocks]
   const int* seq_lens_decoder = nullptr;  // [batch] cached tokens
-  const int* cu_seqlens_k = nullptr;      // [batch + 1] first output token of each row
+  const int* cu_seqlens_k = nullptr;      // [batch + 1] first output token of each
   DType dtype = DType::kBFloat16;         // of key and value
   bool dynamic_quant = false;             // IsDynamic(cache.type)
   int batch = 0;
@@ -45,8 +46,8 @@ struct AppendCacheParams {
   int64_t value_token_stride = 0;
 };
 
-// convert_cache_layout and convert_cache_blocks: the same codes in another order, and int8 codes +
-// 128 in kFastDeploy. src == dst: in place; otherwise they do not overlap.
+// convert_cache_layout and convert_cache_blocks: the same codes in another order. kFastDeploy
+// stores int8 codes with 128 added. src == dst converts in place; otherwise the two do not overlap.
 struct ConvertLayoutParams {
   const void* src = nullptr;  // [num_blocks, KV] planes of 64 * D elements, each contiguous
   void* dst = nullptr;        // the same

@@ -1,4 +1,4 @@
-// Parts that several operators' Params share. Pointers are device pointers of the operator's place.
+// Structs that several operators' Params share. Pointers point to memory of the operator's place.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,16 @@
 
 namespace fastattn {
 
-// Where the plane of a block and KV head lies in a cache tensor, and its rows; in elements. A row
-// is the last dimension and contiguous: a token's channels, or a channel's tokens where V is
-// [.., D, 64]. Any order of the other dimensions is a set of strides, so that K and V may be views
-// of one pool. The rows of scales [num_blocks, KV, 64] are single elements.
+// Strides, in elements, of the planes of a cache tensor (one a block and KV head) and of the rows
+// of a plane. A row is the last dimension and contiguous: a token's channels, or a channel's tokens
+// where V is [.., D, 64]. The other dimensions may have any order, so that K and V may be views of
+// one pool. The rows of scales [num_blocks, KV, 64] are single elements.
 struct CacheStrides {
   int64_t block = 0;
   int64_t head = 0;
   int64_t row = 0;
 
-  // The first element of a plane. Neither index is negative.
+  // First element of a plane. Neither index is negative.
   FASTATTN_HD int64_t Plane(int block_id, int kv_head) const {
     return static_cast<uint32_t>(block_id) * block + static_cast<uint32_t>(kv_head) * head;
   }
@@ -26,7 +26,7 @@ struct CacheStrides {
 };
 
 // A layer's paged KV cache; see common/layout.h for the order inside a block. On a GPU, addresses
-// and strides of tensors with one entry a block are multiples of 16 bytes.
+// and strides of caches and dynamic scales are multiples of 16 bytes.
 struct PagedCache {
   void* key = nullptr;       // [num_blocks, KV, 64, D]
   void* value = nullptr;     // quantised [num_blocks, KV, D, 64] (fastattn), else [.., KV, 64, D]
@@ -47,15 +47,16 @@ struct PagedCache {
   int head_dim = 0;
 };
 
-// Which tokens of a step belong to which row (sequence), and where the rows' blocks are.
+// Which tokens of a step belong to which sequence, and where the sequences' blocks are.
 //
-// Nothing here is trusted: a block id outside [0, num_blocks) is an unassigned block, a length
-// below 0 counts as 0, tokens past `num_tokens` are ignored.
+// Nothing here is trusted (see common/seq_lengths.h and common/block_table.h): a block id outside
+// [0, num_blocks) is an unassigned block, a length below 0 counts as 0, tokens past `num_tokens`
+// are ignored.
 struct SeqMeta {
   const int* block_tables = nullptr;        // [batch, max_blocks]
-  const int* cu_seqlens_q = nullptr;        // [batch + 1] first token of each row
+  const int* cu_seqlens_q = nullptr;        // [batch + 1] first token of each
   const int* seq_lens_decoder = nullptr;    // [batch] tokens cached before this step
-  const int* seq_lens_this_time = nullptr;  // [batch] new tokens; 0 = the row rests
+  const int* seq_lens_this_time = nullptr;  // [batch] new tokens; 0 = inactive
   const int* batch_id_per_token = nullptr;  // [num_tokens] or null; -1 = padding
   int batch = 0;
   int max_blocks = 0;

@@ -1,5 +1,5 @@
-// FastDeploy's gqa_rope_write_cache: Q, K and V of a step whose prefill rows are attended to on
-// contiguous tensors.
+// FastDeploy's gqa_rope_write_cache: Q, K and V of a step whose prefill sequences are attended to
+// on ragged tensors.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +9,16 @@
 
 namespace fastattn {
 
-// Every row's new tokens are rotated and normalised into q, qkv_out, key and value. Of prefill rows
-// (seq_lens_encoder > 0) the cached tokens come before the new ones in key and value, dequantised,
-// and the new ones are written into the cache; decode rows leave the cache alone, another operator
-// writes them.
+// The new tokens of every sequence are rotated and normalised into q, qkv_out, key and value. Those
+// of a prefill sequence (seq_lens_encoder > 0) are also written into the cache, and stand in key
+// and value behind its cached tokens, dequantised. Another operator writes those of decoding
+// sequences.
 //
-// Row b's tokens start at cu_seqlens_k[b] of key and value; what falls outside [0, num_kv_tokens)
-// is left out. A token of no row gives 0 in q and qkv_out.
+// The tokens of sequence b start at cu_seqlens_k[b] of key and value; what falls outside
+// [0, num_kv_tokens) is left out. A token of no sequence gives 0 in q and qkv_out.
 struct GqaRopeWriteCacheParams {
   RopeWriteCacheParams rope;              // no bias, q_quant kNone; cache.layout kFastDeploy
-  const int* seq_lens_encoder = nullptr;  // [batch] new tokens of prefill rows, else 0
+  const int* seq_lens_encoder = nullptr;  // [batch] new tokens if prefill, else 0
   const int* cu_seqlens_k = nullptr;      // [batch + 1]
   int* prefix_lens = nullptr;             // [batch] scratch
   void* qkv_out = nullptr;                // [T, (H + 2 KV) * D]
@@ -27,7 +27,7 @@ struct GqaRopeWriteCacheParams {
   int64_t num_kv_tokens = 0;
 };
 
-// Cached tokens of a row that precede its new ones in key and value.
+// Cached tokens of a sequence that precede its new ones in key and value.
 FASTATTN_HD int PrefixLength(int encoder, int decoder) {
   return encoder > 0 && decoder > 0 ? decoder : 0;
 }

@@ -78,11 +78,11 @@ struct IndexerQParams {
 // Nothing read from the device is trusted: see the checks in the kernel.
 struct IndexerKvParams {
   const void* state = nullptr;               // [num_state_blocks, state_block, 2 * SW]
-  const int* block_tables = nullptr;         // [batch, max_blocks] state blocks of a request
-  const int* batch_ids = nullptr;            // [T] request of each token; outside [0, batch) = skip
+  const int* block_tables = nullptr;         // [batch, max_blocks] state blocks
+  const int* batch_ids = nullptr;            // [T] sequence of a token; outside [0, batch) = skip
   IndexArray positions;                      // [T]
   IndexArray state_slots;                    // [T] negative = skip
-  IndexArray kv_slots;                       // [T] page * page_size + row; outside the pages = skip
+  IndexArray kv_slots;                       // [T] page * page_size + entry; others = skip
   const void* rms_weight = nullptr;          // [HEAD]
   const void* cos_sin = nullptr;             // [max_positions, 64]
   uint8_t* kv_cache = nullptr;               // [num_pages, page_stride] bytes
@@ -93,7 +93,7 @@ struct IndexerKvParams {
   int64_t num_tokens = 0;
   int64_t num_state_blocks = 0;
   int64_t state_block = 0;         // positions a state block
-  int64_t state_block_stride = 0;  // elements; a position's row is 2 * SW
+  int64_t state_block_stride = 0;  // elements; a position has 2 * SW
   int batch = 0;
   int max_blocks = 0;
   int64_t max_positions = 0;  // at least 1

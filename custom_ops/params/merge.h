@@ -46,8 +46,8 @@ FASTATTN_HD constexpr DType StoredType(MergeOutput output, DType in) {
 }
 
 // Strides count elements; the D channels of a head lie side by side everywhere. `output` and
-// `output_lse` may be the very memory of either side's (the same strides): whoever writes an
-// element must have read both sides' LSE of that token and head, and both sides' element, before.
+// `output_lse` may share memory and strides with either side's, so a kernel must read both sides'
+// LSE of a token and head, and both sides' element, before it writes the element.
 struct MergeParams {
   const void* prefix_output = nullptr;  // [T, H, D] fp32 / fp16 / bf16
   const void* suffix_output = nullptr;  // [T, H, D]

@@ -1,4 +1,4 @@
-// FastDeploy's merge_prefill_decode_output: the decode rows of one tensor into another.
+// FastDeploy's merge_prefill_decode_output: the decoding sequences of one tensor into another.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace fastattn {
 
-// Copies the new tokens of every decode row (seq_lens_encoder 0, seq_lens_decoder > 0); other
-// tokens of `prefill` stay as they are.
+// Copies the new tokens of every decoding sequence (seq_lens_encoder 0, seq_lens_decoder > 0);
+// other tokens of `prefill` keep their contents.
 struct MergeDecodeParams {
   void* prefill = nullptr;                // [T, row_bytes], written
   const void* decode = nullptr;           // [T, row_bytes]

@@ -8,7 +8,7 @@
 
 namespace fastattn {
 
-// Smallest amax of a dynamic group of activations: as in the serving stack's per-token quantiser.
+// Smallest amax of a group of activations that gets a dynamic scale.
 inline constexpr float kActivationAmaxFloor = 1e-10f;
 
 enum class QuantGranularity : int { kStatic, kTensor, kToken, kGroup };

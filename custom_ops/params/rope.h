@@ -10,7 +10,7 @@
 namespace fastattn {
 
 enum class RotaryStyle : int {
-  kNone,         // positions are not rotated in
+  kNone,         // no rotation
   kInterleaved,  // pairs (2i, 2i + 1)
   kNeox,         // pairs (i, i + rotary_dim / 2)
 };
@@ -21,11 +21,11 @@ enum class QQuant : int {
   kPerTokenHead,  // e4m3, one measured scale a token and head
 };
 
-// A head goes through: + bias, rotation and RMSNorm (in the order asked for), rounding to the type
+// Steps of a Q or K head: bias, rotation and RMSNorm (in the order asked for), rounding to the type
 // of qkv, quantisation. V takes the bias only. Everything before the rounding is fp32.
 //
-// A token that belongs to no row, or has batch id -1, leaves the cache as it is and gets q = 0 (and
-// the scale of an all-zero head).
+// A token that belongs to no sequence, or has batch id -1, is not written into the cache and gets
+// q = 0 (and the scale of an all-zero head).
 struct RopeWriteCacheParams {
   const void* qkv = nullptr;            // [T, (H + 2 KV) * D], Q heads, then K, then V
   const void* bias = nullptr;           // [(H + 2 KV) * D] or null

@@ -6,8 +6,8 @@ from fastattn.backends.paged import PagedAttentionBackend
 
 
 class AppendAttentionBackend(PagedAttentionBackend):
-    """FastDeploy's default backend: decode and speculative rows, prefill rows beside them.
+    """Replaces FastDeploy's default backend, for decoding, speculative and prefill sequences.
 
-    A speculative row has one new token and its drafts; all of them are written and attended to, and
-    a rejected one is overwritten by the next step.
+    A speculative sequence has one new token and its draft tokens. All of them are written to the
+    cache and attended to; the next step overwrites rejected ones.
     """

@@ -11,7 +11,7 @@ from fastattn.backends.forward_meta import field
 
 @dataclass
 class AttentionMetadata:
-    """What a backend prepares once a step for all layers."""
+    """Metadata that a backend prepares once a step for all layers."""
 
 
 class AttentionBackend(ABC):
@@ -32,7 +32,7 @@ class AttentionBackend(ABC):
         """Shapes of a layer's key and value cache."""
 
     def get_attention_meta(self) -> AttentionMetadata | None:
-        """Metadata of the present step."""
+        """Metadata of the current step."""
         return None
 
     def forward(
@@ -69,18 +69,18 @@ class AttentionBackend(ABC):
         layer: Any,
         forward_meta: Any,
     ) -> Any:
-        """Attention of a step whose rows may be prefill, decode or stopped rows."""
+        """Attention of a step of prefill, decoding and inactive sequences."""
 
     def forward_decode(self, *args: Any) -> Any:
-        """Attention of a step of decode rows only; by default :meth:`forward_mixed`."""
+        """Attention of a step of decoding sequences; by default :meth:`forward_mixed`."""
         return self.forward_mixed(*args)
 
     def forward_extend(self, *args: Any) -> Any:
-        """Attention of a step of prefill rows only; by default :meth:`forward_mixed`."""
+        """Attention of a step of prefill sequences; by default :meth:`forward_mixed`."""
         return self.forward_mixed(*args)
 
     def forward_native_backend(
         self, q: Any, k: Any, v: Any, qkv: Any, layer: Any, forward_meta: Any
     ) -> Any:
-        """Attention by the framework's own operators, which no backend of fastattn has."""
+        """Attention by the framework's own operators, which no backend of fastattn supports."""
         raise NotImplementedError(f"{type(self).__name__}: forward_mode NATIVE is not supported")

@@ -1,4 +1,4 @@
-"""What the backends need of a FastDeploy configuration, and what of it they refuse."""
+"""Options that the backends read from a FastDeploy configuration, and those that they refuse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK_SIZE = 64
 
 
 def read(config: Any, path: str, default: Any = None) -> Any:
-    """Value at a dotted path; `default` where a part is missing or None."""
+    """Value at a dotted path; `default` if a name on it is missing or None."""
     for name in path.split("."):
         config = getattr(config, name, None)
         if config is None:
@@ -29,10 +29,10 @@ class BackendConfig:
     Attributes
     ----------
     max_model_len : int
-        Tokens of the longest sequence; bounds the keys of a row where the host knows no better.
+        Tokens of the longest sequence; bounds its keys where the host has no lengths.
     causal : bool
     window_size : int
-        Keys that a query sees, its own included; 0: the layer says.
+        Keys that a query sees, its own included; 0: the layer decides.
     window_layers : tuple of bool
         Which layers have the window of `window_size`; empty: all of them.
     rotary_dim : int or None
@@ -54,9 +54,9 @@ class BackendConfig:
         Raises
         ------
         NotImplementedError
-            If it asks for something that the backends do not do; the message names it.
+            If it needs something that the backends do not support; the message names it.
         ValueError
-            If ``model_config.max_model_len`` is missing, or a number is none.
+            If ``model_config.max_model_len`` is missing, or an option is not a number.
         """
         if fd_config is None:
             raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
@@ -133,7 +133,7 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     draft = read(fd_config, "speculative_config.model_type", "main") != "main"
     for name in ("enable_rope_3d_runtime", "model_config.rope_3d", "model_config.use_3d_rope"):
         if read(fd_config, name, False) and not draft:
-            no(name, True, "rotary tables of rope_3d differ from row to row")
+            no(name, True, "rotary tables of rope_3d differ between sequences")
     for name in ("head_wise_swa_ratio", "sink_size"):
         value = read(fd_config, f"model_config.{name}", 0)
         if value:

@@ -1,4 +1,4 @@
-"""A server's caches from one byte layout to another, in place."""
+"""Conversion of a server's caches from one byte layout to another, in place."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def convert_caches(
     dst: str = "fastattn",
     block_ranges: Iterable[tuple[int, int]] | None = None,
 ) -> Sequence[Any]:
-    """Convert the caches of all layers in place, by default FastDeploy's bytes to this package's.
+    """Convert the caches of all layers in place, by default from FastDeploy's layout to fastattn's.
 
-    No second cache and no scratch memory is needed. Scales stay as they are: all layouts have the
-    same ones. Everything is checked before the first byte moves.
+    It needs no second cache and no scratch memory. Scales are the same in all layouts and are not
+    changed. All arguments are checked before the first byte is written.
 
     Parameters
     ----------
@@ -37,23 +37,23 @@ def convert_caches(
     src, dst : {"fastattn", "fastdeploy", "logical"}
         See :func:`fastattn.functional.convert_cache_layout`.
     block_ranges : iterable of (int, int), optional
-        Physical blocks ``[begin, end)`` to convert, each range once; by default all. Other blocks
-        keep their bytes, so that a server can convert the blocks in use only, or some in every
-        step. A block that is converted twice is lost.
+        Physical blocks ``[begin, end)`` to convert; by default all. Other blocks keep their bytes,
+        so that a server can convert only the blocks in use, or some in each step. No block may be
+        converted twice: its contents would be lost.
 
     Returns
     -------
     sequence of Tensor
-        `caches`, the same tensors. Each V tensor now has the shape that `dst` has, also if only
+        `caches`, the same tensors. Each V tensor has the shape of layout `dst` now, even if only
         some of its blocks were converted.
 
     Raises
     ------
     TypeError
-        If an entry is no tensor or has another dtype than a quantised cache.
+        If an entry is not a tensor or does not have the dtype of a quantised cache.
     ValueError
-        If the list, a shape or a range does not fit, a layout is unknown, two entries share
-        memory, or ranges overlap.
+        If the length of the list, a shape or a range is wrong, a layout is unknown, two entries
+        share memory, or ranges overlap.
     NotImplementedError
         If `cache_quant_type` or the head dimension is not supported.
 
@@ -121,7 +121,7 @@ def _pair(entry: Any) -> tuple[int, int]:
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted ranges without empty ones, neighbours as one: a launch each costs time."""
+    """Sorted ranges without empty ones, adjacent ones joined: each costs a launch."""
     joined: list[tuple[int, int]] = []
     for begin, end in ranges:
         if begin == end:
@@ -139,7 +139,7 @@ def _checked(
     cache_quant_type: str,
     ranges: list[tuple[int, int]] | None,
 ) -> dict[int, tuple[int, int, int]]:
-    """(num_blocks, KV, D) of every tensor to convert. Raises for anything that does not fit."""
+    """(num_blocks, KV, D) of every tensor to convert, all arguments checked."""
     from fastattn import _ops
 
     shapes: dict[int, tuple[int, int, int]] = {}

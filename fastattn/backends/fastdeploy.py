@@ -9,10 +9,10 @@ process that loads its models or its engine, if the environment variable ``FD_PL
 From then on ``APPEND_ATTN``, ``FLASH_ATTN`` and ``FLASH_MASK_ATTN`` mean the classes of
 :mod:`fastattn.backends`; every other backend stays FastDeploy's.
 
-FastDeploy's platform class tells the name of a backend's class, and the name is imported when the
-first backend is made. That name is what changes here. Putting the classes into FastDeploy's own
-package instead would mean importing it, with all its compiled operators, in processes that ask a
-backend for shapes only, and would be undone where the package is still being imported.
+FastDeploy's platform class has a method that returns the name of a backend's class; the class is
+imported when the first backend is made. :func:`register` replaces that name. Putting the classes
+into FastDeploy's own package instead would import it, with all its compiled operators, in processes
+that ask a backend only for shapes, and would be undone where the package is still being imported.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _METHOD = "get_attention_backend_cls"
 
 
 def register() -> None:
-    """Have FastDeploy make this package's backends in the present process.
+    """Make FastDeploy use this package's backends in the current process.
 
-    Neither a GPU nor a compiled operator is touched. What a configuration asks for and a backend
-    does not support is refused when the backend is made, which every process does before it serves.
+    This uses neither a GPU nor a compiled operator. Options that a backend does not support are
+    refused when the backend is made, which every process does before it serves.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def register() -> None:
 
     Notes
     -----
-    Calling it again does nothing. It takes effect for backends made later, also for those of draft
+    Calling it again does nothing. It affects backends that are made later, including those of draft
     models, which FastDeploy makes itself.
     """
     platform = _cuda_platform()
@@ -101,7 +101,7 @@ def _check_library() -> None:
 
 
 def _check_not_chosen() -> None:
-    """FastDeploy remembers the class; one that was chosen before would silently stay."""
+    """Refuse if FastDeploy has chosen a class already: it caches the class and would keep it."""
     selecter = sys.modules.get(f"{PACKAGE}.attention_selecter")
     for name in ("_get_attn_backend", "get_attention_backend"):  # which one differs by version
         info = getattr(getattr(selecter, name, None), "cache_info", None)
@@ -129,7 +129,7 @@ def _patch(platform: type) -> None:
 
 
 def _replacement(path: Any) -> Any:
-    """Dotted name of this package's class for one of FastDeploy's; other names as they are."""
+    """Dotted name of this package's class for one of FastDeploy's; other names are kept."""
     package, _, name = str(path).rpartition(".")
     if package != PACKAGE or name not in REPLACED:
         return path

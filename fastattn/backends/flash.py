@@ -6,8 +6,8 @@ from fastattn.backends.paged import PagedAttentionBackend
 
 
 class FlashAttentionBackend(PagedAttentionBackend):
-    """Prefill and decode rows in one call, over the cache as it is stored.
+    """Prefill and decoding sequences in one call, over the quantised cache itself.
 
-    FastDeploy's class of this name runs prefill rows on a bfloat16 copy of the whole prefix, decode
-    rows through the append attention, and merges the two.
+    FastDeploy's class of this name runs prefill sequences on a bfloat16 copy of the whole prefix,
+    decoding sequences through its append attention, and merges the two.
     """

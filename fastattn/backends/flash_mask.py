@@ -8,7 +8,7 @@ from fastattn.backends.paged import PagedAttentionBackend
 class FlashMaskAttentionBackend(PagedAttentionBackend):
     """Attention under ``forward_meta.attn_mask_offsets``, causal where a step has none.
 
-    The offsets, int32 ``[T, 2]`` or ``[2 T]``, are (start, end) of the keys that each new token
-    sees. They are the whole mask: a token may see later ones, such as those of its image. Both ends
-    count, in any order from token to token.
+    The offsets, int32 ``[T, 2]`` or ``[2 T]``, are the interval ``[start, end)`` of keys that each
+    new token sees. They are the whole mask: a token may see later ones, such as those of its image.
+    The intervals of different tokens need not be ordered.
     """

@@ -1,4 +1,4 @@
-"""What a step is: a stand-in for FastDeploy's ``ForwardMeta``, and the way backends read one."""
+"""Metadata of a step: a stand-in for FastDeploy's ``ForwardMeta``, and how backends read one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class ForwardMode(IntEnum):
     NATIVE = 4
 
     def is_prefill(self) -> bool:
-        """Whether every row is a prefill row."""
+        """Whether all sequences are prefill sequences."""
         return self == ForwardMode.EXTEND
 
     def is_decode(self) -> bool:
-        """Whether every row is a decode row."""
+        """Whether all sequences are decoding."""
         return self == ForwardMode.DECODE
 
     def is_mixed(self) -> bool:
-        """Whether rows may be of any kind."""
+        """Whether sequences of all kinds may occur."""
         return self == ForwardMode.MIXED
 
     def is_native(self) -> bool:
@@ -83,6 +83,24 @@ def field(forward_meta: Any, name: str) -> Any:
     return value
 
 
+def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
+    """Block tables, starts, cached and new lengths of a step's sequences, in operators' order.
+
+    Raises
+    ------
+    ValueError
+        If one of them is None.
+    """
+    tables = getattr(forward_meta, "block_tables", None)
+    starts = getattr(forward_meta, "cu_seqlens_q", None)
+    cached = getattr(forward_meta, "seq_lens_decoder", None)
+    new = getattr(forward_meta, "seq_lens_this_time", None)
+    if tables is None or starts is None or cached is None or new is None:
+        for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time"):
+            field(forward_meta, name)  # says which
+    return tables, starts, cached, new
+
+
 #: What a cascade plan was made for.
 _PLANNED = (
     "block_tables",
@@ -95,7 +113,7 @@ _PLAN_RECORD = "_fastattn_plan_record"
 
 
 class _Seen(NamedTuple):
-    """A tensor as it was."""
+    """Snapshot of a tensor, to tell whether it was written since."""
 
     tensor: Any
     version: int
@@ -117,34 +135,34 @@ class _Seen(NamedTuple):
 
 
 def _record_plan(forward_meta: Any, plan: Any) -> None:
-    """Keep what a plan was made for beside it."""
-    rows = {name: _Seen.of(optional(forward_meta, name)) for name in _PLANNED}
+    """Record the state of the fields that a plan was made for."""
+    fields = {name: _Seen.of(optional(forward_meta, name)) for name in _PLANNED}
     own = [_Seen.of(x) for x in plan if is_tensor(x)]
-    setattr(forward_meta, _PLAN_RECORD, (plan, own, rows))
+    setattr(forward_meta, _PLAN_RECORD, (plan, own, fields))
 
 
 def current_plan(forward_meta: Any) -> Any:
     """The step's ``cascade_plan``, None if there is none.
 
-    A plan holds lengths and blocks of its own, so it ends with the step that it was made for. The
-    first call for a plan (or :meth:`ForwardMeta.for_step`) remembers what it goes with: which
-    tensors they were and how often they had been written, and on the host, their values.
-    ``max_len_tensor_cpu`` is on the host always. A step under a CUDA graph, which is written into
-    the captured tensors together with its plan, is not checked.
+    A plan has its own lengths and blocks, so it is valid for one step only. The first call for a
+    plan (or :meth:`ForwardMeta.for_step`) records the step's fields: which tensors they are, how
+    often they were written and, on the host, their values (``max_len_tensor_cpu`` is always
+    there). Steps of a CUDA graph are not checked: they are written into the captured tensors
+    together with their plan.
 
     Raises
     ------
     ValueError
-        If lengths or block tables have changed since, and neither the plan nor what is in it has.
+        If lengths or block tables have changed since, but not the plan or its tensors.
     """
     plan = optional(forward_meta, "cascade_plan")
     if plan is None or optional(forward_meta, "step_use_cudagraph"):
         return plan
     if not isinstance(plan, tuple) or not paddle.in_dynamic_mode():
         return plan  # cascade_attention says what is wrong with it
-    known, own, rows = getattr(forward_meta, _PLAN_RECORD, None) or (None, [], {})
+    known, own, fields = getattr(forward_meta, _PLAN_RECORD, None) or (None, [], {})
     if known is plan and not any(seen.differs(seen.tensor) for seen in own):
-        for name, seen in rows.items():
+        for name, seen in fields.items():
             if seen.differs(optional(forward_meta, name)):
                 raise ValueError(
                     f"forward_meta.cascade_plan: forward_meta.{name} has changed since the plan "
@@ -158,13 +176,13 @@ def current_plan(forward_meta: Any) -> Any:
 class ForwardMeta:
     """A step's metadata, for tests and for serving without FastDeploy.
 
-    Like FastDeploy's, it has any attribute that is asked for: None unless it was set. Backends
-    therefore read it through :func:`field` and :func:`optional`.
+    Like FastDeploy's, it has every attribute, None unless it was set. Backends therefore read it
+    through :func:`field` and :func:`optional`.
 
     Parameters
     ----------
     **fields
-        Attributes by name; see :meth:`for_step` for a way to have them made.
+        Attributes by name; :meth:`for_step` makes them from lengths.
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -182,7 +200,7 @@ class ForwardMeta:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Attributes, less what is remembered of this object's own tensors."""
+        """Attributes without the record of the plan, which belongs to this object's tensors."""
         return {k: v for k, v in self.__dict__.items() if k != _PLAN_RECORD}
 
     @classmethod
@@ -200,26 +218,26 @@ class ForwardMeta:
         place: Any = None,
         **fields: Any,
     ) -> ForwardMeta:
-        """Build the metadata of a step from what its scheduler knows.
+        """Build the metadata of a step from a scheduler's lengths and block tables.
 
         Parameters
         ----------
         cached, new : sequence of int
-            Tokens in the cache and tokens of this step of each row. ``new[b] = 0``: a stopped row.
+            Cached tokens and new tokens of each sequence. ``new[b] = 0``: an inactive sequence.
         block_tables : array of int, shape [B, max_blocks]
-            Physical block of each 64 tokens of a row; -1 where there is none.
+            Physical block of each 64 tokens of a sequence; -1 where there is none.
         caches : sequence of Tensor
             ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v, k_scales, v_scales}`` for the
             dynamic types.
         rotary_embs : Tensor, optional
             See :func:`fastattn.functional.rope_write_cache_kv`.
         prefill : sequence of bool, optional
-            Which rows are prefill rows; by default those with more than one new token.
+            Whether each sequence is in prefill; by default those with more than one new token.
         num_tokens : int, optional
-            Rows of ``qkv``, if more than ``sum(new)``: the rest is padding.
+            Tokens of ``qkv``, if more than ``sum(new)``: the rest is padding.
         shared_prefix_tokens : int
-            Tokens, a multiple of 64, whose blocks all rows with new tokens have in common. The
-            backends then read them once for all rows; by default (0) once for each.
+            Length, a multiple of 64, of a prefix whose blocks all sequences with new tokens share.
+            The backends then read it once for all sequences; by default (0) once for each.
         place : optional
             Where the tensors are made; default CPU.
         **fields
@@ -228,23 +246,23 @@ class ForwardMeta:
         Raises
         ------
         TypeError
-            If a number is no integer.
+            If a number is not an integer.
         ValueError
-            If shapes do not fit together, a number does not fit int32 or is negative, `num_tokens`
-            is less than ``sum(new)``, or rows do not share the prefix.
+            If shapes do not match, a number does not fit int32 or is negative, `num_tokens` is less
+            than ``sum(new)``, or sequences do not share the prefix.
         """
         op = "ForwardMeta.for_step"
         place = paddle.CPUPlace() if place is None else place
         lens = as_int32(op, "new", new, (-1,), "[B]")
-        rows = len(lens)
-        cached_lens = as_int32(op, "cached", cached, (rows,), f"[{rows}]")
-        tables = as_int32(op, "block_tables", block_tables, (rows, -1), f"[{rows}, max_blocks]")
+        batch = len(lens)
+        cached_lens = as_int32(op, "cached", cached, (batch,), f"[{batch}]")
+        tables = as_int32(op, "block_tables", block_tables, (batch, -1), f"[{batch}, max_blocks]")
         for name, lengths in (("cached", cached_lens), ("new", lens)):
             if (lengths < 0).any():
                 raise ValueError(f"{op}: {name}: expected at least 0, got {lengths.min()}")
         flags = lens > 1 if prefill is None else np.asarray(prefill, bool)
-        if flags.shape != (rows,):
-            raise ValueError(f"{op}: prefill: expected shape [{rows}], got {list(flags.shape)}")
+        if flags.shape != (batch,):
+            raise ValueError(f"{op}: prefill: expected shape [{batch}], got {list(flags.shape)}")
         encoder = np.where(flags, lens, 0).astype(np.int32)
         starts = as_int32(op, "new", np.cumsum([0, *lens.tolist()]), (-1,), "[B + 1]")
         total = int(starts[-1])
@@ -286,8 +304,8 @@ class ForwardMeta:
 def max_len_tensor(cached: Any, new: Any, encoder: Any) -> Any:
     """FastDeploy's ``max_len_tensor_cpu``: int32 [9] on the host, of which 0 to 5 are used.
 
-    They are the largest of: new tokens, new tokens of prefill rows, cached tokens, cached + new,
-    cached + new of decode rows, keys.
+    They are the largest number of: new tokens, new tokens of prefill sequences, cached tokens,
+    cached + new, cached + new of decoding sequences, keys.
     """
     lengths = np.zeros(9, np.int32)
     active = new > 0

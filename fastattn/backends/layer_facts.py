@@ -1,22 +1,26 @@
-"""What the two operators of a layer's step take from the layer, made once and kept.
+"""Arguments of a layer's two operators that come from the layer, cached between steps.
 
 A server calls a backend for every layer of every step, and asking an ``nn.Layer`` for twenty
-attributes, most of them absent, takes longer than an operator's call. Caches are no part of it, and
-layers are not kept alive.
+attributes, most of them absent, takes longer than an operator's call. Cache tensors are not kept
+here, and layers are not kept alive.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import paddle
 
 from fastattn import _ops
 from fastattn.backends.layer_cache import LayerCache
 from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
+from fastattn.functional.attention import paged_attention_attrs
+from fastattn.functional.rope import rope_write_attrs
 
-#: Attributes that decide about a layer's step.
+#: Attributes of a layer that its operators' arguments depend on.
 _READ = (
     "cache_fp8_format",
     "cache_k_out_scale",
@@ -42,29 +46,39 @@ _READ = (
 )
 
 
+#: Tensors of a layer that ``rope_write_cache_kv`` takes, in its order.
+_WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale")
+
 #: Where ``paddle.nn.Layer`` keeps tensors.
 _HOLDERS = ("_parameters", "_buffers")
 
 
-class LayerFacts(NamedTuple):
-    """Arguments of a layer's operators, and what they were made from.
+@dataclass
+class LayerFacts:
+    """Arguments of a layer's operators, and the values that they were made from.
 
     Attributes
     ----------
     seen : list or None
-        Values of the layer's attributes, kept so that no other object takes their identities; None
-        where the layer may answer otherwise the next time.
+        Values of the layer's attributes, kept alive so that their identities stay unique; None if
+        the layer computes attributes, which may then change.
     num_caches, first, dynamic : int, int, bool
-        Length of the list of caches, the layer's first in it, and whether scales follow K and V.
+        Length of the list of caches, the layer's first entry, and whether scales follow K and V.
     k_scales, v_scales : Tensor or None
         Static scales.
-    write, attend : dict
-        Keyword arguments of ``rope_write_cache_kv`` and ``paged_attention``, scales apart.
+    write_tensors, write_attrs : tuple
+        Arguments of the operator ``rope_write_cache_kv``: the layer's tensors, the attributes.
+    q_quant : str
+        How the operator returns Q.
+    attend : dict
+        Keyword arguments of ``paged_attention``, without the scales.
+    attend_tensors, attend_attrs : tuple
+        Arguments of the operator ``paged_attention`` in a plain step, less what a step brings.
     sources : tuple of Tensor or None
-        The layer's scales of K and V where `k_scales` and `v_scales` are made of them: those must
-        follow what is written into these.
+        The layer's scales of K and V if `k_scales` and `v_scales` were made from them: writes to
+        the former must reach the latter.
     detached : bool
-        Whether they are made by ``detach()`` alone.
+        Whether `k_scales` and `v_scales` are those tensors detached.
     kinds : list
         Dtypes and shapes of the layer's scales: ``layer.to(dtype=...)`` changes them in place.
     """
@@ -75,8 +89,12 @@ class LayerFacts(NamedTuple):
     dynamic: bool
     k_scales: Any
     v_scales: Any
-    write: dict[str, Any]
+    write_tensors: tuple[Any, ...]
+    write_attrs: tuple[Any, ...]
+    q_quant: str
     attend: dict[str, Any]
+    attend_tensors: tuple[Any, ...]
+    attend_attrs: tuple[Any, ...]
     sources: tuple[Any, Any] | None
     detached: bool
     kinds: list[Any]
@@ -87,10 +105,11 @@ class LayerFacts(NamedTuple):
         layer: Any,
         caches: Any,
         cache: LayerCache,
+        heads: tuple[int, int, int],
         write: dict[str, Any],
         attend: dict[str, Any],
     ) -> LayerFacts:
-        """Facts from the arguments of a layer's operators."""
+        """Facts from the keyword arguments of a layer's operators and (H, KV, D)."""
         dynamic = cache.quant_type in DYNAMIC_TYPES
         given = tuple(
             getattr(layer, name, None) for name in ("cache_k_out_scale", "cache_v_out_scale")
@@ -108,25 +127,61 @@ class LayerFacts(NamedTuple):
             dynamic=dynamic,
             k_scales=None if dynamic else cache.k_scales,
             v_scales=None if dynamic else cache.v_scales,
-            write=write,
+            write_tensors=tuple(write.get(name) for name in _WRITE_TENSORS),
+            write_attrs=rope_write_attrs(
+                num_heads=heads[0],
+                num_kv_heads=heads[1],
+                **{name: x for name, x in write.items() if name not in _WRITE_TENSORS},
+            ),
+            q_quant=write["q_quant"],
             attend=attend,
+            attend_tensors=(attend["sinks"], None, attend["out_scale"], None),
+            attend_attrs=paged_attention_attrs(
+                softmax_scale=float(heads[2] ** -0.5),
+                **{name: x for name, x in attend.items() if name not in ("sinks", "out_scale")},
+            ),
             sources=(given[0], given[1]) if made else None,
             detached=detached,
             kinds=_kinds_of(given) if static else [],
         )
 
     def hold(self, layer: Any, caches: Any) -> bool:
-        """Whether the layer is as it was, and the list of caches as long."""
+        """Whether the layer is unchanged, and so is the length of the list of caches."""
         if self.seen is None or len(caches) != self.num_caches:
             return False
         for tensor in caches[self.first : self.first + (4 if self.dynamic else 2)]:
-            if tensor is None:  # said by LayerCache
+            if tensor is None:  # LayerCache raises
                 return False
         helper = _ops.helpers()
         if helper is not None:
             return bool(helper.unchanged(layer.__dict__, _HOLDERS, _READ, self.seen))
         now = _seen_of(layer)
         return now is not None and list(map(id, now)) == list(map(id, self.seen))
+
+    @functools.cached_property
+    def step_plan(self) -> tuple[Any, ...] | None:
+        """The layer's part of ``fastattn._direct.step``, if that may take its steps."""
+        if self.seen is None or self.q_quant != "none":
+            return None
+        return (
+            _ops.handle("rope_write_cache_kv"),
+            self.write_tensors,
+            self.write_attrs,
+            _ops.handle("paged_attention"),
+            self.attend_tensors,
+            self.attend_attrs,
+            self.num_caches,
+            self.first,
+            _HOLDERS,
+            _READ,
+            self.seen,
+        )
+
+    def q_descale(self, written: list[Any]) -> Any:
+        """Scales of the operator's Q, None for one that is not quantised."""
+        if self.q_quant == "none":
+            return None
+        return self.write_tensors[-1] if self.q_quant == "per_tensor" else written[1]
 
     def scales(self, forward_meta: Any, layer: Any, shard: Any) -> tuple[Any, Any]:
         """Scales of K and V for a call."""
@@ -148,7 +203,7 @@ def _kinds_of(scales: Any) -> list[Any]:
 
 
 class KnownLayers:
-    """Facts of the layers that a backend has seen, each for as long as its layer lives."""
+    """Facts of a backend's layers, each for as long as its layer lives."""
 
     def __init__(self) -> None:
         self._facts: dict[int, tuple[Any, LayerFacts]] = {}
@@ -159,17 +214,17 @@ class KnownLayers:
         return known[1] if known is not None and known[0]() is layer else None
 
     def put(self, layer: Any, facts: LayerFacts) -> None:
-        """Keep a layer's facts, unless they may not hold the next time."""
+        """Keep a layer's facts, unless the layer computes attributes."""
         if facts.seen is not None and type(layer).__weakrefoffset__ > 0:
             key, known = id(layer), self._facts
             known[key] = (weakref.ref(layer, lambda _: known.pop(key, None)), facts)
 
 
 def _seen_of(layer: Any) -> list[Any] | None:
-    """Values that decide about a layer's step.
+    """Values of the attributes that a layer's operators depend on.
 
-    They are read from where Python and ``paddle.nn.Layer`` keep them, which runs no code of the
-    layer's class. None if the class computes one of them, or keeps them elsewhere.
+    They are read from where Python and ``paddle.nn.Layer`` store them, without running code of the
+    layer's class. None if the class computes one of them, or stores it elsewhere.
     """
     own = getattr(layer, "__dict__", None)
     if own is None or _computes(type(layer)):
@@ -188,7 +243,7 @@ _computing: dict[type, bool] = {}
 
 
 def _computes(kind: type) -> bool:
-    """Whether a class answers for attributes itself: by a property of one, or for any of them."""
+    """Whether a class computes attributes: by a property, ``__getattr__`` or the like."""
     known = _computing.get(kind)
     if known is None:
         found = (getattr(kind, name, None) for name in _READ)

@@ -1,4 +1,4 @@
-"""What the backends have in common: a layer's step is two operators."""
+"""Base class of the backends: a layer's step is two operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import paddle
 from fastattn import _ops, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
-from fastattn.backends.forward_meta import current_plan, field, optional
+from fastattn.backends.forward_meta import current_plan, field, optional, sequences
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.functional._cache_types import DYNAMIC_TYPES
@@ -18,15 +18,15 @@ from fastattn.functional._cache_types import DYNAMIC_TYPES
 
 @dataclass
 class PagedAttentionMetadata(AttentionMetadata):
-    """What the layers of a step share.
+    """Metadata that the layers of a step share.
 
     Attributes
     ----------
     host_lengths : (int, int) or None
-        Largest numbers of new tokens and of keys of a row; None where the host does not know.
+        Largest numbers of new tokens and of keys of a sequence; None if unknown on the host.
     mask_offsets : Tensor or None, shape [T, 2]
     cascade_plan : CascadePlan or None
-        The prefix that the step's rows share, if one is to be attended once for all of them.
+        Plan of a cascade, if the step's sequences share a prefix.
     """
 
     host_lengths: tuple[int, int] | None = None
@@ -37,9 +37,9 @@ class PagedAttentionMetadata(AttentionMetadata):
 class PagedAttentionBackend(AttentionBackend):
     """Writes the new tokens into the cache, then attends to the whole cache.
 
-    Prefill, decode, speculative and stopped rows go through the same two operators in one call
-    each: nothing is dequantised ahead of time, and no partial outputs are merged unless
-    ``forward_meta.cascade_plan`` says that the rows share a prefix.
+    Prefill, decoding, speculative and inactive sequences go through the same two operators in one
+    call each. Nothing is dequantised ahead of time, and no partial results are merged unless
+    ``forward_meta.cascade_plan`` says that the sequences share a prefix.
 
     Parameters
     ----------
@@ -48,19 +48,19 @@ class PagedAttentionBackend(AttentionBackend):
     kv_num_heads, num_heads, head_dim : int
         Heads of this process, and their size.
     encoder_block_shape_q, decoder_block_shape_q : int
-        Part of the contract; the operators choose their own tiles.
+        Arguments of FastDeploy's backends. Not used: the operators choose their own tiles.
     q_quant : {"none", "per_tensor", "per_token_head", "auto"}
-        How Q is handed to the attention; ``"per_tensor"`` takes ``layer.q_scale``. ``"auto"`` is
-        ``"per_token_head"`` for layers with an e4m3 cache, whose long rows then reach the FP8
+        Quantisation of Q for the attention; ``"per_tensor"`` uses ``layer.q_scale``. ``"auto"`` is
+        ``"per_token_head"`` for layers with an e4m3 cache, whose long sequences then run on the FP8
         tensor cores, and ``"none"`` for others. The results are those of the attention's
-        `quantize_q`, without a pass over Q of its own.
+        `quantize_q`, but need no extra pass over Q.
 
     Raises
     ------
     NotImplementedError
-        If the configuration asks for something that is not supported; the message names it.
+        If the configuration needs something that is not supported; the message names it.
     ValueError
-        If the configuration says too little, the numbers of heads do not fit it, or `q_quant` is
+        If the configuration lacks an option, the numbers of heads do not match it, or `q_quant` is
         unknown.
     """
 
@@ -146,7 +146,7 @@ class PagedAttentionBackend(AttentionBackend):
         )
 
     def get_attention_meta(self) -> PagedAttentionMetadata | None:
-        """Metadata of the present step."""
+        """Metadata of the current step."""
         return self.attention_metadata
 
     def forward_mixed(
@@ -167,9 +167,9 @@ class PagedAttentionBackend(AttentionBackend):
         q, k, v
             Not used: Q, K and V come fused.
         qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
-            Not rotated yet, unless ``forward_meta.rope_already_applied``; stays as it is.
+            Not rotated yet, unless ``forward_meta.rope_already_applied``. It is not changed.
         compressed_kv, k_pe
-            Part of the contract (MLA); must be None.
+            Arguments of MLA backends; must be None.
         layer : object
             FastDeploy's ``Attention`` layer or an :class:`fastattn.backends.AttentionLayer`.
         forward_meta : ForwardMeta
@@ -185,7 +185,7 @@ class PagedAttentionBackend(AttentionBackend):
         NotImplementedError
             If the layer needs something that is not supported; the message names it.
         ValueError
-            If the step lacks a field, or caches and scales do not fit the layer.
+            If the step lacks a field, or caches and scales do not match the layer.
         """
         if compressed_kv is not None or k_pe is not None:
             name = "k_pe" if compressed_kv is None else "compressed_kv"
@@ -197,41 +197,93 @@ class PagedAttentionBackend(AttentionBackend):
             raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
+        done = self._step(qkv, layer, forward_meta, metadata)
+        if done is not None:
+            return done
         num_tokens = qkv.shape[0]
-        width = self.num_heads * self.head_dim
         if num_tokens == 0:
+            width = self.num_heads * self.head_dim
             codes = getattr(layer, "fp8_output_scale", None) is not None
             return paddle.zeros([0, width], dtype=paddle.uint8 if codes else qkv.dtype)
         facts = self._facts_of(layer, forward_meta)
         caches = forward_meta.caches
         key, value = caches[facts.first], caches[facts.first + 1]
-        k_scales, v_scales = facts.scales(forward_meta, layer, self.config.shard)
-        seqs = _sequences(forward_meta)
-        query, q_descale = functional.rope_write_cache_kv(
-            qkv,
-            key,
-            value,
-            self._rotary_table(forward_meta),
-            *seqs,
-            num_heads=self.num_heads,
-            num_kv_heads=self.kv_num_heads,
-            batch_id_per_token=optional(forward_meta, "batch_id_per_token"),
-            cache_k_scales=k_scales,
-            cache_v_scales=v_scales,
-            **facts.write,
+        scales = facts.scales(forward_meta, layer, self.config.shard)
+        seqs = sequences(forward_meta)
+        rotated = optional(forward_meta, "rope_already_applied")
+        table = None if rotated else field(forward_meta, "rotary_embs")
+        batch_ids = optional(forward_meta, "batch_id_per_token")
+        # What functional.rope_write_cache_kv and functional.paged_attention do, with everything
+        # that stays the same from step to step made ready: a layer's step is mostly Python's time.
+        written = _ops.call(
+            "rope_write_cache_kv",
+            (qkv, key, value, table, *seqs, *facts.write_tensors, *scales, batch_ids),
+            facts.write_attrs,
         )
-        attend = {
+        q_descale = facts.q_descale(written)
+        plain = metadata.cascade_plan is None and metadata.mask_offsets is None
+        if not plain or q_descale is not None:
+            options = self._options(facts, scales, q_descale, qkv, metadata)
+            return _ops.flat(self._attend(written[0], key, value, seqs, options, metadata))
+        lengths = metadata.host_lengths or self._longest(num_tokens, seqs[0])
+        attended = _ops.call(
+            "paged_attention",
+            (written[0], key, value, *seqs, *scales, None, *facts.attend_tensors),
+            lengths + facts.attend_attrs,
+        )
+        return _ops.flat(attended[0])
+
+    def _step(
+        self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata
+    ) -> Any:
+        """A plain step of a layer that has been seen before, without Python; None: not taken."""
+        facts = self._known_layers.get(layer)
+        if facts is None or metadata.cascade_plan is not None or metadata.mask_offsets is not None:
+            return None
+        run, plan = _ops.step_function(), facts.step_plan
+        if run is None or plan is None:
+            return None
+        scales = None if facts.dynamic else facts.scales(forward_meta, layer, self.config.shard)
+        try:
+            return run(
+                plan,
+                layer.__dict__,
+                optional(forward_meta, "caches"),
+                forward_meta,
+                qkv,
+                metadata.host_lengths,
+                self.config.max_model_len,
+                scales,
+            )
+        except RuntimeError as error:
+            _ops.reraise("paged_attention", error)
+
+    def _options(
+        self,
+        facts: LayerFacts,
+        scales: tuple[Any, Any],
+        q_descale: Any,
+        qkv: Any,
+        metadata: PagedAttentionMetadata,
+    ) -> dict[str, Any]:
+        """Keyword arguments of the attention in a step that is not plain."""
+        options = {
             **facts.attend,
             "q_descale": q_descale,
-            "cache_k_scales": k_scales,
-            "cache_v_scales": v_scales,
+            "cache_k_scales": scales[0],
+            "cache_v_scales": scales[1],
         }
         if metadata.mask_offsets is not None:  # they are the whole mask
-            attend["mask_offsets"] = metadata.mask_offsets
-            attend.update(causal=False, window_size=(-1, -1))
-        if q_descale is not None and attend["out_scale"] is None:
-            attend["out_dtype"] = _dtype_name(qkv)
-        return _ops.flat(self._attend(query, key, value, seqs, attend, metadata))
+            options["mask_offsets"] = metadata.mask_offsets
+            options.update(causal=False, window_size=(-1, -1))
+        if q_descale is not None and options["out_scale"] is None:
+            options["out_dtype"] = _dtype_name(qkv)
+        return options
+
+    def _longest(self, num_tokens: int, block_tables: Any) -> tuple[int, int]:
+        """Bounds of a step's lengths where the host does not know them."""
+        keys = min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE)
+        return num_tokens, keys
 
     def _attend(
         self,
@@ -244,14 +296,9 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> Any:
         """Attention [T, H, D] over the whole cache."""
         block_tables, cu_seqlens_q, _, seq_lens_this_time = seqs
-        max_seqlen_q, max_seqlen_k = metadata.host_lengths or (
-            query.shape[0],
-            min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE),
-        )
+        longest = metadata.host_lengths or self._longest(query.shape[0], block_tables)
         if metadata.cascade_plan is None or not _sees_all(options):
-            return functional.paged_attention(
-                query, key, value, *seqs, max_seqlen_q, max_seqlen_k, **options
-            )
+            return functional.paged_attention(query, key, value, *seqs, *longest, **options)
         return functional.cascade_attention(
             query,
             key,
@@ -259,13 +306,12 @@ class PagedAttentionBackend(AttentionBackend):
             metadata.cascade_plan,
             cu_seqlens_q,
             seq_lens_this_time,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
+            *longest,
             **options,
         )
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
-        """What the layer's operators take: as the last time, if what it was made from is there."""
+        """Arguments of the layer's operators, reused if the layer is unchanged."""
         caches = field(forward_meta, "caches")
         known = self._known_layers.get(layer) if paddle.in_dynamic_mode() else None
         if known is not None and known.hold(layer, caches):
@@ -285,7 +331,7 @@ class PagedAttentionBackend(AttentionBackend):
             **self._mask_arguments(layer),
             **types,
         }
-        facts = LayerFacts.of(layer, caches, cache, write, attend)
+        facts = LayerFacts.of(layer, caches, cache, self._heads(), write, attend)
         self._known_layers.put(layer, facts)
         return facts
 
@@ -294,10 +340,8 @@ class PagedAttentionBackend(AttentionBackend):
             return self.q_quant
         return "per_token_head" if cache.holds_e4m3() else "none"
 
-    def _rotary_table(self, forward_meta: Any) -> Any:
-        if optional(forward_meta, "rope_already_applied"):
-            return None
-        return field(forward_meta, "rotary_embs")
+    def _heads(self) -> tuple[int, int, int]:
+        return self.num_heads, self.kv_num_heads, self.head_dim
 
     def _projection_arguments(self, layer: Any) -> dict[str, Any]:
         """How Q, K and V come out of the fused projection."""
@@ -359,25 +403,15 @@ def _dtype_name(qkv: Any) -> str:
     return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
 
 
-def _sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
-    """The sequences of a step, as every operator takes them."""
-    return (
-        field(forward_meta, "block_tables"),
-        field(forward_meta, "cu_seqlens_q"),
-        field(forward_meta, "seq_lens_decoder"),
-        field(forward_meta, "seq_lens_this_time"),
-    )
-
-
 def _sees_all(mask: dict[str, Any]) -> bool:
-    """Whether every query sees all keys of the prefix, as a cascade takes for granted."""
+    """Whether every query sees all keys of the prefix, as a cascade requires."""
     return "mask_offsets" not in mask and mask["window_size"] == (-1, -1)
 
 
 def _host_lengths(forward_meta: Any) -> tuple[int, int] | None:
     """(max_seqlen_q, max_seqlen_k) from the host's tensor of lengths, if it holds this step's.
 
-    A captured graph is replayed for longer rows than it was captured with, so there they are
+    A CUDA graph may be replayed for longer sequences than it was captured with, so there they are
     unknown.
     """
     lengths = optional(forward_meta, "max_len_tensor_cpu")

@@ -23,7 +23,7 @@ class HeadShard:
     Parameters
     ----------
     num_heads : int, optional
-        KV heads of the whole model; None if every process holds all that it knows of.
+        KV heads of the whole model; None if this process holds all of them.
     size, rank : int
         Tensor-parallel processes, and which of them this is. With more processes than heads each
         head is held by ``size / num_heads`` of them.
@@ -72,7 +72,7 @@ def local_scales(
     Raises
     ------
     ValueError
-        If the number of scales fits neither.
+        If the number of scales matches neither.
     """
     count = 1
     for size in scales.shape:

@@ -17,7 +17,7 @@ def make_config(
     tensor_parallel_size: int = 1,
     tensor_parallel_rank: int = 0,
 ) -> SimpleNamespace:
-    """What the backends read of an ``FDConfig``."""
+    """A configuration with the attributes of ``FDConfig`` that the backends read."""
     return SimpleNamespace(
         model_config=SimpleNamespace(
             max_model_len=max_model_len,
@@ -38,7 +38,7 @@ def make_config(
 
 @dataclass
 class AttentionLayer:
-    """What the backends read of FastDeploy's ``Attention`` layer.
+    """A layer with the attributes of FastDeploy's ``Attention`` that the backends read.
 
     Attributes
     ----------

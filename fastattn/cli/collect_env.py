@@ -75,7 +75,7 @@ except BaseException as error:
 
 
 def _guarded(find: Callable[[], Any]) -> Any:
-    """What `find` gives, or why it fails."""
+    """Result of `find`, or its error as text."""
     try:
         return find()
     except Exception as error:
@@ -84,7 +84,7 @@ def _guarded(find: Callable[[], Any]) -> Any:
 
 
 def _output(command: Sequence[str], timeout: float = 20.0) -> str:
-    """What a command prints; where it cannot run, why."""
+    """Output of a command, or its error as text."""
     if shutil.which(command[0]) is None:
         return f"{command[0]}: not found"
     try:

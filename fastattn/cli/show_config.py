@@ -41,7 +41,7 @@ def _version_of(distribution: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of what the package runs on."""
+    """Versions of the packages that this one uses."""
     return {
         "fastattn": __version__,
         "python": platform.python_version(),
@@ -51,7 +51,7 @@ def versions() -> dict[str, Any]:
 
 
 def paddle_facts() -> dict[str, Any]:
-    """Version and kind of the Paddle that imports; ``error`` where none does."""
+    """Version and kind of the imported Paddle; ``error`` if none can be imported."""
     try:
         import paddle
 
@@ -73,7 +73,7 @@ def library_path() -> Path:
 
 
 def build_facts(library: Path) -> dict[str, Any]:
-    """What the build recorded beside the library; empty where nothing is."""
+    """Record of the build beside the library; empty if there is none."""
     path = library.parent / "_build_info.py"
     if not path.exists():
         return {}
@@ -84,7 +84,7 @@ def build_facts(library: Path) -> dict[str, Any]:
 
 
 def host_facts() -> dict[str, Any]:
-    """What the compiled module of host facts tells; ``error`` where it is missing."""
+    """Facts of the compiled module ``_host``; ``error`` if it is missing."""
     try:
         host = importlib.import_module("fastattn._host")
         return {
@@ -154,7 +154,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def _gpu_dispatch(build: dict[str, Any], places: list[str], found: list[dict[str, str]]) -> str:
-    """What a GPU tensor gets."""
+    """Kernels of a GPU tensor."""
     if "cuda" not in places:
         return "no CUDA kernel: NotImplementedError"
     archs = build.get("archs") or []

@@ -5,8 +5,8 @@ A program that calls them changes one line::
     # from fastdeploy.model_executor.ops.gpu import merge_prefill_decode_output
     from fastattn.compat.fastdeploy import gqa_rope_write_cache, merge_prefill_decode_output
 
-They read and write caches in FastDeploy's bytes, so its ``append_attention`` goes on reading them.
-The backends of :mod:`fastattn.backends` need neither: they attend to the cache as it is stored.
+They read and write caches in FastDeploy's byte layout, which its ``append_attention`` reads. The
+backends of :mod:`fastattn.backends` need neither: they attend to the quantised cache itself.
 """
 
 from __future__ import annotations
@@ -66,33 +66,33 @@ def gqa_rope_write_cache(
     cache_quant_type: str | bool = "none",
     rope_3d: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """FastDeploy's operator for steps with prefill rows: rotate, gather K and V, write the cache.
+    """FastDeploy's operator for steps with prefill: rotate, gather K and V, write the cache.
 
-    All new tokens are rotated, then normalised if there are weights. Row b owns the rows of `k` and
-    `v` from ``cu_seqlens_k[b]`` on: for a prefill row (``seq_lens_encoder[b] > 0``) its
-    ``seq_lens_decoder[b]`` cached tokens, dequantised, and behind them its new tokens, which are
-    also written into the cache; for any other row its new tokens only, which are left to
-    ``append_attention`` to write. Differences from FastDeploy's operator:
+    All new tokens are rotated, then normalised if there are weights. The tokens of sequence b are
+    in `k` and `v` from ``cu_seqlens_k[b]`` on. For a prefill sequence (``seq_lens_encoder[b] > 0``)
+    they are its ``seq_lens_decoder[b]`` cached tokens, dequantised, and then its new tokens, which
+    are also written into the cache. For any other sequence they are its new tokens only, which
+    ``append_attention`` writes later. Differences from FastDeploy's operator:
 
-    - A dynamic scale of V is read from the token that it belongs to, in every 16 tokens.
+    - Each token of V is dequantised with its own dynamic scale, in every group of 16 tokens.
     - Codes are those of :func:`fastattn.functional.write_cache_kv`: FP8 values are not rounded to
       integers first, and an all-zero or tiny token gives finite codes and scales. Only the slots of
-      new tokens change; FastDeploy's readers take any mix of both kinds of codes.
+      new tokens change; FastDeploy's readers accept a mix of both operators' codes.
     - ``cache_int8`` scales with one entry a channel are used channel by channel.
-    - float16 and head dimension 64 work as well as bfloat16 and 128, and the norms in neox style.
+    - float16 and head dimension 64 are supported besides bfloat16 and 128, and norms in neox style.
 
     Parameters
     ----------
     qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
-        Stays as it is.
+        It is not changed.
     key_cache, value_cache : Tensor, shape [num_blocks, KV, 64, D]
-        uint8 in FastDeploy's bytes, or the dtype of `qkv` for type ``none``. Written in place.
+        uint8 in FastDeploy's layout, or the dtype of `qkv` for type ``none``. Written in place.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
     rotary_embs : Tensor, shape [2, 1, max_seq, 1, columns], float32
         D / 2 columns; for neox D, or D / 4 where half of a head is rotated.
     seq_lens_this_time, seq_lens_encoder, seq_lens_decoder : Tensor, shape [B] or [B, 1], int32
     batch_id_per_token : Tensor, shape [T], int32
-        -1: the token is CUDA-graph padding.
+        Sequence of each token; -1 for CUDA-graph padding.
     block_tables : Tensor, shape [B, max_blocks], int32
     kv_batch_ids, kv_tile_ids_per_batch, kv_num_blocks : any
     cache_batch_ids, cache_tile_ids_per_batch, cache_num_blocks : any
@@ -101,7 +101,7 @@ def gqa_rope_write_cache(
         RMSNorm after the rotation.
     cache_k_quant_scales, cache_v_quant_scales : Tensor, optional
         ``block_wise_fp8``: the scales of the cache, [num_blocks, KV, 64], in token order; written
-        in place. Other types: not used, since the codes belong to the dequantisation multipliers.
+        in place. Other types: not used, since the dequantisation multipliers define the codes.
     cache_k_dequant_scales, cache_v_dequant_scales : Tensor, optional
         ``cache_int8``, ``cache_fp8``: [1], [KV] or (int8) [KV * D] dequantisation multipliers of
         the heads in the cache. Other types: not used.
@@ -109,32 +109,32 @@ def gqa_rope_write_cache(
         Zero points, which no supported type has.
     kv_signal_data : None
         PD disaggregation is not supported. With ``FLAGS_use_pd_disaggregation_per_chunk``, which
-        passes nothing here, nothing is signalled either: do not use this operator there.
+        passes None here, no signal is sent either: do not use this operator there.
     kv_token_num : int
-        Rows of `k` and `v`; what `cu_seqlens_k` puts outside of them is left out.
+        Tokens of `k` and `v`; those that `cu_seqlens_k` puts outside are left out.
     max_seq_len : int
-        Not used: positions past the table use its last row.
+        Not used: positions past the end of the table use its last position.
     rms_norm_eps : float
     use_neox_rotary_style : bool
     cache_quant_type : {"none", "cache_int8", "cache_fp8", "block_wise_fp8"}
     rope_3d : bool
         Must be False. Older versions of FastDeploy pass (rms_norm_eps, cache_quant_type, rope_3d)
-        by position; that order is recognised by the type of the first of the two.
+        by position, which is recognised by a str in the place of `use_neox_rotary_style`.
 
     Returns
     -------
     q : Tensor, shape [T, H, D]
     k, v : Tensor, shape [kv_token_num, KV, D]
-        Rows that belong to no token, and cached tokens without a block, hold anything.
+        Undefined for tokens of no sequence and for cached tokens without a block.
     qkv_out : Tensor, shape [T, (H + 2 KV) * D]
-        0 for padding, as `q`.
+        0 for padding, like `q`.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a tensor is None or no tensor.
+        If a dtype is not one of those above, or a required argument is not a tensor.
     ValueError
-        If shapes or places do not fit each other, scales are missing, or a zero point is given.
+        If shapes or places do not match, scales are missing, or a zero point is given.
     NotImplementedError
         If `cache_quant_type` or the head dimension is not supported, or `rope_3d` or
         `kv_signal_data` is given.
@@ -145,15 +145,15 @@ def gqa_rope_write_cache(
     >>> from fastattn.compat.fastdeploy import gqa_rope_write_cache
     >>> def int32(x):
     ...     return paddle.to_tensor(x, dtype="int32")
-    >>> qkv = paddle.full([2, 3 * 64], 2.0, "float16")  # a prefill row of two tokens
+    >>> qkv = paddle.full([2, 3 * 64], 2.0, "float16")  # two new tokens
     >>> caches = [paddle.zeros([1, 1, 64, 64], "uint8") for _ in range(2)]
     >>> scales = [paddle.zeros([1, 1, 64], "float32") for _ in range(2)]
     >>> table = paddle.concat([paddle.ones([1, 1, 8, 1, 32]), paddle.zeros([1, 1, 8, 1, 32])])
-    >>> rows, lens, zero = int32([0, 2]), int32([2]), int32([0])
+    >>> cu_seqlens, lens, zero = int32([0, 2]), int32([2]), int32([0])
     >>> q, k, v, qkv_out = gqa_rope_write_cache(
-    ...     qkv, *caches, rows, rows, table, lens, lens, zero, int32([0, 0]), int32([[0]]),
-    ...     None, None, None, None, None, None, None, None, *scales, None, None, None, None, None,
-    ...     2, 8, 1e-6, False, "block_wise_fp8", False,
+    ...     qkv, *caches, cu_seqlens, cu_seqlens, table, lens, lens, zero, int32([0, 0]),
+    ...     int32([[0]]), *8 * [None], *scales, *5 * [None], 2, 8, 1e-6, False,
+    ...     "block_wise_fp8", False,
     ... )
     >>> list(k.shape), float(v[1, 0, 0]), round(float(scales[0][0, 0, 1]) * 448, 3)
     ([2, 1, 64], 2.0, 2.0)
@@ -168,7 +168,7 @@ def gqa_rope_write_cache(
     check_cache_type(_OP, cache_quant_type)
     check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)
     if rope_3d:
-        raise NotImplementedError(f"{_OP}: rope_3d: tables that differ by row are not supported")
+        raise NotImplementedError(f"{_OP}: rope_3d: tables of each sequence are not supported")
     if kv_signal_data is not None:
         raise NotImplementedError(f"{_OP}: kv_signal_data: PD disaggregation is not supported")
     scales: list[Any] = [None, None]
@@ -208,7 +208,7 @@ def gqa_rope_write_cache(
 
 
 def _static(scales: Any, name: str, key_cache: Any, cache_quant_type: str) -> Any:
-    """Scales that the operator takes; it says what is wrong with those that are no tensor."""
+    """Static scales as the operator takes them. It raises itself for those that are not tensors."""
     if not _ops.is_tensor(scales) or not _ops.is_tensor(key_cache) or len(key_cache.shape) != 4:
         return scales
     return local_scales(
@@ -233,12 +233,12 @@ def merge_prefill_decode_output(
     head_dim: int,
     max_token: int,
 ) -> Tensor:
-    """Copy the outputs of decode rows into those of prefill rows, in place.
+    """Copy the outputs of decoding sequences into those of prefill sequences, in place.
 
-    A row is a decode row if ``seq_lens_encoder[b] == 0`` and ``seq_lens_decoder[b] > 0``; its
+    A sequence is decoding if ``seq_lens_encoder[b] == 0`` and ``seq_lens_decoder[b] > 0``. Its
     tokens are ``cu_seq_q[b] + i`` for i below ``seq_lens_this_time[b]``. Unlike FastDeploy's
-    operator this one copies all of them, also past `max_token`, takes any head dimension, and
-    raises for what it cannot do.
+    operator this one copies all of them, even past `max_token`, takes any head dimension, and
+    raises for arguments that it does not support.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ def merge_prefill_decode_output(
     cu_seq_q : Tensor, shape [B + 1], int32
     head_num, head_dim : int
     max_token : int
-        New tokens of a decode row, at most; bounds nothing here.
+        Most new tokens of a decoding sequence. Not used.
 
     Returns
     -------
@@ -261,9 +261,9 @@ def merge_prefill_decode_output(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a tensor is None or no tensor.
+        If a dtype is not one of those above, or a required argument is not a tensor.
     ValueError
-        If shapes or places do not fit each other, or the results share memory.
+        If shapes or places do not match, or the results share memory.
 
     Examples
     --------

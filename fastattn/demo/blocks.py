@@ -1,4 +1,4 @@
-"""Cache blocks: who uses which, and which hold a known prefix."""
+"""Cache blocks: their reference counts, and an index of known prefixes."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ class BlockPool:
         return blocks
 
     def publish(self, block: int, key: bytes) -> None:
-        """Offer a full block to others; a no-op if its content is on offer already."""
+        """Let other requests share a full block, unless its content is shared already."""
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give up one request's blocks; of a prefix, the end is forgotten before the beginning."""
+        """Release one request's blocks; the end of a prefix is evicted before its beginning."""
         for block in reversed(blocks):
             if self._references[block] <= 0:
                 raise ValueError(f"block {block} is not in use")

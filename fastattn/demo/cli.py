@@ -22,7 +22,7 @@ CACHE_QUANT_TYPES = ("none", "cache_int8", "cache_fp8", "block_wise_int8", "bloc
 DEFAULT_PROMPT = "The following statement "
 DEFAULT_NEW_TOKENS = 200
 
-#: What other users ask for at the same time; the common beginning is computed once.
+#: Prompts of other users at the same time; their common prefix is computed once.
 _PREAMBLE = (
     "The value of an expression is computed when the statement is executed, and the names that it "
     "uses are looked up in the namespace of the enclosing function. "
@@ -37,7 +37,7 @@ _OTHER_PROMPTS = (
 )
 _OTHER_NEW_TOKENS = 80
 
-#: Tokens of a chunk that take as long as one that is generated in a step of few.
+#: Prefill tokens that take as long as one decoded token.
 _GENERATED_WEIGHT = 12
 
 
@@ -215,7 +215,7 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
 def _find_model(
     args: argparse.Namespace, corpus: Any, config: Any, schedule: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Weights that are there already, or None, and how they came about."""
+    """Existing weights, or None, and a note on their origin."""
     from fastattn import env
     from fastattn.demo import shipped, train
 
@@ -229,7 +229,7 @@ def _find_model(
 
 
 def _train(console: Any, corpus: Any, config: Any, schedule: Any) -> tuple[Any, dict[str, Any]]:
-    """Weights trained now and kept in the cache folder, and how they came about."""
+    """Weights trained now and kept in the cache folder, and a note on their origin."""
     from fastattn import env
     from fastattn.demo import train
 

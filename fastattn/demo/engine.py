@@ -18,7 +18,7 @@ from fastattn.backends import (
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.demo.blocks import BlockPool
 from fastattn.demo.model import Config, Model, rotary_table, to_bfloat16
-from fastattn.demo.scheduler import Request, Row, Scheduler
+from fastattn.demo.scheduler import Request, ScheduledTokens, Scheduler
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.reference.numerics import Array
 
@@ -28,10 +28,10 @@ LayerScales = tuple[Array, Array]
 
 @dataclass
 class Statistics:
-    """What an engine has done so far."""
+    """Counters of an engine."""
 
     steps: int = 0
-    mixed_steps: int = 0  # with prefill and decode rows
+    mixed_steps: int = 0  # with prefill and decoding requests
     tokens: int = 0
     largest_batch: int = 0
     peak_blocks: int = 0
@@ -50,7 +50,7 @@ class Engine:
         Per layer, for the static types.
     num_blocks : int
         Blocks of 64 tokens in the cache.
-    max_rows, token_budget, chunk, reuse_prefixes
+    max_seqs, token_budget, chunk, reuse_prefixes
         See :class:`fastattn.demo.scheduler.Scheduler`.
     place : optional
         Where the cache is and the attention runs; default the model's. Moving between the two is
@@ -66,7 +66,7 @@ class Engine:
         *,
         scales: Sequence[LayerScales] | None = None,
         num_blocks: int = 64,
-        max_rows: int = 8,
+        max_seqs: int = 8,
         token_budget: int = 96,
         chunk: int = 64,
         reuse_prefixes: bool = True,
@@ -79,7 +79,7 @@ class Engine:
         self.statistics = Statistics()
         self.scheduler = Scheduler(
             BlockPool(num_blocks),
-            max_rows=max_rows,
+            max_seqs=max_seqs,
             token_budget=token_budget,
             chunk=chunk,
             reuse_prefixes=reuse_prefixes,
@@ -97,7 +97,7 @@ class Engine:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that a token takes in the caches of all layers, scales included."""
+        """Bytes of a token in the caches of all layers, scales included."""
         return self._cache_bytes / (self.scheduler.pool.num_blocks * BLOCK_SIZE)
 
     def submit(self, request: Request) -> Request:
@@ -125,20 +125,20 @@ class Engine:
 
     def step(self) -> int:
         """Run one step; returns its number of tokens, 0 when there was nothing to do."""
-        rows = self.scheduler.schedule()
-        if not rows:
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
             return 0
-        self._count(rows)
-        logits = self._forward(rows)
+        self._count(scheduled)
+        logits = self._forward(scheduled)
         position = 0
-        for row in rows:
-            request = row.request
-            own = logits[position : position + row.count]
-            position += row.count
+        for run in scheduled:
+            request = run.request
+            own = logits[position : position + run.count]
+            position += run.count
             if request.keep_logits:
                 request.logits.append(own)
-            self.scheduler.commit(row)
-            if row.is_last and len(request.generated) < request.max_new_tokens:
+            self.scheduler.commit(run)
+            if run.is_last and len(request.generated) < request.max_new_tokens:
                 request.tokens.append(request.sample(own[-1]))
             if request.done:
                 self.scheduler.finish(request)
@@ -146,16 +146,18 @@ class Engine:
                 self.statistics.preemptions += request.preemptions
         return position
 
-    def _forward(self, rows: list[Row]) -> Array:
+    def _forward(self, scheduled: list[ScheduledTokens]) -> Array:
         """Logits of all tokens of a step, fp32 ``[T, vocabulary]``."""
-        tokens = [t for row in rows for t in row.request.tokens[row.start : row.start + row.count]]
-        tables = np.full((len(rows), self._max_blocks), -1, np.int32)
-        for table, row in zip(tables, rows):
-            table[: len(row.request.blocks)] = row.request.blocks
+        tokens = [
+            t for run in scheduled for t in run.request.tokens[run.start : run.start + run.count]
+        ]
+        tables = np.full((len(scheduled), self._max_blocks), -1, np.int32)
+        for table, run in zip(tables, scheduled):
+            table[: len(run.request.blocks)] = run.request.blocks
         meta = ForwardMeta.for_step(
-            cached=[row.start for row in rows],
-            new=[row.count for row in rows],
-            prefill=[row.is_prefill for row in rows],
+            cached=[run.start for run in scheduled],
+            new=[run.count for run in scheduled],
+            prefill=[run.is_prefill for run in scheduled],
             block_tables=tables,
             caches=self.caches,
             rotary_embs=self._rotary,
@@ -172,13 +174,13 @@ class Engine:
             logits: Array = self.model.logits(x).numpy()
         return logits
 
-    def _count(self, rows: list[Row]) -> None:
-        prefill = [row.is_prefill for row in rows]
+    def _count(self, scheduled: list[ScheduledTokens]) -> None:
+        prefill = [run.is_prefill for run in scheduled]
         seen = self.statistics
         seen.steps += 1
         seen.mixed_steps += any(prefill) and not all(prefill)
-        seen.tokens += sum(row.count for row in rows)
-        seen.largest_batch = max(seen.largest_batch, len(rows))
+        seen.tokens += sum(run.count for run in scheduled)
+        seen.largest_batch = max(seen.largest_batch, len(scheduled))
         seen.peak_blocks = max(seen.peak_blocks, self.scheduler.pool.in_use)
 
     def _layers(

@@ -1,4 +1,4 @@
-"""What a cache type costs and what it gives: bytes, perplexity, logit error, tokens a second."""
+"""Comparison of cache types: bytes, perplexity, logit error, tokens a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastattn.demo.text import encode
 from fastattn.functional._cache_types import STATIC_TYPES
 from fastattn.reference.numerics import Array, amax, dynamic_scale
 
-#: Windows of text that static scales are measured on, and that perplexity is computed over.
+#: Windows of text for static scales, and for perplexity.
 CALIBRATION_WINDOWS = 16
 HELD_OUT_WINDOWS = 40
 
@@ -94,15 +94,15 @@ def static_scales(
     axes = (0, 2) if per_channel else (0, 2, 3)  # of [B, KV, T, D]
     largest: list[LayerScales] = []
     for start in range(0, len(tokens), _CALIBRATION_BATCH):
-        part = tokens[start : start + _CALIBRATION_BATCH]
+        batch = tokens[start : start + _CALIBRATION_BATCH]
         seen = [
             (amax(layer.k, axis=axes).reshape(-1), amax(layer.v, axis=axes).reshape(-1))
-            for layer in forward(weights, config, part).layers
+            for layer in forward(weights, config, batch).layers
         ]
         pairs = zip(seen, largest or seen)
         largest = [(np.maximum(k, old_k), np.maximum(v, old_v)) for (k, v), (old_k, old_v) in pairs]
         if progress is not None:
-            progress(part.size)
+            progress(batch.size)
     return [(dynamic_scale(k, code), dynamic_scale(v, code)) for k, v in largest]
 
 
@@ -125,14 +125,14 @@ def score(
     progress: Progress | None = None,
 ) -> Score:
     """Perplexity of windows ``[n, T + 1]`` through the paged cache, in chunks of odd lengths."""
-    rows = 4
-    blocks = rows * (-(-model.config.context // 64))
+    max_seqs = 4
+    blocks = max_seqs * (-(-model.config.context // 64))
     engine = Engine(
         model,
         cache_quant_type,
         scales=scales,
         num_blocks=blocks,
-        max_rows=rows,
+        max_seqs=max_seqs,
         chunk=61,
         token_budget=167,
         reuse_prefixes=False,  # reused tokens have no logits
@@ -162,7 +162,7 @@ def serve(
 
     `progress` gets the number of tokens that every step has generated.
     """
-    engine = Engine(model, cache_quant_type, scales=scales, place=place, max_rows=4)
+    engine = Engine(model, cache_quant_type, scales=scales, place=place, max_seqs=4)
     start = time.perf_counter()
     requests = [
         engine.submit(
@@ -189,7 +189,7 @@ def serve(
 
 
 def warm_up(model: Model, *, place: Any = None) -> None:
-    """Load the operators and run a few steps, so that no measured run pays for that."""
+    """Load the operators and run a few steps, so that measured runs exclude the start-up."""
     engine = Engine(model, num_blocks=4, place=place)
     engine.submit(Request([1, 2, 3], 3, Sampling(0.0)))
     engine.run()

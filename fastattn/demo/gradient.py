@@ -24,7 +24,7 @@ class _Norm(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What the backward pass of a layer needs."""
+    """Activations of a layer that the backward pass needs."""
 
     attention_norm: _Norm
     attention_in: Array  # [N, hidden]

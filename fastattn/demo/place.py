@@ -1,4 +1,4 @@
-"""Where the model and its cache live."""
+"""Places of the model and of its cache."""
 
 from __future__ import annotations
 

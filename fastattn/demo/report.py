@@ -1,4 +1,4 @@
-"""What the demo shows: progress, text, a table, and the same as JSON."""
+"""Output of the demo: progress, text, a table, and the same as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens run in a step: decode rows and prefill chunks together, under a token budget."""
+"""Which tokens run in a step: decoding requests and prefill chunks, under a token budget."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Row:
-    """`count` tokens of a request that run in this step, from `start` on."""
+class ScheduledTokens:
+    """Tokens of a request that run in this step: `count` of them, from `start` on."""
 
     request: Request
     start: int
@@ -94,12 +94,12 @@ class Row:
 
     @property
     def is_prefill(self) -> bool:
-        """Whether it is (part of) a prompt, or of what a preempted request runs again."""
+        """Whether they belong to a prompt, or to tokens that a preempted request runs again."""
         return self.count > 1 or self.start < len(self.request.prompt)
 
     @property
     def is_last(self) -> bool:
-        """Whether the request's next token can be sampled after it."""
+        """Whether the request's next token can be sampled after them."""
         return self.start + self.count == len(self.request.tokens)
 
 
@@ -109,7 +109,7 @@ class Scheduler:
     Parameters
     ----------
     pool : BlockPool
-    max_rows : int
+    max_seqs : int
         Requests running at once.
     token_budget : int
         Tokens of a step.
@@ -123,19 +123,19 @@ class Scheduler:
         self,
         pool: BlockPool,
         *,
-        max_rows: int,
+        max_seqs: int,
         token_budget: int,
         chunk: int,
         reuse_prefixes: bool = True,
     ) -> None:
-        for name, value in (("max_rows", max_rows), ("token_budget", token_budget)):
+        for name, value in (("max_seqs", max_seqs), ("token_budget", token_budget)):
             if value < 1:
                 raise ValueError(f"Scheduler: {name}: expected at least 1, got {value}")
         if chunk < 1:
             raise ValueError(f"Scheduler: chunk: expected at least 1, got {chunk}")
         self.pool = pool
-        self.max_rows = max_rows
-        self.token_budget = max(token_budget, max_rows)  # every decode row fits
+        self.max_seqs = max_seqs
+        self.token_budget = max(token_budget, max_seqs)  # every decoding request fits
         self.chunk = chunk
         self.reuse_prefixes = reuse_prefixes
         self.waiting: deque[Request] = deque()
@@ -157,20 +157,20 @@ class Scheduler:
             )
         self.waiting.append(request)
 
-    def schedule(self) -> list[Row]:
-        """Rows of the next step, with blocks for all of their tokens; empty when all is done."""
-        rows: dict[Request, Row] = {}
+    def schedule(self) -> list[ScheduledTokens]:
+        """Tokens of the next step, with blocks for all of them; empty when all is done."""
+        scheduled: dict[Request, ScheduledTokens] = {}
         for decoding in (True, False):  # a long prompt must not stall the others' next tokens
             for request in list(self.running):
                 if (request.pending == 1) == decoding and request in self.running:
-                    self._plan(request, rows)
-        self._admit(rows)
-        return [rows[request] for request in self.running if request in rows]
+                    self._plan(request, scheduled)
+        self._admit(scheduled)
+        return [scheduled[request] for request in self.running if request in scheduled]
 
-    def commit(self, row: Row) -> None:
-        """Note that a row has run: its full blocks can be shared from now on."""
-        request = row.request
-        request.computed = row.start + row.count
+    def commit(self, run: ScheduledTokens) -> None:
+        """Note that tokens have run: the request's full blocks can be shared from now on."""
+        request = run.request
+        request.computed = run.start + run.count
         if not self.reuse_prefixes:
             return
         full = request.computed // BLOCK_SIZE
@@ -184,8 +184,8 @@ class Scheduler:
         self.running.remove(request)
         self._release(request)
 
-    def _plan(self, request: Request, rows: dict[Request, Row]) -> None:
-        left = self.token_budget - sum(row.count for row in rows.values())
+    def _plan(self, request: Request, scheduled: dict[Request, ScheduledTokens]) -> None:
+        left = self.token_budget - sum(run.count for run in scheduled.values())
         count = min(request.pending, self.chunk, left)
         if count <= 0:
             return
@@ -195,10 +195,10 @@ class Scheduler:
                 continue
             victim = self.running[-1]
             self._preempt(victim)
-            rows.pop(victim, None)
+            scheduled.pop(victim, None)
             if victim is request:
                 return
-        rows[request] = Row(request, request.computed, count)
+        scheduled[request] = ScheduledTokens(request, request.computed, count)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -207,14 +207,14 @@ class Scheduler:
         request.preemptions += 1
         self.waiting.appendleft(request)
 
-    def _admit(self, rows: dict[Request, Row]) -> None:
-        while self.waiting and len(self.running) < self.max_rows:
-            if sum(row.count for row in rows.values()) >= self.token_budget:
+    def _admit(self, scheduled: dict[Request, ScheduledTokens]) -> None:
+        while self.waiting and len(self.running) < self.max_seqs:
+            if sum(run.count for run in scheduled.values()) >= self.token_budget:
                 return
             request = self.waiting[0]
             shared: list[int] = []
             if self.reuse_prefixes:
-                # The last token always runs: its logits are what the request is here for.
+                # The last token always runs, because its logits give the next token.
                 keys = block_keys(request.tokens[: len(request.tokens) - 1])
                 shared = self.pool.acquire_prefix(keys)
             if _blocks_for(len(request.tokens)) - len(shared) > self.pool.available:
@@ -226,7 +226,7 @@ class Scheduler:
             if request.preemptions == 0:
                 request.reused = request.computed
             self.running.append(request)
-            self._plan(request, rows)
+            self._plan(request, scheduled)
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)

@@ -163,7 +163,7 @@ def weights_path(folder: Path, corpus: Corpus, config: Config, schedule: Schedul
 
 
 def save_weights(path: Path, weights: Weights) -> None:
-    """Write a file that is there in full or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.{os.getpid()}.part.npz")
     try:

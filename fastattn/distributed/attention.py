@@ -1,4 +1,4 @@
-"""Decode context parallelism: every rank attends its blocks, then all merge."""
+"""Decode context parallelism: each rank attends to its blocks, then all ranks merge."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def _world_size(group: Any) -> int:
     return int(group.nranks)
 
 
-def _gather(part: Tensor, world_size: int, group: Any) -> list[Tensor]:
-    """Everyone's `part`, in the order of the ranks: views of one buffer."""
+def _gather(partial: Tensor, world_size: int, group: Any) -> list[Tensor]:
+    """`partial` of every rank, in the order of the ranks: views of one buffer."""
     if env.log_level() > 1:
         from fastattn import _log
 
-        _log.LOGGER.debug("all_gather among %d ranks: %s", world_size, _log.describe(part))
-    buffer = empty([world_size * part.shape[0], *part.shape[1:]], part.dtype, part.place)
-    # On a GPU the collective joins the stream of the kernels around it: nothing waits on the host,
-    # and a CUDA graph can hold it.
+        _log.LOGGER.debug("all_gather among %d ranks: %s", world_size, _log.describe(partial))
+    size, *rest = partial.shape
+    buffer = empty([world_size * size, *rest], partial.dtype, partial.place)
+    # On a GPU the collective runs on the stream of the kernels around it, so that the host does not
+    # wait and a CUDA graph can capture it.
     dist.stream.all_gather(
-        buffer, part, group=group, sync_op=True, use_calc_stream=part.place.is_gpu_place()
+        buffer, partial, group=group, sync_op=True, use_calc_stream=partial.place.is_gpu_place()
     )
-    size = part.shape[0]
     return [buffer[rank * size : (rank + 1) * size] for rank in range(world_size)]
 
 
@@ -64,16 +64,16 @@ def _merge(
     out: Tensor | None,
     out_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Merge all states in order, over the memory of the first; the last merge stores the result."""
+    """Merge all states in order, into the first; the last merge stores the result."""
     result, lse = states[0]
-    for part, part_lse in states[1:-1]:
-        merge_attn_states(result, lse, part, part_lse, output=result, output_lse=lse)
+    for partial, partial_lse in states[1:-1]:
+        merge_attn_states(result, lse, partial, partial_lse, output=result, output_lse=lse)
     if out is None and out_scale is None:
         same = dtype_name(result.dtype) == dtype
         out = result if same else empty(result.shape, getattr(paddle, dtype), result.place)
-    part, part_lse = states[-1]
+    partial, partial_lse = states[-1]
     result, _ = merge_attn_states(
-        result, lse, part, part_lse, output=out, output_lse=lse, output_scale=out_scale
+        result, lse, partial, partial_lse, output=out, output_lse=lse, output_scale=out_scale
     )
     return result, lse
 
@@ -87,17 +87,17 @@ def _merge_with_sinks(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_merge`; the sinks are one more state, with an output of 0.
 
-    No rank can add them to its own part: it would lose them where it holds no key.
+    No rank can add them to its own partial result: they would be lost where it holds no key.
     """
     result, lse = states[0]
     tokens, heads, _ = result.shape
-    for part, part_lse in states[1:]:
-        merge_attn_states(result, lse, part, part_lse, output=result, output_lse=lse)
+    for partial, partial_lse in states[1:]:
+        merge_attn_states(result, lse, partial, partial_lse, output=result, output_lse=lse)
     keys_lse = lse.clone()
     sink_lse = sinks.astype("float32").unsqueeze(1).expand([heads, tokens])
     states = [(result, lse), (paddle.zeros_like(result), sink_lse)]
     result, lse = _merge(states, dtype, out, out_scale)
-    # Without any key a sink alone is no attention: the LSE stays -inf, as on one rank.
+    # Where a query sees no key, the LSE is -inf in spite of the sinks, as on one rank.
     return result, paddle.where(keys_lse == -math.inf, keys_lse, lse)
 
 
@@ -135,45 +135,46 @@ def paged_attention_dcp(
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
 
-    Decode context parallelism: every rank holds some of the blocks of a row (all KV heads of them),
-    attends all queries over those, and the partial results :math:`o_r` with their
+    Decode context parallelism: each rank holds some of a sequence's blocks (with all KV heads) and
+    attends to them with all queries. The partial results :math:`o_r` and their
     :math:`\mathrm{lse}_r` are gathered and merged on every rank, in the order of the ranks:
 
     .. math:: \mathrm{lse} = \ln \sum_r e^{\mathrm{lse}_r}, \qquad
               o = \sum_r e^{\mathrm{lse}_r - \mathrm{lse}} o_r
 
-    All ranks get the same bits. The parameters that are not below are those of
-    :func:`fastattn.functional.paged_attention`, the same on every rank, `q` included.
+    All ranks get the same bits. Parameters that are not listed below are those of
+    :func:`fastattn.functional.paged_attention`. They must be the same on every rank, `q` included.
 
     Parameters
     ----------
     key_cache, value_cache, cache_k_scales, cache_v_scales : Tensor
         This rank's cache; ranks may have different numbers of blocks.
     block_tables : Tensor, shape [B, max_blocks], int32
-        This rank's table, of the same shape on every rank: entry j of a row is the block of this
-        rank's cache that holds the row's tokens ``64 j`` to ``64 j + 63``, or -1 if that is on
-        another rank. A block of -1 is invisible and costs no more than reading its id. Positions
-        stay global, so lengths, masks, windows and rotary positions mean what they mean on one
-        rank. Every logical block must be on exactly one rank: one that is on two counts twice.
+        This rank's table, of the same shape on every rank: entry j of a sequence is the block of
+        this rank's cache that holds the sequence's tokens ``64 j`` to ``64 j + 63``, or -1 if
+        another rank holds them. A block of -1 is masked, and only its id is read. Positions are
+        global, so lengths, masks, windows and rotary positions are those of one rank. Every logical
+        block must be on exactly one rank: one that is on two counts twice.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Of the whole rows, not of this rank's part.
+        Lengths of the whole sequences, not of this rank's share.
     group : Group of paddle.distributed, optional
-        The default group of all ranks when absent. A group of one rank, and a process without
+        By default the group of all ranks. A group of one rank, and a single process without
         ``paddle.distributed.init_parallel_env()``, just call :func:`paged_attention`.
     exchange_dtype : {"float32", "output"}
-        Type in which partial outputs travel and are merged. "float32" gives one process's result
-        within 1e-6 of a row's largest channel: of a 16-bit output fewer than 1 in 1000 elements
-        differ, by about one rounding step. "output" halves the bytes of a 16-bit output and rounds
-        to 16 bits for every rank and every merge: then 1 element in 10 differs.
+        Dtype in which partial results are exchanged and merged. "float32" gives the result of one
+        process within 1e-6 of the largest channel of a token and head: of a 16-bit output fewer
+        than 1 in 1000 elements differ, by about one rounding step. "output" halves the bytes of a
+        16-bit output, but rounds to 16 bits on every rank and in every merge: 1 element in 10
+        differs.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        Finite or -inf: +inf counts as absent here.
+        As for :func:`paged_attention`, but finite or -inf: +inf counts as absent here.
     out : Tensor, shape [T, H, D], optional
-        Written in place and returned. Tokens of no row become 0.
+        Written in place and returned. Tokens of no sequence become 0.
 
     Returns
     -------
     out : Tensor, shape [T, H, D]
-        uint8 with `out_scale`: the merge stores e4m3 from its fp32 values.
+        uint8 (e4m3 codes) with `out_scale`, quantised by the merge from its fp32 values.
     softmax_lse : Tensor, shape [H, T], float32
         Natural logarithm; only with `return_softmax_lse`.
 
@@ -181,13 +182,12 @@ def paged_attention_dcp(
     ------
     TypeError, ValueError, NotImplementedError
         As :func:`paged_attention`; also for a group that this process is not in, and in a static
-        program. Every rank must make the call: an exception on one of them leaves the others
-        waiting in the collective.
+        program. Every rank must make the call: if one raises, the others wait in the collective.
 
     Notes
     -----
-    The write goes through the same table: ``rope_write_cache_kv`` and ``write_cache_kv`` skip the
-    tokens whose block is -1, so every rank is given all new tokens and stores its own.
+    Writes use the same table: ``rope_write_cache_kv`` and ``write_cache_kv`` skip the tokens whose
+    block is -1, so every rank gets all new tokens and stores its own.
 
     See Also
     --------
@@ -203,10 +203,10 @@ def paged_attention_dcp(
     >>> rank, world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
     >>> caches = [paddle.zeros([1, 1, 64, 64], "bfloat16") for _ in range(2)]
     >>> table = dcp_local_block_tables([[0]], rank, world_size)
-    >>> rows = int32(table), int32([0, 2]), int32([0]), int32([2])
+    >>> seqs = int32(table), int32([0, 2]), int32([0]), int32([2])
     >>> x = paddle.ones([2, 1, 64], "bfloat16")
-    >>> _ = write_cache_kv(x, 3 * x, *caches, *rows)
-    >>> paged_attention_dcp(x, *caches, *rows, 2, 2)[:, 0, 0].cast("float32").numpy().tolist()
+    >>> _ = write_cache_kv(x, 3 * x, *caches, *seqs)
+    >>> paged_attention_dcp(x, *caches, *seqs, 2, 2)[:, 0, 0].cast("float32").numpy().tolist()
     [3.0, 3.0]
     """
     if not paddle.in_dynamic_mode():
@@ -255,14 +255,14 @@ def paged_attention_dcp(
     dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
     check_results(_OP, q, out, out_scale, dtype)
     check_tensor(_OP, "sinks", sinks, list(q.shape[1:2]), ("float32", "bfloat16"))
-    part, part_lse = paged_attention(
+    partial, partial_lse = paged_attention(
         *arguments,
         **options,
         return_softmax_lse=True,
         out_dtype="float32" if exchange_dtype == "float32" else dtype,
     )
-    lses = _gather(part_lse, world_size, group)
-    states = list(zip(_gather(part, world_size, group), lses))
+    lses = _gather(partial_lse, world_size, group)
+    states = list(zip(_gather(partial, world_size, group), lses))
     if sinks is None:
         result, lse = _merge(states, dtype, out, out_scale)
     else:

@@ -1,12 +1,12 @@
-"""Which rank holds which block of a row: pure functions of the host, in NumPy.
+"""Which rank holds which block of a sequence: pure host functions in NumPy.
 
-The logical blocks of a row (its tokens 0 to 63, 64 to 127, ...) are dealt to the ranks in turn,
-``interleave`` at a time: logical block j belongs to rank ``(j // interleave) % world_size``. Long
-rows load all ranks alike, while decoding as in a prefill.
+The logical blocks of a sequence (its tokens 0 to 63, 64 to 127, ...) are dealt to the ranks
+round-robin, ``interleave`` at a time: logical block j belongs to rank
+``(j // interleave) % world_size``. Long sequences so load all ranks equally, in decode and prefill.
 
 That is a convention of these helpers. The operators need only this: in a rank's table, entry j of a
-row is the block *of that rank's own cache* that holds the row's logical block j, and -1 for the
-blocks of other ranks; every logical block that holds tokens is on exactly one rank.
+sequence is the block *of that rank's own cache* that holds the sequence's logical block j, and -1
+for the blocks of other ranks; every logical block with tokens is on exactly one rank.
 """
 
 from __future__ import annotations
@@ -53,27 +53,27 @@ def _tables(block_tables: ArrayLike) -> NDArray[np.int32]:
 def dcp_local_block_tables(
     block_tables: ArrayLike, rank: int, world_size: int, *, interleave: int = 1
 ) -> NDArray[np.int32]:
-    """A rank's view of tables that list all blocks of every row.
+    """A rank's block tables, from tables that list all blocks of each sequence.
 
     Parameters
     ----------
     block_tables : array_like of int, shape [B, max_blocks]
-        Block of each logical block, in the cache of the rank that holds it: two ranks may both have
-        a block 7. -1 where there is none.
+        Physical block of each logical block, in the cache of the rank that holds it, so the same id
+        may occur on several ranks; -1 where there is none.
     rank, world_size : int
         This rank in its group, and the size of the group.
     interleave : int
-        Neighbouring logical blocks that go to the same rank.
+        Number of consecutive logical blocks on the same rank.
 
     Returns
     -------
     array of int32, shape [B, max_blocks]
-        The same entries, with -1 for the blocks of other ranks. Positions stay global.
+        The same entries, with -1 for the blocks of other ranks.
 
     Raises
     ------
     TypeError, ValueError
-        If the tables are not two-dimensional integers of 32 bits, or a number is out of range.
+        If the tables are not two-dimensional or not int32 values, or a number is out of range.
 
     Examples
     --------
@@ -91,11 +91,11 @@ def dcp_local_block_tables(
 def dcp_stripe_block_tables(
     stripe_tables: ArrayLike, rank: int, world_size: int
 ) -> NDArray[np.int32]:
-    """A rank's table for a scheduler that allocates stripes: one block on every rank.
+    """A rank's block tables for a scheduler that allocates stripes, one block on every rank.
 
-    Such a scheduler needs no change but its block size: it counts in blocks of ``64 * world_size``
-    tokens, and an id names the same block in the caches of all ranks. Rank r's block holds the
-    stripe's r-th 64 tokens.
+    Such a scheduler only needs another block size: it counts in stripes of ``64 * world_size``
+    tokens, and an id names the same block in the caches of all ranks. Rank r's block holds the r-th
+    64 tokens of the stripe.
 
     Parameters
     ----------
@@ -122,16 +122,16 @@ def dcp_stripe_block_tables(
     """
     rank, world_size, _ = _ranks(rank, world_size)
     stripes = _tables(stripe_tables)
-    rows, count = stripes.shape
-    tables = np.full((rows, count, world_size), UNASSIGNED, np.int32)
+    batch, count = stripes.shape
+    tables = np.full((batch, count, world_size), UNASSIGNED, np.int32)
     tables[:, :, rank] = stripes
-    return tables.reshape(rows, count * world_size)
+    return tables.reshape(batch, count * world_size)
 
 
 def dcp_num_local_blocks(
     num_tokens: int, rank: int, world_size: int, *, interleave: int = 1, block_size: int = 64
 ) -> int:
-    """Blocks that a rank needs for a row of `num_tokens` tokens.
+    """Number of blocks that a rank needs for a sequence of `num_tokens` tokens.
 
     Parameters
     ----------
@@ -145,12 +145,12 @@ def dcp_num_local_blocks(
     Returns
     -------
     int
-        Summed over the ranks, ``ceil(num_tokens / block_size)``.
+        The sum over all ranks is ``ceil(num_tokens / block_size)``.
 
     Raises
     ------
     TypeError, ValueError
-        If a number is no int or out of range.
+        If a number is not an int or out of range.
 
     Examples
     --------

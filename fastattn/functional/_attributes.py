@@ -1,4 +1,4 @@
-"""Checks of arguments that are plain numbers."""
+"""Checks of number arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def as_float(op: str, name: str, value: Any) -> float:
-    """Value of a real number of any kind, NumPy's included.
+    """Value of a real number of any type, NumPy's included.
 
     Paddle's own conversion takes a NumPy string for a number and ends the process.
 
@@ -44,16 +44,16 @@ def as_int32(
     Raises
     ------
     TypeError
-        If the values are not integers. None is truncated.
+        If the values are not integers; no value is truncated.
     ValueError
-        If the shape is another, or a value does not fit: a wrapped one may be a valid id.
+        If the shape differs, or a value does not fit int32, where it could wrap to a valid id.
     """
     array = np.asarray(values)
     fits = array.ndim == len(shape) and all(n in (-1, m) for n, m in zip(shape, array.shape))
     if not fits:
         raise ValueError(f"{op}: {name}: expected shape {text}, got {list(array.shape)}")
     if array.dtype == object and all(type(value) is int for value in array.flat):
-        pass  # Python's, one of them beyond 64 bits
+        pass  # Python integers, some of which do not fit 64 bits
     elif array.size and not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{op}: {name}: expected integers, got {array.dtype}")
     limits = np.iinfo(np.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Types with one scale a token and KV head, measured while writing.
+#: Types with per-token scales (one for each token and KV head), computed while writing.
 DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8")
 
 #: Types with scales that the layer holds.

@@ -25,9 +25,9 @@ def unified(function: F) -> F:
 
 
 def _skip_in_sot() -> None:
-    """Have the SOT of Paddle 2.6 run this package's frames as they are.
+    """Make the SOT of Paddle 2.6 run this package's frames as they are.
 
-    It otherwise rewrites them, and loses the arguments of a function with keyword-only parameters.
+    It would rewrite them and lose the arguments of functions with keyword-only parameters.
     """
     skip = getattr(paddle.framework.core, "eval_frame_skip_file_prefix", None)
     if skip is not None:

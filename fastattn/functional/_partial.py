@@ -1,4 +1,4 @@
-"""What functions have in common that merge partial attentions and then store the result."""
+"""Helpers of functions that merge partial results of attention and store the output."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def dtype_name(dtype: Any) -> str:
 
 
 def empty(shape: list[int], dtype: Any, place: Any) -> Tensor:
-    """``paddle.empty`` on a place instead of the default device."""
+    """``paddle.empty`` on the given place."""
     return paddle._C_ops.empty(shape, dtype, place)
 
 
 def value_dtype(
     op: str, q: Tensor, out: Tensor | None, out_scale: Tensor | None, out_dtype: str
 ) -> str:
-    """Type of the result before FP8: what :func:`paged_attention` would give.
+    """Dtype of the output before FP8 quantisation, as :func:`paged_attention` has it.
 
     Raises
     ------
     TypeError, ValueError
-        If `out_dtype` does not fit the others.
+        If `out_dtype` does not match the other arguments.
     """
     if out_scale is not None:
         if out_dtype != "auto":
@@ -50,7 +50,7 @@ def value_dtype(
 def check_tensor(
     op: str, name: str, tensor: Any, shape: list[int], dtypes: tuple[str, ...]
 ) -> None:
-    """Refuse what a merge would refuse, before the first operator and under the caller's name."""
+    """Check what a merge would, but before the first operator runs and under the caller's name."""
     if tensor is None:
         return
     if not is_tensor(tensor):
@@ -66,7 +66,7 @@ def check_tensor(
 def check_results(
     op: str, q: Tensor, out: Tensor | None, out_scale: Tensor | None, dtype: str
 ) -> None:
-    """Check where results go; `dtype` is :func:`value_dtype`'s."""
+    """Check `out` and `out_scale`; `dtype` is that of :func:`value_dtype`."""
     allowed = (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn")
     check_tensor(op, "out", out, list(q.shape), allowed)
     check_tensor(op, "out_scale", out_scale, [1], ("float32",))

@@ -54,80 +54,81 @@ def flash_attention(
     kv_dtype: str = "auto",
     quantize_q: bool = False,
 ) -> Any:
-    r"""Attention of ragged rows (sequences) over contiguous keys and values.
+    r"""Attention of ragged (variable-length) sequences over contiguous keys and values.
 
-    With query i of a row of q queries and k keys at key position ``i + k - q``:
+    Query i of a sequence with q queries and k keys has key position ``i + k - q``. It gives
 
     .. math:: s_{ij} = \mathrm{cap} \tanh(\lambda q_i k_j / \mathrm{cap}), \qquad
               o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{\mathrm{sink}} + \sum_j e^{s_{ij}}}
 
-    over the visible keys j, in fp32 by an online softmax [1]_. A hidden key or value is never read
-    into a result, NaN included. A query that sees no key gives 0 and an LSE of -inf. A NaN in a
-    visible key, value or query stays NaN in that query's output, and there alone.
+    over the visible keys j, in fp32 by an online softmax [1]_. Masked keys and values never reach a
+    result, even if they are NaN. A query that sees no key gives 0 and an LSE of -inf. A NaN in a
+    query, or in a key or value that it sees, makes that query's output NaN, and no other.
 
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64 or 128. Its last dimension must be contiguous, others may be strided; so may `k`'s
-        and `v`'s.
+        D is 64 or 128. The last dimension must be contiguous, as those of `k` and `v`; the others
+        may have any strides.
     k, v : Tensor, shape [sum k, KV, D]
         The dtype of `q`, or 8-bit codes: uint8 (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8.
         KV divides H; query head h reads KV head ``h // (H / KV)``.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
-        First query and key token of every row, and the end of the last.
+        First query and first key token of each sequence, and the end of the last sequence.
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the rows' lengths; they mask nothing.
+        Upper bounds of the sequences' lengths; they mask nothing.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional
-        Multipliers of e4m3 queries (``q ~ code * q_descale``); 1 when absent. With T = B and
-        H = KV the last form is meant. Any strides.
+        Dequantisation multipliers of e4m3 queries (``q ~ code * q_descale``); 1 when absent. Where
+        T = B and H = KV the shape means [T, H]. Any strides.
     k_descale, v_descale : Tensor, shape [1], [KV] or [B, KV], float32 or bfloat16, optional
-        Multipliers of 8-bit keys and values; 1 when absent. Any strides, expanded views included.
+        Dequantisation multipliers of 8-bit keys and values; 1 when absent. Any strides, those of
+        expanded views included.
     softmax_scale : float, optional
         :math:`\lambda`; ``D ** -0.5`` by default.
     causal : bool
-        Hide the keys after a query's position.
+        Mask the keys after a query's position.
     window_size : (int, int)
-        Keys (left, right) of a query's position that stay visible besides its own; -1 is unlimited.
+        Number of keys before and after a query's position that stay visible; -1 is unlimited.
     softcap : float
-        Bound of the logits; 0 for none.
+        Bound of the logits, ``cap * tanh(s / cap)``; 0 is none.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        Logits that join the denominator (and the LSE) only.
+        A logit for each head that joins the denominator and the LSE, but has no value.
     mask_offsets : Tensor, shape [T, 2], int32, optional
-        Query t sees keys ``[start, end)`` of its row at most, on top of the other masks.
+        Query t sees at most keys ``[start, end)`` of its sequence. The other masks apply as well.
     out_scale : Tensor, shape [1], float32, optional
-        Store e4m3 codes of ``out * (1 / out_scale)``.
+        Return the output as e4m3 codes of ``out * (1 / out_scale)``.
     return_softmax_lse : bool
-        Also return the logarithm of the denominator.
+        Also return the LSE, the logarithm of the softmax's denominator.
     out : Tensor, shape [T, H, D], optional
-        Written in place and returned. Tokens of no row keep what they hold; in a new output they
-        are 0.
+        Written in place and returned. Tokens that belong to no sequence (padding) keep their
+        contents; in a new output they are 0.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
-        Dtype of the output for e4m3 queries; by default that of `out`, else bfloat16. Other queries
-        give their own dtype, or float32 (a partial result, to be merged).
+        Dtype of the output. "auto" is the dtype of `q`, and for e4m3 queries that of `out` or
+        bfloat16. Queries that are not e4m3 allow float32 (for partial results) besides their own.
     kv_dtype : {"auto", "e4m3", "e5m2", "int8"}
-        What uint8 keys and values hold; e4m3 by default.
+        Format of the codes in uint8 keys and values; "auto" is e4m3.
     quantize_q : bool
         Quantise float16 or bfloat16 queries to e4m3 first, with a scale ``max(amax, 1e-6) / 448``
-        for each token and head, and attend with the codes: over e4m3 keys and values
-        only. Long rows so reach the FP8 tensor cores of a Hopper GPU, at the price of the codes'
-        rounding (see docs/numerics.md). The output's dtype stays that of `q`.
+        for each token and head. For e4m3 keys and values only. Long sequences then run on the
+        FP8 tensor cores of a Hopper GPU, with the rounding error of e4m3 queries (see
+        docs/numerics.md). The output keeps the dtype of `q`.
 
     Returns
     -------
     out : Tensor, shape [T, H, D]
-        uint8 with `out_scale`.
+        uint8 (e4m3 codes) with `out_scale`.
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; only with `return_softmax_lse`.
+        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above or does not fit the others, or a tensor is None or no
-        tensor.
+        If a dtype is not one of those above or does not match the others, or a required argument
+        is not a tensor.
     ValueError
-        If shapes or places do not fit each other, a descale is given for 16- or 32-bit values, or
-        an option is out of its range; also if `quantize_q` is given for queries that are not of 16
-        bits, with `q_descale`, or for keys that are not e4m3.
+        If shapes or places do not match, a descale is given for 16- or 32-bit values, or an option
+        is out of range; also if `quantize_q` comes with queries that do not have 16 bits, with
+        `q_descale`, or with keys that are not e4m3.
     NotImplementedError
         If D is neither 64 nor 128.
 
@@ -145,8 +146,8 @@ def flash_attention(
     >>> import paddle
     >>> from fastattn.functional import flash_attention
     >>> x = paddle.ones([3, 1, 64])
-    >>> rows = paddle.to_tensor([0, 3], dtype="int32")
-    >>> out = flash_attention(0 * x, x, 2 * x, rows, rows, 3, 3, causal=True)
+    >>> cu_seqlens = paddle.to_tensor([0, 3], dtype="int32")  # one sequence of three tokens
+    >>> out = flash_attention(0 * x, x, 2 * x, cu_seqlens, cu_seqlens, 3, 3, causal=True)
     >>> out[:, 0, 0].numpy().tolist()
     [2.0, 2.0, 2.0]
     """
@@ -178,6 +179,31 @@ def flash_attention(
     )
     result, lse, *_ = _ops.call("flash_attention", inputs, attrs)
     return (result, lse) if return_softmax_lse else result
+
+
+def paged_attention_attrs(
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    cache_quant_type: str,
+    fp8_format: str,
+    softcap: float = 0.0,
+    return_softmax_lse: bool = False,
+    out_dtype: str = "auto",
+    quantize_q: bool = False,
+) -> tuple[Any, ...]:
+    """Attributes of the operator ``paged_attention`` behind the two lengths, in its order."""
+    return (
+        softmax_scale,
+        causal,
+        *_window("paged_attention", window_size),
+        as_float("paged_attention", "softcap", softcap),
+        return_softmax_lse,
+        out_dtype,
+        cache_quant_type,
+        fp8_format,
+        quantize_q,
+    )
 
 
 @unified
@@ -213,96 +239,99 @@ def paged_attention(
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
-    The cache holds the new tokens already. Prefill, chunked prefill, decode and resting rows may
-    stand in one call, in any order. Formula, masks and the treatment of NaN are those of
-    :func:`flash_attention`, with codes dequantised as ``code * scale``.
+    The new tokens' K and V must be in the cache already. One call takes prefill, chunked prefill,
+    decoding and inactive sequences in any order. The formula, the masks and the treatment of NaN
+    are those of :func:`flash_attention`; codes are dequantised as ``code * scale``.
 
-    Row b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new tokens,
-    from token ``cu_seqlens_q[b]`` of `q` on, and ``seq_lens_decoder[b] + n`` keys. Key position p
-    is slot ``p % 64`` of block ``block_tables[b, p // 64]``; it is not visible if that id is
-    outside ``[0, num_blocks)``.
+    Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
+    tokens, from token ``cu_seqlens_q[b]`` of `q` on, and ``seq_lens_decoder[b] + n`` keys. The key
+    at position p is in slot ``p % 64`` of block ``block_tables[b, p // 64]``. It is masked if that
+    id is outside ``[0, num_blocks)``.
 
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64 or 128. Of the caches' dtype for type ``"none"``. Its last dimension must be
-        contiguous, the others may be strided.
+        D is 64 or 128. For type ``"none"`` the dtype must be that of the caches. The last dimension
+        must be contiguous, the others may have any strides.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16. KV
-        divides H. Its last dimension must be contiguous, the others may have any strides, those of
-        `value_cache` and of dynamic scales as well (``[num_blocks, 64, KV, D]`` transposed, both
-        halves of one pool): no cache is ever copied.
+        divides H. The last dimension must be contiguous. The others, also those of `value_cache`
+        and of dynamic scales, may have any strides: a cache may be a transposed
+        ``[num_blocks, 64, KV, D]`` or half of a pool that holds K and V. No cache is ever copied.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
-        The 64 tokens of a channel lie in the order of :func:`fastattn.reference.layout.token_slot`.
+        The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D].
     block_tables : Tensor, shape [B, max_blocks], int32
+        Physical block of each 64 tokens of a sequence.
     cu_seqlens_q : Tensor, shape [B + 1], int32
+        First token of each sequence in `q`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Tokens cached before this step, and new ones.
+        Tokens cached before this step, and new tokens (0 for an inactive sequence).
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the rows' new tokens and keys; they mask nothing.
+        Upper bounds of the sequences' new tokens and keys; they mask nothing.
     cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16, optional
-        Static types: [1], [KV] or, for ``cache_int8``, [KV * D]. Dynamic types: [num_blocks, KV,
-        64].
+        Dequantisation multipliers. Static types: [1], [KV] or, for ``cache_int8``, [KV * D].
+        Dynamic types: [num_blocks, KV, 64].
     cache_quant_type : str
         ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
     fp8_format : {"e4m3", "e5m2"}
-        Codes of ``cache_fp8``.
+        Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional
-        Multipliers of e4m3 queries, as :func:`rope_write_cache_kv` returns them; 1 when absent.
+        Dequantisation multipliers of e4m3 queries, as :func:`rope_write_cache_kv` returns them; 1
+        when absent.
     softmax_scale : float, optional
         ``D ** -0.5`` by default.
     causal : bool
-        Hide the keys after a query's position.
+        Mask the keys after a query's position.
     window_size : (int, int)
-        Keys (left, right) of a query's position that stay visible besides its own; -1 is unlimited.
+        Number of keys before and after a query's position that stay visible; -1 is unlimited.
     softcap : float
-        Bound of the logits; 0 for none.
+        Bound of the logits, ``cap * tanh(s / cap)``; 0 is none.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        Logits that join the denominator (and the LSE) only.
+        A logit for each head that joins the denominator and the LSE, but has no value.
     mask_offsets : Tensor, shape [T, 2], int32, optional
-        Query t sees keys ``[start, end)`` of its row at most, on top of the other masks.
+        Query t sees at most keys ``[start, end)`` of its sequence. The other masks apply as well.
     out_scale : Tensor, shape [1], float32, optional
-        Store e4m3 codes of ``out * (1 / out_scale)``.
+        Return the output as e4m3 codes of ``out * (1 / out_scale)``.
     return_softmax_lse : bool
-        Also return the logarithm of the denominator.
+        Also return the LSE, the logarithm of the softmax's denominator.
     out : Tensor, shape [T, H, D], optional
-        Written in place and returned. Tokens of no row keep what they hold; in a new output they
-        are 0.
+        Written in place and returned. Tokens that belong to no sequence (padding) keep their
+        contents; in a new output they are 0.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
-        Dtype of the output for e4m3 queries; by default that of `out`, else bfloat16. Other queries
-        give their own dtype, or float32 (a partial result, to be merged).
+        Dtype of the output. "auto" is the dtype of `q`, and for e4m3 queries that of `out` or
+        bfloat16. Queries that are not e4m3 allow float32 (for partial results) besides their own.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
     quantize_q : bool
         Quantise float16 or bfloat16 queries to e4m3 first, with a scale ``max(amax, 1e-6) / 448``
-        for each token and head, and attend with the codes: over e4m3 caches
-        only. Long rows so reach the FP8 tensor cores of a Hopper GPU, at the price of the codes'
-        rounding (see docs/numerics.md). The output's dtype stays that of `q`.
+        for each token and head. For e4m3 caches only. Long sequences then run on the
+        FP8 tensor cores of a Hopper GPU, with the rounding error of e4m3 queries (see
+        docs/numerics.md). The output keeps the dtype of `q`.
 
     Returns
     -------
     out : Tensor, shape [T, H, D]
-        uint8 with `out_scale`.
+        uint8 (e4m3 codes) with `out_scale`.
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no row.
+        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a tensor is None or no tensor.
+        If a dtype is not one of those above, or a required argument is not a tensor.
     ValueError
-        If shapes or places do not fit each other, scales are missing or superfluous, a zero point
-        is given, or an option is out of its range; also if `quantize_q` is given for queries that
-        are not of 16 bits, with `q_descale`, or for a cache that is not e4m3.
+        If shapes or places do not match, scales are missing or superfluous, a zero point is given,
+        or an option is out of range; also if `quantize_q` comes with queries that do not have 16
+        bits, with `q_descale`, or with a cache that is not e4m3.
     NotImplementedError
         If `cache_quant_type` or the head dimension (64, 128) is not supported.
 
     Notes
     -----
-    On the CPU the softmax's weights stay in fp32. Rows of up to 64 (query, head) pairs a KV head
-    are split over their keys in ranges of 2048 whatever the number of threads, so the same input
-    gives the same bits at every run.
+    On the CPU the softmax's weights stay in fp32. The keys of a sequence with up to 64 (query,
+    head) pairs a KV head are split into ranges of 2048, whatever the number of threads, so the same
+    input gives the same bits in every run.
 
     See Also
     --------
@@ -315,10 +344,10 @@ def paged_attention(
     >>> from fastattn.functional import paged_attention, write_cache_kv
     >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
     >>> caches = [paddle.zeros([1, 1, 64, 64], "bfloat16") for _ in range(2)]
-    >>> rows = int32([[0]]), int32([0, 2]), int32([0]), int32([2])  # one row of two new tokens
+    >>> seqs = int32([[0]]), int32([0, 2]), int32([0]), int32([2])  # one of two new tokens
     >>> x = paddle.ones([2, 1, 64], "bfloat16")
-    >>> _ = write_cache_kv(x, 3 * x, *caches, *rows)
-    >>> paged_attention(x, *caches, *rows, 2, 2)[:, 0, 0].cast("float32").numpy().tolist()
+    >>> _ = write_cache_kv(x, 3 * x, *caches, *seqs)
+    >>> paged_attention(x, *caches, *seqs, 2, 2)[:, 0, 0].cast("float32").numpy().tolist()
     [3.0, 3.0]
     """
     if cache_k_zp is not None or cache_v_zp is not None:
@@ -341,18 +370,16 @@ def paged_attention(
         out_scale,
         out,
     )
-    attrs = (
-        max_seqlen_q,
-        max_seqlen_k,
+    attrs = paged_attention_attrs(
         _softmax_scale("paged_attention", q, softmax_scale),
         causal,
-        *_window("paged_attention", window_size),
-        as_float("paged_attention", "softcap", softcap),
-        return_softmax_lse,
-        out_dtype,
+        window_size,
         cache_quant_type,
         fp8_format,
+        softcap,
+        return_softmax_lse,
+        out_dtype,
         quantize_q,
     )
-    result, lse, *_ = _ops.call("paged_attention", inputs, attrs)
+    result, lse, *_ = _ops.call("paged_attention", inputs, (max_seqlen_q, max_seqlen_k, *attrs))
     return (result, lse) if return_softmax_lse else result

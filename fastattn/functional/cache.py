@@ -36,56 +36,58 @@ def write_cache_kv(
     .. math:: s = \max(\mathrm{amax}, 10^{-6}) / Q_{max}, \qquad
               c = \mathrm{round}(\mathrm{saturate}(x \cdot (1 / s)))
 
-    with one :math:`s` a token and KV head for the dynamic types (:math:`Q_{max}` is 448 for e4m3,
-    57344 for e5m2, 127 for int8) and a given :math:`s` for the static ones. A scale stored as
-    bfloat16 is rounded first and its codes belong to the rounded one.
+    with :math:`Q_{max}` 448 for e4m3, 57344 for e5m2 and 127 for int8. Dynamic types have one
+    :math:`s` for each token and KV head (per-token scales), static types take the given :math:`s`.
+    A dynamic scale that is stored as bfloat16 is rounded before the token is quantised with it.
 
-    Row b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new tokens;
-    its i-th is token ``cu_seqlens_q[b] + i`` of `key` and goes to position ``p =
+    Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
+    tokens. Its i-th is token ``cu_seqlens_q[b] + i`` of `key` and goes to position ``p =
     seq_lens_decoder[b] + i``, which is slot ``p % 64`` of block ``block_tables[b, p // 64]``.
-    Tokens without a row or without an assigned block (an id outside ``[0, num_blocks)``) are
-    skipped. Other slots keep their bytes.
+    Tokens that belong to no sequence or have no assigned block (an id outside ``[0, num_blocks)``)
+    are skipped. All other slots keep their bytes.
 
     Parameters
     ----------
     key, value : Tensor, shape [T, KV, D], float32, float16 or bfloat16
-        For type ``"none"`` of the caches' dtype, or float32, which is rounded to it.
+        For type ``"none"`` the dtype of the caches, or float32, which is rounded to it.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16.
-        Its last dimension must be contiguous, the others may have any strides, those of
-        `value_cache` and of dynamic scales as well: views of one pool, or transposed ones, are
-        written where they lie.
+        The last dimension must be contiguous. The others, also those of `value_cache` and of
+        dynamic scales, may have any strides: views of one pool and transposed views are written in
+        place.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
-        The 64 tokens of a channel lie in the order of :func:`fastattn.reference.layout.token_slot`.
+        The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D].
     block_tables : Tensor, shape [B, max_blocks], int32
+        Physical block of each 64 tokens of a sequence.
     cu_seqlens_q : Tensor, shape [B + 1], int32
+        First token of each sequence in `key`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Cached and new tokens of each row.
+        Cached and new tokens of each sequence.
     cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16, optional
         Dequantisation multipliers (``x ~ code * scale``). Static types read them: [1], [KV] or, for
         ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64].
     cache_quant_type : str
         ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
     fp8_format : {"e4m3", "e5m2"}
-        Codes of ``cache_fp8``.
+        Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
-        A token whose id is not its row (-1: CUDA-graph padding) is skipped.
+        Sequence of each token. A token with another id (-1 for CUDA-graph padding) is skipped.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
 
     Returns
     -------
     key_cache, value_cache : Tensor
-        The caches themselves. While a static program is traced, go on with these: Paddle drops an
+        The caches themselves. A traced static program must go on with these: Paddle drops an
         operator from a saved program when none of its outputs is used.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a tensor is None or no tensor.
+        If a dtype is not one of those above, or a required argument is not a tensor.
     ValueError
-        If shapes or places do not fit each other, scales are missing or superfluous, a zero point
+        If shapes or places do not match, scales are missing or superfluous, a zero point
         is given, or `fp8_format` is unknown.
     NotImplementedError
         If `cache_quant_type` or the head dimension (64, 128) is not supported, or `fp8_format` is
@@ -152,56 +154,57 @@ def append_cache_kv_c8(
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Dequantise each row's cached tokens into contiguous `key` and `value`, in place.
+    r"""Dequantise the cached tokens of each sequence into contiguous `key` and `value`, in place.
 
     .. math:: \mathrm{key}[\mathrm{cu\_seqlens\_k}[b] + i] = \mathrm{round}_T(c \cdot s), \qquad
               0 \le i < \mathrm{seq\_lens\_decoder}[b]
 
-    with the code c and scale s (of that token, for dynamic types) of position i of row b: one fp32
-    product, rounded to the type of `key`. A row gives at most ``cu_seqlens_k[b + 1] -
-    cu_seqlens_k[b]`` tokens. All other tokens of `key` and `value` keep their contents, among them
-    those whose block is not assigned (an id outside ``[0, num_blocks)``).
+    with the code c and the scale s of position i of sequence b: one fp32 product, rounded to the
+    dtype of `key`. A sequence gives at most ``cu_seqlens_k[b + 1] - cu_seqlens_k[b]`` tokens. All
+    other tokens of `key` and `value` keep their contents, also those whose block is not assigned
+    (an id outside ``[0, num_blocks)``).
 
     Parameters
     ----------
     key_cache : Tensor, shape [num_blocks, KV, 64, D], uint8
-        Or of the int8 / float8 dtype of the codes. The caches and dynamic scales may have strides
-        as for ``write_cache_kv``; in layout ``"fastdeploy"`` the 64 * D codes of a block and head
-        must lie together.
+        Or the int8 / float8 dtype of the codes. Strides of the caches and of dynamic scales as for
+        ``write_cache_kv``; in layout ``"fastdeploy"`` the 64 * D codes of a block and head must be
+        contiguous.
     value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
         For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D].
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
         Written in place.
     block_tables : Tensor, shape [B, max_blocks], int32
+        Physical block of each 64 tokens of a sequence.
     seq_lens_decoder : Tensor, shape [B], int32
-        Cached tokens of each row.
+        Cached tokens of each sequence.
     cu_seqlens_k : Tensor, shape [B + 1], int32
-        First token of each row in `key`.
+        First token of each sequence in `key`.
     cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16
         Dequantisation multipliers: static [1], [KV] or (``cache_int8``) [KV * D], dynamic
         [num_blocks, KV, 64] in token order.
     dynamic_quant : bool
-        The cache has one scale a token and KV head. Must agree with `cache_quant_type`.
+        Whether the cache has per-token scales. Must agree with `cache_quant_type`.
     cache_quant_type : str
         ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
     cache_layout : {"fastattn", "fastdeploy"}
-        Byte order of the caches; int8 codes of FastDeploy have 128 added.
+        Byte layout of the caches; FastDeploy stores int8 codes with 128 added.
     fp8_format : {"e4m3", "e5m2"}
-        Codes of ``cache_fp8``.
+        Format of the codes of ``cache_fp8``.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
 
     Returns
     -------
     key, value : Tensor
-        The outputs themselves. While a static program is traced, go on with these.
+        The outputs themselves. A traced static program must go on with these.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a tensor is None or no tensor.
+        If a dtype is not one of those above, or a required argument is not a tensor.
     ValueError
-        If shapes or places do not fit each other, `dynamic_quant` does not agree with
+        If shapes or places do not match, `dynamic_quant` does not agree with
         `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
         If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 128) is not
@@ -252,22 +255,22 @@ def append_cache_kv_c8(
 def convert_cache_layout(
     cache: Tensor, *, kind: str, cache_quant_type: str, src: str, dst: str
 ) -> Tensor:
-    """Copy a cache tensor into another byte layout; no code changes its value.
+    """Copy a cache tensor into another byte layout; the values stay the same.
 
     Parameters
     ----------
     cache : Tensor, shape [num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]
         uint8 (or the int8 / float8 dtype of the codes); for type ``"none"`` bfloat16 or float16.
         The second shape is that of V in layout ``"fastattn"``. Blocks and heads may have any
-        strides, the elements of a block and head must lie together.
+        strides; the elements of a block and head must be contiguous.
     kind : {"k", "v"}
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``. For
         ``"none"`` all layouts are the same plain order.
     src, dst : {"fastattn", "fastdeploy", "logical"}
-        ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` has 128 added to int8
-        codes. See ``fastattn.reference.layout`` for the formulas.
+        ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes with
+        128 added. ``fastattn.reference.layout`` has the formulas.
 
     Returns
     -------
@@ -277,9 +280,9 @@ def convert_cache_layout(
     Raises
     ------
     TypeError
-        If `cache` is no tensor or its dtype does not fit `cache_quant_type`.
+        If `cache` is not a tensor or its dtype does not match `cache_quant_type`.
     ValueError
-        If `kind`, `src` or `dst` is unknown or the shape does not fit them.
+        If `kind`, `src` or `dst` is unknown or the shape does not match them.
     NotImplementedError
         If `cache_quant_type` or the head dimension (64, 128) is not supported.
 
@@ -313,18 +316,18 @@ def convert_cache_blocks(
     begin: int = 0,
     end: int | None = None,
 ) -> Tensor:
-    """Bring blocks of a cache tensor into another byte layout, in place.
+    """Convert blocks of a cache tensor to another byte layout, in place.
 
-    What :func:`convert_cache_layout` does, without a second cache: each block of a KV head is read
-    as a whole before it is written. Blocks outside ``[begin, end)`` keep their bytes. Converting a
-    block twice is not the same as converting it once.
+    This is :func:`convert_cache_layout` without a second cache: each block of a KV head is read as
+    a whole before it is written. Blocks outside ``[begin, end)`` keep their bytes. A block must not
+    be converted twice: its bytes would be taken for those of layout `src`.
 
     Parameters
     ----------
     cache : Tensor, shape [num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]
-        uint8 (or the int8 / float8 dtype of the codes); for type ``"none"`` bfloat16 or float16,
-        and nothing is done. A quantised V may have either shape, whatever its layout: it keeps the
-        one it has. Strides as for ``convert_cache_layout``.
+        uint8 (or the int8 / float8 dtype of the codes). For type ``"none"`` bfloat16 or float16,
+        and nothing is done. A quantised V may have either shape in any layout, and keeps it.
+        Strides as for ``convert_cache_layout``.
     kind : {"k", "v"}
         Which of the two caches it is.
     cache_quant_type : str
@@ -332,7 +335,7 @@ def convert_cache_blocks(
     src, dst : {"fastattn", "fastdeploy", "logical"}
         As for :func:`convert_cache_layout`.
     begin, end : int
-        The blocks, by default all of them.
+        Range of blocks ``[begin, end)``; by default all.
 
     Returns
     -------
@@ -342,10 +345,10 @@ def convert_cache_blocks(
     Raises
     ------
     TypeError
-        If `cache` is no tensor or its dtype does not fit `cache_quant_type`.
+        If `cache` is not a tensor or its dtype does not match `cache_quant_type`.
     ValueError
-        If `kind`, `src` or `dst` is unknown, the shape does not fit them, or ``0 <= begin <= end <=
-        num_blocks`` does not hold.
+        If `kind`, `src` or `dst` is unknown, the shape does not match them, or ``0 <= begin <= end
+        <= num_blocks`` does not hold.
     NotImplementedError
         If `cache_quant_type` or the head dimension (64, 128) is not supported.
 

@@ -1,4 +1,4 @@
-"""Attention of rows that share a prefix: the prefix once for all of them, each suffix apart."""
+"""Cascade attention: sequences attend to a shared prefix together, and each to its own suffix."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _BLOCK_SIZE = 64
 
 
 class CascadePlan(NamedTuple):
-    """A step's rows, divided into the prefix that they share and a suffix of each.
+    """Metadata of a step whose sequences are a shared prefix and a suffix each.
 
-    :func:`plan_cascade` makes one from what a scheduler knows on the host. A server that has
-    lengths on the device only may build one of its own tensors. All are int32, contiguous and on
-    the place of `q`. A CUDA graph keeps their addresses: for a later step of the same `tokens`,
-    write that step's plan into them in place.
+    :func:`plan_cascade` makes one on the host, from a scheduler's lengths and block tables. A
+    server whose lengths are on the device may build one from its own tensors. All are int32,
+    contiguous and on the place of `q`. A CUDA graph keeps their addresses: write the plan of a
+    later step with the same `tokens` into them in place.
 
     Attributes
     ----------
@@ -36,16 +36,16 @@ class CascadePlan(NamedTuple):
         Tokens P of the prefix, a multiple of 64.
     prefix_block_table : Tensor, shape [1, P / 64]
     prefix_cu_seqlens_q : Tensor, shape [2]
-        0 and the number N of new tokens of all rows; tokens of `q` from N on are padding.
+        0 and the number N of new tokens of all sequences; tokens of `q` from N on are padding.
     prefix_seq_lens_decoder : Tensor, shape [1]
-        ``max(P - N, 0)``: all new tokens are queries of one row of ``max(P, N)`` keys, of which
-        those that its table does not list are not visible.
+        ``max(P - N, 0)``: all new tokens are queries of one sequence with ``max(P, N)`` keys, of
+        which those that are not in `prefix_block_table` are masked.
     prefix_seq_lens_this_time : Tensor, shape [1]
         N.
     suffix_block_tables : Tensor, shape [B, max_blocks - P / 64]
-        The rows' tables without their first P / 64 entries.
+        The sequences' tables without their first P / 64 entries.
     suffix_seq_lens_decoder : Tensor, shape [B]
-        The rows' cached tokens less P.
+        The sequences' cached tokens minus P.
     """
 
     tokens: int
@@ -66,23 +66,23 @@ def _integers(name: str, values: ArrayLike, shape: tuple[int, ...], text: str) -
 def _check_shared(
     tables: NDArray[np.int64], cached: NDArray[np.int64], active: NDArray[np.intp], tokens: int
 ) -> None:
-    """Refuse a row that has other blocks, or fewer cached tokens."""
+    """Refuse a sequence with other blocks, or with fewer cached tokens."""
     prefix = tables[active[0], : tokens // _BLOCK_SIZE]
     if (prefix < 0).any():
         raise ValueError(
-            f"{_PLAN}: block_tables: expected {len(prefix)} blocks of the prefix in row "
-            f"{active[0]}, got {prefix.tolist()}"
+            f"{_PLAN}: block_tables: expected {len(prefix)} blocks of the prefix in "
+            f"sequence {active[0]}, got {prefix.tolist()}"
         )
-    for row in active:
-        if cached[row] < tokens:
+    for b in active:
+        if cached[b] < tokens:
             raise ValueError(
                 f"{_PLAN}: seq_lens_decoder: expected at least shared_prefix_tokens = {tokens} "
-                f"in row {row}, got {cached[row]}"
+                f"in sequence {b}, got {cached[b]}"
             )
-        if (tables[row, : len(prefix)] != prefix).any():
+        if (tables[b, : len(prefix)] != prefix).any():
             raise ValueError(
-                f"{_PLAN}: block_tables: expected the same first {len(prefix)} blocks in rows "
-                f"{active[0]} and {row}"
+                f"{_PLAN}: block_tables: expected the same first {len(prefix)} blocks in "
+                f"sequences {active[0]} and {b}"
             )
 
 
@@ -94,36 +94,36 @@ def plan_cascade(
     *,
     place: Any = None,
 ) -> CascadePlan:
-    """Divide a step's rows into the prefix that they share and a suffix of each.
+    """Plan :func:`cascade_attention` for a step whose sequences share a prefix.
 
-    Everything comes from the host, and the plan's tensors are copied to the device: make it once a
-    step, outside of a CUDA graph. Rows without new tokens need not share the prefix.
+    The arguments are on the host, and the plan's tensors are copied to the device: make one plan a
+    step, outside of a CUDA graph. Sequences without new tokens need not share the prefix.
 
     Parameters
     ----------
     block_tables : array_like of int, shape [B, max_blocks]
-        Physical block of each 64 tokens of a row; -1 where there is none.
+        Physical block of each 64 tokens of a sequence; -1 where there is none.
     seq_lens_decoder, seq_lens_this_time : array_like of int, shape [B]
-        Cached tokens and new ones. ``cu_seqlens_q`` of the step must be the sums of the latter: the
-        rows' new tokens lie side by side, padding behind the last.
+        Cached and new tokens of each sequence. ``cu_seqlens_q`` of the step must be the cumulative
+        sums of the new ones, with padding only behind the last sequence.
     shared_prefix_tokens : int
-        Tokens P that all rows have in common: a multiple of 64, at most every row's cached tokens.
+        Length P of the shared prefix: a multiple of 64 and at most the cached tokens of each
+        sequence.
     place : optional
         Where the tensors are made; default CPU.
 
     Returns
     -------
     plan : CascadePlan
-        For :func:`cascade_attention` of every layer of the step.
+        Metadata for :func:`cascade_attention`, the same for every layer of the step.
 
     Raises
     ------
     TypeError
         If an argument is a tensor or not of integers.
     ValueError
-        If shapes do not fit together, a value does not fit int32, `shared_prefix_tokens` is not a
-        positive multiple of 64, or a row with new tokens has fewer cached tokens or other blocks
-        there.
+        If shapes do not match, a value does not fit int32, `shared_prefix_tokens` is not a positive
+        multiple of 64, or a sequence with new tokens has fewer cached tokens or another prefix.
 
     Examples
     --------
@@ -135,9 +135,9 @@ def plan_cascade(
     [1, 66]
     """
     tables = _integers("block_tables", block_tables, (-1, -1), "[B, max_blocks]")
-    rows, max_blocks = tables.shape
-    cached = _integers("seq_lens_decoder", seq_lens_decoder, (rows,), f"[{rows}]")
-    new = _integers("seq_lens_this_time", seq_lens_this_time, (rows,), f"[{rows}]")
+    batch, max_blocks = tables.shape
+    cached = _integers("seq_lens_decoder", seq_lens_decoder, (batch,), f"[{batch}]")
+    new = _integers("seq_lens_this_time", seq_lens_this_time, (batch,), f"[{batch}]")
     try:
         tokens = operator.index(shared_prefix_tokens)
     except TypeError:
@@ -157,8 +157,8 @@ def plan_cascade(
     if active.size:
         _check_shared(tables, cached, active, tokens)
         prefix = tables[active[0], :blocks]
-    # A table needs a column, and new tokens beyond the last one are of no row's cache.
-    suffix = tables[:, blocks:] if blocks < max_blocks else np.full((rows, 1), -1)
+    # A table needs at least one column. New tokens beyond it are in no block.
+    suffix = tables[:, blocks:] if blocks < max_blocks else np.full((batch, 1), -1)
     total = int(new.sum())
     if total > np.iinfo(np.int32).max:
         raise ValueError(
@@ -181,7 +181,7 @@ def plan_cascade(
 
 
 def _check(plan: Any, max_seqlen_k: Any, q: Any, q_descale: Any, window_size: Any) -> None:
-    """Refuse what only one of the two sides would, or both under another name."""
+    """Refuse what the two attention calls would miss, or name otherwise."""
     if not paddle.in_dynamic_mode():
         raise NotImplementedError(f"{_OP}: a plan belongs to one step: it runs in dygraph only")
     if not isinstance(plan, CascadePlan):
@@ -201,7 +201,7 @@ def _check(plan: Any, max_seqlen_k: Any, q: Any, q_descale: Any, window_size: An
     if is_tensor(q_descale) and list(q_descale.shape) not in ([1], list(q.shape[:2])):
         raise ValueError(
             f"{_OP}: q_descale: expected shape [1] or {list(q.shape[:2])} (tokens, query heads; "
-            f"the prefix knows no rows), got {list(q_descale.shape)}"
+            f"the prefix knows no sequences), got {list(q_descale.shape)}"
         )
 
 
@@ -233,11 +233,12 @@ def cascade_attention(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
 ) -> Any:
-    r"""Attention of a step whose rows share their first cache blocks.
+    r"""Attention of a step whose sequences share their first cache blocks.
 
-    The result is :func:`paged_attention`'s of the whole rows. The new tokens of all rows attend the
-    P tokens of the prefix as one row, so its blocks are read once a step instead of once a row;
-    every row attends its own suffix; then the two partial results are merged in fp32 [1]_:
+    The result is that of :func:`paged_attention` over the whole sequences. The new tokens of all
+    sequences attend to the P tokens of the prefix as one sequence, so its blocks are read once
+    instead of once a sequence. Each sequence attends to its own suffix. The two partial results are
+    merged in fp32 [1]_:
 
     .. math:: \mathrm{lse} = \ln (e^{\mathrm{lse}_p} + e^{\mathrm{lse}_s}), \qquad
               o = e^{\mathrm{lse}_p - \mathrm{lse}} o_p + e^{\mathrm{lse}_s - \mathrm{lse}} o_s
@@ -247,59 +248,61 @@ def cascade_attention(
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
         As for :func:`paged_attention`.
     key_cache, value_cache : Tensor
-        As for :func:`paged_attention`; they hold the new tokens already.
+        As for :func:`paged_attention`.
     plan : CascadePlan
-        The step's rows, from :func:`plan_cascade`. The values on the device are not checked: a row
-        with new tokens that has other tokens in its first P gets the attention of the shared ones.
+        From :func:`plan_cascade`. Values on the device are not checked: a sequence that has another
+        prefix attends to the shared one all the same.
     cu_seqlens_q : Tensor, shape [B + 1], int32
-        The rows' new tokens lie side by side, as the plan has them.
+        Cumulative sums of the plan's new tokens.
     seq_lens_this_time : Tensor, shape [B], int32
+        New tokens of each sequence.
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the rows' new tokens and keys, prefix included; they mask nothing.
+        Upper bounds of the sequences' new tokens and keys, prefix included; they mask nothing.
     cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16, optional
         As for :func:`paged_attention`.
     cache_quant_type : str
         ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
     fp8_format : {"e4m3", "e5m2"}
-        Codes of ``cache_fp8``.
+        Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1] or [T, H], float32 or bfloat16, optional
-        Multipliers of e4m3 queries; 1 when absent.
+        Dequantisation multipliers of e4m3 queries; 1 when absent.
     softmax_scale : float, optional
         ``D ** -0.5`` by default.
     causal : bool
-        Hide the keys after a query's position.
+        Mask the keys after a query's position.
     window_size : (int, int)
-        Only (-1, -1), no window.
+        Only (-1, -1), no window, is supported.
     softcap : float
-        Bound of the logits; 0 for none.
+        Bound of the logits, ``cap * tanh(s / cap)``; 0 is none.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        Logits that join the denominator (and the LSE) only, once: on the side of the suffix, where
-        every query sees its own key. Finite or -inf.
+        A logit for each head, finite or -inf, that joins the denominator and the LSE, but has no
+        value. It is added once, with the suffix, where every query sees its own key.
     out_scale : Tensor, shape [1], float32, optional
-        Store e4m3 codes of ``out * (1 / out_scale)``: the merge does, from its fp32 values.
+        Return the output as e4m3 codes of ``out * (1 / out_scale)``, which the merge makes from its
+        fp32 values.
     return_softmax_lse : bool
-        Also return the logarithm of the denominator.
+        Also return the LSE, the logarithm of the softmax's denominator.
     out : Tensor, shape [T, H, D], optional
-        Written in place and returned. Tokens of no row become 0.
+        Written in place and returned. Tokens of no sequence become 0.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
         As for :func:`paged_attention`.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
     quantize_q : bool
-        As for :func:`paged_attention`, once for the prefix and once for the rows' own keys.
+        As for :func:`paged_attention`.
 
     Returns
     -------
     out : Tensor, shape [T, H, D]
-        uint8 with `out_scale`.
+        uint8 (e4m3 codes) with `out_scale`.
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no row.
+        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`paged_attention`; also if `plan` is no CascadePlan, or `q_descale` has one entry a
-        row.
+        As :func:`paged_attention`; also if `plan` is not a CascadePlan, or `q_descale` has shape
+        [B, KV].
     NotImplementedError
         As :func:`paged_attention`; also for a window, and in a static program.
 
@@ -321,12 +324,12 @@ def cascade_attention(
     >>> caches = [paddle.zeros([3, 1, 64, 64], "bfloat16") for _ in range(2)]
     >>> x = paddle.ones([64, 1, 64], "bfloat16")
     >>> prefix = int32([[0]]), int32([0, 64]), int32([0]), int32([64])
-    >>> _ = write_cache_kv(x, 4 * x, *caches, *prefix)  # block 0, which two rows start with
+    >>> _ = write_cache_kv(x, 4 * x, *caches, *prefix)  # block 0: the shared prefix
     >>> tables, cached, new = [[0, 1], [0, 2]], [64, 64], [1, 1]
-    >>> rows = int32(tables), int32([0, 1, 2]), int32(cached), int32(new)
-    >>> _ = write_cache_kv(x[:2], 69 * x[:2], *caches, *rows)
+    >>> seqs = int32(tables), int32([0, 1, 2]), int32(cached), int32(new)
+    >>> _ = write_cache_kv(x[:2], 69 * x[:2], *caches, *seqs)
     >>> plan = plan_cascade(tables, cached, new, 64)
-    >>> out = cascade_attention(x[:2], *caches, plan, rows[1], rows[3], 1, 65)
+    >>> out = cascade_attention(x[:2], *caches, plan, seqs[1], seqs[3], 1, 65)
     >>> out[:, 0, 0].cast("float32").numpy().tolist()
     [5.0, 5.0]
     """
@@ -353,24 +356,24 @@ def cascade_attention(
         max_seqlen_q,
         max(max_seqlen_k - plan.tokens, 0),
     )
-    options_of_suffix = {**options, "causal": causal, "sinks": sinks}
+    suffix_options = {**options, "causal": causal, "sinks": sinks}
     if 0 in q.shape:  # nothing to merge
         result, lse = paged_attention(
             q,
             key_cache,
             value_cache,
             *suffix,
-            **options_of_suffix,
+            **suffix_options,
             out_scale=out_scale,
             out=out,
             out_dtype=out_dtype,
         )
         return (result, lse) if return_softmax_lse else result
-    part, part_lse = paged_attention(
-        q, key_cache, value_cache, *suffix, **options_of_suffix, out_dtype="float32"
+    suffix_out, suffix_lse = paged_attention(
+        q, key_cache, value_cache, *suffix, **suffix_options, out_dtype="float32"
     )
     num_tokens = int(q.shape[0])
-    prefix, lse = paged_attention(
+    prefix_out, lse = paged_attention(
         q,
         key_cache,
         value_cache,
@@ -386,8 +389,14 @@ def cascade_attention(
     )
     if out is None and out_scale is None:
         same = dtype == "float32"
-        out = prefix if same else empty(list(q.shape), getattr(paddle, dtype), q.place)
+        out = prefix_out if same else empty(list(q.shape), getattr(paddle, dtype), q.place)
     result, lse = merge_attn_states(
-        prefix, lse, part, part_lse, output=out, output_lse=lse, output_scale=out_scale
+        prefix_out,
+        lse,
+        suffix_out,
+        suffix_lse,
+        output=out,
+        output_lse=lse,
+        output_scale=out_scale,
     )
     return (result, lse) if return_softmax_lse else result

@@ -32,36 +32,40 @@ def indexer_q_rope_quant(
         \text{mxfp4:}\quad & \text{E2M1 with one UE8M0 exponent per 32 channels},\quad
         w' = w \cdot \mathrm{softmax\_scale} \cdot \mathrm{head\_scale}
 
-    with the products rounded to fp32 from left to right.
+    Products are rounded to fp32 from left to right.
 
     Parameters
     ----------
     positions : Tensor, shape [T], int32 or int64
-        Clamped to the rows of `cos_sin_cache`.
+        Clamped to ``[0, max_positions)``.
     q : Tensor, shape [T, H, 128], bfloat16
         The last dimension must be contiguous.
     cos_sin_cache : Tensor, shape [max_positions, 64], float32 or bfloat16
         32 cosines, then 32 sines.
     weights : Tensor, shape [T, H], float32 or bfloat16
+        Weight w of each head in the indexer's score.
     softmax_scale, head_scale : float
+        Constants that are folded into the weights.
     quant : {"fp8", "mxfp4"}
+        Format of the codes.
 
     Returns
     -------
     codes : Tensor, uint8
         e4m3 [T, H, 128], or E2M1 pairs [T, H, 64] with the even channel in the low nibble.
     scales : Tensor, shape [T, H]
-        "fp8": float32 dequantisation multipliers. They are part of `weights_out` already: only who
-        wants the query itself back needs them. "mxfp4": int32, byte b (little endian) is the UE8M0
-        exponent of channels 32b .. 32b + 31.
+        "fp8": float32 dequantisation multipliers. `weights_out` includes them, so they are needed
+        only to dequantise the queries. "mxfp4": int32, byte b (little endian) is the UE8M0 exponent
+        of channels 32b .. 32b + 31.
     weights_out : Tensor, shape [T, H], float32
+        The weights w' above.
 
     Raises
     ------
     TypeError
         If an argument is not a tensor or has another dtype.
     ValueError
-        If a shape does not fit, `cos_sin_cache` is empty, or `quant` is unknown.
+        If a shape is wrong, `cos_sin_cache` is empty, or `quant` is unknown.
 
     See Also
     --------
@@ -82,7 +86,7 @@ def indexer_q_rope_quant(
     >>> list(codes.shape), scales.numpy().tolist(), weights.numpy().tolist()
     ([1, 2, 128], [[0.00390625, 0.00390625]], [[0.00048828125, 0.00048828125]])
     """
-    # Here, not in the operator: a program that is traced needs both.
+    # A traced program needs both checks before the operator runs.
     if quant not in ("fp8", "mxfp4"):
         raise ValueError(f"indexer_q_rope_quant: quant: expected fp8 or mxfp4, got {quant!r}")
     if _ops.is_tensor(q) and len(q.shape) != 3:
@@ -120,20 +124,19 @@ def indexer_kv_compress_insert(
 ) -> Tensor:
     r"""Compress each completed group of tokens into one key and insert it, quantised, into a page.
 
-    A token is processed when its position completes a group of `compress_ratio`, and writes one
-    row of a page:
+    A token whose position completes a group of `compress_ratio` positions writes one compressed key
+    into a page. These are the steps:
 
     1. gather the states of positions ``position - n + 1 .. position``; n is ``2 * compress_ratio``
-       for ratio 4 (groups overlap) and ``compress_ratio`` for 128; positions below 0 count for
-       nothing;
-    2. :math:`x_d = \sum_j \mathrm{softmax}_j(\mathrm{score}_{jd})\,\mathrm{kv}_{jd}`, each channel
-       by itself (0 where all scores are -inf);
+       for ratio 4 (groups overlap) and ``compress_ratio`` for 128; positions below 0 are left out;
+    2. :math:`x_d = \sum_j \mathrm{softmax}_j(\mathrm{score}_{jd})\,\mathrm{kv}_{jd}`, a softmax for
+       each channel (0 where all scores are -inf);
     3. :math:`x \cdot (1 / \sqrt{\mathrm{mean}(x^2) + \epsilon}) \cdot w`;
     4. rotate the last 64 channels at the group's first position, as
        :func:`indexer_q_rope_quant` does;
     5. round to bf16, quantise, insert.
 
-    All arithmetic is fp32 in a fixed order, so that the bytes do not depend on the processor.
+    All arithmetic is fp32 in a fixed order, so that the bytes are the same on every device.
 
     Parameters
     ----------
@@ -142,42 +145,44 @@ def indexer_kv_compress_insert(
         for ratio 4: such a group reads its older half from the first HEAD and its newer half from
         the second.
     block_tables : Tensor, shape [B, max_blocks], int32
-        State blocks of each request: position p is row ``p % state_block`` of block
+        State blocks of each sequence: position p is entry ``p % state_block`` of block
         ``block_tables[b, p // state_block]``.
     batch_id_per_token : Tensor, shape [T], int32
-        Request of each token; outside [0, B) = padding.
+        Sequence of each token; outside [0, B) = padding.
     positions : Tensor, shape [T], int32 or int64
+        Position of each token in its sequence.
     state_slots : Tensor, shape [T], int32 or int64
         Where the token's own state was stored; negative = skip the token. Only the sign is used.
     kv_slots : Tensor, shape [T], int32 or int64
-        ``page * page_size + row`` to write; negative or past the last page = skip the token.
+        Where to write: entry ``kv_slot % page_size`` of page ``kv_slot // page_size``; negative or
+        past the last page = skip the token.
     rms_norm_weight : Tensor, shape [HEAD], float32 or bfloat16
     cos_sin_cache : Tensor, shape [max_positions, 64], float32 or bfloat16
-        32 cosines, then 32 sines; positions are clamped to its rows.
+        32 cosines, then 32 sines; positions are clamped to ``[0, max_positions)``.
     kv_cache : Tensor, shape [num_pages, page_bytes], uint8
-        Written in place. The dimensions after the first may be split at will (for example
-        [num_pages, page_size, 132]); page_bytes is their product, a multiple of 4 and at least
-        `page_size` tokens. ``docs/formats.md`` has the bytes.
+        Written in place. There may be further dimensions (for example [num_pages, page_size, 132]);
+        page_bytes is the product of all but the first, a multiple of 4 that holds `page_size`
+        tokens. ``docs/formats.md`` has the bytes.
     compress_ratio : {4, 128}
     page_size : int
-        Tokens (groups) of a page.
+        Compressed keys of a page.
     rms_norm_eps : float
     quant : {"fp8", "mxfp4", "fp8_512"}
-        "fp8": HEAD 128, 132 bytes a token. "mxfp4": HEAD 128, 68 bytes. "fp8_512": HEAD 512,
-        584 bytes; its 64 rotated channels stay bf16.
+        "fp8": HEAD 128, 132 bytes a key. "mxfp4": HEAD 128, 68 bytes. "fp8_512": HEAD 512, 584
+        bytes; the 64 rotated channels stay bf16.
 
     Returns
     -------
     Tensor
-        `kv_cache` itself. Tokens that need a state block that is unassigned (an id outside
-        [0, num_blocks) or past `max_blocks`) write nothing.
+        `kv_cache` itself. A token writes nothing if one of its state blocks is not assigned (an id
+        outside [0, num_blocks), or past `max_blocks`).
 
     Raises
     ------
     TypeError
         If an argument is not a tensor or has another dtype.
     ValueError
-        If shapes do not fit each other, the pages are too small, or `quant` is unknown.
+        If shapes do not match, the pages are too small, or `quant` is unknown.
     NotImplementedError
         If `compress_ratio` is not supported.
 

@@ -31,10 +31,10 @@ def merge_attn_states(
         o = o_p \frac{e^{p - m}}{z} + o_s \frac{e^{s - m}}{z}, \qquad
         \mathrm{lse} = \ln z + m
 
-    in fp32, in this order (section 2.2 of [1]_). A side is empty for a token and head when its LSE
-    is -inf, or +inf as some kernels mark it; the output of an empty side is never read into the
-    result, whatever it holds. Two empty sides give 0 and -inf. A NaN in an LSE or in the output of
-    a side that is not empty stays NaN.
+    in fp32, in this order (section 2.2 of [1]_). A side is empty for a token and head if its LSE is
+    -inf, or +inf, as some kernels mark it. The output of an empty side is not used, whatever it
+    holds. Two empty sides give 0 and -inf. A NaN in an LSE, or in the output of a side that is not
+    empty, stays NaN.
 
     Parameters
     ----------
@@ -42,23 +42,21 @@ def merge_attn_states(
     prefix_lse, suffix_lse : Tensor, shape [H, T], float32
         Natural logarithm.
     output_scale : Tensor, shape [1], float32, optional
-        Stores the output as e4m3: ``code = e4m3(saturate(o * (1 / output_scale)))``, from the fp32
-        value; NaN is 0x7F. Read on the device. A scale that is not finite and positive is
-        refused on the CPU; on a GPU it cannot be seen and gives the codes of that formula.
+        Store the output as e4m3: ``code = e4m3(saturate(o * (1 / output_scale)))``, from the fp32
+        value; NaN is 0x7F. The scale is read on the device. The CPU refuses one that is not finite
+        and positive; on a GPU it is not checked.
     prefill_tokens_with_context : int, optional
-        Tokens from here on (0 to T; default T) have no prefix: they are merged as if the prefix
-        were empty, which stores the suffix as it is.
+        Tokens from this one on (0 to T; default T) have no prefix and take the suffix as it is.
     output : Tensor, shape [T, H, D], optional
-        Written in place and returned: the dtype of the inputs, for float32 ones also float16 or
-        bfloat16 (rounded to nearest even), or uint8 or float8_e4m3fn for FP8. It may be
+        Written in place and returned. The dtype of the inputs, for float32 inputs also float16 or
+        bfloat16 (rounded to nearest even), and uint8 or float8_e4m3fn for FP8. It may be
         `prefix_output` or `suffix_output` itself.
     output_lse : Tensor, shape [H, T], float32, optional
         Written in place and returned. It may be `prefix_lse` or `suffix_lse` itself.
     output_scales : Tensor, shape [T, G], float32, contiguous, optional
-        Stores the output as e4m3 with dynamic scales, written here: one for each of G groups of
-        ``H * D / G`` channels of a token, so G = H is one for each token and head, and
-        ``G = H * D / 128`` one for 128 channels. ``max(amax, 1e-10) / 448``, as
-        :func:`quantize_fp8` has it.
+        Store the output as e4m3 with dynamic scales ``max(amax, 1e-10) / 448``, which are written
+        here: one for each of G groups of ``H * D / G`` channels of a token. G = H is one scale for
+        each token and head, ``G = H * D / 128`` one for 128 channels, as in :func:`quantize_fp8`.
 
     Returns
     -------
@@ -72,7 +70,7 @@ def merge_attn_states(
         If an input is not a tensor, a dtype is not one of those above, or
         `prefill_tokens_with_context` is not an int.
     ValueError
-        If shapes do not fit together, `prefill_tokens_with_context` is not in 0..T, `output_scale`
+        If shapes do not match, `prefill_tokens_with_context` is not in 0..T, `output_scale`
         is not finite and positive, or both `output_scale` and `output_scales` are given.
 
     Notes
@@ -118,7 +116,7 @@ def merge_attn_states(
         output_lse,
         output_scales,
     )
-    # `merged` shares its memory with `output` where that is given, and is returned even then:
+    # Where `output` is given, `merged` shares its memory. It is returned all the same, because
     # Paddle 2.6 saves no operator whose results are all inputs of the program.
     merged, merged_lse, *_ = _ops.call("merge_attn_states", inputs, (tokens,))
     return merged, merged_lse

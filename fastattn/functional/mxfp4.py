@@ -10,16 +10,16 @@ from fastattn.functional._marker import unified
 
 @unified
 def mxfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Quantise rows to MXFP4 (the OCP microscaling format, [1]_).
+    r"""Quantise to MXFP4 (the OCP microscaling format, [1]_).
 
-    For each block of 32 elements of a row:
+    For each block of 32 elements of the last dimension:
 
     .. math:: e = \lceil \log_2(\max(\mathrm{amax}, 6 \cdot 2^{-126}) / 6) \rceil, \qquad
               c = \mathrm{e2m1}(x \cdot 2^{-e})
 
     The exponent is computed from the bits of amax, so that no logarithm rounds. E2M1 rounds to
-    nearest, ties to even, keeps the sign of zero (-0 is code 8) and has no NaN: a NaN is code 7,
-    and amax passes over it, so that the rest of its block keeps its values. An infinite amax
+    nearest, ties to even, and keeps the sign of zero (-0 is code 8). It has no NaN: a NaN becomes
+    code 7 and does not count for amax, so the rest of its block keeps its values. An infinite amax
     counts as the largest finite fp32 value.
 
     Parameters
@@ -43,7 +43,7 @@ def mxfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
     See Also
     --------
-    mxfp4_dequantize : the way back.
+    mxfp4_dequantize : the inverse.
     fastattn.reference.mxfp4_quantize : the same in NumPy, bit by bit.
 
     References
@@ -66,8 +66,8 @@ def mxfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def mxfp4_dequantize(codes: Tensor, scales: Tensor, *, dtype: str = "float32") -> Tensor:
     r"""Values of MXFP4 codes: ``e2m1(code) * 2 ** (scale - 127)``.
 
-    The product is exact in fp32, unless it is over the largest finite value and becomes infinite;
-    it is then rounded to `dtype`. A scale byte of 255 is NaN.
+    The product is exact in fp32 (infinite where it overflows) and is then rounded to `dtype`. A
+    scale byte of 255 is NaN.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def mxfp4_dequantize(codes: Tensor, scales: Tensor, *, dtype: str = "float32") -
     TypeError
         If an input is not a uint8 tensor.
     ValueError
-        If the shapes do not fit together, or `dtype` is another.
+        If the shapes do not match, or `dtype` is not one of those above.
 
     See Also
     --------
@@ -99,7 +99,7 @@ def mxfp4_dequantize(codes: Tensor, scales: Tensor, *, dtype: str = "float32") -
     >>> bool((mxfp4_dequantize(*mxfp4_quantize(x)) == x).all())
     True
     """
-    # Here, not in the operator: a program that is traced needs the dtype.
+    # A traced program needs the dtype before the operator runs.
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(
             f"mxfp4_dequantize: dtype: expected float32, float16 or bfloat16, got {dtype!r}"

@@ -28,27 +28,27 @@ def quantize_fp8(
     scale : Tensor, shape [1], float32, optional
         Static scale, a dequantisation multiplier (``x ~ code * scale``). It is read on the device.
     granularity : {"tensor", "token", "group"}
-        What one dynamic scale covers when no `scale` is given: the whole tensor, a row of C
-        elements, or `group_size` elements of a row.
+        Elements that share a dynamic scale when no `scale` is given: the whole tensor, the C
+        elements of a token, or groups of `group_size` of them.
     group_size : int
-        Elements a scale for ``"group"``; divides C.
+        Elements that share a scale for ``"group"``; divides C.
     output : Tensor, shape of `x`, uint8 or float8_e4m3fn, contiguous, optional
         Written in place and returned as `codes`.
 
     Returns
     -------
     codes : Tensor, shape of `x`, uint8 (or the dtype of `output`)
-        e4m3 bits. FP8 saturates; NaN is 0x7F and makes a dynamic scale NaN.
+        e4m3 codes. Values saturate; NaN is 0x7F and makes a dynamic scale NaN.
     scales : Tensor, float32
-        `scale` itself, [1], [..., 1] or [..., C / group_size].
+        `scale` itself, or shape [1], [..., 1] or [..., C / group_size].
 
     Raises
     ------
     TypeError
         If a dtype is not one of those above, or `x` is not a tensor.
     ValueError
-        If `scale` is not of shape [1], `output` not of that of `x`, `granularity` is unknown, or
-        `group_size` does not divide C.
+        If the shape of `scale` is not [1] or that of `output` not that of `x`, `granularity` is
+        unknown, or `group_size` does not divide C.
 
     See Also
     --------

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import check_no_zero_points
 from fastattn.functional._marker import unified
+
+
+def rope_write_attrs(
+    num_heads: int,
+    num_kv_heads: int,
+    rms_norm_eps: float,
+    use_neox_rotary_style: bool,
+    rotary_dim: int | None,
+    qk_norm_before_rope: bool = False,
+    q_quant: str = "none",
+    cache_quant_type: str = "none",
+    fp8_format: str = "e4m3",
+) -> tuple[Any, ...]:
+    """Attributes of the operator ``rope_write_cache_kv``, in its order."""
+    return (
+        num_heads,
+        num_kv_heads,
+        as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
+        use_neox_rotary_style,
+        -1 if rotary_dim is None else rotary_dim,
+        qk_norm_before_rope,
+        q_quant,
+        cache_quant_type,
+        fp8_format,
+    )
 
 
 @unified
@@ -43,47 +70,50 @@ def rope_write_cache_kv(
     r"""Split a fused projection, rotate Q and K, and write K and V into the paged cache.
 
     For a pair of channels :math:`(a, b)` at position :math:`p` with table values
-    :math:`c = \cos_p, s = \sin_p`
+    :math:`c = \cos_p, s = \sin_p`:
 
     .. math:: a' = a c - b s, \qquad b' = a s + b c, \qquad
               y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \, w
 
-    A head goes through bias, rotation and RMSNorm :math:`y` in fp32, is rounded to the type of
-    `qkv`, and only then quantised: the bytes in the cache are those of rotating first and calling
-    ``write_cache_kv`` on the result. V takes the bias only. `qkv` stays as it is.
+    Bias, rotation and RMSNorm :math:`y` of a head are computed in fp32 and rounded to the dtype of
+    `qkv`; then the head is quantised. The cache so gets the same bytes as from rotating first and
+    calling ``write_cache_kv`` on the result. V takes the bias only. `qkv` is not changed.
 
     Parameters
     ----------
     qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
-        Query heads, then key heads, then value heads. Its rows may be strided.
+        Query heads, then key heads, then value heads. The first dimension may have any stride.
     key_cache, value_cache : Tensor
         Written in place. Shapes, dtypes and strides as for ``write_cache_kv``; for type ``"none"``
         the dtype of `qkv`.
     rotary_embs : Tensor, shape [2, 1, max_seq, 1, R / 2] or [..., R], float32, optional
         Cosines, then sines, of R = `rotary_dim` channels; [2, max_seq, columns] is accepted too.
-        With R columns each angle is there twice, for neox as ``[a, b, .., a, b, ..]``, else as
-        ``[a, a, b, b, ..]``. Positions past the end use the last one. None: nothing is rotated.
+        With R columns each angle is stored twice, for neox as ``[a, b, .., a, b, ..]``, else as
+        ``[a, a, b, b, ..]``. Positions past the end use the last one. None: no rotation.
     block_tables : Tensor, shape [B, max_blocks], int32
+        Physical block of each 64 tokens of a sequence.
     cu_seqlens_q : Tensor, shape [B + 1], int32
+        First token of each sequence in `qkv`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Cached and new tokens of each row. The i-th new token is at position
+        Cached and new tokens of each sequence. The i-th new token is at position
         ``seq_lens_decoder[b] + i``.
     num_heads, num_kv_heads : int
-        H and KV.
+        H and KV, the numbers of query and KV heads.
     q_norm_weight, k_norm_weight : Tensor, shape [D], float32, bfloat16 or float16, optional
-        RMSNorm over each head of Q, of K.
+        Weights of an RMSNorm over each head of Q and of K.
     rms_norm_eps : float
+        :math:`\epsilon` of the RMSNorm.
     use_neox_rotary_style : bool
-        Pairs are (i, i + R / 2); else (2i, 2i + 1).
+        Rotate the channel pairs (i, i + R / 2); else (2i, 2i + 1).
     rotary_dim : int, optional
-        Channels from the start of a head that are rotated, an even number; default D.
+        Number of channels from the start of a head that are rotated, even; default D.
     qk_norm_before_rope : bool
-        Order of norm and rotation. FastDeploy's operators normalise after rotating; with the
-        weight of a model trained the other way round (Qwen3) set this.
+        Normalise before the rotation, as models like Qwen3 do. FastDeploy's operators normalise
+        after it, which is the default.
     qkv_bias : Tensor, shape [(H + 2 KV) * D], float32, bfloat16 or float16, optional
     q_quant : {"none", "per_tensor", "per_token_head"}
-        Q as it is, or as e4m3 with the given `q_scale`, or with one scale a token and head,
-        ``max(amax, 1e-6) / 448``.
+        Return Q unquantised, as e4m3 with the given `q_scale`, or as e4m3 with a scale
+        ``max(amax, 1e-6) / 448`` for each token and head.
     q_scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier for ``"per_tensor"``.
     cache_k_scales, cache_v_scales : Tensor, optional
@@ -91,25 +121,25 @@ def rope_write_cache_kv(
     cache_quant_type : str
         ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
     fp8_format : {"e4m3", "e5m2"}
-        Codes of ``cache_fp8``.
+        Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
-        A token whose id is not its row (-1: CUDA-graph padding) is skipped.
+        Sequence of each token. A token with another id (-1 for CUDA-graph padding) is skipped.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
 
     Returns
     -------
     q : Tensor, shape [T, H, D], the dtype of `qkv`, or uint8 (e4m3 codes)
-        Skipped tokens and tokens past the last row give 0.
+        0 for skipped tokens and for tokens past the last sequence.
     q_descale : Tensor or None
-        None, `q_scale`, or float32 [T, H]. A skipped token has the scale of an all-zero head.
+        None, `q_scale`, or float32 [T, H] (for skipped tokens the scale of an all-zero head).
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a tensor is None or no tensor.
+        If a dtype is not one of those above, or a required argument is not a tensor.
     ValueError
-        If shapes, places or options do not fit each other, or a zero point is given.
+        If shapes, places or options do not match, or a zero point is given.
     NotImplementedError
         If `cache_quant_type`, the head dimension or a rope_3d table is not supported.
 
@@ -159,12 +189,12 @@ def rope_write_cache_kv(
             cache_v_scales,
             batch_id_per_token,
         ),
-        (
+        rope_write_attrs(
             num_heads,
             num_kv_heads,
-            as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
+            rms_norm_eps,
             use_neox_rotary_style,
-            -1 if rotary_dim is None else rotary_dim,
+            rotary_dim,
             qk_norm_before_rope,
             q_quant,
             cache_quant_type,

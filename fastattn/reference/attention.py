@@ -1,8 +1,8 @@
 """NumPy model of ``flash_attention`` and ``paged_attention``: dense attention over a boolean mask.
 
-Nothing is tiled and nothing runs online: every row (sequence) forms its whole score matrix, takes a
+Nothing is tiled, and no softmax is online: each sequence forms its whole score matrix, takes a
 softmax over the visible keys and multiplies by V. The default arithmetic is fp64. The other
-precisions are what a plain implementation of that precision gives; a kernel is held to twice their
+precisions compute what a plain implementation in that precision does; a kernel may have twice their
 error.
 """
 
@@ -30,16 +30,16 @@ def attention_mask(
     window_size: tuple[int, int] = (-1, -1),
     mask_offsets: Array | None = None,
 ) -> Array:
-    """Which keys each query of one row sees.
+    """Keys that each query of one sequence sees.
 
     Parameters
     ----------
     num_queries, num_keys : int
-        The queries are the last ones: query i stands at position ``i + num_keys - num_queries``.
+        The queries are the last tokens: query i has position ``i + num_keys - num_queries``.
     causal : bool
-        Keys after a query's position are hidden.
+        Mask the keys after a query's position.
     window_size : (left, right)
-        Keys further away than that are hidden; a negative side is unlimited.
+        Mask the keys that are further away; a negative side is unlimited.
     mask_offsets : array of int, shape [num_queries, 2], optional
         Query i sees keys ``[start, end)`` at most.
 
@@ -64,7 +64,7 @@ def attention_mask(
 
 
 def _weighted_values(p: Array, v: Array, visible: Array) -> Array:
-    """``p @ v``, [G, n, m] by [m, D], in which a hidden key has no part, whatever its V is.
+    """``p @ v``, [G, n, m] by [m, D], without the V of masked keys, which may be NaN.
 
     A plain product would turn 0 * NaN into NaN.
     """
@@ -87,7 +87,7 @@ def dense_attention(
     sinks: Array | None = None,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
-    r"""Attention of one row.
+    r"""Attention of one sequence.
 
     .. math:: s_{ij} = \mathrm{cap} \tanh(\lambda q_i k_j / \mathrm{cap}), \qquad
               o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{\mathrm{sink}} + \sum_j e^{s_{ij}}}
@@ -102,7 +102,7 @@ def dense_attention(
     softcap : float
         0 for none.
     sinks : array, shape [H], optional
-        Logits that join the denominator only.
+        A logit for each head that joins the denominator, but has no value.
     precision : str
         One of :data:`PRECISIONS`.
 
@@ -156,13 +156,13 @@ def dense_attention(
 
 
 def as_values(x: Array) -> Array:
-    """Values (fp32) of Q, K or V: uint8 means e4m3 codes, other types have values of their own."""
+    """Values (fp32) of Q, K or V. uint8 holds e4m3 codes; other dtypes hold their own values."""
     x = np.asarray(x)
     return from_codes(x, "e4m3") if x.dtype == np.uint8 else x.astype(np.float32)
 
 
 def _descaled_query(q: Array, descale: Array | None, cu_seqlens_q: Array, kv_heads: int) -> Array:
-    """Q times its descale: [1], [T, H], or [B, KV] (a row's query heads share their KV head's)."""
+    """Q times its descale of shape [1], [T, H], or [B, KV] (shared by a KV head's query heads)."""
     values = as_values(q).astype(np.float64)
     if descale is None:
         return values
@@ -170,19 +170,19 @@ def _descaled_query(q: Array, descale: Array | None, cu_seqlens_q: Array, kv_hea
     if descale.shape == (1,):
         return values * descale
     if descale.shape != q.shape[:2]:
-        of_rows = np.repeat(descale, q.shape[1] // kv_heads, axis=1)
+        of_seqs = np.repeat(descale, q.shape[1] // kv_heads, axis=1)
         descale = np.ones(q.shape[:2])
-        for row, (begin, end) in enumerate(zip(cu_seqlens_q, cu_seqlens_q[1:])):
-            descale[int(begin) : int(end)] = of_rows[row]
+        for b, (begin, end) in enumerate(zip(cu_seqlens_q, cu_seqlens_q[1:])):
+            descale[int(begin) : int(end)] = of_seqs[b]
     return values * descale[:, :, None]
 
 
-def _row_descale(descale: Array | None, row: int) -> Array:
-    """Descale [1], [KV] or [B, KV] of one row, shaped to multiply [m, KV, D]."""
+def _seq_descale(descale: Array | None, batch_idx: int) -> Array:
+    """Descale [1], [KV] or [B, KV] of one sequence, shaped to multiply [m, KV, D]."""
     if descale is None:
         return np.ones((1, 1, 1))
     descale = np.asarray(descale, np.float64)
-    return (descale[row] if descale.ndim == 2 else descale)[None, :, None]
+    return (descale[batch_idx] if descale.ndim == 2 else descale)[None, :, None]
 
 
 def _store(out: Array, out_scale: Array | None) -> Array:
@@ -209,7 +209,7 @@ def flash_attention(
     quantize_q: bool = False,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
-    """Attention of ragged rows; see :func:`fastattn.functional.flash_attention`.
+    """Attention of ragged sequences; see :func:`fastattn.functional.flash_attention`.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ def flash_attention(
     Returns
     -------
     out : array, shape [T, H, D]
-        fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. Tokens of no row are 0.
+        fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. 0 for tokens of no sequence.
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
@@ -231,9 +231,9 @@ def flash_attention(
     queries = _descaled_query(q, q_descale, cu_seqlens_q, k.shape[1])
     out = np.zeros((tokens, heads, head_dim))
     lse = np.full((heads, tokens), -np.inf)
-    for row in range(len(cu_seqlens_q) - 1):
-        at = slice(int(cu_seqlens_q[row]), int(cu_seqlens_q[row + 1]))
-        keys = slice(int(cu_seqlens_k[row]), int(cu_seqlens_k[row + 1]))
+    for b in range(len(cu_seqlens_q) - 1):
+        at = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
+        keys = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
         visible = attention_mask(
             at.stop - at.start,
             keys.stop - keys.start,
@@ -243,8 +243,8 @@ def flash_attention(
         )
         out[at], lse[:, at] = dense_attention(
             queries[at],
-            as_values(k[keys]) * _row_descale(k_descale, row),
-            as_values(v[keys]) * _row_descale(v_descale, row),
+            as_values(k[keys]) * _seq_descale(k_descale, b),
+            as_values(v[keys]) * _seq_descale(v_descale, b),
             visible,
             softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
             softcap=softcap,
@@ -273,7 +273,7 @@ def _dequantize_blocks(
     return values * multiplier.reshape(-1, 1, 1)
 
 
-def gather_row(
+def gather_seq(
     key_cache: Array,
     value_cache: Array,
     block_table: Array,
@@ -284,14 +284,14 @@ def gather_row(
     cache_quant_type: str = "none",
     fp8_format: str = "e4m3",
 ) -> tuple[Array, Array, Array]:
-    """K and V of one row from its blocks, dequantised.
+    """K and V of one sequence from its blocks, dequantised.
 
     Returns
     -------
     k, v : array of float64, shape [num_keys, KV, D]
         0 where no block is assigned.
     assigned : array of bool, shape [num_keys]
-        Whether the key's block exists: an id outside ``[0, num_blocks)`` is none.
+        Whether the key's block is assigned, with an id in ``[0, num_blocks)``.
     """
     num_blocks, kv_heads, _, head_dim = key_cache.shape
     needed = -(-num_keys // BLOCK_SIZE)
@@ -303,12 +303,12 @@ def gather_row(
         ("k", key_cache, cache_k_scales),
         ("v", value_cache, cache_v_scales),
     ):
-        rows = np.zeros((needed, kv_heads, BLOCK_SIZE, head_dim))
+        blocks = np.zeros((needed, kv_heads, BLOCK_SIZE, head_dim))
         if known.any():
-            rows[known] = _dequantize_blocks(
+            blocks[known] = _dequantize_blocks(
                 cache, kind, scales, cache_quant_type, fp8_format, ids[known]
             )
-        tokens = rows.transpose(0, 2, 1, 3).reshape(needed * BLOCK_SIZE, kv_heads, head_dim)
+        tokens = blocks.transpose(0, 2, 1, 3).reshape(needed * BLOCK_SIZE, kv_heads, head_dim)
         gathered.append(tokens[:num_keys])
     return gathered[0], gathered[1], np.repeat(known, BLOCK_SIZE)[:num_keys]
 
@@ -339,13 +339,13 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     """Attention of new tokens over a paged cache; see :func:`fastattn.functional.paged_attention`.
 
-    Row b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new tokens
-    and ``seq_lens_decoder[b] + n`` keys, read from the cache bytes.
+    Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
+    tokens and ``seq_lens_decoder[b] + n`` keys, read from the bytes of the cache.
 
     Returns
     -------
     out : array, shape [T, H, D]
-        fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. Tokens of no row are 0.
+        fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. 0 for tokens of no sequence.
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
@@ -354,18 +354,18 @@ def paged_attention(
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     out = np.zeros((tokens, heads, head_dim))
     lse = np.full((heads, tokens), -np.inf)
-    for row in range(len(block_tables)):
-        first = int(cu_seqlens_q[row])
-        span = min(int(cu_seqlens_q[row + 1]), tokens) - first
-        new = min(max(int(seq_lens_this_time[row]), 0), span)
+    for b in range(len(block_tables)):
+        first = int(cu_seqlens_q[b])
+        span = min(int(cu_seqlens_q[b + 1]), tokens) - first
+        new = min(max(int(seq_lens_this_time[b]), 0), span)
         if new <= 0:
             continue
         at = slice(first, first + new)
-        num_keys = max(int(seq_lens_decoder[row]), 0) + new
-        k, v, assigned = gather_row(
+        num_keys = max(int(seq_lens_decoder[b]), 0) + new
+        k, v, assigned = gather_seq(
             key_cache,
             value_cache,
-            block_tables[row],
+            block_tables[b],
             num_keys,
             cache_k_scales=cache_k_scales,
             cache_v_scales=cache_v_scales,

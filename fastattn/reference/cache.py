@@ -24,7 +24,7 @@ DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8")
 
 
 def code_of(cache_quant_type: str, fp8_format: str = "e4m3") -> str:
-    """Code type of a quantised cache: ``"int8"``, ``"e4m3"`` or ``"e5m2"``."""
+    """Format of the codes of a quantised cache: ``"int8"``, ``"e4m3"`` or ``"e5m2"``."""
     if cache_quant_type in ("cache_int8", "block_wise_int8"):
         return "int8"
     if cache_quant_type == "block_wise_fp8":
@@ -43,7 +43,7 @@ def static_scales(scales: Array, kv_heads: int, head_dim: int) -> Array:
 
 
 def block_of(block_table: Array, position: int, num_blocks: int) -> int | None:
-    """Physical block of a position of one row, None when none is assigned."""
+    """Physical block of a position of one sequence, None if none is assigned."""
     if position < 0 or position // BLOCK_SIZE >= len(block_table):
         return None
     block = int(block_table[position // BLOCK_SIZE])
@@ -57,19 +57,19 @@ def new_tokens(
     seq_lens_this_time: Array,
     batch_id_per_token: Array | None,
 ) -> Iterator[tuple[int, int, int]]:
-    """(token, row, position) of every token that the step writes."""
-    for row in range(len(seq_lens_decoder)):
-        first = int(cu_seqlens_q[row])
+    """(token, batch index, position) of every token that the step writes."""
+    for b in range(len(seq_lens_decoder)):
+        first = int(cu_seqlens_q[b])
         if first < 0:
             continue
-        count = min(int(seq_lens_this_time[row]), int(cu_seqlens_q[row + 1]) - first)
+        count = min(int(seq_lens_this_time[b]), int(cu_seqlens_q[b + 1]) - first)
         for i in range(count):
             token = first + i
             if token >= num_tokens:
                 break
-            if batch_id_per_token is not None and batch_id_per_token[token] != row:
+            if batch_id_per_token is not None and batch_id_per_token[token] != b:
                 continue
-            yield token, row, max(int(seq_lens_decoder[row]), 0) + i
+            yield token, b, max(int(seq_lens_decoder[b]), 0) + i
 
 
 def quantize_token(
@@ -81,14 +81,14 @@ def quantize_token(
     ----------
     x : array, shape [KV, D]
     scales : array
-        Static scales, or (dynamic types) any array of the type that scales are stored in.
+        Static scales; for dynamic types any array of the dtype in which scales are stored.
 
     Returns
     -------
     codes : array of uint8, shape [KV, D]
     token_scales : array, shape [KV], or None
-        For dynamic types, ``max(amax, 1e-6) / QMAX`` a head, rounded to the type of `scales`; the
-        codes belong to the rounded scale.
+        For dynamic types, ``max(amax, 1e-6) / QMAX`` of each head, rounded to the dtype of `scales`
+        before the token is quantised.
     """
     code = code_of(cache_quant_type, fp8_format)
     x = np.asarray(x).astype(np.float32)
@@ -126,10 +126,10 @@ def write_cache_kv(
         (key, key_cache, cache_k_scales, key_offsets("fastattn", head_dim)),
         (value, value_cache, cache_v_scales, value_offsets(value_layout, head_dim)),
     )
-    for token, row, position in new_tokens(
+    for token, b, position in new_tokens(
         len(key), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
     ):
-        block = block_of(block_tables[row], position, num_blocks)
+        block = block_of(block_tables[b], position, num_blocks)
         if block is None:
             continue
         slot = position % BLOCK_SIZE
@@ -180,13 +180,13 @@ def append_cache_kv_c8(
             else:
                 values = values * static_scales(scales, kv_heads, head_dim)[None, :, None]
             rounded = values.astype(out.dtype)
-        for row in range(len(seq_lens_decoder)):
-            first = int(cu_seqlens_k[row])
+        for b in range(len(seq_lens_decoder)):
+            first = int(cu_seqlens_k[b])
             if first < 0:
                 continue
-            count = min(int(seq_lens_decoder[row]), int(cu_seqlens_k[row + 1]) - first)
+            count = min(int(seq_lens_decoder[b]), int(cu_seqlens_k[b + 1]) - first)
             for i in range(min(count, len(out) - first)):
-                block = block_of(block_tables[row], i, num_blocks)
+                block = block_of(block_tables[b], i, num_blocks)
                 if block is not None:
                     out[first + i] = rounded[block, :, i % BLOCK_SIZE]
 

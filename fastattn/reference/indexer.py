@@ -1,7 +1,7 @@
 """NumPy model of the DeepSeek-V4 indexer operators.
 
-Every fp32 operation is spelled in the order in which the kernels do it, so that codes, scales and
-weights agree bit by bit: sums are trees of a fixed shape, and exp is a polynomial.
+The fp32 operations are those of the kernels in the same order, so that codes, scales and weights
+agree bit by bit: sums are trees of a fixed shape, and exp is a polynomial.
 """
 
 from __future__ import annotations
@@ -124,17 +124,17 @@ def indexer_q_rope_quant(
 
 
 def compress_group(kv: Array, score: Array) -> Array:
-    """Softmax of `score` over the rows of a group, channel by channel, as weights of `kv`.
+    """Average of `kv` over the states of a group, weighted by a softmax of `score` in each channel.
 
     Parameters
     ----------
-    kv, score : array of float32, shape [rows, HEAD]
-        rows is a multiple of 8. A missing row has score -inf and kv 0.
+    kv, score : array of float32, shape [n, HEAD]
+        n is a multiple of 8. A missing state has score -inf and kv 0.
 
     Returns
     -------
     array of float32, shape [HEAD]
-        0 where all scores are -inf. Rows are summed one by one in 8 segments, then pairwise.
+        0 where all scores are -inf. States are summed one by one in 8 segments, then pairwise.
     """
     with np.errstate(all="ignore"):
         maximum = np.fmax.reduce(score, axis=0)  # a NaN score makes its own weight NaN below
@@ -161,7 +161,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def _gather(
     state_cache: Array, table: Array, position: int, compress_ratio: int
 ) -> tuple[Array, Array] | None:
-    """Rows [n, HEAD] of kv and score that end at `position`; None if one has no block."""
+    """Values and scores [n, HEAD] of the states up to `position`; None if one has no block."""
     overlap = 1 if compress_ratio == 4 else 0
     num_blocks, state_block, width = state_cache.shape
     head = width // 2 // (1 + overlap)
@@ -174,10 +174,10 @@ def _gather(
             continue
         if p // state_block >= len(table) or not 0 <= table[p // state_block] < num_blocks:
             return None
-        row = state_cache[table[p // state_block], p % state_block].astype(np.float32)
+        state = state_cache[table[p // state_block], p % state_block].astype(np.float32)
         offset = head if j >= compress_ratio else 0
-        kv[j] = row[offset : offset + head]
-        score[j] = row[width // 2 + offset : width // 2 + offset + head]
+        kv[j] = state[offset : offset + head]
+        score[j] = state[width // 2 + offset : width // 2 + offset + head]
     return kv, score
 
 
@@ -218,22 +218,22 @@ def indexer_kv_compress_insert(
     for request, position, state_slot, kv_slot in zip(
         batch_id_per_token.tolist(), positions.tolist(), state_slots.tolist(), kv_slots.tolist()
     ):
-        page, row = divmod(kv_slot, page_size)
+        page, entry = divmod(kv_slot, page_size)
         if position < 0 or (position + 1) % compress_ratio != 0:
             continue  # the group is not complete
         if state_slot < 0 or kv_slot < 0 or page >= len(pages):
             continue
         if not 0 <= request < len(block_tables):
             continue
-        rows = _gather(state_cache, block_tables[request], position, compress_ratio)
-        if rows is None:
+        states = _gather(state_cache, block_tables[request], position, compress_ratio)
+        if states is None:
             continue
-        x = rms_norm(compress_group(*rows), rms_norm_weight, rms_norm_eps)
+        x = rms_norm(compress_group(*states), rms_norm_weight, rms_norm_eps)
         first = min(position // compress_ratio * compress_ratio, len(cos_sin_cache) - 1)
         x = round_to(rotate_last(x, cos_sin_cache[first]), bfloat16)
         codes, scales = token_bytes(x, quant)
-        at = row * layout.code_bytes
+        at = entry * layout.code_bytes
         pages[page, at : at + layout.code_bytes] = codes
-        at = page_size * layout.code_bytes + row * layout.scale_bytes
+        at = page_size * layout.code_bytes + entry * layout.scale_bytes
         pages[page, at : at + layout.scale_bytes] = scales
     return result

@@ -1,8 +1,8 @@
-"""Where element (token, channel) of a cache block lies: the three layouts of an 8-bit cache.
+"""Byte layouts of an 8-bit cache: the offset of element (token, channel) in a block.
 
 ``logical`` is [64, D] in token order for K and V, the form that people and tests read. ``fastattn``
-keeps K so and stores V as [D, 64] with the tokens of each group of 16 in the order of
-:func:`token_slot`. ``fastdeploy`` holds the same codes in MMA fragment order, int8 codes with 128
+has K in that order, and V as [D, 64] with the tokens of each group of 16 in the order of
+:func:`token_slot`. ``fastdeploy`` has the same codes in MMA fragment order, int8 codes with 128
 added.
 """
 
@@ -19,10 +19,10 @@ LAYOUTS = ("fastattn", "fastdeploy", "logical")
 
 
 def token_slot(token: Array) -> Array:
-    """Position of a token (0..63) inside a V row of the ``fastattn`` layout.
+    """Slot of a token (0..63) among the 64 of a channel of V in the ``fastattn`` layout.
 
-    Groups of 16 are stored 0,1,8,9, 2,3,10,11, 4,5,12,13, 6,7,14,15, so that one 32-bit word holds
-    the accumulator columns of one thread of an m16n8 matrix instruction in two neighbouring tiles.
+    Groups of 16 are stored 0,1,8,9, 2,3,10,11, 4,5,12,13, 6,7,14,15. A 32-bit word then holds the
+    accumulator columns of one thread of an m16n8 MMA instruction in two neighbouring tiles.
     """
     r = np.asarray(token)
     return 16 * (r // 16) + 4 * ((r % 8) // 2) + 2 * ((r % 16) // 8) + r % 2

@@ -35,7 +35,7 @@ def merge_attn_states(
     Parameters
     ----------
     groups : int, optional
-        Dynamic FP8 with that many scales a token: what the shape of `output_scales` says there.
+        Number of dynamic FP8 scales a token, the last dimension of `output_scales`.
 
     Returns
     -------

@@ -68,10 +68,10 @@ def pack_e2m1(codes: Array) -> Array:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def unpack_e2m1(packed: Array) -> Array:
+def unpack_e2m1(pairs: Array) -> Array:
     """Bytes [..., C / 2] to codes [..., C]; the inverse of :func:`pack_e2m1`."""
-    pair = np.stack([packed & 0xF, packed >> 4], axis=-1)
-    return pair.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+    codes = np.stack([pairs & 0xF, pairs >> 4], axis=-1)
+    return codes.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])
 
 
 def mxfp4_quantize(x: Array) -> tuple[Array, Array]:

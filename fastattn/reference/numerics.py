@@ -1,7 +1,7 @@
-"""Rounding, FP8 and integer codes, and scales: the arithmetic that every operator shares.
+"""Rounding, FP8 and integer codes, and scales: the arithmetic that all operators share.
 
-All roundings are to nearest, ties to even. FP8 saturates, infinities included; NaN keeps the code
-0x7F. Everything here is the definition that the CPU and CUDA kernels are held to, bit by bit.
+All roundings are to nearest, ties to even. FP8 saturates, infinities included; NaN has the code
+0x7F. The CPU and CUDA kernels must agree with these definitions bit by bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-#: Largest finite value of each 8-bit code type: the ``QMAX`` of a scale.
+#: Largest finite value of each 8-bit format: the ``QMAX`` of a scale.
 QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
 
 #: Smallest amax of a cache token; keeps the scale of an all-zero token away from 0.
@@ -95,7 +95,7 @@ def exp_non_positive(x: Array) -> Array:
     """exp(x) for x <= 0 in plain fp32 steps: 0 below -87, within 2 ulp above; NaN stays NaN.
 
     ``x = n ln2 + r``, and exp(r) is its Taylor polynomial of degree 7. A library's exp differs in
-    the last bit between platforms, and so would the codes of what it weighs.
+    the last bit between platforms, and so would the codes of values that it weights.
     """
     f = np.float32
     x = np.asarray(x, np.float32)

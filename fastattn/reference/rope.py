@@ -1,8 +1,8 @@
 """NumPy model of :func:`fastattn.functional.rope_write_cache_kv`.
 
-One head goes through: bias, rotation and RMSNorm in fp32, one rounding to the type of ``qkv``, and
-only then quantisation. Each fp32 operation below is one IEEE rounding in the order written, which
-is what makes the codes of every implementation the same.
+Bias, rotation and RMSNorm of a head are fp32; the result is rounded to the dtype of ``qkv`` and
+then quantised. Each fp32 operation below is one IEEE rounding in the order written, so that the
+codes of every implementation are the same.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def angles_of(
 ) -> tuple[Array, Array]:
     """Cosines and sines [T, 1, R / 2] of each token; positions are clamped to the table.
 
-    A table with a column for every channel holds each angle twice: neox ``[a, b, .., a, b, ..]``,
-    interleaved ``[a, a, b, b, ..]``.
+    A table with a column for every channel holds each angle twice, for neox as
+    ``[a, b, .., a, b, ..]``, else as ``[a, a, b, b, ..]``.
     """
     table = np.asarray(rotary_embs, np.float32)
     table = table.reshape(2, -1, table.shape[-1])
@@ -124,8 +124,8 @@ def rope_qkv(
             return y
         neox = use_neox_rotary_style
         cos, sin = angles_of(rotary_embs, positions, rotated, neox=neox)
-        turned = rotate(y[..., :rotated], cos, sin, neox=neox)
-        return np.concatenate([turned, y[..., rotated:]], axis=-1)
+        rotary = rotate(y[..., :rotated], cos, sin, neox=neox)
+        return np.concatenate([rotary, y[..., rotated:]], axis=-1)
 
     def norm(y: Array, weight: Array | None) -> Array:
         return y if weight is None else rms_norm(y, weight, rms_norm_eps)
@@ -186,7 +186,7 @@ def rope_write_cache_kv(
     Returns
     -------
     q : array, shape [T, H, D], the dtype of `qkv`, or uint8 e4m3 codes
-        0 for tokens of no row and for skipped ones.
+        0 for tokens of no sequence and for skipped ones.
     q_descale : array or None
     """
     positions = np.zeros(len(qkv), np.int64)

@@ -1,8 +1,8 @@
 """Attention problems: ragged batches and caches built to show what a kernel gets wrong.
 
 Scales differ between K and V and inside each, and are never 1. V has a mean. Physical blocks are in
-random order; every slot that no row may read holds NaN codes with NaN scales (int8: -128), and
-table entries that no row needs hold nonsense.
+random order; every slot that no sequence may read holds NaN codes with NaN scales (int8: -128), and
+table entries that no sequence needs hold nonsense.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ FEW_KINDS = [PLAIN, CacheKind("cache_int8", "channel"), BLOCK_WISE_FP8, BLOCK_WI
 
 
 @dataclasses.dataclass
-class Half:
+class CacheTensor:
     """K or V of a paged cache: logical codes (or values) [num_blocks, KV, 64, D] and scales."""
 
     kind: CacheKind
@@ -104,10 +104,10 @@ class Half:
             self.scales[where] = np.nan
 
 
-def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> Half:
+def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
     """Quantise values [num_blocks, KV, 64, D]."""
     if kind.quant_type == "none":
-        return Half(kind, letter, x.astype(NUMPY_TYPES[kind.dtype]), None)
+        return CacheTensor(kind, letter, x.astype(NUMPY_TYPES[kind.dtype]), None)
     kv, dim = x.shape[1], x.shape[3]
     scale_type = NUMPY_TYPES[kind.scale_dtype]
     if kind.dynamic:
@@ -124,7 +124,7 @@ def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> Half:
         else:
             multiplier = multiplier.reshape(-1, 1, 1)
         x = x * np.float32(multiplier / base)  # unequal scales for unequal data
-    return Half(kind, letter, numerics.quantize(x, multiplier, kind.code), scales)
+    return CacheTensor(kind, letter, numerics.quantize(x, multiplier, kind.code), scales)
 
 
 def _values(rng, shape, mean: float = 0.0) -> np.ndarray:
@@ -178,7 +178,7 @@ class Problem:
         raise NotImplementedError
 
     def owned(self) -> np.ndarray:
-        """Mask [T] of the tokens that belong to a row; the others' results are not compared."""
+        """Mask [T] of the tokens that belong to a sequence; results of others are not compared."""
         return np.ones(len(self.q), bool)
 
     def has_fp8_queries(self) -> bool:
@@ -302,8 +302,8 @@ def assert_scores_in_14_bits(problem: Problem, place: str) -> None:
 class PagedProblem(Problem):
     q: np.ndarray
     q_descale: np.ndarray | None
-    k: Half
-    v: Half
+    k: CacheTensor
+    v: CacheTensor
     block_tables: np.ndarray
     cu_seqlens_q: np.ndarray
     seq_lens_decoder: np.ndarray
@@ -333,14 +333,14 @@ class PagedProblem(Problem):
         scales = scales[np.isfinite(scales)]
         return float(scales.max() / scales.min()) if scales.size else 1.0
 
-    def slot(self, row: int, position: int) -> tuple[int, int]:
+    def slot(self, seq: int, position: int) -> tuple[int, int]:
         """(block, token in the block) of a key position."""
-        return int(self.block_tables[row, position // 64]), position % 64
+        return int(self.block_tables[seq, position // 64]), position % 64
 
-    def poison(self, letter: str, row: int, position: int, head: int | None = None) -> None:
-        block, r = self.slot(row, position)
-        half = self.k if letter == "k" else self.v
-        half.poison((block, slice(None) if head is None else head, r))
+    def poison(self, letter: str, seq: int, position: int, head: int | None = None) -> None:
+        block, r = self.slot(seq, position)
+        stored = self.k if letter == "k" else self.v
+        stored.poison((block, slice(None) if head is None else head, r))
 
     def owned(self) -> np.ndarray:
         owned = np.zeros(len(self.q), bool)
@@ -407,13 +407,13 @@ def _block_tables(rng, keys, prefixes, share: bool) -> tuple[np.ndarray, int]:
     tables = np.full((len(needed), max([*needed, 1]) + 1), -1, np.int64)
     tables[:, ::2] = 2**30  # an id that no cache has
     count = 0
-    for row, blocks in enumerate(needed):
+    for seq, blocks in enumerate(needed):
         for i in range(blocks):
-            # A full block of the prefix may be another row's, too.
-            if share and row and i < min(prefixes[0], prefixes[row]) // 64:
-                tables[row, i] = tables[0, i]
+            # A full block of the prefix may be another sequence's, too.
+            if share and seq and i < min(prefixes[0], prefixes[seq]) // 64:
+                tables[seq, i] = tables[0, i]
             else:
-                tables[row, i] = count
+                tables[seq, i] = count
                 count += 1
     order = rng.permutation(count + 3)
     known = (tables >= 0) & (tables < count)
@@ -422,7 +422,7 @@ def _block_tables(rng, keys, prefixes, share: bool) -> tuple[np.ndarray, int]:
 
 
 def paged_problem(
-    rows,
+    seqs,
     *,
     heads: tuple[int, int] = (4, 2),
     dim: int = 64,
@@ -435,35 +435,35 @@ def paged_problem(
     v_mean: float = 0.7,
     **options,
 ) -> PagedProblem:
-    """Problem of ragged rows.
+    """Problem of ragged sequences.
 
     Parameters
     ----------
-    rows : sequence of (prefix, new)
-        Cached and new tokens of each row.
+    seqs : sequence of (prefix, new)
+        Cached and new tokens of each sequence.
     spans : sequence of int, optional
-        Tokens set aside for each row in ``cu_seqlens_q``, at least its new ones.
+        Tokens set aside for each sequence in ``cu_seqlens_q``, at least its new ones.
     padding : int
-        Tokens behind the last row's.
+        Tokens behind the last sequence's.
     share : bool
-        Rows with a common number of full prefix blocks share these with the first row.
+        Sequences with a common number of full prefix blocks share these with the first sequence.
     options
         Passed to the operator and to the reference.
     """
     rng = np.random.default_rng(seed)
-    prefixes, new = (np.array([r[i] for r in rows], np.int32).reshape(-1) for i in (0, 1))
+    prefixes, new = (np.array([r[i] for r in seqs], np.int32).reshape(-1) for i in (0, 1))
     tables, num_blocks = _block_tables(rng, prefixes + new, prefixes, share)
     h, kv = heads
     shape = (num_blocks, kv, 64, dim)
     k = _store(_values(rng, shape), kind, "k", rng)
     v = _store(_values(rng, shape, v_mean), kind, "v", rng)
     written = np.zeros((num_blocks, 64), bool)
-    for row, keys in enumerate(prefixes + new):
+    for seq, keys in enumerate(prefixes + new):
         position = np.arange(keys)
-        written[tables[row, position // 64], position % 64] = True
+        written[tables[seq, position // 64], position % 64] = True
     hidden = np.argwhere(~written)
-    for half in (k, v):
-        half.poison((hidden[:, 0], slice(None), hidden[:, 1]))
+    for stored in (k, v):
+        stored.poison((hidden[:, 0], slice(None), hidden[:, 1]))
     cu = np.concatenate([[0], np.cumsum(new if spans is None else spans)]).astype(np.int32)
     if q_type is None:
         q_type = kind.dtype if kind.quant_type == "none" else "bfloat16"
@@ -528,7 +528,7 @@ class FlashProblem(Problem):
 
 
 def flash_problem(
-    rows,
+    seqs,
     *,
     heads: tuple[int, int] = (4, 2),
     dim: int = 64,
@@ -539,13 +539,13 @@ def flash_problem(
     v_mean: float = 0.7,
     **options,
 ) -> FlashProblem:
-    """Problem of ragged rows of (queries, keys) on contiguous tensors.
+    """Problem of ragged sequences of (queries, keys) on contiguous tensors.
 
     `kv_type` is a float type, "e4m3", "e5m2" or "int8"; its descales have `descale_shape` "tensor"
     [1], "head" [KV] or "batch" [B, KV].
     """
     rng = np.random.default_rng(seed)
-    cu_q, cu_k = (np.cumsum([0, *(r[i] for r in rows)]).astype(np.int32) for i in (0, 1))
+    cu_q, cu_k = (np.cumsum([0, *(r[i] for r in seqs)]).astype(np.int32) for i in (0, 1))
     h, kv = heads
     q, q_descale = _queries(rng, int(cu_q[-1]), h, dim, q_type)
     if kv_type is None:
@@ -555,7 +555,7 @@ def flash_problem(
         k, v = k.astype(NUMPY_TYPES[kv_type]), v.astype(NUMPY_TYPES[kv_type])
         return FlashProblem(q, k, v, cu_q, cu_k, options, q_descale)
     base = np.float32({"int8": 0.031, "e4m3": 0.0113, "e5m2": 0.0147}[kv_type])
-    shape = {"tensor": (1,), "head": (kv,), "batch": (len(rows), kv)}[descale_shape]
+    shape = {"tensor": (1,), "head": (kv,), "batch": (len(seqs), kv)}[descale_shape]
     codes = [numerics.quantize(x, base, kv_type) for x in (k, v)]
     if kv_type == "int8":
         codes = [c.view(np.int8) for c in codes]

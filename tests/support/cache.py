@@ -98,7 +98,7 @@ def make_cache(
 
 @dataclasses.dataclass
 class Step:
-    """Row metadata of one step."""
+    """Sequence metadata of one step."""
 
     block_tables: np.ndarray
     cu_seqlens_q: np.ndarray
@@ -122,18 +122,18 @@ class Step:
 def make_step(
     cached: list[int], new: list[int], *, spare_blocks: int = 3, seed: int = 0
 ) -> tuple[Step, int]:
-    """Rows with `cached` and `new` tokens over shuffled blocks, and the number of blocks.
+    """Sequences with `cached` and `new` tokens over shuffled blocks, and the number of blocks.
 
-    Table entries past a row's last block are -1 or far out of range.
+    Table entries past a sequence's last block are -1 or far out of range.
     """
     rng = np.random.default_rng(seed)
     needed = [-(-(c + n) // BLOCK_SIZE) for c, n in zip(cached, new)]
     num_blocks = sum(needed) + spare_blocks
     order = iter(rng.permutation(num_blocks))
     tables = np.where(rng.random((len(needed), max([*needed, 0]) + 1)) < 0.5, -1, num_blocks)
-    for row, count in enumerate(needed):
+    for seq, count in enumerate(needed):
         for i in range(count):
-            tables[row, i] = next(order)
+            tables[seq, i] = next(order)
     return (
         Step(
             tables.astype(np.int32),

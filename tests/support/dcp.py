@@ -39,9 +39,9 @@ from tests.support.attention import (
 from tests.support.cache import make_cache
 from tests.support.tensors import int32, to_numpy, to_paddle
 
-#: (cached, new): a prefill, chunks of one, decode and speculative rows, a resting one, rows shorter
-#: than a block, rows of fewer blocks than there are ranks.
-ROWS = [(0, 65), (1023, 1), (320, 63), (0, 0), (64, 1), (1, 64), (0, 1), (70, 5), (517, 4), (9, 0)]
+#: (cached, new): a prefill, chunks of one, decode and speculative sequences, a resting one, some
+#: shorter than a block, some of fewer blocks than there are ranks.
+SEQS = [(0, 65), (1023, 1), (320, 63), (0, 0), (64, 1), (1, 64), (0, 1), (70, 5), (517, 4), (9, 0)]
 SHORT = [(70, 5), (0, 66), (129, 1), (0, 0), (3, 2)]
 TOKENS = sum(new for _, new in SHORT)
 
@@ -56,10 +56,10 @@ def in_pairs(tables: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     return dcp_local_block_tables(tables, rank, world_size, interleave=2)
 
 
-def whole_rows(tables: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Every row on one rank."""
-    rows = np.arange(len(tables))[:, None]
-    return np.where(rows % world_size == rank, tables, -1).astype(np.int32)
+def whole_seqs(tables: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """Every sequence on one rank."""
+    seqs = np.arange(len(tables))[:, None]
+    return np.where(seqs % world_size == rank, tables, -1).astype(np.int32)
 
 
 def all_on_the_last(tables: np.ndarray, rank: int, world_size: int) -> np.ndarray:
@@ -92,12 +92,12 @@ class Case:
         problem.block_tables = np.where(
             (tables >= 0) & (tables < count), renamed[np.clip(tables, 0, count - 1)], -1
         ).astype(np.int32)
-        for half in (problem.k, problem.v):
-            half.elements = _gathered(half.elements, mine, ids, len(mine) + 2)
-            if half.kind.dynamic:
-                half.scales = _gathered(half.scales, mine, ids, len(mine) + 2)
+        for stored in (problem.k, problem.v):
+            stored.elements = _gathered(stored.elements, mine, ids, len(mine) + 2)
+            if stored.kind.dynamic:
+                stored.scales = _gathered(stored.scales, mine, ids, len(mine) + 2)
             spare = np.setdiff1d(np.arange(len(mine) + 2), ids)
-            half.poison((spare, slice(None), slice(None)))
+            stored.poison((spare, slice(None), slice(None)))
         return problem
 
     def run(self, rank: int, world_size: int, place: str) -> dict[str, np.ndarray]:
@@ -117,13 +117,13 @@ def _gathered(array: np.ndarray, blocks: np.ndarray, ids: np.ndarray, count: int
     return result
 
 
-def _case(rows, assign: Assign = interleaved, dcp: dict[str, Any] | None = None, **kwargs) -> Case:
-    return Case(lambda: paged_problem(rows, **kwargs), assign, dcp or {})
+def _case(seqs, assign: Assign = interleaved, dcp: dict[str, Any] | None = None, **kwargs) -> Case:
+    return Case(lambda: paged_problem(seqs, **kwargs), assign, dcp or {})
 
 
 def poisoned() -> PagedProblem:
-    """A NaN in a key of row 1, and in a value of row 2 and of row 7, one head of it."""
-    problem = paged_problem(ROWS, kind=BLOCK_WISE_FP8, seed=7)
+    """A NaN in a key of sequence 1, and in a value of sequences 2 and 7, there in one head."""
+    problem = paged_problem(SEQS, kind=BLOCK_WISE_FP8, seed=7)
     problem.poison("k", 1, 500)
     problem.poison("v", 2, 100)
     problem.poison("v", 7, 70, head=1)
@@ -136,26 +136,26 @@ MASK = np.array([(i * 3 % 50, 40 + i * 31 % 90) for i in range(TOKENS)], np.int3
 NOTHING = np.zeros((TOKENS, 2), np.int32)
 
 CASES: dict[str, Case] = {
-    **{f"type-{kind}": _case(ROWS, kind=kind, seed=3) for kind in CACHE_KINDS},
+    **{f"type-{kind}": _case(SEQS, kind=kind, seed=3) for kind in CACHE_KINDS},
     **{f"dim128-{kind}": _case(SHORT, kind=kind, dim=128, heads=(6, 2)) for kind in FEW_KINDS},
     **{
-        f"{assign.__name__}-{kind}": _case(ROWS, assign, kind=kind, seed=4)
-        for assign in (in_pairs, whole_rows, all_on_the_last, at_random)
+        f"{assign.__name__}-{kind}": _case(SEQS, assign, kind=kind, seed=4)
+        for assign in (in_pairs, whole_seqs, all_on_the_last, at_random)
         for kind in (PLAIN, BLOCK_WISE_FP8)
     },
-    **{f"fp8_output-{kind}": _case(ROWS, kind=kind, out_scale=SCALE, seed=5) for kind in FEW_KINDS},
-    "fp8_output-whole_rows": _case(ROWS, whole_rows, kind=BLOCK_WISE_FP8, out_scale=SCALE),
-    "fp32_queries": _case(ROWS, kind=BLOCK_WISE_INT8, q_type="float32"),
-    "fp16_queries": _case(ROWS, kind=BLOCK_WISE_FP8, q_type="float16"),
-    "fp8_queries": _case(ROWS, kind=BLOCK_WISE_FP8, q_type="e4m3:token_head"),
+    **{f"fp8_output-{kind}": _case(SEQS, kind=kind, out_scale=SCALE, seed=5) for kind in FEW_KINDS},
+    "fp8_output-whole_seqs": _case(SEQS, whole_seqs, kind=BLOCK_WISE_FP8, out_scale=SCALE),
+    "fp32_queries": _case(SEQS, kind=BLOCK_WISE_INT8, q_type="float32"),
+    "fp16_queries": _case(SEQS, kind=BLOCK_WISE_FP8, q_type="float16"),
+    "fp8_queries": _case(SEQS, kind=BLOCK_WISE_FP8, q_type="e4m3:token_head"),
     "fp8_queries-fp16": _case(
         SHORT, dcp={"out_dtype": "float16"}, kind=BLOCK_WISE_FP8, q_type="e4m3:tensor"
     ),
-    "quantize_q": _case(ROWS, kind=BLOCK_WISE_FP8, quantize_q=True),
-    "fp32_output": _case(ROWS, dcp={"out_dtype": "float32"}, kind=BLOCK_WISE_FP8, seed=6),
-    "exchange_output": _case(ROWS, dcp={"exchange_dtype": "output"}, kind=BLOCK_WISE_FP8, seed=6),
+    "quantize_q": _case(SEQS, kind=BLOCK_WISE_FP8, quantize_q=True),
+    "fp32_output": _case(SEQS, dcp={"out_dtype": "float32"}, kind=BLOCK_WISE_FP8, seed=6),
+    "exchange_output": _case(SEQS, dcp={"exchange_dtype": "output"}, kind=BLOCK_WISE_FP8, seed=6),
     "exchange_output-fp8": _case(
-        ROWS, dcp={"exchange_dtype": "output"}, kind=BLOCK_WISE_FP8, out_scale=SCALE
+        SEQS, dcp={"exchange_dtype": "output"}, kind=BLOCK_WISE_FP8, out_scale=SCALE
     ),
     "not_causal": _case(SHORT, kind=BLOCK_WISE_FP8, causal=False),
     "window": _case(SHORT, kind=BLOCK_WISE_FP8, window_size=(17, -1)),
@@ -163,15 +163,15 @@ CASES: dict[str, Case] = {
     "mask_offsets": _case(SHORT, causal=False, mask_offsets=MASK),
     "nothing_visible": _case(SHORT, mask_offsets=NOTHING),
     "nan": Case(poisoned),
-    "nan-whole_rows": Case(poisoned, whole_rows),
+    "nan-whole_seqs": Case(poisoned, whole_seqs),
     "padding": _case([(3, 2), (70, 0), (9, 2)], spans=[2, 5, 4], padding=3),
     "shared_blocks": _case([(200, 5), (133, 1), (64, 70)], kind=BLOCK_WISE_FP8, share=True),
 }
 
 #: These use arithmetic of Paddle, which not every Paddle has on every GPU.
 SINK_CASES: dict[str, Case] = {
-    "sinks": _case(ROWS, kind=BLOCK_WISE_FP8, sinks=SINKS),
-    "sinks-whole_rows": _case(ROWS, whole_rows, sinks=SINKS),
+    "sinks": _case(SEQS, kind=BLOCK_WISE_FP8, sinks=SINKS),
+    "sinks-whole_seqs": _case(SEQS, whole_seqs, sinks=SINKS),
     "sinks-fp8_output": _case(SHORT, sinks=SINKS, out_scale=SCALE),
     "sinks-nothing_visible": _case(SHORT, sinks=SINKS, mask_offsets=NOTHING),
 }
@@ -179,7 +179,7 @@ SINK_CASES: dict[str, Case] = {
 
 # --- a server's steps: every rank writes what is its own, then attends --------------------------
 
-#: Steps of (new tokens of each row): a prefill in two chunks, decode, a speculative step, decode.
+#: New tokens of each sequence by step: a prefill in two chunks, decode, speculation, decode.
 STEPS = [(130, 65, 3, 0, 1), (70, 1, 1, 0, 64), (1, 1, 4, 200, 1), (4, 3, 1, 1, 2), (1, 1, 1, 1, 1)]
 MAX_STRIPES = 5
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -198,8 +198,8 @@ def serve(kind: CacheKind, rank: int, world_size: int, place: str) -> dict[str, 
     The tables are those of a scheduler that allocates stripes of one block a rank.
     """
     rng = np.random.default_rng(11)
-    rows, stripes = len(STEPS[0]), -(-MAX_STRIPES // world_size) + 1
-    ids = rng.permutation(rows * stripes).reshape(rows, stripes).astype(np.int32)
+    seqs, stripes = len(STEPS[0]), -(-MAX_STRIPES // world_size) + 1
+    ids = rng.permutation(seqs * stripes).reshape(seqs, stripes).astype(np.int32)
     tables = dcp_stripe_block_tables(ids, rank, world_size)
     cache = make_cache(
         kind.quant_type, ids.size, KV_HEADS, DIM, fp8_format=kind.fp8_format, seed=rank
@@ -213,7 +213,7 @@ def serve(kind: CacheKind, rank: int, world_size: int, place: str) -> dict[str, 
     stored = {"cache_k_scales": k_scales, "cache_v_scales": v_scales, **cache.options}
     angles = to_paddle(make_rotary_embs(64 * (MAX_STRIPES + 2), DIM), place)
     results: dict[str, np.ndarray] = {}
-    cached = np.zeros(rows, np.int32)
+    cached = np.zeros(seqs, np.int32)
     data = np.random.default_rng(12)
     for i, new in enumerate(STEPS):
         qkv = data.normal(size=(sum(new), (HEADS + 2 * KV_HEADS) * DIM)).astype(np.float32)

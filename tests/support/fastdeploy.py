@@ -89,7 +89,7 @@ def make_model(kind: str | None, **options: Any) -> Model:
 
 
 class Worker:
-    """One rank's model runner: rows of `lengths` tokens in the end, over layers of one model.
+    """One rank's model runner: sequences of `lengths` tokens in the end, over layers of one model.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ class Worker:
         Tensor-parallel ranks.
     layers : int
     shared : int
-        Row 1 starts with the first `shared` blocks of row 0 (prefix cache).
+        Sequence 1 starts with the first `shared` blocks of sequence 0 (prefix cache).
     """
 
     def __init__(
@@ -165,8 +165,8 @@ class Worker:
         self.num_blocks = sum(needed) + 2
         order = rng.permutation(self.num_blocks)
         self.tables = np.full((len(lengths) + 1, max(needed) + 1), -1)
-        for row, count in enumerate(needed):
-            self.tables[row, :count] = order[sum(needed[:row]) :][:count]
+        for seq, count in enumerate(needed):
+            self.tables[seq, :count] = order[sum(needed[:seq]) :][:count]
         if shared:
             self.tables[1, :shared] = self.tables[0, :shared]
             self.tokens[1][:, : shared * BLOCK_SIZE] = self.tokens[0][:, : shared * BLOCK_SIZE]
@@ -268,7 +268,7 @@ class Worker:
         advance: list[int] | None = None,
         **fields: Any,
     ) -> None:
-        """Run all layers and check them; rows advance by `advance`, by default by `new`."""
+        """Run all layers and check them; sequences advance by `advance`, by default by `new`."""
         prefill = [n > 1 for n in new] if prefill is None else prefill
         meta = self.make_meta(self.metadata(new, prefill, sum(new) + padding), **fields)
         self.backend.init_attention_metadata(meta)
@@ -286,15 +286,15 @@ class Worker:
         dtype = "float16" if self.model.dtype == np.float16 else "bfloat16"
         assert out.shape == (sum(new) + padding, self.q_heads * dim)
         own = slice(self.first_q * dim, (self.first_q + self.q_heads) * dim)
-        for row, n in enumerate(new):
+        for seq, n in enumerate(new):
             if n == 0:
                 continue
-            tokens = self.tokens[row][layer, : self.cached[row] + n]
+            tokens = self.tokens[seq][layer, : self.cached[seq] + n]
             exact, naive = (
-                self.model.attention(tokens, self.cached[row], p)[:, own]
+                self.model.attention(tokens, self.cached[seq], p)[:, own]
                 for p in ("float64", dtype)
             )
             part = out[start : start + n]
             start += n
-            assert_error_ratio(part, exact, naive, dtype, f"layer {layer}, row {row}")
+            assert_error_ratio(part, exact, naive, dtype, f"layer {layer}, sequence {seq}")
         assert not out[start:].any(), "padding tokens"

@@ -1,5 +1,5 @@
 // The CPU kernel of merge_attn_states with strides that no Paddle tensor reaches it with: Paddle
-// hands contiguous copies to a custom operator. Compiled by tests/test_merge.py; no Paddle.
+// hands contiguous copies to a custom operator. Compiled by tests/merge/test_merge.py; no Paddle.
 #include "cpu/merge.h"
 
 extern "C" void merge_strided(const float* prefix, const float* prefix_lse, const float* suffix,

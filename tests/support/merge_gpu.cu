@@ -1,5 +1,5 @@
 // The CUDA kernels of merge_attn_states with strides that no Paddle tensor reaches them with, on
-// copies of host memory. Compiled by tests/test_merge_cuda.py with custom_ops/cuda/merge; no
+// copies of host memory. Compiled by tests/merge/test_merge_gpu.py with custom_ops/cuda/merge; no
 // Paddle.
 #include <vector>
 

@@ -1,5 +1,5 @@
 // The conversions of custom_ops/common as plain functions over arrays, and the proof of E2M1 over
-// every fp32 value. Compiled by tests/test_numerics.py; no Paddle.
+// every fp32 value. Compiled by tests/tooling/test_numerics.py; no Paddle.
 #include <cmath>
 #include <cstdint>
 

@@ -47,7 +47,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
     def ones(*shape: int) -> paddle.Tensor:
         return to_paddle(np.ones(shape, np.float32), place)
 
-    def rows() -> dict[str, Any]:
+    def seqs() -> dict[str, Any]:
         return {
             "block_tables": int32([[0]], place),
             "cu_seqlens_q": int32([0, 2], place),
@@ -81,7 +81,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "key": make(2, 2, 64, dtype="float16"),
                 "value": make(2, 2, 64, dtype="float16"),
                 **cache(),
-                **rows(),
+                **seqs(),
             },
             plain,
         ),
@@ -89,7 +89,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {
                 "qkv": make(2, 8 * 64, dtype="float16"),
                 **cache(),
-                **rows(),
+                **seqs(),
                 "rotary_embs": make(2, 1, 8, 1, 32),
             },
             {
@@ -107,7 +107,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {
                 "qkv": make(2, 8 * 64, dtype="float16"),
                 **cache(),
-                **rows(),
+                **seqs(),
                 "rotary_embs": make(2, 1, 8, 1, 32),
                 "cu_seqlens_k": int32([0, 2], place),
                 "seq_lens_encoder": int32([2], place),
@@ -151,7 +151,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {**attention, "kv_dtype": "auto"},
         ),
         "paged_attention": OpCall(
-            {"q": make(2, 4, 64, dtype="float16"), **cache(), **rows()}, {**plain, **attention}
+            {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()}, {**plain, **attention}
         ),
         "merge_attn_states": OpCall(
             {

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 #: What Paddle says when somebody else has taken the port since it was chosen.
 _PORT_TAKEN = ("address already in use", "eaddrinuse", "bind on endpoint")

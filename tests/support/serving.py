@@ -76,7 +76,7 @@ class Model:
         return self.cache_quant_type.startswith("block_wise")
 
     def project(self, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """q (rounded) and the K and V that a cache of this type gives back, for a whole row."""
+        """q (rounded) and K and V as a cache of this type gives them back, for a whole sequence."""
         q, k, v = rope_qkv(
             qkv,
             np.arange(len(qkv)),
@@ -105,7 +105,7 @@ class Model:
         return out
 
     def attention(self, qkv: np.ndarray, first: int, precision: str, **mask: Any) -> np.ndarray:
-        """Outputs [n - first, H * D] of a row's tokens from `first` on."""
+        """Outputs [n - first, H * D] of a sequence's tokens from `first` on."""
         q, k, v = self.project(qkv)
         new = len(qkv) - first
         options: dict[str, Any] = {"causal": True, "window_size": (self.window - 1, -1)}
@@ -125,7 +125,7 @@ class Model:
 
 
 def assert_fp8_probabilities(actual, exact, what: str, rounding: float = 0.0) -> None:
-    """Hold a row's tokens to the error that probabilities rounded to e4m3 (2^-4) make.
+    """Hold a sequence's tokens to the error that probabilities rounded to e4m3 (2^-4) make.
 
     Over many keys such errors are noise of the output's own size: a few per cent of it typically, a
     quarter of it nowhere. A wrong scale is neither. `rounding` is the largest relative error of
@@ -139,17 +139,17 @@ def assert_fp8_probabilities(actual, exact, what: str, rounding: float = 0.0) ->
 
 
 class Server:
-    """Rows that grow step by step through one backend.
+    """Sequences that grow step by step through one backend.
 
     Parameters
     ----------
     backend : type
     model : Model
     lengths : list of int
-        Tokens that each row will have in the end.
+        Tokens that each sequence will have in the end.
     place : str
     shared : int
-        Row 1 starts with the first `shared` blocks of row 0, already cached there.
+        Sequence 1 starts with the first `shared` blocks of sequence 0, already cached there.
     config : dict
         Options of :func:`fastattn.backends.make_config`.
     """
@@ -193,8 +193,8 @@ class Server:
         order = rng.permutation(sum(needed) + 2)
         tables = np.full((len(lengths), max(needed) + 1), -1)
         start = 0
-        for row, count in enumerate(needed):
-            tables[row, :count] = order[start : start + count]
+        for seq, count in enumerate(needed):
+            tables[seq, :count] = order[start : start + count]
             start += count
         if shared:
             tables[1, :shared] = tables[0, :shared]
@@ -250,7 +250,7 @@ class Server:
         return np.concatenate([*parts, np.full((padding, self.model.width), 3, self.model.dtype)])
 
     def run(self, new: list[int], *, padding: int = 0, layers: Any = None, **fields) -> dict:
-        """One step; outputs [T, H * D] of each layer. Rows do not advance."""
+        """One step; outputs [T, H * D] of each layer. Sequences do not advance."""
         meta = self.make_meta(new, num_tokens=sum(new) + padding, **fields)
         self.backend.init_attention_metadata(meta)
         outputs = {}
@@ -261,7 +261,7 @@ class Server:
         return outputs
 
     def step(self, new: list[int], *, padding: int = 0, **fields: Any) -> dict:
-        """One step, checked against the dense model; rows advance."""
+        """One step, checked against the dense model; sequences advance."""
         outputs = self.run(new, padding=padding, **fields)
         for layer, out in outputs.items():
             self.check(layer, new, out, padding)
@@ -272,17 +272,17 @@ class Server:
         model, start = self.model, 0
         dtype = "float16" if model.dtype == np.float16 else "bfloat16"
         assert out.shape == (sum(new) + padding, model.heads * model.head_dim)
-        for row, n in enumerate(new):
+        for seq, n in enumerate(new):
             if n == 0:
                 continue
-            tokens = self.tokens[row][layer, : self.cached[row] + n]
+            tokens = self.tokens[seq][layer, : self.cached[seq] + n]
             exact, naive = (
-                model.attention(tokens, self.cached[row], p) for p in ("float64", dtype)
+                model.attention(tokens, self.cached[seq], p) for p in ("float64", dtype)
             )
             part = out[start : start + n]
             start += n
             if self.place != "cpu" and model.multiplies_fp8():
-                assert_fp8_probabilities(part, exact, f"layer {layer}, row {row}")
+                assert_fp8_probabilities(part, exact, f"layer {layer}, sequence {seq}")
             else:
-                assert_error_ratio(part, exact, naive, dtype, f"layer {layer}, row {row}")
+                assert_error_ratio(part, exact, naive, dtype, f"layer {layer}, sequence {seq}")
         assert not out[start:].any(), "padding tokens"

@@ -1,4 +1,4 @@
-// What tests/test_strided_views.py calls.
+// What tests/cache/test_strided_views.py calls.
 #include "common/strided_view.h"
 
 #include <cstdint>

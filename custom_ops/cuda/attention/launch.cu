@@ -1,10 +1,11 @@
 #include "cuda/attention/launch.h"
 
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "common/ceil_div.h"
-#include "common/dispatch.h"
+#include "cuda/attention/mma_sm80/instances.h"
 #include "cuda/attention/wgmma_sm90/fp16/launch.h"
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
 
@@ -14,40 +15,15 @@ namespace {
 
 using Launcher = cudaError_t (*)(const AttentionParams&, const AttentionTask&, int, cudaStream_t);
 
-template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales>
-Launcher FindColumns(int columns) {
-  Launcher found = nullptr;
-  dispatch<8, 16, 64>(columns, "columns", [&](auto c) {
-    found = LaunchAttentionVariant<kElement, kHeadDim, kPaged, kTokenScales, decltype(c)::value>;
-  });
-  return found;
-}
-
-template <int kHeadDim>
-Launcher FindElement(const AttentionParams& p, int columns) {
-  Launcher found = nullptr;
-  if (!p.paged) {
-    dispatch<DType::kBFloat16, DType::kFloat16, DType::kE4M3, DType::kE5M2, DType::kInt8>(
-        p.ragged.dtype, "keys on a GPU", [&](auto element) {
-          found = FindColumns<decltype(element)::value, kHeadDim, false, false>(columns);
-        });
-  } else if (IsDynamic(p.cache.type)) {
-    dispatch<DType::kE4M3, DType::kInt8>(p.cache.dtype, "dynamic codes", [&](auto element) {
-      found = FindColumns<decltype(element)::value, kHeadDim, true, true>(columns);
-    });
-  } else {
-    dispatch<DType::kBFloat16, DType::kFloat16, DType::kE4M3, DType::kE5M2, DType::kInt8>(
-        p.cache.dtype, "cache on a GPU", [&](auto element) {
-          found = FindColumns<decltype(element)::value, kHeadDim, true, false>(columns);
-        });
-  }
-  return found;
-}
-
 Launcher Find(const AttentionParams& p, int columns) {
+  const bool dynamic = p.paged && IsDynamic(p.cache.type);
+  const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
+  const std::tuple wanted{Wanted{keys, p.paged ? p.cache.dtype : p.ragged.dtype},
+                          Wanted{"head_dim", p.head_dim}, Wanted{"paged", p.paged},
+                          Wanted{"token_scales", dynamic}, Wanted{"columns", columns}};
   Launcher found = nullptr;
-  dispatch<64, 128>(p.head_dim, "head_dim", [&](auto head_dim) {
-    found = FindElement<decltype(head_dim)::value>(p, columns);
+  dispatch(AttentionInstances{}, wanted, [&](auto... arguments) {
+    found = LaunchAttentionVariant<decltype(arguments)::value...>;
   });
   return found;
 }
@@ -106,44 +82,20 @@ cudaError_t LaunchRows(const AttentionParams& p, const AttentionPlan& plan, bool
 
 }  // namespace
 
-int MaxAttentionCluster(const DeviceFacts& facts) {
-  return facts.major >= 9 ? 8 : 1;  // 8 is what every such device can do
-}
-
-PrefillKernel ChoosePrefill(const AttentionParams& p, const DeviceFacts& facts) {
-  if (!facts.IsHopper()) return PrefillKernel::kNone;
-  if (PrefillSm90Supports(p)) return PrefillKernel::kFp8;
-  return PrefillHalfSm90Supports(p) ? PrefillKernel::kHalf : PrefillKernel::kNone;
-}
-
-int64_t LongRow(const AttentionParams& p, PrefillKernel prefill) {
-  // A prefill kernel's tiles are 128 tokens of one head, which shorter rows do not fill; split ones
-  // are 64 tokens and heads together. Measured on an H100: with 32 tokens both take as long for
-  // e4m3 queries, and nearly as long for 16-bit ones over 16-bit keys. Codes, which the prefill
-  // kernel converts for every head, are slower there up to 63.
-  constexpr int64_t kPrefillRow = 33;
-  const bool codes = SizeOf(p.paged ? p.cache.dtype : p.ragged.dtype) == 1;
-  const bool converts = prefill == PrefillKernel::kHalf && codes;
-  return prefill == PrefillKernel::kNone || converts ? kLongSeq : kPrefillRow;
-}
-
-int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill) {
-  return prefill == PrefillKernel::kFp8 ? PrefillSm90Workspace(p) : 0;
-}
-
-cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
-                            PrefillKernel prefill, cudaStream_t stream) {
+cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& decision,
+                            cudaStream_t stream) {
+  const AttentionPlan& plan = decision.plan;
   if (plan.num_launches == 0) return LaunchClear(p, stream);
-  float* workspace = p.workspace + PrefillWorkspace(p, prefill);
-  const bool prefills = prefill != PrefillKernel::kNone;
+  float* workspace = p.workspace + decision.prefill_workspace;
+  const bool prefills = decision.prefill != PrefillKernel::kNone;
   // A prefill kernel goes first: its CTAs take a multiprocessor each, and the smaller ones of the
   // others fill those that it leaves or does not need.
   if (prefills) {
     const int64_t group = p.num_heads / p.num_kv_heads;
     const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_pairs, group));
-    const cudaError_t status = prefill == PrefillKernel::kFp8
-                                   ? LaunchPrefillSm90(p, min_tokens, stream)
-                                   : LaunchPrefillHalfSm90(p, min_tokens, stream);
+    const cudaError_t status = decision.prefill == PrefillKernel::kWgmmaFp8
+                                   ? LaunchWgmmaFp8(p, min_tokens, stream)
+                                   : LaunchWgmmaFp16(p, min_tokens, stream);
     if (status != cudaSuccess) return status;
     if (plan.num_launches == 1) return LaunchClearPadding(p, stream);  // else another one does
   }

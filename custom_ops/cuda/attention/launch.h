@@ -5,9 +5,8 @@
 #include <cstdint>
 
 #include "common/types.h"
-#include "cuda/common/device_facts.h"
+#include "heuristics/attention.h"
 #include "params/attention.h"
-#include "params/attention_plan.h"
 
 namespace fastattn::cuda {
 
@@ -27,29 +26,9 @@ struct AttentionTask {
   float* partials = nullptr;  // [grid, kPartialsPerCta, columns, D + 2]
 };
 
-// CTAs of a cluster on a device, at most: AttentionSizes::max_cluster.
-int MaxAttentionCluster(const DeviceFacts& facts);
-
-// Kernels that LaunchAttention may leave the plan's long rows to.
-enum class PrefillKernel : int {
-  kNone,
-  kFp8,   // wgmma_fp8: e4m3 queries, keys and values
-  kHalf,  // wgmma_fp16: 16-bit queries
-};
-
-// The one for a device.
-PrefillKernel ChoosePrefill(const AttentionParams& p, const DeviceFacts& facts);
-
-// New tokens from which a row is better off there: AttentionSizes::long_seq.
-int64_t LongRow(const AttentionParams& p, PrefillKernel prefill);
-
-// Floats of p.workspace that it writes.
-int64_t PrefillWorkspace(const AttentionParams& p, PrefillKernel prefill);
-
-// p.workspace holds plan.workspace and PrefillWorkspace(...) floats. A plan without whole tiles has
-// no rows for a prefill kernel.
-cudaError_t LaunchAttention(const AttentionParams& p, const AttentionPlan& plan,
-                            PrefillKernel prefill, cudaStream_t stream);
+// p.workspace holds decision.workspace floats.
+cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& decision,
+                            cudaStream_t stream);
 
 template <DType kElement, int kHeadDim, bool kPaged, bool kTokenScales, int kColumns>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,

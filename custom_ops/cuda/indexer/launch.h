@@ -10,7 +10,7 @@ namespace fastattn::cuda {
 cudaError_t LaunchIndexerQRopeQuant(const IndexerQParams& p, cudaStream_t stream);
 cudaError_t LaunchIndexerKvCompressInsert(const IndexerKvParams& p, cudaStream_t stream);
 
-// One page format a file.
+// The variants of builder/instances.py, one a page format.
 template <IndexerQuant kQuant>
 cudaError_t LaunchIndexerKey(const IndexerKvParams& p, cudaStream_t stream);
 

@@ -10,13 +10,11 @@
 #include "common/dispatch.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/merge/dense_kernel.cuh"
+#include "cuda/merge/launch.h"
 #include "cuda/merge/scalar_kernel.cuh"
 #include "cuda/merge/vector_kernel.cuh"
 
 namespace fastattn::cuda {
-
-template <DType kIn>
-cudaError_t LaunchMergeVariant(const MergeParams& p, cudaStream_t stream);
 
 inline int CeilPowerOfTwo(int64_t x) {
   int power = 1;

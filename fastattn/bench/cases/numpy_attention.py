@@ -123,13 +123,13 @@ def paged_attention(device: Cpu) -> Iterator[Row]:
     op = "paged_attention"
     for quant, batch, heads, kv, dim, context in device.of(_DECODE):
         ours, numpy, size = _paged(device, quant, batch, heads, kv, dim, context, 1)
-        shape = f"decode {quant} B {batch} H {heads}/{kv} D {dim} ctx {context}"
+        shape = f"decode {quant} B {batch} ctx {context} H {heads}/{kv} D {dim}"
         yield _row(device, op, shape, ours, numpy, size, "GB/s", batch)
     heads, kv, context, new = 16, 4, 1024, 256
     for quant in device.of(_CHUNKS):
         ours, numpy, _ = _paged(device, quant, 1, heads, kv, 128, context, new)
         flops = 4 * heads * 128 * sum(range(context - new + 1, context + 1))
-        shape = f"chunk of {new} {quant} B 1 H {heads}/{kv} D 128 ctx {context}"
+        shape = f"chunk of {new} {quant} B 1 ctx {context} H {heads}/{kv} D 128"
         yield _row(device, op, shape, ours, numpy, flops, "GFLOP/s", 1)
 
 

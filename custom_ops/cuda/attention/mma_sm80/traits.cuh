@@ -14,7 +14,7 @@
 
 #include "common/types.h"
 #include "cuda/attention/shared/format.cuh"
-#include "params/attention_plan.h"
+#include "heuristics/attention_plan.h"
 
 namespace fastattn::cuda {
 

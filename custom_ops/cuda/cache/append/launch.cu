@@ -1,25 +1,19 @@
 #include "cuda/cache/append/launch.h"
 
-#include "common/dispatch.h"
+#include <tuple>
+
+#include "cuda/cache/append/instances.h"
 
 namespace fastattn::cuda {
 
 cudaError_t LaunchAppendCache(const AppendCacheParams& p, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  const auto launch = [&](auto code, auto dynamic_quant) {
-    dispatch<CacheLayout::kFastattn, CacheLayout::kFastDeploy>(
-        p.cache.layout, "cache_layout", [&](auto layout) {
-          status = LaunchAppendCacheVariant<decltype(code)::value, decltype(dynamic_quant)::value,
-                                            decltype(layout)::value>(p, stream);
-        });
-  };
-  if (p.dynamic_quant) {
-    dispatch<DType::kE4M3, DType::kInt8>(p.cache.dtype, "dynamic codes",
-                                         [&](auto code) { launch(code, std::true_type{}); });
-  } else {
-    dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8>(
-        p.cache.dtype, "codes", [&](auto code) { launch(code, std::false_type{}); });
-  }
+  const std::tuple wanted{Wanted{p.dynamic_quant ? "dynamic codes" : "codes", p.cache.dtype},
+                          Wanted{"dynamic_quant", p.dynamic_quant},
+                          Wanted{"cache_layout", p.cache.layout}};
+  dispatch(AppendCacheInstances{}, wanted, [&](auto... arguments) {
+    status = LaunchAppendCacheVariant<decltype(arguments)::value...>(p, stream);
+  });
   return status;
 }
 

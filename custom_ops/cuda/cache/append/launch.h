@@ -1,5 +1,5 @@
-// Launchers of append_cache_kv_c8: there is one for each (code type, dynamic_quant, layout), in a
-// file of its own, and LaunchAppendCache picks one.
+// Launchers of append_cache_kv_c8: one per (code type, dynamic_quant, layout), those of
+// builder/instances.py; LaunchAppendCache picks one.
 #pragma once
 
 #include <cuda_runtime.h>

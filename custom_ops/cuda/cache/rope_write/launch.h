@@ -24,7 +24,8 @@ struct StepParams {
 cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, cudaStream_t stream);
 cudaError_t LaunchWriteCache(const WriteCacheParams& p, cudaStream_t stream);
 
-// One variant a file. kCode is the cache's element type (bf16 / fp16 for CacheType::kNone).
+// The variants of builder/instances.py. kCode is the cache's element type (bf16 / fp16 for
+// CacheType::kNone).
 template <DType kIn, CacheType kType, DType kCode>
 cudaError_t LaunchStepVariant(const StepParams& p, cudaStream_t stream);
 

@@ -1,9 +1,11 @@
 #include "cuda/compat/gqa_rope/launch.h"
 
-#include "common/dispatch.h"
+#include <tuple>
+
 #include "cuda/cache/append/launch.h"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/launch.cuh"
+#include "cuda/compat/gqa_rope/instances.h"
 
 namespace fastattn::cuda {
 
@@ -63,9 +65,9 @@ cudaError_t LaunchGqaRopeWriteCache(const GqaRopeWriteCacheParams& p, cudaStream
   const SeqMeta& seqs = p.rope.seqs;
   cudaError_t status = cudaSuccess;
   if (seqs.num_tokens > 0) {
-    dispatch<DType::kBFloat16, DType::kFloat16>(p.rope.dtype, "qkv dtype", [&](auto dtype) {
-      status = LaunchGqaTokens<decltype(dtype)::value>(p, stream);
-    });
+    const std::tuple wanted{Wanted{"qkv dtype", p.rope.dtype}};
+    dispatch(GqaTokensInstances{}, wanted,
+             [&](auto dtype) { status = LaunchGqaTokens<decltype(dtype)::value>(p, stream); });
   } else if (seqs.batch > 0) {
     const unsigned ctas = GridSize((seqs.batch + int64_t{kThreads} - 1) / kThreads);
     status = LaunchKernel(PrefixLengthsKernel, ctas, kThreads, stream, p);

@@ -7,6 +7,7 @@
 #include "cuda/attention/wgmma_sm90/fp16/converter.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/operands.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/producer.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/variant.h"
 
 namespace fastattn::cuda::wgmma_fp16 {
 
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 // A softcap is a kernel of its own: steps without one are better off without its instructions.
 template <DType kElement, int kDim, Source kSource, bool kTokenScales>
-cudaError_t LaunchConfig(const Arguments& arguments, cudaStream_t stream) {
+cudaError_t LaunchVariant(const Arguments& arguments, cudaStream_t stream) {
   using wgmma_fp8::LaunchPersistent;
   using Plain = Config<kElement, kDim, kSource, kTokenScales, false>;
   using Capped = Config<kElement, kDim, kSource, kTokenScales, true>;

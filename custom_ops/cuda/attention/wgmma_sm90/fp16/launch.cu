@@ -1,57 +1,22 @@
 #include "cuda/attention/wgmma_sm90/fp16/launch.h"
 
 #include <cstdint>
-#include <limits>
+#include <tuple>
 
-#include "cuda/attention/wgmma_sm90/fp16/variant.h"
+#include "cuda/attention/wgmma_sm90/fp16/instances.h"
 #include "cuda/common/tma.cuh"
+#include "heuristics/wgmma_support.h"
 
 namespace fastattn::cuda {
 
 namespace {
 
 using wgmma_fp16::Arguments;
-
-bool IsHalf(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
-
-bool IsAligned(const void* pointer) {
-  return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
-// Whether the copy engine takes a stride of so many elements.
-bool IsStride(int64_t elements, DType dtype) {
-  return elements > 0 && elements * SizeOf(dtype) % 16 == 0;
-}
+using wgmma_fp16::Instances;
 
 bool IsCode(DType dtype) {
   return dtype == DType::kE4M3 || dtype == DType::kE5M2 || dtype == DType::kInt8;
 }
-
-bool SupportsCache(const PagedCache& cache, DType query) {
-  if (!IsAligned(cache.key) || !IsAligned(cache.value)) return false;
-  for (const CacheStrides* strides : {&cache.key_strides, &cache.value_strides}) {
-    if (!PlanesOf(*strides, cache.num_blocks, cache.num_kv_heads, SizeOf(cache.dtype)).fits) {
-      return false;
-    }
-  }
-  if (!IsQuantized(cache.type)) return cache.dtype == query;
-  // e5m2 reaches too far for fp16 times a token scale.
-  if (IsDynamic(cache.type) && cache.dtype == DType::kE5M2) return false;
-  return IsCode(cache.dtype) && cache.layout == CacheLayout::kFastattn &&
-         cache.k_scales != nullptr && cache.v_scales != nullptr;
-}
-
-bool SupportsRagged(const RaggedKv& kv, DType query) {
-  if ((kv.dtype != query && !IsCode(kv.dtype)) || kv.num_tokens <= 0) return false;
-  if (kv.num_tokens >= std::numeric_limits<int>::max()) return false;
-  for (int64_t stride :
-       {kv.key_token_stride, kv.key_head_stride, kv.value_token_stride, kv.value_head_stride}) {
-    if (!IsStride(stride, kv.dtype)) return false;
-  }
-  return IsAligned(kv.key) && IsAligned(kv.value);
-}
-
-DType KeyType(const AttentionParams& p) { return p.paged ? p.cache.dtype : p.ragged.dtype; }
 
 // Whether codes of K are operands as they lie. Two e4m3 codes hold a bf16 query, but not the bits
 // of fp16, nor those of a product with the scales of channels.
@@ -138,61 +103,30 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   return status;
 }
 
-template <int kDim, wgmma_fp16::Source kSource, bool kTokenScales>
-cudaError_t LaunchCodes(const Arguments& arguments, cudaStream_t stream) {
-  using wgmma_fp16::LaunchVariant;
-  if (!KeyCodes(arguments.p)) {
-    return LaunchVariant<DType::kFloat16, kDim, kSource, kTokenScales>(arguments, stream);
-  }
-  if (KeyType(arguments.p) == DType::kInt8) {
-    return LaunchVariant<DType::kInt8, kDim, kSource, kTokenScales>(arguments, stream);
-  }
-  return LaunchVariant<DType::kE4M3, kDim, kSource, kTokenScales>(arguments, stream);
-}
-
-template <int kDim>
-cudaError_t Launch(const Arguments& arguments, cudaStream_t stream) {
-  using wgmma_fp16::LaunchVariant;
+// Template arguments of the variant for these parameters.
+auto VariantOf(const AttentionParams& p) {
   using wgmma_fp16::Source;
-  const AttentionParams& p = arguments.p;
-  constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
-  if (!IsCode(KeyType(p))) {
-    return p.q_dtype == kBf16
-               ? LaunchVariant<kBf16, kDim, Source::kOperands, false>(arguments, stream)
-               : LaunchVariant<kFp16, kDim, Source::kOperands, false>(arguments, stream);
-  }
-  if (!p.paged) return LaunchCodes<kDim, Source::kCodeRows, false>(arguments, stream);
-  return IsDynamic(p.cache.type) ? LaunchCodes<kDim, Source::kCodes, true>(arguments, stream)
-                                 : LaunchCodes<kDim, Source::kCodes, false>(arguments, stream);
+  const bool codes = IsCode(KeyType(p));
+  const DType operand = !codes ? p.q_dtype : KeyCodes(p) ? KeyType(p) : DType::kFloat16;
+  const Source source = !codes ? Source::kOperands : p.paged ? Source::kCodes : Source::kCodeRows;
+  return std::tuple{Wanted{"operand", operand}, Wanted{"head_dim", p.head_dim},
+                    Wanted{"source", source},
+                    Wanted{"token_scales", codes && p.paged && IsDynamic(p.cache.type)}};
 }
 
 }  // namespace
 
-bool PrefillHalfSm90Supports(const AttentionParams& p) {
-  if (!IsHalf(p.q_dtype) || (p.head_dim != 64 && p.head_dim != 128)) return false;
-  if (p.seqs.num_tokens <= 0 || p.seqs.batch <= 0 || p.num_heads <= 0) return false;
-  if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
-    return false;
-  }
-  if (p.paged) {
-    if (p.seqs.max_blocks <= 0 || !SupportsCache(p.cache, p.q_dtype)) return false;
-  } else if (!SupportsRagged(p.ragged, p.q_dtype)) {
-    return false;
-  }
-  // A maximum of scores needs a positive factor.
-  return IsStride(p.q_token_stride, p.q_dtype) && IsStride(p.q_head_stride, p.q_dtype) &&
-         IsAligned(p.q) && IsAligned(p.out) && p.softmax_scale > 0.0f;
-}
-
-cudaError_t LaunchPrefillHalfSm90(const AttentionParams& p, int min_query_tokens,
-                                  cudaStream_t stream) {
-  if (!PrefillHalfSm90Supports(p)) return cudaErrorInvalidValue;
+cudaError_t LaunchWgmmaFp16(const AttentionParams& p, int min_query_tokens, cudaStream_t stream) {
+  if (!WgmmaFp16Supports(p)) return cudaErrorInvalidValue;
   Arguments arguments;
   arguments.p = p;
   arguments.min_query_tokens = min_query_tokens;
-  const cudaError_t status = EncodeMaps(&arguments);
+  cudaError_t status = EncodeMaps(&arguments);
   if (status != cudaSuccess) return status;
-  return p.head_dim == 128 ? Launch<128>(arguments, stream) : Launch<64>(arguments, stream);
+  dispatch(Instances{}, VariantOf(p), [&](auto... values) {
+    status = wgmma_fp16::LaunchVariant<decltype(values)::value...>(arguments, stream);
+  });
+  return status;
 }
 
 }  // namespace fastattn::cuda

@@ -7,14 +7,11 @@
 
 namespace fastattn::cuda {
 
-// Whether LaunchPrefillHalfSm90 takes these parameters on a device of compute capability 9.0. Looks
-// at nothing but the host's values, and not at p.workspace.
-bool PrefillHalfSm90Supports(const AttentionParams& p);
-
-// Enqueues the attention of the rows with at least `min_query_tokens` new tokens; those of the
-// other rows, and tokens of no row, are not touched. Nothing is read on the host, so a captured
+// For parameters that WgmmaFp16Supports (heuristics/wgmma_support.h) on compute capability 9.0.
+//
+// Enqueues the attention of the sequences with at least `min_query_tokens` new tokens; those of the
+// other sequences, and tokens of none, are not touched. Nothing is read on the host, so a captured
 // graph follows the lengths.
-cudaError_t LaunchPrefillHalfSm90(const AttentionParams& p, int min_query_tokens,
-                                  cudaStream_t stream);
+cudaError_t LaunchWgmmaFp16(const AttentionParams& p, int min_query_tokens, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

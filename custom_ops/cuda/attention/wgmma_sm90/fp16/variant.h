@@ -1,4 +1,4 @@
-// The compiled variants; each is instantiated in a file of its own.
+// The launcher of a variant. Those that are compiled: builder/instances.py.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +6,19 @@
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
 
 namespace fastattn::cuda::wgmma_fp16 {
+
+// For error messages.
+inline const char* NameOf(Source source) {
+  switch (source) {
+    case Source::kOperands:
+      return "operands";
+    case Source::kCodeRows:
+      return "code rows";
+    case Source::kCodes:
+      return "codes";
+  }
+  return "unknown";
+}
 
 template <DType kOperand, int kDim, Source kSource, bool kTokenScales>
 cudaError_t LaunchVariant(const Arguments& arguments, cudaStream_t stream);

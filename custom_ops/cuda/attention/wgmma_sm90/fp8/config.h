@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "cuda/common/block_planes.h"
 #include "params/attention.h"
+#include "params/block_planes.h"
 
 namespace fastattn::cuda::wgmma_fp8 {
 

@@ -5,6 +5,7 @@
 #include "cuda/attention/wgmma_sm90/common/launch_persistent.h"
 #include "cuda/attention/wgmma_sm90/fp8/consumer.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/producer.cuh"
+#include "cuda/attention/wgmma_sm90/fp8/variant.h"
 
 namespace fastattn::cuda::wgmma_fp8 {
 
@@ -64,8 +65,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #endif
 }
 
-template <class C>
-cudaError_t LaunchConfig(const Arguments& arguments, cudaStream_t stream) {
+template <int kDim, bool kTokenScales, bool kSoftcap, DType kCodes>
+cudaError_t LaunchVariant(const Arguments& arguments, cudaStream_t stream) {
+  using C = Config<kDim, kTokenScales, kSoftcap, kCodes>;
   return LaunchPersistent<Kernel<C>, C, Shared<C>>(arguments, stream);
 }
 

@@ -1,4 +1,4 @@
-// The compiled variants; each is instantiated in a file of its own.
+// The launcher of a variant. Those that are compiled: builder/instances.py.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,0 +1,103 @@
+#include "api/attention_run.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "api/paged_cache.h"
+#include "api/quantize_query.h"
+#include "cpu/attention.h"
+#include "cpu/quantize_query.h"
+#if defined(FASTATTN_WITH_CUDA)
+#include "api/device.h"
+#include "cuda/attention/launch.h"
+#include "cuda/attention/quantize_q/launch.h"
+#include "heuristics/attention.h"
+#endif
+
+namespace fastattn::api {
+
+#if defined(FASTATTN_WITH_CUDA)
+
+namespace {
+
+// What the kernels ask of addresses and strides: they read and write four channels at once.
+void CheckForGpu(const char* op, const AttentionParams& p) {
+  if (p.q_dtype == DType::kFloat32) {
+    Fail("NotImplementedError", op, "q", "float32 queries have no CUDA kernel in this build");
+  }
+  RequireFits(op, "q", static_cast<int64_t>(p.seqs.num_tokens) * p.num_heads);
+  const int64_t piece = 4 * SizeOf(p.q_dtype);
+  if (p.q_token_stride % 4 != 0 || p.q_head_stride % 4 != 0 ||
+      reinterpret_cast<uintptr_t>(p.q) % piece != 0) {
+    Fail("ValueError", op, "q", "expected strides of a multiple of 4 elements and an address of a ",
+         "multiple of ", piece, " bytes on a GPU, got strides ", p.q_token_stride, " and ",
+         p.q_head_stride);
+  }
+  const int64_t out_piece = 4 * SizeOf(p.out_dtype);
+  if (reinterpret_cast<uintptr_t>(p.out) % out_piece != 0) {
+    Fail("ValueError", op, "out", "expected an address of a multiple of ", out_piece,
+         " bytes on a GPU");
+  }
+  if (p.paged) RequireAlignedCache(op, p.cache);
+}
+
+// Tokens of no sequence are cleared by the kernels, as no memory operation is launched beside them.
+void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
+              const QuantizeQueryParams& query, AttentionParams* p) {
+  CheckForGpu(op, *p);
+  if (p->out == nullptr) return;
+  const DeviceGuard guard(op, place.GetDeviceId());
+  cuda::DeviceFacts facts;
+  CheckCuda(op, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
+  const AttentionDecision decision = DecideAttention(*p, {facts.major, facts.processors});
+  Tensor workspace;
+  if (decision.workspace > 0) {
+    workspace = paddle::empty({decision.workspace}, phi::DataType::FLOAT32, place);
+    p->workspace = MutableData<float>(workspace);
+  }
+  Guarded(op, [&] {
+    const cudaStream_t stream = out.stream();
+    CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
+    CheckCuda(op, cuda::LaunchAttention(*p, decision, stream));
+  });
+}
+
+}  // namespace
+
+#endif
+
+std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, const phi::Place& place,
+                                 AttentionParams* p) {
+  Tensor out = args.out ? *args.out : paddle::empty(args.q.shape(), ToPhi(p->out_dtype), place);
+  Tensor lse;  // undefined unless asked for
+  if (args.return_softmax_lse) {
+    lse = paddle::empty({p->num_heads, p->seqs.num_tokens}, phi::DataType::FLOAT32, place);
+    p->lse = MutableData<float>(lse);
+  }
+  p->out = MutableData(out);
+  p->clear_padding = args.out == nullptr;
+  QuantizeQueryParams query;  // without tokens where the queries are taken as they are
+  Tensor query_codes;
+  if (args.quantize_q) query_codes = TakeQueryCodes(place, p, &query);
+#if defined(FASTATTN_WITH_CUDA)
+  if (place.GetType() == phi::AllocationType::GPU) {
+    RunOnGpu(op, place, out, query, p);
+    return {out, lse};
+  }
+#endif
+  RequireCpu(op, place);
+  if (p->clear_padding && p->out != nullptr) {
+    std::memset(p->out, 0, static_cast<size_t>(out.numel()) * SizeOf(p->out_dtype));
+  }
+  if (p->lse != nullptr) {
+    std::fill(p->lse, p->lse + lse.numel(), -std::numeric_limits<float>::infinity());
+  }
+  Guarded(op, [&] {
+    if (args.quantize_q) cpu::QuantizeQuery(query);
+    cpu::Attention(*p);
+  });
+  return {out, lse};
+}
+
+}  // namespace fastattn::api

@@ -1,0 +1,206 @@
+// What a call from Python into an operator's function is made of: the module's own parts.
+#pragma once
+
+#include <array>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "api/direct.h"
+#include "paddle/utils/pybind.h"
+
+// Paddle 2.6 does not ship all of this header.
+#if __has_include("paddle/phi/core/dense_tensor.inl")
+#include "paddle/phi/core/dense_tensor.h"
+#endif
+
+namespace fastattn::api {
+
+constexpr int kMostInputs = 24;
+constexpr int kMostAttrs = 16;
+
+// An operator as call() wants it: no look-up by name on the way.
+struct Handle {
+  const DirectOp* op;
+  std::array<bool, kMostInputs> optional{};
+  std::array<bool, kMostInputs> strided{};
+  std::array<bool, kMostInputs> written{};
+};
+
+inline std::vector<Handle> handles;
+inline PyObject* stop_gradient = nullptr;  // the attribute's interned name
+
+inline bool IsContiguous(const Tensor& tensor) {
+  const auto& sizes = tensor.dims();
+  const auto& strides = tensor.strides();
+  int64_t expected = 1;
+  for (int i = sizes.size(); i-- > 0;) {
+    if (sizes[i] != 1 && strides[i] != expected) return false;
+    expected *= sizes[i];
+  }
+  return true;
+}
+
+inline bool WantsGradient(PyObject* object, const Tensor& tensor) {
+  if (tensor.get_autograd_meta() == nullptr) return false;
+  PyObject* stops = PyObject_GetAttr(object, stop_gradient);
+  if (stops == nullptr) PyErr_Clear();
+  const bool wants = stops == Py_False;
+  Py_XDECREF(stops);
+  return wants;
+}
+
+// The tensors of a call. They have the data of Python's tensors, but not the objects, which another
+// thread may give other data while the call runs without the GIL.
+class Inputs {
+ public:
+  Inputs() { tensors_.reserve(kMostInputs); }
+
+  void Add(const Tensor* tensor) {
+    tensors_.push_back(tensor == nullptr ? Tensor() : Tensor(tensor->impl()));
+    pointers_[tensors_.size() - 1] = tensor == nullptr ? nullptr : &tensors_.back();
+  }
+
+  int size() const { return static_cast<int>(tensors_.size()); }
+  Tensor* const* data() const { return pointers_; }
+  Tensor* operator[](int i) const { return pointers_[i]; }
+
+ private:
+  std::vector<Tensor> tensors_;  // never grows beyond what is reserved
+  Tensor* pointers_[kMostInputs] = {};
+};
+
+// Adds the inputs from number inputs->size() on; false to decline, which checked arguments do less
+// often. wants_gradient tells whether one of them does.
+inline bool TakeInputs(const Handle& handle, PyObject* const* objects, bool checked, Inputs* inputs,
+                       bool* wants_gradient) {
+  for (int i = inputs->size(); i < handle.op->num_inputs; ++i) {
+    PyObject* object = *objects++;
+    if (object == Py_None) {
+      if (!handle.optional[i]) return false;
+      inputs->Add(nullptr);
+      continue;
+    }
+    if (!paddle::pybind::PyCheckTensor(object)) return false;
+    Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
+    if (!tensor.defined() || !tensor.is_dense_tensor()) return false;
+    if (!checked && handle.optional[i] && tensor.numel() == 0) return false;
+    if (!handle.strided[i] && tensor.numel() > 0 && !IsContiguous(tensor)) return false;
+    if (!checked && !*wants_gradient) *wants_gradient = WantsGradient(object, tensor);
+    inputs->Add(&tensor);
+  }
+  return true;
+}
+
+inline bool TakeInteger(PyObject* object, bool wide, DirectAttr* attr) {
+  if (!PyLong_CheckExact(object)) return false;
+  int overflow = 0;
+  attr->integer = PyLong_AsLongLongAndOverflow(object, &overflow);
+  if (overflow != 0) return false;
+  using Narrow = std::numeric_limits<int>;
+  return wide || (attr->integer >= Narrow::min() && attr->integer <= Narrow::max());
+}
+
+// Takes the attributes from number `first` on.
+inline bool TakeAttrs(const Handle& handle, PyObject* tuple, size_t first, DirectAttr* attrs) {
+  const std::string& kinds = handle.op->kinds;
+  for (size_t i = first; i < kinds.size(); ++i) {
+    PyObject* object = PyTuple_GET_ITEM(tuple, i - first);
+    DirectAttr& attr = attrs[i];
+    switch (kinds[i]) {
+      case 'i':
+      case 'l':
+        if (!TakeInteger(object, kinds[i] == 'l', &attr)) return false;
+        break;
+      case 'f':
+        if (!PyFloat_CheckExact(object)) return false;
+        attr.real = PyFloat_AS_DOUBLE(object);
+        break;
+      case 'b':
+        if (!PyBool_Check(object)) return false;
+        attr.integer = object == Py_True;
+        break;
+      default: {
+        if (!PyUnicode_Check(object)) return false;
+        Py_ssize_t size = 0;
+        attr.text = PyUnicode_AsUTF8AndSize(object, &size);
+        if (attr.text == nullptr) {
+          PyErr_Clear();
+          return false;
+        }
+        attr.text_size = static_cast<size_t>(size);
+      }
+    }
+  }
+  return true;
+}
+
+// Without the GIL, so that other threads go on while a CPU kernel runs. The message of what was
+// thrown comes back, or nothing.
+inline std::string RunWithoutGil(const DirectOp& op, const Inputs& inputs, const DirectAttr* attrs,
+                                 std::vector<Tensor>* results) {
+  std::string message;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    op.run(inputs.data(), attrs, results);
+  } catch (const std::bad_alloc&) {
+    message = "out of memory";
+  } catch (const std::exception& error) {
+    message = error.what();
+    if (message.empty()) message = "unknown error";
+  } catch (...) {
+    message = "unknown error";
+  }
+  Py_END_ALLOW_THREADS;
+  return message;
+}
+
+// A contiguous tensor [T, ..] as [T, rest] over the same memory, which takes reshape longer;
+// undefined where that cannot be. May throw.
+inline Tensor FlatView(const Tensor& tensor) {
+  if (!tensor.defined() || !tensor.is_dense_tensor() || !tensor.initialized()) return Tensor();
+  if (tensor.dims().size() < 2 || tensor.numel() == 0 || !IsContiguous(tensor)) return Tensor();
+  const int64_t tokens = tensor.dims()[0], rest = tensor.numel() / tokens;
+#if __has_include("paddle/phi/core/dense_tensor.inl")
+  auto flat = std::make_shared<phi::DenseTensor>(
+      *static_cast<const phi::DenseTensor*>(tensor.impl().get()));
+  flat->Resize(common::make_ddim({tokens, rest}));
+  return Tensor(flat);
+#else
+  return paddle::experimental::view_shape(tensor, {tokens, rest});
+#endif
+}
+
+inline void CountWrites(const Handle& handle, const Inputs& inputs) {
+  for (int i = 0; i < handle.op->num_inputs; ++i) {
+    if (handle.written[i] && inputs[i] != nullptr) inputs[i]->bump_inplace_version();
+  }
+}
+
+// Whether `seen` holds, by identity, what the dict `own` has under each name (None: nothing),
+// followed by the same of each dict in it whose name is in `kinds`, empty ones apart. `seen` may go
+// on. An attribute of paddle.nn.Layer takes Python a microsecond.
+inline bool HoldsStill(PyObject* own, PyObject* kinds, PyObject* names, PyObject* seen) {
+  Py_ssize_t at = 0;
+  const auto same = [&](PyObject* dict) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i, ++at) {
+      PyObject* value = PyDict_GetItem(dict, PyTuple_GET_ITEM(names, i));
+      if (value == nullptr) value = Py_None;
+      if (at >= PyList_GET_SIZE(seen) || PyList_GET_ITEM(seen, at) != value) return false;
+    }
+    return true;
+  };
+  if (!same(own)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kinds); ++i) {
+    PyObject* dict = PyDict_GetItem(own, PyTuple_GET_ITEM(kinds, i));
+    if (dict == nullptr || !PyDict_Check(dict) || PyDict_Size(dict) == 0) continue;
+    if (!same(dict)) return false;
+  }
+  return true;
+}
+
+}  // namespace fastattn::api

@@ -1,0 +1,211 @@
+// A layer's step of a backend in one call: rope_write_cache_kv, paged_attention, and the result
+// flat. Everything out of the ordinary is declined, and fastattn/backends/paged.py then does the
+// same in Python, where half of a step's host time would be the interpreter's.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "api/direct_call.h"
+#include "common/types.h"
+
+namespace fastattn::api {
+
+// What a layer's steps have in common: the fields of the tuple that LayerFacts makes.
+enum StepPlan : Py_ssize_t {
+  kWriteHandle,    // of rope_write_cache_kv
+  kWriteTensors,   // (q_norm_weight, k_norm_weight, qkv_bias, q_scale)
+  kWriteAttrs,     // its attributes
+  kAttendHandle,   // of paged_attention
+  kAttendTensors,  // (sinks, mask_offsets, out_scale, out)
+  kAttendAttrs,    // its attributes behind the two lengths
+  kNumCaches,      // length of the list of caches
+  kFirstCache,     // the layer's first in it
+  kHolders,        // the last four: see HoldsStill
+  kNames,
+  kSeen,
+  kStepPlanSize
+};
+
+// Names of a step's fields: those that it must have, then those that may be absent.
+constexpr int kStepNeeded = 4;
+constexpr const char* kStepFields[] = {"block_tables",        "cu_seqlens_q", "seq_lens_decoder",
+                                       "seq_lens_this_time",  "rotary_embs",  "batch_id_per_token",
+                                       "rope_already_applied"};
+constexpr int kNumStepFields = sizeof(kStepFields) / sizeof(kStepFields[0]);
+inline PyObject* step_names[kNumStepFields] = {};
+
+inline void InternStepNames() {
+  for (int i = 0; i < kNumStepFields; ++i) {
+    step_names[i] = PyUnicode_InternFromString(kStepFields[i]);
+  }
+}
+
+// A step's fields, held while it runs.
+class StepFields {
+ public:
+  StepFields() = default;
+  StepFields(const StepFields&) = delete;
+  StepFields& operator=(const StepFields&) = delete;
+  ~StepFields() {
+    for (PyObject* value : values_) Py_XDECREF(value);
+  }
+
+  // False where a field is missing, or Q and K are rotated already.
+  bool Read(PyObject* forward_meta) {
+    for (int i = 0; i < kNumStepFields; ++i) {
+      values_[i] = PyObject_GetAttr(forward_meta, step_names[i]);
+      if (values_[i] == nullptr) {
+        PyErr_Clear();
+        Py_INCREF(Py_None);
+        values_[i] = Py_None;
+      }
+      if (i <= kStepNeeded && values_[i] == Py_None) return false;
+    }
+    const int rotated = PyObject_IsTrue(values_[kNumStepFields - 1]);
+    if (rotated < 0) PyErr_Clear();
+    return rotated == 0;
+  }
+
+  PyObject* const* sequences() const { return values_; }
+  PyObject* rotary_embs() const { return values_[kStepNeeded]; }
+  PyObject* batch_ids() const { return values_[kStepNeeded + 1]; }
+
+ private:
+  PyObject* values_[kNumStepFields] = {};
+};
+
+// An operator of a step: its inputs, attributes and results.
+class StepCall {
+ public:
+  explicit StepCall(PyObject* handle) : handle_(handles.at(PyLong_AsSize_t(handle))) {}
+
+  Inputs& inputs() { return inputs_; }
+  DirectAttr* attrs() { return attrs_; }
+  const Tensor& result() const { return results_[0]; }
+
+  // Takes the objects as the remaining inputs; false to decline.
+  bool Take(const std::vector<PyObject*>& objects) {
+    if (inputs_.size() + static_cast<int>(objects.size()) != handle_.op->num_inputs) return false;
+    bool wants_gradient = false;
+    return TakeInputs(handle_, objects.data(), false, &inputs_, &wants_gradient) && !wants_gradient;
+  }
+
+  bool TakeAttrs(PyObject* tuple, size_t first) {
+    return handle_.op->kinds.size() == first + PyTuple_GET_SIZE(tuple) &&
+           api::TakeAttrs(handle_, tuple, first, attrs_);
+  }
+
+  // Sets Python's error and returns false if the operator fails.
+  bool Run() {
+    const std::string message = RunWithoutGil(*handle_.op, inputs_, attrs_, &results_);
+    if (!message.empty()) {
+      PyErr_SetString(PyExc_RuntimeError, message.c_str());
+      return false;
+    }
+    CountWrites(handle_, inputs_);
+    return true;
+  }
+
+ private:
+  const Handle& handle_;
+  Inputs inputs_;
+  DirectAttr attrs_[kMostAttrs];
+  std::vector<Tensor> results_;
+};
+
+inline void Append(PyObject* tuple, std::vector<PyObject*>* objects) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+    objects->push_back(PyTuple_GET_ITEM(tuple, i));
+  }
+}
+
+// Upper bounds of the lengths: those that the host knows (a tuple), or what shapes allow.
+inline bool TakeLengths(PyObject* lengths, PyObject* max_keys, const Tensor& qkv,
+                        PyObject* block_tables, DirectAttr* attrs) {
+  if (PyTuple_Check(lengths) && PyTuple_GET_SIZE(lengths) == 2) {
+    return TakeInteger(PyTuple_GET_ITEM(lengths, 0), true, &attrs[0]) &&
+           TakeInteger(PyTuple_GET_ITEM(lengths, 1), true, &attrs[1]);
+  }
+  const Tensor& tables = paddle::pybind::CastPyArg2Tensor(block_tables, 0);
+  if (tables.dims().size() != 2 || !TakeInteger(max_keys, true, &attrs[1])) return false;
+  attrs[0].integer = qkv.dims()[0];
+  attrs[1].integer = std::min(attrs[1].integer, tables.dims()[1] * kBlockSize);
+  return true;
+}
+
+// The caches of the layer (K, V and, of a dynamic type, their scales) or null: declined.
+inline PyObject* const* CachesOf(PyObject* plan, PyObject* caches, Py_ssize_t count) {
+  const Py_ssize_t num_caches = PyLong_AsSsize_t(PyTuple_GET_ITEM(plan, kNumCaches));
+  const Py_ssize_t first = PyLong_AsSsize_t(PyTuple_GET_ITEM(plan, kFirstCache));
+  if (!PyList_CheckExact(caches) || PyList_GET_SIZE(caches) != num_caches) return nullptr;
+  if (first < 0 || first + count > num_caches) return nullptr;
+  PyObject** found = &reinterpret_cast<PyListObject*>(caches)->ob_item[first];
+  return std::find(found, found + count, Py_None) == found + count ? found : nullptr;
+}
+
+inline PyObject* RunStep(PyObject* const* args) {
+  PyObject *plan = args[0], *own = args[1], *qkv = args[4], *scales = args[7];
+  const bool dynamic = scales == Py_None;
+  PyObject* const* caches = CachesOf(plan, args[2], dynamic ? 4 : 2);
+  if (caches == nullptr || !PyDict_Check(own) ||
+      !HoldsStill(own, PyTuple_GET_ITEM(plan, kHolders), PyTuple_GET_ITEM(plan, kNames),
+                  PyTuple_GET_ITEM(plan, kSeen))) {
+    Py_RETURN_NONE;
+  }
+  StepFields fields;
+  if (!fields.Read(args[3]) || !paddle::pybind::PyCheckTensor(qkv)) Py_RETURN_NONE;
+  PyObject* const* seqs = fields.sequences();
+  PyObject* const k_scales = dynamic ? caches[2] : PyTuple_GET_ITEM(scales, 0);
+  PyObject* const v_scales = dynamic ? caches[3] : PyTuple_GET_ITEM(scales, 1);
+
+  StepCall write(PyTuple_GET_ITEM(plan, kWriteHandle));
+  std::vector<PyObject*> objects = {qkv, caches[0], caches[1], fields.rotary_embs()};
+  objects.reserve(kMostInputs);
+  objects.insert(objects.end(), seqs, seqs + kStepNeeded);
+  Append(PyTuple_GET_ITEM(plan, kWriteTensors), &objects);
+  objects.insert(objects.end(), {k_scales, v_scales, fields.batch_ids()});
+  if (!write.Take(objects) || !write.TakeAttrs(PyTuple_GET_ITEM(plan, kWriteAttrs), 0)) {
+    Py_RETURN_NONE;
+  }
+  const Tensor& fused = *write.inputs()[0];
+  if (fused.dims().size() != 2 || fused.dims()[0] == 0) Py_RETURN_NONE;
+
+  // Everything that may be declined comes before the cache is written.
+  StepCall attend(PyTuple_GET_ITEM(plan, kAttendHandle));
+  attend.inputs().Add(&fused);  // stands for the rotated queries, which are not there yet
+  objects.assign({caches[0], caches[1]});
+  objects.insert(objects.end(), seqs, seqs + kStepNeeded);
+  objects.insert(objects.end(), {k_scales, v_scales, Py_None});
+  Append(PyTuple_GET_ITEM(plan, kAttendTensors), &objects);
+  if (!attend.Take(objects) || !attend.TakeAttrs(PyTuple_GET_ITEM(plan, kAttendAttrs), 2) ||
+      !TakeLengths(args[5], args[6], fused, seqs[0], attend.attrs())) {
+    Py_RETURN_NONE;
+  }
+  if (!write.Run()) return nullptr;
+  *attend.inputs()[0] = write.result();
+  if (!attend.Run()) return nullptr;
+  const Tensor flat = FlatView(attend.result());
+  return paddle::pybind::ToPyObject(flat.defined() ? flat : attend.result());
+}
+
+// step(plan, own, caches, forward_meta, qkv, lengths, max_keys, scales): the attention [T, H * D]
+// of a layer whose __dict__ is `own`, or None. scales: (K's, V's) of a static type, (None, None) of
+// one without, None of a dynamic type, whose scales follow its caches.
+inline PyObject* Step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 8 || !PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != kStepPlanSize ||
+      (args[7] != Py_None && (!PyTuple_Check(args[7]) || PyTuple_GET_SIZE(args[7]) != 2))) {
+    PyErr_SetString(PyExc_TypeError,
+                    "step(plan, own, caches, forward_meta, qkv, lengths, max_keys, scales)");
+    return nullptr;
+  }
+  try {
+    return RunStep(args);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+}  // namespace fastattn::api

@@ -1,0 +1,252 @@
+"""The table of the kernels' variants, and the sources that are written from it.
+
+A launcher is a function template, and its variants are compiled in files of their own. A row of
+`FAMILIES` says which variants there are; `write` makes of the rows
+
+- the ``.cu`` files with their explicit instantiations, and
+- a header ``instances.h`` a family, the list that ``dispatch`` chooses from
+  (``common/instances.h``),
+
+so that what can be chosen and what is compiled cannot differ. CONTRIBUTING.md tells how to add one.
+
+    python custom_ops/builder/instances.py    # writes build/generated, as every build does
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+
+Value = Union[str, int, bool]
+Cell = Union[Value, tuple[Value, ...]]
+
+HEADER = "// Written by custom_ops/builder/instances.py.\n"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A launcher and the template arguments that it is compiled with."""
+
+    folder: str
+    launcher: str  # a function template
+    takes: str  # types of its parameters
+    declared: str  # header, in `folder` unless it has slashes
+    defined: str  # header, in `folder`
+    columns: dict[str, str]  # names and types of its template parameters
+    rows: tuple[tuple[Cell, ...], ...]  # a cell of several values stands for a row with each
+    namespace: str = "fastattn::cuda"
+    together: str = ""  # the column whose values share a file
+
+    @property
+    def list_name(self) -> str:
+        """What the list of instances is called."""
+        return re.sub(r"^Launch|Variant$", "", self.launcher) + "Instances"
+
+    def arguments(self) -> list[tuple[Value, ...]]:
+        """Template arguments of every instance."""
+        cells = [[c if isinstance(c, tuple) else (c,) for c in row] for row in self.rows]
+        return [values for row in cells for values in itertools.product(*row)]
+
+    def spell(self, values: tuple[Value, ...]) -> str:
+        """Template arguments as C++ writes them."""
+        return ", ".join(
+            f"{kind}::{value}" if isinstance(value, str) else str(value).lower()
+            for kind, value in zip(self.columns.values(), values)
+        )
+
+    def file_of(self, values: tuple[Value, ...]) -> str:
+        """Source that instantiates them, such as ``cuda/merge/bf16.cu``."""
+        named = zip(self.columns, values)
+        words = [_word(name, value) for name, value in named if name != self.together]
+        return f"{self.folder}/{'_'.join(filter(None, words))}.cu"
+
+    def files(self) -> dict[str, list[tuple[Value, ...]]]:
+        """The instances in each source."""
+        found: dict[str, list[tuple[Value, ...]]] = {}
+        for values in self.arguments():
+            found.setdefault(self.file_of(values), []).append(values)
+        return found
+
+
+_TYPES = {"kBFloat16": "bf16", "kFloat16": "fp16", "kFloat32": "fp32", "kFastDeploy": "fastdeploy"}
+
+
+def _word(column: str, value: Value) -> str:
+    """What a template argument adds to the name of a file."""
+    if isinstance(value, bool):
+        return column if value else ""
+    if isinstance(value, int):
+        return str(value)
+    return _TYPES.get(value) or re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", value[1:]).lower()
+
+
+HALF = ("kBFloat16", "kFloat16")
+FP8 = ("kE4M3", "kE5M2")
+HEAD_DIMS = (64, 128)
+EITHER = (False, True)
+
+FAMILIES = (
+    Family(
+        folder="cuda/attention/mma_sm80",
+        launcher="LaunchAttentionVariant",
+        takes="const AttentionParams&, const AttentionTask&, int, cudaStream_t",
+        declared="cuda/attention/launch.h",
+        defined="kernel.cuh",
+        columns={
+            **{"element": "DType", "head_dim": "int", "paged": "bool", "token_scales": "bool"},
+            **{"columns": "int"},
+        },
+        together="columns",
+        rows=(
+            ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, False, (8, 16, 64)),
+            (("kE4M3", "kInt8"), HEAD_DIMS, True, True, (8, 16, 64)),
+        ),
+    ),
+    Family(
+        folder="cuda/attention/wgmma_sm90/fp8",
+        namespace="fastattn::cuda::wgmma_fp8",
+        launcher="LaunchVariant",
+        takes="const Arguments&, cudaStream_t",
+        declared="variant.h",
+        defined="kernel.cuh",
+        columns={"head_dim": "int", "token_scales": "bool", "softcap": "bool", "code": "DType"},
+        rows=(
+            (HEAD_DIMS, False, EITHER, FP8),
+            (HEAD_DIMS, True, EITHER, "kE4M3"),
+        ),
+    ),
+    Family(
+        folder="cuda/attention/wgmma_sm90/fp16",
+        namespace="fastattn::cuda::wgmma_fp16",
+        launcher="LaunchVariant",
+        takes="const Arguments&, cudaStream_t",
+        declared="variant.h",
+        defined="kernel.cuh",
+        columns={"operand": "DType", "head_dim": "int", "source": "Source", "token_scales": "bool"},
+        rows=(
+            (HALF, HEAD_DIMS, "kOperands", False),
+            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kCodeRows", False),
+            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kCodes", EITHER),
+        ),
+    ),
+    Family(
+        folder="cuda/cache/append",
+        launcher="LaunchAppendCacheVariant",
+        takes="const AppendCacheParams&, cudaStream_t",
+        declared="launch.h",
+        defined="kernel.cuh",
+        columns={"code": "DType", "dynamic_quant": "bool", "layout": "CacheLayout"},
+        rows=(
+            ((*FP8, "kInt8"), False, ("kFastattn", "kFastDeploy")),
+            (("kE4M3", "kInt8"), True, ("kFastattn", "kFastDeploy")),
+        ),
+    ),
+    Family(
+        folder="cuda/cache/rope_write",
+        launcher="LaunchStepVariant",
+        takes="const StepParams&, cudaStream_t",
+        declared="launch.h",
+        defined="kernel.cuh",
+        columns={"input": "DType", "type": "CacheType", "code": "DType"},
+        rows=(
+            ("kBFloat16", "kNone", "kBFloat16"),
+            ("kFloat16", "kNone", "kFloat16"),
+            ("kFloat32", "kNone", HALF),
+            ((*HALF, "kFloat32"), "kInt8", "kInt8"),
+            ((*HALF, "kFloat32"), "kFp8", FP8),
+            ((*HALF, "kFloat32"), "kBlockWiseInt8", "kInt8"),
+            ((*HALF, "kFloat32"), "kBlockWiseFp8", "kE4M3"),
+        ),
+    ),
+    Family(
+        folder="cuda/compat/gqa_rope",
+        launcher="LaunchGqaTokens",
+        takes="const GqaRopeWriteCacheParams&, cudaStream_t",
+        declared="launch.h",
+        defined="kernel.cuh",
+        columns={"input": "DType"},
+        rows=((HALF,),),
+    ),
+    Family(
+        folder="cuda/indexer",
+        launcher="LaunchIndexerKey",
+        takes="const IndexerKvParams&, cudaStream_t",
+        declared="launch.h",
+        defined="key.cuh",
+        columns={"quant": "IndexerQuant"},
+        rows=((("kFp8", "kMxfp4", "kFp8Wide"),),),
+    ),
+    Family(
+        folder="cuda/merge",
+        launcher="LaunchMergeVariant",
+        takes="const MergeParams&, cudaStream_t",
+        declared="launch.h",
+        defined="launch_variant.cuh",
+        columns={"input": "DType"},
+        rows=((("kFloat32", *HALF),),),
+    ),
+)
+
+
+def _source(family: Family, instances: list[tuple[Value, ...]]) -> str:
+    """Text of a ``.cu`` file."""
+    lines = [
+        f"template cudaError_t {family.launcher}<{family.spell(values)}>(\n    {family.takes});\n"
+        for values in instances
+    ]
+    return (
+        f'{HEADER}#include "{family.folder}/{family.defined}"\n\n'
+        f"namespace {family.namespace} {{\n\n{''.join(lines)}\n"
+        f"}}  // namespace {family.namespace}\n"
+    )
+
+
+def _list(family: Family) -> str:
+    """Text of ``instances.h``."""
+    declared = family.declared if "/" in family.declared else f"{family.folder}/{family.declared}"
+    rows = ",\n".join(f"    Instance<{family.spell(values)}>" for values in family.arguments())
+    return (
+        f'{HEADER}#pragma once\n\n#include "common/instances.h"\n#include "{declared}"\n\n'
+        f"namespace {family.namespace} {{\n\n// {family.launcher}<{', '.join(family.columns)}>\n"
+        f"using {family.list_name} = InstanceList<\n{rows}>;\n\n"
+        f"}}  // namespace {family.namespace}\n"
+    )
+
+
+def _texts() -> Iterator[tuple[str, str]]:
+    """Names and contents of all files."""
+    for family in FAMILIES:
+        yield f"{family.folder}/instances.h", _list(family)
+        for name, instances in family.files().items():
+            yield name, _source(family, instances)
+
+
+def sources() -> list[str]:
+    """Names of the ``.cu`` files."""
+    return sorted(name for family in FAMILIES for name in family.files())
+
+
+def write(folder: Path) -> None:
+    """Write the sources and lists into `folder`.
+
+    A file whose text is right stays untouched, one that no row asks for is removed.
+    """
+    texts = dict(_texts())
+    for name, text in texts.items():
+        path = folder / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for path in [*folder.rglob("*.cu"), *folder.rglob("*.h")]:
+        if path.relative_to(folder).as_posix() not in texts:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    target = Path(__file__).resolve().parents[2] / "build" / "generated"
+    write(target)
+    print(f"{len(sources())} sources in {target}")

@@ -1,8 +1,0 @@
-#include "cuda/cache/append/kernel.cuh"
-
-namespace fastattn::cuda {
-
-template cudaError_t LaunchAppendCacheVariant<DType::kE5M2, false, CacheLayout::kFastattn>(
-    const AppendCacheParams& p, cudaStream_t stream);
-
-}  // namespace fastattn::cuda

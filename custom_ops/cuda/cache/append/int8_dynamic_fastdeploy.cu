@@ -1,8 +1,0 @@
-#include "cuda/cache/append/kernel.cuh"
-
-namespace fastattn::cuda {
-
-template cudaError_t LaunchAppendCacheVariant<DType::kInt8, true, CacheLayout::kFastDeploy>(
-    const AppendCacheParams& p, cudaStream_t stream);
-
-}  // namespace fastattn::cuda

@@ -1,8 +1,0 @@
-#include "cuda/merge/launch_variant.cuh"
-
-namespace fastattn::cuda {
-
-template cudaError_t LaunchMergeVariant<DType::kBFloat16>(const MergeParams& p,
-                                                          cudaStream_t stream);
-
-}  // namespace fastattn::cuda

@@ -1,0 +1,193 @@
+// How an attention call is cut into launches, from what the host knows: a pure function of ints.
+//
+// Two ways to share the work out:
+//  - `split`: the KV tiles of all sequences and heads lie one after the other, and every CTA takes
+//    an equal share of them. The keys of a sequence may so be split over several CTAs, whose
+//    partial results a second kernel merges. The lengths are read on the device: the plan stays
+//    right, and the shares equal, when they change between replays of a CUDA graph. In a call of
+//    few sequences a cluster of CTAs takes all keys of a sequence and KV head instead, and joins
+//    the partial results itself: a second kernel takes longer than such a call's keys.
+//  - whole work tiles: a CTA takes a tile of queries with all their keys.
+//
+// Sequences of a step that differ much in their number of new tokens belong to different launches,
+// each with tiles that such sequences fill.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/ceil_div.h"
+#include "common/types.h"
+
+namespace fastattn {
+
+// New tokens from which a sequence's tiles are better whole than split.
+inline constexpr int64_t kLongSeq = 64;
+
+struct AttentionSizes {
+  int64_t num_tokens = 0;  // query tokens, padding included
+  int64_t batch = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t element_bytes = 1;  // of a key
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+  int64_t num_sms = 0;
+  int64_t max_cluster = 1;  // CTAs that may form a cluster
+  // kLongSeq, or less where a kernel for long sequences is faster than split tiles from there on.
+  int64_t long_seq = kLongSeq;
+};
+
+struct AttentionLaunch {
+  int columns = 0;  // (query token, head) pairs of a tile: 8, 16 or 64
+  bool split = false;
+  int64_t min_pairs = 0;  // sequences with so many pairs a KV head, and at most max_pairs
+  int64_t max_pairs = 0;
+  int64_t grid = 0;       // CTAs
+  int64_t cluster = 1;    // CTAs that take a sequence and KV head together; 1: equal shares
+  int64_t workspace = 0;  // floats of partial results
+};
+
+inline constexpr int kMaxLaunches = 3;
+
+struct AttentionPlan {
+  int num_launches = 0;
+  AttentionLaunch launches[kMaxLaunches];
+  int64_t workspace = 0;  // floats of all launches: they may run at the same time
+
+  // The launch of the longest sequences, which a prefill kernel may do instead, or null.
+  const AttentionLaunch* Whole() const {
+    const AttentionLaunch& last = launches[std::max(num_launches - 1, 0)];
+    return num_launches > 0 && !last.split ? &last : nullptr;
+  }
+};
+
+// Sequences of one launch; a step with more is launched in pieces.
+inline constexpr int kMaxPlanSeqs = 512;
+// Of a launch that takes sequences of any length.
+inline constexpr int64_t kAllPairs = 0x7FFFFFFF;
+// CTAs that share a multiprocessor.
+inline constexpr int kAttentionCtasPerSm = 2;
+// KV tiles of a call in clusters, at most: by multiprocessor of the GPU, and those of a sequence
+// and KV head by CTA that has a share of them and by sequences and heads in the call.
+inline constexpr int kClusterKvTilesPerSm = 16;
+inline constexpr int kClusterKvTilesPerWorkTile = 4;
+// Ints that a CTA tells the merging kernel, and the partial results it may leave: of the work tile
+// that it found begun, and of the one that it leaves unfinished.
+inline constexpr int kPartialHeader = 8;
+inline constexpr int kPartialsPerCta = 2;
+
+// Keys of a KV tile: a pipeline stage holds 8 KiB.
+FASTATTN_HD constexpr int KeysPerKvTile(int row_bytes) { return row_bytes > 128 ? 32 : 64; }
+
+inline int64_t PartialFloats(int64_t grid, int64_t columns, int64_t head_dim) {
+  return grid * (kPartialHeader + kPartialsPerCta * columns * (head_dim + 2));
+}
+
+inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 : 64; }
+
+// CTAs of a cluster for each sequence and KV head with up to `kv_tiles` tiles of keys; 1 where
+// equal shares of all keys are faster. Limits are what was measured on an H100. They hold for
+// sequences of unequal lengths, too: the longest takes as long alone as in the company of others
+// like it.
+inline int64_t ClusterFor(const AttentionSizes& s, int columns, int64_t pairs, int64_t kv_tiles) {
+  const int64_t seq_heads = s.batch * s.num_kv_heads;
+  if (s.batch > kMaxPlanSeqs || pairs > columns || columns > 16 ||
+      seq_heads > kAttentionCtasPerSm * s.num_sms ||
+      seq_heads * kv_tiles > kClusterKvTilesPerSm * s.num_sms) {
+    return 1;
+  }
+  for (int64_t cluster = 8; cluster > 1; cluster /= 2) {
+    // Pairs of CTAs find two places everywhere, larger clusters only on multiprocessors of their
+    // own.
+    const int64_t ctas = s.num_sms * (cluster == 2 ? kAttentionCtasPerSm : 1);
+    if (cluster > s.max_cluster || seq_heads * cluster > ctas) continue;
+    // Few of them leave most multiprocessors idle: then keys must be few, too.
+    return kv_tiles <= kClusterKvTilesPerWorkTile * seq_heads * cluster ? cluster : 1;
+  }
+  return 1;
+}
+
+inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t max_pairs) {
+  AttentionLaunch launch;
+  launch.columns = columns;
+  launch.split = true;
+  launch.max_pairs = max_pairs;
+  // As many CTAs as run at the same time, and none without work when the whole call is small.
+  const int64_t keys = KeysPerKvTile(static_cast<int>(s.head_dim * s.element_bytes));
+  const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * s.num_heads / s.num_kv_heads;
+  const int64_t tiles = s.batch * s.num_kv_heads * CeilDiv(std::min(pairs, max_pairs), columns);
+  const int64_t kv_tiles = tiles * (CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), keys) + 1);
+  launch.grid = std::max<int64_t>(1, std::min(kv_tiles, s.num_sms * kAttentionCtasPerSm));
+  launch.cluster = ClusterFor(s, columns, pairs, CeilDiv(s.max_seqlen_k, keys));
+  if (launch.cluster > 1) {
+    launch.grid = s.batch * s.num_kv_heads * launch.cluster;
+    return launch;  // nothing goes through memory
+  }
+  launch.workspace = PartialFloats(launch.grid, columns, s.head_dim);
+  return launch;
+}
+
+// Whether a step with a sequence of max_seqlen_q tokens may have shorter ones that are neither long
+// nor decode. False where the others have too many tokens for that, or just one each.
+inline bool MayHaveShortSeqs(const AttentionSizes& s, int64_t long_seq) {
+  const int64_t others = s.batch - 1;
+  return s.num_tokens < others * s.max_seqlen_q + long_seq &&
+         s.num_tokens != s.max_seqlen_q + others;
+}
+
+inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_pairs) {
+  AttentionLaunch launch;
+  launch.columns = 64;
+  launch.min_pairs = min_pairs;
+  launch.max_pairs = kAllPairs;
+  const int64_t group = s.num_heads / s.num_kv_heads;
+  const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, launch.columns) + s.batch,
+                                 s.batch * CeilDiv(s.max_seqlen_q * group, launch.columns));
+  launch.grid = std::min<int64_t>(tiles * s.num_kv_heads, int64_t{1} << 30);
+  return launch;
+}
+
+// The launches of one call. A call of a few query tokens a sequence is one split launch. In any
+// other, decoding sequences are split and long ones take whole tiles; those between them are a
+// split launch of their own, so that a few of them with many keys still fill the GPU. Whether these
+// exist is guessed: without that launch they are with the long ones. Where all sequences are long
+// by their number and the number of tokens, there is nothing but whole tiles.
+inline AttentionPlan PlanAttention(const AttentionSizes& s) {
+  AttentionPlan plan;
+  if (s.num_tokens <= 0 || s.batch <= 0 || s.num_kv_heads <= 0 || s.num_heads <= 0) return plan;
+  const int64_t group = s.num_heads / s.num_kv_heads;
+  const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * group;
+  if (pairs <= 64 || s.max_seqlen_q <= 8) {
+    plan.launches[plan.num_launches++] = SplitLaunch(s, ColumnsFor(pairs), kAllPairs);
+  } else {
+    // Keys are better split where a tile for each sequence and head leaves half of the GPU without
+    // work.
+    const int64_t long_seq = 2 * s.batch * s.num_heads < s.num_sms ? kLongSeq : s.long_seq;
+    const bool is_long = s.max_seqlen_q >= long_seq;
+    if (is_long && s.num_tokens == s.batch * s.max_seqlen_q) {
+      // All sequences are as long as one may be. A replay of a CUDA graph may find shorter ones:
+      // whole tiles take those too, only not as fast.
+      plan.launches[plan.num_launches++] = WholeLaunch(s, 0);
+      return plan;
+    }
+    const bool mixed = MayHaveShortSeqs(s, long_seq);
+    // Tiles of 16 pairs cost decoding sequences little, and short ones less than 64 pairs.
+    const int columns = ColumnsFor(mixed ? std::max<int64_t>(group, 16) : group);
+    const int64_t decoding = std::max<int64_t>(columns, group);
+    plan.launches[plan.num_launches++] = SplitLaunch(s, columns, decoding);
+    int64_t done = decoding;
+    if (mixed || !is_long) {
+      AttentionLaunch& rest = plan.launches[plan.num_launches++];
+      rest = SplitLaunch(s, 64, is_long ? long_seq * group - 1 : kAllPairs);
+      rest.min_pairs = decoding + 1;
+      done = rest.max_pairs;
+    }
+    if (is_long) plan.launches[plan.num_launches++] = WholeLaunch(s, done + 1);
+  }
+  for (int i = 0; i < plan.num_launches; ++i) plan.workspace += plan.launches[i].workspace;
+  return plan;
+}
+
+}  // namespace fastattn

@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Compare the machine code of the kernels of two builds.
+
+    scripts/compare_sass.py A.so B.so [--cuobjdump PATH]
+
+Takes libraries, objects and cubins, whatever cuobjdump reads, and files `*.sass` with what
+`cuobjdump -sass` printed for one, which saves most of the time of a later comparison. Names, source
+files and the addresses of instructions are ignored: a kernel of A is the same as one of B when both
+have the same instructions with the same encodings, which hold the scheduling too, for the same
+architecture. Branch targets count from the start of their kernel, so they are compared. Operands
+that name a symbol are compared without the name.
+
+Kernels that have no equal are paired by name, else by what their demangled names have in common;
+for each pair the first instruction that differs is shown. The status is 0 when all kernels are the
+same, 1 when any differs or is in one build alone, 2 when the builds could not be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+#: Names with less in common than this are not shown as one kernel that changed.
+LEAST_SIMILARITY = 0.6
+
+INSTRUCTION = re.compile(rb"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*(/\* 0x[0-9a-f]+ \*/)?\s*$")
+ENCODING = re.compile(rb"\s*(/\* 0x[0-9a-f]+ \*/)\s*$")
+#: `(name) as in a call, and 32@lo((name + label@srel)) as in a move: the linker fills the bits in.
+SYMBOL = re.compile(rb"`\([^()]*(?:\([^()]*\)[^()]*)*\)|\b\d+@\w+\((?:[^()]|\([^()]*\))*\)")
+
+
+class CannotCompare(Exception):
+    """A build that has no kernels or that cuobjdump does not read."""
+
+
+@dataclasses.dataclass
+class Kernel:
+    """Instructions of one function for one architecture."""
+
+    name: str
+    arch: str
+    count: int
+    digest: bytes
+    compressed: bytes  # the stream: those of a large library would fill the memory
+
+    @property
+    def stream(self) -> list[str]:
+        """Instructions as they are compared."""
+        return zlib.decompress(self.compressed).decode(errors="replace").splitlines()
+
+
+def normalise(text: bytes, encodings: list[bytes]) -> bytes:
+    """One instruction without its address; without its encoding where a symbol is part of it."""
+    without = SYMBOL.sub(b"<symbol>", text)
+    if without != text:
+        return without
+    return b" ".join([text, *encodings])
+
+
+def make_kernel(name: str, arch: str, instructions: list[tuple[bytes, list[bytes]]]) -> Kernel:
+    stream = b"\n".join(normalise(*instruction) for instruction in instructions)
+    digest = hashlib.sha256(arch.encode() + b"\n" + stream).digest()
+    return Kernel(name, arch, len(instructions), digest, zlib.compress(stream, 1))
+
+
+def parse(lines: Iterable[bytes]) -> Iterator[Kernel]:
+    """Kernels in the output of ``cuobjdump -sass``."""
+    name, arch = "", "?"
+    instructions: list[tuple[bytes, list[bytes]]] = []
+    for line in lines:
+        if b"/*" in line:
+            if match := ENCODING.match(line):
+                if instructions:
+                    instructions[-1][1].append(match[1])
+            elif name and (match := INSTRUCTION.match(line)):
+                instructions.append((match[1], [match[2]] if match[2] else []))
+        elif b"Function : " in line or b"code for sm_" in line:
+            if name:
+                yield make_kernel(name, arch, instructions)
+            name, instructions = "", []
+            if b"Function : " in line:
+                name = line.partition(b"Function : ")[2].strip().decode(errors="replace")
+            else:
+                arch = line.split()[-1].decode()
+    if name:
+        yield make_kernel(name, arch, instructions)
+
+
+def drain(pipe: IO[bytes], into: list[bytes]) -> threading.Thread:
+    """Read a pipe in a thread of its own: the process must not wait for a reader of its errors."""
+    thread = threading.Thread(target=lambda: into.append(pipe.read()), daemon=True)
+    thread.start()
+    return thread
+
+
+def read_kernels(cuobjdump: str | None, path: Path) -> list[Kernel]:
+    """Kernels of a build, disassembled."""
+    if not path.is_file():
+        raise CannotCompare(f"{path}: no such file")
+    if path.suffix == ".sass":
+        with path.open("rb") as lines:
+            return checked(path, list(parse(lines)))
+    if cuobjdump is None:
+        raise CannotCompare("no cuobjdump: set CUDA_HOME, PATH or --cuobjdump")
+    errors: list[bytes] = []
+    with subprocess.Popen(
+        [cuobjdump, "-sass", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        reader = drain(process.stderr, errors)
+        kernels = list(parse(process.stdout))
+        reader.join()
+    if process.returncode != 0:
+        text = b"".join(errors).decode(errors="replace").strip()
+        raise CannotCompare(f"{path}: cuobjdump ended with status {process.returncode}: {text}")
+    return checked(path, kernels)
+
+
+def checked(path: Path, kernels: list[Kernel]) -> list[Kernel]:
+    """The kernels of a build if they are some, each with instructions."""
+    if empty := [kernel.name for kernel in kernels if kernel.count == 0]:
+        raise CannotCompare(f"{path}: no instructions were found in {empty[0]}")
+    if not kernels:
+        raise CannotCompare(f"{path}: no kernels")
+    return kernels
+
+
+def by_key(kernels: Iterable[Kernel], key: str) -> dict[tuple[str, object], list[Kernel]]:
+    groups: dict[tuple[str, object], list[Kernel]] = collections.defaultdict(list)
+    for kernel in kernels:
+        groups[kernel.arch, getattr(kernel, key)].append(kernel)
+    return groups
+
+
+def without_equals(a: list[Kernel], b: list[Kernel]) -> tuple[list[Kernel], list[Kernel], int]:
+    """What is left of both where each kernel takes an equal one away, one of its name first.
+
+    Also the number of those whose name is another one.
+    """
+    left_a: list[Kernel] = []
+    left_b: list[Kernel] = []
+    renamed = 0
+    groups_a, groups_b = by_key(a, "digest"), by_key(b, "digest")
+    for key in {**groups_a, **groups_b}:
+        ours, theirs = groups_a.get(key, []), groups_b.get(key, [])
+        same = collections.Counter(k.name for k in ours) & collections.Counter(
+            k.name for k in theirs
+        )
+        rest_a, rest_b = _without_names(ours, same), _without_names(theirs, same)
+        pairs = min(len(rest_a), len(rest_b))
+        renamed += pairs
+        left_a += rest_a[pairs:]
+        left_b += rest_b[pairs:]
+    return left_a, left_b, renamed
+
+
+def _without_names(kernels: list[Kernel], names: collections.Counter[str]) -> list[Kernel]:
+    budget, left = collections.Counter(names), []
+    for kernel in kernels:
+        if budget[kernel.name]:
+            budget[kernel.name] -= 1
+        else:
+            left.append(kernel)
+    return left
+
+
+def demangle(names: Iterable[str]) -> dict[str, str]:
+    """Names as they are in the source, by c++filt; as they are where that is missing."""
+    mangled = sorted(set(names))
+    filt = shutil.which("cu++filt") or shutil.which("c++filt")
+    if filt and mangled:
+        done = subprocess.run([filt], input="\n".join(mangled), capture_output=True, text=True)
+        plain = done.stdout.splitlines()
+        if done.returncode == 0 and len(plain) == len(mangled):
+            return dict(zip(mangled, plain))
+    return {name: name for name in mangled}
+
+
+def similarity(a: collections.Counter[str], b: collections.Counter[str]) -> float:
+    """Share of the words of two names that both have, 0 to 1."""
+    return 2 * sum((a & b).values()) / max(1, sum(a.values()) + sum(b.values()))
+
+
+def pair(
+    a: list[Kernel], b: list[Kernel], plain: dict[str, str]
+) -> tuple[list[tuple[Kernel, Kernel]], list[Kernel], list[Kernel]]:
+    """Pairs of what is probably the same kernel, and those of each side that have no partner."""
+    words = {
+        kernel.name: collections.Counter(re.findall(r"[A-Za-z_]+|\d+", plain[kernel.name]))
+        for kernel in (*a, *b)
+    }
+    candidates = sorted(
+        (
+            (x.name != y.name, -similarity(words[x.name], words[y.name]), abs(x.count - y.count)),
+            i,
+            j,
+        )
+        for (i, x), (j, y) in itertools.product(enumerate(a), enumerate(b))
+        if x.arch == y.arch
+    )
+    pairs, used_a, used_b = [], set(), set()
+    for (renamed, negative, _), i, j in candidates:
+        if i in used_a or j in used_b or (renamed and -negative < LEAST_SIMILARITY):
+            continue
+        used_a.add(i)
+        used_b.add(j)
+        pairs.append((a[i], b[j]))
+    return (
+        pairs,
+        [kernel for i, kernel in enumerate(a) if i not in used_a],
+        [kernel for j, kernel in enumerate(b) if j not in used_b],
+    )
+
+
+def first_difference(a: Kernel, b: Kernel) -> str:
+    for index, (x, y) in enumerate(itertools.zip_longest(a.stream, b.stream)):
+        if x != y:
+            return f"instruction {index}:\n      A: {x or 'none'}\n      B: {y or 'none'}"
+    raise AssertionError("equal kernels were paired as different ones")
+
+
+def report(a: list[Kernel], b: list[Kernel]) -> int:
+    """Print what differs; the exit status."""
+    left_a, left_b, renamed = without_equals(a, b)
+    plain = demangle(kernel.name for kernel in (*left_a, *left_b))
+    pairs, only_a, only_b = pair(left_a, left_b, plain)
+    for label, kernels in (("A", a), ("B", b)):
+        instructions = sum(kernel.count for kernel in kernels)
+        archs = ", ".join(sorted({kernel.arch for kernel in kernels}))
+        print(f"{label}: {len(kernels)} kernels for {archs}, {instructions} instructions")
+    same = len(a) - len(left_a)
+    print(f"the same: {same}" + (f", {renamed} of them by another name" if renamed else ""))
+    if pairs:
+        print(f"different: {len(pairs)}")
+    for x, y in pairs:
+        print(f"  {plain[x.name]} ({x.arch})")
+        if x.name != y.name:
+            print(f"    B: {plain[y.name]}")
+        print(f"    {x.count} and {y.count} instructions; {first_difference(x, y)}")
+    for label, kernels in (("A", only_a), ("B", only_b)):
+        if kernels:
+            print(f"only in {label}: {len(kernels)}")
+        for kernel in kernels:
+            print(f"  {plain[kernel.name]} ({kernel.arch}), {kernel.count} instructions")
+    return 1 if left_a or left_b else 0
+
+
+def find_cuobjdump() -> str | None:
+    """The one in PATH, else that of CUDA_HOME, CUDA_PATH or /usr/local/cuda."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [str(Path(home) / "bin") for home in homes if home]
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("a", type=Path, metavar="A", help="library, object or cubin")
+    parser.add_argument("b", type=Path, metavar="B", help="the one to compare it with")
+    parser.add_argument("--cuobjdump", default=find_cuobjdump(), help="the program to use")
+    arguments = parser.parse_args(argv)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            read = [
+                pool.submit(read_kernels, arguments.cuobjdump, path)
+                for path in (arguments.a, arguments.b)
+            ]
+            a, b = (future.result() for future in read)
+    except (CannotCompare, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return report(a, b)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""How an attention call is shared out on a GPU: a pure function of ints that the host knows."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+host = pytest.importorskip("fastattn._host")
+
+SMS = 132
+
+
+def plan(
+    batch,
+    max_q,
+    max_k,
+    *,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    bytes_=1,
+    tokens=None,
+    cluster=1,
+    long_seq=64,
+):
+    return host.plan_attention(
+        num_tokens=batch * max_q if tokens is None else tokens,
+        batch=batch,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        element_bytes=bytes_,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        num_sms=SMS,
+        max_cluster=cluster,
+        long_seq=long_seq,
+    )
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, max_q, columns",
+    [
+        *((32, 8, 1, 8), (64, 8, 1, 8), (32, 8, 2, 8), (32, 8, 3, 16), (16, 1, 1, 16)),
+        *((17, 1, 1, 64), (32, 8, 5, 64), (64, 8, 8, 64), (128, 1, 1, 64), (128, 1, 8, 64)),
+    ],
+)
+def test_short_seqs_are_one_split_launch(heads, kv_heads, max_q, columns):
+    """All query heads of a KV head share a tile: the smallest that holds them, at most 64."""
+    (launch,) = plan(4, max_q, 8192, heads=heads, kv_heads=kv_heads)
+    assert launch["split"] == 1
+    assert launch["columns"] == columns
+    assert launch["min_pairs"] == 0 and launch["max_pairs"] >= 2**31 - 1
+
+
+GROUPS = [(8, 8), (16, 8), (6, 2), (32, 8), (40, 8), (64, 8), (9, 1), (16, 1), (17, 1), (128, 1)]
+
+
+@pytest.mark.parametrize("long_seq", [33, 64])
+@pytest.mark.parametrize("heads, kv_heads", GROUPS)
+def test_launches_of_a_mixed_call(heads, kv_heads, long_seq):
+    """Sequences of a few tokens, speculative ones and long ones, each with tiles that they fill."""
+    group = heads // kv_heads
+    sizes = dict(heads=heads, kv_heads=kv_heads, long_seq=long_seq)
+    decode, rest, long = plan(70, 2000, 8192, tokens=2200, **sizes)
+    assert (decode["split"], rest["split"], long["split"]) == (1, 1, 0)
+    assert decode["columns"] == (16 if group <= 16 else 64)
+    assert decode["max_pairs"] == max(decode["columns"], group)
+    assert rest["max_pairs"] == long_seq * group - 1
+    assert (rest["columns"], long["columns"]) == (64, 64)
+    assert long["workspace"] == 0
+
+
+def test_a_chunk_beside_decode_has_tiles_for_one_token():
+    decode, long = plan(33, 2048, 8192, tokens=2080)
+    assert decode["columns"] == 8 and not long["split"]
+
+
+@pytest.mark.parametrize("batch, long", [(2, False), (3, True)])
+def test_a_few_seqs_are_split_though_they_are_long(batch, long):
+    """Their heads are too few for a kernel that splits no keys."""
+    launches = plan(batch, 48, 8192, long_seq=33)
+    assert [x["split"] for x in launches] == ([0] if long else [1, 1])
+
+
+def _launches_of(launches, tokens, group):
+    """How many launches take a sequence of so many new tokens, by each kernel's rule.
+
+    Decode and whole tiles count pairs of a token and a head; a prefill kernel counts tokens, from
+    the fewest that the launch of whole tiles would take.
+    """
+    by_pairs = [x["min_pairs"] <= tokens * group <= x["max_pairs"] for x in launches]
+    by_tokens = [
+        tokens >= -(-x["min_pairs"] // group) if not x["split"] else taken
+        for x, taken in zip(launches, by_pairs)
+    ]
+    return sum(by_pairs), sum(by_tokens)
+
+
+@pytest.mark.parametrize("heads, kv_heads", GROUPS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_seq_belongs_to_one_launch(heads, kv_heads, head_dim):
+    """Sequences longer than the host was told, too."""
+    lengths = [*range(1, 300), 1000, 4096, 10**6]
+    sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    seen = set()
+    for max_q in (0, 1, 2, 7, 8, 9, 16, 17, 32, 33, 34, 63, 64, 65, 128, 5000):
+        for batch, long_seq in itertools.product((1, 9, 600), (33, 64)):
+            for tokens in {1, max_q, max_q + batch - 1, max_q + batch, batch * max_q, 3000} - {0}:
+                launches = plan(batch, max_q, 8192, tokens=tokens, long_seq=long_seq, **sizes)
+                seen.add(len(launches))
+                for n in lengths:
+                    found = _launches_of(launches, n, heads // kv_heads)
+                    assert found == (1, 1), (max_q, batch, tokens, long_seq, n, found)
+    assert seen == {1, 2, 3}
+
+
+def _may_be_short(batch, max_q, tokens, long_seq):
+    """Whether one of sequences of 1 .. max_q tokens can have 2 .. long_seq - 1; one has max_q."""
+    sums = {0: False}  # of the sequences so far: whether a short one may be among them
+    for _ in range(batch - 1):
+        longer = {}
+        for total, short in sums.items():
+            for n in range(1, min(max_q, tokens - total) + 1):
+                longer[total + n] = longer.get(total + n, False) or short or 2 <= n < long_seq
+        sums = longer
+    return sums.get(tokens - max_q, False)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_q, long_seq", [(64, 64), (65, 64), (64, 33), (130, 33)])
+def test_short_seqs_have_a_launch_where_they_can_exist(batch, max_q, long_seq):
+    sizes = dict(heads=128, kv_heads=8, long_seq=long_seq)
+    for tokens in range(max_q + batch - 1, batch * max_q + 1):
+        made = len(plan(batch, max_q, 8192, tokens=tokens, **sizes)) == 3
+        assert made == _may_be_short(batch, max_q, tokens, long_seq), tokens
+
+
+def test_a_chunk_beside_decode_pays_for_no_more():
+    assert [x["split"] for x in plan(33, 2048, 8192, tokens=2080)] == [1, 0]
+
+
+@pytest.mark.parametrize("batch, max_q", [(16, 1024), (1, 64), (4, 100)])
+def test_pure_prefill_is_one_launch_without_a_workspace(batch, max_q):
+    (launch,) = plan(batch, max_q, 8192, tokens=batch * max_q)
+    assert not launch["split"] and launch["workspace"] == 0 and launch["min_pairs"] == 0
+    assert len(plan(batch, max_q, 8192, tokens=batch * max_q + 1)) > 1  # the last one is padding
+
+
+def test_grid_holds_every_tile_of_every_seq():
+    """Sequences of 1 token and long ones, in the worst order: as many tiles as there can be."""
+    lengths = [1, 2000, 1, 999, 17, 64, 65, 3000]
+    *_, prefill = plan(len(lengths), 3000, 8192, tokens=sum(lengths))
+    tiles = sum(-(-4 * n // prefill["columns"]) for n in lengths)
+    assert prefill["grid"] >= 8 * tiles
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64, 1000])
+@pytest.mark.parametrize("max_k", [0, 1, 64, 1000, 32768, 1 << 20])
+def test_small_calls_have_no_more_ctas_than_kv_tiles(batch, max_k):
+    (launch,) = plan(batch, 1, max_k)
+    kv_tiles = batch * 8 * (max(-(-max_k // 64), 1) + 1)
+    assert 1 <= launch["grid"] <= min(kv_tiles, 2 * SMS)
+
+
+def test_large_calls_fill_the_gpu_once():
+    """Equal shares: CTAs that wait for others to end would only pay for another start."""
+    (launch,) = plan(128, 1, 32768)
+    assert launch["grid"] == 2 * SMS
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_workspace_holds_two_partial_results_of_every_cta(head_dim):
+    (launch,) = plan(16, 1, 8192, head_dim=head_dim)
+    assert launch["workspace"] >= launch["grid"] * 2 * launch["columns"] * (head_dim + 2)
+
+
+def test_workspace_does_not_grow_with_the_batch_or_the_context():
+    """A server plans its memory once."""
+    sizes = {plan(b, 1, k)[0]["workspace"] for b in (256, 512) for k in (1 << 17, 1 << 20)}
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    "batch, kv_heads, max_k, cluster",
+    [
+        *((1, 8, 1024, 8), (1, 8, 16384, 8), (2, 8, 8192, 8), (1, 1, 1024, 8)),
+        *((4, 8, 4096, 4), (32, 1, 4096, 4), (16, 8, 1024, 2)),
+    ],
+)
+def test_clusters_take_a_call_of_few_keys(batch, kv_heads, max_k, cluster):
+    """All CTAs run at the same time, and nothing goes through memory between them."""
+    (launch,) = plan(batch, 1, max_k, heads=4 * kv_heads, kv_heads=kv_heads, cluster=8)
+    assert launch["cluster"] == cluster
+    assert launch["grid"] == batch * kv_heads * cluster <= (2 if cluster == 2 else 1) * SMS
+    assert launch["workspace"] == 0
+
+
+@pytest.mark.parametrize(
+    "batch, max_q, kv_heads, max_k",
+    [
+        *((64, 1, 8, 1024), (17, 1, 8, 1024)),  # more sequences and heads than clusters
+        *(
+            (1, 1, 8, 1 << 15),
+            (2, 1, 8, 1 << 14),
+            (16, 1, 8, 2048),
+        ),  # more keys than they read fast
+        (1, 1, 1, 8192),  # a few multiprocessors would read them, the others rest
+        (1, 8, 8, 1024),  # tiles of 64 pairs
+        (1, 2000, 8, 2000),  # sequences of many tokens
+    ],
+)
+def test_other_calls_are_shared_out_equally(batch, max_q, kv_heads, max_k):
+    sizes = dict(heads=4 * kv_heads, kv_heads=kv_heads, tokens=batch * max_q)
+    assert plan(batch, max_q, max_k, cluster=8, **sizes) == plan(batch, max_q, max_k, **sizes)
+
+
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+def test_no_larger_cluster_than_the_device_has(cluster):
+    (launch,) = plan(1, 1, 1024, cluster=cluster)
+    assert launch["cluster"] == cluster
+
+
+@pytest.mark.parametrize("batch, tokens", [(0, 0), (0, 5), (3, 0)])
+def test_empty_calls_have_no_launch(batch, tokens):
+    assert plan(batch, 1, 64, tokens=tokens) == []
+
+
+def decide(q, k, cache_type, *, head_dim=128, tokens=4096, batch=2, max_q=4096, major=9):
+    return host.decide_attention(
+        q, k, cache_type, tokens, batch, 32, 8, head_dim, max_q, 8192, compute_major=major
+    )
+
+
+E4M3, E5M2, BF16, FP16 = "float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "q, k, cache_type, kernel",
+    [
+        (E4M3, E4M3, "cache_fp8", "wgmma_fp8"),
+        (E4M3, E5M2, "cache_fp8", "wgmma_fp8"),
+        (E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
+        (E4M3, E5M2, "block_wise_fp8", "mma_sm80"),
+        (E4M3, E4M3, "ragged", "wgmma_fp8"),
+        (E4M3, "int8", "cache_int8", "mma_sm80"),
+        (E4M3, "int8", "block_wise_int8", "mma_sm80"),
+        (BF16, BF16, "none", "wgmma_fp16"),
+        (FP16, FP16, "none", "wgmma_fp16"),
+        (FP16, BF16, "none", "mma_sm80"),
+        (BF16, E4M3, "cache_fp8", "wgmma_fp16"),
+        (BF16, E5M2, "cache_fp8", "wgmma_fp16"),
+        (BF16, E4M3, "block_wise_fp8", "wgmma_fp16"),
+        (BF16, E5M2, "block_wise_fp8", "mma_sm80"),
+        (FP16, "int8", "cache_int8", "wgmma_fp16"),
+        (BF16, "int8", "block_wise_int8", "wgmma_fp16"),
+        (BF16, "int8", "ragged", "wgmma_fp16"),
+        (BF16, FP16, "ragged", "mma_sm80"),
+    ],
+)
+def test_kernel_of_long_sequences(q, k, cache_type, kernel, head_dim):
+    """By the types of Q and of the cache, on a Hopper GPU; another one has mma_sm80 alone."""
+    found, workspace, launches = decide(q, k, cache_type, head_dim=head_dim)
+    assert found == kernel
+    transposed = cache_type == "ragged" and kernel == "wgmma_fp8"
+    splits = sum(launch["workspace"] for launch in launches)
+    blocks = 2 * 8192 // 64 + 2  # of 64 tokens, and one more a sequence
+    assert workspace == splits + (blocks * 8 * head_dim * 64 // 4 if transposed else 0)
+    for major in (8, 10, 12):
+        assert decide(q, k, cache_type, head_dim=head_dim, major=major)[0] == "mma_sm80"
+
+
+@pytest.mark.parametrize("max_q, batch", [(1, 64), (8, 4), (2, 300)])
+def test_a_call_without_long_sequences_takes_no_prefill_kernel(max_q, batch):
+    found, _, launches = decide(
+        E4M3, E4M3, "cache_fp8", tokens=max_q * batch, batch=batch, max_q=max_q
+    )
+    assert found == "mma_sm80" and all(launch["split"] for launch in launches)
+
+
+def test_head_dims_without_a_kernel_are_left_to_the_checks():
+    assert decide(E4M3, E4M3, "cache_fp8", head_dim=96)[0] == "mma_sm80"
+
+
+def test_unknown_types_are_refused():
+    with pytest.raises(ValueError, match="unknown type e4m3"):
+        decide("e4m3", E4M3, "cache_fp8")
+    with pytest.raises(ValueError, match="unknown cache type fp8"):
+        decide(E4M3, E4M3, "fp8")

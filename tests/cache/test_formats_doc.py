@@ -1,0 +1,454 @@
+"""docs/formats.md against the package: packs by the page's own formulas, in plain loops.
+
+The page's Python blocks are executed as they stand there, so the page cannot drift away from them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+import fastattn.functional as F
+from fastattn import reference
+from fastattn.reference import indexer, layout, mxfp4, numerics
+from tests.support import ROOT
+from tests.support.compare import assert_same_bits
+from tests.support.tensors import BF16, E4M3, E5M2, int32, to_numpy, to_paddle
+
+PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+RNG = np.random.default_rng
+
+
+def _page_formulas():
+    namespace = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
+    assert len(blocks) >= 8
+    for block in blocks:
+        exec(compile(block, "docs/formats.md", "exec"), namespace)
+    return namespace
+
+
+DOC = _page_formulas()
+LAYOUTS = ("fastattn", "fastdeploy", "logical")
+
+
+def table(header):
+    """Cells of the page's table whose first header cell is `header`, without its two head lines."""
+    start = PAGE.index(f"| {header} |")
+    lines = PAGE[start:].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+# ---- codes -------------------------------------------------------------------------------------
+
+
+def nearest_code(x, values, is_even):
+    """The code of a value by the page's rule, by trying all; `values` maps codes to numbers."""
+    best = None
+    for code, value in values.items():
+        key = (abs(value - x), not is_even(code, value))
+        if best is None or key < best[0]:
+            best = key, code
+    return best[1]
+
+
+def finite(value_of, codes):
+    return {c: value_of(c) for c in codes if math.isfinite(value_of(c))}
+
+
+def code_even(code, value):
+    return code % 2 == 0
+
+
+def integer_even(code, value):
+    return value % 2 == 0
+
+
+CODES = {
+    "e4m3": (finite(DOC["e4m3_value"], range(256)), code_even),
+    "e5m2": (finite(DOC["e5m2_value"], range(256)), code_even),
+    "int8": (finite(DOC["int8_value"], [c for c in range(256) if c != 128]), integer_even),
+    "e2m1": (finite(DOC["e2m1_value"], range(16)), code_even),
+}
+
+
+def encode(x, code):
+    """The page's code of a finite number: nearest, ties to even, saturating, the sign kept."""
+    if math.isnan(x):
+        return {"e4m3": 0x7F, "e5m2": 0x7F, "int8": 0, "e2m1": 7}[code]
+    values, is_even = CODES[code]
+    top = max(values.values())
+    x = max(-top, min(top, x))
+    if code == "int8":
+        return nearest_code(x, values, is_even)
+    negative = math.copysign(1, x) < 0
+    half = len(values) // 2
+    assert half * 2 == len(values)
+    side = {c: v for c, v in values.items() if (math.copysign(1, v) < 0) == negative}
+    return nearest_code(x, side, is_even)
+
+
+def test_values_of_all_codes():
+    for code in range(256):
+        byte = np.array([code], np.uint8)
+        for name, dtype in (("e4m3", E4M3), ("e5m2", E5M2), ("int8", np.int8)):
+            value = DOC[f"{name}_value"](code)
+            assert_same_bits(np.float32([value]), byte.view(dtype).astype(np.float32), name)
+        with np.errstate(over="ignore"):
+            expected = mxfp4.block_scale(byte).astype(np.float64)
+        assert_same_bits(np.float64([DOC["ue8m0_value"](code)]), expected)
+    for code in range(16):
+        assert_same_bits(
+            np.float32([DOC["e2m1_value"](code)]), mxfp4.from_e2m1(np.array([code], np.uint8))
+        )
+
+
+def test_code_table():
+    for name, *_ in table("code"):
+        assert name in ("e4m3", "e5m2", "int8", "E2M1", "UE8M0")
+    assert DOC["e4m3_value"](0x7E) == 448 and DOC["e5m2_value"](0x7B) == 57344
+    assert DOC["ue8m0_value"](0xFE) == 2.0**127 and DOC["e2m1_value"](7) == 6
+    assert DOC["e5m2_value"](0x7C) == math.inf and DOC["e5m2_value"](0xFC) == -math.inf
+    nan = [c for c in range(256) if math.isnan(DOC["e4m3_value"](c))]
+    assert nan == [0x7F, 0xFF]
+    nan = [c for c in range(256) if math.isnan(DOC["e5m2_value"](c))]
+    assert nan == [0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_rounding_to_codes(code):
+    values = sorted(set(CODES[code][0].values()))
+    ties = [(a + b) / 2 for a, b in zip(values, values[1:])]
+    some = [v * (1 + e) for v in values[::5] for e in (-1e-6, 1e-6)]
+    special = [0.0, -0.0, math.nan, math.inf, -math.inf, 1e30, -1e30]
+    numbers = np.float32(values + ties + some + special)
+    to_codes = mxfp4.to_e2m1 if code == "e2m1" else (lambda x: numerics.to_codes(x, code))
+    got = to_codes(numbers)
+    for x, c in zip(numbers.tolist(), got.tolist()):
+        assert encode(x, code) == c, (x, c)
+
+
+# ---- caches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", ["k", "v"])
+def test_offsets(kind, name, head_dim):
+    expected = layout.offsets(kind, name, head_dim)
+    seen = set()
+    for r in range(64):
+        for d in range(head_dim):
+            offset = DOC[f"{name}_{kind}"](r, d, head_dim)
+            assert offset == expected[r, d], (r, d)
+            seen.add(offset)
+    assert seen == set(range(64 * head_dim))
+
+
+def test_example_table():
+    rows = table("(r, d)")
+    assert len(rows) == 10
+    for where, *cells in rows:
+        r, d = (int(x) for x in where.strip("()").split(","))
+        want = [
+            DOC[name](r, d, 128)
+            for name in ("fastattn_k", "fastattn_v", "fastdeploy_k", "fastdeploy_v", "logical_k")
+        ]
+        assert [int(c) for c in cells] == want, where
+
+
+def test_token_order_as_written():
+    text = re.search(r"in the order ([\d,\s]+\d)", PAGE)[1]
+    order = [int(x) for x in text.replace("\n", " ").split(",")]
+    assert sorted(range(16), key=DOC["token_slot"]) == order
+
+
+def pack_cache(codes, kind, name, int8):
+    """Bytes of a cache from codes [num_blocks, KV, 64, D] by the page's rules."""
+    blocks, heads, _, dim = codes.shape
+    out = bytearray(codes.size)
+    for block in range(blocks):
+        for head in range(heads):
+            for r in range(64):
+                for d in range(dim):
+                    code = int(codes[block, head, r, d])
+                    if name == "fastdeploy" and int8:
+                        code = DOC["fastdeploy_int8_byte"](code)
+                    at = DOC["cache_byte"](
+                        block, head, DOC[f"{name}_{kind}"](r, d, dim), heads, dim
+                    )
+                    out[at] = code
+    return np.frombuffer(bytes(out), np.uint8)
+
+
+@pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8"])
+@pytest.mark.parametrize("kind", ["k", "v"])
+def test_convert_cache_layout(place, kind, cache_quant_type):
+    codes = RNG(1).integers(0, 256, (2, 3, 64, 64)).astype(np.uint8)
+    int8 = cache_quant_type == "cache_int8"
+    packed = {name: pack_cache(codes, kind, name, int8) for name in LAYOUTS}
+    for src in LAYOUTS:
+        shape = layout.cache_shape(kind, src, 2, 3, 64)
+        for dst in LAYOUTS:
+            args = {"kind": kind, "cache_quant_type": cache_quant_type, "src": src, "dst": dst}
+            cache = packed[src].reshape(shape)
+            modelled = reference.convert_cache_layout(cache, **args)
+            assert_same_bits(modelled.ravel(), packed[dst], f"model {src} -> {dst}")
+            got = to_numpy(F.convert_cache_layout(to_paddle(cache, place), **args))
+            assert got.shape == layout.cache_shape(kind, dst, 2, 3, 64)
+            assert_same_bits(got.ravel(), packed[dst], f"{src} -> {dst}")
+
+
+DYNAMIC = {"block_wise_int8": ("int8", 127.0), "block_wise_fp8": ("e4m3", 448.0)}
+
+
+@pytest.mark.parametrize("cache_quant_type", DYNAMIC)
+def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
+    code, qmax = DYNAMIC[cache_quant_type]
+    heads, dim, cached = 2, 64, 62
+    rng = RNG(2)
+    new = {"k": rng.normal(size=(4, heads, dim)), "v": rng.normal(size=(4, heads, dim))}
+    new = {kind: x.astype(np.float32) for kind, x in new.items()}
+    new["v"][1, 0] = 0
+    block_table = [2, 0]
+    size = 3 * heads * 64 * dim
+    want = {kind: bytearray(b"\xa5" * size) for kind in "kv"}
+    scales = {kind: np.zeros(3 * heads * 64, np.float32) for kind in "kv"}
+    f = np.float32
+    for kind in "kv":
+        for i in range(4):
+            block, r = block_table[(cached + i) // 64], (cached + i) % 64
+            for head in range(heads):
+                x = new[kind][i, head]
+                scale = max(f(max(abs(v) for v in x)), f(1e-6)) / f(qmax)
+                scales[kind][DOC["dynamic_scale_index"](block, head, r, heads)] = scale
+                for d in range(dim):
+                    at = DOC["cache_byte"](
+                        block, head, DOC[f"fastattn_{kind}"](r, d, dim), heads, dim
+                    )
+                    want[kind][at] = encode(float(x[d] * (f(1) / scale)), code)
+    tensors = {
+        "k": to_paddle(np.full((3, heads, 64, dim), 0xA5, np.uint8), place),
+        "v": to_paddle(np.full((3, heads, dim, 64), 0xA5, np.uint8), place),
+    }
+    scale_tensors = {kind: to_paddle(np.zeros((3, heads, 64), np.float32), place) for kind in "kv"}
+    F.write_cache_kv(
+        to_paddle(new["k"], place),
+        to_paddle(new["v"], place),
+        tensors["k"],
+        tensors["v"],
+        int32([block_table], place),
+        int32([0, 4], place),
+        int32([cached], place),
+        int32([4], place),
+        cache_k_scales=scale_tensors["k"],
+        cache_v_scales=scale_tensors["v"],
+        cache_quant_type=cache_quant_type,
+    )
+    for kind in "kv":
+        expected = np.frombuffer(bytes(want[kind]), np.uint8)
+        assert_same_bits(to_numpy(tensors[kind]).ravel(), expected, kind)
+        assert_same_bits(to_numpy(scale_tensors[kind]).ravel(), scales[kind], f"{kind} scales")
+
+
+@pytest.mark.parametrize("name", ["fastattn", "fastdeploy"])
+@pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8", *DYNAMIC])
+def test_append_cache_kv_c8_reads_the_packed_bytes(place, cache_quant_type, name):
+    code = "int8" if "int8" in cache_quant_type else "e4m3"
+    blocks, heads, dim, cached = 2, 2, 128, 70
+    rng = RNG(7)
+    values = CODES[code][0]
+    codes, caches, scales = {}, {}, {}
+    for kind in "kv":
+        codes[kind] = rng.choice(list(values), (blocks, heads, 64, dim)).astype(np.uint8)
+        packed = pack_cache(codes[kind], kind, name, code == "int8")
+        caches[kind] = packed.reshape(layout.cache_shape(kind, name, blocks, heads, dim))
+        size = blocks * heads * 64 if cache_quant_type in DYNAMIC else heads
+        scales[kind] = rng.uniform(0.5, 2, size).astype(np.float32)
+    shape = (blocks, heads, 64) if cache_quant_type in DYNAMIC else (heads,)
+    out = {kind: to_paddle(np.zeros((cached, heads, dim), BF16), place) for kind in "kv"}
+    F.append_cache_kv_c8(
+        to_paddle(caches["k"], place),
+        to_paddle(caches["v"], place),
+        out["k"],
+        out["v"],
+        int32([[1, 0]], place),
+        int32([cached], place),
+        int32([0, cached], place),
+        cache_k_scales=to_paddle(scales["k"].reshape(shape), place),
+        cache_v_scales=to_paddle(scales["v"].reshape(shape), place),
+        dynamic_quant=cache_quant_type in DYNAMIC,
+        cache_quant_type=cache_quant_type,
+        cache_layout=name,
+    )
+    for kind in "kv":
+        want = np.zeros((cached, heads, dim), np.float32)
+        for i in range(cached):
+            block, r = [1, 0][i // 64], i % 64
+            for head in range(heads):
+                index = DOC["dynamic_scale_index"](block, head, r, heads)
+                scale = scales[kind][index if cache_quant_type in DYNAMIC else head]
+                for d in range(dim):
+                    want[i, head, d] = scale * np.float32(values[codes[kind][block, head, r, d]])
+        assert_same_bits(to_numpy(out[kind]), want.astype(BF16), kind)
+
+
+# ---- MXFP4 and the indexer ---------------------------------------------------------------------
+
+
+def power_of_two(amax, qmax, floor):
+    """Exponent of the smallest power of two p with ``p * qmax >= max(amax, floor)``."""
+    amax = max(float(amax), float(np.float32(floor)))
+    exponent = -140
+    while 2.0**exponent * qmax < amax:
+        exponent += 1
+    return exponent
+
+
+def pack_mxfp4(x):
+    """Code bytes and scale bytes of a row of C channels."""
+    codes, scales = bytearray(len(x) // 2), bytearray(len(x) // 32)
+    for c, value in enumerate(x):
+        block = c // 32 * 32
+        exponent = power_of_two(max(abs(v) for v in x[block : block + 32]), 6, 6 * 2.0**-126)
+        scales[DOC["mxfp4_scale_byte"](c)] = exponent + 127
+        nibble = encode(float(value) * 2.0**-exponent, "e2m1")
+        codes[DOC["mxfp4_code_byte"](c)] |= nibble << DOC["mxfp4_code_shift"](c)
+        assert abs(float(value)) <= 6 * DOC["ue8m0_value"](exponent + 127)
+    return bytes(codes), bytes(scales)
+
+
+def pack_fp8(x):
+    """Code bytes and the exponent of the power-of-two scale of a block."""
+    exponent = power_of_two(max(abs(v) for v in x), 448, 1e-4)
+    return bytes(encode(float(v) * 2.0**-exponent, "e4m3") for v in x), exponent
+
+
+def some_rows(rows, channels, seed):
+    rng = RNG(seed)
+    x = rng.normal(size=(rows, channels)) * np.exp(2 * rng.normal(size=(rows, 1)))
+    x[0, 0] = -0.0
+    x[-1, :32] = 0
+    return x.astype(BF16)
+
+
+def test_mxfp4_tensor(place):
+    x = some_rows(3, 128, 3)
+    modelled = reference.mxfp4_quantize(x)
+    stored = [to_numpy(t) for t in F.mxfp4_quantize(to_paddle(x, place))]
+    for row in range(3):
+        want = pack_mxfp4(x[row].astype(np.float32).tolist())
+        for codes, scales in (modelled, stored):
+            assert (codes[row].tobytes(), scales[row].tobytes()) == want
+
+
+def identity_table(positions):
+    return np.repeat(np.float32([[1.0, 0.0]]), 32, axis=1).repeat(positions, axis=0)
+
+
+@pytest.mark.parametrize("quant", ["fp8", "mxfp4"])
+def test_indexer_query(place, quant):
+    x = some_rows(4, 128, 4)
+    weights = RNG(5).normal(size=(2, 2)).astype(np.float32)
+    codes, scales, folded = F.indexer_q_rope_quant(
+        to_paddle(np.zeros(2, np.int64), place),
+        to_paddle(x.reshape(2, 2, 128), place),
+        to_paddle(identity_table(1), place),
+        to_paddle(weights, place),
+        0.3,
+        0.7,
+        quant=quant,
+    )
+    codes, scales, folded = (to_numpy(t) for t in (codes, scales, folded))
+    f = np.float32
+    for i in range(4):
+        t, h = divmod(i, 2)
+        values = x[i].astype(np.float32).tolist()
+        if quant == "fp8":
+            want, exponent = pack_fp8(values)
+            assert scales.dtype == np.float32 and scales[t, h] == 2.0**exponent
+            weight = ((weights[t, h] * scales[t, h]) * f(0.3)) * f(0.7)
+        else:
+            want, bytes_ = pack_mxfp4(values)
+            assert scales.dtype == np.int32
+            assert int(scales[t, h]).to_bytes(4, "little", signed=True) == bytes_
+            weight = (weights[t, h] * f(0.3)) * f(0.7)
+        assert codes[t, h].tobytes() == want
+        assert folded[t, h] == weight
+
+
+def test_page_table():
+    for quant, head, codes, scales, together in table("`quant` | HEAD"):
+        quant = quant.strip("`")
+        code_bytes, scale_bytes = DOC["PAGE_BYTES"][quant]
+        assert indexer.PAGE_FORMATS[quant] == (int(head), code_bytes, scale_bytes)
+        assert codes.startswith(f"{code_bytes} B") and scales.startswith(f"{scale_bytes} B")
+        assert together == f"{code_bytes + scale_bytes} B"
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("quant", list(DOC["PAGE_BYTES"]))
+def test_indexer_page(place, quant, ratio):
+    """One visible row a group, so that a key is known; the RMSNorm weight undoes the norm."""
+    head = indexer.PAGE_FORMATS[quant].head_dim
+    n, state_block = 3, 8
+    keys = some_rows(2, head, 6).astype(np.float32)
+    # Values of one magnitude, so that the norm is exact; the weight brings the key's channels.
+    width = head * (2 if ratio == 4 else 1)
+    positions = [ratio - 1, 2 * ratio - 1]
+    blocks = 2 * ratio // state_block
+    cache = np.full((2, n * sum(DOC["PAGE_BYTES"][quant]) + 8), 0xA5, np.uint8)
+    want = cache.copy()
+    slots = [2, 4]
+    for position, slot, key in zip(positions, slots, keys):
+        state = np.full((blocks, state_block, 2 * width), np.nan, np.float32)
+        first = position - (2 * ratio if ratio == 4 else ratio) + 1
+        for p in range(max(first, 0), position + 1):
+            half = 1 if ratio == 4 and p > position - ratio else 0
+            for d in range(head):
+                value, score = DOC["state_element"](p, d, half, head, ratio)
+                row = state[blocks - 1 - p // state_block, p % state_block]
+                row[value] = 4.0 if p == position - 1 else 9.0
+                row[score] = 0.5 if p == position - 1 else -np.inf
+        result = F.indexer_kv_compress_insert(
+            to_paddle(state, place),
+            int32([list(range(blocks))[::-1]], place),
+            int32([0], place),
+            int32([position], place),
+            int32([0], place),
+            int32([slot], place),
+            to_paddle(key, place),
+            to_paddle(identity_table(300), place),
+            to_paddle(cache, place),
+            compress_ratio=ratio,
+            page_size=n,
+            rms_norm_eps=0.0,
+            quant=quant,
+        )
+        cache = to_numpy(result).copy()
+        codes, scales = page_token(key.astype(BF16).astype(np.float32).tolist(), quant)
+        page, row = slot // n, slot % n
+        at = DOC["page_code_byte"](row, n, quant)
+        want[page, at : at + len(codes)] = np.frombuffer(codes, np.uint8)
+        at = DOC["page_scale_byte"](row, n, quant)
+        want[page, at : at + len(scales)] = np.frombuffer(scales, np.uint8)
+        assert_same_bits(cache, want)
+
+
+def page_token(key, quant):
+    """Code bytes and scale bytes of a bf16-rounded key."""
+    if quant == "mxfp4":
+        return pack_mxfp4(key)
+    if quant == "fp8":
+        codes, exponent = pack_fp8(key)
+        return codes, np.array([2.0**exponent], "<f4").tobytes()
+    codes, scales = b"", b""
+    for b in range(7):
+        block, exponent = pack_fp8(key[64 * b : 64 * b + 64])
+        codes += block
+        scales += bytes([exponent + 127])
+    codes += np.array(key[448:], BF16).tobytes()
+    return codes, scales + b"\0"

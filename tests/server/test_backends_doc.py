@@ -1,0 +1,40 @@
+"""The Python of docs/backends.md runs, and its tables name what the code knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import paddle
+import pytest
+
+from fastattn.backends import config, fastdeploy, layer_cache
+from tests.support import ROOT
+
+DOC = ROOT / "docs" / "backends.md"
+TEXT = DOC.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_block_runs(code):
+    paddle.seed(0)
+    exec(compile(code, str(DOC), "exec"), {})
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) == 3
+
+
+def test_the_tables_are_complete():
+    for name in [kind for kind in layer_cache.CONFIG_TYPES if kind]:
+        assert f"`{name}`" in TEXT
+    source = Path(config.__file__).read_text(encoding="utf-8")
+    refused = re.findall(r'"(?:\w+_config)\.(\w+)"', source)
+    for name in {"head_wise_swa_ratio", "sink_size", "enable_rope_3d_runtime", *refused}:
+        if name not in ("max_model_len", "causal", "partial_rotary_factor", "num_key_value_heads",
+                        "tensor_parallel_size", "tensor_parallel_rank", "use_3d_rope",
+                        "tensor_parallel_degree", "model_type"):  # fmt: skip
+            assert name in TEXT, name
+    for name in fastdeploy.REPLACED:
+        assert name.replace("AttentionBackend", "").upper() in TEXT.replace("_", "")

@@ -1,0 +1,581 @@
+"""FastDeploy's operators called as its Python calls them: by position, on caches in its bytes."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+
+import numpy as np
+import paddle
+import pytest
+
+from fastattn import backends, compat
+from fastattn.compat import fastdeploy as ops
+from fastattn.reference.cache import block_of, new_tokens, quantize_token, static_scales
+from fastattn.reference.layout import pack, unpack
+from fastattn.reference.numerics import from_codes
+from fastattn.reference.rope import make_rotary_embs, rope_qkv
+from tests.support.compare import assert_same_bits
+from tests.support.static import run_all_modes
+from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, to_numpy, to_paddle
+
+TYPES = ("none", "cache_int8", "cache_fp8", "block_wise_fp8")
+
+
+class Step:
+    """Inputs of a step in FastDeploy's convention, and what must come out.
+
+    Parameters
+    ----------
+    seqs : list of (encoder, decoder, new)
+    """
+
+    def __init__(self, seqs, *, cache_quant_type="block_wise_fp8", dtype=BF16, heads=4, kv=2,
+                 dim=128, neox=False, partial=False, norm=False, padding=0, blocks=9,
+                 per_channel=False, scale_dtype=BF16, seed=0):  # fmt: skip
+        rng = np.random.default_rng(seed)
+        self.type, self.heads, self.kv, self.dim, self.neox = cache_quant_type, heads, kv, dim, neox
+        self.rotary_dim = dim // 2 if partial else dim
+        self.encoder, self.decoder, self.new = (np.array(x, np.int32) for x in zip(*seqs))
+        self.cu_q = np.concatenate([[0], np.cumsum(self.new)]).astype(np.int32)
+        prefix = np.where(self.encoder > 0, self.decoder, 0)
+        self.cu_k = np.concatenate([[0], np.cumsum(prefix + self.new)]).astype(np.int32)
+        tokens = int(self.cu_q[-1]) + padding
+        self.batch_ids = np.full(tokens, -1, np.int32)
+        self.batch_ids[: self.cu_q[-1]] = np.repeat(np.arange(len(seqs)), self.new)
+        self.qkv = rng.normal(size=(tokens, (heads + 2 * kv) * dim)).astype(dtype)
+        columns = {(False, False): dim, (True, False): dim, (True, True): dim // 2}
+        table = make_rotary_embs(256, columns.get((neox, partial), dim // 2), theta=77, neox=neox)
+        if neox and partial:
+            table = table[..., : dim // 4]
+        elif partial:
+            table = make_rotary_embs(256, dim // 2, theta=77)
+        self.table = np.ascontiguousarray(table)
+        self.norms = [rng.uniform(0.5, 2, dim).astype(np.float32) if norm else None for _ in "qk"]
+        order = rng.permutation(blocks)
+        self.tables = np.full((len(seqs), 4), -1, np.int32)
+        at = 0
+        for seq, length in enumerate(self.decoder + self.new):
+            count = -(-int(length) // 64)
+            self.tables[seq, :count] = order[at : at + count]
+            at += count
+        assert at <= blocks
+        self.code = "int8" if cache_quant_type == "cache_int8" else "e4m3"
+        self.scales = None
+        if cache_quant_type == "none":
+            self.caches = [rng.normal(size=(blocks, kv, 64, dim)).astype(dtype) for _ in "kv"]
+        else:
+            finite = np.array([c for c in range(256) if c & 0x7F != 0x7F], np.uint8)
+            logical = [rng.choice(finite, (blocks, kv, 64, dim)) for _ in "kv"]
+            self.caches = [
+                pack(x, kind, "fastdeploy", int8=self.code == "int8")
+                for x, kind in zip(logical, "kv")
+            ]
+            shape = (kv * dim if per_channel else kv,)
+            if cache_quant_type == "block_wise_fp8":
+                shape = (blocks, kv, 64)
+            bound = 127 if self.code == "int8" else 448
+            self.scales = [(rng.uniform(2, 6, shape) / bound).astype(scale_dtype) for _ in "kv"]
+
+    def arguments(self, place="cpu", *, older=False, **changes):
+        """Positional arguments, in FastDeploy's order; tensors by name in `self.tensors`."""
+
+        def on(x):
+            return None if x is None else to_paddle(np.array(x), place)
+
+        scales = [on(x) for x in self.scales] if self.scales else [None, None]
+        dynamic = self.type == "block_wise_fp8"
+        stale = on(np.zeros(self.kv, BF16))  # FastDeploy's layers have these for every type
+        quant, dequant = (scales, [stale] * 2) if dynamic else ([stale] * 2, scales)
+        if self.type == "none":
+            quant, dequant = [None] * 2, [None] * 2
+        tiles = [int32([0], place)] * 2 + [int32([1])]  # the counts are on the host
+        self.tensors = {"caches": [on(x) for x in self.caches], "scales": scales}
+        named = {
+            "qkv": on(self.qkv),
+            "key_cache": self.tensors["caches"][0],
+            "value_cache": self.tensors["caches"][1],
+            "cu_seqlens_q": on(self.cu_q),
+            "cu_seqlens_k": on(self.cu_k),
+            "rotary_embs": on(self.table),
+            "seq_lens_this_time": on(self.new[:, None]),
+            "seq_lens_encoder": on(self.encoder[:, None]),
+            "seq_lens_decoder": on(self.decoder[:, None]),
+            "batch_id_per_token": on(self.batch_ids),
+            "block_tables": on(self.tables),
+            **dict(zip(["kv_batch_ids", "kv_tile_ids_per_batch", "kv_num_blocks"], tiles)),
+            **dict(zip(["cache_batch_ids", "cache_tile_ids", "cache_num_blocks"], tiles)),
+            "q_norm_weight": on(self.norms[0]),
+            "k_norm_weight": on(self.norms[1]),
+            "cache_k_quant_scales": quant[0],
+            "cache_v_quant_scales": quant[1],
+            "cache_k_dequant_scales": dequant[0],
+            "cache_v_dequant_scales": dequant[1],
+            "cache_k_zp": None,
+            "cache_v_zp": None,
+            "kv_signal_data": None,
+            "kv_token_num": int(self.cu_k[-1]),
+            "max_seq_len": 256,
+            "rms_norm_eps": 1e-5,
+            "use_neox_rotary_style": self.neox,
+            "cache_quant_type": self.type,
+            "rope_3d": False,
+            **changes,
+        }
+        if older:
+            del named["use_neox_rotary_style"]
+        return list(named.values())
+
+    def expected(self):
+        """q, k, v, qkv_out, and the caches' and scales' bytes after the step."""
+        tokens = len(self.qkv)
+        owners = list(new_tokens(tokens, self.cu_q, self.decoder, self.new, self.batch_ids))
+        positions = np.zeros(tokens, int)
+        for token, _, position in owners:
+            positions[token] = position
+        q, k, v = rope_qkv(
+            self.qkv,
+            positions,
+            self.table,
+            num_heads=self.heads,
+            num_kv_heads=self.kv,
+            q_norm_weight=self.norms[0],
+            k_norm_weight=self.norms[1],
+            rms_norm_eps=1e-5,
+            use_neox_rotary_style=self.neox,
+            rotary_dim=self.rotary_dim,
+        )
+        own = np.zeros(tokens, bool)
+        own[[token for token, _, _ in owners]] = True
+        q, k, v = (np.where(own[:, None, None], x, np.zeros((), x.dtype)) for x in (q, k, v))
+        fused = np.concatenate([q, k, v], axis=1).reshape(self.qkv.shape)
+        outs, caches, scales = [], [], []
+        for side, new in enumerate((k, v)):
+            cache, scale = self._side(side)
+            out = np.zeros((int(self.cu_k[-1]), self.kv, self.dim), self.qkv.dtype)
+            for seq, prefix in enumerate(np.where(self.encoder > 0, self.decoder, 0)):
+                for i in range(prefix):
+                    block = block_of(self.tables[seq], i, len(cache))
+                    if block is not None:
+                        out[self.cu_k[seq] + i] = self._read(cache, scale, block, i % 64)
+            for token, seq, position in owners:
+                prefix = self.decoder[seq] if self.encoder[seq] > 0 else 0
+                out[self.cu_k[seq] + prefix + token - self.cu_q[seq]] = new[token]
+                if self.encoder[seq] > 0:
+                    block = block_of(self.tables[seq], position, len(cache))
+                    if block is not None:
+                        self._write(cache, scale, block, position % 64, new[token])
+            if self.type != "none":
+                cache = pack(cache, "kv"[side], "fastdeploy", int8=self.code == "int8")
+            outs.append(out)
+            caches.append(cache)
+            scales.append(scale)
+        return [q, *outs, fused], caches, scales
+
+    def _side(self, side):
+        cache, scale = self.caches[side].copy(), None
+        if self.type != "none":
+            cache = unpack(cache, "kv"[side], "fastdeploy", int8=self.code == "int8").copy()
+            scale = self.scales[side].copy()
+        return cache, scale
+
+    def _read(self, cache, scale, block, slot):
+        codes = cache[block, :, slot]
+        if self.type == "none":
+            return codes
+        if self.type == "block_wise_fp8":
+            multiplier = scale[block, :, slot].astype(np.float32)[:, None]
+        else:
+            multiplier = static_scales(scale, self.kv, self.dim)
+        return (from_codes(codes, self.code).astype(np.float32) * multiplier).astype(self.qkv.dtype)
+
+    def _write(self, cache, scale, block, slot, x):
+        if self.type == "none":
+            cache[block, :, slot] = x
+            return
+        codes, dynamic = quantize_token(x, scale, self.type)
+        cache[block, :, slot] = codes.view(np.uint8)
+        if dynamic is not None:
+            scale[block, :, slot] = dynamic
+
+    def run_and_check(self, place="cpu", **options):
+        outputs = ops.gqa_rope_write_cache(*self.arguments(place, **options))
+        wanted, caches, scales = self.expected()
+        assert isinstance(outputs, tuple) and len(outputs) == 4
+        for name, a, b in zip(("q", "k", "v", "qkv_out"), outputs, wanted):
+            assert_same_bits(to_numpy(a), b, name)
+        for name, a, b in zip("kv", self.tensors["caches"], caches):
+            assert_same_bits(to_numpy(a), b, f"{name} cache")
+        if self.type == "block_wise_fp8":
+            for name, a, b in zip("kv", self.tensors["scales"], scales):
+                assert_same_bits(to_numpy(a), b, f"{name} scales")
+
+
+#: Prefill, chunked prefill, prefix hit, decode, stopped, and speculative sequences.
+SEQS = [(70, 0, 70), (9, 67, 9), (0, 100, 1), (5, 64, 5), (0, 30, 0), (0, 5, 3)]
+
+
+@pytest.mark.parametrize("cache_quant_type", TYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16)], ids=str)
+def test_a_mixed_step(place, cache_quant_type, dim, dtype):
+    step = Step(SEQS, cache_quant_type=cache_quant_type, dim=dim, dtype=dtype, blocks=12, padding=3)
+    step.run_and_check(place)
+
+
+@pytest.mark.parametrize("cache_quant_type", TYPES)
+@pytest.mark.parametrize(
+    ("neox", "partial"), [(False, False), (True, False), (True, True), (False, True)]
+)
+def test_rotary_styles_and_norms(place, cache_quant_type, neox, partial):
+    step = Step(SEQS, cache_quant_type=cache_quant_type, neox=neox, partial=partial, norm=True,
+                heads=6, kv=3, blocks=12)  # fmt: skip
+    step.run_and_check(place)
+
+
+@pytest.mark.parametrize("scale_dtype", [np.float32, BF16, np.float16], ids=["f32", "bf16", "f16"])
+def test_static_scales_of_every_kind(place, scale_dtype):
+    if place == "gpu" and scale_dtype == np.float16 and paddle.__version__.startswith("2."):
+        pytest.skip("this Paddle converts no types on recent GPUs")
+    for per_channel in (False, True):
+        step = Step(SEQS, cache_quant_type="cache_int8", per_channel=per_channel, blocks=12,
+                    scale_dtype=scale_dtype)  # fmt: skip
+        step.run_and_check(place)
+
+
+def test_bug01_unequal_v_scales_of_a_cached_prefix(place):
+    """V of token r is r + 1 before the second chunk; each token keeps its own scale."""
+    step = Step([(1, 64, 1)], kv=1, heads=1)
+    block = step.tables[0, 0]
+    codes = unpack(step.caches[1], "v", "fastdeploy", int8=False).copy()
+    codes[block, 0] = 0x7E  # 448
+    step.caches[1] = pack(codes, "v", "fastdeploy", int8=False)
+    step.scales[1][block, 0] = ((np.arange(64) + 1) / 448).astype(BF16)
+    _, _, v, _ = ops.gqa_rope_write_cache(*step.arguments(place))
+    values = to_numpy(v)[:64, 0].astype(np.float64)
+    assert (np.abs(values / (np.arange(64) + 1)[:, None] - 1) < 0.01).all()
+
+
+#: Steps whose chunks begin and end inside of blocks and of groups of 16 tokens, more tokens than a
+#: table entry's block, single tokens beside prompts, and nothing but decoding sequences.
+LAYOUTS = {
+    "chunks": [(17, 15, 17), (1, 63, 1), (130, 64, 130), (16, 48, 16), (64, 0, 64), (33, 31, 33)],
+    "beside": [(70, 0, 70), *[(0, 90, 1)] * 20, (5, 3, 5), *[(0, 7, 2)] * 15, (1, 0, 1)],
+    "decode": [(0, 10 * i, 1) for i in range(20)],
+}
+
+
+@pytest.mark.parametrize("cache_quant_type", TYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 3), (20, 5)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_and_heads_of_every_number(place, layout, heads, dim, cache_quant_type):
+    for norm in (False, True):
+        step = Step(LAYOUTS[layout], cache_quant_type=cache_quant_type, dim=dim, heads=heads[0],
+                    kv=heads[1], norm=norm, blocks=80, padding=5)  # fmt: skip
+        step.run_and_check(place)
+
+
+@pytest.mark.parametrize("cache_quant_type", TYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_inside_of_prompts(place, layout, norm, cache_quant_type):
+    step = Step(LAYOUTS[layout], cache_quant_type=cache_quant_type, norm=norm, blocks=80, padding=9)
+    step.batch_ids[::7] = -1
+    step.batch_ids[16:19] = -1
+    arguments = step.arguments(place)
+    outputs = ops.gqa_rope_write_cache(*arguments)
+    wanted, caches, scales = step.expected()
+    named = dict(zip(("q", "k", "v", "qkv_out"), zip(outputs, wanted)))
+    for name in ("q", "qkv_out"):
+        assert_same_bits(to_numpy(named[name][0]), named[name][1], name)
+    for a, b in zip(step.tensors["caches"], caches):
+        assert_same_bits(to_numpy(a), b)
+    written = wanted[1].astype(np.float32).any((1, 2))  # the others keep what was there
+    for name in "kv":
+        a, b = named[name]
+        assert_same_bits(to_numpy(a)[written], b[written], name)
+    if cache_quant_type == "block_wise_fp8":
+        for a, b in zip(step.tensors["scales"], scales):
+            assert_same_bits(to_numpy(a), b)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("only", [0, 1])
+def test_norm_weights_of_every_type(place, only, dtype):
+    step = Step(LAYOUTS["chunks"], norm=True, blocks=80)
+    step.norms = [x.astype(dtype) for x in step.norms]
+    step.run_and_check(place)
+    step.norms[only] = None
+    step.run_and_check(place)
+
+
+@pytest.mark.parametrize("cache_quant_type", ["cache_int8", "block_wise_fp8"])
+def test_bug11_a_chunk_in_the_middle_of_a_stale_block(place, cache_quant_type):
+    """Codes of a rejected draft or an earlier owner are replaced, not combined."""
+    step = Step([(3, 5, 3)], cache_quant_type=cache_quant_type)
+    for i in range(2):
+        step.caches[i][step.tables[0, 0]] = 0x7E
+    step.run_and_check(place)
+
+
+def test_bug06_tokens_of_zeros_stay_finite(place):
+    step = Step([(4, 0, 4)])
+    step.qkv[1] = 0
+    step.qkv[2] *= np.array(1e-6, BF16)
+    step.run_and_check(place)
+    for scales in step.tensors["scales"]:
+        assert np.isfinite(to_numpy(scales).astype(np.float32)).all()
+
+
+def test_wild_lengths_and_blocks_stay_inside(place):
+    """Block ids outside the cache, offsets outside k and v: left out, the rest is right."""
+    step = Step(SEQS, blocks=12)
+    step.tables[0, 1] = 99
+    step.tables[1, 0] = -7
+    arguments = step.arguments(place)
+    ops.gqa_rope_write_cache(*arguments)
+    _, caches, scales = step.expected()
+    for a, b in zip(step.tensors["caches"] + step.tensors["scales"], caches + scales):
+        assert_same_bits(to_numpy(a), b)
+    small = step.arguments(place, kv_token_num=10)
+    out = ops.gqa_rope_write_cache(*small)
+    assert out[1].shape == [10, 2, 128]
+    step.cu_k = step.cu_k - 1000
+    ops.gqa_rope_write_cache(*step.arguments(place, kv_token_num=10))
+
+
+def test_without_batch_ids_or_with_cuda_graph_padding(place):
+    step = Step([(0, 9, 1), (6, 0, 6)], padding=4)
+    step.run_and_check(place)
+    step.run_and_check(place, batch_id_per_token=None)
+    step.batch_ids[0] = -1  # padding inside a sequence
+    step.arguments(place)
+    q = ops.gqa_rope_write_cache(*step.arguments(place))[0]
+    assert not to_numpy(q)[0].any()
+
+
+def test_the_older_order_of_arguments(place):
+    """Without use_neox_rotary_style: (rms_norm_eps, cache_quant_type, rope_3d)."""
+    Step(SEQS, blocks=12).run_and_check(place, older=True)
+    with pytest.raises(NotImplementedError, match="rope_3d"):
+        ops.gqa_rope_write_cache(*Step(SEQS, blocks=12).arguments(older=True, rope_3d=True))
+
+
+def test_names_and_defaults_are_fastdeploys():
+    """The order in which FastDeploy's wrapper declares and passes them."""
+    parameters = inspect.signature(ops.gqa_rope_write_cache).parameters
+    assert " ".join(parameters) == (
+        "qkv key_cache value_cache cu_seqlens_q cu_seqlens_k rotary_embs seq_lens_this_time "
+        "seq_lens_encoder seq_lens_decoder batch_id_per_token block_tables kv_batch_ids "
+        "kv_tile_ids_per_batch kv_num_blocks cache_batch_ids cache_tile_ids_per_batch "
+        "cache_num_blocks q_norm_weight k_norm_weight cache_k_quant_scales cache_v_quant_scales "
+        "cache_k_dequant_scales cache_v_dequant_scales cache_k_zp cache_v_zp kv_signal_data "
+        "kv_token_num max_seq_len rms_norm_eps use_neox_rotary_style cache_quant_type rope_3d"
+    )
+    defaults = [p.default for p in parameters.values()][17:]
+    assert defaults == [None] * 9 + [1, 0, 1e-6, False, "none", False]
+    assert " ".join(inspect.signature(ops.merge_prefill_decode_output).parameters) == (
+        "encoder_res decoder_res seq_lens_encoder seq_lens_decoder seq_lens_this_time cu_seq_q "
+        "head_num head_dim max_token"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"qkv": None}, TypeError, "qkv: expected a tensor, got None"),
+        ({"key_cache": None}, TypeError, "key_cache: expected a tensor, got None"),
+        ({"cu_seqlens_k": None}, TypeError, "cu_seqlens_k: expected a tensor, got None"),
+        ({"seq_lens_encoder": int32([1])}, ValueError, r"seq_lens_encoder: expected shape \[6\]"),
+        ({"cu_seqlens_k": int32([0, 1])}, ValueError, r"cu_seqlens_k: expected shape \[7\]"),
+        ({"seq_lens_this_time": to_paddle(np.zeros(6))}, TypeError, "expected dtype int32"),
+        ({"cache_k_zp": int32([1])}, ValueError, "cache_k_zp: .*takes no zero point"),
+        ({"kv_signal_data": int32([1])}, NotImplementedError, "kv_signal_data: PD"),
+        ({"rope_3d": True}, NotImplementedError, "rope_3d: tables of each sequence"),
+        ({"cache_quant_type": "cache_int4_zp"}, NotImplementedError, "'cache_int4_zp' is not"),
+        ({"cache_quant_type": "block_wise_int8"}, NotImplementedError, "FastDeploy has no"),
+        ({"cache_quant_type": 3}, TypeError, "cache_quant_type: expected str, got int"),
+        ({"cache_k_quant_scales": None}, ValueError, "cache_k_scales: .*needs scales, got None"),
+        ({"kv_token_num": -1}, ValueError, "kv_token_num: expected at least 0, got -1"),
+        ({"kv_token_num": None}, TypeError, "kv_token_num"),
+        ({"rms_norm_eps": -1.0}, ValueError, "rms_norm_eps"),
+        ({"rms_norm_eps": "1"}, TypeError, "rms_norm_eps: expected float, got str"),
+        ({"q_norm_weight": int32([1])}, TypeError, "q_norm_weight: expected dtype"),
+        ({"qkv": to_paddle(np.zeros((88, 5), BF16))}, ValueError, r"qkv: expected shape \[T"),
+        ({"qkv": to_paddle(np.zeros((88, 1024), np.float32))}, TypeError, "qkv: expected dtype"),
+        (
+            {"rotary_embs": to_paddle(np.zeros((2, 1, 9, 1, 40), np.float32))},
+            ValueError,
+            "rotary_embs: expected 32 or 64 columns",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(changes, error, text):
+    step = Step(SEQS, blocks=12)
+    with pytest.raises(error, match=f"gqa_rope_write_cache: .*{text}"):
+        ops.gqa_rope_write_cache(*step.arguments(**changes))
+
+
+@pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8"])
+def test_bug15_scales_of_the_whole_model_are_refused(cache_quant_type):
+    """A rank that holds 2 of 8 heads must pass its own."""
+    step = Step(SEQS, cache_quant_type=cache_quant_type, blocks=12)
+    given = to_paddle(np.arange(1, 9, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"cache_k_dequant_scales: expected .* scales.*got 8"):
+        ops.gqa_rope_write_cache(*step.arguments(cache_k_dequant_scales=given))
+    with pytest.raises(ValueError, match=r"cache_k_scales: .*needs scales, got None"):
+        ops.gqa_rope_write_cache(*step.arguments(cache_k_dequant_scales=None))
+
+
+@pytest.mark.skipif(not EMPTY_OUTPUTS, reason="this Paddle has no empty outputs")
+def test_an_empty_step(place):
+    step = Step([(0, 5, 0), (0, 0, 0)])
+    outputs = ops.gqa_rope_write_cache(*step.arguments(place))
+    assert [x.shape[0] for x in outputs] == [0, 0, 0, 0]
+    step.run_and_check(place)
+
+
+def _traced(qkv, key, value, k_scales, v_scales, cu_q, cu_k, new, encoder, decoder, ids, tables,
+            rotary):  # fmt: skip
+    return ops.gqa_rope_write_cache(
+        qkv, key, value, cu_q, cu_k, rotary, new, encoder, decoder, ids, tables,
+        None, None, None, None, None, None, None, None, k_scales, v_scales, None, None, None, None,
+        None, 21, 256, 1e-5, False, "block_wise_fp8", False,
+    )  # fmt: skip
+
+
+def test_all_modes_of_paddle(place):
+    step = Step([(20, 0, 20), (0, 9, 1)])
+    arrays = [step.qkv, *step.caches, *step.scales, step.cu_q, step.cu_k, step.new, step.encoder,
+              step.decoder, step.batch_ids, step.tables, step.table]  # fmt: skip
+    outputs, inputs = run_all_modes(_traced, arrays, place)
+    wanted, caches, scales = step.expected()
+    for a, b in zip(outputs, wanted):
+        assert_same_bits(a, b)
+    for a, b in zip(inputs[1:5], caches + scales):
+        assert_same_bits(a, b)
+
+
+# merge_prefill_decode_output
+
+
+def merge_arguments(place, dtype=BF16, heads=3, dim=128, extra=0, batch_shape=True):
+    rng = np.random.default_rng(1)
+    encoder, decoder = np.array([5, 0, 0, 0, 7]), np.array([3, 9, 0, 4, 0])
+    new = np.array([5, 5, 2, 0, 7])
+    cu = np.concatenate([[0], np.cumsum(new)])
+    prefill, decode = (
+        rng.integers(0, 256, (19 + extra, heads * dim * np.dtype(dtype).itemsize), np.uint8).view(
+            dtype
+        )
+        for _ in "pd"
+    )
+    wanted = prefill.copy()
+    wanted[5:10] = decode[5:10]  # sequence 1 is the only decode sequence with new tokens
+    lens = [x[:, None] if batch_shape else x for x in (encoder, decoder, new)]
+    tensors = [to_paddle(prefill.copy(), place), to_paddle(decode, place)]
+    return [*tensors, *(int32(x, place) for x in (*lens, cu)), heads, dim, 1], wanted
+
+
+@pytest.mark.parametrize(
+    "dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.uint8)], ids=str
+)
+@pytest.mark.parametrize("dim", [128, 192, 7])
+def test_bug13_all_tokens_of_decode_seqs_are_merged(place, dtype, dim):
+    """All 5 new tokens of a decode sequence, though max_token is 1; others stay as they are."""
+    arguments, wanted = merge_arguments(place, dtype, dim=dim, extra=3)
+    result = ops.merge_prefill_decode_output(*arguments)
+    assert_same_bits(to_numpy(arguments[0]).view(np.uint8), wanted.view(np.uint8))
+    assert_same_bits(to_numpy(result).view(np.uint8), wanted.view(np.uint8))
+
+
+def test_three_dimensions_and_fewer_decode_tokens(place):
+    arguments, wanted = merge_arguments(place, batch_shape=False)
+    arguments[0] = to_paddle(to_numpy(arguments[0]).reshape(19, 3, 128).copy(), place)
+    arguments[1] = to_paddle(to_numpy(arguments[1])[:8].copy(), place)
+    before = to_numpy(arguments[0]).reshape(19, -1).copy()
+    ops.merge_prefill_decode_output(*arguments)
+    wanted[8:10] = before[8:10]
+    assert_same_bits(to_numpy(arguments[0]).reshape(19, -1), wanted)
+
+
+def test_wild_lengths_of_a_merge(place):
+    for changes in ([2**31 - 1] * 5, [-(2**31)] * 5, [0, 400, 400, 400, 400]):
+        arguments, _ = merge_arguments(place, batch_shape=False)
+        for i in (4, 5):
+            values = np.array(changes if i == 4 else [-5, *changes], np.int64)
+            arguments[i] = int32(values.astype(np.int32), place)
+        ops.merge_prefill_decode_output(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "error", "text"),
+    [
+        (0, None, TypeError, "encoder_res: expected a tensor, got None"),
+        (0, 5, TypeError, "encoder_res: expected a tensor, got int"),
+        (1, to_paddle(np.zeros((19, 384), np.float32)), TypeError, "decoder_res: expected dtype"),
+        (0, to_paddle(np.zeros((19, 5), BF16)), ValueError, "encoder_res: expected shape"),
+        (1, to_paddle(np.zeros(19, BF16)), ValueError, "decoder_res: expected shape"),
+        (0, int32(np.zeros((19, 384))), TypeError, "encoder_res: dtype int32 is not supported"),
+        (2, to_paddle(np.zeros(5, np.int64)), TypeError, "seq_lens_encoder: expected dtype int32"),
+        (3, int32([1]), ValueError, "seq_lens_decoder: expected shape"),
+        (5, int32([0, 1]), ValueError, "cu_seq_q: expected shape"),
+        (6, 0, ValueError, "head_num: expected at least 1, got 0"),
+        (7, -3, ValueError, "head_dim: expected at least 1, got -3"),
+        (8, 0, ValueError, "max_token: expected at least 1, got 0"),
+        (6, 1.5, TypeError, "head_num"),
+    ],
+)
+def test_wrong_arguments_of_a_merge_are_named(index, value, error, text):
+    arguments, _ = merge_arguments("cpu")
+    arguments[index] = value
+    with pytest.raises(error, match=f"merge_prefill_decode_output: {text}"):
+        ops.merge_prefill_decode_output(*arguments)
+
+
+def test_a_merge_with_itself_is_refused():
+    arguments, _ = merge_arguments("cpu")
+    arguments[1] = arguments[0]
+    with pytest.raises(ValueError, match="must not share memory with decoder_res"):
+        ops.merge_prefill_decode_output(*arguments)
+
+
+def _merge(prefill, decode, encoder, decoder, new, cu):
+    return ops.merge_prefill_decode_output(prefill, decode, encoder, decoder, new, cu, 3, 128, 2)
+
+
+def test_all_modes_of_a_merge(place):
+    arguments, wanted = merge_arguments("cpu")
+    outputs, inputs = run_all_modes(_merge, [to_numpy(x) for x in arguments[:6]], place)
+    assert_same_bits(outputs[0], wanted)
+    assert_same_bits(inputs[0], wanted)
+
+
+# Documentation, and the way to a backend.
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_the_example_gives_what_it_says(name):
+    function = getattr(ops, name)
+    (test,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
+    assert test.examples
+    lines: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(test, out=lines.append)
+    assert not lines, "".join(lines)
+
+
+def test_a_cache_written_so_can_be_converted_and_served(place):
+    """What the compatibility operator wrote, the backends read after a conversion in place."""
+    step = Step([(70, 0, 70)], scale_dtype=np.float32)
+    step.run_and_check(place)
+    caches = [*step.tensors["caches"], *step.tensors["scales"]]
+    backends.convert_caches(caches, cache_quant_type="block_wise_fp8")
+    _, expected, _ = step.expected()
+    for kind, tensor, theirs in zip("kv", caches, expected):
+        logical = unpack(theirs, kind, "fastdeploy", int8=False)
+        assert_same_bits(to_numpy(tensor), pack(logical, kind, "fastattn", int8=False))
+
+
+def test_the_package_has_a_docstring():
+    assert compat.__doc__ and paddle.__version__
