@@ -33,7 +33,7 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
 
   constexpr int kAhead = kStepsAhead<Options>;
   constexpr bool kFewRegisters = kAhead == 1;
-  const auto keep = [](int x) { return kFewRegisters ? KeepInLoop(x) : x; };
+  const auto keep = [](auto x) { return kFewRegisters ? KeepInLoop(x) : x; };
   const int lane_offset = group * Lane::kHeadDim + lane * Lane::kHalf;
   const uint16_t* source = static_cast<const uint16_t*>(p.q) + token * p.q_stride + lane_offset;
   const auto load = [&](int step, uint32_t (&words)[Lane::kWords], float& scale) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
 
   const auto work = [&](int step, uint32_t (&words)[Lane::kWords], float& next_scale) {
     const bool is_q = step < q_steps;
-    const int thread = keep(threadIdx.x);
+    const unsigned thread = keep(threadIdx.x);
     const int lane = thread % Lane::kLanes;
     const int group = thread % 32 / Lane::kLanes;
     const int q_head = step * kHeads + group;

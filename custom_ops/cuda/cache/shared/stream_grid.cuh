@@ -43,7 +43,8 @@ inline StreamGrid MakeStreamGrid(const SeqMeta& seqs, int steps, int kv_heads) {
 
 // What is computed from the result stays behind this place: a compiler that takes it out of a loop
 // keeps it in registers that the loop has no room for.
-__device__ __forceinline__ int KeepInLoop(int x) {
+template <typename T>
+__device__ __forceinline__ T KeepInLoop(T x) {
   asm volatile("" : "+r"(x));
   return x;
 }
