@@ -62,6 +62,26 @@ __device__ __forceinline__ void StoreHead(void* tensor, int64_t row, int heads, 
   StoreHalves<Lane::kWords, Lane::kDistance>(static_cast<uint16_t*>(tensor) + element, words);
 }
 
+// K of one token and head into its cache block. All lanes of the warp take part.
+template <typename Traits, typename Lane>
+__device__ __forceinline__ void StoreGqaKey(const uint32_t (&words)[Lane::kWords],
+                                            const PagedCache& cache, int block, int head, int slot,
+                                            int lane, bool store) {
+  const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
+  const int64_t scale_index = cache.k_scale_strides.Plane(block, head) + slot;
+  if constexpr (Traits::kQuantized) {
+    uint32_t codes[Lane::kCodeWords];
+    QuantizeLane<Traits, Lane>(words, cache, cache.k_scales, cache.k_granularity, scale, head, lane,
+                               scale_index, store, codes);
+    uint8_t* plane = static_cast<uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
+    StoreKeyPiece<Traits, Lane>(codes, plane, slot, lane, store);
+  } else {
+    StoreTokenMajor<Traits, Lane>(words, cache, cache.key, nullptr, cache.k_granularity, scale,
+                                  head, lane, cache.key_strides.Row(block, head, slot), scale_index,
+                                  store);
+  }
+}
+
 // One token's heads, or a share of them; V of a prefill sequence is the tiles' work.
 template <typename Traits>
 __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
@@ -149,21 +169,9 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
       }
     }
     const int block = KeepInLoop(own_block);
-    if (!at.is_k || block < 0) continue;
-    const int slot = KeepInLoop(own_slot);
-    const int head = active ? at.head : 0;
-    const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
-    const int64_t scale_index = cache.k_scale_strides.Plane(block, head) + slot;
-    if constexpr (Traits::kQuantized) {
-      uint32_t codes[Lane::kCodeWords];
-      QuantizeLane<Traits, Lane>(rounded, cache, cache.k_scales, cache.k_granularity, scale, head,
-                                 lane, scale_index, active, codes);
-      uint8_t* plane = static_cast<uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
-      StoreKeyPiece<Traits, Lane>(codes, plane, slot, lane, active);
-    } else {
-      StoreTokenMajor<Traits, Lane>(rounded, cache, cache.key, nullptr, cache.k_granularity, scale,
-                                    head, lane, cache.key_strides.Row(block, head, slot),
-                                    scale_index, active);
+    if (at.is_k && block >= 0) {
+      StoreGqaKey<Traits, Lane>(rounded, cache, block, active ? at.head : 0, KeepInLoop(own_slot),
+                                lane, active);
     }
   }
 }
