@@ -126,7 +126,12 @@ FAMILIES = (
         takes="const Arguments&, cudaStream_t",
         declared="variant.h",
         defined="kernel.cuh",
-        columns={"operand": "DType", "head_dim": "int", "source": "Source", "per_token_scales": "bool"},
+        columns={
+            "operand": "DType",
+            "head_dim": "int",
+            "source": "Source",
+            "per_token_scales": "bool",
+        },
         rows=(
             (HALF, HEAD_DIMS, "k16Bit", False),
             (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kRaggedCodes", False),

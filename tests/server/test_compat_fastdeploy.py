@@ -256,6 +256,60 @@ def test_bug01_unequal_v_scales_of_a_cached_prefix(place):
     assert (np.abs(values / (np.arange(64) + 1)[:, None] - 1) < 0.01).all()
 
 
+#: Steps whose chunks begin and end inside of blocks and of groups of 16 tokens, more tokens than a
+#: table entry's block, single tokens beside prompts, and nothing but decoding sequences.
+LAYOUTS = {
+    "chunks": [(17, 15, 17), (1, 63, 1), (130, 64, 130), (16, 48, 16), (64, 0, 64), (33, 31, 33)],
+    "beside": [(70, 0, 70), *[(0, 90, 1)] * 20, (5, 3, 5), *[(0, 7, 2)] * 15, (1, 0, 1)],
+    "decode": [(0, 10 * i, 1) for i in range(20)],
+}
+
+
+@pytest.mark.parametrize("cache_quant_type", TYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 3), (20, 5)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_and_heads_of_every_number(place, layout, heads, dim, cache_quant_type):
+    for norm in (False, True):
+        step = Step(LAYOUTS[layout], cache_quant_type=cache_quant_type, dim=dim, heads=heads[0],
+                    kv=heads[1], norm=norm, blocks=80, padding=5)  # fmt: skip
+        step.run_and_check(place)
+
+
+@pytest.mark.parametrize("cache_quant_type", TYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_inside_of_prompts(place, layout, norm, cache_quant_type):
+    step = Step(LAYOUTS[layout], cache_quant_type=cache_quant_type, norm=norm, blocks=80, padding=9)
+    step.batch_ids[::7] = -1
+    step.batch_ids[16:19] = -1
+    arguments = step.arguments(place)
+    outputs = ops.gqa_rope_write_cache(*arguments)
+    wanted, caches, scales = step.expected()
+    named = dict(zip(("q", "k", "v", "qkv_out"), zip(outputs, wanted)))
+    for name in ("q", "qkv_out"):
+        assert_same_bits(to_numpy(named[name][0]), named[name][1], name)
+    for a, b in zip(step.tensors["caches"], caches):
+        assert_same_bits(to_numpy(a), b)
+    written = wanted[1].astype(np.float32).any((1, 2))  # the others keep what was there
+    for name in "kv":
+        a, b = named[name]
+        assert_same_bits(to_numpy(a)[written], b[written], name)
+    if cache_quant_type == "block_wise_fp8":
+        for a, b in zip(step.tensors["scales"], scales):
+            assert_same_bits(to_numpy(a), b)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("only", [0, 1])
+def test_norm_weights_of_every_type(place, only, dtype):
+    step = Step(LAYOUTS["chunks"], norm=True, blocks=80)
+    step.norms = [x.astype(dtype) for x in step.norms]
+    step.run_and_check(place)
+    step.norms[only] = None
+    step.run_and_check(place)
+
+
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "block_wise_fp8"])
 def test_bug11_a_chunk_in_the_middle_of_a_stale_block(place, cache_quant_type):
     """Codes of a rejected draft or an earlier owner are replaced, not combined."""

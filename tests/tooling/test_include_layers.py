@@ -49,10 +49,6 @@ HOST = {
     "heuristics": ("common", "params"),
     "cpu": ("common", "params"),
 }
-# Arrows that stand against the table and have yet to go: (folder, included header).
-PENDING: set[tuple[str, str]] = {
-    ("cuda/compat/gqa_rope", "cuda/cache/rope_write/token_kernel.cuh"),
-}
 
 
 def includes(root: Path = CUSTOM_OPS) -> set[tuple[str, str]]:
@@ -71,10 +67,10 @@ def folder_of(header: str) -> str:
 
 
 def arrows() -> list[tuple[str, str]]:
-    """Includes across folders but for the pending ones."""
+    """Includes across folders."""
     return sorted(
         (folder, header)
-        for folder, header in includes() - PENDING
+        for folder, header in includes()
         if (CUSTOM_OPS / header).exists() and folder_of(header) != folder
     )
 
@@ -135,7 +131,3 @@ def test_no_folder_includes_one_that_includes_it():
 
     for folder in sorted(graph):
         walk(folder, ())
-
-
-def test_pending_arrows_exist():
-    assert includes() >= PENDING, "an arrow is gone: take it out of PENDING"

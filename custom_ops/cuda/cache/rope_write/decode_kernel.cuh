@@ -1,9 +1,11 @@
-// Decode and speculative steps where nothing but a full rotation is asked for: a warp, alone in its
-// CTA, takes two (D 64: four) heads of one token, all Q, all K or all V, and runs only their code.
-// Two rounds of loads: the rows, the values and the scales; then the block and the angles.
+// Decode and speculative steps: a warp, alone in its CTA, takes two (D 64: four) heads of one
+// token, all Q, all K or all V, and runs only their code. Two rounds of loads: the sequences, the
+// values, the bias, the norm's weights and the scales; then the block and the angles.
 #pragma once
 
-#include "cuda/cache/rope_write/lane.cuh"
+#include "common/layout.h"
+#include "cuda/cache/rope_write/launch.h"
+#include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/common/pdl.cuh"
 
@@ -23,7 +25,7 @@ __device__ __forceinline__ void TouchParameters(const Params& p) {
 }
 
 inline constexpr int kDecodeThreads = 32;
-inline constexpr int kValueParts = 4;
+inline constexpr int kValueShares = 4;
 
 template <typename Traits>
 using DecodeLane = LaneShape<Traits::kIn, Traits::kHeadDim, 4>;
@@ -35,26 +37,26 @@ struct StridedMap {
   static __device__ __forceinline__ int Channel(int lane, int i) { return lane + i * Lane::kLanes; }
 };
 
-// Which heads a warp works on, and what does not depend on the token's row.
+// Which heads a warp works on, and what does not depend on the token's sequence.
 struct DecodeHead {
   int token;
   int lane;  // of the head
   int head;
   bool active;  // false: past the last head
-  int part;     // of `parts` warps that share the stores of V
-  int parts;    // a power of 2
+  int share;    // of `shares` warps that share the stores of V
+  int shares;   // a power of 2
 };
 
 template <typename Traits>
-__device__ __forceinline__ DecodeHead HeadOfLane(int unit, int num_heads) {
+__device__ __forceinline__ DecodeHead HeadOfLane(int group, int num_heads) {
   using Lane = DecodeLane<Traits>;
   DecodeHead at;
   at.token = blockIdx.y;
   at.lane = threadIdx.x % Lane::kLanes;
-  const int head = unit * Lane::kHeads + threadIdx.x % 32 / Lane::kLanes;
+  const int head = group * Lane::kHeads + threadIdx.x % 32 / Lane::kLanes;
   at.active = head < num_heads;
   at.head = at.active ? head : 0;
-  at.part = 0, at.parts = 1;
+  at.share = 0, at.shares = 1;
   return at;
 }
 
@@ -65,49 +67,113 @@ __device__ __forceinline__ int BlockOfPlace(const StepParams& p, const WarpPlace
                  place.position / kBlockSize);
 }
 
+enum class HeadKind { kQuery, kKey, kValue };
+
+// Index of a head among [Q heads, K heads, V heads].
+template <HeadKind kKind>
+__device__ __forceinline__ int FusedHead(const RopeWriteCacheParams& p, int head) {
+  if constexpr (kKind == HeadKind::kQuery) return head;
+  const int before = kKind == HeadKind::kValue ? p.cache.num_kv_heads : 0;
+  return head + before + p.num_heads;
+}
+
+// A lane's values of a head and what is to happen to them. All that does not depend on the token's
+// sequence is asked for at once.
+template <typename Traits, typename Lane, HeadKind kKind>
+struct DecodeValues {
+  using Options = typename Traits::Options;
+  static constexpr bool kNorm = Options::kNorm && kKind != HeadKind::kValue;
+
+  uint32_t words[Lane::kWords];
+  float bias[Lane::kValues];      // where there is one
+  float weights[2][Lane::kHalf];  // of the norm, where there is one
+
+  __device__ __forceinline__ DecodeValues(const RopeWriteCacheParams& p, const void* source,
+                                          int64_t stride, const DecodeHead& at) {
+    using Element = typename fastattn::Element<Traits::kIn>::Storage;
+    LoadHalves<Lane::kWords, Lane::kDistance>(static_cast<const Element*>(source) +
+                                                  at.token * stride + at.head * Lane::kHeadDim +
+                                                  at.lane * Lane::kHalf,
+                                              words);
+    if (HasBias<Options>(p)) {
+      const int first = FusedHead<kKind>(p, at.head) * Lane::kHeadDim;
+      LoadLaneParameters<Traits, Lane>(p.bias, p.bias_dtype, first, at.lane, bias);
+    }
+    if constexpr (kNorm) {
+      const HeadNorm<Traits, Lane> norm(p, kKind == HeadKind::kQuery, at.lane);
+      if (norm.weight != nullptr) {
+        norm.LoadWeights(0, weights[0]);
+        norm.LoadWeights(1, weights[1]);
+      }
+    }
+  }
+
+  // To the head as it is stored. Every lane of the warp takes part.
+  __device__ __forceinline__ void Transform(const RopeWriteCacheParams& p, uint32_t position,
+                                            int lane) {
+    if constexpr (kKind != HeadKind::kValue || Options::kBias) {
+      LaneRotation<Traits, Lane, kDecodeThreads / 32> rotation;
+      if (kKind != HeadKind::kValue) rotation.Load(p, position, lane);
+      float x[Lane::kValues];
+      UnpackWords<Lane>(words, x);
+      if (HasBias<Options>(p)) {
+#pragma unroll
+        for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], bias[i]);
+      }
+      const auto norm = [&](float (&values)[Lane::kValues]) {
+        const bool is_q = kKind == HeadKind::kQuery;
+        if ((is_q ? p.q_norm_weight : p.k_norm_weight) == nullptr) return;
+        const auto weight = [&](int half, float (&w)[Lane::kHalf]) {
+#pragma unroll
+          for (int i = 0; i < Lane::kHalf; ++i) w[i] = weights[half][i];
+        };
+        NormLane<Lane>(p.rms_norm_eps, weight, values);
+      };
+      if constexpr (kKind != HeadKind::kValue) {
+        TransformLane<Traits, Lane, false>(p, rotation, lane, norm, x);
+      }
+      PackWords<Traits::kIn>(x, words);
+    }
+  }
+};
+
 template <typename Traits>
 __device__ __forceinline__ void DecodeQuery(const StepParams& p, const SeqWindow& window, int given,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   const RopeWriteCacheParams& rope = p.rope;
-  uint32_t words[Lane::kWords];
-  LoadHalves<Lane::kWords, Lane::kHeadDim>(static_cast<const uint16_t*>(p.q) +
-                                               at.token * p.q_stride + at.head * Lane::kHeadDim +
-                                               at.lane * Lane::kHalf,
-                                           words);
+  DecodeValues<Traits, Lane, HeadKind::kQuery> values(rope, p.q, p.q_stride, at);
   const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
   const WarpPlace place = FindPlace(rope.seqs, window, given, at.token);
   if (place.batch_idx >= 0) {
-    RotateWords<Lane>(rope, place.position, at.lane, words);
+    values.Transform(rope, place.position, at.lane);
   } else {
 #pragma unroll
-    for (int i = 0; i < Lane::kWords; ++i) words[i] = 0;
+    for (int i = 0; i < Lane::kWords; ++i) values.words[i] = 0;
   }
-  StoreQuery<Lane>(words, rope, Reciprocal(scale), at.token, at.head, at.lane, at.active);
+  StoreQuery<Lane>(values.words, rope, Reciprocal(scale), at.token, at.head, at.lane, at.active);
 }
 
-// K, and V of type none (kKey false).
-template <typename Traits, bool kKey>
+// K, and V of type none.
+template <typename Traits, HeadKind kKind>
 __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const SeqWindow& window,
                                                  int given, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
+  constexpr bool kKey = kKind == HeadKind::kKey;
   const PagedCache& cache = p.rope.cache;
-  uint32_t words[Lane::kWords];
-  LoadHalves<Lane::kWords, Lane::kHeadDim>(static_cast<const uint16_t*>(kKey ? p.k : p.v) +
-                                               at.token * (kKey ? p.k_stride : p.v_stride) +
-                                               at.head * Lane::kHeadDim + at.lane * Lane::kHalf,
-                                           words);
+  DecodeValues<Traits, Lane, kKind> values(p.rope, kKey ? p.k : p.v, kKey ? p.k_stride : p.v_stride,
+                                           at);
   const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
   const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
   const int block = BlockOfPlace(p, place);
-  if constexpr (Traits::kRope && kKey) {
-    if (place.batch_idx >= 0) RotateWords<Lane>(p.rope, place.position, at.lane, words);
+  if constexpr (Traits::kRope) {
+    if (place.batch_idx >= 0) values.Transform(p.rope, place.position, at.lane);
   }
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
   StoreTokenMajor<Traits, Lane>(
-      words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity, scale,
-      at.head, at.lane, strides.Row(block, at.head, slot),
+      values.words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity,
+      scale, at.head, at.lane, strides.Row(block, at.head, slot),
       cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
 }
 
@@ -117,23 +183,48 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow
   using Lane = DecodeLane<Traits>;
   using Map = StridedMap<Lane>;
   const PagedCache& cache = p.rope.cache;
-  const uint16_t* source =
-      static_cast<const uint16_t*>(p.v) + at.token * p.v_stride + at.head * Lane::kHeadDim;
-  uint32_t x[Lane::kValues];
+  using Options = typename Traits::Options;
+  using Element = typename fastattn::Element<Traits::kIn>::Storage;
+  const Element* source =
+      static_cast<const Element*>(p.v) + at.token * p.v_stride + at.head * Lane::kHeadDim;
+  Element loaded[Lane::kValues];
 #pragma unroll
-  for (int i = 0; i < Lane::kValues; ++i) x[i] = source[Map::Channel(at.lane, i)];
+  for (int i = 0; i < Lane::kValues; ++i) loaded[i] = source[Map::Channel(at.lane, i)];
+  float bias[Lane::kValues];
+  if (HasBias<Options>(p.rope)) {
+    const int first = FusedHead<HeadKind::kValue>(p.rope, at.head) * Lane::kHeadDim;
+#pragma unroll
+    for (int i = 0; i < Lane::kValues; ++i) {
+      bias[i] = LoadParameter(p.rope.bias, p.rope.bias_dtype, first + Map::Channel(at.lane, i));
+    }
+  }
   const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, at.head);
   const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
   const int block = BlockOfPlace(p, place);
   uint32_t words[Lane::kWords];
 #pragma unroll
-  for (int i = 0; i < Lane::kWords; ++i) words[i] = x[2 * i] | x[2 * i + 1] << 16;
+  for (int i = 0; i < Lane::kWords; ++i) {
+    if constexpr (Traits::kIn == DType::kFloat32) {
+      words[i] = FloatBits(loaded[i]);
+    } else {
+      words[i] = loaded[2 * i] | static_cast<uint32_t>(loaded[2 * i + 1]) << 16;
+    }
+  }
+  if constexpr (Options::kBias) {
+    if (HasBias<Options>(p.rope)) {
+      float x[Lane::kValues];
+      UnpackWords<Lane>(words, x);
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], bias[i]);
+      PackWords<Traits::kIn>(x, words);
+    }
+  }
   const int slot = place.position % kBlockSize;
   const bool store = at.active && block >= 0;
   uint32_t codes[Lane::kCodeWords];
   QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, scale, at.head,
                                   at.lane, cache.v_scale_strides.Plane(block, at.head) + slot,
-                                  store && at.part == 0, codes);
+                                  store && at.share == 0, codes);
   if (!store) return;
   const CacheStrides& strides = cache.value_strides;
   uint8_t* out =
@@ -141,7 +232,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow
   const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
 #pragma unroll
   for (int i = 0; i < Lane::kValues; ++i, out += step) {
-    if ((i & (at.parts - 1)) == at.part) {
+    if ((i & (at.shares - 1)) == at.share) {
       *out = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
     }
   }
@@ -149,39 +240,39 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow
 
 template <typename Traits>
 __global__ void __launch_bounds__(kDecodeThreads)
-    StepDecodeKernel(const __grid_constant__ StepParams p, float rows_per_token, bool small_grid) {
+    StepDecodeKernel(const __grid_constant__ StepParams p, float seqs_per_token, bool small_grid) {
   using Lane = DecodeLane<Traits>;
   const SeqMeta& seqs = p.rope.seqs;
   const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
   const int kv_heads = p.rope.cache.num_kv_heads;
-  const int q_units = (q_heads + Lane::kHeads - 1) / Lane::kHeads;
-  const int kv_units = (kv_heads + Lane::kHeads - 1) / Lane::kHeads;
+  const int q_groups = (q_heads + Lane::kHeads - 1) / Lane::kHeads;
+  const int kv_groups = (kv_heads + Lane::kHeads - 1) / Lane::kHeads;
   // A small step has warps to spare: the scattered stores of V are what takes longest.
-  const int value_parts = Traits::kQuantized && small_grid ? kValueParts : 1;
-  const int value_units = kv_units * value_parts;
-  const int unit = blockIdx.x;
+  const int value_shares = Traits::kQuantized && small_grid ? kValueShares : 1;
+  const int value_groups = kv_groups * value_shares;
+  const int group = blockIdx.x;
   const int token = blockIdx.y;
   TouchParameters(p);
   PdlWait();
   // The next kernel's CTAs would gather where this one's finish first, unless there is room.
   if (small_grid) PdlLaunchDependents();
-  const SeqWindow window = LoadWindow(seqs, static_cast<int>(token * rows_per_token));
+  const SeqWindow window = LoadWindow(seqs, static_cast<int>(token * seqs_per_token));
   const int given = GivenSeq(seqs, token);
-  if (unit < value_units) {
-    DecodeHead at = HeadOfLane<Traits>(unit >> (value_parts == kValueParts ? 2 : 0), kv_heads);
-    at.part = unit & (value_parts - 1);
-    at.parts = value_parts;
+  if (group < value_groups) {
+    DecodeHead at = HeadOfLane<Traits>(group >> (value_shares == kValueShares ? 2 : 0), kv_heads);
+    at.share = group & (value_shares - 1);
+    at.shares = value_shares;
     if constexpr (Traits::kQuantized) {
       DecodeValue<Traits>(p, window, given, at);
     } else {
-      DecodeTokenMajor<Traits, false>(p, window, given, at);
+      DecodeTokenMajor<Traits, HeadKind::kValue>(p, window, given, at);
     }
-  } else if (unit < value_units + kv_units) {
-    DecodeTokenMajor<Traits, true>(p, window, given,
-                                   HeadOfLane<Traits>(unit - value_units, kv_heads));
+  } else if (group < value_groups + kv_groups) {
+    DecodeTokenMajor<Traits, HeadKind::kKey>(p, window, given,
+                                             HeadOfLane<Traits>(group - value_groups, kv_heads));
   } else if constexpr (Traits::kRope) {
     DecodeQuery<Traits>(p, window, given,
-                        HeadOfLane<Traits>(unit - value_units - kv_units, q_heads));
+                        HeadOfLane<Traits>(group - value_groups - kv_groups, q_heads));
   }
 }
 

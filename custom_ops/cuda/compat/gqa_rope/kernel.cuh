@@ -1,149 +1,306 @@
-// New tokens of gqa_rope_write_cache: a CTA handles 128 / (D / 8) heads of one token, a head in the
-// lanes that own 8 channels each, as in the one-token kernel of rope_write_cache_kv.
+// New tokens of gqa_rope_write_cache, in the lanes of rope_write_cache_kv: a warp of a streaming
+// CTA takes a token and walks over its heads, and V of a prefill sequence's tile is written by a
+// CTA that transposes it into its cache block. Everything is stored twice or thrice: in qkv_out, in
+// q, key or value, and in the cache.
 #pragma once
 
+#include "common/ceil_div.h"
 #include "common/dispatch.h"
-#include "cuda/cache/rope_write/token_kernel.cuh"
+#include "common/head_dims.h"
+#include "cuda/cache/shared/head_transform.cuh"
+#include "cuda/cache/shared/stream_grid.cuh"
+#include "cuda/cache/shared/value_tile.cuh"
 #include "cuda/common/launch.cuh"
+#include "cuda/common/pdl.cuh"
 #include "cuda/compat/gqa_rope/launch.h"
 
 namespace fastattn::cuda {
 
-struct GqaParams {
-  GqaRopeWriteCacheParams gqa;
-  StepParams step;
-};
-
-// 8 K codes of one token in slot order for a lane of each two that share 16 channels, the lower 8
-// of which are the even lane's. All lanes of the warp take part.
-__device__ __forceinline__ uint2 KeyCodesInSlots(uint2 codes) {
-  const bool upper = threadIdx.x % 2 != 0;
-  const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? codes.x : codes.y, 1);
-  const uint32_t low = upper ? other : codes.x, high = upper ? codes.y : other;
-  return make_uint2(__byte_perm(low, high, 0x5410), __byte_perm(low, high, 0x7632));
-}
-
-// 8 codes of one token, in the bytes that FastDeploy's layout gives them; K's in slot order.
+// int8 codes of FastDeploy's layout have 128 added.
 template <typename Traits>
-__device__ __forceinline__ void StoreFastDeploy(uint8_t* block, bool is_value, int slot,
-                                                int channel, uint2 codes) {
-  constexpr CacheLayout kLayout = CacheLayout::kFastDeploy;
-  constexpr uint32_t kFlip = Traits::kCode == DType::kInt8 ? 0x80808080u : 0u;  // int8 + 128
-  codes = make_uint2(codes.x ^ kFlip, codes.y ^ kFlip);
-  if (!is_value) {
-    const int offset = KeyOffset<kLayout>(slot, channel & ~15, Traits::kHeadDim) + (channel & 8);
-    *reinterpret_cast<uint2*>(block + offset) = codes;
-    return;
-  }
+inline constexpr uint32_t kCodeFlip = Traits::kCode == DType::kInt8 ? 0x80808080u : 0u;
+
+// K's codes of one token and head into FastDeploy's layout. Two lanes that share two groups of 16
+// channels, half of each, trade halves: the even one stores the lower group. All lanes of the warp
+// take part.
+template <typename Traits, typename Lane>
+__device__ __forceinline__ void StoreKeyPiece(const uint32_t (&codes)[Lane::kCodeWords],
+                                              uint8_t* plane, int slot, int lane, bool store) {
+  static_assert(Lane::kHalf == 8);
+  const bool odd = lane % 2 != 0;
+  uint32_t low[2], high[2];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const auto code = static_cast<uint8_t>((i < 4 ? codes.x : codes.y) >> (8 * (i % 4)));
-    block[ValueOffset<kLayout>(slot, channel + i, Traits::kHeadDim)] = code;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? codes[i] : codes[2 + i], 1);
+    low[i] = odd ? other : codes[i];
+    high[i] = odd ? codes[2 + i] : other;
   }
+  if (!store) return;
+  const int group = lane / 2 + (odd ? Lane::kHeadDim / 32 : 0);
+  constexpr uint32_t kFlip = kCodeFlip<Traits>;
+  *reinterpret_cast<uint4*>(plane +
+                            KeyPiece<CacheLayout::kFastDeploy, Lane::kHeadDim>(slot, group)) =
+      make_uint4(__byte_perm(low[0], high[0], 0x5410) ^ kFlip,
+                 __byte_perm(low[0], high[0], 0x7632) ^ kFlip,
+                 __byte_perm(low[1], high[1], 0x5410) ^ kFlip,
+                 __byte_perm(low[1], high[1], 0x7632) ^ kFlip);
 }
 
-// K or V of one token into the cache. All lanes of the warp take part; block -1: none is written.
-template <typename Traits>
-__device__ __forceinline__ void StoreGqaKv(const PagedCache& cache, const HeadRole& role, int block,
-                                           int slot, int channel, float (&x)[kChunk]) {
-  if constexpr (!Traits::kQuantized) {
-    StoreKv<Traits>(cache, role, block, slot, channel, x);
+// Token of key and value that a sequence's i-th new token takes, -1 for none.
+__device__ __forceinline__ int RaggedToken(const GqaRopeWriteCacheParams& p, int batch_idx, int i) {
+  const int first = p.cu_seqlens_k[batch_idx];
+  const int prefix =
+      PrefixLength(p.seq_lens_encoder[batch_idx], p.rope.seqs.seq_lens_decoder[batch_idx]);
+  const int64_t token = static_cast<int64_t>(first) + prefix + i;
+  return first >= 0 && token < p.num_kv_tokens && token <= INT32_MAX ? static_cast<int>(token) : -1;
+}
+
+// A head's values into row `row` of a tensor [.., heads, D].
+template <typename Lane>
+__device__ __forceinline__ void StoreHead(void* tensor, int64_t row, int heads, int head, int lane,
+                                          const uint32_t (&words)[Lane::kWords]) {
+  const int64_t element = (row * heads + head) * Lane::kHeadDim + lane * Lane::kHalf;
+  StoreHalves<Lane::kWords, Lane::kDistance>(static_cast<uint16_t*>(tensor) + element, words);
+}
+
+// K of one token and head into its cache block. All lanes of the warp take part.
+template <typename Traits, typename Lane>
+__device__ __forceinline__ void StoreGqaKey(const uint32_t (&words)[Lane::kWords],
+                                            const PagedCache& cache, int block, int head, int slot,
+                                            int lane, bool store) {
+  const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
+  const int64_t scale_index = cache.k_scale_strides.Plane(block, head) + slot;
+  if constexpr (Traits::kQuantized) {
+    uint32_t codes[Lane::kCodeWords];
+    QuantizeLane<Traits, Lane>(words, cache, cache.k_scales, cache.k_granularity, scale, head, lane,
+                               scale_index, store, codes);
+    uint8_t* plane = static_cast<uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
+    StoreKeyPiece<Traits, Lane>(codes, plane, slot, lane, store);
   } else {
-    const bool store = block >= 0 && (role.is_k || role.is_v);
-    Inverses inverse;
-    void* scales = role.is_k ? cache.k_scales : cache.v_scales;
-    if (store) {
-      LoadInverses<Traits>(cache, scales, role.is_k ? cache.k_granularity : cache.v_granularity,
-                           role.index, channel, inverse);
+    StoreTokenMajor<Traits, Lane>(words, cache, cache.key, nullptr, cache.k_granularity, scale,
+                                  head, lane, cache.key_strides.Row(block, head, slot), scale_index,
+                                  store);
+  }
+}
+
+// One token's heads, or a share of them; V of a prefill sequence is the tiles' work.
+template <typename Traits>
+__device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
+                                               const StreamGrid& grid, unsigned cta) {
+  using Lane = StreamLane<Traits>;
+  constexpr int kHeads = Lane::kHeads;
+  const RopeWriteCacheParams& rope = p.rope;
+  const PagedCache& cache = rope.cache;
+  const int share = cta % grid.shares;
+  const int token = cta / grid.shares * (kStreamThreads / 32) + threadIdx.x / 32;
+  if (token >= rope.seqs.num_tokens) return;
+  const int group = threadIdx.x % 32 / Lane::kLanes;
+  const int lane = threadIdx.x % Lane::kLanes;
+  const int q_heads = rope.num_heads;
+  const int kv_heads = cache.num_kv_heads;
+  const int q_steps = (q_heads + kHeads - 1) / kHeads;
+  const int kv_steps = (kv_heads + kHeads - 1) / kHeads;
+  const int first_step = share * grid.steps_per_share;
+  int end_step = min(first_step + grid.steps_per_share, q_steps + 2 * kv_steps);
+
+  // A step's kind, its head of this lane, and how many heads there are before those of the kind.
+  struct Heads {
+    bool is_q, is_k;
+    int head, before;
+  };
+  const auto heads_of = [&](int step) {
+    const bool is_q = step < q_steps;
+    const bool is_k = !is_q && step < q_steps + kv_steps;
+    const int first = is_q ? step : step - q_steps - (is_k ? 0 : kv_steps);
+    return Heads{is_q, is_k, first * kHeads + group, is_q ? 0 : q_heads + (is_k ? 0 : kv_heads)};
+  };
+  const uint16_t* source = static_cast<const uint16_t*>(rope.qkv) + token * rope.qkv_stride;
+  const auto load = [&](int step, uint32_t (&words)[Lane::kWords]) {
+    const Heads at = heads_of(step);
+    if (step < end_step && at.head < (at.is_q ? q_heads : kv_heads)) {
+      const int element = (at.before + at.head) * Lane::kHeadDim + lane * Lane::kHalf;
+      LoadHalves<Lane::kWords, Lane::kDistance>(source + element, words);
     }
-    const CacheStrides& scale_strides = role.is_k ? cache.k_scale_strides : cache.v_scale_strides;
-    const uint2 codes =
-        Quantize<Traits>(x, inverse, scales, cache.scale_dtype,
-                         scale_strides.Plane(block, role.index) + slot, channel, store);
-    const uint2 key_codes = KeyCodesInSlots(codes);
-    if (store) {
-      auto* base = static_cast<uint8_t*>(role.is_k ? cache.key : cache.value);
-      const CacheStrides& strides = role.is_k ? cache.key_strides : cache.value_strides;
-      StoreFastDeploy<Traits>(base + strides.Plane(block, role.index), role.is_v, slot, channel,
-                              role.is_v ? codes : key_codes);
+  };
+  uint32_t words[Lane::kWords] = {};
+  load(first_step, words);
+
+  const SeqWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.seqs_per_token));
+  const WarpPlace place = FindPlace(rope.seqs, window, GivenSeq(rope.seqs, token), token);
+  const bool owned = place.batch_idx >= 0;
+  LaneRotation<Traits, Lane, kStreamThreads / 32> rotation;
+  int own_block = -1;
+  int out = -1;
+  if (owned) {
+    rotation.Load(rope, place.position, lane);
+    const uint32_t start = max(rope.seqs.seq_lens_decoder[place.batch_idx], 0);
+    out = RaggedToken(p, place.batch_idx, static_cast<int>(place.position - start));
+    if (p.seq_lens_encoder[place.batch_idx] > 0) {
+      end_step = min(end_step, q_steps + kv_steps);
+      own_block =
+          BlockOf(rope.seqs, cache.num_blocks, place.batch_idx, place.position / kBlockSize);
+    }
+  }
+  const int own_slot = place.position % kBlockSize;
+  for (int step = first_step; step < end_step; ++step) {
+    const Heads at = heads_of(step);
+    const int lane = KeepInLoop(threadIdx.x) % Lane::kLanes;
+    const bool active = at.head < (at.is_q ? q_heads : kv_heads);
+    uint32_t rounded[Lane::kWords];
+    float x[Lane::kValues];
+    UnpackWords<Lane>(words, x);
+    load(step + 1, words);
+    if (at.is_q || at.is_k) {
+      TransformLane<Traits, Lane, true>(rope, rotation, lane,
+                                        HeadNorm<Traits, Lane>(rope, at.is_q, lane), x);
+    }
+    PackWords<Traits::kIn>(x, rounded);
+    if (!owned) {
+#pragma unroll
+      for (int i = 0; i < Lane::kWords; ++i) rounded[i] = 0;
+    }
+    if (active) {
+      const int64_t row = KeepInLoop(token);
+      StoreHead<Lane>(p.qkv_out, row, q_heads + 2 * kv_heads, at.before + at.head, lane, rounded);
+      if (at.is_q) {
+        StoreHead<Lane>(rope.q, row, q_heads, at.head, lane, rounded);
+      } else if (out >= 0) {
+        StoreHead<Lane>(at.is_k ? p.key : p.value, KeepInLoop(out), kv_heads, at.head, lane,
+                        rounded);
+      }
+    }
+    const int block = KeepInLoop(own_block);
+    if (at.is_k && block >= 0) {
+      StoreGqaKey<Traits, Lane>(rounded, cache, block, active ? at.head : 0, KeepInLoop(own_slot),
+                                lane, active);
     }
   }
 }
 
+// V of one KV head of a prefill sequence's tile: into qkv_out, value and the cache.
 template <typename Traits>
-__global__ void __launch_bounds__(kTokenThreads)
-    GqaTokenKernel(const __grid_constant__ GqaParams p) {
-  constexpr int kLanes = Traits::kLanes, kHeadDim = Traits::kHeadDim;
-  const RopeWriteCacheParams& rope = p.step.rope;
-  const int64_t token = blockIdx.x;
-  const int head = blockIdx.y * (kTokenThreads / kLanes) + threadIdx.x / kLanes;
-  const int channel = threadIdx.x % kLanes * kChunk;
-  const HeadRole role = RoleOf<Traits>(p.step, head);
-  const bool active = role.is_q || role.is_k || role.is_v;
-  const int64_t width = (rope.num_heads + 2LL * rope.cache.num_kv_heads) * kHeadDim;
-  const int64_t fused = static_cast<int64_t>(head) * kHeadDim + channel;
+__device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, int head,
+                                             int tile_slot, float seqs_per_tile) {
+  using Lane = StreamLane<Traits>;
+  constexpr int kHeadDim = Traits::kHeadDim;
+  constexpr int kTokens = kStreamThreads / Lane::kLanes;
+  constexpr int kPasses = kBlockSize / kTokens;
+  __shared__ ValueTile<kHeadDim> tile;
 
-  const Raw<Traits::kIn> raw =
-      LoadRaw<Traits::kIn>(p.step.q, token * rope.qkv_stride + fused, active);
-  const TokenPlace place = FindToken(rope.seqs, token, token);
-  const bool owned = place.batch_idx >= 0;
-  Angles angles;
-  int block = -1;
-  int64_t out = -1;
-  if (owned) {
-    LoadAngles(rope, place.position, channel, angles);
-    const int encoder = __ldg(p.gqa.seq_lens_encoder + place.batch_idx);
-    const int decoder = __ldg(rope.seqs.seq_lens_decoder + place.batch_idx);
-    const int first = __ldg(p.gqa.cu_seqlens_k + place.batch_idx);
-    if (encoder > 0) {
-      block =
-          FindBlock(rope.seqs, rope.cache.num_blocks, place.batch_idx, place.position / kBlockSize);
+  const SeqMeta& seqs = p.rope.seqs;
+  const PagedCache& cache = p.rope.cache;
+  const TileWork work = FindTile(seqs, tile_slot, seqs_per_tile);
+  if (work.batch_idx < 0 || p.seq_lens_encoder[work.batch_idx] <= 0) return;
+  const int kv_heads = cache.num_kv_heads;
+  const int fused_heads = p.rope.num_heads + 2 * kv_heads;
+  const int fused_head = fused_heads - kv_heads + head;
+  const int lane = threadIdx.x % Lane::kLanes;
+  const int first_slot = threadIdx.x / Lane::kLanes;
+  const uint16_t* values =
+      static_cast<const uint16_t*>(p.rope.qkv) + fused_head * kHeadDim + lane * Lane::kHalf;
+  uint32_t words[kPasses][Lane::kWords] = {};
+  bool owned[kPasses];
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int slot = i * kTokens + first_slot;
+    const int token = work.token + slot;
+    owned[i] = slot >= work.low && slot < work.high;
+    if (owned[i] && seqs.batch_id_per_token != nullptr) {
+      owned[i] = seqs.batch_id_per_token[token] == work.batch_idx;
     }
-    const int64_t i = place.position - max(decoder, 0);
-    out = first < 0 ? -1 : first + static_cast<int64_t>(PrefixLength(encoder, decoder)) + i;
-    if (out >= p.gqa.num_kv_tokens) out = -1;
+    if (owned[i]) {
+      LoadHalves<Lane::kWords, Lane::kDistance>(values + token * p.rope.qkv_stride, words[i]);
+    }
   }
-  float x[kChunk];
-  Unpack<Traits::kIn>(raw, x);
-  TransformAny<Traits>(p.step, role, angles, head, channel, owned, x);
-  const uint4 bits = RoundTo<Traits::kIn>(x);
-  if (active) {
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.gqa.qkv_out) + token * width + fused) = bits;
+  const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, head);
+  const int block = BlockOf(seqs, cache.num_blocks, work.batch_idx, work.block_index);
+  const int base = work.token - seqs.cu_seqlens_q[work.batch_idx];
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int slot = i * kTokens + first_slot;
+    if (!owned[i]) continue;
+    StoreHead<Lane>(p.qkv_out, work.token + slot, fused_heads, fused_head, lane, words[i]);
+    const int out = RaggedToken(p, work.batch_idx, base + slot);
+    if (out >= 0) StoreHead<Lane>(p.value, out, kv_heads, head, lane, words[i]);
   }
-  if (role.is_q) {
-    const int64_t element = (token * rope.num_heads + head) * kHeadDim + channel;
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(rope.q) + element) = bits;
-  } else if (active && out >= 0) {
-    const int64_t element = (out * rope.cache.num_kv_heads + role.index) * kHeadDim + channel;
-    void* target = role.is_v ? p.gqa.value : p.gqa.key;
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(target) + element) = bits;
+  if (block < 0) return;
+  const int64_t plane = cache.value_strides.Plane(block, head);
+  const int64_t scales = cache.v_scale_strides.Plane(block, head);
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int slot = i * kTokens + first_slot;
+    if constexpr (Traits::kQuantized) {
+      uint32_t codes[Lane::kCodeWords];
+      QuantizeLane<Traits, Lane>(words[i], cache, cache.v_scales, cache.v_granularity, scale, head,
+                                 lane, scales + slot, owned[i], codes);
+#pragma unroll
+      for (int w = 0; w < Lane::kCodeWords; ++w) codes[w] ^= kCodeFlip<Traits>;
+      StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
+          tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+      if (lane == 0) tile.valid[slot] = owned[i];
+    } else {
+      StoreTokenMajor<Traits, Lane>(words[i], cache, cache.value, nullptr, cache.v_granularity,
+                                    scale, head, lane, plane + slot * cache.value_strides.row,
+                                    scales + slot, owned[i]);
+    }
   }
-  const int slot = static_cast<int>(place.position % kBlockSize);
-  StoreGqaKv<Traits>(rope.cache, role, block, slot, channel, x);
+  if constexpr (Traits::kQuantized) {
+    __syncthreads();
+    StoreValueTile<CacheLayout::kFastDeploy>(tile, static_cast<uint8_t*>(cache.value) + plane, 0);
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(kStreamThreads, 3)
+    GqaStreamKernel(const __grid_constant__ GqaRopeWriteCacheParams p,
+                    const __grid_constant__ StreamGrid grid) {
+  PdlWait();
+  const int batch_idx = blockIdx.x * kStreamThreads + threadIdx.x;
+  if (batch_idx < p.rope.seqs.batch) {  // the grid has more threads
+    p.prefix_lens[batch_idx] =
+        PrefixLength(p.seq_lens_encoder[batch_idx], p.rope.seqs.seq_lens_decoder[batch_idx]);
+  }
+  if (blockIdx.x < grid.stream_ctas) {
+    GqaStreamToken<Traits>(p, grid, blockIdx.x);
+  } else {
+    const unsigned index = blockIdx.x - grid.stream_ctas;
+    const int kv_heads = p.rope.cache.num_kv_heads;
+    GqaValueTile<Traits>(p, index % kv_heads, index / kv_heads, grid.seqs_per_tile);
+  }
 }
 
 template <DType kIn, CacheType kType, DType kCode>
-cudaError_t LaunchGqaFormat(const GqaParams& p, cudaStream_t stream) {
+cudaError_t LaunchGqaFormat(const GqaRopeWriteCacheParams& p, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  dispatch<64, 128>(p.step.rope.cache.head_dim, "head_dim", [&](auto head_dim) {
-    using Traits = StepTraits<kIn, kType, kCode, decltype(head_dim)::value, true>;
-    constexpr int kGroups = kTokenThreads / Traits::kLanes;
-    const int heads = p.step.rope.num_heads + 2 * p.step.rope.cache.num_kv_heads;
-    const dim3 grid(p.step.rope.seqs.num_tokens, (heads + kGroups - 1) / kGroups);
-    status = LaunchKernel(GqaTokenKernel<Traits>, grid, kTokenThreads, stream, p);
+  const RopeWriteCacheParams& rope = p.rope;
+  const auto launch = [&](auto traits) {
+    using Traits = decltype(traits);
+    using Lane = StreamLane<Traits>;
+    const int kv_heads = rope.cache.num_kv_heads;
+    const int steps = CeilDiv(rope.num_heads, Lane::kHeads) + 2 * CeilDiv(kv_heads, Lane::kHeads);
+    const StreamGrid grid = MakeStreamGrid(rope.seqs, steps, kv_heads);
+    status = LaunchPdl(GqaStreamKernel<Traits>, dim3(GridSize(grid.ctas)), dim3(kStreamThreads),
+                       stream, p, grid);
+  };
+  const bool norm = rope.q_norm_weight != nullptr || rope.k_norm_weight != nullptr;
+  HeadDims::Dispatch(rope.cache.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    if (!IsCommonRope(rope)) {
+      launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, true, true>>{});
+    } else if (norm) {
+      launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, true>>{});
+    } else {
+      launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, false>>{});
+    }
   });
   return status;
 }
 
 template <DType kIn>
-cudaError_t LaunchGqaTokens(const GqaRopeWriteCacheParams& gqa, cudaStream_t stream) {
-  GqaParams p;
-  p.gqa = gqa;
-  p.step.rope = gqa.rope;
-  p.step.q = gqa.rope.qkv;
+cudaError_t LaunchGqaTokens(const GqaRopeWriteCacheParams& p, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   dispatch<CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseFp8>(
-      gqa.rope.cache.type, "cache_quant_type", [&](auto type) {
+      p.rope.cache.type, "cache_quant_type", [&](auto type) {
         constexpr CacheType kType = decltype(type)::value;
         constexpr DType kCode = kType == CacheType::kNone ? kIn
                                 : IsInt8(kType)           ? DType::kInt8

@@ -13,26 +13,28 @@ namespace {
 
 constexpr int kThreads = 128;
 
+// What the kernel of the new tokens does beside them, for a step that has none.
 __global__ void PrefixLengthsKernel(const __grid_constant__ GqaRopeWriteCacheParams p) {
-  const int row = blockIdx.x * kThreads + threadIdx.x;
-  if (row < p.rope.seqs.batch) {
-    p.prefix_lens[row] = PrefixLength(p.seq_lens_encoder[row], p.rope.seqs.seq_lens_decoder[row]);
+  const int batch_idx = blockIdx.x * kThreads + threadIdx.x;
+  if (batch_idx < p.rope.seqs.batch) {
+    p.prefix_lens[batch_idx] =
+        PrefixLength(p.seq_lens_encoder[batch_idx], p.rope.seqs.seq_lens_decoder[batch_idx]);
   }
 }
 
 // One CTA copies the tokens of one block of one KV head. Values of 16 bits need no conversion.
 __global__ void __launch_bounds__(kThreads)
     Prefix16Kernel(const __grid_constant__ AppendCacheParams p) {
-  const int row = FindSeq(p.cu_seqlens_k, p.batch, blockIdx.x);
-  if (row < 0) return;
-  const int first = p.cu_seqlens_k[row];
-  const int64_t tile = blockIdx.x - FirstSlot(first, row);
+  const int batch_idx = FindSeq(p.cu_seqlens_k, p.batch, blockIdx.x);
+  if (batch_idx < 0) return;
+  const int first = p.cu_seqlens_k[batch_idx];
+  const int64_t tile = blockIdx.x - FirstSlot(first, batch_idx);
   if (first < 0 || tile >= p.max_blocks) return;
-  const int64_t end = min(static_cast<int64_t>(p.cu_seqlens_k[row + 1]), p.num_out_tokens);
-  const int64_t count = min(static_cast<int64_t>(p.seq_lens_decoder[row]), end - first);
+  const int64_t end = min(static_cast<int64_t>(p.cu_seqlens_k[batch_idx + 1]), p.num_out_tokens);
+  const int64_t count = min(static_cast<int64_t>(p.seq_lens_decoder[batch_idx]), end - first);
   const int64_t begin = tile * kBlockSize;
   if (begin >= count) return;
-  const int block = p.block_tables[static_cast<int64_t>(row) * p.max_blocks + tile];
+  const int block = p.block_tables[static_cast<int64_t>(batch_idx) * p.max_blocks + tile];
   if (block < 0 || block >= p.cache.num_blocks) return;
   const int tokens = static_cast<int>(min(count - begin, int64_t{kBlockSize}));
   const int head = blockIdx.y;
@@ -66,12 +68,11 @@ cudaError_t LaunchGqaRopeWriteCache(const GqaRopeWriteCacheParams& p, cudaStream
     const std::tuple wanted{Wanted{"qkv dtype", p.rope.dtype}};
     dispatch(GqaTokensInstances{}, wanted,
              [&](auto dtype) { status = LaunchGqaTokens<decltype(dtype)::value>(p, stream); });
+  } else if (seqs.batch > 0) {
+    const unsigned ctas = GridSize((seqs.batch + int64_t{kThreads} - 1) / kThreads);
+    status = LaunchKernel(PrefixLengthsKernel, ctas, kThreads, stream, p);
   }
   if (status != cudaSuccess || seqs.batch == 0 || p.num_kv_tokens == 0) return status;
-  status =
-      LaunchKernel(PrefixLengthsKernel, GridSize((seqs.batch + int64_t{kThreads} - 1) / kThreads),
-                   kThreads, stream, p);
-  if (status != cudaSuccess) return status;
   const AppendCacheParams prefix = PrefixOf(p);
   return p.rope.cache.type == CacheType::kNone ? LaunchGqaPrefix16(prefix, stream)
                                                : LaunchAppendCache(prefix, stream);

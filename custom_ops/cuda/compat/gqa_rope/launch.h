@@ -10,11 +10,11 @@ namespace fastattn::cuda {
 // Enqueues everything on `stream`; throws std::invalid_argument for what is not compiled.
 cudaError_t LaunchGqaRopeWriteCache(const GqaRopeWriteCacheParams& p, cudaStream_t stream);
 
-// The new tokens, for qkv of type kIn and every cache type.
+// The new tokens and prefix_lens, for qkv of type kIn and every cache type.
 template <DType kIn>
 cudaError_t LaunchGqaTokens(const GqaRopeWriteCacheParams& p, cudaStream_t stream);
 
-// The cached tokens of prefill rows from a 16-bit cache.
+// The cached tokens of prefill sequences from a 16-bit cache.
 cudaError_t LaunchGqaPrefix16(const AppendCacheParams& p, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

@@ -1,6 +1,6 @@
 // One head of one token, spread over neighbouring lanes of a warp: a lane holds kHalf channels of
 // the head's first half and the kHalf channels D / 2 further, so that both partners of a rotation,
-// neox or interleaved, are its own. For 16-bit input. The bits are those of the CPU kernel.
+// neox or interleaved, are its own. The bits are those of the CPU kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,10 +9,10 @@
 
 #include "common/exact.h"
 #include "common/numeric.h"
-#include "cuda/cache/rope_write/cache_store.cuh"
-#include "cuda/cache/rope_write/launch.h"
+#include "cuda/cache/shared/step_traits.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/dynamic_scale.cuh"
+#include "params/rope.h"
 
 namespace fastattn::cuda {
 
@@ -21,11 +21,12 @@ struct LaneShape {
   static constexpr DType kIn = kIn_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kHalf = kHalf_;
-  static constexpr int kValues = 2 * kHalf;          // of a lane
-  static constexpr int kWords = kHalf;               // the same as 16-bit pairs
-  static constexpr int kCodeWords = kHalf / 2;       // the same as 8-bit codes
-  static constexpr int kLanes = kHeadDim / kValues;  // of a head
-  static constexpr int kHeads = 32 / kLanes;         // of a warp
+  static constexpr int kValues = 2 * kHalf;                     // of a lane
+  static constexpr int kWords = kHalf * SizeOf(kIn) / 2;        // the same as words of input
+  static constexpr int kCodeWords = kHalf / 2;                  // the same as 8-bit codes
+  static constexpr int kDistance = kHeadDim / 2 * SizeOf(kIn);  // bytes between a lane's halves
+  static constexpr int kLanes = kHeadDim / kValues;             // of a head
+  static constexpr int kHeads = 32 / kLanes;                    // of a warp
 };
 
 // Channel of a lane's i-th value in a LaneShape.
@@ -53,26 +54,41 @@ struct VectorOfBytes<16> {
 
 // kWords words to or from two places kDistance bytes apart, half of them each.
 template <int kWords, int kDistance>
+struct Halves {
+  static constexpr int kHalfBytes = 2 * kWords;
+  static constexpr int kVectorBytes = kHalfBytes < 16 ? kHalfBytes : 16;
+  static constexpr int kVectors = 2 * kHalfBytes / kVectorBytes;
+  using Vector = typename VectorOfBytes<kVectorBytes>::Type;
+
+  static constexpr int Offset(int vector) {
+    const int at = vector * kVectorBytes;
+    return at / kHalfBytes * kDistance + at % kHalfBytes;
+  }
+};
+
+template <int kWords, int kDistance>
 __device__ __forceinline__ void LoadHalves(const void* from, uint32_t (&words)[kWords]) {
-  using Vector = typename VectorOfBytes<2 * kWords>::Type;
-  Vector halves[2];
+  using Shape = Halves<kWords, kDistance>;
+  typename Shape::Vector vectors[Shape::kVectors];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    halves[i] = *reinterpret_cast<const Vector*>(static_cast<const char*>(from) + i * kDistance);
+  for (int i = 0; i < Shape::kVectors; ++i) {
+    vectors[i] = *reinterpret_cast<const typename Shape::Vector*>(static_cast<const char*>(from) +
+                                                                  Shape::Offset(i));
   }
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(halves)[i];
+  for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(vectors)[i];
 }
 
 template <int kWords, int kDistance>
 __device__ __forceinline__ void StoreHalves(void* to, const uint32_t (&words)[kWords]) {
-  using Vector = typename VectorOfBytes<2 * kWords>::Type;
-  Vector halves[2];
+  using Shape = Halves<kWords, kDistance>;
+  typename Shape::Vector vectors[Shape::kVectors];
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(halves)[i] = words[i];
+  for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t*>(vectors)[i] = words[i];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    *reinterpret_cast<Vector*>(static_cast<char*>(to) + i * kDistance) = halves[i];
+  for (int i = 0; i < Shape::kVectors; ++i) {
+    *reinterpret_cast<typename Shape::Vector*>(static_cast<char*>(to) + Shape::Offset(i)) =
+        vectors[i];
   }
 }
 
@@ -81,7 +97,9 @@ __device__ __forceinline__ void UnpackWords(const uint32_t (&words)[Lane::kWords
                                             float (&x)[Lane::kValues]) {
 #pragma unroll
   for (int i = 0; i < Lane::kWords; ++i) {
-    if constexpr (Lane::kIn == DType::kBFloat16) {
+    if constexpr (Lane::kIn == DType::kFloat32) {
+      x[i] = __uint_as_float(words[i]);
+    } else if constexpr (Lane::kIn == DType::kBFloat16) {
       x[2 * i] = __uint_as_float(words[i] << 16);
       x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
     } else {
@@ -92,13 +110,11 @@ __device__ __forceinline__ void UnpackWords(const uint32_t (&words)[Lane::kWords
   }
 }
 
-template <typename Lane>
-__device__ __forceinline__ void PackWords(const float (&x)[Lane::kValues],
-                                          uint32_t (&words)[Lane::kWords]) {
+// Rounded to kOut, 16 bits.
+template <DType kOut, int kWords>
+__device__ __forceinline__ void PackWords(const float (&x)[2 * kWords], uint32_t (&words)[kWords]) {
 #pragma unroll
-  for (int i = 0; i < Lane::kWords; ++i) {
-    words[i] = PackPair<Lane::kIn>(x[2 * i], x[2 * i + 1]);
-  }
+  for (int i = 0; i < kWords; ++i) words[i] = PackPair<kOut>(x[2 * i], x[2 * i + 1]);
 }
 
 // Angles of a lane's pairs: neox (kHalf channel i and its partner), else neighbouring channels.
@@ -162,18 +178,6 @@ __device__ __forceinline__ void RotateLane(RotaryStyle style, const LaneAngles<L
   }
 }
 
-// Loads the angles and rotates values where they lie.
-template <typename Lane>
-__device__ __forceinline__ void RotateWords(const RopeWriteCacheParams& p, uint32_t position,
-                                            int lane, uint32_t (&words)[Lane::kWords]) {
-  LaneAngles<Lane> angles = {};
-  LoadLaneAngles<Lane>(p, position, lane, angles);
-  float x[Lane::kValues];
-  UnpackWords<Lane>(words, x);
-  RotateLane<Lane>(p.style, angles, x);
-  PackWords<Lane>(x, words);
-}
-
 // The pair with the larger magnitudes of a and b, signs arbitrary; a NaN wins.
 template <DType kIn>
 __device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
@@ -194,18 +198,28 @@ __device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
 template <typename Lane>
 __device__ __forceinline__ uint32_t LaneAmaxBits(const uint32_t (&words)[Lane::kWords]) {
   uint32_t m[Lane::kWords];
+  constexpr bool kFloats = Lane::kIn == DType::kFloat32;
+  const auto larger = [](uint32_t a, uint32_t b) {
+    if constexpr (kFloats) {
+      return max(a, b);
+    } else {
+      return MaxMagnitudes<Lane::kIn>(a, b);
+    }
+  };
 #pragma unroll
-  for (int i = 0; i < Lane::kWords; ++i) m[i] = words[i];
+  for (int i = 0; i < Lane::kWords; ++i) m[i] = kFloats ? words[i] & 0x7FFFFFFFu : words[i];
 #pragma unroll
   for (int n = Lane::kWords / 2; n > 0; n /= 2) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) m[i] = MaxMagnitudes<Lane::kIn>(m[i], m[i + n]);
+    for (int i = 0; i < n; ++i) m[i] = larger(m[i], m[i + n]);
   }
 #pragma unroll
   for (int lanes = 1; lanes < Lane::kLanes; lanes *= 2) {
-    m[0] = MaxMagnitudes<Lane::kIn>(m[0], __shfl_xor_sync(kFullWarp, m[0], lanes));
+    m[0] = larger(m[0], __shfl_xor_sync(kFullWarp, m[0], lanes));
   }
-  if constexpr (Lane::kIn == DType::kBFloat16) {
+  if constexpr (kFloats) {
+    return m[0];
+  } else if constexpr (Lane::kIn == DType::kBFloat16) {
     return max((m[0] << 16) & 0x7FFF0000u, m[0] & 0x7FFF0000u);
   } else {
     const uint32_t bits = max(m[0] & 0x7FFFu, (m[0] >> 16) & 0x7FFFu);
@@ -356,7 +370,16 @@ __device__ __forceinline__ void StoreTokenMajor(const uint32_t (&words)[Lane::kW
                                                         codes);
     }
   } else if (store) {
-    StoreHalves<Lane::kWords, Lane::kHeadDim>(static_cast<uint16_t*>(codes_out) + element, words);
+    uint16_t* out = static_cast<uint16_t*>(codes_out) + element;
+    if constexpr (Lane::kIn == DType::kFloat32) {
+      float x[Lane::kValues];
+      UnpackWords<Lane>(words, x);
+      uint32_t rounded[Lane::kHalf];
+      PackWords<Traits::kCode>(x, rounded);
+      StoreHalves<Lane::kHalf, Lane::kHeadDim>(out, rounded);
+    } else {
+      StoreHalves<Lane::kWords, Lane::kHeadDim>(out, words);
+    }
   }
 }
 

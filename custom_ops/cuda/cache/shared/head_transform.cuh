@@ -1,0 +1,349 @@
+// What a head in the lanes of a warp goes through before it is rounded: bias, rotation, RMSNorm.
+// The bits are those of the CPU kernel: every product and sum is rounded by itself, sums over
+// channels are balanced binary trees of neighbours.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/exact.h"
+#include "common/numeric.h"
+#include "cuda/cache/shared/head_lanes.cuh"
+
+namespace fastattn::cuda {
+
+// One value of a per-channel parameter whose type is known at run time.
+__device__ __forceinline__ float LoadParameter(const void* data, DType dtype, int index) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  return dtype == DType::kBFloat16 ? BFloat16ToFloat(bits) : Float16ToFloat(bits);
+}
+
+// kCount neighbouring ones. Without kAny they lie at a multiple of min(16 bytes, their size).
+template <bool kAny, int kCount>
+__device__ __forceinline__ void LoadParameters(const void* data, DType dtype, int index,
+                                               float* out) {
+  if (kAny && reinterpret_cast<uintptr_t>(data) % 16 != 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = LoadParameter(data, dtype, index + i);
+  } else if (dtype == DType::kFloat32) {
+    LoadFloats<kCount>(static_cast<const float*>(data) + index, out);
+  } else {
+    using Vector = typename VectorOfBytes<2 * kCount>::Type;
+    const Vector vector =
+        *reinterpret_cast<const Vector*>(static_cast<const uint16_t*>(data) + index);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const uint32_t word = reinterpret_cast<const uint32_t*>(&vector)[i];
+      if (dtype == DType::kBFloat16) {
+        out[2 * i] = __uint_as_float(word << 16);
+        out[2 * i + 1] = __uint_as_float(word & 0xFFFF0000u);
+      } else {
+        const __half2 pair = *reinterpret_cast<const __half2*>(&word);
+        out[2 * i] = __low2float(pair);
+        out[2 * i + 1] = __high2float(pair);
+      }
+    }
+  }
+}
+
+// A lane's channels of a parameter whose head begins at `first`.
+template <typename Traits, typename Lane>
+__device__ __forceinline__ void LoadLaneParameters(const void* data, DType dtype, int first,
+                                                   int lane, float (&out)[Lane::kValues]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    LoadParameters<Traits::Options::kAny, Lane::kHalf>(
+        data, dtype, first + half * (Lane::kHeadDim / 2) + lane * Lane::kHalf,
+        out + half * Lane::kHalf);
+  }
+}
+
+template <typename Options>
+__device__ __forceinline__ bool HasBias(const RopeWriteCacheParams& p) {
+  return Options::kBias && (!Options::kAny || p.bias != nullptr);
+}
+
+// + bias of a head, counted over [Q heads, K heads, V heads].
+template <typename Traits, typename Lane>
+__device__ __forceinline__ void AddBias(const RopeWriteCacheParams& p, int fused_head, int lane,
+                                        float (&x)[Lane::kValues]) {
+  float bias[Lane::kValues];
+  LoadLaneParameters<Traits, Lane>(p.bias, p.bias_dtype, fused_head * Lane::kHeadDim, lane, bias);
+#pragma unroll
+  for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], bias[i]);
+}
+
+// sqrt(x) correctly rounded for x from 2^-101 to FLT_MAX: what __fsqrt_rn does for these.
+__device__ __forceinline__ float SqrtOfNormal(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  const float root = x * y;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), y * 0.5f, root);
+}
+
+// 1 / sqrt(x), both correctly rounded, of an x that is not negative; without the subroutines of
+// the division and the root, which cost registers all around them.
+__device__ __forceinline__ float InverseRoot(float x) {
+  const uint32_t bits = FloatBits(x);
+  if (bits - 0x0D000000u <= 0x727FFFFFu) return ReciprocalOfNormal(SqrtOfNormal(x));
+  if (bits > 0x7F800000u) return x;  // NaN
+  if (bits == 0x7F800000u) return 0.0f;
+  if (bits == 0) return BitsFloat(0x7F800000u);
+  return ReciprocalOfNormal(SqrtOfNormal(x * 0x1p96f)) * 0x1p48f;
+}
+
+// 1 / sqrt(mean(x^2) + eps) of a head, in all of its lanes, which all take part.
+template <typename Lane>
+__device__ __forceinline__ float InverseRms(const float (&x)[Lane::kValues], float eps) {
+  float totals[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sums[Lane::kHalf];
+#pragma unroll
+    for (int i = 0; i < Lane::kHalf; ++i) {
+      const float value = x[half * Lane::kHalf + i];
+      sums[i] = Mul(value, value);
+    }
+#pragma unroll
+    for (int n = Lane::kHalf / 2; n > 0; n /= 2) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) sums[i] = Add(sums[2 * i], sums[2 * i + 1]);
+    }
+    totals[half] = sums[0];
+  }
+  // Neighbouring lanes hold neighbouring channels of either half: two trees side by side.
+#pragma unroll
+  for (int lanes = 1; lanes < Lane::kLanes; lanes *= 2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      totals[half] = Add(totals[half], __shfl_xor_sync(kFullWarp, totals[half], lanes));
+    }
+  }
+  constexpr float kInverse = 1.0f / Lane::kHeadDim;  // a power of 2: the product is the quotient
+  return InverseRoot(Add(Mul(Add(totals[0], totals[1]), kInverse), eps));
+}
+
+// RMSNorm; `weight` gives a half's weights.
+template <typename Lane, typename Weight>
+__device__ __forceinline__ void NormLane(float eps, Weight&& weight, float (&x)[Lane::kValues]) {
+  const float inverse = InverseRms<Lane>(x, eps);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float w[Lane::kHalf];
+    asm volatile("" ::: "memory");  // a half's weights at a time: registers
+    weight(half, w);
+#pragma unroll
+    for (int i = 0; i < Lane::kHalf; ++i) {
+      float& value = x[half * Lane::kHalf + i];
+      value = Mul(Mul(value, inverse), w[i]);
+    }
+  }
+}
+
+// The norm of a Q or K head, as it is asked for: which weights, if any.
+template <typename Traits, typename Lane>
+struct HeadNorm {
+  const void* weight;
+  DType dtype;
+  float eps;
+  int lane;
+
+  __device__ __forceinline__ HeadNorm(const RopeWriteCacheParams& p, bool is_q, int lane)
+      : weight(is_q ? p.q_norm_weight : p.k_norm_weight),
+        dtype(is_q ? p.q_norm_dtype : p.k_norm_dtype),
+        eps(p.rms_norm_eps),
+        lane(lane) {}
+
+  __device__ __forceinline__ void LoadWeights(int half, float (&w)[Lane::kHalf]) const {
+    LoadParameters<Traits::Options::kAny, Lane::kHalf>(
+        weight, dtype, half * (Lane::kHeadDim / 2) + lane * Lane::kHalf, w);
+  }
+
+  // All lanes of the warp take part; they ask for the same weights.
+  __device__ __forceinline__ void operator()(float (&x)[Lane::kValues]) const {
+    if (weight == nullptr) return;
+    NormLane<Lane>(eps, [&](int half, float (&w)[Lane::kHalf]) { LoadWeights(half, w); }, x);
+  }
+};
+
+// The rotation of whole heads, or none.
+template <typename Lane>
+struct WholeRotation {
+  LaneAngles<Lane> angles = {};
+
+  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, uint32_t position, int lane) {
+    LoadLaneAngles<Lane>(p, position, lane, angles);
+  }
+  __device__ __forceinline__ void Apply(const RopeWriteCacheParams& p, int lane,
+                                        float (&x)[Lane::kValues]) const {
+    RotateLane<Lane>(p.style, angles, x);
+  }
+};
+
+// What a warp's lanes tell each other where a rotation's partners lie anywhere.
+template <typename Lane>
+struct RotationSpace {
+  alignas(16) float values[Lane::kHeads][Lane::kHeadDim];
+  alignas(16) float cos[Lane::kHeadDim];  // of a channel; its sine has the sign of its partner
+  alignas(16) float sin[Lane::kHeadDim];
+};
+
+// Any rotation of a head's first channels by any table. Partners are a lane's own values
+// (interleaved, or neox of whole heads), those of one other lane (neox of a power of 2 of at most
+// half the channels), or go through shared memory.
+template <typename Lane, int kWarps>
+struct AnyRotation {
+  enum class Partner { kNone, kNeighbour, kOtherHalf, kOtherLane, kAnywhere };
+
+  LaneAngles<Lane> angles = {};
+
+  static __device__ __forceinline__ Partner PartnerOf(const RopeWriteCacheParams& p) {
+    if (p.style == RotaryStyle::kNone) return Partner::kNone;
+    if (p.style == RotaryStyle::kInterleaved) return Partner::kNeighbour;
+    const int half = p.rotary_dim / 2;
+    if (p.rotary_dim == Lane::kHeadDim) return Partner::kOtherHalf;
+    const bool power = (half & (half - 1)) == 0;
+    return power && half >= Lane::kHalf ? Partner::kOtherLane : Partner::kAnywhere;
+  }
+
+  static __device__ __forceinline__ RotationSpace<Lane>& Space() {
+    __shared__ RotationSpace<Lane> spaces[kWarps];
+    return spaces[threadIdx.x / 32];
+  }
+
+  // Channel of the first of interleaved pair i of a lane.
+  static __device__ __forceinline__ int PairChannel(int lane, int i) {
+    return HalvesMap<Lane>::Channel(lane, 2 * i);
+  }
+
+  // All lanes of the warp take part: they hold the same token.
+  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, uint32_t position, int lane) {
+    const Partner partner = PartnerOf(p);
+    if (partner == Partner::kNone) return;
+    const int64_t last = p.max_positions - 1;
+    const int64_t row = (position < last ? position : last) * p.rotary_stride;
+    const float* cos = p.cos + row;
+    const float* sin = p.sin + row;
+    const int half = p.rotary_dim / 2;
+    if (partner == Partner::kAnywhere) {
+      RotationSpace<Lane>& space = Space();
+      for (int c = threadIdx.x % 32; c < p.rotary_dim; c += 32) {
+        const int column = (c < half ? c : c - half) * p.rotary_step;
+        space.cos[c] = cos[column];
+        space.sin[c] = c < half ? -sin[column] : sin[column];
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < Lane::kHalf; ++i) {
+      int pair = lane * Lane::kHalf + i;
+      if (partner == Partner::kNeighbour) pair = PairChannel(lane, i) / 2;
+      const bool second = partner == Partner::kOtherLane && pair >= half;
+      if (second) pair -= half;
+      if (pair >= half) continue;
+      const float s = sin[pair * p.rotary_step];
+      angles.cos[i] = cos[pair * p.rotary_step];
+      angles.sin[i] = partner == Partner::kOtherLane && !second ? -s : s;
+    }
+  }
+
+  // All lanes of the warp take part.
+  __device__ __forceinline__ void Apply(const RopeWriteCacheParams& p, int lane,
+                                        float (&x)[Lane::kValues]) const {
+    const Partner partner = PartnerOf(p);
+    if (partner == Partner::kNeighbour) {
+      float y[Lane::kValues];
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) y[i] = x[i];
+      RotateLane<Lane>(RotaryStyle::kInterleaved, angles, y);
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) {
+        if (PairChannel(lane, i / 2) < p.rotary_dim) x[i] = y[i];
+      }
+    } else if (partner == Partner::kOtherHalf) {
+      RotateLane<Lane>(RotaryStyle::kNeox, angles, x);
+    } else if (partner == Partner::kOtherLane) {
+      const int distance = p.rotary_dim / 2 / Lane::kHalf;
+      const bool rotated = lane < 2 * distance;
+#pragma unroll
+      for (int i = 0; i < Lane::kHalf; ++i) {
+        const float other = __shfl_xor_sync(kFullWarp, x[i], distance);
+        const float turned = Add(Mul(x[i], angles.cos[i]), Mul(other, angles.sin[i]));
+        if (rotated) x[i] = turned;
+      }
+    } else if (partner == Partner::kAnywhere) {
+      RotateAnywhere(p, lane, x);
+    }
+  }
+
+  static __device__ __forceinline__ void RotateAnywhere(const RopeWriteCacheParams& p, int lane,
+                                                        float (&x)[Lane::kValues]) {
+    RotationSpace<Lane>& space = Space();
+    float* values = space.values[threadIdx.x % 32 / Lane::kLanes];
+    const int half = p.rotary_dim / 2;
+    __syncwarp();  // the last head's values have been read
+#pragma unroll
+    for (int i = 0; i < Lane::kValues; i += 4) {
+      *reinterpret_cast<float4*>(values + HalvesMap<Lane>::Channel(lane, i)) =
+          make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < Lane::kValues; i += 4) {
+      const int channel = HalvesMap<Lane>::Channel(lane, i);
+      if (channel >= p.rotary_dim) continue;
+      float cos[4], sin[4], other[4];
+      LoadFloats<4>(space.cos + channel, cos);
+      LoadFloats<4>(space.sin + channel, sin);
+      if (half % 4 == 0) {  // four partners side by side
+        LoadFloats<4>(values + (channel < half ? channel + half : channel - half), other);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int c = min(channel + j, p.rotary_dim - 1);
+          other[j] = values[c < half ? c + half : c - half];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float turned = Add(Mul(x[i + j], cos[j]), Mul(other[j], sin[j]));
+        if (channel + j < p.rotary_dim) x[i + j] = turned;
+      }
+    }
+  }
+};
+
+template <typename Traits, typename Lane, int kWarps>
+using LaneRotation =
+    std::conditional_t<Traits::Options::kAny, AnyRotation<Lane, kWarps>, WholeRotation<Lane>>;
+
+// Rotation and norm of a Q or K head in the order asked for; `norm` normalises x. All lanes of the
+// warp take part. kFewRegisters: a loop of two rounds has the norm's code once, where that of both
+// orders side by side spills.
+template <typename Traits, typename Lane, bool kFewRegisters, typename Rotation, typename Norm>
+__device__ __forceinline__ void TransformLane(const RopeWriteCacheParams& p,
+                                              const Rotation& rotation, int lane, Norm&& norm,
+                                              float (&x)[Lane::kValues]) {
+  if constexpr (!Traits::Options::kNorm) {
+    rotation.Apply(p, lane, x);
+  } else if constexpr (kFewRegisters) {
+    const int norm_round = p.norm_before_rope ? 0 : 1;
+#pragma unroll 1
+    for (int round = 0; round < 2; ++round) {
+      if (round == norm_round) {
+        norm(x);
+      } else {
+        rotation.Apply(p, lane, x);
+      }
+    }
+  } else {
+    if (p.norm_before_rope) norm(x);
+    rotation.Apply(p, lane, x);
+    if (!p.norm_before_rope) norm(x);
+  }
+}
+
+}  // namespace fastattn::cuda

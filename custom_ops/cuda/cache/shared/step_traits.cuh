@@ -1,0 +1,71 @@
+// What a kernel that writes a step's new tokens is compiled for.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+#include "params/rope.h"
+
+namespace fastattn::cuda {
+
+// write_cache_kv: K and V come as they are, and there are no Q heads.
+struct NoRope {
+  static constexpr bool kRope = false;
+  static constexpr bool kBias = false;
+  static constexpr bool kNorm = false;
+  static constexpr bool kAny = false;
+};
+
+// What happens to a head before it is rounded to the input's type. kBias and kNorm are there, and
+// lie at multiples of 16 bytes; the rotation, if there is one, takes whole heads and its table can
+// be read 16 bytes at a time. With kAny, run time decides whether there are a bias and norm weights
+// (of those named), and they may lie anywhere; any rotary_dim, any table.
+template <bool kBias_, bool kNorm_, bool kAny_ = false>
+struct RopeOptions {
+  static constexpr bool kRope = true;
+  static constexpr bool kBias = kBias_;
+  static constexpr bool kNorm = kNorm_;
+  static constexpr bool kAny = kAny_;
+};
+
+// Whether a step's rotation and parameters are as RopeOptions without kAny takes them.
+inline bool IsCommonRope(const RopeWriteCacheParams& p) {
+  const auto address = [](const void* data) { return reinterpret_cast<uintptr_t>(data); };
+  const uintptr_t parameters =
+      address(p.bias) | address(p.q_norm_weight) | address(p.k_norm_weight);
+  if (parameters % 16 != 0) return false;
+  if (p.style == RotaryStyle::kNone) return true;
+  return p.rotary_dim == p.cache.head_dim && p.rotary_step == 1 && p.rotary_stride % 4 == 0 &&
+         (address(p.cos) | address(p.sin)) % 16 == 0;
+}
+
+// Calls f(options) with what a step asks for.
+template <typename F>
+void DispatchRope(const RopeWriteCacheParams& p, F&& f) {
+  const bool bias = p.bias != nullptr;
+  const bool norm = p.q_norm_weight != nullptr || p.k_norm_weight != nullptr;
+  if (!IsCommonRope(p)) {
+    f(RopeOptions<true, true, true>{});
+  } else if (bias && norm) {
+    f(RopeOptions<true, true>{});
+  } else if (bias) {
+    f(RopeOptions<true, false>{});
+  } else if (norm) {
+    f(RopeOptions<false, true>{});
+  } else {
+    f(RopeOptions<false, false>{});
+  }
+}
+
+template <DType kIn_, CacheType kType_, DType kCode_, int kHeadDim_, typename Options_>
+struct StepTraits {
+  using Options = Options_;
+  static constexpr DType kIn = kIn_;
+  static constexpr CacheType kType = kType_;
+  static constexpr DType kCode = kCode_;  // of the cache: codes, or 16-bit values
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kRope = Options::kRope;
+  static constexpr bool kQuantized = IsQuantized(kType);
+};
+
+}  // namespace fastattn::cuda
