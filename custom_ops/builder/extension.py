@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
+import io
 import os
 import shutil
 import subprocess
@@ -128,7 +129,8 @@ def build_command() -> type[build_ext]:
             ]
             # distutils compares times only: not the flags, nor the objects of another Paddle.
             self.force = compiler.force = True
-            with contextlib.redirect_stdout(None):  # "it will cost a few seconds"
+            # "it will cost a few seconds"; Cython, where installed, flushes what it is given.
+            with contextlib.redirect_stdout(io.StringIO()):
                 super().build_extensions()
             Path(self.build_lib, "fastattn", "version.txt").unlink(missing_ok=True)
 
