@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/block_planes.h"
+#include "params/block_planes.h"
 
 namespace {
 
@@ -31,7 +31,7 @@ int repeats_itself(int64_t begin, const int64_t* dims, int rank, int64_t element
 int find_plane(const int64_t* strides, int num_blocks, int kv_heads, int element, int block,
                int head, int64_t* result) {
   const fastattn::CacheStrides cache{strides[0], strides[1], strides[2]};
-  const auto planes = fastattn::cuda::PlanesOf(cache, num_blocks, kv_heads, element);
+  const auto planes = fastattn::PlanesOf(cache, num_blocks, kv_heads, element);
   result[0] = static_cast<int64_t>(planes.stride);
   result[1] = planes.planes.Of(block, head);
   result[2] = planes.planes.outside;
