@@ -215,9 +215,14 @@ class KnownLayers:
 
     def put(self, layer: Any, facts: LayerFacts) -> None:
         """Keep a layer's facts, unless the layer computes attributes."""
-        if facts.seen is not None and type(layer).__weakrefoffset__ > 0:
-            key, known = id(layer), self._facts
-            known[key] = (weakref.ref(layer, lambda _: known.pop(key, None)), facts)
+        if facts.seen is None:
+            return
+        key, known = id(layer), self._facts
+        try:
+            reference = weakref.ref(layer, lambda _: known.pop(key, None))
+        except TypeError:  # a class with __slots__ and without __weakref__
+            return
+        known[key] = (reference, facts)
 
 
 def _seen_of(layer: Any) -> list[Any] | None:
