@@ -12,6 +12,9 @@
 
 namespace fastattn {
 
+// Their own list: another head dimension may come to decode first.
+using WgmmaHeadDims = HeadDimList<64, 128>;
+
 inline constexpr int kTmaBytes = 16;  // addresses and strides are multiples of it
 
 inline bool IsTmaAligned(const void* pointer) {
@@ -41,7 +44,7 @@ inline bool ScalesFit(const void* scales, const CacheStrides& strides, DType dty
 
 // What both kernels ask of a call. A running maximum of scaled scores needs a positive scale.
 inline bool Common(const AttentionParams& p) {
-  if (!HeadDims::Has(p.head_dim)) return false;
+  if (!WgmmaHeadDims::Has(p.head_dim)) return false;
   if (p.seqs.num_tokens <= 0 || p.seqs.batch <= 0 || p.num_heads <= 0) return false;
   if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
     return false;

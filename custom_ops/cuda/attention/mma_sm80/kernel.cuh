@@ -1,6 +1,6 @@
 // The attention kernel of every call that no wgmma_sm90 kernel takes: mma.sync, from sm_80 on.
 //
-// Work tile: kColumns = 8, 16 or 64 probabilities GQA columns, (query token, query head) pairs of
+// Work tile: kColumns = 8, 16 or 64 packed GQA columns, (query token, query head) pairs of
 // one KV head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all
 // work tiles lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what
 // it has of a work tile is a Segment. A work tile that lies in several CTAs leaves partial results,
@@ -301,6 +301,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
   }
   constexpr int kTilesPerRound = Traits::kMergeDims / 16;
   constexpr int kQuads = Traits::kMergeDims / 4;
+  static_assert(Traits::kDimTiles % kTilesPerRound == 0, "a round more would hold the rest");
 #pragma unroll 1
   for (int round = 0; round < Traits::kDimTiles / kTilesPerRound; ++round) {
     // Registers take no index that varies, so every round passes by all of them.

@@ -172,6 +172,8 @@ struct QueryLoads {
   static constexpr int kAtOnce = kAttentionThreads / kLanes;
   static constexpr int kPasses = Traits::kColumns / kAtOnce;
   static constexpr int kBatch = kPasses < 4 ? kPasses : 4;
+  static_assert((kLanes & (kLanes - 1)) == 0 && kPasses * kAtOnce == Traits::kColumns,
+                "lanes exchange by XOR, and every column has its pass");
   uint2 raw[kBatch];
   float key_scale, value_scale;
 

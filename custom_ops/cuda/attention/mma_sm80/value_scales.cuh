@@ -116,11 +116,11 @@ __device__ __forceinline__ void DropColumnExponents(TileState<Traits>* state) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const uint32_t exponent = LoadExponent(exponents + (8 * n + c) * 8);
-      const float kv_tile = __uint_as_float(exponent << 23);
+      const float factor = __uint_as_float(exponent << 23);
 #pragma unroll
       for (int i = 0; i < Traits::kDimTiles; ++i) {
-        state->out[i][n][c] *= kv_tile;
-        state->out[i][n][c + 2] *= kv_tile;
+        state->out[i][n][c] *= factor;
+        state->out[i][n][c + 2] *= factor;
       }
     }
   }

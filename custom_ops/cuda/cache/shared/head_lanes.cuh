@@ -27,6 +27,7 @@ struct LaneShape {
   static constexpr int kDistance = kHeadDim / 2 * SizeOf(kIn);  // bytes between a lane's halves
   static constexpr int kLanes = kHeadDim / kValues;             // of a head
   static constexpr int kHeads = 32 / kLanes;                    // of a warp
+  static_assert((kLanes & (kLanes - 1)) == 0, "lanes of a head exchange by XOR");
 };
 
 // Channel of a lane's i-th value in a LaneShape.
