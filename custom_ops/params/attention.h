@@ -72,8 +72,8 @@ struct AttentionParams {
   int max_seqlen_q = 0;  // upper bounds known to the host: they size a grid, they mask nothing
   int max_seqlen_k = 0;
 
-  // For launchers, which never allocate: floats of heuristics/attention_plan.h. The CPU kernel plans
-  // its splits from the lengths and keeps the partial results itself.
+  // For launchers, which never allocate: floats of heuristics/attention_plan.h. The CPU kernel
+  // plans its splits from the lengths and keeps the partial results itself.
   float* workspace = nullptr;
   bool clear_padding = false;  // launchers: tokens of no sequence get output 0
 };
