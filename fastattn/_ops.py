@@ -597,9 +597,12 @@ def handle(op: str) -> int:
     return operators[op].handle if op in operators else -1
 
 
-def reraise(op: str, error: RuntimeError) -> NoReturn:
-    """Raise what `error` of ``fastattn._direct`` says, as :func:`call` does."""
-    _reraise(signature(op), error)
+def reraise(error: RuntimeError) -> NoReturn:
+    """Raise what an error of ``fastattn._direct.step`` says, as :func:`call` does."""
+    text, op = error.args if len(error.args) == 2 else ("", "")
+    if not str(op).startswith(PREFIX):
+        raise error
+    _reraise(signature(op[len(PREFIX) :]), RuntimeError(text))
 
 
 if env.profile():

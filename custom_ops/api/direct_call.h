@@ -181,9 +181,9 @@ inline void CountWrites(const Handle& handle, const Inputs& inputs) {
   }
 }
 
-// Whether `seen` holds, by identity, what the dict `own` has under each name (None: nothing),
-// followed by the same of each dict in it whose name is in `kinds`, empty ones apart. `seen` may go
-// on. An attribute of paddle.nn.Layer takes Python a microsecond.
+// Whether `seen` is, by identity, what the dict `own` has under each name (None: nothing), followed
+// by the same of each dict in it whose name is in `kinds`, empty ones apart. An attribute of
+// paddle.nn.Layer takes Python a microsecond.
 inline bool HoldsStill(PyObject* own, PyObject* kinds, PyObject* names, PyObject* seen) {
   Py_ssize_t at = 0;
   const auto same = [&](PyObject* dict) {
@@ -200,7 +200,7 @@ inline bool HoldsStill(PyObject* own, PyObject* kinds, PyObject* names, PyObject
     if (dict == nullptr || !PyDict_Check(dict) || PyDict_Size(dict) == 0) continue;
     if (!same(dict)) return false;
   }
-  return true;
+  return at == PyList_GET_SIZE(seen);
 }
 
 }  // namespace fastattn::api

@@ -52,20 +52,21 @@ class StepFields {
     for (PyObject* value : values_) Py_XDECREF(value);
   }
 
-  // False where a field is missing, or Q and K are rotated already.
-  bool Read(PyObject* forward_meta) {
+  // 0 where a field is missing, or Q and K are rotated already: the step is declined. -1: Python's
+  // error is set. May run Python code.
+  int Read(PyObject* forward_meta) {
     for (int i = 0; i < kNumStepFields; ++i) {
       values_[i] = PyObject_GetAttr(forward_meta, step_names[i]);
       if (values_[i] == nullptr) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
         PyErr_Clear();
         Py_INCREF(Py_None);
         values_[i] = Py_None;
       }
-      if (i <= kStepNeeded && values_[i] == Py_None) return false;
+      if (i <= kStepNeeded && values_[i] == Py_None) return 0;
     }
     const int rotated = PyObject_IsTrue(values_[kNumStepFields - 1]);
-    if (rotated < 0) PyErr_Clear();
-    return rotated == 0;
+    return rotated < 0 ? -1 : 1 - rotated;
   }
 
   PyObject* const* sequences() const { return values_; }
@@ -97,11 +98,13 @@ class StepCall {
            api::TakeAttrs(handle_, tuple, first, attrs_);
   }
 
-  // Sets Python's error and returns false if the operator fails.
+  // Sets Python's error, (text, name of the operator), and returns false if the operator fails.
   bool Run() {
     const std::string message = RunWithoutGil(*handle_.op, inputs_, attrs_, &results_);
     if (!message.empty()) {
-      PyErr_SetString(PyExc_RuntimeError, message.c_str());
+      PyObject* text = Py_BuildValue("(ss)", message.c_str(), handle_.op->name);
+      if (text != nullptr) PyErr_SetObject(PyExc_RuntimeError, text);
+      Py_XDECREF(text);
       return false;
     }
     CountWrites(handle_, inputs_);
@@ -135,33 +138,61 @@ inline bool TakeLengths(PyObject* lengths, PyObject* max_keys, const Tensor& qkv
   return true;
 }
 
-// The caches of the layer (K, V and, of a dynamic type, their scales) or null: declined.
-inline PyObject* const* CachesOf(PyObject* plan, PyObject* caches, Py_ssize_t count) {
+// The caches of the layer (K, V and, of a dynamic type, their scales), held while the step runs:
+// Python code that runs meanwhile may empty the list. Nothing: declined.
+inline std::vector<py::object> CachesOf(PyObject* plan, PyObject* caches, Py_ssize_t count) {
   const Py_ssize_t num_caches = PyLong_AsSsize_t(PyTuple_GET_ITEM(plan, kNumCaches));
   const Py_ssize_t first = PyLong_AsSsize_t(PyTuple_GET_ITEM(plan, kFirstCache));
-  if (!PyList_CheckExact(caches) || PyList_GET_SIZE(caches) != num_caches) return nullptr;
-  if (first < 0 || first + count > num_caches) return nullptr;
-  PyObject** found = &reinterpret_cast<PyListObject*>(caches)->ob_item[first];
-  return std::find(found, found + count, Py_None) == found + count ? found : nullptr;
+  std::vector<py::object> found;
+  if (!PyList_CheckExact(caches) || PyList_GET_SIZE(caches) != num_caches) return found;
+  if (first < 0 || first > num_caches - count) return found;
+  for (Py_ssize_t i = first; i < first + count; ++i) {
+    if (PyList_GET_ITEM(caches, i) == Py_None) return {};
+    found.push_back(py::reinterpret_borrow<py::object>(PyList_GET_ITEM(caches, i)));
+  }
+  return found;
+}
+
+// Whether a tuple has what LayerFacts puts into a plan.
+inline bool IsPlan(PyObject* plan) {
+  if (!PyTuple_Check(plan) || PyTuple_GET_SIZE(plan) != kStepPlanSize) return false;
+  for (Py_ssize_t i : {kWriteHandle, kAttendHandle, kNumCaches, kFirstCache}) {
+    int overflow = 0;
+    PyObject* item = PyTuple_GET_ITEM(plan, i);
+    if (!PyLong_CheckExact(item)) return false;
+    const long long value = PyLong_AsLongLongAndOverflow(item, &overflow);
+    const bool is_handle = i == kWriteHandle || i == kAttendHandle;
+    if (overflow != 0 || value < 0) return false;
+    if (is_handle && value >= static_cast<long long>(handles.size())) return false;
+  }
+  for (Py_ssize_t i :
+       {kWriteTensors, kWriteAttrs, kAttendTensors, kAttendAttrs, kHolders, kNames}) {
+    if (!PyTuple_Check(PyTuple_GET_ITEM(plan, i))) return false;
+  }
+  return PyList_Check(PyTuple_GET_ITEM(plan, kSeen));
 }
 
 inline PyObject* RunStep(PyObject* const* args) {
   PyObject *plan = args[0], *own = args[1], *qkv = args[4], *scales = args[7];
   const bool dynamic = scales == Py_None;
-  PyObject* const* caches = CachesOf(plan, args[2], dynamic ? 4 : 2);
-  if (caches == nullptr || !PyDict_Check(own) ||
+  const std::vector<py::object> caches = CachesOf(plan, args[2], dynamic ? 4 : 2);
+  if (caches.empty() || !PyDict_Check(own) ||
       !HoldsStill(own, PyTuple_GET_ITEM(plan, kHolders), PyTuple_GET_ITEM(plan, kNames),
                   PyTuple_GET_ITEM(plan, kSeen))) {
     Py_RETURN_NONE;
   }
   StepFields fields;
-  if (!fields.Read(args[3]) || !paddle::pybind::PyCheckTensor(qkv)) Py_RETURN_NONE;
+  const int read = fields.Read(args[3]);
+  if (read < 0) return nullptr;
+  if (read == 0 || !paddle::pybind::PyCheckTensor(qkv)) Py_RETURN_NONE;
   PyObject* const* seqs = fields.sequences();
-  PyObject* const k_scales = dynamic ? caches[2] : PyTuple_GET_ITEM(scales, 0);
-  PyObject* const v_scales = dynamic ? caches[3] : PyTuple_GET_ITEM(scales, 1);
+  PyObject* const key = caches[0].ptr();
+  PyObject* const value = caches[1].ptr();
+  PyObject* const k_scales = dynamic ? caches[2].ptr() : PyTuple_GET_ITEM(scales, 0);
+  PyObject* const v_scales = dynamic ? caches[3].ptr() : PyTuple_GET_ITEM(scales, 1);
 
   StepCall write(PyTuple_GET_ITEM(plan, kWriteHandle));
-  std::vector<PyObject*> objects = {qkv, caches[0], caches[1], fields.rotary_embs()};
+  std::vector<PyObject*> objects = {qkv, key, value, fields.rotary_embs()};
   objects.reserve(kMostInputs);
   objects.insert(objects.end(), seqs, seqs + kStepNeeded);
   Append(PyTuple_GET_ITEM(plan, kWriteTensors), &objects);
@@ -175,7 +206,7 @@ inline PyObject* RunStep(PyObject* const* args) {
   // Everything that may be declined comes before the cache is written.
   StepCall attend(PyTuple_GET_ITEM(plan, kAttendHandle));
   attend.inputs().Add(&fused);  // stands for the rotated queries, which are not there yet
-  objects.assign({caches[0], caches[1]});
+  objects.assign({key, value});
   objects.insert(objects.end(), seqs, seqs + kStepNeeded);
   objects.insert(objects.end(), {k_scales, v_scales, Py_None});
   Append(PyTuple_GET_ITEM(plan, kAttendTensors), &objects);
@@ -194,7 +225,7 @@ inline PyObject* RunStep(PyObject* const* args) {
 // of a layer whose __dict__ is `own`, or None. scales: (K's, V's) of a static type, (None, None) of
 // one without, None of a dynamic type, whose scales follow its caches.
 inline PyObject* Step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 8 || !PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != kStepPlanSize ||
+  if (count != 8 || !IsPlan(args[0]) ||
       (args[7] != Py_None && (!PyTuple_Check(args[7]) || PyTuple_GET_SIZE(args[7]) != 2))) {
     PyErr_SetString(PyExc_TypeError,
                     "step(plan, own, caches, forward_meta, qkv, lengths, max_keys, scales)");

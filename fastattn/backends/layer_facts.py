@@ -218,11 +218,13 @@ class KnownLayers:
         if facts.seen is None:
             return
         key, known = id(layer), self._facts
+        reference = None
         try:
             reference = weakref.ref(layer, lambda _: known.pop(key, None))
         except TypeError:  # a class with __slots__ and without __weakref__
-            return
-        known[key] = (reference, facts)
+            reference = None  # (to_static needs a statement here, and no return)
+        if reference is not None:
+            known[key] = (reference, facts)
 
 
 def _seen_of(layer: Any) -> list[Any] | None:

@@ -241,14 +241,15 @@ class PagedAttentionBackend(AttentionBackend):
         if facts is None or metadata.cascade_plan is not None or metadata.mask_offsets is not None:
             return None
         run, plan = _ops.step_function(), facts.step_plan
-        if run is None or plan is None:
+        caches = optional(forward_meta, "caches")
+        if run is None or plan is None or caches is None:
             return None
         scales = None if facts.dynamic else facts.scales(forward_meta, layer, self.config.shard)
         try:
             return run(
                 plan,
                 layer.__dict__,
-                optional(forward_meta, "caches"),
+                caches,
                 forward_meta,
                 qkv,
                 metadata.host_lengths,
@@ -256,7 +257,7 @@ class PagedAttentionBackend(AttentionBackend):
                 scales,
             )
         except RuntimeError as error:
-            _ops.reraise("paged_attention", error)
+            _ops.reraise(error)
 
     def _options(
         self,

@@ -335,7 +335,7 @@ def test_a_step_in_one_call_declines_what_is_wrong(name, value, error, match, ta
     before = [x.numpy() for x in caches]
     with pytest.raises(error, match=match):
         kept.forward_mixed(None, None, None, QKV, None, None, layer, meta)
-    assert taken == [None]
+    assert not any(taken)
     for cache, was in zip(caches, before):
         assert_same_bits(cache.numpy(), was)
 
@@ -386,3 +386,93 @@ def test_step_refuses_arguments_that_are_none_of_its_own():
 def test_a_watched_call_is_not_passed_by(monkeypatch):
     monkeypatch.setattr(_ops, "call", lambda *a: None)
     assert _ops.step_function() is None
+
+
+@needs_step
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_step_holds_its_caches_while_python_code_runs(replaced, taken):
+    """A field that is a property may empty the list of caches, or fill it with others."""
+    layer, caches = step_layer("block_wise_fp8")
+    kept = backend()
+    expected = step(kept, layer, caches)
+    others = step_layer("none")[1] * 2
+
+    class Meta(ForwardMeta):
+        @property
+        def rotary_embs(self):
+            self.caches[:] = others if replaced else []
+            gc.collect()
+            return self.__dict__["rotary_embs"]
+
+    meta = Meta()
+    meta.__dict__.update(make_meta(list(caches)).__dict__)
+    kept.init_attention_metadata(meta)
+    with paddle.no_grad():
+        out = kept.forward_mixed(None, None, None, QKV, None, None, layer, meta)
+    assert taken[-1] is not None
+    assert_same_bits(to_numpy(out), expected)
+
+
+@needs_step
+@pytest.mark.parametrize("name", ["rope_already_applied", "batch_id_per_token", "rotary_embs"])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, MemoryError, KeyboardInterrupt])
+def test_what_a_field_raises_ends_the_step(name, error, taken):
+    layer, caches = step_layer("block_wise_fp8")
+    kept = backend()
+    step(kept, layer, caches)
+
+    def fail(self):
+        raise error("asked for it")
+
+    meta = make_meta(caches)
+    kept.init_attention_metadata(meta)
+    meta.__class__ = type("Meta", (ForwardMeta,), {name: property(fail)})
+    before = [x.numpy() for x in caches]
+    with pytest.raises(error, match="asked for it"):
+        kept.forward_mixed(None, None, None, QKV, None, None, layer, meta)
+    for cache, was in zip(caches, before):
+        assert_same_bits(cache.numpy(), was)
+
+
+@needs_step
+def test_a_tensor_that_is_deleted_counts_in_the_next_step(taken):
+    layer = ParameterLayer(**{n: tensor(v) for n, v in scales(1).items()})
+    layer.register_buffer("sinks", tensor(CHANGES["sinks"]))
+    kept, caches = backend(), make_caches()
+    first = step(kept, layer, caches)
+    assert_same_bits(step(kept, layer, caches), first)
+    del layer.sinks
+    assert_same_bits(step(kept, layer, caches), fresh(layer, caches))
+
+
+@needs_step
+def test_a_backend_can_still_be_traced():
+    layer, caches = step_layer("block_wise_fp8")
+    kept = backend()
+    expected = step(kept, layer, caches)
+    meta = make_meta(caches)
+    kept.init_attention_metadata(meta)
+
+    def run(qkv):
+        return kept.forward_mixed(None, None, None, qkv, None, None, layer, meta)
+
+    with paddle.no_grad():
+        traced = paddle.jit.to_static(run, full_graph=True)(QKV)
+    assert_same_bits(to_numpy(traced), expected)
+
+
+@needs_step
+@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("wrong", ["x", 10**30, -1, None, [1] * 30])
+def test_a_plan_of_wrong_items_is_refused(index, wrong):
+    layer, caches = step_layer("block_wise_fp8")
+    kept = backend()
+    step(kept, layer, caches)
+    plan = list(kept._known_layers.get(layer).step_plan)
+    if isinstance(wrong, list) and index == 10:
+        return  # a list is what it is
+    plan[index] = wrong
+    with pytest.raises(TypeError, match="step"):
+        _ops.helpers().step(
+            tuple(plan), layer.__dict__, caches, make_meta(caches), QKV, None, 256, None
+        )
