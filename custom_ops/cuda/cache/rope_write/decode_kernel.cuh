@@ -7,6 +7,7 @@
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
+#include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {
@@ -60,11 +61,18 @@ __device__ __forceinline__ DecodeHead HeadOfLane(int group, int num_heads) {
   return at;
 }
 
-// Block of a token's place, -1 where there is none.
-__device__ __forceinline__ int BlockOfPlace(const StepParams& p, const WarpPlace& place) {
-  if (place.batch_idx < 0) return -1;
-  return BlockOf(p.rope.seqs, p.rope.cache.num_blocks, place.batch_idx,
-                 place.position / kBlockSize);
+// Block of a token's place, -1 where there is none, as the table has it: nothing waits for it here.
+__device__ __forceinline__ int LoadBlock(const StepParams& p, const WarpPlace& place) {
+  const SeqMeta& seqs = p.rope.seqs;
+  const uint32_t index = place.position / kBlockSize;
+  if (place.batch_idx < 0 || index >= static_cast<uint32_t>(seqs.max_blocks)) return -1;
+  return seqs.block_tables[static_cast<int64_t>(place.batch_idx) * seqs.max_blocks + index];
+}
+
+// The block if the cache has it, else -1. The compiler would look at it where it is loaded.
+__device__ __forceinline__ int ValidBlock(const StepParams& p, int block) {
+  block = KeepInLoop(block);
+  return block < p.rope.cache.num_blocks ? block : -1;
 }
 
 enum class HeadKind { kQuery, kKey, kValue };
@@ -85,8 +93,9 @@ struct DecodeValues {
   static constexpr bool kNorm = Options::kNorm && kKind != HeadKind::kValue;
 
   uint32_t words[Lane::kWords];
-  float bias[Lane::kValues];      // where there is one
-  float weights[2][Lane::kHalf];  // of the norm, where there is one
+  RawParameters<Traits, Lane> bias;     // where there is one
+  RawParameters<Traits, Lane> weights;  // of the norm, where there is one
+  LaneRotation<Traits, Lane, kDecodeThreads / 32> rotation;
 
   __device__ __forceinline__ DecodeValues(const RopeWriteCacheParams& p, const void* source,
                                           int64_t stride, const DecodeHead& at) {
@@ -97,35 +106,39 @@ struct DecodeValues {
                                               words);
     if (HasBias<Options>(p)) {
       const int first = FusedHead<kKind>(p, at.head) * Lane::kHeadDim;
-      LoadLaneParameters<Traits, Lane>(p.bias, p.bias_dtype, first, at.lane, bias);
+      bias.Load(p.bias, p.bias_dtype, first, at.lane);
     }
     if constexpr (kNorm) {
       const HeadNorm<Traits, Lane> norm(p, kKind == HeadKind::kQuery, at.lane);
-      if (norm.weight != nullptr) {
-        norm.LoadWeights(0, weights[0]);
-        norm.LoadWeights(1, weights[1]);
-      }
+      if (norm.weight != nullptr) weights.Load(norm.weight, norm.dtype, 0, at.lane);
     }
   }
 
+  // Asks for the angles of a token that has a place. Every lane of the warp takes part.
+  __device__ __forceinline__ void LoadAngles(const RopeWriteCacheParams& p, uint32_t position,
+                                             int lane) {
+    if constexpr (kKind != HeadKind::kValue) rotation.Load(p, position, lane);
+  }
+
   // To the head as it is stored. Every lane of the warp takes part.
-  __device__ __forceinline__ void Transform(const RopeWriteCacheParams& p, uint32_t position,
-                                            int lane) {
+  __device__ __forceinline__ void Transform(const RopeWriteCacheParams& p, int lane) {
     if constexpr (kKind != HeadKind::kValue || Options::kBias) {
-      LaneRotation<Traits, Lane, kDecodeThreads / 32> rotation;
-      if (kKind != HeadKind::kValue) rotation.Load(p, position, lane);
       float x[Lane::kValues];
       UnpackWords<Lane>(words, x);
       if (HasBias<Options>(p)) {
+        float b[Lane::kValues];
+        bias.Unpack(p.bias_dtype, b);
 #pragma unroll
-        for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], bias[i]);
+        for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], b[i]);
       }
       const auto norm = [&](float (&values)[Lane::kValues]) {
-        const bool is_q = kKind == HeadKind::kQuery;
-        if ((is_q ? p.q_norm_weight : p.k_norm_weight) == nullptr) return;
+        const HeadNorm<Traits, Lane> head(p, kKind == HeadKind::kQuery, lane);
+        if (head.weight == nullptr) return;
+        float all[Lane::kValues];
+        weights.Unpack(head.dtype, all);
         const auto weight = [&](int half, float (&w)[Lane::kHalf]) {
 #pragma unroll
-          for (int i = 0; i < Lane::kHalf; ++i) w[i] = weights[half][i];
+          for (int i = 0; i < Lane::kHalf; ++i) w[i] = all[half * Lane::kHalf + i];
         };
         NormLane<Lane>(p.rms_norm_eps, weight, values);
       };
@@ -146,7 +159,8 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, const SeqWindow
   const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
   const WarpPlace place = FindPlace(rope.seqs, window, given, at.token);
   if (place.batch_idx >= 0) {
-    values.Transform(rope, place.position, at.lane);
+    values.LoadAngles(rope, place.position, at.lane);
+    values.Transform(rope, at.lane);
   } else {
 #pragma unroll
     for (int i = 0; i < Lane::kWords; ++i) values.words[i] = 0;
@@ -165,10 +179,14 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const SeqW
                                            at);
   const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
   const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
-  const int block = BlockOfPlace(p, place);
+  const int loaded_block = LoadBlock(p, place);
   if constexpr (Traits::kRope) {
-    if (place.batch_idx >= 0) values.Transform(p.rope, place.position, at.lane);
+    if (place.batch_idx >= 0) {
+      values.LoadAngles(p.rope, place.position, at.lane);
+      values.Transform(p.rope, at.lane);
+    }
   }
+  const int block = ValidBlock(p, loaded_block);
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
   StoreTokenMajor<Traits, Lane>(
@@ -190,17 +208,14 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow
   Element loaded[Lane::kValues];
 #pragma unroll
   for (int i = 0; i < Lane::kValues; ++i) loaded[i] = source[Map::Channel(at.lane, i)];
-  float bias[Lane::kValues];
+  RawParameters<Traits, Lane> bias;
   if (HasBias<Options>(p.rope)) {
     const int first = FusedHead<HeadKind::kValue>(p.rope, at.head) * Lane::kHeadDim;
-#pragma unroll
-    for (int i = 0; i < Lane::kValues; ++i) {
-      bias[i] = LoadParameter(p.rope.bias, p.rope.bias_dtype, first + Map::Channel(at.lane, i));
-    }
+    bias.template LoadEach<Map>(p.rope.bias, p.rope.bias_dtype, first, at.lane);
   }
   const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, at.head);
   const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
-  const int block = BlockOfPlace(p, place);
+  const int loaded_block = LoadBlock(p, place);
   uint32_t words[Lane::kWords];
 #pragma unroll
   for (int i = 0; i < Lane::kWords; ++i) {
@@ -213,19 +228,23 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow
   if constexpr (Options::kBias) {
     if (HasBias<Options>(p.rope)) {
       float x[Lane::kValues];
+      float b[Lane::kValues];
       UnpackWords<Lane>(words, x);
+      bias.Unpack(p.rope.bias_dtype, b);
 #pragma unroll
-      for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], bias[i]);
+      for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], b[i]);
       PackWords<Traits::kIn>(x, words);
     }
   }
+  int block = loaded_block;
+  if constexpr (IsDynamic(Traits::kType)) block = ValidBlock(p, block);  // scales are stored, too
   const int slot = place.position % kBlockSize;
-  const bool store = at.active && block >= 0;
   uint32_t codes[Lane::kCodeWords];
   QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, scale, at.head,
                                   at.lane, cache.v_scale_strides.Plane(block, at.head) + slot,
-                                  store && at.share == 0, codes);
-  if (!store) return;
+                                  at.active && block >= 0 && at.share == 0, codes);
+  block = ValidBlock(p, block);
+  if (!at.active || block < 0) return;
   const CacheStrides& strides = cache.value_strides;
   uint8_t* out =
       static_cast<uint8_t*>(cache.value) + strides.Row(block, at.head, at.lane) + TokenSlot(slot);

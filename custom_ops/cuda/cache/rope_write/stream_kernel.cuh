@@ -1,6 +1,7 @@
 // Prompts of rope_write_cache_kv, two kinds of CTA in one launch: streaming CTAs give a token to
 // each warp, which walks over its Q and K heads, a few at a time (LaneShape), one or two steps of
-// loads ahead; cos and sin are read once. V CTAs take one KV head of a tile, as in tile_kernel.cuh.
+// loads ahead; cos, sin and the norms' weights are read once. V CTAs take one KV head of a tile, as
+// in tile_kernel.cuh.
 #pragma once
 
 #include "cuda/cache/rope_write/tile_kernel.cuh"
@@ -10,6 +11,16 @@ namespace fastattn::cuda {
 // Steps whose loads are in flight: as many as the registers of 24 warps leave room for.
 template <typename Options>
 inline constexpr int kStepsAhead = Options::kBias || Options::kNorm ? 1 : 2;
+
+// Waits for a lane's angles, by an operation that leaves their bits (the CTA has one dimension).
+// Loads are waited for in groups: a first use in the loop would wait for the next step's values,
+// too, in every step.
+template <typename Lane>
+__device__ __forceinline__ void WaitForAngles(LaneAngles<Lane>& angles) {
+  const auto wait = [](float& x) { x = BitsFloat(FloatBits(x) | threadIdx.z); };
+  wait(angles.cos[0]);
+  wait(angles.sin[Lane::kHalf - 1]);
+}
 
 // One token's Q and K heads, or a share of them. K follows Q in memory.
 template <typename Traits>
@@ -36,12 +47,22 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   const auto keep = [](auto x) { return kFewRegisters ? KeepInLoop(x) : x; };
   const int lane_offset = group * Lane::kHeadDim + lane * Lane::kHalf;
   const uint16_t* source = static_cast<const uint16_t*>(p.q) + token * p.q_stride + lane_offset;
+  // A bias of the input's type comes with the values, as it lies in memory.
+  const bool early_bias = Options::kBias && !Options::kAny && rope.bias_dtype == Traits::kIn;
+  uint32_t bias[Lane::kWords] = {};
   const auto load = [&](int step, uint32_t (&words)[Lane::kWords], float& scale) {
     const bool is_q = step < q_steps;
     const int head = (is_q ? step : step - q_steps) * kHeads;
     const int first = is_q ? 0 : q_heads * Lane::kHeadDim;
     if (step < end_step && head + group < (is_q ? q_heads : cache.num_kv_heads)) {
       LoadHalves<Lane::kWords, Lane::kDistance>(source + first + head * Lane::kHeadDim, words);
+      if (early_bias) {
+        const unsigned thread = keep(threadIdx.x);
+        const unsigned own = thread % 32 / Lane::kLanes * Lane::kHeadDim +
+                             thread % Lane::kLanes * Lane::kHalf + first + head * Lane::kHeadDim;
+        LoadHalves<Lane::kWords, Lane::kDistance>(static_cast<const uint16_t*>(rope.bias) + own,
+                                                  bias);
+      }
       if (!kFewRegisters && !is_q) {
         scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head + group);
       }
@@ -55,6 +76,10 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     load(first_step + i, words[i], scales[i]);
   }
 
+  constexpr bool kSharedNorm = Options::kNorm && !Options::kAny;  // registers
+  using Norm = SharedNorm<Lane, kStreamThreads / 32>;
+  Norm norm;
+  if constexpr (kSharedNorm) norm.Load(rope);
   const SeqWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.seqs_per_token));
   const WarpPlace place = FindPlace(rope.seqs, window, GivenSeq(rope.seqs, token), token);
   const bool owned = place.batch_idx >= 0;
@@ -69,6 +94,9 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   const int slot = place.position % kBlockSize;
   const float q_inverse = rope.q_quant == QQuant::kPerTensor ? Reciprocal(*rope.q_scale) : 0.0f;
 
+  if constexpr (kFewRegisters) WaitForAngles<Lane>(rotation.angles);
+  if constexpr (kSharedNorm) norm.Store(rope);
+
   const auto work = [&](int step, uint32_t (&words)[Lane::kWords], float& next_scale) {
     const bool is_q = step < q_steps;
     const unsigned thread = keep(threadIdx.x);
@@ -80,13 +108,25 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     float scale = next_scale;
     float x[Lane::kValues];
     UnpackWords<Lane>(words, x);
+    if (early_bias) {
+      float b[Lane::kValues];
+      UnpackWords<Lane>(bias, b);
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], b[i]);
+    }
     load(step + kAhead, words, next_scale);
-    if (HasBias<Options>(rope)) {
+    if (!early_bias && HasBias<Options>(rope)) {
       const int last = q_heads + cache.num_kv_heads - 1;
       AddBias<Traits, Lane>(rope, is_q ? min(q_head, last) : min(q_heads + k_head, last), lane, x);
     }
-    TransformLane<Traits, Lane, true>(rope, rotation, lane,
-                                      HeadNorm<Traits, Lane>(rope, is_q, lane), x);
+    const auto normalise = [&](float (&values)[Lane::kValues]) {
+      if constexpr (kSharedNorm) {
+        Norm::Apply(rope, is_q, lane, values);
+      } else {
+        HeadNorm<Traits, Lane>(rope, is_q, lane)(values);
+      }
+    };
+    TransformLane<Traits, Lane, true>(rope, rotation, lane, normalise, x);
     PackWords<Traits::kIn>(x, rounded);
     if (is_q) {
       if (!owned) {

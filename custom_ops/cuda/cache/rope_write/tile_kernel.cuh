@@ -16,13 +16,13 @@ enum class TileOutput : int { kValues, kKeys, kBoth };
 
 // Adds V's bias to a tile's values and rounds them again.
 template <typename Traits, typename Lane, int kPasses>
-__device__ __forceinline__ void AddValueBias(const RopeWriteCacheParams& p, int head, int lane,
+__device__ __forceinline__ void AddValueBias(const RopeWriteCacheParams& p,
+                                             const RawParameters<Traits, Lane>& raw,
                                              uint32_t (&words)[kPasses][Lane::kWords]) {
   if constexpr (Traits::Options::kBias) {
     if (!HasBias<typename Traits::Options>(p)) return;
     float bias[Lane::kValues];
-    const int fused_head = p.num_heads + p.cache.num_kv_heads + head;
-    LoadLaneParameters<Traits, Lane>(p.bias, p.bias_dtype, fused_head * Lane::kHeadDim, lane, bias);
+    raw.Unpack(p.bias_dtype, bias);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       float x[Lane::kValues];
@@ -72,6 +72,11 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
           k ? keys + token * p.k_stride : values + token * p.v_stride, words[i]);
     }
   }
+  RawParameters<Traits, Lane> bias;
+  if (HasBias<typename Traits::Options>(p.rope)) {
+    const int fused_head = p.rope.num_heads + cache.num_kv_heads + head;
+    bias.Load(p.rope.bias, p.rope.bias_dtype, fused_head * Lane::kHeadDim, lane);
+  }
   const float v_scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, head);
   const float k_scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
   const int block = BlockOf(seqs, cache.num_blocks, work.batch_idx, work.block_index);
@@ -79,7 +84,7 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
   const int64_t v_plane = cache.value_strides.Plane(block, head);
   const int64_t v_scales = cache.v_scale_strides.Plane(block, head);
   if (output != TileOutput::kKeys) {
-    AddValueBias<Traits, Lane>(p.rope, head, lane, words);
+    AddValueBias<Traits, Lane>(p.rope, bias, words);
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int slot = i * kTokens + first_slot;

@@ -21,6 +21,18 @@ __device__ __forceinline__ float LoadParameter(const void* data, DType dtype, in
   return dtype == DType::kBFloat16 ? BFloat16ToFloat(bits) : Float16ToFloat(bits);
 }
 
+// Two values of a 16-bit type known at run time.
+__device__ __forceinline__ void UnpackPair(DType dtype, uint32_t word, float* out) {
+  if (dtype == DType::kBFloat16) {
+    out[0] = __uint_as_float(word << 16);
+    out[1] = __uint_as_float(word & 0xFFFF0000u);
+  } else {
+    const __half2 pair = *reinterpret_cast<const __half2*>(&word);
+    out[0] = __low2float(pair);
+    out[1] = __high2float(pair);
+  }
+}
+
 // kCount neighbouring ones. Without kAny they lie at a multiple of min(16 bytes, their size).
 template <bool kAny, int kCount>
 __device__ __forceinline__ void LoadParameters(const void* data, DType dtype, int index,
@@ -36,30 +48,68 @@ __device__ __forceinline__ void LoadParameters(const void* data, DType dtype, in
         *reinterpret_cast<const Vector*>(static_cast<const uint16_t*>(data) + index);
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
-      const uint32_t word = reinterpret_cast<const uint32_t*>(&vector)[i];
-      if (dtype == DType::kBFloat16) {
-        out[2 * i] = __uint_as_float(word << 16);
-        out[2 * i + 1] = __uint_as_float(word & 0xFFFF0000u);
-      } else {
-        const __half2 pair = *reinterpret_cast<const __half2*>(&word);
-        out[2 * i] = __low2float(pair);
-        out[2 * i + 1] = __high2float(pair);
-      }
+      UnpackPair(dtype, reinterpret_cast<const uint32_t*>(&vector)[i], out + 2 * i);
     }
   }
 }
 
-// A lane's channels of a parameter whose head begins at `first`.
+// A lane's channels of a parameter as they lie in memory: a load is not waited for before its
+// values are unpacked, so that other loads can follow it. 16-bit values take half of the words.
 template <typename Traits, typename Lane>
-__device__ __forceinline__ void LoadLaneParameters(const void* data, DType dtype, int first,
-                                                   int lane, float (&out)[Lane::kValues]) {
+struct RawParameters {
+  uint32_t words[Lane::kValues];
+  bool pairs;  // of 16-bit values, else every value has its word
+
+  // Channels of any map, a load each.
+  template <typename Map>
+  __device__ __forceinline__ void LoadEach(const void* data, DType dtype, int first, int lane) {
+    pairs = false;
+    if (dtype == DType::kFloat32) {
+      const uint32_t* from = static_cast<const uint32_t*>(data) + first;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    LoadParameters<Traits::Options::kAny, Lane::kHalf>(
-        data, dtype, first + half * (Lane::kHeadDim / 2) + lane * Lane::kHalf,
-        out + half * Lane::kHalf);
+      for (int i = 0; i < Lane::kValues; ++i) words[i] = from[Map::Channel(lane, i)];
+    } else {
+      const uint16_t* from = static_cast<const uint16_t*>(data) + first;
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) words[i] = from[Map::Channel(lane, i)];
+    }
   }
-}
+
+  // Those of HalvesMap.
+  __device__ __forceinline__ void Load(const void* data, DType dtype, int first, int lane) {
+    pairs = dtype != DType::kFloat32;
+    if (Traits::Options::kAny && reinterpret_cast<uintptr_t>(data) % 16 != 0) {
+      LoadEach<HalvesMap<Lane>>(data, dtype, first, lane);
+    } else if (dtype == DType::kFloat32) {
+      LoadHalves<Lane::kValues, Lane::kHeadDim * 2>(
+          static_cast<const float*>(data) + first + lane * Lane::kHalf, words);
+    } else {
+      uint32_t loaded[Lane::kHalf];
+      LoadHalves<Lane::kHalf, Lane::kHeadDim>(
+          static_cast<const uint16_t*>(data) + first + lane * Lane::kHalf, loaded);
+#pragma unroll
+      for (int i = 0; i < Lane::kHalf; ++i) words[i] = loaded[i];
+    }
+  }
+
+  __device__ __forceinline__ void Unpack(DType dtype, float (&out)[Lane::kValues]) const {
+    if (dtype == DType::kFloat32) {
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) out[i] = __uint_as_float(words[i]);
+    } else if (pairs) {
+#pragma unroll
+      for (int i = 0; i < Lane::kHalf; ++i) UnpackPair(dtype, words[i], out + 2 * i);
+    } else if (dtype == DType::kBFloat16) {
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) out[i] = __uint_as_float(words[i] << 16);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) {
+        out[i] = Float16ToFloat(static_cast<uint16_t>(words[i]));
+      }
+    }
+  }
+};
 
 template <typename Options>
 __device__ __forceinline__ bool HasBias(const RopeWriteCacheParams& p) {
@@ -70,10 +120,18 @@ __device__ __forceinline__ bool HasBias(const RopeWriteCacheParams& p) {
 template <typename Traits, typename Lane>
 __device__ __forceinline__ void AddBias(const RopeWriteCacheParams& p, int fused_head, int lane,
                                         float (&x)[Lane::kValues]) {
-  float bias[Lane::kValues];
-  LoadLaneParameters<Traits, Lane>(p.bias, p.bias_dtype, fused_head * Lane::kHeadDim, lane, bias);
 #pragma unroll
-  for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], bias[i]);
+  for (int half = 0; half < 2; ++half) {
+    float bias[Lane::kHalf];
+    asm volatile("" ::: "memory");  // a half at a time: registers
+    LoadParameters<Traits::Options::kAny, Lane::kHalf>(
+        p.bias, p.bias_dtype,
+        fused_head * Lane::kHeadDim + half * (Lane::kHeadDim / 2) + lane * Lane::kHalf, bias);
+#pragma unroll
+    for (int i = 0; i < Lane::kHalf; ++i) {
+      x[half * Lane::kHalf + i] = Add(x[half * Lane::kHalf + i], bias[i]);
+    }
+  }
 }
 
 // sqrt(x) correctly rounded for x from 2^-101 to FLT_MAX: what __fsqrt_rn does for these.
@@ -166,6 +224,86 @@ struct HeadNorm {
   __device__ __forceinline__ void operator()(float (&x)[Lane::kValues]) const {
     if (weight == nullptr) return;
     NormLane<Lane>(eps, [&](int half, float (&w)[Lane::kHalf]) { LoadWeights(half, w); }, x);
+  }
+};
+
+// The norms' weights in shared memory, as floats, where every lane finds its own without a
+// conversion; they lie at multiples of 16 bytes (not kAny). A warp has its copy, so that it waits
+// for no other.
+template <typename Lane, int kWarps>
+struct SharedNorm {
+  static constexpr int kQuads = Lane::kHeadDim / 4;      // of Q's weights, then as many of K's
+  static constexpr int kLoads = (2 * kQuads + 31) / 32;  // of a lane
+
+  uint4 quads[kLoads];  // as they lie in memory, nothing waits for them; 16-bit ones take half
+  bool floats[kLoads];
+
+  // A half's i-th quads of all lanes lie side by side.
+  static __device__ __forceinline__ int Quad(int lane, int half, int i) {
+    return (half * (Lane::kHalf / 4) + i) * Lane::kLanes + lane;
+  }
+  static __device__ __forceinline__ float4* Space() {
+    __shared__ float4 spaces[kWarps][2 * kQuads];
+    return spaces[threadIdx.x / 32];
+  }
+
+  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int quad = threadIdx.x % 32 + i * 32;
+      const bool is_q = quad < kQuads;
+      const void* weight = is_q ? p.q_norm_weight : p.k_norm_weight;
+      const int lane = quad % Lane::kLanes, at = quad % kQuads / Lane::kLanes;
+      constexpr int kQuadsOfHalf = Lane::kHalf / 4;
+      const int channel =
+          at / kQuadsOfHalf * (Lane::kHeadDim / 2) + lane * Lane::kHalf + at % kQuadsOfHalf * 4;
+      const DType dtype = is_q ? p.q_norm_dtype : p.k_norm_dtype;
+      quads[i] = {};
+      floats[i] = dtype == DType::kFloat32;
+      if (quad >= 2 * kQuads || weight == nullptr) continue;
+      if (floats[i]) {
+        quads[i] = *reinterpret_cast<const uint4*>(static_cast<const float*>(weight) + channel);
+      } else {
+        const uint2 pairs =
+            *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(weight) + channel);
+        quads[i].x = pairs.x, quads[i].y = pairs.y;
+      }
+    }
+  }
+
+  // All lanes of the warp take part.
+  __device__ __forceinline__ void Store(const RopeWriteCacheParams& p) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int quad = threadIdx.x % 32 + i * 32;
+      const uint4 raw = quads[i];
+      float w[4];
+      if (floats[i]) {
+        w[0] = BitsFloat(raw.x), w[1] = BitsFloat(raw.y);
+        w[2] = BitsFloat(raw.z), w[3] = BitsFloat(raw.w);
+      } else {
+        const DType dtype = quad < kQuads ? p.q_norm_dtype : p.k_norm_dtype;
+        UnpackPair(dtype, raw.x, w);
+        UnpackPair(dtype, raw.y, w + 2);
+      }
+      if (quad < 2 * kQuads) Space()[quad] = make_float4(w[0], w[1], w[2], w[3]);
+    }
+    __syncwarp();
+  }
+
+  // RMSNorm of a Q or K head, if there is one. All lanes of the warp take part.
+  static __device__ __forceinline__ void Apply(const RopeWriteCacheParams& p, bool is_q, int lane,
+                                               float (&x)[Lane::kValues]) {
+    if ((is_q ? p.q_norm_weight : p.k_norm_weight) == nullptr) return;
+    const float4* space = Space() + (is_q ? 0 : kQuads);
+    const auto weight = [&](int half, float (&w)[Lane::kHalf]) {
+#pragma unroll
+      for (int i = 0; i < Lane::kHalf / 4; ++i) {
+        const float4 quad = space[Quad(lane, half, i)];
+        w[4 * i] = quad.x, w[4 * i + 1] = quad.y, w[4 * i + 2] = quad.z, w[4 * i + 3] = quad.w;
+      }
+    };
+    NormLane<Lane>(p.rms_norm_eps, weight, x);
   }
 };
 
