@@ -523,7 +523,9 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
     elif any(type(value) is int and value.bit_length() > 31 for value in attrs):
         attrs = _typed_attrs(sig, attrs)  # Paddle wraps some, and wrongly refuses others
     if run is None:
-        return _append_static(sig, inputs, attrs)
+        from fastattn import _programs  # it imports this module
+
+        return _programs.append_static(sig, inputs, attrs)
     if run is paddle.base.core.eager._run_custom_op and paddle.is_grad_enabled():
         _tell_no_gradient(sig, inputs)
     try:
@@ -548,36 +550,6 @@ def _runner() -> Any:
     if getattr(paddle.framework, "in_dynamic_or_pir_mode", bool)():
         return getattr(paddle._C_ops, "_run_custom_op", None)
     return None
-
-
-def _append_static(sig: OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]:
-    """Append the operator to a legacy static program."""
-    from paddle.base.layer_helper import LayerHelper
-
-    helper = LayerHelper(PREFIX + sig.name)
-    ins = {
-        name + ("@OPTIONAL" if optional else ""): value
-        for name, optional, value in zip(sig.inputs, sig.optional, inputs)
-        if value is not None
-    }
-    outs: dict[str, Any] = {}
-    pure = len(sig.inplace) == len(sig.outputs)
-    for i, name in enumerate(sig.outputs):
-        if i in sig.inplace:
-            if inputs[sig.inplace[i]] is not None:
-                suffix = "@OPTIONAL" if sig.optional[sig.inplace[i]] else ""
-                written = inputs[sig.inplace[i]]
-                # A variable that is fed keeps no operator in a saved program: an operator that only
-                # writes in place gives new variables, which share their data with the inputs.
-                outs[name + suffix] = (
-                    helper.create_variable(dtype=written.dtype) if pure else written
-                )
-        else:
-            outs[name] = helper.create_variable(dtype="float32")
-    helper.append_op(
-        type=PREFIX + sig.name, inputs=ins, outputs=outs, attrs=dict(zip(sig.attrs, attrs))
-    )
-    return [outs.get(name, outs.get(name + "@OPTIONAL")) for name in sig.outputs]
 
 
 _unwatched_call = call

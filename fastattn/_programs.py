@@ -119,3 +119,35 @@ def watch() -> None:
         run = getattr(PartialProgramLayer, name, None)
         if run is not None:
             setattr(PartialProgramLayer, name, checked(run))
+
+
+def append_static(
+    sig: _ops.OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, ...]
+) -> list[Any]:
+    """Append the operator to a legacy static program."""
+    from paddle.base.layer_helper import LayerHelper
+
+    helper = LayerHelper(_ops.PREFIX + sig.name)
+    ins = {
+        name + ("@OPTIONAL" if optional else ""): value
+        for name, optional, value in zip(sig.inputs, sig.optional, inputs)
+        if value is not None
+    }
+    outs: dict[str, Any] = {}
+    pure = len(sig.inplace) == len(sig.outputs)
+    for i, name in enumerate(sig.outputs):
+        if i in sig.inplace:
+            if inputs[sig.inplace[i]] is not None:
+                suffix = "@OPTIONAL" if sig.optional[sig.inplace[i]] else ""
+                written = inputs[sig.inplace[i]]
+                # A variable that is fed keeps no operator in a saved program: an operator that only
+                # writes in place gives new variables, which share their data with the inputs.
+                outs[name + suffix] = (
+                    helper.create_variable(dtype=written.dtype) if pure else written
+                )
+        else:
+            outs[name] = helper.create_variable(dtype="float32")
+    helper.append_op(
+        type=_ops.PREFIX + sig.name, inputs=ins, outputs=outs, attrs=dict(zip(sig.attrs, attrs))
+    )
+    return [outs.get(name, outs.get(name + "@OPTIONAL")) for name in sig.outputs]
