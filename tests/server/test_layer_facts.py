@@ -445,19 +445,26 @@ def test_a_tensor_that_is_deleted_counts_in_the_next_step(taken):
     assert_same_bits(step(kept, layer, caches), fresh(layer, caches))
 
 
-@needs_step
-def test_a_backend_can_still_be_traced():
+class Program(paddle.nn.Layer):
+    """One layer's step, as a program."""
+
+    def __init__(self, kept, layer, meta):
+        super().__init__()
+        self.kept, self.layer, self.meta = kept, layer, meta
+
+    def forward(self, qkv):
+        return self.kept.forward_mixed(None, None, None, qkv, None, None, self.layer, self.meta)
+
+
+def test_a_backend_that_knows_a_layer_can_be_traced():
     layer, caches = step_layer("block_wise_fp8")
     kept = backend()
     expected = step(kept, layer, caches)
     meta = make_meta(caches)
     kept.init_attention_metadata(meta)
-
-    def run(qkv):
-        return kept.forward_mixed(None, None, None, qkv, None, None, layer, meta)
-
+    program = Program(kept, layer, meta)
     with paddle.no_grad():
-        traced = paddle.jit.to_static(run, full_graph=True)(QKV)
+        traced = paddle.jit.to_static(program, full_graph=True)(QKV)
     assert_same_bits(to_numpy(traced), expected)
 
 
