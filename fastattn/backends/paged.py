@@ -14,6 +14,7 @@ from fastattn.backends.forward_meta import current_plan, field, optional, sequen
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.functional._cache_types import DYNAMIC_TYPES
+from fastattn.functional._marker import unified
 
 
 @dataclass
@@ -215,7 +216,7 @@ class PagedAttentionBackend(AttentionBackend):
         batch_ids = optional(forward_meta, "batch_id_per_token")
         # What functional.rope_write_cache_kv and functional.paged_attention do, with everything
         # that stays the same from step to step made ready: a layer's step is mostly Python's time.
-        written = _ops.call(
+        written = _call(
             "rope_write_cache_kv",
             (qkv, key, value, table, *seqs, *facts.write_tensors, *scales, batch_ids),
             facts.write_attrs,
@@ -226,7 +227,7 @@ class PagedAttentionBackend(AttentionBackend):
             options = self._options(facts, scales, q_descale, qkv, metadata)
             return _ops.flat(self._attend(written[0], key, value, seqs, options, metadata))
         lengths = metadata.host_lengths or self._longest(num_tokens, seqs[0])
-        attended = _ops.call(
+        attended = _call(
             "paged_attention",
             (written[0], key, value, *seqs, *scales, None, *facts.attend_tensors),
             lengths + facts.attend_attrs,
@@ -398,6 +399,12 @@ class PagedAttentionBackend(AttentionBackend):
                 f"{type(self).__name__}: layer.out_scale = {out_scale}: a quantised output is not "
                 "supported"
             )
+
+
+@unified
+def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]:
+    """An operator's call that Paddle does not rewrite when it traces a backend."""
+    return _ops.call(op, inputs, attrs)
 
 
 def _dtype_name(qkv: Any) -> str:
