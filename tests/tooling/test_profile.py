@@ -28,7 +28,7 @@ F.mxfp4_quantize(x)
 """
 
 
-def run(code, value="1", **environ):
+def run(code, value="1", cwd=ROOT, **environ):
     others = ("FASTATTN_LOG", "FASTATTN_PROFILE", "PYTHONWARNINGS")
     environment = {k: v for k, v in os.environ.items() if k not in others}
     if value is not None:
@@ -37,8 +37,8 @@ def run(code, value="1", **environ):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={**environment, **environ},
+        cwd=cwd,
+        env={**environment, "PYTHONPATH": str(ROOT), **environ},
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -59,7 +59,11 @@ def test_the_profiler_of_paddle_records_every_call(tmp_path):
         "profiler = paddle.profiler.Profiler(targets=[paddle.profiler.ProfilerTarget.CPU])\n"
         "profiler.start()\nF.quantize_fp8",
     )
-    run(code + f"profiler.stop()\nprofiler.export({str(tmp_path / 'a.json')!r}, 'json')\n")
+    # Paddle leaves a log of its own in the working folder.
+    run(
+        code + f"profiler.stop()\nprofiler.export({str(tmp_path / 'a.json')!r}, 'json')\n",
+        cwd=tmp_path,
+    )
     events = json.loads((tmp_path / "a.json").read_text())["traceEvents"]
     names = [e["name"].partition("[")[0] for e in events if "fastattn::" in e.get("name", "")]
     assert sorted(names) == ["fastattn::mxfp4_quantize", "fastattn::quantize_fp8"]
