@@ -9,6 +9,7 @@
 #include "api/paged_cache.h"
 #include "api/quantize_query.h"
 #include "common/head_dims.h"
+#include "common/visible_keys.h"
 
 namespace fastattn::api {
 
@@ -18,9 +19,7 @@ int WindowSide(const char* op, int64_t side) {
   if (side < -1) {
     Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
   }
-  // No sequence is so long, so a wider window hides nothing.
-  constexpr int64_t kUnlimited = int64_t{1} << 29;
-  return side < kUnlimited ? static_cast<int>(side) : -1;
+  return side < kMaxWindow ? static_cast<int>(side) : -1;
 }
 
 int MaxSeqlen(const char* op, const char* name, int64_t length) {

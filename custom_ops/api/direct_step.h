@@ -22,7 +22,7 @@ enum StepPlan : Py_ssize_t {
   kAttendAttrs,    // its attributes behind the two lengths
   kNumCaches,      // length of the list of caches
   kFirstCache,     // the layer's first in it
-  kHolders,        // the last four: see HoldsStill
+  kHolders,        // the last three: see HoldsStill
   kNames,
   kSeen,
   kStepPlanSize

@@ -11,10 +11,6 @@
 
 namespace fastattn {
 
-// Keys of a sequence, at most, in kernels that count positions in an int: a position plus a window
-// (at most kMaxWindow of visible_keys.h) still fits.
-inline constexpr int kMaxSeqKeys = 1 << 30;
-
 template <typename Index>
 FASTATTN_HD constexpr Index Clamp(Index x, Index low, Index high) {
   return x < low ? low : x < high ? x : high;

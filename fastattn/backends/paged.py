@@ -201,8 +201,7 @@ class PagedAttentionBackend(AttentionBackend):
         done = self._step(qkv, layer, forward_meta, metadata)
         if done is not None:
             return done
-        num_tokens = qkv.shape[0]
-        if num_tokens == 0:
+        if qkv.shape[0] == 0:
             width = self.num_heads * self.head_dim
             codes = getattr(layer, "fp8_output_scale", None) is not None
             return paddle.zeros([0, width], dtype=paddle.uint8 if codes else qkv.dtype)
@@ -214,25 +213,13 @@ class PagedAttentionBackend(AttentionBackend):
         rotated = optional(forward_meta, "rope_already_applied")
         table = None if rotated else field(forward_meta, "rotary_embs")
         batch_ids = optional(forward_meta, "batch_id_per_token")
-        # What functional.rope_write_cache_kv and functional.paged_attention do, with everything
-        # that stays the same from step to step made ready: a layer's step is mostly Python's time.
         written = _call(
             "rope_write_cache_kv",
             (qkv, key, value, table, *seqs, *facts.write_tensors, *scales, batch_ids),
             facts.write_attrs,
         )
-        q_descale = facts.q_descale(written)
-        plain = metadata.cascade_plan is None and metadata.mask_offsets is None
-        if not plain or q_descale is not None:
-            options = self._options(facts, scales, q_descale, qkv, metadata)
-            return _ops.flat(self._attend(written[0], key, value, seqs, options, metadata))
-        lengths = metadata.host_lengths or self._longest(num_tokens, seqs[0])
-        attended = _call(
-            "paged_attention",
-            (written[0], key, value, *seqs, *scales, None, *facts.attend_tensors),
-            lengths + facts.attend_attrs,
-        )
-        return _ops.flat(attended[0])
+        options = self._options(facts, scales, facts.q_descale(written), qkv, metadata)
+        return _ops.flat(self._attend(written[0], key, value, seqs, options, metadata))
 
     def _step(
         self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata
@@ -268,7 +255,7 @@ class PagedAttentionBackend(AttentionBackend):
         qkv: Any,
         metadata: PagedAttentionMetadata,
     ) -> dict[str, Any]:
-        """Keyword arguments of the attention in a step that is not plain."""
+        """Keyword arguments of a step's attention."""
         options = {
             **facts.attend,
             "q_descale": q_descale,
@@ -282,11 +269,6 @@ class PagedAttentionBackend(AttentionBackend):
             options["out_dtype"] = _dtype_name(qkv)
         return options
 
-    def _longest(self, num_tokens: int, block_tables: Any) -> tuple[int, int]:
-        """Bounds of a step's lengths where the host does not know them."""
-        keys = min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE)
-        return num_tokens, keys
-
     def _attend(
         self,
         query: Any,
@@ -298,7 +280,10 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> Any:
         """Attention [T, H, D] over the whole cache."""
         block_tables, cu_seqlens_q, _, seq_lens_this_time = seqs
-        longest = metadata.host_lengths or self._longest(query.shape[0], block_tables)
+        longest = metadata.host_lengths or (
+            query.shape[0],
+            min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE),
+        )
         if metadata.cascade_plan is None or not _sees_all(options):
             return functional.paged_attention(query, key, value, *seqs, *longest, **options)
         return functional.cascade_attention(
