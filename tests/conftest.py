@@ -36,6 +36,13 @@ def _library():
     _ops.load()
 
 
+def pytest_runtest_teardown(item):
+    """Give what Paddle's allocator keeps back to the GPU: its other processes may need it."""
+    on_gpu = getattr(item, "callspec", None) and item.callspec.params.get("place") == "gpu"
+    if (on_gpu or item.get_closest_marker("gpu")) and "gpu" in _places():
+        paddle.device.cuda.empty_cache()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Skip a GPU test whose operator has no CUDA kernel; on the CPU nothing is skipped."""
