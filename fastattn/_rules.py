@@ -6,6 +6,7 @@ Types and texts of the errors are those of the operators' own checks (custom_ops
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -425,3 +426,20 @@ def group_size(call: Call, name: str) -> None:
 def compress_ratio(call: Call, name: str) -> None:
     if call.attrs[name] not in (4, 128):
         call.fail(NotImplementedError, name, f"expected 4 or 128, got {call.attrs[name]}")
+
+
+# ---- signals ----
+
+_CHANNEL = re.compile(r"|queue:-?\d+|shm:[^:/]+:[^:/]+")
+
+
+def channel(call: Call, name: str) -> None:
+    if not _CHANNEL.fullmatch(call.attrs[name]):
+        text = f"expected '', queue:<key> or shm:<layer>:<step>, got '{call.attrs[name]}'"
+        call.fail(ValueError, name, text)
+
+
+def batch(call: Call, name: str) -> None:
+    if not 0 <= call.attrs[name] <= 512:
+        text = "expected 0 to 512 sequences, which a message has room for, got "
+        call.fail(ValueError, name, f"{text}{call.attrs[name]}")

@@ -130,6 +130,14 @@ RULES: dict[str, OpRules] = {
         },
         _SCALES,
     ),
+    "begin_kv_signals": OpRules(
+        {"seq_lens_encoder": _INT32, "seq_lens_decoder": _INT32},
+        {"batch": _rules.batch, "silent": _rules.anything, "channel": _rules.channel},
+    ),
+    "send_kv_signal": OpRules(
+        {"key_cache": _rules.supported, "value_cache": _rules.supported},
+        {"layer_id": _rules.at_least(0), "channel": _rules.channel},
+    ),
     "append_cache_kv_c8": OpRules(
         {
             **_CACHE,

@@ -11,6 +11,9 @@ variable                   meaning
                            Read at import.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
 =========================  ========================================================================
+
+Those that FastDeploy sets for its own processes are read where their words are spoken:
+``fastattn/backends/kv_signals.py`` and ``peers.py``.
 """
 
 from __future__ import annotations

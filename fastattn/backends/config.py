@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,12 @@ from fastattn.backends.scales import HeadShard
 
 #: Tokens of a cache block.
 BLOCK_SIZE = 64
+
+#: Modes of ``parallel_config.pd_disaggregation_mode`` in which servers prefill for others.
+PD_MODES = ("per_chunk", "per_query")
+
+#: Sequences of a step that FastDeploy's signal of a layer has room for.
+MOST_SIGNALLED_SEQS = 512
 
 
 def read(config: Any, path: str, default: Any = None) -> Any:
@@ -102,6 +109,26 @@ def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
     return tuple(bool(entry) for entry in pattern)
 
 
+def _refuse_disaggregation(fd_config: Any, no: Callable[[str, Any, str], None]) -> None:
+    mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
+    if mode not in ("None", "none", "", *PD_MODES):
+        no(
+            "parallel_config.pd_disaggregation_mode",
+            mode,
+            f"supported: None, {', '.join(PD_MODES)}",
+        )
+    role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
+    if role not in ("mixed", "prefill", "decode"):
+        no("scheduler_config.splitwise_role", role, "supported: mixed, prefill, decode")
+    seqs = read(fd_config, "scheduler_config.max_num_seqs", 0)
+    if role == "prefill" and seqs > MOST_SIGNALLED_SEQS:
+        no(
+            "scheduler_config.max_num_seqs",
+            seqs,
+            f"a prefill server's signals have room for {MOST_SIGNALLED_SEQS} sequences",
+        )
+
+
 def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     def no(what: str, value: Any, supported: str) -> None:
         raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
@@ -111,16 +138,7 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
         no("cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
     if head_dim not in (64, 128):
         no("head_dim", head_dim, "supported: 64, 128")
-    mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
-    if mode not in ("None", "none", ""):
-        no(
-            "parallel_config.pd_disaggregation_mode",
-            mode,
-            "prefill/decode disaggregation signals the cache's transfer from inside the operators",
-        )
-    role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
-    if role != "mixed":
-        no("scheduler_config.splitwise_role", role, "supported: mixed (no PD disaggregation)")
+    _refuse_disaggregation(fd_config, no)
     kind = read(fd_config, "quant_config.kv_cache_quant_type")
     if kind is not None:
         kind = getattr(kind, "value", kind)  # FastDeploy has an enum of strings

@@ -51,13 +51,16 @@ FIELDS = frozenset(
         "cascade_plan",
         "cu_seqlens_q",
         "forward_mode",
+        "is_dummy_or_profile_run",
         "max_len_tensor_cpu",
         "pre_caches_length",
         "rope_already_applied",
         "rotary_embs",
         "seq_lens_decoder",
+        "seq_lens_encoder",
         "seq_lens_this_time",
         "step_use_cudagraph",
+        "tbo_microbatch_id",
     }
 )
 

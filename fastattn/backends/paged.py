@@ -11,8 +11,10 @@ from fastattn import _ops, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
 from fastattn.backends.forward_meta import current_plan, field, optional, sequences
+from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
+from fastattn.backends.peers import guard
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.functional._marker import unified
 
@@ -102,6 +104,8 @@ class PagedAttentionBackend(AttentionBackend):
         self.q_quant = q_quant
         self.attention_metadata: PagedAttentionMetadata | None = None
         self._known_layers = KnownLayers()
+        guard(fd_config, name)
+        self._signals = KvSignals.of(fd_config)
 
     def get_kv_cache_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -145,6 +149,8 @@ class PagedAttentionBackend(AttentionBackend):
         self.attention_metadata = PagedAttentionMetadata(
             _host_lengths(forward_meta), offsets, current_plan(forward_meta)
         )
+        if self._signals is not None:
+            self._signals.begin(forward_meta)
 
     def get_attention_meta(self) -> PagedAttentionMetadata | None:
         """Metadata of the current step."""
@@ -218,6 +224,8 @@ class PagedAttentionBackend(AttentionBackend):
             (qkv, key, value, table, *seqs, *facts.write_tensors, *scales, batch_ids),
             facts.write_attrs,
         )
+        if self._signals is not None:
+            self._signals.send(key, value, layer, forward_meta)
         options = self._options(facts, scales, facts.q_descale(written), qkv, metadata)
         return _ops.flat(self._attend(written[0], key, value, seqs, options, metadata))
 
@@ -227,6 +235,8 @@ class PagedAttentionBackend(AttentionBackend):
         """A plain step of a layer that has been seen before, without Python; None: not taken."""
         facts = self._known_layers.get(layer)
         if facts is None or metadata.cascade_plan is not None or metadata.mask_offsets is not None:
+            return None
+        if self._signals is not None:  # they go between the step's two operators
             return None
         run, plan = _ops.step_function(), facts.step_plan
         caches = optional(forward_meta, "caches")

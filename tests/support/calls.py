@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 import fastattn.functional as F
+from fastattn import _ops
 from fastattn.compat.fastdeploy import gqa_rope_write_cache, merge_prefill_decode_output
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.tensors import BF16, int32, to_paddle
@@ -213,8 +214,24 @@ def _convert_blocks(t: _Inputs) -> Call:
     return call
 
 
+def _begin_signals(t: _Inputs) -> Call:
+    lengths = (t.int32([3, 0]), t.int32([0, 9]))
+    return lambda: _ops.call("begin_kv_signals", lengths, (2, False, ""))
+
+
+def _send_signal(t: _Inputs) -> Call:
+    caches = (t.codes(BLOCKS, KV, 64, DIM), t.codes(BLOCKS, KV, DIM, 64))
+
+    def call() -> list:
+        _ops.call("send_kv_signal", caches, (1, ""))
+        return list(caches)
+
+    return call
+
+
 _MAKERS = {
     "append_cache_kv_c8": _append,
+    "begin_kv_signals": _begin_signals,
     "convert_cache_blocks": _convert_blocks,
     "convert_cache_layout": _convert,
     "flash_attention": _flash,
@@ -228,6 +245,7 @@ _MAKERS = {
     "paged_attention": _paged,
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,
+    "send_kv_signal": _send_signal,
     "write_cache_kv": _write,
 }
 

@@ -119,6 +119,11 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "cache_quant_type": "none",
             },
         ),
+        "begin_kv_signals": OpCall(
+            {"seq_lens_encoder": int32([2], place), "seq_lens_decoder": int32([0], place)},
+            {"batch": 1, "silent": False, "channel": ""},
+        ),
+        "send_kv_signal": OpCall(cache(), {"layer_id": 0, "channel": ""}),
         "append_cache_kv_c8": OpCall(
             {
                 **cache("uint8"),

@@ -24,6 +24,7 @@ CUDA = {
     "cuda/cache/convert": CACHE,
     "cuda/cache/rope_write": CACHE,
     "cuda/compat/gqa_rope": (*CACHE, "cuda/cache/append/launch.h"),
+    "cuda/compat/kv_signal": (),
     "cuda/compat/merge_decode": CACHE,
     "cuda/attention": (
         "cuda/common",

@@ -115,6 +115,10 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "prefill_tokens_with_context": ("merge_attn_states", {"prefill_tokens_with_context": 3}),
     "head_num": ("merge_prefill_decode_output", {"head_num": 0}),
     "max_token": ("merge_prefill_decode_output", {"max_token": -3}),
+    "batch": ("begin_kv_signals", {"batch": 513}),
+    "channel": ("begin_kv_signals", {"channel": "tcp:1"}),
+    "channel to send": ("send_kv_signal", {"channel": "shm:one"}),
+    "layer_id": ("send_kv_signal", {"layer_id": -1}),
     # Types.
     "int32 q": ("flash_attention", {"q": zeros(2, 4, 64, dtype="int32")}),
     "int8 q": ("paged_attention", {"q": zeros(2, 4, 64, dtype="int8")}),

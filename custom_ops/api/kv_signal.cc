@@ -1,0 +1,225 @@
+// FastDeploy's signals that a layer's cache is complete, in the order of the stream that writes it.
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/direct.h"
+#include "cpu/kv_signal.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/compat/kv_signal/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+using cpu::KvSignals;
+
+constexpr const char* kBegin = "begin_kv_signals";
+constexpr const char* kSend = "send_kv_signal";
+
+// The sender's end of a channel, or null. Raises what a signal sent before ran into.
+KvSignals* SignalsOf(const char* op, const std::string& channel) {
+  KvSignals* signals = nullptr;
+  std::string error;
+  try {
+    signals = KvSignals::Of(channel);
+    if (signals != nullptr) error = signals->TakeError();
+  } catch (const std::invalid_argument& refused) {
+    Fail("ValueError", op, "channel", refused.what());
+  } catch (const std::runtime_error& failed) {
+    error = failed.what();
+  }
+  if (!error.empty()) Fail("RuntimeError", op, "channel", channel, ": ", error);
+  return signals;
+}
+
+void CheckLengths(const char* name, const Tensor& tensor, int batch, const phi::Place& place) {
+  Arg(kBegin, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
+  if (tensor.numel() < batch) {
+    Fail("ValueError", kBegin, name, "expected at least batch = ", batch, " elements, got shape ",
+         ShapeText(SizesOf(tensor)));
+  }
+}
+
+#if defined(FASTATTN_WITH_CUDA)
+
+// What a stream's host call works on. Calls that are captured in a graph refer to it for as long as
+// the graph lives, so there is one for each value, and none is freed.
+struct HostCall {
+  KvSignals* signals;
+  int value;               // layer, or number of sequences
+  const int32_t* lengths;  // new tokens, then cached tokens, kMostSeqs each
+};
+
+HostCall* HostCallFor(KvSignals* signals, int value, const int32_t* lengths) {
+  static std::mutex mutex;
+  static auto& calls = *new std::map<std::pair<const void*, int>, HostCall>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  // Lengths have an address of their own, so a step's key is never a layer's.
+  const void* owner = lengths != nullptr ? static_cast<const void*>(lengths) : signals;
+  return &calls.insert({{owner, value}, {signals, value, lengths}}).first->second;
+}
+
+void BeginOnHost(void* argument) {
+  const auto& call = *static_cast<const HostCall*>(argument);
+  call.signals->Begin(call.lengths, call.lengths + KvSignals::kMostSeqs, call.value);
+}
+
+void BeginSilentOnHost(void* argument) {
+  static_cast<const HostCall*>(argument)->signals->BeginSilent();
+}
+
+void SendOnHost(void* argument) {
+  const auto& call = *static_cast<const HostCall*>(argument);
+  call.signals->Send(call.value);
+}
+
+// Host memory for the lengths of a step. Copies into it wait for the calls of the step before,
+// which come earlier in the stream.
+int32_t* LengthsFor(KvSignals* signals) {
+  static std::mutex mutex;
+  static auto& lengths = *new std::map<KvSignals*, void*>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  void*& memory = lengths[signals];
+  if (memory == nullptr) {
+    constexpr size_t kBytes = 2 * KvSignals::kMostSeqs * sizeof(int32_t);
+    CheckCuda(kBegin, cuda::AllocateHost(kBytes, &memory));
+  }
+  return static_cast<int32_t*>(memory);
+}
+
+void BeginOnGpu(KvSignals* signals, const Tensor& new_tokens, const Tensor& cached_tokens,
+                int batch, bool silent) {
+  DeviceGuard guard(kBegin, new_tokens.place().GetDeviceId());
+  const cudaStream_t stream = new_tokens.stream();
+  if (silent) {
+    HostCall* call = HostCallFor(signals, -1, nullptr);
+    CheckCuda(kBegin, cuda::LaunchHostCall(BeginSilentOnHost, call, stream));
+    return;
+  }
+  int32_t* lengths = LengthsFor(signals);
+  const size_t bytes = static_cast<size_t>(batch) * sizeof(int32_t);
+  const void* sources[] = {Data(new_tokens), Data(cached_tokens)};
+  for (int i = 0; i < 2; ++i) {
+    int32_t* to = lengths + i * KvSignals::kMostSeqs;
+    CheckCuda(kBegin, cuda::LaunchCopyToHost(sources[i], to, bytes, stream));
+  }
+  HostCall* call = HostCallFor(signals, batch, lengths);
+  CheckCuda(kBegin, cuda::LaunchHostCall(BeginOnHost, call, stream));
+}
+
+#endif
+
+}  // namespace
+
+std::vector<Tensor> BeginKvSignals(const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder,
+                                   int batch, bool silent, const std::string& channel) {
+  if (batch < 0 || batch > KvSignals::kMostSeqs) {
+    Fail("ValueError", kBegin, "batch", "expected 0 to ", KvSignals::kMostSeqs,
+         " sequences, which a message has room for, got ", batch);
+  }
+  const phi::Place place = seq_lens_encoder.place();
+  CheckLengths("seq_lens_encoder", seq_lens_encoder, batch, place);
+  CheckLengths("seq_lens_decoder", seq_lens_decoder, batch, place);
+  KvSignals* signals = SignalsOf(kBegin, channel);
+  Tensor done = paddle::empty({1}, phi::DataType::INT32, phi::CPUPlace());
+  *done.data<int32_t>() = signals == nullptr ? 0 : 1;
+  if (signals == nullptr) return {done};
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(seq_lens_encoder)) {
+    BeginOnGpu(signals, seq_lens_encoder, seq_lens_decoder, batch, silent);
+    return {done};
+  }
+#endif
+  RequireCpu(kBegin, place);
+  if (silent) {
+    signals->BeginSilent();
+  } else {
+    signals->Begin(Data<int32_t>(seq_lens_encoder), Data<int32_t>(seq_lens_decoder), batch);
+  }
+  return {done};
+}
+
+std::vector<Shape> BeginKvSignalsInferShape(const Shape& seq_lens_encoder,
+                                            const Shape& seq_lens_decoder, int batch, bool silent,
+                                            const std::string& channel) {
+  return {{1}};
+}
+
+std::vector<phi::DataType> BeginKvSignalsInferDtype(const phi::DataType& seq_lens_encoder,
+                                                    const phi::DataType& seq_lens_decoder,
+                                                    int batch, bool silent,
+                                                    const std::string& channel) {
+  return {phi::DataType::INT32};
+}
+
+void SendKvSignal(Tensor& key_cache, Tensor& value_cache, int layer_id,
+                  const std::string& channel) {
+  if (layer_id < 0) Fail("ValueError", kSend, "layer_id", "expected at least 0, got ", layer_id);
+  Arg(kSend, "key_cache", key_cache);
+  Arg(kSend, "value_cache", value_cache).On(key_cache.place());
+  ToDType(kSend, "key_cache", key_cache.dtype());
+  ToDType(kSend, "value_cache", value_cache.dtype());
+  KvSignals* signals = SignalsOf(kSend, channel);
+  if (signals == nullptr) return;
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(key_cache)) {
+    LaunchOnGpu(kSend, key_cache, [&](cudaStream_t stream) {
+      return cuda::LaunchHostCall(SendOnHost, HostCallFor(signals, layer_id, nullptr), stream);
+    });
+    return;
+  }
+#endif
+  RequireCpu(kSend, key_cache.place());
+  signals->Send(layer_id);
+}
+
+// Both caches come back: nothing reads them, but a program keeps what it does to them in order.
+std::vector<Shape> SendKvSignalInferShape(const Shape& key_cache, const Shape& value_cache,
+                                          int layer_id, const std::string& channel) {
+  return {};
+}
+
+std::vector<phi::DataType> SendKvSignalInferDtype(const phi::DataType& key_cache,
+                                                  const phi::DataType& value_cache, int layer_id,
+                                                  const std::string& channel) {
+  return {};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_begin_kv_signals)
+    .Inputs({"seq_lens_encoder", "seq_lens_decoder"})
+    .Outputs({"opened"})
+    .Attrs({"batch: int", "silent: bool", "channel: std::string"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::BeginKvSignals))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::BeginKvSignalsInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::BeginKvSignalsInferDtype));
+
+PD_BUILD_OP(fastattn_send_kv_signal)
+    .Inputs({"key_cache", "value_cache"})
+    .Outputs({"key_cache_out", "value_cache_out"})
+    .Attrs({"layer_id: int", "channel: std::string"})
+    .SetInplaceMap({{"key_cache", "key_cache_out"}, {"value_cache", "value_cache_out"}})
+    .SetKernelFn(PD_KERNEL(fastattn::api::SendKvSignal))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::SendKvSignalInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::SendKvSignalInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect =
+    AddDirect<&BeginKvSignals>("fastattn_begin_kv_signals") &&
+    AddDirect<&SendKvSignal>("fastattn_send_kv_signal", {"key_cache", "value_cache"});
+
+}  // namespace
+
+}  // namespace fastattn::api

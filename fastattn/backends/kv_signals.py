@@ -1,0 +1,143 @@
+"""Signals of a prefill server's worker to FastDeploy's process that transfers its caches.
+
+That process sends a layer's new blocks to the decode server once the worker says that the layer is
+complete. In FastDeploy the operators that write the cache say so; here it is an operator of its
+own, in the same stream, between the write and the attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from fastattn import _ops
+from fastattn.backends.config import PD_MODES, read
+from fastattn.backends.forward_meta import field, optional
+from fastattn.functional._marker import unified
+
+#: Environment variable that FastDeploy sets for the workers of prefill servers.
+SWITCH = "FLAGS_fmt_write_cache_completed_signal"
+
+
+@dataclass(frozen=True)
+class KvSignals:
+    """What a backend has to know to signal its layers.
+
+    Attributes
+    ----------
+    mode : {"per_chunk", "per_query"}
+        FastDeploy's names: a System V message a layer and chunk, or two integers in shared memory.
+    rank, device : int, str
+        Number of the process on its node, and of its GPU there.
+    first_layer : int
+        Number of the backend's layer 0 among those of the main model and the draft model.
+    begins_steps : bool
+        Whether a step begins with this backend; the draft model's goes on with the main model's.
+    short_key : bool
+        Whether the queue has the key of FastDeploy 2.4.
+    """
+
+    mode: str
+    rank: int
+    device: str
+    first_layer: int
+    begins_steps: bool
+    short_key: bool
+
+    @classmethod
+    def of(cls, fd_config: Any) -> KvSignals | None:
+        """Signals that a configuration and the process's environment ask for, if any.
+
+        Nobody waits for signals if caches go through a storage.
+        """
+        mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
+        flag = os.environ.get(SWITCH, "")
+        if mode not in PD_MODES or flag not in ("1", "true") or transfers_via_storage():
+            return None
+        size = int(read(fd_config, "parallel_config.tensor_parallel_size", 1))
+        group = int(read(fd_config, "parallel_config.local_data_parallel_id", 0))
+        rank = group * size + int(read(fd_config, "parallel_config.tensor_parallel_rank", 0))
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        listed = [str(rank)] if devices is None else devices.split(",")
+        parallel = getattr(fd_config, "parallel_config", None)
+        return cls(
+            mode=mode,
+            rank=rank,
+            device=listed[rank % len(listed)].strip(),
+            first_layer=int(read(fd_config, "model_config.start_layer_index", 0)),
+            begins_steps=read(fd_config, "speculative_config.model_type", "main") != "mtp",
+            short_key=not hasattr(parallel, "local_engine_worker_queue_port"),
+        )
+
+    @functools.cached_property
+    def channel(self) -> str:
+        """The receiver, as the operators name it. FastDeploy's worker sets its queue's number."""
+        if self.mode == "per_chunk":
+            return f"queue:{queue_key(self.rank, short=self.short_key)}"
+        step, layer = shared_names(self.rank, self.device)
+        return f"shm:{layer}:{step}"
+
+    def begin(self, forward_meta: Any) -> None:
+        """Begin a step: its prefill sequences are those with new tokens of ``seq_lens_encoder``."""
+        if not self.begins_steps:
+            return
+        batch = int(field(forward_meta, "seq_lens_this_time").shape[0])
+        tensors = (field(forward_meta, "seq_lens_encoder"), field(forward_meta, "seq_lens_decoder"))
+        silent = bool(optional(forward_meta, "is_dummy_or_profile_run"))
+        _ops.call("begin_kv_signals", tensors, (batch, silent, self.channel))
+
+    def send(self, key: Any, value: Any, layer: Any, forward_meta: Any) -> None:
+        """Signal a layer whose caches are written.
+
+        Of the two micro-batches of a step with overlap, the last one completes the layer.
+        """
+        if optional(forward_meta, "tbo_microbatch_id") != 0:
+            _send(key, value, self.first_layer + layer.layer_id, self.channel)
+
+
+@unified
+def _send(key: Any, value: Any, layer_id: int, channel: str) -> None:
+    """The operator's call, which Paddle does not rewrite when it traces a backend."""
+    _ops.call("send_kv_signal", (key, value), (layer_id, channel))
+
+
+def transfers_via_storage() -> bool:
+    """Whether FastDeploy moves caches between servers through a storage (release 2.6 can)."""
+    envs = sys.modules.get("fastdeploy.envs")
+    return bool(int(getattr(envs, "FD_PD_TRANSFER_VIA_STORAGE", 0) or 0))
+
+
+def queue_key(rank: int, *, short: bool) -> int:
+    """Key of the System V queue of a rank, as both ends compute it.
+
+    Parameters
+    ----------
+    rank : int
+    short : bool
+        Whether it is that of FastDeploy 2.4, C's ``ftok("/opt/", 1024 + rank)``, which is the same
+        for all servers of a node. Since 2.5 it has the server's ``INFERENCE_MSG_QUEUE_ID``.
+    """
+    try:
+        place = os.stat("/opt/")
+    except OSError:
+        return -1
+    if short:
+        key = (rank & 0xFF) << 24 | (place.st_dev & 0xFF) << 16 | place.st_ino & 0xFFFF
+    else:
+        # FastDeploy means (id << 4) + rank; C reads id << (4 + rank).
+        number = int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024")) << (4 + rank)
+        key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number & 0xFFFFF
+    return key - (1 << 32) if key >= 1 << 31 else key  # as C's int
+
+
+def shared_names(rank: int, device: str) -> tuple[str, str]:
+    """Names in shared memory of the step's number and its last complete layer."""
+    place = f"{rank}.{device}"
+    if os.environ.get("ENABLE_EP_DP") == "1":
+        place = f"tprank0_dprank{rank}_{os.environ.get('SHM_UUID', '')}"
+    return f"splitwise_complete_prefilled_step_{place}", (
+        f"splitwise_complete_prefilled_layer_{place}"
+    )
