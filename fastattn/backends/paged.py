@@ -61,7 +61,8 @@ class PagedAttentionBackend(AttentionBackend):
     Raises
     ------
     NotImplementedError
-        If the configuration needs something that is not supported; the message names it.
+        If the configuration needs something that is not supported, or would let a server with
+        another byte order read this one's quantised caches; the message names it.
     ValueError
         If the configuration lacks an option, the numbers of heads do not match it, or `q_quant` is
         unknown.
@@ -111,6 +112,11 @@ class PagedAttentionBackend(AttentionBackend):
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
     ) -> tuple[list[int], list[int]]:
         """Shapes of a layer's caches; V of a quantised one keeps a block's tokens together.
+
+        A block has as many bytes as with FastDeploy's backends, but those of a quantised V lie in
+        another order: it is safe to copy blocks between servers of this package, and between any
+        if the cache is not quantised. The constructor sees to it that FastDeploy's transfer and its
+        shared pools keep to that, or refuses the configuration.
 
         Parameters
         ----------

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+import fastattn.functional as F
 from tests.support.pd import (
     MODES,
     digest,
@@ -15,43 +16,43 @@ from tests.support.pd import (
     prefill_worker,
     receive,
 )
+from tests.support.tensors import int32, to_paddle
 
 __all__ = ["fastdeploy", "messages", "prefill", "receive"]  # fixtures
 
 
-def busy(worker, meta, times):
+def busy(times):
     """Queue work on the GPU that takes a while: attention over and over."""
-    layer = worker.layers[1]
-    qkv = worker.on(worker.rank_qkv(1, [4000], 0))
-    signals, worker.backend._signals = worker.backend._signals, None
+    tokens = 8192
+    q, k, v = (to_paddle(np.zeros([tokens, 32, 128], np.float16), "gpu") for _ in "qkv")
+    starts = int32([0, tokens], "gpu")
     for _ in range(times):
-        worker.backend.forward(None, None, None, qkv, None, None, layer, meta)
-    worker.backend._signals = signals
+        F.flash_attention(q, k, v, starts, starts, tokens, tokens, causal=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("early", [False, True])
-def test_the_order_of_the_stream(prefill, monkeypatch, receive, place, mode, early):
+def test_the_order_of_the_stream(prefill, receive, place, mode, early):
     """A busy GPU: the host is far ahead, the signal comes when the layer is complete, not before.
 
     Sent ahead of the write (`early`), it finds other bytes: so the receiver does look in time.
     """
     if place != "gpu":
         pytest.skip("the order of a GPU's stream")
-    monkeypatch.setattr("tests.support.serving.MAX_MODEL_LEN", 4096)
-    worker = prefill_worker(mode, "block_wise_fp8", [4000], place)
+    seqs = 8
+    worker = prefill_worker(mode, "block_wise_fp8", [500] * seqs, place)
     receiver = receive(worker, mode)
-    meta = worker.make_meta(worker.metadata([4000], [True], 4000))
+    new = [500] * seqs
+    meta = worker.make_meta(worker.metadata(new, [True] * seqs, sum(new)))
+    qkv = worker.on(worker.rank_qkv(0, new, 0))
+    paddle.device.cuda.synchronize()
     worker.backend.init_attention_metadata(meta)
-    qkv = worker.on(worker.rank_qkv(0, [4000], 0))
-    layer, caches = worker.layers[0], worker.caches[:2]
+    layer = worker.layers[0]
     if early:
-        worker.backend._signals.send(*caches, layer, meta)
-    busy(worker, meta, 200)
-    if not early:
-        assert not (receiver.next(0.0) or {}).get("layer", -1) >= 0
-    worker.backend.forward(None, None, None, qkv, None, None, layer, meta)
+        worker.backend._signals.send(*worker.caches[:2], layer, meta)
+    busy(200)
+    layer.forward(qkv, meta)
     told = receiver.next()
     while told["layer"] != 0:
         told = receiver.next()
