@@ -353,8 +353,7 @@ def test_shapes_of_other_types_are_refused(name):
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
-        ("parallel_config", "pd_disaggregation_mode", "per_chunk"),
-        ("parallel_config", "pd_disaggregation_mode", "per_query"),
+        ("parallel_config", "pd_disaggregation_mode", "per_layer"),
         ("model_config", "rope_3d", True),
         ("model_config", "use_3d_rope", True),
         ("model_config", "head_wise_swa_ratio", 0.5),

@@ -129,6 +129,33 @@ def test_a_draft_model_continues_the_step(messages):
     assert messages() == [[1, 2, 0, 0, 20]]
 
 
+class Traced(paddle.nn.Layer):
+    """A layer that attends through a backend, as a server's does."""
+
+    def __init__(self, worker, meta):
+        super().__init__()
+        self.worker, self.meta = worker, meta
+
+    def forward(self, qkv):
+        layer, backend = self.worker.layers[0], self.worker.backend
+        return backend.forward(None, None, None, qkv, None, None, layer, self.meta)
+
+
+@pytest.mark.skipif(not hasattr(paddle, "pir"), reason="this Paddle traces no backend")
+@pytest.mark.parametrize("kind", [None, "block_wise_fp8"])
+def test_a_program_signals_at_every_run(messages, kind):
+    worker = prefill_worker("per_chunk", kind, [40])
+    meta = worker.make_meta(worker.metadata([20], [True], 20))
+    qkv = worker.on(worker.rank_qkv(0, [20], 0))
+    worker.backend.init_attention_metadata(meta)
+    program = paddle.jit.to_static(Traced(worker, meta), full_graph=True)
+    program.eval()
+    for _ in range(2):
+        worker.backend.init_attention_metadata(meta)
+        worker.check(0, [20], to_numpy(program(qkv)))
+        assert messages() == [[1, 0, 0, 0, 20]]
+
+
 def test_the_two_integers(prefill):
     """Each step counts, warm-ups too, modulo 100003; layers count where a sequence prefills."""
     worker = prefill_worker("per_query", None, [150, 40])
