@@ -26,8 +26,8 @@ struct TopkScratch {
   uint32_t counts[kTopkBins];  // of this CTA
   uint32_t totals[kTopkBins];  // of the cluster
   uint32_t warp_sums[2][kTopkWarps];
-  uint32_t digit, above, equal;  // what a pass found
-  uint32_t chosen[2];            // of this CTA: larger, and equal in the digits found
+  uint32_t digit, above, equal;   // what a pass found
+  alignas(8) uint32_t chosen[2];  // of this CTA: larger, and equal in the digits found
 };
 
 // Candidates [begin, end) of a CTA.
