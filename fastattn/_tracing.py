@@ -227,6 +227,10 @@ RULES: dict[str, OpRules] = {
             "group_size": _rules.group_size,
         },
     ),
+    "topk_indices": OpRules(
+        {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
+        {"k": _rules.anything},  # the function has checked it: results have its size
+    ),
     "mxfp4_quantize": OpRules({"x": _rules.dtypes(*_rules.FLOATS)}),
     "mxfp4_dequantize": OpRules(
         {"codes": _rules.dtypes("uint8"), "scales": _rules.dtypes("uint8")},

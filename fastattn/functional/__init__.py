@@ -13,6 +13,7 @@ from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
+from fastattn.functional.topk import topk_indices
 
 __all__ = [
     "append_cache_kv_c8",
@@ -29,5 +30,6 @@ __all__ = [
     "plan_cascade",
     "quantize_fp8",
     "rope_write_cache_kv",
+    "topk_indices",
     "write_cache_kv",
 ]

@@ -7,6 +7,7 @@ from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
+from fastattn.reference.topk import topk_indices
 
 __all__ = [
     "append_cache_kv_c8",
@@ -23,5 +24,6 @@ __all__ = [
     "quantize_fp8",
     "quantize_query",
     "rope_write_cache_kv",
+    "topk_indices",
     "write_cache_kv",
 ]

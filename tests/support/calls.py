@@ -169,6 +169,11 @@ def _from_mxfp4(t: _Inputs) -> Call:
     return lambda: [F.mxfp4_dequantize(codes, scales)]
 
 
+def _topk(t: _Inputs) -> Call:
+    logits, lengths = t.floats(9, 5000, dtype=np.float32), t.int32(4000 + 100 * np.arange(9))
+    return lambda: [F.topk_indices(logits, lengths, 300)]
+
+
 def _indexer_q(t: _Inputs) -> Call:
     q, table, weights = t.floats(9, 32, 128), t.scales(40, 64), t.scales(9, 32)
     positions = t.int32(np.arange(9))
@@ -246,6 +251,7 @@ _MAKERS = {
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,
     "send_kv_signal": _send_signal,
+    "topk_indices": _topk,
     "write_cache_kv": _write,
 }
 

@@ -179,6 +179,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {"head_num": 4, "head_dim": 64, "max_token": 2},
         ),
         "quantize_fp8": OpCall({"x": make(2, 64)}, {"granularity": "group", "group_size": 32}),
+        "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
         "mxfp4_quantize": OpCall({"x": make(2, 64)}, {}),
         "mxfp4_dequantize": OpCall(
             {"codes": make(2, 32, dtype="uint8"), "scales": make(2, 2, dtype="uint8")},

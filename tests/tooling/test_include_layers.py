@@ -42,6 +42,7 @@ CUDA = {
     "cuda/indexer": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),
+    "cuda/topk": ("cuda/common",),
 }
 # The folders above the kernels.
 HOST = {

@@ -1,0 +1,114 @@
+#include "cpu/topk.h"
+
+#include <vector>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/direct.h"
+#include "api/sizes.h"
+#include "params/topk.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/topk/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "topk_indices";
+
+void CheckOut(const Tensor& out, const Tensor& logits, const Tensor& lengths,
+              const OptionalTensor& starts, int64_t rows, int64_t k) {
+  Arg(kOp, "out", out)
+      .On(logits.place())
+      .Dtype({phi::DataType::INT32})
+      .Dims({rows, k})
+      .Contiguous();
+  RequireApart(kOp, "out", out,
+               {{"logits", &logits}, {"lengths", &lengths}, {"starts", Get(starts)}});
+}
+
+}  // namespace
+
+std::vector<Tensor> TopkIndices(const Tensor& logits, const Tensor& lengths,
+                                const OptionalTensor& starts, const OptionalTensor& out,
+                                int64_t k) {
+  Arg(kOp, "logits", logits).Rank(2).Dtype({phi::DataType::FLOAT32}).LastDimContiguous();
+  const Sizes shape = SizesOf(logits);
+  const int64_t rows = shape[0];
+  Arg(kOp, "lengths", lengths)
+      .On(logits.place())
+      .Dtype({phi::DataType::INT32})
+      .Dims({rows})
+      .Contiguous();
+  if (const Tensor* given = Get(starts)) {
+    Arg(kOp, "starts", *given)
+        .On(logits.place())
+        .Dtype({phi::DataType::INT32})
+        .Dims({rows})
+        .Contiguous();
+  }
+  if (k < 1 || k > kTopkMaxK) {
+    Fail("ValueError", kOp, "k", "expected 1 to ", kTopkMaxK, ", got ", k);
+  }
+  if (shape[1] > kTopkMaxColumns) {
+    Fail("ValueError", kOp, "logits", "expected at most ", kTopkMaxColumns, " columns, got ",
+         shape[1]);
+  }
+  const Tensor* given = Get(out);
+  if (given != nullptr) CheckOut(*given, logits, lengths, starts, rows, k);
+  CheckedProduct(kOp, "k", {rows, k, static_cast<int64_t>(sizeof(int32_t))});
+  Tensor indices =
+      given != nullptr ? *given : paddle::empty({rows, k}, phi::DataType::INT32, logits.place());
+  TopkParams p;
+  p.logits = Data<float>(logits);
+  p.lengths = Data<int32_t>(lengths);
+  p.starts = Get(starts) == nullptr ? nullptr : Data<int32_t>(*Get(starts));
+  p.indices = MutableData<int32_t>(indices);
+  p.rows = rows;
+  p.columns = shape[1];
+  p.row_stride = logits.numel() == 0 ? 0 : StridesOf(logits)[0];
+  p.k = k;
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(lengths)) {
+    LaunchOnGpu(kOp, lengths, [&](cudaStream_t stream) { return cuda::LaunchTopk(p, stream); });
+    return {indices};
+  }
+#endif
+  RequireCpu(kOp, lengths.place());
+  Guarded(kOp, [&] { cpu::TopkIndices(p); });
+  return {indices};
+}
+
+std::vector<Shape> TopkInferShape(const Shape& logits, const Shape& lengths, const Shape& starts,
+                                  const Shape& out, int64_t k) {
+  return {{logits.empty() ? -1 : logits[0], k}};
+}
+
+std::vector<phi::DataType> TopkInferDtype(const phi::DataType& logits, const phi::DataType& lengths,
+                                          const phi::DataType& starts, const phi::DataType& out,
+                                          int64_t k) {
+  return {phi::DataType::INT32};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_topk_indices)
+    .Inputs({"logits", "lengths", paddle::Optional("starts"), paddle::Optional("out")})
+    .Outputs({"indices", paddle::Optional("out_out")})
+    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
+    .Attrs({"k: int64_t"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::TopkIndices))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::TopkInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::TopkInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectTopkIndices = AddDirect<&TopkIndices>("fastattn_topk_indices", {"logits"});
+
+}  // namespace
+
+}  // namespace fastattn::api

@@ -1,0 +1,9 @@
+#pragma once
+
+#include "params/topk.h"
+
+namespace fastattn::cpu {
+
+void TopkIndices(const TopkParams& p);
+
+}  // namespace fastattn::cpu
