@@ -82,6 +82,7 @@ def angles_of(
     """
     tables = np.asarray(rotary_embs, np.float32)
     own = tables.ndim in (4, 6)
+    assert not own or batch_ids is not None, "whose table?"
     tables = tables.reshape(len(tables) if own else 1, 2, -1, tables.shape[-1])
     half = rotary_dim // 2
     if tables.shape[-1] == rotary_dim:

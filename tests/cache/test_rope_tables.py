@@ -198,9 +198,11 @@ def test_tables_of_more_than_2_to_the_31_elements(place):
     """1025 slots of 16384 positions, 8.6 GB, of which three sequences' tables are ever touched."""
     slots, positions, columns = 1025, 1 << 14, 64
     assert slots * 2 * positions * columns > 1 << 31
-    device = paddle.CPUPlace() if place == "cpu" else paddle.CUDAPlace(0)
-    with paddle.base.dygraph.guard(device):
+    paddle.set_device(place)
+    try:
         tables = paddle.empty([slots, 2, 1, positions, 1, columns], "float32")
+    finally:
+        paddle.set_device("cpu")
     cached, new = np.zeros(slots, int), np.zeros(slots, int)
     for seq, length in ((0, 5), (1023, positions - 2), (1024, positions - 1)):
         cached[seq], new[seq] = length, 1 if seq else 20
