@@ -1,6 +1,8 @@
 #include "api/rope_args.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 namespace fastattn::api {
 
@@ -8,6 +10,30 @@ namespace {
 
 constexpr std::initializer_list<phi::DataType> kFloats = {
     phi::DataType::FLOAT32, phi::DataType::BFLOAT16, phi::DataType::FLOAT16};
+
+// What the shape of rotary_embs says. A table is [2, 1, positions, 1, columns] or [2, positions,
+// columns]; one dimension more in front counts the sequences, each of which has its own.
+struct RotaryShape {
+  int64_t tables;  // -1: all sequences share one
+  int64_t positions;
+  int64_t columns;
+
+  RotaryShape(const char* op, const Sizes& shape) {
+    const size_t rank = shape.size();
+    const size_t first = rank == 4 || rank == 6 ? 1 : 0;
+    const bool long_form = rank >= 5;
+    bool known = rank >= 3 && rank <= 6 && shape[first] == 2;
+    if (known && long_form) known = shape[first + 1] == 1 && shape[first + 3] == 1;
+    if (!known) {
+      Fail("ValueError", op, "rotary_embs", "expected shape [2, 1, max_seq, 1, columns] or [2, ",
+           "max_seq, columns], or for tables of their own [sequences, 2, 1, max_seq, 1, columns] ",
+           "or [sequences, 2, max_seq, columns], got ", ShapeText(shape));
+    }
+    tables = first == 0 ? -1 : shape[0];
+    positions = shape[first + (long_form ? 2 : 1)];
+    columns = shape.back();
+  }
+};
 
 }  // namespace
 
@@ -62,31 +88,29 @@ void ParseRotary(const char* op, const Tensor* table, bool neox, int rotary_dim,
   if (table == nullptr) return;
   Arg arg(op, "rotary_embs", *table);
   arg.On(place).Dtype({phi::DataType::FLOAT32}).Contiguous();
-  const Sizes shape = SizesOf(*table);
-  if (shape.size() == 6) {
-    Fail("NotImplementedError", op, "rotary_embs", "rope_3d tables (6 dimensions) are not ",
-         "supported, got shape ", ShapeText(shape));
-  }
-  const bool five = shape.size() == 5;
-  if (!(five && shape[0] == 2 && shape[1] == 1 && shape[3] == 1) &&
-      !(shape.size() == 3 && shape[0] == 2)) {
-    Fail("ValueError", op, "rotary_embs", "expected shape [2, 1, max_seq, 1, columns] or [2, ",
-         "max_seq, columns], got ", ShapeText(shape));
-  }
-  const int64_t positions = shape[five ? 2 : 1];
-  const int64_t columns = shape.back();
+  const RotaryShape shape(op, SizesOf(*table));
+  const int64_t columns = shape.columns;
   if (columns != rotary_dim && columns != rotary_dim / 2) {
     Fail("ValueError", op, "rotary_embs", "expected ", rotary_dim / 2, " or ", rotary_dim,
-         " columns for rotary_dim ", rotary_dim, ", got shape ", ShapeText(shape));
+         " columns for rotary_dim ", rotary_dim, ", got shape ", ShapeText(SizesOf(*table)));
   }
-  if (positions == 0) Fail("ValueError", op, "rotary_embs", "expected at least 1 position, got 0");
+  if (shape.tables >= 0 && shape.tables < p.seqs.batch) {
+    Fail("ValueError", op, "rotary_embs", "expected a table for each of the ", p.seqs.batch,
+         " sequences of the step, got shape ", ShapeText(SizesOf(*table)));
+  }
+  if (shape.positions == 0) {
+    Fail("ValueError", op, "rotary_embs", "expected at least 1 position, got 0");
+  }
+  const int64_t table_size = shape.positions * columns;
   p.style = neox ? RotaryStyle::kNeox : RotaryStyle::kInterleaved;
   p.rotary_dim = rotary_dim;
   p.rotary_step = !neox && columns == rotary_dim ? 2 : 1;
-  p.rotary_stride = columns;
-  p.max_positions = positions;
+  p.rotary_stride = static_cast<uint32_t>(columns);
+  p.rotary_seq_stride = shape.tables < 0 ? 0 : 2 * table_size;
+  p.last_position = static_cast<uint32_t>(std::min<int64_t>(shape.positions - 1, UINT32_MAX));
+  if (table->numel() == 0) return;  // no sequences
   p.cos = Data<float>(*table);
-  p.sin = p.cos + positions * columns;
+  p.sin = p.cos + table_size;
 }
 
 float ParseEps(const char* op, float rms_norm_eps) {

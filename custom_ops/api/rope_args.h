@@ -14,7 +14,8 @@ void ParseQkv(const char* op, const Tensor& qkv, int num_heads, int num_kv_heads
 const void* ParseVector(const char* op, const char* name, const Tensor* tensor, int64_t size,
                         const phi::Place& place, DType& dtype);
 
-// The rotary table; a null one means no rotation, rotary_dim -1 the whole head.
+// The rotary table, or one for each sequence; a null one means no rotation, rotary_dim -1 the whole
+// head. p.seqs is parsed already.
 void ParseRotary(const char* op, const Tensor* table, bool neox, int rotary_dim,
                  const phi::Place& place, RopeWriteCacheParams& p);
 

@@ -40,7 +40,7 @@ class Step {
     }
     const int64_t position = PositionOf(rope_.seqs, batch_idx, token);
     Angles angles;
-    if (rope_.style != RotaryStyle::kNone) LoadAngles(rope_, position, angles);
+    if (rope_.style != RotaryStyle::kNone) LoadAngles(rope_, batch_idx, position, angles);
     const bool prefill = p_.seq_lens_encoder[batch_idx] > 0;
     const int block = prefill ? BlockOf(rope_.seqs.block_tables, rope_.seqs.max_blocks,
                                         rope_.cache.num_blocks, batch_idx, position / kBlockSize)

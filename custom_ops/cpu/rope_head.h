@@ -25,14 +25,15 @@ inline std::vector<float> Widened(const void* data, DType dtype, int64_t n) {
   return result;
 }
 
-// Columns of the rotary table for one position, one value a pair.
+// Columns of the rotary table for one token, one value a pair.
 struct Angles {
   float cos[kMaxHeadDim / 2];
   float sin[kMaxHeadDim / 2];
 };
 
-inline void LoadAngles(const RopeWriteCacheParams& p, int64_t position, Angles& angles) {
-  const int64_t row = std::min(position, p.max_positions - 1) * p.rotary_stride;
+inline void LoadAngles(const RopeWriteCacheParams& p, int batch_idx, int64_t position,
+                       Angles& angles) {
+  const int64_t row = RotaryRow(p, batch_idx, static_cast<uint32_t>(position));
   for (int i = 0; i < p.rotary_dim / 2; ++i) {
     angles.cos[i] = p.cos[row + static_cast<int64_t>(i) * p.rotary_step];
     angles.sin[i] = p.sin[row + static_cast<int64_t>(i) * p.rotary_step];

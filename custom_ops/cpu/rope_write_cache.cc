@@ -41,7 +41,7 @@ class Writer {
     }
     const int64_t position = PositionOf(p_.seqs, batch_idx, token);
     Angles angles;
-    if (p_.style != RotaryStyle::kNone) LoadAngles(p_, position, angles);
+    if (p_.style != RotaryStyle::kNone) LoadAngles(p_, batch_idx, position, angles);
     for (int head = 0; head < p_.num_heads; ++head) {
       Load(token, head, x);
       TransformHead<kDType, kHeadDim>(p_, angles, q_weight_, x);

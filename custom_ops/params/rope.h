@@ -31,7 +31,7 @@ struct RopeWriteCacheParams {
   const void* bias = nullptr;           // [(H + 2 KV) * D] or null
   const void* q_norm_weight = nullptr;  // [D] or null
   const void* k_norm_weight = nullptr;  // [D] or null
-  const float* cos = nullptr;           // [max_positions, rotary_stride], see rotary_step
+  const float* cos = nullptr;           // [last_position + 1, rotary_stride], see RotaryRow
   const float* sin = nullptr;           // the same
   const float* q_scale = nullptr;       // [1], kPerTensor
   void* q = nullptr;                    // [T, H, D]: type of qkv, or e4m3
@@ -46,13 +46,22 @@ struct RopeWriteCacheParams {
   QQuant q_quant = QQuant::kNone;
   bool norm_before_rope = false;
   int num_heads = 0;
-  int rotary_dim = 0;         // channels from the start of a head that are rotated, even
-  int rotary_step = 1;        // the angle of pair i is in column i * rotary_step of cos and sin
-  int64_t rotary_stride = 0;  // elements from one position to the next
-  int64_t max_positions = 0;  // at least 1; positions past the end use the last one
-  int64_t qkv_stride = 0;     // elements from one token to the next
+  int rotary_dim = 0;             // channels from the start of a head that are rotated, even
+  int rotary_step = 1;            // the angle of pair i is in column i * rotary_step of a row
+  uint32_t rotary_stride = 0;     // elements from one position to the next
+  int64_t rotary_seq_stride = 0;  // from one sequence's table to the next; 0: all share one
+  uint32_t last_position = 0;     // of a table
+  int64_t qkv_stride = 0;         // elements from one token to the next
   float rms_norm_eps = 1e-6f;
 };
+
+// First element in cos and in sin of the angles of a sequence's position; positions past the end of
+// its table have the last one's. In 32 bits as far as they go: a GPU multiplies no wider.
+FASTATTN_HD int64_t RotaryRow(const RopeWriteCacheParams& p, int batch_idx, uint32_t position) {
+  const uint32_t row = position < p.last_position ? position : p.last_position;
+  return static_cast<uint32_t>(batch_idx) * p.rotary_seq_stride +
+         static_cast<int64_t>(uint64_t{row} * p.rotary_stride);
+}
 
 inline const char* NameOf(QQuant quant) {
   switch (quant) {

@@ -43,7 +43,7 @@ class BackendConfig:
     window_layers : tuple of bool
         Which layers have the window of `window_size`; empty: all of them.
     rotary_dim : int or None
-        Rotated channels of a head, from ``partial_rotary_factor``.
+        Rotated channels of a head, from ``partial_rotary_factor``; None: all.
     shard : HeadShard
     """
 
@@ -68,13 +68,12 @@ class BackendConfig:
         if fd_config is None:
             raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
         _refuse(fd_config, backend, head_dim)
-        factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
         return cls(
             max_model_len=_count(fd_config, backend, "model_config.max_model_len", None, 1),
             causal=bool(read(fd_config, "model_config.causal", True)),
             window_size=_count(fd_config, backend, "model_config.window_size", 0, 0),
             window_layers=_window_layers(fd_config, backend),
-            rotary_dim=None if factor >= 1.0 else int(head_dim * factor),
+            rotary_dim=_rotary_dim(fd_config, head_dim),
             shard=HeadShard(
                 num_heads=read(fd_config, "model_config.num_key_value_heads"),
                 size=_tensor_parallel_size(fd_config),
@@ -95,6 +94,17 @@ def _tensor_parallel_size(fd_config: Any) -> int:
     # Its name in FastDeploy 2.0 was tensor_parallel_degree.
     older = read(fd_config, "parallel_config.tensor_parallel_degree", 1)
     return int(read(fd_config, "parallel_config.tensor_parallel_size", older))
+
+
+def _rotary_dim(fd_config: Any, head_dim: int) -> int | None:
+    # FastDeploy makes tables of rope_3d for whole heads, whatever the factor. Draft models have the
+    # one table of all sequences.
+    draft = read(fd_config, "speculative_config.model_type", "main") != "main"
+    by_model = any(read(fd_config, f"model_config.{name}") for name in ("rope_3d", "use_3d_rope"))
+    if read(fd_config, "enable_rope_3d_runtime", by_model) and not draft:
+        return None
+    factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
+    return None if factor >= 1.0 else int(head_dim * factor)
 
 
 def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
@@ -147,11 +157,6 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
         except NotImplementedError as error:
             supported = str(error).rpartition("supported: ")[2]
             no("quant_config.kv_cache_quant_type", kind, f"supported: {supported}")
-    # FastDeploy turns 3-D RoPE off for draft models.
-    draft = read(fd_config, "speculative_config.model_type", "main") != "main"
-    for name in ("enable_rope_3d_runtime", "model_config.rope_3d", "model_config.use_3d_rope"):
-        if read(fd_config, name, False) and not draft:
-            no(name, True, "rotary tables of rope_3d differ between sequences")
     for name in ("head_wise_swa_ratio", "sink_size"):
         value = read(fd_config, f"model_config.{name}", 0)
         if value:

@@ -10,5 +10,6 @@ class FlashMaskAttentionBackend(PagedAttentionBackend):
 
     The offsets, int32 ``[T, 2]`` or ``[2 T]``, are the interval ``[start, end)`` of keys that each
     new token sees. They are the whole mask: a token may see later ones, such as those of its image.
-    The intervals of different tokens need not be ordered.
+    The intervals of different tokens need not be ordered. A layer with a window of W keys sees the
+    last W of each. The other backends take offsets alike.
     """

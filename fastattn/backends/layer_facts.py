@@ -74,6 +74,7 @@ class LayerFacts:
         Keyword arguments of ``paged_attention``, without the scales.
     attend_tensors, attend_attrs : tuple
         Arguments of the operator ``paged_attention`` in a plain step, less what a step brings.
+    head_dim : int
     sources : tuple of Tensor or None
         The layer's scales of K and V if `k_scales` and `v_scales` were made from them: writes to
         the former must reach the latter.
@@ -95,6 +96,7 @@ class LayerFacts:
     attend: dict[str, Any]
     attend_tensors: tuple[Any, ...]
     attend_attrs: tuple[Any, ...]
+    head_dim: int
     sources: tuple[Any, Any] | None
     detached: bool
     kinds: list[Any]
@@ -136,10 +138,8 @@ class LayerFacts:
             q_quant=write["q_quant"],
             attend=attend,
             attend_tensors=(attend["sinks"], None, attend["out_scale"], None),
-            attend_attrs=paged_attention_attrs(
-                softmax_scale=float(heads[2] ** -0.5),
-                **{name: x for name, x in attend.items() if name not in ("sinks", "out_scale")},
-            ),
+            attend_attrs=_attend_attrs(attend, heads[2]),
+            head_dim=heads[2],
             sources=(given[0], given[1]) if made else None,
             detached=detached,
             kinds=_kinds_of(given) if static else [],
@@ -177,6 +177,23 @@ class LayerFacts:
             self.seen,
         )
 
+    def masked_step_plan(self, mask_offsets: Any) -> tuple[Any, ...] | None:
+        """:attr:`step_plan` of a step with offsets, which are the whole mask of the layer."""
+        plan = self.step_plan
+        if plan is None or self.window:
+            return None
+        sinks, _, *others = self.attend_tensors
+        return (*plan[:4], (sinks, mask_offsets, *others), self._masked_attrs, *plan[6:])
+
+    @functools.cached_property
+    def _masked_attrs(self) -> tuple[Any, ...]:
+        return _attend_attrs({**self.attend, "causal": False}, self.head_dim)
+
+    @property
+    def window(self) -> int:
+        """Keys that a query sees, its own included; 0: all."""
+        return int(self.attend["window_size"][0]) + 1
+
     def q_descale(self, written: list[Any]) -> Any:
         """Scales of the operator's Q, None for one that is not quantised."""
         if self.q_quant == "none":
@@ -196,6 +213,14 @@ class LayerFacts:
             return self.sources[0].detach(), self.sources[1].detach()
         cache = LayerCache.of(forward_meta, layer, shard)
         return cache.k_scales, cache.v_scales
+
+
+def _attend_attrs(attend: dict[str, Any], head_dim: int) -> tuple[Any, ...]:
+    """Attributes of the operator ``paged_attention``."""
+    return paged_attention_attrs(
+        softmax_scale=float(head_dim**-0.5),
+        **{name: x for name, x in attend.items() if name not in ("sinks", "out_scale")},
+    )
 
 
 def _kinds_of(scales: Any) -> list[Any]:

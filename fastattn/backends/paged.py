@@ -240,11 +240,13 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> Any:
         """A plain step of a layer that has been seen before, without Python; None: not taken."""
         facts = self._known_layers.get(layer)
-        if facts is None or metadata.cascade_plan is not None or metadata.mask_offsets is not None:
+        if facts is None or metadata.cascade_plan is not None:
             return None
         if self._signals is not None:  # they go between the step's two operators
             return None
-        run, plan = _ops.step_function(), facts.step_plan
+        mask = metadata.mask_offsets
+        run = _ops.step_function()
+        plan = facts.step_plan if mask is None else facts.masked_step_plan(mask)
         caches = optional(forward_meta, "caches")
         if run is None or plan is None or caches is None:
             return None
@@ -278,8 +280,8 @@ class PagedAttentionBackend(AttentionBackend):
             "cache_k_scales": scales[0],
             "cache_v_scales": scales[1],
         }
-        if metadata.mask_offsets is not None:  # they are the whole mask
-            options["mask_offsets"] = metadata.mask_offsets
+        if metadata.mask_offsets is not None:  # with the layer's window they are the whole mask
+            options["mask_offsets"] = _last_keys(metadata.mask_offsets, facts.window)
             options.update(causal=False, window_size=(-1, -1))
         if q_descale is not None and options["out_scale"] is None:
             options["out_dtype"] = _dtype_name(qkv)
@@ -410,6 +412,18 @@ def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]
 
 def _dtype_name(qkv: Any) -> str:
     return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
+
+
+def _last_keys(mask_offsets: Any, window: int) -> Any:
+    """Offsets [T, 2] of the last `window` keys of each interval, of all for 0.
+
+    A window counts back from the interval's end, as in FastDeploy: queries of one image, which see
+    all of it, see the same keys in front of it.
+    """
+    if not window:
+        return mask_offsets
+    start, end = mask_offsets[:, :1], mask_offsets[:, 1:]
+    return paddle.concat([paddle.maximum(start, end - window), end], axis=1)
 
 
 def _sees_all(mask: dict[str, Any]) -> bool:

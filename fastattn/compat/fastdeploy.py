@@ -89,7 +89,8 @@ def gqa_rope_write_cache(
         uint8 in FastDeploy's layout, or the dtype of `qkv` for type ``none``. Written in place.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
     rotary_embs : Tensor, shape [2, 1, max_seq, 1, columns], float32
-        D / 2 columns; for neox D, or D / 4 where half of a head is rotated.
+        D / 2 columns; for neox D, or D / 4 where half of a head is rotated. With `rope_3d`
+        [S, 2, 1, max_seq, 1, columns]: sequence b takes table b.
     seq_lens_this_time, seq_lens_encoder, seq_lens_decoder : Tensor, shape [B] or [B, 1], int32
     batch_id_per_token : Tensor, shape [T], int32
         Sequence of each token; -1 for CUDA-graph padding.
@@ -118,8 +119,9 @@ def gqa_rope_write_cache(
     use_neox_rotary_style : bool
     cache_quant_type : {"none", "cache_int8", "cache_fp8", "block_wise_fp8"}
     rope_3d : bool
-        Must be False. Older versions of FastDeploy pass (rms_norm_eps, cache_quant_type, rope_3d)
-        by position, which is recognised by a str in the place of `use_neox_rotary_style`.
+        Whether `rotary_embs` has a table for each sequence. Older versions of FastDeploy pass
+        (rms_norm_eps, cache_quant_type, rope_3d) by position, which is recognised by a str in the
+        place of `use_neox_rotary_style`.
 
     Returns
     -------
@@ -134,10 +136,10 @@ def gqa_rope_write_cache(
     TypeError
         If a dtype is not one of those above, or a required argument is not a tensor.
     ValueError
-        If shapes or places do not match, scales are missing, or a zero point is given.
+        If shapes or places do not match (the dimensions of `rotary_embs` and `rope_3d` among
+        them), scales are missing, or a zero point is given.
     NotImplementedError
-        If `cache_quant_type` or the head dimension is not supported, or `rope_3d` or
-        `kv_signal_data` is given.
+        If `cache_quant_type` or the head dimension is not supported, or `kv_signal_data` is given.
 
     Examples
     --------
@@ -167,8 +169,7 @@ def gqa_rope_write_cache(
         )
     check_cache_type(_OP, cache_quant_type)
     check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)
-    if rope_3d:
-        raise NotImplementedError(f"{_OP}: rope_3d: tables of each sequence are not supported")
+    _check_rope_3d(rope_3d, rotary_embs)
     if kv_signal_data is not None:
         raise NotImplementedError(f"{_OP}: kv_signal_data: PD disaggregation is not supported")
     scales: list[Any] = [None, None]
@@ -205,6 +206,18 @@ def gqa_rope_write_cache(
         ),
     )
     return outputs[0], outputs[1], outputs[2], outputs[3]
+
+
+def _check_rope_3d(rope_3d: bool, rotary_embs: Any) -> None:
+    """Refuse a table whose dimensions say the opposite of `rope_3d`: the operator goes by them."""
+    rank = len(rotary_embs.shape) if _ops.is_tensor(rotary_embs) else None
+    if rope_3d and rank in (3, 5):
+        expected = "a table for each sequence, [S, 2, 1, max_seq, 1, columns], with rope_3d"
+    elif not rope_3d and rank in (4, 6):
+        expected = "one table, [2, 1, max_seq, 1, columns], without rope_3d"
+    else:
+        return
+    raise ValueError(f"{_OP}: rotary_embs: expected {expected}, got {list(rotary_embs.shape)}")
 
 
 def _static(scales: Any, name: str, key_cache: Any, cache_quant_type: str) -> Any:

@@ -90,6 +90,9 @@ def rope_write_cache_kv(
         Cosines, then sines, of R = `rotary_dim` channels; [2, max_seq, columns] is accepted too.
         With R columns each angle is stored twice, for neox as ``[a, b, .., a, b, ..]``, else as
         ``[a, a, b, b, ..]``. Positions past the end use the last one. None: no rotation.
+        One dimension more in front, [S, 2, 1, max_seq, 1, columns] or [S, 2, max_seq, columns], is
+        a table for each sequence (multimodal RoPE, FastDeploy's ``rope_3d``): sequence b takes
+        table b. There may be more tables than sequences.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence.
     cu_seqlens_q : Tensor, shape [B + 1], int32
@@ -141,7 +144,7 @@ def rope_write_cache_kv(
     ValueError
         If shapes, places or options do not match, or a zero point is given.
     NotImplementedError
-        If `cache_quant_type`, the head dimension or a rope_3d table is not supported.
+        If `cache_quant_type` or the head dimension is not supported.
 
     See Also
     --------

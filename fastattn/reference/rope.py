@@ -67,20 +67,29 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def angles_of(
-    rotary_embs: Array, positions: Array, rotary_dim: int, *, neox: bool
+    rotary_embs: Array,
+    positions: Array,
+    rotary_dim: int,
+    *,
+    neox: bool,
+    batch_ids: Array | None = None,
 ) -> tuple[Array, Array]:
     """Cosines and sines [T, 1, R / 2] of each token; positions are clamped to the table.
 
     A table with a column for every channel holds each angle twice, for neox as
-    ``[a, b, .., a, b, ..]``, else as ``[a, a, b, b, ..]``.
+    ``[a, b, .., a, b, ..]``, else as ``[a, a, b, b, ..]``. An array of 4 or 6 dimensions has a
+    table for each sequence, of which a token takes that of its entry of `batch_ids`.
     """
-    table = np.asarray(rotary_embs, np.float32)
-    table = table.reshape(2, -1, table.shape[-1])
+    tables = np.asarray(rotary_embs, np.float32)
+    own = tables.ndim in (4, 6)
+    assert not own or batch_ids is not None, "whose table?"
+    tables = tables.reshape(len(tables) if own else 1, 2, -1, tables.shape[-1])
     half = rotary_dim // 2
-    if table.shape[-1] == rotary_dim:
-        table = table[..., :half] if neox else table[..., 0::2]
-    at = table[:, np.clip(positions, 0, table.shape[1] - 1), None, :]
-    return at[0], at[1]
+    if tables.shape[-1] == rotary_dim:
+        tables = tables[..., :half] if neox else tables[..., 0::2]
+    at = np.clip(positions, 0, tables.shape[2] - 1)
+    which = batch_ids if own else np.zeros_like(at)
+    return tables[which, 0, at][:, None], tables[which, 1, at][:, None]
 
 
 def rope_qkv(
@@ -97,6 +106,7 @@ def rope_qkv(
     rotary_dim: int | None = None,
     qkv_bias: Array | None = None,
     qk_norm_before_rope: bool = False,
+    batch_ids: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Split the fused projection and apply bias, rotation and qk-norm.
 
@@ -104,6 +114,8 @@ def rope_qkv(
     ----------
     qkv : array of bfloat16 or float16, shape [T, (H + 2 KV) * D]
     positions : array of int, shape [T]
+    batch_ids : array of int, shape [T], optional
+        Sequence of each token, where `rotary_embs` has a table for each.
 
     Returns
     -------
@@ -123,7 +135,7 @@ def rope_qkv(
         if rotary_embs is None:
             return y
         neox = use_neox_rotary_style
-        cos, sin = angles_of(rotary_embs, positions, rotated, neox=neox)
+        cos, sin = angles_of(rotary_embs, positions, rotated, neox=neox, batch_ids=batch_ids)
         rotary = rotate(y[..., :rotated], cos, sin, neox=neox)
         return np.concatenate([rotary, y[..., rotated:]], axis=-1)
 
@@ -189,12 +201,12 @@ def rope_write_cache_kv(
         0 for tokens of no sequence and for skipped ones.
     q_descale : array or None
     """
-    positions = np.zeros(len(qkv), np.int64)
+    positions, batch_ids = np.zeros((2, len(qkv)), np.int64)
     written = np.zeros(len(qkv), bool)
-    for token, _, position in new_tokens(
+    for token, batch_idx, position in new_tokens(
         len(qkv), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
     ):
-        positions[token], written[token] = position, True
+        positions[token], batch_ids[token], written[token] = position, batch_idx, True
     q, k, v = rope_qkv(
         qkv,
         positions,
@@ -208,6 +220,7 @@ def rope_write_cache_kv(
         rotary_dim=rotary_dim,
         qk_norm_before_rope=qk_norm_before_rope,
         qkv_bias=qkv_bias,
+        batch_ids=batch_ids,
     )
     q[~written] = 0
     write_cache_kv(

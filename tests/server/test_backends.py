@@ -354,26 +354,16 @@ def test_shapes_of_other_types_are_refused(name):
     ("part", "name", "value"),
     [
         ("parallel_config", "pd_disaggregation_mode", "per_layer"),
-        ("model_config", "rope_3d", True),
-        ("model_config", "use_3d_rope", True),
         ("model_config", "head_wise_swa_ratio", 0.5),
         ("model_config", "sink_size", 4),
         ("cache_config", "block_size", 32),
-        ("", "enable_rope_3d_runtime", True),
     ],
 )
 def test_configurations_are_refused_by_name(backend, part, name, value):
     config, *rest = small()
-    setattr(getattr(config, part) if part else config, name, value)
+    setattr(getattr(config, part), name, value)
     with pytest.raises(NotImplementedError, match=f"{backend.__name__}: .*{name}"):
         backend(config, *rest)
-
-
-def test_draft_models_have_no_3d_rope():
-    config, *rest = small()
-    config.model_config.rope_3d = True
-    config.speculative_config.model_type = "mtp"
-    FlashAttentionBackend(config, *rest)
 
 
 def test_head_dim_and_length_are_checked():

@@ -31,9 +31,9 @@ def test_the_tables_are_complete():
         assert f"`{name}`" in TEXT
     source = Path(config.__file__).read_text(encoding="utf-8")
     refused = re.findall(r'"(?:\w+_config)\.(\w+)"', source)
-    for name in {"head_wise_swa_ratio", "sink_size", "enable_rope_3d_runtime", *refused}:
+    for name in {"head_wise_swa_ratio", "sink_size", *refused}:
         if name not in ("max_model_len", "causal", "partial_rotary_factor", "num_key_value_heads",
-                        "tensor_parallel_size", "tensor_parallel_rank", "use_3d_rope",
+                        "tensor_parallel_size", "tensor_parallel_rank",
                         "tensor_parallel_degree", "model_type"):  # fmt: skip
             assert name in TEXT, name
     for name in fastdeploy.REPLACED:

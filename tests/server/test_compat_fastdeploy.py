@@ -32,7 +32,7 @@ class Step:
 
     def __init__(self, seqs, *, cache_quant_type="block_wise_fp8", dtype=BF16, heads=4, kv=2,
                  dim=128, neox=False, partial=False, norm=False, padding=0, blocks=9,
-                 per_channel=False, scale_dtype=BF16, seed=0):  # fmt: skip
+                 per_channel=False, scale_dtype=BF16, rope_3d=False, seed=0):  # fmt: skip
         rng = np.random.default_rng(seed)
         self.type, self.heads, self.kv, self.dim, self.neox = cache_quant_type, heads, kv, dim, neox
         self.rotary_dim = dim // 2 if partial else dim
@@ -44,13 +44,11 @@ class Step:
         self.batch_ids = np.full(tokens, -1, np.int32)
         self.batch_ids[: self.cu_q[-1]] = np.repeat(np.arange(len(seqs)), self.new)
         self.qkv = rng.normal(size=(tokens, (heads + 2 * kv) * dim)).astype(dtype)
-        columns = {(False, False): dim, (True, False): dim, (True, True): dim // 2}
-        table = make_rotary_embs(256, columns.get((neox, partial), dim // 2), theta=77, neox=neox)
-        if neox and partial:
-            table = table[..., : dim // 4]
-        elif partial:
-            table = make_rotary_embs(256, dim // 2, theta=77)
-        self.table = np.ascontiguousarray(table)
+        self.rope_3d = rope_3d
+        if rope_3d:  # a table for each slot, two more than sequences
+            self.table = np.stack([self._table(partial, 77 + i) for i in range(len(seqs) + 2)])
+        else:
+            self.table = self._table(partial, 77)
         self.norms = [rng.uniform(0.5, 2, dim).astype(np.float32) if norm else None for _ in "qk"]
         order = rng.permutation(blocks)
         self.tables = np.full((len(seqs), 4), -1, np.int32)
@@ -76,6 +74,10 @@ class Step:
                 shape = (blocks, kv, 64)
             bound = 127 if self.code == "int8" else 448
             self.scales = [(rng.uniform(2, 6, shape) / bound).astype(scale_dtype) for _ in "kv"]
+
+    def _table(self, partial, theta):
+        table = make_rotary_embs(256, self.rotary_dim, theta=theta, neox=self.neox)
+        return np.ascontiguousarray(table[..., : self.dim // 4] if partial else table)
 
     def arguments(self, place="cpu", *, older=False, **changes):
         """Positional arguments, in FastDeploy's order; tensors by name in `self.tensors`."""
@@ -119,7 +121,7 @@ class Step:
             "rms_norm_eps": 1e-5,
             "use_neox_rotary_style": self.neox,
             "cache_quant_type": self.type,
-            "rope_3d": False,
+            "rope_3d": self.rope_3d,
             **changes,
         }
         if older:
@@ -130,9 +132,9 @@ class Step:
         """q, k, v, qkv_out, and the caches' and scales' bytes after the step."""
         tokens = len(self.qkv)
         owners = list(new_tokens(tokens, self.cu_q, self.decoder, self.new, self.batch_ids))
-        positions = np.zeros(tokens, int)
-        for token, _, position in owners:
-            positions[token] = position
+        positions, batch_ids = np.zeros((2, tokens), int)
+        for token, seq, position in owners:
+            positions[token], batch_ids[token] = position, seq
         q, k, v = rope_qkv(
             self.qkv,
             positions,
@@ -144,6 +146,7 @@ class Step:
             rms_norm_eps=1e-5,
             use_neox_rotary_style=self.neox,
             rotary_dim=self.rotary_dim,
+            batch_ids=batch_ids,
         )
         own = np.zeros(tokens, bool)
         own[[token for token, _, _ in owners]] = True
@@ -358,8 +361,7 @@ def test_without_batch_ids_or_with_cuda_graph_padding(place):
 def test_the_older_order_of_arguments(place):
     """Without use_neox_rotary_style: (rms_norm_eps, cache_quant_type, rope_3d)."""
     Step(SEQS, blocks=12).run_and_check(place, older=True)
-    with pytest.raises(NotImplementedError, match="rope_3d"):
-        ops.gqa_rope_write_cache(*Step(SEQS, blocks=12).arguments(older=True, rope_3d=True))
+    Step(SEQS, blocks=12, rope_3d=True).run_and_check(place, older=True)
 
 
 def test_names_and_defaults_are_fastdeploys():
@@ -392,7 +394,7 @@ def test_names_and_defaults_are_fastdeploys():
         ({"seq_lens_this_time": to_paddle(np.zeros(6))}, TypeError, "expected dtype int32"),
         ({"cache_k_zp": int32([1])}, ValueError, "cache_k_zp: .*takes no zero point"),
         ({"kv_signal_data": int32([1])}, NotImplementedError, "kv_signal_data: PD"),
-        ({"rope_3d": True}, NotImplementedError, "rope_3d: tables of each sequence"),
+        ({"rope_3d": True}, ValueError, "rotary_embs: expected a table for each sequence"),
         ({"cache_quant_type": "cache_int4_zp"}, NotImplementedError, "'cache_int4_zp' is not"),
         ({"cache_quant_type": "block_wise_int8"}, NotImplementedError, "FastDeploy has no"),
         ({"cache_quant_type": 3}, TypeError, "cache_quant_type: expected str, got int"),
@@ -441,12 +443,13 @@ def _traced(qkv, key, value, k_scales, v_scales, cu_q, cu_k, new, encoder, decod
     return ops.gqa_rope_write_cache(
         qkv, key, value, cu_q, cu_k, rotary, new, encoder, decoder, ids, tables,
         None, None, None, None, None, None, None, None, k_scales, v_scales, None, None, None, None,
-        None, 21, 256, 1e-5, False, "block_wise_fp8", False,
+        None, 21, 256, 1e-5, False, "block_wise_fp8", len(rotary.shape) == 6,
     )  # fmt: skip
 
 
-def test_all_modes_of_paddle(place):
-    step = Step([(20, 0, 20), (0, 9, 1)])
+@pytest.mark.parametrize("rope_3d", [False, True])
+def test_all_modes_of_paddle(place, rope_3d):
+    step = Step([(20, 0, 20), (0, 9, 1)], rope_3d=rope_3d)
     arrays = [step.qkv, *step.caches, *step.scales, step.cu_q, step.cu_k, step.new, step.encoder,
               step.decoder, step.batch_ids, step.tables, step.table]  # fmt: skip
     outputs, inputs = run_all_modes(_traced, arrays, place)

@@ -223,8 +223,6 @@ def test_every_process_loads_it_where_it_is_named(metadata, process, plugins):
 @pytest.mark.parametrize(
     ("path", "value", "text"),
     [
-        ("enable_rope_3d_runtime", True, "rope_3d"),
-        ("model_config.rope_3d", True, "rope_3d"),
         ("model_config.head_wise_swa_ratio", 0.5, "same for every head"),
         ("model_config.sink_size", 4, "same for every head"),
         ("cache_config.block_size", 32, "supported: 64"),

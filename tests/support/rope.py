@@ -40,6 +40,10 @@ class Case:
     tensors: dict[str, np.ndarray | None]
     options: dict[str, Any]
 
+    @property
+    def head_dim(self) -> int:
+        return self.qkv.shape[1] // (self.heads + 2 * self.kv_heads)
+
 
 def make_case(
     cached: list[int],
@@ -98,6 +102,47 @@ def make_case(
             "q_quant": q_quant,
         },
     )
+
+
+def own_angles(case: Case, slots: int, positions: int, seed: int = 0) -> np.ndarray:
+    """Angles [slots, positions, R / 2] in fp64 of which no two rows are alike.
+
+    A row is a position of three axes, as multimodal RoPE has them: every pair of channels turns by
+    the position of one axis.
+    """
+    rng = np.random.default_rng(seed + 500)
+    pairs = (case.options["rotary_dim"] or case.head_dim) // 2
+    axes = rng.integers(0, 3, pairs)
+    where = np.cumsum(rng.integers(0, 4, (slots, positions, 3)), axis=1) + rng.random((slots, 1, 1))
+    return where[..., axes] * 500.0 ** (-np.arange(pairs) / pairs)
+
+
+def tables_of(angles: np.ndarray, *, neox: bool, doubled: bool, short: bool = False) -> np.ndarray:
+    """Tables [.., 2, 1, positions, 1, columns], or [.., 2, positions, columns] if `short`."""
+    if doubled:
+        angles = np.concatenate([angles] * 2, axis=-1) if neox else np.repeat(angles, 2, axis=-1)
+    tables = np.stack([np.cos(angles), np.sin(angles)], axis=-3).astype(np.float32)
+    return tables if short else tables[..., None, :, None, :]
+
+
+def with_own_tables(
+    case: Case,
+    *,
+    spare: int = 2,
+    positions: int = 200,
+    doubled: bool | None = None,
+    short: bool = False,
+    seed: int = 0,
+) -> Case:
+    """The case with a table for each sequence, and `spare` slots more.
+
+    By default neox tables have every angle twice, as FastDeploy's.
+    """
+    neox = case.options["use_neox_rotary_style"]
+    angles = own_angles(case, len(case.step.seq_lens_decoder) + spare, positions, seed)
+    doubled = neox if doubled is None else doubled
+    tables = tables_of(angles, neox=neox, doubled=doubled, short=short)
+    return dataclasses.replace(case, rotary_embs=tables)
 
 
 def expected(case: Case) -> tuple[np.ndarray, np.ndarray | None, Cache]:

@@ -1,4 +1,4 @@
-"""What bias, qk-norm and partial rotation cost: each beside the step that only rotates."""
+"""What bias, qk-norm and other rotations cost: each beside the step that only rotates."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ _TYPES = {
 }
 _Q_QUANTS = {"gpu": ("none", "per_token_head"), "gpu quick": ("none",)}
 _PLAIN = "rotation alone"
+_OWN = "a table for each sequence"
 
 
 def _options(device: Device) -> dict[str, dict[str, Any]]:
@@ -66,8 +67,10 @@ def rope_options(device: Device) -> Iterator[Row]:
                 moved = (HEADS + 2 * KV) * DIM * BF16 + 4 * DIM + q_bytes + token_bytes(quant)
                 moved *= step.tokens
                 plain_us = 0.0
-                for name, options in {_PLAIN: {}, **_options(device)}.items():
+                for name, options in {_PLAIN: {}, _OWN: {}, **_options(device)}.items():
                     angles = half if "rotary_dim" in options else whole
+                    if name == _OWN:
+                        angles = device.uniform((batch, 2, 1, cached + new, 1, DIM // 2))
                     copies = device.copies(moved)
                     calls = rope_write_calls(
                         device, cache, step, angles, copies, q_quant=q_quant, **options

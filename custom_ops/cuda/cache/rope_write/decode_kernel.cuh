@@ -115,9 +115,9 @@ struct DecodeValues {
   }
 
   // Asks for the angles of a token that has a place. Every lane of the warp takes part.
-  __device__ __forceinline__ void LoadAngles(const RopeWriteCacheParams& p, uint32_t position,
+  __device__ __forceinline__ void LoadAngles(const RopeWriteCacheParams& p, const WarpPlace& place,
                                              int lane) {
-    if constexpr (kKind != HeadKind::kValue) rotation.Load(p, position, lane);
+    if constexpr (kKind != HeadKind::kValue) rotation.Load(p, place, lane);
   }
 
   // To the head as it is stored. Every lane of the warp takes part.
@@ -159,7 +159,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, const SeqWindow
   const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
   const WarpPlace place = FindPlace(rope.seqs, window, given, at.token);
   if (place.batch_idx >= 0) {
-    values.LoadAngles(rope, place.position, at.lane);
+    values.LoadAngles(rope, place, at.lane);
     values.Transform(rope, at.lane);
   } else {
 #pragma unroll
@@ -182,7 +182,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const SeqW
   const int loaded_block = LoadBlock(p, place);
   if constexpr (Traits::kRope) {
     if (place.batch_idx >= 0) {
-      values.LoadAngles(p.rope, place.position, at.lane);
+      values.LoadAngles(p.rope, place, at.lane);
       values.Transform(p.rope, at.lane);
     }
   }

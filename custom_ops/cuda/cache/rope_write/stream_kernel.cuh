@@ -86,7 +86,7 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   LaneRotation<Traits, Lane, kStreamThreads / 32> rotation;
   int block = -1;
   if (owned) {
-    rotation.Load(rope, place.position, lane);
+    rotation.Load(rope, place, lane);
     if (end_step > q_steps) {
       block = BlockOf(rope.seqs, cache.num_blocks, place.batch_idx, place.position / kBlockSize);
     }

@@ -9,6 +9,7 @@
 
 #include "common/exact.h"
 #include "common/numeric.h"
+#include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/cache/shared/step_traits.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/dynamic_scale.cuh"
@@ -140,11 +141,11 @@ __device__ __forceinline__ void LoadFloats(const float* from, float* out) {
 }
 
 template <typename Lane>
-__device__ __forceinline__ void LoadLaneAngles(const RopeWriteCacheParams& p, uint32_t position,
-                                               int lane, LaneAngles<Lane>& angles) {
+__device__ __forceinline__ void LoadLaneAngles(const RopeWriteCacheParams& p,
+                                               const WarpPlace& place, int lane,
+                                               LaneAngles<Lane>& angles) {
   if (p.style == RotaryStyle::kNone) return;
-  const int64_t last = p.max_positions - 1;
-  const int64_t row = (position < last ? position : last) * p.rotary_stride;
+  const int64_t row = RotaryRow(p, place.batch_idx, place.position);
   if (p.style == RotaryStyle::kNeox) {
     LoadFloats<Lane::kHalf>(p.cos + row + lane * Lane::kHalf, angles.cos);
     LoadFloats<Lane::kHalf>(p.sin + row + lane * Lane::kHalf, angles.sin);

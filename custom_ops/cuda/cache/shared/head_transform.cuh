@@ -312,8 +312,10 @@ template <typename Lane>
 struct WholeRotation {
   LaneAngles<Lane> angles = {};
 
-  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, uint32_t position, int lane) {
-    LoadLaneAngles<Lane>(p, position, lane, angles);
+  // Of a token that has a place.
+  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, const WarpPlace& place,
+                                       int lane) {
+    LoadLaneAngles<Lane>(p, place, lane, angles);
   }
   __device__ __forceinline__ void Apply(const RopeWriteCacheParams& p, int lane,
                                         float (&x)[Lane::kValues]) const {
@@ -357,12 +359,12 @@ struct AnyRotation {
     return HalvesMap<Lane>::Channel(lane, 2 * i);
   }
 
-  // All lanes of the warp take part: they hold the same token.
-  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, uint32_t position, int lane) {
+  // Of a token that has a place. All lanes of the warp take part: they hold the same one.
+  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, const WarpPlace& place,
+                                       int lane) {
     const Partner partner = PartnerOf(p);
     if (partner == Partner::kNone) return;
-    const int64_t last = p.max_positions - 1;
-    const int64_t row = (position < last ? position : last) * p.rotary_stride;
+    const int64_t row = RotaryRow(p, place.batch_idx, place.position);
     const float* cos = p.cos + row;
     const float* sin = p.sin + row;
     const int half = p.rotary_dim / 2;

@@ -132,7 +132,7 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
   int own_block = -1;
   int out = -1;
   if (owned) {
-    rotation.Load(rope, place.position, lane);
+    rotation.Load(rope, place, lane);
     const uint32_t start = max(rope.seqs.seq_lens_decoder[place.batch_idx], 0);
     out = RaggedToken(p, place.batch_idx, static_cast<int>(place.position - start));
     if (p.seq_lens_encoder[place.batch_idx] > 0) {
