@@ -27,6 +27,7 @@
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
+#include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {
 
@@ -122,6 +123,7 @@ __global__ void __launch_bounds__(kAppendThreads)
     AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
   constexpr int kHeadDim = Traits::kHeadDim;
   __shared__ TokenMajorTile<kHeadDim> value_tile;
+  PdlWait();
 
   const PagedCache& cache = p.cache;
   const int64_t slot = blockIdx.x / cache.num_kv_heads;
@@ -231,7 +233,8 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
     HeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
-      status = LaunchKernel(AppendCacheKernel<Traits>, GridSize(ctas), kAppendThreads, stream, p);
+      status = LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(ctas)), dim3(kAppendThreads),
+                         stream, p);
     });
   });
   return status;

@@ -1,6 +1,8 @@
 // Decode and speculative steps: a warp, alone in its CTA, takes two (D 64: four) heads of one
 // token, all Q, all K or all V, and runs only their code. Two rounds of loads: the sequences, the
-// values, the bias, the norm's weights and the scales; then the block and the angles.
+// values, the bias, the norm's weights and the scales; then the block and the angles. What they
+// need is computed before the kernel waits for its predecessor. The first round is free of
+// branches: loads whose results are used behind one are all waited for together.
 #pragma once
 
 #include "common/layout.h"
@@ -8,22 +10,10 @@
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
+#include "cuda/common/parameters.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {
-
-// Brings a kernel's parameters into the constant cache while it has to wait anyway.
-template <typename Params>
-__device__ __forceinline__ void TouchParameters(const Params& p) {
-#if __CUDA_ARCH__ >= 900
-  int bits = 0;
-#pragma unroll
-  for (unsigned i = 0; i < sizeof(p); i += 64) {
-    bits ^= *reinterpret_cast<const int*>(reinterpret_cast<const char*>(&p) + i);
-  }
-  if (bits == 0x5bd1e995) __nanosleep(1);  // harmless, but keeps the loads
-#endif
-}
 
 inline constexpr int kDecodeThreads = 32;
 inline constexpr int kValueShares = 4;
@@ -61,9 +51,26 @@ __device__ __forceinline__ DecodeHead HeadOfLane(int group, int num_heads) {
   return at;
 }
 
+// Where a warp finds its token's sequence and block.
+struct DecodeSeq {
+  SeqMeta seqs;
+  int token;
+  int guess;
+
+  __device__ __forceinline__ DecodeSeq(const SeqMeta& seqs, int token, float seqs_per_token)
+      : seqs(seqs), token(token), guess(static_cast<int>(token * seqs_per_token)) {}
+
+  __device__ __forceinline__ void Compute(bool block, EarlyValues& early) {
+    early(guess);
+    early.Hold(seqs.batch), early.Hold(seqs.batch_id_per_token);
+    early.Hold(seqs.cu_seqlens_q), early.Hold(seqs.seq_lens_this_time);
+    early.Hold(seqs.seq_lens_decoder);
+    if (block) early.Hold(seqs.block_tables), early.Hold(seqs.max_blocks);
+  }
+};
+
 // Block of a token's place, -1 where there is none, as the table has it: nothing waits for it here.
-__device__ __forceinline__ int LoadBlock(const StepParams& p, const WarpPlace& place) {
-  const SeqMeta& seqs = p.rope.seqs;
+__device__ __forceinline__ int LoadBlock(const SeqMeta& seqs, const WarpPlace& place) {
   const uint32_t index = place.position / kBlockSize;
   if (place.batch_idx < 0 || index >= static_cast<uint32_t>(seqs.max_blocks)) return -1;
   return seqs.block_tables[static_cast<int64_t>(place.batch_idx) * seqs.max_blocks + index];
@@ -75,6 +82,58 @@ __device__ __forceinline__ int ValidBlock(const StepParams& p, int block) {
   return block < p.rope.cache.num_blocks ? block : -1;
 }
 
+// One scale as it lies in memory: an fp32 or a bf16 value, or none (1).
+class DecodeScale {
+ public:
+  // Of a static type's head or tensor. Scales of channels are not read here.
+  template <typename Traits>
+  static __device__ __forceinline__ DecodeScale OfHead(const PagedCache& cache, const void* scales,
+                                                       ScaleGranularity granularity, int head) {
+    DecodeScale scale;
+    if constexpr (Traits::kQuantized && !IsDynamic(Traits::kType)) {
+      scale.given_ = granularity != ScaleGranularity::kChannel;
+      scale.half_ = cache.scale_dtype == DType::kBFloat16;
+      scale.from_ = static_cast<const char*>(scales) +
+                    (granularity == ScaleGranularity::kHead ? head : 0) * (scale.half_ ? 2 : 4);
+    }
+    return scale;
+  }
+
+  static __device__ __forceinline__ DecodeScale OfQuery(const RopeWriteCacheParams& p) {
+    DecodeScale scale;
+    scale.given_ = p.q_quant == QQuant::kPerTensor;
+    scale.from_ = p.q_scale;
+    return scale;
+  }
+
+  __device__ __forceinline__ void Compute(EarlyValues& early) {
+    early(from_), early.Hold(given_), early.Hold(half_);
+  }
+
+  __device__ __forceinline__ void Load() {
+    asm volatile(
+        "{\n"
+        ".reg .pred word, half;\n"
+        "setp.eq.s32 word, %3, 1;\n"
+        "setp.eq.s32 half, %3, 2;\n"
+        "@word ld.global.b32 %0, [%2];\n"
+        "@half ld.global.u16 %1, [%2];\n"
+        "}\n"
+        : "=r"(word_bits_), "=r"(half_bits_)
+        : "l"(from_), "r"(given_ ? (half_ ? 2 : 1) : 0));
+  }
+
+  __device__ __forceinline__ float Value() const {
+    return given_ ? BitsFloat(half_ ? half_bits_ << 16 : word_bits_) : 1.0f;
+  }
+
+ private:
+  const void* from_ = nullptr;
+  bool given_ = false;
+  bool half_ = false;
+  uint32_t word_bits_, half_bits_;
+};
+
 enum class HeadKind { kQuery, kKey, kValue };
 
 // Index of a head among [Q heads, K heads, V heads].
@@ -85,64 +144,112 @@ __device__ __forceinline__ int FusedHead(const RopeWriteCacheParams& p, int head
   return head + before + p.num_heads;
 }
 
+// One head's part of a parameter.
+struct HeadParameter {
+  const void* data;
+  DType dtype;
+
+  __device__ __forceinline__ HeadParameter(const void* parameter, DType dtype, int first)
+      : data(static_cast<const char*>(parameter) +
+             static_cast<int64_t>(first) * (dtype == DType::kFloat32 ? 4 : 2)),
+        dtype(dtype) {}
+
+  __device__ __forceinline__ void Compute(EarlyValues& early) const {
+    early(data), early(static_cast<int>(dtype));
+  }
+};
+
 // A lane's values of a head and what is to happen to them. All that does not depend on the token's
 // sequence is asked for at once.
 template <typename Traits, typename Lane, HeadKind kKind>
 struct DecodeValues {
   using Options = typename Traits::Options;
-  static constexpr bool kNorm = Options::kNorm && kKind != HeadKind::kValue;
+  using Element = typename fastattn::Element<Traits::kIn>::Storage;
+  static constexpr bool kRotated = kKind != HeadKind::kValue;
+  static constexpr bool kNorm = Options::kNorm && kRotated;
+
+  const Element* source;
+  HeadParameter bias_at;
+  HeadParameter weights_at;
+  bool norm_given;
 
   uint32_t words[Lane::kWords];
   RawParameters<Traits, Lane> bias;     // where there is one
   RawParameters<Traits, Lane> weights;  // of the norm, where there is one
   LaneRotation<Traits, Lane, kDecodeThreads / 32> rotation;
 
-  __device__ __forceinline__ DecodeValues(const RopeWriteCacheParams& p, const void* source,
-                                          int64_t stride, const DecodeHead& at) {
-    using Element = typename fastattn::Element<Traits::kIn>::Storage;
-    LoadHalves<Lane::kWords, Lane::kDistance>(static_cast<const Element*>(source) +
-                                                  at.token * stride + at.head * Lane::kHeadDim +
-                                                  at.lane * Lane::kHalf,
-                                              words);
-    if (HasBias<Options>(p)) {
-      const int first = FusedHead<kKind>(p, at.head) * Lane::kHeadDim;
-      bias.Load(p.bias, p.bias_dtype, first, at.lane);
-    }
+  // Where there are no weights or no bias, the head itself is read as if it were some.
+  __device__ __forceinline__ DecodeValues(const RopeWriteCacheParams& p, const void* rows,
+                                          int64_t stride, const DecodeHead& at)
+      : source(static_cast<const Element*>(rows) + at.token * stride + at.head * Lane::kHeadDim),
+        bias_at(p.bias, p.bias_dtype, FusedHead<kKind>(p, at.head) * Lane::kHeadDim),
+        weights_at(kKind == HeadKind::kQuery ? p.q_norm_weight : p.k_norm_weight,
+                   kKind == HeadKind::kQuery ? p.q_norm_dtype : p.k_norm_dtype, 0),
+        norm_given(weights_at.data != nullptr) {
     if constexpr (kNorm) {
-      const HeadNorm<Traits, Lane> norm(p, kKind == HeadKind::kQuery, at.lane);
-      if (norm.weight != nullptr) weights.Load(norm.weight, norm.dtype, 0, at.lane);
+      if (!norm_given) weights_at = HeadParameter(source, DType::kBFloat16, 0);
     }
+    if constexpr (Options::kBias && Options::kAsked) {
+      if (!HasBias<Options>(p)) bias_at = HeadParameter(source, DType::kBFloat16, 0);
+    }
+  }
+
+  __device__ __forceinline__ void Compute(RopeWriteCacheParams& p, EarlyValues& early) const {
+    early(source);
+    if constexpr (Options::kBias) bias_at.Compute(early);
+    if constexpr (kNorm) weights_at.Compute(early), early.Hold(p.norm_before_rope);
+    if constexpr (kRotated) {
+      early.Hold(p.style), early.Hold(p.cos), early.Hold(p.sin);
+      early.Hold(p.rotary_stride), early.Hold(p.last_position);
+      early.Hold(p.rotary_seq_stride);
+    }
+  }
+
+  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, int lane) {
+    LoadHalves<Lane::kWords, Lane::kDistance>(source + lane * Lane::kHalf, words);
+    if constexpr (Options::kBias) bias.Load(bias_at.data, bias_at.dtype, 0, lane);
+    if constexpr (kNorm) weights.Load(weights_at.data, weights_at.dtype, 0, lane);
+  }
+
+  // Makes a position wait for what Load asked for. What is asked for by this position is then not
+  // waited for where the values are first used.
+  __device__ __forceinline__ void MakeWait(const EarlyValues& early, uint32_t& position) const {
+    position |= words[0] & early.Zero();
   }
 
   // Asks for the angles of a token that has a place. Every lane of the warp takes part.
   __device__ __forceinline__ void LoadAngles(const RopeWriteCacheParams& p, const WarpPlace& place,
                                              int lane) {
-    if constexpr (kKind != HeadKind::kValue) rotation.Load(p, place, lane);
+    if constexpr (kRotated) rotation.Load(p, place, lane);
   }
 
-  // To the head as it is stored. Every lane of the warp takes part.
+  // To the head as it is stored. Every lane of the warp takes part. What needs no angle stands in
+  // front, where the angles are still on their way.
   __device__ __forceinline__ void Transform(const RopeWriteCacheParams& p, int lane) {
-    if constexpr (kKind != HeadKind::kValue || Options::kBias) {
+    if constexpr (kRotated || Options::kBias) {
       float x[Lane::kValues];
       UnpackWords<Lane>(words, x);
       if (HasBias<Options>(p)) {
         float b[Lane::kValues];
-        bias.Unpack(p.bias_dtype, b);
+        bias.Unpack(bias_at.dtype, b);
 #pragma unroll
         for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], b[i]);
       }
+      float all[Lane::kValues];
+      if constexpr (kNorm) {
+        weights.Unpack(weights_at.dtype, all);
+#pragma unroll
+        for (int i = 0; i < Lane::kValues; ++i) asm volatile("" : "+f"(all[i]));
+      }
       const auto norm = [&](float (&values)[Lane::kValues]) {
-        const HeadNorm<Traits, Lane> head(p, kKind == HeadKind::kQuery, lane);
-        if (head.weight == nullptr) return;
-        float all[Lane::kValues];
-        weights.Unpack(head.dtype, all);
+        if (!norm_given) return;
         const auto weight = [&](int half, float (&w)[Lane::kHalf]) {
 #pragma unroll
           for (int i = 0; i < Lane::kHalf; ++i) w[i] = all[half * Lane::kHalf + i];
         };
         NormLane<Lane>(p.rms_norm_eps, weight, values);
       };
-      if constexpr (kKind != HeadKind::kValue) {
+      if constexpr (kRotated) {
         TransformLane<Traits, Lane, false>(p, rotation, lane, norm, x);
       }
       PackWords<Traits::kIn>(x, words);
@@ -150,72 +257,119 @@ struct DecodeValues {
   }
 };
 
+__device__ __forceinline__ float KeepFloat(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
+// The wait for the kernel before. The next kernel's CTAs would gather where this one's finish
+// first, unless there is room.
+__device__ __forceinline__ void BeginDecode(bool small_grid) {
+  PdlWait();
+  if (small_grid) PdlLaunchDependents();
+}
+
 template <typename Traits>
-__device__ __forceinline__ void DecodeQuery(const StepParams& p, const SeqWindow& window, int given,
+__device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq, bool small_grid,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
-  const RopeWriteCacheParams& rope = p.rope;
+  RopeWriteCacheParams rope = p.rope;
+  EarlyValues early;
   DecodeValues<Traits, Lane, HeadKind::kQuery> values(rope, p.q, p.q_stride, at);
-  const float scale = rope.q_quant == QQuant::kPerTensor ? *rope.q_scale : 1.0f;
-  const WarpPlace place = FindPlace(rope.seqs, window, given, at.token);
+  DecodeScale scale = DecodeScale::OfQuery(rope);
+  early.Touch(p), seq.Compute(false, early), values.Compute(rope, early);
+  scale.Compute(early), early.Hold(rope.q_quant);
+  early.Finish();
+  BeginDecode(small_grid);
+  const SeqWindow window = LoadWindow(seq.seqs, seq.guess);
+  const int given = GivenSeq(seq.seqs, at.token);
+  values.Load(rope, at.lane);
+  scale.Load();
+  WarpPlace place = FindPlace(seq.seqs, window, given, at.token);
+  values.MakeWait(early, place.position);
+  float inverse;
   if (place.batch_idx >= 0) {
-    values.LoadAngles(rope, place, at.lane);
+    if constexpr (kRotated) rotation.Load(p, place, lane);
     values.Transform(rope, at.lane);
   } else {
+    inverse = Reciprocal(scale.Value());
 #pragma unroll
     for (int i = 0; i < Lane::kWords; ++i) values.words[i] = 0;
   }
-  StoreQuery<Lane>(values.words, rope, Reciprocal(scale), at.token, at.head, at.lane, at.active);
+  StoreQuery<Lane>(values.words, rope, inverse, at.token, at.head, at.lane, at.active);
 }
 
 // K, and V of type none.
 template <typename Traits, HeadKind kKind>
-__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, const SeqWindow& window,
-                                                 int given, const DecodeHead& at) {
+__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, DecodeSeq& seq,
+                                                 bool small_grid, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   constexpr bool kKey = kKind == HeadKind::kKey;
   const PagedCache& cache = p.rope.cache;
+  RopeWriteCacheParams rope = p.rope;
+  EarlyValues early;
   DecodeValues<Traits, Lane, kKind> values(p.rope, kKey ? p.k : p.v, kKey ? p.k_stride : p.v_stride,
                                            at);
-  const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
-  const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
-  const int loaded_block = LoadBlock(p, place);
+  DecodeScale scale =
+      DecodeScale::OfHead<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
+  early.Touch(p), seq.Compute(true, early), values.Compute(rope, early), scale.Compute(early);
+  early.Finish();
+  BeginDecode(small_grid);
+  const SeqWindow window = LoadWindow(seq.seqs, seq.guess);
+  const int given = GivenSeq(seq.seqs, at.token);
+  values.Load(rope, at.lane);
+  scale.Load();
+  WarpPlace place = FindPlace(seq.seqs, window, given, at.token);
+  if constexpr (Traits::kRope) values.MakeWait(early, place.position);
+  const int loaded_block = LoadBlock(seq.seqs, place);
+  Inverse inverse = {1.0f};
   if constexpr (Traits::kRope) {
     if (place.batch_idx >= 0) {
-      values.LoadAngles(p.rope, place, at.lane);
-      values.Transform(p.rope, at.lane);
+    if constexpr (kRotated) rotation.Load(p, place, lane);
     }
+  } else {
+    inverse.value = Reciprocal(scale.Value());
   }
   const int block = ValidBlock(p, loaded_block);
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
   StoreTokenMajor<Traits, Lane>(
       values.words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity,
-      scale, at.head, at.lane, strides.Row(block, at.head, slot),
+      inverse, at.head, at.lane, strides.Row(block, at.head, slot),
       cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
 }
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow& window, int given,
+__device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq, bool small_grid,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   using Map = StridedMap<Lane>;
   const PagedCache& cache = p.rope.cache;
   using Options = typename Traits::Options;
   using Element = typename fastattn::Element<Traits::kIn>::Storage;
+  EarlyValues early;
   const Element* source =
       static_cast<const Element*>(p.v) + at.token * p.v_stride + at.head * Lane::kHeadDim;
+  const HeadParameter bias_at(p.rope.bias, p.rope.bias_dtype,
+                              FusedHead<HeadKind::kValue>(p.rope, at.head) * Lane::kHeadDim);
+  DecodeScale scale =
+      DecodeScale::OfHead<Traits>(cache, cache.v_scales, cache.v_granularity, at.head);
+  early.Touch(p), seq.Compute(true, early), early(source), scale.Compute(early);
+  if constexpr (Options::kBias) bias_at.Compute(early);
+  early.Finish();
+  BeginDecode(small_grid);
+  const SeqWindow window = LoadWindow(seq.seqs, seq.guess);
+  const int given = GivenSeq(seq.seqs, at.token);
   Element loaded[Lane::kValues];
 #pragma unroll
   for (int i = 0; i < Lane::kValues; ++i) loaded[i] = source[Map::Channel(at.lane, i)];
   RawParameters<Traits, Lane> bias;
   if (HasBias<Options>(p.rope)) {
-    const int first = FusedHead<HeadKind::kValue>(p.rope, at.head) * Lane::kHeadDim;
-    bias.template LoadEach<Map>(p.rope.bias, p.rope.bias_dtype, first, at.lane);
+    bias.template LoadEach<Map>(bias_at.data, bias_at.dtype, 0, at.lane);
   }
-  const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, at.head);
-  const WarpPlace place = FindPlace(p.rope.seqs, window, given, at.token);
-  const int loaded_block = LoadBlock(p, place);
+  scale.Load();
+  const WarpPlace place = FindPlace(seq.seqs, window, given, at.token);
+  const int loaded_block = LoadBlock(seq.seqs, place);
   uint32_t words[Lane::kWords];
 #pragma unroll
   for (int i = 0; i < Lane::kWords; ++i) {
@@ -236,12 +390,14 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, const SeqWindow
       PackWords<Traits::kIn>(x, words);
     }
   }
+  const Inverse inverse = {Reciprocal(scale.Value())};
   int block = loaded_block;
   if constexpr (IsDynamic(Traits::kType)) block = ValidBlock(p, block);  // scales are stored, too
   const int slot = place.position % kBlockSize;
   uint32_t codes[Lane::kCodeWords];
-  QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, scale, at.head,
-                                  at.lane, cache.v_scale_strides.Plane(block, at.head) + slot,
+  QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, inverse,
+                                  at.head, at.lane,
+                                  cache.v_scale_strides.Plane(block, at.head) + slot,
                                   at.active && block >= 0 && at.share == 0, codes);
   block = ValidBlock(p, block);
   if (!at.active || block < 0) return;
@@ -261,7 +417,6 @@ template <typename Traits>
 __global__ void __launch_bounds__(kDecodeThreads)
     StepDecodeKernel(const __grid_constant__ StepParams p, float seqs_per_token, bool small_grid) {
   using Lane = DecodeLane<Traits>;
-  const SeqMeta& seqs = p.rope.seqs;
   const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
   const int kv_heads = p.rope.cache.num_kv_heads;
   const int q_groups = (q_heads + Lane::kHeads - 1) / Lane::kHeads;
@@ -271,26 +426,21 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int value_groups = kv_groups * value_shares;
   const int group = blockIdx.x;
   const int token = blockIdx.y;
-  TouchParameters(p);
-  PdlWait();
-  // The next kernel's CTAs would gather where this one's finish first, unless there is room.
-  if (small_grid) PdlLaunchDependents();
-  const SeqWindow window = LoadWindow(seqs, static_cast<int>(token * seqs_per_token));
-  const int given = GivenSeq(seqs, token);
+  DecodeSeq seq(p.rope.seqs, token, seqs_per_token);
   if (group < value_groups) {
     DecodeHead at = HeadOfLane<Traits>(group >> (value_shares == kValueShares ? 2 : 0), kv_heads);
     at.share = group & (value_shares - 1);
     at.shares = value_shares;
     if constexpr (Traits::kQuantized) {
-      DecodeValue<Traits>(p, window, given, at);
+      DecodeValue<Traits>(p, seq, small_grid, at);
     } else {
-      DecodeTokenMajor<Traits, HeadKind::kValue>(p, window, given, at);
+      DecodeTokenMajor<Traits, HeadKind::kValue>(p, seq, small_grid, at);
     }
   } else if (group < value_groups + kv_groups) {
-    DecodeTokenMajor<Traits, HeadKind::kKey>(p, window, given,
+    DecodeTokenMajor<Traits, HeadKind::kKey>(p, seq, small_grid,
                                              HeadOfLane<Traits>(group - value_groups, kv_heads));
   } else if constexpr (Traits::kRope) {
-    DecodeQuery<Traits>(p, window, given,
+    DecodeQuery<Traits>(p, seq, small_grid,
                         HeadOfLane<Traits>(group - value_groups - kv_groups, q_heads));
   }
 }

@@ -22,8 +22,22 @@ __device__ __forceinline__ void WaitForAngles(LaneAngles<Lane>& angles) {
   wait(angles.sin[Lane::kHalf - 1]);
 }
 
-// One token's Q and K heads, or a share of them. K follows Q in memory.
-template <typename Traits>
+// Q of a token that belongs to no sequence.
+template <typename Lane>
+__device__ __forceinline__ void StoreZeroQueries(const RopeWriteCacheParams& p, float q_inverse,
+                                                 int token, int first_step, int end_step) {
+  const uint32_t zeros[Lane::kWords] = {};
+  const int group = threadIdx.x % 32 / Lane::kLanes;
+  const int lane = threadIdx.x % Lane::kLanes;
+  for (int step = first_step; step < end_step; ++step) {
+    const int head = step * Lane::kHeads + group;
+    StoreQuery<Lane>(zeros, p, q_inverse, token, head, lane, head < p.num_heads);
+  }
+}
+
+// One token's Q and K heads, or a share of them. K follows Q in memory. kNormFirst: as
+// norm_before_rope says (not read for kAny); a loop with both orders would spill.
+template <typename Traits, bool kNormFirst>
 __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGrid& grid,
                                             unsigned cta) {
   using Lane = StreamLane<Traits>;
@@ -47,8 +61,10 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   const auto keep = [](auto x) { return kFewRegisters ? KeepInLoop(x) : x; };
   const int lane_offset = group * Lane::kHeadDim + lane * Lane::kHalf;
   const uint16_t* source = static_cast<const uint16_t*>(p.q) + token * p.q_stride + lane_offset;
+  asm volatile("" : "+l"(source));  // two registers, else computed in every step
   // A bias of the input's type comes with the values, as it lies in memory.
-  const bool early_bias = Options::kBias && !Options::kAny && rope.bias_dtype == Traits::kIn;
+  const bool early_bias =
+      HasBias<Options>(rope) && !Options::kAny && rope.bias_dtype == Traits::kIn;
   uint32_t bias[Lane::kWords] = {};
   const auto load = [&](int step, uint32_t (&words)[Lane::kWords], float& scale) {
     const bool is_q = step < q_steps;
@@ -94,6 +110,10 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   const int slot = place.position % kBlockSize;
   const float q_inverse = rope.q_quant == QQuant::kPerTensor ? Reciprocal(*rope.q_scale) : 0.0f;
 
+  if (!owned) {
+    StoreZeroQueries<Lane>(rope, q_inverse, token, first_step, min(end_step, q_steps));
+    return;
+  }
   if constexpr (kFewRegisters) WaitForAngles<Lane>(rotation.angles);
   if constexpr (kSharedNorm) norm.Store(rope);
 
@@ -114,6 +134,11 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], b[i]);
     }
+    if constexpr (kFewRegisters && !Options::kBias) {
+      // In front of the next load, which takes the registers of these words.
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) asm volatile("" : "+f"(x[i]));
+    }
     load(step + kAhead, words, next_scale);
     if (!early_bias && HasBias<Options>(rope)) {
       const int last = q_heads + cache.num_kv_heads - 1;
@@ -126,13 +151,15 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
         HeadNorm<Traits, Lane>(rope, is_q, lane)(values);
       }
     };
-    TransformLane<Traits, Lane, true>(rope, rotation, lane, normalise, x);
+    if constexpr (Options::kAny) {
+      TransformLane<Traits, Lane, true>(rope, rotation, lane, normalise, x);
+    } else {
+      if constexpr (Options::kNorm && kNormFirst) normalise(x);
+      rotation.Apply(rope, lane, x);
+      if constexpr (Options::kNorm && !kNormFirst) normalise(x);
+    }
     PackWords<Traits::kIn>(x, rounded);
     if (is_q) {
-      if (!owned) {
-#pragma unroll
-        for (int i = 0; i < Lane::kWords; ++i) rounded[i] = 0;
-      }
       StoreQuery<Lane>(rounded, rope, q_inverse, keep(token), q_head, lane, q_head < q_heads);
     } else {
       const int here = keep(block), at = keep(slot);
@@ -161,7 +188,12 @@ __global__ void __launch_bounds__(kStreamThreads, 3)
   PdlWait();
   PdlLaunchDependents();
   if (blockIdx.x < grid.stream_ctas) {
-    StreamToken<Traits>(p, grid, blockIdx.x);
+    using Options = typename Traits::Options;
+    if (Options::kNorm && !Options::kAny && p.rope.norm_before_rope) {
+      StreamToken<Traits, true>(p, grid, blockIdx.x);
+    } else {
+      StreamToken<Traits, false>(p, grid, blockIdx.x);
+    }
   } else {
     const unsigned index = blockIdx.x - grid.stream_ctas;
     const int kv_heads = p.rope.cache.num_kv_heads;

@@ -58,20 +58,10 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
 
   uint32_t words[kPasses][Lane::kWords] = {};
   bool owned[kPasses];
-#pragma unroll
-  for (int i = 0; i < kPasses; ++i) {
-    const int slot = i * kTokens + first_slot;
-    const int token = work.token + slot;
-    owned[i] = slot >= work.low && slot < work.high;
-    if (owned[i] && seqs.batch_id_per_token != nullptr) {
-      owned[i] = seqs.batch_id_per_token[token] == work.batch_idx;
-    }
-    if (owned[i]) {
-      const bool k = output == TileOutput::kKeys;
-      LoadHalves<Lane::kWords, Lane::kDistance>(
-          k ? keys + token * p.k_stride : values + token * p.v_stride, words[i]);
-    }
-  }
+  const auto row = [&](int token) {
+    return output == TileOutput::kKeys ? keys + token * p.k_stride : values + token * p.v_stride;
+  };
+  LoadTile<Lane, kTokens>(seqs, work, first_slot, row, words, owned);
   RawParameters<Traits, Lane> bias;
   if (HasBias<typename Traits::Options>(p.rope)) {
     const int fused_head = p.rope.num_heads + cache.num_kv_heads + head;

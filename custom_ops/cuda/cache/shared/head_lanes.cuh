@@ -312,12 +312,20 @@ __device__ __forceinline__ float HeadScale(const PagedCache& cache, const void* 
   return 1.0f;
 }
 
+// The reciprocal of a scale, given instead of the scale.
+struct Inverse {
+  float value;
+};
+
+__device__ __forceinline__ float InverseOf(float scale) { return Reciprocal(scale); }
+__device__ __forceinline__ float InverseOf(Inverse inverse) { return inverse.value; }
+
 // Codes of a lane's K or V, `words` being the values as the input's type holds them. A dynamic
 // scale goes to scales[scale_index] if `store`. All lanes of the warp take part.
-template <typename Traits, typename Lane, typename Map = HalvesMap<Lane>>
+template <typename Traits, typename Lane, typename Map = HalvesMap<Lane>, typename HeadScaleOf>
 __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWords],
                                              const PagedCache& cache, void* scales,
-                                             ScaleGranularity granularity, float head_scale,
+                                             ScaleGranularity granularity, HeadScaleOf head_scale,
                                              int head, int lane, int64_t scale_index, bool store,
                                              uint32_t (&codes)[Lane::kCodeWords]) {
   float x[Lane::kValues];
@@ -348,7 +356,7 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
         x[i] = Mul(x[i], Reciprocal(LoadScale(scales, cache.scale_dtype, index)));
       }
     } else {
-      Scale(x, Reciprocal(head_scale));
+      Scale(x, InverseOf(head_scale));
     }
     EncodeLane<Lane, Traits::kCode, false>(x, codes);
   }
@@ -356,12 +364,12 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
 
 // K (or V of type none) of a token, whose row in the cache begins at `row`. All lanes of the warp
 // take part.
-template <typename Traits, typename Lane>
+template <typename Traits, typename Lane, typename HeadScaleOf>
 __device__ __forceinline__ void StoreTokenMajor(const uint32_t (&words)[Lane::kWords],
                                                 const PagedCache& cache, void* codes_out,
                                                 void* scales, ScaleGranularity granularity,
-                                                float head_scale, int head, int lane, int64_t row,
-                                                int64_t scale_index, bool store) {
+                                                HeadScaleOf head_scale, int head, int lane,
+                                                int64_t row, int64_t scale_index, bool store) {
   const int64_t element = row + lane * Lane::kHalf;
   if constexpr (Traits::kQuantized) {
     uint32_t codes[Lane::kCodeWords];

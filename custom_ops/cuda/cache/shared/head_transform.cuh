@@ -54,7 +54,8 @@ __device__ __forceinline__ void LoadParameters(const void* data, DType dtype, in
 }
 
 // A lane's channels of a parameter as they lie in memory: a load is not waited for before its
-// values are unpacked, so that other loads can follow it. 16-bit values take half of the words.
+// values are unpacked, so that other loads can follow it. 16-bit values take half of the words (of
+// each half of the head).
 template <typename Traits, typename Lane>
 struct RawParameters {
   uint32_t words[Lane::kValues];
@@ -80,15 +81,23 @@ struct RawParameters {
     pairs = dtype != DType::kFloat32;
     if (Traits::Options::kAny && reinterpret_cast<uintptr_t>(data) % 16 != 0) {
       LoadEach<HalvesMap<Lane>>(data, dtype, first, lane);
-    } else if (dtype == DType::kFloat32) {
-      LoadHalves<Lane::kValues, Lane::kHeadDim * 2>(
-          static_cast<const float*>(data) + first + lane * Lane::kHalf, words);
     } else {
-      uint32_t loaded[Lane::kHalf];
-      LoadHalves<Lane::kHalf, Lane::kHeadDim>(
-          static_cast<const uint16_t*>(data) + first + lane * Lane::kHalf, loaded);
+      // Both types by the same loads, without a branch: 16-bit values twice.
+      constexpr int kBytes = 2 * Lane::kHalf;
+      using Vector = typename VectorOfBytes<kBytes>::Type;
+      const int size = pairs ? 2 : 4;
+      const char* from =
+          static_cast<const char*>(data) + static_cast<int64_t>(first + lane * Lane::kHalf) * size;
+      Vector vectors[4];
 #pragma unroll
-      for (int i = 0; i < Lane::kHalf; ++i) words[i] = loaded[i];
+      for (int i = 0; i < 4; ++i) {
+        vectors[i] = *reinterpret_cast<const Vector*>(from + i / 2 * (Lane::kHeadDim / 2) * size +
+                                                      (pairs ? 0 : i % 2 * kBytes));
+      }
+#pragma unroll
+      for (int i = 0; i < Lane::kValues; ++i) {
+        words[i] = reinterpret_cast<const uint32_t*>(vectors)[i];
+      }
     }
   }
 
@@ -98,7 +107,10 @@ struct RawParameters {
       for (int i = 0; i < Lane::kValues; ++i) out[i] = __uint_as_float(words[i]);
     } else if (pairs) {
 #pragma unroll
-      for (int i = 0; i < Lane::kHalf; ++i) UnpackPair(dtype, words[i], out + 2 * i);
+      for (int i = 0; i < Lane::kHalf; ++i) {
+        constexpr int kPairs = Lane::kHalf / 2;
+        UnpackPair(dtype, words[i / kPairs * Lane::kHalf + i % kPairs], out + 2 * i);
+      }
     } else if (dtype == DType::kBFloat16) {
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) out[i] = __uint_as_float(words[i] << 16);
@@ -113,7 +125,7 @@ struct RawParameters {
 
 template <typename Options>
 __device__ __forceinline__ bool HasBias(const RopeWriteCacheParams& p) {
-  return Options::kBias && (!Options::kAny || p.bias != nullptr);
+  return Options::kBias && (!Options::kAsked || p.bias != nullptr);
 }
 
 // + bias of a head, counted over [Q heads, K heads, V heads].
@@ -146,11 +158,15 @@ __device__ __forceinline__ float SqrtOfNormal(float x) {
 // the division and the root, which cost registers all around them.
 __device__ __forceinline__ float InverseRoot(float x) {
   const uint32_t bits = FloatBits(x);
-  if (bits - 0x0D000000u <= 0x727FFFFFu) return ReciprocalOfNormal(SqrtOfNormal(x));
-  if (bits > 0x7F800000u) return x;  // NaN
-  if (bits == 0x7F800000u) return 0.0f;
-  if (bits == 0) return BitsFloat(0x7F800000u);
-  return ReciprocalOfNormal(SqrtOfNormal(x * 0x1p96f)) * 0x1p48f;
+  float inverse = ReciprocalOfNormal(SqrtOfNormal(x));
+  asm volatile("" : "+f"(inverse));  // computed in front of the branch, which is hardly ever taken
+  if (bits - 0x0D000000u > 0x727FFFFFu) {
+    if (bits > 0x7F800000u) return x;  // NaN
+    if (bits == 0x7F800000u) return 0.0f;
+    if (bits == 0) return BitsFloat(0x7F800000u);
+    inverse = ReciprocalOfNormal(SqrtOfNormal(x * 0x1p96f)) * 0x1p48f;
+  }
+  return inverse;
 }
 
 // 1 / sqrt(mean(x^2) + eps) of a head, in all of its lanes, which all take part.
@@ -323,6 +339,61 @@ struct WholeRotation {
   }
 };
 
+// The rotation of a head's first channels, at most half of them (IsPartialRope). Interleaved
+// partners are a lane's own values, of its first half; neox partners are those of one other lane.
+template <typename Lane>
+struct PartialRotation {
+  LaneAngles<Lane> angles = {};
+
+  static __device__ __forceinline__ bool Rotates(const RopeWriteCacheParams& p, int lane) {
+    return lane * Lane::kHalf < p.rotary_dim;
+  }
+
+  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, uint32_t position, int lane) {
+    if (!Rotates(p, lane)) return;
+    const int64_t last = p.max_positions - 1;
+    const int64_t row = (position < last ? position : last) * p.rotary_stride;
+    if (p.style == RotaryStyle::kNeox) {
+      const int half = p.rotary_dim / 2;
+      const int channel = lane * Lane::kHalf;
+      const bool second = channel >= half;
+      const int64_t first = row + (second ? channel - half : channel);
+      LoadFloats<Lane::kHalf>(p.cos + first, angles.cos);
+      LoadFloats<Lane::kHalf>(p.sin + first, angles.sin);
+    } else {
+      constexpr int kPairs = Lane::kHalf / 2;
+      LoadFloats<kPairs>(p.cos + row + lane * kPairs, angles.cos);
+      LoadFloats<kPairs>(p.sin + row + lane * kPairs, angles.sin);
+    }
+  }
+
+  // All lanes of the warp take part.
+  __device__ __forceinline__ void Apply(const RopeWriteCacheParams& p, int lane,
+                                        float (&x)[Lane::kValues]) const {
+    const bool rotates = Rotates(p, lane);
+    if (p.style == RotaryStyle::kNeox) {
+      const int half = p.rotary_dim / 2;
+      const int distance = half / Lane::kHalf;
+      const uint32_t sign = lane * Lane::kHalf < half ? 0x80000000u : 0;
+#pragma unroll
+      for (int i = 0; i < Lane::kHalf; ++i) {
+        const float other = __shfl_xor_sync(kFullWarp, x[i], distance);
+        const float sin = BitsFloat(FloatBits(angles.sin[i]) ^ sign);
+        const float turned = Add(Mul(x[i], angles.cos[i]), Mul(other, sin));
+        x[i] = rotates ? turned : x[i];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < Lane::kHalf; i += 2) {
+        const float a = x[i], b = x[i + 1];
+        const float cos = angles.cos[i / 2], sin = angles.sin[i / 2];
+        x[i] = rotates ? Sub(Mul(a, cos), Mul(b, sin)) : a;
+        x[i + 1] = rotates ? Add(Mul(a, sin), Mul(b, cos)) : b;
+      }
+    }
+  }
+};
+
 // What a warp's lanes tell each other where a rotation's partners lie anywhere.
 template <typename Lane>
 struct RotationSpace {
@@ -457,8 +528,9 @@ struct AnyRotation {
 };
 
 template <typename Traits, typename Lane, int kWarps>
-using LaneRotation =
-    std::conditional_t<Traits::Options::kAny, AnyRotation<Lane, kWarps>, WholeRotation<Lane>>;
+using LaneRotation = std::conditional_t<
+    Traits::Options::kAny, AnyRotation<Lane, kWarps>,
+    std::conditional_t<Traits::Options::kPartial, PartialRotation<Lane>, WholeRotation<Lane>>>;
 
 // Rotation and norm of a Q or K head in the order asked for; `norm` normalises x. All lanes of the
 // warp take part. kFewRegisters: a loop of two rounds has the norm's code once, where that of both

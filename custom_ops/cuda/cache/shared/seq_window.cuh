@@ -81,7 +81,6 @@ __device__ __forceinline__ WarpPlace PlaceInSeq(const SeqFacts& facts, int batch
 // `given` is the token's batch id if the step has any. All lanes take part.
 __device__ __forceinline__ WarpPlace FindPlace(const SeqMeta& seqs, const SeqWindow& window,
                                                int given, int token) {
-  if (seqs.batch == 0) return {-1, 0};
   const bool ids = seqs.batch_id_per_token != nullptr;
   // Mostly one lane has the token's sequence: it alone knows the position.
   const int batch_idx = window.low + static_cast<int>(threadIdx.x & 31);

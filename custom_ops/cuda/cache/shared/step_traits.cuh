@@ -14,29 +14,47 @@ struct NoRope {
   static constexpr bool kBias = false;
   static constexpr bool kNorm = false;
   static constexpr bool kAny = false;
+  static constexpr bool kPartial = false;
+  static constexpr bool kAsked = false;
 };
 
 // What happens to a head before it is rounded to the input's type. kBias and kNorm are there, and
 // lie at multiples of 16 bytes; the rotation, if there is one, takes whole heads and its table can
-// be read 16 bytes at a time. With kAny, run time decides whether there are a bias and norm weights
-// (of those named), and they may lie anywhere; any rotary_dim, any table.
-template <bool kBias_, bool kNorm_, bool kAny_ = false>
+// be read 16 bytes at a time. With kPartial, the rotation is as IsPartialRope says, and run time
+// decides whether there are a bias and norm weights (of those named). With kAny, too, and they may
+// lie anywhere; any rotary_dim, any table.
+template <bool kBias_, bool kNorm_, bool kAny_ = false, bool kPartial_ = false>
 struct RopeOptions {
   static constexpr bool kRope = true;
   static constexpr bool kBias = kBias_;
   static constexpr bool kNorm = kNorm_;
   static constexpr bool kAny = kAny_;
+  static constexpr bool kPartial = kPartial_;
+  static constexpr bool kAsked = kAny || kPartial;  // whether there are a bias and norm weights
 };
 
-// Whether a step's rotation and parameters are as RopeOptions without kAny takes them.
-inline bool IsCommonRope(const RopeWriteCacheParams& p) {
+// Whether a step's parameters, and its table if it rotates, can be read 16 bytes at a time.
+inline bool IsVectorRope(const RopeWriteCacheParams& p) {
   const auto address = [](const void* data) { return reinterpret_cast<uintptr_t>(data); };
   const uintptr_t parameters =
       address(p.bias) | address(p.q_norm_weight) | address(p.k_norm_weight);
   if (parameters % 16 != 0) return false;
   if (p.style == RotaryStyle::kNone) return true;
-  return p.rotary_dim == p.cache.head_dim && p.rotary_step == 1 && p.rotary_stride % 4 == 0 &&
+  return p.rotary_step == 1 && p.rotary_stride % 4 == 0 &&
          (address(p.cos) | address(p.sin)) % 16 == 0;
+}
+
+// Whether they are as RopeOptions without kAny and kPartial takes them.
+inline bool IsCommonRope(const RopeWriteCacheParams& p) {
+  return IsVectorRope(p) && (p.style == RotaryStyle::kNone || p.rotary_dim == p.cache.head_dim);
+}
+
+// Whether they are as kPartial takes them: the lanes of 8 or 16 channels that rotate do so wholly,
+// and those of neox partners are a power of 2 apart.
+inline bool IsPartialRope(const RopeWriteCacheParams& p) {
+  if (!IsVectorRope(p) || p.style == RotaryStyle::kNone) return false;
+  if (p.rotary_dim > p.cache.head_dim / 2 || p.rotary_dim % 16 != 0) return false;
+  return p.style == RotaryStyle::kInterleaved || (p.rotary_dim & (p.rotary_dim - 1)) == 0;
 }
 
 // Calls f(options) with what a step asks for.
@@ -44,7 +62,9 @@ template <typename F>
 void DispatchRope(const RopeWriteCacheParams& p, F&& f) {
   const bool bias = p.bias != nullptr;
   const bool norm = p.q_norm_weight != nullptr || p.k_norm_weight != nullptr;
-  if (!IsCommonRope(p)) {
+  if (IsPartialRope(p)) {
+    f(RopeOptions<true, true, false, true>{});
+  } else if (!IsCommonRope(p)) {
     f(RopeOptions<true, true, true>{});
   } else if (bias && norm) {
     f(RopeOptions<true, true>{});

@@ -27,9 +27,10 @@ struct StreamGrid {
 };
 
 // `steps`: groups of heads of a token.
-inline StreamGrid MakeStreamGrid(const SeqMeta& seqs, int steps, int kv_heads) {
+inline StreamGrid MakeStreamGrid(const SeqMeta& seqs, int steps, int kv_heads,
+                                 int ctas_wanted = kStreamCtasWanted) {
   const int token_groups = CeilDiv(seqs.num_tokens, kStreamThreads / 32);
-  const int wanted = std::clamp(CeilDiv(kStreamCtasWanted, token_groups), 1, steps);
+  const int wanted = std::clamp(CeilDiv(ctas_wanted, token_groups), 1, steps);
   const int64_t slots = NumTileSlots(seqs.num_tokens, seqs.batch, kBlockSize, 2);
   StreamGrid grid;
   grid.steps_per_share = CeilDiv(steps, wanted);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/cache/shared/block_pieces.cuh"
+#include "cuda/cache/shared/head_lanes.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
 
 namespace fastattn::cuda {
@@ -18,13 +19,23 @@ struct TileWork {
 };
 
 // Tile `tile_slot` of all sequences' tiles (NumTileSlots with extra 2). All threads get the same.
+// `wanted` [batch], if there is one: sequences where it is not positive have nothing to do.
 __device__ __forceinline__ TileWork FindTile(const SeqMeta& seqs, int tile_slot,
-                                             float seqs_per_tile) {
+                                             float seqs_per_tile, const int* wanted = nullptr) {
   TileWork work = {-1, 0, 0, 0, 0};
   if (seqs.batch == 0) return work;
   const SeqWindow window = LoadWindow(seqs, static_cast<int>(tile_slot * seqs_per_tile));
+  int lane_wanted = 1;  // asked for with the window: most tiles may be of such sequences
+  if (wanted != nullptr) {
+    lane_wanted = wanted[min(window.low + static_cast<int>(threadIdx.x & 31), seqs.batch - 1)];
+  }
   const int batch_idx = PickSeq(seqs, window, tile_slot, kBlockSize, 2);
   if (batch_idx < 0) return work;
+  if (wanted != nullptr) {
+    const int lane = batch_idx - window.low;
+    const bool near = lane >= 0 && lane < 32;
+    if ((near ? __shfl_sync(kFullWarp, lane_wanted, lane) : wanted[batch_idx]) <= 0) return work;
+  }
   const SeqFacts facts = FactsOf(seqs, window, batch_idx);
   if (facts.first < 0) return work;
   const int end = max(min(facts.end, seqs.num_tokens), 0);
@@ -39,6 +50,24 @@ __device__ __forceinline__ TileWork FindTile(const SeqMeta& seqs, int tile_slot,
   work.token = facts.first + base;
   if (work.high > work.low) work.batch_idx = batch_idx;
   return work;
+}
+
+// A lane's share of a tile's tokens, kPasses of them, kTokens slots apart: what row(token) gives,
+// all of it asked for before the first value is used. owned[i]: the i-th is of this sequence.
+template <typename Lane, int kTokens, int kPasses, typename Row>
+__device__ __forceinline__ void LoadTile(const SeqMeta& seqs, const TileWork& work, int first_slot,
+                                         Row&& row, uint32_t (&words)[kPasses][Lane::kWords],
+                                         bool (&owned)[kPasses]) {
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int slot = i * kTokens + first_slot;
+    const int token = work.token + slot;
+    owned[i] = slot >= work.low && slot < work.high;
+    if (owned[i] && seqs.batch_id_per_token != nullptr) {
+      owned[i] = seqs.batch_id_per_token[token] == work.batch_idx;
+    }
+    if (owned[i]) LoadHalves<Lane::kWords, Lane::kDistance>(row(token), words[i]);
+  }
 }
 
 // V of one block in shared memory.

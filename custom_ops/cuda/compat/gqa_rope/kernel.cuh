@@ -16,6 +16,11 @@
 
 namespace fastattn::cuda {
 
+#ifndef FASTATTN_GQA_CTAS
+#define FASTATTN_GQA_CTAS 512
+#endif
+inline constexpr int kGqaCtasWanted = FASTATTN_GQA_CTAS;
+
 // int8 codes of FastDeploy's layout have 128 added.
 template <typename Traits>
 inline constexpr uint32_t kCodeFlip = Traits::kCode == DType::kInt8 ? 0x80808080u : 0u;
@@ -189,8 +194,8 @@ __device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, i
 
   const SeqMeta& seqs = p.rope.seqs;
   const PagedCache& cache = p.rope.cache;
-  const TileWork work = FindTile(seqs, tile_slot, seqs_per_tile);
-  if (work.batch_idx < 0 || p.seq_lens_encoder[work.batch_idx] <= 0) return;
+  const TileWork work = FindTile(seqs, tile_slot, seqs_per_tile, p.seq_lens_encoder);
+  if (work.batch_idx < 0) return;
   const int kv_heads = cache.num_kv_heads;
   const int fused_heads = p.rope.num_heads + 2 * kv_heads;
   const int fused_head = fused_heads - kv_heads + head;
@@ -200,18 +205,8 @@ __device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, i
       static_cast<const uint16_t*>(p.rope.qkv) + fused_head * kHeadDim + lane * Lane::kHalf;
   uint32_t words[kPasses][Lane::kWords] = {};
   bool owned[kPasses];
-#pragma unroll
-  for (int i = 0; i < kPasses; ++i) {
-    const int slot = i * kTokens + first_slot;
-    const int token = work.token + slot;
-    owned[i] = slot >= work.low && slot < work.high;
-    if (owned[i] && seqs.batch_id_per_token != nullptr) {
-      owned[i] = seqs.batch_id_per_token[token] == work.batch_idx;
-    }
-    if (owned[i]) {
-      LoadHalves<Lane::kWords, Lane::kDistance>(values + token * p.rope.qkv_stride, words[i]);
-    }
-  }
+  const auto row = [&](int token) { return values + token * p.rope.qkv_stride; };
+  LoadTile<Lane, kTokens>(seqs, work, first_slot, row, words, owned);
   const float scale = HeadScale<Traits>(cache, cache.v_scales, cache.v_granularity, head);
   const int block = BlockOf(seqs, cache.num_blocks, work.batch_idx, work.block_index);
   const int base = work.token - seqs.cu_seqlens_q[work.batch_idx];
@@ -255,6 +250,7 @@ __global__ void __launch_bounds__(kStreamThreads, 3)
     GqaStreamKernel(const __grid_constant__ GqaRopeWriteCacheParams p,
                     const __grid_constant__ StreamGrid grid) {
   PdlWait();
+  PdlLaunchDependents();
   const int batch_idx = blockIdx.x * kStreamThreads + threadIdx.x;
   if (batch_idx < p.rope.seqs.batch) {  // the grid has more threads
     p.prefix_lens[batch_idx] =
@@ -278,7 +274,7 @@ cudaError_t LaunchGqaFormat(const GqaRopeWriteCacheParams& p, cudaStream_t strea
     using Lane = StreamLane<Traits>;
     const int kv_heads = rope.cache.num_kv_heads;
     const int steps = CeilDiv(rope.num_heads, Lane::kHeads) + 2 * CeilDiv(kv_heads, Lane::kHeads);
-    const StreamGrid grid = MakeStreamGrid(rope.seqs, steps, kv_heads);
+    const StreamGrid grid = MakeStreamGrid(rope.seqs, steps, kv_heads, kGqaCtasWanted);
     status = LaunchPdl(GqaStreamKernel<Traits>, dim3(GridSize(grid.ctas)), dim3(kStreamThreads),
                        stream, p, grid);
   };

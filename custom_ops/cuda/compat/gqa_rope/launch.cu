@@ -5,6 +5,7 @@
 #include "cuda/cache/append/launch.h"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/launch.cuh"
+#include "cuda/common/pdl.cuh"
 #include "cuda/compat/gqa_rope/instances.h"
 
 namespace fastattn::cuda {
@@ -25,6 +26,7 @@ __global__ void PrefixLengthsKernel(const __grid_constant__ GqaRopeWriteCachePar
 // One CTA copies the tokens of one block of one KV head. Values of 16 bits need no conversion.
 __global__ void __launch_bounds__(kThreads)
     Prefix16Kernel(const __grid_constant__ AppendCacheParams p) {
+  PdlWait();
   const int batch_idx = FindSeq(p.cu_seqlens_k, p.batch, blockIdx.x);
   if (batch_idx < 0) return;
   const int first = p.cu_seqlens_k[batch_idx];
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t LaunchGqaPrefix16(const AppendCacheParams& p, cudaStream_t stream) {
   const dim3 grid(GridSize(NumTileSlots(p.num_out_tokens, p.batch)), p.cache.num_kv_heads);
-  return LaunchKernel(Prefix16Kernel, grid, kThreads, stream, p);
+  return LaunchPdl(Prefix16Kernel, grid, dim3(kThreads), stream, p);
 }
 
 cudaError_t LaunchGqaRopeWriteCache(const GqaRopeWriteCacheParams& p, cudaStream_t stream) {
