@@ -289,7 +289,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq,
   values.MakeWait(early, place.position);
   float inverse;
   if (place.batch_idx >= 0) {
-    if constexpr (kRotated) rotation.Load(p, place, lane);
+    values.LoadAngles(rope, place, at.lane);
     values.Transform(rope, at.lane);
   } else {
     inverse = Reciprocal(scale.Value());
@@ -325,7 +325,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, DecodeSeq&
   Inverse inverse = {1.0f};
   if constexpr (Traits::kRope) {
     if (place.batch_idx >= 0) {
-    if constexpr (kRotated) rotation.Load(p, place, lane);
+      values.LoadAngles(rope, place, at.lane);
     }
   } else {
     inverse.value = Reciprocal(scale.Value());

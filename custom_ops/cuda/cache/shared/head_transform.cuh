@@ -349,10 +349,10 @@ struct PartialRotation {
     return lane * Lane::kHalf < p.rotary_dim;
   }
 
-  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, uint32_t position, int lane) {
+  __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, const WarpPlace& place,
+                                       int lane) {
     if (!Rotates(p, lane)) return;
-    const int64_t last = p.max_positions - 1;
-    const int64_t row = (position < last ? position : last) * p.rotary_stride;
+    const int64_t row = RotaryRow(p, place.batch_idx, place.position);
     if (p.style == RotaryStyle::kNeox) {
       const int half = p.rotary_dim / 2;
       const int channel = lane * Lane::kHalf;
