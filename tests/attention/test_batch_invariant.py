@@ -16,6 +16,7 @@ from tests.support.attention import (
     PLAIN,
     CacheKind,
     PagedProblem,
+    flash_problem,
     paged_problem,
 )
 from tests.support.compare import assert_same_bits
@@ -229,6 +230,29 @@ def test_inactive_seqs_and_padding_do_not_count(place):
     active = [0, 3, 4]
     step = batch_of(problem, active)
     assert_seqs(step, step.run(place), wanted, active, "without the others")
+
+
+@pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:tensor"])
+def test_long_seqs_over_contiguous_keys(place, q_type):
+    """flash_attention has no such option; sequences of more than 64 tokens do not need it."""
+    seqs = [(65, 700), (200, 200), (130, 1500), (1, 900), (70, 75)]
+    problem = flash_problem(seqs, q_type=q_type, dim=128, seed=3, causal=True)
+    out, lse = problem.run(place)
+    for s, (new, keys) in enumerate(seqs):
+        if new <= 64:
+            continue
+        q0, k0 = problem.cu_seqlens_q[s], problem.cu_seqlens_k[s]
+        alone = dataclasses.replace(
+            problem,
+            q=problem.q[q0 : q0 + new],
+            k=problem.k[k0 : k0 + keys],
+            v=problem.v[k0 : k0 + keys],
+            cu_seqlens_q=np.array([0, new], np.int32),
+            cu_seqlens_k=np.array([0, keys], np.int32),
+        )
+        alone_out, alone_lse = alone.run(place)
+        assert_same_bits(alone_out, out[q0 : q0 + new], f"sequence {s}: out")
+        assert_same_bits(alone_lse, lse[:, q0 : q0 + new], f"sequence {s}: lse")
 
 
 @pytest.mark.gpu
