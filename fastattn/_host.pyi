@@ -33,4 +33,6 @@ def decide_attention(
     max_seqlen_k: int,
     compute_major: int = 9,
     num_sms: int = 132,
+    batch_invariant: bool = False,
 ) -> tuple[str, int, list[dict[str, int]]]: ...
+def invariant_splits(kv_tiles: int, columns: int, num_kv_heads: int) -> tuple[int, int]: ...

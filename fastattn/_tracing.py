@@ -181,7 +181,7 @@ RULES: dict[str, OpRules] = {
     ),
     "paged_attention": OpRules(
         {**_CACHE, "q": _rules.paged_queries, **_SEQS, **_ATTENTION_INPUTS},
-        {**_TYPE_AND_FORMAT, **_ATTENTION_ATTRS},
+        {**_TYPE_AND_FORMAT, **_ATTENTION_ATTRS, "batch_invariant": _rules.anything},
         _SCALES,
     ),
     "merge_attn_states": OpRules(

@@ -10,6 +10,8 @@ variable                   meaning
 ``FASTATTN_PROFILE``       1: a range around every operator call, for ``paddle.profiler`` and NVTX.
                            Read at import.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
+``FD_DETERMINISTIC_MODE``  FastDeploy's: an int that is not 0 makes backends batch-invariant
+                           (docs/backends.md). Read when a backend is made.
 =========================  ========================================================================
 
 Those that FastDeploy sets for its own processes are read where their words are spoken:
@@ -42,6 +44,21 @@ def log_level() -> int:
 def profile() -> bool:
     """Whether operator calls are ranges of a profiler; values but 0 and 1 warn and count as 0."""
     return _number("FASTATTN_PROFILE", ("0", "1")) == 1
+
+
+def deterministic() -> bool:
+    """Whether FastDeploy's deterministic mode is on, as FastDeploy itself reads the variable.
+
+    Raises
+    ------
+    ValueError
+        If it is not an int.
+    """
+    text = os.environ.get("FD_DETERMINISTIC_MODE", "0")
+    try:
+        return bool(int(text))
+    except ValueError:
+        raise ValueError(f"FD_DETERMINISTIC_MODE: expected an int, got {text!r}") from None
 
 
 def _number(name: str, values: tuple[str, ...]) -> int:

@@ -53,8 +53,9 @@ std::vector<Tensor> PagedAttention(
     OptionalTensor& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
     bool causal, int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& cache_quant_type,
-    const std::string& fp8_format, bool quantize_q) {
+    const std::string& fp8_format, bool quantize_q, bool batch_invariant) {
   AttentionParams p;
+  p.batch_invariant = batch_invariant;
   ParseQuery(kPaged, q, &p);
   const auto place = q.numel() > 0 ? q.place() : block_tables.place();
   p.paged = true;
@@ -143,7 +144,7 @@ std::vector<Shape> PagedInferShape(
     int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
     int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& cache_quant_type,
-    const std::string& fp8_format, bool quantize_q) {
+    const std::string& fp8_format, bool quantize_q, bool batch_invariant) {
   return ResultShapes(q, return_softmax_lse);
 }
 
@@ -156,7 +157,8 @@ std::vector<phi::DataType> PagedInferDtype(
     const OptionalDtype& out_scale, const OptionalDtype& out, int64_t max_seqlen_q,
     int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
     int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
-    const std::string& cache_quant_type, const std::string& fp8_format, bool quantize_q) {
+    const std::string& cache_quant_type, const std::string& fp8_format, bool quantize_q,
+    bool batch_invariant) {
   return ResultDtypes(q, static_cast<bool>(out_scale), out, out_dtype);
 }
 
@@ -188,7 +190,7 @@ PD_BUILD_OP(fastattn_paged_attention)
     .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
             "causal: bool", "window_left: int64_t", "window_right: int64_t", "softcap: float",
             "return_softmax_lse: bool", "out_dtype: std::string", "cache_quant_type: std::string",
-            "fp8_format: std::string", "quantize_q: bool"})
+            "fp8_format: std::string", "quantize_q: bool", "batch_invariant: bool"})
     .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::PagedAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedInferDtype));

@@ -67,7 +67,9 @@ Launches LaunchesOf(const AttentionPlan& plan) {
                         {"max_pairs", launch.max_pairs},
                         {"grid", launch.grid},
                         {"cluster", launch.cluster},
-                        {"workspace", launch.workspace}});
+                        {"workspace", launch.workspace},
+                        {"invariant_splits", launch.invariant_splits},
+                        {"whole_tiles", launch.whole_tiles}});
   }
   return launches;
 }
@@ -141,14 +143,13 @@ AttentionParams CallOf(const std::string& q_dtype, const std::string& k_dtype,
 }
 
 // What the host decides about a call on a GPU: (prefill kernel, floats of workspace, launches).
-std::tuple<std::string, int64_t, Launches> Decide(const std::string& q_dtype,
-                                                  const std::string& k_dtype,
-                                                  const std::string& cache_type, int num_tokens,
-                                                  int batch, int num_heads, int num_kv_heads,
-                                                  int head_dim, int max_seqlen_q, int max_seqlen_k,
-                                                  int compute_major, int num_sms) {
-  const AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
-                                   num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
+std::tuple<std::string, int64_t, Launches> Decide(
+    const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
+    int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
+    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant) {
+  AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
+                             num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
+  p.batch_invariant = batch_invariant;
   const AttentionDecision decision = DecideAttention(p, {compute_major, num_sms});
   const char* const kernels[] = {"mma_sm80", "wgmma_fp8", "wgmma_fp16"};
   return {kernels[static_cast<int>(decision.prefill)], decision.workspace,
@@ -177,8 +178,19 @@ PYBIND11_MODULE(_host, m) {
   m.def("decide_attention", &api::Decide, arg("q_dtype"), arg("k_dtype"), arg("cache_type"),
         arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"), arg("head_dim"),
         arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9, arg("num_sms") = 132,
+        arg("batch_invariant") = false,
         "Kernel of a call's whole tiles, floats of workspace, and launches on a GPU; cache_type "
         "ragged: flash_attention.");
+  m.def(
+      "invariant_splits",
+      [](int kv_tiles, int columns, int num_kv_heads) {
+        const InvariantBounds bounds = InvariantBoundsOf(columns, num_kv_heads);
+        const InvariantSplits splits =
+            InvariantSplitsOf(kv_tiles, bounds.most_splits, bounds.least_tiles);
+        return std::make_tuple(splits.tiles, splits.count);
+      },
+      arg("kv_tiles"), arg("columns"), arg("num_kv_heads"),
+      "KV tiles of a split, and splits, of a work tile of a batch-invariant call.");
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");
   m.def(

@@ -35,7 +35,7 @@ class Family:
     launcher: str  # a function template
     takes: str  # types of its parameters
     declared: str  # header, in `folder` unless it has slashes
-    defined: str  # header, in `folder`
+    defined: str  # header, in `folder` unless it has slashes
     columns: dict[str, str]  # names and types of its template parameters
     rows: tuple[tuple[Cell, ...], ...]  # a cell of several values stands for a row with each
     namespace: str = "fastattn::cuda"
@@ -45,6 +45,10 @@ class Family:
     def list_name(self) -> str:
         """What the list of instances is called."""
         return re.sub(r"^Launch|Variant$", "", self.launcher) + "Instances"
+
+    def header(self, name: str) -> str:
+        """Where a header lies: in the folder, unless its name has slashes."""
+        return name if "/" in name else f"{self.folder}/{name}"
 
     def arguments(self) -> list[tuple[Value, ...]]:
         """Template arguments of every instance."""
@@ -104,6 +108,24 @@ FAMILIES = (
         rows=(
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, False, (8, 16, 64)),
             (("kE4M3", "kInt8"), HEAD_DIMS, True, True, (8, 16, 64)),
+        ),
+    ),
+    Family(
+        folder="cuda/attention/mma_sm80/invariant",
+        launcher="LaunchInvariantVariant",
+        takes="const AttentionParams&, const InvariantTask&, int, cudaStream_t",
+        declared="cuda/attention/mma_sm80/launch.h",
+        defined="cuda/attention/mma_sm80/invariant_kernel.cuh",
+        columns={
+            "element": "DType",
+            "head_dim": "int",
+            "per_token_scales": "bool",
+            "columns": "int",
+        },
+        together="columns",
+        rows=(
+            ((*HALF, *FP8, "kInt8"), HEAD_DIMS, False, (8, 16, 64)),
+            (("kE4M3", "kInt8"), HEAD_DIMS, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -204,7 +226,7 @@ def _source(family: Family, instances: list[tuple[Value, ...]]) -> str:
         for values in instances
     ]
     return (
-        f'{HEADER}#include "{family.folder}/{family.defined}"\n\n'
+        f'{HEADER}#include "{family.header(family.defined)}"\n\n'
         f"namespace {family.namespace} {{\n\n{''.join(lines)}\n"
         f"}}  // namespace {family.namespace}\n"
     )
@@ -212,7 +234,7 @@ def _source(family: Family, instances: list[tuple[Value, ...]]) -> str:
 
 def _list(family: Family) -> str:
     """Text of ``instances.h``."""
-    declared = family.declared if "/" in family.declared else f"{family.folder}/{family.declared}"
+    declared = family.header(family.declared)
     rows = ",\n".join(f"    Instance<{family.spell(values)}>" for values in family.arguments())
     return (
         f'{HEADER}#pragma once\n\n#include "common/instances.h"\n#include "{declared}"\n\n'

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "heuristics/attention_plan.h"
+#include "heuristics/invariant_plan.h"
 #include "heuristics/wgmma_support.h"
 #include "params/attention.h"
 
@@ -67,7 +68,7 @@ inline AttentionDecision DecideAttention(const AttentionParams& p, const Attenti
   const PrefillKernel fitting = ChoosePrefill(p, device);
   AttentionSizes sizes = SizesOfCall(p, device);
   sizes.long_seq = LongSeqFor(p, fitting);
-  decision.plan = PlanAttention(sizes);
+  decision.plan = p.batch_invariant ? PlanInvariantAttention(sizes) : PlanAttention(sizes);
   if (decision.plan.Whole() != nullptr) decision.prefill = fitting;
   if (decision.prefill == PrefillKernel::kWgmmaFp8) {
     decision.prefill_workspace = WgmmaFp8Workspace(p);

@@ -47,9 +47,12 @@ struct AttentionLaunch {
   int64_t grid = 0;       // CTAs
   int64_t cluster = 1;    // CTAs that take a sequence and KV head together; 1: equal shares
   int64_t workspace = 0;  // floats of partial results
+  // Of a batch-invariant launch (invariant_plan.h): splits of a work tile, at most; 0 elsewhere.
+  int64_t invariant_splits = 0;
+  bool whole_tiles = false;  // no work tile lies in several CTAs
 };
 
-inline constexpr int kMaxLaunches = 3;
+inline constexpr int kMaxLaunches = 4;
 
 struct AttentionPlan {
   int num_launches = 0;

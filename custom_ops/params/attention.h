@@ -76,6 +76,9 @@ struct AttentionParams {
   // plans its splits from the lengths and keeps the partial results itself.
   float* workspace = nullptr;
   bool clear_padding = false;  // launchers: tokens of no sequence get output 0
+  // A sequence's bits follow from the sequence alone (heuristics/invariant_plan.h). The CPU kernel
+  // is like that in any case.
+  bool batch_invariant = false;
 };
 
 }  // namespace fastattn

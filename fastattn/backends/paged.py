@@ -7,7 +7,7 @@ from typing import Any
 
 import paddle
 
-from fastattn import _ops, functional
+from fastattn import _ops, env, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
 from fastattn.backends.forward_meta import current_plan, field, optional, sequences
@@ -17,6 +17,9 @@ from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.functional._marker import unified
+
+#: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
+_BLOCK_SHAPES_Q = (-1, 16)
 
 
 @dataclass
@@ -51,12 +54,18 @@ class PagedAttentionBackend(AttentionBackend):
     kv_num_heads, num_heads, head_dim : int
         Heads of this process, and their size.
     encoder_block_shape_q, decoder_block_shape_q : int
-        Arguments of FastDeploy's backends. Not used: the operators choose their own tiles.
+        Arguments of FastDeploy's backends. The operators choose their own tiles, but see
+        `batch_invariant`.
     q_quant : {"none", "per_tensor", "per_token_head", "auto"}
         Quantisation of Q for the attention; ``"per_tensor"`` uses ``layer.q_scale``. ``"auto"`` is
         ``"per_token_head"`` for layers with an e4m3 cache, whose long sequences then run on the FP8
         tensor cores, and ``"none"`` for others. The results are those of the attention's
         `quantize_q`, but need no extra pass over Q.
+    batch_invariant : bool, optional
+        A sequence's bits do not depend on the batch: the attention's option of that name. By
+        default it is on in FastDeploy's deterministic mode, which the environment variable
+        ``FD_DETERMINISTIC_MODE`` says, or a `decoder_block_shape_q` that FastDeploy passes in no
+        other mode: one that is neither -1 nor 16.
 
     Raises
     ------
@@ -80,6 +89,7 @@ class PagedAttentionBackend(AttentionBackend):
         decoder_block_shape_q: int = -1,
         *,
         q_quant: str = "none",
+        batch_invariant: bool | None = None,
     ) -> None:
         name = type(self).__name__
         if q_quant not in ("none", "per_tensor", "per_token_head", "auto"):
@@ -103,6 +113,9 @@ class PagedAttentionBackend(AttentionBackend):
         self.encoder_block_shape_q = encoder_block_shape_q
         self.decoder_block_shape_q = decoder_block_shape_q
         self.q_quant = q_quant
+        if batch_invariant is None:
+            batch_invariant = env.deterministic() or decoder_block_shape_q not in _BLOCK_SHAPES_Q
+        self.batch_invariant = batch_invariant
         self.attention_metadata: PagedAttentionMetadata | None = None
         self._known_layers = KnownLayers()
         guard(fd_config, name)
@@ -333,6 +346,7 @@ class PagedAttentionBackend(AttentionBackend):
         }
         attend = {
             "out_scale": getattr(layer, "fp8_output_scale", None),
+            "batch_invariant": self.batch_invariant,
             **self._mask_arguments(layer),
             **types,
         }
@@ -386,6 +400,11 @@ class PagedAttentionBackend(AttentionBackend):
             raise NotImplementedError(
                 f"{type(self).__name__}: forward_meta.attn_mask is not supported; use "
                 "attn_mask_offsets"
+            )
+        if self.batch_invariant and optional(forward_meta, "cascade_plan") is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: forward_meta.cascade_plan is not supported with "
+                "batch_invariant: all sequences attend to a shared prefix as one"
             )
         if optional(forward_meta, "pre_caches_length"):
             raise NotImplementedError(

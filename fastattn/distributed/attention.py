@@ -132,6 +132,7 @@ def paged_attention_dcp(
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
+    batch_invariant: bool = False,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
 
@@ -170,6 +171,10 @@ def paged_attention_dcp(
         As for :func:`paged_attention`, but finite or -inf: +inf counts as absent here.
     out : Tensor, shape [T, H, D], optional
         Written in place and returned. Tokens of no sequence become 0.
+    batch_invariant : bool
+        As for :func:`paged_attention`, for the same ranks: which of them hold a sequence's blocks
+        must follow from the sequence, as it does with :func:`dcp_local_block_tables`. Partial
+        results are merged for each token apart.
 
     Returns
     -------
@@ -241,6 +246,7 @@ def paged_attention_dcp(
         "cache_k_zp": cache_k_zp,
         "cache_v_zp": cache_v_zp,
         "quantize_q": quantize_q,
+        "batch_invariant": batch_invariant,
     }
     if world_size == 1 or not is_tensor(q) or 0 in q.shape:
         return paged_attention(

@@ -191,6 +191,7 @@ def paged_attention_attrs(
     return_softmax_lse: bool = False,
     out_dtype: str = "auto",
     quantize_q: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Any, ...]:
     """Attributes of the operator ``paged_attention`` behind the two lengths, in its order."""
     return (
@@ -203,6 +204,7 @@ def paged_attention_attrs(
         cache_quant_type,
         fp8_format,
         quantize_q,
+        batch_invariant,
     )
 
 
@@ -236,6 +238,7 @@ def paged_attention(
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
+    batch_invariant: bool = False,
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
@@ -308,6 +311,11 @@ def paged_attention(
         for each token and head. For e4m3 caches only. Long sequences then run on the
         FP8 tensor cores of a Hopper GPU, with the rounding error of e4m3 queries (see
         docs/numerics.md). The output keeps the dtype of `q`.
+    batch_invariant : bool
+        A sequence's output and LSE have the same bits in every batch: alone or beside others, in
+        any order, with any `max_seqlen_q` and `max_seqlen_k` that are not too small, in any slots
+        and blocks, eager and in a CUDA graph. See docs/numerics.md for what else they depend on,
+        and what it costs. On the CPU that is so in any case.
 
     Returns
     -------
@@ -380,6 +388,7 @@ def paged_attention(
         return_softmax_lse,
         out_dtype,
         quantize_q,
+        batch_invariant,
     )
     result, lse, *_ = _ops.call("paged_attention", inputs, (max_seqlen_q, max_seqlen_k, *attrs))
     return (result, lse) if return_softmax_lse else result

@@ -232,6 +232,7 @@ def cascade_attention(
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
+    batch_invariant: bool = False,
 ) -> Any:
     r"""Attention of a step whose sequences share their first cache blocks.
 
@@ -290,6 +291,8 @@ def cascade_attention(
         Zero points; every supported type is symmetric and takes none.
     quantize_q : bool
         As for :func:`paged_attention`.
+    batch_invariant : bool
+        Only False is supported: all sequences attend to the prefix together.
 
     Returns
     -------
@@ -304,7 +307,8 @@ def cascade_attention(
         As :func:`paged_attention`; also if `plan` is not a CascadePlan, or `q_descale` has shape
         [B, KV].
     NotImplementedError
-        As :func:`paged_attention`; also for a window, and in a static program.
+        As :func:`paged_attention`; also for a window, for `batch_invariant`, and in a static
+        program.
 
     See Also
     --------
@@ -334,6 +338,11 @@ def cascade_attention(
     [5.0, 5.0]
     """
     _check(plan, max_seqlen_k, q, q_descale, window_size)
+    if batch_invariant:
+        raise NotImplementedError(
+            f"{_OP}: batch_invariant: True is not supported: all sequences attend to the prefix as "
+            "one, so that a sequence's bits depend on the others; use paged_attention"
+        )
     check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)
     dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
     check_results(_OP, q, out, out_scale, dtype)

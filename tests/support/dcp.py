@@ -152,6 +152,7 @@ CASES: dict[str, Case] = {
         SHORT, dcp={"out_dtype": "float16"}, kind=BLOCK_WISE_FP8, q_type="e4m3:tensor"
     ),
     "quantize_q": _case(SEQS, kind=BLOCK_WISE_FP8, quantize_q=True),
+    "batch_invariant": _case(SEQS, dcp={"batch_invariant": True}, kind=BLOCK_WISE_FP8),
     "fp32_output": _case(SEQS, dcp={"out_dtype": "float32"}, kind=BLOCK_WISE_FP8, seed=6),
     "exchange_output": _case(SEQS, dcp={"exchange_dtype": "output"}, kind=BLOCK_WISE_FP8, seed=6),
     "exchange_output-fp8": _case(

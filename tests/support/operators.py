@@ -156,7 +156,8 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {**attention, "kv_dtype": "auto"},
         ),
         "paged_attention": OpCall(
-            {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()}, {**plain, **attention}
+            {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()},
+            {**plain, **attention, "batch_invariant": False},
         ),
         "merge_attn_states": OpCall(
             {

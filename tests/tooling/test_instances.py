@@ -32,7 +32,7 @@ def test_every_instance_is_written_once(tmp_path, family):
     found = []
     for path in (tmp_path / family.folder).glob("*.cu"):
         text = path.read_text()
-        assert f'#include "{family.folder}/{family.defined}"' in text
+        assert f'#include "{family.header(family.defined)}"' in text
         assert f"namespace {family.namespace} {{" in text
         found += re.findall(rf"template cudaError_t {family.launcher}<(.*)>\(", text)
     listed = (tmp_path / family.folder / "instances.h").read_text()
@@ -84,8 +84,7 @@ def test_no_instance_is_written_by_hand():
 
 def test_columns_are_template_parameters_of_the_launcher():
     for family in instances.FAMILIES:
-        header = family.declared if "/" in family.declared else f"{family.folder}/{family.declared}"
-        for name in (header, f"{family.folder}/{family.defined}"):
+        for name in (family.header(family.declared), family.header(family.defined)):
             text = (CUSTOM_OPS / name).read_text(encoding="utf-8")
             found = re.search(rf"template <([^>]*)>\s+cudaError_t {family.launcher}\(", text)
             assert found, f"{name} has no {family.launcher}"
@@ -201,7 +200,7 @@ def compiled(source, target, *flags):
 def test_launchers_need_what_is_listed(tmp_path, family):
     """Undefined symbols of the file that dispatches are the instances of the table."""
     instances.write(CUSTOM_OPS / toolchain.GENERATED)
-    folder = "cuda/attention" if family.folder.endswith("mma_sm80") else family.folder
+    folder = "cuda/attention" if "/mma_sm80" in family.folder else family.folder
     found = symbols(compiled(f"{folder}/launch.cu", tmp_path / "launch.o"), "U", family)
     assert found == {family.spell(values) for values in family.arguments()}
 

@@ -6,6 +6,7 @@
 
 #include "common/ceil_div.h"
 #include "cuda/attention/mma_sm80/instances.h"
+#include "cuda/attention/mma_sm80/invariant/instances.h"
 #include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/wgmma_sm90/fp16/launch.h"
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
@@ -50,7 +51,50 @@ AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, 
 }
 
 bool LeavesPartials(const AttentionLaunch& launch) {
+  if (launch.invariant_splits > 0) return LeavesInvariantPartials(launch);
   return launch.split && launch.grid > 1 && launch.cluster == 1;
+}
+
+using InvariantLauncher = cudaError_t (*)(const AttentionParams&, const InvariantTask&, int,
+                                          cudaStream_t);
+
+InvariantLauncher FindInvariant(const AttentionParams& p, int columns) {
+  const bool dynamic = IsDynamic(p.cache.type);
+  const std::tuple wanted{Wanted{dynamic ? "dynamic codes" : "cache on a GPU", p.cache.dtype},
+                          Wanted{"head_dim", p.head_dim}, Wanted{"per_token_scales", dynamic},
+                          Wanted{"columns", columns}};
+  InvariantLauncher found = nullptr;
+  dispatch(InvariantInstances{}, wanted, [&](auto... arguments) {
+    found = LaunchInvariantVariant<decltype(arguments)::value...>;
+  });
+  return found;
+}
+
+InvariantTask MakeInvariantTask(const AttentionParams& p, const AttentionLaunch& launch,
+                                const AttentionTask& work) {
+  InvariantTask task;
+  task.work = work;
+  task.most_splits = static_cast<int>(launch.invariant_splits);
+  task.least_tiles = InvariantBoundsOf(launch.columns, p.num_kv_heads).least_tiles;
+  task.whole_tiles = launch.whole_tiles;
+  if (!LeavesInvariantPartials(launch)) task.work.headers = nullptr;
+  return task;
+}
+
+cudaError_t Run(const AttentionParams& p, const AttentionLaunch& launch, const AttentionTask& task,
+                cudaStream_t stream) {
+  const int grid = static_cast<int>(launch.grid);
+  if (launch.invariant_splits == 0) return Find(p, launch.columns)(p, task, grid, stream);
+  return FindInvariant(p, launch.columns)(p, MakeInvariantTask(p, launch, task), grid, stream);
+}
+
+cudaError_t RunMerge(const AttentionParams& p, const AttentionLaunch& launch,
+                     const AttentionTask& task, cudaStream_t stream) {
+  const int grid = static_cast<int>(launch.grid);
+  if (launch.invariant_splits == 0) {
+    return LaunchMergePartials(p, task, launch.columns, grid, stream);
+  }
+  return LaunchMergeInvariant(p, MakeInvariantTask(p, launch, task), launch.columns, grid, stream);
 }
 
 // The plan's launches over some sequences, but for the one that a prefill kernel does for all of
@@ -68,8 +112,7 @@ cudaError_t LaunchSeqs(const AttentionParams& p, const AttentionPlan& plan, bool
     tasks[i] = MakeTask(p, launch, first_seq, &workspace);
     tasks[i].clear_padding = std::exchange(clear_padding, false);
     tasks[i].overlaps_previous = std::exchange(overlaps_previous, true);
-    const Launcher run = Find(p, launch.columns);
-    const cudaError_t status = run(p, tasks[i], static_cast<int>(launch.grid), stream);
+    const cudaError_t status = Run(p, launch, tasks[i], stream);
     if (status != cudaSuccess) return status;
   }
   overlaps_previous = false;
@@ -77,8 +120,7 @@ cudaError_t LaunchSeqs(const AttentionParams& p, const AttentionPlan& plan, bool
     const AttentionLaunch& launch = plan.launches[i];
     if (!LeavesPartials(launch)) continue;
     tasks[i].overlaps_previous = std::exchange(overlaps_previous, true);
-    const cudaError_t status =
-        LaunchMergePartials(p, tasks[i], launch.columns, static_cast<int>(launch.grid), stream);
+    const cudaError_t status = RunMerge(p, launch, tasks[i], stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;

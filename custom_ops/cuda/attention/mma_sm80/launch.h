@@ -5,6 +5,7 @@
 
 #include "common/types.h"
 #include "heuristics/attention_plan.h"
+#include "heuristics/invariant_plan.h"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
@@ -37,5 +38,26 @@ cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream);
 
 // Clears tokens of no sequence while the kernel ahead writes the others.
 cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream);
+
+// A batch-invariant launch. Its work's
+//  - headers tell of a CTA: {splits that are missing, batch_idx, KV head, tile} of the work tile
+//  that
+//    it leaves unfinished, or {0, ..}; then the number of its results of the one that it found
+//    begun.
+//  - partials are [grid, most_splits, columns, D + 2]: the CTA's total, and then those results.
+struct InvariantTask {
+  AttentionTask work;
+  int most_splits = 1;  // of a work tile
+  int least_tiles = 0;  // KV tiles of a split, where there are several
+  bool whole_tiles = false;
+};
+
+template <DType kElement, int kHeadDim, bool kPerTokenScales, int kColumns>
+cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
+                                   cudaStream_t stream);
+
+// Merges what LaunchInvariantVariant left.
+cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int columns,
+                                 int grid, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

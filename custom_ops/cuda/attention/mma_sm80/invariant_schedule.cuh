@@ -1,0 +1,158 @@
+// Which splits of which work tiles a CTA takes. What a split is follows from its sequence; the CTAs
+// share all splits of a launch by their cost.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "params/attention.h"
+
+namespace fastattn::cuda {
+
+__device__ __forceinline__ InvariantSplits SplitsOf(const InvariantTask& task,
+                                                    const SeqWork& work) {
+  return InvariantSplitsOf(work.kv_tiles, task.most_splits, task.least_tiles);
+}
+
+// Costs, in quarters of a KV tile: what a split takes beside its keys, and a work tile.
+inline constexpr uint32_t kSplitCost = 4;
+inline constexpr uint32_t kTileCost = 24;
+
+// Of a split. Those of a work tile all count the same, so that equal shares of equal work tiles
+// begin where splits do.
+__device__ __forceinline__ uint64_t CostOfSplit(const InvariantTask& task, const SeqWork& work,
+                                                const InvariantSplits& splits) {
+  if (task.whole_tiles) return 1;  // a work tile a CTA
+  return (4ull * work.kv_tiles + kTileCost) / splits.count + kSplitCost;
+}
+
+// Where a share begins or ends: a work tile, and a split of it.
+struct SplitEdge {
+  uint32_t work_tile;
+  int split;
+  int seq;  // which holds that point, or one before it
+};
+
+struct InvariantSchedule {
+  const uint2* before;  // [num_seqs + 1]: cost, work tiles
+  SplitEdge begin;
+  SplitEdge end;
+  uint32_t num_work_tiles;
+};
+
+template <int kColumns, int kKvTile>
+__device__ __forceinline__ SplitEdge SplitEdgeAt(const AttentionParams& p,
+                                                 const InvariantTask& task, const uint2* before,
+                                                 uint32_t cost) {
+  const int num_seqs = task.work.num_seqs;
+  const uint2 all = before[num_seqs];
+  if (cost >= all.x) return {all.y, 0, num_seqs - 1};
+  const int seq = SeqAt(before, num_seqs, cost);
+  const SeqWork work =
+      WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
+  const InvariantSplits splits = SplitsOf(task, work);
+  const uint32_t each = static_cast<uint32_t>(CostOfSplit(task, work, splits));
+  const uint32_t count = task.whole_tiles ? 1 : splits.count;
+  const uint2 start = before[seq];
+  // The nearest split: neighbouring shares find the same one.
+  const uint32_t at = (cost - start.x + each / 2) / each;
+  return {start.y + at / count, static_cast<int>(at % count), seq};
+}
+
+// Fills before[0 .. num_seqs] and returns the CTA's share. All threads take part.
+template <int kColumns, int kKvTile, int kThreads>
+__device__ __forceinline__ InvariantSchedule MakeInvariantSchedule(const AttentionParams& p,
+                                                                   const InvariantTask& task,
+                                                                   uint2* before,
+                                                                   uint2* warp_totals) {
+  constexpr int kWarps = kThreads / 32;
+  constexpr uint32_t kMost = 0x7FFFFFFF;  // garbage lengths must not wrap around
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_seqs = task.work.num_seqs;
+  uint2 sum_before = make_uint2(0, 0);
+  if (threadIdx.x == 0) before[0] = sum_before;
+  for (int base = 0; base < num_seqs; base += kThreads) {
+    const int seq = base + static_cast<int>(threadIdx.x);
+    uint2 sum = make_uint2(0, 0);
+    if (seq < num_seqs) {
+      const SeqWork work =
+          WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
+      if (work.tiles > 0) {
+        const InvariantSplits splits = SplitsOf(task, work);
+        const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
+        const uint64_t costs =
+            work_tiles * CostOfSplit(task, work, splits) * (task.whole_tiles ? 1 : splits.count);
+        // A sequence that does not fit is left out, with its cost and its work tiles.
+        if (costs < kMost / 2) sum = make_uint2(costs, work_tiles);
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t x = __shfl_up_sync(0xFFFFFFFFu, sum.x, step);
+      const uint32_t y = __shfl_up_sync(0xFFFFFFFFu, sum.y, step);
+      if (lane >= step) sum.x = min(sum.x + x, kMost), sum.y += y;
+    }
+    if (lane == 31) warp_totals[warp] = sum;
+    __syncthreads();
+    uint2 total = sum_before;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) sum_before = total;
+      total.x = min(total.x + warp_totals[w].x, kMost);
+      total.y += warp_totals[w].y;
+    }
+    if (seq < num_seqs) {
+      before[seq + 1] = make_uint2(min(sum_before.x + sum.x, kMost), sum_before.y + sum.y);
+    }
+    sum_before = total;
+    __syncthreads();
+  }
+  InvariantSchedule schedule;
+  schedule.before = before;
+  const uint64_t all = sum_before.x;
+  const auto edge = [&](uint64_t cta) {
+    return SplitEdgeAt<kColumns, kKvTile>(p, task, before,
+                                          static_cast<uint32_t>(cta * all / gridDim.x));
+  };
+  const SplitEdge begin = edge(blockIdx.x), end = edge(blockIdx.x + 1);
+  schedule.begin = begin;
+  schedule.end = end;
+  const bool empty = begin.work_tile == end.work_tile && begin.split == end.split;
+  schedule.num_work_tiles = empty ? 0 : end.work_tile + (end.split > 0) - begin.work_tile;
+  // More cost than can be counted comes from lengths that no call has.
+  if (sum_before.x >= kMost) schedule.num_work_tiles = 0;
+  return schedule;
+}
+
+// The CTA's splits of a work tile: `num_splits` is how many of it come behind them in other CTAs,
+// where the CTA has its first.
+template <int kColumns, int kKvTile>
+__device__ __forceinline__ Segment MakeInvariantSegment(const AttentionParams& p,
+                                                        const InvariantTask& task,
+                                                        const InvariantSchedule& schedule,
+                                                        uint32_t work_tile) {
+  int seq = schedule.begin.seq;
+  while (seq < task.work.num_seqs - 1 && schedule.before[seq + 1].y <= work_tile) ++seq;
+  Segment s;
+  s.batch_idx = task.work.first_seq + seq;
+  s.shape = LoadSeqShape(p, s.batch_idx);
+  const SeqWork work = WorkOf<kColumns, kKvTile>(p, task.work, s.shape);
+  const uint32_t index = work_tile - schedule.before[seq].y;
+  s.head = index / work.tiles;
+  s.tile = index - s.head * work.tiles;
+  SetVisibleKeys<kColumns>(p, task.work, &s);
+  // Splits count from the work tile's own first KV tile.
+  const int tiles = SplitsOf(task, work).tiles;
+  const int first = s.seen_by_any.begin / kKvTile;
+  const int all = max((s.seen_by_any.end + kKvTile - 1) / kKvTile - first, 0);
+  const int count = max((all + tiles - 1) / tiles, 1);
+  const int begin = work_tile == schedule.begin.work_tile ? schedule.begin.split : 0;
+  const int end = work_tile == schedule.end.work_tile ? schedule.end.split : count;
+  s.begins_work_tile = begin == 0;
+  s.ends_work_tile = end >= count;
+  s.num_splits = s.begins_work_tile && !s.ends_work_tile ? count - end : 0;
+  s.kv_tile_begin = first + min(begin * tiles, all);
+  s.kv_tile_end = first + (s.ends_work_tile ? all : end * tiles);
+  return s;
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,118 @@
+// Goes on with the sum over the splits of a work tile where it lies in several CTAs: a total, and
+// the results of single splits, which are added one after the other.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/attention/mma_sm80/epilogue.cuh"
+#include "cuda/attention/mma_sm80/invariant_total.cuh"
+#include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/pdl.cuh"
+
+namespace fastattn::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;  // four channels of a column each
+constexpr int kBatch = 4;      // results that are loaded together
+constexpr int kMostResults = 64;
+
+__device__ __forceinline__ const int4* HeaderOf(const InvariantTask& task, int cta) {
+  return reinterpret_cast<const int4*>(task.work.headers) +
+         static_cast<int64_t>(cta) * kPartialHeader / 4;
+}
+
+// Lists the `missing` results of the work tile that CTA `first - 1` left, as slots of the
+// workspace. A warp looks at 32 CTAs at a time: some have no split at all.
+__device__ __forceinline__ void ListResults(const InvariantTask& task, int first, int ctas,
+                                            int missing, int* slots) {
+  const int lane = threadIdx.x;
+  int found = 0;
+  for (int base = first; found < missing && base < ctas; base += 32) {
+    const int cta = base + lane;
+    const int results = cta < ctas ? __ldcg(HeaderOf(task, cta) + 1).x : 0;
+    int sum = results;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(0xFFFFFFFFu, sum, step);
+      if (lane >= step) sum += other;
+    }
+    // Those behind the missing ones are of another work tile.
+    for (int i = 0, at = found + sum - results; i < results && at < missing; ++i, ++at) {
+      slots[at] = cta * task.most_splits + 1 + i;
+    }
+    found += __shfl_sync(0xFFFFFFFFu, sum, 31);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    MergeInvariantKernel(const __grid_constant__ AttentionParams p,
+                         const __grid_constant__ InvariantTask task, int columns) {
+  __shared__ int slots[kMostResults];
+  PrefetchParameters(p);
+  if (task.work.overlaps_previous) {
+    PdlBeginConcurrent();
+  } else {
+    PdlWait();
+    PdlLaunchDependents();
+  }
+  const int cta = static_cast<int>(blockIdx.x);
+  const int4 header = __ldcg(HeaderOf(task, cta));
+  const int missing = min(header.x, kMostResults);
+  if (missing > 0) {
+    if (threadIdx.x < 32) {
+      ListResults(task, cta + 1, static_cast<int>(gridDim.x), missing, slots);
+    }
+    const int head_dim = p.head_dim, quads = head_dim / 4;
+    const int index = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
+    const int column = index / quads, quad = index % quads;
+    const int64_t size = static_cast<int64_t>(columns) * (head_dim + 2);
+    const auto values_of = [&](int64_t slot) {
+      return __ldcg(reinterpret_cast<const float4*>(task.work.partials + slot * size) + index);
+    };
+    const auto state_of = [&](int64_t slot) {
+      const float* states = task.work.partials + slot * size + columns * head_dim;
+      return __ldcg(reinterpret_cast<const float2*>(states) + column);
+    };
+    const int64_t own = static_cast<int64_t>(cta) * task.most_splits;
+    float4 total = values_of(own);
+    float2 sums = state_of(own);
+    const SeqShape shape = LoadSeqShape(p, header.y);
+    const Column info = ColumnOf(task.work, shape, header.z, header.w * columns + column);
+    const float value_scale = ValueScale(p, header.y, header.z);
+    __syncthreads();
+    for (int first = 0; first < missing; first += kBatch) {
+      float4 values[kBatch];
+      float2 states[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int slot = slots[min(first + b, missing - 1)];
+        values[b] = values_of(slot);
+        states[b] = state_of(slot);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b >= missing) continue;
+        const FoldWeights weights = FoldState(&sums, states[b]);
+        total = FoldValues(total, values[b], weights);
+      }
+    }
+    if (info.valid) {
+      const float factor = FinishColumn(p, info, value_scale, sums.x, sums.y, quad == 0);
+      const int64_t out = (static_cast<int64_t>(info.token) * p.num_heads + info.head) * head_dim;
+      StoreOutput(p, header.z, out, 4 * quad, total, factor);
+    }
+  }
+  if (task.work.overlaps_previous) PdlEndConcurrent();
+}
+
+}  // namespace
+
+cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int columns,
+                                 int grid, cudaStream_t stream) {
+  const dim3 blocks(grid, columns * (p.head_dim / 4) / kThreads);
+  return LaunchPdl(MergeInvariantKernel, blocks, dim3(kThreads), stream, p, task, columns);
+}
+
+}  // namespace fastattn::cuda

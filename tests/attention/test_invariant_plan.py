@@ -1,0 +1,109 @@
+"""The launches of a batch-invariant call on a GPU: what decides about a sequence is its own."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+host = pytest.importorskip("fastattn._host")
+
+CALLS = {  # types of queries and keys, and of the cache
+    "bf16": ("bfloat16", "bfloat16", "none"),
+    "bf16 over fp8": ("bfloat16", "float8_e4m3fn", "cache_fp8"),
+    "fp8": ("float8_e4m3fn", "float8_e4m3fn", "block_wise_fp8"),
+}
+
+
+def decide(call, batch, max_q, max_k, *, heads=(32, 8), dim=128, tokens=None, sms=132, major=9):
+    return host.decide_attention(
+        *CALLS[call],
+        num_tokens=batch * max_q if tokens is None else tokens,
+        batch=batch,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=dim,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        compute_major=major,
+        num_sms=sms,
+        batch_invariant=True,
+    )
+
+
+def taken_by(decision, new, group):
+    """What computes a sequence of so many new tokens."""
+    prefill, _, launches = decision
+    found = [x for x in launches if x["min_pairs"] <= new * group <= x["max_pairs"]]
+    assert len(found) == 1
+    return "split" if found[0]["split"] else prefill, found[0]["columns"]
+
+
+@pytest.mark.parametrize("major", [8, 9])
+@pytest.mark.parametrize("heads", [(8, 8), (32, 8), (40, 8), (16, 1), (17, 1), (128, 1)], ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_new_tokens_choose_the_kernel(call, heads, major):
+    group = heads[0] // heads[1]
+    for new in (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 40, 63, 64, 65, 500):
+        found = set()
+        for batch, longer, sms in itertools.product((1, 3, 40, 256), (0, 1, 30, 4000), (20, 132)):
+            max_q = new + longer
+            for tokens in {batch * new, batch * max_q, max_q + batch - 1, new + 3}:
+                if tokens >= new:
+                    sizes = dict(heads=heads, tokens=tokens, sms=sms, major=major)
+                    found.add(taken_by(decide(call, batch, max_q, 9000, **sizes), new, group))
+        assert len(found) == 1, (new, found)
+
+
+@pytest.mark.parametrize("columns, kv_heads", itertools.product((8, 16, 64), (1, 4, 8, 16)))
+def test_splits_follow_from_the_keys(columns, kv_heads):
+    """They cover a work tile's keys, are as many as have room, and none is short of work."""
+    most = {8: 16, 16: 16, 64: 4}[columns] * (1 if kv_heads >= 8 else 2)
+    least = 16 if columns == 64 else 8
+    for kv_tiles in [*range(1, 700), 10**4, 2**24]:
+        tiles, count = host.invariant_splits(kv_tiles, columns, kv_heads)
+        assert (count - 1) * tiles < kv_tiles <= count * tiles
+        assert 1 <= count <= max(1, min(most, kv_tiles // least))
+        assert tiles % 4 == 0  # the warp pipelines take a split's KV tiles evenly
+
+
+def test_a_sequence_alone_fills_the_gpu():
+    """8 KV heads, 8k keys: 128 splits, each with a CTA of its own."""
+    assert host.invariant_splits(128, 8, 8) == (8, 16)
+    (launch,) = decide("bf16 over fp8", 1, 1, 8192)[2]
+    assert (launch["grid"], launch["columns"]) == (128, 8)
+
+
+@pytest.mark.parametrize("max_k", [300, 1023, 1024, 1025, 9000, 1 << 17])
+def test_a_looser_bound_of_the_keys_moves_no_split(max_k):
+    """Room for splits, which the bound decides about, is enough for every sequence below it."""
+    for columns, max_q in ((8, 1), (16, 4), (64, 16)):
+        launches = decide("bf16 over fp8", 4, max_q, max_k)[2]
+        room = next(x["invariant_splits"] for x in launches if x["columns"] == columns)
+        needed = max(
+            host.invariant_splits(keys, columns, 8)[1] for keys in range(1, -(-max_k // 64) + 1)
+        )
+        assert room >= needed
+
+
+def test_workspace():
+    """Bytes that docs/numerics.md tells of a step of 256 sequences of 32k keys."""
+    megabytes = [
+        decide(call, 256, max_q, 32768, heads=heads)[1] * 4 / 2**20
+        for call, max_q, heads in (
+            ("bf16 over fp8", 1, (32, 8)),
+            ("bf16 over fp8", 1, (128, 8)),
+            ("bf16 over fp8", 512, (32, 8)),
+        )
+    ]
+    assert [round(x, 1) for x in megabytes] == [16.8, 33.5, 83.8]
+
+
+@pytest.mark.parametrize(
+    "batch, whole", [(1, False), (8, False), (13, True), (16, True), (40, False)]
+)
+def test_a_call_of_few_keys_is_not_cut(batch, whole):
+    """One CTA for each work tile and no second kernel, where they fill most of the GPU."""
+    (launch,) = decide("bf16 over fp8", batch, 1, 1024)[2]
+    assert bool(launch["whole_tiles"]) == whole
+    assert (launch["workspace"] == 0) == whole
