@@ -290,6 +290,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq,
   float inverse;
   if (place.batch_idx >= 0) {
     values.LoadAngles(rope, place, at.lane);
+    inverse = KeepFloat(Reciprocal(scale.Value()));
     values.Transform(rope, at.lane);
   } else {
     inverse = Reciprocal(scale.Value());
@@ -326,6 +327,8 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, DecodeSeq&
   if constexpr (Traits::kRope) {
     if (place.batch_idx >= 0) {
       values.LoadAngles(rope, place, at.lane);
+      inverse.value = KeepFloat(Reciprocal(scale.Value()));
+      values.Transform(rope, at.lane);
     }
   } else {
     inverse.value = Reciprocal(scale.Value());
