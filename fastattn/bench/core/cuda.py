@@ -113,7 +113,8 @@ class _Event:
         return elapsed.value * 1e3
 
 
-def _median_event_us(work: Call, times: int = 20) -> float:
+def median_event_us(work: Call, times: int = 20) -> float:
+    """Median microseconds that the GPU takes from before some work to after it."""
     start, end = _Event(), _Event()
     taken = []
     for _ in range(times):
@@ -147,7 +148,7 @@ def median_us(calls: Sequence[Call], replays: int = 30) -> float:
         for _ in range(3):
             graph.replay()
         paddle.device.cuda.synchronize()
-    us = _median_event_us(graph.replay, replays)
+    us = median_event_us(graph.replay, replays)
     paddle.device.cuda.synchronize()
     graph.reset()
     return us / len(calls)
@@ -184,7 +185,7 @@ def copy_bandwidth() -> float:
     """Device-to-device copy in GB/s, bytes read plus bytes written."""
     source, target = _buffer(), _buffer()
     size = ctypes.c_size_t(_BUFFER)
-    us = _median_event_us(lambda: _call("cuMemcpyDtoDAsync_v2", target, source, size, stream()))
+    us = median_event_us(lambda: _call("cuMemcpyDtoDAsync_v2", target, source, size, stream()))
     _call("cuMemFree_v2", source)
     _call("cuMemFree_v2", target)
     return 2 * _BUFFER / us / 1e3
@@ -208,7 +209,7 @@ def read_bandwidth() -> float:
     )
     multiprocessors = paddle.device.cuda.get_device_properties(0).multi_processor_count
     shape = (16 * multiprocessors, 1, 1, 256, 1, 1, 0)
-    us = _median_event_us(lambda: _call("cuLaunchKernel", kernel, *shape, stream(), pointers, None))
+    us = median_event_us(lambda: _call("cuLaunchKernel", kernel, *shape, stream(), pointers, None))
     _call("cuMemFree_v2", source)
     return _BUFFER / us / 1e3
 
