@@ -71,8 +71,8 @@ class _Layers:
         self.layers = [self._layer(device, i, model, cache) for i, cache in enumerate(caches)]
         angles = device.array(make_rotary_embs(MAX_MODEL_LEN, d, neox=model.neox))
         if model.table_per_seq:
-            shape = (len(new), 2, 1, self.step.longest, 1, d // 2)
-            angles = device.random(shape, "float32")  # as good as cosines here
+            per_seq = (len(new), 2, 1, self.step.longest, 1, d // 2)
+            angles = device.random(per_seq, "float32")  # as good as cosines here
         tables, starts, decoder, this_time = self.step.meta
         scales = is_dynamic(quant)
         self.fields: dict[str, Any] = {
