@@ -27,11 +27,13 @@ template <typename Lane>
 __device__ __forceinline__ void StoreZeroQueries(const RopeWriteCacheParams& p, float q_inverse,
                                                  int token, int first_step, int end_step) {
   const uint32_t zeros[Lane::kWords] = {};
-  const int group = threadIdx.x % 32 / Lane::kLanes;
-  const int lane = threadIdx.x % Lane::kLanes;
-  for (int step = first_step; step < end_step; ++step) {
+  // Nothing that is computed here is to stay in registers for tokens of a sequence.
+  const unsigned thread = KeepInLoop(threadIdx.x);
+  const int group = thread % 32 / Lane::kLanes;
+  const int lane = thread % Lane::kLanes;
+  for (int step = KeepInLoop(first_step); step < end_step; ++step) {
     const int head = step * Lane::kHeads + group;
-    StoreQuery<Lane>(zeros, p, q_inverse, token, head, lane, head < p.num_heads);
+    StoreQuery<Lane>(zeros, p, q_inverse, KeepInLoop(token), head, lane, head < p.num_heads);
   }
 }
 
