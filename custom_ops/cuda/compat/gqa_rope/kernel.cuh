@@ -16,10 +16,7 @@
 
 namespace fastattn::cuda {
 
-#ifndef FASTATTN_GQA_CTAS
-#define FASTATTN_GQA_CTAS 512
-#endif
-inline constexpr int kGqaCtasWanted = FASTATTN_GQA_CTAS;
+inline constexpr int kGqaCtasWanted = 512;
 
 // int8 codes of FastDeploy's layout have 128 added.
 template <typename Traits>
