@@ -50,7 +50,9 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   const DeviceGuard guard(op, place.GetDeviceId());
   cuda::DeviceFacts facts;
   CheckCuda(op, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
-  const AttentionDecision decision = DecideAttention(*p, {facts.major, facts.processors});
+  int clusters = 0;
+  CheckCuda(op, cuda::CountClusters(place.GetDeviceId(), facts, &clusters));
+  const AttentionDecision decision = DecideAttention(*p, {facts.major, facts.processors, clusters});
   Tensor workspace;
   if (decision.workspace > 0) {
     workspace = paddle::empty({decision.workspace}, phi::DataType::FLOAT32, place);

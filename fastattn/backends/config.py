@@ -30,6 +30,8 @@ class BackendConfig:
     ----------
     max_model_len : int
         Tokens of the longest sequence; bounds its keys where the host has no lengths.
+    decode_tokens : int
+        New tokens of a decoding sequence in a step, at most: those that are drafted, and one.
     causal : bool
     window_size : int
         Keys that a query sees, its own included; 0: the layer decides.
@@ -41,6 +43,7 @@ class BackendConfig:
     """
 
     max_model_len: int
+    decode_tokens: int
     causal: bool
     window_size: int
     window_layers: tuple[bool, ...]
@@ -64,6 +67,7 @@ class BackendConfig:
         factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
         return cls(
             max_model_len=_count(fd_config, backend, "model_config.max_model_len", None, 1),
+            decode_tokens=1 + _drafted_tokens(fd_config, backend),
             causal=bool(read(fd_config, "model_config.causal", True)),
             window_size=_count(fd_config, backend, "model_config.window_size", 0, 0),
             window_layers=_window_layers(fd_config, backend),

@@ -223,8 +223,9 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
 // result.
 template <typename Traits>
 __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const AttentionTask& task,
-                                              const Segment& segment, int pipeline, int warp_column,
-                                              char* shared, TileState<Traits>* state) {
+                                              const Segment& segment, bool clustered, int pipeline,
+                                              int warp_column, char* shared,
+                                              TileState<Traits>* state) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float2* states = reinterpret_cast<float2*>(shared + Traits::kStateOffset);
   ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
@@ -271,7 +272,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
     }
   }
   float* partial = nullptr;
-  if (Traits::kClusters && task.cluster > 1) {
+  if (clustered) {
     partial =
         reinterpret_cast<float*>(shared);  // nothing is left in the stages, or under way to them
   } else if (!segment.Whole()) {
@@ -355,29 +356,38 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   } else {
     PdlWait();
   }
-  const bool clustered = Traits::kClusters && task.cluster > 1;
-  Schedule schedule;
-  SeqShape cluster_seq;
-  if (clustered) {
-    schedule = MakeClusterSchedule<Traits::kColumns, Traits::kKvTile>(p, task, &cluster_seq);
-  } else {
-    schedule = MakeSchedule<Traits::kColumns, Traits::kKvTile, kAttentionThreads>(
-        p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
-        reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
+  bool clustered = Traits::kClusters && task.cluster > 1;
+  uint32_t* working = nullptr;
+  if (clustered && task.finds_seqs) {
+    working = reinterpret_cast<uint32_t*>(shared + Traits::kScheduleOffset);
+    clustered = ClustersTakeCall<kAttentionThreads>(p, task, Traits::kColumns, Traits::kKvTile,
+                                                    working);
   }
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
   static_assert(Traits::kSegmentBytes == sizeof(Segment) * Traits::kMaxSegments);
+  const Schedule schedule =
+      clustered ? MakeClusterSchedule<Traits::kColumns, Traits::kKvTile>(p, task, working, segments)
+                : MakeSchedule<Traits::kColumns, Traits::kKvTile, kAttentionThreads>(
+                      p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
+                      reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
+  clustered = Traits::kClusters && schedule.InCluster();  // takes no register of its own
+  // Only the first warp needs it again, seldom: it takes no registers, either.
+  Schedule* const share = reinterpret_cast<Schedule*>(shared + Traits::kShareOffset);
+  static_assert(sizeof(Schedule) <= Traits::kShareBytes && Traits::kMaxSegments <= 32);
+  if (threadIdx.x == 0) *share = schedule;
+  __syncwarp();
   int num_splits = 0;
   // A cluster joins what its CTAs have of a work tile before it goes on to the next one.
   const uint32_t most = clustered ? 1 : Traits::kMaxSegments;
   for (uint32_t done = 0; done < schedule.num_work_tiles; done += most) {
     const int count = static_cast<int>(min(schedule.num_work_tiles - done, most));
     if (threadIdx.x < count) {
-      segments[threadIdx.x] =
-          clustered ? MakeClusterSegment<Traits::kColumns, Traits::kKvTile>(
-                          p, task, schedule, cluster_seq, done, ClusterRank())
-                    : MakeSegment<Traits::kColumns, Traits::kKvTile>(
-                          p, task, schedule, schedule.first_work_tile + done + threadIdx.x);
+      if (clustered) {
+        SetClusterSegment<Traits::kColumns, Traits::kKvTile>(p, task, done, segments);
+      } else {
+        segments[threadIdx.x] = MakeSegment<Traits::kColumns, Traits::kKvTile>(
+            p, task, *share, share->first_work_tile + done + threadIdx.x);
+      }
     }
     __syncthreads();
     QueryLoads<Traits> loads;
@@ -416,14 +426,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
                           &ring, &state);
       if (done + i + 1 == schedule.num_work_tiles) PdlLaunchDependents();
       num_splits = segment.num_splits;
-      WriteEpilogue<Traits>(p, task, segment, pipeline, warp_column, shared, &state);
+      WriteEpilogue<Traits>(p, task, segment, clustered, pipeline, warp_column, shared, &state);
     }
     WaitForCopies<0>();
     if constexpr (Traits::kClusters) {
       if (clustered) JoinCluster<Traits>(p, task, segments[0], shared);
     }
   }
-  if (task.split && !clustered && threadIdx.x == 0) {
+  if (task.split && !clustered && threadIdx.x == 0 && blockIdx.x < task.shares) {
     int4 header = make_int4(0, 0, 0, 0);
     if (num_splits > 0) {
       // The work tile that goes on in other CTAs is the last one.
