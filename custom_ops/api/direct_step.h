@@ -31,9 +31,9 @@ enum StepPlan : Py_ssize_t {
 
 // Names of a step's fields: those that it must have, then those that may be absent.
 constexpr int kStepNeeded = 4;
-constexpr const char* kStepFields[] = {"block_tables",        "cu_seqlens_q", "seq_lens_decoder",
-                                       "seq_lens_this_time",  "rotary_embs",  "batch_id_per_token",
-                                       "exist_prefill",       "rope_already_applied"};
+constexpr const char* kStepFields[] = {
+    "block_tables", "cu_seqlens_q",       "seq_lens_decoder", "seq_lens_this_time",
+    "rotary_embs",  "batch_id_per_token", "exist_prefill",    "rope_already_applied"};
 constexpr int kNumStepFields = sizeof(kStepFields) / sizeof(kStepFields[0]);
 inline PyObject* step_names[kNumStepFields] = {};
 
@@ -142,8 +142,8 @@ inline bool TakeLengths(PyObject* lengths, PyObject* bounds, const Tensor& qkv,
   const Tensor& tables = paddle::pybind::CastPyArg2Tensor(fields.sequences()[0], 0);
   const Tensor& starts = paddle::pybind::CastPyArg2Tensor(fields.sequences()[1], 0);
   if (tables.dims().size() != 2) return false;
-  attrs[0].integer = NewTokensOfLongest(qkv.dims()[0], starts.numel() - 1, attrs[0].integer,
-                                        fields.prefills());
+  const int64_t seqs = std::max<int64_t>(starts.numel() - 1, 1);
+  attrs[0].integer = NewTokensOfLongest(qkv.dims()[0], seqs, attrs[0].integer, fields.prefills());
   attrs[1].integer = std::min(attrs[1].integer, tables.dims()[1] * kBlockSize);
   return true;
 }

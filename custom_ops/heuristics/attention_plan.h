@@ -48,9 +48,9 @@ struct AttentionLaunch {
   bool split = false;
   int64_t min_pairs = 0;  // sequences with so many pairs a KV head, and at most max_pairs
   int64_t max_pairs = 0;
-  int64_t grid = 0;       // CTAs
-  int64_t shares = 0;     // CTAs of them that have equal shares, where clusters do not take the call
-  int64_t cluster = 1;    // CTAs that take a sequence and KV head together; 1: equal shares
+  int64_t grid = 0;     // CTAs
+  int64_t shares = 0;   // CTAs of them that have equal shares, where clusters do not take the call
+  int64_t cluster = 1;  // CTAs that take a sequence and KV head together; 1: equal shares
   // Clusters take a call whose sequences have no more KV tiles each: kAnyKvTiles where the host
   // knows that they do, else the device looks at the lengths.
   int64_t cluster_kv_tiles = 0;

@@ -88,6 +88,13 @@ def _count(config: Any, backend: str, path: str, default: int | None, least: int
     return int(value)
 
 
+def _drafted_tokens(fd_config: Any, backend: str) -> int:
+    """Tokens of a sequence that a step verifies; there is a number without a method, too."""
+    if read(fd_config, "speculative_config.method") is None:
+        return 0
+    return _count(fd_config, backend, "speculative_config.num_speculative_tokens", 0, 0)
+
+
 def _tensor_parallel_size(fd_config: Any) -> int:
     # Its name in FastDeploy 2.0 was tensor_parallel_degree.
     older = read(fd_config, "parallel_config.tensor_parallel_degree", 1)

@@ -132,7 +132,7 @@ def test_a_nan_among_the_keys_reaches_its_seq_only(place, bound):
     assert np.isfinite(lse[:4, 0]).all() and np.isfinite(out.astype(np.float32)[1:]).all()
 
 
-# --- lengths that the host does not know -----------------------------------------------------------
+# --- lengths that the host does not know ---------------------------------------------------------
 
 
 def _sixty(longest: int, *, resting=(), new: int = 1) -> list[tuple[int, int]]:
@@ -197,4 +197,6 @@ def test_windows_make_keys_few(place, bound):
     problem = paged_problem(_sixty(3000), kind=BLOCK_WISE_FP8, window_size=(90, -1), seed=9)
     problem.check(place)
     out, _ = _with_bound(problem, place, bound)
-    np.testing.assert_allclose(out.astype(np.float32), problem.reference()[0], rtol=2**-6, atol=2**-8)
+    np.testing.assert_allclose(
+        out.astype(np.float32), problem.reference()[0], rtol=2**-6, atol=2**-8
+    )

@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(128) ClusterProbeKernel() {}
 cudaError_t AskForClusters(const DeviceFacts& facts, int* count) {
   // A CTA has 1 KiB more than it asks for.
   const int bytes = (facts.max_shared_bytes + 1024) / kAttentionCtasPerSm - 1024;
-  const cudaError_t status = cudaFuncSetAttribute(
-      ClusterProbeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t status =
+      cudaFuncSetAttribute(ClusterProbeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;

@@ -360,8 +360,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   uint32_t* working = nullptr;
   if (clustered && task.finds_seqs) {
     working = reinterpret_cast<uint32_t*>(shared + Traits::kScheduleOffset);
-    clustered = ClustersTakeCall<kAttentionThreads>(p, task, Traits::kColumns, Traits::kKvTile,
-                                                    working);
+    clustered =
+        ClustersTakeCall<kAttentionThreads>(p, task, Traits::kColumns, Traits::kKvTile, working);
   }
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
   static_assert(Traits::kSegmentBytes == sizeof(Segment) * Traits::kMaxSegments);
