@@ -265,9 +265,11 @@ def test_empty_calls_have_no_launch(batch, tokens):
     assert plan(batch, 1, 64, tokens=tokens) == []
 
 
-def decide(q, k, cache_type, *, head_dim=128, tokens=4096, batch=2, max_q=4096, major=9):
+def decide(
+    q, k, cache_type, *, head_dim=128, tokens=4096, batch=2, max_q=4096, max_k=8192, major=9
+):
     return host.decide_attention(
-        q, k, cache_type, tokens, batch, 32, 8, head_dim, max_q, 8192, compute_major=major
+        q, k, cache_type, tokens, batch, 32, 8, head_dim, max_q, max_k, compute_major=major
     )
 
 
@@ -316,6 +318,20 @@ def test_a_call_without_long_sequences_takes_no_prefill_kernel(max_q, batch):
         E4M3, E4M3, "cache_fp8", tokens=max_q * batch, batch=batch, max_q=max_q
     )
     assert found == "mma_sm80" and all(launch["split"] for launch in launches)
+
+
+@pytest.mark.parametrize(
+    "q, k, cache_type",
+    [(BF16, E4M3, "cache_fp8"), (E4M3, E4M3, "block_wise_fp8"), (BF16, BF16, "none")],
+)
+@pytest.mark.parametrize("chunk", [64, 512, 2048])
+def test_a_loose_bound_of_the_keys_changes_nothing_of_a_mixed_step(q, k, cache_type, chunk):
+    """A server that knows the step's longest chunk, but not the keys, gets the same launches."""
+    exact, loose = (
+        decide(q, k, cache_type, tokens=chunk + 63, batch=64, max_q=chunk, max_k=max_k)
+        for max_k in (8192, 131072)
+    )
+    assert exact == loose and len(exact[2]) == 2
 
 
 def test_head_dims_without_a_kernel_are_left_to_the_checks():
