@@ -362,6 +362,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     working = reinterpret_cast<uint32_t*>(shared + Traits::kScheduleOffset);
     clustered =
         ClustersTakeCall<kAttentionThreads>(p, task, Traits::kColumns, Traits::kKvTile, working);
+    if (p.seqs.num_tokens >= task.num_seqs) working = nullptr;
   }
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
   static_assert(Traits::kSegmentBytes == sizeof(Segment) * Traits::kMaxSegments);

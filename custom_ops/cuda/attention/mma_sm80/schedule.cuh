@@ -64,14 +64,21 @@ template <int kThreads>
 __device__ __forceinline__ bool ClustersTakeCall(const AttentionParams& p,
                                                  const AttentionTask& task, int columns,
                                                  int kv_tile, uint32_t* working) {
+  constexpr int kRounds = kMaxPlanSeqs / kThreads;
+  // The lengths of all rounds are asked for before any is looked at: one latency, not several.
+  SeqShape shapes[kRounds];
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int seq = r * kThreads + static_cast<int>(threadIdx.x);
+    shapes[r] = {};
+    if (seq < task.num_seqs) shapes[r] = LoadSeqShape(p, task.first_seq + seq);
+  }
   bool takes = true;
-#pragma unroll 1
-  for (int base = 0; base < task.num_seqs; base += kThreads) {
-    const int seq = base + static_cast<int>(threadIdx.x);
-    SeqWork work = {0, 0, 0};
-    if (seq < task.num_seqs) {
-      work = WorkOf(p, task, LoadSeqShape(p, task.first_seq + seq), columns, kv_tile);
-    }
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    if (r * kThreads >= task.num_seqs) break;
+    const int seq = r * kThreads + static_cast<int>(threadIdx.x);
+    const SeqWork work = WorkOf(p, task, shapes[r], columns, kv_tile);
     // A cluster would take several work tiles one after the other.
     takes = takes && work.tiles <= 1 && work.kv_tiles <= task.cluster_kv_tiles;
     const uint32_t vote = __ballot_sync(0xFFFFFFFFu, work.tiles > 0);
@@ -82,17 +89,24 @@ __device__ __forceinline__ bool ClustersTakeCall(const AttentionParams& p,
 
 // The n-th sequence that has work, counted from 0, or -1. All lanes of a warp take part.
 __device__ __forceinline__ int WorkingSeq(const uint32_t* working, int num_seqs, int n) {
-  const uint32_t lane = threadIdx.x % 32;
-  for (int first = 0; first < num_seqs; first += 32) {
-    const uint32_t word = working[first / 32];
-    const int count = __popc(word);
-    if (n < count) {
-      const bool found = (word >> lane & 1) != 0 && __popc(word & ((1u << lane) - 1)) == n;
-      return first + __ffs(__ballot_sync(0xFFFFFFFFu, found)) - 1;
+  static_assert(kMaxPlanSeqs <= 32 * 32, "a lane has a word");
+  const int lane = threadIdx.x % 32;
+  uint32_t word = 32 * lane < num_seqs ? working[lane] : 0;
+  int behind = __popc(word);  // sequences up to the end of the lane's word
+  if (num_seqs > 32) {
+#pragma unroll
+    for (int step = 1; step < kMaxPlanSeqs / 32; step *= 2) {
+      const int more = __shfl_up_sync(0xFFFFFFFFu, behind, step);
+      if (lane >= step) behind += more;
     }
-    n -= count;
   }
-  return -1;
+  const uint32_t reached = __ballot_sync(0xFFFFFFFFu, 32 * lane < num_seqs && n < behind);
+  if (reached == 0) return -1;
+  const int holder = __ffs(reached) - 1;
+  n -= __shfl_sync(0xFFFFFFFFu, behind - __popc(word), holder);
+  word = __shfl_sync(0xFFFFFFFFu, word, holder);
+  const bool found = (word >> lane & 1) != 0 && __popc(word & ((1u << lane) - 1)) == n;
+  return 32 * holder + __ffs(__ballot_sync(0xFFFFFFFFu, found)) - 1;
 }
 
 // The work tiles of a task lie one behind the other on an axis of costs. A split work tile of n KV
@@ -201,18 +215,18 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
 }
 
 // A cluster takes the work tiles of one sequence and KV head one after the other. No other
-// sequence's length counts. `working`: see ClustersTakeCall; null where all sequences have work.
+// sequence's length counts. `working`: see ClustersTakeCall; null where each sequence has a cluster.
 // The first thread says in *segment, which it alone writes, which sequence and head they are.
 template <int kColumns, int kKvTile>
 __device__ __forceinline__ Schedule MakeClusterSchedule(const AttentionParams& p,
                                                         const AttentionTask& task,
                                                         const uint32_t* working, Segment* segment) {
   const int pair = blockIdx.x / task.cluster;
-  int seq = pair / p.num_kv_heads;
+  int seq = pair / p.num_kv_heads;  // counts those that have work, where some have none
   const int head = pair - seq * p.num_kv_heads;
   Schedule schedule = {};
   if (working != nullptr) seq = WorkingSeq(working, task.num_seqs, seq);
-  if (seq < 0) return schedule;
+  if (seq < 0 || seq >= task.num_seqs) return schedule;  // a CTA that only equal shares need
   seq += task.first_seq;
   const SeqShape shape = LoadSeqShape(p, seq);
   if (threadIdx.x == 0) {
