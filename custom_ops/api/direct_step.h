@@ -224,6 +224,9 @@ inline PyObject* RunStep(PyObject* const* args) {
       !TakeLengths(args[5], args[6], fused, fields, attend.attrs())) {
     Py_RETURN_NONE;
   }
+  // Where the host knows the lengths, clusters mostly take the call for certain.
+  StepArrivals arrivals;
+  const StepScope scope(current_step(), args[5] == Py_None ? &arrivals : nullptr);
   if (!write.Run()) return nullptr;
   *attend.inputs()[0] = write.result();
   if (!attend.Run()) return nullptr;

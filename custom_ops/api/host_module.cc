@@ -71,6 +71,7 @@ Launches LaunchesOf(const AttentionPlan& plan) {
                         {"cluster", launch.cluster},
                         {"cluster_kv_tiles", launch.cluster_kv_tiles},
                         {"finds_seqs", launch.finds_seqs},
+                        {"joins", launch.joins},
                         {"workspace", launch.workspace}});
   }
   return launches;

@@ -55,6 +55,7 @@ struct AttentionLaunch {
   // knows that they do, else the device looks at the lengths.
   int64_t cluster_kv_tiles = 0;
   bool finds_seqs = false;  // the device looks at the lengths before clusters begin
+  bool joins = false;       // the CTAs may join partial results themselves, given counters
   int64_t workspace = 0;    // floats of partial results
 
   // Whether a kernel may have partial results to merge behind this one.
@@ -75,6 +76,9 @@ struct AttentionPlan {
   }
 };
 
+// Counters of CTAs that join partial results without a second kernel: two for each equal share.
+inline int64_t NumArrivals(int64_t shares) { return 2 * shares; }
+
 // Sequences of one launch; a step with more is launched in pieces.
 inline constexpr int kMaxPlanSeqs = 512;
 // Of a launch that takes sequences of any length.
@@ -85,6 +89,8 @@ inline constexpr int kAttentionCtasPerSm = 2;
 // and KV head by CTA that has a share of them and by sequences and heads in the call.
 inline constexpr int kClusterKvTilesPerSm = 16;
 inline constexpr int kClusterKvTilesPerWorkTile = 4;
+// Where a work tile has more splits on average, a kernel of its own merges them faster.
+inline constexpr int kJoinedSplits = 16;
 // Ints that a CTA tells the merging kernel, and the partial results it may leave: of the work tile
 // that it found begun, and of the one that it leaves unfinished.
 inline constexpr int kPartialHeader = 8;
@@ -170,6 +176,9 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
       return launch;  // nothing goes through memory
     }
     launch.grid = CeilDiv(std::max(launch.grid, launch.shares), launch.cluster) * launch.cluster;
+    // Clusters mostly take such a call, and a merging kernel would have nothing to do.
+    const int64_t work_tiles = std::min(s.batch, s.num_tokens) * s.num_kv_heads;
+    launch.joins = launch.shares / work_tiles <= kJoinedSplits;
   }
   launch.workspace = PartialFloats(launch.shares, columns, s.head_dim);
   return launch;

@@ -52,6 +52,8 @@ struct RopeWriteCacheParams {
   int64_t max_positions = 0;  // at least 1; positions past the end use the last one
   int64_t qkv_stride = 0;     // elements from one token to the next
   float rms_norm_eps = 1e-6f;
+  int* arrivals = nullptr;  // decode kernel: ints that become 0, for the step's attention; or null
+  int num_arrivals = 0;     // a multiple of 4
 };
 
 inline const char* NameOf(QQuant quant) {

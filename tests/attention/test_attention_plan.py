@@ -229,6 +229,29 @@ def test_the_device_decides_where_the_bound_of_the_keys_is_loose(
 
 
 @pytest.mark.parametrize(
+    "batch, kv_heads, max_k, joins",
+    [
+        *((2, 8, 1 << 17, True), (16, 8, 1 << 17, True), (32, 4, 1 << 17, True)),
+        *((17, 1, 1 << 17, True), (15, 1, 1 << 17, False), (1, 1, 1 << 17, False)),
+        *((1, 8, 1 << 17, False), (16, 8, 1024, False), (64, 8, 1 << 17, False)),
+    ],
+)
+def test_ctas_join_partial_results_where_clusters_are_likely_and_splits_few(
+    batch, kv_heads, max_k, joins
+):
+    """Up to 16 splits a work tile on average; never where the merge has always work, or none."""
+    sizes = dict(heads=4 * kv_heads, kv_heads=kv_heads, cluster=8)
+    (launch,) = plan(batch, 1, max_k, **sizes)
+    assert bool(launch["joins"]) == joins
+    if joins:
+        assert launch["finds_seqs"] and launch["shares"] < 17 * batch * kv_heads
+    assert not any(launch["joins"] for launch in plan(batch, 1, max_k, **(sizes | {"cluster": 1})))
+    if 1 < batch <= 17 and max_k > 1024:
+        (captured,) = plan(256, 1, max_k, tokens=batch, **sizes)
+        assert bool(captured["joins"]) == joins
+
+
+@pytest.mark.parametrize(
     "tokens, max_q, cluster, seqs", [(1, 1, 8, 1), (2, 1, 8, 2), (4, 4, 8, 4), (16, 1, 2, 16)]
 )
 def test_a_captured_step_has_rows_without_tokens(tokens, max_q, cluster, seqs):

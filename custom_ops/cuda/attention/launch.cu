@@ -47,6 +47,7 @@ AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, 
   task.shares = static_cast<int>(launch.shares);
   const int64_t pairs = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
   task.keys_read_once = launch.split && std::min(pairs, launch.max_pairs) <= launch.columns;
+  if (launch.joins && p.num_arrivals >= NumArrivals(launch.shares)) task.arrivals = p.arrivals;
   task.headers = reinterpret_cast<int*>(*workspace);
   task.partials = *workspace + launch.shares * kPartialHeader;
   *workspace += launch.workspace;
@@ -75,7 +76,7 @@ cudaError_t LaunchSeqs(const AttentionParams& p, const AttentionPlan& plan, bool
   overlaps_previous = false;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
-    if (!launch.LeavesPartials()) continue;
+    if (!launch.LeavesPartials() || tasks[i].arrivals != nullptr) continue;
     tasks[i].overlaps_previous = std::exchange(overlaps_previous, true);
     const cudaError_t status = LaunchMergePartials(p, tasks[i], launch.columns, stream);
     if (status != cudaSuccess) return status;

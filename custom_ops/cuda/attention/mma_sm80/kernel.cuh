@@ -4,8 +4,8 @@
 // one KV head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all
 // work tiles lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what
 // it has of a work tile is a Segment. A work tile that lies in several CTAs leaves partial results,
-// which merge_partials.cu merges; in small calls the CTAs of a cluster join them at once
-// (cluster_join.cuh).
+// which merge_partials.cu merges, or the last of those CTAs (join_splits.cuh); in small calls the
+// CTAs of a cluster join them at once (cluster_join.cuh).
 //
 // Warps: 4, without roles. They form warp pipelines of one or two warps (traits.cuh): each takes
 // every kPipelines-th KV tile of 64 (or 32) keys, copies it ahead with cp.async, and has a maximum,
@@ -24,7 +24,8 @@
 // to the columns that see them (kv_tile.cuh).
 //
 // Reading order: traits.cuh, this file, schedule.cuh, query.cuh, kv_loader.cuh, kv_tile.cuh,
-// value_scales.cuh, epilogue.cuh, cluster_join.cuh, merge_partials.cu.
+// value_scales.cuh, epilogue.cuh, cluster_join.cuh, merge_partials.cu,
+// join_splits.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,6 +34,7 @@
 
 #include "cuda/attention/mma_sm80/cluster_join.cuh"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
+#include "cuda/attention/mma_sm80/join_splits.cuh"
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
@@ -377,7 +379,6 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   static_assert(sizeof(Schedule) <= Traits::kShareBytes && Traits::kMaxSegments <= 32);
   if (threadIdx.x == 0) *share = schedule;
   __syncwarp();
-  int num_splits = 0;
   // A cluster joins what its CTAs have of a work tile before it goes on to the next one.
   const uint32_t most = clustered ? 1 : Traits::kMaxSegments;
   for (uint32_t done = 0; done < schedule.num_work_tiles; done += most) {
@@ -426,20 +427,27 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       RunMainloop<Traits>(p, segment, pipeline, query, factors, SharedAddress(infos), &cursor,
                           &ring, &state);
       if (done + i + 1 == schedule.num_work_tiles) PdlLaunchDependents();
-      num_splits = segment.num_splits;
       WriteEpilogue<Traits>(p, task, segment, clustered, pipeline, warp_column, shared, &state);
+      if constexpr (Traits::kClusters) {
+        if (task.arrivals != nullptr && segment.num_splits > 0) {
+          JoinSplits<Traits>(p, task, segment, shared);
+        }
+      }
     }
     WaitForCopies<0>();
     if constexpr (Traits::kClusters) {
       if (clustered) JoinCluster<Traits>(p, task, segments[0], shared);
     }
   }
-  if (task.split && !clustered && threadIdx.x == 0 && blockIdx.x < task.shares) {
+  if (task.split && task.arrivals == nullptr && !clustered && threadIdx.x == 0 &&
+      blockIdx.x < task.shares) {
     int4 header = make_int4(0, 0, 0, 0);
-    if (num_splits > 0) {
+    if (schedule.num_work_tiles > 0) {
       // The work tile that goes on in other CTAs is the last one.
       const Segment& last = segments[(schedule.num_work_tiles - 1) % Traits::kMaxSegments];
-      header = make_int4(num_splits, last.batch_idx, last.head, last.tile);
+      if (last.begins_work_tile && last.num_splits > 0) {
+        header = make_int4(last.num_splits, last.batch_idx, last.head, last.tile);
+      }
     }
     reinterpret_cast<int4*>(task.headers)[static_cast<int64_t>(blockIdx.x) * kPartialHeader / 4] =
         header;

@@ -23,6 +23,7 @@ struct AttentionTask {
   int cluster_kv_tiles = 0;   // of a sequence, more: equal shares; kAnyKvTiles: clusters always
   bool finds_seqs = false;    // clusters must look which sequences have work, and how much
   int shares = 0;             // CTAs that have equal shares
+  int* arrivals = nullptr;    // [2, shares] counters, 0: no merge follows; see join_splits.cuh
   int* headers = nullptr;     // [shares, kPartialHeader]
   float* partials = nullptr;  // [shares, kPartialsPerCta, columns, D + 2]
 };

@@ -162,7 +162,8 @@ struct alignas(16) Segment {
   int columns_differ;    // in what they see
   int begins_work_tile;  // no other CTA has KV tiles before these, or after them
   int ends_work_tile;
-  int num_splits;  // CTAs that share a work tile which begins here and does not end, else 0
+  int num_splits;  // CTAs with equal shares that have some of the work tile, 0: this one alone
+  int first_cta;   // of them
 
   __device__ __forceinline__ bool Whole() const { return begins_work_tile && ends_work_tile; }
 };
@@ -202,9 +203,11 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
   s.begins_work_tile = begin == 0;
   s.ends_work_tile = end == length;
   // CTA i begins at i * share, or a little before, where that lies in a kWorkTileCost.
-  s.num_splits = s.begins_work_tile && !s.ends_work_tile
-                     ? (cost + length - 1) / schedule.share - blockIdx.x + 1
-                     : 0;
+  s.num_splits = s.first_cta = 0;
+  if (!s.Whole()) {
+    s.first_cta = static_cast<int>((cost + kWorkTileCost) / schedule.share);
+    s.num_splits = static_cast<int>((cost + length - 1) / schedule.share) - s.first_cta + 1;
+  }
   SetVisibleKeys<kColumns>(p, task, &s);
   const int kv_tiles_begin = task.split ? max(static_cast<int>(begin - kWorkTileCost), 0) : 0;
   const int kv_tiles_end = task.split ? static_cast<int>(end - kWorkTileCost) : work.kv_tiles;
@@ -215,8 +218,9 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
 }
 
 // A cluster takes the work tiles of one sequence and KV head one after the other. No other
-// sequence's length counts. `working`: see ClustersTakeCall; null where each sequence has a cluster.
-// The first thread says in *segment, which it alone writes, which sequence and head they are.
+// sequence's length counts. `working`: see ClustersTakeCall; null where each sequence has a
+// cluster. The first thread says in *segment, which it alone writes, which sequence and head they
+// are.
 template <int kColumns, int kKvTile>
 __device__ __forceinline__ Schedule MakeClusterSchedule(const AttentionParams& p,
                                                         const AttentionTask& task,
@@ -247,7 +251,7 @@ __device__ __forceinline__ void SetClusterSegment(const AttentionParams& p,
   Segment s = *segment;
   s.tile = static_cast<int>(tile);
   s.begins_work_tile = s.ends_work_tile = false;
-  s.num_splits = 0;
+  s.num_splits = s.first_cta = 0;
   SetVisibleKeys<kColumns>(p, task, &s);
   const int first = s.seen_by_any.begin / kKvTile;
   const int kv_tiles = max((s.seen_by_any.end + kKvTile - 1) / kKvTile - first, 0);
