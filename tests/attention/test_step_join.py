@@ -26,7 +26,7 @@ class Step:
     """
 
     def __init__(self, problem, place: str) -> None:
-        self.problem = problem
+        self.problem, self.place = problem, place
         _, heads, dim = problem.q.shape
         kv = problem.k.elements.shape[1]
         kind = problem.kind
@@ -81,10 +81,9 @@ class Step:
 
     def alone(self, max_k: int) -> np.ndarray:
         """The operator by itself over what the step wrote."""
-        meta, heads = self.meta, self.problem.q.shape[1:]
-        q = self.qkv[:, : heads[0] * heads[1]].reshape([-1, *heads])
+        meta = self.meta
         out = F.paged_attention(
-            q,
+            to_paddle(self.problem.q.astype(BF16), self.place),
             *meta.caches[:2],
             meta.block_tables,
             meta.cu_seqlens_q,
@@ -185,12 +184,12 @@ def test_garbage_lengths_end(cached):
     problem = paged_problem(lengths_of(16, 4500), heads=(8, 2), seed=1)
     step = Step(problem, "gpu")
     step.run()
-    good = step.meta.seq_lens_decoder.clone()
-    bad = to_numpy(good)
+    good = problem.seq_lens_decoder.astype(np.int32)
+    bad = good.copy()
     bad[::5] = cached
     step.meta.seq_lens_decoder.copy_(to_paddle(bad, "gpu"), True)
     step.run()
     paddle.device.cuda.synchronize()
-    step.meta.seq_lens_decoder.copy_(good, True)
+    step.meta.seq_lens_decoder.copy_(to_paddle(good, "gpu"), True)
     got = to_numpy(step.run()).astype(np.float32)
     np.testing.assert_allclose(got, step.alone(1).astype(np.float32), rtol=2**-6, atol=2**-8)
