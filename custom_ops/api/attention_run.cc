@@ -10,6 +10,7 @@
 #include "cpu/quantize_query.h"
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
+#include "api/step_arrivals.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/quantize_q/launch.h"
 #include "heuristics/attention.h"
@@ -50,11 +51,18 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   const DeviceGuard guard(op, place.GetDeviceId());
   cuda::DeviceFacts facts;
   CheckCuda(op, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
-  const AttentionDecision decision = DecideAttention(*p, {facts.major, facts.processors});
+  int clusters = 0;
+  CheckCuda(op, cuda::CountClusters(place.GetDeviceId(), facts, &clusters));
+  const AttentionDecision decision = DecideAttention(*p, {facts.major, facts.processors, clusters});
   Tensor workspace;
   if (decision.workspace > 0) {
     workspace = paddle::empty({decision.workspace}, phi::DataType::FLOAT32, place);
     p->workspace = MutableData<float>(workspace);
+  }
+  if (StepArrivals* step = CurrentStep();
+      step != nullptr && step->counters.defined() && step->counters.place() == place) {
+    p->arrivals = MutableData<int>(step->counters);
+    p->num_arrivals = static_cast<int>(step->counters.numel());
   }
   Guarded(op, [&] {
     const cudaStream_t stream = out.stream();

@@ -47,6 +47,11 @@ std::vector<DirectOp>& DirectOps() {
   return ops;
 }
 
+StepArrivals*& CurrentStep() {
+  thread_local StepArrivals* current = nullptr;
+  return current;
+}
+
 }  // namespace fastattn::api
 
 // Asked for after the library was loaded, when all operators have been built.
@@ -59,7 +64,7 @@ fastattn_direct_table() {
       const auto found = built.find(op.name);
       if (found != built.end()) Describe(found->second.front(), &op);
     }
-    return DirectTable{kDirectVersion, sizeof(Tensor), &DirectOps()};
+    return DirectTable{kDirectVersion, sizeof(Tensor), &DirectOps(), &CurrentStep};
   }();
   return &table;
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/step_arrivals.h"
 
 namespace fastattn::api {
 
@@ -46,10 +47,11 @@ struct DirectTable {
   int version;
   size_t tensor_size;
   const std::vector<DirectOp>* ops;
+  StepArrivals*& (*current_step)();
 };
 
 // Counts the changes of the structures above.
-constexpr int kDirectVersion = 1;
+constexpr int kDirectVersion = 2;
 constexpr char kDirectTableSymbol[] = "fastattn_direct_table";
 
 std::vector<DirectOp>& DirectOps();

@@ -32,7 +32,8 @@ struct Handle {
 };
 
 inline std::vector<Handle> handles;
-inline PyObject* stop_gradient = nullptr;  // the attribute's interned name
+inline StepArrivals*& (*current_step)() = nullptr;  // of the library
+inline PyObject* stop_gradient = nullptr;           // the attribute's interned name
 
 inline bool IsContiguous(const Tensor& tensor) {
   const auto& sizes = tensor.dims();

@@ -149,6 +149,7 @@ py::dict Bind(const std::string& path) {
   std::vector<Handle> found;
   for (const DirectOp& op : *table->ops) found.push_back(MakeHandle(op));
   handles = std::move(found);
+  current_step = table->current_step;
   return AllFacts();
 }
 

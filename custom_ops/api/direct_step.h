@@ -9,6 +9,7 @@
 
 #include "api/direct_call.h"
 #include "common/types.h"
+#include "heuristics/step_lengths.h"
 
 namespace fastattn::api {
 
@@ -30,9 +31,9 @@ enum StepPlan : Py_ssize_t {
 
 // Names of a step's fields: those that it must have, then those that may be absent.
 constexpr int kStepNeeded = 4;
-constexpr const char* kStepFields[] = {"block_tables",        "cu_seqlens_q", "seq_lens_decoder",
-                                       "seq_lens_this_time",  "rotary_embs",  "batch_id_per_token",
-                                       "rope_already_applied"};
+constexpr const char* kStepFields[] = {
+    "block_tables", "cu_seqlens_q",       "seq_lens_decoder", "seq_lens_this_time",
+    "rotary_embs",  "batch_id_per_token", "exist_prefill",    "rope_already_applied"};
 constexpr int kNumStepFields = sizeof(kStepFields) / sizeof(kStepFields[0]);
 inline PyObject* step_names[kNumStepFields] = {};
 
@@ -72,6 +73,8 @@ class StepFields {
   PyObject* const* sequences() const { return values_; }
   PyObject* rotary_embs() const { return values_[kStepNeeded]; }
   PyObject* batch_ids() const { return values_[kStepNeeded + 1]; }
+  // What a server says in some other way than by a bool would have to be asked of the device.
+  bool prefills() const { return values_[kStepNeeded + 2] == Py_True; }
 
  private:
   PyObject* values_[kNumStepFields] = {};
@@ -124,16 +127,23 @@ inline void Append(PyObject* tuple, std::vector<PyObject*>* objects) {
   }
 }
 
-// Upper bounds of the lengths: those that the host knows (a tuple), or what shapes allow.
-inline bool TakeLengths(PyObject* lengths, PyObject* max_keys, const Tensor& qkv,
-                        PyObject* block_tables, DirectAttr* attrs) {
-  if (PyTuple_Check(lengths) && PyTuple_GET_SIZE(lengths) == 2) {
-    return TakeInteger(PyTuple_GET_ITEM(lengths, 0), true, &attrs[0]) &&
-           TakeInteger(PyTuple_GET_ITEM(lengths, 1), true, &attrs[1]);
+// The numbers of new tokens and of keys of the longest sequence: those that the host knows (a
+// tuple), or what it can tell of the step's kind and the shapes. `bounds` are the new tokens of a
+// decoding sequence and the keys of any, at most.
+inline bool TakeLengths(PyObject* lengths, PyObject* bounds, const Tensor& qkv,
+                        const StepFields& fields, DirectAttr* attrs) {
+  PyObject* given = lengths == Py_None ? bounds : lengths;
+  if (!PyTuple_Check(given) || PyTuple_GET_SIZE(given) != 2) return false;
+  if (!TakeInteger(PyTuple_GET_ITEM(given, 0), true, &attrs[0]) ||
+      !TakeInteger(PyTuple_GET_ITEM(given, 1), true, &attrs[1])) {
+    return false;
   }
-  const Tensor& tables = paddle::pybind::CastPyArg2Tensor(block_tables, 0);
-  if (tables.dims().size() != 2 || !TakeInteger(max_keys, true, &attrs[1])) return false;
-  attrs[0].integer = qkv.dims()[0];
+  if (lengths != Py_None) return true;
+  const Tensor& tables = paddle::pybind::CastPyArg2Tensor(fields.sequences()[0], 0);
+  const Tensor& starts = paddle::pybind::CastPyArg2Tensor(fields.sequences()[1], 0);
+  if (tables.dims().size() != 2) return false;
+  const int64_t seqs = std::max<int64_t>(starts.numel() - 1, 1);
+  attrs[0].integer = NewTokensOfLongest(qkv.dims()[0], seqs, attrs[0].integer, fields.prefills());
   attrs[1].integer = std::min(attrs[1].integer, tables.dims()[1] * kBlockSize);
   return true;
 }
@@ -211,9 +221,12 @@ inline PyObject* RunStep(PyObject* const* args) {
   objects.insert(objects.end(), {k_scales, v_scales, Py_None});
   Append(PyTuple_GET_ITEM(plan, kAttendTensors), &objects);
   if (!attend.Take(objects) || !attend.TakeAttrs(PyTuple_GET_ITEM(plan, kAttendAttrs), 2) ||
-      !TakeLengths(args[5], args[6], fused, seqs[0], attend.attrs())) {
+      !TakeLengths(args[5], args[6], fused, fields, attend.attrs())) {
     Py_RETURN_NONE;
   }
+  // Where the host knows the lengths, clusters mostly take the call for certain.
+  StepArrivals arrivals;
+  const StepScope scope(current_step(), args[5] == Py_None ? &arrivals : nullptr);
   if (!write.Run()) return nullptr;
   *attend.inputs()[0] = write.result();
   if (!attend.Run()) return nullptr;
@@ -221,14 +234,14 @@ inline PyObject* RunStep(PyObject* const* args) {
   return paddle::pybind::ToPyObject(flat.defined() ? flat : attend.result());
 }
 
-// step(plan, own, caches, forward_meta, qkv, lengths, max_keys, scales): the attention [T, H * D]
+// step(plan, own, caches, forward_meta, qkv, lengths, bounds, scales): the attention [T, H * D]
 // of a layer whose __dict__ is `own`, or None. scales: (K's, V's) of a static type, (None, None) of
 // one without, None of a dynamic type, whose scales follow its caches.
 inline PyObject* Step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 8 || !IsPlan(args[0]) ||
       (args[7] != Py_None && (!PyTuple_Check(args[7]) || PyTuple_GET_SIZE(args[7]) != 2))) {
     PyErr_SetString(PyExc_TypeError,
-                    "step(plan, own, caches, forward_meta, qkv, lengths, max_keys, scales)");
+                    "step(plan, own, caches, forward_meta, qkv, lengths, bounds, scales)");
     return nullptr;
   }
   try {

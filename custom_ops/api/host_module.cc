@@ -15,6 +15,7 @@
 #include "common/types.h"
 #include "cpu/isa.h"
 #include "heuristics/attention.h"
+#include "heuristics/step_lengths.h"
 
 namespace fastattn::api {
 
@@ -66,7 +67,11 @@ Launches LaunchesOf(const AttentionPlan& plan) {
                         {"min_pairs", launch.min_pairs},
                         {"max_pairs", launch.max_pairs},
                         {"grid", launch.grid},
+                        {"shares", launch.shares},
                         {"cluster", launch.cluster},
+                        {"cluster_kv_tiles", launch.cluster_kv_tiles},
+                        {"finds_seqs", launch.finds_seqs},
+                        {"joins", launch.joins},
                         {"workspace", launch.workspace},
                         {"invariant_splits", launch.invariant_splits},
                         {"whole_tiles", launch.whole_tiles}});
@@ -77,10 +82,10 @@ Launches LaunchesOf(const AttentionPlan& plan) {
 // The launches of an attention call on a GPU, in their order.
 Launches PlanOf(int64_t num_tokens, int64_t batch, int64_t num_heads, int64_t num_kv_heads,
                 int64_t head_dim, int64_t element_bytes, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                int64_t num_sms, int64_t max_cluster, int64_t long_seq) {
+                int64_t num_sms, int64_t max_cluster, int64_t long_seq, int64_t num_clusters) {
   return LaunchesOf(
       PlanAttention({num_tokens, batch, num_heads, num_kv_heads, head_dim, element_bytes,
-                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster, long_seq}));
+                     max_seqlen_q, max_seqlen_k, num_sms, max_cluster, long_seq, num_clusters}));
 }
 
 DType NamedType(const std::string& name) {
@@ -172,7 +177,7 @@ PYBIND11_MODULE(_host, m) {
         pybind11::arg("num_heads"), pybind11::arg("num_kv_heads"), pybind11::arg("head_dim"),
         pybind11::arg("element_bytes"), pybind11::arg("max_seqlen_q"),
         pybind11::arg("max_seqlen_k"), pybind11::arg("num_sms"), pybind11::arg("max_cluster") = 1,
-        pybind11::arg("long_seq") = kLongSeq,
+        pybind11::arg("long_seq") = kLongSeq, pybind11::arg("num_clusters") = 0,
         "Launches of an attention call on a GPU: how its work is shared out.");
   using pybind11::arg;
   m.def("decide_attention", &api::Decide, arg("q_dtype"), arg("k_dtype"), arg("cache_type"),
@@ -191,6 +196,9 @@ PYBIND11_MODULE(_host, m) {
       },
       arg("kv_tiles"), arg("columns"), arg("num_kv_heads"),
       "KV tiles of a split, and splits, of a work tile of a batch-invariant call.");
+  m.def("new_tokens_of_longest", &NewTokensOfLongest, arg("tokens"), arg("seqs"),
+        arg("decode_tokens"), arg("prefills"),
+        "New tokens of a step's longest sequence, as far as a server's host can tell.");
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");
   m.def(

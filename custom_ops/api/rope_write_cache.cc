@@ -6,11 +6,14 @@
 #include "api/direct.h"
 #include "api/paged_cache.h"
 #include "api/rope_args.h"
+#include "api/step_arrivals.h"
 #include "cpu/rope_write_cache.h"
 #include "params/rope.h"
 
 #if defined(FASTATTN_WITH_CUDA)
 #include "cuda/cache/rope_write/launch.h"
+#include "cuda/cache/rope_write/policy.h"
+#include "heuristics/attention_plan.h"
 #endif
 
 namespace fastattn::api {
@@ -38,6 +41,24 @@ void ParseQScale(const Tensor* q_scale, const phi::Place& place, RopeWriteCacheP
     Fail("ValueError", kOp, "q_scale", "q_quant '", NameOf(p.q_quant), "' takes no scale");
   }
 }
+
+#if defined(FASTATTN_WITH_CUDA)
+// The decode kernel sets the counters of the step's attention to 0, if this call belongs to a step.
+void TakeArrivals(const phi::Place& place, RopeWriteCacheParams& p) {
+  StepArrivals* step = CurrentStep();
+  if (step == nullptr || p.seqs.num_tokens == 0 || p.seqs.num_tokens > kMaxPlanSeqs ||
+      !cuda::UseDecodeKernel(p.seqs.num_tokens, p.seqs.batch)) {
+    return;
+  }
+  cuda::DeviceFacts facts;
+  CheckCuda(kOp, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
+  if (facts.major < 9) return;  // no clusters, so that a kernel merges in any case
+  const int64_t count = NumArrivals(int64_t{kAttentionCtasPerSm} * facts.processors);
+  step->counters = paddle::empty({count}, phi::DataType::INT32, place);
+  p.arrivals = MutableData<int>(step->counters);
+  p.num_arrivals = static_cast<int>(count);
+}
+#endif
 
 Shape DescaleShape(QQuant quant, int64_t num_tokens, int num_heads) {
   return quant == QQuant::kPerTokenHead ? Shape{num_tokens, num_heads} : Shape{1};
@@ -98,6 +119,7 @@ std::vector<Tensor> RopeWriteCacheKv(
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(qkv)) {
+    TakeArrivals(place, p);
     LaunchOnGpu(kOp, qkv,
                 [&](cudaStream_t stream) { return cuda::LaunchRopeWriteCache(p, stream); });
     return {q, q_descale};

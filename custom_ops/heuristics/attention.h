@@ -15,6 +15,7 @@ namespace fastattn {
 struct AttentionDevice {
   int major = 0;  // of the compute capability
   int num_sms = 0;
+  int num_clusters = 0;  // of 8 CTAs that run at the same time; 0: unknown
 };
 
 // What takes the plan's whole tiles, those of sequences with many new tokens.
@@ -60,6 +61,7 @@ inline AttentionSizes SizesOfCall(const AttentionParams& p, const AttentionDevic
   sizes.max_seqlen_k = p.max_seqlen_k;
   sizes.num_sms = device.num_sms;
   sizes.max_cluster = device.major >= 9 ? 8 : 1;  // 8 is what every such device can do
+  sizes.num_clusters = device.num_clusters;
   return sizes;
 }
 

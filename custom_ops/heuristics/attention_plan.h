@@ -6,7 +6,8 @@
 //    partial results a second kernel merges. The lengths are read on the device: the plan stays
 //    right, and the shares equal, when they change between replays of a CUDA graph. In a call of
 //    few sequences a cluster of CTAs takes all keys of a sequence and KV head instead, and joins
-//    the partial results itself: a second kernel takes longer than such a call's keys.
+//    the partial results itself: a second kernel takes longer than such a call's keys. Where the
+//    host's bound of the lengths leaves open which of the two is faster, the device decides.
 //  - whole work tiles: a CTA takes a tile of queries with all their keys.
 //
 // Sequences of a step that differ much in their number of new tokens belong to different launches,
@@ -23,6 +24,7 @@ namespace fastattn {
 
 // New tokens from which a sequence's tiles are better whole than split.
 inline constexpr int64_t kLongSeq = 64;
+inline constexpr int64_t kAnyKvTiles = 0x7FFFFFFF;
 
 struct AttentionSizes {
   int64_t num_tokens = 0;  // query tokens, padding included
@@ -37,6 +39,8 @@ struct AttentionSizes {
   int64_t max_cluster = 1;  // CTAs that may form a cluster
   // kLongSeq, or less where a kernel for long sequences is faster than split tiles from there on.
   int64_t long_seq = kLongSeq;
+  // Clusters of 8 CTAs, two a multiprocessor, that run at the same time; 0: unknown.
+  int64_t num_clusters = 0;
 };
 
 struct AttentionLaunch {
@@ -44,12 +48,21 @@ struct AttentionLaunch {
   bool split = false;
   int64_t min_pairs = 0;  // sequences with so many pairs a KV head, and at most max_pairs
   int64_t max_pairs = 0;
-  int64_t grid = 0;       // CTAs
-  int64_t cluster = 1;    // CTAs that take a sequence and KV head together; 1: equal shares
-  int64_t workspace = 0;  // floats of partial results
+  int64_t grid = 0;     // CTAs
+  int64_t shares = 0;   // CTAs of them that have equal shares, where clusters do not take the call
+  int64_t cluster = 1;  // CTAs that take a sequence and KV head together; 1: equal shares
+  // Clusters take a call whose sequences have no more KV tiles each: kAnyKvTiles where the host
+  // knows that they do, else the device looks at the lengths.
+  int64_t cluster_kv_tiles = 0;
+  bool finds_seqs = false;  // the device looks at the lengths before clusters begin
+  bool joins = false;       // the CTAs may join partial results themselves, given counters
+  int64_t workspace = 0;    // floats of partial results
   // Of a batch-invariant launch (invariant_plan.h): splits of a work tile, at most; 0 elsewhere.
   int64_t invariant_splits = 0;
   bool whole_tiles = false;  // no work tile lies in several CTAs
+
+  // Whether a kernel may have partial results to merge behind this one.
+  bool LeavesPartials() const { return split && shares > 1 && cluster_kv_tiles < kAnyKvTiles; }
 };
 
 inline constexpr int kMaxLaunches = 4;
@@ -66,6 +79,9 @@ struct AttentionPlan {
   }
 };
 
+// Counters of CTAs that join partial results without a second kernel: two for each equal share.
+inline int64_t NumArrivals(int64_t shares) { return 2 * shares; }
+
 // Sequences of one launch; a step with more is launched in pieces.
 inline constexpr int kMaxPlanSeqs = 512;
 // Of a launch that takes sequences of any length.
@@ -76,6 +92,8 @@ inline constexpr int kAttentionCtasPerSm = 2;
 // and KV head by CTA that has a share of them and by sequences and heads in the call.
 inline constexpr int kClusterKvTilesPerSm = 16;
 inline constexpr int kClusterKvTilesPerWorkTile = 4;
+// Where a work tile has more splits on average, a kernel of its own merges them faster.
+inline constexpr int kJoinedSplits = 16;
 // Ints that a CTA tells the merging kernel, and the partial results it may leave: of the work tile
 // that it found begun, and of the one that it leaves unfinished.
 inline constexpr int kPartialHeader = 8;
@@ -90,26 +108,51 @@ inline int64_t PartialFloats(int64_t grid, int64_t columns, int64_t head_dim) {
 
 inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 : 64; }
 
-// CTAs of a cluster for each sequence and KV head with up to `kv_tiles` tiles of keys; 1 where
-// equal shares of all keys are faster. Limits are what was measured on an H100. They hold for
+// Sequences that have new tokens, as far as the host knows. A step that a server captures in a CUDA
+// graph has lengths of as many sequences as the server can hold, most of them without tokens.
+inline int64_t SeqsWithTokens(const AttentionSizes& s) {
+  if (s.num_tokens >= s.batch) return s.batch;
+  return CeilDiv(s.num_tokens, std::max<int64_t>(s.max_seqlen_q, 1));
+}
+
+struct ClusterChoice {
+  int64_t cluster = 1;   // CTAs; 1: equal shares of all keys are faster whatever the lengths
+  int64_t kv_tiles = 0;  // of the longest sequence, up to which clusters are faster
+};
+
+// Clusters for each sequence and KV head. Limits are what was measured on an H100. They hold for
 // sequences of unequal lengths, too: the longest takes as long alone as in the company of others
 // like it.
-inline int64_t ClusterFor(const AttentionSizes& s, int columns, int64_t pairs, int64_t kv_tiles) {
-  const int64_t seq_heads = s.batch * s.num_kv_heads;
+inline ClusterChoice ChooseCluster(const AttentionSizes& s, int columns, int64_t pairs) {
+  const int64_t seqs = SeqsWithTokens(s), seq_heads = seqs * s.num_kv_heads;
   if (s.batch > kMaxPlanSeqs || pairs > columns || columns > 16 ||
-      seq_heads > kAttentionCtasPerSm * s.num_sms ||
-      seq_heads * kv_tiles > kClusterKvTilesPerSm * s.num_sms) {
-    return 1;
+      seq_heads > kAttentionCtasPerSm * s.num_sms) {
+    return {};
   }
   for (int64_t cluster = 8; cluster > 1; cluster /= 2) {
     // Pairs of CTAs find two places everywhere, larger clusters only on multiprocessors of their
     // own.
-    const int64_t ctas = s.num_sms * (cluster == 2 ? kAttentionCtasPerSm : 1);
-    if (cluster > s.max_cluster || seq_heads * cluster > ctas) continue;
-    // Few of them leave most multiprocessors idle: then keys must be few, too.
-    return kv_tiles <= kClusterKvTilesPerWorkTile * seq_heads * cluster ? cluster : 1;
+    const int64_t ctas = seq_heads * cluster;
+    if (cluster > s.max_cluster || ctas > s.num_sms * (cluster == 2 ? kAttentionCtasPerSm : 1)) {
+      continue;
+    }
+    // One sequence has no longer one beside it, and half of the multiprocessors read its keys
+    // nearly as fast as all do. On more than three quarters clusters begin to share some.
+    if (seqs == 1 && 16 * ctas >= 7 * s.num_sms && 4 * ctas <= 3 * s.num_sms) {
+      return {cluster, kAnyKvTiles};
+    }
+    // Few CTAs leave most multiprocessors idle: then keys must be few, too.
+    return {cluster, std::min(kClusterKvTilesPerSm * s.num_sms / seq_heads,
+                              kClusterKvTilesPerWorkTile * ctas)};
   }
-  return 1;
+  return {};
+}
+
+// CTAs that run at the same time in a launch with clusters of that size.
+inline int64_t CtasAtOnce(const AttentionSizes& s, int64_t cluster) {
+  const int64_t ctas = s.num_sms * kAttentionCtasPerSm;
+  if (cluster <= 2) return ctas;
+  return std::min(s.num_clusters > 0 ? s.num_clusters * 8 : ctas, ctas / 8 * 8);
 }
 
 inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t max_pairs) {
@@ -122,13 +165,25 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
   const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * s.num_heads / s.num_kv_heads;
   const int64_t tiles = s.batch * s.num_kv_heads * CeilDiv(std::min(pairs, max_pairs), columns);
   const int64_t kv_tiles = tiles * (CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), keys) + 1);
-  launch.grid = std::max<int64_t>(1, std::min(kv_tiles, s.num_sms * kAttentionCtasPerSm));
-  launch.cluster = ClusterFor(s, columns, pairs, CeilDiv(s.max_seqlen_k, keys));
+  const ClusterChoice choice = ChooseCluster(s, columns, pairs);
+  launch.cluster = choice.cluster;
+  launch.shares = std::max<int64_t>(1, std::min(kv_tiles, CtasAtOnce(s, choice.cluster)));
+  launch.grid = launch.shares;
   if (launch.cluster > 1) {
-    launch.grid = s.batch * s.num_kv_heads * launch.cluster;
-    return launch;  // nothing goes through memory
+    const bool fits = CeilDiv(s.max_seqlen_k, keys) <= choice.kv_tiles;
+    launch.cluster_kv_tiles = fits ? kAnyKvTiles : choice.kv_tiles;
+    launch.finds_seqs = !fits || s.num_tokens < s.batch;
+    launch.grid = std::min(s.batch, s.num_tokens) * s.num_kv_heads * launch.cluster;
+    if (fits) {
+      launch.shares = 0;
+      return launch;  // nothing goes through memory
+    }
+    launch.grid = CeilDiv(std::max(launch.grid, launch.shares), launch.cluster) * launch.cluster;
+    // Clusters mostly take such a call, and a merging kernel would have nothing to do.
+    const int64_t work_tiles = std::min(s.batch, s.num_tokens) * s.num_kv_heads;
+    launch.joins = launch.shares / work_tiles <= kJoinedSplits;
   }
-  launch.workspace = PartialFloats(launch.grid, columns, s.head_dim);
+  launch.workspace = PartialFloats(launch.shares, columns, s.head_dim);
   return launch;
 }
 
@@ -149,6 +204,7 @@ inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_pairs) {
   const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, launch.columns) + s.batch,
                                  s.batch * CeilDiv(s.max_seqlen_q * group, launch.columns));
   launch.grid = std::min<int64_t>(tiles * s.num_kv_heads, int64_t{1} << 30);
+  launch.shares = launch.grid;
   return launch;
 }
 

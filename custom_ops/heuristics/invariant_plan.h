@@ -87,6 +87,7 @@ inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int columns, int
                        tiles <= ctas && tiles * kv_tiles <= kClusterKvTilesPerSm * s.num_sms;
   launch.grid = std::max<int64_t>(
       1, std::min(tiles * (launch.whole_tiles ? 1 : launch.invariant_splits), ctas));
+  launch.shares = launch.grid;
   // A single split needs no room, and neither does a tile of 8 columns that is never cut: its total
   // lies in registers.
   if (launch.invariant_splits > 1 && !(launch.whole_tiles && columns == 8)) {

@@ -75,6 +75,10 @@ struct AttentionParams {
   // For launchers, which never allocate: floats of heuristics/attention_plan.h. The CPU kernel
   // plans its splits from the lengths and keeps the partial results itself.
   float* workspace = nullptr;
+  // Launchers: counters that are 0 when the kernels begin, with which partial results need no
+  // kernel of their own; or null.
+  int* arrivals = nullptr;
+  int num_arrivals = 0;
   bool clear_padding = false;  // launchers: tokens of no sequence get output 0
   // A sequence's bits follow from the sequence alone (heuristics/invariant_plan.h). The CPU kernel
   // is like that in any case.

@@ -53,6 +53,8 @@ struct RopeWriteCacheParams {
   uint32_t last_position = 0;     // of a table
   int64_t qkv_stride = 0;         // elements from one token to the next
   float rms_norm_eps = 1e-6f;
+  int* arrivals = nullptr;  // decode kernel: ints that become 0, for the step's attention; or null
+  int num_arrivals = 0;     // a multiple of 4
 };
 
 // First element in cos and in sin of the angles of a sequence's position; positions past the end of

@@ -37,6 +37,8 @@ class BackendConfig:
     ----------
     max_model_len : int
         Tokens of the longest sequence; bounds its keys where the host has no lengths.
+    decode_tokens : int
+        New tokens of a decoding sequence in a step, at most: those that are drafted, and one.
     causal : bool
     window_size : int
         Keys that a query sees, its own included; 0: the layer decides.
@@ -48,6 +50,7 @@ class BackendConfig:
     """
 
     max_model_len: int
+    decode_tokens: int
     causal: bool
     window_size: int
     window_layers: tuple[bool, ...]
@@ -70,6 +73,7 @@ class BackendConfig:
         _refuse(fd_config, backend, head_dim)
         return cls(
             max_model_len=_count(fd_config, backend, "model_config.max_model_len", None, 1),
+            decode_tokens=1 + _drafted_tokens(fd_config, backend),
             causal=bool(read(fd_config, "model_config.causal", True)),
             window_size=_count(fd_config, backend, "model_config.window_size", 0, 0),
             window_layers=_window_layers(fd_config, backend),
@@ -88,6 +92,13 @@ def _count(config: Any, backend: str, path: str, default: int | None, least: int
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{backend}: fd_config.{path}: expected an int >= {least}, got {value!r}")
     return int(value)
+
+
+def _drafted_tokens(fd_config: Any, backend: str) -> int:
+    """Tokens of a sequence that a step verifies; there is a number without a method, too."""
+    if read(fd_config, "speculative_config.method") is None:
+        return 0
+    return _count(fd_config, backend, "speculative_config.num_speculative_tokens", 0, 0)
 
 
 def _tensor_parallel_size(fd_config: Any) -> int:

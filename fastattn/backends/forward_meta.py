@@ -50,6 +50,7 @@ FIELDS = frozenset(
         "caches",
         "cascade_plan",
         "cu_seqlens_q",
+        "exist_prefill",
         "forward_mode",
         "is_dummy_or_profile_run",
         "max_len_tensor_cpu",
@@ -102,6 +103,33 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
         for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time"):
             field(forward_meta, name)  # says which
     return tables, starts, cached, new
+
+
+#: New tokens from which a sequence is long: ``kLongSeq`` of custom_ops/heuristics.
+_LONG_SEQ = 64
+
+
+def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool) -> int:
+    """New tokens of a step's longest sequence, from what the host knows without its lengths.
+
+    ``fastattn._direct.step`` has the same rule (custom_ops/heuristics/step_lengths.h). A wrong
+    guess costs time only.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens of the step, padding included.
+    seqs : int
+        Sequences that lengths are given for, with tokens or without.
+    decode_tokens : int
+        New tokens of a decoding sequence, at most.
+    prefills : bool
+        Whether the server says that sequences are in prefill.
+    """
+    if not prefills and tokens <= seqs * decode_tokens:
+        return min(tokens, decode_tokens)
+    chunk = tokens - (seqs - 1)
+    return chunk if decode_tokens == 1 and chunk >= _LONG_SEQ else tokens
 
 
 #: What a cascade plan was made for.

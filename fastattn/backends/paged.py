@@ -10,7 +10,13 @@ import paddle
 from fastattn import _ops, env, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig
-from fastattn.backends.forward_meta import current_plan, field, optional, sequences
+from fastattn.backends.forward_meta import (
+    current_plan,
+    field,
+    guess_new_tokens,
+    optional,
+    sequences,
+)
 from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
@@ -246,7 +252,9 @@ class PagedAttentionBackend(AttentionBackend):
         if self._signals is not None:
             self._signals.send(key, value, layer, forward_meta)
         options = self._options(facts, scales, facts.q_descale(written), qkv, metadata)
-        return _ops.flat(self._attend(written[0], key, value, seqs, options, metadata))
+        lengths = metadata.host_lengths or self._guess_lengths(written[0], seqs, forward_meta)
+        attended = self._attend(written[0], key, value, seqs, lengths, options, metadata)
+        return _ops.flat(attended)
 
     def _step(
         self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata
@@ -272,7 +280,7 @@ class PagedAttentionBackend(AttentionBackend):
                 forward_meta,
                 qkv,
                 metadata.host_lengths,
-                self.config.max_model_len,
+                (self.config.decode_tokens, self.config.max_model_len),
                 scales,
             )
         except RuntimeError as error:
@@ -306,15 +314,12 @@ class PagedAttentionBackend(AttentionBackend):
         key: Any,
         value: Any,
         seqs: tuple[Any, Any, Any, Any],
+        longest: tuple[int, int],
         options: dict[str, Any],
         metadata: PagedAttentionMetadata,
     ) -> Any:
-        """Attention [T, H, D] over the whole cache."""
-        block_tables, cu_seqlens_q, _, seq_lens_this_time = seqs
-        longest = metadata.host_lengths or (
-            query.shape[0],
-            min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE),
-        )
+        """Attention [T, H, D] over the whole cache; `longest` are bounds of lengths."""
+        _, cu_seqlens_q, _, seq_lens_this_time = seqs
         if metadata.cascade_plan is None or not _sees_all(options):
             return functional.paged_attention(query, key, value, *seqs, *longest, **options)
         return functional.cascade_attention(
@@ -327,6 +332,21 @@ class PagedAttentionBackend(AttentionBackend):
             *longest,
             **options,
         )
+
+    def _guess_lengths(
+        self, query: Any, seqs: tuple[Any, Any, Any, Any], forward_meta: Any
+    ) -> tuple[int, int]:
+        """Bounds of the new tokens and of the keys of a sequence, where the host has no lengths.
+
+        Sequences may be longer: that costs time. A traced step serves steps of other kinds, too, so
+        there any sequence may have all tokens.
+        """
+        tokens = query.shape[0]
+        if paddle.in_dynamic_mode() and not _in_sot():
+            count = seqs[1].shape[0] - 1
+            prefills = optional(forward_meta, "exist_prefill") is True
+            tokens = guess_new_tokens(tokens, count, self.config.decode_tokens, prefills)
+        return tokens, min(self.config.max_model_len, seqs[0].shape[1] * BLOCK_SIZE)
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
         """Arguments of the layer's operators, reused if the layer is unchanged."""
@@ -443,6 +463,12 @@ def _last_keys(mask_offsets: Any, window: int) -> Any:
         return mask_offsets
     start, end = mask_offsets[:, :1], mask_offsets[:, 1:]
     return paddle.concat([paddle.maximum(start, end - window), end], axis=1)
+
+
+def _in_sot() -> bool:
+    """Whether Paddle 3 translates the caller by SOT, which is dynamic mode, too."""
+    base = paddle.base.dygraph.base
+    return hasattr(base, "in_sot_simulation_mode") and bool(base.in_sot_simulation_mode())
 
 
 def _sees_all(mask: dict[str, Any]) -> bool:

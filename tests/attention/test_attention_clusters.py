@@ -1,7 +1,7 @@
 """Few query tokens over few keys: on a GPU, clusters take what equal splits take in larger calls.
 
-Which of the two does not show in a result, so both are held to the same model. A larger bound on
-the keys of a sequence, which the host gives, is what makes a call a large one.
+Which of the two does not show in a result, so both are held to the same model. Where the bound on
+the keys that the host gives leaves it open, the lengths on the device decide.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.support.tensors import to_numpy
 #: (cached, new) tokens of decoding sequences: long, short, resting and new ones.
 DECODE = [(1023, 1), (64, 1), (0, 0), (0, 1), (200, 1)]
 LARGE = 1 << 24  # keys of a sequence, as a bound
+LIMIT = 17 * 64  # keys of a sequence, up to which clusters take a call of 60 with 2 KV heads
 
 
 def _with_bound(problem, place, max_seqlen_k):
@@ -48,7 +49,10 @@ def test_the_calls_below_are_clusters_by_the_plan():
         for element_bytes in (1, 2):
             assert cluster(5, 4, 2, 1024, element_bytes, dim) == [8]
     assert [cluster(seqs, 16, 1, 400) for seqs in (1, 17, 40)] == [[8], [4], [2]]
-    assert cluster(5, 8, 2, LARGE) == [1]
+    (launch,) = host.plan_attention(5, 5, 8, 2, 64, 1, 1, LARGE, 132, 8)
+    assert launch["finds_seqs"] and 64 * launch["cluster_kv_tiles"] > 1024
+    (launch,) = host.plan_attention(60, 60, 4, 2, 64, 1, 1, LARGE, 132, 8)
+    assert launch["finds_seqs"] and 64 * launch["cluster_kv_tiles"] == LIMIT
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -126,3 +130,73 @@ def test_a_nan_among_the_keys_reaches_its_seq_only(place, bound):
     out, lse = _with_bound(problem, place, bound)
     assert np.isnan(lse[4:, 0]).all() and np.isnan(out.astype(np.float32)[0, 4:]).all()
     assert np.isfinite(lse[:4, 0]).all() and np.isfinite(out.astype(np.float32)[1:]).all()
+
+
+# --- lengths that the host does not know ---------------------------------------------------------
+
+
+def _sixty(longest: int, *, resting=(), new: int = 1) -> list[tuple[int, int]]:
+    """60 sequences, one of them with `longest` keys."""
+    seqs = [((37 * i) % 300, 0 if i in resting else new) for i in range(60)]
+    seqs[41] = (longest - new, new)
+    return seqs
+
+
+@pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
+@pytest.mark.parametrize("longest", [LIMIT - 1, LIMIT, LIMIT + 1, 3000])
+def test_lengths_around_the_limit(place, kind, longest):
+    problem = paged_problem(_sixty(longest), kind=kind, seed=longest)
+    exact = problem.check(place)
+    told = _with_bound(problem, place, LARGE)
+    for got, want in zip(told, exact):
+        np.testing.assert_allclose(
+            got.astype(np.float32), want.astype(np.float32), rtol=2**-6, atol=2**-9
+        )
+    for got, again in zip(told, _with_bound(problem, place, LARGE)):
+        assert_same_bits(got, again)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("seqs", [1, 2, 5, 17, 40, 200, 300])
+@pytest.mark.parametrize("longest", [200, 4500])
+def test_sequences_without_tokens_among_others(place, dim, seqs, longest):
+    """As in a captured step: fewer tokens than sequences, anywhere among them."""
+    lengths = [(0, 0)] * seqs
+    for i in range(seqs // 7, seqs, 7 + seqs // 8):
+        lengths[i] = ((61 * i) % 190, 1)
+    lengths[seqs // 7] = (longest - 1, 1)
+    problem = paged_problem(lengths, dim=dim, heads=(8, 2), kind=BLOCK_WISE_FP8, seed=seqs)
+    problem.check(place)
+    for bound in (1, LARGE):
+        out, lse = _with_bound(problem, place, bound)
+        want, want_lse = problem.reference()
+        np.testing.assert_allclose(out.astype(np.float32), want, rtol=2**-6, atol=2**-8)
+        np.testing.assert_allclose(lse, want_lse, atol=1e-3)
+
+
+@pytest.mark.parametrize("new", [2, 9, 40, 300])
+@pytest.mark.parametrize("seqs, padding", [(2, 0), (5, 3), (60, 0), (600, 0)])
+@pytest.mark.parametrize("kind, q_type", [(PLAIN, None), (BLOCK_WISE_FP8, "e4m3:token_head")])
+def test_a_prefill_that_the_host_does_not_know_of(place, new, seqs, padding, kind, q_type):
+    """The host was told of one new token a sequence: the longer ones take longer, no more."""
+    lengths = [((29 * i) % 130, 1) for i in range(seqs)]
+    lengths[seqs // 2] = (70, new)
+    lengths[seqs - 1] = (0, 0)
+    problem = paged_problem(lengths, kind=kind, q_type=q_type, seed=new, padding=padding)
+    problem.max_seqlen_q = 1
+    problem.check(place)
+    positional, keywords = problem.arguments(place)
+    positional[8] = LARGE
+    out = to_numpy(F.paged_attention(*positional, **keywords)).astype(np.float32)
+    np.testing.assert_allclose(out, problem.reference()[0], rtol=2**-6, atol=2**-8)
+
+
+@pytest.mark.parametrize("bound", [1, LARGE])
+def test_windows_make_keys_few(place, bound):
+    """A window leaves few of many keys, whose number alone would ask for equal shares."""
+    problem = paged_problem(_sixty(3000), kind=BLOCK_WISE_FP8, window_size=(90, -1), seed=9)
+    problem.check(place)
+    out, _ = _with_bound(problem, place, bound)
+    np.testing.assert_allclose(
+        out.astype(np.float32), problem.reference()[0], rtol=2**-6, atol=2**-8
+    )

@@ -23,6 +23,7 @@ def plan(
     tokens=None,
     cluster=1,
     long_seq=64,
+    clusters=0,
 ):
     return host.plan_attention(
         num_tokens=batch * max_q if tokens is None else tokens,
@@ -36,6 +37,7 @@ def plan(
         num_sms=SMS,
         max_cluster=cluster,
         long_seq=long_seq,
+        num_clusters=clusters,
     )
 
 
@@ -185,7 +187,7 @@ def test_workspace_does_not_grow_with_the_batch_or_the_context():
 @pytest.mark.parametrize(
     "batch, kv_heads, max_k, cluster",
     [
-        *((1, 8, 1024, 8), (1, 8, 16384, 8), (2, 8, 8192, 8), (1, 1, 1024, 8)),
+        *((1, 8, 1024, 8), (1, 8, 1 << 20, 8), (2, 8, 8192, 8), (1, 1, 1024, 8)),
         *((4, 8, 4096, 4), (32, 1, 4096, 4), (16, 8, 1024, 2)),
     ],
 )
@@ -195,18 +197,77 @@ def test_clusters_take_a_call_of_few_keys(batch, kv_heads, max_k, cluster):
     assert launch["cluster"] == cluster
     assert launch["grid"] == batch * kv_heads * cluster <= (2 if cluster == 2 else 1) * SMS
     assert launch["workspace"] == 0
+    assert launch["cluster_kv_tiles"] == ANY and not launch["finds_seqs"]
+
+
+ANY = 2**31 - 1  # KV tiles
+
+
+@pytest.mark.parametrize(
+    "batch, kv_heads, cluster, kv_tiles",
+    [
+        *((2, 8, 8, 132), (4, 8, 4, 66), (16, 8, 2, 16), (32, 1, 4, 66)),
+        *((1, 1, 8, 32), (1, 2, 8, 64), (1, 16, 8, 132)),
+    ],
+)
+@pytest.mark.parametrize("clusters, places", [(0, 264), (32, 256), (33, 264)])
+def test_the_device_decides_where_the_bound_of_the_keys_is_loose(
+    batch, kv_heads, cluster, kv_tiles, clusters, places
+):
+    """The launch has CTAs for both ways; the limit is that of calls whose lengths are known."""
+    sizes = dict(heads=4 * kv_heads, kv_heads=kv_heads, cluster=8, clusters=clusters)
+    (known,) = plan(batch, 1, 64 * kv_tiles, **sizes)
+    assert known["cluster"] == cluster and not known["finds_seqs"]
+    for max_k in (64 * kv_tiles + 1, 1 << 20):
+        (launch,) = plan(batch, 1, max_k, **sizes)
+        assert launch["finds_seqs"] and launch["cluster"] == cluster
+        assert launch["cluster_kv_tiles"] == kv_tiles
+        assert launch["grid"] % cluster == 0 and launch["grid"] >= known["grid"]
+        assert 0 <= launch["grid"] - max(launch["shares"], known["grid"]) < cluster
+        assert launch["shares"] <= (264 if cluster == 2 else places)
+        assert launch["workspace"] >= launch["shares"] * 2 * launch["columns"] * (128 + 2)
+
+
+@pytest.mark.parametrize(
+    "batch, kv_heads, max_k, joins",
+    [
+        *((2, 8, 1 << 17, True), (16, 8, 1 << 17, True), (32, 4, 1 << 17, True)),
+        *((17, 1, 1 << 17, True), (15, 1, 1 << 17, False), (1, 1, 1 << 17, False)),
+        *((1, 8, 1 << 17, False), (16, 8, 1024, False), (64, 8, 1 << 17, False)),
+    ],
+)
+def test_ctas_join_partial_results_where_clusters_are_likely_and_splits_few(
+    batch, kv_heads, max_k, joins
+):
+    """Up to 16 splits a work tile on average; never where the merge has always work, or none."""
+    sizes = dict(heads=4 * kv_heads, kv_heads=kv_heads, cluster=8)
+    (launch,) = plan(batch, 1, max_k, **sizes)
+    assert bool(launch["joins"]) == joins
+    if joins:
+        assert launch["finds_seqs"] and launch["shares"] < 17 * batch * kv_heads
+    assert not any(launch["joins"] for launch in plan(batch, 1, max_k, **(sizes | {"cluster": 1})))
+    if 1 < batch <= 17 and max_k > 1024:
+        (captured,) = plan(256, 1, max_k, tokens=batch, **sizes)
+        assert bool(captured["joins"]) == joins
+
+
+@pytest.mark.parametrize(
+    "tokens, max_q, cluster, seqs", [(1, 1, 8, 1), (2, 1, 8, 2), (4, 4, 8, 4), (16, 1, 2, 16)]
+)
+def test_a_captured_step_has_rows_without_tokens(tokens, max_q, cluster, seqs):
+    """Clusters are as many as there are tokens, at most, and as large as fit as many sequences."""
+    (launch,) = plan(256, max_q, 32768, tokens=tokens, heads=16, cluster=8)
+    assert launch["finds_seqs"] and launch["cluster"] == cluster
+    assert launch["grid"] >= seqs * 8 * cluster
+    one = -(-tokens // max_q) == 1
+    assert (launch["cluster_kv_tiles"] == ANY) == one
+    assert (launch["workspace"] == 0) == one
 
 
 @pytest.mark.parametrize(
     "batch, max_q, kv_heads, max_k",
     [
         *((64, 1, 8, 1024), (17, 1, 8, 1024)),  # more sequences and heads than clusters
-        *(
-            (1, 1, 8, 1 << 15),
-            (2, 1, 8, 1 << 14),
-            (16, 1, 8, 2048),
-        ),  # more keys than they read fast
-        (1, 1, 1, 8192),  # a few multiprocessors would read them, the others rest
         (1, 8, 8, 1024),  # tiles of 64 pairs
         (1, 2000, 8, 2000),  # sequences of many tokens
     ],
@@ -227,9 +288,11 @@ def test_empty_calls_have_no_launch(batch, tokens):
     assert plan(batch, 1, 64, tokens=tokens) == []
 
 
-def decide(q, k, cache_type, *, head_dim=128, tokens=4096, batch=2, max_q=4096, major=9):
+def decide(
+    q, k, cache_type, *, head_dim=128, tokens=4096, batch=2, max_q=4096, max_k=8192, major=9
+):
     return host.decide_attention(
-        q, k, cache_type, tokens, batch, 32, 8, head_dim, max_q, 8192, compute_major=major
+        q, k, cache_type, tokens, batch, 32, 8, head_dim, max_q, max_k, compute_major=major
     )
 
 
@@ -278,6 +341,20 @@ def test_a_call_without_long_sequences_takes_no_prefill_kernel(max_q, batch):
         E4M3, E4M3, "cache_fp8", tokens=max_q * batch, batch=batch, max_q=max_q
     )
     assert found == "mma_sm80" and all(launch["split"] for launch in launches)
+
+
+@pytest.mark.parametrize(
+    "q, k, cache_type",
+    [(BF16, E4M3, "cache_fp8"), (E4M3, E4M3, "block_wise_fp8"), (BF16, BF16, "none")],
+)
+@pytest.mark.parametrize("chunk", [64, 512, 2048])
+def test_a_loose_bound_of_the_keys_changes_nothing_of_a_mixed_step(q, k, cache_type, chunk):
+    """A server that knows the step's longest chunk, but not the keys, gets the same launches."""
+    exact, loose = (
+        decide(q, k, cache_type, tokens=chunk + 63, batch=64, max_q=chunk, max_k=max_k)
+        for max_k in (8192, 131072)
+    )
+    assert exact == loose and len(exact[2]) == 2
 
 
 def test_head_dims_without_a_kernel_are_left_to_the_checks():

@@ -296,6 +296,92 @@ def test_long_sequences_alone_become_short_ones(kind, q_type):
     graph.reset()
 
 
+class DecodeStep(MixedStep):
+    """A step of up to 60 decoding sequences, of which the host knows the number of slots only."""
+
+    SLOTS, BLOCKS, WIDTH = 60, 240, 64
+
+    def __init__(
+        self, longest: int, working: int, kind: CacheKind, seed: int, tokens: int = 61
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        blocks = np.full(self.SLOTS, 1)
+        blocks[7] = longest
+        while blocks.sum() < self.BLOCKS:  # as many blocks in every step
+            seq = rng.integers(self.SLOTS)
+            blocks[seq] += blocks[seq] < 16
+        new = np.zeros(self.SLOTS, int)
+        new[rng.permutation(self.SLOTS)[: min(working, tokens) - 1]] = 1
+        new[7] = 1
+        keys = 64 * blocks - rng.integers(0, 63, self.SLOTS)
+        problem = paged_problem(
+            list(zip(keys - new, new)),
+            kind=kind,
+            dim=DIM,
+            seed=seed,
+            padding=tokens - new.sum(),
+        )
+        tables = problem.block_tables
+        problem.block_tables = np.pad(
+            tables, ((0, 0), (0, self.WIDTH - tables.shape[1])), constant_values=-1
+        )
+        self.problem = problem
+        positional, self.options = problem.arguments("gpu")
+        self.inputs = positional[:7]
+
+    def attend(self) -> tuple:
+        return F.paged_attention(*self.inputs, 1, 1 << 20, return_softmax_lse=True, **self.options)
+
+
+@pytest.mark.parametrize("kind", [CacheKind(), BLOCK_WISE_FP8], ids=str)
+@pytest.mark.parametrize("tokens", [61, 20, 3])
+def test_the_device_chooses_anew_in_every_replay(kind, tokens):
+    """Few keys: clusters; many: equal shares and a second kernel, which otherwise does nothing."""
+    held = DecodeStep(4, 60, kind, 0, tokens)
+    held.attend()
+    with capture() as graph:
+        out, lse = held.attend()
+    for seed, (longest, working) in enumerate([(50, 60), (4, 9), (4, 60), (60, 1), (17, 60)], 1):
+        step = DecodeStep(longest, working, kind, seed, tokens)
+        step.problem.check("gpu", f"step {seed}")
+        held.become(step)
+        for again in range(2):
+            graph.replay()
+            want, want_lse = step.attend()
+            assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}.{again}: out")
+            assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}.{again}: lse")
+    del out, lse
+    graph.reset()
+
+
+@pytest.mark.parametrize("longest", [4, 60])
+def test_what_follows_a_choice_waits_for_it(longest):
+    """In either mode the next call begins when the attention has ended, not the second kernel."""
+    step = DecodeStep(longest, 60, BLOCK_WISE_FP8, 3)
+    first = to_paddle(np.zeros(step.problem.q.shape, BF16), "gpu")
+    zeros = to_paddle(np.zeros(step.problem.q.shape, BF16), "gpu")
+
+    def attend(q, **options):
+        """The second call's first kernel quantises what the first call gives."""
+        return F.paged_attention(q, *step.inputs[1:], 1, 1 << 20, **step.options, **options)
+
+    def both():
+        attend(step.inputs[0], out=first)
+        return attend(first, quantize_q=True)
+
+    both()
+    paddle.device.cuda.synchronize()
+    want = to_numpy(attend(first, quantize_q=True))
+    with capture() as graph:
+        out = both()
+    for i in range(5):
+        first.copy_(zeros, True)
+        graph.replay()
+        assert_same_bits(to_numpy(out), want, f"replay {i}")
+    del out
+    graph.reset()
+
+
 class SharedPrefix:
     """A step of sequences that share their first 128 tokens, and its plan, on the GPU."""
 

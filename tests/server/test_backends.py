@@ -21,6 +21,7 @@ from fastattn.backends import (
     LayerCache,
     make_config,
 )
+from fastattn.backends.forward_meta import guess_new_tokens
 from tests.support.compare import assert_same_bits
 from tests.support.serving import Model, Server
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, to_numpy, to_paddle
@@ -219,6 +220,49 @@ def test_unknown_host_lengths_mean_upper_bounds(place, lengths):
     assert server.backend.get_attention_meta().host_lengths is None
     server.step([1, 4])
     assert server.backend.get_attention_meta().host_lengths == (4, 65)
+
+
+@pytest.mark.parametrize("q_quant", ["none", "per_token_head"])
+@pytest.mark.parametrize("said", [None, False, True])
+def test_steps_of_which_the_host_knows_the_kind_at_most(place, said, q_quant):
+    """Right whatever the server says: of prefill, of none though there is, or nothing."""
+    model = Model("cache_fp8", q_quant=q_quant)
+    server = Server(FlashAttentionBackend, model, [170, 90, 80], place)
+    for new in ([100, 0, 7], [1, 1, 0], [1, 0, 1], [2, 70, 1], [1, 1, 1], [0, 3, 0], [60, 1, 1]):
+        server.step(new, max_len_tensor_cpu=None, exist_prefill=said)
+        assert server.backend.get_attention_meta().host_lengths is None
+
+
+def test_guesses_of_the_longest_sequence():
+    """One rule in Python and in C++."""
+    host = pytest.importorskip("fastattn._host")
+
+    def guess(tokens, seqs, decode_tokens=1, prefills=False):
+        found = guess_new_tokens(tokens, seqs, decode_tokens, prefills)
+        assert found == host.new_tokens_of_longest(tokens, seqs, decode_tokens, prefills)
+        return found
+
+    assert [guess(n, 64) for n in (1, 17, 64)] == [1, 1, 1]  # decode, in a captured step too
+    assert [guess(n, 64, 4) for n in (1, 3, 256)] == [1, 3, 4]  # drafts of three tokens
+    assert guess(2048 + 63, 64) == guess(2048 + 63, 64, prefills=True) == 2048  # a chunk beside
+    assert guess(2048 + 63, 64, 4) == 2048 + 63  # any of them
+    assert guess(20, 64, prefills=True) == 20
+    assert guess(100, 1) == 100 and guess(65, 3) == 65 and guess(66, 3) == 64
+    for tokens in (1, 2, 63, 64, 65, 3000):
+        for seqs in (1, 2, 8, 64, 65, 512):
+            for decode_tokens in (1, 2, 6):
+                for prefills in (False, True):
+                    assert 1 <= guess(tokens, seqs, decode_tokens, prefills) <= tokens
+
+
+@pytest.mark.parametrize(
+    ("method", "drafted", "tokens"), [(None, 5, 1), ("mtp", 3, 4), ("naive", 0, 1), ("ngram", 5, 6)]
+)
+def test_new_tokens_of_a_decoding_sequence(method, drafted, tokens):
+    config = make_config(max_model_len=64)
+    config.speculative_config.method = method
+    config.speculative_config.num_speculative_tokens = drafted
+    assert FlashAttentionBackend(config, 2, 4, 64).config.decode_tokens == tokens
 
 
 @pytest.mark.skipif(not EMPTY_OUTPUTS, reason="this Paddle has no empty outputs")

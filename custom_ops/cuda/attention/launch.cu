@@ -1,6 +1,7 @@
 #include "cuda/attention/launch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <tuple>
 #include <utility>
 
@@ -42,17 +43,21 @@ AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, 
   task.min_pairs = static_cast<int>(launch.min_pairs);
   task.max_pairs = static_cast<int>(launch.max_pairs);
   task.cluster = static_cast<int>(launch.cluster);
+  task.cluster_kv_tiles = static_cast<int>(launch.cluster_kv_tiles);
+  task.finds_seqs = launch.finds_seqs;
+  task.shares = static_cast<int>(launch.shares);
   const int64_t pairs = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
   task.keys_read_once = launch.split && std::min(pairs, launch.max_pairs) <= launch.columns;
+  if (launch.joins && p.num_arrivals >= NumArrivals(launch.shares)) task.arrivals = p.arrivals;
   task.headers = reinterpret_cast<int*>(*workspace);
-  task.partials = *workspace + launch.grid * kPartialHeader;
+  task.partials = *workspace + launch.shares * kPartialHeader;
   *workspace += launch.workspace;
   return task;
 }
 
 bool LeavesPartials(const AttentionLaunch& launch) {
   if (launch.invariant_splits > 0) return LeavesInvariantPartials(launch);
-  return launch.split && launch.grid > 1 && launch.cluster == 1;
+  return launch.LeavesPartials();
 }
 
 using InvariantLauncher = cudaError_t (*)(const AttentionParams&, const InvariantTask&, int,
@@ -92,7 +97,7 @@ cudaError_t RunMerge(const AttentionParams& p, const AttentionLaunch& launch,
                      const AttentionTask& task, cudaStream_t stream) {
   const int grid = static_cast<int>(launch.grid);
   if (launch.invariant_splits == 0) {
-    return LaunchMergePartials(p, task, launch.columns, grid, stream);
+    return LaunchMergePartials(p, task, launch.columns, stream);
   }
   return LaunchMergeInvariant(p, MakeInvariantTask(p, launch, task), launch.columns, grid, stream);
 }
@@ -118,7 +123,7 @@ cudaError_t LaunchSeqs(const AttentionParams& p, const AttentionPlan& plan, bool
   overlaps_previous = false;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
-    if (!LeavesPartials(launch)) continue;
+    if (!LeavesPartials(launch) || tasks[i].arrivals != nullptr) continue;
     tasks[i].overlaps_previous = std::exchange(overlaps_previous, true);
     const cudaError_t status = RunMerge(p, launch, tasks[i], stream);
     if (status != cudaSuccess) return status;
@@ -126,7 +131,44 @@ cudaError_t LaunchSeqs(const AttentionParams& p, const AttentionPlan& plan, bool
   return cudaSuccess;
 }
 
+// Stands for the kernels of mma_sm80, of which two CTAs find room on a multiprocessor.
+__global__ void __launch_bounds__(128) ClusterProbeKernel() {}
+
+cudaError_t AskForClusters(const DeviceFacts& facts, int* count) {
+  // A CTA has 1 KiB more than it asks for.
+  const int bytes = (facts.max_shared_bytes + 1024) / kAttentionCtasPerSm - 1024;
+  const cudaError_t status =
+      cudaFuncSetAttribute(ClusterProbeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = 8;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(8);
+  config.blockDim = dim3(128);
+  config.dynamicSmemBytes = bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(count, ClusterProbeKernel, &config);
+}
+
 }  // namespace
+
+cudaError_t CountClusters(int device, const DeviceFacts& facts, int* count) {
+  constexpr int kMostDevices = 64;
+  static std::atomic<int> known[kMostDevices] = {};  // and one more; 0: not asked for yet
+  *count = 0;
+  if (facts.major < 9 || device < 0 || device >= kMostDevices) return cudaSuccess;
+  const int found = known[device].load(std::memory_order_acquire);
+  if (found > 0) {
+    *count = found - 1;
+    return cudaSuccess;
+  }
+  const cudaError_t status = AskForClusters(facts, count);
+  if (status == cudaSuccess) known[device].store(*count + 1, std::memory_order_release);
+  return status;
+}
 
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& decision,
                             cudaStream_t stream) {

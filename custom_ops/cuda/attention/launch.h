@@ -3,10 +3,15 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/common/device_facts.h"
 #include "heuristics/attention.h"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
+
+// Clusters of 8 CTAs of mma_sm80, two CTAs a multiprocessor, that run at the same time; 0 without
+// clusters. The first call asks the runtime.
+cudaError_t CountClusters(int device, const DeviceFacts& facts, int* count);
 
 // p.workspace holds decision.workspace floats.
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& decision,

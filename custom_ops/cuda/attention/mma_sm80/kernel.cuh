@@ -4,8 +4,8 @@
 // one KV head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all
 // work tiles lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what
 // it has of a work tile is a Segment. A work tile that lies in several CTAs leaves partial results,
-// which merge_partials.cu merges; in small calls the CTAs of a cluster join them at once
-// (cluster_join.cuh).
+// which merge_partials.cu merges, or the last of those CTAs (join_splits.cuh); in small calls the
+// CTAs of a cluster join them at once (cluster_join.cuh).
 //
 // Warps: 4, without roles. They form warp pipelines of one or two warps (traits.cuh): each takes
 // every kPipelines-th KV tile of 64 (or 32) keys, copies it ahead with cp.async, and has a maximum,
@@ -24,7 +24,8 @@
 // to the columns that see them (kv_tile.cuh).
 //
 // Reading order: traits.cuh, this file, schedule.cuh, query.cuh, kv_loader.cuh, kv_tile.cuh,
-// value_scales.cuh, epilogue.cuh, cluster_join.cuh, merge_partials.cu.
+// value_scales.cuh, epilogue.cuh, cluster_join.cuh, merge_partials.cu,
+// join_splits.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,6 +34,7 @@
 
 #include "cuda/attention/mma_sm80/cluster_join.cuh"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
+#include "cuda/attention/mma_sm80/join_splits.cuh"
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
@@ -223,8 +225,9 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
 // result.
 template <typename Traits>
 __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const AttentionTask& task,
-                                              const Segment& segment, int pipeline, int warp_column,
-                                              char* shared, TileState<Traits>* state) {
+                                              const Segment& segment, bool clustered, int pipeline,
+                                              int warp_column, char* shared,
+                                              TileState<Traits>* state) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float2* states = reinterpret_cast<float2*>(shared + Traits::kStateOffset);
   ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
@@ -271,7 +274,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
     }
   }
   float* partial = nullptr;
-  if (Traits::kClusters && task.cluster > 1) {
+  if (clustered) {
     partial =
         reinterpret_cast<float*>(shared);  // nothing is left in the stages, or under way to them
   } else if (!segment.Whole()) {
@@ -355,29 +358,38 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   } else {
     PdlWait();
   }
-  const bool clustered = Traits::kClusters && task.cluster > 1;
-  Schedule schedule;
-  SeqShape cluster_seq;
-  if (clustered) {
-    schedule = MakeClusterSchedule<Traits::kColumns, Traits::kKvTile>(p, task, &cluster_seq);
-  } else {
-    schedule = MakeSchedule<Traits::kColumns, Traits::kKvTile, kAttentionThreads>(
-        p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
-        reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
+  bool clustered = Traits::kClusters && task.cluster > 1;
+  uint32_t* working = nullptr;
+  if (clustered && task.finds_seqs) {
+    working = reinterpret_cast<uint32_t*>(shared + Traits::kScheduleOffset);
+    clustered =
+        ClustersTakeCall<kAttentionThreads>(p, task, Traits::kColumns, Traits::kKvTile, working);
+    if (p.seqs.num_tokens >= task.num_seqs) working = nullptr;
   }
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
   static_assert(Traits::kSegmentBytes == sizeof(Segment) * Traits::kMaxSegments);
-  int num_splits = 0;
+  const Schedule schedule =
+      clustered ? MakeClusterSchedule<Traits::kColumns, Traits::kKvTile>(p, task, working, segments)
+                : MakeSchedule<Traits::kColumns, Traits::kKvTile, kAttentionThreads>(
+                      p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
+                      reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
+  clustered = Traits::kClusters && schedule.InCluster();  // takes no register of its own
+  // Only the first warp needs it again, seldom: it takes no registers, either.
+  Schedule* const share = reinterpret_cast<Schedule*>(shared + Traits::kShareOffset);
+  static_assert(sizeof(Schedule) <= Traits::kShareBytes && Traits::kMaxSegments <= 32);
+  if (threadIdx.x == 0) *share = schedule;
+  __syncwarp();
   // A cluster joins what its CTAs have of a work tile before it goes on to the next one.
   const uint32_t most = clustered ? 1 : Traits::kMaxSegments;
   for (uint32_t done = 0; done < schedule.num_work_tiles; done += most) {
     const int count = static_cast<int>(min(schedule.num_work_tiles - done, most));
     if (threadIdx.x < count) {
-      segments[threadIdx.x] =
-          clustered ? MakeClusterSegment<Traits::kColumns, Traits::kKvTile>(
-                          p, task, schedule, cluster_seq, done, ClusterRank())
-                    : MakeSegment<Traits::kColumns, Traits::kKvTile>(
-                          p, task, schedule, schedule.first_work_tile + done + threadIdx.x);
+      if (clustered) {
+        SetClusterSegment<Traits::kColumns, Traits::kKvTile>(p, task, done, segments);
+      } else {
+        segments[threadIdx.x] = MakeSegment<Traits::kColumns, Traits::kKvTile>(
+            p, task, *share, share->first_work_tile + done + threadIdx.x);
+      }
     }
     __syncthreads();
     QueryLoads<Traits> loads;
@@ -415,20 +427,27 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       RunMainloop<Traits>(p, segment, pipeline, query, factors, SharedAddress(infos), &cursor,
                           &ring, &state);
       if (done + i + 1 == schedule.num_work_tiles) PdlLaunchDependents();
-      num_splits = segment.num_splits;
-      WriteEpilogue<Traits>(p, task, segment, pipeline, warp_column, shared, &state);
+      WriteEpilogue<Traits>(p, task, segment, clustered, pipeline, warp_column, shared, &state);
+      if constexpr (Traits::kClusters) {
+        if (task.arrivals != nullptr && segment.num_splits > 0) {
+          JoinSplits<Traits>(p, task, segment, shared);
+        }
+      }
     }
     WaitForCopies<0>();
     if constexpr (Traits::kClusters) {
       if (clustered) JoinCluster<Traits>(p, task, segments[0], shared);
     }
   }
-  if (task.split && !clustered && threadIdx.x == 0) {
+  if (task.split && task.arrivals == nullptr && !clustered && threadIdx.x == 0 &&
+      blockIdx.x < task.shares) {
     int4 header = make_int4(0, 0, 0, 0);
-    if (num_splits > 0) {
+    if (schedule.num_work_tiles > 0) {
       // The work tile that goes on in other CTAs is the last one.
       const Segment& last = segments[(schedule.num_work_tiles - 1) % Traits::kMaxSegments];
-      header = make_int4(num_splits, last.batch_idx, last.head, last.tile);
+      if (last.begins_work_tile && last.num_splits > 0) {
+        header = make_int4(last.num_splits, last.batch_idx, last.head, last.tile);
+      }
     }
     reinterpret_cast<int4*>(task.headers)[static_cast<int64_t>(blockIdx.x) * kPartialHeader / 4] =
         header;

@@ -21,8 +21,12 @@ struct AttentionTask {
   int min_pairs = 0;
   int max_pairs = 0;
   int cluster = 1;            // CTAs that take a sequence and KV head together; 1: equal shares
-  int* headers = nullptr;     // [grid, kPartialHeader]
-  float* partials = nullptr;  // [grid, kPartialsPerCta, columns, D + 2]
+  int cluster_kv_tiles = 0;   // of a sequence, more: equal shares; kAnyKvTiles: clusters always
+  bool finds_seqs = false;    // clusters must look which sequences have work, and how much
+  int shares = 0;             // CTAs that have equal shares
+  int* arrivals = nullptr;    // [2, shares] counters, 0: no merge follows; see join_splits.cuh
+  int* headers = nullptr;     // [shares, kPartialHeader]
+  float* partials = nullptr;  // [shares, kPartialsPerCta, columns, D + 2]
 };
 
 template <DType kElement, int kHeadDim, bool kPaged, bool kPerTokenScales, int kColumns>
@@ -31,7 +35,7 @@ cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask
 
 // Merges the partial results that a split launch left.
 cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int columns,
-                                int grid, cudaStream_t stream);
+                                cudaStream_t stream);
 
 // Clears the output and LSE of all tokens, which belong to no sequence.
 cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream);

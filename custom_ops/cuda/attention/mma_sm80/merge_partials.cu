@@ -8,6 +8,7 @@
 #include "common/ceil_div.h"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/shared/clear_padding.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
@@ -188,12 +189,27 @@ __device__ __forceinline__ void MergeTiles(const AttentionParams& p, const Atten
   }
 }
 
+// Whether clusters took the call, which then left no partial results. It does not wait for the
+// attention kernel: that one had waited for what wrote the lengths before it allowed this one.
+__device__ __forceinline__ bool ClustersTookCall(const AttentionParams& p,
+                                                 const AttentionTask& task, int columns) {
+  __shared__ uint32_t working[kMaxPlanSeqs / 32];
+  PdlBeginConcurrent();
+  const DType keys = p.paged ? p.cache.dtype : p.ragged.dtype;
+  const int kv_tile = KeysPerKvTile(p.head_dim * SizeOf(keys));
+  return ClustersTakeCall<kThreads>(p, task, columns, kv_tile, working);
+}
+
 template <bool kSearch>
 __global__ void __launch_bounds__(kThreads)
     MergePartialsKernel(const __grid_constant__ AttentionParams p,
                         const __grid_constant__ AttentionTask task, int columns, int block_columns,
                         int ctas) {
   PrefetchParameters(p);
+  if (task.finds_seqs && ClustersTookCall(p, task, columns)) {
+    PdlEndConcurrent();  // it is the only merge of its call, so that none begins too early
+    return;
+  }
   if (task.overlaps_previous) {
     PdlBeginConcurrent();
   } else {
@@ -234,10 +250,12 @@ cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream) {
 }
 
 cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int columns,
-                                int grid, cudaStream_t stream) {
+                                cudaStream_t stream) {
+  const int grid = task.shares;
   const int64_t pairs =
       std::min<int64_t>(std::max<int64_t>(p.max_seqlen_q, 1) * task.group, task.max_pairs);
-  const int64_t work_tiles = CeilDiv(pairs, columns) * task.num_seqs * p.num_kv_heads;
+  const int64_t seqs = std::min(task.num_seqs, p.seqs.num_tokens);
+  const int64_t work_tiles = CeilDiv(pairs, columns) * seqs * p.num_kv_heads;
   // Where few work tiles share many CTAs, each has many partial results: then a block takes one
   // column alone.
   const bool few = 16 * work_tiles <= grid;

@@ -8,6 +8,7 @@
 #include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/shared/seq_lengths.cuh"
 #include "cuda/attention/shared/visible_keys.cuh"
+#include "cuda/common/cluster.cuh"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
@@ -38,16 +39,74 @@ struct SeqWork {
   int kv_tiles;
 };
 
+__device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const AttentionTask& task,
+                                          const SeqShape& seq, int columns, int kv_tile) {
+  const int pairs = seq.q_len * task.group;
+  if (pairs == 0 || pairs < task.min_pairs || pairs > task.max_pairs) return {0, 0, 0};
+  const int first = VisibleKeys(p, seq, 0).begin / kv_tile;
+  const int end = VisibleKeys(p, seq, seq.q_len - 1).end;
+  // A sequence that sees nothing still has its output to write.
+  const int kv_tiles = max((end + kv_tile - 1) / kv_tile - first, 1);
+  return {(pairs + columns - 1) / columns, first, kv_tiles};
+}
+
 template <int kColumns, int kKvTile>
 __device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const AttentionTask& task,
                                           const SeqShape& seq) {
-  const int pairs = seq.q_len * task.group;
-  if (pairs == 0 || pairs < task.min_pairs || pairs > task.max_pairs) return {0, 0, 0};
-  const int first = VisibleKeys(p, seq, 0).begin / kKvTile;
-  const int end = VisibleKeys(p, seq, seq.q_len - 1).end;
-  // A sequence that sees nothing still has its output to write.
-  const int kv_tiles = max((end + kKvTile - 1) / kKvTile - first, 1);
-  return {(pairs + kColumns - 1) / kColumns, first, kv_tiles};
+  return WorkOf(p, task, seq, kColumns, kKvTile);
+}
+
+// Whether clusters take a call in which the host left that open, by the lengths of its sequences.
+// All CTAs of the attention kernel, and those of the one that merges, find the same. Sets a bit in
+// `working` [num_seqs / 32, rounded up], in shared memory, for each sequence that has work. All
+// threads take part.
+template <int kThreads>
+__device__ __forceinline__ bool ClustersTakeCall(const AttentionParams& p,
+                                                 const AttentionTask& task, int columns,
+                                                 int kv_tile, uint32_t* working) {
+  constexpr int kRounds = kMaxPlanSeqs / kThreads;
+  // The lengths of all rounds are asked for before any is looked at: one latency, not several.
+  SeqShape shapes[kRounds];
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int seq = r * kThreads + static_cast<int>(threadIdx.x);
+    shapes[r] = {};
+    if (seq < task.num_seqs) shapes[r] = LoadSeqShape(p, task.first_seq + seq);
+  }
+  bool takes = true;
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    if (r * kThreads >= task.num_seqs) break;
+    const int seq = r * kThreads + static_cast<int>(threadIdx.x);
+    const SeqWork work = WorkOf(p, task, shapes[r], columns, kv_tile);
+    // A cluster would take several work tiles one after the other.
+    takes = takes && work.tiles <= 1 && work.kv_tiles <= task.cluster_kv_tiles;
+    const uint32_t vote = __ballot_sync(0xFFFFFFFFu, work.tiles > 0);
+    if (seq % 32 == 0 && seq < task.num_seqs) working[seq / 32] = vote;
+  }
+  return __syncthreads_and(takes || task.cluster_kv_tiles == kAnyKvTiles) != 0;
+}
+
+// The n-th sequence that has work, counted from 0, or -1. All lanes of a warp take part.
+__device__ __forceinline__ int WorkingSeq(const uint32_t* working, int num_seqs, int n) {
+  static_assert(kMaxPlanSeqs <= 32 * 32, "a lane has a word");
+  const int lane = threadIdx.x % 32;
+  uint32_t word = 32 * lane < num_seqs ? working[lane] : 0;
+  int behind = __popc(word);  // sequences up to the end of the lane's word
+  if (num_seqs > 32) {
+#pragma unroll
+    for (int step = 1; step < kMaxPlanSeqs / 32; step *= 2) {
+      const int more = __shfl_up_sync(0xFFFFFFFFu, behind, step);
+      if (lane >= step) behind += more;
+    }
+  }
+  const uint32_t reached = __ballot_sync(0xFFFFFFFFu, 32 * lane < num_seqs && n < behind);
+  if (reached == 0) return -1;
+  const int holder = __ffs(reached) - 1;
+  n -= __shfl_sync(0xFFFFFFFFu, behind - __popc(word), holder);
+  word = __shfl_sync(0xFFFFFFFFu, word, holder);
+  const bool found = (word >> lane & 1) != 0 && __popc(word & ((1u << lane) - 1)) == n;
+  return 32 * holder + __ffs(__ballot_sync(0xFFFFFFFFu, found)) - 1;
 }
 
 // The work tiles of a task lie one behind the other on an axis of costs. A split work tile of n KV
@@ -65,11 +124,13 @@ struct Schedule {
   const uint2* before;  // [num_seqs + 1]: cost, work tiles
   uint32_t begin;       // cost; a share never begins or ends inside a kWorkTileCost
   uint32_t end;
-  uint32_t share;            // of every CTA but the last, before that rule
+  uint32_t share;            // of every CTA but the last, before that rule; 0: of a cluster
   uint32_t first_work_tile;  // of the CTA
   uint32_t num_work_tiles;
   int first_seq;  // that hold them
   int last_seq;
+
+  __device__ __forceinline__ bool InCluster() const { return share == 0; }
 };
 
 // Sequence of the task that holds a point of the cost axis: the last one that begins at or before
@@ -101,7 +162,8 @@ struct alignas(16) Segment {
   int columns_differ;    // in what they see
   int begins_work_tile;  // no other CTA has KV tiles before these, or after them
   int ends_work_tile;
-  int num_splits;  // CTAs that share a work tile which begins here and does not end, else 0
+  int num_splits;  // CTAs with equal shares that have some of the work tile, 0: this one alone
+  int first_cta;   // of them
 
   __device__ __forceinline__ bool Whole() const { return begins_work_tile && ends_work_tile; }
 };
@@ -141,9 +203,11 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
   s.begins_work_tile = begin == 0;
   s.ends_work_tile = end == length;
   // CTA i begins at i * share, or a little before, where that lies in a kWorkTileCost.
-  s.num_splits = s.begins_work_tile && !s.ends_work_tile
-                     ? (cost + length - 1) / schedule.share - blockIdx.x + 1
-                     : 0;
+  s.num_splits = s.first_cta = 0;
+  if (!s.Whole()) {
+    s.first_cta = static_cast<int>((cost + kWorkTileCost) / schedule.share);
+    s.num_splits = static_cast<int>((cost + length - 1) / schedule.share) - s.first_cta + 1;
+  }
   SetVisibleKeys<kColumns>(p, task, &s);
   const int kv_tiles_begin = task.split ? max(static_cast<int>(begin - kWorkTileCost), 0) : 0;
   const int kv_tiles_end = task.split ? static_cast<int>(end - kWorkTileCost) : work.kv_tiles;
@@ -154,38 +218,47 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
 }
 
 // A cluster takes the work tiles of one sequence and KV head one after the other. No other
-// sequence's length counts.
+// sequence's length counts. `working`: see ClustersTakeCall; null where each sequence has a
+// cluster. The first thread says in *segment, which it alone writes, which sequence and head they
+// are.
 template <int kColumns, int kKvTile>
 __device__ __forceinline__ Schedule MakeClusterSchedule(const AttentionParams& p,
-                                                        const AttentionTask& task, SeqShape* seq) {
+                                                        const AttentionTask& task,
+                                                        const uint32_t* working, Segment* segment) {
   const int pair = blockIdx.x / task.cluster;
+  int seq = pair / p.num_kv_heads;  // counts those that have work, where some have none
+  const int head = pair - seq * p.num_kv_heads;
   Schedule schedule = {};
-  schedule.first_seq = schedule.last_seq = pair / p.num_kv_heads;
-  *seq = LoadSeqShape(p, task.first_seq + schedule.first_seq);
-  schedule.num_work_tiles = WorkOf<kColumns, kKvTile>(p, task, *seq).tiles;
+  if (working != nullptr) seq = WorkingSeq(working, task.num_seqs, seq);
+  if (seq < 0 || seq >= task.num_seqs) return schedule;  // a CTA that only equal shares need
+  seq += task.first_seq;
+  const SeqShape shape = LoadSeqShape(p, seq);
+  if (threadIdx.x == 0) {
+    segment->shape = shape;
+    segment->batch_idx = seq;
+    segment->head = head;
+  }
+  schedule.num_work_tiles = WorkOf<kColumns, kKvTile>(p, task, shape).tiles;
   return schedule;
 }
 
-// The split of work tile `tile` that CTA `rank` of a cluster has.
+// Completes the segment for the split of work tile `tile` that this CTA of the cluster has.
 template <int kColumns, int kKvTile>
-__device__ __forceinline__ Segment MakeClusterSegment(const AttentionParams& p,
-                                                      const AttentionTask& task,
-                                                      const Schedule& schedule, const SeqShape& seq,
-                                                      uint32_t tile, int rank) {
-  Segment s;
-  s.shape = seq;
-  s.batch_idx = task.first_seq + schedule.first_seq;
-  s.head = blockIdx.x / task.cluster - schedule.first_seq * p.num_kv_heads;
+__device__ __forceinline__ void SetClusterSegment(const AttentionParams& p,
+                                                  const AttentionTask& task, uint32_t tile,
+                                                  Segment* segment) {
+  const int rank = static_cast<int>(ClusterRank());
+  Segment s = *segment;
   s.tile = static_cast<int>(tile);
   s.begins_work_tile = s.ends_work_tile = false;
-  s.num_splits = 0;
+  s.num_splits = s.first_cta = 0;
   SetVisibleKeys<kColumns>(p, task, &s);
   const int first = s.seen_by_any.begin / kKvTile;
   const int kv_tiles = max((s.seen_by_any.end + kKvTile - 1) / kKvTile - first, 0);
   const int each = kv_tiles / task.cluster, more = kv_tiles - each * task.cluster;
   s.kv_tile_begin = first + rank * each + min(rank, more);
   s.kv_tile_end = s.kv_tile_begin + each + (rank < more);
-  return s;
+  *segment = s;
 }
 
 // Where a share begins or ends, the sequence and the work tile there, and whether that is inside
@@ -254,7 +327,8 @@ __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
   }
   Schedule schedule;
   schedule.before = before;
-  schedule.share = max((sum_before.x + gridDim.x - 1) / gridDim.x, 1u);
+  const uint32_t shares = task.shares;
+  schedule.share = max((sum_before.x + shares - 1) / shares, 1u);
   const uint64_t first = static_cast<uint64_t>(blockIdx.x) * schedule.share;
   const ShareEdge begin = EdgeAt(task, before, first);
   const ShareEdge end = EdgeAt(task, before, first + schedule.share);

@@ -87,8 +87,10 @@ struct AttentionTraits {
   static constexpr int kColumnBytes = kColumns * 32;  // ColumnInfo
   static constexpr int kScanOffset = kColumnOffset + kColumnBytes;
   static constexpr int kScanBytes = 32;
+  static constexpr int kShareOffset = kScanOffset + kScanBytes;
+  static constexpr int kShareBytes = 48;  // Schedule
   static constexpr int kMaxSegments = 12;
-  static constexpr int kSegmentOffset = kScanOffset + kScanBytes;
+  static constexpr int kSegmentOffset = kShareOffset + kShareBytes;
   static constexpr int kSegmentBytes = kMaxSegments * 80;
   static constexpr int kScheduleOffset = kSegmentOffset + kSegmentBytes;
   // Bytes of a kernel with `stages` stages: the host does not know how many were compiled.

@@ -446,6 +446,11 @@ __global__ void __launch_bounds__(kDecodeThreads)
     DecodeQuery<Traits>(p, seq, small_grid,
                         HeadOfLane<Traits>(group - value_groups - kv_groups, q_heads));
   }
+  if (group == gridDim.x - 1 && token == 0) {
+    for (int i = 4 * threadIdx.x; i < p.rope.num_arrivals; i += 4 * kDecodeThreads) {
+      *reinterpret_cast<int4*>(p.rope.arrivals + i) = make_int4(0, 0, 0, 0);
+    }
+  }
 }
 
 }  // namespace fastattn::cuda

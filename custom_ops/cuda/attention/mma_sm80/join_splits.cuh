@@ -1,0 +1,145 @@
+// How CTAs with equal shares join the partial results of a work tile without a second kernel: the
+// CTA that comes last reads what the others left in global memory.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/mma_sm80/epilogue.cuh"
+#include "cuda/attention/mma_sm80/query.cuh"
+#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/merge/shared/merge_values.cuh"
+#include "cuda/merge/shared/partial_weights.cuh"
+
+namespace fastattn::cuda {
+
+// Partial results that one CTA joins in turn. More are joined in groups of so many first, each by
+// the last CTA of its group.
+inline constexpr int kJoinGroup = 16;
+
+// Groups of n CTAs. None of a single CTA: a group's counter is that of its first CTA, which begins
+// no other work tile then.
+__device__ __forceinline__ int JoinGroups(int n) { return max((n - 2) / kJoinGroup + 1, 1); }
+
+// Whether this CTA is the last of `count` that count themselves here. What the others wrote before
+// can be read then, past the L1 cache. All threads take part; a barrier lies behind their writes.
+__device__ __forceinline__ bool ComesLast(int* counter, int count) {
+  int before = 0;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    before = atomicAdd(counter, 1);
+    __threadfence();
+  }
+  return __syncthreads_or(threadIdx.x == 0 && before == count - 1) != 0;
+}
+
+// Joins `count` partial results of a work tile, of CTAs from `first` on, `stride` apart, in their
+// order. They become the output if `last`, else the partial result of CTA `first`. Afterwards
+// shared memory may be overwritten.
+template <typename Traits>
+__device__ __forceinline__ void JoinPartials(const AttentionParams& p, const AttentionTask& task,
+                                             const Segment& segment, const ColumnInfo* infos,
+                                             int first, int stride, int count, bool last) {
+  constexpr int kQuads = Traits::kHeadDim / 4;
+  constexpr int kPieces = Traits::kColumns * kQuads / kAttentionThreads;  // of a thread
+  // Partial results whose loads are under way together; 16 columns leave fewer registers.
+  constexpr int kBatch = 16 / kPieces;
+  static_assert(Traits::kColumns * kQuads % kAttentionThreads == 0 && kPieces <= 16);
+  const auto partial_of = [&](int cta) {
+    return PartialOf(task, Traits::kColumns, Traits::kHeadDim, cta, cta == segment.first_cta);
+  };
+  const auto thread = static_cast<int>(threadIdx.x);
+  uint4 out[kPieces];
+  PartialWeight weight[kPieces];
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    out[i] = make_uint4(0, 0, 0, 0);
+    weight[i] = {kLowestMaximum, 0.0f};
+  }
+#pragma unroll 1
+  for (int done = 0; done < count; done += kBatch) {
+    uint4 outs[kBatch][kPieces];
+    float2 states[kBatch][kPieces];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const float* partial = partial_of(first + min(done + b, count - 1) * stride);
+      const auto* of_columns =
+          reinterpret_cast<const float2*>(partial + Traits::kColumns * Traits::kHeadDim);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int index = thread + i * kAttentionThreads;
+        outs[b][i] = __ldcg(reinterpret_cast<const uint4*>(partial) + index);
+        states[b][i] = __ldcg(of_columns + index / kQuads);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (done + b >= count) continue;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const float2 state = states[b][i];
+        const MergeWeights w =
+            WeightsOfPartials(weight[i], {fmaxf(state.x, kLowestMaximum), state.y});
+        float x[4];
+        MergePack<DType::kFloat32>(out[i], outs[b][i], w, x);
+        out[i] = make_uint4(FloatBits(x[0]), FloatBits(x[1]), FloatBits(x[2]), FloatBits(x[3]));
+        weight[i] = {w.max, w.sum};
+      }
+    }
+  }
+  __syncthreads();  // all threads have read what some overwrite
+  float* const joined = partial_of(first);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const int index = thread + i * kAttentionThreads;
+    const int column = index / kQuads, quad = index % kQuads;
+    if (!last) {
+      reinterpret_cast<uint4*>(joined)[index] = out[i];
+      if (quad == 0) {
+        reinterpret_cast<float2*>(joined + Traits::kColumns * Traits::kHeadDim)[column] =
+            make_float2(weight[i].max, weight[i].sum);
+      }
+    } else if (infos[column].out >= 0) {
+      const Column info =
+          ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + column);
+      const float factor =
+          FinishColumn(p, info, infos[column].value_scale, weight[i].max, weight[i].sum, quad == 0);
+      StoreOutput(p, segment.head, infos[column].out, 4 * quad,
+                  make_float4(BitsFloat(out[i].x), BitsFloat(out[i].y), BitsFloat(out[i].z),
+                              BitsFloat(out[i].w)),
+                  factor);
+    }
+  }
+  __syncthreads();
+}
+
+// Behind a CTA's partial result of a work tile: the last CTA that gets here writes the output.
+// Which one that is changes nothing of the result. task.arrivals [2, shares], 0 at first, counts
+// the CTAs, or groups, of the work tile that a CTA begins, and those of the group that it begins.
+// A function of its own: inlined, it costs the kernels of 16 columns spilled registers.
+template <typename Traits>
+__device__ __noinline__ void JoinSplits(const AttentionParams& p, const AttentionTask& task,
+                                        const Segment& segment, const char* shared) {
+  const ColumnInfo* infos = reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset);
+  const int groups = JoinGroups(segment.num_splits);
+  int first = segment.first_cta, count = segment.num_splits, stride = 1;
+  int* counter = task.arrivals + first;
+  bool last = true;
+  if (groups > 1) {
+    const int group = min((static_cast<int>(blockIdx.x) - first) / kJoinGroup, groups - 1);
+    first += group * kJoinGroup;
+    count = group + 1 < groups ? kJoinGroup : count - group * kJoinGroup;
+    counter = task.arrivals + task.shares + first;
+    last = false;
+  }
+#pragma unroll 1
+  while (ComesLast(counter, count)) {
+    JoinPartials<Traits>(p, task, segment, infos, first, stride, count, last);
+    if (last) return;
+    first = segment.first_cta, count = groups, stride = kJoinGroup;
+    counter = task.arrivals + first;
+    last = true;
+  }
+}
+
+}  // namespace fastattn::cuda
