@@ -94,6 +94,8 @@ def gqa_rope_write_cache(
     batch_id_per_token : Tensor, shape [T], int32
         Sequence of each token; -1 for CUDA-graph padding.
     block_tables : Tensor, shape [B, max_blocks], int32
+        It, `seq_lens_encoder` and `seq_lens_decoder` may have more than B: FastDeploy up to 2.5
+        passes those of all slots.
     kv_batch_ids, kv_tile_ids_per_batch, kv_num_blocks : any
     cache_batch_ids, cache_tile_ids_per_batch, cache_num_blocks : any
         FastDeploy's lists of tiles; not used, may be None.
@@ -248,6 +250,7 @@ def merge_prefill_decode_output(
         The shape (T may differ: tokens that one of the two lacks are left out) and dtype of
         `encoder_res`.
     seq_lens_encoder, seq_lens_decoder, seq_lens_this_time : Tensor, shape [B] or [B, 1], int32
+        The first two may have more than B: those of all slots.
     cu_seq_q : Tensor, shape [B + 1], int32
     head_num, head_dim : int
     max_token : int

@@ -59,7 +59,8 @@ def write_cache_kv(
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D].
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence.
+        Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
+        than B: slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         First token of each sequence in `key`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32

@@ -91,7 +91,8 @@ def rope_write_cache_kv(
         With R columns each angle is stored twice, for neox as ``[a, b, .., a, b, ..]``, else as
         ``[a, a, b, b, ..]``. Positions past the end use the last one. None: no rotation.
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence.
+        Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
+        than B: slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         First token of each sequence in `qkv`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
