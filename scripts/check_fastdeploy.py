@@ -54,7 +54,7 @@ def _entry_point() -> Path:
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fastattn\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[fastdeploy.model_register_plugins]\nfastattn = fastattn.backends.fastdeploy:register\n"
+        "[fastdeploy.model_register_plugins]\nfastattn = fastattn._plugin:register\n"
     )
     return folder
 

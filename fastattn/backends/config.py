@@ -6,6 +6,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
+import paddle
+
 from fastattn.backends.layer_cache import cache_type_of
 from fastattn.backends.scales import HeadShard
 
@@ -36,7 +38,7 @@ class BackendConfig:
     window_layers : tuple of bool
         Which layers have the window of `window_size`; empty: all of them.
     rotary_dim : int or None
-        Rotated channels of a head, from ``partial_rotary_factor``.
+        Rotated channels of a head; None: all of them.
     shard : HeadShard
     """
 
@@ -61,13 +63,12 @@ class BackendConfig:
         if fd_config is None:
             raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
         _refuse(fd_config, backend, head_dim)
-        factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
         return cls(
             max_model_len=_count(fd_config, backend, "model_config.max_model_len", None, 1),
             causal=bool(read(fd_config, "model_config.causal", True)),
             window_size=_count(fd_config, backend, "model_config.window_size", 0, 0),
             window_layers=_window_layers(fd_config, backend),
-            rotary_dim=None if factor >= 1.0 else int(head_dim * factor),
+            rotary_dim=_rotary_dim(fd_config, head_dim),
             shard=HeadShard(
                 num_heads=read(fd_config, "model_config.num_key_value_heads"),
                 size=_tensor_parallel_size(fd_config),
@@ -90,6 +91,20 @@ def _tensor_parallel_size(fd_config: Any) -> int:
     return int(read(fd_config, "parallel_config.tensor_parallel_size", older))
 
 
+def _rotary_dim(fd_config: Any, head_dim: int) -> int | None:
+    """Rotated channels of a head.
+
+    FastDeploy's tables (``rotary_embedding.get_rope_impl``) rotate a part of a head for GLM only.
+    Its ERNIE table divides the positions by ``partial_rotary_factor`` and rotates the whole head,
+    its Qwen table does not use the factor. A configuration without architectures is not
+    FastDeploy's.
+    """
+    factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
+    names = read(fd_config, "model_config.architectures", ())
+    whole = bool(names) and not str(names[0]).startswith("Glm")
+    return None if factor >= 1.0 or whole else int(head_dim * factor)
+
+
 def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
     pattern = read(fd_config, "model_config.window_attn_skip_freq")
     if pattern is None or not read(fd_config, "model_config.window_size", 0):
@@ -100,6 +115,20 @@ def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
             "supported: a list with one entry a layer, 1 where the layer has the window"
         )
     return tuple(bool(entry) for entry in pattern)
+
+
+def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
+    """Options of which one says that sequences have rotary tables of their own.
+
+    ``rope_3d`` of the model means only that its file has an ``mrope_section``, as those of some
+    text models do. FastDeploy since 2.6 tells at ``enable_rope_3d_runtime`` whether it makes such
+    tables; before, it makes them for multimodal models.
+    """
+    if read(fd_config, "enable_rope_3d_runtime") is not None:
+        return ("enable_rope_3d_runtime",)
+    if not read(fd_config, "model_config.enable_mm", True):
+        return ()
+    return ("model_config.rope_3d", "model_config.use_3d_rope")
 
 
 def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
@@ -131,10 +160,36 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
             no("quant_config.kv_cache_quant_type", kind, f"supported: {supported}")
     # FastDeploy turns 3-D RoPE off for draft models.
     draft = read(fd_config, "speculative_config.model_type", "main") != "main"
-    for name in ("enable_rope_3d_runtime", "model_config.rope_3d", "model_config.use_3d_rope"):
+    for name in _rope_3d_options(fd_config):
         if read(fd_config, name, False) and not draft:
             no(name, True, "rotary tables of rope_3d differ between sequences")
     for name in ("head_wise_swa_ratio", "sink_size"):
         value = read(fd_config, f"model_config.{name}", 0)
         if value:
             no(f"model_config.{name}", value, "sliding windows are the same for every head")
+
+
+#: Paddle's list of operators that its CUDA graphs leave out, and a backend's operators by the names
+#: that they have in a program: with an underscore if they write into an input.
+_LEFT_OUT = "FLAGS_cuda_graph_blacklist"
+_OPERATORS = tuple(
+    f"custom_op.fastattn_{name}{end}"
+    for name in ("rope_write_cache_kv", "paged_attention", "merge_attn_states")
+    for end in ("", "_")
+)
+
+
+def keep_out_of_graphs(fd_config: Any) -> None:
+    """Let CUDA graphs of parts of a program leave the attention out.
+
+    FastDeploy's own backends do so for ``graph_opt_config.full_cuda_graph = False``, where steps
+    with prefill run in such graphs too. A Paddle without CUDA graphs has no such list.
+    """
+    if read(fd_config, "graph_opt_config.full_cuda_graph", True):
+        return
+    try:
+        given = str(paddle.get_flags(_LEFT_OUT)[_LEFT_OUT])
+    except ValueError:
+        return
+    names = [name for name in given.split(",") if name]
+    paddle.set_flags({_LEFT_OUT: ",".join(dict.fromkeys([*names, *_OPERATORS]))})

@@ -9,7 +9,7 @@ import paddle
 
 from fastattn import _ops, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
-from fastattn.backends.config import BLOCK_SIZE, BackendConfig
+from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_graphs
 from fastattn.backends.forward_meta import current_plan, field, optional, sequences
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
@@ -25,13 +25,11 @@ class PagedAttentionMetadata(AttentionMetadata):
     ----------
     host_lengths : (int, int) or None
         Largest numbers of new tokens and of keys of a sequence; None if unknown on the host.
-    mask_offsets : Tensor or None, shape [T, 2]
     cascade_plan : CascadePlan or None
         Plan of a cascade, if the step's sequences share a prefix.
     """
 
     host_lengths: tuple[int, int] | None = None
-    mask_offsets: Any = None
     cascade_plan: Any = None
 
 
@@ -85,6 +83,7 @@ class PagedAttentionBackend(AttentionBackend):
                 f"{q_quant!r}"
             )
         self.config = BackendConfig.of(fd_config, name, head_dim)
+        keep_out_of_graphs(fd_config)
         if num_heads < 1 or kv_num_heads < 1 or num_heads % kv_num_heads:
             raise ValueError(
                 f"{name}: num_heads: expected a multiple of kv_num_heads = {kv_num_heads}, got "
@@ -135,15 +134,13 @@ class PagedAttentionBackend(AttentionBackend):
         """Prepare a step. Nothing is copied from the device."""
         self._refuse_step(forward_meta)
         offsets = optional(forward_meta, "attn_mask_offsets")
-        if offsets is not None and len(offsets.shape) == 1:
-            if offsets.shape[0] % 2:
-                raise ValueError(
-                    f"{type(self).__name__}: forward_meta.attn_mask_offsets: expected shape [T, 2] "
-                    f"or [2 T], got {list(offsets.shape)}"
-                )
-            offsets = offsets.reshape([-1, 2])
+        if offsets is not None and len(offsets.shape) == 1 and offsets.shape[0] % 2:
+            raise ValueError(
+                f"{type(self).__name__}: forward_meta.attn_mask_offsets: expected shape [T, 2] "
+                f"or [2 T], got {list(offsets.shape)}"
+            )
         self.attention_metadata = PagedAttentionMetadata(
-            _host_lengths(forward_meta), offsets, current_plan(forward_meta)
+            _host_lengths(forward_meta), current_plan(forward_meta)
         )
 
     def get_attention_meta(self) -> PagedAttentionMetadata | None:
@@ -218,7 +215,7 @@ class PagedAttentionBackend(AttentionBackend):
             (qkv, key, value, table, *seqs, *facts.write_tensors, *scales, batch_ids),
             facts.write_attrs,
         )
-        options = self._options(facts, scales, facts.q_descale(written), qkv, metadata)
+        options = self._options(facts, scales, facts.q_descale(written), qkv, forward_meta)
         return _ops.flat(self._attend(written[0], key, value, seqs, options, metadata))
 
     def _step(
@@ -226,7 +223,9 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> Any:
         """A plain step of a layer that has been seen before, without Python; None: not taken."""
         facts = self._known_layers.get(layer)
-        if facts is None or metadata.cascade_plan is not None or metadata.mask_offsets is not None:
+        if facts is None or metadata.cascade_plan is not None:
+            return None
+        if optional(forward_meta, "attn_mask_offsets") is not None:
             return None
         run, plan = _ops.step_function(), facts.step_plan
         caches = optional(forward_meta, "caches")
@@ -253,7 +252,7 @@ class PagedAttentionBackend(AttentionBackend):
         scales: tuple[Any, Any],
         q_descale: Any,
         qkv: Any,
-        metadata: PagedAttentionMetadata,
+        forward_meta: Any,
     ) -> dict[str, Any]:
         """Keyword arguments of a step's attention."""
         options = {
@@ -262,8 +261,12 @@ class PagedAttentionBackend(AttentionBackend):
             "cache_k_scales": scales[0],
             "cache_v_scales": scales[1],
         }
-        if metadata.mask_offsets is not None:  # they are the whole mask
-            options["mask_offsets"] = metadata.mask_offsets
+        # Not those of the prepared step: two-batch overlap hands its micro-batches to forward.
+        offsets = optional(forward_meta, "attn_mask_offsets")
+        if offsets is not None:  # they are the whole mask
+            options["mask_offsets"] = (
+                offsets.reshape([-1, 2]) if len(offsets.shape) == 1 else offsets
+            )
             options.update(causal=False, window_size=(-1, -1))
         if q_descale is not None and options["out_scale"] is None:
             options["out_dtype"] = _dtype_name(qkv)

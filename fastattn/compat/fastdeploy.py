@@ -21,6 +21,7 @@ from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     STATIC_TYPES,
+    cache_type_name,
     check_cache_type,
     check_no_zero_points,
 )
@@ -119,6 +120,7 @@ def gqa_rope_write_cache(
     rms_norm_eps : float
     use_neox_rotary_style : bool
     cache_quant_type : {"none", "cache_int8", "cache_fp8", "block_wise_fp8"}
+        Or ``int8`` and ``float8_e4m3fn``, as FastDeploy's configuration names the two static types.
     rope_3d : bool
         Must be False. Older versions of FastDeploy pass (rms_norm_eps, cache_quant_type, rope_3d)
         by position, which is recognised by a str in the place of `use_neox_rotary_style`.
@@ -168,6 +170,7 @@ def gqa_rope_write_cache(
             f"{_OP}: cache_quant_type: expected str, got {type(cache_quant_type).__name__}"
         )
     check_cache_type(_OP, cache_quant_type)
+    cache_quant_type = cache_type_name(cache_quant_type)
     check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)
     if rope_3d:
         raise NotImplementedError(f"{_OP}: rope_3d: tables of each sequence are not supported")

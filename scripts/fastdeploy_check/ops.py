@@ -20,9 +20,9 @@ def _int32(values: Any) -> Any:
 def _lengths(args: tuple[Any, ...]) -> np.ndarray:
     """``seq_lens_this_time``: the first int32 tensor with one entry a sequence."""
     for value in args[1:]:
-        if isinstance(value, paddle.Tensor) and value.dtype == paddle.int32 and value.ndim:
-            if value.size == value.shape[0]:
-                return value.numpy().reshape(-1)
+        tensor = isinstance(value, paddle.Tensor) and value.dtype == paddle.int32 and value.ndim
+        if tensor and value.size == value.shape[0]:
+            return value.numpy().reshape(-1)
     raise TypeError("get_padding_offset: no lengths among its arguments")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def rotate(x: np.ndarray, table: np.ndarray, positions: np.ndarray, neox: bool) -> np.ndarray:
-    """x [T, heads, D] rotated by the table [2, 1, max_seq, 1, columns] of FastDeploy.
+    """Rotate x [T, heads, D] by the table [2, 1, max_seq, 1, columns] of FastDeploy.
 
     Neox style turns channel i with channel i + R / 2, where R is the number of rotated channels: D
     columns store every angle twice (R = D), fewer store it once (R = twice their number). The other

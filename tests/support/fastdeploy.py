@@ -44,6 +44,9 @@ BACKENDS = {
     "FLASH_MASK_ATTN": "FlashMaskAttentionBackend",
 }
 
+#: A backend's name of FastDeploy's development branch, and the class that serves it.
+DECODE_UNIFIED = ("DECODE_UNIFIED_ATTN", "AppendAttentionBackend")
+
 
 #: Releases by what their runner passes: whether of all slots, and the rank of the lengths.
 RELEASES = {"2.4": (True, 2), "2.5": (True, 1), "2.6": (False, 1)}
