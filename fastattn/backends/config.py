@@ -40,6 +40,8 @@ class BackendConfig:
     rotary_dim : int or None
         Rotated channels of a head; None: all of them.
     shard : HeadShard
+    cuda_graphs : bool
+        The server replays CUDA graphs of its steps.
     """
 
     max_model_len: int
@@ -48,6 +50,7 @@ class BackendConfig:
     window_layers: tuple[bool, ...]
     rotary_dim: int | None
     shard: HeadShard
+    cuda_graphs: bool
 
     @classmethod
     def of(cls, fd_config: Any, backend: str, head_dim: int) -> BackendConfig:
@@ -74,6 +77,7 @@ class BackendConfig:
                 size=_tensor_parallel_size(fd_config),
                 rank=int(read(fd_config, "parallel_config.tensor_parallel_rank", 0)),
             ),
+            cuda_graphs=bool(read(fd_config, "graph_opt_config.use_cudagraph", False)),
         )
 
 

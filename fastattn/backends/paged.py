@@ -13,6 +13,7 @@ from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_grap
 from fastattn.backends.forward_meta import current_plan, field, optional, sequences
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
+from fastattn.backends.stale_starts import StaleStarts
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.functional._marker import unified
 
@@ -101,6 +102,7 @@ class PagedAttentionBackend(AttentionBackend):
         self.q_quant = q_quant
         self.attention_metadata: PagedAttentionMetadata | None = None
         self._known_layers = KnownLayers()
+        self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
 
     def get_kv_cache_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -139,6 +141,9 @@ class PagedAttentionBackend(AttentionBackend):
                 f"{type(self).__name__}: forward_meta.attn_mask_offsets: expected shape [T, 2] "
                 f"or [2 T], got {list(offsets.shape)}"
             )
+        starts = optional(forward_meta, "cu_seqlens_q")
+        if self._stale_starts is not None and starts is not None:
+            self._stale_starts.settle(starts)
         self.attention_metadata = PagedAttentionMetadata(
             _host_lengths(forward_meta), current_plan(forward_meta)
         )

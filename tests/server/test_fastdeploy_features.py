@@ -11,6 +11,7 @@ import pytest
 
 from fastattn import _plugin, backends, functional
 from fastattn.backends import fastdeploy as plugin
+from fastattn.backends.stale_starts import StaleStarts
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.fastdeploy import (
     BACKENDS,
@@ -114,6 +115,38 @@ def test_a_paddle_without_that_list_is_fine(registered):
     config = make_fd_config(make_model(None))
     config.graph_opt_config.full_cuda_graph = False
     chosen()(config, 2, 4, 64)
+
+
+def test_starts_that_no_longer_run_are_out_of_a_graphs_way(registered):
+    """A graph reads the starts of all slots; a step writes those that run into the same buffer."""
+    worker = Worker(make_model("int8"), "int8", [90, 40, 20, 20, 20], layers=1)
+    worker.fd_config.graph_opt_config.use_cudagraph = True
+    worker.backend = chosen()(worker.fd_config, 2, 4, 64)
+    buffer = int32(np.zeros(6))
+    captured = buffer.view([6])  # of its own shape, which stays
+
+    def step(new):
+        arrays = worker.metadata(new, [n > 1 for n in new], sum(new))
+        buffer.copy_(int32(arrays["cu_seqlens_q"]), True)  # it shrinks, its memory stays
+        meta = worker.make_meta(arrays, cu_seqlens_q=buffer)
+        worker.backend.init_attention_metadata(meta)
+        out = worker.layers[0](qkv=worker.on(worker.rank_qkv(0, new, 0)), forward_meta=meta)
+        worker.check(0, new, to_numpy(out))
+        worker.cached = [d + n for d, n in zip(worker.cached, [*new, *[0] * 5])]
+
+    for new in ([9, 4, 3, 0, 1], [20, 1], [1, 1, 1, 1], [2], [1, 0, 1, 0, 1], [1, 1], [1]):
+        step(new)
+        starts = captured.numpy()
+        assert starts[: len(new) + 1].tolist() == np.cumsum([0, *new]).tolist()
+        assert (np.diff(starts) >= 0).all(), "a kernel looks sequences up among them"
+        assert (starts[len(new) + 1 :] >= sum(new)).all()
+
+
+def test_few_buffers_of_starts_are_remembered():
+    stale = StaleStarts()
+    for _ in range(20):
+        stale.settle(int32(np.zeros(9)))
+    assert len(stale._buffers) <= 4
 
 
 # --- rotation ------------------------------------------------------------------------------------
