@@ -154,6 +154,10 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
     if role != "mixed":
         no("scheduler_config.splitwise_role", role, "supported: mixed (no PD disaggregation)")
+    level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
+    if level > 0:
+        # FastDeploy asks for one program without a break, and Paddle's SOT breaks off in a backend.
+        no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
     kind = read(fd_config, "quant_config.kv_cache_quant_type")
     if kind is not None:
         kind = getattr(kind, "value", kind)  # FastDeploy has an enum of strings
