@@ -98,6 +98,13 @@ def main() -> int:
     options = parser.parse_args()
     if not (options.tree / "fastdeploy" / "__init__.py").exists():
         parser.error(f"--tree {options.tree}: no package fastdeploy in there")
+    with tempfile.TemporaryDirectory(prefix="check_fastdeploy_") as scratch:
+        tempfile.tempdir = scratch  # for FastDeploy's temporary files, too
+        return run_cases(options)
+
+
+def run_cases(options: argparse.Namespace) -> int:
+    """Run the chosen cases and print what did not pass; the exit status."""
     start = time.perf_counter()
     sys.argv = sys.argv[:1]
     prepare(options.tree.resolve())
