@@ -37,6 +37,9 @@ constexpr const char* kStepFields[] = {
 constexpr int kNumStepFields = sizeof(kStepFields) / sizeof(kStepFields[0]);
 inline PyObject* step_names[kNumStepFields] = {};
 
+// Where rope_write_cache_kv takes cu_seqlens_q and seq_lens_this_time.
+constexpr int kStartsInput = 5, kLengthsInput = 7;
+
 inline void InternStepNames() {
   for (int i = 0; i < kNumStepFields; ++i) {
     step_names[i] = PyUnicode_InternFromString(kStepFields[i]);
@@ -182,6 +185,15 @@ inline bool IsPlan(PyObject* plan) {
   return PyList_Check(PyTuple_GET_ITEM(plan, kSeen));
 }
 
+// Whether there are new lengths of more sequences than there are starts. Python cuts them.
+inline bool HasSlotsThatRest(const Inputs& inputs) {
+  const Tensor* starts = inputs[kStartsInput];
+  const Tensor* lengths = inputs[kLengthsInput];
+  if (starts == nullptr || lengths == nullptr) return false;
+  return starts->dims().size() > 0 && lengths->dims().size() > 0 &&
+         lengths->dims()[0] >= starts->dims()[0];
+}
+
 inline PyObject* RunStep(PyObject* const* args) {
   PyObject *plan = args[0], *own = args[1], *qkv = args[4], *scales = args[7];
   const bool dynamic = scales == Py_None;
@@ -212,6 +224,7 @@ inline PyObject* RunStep(PyObject* const* args) {
   }
   const Tensor& fused = *write.inputs()[0];
   if (fused.dims().size() != 2 || fused.dims()[0] == 0) Py_RETURN_NONE;
+  if (HasSlotsThatRest(write.inputs())) Py_RETURN_NONE;
 
   // Everything that may be declined comes before the cache is written.
   StepCall attend(PyTuple_GET_ITEM(plan, kAttendHandle));

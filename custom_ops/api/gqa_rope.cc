@@ -90,7 +90,8 @@ std::vector<Tensor> GqaRopeWriteCache(
   const int64_t num_tokens = qkv.shape()[0];
   rope.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                         Get(batch_id_per_token), num_tokens, place);
-  p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, rope.seqs.batch, place);
+  p.seq_lens_encoder =
+      Lengths("seq_lens_encoder", seq_lens_encoder, block_tables.shape()[0], place);
   p.cu_seqlens_k = Lengths("cu_seqlens_k", cu_seqlens_k, rope.seqs.batch + 1LL, place);
   Arg(kOp, "rotary_embs", rotary_embs);
   ParseRotary(kOp, &rotary_embs, use_neox_rotary_style, RotaryDim(rotary_embs, head_dim), place,

@@ -56,14 +56,17 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
   CheckTokens("decoder_res", decoder_res, head_num, head_dim);
   RequireApart(kOp, "encoder_res", encoder_res, "decoder_res", decoder_res);
   Arg(kOp, "seq_lens_encoder", seq_lens_encoder);
-  const int64_t batch = seq_lens_encoder.shape().empty() ? 0 : seq_lens_encoder.shape()[0];
-  RequireFits(kOp, "seq_lens_encoder", batch);
+  Arg(kOp, "seq_lens_this_time", seq_lens_this_time);
+  const Sizes all = SizesOf(seq_lens_encoder), running = SizesOf(seq_lens_this_time);
+  const int64_t slots = all.empty() ? 0 : all[0];
+  const int64_t batch = running.empty() ? slots : std::min(running[0], slots);
+  RequireFits(kOp, "seq_lens_encoder", slots);
   const int64_t num_tokens = std::min(encoder_res.shape()[0], decoder_res.shape()[0]);
   RequireFits(kOp, "encoder_res", num_tokens);
 
   MergeDecodeParams p;
-  p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, batch, place);
-  p.seqs.seq_lens_decoder = Lengths("seq_lens_decoder", seq_lens_decoder, batch, place);
+  p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, slots, place);
+  p.seqs.seq_lens_decoder = Lengths("seq_lens_decoder", seq_lens_decoder, slots, place);
   p.seqs.seq_lens_this_time = Lengths("seq_lens_this_time", seq_lens_this_time, batch, place);
   p.seqs.cu_seqlens_q = Lengths("cu_seq_q", cu_seq_q, batch + 1, place);
   p.seqs.batch = static_cast<int>(batch);

@@ -1,6 +1,7 @@
 #include "api/paged_cache.h"
 #include "common/head_dims.h"
 
+#include <algorithm>
 #include <limits>
 
 namespace fastattn::api {
@@ -222,16 +223,20 @@ SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_s
       .Dtype({phi::DataType::INT32})
       .Rank(2)
       .Contiguous();
-  const int64_t batch = block_tables.shape()[0];
+  const int64_t slots = block_tables.shape()[0];
   for (int64_t size : block_tables.shape()) RequireFits(op, "block_tables", size);
   RequireFits(op, "num_tokens", num_tokens);
 
+  // A server may pass the block tables and cached lengths of all its slots, of which the first run.
+  Arg(op, "seq_lens_this_time", seq_lens_this_time);
+  const Sizes running = SizesOf(seq_lens_this_time);
+  const int64_t batch = running.empty() ? slots : std::min(running[0], slots);
   const auto lengths = [&](const char* name, const Tensor& tensor, int64_t size) {
     Arg arg(op, name, tensor);
     arg.On(place).Dtype({phi::DataType::INT32}).Contiguous();
     if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
-      Fail("ValueError", op, name, "expected shape [", size, "] (block_tables has ", batch,
-           " sequences), got ", ShapeText(tensor.shape()));
+      Fail("ValueError", op, name, "expected shape [", size, "] (block_tables has ", slots,
+           " sequences, seq_lens_this_time ", batch, "), got ", ShapeText(tensor.shape()));
     }
     return Data<int>(tensor);
   };
@@ -241,7 +246,7 @@ SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_s
   seqs.num_tokens = static_cast<int>(num_tokens);
   seqs.block_tables = Data<int>(block_tables);
   seqs.cu_seqlens_q = lengths("cu_seqlens_q", cu_seqlens_q, batch + 1);
-  seqs.seq_lens_decoder = lengths("seq_lens_decoder", seq_lens_decoder, batch);
+  seqs.seq_lens_decoder = lengths("seq_lens_decoder", seq_lens_decoder, slots);
   seqs.seq_lens_this_time = lengths("seq_lens_this_time", seq_lens_this_time, batch);
   if (batch_id_per_token != nullptr) {
     seqs.batch_id_per_token = lengths("batch_id_per_token", *batch_id_per_token, num_tokens);

@@ -44,8 +44,9 @@ void RequireAlignedCache(const char* op, const PagedCache& cache);
 // or if elements of one of these tensors do.
 void RequireCacheApart(const char* op, const CacheArgs& args);
 
-// Checks dtypes, places and sizes (not values: those live on the device) and fills a SeqMeta. The
-// three length tensors may be [B] or [B, 1].
+// Checks dtypes, places and sizes (not values: those live on the device) and fills a SeqMeta of the
+// B sequences of seq_lens_this_time. block_tables and seq_lens_decoder may both have more: slots
+// that do not run. The length tensors may be [B] or [B, 1].
 SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
                   const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place);

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import paddle
+
 from fastattn.backends.layer_cache import cache_type_of
 from fastattn.backends.scales import HeadShard
 
@@ -45,8 +47,10 @@ class BackendConfig:
     window_layers : tuple of bool
         Which layers have the window of `window_size`; empty: all of them.
     rotary_dim : int or None
-        Rotated channels of a head, from ``partial_rotary_factor``; None: all.
+        Rotated channels of a head; None: all of them.
     shard : HeadShard
+    cuda_graphs : bool
+        The server replays CUDA graphs of its steps.
     """
 
     max_model_len: int
@@ -56,6 +60,7 @@ class BackendConfig:
     window_layers: tuple[bool, ...]
     rotary_dim: int | None
     shard: HeadShard
+    cuda_graphs: bool
 
     @classmethod
     def of(cls, fd_config: Any, backend: str, head_dim: int) -> BackendConfig:
@@ -83,6 +88,7 @@ class BackendConfig:
                 size=_tensor_parallel_size(fd_config),
                 rank=int(read(fd_config, "parallel_config.tensor_parallel_rank", 0)),
             ),
+            cuda_graphs=bool(read(fd_config, "graph_opt_config.use_cudagraph", False)),
         )
 
 
@@ -108,14 +114,20 @@ def _tensor_parallel_size(fd_config: Any) -> int:
 
 
 def _rotary_dim(fd_config: Any, head_dim: int) -> int | None:
-    # FastDeploy makes tables of rope_3d for whole heads, whatever the factor. Draft models have the
-    # one table of all sequences.
+    """Rotated channels of a head.
+
+    FastDeploy's tables (``rotary_embedding.get_rope_impl``) rotate a part of a head for GLM only.
+    Its ERNIE table divides the positions by ``partial_rotary_factor`` and rotates the whole head,
+    its Qwen table does not use the factor, and neither do tables of rope_3d, which draft models do
+    not have. A configuration without architectures is not FastDeploy's.
+    """
     draft = read(fd_config, "speculative_config.model_type", "main") != "main"
-    by_model = any(read(fd_config, f"model_config.{name}") for name in ("rope_3d", "use_3d_rope"))
-    if read(fd_config, "enable_rope_3d_runtime", by_model) and not draft:
+    if not draft and any(read(fd_config, name) for name in _rope_3d_options(fd_config)):
         return None
     factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
-    return None if factor >= 1.0 else int(head_dim * factor)
+    names = read(fd_config, "model_config.architectures", ())
+    whole = bool(names) and not str(names[0]).startswith("Glm")
+    return None if factor >= 1.0 or whole else int(head_dim * factor)
 
 
 def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
@@ -150,6 +162,20 @@ def _refuse_disaggregation(fd_config: Any, no: Callable[[str, Any, str], None]) 
         )
 
 
+def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
+    """Options of which one says that sequences have rotary tables of their own.
+
+    ``rope_3d`` of the model means only that its file has an ``mrope_section``, as those of some
+    text models do. FastDeploy since 2.6 tells at ``enable_rope_3d_runtime`` whether it makes such
+    tables; before, it makes them for multimodal models.
+    """
+    if read(fd_config, "enable_rope_3d_runtime") is not None:
+        return ("enable_rope_3d_runtime",)
+    if not read(fd_config, "model_config.enable_mm", True):
+        return ()
+    return ("model_config.rope_3d", "model_config.use_3d_rope")
+
+
 def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     def no(what: str, value: Any, supported: str) -> None:
         raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
@@ -160,6 +186,10 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     if head_dim not in (64, 128):
         no("head_dim", head_dim, "supported: 64, 128")
     _refuse_disaggregation(fd_config, no)
+    level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
+    if level > 0:
+        # FastDeploy asks for one program without a break, and Paddle's SOT breaks off in a backend.
+        no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
     kind = read(fd_config, "quant_config.kv_cache_quant_type")
     if kind is not None:
         kind = getattr(kind, "value", kind)  # FastDeploy has an enum of strings
@@ -172,3 +202,29 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
         value = read(fd_config, f"model_config.{name}", 0)
         if value:
             no(f"model_config.{name}", value, "sliding windows are the same for every head")
+
+
+#: Paddle's list of operators that its CUDA graphs leave out, and a backend's operators by the names
+#: that they have in a program: with an underscore if they write into an input.
+_LEFT_OUT = "FLAGS_cuda_graph_blacklist"
+_OPERATORS = tuple(
+    f"custom_op.fastattn_{name}{end}"
+    for name in ("rope_write_cache_kv", "paged_attention", "merge_attn_states")
+    for end in ("", "_")
+)
+
+
+def keep_out_of_graphs(fd_config: Any) -> None:
+    """Let CUDA graphs of parts of a program leave the attention out.
+
+    FastDeploy's own backends do so for ``graph_opt_config.full_cuda_graph = False``, where steps
+    with prefill run in such graphs too. A Paddle without CUDA graphs has no such list.
+    """
+    if read(fd_config, "graph_opt_config.full_cuda_graph", True):
+        return
+    try:
+        given = str(paddle.get_flags(_LEFT_OUT)[_LEFT_OUT])
+    except ValueError:
+        return
+    names = [name for name in given.split(",") if name]
+    paddle.set_flags({_LEFT_OUT: ",".join(dict.fromkeys([*names, *_OPERATORS]))})

@@ -1,13 +1,14 @@
 """The plug-in that makes FastDeploy 2.x use this package's backends.
 
-FastDeploy calls :func:`register` (an entry point of ``fastdeploy.model_register_plugins``) in every
-process that loads its models or its engine, if the environment variable ``FD_PLUGINS`` names
-``fastattn``::
+FastDeploy calls :func:`register` (by ``fastattn._plugin``, an entry point of
+``fastdeploy.model_register_plugins``) in every process that loads its models or its engine, if the
+environment variable ``FD_PLUGINS`` names ``fastattn``::
 
     FD_PLUGINS=fastattn FD_ATTENTION_BACKEND=FLASH_ATTN python -m fastdeploy.entrypoints...
 
 From then on ``APPEND_ATTN``, ``FLASH_ATTN`` and ``FLASH_MASK_ATTN`` mean the classes of
-:mod:`fastattn.backends`; every other backend stays FastDeploy's.
+:mod:`fastattn.backends`, and so does ``DECODE_UNIFIED_ATTN`` (FastDeploy's append backend with
+another decode kernel); every other backend stays FastDeploy's.
 
 FastDeploy's platform class has a method that returns the name of a backend's class; the class is
 imported when the first backend is made. :func:`register` replaces that name. Putting the classes
@@ -32,7 +33,12 @@ _LOG = logging.getLogger(__name__)
 
 #: FastDeploy's package of attention backends, and the classes of it that have a counterpart here.
 PACKAGE = "fastdeploy.model_executor.layers.attention"
-REPLACED = ("AppendAttentionBackend", "FlashAttentionBackend", "FlashMaskAttentionBackend")
+REPLACED = {
+    "AppendAttentionBackend": "AppendAttentionBackend",
+    "DecodeUnifiedAttentionBackend": "AppendAttentionBackend",
+    "FlashAttentionBackend": "FlashAttentionBackend",
+    "FlashMaskAttentionBackend": "FlashMaskAttentionBackend",
+}
 
 _METHOD = "get_attention_backend_cls"
 
@@ -114,6 +120,7 @@ def _check_not_chosen() -> None:
 
 def _patch(platform: type) -> None:
     original: Any = getattr(platform, _METHOD, None)
+    original = getattr(original, "fastattn_failed", original)  # see fastattn._plugin
     if not inspect.ismethod(original):
         raise RuntimeError(
             f"fastattn: FastDeploy's {platform.__name__} has no class method {_METHOD}: this "
@@ -133,9 +140,10 @@ def _replacement(path: Any) -> Any:
     package, _, name = str(path).rpartition(".")
     if package != PACKAGE or name not in REPLACED:
         return path
-    backend = getattr(importlib.import_module("fastattn.backends"), name)
+    ours = REPLACED[name]
+    backend = getattr(importlib.import_module("fastattn.backends"), ours)
     base = sys.modules.get(f"{PACKAGE}.base_attention_backend")
     if hasattr(getattr(base, "AttentionBackend", None), "register"):
         base.AttentionBackend.register(backend)  # type: ignore[union-attr]
-    _LOG.info("fastattn: %s instead of FastDeploy's %s", f"fastattn.backends.{name}", name)
-    return f"fastattn.backends.{name}"
+    _LOG.info("fastattn: %s instead of FastDeploy's %s", f"fastattn.backends.{ours}", name)
+    return f"fastattn.backends.{ours}"

@@ -90,6 +90,10 @@ def field(forward_meta: Any, name: str) -> Any:
 def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     """Block tables, starts, cached and new lengths of a step's sequences, in operators' order.
 
+    Block tables and cached lengths may be those of all slots of the server, of which the first run:
+    the operators leave the others alone. FastDeploy 2.4 with CUDA graphs gives the new lengths of
+    all slots as well, beside the starts of those that run.
+
     Raises
     ------
     ValueError
@@ -102,6 +106,8 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     if tables is None or starts is None or cached is None or new is None:
         for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time"):
             field(forward_meta, name)  # says which
+    if paddle.in_dynamic_mode() and is_tensor(new) and is_tensor(starts) and is_tensor(tables):
+        new = _of_running(new, starts, tables)
     return tables, starts, cached, new
 
 
@@ -130,6 +136,14 @@ def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool)
         return min(tokens, decode_tokens)
     chunk = tokens - (seqs - 1)
     return chunk if decode_tokens == 1 and chunk >= _LONG_SEQ else tokens
+
+
+def _of_running(new: Any, starts: Any, tables: Any) -> Any:
+    """New lengths of the sequences that have a start. Shapes are on the host: nothing waits."""
+    slots, ends = new.shape[:1], starts.shape[:1]
+    if not ends or not 0 < ends[0] <= (slots or [0])[0] or tables.shape[:1] != slots:
+        return new  # as many as there are starts, or wrong: the operator says how
+    return new[: ends[0] - 1]
 
 
 #: What a cascade plan was made for.

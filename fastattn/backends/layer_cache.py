@@ -9,16 +9,10 @@ from fastattn.backends.forward_meta import field
 from fastattn.backends.scales import HeadShard, local_scales
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
+    cache_type_name,
     check_cache_type,
     check_no_zero_points,
 )
-
-#: FastDeploy's ``kv_cache_quant_type`` strings and the type that a layer then names.
-CONFIG_TYPES = {
-    None: "none",
-    "int8": "cache_int8",
-    "float8_e4m3fn": "cache_fp8",
-}
 
 
 def cache_type_of(kv_cache_quant_type: str | None) -> str:
@@ -29,10 +23,9 @@ def cache_type_of(kv_cache_quant_type: str | None) -> str:
     NotImplementedError
         If it is not supported; the message lists what is.
     """
-    name = CONFIG_TYPES.get(kv_cache_quant_type, kv_cache_quant_type)
-    assert name is not None
+    name = "none" if kv_cache_quant_type is None else kv_cache_quant_type
     check_cache_type("get_kv_cache_shape", name)
-    return name
+    return cache_type_name(name)
 
 
 @dataclass(frozen=True)
@@ -81,6 +74,7 @@ class LayerCache:
         """
         quant_type = getattr(layer, "cache_quant_type_str", "none")
         check_cache_type("LayerCache", quant_type)
+        quant_type = cache_type_name(quant_type)
         check_no_zero_points(
             "LayerCache",
             quant_type,

@@ -9,7 +9,7 @@ import paddle
 
 from fastattn import _ops, env, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
-from fastattn.backends.config import BLOCK_SIZE, BackendConfig
+from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_graphs
 from fastattn.backends.forward_meta import (
     current_plan,
     field,
@@ -21,6 +21,7 @@ from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
+from fastattn.backends.stale_starts import StaleStarts
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.functional._marker import unified
 
@@ -36,14 +37,15 @@ class PagedAttentionMetadata(AttentionMetadata):
     ----------
     host_lengths : (int, int) or None
         Largest numbers of new tokens and of keys of a sequence; None if unknown on the host.
-    mask_offsets : Tensor or None, shape [T, 2]
     cascade_plan : CascadePlan or None
         Plan of a cascade, if the step's sequences share a prefix.
+    mask : (Tensor, Tensor) or None
+        Flat offsets that a layer was given, and the same as [T, 2].
     """
 
     host_lengths: tuple[int, int] | None = None
-    mask_offsets: Any = None
     cascade_plan: Any = None
+    mask: tuple[Any, Any] | None = None
 
 
 class PagedAttentionBackend(AttentionBackend):
@@ -104,6 +106,7 @@ class PagedAttentionBackend(AttentionBackend):
                 f"{q_quant!r}"
             )
         self.config = BackendConfig.of(fd_config, name, head_dim)
+        keep_out_of_graphs(fd_config)
         if num_heads < 1 or kv_num_heads < 1 or num_heads % kv_num_heads:
             raise ValueError(
                 f"{name}: num_heads: expected a multiple of kv_num_heads = {kv_num_heads}, got "
@@ -126,6 +129,7 @@ class PagedAttentionBackend(AttentionBackend):
         self._known_layers = KnownLayers()
         guard(fd_config, name)
         self._signals = KvSignals.of(fd_config)
+        self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
 
     def get_kv_cache_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -164,15 +168,16 @@ class PagedAttentionBackend(AttentionBackend):
         """Prepare a step. Nothing is copied from the device."""
         self._refuse_step(forward_meta)
         offsets = optional(forward_meta, "attn_mask_offsets")
-        if offsets is not None and len(offsets.shape) == 1:
-            if offsets.shape[0] % 2:
-                raise ValueError(
-                    f"{type(self).__name__}: forward_meta.attn_mask_offsets: expected shape [T, 2] "
-                    f"or [2 T], got {list(offsets.shape)}"
-                )
-            offsets = offsets.reshape([-1, 2])
+        if offsets is not None and len(offsets.shape) == 1 and offsets.shape[0] % 2:
+            raise ValueError(
+                f"{type(self).__name__}: forward_meta.attn_mask_offsets: expected shape [T, 2] "
+                f"or [2 T], got {list(offsets.shape)}"
+            )
+        starts = optional(forward_meta, "cu_seqlens_q")
+        if self._stale_starts is not None and starts is not None:
+            self._stale_starts.settle(starts)
         self.attention_metadata = PagedAttentionMetadata(
-            _host_lengths(forward_meta), offsets, current_plan(forward_meta)
+            _host_lengths(forward_meta), current_plan(forward_meta)
         )
         if self._signals is not None:
             self._signals.begin(forward_meta)
@@ -251,7 +256,8 @@ class PagedAttentionBackend(AttentionBackend):
         )
         if self._signals is not None:
             self._signals.send(key, value, layer, forward_meta)
-        options = self._options(facts, scales, facts.q_descale(written), qkv, metadata)
+        descale = facts.q_descale(written)
+        options = self._options(facts, scales, descale, qkv, forward_meta, metadata)
         lengths = metadata.host_lengths or self._guess_lengths(written[0], seqs, forward_meta)
         attended = self._attend(written[0], key, value, seqs, lengths, options, metadata)
         return _ops.flat(attended)
@@ -265,7 +271,7 @@ class PagedAttentionBackend(AttentionBackend):
             return None
         if self._signals is not None:  # they go between the step's two operators
             return None
-        mask = metadata.mask_offsets
+        mask = _mask_offsets(forward_meta, metadata)
         run = _ops.step_function()
         plan = facts.step_plan if mask is None else facts.masked_step_plan(mask)
         caches = optional(forward_meta, "caches")
@@ -292,6 +298,7 @@ class PagedAttentionBackend(AttentionBackend):
         scales: tuple[Any, Any],
         q_descale: Any,
         qkv: Any,
+        forward_meta: Any,
         metadata: PagedAttentionMetadata,
     ) -> dict[str, Any]:
         """Keyword arguments of a step's attention."""
@@ -301,8 +308,9 @@ class PagedAttentionBackend(AttentionBackend):
             "cache_k_scales": scales[0],
             "cache_v_scales": scales[1],
         }
-        if metadata.mask_offsets is not None:  # with the layer's window they are the whole mask
-            options["mask_offsets"] = _last_keys(metadata.mask_offsets, facts.window)
+        mask = _mask_offsets(forward_meta, metadata)
+        if mask is not None:  # with the layer's window they are the whole mask
+            options["mask_offsets"] = _last_keys(mask, facts.window)
             options.update(causal=False, window_size=(-1, -1))
         if q_descale is not None and options["out_scale"] is None:
             options["out_dtype"] = _dtype_name(qkv)
@@ -451,6 +459,19 @@ def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]
 
 def _dtype_name(qkv: Any) -> str:
     return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
+
+
+def _mask_offsets(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
+    """Offsets [T, 2] of what `forward` was given, or None.
+
+    Not those of the prepared step: two-batch overlap hands its micro-batches to `forward`.
+    """
+    offsets = optional(forward_meta, "attn_mask_offsets")
+    if offsets is None or len(offsets.shape) != 1:
+        return offsets
+    if metadata.mask is None or metadata.mask[0] is not offsets:
+        metadata.mask = offsets, offsets.reshape([-1, 2])
+    return metadata.mask[1]
 
 
 def _last_keys(mask_offsets: Any, window: int) -> Any:

@@ -79,9 +79,10 @@ def local_scales(
         count *= int(size)
     model_heads = kv_heads if shard.num_heads is None else shard.num_heads
     widths = (1, head_dim) if per_channel else (1,)
-    if not scales.stop_gradient:
+    if not scales.stop_gradient and paddle.in_dynamic_mode():
         # A parameter: the operators list scales among what they write (dynamic types do), and
-        # Paddle refuses that for a tensor that wants a gradient.
+        # Paddle refuses that for a tensor that wants a gradient. A traced program has none, and
+        # cannot run what Paddle traces for this.
         scales = scales.detach()
     if scales.dtype == paddle.float16:
         scales = scales.astype("float32")

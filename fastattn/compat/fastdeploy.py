@@ -21,6 +21,7 @@ from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     STATIC_TYPES,
+    cache_type_name,
     check_cache_type,
     check_no_zero_points,
 )
@@ -95,6 +96,8 @@ def gqa_rope_write_cache(
     batch_id_per_token : Tensor, shape [T], int32
         Sequence of each token; -1 for CUDA-graph padding.
     block_tables : Tensor, shape [B, max_blocks], int32
+        It, `seq_lens_encoder` and `seq_lens_decoder` may have more than B: FastDeploy up to 2.5
+        passes those of all slots.
     kv_batch_ids, kv_tile_ids_per_batch, kv_num_blocks : any
     cache_batch_ids, cache_tile_ids_per_batch, cache_num_blocks : any
         FastDeploy's lists of tiles; not used, may be None.
@@ -118,6 +121,7 @@ def gqa_rope_write_cache(
     rms_norm_eps : float
     use_neox_rotary_style : bool
     cache_quant_type : {"none", "cache_int8", "cache_fp8", "block_wise_fp8"}
+        Or ``int8`` and ``float8_e4m3fn``, as FastDeploy's configuration names the two static types.
     rope_3d : bool
         Whether `rotary_embs` has a table for each sequence. Older versions of FastDeploy pass
         (rms_norm_eps, cache_quant_type, rope_3d) by position, which is recognised by a str in the
@@ -168,6 +172,7 @@ def gqa_rope_write_cache(
             f"{_OP}: cache_quant_type: expected str, got {type(cache_quant_type).__name__}"
         )
     check_cache_type(_OP, cache_quant_type)
+    cache_quant_type = cache_type_name(cache_quant_type)
     check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)
     _check_rope_3d(rope_3d, rotary_embs)
     if kv_signal_data is not None:
@@ -261,6 +266,7 @@ def merge_prefill_decode_output(
         The shape (T may differ: tokens that one of the two lacks are left out) and dtype of
         `encoder_res`.
     seq_lens_encoder, seq_lens_decoder, seq_lens_this_time : Tensor, shape [B] or [B, 1], int32
+        The first two may have more than B: those of all slots.
     cu_seq_q : Tensor, shape [B + 1], int32
     head_num, head_dim : int
     max_token : int

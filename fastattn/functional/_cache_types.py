@@ -13,9 +13,20 @@ STATIC_TYPES = ("cache_int8", "cache_fp8")
 CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 
+#: FastDeploy's ``kv_cache_quant_type`` strings, and the type that each is.
+CONFIG_TYPES = {"int8": "cache_int8", "float8_e4m3fn": "cache_fp8"}
+
+
+def cache_type_name(cache_quant_type: str) -> str:
+    """The type that a config string names; every other name as it is."""
+    if isinstance(cache_quant_type, str):
+        return CONFIG_TYPES.get(cache_quant_type, cache_quant_type)
+    return cache_quant_type
+
+
 def check_cache_type(op: str, cache_quant_type: str) -> None:
     """Raise NotImplementedError, which lists the supported names, for any other name."""
-    if cache_quant_type not in CACHE_QUANT_TYPES:
+    if cache_type_name(cache_quant_type) not in CACHE_QUANT_TYPES:
         raise NotImplementedError(
             f"{op}: cache_quant_type: {cache_quant_type!r} is not supported; supported: "
             + ", ".join(CACHE_QUANT_TYPES)

@@ -8,7 +8,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float
-from fastattn.functional._cache_types import check_no_zero_points
+from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
 from fastattn.functional._marker import unified
 
 
@@ -201,7 +201,7 @@ def paged_attention_attrs(
         as_float("paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
-        cache_quant_type,
+        cache_type_name(cache_quant_type),
         fp8_format,
         quantize_q,
         batch_invariant,
@@ -265,7 +265,8 @@ def paged_attention(
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D].
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence.
+        Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
+        than B: slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         First token of each sequence in `q`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
@@ -276,7 +277,8 @@ def paged_attention(
         Dequantisation multipliers. Static types: [1], [KV] or, for ``cache_int8``, [KV * D].
         Dynamic types: [num_blocks, KV, 64].
     cache_quant_type : str
-        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+        ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
+        ``block_wise_int8`` or ``block_wise_fp8``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional

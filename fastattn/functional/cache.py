@@ -5,7 +5,7 @@ from __future__ import annotations
 from paddle import Tensor
 
 from fastattn import _ops
-from fastattn.functional._cache_types import check_no_zero_points
+from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
 from fastattn.functional._marker import unified
 
 # Stands for the number of blocks, which a traced program may not know.
@@ -59,7 +59,8 @@ def write_cache_kv(
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D].
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence.
+        Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
+        than B: slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         First token of each sequence in `key`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
@@ -68,7 +69,8 @@ def write_cache_kv(
         Dequantisation multipliers (``x ~ code * scale``). Static types read them: [1], [KV] or, for
         ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64].
     cache_quant_type : str
-        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+        ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
+        ``block_wise_int8`` or ``block_wise_fp8``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
@@ -130,7 +132,7 @@ def write_cache_kv(
             cache_v_scales,
             batch_id_per_token,
         ),
-        (cache_quant_type, fp8_format),
+        (cache_type_name(cache_quant_type), fp8_format),
     )
     return outputs[0], outputs[1]
 
@@ -186,7 +188,8 @@ def append_cache_kv_c8(
     dynamic_quant : bool
         Whether the cache has per-token scales. Must agree with `cache_quant_type`.
     cache_quant_type : str
-        ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+        ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8`` or
+        ``block_wise_fp8``.
     cache_layout : {"fastattn", "fastdeploy"}
         Byte layout of the caches; FastDeploy stores int8 codes with 128 added.
     fp8_format : {"e4m3", "e5m2"}
@@ -246,7 +249,7 @@ def append_cache_kv_c8(
             cache_k_scales,
             cache_v_scales,
         ),
-        (dynamic_quant, cache_quant_type, cache_layout, fp8_format),
+        (dynamic_quant, cache_type_name(cache_quant_type), cache_layout, fp8_format),
     )
     return outputs[0], outputs[1]
 
@@ -266,8 +269,8 @@ def convert_cache_layout(
     kind : {"k", "v"}
         Which of the two caches it is.
     cache_quant_type : str
-        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``. For
-        ``"none"`` all layouts are the same plain order.
+        ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
+        ``block_wise_int8`` or ``block_wise_fp8``. For ``"none"`` all layouts are the same.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes with
         128 added. ``fastattn.reference.layout`` has the formulas.
@@ -301,7 +304,8 @@ def convert_cache_layout(
     >>> moved.numpy()[0, 0, 5, :4].tolist()  # channel 5 of tokens 0, 1, 8, 9
     [5, 69, 5, 69]
     """
-    outputs = _ops.call("convert_cache_layout", (cache,), (kind, cache_quant_type, src, dst))
+    name = cache_type_name(cache_quant_type)
+    outputs = _ops.call("convert_cache_layout", (cache,), (kind, name, src, dst))
     return outputs[0]
 
 
@@ -331,7 +335,8 @@ def convert_cache_blocks(
     kind : {"k", "v"}
         Which of the two caches it is.
     cache_quant_type : str
-        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+        ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
+        ``block_wise_int8`` or ``block_wise_fp8``.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         As for :func:`convert_cache_layout`.
     begin, end : int
@@ -369,7 +374,6 @@ def convert_cache_blocks(
     [129, 1, 129]
     """
     last = _ALL_BLOCKS if end is None else end
-    outputs = _ops.call(
-        "convert_cache_blocks", (cache,), (kind, cache_quant_type, src, dst, begin, last)
-    )
+    name = cache_type_name(cache_quant_type)
+    outputs = _ops.call("convert_cache_blocks", (cache,), (kind, name, src, dst, begin, last))
     return outputs[0]

@@ -8,7 +8,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float
-from fastattn.functional._cache_types import check_no_zero_points
+from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
 from fastattn.functional._marker import unified
 
 
@@ -32,7 +32,7 @@ def rope_write_attrs(
         -1 if rotary_dim is None else rotary_dim,
         qk_norm_before_rope,
         q_quant,
-        cache_quant_type,
+        cache_type_name(cache_quant_type),
         fp8_format,
     )
 
@@ -94,7 +94,8 @@ def rope_write_cache_kv(
         a table for each sequence (multimodal RoPE, FastDeploy's ``rope_3d``): sequence b takes
         table b. There may be more tables than sequences.
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence.
+        Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
+        than B: slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         First token of each sequence in `qkv`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
@@ -122,7 +123,8 @@ def rope_write_cache_kv(
     cache_k_scales, cache_v_scales : Tensor, optional
         As for ``write_cache_kv``; dynamic types write them.
     cache_quant_type : str
-        ``none``, ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+        ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
+        ``block_wise_int8`` or ``block_wise_fp8``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional

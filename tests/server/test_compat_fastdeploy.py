@@ -419,6 +419,21 @@ def test_wrong_arguments_are_named(changes, error, text):
         ops.gqa_rope_write_cache(*step.arguments(**changes))
 
 
+def test_lengths_of_all_slots(place):
+    """Up to FastDeploy 2.5 they lie behind those of the sequences that run."""
+    step = Step(SEQS, blocks=12)
+    names = ("seq_lens_encoder", "seq_lens_decoder", "block_tables")
+    arrays = (step.encoder, step.decoder, step.tables)
+    more = [to_paddle(np.concatenate([x, x[:2]]), place) for x in arrays]
+    step.run_and_check(place, **dict(zip(names, more)))
+    arguments, wanted = merge_arguments(place, batch_shape=False)
+    for i in (2, 3):
+        lens = to_numpy(arguments[i])
+        arguments[i] = to_paddle(np.concatenate([lens, lens[:2]]), place)
+    ops.merge_prefill_decode_output(*arguments)
+    assert_same_bits(to_numpy(arguments[0]), wanted)
+
+
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8"])
 def test_bug15_scales_of_the_whole_model_are_refused(cache_quant_type):
     """A rank that holds 2 of 8 heads must pass its own."""

@@ -17,13 +17,14 @@ from tests.support import ROOT
 from tests.support.fastdeploy import (
     BACKENDS,
     KINDS,
+    RELEASES,
     STUB,
     Worker,
     fastdeploy,
     make_fd_config,
     make_model,
 )
-from tests.support.tensors import EMPTY_OUTPUTS, to_numpy
+from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy
 
 __all__ = ["fastdeploy"]  # the fixture
 
@@ -196,7 +197,7 @@ def test_an_installed_package_has_the_entry_point(metadata):
     (entries,) = metadata.glob("*.dist-info/entry_points.txt")
     text = entries.read_text(encoding="utf-8")
     assert "[fastdeploy.model_register_plugins]" in text
-    assert "fastattn = fastattn.backends.fastdeploy:register" in text
+    assert "fastattn = fastattn._plugin:register" in text
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,7 @@ def test_every_process_loads_it_where_it_is_named(metadata, process, plugins):
         ("model_config.head_wise_swa_ratio", 0.5, "same for every head"),
         ("model_config.sink_size", 4, "same for every head"),
         ("cache_config.block_size", 32, "supported: 64"),
+        ("graph_opt_config.graph_opt_level", 1, "supported: 0"),
         ("quant_config.kv_cache_quant_type", "int4_zp", "supported: none, cache_int8"),
         ("quant_config.kv_cache_quant_type", "float8_e4m3fn_zp", "supported: none, cache_int8"),
     ],
@@ -300,6 +302,83 @@ def test_a_day_of_a_worker(registered, monkeypatch, place, name, kind):
 
 
 @each_kind
+@pytest.mark.parametrize("filled", [False, True], ids=["no_host_lengths", "host_lengths"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_fewer_seqs_than_slots(registered, place, release, filled, kind):
+    """Up to 2.5 block tables and cached lengths are those of all slots."""
+    worker = Worker(make_model(kind), kind, [150, 90, 40], place, release=release)
+    worker.step([70, 64, 17], host_lengths=filled)
+    assert (worker.backend.get_attention_meta().host_lengths is None) != filled
+    worker.step([40, 9, 1], host_lengths=filled)
+    worker.step([1, 1, 1], host_lengths=filled, after_init={"step_use_cudagraph": True})
+    worker.step([3, 1, 0], prefill=[False] * 3, padding=2, host_lengths=filled)
+
+
+@each_kind
+def test_new_lengths_of_all_slots(registered, place, kind):
+    """2.4 with CUDA graphs replaces them after the step was prepared, beside fewer starts."""
+    worker = Worker(make_model(kind), kind, [90, 40], place, release="2.4")
+    for new in ([70, 17], [9, 1], [1, 1]):
+        buffer = worker.on(np.array([*new, 0, 0], np.int32).reshape(-1, 1))
+        worker.step(new, padding=1, after_init={"seq_lens_this_time": buffer})
+    with pytest.raises(ValueError, match=r"cu_seqlens_q: expected shape \[3\]"):
+        few = worker.on(np.array([[1], [0]], np.int32))
+        starts = worker.on(np.array([0], np.int32))
+        worker.step([1, 0], after_init={"seq_lens_this_time": few, "cu_seqlens_q": starts})
+
+
+def attend_traced(qkv, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, block_tables):
+    """A program over the first layer of the worker in `traced_worker`."""
+    worker = traced_worker[0]
+    meta = worker.meta_class(
+        cu_seqlens_q=cu_seqlens_q,
+        seq_lens_decoder=seq_lens_decoder,
+        seq_lens_this_time=seq_lens_this_time,
+        block_tables=block_tables,
+        caches=worker.caches,
+        rotary_embs=worker.rotary_embs,
+        attn_backend=worker.backend,
+    )
+    return worker.layers[0](qkv=qkv, forward_meta=meta)
+
+
+traced_worker: list = []
+
+
+@pytest.mark.skipif(
+    paddle.__version__.startswith("2."), reason="Paddle 2.6 traces no layer of this kind"
+)
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_traced_step_of_fewer_seqs_than_slots(registered, release):
+    """One program, its sizes unknown when it is traced, for steps of two and of three sequences."""
+    worker = Worker(make_model("int8"), "int8", [90, 40, 20], release=release, layers=1)
+    traced_worker[:] = [worker]
+    names = ("cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
+    lengths = [-1] * worker.length_rank
+    program = paddle.jit.to_static(
+        attend_traced,
+        input_spec=[
+            paddle.static.InputSpec([-1, worker.model.width], "bfloat16"),
+            paddle.static.InputSpec([-1], "int32"),
+            paddle.static.InputSpec(lengths, "int32"),
+            paddle.static.InputSpec(lengths, "int32"),
+            paddle.static.InputSpec([-1, worker.tables.shape[1]], "int32"),
+        ],
+        full_graph=True,
+    )
+    longest = int32(np.full(9, 128), "cpu")  # a bound of every step
+    first = worker.make_meta(worker.metadata([70, 17], [True] * 2, 87), max_len_tensor_cpu=longest)
+    worker.backend.init_attention_metadata(first)
+    for new in ([70, 17], [9, 1, 15], [1, 1]):
+        arrays = worker.metadata(new, [n > 1 for n in new], sum(new))
+        tensors = [int32(arrays[name]) for name in names]
+        with paddle.no_grad():
+            out = program(worker.on(worker.rank_qkv(0, new, 0)), *tensors)
+        worker.check(0, new, to_numpy(out))
+        worker.cached = [d + n for d, n in zip(worker.cached, [*new, 0])]
+
+
+@each_kind
 def test_one_chunk_or_many(registered, place, kind):
     """The same cache bytes, whatever the chunks were."""
     whole, parts = (Worker(make_model(kind), kind, [150], place) for _ in range(2))
@@ -330,7 +409,7 @@ def test_a_step_knows_only_what_was_set(registered):
         worker.backend.init_attention_metadata(meta)
         qkv = worker.on(worker.rank_qkv(0, [5], 0))
         with pytest.raises(ValueError, match=rf"forward_meta\.{name}: expected a value, got None"):
-            worker.layers[0].forward(qkv, meta)
+            worker.layers[0](qkv=qkv, forward_meta=meta)
     worker.step([5], max_len_tensor_cpu=None, batch_id_per_token=None)
 
 
@@ -380,9 +459,9 @@ def test_hostile_steps(registered, kind):
         qkv = worker.on(np.zeros((5, 512), dtype))
         if kind is None or dtype != np.float16:
             with pytest.raises(TypeError, match="qkv: expected"):
-                worker.layers[0].forward(qkv, meta)
+                worker.layers[0](qkv=qkv, forward_meta=meta)
     with pytest.raises(ValueError, match="qkv: expected"):
-        worker.layers[0].forward(worker.on(np.zeros((5, 500), np.float16)), meta)
+        worker.layers[0](qkv=worker.on(np.zeros((5, 500), np.float16)), forward_meta=meta)
     worker.step([5])
 
 
@@ -414,12 +493,12 @@ def test_windows_of_some_layers(registered, place):
     worker.backend.init_attention_metadata(meta)
     for i, window in enumerate((8, 0)):
         model.window = window
-        out = worker.layers[i].forward(worker.on(worker.rank_qkv(i, [30], 0)), meta)
+        out = worker.layers[i](qkv=worker.on(worker.rank_qkv(i, [30], 0)), forward_meta=meta)
         worker.check(i, [30], to_numpy(out))
     worker.layers[0].layer_id = 2
     worker.caches += worker.caches[:2]
     with pytest.raises(ValueError, match="window_attn_skip_freq has 2 entries, got layer 2"):
-        worker.layers[0].forward(worker.on(worker.rank_qkv(0, [30], 0)), meta)
+        worker.layers[0](qkv=worker.on(worker.rank_qkv(0, [30], 0)), forward_meta=meta)
     config.model_config.window_attn_skip_freq = 4
     with pytest.raises(NotImplementedError, match="window_attn_skip_freq = 4"):
         chosen()(config, 2, 4, 64)
@@ -460,7 +539,7 @@ def test_a_captured_decode_step(registered, place, kind):
 
     def run():
         worker.backend.init_attention_metadata(held)
-        return worker.layers[0].forward(qkv, held)
+        return worker.layers[0](qkv=qkv, forward_meta=held)
 
     run()
     with capture() as graph:

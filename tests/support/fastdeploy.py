@@ -2,6 +2,13 @@
 
 It allocates caches, loads scales, cuts heads and fills a ``ForwardMeta`` as FastDeploy's model
 runner does, and checks every layer against the dense fp64 model of :mod:`tests.support.serving`.
+What it does is what ``scripts/check_fastdeploy.py`` finds in FastDeploy's own Python:
+
+- ``max_len_tensor_cpu`` is zeros: only FastDeploy's own backends fill it, in their layer 0.
+- There are more slots than sequences. A release either cuts everything to the sequences that run or
+  passes block tables and cached lengths of all slots (:data:`RELEASES`), where free slots hold what
+  their last sequence left.
+- ``exist_prefill`` and the like are set after ``init_attention_metadata``.
 """
 
 from __future__ import annotations
@@ -36,6 +43,16 @@ BACKENDS = {
     "FLASH_ATTN": "FlashAttentionBackend",
     "FLASH_MASK_ATTN": "FlashMaskAttentionBackend",
 }
+
+#: A backend's name of FastDeploy's development branch, and the class that serves it.
+DECODE_UNIFIED = ("DECODE_UNIFIED_ATTN", "AppendAttentionBackend")
+
+
+#: Releases by what their runner passes: whether of all slots, and the rank of the lengths.
+RELEASES = {"2.4": (True, 2), "2.5": (True, 1), "2.6": (False, 1)}
+
+#: Slots of a server that no sequence has, behind those that run.
+FREE_SLOTS = 2
 
 
 @pytest.fixture
@@ -104,6 +121,8 @@ class Worker:
     layers : int
     shared : int
         Sequence 1 starts with the first `shared` blocks of sequence 0 (prefix cache).
+    release : str
+        One of :data:`RELEASES`.
     """
 
     def __init__(
@@ -117,12 +136,14 @@ class Worker:
         rank: int = 0,
         layers: int = 2,
         shared: int = 0,
+        release: str = "2.6",
     ) -> None:
         attention = importlib.import_module("fastdeploy.model_executor.layers.attention")
         meta = importlib.import_module("fastdeploy.model_executor.forward_meta")
         self.meta_class, self.modes = meta.ForwardMeta, meta.ForwardMode
         rng = np.random.default_rng(5)
         self.model, self.kind, self.place = model, kind, place
+        self.all_slots, self.length_rank = RELEASES[release]
         self.q_heads = model.heads // size
         self.kv_heads = max(1, model.kv_heads // size)
         self.first_q, self.first_kv = rank * self.q_heads, rank * model.kv_heads // size
@@ -160,11 +181,12 @@ class Worker:
         return None if array is None else to_paddle(np.array(array), self.place)
 
     def _assign_blocks(self, lengths: list[int], shared: int, rng: Any) -> None:
-        """Tables [max_num_seqs, blocks]: more rows than there are sequences, -1 where unused."""
+        """Tables [max_num_seqs, blocks], -1 where unused; free slots have a sequence's blocks."""
         needed = [-(-n // BLOCK_SIZE) for n in lengths]
         self.num_blocks = sum(needed) + 2
         order = rng.permutation(self.num_blocks)
-        self.tables = np.full((len(lengths) + 1, max(needed) + 1), -1)
+        self.tables = np.full((len(lengths) + FREE_SLOTS, max(needed) + 1), -1)
+        self.tables[len(lengths) :] = order[0]
         for seq, count in enumerate(needed):
             self.tables[seq, :count] = order[sum(needed[:seq]) :][:count]
         if shared:
@@ -196,33 +218,38 @@ class Worker:
         return both
 
     def metadata(self, new: list[int], prefill: list[bool], num_tokens: int) -> dict[str, Any]:
-        """Fields of a step's ForwardMeta, as arrays. The last row of the tables is a free slot."""
-        lens, cached = np.array([*new, 0]), np.array([*self.cached, 0])
-        encoder = np.where([*prefill, False], lens, 0)
+        """Fields of a step's ForwardMeta, as arrays."""
+        running, slots = len(new), len(self.tables)
+        lens = np.array(new)
+        cached = np.full(slots, 77)  # free slots keep what their last sequence left
+        cached[:running] = self.cached[:running]
+        encoder = np.full(slots, 5)
+        encoder[:running] = np.where(prefill, lens, 0)
         batch_ids = np.full(num_tokens, -1)
-        batch_ids[: lens.sum()] = np.repeat(np.arange(len(lens)), lens)
-        active = lens > 0
-        most = np.full(9, 123456)  # 6 to 8 are never written
-        most[:6] = [
-            max(x, default=0)
-            for x in (
-                lens,
-                encoder,
-                cached[active],
-                (cached + lens)[active],
-                (cached + lens)[active & (encoder == 0)],
-                (cached + lens)[active],
-            )
-        ]
+        batch_ids[: lens.sum()] = np.repeat(np.arange(running), lens)
+        passed = slots if self.all_slots else running
+        shape = (-1, 1) if self.length_rank == 2 else (-1,)
         return {
-            "seq_lens_encoder": encoder[:, None],
-            "seq_lens_decoder": cached[:, None],
-            "seq_lens_this_time": lens[:, None],
+            "seq_lens_encoder": encoder[:passed].reshape(shape),
+            "seq_lens_decoder": cached[:passed].reshape(shape),
+            "seq_lens_this_time": lens.reshape(shape),
             "cu_seqlens_q": np.concatenate([[0], np.cumsum(lens)]),
             "batch_id_per_token": batch_ids,
-            "block_tables": self.tables,
-            "max_len_tensor_cpu": most,
+            "block_tables": self.tables[:passed],
+            "max_len_tensor_cpu": np.zeros(9),
         }
+
+    def host_lengths(self, new: list[int], prefill: list[bool]) -> Any:
+        """``max_len_tensor_cpu`` as FastDeploy's own backends fill it; 6 to 8 are stale."""
+        lens, cached = np.array(new), np.array(self.cached[: len(new)])
+        encoder = np.where(prefill, lens, 0)
+        active = lens > 0
+        keys = cached + lens
+        most = np.full(9, 123456)
+        rows = (lens, encoder, cached[active], keys[active], keys[active & (encoder == 0)])
+        most[:5] = [max(x, default=0) for x in rows]
+        most[5] = most[3]
+        return int32(most, "cpu")
 
     def make_meta(self, arrays: dict[str, Any], **fields: Any) -> Any:
         tensors = {
@@ -266,16 +293,25 @@ class Worker:
         prefill: list[bool] | None = None,
         padding: int = 0,
         advance: list[int] | None = None,
+        host_lengths: bool = False,
+        after_init: dict[str, Any] | None = None,
         **fields: Any,
     ) -> None:
-        """Run all layers and check them; sequences advance by `advance`, by default by `new`."""
+        """Run all layers and check them; sequences advance by `advance`, by default by `new`.
+
+        `host_lengths`: ``max_len_tensor_cpu`` is filled. `after_init`: fields that are set between
+        ``init_attention_metadata`` and the first layer.
+        """
         prefill = [n > 1 for n in new] if prefill is None else prefill
+        if host_lengths:
+            fields["max_len_tensor_cpu"] = self.host_lengths(new, prefill)
         meta = self.make_meta(self.metadata(new, prefill, sum(new) + padding), **fields)
         self.backend.init_attention_metadata(meta)
+        meta.__dict__.update({"exist_prefill": any(prefill), **(after_init or {})})
         for i, layer in enumerate(self.layers):
             qkv = self.on(self.rank_qkv(i, new, padding))
             before = to_numpy(qkv).copy()
-            out = to_numpy(layer.forward(qkv, meta))
+            out = to_numpy(layer(qkv=qkv, forward_meta=meta))
             assert np.array_equal(to_numpy(qkv).view(np.uint16), before.view(np.uint16))
             self.check(i, new, out, padding)
         advance = new if advance is None else advance

@@ -21,6 +21,14 @@ class ForwardMode(enum.IntEnum):
 
 class ForwardMeta:
     def __init__(self, **fields):
+        self.__dict__.update(
+            step_use_cudagraph=False,
+            rope_already_applied=False,
+            forward_mode=ForwardMode.MIXED,
+            pre_caches_length=0,
+            is_dummy_or_profile_run=False,
+            exist_prefill=False,
+        )
         self.__dict__.update(fields)
 
     def __getattr__(self, name):

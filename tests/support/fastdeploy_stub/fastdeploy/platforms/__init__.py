@@ -8,6 +8,7 @@ class _Backend(enum.Enum):
     FLASH_ATTN = enum.auto()
     FLASH_MASK_ATTN = enum.auto()
     MLA_ATTN = enum.auto()
+    DECODE_UNIFIED_ATTN = enum.auto()  # since 2.7's development
 
 
 class CUDAPlatform:
@@ -23,6 +24,7 @@ class CUDAPlatform:
             _Backend.FLASH_ATTN: "FlashAttentionBackend",
             _Backend.FLASH_MASK_ATTN: "FlashMaskAttentionBackend",
             _Backend.MLA_ATTN: "MLAAttentionBackend",
+            _Backend.DECODE_UNIFIED_ATTN: "DecodeUnifiedAttentionBackend",
         }
         if selected_backend not in names:
             raise ValueError("Invalid attention backend you specified.")

@@ -1,6 +1,7 @@
 """Loading of plug-ins, once a process, by the names in ``FD_PLUGINS``."""
 
 import importlib.metadata
+import logging
 
 from fastdeploy import envs
 
@@ -19,6 +20,12 @@ def load_model_register_plugins():
         entries = everything.select(group="fastdeploy.model_register_plugins")
     else:  # Python 3.9
         entries = everything.get("fastdeploy.model_register_plugins", ())
+    functions = []
     for entry in {entry.name: entry for entry in entries}.values():
         if entry.name in envs.FD_PLUGINS:
-            entry.load()()
+            try:
+                functions.append(entry.load())
+            except Exception:  # the server goes on without the plug-in
+                logging.getLogger("fastdeploy").exception("Failed to load plugin %s", entry.name)
+    for function in functions:
+        function()

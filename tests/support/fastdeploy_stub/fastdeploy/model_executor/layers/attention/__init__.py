@@ -18,6 +18,10 @@ class FlashMaskAttentionBackend(AppendAttentionBackend):
     pass
 
 
+class DecodeUnifiedAttentionBackend(AppendAttentionBackend):
+    pass
+
+
 class MLAAttentionBackend(AppendAttentionBackend):
     pass
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import paddle
+from paddle.base.framework import EagerParamBase
 
 
-class Attention:
+class Attention(paddle.nn.Layer):
     """Attributes of FastDeploy's ``Attention``; `scales` are s of ``x ~ code * s / max_bound``.
 
     Static FP8 scales are made for all heads of the model on every rank, INT8 ones for the channels
@@ -12,6 +13,7 @@ class Attention:
     """
 
     def __init__(self, fd_config, layer_id, place, scales=None, **options):
+        super().__init__()
         model, parallel = fd_config.model_config, fd_config.parallel_config
         size = parallel.tensor_parallel_size
         self.fd_config = fd_config
@@ -24,7 +26,8 @@ class Attention:
         self.out_scale = -1.0
         self.sinks = None
         self.sliding_window = 0
-        self.__dict__.update(options)
+        for name, value in options.items():
+            setattr(self, name, value)
         kind = getattr(fd_config.quant_config, "kv_cache_quant_type", None)
         if kind is None:
             return  # no quantisation method: the layer has none of the attributes below
@@ -47,11 +50,20 @@ class Attention:
         import ml_dtypes
 
         bits = np.asarray(values).astype(ml_dtypes.bfloat16).view(np.uint16)
-        tensor = paddle.to_tensor(bits, place=place)
-        tensor.stop_gradient = False
-        return tensor
+        parameter = EagerParamBase.from_tensor(paddle.to_tensor(bits, place=place))
+        parameter.stop_gradient = False
+        return parameter
 
-    def forward(self, qkv, forward_meta):
+    def forward(
+        self,
+        q=None,
+        k=None,
+        v=None,
+        qkv=None,
+        compressed_kv=None,
+        k_pe=None,
+        forward_meta=None,
+    ):
         return forward_meta.attn_backend.forward(
-            None, None, None, qkv, None, None, self, forward_meta
+            q, k, v, qkv, compressed_kv, k_pe, self, forward_meta
         )

@@ -1,0 +1,130 @@
+"""A machine without a GPU that FastDeploy takes for one with: platform, streams, compiled ops."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+
+OPS = "fastdeploy.model_executor.ops.gpu"
+
+
+class OpNotStoodInFor(RuntimeError):
+    """FastDeploy called a compiled operator that this check has no stand-in for."""
+
+
+def pretend_cuda() -> None:
+    """Answer FastDeploy, and nobody else, that Paddle was built with CUDA."""
+    really = paddle.is_compiled_with_cuda
+
+    def is_compiled_with_cuda() -> bool:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return caller.startswith("fastdeploy") or really()
+
+    paddle.is_compiled_with_cuda = is_compiled_with_cuda
+    paddle.device.is_compiled_with_cuda = is_compiled_with_cuda
+    for name in ("pin_memory", "cuda"):
+        setattr(paddle.Tensor, name, lambda self, *_, **__: self)
+
+    class Event:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def record(self, *_: Any) -> None: ...
+        def synchronize(self) -> None: ...
+        def query(self) -> bool:
+            return True
+
+    cuda = paddle.device.cuda
+    cuda.create_event, cuda.Event = Event, Event
+    for name in ("synchronize", "empty_cache"):
+        setattr(cuda, name, lambda *_, **__: None)
+    cuda.get_device_properties = lambda *_, **__: types.SimpleNamespace(
+        name="H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
+    )
+    paddle.device.get_device_properties = cuda.get_device_properties
+    cuda.get_device_capability = lambda *_, **__: (9, 0)
+    cuda.get_device_name = lambda *_, **__: "H100"
+    cuda.device_count = lambda: 1
+    for name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated"):
+        setattr(cuda, name, lambda *_, **__: 0)
+    _divide_in_float32()
+    _one_process()
+    wanted = paddle.set_flags
+
+    def set_flags(flags: dict[str, Any]) -> None:
+        for name, value in flags.items():  # this Paddle lacks those of a GPU
+            with contextlib.suppress(ValueError, RuntimeError):
+                wanted({name: value})
+            FLAGS[name] = value
+
+    really_get = paddle.get_flags
+
+    def get_flags(flags: Any) -> dict[str, Any]:
+        names = [flags] if isinstance(flags, str) else list(flags)
+        found = {}
+        for name in names:
+            if name in FLAGS:
+                found[name] = FLAGS[name]
+                continue
+            try:
+                found.update(really_get(name))
+            except ValueError:
+                found[name] = ""
+        return found
+
+    paddle.set_flags, paddle.get_flags = set_flags, get_flags
+
+
+def _one_process() -> None:
+    """Groups of processes, of which there is one: models ask for their sizes and ranks."""
+
+    class Groups:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: 1 if "world_size" in name else 0 if "rank" in name else None
+
+    fleet = importlib.import_module("paddle.distributed.fleet")
+    topology = importlib.import_module("paddle.distributed.fleet.base.topology")
+    fleet.fleet._hcg = topology._HYBRID_PARALLEL_GROUP = Groups()
+    fleet.fleet._user_defined_strategy = fleet.DistributedStrategy()
+    paddle.distributed.new_group = lambda *_, **__: None
+
+
+def _divide_in_float32() -> None:
+    """Paddle divides no bfloat16 on a CPU, which FastDeploy does to load scales."""
+    for name in ("__truediv__", "__rtruediv__"):
+        really = getattr(paddle.Tensor, name)
+
+        def divide(self: Any, other: Any, really: Any = really) -> Any:
+            if self.dtype != paddle.bfloat16:
+                return really(self, other)
+            other = other.astype("float32") if isinstance(other, paddle.Tensor) else other
+            return really(self.astype("float32"), other).astype("bfloat16")
+
+        setattr(paddle.Tensor, name, divide)
+
+
+#: Flags that FastDeploy has set.
+FLAGS: dict[str, Any] = {}
+
+
+def install_ops(ops: dict[str, Callable[..., Any]]) -> None:
+    """Put stand-ins in the place of FastDeploy's module of compiled operators."""
+
+    class Ops(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__") and name.endswith("__"):
+                raise AttributeError(name)
+
+            def missing(*_: Any, **__: Any) -> Any:
+                raise OpNotStoodInFor(f"{name}: this check has no stand-in for it")
+
+            missing.__name__ = name
+            return ops.get(name, missing)
+
+    module = Ops(OPS)
+    module.__path__ = []
+    sys.modules[OPS] = module

@@ -1,0 +1,67 @@
+"""Stand-ins for the compiled operators of FastDeploy that a runner's step calls.
+
+They are told apart by name, and by their tensors rather than their number of arguments, which
+changes from version to version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import paddle
+
+
+def _int32(values: Any) -> Any:
+    return paddle.to_tensor(np.ascontiguousarray(values, np.int32))
+
+
+def _lengths(args: tuple[Any, ...]) -> np.ndarray:
+    """``seq_lens_this_time``: the first int32 tensor with one entry a sequence."""
+    for value in args[1:]:
+        tensor = isinstance(value, paddle.Tensor) and value.dtype == paddle.int32 and value.ndim
+        if tensor and value.size == value.shape[0]:
+            return value.numpy().reshape(-1)
+    raise TypeError("get_padding_offset: no lengths among its arguments")
+
+
+def _offsets(lens: np.ndarray, input_ids: Any) -> list[Any]:
+    starts = np.concatenate([[0], np.cumsum(lens)])
+    ids = input_ids.numpy()
+    tokens = np.concatenate([ids[i, :n] for i, n in enumerate(lens)] or [[]]).astype(np.int64)
+    owners = np.repeat(np.arange(len(lens)), lens)
+    return [paddle.to_tensor(tokens), _int32(owners), _int32(starts), _int32(starts)]
+
+
+def get_padding_offset(input_ids: Any, *args: Any) -> list[Any]:
+    """Tokens without padding, their sequences, and the sequences' starts."""
+    return _offsets(_lengths((None, *args)), input_ids)
+
+
+def speculate_get_padding_offset(input_ids: Any, draft: Any, cum: Any, num: Any, *args: Any) -> Any:
+    """The same for 2.4's speculative decoding."""
+    return _offsets(args[0].numpy().reshape(-1), input_ids)
+
+
+def speculate_pre_process(num: Any, input_ids: Any, lens: Any, *_: Any) -> list[Any]:
+    """The same since 2.6, with what the outputs need."""
+    found = _offsets(lens.numpy().reshape(-1), input_ids)
+    return [*found, found[2], found[1], _int32([found[1].shape[0]])]
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """An operator that changes only what this check does not look at."""
+
+
+#: Stand-ins by operator.
+OPS: dict[str, Callable[..., Any]] = {
+    "get_padding_offset": get_padding_offset,
+    "speculate_get_padding_offset": speculate_get_padding_offset,
+    "speculate_pre_process": speculate_pre_process,
+    "speculate_get_seq_lens_output": lambda lens, *_: [lens],
+    "speculate_get_output_padding_offset": lambda cum, num, lens, _: [lens, cum],
+    "set_data_ipc": nothing,
+    "recover_decode_task": nothing,
+    "update_attn_mask_offsets": lambda *args: args[5],
+}
