@@ -27,7 +27,7 @@ def install(arguments: list[str]) -> None:
     """Make a wheel, which pip installs, so that it can also remove it."""
     at, numpy = arguments.index("install"), importlib.metadata.version("numpy")
     with tempfile.TemporaryDirectory() as folder:
-        run([*arguments[:at], "bdist_wheel", "-d", folder, *arguments[at + 1 :]], True, True)
+        run([*arguments[:at], "bdist_wheel", "-d", folder, *arguments[at + 1 :]])
         (wheel,) = map(str, Path(folder).glob("*.whl"))
         # Then what it depends on. Paddle and others run with the NumPy that is there: it stays.
         for options in (["--no-deps", "--force-reinstall"], [f"numpy=={numpy}"]):
@@ -37,7 +37,7 @@ def install(arguments: list[str]) -> None:
     print(f"installed {Path(wheel).name} for {sys.executable}")
 
 
-def run(arguments: list[str], builds: bool, fill_tree: bool) -> None:
+def run(arguments: list[str], builds: bool = True, fill_tree: bool = True) -> None:
     """Run setuptools' commands; with `fill_tree` the source tree gets what is compiled, too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--cuda", choices=("auto", "on", "off"), default="auto")

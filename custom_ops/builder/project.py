@@ -46,7 +46,7 @@ def commit() -> str:
     # The folder is named: one unpacked inside another repository has no commit of that.
     git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe"]
     options = ["--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    status, text = subprocess.getstatusoutput(shlex.join([*git, *options]))
+    status, text = subprocess.getstatusoutput(f"{shlex.join([*git, *options])} 2>/dev/null")
     return text if status == 0 else "unknown"
 
 
@@ -128,7 +128,7 @@ class Build:
             link = ["-ldl", "-lstdc++"]  # before Paddle's library, which has some of its functions
             parts += [(name, [source], {"cxx": cxx}, link) for name, source in MODULES.items()]
         else:
-            print("Python.h is not installed: building without fastattn._host and _direct")
+            print("no Python.h: without fastattn._host and _direct a call costs more host time")
         found = []
         for name, sources, flags, link in parts:
             each = make(

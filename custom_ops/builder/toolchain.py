@@ -90,10 +90,8 @@ def find_cxx() -> list[str]:
 def find_cuda() -> str | None:
     """CUDA toolkit of ``CUDA_HOME`` or ``CUDA_PATH``, else of nvcc in PATH or /usr/local/cuda."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    on_path = os.path.dirname(
-        os.path.dirname(os.path.realpath(shutil.which("nvcc") or "/bin/nvcc"))
-    )
-    for home in [named] if named else [on_path, "/usr/local/cuda"]:
+    on_path = os.path.realpath(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    for home in [named] if named else [on_path[: -len("/bin/nvcc")], "/usr/local/cuda"]:
         # An nvcc in PATH may be a wrapper script outside any toolkit; its headers tell.
         if os.path.exists(f"{home}/bin/nvcc") and os.path.exists(f"{home}/include/cuda_runtime.h"):
             return home
@@ -105,7 +103,8 @@ class Cuda:
 
     def __init__(self, home: str, archs: list[str]) -> None:
         self.home, self.nvcc = home, f"{home}/bin/nvcc"
-        self.version = re.findall(r"release (\d+\.\d+)", output(self.nvcc, "--version"))[0]
+        text = output(self.nvcc, "--version")
+        self.version = (re.findall(r"release (\d+\.\d+)", text) or ["0.0"])[0]
         flags = ["-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I.", f"-I{GENERATED}"]
         flags += ["--expt-relaxed-constexpr", "-lineinfo", "-Xfatbin", "-compress-all"]
         flags += ["--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage"]
@@ -120,7 +119,7 @@ class Cuda:
         dryrun = output(self.nvcc, *flags, "--dryrun", "-c", "-x", "cu", os.devnull)
         problem = "".join(re.findall(r"^nvcc fatal *: *(.*)", dryrun, re.M))
         if float(self.version) < OLDEST_CUDA:
-            problem = f"the kernels need {OLDEST_CUDA}.0 or newer"
+            problem = f"the kernels need {OLDEST_CUDA}.0 or newer ({text.strip()})"
         if problem:
             raise BuildError(
                 f"{self.nvcc} is of CUDA {self.version}: {problem}. Name another toolkit in "
@@ -129,10 +128,9 @@ class Cuda:
 
 
 def find_archs() -> list[str]:
-    """GPU architectures of ``FASTATTN_ARCHS``, such as ``"90a;100a"``, ``"[80, 90]"``, ``"9.0a"``.
+    """GPU architectures of ``FASTATTN_ARCHS``: ``"90a;100a"``, ``"[80, 90]"``, ``"9.0a"``, "none".
 
-    Without a dot, each once, in the order given; none for ``"none"``. For an empty text those of
-    the GPUs that ``nvidia-smi`` lists, with every instruction that they have, else 90a.
+    Where it is empty, those of the GPUs found, with every instruction that they have, else 90a.
     """
     names = re.findall(r"[^][;,\s\"']+", os.environ.get("FASTATTN_ARCHS", "").lower())
     if not names and shutil.which("nvidia-smi"):

@@ -109,7 +109,7 @@ def test_an_old_gcc_ends_the_build_before_the_first_file(tmp_path):
 @pytest.mark.parametrize(
     ("version", "archs", "needed"),
     [
-        ("11.8", ["80"], r"CUDA 11\.8: the kernels need 12\.0 or newer.* CUDA_HOME"),
+        ("11.8", ["80"], r"(?s)CUDA 11\.8: the kernels need 12\.0 .*release 11\.8.* CUDA_HOME"),
         ("12.4", ["90a", "100a"], r"CUDA 12\.4: Unsupported .* 'compute_100a'\..* FASTATTN_ARCHS"),
         ("13.0", ["hopper"], r"CUDA 13\.0: Unsupported .* 'compute_hopper'\..* FASTATTN_ARCHS"),
     ],
@@ -119,6 +119,13 @@ def test_a_cuda_that_does_not_fit(tmp_path, version, archs, needed):
     with pytest.raises(BuildError, match=needed) as error:
         toolchain.Cuda(home, archs)
     assert str(error.value).startswith(f"{home}/bin/nvcc is of ")
+
+
+def test_an_nvcc_that_fails_is_quoted(tmp_path):
+    home = make_toolkit(tmp_path / "cuda", "13.0")
+    script(tmp_path / "cuda" / "bin" / "nvcc", "echo 'version GLIBC_9 not found' >&2; exit 1")
+    with pytest.raises(BuildError, match=r"bin/nvcc .* \(version GLIBC_9 not found\)"):
+        toolchain.Cuda(home, ["90a"])
 
 
 @pytest.mark.parametrize(("version", "archs"), [("12.0", ["80", "90a"]), ("13.0", ["75", "110a"])])
@@ -290,7 +297,7 @@ def pip_calls(monkeypatch):
     """What `install` has pip do, after a build that only leaves a wheel."""
     ran: list[list[str]] = []
 
-    def run(arguments, builds, fill_tree):
+    def run(arguments, builds=True, fill_tree=True):
         assert builds and fill_tree  # whatever runs in the source tree finds that one first
         ran.append(arguments)
         make_wheel(Path(arguments[arguments.index("-d") + 1]))
