@@ -19,6 +19,7 @@ SETUPTOOLS = "setuptools>=77,<86"  # as in pyproject.toml
 OLDEST_SETUPTOOLS = 77
 BORROWED = "FASTATTN_BORROWED_TOOLS"
 BUILDING = {"install", "build", "build_ext", "bdist_wheel", "develop"}
+BUILDING |= {"dist_info", "editable_wheel"}  # of pip
 
 
 def recent_setuptools() -> bool:
@@ -64,7 +65,7 @@ def forget_borrowed() -> bool:
 def main() -> None:
     """Run setuptools, in a version that can read this package's metadata."""
     sys.path.insert(0, str(ROOT / "custom_ops"))
-    from builder.toolchain import NINJA, ToolchainError, find_ninja, require_paddle, require_pip
+    from builder.toolchain import NINJA, BuildError, find_ninja, require_paddle, require_pip
 
     borrowed = forget_borrowed()
     by_pip = "builder.backend" in sys.modules
@@ -77,30 +78,19 @@ def main() -> None:
             require_paddle()
         if missing and (borrowed or by_pip):
             needs = " and ".join(missing)
-            raise ToolchainError(f"setup_ops.py needs {needs}:{install_line(missing)}")
+            raise BuildError(f"setup_ops.py needs {needs}:{install_line(missing)}")
         if missing or "install" in sys.argv:
             require_pip()
-    except ToolchainError as error:
+        if missing:
+            sys.exit(run_with_borrowed(missing))
+        from builder import extension
+
+        if "install" in sys.argv:
+            extension.install(sys.argv[1:])
+        else:
+            extension.run(sys.argv[1:], builds, fill_tree=by_pip)
+    except BuildError as error:
         sys.exit(f"error: {error}")
-    if missing:
-        sys.exit(run_with_borrowed(missing))
-
-    import setuptools
-    from builder import extension
-
-    verbose = {"-v", "--verbose"} & set(sys.argv)
-    setuptools.setup(
-        # The build prints its own progress; setuptools would add a line for every file copied.
-        script_args=sys.argv[1:] if verbose else ["--quiet", *sys.argv[1:]],
-        distclass=extension.BinaryDistribution,
-        cmdclass={
-            "build_ext": extension.build_command(),
-            "build_py": extension.BuildPy,
-            "egg_info": extension.EggInfo,
-            "install": extension.Install,
-        },
-        install_requires=extension.install_requires(),
-    )
 
 
 if __name__ == "__main__":

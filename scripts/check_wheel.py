@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "custom_ops"))
 
-from builder.wheel import local_version
+from builder.project import local_version
 
 _REQUIRED = (
     "fastattn/_fastattn_ops.so",

@@ -1,216 +1,202 @@
-"""What is built: the tools that were found, the sources, and Paddle's extensions of them."""
+"""What is built: sources, Paddle's extensions of them, and their objects, which ninja makes."""
 
 from __future__ import annotations
 
-import functools
 import os
-import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import instances, toolchain
-from .compile import Unit
-
-if TYPE_CHECKING:
-    from setuptools import Extension
+from .toolchain import GENERATED, BuildError
 
 ROOT = Path(__file__).resolve().parents[2]
 CUSTOM_OPS = ROOT / "custom_ops"
 LIBRARY = "fastattn._fastattn_ops"
 #: Python modules beside the library, and the source of each.
 MODULES = {"fastattn._host": "api/host_module.cc", "fastattn._direct": "api/direct_module.cc"}
-
-_OPERATOR = re.compile(r"^PD_BUILD_OP\(\s*fastattn_(\w+)\s*\)", re.M)
 # What Paddle's classes ask for and a wheel must not have: docs/install.md says why.
 _UNWANTED = ("-w", "-lcudart", "-Wl,--no-as-needed")
 
-
-def discover(root: Path, with_cuda: bool) -> tuple[list[str], list[str]]:
-    """C++ and CUDA sources of the library under `root`, sorted, but those that the build writes."""
-
-    def find(pattern: str) -> list[str]:
-        return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern))
-
-    cxx = [*find("api/*.cc"), *find("cpu/**/*.cc")]
-    return [n for n in cxx if n not in MODULES.values()], find("cuda/**/*.cu") if with_cuda else []
-
-
-def operators(root: Path, with_cuda: bool) -> dict[str, list[str]]:
-    """Places that each operator has a kernel for, such as ``{"quantize_fp8": ["cpu"]}``.
-
-    One that ``api/<family>.cc`` registers has a CUDA kernel when that file or another
-    ``api/<family>_*.cc`` includes a header of ``cuda/``.
-    """
-    found = {}
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in root.glob("api/*.cc")}
-    for stem, text in texts.items():
-        family = [other for name, other in texts.items() if (name + "_").startswith(stem + "_")]
-        on_gpu = with_cuda and any('#include "cuda/' in other for other in family)
-        for operator in _OPERATOR.findall(text):
-            found[operator] = ["cpu", "cuda"] if on_gpu else ["cpu"]
-    return dict(sorted(found.items()))
+# ninja compiles again what has another command than last time: what decides the objects beside it,
+# such as the compiler's version, stands there as a comment.
+_RULE = """\
+builddir = {folder}
+rule compile
+  command = $compiler -MMD -MF $out.d -c $in -o $out  # {identity}
+  depfile = $out.d
+  deps = gcc
+  description = $name
+"""
 
 
-def commit(root: Path = ROOT) -> str:
+def operators() -> list[str]:
+    """Names of the operators, such as "quantize_fp8"; each has a kernel for every place."""
+    text = "".join(path.read_text(encoding="utf-8") for path in CUSTOM_OPS.glob("api/*.cc"))
+    return sorted(re.findall(r"^PD_BUILD_OP\(\s*fastattn_(\w+)\s*\)", text, re.M))
+
+
+def commit() -> str:
     """Commit that is built, with ``-dirty`` when tracked files differ; "unknown" outside git."""
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run([*describe, "--exclude=*"], capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    # A folder unpacked inside another repository must not report that one's commit.
-    known = done.returncode == 0 and (root / ".git").exists()
-    return done.stdout.strip() if known else "unknown"
+    # The folder is named: one unpacked inside another repository has no commit of that.
+    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe"]
+    options = ["--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    status, text = subprocess.getstatusoutput(f"{shlex.join([*git, *options])} 2>/dev/null")
+    return text if status == 0 else "unknown"
 
 
-def build_info_text(info: dict[str, Any]) -> str:
-    """Source of ``_build_info.py``. No time of day: the same build writes the same bytes."""
-    types = {list: ": list[str]", dict: ": dict[str, list[str]]"}  # mypy cannot tell an empty one
-    lines = [f"{name}{types.get(type(value), '')} = {value!r}" for name, value in info.items()]
-    title = '"""How the compiled library was built (written by the build)."""'
-    return "\n".join([title, "", *lines, ""])
+def local_version(paddle: str, archs: list[str]) -> str:
+    """What follows the + in the version of a wheel, such as ``paddle3.3.1.sm90a.sm100a``."""
+    version = re.sub(r"[^a-z0-9]+", ".", paddle.lower()).strip(".")
+    return ".".join([f"paddle{version}", *([f"sm{arch}" for arch in archs] or ["cpu"])])
+
+
+def requirements(paddle: str = "", numpy: str = "") -> list[str]:
+    """Distributions that a wheel asks for, in versions that change no others."""
+    # Paddle 2 was made for NumPy 1, which the newest ml_dtypes would have pip replace.
+    old = paddle.startswith("2.") and numpy.startswith("1.")
+    # setuptools: Paddle imports it where it loads operators, and does not always ask for it.
+    return ["numpy>=1.21,<2" if old else "numpy>=1.21", "ml_dtypes>=0.4", "rich>=12", "setuptools"]
 
 
 class Build:
-    """The tools that were found, and what is built with them.
+    """The tools that were found, and what is built with them; `cuda` is "auto", "on" or "off"."""
 
-    `cuda_option` says whether to build the CUDA part: "auto" (with a CUDA build of Paddle and
-    nvcc), "on" or "off".
-    """
-
-    def __init__(self, cuda_option: str = "auto", paddle: toolchain.Paddle | None = None) -> None:
-        self.paddle = paddle or toolchain.find_paddle()
+    def __init__(self, cuda: str = "auto") -> None:
+        try:
+            import paddle
+        except Exception as error:  # of many types: a missing library, a NumPy that does not fit
+            raise BuildError(
+                f"Paddle does not import for {sys.executable} (Paddle 2.6 needs numpy<2): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        with_cuda = paddle.is_compiled_with_cuda()
+        self.paddle = paddle.__version__
+        self.archs = toolchain.find_archs() if cuda != "off" else []
+        home = toolchain.find_cuda() if self.archs and with_cuda else None
+        if self.archs and home is None:
+            problem = "no nvcc; set CUDA_HOME or PATH" if with_cuda else "Paddle is a CPU build"
+            if cuda == "on":
+                raise BuildError(f"--cuda=on: {problem}")
+            print(f"building the CPU kernels only: {problem}")
+            self.archs = []
+        self.cuda = toolchain.Cuda(home, self.archs) if home else None
+        self.label = local_version(self.paddle, self.archs)
+        self.cxx = toolchain.find_cxx()
+        self.cxx_version = toolchain.output(*self.cxx, "--version").splitlines()[0]
+        self.flags = {"cxx": [*toolchain.CXX_FLAGS], "nvcc": []}
+        found = sorted(p.relative_to(CUSTOM_OPS).as_posix() for p in CUSTOM_OPS.rglob("*.c[cu]"))
+        self.sources = [s for s in found if s.endswith(".cc") and s not in MODULES.values()]
+        if self.cuda:
+            self.flags["cxx"] += ["-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA"]
+            self.flags["nvcc"] = self.cuda.flags
+            written = [f"{GENERATED}/{name}" for name in instances.sources()]  # the longest first
+            self.sources = [*written, *(s for s in found if s.endswith(".cu")), *self.sources]
+            os.environ["CUDA_HOME"] = self.cuda.home  # for Paddle: not where a wrapper of nvcc is
         # Paddle's own list would add targets that cannot run the "a" instructions.
         os.environ.pop("PADDLE_CUDA_ARCH_LIST", None)
-        listed = os.environ.get("FASTATTN_ARCHS")
-        self.archs = toolchain.parse_archs(listed, toolchain.detect_archs())
-        self.cuda = self._choose_cuda(cuda_option)
-        self.cxx = toolchain.find_cxx()
-        toolchain.check_cxx(self.cxx)
-        if self.cuda is None:
-            self.archs = []
-        else:
-            toolchain.check_cuda(self.cuda, self.archs)
-        self.cxx_sources, self.cuda_sources = discover(CUSTOM_OPS, self.cuda is not None)
-        if self.cuda:
-            written = [f"{toolchain.GENERATED}/{name}" for name in instances.sources()]
-            self.cuda_sources = [*written, *self.cuda_sources]  # these take longest
-        kind = "cuda" if self.cuda else "cpu"
-        tag = f"{self.paddle.version}-{kind}-{sys.implementation.cache_tag}"
-        self.objects = ROOT / "build" / "objects" / tag
+        os.environ["PADDLE_SKIP_CHECK_ABI"] = "1"  # an old compiler has been refused
+        self.num_cuda = sum(source.endswith(".cu") for source in self.sources)
+        tag = f"{'cuda' if self.cuda else 'cpu'}-{sys.implementation.cache_tag}"
+        self.objects = ROOT / "build" / "objects" / f"{self.paddle}-{tag}"
+        self.object_of: dict[str, str] = {}  # each source of an extension
+        self.jobs = os.environ.get("MAX_JOBS", "").strip() or str(os.cpu_count())
+        if not re.fullmatch(r"[1-9]\d*", self.jobs):
+            raise BuildError(f"MAX_JOBS: expected a number of at least 1, got {self.jobs!r}")
 
-    def _choose_cuda(self, option: str) -> toolchain.Cuda | None:
-        if option not in ("auto", "on", "off"):
-            raise toolchain.ToolchainError(f"--cuda: expected auto, on or off, got {option!r}")
-        if option == "off" or not self.archs:
-            return None
-        if not self.paddle.with_cuda:
-            if option == "on":
-                raise toolchain.ToolchainError(
-                    f"--cuda=on: Paddle {self.paddle.version} at {self.paddle.root} is a CPU build"
-                )
-            return None
-        found = toolchain.find_cuda()
-        if found is None and option == "on":
-            raise toolchain.ToolchainError("--cuda=on: no nvcc; set CUDA_HOME or PATH")
-        if found is None:
-            say("no nvcc found: building the CPU kernels only (set CUDA_HOME for the CUDA part)")
-        return found
-
-    def extensions(self) -> list[Extension]:
+    def extensions(self) -> list[Any]:
         """The library and the Python modules, as Paddle's classes describe them."""
-        flags = {"cxx": toolchain.cxx_flags(self.cuda is not None), "nvcc": self._nvcc_flags()}
-        link = ["-fopenmp", "-Wl,--exclude-libs,ALL"]
-        if self.cuda:
-            link += [f"-L{self.cuda.library_dir}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-        found = [self._extension(LIBRARY, [*self.cuda_sources, *self.cxx_sources], flags, link)]
-        include = Path(sysconfig.get_paths()["include"])
-        if not (include / "Python.h").exists():
-            say(
-                "Python.h is not installed: building without fastattn._direct (calls in dygraph "
-                "then cost more host time) and fastattn._host"
-            )
-            return found
-        archs = f'-DFASTATTN_ARCHS="{";".join(self.archs)}"'
-        cxx = ["-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-I.", archs]
-        cxx.append(f"-DFASTATTN_CUDA={int(self.cuda is not None)}")
-        link = ["-ldl", "-lstdc++"]  # before Paddle's library, which has some of its functions, too
-        for name, source in MODULES.items():
-            found.append(self._extension(name, [source], {"cxx": [*cxx]}, link))
-        return found
-
-    def _nvcc_flags(self) -> list[str]:
-        return toolchain.nvcc_flags(self.cuda, self.archs) if self.cuda else []
-
-    def _extension(
-        self, name: str, sources: list[str], flags: dict[str, list[str]], link: list[str]
-    ) -> Extension:
         from paddle.utils import cpp_extension
 
-        make = cpp_extension.CppExtension
+        make, headers = cpp_extension.CppExtension, []
+        link = ["-fopenmp", "-Wl,--exclude-libs,ALL"]
         if self.cuda:
-            make = cpp_extension.CUDAExtension
-            os.environ["CUDA_HOME"] = str(self.cuda.home)  # not where a wrapper of nvcc is
-        folder = os.path.join(self.cuda.home, "include", "cccl") if self.cuda else ""
-        found = make(
-            [os.path.relpath(CUSTOM_OPS / source, ROOT) for source in sources],
-            include_dirs=[folder] if os.path.isdir(folder) else [],
-            extra_compile_args=flags,
-            extra_link_args=["-Wl,-s", "-Wl,--as-needed", *link],
-        )
-        found.name = name
-        found.runtime_library_dirs = []
-        for arguments in (found.extra_link_args, *found.extra_compile_args.values()):
-            arguments[:] = [argument for argument in arguments if argument not in _UNWANTED]
+            make, headers = cpp_extension.CUDAExtension, [f"{self.cuda.home}/include/cccl"]
+            folders = ("lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")  # or lib64
+            link += [f"-L{self.cuda.home}/{folder}" for folder in folders]
+            link += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+        parts = [(LIBRARY, self.sources, self.flags, link)]
+        if Path(sysconfig.get_paths()["include"], "Python.h").exists():
+            cxx = ["-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-I."]
+            cxx.append(f'-DFASTATTN_ARCHS="{";".join(self.archs)}"')
+            cxx.append(f"-DFASTATTN_CUDA={int(self.cuda is not None)}")
+            link = ["-ldl", "-lstdc++"]  # before Paddle's library, which has some of its functions
+            parts += [(name, [source], {"cxx": cxx}, link) for name, source in MODULES.items()]
+        else:
+            print("no Python.h: without fastattn._host and _direct a call costs more host time")
+        found = []
+        for name, sources, flags, link in parts:
+            each = make(
+                [f"custom_ops/{source}" for source in sources],
+                include_dirs=[*headers],
+                extra_compile_args={kind: [*some] for kind, some in flags.items()},
+                extra_link_args=["-Wl,-s", "-Wl,--as-needed", *link],
+            )
+            each.name, each.runtime_library_dirs = name, []
+            for arguments in (each.extra_link_args, *each.extra_compile_args.values()):
+                arguments[:] = [argument for argument in arguments if argument not in _UNWANTED]
+            found.append(each)
         return found
 
-    def units(self, extensions: list[Extension]) -> list[Unit]:
-        """The compilations of these extensions."""
-        return [self._unit(each, source) for each in extensions for source in each.sources]
-
-    def _unit(self, extension: Extension, source: str) -> Unit:
-        flags: Any = extension.extra_compile_args
-        if source.endswith(".cu") and self.cuda:
-            command = [str(self.cuda.nvcc), *flags["nvcc"]]
-        else:
-            folders = [f for folder in extension.include_dirs for f in ("-isystem", folder)]
-            command = [*self.cxx, *flags["cxx"], *folders]
-        seen = os.path.relpath(ROOT / source, CUSTOM_OPS)
-        name = seen.replace(f"{toolchain.GENERATED}/", "")
+    def compile(self, extensions: list[Any]) -> list[tuple[float, str]]:
+        """Have ninja compile what changed; seconds and names of that, longest first."""
+        folder = os.path.relpath(self.objects, CUSTOM_OPS)
+        cuda = f"CUDA {self.cuda.version}, " if self.cuda else ""
+        text = _RULE.format(folder=folder, identity=f"{cuda}{self.cxx_version}, {self.paddle}")
         launcher = ["ccache"] if shutil.which("ccache") else []
-        return Unit(name, seen, self.objects / f"{name}.o", (*launcher, *command))
+        for each in extensions:
+            isystem = [flag for path in each.include_dirs for flag in ("-isystem", path)]
+            for source in each.sources:
+                command = [*launcher, *self.cxx, *each.extra_compile_args["cxx"], *isystem]
+                if self.cuda and source.endswith(".cu"):
+                    command = [*launcher, self.cuda.nvcc, *each.extra_compile_args["nvcc"]]
+                seen = source[len("custom_ops/") :]
+                name = seen.replace(f"{GENERATED}/", "")
+                text += f"build {folder}/{name}.o: compile {seen}\n  name = {name}\n"
+                text += f"  compiler = {shlex.join(command).replace('$', '$$')}\n"
+                self.object_of[source] = f"{self.objects}/{name}.o"
+        script, log = self.objects / "build.ninja", self.objects / ".ninja_log"
+        for path in CUSTOM_OPS.rglob("*.[ch]*") if script.exists() else ():
+            # ninja compares times, and what is unpacked over an older release has times of its own.
+            if path.stat().st_ctime > script.stat().st_mtime >= path.stat().st_mtime:
+                os.utime(path)
+        script.write_text(text, encoding="utf-8")
+        before = log.read_text(encoding="utf-8") if log.exists() else ""
+        os.environ["NINJA_STATUS"] = "[%f/%t] %e s  "
+        ninja = [toolchain.find_ninja() or "ninja", "-f", f"{folder}/build.ninja", f"-j{self.jobs}"]
+        process = subprocess.Popen(ninja, cwd=CUSTOM_OPS, stdout=subprocess.PIPE, errors="replace")
+        failures = 0
+        for line in process.stdout or ():
+            failures += line.startswith("FAILED: ")
+            if failures < 2:  # those that run beside the first may fail, too
+                print(line, end="", flush=True)
+        if process.wait() != 0:
+            raise BuildError("a source does not compile; the compiler's message is above")
+        lines = [x for x in log.read_text(encoding="utf-8").splitlines() if x not in before]
+        rows = [line.split("\t") for line in lines if not line.startswith("#")]
+        times = [(int(end) - int(start), target) for start, end, _, target, _ in rows]
+        return [(ms / 1000, name[len(folder) + 1 : -2]) for ms, name in sorted(times)[::-1]]
 
-    def identity(self) -> str:
-        """What decides the objects, beside sources and flags."""
-        versions = [self.paddle.version, toolchain.compiler_identity(self.cxx)]
-        return "\n".join([*versions, str(self.cuda and self.cuda.version)])
+    def info(self) -> str:
+        """Text of ``_build_info.py``. No time of day: the same build writes the same bytes."""
+        places = ["cpu", "cuda"] if self.cuda else ["cpu"]
+        return f'''\
+"""How the compiled library was built (written by the build)."""
 
-    def info(self) -> dict[str, Any]:
-        """What ``_build_info.py`` records."""
-        return {
-            "PADDLE_VERSION": self.paddle.version,
-            "COMMIT": commit(),
-            "WITH_CUDA": self.cuda is not None,
-            "ARCHS": list(self.archs),
-            "NVCC": ".".join(map(str, self.cuda.version)) if self.cuda else None,
-            "CXX": toolchain.compiler_identity(self.cxx),
-            "FLAGS": " ".join([*toolchain.cxx_flags(), *self._nvcc_flags()]),
-            "PLATFORM": f"{platform.system().lower()}-{platform.machine()}",
-            "NUM_SOURCES": len(self.cxx_sources) + len(self.cuda_sources),
-            "NUM_CUDA_SOURCES": len(self.cuda_sources),
-            "OPERATORS": operators(CUSTOM_OPS, self.cuda is not None),
-        }
-
-
-#: As `Build`, looked for once.
-find_build = functools.cache(Build)
-
-
-def say(line: str) -> None:
-    """Print a line of progress."""
-    print(line, flush=True)
+PADDLE_VERSION = {self.paddle!r}
+COMMIT = {commit()!r}
+WITH_CUDA = {self.cuda is not None}
+ARCHS: list[str] = {self.archs}
+NVCC = {self.cuda and self.cuda.version!r}
+CXX = {self.cxx_version!r}
+FLAGS = {" ".join([*self.flags["cxx"], *self.flags["nvcc"]])!r}
+PLATFORM = {sysconfig.get_platform()!r}
+NUM_SOURCES = {len(self.sources)}
+NUM_CUDA_SOURCES = {self.num_cuda}
+OPERATORS: dict[str, list[str]] = {dict.fromkeys(operators(), places)}
+'''

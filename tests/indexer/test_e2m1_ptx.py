@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(CUDA is None, reason="no nvcc")
 def ptx(tmp_path: Path, arch: str, *flags: str) -> str:
     source, target = tmp_path / "pack.cu", tmp_path / f"{arch}.ptx"
     source.write_text(KERNEL)
-    command = [str(CUDA.nvcc), "-std=c++17", "-I.", "-ptx", f"-arch=sm_{arch}", *flags]
+    command = [f"{CUDA}/bin/nvcc", "-std=c++17", "-I.", "-ptx", f"-arch=sm_{arch}", *flags]
     done = subprocess.run(
         [*command, str(source), "-o", str(target)], cwd=CUSTOM_OPS, capture_output=True, text=True
     )

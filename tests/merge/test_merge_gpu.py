@@ -29,8 +29,8 @@ def library(tmp_path_factory):
     roots = [ROOT / "custom_ops", ROOT / "build/generated"]
     folders = [root / "cuda" / name for root in roots for name in ("common", "merge")]
     kernels = sorted(source for folder in folders for source in folder.glob("*.cu"))
-    flags = toolchain.nvcc_flags(CUDA, toolchain.parse_archs(None, toolchain.detect_archs()))
-    command = [str(CUDA.nvcc), *flags, "-t0", "-shared", "-Xcompiler=-fvisibility=default"]
+    cuda = toolchain.Cuda(CUDA, toolchain.find_archs())
+    command = [cuda.nvcc, *cuda.flags, "-t0", "-shared", "-Xcompiler=-fvisibility=default"]
     command += [str(ROOT / "tests/support/merge_gpu.cu"), *map(str, kernels), "-o", str(path)]
     subprocess.run(command, cwd=ROOT / "custom_ops", check=True)
     return ctypes.CDLL(str(path))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from custom_ops.builder import toolchain
 from tests.support import ROOT
+from tests.support.toolkit import make_toolkit
 
 SOURCES = [
     p for p in (ROOT / "custom_ops").rglob("*.*") if p.suffix in (".cc", ".cu", ".h", ".cuh")
@@ -23,13 +23,15 @@ def test_bug21_no_check_is_an_assertion():
         assert not re.search(r"\b(assert\s*\(|NDEBUG\b)", text), path
 
 
-def test_bug21_architectures_change_nothing_but_the_target():
-    cuda = toolchain.Cuda(Path("cuda"), Path("cuda/bin/nvcc"), (13, 0))
-    hopper = toolchain.nvcc_flags(cuda, ["90a"])
+def test_bug21_architectures_change_nothing_but_the_target(tmp_path):
+    home = make_toolkit(tmp_path / "cuda", "13.0")
+    hopper = toolchain.Cuda(home, ["90a"]).flags
     for archs in (["80"], ["86", "89"], ["100a", "120a"]):
-        others = toolchain.nvcc_flags(cuda, archs)
-        without_target = [f for f in others if f not in toolchain.gencode(archs)]
-        assert without_target == [f for f in hopper if f not in toolchain.gencode(["90a"])]
+        others = toolchain.Cuda(home, archs).flags
+        assert others[: -2 * len(archs)] == hopper[:-2]
+        targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        assert others[-2 * len(archs) :: 2] == ["-gencode"] * len(archs)
+        assert others[1 - 2 * len(archs) :: 2] == targets
 
 
 def test_faults_are_numbered():

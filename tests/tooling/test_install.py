@@ -5,7 +5,7 @@ scripts/check_install.py tries the same in fresh environments; here nothing is f
 
 from __future__ import annotations
 
-import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import runpy
@@ -13,14 +13,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 
+import paddle
 import pytest
 
-from custom_ops.builder import project, toolchain, wheel
+from custom_ops.builder import project, toolchain
+from custom_ops.builder.toolchain import BuildError
+from fastattn.version import __version__
 from tests.support import ROOT
+from tests.support.toolkit import make_toolkit
 
 extension = pytest.importorskip("custom_ops.builder.extension", reason="needs setuptools")
 
@@ -56,10 +59,11 @@ def fake_gcc(folder, *macros):
     return script(folder / "g++", text)
 
 
-def test_gcc_that_is_too_old(tmp_path):
+def test_gcc_that_is_too_old(tmp_path, monkeypatch):
     compiler = fake_gcc(tmp_path, "__GNUC__ 7", "__GNUC_MINOR__ 5", "__VERSION__ 7.5.0")
-    with pytest.raises(toolchain.ToolchainError, match=r"is GCC 7\.5, .* need 8 or newer.* CXX"):
-        toolchain.check_cxx([str(compiler)])
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(BuildError, match=r"is GCC 7\.5, .* need 8 or newer.* CXX"):
+        toolchain.find_cxx()
 
 
 @pytest.mark.parametrize(
@@ -71,20 +75,26 @@ def test_gcc_that_is_too_old(tmp_path):
         ["__SOMETHING_ELSE__ 1"],
     ],
 )
-def test_compilers_that_are_taken(tmp_path, macros):
-    toolchain.check_cxx([str(fake_gcc(tmp_path, *macros))])
+def test_compilers_that_are_taken(tmp_path, monkeypatch, macros):
+    monkeypatch.setenv("CXX", str(fake_gcc(tmp_path, *macros)))
+    assert toolchain.find_cxx() == [os.environ["CXX"]]
 
 
-def test_a_compiler_that_does_not_run(tmp_path):
-    with pytest.raises(toolchain.ToolchainError, match="none does not run"):
-        toolchain.check_cxx([str(tmp_path / "none")])
+def test_a_compiler_that_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.raises(BuildError, match="none does not run"):
+        toolchain.find_cxx()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_the_version_of_the_real_compiler():
+def test_the_version_of_the_real_compiler(monkeypatch):
     done = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True)
-    found = toolchain.gcc_version(["g++"])
-    assert found is None or done.stdout.startswith(f"{found[0]}.{found[1]}.")
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.setattr(toolchain, "OLDEST_GCC", 1000)
+    if done.returncode == 0:  # not clang under that name
+        with pytest.raises(BuildError) as error:
+            toolchain.find_cxx()
+        assert f"is GCC {'.'.join(done.stdout.split('.')[:2])}, and" in str(error.value)
 
 
 def test_an_old_gcc_ends_the_build_before_the_first_file(tmp_path):
@@ -96,79 +106,85 @@ def test_an_old_gcc_ends_the_build_before_the_first_file(tmp_path):
     assert not (tmp_path / "compiled").exists()
 
 
-def cuda_of(version):
-    return toolchain.Cuda(Path("/c"), Path("/c/bin/nvcc"), version)
-
-
 @pytest.mark.parametrize(
     ("version", "archs", "needed"),
     [
-        ((11, 8), ["90a"], r"CUDA 11\.8, and sm_90a needs 12\.0 or newer"),
-        ((11, 8), ["80"], r"CUDA 11\.8, and sm_80 needs 12\.0 or newer"),
-        ((12, 4), ["90a", "100a"], r"CUDA 12\.4, and sm_100a needs 12\.8 or newer"),
-        ((12, 8), ["103a"], r"CUDA 12\.8, and sm_103a needs 12\.9 or newer"),
-        ((12, 8), ["120f"], r"CUDA 12\.8, and sm_120f needs 12\.9 or newer"),
-        ((12, 9), ["110a"], r"CUDA 12\.9, and sm_110a needs 13\.0 or newer"),
-        ((13, 0), ["90a", "70"], r"CUDA 13\.0, which no longer compiles for sm_70"),
+        ("11.8", ["80"], r"(?s)CUDA 11\.8: the kernels need 12\.0 .*release 11\.8.* CUDA_HOME"),
+        ("12.4", ["90a", "100a"], r"CUDA 12\.4: Unsupported .* 'compute_100a'\..* FASTATTN_ARCHS"),
+        ("13.0", ["hopper"], r"CUDA 13\.0: Unsupported .* 'compute_hopper'\..* FASTATTN_ARCHS"),
     ],
 )
-def test_a_cuda_that_does_not_fit(version, archs, needed):
-    with pytest.raises(toolchain.ToolchainError, match=needed):
-        toolchain.check_cuda(cuda_of(version), archs)
+def test_a_cuda_that_does_not_fit(tmp_path, version, archs, needed):
+    home = make_toolkit(tmp_path / "cuda", version, archs[-1])
+    with pytest.raises(BuildError, match=needed) as error:
+        toolchain.Cuda(home, archs)
+    assert str(error.value).startswith(f"{home}/bin/nvcc is of ")
 
 
-@pytest.mark.parametrize(
-    ("version", "archs"),
-    [
-        ((12, 0), ["80", "89", "90a"]),
-        ((12, 8), ["100a", "120a"]),
-        ((12, 9), ["121a", "120f"]),
-        ((13, 0), ["75", "90a", "110a"]),
-    ],
-)
-def test_a_cuda_that_fits(version, archs):
-    toolchain.check_cuda(cuda_of(version), archs)
+def test_an_nvcc_that_fails_is_quoted(tmp_path):
+    home = make_toolkit(tmp_path / "cuda", "13.0")
+    script(tmp_path / "cuda" / "bin" / "nvcc", "echo 'version GLIBC_9 not found' >&2; exit 1")
+    with pytest.raises(BuildError, match=r"bin/nvcc .* \(version GLIBC_9 not found\)"):
+        toolchain.Cuda(home, ["90a"])
+
+
+@pytest.mark.parametrize(("version", "archs"), [("12.0", ["80", "90a"]), ("13.0", ["75", "110a"])])
+def test_a_cuda_that_fits(tmp_path, version, archs):
+    assert toolchain.Cuda(make_toolkit(tmp_path / "cuda", version), archs).version == version
 
 
 @pytest.mark.skipif(toolchain.find_cuda() is None, reason="no nvcc")
-def test_architectures_are_those_that_nvcc_lists():
-    """What the table refuses, the installed nvcc does not know either, and the other way round."""
-    cuda = toolchain.find_cuda()
-    command = [str(cuda.nvcc), "--list-gpu-code"]
-    listed = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    known = {name[len("sm_") :] for name in listed}
+@pytest.mark.parametrize("suffix", ["", "a"])
+def test_architectures_are_those_that_nvcc_lists(suffix):
+    home = toolchain.find_cuda()
+    command = [f"{home}/bin/nvcc", "--list-gpu-code"]
+    known = subprocess.run(command, capture_output=True, text=True).stdout.split()
     for number in (70, 75, 80, 86, 89, 90, 100, 101, 103, 110, 120, 121):
-        arch = toolchain.specific_arch(number)
-        try:
-            toolchain.check_cuda(cuda, [arch])
-            taken = True
-        except toolchain.ToolchainError:
-            taken = False
-        assert taken == (arch in known or str(number) in known), arch
+        if f"sm_{number}" in known and (number >= 90 or not suffix):
+            assert f"arch=compute_{number}{suffix},code=sm_{number}{suffix}" in (
+                toolchain.Cuda(home, [f"{number}{suffix}"]).flags
+            )
+        else:
+            with pytest.raises(BuildError, match=f"'compute_{number}{suffix}'"):
+                toolchain.Cuda(home, [f"{number}{suffix}"])
+
+
+@pytest.mark.parametrize("arch", ["hopper", "9", "90b", "-O3", "9.0.1"])
+@pytest.mark.skipif(toolchain.find_cuda() is None, reason="no nvcc")
+def test_what_is_no_architecture_is_named(monkeypatch, arch):
+    monkeypatch.setenv("FASTATTN_ARCHS", f"90a;{arch}")
+    with pytest.raises(BuildError, match=rf"'compute_{arch.replace('.', '').lower()}'"):
+        toolchain.Cuda(toolchain.find_cuda(), toolchain.find_archs())
 
 
 def test_an_old_nvcc_ends_the_build_before_the_first_file(tmp_path, monkeypatch):
-    paddle = toolchain.Paddle("2.6.2", tmp_path / "paddle", with_cuda=True)
-    monkeypatch.setattr(toolchain, "find_paddle", lambda: paddle)
-    nvcc = script(tmp_path / "bin" / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8'")
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda_runtime.h").touch()
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    home = make_toolkit(tmp_path / "cuda", "11.8")
+    monkeypatch.setenv("CUDA_HOME", home)
     monkeypatch.setenv("CXX", str(fake_gcc(tmp_path, "__GNUC__ 12", "__GNUC_MINOR__ 2")))
     monkeypatch.setenv("FASTATTN_ARCHS", "90a")
     for option in ("auto", "on"):
-        with pytest.raises(toolchain.ToolchainError, match=r"11\.8.*sm_90a needs 12\.0") as error:
+        with pytest.raises(BuildError, match=r"11\.8: the kernels need 12\.0") as error:
             project.Build(option)
-        assert str(nvcc) in str(error.value)
+        assert f"{home}/bin/nvcc" in str(error.value)
     assert project.Build("off").cuda is None  # the CPU kernels need no nvcc
 
 
+def test_cuda_kernels_that_cannot_be(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FASTATTN_ARCHS", "90a")
+    for with_cuda, problem in ((True, "no nvcc; set CUDA_HOME"), (False, "Paddle is a CPU build")):
+        monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda with_cuda=with_cuda: with_cuda)
+        with pytest.raises(BuildError, match=f"--cuda=on: {problem}"):
+            project.Build("on")
+        build = project.Build("auto")
+        assert build.cuda is None and build.archs == []
+        assert capsys.readouterr().out.startswith(f"building the CPU kernels only: {problem}")
+    monkeypatch.setenv("FASTATTN_ARCHS", "none")
+    assert project.Build("on").cuda is None and capsys.readouterr().out == ""
+
+
 # --- Paddle and pip ------------------------------------------------------------------------------
-
-
-def without_gpu(folder, monkeypatch):
-    """A PATH without nvidia-smi."""
-    monkeypatch.setenv("PATH", str(folder))
 
 
 @pytest.mark.parametrize("command", ["install", "build_ext", "bdist_wheel"])
@@ -186,46 +202,65 @@ def test_without_paddle_on_a_machine_with_a_gpu(tmp_path):
     assert f"{shlex.quote(sys.executable)} -m pip install paddlepaddle-gpu" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "hook", ["get_requires_for_build_wheel", "get_requires_for_build_editable"]
-)
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 def test_pip_fetches_no_paddle(tmp_path, monkeypatch, hook):
     backend = pytest.importorskip("custom_ops.builder.backend")
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    hooks = backend.backend
     monkeypatch.setattr(backend, "find_ninja", lambda: "/usr/bin/ninja")
-    assert getattr(backend, hook)() == []
+    assert getattr(hooks, f"get_requires_for_{hook}")() == []
     monkeypatch.setattr(backend, "find_ninja", lambda: None)
-    assert getattr(backend, hook)() == ["ninja>=1.10"]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    without_gpu(tmp_path, monkeypatch)
-    with pytest.raises(SystemExit) as error:
-        getattr(backend, hook)()
-    assert "\n    pip install paddlepaddle\n" in str(error.value)
-    assert "--no-build-isolation" in str(error.value)
-    assert backend.get_requires_for_build_sdist() == []  # the sources fit every Paddle
+    assert getattr(hooks, f"get_requires_for_{hook}")() == ["ninja>=1.10"]
+    call = f"prepare_metadata_for_{hook}({str(tmp_path)!r})"
+    done = pep517(tmp_path, call, PATH=str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert " -m pip install paddlepaddle\n" in done.stderr
+    assert "--no-build-isolation" in done.stderr
 
 
-def test_a_paddle_that_does_not_import(tmp_path):
-    (tmp_path / "paddle.py").write_text(
-        "raise RuntimeError('made for another NumPy\\nsecond line')"
+def test_the_sources_fit_every_paddle(tmp_path):
+    call = f"get_requires_for_build_sdist(); backend.build_sdist({str(tmp_path)!r})"
+    done = pep517(tmp_path, call)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"fastattn-{__version__}.tar.gz").exists()
+
+
+def pep517(folder, call, **environ):
+    """Call a hook where setuptools is the only package."""
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("setuptools is too old to build with")
+    (folder / "site").mkdir()
+    for path in Path(setuptools.__file__).parents[1].iterdir():
+        if path.name.startswith(("setuptools", "_distutils_hack")):
+            (folder / "site" / path.name).symlink_to(path)
+    code = (
+        "import site; site.getsitepackages = lambda: []; site.getusersitepackages = lambda: '/none'"
+        f"; from builder.backend import backend; backend.{call}"
     )
-    code = "from custom_ops.builder import toolchain; toolchain.find_paddle()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
+    path = os.pathsep.join(["custom_ops", str(folder / "site")])
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": path, **environ},
     )
-    last = done.stderr.splitlines()[-1]
-    assert "ToolchainError" in last and "does not import" in last
-    assert "RuntimeError: made for another NumPy (" in last
+
+
+def test_a_paddle_that_does_not_import(tmp_path):
+    (tmp_path / "paddle.py").write_text("raise RuntimeError('made for another NumPy')")
+    done = setup_ops("build_ext", PYTHONPATH=str(tmp_path))
+    if "fetching setuptools" in done.stdout:
+        pytest.skip("setuptools is too old to build with")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: Paddle does not import for ")
+    assert done.stderr.endswith("needs numpy<2): RuntimeError: made for another NumPy\n")
 
 
 def test_without_pip(monkeypatch):
     toolchain.require_pip()
-    monkeypatch.setattr(importlib.machinery.PathFinder, "find_spec", lambda name: None)
-    with pytest.raises(toolchain.ToolchainError, match="-m ensurepip"):
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [])
+    with pytest.raises(BuildError, match="-m ensurepip"):
         toolchain.require_pip()
 
 
@@ -235,11 +270,11 @@ def test_without_pip(monkeypatch):
         ("2.6.2", "1.26.4", "numpy>=1.21,<2"),
         ("2.6.2", "2.2.6", "numpy>=1.21"),
         ("3.3.1", "1.26.4", "numpy>=1.21"),
-        (None, None, "numpy>=1.21"),
+        ("", "", "numpy>=1.21"),
     ],
 )
 def test_the_numpy_of_paddle_2_stays(paddle, numpy, asked):
-    found = wheel.requirements(paddle, numpy)
+    found = project.requirements(paddle, numpy)
     assert found[0] == asked and "setuptools" in found
     assert not any("paddle" in name for name in found)
 
@@ -257,60 +292,70 @@ def make_wheel(folder):
     return path
 
 
-def test_compiled_files_go_into_the_tree(tmp_path):
-    (tmp_path / "fastattn").mkdir()
-    library = tmp_path / "fastattn" / "_fastattn_ops.so"
-    library.write_text("old")
-    with open(library) as still_open:
-        names = wheel.unpack_compiled(make_wheel(tmp_path), tmp_path)
-        assert still_open.read() == "old"
-    found = sorted(path.name for path in (tmp_path / "fastattn").iterdir())
-    assert found == ["_build_info.py", "_fastattn_ops.so", "_host.cpython-311.so"]
-    assert len(names) == 3
-    assert library.read_text() == "new _fastattn_ops.so" and os.access(library, os.X_OK)
-
-
 @pytest.fixture
-def install(tmp_path, monkeypatch):
-    """The install command, in a tree of its own, with what it would have run written down."""
-    (tmp_path / "fastattn").mkdir()
+def pip_calls(monkeypatch):
+    """What `install` has pip do, after a build that only leaves a wheel."""
+    ran: list[list[str]] = []
+
+    def run(arguments, builds=True, fill_tree=True):
+        assert builds and fill_tree  # whatever runs in the source tree finds that one first
+        ran.append(arguments)
+        make_wheel(Path(arguments[arguments.index("-d") + 1]))
+
+    monkeypatch.setattr(extension, "run", run)
+    monkeypatch.setattr(extension.subprocess, "call", lambda command: ran.append(command) or 0)
+    return ran
+
+
+def test_install_is_a_wheel_that_pip_installs(pip_calls, capsys):
+    extension.install(["build_ext", "--cuda=off", "install", "-v"])
+    build, first, second = pip_calls
+    assert build[:3] == ["build_ext", "--cuda=off", "bdist_wheel"] and build[-1] == "-v"
+    assert first[:4] == [sys.executable, "-m", "pip", "install"] and "--no-deps" in first
+    assert second[-1] == f"numpy=={importlib.metadata.version('numpy')}"
+    assert first[5] == second[5] and first[5].endswith(".whl")
+    assert "installed fastattn-0.1.0+paddle3.3.1.cpu" in capsys.readouterr().out
+
+
+def test_pip_that_fails_is_no_traceback(pip_calls, monkeypatch):
+    monkeypatch.setattr(extension.subprocess, "call", lambda command: 1)
+    with pytest.raises(BuildError, match="pip install failed"):
+        extension.install(["install"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("fill_tree", [False, True])
+def test_compiled_files_go_into_the_tree(tmp_path, monkeypatch, fill_tree):
+    """All of them, each as a new file: a process may have the old one open."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FASTATTN_ARCHS", "none")
     monkeypatch.setattr(extension, "ROOT", tmp_path)
-    distribution = extension.BinaryDistribution({"name": "fastattn", "version": "0.1.0"})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # setuptools' banner against `install` is a warning
-        command = extension.Install(distribution)
+    tree = tmp_path / "fastattn"
+    tree.mkdir()
+    (tree / "_fastattn_ops.so").write_text("old")
+    build = project.Build()
+    attributes = {"name": "fastattn", "version": "0.1.0", "ext_modules": build.extensions()}
+    attributes["package_dir"] = {"": str(tmp_path)}
+    distribution = extension.setuptools.Distribution(attributes)
+    distribution.command_options["build"] = {"build_lib": ("test", str(tmp_path / "lib"))}
+    command = extension.build_command(build, fill_tree)(distribution)
+
+    def build_extensions():
+        for name in [*command.get_outputs(), f"{command.build_lib}/fastattn/_build_info.py"]:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text("new")
+
+    command.build_extensions = build_extensions
     command.ensure_finalized()
-    ran: list[tuple[str, ...]] = []
-    monkeypatch.setattr(extension, "_pip", lambda *arguments: ran.append(arguments))
-
-    def run_command(name):
-        ran.append((name,))
-        make_wheel(Path(distribution.get_command_obj("bdist_wheel").dist_dir))
-
-    monkeypatch.setattr(command, "run_command", run_command)
-    return command, ran
-
-
-@pytest.mark.parametrize("debian", [False, True])
-def test_install_under_either_distutils(install, monkeypatch, tmp_path, debian):
-    """Debian's distutils puts a class before setuptools' own, whose method takes no keywords."""
-    command, ran = install
-    if debian:
-
-        def reinitialize_command(command, reinit_subcommands=0):
-            return install[0].distribution.reinitialize_command(command, reinit_subcommands)
-
-        monkeypatch.setattr(command, "reinitialize_command", reinitialize_command)
-    command.run()
-    assert [step[0] for step in ran] == ["bdist_wheel", "install", "install"]
-    assert "--no-deps" in ran[1] and ran[2][-1].startswith("numpy==")
-    assert (tmp_path / "fastattn" / "_fastattn_ops.so").exists()
-
-
-def test_pip_that_fails_is_no_traceback(monkeypatch):
-    monkeypatch.setattr(extension.sys, "executable", "/bin/false")
-    with pytest.raises(extension.SetupError, match="pip install failed"):
-        extension._pip("install", "nothing")
+    with open(tree / "_fastattn_ops.so") as still_open:
+        command.run()
+        assert still_open.read() == "old"
+    found = {path.name.partition(".")[0]: path.read_text() for path in tree.iterdir()}
+    names = {"_fastattn_ops", "_build_info", *(m.rpartition(".")[2] for m in project.MODULES)}
+    assert found == (dict.fromkeys(names, "new") if fill_tree else {"_fastattn_ops": "old"})
+    suffixes = {path.name: path.suffixes for path in (tmp_path / "lib/fastattn").iterdir()}
+    assert suffixes["_fastattn_ops.so"] == [".so"]  # for any Python; the modules are for this one
+    assert all(len(found) == 2 for name, found in suffixes.items() if name[:2] in ("_h", "_d"))
 
 
 def test_looking_for_pip_leaves_distutils_alone():
@@ -330,6 +375,12 @@ for name in {names!r}:
 """
 
 
+def write_metadata(folder, name, version):
+    path = folder / f"{name}-{version}.dist-info" / "METADATA"
+    path.parent.mkdir()
+    path.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
 @pytest.mark.parametrize("old", ["65.5.0", None])
 def test_a_setuptools_is_borrowed(tmp_path, old):
     """An environment with an old one or none: the build has its own, which its children lack."""
@@ -343,13 +394,12 @@ def test_a_setuptools_is_borrowed(tmp_path, old):
     (packages / "pip" / "__init__.py").touch()
     text = FAKE_PIP.format(names=names, site=str(site))
     (packages / "pip" / "__main__.py").write_text(text)
+    write_metadata(packages, "pip", "23.0")
     for path in site.iterdir():  # what else there is, without setuptools and pip
         if path.name not in names and not path.name.startswith("pip"):
             (packages / path.name).symlink_to(path)
     if old:
-        (packages / f"setuptools-{old}.dist-info").mkdir()
-        metadata = packages / f"setuptools-{old}.dist-info" / "METADATA"
-        metadata.write_text(f"Metadata-Version: 2.1\nName: setuptools\nVersion: {old}\n")
+        write_metadata(packages, "setuptools", old)
     done = setup_ops("--version", flags=["-S"], PYTHONPATH=str(packages))
     # `-S` ends with this process: the one that it starts has the environment's site-packages.
     assert done.returncode == 0, done.stderr
@@ -376,7 +426,7 @@ def test_a_ninja_is_borrowed(tmp_path):
         pytest.skip("setuptools is too old to build with")
     assert done.stdout.startswith("fetching ninja>=1.10 for this build"), done.stderr
     assert "--target" in done.stdout and done.returncode != 0
-    assert "--cuda: expected auto, on or off, got 'maybe'" in done.stderr
+    assert "argument --cuda: invalid choice: 'maybe'" in done.stderr
 
 
 def has_ninja(folder):

@@ -188,7 +188,8 @@ def spelled(demangled, family):
 
 
 def compiled(source, target, *flags):
-    command = [str(CUDA.nvcc), *toolchain.nvcc_flags(CUDA, ["90a"]), *flags]
+    cuda = toolchain.Cuda(CUDA, ["90a"])
+    command = [cuda.nvcc, *cuda.flags, *flags]
     command += ["-c", str(source), "-o", str(target)]
     done = subprocess.run(command, cwd=CUSTOM_OPS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
