@@ -12,8 +12,8 @@
 
 #if defined(FASTATTN_WITH_CUDA)
 #include "cuda/cache/rope_write/launch.h"
-#include "cuda/cache/rope_write/policy.h"
 #include "heuristics/attention_plan.h"
+#include "heuristics/rope_write.h"
 #endif
 
 namespace fastattn::api {
@@ -47,7 +47,7 @@ void ParseQScale(const Tensor* q_scale, const phi::Place& place, RopeWriteCacheP
 void TakeArrivals(const phi::Place& place, RopeWriteCacheParams& p) {
   StepArrivals* step = CurrentStep();
   if (step == nullptr || p.seqs.num_tokens == 0 || p.seqs.num_tokens > kMaxPlanSeqs ||
-      !cuda::UseDecodeKernel(p.seqs.num_tokens, p.seqs.batch)) {
+      !UseDecodeKernel(p.seqs.num_tokens, p.seqs.batch)) {
     return;
   }
   cuda::DeviceFacts facts;

@@ -8,11 +8,11 @@
 #include "common/dispatch.h"
 #include "common/head_dims.h"
 #include "cuda/cache/rope_write/decode_kernel.cuh"
-#include "cuda/cache/rope_write/policy.h"
 #include "cuda/cache/rope_write/stream_kernel.cuh"
 #include "cuda/cache/rope_write/tile_kernel.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
+#include "heuristics/rope_write.h"
 
 namespace fastattn::cuda {
 

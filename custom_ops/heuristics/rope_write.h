@@ -1,9 +1,9 @@
-// Which kernel a step takes, from what the host knows.
+// Which kernel of rope_write_cache_kv a step takes, from what the host knows.
 #pragma once
 
 #include <cstdint>
 
-namespace fastattn::cuda {
+namespace fastattn {
 
 // A prompt of more tokens than this is as fast in tiles.
 inline constexpr int kDecodeKernelMax = 16;
@@ -19,4 +19,4 @@ inline bool UseDecodeKernel(int num_tokens, int batch) {
 // A grid of at most this many CTAs leaves most of a GPU to the next kernel.
 inline constexpr int kSmallGrid = 256;
 
-}  // namespace fastattn::cuda
+}  // namespace fastattn
