@@ -46,8 +46,8 @@ void CheckForGpu(const char* op, const AttentionParams& p) {
 // Tokens of no sequence are cleared by the kernels, as no memory operation is launched beside them.
 void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
               const QuantizeQueryParams& query, AttentionParams* p) {
+  if (p->out == nullptr) return;  // an empty tensor's strides mean nothing
   CheckForGpu(op, *p);
-  if (p->out == nullptr) return;
   const DeviceGuard guard(op, place.GetDeviceId());
   cuda::DeviceFacts facts;
   CheckCuda(op, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));

@@ -52,7 +52,7 @@ def test_the_order_of_the_stream(prefill, receive, place, mode, early):
     if early:
         worker.backend._signals.send(*worker.caches[:2], layer, meta)
     busy(200)
-    layer.forward(qkv, meta)
+    layer.forward(qkv=qkv, forward_meta=meta)
     told = receiver.next()
     while told["layer"] != 0:
         told = receiver.next()
@@ -74,7 +74,7 @@ def test_a_captured_step_signals_at_every_replay(place, messages):
     qkv = worker.on(worker.rank_qkv(0, new, 0))
 
     def run():
-        return worker.layers[0].forward(qkv, held)
+        return worker.layers[0].forward(qkv=qkv, forward_meta=held)
 
     worker.backend.init_attention_metadata(held)
     run()
