@@ -128,7 +128,13 @@ def _receiver(mode: str) -> Queue | Integers:
 def _worker(mode: str, role: str, kind: str | None) -> Serving:
     """A worker of its own number, so that no other server has its queue."""
     port = 1024 + os.getpid() % 60_000
-    config = make_config({}, kind, splitwise_role=role, engine_worker_queue_port=str(port))
+    config = make_config(
+        {},
+        kind,
+        splitwise_role=role,
+        engine_worker_queue_port=str(port),
+        cache_transfer_protocol="rdma",
+    )
     found = config.parallel_config.pd_disaggregation_mode
     if found != mode:
         raise Wrong(f"FastDeploy's mode is {found}")

@@ -218,16 +218,13 @@ class Serving:
         still along the first.
         """
         self.images = [(slot + 1, slot + 1 + 2 * (slot + 2)) for slot in range(SLOTS)]
-        positions = []
-        for first, last in self.images:
+        for slot, (first, last) in enumerate(self.images):
             text = np.repeat(np.arange(first)[:, None], 3, 1)
             row, column = np.divmod(np.arange(last - first), (last - first) // 2)
             image = first + np.stack([np.zeros_like(row), row, column], 1)
-            positions.append(np.concatenate([text, image]))
-        ends = np.cumsum([0, *map(len, positions)]).tolist()
-        ids = paddle.to_tensor(np.concatenate(positions).astype(np.int64))
-        tables = self.runner.prepare_rope3d(ids, [MAX_LEN // 2] * SLOTS, ends)
-        for slot, table in enumerate(tables):
+            ids = paddle.to_tensor(np.concatenate([text, image]).astype(np.int64))
+            # One at a time: of several, 2.4 and 2.5 give all of ERNIE's slots the last one's table.
+            (table,) = self.runner.prepare_rope3d(ids, [MAX_LEN // 2], [0, last])
             self.inputs["rope_emb"][slot : slot + 1, :] = table
         self.tables = self.inputs["rope_emb"].numpy()
         if any((self.tables[0] == table).all() for table in self.tables[1:]):
