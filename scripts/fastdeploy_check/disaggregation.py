@@ -78,7 +78,8 @@ class Queue:
 
     def expected(self, before: Any, layer: int, prefilled: list[list[int]]) -> list[list[int]]:
         """What a layer of a step says: slot, cached and new tokens of what prefills."""
-        return [[len(prefilled), layer, *sum(prefilled, [])]] if prefilled else []
+        words = [word for sequence in prefilled for word in sequence]
+        return [[len(prefilled), layer, *words]] if prefilled else []
 
 
 class Integers:
