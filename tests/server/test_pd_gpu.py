@@ -74,7 +74,7 @@ def test_a_captured_step_signals_at_every_replay(place, messages):
     qkv = worker.on(worker.rank_qkv(0, new, 0))
 
     def run():
-        return worker.layers[0].forward(qkv, held)
+        return worker.layers[0].forward(qkv=qkv, forward_meta=held)
 
     worker.backend.init_attention_metadata(held)
     run()
