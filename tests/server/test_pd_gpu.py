@@ -52,7 +52,7 @@ def test_the_order_of_the_stream(prefill, receive, place, mode, early):
     if early:
         worker.backend._signals.send(*worker.caches[:2], layer, meta)
     busy(200)
-    layer.forward(qkv, meta)
+    layer.forward(qkv=qkv, forward_meta=meta)
     told = receiver.next()
     while told["layer"] != 0:
         told = receiver.next()
