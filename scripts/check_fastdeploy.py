@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
 import logging
 import os
 import sys
@@ -28,6 +29,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STATES = ("passed", "refused", "failed", "not run")
+
+#: Seconds after which a case hangs: the check ends with the stack, whatever holds the process.
+LONGEST = 60
 
 
 def prepare(tree: Path) -> None:
@@ -78,9 +82,10 @@ def outcome(run: Callable[[], float]) -> tuple[str, str]:
 
 def chosen(group: str | None, wanted: str) -> Iterator[tuple[str, Callable[[], float]]]:
     """The cases to run."""
+    from fastdeploy_check import disaggregation
     from fastdeploy_check.cases import GROUPS
 
-    for name, cases in GROUPS.items():
+    for name, cases in {**GROUPS, "disaggregation": disaggregation.cases}.items():
         if group not in (None, name):
             continue
         for label, run in cases():
@@ -110,7 +115,9 @@ def run_cases(options: argparse.Namespace) -> int:
     prepare(options.tree.resolve())
     counts: collections.Counter[str] = collections.Counter()
     for label, run in chosen(options.group, options.wanted):
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)
         state, text = outcome(run)
+        faulthandler.cancel_dump_traceback_later()
         counts[state] += 1
         if options.verbose or state != "passed":
             print(f"{state:8} {label}: {' '.join(text.split())[:220]}", flush=True)

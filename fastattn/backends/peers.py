@@ -31,9 +31,10 @@ _PLAIN = ("bfloat16", "float16", "float32", "bf16", "fp16", "none")
 
 
 def guard(fd_config: Any, backend: str) -> None:
-    """Mark this process's messages and names, if it is an engine and its caches are quantised.
+    """Mark this process's messages and names, if its caches are quantised.
 
-    A worker sends no messages and names no blocks; its process does not load the classes.
+    That counts in engines. A worker, which loads the same classes, sends no messages and names no
+    blocks.
 
     Raises
     ------

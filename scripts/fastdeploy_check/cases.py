@@ -179,10 +179,12 @@ def options() -> Iterator[Case]:
         "attn_mask_offsets": lambda: _offsets(split=False),
         "attn_mask_offsets, two-batch overlap": lambda: _offsets(split=True),
         "block_size 32": lambda: _day({}, None, NEOX, block_size=32),
-        "splitwise_role prefill": lambda: _day({}, None, NEOX, splitwise_role="prefill"),
-        "PD per_query": lambda: _disaggregated("FLAGS_use_pd_disaggregation"),
-        "PD per_chunk": lambda: _disaggregated("FLAGS_use_pd_disaggregation_per_chunk"),
+        "lengths that the host does not know": _unknown_lengths,
     }
+    for kind in KINDS:
+        cases[f"a rotary table for each slot, {kind or 'none'}"] = lambda k=kind: _day(
+            architectures.fields_of("Qwen2_5_VLForConditionalGeneration"), k, NEOX
+        )
     yield from cases.items()
 
 
@@ -236,13 +238,31 @@ def _piecewise() -> float:
 
 
 def _deterministic() -> float:
+    """The mode reaches the backend; a sequence has the same bits alone and among others."""
+    found, worst = [], 0.0
     with environment(FD_DETERMINISTIC_MODE="1"):
-        return _day({}, "int8", NEOX)
+        for count in (SLOTS, 1):
+            server = Serving(make_config({}, "int8"), "int8", **NEOX)
+            if not server.runner.attn_backends[0].batch_invariant:
+                raise Wrong("the backend is not batch_invariant")
+            worst = max(worst, server.step(STEPS["prefill"][0][:count], [True] * count))
+            meta = server.prepare([1] * count, [False] * count)
+            with paddle.no_grad():
+                out = server.layers[0](qkv=server.fused(0, [1] * count), forward_meta=meta)
+            found.append(out.numpy()[0])
+    if (found[0] != found[1]).any():
+        raise Wrong("the bits of a sequence depend on the batch")
+    return worst
 
 
-def _disaggregated(name: str) -> float:
-    with environment(**{name: "1"}):
-        return _day({}, None, NEOX)
+def _unknown_lengths() -> float:
+    """FastDeploy's backends fill in lengths on the host; nobody does for these."""
+    server, worst = Serving(make_config({}, "int8"), "int8", **NEOX), 0.0
+    for new, prefill in STEPS.values():
+        worst = max(worst, server.step(new, prefill))
+        if server.runner.attn_backends[0].attention_metadata.host_lengths is not None:
+            raise Wrong("the host has lengths in this FastDeploy")
+    return worst
 
 
 def _second_loader() -> float:

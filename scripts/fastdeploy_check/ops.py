@@ -50,6 +50,19 @@ def speculate_pre_process(num: Any, input_ids: Any, lens: Any, *_: Any) -> list[
     return [*found, found[2], found[1], _int32([found[1].shape[0]])]
 
 
+def update_attn_mask_offsets(
+    ids: Any, lens: Any, encoder: Any, decoder: Any, starts: Any, full: Any, *_: Any
+) -> Any:
+    """Ends of the masks: those of the request in prefill, behind the token itself in decode."""
+    ends = np.zeros(ids.shape[0], np.int32)
+    encoder, decoder = (x.numpy().reshape(-1) for x in (encoder, decoder))
+    for slot, n in enumerate(lens.numpy().reshape(-1)):
+        first = int(starts.numpy()[slot])
+        own = full.numpy()[slot, :n] + 1 if encoder[slot] else decoder[slot] + 1 + np.arange(n)
+        ends[first : first + n] = own
+    return _int32(np.stack([np.zeros_like(ends), ends], 1).reshape(-1))
+
+
 def nothing(*_: Any, **__: Any) -> None:
     """An operator that changes only what this check does not look at."""
 
@@ -63,5 +76,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "speculate_get_output_padding_offset": lambda cum, num, lens, _: [lens, cum],
     "set_data_ipc": nothing,
     "recover_decode_task": nothing,
-    "update_attn_mask_offsets": lambda *args: args[5],
+    "update_attn_mask_offsets": update_attn_mask_offsets,
+    # Memory of the cache manager, another process.
+    "share_external_data": lambda data, name, shape: paddle.zeros(shape, data.dtype),
 }

@@ -178,25 +178,22 @@ def test_partial_rotary_factor_is_the_tables_affair(
 
 
 @pytest.mark.parametrize(
-    ("options", "refused"),
+    ("options", "whole"),
     [
-        ({"enable_rope_3d_runtime": True}, "enable_rope_3d_runtime"),
-        ({"enable_rope_3d_runtime": False, "rope_3d": True}, None),
-        ({"enable_rope_3d_runtime": None, "rope_3d": True, "enable_mm": False}, None),
-        ({"enable_rope_3d_runtime": None, "rope_3d": True, "enable_mm": True}, "rope_3d"),
-        ({"enable_rope_3d_runtime": None, "use_3d_rope": True}, "use_3d_rope"),
+        ({"enable_rope_3d_runtime": True}, True),
+        ({"enable_rope_3d_runtime": False, "rope_3d": True}, False),
+        ({"enable_rope_3d_runtime": None, "rope_3d": True, "enable_mm": False}, False),
+        ({"enable_rope_3d_runtime": None, "rope_3d": True, "enable_mm": True}, True),
+        ({"enable_rope_3d_runtime": None, "use_3d_rope": True}, True),
     ],
 )
-def test_an_mrope_section_alone_is_not_3d_rope(registered, options, refused):
-    """Up to 2.5 there is no flag of the runtime: multimodal models have such tables."""
+def test_an_mrope_section_alone_is_not_3d_rope(registered, options, whole):
+    """Up to 2.5 there is no flag of the runtime: multimodal models have tables of whole heads."""
     config = make_fd_config(make_model(None))
-    config.enable_rope_3d_runtime = options.pop("enable_rope_3d_runtime")
-    config.model_config.__dict__.update(options)
-    if refused is None:
-        chosen()(config, 2, 4, 64)
-        return
-    with pytest.raises(NotImplementedError, match=rf"{refused} = True is not supported"):
-        chosen()(config, 2, 4, 64)
+    config.enable_rope_3d_runtime = options["enable_rope_3d_runtime"]
+    names = {k: v for k, v in options.items() if k != "enable_rope_3d_runtime"}
+    config.model_config.__dict__.update(names, partial_rotary_factor=0.5)
+    assert chosen()(config, 2, 4, 64).config.rotary_dim == (None if whole else 32)
 
 
 # --- micro-batches -------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_that_receiver_sees_a_layer_that_is_not_complete(prefill, receive, mode)
     told = receiver.next()
     while told["layer"] != 0:
         told = receiver.next()
-    worker.layers[0].forward(worker.on(worker.rank_qkv(0, [30], 0)), meta)
+    worker.layers[0].forward(qkv=worker.on(worker.rank_qkv(0, [30], 0)), forward_meta=meta)
     assert told["digest"] != digest(worker, 0)
 
 
