@@ -63,6 +63,7 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
       step != nullptr && step->counters.defined() && step->counters.place() == place) {
     p->arrivals = MutableData<int>(step->counters);
     p->num_arrivals = static_cast<int>(step->counters.numel());
+    CurrentStep() = nullptr;  // they are 0 for one call
   }
   Guarded(op, [&] {
     const cudaStream_t stream = out.stream();

@@ -277,6 +277,13 @@ class PagedAttentionBackend(AttentionBackend):
         caches = optional(forward_meta, "caches")
         if run is None or plan is None or caches is None:
             return None
+        lengths = metadata.host_lengths
+        if lengths is None and self.batch_invariant:  # no guess: see _guess_lengths
+            tables = optional(forward_meta, "block_tables")
+            if tables is None:
+                return None
+            longest = min(self.config.max_model_len, tables.shape[1] * BLOCK_SIZE)
+            lengths = qkv.shape[0], longest
         scales = None if facts.dynamic else facts.scales(forward_meta, layer, self.config.shard)
         try:
             return run(
@@ -285,7 +292,7 @@ class PagedAttentionBackend(AttentionBackend):
                 caches,
                 forward_meta,
                 qkv,
-                metadata.host_lengths,
+                lengths,
                 (self.config.decode_tokens, self.config.max_model_len),
                 scales,
             )
@@ -350,7 +357,8 @@ class PagedAttentionBackend(AttentionBackend):
         there any sequence may have all tokens.
         """
         tokens = query.shape[0]
-        if paddle.in_dynamic_mode() and not _in_sot():
+        guessed = paddle.in_dynamic_mode() and not _in_sot()
+        if guessed and not self.batch_invariant:  # whose bits may follow from too small a bound
             count = seqs[1].shape[0] - 1
             prefills = optional(forward_meta, "exist_prefill") is True
             tokens = guess_new_tokens(tokens, count, self.config.decode_tokens, prefills)
@@ -469,9 +477,10 @@ def _mask_offsets(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
     offsets = optional(forward_meta, "attn_mask_offsets")
     if offsets is None or len(offsets.shape) != 1:
         return offsets
-    if metadata.mask is None or metadata.mask[0] is not offsets:
-        metadata.mask = offsets, offsets.reshape([-1, 2])
-    return metadata.mask[1]
+    pair = metadata.mask
+    if pair is None or pair[0] is not offsets or 2 * pair[1].shape[0] != offsets.shape[0]:
+        metadata.mask = pair = offsets, offsets.reshape([-1, 2])
+    return pair[1]
 
 
 def _last_keys(mask_offsets: Any, window: int) -> Any:

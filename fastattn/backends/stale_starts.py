@@ -48,4 +48,5 @@ class StaleStarts:
             whole = starts.view([count])  # the same memory, with a shape that stays
         elif count < dirty:
             whole[count:dirty] = NOWHERE
+        self._buffers.pop(address, None)  # the one that was used last is forgotten last
         self._buffers[address] = (whole, count)

@@ -35,19 +35,21 @@ def topk_indices(
     k : int
         1 to 4096.
     starts : Tensor, shape [rows], int32, optional
-        First column of each range; default 0. Clamped to the row.
+        First column of each range; default 0. Clamped to the row, which leaves the length as it is.
     out : Tensor, shape [rows, k], int32, contiguous, optional
         Written in place and returned.
 
     Returns
     -------
     Tensor, shape [rows, k], int32
-        Columns relative to the row's start; -1 behind the last of a range shorter than k.
+        Columns relative to the (clamped) start; -1 behind the last of a range shorter than k.
 
     Raises
     ------
     TypeError
         If a dtype is not one of those above, or `k` is no integer.
+    NotImplementedError
+        On a GPU with less than 113 KiB of shared memory a CTA (compute capability 8.6, 8.9, 12.x).
     ValueError
         If shapes do not match, `k` is out of range, or `out` shares memory with an input.
 

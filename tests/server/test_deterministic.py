@@ -7,7 +7,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import _ops
-from fastattn.backends import FlashAttentionBackend, make_config
+from fastattn.backends import FlashAttentionBackend, ForwardMeta, make_config
 from fastattn.backends import paged as paged_backend
 from tests.attention.test_batch_invariant import batch_of
 from tests.server.test_backends import BACKENDS
@@ -128,3 +128,12 @@ def test_programs_carry_it(place):
     (out, _), _ = run_all_modes(invariant, [*arrays, problem.k.scales, problem.v.scales], place)
     alone = batch_of(problem, [2])
     assert_same_bits(alone.run(place, batch_invariant=True)[0], out[6:], "alone")
+
+
+def test_no_guess_of_a_steps_kind():
+    """A bound that is too small would choose other tiles for a sequence, by what is beside it."""
+    query, tables = paddle.zeros([60, 4, 64]), paddle.zeros([64, 8], "int32")
+    seqs = (tables, paddle.zeros([65], "int32"), None, None)
+    meta = ForwardMeta(exist_prefill=False)
+    assert make()._guess_lengths(query, seqs, meta) == (1, 512)
+    assert make(batch_invariant=True)._guess_lengths(query, seqs, meta) == (60, 512)

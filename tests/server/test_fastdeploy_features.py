@@ -11,7 +11,7 @@ import pytest
 
 from fastattn import _plugin, backends, functional
 from fastattn.backends import fastdeploy as plugin
-from fastattn.backends.stale_starts import StaleStarts
+from fastattn.backends.stale_starts import NOWHERE, StaleStarts
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.fastdeploy import (
     BACKENDS,
@@ -147,6 +147,17 @@ def test_few_buffers_of_starts_are_remembered():
     for _ in range(20):
         stale.settle(int32(np.zeros(9)))
     assert len(stale._buffers) <= 4
+
+
+def test_a_buffer_in_use_is_not_forgotten():
+    """Steps with starts of their own come between those of the buffer that a graph reads."""
+    stale, buffer, others = StaleStarts(), int32(np.arange(9)), []
+    for _ in range(6):
+        stale.settle(buffer)
+        others.append(int32(np.arange(5)))  # kept: a new tensor has an address of its own
+        stale.settle(others[-1])
+    stale.settle(buffer[:3])
+    assert (buffer.numpy()[3:] == NOWHERE).all() and buffer.numpy()[:3].tolist() == [0, 1, 2]
 
 
 # --- rotation ------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@
 // finds the threshold (select.cuh), and every CTA writes the indices of what it has above it, at
 // the place that the counts of the CTAs before it give. Nothing depends on the order in which
 // threads or CTAs run, so that the result is the same at every run, and the CPU's.
-#include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
@@ -162,6 +163,11 @@ cudaError_t LaunchTopk(const TopkParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   cudaError_t status = GetCurrentDevice(&device, &facts);
   if (status != cudaSuccess) return status;
+  if (facts.max_shared_bytes < static_cast<int>(sizeof(TopkShared))) {
+    throw std::invalid_argument("this GPU has " + std::to_string(facts.max_shared_bytes) +
+                                " bytes of shared memory a CTA, " +
+                                std::to_string(sizeof(TopkShared)) + " are needed");
+  }
   static OncePerDevice once;
   status = once.Run(device, [&] {
     return cudaFuncSetAttribute(TopkKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

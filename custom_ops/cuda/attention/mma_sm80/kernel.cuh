@@ -429,7 +429,10 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       if (done + i + 1 == schedule.num_work_tiles) PdlLaunchDependents();
       WriteEpilogue<Traits>(p, task, segment, clustered, pipeline, warp_column, shared, &state);
       if constexpr (Traits::kClusters) {
-        if (task.arrivals != nullptr && segment.num_splits > 0) {
+        // Only the first and the last work tile of a CTA may lie in others, too. The segments of
+        // the rest are not looked at: a faster warp may have begun to write the next ones.
+        const bool at_edge = done + i == 0 || done + i + 1 == schedule.num_work_tiles;
+        if (task.arrivals != nullptr && at_edge && segment.num_splits > 0) {
           JoinSplits<Traits>(p, task, segment, shared);
         }
       }
