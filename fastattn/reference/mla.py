@@ -76,6 +76,7 @@ def token_bytes(
     if cache_format == "bf16":
         return np.concatenate([np.ascontiguousarray(latent).view(np.uint8), rope_bytes], 1), none
     if cache_format == "fp8":
+        assert scale is not None
         return _e4m3(np.concatenate([latent, rope], 1), scale), none
     tiles = np.asarray(latent, np.float32).reshape(tokens, -1, fmt.tile)
     scales = tile_scale(amax(tiles, axis=-1), scale_rule)
