@@ -56,7 +56,7 @@ SHIFTED = [
     ("indexer_kv_compress_insert", "kv_cache", "state_cache", 128, {}),
     ("indexer_kv_compress_insert", "kv_cache", "rms_norm_weight", 0, {}),
     ("indexer_kv_compress_insert", "kv_cache", "kv_slots", 1, {}),
-    ("mla_write_cache", "cache", "latent", 512, {}),
+    ("mla_write_cache", "cache", "latent", 40, {}),
     ("mla_write_cache", "cache", "slot_mapping", 0, {}),
     ("mla_gather_cache", "out", "cu_seqlens_k", 0, {}),
     ("write_cache_kv", "key_cache", "cache_k_scales", 0, {}),
@@ -84,7 +84,7 @@ def test_what_is_written_lies_apart(op, written, read, shift, more):
     if op == "quantize_fp8":
         outputs["output"] = zeros(2, 64, dtype="uint8")
     first, second = call.inputs.get(written, outputs.get(written)), call.inputs[read]
-    base = paddle.zeros([65536], "uint8")
+    base = paddle.zeros([1 << 17], "uint8")
     call = call.changed(
         **{
             written: window(base, 0, first),
