@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "common/head_dims.h"
 #include "common/numeric.h"
@@ -133,12 +134,13 @@ __global__ void __launch_bounds__(kAppendThreads)
   const int start = p.cu_seqlens_k[batch_idx];
   if (start < 0) return;
   const int64_t tile = slot - FirstSlot(start, batch_idx);
+  // WrittenTokens() of common/seq_lengths.h; the first difference fits into 32 bits.
   int64_t tokens = min(p.seq_lens_decoder[batch_idx], p.cu_seqlens_k[batch_idx + 1] - start);
   tokens = min(tokens, p.num_out_tokens - start) - tile * kBlockSize;
   if (tokens <= 0 || tile >= p.max_blocks) return;
   const int count = static_cast<int>(min(tokens, int64_t{kBlockSize}));
-  const int block = p.block_tables[static_cast<int64_t>(batch_idx) * p.max_blocks + tile];
-  if (block < 0 || block >= cache.num_blocks) return;
+  const int block = *BlockEntry(p.block_tables, p.max_blocks, batch_idx, tile);
+  if (AssignedBlock(block, cache.num_blocks) < 0) return;
   const uint8_t* key_codes =
       static_cast<const uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
   const uint8_t* value_codes =
