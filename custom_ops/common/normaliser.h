@@ -29,8 +29,9 @@ FASTATTN_HD Normaliser JoinSink(float maximum, float sum, float sink) {
 
 // Of a row; `empty`: it sees no key, and then neither the sink nor anything else gives it an LSE or
 // an output. `load_sink()` is asked only where there is a sink, or -inf for none, and it matters.
+// Takes `sinks` where it lies: kernels read it when they need it.
 template <int kLog2Unit, class LoadSink>
-FASTATTN_HD Normaliser NormaliserOf(bool empty, float maximum, float sum, const void* sinks,
+FASTATTN_HD Normaliser NormaliserOf(bool empty, float maximum, float sum, const void* const& sinks,
                                     LoadSink&& load_sink) {
   constexpr float kInf = __builtin_huge_valf(), kUnit = kLog2Unit;
   float lse = empty ? -kInf : (maximum + log2f(sum) - kUnit) * kLn2;
