@@ -35,7 +35,7 @@ __device__ __forceinline__ float LoadDescale(const Descale& scale, int token, in
 // A static scale of a cache that is constant over a head's channels.
 __device__ __forceinline__ float LoadHeadScale(const PagedCache& cache, const void* scales,
                                                ScaleGranularity granularity, int kv_head) {
-  return LoadScale(scales, cache.scale_dtype, HeadScaleIndex(granularity, kv_head));
+  return LoadScale(scales, cache.scale_dtype, HeadScaleIndex<int64_t>(granularity, kv_head));
 }
 
 }  // namespace fastattn::cuda

@@ -306,8 +306,7 @@ __device__ __forceinline__ float HeadScale(const PagedCache& cache, const void* 
                                            ScaleGranularity granularity, int head) {
   if constexpr (Traits::kQuantized && !IsDynamic(Traits::kType)) {
     if (granularity != ScaleGranularity::kChannel) {
-      return LoadScale(scales, cache.scale_dtype,
-                       static_cast<int>(HeadScaleIndex(granularity, head)));
+      return LoadScale(scales, cache.scale_dtype, HeadScaleIndex(granularity, head));
     }
   }
   return 1.0f;
@@ -353,8 +352,7 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) {
         if (i % 4 == 0) asm volatile("" ::: "memory");  // few scales at a time: registers
-        // ChannelScaleIndex() in 32 bits, in which the compiler adds it to the address.
-        const int index = head * Lane::kHeadDim + Map::Channel(lane, i);
+        const int index = ChannelScaleIndex(head, Map::Channel(lane, i), Lane::kHeadDim);
         x[i] = Mul(x[i], Reciprocal(LoadScale(scales, cache.scale_dtype, index)));
       }
     } else {

@@ -50,7 +50,7 @@ __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared,
     shared.visible[buffer][i] = QueryKeys(p, tile, i);
   }
   if constexpr (C::kPerChannelScales) {
-    const int first = ChannelScaleIndex(tile.kv_head, 0, C::kDim);
+    const int first = ChannelScaleIndex<int>(tile.kv_head, 0, C::kDim);
     const bool keys = UsesKeyChannels(p), values = UsesValueChannels(p);
 #pragma unroll 1
     for (int i = 32 * warp + lane; i < C::kDim; i += 32 * C::kHelperWarps) {
