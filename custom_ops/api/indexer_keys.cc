@@ -66,23 +66,22 @@ IndexerPages ParsePages(const char* op, const Tensor& cache, int64_t page_size,
 }
 
 void CheckGathered(const Tensor* out, const Tensor* out_scales, int64_t rows, int code_bytes) {
+  if (out != nullptr) {
+    Arg(kGatherOp, "out", *out).Dtype({phi::DataType::UINT8}).Dims({rows, code_bytes}).Contiguous();
+  }
+  if (out_scales != nullptr) {
+    Arg(kGatherOp, "out_scales", *out_scales)
+        .Dtype({phi::DataType::FLOAT32, phi::DataType::INT32, phi::DataType::UINT8})
+        .Contiguous();
+    const auto size = static_cast<int64_t>(phi::SizeOf(out_scales->dtype()));
+    if (out_scales->numel() * size < 4 * rows) {
+      Fail("ValueError", kGatherOp, "out_scales", "expected at least ", 4 * rows,
+           " bytes, 4 a row, got shape ", ShapeText(SizesOf(*out_scales)));
+    }
+  }
   if ((out == nullptr) != (out_scales == nullptr)) {
     Fail("ValueError", kGatherOp, out == nullptr ? "out" : "out_scales",
          "expected both out and out_scales, or neither");
-  }
-  if (out == nullptr) return;
-  Arg(kGatherOp, "out", *out)
-      .Dtype({phi::DataType::UINT8})
-      .Dims({rows, code_bytes})
-      .Contiguous();
-  Arg(kGatherOp, "out_scales", *out_scales)
-      .Dtype({phi::DataType::FLOAT32, phi::DataType::INT32, phi::DataType::UINT8})
-      .Contiguous();
-  const int64_t bytes =
-      out_scales->numel() * static_cast<int64_t>(phi::SizeOf(out_scales->dtype()));
-  if (bytes < 4 * rows) {
-    Fail("ValueError", kGatherOp, "out_scales", "expected at least ", 4 * rows,
-         " bytes, 4 a row, got shape ", ShapeText(SizesOf(*out_scales)));
   }
 }
 
@@ -155,14 +154,8 @@ std::vector<Tensor> IndexerKGather(const Tensor& cache, const Tensor& block_tabl
                                    const Tensor& cu_seqlens_k, const OptionalTensor& out,
                                    const OptionalTensor& out_scales, int64_t num_tokens,
                                    int64_t page_size, const std::string& quant) {
-  Arg(kGatherOp, "block_tables", block_tables)
-      .Dtype({phi::DataType::INT32})
-      .Rank(2)
-      .Contiguous();
-  Arg(kGatherOp, "cu_seqlens_k", cu_seqlens_k)
-      .Dtype({phi::DataType::INT32})
-      .Rank(1)
-      .Contiguous();
+  Arg(kGatherOp, "block_tables", block_tables).Dtype({phi::DataType::INT32}).Rank(2).Contiguous();
+  Arg(kGatherOp, "cu_seqlens_k", cu_seqlens_k).Dtype({phi::DataType::INT32}).Rank(1).Contiguous();
   const phi::Place place = cu_seqlens_k.place();
   Arg(kGatherOp, "block_tables", block_tables).On(place);
   const Sizes tables = SizesOf(block_tables), starts = SizesOf(cu_seqlens_k);
@@ -194,9 +187,8 @@ std::vector<Tensor> IndexerKGather(const Tensor& cache, const Tensor& block_tabl
   Tensor codes = Get(out) != nullptr
                      ? *Get(out)
                      : paddle::empty({num_tokens, code_bytes}, phi::DataType::UINT8, place);
-  Tensor scales = Get(out) != nullptr
-                      ? *Get(out_scales)
-                      : paddle::empty({num_tokens}, KeyScaleDtype(quant), place);
+  Tensor scales = Get(out) != nullptr ? *Get(out_scales)
+                                      : paddle::empty({num_tokens}, KeyScaleDtype(quant), place);
   if (num_tokens == 0 || cache.numel() == 0 || starts[0] < 2 || tables[1] == 0) {
     return {codes, scales};
   }

@@ -34,9 +34,8 @@ void WriteToken(const IndexerKWriteParams& p, int64_t token) {
     EncodeMxfp4(x, kIndexerHeadDim, codes, scales);
     return;
   }
-  const float scale = p.scale_rule == IndexerScaleRule::kPow2
-                          ? EncodeFp8(x, kIndexerHeadDim, codes)
-                          : EncodeFp8Amax(x, codes);
+  const float scale = p.scale_rule == IndexerScaleRule::kPow2 ? EncodeFp8(x, kIndexerHeadDim, codes)
+                                                              : EncodeFp8Amax(x, codes);
   std::memcpy(scales, &scale, sizeof(scale));
 }
 
