@@ -299,6 +299,7 @@ _PER_TOKEN = frozenset(
         "k_descale",
         "mask_offsets",
         "out",
+        "out_scales",
         "output",
         "output_lse",
         "output_scales",

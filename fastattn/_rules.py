@@ -428,6 +428,12 @@ def compress_ratio(call: Call, name: str) -> None:
         call.fail(NotImplementedError, name, f"expected 4 or 128, got {call.attrs[name]}")
 
 
+def key_scale_rule(call: Call, name: str) -> None:
+    names(ValueError, ("pow2", "amax"), "expected pow2 or amax, got '{}'")(call, name)
+    if call.attrs[name] == "amax" and call.attrs["quant"] == "mxfp4":
+        call.fail(ValueError, name, "expected pow2 with mxfp4, got 'amax'")
+
+
 # ---- signals ----
 
 _CHANNEL = re.compile(r"|queue:-?\d+|shm:[^:/]+:[^:/]+")

@@ -58,6 +58,7 @@ _TYPE_AND_FORMAT: dict[str, Rule] = {
     "cache_quant_type": _rules.cache_type,
     "fp8_format": _rules.fp8_format,
 }
+_PAGE_SIZE = _rules.at_least(1, "expected a positive number of tokens, got ")
 _CONVERSION: dict[str, Rule] = {
     "kind": _rules.names(ValueError, ("k", "v"), "expected k or v, got '{}'"),
     "cache_quant_type": _rules.cache_type,
@@ -274,6 +275,32 @@ RULES: dict[str, OpRules] = {
                 ("fp8", "mxfp4", "fp8_512"),
                 "expected fp8, mxfp4 or fp8_512, got '{}'",
             ),
+        },
+    ),
+    "indexer_k_write_cache": OpRules(
+        {
+            "key": _rules.dtypes("bfloat16", "float16", "float32"),
+            "cache": _rules.dtypes("uint8"),
+            "slot_mapping": _rules.dtypes("int64", "int32"),
+        },
+        {
+            "page_size": _PAGE_SIZE,
+            "quant": _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'"),
+            "scale_rule": _rules.key_scale_rule,
+        },
+    ),
+    "indexer_k_gather": OpRules(
+        {
+            "cache": _rules.dtypes("uint8"),
+            "block_tables": _INT32,
+            "cu_seqlens_k": _INT32,
+            "out": _rules.dtypes("uint8"),
+            "out_scales": _rules.dtypes("float32", "int32", "uint8"),
+        },
+        {
+            "num_tokens": _rules.at_least(0),
+            "page_size": _PAGE_SIZE,
+            "quant": _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'"),
         },
     ),
 }

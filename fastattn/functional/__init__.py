@@ -9,6 +9,7 @@ from fastattn.functional.cache import (
 )
 from fastattn.functional.cascade import cascade_attention, plan_cascade
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
@@ -21,6 +22,8 @@ __all__ = [
     "convert_cache_blocks",
     "convert_cache_layout",
     "flash_attention",
+    "indexer_k_gather",
+    "indexer_k_write_cache",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "merge_attn_states",

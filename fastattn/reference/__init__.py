@@ -3,6 +3,7 @@
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
 from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
@@ -14,6 +15,8 @@ __all__ = [
     "attention_mask",
     "convert_cache_layout",
     "flash_attention",
+    "indexer_k_gather",
+    "indexer_k_write_cache",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "make_rotary_embs",

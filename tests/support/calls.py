@@ -200,6 +200,16 @@ def _indexer_k(t: _Inputs) -> Call:
     return lambda: [call()]
 
 
+def _write_index_keys(t: _Inputs) -> Call:
+    key, cache, slots = t.floats(9, 128), t.codes(3, 8, 132), t.int32(np.arange(9) * 2)
+    return lambda: [F.indexer_k_write_cache(key, cache, slots, scale_rule="amax")]
+
+
+def _gather_index_keys(t: _Inputs) -> Call:
+    cache, tables, cu_seqlens = t.codes(3, 8, 68), t.int32([[2], [0]]), t.int32([0, 8, 13])
+    return lambda: list(F.indexer_k_gather(cache, tables, cu_seqlens, 13, quant="mxfp4"))
+
+
 def _convert(t: _Inputs) -> Call:
     cache = t.codes(BLOCKS, KV, DIM, 64)
     kinds = {"kind": "v", "cache_quant_type": "cache_fp8", "src": "fastattn", "dst": "logical"}
@@ -241,6 +251,8 @@ _MAKERS = {
     "convert_cache_layout": _convert,
     "flash_attention": _flash,
     "gqa_rope_write_cache": _gqa,
+    "indexer_k_gather": _gather_index_keys,
+    "indexer_k_write_cache": _write_index_keys,
     "indexer_kv_compress_insert": _indexer_k,
     "indexer_q_rope_quant": _indexer_q,
     "merge_attn_states": _merge,

@@ -209,4 +209,20 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"compress_ratio": 4, "page_size": 4, "rms_norm_eps": 1e-6, "quant": "fp8"},
         ),
+        "indexer_k_write_cache": OpCall(
+            {
+                "key": make(2, 128, dtype="bfloat16"),
+                "cache": make(2, 4, 132, dtype="uint8"),
+                "slot_mapping": int32([5, 1], place),
+            },
+            {"page_size": 4, "quant": "fp8", "scale_rule": "pow2"},
+        ),
+        "indexer_k_gather": OpCall(
+            {
+                "cache": make(2, 4, 132, dtype="uint8"),
+                "block_tables": int32([[1, 0]], place),
+                "cu_seqlens_k": int32([0, 6], place),
+            },
+            {"num_tokens": 6, "page_size": 4, "quant": "fp8"},
+        ),
     }

@@ -292,15 +292,6 @@ __device__ __forceinline__ void RotateKey(const IndexerKvParams& p, int64_t posi
   }
 }
 
-__device__ __forceinline__ void StoreWord(uint8_t* to, uint32_t word, bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<uint32_t*>(to) = word;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(word >> (8 * i));
-}
-
 __device__ __forceinline__ uint32_t AmaxOfFour(const float (&x)[kKeyChannels]) {
   return max(max(AbsBits(x[0]), AbsBits(x[1])), max(AbsBits(x[2]), AbsBits(x[3])));
 }
