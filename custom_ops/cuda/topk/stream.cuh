@@ -121,9 +121,15 @@ struct TopkStream {
   }
 
   __device__ __forceinline__ void Load(const TopkSlice& slice, int chunk) {
+    if (chunk >= slice.begin && chunk + kChunk <= slice.end) {
+      const auto* mine = reinterpret_cast<const uint4*>(slice.base + chunk + Mine());
 #pragma unroll
-    for (int j = 0; j < kStreamVectors; ++j) {
-      next[j] = LoadVector(slice, chunk + Mine() + 128 * j);
+      for (int j = 0; j < kStreamVectors; ++j) next[j] = __ldg(mine + 32 * j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kStreamVectors; ++j) {
+        next[j] = LoadVector(slice, chunk + Mine() + 128 * j);
+      }
     }
   }
 
