@@ -69,7 +69,7 @@ struct ClusterSum {
 // Both of scratch->offers over the cluster, in every thread; behind the cluster's barrier. Returns
 // those of the CTA whose rank is the lane's.
 __device__ __forceinline__ uint2 SumOffers(const TopkScratch* scratch, const TopkPlan& plan,
-                                          int rank, ClusterSum* above, ClusterSum* equal) {
+                                           int rank, ClusterSum* above, ClusterSum* equal) {
   const int lane = threadIdx.x % 32;
   uint2 offers = make_uint2(0, 0);
   if (plan.cluster == 1) {
