@@ -296,6 +296,7 @@ def is_tensor(value: Any) -> bool:
 _PER_TOKEN = frozenset(
     {
         "batch_id_per_token",
+        "batch_ids",
         "k_descale",
         "mask_offsets",
         "out",
@@ -304,7 +305,9 @@ _PER_TOKEN = frozenset(
         "output_lse",
         "output_scales",
         "q_descale",
+        "topk_lengths",
         "v_descale",
+        "window_lengths",
     }
 )
 
