@@ -313,15 +313,16 @@ inline StridedView BytesOf(const Tensor& tensor) {
   return view;
 }
 
+[[noreturn]] inline void FailShared(const char* op, const char* written, const char* other) {
+  Fail("ValueError", op, written, "it is written and must not share memory with ", other);
+}
+
 // Refuses a written tensor that shares memory with another argument. Interleaved views, such as K
 // and V of one pool, share none if their elements do not.
 inline void RequireApart(const char* op, const char* written_name, const Tensor& written,
                          const char* other_name, const Tensor& other) {
   if (written.numel() == 0 || other.numel() == 0) return;
-  if (MayOverlap(BytesOf(written), BytesOf(other))) {
-    Fail("ValueError", op, written_name, "it is written and must not share memory with ",
-         other_name);
-  }
+  if (MayOverlap(BytesOf(written), BytesOf(other))) FailShared(op, written_name, other_name);
 }
 
 struct NamedTensor {

@@ -54,7 +54,6 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
   Arg(kOp, "decoder_res", decoder_res).On(place).Dtype({encoder_res.dtype()}).Contiguous();
   CheckTokens("encoder_res", encoder_res, head_num, head_dim);
   CheckTokens("decoder_res", decoder_res, head_num, head_dim);
-  RequireApart(kOp, "encoder_res", encoder_res, "decoder_res", decoder_res);
   Arg(kOp, "seq_lens_encoder", seq_lens_encoder);
   Arg(kOp, "seq_lens_this_time", seq_lens_this_time);
   const Sizes all = SizesOf(seq_lens_encoder), running = SizesOf(seq_lens_this_time);
@@ -69,6 +68,12 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
   p.seqs.seq_lens_decoder = Lengths("seq_lens_decoder", seq_lens_decoder, slots, place);
   p.seqs.seq_lens_this_time = Lengths("seq_lens_this_time", seq_lens_this_time, batch, place);
   p.seqs.cu_seqlens_q = Lengths("cu_seq_q", cu_seq_q, batch + 1, place);
+  RequireApart(kOp, "encoder_res", encoder_res,
+               {{"decoder_res", &decoder_res},
+                {"seq_lens_encoder", &seq_lens_encoder},
+                {"seq_lens_decoder", &seq_lens_decoder},
+                {"seq_lens_this_time", &seq_lens_this_time},
+                {"cu_seq_q", &cu_seq_q}});
   p.seqs.batch = static_cast<int>(batch);
   p.seqs.num_tokens = static_cast<int>(num_tokens);
   p.prefill = MutableData(encoder_res);

@@ -1,6 +1,7 @@
 // Parsing and checking of the cache and sequence arguments that most operators take.
 #pragma once
 
+#include <initializer_list>
 #include <string>
 
 #include "api/check.h"
@@ -40,9 +41,11 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 // Refuses a cache that a GPU's kernels cannot read 16 bytes at a time.
 void RequireAlignedCache(const char* op, const PagedCache& cache);
 
-// Refuses a cache that is written if its key and value tensors or its dynamic scales share memory,
-// or if elements of one of these tensors do.
-void RequireCacheApart(const char* op, const CacheArgs& args);
+// Refuses a cache that is written if its key and value tensors or its dynamic scales share memory
+// with each other or with a tensor that is read, or if elements of one of these tensors do.
+// Everything has been checked before.
+void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
+                       std::initializer_list<NamedTensor> read);
 
 // Checks dtypes, places and sizes (not values: those live on the device) and fills a SeqMeta of the
 // B sequences of seq_lens_this_time. block_tables and seq_lens_decoder may both have more: slots
