@@ -31,14 +31,6 @@ CacheType CheckType(const std::string& cache_quant_type) {
   return type;
 }
 
-const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const phi::Place& place) {
-  Arg(kOp, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
-  if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
-    Fail("ValueError", kOp, name, "expected shape [", size, "], got ", ShapeText(tensor.shape()));
-  }
-  return Data<int>(tensor);
-}
-
 // Rotated channels of a head. FastDeploy tells them by the table's columns: D / 2 (or, for neox, D)
 // for the whole head, else half of it is rotated.
 int RotaryDim(const Tensor& table, int head_dim) {
@@ -88,8 +80,8 @@ std::vector<Tensor> GqaRopeWriteCache(
   rope.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                         Get(batch_id_per_token), num_tokens, place);
   p.seq_lens_encoder =
-      Lengths("seq_lens_encoder", seq_lens_encoder, block_tables.shape()[0], place);
-  p.cu_seqlens_k = Lengths("cu_seqlens_k", cu_seqlens_k, rope.seqs.batch + 1LL, place);
+      ParseLengths(kOp, "seq_lens_encoder", seq_lens_encoder, block_tables.shape()[0], place);
+  p.cu_seqlens_k = ParseLengths(kOp, "cu_seqlens_k", cu_seqlens_k, rope.seqs.batch + 1LL, place);
   Arg(kOp, "rotary_embs", rotary_embs);
   ParseRotary(kOp, &rotary_embs, use_neox_rotary_style, RotaryDim(rotary_embs, head_dim), place,
               rope);

@@ -247,13 +247,8 @@ SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_s
   const Sizes running = SizesOf(seq_lens_this_time);
   const int64_t batch = running.empty() ? slots : std::min(running[0], slots);
   const auto lengths = [&](const char* name, const Tensor& tensor, int64_t size) {
-    Arg arg(op, name, tensor);
-    arg.On(place).Dtype({phi::DataType::INT32}).Contiguous();
-    if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
-      Fail("ValueError", op, name, "expected shape [", size, "] (block_tables has ", slots,
-           " sequences, seq_lens_this_time ", batch, "), got ", ShapeText(tensor.shape()));
-    }
-    return Data<int>(tensor);
+    return ParseLengths(op, name, tensor, size, place, " (block_tables has ", slots,
+                        " sequences, seq_lens_this_time ", batch, ")");
   };
   SeqMeta seqs;
   seqs.batch = static_cast<int>(batch);

@@ -47,6 +47,20 @@ void RequireAlignedCache(const char* op, const PagedCache& cache);
 void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
                        std::initializer_list<NamedTensor> read);
 
+// An int of each sequence, [size] or [size, 1], as the operators receive them; `why` is what an
+// error adds to the shape expected.
+template <typename... Why>
+const int* ParseLengths(const char* op, const char* name, const Tensor& tensor, int64_t size,
+                        const phi::Place& place, const Why&... why) {
+  Arg(op, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
+  const auto& dims = tensor.dims();
+  if (tensor.numel() != size || dims.size() == 0 || dims[0] != size) {
+    Fail("ValueError", op, name, "expected shape [", size, "]", why..., ", got ",
+         ShapeText(SizesOf(tensor)));
+  }
+  return Data<int>(tensor);
+}
+
 // Checks dtypes, places and sizes (not values: those live on the device) and fills a SeqMeta of the
 // B sequences of seq_lens_this_time. block_tables and seq_lens_decoder may both have more: slots
 // that do not run. The length tensors may be [B] or [B, 1].
