@@ -283,8 +283,7 @@ class PagedAttentionBackend(AttentionBackend):
             tables = optional(forward_meta, "block_tables")
             if tables is None:
                 return None
-            longest = min(self.config.max_model_len, tables.shape[1] * BLOCK_SIZE)
-            lengths = qkv.shape[0], longest
+            lengths = qkv.shape[0], self._most_keys(tables)
         scales = None if facts.dynamic else facts.scales(forward_meta, layer, self.config.shard)
         try:
             return run(
@@ -363,7 +362,11 @@ class PagedAttentionBackend(AttentionBackend):
             count = seqs[1].shape[0] - 1
             prefills = optional(forward_meta, "exist_prefill") is True
             tokens = guess_new_tokens(tokens, count, self.config.decode_tokens, prefills)
-        return tokens, min(self.config.max_model_len, seqs[0].shape[1] * BLOCK_SIZE)
+        return tokens, self._most_keys(seqs[0])
+
+    def _most_keys(self, block_tables: Any) -> int:
+        """Keys of a sequence, at most."""
+        return min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE)
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
         """Arguments of the layer's operators, reused if the layer is unchanged."""

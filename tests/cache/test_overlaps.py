@@ -59,6 +59,17 @@ SHIFTED = [
     ("write_cache_kv", "key_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "value_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "key_cache", "key", 64, {}),
+    ("write_cache_kv", "key_cache", "block_tables", 0, {}),
+    ("write_cache_kv", "value_cache", "seq_lens_decoder", 3, {}),
+    ("rope_write_cache_kv", "key_cache", "qkv", 64, {}),
+    ("rope_write_cache_kv", "value_cache", "rotary_embs", 8, {}),
+    ("rope_write_cache_kv", "key_cache", "cu_seqlens_q", 0, {}),
+    ("rope_write_cache_kv", "value_cache", "seq_lens_this_time", 5, {}),
+    ("gqa_rope_write_cache", "key_cache", "qkv", 64, {}),
+    ("gqa_rope_write_cache", "value_cache", "seq_lens_encoder", 1, {}),
+    ("gqa_rope_write_cache", "key_cache", "cu_seqlens_k", 0, {}),
+    ("merge_prefill_decode_output", "encoder_res", "decoder_res", 64, {}),
+    ("merge_prefill_decode_output", "encoder_res", "cu_seq_q", 0, {}),
     ("quantize_fp8", "output", "scale", 0, {"scale": zeros(1)}),
 ]
 

@@ -18,27 +18,16 @@ from tests.support.fastdeploy import (
     DECODE_UNIFIED,
     KINDS,
     Worker,
+    chosen,
     fastdeploy,
     make_fd_config,
     make_model,
+    registered,
 )
 from tests.support.serving import MAX_MODEL_LEN
 from tests.support.tensors import int32, to_numpy
 
-__all__ = ["fastdeploy"]  # the fixture
-
-
-@pytest.fixture
-def registered(fastdeploy, monkeypatch):
-    monkeypatch.setenv("FD_ATTENTION_BACKEND", "FLASH_ATTN")
-    plugin.register()
-    return fastdeploy
-
-
-def chosen():
-    from fastdeploy.model_executor.layers.attention import get_attention_backend
-
-    return get_attention_backend()
+__all__ = ["fastdeploy", "registered"]  # fixtures
 
 
 # --- registration --------------------------------------------------------------------------------
@@ -51,12 +40,17 @@ def test_decode_unified_is_ours(registered, monkeypatch):
     assert chosen() is getattr(backends, ours)
 
 
+def fail_to_register(patch):
+    """Register with a library that cannot be loaded."""
+    patch.setattr(plugin, "_check_library", lambda: (_ for _ in ()).throw(OSError("no file")))
+    with pytest.raises(OSError, match="no file"):
+        _plugin.register()
+
+
 @pytest.mark.parametrize("name", [*BACKENDS, DECODE_UNIFIED[0]])
 def test_a_failed_registration_is_loud_where_a_backend_is_chosen(fastdeploy, monkeypatch, name):
     """FastDeploy may have swallowed or only logged the error."""
-    monkeypatch.setattr(plugin, "_check_library", lambda: (_ for _ in ()).throw(OSError("no file")))
-    with pytest.raises(OSError, match="no file"):
-        _plugin.register()
+    fail_to_register(monkeypatch)
     monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
     with pytest.raises(RuntimeError, match="registering failed, OSError: no file; unset FD_PLUG"):
         chosen()
@@ -66,9 +60,7 @@ def test_a_failed_registration_is_loud_where_a_backend_is_chosen(fastdeploy, mon
 
 def test_a_registration_after_a_failed_one_counts(fastdeploy, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(plugin, "_check_library", lambda: (_ for _ in ()).throw(OSError("no file")))
-        with pytest.raises(OSError, match="no file"):
-            _plugin.register()
+        fail_to_register(patch)
     monkeypatch.setenv("FD_ATTENTION_BACKEND", "FLASH_ATTN")
     _plugin.register()
     assert chosen() is backends.FlashAttentionBackend
