@@ -1,4 +1,4 @@
-"""Index keys in paged caches and the index maps, beside a copy of as many bytes."""
+"""Index keys in paged caches, beside a copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,6 @@ _GATHERS = {
     "cpu quick": [(2, 256)],
     "gpu": [(1, 4096), (16, 1024), (1, 65536), (4, 32768), (256, 512)],
     "gpu quick": [(4, 4096)],
-}
-#: Rows, columns of a top-k.
-_MAPS = {
-    "cpu": [(64, 2048)],
-    "cpu quick": [(8, 512)],
-    "gpu": [(1, 2048), (64, 2048), (4096, 2048), (4096, 512)],
-    "gpu quick": [(64, 2048)],
 }
 
 
@@ -85,20 +78,3 @@ def gathers(device: Device) -> Iterator[Row]:
                 )
             shape = f"{batch} x {length} keys, {quant}"
             yield device.memory_row("indexer_k_gather", shape, calls, moved)
-
-
-@register("topk_to_slots")
-def slots(device: Device) -> Iterator[Row]:
-    """Rows of a top-k over 64k tokens a sequence; every row has a sequence of 16."""
-    rng = np.random.default_rng(9)
-    tokens, batch = 65536, 16
-    blocks = tokens // PAGE
-    for rows, k in device.of(_MAPS):
-        moved = 2 * rows * k * 4
-        chosen = np.stack([np.sort(rng.integers(0, tokens, k)) for _ in range(min(rows, 64))])
-        indices = np.resize(chosen, (rows, k))
-        table = rng.permutation(batch * blocks).reshape(batch, blocks)
-        tables, seqs = device.int32(table), device.int32(np.arange(rows) % batch)
-        copies = device.copies(moved)
-        calls = [bind(F.topk_to_slots, device.int32(indices), tables, seqs) for _ in range(copies)]
-        yield device.memory_row("topk_to_slots", f"{rows} rows, k {k}", calls, moved)
