@@ -8,6 +8,7 @@
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/paged_cache.h"
+#include "api/slot_table.h"
 #include "params/index_maps.h"
 
 #if defined(FASTATTN_WITH_CUDA)
@@ -46,21 +47,6 @@ RowSequences ParseSequences(const char* op, const OptionalTensor& ids, int64_t r
                             const phi::Place& place) {
   if (Get(ids) == nullptr) return {};
   return {ParseIndexArray(op, "batch_ids", *Get(ids), rows, place)};
-}
-
-SlotTable ParseTables(const char* op, const Tensor& tables, const phi::Place& place,
-                      int64_t block_size, int64_t num_blocks) {
-  Arg(op, "block_tables", tables).On(place).Dtype({phi::DataType::INT32}).Rank(2).Contiguous();
-  const Sizes shape = SizesOf(tables);
-  for (int64_t size : shape) RequireFits(op, "block_tables", size);
-  SlotTable slots;
-  slots.tables = Data<int32_t>(tables);
-  slots.batch = static_cast<int32_t>(shape[0]);
-  slots.max_blocks = static_cast<int32_t>(shape[1]);
-  slots.block_size = static_cast<int32_t>(block_size);
-  slots.block_stride = block_size;
-  slots.num_blocks = num_blocks < 0 ? kLargestIndex + 1 : num_blocks;
-  return slots;
 }
 
 // [rows, columns] of int32, columns side by side.
@@ -151,7 +137,7 @@ std::vector<Tensor> TopkToSlots(const Tensor& indices, const Tensor& block_table
   p.indices = Data<int32_t>(indices);
   p.row_stride = RowStride(indices);
   p.seqs = ParseSequences(kSlotsOp, batch_ids, rows, place);
-  p.slots = ParseTables(kSlotsOp, block_tables, place, block_size, num_blocks);
+  p.slots = ParseSlotTable(kSlotsOp, block_tables, place, block_size, num_blocks);
   p.slots.block_stride = block_stride;
   p.rank = static_cast<int32_t>(rank);
   p.world_size = static_cast<int32_t>(world_size);
@@ -184,7 +170,7 @@ std::vector<Tensor> WindowIndices(const Tensor& positions, const OptionalTensor&
   p.positions = ParseIndexArray(kWindowOp, "positions", positions, rows, place);
   p.seqs = ParseSequences(kWindowOp, batch_ids, rows, place);
   if (Get(block_tables) != nullptr) {
-    p.slots = ParseTables(kWindowOp, *Get(block_tables), place, block_size, num_blocks);
+    p.slots = ParseSlotTable(kWindowOp, *Get(block_tables), place, block_size, num_blocks);
   }
   if (Get(starts) != nullptr) {
     Arg(kWindowOp, "starts", *Get(starts))

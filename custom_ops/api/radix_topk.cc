@@ -6,6 +6,7 @@
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/paged_cache.h"
+#include "api/slot_table.h"
 #include "cpu/index_maps.h"
 #include "cpu/topk.h"
 #include "params/index_maps.h"
@@ -34,6 +35,27 @@ const int32_t* ParseVector(const char* name, const Tensor& tensor, int64_t least
          SizesOf(tensor)[0]);
   }
   return Data<int32_t>(tensor);
+}
+
+// Fills in which rows there are, and returns the length of each slot's rows: of `slots` slots.
+const int32_t* ParseStep(const Tensor& offsets, const Tensor& lengths,
+                         const OptionalTensor& seq_len_decoder,
+                         const OptionalTensor& batch_id_per_token, int64_t slots,
+                         const phi::Place& place, PlaceTopkParams* params) {
+  const bool decode = Get(seq_len_decoder) != nullptr;
+  params->offsets = ParseVector("offsets", offsets, 0, place);
+  params->num_offsets = SizesOf(offsets)[0];
+  const int32_t* row_lengths = ParseVector("lengths", lengths, decode ? 0 : slots, place);
+  if (Get(batch_id_per_token) != nullptr) {
+    const Tensor& ids = *Get(batch_id_per_token);
+    params->batch_ids = ParseVector("batch_id_per_token", ids, 0, place);
+    params->num_tokens = SizesOf(ids)[0];
+    RequireFits(kOp, "batch_id_per_token", params->num_tokens);
+  }
+  if (!decode) return row_lengths;
+  params->seq_lens = ParseVector("seq_len_decoder", *Get(seq_len_decoder), slots, place);
+  params->num_slots = slots;
+  return params->seq_lens;
 }
 
 // Calls run(params) for each head: the rows of a head of all slots.
@@ -80,37 +102,16 @@ void RadixTopkRaggedTransform(const Tensor& input, Tensor& output, const Tensor&
   }
   Arg(kOp, "output", output).On(place).Dtype({phi::DataType::INT32}).Dims({-1, top_k}).Contiguous();
   const int64_t heads = q_num_heads == 0 ? 1 : q_num_heads;
-  const bool decode = Get(seq_len_decoder) != nullptr;
 
-  PlaceTopkParams place_params;
-  PlaceTopkParams& m = place_params;
-  m.offsets = ParseVector("offsets", offsets, 0, place);
-  m.num_offsets = SizesOf(offsets)[0];
-  const int32_t* row_lengths = ParseVector("lengths", lengths, decode ? 0 : rows / heads, place);
-  if (decode) {
-    row_lengths = ParseVector("seq_len_decoder", *Get(seq_len_decoder), rows / heads, place);
-    m.seq_lens = row_lengths;
-    m.num_slots = rows / heads;
-  } else if (SizesOf(output)[0] < rows || m.num_offsets < rows) {
+  PlaceTopkParams m;
+  const int32_t* row_lengths =
+      ParseStep(offsets, lengths, seq_len_decoder, batch_id_per_token, rows / heads, place, &m);
+  if (m.seq_lens == nullptr && (SizesOf(output)[0] < rows || m.num_offsets < rows)) {
     Fail("ValueError", kOp, SizesOf(output)[0] < rows ? "output" : "offsets", "expected at least ",
          rows, " rows, as input has, got ", std::min(SizesOf(output)[0], m.num_offsets));
   }
-  if (Get(batch_id_per_token) != nullptr) {
-    const Tensor& ids = *Get(batch_id_per_token);
-    m.batch_ids = ParseVector("batch_id_per_token", ids, 0, place);
-    m.num_tokens = SizesOf(ids)[0];
-    RequireFits(kOp, "batch_id_per_token", m.num_tokens);
-  }
   if (Get(block_tables) != nullptr) {
-    const Tensor& tables = *Get(block_tables);
-    Arg(kOp, "block_tables", tables).On(place).Dtype({phi::DataType::INT32}).Rank(2).Contiguous();
-    for (int64_t size : SizesOf(tables)) RequireFits(kOp, "block_tables", size);
-    m.slots.tables = Data<int32_t>(tables);
-    m.slots.batch = static_cast<int32_t>(SizesOf(tables)[0]);
-    m.slots.max_blocks = static_cast<int32_t>(SizesOf(tables)[1]);
-    m.slots.block_size = static_cast<int32_t>(block_size);
-    m.slots.block_stride = block_size;
-    m.slots.num_blocks = kLargestIndex + 1;
+    m.slots = ParseSlotTable(kOp, *Get(block_tables), place, block_size, -1);
   }
   RequireApart(kOp, "output", output,
                {{"input", &input},

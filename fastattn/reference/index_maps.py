@@ -84,7 +84,7 @@ def window_indices(
     positions = np.asarray(positions).tolist()
     tables = None if block_tables is None else np.asarray(block_tables).tolist()
     firsts = None if starts is None else np.asarray(starts).tolist()
-    rows = []
+    rows: list[list[int]] = []
     for seq, position in zip(_ids(batch_ids, len(positions)), positions):
         known = [len(x) for x in (tables, firsts) if x is not None]
         if not 0 <= position <= INT32_MAX or seq < 0 or any(seq >= n for n in known):
@@ -104,7 +104,7 @@ def short_context_indices(
 ) -> tuple[Array, Array]:
     """See :func:`fastattn.functional.short_context_indices`."""
     positions = np.asarray(positions).tolist()
-    rows = []
+    rows: list[list[int]] = []
     for seq, position in zip(_ids(batch_ids, len(positions)), positions):
         real = 0 <= position <= INT32_MAX and seq >= 0
         rows.append(list(range(min((position + 1) // compress_ratio, k))) if real else [])

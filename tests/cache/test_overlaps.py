@@ -56,6 +56,12 @@ SHIFTED = [
     ("indexer_kv_compress_insert", "kv_cache", "state_cache", 128, {}),
     ("indexer_kv_compress_insert", "kv_cache", "rms_norm_weight", 0, {}),
     ("indexer_kv_compress_insert", "kv_cache", "kv_slots", 1, {}),
+    ("indexer_k_write_cache", "cache", "key", 4, {}),
+    ("indexer_k_write_cache", "cache", "slot_mapping", 1, {}),
+    ("indexer_k_gather", "out", "cache", 5, {"out_scales": zeros(6)}),
+    ("indexer_k_gather", "out", "block_tables", 1, {"out_scales": zeros(6)}),
+    ("radix_topk_ragged_transform", "output", "input", 3, {}),
+    ("radix_topk_ragged_transform", "output", "lengths", 1, {}),
     ("write_cache_kv", "key_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "value_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "key_cache", "key", 64, {}),
@@ -91,6 +97,8 @@ def test_what_is_written_lies_apart(op, written, read, shift, more):
     }
     if op == "quantize_fp8":
         outputs["output"] = zeros(2, 64, dtype="uint8")
+    if op == "indexer_k_gather":
+        outputs["out"] = zeros(6, 128, dtype="uint8")
     first, second = call.inputs.get(written, outputs.get(written)), call.inputs[read]
     base = paddle.zeros([65536], "uint8")
     call = call.changed(

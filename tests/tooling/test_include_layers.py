@@ -39,6 +39,7 @@ CUDA = {
     "cuda/attention/wgmma_sm90/common": ("cuda/common", "cuda/attention/shared"),
     "cuda/attention/wgmma_sm90/fp8": WGMMA,
     "cuda/attention/wgmma_sm90/fp16": WGMMA,
+    "cuda/index_maps": ("cuda/common",),
     "cuda/indexer": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),
