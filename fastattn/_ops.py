@@ -303,6 +303,7 @@ _PER_TOKEN = frozenset(
         "output_lse",
         "output_scales",
         "q_descale",
+        "q_scales",
         "v_descale",
     }
 )

@@ -10,6 +10,7 @@ from fastattn.functional.cache import (
 from fastattn.functional.cascade import cascade_attention, plan_cascade
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.functional.merge import merge_attn_states
+from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
@@ -24,9 +25,11 @@ __all__ = [
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "merge_attn_states",
+    "mqa_logits",
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
+    "paged_mqa_logits",
     "plan_cascade",
     "quantize_fp8",
     "rope_write_cache_kv",

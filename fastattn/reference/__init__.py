@@ -4,6 +4,7 @@ from fastattn.reference.attention import attention_mask, flash_attention, paged_
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
 from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.reference.merge import merge_attn_states
+from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
@@ -18,9 +19,11 @@ __all__ = [
     "indexer_q_rope_quant",
     "make_rotary_embs",
     "merge_attn_states",
+    "mqa_logits",
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
+    "paged_mqa_logits",
     "quantize_fp8",
     "quantize_query",
     "rope_write_cache_kv",
