@@ -28,6 +28,11 @@ void CheckCodes(const char* op, const char* name, const Tensor& codes, IndexerQu
   arg.Dtype({phi::DataType::UINT8});
 }
 
+// Kernels read four bytes at once.
+void CheckAddress(const char* op, const char* name, const Tensor& codes) {
+  RequireAlignedAddress(op, name, codes, 4);
+}
+
 void CheckInt32(const char* op, const char* name, const Tensor& tensor, const phi::Place& place,
                 const Sizes& dims) {
   Arg(op, name, tensor).On(place).Dtype({phi::DataType::INT32}).Dims(dims).Contiguous();
@@ -43,6 +48,7 @@ void SetQueries(const char* op, const Tensor& q, const Tensor& weights,
   p->quant = quant == "fp8" ? IndexerQuant::kFp8 : IndexerQuant::kMxfp4;
   CheckCodes(op, "q", q, p->quant);
   Arg(op, "q", q).Contiguous();
+  CheckAddress(op, "q", q);
   const Sizes shape = SizesOf(q);
   const int64_t heads = shape[shape.size() - 2];
   const int64_t dim = shape.back() * (p->quant == IndexerQuant::kFp8 ? 1 : 2);
@@ -194,6 +200,7 @@ std::vector<Tensor> MqaLogits(const Tensor& q, const Tensor& keys, const Tensor&
   SetQueries(kRaggedOp, q, weights, q_scales, quant, SizesOf(q)[0], &p);
   CheckCodes(kRaggedOp, "keys", keys, p.quant);
   Arg(kRaggedOp, "keys", keys).On(place).Dims({-1, p.CodeBytes()}).Contiguous();
+  CheckAddress(kRaggedOp, "keys", keys);
   p.num_keys = SizesOf(keys)[0];
   RequireFits(kRaggedOp, "keys", p.num_keys);
   RequireFits(kRaggedOp, "q", p.rows);

@@ -21,13 +21,25 @@ struct Config {
   static_assert(kColumns % kHeads == 0 && kQueries <= kMostQueries);
   // Accumulators of 256 columns are those of two products, one of which runs while the other's
   // are summed up.
+#if defined(LOGITS_ONE)
+  static constexpr int kProducts = 1;
+#else
   static constexpr int kProducts = kColumns == 256 ? 2 : 1;
+#endif
+#if defined(LOGITS_ORDER)
+  static constexpr bool kOrdered = kColumns == 256;
+#else
+  static constexpr bool kOrdered = false;
+#endif
   static constexpr int kProductColumns = kColumns / kProducts;
   static constexpr int kProductQueries = kProductColumns / kHeads;
   static constexpr int kCodeBytes = kFp8 ? kDim : kDim / 2;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kStages = kFp8 ? 14 : 24;
   static constexpr int kThreads = 128 * (1 + kConsumers);
+  // 64 K registers for 128 threads of the producer and 256 of the consumers.
+  static constexpr int kProducerRegisters = kFp8 ? 40 : 56;
+  static constexpr int kConsumerRegisters = kFp8 ? 232 : 224;
 };
 
 // Tiles of a group that a CTA scores: keys 64 * tile and on.
@@ -58,7 +70,8 @@ struct Shared {
   Segment segments[2];
   int64_t warp_sums[C::kThreads / 32];
   int64_t total;
-  int first_group, first_tile;
+  int first_group, first_tile;     // of this CTA's share
+  uint64_t turn[2];
   uint64_t segment_found[2];
   uint64_t query_full[2];
   uint64_t query_empty[2];

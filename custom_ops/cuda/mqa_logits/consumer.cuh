@@ -99,6 +99,16 @@ class Consumer {
     return keys;
   }
 
+  __device__ __forceinline__ void TakeTurn() {
+    if constexpr (C::kOrdered) Wait(&shared_.turn[number_], turn_phase_ ^ (number_ == 0));
+  }
+  __device__ __forceinline__ void PassTurn() {
+    if constexpr (C::kOrdered) {
+      ArriveWarp(&shared_.turn[1 - number_]);
+      turn_phase_ ^= 1;
+    }
+  }
+
   // Two products at a time: while the first one's accumulators are summed up, the second runs.
   __device__ __forceinline__ void RunInPairs(int buffer, int tile, int first, int tiles) {
     const uint64_t left = QueryOperand(buffer, 0), right = QueryOperand(buffer, 1);
@@ -107,9 +117,11 @@ class Consumer {
       const int stage = stages_.index;
       Wait(&shared_.key_full[stage], stages_.phase);
       float a[kRegisters], b[kRegisters];
+      TakeTurn();
       FenceProducts();
       MultiplyTile(a, KeyOperand(stage), left);
       MultiplyTile(b, KeyOperand(stage), right);
+      PassTurn();
       const TileKeys keys = LoadScales(stage, tile + i);
       Advance(tiles - i);
       WaitProducts<1>(a);
@@ -129,8 +141,10 @@ class Consumer {
       float a[kRegisters];
       TileKeys keys = LoadScales(stage, tile + i);
       if constexpr (C::kFp8) {
+        TakeTurn();
         FenceProducts();
         MultiplyTile(a, KeyOperand(stage), columns);
+        PassTurn();
         WaitProducts<0>(a);
         ArriveWarp(&shared_.key_empty[stage]);
       } else {
@@ -268,6 +282,7 @@ class Consumer {
   Shared<C>& shared_;
   const int lane_, warp_, number_;
   Ring<C::kStages> stages_;
+  uint32_t turn_phase_ = 0;
   float weights_[C::kProducts][kColumns / 4];
 };
 

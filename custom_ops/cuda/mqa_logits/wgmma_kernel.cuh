@@ -22,15 +22,12 @@
 
 namespace fastattn::cuda::mqa_logits {
 
-// 64 K registers for 128 threads of the producer and 256 of the consumers.
-inline constexpr int kProducerRegisters = 40;
-inline constexpr int kConsumerRegisters = 232;
-
 template <class C>
 __device__ __forceinline__ void InitShared(Shared<C>& shared) {
   constexpr int kPreparing = kPreparers<C> * kWarpArrivals;
   for (int i = 0; i < 2; ++i) {
     InitBarrier(&shared.segment_found[i], 1);
+    InitBarrier(&shared.turn[i], 4 * kWarpArrivals);
     InitBarrier(&shared.query_full[i], 1 + kPreparing);
     InitBarrier(&shared.query_empty[i], 4 * C::kConsumers * kWarpArrivals + kPreparing);
   }
@@ -49,21 +46,22 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   if (threadIdx.x == 0) {
     InitShared(shared);
-    PrefetchMap(&arguments.query);
     PrefetchMap(&arguments.key);
-    PrefetchMap(&arguments.key_scales);
+    if constexpr (C::kFp8) PrefetchMap(&arguments.query);
+    if constexpr (!C::kPaged) PrefetchMap(&arguments.key_scales);
   }
   if (!C::kFp8 && threadIdx.x >= 32 && threadIdx.x < 32 + kMostShift + 1) {
     shared.magnitudes[threadIdx.x - 32] = MagnitudesOfShift(threadIdx.x - 32);
   }
   PdlWait();
   PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
+  if constexpr (C::kPaged) PrefetchInputs(arguments.p);
   FindShare(arguments.p, arguments.groups, shared);
   if (threadIdx.x < 128) {
-    ReleaseRegisters<kProducerRegisters>();
+    ReleaseRegisters<C::kProducerRegisters>();
     RunProducer(arguments, shared);
   } else {
-    ClaimRegisters<kConsumerRegisters>();
+    ClaimRegisters<C::kConsumerRegisters>();
     Consumer<C>(arguments, shared).Run();
   }
 #else
