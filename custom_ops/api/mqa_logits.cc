@@ -99,9 +99,8 @@ Tensor SetOut(const char* op, const OptionalTensor& out, const phi::Place& place
     RequireNoOverlap(op, "out", *given);
     RequireApart(op, "out", *given, inputs);
   }
-  Tensor result = given != nullptr
-                      ? *given
-                      : paddle::empty({p->rows, columns}, phi::DataType::FLOAT32, place);
+  Tensor result =
+      given != nullptr ? *given : paddle::empty({p->rows, columns}, phi::DataType::FLOAT32, place);
   p->out = MutableData<float>(result);
   p->columns = columns;
   p->row_stride = p->rows > 1 && result.numel() > 0 ? StridesOf(result)[0] : columns;
@@ -313,8 +312,8 @@ PD_BUILD_OP(fastattn_mqa_logits)
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MqaLogitsInferDtype));
 
 PD_BUILD_OP(fastattn_paged_mqa_logits)
-    .Inputs({"q", "cache", "weights", "context_lens", "block_tables",
-             paddle::Optional("q_scales"), paddle::Optional("out")})
+    .Inputs({"q", "cache", "weights", "context_lens", "block_tables", paddle::Optional("q_scales"),
+             paddle::Optional("out")})
     .Outputs({"logits", paddle::Optional("out_out")})
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"max_context_len: int64_t", "page_size: int64_t", "quant: std::string"})

@@ -97,8 +97,7 @@ void ScoreRow(const LogitsParams& p, int64_t row, std::vector<float>* q, KeyTile
   q->resize(static_cast<size_t>(p.num_heads) * p.head_dim);
   for (int h = 0; h < p.num_heads; ++h) {
     const int64_t at = row * p.num_heads + h;
-    const uint8_t* scales =
-        p.q_scales == nullptr ? nullptr : p.q_scales + at * kLogitsScaleBytes;
+    const uint8_t* scales = p.q_scales == nullptr ? nullptr : p.q_scales + at * kLogitsScaleBytes;
     Decode(p, p.q + at * p.CodeBytes(), scales, q->data() + h * p.head_dim);
   }
   for (int64_t start = begin; start < end; start += kTile) {

@@ -23,11 +23,11 @@ struct LogitsRange {
 // Row m of the output is row m of q: sum over heads h of relu(q[m, h] . k) * weights[m, h], times
 // the key's scale ("fp8"), or with the blocks' scales of both sides ("mxfp4").
 struct LogitsParams {
-  const uint8_t* q = nullptr;         // [rows, heads, CodeBytes()]
-  const uint8_t* q_scales = nullptr;  // [rows, heads, 4] bytes; mxfp4 only
-  const float* weights = nullptr;     // [rows, heads]
+  const uint8_t* q = nullptr;               // [rows, heads, CodeBytes()]
+  const uint8_t* q_scales = nullptr;        // [rows, heads, 4] bytes; mxfp4 only
+  const float* weights = nullptr;           // [rows, heads]
   IndexerQuant quant = IndexerQuant::kFp8;  // or kMxfp4
-  int head_dim = 0;                   // 64 or 128
+  int head_dim = 0;                         // 64 or 128
   int num_heads = 0;
   int64_t rows = 0;
   float* out = nullptr;    // [rows, columns]
@@ -76,9 +76,7 @@ struct LogitsParams {
   }
 
   // Key of column 0.
-  FASTATTN_HD int64_t FirstKey(int64_t row) const {
-    return relative ? Clamp(starts[row]) : 0;
-  }
+  FASTATTN_HD int64_t FirstKey(int64_t row) const { return relative ? Clamp(starts[row]) : 0; }
 
   // Page of a key's block of a sequence, or -1.
   FASTATTN_HD int64_t PageOf(int64_t sequence, int64_t block) const {

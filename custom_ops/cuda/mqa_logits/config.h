@@ -64,13 +64,13 @@ struct Shared {
   alignas(128) uint8_t scales[C::kStages][kTileKeys * kLogitsScaleBytes];
   alignas(16) float weights[2][C::kColumns];
   QueryCells cells[2][C::kQueries];
-  uint64_t magnitudes[16];         // mxfp4: e4m3 codes of the magnitudes of E2M1, by shift
-  int wide[2];                     // mxfp4: a head of these queries is no row of e4m3
+  uint64_t magnitudes[16];          // mxfp4: e4m3 codes of the magnitudes of E2M1, by shift
+  int wide[2];                      // mxfp4: a head of these queries is no row of e4m3
   uint32_t unassigned[C::kStages];  // a bit for every 8 keys of the tile
   Segment segments[2];
   int64_t warp_sums[C::kThreads / 32];
   int64_t total;
-  int first_group, first_tile;     // of this CTA's share
+  int first_group, first_tile;  // of this CTA's share
   uint64_t turn[2];
   uint64_t segment_found[2];
   uint64_t query_full[2];

@@ -14,10 +14,10 @@ namespace fastattn::cuda::mqa_logits {
 
 // What is left of a tile when its stage has been given back.
 struct TileKeys {
-  int key;               // the thread's first one; the second is 8 further on
-  float scale[2];        // or factor
-  uint32_t unassigned;   // bit h: key h has no page
-  uint32_t wide;         // lanes whose key h is wide, 0 for FP8: see WideRows
+  int key;              // the thread's first one; the second is 8 further on
+  float scale[2];       // or factor
+  uint32_t unassigned;  // bit h: key h has no page
+  uint32_t wide;        // lanes whose key h is wide, 0 for FP8: see WideRows
 };
 
 template <class C>
@@ -171,9 +171,8 @@ class Consumer {
     bool wide[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint4 words =
-          *reinterpret_cast<const uint4*>(shared_.key[stage] + (row + 8 * h) * C::kCodeBytes +
-                                          16 * block);
+      const uint4 words = *reinterpret_cast<const uint4*>(
+          shared_.key[stage] + (row + 8 * h) * C::kCodeBytes + 16 * block);
       const uint32_t exponents =
           reinterpret_cast<const uint32_t*>(shared_.scales[stage])[row + 8 * h];
       const uint32_t largest = LargestByte(exponents);

@@ -13,8 +13,8 @@
 namespace fastattn::cuda::mqa_logits {
 
 inline constexpr int kMostShift = 14;
-inline constexpr int kTopExponent = 6;     // of the multiplier of a row's largest block
-inline constexpr int kMostFactor = 60;     // exponent of a row's factor
+inline constexpr int kTopExponent = 6;  // of the multiplier of a row's largest block
+inline constexpr int kMostFactor = 60;  // exponent of a row's factor
 
 // Byte i: e4m3 code of E2M1 magnitude i times 2^(shift - 8).
 __device__ inline uint64_t MagnitudesOfShift(int shift) {

@@ -80,15 +80,13 @@ struct KeyAddress {
 
 __device__ __forceinline__ KeyAddress FindKey(const LogitsParams& p, int sequence, int key) {
   if (!p.paged) {
-    return {p.keys + int64_t{key} * p.CodeBytes(),
-            p.key_scales + int64_t{key} * kLogitsScaleBytes};
+    return {p.keys + int64_t{key} * p.CodeBytes(), p.key_scales + int64_t{key} * kLogitsScaleBytes};
   }
   const int64_t block = key / p.page_size, at = key - block * p.page_size;
   const int64_t page = p.PageOf(sequence, block);
   if (page < 0) return {nullptr, nullptr};
   const uint8_t* start = p.cache + page * p.page_stride;
-  return {start + at * p.CodeBytes(),
-          start + p.page_size * p.CodeBytes() + at * kLogitsScaleBytes};
+  return {start + at * p.CodeBytes(), start + p.page_size * p.CodeBytes() + at * kLogitsScaleBytes};
 }
 
 template <IndexerQuant kQuant, int kDim>
@@ -153,8 +151,7 @@ __global__ void __launch_bounds__(32 * kMmaWarps)
           Mma16<kBFloat16>(c, a[s], b.x, b.y);
           Mma16<kBFloat16>(c, a[s + 1], b.z, b.w);
         }
-        const float2 w =
-            *reinterpret_cast<const float2*>(weights + r * heads + h + 2 * (lane % 4));
+        const float2 w = *reinterpret_cast<const float2*>(weights + r * heads + h + 2 * (lane % 4));
         sum[0] += Relu(c[0]) * w.x + Relu(c[1]) * w.y;
         sum[1] += Relu(c[2]) * w.x + Relu(c[3]) * w.y;
       }

@@ -38,8 +38,7 @@ class Loader {
         return;
       }
       const TileRange tiles = GroupTilesOfWarp(p_, a_.groups, group, lane_);
-      const int count =
-          static_cast<int>(min(int64_t{tiles.end - tiles.begin - skip}, left));
+      const int count = static_cast<int>(min(int64_t{tiles.end - tiles.begin - skip}, left));
       if (tiles.end > tiles.begin && count > 0) {
         const Segment segment = {a_.groups.FirstRow(p_, group), a_.groups.RowsOf(p_, group),
                                  a_.groups.Sequence(group), tiles.begin + skip, count};
@@ -237,8 +236,7 @@ __device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C
   constexpr int kFillers = C::kFp8 ? 2 : 3;
   const int filler = C::kFp8 ? warp - 2 : warp - 1;
   if (filler >= 0) {
-    FillHidden(arguments.p, blockIdx.x * kFillers + filler, gridDim.x * kFillers,
-               threadIdx.x % 32);
+    FillHidden(arguments.p, blockIdx.x * kFillers + filler, gridDim.x * kFillers, threadIdx.x % 32);
   }
 }
 

@@ -60,8 +60,8 @@ cudaError_t EncodeMaps(Arguments* arguments) {
 }  // namespace
 
 bool WgmmaSupports(const LogitsParams& p) {
-  const bool heads = p.num_heads == 8 || p.num_heads == 16 || p.num_heads == 32 ||
-                     p.num_heads == 64;
+  const bool heads =
+      p.num_heads == 8 || p.num_heads == 16 || p.num_heads == 32 || p.num_heads == 64;
   // Coordinates are 32-bit: of heads, and of the scales' bytes.
   constexpr int64_t kMost = int64_t{1} << 31;
   if (p.head_dim != kDim || !heads || !Aligned16(p.q)) return false;

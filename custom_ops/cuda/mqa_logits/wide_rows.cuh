@@ -6,7 +6,9 @@
 
 namespace fastattn::cuda::mqa_logits {
 
-__device__ __forceinline__ double PowerOfTwo(int e) { return __hiloint2double((e + 1023) << 20, 0); }
+__device__ __forceinline__ double PowerOfTwo(int e) {
+  return __hiloint2double((e + 1023) << 20, 0);
+}
 
 // Twice the value of a code.
 __device__ __forceinline__ int TwiceE2M1(uint32_t code) {
