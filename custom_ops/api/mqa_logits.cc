@@ -24,7 +24,10 @@ constexpr const char* kPagedOp = "paged_mqa_logits";
 
 void CheckCodes(const char* op, const char* name, const Tensor& codes, IndexerQuant quant) {
   const Arg arg(op, name, codes);
-  if (quant == IndexerQuant::kFp8 && ToDType(op, name, codes.dtype()) == DType::kE4M3) return;
+  if (quant == IndexerQuant::kFp8 &&
+      detail::Fp8Dtypes<phi::DataType>::Is(codes.dtype(), DType::kE4M3)) {
+    return;
+  }
   arg.Dtype({phi::DataType::UINT8});
 }
 

@@ -13,7 +13,7 @@ from fastattn.reference.numerics import Array, from_codes
 _SCALE_BYTES = 4
 
 
-def index_values(codes: Array, scales: Array | None, quant: str) -> NDArray[np.float64]:
+def index_values(codes: Array, scales: ArrayLike | None, quant: str) -> NDArray[np.float64]:
     """Values of queries or keys: e4m3 codes without their scale, or E2M1 codes with theirs.
 
     Parameters
@@ -26,7 +26,7 @@ def index_values(codes: Array, scales: Array | None, quant: str) -> NDArray[np.f
     if quant == "fp8":
         return from_codes(codes, "e4m3").astype(np.float64)
     values = from_e2m1(unpack_e2m1(codes)).astype(np.float64)
-    exponents = np.ascontiguousarray(scales).astype("<i4").view(np.uint8)
+    exponents = np.ascontiguousarray(np.asarray(scales), "<i4").view(np.uint8)
     exponents = exponents.reshape(*values.shape[:-1], _SCALE_BYTES)[..., : values.shape[-1] // 32]
     scale = np.where(exponents == 255, np.nan, np.ldexp(1.0, exponents.astype(np.int32) - 127))
     return values * np.repeat(scale, 32, axis=-1)
