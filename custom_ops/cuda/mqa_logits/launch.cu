@@ -2,39 +2,101 @@
 
 #include <algorithm>
 
-#include "cuda/common/launch.cuh"
-#include "cuda/mqa_logits/mma_kernel.cuh"
-#include "cuda/mqa_logits/wgmma.h"
+#include "common/dispatch.h"
+#include "cuda/common/tma.cuh"
+#include "cuda/mqa_logits/config.h"
+#include "cuda/mqa_logits/instances.h"
+#include "cuda/mqa_logits/mma.h"
 
-namespace fastattn::cuda {
+namespace fastattn::cuda::mqa_logits {
 
 namespace {
 
-template <IndexerQuant kQuant, int kDim>
-cudaError_t LaunchMma(const LogitsParams& p, cudaStream_t stream) {
-  using mqa_logits::kMmaChunk;
-  using mqa_logits::kMmaWarps;
-  using Head = mqa_logits::MmaHead<kDim>;
-  auto* kernel = mqa_logits::MmaKernel<kQuant, kDim>;
-  const int rows = std::clamp(128 / p.num_heads, 1, p.paged ? static_cast<int>(p.next_n) : 8);
-  const LogitsGroups groups(p, rows);
-  const int64_t keys = p.paged ? p.columns : p.num_keys;
-  const int64_t chunks = std::max<int64_t>((keys + kMmaChunk - 1) / kMmaChunk, 1);
-  constexpr int kMostShared = kLogitsMaxHeads * (sizeof(Head) + sizeof(float));
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
+bool Aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Columns of a call's groups: as few as hold a step's queries.
+int ColumnsOf(const LogitsParams& p) {
+  if (!p.paged) return p.quant == IndexerQuant::kFp8 ? 256 : 128;
+  return p.next_n * p.num_heads <= 64 ? 64 : 128;
+}
+
+cudaError_t EncodeMaps(Arguments* arguments) {
+  const LogitsParams& p = arguments->p;
+  const bool fp8 = p.quant == IndexerQuant::kFp8;
+  const uint64_t bytes = static_cast<uint64_t>(p.CodeBytes());
+  const uint64_t heads = static_cast<uint64_t>(p.rows) * p.num_heads;
+  cudaError_t status = cudaSuccess;
+  if (fp8) {
+    const ByteTensor query = {p.q,
+                              {bytes, heads, 1},
+                              {bytes, bytes * heads},
+                              {kDim, static_cast<uint32_t>(ColumnsOf(p)), 1},
+                              CU_TENSOR_MAP_SWIZZLE_128B};
+    status = EncodeMap(query, &arguments->query);
+    if (status != cudaSuccess) return status;
+  }
+  ByteTensor key = {p.keys,
+                    {bytes, static_cast<uint64_t>(p.num_keys), 1},
+                    {bytes, bytes * p.num_keys},
+                    {static_cast<uint32_t>(bytes), kTileKeys, 1},
+                    fp8 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE};
+  if (p.paged) {
+    key.data = p.cache;
+    key.size[1] = p.page_size, key.size[2] = p.num_pages;
+    key.stride[1] = p.page_stride;
+    key.box[1] = static_cast<uint32_t>(std::min<int64_t>(p.page_size, kTileKeys));
+    return EncodeMap(key, &arguments->key);
+  }
+  status = EncodeMap(key, &arguments->key);
   if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
-  });
+  const uint64_t scale_bytes = static_cast<uint64_t>(p.num_keys) * kLogitsScaleBytes;
+  const ByteTensor scales = {p.key_scales,
+                             {scale_bytes, 1, 1},
+                             {(scale_bytes + 15) / 16 * 16, (scale_bytes + 15) / 16 * 16},
+                             {kTileKeys * kLogitsScaleBytes, 1, 1},
+                             CU_TENSOR_MAP_SWIZZLE_NONE};
+  return EncodeMap(scales, &arguments->key_scales);
+}
+
+// Whether the Hopper kernel (wgmma_kernel.cuh) takes a call.
+bool WgmmaSupports(const LogitsParams& p) {
+  const bool heads =
+      p.num_heads == 8 || p.num_heads == 16 || p.num_heads == 32 || p.num_heads == 64;
+  // Coordinates are 32-bit: of heads, and of the scales' bytes.
+  constexpr int64_t kMost = int64_t{1} << 31;
+  if (p.head_dim != kDim || !heads || !Aligned16(p.q)) return false;
+  if ((p.rows + 256) * p.num_heads >= kMost) return false;
+  if (!p.paged) {
+    return p.num_keys > 0 && (p.num_keys + kTileKeys) * kLogitsScaleBytes < kMost &&
+           Aligned16(p.keys) && Aligned16(p.key_scales);
+  }
+  const int64_t size = p.page_size;
+  const bool pages = size % kTileKeys == 0 || size == 8 || size == 16 || size == 32;
+  return p.num_pages > 0 && pages && Aligned16(p.cache) && p.page_stride % 16 == 0 &&
+         p.page_stride > 0 && p.columns < kMost - kTileKeys;
+}
+
+cudaError_t LaunchWgmma(const LogitsParams& p, cudaStream_t stream) {
+  Arguments arguments = {};
+  arguments.p = p;
+  const int columns = ColumnsOf(p);
+  arguments.groups = LogitsGroups(p, columns / p.num_heads);
+  cudaError_t status = EncodeMaps(&arguments);
   if (status != cudaSuccess) return status;
-  const size_t shared = static_cast<size_t>(rows) * p.num_heads * (sizeof(Head) + sizeof(float));
-  return LaunchPdlWithShared(kernel, dim3(GridSize(groups.count * chunks)), dim3(32 * kMmaWarps),
-                             shared, stream, p, groups, static_cast<int>(chunks));
+  dispatch(LogitsInstances{},
+           std::tuple{Wanted{"quant", p.quant}, Wanted{"paged", p.paged},
+                      Wanted{"heads", p.num_heads}, Wanted{"columns", columns}},
+           [&](auto... values) {
+             status = LaunchLogitsVariant<decltype(values)::value...>(arguments, stream);
+           });
+  return status;
 }
 
 }  // namespace
+
+}  // namespace fastattn::cuda::mqa_logits
+
+namespace fastattn::cuda {
 
 cudaError_t LaunchMqaLogits(const LogitsParams& p, cudaStream_t stream) {
   if (p.rows == 0 || p.columns == 0) return cudaSuccess;
@@ -43,13 +105,7 @@ cudaError_t LaunchMqaLogits(const LogitsParams& p, cudaStream_t stream) {
   const cudaError_t status = GetCurrentDevice(&device, &facts);
   if (status != cudaSuccess) return status;
   if (facts.IsHopper() && mqa_logits::WgmmaSupports(p)) return mqa_logits::LaunchWgmma(p, stream);
-  const bool fp8 = p.quant == IndexerQuant::kFp8;
-  if (p.head_dim == 128) {
-    return fp8 ? LaunchMma<IndexerQuant::kFp8, 128>(p, stream)
-               : LaunchMma<IndexerQuant::kMxfp4, 128>(p, stream);
-  }
-  return fp8 ? LaunchMma<IndexerQuant::kFp8, 64>(p, stream)
-             : LaunchMma<IndexerQuant::kMxfp4, 64>(p, stream);
+  return mqa_logits::LaunchMma(p, stream);
 }
 
 }  // namespace fastattn::cuda

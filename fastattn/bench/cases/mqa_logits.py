@@ -135,3 +135,30 @@ def mqa_logits_cpu(device: Cpu) -> Iterator[Row]:
     row = Row("mqa_logits", f"{tokens} tokens, {keys} keys, {heads} heads", us)
     row.rate, row.unit = flops / us / 1e3, "GFLOP/s"
     yield row.beside("NumPy", numpy_us)
+
+
+@register("paged_mqa_logits", "cpu")
+def paged_mqa_logits_cpu(device: Cpu) -> Iterator[Row]:
+    """A decode step over pages, both formats."""
+    batch, keys, heads = (1, 512, 8) if device.quick else (4, 4096, 32)
+    pages = batch * keys // PAGE
+    tables = device.int32(np.arange(pages).reshape(batch, -1))
+    lengths, weights = device.int32(np.full(batch, keys)), device.uniform((batch, heads))
+    for quant in QUANTS:
+        width = DIM if quant == "fp8" else DIM // 2
+        exponents = np.full((batch, 1, heads), 0x7F7F7F7F)
+        call = bind(
+            F.paged_mqa_logits,
+            device.random((batch, 1, heads, width), "e4m3"),
+            device.random((pages, PAGE, width + 4), "e4m3", seed=1),
+            weights,
+            lengths,
+            tables,
+            keys,
+            q_scales=None if quant == "fp8" else device.int32(exponents),
+            quant=quant,
+        )
+        (us,) = medians([call], 3 if device.quick else 9)
+        shape = f"batch {batch}, {keys} keys, {heads} heads, {quant}"
+        flops = 2 * batch * keys * heads * DIM
+        yield Row("paged_mqa_logits", shape, us, flops / us / 1e3, "GFLOP/s")
