@@ -306,6 +306,7 @@ _PER_TOKEN = frozenset(
         "output_scales",
         "q_descale",
         "topk_lengths",
+        "q_scales",
         "v_descale",
         "window_lengths",
     }

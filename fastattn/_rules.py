@@ -117,6 +117,29 @@ def supported(call: Call, name: str) -> None:
         call.fail(TypeError, name, f"dtype {got} is not supported")
 
 
+def index_codes(call: Call, name: str) -> None:
+    """Codes of the indexer's queries or keys: those of FP8 may have their own dtype."""
+    got = call.dtype(name)
+    if got != "float8_e4m3fn" or call.attrs["quant"] != "fp8":
+        dtypes("uint8")(call, name)
+
+
+def index_scales(call: Call, name: str) -> None:
+    dtypes("float32" if call.attrs["quant"] == "fp8" else "int32")(call, name)
+
+
+def index_q_scales(call: Call, name: str) -> None:
+    """Scales of the indexer's queries are given exactly for MXFP4."""
+    given = call.inputs[name] is not None
+    if given and call.attrs["quant"] == "fp8":
+        text = "expected None with fp8: the weights include the scales of q"
+        call.fail(ValueError, name, text)
+    if not given and call.attrs["quant"] == "mxfp4":
+        call.fail(ValueError, name, "expected a tensor with mxfp4, got None")
+    if given:
+        dtypes("int32")(call, name)
+
+
 def codes_output(text: str) -> Rule:
     """For an output tensor that takes e4m3 codes."""
 

@@ -60,6 +60,7 @@ _TYPE_AND_FORMAT: dict[str, Rule] = {
 }
 _COUNT = _rules.int32_from(1)
 _PAGE_SIZE = _rules.at_least(1, "expected a positive number of tokens, got ")
+_INDEX_QUANT = _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'")
 _CONVERSION: dict[str, Rule] = {
     "kind": _rules.names(ValueError, ("k", "v"), "expected k or v, got '{}'"),
     "cache_quant_type": _rules.cache_type,
@@ -232,6 +233,37 @@ RULES: dict[str, OpRules] = {
     "topk_indices": OpRules(
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
         {"k": _rules.anything},  # the function has checked it: results have its size
+    ),
+    "mqa_logits": OpRules(
+        {
+            "q": _rules.index_codes,
+            "keys": _rules.index_codes,
+            "k_scales": _rules.index_scales,
+            "weights": _rules.dtypes("float32"),
+            "starts": _INT32,
+            "ends": _INT32,
+            "q_scales": _rules.index_q_scales,
+            "out": _rules.dtypes("float32"),
+        },
+        {"max_seqlen_k": _rules.anything, "quant": _INDEX_QUANT},
+        ("q_scales",),
+    ),
+    "paged_mqa_logits": OpRules(
+        {
+            "q": _rules.index_codes,
+            "cache": _rules.dtypes("uint8"),
+            "weights": _rules.dtypes("float32"),
+            "context_lens": _INT32,
+            "block_tables": _INT32,
+            "q_scales": _rules.index_q_scales,
+            "out": _rules.dtypes("float32"),
+        },
+        {
+            "max_context_len": _rules.anything,
+            "page_size": _rules.at_least(1, "expected a positive number of tokens, got "),
+            "quant": _INDEX_QUANT,
+        },
+        ("q_scales",),
     ),
     "mxfp4_quantize": OpRules({"x": _rules.dtypes(*_rules.FLOATS)}),
     "mxfp4_dequantize": OpRules(

@@ -175,6 +175,23 @@ def _topk(t: _Inputs) -> Call:
     return lambda: [F.topk_indices(logits, lengths, 300)]
 
 
+def _logits(t: _Inputs) -> Call:
+    q, keys, weights = t.codes(9, 64, 128), t.codes(300, 128), t.scales(9, 64)
+    starts, ends = t.int32(np.arange(9)), t.int32(300 - 20 * np.arange(9))
+    scales = t.scales(300)
+    return lambda: [F.mqa_logits(q, keys, weights, starts, ends, k_scales=scales)]
+
+
+def _paged_logits(t: _Inputs) -> Call:
+    q, cache, weights = t.codes(2, 2, 64, 64), t.codes(5, 64, 68), t.scales(4, 64)
+    scales = t.int32(np.full((2, 2, 64), 0x7F7F7F7F))
+    lengths, tables = t.int32([130, 7]), t.int32([[3, 0, 1], [2, -1, -1]])
+    call = functools.partial(
+        F.paged_mqa_logits, q, cache, weights, lengths, tables, 140, q_scales=scales, quant="mxfp4"
+    )
+    return lambda: [call()]
+
+
 def _indexer_q(t: _Inputs) -> Call:
     q, table, weights = t.floats(9, 32, 128), t.scales(40, 64), t.scales(9, 32)
     positions = t.int32(np.arange(9))
@@ -288,9 +305,11 @@ _MAKERS = {
     "indexer_q_rope_quant": _indexer_q,
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
+    "mqa_logits": _logits,
     "mxfp4_dequantize": _from_mxfp4,
     "mxfp4_quantize": _mxfp4,
     "paged_attention": _paged,
+    "paged_mqa_logits": _paged_logits,
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,
     "send_kv_signal": _send_signal,

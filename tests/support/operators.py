@@ -181,6 +181,28 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
         ),
         "quantize_fp8": OpCall({"x": make(2, 64)}, {"granularity": "group", "group_size": 32}),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
+        "mqa_logits": OpCall(
+            {
+                "q": make(2, 8, 128, dtype="uint8"),
+                "keys": make(5, 128, dtype="uint8"),
+                "k_scales": ones(5),
+                "weights": make(2, 8),
+                "starts": int32([0, 1], place),
+                "ends": int32([3, 5], place),
+            },
+            {"max_seqlen_k": -1, "quant": "fp8"},
+        ),
+        "paged_mqa_logits": OpCall(
+            {
+                "q": make(2, 1, 8, 64, dtype="uint8"),
+                "cache": make(3, 16, 68, dtype="uint8"),
+                "weights": make(2, 8),
+                "context_lens": int32([16, 3], place),
+                "block_tables": int32([[2], [0]], place),
+                "q_scales": int32(np.zeros((2, 1, 8)), place),
+            },
+            {"max_context_len": 20, "page_size": 16, "quant": "mxfp4"},
+        ),
         "mxfp4_quantize": OpCall({"x": make(2, 64)}, {}),
         "mxfp4_dequantize": OpCall(
             {"codes": make(2, 32, dtype="uint8"), "scales": make(2, 2, dtype="uint8")},
