@@ -1,5 +1,7 @@
 // Look-up of a sequence's physical cache blocks. Entries of block tables are not trusted: a block
 // is not assigned if its id is outside [0, num_blocks), or if the table ends before its entry.
+//
+// References to parameters are not copies for a kernel: it reads what they name when it needs it.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +11,14 @@
 namespace fastattn {
 
 // The entry of a sequence's block `block_index`, which the table has.
-FASTATTN_HD const int* BlockEntry(const int* block_tables, int max_blocks, int64_t batch_idx,
-                                  int64_t block_index) {
-  return block_tables + (batch_idx * max_blocks + block_index);
+FASTATTN_HD const int* BlockEntry(const int* const& block_tables, const int& max_blocks,
+                                  int64_t batch_idx, int64_t block_index) {
+  const int64_t first = batch_idx * max_blocks;
+  return block_tables + (first + block_index);
 }
 
-// An entry's block, or -1 if it is not assigned. Takes `num_blocks` where it lies: kernels read it
-// when they need it.
-FASTATTN_HD int AssignedBlock(int block, const int& num_blocks) {
+// An entry's block, or -1 if it is not assigned.
+FASTATTN_HD int AssignedBlock(const int& block, const int& num_blocks) {
   return block < 0 || block >= num_blocks ? -1 : block;
 }
 

@@ -53,13 +53,15 @@ FASTATTN_HD Normaliser NormaliserOf(bool empty, float maximum, float sum, const 
 // The same for kernels that have loaded the sink, or -inf for none, which adds nothing.
 FASTATTN_HD Normaliser NormaliserOf(bool empty, float maximum, float sum, float sink) {
   constexpr float kInf = __builtin_huge_valf();
-  Normaliser result{-kInf, 0.0f};
+  float lse = -kInf, factor = 0.0f;
   if (sink == kInf) {
-    result.lse = empty ? result.lse : kInf;
+    lse = empty ? lse : kInf;
   } else if (!empty) {
-    result = JoinSink<0>(maximum, sum, sink);
+    const Normaliser joined = JoinSink<0>(maximum, sum, sink);
+    lse = joined.lse;
+    factor = joined.factor;
   }
-  return result;
+  return {lse, factor};
 }
 
 }  // namespace fastattn

@@ -31,7 +31,8 @@ FASTATTN_HD constexpr Index RaggedEnd(Index begin, Index end, Index num_tokens) 
   return Form::Clamp(end, begin, num_tokens);
 }
 template <typename Index>
-FASTATTN_HD constexpr TokenRange<Index> RaggedTokens(Index start, Index end, Index num_tokens) {
+FASTATTN_HD constexpr TokenRange<Index> RaggedTokens(const Index& start, const Index& end,
+                                                     Index num_tokens) {
   const Index begin = RaggedBegin(start, num_tokens);
   return {begin, RaggedEnd(begin, end, num_tokens) - begin};
 }

@@ -18,8 +18,8 @@ __device__ inline int FindBlock(const AttentionParams& p, const volatile WorkTil
   const int block_idx = 2 * (tile.last_kv_tile - iteration - lane / 2) + lane % 2;
   if (block_idx < 0 || block_idx >= (tile.k_len + kBlockSize - 1) / kBlockSize) return -1;
   if (!p.paged) return kTransposed ? tile.ragged_block + block_idx : block_idx;
-  const int* table = p.seqs.block_tables;
-  return AssignedBlock(*BlockEntry(table, p.seqs.max_blocks, tile.batch_idx, block_idx),
+  const SeqMeta& seqs = p.seqs;
+  return AssignedBlock(*BlockEntry(seqs.block_tables, seqs.max_blocks, tile.batch_idx, block_idx),
                        num_blocks);
 }
 

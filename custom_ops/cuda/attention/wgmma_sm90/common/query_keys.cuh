@@ -13,14 +13,13 @@ __device__ inline int2 QueryKeys(const AttentionParams& p, const volatile WorkTi
   // past it would poison the row max.
   if (i >= tile.queries) return make_int2(0, tile.k_len);
   const int position = tile.position + i;
-  const int k_len = tile.k_len;
-  int end = VisibleEnd<Sm90Form>(p, position, k_len);
-  int begin = VisibleBegin<Sm90Form>(p, position, 0);
+  int begin = 0, end = tile.k_len;
+  end = VisibleEnd<Sm90Form>(p, position, end);
+  begin = VisibleBegin<Sm90Form>(p, position, begin);
   if (p.mask_offsets != nullptr) {
     const int* mask = p.mask_offsets + 2 * static_cast<int64_t>(tile.token + i);
-    const KeyRange<int> keys =
-        Intersect<int>({begin, end}, {min(mask[0], kMaxKeys), max(mask[1], 0)});
-    begin = keys.begin, end = keys.end;
+    begin = max(begin, min(mask[0], kMaxKeys));
+    end = min(end, max(mask[1], 0));
   }
   return make_int2(begin, max(begin, end));
 }
