@@ -27,7 +27,6 @@ from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     STATIC_TYPES,
-    cache_type_name,
     check_cache_type,
     check_no_zero_points,
 )
@@ -183,8 +182,7 @@ def gqa_rope_write_cache(
         raise TypeError(
             f"{_OP}: cache_quant_type: expected str, got {type(cache_quant_type).__name__}"
         )
-    check_cache_type(_OP, cache_quant_type)
-    cache_quant_type = cache_type_name(cache_quant_type)
+    cache_quant_type = check_cache_type(_OP, cache_quant_type)
     check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)
     _check_rope_3d(rope_3d, rotary_embs)
     if kv_signal_data is not None:
