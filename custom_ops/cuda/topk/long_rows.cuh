@@ -256,7 +256,7 @@ __device__ __forceinline__ void SelectOfRow(const TopkTask& task, const TopkPlan
   maps.words = (task.slice.end - task.slice.First() + 31) / 32;
   TopkStream<kThreads> stream;
   stream.Load(task.slice, task.slice.First());
-  for (int i = threadIdx.x; i < kTopkBins; i += kThreads) scratch->counts[i] = 0;
+  ClearCounts<kThreads>(scratch);
   ClearBitmap<kThreads>(maps.larger, 2 * plan.window);
   if (threadIdx.x == 0) {
     scratch->offers[0] = scratch->offers[1] = 0;
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   if (share <= 32 * plan.window) {  // alike in all CTAs
     SelectOfRow<kThreads>(task, plan, shared);
   } else {
-    for (int i = threadIdx.x; i < kTopkBins; i += kThreads) shared.scratch->counts[i] = 0;
+    ClearCounts<kThreads>(shared.scratch);
     __syncthreads();
     SelectExactly<kThreads>(task, plan, shared);
   }

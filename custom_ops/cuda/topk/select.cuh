@@ -17,15 +17,18 @@ namespace fastattn::cuda {
 
 inline constexpr int kTopkBins = 2048;
 inline constexpr int kTopkDigit = 11;  // bits
+inline constexpr int kTopkFew = 128;
 
 struct alignas(16) TopkScratch {
   uint32_t counts[kTopkBins];  // zero between selections
   uint32_t warp_sums[4][32];
   uint32_t digit, above, equal;   // what a pass found
-  uint32_t greatest;              // key of the candidates
+  uint32_t greatest, least;       // keys of the candidates
   alignas(8) uint32_t offers[2];  // columns of this CTA's slice above the guess, and equal to it
   alignas(8) uint32_t before[2];  // chosen by the CTAs before this one: larger, and equal
   uint32_t window[2];             // the same, in the windows so far
+  uint32_t number;                // of `few`
+  uint32_t few[kTopkFew];         // keys that are ranked in pairs
 };
 
 // Keys low .. low + 2^bits - 1. None of the keys that are asked about wraps around the end.
@@ -39,20 +42,10 @@ struct TopkInterval {
   __device__ __forceinline__ bool IsBelow(uint32_t key) const { return key >= low && !Has(key); }
 };
 
-// Adds one for each lane with `valid` to its bin. Lanes that agree with the first of them are
-// counted at once: equal values, such as the zeros of a ReLU, would queue up.
-__device__ __forceinline__ void CountKey(uint32_t* counts, uint32_t bin, bool valid) {
-#if defined(FASTATTN_TOPK_PLAIN_COUNTS)
-  if (valid) atomicAdd(counts + bin, 1u);
-#else
-  const uint32_t lanes = __ballot_sync(kFullWarp, valid);
-  if (lanes == 0) return;
-  const int first = __ffs(lanes) - 1;
-  const uint32_t common = __shfl_sync(kFullWarp, bin, first);
-  const uint32_t alike = __ballot_sync(kFullWarp, valid && bin == common);
-  if (static_cast<int>(threadIdx.x % 32) == first) atomicAdd(counts + common, __popc(alike));
-  if (valid && bin != common) atomicAdd(counts + bin, 1u);
-#endif
+template <int kThreads>
+__device__ __forceinline__ void ClearCounts(TopkScratch* scratch) {
+#pragma unroll
+  for (int i = 0; i < kTopkBins; i += kThreads) scratch->counts[i + threadIdx.x] = 0;
 }
 
 // Sum of `x` over the threads before this one. All threads of the CTA call it; they do so again
@@ -137,7 +130,7 @@ __device__ __forceinline__ int NextShift(const TopkInterval& interval) {
 
 // The interval in which the `wanted`-th largest key lies, and in `wanted` the number of its keys
 // among the k largest: all of them, or its keys are equal. `slack`: so many too many are no reason
-// for another pass. `visit(count)` calls count(key, valid) for every key, with whole warps.
+// for another pass. `visit(count)` calls count(key, valid) for every key.
 template <int kThreads, typename Visit>
 __device__ __forceinline__ TopkInterval Select(TopkInterval interval, uint32_t* wanted,
                                                uint32_t slack, TopkScratch* scratch,
@@ -146,7 +139,9 @@ __device__ __forceinline__ TopkInterval Select(TopkInterval interval, uint32_t* 
   while (true) {
     const int shift = NextShift(interval);
     visit([&](uint32_t key, bool valid) {
-      CountKey(scratch->counts, (key - interval.low) >> shift, valid && interval.Has(key));
+      // Without a result, equal bins of a warp cost the hardware no more than one.
+      if (valid && interval.Has(key))
+        atomicAdd(scratch->counts + ((key - interval.low) >> shift), 1u);
     });
     interval = Narrow<kThreads>(interval, shift, wanted, scratch, cluster);
     if (shift == 0 || scratch->equal <= *wanted + slack) return interval;
