@@ -168,26 +168,44 @@ class Consumer {
   // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
   __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint32_t (&operand)[16]) {
     const int row = 16 * warp_ + lane_ / 4, block = lane_ % 4;
-    bool wide[2] = {};
+    const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.scales[stage]) + row;
+    const uint8_t* codes = shared_.key[stage] + row * C::kCodeBytes + 16 * block;
+    // The block's exponent bytes of both keys, each twice, and the largest of each key.
+    const uint32_t mine = PermuteBytes(scales[0], scales[8], block * 0x1111 + 0x4400);
+    uint32_t largest = __vmaxu2(mine, __shfl_xor_sync(~0u, mine, 1));
+    largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, 2));
+    const int exponent[2] = {static_cast<int>(mine & 0xFF), static_cast<int>(mine >> 24)};
+    const int most[2] = {static_cast<int>(largest & 0xFF), static_cast<int>(largest >> 24)};
+    uint4 words[2];
+    int shift[2];
+    bool rare = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint4 words = *reinterpret_cast<const uint4*>(
-          shared_.key[stage] + (row + 8 * h) * C::kCodeBytes + 16 * block);
-      const uint32_t exponents =
-          reinterpret_cast<const uint32_t*>(shared_.scales[stage])[row + 8 * h];
-      const uint32_t largest = LargestByte(exponents);
-      const int shift = ShiftOf(exponents >> 8 * block & 0xFF, largest, words, &wide[h]);
-      keys->scale[h] = RowFactor(largest);
-      const uint2 magnitudes = reinterpret_cast<const uint2*>(shared_.magnitudes)[shift];
-      const uint32_t four[4] = {words.x, words.y, words.z, words.w};
+      words[h] = *reinterpret_cast<const uint4*>(codes + 8 * h * C::kCodeBytes);
+      shift[h] = max(exponent[h] - most[h] + kMostShift, 0);
+      rare |= exponent[h] - most[h] < -kMostShift || !IsPlainFactor(most[h]);
+      keys->scale[h] = PlainFactor(most[h]);
+    }
+    if (__any_sync(~0u, rare)) {
+      bool wide[2] = {};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        ShiftOf(exponent[h], most[h], words[h], &wide[h]);
+        keys->scale[h] = RowFactor(most[h]);
+      }
+      // A bit for each key of the warp: key h of a lane at bit 4 * (lane / 4) + h.
+      keys->wide = AnyOfFour(__ballot_sync(~0u, wide[0])) | AnyOfFour(__ballot_sync(~0u, wide[1]))
+                                                                << 1;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint2 magnitudes = reinterpret_cast<const uint2*>(shared_.magnitudes)[shift[h]];
+      const uint32_t four[4] = {words[h].x, words[h].y, words[h].z, words[h].w};
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         ToE4M3(four[s], magnitudes, &operand[4 * s + h], &operand[4 * s + h + 2]);
       }
     }
-    // A bit for each key of the warp, in the place of its first lane: key h at bit 4 * row + h.
-    const uint32_t low = __ballot_sync(~0u, wide[0]), high = __ballot_sync(~0u, wide[1]);
-    if ((low | high) != 0) keys->wide = AnyOfFour(low) | AnyOfFour(high) << 1;
   }
 
   // Bit 4 i: whether one of bits 4 i .. 4 i + 3 is set.

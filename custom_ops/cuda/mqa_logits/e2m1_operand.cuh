@@ -38,6 +38,14 @@ __device__ __forceinline__ float RowFactor(uint32_t largest) {
   return BitsFloat(static_cast<uint32_t>(max(e + 127, 1)) << 23);
 }
 
+// Whether that is a normal power of two, and this is it; other rows are rare.
+__device__ __forceinline__ bool IsPlainFactor(int largest) {
+  return static_cast<uint32_t>(largest - 127 + kMostFactor) <= 2 * kMostFactor;
+}
+__device__ __forceinline__ float PlainFactor(int largest) {
+  return BitsFloat(static_cast<uint32_t>(largest - kTopExponent) << 23);
+}
+
 // Shift of a block; sets `wide` if its codes do not fit.
 __device__ __forceinline__ int ShiftOf(uint32_t byte, uint32_t largest, const uint4& codes,
                                        bool* wide) {
@@ -49,13 +57,25 @@ __device__ __forceinline__ int ShiftOf(uint32_t byte, uint32_t largest, const ui
   return max(shift, 0);
 }
 
+// Bytes of (b, a) that the selector's nibbles name; with bit 3 set, the byte's sign eight times.
+__device__ __forceinline__ uint32_t PermuteBytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
+// Four codes in the low half of a word to e4m3, with the opposite sign: that of a key and a query's
+// cancel. The conversion is bound by instructions of integers, so that the sign is a product.
+__device__ __forceinline__ uint32_t FourToE4M3(uint32_t codes, uint2 magnitudes) {
+  const uint32_t magnitude = PermuteBytes(magnitudes.x, magnitudes.y, codes & 0x7777u);
+  return magnitude + 0x80 * PermuteBytes(0x01010101u, 0x01010101u, codes);
+}
+
 // Eight codes, the first in the lowest nibble, to e4m3: four values a word.
 __device__ __forceinline__ void ToE4M3(uint32_t codes, uint2 magnitudes, uint32_t* low,
                                        uint32_t* high) {
-  const uint32_t index = codes & 0x77777777u, sign = codes >> 1 & 0x44444444u;
-  *low = __byte_perm(magnitudes.x, magnitudes.y, index) | __byte_perm(0, 0x80808080u, sign);
-  *high = __byte_perm(magnitudes.x, magnitudes.y, index >> 16) |
-          __byte_perm(0, 0x80808080u, sign >> 16);
+  *low = FourToE4M3(codes, magnitudes);
+  *high = FourToE4M3(codes >> 16, magnitudes);
 }
 
 }  // namespace fastattn::cuda::mqa_logits
