@@ -505,3 +505,38 @@ def batch(call: Call, name: str) -> None:
     if not 0 <= call.attrs[name] <= 512:
         text = "expected 0 to 512 sequences, which a message has room for, got "
         call.fail(ValueError, name, f"{text}{call.attrs[name]}")
+
+
+# ---- latent caches ----
+
+latent_format = names(
+    NotImplementedError,
+    ("bf16", "fp8", "fp8_656", "fp8_584"),
+    "'{}' is not supported; supported: bf16, fp8, fp8_656, fp8_584",
+)
+
+
+def latent_scale_rule(call: Call, name: str) -> None:
+    names(ValueError, ("pow2", "amax"), "expected pow2 or amax, got '{}'")(call, name)
+    cache_format = call.attrs["cache_format"]
+    if call.attrs[name] == "amax" and cache_format != "fp8_656":
+        call.fail(ValueError, name, f"amax is for fp8_656, got cache_format '{cache_format}'")
+
+
+def latent_cache(call: Call, name: str) -> None:
+    if call.attrs["cache_format"] == "bf16":
+        dtypes("bfloat16")(call, name)
+    elif call.dtype(name) != "float8_e4m3fn":
+        supported(call, name)
+        dtypes("uint8")(call, name)
+
+
+def latent_scale(call: Call, name: str) -> None:
+    cache_format = call.attrs["cache_format"]
+    if call.inputs[name] is None:
+        if cache_format == "fp8":
+            call.fail(TypeError, name, "expected a tensor for fp8, got None")
+    elif cache_format != "fp8":
+        call.fail(ValueError, name, f"expected None for {cache_format}, got a tensor")
+    else:
+        dtypes("float32")(call, name)

@@ -230,6 +230,33 @@ RULES: dict[str, OpRules] = {
             "group_size": _rules.group_size,
         },
     ),
+    "mla_write_cache": OpRules(
+        {
+            "latent": _rules.dtypes("bfloat16"),
+            "rope": _rules.dtypes("bfloat16"),
+            "cache": _rules.latent_cache,
+            "slot_mapping": _INDEX,
+            "scale": _rules.latent_scale,
+        },
+        {
+            "cache_format": _rules.latent_format,
+            "scale_rule": _rules.latent_scale_rule,
+            "page_size": _rules.anything,
+        },
+        ("scale",),
+    ),
+    "mla_gather_cache": OpRules(
+        {
+            "cache": _rules.latent_cache,
+            "out": _rules.dtypes("bfloat16"),
+            "block_tables": _INT32,
+            "seq_lens_decoder": _INT32,
+            "cu_seqlens_k": _INT32,
+            "scale": _rules.latent_scale,
+        },
+        {"cache_format": _rules.latent_format, "page_size": _rules.anything},
+        ("scale",),
+    ),
     "topk_indices": OpRules(
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
         {"k": _rules.anything},  # the function has checked it: results have its size

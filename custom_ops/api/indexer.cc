@@ -4,6 +4,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/index_array.h"
 #include "api/paged_cache.h"
 #include "cpu/indexer.h"
 #include "params/indexer.h"
@@ -21,8 +22,6 @@ constexpr const char* kKvOp = "indexer_kv_compress_insert";
 
 const std::initializer_list<phi::DataType> kFloatDtypes = {phi::DataType::FLOAT32,
                                                            phi::DataType::BFLOAT16};
-const std::initializer_list<phi::DataType> kIndexDtypes = {phi::DataType::INT32,
-                                                           phi::DataType::INT64};
 
 IndexerQuant ParseQuant(const char* op, const std::string& name, bool with_wide) {
   if (name == "fp8") return IndexerQuant::kFp8;
@@ -30,12 +29,6 @@ IndexerQuant ParseQuant(const char* op, const std::string& name, bool with_wide)
   if (with_wide && name == "fp8_512") return IndexerQuant::kFp8Wide;
   Fail("ValueError", op, "quant", "expected fp8", with_wide ? ", mxfp4 or fp8_512" : " or mxfp4",
        ", got '", name, "'");
-}
-
-IndexArray ToIndexArray(const char* op, const char* name, const Tensor& tensor,
-                        const phi::Place& place, int64_t tokens) {
-  Arg(op, name, tensor).On(place).Dtype(kIndexDtypes).Dims({tokens}).Contiguous();
-  return {Data(tensor), tensor.dtype() == phi::DataType::INT64};
 }
 
 void CheckCosSin(const char* op, const Tensor& cos_sin) {

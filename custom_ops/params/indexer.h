@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "params/index_array.h"
 
 namespace fastattn {
 
@@ -43,16 +44,6 @@ FASTATTN_HD constexpr IndexerPageFormat PageFormatOf(IndexerQuant quant) {
          : quant == IndexerQuant::kMxfp4 ? IndexerPageFormat{kIndexerHeadDim, 64, 4}
                                          : IndexerPageFormat{kIndexerWideHeadDim, 576, 8};
 }
-
-// Integers of either width, as callers keep positions and slots.
-struct IndexArray {
-  const void* data = nullptr;
-  bool wide = false;  // int64, else int32
-
-  FASTATTN_HD int64_t At(int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 struct IndexerQParams {
   IndexArray positions;                   // [T]; clamped to [0, max_positions)

@@ -17,6 +17,7 @@ from fastattn.functional.index_maps import (
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.merge import merge_attn_states
+from fastattn.functional.mla import mla_gather_cache, mla_write_cache
 from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
@@ -35,6 +36,8 @@ __all__ = [
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "merge_attn_states",
+    "mla_gather_cache",
+    "mla_write_cache",
     "mqa_logits",
     "mxfp4_dequantize",
     "mxfp4_quantize",

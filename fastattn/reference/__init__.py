@@ -11,6 +11,7 @@ from fastattn.reference.index_maps import (
 from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.reference.merge import merge_attn_states
+from fastattn.reference.mla import mla_gather_cache, mla_write_cache
 from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
@@ -29,6 +30,8 @@ __all__ = [
     "indexer_q_rope_quant",
     "make_rotary_embs",
     "merge_attn_states",
+    "mla_gather_cache",
+    "mla_write_cache",
     "mqa_logits",
     "mxfp4_dequantize",
     "mxfp4_quantize",

@@ -30,6 +30,8 @@ REFUSED = {
     "gqa_rope_write_cache": ("qkv", *CACHES),
     "append_cache_kv_c8": ("key", "value", *CACHES),
     "convert_cache_layout": ("cache",),
+    "mla_write_cache": ("latent", "rope", "cache"),
+    "mla_gather_cache": ("cache", "out"),
     "convert_cache_blocks": ("cache",),
 }
 
@@ -223,7 +225,10 @@ def test_a_shifted_tensor_is_taken_or_refused(place, problem, name):
         np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
-STRIDED = [("rope_write_cache_kv", "qkv"), ("write_cache_kv", "key"), ("write_cache_kv", "value")]
+STRIDED = [
+    *(("rope_write_cache_kv", "qkv"), ("write_cache_kv", "key"), ("write_cache_kv", "value")),
+    *(("mla_write_cache", "latent"), ("mla_write_cache", "rope"), ("mla_gather_cache", "out")),
+]
 
 
 @pytest.mark.parametrize(("op", "name"), STRIDED)

@@ -170,6 +170,19 @@ def _from_mxfp4(t: _Inputs) -> Call:
     return lambda: [F.mxfp4_dequantize(codes, scales)]
 
 
+def _latent_write(t: _Inputs) -> Call:
+    cache = t.codes(BLOCKS, 64, 656)
+    inputs = t.floats(40, 512), t.floats(40, 64), cache, t.int32(np.arange(40) * 7 - 3)
+    return lambda: [F.mla_write_cache(*inputs, cache_format="fp8_656")]
+
+
+def _latent_gather(t: _Inputs) -> Call:
+    seqs, out = t.seqs(), t.floats(80, 512)
+    inputs = seqs["block_tables"], t.int32([9, 70, 0]), t.int32([0, 9, 79, 80])
+    cache = t.codes(BLOCKS, 64, 584)
+    return lambda: [F.mla_gather_cache(cache, out, *inputs, cache_format="fp8_584")]
+
+
 def _topk(t: _Inputs) -> Call:
     logits, lengths = t.floats(9, 5000, dtype=np.float32), t.int32(4000 + 100 * np.arange(9))
     return lambda: [F.topk_indices(logits, lengths, 300)]
@@ -305,6 +318,8 @@ _MAKERS = {
     "indexer_q_rope_quant": _indexer_q,
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
+    "mla_gather_cache": _latent_gather,
+    "mla_write_cache": _latent_write,
     "mqa_logits": _logits,
     "mxfp4_dequantize": _from_mxfp4,
     "mxfp4_quantize": _mxfp4,

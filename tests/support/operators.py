@@ -180,6 +180,25 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {"head_num": 4, "head_dim": 64, "max_token": 2},
         ),
         "quantize_fp8": OpCall({"x": make(2, 64)}, {"granularity": "group", "group_size": 32}),
+        "mla_write_cache": OpCall(
+            {
+                "latent": make(2, 512, dtype="bfloat16"),
+                "rope": make(2, 64, dtype="bfloat16"),
+                "cache": make(2, 64, 656, dtype="uint8"),
+                "slot_mapping": int32([1, 70], place),
+            },
+            {"cache_format": "fp8_656", "scale_rule": "pow2", "page_size": 0},
+        ),
+        "mla_gather_cache": OpCall(
+            {
+                "cache": make(2, 64, 656, dtype="uint8"),
+                "out": make(3, 576, dtype="bfloat16"),
+                "block_tables": int32([[1]], place),
+                "seq_lens_decoder": int32([3], place),
+                "cu_seqlens_k": int32([0, 3], place),
+            },
+            {"cache_format": "fp8_656", "page_size": 0},
+        ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
         "mqa_logits": OpCall(
             {
