@@ -259,7 +259,8 @@ class PagedAttentionBackend(AttentionBackend):
         descale = facts.q_descale(written)
         options = self._options(facts, scales, descale, qkv, forward_meta, metadata)
         lengths = metadata.host_lengths or self._guess_lengths(written[0], seqs, forward_meta)
-        attended = self._attend(written[0], key, value, seqs, lengths, options, metadata)
+        plan = _cascade_plan(forward_meta, metadata)
+        attended = self._attend(written[0], key, value, seqs, lengths, options, plan)
         return _ops.flat(attended)
 
     def _step(
@@ -267,7 +268,7 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> Any:
         """A plain step of a layer that has been seen before, without Python; None: not taken."""
         facts = self._known_layers.get(layer)
-        if facts is None or metadata.cascade_plan is not None:
+        if facts is None or _cascade_plan(forward_meta, metadata) is not None:
             return None
         if self._signals is not None:  # they go between the step's two operators
             return None
@@ -331,17 +332,17 @@ class PagedAttentionBackend(AttentionBackend):
         seqs: tuple[Any, Any, Any, Any],
         longest: tuple[int, int],
         options: dict[str, Any],
-        metadata: PagedAttentionMetadata,
+        plan: Any,
     ) -> Any:
         """Attention [T, H, D] over the whole cache; `longest` are bounds of lengths."""
         _, cu_seqlens_q, _, seq_lens_this_time = seqs
-        if metadata.cascade_plan is None or not _sees_all(options):
+        if plan is None or not _sees_all(options):
             return functional.paged_attention(query, key, value, *seqs, *longest, **options)
         return functional.cascade_attention(
             query,
             key,
             value,
-            metadata.cascade_plan,
+            plan,
             cu_seqlens_q,
             seq_lens_this_time,
             *longest,
@@ -467,6 +468,12 @@ def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]
 
 def _dtype_name(qkv: Any) -> str:
     return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
+
+
+def _cascade_plan(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
+    """The prepared step's plan, None for its micro-batches: the halves have none of their own."""
+    plan = metadata.cascade_plan
+    return None if plan is None or optional(forward_meta, "cascade_plan") is not plan else plan
 
 
 def _mask_offsets(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:

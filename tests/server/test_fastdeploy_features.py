@@ -242,6 +242,34 @@ def test_micro_batches_have_their_own_masks(registered, place, columns):
         start += n
 
 
+@pytest.mark.parametrize("halves", [[(0, 1), (1, 2)], [(0, 2)]], ids=["halves", "whole"])
+def test_micro_batches_leave_the_steps_cascade_plan_alone(registered, monkeypatch, place, halves):
+    """A plan is for all sequences of a step: those of a half share nothing that it knows of."""
+    worker = Worker(make_model("int8"), "int8", [200, 170], place, layers=1, shared=2)
+    worker.step([150, 0])
+    worker.cached[1] = 128  # the prefix
+    planned, cascade = [], functional.cascade_attention
+    watch = lambda *args, **options: (planned.append(args), cascade(*args, **options))[1]  # noqa: E731
+    monkeypatch.setattr(functional, "cascade_attention", watch)
+    new, cached = [20, 30], worker.cached
+    held = worker.caches[0].place
+    plan = functional.plan_cascade(worker.tables[:2], cached, new, 128, place=held)
+    whole = worker.make_meta(worker.metadata(new, [True, True], 50), cascade_plan=plan)
+    worker.backend.init_attention_metadata(whole)
+    qkv, outs = worker.rank_qkv(0, new, 0), []
+    for first, last in halves:
+        part = whole
+        if last - first < 2:
+            worker.cached = cached[first:last]
+            part = worker.make_meta(worker.metadata(new[first:last], [True], new[first]))
+            part.block_tables = whole.block_tables[first:last]
+        tokens = worker.on(qkv[sum(new[:first]) : sum(new[:last])])
+        outs.append(to_numpy(worker.layers[0](qkv=tokens, forward_meta=part)))
+    worker.cached = cached
+    worker.check(0, new, np.concatenate(outs))
+    assert len(planned) == (len(halves) == 1)
+
+
 def test_an_empty_micro_batch_has_no_fields(registered, place):
     """A small step is not split: the other half has caches and nothing else."""
     worker = Worker(make_model("int8"), "int8", [9], place, layers=1)

@@ -5,27 +5,20 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "common/visible_keys.h"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/shared/forms.cuh"
 #include "cuda/attention/shared/seq_lengths.cuh"
-#include "cuda/attention/shared/visible_keys.cuh"
 #include "cuda/common/cluster.cuh"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
 
-// Keys [begin, end).
-struct KeyRange {
-  int begin;
-  int end;
-};
-
 // Keys that query `index` of a sequence sees, mask_offsets apart.
-__device__ __forceinline__ KeyRange VisibleKeys(const AttentionParams& p, const SeqShape& seq,
-                                                int index) {
+__device__ __forceinline__ KeyRange<int> KeysOfQuery(const AttentionParams& p, const SeqShape& seq,
+                                                     int index) {
   const int position = index + seq.k_len - seq.q_len;
-  KeyRange keys{0, seq.k_limit};
-  keys.end = VisibleEnd<Sm80Bounds>(p, position, keys.end);
-  keys.begin = VisibleBegin<Sm80Bounds>(p, position, keys.begin);
+  KeyRange<int> keys = VisibleKeys<Sm80Form>(p, position, seq.k_limit);
   keys.end = max(keys.end, 0);
   keys.begin = min(keys.begin, keys.end);
   return keys;
@@ -43,8 +36,8 @@ __device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const Attent
                                           const SeqShape& seq, int columns, int kv_tile) {
   const int pairs = seq.q_len * task.group;
   if (pairs == 0 || pairs < task.min_pairs || pairs > task.max_pairs) return {0, 0, 0};
-  const int first = VisibleKeys(p, seq, 0).begin / kv_tile;
-  const int end = VisibleKeys(p, seq, seq.q_len - 1).end;
+  const int first = KeysOfQuery(p, seq, 0).begin / kv_tile;
+  const int end = KeysOfQuery(p, seq, seq.q_len - 1).end;
   // A sequence that sees nothing still has its output to write.
   const int kv_tiles = max((end + kv_tile - 1) / kv_tile - first, 1);
   return {(pairs + columns - 1) / columns, first, kv_tiles};
@@ -157,10 +150,10 @@ struct alignas(16) Segment {
   int tile;
   int kv_tile_begin;  // KV tiles, without those that the work tile cannot see
   int kv_tile_end;
-  KeyRange seen_by_all;  // keys that all columns see
-  KeyRange seen_by_any;  // keys that any column may see
-  int columns_differ;    // in what they see
-  int begins_work_tile;  // no other CTA has KV tiles before these, or after them
+  KeyRange<int> seen_by_all;  // keys that all columns see
+  KeyRange<int> seen_by_any;  // keys that any column may see
+  int columns_differ;         // in what they see
+  int begins_work_tile;       // no other CTA has KV tiles before these, or after them
   int ends_work_tile;
   int num_splits;  // CTAs with equal shares that have some of the work tile, 0: this one alone
   int first_cta;   // of them
@@ -174,7 +167,7 @@ __device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const A
                                                Segment* s) {
   const int first = s->tile * kColumns / task.group;
   const int last = min((s->tile * kColumns + kColumns - 1) / task.group, s->shape.q_len - 1);
-  const KeyRange low = VisibleKeys(p, s->shape, first), high = VisibleKeys(p, s->shape, last);
+  const KeyRange<int> low = KeysOfQuery(p, s->shape, first), high = KeysOfQuery(p, s->shape, last);
   s->seen_by_any = {min(low.begin, high.end), high.end};
   s->seen_by_all = {high.begin, low.end};
   if (p.mask_offsets != nullptr) s->seen_by_all = {0, 0};

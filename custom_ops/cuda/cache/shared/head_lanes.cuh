@@ -9,6 +9,7 @@
 
 #include "common/exact.h"
 #include "common/numeric.h"
+#include "common/static_scales.h"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/cache/shared/step_traits.cuh"
 #include "cuda/common/convert.cuh"
@@ -305,8 +306,7 @@ __device__ __forceinline__ float HeadScale(const PagedCache& cache, const void* 
                                            ScaleGranularity granularity, int head) {
   if constexpr (Traits::kQuantized && !IsDynamic(Traits::kType)) {
     if (granularity != ScaleGranularity::kChannel) {
-      return LoadScale(scales, cache.scale_dtype,
-                       granularity == ScaleGranularity::kHead ? head : 0);
+      return LoadScale(scales, cache.scale_dtype, HeadScaleIndex(granularity, head));
     }
   }
   return 1.0f;
@@ -352,7 +352,7 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) {
         if (i % 4 == 0) asm volatile("" ::: "memory");  // few scales at a time: registers
-        const int index = head * Lane::kHeadDim + Map::Channel(lane, i);
+        const int index = ChannelScaleIndex(head, Map::Channel(lane, i), Lane::kHeadDim);
         x[i] = Mul(x[i], Reciprocal(LoadScale(scales, cache.scale_dtype, index)));
       }
     } else {

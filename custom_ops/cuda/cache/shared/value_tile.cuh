@@ -38,8 +38,7 @@ __device__ __forceinline__ TileWork FindTile(const SeqMeta& seqs, int tile_slot,
   }
   const SeqFacts facts = FactsOf(seqs, window, batch_idx);
   if (facts.first < 0) return work;
-  const int end = max(min(facts.end, seqs.num_tokens), 0);
-  const int count = max(min(facts.count, end - facts.first), 0);
+  const int count = WrittenCount(facts.first, facts.end, facts.count, seqs.num_tokens);
   const int start = max(facts.start, 0);
   const int tile = tile_slot - (facts.first / kBlockSize + 2 * batch_idx);
   // The block's first slot, counted from the sequence's first token.
