@@ -34,13 +34,6 @@ __device__ __forceinline__ void AddValueBias(const RopeWriteCacheParams& p,
   }
 }
 
-// Shared memory of a kernel whose CTAs use it for one thing or another.
-template <int kBytes>
-__device__ __forceinline__ char* SharedBytes() {
-  __shared__ alignas(16) char space[kBytes];
-  return space;
-}
-
 // K, V or both of one tile and one head. K's loads follow as V's registers come free: with all of
 // them in front the kernel was slower.
 template <typename Traits, int kBytes = sizeof(ValueTile<Traits::kHeadDim>)>
