@@ -86,3 +86,17 @@ def table(rows: Iterable[Row]) -> list[str]:
             best = sorted(peers.items(), key=lambda peer: peer[1])
             lines.append(f"  {step:28s} " + "; ".join(f"{us:.1f} {name}" for name, us in best))
     return lines
+
+
+def compact(rows: Iterable[Row]) -> list[str]:
+    """Lines of a narrow table of FastDeploy's rows: all steps and peers of a model and type."""
+    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        if row["section"] == "step" and is_ours(row):
+            steps = cells.setdefault((row["model"], row["quants"][0]), {})
+            steps.setdefault(row["step"], []).append(f"{row['us']:.1f}")
+    return [
+        f"{model:18s} {quant:14s} "
+        + " | ".join(f"{step.split(' x ')[0]}: {'/'.join(us)}" for step, us in steps.items())
+        for (model, quant), steps in cells.items()
+    ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,8 @@ MAX_MODEL_LENS = (32768, CONTEXT)
 LAYER_BYTES, MOST_LAYERS = 8e8, 48
 REPLAYS = 15
 Call = Callable[[], None]
+#: Model and cache type -> relative error of each step that was checked.
+Checks = dict[str, dict[str, float]]
 
 
 def graph_us(calls: list[Call]) -> float:
@@ -171,33 +174,40 @@ def preparation(library: Library, model: Model, name: str) -> report.Row:
     }
 
 
-def all_rows(
-    library: Library, left_out: dict[str, str], checks: dict[str, dict[str, float]]
+def model_rows(
+    library: Library, name: str, quant: str, left_out: dict[str, str], checks: Checks
 ) -> Iterator[report.Row]:
+    """Rows of a model and cache type whose outputs are right."""
+    model, what = MODELS[name], f"{name} {quant}"
+    # The writer of this pair stores INT8 codes in an FP8 cache: outputs are not finite.
+    neox = model.neox and quant != "cache_fp8"
+    shape = Shape(model.heads, model.kv, model.dim, quant, neox, model.rope_3d, CONTEXT)
+    found = checks[what] = check.errors(library, shape, model.sinks)
+    for step, sequences in STEPS.items():
+        names = ("decode", "next decode") if step.startswith("decode") else ("prefill", "mixed")
+        error = max(found[n] if math.isfinite(found[n]) else math.inf for n in names)
+        if error > check.BOUNDS[quant]:
+            left_out[f"{what} {step}"] = f"wrong output: relative error {error:.3g}"
+            continue
+        timed = times(library, model, quant, neox, sequences)
+        torch.cuda.empty_cache()
+        for longest, us in timed.items():
+            peer = report.peer_name(longest, neox, model.neox)
+            yield report.step_row(name, step, quant, peer, us)
+
+
+def all_rows(library: Library, left_out: dict[str, str], checks: Checks) -> Iterator[report.Row]:
     """Every row; what is not timed goes to `left_out`, errors against float64 to `checks`."""
     for name, model in MODELS.items():
         for quant in QUANTS:
-            what = f"{name} {quant}"
             if quant != "none" and model.dim != 128:
-                left_out[what] = "FastDeploy's 8-bit kernels have a head dimension of 128 only"
+                why = "FastDeploy's 8-bit kernels have a head dimension of 128 only"
+                left_out[f"{name} {quant}"] = why
                 continue
-            # The writer of this pair stores INT8 codes in an FP8 cache: outputs are not finite.
-            neox = model.neox and quant != "cache_fp8"
-            shape = Shape(model.heads, model.kv, model.dim, quant, neox, model.rope_3d, CONTEXT)
-            found = check.errors(library, shape, model.sinks)
-            checks[what] = found
-            decode = max(found["decode"], found["next decode"])
-            bad = {"decode": decode, "2048": max(found["prefill"], found["mixed"])}
-            for step, sequences in STEPS.items():
-                error = bad[step.split()[0]]
-                if not error <= check.BOUNDS[quant]:
-                    left_out[f"{what} {step}"] = f"wrong output: relative error {error:.3g}"
-                    continue
-                timed = times(library, model, quant, neox, sequences)
-                torch.cuda.empty_cache()
-                for longest, us in timed.items():
-                    peer = report.peer_name(longest, neox, model.neox)
-                    yield report.step_row(name, step, quant, peer, us)
+            try:
+                yield from model_rows(library, name, quant, left_out, checks)
+            except RuntimeError as error:  # of the operator, or of CUDA
+                left_out[f"{name} {quant}"] = str(error)[:200]
     for step in STEPS:
         yield preparation(library, MODELS["Qwen3-8B"], step)
 
@@ -210,14 +220,14 @@ def main() -> None:
     arguments = parser.parse_args()
     library = Library(arguments.library)
     left_out: dict[str, str] = {}
-    checks: dict[str, dict[str, float]] = {}
+    checks: Checks = {}
     rows = []
     for row in all_rows(library, left_out, checks):
         rows.append(row)
         report.write_merged(arguments.out, rows, left_out, checks)
     for what, found in checks.items():
         print(f"error {what:32s}", {k: f"{v:.2%}" for k, v in found.items()})
-    print("\n".join(report.table(rows)))
+    print("\n".join(report.compact(rows)))
     for row in rows:
         if row["section"] != "step":
             us = "" if row["us"] is None else f"{row['us']:.1f} us, "
