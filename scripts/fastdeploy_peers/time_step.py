@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -123,13 +124,13 @@ def verdict(fault: str, found: dict[str, check.Found], step: str) -> tuple[str, 
     """What is wrong with the outputs of a step, and whether FastDeploy is known to be the cause."""
     names = ("decode", "next decode") if step.startswith("decode") else ("prefill", "mixed")
     errors = [found[name] for name in names]
-    worst = max(errors, key=lambda of_step: of_step.error)
+    worst = max(e.error if math.isfinite(e.error) else math.inf for e in errors)
     if all(of_step.error <= check.BOUND for of_step in errors):
         return "", True
     known = [of_step.as_known for of_step in errors]
     if fault and all(error is not None and error <= check.BOUND for error in known):
-        return f"{fault}: relative error {worst.error:.3g}", True
-    return f"relative error {worst.error:.3g}", False
+        return f"{fault}: relative error {worst:.3g}", True
+    return f"relative error {worst:.3g}", False
 
 
 def model_rows(
