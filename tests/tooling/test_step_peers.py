@@ -126,18 +126,24 @@ def test_the_bench_shows_each_peer_beside_its_cache_types(measured):
     }
 
 
-def test_tables_and_plots_name_them(measured, tmp_path):
+MACHINE = {"gpu": "NVIDIA H100 80GB HBM3", "paddle": "3.3.1", "commit": "a"}
+
+
+def test_tables_name_them(measured):
     from rich.console import Console
 
-    shown = Report({"gpu": "NVIDIA H100 80GB HBM3", "paddle": "3.3.1", "commit": "a"}, measured)
+    shown = Report(MACHINE, measured)
     console = Console(width=WIDTH, record=True, file=io.StringIO())
     console.print(table(shown))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "FastDeploy 32k, wrong" in text and "vLLM FP8, 4 kernels" in text and "…" not in text
     assert "| FastDeploy 8k, other rope |" in markdown(shown)
+
+
+def test_plots_name_them(measured, tmp_path):
     pytest.importorskip("matplotlib")
-    plot(shown, tmp_path / "a.svg", None)
+    plot(Report(MACHINE, measured), tmp_path / "a.svg", None)
     assert "FastDeploy 32k, wrong output" in (tmp_path / "a.svg").read_text()
 
 
