@@ -296,14 +296,19 @@ def is_tensor(value: Any) -> bool:
 _PER_TOKEN = frozenset(
     {
         "batch_id_per_token",
+        "batch_ids",
         "k_descale",
         "mask_offsets",
         "out",
+        "out_scales",
         "output",
         "output_lse",
         "output_scales",
         "q_descale",
+        "topk_lengths",
+        "q_scales",
         "v_descale",
+        "window_lengths",
     }
 )
 

@@ -117,6 +117,29 @@ def supported(call: Call, name: str) -> None:
         call.fail(TypeError, name, f"dtype {got} is not supported")
 
 
+def index_codes(call: Call, name: str) -> None:
+    """Codes of the indexer's queries or keys: those of FP8 may have their own dtype."""
+    got = call.dtype(name)
+    if got != "float8_e4m3fn" or call.attrs["quant"] != "fp8":
+        dtypes("uint8")(call, name)
+
+
+def index_scales(call: Call, name: str) -> None:
+    dtypes("float32" if call.attrs["quant"] == "fp8" else "int32")(call, name)
+
+
+def index_q_scales(call: Call, name: str) -> None:
+    """Scales of the indexer's queries are given exactly for MXFP4."""
+    given = call.inputs[name] is not None
+    if given and call.attrs["quant"] == "fp8":
+        text = "expected None with fp8: the weights include the scales of q"
+        call.fail(ValueError, name, text)
+    if not given and call.attrs["quant"] == "mxfp4":
+        call.fail(ValueError, name, "expected a tensor with mxfp4, got None")
+    if given:
+        dtypes("int32")(call, name)
+
+
 def codes_output(text: str) -> Rule:
     """For an output tensor that takes e4m3 codes."""
 
@@ -426,6 +449,45 @@ def group_size(call: Call, name: str) -> None:
 def compress_ratio(call: Call, name: str) -> None:
     if call.attrs[name] not in (4, 128):
         call.fail(NotImplementedError, name, f"expected 4 or 128, got {call.attrs[name]}")
+
+
+def key_scale_rule(call: Call, name: str) -> None:
+    names(ValueError, ("pow2", "amax"), "expected pow2 or amax, got '{}'")(call, name)
+    if call.attrs[name] == "amax" and call.attrs["quant"] == "mxfp4":
+        call.fail(ValueError, name, "expected pow2 with mxfp4, got 'amax'")
+
+
+def int32_from(least: int) -> Rule:
+    def check(call: Call, name: str) -> None:
+        if not least <= call.attrs[name] < 2**31:
+            text = f"expected {least} to {2**31 - 1}, got {call.attrs[name]}"
+            call.fail(ValueError, name, text)
+
+    return check
+
+
+def block_stride(call: Call, name: str) -> None:
+    int32_from(call.attrs["block_size"])(call, name)
+
+
+def rank(call: Call, name: str) -> None:
+    int32_from(0)(call, name)
+    ranks = call.attrs["world_size"]
+    if call.attrs[name] >= ranks:
+        text = f"expected less than world_size = {ranks}, got {call.attrs[name]}"
+        call.fail(ValueError, name, text)
+
+
+def top_k(call: Call, name: str) -> None:
+    if not 1 <= call.attrs[name] <= 4096:
+        call.fail(ValueError, name, f"expected 1 to 4096, got {call.attrs[name]}")
+
+
+def query_heads(call: Call, name: str) -> None:
+    rows, given = call.size("input", 0), call.attrs[name]
+    if given < 0 or (given > 0 and rows is not None and rows % given):
+        shown = "?" if rows is None else rows
+        call.fail(ValueError, name, f"expected 0 or a divisor of {shown} rows, got {given}")
 
 
 # ---- signals ----

@@ -58,6 +58,9 @@ _TYPE_AND_FORMAT: dict[str, Rule] = {
     "cache_quant_type": _rules.cache_type,
     "fp8_format": _rules.fp8_format,
 }
+_COUNT = _rules.int32_from(1)
+_PAGE_SIZE = _rules.at_least(1, "expected a positive number of tokens, got ")
+_INDEX_QUANT = _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'")
 _CONVERSION: dict[str, Rule] = {
     "kind": _rules.names(ValueError, ("k", "v"), "expected k or v, got '{}'"),
     "cache_quant_type": _rules.cache_type,
@@ -258,6 +261,37 @@ RULES: dict[str, OpRules] = {
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
         {"k": _rules.anything},  # the function has checked it: results have its size
     ),
+    "mqa_logits": OpRules(
+        {
+            "q": _rules.index_codes,
+            "keys": _rules.index_codes,
+            "k_scales": _rules.index_scales,
+            "weights": _rules.dtypes("float32"),
+            "starts": _INT32,
+            "ends": _INT32,
+            "q_scales": _rules.index_q_scales,
+            "out": _rules.dtypes("float32"),
+        },
+        {"max_seqlen_k": _rules.anything, "quant": _INDEX_QUANT},
+        ("q_scales",),
+    ),
+    "paged_mqa_logits": OpRules(
+        {
+            "q": _rules.index_codes,
+            "cache": _rules.dtypes("uint8"),
+            "weights": _rules.dtypes("float32"),
+            "context_lens": _INT32,
+            "block_tables": _INT32,
+            "q_scales": _rules.index_q_scales,
+            "out": _rules.dtypes("float32"),
+        },
+        {
+            "max_context_len": _rules.anything,
+            "page_size": _rules.at_least(1, "expected a positive number of tokens, got "),
+            "quant": _INDEX_QUANT,
+        },
+        ("q_scales",),
+    ),
     "mxfp4_quantize": OpRules({"x": _rules.dtypes(*_rules.FLOATS)}),
     "mxfp4_dequantize": OpRules(
         {"codes": _rules.dtypes("uint8"), "scales": _rules.dtypes("uint8")},
@@ -301,6 +335,81 @@ RULES: dict[str, OpRules] = {
                 ("fp8", "mxfp4", "fp8_512"),
                 "expected fp8, mxfp4 or fp8_512, got '{}'",
             ),
+        },
+    ),
+    "indexer_k_write_cache": OpRules(
+        {
+            "key": _rules.dtypes("bfloat16", "float16", "float32"),
+            "cache": _rules.dtypes("uint8"),
+            "slot_mapping": _rules.dtypes("int64", "int32"),
+        },
+        {
+            "page_size": _PAGE_SIZE,
+            "quant": _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'"),
+            "scale_rule": _rules.key_scale_rule,
+        },
+    ),
+    "indexer_k_gather": OpRules(
+        {
+            "cache": _rules.dtypes("uint8"),
+            "block_tables": _INT32,
+            "cu_seqlens_k": _INT32,
+            "out": _rules.dtypes("uint8"),
+            "out_scales": _rules.dtypes("float32", "int32", "uint8"),
+        },
+        {
+            "num_tokens": _rules.at_least(0),
+            "page_size": _PAGE_SIZE,
+            "quant": _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'"),
+        },
+    ),
+    "topk_to_slots": OpRules(
+        {"indices": _INT32, "block_tables": _INT32, "batch_ids": _INDEX},
+        {
+            "block_size": _COUNT,
+            "block_stride": _rules.block_stride,
+            "num_blocks": _rules.int32_from(-1),
+            "compact": _rules.anything,
+            "rank": _rules.rank,
+            "world_size": _COUNT,
+            "interleave": _COUNT,
+        },
+    ),
+    "window_indices": OpRules(
+        {"positions": _INDEX, "batch_ids": _INDEX, "block_tables": _INT32, "starts": _INT32},
+        {"window": _COUNT, "block_size": _COUNT, "num_blocks": _rules.int32_from(-1)},
+    ),
+    "short_context_indices": OpRules(
+        {"positions": _INDEX, "batch_ids": _INDEX}, {"k": _COUNT, "compress_ratio": _COUNT}
+    ),
+    "combine_topk_window": OpRules(
+        {
+            "topk": _INT32,
+            "window": _INT32,
+            "topk_lengths": _INT32,
+            "window_lengths": _INT32,
+            "batch_ids": _INDEX,
+        },
+        {
+            "seq_stride": _rules.int32_from(0),
+            "window_offset": _rules.int32_from(0),
+            "multiple": _COUNT,
+        },
+    ),
+    "radix_topk_ragged_transform": OpRules(
+        {
+            "input": _rules.dtypes("float32"),
+            "output": _INT32,
+            "offsets": _INT32,
+            "lengths": _INT32,
+            "seq_len_decoder": _INT32,
+            "batch_id_per_token": _INT32,
+            "block_tables": _INT32,
+        },
+        {
+            "top_k": _rules.top_k,
+            "q_num_heads": _rules.query_heads,
+            "block_size": _COUNT,
         },
     ),
 }

@@ -52,16 +52,6 @@ int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& ca
   return token_stride;
 }
 
-const int* CheckLengths(const char* name, const Tensor& tensor, int64_t size,
-                        const phi::Place& place) {
-  Arg(kOp, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
-  if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
-    Fail("ValueError", kOp, name, "expected shape [", size, "] (block_tables has one row a ",
-         "sequence), got ", ShapeText(tensor.shape()));
-  }
-  return Data<int>(tensor);
-}
-
 }  // namespace
 
 void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor& key, Tensor& value,
@@ -102,8 +92,10 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
   p.batch = static_cast<int>(table[0]);
   p.max_blocks = static_cast<int>(table[1]);
   p.block_tables = Data<int>(block_tables);
-  p.seq_lens_decoder = CheckLengths("seq_lens_decoder", seq_lens_decoder, table[0], place);
-  p.cu_seqlens_k = CheckLengths("cu_seqlens_k", cu_seqlens_k, table[0] + 1, place);
+  const char* const why = " (block_tables has one row a sequence)";
+  p.seq_lens_decoder =
+      ParseLengths(kOp, "seq_lens_decoder", seq_lens_decoder, table[0], place, why);
+  p.cu_seqlens_k = ParseLengths(kOp, "cu_seqlens_k", cu_seqlens_k, table[0] + 1, place, why);
   for (const Tensor* written : {&key, &value}) {
     RequireApart(kOp, written == &key ? "key" : "value", *written,
                  {{"key_cache", &key_cache},

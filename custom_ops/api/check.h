@@ -128,6 +128,20 @@ inline void RequireAligned(const char* op, const char* name, const Tensor& tenso
   }
 }
 
+// Whether a tensor's elements lie side by side in their order; strides of an empty one mean
+// nothing.
+inline bool IsContiguous(const Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  const auto& sizes = tensor.dims();
+  const auto& strides = tensor.strides();
+  int64_t expected = 1;
+  for (int i = sizes.size(); i-- > 0;) {
+    if (sizes[i] != 1 && strides[i] != expected) return false;
+    expected *= sizes[i];
+  }
+  return true;
+}
+
 // Argument of one operator, for checks in a chain:
 //   Arg("merge", "prefix_lse", lse).Defined().On(place).Dtype({DType::kFloat32}).Dims({h, t});
 class Arg {
@@ -162,7 +176,7 @@ class Arg {
   }
 
   const Arg& Rank(int rank) const {
-    if (static_cast<int>(tensor_.shape().size()) != rank) {
+    if (tensor_.dims().size() != rank) {
       Fail("ValueError", op_, name_, "expected ", rank, " dimensions, got shape ",
            ShapeText(SizesOf(tensor_)));
     }
@@ -184,15 +198,9 @@ class Arg {
   }
 
   const Arg& Contiguous() const {
-    const Sizes shape = SizesOf(tensor_);
-    const Sizes strides = StridesOf(tensor_);
-    int64_t expected = 1;
-    for (size_t i = shape.size(); i-- > 0 && tensor_.numel() > 0;) {
-      if (shape[i] != 1 && strides[i] != expected) {
-        Fail("ValueError", op_, name_, "expected a contiguous tensor, got shape ", ShapeText(shape),
-             " with strides ", ShapeText(strides));
-      }
-      expected *= shape[i];
+    if (!IsContiguous(tensor_)) {
+      Fail("ValueError", op_, name_, "expected a contiguous tensor, got shape ",
+           ShapeText(SizesOf(tensor_)), " with strides ", ShapeText(StridesOf(tensor_)));
     }
     return *this;
   }
@@ -313,15 +321,16 @@ inline StridedView BytesOf(const Tensor& tensor) {
   return view;
 }
 
+[[noreturn]] inline void FailShared(const char* op, const char* written, const char* other) {
+  Fail("ValueError", op, written, "it is written and must not share memory with ", other);
+}
+
 // Refuses a written tensor that shares memory with another argument. Interleaved views, such as K
 // and V of one pool, share none if their elements do not.
 inline void RequireApart(const char* op, const char* written_name, const Tensor& written,
                          const char* other_name, const Tensor& other) {
   if (written.numel() == 0 || other.numel() == 0) return;
-  if (MayOverlap(BytesOf(written), BytesOf(other))) {
-    Fail("ValueError", op, written_name, "it is written and must not share memory with ",
-         other_name);
-  }
+  if (MayOverlap(BytesOf(written), BytesOf(other))) FailShared(op, written_name, other_name);
 }
 
 struct NamedTensor {

@@ -35,17 +35,6 @@ inline std::vector<Handle> handles;
 inline StepArrivals*& (*current_step)() = nullptr;  // of the library
 inline PyObject* stop_gradient = nullptr;           // the attribute's interned name
 
-inline bool IsContiguous(const Tensor& tensor) {
-  const auto& sizes = tensor.dims();
-  const auto& strides = tensor.strides();
-  int64_t expected = 1;
-  for (int i = sizes.size(); i-- > 0;) {
-    if (sizes[i] != 1 && strides[i] != expected) return false;
-    expected *= sizes[i];
-  }
-  return true;
-}
-
 inline bool WantsGradient(PyObject* object, const Tensor& tensor) {
   if (tensor.get_autograd_meta() == nullptr) return false;
   PyObject* stops = PyObject_GetAttr(object, stop_gradient);
@@ -90,7 +79,7 @@ inline bool TakeInputs(const Handle& handle, PyObject* const* objects, bool chec
     Tensor& tensor = paddle::pybind::CastPyArg2Tensor(object, 0);
     if (!tensor.defined() || !tensor.is_dense_tensor()) return false;
     if (!checked && handle.optional[i] && tensor.numel() == 0) return false;
-    if (!handle.strided[i] && tensor.numel() > 0 && !IsContiguous(tensor)) return false;
+    if (!handle.strided[i] && !IsContiguous(tensor)) return false;
     if (!checked && !*wants_gradient) *wants_gradient = WantsGradient(object, tensor);
     inputs->Add(&tensor);
   }

@@ -31,14 +31,6 @@ CacheType CheckType(const std::string& cache_quant_type) {
   return type;
 }
 
-const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const phi::Place& place) {
-  Arg(kOp, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
-  if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
-    Fail("ValueError", kOp, name, "expected shape [", size, "], got ", ShapeText(tensor.shape()));
-  }
-  return Data<int>(tensor);
-}
-
 // Rotated channels of a head. FastDeploy tells them by the table's columns: D / 2 (or, for neox, D)
 // for the whole head, else half of it is rotated.
 int RotaryDim(const Tensor& table, int head_dim) {
@@ -78,21 +70,18 @@ std::vector<Tensor> GqaRopeWriteCache(
   const CacheArgs cache{key_cache,        value_cache, Get(cache_k_scales),     Get(cache_v_scales),
                         cache_quant_type, e4m3,        CacheLayout::kFastDeploy};
   rope.cache = ParsePagedCache(kOp, cache, place);
-  RequireCacheApart(kOp, cache);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   const int kv_heads = rope.cache.num_kv_heads, head_dim = rope.cache.head_dim;
   ParseQkv(kOp, qkv, HeadsOf(qkv, rope.cache), kv_heads, rope);
   Arg(kOp, "qkv", qkv).On(place).Contiguous();
   RequireAligned(kOp, "qkv", qkv, kVectorBytes);
-  RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
-  RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   const int64_t num_tokens = qkv.shape()[0];
   rope.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                         Get(batch_id_per_token), num_tokens, place);
   p.seq_lens_encoder =
-      Lengths("seq_lens_encoder", seq_lens_encoder, block_tables.shape()[0], place);
-  p.cu_seqlens_k = Lengths("cu_seqlens_k", cu_seqlens_k, rope.seqs.batch + 1LL, place);
+      ParseLengths(kOp, "seq_lens_encoder", seq_lens_encoder, block_tables.shape()[0], place);
+  p.cu_seqlens_k = ParseLengths(kOp, "cu_seqlens_k", cu_seqlens_k, rope.seqs.batch + 1LL, place);
   Arg(kOp, "rotary_embs", rotary_embs);
   ParseRotary(kOp, &rotary_embs, use_neox_rotary_style, RotaryDim(rotary_embs, head_dim), place,
               rope);
@@ -101,6 +90,18 @@ std::vector<Tensor> GqaRopeWriteCache(
   rope.k_norm_weight =
       ParseVector(kOp, "k_norm_weight", Get(k_norm_weight), head_dim, place, rope.k_norm_dtype);
   rope.rms_norm_eps = ParseEps(kOp, rms_norm_eps);
+  RequireCacheApart(kOp, cache, rope.cache.type,
+                    {{"qkv", &qkv},
+                     {"cu_seqlens_q", &cu_seqlens_q},
+                     {"cu_seqlens_k", &cu_seqlens_k},
+                     {"rotary_embs", &rotary_embs},
+                     {"seq_lens_this_time", &seq_lens_this_time},
+                     {"seq_lens_encoder", &seq_lens_encoder},
+                     {"seq_lens_decoder", &seq_lens_decoder},
+                     {"block_tables", &block_tables},
+                     {"batch_id_per_token", Get(batch_id_per_token)},
+                     {"q_norm_weight", Get(q_norm_weight)},
+                     {"k_norm_weight", Get(k_norm_weight)}});
   if (kv_token_num < 0) {
     Fail("ValueError", kOp, "kv_token_num", "expected at least 0, got ", kv_token_num);
   }

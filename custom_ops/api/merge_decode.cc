@@ -19,15 +19,6 @@ namespace {
 
 constexpr const char* kOp = "merge_prefill_decode_output";
 
-const int* Lengths(const char* name, const Tensor& tensor, int64_t size, const phi::Place& place) {
-  Arg(kOp, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
-  if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
-    Fail("ValueError", kOp, name, "expected shape [", size, "] (seq_lens_encoder is [B]), got ",
-         ShapeText(tensor.shape()));
-  }
-  return Data<int>(tensor);
-}
-
 void CheckTokens(const char* name, const Tensor& tensor, int head_num, int head_dim) {
   const int64_t width = CheckedProduct(kOp, "head_num", {head_num, head_dim});
   const Sizes shape = SizesOf(tensor);
@@ -54,7 +45,6 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
   Arg(kOp, "decoder_res", decoder_res).On(place).Dtype({encoder_res.dtype()}).Contiguous();
   CheckTokens("encoder_res", encoder_res, head_num, head_dim);
   CheckTokens("decoder_res", decoder_res, head_num, head_dim);
-  RequireApart(kOp, "encoder_res", encoder_res, "decoder_res", decoder_res);
   Arg(kOp, "seq_lens_encoder", seq_lens_encoder);
   Arg(kOp, "seq_lens_this_time", seq_lens_this_time);
   const Sizes all = SizesOf(seq_lens_encoder), running = SizesOf(seq_lens_this_time);
@@ -64,11 +54,20 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
   const int64_t num_tokens = std::min(encoder_res.shape()[0], decoder_res.shape()[0]);
   RequireFits(kOp, "encoder_res", num_tokens);
 
+  const auto lengths = [&](const char* name, const Tensor& tensor, int64_t size) {
+    return ParseLengths(kOp, name, tensor, size, place, " (seq_lens_encoder is [B])");
+  };
   MergeDecodeParams p;
-  p.seq_lens_encoder = Lengths("seq_lens_encoder", seq_lens_encoder, slots, place);
-  p.seqs.seq_lens_decoder = Lengths("seq_lens_decoder", seq_lens_decoder, slots, place);
-  p.seqs.seq_lens_this_time = Lengths("seq_lens_this_time", seq_lens_this_time, batch, place);
-  p.seqs.cu_seqlens_q = Lengths("cu_seq_q", cu_seq_q, batch + 1, place);
+  p.seq_lens_encoder = lengths("seq_lens_encoder", seq_lens_encoder, slots);
+  p.seqs.seq_lens_decoder = lengths("seq_lens_decoder", seq_lens_decoder, slots);
+  p.seqs.seq_lens_this_time = lengths("seq_lens_this_time", seq_lens_this_time, batch);
+  p.seqs.cu_seqlens_q = lengths("cu_seq_q", cu_seq_q, batch + 1);
+  RequireApart(kOp, "encoder_res", encoder_res,
+               {{"decoder_res", &decoder_res},
+                {"seq_lens_encoder", &seq_lens_encoder},
+                {"seq_lens_decoder", &seq_lens_decoder},
+                {"seq_lens_this_time", &seq_lens_this_time},
+                {"cu_seq_q", &cu_seq_q}});
   p.seqs.batch = static_cast<int>(batch);
   p.seqs.num_tokens = static_cast<int>(num_tokens);
   p.prefill = MutableData(encoder_res);

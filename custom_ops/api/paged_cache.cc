@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
+#include <utility>
 
 namespace fastattn::api {
 
@@ -199,19 +201,32 @@ void RequireAlignedCache(const char* op, const PagedCache& cache) {
   }
 }
 
-void RequireCacheApart(const char* op, const CacheArgs& args) {
-  RequireNoOverlap(op, "key_cache", args.key_cache);
-  RequireNoOverlap(op, "value_cache", args.value_cache);
-  RequireApart(op, "value_cache", args.value_cache, "key_cache", args.key_cache);
-  for (const NamedTensor& cache :
-       {NamedTensor{"key_cache", &args.key_cache}, {"value_cache", &args.value_cache}}) {
-    RequireApart(op, cache.name, *cache.tensor,
-                 {{"cache_k_scales", args.k_scales}, {"cache_v_scales", args.v_scales}});
+void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
+                       std::initializer_list<NamedTensor> read) {
+  const NamedTensor tensors[] = {{"key_cache", &args.key_cache},
+                                 {"value_cache", &args.value_cache},
+                                 {"cache_k_scales", args.k_scales},
+                                 {"cache_v_scales", args.v_scales}};
+  const int num_written = IsDynamic(type) ? 4 : 2;
+  std::optional<StridedView> bytes[4];  // of those that have elements
+  for (int i = 0; i < 4; ++i) {
+    const Tensor* tensor = tensors[i].tensor;
+    if (tensor == nullptr || tensor->numel() == 0) continue;
+    if (i < num_written) RequireNoOverlap(op, tensors[i].name, *tensor);
+    bytes[i] = BytesOf(*tensor);
   }
-  if (args.k_scales != nullptr && IsDynamic(ParseCacheType(op, args.cache_quant_type))) {
-    RequireNoOverlap(op, "cache_k_scales", *args.k_scales);
-    RequireNoOverlap(op, "cache_v_scales", *args.v_scales);
-    RequireApart(op, "cache_v_scales", *args.v_scales, "cache_k_scales", *args.k_scales);
+  constexpr std::pair<int, int> kPairs[] = {{1, 0}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {3, 2}};
+  for (const auto& [i, other] : kPairs) {
+    if (i < num_written && bytes[i] && bytes[other] && MayOverlap(*bytes[i], *bytes[other])) {
+      FailShared(op, tensors[i].name, tensors[other].name);
+    }
+  }
+  for (const auto& [name, tensor] : read) {
+    if (tensor == nullptr || tensor->numel() == 0) continue;
+    const StridedView other = BytesOf(*tensor);
+    for (int i = 0; i < num_written; ++i) {
+      if (bytes[i] && MayOverlap(*bytes[i], other)) FailShared(op, tensors[i].name, name);
+    }
   }
 }
 
@@ -232,13 +247,8 @@ SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_s
   const Sizes running = SizesOf(seq_lens_this_time);
   const int64_t batch = running.empty() ? slots : std::min(running[0], slots);
   const auto lengths = [&](const char* name, const Tensor& tensor, int64_t size) {
-    Arg arg(op, name, tensor);
-    arg.On(place).Dtype({phi::DataType::INT32}).Contiguous();
-    if (tensor.numel() != size || tensor.shape().empty() || tensor.shape()[0] != size) {
-      Fail("ValueError", op, name, "expected shape [", size, "] (block_tables has ", slots,
-           " sequences, seq_lens_this_time ", batch, "), got ", ShapeText(tensor.shape()));
-    }
-    return Data<int>(tensor);
+    return ParseLengths(op, name, tensor, size, place, " (block_tables has ", slots,
+                        " sequences, seq_lens_this_time ", batch, ")");
   };
   SeqMeta seqs;
   seqs.batch = static_cast<int>(batch);

@@ -1,6 +1,7 @@
 // Parsing and checking of the cache and sequence arguments that most operators take.
 #pragma once
 
+#include <initializer_list>
 #include <string>
 
 #include "api/check.h"
@@ -40,9 +41,25 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
 // Refuses a cache that a GPU's kernels cannot read 16 bytes at a time.
 void RequireAlignedCache(const char* op, const PagedCache& cache);
 
-// Refuses a cache that is written if its key and value tensors or its dynamic scales share memory,
-// or if elements of one of these tensors do.
-void RequireCacheApart(const char* op, const CacheArgs& args);
+// Refuses a cache that is written if its key and value tensors or its dynamic scales share memory
+// with each other or with a tensor that is read, or if elements of one of these tensors do.
+// Everything has been checked before.
+void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
+                       std::initializer_list<NamedTensor> read);
+
+// An int of each sequence, [size] or [size, 1], as the operators receive them; `why` is what an
+// error adds to the shape expected.
+template <typename... Why>
+const int* ParseLengths(const char* op, const char* name, const Tensor& tensor, int64_t size,
+                        const phi::Place& place, const Why&... why) {
+  Arg(op, name, tensor).On(place).Dtype({phi::DataType::INT32}).Contiguous();
+  const auto& dims = tensor.dims();
+  if (tensor.numel() != size || dims.size() == 0 || dims[0] != size) {
+    Fail("ValueError", op, name, "expected shape [", size, "]", why..., ", got ",
+         ShapeText(SizesOf(tensor)));
+  }
+  return Data<int>(tensor);
+}
 
 // Checks dtypes, places and sizes (not values: those live on the device) and fills a SeqMeta of the
 // B sequences of seq_lens_this_time. block_tables and seq_lens_decoder may both have more: slots

@@ -85,13 +85,10 @@ std::vector<Tensor> RopeWriteCacheKv(
   const CacheArgs cache{key_cache,           value_cache,      Get(cache_k_scales),
                         Get(cache_v_scales), cache_quant_type, fp8_format};
   p.cache = ParsePagedCache(kOp, cache, place);
-  RequireCacheApart(kOp, cache);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   ParseQkv(kOp, qkv, num_heads, num_kv_heads, p);
   RequireAligned(kOp, "qkv", qkv, kVectorBytes);
-  RequireApart(kOp, "key_cache", key_cache, "qkv", qkv);
-  RequireApart(kOp, "value_cache", value_cache, "qkv", qkv);
   Arg(kOp, "qkv", qkv).On(place);
   const int64_t num_tokens = qkv.shape()[0];
   p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
@@ -107,6 +104,18 @@ std::vector<Tensor> RopeWriteCacheKv(
   p.rms_norm_eps = ParseEps(kOp, rms_norm_eps);
   p.q_quant = ParseQQuant(q_quant);
   ParseQScale(Get(q_scale), place, p);
+  RequireCacheApart(kOp, cache, p.cache.type,
+                    {{"qkv", &qkv},
+                     {"rotary_embs", Get(rotary_embs)},
+                     {"block_tables", &block_tables},
+                     {"cu_seqlens_q", &cu_seqlens_q},
+                     {"seq_lens_decoder", &seq_lens_decoder},
+                     {"seq_lens_this_time", &seq_lens_this_time},
+                     {"q_norm_weight", Get(q_norm_weight)},
+                     {"k_norm_weight", Get(k_norm_weight)},
+                     {"qkv_bias", Get(qkv_bias)},
+                     {"q_scale", Get(q_scale)},
+                     {"batch_id_per_token", Get(batch_id_per_token)}});
 
   const auto q_dtype = p.q_quant == QQuant::kNone ? qkv.dtype() : phi::DataType::UINT8;
   Tensor q = paddle::empty({num_tokens, num_heads, head_dim}, q_dtype, place);

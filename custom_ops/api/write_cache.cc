@@ -46,17 +46,11 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
   const CacheArgs cache{key_cache,           value_cache,      Get(cache_k_scales),
                         Get(cache_v_scales), cache_quant_type, fp8_format};
   p.cache = ParsePagedCache(kOp, cache, place);
-  RequireCacheApart(kOp, cache);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   p.key_token_stride = CheckTokens("key", key, p.cache, place);
   p.value_token_stride = CheckTokens("value", value, p.cache, place);
   Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
-  for (const Tensor* tokens : {&key, &value}) {
-    const char* name = tokens == &key ? "key" : "value";
-    RequireApart(kOp, "key_cache", key_cache, name, *tokens);
-    RequireApart(kOp, "value_cache", value_cache, name, *tokens);
-  }
   p.dtype = ToDType(kOp, "key", key.dtype());
   if (p.cache.type == CacheType::kNone && p.dtype != DType::kFloat32 && p.dtype != p.cache.dtype) {
     Fail("TypeError", kOp, "key", "expected dtype float32 or the cache's ", NameOf(p.cache.dtype),
@@ -64,6 +58,14 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
   }
   p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      Get(batch_id_per_token), key.shape()[0], place);
+  RequireCacheApart(kOp, cache, p.cache.type,
+                    {{"key", &key},
+                     {"value", &value},
+                     {"block_tables", &block_tables},
+                     {"cu_seqlens_q", &cu_seqlens_q},
+                     {"seq_lens_decoder", &seq_lens_decoder},
+                     {"seq_lens_this_time", &seq_lens_this_time},
+                     {"batch_id_per_token", Get(batch_id_per_token)}});
   p.key = Data(key);
   p.value = Data(value);
 

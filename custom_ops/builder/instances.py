@@ -92,6 +92,7 @@ HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
 HEAD_DIMS = (64, 128)
 EITHER = (False, True)
+INDEX_HEADS = (8, 16, 32, 64)
 
 FAMILIES = (
     Family(
@@ -206,6 +207,21 @@ FAMILIES = (
         defined="key.cuh",
         columns={"quant": "IndexerQuant"},
         rows=((("kFp8", "kMxfp4", "kFp8Wide"),),),
+    ),
+    Family(
+        folder="cuda/mqa_logits",
+        namespace="fastattn::cuda::mqa_logits",
+        launcher="LaunchLogitsVariant",
+        takes="const Arguments&, cudaStream_t",
+        declared="variant.h",
+        defined="wgmma_kernel.cuh",
+        columns={"quant": "IndexerQuant", "paged": "bool", "heads": "int", "columns": "int"},
+        together="columns",
+        rows=(
+            ("kFp8", False, INDEX_HEADS, 256),
+            ("kMxfp4", False, INDEX_HEADS, 128),
+            (("kFp8", "kMxfp4"), True, INDEX_HEADS, (64, 128)),
+        ),
     ),
     Family(
         folder="cuda/merge",

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/seq_lengths.h"
 #include "common/static_scales.h"
@@ -25,8 +26,6 @@ namespace fastattn::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 // Keys of a split. The size is fixed, so that results do not depend on the number of threads.
 constexpr int64_t kSplitKeys = 2048;
@@ -62,8 +61,8 @@ AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
   AttentionSeq seq;
   seq.q_begin = queries.begin;
   if (p.paged) {
-    seq.q_len = Clamp<int64_t>(seqs.seq_lens_this_time[batch_idx], 0, queries.count);
-    seq.k_len = PagedKeys<int64_t>(seqs.seq_lens_decoder[batch_idx], seq.q_len, kUnlimited);
+    seq.q_len = NewTokens(int64_t{seqs.seq_lens_this_time[batch_idx]}, queries.count);
+    seq.k_len = PagedKeys(int64_t{seqs.seq_lens_decoder[batch_idx]}, seq.q_len, kUnlimited);
   } else {
     const int* cu_k = p.ragged.cu_seqlens_k + batch_idx;
     const auto keys = RaggedTokens<int64_t>(cu_k[0], cu_k[1], p.ragged.num_tokens);
@@ -96,10 +95,6 @@ int64_t PartialSize(const AttentionParams& p, const AttentionTask& task) {
   return static_cast<int64_t>(task.packed_count) * (p.head_dim + 2);
 }
 
-BandMask<int64_t> MaskOf(const AttentionParams& p) {
-  return {p.causal, p.window_left, p.window_right};
-}
-
 // Bounds a task's keys by what causal mask and window let the first and the last query of its tile
 // see.
 void BoundKeys(const AttentionParams& p, const AttentionSeq& seq, AttentionTask* task) {
@@ -109,19 +104,17 @@ void BoundKeys(const AttentionParams& p, const AttentionSeq& seq, AttentionTask*
   const int64_t last = (task->packed_begin + task->packed_count - 1) / group + offset;
   int64_t num_keys = seq.k_len;
   if (p.paged) num_keys = std::min(num_keys, int64_t{p.seqs.max_blocks} * kBlockSize);
-  const BandMask<int64_t> mask = MaskOf(p);
-  task->key_begin = VisibleKeys(mask, first, num_keys).begin;
-  task->key_end = std::max(task->key_begin, VisibleKeys(mask, last, num_keys).end);
+  task->key_begin = VisibleKeys(p, first, num_keys).begin;
+  task->key_end = std::max(task->key_begin, VisibleKeys(p, last, num_keys).end);
 }
 
 // Fills the keys of a task that each row of its tile sees.
 void FindVisible(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task,
                  TileBuffers* buffers) {
   const int64_t group = p.num_heads / p.num_kv_heads;
-  const BandMask<int64_t> mask = MaskOf(p);
   for (int r = 0; r < task.packed_count; ++r) {
     const int64_t query = (task.packed_begin + r) / group;
-    KeyRange<int64_t> keys = VisibleKeys(mask, query + seq.k_len - seq.q_len, seq.k_len);
+    KeyRange<int64_t> keys = VisibleKeys(p, query + seq.k_len - seq.q_len, seq.k_len);
     keys = Intersect(keys, {task.key_begin, task.key_end});
     if (p.mask_offsets != nullptr) {
       const int* offsets = p.mask_offsets + 2 * (seq.q_begin + query);
@@ -226,29 +219,15 @@ void WriteRow(const AttentionParams& p, const AttentionSeq& seq, const Attention
   const int64_t head = task.kv_head * group + packed % group;
 
   const bool empty = sum == 0.0f;  // no visible key: neither a sum nor an output to scale
-  float lse = empty ? -kInf : (maximum + std::log2(sum)) * kLn2;
-  float normaliser = 1.0f / sum;
-  if (p.sinks != nullptr) {
-    // The sink joins the denominator; it has no value.
-    const float sink = LoadScale(p.sinks, p.sinks_dtype, head);
-    const float largest = std::max(maximum, sink * kLog2E);
-    if (sink == kInf) {
-      lse = empty ? lse : kInf;
-      normaliser = 0.0f;
-    } else if (!empty) {
-      const float factor = std::exp2(maximum - largest);
-      sum = sum * factor + std::exp2(sink * kLog2E - largest);
-      lse = (largest + std::log2(sum)) * kLn2;
-      normaliser = factor / sum;
-    }
-  }
-  if (p.lse != nullptr) p.lse[head * p.seqs.num_tokens + token] = lse;
+  const Normaliser found = NormaliserOf<0>(empty, maximum, sum, p.sinks,
+                                           [&] { return LoadScale(p.sinks, p.sinks_dtype, head); });
+  if (p.lse != nullptr) p.lse[head * p.seqs.num_tokens + token] = found.lse;
 
   auto* out = static_cast<typename Element<kOut>::Storage*>(p.out) +
               (token * p.num_heads + head) * p.head_dim;
   const float inverse = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
   for (int d = 0; d < p.head_dim; ++d) {
-    const float o = empty ? 0.0f : acc[d] * normaliser * scales.At(d) * inverse;
+    const float o = empty ? 0.0f : acc[d] * found.factor * scales.At(d) * inverse;
     out[d] = Element<kOut>::Store(o);
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,11 @@ def read(config: Any, path: str, default: Any = None) -> Any:
         if config is None:
             return default
     return config
+
+
+def fastdeploy_flag(name: str) -> bool:
+    """Whether a variable of ``fastdeploy.envs`` is on; releases that lack it have it off."""
+    return bool(int(getattr(sys.modules.get("fastdeploy.envs"), name, 0) or 0))
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,7 @@ class BackendConfig:
             window_layers=_window_layers(fd_config, backend),
             rotary_dim=_rotary_dim(fd_config, head_dim),
             shard=HeadShard(
-                num_heads=read(fd_config, "model_config.num_key_value_heads"),
-                size=_tensor_parallel_size(fd_config),
-                rank=int(read(fd_config, "parallel_config.tensor_parallel_rank", 0)),
+                read(fd_config, "model_config.num_key_value_heads"), *tensor_parallel(fd_config)
             ),
             cuda_graphs=bool(read(fd_config, "graph_opt_config.use_cudagraph", False)),
         )
@@ -107,10 +111,12 @@ def _drafted_tokens(fd_config: Any, backend: str) -> int:
     return _count(fd_config, backend, "speculative_config.num_speculative_tokens", 0, 0)
 
 
-def _tensor_parallel_size(fd_config: Any) -> int:
-    # Its name in FastDeploy 2.0 was tensor_parallel_degree.
+def tensor_parallel(fd_config: Any) -> tuple[int, int]:
+    """Number of tensor-parallel ranks, and this process's."""
+    # The former was tensor_parallel_degree in FastDeploy 2.0.
     older = read(fd_config, "parallel_config.tensor_parallel_degree", 1)
-    return int(read(fd_config, "parallel_config.tensor_parallel_size", older))
+    size = read(fd_config, "parallel_config.tensor_parallel_size", older)
+    return int(size), int(read(fd_config, "parallel_config.tensor_parallel_rank", 0))
 
 
 def _rotary_dim(fd_config: Any, head_dim: int) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastattn.backends.config import BLOCK_SIZE
-from fastattn.functional._cache_types import DYNAMIC_TYPES, cache_type_name, check_cache_type
+from fastattn.functional._cache_types import DYNAMIC_TYPES, check_cache_type
 
 _OP = "convert_caches"
 _LAYOUTS = ("fastattn", "fastdeploy", "logical")
@@ -68,8 +68,7 @@ def convert_caches(
     """
     from fastattn import functional
 
-    check_cache_type(_OP, cache_quant_type)
-    cache_quant_type = cache_type_name(cache_quant_type)
+    cache_quant_type = check_cache_type(_OP, cache_quant_type)
     for name, layout in (("src", src), ("dst", dst)):
         if layout not in _LAYOUTS:
             raise ValueError(f"{_OP}: {name}: expected {', '.join(_LAYOUTS)}, got {layout!r}")

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from fastattn import _ops
-from fastattn.backends.config import PD_MODES, read
+from fastattn.backends.config import PD_MODES, fastdeploy_flag, read, tensor_parallel
 from fastattn.backends.forward_meta import field, optional
 from fastattn.functional._marker import unified
 
@@ -55,11 +54,12 @@ class KvSignals:
         """
         mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
         flag = os.environ.get(SWITCH, "")
-        if mode not in PD_MODES or flag not in ("1", "true") or transfers_via_storage():
+        if mode not in PD_MODES or flag not in ("1", "true"):
             return None
-        size = int(read(fd_config, "parallel_config.tensor_parallel_size", 1))
-        group = int(read(fd_config, "parallel_config.local_data_parallel_id", 0))
-        rank = group * size + int(read(fd_config, "parallel_config.tensor_parallel_rank", 0))
+        if fastdeploy_flag("FD_PD_TRANSFER_VIA_STORAGE"):  # of release 2.6
+            return None
+        size, rank = tensor_parallel(fd_config)
+        rank += size * int(read(fd_config, "parallel_config.local_data_parallel_id", 0))
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
         listed = [str(rank)] if devices is None else devices.split(",")
         parallel = getattr(fd_config, "parallel_config", None)
@@ -102,12 +102,6 @@ class KvSignals:
 def _send(key: Any, value: Any, layer_id: int, channel: str) -> None:
     """The operator's call, which Paddle does not rewrite when it traces a backend."""
     _ops.call("send_kv_signal", (key, value), (layer_id, channel))
-
-
-def transfers_via_storage() -> bool:
-    """Whether FastDeploy moves caches between servers through a storage (release 2.6 can)."""
-    envs = sys.modules.get("fastdeploy.envs")
-    return bool(int(getattr(envs, "FD_PD_TRANSFER_VIA_STORAGE", 0) or 0))
 
 
 def queue_key(rank: int, *, short: bool) -> int:

@@ -9,7 +9,6 @@ from fastattn.backends.forward_meta import field
 from fastattn.backends.scales import HeadShard, local_scales
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
-    cache_type_name,
     check_cache_type,
     check_no_zero_points,
 )
@@ -24,8 +23,7 @@ def cache_type_of(kv_cache_quant_type: str | None) -> str:
         If it is not supported; the message lists what is.
     """
     name = "none" if kv_cache_quant_type is None else kv_cache_quant_type
-    check_cache_type("get_kv_cache_shape", name)
-    return cache_type_name(name)
+    return check_cache_type("get_kv_cache_shape", name)
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ class LayerCache:
             of a wrong length, or the layer has a zero point.
         """
         quant_type = getattr(layer, "cache_quant_type_str", "none")
-        check_cache_type("LayerCache", quant_type)
-        quant_type = cache_type_name(quant_type)
+        quant_type = check_cache_type("LayerCache", quant_type)
         check_no_zero_points(
             "LayerCache",
             quant_type,

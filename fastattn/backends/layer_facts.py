@@ -243,7 +243,6 @@ class KnownLayers:
         if facts.seen is None:
             return
         key, known = id(layer), self._facts
-        reference = None
         try:
             reference = weakref.ref(layer, lambda _: known.pop(key, None))
         except TypeError:  # a class with __slots__ and without __weakref__

@@ -259,7 +259,8 @@ class PagedAttentionBackend(AttentionBackend):
         descale = facts.q_descale(written)
         options = self._options(facts, scales, descale, qkv, forward_meta, metadata)
         lengths = metadata.host_lengths or self._guess_lengths(written[0], seqs, forward_meta)
-        attended = self._attend(written[0], key, value, seqs, lengths, options, metadata)
+        plan = _cascade_plan(forward_meta, metadata)
+        attended = self._attend(written[0], key, value, seqs, lengths, options, plan)
         return _ops.flat(attended)
 
     def _step(
@@ -267,7 +268,7 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> Any:
         """A plain step of a layer that has been seen before, without Python; None: not taken."""
         facts = self._known_layers.get(layer)
-        if facts is None or metadata.cascade_plan is not None:
+        if facts is None or _cascade_plan(forward_meta, metadata) is not None:
             return None
         if self._signals is not None:  # they go between the step's two operators
             return None
@@ -282,8 +283,7 @@ class PagedAttentionBackend(AttentionBackend):
             tables = optional(forward_meta, "block_tables")
             if tables is None:
                 return None
-            longest = min(self.config.max_model_len, tables.shape[1] * BLOCK_SIZE)
-            lengths = qkv.shape[0], longest
+            lengths = qkv.shape[0], self._most_keys(tables)
         scales = None if facts.dynamic else facts.scales(forward_meta, layer, self.config.shard)
         try:
             return run(
@@ -331,17 +331,17 @@ class PagedAttentionBackend(AttentionBackend):
         seqs: tuple[Any, Any, Any, Any],
         longest: tuple[int, int],
         options: dict[str, Any],
-        metadata: PagedAttentionMetadata,
+        plan: Any,
     ) -> Any:
         """Attention [T, H, D] over the whole cache; `longest` are bounds of lengths."""
         _, cu_seqlens_q, _, seq_lens_this_time = seqs
-        if metadata.cascade_plan is None or not _sees_all(options):
+        if plan is None or not _sees_all(options):
             return functional.paged_attention(query, key, value, *seqs, *longest, **options)
         return functional.cascade_attention(
             query,
             key,
             value,
-            metadata.cascade_plan,
+            plan,
             cu_seqlens_q,
             seq_lens_this_time,
             *longest,
@@ -362,7 +362,11 @@ class PagedAttentionBackend(AttentionBackend):
             count = seqs[1].shape[0] - 1
             prefills = optional(forward_meta, "exist_prefill") is True
             tokens = guess_new_tokens(tokens, count, self.config.decode_tokens, prefills)
-        return tokens, min(self.config.max_model_len, seqs[0].shape[1] * BLOCK_SIZE)
+        return tokens, self._most_keys(seqs[0])
+
+    def _most_keys(self, block_tables: Any) -> int:
+        """Keys of a sequence, at most."""
+        return min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE)
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
         """Arguments of the layer's operators, reused if the layer is unchanged."""
@@ -467,6 +471,12 @@ def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]
 
 def _dtype_name(qkv: Any) -> str:
     return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
+
+
+def _cascade_plan(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
+    """The prepared step's plan, None for its micro-batches: the halves have none of their own."""
+    plan = metadata.cascade_plan
+    return None if plan is None or optional(forward_meta, "cascade_plan") is not plan else plan
 
 
 def _mask_offsets(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:

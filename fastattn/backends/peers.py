@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from fastattn.backends.config import read
+from fastattn.backends.config import fastdeploy_flag, read
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def guard(fd_config: Any, backend: str) -> None:
     pool = read(fd_config, "cache_config.kvcache_storage_backend")
     if role == "mixed" and pool is None:
         return
-    if _fastdeploy_flag("ENABLE_V1_KVCACHE_MANAGER"):
+    if fastdeploy_flag("ENABLE_V1_KVCACHE_MANAGER"):
         _refuse(
             backend,
             "ENABLE_V1_KVCACHE_MANAGER",
@@ -55,7 +55,7 @@ def guard(fd_config: Any, backend: str) -> None:
             "for quantised caches that other servers read; it names and moves blocks elsewhere",
         )
     if role != "mixed":
-        _guard_messages(fd_config, backend)
+        _guard_messages(fd_config, role, backend)
     if pool is not None:
         _guard_pool(pool, backend)
 
@@ -68,10 +68,6 @@ def _is_quantised(fd_config: Any) -> bool:
     return str(getattr(kind, "value", kind)).lower() not in _PLAIN
 
 
-def _fastdeploy_flag(name: str) -> bool:
-    return bool(int(getattr(sys.modules.get("fastdeploy.envs"), name, 0) or 0))
-
-
 def _refuse(backend: str, what: str, value: Any, why: str) -> NoReturn:
     raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported {why}")
 
@@ -79,12 +75,11 @@ def _refuse(backend: str, what: str, value: Any, why: str) -> NoReturn:
 # ---- messages between a prefill and a decode server ----
 
 
-def _guard_messages(fd_config: Any, backend: str) -> None:
+def _guard_messages(fd_config: Any, role: str, backend: str) -> None:
     module = sys.modules.get(_CONNECTOR)
     if module is None:
         return
     connector = getattr(module, "SplitwiseConnector", None)
-    role = read(fd_config, "scheduler_config.splitwise_role")
     methods = ("_serialize_message", "_deserialize_message", "_send_message")
     if not all(callable(getattr(connector, name, None)) for name in methods):
         _refuse(

@@ -1,12 +1,13 @@
-"""Two of FastDeploy's operators under their own names, with their own positional arguments.
+"""Some of FastDeploy's operators under their own names, with their own positional arguments.
 
 A program that calls them changes one line::
 
     # from fastdeploy.model_executor.ops.gpu import merge_prefill_decode_output
     from fastattn.compat.fastdeploy import gqa_rope_write_cache, merge_prefill_decode_output
 
-They read and write caches in FastDeploy's byte layout, which its ``append_attention`` reads. The
-backends of :mod:`fastattn.backends` need neither: they attend to the quantised cache itself.
+These two read and write caches in FastDeploy's byte layout, which its ``append_attention`` reads.
+The backends of :mod:`fastattn.backends` need neither: they attend to the quantised cache itself.
+The others are those of DeepSeek's indexer.
 """
 
 from __future__ import annotations
@@ -17,17 +18,27 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.backends.scales import HeadShard, local_scales
+from fastattn.compat._fastdeploy_indexer import (
+    cp_gather_indexer_k_quant_cache,
+    indexer_k_quant_and_cache,
+    radix_topk_ragged_transform,
+)
 from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     STATIC_TYPES,
-    cache_type_name,
     check_cache_type,
     check_no_zero_points,
 )
 from fastattn.functional._marker import unified
 
-__all__ = ["gqa_rope_write_cache", "merge_prefill_decode_output"]
+__all__ = [
+    "cp_gather_indexer_k_quant_cache",
+    "gqa_rope_write_cache",
+    "indexer_k_quant_and_cache",
+    "merge_prefill_decode_output",
+    "radix_topk_ragged_transform",
+]
 
 _OP = "gqa_rope_write_cache"
 
@@ -171,8 +182,7 @@ def gqa_rope_write_cache(
         raise TypeError(
             f"{_OP}: cache_quant_type: expected str, got {type(cache_quant_type).__name__}"
         )
-    check_cache_type(_OP, cache_quant_type)
-    cache_quant_type = cache_type_name(cache_quant_type)
+    cache_quant_type = check_cache_type(_OP, cache_quant_type)
     check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)
     _check_rope_3d(rope_3d, rotary_embs)
     if kv_signal_data is not None:

@@ -8,9 +8,17 @@ from fastattn.functional.cache import (
     write_cache_kv,
 )
 from fastattn.functional.cascade import cascade_attention, plan_cascade
+from fastattn.functional.index_maps import (
+    combine_topk_window,
+    short_context_indices,
+    topk_to_slots,
+    window_indices,
+)
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
+from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
@@ -19,20 +27,28 @@ from fastattn.functional.topk import topk_indices
 __all__ = [
     "append_cache_kv_c8",
     "cascade_attention",
+    "combine_topk_window",
     "convert_cache_blocks",
     "convert_cache_layout",
     "flash_attention",
+    "indexer_k_gather",
+    "indexer_k_write_cache",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "merge_attn_states",
     "mla_gather_cache",
     "mla_write_cache",
+    "mqa_logits",
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
+    "paged_mqa_logits",
     "plan_cascade",
     "quantize_fp8",
     "rope_write_cache_kv",
+    "short_context_indices",
     "topk_indices",
+    "topk_to_slots",
+    "window_indices",
     "write_cache_kv",
 ]

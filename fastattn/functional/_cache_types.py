@@ -24,13 +24,21 @@ def cache_type_name(cache_quant_type: str) -> str:
     return cache_quant_type
 
 
-def check_cache_type(op: str, cache_quant_type: str) -> None:
-    """Raise NotImplementedError, which lists the supported names, for any other name."""
-    if cache_type_name(cache_quant_type) not in CACHE_QUANT_TYPES:
+def check_cache_type(op: str, cache_quant_type: str) -> str:
+    """The type that a name means.
+
+    Raises
+    ------
+    NotImplementedError
+        For any other name; the message lists the supported ones.
+    """
+    name = cache_type_name(cache_quant_type)
+    if name not in CACHE_QUANT_TYPES:
         raise NotImplementedError(
             f"{op}: cache_quant_type: {cache_quant_type!r} is not supported; supported: "
             + ", ".join(CACHE_QUANT_TYPES)
         )
+    return name
 
 
 def check_no_zero_points(op: str, cache_quant_type: str, **zero_points: Any) -> None:

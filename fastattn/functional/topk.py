@@ -48,8 +48,6 @@ def topk_indices(
     ------
     TypeError
         If a dtype is not one of those above, or `k` is no integer.
-    NotImplementedError
-        On a GPU with less than 113 KiB of shared memory a CTA (compute capability 8.6, 8.9, 12.x).
     ValueError
         If shapes do not match, `k` is out of range, or `out` shares memory with an input.
 

@@ -2,9 +2,17 @@
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
+from fastattn.reference.index_maps import (
+    combine_topk_window,
+    short_context_indices,
+    topk_to_slots,
+    window_indices,
+)
 from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
+from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
@@ -13,20 +21,28 @@ from fastattn.reference.topk import topk_indices
 __all__ = [
     "append_cache_kv_c8",
     "attention_mask",
+    "combine_topk_window",
     "convert_cache_layout",
     "flash_attention",
+    "indexer_k_gather",
+    "indexer_k_write_cache",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "make_rotary_embs",
     "merge_attn_states",
     "mla_gather_cache",
     "mla_write_cache",
+    "mqa_logits",
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
+    "paged_mqa_logits",
     "quantize_fp8",
     "quantize_query",
     "rope_write_cache_kv",
+    "short_context_indices",
     "topk_indices",
+    "topk_to_slots",
+    "window_indices",
     "write_cache_kv",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import paddle
 
-OPS = "fastdeploy.model_executor.ops.gpu"
+from fastdeploy_check.stubs import OPS
 
 
 class OpNotStoodInFor(RuntimeError):

@@ -43,6 +43,13 @@ class Wrong(AssertionError):
     """A result that is not the exact one."""
 
 
+def tolerable(error: float) -> float:
+    """The error, if it is not above :data:`TOLERANCE`."""
+    if error > TOLERANCE:
+        raise Wrong(f"error {error:.3f}")
+    return error
+
+
 def make_config(
     model: dict[str, Any] | None = None,
     kind: str | None = None,
@@ -272,14 +279,15 @@ class Serving:
             runner.padding_cudagraph_inputs()
         return runner.forward_meta
 
-    def fused(self, layer: int, new: list[int], done: list[int] | None = None) -> Any:
+    def fused(self, layer: int, new: list[int]) -> Any:
         """The fused projection of the step's tokens."""
-        done = self.cached if done is None else done
-        parts = [x[layer, at : at + n] for x, at, n in zip(self.tokens, done, new)]
+        parts = [x[layer, at : at + n] for x, at, n in zip(self.tokens, self.cached, new)]
         return paddle.to_tensor(np.concatenate(parts).astype(np.float32)).astype("bfloat16")
 
-    def check(self, layer: int, out: Any, new: list[int], **mask: Any) -> float:
-        """Largest error of a sequence of the step."""
+    def check(
+        self, layer: int, out: Any, new: list[int], ends: list[np.ndarray] | None = None
+    ) -> float:
+        """Largest error of a sequence of the step; `ends`: keys that each of its tokens sees."""
         worst, start, values = 0.0, 0, array(out)
         for slot, n in enumerate(new):
             if n == 0:
@@ -288,9 +296,10 @@ class Serving:
             rounded = paddle.to_tensor(tokens).astype("bfloat16").astype("float32").numpy()
             if self.images:
                 self.models[layer].table = self.tables[slot]
+            seen = None if ends is None else ends[slot]
             if self.masked:
-                mask = {"ends": self._image_ends(slot, n)}
-            exact = self.models[layer].attend(rounded, self.cached[slot], **mask)
+                seen = self._image_ends(slot, n)
+            exact = self.models[layer].attend(rounded, self.cached[slot], ends=seen)
             worst = max(worst, relative_error(values[start : start + n], exact))
             start += n
         if len(values) != start:
@@ -313,8 +322,6 @@ class Serving:
                 out = layer(qkv=self.fused(index, new), forward_meta=meta)
             self.after_layer(index)
             worst = max(worst, self.check(index, out, new))
-        if worst > TOLERANCE:
-            raise Wrong(f"error {worst:.3f}")
         for slot, n in enumerate(new):
             self.cached[slot] += n
-        return worst
+        return tolerable(worst)

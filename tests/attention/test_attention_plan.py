@@ -254,7 +254,7 @@ def test_ctas_join_partial_results_where_clusters_are_likely_and_splits_few(
 @pytest.mark.parametrize(
     "tokens, max_q, cluster, seqs", [(1, 1, 8, 1), (2, 1, 8, 2), (4, 4, 8, 4), (16, 1, 2, 16)]
 )
-def test_a_captured_step_has_rows_without_tokens(tokens, max_q, cluster, seqs):
+def test_a_captured_step_has_seqs_without_tokens(tokens, max_q, cluster, seqs):
     """Clusters are as many as there are tokens, at most, and as large as fit as many sequences."""
     (launch,) = plan(256, max_q, 32768, tokens=tokens, heads=16, cluster=8)
     assert launch["finds_seqs"] and launch["cluster"] == cluster

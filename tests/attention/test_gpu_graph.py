@@ -169,7 +169,71 @@ def test_attention_follows_lengths_that_change_between_replays(quantize_q):
     graph.reset()
 
 
-class MixedStep:
+class HeldStep:
+    """A problem's step on the GPU, whose tensors may take another step's values."""
+
+    LONGEST = (130, 3072)  # bounds of new tokens and of keys
+
+    def __init__(self, problem) -> None:
+        self.problem = problem
+        positional, self.options = problem.arguments("gpu")
+        self.inputs = positional[:7]
+
+    def attend(self) -> tuple:
+        longest, options = self.LONGEST, self.options
+        return F.paged_attention(*self.inputs, *longest, return_softmax_lse=True, **options)
+
+    def become(self, other: HeldStep) -> None:
+        """Take another step's values in place."""
+        for mine, its in zip(self.inputs, other.inputs):
+            mine.copy_(its, True)
+        for name, value in other.options.items():
+            if isinstance(value, paddle.Tensor):
+                self.options[name].copy_(value, True)
+
+    def check_replays(self, steps, times: int = 1, check=lambda *_: None) -> None:
+        """Capture the attention, then replay it with the values of each of `steps`.
+
+        `check` gets the step, and what the last replay gave.
+        """
+        self.attend()
+        with capture() as graph:
+            out, lse = self.attend()
+        for number, step in enumerate(steps, 1):
+            step.problem.check("gpu", f"step {number}")
+            self.become(step)
+            for again in range(times):
+                graph.replay()
+                want, want_lse = step.attend()
+                assert_same_bits(to_numpy(out), to_numpy(want), f"replay {number}.{again}: out")
+                assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {number}.{again}: lse")
+            check(step, to_numpy(out), to_numpy(lse))
+        del out, lse
+        graph.reset()
+
+
+def check_that_the_next_waits(q, attend) -> None:
+    """Two calls in a graph: the second one's first kernel quantises what the first call gives."""
+    first, zeros = (to_paddle(np.zeros(q.shape, BF16), "gpu") for _ in range(2))
+
+    def both():
+        attend(q, out=first)
+        return attend(first, quantize_q=True)
+
+    both()
+    paddle.device.cuda.synchronize()
+    want = to_numpy(attend(first, quantize_q=True))
+    with capture() as graph:
+        out = both()
+    for i in range(5):
+        first.copy_(zeros, True)
+        graph.replay()
+        assert_same_bits(to_numpy(out), want, f"replay {i}")
+    del out
+    graph.reset()
+
+
+class MixedStep(HeldStep):
     """A step whose sequences rest, decode, speculate and prefill in turn."""
 
     NEW = (0, 1, 1, 4, 63, 64, 130, 17, 2)
@@ -181,20 +245,9 @@ class MixedStep:
         # As many blocks in every step.
         keys = rng.permutation(self.KEYS) - rng.integers(0, 63, len(new))
         seqs = list(zip(keys - new, new))
-        self.problem = paged_problem(seqs, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=3)
-        positional, self.options = self.problem.arguments("gpu")
-        self.inputs = positional[:7]
-
-    def attend(self) -> tuple:
-        return F.paged_attention(*self.inputs, 130, 3072, return_softmax_lse=True, **self.options)
-
-    def become(self, other: MixedStep) -> None:
-        """Take another step's values in place."""
-        for mine, its in zip(self.inputs, other.inputs):
-            mine.copy_(its, True)
-        for name, value in other.options.items():
-            if isinstance(value, paddle.Tensor):
-                self.options[name].copy_(value, True)
+        super().__init__(
+            paged_problem(seqs, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=3)
+        )
 
 
 @pytest.mark.parametrize(
@@ -207,20 +260,8 @@ class MixedStep:
 )
 def test_seqs_move_between_launches_between_replays(kind, q_type):
     """Decoding, speculative and long sequences are launches of their own, found on the device."""
-    held = MixedStep(0, kind, q_type)
-    held.attend()
-    with capture() as graph:
-        out, lse = held.attend()
-    for seed in range(1, 5):
-        step = MixedStep(seed, kind, q_type)
-        step.problem.check("gpu", f"step {seed}")
-        held.become(step)
-        graph.replay()
-        want, want_lse = step.attend()
-        assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
-        assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
-    del out, lse
-    graph.reset()
+    steps = (MixedStep(seed, kind, q_type) for seed in range(1, 5))
+    MixedStep(0, kind, q_type).check_replays(steps)
 
 
 @pytest.mark.parametrize("kind", [CacheKind("cache_fp8", "head"), BLOCK_WISE_FP8], ids=str)
@@ -228,43 +269,23 @@ def test_seqs_move_between_launches_between_replays(kind, q_type):
 def test_what_follows_waits_for_every_launch(kind, seqs):
     """The launches of short sequences end long before that of the long one, which starts first."""
     problem = paged_problem(seqs, kind=kind, dim=DIM, seed=2)
-    positional, options = problem.arguments("gpu")
-    first = to_paddle(np.zeros(problem.q.shape, BF16), "gpu")
-    zeros = to_paddle(np.zeros(problem.q.shape, BF16), "gpu")
-
-    def both():
-        """The second call's first kernel quantises what the first call gives."""
-        F.paged_attention(*positional, out=first, **options)
-        return F.paged_attention(first, *positional[1:], quantize_q=True, **options)
-
-    F.paged_attention(*positional, out=first, **options)
-    paddle.device.cuda.synchronize()
-    want = to_numpy(F.paged_attention(first, *positional[1:], quantize_q=True, **options))
-    with capture() as graph:
-        out = both()
-    for i in range(5):
-        first.copy_(zeros, True)
-        graph.replay()
-        assert_same_bits(to_numpy(out), want, f"replay {i}")
-    del out
-    graph.reset()
+    (q, *others), options = problem.arguments("gpu")
+    check_that_the_next_waits(q, lambda q, **o: F.paged_attention(q, *others, **options, **o))
 
 
-class UniformStep(MixedStep):
+class UniformStep(HeldStep):
     """A step whose tensors are those of four sequences of 70 new tokens, whatever it holds."""
 
+    LONGEST = (70, 512)
     KEYS = (512, 320, 192, 256)
 
     def __init__(self, new, kind: CacheKind, q_type: str, seed: int) -> None:
         seqs = [(keys - n, n) for keys, n in zip(self.KEYS, new)]
-        self.problem = paged_problem(
-            seqs, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=280 - sum(new)
+        super().__init__(
+            paged_problem(
+                seqs, kind=kind, q_type=q_type, dim=DIM, seed=seed, padding=280 - sum(new)
+            )
         )
-        positional, self.options = self.problem.arguments("gpu")
-        self.inputs = positional[:7]
-
-    def attend(self) -> tuple:
-        return F.paged_attention(*self.inputs, 70, 512, return_softmax_lse=True, **self.options)
 
 
 @pytest.mark.parametrize(
@@ -277,28 +298,21 @@ class UniformStep(MixedStep):
 )
 def test_long_sequences_alone_become_short_ones(kind, q_type):
     """The launch of whole tiles takes any length, and padding is cleared beside it."""
-    held = UniformStep((70, 70, 70, 70), kind, q_type, 0)
-    held.attend()
-    with capture() as graph:
-        out, lse = held.attend()
-    for seed, new in enumerate([(70, 70, 70, 70), (1, 70, 0, 5), (0, 0, 1, 0), (69, 33, 64, 2)], 1):
-        step = UniformStep(new, kind, q_type, seed)
-        held.become(step)
-        graph.replay()
-        step.problem.check("gpu", f"step {seed}")
-        want, want_lse = step.attend()
-        assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
-        assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
-        tokens = sum(new)
-        assert (to_numpy(out)[tokens:].astype(np.float32) == 0).all()
-        assert np.isneginf(to_numpy(lse)[:, tokens:]).all()
-    del out, lse
-    graph.reset()
+    orders = [(70, 70, 70, 70), (1, 70, 0, 5), (0, 0, 1, 0), (69, 33, 64, 2)]
+    steps = (UniformStep(new, kind, q_type, seed) for seed, new in enumerate(orders, 1))
+
+    def check_padding(step, out, lse):
+        tokens = int(step.problem.cu_seqlens_q[-1])
+        assert (out[tokens:].astype(np.float32) == 0).all()
+        assert np.isneginf(lse[:, tokens:]).all()
+
+    UniformStep((70, 70, 70, 70), kind, q_type, 0).check_replays(steps, check=check_padding)
 
 
-class DecodeStep(MixedStep):
+class DecodeStep(HeldStep):
     """A step of up to 60 decoding sequences, of which the host knows the number of slots only."""
 
+    LONGEST = (1, 1 << 20)
     SLOTS, BLOCKS, WIDTH = 60, 240, 64
 
     def __init__(
@@ -325,61 +339,24 @@ class DecodeStep(MixedStep):
         problem.block_tables = np.pad(
             tables, ((0, 0), (0, self.WIDTH - tables.shape[1])), constant_values=-1
         )
-        self.problem = problem
-        positional, self.options = problem.arguments("gpu")
-        self.inputs = positional[:7]
-
-    def attend(self) -> tuple:
-        return F.paged_attention(*self.inputs, 1, 1 << 20, return_softmax_lse=True, **self.options)
+        super().__init__(problem)
 
 
 @pytest.mark.parametrize("kind", [CacheKind(), BLOCK_WISE_FP8], ids=str)
 @pytest.mark.parametrize("tokens", [61, 20, 3])
 def test_the_device_chooses_anew_in_every_replay(kind, tokens):
     """Few keys: clusters; many: equal shares and a second kernel, which otherwise does nothing."""
-    held = DecodeStep(4, 60, kind, 0, tokens)
-    held.attend()
-    with capture() as graph:
-        out, lse = held.attend()
-    for seed, (longest, working) in enumerate([(50, 60), (4, 9), (4, 60), (60, 1), (17, 60)], 1):
-        step = DecodeStep(longest, working, kind, seed, tokens)
-        step.problem.check("gpu", f"step {seed}")
-        held.become(step)
-        for again in range(2):
-            graph.replay()
-            want, want_lse = step.attend()
-            assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}.{again}: out")
-            assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}.{again}: lse")
-    del out, lse
-    graph.reset()
+    days = [(50, 60), (4, 9), (4, 60), (60, 1), (17, 60)]
+    steps = (DecodeStep(*sizes, kind, seed, tokens) for seed, sizes in enumerate(days, 1))
+    DecodeStep(4, 60, kind, 0, tokens).check_replays(steps, times=2)
 
 
 @pytest.mark.parametrize("longest", [4, 60])
 def test_what_follows_a_choice_waits_for_it(longest):
     """In either mode the next call begins when the attention has ended, not the second kernel."""
     step = DecodeStep(longest, 60, BLOCK_WISE_FP8, 3)
-    first = to_paddle(np.zeros(step.problem.q.shape, BF16), "gpu")
-    zeros = to_paddle(np.zeros(step.problem.q.shape, BF16), "gpu")
-
-    def attend(q, **options):
-        """The second call's first kernel quantises what the first call gives."""
-        return F.paged_attention(q, *step.inputs[1:], 1, 1 << 20, **step.options, **options)
-
-    def both():
-        attend(step.inputs[0], out=first)
-        return attend(first, quantize_q=True)
-
-    both()
-    paddle.device.cuda.synchronize()
-    want = to_numpy(attend(first, quantize_q=True))
-    with capture() as graph:
-        out = both()
-    for i in range(5):
-        first.copy_(zeros, True)
-        graph.replay()
-        assert_same_bits(to_numpy(out), want, f"replay {i}")
-    del out
-    graph.reset()
+    q, *others = *step.inputs, *step.LONGEST
+    check_that_the_next_waits(q, lambda q, **o: F.paged_attention(q, *others, **step.options, **o))
 
 
 class SharedPrefix:

@@ -106,18 +106,18 @@ class Step:
         assert_error_ratio(out[owned], exact[owned], naive[owned], "bfloat16", "out")
 
 
-def lengths_of(batch: int, longest: int, rows: int | None = None) -> list[tuple[int, int]]:
-    """Ragged sequences, one of them with `longest` keys, among rows without tokens."""
-    rows = batch if rows is None else rows
-    seqs = [(0, 0)] * rows
+def lengths_of(batch: int, longest: int, slots: int | None = None) -> list[tuple[int, int]]:
+    """Ragged sequences, one of them with `longest` keys, among those without tokens."""
+    slots = batch if slots is None else slots
+    seqs = [(0, 0)] * slots
     for i in range(batch):
-        seqs[i * rows // batch] = ((41 * i) % 300, 1)
-    seqs[batch // 2 * rows // batch] = (longest - 1, 1)
+        seqs[i * slots // batch] = ((41 * i) % 300, 1)
+    seqs[batch // 2 * slots // batch] = (longest - 1, 1)
     return seqs
 
 
 @pytest.mark.parametrize("longest", [100, 4500, 9000])
-@pytest.mark.parametrize("rows", [0, 64])
+@pytest.mark.parametrize("slots", [0, 64])
 @pytest.mark.parametrize(
     "batch, heads",
     [
@@ -125,10 +125,10 @@ def lengths_of(batch: int, longest: int, rows: int | None = None) -> list[tuple[
         *((33, (4, 1)), (17, (8, 2)), (16, (16, 1))),
     ],
 )
-def test_steps_match_the_reference(place, batch, heads, rows, longest):
+def test_steps_match_the_reference(place, batch, heads, slots, longest):
     if place == "cpu" and (longest > 4500 or batch > 5):
         pytest.skip("nothing is joined on a CPU")
-    seqs = lengths_of(batch, longest, max(batch, rows))
+    seqs = lengths_of(batch, longest, max(batch, slots))
     step = Step(paged_problem(seqs, heads=heads, seed=batch), place)
     for _ in range(2):  # the first step of a layer goes through Python
         step.check(step.run())

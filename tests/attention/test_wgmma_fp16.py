@@ -1,7 +1,7 @@
-"""Long sequences of bf16 and fp16 queries over every cache and over ragged keys.
+"""What the wgmma kernel of 16-bit queries has to keep besides test_wgmma.py.
 
-On a Hopper GPU these take the kernel of custom_ops/cuda/attention/wgmma_sm90/fp16; anywhere else
-the other kernels. Results are held to the error of 16-bit products (see tests.support.attention).
+On a Hopper GPU these take custom_ops/cuda/attention/wgmma_sm90/fp16; anywhere else the other
+kernels. Results are held to the error of 16-bit products (see tests.support.attention).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.attention.test_wgmma import BF16, FEW_16, KINDS_16, MIXED, STATIC, TOKEN
 from tests.support.attention import (
     CacheKind,
     assert_scores_in_14_bits,
@@ -17,109 +18,19 @@ from tests.support.attention import (
 )
 from tests.support.compare import assert_same_bits
 
-BF16 = CacheKind()
-FP16 = CacheKind(dtype="float16")
-KINDS = [
-    BF16,
-    FP16,
-    CacheKind("cache_int8", "tensor"),
-    CacheKind("cache_int8", "head", scale_dtype="bfloat16"),
-    CacheKind("cache_int8", "channel"),
-    CacheKind("cache_fp8", "head"),
-    CacheKind("cache_fp8", "tensor", "e5m2"),
-    CacheKind("block_wise_fp8"),
-    CacheKind("block_wise_fp8", scale_dtype="bfloat16"),
-    CacheKind("block_wise_int8"),
-]
-#: One for each way of the values into the product.
-FEW = [BF16, CacheKind("cache_int8", "channel"), CacheKind("block_wise_fp8")]
 #: Whose codes of K are operands of the tensor cores as they lie.
 CODES = [
     CacheKind("cache_int8", "head"),
-    CacheKind("cache_fp8", "head"),
+    STATIC,
     CacheKind("block_wise_int8"),
-    CacheKind("block_wise_fp8"),
+    TOKEN,
 ]
-#: With codes that are NaN.
-NAN = [BF16, FP16, CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")]
-
-#: (cached, new) tokens: a chunk at an odd offset, a prompt, decoding and resting sequences.
-MIXED = [(333, 129), (0, 300), (100, 1), (0, 0), (51, 77), (64, 256)]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_mixed_seqs(place, kind, dim):
-    paged_problem(MIXED, kind=kind, dim=dim, seed=1, padding=3).check(place)
-
-
-@pytest.mark.parametrize("kind", [k for k in KINDS if k.quant_type != "none"], ids=str)
+@pytest.mark.parametrize("kind", [k for k in KINDS_16 if k.quant_type != "none"], ids=str)
 def test_fp16_queries_of_codes(place, kind):
     seqs = [(70, 200), (0, 130)]
     paged_problem(seqs, kind=kind, dim=128, q_type="float16", seed=2).check(place)
-
-
-@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1), (5, 5)], ids=str)
-@pytest.mark.parametrize("kind", FEW, ids=str)
-def test_query_head_groups(place, heads, kind):
-    paged_problem([(70, 200), (0, 130)], kind=kind, heads=heads, dim=128).check(place)
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 63, 64, 127, 200])
-@pytest.mark.parametrize("new", [64, 127, 129])
-def test_prefix_lengths(place, prefix, new):
-    for seed, kind in enumerate((BF16, CacheKind("block_wise_int8"))):
-        seqs = [(prefix, new), (prefix + 5, new + 1)]
-        paged_problem(seqs, kind=kind, heads=(2, 1), dim=128, seed=seed).check(place, str(kind))
-
-
-@pytest.mark.parametrize("kind", FEW, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"causal": False},
-        {"window_size": (100, 0)},
-        {"causal": False, "window_size": (37, 150)},
-        {"softcap": 5.0},
-        {"sinks": np.array([0.3, -1.0, 4.0, -np.inf], np.float32)},
-        {"out_scale": np.array([0.07], np.float32)},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_options(place, kind, options):
-    paged_problem([(300, 200), (0, 333)], kind=kind, dim=128, **options).check(place)
-
-
-@pytest.mark.parametrize("kind", FEW, ids=str)
-def test_mask_offsets(place, kind):
-    rng = np.random.default_rng(0)
-    start = rng.integers(0, 150, 333)
-    offsets = np.stack([start, start + rng.integers(-3, 300, 333)], 1).astype(np.int32)
-    problem = paged_problem(
-        [(60, 200), (0, 133)], kind=kind, dim=128, causal=False, mask_offsets=offsets
-    )
-    problem.check(place)
-
-
-@pytest.mark.parametrize("kind", FEW, ids=str)
-def test_blocks_that_are_not_assigned(place, kind):
-    problem = paged_problem([(500, 200), (0, 130)], kind=kind, dim=128)
-    problem.block_tables[0, [0, 3, 7]] = [-1, 2**31 - 1, 12345]
-    problem.block_tables[1, :] = -1
-    out, lse = problem.check(place)
-    assert np.isneginf(lse[:, 200:]).all() and (out[200:] == 0).all()
-
-
-@pytest.mark.parametrize("kind", NAN, ids=str)
-def test_nan_stays_with_the_seqs_that_see_it(place, kind):
-    problem = paged_problem([(200, 300)], kind=kind, dim=128)
-    nan = np.nan if kind.quant_type == "none" else 0x7F
-    problem.v.elements[problem.slot(0, 333)[0], 0, 333 % 64, 5] = nan
-    problem.k.elements[problem.slot(0, 450)[0], 1, 450 % 64, 7] = nan
-    out, _ = problem.check(place)
-    seen = np.isnan(out.astype(np.float32))
-    assert seen[133:, :2, 5].all() and not seen[:133].any() and not seen[:, :2, 6].any()
-    assert seen[250:, 2:].all() and not seen[:250, 2:].any()
 
 
 @pytest.mark.parametrize("code", ["fp8", "int8"])
@@ -133,9 +44,7 @@ def test_nan_scales_stay_with_the_seqs_that_see_them(place, code):
     assert seen[250:, 2:].all() and not seen[:250, 2:].any()
 
 
-@pytest.mark.parametrize(
-    "kind", [CacheKind("block_wise_int8"), CacheKind("block_wise_fp8")], ids=str
-)
+@pytest.mark.parametrize("kind", [CacheKind("block_wise_int8"), TOKEN], ids=str)
 def test_token_scales_far_apart(place, kind):
     # The scale that probabilities are stored with follows the largest scale of V, step by step.
     problem = paged_problem([(600, 200)], kind=kind, heads=(2, 1), dim=128)
@@ -152,7 +61,7 @@ def test_queries_of_any_size(place):
     problem.check(place)
 
 
-@pytest.mark.parametrize("kind", FEW, ids=str)
+@pytest.mark.parametrize("kind", FEW_16, ids=str)
 def test_fp32_results(place, kind):
     problem = paged_problem(MIXED, kind=kind, dim=128)
     rounded, lse = problem.check(place)
@@ -281,31 +190,6 @@ def test_a_nan_scale_of_keys_that_nobody_sees(place, q_type):
     problem.options["k_descale"][1] = np.nan
     out, lse = problem.check(place)
     assert not out[100:180].any() and np.isneginf(lse[:, 100:180]).all()
-
-
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(
-    "types",
-    [
-        ("bfloat16", None),
-        ("float16", None),
-        ("bfloat16", "int8"),
-        ("float16", "int8"),
-        ("bfloat16", "e4m3"),
-        ("float16", "e4m3"),
-        ("bfloat16", "e5m2"),
-    ],
-    ids=lambda types: "-".join(filter(None, types)),
-)
-def test_contiguous_keys(place, types, dim, causal):
-    seqs = [(300, 300), (77, 400), (0, 5), (129, 64), (200, 100)]
-    q_type, kv_type = types
-    problem = flash_problem(
-        seqs, heads=(4, 2), dim=dim, q_type=q_type, kv_type=kv_type, descale_shape="batch",
-        causal=causal,
-    )  # fmt: skip
-    problem.check(place)
 
 
 @pytest.mark.parametrize("kv_type", ["bfloat16", "e4m3"])

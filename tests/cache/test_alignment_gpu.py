@@ -140,6 +140,30 @@ def problems() -> dict[str, tuple[str, OpCall]]:
             state_cache=zeros(2, 4, 512, dtype="bfloat16"),
         ),
     )
+    write = base["indexer_k_write_cache"]
+    for dtype in ("float32", "float16"):
+        found[f"index keys mxfp4 {dtype}"] = (
+            "indexer_k_write_cache",
+            write.changed(
+                quant="mxfp4",
+                key=zeros(2, 128, dtype=dtype),
+                cache=zeros(2, 4, 68, dtype="uint8"),
+            ),
+        )
+    found["index keys of small pages"] = (
+        "indexer_k_write_cache",
+        write.changed(scale_rule="amax", page_size=3, cache=zeros(2, 3, 133, dtype="uint8")),
+    )
+    for quant, width in (("fp8", 132), ("mxfp4", 68)):
+        found[f"gather {quant}"] = (
+            "indexer_k_gather",
+            base["indexer_k_gather"].changed(
+                quant=quant,
+                cache=zeros(2, 4, width, dtype="uint8"),
+                out=zeros(6, width - 4, dtype="uint8"),
+                out_scales=zeros(6, 4, dtype="uint8"),
+            ),
+        )
     return found
 
 

@@ -9,6 +9,7 @@ import math
 import re
 
 import numpy as np
+import paddle
 import pytest
 
 import fastattn.functional as F
@@ -436,6 +437,44 @@ def test_indexer_page(place, quant, ratio):
         at = DOC["page_scale_byte"](row, n, quant)
         want[page, at : at + len(scales)] = np.frombuffer(scales, np.uint8)
         assert_same_bits(cache, want)
+
+
+@pytest.mark.parametrize("rule", ["pow2", "amax"])
+@pytest.mark.parametrize("quant", ["fp8", "mxfp4"])
+def test_index_keys(place, quant, rule):
+    """Pages of index keys by the page's formulas, and gathered again."""
+    if quant == "mxfp4" and rule == "amax":
+        pytest.skip("MXFP4 has powers of two only")
+    n, slots, f = 3, [4, 2, 0], np.float32
+    keys = some_rows(3, 128, 8)
+    cache = np.full((2, n * sum(DOC["PAGE_BYTES"][quant]) + 5), 0xA5, np.uint8)
+    want, tokens = cache.copy(), []
+    for slot, key in zip(slots, keys.astype(np.float32)):
+        if rule == "pow2":
+            codes, scales = page_token(key.tolist(), quant)
+        else:
+            scale = max(f(max(abs(v) for v in key)), f(1e-4)) / f(448)
+            codes = bytes(encode(float(v * (f(1) / scale)), "e4m3") for v in key)
+            scales = np.array([scale], "<f4").tobytes()
+        tokens.append((codes, scales))
+        page, row = slot // n, slot % n
+        at = DOC["page_code_byte"](row, n, quant)
+        want[page, at : at + len(codes)] = np.frombuffer(codes, np.uint8)
+        at = DOC["page_scale_byte"](row, n, quant)
+        want[page, at : at + 4] = np.frombuffer(scales, np.uint8)
+    tensor = to_paddle(cache, place)
+    F.indexer_k_write_cache(
+        to_paddle(keys, place), tensor, int32(slots, place),
+        quant=quant, scale_rule=rule, page_size=n,
+    )  # fmt: skip
+    assert_same_bits(to_numpy(tensor), want)
+    codes, scales = F.indexer_k_gather(
+        tensor, int32([[1], [0]], place), int32([0, 2, 5], place), 5, quant=quant, page_size=n
+    )
+    assert scales.dtype == (paddle.float32 if quant == "fp8" else paddle.int32)
+    for token, row in ((0, 1), (1, 4), (2, 2)):  # slots 4, 2 and 0
+        assert to_numpy(codes)[row].tobytes() == tokens[token][0]
+        assert to_numpy(scales)[row : row + 1].tobytes() == tokens[token][1]
 
 
 def page_token(key, quant):

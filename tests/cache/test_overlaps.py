@@ -56,12 +56,29 @@ SHIFTED = [
     ("indexer_kv_compress_insert", "kv_cache", "state_cache", 128, {}),
     ("indexer_kv_compress_insert", "kv_cache", "rms_norm_weight", 0, {}),
     ("indexer_kv_compress_insert", "kv_cache", "kv_slots", 1, {}),
+    ("indexer_k_write_cache", "cache", "key", 4, {}),
+    ("indexer_k_write_cache", "cache", "slot_mapping", 1, {}),
+    ("indexer_k_gather", "out", "cache", 5, {"out_scales": zeros(6)}),
+    ("indexer_k_gather", "out", "block_tables", 1, {"out_scales": zeros(6)}),
+    ("radix_topk_ragged_transform", "output", "input", 3, {}),
+    ("radix_topk_ragged_transform", "output", "lengths", 1, {}),
     ("mla_write_cache", "cache", "latent", 40, {}),
     ("mla_write_cache", "cache", "slot_mapping", 0, {}),
     ("mla_gather_cache", "out", "cu_seqlens_k", 0, {}),
     ("write_cache_kv", "key_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "value_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "key_cache", "key", 64, {}),
+    ("write_cache_kv", "key_cache", "block_tables", 0, {}),
+    ("write_cache_kv", "value_cache", "seq_lens_decoder", 3, {}),
+    ("rope_write_cache_kv", "key_cache", "qkv", 64, {}),
+    ("rope_write_cache_kv", "value_cache", "rotary_embs", 8, {}),
+    ("rope_write_cache_kv", "key_cache", "cu_seqlens_q", 0, {}),
+    ("rope_write_cache_kv", "value_cache", "seq_lens_this_time", 5, {}),
+    ("gqa_rope_write_cache", "key_cache", "qkv", 64, {}),
+    ("gqa_rope_write_cache", "value_cache", "seq_lens_encoder", 1, {}),
+    ("gqa_rope_write_cache", "key_cache", "cu_seqlens_k", 0, {}),
+    ("merge_prefill_decode_output", "encoder_res", "decoder_res", 64, {}),
+    ("merge_prefill_decode_output", "encoder_res", "cu_seq_q", 0, {}),
     ("quantize_fp8", "output", "scale", 0, {"scale": zeros(1)}),
 ]
 
@@ -83,6 +100,8 @@ def test_what_is_written_lies_apart(op, written, read, shift, more):
     }
     if op == "quantize_fp8":
         outputs["output"] = zeros(2, 64, dtype="uint8")
+    if op == "indexer_k_gather":
+        outputs["out"] = zeros(6, 128, dtype="uint8")
     first, second = call.inputs.get(written, outputs.get(written)), call.inputs[read]
     base = paddle.zeros([1 << 17], "uint8")
     call = call.changed(

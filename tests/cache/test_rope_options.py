@@ -15,7 +15,7 @@ import pytest
 import fastattn.functional as F
 from tests.support.cache import make_values
 from tests.support.compare import assert_same_bits
-from tests.support.rope import CACHES, QUANTS, Case, check, expected, make_case
+from tests.support.rope import CACHES, QUANTS, Case, check, expected, make_case, many_seqs
 from tests.support.tensors import BF16, DTYPES, skip_slices_on, to_numpy, to_paddle
 
 #: What each sequence has cached, and its new tokens. Heads and sequences end inside of a warp's,
@@ -131,22 +131,8 @@ def test_padding_inside_and_behind_prompts(place, cache, option):
 @pytest.mark.parametrize("option", ["norm", "bias", "both", "half rotated, both"])
 @pytest.mark.parametrize(("seqs", "most"), [(300, 1), (70, 4), (50, 30)])
 def test_many_sequences(place, seqs, most, option, with_ids):
-    rng = np.random.default_rng(seqs)
-    new = rng.integers(0, most + 1, seqs)
-    new[: seqs // 3] = 0
-    case = make_case(
-        list(rng.integers(0, 70, seqs)),
-        list(new),
-        cache=CACHES[-1],
-        heads=2,
-        kv_heads=1,
-        **OPTIONS[option],
-    )
-    if with_ids:
-        ids = np.repeat(np.arange(seqs), new).astype(np.int32)
-        ids[::7] = -1
-        case.tensors["batch_id_per_token"] = ids
-    check(case, place)
+    options = {"cache": CACHES[-1], **OPTIONS[option]}
+    check(many_seqs(seqs, most, with_ids=with_ids, **options), place)
 
 
 @pytest.mark.parametrize("tokens", [8, 300])

@@ -20,13 +20,14 @@ from tests.support.rope import (
     Case,
     assert_same_cache,
     check,
+    check_all_modes,
     make_case,
+    many_seqs,
     own_angles,
     run,
     tables_of,
     with_own_tables,
 )
-from tests.support.static import run_all_modes
 from tests.support.tensors import BF16, DTYPES, int32, skip_slices_on, to_numpy, to_paddle
 
 #: Cached and new tokens: a chunk at an odd offset, decode, rest, a prompt, drafts, a block's end.
@@ -82,6 +83,13 @@ def cached_keys(case: Case, key: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
+def assert_turned(case: Case, angles: np.ndarray, q: np.ndarray, key: np.ndarray) -> None:
+    """One rounding to bfloat16, and fp32 sums of a few terms of the heads' size."""
+    for actual, wanted in zip((q, cached_keys(case, key)), exact(case, angles)):
+        size = np.abs(wanted).max(axis=-1, keepdims=True)
+        assert_within(actual, wanted, 2.0**-8 * np.abs(wanted) + 4e-6 * size)
+
+
 @pytest.mark.parametrize("new", [NEW, [1, 1, 1, 1, 1, 1], [2, 3, 0, 1, 2, 5]], ids=str)
 @pytest.mark.parametrize("norm", [None, "before", "after"])
 @pytest.mark.parametrize("short", [False, True])
@@ -96,11 +104,7 @@ def test_every_sequence_turns_by_its_own_angles(place, neox, rotary_dim, doubled
     tables = tables_of(angles, neox=neox, doubled=doubled, short=short)
     case = dataclasses.replace(case, rotary_embs=tables)
     q, _, cache = run(case, place)
-    wanted_q, wanted_k = exact(case, angles)
-    # One rounding to bfloat16, and fp32 sums of a few terms of the heads' size.
-    for actual, wanted in ((q, wanted_q), (cached_keys(case, cache.key), wanted_k)):
-        size = np.abs(wanted).max(axis=-1, keepdims=True)
-        assert_within(actual, wanted, 2.0**-8 * np.abs(wanted) + 4e-6 * size)
+    assert_turned(case, angles, q, cache.key)
 
 
 @pytest.mark.parametrize("q_quant", QUANTS)
@@ -170,14 +174,7 @@ def test_slots_in_another_order(place):
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize(("seqs", "most"), [(300, 1), (90, 4), (40, 30)])
 def test_many_seqs_of_which_some_rest(place, seqs, most, with_ids):
-    rng = np.random.default_rng(seqs)
-    new = rng.integers(0, most + 1, seqs)
-    new[: seqs // 3] = 0
-    case = make_case(list(rng.integers(0, 70, seqs)), list(new), heads=2, kv_heads=1, neox=True)
-    if with_ids:
-        ids = np.repeat(np.arange(seqs), new).astype(np.int32)
-        ids[::7] = -1
-        case.tensors["batch_id_per_token"] = ids
+    case = many_seqs(seqs, most, with_ids=with_ids, neox=True)
     check(with_own_tables(case, spare=3), place)
 
 
@@ -190,10 +187,7 @@ def test_positions_past_a_table_use_its_own_last_one(place, new):
     case = dataclasses.replace(case, rotary_embs=np.full_like(tables, np.nan))
     case.rotary_embs[:, :, :, 8:] = tables[:, :, :, 8:]
     q, _, cache = run(case, place)
-    wanted_q, wanted_k = exact(case, angles)
-    for actual, wanted in ((q, wanted_q), (cached_keys(case, cache.key), wanted_k)):
-        size = np.abs(wanted).max(axis=-1, keepdims=True)
-        assert_within(actual, wanted, 2.0**-8 * np.abs(wanted) + 4e-6 * size)
+    assert_turned(case, angles, q, cache.key)
 
 
 def put(tables, seq, own):
@@ -239,46 +233,12 @@ def test_tables_of_more_than_2_to_the_31_elements(place):
         num_heads=case.heads,
         num_kv_heads=case.kv_heads,
     )
-    wanted_q, wanted_k = exact(case, angles)
-    for actual, wanted in (
-        (to_numpy(q), wanted_q),
-        (cached_keys(case, to_numpy(caches[0])), wanted_k),
-    ):
-        size = np.abs(wanted).max(axis=-1, keepdims=True)
-        assert_within(actual, wanted, 2.0**-8 * np.abs(wanted) + 4e-6 * size)
+    assert_turned(case, angles, to_numpy(q), to_numpy(caches[0]))
 
 
 def test_traced_and_saved(place):
     case = with_own_tables(make_case([3, 0], [5, 9], cache=CACHES[-1], q_quant="per_token_head"))
-    arrays = [
-        case.qkv,
-        case.cache.key,
-        case.cache.value,
-        case.cache.k_scales,
-        case.cache.v_scales,
-        case.rotary_embs,
-        *case.step.arrays,
-    ]
-    run_all_modes(traced_call, arrays, place)
-
-
-def traced_call(qkv, key, value, k_scales, v_scales, table, blocks, starts, cached, new):
-    return F.rope_write_cache_kv(
-        qkv,
-        key,
-        value,
-        table,
-        blocks,
-        starts,
-        cached,
-        new,
-        num_heads=4,
-        num_kv_heads=2,
-        cache_k_scales=k_scales,
-        cache_v_scales=v_scales,
-        cache_quant_type="block_wise_fp8",
-        q_quant="per_token_head",
-    )
+    check_all_modes(case, place)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,19 @@ import pytest
 import fastattn.functional as F
 from fastattn.reference import rope as model
 from fastattn.reference.numerics import quantize
-from tests.support.cache import Cache, Step, make_values
+from tests.support.cache import Step, make_values
 from tests.support.compare import assert_same_bits, assert_within
-from tests.support.rope import CACHES, QUANTS, assert_same_cache, check, expected, make_case, run
+from tests.support.rope import (
+    CACHES,
+    QUANTS,
+    assert_same_cache,
+    check,
+    check_all_modes,
+    expected,
+    make_case,
+    many_seqs,
+    run,
+)
 from tests.support.static import run_all_modes
 from tests.support.tensors import BF16, DTYPES, EMPTY_OUTPUTS, to_numpy, to_paddle
 
@@ -123,16 +133,8 @@ def test_decode_and_speculative_seqs(place, cache, new):
 @pytest.mark.parametrize(("seqs", "most"), [(1100, 1), (90, 4), (50, 30)])
 def test_many_seqs_of_which_some_rest(place, seqs, most, with_ids):
     """Sequences lie far from where their tokens' number would have them."""
-    rng = np.random.default_rng(seqs)
-    new = rng.integers(0, most + 1, seqs)
-    new[: seqs // 3] = 0
-    options = {"heads": 2, "kv_heads": 1, "neox": True, "q_quant": "per_token_head"}
-    case = make_case(list(rng.integers(0, 70, seqs)), list(new), cache=CACHES[-1], **options)
-    if with_ids:
-        ids = np.repeat(np.arange(seqs), new).astype(np.int32)
-        ids[::7] = -1
-        case.tensors["batch_id_per_token"] = ids
-    check(case, place)
+    options = {"cache": CACHES[-1], "neox": True, "q_quant": "per_token_head"}
+    check(many_seqs(seqs, most, with_ids=with_ids, **options), place)
 
 
 @pytest.mark.parametrize("group", [1, 4, 8])
@@ -377,25 +379,6 @@ def test_bug17_norm_weights_and_padding_count_in_every_style(place, cache, neox)
 # Static graphs. Paddle traces neither a lambda nor a nested function's free tensors.
 
 
-def _static_dynamic_cache(qkv, key, value, k_scales, v_scales, table, blocks, cu, cached, new):
-    return F.rope_write_cache_kv(
-        qkv,
-        key,
-        value,
-        table,
-        blocks,
-        cu,
-        cached,
-        new,
-        num_heads=4,
-        num_kv_heads=2,
-        q_quant="per_token_head",
-        cache_k_scales=k_scales,
-        cache_v_scales=v_scales,
-        cache_quant_type="block_wise_fp8",
-    )
-
-
 def _static_plain_cache(qkv, key, value, table, blocks, cu, cached, new, weight):
     q, _ = F.rope_write_cache_kv(
         qkv,
@@ -418,14 +401,7 @@ def _static_plain_cache(qkv, key, value, table, blocks, cu, cached, new, weight)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_static_graphs_with_a_dynamic_cache(place, dynamic):
     case = make_case([63, 0], [1, 9], cache=CACHES[-1], q_quant="per_token_head")
-    cache = case.cache
-    arrays = [case.qkv, cache.key, cache.value, cache.k_scales, cache.v_scales]
-    arrays += [case.rotary_embs, *case.step.arrays]
-    outputs, inputs = run_all_modes(_static_dynamic_cache, arrays, place, dynamic=dynamic)
-    q, descale, after = expected(case)
-    assert_same_bits(outputs[0], q, "q")
-    assert_same_bits(outputs[1], descale, "q_descale")
-    assert_same_cache(Cache(*inputs[1:5], cache.cache_quant_type, "e4m3"), after)
+    check_all_modes(case, place, dynamic=dynamic)
 
 
 def test_static_graphs_with_a_plain_cache(place):

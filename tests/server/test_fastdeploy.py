@@ -20,30 +20,18 @@ from tests.support.fastdeploy import (
     RELEASES,
     STUB,
     Worker,
+    chosen,
     fastdeploy,
     make_fd_config,
     make_model,
+    registered,
 )
 from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy
 
-__all__ = ["fastdeploy"]  # the fixture
+__all__ = ["fastdeploy", "registered"]  # fixtures
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 each_backend = pytest.mark.parametrize("name", BACKENDS)
-
-
-@pytest.fixture
-def registered(fastdeploy, monkeypatch):
-    """A process of FastDeploy with the plug-in; FLASH_ATTN unless a test says otherwise."""
-    monkeypatch.setenv("FD_ATTENTION_BACKEND", "FLASH_ATTN")
-    plugin.register()
-    return fastdeploy
-
-
-def chosen():
-    from fastdeploy.model_executor.layers.attention import get_attention_backend
-
-    return get_attention_backend()
 
 
 # --- registration --------------------------------------------------------------------------------

@@ -18,27 +18,16 @@ from tests.support.fastdeploy import (
     DECODE_UNIFIED,
     KINDS,
     Worker,
+    chosen,
     fastdeploy,
     make_fd_config,
     make_model,
+    registered,
 )
 from tests.support.serving import MAX_MODEL_LEN
 from tests.support.tensors import int32, to_numpy
 
-__all__ = ["fastdeploy"]  # the fixture
-
-
-@pytest.fixture
-def registered(fastdeploy, monkeypatch):
-    monkeypatch.setenv("FD_ATTENTION_BACKEND", "FLASH_ATTN")
-    plugin.register()
-    return fastdeploy
-
-
-def chosen():
-    from fastdeploy.model_executor.layers.attention import get_attention_backend
-
-    return get_attention_backend()
+__all__ = ["fastdeploy", "registered"]  # fixtures
 
 
 # --- registration --------------------------------------------------------------------------------
@@ -51,12 +40,17 @@ def test_decode_unified_is_ours(registered, monkeypatch):
     assert chosen() is getattr(backends, ours)
 
 
+def fail_to_register(patch):
+    """Register with a library that cannot be loaded."""
+    patch.setattr(plugin, "_check_library", lambda: (_ for _ in ()).throw(OSError("no file")))
+    with pytest.raises(OSError, match="no file"):
+        _plugin.register()
+
+
 @pytest.mark.parametrize("name", [*BACKENDS, DECODE_UNIFIED[0]])
 def test_a_failed_registration_is_loud_where_a_backend_is_chosen(fastdeploy, monkeypatch, name):
     """FastDeploy may have swallowed or only logged the error."""
-    monkeypatch.setattr(plugin, "_check_library", lambda: (_ for _ in ()).throw(OSError("no file")))
-    with pytest.raises(OSError, match="no file"):
-        _plugin.register()
+    fail_to_register(monkeypatch)
     monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
     with pytest.raises(RuntimeError, match="registering failed, OSError: no file; unset FD_PLUG"):
         chosen()
@@ -66,9 +60,7 @@ def test_a_failed_registration_is_loud_where_a_backend_is_chosen(fastdeploy, mon
 
 def test_a_registration_after_a_failed_one_counts(fastdeploy, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(plugin, "_check_library", lambda: (_ for _ in ()).throw(OSError("no file")))
-        with pytest.raises(OSError, match="no file"):
-            _plugin.register()
+        fail_to_register(patch)
     monkeypatch.setenv("FD_ATTENTION_BACKEND", "FLASH_ATTN")
     _plugin.register()
     assert chosen() is backends.FlashAttentionBackend
@@ -240,6 +232,34 @@ def test_micro_batches_have_their_own_masks(registered, place, columns):
         error = out[start : start + n] - exact
         assert np.sqrt(np.mean(error**2)) < 0.01 * np.sqrt(np.mean(exact**2)), seq
         start += n
+
+
+@pytest.mark.parametrize("halves", [[(0, 1), (1, 2)], [(0, 2)]], ids=["halves", "whole"])
+def test_micro_batches_leave_the_steps_cascade_plan_alone(registered, monkeypatch, place, halves):
+    """A plan is for all sequences of a step: those of a half share nothing that it knows of."""
+    worker = Worker(make_model("int8"), "int8", [200, 170], place, layers=1, shared=2)
+    worker.step([150, 0])
+    worker.cached[1] = 128  # the prefix
+    planned, cascade = [], functional.cascade_attention
+    watch = lambda *args, **options: (planned.append(args), cascade(*args, **options))[1]  # noqa: E731
+    monkeypatch.setattr(functional, "cascade_attention", watch)
+    new, cached = [20, 30], worker.cached
+    held = worker.caches[0].place
+    plan = functional.plan_cascade(worker.tables[:2], cached, new, 128, place=held)
+    whole = worker.make_meta(worker.metadata(new, [True, True], 50), cascade_plan=plan)
+    worker.backend.init_attention_metadata(whole)
+    qkv, outs = worker.rank_qkv(0, new, 0), []
+    for first, last in halves:
+        part = whole
+        if last - first < 2:
+            worker.cached = cached[first:last]
+            part = worker.make_meta(worker.metadata(new[first:last], [True], new[first]))
+            part.block_tables = whole.block_tables[first:last]
+        tokens = worker.on(qkv[sum(new[:first]) : sum(new[:last])])
+        outs.append(to_numpy(worker.layers[0](qkv=tokens, forward_meta=part)))
+    worker.cached = cached
+    worker.check(0, new, np.concatenate(outs))
+    assert len(planned) == (len(halves) == 1)
 
 
 def test_an_empty_micro_batch_has_no_fields(registered, place):

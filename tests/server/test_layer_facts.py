@@ -13,7 +13,10 @@ from fastattn import _ops
 from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta, make_config
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.compare import assert_same_bits
+from tests.support.serving import taken
 from tests.support.tensors import to_numpy
+
+__all__ = ["taken"]  # the fixture
 
 H, KV, D = 4, 2, 64
 RNG = np.random.default_rng(5)
@@ -280,21 +283,6 @@ def step_layer(kind):
 
 
 needs_step = pytest.mark.skipif(_ops.helpers() is None, reason="fastattn._direct was not built")
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """Results of ``fastattn._direct.step``, None where it declined."""
-    results = []
-    run = _ops.step_function()
-
-    def watched(*args):
-        results.append(None)
-        results[-1] = run(*args)
-        return results[-1]
-
-    monkeypatch.setattr(_ops, "step_function", lambda: watched)
-    return results
 
 
 @needs_step

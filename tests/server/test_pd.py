@@ -260,9 +260,9 @@ def test_what_is_refused(prefill, path, value, text):
 # --- the operators -------------------------------------------------------------------------------
 
 
-def begin(batch=1, silent=False, channel="", rows=1):
+def begin(batch=1, silent=False, channel="", seqs=1):
     return _ops.call(
-        "begin_kv_signals", (int32([4] * rows), int32([0] * rows)), (batch, silent, channel)
+        "begin_kv_signals", (int32([4] * seqs), int32([0] * seqs)), (batch, silent, channel)
     )
 
 
@@ -291,9 +291,9 @@ def test_channels_that_are_none(channel):
 
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"batch: expected 0 to 512 sequences.*got 513"):
-        begin(batch=513, rows=513)
+        begin(batch=513, seqs=513)
     with pytest.raises(ValueError, match=r"seq_lens_encoder: expected at least batch = 3"):
-        begin(batch=3, rows=2)
+        begin(batch=3, seqs=2)
     with pytest.raises(ValueError, match=r"layer_id: expected at least 0, got -1"):
         send(layer_id=-1)
 

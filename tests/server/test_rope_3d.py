@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 import fastattn.backends.fastdeploy as plugin
-from fastattn import _ops, backends
+from fastattn import backends
 from fastattn.compat import fastdeploy as ops
 from tests.server.test_compat_fastdeploy import SEQS, TYPES, Step
 from tests.support import fastdeploy as support
 from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits
 from tests.support.fastdeploy import KINDS, Worker, fastdeploy, make_model
-from tests.support.serving import MAX_MODEL_LEN
+from tests.support.serving import MAX_MODEL_LEN, taken
 from tests.support.tensors import int32, skip_slices_on, to_numpy
 
-__all__ = ["fastdeploy"]  # the fixture
+__all__ = ["fastdeploy", "taken"]  # fixtures
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 each_style = pytest.mark.parametrize("neox", [False, True], ids=["interleaved", "neox"])
@@ -117,22 +117,6 @@ def with_flags(monkeypatch: Any, flags: dict[str, Any]) -> None:
         return config
 
     monkeypatch.setattr(support, "make_fd_config", make)
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """Results of ``fastattn._direct.step``, None where it declined."""
-    results: list[Any] = []
-    run = _ops.step_function()
-    if run is None:
-        pytest.skip("fastattn._direct was not built")
-
-    def watched(*args: Any) -> Any:
-        results.append(run(*args))
-        return results[-1]
-
-    monkeypatch.setattr(_ops, "step_function", lambda: watched)
-    return results
 
 
 # --- tables of each sequence ---------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 
 import fastattn.functional as F
 from fastattn import _ops
+from fastattn.compat import fastdeploy
 from fastattn.compat.fastdeploy import gqa_rope_write_cache, merge_prefill_decode_output
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.tensors import BF16, int32, to_paddle
@@ -187,6 +188,23 @@ def _topk(t: _Inputs) -> Call:
     return lambda: [F.topk_indices(logits, lengths, 300)]
 
 
+def _logits(t: _Inputs) -> Call:
+    q, keys, weights = t.codes(9, 64, 128), t.codes(300, 128), t.scales(9, 64)
+    starts, ends = t.int32(np.arange(9)), t.int32(300 - 20 * np.arange(9))
+    scales = t.scales(300)
+    return lambda: [F.mqa_logits(q, keys, weights, starts, ends, k_scales=scales)]
+
+
+def _paged_logits(t: _Inputs) -> Call:
+    q, cache, weights = t.codes(2, 2, 64, 64), t.codes(5, 64, 68), t.scales(4, 64)
+    scales = t.int32(np.full((2, 2, 64), 0x7F7F7F7F))
+    lengths, tables = t.int32([130, 7]), t.int32([[3, 0, 1], [2, -1, -1]])
+    call = functools.partial(
+        F.paged_mqa_logits, q, cache, weights, lengths, tables, 140, q_scales=scales, quant="mxfp4"
+    )
+    return lambda: [call()]
+
+
 def _indexer_q(t: _Inputs) -> Call:
     q, table, weights = t.floats(9, 32, 128), t.scales(40, 64), t.scales(9, 32)
     positions = t.int32(np.arange(9))
@@ -211,6 +229,45 @@ def _indexer_k(t: _Inputs) -> Call:
         page_size=16,
     )
     return lambda: [call()]
+
+
+def _write_index_keys(t: _Inputs) -> Call:
+    key, cache, slots = t.floats(9, 128), t.codes(3, 8, 132), t.int32(np.arange(9) * 2)
+    return lambda: [F.indexer_k_write_cache(key, cache, slots, scale_rule="amax")]
+
+
+def _gather_index_keys(t: _Inputs) -> Call:
+    cache, tables, cu_seqlens = t.codes(3, 8, 68), t.int32([[2], [0]]), t.int32([0, 8, 13])
+    return lambda: list(F.indexer_k_gather(cache, tables, cu_seqlens, 13, quant="mxfp4"))
+
+
+def _to_slots(t: _Inputs) -> Call:
+    chosen, tables = t.int32(np.arange(600).reshape(3, 200) % 150), t.int32([[4, 2, 7]] * 3)
+    return lambda: list(F.topk_to_slots(chosen, tables, num_blocks=7))
+
+
+def _window(t: _Inputs) -> Call:
+    positions, seqs = t.int32([3, 200, 77]), t.int32([1, 0, -1])
+    tables = t.int32([[4, 2, 7, 9], [3, 1, -1, -1]])
+    return lambda: list(F.window_indices(positions, seqs, block_tables=tables))
+
+
+def _short_context(t: _Inputs) -> Call:
+    positions = t.int32([3, 200, 77])
+    return lambda: list(F.short_context_indices(positions, 40, compress_ratio=4))
+
+
+def _combine(t: _Inputs) -> Call:
+    topk, window = t.int32(np.arange(90).reshape(3, 30) % 41 - 1), t.int32([[1, 2, 3, -1]] * 3)
+    seqs = t.int32([2, 0, -1])
+    return lambda: list(F.combine_topk_window(topk, window, seqs, seq_stride=100, window_offset=50))
+
+
+def _radix_topk(t: _Inputs) -> Call:
+    logits, lengths = t.floats(9, 500, dtype=np.float32), t.int32(400 + 10 * np.arange(9))
+    output, offsets = t.int32(np.full((9, 30), -1)), t.int32(np.arange(9))
+    arguments = (logits, output, offsets, lengths, None, None, None, None, 0, 30, 1)
+    return lambda: [fastdeploy.radix_topk_ragged_transform(*arguments)]
 
 
 def _convert(t: _Inputs) -> Call:
@@ -251,22 +308,31 @@ _MAKERS = {
     "append_cache_kv_c8": _append,
     "begin_kv_signals": _begin_signals,
     "convert_cache_blocks": _convert_blocks,
+    "combine_topk_window": _combine,
     "convert_cache_layout": _convert,
     "flash_attention": _flash,
     "gqa_rope_write_cache": _gqa,
+    "indexer_k_gather": _gather_index_keys,
+    "indexer_k_write_cache": _write_index_keys,
     "indexer_kv_compress_insert": _indexer_k,
     "indexer_q_rope_quant": _indexer_q,
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
     "mla_gather_cache": _latent_gather,
     "mla_write_cache": _latent_write,
+    "mqa_logits": _logits,
     "mxfp4_dequantize": _from_mxfp4,
     "mxfp4_quantize": _mxfp4,
     "paged_attention": _paged,
+    "paged_mqa_logits": _paged_logits,
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,
     "send_kv_signal": _send_signal,
+    "radix_topk_ragged_transform": _radix_topk,
+    "short_context_indices": _short_context,
     "topk_indices": _topk,
+    "topk_to_slots": _to_slots,
+    "window_indices": _window,
     "write_cache_kv": _write,
 }
 

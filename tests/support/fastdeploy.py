@@ -23,6 +23,7 @@ import numpy as np
 import paddle
 import pytest
 
+from fastattn.backends import fastdeploy as plugin
 from fastattn.reference.layout import BLOCK_SIZE
 from tests.support.bounds import assert_error_ratio
 from tests.support.serving import MAX_MODEL_LEN, Model
@@ -66,6 +67,20 @@ def fastdeploy(monkeypatch):
     yield importlib.import_module("fastdeploy")
     for name in [n for n in sys.modules if n.partition(".")[0] == "fastdeploy"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def registered(fastdeploy, monkeypatch):
+    """A process of FastDeploy with the plug-in; FLASH_ATTN unless a test says otherwise."""
+    monkeypatch.setenv("FD_ATTENTION_BACKEND", "FLASH_ATTN")
+    plugin.register()
+    return fastdeploy
+
+
+def chosen() -> Any:
+    """The class of backends that FastDeploy makes."""
+    attention = importlib.import_module("fastdeploy.model_executor.layers.attention")
+    return attention.get_attention_backend()
 
 
 def make_fd_config(
@@ -152,7 +167,7 @@ class Worker:
         ]
         self.cached = [0] * len(lengths)
         self.fd_config = make_fd_config(model, kind, size=size, rank=rank, layers=layers)
-        self.backend = attention.get_attention_backend()(
+        self.backend = chosen()(
             self.fd_config,
             kv_num_heads=self.kv_heads,
             num_heads=self.q_heads,

@@ -200,6 +200,28 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {"cache_format": "fp8_656", "page_size": 0},
         ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
+        "mqa_logits": OpCall(
+            {
+                "q": make(2, 8, 128, dtype="uint8"),
+                "keys": make(5, 128, dtype="uint8"),
+                "k_scales": ones(5),
+                "weights": make(2, 8),
+                "starts": int32([0, 1], place),
+                "ends": int32([3, 5], place),
+            },
+            {"max_seqlen_k": -1, "quant": "fp8"},
+        ),
+        "paged_mqa_logits": OpCall(
+            {
+                "q": make(2, 1, 8, 64, dtype="uint8"),
+                "cache": make(3, 16, 68, dtype="uint8"),
+                "weights": make(2, 8),
+                "context_lens": int32([16, 3], place),
+                "block_tables": int32([[2], [0]], place),
+                "q_scales": int32(np.zeros((2, 1, 8)), place),
+            },
+            {"max_context_len": 20, "page_size": 16, "quant": "mxfp4"},
+        ),
         "mxfp4_quantize": OpCall({"x": make(2, 64)}, {}),
         "mxfp4_dequantize": OpCall(
             {"codes": make(2, 32, dtype="uint8"), "scales": make(2, 2, dtype="uint8")},
@@ -227,5 +249,60 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "kv_cache": make(2, 4, 132, dtype="uint8"),
             },
             {"compress_ratio": 4, "page_size": 4, "rms_norm_eps": 1e-6, "quant": "fp8"},
+        ),
+        "indexer_k_write_cache": OpCall(
+            {
+                "key": make(2, 128, dtype="bfloat16"),
+                "cache": make(2, 4, 132, dtype="uint8"),
+                "slot_mapping": int32([5, 1], place),
+            },
+            {"page_size": 4, "quant": "fp8", "scale_rule": "pow2"},
+        ),
+        "indexer_k_gather": OpCall(
+            {
+                "cache": make(2, 4, 132, dtype="uint8"),
+                "block_tables": int32([[1, 0]], place),
+                "cu_seqlens_k": int32([0, 6], place),
+            },
+            {"num_tokens": 6, "page_size": 4, "quant": "fp8"},
+        ),
+        "topk_to_slots": OpCall(
+            {
+                "indices": int32([[0, 3, -1], [5, -1, -1]], place),
+                "block_tables": int32([[4, 2], [1, 0]], place),
+            },
+            {
+                "block_size": 4,
+                "block_stride": 5,
+                "num_blocks": 5,
+                "compact": True,
+                "rank": 0,
+                "world_size": 1,
+                "interleave": 1,
+            },
+        ),
+        "window_indices": OpCall(
+            {"positions": int32([3, 9], place), "batch_ids": int32([0, 1], place)},
+            {"window": 4, "block_size": 4, "num_blocks": -1},
+        ),
+        "short_context_indices": OpCall(
+            {"positions": int32([3, 9], place)}, {"k": 6, "compress_ratio": 4}
+        ),
+        "combine_topk_window": OpCall(
+            {
+                "topk": int32([[0, 3, -1], [5, -1, -1]], place),
+                "window": int32([[4, 5], [0, -1]], place),
+                "batch_ids": int32([1, 0], place),
+            },
+            {"seq_stride": 50, "window_offset": 30, "multiple": 8},
+        ),
+        "radix_topk_ragged_transform": OpCall(
+            {
+                "input": make(2, 64),
+                "output": int32(np.full((2, 4), -1), place),
+                "offsets": int32([0, 1, 2], place),
+                "lengths": int32([64, 9], place),
+            },
+            {"top_k": 4, "q_num_heads": 1, "block_size": 64},
         ),
     }

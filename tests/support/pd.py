@@ -17,18 +17,12 @@ import pytest
 from fastattn.backends import fastdeploy as plugin
 from fastattn.backends.kv_signals import SWITCH, queue_key, shared_names
 from tests.support import kv_receiver
-from tests.support.fastdeploy import Worker, fastdeploy, make_model
+from tests.support.fastdeploy import Worker, chosen, fastdeploy, make_model
 from tests.support.tensors import to_numpy
 
-__all__ = ["fastdeploy"]  # the fixture
+__all__ = ["chosen", "fastdeploy"]  # for the tests; the latter is a fixture
 
 MODES = ("per_chunk", "per_query")
-
-
-def chosen():
-    from fastdeploy.model_executor.layers.attention import get_attention_backend
-
-    return get_attention_backend()
 
 
 @pytest.fixture

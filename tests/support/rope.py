@@ -12,6 +12,7 @@ from fastattn import reference
 from fastattn.reference import rope as model
 from tests.support.cache import Cache, Step, make_cache, make_step, make_values
 from tests.support.compare import assert_same_bits
+from tests.support.static import run_all_modes
 from tests.support.tensors import BF16, to_numpy, to_paddle
 
 #: (cache_quant_type, fp8_format, granularity of static scales)
@@ -102,6 +103,23 @@ def make_case(
             "q_quant": q_quant,
         },
     )
+
+
+def many_seqs(seqs: int, most: int, *, with_ids: bool, **options: Any) -> Case:
+    """Sequences of up to `most` new tokens, of which the first third rests.
+
+    `with_ids`: each token has its sequence's number, and every seventh is of none.
+    """
+    rng = np.random.default_rng(seqs)
+    new = rng.integers(0, most + 1, seqs)
+    new[: seqs // 3] = 0
+    cached = list(rng.integers(0, 70, seqs))
+    case = make_case(cached, list(new), heads=2, kv_heads=1, **options)
+    if with_ids:
+        ids = np.repeat(np.arange(seqs), new).astype(np.int32)
+        ids[::7] = -1
+        case.tensors["batch_id_per_token"] = ids
+    return case
 
 
 def own_angles(case: Case, slots: int, positions: int, seed: int = 0) -> np.ndarray:
@@ -208,3 +226,35 @@ def check(case: Case, place: str) -> tuple[np.ndarray, np.ndarray | None, Cache]
         assert_same_bits(descale, wanted_descale, "q_descale")
     assert_same_cache(cache, wanted_cache)
     return q, descale, cache
+
+
+def write_block_wise_fp8(qkv, key, value, k_scales, v_scales, table, blocks, cu, cached, new):
+    """A call that Paddle can trace: it traces neither a lambda nor a nested function's tensors."""
+    return F.rope_write_cache_kv(
+        qkv,
+        key,
+        value,
+        table,
+        blocks,
+        cu,
+        cached,
+        new,
+        num_heads=4,
+        num_kv_heads=2,
+        q_quant="per_token_head",
+        cache_k_scales=k_scales,
+        cache_v_scales=v_scales,
+        cache_quant_type="block_wise_fp8",
+    )
+
+
+def check_all_modes(case: Case, place: str, **options: Any) -> None:
+    """Hold every mode of Paddle to the model; the case is what `write_block_wise_fp8` writes."""
+    cache = case.cache
+    arrays = [case.qkv, cache.key, cache.value, cache.k_scales, cache.v_scales]
+    arrays += [case.rotary_embs, *case.step.arrays]
+    outputs, inputs = run_all_modes(write_block_wise_fp8, arrays, place, **options)
+    q, descale, after = expected(case)
+    assert_same_bits(outputs[0], q, "q")
+    assert_same_bits(outputs[1], descale, "q_descale")
+    assert_same_cache(Cache(*inputs[1:5], cache.cache_quant_type, "e4m3"), after)

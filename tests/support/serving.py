@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import paddle
+import pytest
 
-from fastattn import backends, reference
+from fastattn import _ops, backends, reference
 from fastattn.reference.cache import quantize_token, static_scales
 from fastattn.reference.layout import BLOCK_SIZE
 from fastattn.reference.numerics import from_codes
@@ -17,6 +18,23 @@ from tests.support.bounds import assert_error_ratio
 from tests.support.tensors import BF16, to_numpy, to_paddle
 
 MAX_MODEL_LEN = 512
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Results of ``fastattn._direct.step``, None where it declined."""
+    results: list[Any] = []
+    run = _ops.step_function()
+    if run is None:
+        pytest.skip("fastattn._direct was not built")
+
+    def watched(*args: Any) -> Any:
+        results.append(None)
+        results[-1] = run(*args)
+        return results[-1]
+
+    monkeypatch.setattr(_ops, "step_function", lambda: watched)
+    return results
 
 
 @dataclasses.dataclass

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/common/shared_address.cuh"
+
 namespace fastattn::cuda {
 
 __device__ __forceinline__ uint32_t ClusterRank() {
@@ -35,6 +37,29 @@ __device__ __forceinline__ uint32_t AddressInCluster(uint32_t rank, uint32_t add
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
 #endif
   return address;
+}
+
+// What CTA `rank` has where `pointer` points to in this CTA's shared memory.
+__device__ __forceinline__ uint32_t LoadClusterWord(uint32_t rank, const uint32_t* pointer) {
+  uint32_t v = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.u32 %0, [%1];"
+               : "=r"(v)
+               : "r"(AddressInCluster(rank, SharedAddress(pointer)))
+               : "memory");
+#endif
+  return v;
+}
+
+__device__ __forceinline__ uint2 LoadClusterPair(uint32_t rank, const uint32_t* pointer) {
+  uint2 v = make_uint2(0, 0);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "r"(AddressInCluster(rank, SharedAddress(pointer)))
+               : "memory");
+#endif
+  return v;
 }
 
 __device__ __forceinline__ uint4 LoadCluster16(uint32_t address) {

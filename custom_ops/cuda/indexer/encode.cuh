@@ -1,5 +1,5 @@
-// Code that the query and the key kernels share: the rotation of a pair, and the inverse of FP8's
-// power-of-two scale.
+// Code that the query and the key kernels share: the rotation of a pair, the inverse of FP8's
+// power-of-two scale, and a slot's place in its page.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,30 @@ __device__ __forceinline__ void RotatePair(float cos, float sin, float& even, fl
 // 1 / scale of a power of two or a NaN.
 __device__ __forceinline__ float PowerOfTwoInverse(float scale) {
   return IsNaN(scale) ? scale : BitsFloat(0x7F000000u - FloatBits(scale));
+}
+
+// Page and row of a slot; a division of 64 bits takes far longer than one of 32.
+__device__ __forceinline__ void SplitSlot(int64_t slot, int64_t page_size, int64_t* page,
+                                          int64_t* row) {
+  if ((slot | page_size) >> 32 == 0) {
+    const auto size = static_cast<uint32_t>(page_size);
+    const uint32_t quotient = static_cast<uint32_t>(slot) / size;
+    *page = quotient;
+    *row = static_cast<uint32_t>(slot) - quotient * size;
+  } else {
+    *page = slot / page_size;
+    *row = slot - *page * page_size;
+  }
+}
+
+// `aligned` says that the address suits a store of 4 bytes.
+__device__ __forceinline__ void StoreWord(uint8_t* to, uint32_t word, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<uint32_t*>(to) = word;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(word >> (8 * i));
 }
 
 }  // namespace fastattn::cuda

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "common/exact.h"
 #include "common/fp4.h"
@@ -78,7 +79,7 @@ __device__ __forceinline__ int64_t FindStateRow(const IndexerKvParams& p, int ba
                                                 int row_width) {
   const int64_t index = at / p.state_block;
   if (index >= p.max_blocks) return -1;
-  const int block = __ldg(p.block_tables + static_cast<int64_t>(batch_idx) * p.max_blocks + index);
+  const int block = __ldg(BlockEntry(p.block_tables, p.max_blocks, batch_idx, index));
   if (block < 0 || block >= p.num_state_blocks) return -1;
   return block * p.state_block_stride + (at - index * p.state_block) * row_width;
 }
@@ -289,15 +290,6 @@ __device__ __forceinline__ void RotateKey(const IndexerKvParams& p, int64_t posi
     const float sin = LoadScale(p.cos_sin, p.cos_sin_dtype, row + kIndexerRopeDim / 2 + pair + i);
     RotatePair(cos, sin, x[2 * i], x[2 * i + 1]);
   }
-}
-
-__device__ __forceinline__ void StoreWord(uint8_t* to, uint32_t word, bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<uint32_t*>(to) = word;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(word >> (8 * i));
 }
 
 __device__ __forceinline__ uint32_t AmaxOfFour(const float (&x)[kKeyChannels]) {

@@ -1,14 +1,17 @@
-// Launchers of indexer_q_rope_quant and indexer_kv_compress_insert. Each enqueues one kernel.
+// Launchers of the indexer's queries and keys. Each enqueues one kernel.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "params/indexer.h"
+#include "params/indexer_keys.h"
 
 namespace fastattn::cuda {
 
 cudaError_t LaunchIndexerQRopeQuant(const IndexerQParams& p, cudaStream_t stream);
 cudaError_t LaunchIndexerKvCompressInsert(const IndexerKvParams& p, cudaStream_t stream);
+cudaError_t LaunchIndexerKWrite(const IndexerKWriteParams& p, cudaStream_t stream);
+cudaError_t LaunchIndexerKGather(const IndexerKGatherParams& p, cudaStream_t stream);
 
 // The variants of builder/instances.py, one a page format.
 template <IndexerQuant kQuant>

@@ -1,9 +1,8 @@
-// Which of a CTA's (or a cluster's) candidates are among the k largest: a radix selection.
+// The k-th largest of many keys (common/topk_key.h): a radix selection by counts in shared memory.
 //
-// Candidates lie in shared memory as keys (common/topk_key.h), in the order of their columns.
-// Each pass counts the keys of one digit, of those that agree with the digits found so far, and
-// finds the digit of the k-th largest. It ends early where all keys with the digits found are
-// chosen. Counts are sums of integers, so that the order of atomic additions does not matter.
+// An interval of keys is narrowed by up to 11 bits a pass: its keys are counted by the next bits,
+// and the bin in which the wanted one lies is the next interval. Counts are sums of integers, so
+// that the order of atomic additions does not matter. Most selections end after one or two passes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,95 +15,42 @@
 
 namespace fastattn::cuda {
 
-inline constexpr int kTopkThreads = 512;
-inline constexpr int kTopkWarps = kTopkThreads / 32;
 inline constexpr int kTopkBins = 2048;
-inline constexpr int kBinsPerThread = kTopkBins / kTopkThreads;
+inline constexpr int kTopkDigit = 11;  // bits
+inline constexpr int kTopkFew = 128;
 
-// Shared memory that a selection needs beside the candidates.
-struct TopkScratch {
-  uint32_t counts[kTopkBins];  // of this CTA
-  uint32_t totals[kTopkBins];  // of the cluster
-  uint32_t warp_sums[2][kTopkWarps];
+struct alignas(16) TopkScratch {
+  uint32_t counts[kTopkBins];  // zero between selections
+  uint32_t warp_sums[4][32];
   uint32_t digit, above, equal;   // what a pass found
-  alignas(8) uint32_t chosen[2];  // of this CTA: larger, and equal in the digits found
+  uint32_t greatest, least;       // keys of the candidates
+  alignas(8) uint32_t offers[2];  // columns of this CTA's slice above the guess, and equal to it
+  alignas(8) uint32_t before[2];  // chosen by the CTAs before this one: larger, and equal
+  uint32_t window[2];             // the same, in the windows so far
+  uint32_t number;                // of `few`
+  uint32_t few[kTopkFew];         // keys that are ranked in pairs
 };
 
-// Candidates [begin, end) of a CTA.
-struct TopkCandidates {
-  const uint32_t* keys;
-  int begin, end;
-};
+// Keys low .. low + 2^bits - 1. None of the keys that are asked about wraps around the end.
+struct TopkInterval {
+  uint32_t low = 0;
+  int bits = 32;
 
-// Chosen are the keys whose leading digits, key >> shift, exceed `prefix`, and the first `equal`
-// of those that have it.
-struct TopkThreshold {
-  int shift = 32;
-  uint32_t prefix = 0;
-  uint32_t equal = 0;
-
-  __device__ __forceinline__ bool Larger(uint32_t key) const {
-    return shift < 32 && (key >> shift) > prefix;
+  __device__ __forceinline__ bool Has(uint32_t key) const {
+    return bits == 32 || (key - low) >> bits == 0;
   }
-  __device__ __forceinline__ bool Equal(uint32_t key) const {
-    return shift >= 32 || (key >> shift) == prefix;
-  }
+  __device__ __forceinline__ bool IsBelow(uint32_t key) const { return key >= low && !Has(key); }
 };
 
-// Adds one for each lane with `valid` to its bin. Lanes that agree with the first of them are
-// counted at once: equal values, such as the zeros of a ReLU, would queue up.
-__device__ __forceinline__ void CountKey(uint32_t* counts, uint32_t bin, bool valid) {
-  const uint32_t lanes = __ballot_sync(kFullWarp, valid);
-  if (lanes == 0) return;
-  const int first = __ffs(lanes) - 1;
-  const uint32_t common = __shfl_sync(kFullWarp, bin, first);
-  const uint32_t alike = __ballot_sync(kFullWarp, valid && bin == common);
-  if (static_cast<int>(threadIdx.x % 32) == first) atomicAdd(counts + common, __popc(alike));
-  if (valid && bin != common) atomicAdd(counts + bin, 1u);
-}
-
+template <int kThreads>
 __device__ __forceinline__ void ClearCounts(TopkScratch* scratch) {
 #pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) scratch->counts[threadIdx.x + i * kTopkThreads] = 0;
-  __syncthreads();
+  for (int i = 0; i < kTopkBins; i += kThreads) scratch->counts[i + threadIdx.x] = 0;
 }
 
-// The sums of all CTAs' counts, in every CTA: each adds up a share of the bins for all.
-__device__ __forceinline__ const uint32_t* ClusterTotals(TopkScratch* scratch, int cluster) {
-  if (cluster == 1) {
-    __syncthreads();
-    return scratch->counts;
-  }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  ArriveAtCluster();
-  WaitForCluster();
-  const int share = kTopkBins / cluster, first = ClusterRank() * share;
-  for (int bin = first + threadIdx.x; bin < first + share; bin += kTopkThreads) {
-    const uint32_t address = SharedAddress(scratch->counts + bin);
-    uint32_t sum = 0;
-    for (int rank = 0; rank < cluster; ++rank) {
-      uint32_t count;
-      asm volatile("ld.shared::cluster.u32 %0, [%1];"
-                   : "=r"(count)
-                   : "r"(AddressInCluster(rank, address))
-                   : "memory");
-      sum += count;
-    }
-    const uint32_t total = SharedAddress(scratch->totals + bin);
-    for (int rank = 0; rank < cluster; ++rank) {
-      asm volatile("st.shared::cluster.u32 [%0], %1;"
-                   :
-                   : "r"(AddressInCluster(rank, total)), "r"(sum)
-                   : "memory");
-    }
-  }
-  ArriveAtCluster();
-  WaitForCluster();
-#endif
-  return scratch->totals;
-}
-
-// Sum of `x` over the threads before this one; every thread passes a buffer of its own use.
+// Sum of `x` over the threads before this one. All threads of the CTA call it; they do so again
+// only behind another barrier.
+template <int kThreads>
 __device__ __forceinline__ uint32_t SumBefore(uint32_t x, uint32_t* warp_sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint32_t sum = x;
@@ -115,64 +61,91 @@ __device__ __forceinline__ uint32_t SumBefore(uint32_t x, uint32_t* warp_sums) {
   }
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
-  uint32_t before = 0;
-#pragma unroll
-  for (int w = 0; w < kTopkWarps; ++w) before += w < warp ? warp_sums[w] : 0;
-  return before + sum - x;
+  const uint32_t earlier = lane < warp ? warp_sums[lane] : 0;
+  return __reduce_add_sync(kFullWarp, earlier) + sum - x;
 }
 
-// Finds, from the top, the bin in which the `wanted`-th key lies.
-__device__ __forceinline__ void FindDigit(const uint32_t* totals, uint32_t wanted,
-                                          TopkScratch* scratch) {
-  const int top = kTopkBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
-  uint32_t counts[kBinsPerThread], sum = 0;
+// Finds, from the top, the bin in which the `wanted`-th key lies, and clears the counts. `counts`
+// has been added to behind a barrier; over a cluster, the sum of all CTAs' counts is taken.
+template <int kThreads>
+__device__ __forceinline__ void FindDigit(TopkScratch* scratch, uint32_t wanted, int cluster) {
+  constexpr int kOwn = kTopkBins / kThreads;
+  static_assert(kOwn >= 1 && kOwn % 2 == 0, "pairs of bins");
+  const int low = kTopkBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
+  uint32_t own[kOwn];
+  if (cluster == 1) {
+    __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) sum += counts[i] = totals[top - i];
-  uint32_t above = SumBefore(sum, scratch->warp_sums[0]);
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) {
-    if (above < wanted && wanted <= above + counts[i]) {
-      scratch->digit = top - i;
-      scratch->above = above;
-      scratch->equal = counts[i];
+    for (int i = 0; i < kOwn; i += 2) {
+      const uint2 two = *reinterpret_cast<const uint2*>(scratch->counts + low + i);
+      own[i] = two.x, own[i + 1] = two.y;
     }
-    above += counts[i];
+  } else {
+    ArriveAtCluster();
+    WaitForCluster();
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) own[i] = 0;
+    for (int rank = 0; rank < cluster; ++rank) {
+#pragma unroll
+      for (int i = 0; i < kOwn; i += 2) {
+        const uint2 two = LoadClusterPair(rank, scratch->counts + low + i);
+        own[i] += two.x, own[i + 1] += two.y;
+      }
+    }
+    ArriveAtCluster();
+    WaitForCluster();
+  }
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; i += 2) {
+    *reinterpret_cast<uint2*>(scratch->counts + low + i) = make_uint2(0, 0);
+    sum += own[i] + own[i + 1];
+  }
+  uint32_t above = SumBefore<kThreads>(sum, scratch->warp_sums[0]);
+#pragma unroll
+  for (int i = kOwn - 1; i >= 0; --i) {
+    if (above < wanted && wanted <= above + own[i]) {
+      scratch->digit = low + i;
+      scratch->above = above;
+      scratch->equal = own[i];
+    }
+    above += own[i];
   }
   __syncthreads();
 }
 
-// Threshold of the k largest of the cluster's candidates, of which there are more than k. The
-// first digit has been counted where `counted`, else `scratch` is free.
-__device__ __forceinline__ TopkThreshold FindThreshold(const TopkCandidates& candidates, uint32_t k,
-                                                       bool counted, int cluster,
-                                                       TopkScratch* scratch) {
-  TopkThreshold found;
-  uint32_t wanted = k;
+// One pass: narrows the interval, which has been counted by the bits above `shift`.
+template <int kThreads>
+__device__ __forceinline__ TopkInterval Narrow(const TopkInterval& interval, int shift,
+                                               uint32_t* wanted, TopkScratch* scratch,
+                                               int cluster = 1) {
+  FindDigit<kThreads>(scratch, *wanted, cluster);
+  *wanted -= scratch->above;
+  return {interval.low + (scratch->digit << shift), shift};
+}
+
+__device__ __forceinline__ int NextShift(const TopkInterval& interval) {
+  return interval.bits > kTopkDigit ? interval.bits - kTopkDigit : 0;
+}
+
+// The interval in which the `wanted`-th largest key lies, and in `wanted` the number of its keys
+// among the k largest: all of them, or its keys are equal. `slack`: so many too many are no reason
+// for another pass. `visit(count)` calls count(key, valid) for every key.
+template <int kThreads, typename Visit>
+__device__ __forceinline__ TopkInterval Select(TopkInterval interval, uint32_t* wanted,
+                                               uint32_t slack, TopkScratch* scratch,
+                                               const Visit& visit, int cluster = 1) {
 #pragma unroll 1
-  for (int pass = 0; pass < 3; ++pass) {
-    const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
-    if (pass > 0 || !counted) {
-      ClearCounts(scratch);
-      const int size = candidates.end - candidates.begin;
-#pragma unroll 4
-      for (int i = threadIdx.x; i - static_cast<int>(threadIdx.x % 32) < size; i += kTopkThreads) {
-        const bool there = i < size;
-        const uint32_t key = there ? candidates.keys[candidates.begin + i] : 0;
-        CountKey(scratch->counts, (key >> shift) & (pass == 2 ? 1023u : 2047u),
-                 there && found.Equal(key));
-      }
-    }
-    const uint32_t* totals = ClusterTotals(scratch, cluster);
-    FindDigit(totals, wanted, scratch);
-    found.prefix = found.prefix << (pass == 2 ? 10 : 11) | scratch->digit;
-    found.shift = shift;
-    wanted -= scratch->above;
-    const uint32_t equal = scratch->equal;
-    __syncthreads();  // before the next pass writes what was read
-    if (equal == wanted) break;
+  while (true) {
+    const int shift = NextShift(interval);
+    visit([&](uint32_t key, bool valid) {
+      // Without a result, equal bins of a warp cost the hardware no more than one.
+      if (valid && interval.Has(key))
+        atomicAdd(scratch->counts + ((key - interval.low) >> shift), 1u);
+    });
+    interval = Narrow<kThreads>(interval, shift, wanted, scratch, cluster);
+    if (shift == 0 || scratch->equal <= *wanted + slack) return interval;
   }
-  found.equal = wanted;
-  return found;
 }
 
 }  // namespace fastattn::cuda

@@ -4,12 +4,13 @@
 
 #include <cstdint>
 
+#include "common/normaliser.h"
 #include "common/numeric.h"
+#include "common/static_scales.h"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/mma.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
-#include "cuda/attention/shared/normaliser.cuh"
 
 #include "cuda/common/convert.cuh"
 
@@ -21,21 +22,11 @@ __device__ __forceinline__ float FinishColumn(const AttentionParams& p, const Co
                                               float value_scale, float maximum, float sum,
                                               bool write_lse = true) {
   const bool empty = sum == 0.0f;
-  float lse = empty ? -kInfinity : (maximum + log2f(sum) - kShift) * kLn2;
-  float factor = empty ? 0.0f : 1.0f / sum;
-  if (p.sinks != nullptr && !empty) {
-    const float sink = LoadScale(p.sinks, p.sinks_dtype, column.head);
-    if (sink == kInfinity) {
-      lse = kInfinity;
-      factor = 0.0f;
-    } else {
-      const Normaliser joined = JoinSink<kLog2Unit>(maximum, sum, sink);
-      lse = joined.lse;
-      factor = joined.factor;
-    }
-  }
+  const Normaliser found = NormaliserOf<kLog2Unit>(
+      empty, maximum, sum, p.sinks, [&] { return LoadScale(p.sinks, p.sinks_dtype, column.head); });
+  float factor = found.factor;
   if (p.lse != nullptr && write_lse) {
-    p.lse[static_cast<int64_t>(column.head) * p.seqs.num_tokens + column.token] = lse;
+    p.lse[static_cast<int64_t>(column.head) * p.seqs.num_tokens + column.token] = found.lse;
   }
   // Without a visible key the output is 0, whatever the scales are.
   if (empty) return 0.0f;
@@ -48,7 +39,7 @@ __device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_hea
                                             int d, float4 values, float factor) {
   float out[4] = {values.x * factor, values.y * factor, values.z * factor, values.w * factor};
   if (p.paged && p.cache.v_granularity == ScaleGranularity::kChannel && factor != 0.0f) {
-    const int64_t first = static_cast<int64_t>(kv_head) * p.head_dim + d;
+    const int64_t first = ChannelScaleIndex<int64_t>(kv_head, d, p.head_dim);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       out[i] *= LoadScale(p.cache.v_scales, p.cache.scale_dtype, first + i);

@@ -351,8 +351,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   const int warp = threadIdx.x / 32;
   const int pipeline = warp / Traits::kPipelineWarps;
   const int warp_column = warp % Traits::kPipelineWarps * Traits::kTiles * 8;
-  PrefetchParameters(p);
-  PrefetchParameters(task);
+  NameParameters(p);
+  NameParameters(task);
   if (task.overlaps_previous) {
     PdlBeginConcurrent();
   } else {
@@ -474,23 +474,32 @@ cudaError_t FindStages(Kernel kernel, int bytes, int* stages) {
   return fits ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 
+// Finds the kernel's stages on the current device and lets its CTAs have the shared memory of any
+// number of sequences. The kernel is a template argument because its attributes are set once, for
+// each of them.
+template <auto kKernel, typename Traits>
+cudaError_t PrepareLaunch(int* stages) {
+  int device = 0;
+  DeviceFacts facts;
+  cudaError_t status = GetCurrentDevice(&device, &facts);
+  if (status == cudaSuccess) status = FindStages<Traits>(kKernel, facts.max_shared_bytes, stages);
+  if (status != cudaSuccess) return status;
+  static OncePerDevice once;
+  return once.Run(device, [&] {
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                Traits::SharedBytes(kMaxPlanSeqs, *stages));
+  });
+}
+
 template <DType kElement, int kHeadDim, bool kPaged, bool kPerTokenScales, int kColumns>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream) {
   using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kPerTokenScales, kColumns>;
-  const auto kernel = AttentionKernel<Traits>;
-  int device = 0, stages = 0;
-  DeviceFacts facts;
-  cudaError_t status = GetCurrentDevice(&device, &facts);
-  if (status == cudaSuccess) status = FindStages<Traits>(kernel, facts.max_shared_bytes, &stages);
+  constexpr auto kKernel = AttentionKernel<Traits>;
+  int stages = 0;
+  const cudaError_t status = PrepareLaunch<kKernel, Traits>(&stages);
   if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                Traits::SharedBytes(kMaxPlanSeqs, stages));
-  });
-  if (status != cudaSuccess) return status;
-  return LaunchPdlInClusters(kernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
+  return LaunchPdlInClusters(kKernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
                              Traits::SharedBytes(task.num_seqs, stages), stream, p, task);
 }
 

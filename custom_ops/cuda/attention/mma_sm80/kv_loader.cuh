@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
+#include "common/block_table.h"
 #include "common/numeric.h"
 #include "cuda/attention/mma_sm80/mma.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
-#include "cuda/attention/shared/block_table.cuh"
 
 namespace fastattn::cuda {
 
@@ -76,7 +76,7 @@ class KvLoader {
   // Finds where the current KV tile lies.
   __device__ __forceinline__ void Place() {
     if constexpr (Traits::kPaged) {
-      assigned_ = static_cast<unsigned>(block_) < static_cast<unsigned>(p_.cache.num_blocks);
+      assigned_ = IsAssignedBlock(block_, p_.cache.num_blocks);
       // A plane holds 64 keys; a KV tile may be half of them.
       constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
       static_assert(kKvTilesPerBlock == 1 || !(Traits::kTransposedV || Traits::kPerTokenScales));
@@ -111,7 +111,10 @@ class KvLoader {
       constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
       const int page = kv_tile_ / kKvTilesPerBlock;
       const int batch_idx = segment_->batch_idx;
-      block_ = page < p_.seqs.max_blocks ? __ldg(BlockEntry(p_, batch_idx, page)) : -1;
+      const SeqMeta& seqs = p_.seqs;
+      block_ = page < seqs.max_blocks
+                   ? __ldg(BlockEntry(seqs.block_tables, seqs.max_blocks, batch_idx, page))
+                   : -1;
     }
   }
 

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
+#include "common/normaliser.h"
 #include "common/numeric.h"
 #include "cuda/attention/mma_sm80/mma.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
-#include "cuda/attention/shared/normaliser.cuh"
 #include "cuda/attention/shared/scales.cuh"
 #include "cuda/common/convert.cuh"
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ float KeyScale(const AttentionParams& p, int kv_head)
     const PagedCache& cache = p.cache;
     const ScaleGranularity granularity = cache.k_granularity;
     if (granularity != ScaleGranularity::kChannel) {
-      return LoadHeadScale(cache, cache.k_scales, granularity == ScaleGranularity::kHead, kv_head);
+      return LoadHeadScale(cache, cache.k_scales, granularity, kv_head);
     }
   }
   return 1.0f;
@@ -35,12 +35,10 @@ __device__ __forceinline__ float ValueScale(const AttentionParams& p, int batch_
         IsDynamic(cache.type)) {
       return 1.0f;
     }
-    return LoadHeadScale(cache, cache.v_scales, cache.v_granularity == ScaleGranularity::kHead,
-                         kv_head);
+    return LoadHeadScale(cache, cache.v_scales, cache.v_granularity, kv_head);
   }
   const Descale& scale = p.ragged.v_descale;
-  if (scale.data == nullptr) return 1.0f;
-  return LoadScale(scale.data, scale.dtype, scale.Index(0, batch_idx, kv_head, 0));
+  return LoadDescale(scale, 0, kv_head, DescaleAt{batch_idx, 0});
 }
 
 // What the product of a query and K's codes is multiplied with, per-token scales of K left out.
@@ -48,14 +46,10 @@ template <typename Traits>
 __device__ __forceinline__ float ScoreFactor(const AttentionParams& p, int batch_idx, int token,
                                              int kv_head, int head, float key_scale) {
   float factor = p.softmax_scale * key_scale;
-  const Descale& q = p.q_descale;
-  if (q.data != nullptr)
-    factor *= LoadScale(q.data, q.dtype, q.Index(token, batch_idx, kv_head, head));
+  const DescaleAt at{batch_idx, head};
+  factor = TimesDescale(factor, p.q_descale, token, kv_head, at);
   if constexpr (Traits::kQuantized && !Traits::kPaged) {
-    if (p.ragged.k_descale.data != nullptr) {
-      const Descale& k = p.ragged.k_descale;
-      factor *= LoadScale(k.data, k.dtype, k.Index(token, batch_idx, kv_head, head));
-    }
+    factor = TimesDescale(factor, p.ragged.k_descale, token, kv_head, at);
   }
   return factor;
 }
@@ -80,7 +74,7 @@ __device__ __forceinline__ Column ColumnOf(const AttentionTask& task, const SeqS
 
 // What a CTA keeps of a column in shared memory.
 struct ColumnInfo {
-  KeyRange keys;       // that it sees
+  KeyRange<int> keys;  // that it sees
   float score_factor;  // of products of queries and K's codes
   float query_factor;  // what its query was divided by
   float out_factor;    // of the merged output
@@ -154,11 +148,11 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, column.token, segment.head,
                                           column.head, key_scale) *
                       kLog2E;
-  info.keys = VisibleKeys(p, segment.shape, column.token - segment.shape.q_begin);
+  info.keys = KeysOfQuery(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
-    info.keys.begin = max(info.keys.begin, __ldg(offsets));
-    info.keys.end = max(min(info.keys.end, __ldg(offsets + 1)), 0);
+    info.keys = Intersect(info.keys, {__ldg(offsets), __ldg(offsets + 1)});
+    info.keys.end = max(info.keys.end, 0);
   }
   info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kHeadDim;
   return info;
@@ -234,7 +228,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       RawToFloat(loads->raw[b], p.q_dtype, x);
       if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kPerTokenScales) {
         if (p.cache.k_granularity == ScaleGranularity::kChannel) {
-          const int64_t first = static_cast<int64_t>(segment.head) * Traits::kHeadDim + 4 * quad;
+          const int64_t first = ChannelScaleIndex<int64_t>(segment.head, 4 * quad, Traits::kHeadDim);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             x[i] *= LoadScale(p.cache.k_scales, p.cache.scale_dtype, first + i);

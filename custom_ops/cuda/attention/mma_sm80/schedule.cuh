@@ -5,27 +5,20 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "common/visible_keys.h"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/shared/forms.cuh"
 #include "cuda/attention/shared/seq_lengths.cuh"
-#include "cuda/attention/shared/visible_keys.cuh"
 #include "cuda/common/cluster.cuh"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
 
-// Keys [begin, end).
-struct KeyRange {
-  int begin;
-  int end;
-};
-
 // Keys that query `index` of a sequence sees, mask_offsets apart.
-__device__ __forceinline__ KeyRange VisibleKeys(const AttentionParams& p, const SeqShape& seq,
-                                                int index) {
+__device__ __forceinline__ KeyRange<int> KeysOfQuery(const AttentionParams& p, const SeqShape& seq,
+                                                     int index) {
   const int position = index + seq.k_len - seq.q_len;
-  KeyRange keys{0, seq.k_limit};
-  keys.end = VisibleEnd<Sm80Bounds>(p, position, keys.end);
-  keys.begin = VisibleBegin<Sm80Bounds>(p, position, keys.begin);
+  KeyRange<int> keys = VisibleKeys<Sm80Form>(p, position, seq.k_limit);
   keys.end = max(keys.end, 0);
   keys.begin = min(keys.begin, keys.end);
   return keys;
@@ -43,8 +36,8 @@ __device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const Attent
                                           const SeqShape& seq, int columns, int kv_tile) {
   const int pairs = seq.q_len * task.group;
   if (pairs == 0 || pairs < task.min_pairs || pairs > task.max_pairs) return {0, 0, 0};
-  const int first = VisibleKeys(p, seq, 0).begin / kv_tile;
-  const int end = VisibleKeys(p, seq, seq.q_len - 1).end;
+  const int first = KeysOfQuery(p, seq, 0).begin / kv_tile;
+  const int end = KeysOfQuery(p, seq, seq.q_len - 1).end;
   // A sequence that sees nothing still has its output to write.
   const int kv_tiles = max((end + kv_tile - 1) / kv_tile - first, 1);
   return {(pairs + columns - 1) / columns, first, kv_tiles};
@@ -157,10 +150,10 @@ struct alignas(16) Segment {
   int tile;
   int kv_tile_begin;  // KV tiles, without those that the work tile cannot see
   int kv_tile_end;
-  KeyRange seen_by_all;  // keys that all columns see
-  KeyRange seen_by_any;  // keys that any column may see
-  int columns_differ;    // in what they see
-  int begins_work_tile;  // no other CTA has KV tiles before these, or after them
+  KeyRange<int> seen_by_all;  // keys that all columns see
+  KeyRange<int> seen_by_any;  // keys that any column may see
+  int columns_differ;         // in what they see
+  int begins_work_tile;       // no other CTA has KV tiles before these, or after them
   int ends_work_tile;
   int num_splits;  // CTAs with equal shares that have some of the work tile, 0: this one alone
   int first_cta;   // of them
@@ -174,7 +167,7 @@ __device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const A
                                                Segment* s) {
   const int first = s->tile * kColumns / task.group;
   const int last = min((s->tile * kColumns + kColumns - 1) / task.group, s->shape.q_len - 1);
-  const KeyRange low = VisibleKeys(p, s->shape, first), high = VisibleKeys(p, s->shape, last);
+  const KeyRange<int> low = KeysOfQuery(p, s->shape, first), high = KeysOfQuery(p, s->shape, last);
   s->seen_by_any = {min(low.begin, high.end), high.end};
   s->seen_by_all = {high.begin, low.end};
   if (p.mask_offsets != nullptr) s->seen_by_all = {0, 0};
@@ -284,51 +277,65 @@ __device__ __forceinline__ ShareEdge EdgeAt(const AttentionTask& task, const uin
   return {inside ? at : at - offset, start.y + index, seq, inside};
 }
 
-// Fills before[0 .. num_seqs] and returns the CTA's share of the work. All threads take part.
-template <int kColumns, int kKvTile, int kThreads>
-__device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
-                                                 const AttentionTask& task, uint2* before,
-                                                 uint2* warp_totals) {
+// Costs are counted up to here: garbage lengths must not wrap around.
+inline constexpr uint32_t kMostCost = 0x7FFFFFFF;
+
+// Fills before[0 .. num_seqs] from the cost and the work tiles of each sequence, which `work_of`
+// tells, and returns the sums over all. All threads take part.
+template <int kThreads, typename WorkOfSeq>
+__device__ __forceinline__ uint2 SumWork(int num_seqs, uint2* before, uint2* warp_totals,
+                                         WorkOfSeq&& work_of) {
   constexpr int kWarps = kThreads / 32;
-  constexpr uint32_t kMost = 0x7FFFFFFF;  // garbage lengths must not wrap around
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint2 sum_before = make_uint2(0, 0);
   if (threadIdx.x == 0) before[0] = sum_before;
-  for (int base = 0; base < task.num_seqs; base += kThreads) {
-    const int seq = base + threadIdx.x;
+  for (int base = 0; base < num_seqs; base += kThreads) {
+    const int seq = base + static_cast<int>(threadIdx.x);
     uint2 sum = make_uint2(0, 0);
-    if (seq < task.num_seqs) {
-      const SeqWork work =
-          WorkOf<kColumns, kKvTile>(p, task, LoadSeqShape(p, task.first_seq + seq));
-      const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
-      const uint64_t costs = work_tiles * CostOf(task, work);
-      // A sequence that does not fit is left out, with its cost and its work tiles.
-      if (costs < kMost / 2) sum = make_uint2(costs, work_tiles);
-    }
+    if (seq < num_seqs) work_of(seq, &sum);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const uint32_t x = __shfl_up_sync(0xFFFFFFFFu, sum.x, step);
       const uint32_t y = __shfl_up_sync(0xFFFFFFFFu, sum.y, step);
-      if (lane >= step) sum.x = min(sum.x + x, kMost), sum.y += y;
+      if (lane >= step) sum.x = min(sum.x + x, kMostCost), sum.y += y;
     }
     if (lane == 31) warp_totals[warp] = sum;
     __syncthreads();
     uint2 total = sum_before;
     for (int w = 0; w < kWarps; ++w) {
       if (w == warp) sum_before = total;
-      total.x = min(total.x + warp_totals[w].x, kMost);
+      total.x = min(total.x + warp_totals[w].x, kMostCost);
       total.y += warp_totals[w].y;
     }
-    if (seq < task.num_seqs) {
-      before[seq + 1] = make_uint2(min(sum_before.x + sum.x, kMost), sum_before.y + sum.y);
+    if (seq < num_seqs) {
+      before[seq + 1] = make_uint2(min(sum_before.x + sum.x, kMostCost), sum_before.y + sum.y);
     }
     sum_before = total;
     __syncthreads();
   }
+  return sum_before;
+}
+
+// Adds a sequence's cost and work tiles. One that does not fit is left out, with both.
+__device__ __forceinline__ void CountWork(uint64_t cost, uint64_t work_tiles, uint2* sum) {
+  if (cost < kMostCost / 2) *sum = make_uint2(cost, work_tiles);
+}
+
+// Fills before[0 .. num_seqs] and returns the CTA's share of the work. All threads take part.
+template <int kColumns, int kKvTile, int kThreads>
+__device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
+                                                 const AttentionTask& task, uint2* before,
+                                                 uint2* warp_totals) {
+  const auto work_of = [&](int seq, uint2* sum) {
+    const SeqWork work = WorkOf<kColumns, kKvTile>(p, task, LoadSeqShape(p, task.first_seq + seq));
+    const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
+    CountWork(work_tiles * CostOf(task, work), work_tiles, sum);
+  };
+  const uint2 all = SumWork<kThreads>(task.num_seqs, before, warp_totals, work_of);
   Schedule schedule;
   schedule.before = before;
   const uint32_t shares = task.shares;
-  schedule.share = max((sum_before.x + shares - 1) / shares, 1u);
+  schedule.share = max((all.x + shares - 1) / shares, 1u);
   const uint64_t first = static_cast<uint64_t>(blockIdx.x) * schedule.share;
   const ShareEdge begin = EdgeAt(task, before, first);
   const ShareEdge end = EdgeAt(task, before, first + schedule.share);
@@ -340,7 +347,7 @@ __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
   schedule.first_seq = begin.seq;
   schedule.last_seq = end.seq;
   // More cost than can be counted comes from lengths that no call has.
-  if (sum_before.x >= kMost) schedule.num_work_tiles = 0;
+  if (all.x >= kMostCost) schedule.num_work_tiles = 0;
   return schedule;
 }
 

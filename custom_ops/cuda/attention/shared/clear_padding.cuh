@@ -34,7 +34,7 @@ __device__ __forceinline__ void ClearPadding(const AttentionParams& p, int first
                                              int num_seqs) {
   const int last_seq = first_seq + num_seqs;
   if (blockIdx.x == 0 && first_seq == 0) {
-    ClearTokens(p, 0, min(max(p.seqs.cu_seqlens_q[0], 0), p.seqs.num_tokens));
+    ClearTokens(p, 0, RaggedBegin<Sm80Form>(p.seqs.cu_seqlens_q[0], p.seqs.num_tokens));
   }
   for (int b = first_seq + blockIdx.x; b < last_seq; b += gridDim.x) {
     const SeqShape seq = LoadSeqShape(p, b);

@@ -1,38 +1,17 @@
-// Lengths of a sequence, cut to the tensors: nothing that the metadata says is trusted.
+// Lengths of a sequence as the attention kernels read them, by the rules of common/seq_lengths.h.
 //
-// One rule with two forms, which differ in their bounds and in the order of their loads: each is
-// part of the measured machine code of its kernels. mma_sm80 (and the clearing of padding) bounds
-// all keys of a sequence by 2^30 and loads through the read-only cache; wgmma_sm90 bounds the
-// cached keys by 2^29. Ragged keys need no bound of their own there, as the launcher refuses more
-// tokens than an int holds.
+// One reader for each family of kernels: what they load first, and through which cache, is part of
+// the machine code that they were measured with.
 #pragma once
 
 #include <cstdint>
 
+#include "common/seq_lengths.h"
 #include "common/types.h"
+#include "cuda/attention/shared/forms.cuh"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
-
-__device__ __forceinline__ int Clamp(int x, int low, int high) { return max(low, min(x, high)); }
-
-// Bounds on positions and windows, so that their sums fit into an int.
-struct Sm80Bounds {
-  static constexpr int kMaxKeys = 1 << 30;
-
-  // The key after the last one of a window to the right of `position`.
-  static __device__ __forceinline__ int WindowEnd(int position, const int& right) {
-    return position + 1 + min(right, kMaxKeys - 1);
-  }
-};
-
-struct Sm90Bounds {
-  static constexpr int kMaxKeys = 1 << 29;
-
-  static __device__ __forceinline__ int WindowEnd(int position, const int& right) {
-    return position + min(right, kMaxKeys) + 1;
-  }
-};
 
 // Lengths of a sequence, and which of its keys can be addressed.
 struct SeqShape {
@@ -43,47 +22,48 @@ struct SeqShape {
   int64_t k_begin;  // ragged K and V: first key
 };
 
+// mma_sm80: through the read-only cache.
 __device__ __forceinline__ SeqShape LoadSeqShape(const AttentionParams& p, int b) {
-  constexpr int kMaxKeys = Sm80Bounds::kMaxKeys;
+  using Form = Sm80Form;
   SeqShape seq;
   const SeqMeta& seqs = p.seqs;
-  const int q_begin = __ldg(seqs.cu_seqlens_q + b), q_end = __ldg(seqs.cu_seqlens_q + b + 1);
-  seq.q_begin = min(max(q_begin, 0), seqs.num_tokens);
-  seq.q_len = min(max(q_end, seq.q_begin), seqs.num_tokens) - seq.q_begin;
+  const int start = __ldg(seqs.cu_seqlens_q + b), end = __ldg(seqs.cu_seqlens_q + b + 1);
+  seq.q_begin = RaggedBegin<Form>(start, seqs.num_tokens);
+  seq.q_len = RaggedEnd<Form>(seq.q_begin, end, seqs.num_tokens) - seq.q_begin;
   if (p.paged) {
-    seq.q_len = min(max(__ldg(seqs.seq_lens_this_time + b), 0), seq.q_len);
-    seq.k_len = min(max(__ldg(seqs.seq_lens_decoder + b), 0), kMaxKeys - seq.q_len) + seq.q_len;
-    seq.k_limit = min(seq.k_len, min(seqs.max_blocks, kMaxKeys / kBlockSize) * kBlockSize);
+    seq.q_len = NewTokens<Form>(__ldg(seqs.seq_lens_this_time + b), seq.q_len);
+    seq.k_len = PagedKeys<Form>(__ldg(seqs.seq_lens_decoder + b), seq.q_len, kMaxKeys);
+    seq.k_limit = min(seq.k_len, KeysInTable<int>(seqs.max_blocks));
     seq.k_begin = 0;
   } else {
-    const int last = static_cast<int>(min(p.ragged.num_tokens, static_cast<int64_t>(kMaxKeys)));
-    const int k_begin = min(max(__ldg(p.ragged.cu_seqlens_k + b), 0), last);
-    seq.k_len = min(max(__ldg(p.ragged.cu_seqlens_k + b + 1), k_begin), last) - k_begin;
+    const int tokens = static_cast<int>(min(p.ragged.num_tokens, int64_t{kMaxKeys}));
+    const int begin = RaggedBegin<Form>(__ldg(p.ragged.cu_seqlens_k + b), tokens);
+    seq.k_len = RaggedEnd<Form>(begin, __ldg(p.ragged.cu_seqlens_k + b + 1), tokens) - begin;
     seq.k_limit = seq.k_len;
-    seq.k_begin = k_begin;
+    seq.k_begin = begin;
   }
   return seq;
 }
 
-// A sequence's first key among the tokens of ragged K and V, and the number of its keys.
-__device__ __forceinline__ int2 LoadRaggedKeys(const AttentionParams& p, int b) {
+// wgmma_sm90: a sequence's keys among the tokens of ragged K and V. They need no bound of their
+// own, as the launcher refuses more tokens than an int holds.
+__device__ __forceinline__ TokenRange<int> LoadRaggedKeys(const AttentionParams& p, int b) {
   const int tokens = static_cast<int>(p.ragged.num_tokens);
-  const int begin = Clamp(p.ragged.cu_seqlens_k[b], 0, tokens);
-  return make_int2(begin, Clamp(p.ragged.cu_seqlens_k[b + 1], begin, tokens) - begin);
+  return RaggedTokens(p.ragged.cu_seqlens_k[b], p.ragged.cu_seqlens_k[b + 1], tokens);
 }
 
-// Sets q_begin, q_len and k_len, in place.
+// wgmma_sm90: sets q_begin, q_len and k_len, in place.
 template <class Seq>
 __device__ __forceinline__ void LoadSeqLengths(const AttentionParams& p, int b, Seq* seq) {
   const SeqMeta& seqs = p.seqs;
-  seq->q_begin = Clamp(seqs.cu_seqlens_q[b], 0, seqs.num_tokens);
-  const int end = Clamp(seqs.cu_seqlens_q[b + 1], seq->q_begin, seqs.num_tokens);
+  seq->q_begin = RaggedBegin(seqs.cu_seqlens_q[b], seqs.num_tokens);
+  const int end = RaggedEnd(seq->q_begin, seqs.cu_seqlens_q[b + 1], seqs.num_tokens);
   if (p.paged) {
-    seq->q_len = Clamp(seqs.seq_lens_this_time[b], 0, end - seq->q_begin);
-    seq->k_len = Clamp(seqs.seq_lens_decoder[b], 0, Sm90Bounds::kMaxKeys) + seq->q_len;
+    seq->q_len = NewTokens(seqs.seq_lens_this_time[b], end - seq->q_begin);
+    seq->k_len = PagedKeys(seqs.seq_lens_decoder[b], seq->q_len, kMaxCachedKeys + seq->q_len);
   } else {
     seq->q_len = end - seq->q_begin;
-    seq->k_len = LoadRaggedKeys(p, b).y;
+    seq->k_len = LoadRaggedKeys(p, b).count;
   }
 }
 

@@ -15,9 +15,11 @@
 
 #include <cstdint>
 
+#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "common/head_dims.h"
 #include "common/numeric.h"
+#include "common/seq_lengths.h"
 #include "common/static_scales.h"
 #include "common/types.h"
 #include "cuda/cache/append/launch.h"
@@ -130,15 +132,15 @@ __global__ void __launch_bounds__(kAppendThreads)
   const int head = blockIdx.x % cache.num_kv_heads;
   const int batch_idx = FindSeq(p.cu_seqlens_k, p.batch, slot);
   if (batch_idx < 0) return;
-  const int start = p.cu_seqlens_k[batch_idx];
-  if (start < 0) return;
-  const int64_t tile = slot - FirstSlot(start, batch_idx);
-  int64_t tokens = min(p.seq_lens_decoder[batch_idx], p.cu_seqlens_k[batch_idx + 1] - start);
-  tokens = min(tokens, p.num_out_tokens - start) - tile * kBlockSize;
+  const TokenRange<int64_t> out =
+      WrittenTokens<int64_t>(p.cu_seqlens_k[batch_idx], p.cu_seqlens_k[batch_idx + 1],
+                             p.seq_lens_decoder[batch_idx], p.num_out_tokens);
+  const int64_t tile = slot - FirstSlot(static_cast<int>(out.begin), batch_idx);
+  const int64_t tokens = out.count - tile * kBlockSize;
   if (tokens <= 0 || tile >= p.max_blocks) return;
   const int count = static_cast<int>(min(tokens, int64_t{kBlockSize}));
-  const int block = p.block_tables[static_cast<int64_t>(batch_idx) * p.max_blocks + tile];
-  if (block < 0 || block >= cache.num_blocks) return;
+  const int block = *BlockEntry(p.block_tables, p.max_blocks, batch_idx, tile);
+  if (AssignedBlock(block, cache.num_blocks) < 0) return;
   const uint8_t* key_codes =
       static_cast<const uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
   const uint8_t* value_codes =
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   if (v_active) ScatterPieces(v, v_channel, v_group, value_tile);
 
   // K is converted and stored while V's writes settle.
-  const int64_t out_token = start + tile * kBlockSize;
+  const int64_t out_token = out.begin + tile * kBlockSize;
   uint16_t* key_out = static_cast<uint16_t*>(p.key) + out_token * p.key_token_stride +
                       static_cast<int64_t>(head) * kHeadDim;
   uint16_t* value_out = static_cast<uint16_t*>(p.value) + out_token * p.value_token_stride +

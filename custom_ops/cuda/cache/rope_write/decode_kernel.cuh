@@ -5,7 +5,9 @@
 // branches: loads whose results are used behind one are all waited for together.
 #pragma once
 
+#include "common/block_table.h"
 #include "common/layout.h"
+#include "common/static_scales.h"
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
@@ -73,13 +75,12 @@ struct DecodeSeq {
 __device__ __forceinline__ int LoadBlock(const SeqMeta& seqs, const WarpPlace& place) {
   const uint32_t index = place.position / kBlockSize;
   if (place.batch_idx < 0 || index >= static_cast<uint32_t>(seqs.max_blocks)) return -1;
-  return seqs.block_tables[static_cast<int64_t>(place.batch_idx) * seqs.max_blocks + index];
+  return *BlockEntry(seqs.block_tables, seqs.max_blocks, place.batch_idx, index);
 }
 
 // The block if the cache has it, else -1. The compiler would look at it where it is loaded.
 __device__ __forceinline__ int ValidBlock(const StepParams& p, int block) {
-  block = KeepInLoop(block);
-  return block < p.rope.cache.num_blocks ? block : -1;
+  return BlockOrNegative(KeepInLoop(block), p.rope.cache.num_blocks);
 }
 
 // One scale as it lies in memory: an fp32 or a bf16 value, or none (1).
@@ -94,7 +95,7 @@ class DecodeScale {
       scale.given_ = granularity != ScaleGranularity::kChannel;
       scale.half_ = cache.scale_dtype == DType::kBFloat16;
       scale.from_ = static_cast<const char*>(scales) +
-                    (granularity == ScaleGranularity::kHead ? head : 0) * (scale.half_ ? 2 : 4);
+                    HeadScaleIndex(granularity, head) * (scale.half_ ? 2 : 4);
     }
     return scale;
   }

@@ -9,6 +9,7 @@
 
 #include "common/exact.h"
 #include "common/numeric.h"
+#include "common/static_scales.h"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/cache/shared/step_traits.cuh"
 #include "cuda/common/convert.cuh"
@@ -305,8 +306,7 @@ __device__ __forceinline__ float HeadScale(const PagedCache& cache, const void* 
                                            ScaleGranularity granularity, int head) {
   if constexpr (Traits::kQuantized && !IsDynamic(Traits::kType)) {
     if (granularity != ScaleGranularity::kChannel) {
-      return LoadScale(scales, cache.scale_dtype,
-                       granularity == ScaleGranularity::kHead ? head : 0);
+      return LoadScale(scales, cache.scale_dtype, HeadScaleIndex(granularity, head));
     }
   }
   return 1.0f;
@@ -352,7 +352,7 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) {
         if (i % 4 == 0) asm volatile("" ::: "memory");  // few scales at a time: registers
-        const int index = head * Lane::kHeadDim + Map::Channel(lane, i);
+        const int index = ChannelScaleIndex(head, Map::Channel(lane, i), Lane::kHeadDim);
         x[i] = Mul(x[i], Reciprocal(LoadScale(scales, cache.scale_dtype, index)));
       }
     } else {
@@ -398,8 +398,10 @@ template <typename Lane>
 __device__ __forceinline__ void StoreQuery(const uint32_t (&words)[Lane::kWords],
                                            const RopeWriteCacheParams& p, float static_inverse,
                                            int64_t token, int head, int lane, bool store) {
-  const int64_t index = token * p.num_heads + head;
-  const int64_t element = index * Lane::kHeadDim + lane * Lane::kHalf;
+  // In 32 bits: no GPU holds 2^32 heads of a projection.
+  const uint32_t index = static_cast<uint32_t>(token) * static_cast<uint32_t>(p.num_heads) +
+                         static_cast<uint32_t>(head);
+  const uint64_t element = static_cast<uint64_t>(index) * Lane::kHeadDim + lane * Lane::kHalf;
   if (p.q_quant == QQuant::kNone) {
     if (store) {
       StoreHalves<Lane::kWords, Lane::kHeadDim>(static_cast<uint16_t*>(p.q) + element, words);

@@ -4,19 +4,13 @@
 
 #include <cstdint>
 
+#include "common/block_table.h"
+#include "common/seq_lengths.h"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/lane.cuh"
 #include "params/common.h"
 
 namespace fastattn::cuda {
-
-// Metadata of one sequence.
-struct SeqFacts {
-  int first;  // its first token
-  int end;    // first token of the next sequence
-  int count;  // new tokens
-  int start;  // cached tokens
-};
 
 // Lane i has sequence low + i, or the last one where that is past the end.
 struct SeqWindow {
@@ -66,17 +60,7 @@ __device__ __forceinline__ SeqFacts FactsOf(const SeqMeta& seqs, const SeqWindow
           __shfl_sync(kFullWarp, window.facts.start, lane)};
 }
 
-// Sequence and position of one token for a whole warp; the sequence is -1 for padding.
-struct WarpPlace {
-  int batch_idx;
-  uint32_t position;
-};
-
-__device__ __forceinline__ WarpPlace PlaceInSeq(const SeqFacts& facts, int batch_idx, int token) {
-  const int i = token - facts.first;
-  if (facts.first < 0 || i < 0 || i >= facts.count || token >= facts.end) return {-1, 0};
-  return {batch_idx, static_cast<uint32_t>(max(facts.start, 0)) + static_cast<uint32_t>(i)};
-}
+using WarpPlace = TokenPlace<uint32_t>;
 
 // `given` is the token's batch id if the step has any. All lanes take part.
 __device__ __forceinline__ WarpPlace FindPlace(const SeqMeta& seqs, const SeqWindow& window,
@@ -84,7 +68,7 @@ __device__ __forceinline__ WarpPlace FindPlace(const SeqMeta& seqs, const SeqWin
   const bool ids = seqs.batch_id_per_token != nullptr;
   // Mostly one lane has the token's sequence: it alone knows the position.
   const int batch_idx = window.low + static_cast<int>(threadIdx.x & 31);
-  const WarpPlace mine = PlaceInSeq(window.facts, batch_idx, token);
+  const WarpPlace mine = PlaceInSeq<uint32_t>(window.facts, batch_idx, token);
   const bool owns = mine.batch_idx >= 0 && batch_idx < seqs.batch && (!ids || given == batch_idx);
   const unsigned owners = __ballot_sync(kFullWarp, owns);
   if (owners != 0) {
@@ -93,7 +77,7 @@ __device__ __forceinline__ WarpPlace FindPlace(const SeqMeta& seqs, const SeqWin
   }
   const int found = ids ? given : PickSeq(seqs, window, token, 1, 0);
   if (found < 0 || found >= seqs.batch) return {-1, 0};
-  return PlaceInSeq(FactsOf(seqs, window, found), found, token);
+  return PlaceInSeq<uint32_t>(FactsOf(seqs, window, found), found, token);
 }
 
 __device__ __forceinline__ int GivenSeq(const SeqMeta& seqs, int token) {
@@ -104,9 +88,8 @@ __device__ __forceinline__ int GivenSeq(const SeqMeta& seqs, int token) {
 __device__ __forceinline__ int BlockOf(const SeqMeta& seqs, int num_blocks, int batch_idx,
                                        uint32_t block_index) {
   if (block_index >= static_cast<uint32_t>(seqs.max_blocks)) return -1;
-  const int block =
-      seqs.block_tables[static_cast<int64_t>(batch_idx) * seqs.max_blocks + block_index];
-  return block < num_blocks ? block : -1;
+  return BlockOrNegative(*BlockEntry(seqs.block_tables, seqs.max_blocks, batch_idx, block_index),
+                         num_blocks);
 }
 
 }  // namespace fastattn::cuda

@@ -1,20 +1,16 @@
 // Which sequence a token belongs to, and its position there.
 #pragma once
 
+#include "common/seq_lengths.h"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "params/common.h"
 
 namespace fastattn::cuda {
 
-// Sequence and position of a token; the sequence is -1 for padding.
-struct TokenPlace {
-  int batch_idx;
-  int64_t position;
-};
-
 // All lanes of a warp take part. `base` is the same in all of them, and their tokens lie at it or a
 // little past it.
-__device__ __forceinline__ TokenPlace FindToken(const SeqMeta& seqs, int64_t base, int64_t token) {
+__device__ __forceinline__ TokenPlace<int64_t> FindToken(const SeqMeta& seqs, int64_t base,
+                                                         int64_t token) {
   int batch_idx;
   if (seqs.batch_id_per_token != nullptr) {
     batch_idx = token < seqs.num_tokens ? __ldg(seqs.batch_id_per_token + token) : -1;
@@ -31,15 +27,6 @@ __device__ __forceinline__ TokenPlace FindToken(const SeqMeta& seqs, int64_t bas
   const int64_t i = token - first;
   if (first < 0 || i < 0 || i >= count || token >= min(end, seqs.num_tokens)) return {-1, 0};
   return {batch_idx, max(start, 0) + i};
-}
-
-// Physical block of a sequence's block, or a negative number if none is assigned.
-__device__ __forceinline__ int FindBlock(const SeqMeta& seqs, int num_blocks, int batch_idx,
-                                         int64_t block_index) {
-  if (block_index >= seqs.max_blocks) return -1;
-  const int block =
-      __ldg(seqs.block_tables + static_cast<int64_t>(batch_idx) * seqs.max_blocks + block_index);
-  return block < num_blocks ? block : -1;
 }
 
 }  // namespace fastattn::cuda

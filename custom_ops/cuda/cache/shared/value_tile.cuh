@@ -38,8 +38,7 @@ __device__ __forceinline__ TileWork FindTile(const SeqMeta& seqs, int tile_slot,
   }
   const SeqFacts facts = FactsOf(seqs, window, batch_idx);
   if (facts.first < 0) return work;
-  const int end = max(min(facts.end, seqs.num_tokens), 0);
-  const int count = max(min(facts.count, end - facts.first), 0);
+  const int count = WrittenCount(facts.first, facts.end, facts.count, seqs.num_tokens);
   const int start = max(facts.start, 0);
   const int tile = tile_slot - (facts.first / kBlockSize + 2 * batch_idx);
   // The block's first slot, counted from the sequence's first token.
@@ -75,6 +74,13 @@ template <int kHeadDim>
 struct ValueTile : TokenMajorTile<kHeadDim> {
   alignas(16) uint8_t valid[kBlockSize];  // 1: this token is new
 };
+
+// Shared memory of a kernel whose CTAs use it for one thing or another.
+template <int kBytes>
+__device__ __forceinline__ char* SharedBytes() {
+  __shared__ alignas(16) char space[kBytes];
+  return space;
+}
 
 // The bytes of a piece whose tokens are new (flags: a byte a token, 1 where it is), a word or half
 // a word at a time where neighbours are.

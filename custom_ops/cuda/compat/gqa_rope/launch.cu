@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "common/seq_lengths.h"
 #include "cuda/cache/append/launch.h"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/launch.cuh"
@@ -29,16 +30,15 @@ __global__ void __launch_bounds__(kThreads)
   PdlWait();
   const int batch_idx = FindSeq(p.cu_seqlens_k, p.batch, blockIdx.x);
   if (batch_idx < 0) return;
-  const int first = p.cu_seqlens_k[batch_idx];
-  const int64_t tile = blockIdx.x - FirstSlot(first, batch_idx);
-  if (first < 0 || tile >= p.max_blocks) return;
-  const int64_t end = min(static_cast<int64_t>(p.cu_seqlens_k[batch_idx + 1]), p.num_out_tokens);
-  const int64_t count = min(static_cast<int64_t>(p.seq_lens_decoder[batch_idx]), end - first);
+  const TokenRange<int64_t> prefix =
+      WrittenTokens<int64_t>(p.cu_seqlens_k[batch_idx], p.cu_seqlens_k[batch_idx + 1],
+                             p.seq_lens_decoder[batch_idx], p.num_out_tokens);
+  const int64_t tile = blockIdx.x - FirstSlot(static_cast<int>(prefix.begin), batch_idx);
   const int64_t begin = tile * kBlockSize;
-  if (begin >= count) return;
+  if (begin >= prefix.count || tile >= p.max_blocks) return;
   const int block = p.block_tables[static_cast<int64_t>(batch_idx) * p.max_blocks + tile];
   if (block < 0 || block >= p.cache.num_blocks) return;
-  const int tokens = static_cast<int>(min(count - begin, int64_t{kBlockSize}));
+  const int tokens = static_cast<int>(min(prefix.count - begin, int64_t{kBlockSize}));
   const int head = blockIdx.y;
   const int pieces = p.cache.head_dim / 8;  // of 16 bytes, a token
   const PagedCache& cache = p.cache;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
       static_cast<const uint16_t*>(cache.value) + cache.value_strides.Plane(block, head);
   for (int i = threadIdx.x; i < tokens * pieces; i += kThreads) {
     const int token = i / pieces, channel = i % pieces * 8;
-    const int64_t out = first + begin + token;
+    const int64_t out = prefix.begin + begin + token;
     const int64_t target = (out * cache.num_kv_heads + head) * pieces + i % pieces;
     static_cast<uint4*>(p.key)[target] =
         *reinterpret_cast<const uint4*>(keys + token * cache.key_strides.row + channel);

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
     MergeDecodeKernel(const __grid_constant__ MergeDecodeParams p, bool aligned) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (token >= p.seqs.num_tokens) return;
-  const TokenPlace place = FindToken(p.seqs, token, token);
+  const TokenPlace<int64_t> place = FindToken(p.seqs, token, token);
   if (place.batch_idx < 0) return;
   if (p.seq_lens_encoder[place.batch_idx] > 0 || p.seqs.seq_lens_decoder[place.batch_idx] <= 0)
     return;

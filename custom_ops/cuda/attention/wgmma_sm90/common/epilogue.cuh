@@ -4,8 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/normaliser.h"
 #include "common/numeric.h"
-#include "cuda/attention/shared/normaliser.cuh"
 #include "cuda/attention/wgmma_sm90/common/work_tile.h"
 #include "cuda/common/lane.cuh"
 #include "params/attention.h"
@@ -81,19 +81,11 @@ struct Epilogue {
                                                     float sum, float sink) {
     constexpr float kInf = __builtin_huge_valf();
     const bool empty = peak == -kInf;  // no score was above it
-    float lse = -kInf, factor = 0.0f;
-    if (sink == kInf) {
-      lse = empty ? lse : kInf;
-    } else if (!empty) {
-      // A NaN peak comes with a NaN sum, a NaN sink makes one.
-      const Normaliser joined = JoinSink<0>(peak, sum, sink);
-      lse = joined.lse;
-      factor = joined.factor;
-    }
+    const Normaliser found = NormaliserOf(empty, peak, sum, sink);
     if (p.lse != nullptr && rows.token[h] >= 0 && threadIdx.x % 4 == 0) {
-      p.lse[static_cast<int64_t>(rows.head) * p.seqs.num_tokens + rows.token[h]] = lse;
+      p.lse[static_cast<int64_t>(rows.head) * p.seqs.num_tokens + rows.token[h]] = found.lse;
     }
-    return factor;
+    return found.factor;
   }
 
   __device__ __forceinline__ static int64_t Offset(const AttentionParams& p, const OutputRows& rows,

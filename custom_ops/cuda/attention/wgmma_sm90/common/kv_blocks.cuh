@@ -1,7 +1,7 @@
 // Which cache blocks a KV tile consists of.
 #pragma once
 
-#include "cuda/attention/shared/block_table.cuh"
+#include "common/block_table.h"
 #include "cuda/attention/wgmma_sm90/common/work_tile.h"
 
 namespace fastattn::cuda::wgmma_sm90 {
@@ -18,8 +18,9 @@ __device__ inline int FindBlock(const AttentionParams& p, const volatile WorkTil
   const int block_idx = 2 * (tile.last_kv_tile - iteration - lane / 2) + lane % 2;
   if (block_idx < 0 || block_idx >= (tile.k_len + kBlockSize - 1) / kBlockSize) return -1;
   if (!p.paged) return kTransposed ? tile.ragged_block + block_idx : block_idx;
-  const int id = *BlockEntry(p, tile.batch_idx, block_idx);
-  return id < 0 || id >= num_blocks ? -1 : id;
+  const SeqMeta& seqs = p.seqs;
+  return AssignedBlock(*BlockEntry(seqs.block_tables, seqs.max_blocks, tile.batch_idx, block_idx),
+                       num_blocks);
 }
 
 }  // namespace fastattn::cuda::wgmma_sm90

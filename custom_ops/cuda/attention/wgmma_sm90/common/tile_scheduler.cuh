@@ -79,7 +79,7 @@ class TileScheduler {
   }
 
  protected:
-  static constexpr int kTop = 1 << 30;  // above all levels
+  static constexpr int kTop = kMaxKeys;  // above all levels, of kKeys keys each
 
   // Number of the CTA's tile of a round: they are dealt to and fro.
   __device__ static int Target(int round) {
@@ -95,11 +95,9 @@ class TileScheduler {
     return max((min(seq.k_len, Reach()) + C::kKeys - 1) / C::kKeys - Tiles(seq), 0);
   }
 
-  // Keys that a block table holds.
+  // Keys of a sequence, at most, that can be addressed.
   __device__ int Reach() const {
-    const int64_t reach = static_cast<int64_t>(p_.seqs.max_blocks) * kBlockSize;
-    return p_.paged ? static_cast<int>(min(reach, int64_t{2} * Sm90Bounds::kMaxKeys))
-                    : 2 * Sm90Bounds::kMaxKeys;
+    return p_.paged ? KeysInTable<int64_t>(p_.seqs.max_blocks) : kMaxKeys;
   }
 
   __device__ bool IsAt(int i, int level) const {
@@ -219,7 +217,7 @@ class TileScheduler {
     const ActiveSeq seq = seqs_[listed];
     if (lane_ == 0) {
       if (!p_.paged) {
-        tile->ragged_token = LoadRaggedKeys(p_, seq.batch_idx).x;
+        tile->ragged_token = LoadRaggedKeys(p_, seq.batch_idx).begin;
         tile->ragged_block = FirstBlock(tile->ragged_token, seq.batch_idx);
       }
       tile->batch_idx = seq.batch_idx;

@@ -16,6 +16,7 @@
 
 #include <type_traits>
 
+#include "common/bounds.h"
 #include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
@@ -96,7 +97,7 @@ class Consumer {
   __device__ __forceinline__ void LoadTile(int buffer) {
     buffer_ = buffer;
     start_ = shared_.tile[buffer].last_kv_tile * C::kKeys;
-    int begin = 0, end = 1 << 30;
+    int begin = 0, end = kMaxKeys;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       shift_[h] = kMinusInf;

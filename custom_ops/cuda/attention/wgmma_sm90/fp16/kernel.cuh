@@ -35,6 +35,7 @@
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/common/launch_persistent.h"
+#include "cuda/attention/wgmma_sm90/common/roles.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/consumer.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/converter.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/producer_16bit.cuh"
@@ -96,18 +97,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
     FenceAsyncProxy();
   }
-  __syncthreads();
-  PdlWait();
-  PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
+  BeginRoles();
   if (threadIdx.x < 128) {
     ReleaseRegisters<kProducerRegisters>();
     if (threadIdx.x < 32) {
-      if (threadIdx.x == 0) {
-        PrefetchMap(&arguments.query);
-        PrefetchMap(&arguments.key);
-        PrefetchMap(&arguments.value);
-      }
-      __syncwarp();
+      PrefetchMaps(arguments);
       if constexpr (C::kQuantized) {
         CodeLoader<C>(arguments, shared).Run();
       } else {

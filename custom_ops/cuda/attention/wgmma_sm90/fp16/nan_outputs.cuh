@@ -1,6 +1,7 @@
 // Makes outputs NaN whose rows see values or scales that are NaN or infinite (see nan_scrub.cuh).
 #pragma once
 
+#include "common/bounds.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/tile_scheduler.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"

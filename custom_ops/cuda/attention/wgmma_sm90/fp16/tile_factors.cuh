@@ -1,8 +1,8 @@
 // What consumers would have to wait for at either end of a work tile: helper warps read it ahead.
 #pragma once
 
+#include "common/normaliser.h"
 #include "common/numeric.h"
-#include "cuda/attention/shared/normaliser.cuh"
 #include "cuda/attention/shared/scales.cuh"
 #include "cuda/attention/wgmma_sm90/common/query_keys.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
@@ -15,10 +15,9 @@ __device__ inline float ConstantScale(const AttentionParams& p, const volatile W
                                       int kv_head, const void* paged, ScaleGranularity granularity,
                                       const Descale& ragged) {
   if (!p.paged) return LoadDescale(ragged, 0, kv_head, tile);
-  if (granularity == ScaleGranularity::kHead) {
-    return LoadScale(paged, p.cache.scale_dtype, kv_head);
-  }
-  return granularity == ScaleGranularity::kTensor ? LoadScale(paged, p.cache.scale_dtype, 0) : 1.0f;
+  const auto load = [&] { return LoadHeadScale(p.cache, paged, granularity, kv_head); };
+  if (granularity == ScaleGranularity::kHead) return load();
+  return granularity == ScaleGranularity::kTensor ? load() : 1.0f;
 }
 
 __device__ __forceinline__ bool UsesKeyChannels(const AttentionParams& p) {
@@ -51,7 +50,7 @@ __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared,
     shared.visible[buffer][i] = QueryKeys(p, tile, i);
   }
   if constexpr (C::kPerChannelScales) {
-    const int first = tile.kv_head * C::kDim;
+    const int first = ChannelScaleIndex<int>(tile.kv_head, 0, C::kDim);
     const bool keys = UsesKeyChannels(p), values = UsesValueChannels(p);
 #pragma unroll 1
     for (int i = 32 * warp + lane; i < C::kDim; i += 32 * C::kHelperWarps) {

@@ -5,8 +5,8 @@
 // e4m3, are the left operand of P * V as they stand.
 #pragma once
 
+#include "common/bounds.h"
 #include "common/numeric.h"
-#include "cuda/attention/shared/seq_lengths.cuh"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/config.h"
@@ -98,7 +98,7 @@ class Consumer {
   __device__ __forceinline__ void LoadTile(int buffer) {
     start_ = shared_.tile[buffer].last_kv_tile * C::kKeys;
     buffer_ = buffer;
-    int begin = 0, end = 1 << 30;
+    int begin = 0, end = kMaxKeys;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       shift_[h] = kMinusInf;

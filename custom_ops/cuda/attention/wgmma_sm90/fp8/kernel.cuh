@@ -34,6 +34,7 @@
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/common/launch_persistent.h"
+#include "cuda/attention/wgmma_sm90/common/roles.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/consumer.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/producer.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/variant.h"
@@ -71,18 +72,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   if (threadIdx.x == 0) InitBarriers(shared);
-  __syncthreads();
-  PdlWait();
-  PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
+  BeginRoles();
   if (threadIdx.x < 128) {
     ReleaseRegisters<kProducerRegisters>();
     if (threadIdx.x < 32) {
-      if (threadIdx.x == 0) {
-        PrefetchMap(&arguments.query);
-        PrefetchMap(&arguments.key);
-        PrefetchMap(&arguments.value);
-      }
-      __syncwarp();
+      PrefetchMaps(arguments);
       KvLoader<C>(arguments, shared).Run();
     } else {
       ValueScrubber<C>(arguments, shared).Run();

@@ -2,8 +2,8 @@
 // NaNs out of V, so that no value of a masked key can reach a result.
 #pragma once
 
+#include "common/normaliser.h"
 #include "common/numeric.h"
-#include "cuda/attention/shared/normaliser.cuh"
 #include "cuda/attention/shared/scales.cuh"
 #include "cuda/attention/wgmma_sm90/common/kv_blocks.cuh"
 #include "cuda/attention/wgmma_sm90/common/paired_tile_scheduler.cuh"
@@ -183,10 +183,8 @@ class ValueScrubber {
       factor *= Read(p_.ragged.k_descale, tile, 0, kv_head);
       output *= Read(p_.ragged.v_descale, tile, 0, kv_head);
     } else if (!IsDynamic(cache.type)) {
-      const bool key = cache.k_granularity == ScaleGranularity::kHead;
-      const bool value = cache.v_granularity == ScaleGranularity::kHead;
-      factor *= LoadHeadScale(cache, cache.k_scales, key, kv_head);
-      output *= LoadHeadScale(cache, cache.v_scales, value, kv_head);
+      factor *= LoadHeadScale(cache, cache.k_scales, cache.k_granularity, kv_head);
+      output *= LoadHeadScale(cache, cache.v_scales, cache.v_granularity, kv_head);
     }
 #pragma unroll 1
     for (int i = 32 * warp_ + lane_; i < C::kQueries; i += 32 * C::kScrubWarps) {

@@ -53,16 +53,16 @@ __global__ void __launch_bounds__(kDim) TransposeValues(const AttentionParams p,
   const int head = blockIdx.y;
   const int channel = 4 * (threadIdx.x % (kDim / 4)), piece = threadIdx.x / (kDim / 4);
   for (int seq = blockIdx.z; seq < p.seqs.batch; seq += gridDim.z) {
-    const int2 keys = LoadRaggedKeys(p, seq);
-    for (int block = blockIdx.x; block * kBlockSize < keys.y; block += gridDim.x) {
+    const TokenRange<int> keys = LoadRaggedKeys(p, seq);
+    for (int block = blockIdx.x; block * kBlockSize < keys.count; block += gridDim.x) {
       const int token = block * kBlockSize + 16 * piece;
       const int64_t plane =
-          static_cast<int64_t>(FirstBlock(keys.x, seq) + block) * p.num_kv_heads + head;
+          static_cast<int64_t>(FirstBlock(keys.begin, seq) + block) * p.num_kv_heads + head;
       const auto* in = static_cast<const uint8_t*>(p.ragged.value) +
-                       (keys.x + static_cast<int64_t>(token)) * p.ragged.value_token_stride +
+                       (keys.begin + static_cast<int64_t>(token)) * p.ragged.value_token_stride +
                        head * p.ragged.value_head_stride + channel;
       TransposePiece(p, in, out + (plane * kDim + channel) * kBlockSize + 16 * piece,
-                     keys.y - token);
+                     keys.count - token);
     }
   }
 }

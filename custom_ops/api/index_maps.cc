@@ -1,0 +1,336 @@
+#include "cpu/index_maps.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/direct.h"
+#include "api/paged_cache.h"
+#include "api/slot_table.h"
+#include "params/index_maps.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/index_maps/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+using OptionalShape = paddle::optional<Shape>;
+using OptionalDtype = paddle::optional<phi::DataType>;
+
+constexpr const char* kSlotsOp = "topk_to_slots";
+constexpr const char* kWindowOp = "window_indices";
+constexpr const char* kShortOp = "short_context_indices";
+constexpr const char* kCombineOp = "combine_topk_window";
+
+const std::initializer_list<phi::DataType> kIndexDtypes = {phi::DataType::INT32,
+                                                           phi::DataType::INT64};
+
+// Refuses an attribute outside [least, 2^31).
+void CheckInt(const char* op, const char* name, int64_t value, int64_t least) {
+  if (value < least || value > kLargestIndex) {
+    Fail("ValueError", op, name, "expected ", least, " to ", kLargestIndex, ", got ", value);
+  }
+}
+
+IndexArray ParseIndexArray(const char* op, const char* name, const Tensor& tensor, int64_t rows,
+                           const phi::Place& place) {
+  Arg(op, name, tensor).On(place).Dtype(kIndexDtypes).Dims({rows}).Contiguous();
+  return {Data(tensor), tensor.dtype() == phi::DataType::INT64};
+}
+
+RowSequences ParseSequences(const char* op, const OptionalTensor& ids, int64_t rows,
+                            const phi::Place& place) {
+  if (Get(ids) == nullptr) return {};
+  return {ParseIndexArray(op, "batch_ids", *Get(ids), rows, place)};
+}
+
+// [rows, columns] of int32, columns side by side.
+void CheckList(const char* op, const char* name, const Tensor& list, int64_t rows,
+               const phi::Place& place) {
+  Arg(op, name, list).On(place).Dtype({phi::DataType::INT32}).Dims({rows, -1}).LastDimContiguous();
+  RequireFits(op, name, SizesOf(list)[1]);
+}
+
+int64_t RowStride(const Tensor& tensor) { return tensor.numel() == 0 ? 0 : StridesOf(tensor)[0]; }
+
+// The results of a map, and where they lie.
+struct MapResult {
+  Tensor indices, lengths;
+  MapOutput out;
+};
+
+MapResult NewResult(const char* op, const char* name, int64_t rows, int64_t columns, int64_t width,
+                    const phi::Place& place) {
+  CheckedProduct(op, name, {rows, width, static_cast<int64_t>(sizeof(int32_t))});
+  MapResult result;
+  result.indices = paddle::empty({rows, width}, phi::DataType::INT32, place);
+  result.lengths = paddle::empty({rows}, phi::DataType::INT32, place);
+  result.out.indices = MutableData<int32_t>(result.indices);
+  result.out.lengths = MutableData<int32_t>(result.lengths);
+  result.out.rows = rows;
+  result.out.columns = columns;
+  result.out.width = width;
+  return result;
+}
+
+// The first of some tensors that has elements: an empty one may have no place.
+const Tensor& WithElements(const Tensor& a, const Tensor& b) { return a.numel() > 0 ? a : b; }
+
+// Runs a map where a tensor is.
+template <typename Map>
+std::vector<Tensor> RunMap(const char* op, const Tensor& where, const Map& map, bool compact,
+                           const MapResult& result) {
+  if (result.out.rows == 0) return {result.indices, result.lengths};
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(where)) {
+    LaunchOnGpu(op, where, [&](cudaStream_t stream) {
+      return cuda::LaunchIndexMap(map, result.out, compact, stream);
+    });
+    return {result.indices, result.lengths};
+  }
+#endif
+  RequireCpu(op, where.place());
+  Guarded(op, [&] { cpu::RunIndexMap(map, result.out, compact); });
+  return {result.indices, result.lengths};
+}
+
+// Columns of two lists, rounded up to a multiple; -1 if one of them is not known.
+int64_t PaddedWidth(int64_t first, int64_t second, int64_t multiple) {
+  if (first < 0 || second < 0 || multiple < 1) return -1;
+  return (first + second + multiple - 1) / multiple * multiple;
+}
+
+int64_t SizeAt(const Shape& shape, size_t dimension) {
+  return dimension < shape.size() ? shape[dimension] : -1;
+}
+
+const std::vector<phi::DataType> kMapDtypes = {phi::DataType::INT32, phi::DataType::INT32};
+
+}  // namespace
+
+std::vector<Tensor> TopkToSlots(const Tensor& indices, const Tensor& block_tables,
+                                const OptionalTensor& batch_ids, int64_t block_size,
+                                int64_t block_stride, int64_t num_blocks, bool compact,
+                                int64_t rank, int64_t world_size, int64_t interleave) {
+  const Arg arg(kSlotsOp, "indices", indices), tables_arg(kSlotsOp, "block_tables", block_tables);
+  const Tensor& where = WithElements(indices, block_tables);
+  const phi::Place place = where.place();
+  arg.Dtype({phi::DataType::INT32}).Rank(2);
+  const int64_t rows = SizesOf(indices)[0], columns = SizesOf(indices)[1];
+  CheckList(kSlotsOp, "indices", indices, rows, place);
+  CheckInt(kSlotsOp, "block_size", block_size, 1);
+  CheckInt(kSlotsOp, "block_stride", block_stride, block_size);
+  CheckInt(kSlotsOp, "num_blocks", num_blocks, -1);
+  CheckInt(kSlotsOp, "world_size", world_size, 1);
+  CheckInt(kSlotsOp, "interleave", interleave, 1);
+  CheckInt(kSlotsOp, "rank", rank, 0);
+  if (rank >= world_size) {
+    Fail("ValueError", kSlotsOp, "rank", "expected less than world_size = ", world_size, ", got ",
+         rank);
+  }
+  TopkToSlotsParams p;
+  p.indices = Data<int32_t>(indices);
+  p.row_stride = RowStride(indices);
+  p.seqs = ParseSequences(kSlotsOp, batch_ids, rows, place);
+  p.slots = ParseSlotTable(kSlotsOp, block_tables, place, block_size, num_blocks);
+  p.slots.block_stride = block_stride;
+  p.rank = static_cast<int32_t>(rank);
+  p.world_size = static_cast<int32_t>(world_size);
+  p.interleave = static_cast<int32_t>(interleave);
+  return RunMap(kSlotsOp, where, p, compact,
+                NewResult(kSlotsOp, "indices", rows, columns, columns, place));
+}
+
+std::vector<Shape> TopkToSlotsInferShape(const Shape& indices, const Shape& block_tables,
+                                         const OptionalShape& batch_ids) {
+  return {indices, {SizeAt(indices, 0)}};
+}
+
+std::vector<phi::DataType> TopkToSlotsInferDtype(const phi::DataType& indices,
+                                                 const phi::DataType& block_tables,
+                                                 const OptionalDtype& batch_ids) {
+  return kMapDtypes;
+}
+
+std::vector<Tensor> WindowIndices(const Tensor& positions, const OptionalTensor& batch_ids,
+                                  const OptionalTensor& block_tables, const OptionalTensor& starts,
+                                  int64_t window, int64_t block_size, int64_t num_blocks) {
+  Arg(kWindowOp, "positions", positions).Dtype(kIndexDtypes).Rank(1).Contiguous();
+  const phi::Place place = positions.place();
+  const int64_t rows = SizesOf(positions)[0];
+  CheckInt(kWindowOp, "window", window, 1);
+  CheckInt(kWindowOp, "block_size", block_size, 1);
+  CheckInt(kWindowOp, "num_blocks", num_blocks, -1);
+  WindowParams p;
+  p.positions = ParseIndexArray(kWindowOp, "positions", positions, rows, place);
+  p.seqs = ParseSequences(kWindowOp, batch_ids, rows, place);
+  if (Get(block_tables) != nullptr) {
+    p.slots = ParseSlotTable(kWindowOp, *Get(block_tables), place, block_size, num_blocks);
+  }
+  if (Get(starts) != nullptr) {
+    Arg(kWindowOp, "starts", *Get(starts))
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Rank(1)
+        .Contiguous();
+    if (Get(block_tables) != nullptr) {
+      Fail("ValueError", kWindowOp, "starts", "expected block_tables or starts, got both");
+    }
+    p.starts = Data<int32_t>(*Get(starts));
+    p.num_starts = SizesOf(*Get(starts))[0];
+  }
+  p.window = window;
+  return RunMap(kWindowOp, positions, p, false,
+                NewResult(kWindowOp, "window", rows, window, window, place));
+}
+
+std::vector<Shape> WindowInferShape(const Shape& positions, const OptionalShape& batch_ids,
+                                    const OptionalShape& block_tables, const OptionalShape& starts,
+                                    int64_t window, int64_t block_size, int64_t num_blocks) {
+  const int64_t rows = SizeAt(positions, 0);
+  return {{rows, window}, {rows}};
+}
+
+std::vector<phi::DataType> WindowInferDtype(const phi::DataType& positions,
+                                            const OptionalDtype& batch_ids,
+                                            const OptionalDtype& block_tables,
+                                            const OptionalDtype& starts) {
+  return kMapDtypes;
+}
+
+std::vector<Tensor> ShortContextIndices(const Tensor& positions, const OptionalTensor& batch_ids,
+                                        int64_t k, int64_t compress_ratio) {
+  Arg(kShortOp, "positions", positions).Dtype(kIndexDtypes).Rank(1).Contiguous();
+  const phi::Place place = positions.place();
+  const int64_t rows = SizesOf(positions)[0];
+  CheckInt(kShortOp, "k", k, 1);
+  CheckInt(kShortOp, "compress_ratio", compress_ratio, 1);
+  ShortContextParams p;
+  p.positions = ParseIndexArray(kShortOp, "positions", positions, rows, place);
+  p.seqs = ParseSequences(kShortOp, batch_ids, rows, place);
+  p.ratio = compress_ratio;
+  p.columns = k;
+  return RunMap(kShortOp, positions, p, false, NewResult(kShortOp, "k", rows, k, k, place));
+}
+
+std::vector<Shape> ShortContextInferShape(const Shape& positions, const OptionalShape& batch_ids,
+                                          int64_t k, int64_t compress_ratio) {
+  const int64_t rows = SizeAt(positions, 0);
+  return {{rows, k}, {rows}};
+}
+
+std::vector<phi::DataType> ShortContextInferDtype(const phi::DataType& positions,
+                                                  const OptionalDtype& batch_ids) {
+  return kMapDtypes;
+}
+
+std::vector<Tensor> CombineTopkWindow(const Tensor& topk, const Tensor& window,
+                                      const OptionalTensor& topk_lengths,
+                                      const OptionalTensor& window_lengths,
+                                      const OptionalTensor& batch_ids, int64_t seq_stride,
+                                      int64_t window_offset, int64_t multiple) {
+  const Arg arg(kCombineOp, "topk", topk), window_arg(kCombineOp, "window", window);
+  const Tensor& where = WithElements(topk, window);
+  const phi::Place place = where.place();
+  arg.Dtype({phi::DataType::INT32}).Rank(2);
+  const int64_t rows = SizesOf(topk)[0];
+  CheckList(kCombineOp, "topk", topk, rows, place);
+  CheckList(kCombineOp, "window", window, rows, place);
+  CheckInt(kCombineOp, "seq_stride", seq_stride, 0);
+  CheckInt(kCombineOp, "window_offset", window_offset, 0);
+  CheckInt(kCombineOp, "multiple", multiple, 1);
+  const auto lengths = [&](const char* name, const OptionalTensor& tensor) -> const int32_t* {
+    if (Get(tensor) == nullptr) return nullptr;
+    Arg(kCombineOp, name, *Get(tensor))
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Dims({rows})
+        .Contiguous();
+    return Data<int32_t>(*Get(tensor));
+  };
+  CombineParams p;
+  p.topk = {Data<int32_t>(topk), lengths("topk_lengths", topk_lengths), RowStride(topk),
+            SizesOf(topk)[1], 0};
+  p.window = {Data<int32_t>(window), lengths("window_lengths", window_lengths), RowStride(window),
+              SizesOf(window)[1], window_offset};
+  p.seqs = ParseSequences(kCombineOp, batch_ids, rows, place);
+  p.seq_stride = seq_stride;
+  const int64_t columns = p.topk.columns + p.window.columns;
+  const int64_t width = PaddedWidth(p.topk.columns, p.window.columns, multiple);
+  RequireFits(kCombineOp, "window", width);
+  return RunMap(kCombineOp, where, p, true,
+                NewResult(kCombineOp, "topk", rows, columns, width, place));
+}
+
+std::vector<Shape> CombineInferShape(const Shape& topk, const Shape& window,
+                                     const OptionalShape& topk_lengths,
+                                     const OptionalShape& window_lengths,
+                                     const OptionalShape& batch_ids, int64_t seq_stride,
+                                     int64_t window_offset, int64_t multiple) {
+  const int64_t rows = SizeAt(topk, 0);
+  return {{rows, PaddedWidth(SizeAt(topk, 1), SizeAt(window, 1), multiple)}, {rows}};
+}
+
+std::vector<phi::DataType> CombineInferDtype(const phi::DataType& topk, const phi::DataType& window,
+                                             const OptionalDtype& topk_lengths,
+                                             const OptionalDtype& window_lengths,
+                                             const OptionalDtype& batch_ids) {
+  return kMapDtypes;
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_topk_to_slots)
+    .Inputs({"indices", "block_tables", paddle::Optional("batch_ids")})
+    .Outputs({"slots", "lengths"})
+    .Attrs({"block_size: int64_t", "block_stride: int64_t", "num_blocks: int64_t", "compact: bool",
+            "rank: int64_t", "world_size: int64_t", "interleave: int64_t"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::TopkToSlots))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::TopkToSlotsInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::TopkToSlotsInferDtype));
+
+PD_BUILD_OP(fastattn_window_indices)
+    .Inputs({"positions", paddle::Optional("batch_ids"), paddle::Optional("block_tables"),
+             paddle::Optional("starts")})
+    .Outputs({"indices", "lengths"})
+    .Attrs({"window: int64_t", "block_size: int64_t", "num_blocks: int64_t"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::WindowIndices))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::WindowInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::WindowInferDtype));
+
+PD_BUILD_OP(fastattn_short_context_indices)
+    .Inputs({"positions", paddle::Optional("batch_ids")})
+    .Outputs({"indices", "lengths"})
+    .Attrs({"k: int64_t", "compress_ratio: int64_t"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::ShortContextIndices))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ShortContextInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ShortContextInferDtype));
+
+PD_BUILD_OP(fastattn_combine_topk_window)
+    .Inputs({"topk", "window", paddle::Optional("topk_lengths"), paddle::Optional("window_lengths"),
+             paddle::Optional("batch_ids")})
+    .Outputs({"indices", "lengths"})
+    .Attrs({"seq_stride: int64_t", "window_offset: int64_t", "multiple: int64_t"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::CombineTopkWindow))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::CombineInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::CombineInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectTopkToSlots = AddDirect<&TopkToSlots>("fastattn_topk_to_slots", {"indices"});
+const bool kDirectWindowIndices = AddDirect<&WindowIndices>("fastattn_window_indices");
+const bool kDirectShortContextIndices =
+    AddDirect<&ShortContextIndices>("fastattn_short_context_indices");
+const bool kDirectCombineTopkWindow =
+    AddDirect<&CombineTopkWindow>("fastattn_combine_topk_window", {"topk", "window"});
+
+}  // namespace
+
+}  // namespace fastattn::api

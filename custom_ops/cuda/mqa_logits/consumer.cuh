@@ -1,0 +1,306 @@
+// A consumer warpgroup: products of every other tile with the segment's queries, ReLU, weights and
+// the sum over heads in registers.
+//
+// A thread has two keys (rows lane / 4 and + 8 of its warp's 16) and two of every eight columns, so
+// that heads are summed in registers and over the four lanes of a key.
+#pragma once
+
+#include "cuda/mqa_logits/e2m1_operand.cuh"
+#include "cuda/mqa_logits/pipeline.cuh"
+#include "cuda/mqa_logits/products.cuh"
+#include "cuda/mqa_logits/wide_rows.cuh"
+
+namespace fastattn::cuda::mqa_logits {
+
+// What is left of a tile when its stage has been given back.
+struct TileKeys {
+  int key;              // the thread's first one; the second is 8 further on
+  float scale[2];       // or factor
+  uint32_t unassigned;  // bit h: key h has no page
+  uint32_t wide;        // lanes whose key h is wide, 0 for FP8: see WideRows
+};
+
+template <class C>
+class Consumer {
+ public:
+  __device__ Consumer(const Arguments& arguments, Shared<C>& shared)
+      : p_(arguments.p),
+        shared_(shared),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32 % 4),
+        number_(threadIdx.x / 128 - 1) {}
+
+  __device__ void Run() {
+    Ring<2> segments;
+    int turn = 0;  // consumer of the next tile
+    while (true) {
+      const int buffer = segments.index;
+      Wait(&shared_.query_full[buffer], segments.phase);
+      const int tiles = shared_.segments[buffer].tiles, tile = shared_.segments[buffer].tile;
+      if (tiles < 0) return;
+      LoadWeights(buffer);
+      // Tiles of this warpgroup: number_ - turn, and every kConsumers-th from there.
+      const int first = (number_ - turn + C::kConsumers) % C::kConsumers;
+      for (int i = 0; i < min(first, tiles); ++i) stages_.Advance();
+      if constexpr (C::kProducts == 2) {
+        RunInPairs(buffer, tile, first, tiles);
+      } else {
+        RunOneByOne(buffer, tile, first, tiles);
+      }
+      turn = (turn + tiles) % C::kConsumers;
+      ArriveWarp(&shared_.query_empty[buffer]);
+      segments.Advance();
+    }
+  }
+
+ private:
+  static constexpr int kColumns = C::kProductColumns;
+  static constexpr int kRegisters = kColumns / 2;  // accumulators of a product
+  static constexpr int kQueries = C::kProductQueries;
+
+  __device__ __forceinline__ uint64_t KeyOperand(int stage) const {
+    return OperandDescriptor<kDim>(SharedAddress(shared_.key[stage]));
+  }
+  __device__ __forceinline__ uint64_t QueryOperand(int buffer, int product) const {
+    return OperandDescriptor<kDim>(
+        SharedAddress(shared_.query[buffer] + product * kColumns * kDim));
+  }
+
+  // Moves on to this warpgroup's next tile; those in between are others'.
+  __device__ __forceinline__ void Advance(int left) {
+#pragma unroll
+    for (int i = 0; i < C::kConsumers; ++i) {
+      if (i < left) stages_.Advance();
+    }
+  }
+
+  __device__ __forceinline__ void LoadWeights(int buffer) {
+#pragma unroll
+    for (int product = 0; product < C::kProducts; ++product) {
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j) {
+        const float2 w = *reinterpret_cast<const float2*>(
+            shared_.weights[buffer] + product * kColumns + 8 * j + 2 * (lane_ % 4));
+        weights_[product][2 * j] = w.x, weights_[product][2 * j + 1] = w.y;
+      }
+    }
+  }
+
+  __device__ __forceinline__ TileKeys LoadScales(int stage, int tile) const {
+    TileKeys keys;
+    const int row = 16 * warp_ + lane_ / 4;
+    keys.key = tile * kTileKeys + row;
+    keys.wide = 0;
+    keys.unassigned = C::kPaged ? shared_.unassigned[stage] >> 2 * warp_ & 3 : 0;
+    if constexpr (C::kFp8) {
+      const float* scales = reinterpret_cast<const float*>(shared_.scales[stage]);
+      keys.scale[0] = scales[row], keys.scale[1] = scales[row + 8];
+    }
+    return keys;
+  }
+
+  __device__ __forceinline__ void TakeTurn() {
+    if constexpr (C::kOrdered) Wait(&shared_.turn[number_], turn_phase_ ^ (number_ == 0));
+  }
+  __device__ __forceinline__ void PassTurn() {
+    if constexpr (C::kOrdered) {
+      ArriveWarp(&shared_.turn[1 - number_]);
+      turn_phase_ ^= 1;
+    }
+  }
+
+  // Two products at a time: while the first one's accumulators are summed up, the second runs.
+  __device__ __forceinline__ void RunInPairs(int buffer, int tile, int first, int tiles) {
+    const uint64_t left = QueryOperand(buffer, 0), right = QueryOperand(buffer, 1);
+#pragma unroll 1
+    for (int i = first; i < tiles; i += C::kConsumers) {
+      const int stage = stages_.index;
+      Wait(&shared_.key_full[stage], stages_.phase);
+      float a[kRegisters], b[kRegisters];
+      TakeTurn();
+      FenceProducts();
+      MultiplyTile(a, KeyOperand(stage), left);
+      MultiplyTile(b, KeyOperand(stage), right);
+      PassTurn();
+      const TileKeys keys = LoadScales(stage, tile + i);
+      Advance(tiles - i);
+      WaitProducts<1>(a);
+      SumHeads<0>(a, keys, buffer);
+      WaitProducts<0>(b);
+      ArriveWarp(&shared_.key_empty[stage]);
+      SumHeads<1>(b, keys, buffer);
+    }
+  }
+
+  __device__ __forceinline__ void RunOneByOne(int buffer, int tile, int first, int tiles) {
+    const uint64_t columns = QueryOperand(buffer, 0);
+#pragma unroll 1
+    for (int i = first; i < tiles; i += C::kConsumers) {
+      const int stage = stages_.index;
+      Wait(&shared_.key_full[stage], stages_.phase);
+      float a[kRegisters];
+      TileKeys keys = LoadScales(stage, tile + i);
+      if constexpr (C::kFp8) {
+        TakeTurn();
+        FenceProducts();
+        MultiplyTile(a, KeyOperand(stage), columns);
+        PassTurn();
+        WaitProducts<0>(a);
+        ArriveWarp(&shared_.key_empty[stage]);
+      } else {
+        uint32_t operand[16];
+        LoadOperand(stage, &keys, operand);
+        ArriveWarp(&shared_.key_empty[stage]);
+        FenceProducts();
+        MultiplyTile(a, operand, columns);
+        WaitProducts<0>(a);
+        KeepRegisters(operand);
+        if (shared_.wide[buffer]) keys.wide = ~0u;
+      }
+      Advance(tiles - i);
+      SumHeads<0>(a, keys, buffer);
+      if constexpr (!C::kFp8) {
+        if (keys.wide != 0) WideRows(buffer, keys);
+      }
+    }
+  }
+
+  // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
+  __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint32_t (&operand)[16]) {
+    const int row = 16 * warp_ + lane_ / 4, block = lane_ % 4;
+    const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.scales[stage]) + row;
+    const uint8_t* codes = shared_.key[stage] + row * C::kCodeBytes + 16 * block;
+    // The block's exponent bytes of both keys, each twice, and the largest of each key.
+    const uint32_t mine = PermuteBytes(scales[0], scales[8], block * 0x1111 + 0x4400);
+    uint32_t largest = __vmaxu2(mine, __shfl_xor_sync(~0u, mine, 1));
+    largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, 2));
+    const int exponent[2] = {static_cast<int>(mine & 0xFF), static_cast<int>(mine >> 24)};
+    const int most[2] = {static_cast<int>(largest & 0xFF), static_cast<int>(largest >> 24)};
+    uint4 words[2];
+    int shift[2];
+    bool rare = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      words[h] = *reinterpret_cast<const uint4*>(codes + 8 * h * C::kCodeBytes);
+      shift[h] = max(exponent[h] - most[h] + kMostShift, 0);
+      rare |= exponent[h] - most[h] < -kMostShift || !IsPlainFactor(most[h]);
+      keys->scale[h] = PlainFactor(most[h]);
+    }
+    if (__any_sync(~0u, rare)) {
+      bool wide[2] = {};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        ShiftOf(exponent[h], most[h], words[h], &wide[h]);
+        keys->scale[h] = RowFactor(most[h]);
+      }
+      // A bit for each key of the warp: key h of a lane at bit 4 * (lane / 4) + h.
+      keys->wide = AnyOfFour(__ballot_sync(~0u, wide[0])) | AnyOfFour(__ballot_sync(~0u, wide[1]))
+                                                                << 1;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint2 magnitudes = reinterpret_cast<const uint2*>(shared_.magnitudes)[shift[h]];
+      const uint32_t four[4] = {words[h].x, words[h].y, words[h].z, words[h].w};
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        ToE4M3(four[s], magnitudes, &operand[4 * s + h], &operand[4 * s + h + 2]);
+      }
+    }
+  }
+
+  // Bit 4 i: whether one of bits 4 i .. 4 i + 3 is set.
+  __device__ __forceinline__ static uint32_t AnyOfFour(uint32_t bits) {
+    bits |= bits >> 2;
+    return (bits | bits >> 1) & 0x11111111u;
+  }
+
+  // Writes the logits of a product's queries. Lane i % 4 writes those of key (i & 1), of every
+  // other query from (i >> 1 & 1) on, or of the one that there is.
+  template <int kProduct>
+  __device__ __forceinline__ void SumHeads(const float (&d)[kRegisters], const TileKeys& keys,
+                                           int buffer) {
+    constexpr int kBlocks = C::kHeads / 8;
+    const bool odd = lane_ & 1, upper = lane_ & 2;
+    float sums[kQueries];
+#pragma unroll
+    for (int q = 0; q < kQueries; ++q) {
+      float x[2][2] = {};
+#pragma unroll
+      for (int j = q * kBlocks; j < (q + 1) * kBlocks; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float w = weights_[kProduct][2 * j + e];
+          x[0][e] = fmaf(Relu(d[4 * j + e]), w, x[0][e]);
+          x[1][e] = fmaf(Relu(d[4 * j + 2 + e]), w, x[1][e]);
+        }
+      }
+      const float first = x[0][0] + x[0][1], second = x[1][0] + x[1][1];
+      const float given = __shfl_xor_sync(~0u, odd ? first : second, 1);
+      sums[q] = (odd ? second : first) + given;
+    }
+    const int key = keys.key + (odd ? 8 : 0);
+    const float scale = odd ? keys.scale[1] : keys.scale[0];
+    const bool hidden = odd ? keys.unassigned & 2 : keys.unassigned & 1;
+    const bool wide = !C::kFp8 && keys.wide >> ((lane_ & 28) + (odd ? 1 : 0)) & 1;
+    if constexpr (kQueries == 1) {
+      const float sum = sums[0] + __shfl_xor_sync(~0u, sums[0], 2);
+      if (!upper && !wide) Write(buffer, kProduct, key, hidden, sum * scale);
+    } else {
+#pragma unroll
+      for (int q = 0; q < kQueries; q += 2) {
+        const float given = __shfl_xor_sync(~0u, upper ? sums[q] : sums[q + 1], 2);
+        const float sum = (upper ? sums[q + 1] : sums[q]) + given;
+        if (!wide) {
+          Write(buffer, kProduct * kQueries + q + (upper ? 1 : 0), key, hidden, sum * scale);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Write(int buffer, int query, int key, bool hidden, float value) {
+    const QueryCells cells = shared_.cells[buffer][query];
+    if (key >= cells.begin && key < cells.end) {
+      cells.origin[key] = hidden ? -__builtin_huge_valf() : value;
+    }
+  }
+
+  // Logits of keys that keys.wide names, or of all.
+  __device__ void WideRows(int buffer, const TileKeys& keys) {
+    const Segment& segment = shared_.segments[buffer];
+    const int tile_key = keys.key - lane_ / 4;
+#pragma unroll 1
+    for (int row = 0; row < 16; ++row) {
+      const int h = row / 8, key = tile_key + row;
+      if (!(keys.wide >> (row % 8 * 4 + h) & 1)) continue;
+      if (keys.unassigned >> h & 1) {
+        for (int q = lane_; q < C::kQueries; q += 32) Write(buffer, q, key, true, 0.0f);
+        continue;
+      }
+      const uint8_t* codes = p_.keys + int64_t{key} * C::kCodeBytes;
+      const uint8_t* scales = p_.key_scales + int64_t{key} * kLogitsScaleBytes;
+      if constexpr (C::kPaged) {
+        const int64_t block = key / p_.page_size, at = key - block * p_.page_size;
+        const uint8_t* page =
+            p_.cache + max(p_.PageOf(segment.sequence, block), int64_t{0}) * p_.page_stride;
+        codes = page + at * C::kCodeBytes;
+        scales = page + p_.page_size * C::kCodeBytes + at * kLogitsScaleBytes;
+      }
+#pragma unroll 1
+      for (int q = 0; q < segment.rows; ++q) {
+        const QueryCells cells = shared_.cells[buffer][q];
+        if (key < cells.begin || key >= cells.end) continue;
+        const float value = WideLogit<C::kHeads>(p_, segment.row + q, codes, scales, lane_);
+        if (lane_ == 0) cells.origin[key] = value;
+      }
+    }
+  }
+
+  const LogitsParams& p_;
+  Shared<C>& shared_;
+  const int lane_, warp_, number_;
+  Ring<C::kStages> stages_;
+  uint32_t turn_phase_ = 0;
+  float weights_[C::kProducts][kColumns / 4];
+};
+
+}  // namespace fastattn::cuda::mqa_logits

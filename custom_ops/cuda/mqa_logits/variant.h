@@ -1,0 +1,23 @@
+// A variant of the Hopper kernel: its arguments and its launcher.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "cuda/mqa_logits/rows.cuh"
+
+namespace fastattn::cuda::mqa_logits {
+
+struct Arguments {
+  CUtensorMap query;       // FP8: rows are heads
+  CUtensorMap key;         // rows of keys, of a page where paged
+  CUtensorMap key_scales;  // ragged: one row of bytes
+  LogitsParams p;
+  LogitsGroups groups;
+};
+
+// kColumns (query, head) pairs meet the keys at once: kColumns / kHeads queries.
+template <IndexerQuant kQuant, bool kPaged, int kHeads, int kColumns>
+cudaError_t LaunchLogitsVariant(const Arguments& arguments, cudaStream_t stream);
+
+}  // namespace fastattn::cuda::mqa_logits

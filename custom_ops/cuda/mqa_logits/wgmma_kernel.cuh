@@ -1,0 +1,91 @@
+// The logits on Hopper: e4m3 matrix products with keys as rows and heads as columns.
+//
+// Groups of queries (kColumns / kHeads of them, of one sequence where paged) meet tiles of 64 keys.
+// All tiles of all groups, one group after the other, are shared out evenly among persistent CTAs
+// (schedule.cuh). Every cell is written once: cells that a query sees by the tile's warpgroup, all
+// others by warps of the producer that have nothing else to do.
+//
+// Warps, 12 of them: producer.cuh has the first four; two warpgroups of consumers (consumer.cuh)
+// take tiles in turn.
+//
+// Barriers (mbarriers of Shared):
+//  - segment_found, query_full/query_empty: two buffers of a group's queries, weights and ranges;
+//  - key_full/key_empty: kStages tiles of keys and their scales.
+//
+// FP8 operands come from shared memory. MXFP4 keys become e4m3 in registers, MXFP4 queries in
+// shared memory (e2m1_operand.cuh).
+#pragma once
+
+#include "cuda/common/pdl.cuh"
+#include "cuda/mqa_logits/consumer.cuh"
+#include "cuda/mqa_logits/producer.cuh"
+
+namespace fastattn::cuda::mqa_logits {
+
+template <class C>
+__device__ __forceinline__ void InitShared(Shared<C>& shared) {
+  constexpr int kPreparing = kPreparers<C> * kWarpArrivals;
+  for (int i = 0; i < 2; ++i) {
+    InitBarrier(&shared.segment_found[i], 1);
+    InitBarrier(&shared.turn[i], 4 * kWarpArrivals);
+    InitBarrier(&shared.query_full[i], 1 + kPreparing);
+    InitBarrier(&shared.query_empty[i], 4 * C::kConsumers * kWarpArrivals + kPreparing);
+  }
+  for (int i = 0; i < C::kStages; ++i) {
+    InitBarrier(&shared.key_full[i], 1);
+    InitBarrier(&shared.key_empty[i], 4 * kWarpArrivals);
+  }
+  FenceBarrierInit();
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    WgmmaKernel(const __grid_constant__ Arguments arguments) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8_t memory[];
+  Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
+  if (threadIdx.x == 0) {
+    InitShared(shared);
+    PrefetchMap(&arguments.key);
+    if constexpr (C::kFp8) PrefetchMap(&arguments.query);
+    if constexpr (!C::kPaged) PrefetchMap(&arguments.key_scales);
+  }
+  if (!C::kFp8 && threadIdx.x >= 32 && threadIdx.x < 32 + kMostShift + 1) {
+    shared.magnitudes[threadIdx.x - 32] = MagnitudesOfShift(threadIdx.x - 32);
+  }
+  PdlWait();
+  PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
+  if constexpr (C::kPaged) PrefetchInputs(arguments.p);
+  FindShare(arguments.p, arguments.groups, shared);
+  if (threadIdx.x < 128) {
+    ReleaseRegisters<C::kProducerRegisters>();
+    RunProducer(arguments, shared);
+  } else {
+    ClaimRegisters<C::kConsumerRegisters>();
+    Consumer<C>(arguments, shared).Run();
+  }
+#else
+  __trap();  // a build for sm_90 without its own features: better than output left unwritten
+#endif
+}
+
+template <IndexerQuant kQuant, bool kPaged, int kHeads, int kColumns>
+cudaError_t LaunchLogitsVariant(const Arguments& arguments, cudaStream_t stream) {
+  using C = Config<kQuant, kPaged, kHeads, kColumns>;
+  static_assert(sizeof(Shared<C>) <= 227 * 1024);
+  auto* kernel = WgmmaKernel<C>;
+  int device = 0;
+  DeviceFacts facts;
+  cudaError_t status = GetCurrentDevice(&device, &facts);
+  if (status != cudaSuccess) return status;
+  static OncePerDevice once;
+  status = once.Run(device, [&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(sizeof(Shared<C>)));
+  });
+  if (status != cudaSuccess) return status;
+  return LaunchPdlWithShared(kernel, dim3(facts.processors), dim3(C::kThreads), sizeof(Shared<C>),
+                             stream, arguments);
+}
+
+}  // namespace fastattn::cuda::mqa_logits

@@ -1,0 +1,115 @@
+"""Index maps between a top-k and sparse attention, beside a copy of as many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import fastattn.functional as F
+from fastattn.bench.core.devices import Device
+from fastattn.bench.core.rows import Row, register
+from fastattn.bench.core.timing import bind
+
+PAGE, WINDOW, BATCH, TOKENS = 64, 128, 16, 65536
+#: Rows, columns of a top-k.
+_SHAPES = {
+    "cpu": [(64, 2048)],
+    "cpu quick": [(8, 512)],
+    "gpu": [(1, 2048), (64, 2048), (4096, 2048), (4096, 512)],
+    "gpu quick": [(64, 2048)],
+}
+
+
+def _chosen(rows: int, k: int) -> Any:
+    """Ascending tokens of a sequence, as a top-k gives them."""
+    rng = np.random.default_rng(9)
+    few = np.stack([np.sort(rng.integers(0, TOKENS, k)) for _ in range(min(rows, 64))])
+    return np.resize(few, (rows, k))
+
+
+def _tables() -> Any:
+    blocks = TOKENS // PAGE
+    return np.random.default_rng(10).permutation(BATCH * blocks).reshape(BATCH, blocks)
+
+
+def _row(device: Device, op: str, shape: str, moved: int, *arguments: Any, **options: Any) -> Row:
+    """A row of a map; each of its calls has int32 tensors of the arrays of its own."""
+    calls = []
+    for _ in range(device.copies(moved)):
+        own = [device.int32(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        calls.append(bind(getattr(F, op), *own, **options))
+    return device.memory_row(op, shape, calls, moved)
+
+
+@register("topk_to_slots")
+def slots(device: Device) -> Iterator[Row]:
+    """Rows of a top-k over 64k tokens a sequence, of 16 sequences."""
+    for rows, k in device.of(_SHAPES):
+        tables, seqs = device.int32(_tables()), device.int32(np.arange(rows) % BATCH)
+        indices = _chosen(rows, k)
+        yield _row(
+            device,
+            "topk_to_slots",
+            f"{rows} rows, k {k}",
+            2 * rows * k * 4,
+            indices,
+            tables,
+            seqs,
+        )
+
+
+@register("window_indices")
+def windows(device: Device) -> Iterator[Row]:
+    """Windows of 128 tokens as slots; only the results count."""
+    for rows, k in device.of(_SHAPES):
+        if k < 2048 and not device.quick:
+            continue
+        positions = device.int32(np.arange(rows) + 200)
+        seqs = device.int32(np.arange(rows) % BATCH)
+        yield _row(
+            device,
+            "window_indices",
+            f"{rows} rows",
+            rows * WINDOW * 4,
+            positions,
+            seqs,
+            block_tables=device.int32(_tables()),
+        )
+
+
+@register("short_context_indices")
+def short_contexts(device: Device) -> Iterator[Row]:
+    """All entries of contexts of up to 4 k tokens; only the results count."""
+    for rows, k in device.of(_SHAPES):
+        positions = device.int32(np.linspace(0, 4 * k - 1, rows))
+        yield _row(
+            device,
+            "short_context_indices",
+            f"{rows} rows, k {k}",
+            rows * k * 4,
+            positions,
+            k,
+            compress_ratio=4,
+        )
+
+
+@register("combine_topk_window")
+def combined(device: Device) -> Iterator[Row]:
+    """A top-k and a window of 128 tokens in one list."""
+    for rows, k in device.of(_SHAPES):
+        topk = _chosen(rows, k)
+        window = np.broadcast_to(np.arange(WINDOW), (rows, WINDOW))
+        seqs = device.int32(np.arange(rows) % BATCH)
+        yield _row(
+            device,
+            "combine_topk_window",
+            f"{rows} rows, k {k}",
+            2 * rows * (k + WINDOW) * 4,
+            topk,
+            window,
+            seqs,
+            seq_stride=2 * TOKENS,
+            window_offset=TOKENS,
+        )
