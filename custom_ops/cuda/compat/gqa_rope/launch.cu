@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "common/block_table.h"
 #include "cuda/cache/append/launch.h"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/launch.cuh"
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t count = min(static_cast<int64_t>(p.seq_lens_decoder[batch_idx]), end - first);
   const int64_t begin = tile * kBlockSize;
   if (begin >= count) return;
-  const int block = p.block_tables[static_cast<int64_t>(batch_idx) * p.max_blocks + tile];
+  const int block = *BlockEntry(p.block_tables, p.max_blocks, batch_idx, tile);
   if (block < 0 || block >= p.cache.num_blocks) return;
   const int tokens = static_cast<int>(min(count - begin, int64_t{kBlockSize}));
   const int head = blockIdx.y;
