@@ -3,11 +3,12 @@
 //
 // A CTA takes neighbouring splits of any work tiles. Where a split ends, the warp pipelines become
 // one result, and the next split starts from nothing; results are added up in the order of splits
-// (total.cuh). The CTA that has a work tile's first split adds up those that follow in the same
-// CTA, and writes the output if it has all of them. Else it leaves the total, other CTAs the
-// results of single splits, and merge.cu goes on with the sum.
+// (invariant_total.cuh). The CTA that has a work tile's first split adds up those that follow in
+// the same CTA, and writes the output if it has all of them. Else it leaves the total, other CTAs
+// the results of single splits, and merge_invariant.cu goes on with the sum.
 //
-// Reading order: ../kernel.cuh, schedule.cuh, total.cuh, epilogue.cuh, this file, merge.cu.
+// Reading order: kernel.cuh, invariant_{schedule,total,epilogue}.cuh, this file,
+// merge_invariant.cu.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -283,7 +283,7 @@ inline constexpr uint32_t kMostCost = 0x7FFFFFFF;
 // Fills before[0 .. num_seqs] from the cost and the work tiles of each sequence, which `work_of`
 // tells, and returns the sums over all. All threads take part.
 template <int kThreads, typename WorkOfSeq>
-__device__ __forceinline__ uint2 SumWork(int num_seqs, uint2* before, uint2* warp_totals,
+__device__ __forceinline__ uint2 SumWork(const int& num_seqs, uint2* before, uint2* warp_totals,
                                          WorkOfSeq&& work_of) {
   constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
