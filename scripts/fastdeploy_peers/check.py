@@ -13,8 +13,10 @@ import torch
 from library import BLOCK, Cache, Library, Shape, Step
 from rounding import FP8_MAX, INT8_MAX, Scales, stored
 
-#: Relative RMS error of an output that counts as right.
-BOUND = 0.015
+#: Relative RMS error of an output that counts as right. On an H100 16 bits and dynamic scales have
+#: 0.1 to 0.6 %, static scales 1.0 to 2.7 %: the rounding of those is not modelled in full. A wrong
+#: table or a head's scale taken for another's gives 35 % and more.
+BOUND = 0.03
 MAX_MODEL_LEN = 4096
 #: Steps of (cached, new, in prefill).
 STEPS = {

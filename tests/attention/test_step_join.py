@@ -179,7 +179,7 @@ def test_lengths_change_between_replays(batch, heads):
 
 @pytest.mark.gpu
 def test_steps_in_turn_do_not_share_a_graphs_buffer():
-    """A thread keeps its buffer for its next step, whatever that one's size; a graph has its own."""
+    """A thread keeps its buffer for its next step, of whatever size; a graph has its own."""
     small, large = (
         Step(paged_problem(lengths_of(batch, longest), heads=(8, 2), seed=batch), "gpu")
         for batch, longest in ((2, 300), (33, 9000))
