@@ -8,8 +8,8 @@
 
 #include "api/paged_cache.h"
 #include "api/quantize_query.h"
+#include "common/bounds.h"
 #include "common/head_dims.h"
-#include "common/visible_keys.h"
 
 namespace fastattn::api {
 

@@ -17,7 +17,7 @@ FASTATTN_HD const int* BlockEntry(const int* const& block_tables, const int& max
   return block_tables + (first + block_index);
 }
 
-// An entry's block, or -1 if it is not assigned.
+// An entry's block, or -1 if it is not assigned. `block` is a copy of the entry: it is read twice.
 FASTATTN_HD int AssignedBlock(const int& block, const int& num_blocks) {
   return block < 0 || block >= num_blocks ? -1 : block;
 }

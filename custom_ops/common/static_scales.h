@@ -1,5 +1,5 @@
-// Which scale of a static scale tensor belongs to a channel of a KV head. Index is int where a kernel
-// adds it to an address in 32 bits.
+// Which scale of a static scale tensor belongs to a channel of a KV head. Index is int where a
+// kernel adds it to an address in 32 bits.
 #pragma once
 
 #include <cstdint>

@@ -14,8 +14,6 @@ struct DeviceFacts {
   int major = 0;             // of the compute capability
   int processors = 0;        // multiprocessors
   int max_shared_bytes = 0;  // of a CTA, with the attribute that raises the default
-
-  bool IsHopper() const { return major == 9; }
 };
 
 // Facts of a device. The first use by any thread asks the runtime for them.

@@ -76,7 +76,8 @@ __device__ __forceinline__ InvariantSchedule MakeInvariantSchedule(const Attenti
       CountWork(cost * (task.whole_tiles ? 1 : splits.count), work_tiles, sum);
     }
   };
-  const uint2 sums = SumWork<kThreads>(task.work.num_seqs, before, warp_totals, work_of);
+  const int num_seqs = task.work.num_seqs;
+  const uint2 sums = SumWork<kThreads>(num_seqs, before, warp_totals, work_of);
   InvariantSchedule schedule;
   schedule.before = before;
   const uint64_t all = sums.x;

@@ -19,8 +19,8 @@ __device__ inline int FindBlock(const AttentionParams& p, const volatile WorkTil
   if (block_idx < 0 || block_idx >= (tile.k_len + kBlockSize - 1) / kBlockSize) return -1;
   if (!p.paged) return kTransposed ? tile.ragged_block + block_idx : block_idx;
   const SeqMeta& seqs = p.seqs;
-  return AssignedBlock(*BlockEntry(seqs.block_tables, seqs.max_blocks, tile.batch_idx, block_idx),
-                       num_blocks);
+  const int id = *BlockEntry(seqs.block_tables, seqs.max_blocks, tile.batch_idx, block_idx);
+  return AssignedBlock(id, num_blocks);
 }
 
 }  // namespace fastattn::cuda::wgmma_sm90

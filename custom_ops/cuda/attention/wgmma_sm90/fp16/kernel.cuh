@@ -8,17 +8,15 @@
 // Warps, 12 of them, in three warpgroups:
 //  - producer of 16-bit K and V (producer_16bit.cuh): TileFinder, KvLoader, two ScrubWarps;
 //  - producer of codes (producer_codes.cuh, converter.cuh): CodeLoader finds tiles and loads Q,
-//  codes
-//    and scales; three Converter warps turn codes into 16-bit operands and scrub NaNs;
+//    codes and scales; three Converter warps turn codes into 16-bit operands and scrub NaNs;
 //  - two consumers of 64 queries each: S = Q K^T, softmax, O += P V. They ping-pong: a named
-//  barrier
-//    lets one issue its products while the other has its exponentials.
+//    barrier lets one issue its products while the other has its exponentials.
 //
 // Barriers (mbarriers of Shared; full/empty pairs):
 //  - tile_found, query_full/query_empty: two buffers of a work tile; Q itself lies there once, and
 //    query_read (codes) or query_done (16 bits) say when it may be overwritten;
 //  - key_full/key_empty, value_full/value_empty: stages of operands; value_ready: V has been
-//  scrubbed;
+//    scrubbed;
 //  - codes_full/codes_empty: stages of codes; scale_full/scale_empty: stages of per-token scales;
 //  - named barriers 1 and 2: ping-pong; 3: the converters, before they scrub.
 //

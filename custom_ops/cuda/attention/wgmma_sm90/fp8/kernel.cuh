@@ -11,12 +11,11 @@
 //    scales with TMA; warps 1-3 (ValueScrubber) read the tile's scales and masks ahead, scrub NaNs
 //    out of V where keys are masked, and turn per-token scales into fp32.
 //  - two consumers of 64 queries each: S = Q K^T, softmax, P to e4m3, O += P V. They ping-pong:
-//  named
-//    barriers let one have its exponentials while the other's products run.
+//    named barriers let one have its exponentials while the other's products run.
 //
 // Barriers (mbarriers of Shared; full/empty pairs):
 //  - tile_found, query_full/query_empty: two buffers of a work tile, its queries, factors and
-//  masks;
+//    masks;
 //  - key_full/key_empty, value_full/value_empty: kStages stages; value_ready: V has been scrubbed;
 //  - named barriers 1 and 2: ping-pong.
 //
