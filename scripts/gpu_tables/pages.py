@@ -29,7 +29,7 @@ def runs(results: Results) -> str:
         machine = report["machine"]
         if "gpu" not in machine:
             continue
-        driver = machine.get("gpu_driver", NONE)
+        driver = machine.get("gpu_driver") or NONE
         facts = (machine["gpu"], f"{driver} (CUDA {machine.get('driver_cuda', NONE)})")
         versions = f"Paddle {machine.get('paddle')}, Python {machine.get('python')}"
         bandwidth = cell(machine.get("copy_gbs"), "{:.0f}".format)
