@@ -13,8 +13,16 @@ import importlib
 import inspect
 from typing import Any
 
-_METHOD = "get_attention_backend_cls"
-_REPLACED = ("Append", "Flash", "FlashMask", "DecodeUnified")
+#: Method of FastDeploy's platform that names a backend's class.
+METHOD = "get_attention_backend_cls"
+
+#: Its classes that this package replaces, and by which of ``fastattn.backends``.
+REPLACED = {
+    "AppendAttentionBackend": "AppendAttentionBackend",
+    "DecodeUnifiedAttentionBackend": "AppendAttentionBackend",
+    "FlashAttentionBackend": "FlashAttentionBackend",
+    "FlashMaskAttentionBackend": "FlashMaskAttentionBackend",
+}
 
 
 def register() -> None:
@@ -32,23 +40,28 @@ def register() -> None:
         raise
 
 
+def method_of(platform: type) -> Any:
+    """The platform's method, without what a failed registration made of it; None: it has none."""
+    method = getattr(platform, METHOD, None)
+    return getattr(method, "fastattn_failed", method)
+
+
 def _fail_when_chosen(error: Exception) -> None:
     """Make FastDeploy's choice of a backend that this package replaces raise."""
     try:
         platform = type(importlib.import_module("fastdeploy.platforms").current_platform)
     except (ImportError, AttributeError):
         return  # no FastDeploy, no backend of its own
-    original: Any = getattr(platform, _METHOD, None)
-    original = getattr(original, "fastattn_failed", original)  # not twice
+    original = method_of(platform)
     if not inspect.ismethod(original) or getattr(original, "fastattn", False):
         return
     text = f"fastattn: registering failed, {type(error).__name__}: {error}"
 
     def get_attention_backend_cls(cls: type, *args: Any, **kwargs: Any) -> Any:
         path = original(*args, **kwargs)
-        if str(path).rpartition(".")[2] in [f"{name}AttentionBackend" for name in _REPLACED]:
+        if str(path).rpartition(".")[2] in REPLACED:
             raise RuntimeError(f"{text}; unset FD_PLUGINS to serve without it")
         return path
 
     get_attention_backend_cls.fastattn_failed = original  # type: ignore[attr-defined]
-    setattr(platform, _METHOD, classmethod(get_attention_backend_cls))
+    setattr(platform, METHOD, classmethod(get_attention_backend_cls))

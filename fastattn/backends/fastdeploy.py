@@ -28,19 +28,12 @@ from typing import Any
 import paddle
 
 from fastattn import _ops
+from fastattn._plugin import METHOD, REPLACED, method_of
 
 _LOG = logging.getLogger(__name__)
 
-#: FastDeploy's package of attention backends, and the classes of it that have a counterpart here.
+#: FastDeploy's package of attention backends.
 PACKAGE = "fastdeploy.model_executor.layers.attention"
-REPLACED = {
-    "AppendAttentionBackend": "AppendAttentionBackend",
-    "DecodeUnifiedAttentionBackend": "AppendAttentionBackend",
-    "FlashAttentionBackend": "FlashAttentionBackend",
-    "FlashMaskAttentionBackend": "FlashMaskAttentionBackend",
-}
-
-_METHOD = "get_attention_backend_cls"
 
 
 def register() -> None:
@@ -65,7 +58,7 @@ def register() -> None:
     models, which FastDeploy makes itself.
     """
     platform = _cuda_platform()
-    if getattr(getattr(platform, _METHOD, None), "fastattn", False):
+    if getattr(getattr(platform, METHOD, None), "fastattn", False):
         return
     _check_library()
     _check_not_chosen()
@@ -119,11 +112,10 @@ def _check_not_chosen() -> None:
 
 
 def _patch(platform: type) -> None:
-    original: Any = getattr(platform, _METHOD, None)
-    original = getattr(original, "fastattn_failed", original)  # see fastattn._plugin
+    original = method_of(platform)
     if not inspect.ismethod(original):
         raise RuntimeError(
-            f"fastattn: FastDeploy's {platform.__name__} has no class method {_METHOD}: this "
+            f"fastattn: FastDeploy's {platform.__name__} has no class method {METHOD}: this "
             "version of FastDeploy is not supported"
         )
 
@@ -132,7 +124,7 @@ def _patch(platform: type) -> None:
         return _replacement(original(*args, **kwargs))
 
     get_attention_backend_cls.fastattn = True  # type: ignore[attr-defined]
-    setattr(platform, _METHOD, classmethod(get_attention_backend_cls))
+    setattr(platform, METHOD, classmethod(get_attention_backend_cls))
 
 
 def _replacement(path: Any) -> Any:

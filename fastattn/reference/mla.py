@@ -104,7 +104,8 @@ def token_values(
         factors = np.ascontiguousarray(rows[:, 512:528]).view("<f4")
     else:
         byte = scales[:, :7].astype(np.int32)
-        factors = np.where(byte == 255, np.float32(np.nan), np.ldexp(np.float32(1), byte - 127))
+        powers = np.ldexp(np.float32(1), np.minimum(byte, 254) - 127)
+        factors = np.where(byte == 255, np.float32(np.nan), powers)
     tiles = from_codes(rows[:, : fmt.latent], "e4m3").reshape(tokens, -1, fmt.tile)
     latent = _products(tiles, factors[..., None]).reshape(tokens, -1)
     rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16)

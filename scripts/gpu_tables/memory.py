@@ -77,6 +77,9 @@ def _patterns() -> list[Line]:
         *((f"`indexer_k_write_cache` {quant}, 1 / 4096 / 65536 tokens", "indexer_k_write_cache",
            [f"T {t}, {quant}" for t in (1, 4096, 65536)]) for quant in ("fp8", "mxfp4")),
         ("`indexer_k_gather`, all sizes and formats", "indexer_k_gather", [".*"]),
+        *((f"`{op}`, all sizes", op, [".*"])
+          for op in ("topk_to_slots", "window_indices", "short_context_indices",
+                     "combine_topk_window")),
         *((f"`mla_write_cache` {name}, 1 / 8192 / 65536 tokens", "mla_write_cache",
            [f"T {t}, {name}" for t in (1, 8192, 65536)])
           for name in ("bf16", "fp8", "fp8_656", "fp8_584")),

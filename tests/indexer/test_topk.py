@@ -8,6 +8,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import reference
+from tests.attention.test_gpu_graph import capture
 from tests.support.static import run_all_modes
 from tests.support.tensors import int32, skip_slices_on, to_numpy, to_paddle
 
@@ -143,6 +144,104 @@ def test_the_same_at_every_run(place):
     logits = relu((3, 140000))
     runs = [to_numpy(check(logits, [140000, 139999, 70001], 2048, place)) for _ in range(20)]
     assert all(np.array_equal(run, runs[0]) for run in runs)
+
+
+def sampled(columns):
+    """The columns of an aligned long row that its first guess looks at: 8 in each of 512 parts."""
+    part = np.arange(512, dtype=np.uint64)
+    place = (part << np.uint64(16)) + (
+        ((part + np.uint64(1)) * np.uint64(0x9E3779B1) & np.uint64(0xFFFFFFFF)) >> np.uint64(16)
+    )
+    run = place * np.uint64(max((columns + 3) // 8, 1)) >> np.uint64(25)
+    at = (run.astype(np.int64)[:, None] * 8 + np.arange(8)).ravel()
+    return at[at < columns]
+
+
+@pytest.mark.parametrize("greater", [False, True], ids=["sample_less", "sample_greater"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 65540), (3, 160004), (140, 30004)])
+def test_samples_that_mislead(place, rows, columns, greater):
+    """A guess far too low or too high: the threshold is counted out over the whole row."""
+    logits = normal((rows, columns))
+    logits[:, sampled(columns)] += 50 if greater else -50
+    check(logits, [columns] * rows, 2048, place)
+    logits[:] = np.round(logits)  # and many are equal
+    check(logits, [columns - 1] * rows, 2048, place)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", [normal, relu, equal, ascending])
+@pytest.mark.parametrize("busy", [1, 140], ids=["cluster", "cta"])
+def test_a_million_columns(distribution, busy):
+    """A cluster's slices, and a CTA's windows: 140 rows, most of which are empty."""
+    columns = 1 << 20
+    logits = np.zeros((busy, columns), np.float32)
+    logits[0] = distribution((1, columns))[0]
+    lengths = np.zeros(busy, np.int64)
+    lengths[0] = columns - 3
+    for k in (1, 2048, 4096):
+        check(logits, lengths, k, "gpu")
+
+
+@pytest.mark.parametrize("k", [1, 33])
+def test_many_small_rows(place, k):
+    rows = 65536
+    lengths = RNG(6).integers(0, 34, rows)
+    check(relu((rows, 33)), lengths, k, place, RNG(7).integers(-2, 5, rows))
+
+
+@pytest.mark.parametrize("distribution", [normal, relu, two_values])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 33, 66, 67])
+def test_odd_shares(place, rows, distribution):
+    """Clusters of 8 to 1, whose slices begin and end within a vector of 4 or are empty."""
+    columns = 33003
+    starts = np.arange(rows) * 5 % 11
+    lengths = columns - np.arange(rows) * 97 % 1009
+    lengths[rows // 2 :] = 4097 + np.arange(rows - rows // 2)
+    check(distribution((rows, columns)), lengths, 4096, place, starts)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-6, 1.0, 7e4, 1e37])
+@pytest.mark.parametrize("rows", [2, 140])
+def test_values_of_any_scale(place, rows, scale):
+    """Short rows, whose bins are those of fp16: values that it rounds to 0 or to infinity."""
+    logits = (np.clip(normal((rows, 8000)).astype(np.float64), -4, 4) * scale).astype(np.float32)
+    check(logits, [8000] * rows, 2048, place)
+    check(np.maximum(logits, np.float32(scale)), [7777] * rows, 2048, place)
+
+
+@pytest.mark.parametrize("k", [1, 127, 128, 129, 2048, 4096])
+def test_nearly_equal_values(place, k):
+    """A bin of many values that differ in their last bits."""
+    bits = np.float32(0.7).view(np.uint32) + RNG(8).integers(0, 500, (3, 8191)).astype(np.uint32)
+    for sign in (1, -1):
+        check(np.float32(sign) * bits.view(np.float32), [8191, 8190, 5001], k, place)
+
+
+@pytest.mark.parametrize("numbers", [0, 100, 2047, 2048, 2049])
+def test_numbers_run_out(place, numbers):
+    logits = np.full((2, 8190), np.nan, np.float32)
+    logits[:, RNG(9).permutation(8190)[:numbers]] = normal((2, numbers))
+    check(logits, [8190, 6001], 2048, place, starts=[0, 3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [8192, 65540])
+def test_lengths_change_between_replays(columns):
+    logits = relu((5, columns))
+    given = to_paddle(logits, "gpu")
+    lengths = int32([columns] * 5, "gpu")
+    out = int32(np.zeros((5, 512)), "gpu")
+    F.topk_indices(given, lengths, 512, out=out)
+    with capture() as graph:
+        F.topk_indices(given, lengths, 512, out=out)
+    for least in (0, 300, 511, 4000, columns - 4):
+        now = least + np.arange(5)
+        lengths.copy_(int32(now, "gpu"), True)
+        graph.replay()
+        paddle.device.cuda.synchronize()
+        want = reference.topk_indices(logits, now, 512)
+        np.testing.assert_array_equal(to_numpy(out), want)
+    graph.reset()
 
 
 def test_out_is_written(place):

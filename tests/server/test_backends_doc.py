@@ -8,7 +8,8 @@ from pathlib import Path
 import paddle
 import pytest
 
-from fastattn.backends import config, fastdeploy
+from fastattn import _plugin
+from fastattn.backends import config
 from fastattn.functional._cache_types import CONFIG_TYPES
 from tests.support import ROOT
 
@@ -37,5 +38,5 @@ def test_the_tables_are_complete():
                         "tensor_parallel_size", "tensor_parallel_rank",
                         "tensor_parallel_degree", "model_type"):  # fmt: skip
             assert name in TEXT, name
-    for name in fastdeploy.REPLACED:
+    for name in _plugin.REPLACED:
         assert name.replace("AttentionBackend", "").upper() in TEXT.replace("_", "")

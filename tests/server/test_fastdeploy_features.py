@@ -141,10 +141,11 @@ def test_few_buffers_of_starts_are_remembered():
     assert len(stale._buffers) <= 4
 
 
-def test_a_buffer_in_use_is_not_forgotten():
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_a_buffer_in_use_is_not_forgotten(steps):
     """Steps with starts of their own come between those of the buffer that a graph reads."""
     stale, buffer, others = StaleStarts(), int32(np.arange(9)), []
-    for _ in range(6):
+    for _ in range(steps):
         stale.settle(buffer)
         others.append(int32(np.arange(5)))  # kept: a new tensor has an address of its own
         stale.settle(others[-1])

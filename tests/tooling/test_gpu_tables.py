@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from fastattn.bench.cases import step
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "make_gpu_tables.py"
@@ -91,10 +92,15 @@ def write(folder, name, date, *rows, **machine):
 
 
 def test_the_newest_row_counts_unless_it_lost_its_peers(tmp_path):
-    write(tmp_path, "h100-a.json", "2026-01-02", row("f", "x", 2.0, "copy of as many bytes", 1.0),
-          row("f", "y", 4.0, "copy of as many bytes", 1.0))  # fmt: skip
-    write(tmp_path, "h100-b.json", "2026-01-01", row("f", "x", 3.0, "copy of as many bytes", 1.0),
-          row("f", "y", 5.0, "copy of as many bytes", 1.0), row("f", "y", 5.0, "vLLM", 6.0))  # fmt: skip
+    copy_of = ("copy of as many bytes", 1.0)
+    new = row("f", "x", 2.0, *copy_of), row("f", "y", 4.0, *copy_of)
+    old = (
+        row("f", "x", 3.0, *copy_of),
+        row("f", "y", 5.0, *copy_of),
+        row("f", "y", 5.0, "vLLM", 6.0),
+    )
+    write(tmp_path, "h100-a.json", "2026-01-02", *new)
+    write(tmp_path, "h100-b.json", "2026-01-01", *old)
     results = RESULTS.read(tmp_path)
     assert results.get("f", "x").us == 2.0 and results.get("f", "x").file == "h100-a"
     beside = results.get("f", "y")
@@ -115,6 +121,23 @@ def test_a_cell_of_a_step_has_the_ratios_of_both_peers(tmp_path):
     assert line == "| Qwen3-8B, `cache_fp8` | - | 100 (1.25, 2.50r) | - | - | - |"
     ranges = MAKE["TABLES"]["step ranges"](RESULTS.read(tmp_path)).splitlines()[2]
     assert ranges == "| `cache_fp8` | 1.25 | 2.50 | - | - | 0.90 | - |"
+
+
+def test_a_wrong_output_is_marked_and_in_no_range(tmp_path):
+    shape = "PaddleOCR-VL none decode 16 x 8k, graph"
+    wrong = row("layer step", shape, 100.0, "FastDeploy 32k, wrong output", 250.0)
+    write(tmp_path, "h100-step.json", "2026-01-01", wrong)
+    tables = RESULTS.read(tmp_path)
+    assert "| 100 (-, 2.50w) |" in MAKE["TABLES"]["step"](tables)
+    assert "2.50" not in MAKE["TABLES"]["step ranges"](tables)
+
+
+def test_the_step_table_has_the_benchmarks_models_and_steps():
+    from gpu_tables import attention
+
+    assert tuple(step.MODELS) == attention._MODELS
+    assert tuple(step.STEPS) == attention._STEPS
+    assert sorted(attention.QUANTS) == sorted(step.QUANTS)
 
 
 def test_means_of_merge_are_geometric(tmp_path):

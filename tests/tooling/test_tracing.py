@@ -138,7 +138,10 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
         "mla_write_cache",
         {"cache_format": "fp8_584", "scale_rule": "amax"},
     ),
-    "no scale of a latent cache": ("mla_write_cache", {"cache_format": "fp8"}),
+    "no scale of a latent cache": (
+        "mla_write_cache",
+        {"cache_format": "fp8", "cache": zeros(2, 64, 576, dtype="uint8")},
+    ),
     "a scale of a latent cache": ("mla_gather_cache", {"scale": zeros(1)}),
     "bf16 in bytes": ("mla_gather_cache", {"cache_format": "bf16"}),
     "bytes in bf16": ("mla_write_cache", {"cache": zeros(2, 64, 656, dtype="bfloat16")}),

@@ -11,4 +11,10 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+// What multiplies values in units of 2^maximum to bring them to units of a larger one. Two maxima
+// of -inf are the same.
+__device__ __forceinline__ float WeightOf(float maximum, float larger) {
+  return maximum == larger ? 1.0f : Exp2(maximum - larger);
+}
+
 }  // namespace fastattn::cuda

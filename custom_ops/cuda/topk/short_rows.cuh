@@ -244,7 +244,7 @@ __device__ __forceinline__ ShortThreshold FindThreshold(ShortRow<kThreads, kVect
 template <int kThreads, int kVectors>
 __device__ __forceinline__ void WriteShort(const ShortRow<kThreads, kVectors>& row,
                                            const ShortThreshold& threshold, uint32_t wanted,
-                                           int32_t* out, TopkScratch* scratch) {
+                                           int32_t* out, int k, TopkScratch* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint32_t before[kVectors];  // larger ones in the lower half, equal ones in the upper
 #pragma unroll
@@ -272,6 +272,11 @@ __device__ __forceinline__ void WriteShort(const ShortRow<kThreads, kVectors>& r
     before[j] += base_count + __reduce_add_sync(kFullWarp, lane < warp ? sums : 0);
     base_count += __reduce_add_sync(kFullWarp, sums);
   }
+#if defined(FASTATTN_TOPK_STAGED)
+  int32_t* to = k <= kTopkBins ? reinterpret_cast<int32_t*>(scratch->counts) : out;
+#else
+  int32_t* to = out;
+#endif
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     uint32_t larger = before[j] & 0xFFFF, equal = before[j] >> 16;
@@ -281,12 +286,17 @@ __device__ __forceinline__ void WriteShort(const ShortRow<kThreads, kVectors>& r
       const bool is_larger = x >= threshold.above;
       const bool is_equal = !is_larger && x >= threshold.equal;
       if (is_larger || (is_equal && equal < wanted)) {
-        out[larger + min(equal, wanted)] = row.ColumnOf(i) - row.origin;
+        to[larger + min(equal, wanted)] = row.ColumnOf(i) - row.origin;
       }
       larger += is_larger;
       equal += is_equal;
     }
   }
+#if defined(FASTATTN_TOPK_STAGED)
+  if (k > kTopkBins) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < k; i += kThreads) out[i] = to[i];
+#endif
 }
 
 // A CTA of a row, for at most kThreads * kVectors * 4 columns from a 16-byte boundary on.
@@ -323,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) ShortTopkKernel(con
   mine.Shorten(mine.origin + size);
   auto wanted = static_cast<uint32_t>(k);
   const ShortThreshold threshold = FindThreshold(&mine, &wanted, scratch);
-  WriteShort(mine, threshold, wanted, out, scratch);
+  WriteShort(mine, threshold, wanted, out, k, scratch);
 }
 
 }  // namespace fastattn::cuda

@@ -89,7 +89,7 @@ class _Layers:
 
     @staticmethod
     def _layer(device: Gpu, index: int, model: _Model, cache: Cache) -> AttentionLayer:
-        static = cache.quant not in ("none",) and not is_dynamic(cache.quant)
+        static = cache.quant != "none" and not is_dynamic(cache.quant)
         key_scales, value_scales = cache.scales if static else (None, None)
         width = (model.heads + 2 * model.kv) * model.dim
         return AttentionLayer(

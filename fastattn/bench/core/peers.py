@@ -30,6 +30,8 @@ _PUBLIC = {
     "vLLM Triton q_rope_quant": "vLLM Triton",
     "vllm reshape_and_cache": "vLLM",
     "vllm rope": "vLLM, 2 kernels",
+    "vLLM rope + write + Q + FA3 FP8": "vLLM FP8, 4 kernels",
+    "vLLM rope + write + FA3 BF16": "vLLM BF16, 3 kernels",
     "vllm fa3": "vLLM FA3",
     "merge, vllm": "vLLM CUDA",
     "vllm_cuda_fused": "vLLM CUDA",

@@ -6,6 +6,7 @@
 
 #include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/invariant_total.cuh"
+#include "cuda/attention/mma_sm80/join_pipelines.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/mma_sm80/query.cuh"
@@ -39,22 +40,6 @@ struct SplitEnd {
   float* split;  // the same, for a result that is not added here
 };
 
-// Writes the maximum and the sum of the warp's columns over its pipeline's keys.
-template <typename Traits>
-__device__ __forceinline__ void WriteStates(const TileState<Traits>& state, float2* states) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float sum = state.sum[n][c];
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-      if (lane / 4 == 0) states[8 * n + 2 * (lane % 4) + c] = make_float2(state.maximum[n][c], sum);
-    }
-  }
-}
-
 // The maximum and the sum of a column over all pipelines.
 template <typename Traits>
 __device__ __forceinline__ float2 JoinStates(const float2* states, int column) {
@@ -69,34 +54,6 @@ __device__ __forceinline__ float2 JoinStates(const float2* states, int column) {
     joined.y = Add(joined.y, Mul(of.y, WeightOf(of.x, joined.x)));
   }
   return joined;
-}
-
-// Brings the warp's output to the columns' maxima over all pipelines, in units of 1.
-template <typename Traits>
-__device__ __forceinline__ void Equalize(const float2* states, int warp_column,
-                                         TileState<Traits>* state) {
-  const int t = threadIdx.x % 4;
-  const float scale = Traits::kPerTokenScales
-                          ? __uint_as_float(static_cast<uint32_t>(state->scale_exponent) << 23)
-                          : 1.0f;
-#pragma unroll
-  for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int column = warp_column + 8 * n + 2 * t + c;
-      float maximum = -kInfinity;
-#pragma unroll
-      for (int s = 0; s < Traits::kPipelines; ++s) {
-        maximum = fmaxf(maximum, states[s * Traits::kColumns + column].x);
-      }
-      const float weight = scale * WeightOf(state->maximum[n][c], maximum);
-#pragma unroll
-      for (int i = 0; i < Traits::kDimTiles; ++i) {
-        state->out[i][n][c] *= weight;
-        state->out[i][n][c + 2] *= weight;
-      }
-    }
-  }
 }
 
 // Adds the split's maximum and sum. Returns the weights of the values.
@@ -130,7 +87,6 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
                                             TileState<Traits>* state, RunningTotal<Traits>* total) {
   using Total = RunningTotal<Traits>;
   constexpr int kRounds = Total::kRounds, kPasses = Total::kPasses, kQuads = Total::kQuads;
-  constexpr int kTilesPerRound = Traits::kMergeDims / 16;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float2* states = reinterpret_cast<float2*>(shared + Traits::kStateOffset);
   const ColumnInfo* infos = reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset);
@@ -138,9 +94,9 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
   if constexpr (Traits::kPerTokenScales) {
     if (state->scale_exponent == kColumnExponents) DropColumnExponents<Traits>(state);
   }
-  WriteStates<Traits>(*state, states + pipeline * Traits::kColumns + warp_column);
+  WriteStates<Traits>(*state, pipeline, warp_column, threadIdx.x % 32 < 4, t, states);
   __syncthreads();
-  Equalize<Traits>(states, warp_column, state);
+  Equalize<Traits>(states, warp_column, t, state);
   FoldWeights weights[kPasses];
   float factor[kPasses];
 #pragma unroll
@@ -158,20 +114,7 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
     }
   }
   const auto round_of = [&](int round, float4(&out)[kPasses]) {
-  // Registers take no index that varies, so every round passes by all of them.
-#pragma unroll
-    for (int i = 0; i < Traits::kDimTiles; ++i) {
-      if (i / kTilesPerRound != round) continue;
-#pragma unroll
-      for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int column = warp_column + 8 * n + 2 * t + c % 2;
-          merge[(pipeline * Traits::kColumns + column) * Traits::kMergeStride +
-                Traits::ChannelOf(i % kTilesPerRound, g + 8 * (c / 2))] = state->out[i][n][c];
-        }
-      }
-    }
+    StoreRound<Traits>(*state, round, pipeline, warp_column, g, t, merge);
     __syncthreads();
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -183,13 +126,7 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
       if constexpr (!Total::kInRegisters) {
         if (end.adds && !end.first) before = *reinterpret_cast<const float4*>(end.total + at);
       }
-      float4 split = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-      for (int s = 0; s < Traits::kPipelines; ++s) {
-        const float4 x = *reinterpret_cast<const float4*>(
-            merge + (s * Traits::kColumns + column) * Traits::kMergeStride + 4 * quad);
-        split.x += x.x, split.y += x.y, split.z += x.z, split.w += x.w;
-      }
+      const float4 split = SumPipelines<Traits>(merge, column, quad);
       if (!end.adds) {
         *reinterpret_cast<float4*>(end.split + at) = split;
         continue;

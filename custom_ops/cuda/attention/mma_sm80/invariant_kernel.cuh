@@ -3,11 +3,12 @@
 //
 // A CTA takes neighbouring splits of any work tiles. Where a split ends, the warp pipelines become
 // one result, and the next split starts from nothing; results are added up in the order of splits
-// (total.cuh). The CTA that has a work tile's first split adds up those that follow in the same
-// CTA, and writes the output if it has all of them. Else it leaves the total, other CTAs the
-// results of single splits, and merge.cu goes on with the sum.
+// (invariant_total.cuh). The CTA that has a work tile's first split adds up those that follow in
+// the same CTA, and writes the output if it has all of them. Else it leaves the total, other CTAs
+// the results of single splits, and merge_invariant.cu goes on with the sum.
 //
-// Reading order: ../kernel.cuh, schedule.cuh, total.cuh, epilogue.cuh, this file, merge.cu.
+// Reading order: kernel.cuh, invariant_{schedule,total,epilogue}.cuh, this file,
+// merge_invariant.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -55,8 +56,6 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   const int warp = threadIdx.x / 32;
   const int pipeline = warp / Traits::kPipelineWarps;
   const int warp_column = warp % Traits::kPipelineWarps * Traits::kTiles * 8;
-  PrefetchParameters(p);
-  PrefetchParameters(task);
   if (task.work.overlaps_previous) {
     PdlBeginConcurrent();
   } else {
@@ -156,19 +155,11 @@ template <DType kElement, int kHeadDim, bool kPerTokenScales, int kColumns>
 cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
                                    cudaStream_t stream) {
   using Traits = AttentionTraits<kElement, kHeadDim, true, kPerTokenScales, kColumns>;
-  const auto kernel = InvariantKernel<Traits>;
-  int device = 0, stages = 0;
-  DeviceFacts facts;
-  cudaError_t status = GetCurrentDevice(&device, &facts);
-  if (status == cudaSuccess) status = FindStages<Traits>(kernel, facts.max_shared_bytes, &stages);
+  constexpr auto kKernel = InvariantKernel<Traits>;
+  int stages = 0;
+  const cudaError_t status = PrepareLaunch<kKernel, Traits>(&stages);
   if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                Traits::SharedBytes(kMaxPlanSeqs, stages));
-  });
-  if (status != cudaSuccess) return status;
-  return LaunchPdlWithShared(kernel, dim3(grid), dim3(kAttentionThreads),
+  return LaunchPdlWithShared(kKernel, dim3(grid), dim3(kAttentionThreads),
                              Traits::SharedBytes(task.work.num_seqs, stages), stream, p, task);
 }
 

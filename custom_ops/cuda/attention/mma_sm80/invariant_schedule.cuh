@@ -66,49 +66,20 @@ __device__ __forceinline__ InvariantSchedule MakeInvariantSchedule(const Attenti
                                                                    const InvariantTask& task,
                                                                    uint2* before,
                                                                    uint2* warp_totals) {
-  constexpr int kWarps = kThreads / 32;
-  constexpr uint32_t kMost = 0x7FFFFFFF;  // garbage lengths must not wrap around
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_seqs = task.work.num_seqs;
-  uint2 sum_before = make_uint2(0, 0);
-  if (threadIdx.x == 0) before[0] = sum_before;
-  for (int base = 0; base < num_seqs; base += kThreads) {
-    const int seq = base + static_cast<int>(threadIdx.x);
-    uint2 sum = make_uint2(0, 0);
-    if (seq < num_seqs) {
-      const SeqWork work =
-          WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
-      if (work.tiles > 0) {
-        const InvariantSplits splits = SplitsOf(task, work);
-        const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
-        const uint64_t costs =
-            work_tiles * CostOfSplit(task, work, splits) * (task.whole_tiles ? 1 : splits.count);
-        // A sequence that does not fit is left out, with its cost and its work tiles.
-        if (costs < kMost / 2) sum = make_uint2(costs, work_tiles);
-      }
+  const auto work_of = [&](int seq, uint2* sum) {
+    const SeqWork work =
+        WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
+    if (work.tiles > 0) {
+      const InvariantSplits splits = SplitsOf(task, work);
+      const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
+      const uint64_t cost = work_tiles * CostOfSplit(task, work, splits);
+      CountWork(cost * (task.whole_tiles ? 1 : splits.count), work_tiles, sum);
     }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t x = __shfl_up_sync(0xFFFFFFFFu, sum.x, step);
-      const uint32_t y = __shfl_up_sync(0xFFFFFFFFu, sum.y, step);
-      if (lane >= step) sum.x = min(sum.x + x, kMost), sum.y += y;
-    }
-    if (lane == 31) warp_totals[warp] = sum;
-    __syncthreads();
-    uint2 total = sum_before;
-    for (int w = 0; w < kWarps; ++w) {
-      if (w == warp) sum_before = total;
-      total.x = min(total.x + warp_totals[w].x, kMost);
-      total.y += warp_totals[w].y;
-    }
-    if (seq < num_seqs) {
-      before[seq + 1] = make_uint2(min(sum_before.x + sum.x, kMost), sum_before.y + sum.y);
-    }
-    sum_before = total;
-    __syncthreads();
-  }
+  };
+  const uint2 sums = SumWork<kThreads>(task.work.num_seqs, before, warp_totals, work_of);
   InvariantSchedule schedule;
   schedule.before = before;
-  const uint64_t all = sum_before.x;
+  const uint64_t all = sums.x;
   const auto edge = [&](uint64_t cta) {
     return SplitEdgeAt<kColumns, kKvTile>(p, task, before,
                                           static_cast<uint32_t>(cta * all / gridDim.x));
@@ -119,7 +90,7 @@ __device__ __forceinline__ InvariantSchedule MakeInvariantSchedule(const Attenti
   const bool empty = begin.work_tile == end.work_tile && begin.split == end.split;
   schedule.num_work_tiles = empty ? 0 : end.work_tile + (end.split > 0) - begin.work_tile;
   // More cost than can be counted comes from lengths that no call has.
-  if (sum_before.x >= kMost) schedule.num_work_tiles = 0;
+  if (sums.x >= kMostCost) schedule.num_work_tiles = 0;
   return schedule;
 }
 

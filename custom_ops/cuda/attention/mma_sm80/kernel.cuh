@@ -24,7 +24,7 @@
 // to the columns that see them (kv_tile.cuh).
 //
 // Reading order: traits.cuh, this file, schedule.cuh, query.cuh, kv_loader.cuh, kv_tile.cuh,
-// value_scales.cuh, epilogue.cuh, cluster_join.cuh, merge_partials.cu,
+// value_scales.cuh, join_pipelines.cuh, epilogue.cuh, cluster_join.cuh, merge_partials.cu,
 // join_splits.cuh.
 #pragma once
 
@@ -34,6 +34,7 @@
 
 #include "cuda/attention/mma_sm80/cluster_join.cuh"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
+#include "cuda/attention/mma_sm80/join_pipelines.cuh"
 #include "cuda/attention/mma_sm80/join_splits.cuh"
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
@@ -235,44 +236,10 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
   if constexpr (Traits::kPerTokenScales) {
     if (state->scale_exponent == kColumnExponents) DropColumnExponents<Traits>(state);
   }
-#pragma unroll
-  for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float sum = state->sum[n][c];
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-      if (g == 0) {
-        states[pipeline * Traits::kColumns + warp_column + 8 * n + 2 * t + c] =
-            make_float2(state->maximum[n][c], sum);
-      }
-    }
-  }
+  WriteStates<Traits>(*state, pipeline, warp_column, g == 0, t, states);
   __syncthreads();
   // Pipelines that saw nothing have -inf for a maximum and 0 for a sum. A NaN stays.
-  const auto weight_of = [](float partial, float maximum) {
-    return partial == maximum ? 1.0f : Exp2(partial - maximum);
-  };
-  const float scale = Traits::kPerTokenScales
-                          ? __uint_as_float(static_cast<uint32_t>(state->scale_exponent) << 23)
-                          : 1.0f;
-#pragma unroll
-  for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float maximum = -kInfinity;
-#pragma unroll
-      for (int s = 0; s < Traits::kPipelines; ++s) {
-        maximum = fmaxf(maximum, states[s * Traits::kColumns + warp_column + 8 * n + 2 * t + c].x);
-      }
-      const float weight = scale * weight_of(state->maximum[n][c], maximum);
-#pragma unroll
-      for (int i = 0; i < Traits::kDimTiles; ++i) {
-        state->out[i][n][c] *= weight;
-        state->out[i][n][c + 2] *= weight;
-      }
-    }
-  }
+  Equalize<Traits>(states, warp_column, t, state);
   float* partial = nullptr;
   if (clustered) {
     partial =
@@ -291,7 +258,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
 #pragma unroll
     for (int s = 0; s < Traits::kPipelines; ++s) {
       const float2 state_of = states[s * Traits::kColumns + column];
-      sum += state_of.y * weight_of(state_of.x, maximum);
+      sum += state_of.y * WeightOf(state_of.x, maximum);
     }
     if (partial != nullptr) {
       reinterpret_cast<float2*>(partial + Traits::kColumns * Traits::kHeadDim)[column] =
@@ -302,36 +269,15 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
       infos[column].out_factor = FinishColumn(p, info, infos[column].value_scale, maximum, sum);
     }
   }
-  constexpr int kTilesPerRound = Traits::kMergeDims / 16;
   constexpr int kQuads = Traits::kMergeDims / 4;
-  static_assert(Traits::kDimTiles % kTilesPerRound == 0, "a round more would hold the rest");
 #pragma unroll 1
-  for (int round = 0; round < Traits::kDimTiles / kTilesPerRound; ++round) {
-    // Registers take no index that varies, so every round passes by all of them.
-#pragma unroll
-    for (int i = 0; i < Traits::kDimTiles; ++i) {
-      if (i / kTilesPerRound != round) continue;
-#pragma unroll
-      for (int n = 0; n < Traits::kTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int column = warp_column + 8 * n + 2 * t + c % 2;
-          merge[(pipeline * Traits::kColumns + column) * Traits::kMergeStride +
-                Traits::ChannelOf(i % kTilesPerRound, g + 8 * (c / 2))] = state->out[i][n][c];
-        }
-      }
-    }
+  for (int round = 0; round < Traits::kHeadDim / Traits::kMergeDims; ++round) {
+    StoreRound<Traits>(*state, round, pipeline, warp_column, g, t, merge);
     __syncthreads();
 #pragma unroll 1
     for (int index = threadIdx.x; index < Traits::kColumns * kQuads; index += kAttentionThreads) {
       const int column = index / kQuads, quad = index % kQuads;
-      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-      for (int s = 0; s < Traits::kPipelines; ++s) {
-        const float4 x = *reinterpret_cast<const float4*>(
-            merge + (s * Traits::kColumns + column) * Traits::kMergeStride + 4 * quad);
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-      }
+      const float4 sum = SumPipelines<Traits>(merge, column, quad);
       const int channel = round * Traits::kMergeDims + 4 * quad;
       if (partial != nullptr) {
         *reinterpret_cast<float4*>(partial + column * Traits::kHeadDim + channel) = sum;
@@ -351,8 +297,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   const int warp = threadIdx.x / 32;
   const int pipeline = warp / Traits::kPipelineWarps;
   const int warp_column = warp % Traits::kPipelineWarps * Traits::kTiles * 8;
-  PrefetchParameters(p);
-  PrefetchParameters(task);
+  NameParameters(p);
+  NameParameters(task);
   if (task.overlaps_previous) {
     PdlBeginConcurrent();
   } else {
@@ -474,23 +420,32 @@ cudaError_t FindStages(Kernel kernel, int bytes, int* stages) {
   return fits ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 
+// Finds the kernel's stages on the current device and lets its CTAs have the shared memory of any
+// number of sequences. The kernel is a template argument because its attributes are set once, for
+// each of them.
+template <auto kKernel, typename Traits>
+cudaError_t PrepareLaunch(int* stages) {
+  int device = 0;
+  DeviceFacts facts;
+  cudaError_t status = GetCurrentDevice(&device, &facts);
+  if (status == cudaSuccess) status = FindStages<Traits>(kKernel, facts.max_shared_bytes, stages);
+  if (status != cudaSuccess) return status;
+  static OncePerDevice once;
+  return once.Run(device, [&] {
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                Traits::SharedBytes(kMaxPlanSeqs, *stages));
+  });
+}
+
 template <DType kElement, int kHeadDim, bool kPaged, bool kPerTokenScales, int kColumns>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream) {
   using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kPerTokenScales, kColumns>;
-  const auto kernel = AttentionKernel<Traits>;
-  int device = 0, stages = 0;
-  DeviceFacts facts;
-  cudaError_t status = GetCurrentDevice(&device, &facts);
-  if (status == cudaSuccess) status = FindStages<Traits>(kernel, facts.max_shared_bytes, &stages);
+  constexpr auto kKernel = AttentionKernel<Traits>;
+  int stages = 0;
+  const cudaError_t status = PrepareLaunch<kKernel, Traits>(&stages);
   if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                Traits::SharedBytes(kMaxPlanSeqs, stages));
-  });
-  if (status != cudaSuccess) return status;
-  return LaunchPdlInClusters(kernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
+  return LaunchPdlInClusters(kKernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
                              Traits::SharedBytes(task.num_seqs, stages), stream, p, task);
 }
 

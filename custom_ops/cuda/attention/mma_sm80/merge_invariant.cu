@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(kThreads)
     MergeInvariantKernel(const __grid_constant__ AttentionParams p,
                          const __grid_constant__ InvariantTask task, int columns) {
   __shared__ int slots[kMostResults];
-  PrefetchParameters(p);
   if (task.work.overlaps_previous) {
     PdlBeginConcurrent();
   } else {

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
     MergePartialsKernel(const __grid_constant__ AttentionParams p,
                         const __grid_constant__ AttentionTask task, int columns, int block_columns,
                         int ctas) {
-  PrefetchParameters(p);
+  NameParameters(p);
   if (task.finds_seqs && ClustersTookCall(p, task, columns)) {
     PdlEndConcurrent();  // it is the only merge of its call, so that none begins too early
     return;

@@ -228,7 +228,8 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       RawToFloat(loads->raw[b], p.q_dtype, x);
       if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kPerTokenScales) {
         if (p.cache.k_granularity == ScaleGranularity::kChannel) {
-          const int64_t first = ChannelScaleIndex<int64_t>(segment.head, 4 * quad, Traits::kHeadDim);
+          const int64_t first =
+              ChannelScaleIndex<int64_t>(segment.head, 4 * quad, Traits::kHeadDim);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             x[i] *= LoadScale(p.cache.k_scales, p.cache.scale_dtype, first + i);

@@ -277,51 +277,65 @@ __device__ __forceinline__ ShareEdge EdgeAt(const AttentionTask& task, const uin
   return {inside ? at : at - offset, start.y + index, seq, inside};
 }
 
-// Fills before[0 .. num_seqs] and returns the CTA's share of the work. All threads take part.
-template <int kColumns, int kKvTile, int kThreads>
-__device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
-                                                 const AttentionTask& task, uint2* before,
-                                                 uint2* warp_totals) {
+// Costs are counted up to here: garbage lengths must not wrap around.
+inline constexpr uint32_t kMostCost = 0x7FFFFFFF;
+
+// Fills before[0 .. num_seqs] from the cost and the work tiles of each sequence, which `work_of`
+// tells, and returns the sums over all. All threads take part.
+template <int kThreads, typename WorkOfSeq>
+__device__ __forceinline__ uint2 SumWork(const int& num_seqs, uint2* before, uint2* warp_totals,
+                                         WorkOfSeq&& work_of) {
   constexpr int kWarps = kThreads / 32;
-  constexpr uint32_t kMost = 0x7FFFFFFF;  // garbage lengths must not wrap around
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint2 sum_before = make_uint2(0, 0);
   if (threadIdx.x == 0) before[0] = sum_before;
-  for (int base = 0; base < task.num_seqs; base += kThreads) {
-    const int seq = base + threadIdx.x;
+  for (int base = 0; base < num_seqs; base += kThreads) {
+    const int seq = base + static_cast<int>(threadIdx.x);
     uint2 sum = make_uint2(0, 0);
-    if (seq < task.num_seqs) {
-      const SeqWork work =
-          WorkOf<kColumns, kKvTile>(p, task, LoadSeqShape(p, task.first_seq + seq));
-      const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
-      const uint64_t costs = work_tiles * CostOf(task, work);
-      // A sequence that does not fit is left out, with its cost and its work tiles.
-      if (costs < kMost / 2) sum = make_uint2(costs, work_tiles);
-    }
+    if (seq < num_seqs) work_of(seq, &sum);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const uint32_t x = __shfl_up_sync(0xFFFFFFFFu, sum.x, step);
       const uint32_t y = __shfl_up_sync(0xFFFFFFFFu, sum.y, step);
-      if (lane >= step) sum.x = min(sum.x + x, kMost), sum.y += y;
+      if (lane >= step) sum.x = min(sum.x + x, kMostCost), sum.y += y;
     }
     if (lane == 31) warp_totals[warp] = sum;
     __syncthreads();
     uint2 total = sum_before;
     for (int w = 0; w < kWarps; ++w) {
       if (w == warp) sum_before = total;
-      total.x = min(total.x + warp_totals[w].x, kMost);
+      total.x = min(total.x + warp_totals[w].x, kMostCost);
       total.y += warp_totals[w].y;
     }
-    if (seq < task.num_seqs) {
-      before[seq + 1] = make_uint2(min(sum_before.x + sum.x, kMost), sum_before.y + sum.y);
+    if (seq < num_seqs) {
+      before[seq + 1] = make_uint2(min(sum_before.x + sum.x, kMostCost), sum_before.y + sum.y);
     }
     sum_before = total;
     __syncthreads();
   }
+  return sum_before;
+}
+
+// Adds a sequence's cost and work tiles. One that does not fit is left out, with both.
+__device__ __forceinline__ void CountWork(uint64_t cost, uint64_t work_tiles, uint2* sum) {
+  if (cost < kMostCost / 2) *sum = make_uint2(cost, work_tiles);
+}
+
+// Fills before[0 .. num_seqs] and returns the CTA's share of the work. All threads take part.
+template <int kColumns, int kKvTile, int kThreads>
+__device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
+                                                 const AttentionTask& task, uint2* before,
+                                                 uint2* warp_totals) {
+  const auto work_of = [&](int seq, uint2* sum) {
+    const SeqWork work = WorkOf<kColumns, kKvTile>(p, task, LoadSeqShape(p, task.first_seq + seq));
+    const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
+    CountWork(work_tiles * CostOf(task, work), work_tiles, sum);
+  };
+  const uint2 all = SumWork<kThreads>(task.num_seqs, before, warp_totals, work_of);
   Schedule schedule;
   schedule.before = before;
   const uint32_t shares = task.shares;
-  schedule.share = max((sum_before.x + shares - 1) / shares, 1u);
+  schedule.share = max((all.x + shares - 1) / shares, 1u);
   const uint64_t first = static_cast<uint64_t>(blockIdx.x) * schedule.share;
   const ShareEdge begin = EdgeAt(task, before, first);
   const ShareEdge end = EdgeAt(task, before, first + schedule.share);
@@ -333,7 +347,7 @@ __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
   schedule.first_seq = begin.seq;
   schedule.last_seq = end.seq;
   // More cost than can be counted comes from lengths that no call has.
-  if (sum_before.x >= kMost) schedule.num_work_tiles = 0;
+  if (all.x >= kMostCost) schedule.num_work_tiles = 0;
   return schedule;
 }
 

@@ -69,6 +69,16 @@ struct DecodeSeq {
     early.Hold(seqs.seq_lens_decoder);
     if (block) early.Hold(seqs.block_tables), early.Hold(seqs.max_blocks);
   }
+
+  // The token's place. `load` asks for what does not depend on it, together with the sequences. All
+  // lanes of the warp take part.
+  template <typename Load>
+  __device__ __forceinline__ WarpPlace Find(Load&& load) const {
+    const SeqWindow window = LoadWindow(seqs, guess);
+    const int given = GivenSeq(seqs, token);
+    load();
+    return FindPlace(seqs, window, given, token);
+  }
 };
 
 // Block of a token's place, -1 where there is none, as the table has it: nothing waits for it here.
@@ -282,11 +292,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq,
   scale.Compute(early), early.Hold(rope.q_quant);
   early.Finish();
   BeginDecode(small_grid);
-  const SeqWindow window = LoadWindow(seq.seqs, seq.guess);
-  const int given = GivenSeq(seq.seqs, at.token);
-  values.Load(rope, at.lane);
-  scale.Load();
-  WarpPlace place = FindPlace(seq.seqs, window, given, at.token);
+  WarpPlace place = seq.Find([&] { values.Load(rope, at.lane), scale.Load(); });
   values.MakeWait(early, place.position);
   float inverse;
   if (place.batch_idx >= 0) {
@@ -317,11 +323,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, DecodeSeq&
   early.Touch(p), seq.Compute(true, early), values.Compute(rope, early), scale.Compute(early);
   early.Finish();
   BeginDecode(small_grid);
-  const SeqWindow window = LoadWindow(seq.seqs, seq.guess);
-  const int given = GivenSeq(seq.seqs, at.token);
-  values.Load(rope, at.lane);
-  scale.Load();
-  WarpPlace place = FindPlace(seq.seqs, window, given, at.token);
+  WarpPlace place = seq.Find([&] { values.Load(rope, at.lane), scale.Load(); });
   if constexpr (Traits::kRope) values.MakeWait(early, place.position);
   const int loaded_block = LoadBlock(seq.seqs, place);
   Inverse inverse = {1.0f};
@@ -362,17 +364,16 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   if constexpr (Options::kBias) bias_at.Compute(early);
   early.Finish();
   BeginDecode(small_grid);
-  const SeqWindow window = LoadWindow(seq.seqs, seq.guess);
-  const int given = GivenSeq(seq.seqs, at.token);
   Element loaded[Lane::kValues];
-#pragma unroll
-  for (int i = 0; i < Lane::kValues; ++i) loaded[i] = source[Map::Channel(at.lane, i)];
   RawParameters<Traits, Lane> bias;
-  if (HasBias<Options>(p.rope)) {
-    bias.template LoadEach<Map>(bias_at.data, bias_at.dtype, 0, at.lane);
-  }
-  scale.Load();
-  const WarpPlace place = FindPlace(seq.seqs, window, given, at.token);
+  const WarpPlace place = seq.Find([&] {
+#pragma unroll
+    for (int i = 0; i < Lane::kValues; ++i) loaded[i] = source[Map::Channel(at.lane, i)];
+    if (HasBias<Options>(p.rope)) {
+      bias.template LoadEach<Map>(bias_at.data, bias_at.dtype, 0, at.lane);
+    }
+    scale.Load();
+  });
   const int loaded_block = LoadBlock(seq.seqs, place);
   uint32_t words[Lane::kWords];
 #pragma unroll

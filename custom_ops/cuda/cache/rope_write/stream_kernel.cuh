@@ -1,16 +1,31 @@
 // Prompts of rope_write_cache_kv, two kinds of CTA in one launch: streaming CTAs give a token to
-// each warp, which walks over its Q and K heads, a few at a time (LaneShape), one or two steps of
-// loads ahead; cos, sin and the norms' weights are read once. V CTAs take one KV head of a tile, as
-// in tile_kernel.cuh.
+// each warp, which walks over its Q and K heads, a few at a time (LaneShape), with two steps of
+// loads under way in a ring in shared memory; cos, sin and the norms' weights are read once. V CTAs
+// take one KV head of a tile, as in tile_kernel.cuh.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/cache/rope_write/tile_kernel.cuh"
+#include "cuda/cache/shared/step_ring.cuh"
 
 namespace fastattn::cuda {
 
-// Steps whose loads are in flight: as many as the registers of 24 warps leave room for.
+// CTAs an SM: 64 registers a thread. An option that may lie anywhere, or be any, takes more.
 template <typename Options>
-inline constexpr int kStepsAhead = Options::kBias || Options::kNorm ? 1 : 2;
+inline constexpr int kStreamCtas = Options::kAny ? 3 : 4;
+
+// A bias of the input's type comes with the values, as it lies in memory.
+template <typename Options>
+inline constexpr bool kBiasAhead = Options::kBias && !Options::kAny;
+
+template <typename Traits>
+using StreamRing = StepRing<StreamLane<Traits>, kBiasAhead<typename Traits::Options> ? 2 : 1>;
+
+// Shared memory of a streaming or a V CTA.
+template <typename Traits>
+inline constexpr int kStreamBytes =
+    std::max<int>(sizeof(ValueTile<Traits::kHeadDim>), StreamRing<Traits>::kBytes);
 
 // Waits for a lane's angles, by an operation that leaves their bits (the CTA has one dimension).
 // Loads are waited for in groups: a first use in the loop would wait for the next step's values,
@@ -37,8 +52,8 @@ __device__ __forceinline__ void StoreZeroQueries(const RopeWriteCacheParams& p, 
   }
 }
 
-// One token's Q and K heads, or a share of them. K follows Q in memory. kNormFirst: as
-// norm_before_rope says (not read for kAny); a loop with both orders would spill.
+// One token's Q and K heads, or a share of them. kNormFirst: as norm_before_rope says (not read for
+// kAny); a loop with both orders would spill.
 template <typename Traits, bool kNormFirst>
 __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGrid& grid,
                                             unsigned cta) {
@@ -58,41 +73,31 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
   const int first_step = share * grid.steps_per_share;
   const int end_step = min(first_step + grid.steps_per_share, q_steps + k_steps);
 
-  constexpr int kAhead = kStepsAhead<Options>;
-  constexpr bool kFewRegisters = kAhead == 1;
-  const auto keep = [](auto x) { return kFewRegisters ? KeepInLoop(x) : x; };
-  const int lane_offset = group * Lane::kHeadDim + lane * Lane::kHalf;
-  const uint16_t* source = static_cast<const uint16_t*>(p.q) + token * p.q_stride + lane_offset;
-  asm volatile("" : "+l"(source));  // two registers, else computed in every step
-  // A bias of the input's type comes with the values, as it lies in memory.
-  const bool early_bias =
-      HasBias<Options>(rope) && !Options::kAny && rope.bias_dtype == Traits::kIn;
-  uint32_t bias[Lane::kWords] = {};
-  const auto load = [&](int step, uint32_t (&words)[Lane::kWords], float& scale) {
-    const bool is_q = step < q_steps;
-    const int head = (is_q ? step : step - q_steps) * kHeads;
-    const int first = is_q ? 0 : q_heads * Lane::kHeadDim;
-    if (step < end_step && head + group < (is_q ? q_heads : cache.num_kv_heads)) {
-      LoadHalves<Lane::kWords, Lane::kDistance>(source + first + head * Lane::kHeadDim, words);
-      if (early_bias) {
-        const unsigned thread = keep(threadIdx.x);
-        const unsigned own = thread % 32 / Lane::kLanes * Lane::kHeadDim +
-                             thread % Lane::kLanes * Lane::kHalf + first + head * Lane::kHeadDim;
-        LoadHalves<Lane::kWords, Lane::kDistance>(static_cast<const uint16_t*>(rope.bias) + own,
-                                                  bias);
-      }
-      if (!kFewRegisters && !is_q) {
-        scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head + group);
+  // K's heads follow Q's, and V's follow them: a step whose last heads are none of its own reads
+  // the next ones, as far as there are any.
+  const int lane_bytes = (group * Lane::kHeadDim + lane * Lane::kHalf) * 2;
+  const char* source = static_cast<const char*>(p.q) + token * p.q_stride * 2 + lane_bytes;
+  const bool bias_ahead =
+      kBiasAhead<Options> && HasBias<Options>(rope) && rope.bias_dtype == Traits::kIn;
+  const int all_heads = q_heads + 2 * cache.num_kv_heads - group;
+  const int k_shift = q_heads - q_steps * kHeads;
+  StreamRing<Traits> ring(SharedBytes<kStreamBytes<Traits>>());
+  const auto load = [&](int step) {
+    const int head = step * kHeads + (step < q_steps ? 0 : k_shift);
+    if (step < end_step && head < all_heads) {
+      const int64_t offset = static_cast<int64_t>(head) * (Lane::kHeadDim * 2);
+      ring.template Copy<false>(0, source + offset);
+      if (bias_ahead) {
+        const unsigned thread = KeepInLoop(threadIdx.x);
+        const unsigned own =
+            (thread % 32 / Lane::kLanes * Lane::kHeadDim + thread % Lane::kLanes * Lane::kHalf) * 2;
+        ring.template Copy<true>(1, static_cast<const char*>(rope.bias) + offset + own);
       }
     }
+    ring.Commit();
   };
-  uint32_t words[kAhead][Lane::kWords] = {};
-  float scales[kAhead];
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    scales[i] = 1.0f;
-    load(first_step + i, words[i], scales[i]);
-  }
+  for (int i = 0; i < kStepsAhead; ++i) load(first_step + i);
 
   constexpr bool kSharedNorm = Options::kNorm && !Options::kAny;  // registers
   using Norm = SharedNorm<Lane, kStreamThreads / 32>;
@@ -116,75 +121,62 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     StoreZeroQueries<Lane>(rope, q_inverse, token, first_step, min(end_step, q_steps));
     return;
   }
-  if constexpr (kFewRegisters) WaitForAngles<Lane>(rotation.angles);
+  WaitForAngles<Lane>(rotation.angles);
   if constexpr (kSharedNorm) norm.Store(rope);
 
-  const auto work = [&](int step, uint32_t (&words)[Lane::kWords], float& next_scale) {
+  for (int step = first_step; step < end_step; ++step) {
     const bool is_q = step < q_steps;
-    const unsigned thread = keep(threadIdx.x);
+    const unsigned thread = KeepInLoop(threadIdx.x);
     const int lane = thread % Lane::kLanes;
     const int group = thread % 32 / Lane::kLanes;
     const int q_head = step * kHeads + group;
     const int k_head = (step - q_steps) * kHeads + group;
+    uint32_t words[Lane::kWords];
     uint32_t rounded[Lane::kWords];
-    float scale = next_scale;
     float x[Lane::kValues];
+    ring.Wait();
+    ring.Read(0, words);
     UnpackWords<Lane>(words, x);
-    if (early_bias) {
+    if (bias_ahead) {
       float b[Lane::kValues];
-      UnpackWords<Lane>(bias, b);
+      ring.Read(1, words);
+      UnpackWords<Lane>(words, b);
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) x[i] = Add(x[i], b[i]);
     }
-    if constexpr (kFewRegisters && !Options::kBias) {
-      // In front of the next load, which takes the registers of these words.
+    // Read before the next copy writes there.
 #pragma unroll
-      for (int i = 0; i < Lane::kValues; ++i) asm volatile("" : "+f"(x[i]));
-    }
-    load(step + kAhead, words, next_scale);
-    if (!early_bias && HasBias<Options>(rope)) {
+    for (int i = 0; i < Lane::kValues; ++i) asm volatile("" : "+f"(x[i]));
+    load(step + kStepsAhead);
+    if (!bias_ahead && HasBias<Options>(rope)) {
       const int last = q_heads + cache.num_kv_heads - 1;
       AddBias<Traits, Lane>(rope, is_q ? min(q_head, last) : min(q_heads + k_head, last), lane, x);
     }
-    const auto normalise = [&](float (&values)[Lane::kValues]) {
-      if constexpr (kSharedNorm) {
-        Norm::Apply(rope, is_q, lane, values);
-      } else {
-        HeadNorm<Traits, Lane>(rope, is_q, lane)(values);
-      }
-    };
     if constexpr (Options::kAny) {
-      TransformLane<Traits, Lane, true>(rope, rotation, lane, normalise, x);
+      TransformLane<Traits, Lane, true>(rope, rotation, lane,
+                                        HeadNorm<Traits, Lane>(rope, is_q, lane), x);
     } else {
-      if constexpr (Options::kNorm && kNormFirst) normalise(x);
+      if constexpr (kSharedNorm && kNormFirst) Norm::Apply(rope, is_q, lane, x);
       rotation.Apply(rope, lane, x);
-      if constexpr (Options::kNorm && !kNormFirst) normalise(x);
+      if constexpr (kSharedNorm && !kNormFirst) Norm::Apply(rope, is_q, lane, x);
     }
     PackWords<Traits::kIn>(x, rounded);
     if (is_q) {
-      StoreQuery<Lane>(rounded, rope, q_inverse, keep(token), q_head, lane, q_head < q_heads);
+      StoreQuery<Lane>(rounded, rope, q_inverse, KeepInLoop(token), q_head, lane, q_head < q_heads);
     } else {
-      const int here = keep(block), at = keep(slot);
+      const int here = KeepInLoop(block), at = KeepInLoop(slot);
       const bool store = here >= 0 && k_head < cache.num_kv_heads;
       const int head = store ? k_head : 0;
-      if (kFewRegisters) {
-        scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
-      }
+      const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
       StoreTokenMajor<Traits, Lane>(rounded, cache, cache.key, cache.k_scales, cache.k_granularity,
                                     scale, head, lane, cache.key_strides.Row(here, k_head, at),
                                     cache.k_scale_strides.Plane(here, k_head) + at, store);
-    }
-  };
-  for (int step = first_step; step < end_step; step += kAhead) {
-    work(step, words[0], scales[0]);
-    if constexpr (kAhead == 2) {
-      if (step + 1 < end_step) work(step + 1, words[1], scales[1]);
     }
   }
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, 3)
+__global__ void __launch_bounds__(kStreamThreads, kStreamCtas<typename Traits::Options>)
     StepStreamKernel(const __grid_constant__ StepParams p,
                      const __grid_constant__ StreamGrid grid) {
   PdlWait();
@@ -199,8 +191,8 @@ __global__ void __launch_bounds__(kStreamThreads, 3)
   } else {
     const unsigned index = blockIdx.x - grid.stream_ctas;
     const int kv_heads = p.rope.cache.num_kv_heads;
-    WriteTile<Traits>(p, index % kv_heads, index / kv_heads, grid.seqs_per_tile,
-                      TileOutput::kValues);
+    WriteTile<Traits, kStreamBytes<Traits>>(p, index % kv_heads, index / kv_heads,
+                                            grid.seqs_per_tile, TileOutput::kValues);
   }
 }
 

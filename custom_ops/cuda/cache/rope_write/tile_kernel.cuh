@@ -36,7 +36,7 @@ __device__ __forceinline__ void AddValueBias(const RopeWriteCacheParams& p,
 
 // K, V or both of one tile and one head. K's loads follow as V's registers come free: with all of
 // them in front the kernel was slower.
-template <typename Traits>
+template <typename Traits, int kBytes = sizeof(ValueTile<Traits::kHeadDim>)>
 __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int tile_slot,
                                           float seqs_per_tile, TileOutput output) {
   using Lane = StreamLane<Traits>;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
   constexpr int kTokens = kStreamThreads / Lane::kLanes;
   constexpr int kPasses = kBlockSize / kTokens;
   using Element = typename fastattn::Element<Traits::kIn>::Storage;
-  __shared__ ValueTile<kHeadDim> tile;
+  ValueTile<kHeadDim>& tile = *reinterpret_cast<ValueTile<kHeadDim>*>(SharedBytes<kBytes>());
 
   const SeqMeta& seqs = p.rope.seqs;
   const PagedCache& cache = p.rope.cache;

@@ -398,8 +398,10 @@ template <typename Lane>
 __device__ __forceinline__ void StoreQuery(const uint32_t (&words)[Lane::kWords],
                                            const RopeWriteCacheParams& p, float static_inverse,
                                            int64_t token, int head, int lane, bool store) {
-  const int64_t index = token * p.num_heads + head;
-  const int64_t element = index * Lane::kHeadDim + lane * Lane::kHalf;
+  // In 32 bits: no GPU holds 2^32 heads of a projection.
+  const uint32_t index = static_cast<uint32_t>(token) * static_cast<uint32_t>(p.num_heads) +
+                         static_cast<uint32_t>(head);
+  const uint64_t element = static_cast<uint64_t>(index) * Lane::kHeadDim + lane * Lane::kHalf;
   if (p.q_quant == QQuant::kNone) {
     if (store) {
       StoreHalves<Lane::kWords, Lane::kHeadDim>(static_cast<uint16_t*>(p.q) + element, words);

@@ -24,6 +24,7 @@ __device__ __forceinline__ TokenPlace<int64_t> FindToken(const SeqMeta& seqs, in
   const int end = __ldg(seqs.cu_seqlens_q + batch_idx + 1);
   const int count = __ldg(seqs.seq_lens_this_time + batch_idx);
   const int start = __ldg(seqs.seq_lens_decoder + batch_idx);
+  // PlaceInSeq() within the tensor; a call of that was measured to be other code.
   const int64_t i = token - first;
   if (first < 0 || i < 0 || i >= count || token >= min(end, seqs.num_tokens)) return {-1, 0};
   return {batch_idx, max(start, 0) + i};

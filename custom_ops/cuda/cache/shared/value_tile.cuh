@@ -75,6 +75,13 @@ struct ValueTile : TokenMajorTile<kHeadDim> {
   alignas(16) uint8_t valid[kBlockSize];  // 1: this token is new
 };
 
+// Shared memory of a kernel whose CTAs use it for one thing or another.
+template <int kBytes>
+__device__ __forceinline__ char* SharedBytes() {
+  __shared__ alignas(16) char space[kBytes];
+  return space;
+}
+
 // The bytes of a piece whose tokens are new (flags: a byte a token, 1 where it is), a word or half
 // a word at a time where neighbours are.
 __device__ __forceinline__ void StoreNewTokens(uint8_t* out, uint4 piece, uint4 flags) {

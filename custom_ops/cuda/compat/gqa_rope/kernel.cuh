@@ -4,10 +4,13 @@
 // q, key or value, and in the cache.
 #pragma once
 
+#include <algorithm>
+
 #include "common/ceil_div.h"
 #include "common/dispatch.h"
 #include "common/head_dims.h"
 #include "cuda/cache/shared/head_transform.cuh"
+#include "cuda/cache/shared/step_ring.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/cache/shared/value_tile.cuh"
 #include "cuda/common/launch.cuh"
@@ -85,6 +88,18 @@ __device__ __forceinline__ void StoreGqaKey(const uint32_t (&words)[Lane::kWords
   }
 }
 
+template <typename Traits>
+using GqaRing = StepRing<StreamLane<Traits>, 1>;
+
+// Shared memory of a streaming or a V CTA.
+template <typename Traits>
+inline constexpr int kGqaBytes =
+    std::max<int>(sizeof(ValueTile<Traits::kHeadDim>), GqaRing<Traits>::kBytes);
+
+// CTAs an SM: 64 registers a thread. A norm would spill; rotations of any table and size take more.
+template <typename Options>
+inline constexpr int kGqaCtas = Options::kNorm ? 3 : 4;
+
 // One token's heads, or a share of them; V of a prefill sequence is the tiles' work.
 template <typename Traits>
 __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
@@ -116,16 +131,18 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
     const int first = is_q ? step : step - q_steps - (is_k ? 0 : kv_steps);
     return Heads{is_q, is_k, first * kHeads + group, is_q ? 0 : q_heads + (is_k ? 0 : kv_heads)};
   };
-  const uint16_t* source = static_cast<const uint16_t*>(rope.qkv) + token * rope.qkv_stride;
-  const auto load = [&](int step, uint32_t (&words)[Lane::kWords]) {
+  const char* source = static_cast<const char*>(rope.qkv) +
+                       (token * rope.qkv_stride + group * Lane::kHeadDim + lane * Lane::kHalf) * 2;
+  GqaRing<Traits> ring(SharedBytes<kGqaBytes<Traits>>());
+  const auto load = [&](int step) {
     const Heads at = heads_of(step);
     if (step < end_step && at.head < (at.is_q ? q_heads : kv_heads)) {
-      const int element = (at.before + at.head) * Lane::kHeadDim + lane * Lane::kHalf;
-      LoadHalves<Lane::kWords, Lane::kDistance>(source + element, words);
+      ring.template Copy<false>(0, source + (at.before + at.head - group) * (Lane::kHeadDim * 2));
     }
+    ring.Commit();
   };
-  uint32_t words[Lane::kWords] = {};
-  load(first_step, words);
+#pragma unroll
+  for (int i = 0; i < kStepsAhead; ++i) load(first_step + i);
 
   const SeqWindow window = LoadWindow(rope.seqs, static_cast<int>(token * grid.seqs_per_token));
   const WarpPlace place = FindPlace(rope.seqs, window, GivenSeq(rope.seqs, token), token);
@@ -150,8 +167,14 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
     const bool active = at.head < (at.is_q ? q_heads : kv_heads);
     uint32_t rounded[Lane::kWords];
     float x[Lane::kValues];
+    uint32_t words[Lane::kWords];
+    ring.Wait();
+    ring.Read(0, words);
     UnpackWords<Lane>(words, x);
-    load(step + 1, words);
+    // Read before the next copy writes there.
+#pragma unroll
+    for (int i = 0; i < Lane::kValues; ++i) asm volatile("" : "+f"(x[i]));
+    load(step + kStepsAhead);
     if (at.is_q || at.is_k) {
       TransformLane<Traits, Lane, true>(rope, rotation, lane,
                                         HeadNorm<Traits, Lane>(rope, at.is_q, lane), x);
@@ -182,17 +205,15 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
 // V of one KV head of a prefill sequence's tile: into qkv_out, value and the cache.
 template <typename Traits>
 __device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, int head,
-                                             int tile_slot, float seqs_per_tile) {
+                                             const TileWork& work,
+                                             ValueTile<Traits::kHeadDim>& tile) {
   using Lane = StreamLane<Traits>;
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kTokens = kStreamThreads / Lane::kLanes;
   constexpr int kPasses = kBlockSize / kTokens;
-  __shared__ ValueTile<kHeadDim> tile;
 
   const SeqMeta& seqs = p.rope.seqs;
   const PagedCache& cache = p.rope.cache;
-  const TileWork work = FindTile(seqs, tile_slot, seqs_per_tile, p.seq_lens_encoder);
-  if (work.batch_idx < 0) return;
   const int kv_heads = cache.num_kv_heads;
   const int fused_heads = p.rope.num_heads + 2 * kv_heads;
   const int fused_head = fused_heads - kv_heads + head;
@@ -242,10 +263,56 @@ __device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, i
   }
 }
 
+// How a step is cut, beside StreamGrid: the V CTAs of a head, which share the tile slots.
+struct GqaGrid {
+  StreamGrid stream;
+  int tile_slots;
+  int tile_ctas;
+};
+
+// Decoding sequences have tile slots, too, and nothing in them: a CTA for each would start and end
+// 16 of them for a token. A warp looks at one slot, so a CTA takes 8 at most, and as few as there
+// are CTAs for. Its slots lie tile_ctas apart, those of a prompt in CTAs of their own.
+inline GqaGrid MakeGqaGrid(const SeqMeta& seqs, int steps, int kv_heads) {
+  GqaGrid grid;
+  grid.stream = MakeStreamGrid(seqs, steps, kv_heads, kGqaCtasWanted);
+  grid.tile_slots = static_cast<int>(NumTileSlots(seqs.num_tokens, seqs.batch, kBlockSize, 2));
+  const int tiles = seqs.num_tokens / kBlockSize + 2;  // of one sequence
+  const int wanted = std::max(tiles, CeilDiv(kGqaCtasWanted, kv_heads));
+  grid.tile_ctas =
+      std::max(std::min(wanted, grid.tile_slots), CeilDiv(grid.tile_slots, kStreamThreads / 32));
+  grid.stream.ctas = grid.stream.stream_ctas + static_cast<int64_t>(grid.tile_ctas) * kv_heads;
+  return grid;
+}
+
+// V of one KV head, of the tiles in every tile_ctas-th slot from `cta` on.
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, 3)
+__device__ __forceinline__ void GqaValueTiles(const GqaRopeWriteCacheParams& p, const GqaGrid& grid,
+                                              int head, int cta) {
+  constexpr int kWarps = kStreamThreads / 32;
+  __shared__ TileWork works[kWarps];
+  auto& tile = *reinterpret_cast<ValueTile<Traits::kHeadDim>*>(SharedBytes<kGqaBytes<Traits>>());
+  const int slot = cta + static_cast<int>(threadIdx.x / 32) * grid.tile_ctas;
+  TileWork own = {-1, 0, 0, 0, 0};
+  if (slot < grid.tile_slots) {
+    own = FindTile(p.rope.seqs, slot, grid.stream.seqs_per_tile, p.seq_lens_encoder);
+  }
+  if (threadIdx.x % 32 == 0) works[threadIdx.x / 32] = own;
+  __syncthreads();
+  const int count = min(CeilDiv(grid.tile_slots - cta, grid.tile_ctas), kWarps);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    const TileWork work = works[i];
+    if (work.batch_idx < 0) continue;
+    GqaValueTile<Traits>(p, head, work, tile);
+    __syncthreads();  // the next one overwrites the tile
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(kStreamThreads, kGqaCtas<typename Traits::Options>)
     GqaStreamKernel(const __grid_constant__ GqaRopeWriteCacheParams p,
-                    const __grid_constant__ StreamGrid grid) {
+                    const __grid_constant__ GqaGrid grid) {
   PdlWait();
   PdlLaunchDependents();
   const int batch_idx = blockIdx.x * kStreamThreads + threadIdx.x;
@@ -253,12 +320,12 @@ __global__ void __launch_bounds__(kStreamThreads, 3)
     p.prefix_lens[batch_idx] =
         PrefixLength(p.seq_lens_encoder[batch_idx], p.rope.seqs.seq_lens_decoder[batch_idx]);
   }
-  if (blockIdx.x < grid.stream_ctas) {
-    GqaStreamToken<Traits>(p, grid, blockIdx.x);
+  if (blockIdx.x < grid.stream.stream_ctas) {
+    GqaStreamToken<Traits>(p, grid.stream, blockIdx.x);
   } else {
-    const unsigned index = blockIdx.x - grid.stream_ctas;
+    const unsigned index = blockIdx.x - grid.stream.stream_ctas;
     const int kv_heads = p.rope.cache.num_kv_heads;
-    GqaValueTile<Traits>(p, index % kv_heads, index / kv_heads, grid.seqs_per_tile);
+    GqaValueTiles<Traits>(p, grid, index % kv_heads, index / kv_heads);
   }
 }
 
@@ -271,9 +338,9 @@ cudaError_t LaunchGqaFormat(const GqaRopeWriteCacheParams& p, cudaStream_t strea
     using Lane = StreamLane<Traits>;
     const int kv_heads = rope.cache.num_kv_heads;
     const int steps = CeilDiv(rope.num_heads, Lane::kHeads) + 2 * CeilDiv(kv_heads, Lane::kHeads);
-    const StreamGrid grid = MakeStreamGrid(rope.seqs, steps, kv_heads, kGqaCtasWanted);
-    status = LaunchPdl(GqaStreamKernel<Traits>, dim3(GridSize(grid.ctas)), dim3(kStreamThreads),
-                       stream, p, grid);
+    const GqaGrid grid = MakeGqaGrid(rope.seqs, steps, kv_heads);
+    status = LaunchPdl(GqaStreamKernel<Traits>, dim3(GridSize(grid.stream.ctas)),
+                       dim3(kStreamThreads), stream, p, grid);
   };
   const bool norm = rope.q_norm_weight != nullptr || rope.k_norm_weight != nullptr;
   HeadDims::Dispatch(rope.cache.head_dim, [&](auto head_dim) {

@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "common/block_table.h"
 #include "common/seq_lengths.h"
 #include "cuda/cache/append/launch.h"
 #include "cuda/cache/shared/seq_tiles.cuh"
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tile = blockIdx.x - FirstSlot(static_cast<int>(prefix.begin), batch_idx);
   const int64_t begin = tile * kBlockSize;
   if (begin >= prefix.count || tile >= p.max_blocks) return;
-  const int block = p.block_tables[static_cast<int64_t>(batch_idx) * p.max_blocks + tile];
+  const int block = *BlockEntry(p.block_tables, p.max_blocks, batch_idx, tile);
   if (block < 0 || block >= p.cache.num_blocks) return;
   const int tokens = static_cast<int>(min(prefix.count - begin, int64_t{kBlockSize}));
   const int head = blockIdx.y;

@@ -1,0 +1,207 @@
+"""FastDeploy's operators, as `scripts/build_fastdeploy_peers.py` builds them, on torch tensors.
+
+Needs torch with CUDA and no Paddle. Every call runs on torch's current stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+#: torch's types -> places in the stand-in's phi::DataType.
+_TYPES = {
+    torch.uint8: 2,
+    torch.int32: 3,
+    torch.bfloat16: 6,
+    torch.float32: 7,
+    torch.float8_e4m3fn: 9,
+}
+#: Rows of queries in a block of prefill and of decode, and tokens of a chunk of decode, as
+#: FastDeploy's runner and backend set them.
+ENCODER_ROWS, DECODER_ROWS, PARTITION = 64, 16, 1024
+BLOCK = 64
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("pointer", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("dims", ctypes.c_int64 * 6),
+    ]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("stream", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+    ]
+
+
+class _Append(ctypes.Structure):
+    _fields_ = [
+        ("quant", ctypes.c_char_p),
+        ("neox", ctypes.c_int),
+        ("rope_3d", ctypes.c_int),
+        ("max_model_len", ctypes.c_int),
+        ("quant_max", ctypes.c_float),
+        ("quant_min", ctypes.c_float),
+        ("encoder_rows", ctypes.c_int),
+        ("decoder_rows", ctypes.c_int),
+        ("partition", ctypes.c_int),
+    ]
+
+
+class Shape(NamedTuple):
+    """Heads of a layer, and how it caches and rotates."""
+
+    heads: int
+    kv: int
+    dim: int
+    quant: str
+    neox: bool
+    rope_3d: bool
+    max_model_len: int
+
+
+class Cache(NamedTuple):
+    """A layer's cache [blocks, kv, 64, D] and scales.
+
+    `quant_scales` multiply what is written: (kv,) for the static types; of block_wise_fp8 they are
+    what the writer stores, (blocks, kv, 64). `dequant_scales` multiply what is read.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    quant_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    dequant_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+
+def _given(tensor: torch.Tensor | None) -> _Tensor:
+    if tensor is None:
+        return _Tensor(None, 0, 0)
+    if not tensor.is_contiguous():
+        raise ValueError("a tensor is not contiguous")
+    dims = (ctypes.c_int64 * 6)(*tensor.shape)
+    return _Tensor(tensor.data_ptr(), _TYPES[tensor.dtype], tensor.dim(), dims)
+
+
+class Library:
+    """The shared library, and the memory that its operators allocate from."""
+
+    def __init__(self, path: Path, workspace_bytes: int = 512 << 20) -> None:
+        # ctypes binds all symbols at once, and the library leaves open those that nothing calls.
+        loader = ctypes.CDLL(None).dlopen
+        loader.restype, loader.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
+        handle = loader(str(path.resolve()).encode(), os.RTLD_LAZY)
+        if not handle:
+            reason = ctypes.CDLL(None).dlerror
+            reason.restype = ctypes.c_char_p
+            raise OSError(f"cannot load {path}: {reason()}")
+        self._library = ctypes.CDLL(str(path), handle=handle)
+        for name in ("peer_append_attention", "peer_split_blocks"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        self._workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device="cuda")
+
+    def _call(self) -> _Call:
+        stream = torch.cuda.current_stream().cuda_stream
+        return _Call(stream, self._workspace.data_ptr(), self._workspace.numel())
+
+    @staticmethod
+    def _check(error: bytes | None) -> None:
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def split_blocks(self, step: Step, group_size: int) -> None:
+        """Prepare a step for all of its layers: `get_block_shape_and_split_kv_block`."""
+        tensors = (_Tensor * 15)(*map(_given, step.split))
+        where = self._call()
+        rows = ENCODER_ROWS, DECODER_ROWS, group_size
+        self._check(self._library.peer_split_blocks(tensors, *rows, ctypes.byref(where)))
+
+    def append_attention(
+        self,
+        step: Step,
+        shape: Shape,
+        qkv: torch.Tensor,
+        cache: Cache,
+        out: torch.Tensor,
+        rotary: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """Rotate (qkv too), write the cache and attend: `append_attention_with_output`."""
+        given: list[torch.Tensor | None] = [qkv, cache.key, cache.value, *step.append, out]
+        given += [rotary, None, None, None, *cache.quant_scales, *cache.dequant_scales]
+        given += [None] * 8 + [sinks]
+        tensors = (_Tensor * 37)(*map(_given, given))
+        bound = 127.0 if shape.quant == "cache_int8" else 448.0
+        attributes = _Append(
+            shape.quant.encode(),
+            int(shape.neox),
+            int(shape.rope_3d),
+            shape.max_model_len,
+            bound,
+            -bound,
+            ENCODER_ROWS,
+            DECODER_ROWS,
+            PARTITION,
+        )
+        where = self._call()
+        append = self._library.peer_append_attention
+        self._check(append(tensors, ctypes.byref(attributes), ctypes.byref(where)))
+
+
+class Step:
+    """A step's metadata as FastDeploy's runner makes them.
+
+    Parameters
+    ----------
+    sequences : list of (int, int, bool)
+        Cached tokens, new tokens, and whether the sequence is in prefill.
+    tables : torch.Tensor
+        Blocks of each sequence (B, width), int32 on the GPU, -1 where there is none.
+    group_size, max_model_len : int
+    """
+
+    def __init__(
+        self,
+        sequences: list[tuple[int, int, bool]],
+        tables: torch.Tensor,
+        group_size: int,
+        max_model_len: int,
+    ) -> None:
+        def ints(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+        def empty(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int32, device="cuda")
+
+        def on_host(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int32).pin_memory()
+
+        new = [n for _, n, _ in sequences]
+        self.tokens = sum(new)
+        encoder = ints([n if prefill else 0 for _, n, prefill in sequences])
+        decoder, this_time = ints([cached for cached, _, _ in sequences]), ints(new)
+        starts = torch.zeros(len(new) + 1, dtype=torch.int32, device="cuda")
+        starts[1:] = this_time.cumsum(0)
+        rows = torch.arange(len(new), device="cuda", dtype=torch.int32)
+        batch = rows.repeat_interleave(this_time.long())
+        prefill_tiles = len(new) * (max_model_len * group_size // ENCODER_ROWS + 1)
+        encoder_tiles = empty(prefill_tiles), empty(prefill_tiles), on_host(1)
+        kv_tiles = len(new) * (max_model_len // BLOCK + 1)
+        kv = empty(kv_tiles), empty(kv_tiles), on_host(1)
+        decode = empty(1024 * len(new)), empty(1024 * len(new)), on_host(1)
+        device_count, chunk, longest = empty(1), empty(1), on_host(9)
+        lengths = encoder, decoder, this_time
+        self.split = (
+            *lengths, *decode, device_count, chunk, longest, *encoder_tiles, *kv
+        )  # fmt: skip
+        self.append = (
+            *lengths, batch, starts, tables, *encoder_tiles, *kv, *decode, longest
+        )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Rows of other libraries in the file that FASTATTN_BENCH_PEERS names: merge, and narrow tables.
+
+Needs neither torch nor Paddle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+#: Start of the name of every peer of a library.
+FASTDEPLOY, VLLM = "FastDeploy", "vLLM"
+Row = dict[str, Any]
+
+
+def fastdeploy_name(max_model_len: int, same_rope: bool, wrong: str) -> str:
+    """Name of FastDeploy as a peer: its max_model_len, which sets its grid, and marks.
+
+    Parameters
+    ----------
+    max_model_len : int
+    same_rope : bool
+        Whether it ran the model's own rotary style.
+    wrong : str
+        What is wrong with its output; empty if it is right.
+    """
+    marks = ("" if same_rope else ", other rope", ", wrong output" if wrong else "")
+    return f"{FASTDEPLOY} {max_model_len // 1024}k{''.join(marks)}"
+
+
+def step_row(
+    model: str, step: str, quants: Iterable[str], peer: str, us: float, **facts: object
+) -> Row:
+    """A row as `fastattn.bench.core.peers` reads it: microseconds of one layer, and more facts."""
+    row = {"section": "step", "model": model, "step": step, "quants": list(quants), "peer": peer}
+    return {**row, "us": us, **facts}
+
+
+def is_of(library: str, row: Mapping[str, Any]) -> bool:
+    """Whether a row is a library's step, or what it does once a step."""
+    section, peer = str(row.get("section", "")), str(row.get("peer", ""))
+    return section.startswith("step") and peer.startswith(library)
+
+
+def merged(
+    theirs: Mapping[str, Any], library: str, rows: Iterable[Row], facts: Mapping[str, Any]
+) -> Row:
+    """A report with these rows in place of those that an earlier run put there.
+
+    Parameters
+    ----------
+    theirs : mapping
+        A report with other libraries' rows; may be empty. Its other fields are kept.
+    library : str
+        Whose steps are replaced: FASTDEPLOY or VLLM.
+    rows : iterable of dict
+        What was timed now.
+    facts : mapping
+        What to keep beside the rows, such as what was left out and why.
+    """
+    kept = [row for row in theirs.get("rows", []) if not is_of(library, row)]
+    return {**theirs, "rows": [*kept, *rows], library.lower(): dict(facts)}
+
+
+def write_merged(
+    path: Path, library: str, rows: Iterable[Row], facts: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Merge rows into a file, which need not exist; see :func:`merged`."""
+    theirs = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(merged(theirs, library, rows, facts), indent=1) + "\n")
+
+
+def compact(rows: Iterable[Row], library: str) -> list[str]:
+    """Lines of a narrow table of a library's rows: all steps and peers of a model and type."""
+    cells: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        if row["section"] == "step" and is_of(library, row):
+            steps = cells.setdefault((row["model"], row["quants"][0]), {})
+            mark = "!" if row.get("wrong") else ""
+            steps.setdefault(row["step"], []).append(f"{row['us']:.1f}{mark}")
+    return [
+        f"{model:18s} {quant:14s} "
+        + " | ".join(f"{step.split(' x ')[0]}: {'/'.join(us)}" for step, us in steps.items())
+        for (model, quant), steps in cells.items()
+    ]
