@@ -210,7 +210,7 @@ def merge(results: Results) -> str:
                 if times:
                     of_state[row.shape] = times[0] / row.us
                     used.append(row)
-        if not used or (not ratios["warm"] and "quantisation" in label):
+        if not ratios["warm"]:
             continue
         small = [
             mean([x for shape, x in of.items() if _merge_bytes(shape) < _SMALL])
