@@ -54,16 +54,17 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   int clusters = 0;
   CheckCuda(op, cuda::CountClusters(place.GetDeviceId(), facts, &clusters));
   const AttentionDecision decision = DecideAttention(*p, {facts.major, facts.processors, clusters});
+  if (StepArrivals* step = CurrentStep();
+      step != nullptr && step->buffer.defined() && step->buffer.place() == place) {
+    p->arrivals = MutableData<int>(step->buffer);
+    p->num_arrivals = static_cast<int>(step->num_counters);
+    if (decision.workspace > 0) p->workspace = LendWorkspace(decision.workspace, step);
+    CurrentStep() = nullptr;  // they are 0 for one call
+  }
   Tensor workspace;
-  if (decision.workspace > 0) {
+  if (decision.workspace > 0 && p->workspace == nullptr) {
     workspace = paddle::empty({decision.workspace}, phi::DataType::FLOAT32, place);
     p->workspace = MutableData<float>(workspace);
-  }
-  if (StepArrivals* step = CurrentStep();
-      step != nullptr && step->counters.defined() && step->counters.place() == place) {
-    p->arrivals = MutableData<int>(step->counters);
-    p->num_arrivals = static_cast<int>(step->counters.numel());
-    CurrentStep() = nullptr;  // they are 0 for one call
   }
   Guarded(op, [&] {
     const cudaStream_t stream = out.stream();

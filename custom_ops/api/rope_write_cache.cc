@@ -44,18 +44,18 @@ void ParseQScale(const Tensor* q_scale, const phi::Place& place, RopeWriteCacheP
 
 #if defined(FASTATTN_WITH_CUDA)
 // The decode kernel sets the counters of the step's attention to 0, if this call belongs to a step.
-void TakeArrivals(const phi::Place& place, RopeWriteCacheParams& p) {
+void TakeArrivals(const Tensor& qkv, RopeWriteCacheParams& p) {
   StepArrivals* step = CurrentStep();
   if (step == nullptr || p.seqs.num_tokens == 0 || p.seqs.num_tokens > kMaxPlanSeqs ||
       !UseDecodeKernel(p.seqs.num_tokens, p.seqs.batch)) {
     return;
   }
   cuda::DeviceFacts facts;
-  CheckCuda(kOp, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
+  CheckCuda(kOp, cuda::GetDeviceFacts(qkv.place().GetDeviceId(), &facts));
   if (facts.major < 9) return;  // no clusters, so that a kernel merges in any case
   const int64_t count = NumArrivals(int64_t{kAttentionCtasPerSm} * facts.processors);
-  step->counters = paddle::empty({count}, phi::DataType::INT32, place);
-  p.arrivals = MutableData<int>(step->counters);
+  LendBuffer(kOp, qkv, count, step);
+  p.arrivals = MutableData<int>(step->buffer);
   p.num_arrivals = static_cast<int>(count);
 }
 #endif
@@ -128,7 +128,7 @@ std::vector<Tensor> RopeWriteCacheKv(
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(qkv)) {
-    TakeArrivals(place, p);
+    TakeArrivals(qkv, p);
     LaunchOnGpu(kOp, qkv,
                 [&](cudaStream_t stream) { return cuda::LaunchRopeWriteCache(p, stream); });
     return {q, q_descale};

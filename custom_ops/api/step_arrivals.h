@@ -1,14 +1,19 @@
-// Counters that the rope_write_cache_kv of a backend's step sets to 0 for its paged_attention,
-// whose CTAs then join their partial results without a kernel of its own for that. An operator that
-// is called alone has none: nobody could set them to 0 without a kernel more.
+// What a layer's step of a backend lends to its attention: counters, which its rope_write_cache_kv
+// sets to 0 so that the CTAs of paged_attention join their partial results without a kernel of its
+// own for that, and the workspace that the partial results lie in. An operator that is called alone
+// has no counters: nobody could set them to 0 without a kernel more.
 #pragma once
+
+#include <cstdint>
 
 #include "api/check.h"
 
 namespace fastattn::api {
 
 struct StepArrivals {
-  Tensor counters;  // undefined until the kernel that sets them to 0 is launched
+  Tensor buffer;  // int32: counters, then the workspace; undefined until counters are set to 0
+  int64_t num_counters = 0;
+  int64_t workspace = 0;  // where that begins
 };
 
 // The step that this thread runs, or null. _direct sets it through DirectTable.
@@ -25,5 +30,16 @@ class StepScope {
  private:
   StepArrivals*& current_;
 };
+
+#if defined(FASTATTN_WITH_CUDA)
+
+// Gives a step its buffer on the GPU that `like` is on, with so many counters.
+void LendBuffer(const char* op, const Tensor& like, int64_t num_counters, StepArrivals* step);
+
+// So many floats behind the counters, or null where the buffer is too short: the thread's next one
+// will be longer.
+float* LendWorkspace(int64_t floats, StepArrivals* step);
+
+#endif
 
 }  // namespace fastattn::api

@@ -178,6 +178,27 @@ def test_lengths_change_between_replays(batch, heads):
 
 
 @pytest.mark.gpu
+def test_steps_in_turn_do_not_share_a_graphs_buffer():
+    """A thread keeps its buffer for its next step, whatever that one's size; a graph has its own."""
+    small, large = (
+        Step(paged_problem(lengths_of(batch, longest), heads=(8, 2), seed=batch), "gpu")
+        for batch, longest in ((2, 300), (33, 9000))
+    )
+    small.check(small.run())
+    large.check(large.run())
+    with capture() as graph:
+        captured = small.run()
+    for _ in range(3):
+        small.check(small.run())
+        graph.replay()
+        large.check(large.run())
+        large.check(large.run())
+        paddle.device.cuda.synchronize()
+        small.check(captured)
+    graph.reset()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("cached", [-(2**31), -1, 2**31 - 1, 2**30, 10**6])
 def test_garbage_lengths_end(cached):
     """No step hangs, and the next one is right."""
