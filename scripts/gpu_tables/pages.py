@@ -115,7 +115,7 @@ def behind(results: Results) -> str:
         shape = row.shape.removesuffix(", graph")
         parts.append(
             f"{len(slower)} of {len(steps)} steps of a layer are slower than vLLM's kernels"
-            f" (least {least:.2f} of their speed: {shape})"
+            f" (least {least:.2f} of their speed: `{shape}`)"
         )
     wide = decode_row(results, "none", (64, "8192", "32/8"))
     fa3 = wide and wide.peer_us("vllm_fa3_bf16")
@@ -136,7 +136,7 @@ def behind(results: Results) -> str:
             "prefill of `block_wise_fp8` with bf16 queries runs at"
             f" {span(shares, ratio)} of the speed over a bf16 cache"
         )
-    return ("Not everything is ahead: " + "; ".join(parts) + ".") if parts else NONE
+    return ("Not everything is ahead: " + "; ".join(parts) + " ([more](ROOT/docs/gpu.md)).") if parts else NONE
 
 
 def cpu(results: Results) -> str:
