@@ -136,7 +136,9 @@ def behind(results: Results) -> str:
             "prefill of `block_wise_fp8` with bf16 queries runs at"
             f" {span(shares, ratio)} of the speed over a bf16 cache"
         )
-    return ("Not everything is ahead: " + "; ".join(parts) + " ([more](ROOT/docs/gpu.md)).") if parts else NONE
+    if not parts:
+        return NONE
+    return f"Not everything is ahead: {'; '.join(parts)} ([more](ROOT/docs/gpu.md))."
 
 
 def cpu(results: Results) -> str:
