@@ -356,3 +356,40 @@ def test_list_names_the_benchmarks(capsys):
     assert main(["bench", "--list"]) == 0
     names = capsys.readouterr().out.split()
     assert {"overhead", "paged_attention", "merge_attn_states"} <= set(names)
+
+
+@pytest.fixture
+def peers_file(tmp_path, monkeypatch):
+    """Writes rows to where benchmarks look for other libraries' times."""
+    from fastattn.bench.core import peers
+
+    def write(*rows):
+        path = tmp_path / "peers.json"
+        path.write_text(json.dumps({"rows": rows}))
+        monkeypatch.setenv("FASTATTN_BENCH_PEERS", str(path))
+        peers._rows.cache_clear()
+
+    yield write
+    monkeypatch.undo()
+    peers._rows.cache_clear()
+
+
+def test_peers_stand_beside_the_same_dtype_alone(peers_file):
+    """A row without a dtype is of bf16, one without a format of FP8."""
+    from fastattn.bench.cases import indexer, merge
+
+    of_merge = {"section": "merge", "tokens": 2, "heads": 4, "us_warm": 5.0, "us_cold": 6.0}
+    peers_file(
+        {**of_merge, "peer": "vllm_cuda_fused"},
+        {**of_merge, "peer": "half", "dtype": "float16"},
+        {"section": "indexer", "peer": "q_rope_quant", "tokens": 32, "us": 7.0},
+    )
+    device = Cpu(quick=True)
+    found = {
+        dtype: {row.peer for row in merge._rows(device, 2, 4, dtype)}
+        for dtype in ("bfloat16", "float16")
+    }
+    assert "vllm_cuda_fused" in found["bfloat16"] and "half" not in found["bfloat16"]
+    assert "half" in found["float16"] and "vllm_cuda_fused" not in found["float16"]
+    beside = [row.shape for row in indexer.queries(device) if row.peer == "q_rope_quant"]
+    assert beside == ["T 32, H 64, fp8"]

@@ -18,14 +18,12 @@ from fastattn.bench.cases import step as bench_step
 from fastattn.bench.core import peers as bench_peers
 from fastattn.bench.core.plots import plot
 from fastattn.bench.core.report import Report
-from fastattn.bench.core.rows import Row
 from fastattn.bench.core.tables import WIDTH, markdown, table
 from tests.support import ROOT
 
 FOLDER = ROOT / "scripts" / "fastdeploy_peers"
 report = types.SimpleNamespace(**runpy.run_path(str(FOLDER / "report.py")))
 build = types.SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "build_fastdeploy_peers.py")))
-docs = types.SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "step_table.py")))
 
 EIGHT_BITS = ["cache_fp8", "block_wise_fp8"]
 MODEL, STEP = "PaddleOCR-VL", "decode 16 x 8k"
@@ -145,35 +143,6 @@ def test_plots_name_them(measured, tmp_path):
     pytest.importorskip("matplotlib")
     plot(Report(MACHINE, measured), tmp_path / "a.svg", None)
     assert "FastDeploy 32k, wrong output" in (tmp_path / "a.svg").read_text()
-
-
-def test_the_docs_table_has_both_libraries(measured):
-    head, _, *lines = docs.step_table([row.as_dict() for row in measured]).splitlines()
-    assert head.count("|") == len(bench_step.STEPS) + 2
-    assert lines == [
-        f"| {MODEL}, `cache_fp8` |  | 32.0 (1.25, 2.50w) |  |  |  |",
-        f"| {MODEL}, `block_wise_fp8` |  | 32.0 (1.25, -) |  |  |  |",
-    ]
-
-
-def test_the_docs_table_takes_all_of_a_committed_report():
-    path = ROOT / "benchmarks" / "results" / "h100-step.json"
-    lines = docs.step_table(json.loads(path.read_text())["rows"]).splitlines()[2:]
-    assert len(lines) == len(bench_step.MODELS) * len(bench_step.QUANTS)
-    assert all("|  |" not in line for line in lines)
-    first = Report.read(path).rows[0]
-    assert first.shape == "Qwen3-8B cache_fp8 decode 1 x 8k, graph"
-    assert f"| {first.us:.1f} (" in lines[0]
-    assert set(docs.STEPS) == set(bench_step.STEPS)
-
-
-def test_rows_of_no_graph_or_operator_are_not_in_the_docs_table():
-    rows = [
-        Row("layer step", f"{MODEL} none {STEP}, eager", 3.0),
-        Row("paged_attention", f"{MODEL} none {STEP}, graph", 3.0),
-        Row("layer step", f"{MODEL} none decode 2 x 8k, graph", 3.0),
-    ]
-    assert len(docs.step_table([row.as_dict() for row in rows]).splitlines()) == 2
 
 
 def test_models_and_steps_are_the_benchmarks(monkeypatch):

@@ -53,8 +53,8 @@ def queries(device: Device) -> Iterator[Row]:
             shape = f"T {tokens}, H {HEADS}, {quant}"
             row = device.memory_row("indexer_q_rope_quant", shape, calls, moved)
             yield row
-            for peer in peers("indexer", tokens=tokens, quant=quant):
-                if "q_rope_quant" in peer["peer"]:
+            for peer in peers("indexer", tokens=tokens):
+                if "q_rope_quant" in peer["peer"] and peer.get("quant", "fp8") == quant:
                     yield row.beside(peer["peer"], peer["us"])
 
 

@@ -24,6 +24,10 @@ HEADS = {"cpu": (32,), "gpu": (4, 8, 16, 32, 64, 128), "gpu quick": (8, 128)}
 DTYPES = {"gpu": ("bfloat16", "float16", "float32"), "gpu quick": ("bfloat16",)}
 VARIANTS = ("fused", "unfused", "fused dynamic")
 MOST_COPIES = 64
+#: Type that has every shape, and that a peer's row means that names none.
+MAIN_DTYPE = "bfloat16"
+#: Of the other types so many do.
+OTHER_TOKENS, OTHER_HEADS = (1, 256, 1024, 4096), (4, 32, 64, 128)
 UNFUSED = "merge, then quantize_fp8"
 
 
@@ -78,16 +82,19 @@ def _rows(device: Device, tokens: int, heads: int, dtype: str) -> Iterator[Row]:
             rows[variant] = device.memory_row(op, shape, some, moved)
         yield from rows.values()
         yield rows["fused"].beside(UNFUSED, rows["unfused"].us)
-        for other in peers("merge", tokens=tokens, heads=heads, dtype=dtype):
+        for other in peers("merge", tokens=tokens, heads=heads):
+            if other.get("dtype", MAIN_DTYPE) != dtype:
+                continue
             yield rows["fused"].beside(other["peer"], other[f"us_{state}"])
 
 
 @register("merge_attn_states", "gpu")
 def merge_on_gpu(device: Device) -> Iterator[Row]:
-    """All tokens x heads x dtypes."""
+    """All tokens x heads in bf16, some in the other types."""
     for dtype in device.of(DTYPES):
-        for tokens in device.of(TOKENS):
-            for heads in device.of(HEADS):
+        main = dtype == MAIN_DTYPE
+        for tokens in device.of(TOKENS) if main else OTHER_TOKENS:
+            for heads in device.of(HEADS) if main else OTHER_HEADS:
                 yield from _rows(device, tokens, heads, dtype)
 
 

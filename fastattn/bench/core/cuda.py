@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import paddle
@@ -239,11 +241,19 @@ def floors() -> tuple[float, float]:
     return copy_bandwidth(), median_us([launch_empty] * 200)
 
 
+def _kernel_module_version() -> str | None:
+    """Version of the driver's kernel module, e.g. ``"580.159.04"``."""
+    facts = Path("/proc/driver/nvidia/version")
+    match = re.search(r"\b\d+\.\d+(\.\d+)?\b", facts.read_text()) if facts.exists() else None
+    return match[0] if match else None
+
+
 def machine() -> dict[str, Any]:
     """The GPU that the numbers belong to."""
     copy_gbs, empty_us = floors()
     return {
         "gpu": paddle.device.cuda.get_device_name(0),
+        "gpu_driver": _kernel_module_version(),
         "driver_cuda": driver_version(),
         "copy_gbs": round(copy_gbs, 1),
         "empty_kernel_us": round(empty_us, 3),

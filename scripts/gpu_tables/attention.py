@@ -1,0 +1,201 @@
+"""Tables of attention: decode, prefill, mixed calls, a layer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpu_tables.results import (
+    NONE,
+    READ,
+    Measured,
+    Results,
+    cell,
+    grid,
+    links,
+    percent,
+    ratio,
+    span,
+    two_digits,
+)
+
+QUANTS = ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "none")
+#: Batch, context, heads: columns of the decode table.
+_DECODE = [
+    *((b, f"{k * 1024}", "32/8") for b, k in
+      ((1, 1), (1, 8), (1, 32), (1, 128), (16, 8), (16, 128), (64, 1), (64, 8), (64, 32),
+       (128, 1), (128, 8), (128, 32))),
+    (64, "64..32768 ragged", "32/8"),
+    (64, "8192", "16/1"),
+]  # fmt: skip
+#: Peer: label, cache type whose rows it stands beside, start of its name.
+_DECODE_PEERS = [
+    ("vLLM FlashAttention-3, FP8, e4m3 queries", "cache_fp8", "vllm_fa3_fp8"),
+    ("vLLM Triton, FP8", "cache_fp8", "vllm_triton_fp8"),
+    ("vLLM Triton, INT8 a token and head", "block_wise_int8", "vllm_triton_int8"),
+    ("vLLM FlashAttention-3, bf16", "none", "vllm_fa3_bf16"),
+]
+
+
+def _context(context: str) -> str:
+    return f"{int(context) // 1024}k" if context.isdigit() else "64..32k"
+
+
+def decode_row(results: Results, quant: str, column: tuple[int, str, str]) -> Measured | None:
+    """Decode over a cache type: batch, context, heads."""
+    batch, context, heads = column
+    shape = f"decode {quant} B {batch} ctx {context} H {heads} D 128"
+    return results.get("paged_attention", shape)
+
+
+def decode(results: Results) -> str:
+    """Times and fractions of reading K, V and scales once; then peers."""
+    rows = {q: [decode_row(results, q, column) for column in _DECODE] for q in QUANTS}
+    head = [
+        f"{b} x {_context(context)}{'' if heads == '32/8' else ', MQA'}"
+        for b, context, heads in _DECODE
+    ]
+    lines = []
+    for quant, found in rows.items():
+        cells = [
+            f"{two_digits(row.us)} ({cell(row.ratio(READ), percent)} %)" if row else NONE
+            for row in found
+        ]
+        lines.append([f"`{quant}`", *cells])
+    for label, quant, start in _DECODE_PEERS:
+        others = [row.peer_us(start) if row else None for row in rows[quant]]
+        lines.append([label, *(cell(us, two_digits) for us in others)])
+    used = [row for found in rows.values() for row in found]
+    return grid(["us (of reading once)", *head], lines) + "\n" + links(used)
+
+
+#: Columns of the prefill table: sequences, their length, heads.
+_PROMPTS = [
+    *((16384 // length, length, "16/16") for length in (1024, 2048, 4096, 8192, 16384)),
+    (4, 4096, "64/8"),
+    (1, 16384, "64/8"),
+]
+#: Label, operator, name in the shape, start of the peer's name if it is a peer's line.
+_PREFILL = [
+    ("`cache_fp8`, e4m3 queries", "paged_attention", "cache_fp8", ()),
+    ("`block_wise_fp8`, e4m3 queries", "paged_attention", "block_wise_fp8", ()),
+    ("contiguous e4m3", "flash_attention", "e4m3", ()),
+    ("vLLM FlashAttention-3 FP8, page 64, two-level", "paged_attention", "cache_fp8",
+     ("vllm_fa3_fp8_paged",)),
+    ("vLLM FlashAttention-3 FP8, contiguous, two-level", "flash_attention", "e4m3",
+     ("vllm_fa3_fp8_varlen",)),
+    ("cuDNN FP8, FP8 output", "paged_attention", "cache_fp8", ("cudnn_fp8",)),
+    ("`none`, bf16 queries", "paged_attention", "bf16 q, bf16", ()),
+    ("`cache_fp8`, bf16 queries", "paged_attention", "bf16 q, cache_fp8", ()),
+    ("`block_wise_fp8`, bf16 queries", "paged_attention", "bf16 q, block_wise_fp8", ()),
+    ("`cache_int8`, bf16 queries", "paged_attention", "bf16 q, cache_int8", ()),
+    ("`block_wise_int8`, bf16 queries", "paged_attention", "bf16 q, block_wise_int8", ()),
+    ("contiguous bf16", "flash_attention", "bf16 q, bf16", ()),
+    ("vLLM FlashAttention-3 bf16, contiguous", "paged_attention", "bf16 q, bf16",
+     ("vllm_fa3_bf16",)),
+    ("cuDNN bf16, contiguous", "paged_attention", "bf16 q, bf16", ("cudnn_bf16",)),
+]  # fmt: skip
+
+
+def prefill_row(
+    results: Results, op: str, name: str, prompts: tuple[int, int, str]
+) -> Measured | None:
+    """Causal prefill: sequences, their length, heads."""
+    seqs, length, heads = prompts
+    return results.get(op, f"prefill {name} causal B {seqs} x {length} H {heads} D 128")
+
+
+def prefill(results: Results) -> str:
+    """TFLOP/s of ours and of peers."""
+    lines, used = [], []
+    for label, op, name, peer in _PREFILL:
+        rows = [prefill_row(results, op, name, prompts) for prompts in _PROMPTS]
+        rates = [row and (row.peer_rate(*peer) if peer else row.rate) for row in rows]
+        used += rows
+        if any(rates) or "cuDNN" not in label:
+            lines.append([label, *(cell(rate, "{:.0f}".format) for rate in rates)])
+    head = [
+        f"{length // 1024}k{'' if heads == '16/16' else ', H ' + heads}"
+        for _, length, heads in _PROMPTS
+    ]
+    return grid(["TFLOP/s", *head], lines) + "\n" + links(used)
+
+
+def mixed(results: Results) -> str:
+    """What a call of several kinds of sequences gains, and the pass of quantize_q."""
+    steps = results.find("paged_attention", "mixed .*")
+    alone = results.find("flash_attention", "quantize_q alone .*")
+    lines = []
+    for row in alone:
+        match = row.shape.removeprefix("quantize_q alone T ").removesuffix(" D 128")
+        tokens, _, heads = match.partition(" H ")
+        lines.append([f"{tokens} x {heads}", two_digits(row.us), cell(row.of_copy(), percent)])
+    share = span((row.ratio("its parts alone") for row in steps), ratio)
+    text = f"Calls that decode, speculate and prefill at once: {share} of the speed of the calls"
+    text += f" of their parts ({len(steps)} shapes).\n\n"
+    head = ["pass of `quantize_q` alone, tokens x heads", "us", "% of a copy"]
+    return text + grid(head, lines) + "\n" + links([*steps, *alone])
+
+
+_MODELS = ("Qwen3-8B", "ERNIE-4.5-300B TP8", "gpt-oss-120b", "PaddleOCR-VL")
+_MIXED_STEP = "2048 behind 6144 + 32 x 8k"
+_STEPS = (*(f"decode {batch} x 8k" for batch in (1, 16, 64, 128)), _MIXED_STEP)
+_VLLM, _FASTDEPLOY = "vLLM", "FastDeploy 32k"
+#: Part of the name of FastDeploy's row -> its mark.
+_MARKS = {"other rope": "r", "wrong output": "w"}
+
+
+def _step_cell(row: Measured | None) -> str:
+    if row is None:
+        return NONE
+    marks = "".join(
+        mark
+        for text, mark in _MARKS.items()
+        if any(name.startswith(_FASTDEPLOY) and text in name for name in row.peers)
+    )
+    ratios = cell(row.ratio(_VLLM), ratio), cell(row.ratio(_FASTDEPLOY), ratio) + marks
+    return f"{row.us:.{1 if row.us < 99.95 else 0}f} ({', '.join(ratios)})"
+
+
+def step_rows(results: Results, quant: str, names: Sequence[str], how: str) -> list[Measured]:
+    """Rows of all models in some steps; `how` is graph or eager."""
+    shapes = [f"{model} {quant} {name}, {how}" for model in _MODELS for name in names]
+    return [row for shape in shapes if (row := results.get("layer step", shape))]
+
+
+def step(results: Results) -> str:
+    """A layer's step of every model and cache type."""
+    lines, used = [], []
+    for model in _MODELS:
+        for quant in QUANTS:
+            shapes = [f"{model} {quant} {name}, graph" for name in _STEPS]
+            rows = [results.get("layer step", shape) for shape in shapes]
+            lines.append([f"{model}, `{quant}`", *map(_step_cell, rows)])
+            used += rows
+    names = [name.removeprefix("decode ").replace(" + ", ", and ") for name in _STEPS]
+    head = ["us (of vLLM's sum, of FastDeploy's operator; above 1 is faster)", *names]
+    return grid(head, lines) + "\n" + links(used)
+
+
+def step_ranges(results: Results) -> str:
+    """Least and most over all models."""
+    lines = []
+    for quant in QUANTS:
+        cells = []
+        for names in (_STEPS[:-1], [_MIXED_STEP]):
+            graph = step_rows(results, quant, names, "graph")
+            cells.append(span((row.ratio(_VLLM) for row in graph), ratio))
+            right = (
+                row.ratio(_FASTDEPLOY)
+                for row in graph
+                if not any("wrong output" in name for name in row.peers)
+            )
+            cells.append(span(right, ratio))
+        graph = step_rows(results, quant, _STEPS, "graph")
+        cells.append(span((row.ratio("exact lengths") for row in graph), ratio))
+        eager = step_rows(results, quant, _STEPS, "eager")
+        cells.append(span((row.peer_us("host") for row in eager), two_digits))
+        lines.append([f"`{quant}`", *cells])
+    head = ["least and most over the models", "decode, of vLLM's speed", "of FastDeploy's",
+            "mixed step, of vLLM's", "of FastDeploy's", "of the step with exact lengths",
+            "eager: the host's us a layer"]  # fmt: skip
+    return grid(head, lines)

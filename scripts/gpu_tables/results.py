@@ -1,0 +1,158 @@
+"""Committed results of the benchmark, and how cells of a table are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+#: Peers that are floors of the same run.
+COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty kernel"
+NONE = "-"
+
+
+@dataclasses.dataclass
+class Measured:
+    """A call at a shape, and the times of what stood beside it in that run."""
+
+    op: str
+    shape: str
+    us: float
+    rate: float | None
+    file: str
+    machine: dict[str, Any]
+    peers: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def peer_us(self, *starts: str) -> float | None:
+        """Time of the first peer whose name starts so."""
+        found = (
+            us for start in starts for name, us in self.peers.items() if name.startswith(start)
+        )
+        return next(found, None)
+
+    def ratio(self, *starts: str) -> float | None:
+        """Speed relative to a peer: above 1 is faster."""
+        other = self.peer_us(*starts)
+        return other / self.us if other else None
+
+    def peer_rate(self, *starts: str) -> float | None:
+        """Rate of a peer, which does the same work."""
+        ratio = self.ratio(*starts)
+        return self.rate / ratio if ratio and self.rate else None
+
+    def of_copy(self) -> float | None:
+        """Fraction of a copy's bandwidth; None where an empty kernel takes longer than a copy."""
+        if EMPTY in self.peers or not self.rate or "copy_gbs" not in self.machine:
+            return None
+        return self.rate / float(self.machine["copy_gbs"])
+
+
+class Results:
+    """Rows of all files, each from the newest run that has it."""
+
+    def __init__(self, rows: Sequence[Measured], files: dict[str, dict[str, Any]]) -> None:
+        self.files = files  # name of a file -> its report
+        self._rows = {(row.op, row.shape): row for row in rows}
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Rows of the H100's files, and of the CPU's.
+
+        A row with fewer peers does not replace an older one: what stands in a line of a table was
+        measured in one run.
+        """
+        paths = [*folder.glob("h100-*.json"), *folder.glob("cpu-*.json")]
+        files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
+        newest: dict[tuple[str, str], Measured] = {}
+        for name in sorted(files, key=lambda name: files[name]["machine"].get("date", "")):
+            machine = files[name]["machine"]
+            of_file: dict[tuple[str, str], Measured] = {}
+            for row in files[name]["rows"]:
+                key = row["op"], row["shape"]
+                made = Measured(*key, row["us"], row["rate"], name, machine)
+                entry = of_file.setdefault(key, made)
+                if row.get("peer"):
+                    entry.peers.setdefault(row["peer"], row["peer_us"])
+            for key, entry in of_file.items():
+                if key not in newest or len(entry.peers) >= len(newest[key].peers):
+                    newest[key] = entry
+        return cls(list(newest.values()), files)
+
+    def get(self, op: str, shape: str) -> Measured | None:
+        """The row of a shape, if there is one."""
+        return self._rows.get((op, shape))
+
+    def find(self, op: str, pattern: str) -> list[Measured]:
+        """Rows whose whole shape matches."""
+        compiled = re.compile(pattern)
+        return [
+            row for (name, shape), row in self._rows.items()
+            if name == op and compiled.fullmatch(shape)
+        ]  # fmt: skip
+
+
+def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    rows = [list(head), ["---"] * len(head), *map(list, lines)]
+    return "\n".join("|" + "|".join(f" {x} " if x != "---" else x for x in r) + "|" for r in rows)
+
+
+def links(rows: Iterable[Measured | None]) -> str:
+    """The line below a table that names its files, with commit and date of their runs."""
+    machines = {row.file: row.machine for row in rows if row}
+    found = [
+        f"[{name}](ROOT/benchmarks/results/{name}.json) ({machine.get('commit')}, {date(machine)})"
+        for name, machine in sorted(machines.items())
+    ]
+    text = f"\nRows of {', '.join(found) or 'no committed file'}."
+    mixed = len({machine.get("commit") for machine in machines.values()}) > 1
+    return text + (" Each row is of the newest run that has its peers." if mixed else "")
+
+
+def date(machine: dict[str, Any]) -> str:
+    """When a run began, UTC."""
+    return str(machine.get("date", NONE))[:16].replace("T", " ")
+
+
+def digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+
+
+def two_digits(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:.{1 if value < 9.95 else 0}f}"
+
+
+def ratio(value: float) -> str:
+    """A speed-up."""
+    return f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    """A fraction, without its sign."""
+    return f"{100 * value:.0f}"
+
+
+def span(values: Iterable[float | None], write: Callable[[float], str]) -> str:
+    """Least and most, as one number where they read the same."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return NONE
+    ends = [write(min(known)), write(max(known))]
+    return "-".join(dict.fromkeys(ends))
+
+
+def cell(value: float | None, write: Callable[[float], str]) -> str:
+    """A number, or a dash."""
+    return NONE if value is None else write(value)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Geometric mean."""
+    return math.exp(statistics.fmean(map(math.log, values))) if values else None

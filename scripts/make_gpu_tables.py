@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Write the tables of measured times in README.md and docs/ from benchmarks/results.
+
+scripts/make_gpu_tables.py           # writes them
+scripts/make_gpu_tables.py --check   # status 1 if a table is not what the results say
+scripts/make_gpu_tables.py --plots   # writes them, and draws benchmarks/plots (needs matplotlib)
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. A dash is a row that the
+results lack. Needs neither a GPU nor Paddle, except for --plots, which calls the benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_tables import attention, memory, pages
+from gpu_tables.results import Results
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md")
+#: Families that are drawn.
+PLOTS = ("h100-decode", "h100-prefill", "h100-merge", "h100-indexer", "h100-cache",
+         "cpu-numpy-attention")  # fmt: skip
+
+#: Name of a table -> its text, from the results.
+TABLES: dict[str, Callable[[Results], str]] = {
+    "runs": pages.runs,
+    "files": pages.files,
+    "figures": pages.figures,
+    "cpu": pages.cpu,
+    "host": pages.host,
+    "decode": attention.decode,
+    "prefill": attention.prefill,
+    "mixed": attention.mixed,
+    "step": attention.step,
+    "step ranges": attention.step_ranges,
+    "operators": memory.operators,
+    "rope options": memory.rope_options,
+    "cache writers": memory.cache_writers,
+    "merge": memory.merge,
+    "indexer queries": memory.indexer_queries,
+    "topk": memory.topk,
+    "logits": memory.logits,
+}
+_BLOCK = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def written(page: str, results: Results, base: str) -> str:
+    """A page with every table as the results say.
+
+    Parameters
+    ----------
+    page : str
+        Its text.
+    results : Results
+    base : str
+        Path from the page's folder to the root, which links start with.
+
+    Raises
+    ------
+    KeyError
+        If a marker names no table.
+    """
+    return _BLOCK.sub(
+        lambda m: m[1] + TABLES[m[2]](results).replace("](ROOT/", f"]({base}") + "\n" + m[3], page
+    )
+
+
+def draw(results: Path, plots: Path) -> None:
+    """Draw the committed plots by the benchmark's own command."""
+    for name in PLOTS:
+        command = [sys.executable, "-m", "fastattn", "bench", "--load", str(results / name)]
+        command[-1] += ".json"
+        command += ["--plot", str(plots / f"{name}.png")]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        print(f"drew {name}.png")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--plots", action="store_true", help="draw the plots as well")
+    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
+    arguments = parser.parse_args()
+    results = Results.read(arguments.root / "benchmarks" / "results")
+    stale = 0
+    for name in PAGES:
+        path = arguments.root / name
+        text = path.read_text(encoding="utf-8")
+        wanted = written(text, results, "../" * name.count("/"))
+        if arguments.check and wanted != text:
+            print(f"{path}: out of date: run scripts/make_gpu_tables.py")
+            stale = 1
+        elif not arguments.check:
+            path.write_text(wanted, encoding="utf-8")
+            print(f"wrote {path}")
+    if arguments.plots:
+        draw(arguments.root / "benchmarks" / "results", arguments.root / "benchmarks" / "plots")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())
