@@ -56,6 +56,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   const int warp = threadIdx.x / 32;
   const int pipeline = warp / Traits::kPipelineWarps;
   const int warp_column = warp % Traits::kPipelineWarps * Traits::kTiles * 8;
+  NameParameters(p);
+  NameParameters(task);
   if (task.work.overlaps_previous) {
     PdlBeginConcurrent();
   } else {
