@@ -112,12 +112,10 @@ std::vector<Tensor> GqaRopeWriteCache(
   Tensor key = paddle::empty({kv_token_num, kv_heads, head_dim}, qkv.dtype(), place);
   Tensor value = paddle::empty({kv_token_num, kv_heads, head_dim}, qkv.dtype(), place);
   Tensor qkv_out = paddle::empty(qkv.shape(), qkv.dtype(), place);
-  Tensor prefix_lens = paddle::empty({rope.seqs.batch}, phi::DataType::INT32, place);
   rope.q = MutableData(q);
   p.key = MutableData(key);
   p.value = MutableData(value);
   p.qkv_out = MutableData(qkv_out);
-  p.prefix_lens = MutableData<int>(prefix_lens);
   p.num_kv_tokens = kv_token_num;
 
 #if defined(FASTATTN_WITH_CUDA)

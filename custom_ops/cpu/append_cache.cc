@@ -25,7 +25,7 @@ std::vector<BlockTokens> FindBlocks(const AppendCacheParams& p) {
   std::vector<BlockTokens> blocks;
   for (int b = 0; b < p.batch; ++b) {
     const TokenRange<int64_t> out = WrittenTokens<int64_t>(p.cu_seqlens_k[b], p.cu_seqlens_k[b + 1],
-                                                           p.seq_lens_decoder[b], p.num_out_tokens);
+                                                           CachedTokens(p, b), p.num_out_tokens);
     const int64_t count = std::min(out.count, int64_t{p.max_blocks} * kBlockSize);
     for (int64_t i = 0; i < count; i += kBlockSize) {
       const int block =

@@ -112,9 +112,6 @@ void GqaRopeWriteCache(const GqaRopeWriteCacheParams& p) {
       });
     });
   });
-  for (int b = 0; b < p.rope.seqs.batch; ++b) {
-    p.prefix_lens[b] = PrefixLength(p.seq_lens_encoder[b], p.rope.seqs.seq_lens_decoder[b]);
-  }
   AppendCache(PrefixOf(p));
 }
 

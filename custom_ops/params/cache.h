@@ -36,6 +36,7 @@ struct AppendCacheParams {
   void* value = nullptr;                  // [num_out_tokens, KV, D]
   const int* block_tables = nullptr;      // [batch, max_blocks]
   const int* seq_lens_decoder = nullptr;  // [batch] cached tokens
+  const int* seq_lens_encoder = nullptr;  // [batch] or null; not positive: the sequence gives none
   const int* cu_seqlens_k = nullptr;      // [batch + 1] first output token of each
   DType dtype = DType::kBFloat16;         // of key and value
   bool dynamic_quant = false;             // IsDynamic(cache.type)
@@ -44,7 +45,16 @@ struct AppendCacheParams {
   int64_t num_out_tokens = 0;
   int64_t key_token_stride = 0;  // elements
   int64_t value_token_stride = 0;
+  // GPU: the kernel ahead writes no length, offset or table, and was itself launched with PDL or
+  // behind all that is ahead of it.
+  bool overlaps_previous = false;
 };
+
+// Cached tokens that a sequence may give. A negative number counts as 0.
+FASTATTN_HD int CachedTokens(const AppendCacheParams& p, int batch_idx) {
+  const int cached = p.seq_lens_decoder[batch_idx];
+  return p.seq_lens_encoder != nullptr && p.seq_lens_encoder[batch_idx] <= 0 ? 0 : cached;
+}
 
 // convert_cache_layout and convert_cache_blocks: the same codes in another order. kFastDeploy
 // stores int8 codes with 128 added. src == dst converts in place; otherwise the two do not overlap.

@@ -20,7 +20,6 @@ struct GqaRopeWriteCacheParams {
   RopeWriteCacheParams rope;              // no bias, q_quant kNone; cache.layout kFastDeploy
   const int* seq_lens_encoder = nullptr;  // [batch] new tokens if prefill, else 0
   const int* cu_seqlens_k = nullptr;      // [batch + 1]
-  int* prefix_lens = nullptr;             // [batch] scratch
   void* qkv_out = nullptr;                // [T, (H + 2 KV) * D]
   void* key = nullptr;                    // [num_kv_tokens, KV, D]
   void* value = nullptr;                  // [num_kv_tokens, KV, D]
@@ -32,14 +31,15 @@ FASTATTN_HD int PrefixLength(int encoder, int decoder) {
   return encoder > 0 && decoder > 0 ? decoder : 0;
 }
 
-// The arguments of the prefix's dequantisation; the launcher has filled prefix_lens.
+// The arguments of the prefix's dequantisation.
 inline AppendCacheParams PrefixOf(const GqaRopeWriteCacheParams& p) {
   AppendCacheParams prefix;
   prefix.cache = p.rope.cache;
   prefix.key = p.key;
   prefix.value = p.value;
   prefix.block_tables = p.rope.seqs.block_tables;
-  prefix.seq_lens_decoder = p.prefix_lens;
+  prefix.seq_lens_decoder = p.rope.seqs.seq_lens_decoder;
+  prefix.seq_lens_encoder = p.seq_lens_encoder;
   prefix.cu_seqlens_k = p.cu_seqlens_k;
   prefix.dtype = p.rope.dtype;
   prefix.dynamic_quant = IsDynamic(p.rope.cache.type);

@@ -104,7 +104,7 @@ cudaError_t LaunchMqaLogits(const LogitsParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   const cudaError_t status = GetCurrentDevice(&device, &facts);
   if (status != cudaSuccess) return status;
-  if (facts.IsHopper() && mqa_logits::WgmmaSupports(p)) return mqa_logits::LaunchWgmma(p, stream);
+  if (facts.major == 9 && mqa_logits::WgmmaSupports(p)) return mqa_logits::LaunchWgmma(p, stream);
   return mqa_logits::LaunchMma(p, stream);
 }
 

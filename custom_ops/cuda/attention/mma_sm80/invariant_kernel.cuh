@@ -83,6 +83,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
           p, task, schedule, schedule.begin.work_tile + done + threadIdx.x);
     }
     __syncthreads();
+    // The first queries are asked for ahead of the first keys, behind which they would wait. With
+    // more columns, or scales of tokens, registers would spill.
+    constexpr bool kQueriesAhead = Traits::kColumns == 8 && !Traits::kPerTokenScales;
+    QueryLoads<Traits> loads;
+    if constexpr (kQueriesAhead) loads.Start(p, task.work, segments[0]);
     KvLoader<Traits> cursor(p, segments, count, pipeline, task.work.keys_read_once);
     StageRing<Traits> ring{SharedAddress(shared) +
                            pipeline * Traits::kStages * Traits::kStageBytes};
@@ -110,8 +115,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
         if (threadIdx.x == 0) TakeSplit(segment, split, tiles, &part);
         // The end of a split overwrites the queries in shared memory.
         if (split == 0 || !Traits::kQueryInRegisters) {
-          QueryLoads<Traits> loads;
-          loads.Start(p, task.work, segment);
+          if (!kQueriesAhead || i > 0) loads.Start(p, task.work, segment);
           StoreQueries<Traits>(p, task.work, segment, &loads, shared);
           __syncthreads();
           query.shared = SharedAddress(shared) + Traits::kQueryOffset +

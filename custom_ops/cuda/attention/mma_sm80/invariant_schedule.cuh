@@ -35,7 +35,7 @@ struct SplitEdge {
 };
 
 struct InvariantSchedule {
-  const uint2* before;  // [num_seqs + 1]: cost, work tiles
+  const uint2* before;  // [num_seqs + 1]: cost, work tiles; null: work tiles count from begin.seq's
   SplitEdge begin;
   SplitEdge end;
   uint32_t num_work_tiles;
@@ -60,12 +60,29 @@ __device__ __forceinline__ SplitEdge SplitEdgeAt(const AttentionParams& p,
   return {start.y + at / count, static_cast<int>(at % count), seq};
 }
 
+// The share of a CTA that has a sequence's KV head to itself: nothing is added up over the
+// sequences.
+template <int kColumns, int kKvTile>
+__device__ __forceinline__ InvariantSchedule MakeHeadSchedule(const AttentionParams& p,
+                                                              const InvariantTask& task) {
+  const int seq = blockIdx.x / p.num_kv_heads;
+  const uint32_t head = blockIdx.x - seq * p.num_kv_heads;
+  const uint32_t tiles =
+      WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq)).tiles;
+  return {nullptr, {head * tiles, 0, seq}, {(head + 1) * tiles, 0, seq}, tiles};
+}
+
 // Fills before[0 .. num_seqs] and returns the CTA's share. All threads take part.
 template <int kColumns, int kKvTile, int kThreads>
 __device__ __forceinline__ InvariantSchedule MakeInvariantSchedule(const AttentionParams& p,
                                                                    const InvariantTask& task,
                                                                    uint2* before,
                                                                    uint2* warp_totals) {
+  if constexpr (kColumns == 8) {  // with more, more registers would spill
+    if (task.whole_tiles && gridDim.x == task.work.num_seqs * p.num_kv_heads) {
+      return MakeHeadSchedule<kColumns, kKvTile>(p, task);
+    }
+  }
   const auto work_of = [&](int seq, uint2* sum) {
     const SeqWork work =
         WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
@@ -103,12 +120,15 @@ __device__ __forceinline__ Segment MakeInvariantSegment(const AttentionParams& p
                                                         const InvariantSchedule& schedule,
                                                         uint32_t work_tile) {
   int seq = schedule.begin.seq;
-  while (seq < task.work.num_seqs - 1 && schedule.before[seq + 1].y <= work_tile) ++seq;
+  uint32_t index = work_tile;  // of the sequence's
+  if (kColumns != 8 || schedule.before != nullptr) {
+    while (seq < task.work.num_seqs - 1 && schedule.before[seq + 1].y <= work_tile) ++seq;
+    index -= schedule.before[seq].y;
+  }
   Segment s;
   s.batch_idx = task.work.first_seq + seq;
   s.shape = LoadSeqShape(p, s.batch_idx);
   const SeqWork work = WorkOf<kColumns, kKvTile>(p, task.work, s.shape);
-  const uint32_t index = work_tile - schedule.before[seq].y;
   s.head = index / work.tiles;
   s.tile = index - s.head * work.tiles;
   SetVisibleKeys<kColumns>(p, task.work, &s);

@@ -15,14 +15,13 @@
 
 #include <cstdint>
 
-#include "common/block_table.h"
 #include "common/dispatch.h"
 #include "common/head_dims.h"
 #include "common/numeric.h"
-#include "common/seq_lengths.h"
 #include "common/static_scales.h"
 #include "common/types.h"
 #include "cuda/cache/append/launch.h"
+#include "cuda/cache/append/tile.cuh"
 #include "cuda/cache/shared/block_pieces.cuh"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/bytes.cuh"
@@ -125,28 +124,19 @@ __global__ void __launch_bounds__(kAppendThreads)
     AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
   constexpr int kHeadDim = Traits::kHeadDim;
   __shared__ TokenMajorTile<kHeadDim> value_tile;
-  PdlWait();
-
   const PagedCache& cache = p.cache;
   const int64_t slot = blockIdx.x / cache.num_kv_heads;
   const int head = blockIdx.x % cache.num_kv_heads;
-  const int batch_idx = FindSeq(p.cu_seqlens_k, p.batch, slot);
-  if (batch_idx < 0) return;
-  const TokenRange<int64_t> out =
-      WrittenTokens<int64_t>(p.cu_seqlens_k[batch_idx], p.cu_seqlens_k[batch_idx + 1],
-                             p.seq_lens_decoder[batch_idx], p.num_out_tokens);
-  const int64_t tile = slot - FirstSlot(static_cast<int>(out.begin), batch_idx);
-  const int64_t tokens = out.count - tile * kBlockSize;
-  if (tokens <= 0 || tile >= p.max_blocks) return;
-  const int count = static_cast<int>(min(tokens, int64_t{kBlockSize}));
-  const int block = *BlockEntry(p.block_tables, p.max_blocks, batch_idx, tile);
-  if (AssignedBlock(block, cache.num_blocks) < 0) return;
+  const AppendTile tile = BeginAppendTile(p, slot);
+  if (tile.block < 0) return;
+  const int block = tile.block, count = tile.count;
   const uint8_t* key_codes =
       static_cast<const uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
   const uint8_t* value_codes =
       static_cast<const uint8_t*>(cache.value) + cache.value_strides.Plane(block, head);
 
-  // All loads are issued before the first of them is used.
+  // All loads are issued before the first of them is used. They are no loads of constants (__ldg),
+  // which the compiler might move in front of the wait for the kernel that writes the cache.
   const int tid = threadIdx.x;
   const int g = tid % Traits::kPiecesPerToken;  // channel group of K pieces and of stores
   int tokens_of_thread[Traits::kPieces];
@@ -158,8 +148,8 @@ __global__ void __launch_bounds__(kAppendThreads)
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
     const int r = tokens_of_thread[i];
-    k[i] = r < count ? __ldg(reinterpret_cast<const uint4*>(
-                           key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g)))
+    k[i] = r < count ? *reinterpret_cast<const uint4*>(
+                           key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g))
                      : make_uint4(0, 0, 0, 0);
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
@@ -168,9 +158,9 @@ __global__ void __launch_bounds__(kAppendThreads)
   uint4 v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    v[i] = v_active ? __ldg(reinterpret_cast<const uint4*>(
+    v[i] = v_active ? *reinterpret_cast<const uint4*>(
                           value_codes +
-                          ValuePieceIn<Traits>(cache.value_strides.row, v_channel + i, v_group)))
+                          ValuePieceIn<Traits>(cache.value_strides.row, v_channel + i, v_group))
                     : make_uint4(0, 0, 0, 0);
   }
   float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
@@ -195,10 +185,9 @@ __global__ void __launch_bounds__(kAppendThreads)
   if (v_active) ScatterPieces(v, v_channel, v_group, value_tile);
 
   // K is converted and stored while V's writes settle.
-  const int64_t out_token = out.begin + tile * kBlockSize;
-  uint16_t* key_out = static_cast<uint16_t*>(p.key) + out_token * p.key_token_stride +
+  uint16_t* key_out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride +
                       static_cast<int64_t>(head) * kHeadDim;
-  uint16_t* value_out = static_cast<uint16_t*>(p.value) + out_token * p.value_token_stride +
+  uint16_t* value_out = static_cast<uint16_t*>(p.value) + tile.out_token * p.value_token_stride +
                         static_cast<int64_t>(head) * kHeadDim;
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {

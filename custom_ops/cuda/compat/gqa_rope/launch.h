@@ -10,7 +10,7 @@ namespace fastattn::cuda {
 // Enqueues everything on `stream`; throws std::invalid_argument for what is not compiled.
 cudaError_t LaunchGqaRopeWriteCache(const GqaRopeWriteCacheParams& p, cudaStream_t stream);
 
-// The new tokens and prefix_lens, for qkv of type kIn and every cache type.
+// The new tokens, for qkv of type kIn and every cache type.
 template <DType kIn>
 cudaError_t LaunchGqaTokens(const GqaRopeWriteCacheParams& p, cudaStream_t stream);
 
