@@ -316,8 +316,8 @@ __global__ void __launch_bounds__(kStreamThreads, kGqaCtas<typename Traits::Opti
                     const __grid_constant__ GqaGrid grid) {
   PdlWait();
   PdlLaunchDependents();
-  const int batch_idx = blockIdx.x * kStreamThreads + threadIdx.x;
-  if (batch_idx < p.rope.seqs.batch) {  // the grid has more threads
+  const unsigned batch_idx = blockIdx.x * kStreamThreads + threadIdx.x;
+  if (batch_idx < static_cast<unsigned>(p.rope.seqs.batch)) {  // the grid has more threads
     p.prefix_lens[batch_idx] =
         PrefixLength(p.seq_lens_encoder[batch_idx], p.rope.seqs.seq_lens_decoder[batch_idx]);
   }
