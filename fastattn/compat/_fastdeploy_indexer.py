@@ -217,8 +217,6 @@ def radix_topk_ragged_transform(
     ------
     TypeError
         If a dtype is not one of those above, or a required argument is not a tensor.
-    NotImplementedError
-        On a GPU with less than 113 KiB of shared memory a CTA.
     ValueError
         If shapes do not match, or `output` shares memory with an input.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -78,11 +79,11 @@ def token_bytes(
     if cache_format == "fp8":
         assert scale is not None
         return _e4m3(np.concatenate([latent, rope], 1), scale), none
-    tiles = np.asarray(latent, np.float32).reshape(tokens, -1, fmt.tile)
+    tiles = np.asarray(latent, np.float32).reshape(tokens, fmt.latent // fmt.tile, fmt.tile)
     scales = tile_scale(amax(tiles, axis=-1), scale_rule)
-    codes = _e4m3(tiles, scales[..., None]).reshape(tokens, -1)
+    codes = _e4m3(tiles, scales[..., None]).reshape(tokens, fmt.latent)
     if cache_format == "fp8_656":
-        scale_bytes = np.ascontiguousarray(scales, "<f4").view(np.uint8).reshape(tokens, -1)
+        scale_bytes = np.ascontiguousarray(scales, "<f4").view(np.uint8)
         return np.concatenate([codes, scale_bytes, rope_bytes], 1), none
     zero = np.zeros((tokens, 1), np.uint8)
     return np.concatenate([codes, rope_bytes], 1), np.concatenate([ue8m0_byte(scales), zero], 1)
@@ -106,8 +107,9 @@ def token_values(
         byte = scales[:, :7].astype(np.int32)
         powers = np.ldexp(np.float32(1), np.minimum(byte, 254) - 127)
         factors = np.where(byte == 255, np.float32(np.nan), powers)
-    tiles = from_codes(rows[:, : fmt.latent], "e4m3").reshape(tokens, -1, fmt.tile)
-    latent = _products(tiles, factors[..., None]).reshape(tokens, -1)
+    codes = from_codes(rows[:, : fmt.latent], "e4m3")
+    tiles = codes.reshape(tokens, fmt.latent // fmt.tile, fmt.tile)
+    latent = _products(tiles, factors[..., None]).reshape(tokens, fmt.latent)
     rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16)
     return np.concatenate([latent, rope], 1)
 
@@ -126,7 +128,7 @@ def _pages(cache: Array, cache_format: str, page_size: int | None) -> tuple[Arra
         assert cache.shape[-1] == width
         page_size = int(np.prod(cache.shape[1:-1]))
     assert page_size is not None
-    return cache.reshape(len(cache), -1).view(np.uint8), page_size
+    return cache.reshape(len(cache), math.prod(cache.shape[1:])).view(np.uint8), page_size
 
 
 def _at(pages: Array, page: int, row: int, page_size: int, fmt: Format) -> tuple[Array, Array]:

@@ -342,6 +342,28 @@ def test_nothing_to_do(place):
     assert (to_numpy(out) == 5).all()
 
 
+@pytest.mark.parametrize(("cache_format", "rule"), KINDS)
+def test_models_of_nothing(place, cache_format, rule):
+    """No token, no slot and no page, and a cache without one, as the operators take them."""
+    rng = RNG(3)
+    x = tokens(rng, 2, cache_format)
+    nothing = tuple(part[:0] for part in x)
+    for pages, slots, arrays in ((2, 0, nothing), (2, 0, x), (0, 2, x), (0, 0, nothing)):
+        cache = random_cache(rng, (pages, 4), cache_format)
+        mapping = np.arange(slots)
+        want = modelled(arrays, cache, mapping, cache_format, rule)
+        assert_same_bits(bits(want), bits(cache), "untouched")
+        memory = to_paddle(cache, place)
+        if slots:
+            write(arrays, memory, mapping, place, cache_format, rule)
+        assert_same_bits(bits(to_numpy(memory)), bits(cache), "untouched")
+    out = np.ones((3, x[0].shape[1] + 64), BF16)
+    table, length, starts = (np.array(a, np.int32) for a in ([[0]], [3], [0, 3]))
+    options = {"cache_format": cache_format, "scale": scale_of(cache_format)}
+    got = reference.mla_gather_cache(cache, out, table, length, starts, **options)
+    assert_same_bits(bits(got), bits(out), "untouched")
+
+
 def write_656(latent, rope, cache, slots):
     return F.mla_write_cache(latent, rope, cache, slots, cache_format="fp8_656", scale_rule="amax")
 

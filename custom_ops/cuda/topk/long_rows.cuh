@@ -27,11 +27,16 @@ struct TopkPlan {
   int capacity = 0;  // candidates
   int window = 0;    // words of a bitmap, of at most twice as many as candidates
 
-  FASTATTN_HD int64_t Bytes() const {
+  FASTATTN_HD constexpr int64_t Bytes() const {
     const int64_t words = int64_t{capacity} * (cluster > 1 ? 3 : 2) + 2 * int64_t{window};
     return static_cast<int64_t>(sizeof(TopkScratch)) + 4 * words;
   }
 };
+
+// Candidates that there is room for: some more than SampleRank asks for.
+inline constexpr int LeastCapacity(int64_t k) {
+  return static_cast<int>(2 * k + 2048 < 4096 ? 4096 : 2 * k + 2048);
+}
 
 struct TopkShared {
   TopkScratch* scratch;

@@ -38,14 +38,20 @@ int ClusterOf(const TopkParams& p, const DeviceFacts& facts) {
   return cluster;
 }
 
+// A CTA for each row always fits, whatever GPU it is: 99 KiB is the least that one has.
+static_assert(TopkPlan{1, LeastCapacity(kTopkMaxK), 1}.Bytes() <= 99 * 1024);
+
 TopkPlan PlanOf(const TopkParams& p, int cluster, int64_t max_shared) {
   // Words that WriteWindow counts in.
   constexpr int64_t kMaxWords = (int64_t{1} << kEqualBits) / 32 - 1;
   TopkPlan plan;
   plan.cluster = cluster;
-  plan.capacity = static_cast<int>(std::max<int64_t>(4096, 2 * p.k + 2048));
-  const int64_t words = ((p.columns + 3 + cluster - 1) / cluster + 31) / 32;
-  const int64_t room = (max_shared - plan.Bytes()) / 8;
+  plan.capacity = LeastCapacity(p.k);
+  plan.window = 1;
+  // The keys of all CTAs' candidates do not fit everywhere: a window without words has no end.
+  if (plan.Bytes() > max_shared) plan.cluster = 1;
+  const int64_t words = ((p.columns + 3 + plan.cluster - 1) / plan.cluster + 31) / 32;
+  const int64_t room = 1 + (max_shared - plan.Bytes()) / 8;
   plan.window = static_cast<int>(std::min({words, room, kMaxWords, int64_t{2} * plan.capacity}));
   return plan;
 }

@@ -119,6 +119,7 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
 
   if (!owned) {
     StoreZeroQueries<Lane>(rope, q_inverse, token, first_step, min(end_step, q_steps));
+    ring.Drain();
     return;
   }
   WaitForAngles<Lane>(rotation.angles);

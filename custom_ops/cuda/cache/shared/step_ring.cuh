@@ -63,6 +63,11 @@ struct StepRing {
     asm volatile("cp.async.wait_group %0;" ::"n"(kStepsAhead - 1) : "memory");
   }
 
+  // Waits for all that are under way: a CTA that ends gives its shared memory to the next one.
+  static __device__ __forceinline__ void Drain() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+  }
+
   __device__ __forceinline__ void Read(int part, uint32_t (&words)[Lane::kWords]) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {

@@ -200,6 +200,7 @@ __device__ __forceinline__ void GqaStreamToken(const GqaRopeWriteCacheParams& p,
                                 lane, active);
     }
   }
+  ring.Drain();  // what was asked for before end_step came down
 }
 
 // V of one KV head of a prefill sequence's tile: into qkv_out, value and the cache.
