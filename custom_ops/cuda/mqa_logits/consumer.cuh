@@ -1,5 +1,5 @@
-// A consumer warpgroup: products of its tiles with the segment's queries, ReLU, weights and
-// the sum over heads in registers.
+// A consumer warpgroup: products of its tiles with the segment's queries, ReLU, weights and the sum
+// over heads in registers.
 //
 // A thread has two keys (rows lane / 4 and + 8 of its warp's 16) and two of every eight columns, so
 // that heads are summed in registers and over the four lanes of a key.
@@ -161,8 +161,8 @@ class Consumer {
     return (bits | bits >> 1) & 0x11111111u;
   }
 
-  // Writes a tile's logits. Lane i % 4 writes those of key (i & 1), of every
-  // other query from (i >> 1 & 1) on, or of the one that there is.
+  // Writes a tile's logits. Lane i % 4 writes those of key (i & 1), of every other query from
+  // (i >> 1 & 1) on, or of the one that there is.
   __device__ __forceinline__ void SumHeads(const float (&d)[kRegisters], const TileKeys& keys,
                                            int buffer) {
     constexpr int kBlocks = C::kHeads / 8;
