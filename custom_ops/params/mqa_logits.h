@@ -62,17 +62,19 @@ struct LogitsParams {
 
   // Visible keys of a row, clamped to those that there are.
   FASTATTN_HD LogitsRange RangeOf(int64_t row) const {
-    if (paged) {
-      const int64_t b = row / next_n;
-      int64_t size = lens_per_row ? int64_t{context_lens[row]}
-                                  : int64_t{context_lens[b]} - next_n + row % next_n + 1;
-      const int64_t most = columns < max_blocks * page_size ? columns : max_blocks * page_size;
-      size = size < 0 ? 0 : size > most ? most : size;
-      return {0, size};
-    }
+    if (paged) return RangeOfStep(row / next_n, row % next_n);
     const int64_t begin = Clamp(starts[row]);
     const int64_t end = Clamp(ends[row]);
     return {begin, end < begin ? begin : end};
+  }
+
+  // The same of a sequence's new token `step`; paged only.
+  FASTATTN_HD LogitsRange RangeOfStep(int64_t sequence, int64_t step) const {
+    int64_t size = lens_per_row ? int64_t{context_lens[sequence * next_n + step]}
+                                : int64_t{context_lens[sequence]} - next_n + step + 1;
+    const int64_t most = columns < max_blocks * page_size ? columns : max_blocks * page_size;
+    size = size < 0 ? 0 : size > most ? most : size;
+    return {0, size};
   }
 
   // Key of column 0.

@@ -23,7 +23,8 @@ from tests.support.operators import OpCall, calls, run, zeros
 from tests.support.tensors import int32, skip_slices_on, to_numpy, to_paddle
 
 CACHES = ("key_cache", "value_cache")
-#: Tensors that a GPU refuses unless they start at a multiple of 16 bytes. It takes every other.
+#: Tensors that a GPU refuses unless they start at a multiple of 16 bytes, or of `REFUSED_BYTES`.
+#: It takes every other.
 REFUSED = {
     "write_cache_kv": ("key", "value", *CACHES),
     "rope_write_cache_kv": ("qkv", *CACHES),
@@ -33,7 +34,10 @@ REFUSED = {
     "mla_write_cache": ("latent", "rope", "cache"),
     "mla_gather_cache": ("cache", "out"),
     "convert_cache_blocks": ("cache",),
+    "mqa_logits": ("q", "keys"),
+    "paged_mqa_logits": ("q", "cache"),
 }
+REFUSED_BYTES = {"mqa_logits": 4, "paged_mqa_logits": 4}
 
 
 def codes(**more: Any) -> dict[str, Any]:
@@ -211,18 +215,19 @@ def test_a_shifted_tensor_is_taken_or_refused(place, problem, name):
     if place == "gpu" and name in REFUSED.get(op, ()):
         size = filled(name, call.inputs[name]).itemsize
         text = (
-            f"{op}: {name}: expected an address of a multiple of 16 bytes on a GPU, got one {size} "
-            "bytes past a multiple"
+            f"{op}: {name}: expected an address of a multiple of {REFUSED_BYTES.get(op, 16)} bytes "
+            f"on a GPU, got one {size} bytes past a multiple"
         )
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             outcome(op, call, place, name)
     else:
         for a, b in zip(outcome(op, call, place, name), expected):
             np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
-    # 16 bytes further is a multiple again, and the context is still there.
-    further = 16 // filled(name, call.inputs[name]).itemsize
-    for a, b in zip(outcome(op, call, place, name, further), expected):
-        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+    # So many bytes further is a multiple again, and the context is still there.
+    for byte in {REFUSED_BYTES.get(op, 16), 16}:
+        further = byte // filled(name, call.inputs[name]).itemsize
+        for a, b in zip(outcome(op, call, place, name, further), expected):
+            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 STRIDED = [

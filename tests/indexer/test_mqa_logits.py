@@ -10,6 +10,7 @@ import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference.mqa_logits import index_values
 from fastattn.reference.mxfp4 import mxfp4_dequantize
+from tests.attention.test_gpu_graph import capture
 from tests.support.mqa_logits import (
     Codes,
     Pages,
@@ -380,31 +381,32 @@ def test_many_tiles(quant, heads, dim):
 
 
 @pytest.mark.gpu
-def test_a_graph_follows_lengths_on_the_device():
-    pytest.importorskip("paddle.device.cuda.graphs")
-    from paddle.device.cuda.graphs import CUDAGraph
-
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_graph_follows_lengths_on_the_device(quant):
     rng = RNG(18)
     lengths = np.array([500, 200, 64])
-    pages = Pages(rng, lengths, 128, "fp8")
-    q, weights = Codes(rng, (3, 1, 64), 128, "fp8"), weights_of(rng, 3, 64)
+    pages = Pages(rng, lengths, 128, quant)
+    q, weights = Codes(rng, (3, 1, 64), 128, quant), weights_of(rng, 3, 64)
     tensors = [to_paddle(x, "gpu") for x in (q.codes, pages.cache, weights)]
+    scales = to_paddle(q.scales, "gpu") if quant == "mxfp4" else None
     given, tables = int32([0, 0, 0], "gpu"), int32(pages.tables, "gpu")
     out = to_paddle(np.zeros((3, 500), np.float32), "gpu")
 
     def step():
-        F.paged_mqa_logits(*tensors, given, tables, 500, page_size=64, out=out)
+        F.paged_mqa_logits(
+            *tensors, given, tables, 500, page_size=64, q_scales=scales, quant=quant, out=out
+        )
 
     step()
-    graph = CUDAGraph()
-    graph.capture_begin()
-    step()
-    graph.capture_end()
-    for now in (lengths, lengths // 2, np.zeros(3, np.int64)):
-        given.set_value(int32(now))
+    with capture() as graph:
+        step()
+    for now in (lengths, lengths // 2, np.zeros(3, np.int64), lengths - 5):
+        given.copy_(int32(now, "gpu"), True)  # in place: the graph has the tensor's address
         graph.replay()
-        want = paged_reference(q, pages, weights, now, 500, "fp8")
+        paddle.device.cuda.synchronize()
+        want = paged_reference(q, pages, weights, now, 500, quant)
         check_logits(to_numpy(out), want)
+    graph.reset()
 
 
 def test_no_rows_and_no_keys(place):

@@ -19,27 +19,24 @@ struct Config {
   static constexpr int kColumns = kColumnsValue;
   static constexpr int kQueries = kColumns / kHeads;
   static_assert(kColumns % kHeads == 0 && kQueries <= kMostQueries);
-  // Accumulators of 256 columns are those of two products, one of which runs while the other's
-  // are summed up.
-#if defined(LOGITS_ONE)
-  static constexpr int kProducts = 1;
-#else
-  static constexpr int kProducts = kColumns == 256 ? 2 : 1;
-#endif
-#if defined(LOGITS_ORDER)
-  static constexpr bool kOrdered = kColumns == 256;
-#else
-  static constexpr bool kOrdered = false;
-#endif
-  static constexpr int kProductColumns = kColumns / kProducts;
-  static constexpr int kProductQueries = kProductColumns / kHeads;
   static constexpr int kCodeBytes = kFp8 ? kDim : kDim / 2;
-  static constexpr int kConsumers = 2;  // warpgroups
+  // Warpgroups: as many as their accumulators, weights and operands leave registers for. A tile of
+  // few columns is a chain of short steps, which only other tiles' hide.
+  static constexpr int kConsumers = kColumns == 64 ? 4 : kColumns == 128 ? 3 : 2;
   static constexpr int kStages = kFp8 ? 14 : 24;
+  static constexpr int kLoaders = 1;  // warps
+  static_assert(kStages % kLoaders == 0 && kLoaders <= 2);
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  // 64 K registers for 128 threads of the producer and 256 of the consumers.
-  static constexpr int kProducerRegisters = kFp8 ? 40 : 56;
-  static constexpr int kConsumerRegisters = kFp8 ? 232 : 224;
+  // Of a thread at the launch (all that there are), then of the producer's and the consumers':
+  // these wait forever for registers that the launch did not take.
+  static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 4 ? 64 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : kConsumers == 3 ? 152 : 224;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (1 + kConsumers) * kRegisters);
+  // Work of a CTA on a group of queries besides its tiles, in tiles: ranges, weights and operands
+  // are read one after the other, and hidden only behind the tiles of other groups.
+  static constexpr int kGroupUnits = kPaged ? 1 : kFp8 ? 2 : 4;
 };
 
 // Tiles of a group that a CTA scores: keys 64 * tile and on.
@@ -70,8 +67,7 @@ struct Shared {
   Segment segments[2];
   int64_t warp_sums[C::kThreads / 32];
   int64_t total;
-  int first_group, first_tile;  // of this CTA's share
-  uint64_t turn[2];
+  int first_group, first_unit;  // of this CTA's share
   uint64_t segment_found[2];
   uint64_t query_full[2];
   uint64_t query_empty[2];

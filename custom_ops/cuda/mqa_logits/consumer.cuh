@@ -1,5 +1,5 @@
-// A consumer warpgroup: products of every other tile with the segment's queries, ReLU, weights and
-// the sum over heads in registers.
+// A consumer warpgroup: products of its tiles with the segment's queries, ReLU, weights and the sum
+// over heads in registers.
 //
 // A thread has two keys (rows lane / 4 and + 8 of its warp's 16) and two of every eight columns, so
 // that heads are summed in registers and over the four lanes of a key.
@@ -41,12 +41,8 @@ class Consumer {
       LoadWeights(buffer);
       // Tiles of this warpgroup: number_ - turn, and every kConsumers-th from there.
       const int first = (number_ - turn + C::kConsumers) % C::kConsumers;
-      for (int i = 0; i < min(first, tiles); ++i) stages_.Advance();
-      if constexpr (C::kProducts == 2) {
-        RunInPairs(buffer, tile, first, tiles);
-      } else {
-        RunOneByOne(buffer, tile, first, tiles);
-      }
+      stages_.Advance(min(first, tiles));
+      RunTiles(buffer, tile, first, tiles);
       turn = (turn + tiles) % C::kConsumers;
       ArriveWarp(&shared_.query_empty[buffer]);
       segments.Advance();
@@ -54,35 +50,21 @@ class Consumer {
   }
 
  private:
-  static constexpr int kColumns = C::kProductColumns;
-  static constexpr int kRegisters = kColumns / 2;  // accumulators of a product
-  static constexpr int kQueries = C::kProductQueries;
+  static constexpr int kRegisters = C::kColumns / 2;  // accumulators of a product
 
   __device__ __forceinline__ uint64_t KeyOperand(int stage) const {
     return OperandDescriptor<kDim>(SharedAddress(shared_.key[stage]));
   }
-  __device__ __forceinline__ uint64_t QueryOperand(int buffer, int product) const {
-    return OperandDescriptor<kDim>(
-        SharedAddress(shared_.query[buffer] + product * kColumns * kDim));
-  }
-
-  // Moves on to this warpgroup's next tile; those in between are others'.
-  __device__ __forceinline__ void Advance(int left) {
-#pragma unroll
-    for (int i = 0; i < C::kConsumers; ++i) {
-      if (i < left) stages_.Advance();
-    }
+  __device__ __forceinline__ uint64_t QueryOperand(int buffer) const {
+    return OperandDescriptor<kDim>(SharedAddress(shared_.query[buffer]));
   }
 
   __device__ __forceinline__ void LoadWeights(int buffer) {
 #pragma unroll
-    for (int product = 0; product < C::kProducts; ++product) {
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        const float2 w = *reinterpret_cast<const float2*>(
-            shared_.weights[buffer] + product * kColumns + 8 * j + 2 * (lane_ % 4));
-        weights_[product][2 * j] = w.x, weights_[product][2 * j + 1] = w.y;
-      }
+    for (int j = 0; j < C::kColumns / 8; ++j) {
+      const float2 w =
+          *reinterpret_cast<const float2*>(shared_.weights[buffer] + 8 * j + 2 * (lane_ % 4));
+      weights_[2 * j] = w.x, weights_[2 * j + 1] = w.y;
     }
   }
 
@@ -99,41 +81,8 @@ class Consumer {
     return keys;
   }
 
-  __device__ __forceinline__ void TakeTurn() {
-    if constexpr (C::kOrdered) Wait(&shared_.turn[number_], turn_phase_ ^ (number_ == 0));
-  }
-  __device__ __forceinline__ void PassTurn() {
-    if constexpr (C::kOrdered) {
-      ArriveWarp(&shared_.turn[1 - number_]);
-      turn_phase_ ^= 1;
-    }
-  }
-
-  // Two products at a time: while the first one's accumulators are summed up, the second runs.
-  __device__ __forceinline__ void RunInPairs(int buffer, int tile, int first, int tiles) {
-    const uint64_t left = QueryOperand(buffer, 0), right = QueryOperand(buffer, 1);
-#pragma unroll 1
-    for (int i = first; i < tiles; i += C::kConsumers) {
-      const int stage = stages_.index;
-      Wait(&shared_.key_full[stage], stages_.phase);
-      float a[kRegisters], b[kRegisters];
-      TakeTurn();
-      FenceProducts();
-      MultiplyTile(a, KeyOperand(stage), left);
-      MultiplyTile(b, KeyOperand(stage), right);
-      PassTurn();
-      const TileKeys keys = LoadScales(stage, tile + i);
-      Advance(tiles - i);
-      WaitProducts<1>(a);
-      SumHeads<0>(a, keys, buffer);
-      WaitProducts<0>(b);
-      ArriveWarp(&shared_.key_empty[stage]);
-      SumHeads<1>(b, keys, buffer);
-    }
-  }
-
-  __device__ __forceinline__ void RunOneByOne(int buffer, int tile, int first, int tiles) {
-    const uint64_t columns = QueryOperand(buffer, 0);
+  __device__ __forceinline__ void RunTiles(int buffer, int tile, int first, int tiles) {
+    const uint64_t columns = QueryOperand(buffer);
 #pragma unroll 1
     for (int i = first; i < tiles; i += C::kConsumers) {
       const int stage = stages_.index;
@@ -141,10 +90,8 @@ class Consumer {
       float a[kRegisters];
       TileKeys keys = LoadScales(stage, tile + i);
       if constexpr (C::kFp8) {
-        TakeTurn();
         FenceProducts();
         MultiplyTile(a, KeyOperand(stage), columns);
-        PassTurn();
         WaitProducts<0>(a);
         ArriveWarp(&shared_.key_empty[stage]);
       } else {
@@ -157,8 +104,8 @@ class Consumer {
         KeepRegisters(operand);
         if (shared_.wide[buffer]) keys.wide = ~0u;
       }
-      Advance(tiles - i);
-      SumHeads<0>(a, keys, buffer);
+      stages_.Advance(min(C::kConsumers, tiles - i));  // those in between are others'
+      SumHeads(a, keys, buffer);
       if constexpr (!C::kFp8) {
         if (keys.wide != 0) WideRows(buffer, keys);
       }
@@ -214,22 +161,21 @@ class Consumer {
     return (bits | bits >> 1) & 0x11111111u;
   }
 
-  // Writes the logits of a product's queries. Lane i % 4 writes those of key (i & 1), of every
-  // other query from (i >> 1 & 1) on, or of the one that there is.
-  template <int kProduct>
+  // Writes a tile's logits. Lane i % 4 writes those of key (i & 1), of every other query from
+  // (i >> 1 & 1) on, or of the one that there is.
   __device__ __forceinline__ void SumHeads(const float (&d)[kRegisters], const TileKeys& keys,
                                            int buffer) {
     constexpr int kBlocks = C::kHeads / 8;
     const bool odd = lane_ & 1, upper = lane_ & 2;
-    float sums[kQueries];
+    float sums[C::kQueries];
 #pragma unroll
-    for (int q = 0; q < kQueries; ++q) {
+    for (int q = 0; q < C::kQueries; ++q) {
       float x[2][2] = {};
 #pragma unroll
       for (int j = q * kBlocks; j < (q + 1) * kBlocks; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float w = weights_[kProduct][2 * j + e];
+          const float w = weights_[2 * j + e];
           x[0][e] = fmaf(Relu(d[4 * j + e]), w, x[0][e]);
           x[1][e] = fmaf(Relu(d[4 * j + 2 + e]), w, x[1][e]);
         }
@@ -242,16 +188,16 @@ class Consumer {
     const float scale = odd ? keys.scale[1] : keys.scale[0];
     const bool hidden = odd ? keys.unassigned & 2 : keys.unassigned & 1;
     const bool wide = !C::kFp8 && keys.wide >> ((lane_ & 28) + (odd ? 1 : 0)) & 1;
-    if constexpr (kQueries == 1) {
+    if constexpr (C::kQueries == 1) {
       const float sum = sums[0] + __shfl_xor_sync(~0u, sums[0], 2);
-      if (!upper && !wide) Write(buffer, kProduct, key, hidden, sum * scale);
+      if (!upper && !wide) Write(buffer, 0, key, hidden, sum * scale);
     } else {
 #pragma unroll
-      for (int q = 0; q < kQueries; q += 2) {
+      for (int q = 0; q < C::kQueries; q += 2) {
         const float given = __shfl_xor_sync(~0u, upper ? sums[q] : sums[q + 1], 2);
         const float sum = (upper ? sums[q + 1] : sums[q]) + given;
         if (!wide) {
-          Write(buffer, kProduct * kQueries + q + (upper ? 1 : 0), key, hidden, sum * scale);
+          Write(buffer, q + (upper ? 1 : 0), key, hidden, sum * scale);
         }
       }
     }
@@ -299,8 +245,7 @@ class Consumer {
   Shared<C>& shared_;
   const int lane_, warp_, number_;
   Ring<C::kStages> stages_;
-  uint32_t turn_phase_ = 0;
-  float weights_[C::kProducts][kColumns / 4];
+  float weights_[C::kColumns / 4];
 };
 
 }  // namespace fastattn::cuda::mqa_logits

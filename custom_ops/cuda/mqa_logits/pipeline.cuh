@@ -12,6 +12,11 @@ struct Ring {
   __device__ __forceinline__ void Advance() {
     if (++index == kBuffers) index = 0, phase ^= 1;
   }
+  // At most kBuffers steps.
+  __device__ __forceinline__ void Advance(int steps) {
+    index += steps;
+    if (index >= kBuffers) index -= kBuffers, phase ^= 1;
+  }
 };
 
 }  // namespace fastattn::cuda::mqa_logits

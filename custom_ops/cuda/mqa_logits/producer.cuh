@@ -1,5 +1,6 @@
-// The producer warpgroup: warp 0 finds segments and loads them with TMA, warp 1 (and for MXFP4
-// warps 1 to 3) prepares the queries' side, all but warp 0 fill cells that nobody sees.
+// The producer warpgroup: kLoaders warps load tiles with TMA, the first of which finds segments for
+// the others; the next (for MXFP4 all others) prepares the queries' side; all but loaders fill
+// cells that nobody sees.
 #pragma once
 
 #include "cuda/common/tma.cuh"
@@ -11,40 +12,50 @@ namespace fastattn::cuda::mqa_logits {
 
 // Warps that prepare the queries' side of a segment.
 template <class C>
-inline constexpr int kPreparers = C::kFp8 ? 1 : 3;
+inline constexpr int kPreparers = C::kFp8 ? 1 : 4 - C::kLoaders;
 
 template <class C>
 class Loader {
  public:
   __device__ Loader(const Arguments& arguments, Shared<C>& shared)
-      : a_(arguments), p_(arguments.p), shared_(shared), lane_(threadIdx.x % 32) {
+      : a_(arguments),
+        p_(arguments.p),
+        shared_(shared),
+        lane_(threadIdx.x % 32),
+        number_(C::kLoaders == 1 ? 0 : threadIdx.x / 32) {
     if constexpr (C::kPaged) {
       page_keys_ = static_cast<int>(p_.page_size);
-      pieces_ = page_keys_ < kTileKeys ? kTileKeys / page_keys_ : 1;
+      piece_bits_ = page_keys_ < kTileKeys ? __ffs(kTileKeys / page_keys_) - 1 : 0;
     }
   }
 
   __device__ void Run() {
     const int64_t begin = ShareBegin(shared_.total, blockIdx.x);
     int64_t left = ShareBegin(shared_.total, blockIdx.x + 1) - begin;
-    int group = shared_.first_group, skip = shared_.first_tile;
+    int group = shared_.first_group, skip = shared_.first_unit;
     Ring<2> segments;
     while (true) {
-      Wait(&shared_.query_empty[segments.index], segments.phase ^ 1);
+      if (number_ == 0) Wait(&shared_.query_empty[segments.index], segments.phase ^ 1);
       if (left <= 0) {
+        if (number_ > 0) return;
         if (lane_ == 0) shared_.segments[segments.index].tiles = -1;
         ArriveOne(&shared_.segment_found[segments.index]);
         ArriveOne(&shared_.query_full[segments.index]);
         return;
       }
       const TileRange tiles = GroupTilesOfWarp(p_, a_.groups, group, lane_);
-      const int count = static_cast<int>(min(int64_t{tiles.end - tiles.begin - skip}, left));
-      if (tiles.end > tiles.begin && count > 0) {
+      const int stop = static_cast<int>(min(int64_t{UnitsOf<C>(tiles)}, skip + left));
+      const int from = max(skip - C::kGroupUnits, 0), to = max(stop - C::kGroupUnits, 0);
+      left -= stop - skip;
+      if (to > from) {
         const Segment segment = {a_.groups.FirstRow(p_, group), a_.groups.RowsOf(p_, group),
-                                 a_.groups.Sequence(group), tiles.begin + skip, count};
-        StartSegment(segment, segments.index);
-        LoadTiles(segment);
-        left -= count;
+                                 a_.groups.Sequence(group), tiles.begin + from, to - from};
+        if (number_ == 0) StartSegment(segment, segments.index);
+        if constexpr (C::kPaged) {
+          LoadPages(segment);
+        } else {
+          LoadTiles(segment);
+        }
         segments.Advance();
       }
       skip = 0;
@@ -74,72 +85,105 @@ class Loader {
     __syncwarp();
   }
 
+  __device__ __forceinline__ bool Loads(int stage) const {
+    return C::kLoaders == 1 || stage % C::kLoaders == number_;
+  }
+
   __device__ void LoadTiles(const Segment& segment) {
-    const int each = 32 / pieces_;  // tiles whose pages the lanes look up at once
-    int ahead = FindPage(segment, 0), page = -1;
 #pragma unroll 1
     for (int i = 0; i < segment.tiles; ++i) {
-      const int at = i % each;
-      if (C::kPaged && at == 0) {
-        page = ahead;
-        ahead = FindPage(segment, i + each);
+      const int stage = stages_.index;
+      if (!Loads(stage)) {
+        stages_.Advance();
+        continue;
       }
-      Wait(&shared_.key_empty[stages_.index], stages_.phase ^ 1);
-      if constexpr (C::kPaged) {
-        LoadPages(segment, i, at, page);
-      } else if (lane_ == 0) {
-        const int stage = stages_.index, tile = segment.tile + i;
+      Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
+      if (lane_ == 0) {
+        const int key = (segment.tile + i) * kTileKeys;
         uint64_t* barrier = &shared_.key_full[stage];
         ArriveExpect(barrier, kTileKeys * (C::kCodeBytes + kLogitsScaleBytes));
-        CopyBox(&a_.key, shared_.key[stage], barrier, 0, tile * kTileKeys, 0);
-        CopyBox(&a_.key_scales, shared_.scales[stage], barrier,
-                tile * kTileKeys * kLogitsScaleBytes, 0, 0);
+        CopyBox(&a_.key, shared_.key[stage], barrier, 0, key, 0);
+        CopyBox(&a_.key_scales, shared_.scales[stage], barrier, key * kLogitsScaleBytes, 0, 0);
       }
       __syncwarp();
       stages_.Advance();
     }
   }
 
-  // The page of this lane's piece of a tile: piece lane % pieces_ of tile i + lane / pieces_.
-  __device__ int FindPage(const Segment& segment, int i) const {
-    if constexpr (!C::kPaged) return -1;
-    const int tile = i + lane_ / pieces_;
-    if (tile >= segment.tiles) return -1;
-    const int key = (segment.tile + tile) * kTileKeys + lane_ % pieces_ * page_keys_;
-    return static_cast<int>(p_.PageOf(segment.sequence, key / page_keys_));
+  // A lane's piece of a tile: the keys of a page, or a tile's share of those.
+  struct Piece {
+    int page;
+    int row;              // of its first key in the page
+    const void* scales;   // of that key
+    uint32_t unassigned;  // of the tile: a bit for every 8 keys
+    uint32_t bytes;       // of the tile's pieces that have a page
+  };
+
+  // Piece lane % pieces of tile i + lane / pieces. All lanes; what a tile takes is known before its
+  // turn, which has to be short.
+  __device__ Piece FindPiece(const Segment& segment, int i) const {
+    const int pieces = 1 << piece_bits_, keys = kTileKeys >> piece_bits_;
+    const int tile = i + (lane_ >> piece_bits_), part = lane_ & (pieces - 1);
+    Piece piece = {-1, 0, nullptr, 0, 0};
+    if (tile < segment.tiles) {
+      const int key = (segment.tile + tile) * kTileKeys + part * keys;
+      const int block = key / page_keys_;
+      piece.page = static_cast<int>(p_.PageOf(segment.sequence, block));
+      piece.row = key - block * page_keys_;
+    }
+    const int bits = 8 >> piece_bits_;
+    if (piece.page < 0) {
+      piece.unassigned = ((1u << bits) - 1) << part * bits;
+    } else {
+      piece.scales = p_.cache + piece.page * p_.page_stride + page_keys_ * C::kCodeBytes +
+                     piece.row * kLogitsScaleBytes;
+      piece.bytes = keys * (C::kCodeBytes + kLogitsScaleBytes);
+    }
+    for (int step = 1; step < pieces; step *= 2) {
+      piece.unassigned |= __shfl_xor_sync(~0u, piece.unassigned, step);
+      piece.bytes += __shfl_xor_sync(~0u, piece.bytes, step);
+    }
+    return piece;
   }
 
-  __device__ void LoadPages(const Segment& segment, int i, int at, int page) {
-    const int stage = stages_.index, keys = kTileKeys / pieces_;
-    uint64_t* barrier = &shared_.key_full[stage];
-    const bool mine = lane_ >= at * pieces_ && lane_ < (at + 1) * pieces_;
-    const uint32_t assigned =
-        __ballot_sync(~0u, mine && page >= 0) >> (at * pieces_);  // a bit a piece
-    if (lane_ == 0) {
-      const int bits = 8 / pieces_;  // of `unassigned` a piece
-      uint32_t unassigned = 0;
-      for (int piece = 0; piece < pieces_; ++piece) {
-        if (!(assigned >> piece & 1)) unassigned |= ((1u << bits) - 1) << piece * bits;
+  __device__ void LoadPages(const Segment& segment) {
+    const int each = 32 >> piece_bits_;  // tiles whose pages the lanes look up at once
+    const int keys = kTileKeys >> piece_bits_, part = lane_ & ((1 << piece_bits_) - 1);
+#pragma unroll 1
+    for (int i = 0; i < segment.tiles; i += each) {
+      const Piece piece = FindPiece(segment, i);  // the stages hide the time that it takes
+      const int tiles = min(each, segment.tiles - i);
+#pragma unroll 1
+      for (int at = 0; at < tiles; ++at) {
+        const int stage = stages_.index;
+        if (!Loads(stage)) {
+          stages_.Advance();
+          continue;
+        }
+        uint64_t* barrier = &shared_.key_full[stage];
+        Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
+        if (lane_ == at << piece_bits_) {
+          shared_.unassigned[stage] = piece.unassigned;
+          ArriveExpect(barrier, piece.bytes);
+        }
+        __syncwarp();
+        if (lane_ >> piece_bits_ == at && piece.page >= 0) {
+          CopyBox(&a_.key, shared_.key[stage] + part * keys * C::kCodeBytes, barrier, 0, piece.row,
+                  piece.page);
+          CopyBulk(piece.scales, shared_.scales[stage] + part * keys * kLogitsScaleBytes, barrier,
+                   keys * kLogitsScaleBytes);
+        }
+        __syncwarp();
+        stages_.Advance();
       }
-      shared_.unassigned[stage] = unassigned;
-      ArriveExpect(barrier, __popc(assigned) * keys * (C::kCodeBytes + kLogitsScaleBytes));
     }
-    __syncwarp();
-    if (!mine || page < 0) return;
-    const int piece = lane_ % pieces_;
-    const int row = pieces_ > 1 ? 0 : (segment.tile + i) * kTileKeys % page_keys_;
-    CopyBox(&a_.key, shared_.key[stage] + piece * keys * C::kCodeBytes, barrier, 0, row, page);
-    CopyBulk(p_.cache + int64_t{page} * p_.page_stride + page_keys_ * C::kCodeBytes +
-                 row * kLogitsScaleBytes,
-             shared_.scales[stage] + piece * keys * kLogitsScaleBytes, barrier,
-             keys * kLogitsScaleBytes);
   }
 
   const Arguments& a_;
   const LogitsParams& p_;
   Shared<C>& shared_;
-  const int lane_;
-  int page_keys_ = kTileKeys, pieces_ = 1;
+  const int lane_, number_;
+  int page_keys_ = kTileKeys, piece_bits_ = 0;
   Ring<C::kStages> stages_;
 };
 
@@ -148,7 +192,7 @@ template <class C>
 class Preparer {
  public:
   __device__ Preparer(const Arguments& arguments, Shared<C>& shared)
-      : p_(arguments.p), shared_(shared), thread_(threadIdx.x - 32) {}
+      : p_(arguments.p), shared_(shared), thread_(threadIdx.x - 32 * C::kLoaders) {}
 
   __device__ void Run() {
     Ring<2> segments;
@@ -174,18 +218,29 @@ class Preparer {
     constexpr int kThreads = 32 * kPreparers<C>;
     const int64_t first = int64_t{segment.row} * C::kHeads;
     const int heads = segment.rows * C::kHeads;
-    for (int i = thread_; i < C::kColumns; i += kThreads) {
-      float weight = i < heads ? p_.weights[first + i] : 0.0f;
-      if constexpr (!C::kFp8) {
-        if (i < heads) weight *= PrepareHead(first + i, i, buffer);
+    if constexpr (C::kFp8) {
+      float weights[C::kColumns / kThreads];  // on their way together
+#pragma unroll
+      for (int j = 0; j < C::kColumns / kThreads; ++j) {
+        const int i = thread_ + j * kThreads;
+        weights[j] = i < heads ? p_.weights[first + i] : 0.0f;
       }
-      shared_.weights[buffer][i] = weight;
+#pragma unroll
+      for (int j = 0; j < C::kColumns / kThreads; ++j) {
+        shared_.weights[buffer][thread_ + j * kThreads] = weights[j];
+      }
+    } else {
+      for (int i = thread_; i < C::kColumns; i += kThreads) {
+        float weight = 0.0f;
+        if (i < heads) weight = p_.weights[first + i] * PrepareHead(first + i, i, buffer);
+        shared_.weights[buffer][i] = weight;
+      }
     }
     for (int i = thread_; i < C::kQueries; i += kThreads) {
       QueryCells cells = {0, 0, nullptr};
       if (i < segment.rows) {
         const int64_t row = segment.row + i;
-        const VisibleKeys keys = VisibleKeysOf(p_, row);
+        const VisibleKeys keys = VisibleKeysOf(p_, segment.sequence, row);
         cells = {keys.begin, keys.end, p_.out + row * p_.row_stride - keys.first};
       }
       shared_.cells[buffer][i] = cells;
@@ -228,13 +283,13 @@ class Preparer {
 template <class C>
 __device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C>& shared) {
   const int warp = threadIdx.x / 32;
-  if (warp == 0) {
+  if (warp < C::kLoaders) {
     Loader<C>(arguments, shared).Run();
     return;
   }
-  if (warp <= kPreparers<C>) Preparer<C>(arguments, shared).Run();
-  constexpr int kFillers = C::kFp8 ? 2 : 3;
-  const int filler = C::kFp8 ? warp - 2 : warp - 1;
+  if (warp < C::kLoaders + kPreparers<C>) Preparer<C>(arguments, shared).Run();
+  constexpr int kFirst = C::kLoaders + (C::kFp8 ? 1 : 0), kFillers = 4 - kFirst;
+  const int filler = warp - kFirst;
   if (filler >= 0) {
     FillHidden(arguments.p, blockIdx.x * kFillers + filler, gridDim.x * kFillers, threadIdx.x % 32);
   }

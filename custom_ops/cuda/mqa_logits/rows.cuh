@@ -23,15 +23,18 @@ struct LogitsGroups {
     }
   }
 
-  __device__ __forceinline__ int Sequence(int group) const { return group / per_sequence; }
+  __device__ __forceinline__ int Sequence(int group) const {
+    return per_sequence == 1 ? group : group / per_sequence;
+  }
   __device__ __forceinline__ int FirstRow(const LogitsParams& p, int group) const {
     if (!p.paged) return group * rows;
-    const int sequence = group / per_sequence;
+    const int sequence = Sequence(group);
     return sequence * static_cast<int>(p.next_n) + (group - sequence * per_sequence) * rows;
   }
   __device__ __forceinline__ int RowsOf(const LogitsParams& p, int group) const {
     if (!p.paged) return min(rows, static_cast<int>(p.rows) - group * rows);
-    return min(rows, static_cast<int>(p.next_n) - group % per_sequence * rows);
+    const int part = group - Sequence(group) * per_sequence;
+    return min(rows, static_cast<int>(p.next_n) - part * rows);
   }
 };
 
@@ -52,6 +55,14 @@ __device__ __forceinline__ float Relu(float x) {
   float y;
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// The same of a row of a sequence, without a division.
+__device__ __forceinline__ VisibleKeys VisibleKeysOf(const LogitsParams& p, int sequence,
+                                                     int64_t row) {
+  if (!p.paged) return VisibleKeysOf(p, row);
+  const LogitsRange range = p.RangeOfStep(sequence, row - sequence * p.next_n);
+  return {static_cast<int>(range.begin), static_cast<int>(range.end), 0};
 }
 
 constexpr int kFillColumns = 4096;

@@ -1,5 +1,6 @@
-// Which tiles are whose: all tiles of all groups in a row, an equal share for each CTA. A cell's
-// value does not depend on who computes it.
+// Which tiles are whose: all units of work of all groups in a row, an equal share for each CTA. A
+// group has kGroupUnits units and one for each tile, in this order. A cell's value does not depend
+// on who computes it.
 #pragma once
 
 #include "cuda/mqa_logits/config.h"
@@ -19,9 +20,10 @@ __device__ __forceinline__ TileRange TilesOf(VisibleKeys keys) {
 __device__ inline TileRange GroupTiles(const LogitsParams& p, const LogitsGroups& groups,
                                        int group) {
   const int row = groups.FirstRow(p, group), rows = groups.RowsOf(p, group);
+  const int sequence = groups.Sequence(group);
   TileRange tiles = {0x7FFFFFFF, 0};
   for (int r = 0; r < rows; ++r) {
-    const TileRange x = TilesOf(VisibleKeysOf(p, row + r));
+    const TileRange x = TilesOf(VisibleKeysOf(p, sequence, row + r));
     tiles.begin = min(tiles.begin, x.begin);
     tiles.end = max(tiles.end, x.end);
   }
@@ -33,9 +35,15 @@ __device__ __forceinline__ TileRange GroupTilesOfWarp(const LogitsParams& p,
                                                       const LogitsGroups& groups, int group,
                                                       int lane) {
   const int row = groups.FirstRow(p, group), rows = groups.RowsOf(p, group);
+  const int sequence = groups.Sequence(group);
   const TileRange x =
-      lane < rows ? TilesOf(VisibleKeysOf(p, row + lane)) : TileRange{0x7FFFFFFF, 0};
+      lane < rows ? TilesOf(VisibleKeysOf(p, sequence, row + lane)) : TileRange{0x7FFFFFFF, 0};
   return {__reduce_min_sync(~0u, x.begin), __reduce_max_sync(~0u, x.end)};
+}
+
+template <class C>
+__device__ __forceinline__ int UnitsOf(TileRange tiles) {
+  return tiles.end > tiles.begin ? tiles.end - tiles.begin + C::kGroupUnits : 0;
 }
 
 __device__ __forceinline__ int64_t ShareBegin(int64_t total, int cta) {
@@ -62,7 +70,7 @@ __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p) {
   prefetch(p.q, p.rows * p.num_heads * p.CodeBytes());
 }
 
-// Finds the group and the tile with which this CTA's share begins. All threads of the CTA.
+// Finds the group and the unit with which this CTA's share begins. All threads of the CTA.
 template <class C>
 __device__ __forceinline__ void FindShare(const LogitsParams& p, const LogitsGroups& groups,
                                           Shared<C>& shared) {
@@ -71,8 +79,7 @@ __device__ __forceinline__ void FindShare(const LogitsParams& p, const LogitsGro
   const int first = min(thread * each, groups.count), last = min(first + each, groups.count);
   int64_t sum = 0;
   for (int group = first; group < last; ++group) {
-    const TileRange tiles = GroupTiles(p, groups, group);
-    sum += max(tiles.end - tiles.begin, 0);
+    sum += UnitsOf<C>(GroupTiles(p, groups, group));
   }
   int64_t before = sum;  // up to and with this thread, then without it
 #pragma unroll
@@ -93,14 +100,13 @@ __device__ __forceinline__ void FindShare(const LogitsParams& p, const LogitsGro
   int64_t offset = ShareBegin(total, blockIdx.x) - before;
   if (offset >= 0 && offset < sum) {
     int group = first;
-    for (;; ++group) {
-      const TileRange tiles = GroupTiles(p, groups, group);
-      const int count = max(tiles.end - tiles.begin, 0);
-      if (offset < count) break;
-      offset -= count;
+    for (; group + 1 < last; ++group) {
+      const int units = UnitsOf<C>(GroupTiles(p, groups, group));
+      if (offset < units) break;
+      offset -= units;
     }
     shared.first_group = group;
-    shared.first_tile = static_cast<int>(offset);
+    shared.first_unit = static_cast<int>(offset);
   }
   if (thread == 0) shared.total = total;
   __syncthreads();

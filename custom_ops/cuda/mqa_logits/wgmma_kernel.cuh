@@ -5,8 +5,8 @@
 // (schedule.cuh). Every cell is written once: cells that a query sees by the tile's warpgroup, all
 // others by warps of the producer that have nothing else to do.
 //
-// Warps, 12 of them: producer.cuh has the first four; two warpgroups of consumers (consumer.cuh)
-// take tiles in turn.
+// Warps: producer.cuh has the first four; two to four warpgroups of consumers (consumer.cuh) take
+// tiles in turn.
 //
 // Barriers (mbarriers of Shared):
 //  - segment_found, query_full/query_empty: two buffers of a group's queries, weights and ranges;
@@ -27,7 +27,6 @@ __device__ __forceinline__ void InitShared(Shared<C>& shared) {
   constexpr int kPreparing = kPreparers<C> * kWarpArrivals;
   for (int i = 0; i < 2; ++i) {
     InitBarrier(&shared.segment_found[i], 1);
-    InitBarrier(&shared.turn[i], 4 * kWarpArrivals);
     InitBarrier(&shared.query_full[i], 1 + kPreparing);
     InitBarrier(&shared.query_empty[i], 4 * C::kConsumers * kWarpArrivals + kPreparing);
   }
