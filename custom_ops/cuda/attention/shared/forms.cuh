@@ -4,33 +4,34 @@
 #pragma once
 
 #include "common/bounds.h"
+#include "common/types.h"
 
 namespace fastattn::cuda {
 
 // mma_sm80, the merge of its partial results and the clearing of padding. All keys of a sequence
 // together are at most kMaxKeys.
 struct Sm80Form {
-  static __device__ __forceinline__ int Clamp(int x, int low, int high) {
-    return min(max(x, low), high);
+  static FASTATTN_HD constexpr int Clamp(int x, int low, int high) {
+    return Least(Most(x, low), high);
   }
-  static __device__ __forceinline__ int WindowEnd(int position, const int& right) {
-    return position + 1 + min(right, kMaxKeys - 1);
+  static FASTATTN_HD constexpr int WindowEnd(int position, const int& right) {
+    return position + 1 + Least(right, kMaxKeys - 1);
   }
-  static __device__ __forceinline__ int WindowBegin(int position, const int& left) {
-    return position - min(left, kMaxKeys);
+  static FASTATTN_HD constexpr int WindowBegin(int position, const int& left) {
+    return position - Least(left, kMaxKeys);
   }
 };
 
 // wgmma_sm90. The cached keys of a sequence are at most kMaxCachedKeys.
 struct Sm90Form : PlainForm {
   // Keys of a window from the diagonal on, and those before it.
-  static __device__ __forceinline__ int Right(int right) { return min(right, kMaxWindow) + 1; }
-  static __device__ __forceinline__ int Left(int left) { return min(left, kMaxWindow); }
+  static FASTATTN_HD constexpr int Right(int right) { return Least(right, kMaxWindow) + 1; }
+  static FASTATTN_HD constexpr int Left(int left) { return Least(left, kMaxWindow); }
 
-  static __device__ __forceinline__ int WindowEnd(int position, int right) {
+  static FASTATTN_HD constexpr int WindowEnd(int position, int right) {
     return position + Right(right);
   }
-  static __device__ __forceinline__ int WindowBegin(int position, int left) {
+  static FASTATTN_HD constexpr int WindowBegin(int position, int left) {
     return position - Left(left);
   }
 };
