@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/bounds.h"
+#include "common/types.h"
 
 namespace fastattn::cuda {
 
