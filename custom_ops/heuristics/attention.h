@@ -62,6 +62,7 @@ inline AttentionSizes SizesOfCall(const AttentionParams& p, const AttentionDevic
   sizes.num_sms = device.num_sms;
   sizes.max_cluster = device.major >= 9 ? 8 : 1;  // 8 is what every such device can do
   sizes.num_clusters = device.num_clusters;
+  sizes.per_token_scales = p.paged && IsDynamic(p.cache.type);
   return sizes;
 }
 

@@ -41,6 +41,7 @@ struct AttentionSizes {
   int64_t long_seq = kLongSeq;
   // Clusters of 8 CTAs, two a multiprocessor, that run at the same time; 0: unknown.
   int64_t num_clusters = 0;
+  bool per_token_scales = false;  // of K and V
 };
 
 struct AttentionLaunch {
@@ -137,8 +138,11 @@ inline ClusterChoice ChooseCluster(const AttentionSizes& s, int columns, int64_t
       continue;
     }
     // One sequence has no longer one beside it, and half of the multiprocessors read its keys
-    // nearly as fast as all do. On more than three quarters clusters begin to share some.
-    if (seqs == 1 && 16 * ctas >= 7 * s.num_sms && 4 * ctas <= 3 * s.num_sms) {
+    // nearly as fast as all do, where no scales of tokens are work besides (64 CTAs took 153 us for
+    // 128k keys of block_wise_int8, all take 112). On more than three quarters clusters begin to
+    // share some.
+    if (seqs == 1 && !s.per_token_scales && 16 * ctas >= 7 * s.num_sms &&
+        4 * ctas <= 3 * s.num_sms) {
       return {cluster, kAnyKvTiles};
     }
     // Few CTAs leave most multiprocessors idle: then keys must be few, too.

@@ -357,6 +357,17 @@ def test_a_loose_bound_of_the_keys_changes_nothing_of_a_mixed_step(q, k, cache_t
     assert exact == loose and len(exact[2]) == 2
 
 
+@pytest.mark.parametrize("max_k, clusters", [(8192, True), (16384, True), (32768, False)])
+def test_one_long_sequence_with_scales_of_tokens_is_read_by_all(max_k, clusters):
+    """Half of the multiprocessors would be busy with its scales."""
+    one = dict(tokens=1, batch=1, max_q=1, max_k=max_k)
+    (launch,) = decide(BF16, "int8", "block_wise_int8", **one)[2]
+    assert launch["cluster"] == 8
+    assert (launch["cluster_kv_tiles"] == ANY) == clusters
+    (launch,) = decide(BF16, "int8", "cache_int8", **one)[2]
+    assert launch["cluster_kv_tiles"] == ANY
+
+
 def test_head_dims_without_a_kernel_are_left_to_the_checks():
     assert decide(E4M3, E4M3, "cache_fp8", head_dim=96)[0] == "mma_sm80"
 

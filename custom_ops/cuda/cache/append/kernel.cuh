@@ -21,7 +21,7 @@
 #include "common/static_scales.h"
 #include "common/types.h"
 #include "cuda/cache/append/launch.h"
-#include "cuda/cache/append/tile.cuh"
+#include "cuda/cache/shared/append_tile.cuh"
 #include "cuda/cache/shared/block_pieces.cuh"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/bytes.cuh"

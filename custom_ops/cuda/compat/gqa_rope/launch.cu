@@ -3,7 +3,7 @@
 #include <tuple>
 
 #include "cuda/cache/append/launch.h"
-#include "cuda/cache/append/tile.cuh"
+#include "cuda/cache/shared/append_tile.cuh"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
