@@ -63,7 +63,7 @@ _FOUR = (4, 4096, "16/16")
 def figures(results: Results) -> str:
     """Five lines for the README, and what is behind."""
     batch = decode_row(results, "cache_fp8", (64, "8192", "32/8"))
-    one = decode_row(results, "cache_fp8", (1, "1024", "32/8"))
+    step = results.get("layer step", "Qwen3-8B cache_fp8 decode 1 x 8k, graph")
     prompts = prefill_row(results, "paged_attention", "cache_fp8", _FOUR)
     rope = results.get("rope_write_cache_kv", "16384 tokens, KV 8, D 128, cache_fp8, H 32")
     host = results.get("host", "paged_attention, 16 sequences, H 32/8 D 128")
@@ -83,8 +83,9 @@ def figures(results: Results) -> str:
         ["decode, 64 sequences x 8k keys, `cache_fp8`, bf16 queries, us",
          f"{cell(batch and batch.us, digits)}, {cell(read, percent)} % of reading K and V once",
          peer(batch, fa3, "FlashAttention-3 FP8, e4m3 queries"), source(batch)],
-        ["decode, one sequence of 1k keys, `cache_fp8`, us", cell(one and one.us, digits),
-         peer(one, fa3, "the same"), source(one)],
+        ["a layer's decode step, Qwen3-8B, one sequence of 8k keys, `cache_fp8`, us",
+         cell(step and step.us, digits), peer(step, "vLLM", "rotation, write, Q, FlashAttention-3"),
+         source(step)],
         ["causal prefill, 4 x 4096, H 16/16, `cache_fp8`, e4m3 queries, TFLOP/s",
          cell(prompts and prompts.rate, "{:.0f}".format),
          f"{cell(theirs, '{:.0f}'.format)} (FlashAttention-3 FP8, page 64, two-level accumulation)",
