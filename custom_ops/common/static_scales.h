@@ -10,6 +10,10 @@ namespace fastattn {
 
 // Of scales of heads or of the tensor.
 template <typename Index>
+FASTATTN_HD constexpr Index HeadScaleIndex(bool per_head, Index kv_head) {
+  return per_head ? kv_head : 0;
+}
+template <typename Index>
 FASTATTN_HD constexpr Index HeadScaleIndex(ScaleGranularity granularity, Index kv_head) {
   return granularity == ScaleGranularity::kHead ? kv_head : 0;
 }

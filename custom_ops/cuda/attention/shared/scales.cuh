@@ -32,9 +32,11 @@ __device__ __forceinline__ float LoadDescale(const Descale& scale, int token, in
   return TimesDescale(1.0f, scale, token, kv_head, at);
 }
 
-// A static scale of a cache that is constant over a head's channels.
+// A static scale of a cache that is constant over a head's channels. `granularity` may also be
+// whether it is that of heads.
+template <typename Granularity>
 __device__ __forceinline__ float LoadHeadScale(const PagedCache& cache, const void* scales,
-                                               ScaleGranularity granularity, int kv_head) {
+                                               Granularity granularity, int kv_head) {
   return LoadScale(scales, cache.scale_dtype, HeadScaleIndex<int64_t>(granularity, kv_head));
 }
 

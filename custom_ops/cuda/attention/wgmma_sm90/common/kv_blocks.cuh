@@ -20,7 +20,8 @@ __device__ inline int FindBlock(const AttentionParams& p, const volatile WorkTil
   if (!p.paged) return kTransposed ? tile.ragged_block + block_idx : block_idx;
   const SeqMeta& seqs = p.seqs;
   const int id = *BlockEntry(seqs.block_tables, seqs.max_blocks, tile.batch_idx, block_idx);
-  return AssignedBlock(id, num_blocks);
+  // AssignedBlock(): a call of that was measured to be other code.
+  return id < 0 || id >= num_blocks ? -1 : id;
 }
 
 }  // namespace fastattn::cuda::wgmma_sm90

@@ -183,8 +183,10 @@ class ValueScrubber {
       factor *= Read(p_.ragged.k_descale, tile, 0, kv_head);
       output *= Read(p_.ragged.v_descale, tile, 0, kv_head);
     } else if (!IsDynamic(cache.type)) {
-      factor *= LoadHeadScale(cache, cache.k_scales, cache.k_granularity, kv_head);
-      output *= LoadHeadScale(cache, cache.v_scales, cache.v_granularity, kv_head);
+      const bool key = cache.k_granularity == ScaleGranularity::kHead;
+      const bool value = cache.v_granularity == ScaleGranularity::kHead;
+      factor *= LoadHeadScale(cache, cache.k_scales, key, kv_head);
+      output *= LoadHeadScale(cache, cache.v_scales, value, kv_head);
     }
 #pragma unroll 1
     for (int i = 32 * warp_ + lane_; i < C::kQueries; i += 32 * C::kScrubWarps) {
