@@ -311,7 +311,7 @@ RULES: dict[str, OpRules] = {
         {
             "softmax_scale": _rules.anything,
             "head_scale": _rules.anything,
-            "quant": _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'"),
+            "quant": _INDEX_QUANT,
         },
     ),
     "indexer_kv_compress_insert": OpRules(
@@ -345,7 +345,7 @@ RULES: dict[str, OpRules] = {
         },
         {
             "page_size": _PAGE_SIZE,
-            "quant": _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'"),
+            "quant": _INDEX_QUANT,
             "scale_rule": _rules.key_scale_rule,
         },
     ),
@@ -360,7 +360,7 @@ RULES: dict[str, OpRules] = {
         {
             "num_tokens": _rules.at_least(0),
             "page_size": _PAGE_SIZE,
-            "quant": _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'"),
+            "quant": _INDEX_QUANT,
         },
     ),
     "topk_to_slots": OpRules(

@@ -5,6 +5,7 @@
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/index_array.h"
+#include "api/indexer_quant.h"
 #include "api/paged_cache.h"
 #include "cpu/indexer.h"
 #include "params/indexer.h"
@@ -23,14 +24,6 @@ constexpr const char* kKvOp = "indexer_kv_compress_insert";
 const std::initializer_list<phi::DataType> kFloatDtypes = {phi::DataType::FLOAT32,
                                                            phi::DataType::BFLOAT16};
 
-IndexerQuant ParseQuant(const char* op, const std::string& name, bool with_wide) {
-  if (name == "fp8") return IndexerQuant::kFp8;
-  if (name == "mxfp4") return IndexerQuant::kMxfp4;
-  if (with_wide && name == "fp8_512") return IndexerQuant::kFp8Wide;
-  Fail("ValueError", op, "quant", "expected fp8", with_wide ? ", mxfp4 or fp8_512" : " or mxfp4",
-       ", got '", name, "'");
-}
-
 void CheckCosSin(const char* op, const Tensor& cos_sin) {
   const Arg arg(op, "cos_sin_cache", cos_sin);
   arg.Dtype(kFloatDtypes).Dims({-1, kIndexerRopeDim}).Contiguous();
@@ -43,7 +36,7 @@ void CheckCosSin(const char* op, const Tensor& cos_sin) {
 // [T, H, 128] of q to the shapes of codes, scales and weights.
 std::vector<Shape> QueryShapes(const Shape& q, const std::string& quant) {
   if (q.size() != 3) Fail("ValueError", kQOp, "q", "expected 3 dimensions, got ", ShapeText(q));
-  const int bytes = PageFormatOf(ParseQuant(kQOp, quant, false)).code_bytes;
+  const int bytes = PageFormatOf(ParseIndexerQuant(kQOp, quant)).code_bytes;
   return {{q[0], q[1], bytes}, {q[0], q[1]}, {q[0], q[1]}};
 }
 
@@ -130,7 +123,7 @@ std::vector<Tensor> IndexerQRopeQuant(const Tensor& positions, const Tensor& q,
 
   IndexerQParams p;
   p.positions = ToIndexArray(kQOp, "positions", positions, place, shape[0]);
-  p.quant = ParseQuant(kQOp, quant, false);
+  p.quant = ParseIndexerQuant(kQOp, quant);
   const std::vector<Shape> shapes = QueryShapes(shape, quant);
   Tensor codes = paddle::empty(shapes[0], phi::DataType::UINT8, place);
   Tensor scales = paddle::empty(shapes[1], QueryScaleDtype(quant), place);
@@ -189,7 +182,7 @@ void IndexerKvCompressInsert(const Tensor& state_cache, const Tensor& block_tabl
   CheckCosSin(kKvOp, cos_sin_cache);
   const phi::Place place = cos_sin_cache.place();
   IndexerKvParams p;
-  p.quant = ParseQuant(kKvOp, quant, true);
+  p.quant = ParseIndexerQuant(kKvOp, quant, true);
   SetState(state_cache, block_tables, place, compress_ratio, &p);
   Arg(kKvOp, "batch_id_per_token", batch_id_per_token)
       .On(place)

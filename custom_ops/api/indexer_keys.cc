@@ -6,6 +6,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/indexer_quant.h"
 #include "api/paged_cache.h"
 #include "params/indexer_keys.h"
 
@@ -23,12 +24,6 @@ using OptionalDtype = paddle::optional<phi::DataType>;
 constexpr const char* kWriteOp = "indexer_k_write_cache";
 constexpr const char* kGatherOp = "indexer_k_gather";
 
-IndexerQuant ParseKeyQuant(const char* op, const std::string& name) {
-  if (name == "fp8") return IndexerQuant::kFp8;
-  if (name == "mxfp4") return IndexerQuant::kMxfp4;
-  Fail("ValueError", op, "quant", "expected fp8 or mxfp4, got '", name, "'");
-}
-
 // [num_pages, ...bytes], of which a page's bytes lie side by side; pages may lie further apart.
 IndexerPages ParsePages(const char* op, const Tensor& cache, int64_t page_size,
                         const std::string& quant, const phi::Place& place) {
@@ -42,7 +37,7 @@ IndexerPages ParsePages(const char* op, const Tensor& cache, int64_t page_size,
     Fail("ValueError", op, "page_size", "expected a positive number of tokens, got ", page_size);
   }
   IndexerPages pages;
-  pages.quant = ParseKeyQuant(op, quant);
+  pages.quant = ParseIndexerQuant(op, quant);
   const IndexerPageFormat format = PageFormatOf(pages.quant);
   const int token_bytes = format.code_bytes + format.scale_bytes;
   const int64_t needed = CheckedProduct(op, "page_size", {page_size, token_bytes});
@@ -218,7 +213,7 @@ std::vector<Shape> IndexerKGatherInferShape(const Shape& cache, const Shape& blo
                                             int64_t page_size, const std::string& quant) {
   const Shape scales = out_scales ? *out_scales : Shape{num_tokens};
   return Inferred<Shape>({{num_tokens, -1}, scales}, [&]() -> std::vector<Shape> {
-    return {{num_tokens, PageFormatOf(ParseKeyQuant(kGatherOp, quant)).code_bytes}, scales};
+    return {{num_tokens, PageFormatOf(ParseIndexerQuant(kGatherOp, quant)).code_bytes}, scales};
   });
 }
 

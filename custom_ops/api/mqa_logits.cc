@@ -7,6 +7,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/indexer_quant.h"
 #include "api/paged_cache.h"
 #include "api/sizes.h"
 #include "params/mqa_logits.h"
@@ -45,10 +46,7 @@ void CheckInt32(const char* op, const char* name, const Tensor& tensor, const ph
 void SetQueries(const char* op, const Tensor& q, const Tensor& weights,
                 const OptionalTensor& q_scales, const std::string& quant, int64_t rows,
                 LogitsParams* p) {
-  if (quant != "fp8" && quant != "mxfp4") {
-    Fail("ValueError", op, "quant", "expected fp8 or mxfp4, got '", quant, "'");
-  }
-  p->quant = quant == "fp8" ? IndexerQuant::kFp8 : IndexerQuant::kMxfp4;
+  p->quant = ParseIndexerQuant(op, quant);
   CheckCodes(op, "q", q, p->quant);
   Arg(op, "q", q).Contiguous();
   CheckAddress(op, "q", q);
