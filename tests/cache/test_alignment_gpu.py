@@ -40,7 +40,7 @@ REFUSED = {
 REFUSED_BYTES = {"mqa_logits": 4, "paged_mqa_logits": 4}
 #: Operators that take another kernel, with sums in another order, where vectors of 16 bytes do not
 #: start at multiples; tests/indexer/test_mqa_logits.py holds both kernels to fp64.
-OTHER_KERNEL = ("mqa_logits",)
+OTHER_KERNEL = ("mqa_logits", "paged_mqa_logits")
 
 
 def codes(**more: Any) -> dict[str, Any]:

@@ -23,8 +23,13 @@ struct Config {
   // Warpgroups: as many as their accumulators, weights and operands leave registers for. A tile of
   // few columns is a chain of short steps, which only other tiles' hide.
   static constexpr int kConsumers = kColumns == 64 ? 4 : kColumns == 128 ? 3 : 2;
-  static constexpr int kStages = kFp8 ? 14 : 24;
-  static constexpr int kLoaders = 1;  // warps
+  // A stage's tiles are all of one warpgroup: its waits see every phase of the stage's barrier. A
+  // warpgroup that came to a stage for the first time after others' turns could take the phase
+  // before the one that it waits for, still loading, for it: waits tell phases by parity only.
+  static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? 16 : kConsumers == 3 ? 15 : 14;
+  static_assert(kStages % kConsumers == 0);
+  // Warps. Steps with one query a sequence turn to the next tile so soon that one warp falls behind.
+  static constexpr int kLoaders = kPaged && kColumns == 64 ? 2 : 1;
   static_assert(kStages % kLoaders == 0 && kLoaders <= 2);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
