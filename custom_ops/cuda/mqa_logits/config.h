@@ -28,7 +28,8 @@ struct Config {
   // before the one that it waits for, still loading, for it: waits tell phases by parity only.
   static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? 16 : kConsumers == 3 ? 15 : 14;
   static_assert(kStages % kConsumers == 0);
-  // Warps. Steps with one query a sequence turn to the next tile so soon that one warp falls behind.
+  // Warps. Steps with one query a sequence turn to the next tile so soon that one warp falls
+  // behind.
   static constexpr int kLoaders = kPaged && kColumns == 64 ? 2 : 1;
   static_assert(kStages % kLoaders == 0 && kLoaders <= 2);
   static constexpr int kThreads = 128 * (1 + kConsumers);
