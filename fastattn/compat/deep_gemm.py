@@ -6,8 +6,8 @@ A program that calls them changes one line::
     from fastattn.compat import deep_gemm
 
 They are :func:`fastattn.functional.mqa_logits` and :func:`fastattn.functional.paged_mqa_logits`:
-every cell that a query does not see is -inf, whatever `clean_logits` is, any multiple of 8 heads, 64
-or 128 channels, pages of any number of tokens, and a schedule that nobody has to make.
+every cell that a query does not see is -inf, whatever `clean_logits` is. Any multiple of 8 heads,
+64 or 128 channels, pages of any number of tokens, and a schedule that nobody has to make.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def fp8_paged_mqa_logits(
     Parameters
     ----------
     q : Tensor, shape [B, next_n, H, D], float8_e4m3fn or uint8
-    kv_cache : Tensor, shape [num_pages, page_size, 1, D + 4] or [num_pages, page_size, D + 4], uint8
-        A page has the codes of its tokens, then their float32 scales.
+    kv_cache : Tensor, shape [num_pages, page_size, 1, D + 4], uint8
+        Or [num_pages, page_size, D + 4]. A page has the codes of its tokens, then their float32 scales.
     weights : Tensor, shape [B * next_n, H], float32
     context_lens : Tensor, shape [B] or [B, next_n], int32
         1-D: query j sees ``context_lens[b] - next_n + 1 + j`` keys. 2-D: of each query.

@@ -266,7 +266,7 @@ def test_wrong_arguments(change, error, text):
 
 
 def test_wrong_arguments_of_pages():
-    with pytest.raises(TypeError, match="^fp8_paged_mqa_logits: clean_logits: expected bool"):
+    with pytest.raises(TypeError, match=r"^fp8_paged_mqa_logits: clean_logits: expected bool"):
         Decode().run("cpu", None)
     lengths = paddle.zeros([3], "int32")
     for arguments, error, text in (

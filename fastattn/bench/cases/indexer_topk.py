@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 import fastattn.functional as F
-from fastattn.bench.core.devices import Device
+from fastattn.bench.core.devices import Device, Gpu
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import Call, bind, medians
 
@@ -34,7 +34,7 @@ _STEPS = {
 
 
 def _row(device: Device, op: str, shape: str, call: Call, in_turn: Call) -> Row:
-    if device.kind == "gpu":
+    if isinstance(device, Gpu):
         us, turn_us = device.us([call]), device.us([in_turn])
     else:
         us, turn_us = medians([call, in_turn], 3 if device.quick else 9)
@@ -45,24 +45,34 @@ def _heads(device: Device) -> int:
     return HEADS if device.kind == "gpu" else 8
 
 
+def _in_turn(logits: Call, select: Call) -> Call:
+    def call() -> None:
+        logits()
+        select()
+
+    return call
+
+
 @register("indexer_topk")
 def chunks(device: Device) -> Iterator[Row]:
     """Chunks of a prompt, whose queries see all keys up to their own."""
     for tokens, thousands in device.of(_CHUNKS):
         keys, heads = thousands * 1024, _heads(device)
         k = min(2048, keys // 2)
-        q = device.random((tokens, heads, DIM), "e4m3")
-        codes = device.random((keys, DIM), "e4m3", seed=1)
-        weights, scales = device.uniform((tokens, heads)), device.uniform((keys,))
-        starts = device.int32(np.zeros(tokens))
         ends = device.int32(np.arange(keys - tokens + 1, keys + 1))
-        inputs = q, codes, weights, starts, ends
+        inputs = (
+            device.random((tokens, heads, DIM), "e4m3"),
+            device.random((keys, DIM), "e4m3", seed=1),
+            device.uniform((tokens, heads)),
+            device.int32(np.zeros(tokens)),
+            ends,
+        )
+        scales = device.uniform((keys,))
         logits, out = device.empty((tokens, keys), "float32"), device.empty((tokens, k), "int32")
-
-        def in_turn(inputs=inputs, scales=scales, logits=logits, out=out, k=k) -> None:
-            F.mqa_logits(*inputs, k_scales=scales, out=logits)
-            F.topk_indices(logits, inputs[-1], k, out=out)
-
+        in_turn = _in_turn(
+            bind(F.mqa_logits, *inputs, k_scales=scales, out=logits),
+            bind(F.topk_indices, logits, ends, k, out=out),
+        )
         call = bind(F.indexer_topk, *inputs, k, k_scales=scales, out=out)
         shape = f"{tokens} tokens, {thousands}k keys, k {k}"
         yield _row(device, "indexer_topk", shape, call, in_turn)
@@ -76,7 +86,7 @@ def steps(device: Device) -> Iterator[Row]:
         keys, heads, rows = thousands * 1024, _heads(device), batch * next_n
         k, pages = min(2048, keys // 2), batch * keys // PAGE
         table = np.random.default_rng(0).permutation(pages).reshape(batch, -1)
-        row_lens = device.int32(keys - next_n + 1 + np.tile(np.arange(next_n), batch))
+        lengths = device.int32(keys - next_n + 1 + np.tile(np.arange(next_n), batch))
         inputs = (
             device.random((batch, next_n, heads, DIM), "e4m3"),
             device.random((pages, PAGE, DIM + 4), "e4m3", seed=1),
@@ -86,11 +96,10 @@ def steps(device: Device) -> Iterator[Row]:
             keys,
         )
         logits, out = device.empty((rows, keys), "float32"), device.empty((rows, k), "int32")
-
-        def in_turn(inputs=inputs, lens=row_lens, logits=logits, out=out, k=k) -> None:
-            F.paged_mqa_logits(*inputs, out=logits)
-            F.topk_indices(logits, lens, k, out=out)
-
+        in_turn = _in_turn(
+            bind(F.paged_mqa_logits, *inputs, out=logits),
+            bind(F.topk_indices, logits, lengths, k, out=out),
+        )
         call = bind(F.paged_indexer_topk, *inputs, k, out=out)
         shape = f"batch {batch}, {thousands}k keys, {next_n} queries, k {k}"
         yield _row(device, "paged_indexer_topk", shape, call, in_turn)
