@@ -140,7 +140,7 @@ def fp8_paged_mqa_logits(
     ----------
     q : Tensor, shape [B, next_n, H, D], float8_e4m3fn or uint8
     kv_cache : Tensor, shape [num_pages, page_size, 1, D + 4], uint8
-        Or [num_pages, page_size, D + 4]. A page has the codes of its tokens, then their float32 scales.
+        Or [num_pages, page_size, D + 4]. A page has its tokens' codes, then their float32 scales.
     weights : Tensor, shape [B * next_n, H], float32
     context_lens : Tensor, shape [B] or [B, next_n], int32
         1-D: query j sees ``context_lens[b] - next_n + 1 + j`` keys. 2-D: of each query.
