@@ -45,6 +45,7 @@ def rows_of_both(us=40.0):
 def test_names_say_the_limit_and_what_differs():
     assert report.fastdeploy_name(32768, True, "") == "FastDeploy 32k"
     assert report.fastdeploy_name(8192, False, "") == "FastDeploy 8k, other rope"
+    assert report.fastdeploy_name(8192, True, "", gathers=True) == "FastDeploy + vLLM's FA3 8k"
     marked = "FastDeploy 8k, other rope, wrong output"
     assert report.fastdeploy_name(8192, False, "relative error 0.4") == marked
 
