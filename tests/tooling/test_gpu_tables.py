@@ -115,12 +115,31 @@ def test_a_cell_of_a_step_has_the_ratios_of_both_peers(tmp_path):
         row("layer step", shape, 100.0, "vLLM rope + write + Q + FA3 FP8", 125.0),
         row("layer step", shape, 100.0, "FastDeploy 8k", 400.0),
         row("layer step", shape, 100.0, "FastDeploy 32k, other rope", 250.0),
+        row("layer step", shape.replace("graph", "eager"), 50.0, "host", 40.0),
+        row("layer step", shape.replace("graph", "eager"), 50.0, "exact lengths", 49.0),
+        row("layer step", shape.replace("graph", "eager"), 50.0, "host, exact lengths", 39.0),
     ]
     write(tmp_path, "h100-step.json", "2026-01-01", *rows)
     line = MAKE["TABLES"]["step"](RESULTS.read(tmp_path)).splitlines()[2]
     assert line == "| Qwen3-8B, `cache_fp8` | - | 100 (1.25, 2.50r) | - | - | - |"
     ranges = MAKE["TABLES"]["step ranges"](RESULTS.read(tmp_path)).splitlines()[2]
-    assert ranges == "| `cache_fp8` | 1.25 | 2.50 | - | - | 0.90 | - |"
+    assert ranges == "| `cache_fp8` | 1.25 | 2.50 | - | - | - | 0.90 | 0.98 | 40 |"
+
+
+def test_a_prefill_path_has_a_ratio_of_its_own(tmp_path):
+    shape = "Qwen3-8B block_wise_fp8 2048 behind 6144 + 32 x 8k, graph"
+    gathered = "FastDeploy + vLLM's FA3 32k"
+    rows = [
+        row("layer step", shape, 100.0, "FastDeploy 32k", 250.0),
+        row("layer step", shape, 100.0, f"{gathered}, wrong output", 110.0),
+        row("layer step", shape.replace("block_wise_fp8", "none"), 100.0, gathered, 120.0),
+    ]
+    write(tmp_path, "h100-step.json", "2026-01-01", *rows)
+    tables = RESULTS.read(tmp_path)
+    assert "| 100 (-, 2.50, 1.10w) |" in MAKE["TABLES"]["step"](tables)
+    ranges = MAKE["TABLES"]["step ranges"](tables)
+    assert "| `block_wise_fp8` | - | - | - | 2.50 | - |" in ranges
+    assert "| `none` | - | - | - | - | 1.20 |" in ranges
 
 
 def test_a_wrong_output_is_marked_and_in_no_range(tmp_path):
