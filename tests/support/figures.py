@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
 _MEASURED = re.compile(
     r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?"
     r"(?=(?:(?:,| to| and| or|-| /| beside) ?\d[\d.]*(?:e-\d+)?)* ?"
-    r"(?:%|us\b|ms\b|s\b|GB/s|TFLOP/s|minutes|seconds|tokens/s))"
+    r"(?:%|us\b|ms\b|s\b|GB/s|[GT]FLOP/s|minutes|seconds|tokens/s))"
     r"|(?<![\w.])\d+(?:\.\d+)?e-\d+"
 )
 
