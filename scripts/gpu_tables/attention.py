@@ -10,6 +10,7 @@ from gpu_tables.results import (
     Measured,
     Results,
     cell,
+    digits,
     grid,
     links,
     percent,
@@ -211,3 +212,47 @@ def step_ranges(results: Results) -> str:
             "of the step with exact lengths", "eager, of that",
             "eager: the host's us a layer"]  # fmt: skip
     return grid(head, lines)
+
+
+_INVARIANT = "paged_attention, batch_invariant"
+_BATCHES = (1, 16, 64, 128)
+#: Cache type, context and new tokens of each line.
+_INVARIANT_LINES = [
+    *((quant, context, new)
+      for new in (1, 4)
+      for quant in ("cache_fp8", "block_wise_fp8", "none")
+      for context in (1024, 8192, 32768)),
+]  # fmt: skip
+#: Label and shape of the lines below the table.
+_INVARIANT_MORE = (
+    ("64 sequences of 64 to 32k keys", "B 64 ctx 64..32768 ragged new 1"),
+    ("4 sequences of 8k with 16 new tokens", "B 4 ctx 8192 new 16"),
+    ("a chunk of 2048 behind 6144", "B 1 ctx 8192 new 2048"),
+)
+
+
+def batch_invariant(results: Results) -> str:
+    """Times without and with `batch_invariant`, of one run."""
+
+    def both(row: Measured | None) -> str:
+        if row is None:
+            return NONE
+        return f"{cell(row.peer_us('default'), digits)} / {digits(row.us)}"
+
+    lines, used = [], []
+    for quant, context, new in _INVARIANT_LINES:
+        shapes = [f"{quant} B {b} ctx {context} new {new} H 32/8 D 128" for b in _BATCHES]
+        rows = [results.get(_INVARIANT, shape) for shape in shapes]
+        if any(rows):
+            label = f"`{quant}`, {_context(str(context))}{f', {new} new tokens' if new > 1 else ''}"
+            lines.append([label, *map(both, rows)])
+            used += rows
+    texts = []
+    for label, shape in _INVARIANT_MORE:
+        row = results.get(_INVARIANT, f"cache_fp8 {shape} H 32/8 D 128")
+        if row:
+            texts.append(f"{label} {both(row)}")
+            used.append(row)
+    head = ["us, default / `batch_invariant`; sequences", *map(str, _BATCHES)]
+    more = f"\n\n`cache_fp8`: {', '.join(texts)}." if texts else ""
+    return grid(head, lines or [[NONE] * len(head)]) + more + "\n" + links(used)

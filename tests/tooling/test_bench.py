@@ -105,6 +105,17 @@ def test_a_mixed_call_has_the_sequences_of_its_parts(quant, queries):
     assert [call().shape for call in calls] == [[n, HEADS, DIM] for n in (72, 66, 2, 4)]
 
 
+@pytest.mark.parametrize("new", [1, 4])
+def test_a_batch_invariant_call_stands_beside_the_same_call(new):
+    from fastattn.bench.cases.batch_invariant import pair
+    from fastattn.bench.cases.inputs import DIM, HEADS
+
+    (invariant,), (plain,) = pair(Cpu(quick=True), "block_wise_fp8", [130, 70], new)
+    assert invariant.keywords == {**plain.keywords, "batch_invariant": True}
+    assert all(x is y for x, y in zip(invariant.args, plain.args))
+    assert invariant().shape == plain().shape == [2 * new, HEADS, DIM]
+
+
 # --- reports -------------------------------------------------------------------------------------
 
 MACHINE = {"cpu": "A", "cores": 2, "paddle": "3.3.1", "commit": "abc", "date": "today"}
