@@ -30,26 +30,28 @@ def key_values(
     *,
     scale: Array | None = None,
     page_size: int | None = None,
+    channels: int = 576,
 ) -> Array:
     """Channels of the tokens at `slots`, float64 [n, 576 or 512]: codes times scales, exactly.
 
     Parameters
     ----------
     cache : array, shape [num_pages, page_size, W], with a dimension of 1 or [num_pages, page_bytes]
-        Contiguous. The width of a "bf16" cache is the number of its channels.
+        Contiguous.
     slots : array of int, shape [n]
         Within the cache.
     cache_format, scale, page_size
         As for :func:`fastattn.functional.mla_sparse_attention`.
+    channels : int
+        Those of a "bf16" cache.
     """
     fmt, slots = FORMATS[cache_format], np.asarray(slots, np.int64)
     if cache.ndim > 2:
         page_size = math.prod(cache.shape[1:-1])
     assert page_size is not None
     if cache_format == "bf16":
-        width = cache.shape[-1] if cache.ndim > 2 else fmt.row_bytes // 2
-        flat = cache.reshape(len(cache), -1)[:, : page_size * width]
-        tokens = flat.reshape(len(cache), page_size, width)
+        flat = cache.reshape(len(cache), -1)[:, : page_size * channels]
+        tokens = flat.reshape(len(cache), page_size, channels)
         return np.asarray(tokens[slots // page_size, slots % page_size], np.float64)
     pages = np.ascontiguousarray(cache).reshape(len(cache), -1).view(np.uint8)
     page, row = slots // page_size, slots % page_size
@@ -80,7 +82,7 @@ def _selected(
     assert size is not None
     named = indices if length is None else indices[: max(0, length)]
     named = named[(named >= 0) & (named < len(cache) * size)]
-    return key_values(cache, named, cache_format, scale=scale, page_size=page_size)
+    return key_values(cache, named, cache_format, scale=scale, page_size=page_size, channels=dim)
 
 
 def mla_sparse_attention(
