@@ -278,6 +278,7 @@ RULES: dict[str, OpRules] = {
             "extra_page_size": _rules.anything,
             "softmax_scale": _rules.finite(),
             "return_softmax_lse": _rules.anything,
+            "return_max_logits": _rules.anything,
         },
         ("scale", "extra_indices", "extra_scale"),
     ),

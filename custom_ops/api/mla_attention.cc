@@ -147,12 +147,15 @@ void Run(const MlaSparseParams& p, const Tensor& anchor) {
 }  // namespace
 
 // Optional tensors come as non-const references for the reason given in attention.cc.
-std::vector<Tensor> MlaSparseAttention(
-    const Tensor& q, const Tensor& cache, const Tensor& indices, OptionalTensor& topk_length,
-    OptionalTensor& scale, OptionalTensor& extra_cache, OptionalTensor& extra_indices,
-    OptionalTensor& extra_topk_length, OptionalTensor& extra_scale, OptionalTensor& sinks,
-    OptionalTensor& out, const std::string& cache_format, const std::string& extra_cache_format,
-    int page_size, int extra_page_size, float softmax_scale, bool return_softmax_lse) {
+std::vector<Tensor> MlaSparseAttention(const Tensor& q, const Tensor& cache, const Tensor& indices,
+                                       OptionalTensor& topk_length, OptionalTensor& scale,
+                                       OptionalTensor& extra_cache, OptionalTensor& extra_indices,
+                                       OptionalTensor& extra_topk_length,
+                                       OptionalTensor& extra_scale, OptionalTensor& sinks,
+                                       OptionalTensor& out, const std::string& cache_format,
+                                       const std::string& extra_cache_format, int page_size,
+                                       int extra_page_size, float softmax_scale,
+                                       bool return_softmax_lse, bool return_max_logits) {
   MlaSparseParams p;
   Arg(kOp, "q", q);
   Arg(kOp, "cache", cache);
@@ -197,13 +200,15 @@ std::vector<Tensor> MlaSparseAttention(
                       ? *Get(out)
                       : paddle::empty(shape.ToVector(), phi::DataType::BFLOAT16, place);
   p.out = MutableData<uint16_t>(result);
-  Tensor lse;  // undefined unless asked for
-  if (return_softmax_lse) {
-    lse = paddle::empty({p.tokens, p.heads}, phi::DataType::FLOAT32, place);
-    p.lse = MutableData<float>(lse);
-  }
+  Tensor lse, max_logits;  // undefined unless asked for
+  const auto make = [&](Tensor* tensor) {
+    *tensor = paddle::empty({p.tokens, p.heads}, phi::DataType::FLOAT32, place);
+    return MutableData<float>(*tensor);
+  };
+  if (return_softmax_lse) p.lse = make(&lse);
+  if (return_max_logits) p.max_logits = make(&max_logits);
   Run(p, anchor);
-  return {result, lse};
+  return {result, lse, max_logits};
 }
 
 // An error gives unknown sizes; the kernel raises it.
@@ -212,9 +217,11 @@ std::vector<Shape> MlaSparseInferShape(
     const Shape& scale, const Shape& extra_cache, const Shape& extra_indices,
     const Shape& extra_topk_length, const Shape& extra_scale, const Shape& sinks, const Shape& out,
     const std::string& cache_format, const std::string& extra_cache_format, int page_size,
-    int extra_page_size, float softmax_scale, bool return_softmax_lse) {
+    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits) {
   const Shape rows = q.size() == 3 ? Shape{q[0], q[1]} : Shape{-1, -1};
-  return {{rows[0], rows[1], kMlaValueDim}, return_softmax_lse ? rows : Shape{1}};
+  return {{rows[0], rows[1], kMlaValueDim},
+          return_softmax_lse ? rows : Shape{1},
+          return_max_logits ? rows : Shape{1}};
 }
 
 std::vector<phi::DataType> MlaSparseInferDtype(
@@ -223,8 +230,8 @@ std::vector<phi::DataType> MlaSparseInferDtype(
     const phi::DataType& extra_indices, const phi::DataType& extra_topk_length,
     const phi::DataType& extra_scale, const phi::DataType& sinks, const phi::DataType& out,
     const std::string& cache_format, const std::string& extra_cache_format, int page_size,
-    int extra_page_size, float softmax_scale, bool return_softmax_lse) {
-  return {phi::DataType::BFLOAT16, phi::DataType::FLOAT32};
+    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits) {
+  return {phi::DataType::BFLOAT16, phi::DataType::FLOAT32, phi::DataType::FLOAT32};
 }
 
 }  // namespace fastattn::api
@@ -234,10 +241,11 @@ PD_BUILD_OP(fastattn_mla_sparse_attention)
              paddle::Optional("extra_cache"), paddle::Optional("extra_indices"),
              paddle::Optional("extra_topk_length"), paddle::Optional("extra_scale"),
              paddle::Optional("sinks"), paddle::Optional("out")})
-    .Outputs({"result", "softmax_lse", paddle::Optional("out_out")})
+    .Outputs({"result", "softmax_lse", "max_logits", paddle::Optional("out_out")})
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"cache_format: std::string", "extra_cache_format: std::string", "page_size: int",
-            "extra_page_size: int", "softmax_scale: float", "return_softmax_lse: bool"})
+            "extra_page_size: int", "softmax_scale: float", "return_softmax_lse: bool",
+            "return_max_logits: bool"})
     .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaSparseAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaSparseInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaSparseInferDtype));

@@ -37,6 +37,7 @@ def mla_sparse_attention(
     page_size: int | None = None,
     extra_page_size: int | None = None,
     return_softmax_lse: bool = False,
+    return_max_logits: bool = False,
     out: Tensor | None = None,
 ) -> Any:
     r"""Attention of each query over the tokens of latent caches that it names, all heads alike.
@@ -85,8 +86,8 @@ def mla_sparse_attention(
         absorption, such as ``192 ** -0.5``.
     page_size, extra_page_size : int, optional
         Tokens of a page, for a cache of two dimensions.
-    return_softmax_lse : bool
-        Also return the LSE.
+    return_softmax_lse, return_max_logits : bool
+        Also return the LSE, the largest logits.
     out : Tensor, shape [T, H, 512], bfloat16, optional
         Written in place and returned.
 
@@ -95,6 +96,9 @@ def mla_sparse_attention(
     out : Tensor, shape [T, H, 512], bfloat16
     softmax_lse : Tensor, shape [T, H], float32
         Natural logarithm of the denominator without the sink. Only with `return_softmax_lse`.
+    max_logits : Tensor, shape [T, H], float32
+        Largest :math:`s_{thj}` of each query head, -inf without a key. Only with
+        `return_max_logits`.
 
     Raises
     ------
@@ -146,6 +150,8 @@ def mla_sparse_attention(
         0 if extra_page_size is None else extra_page_size,
         _softmax_scale("mla_sparse_attention", q, softmax_scale),
         return_softmax_lse,
+        return_max_logits,
     )
-    result, lse, *_ = _ops.call("mla_sparse_attention", inputs, attrs)
-    return (result, lse) if return_softmax_lse else result
+    result, lse, max_logits, *_ = _ops.call("mla_sparse_attention", inputs, attrs)
+    more = (lse,) * return_softmax_lse + (max_logits,) * return_max_logits
+    return (result, *more) if more else result

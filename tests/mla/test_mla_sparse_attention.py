@@ -114,7 +114,7 @@ def test_sinks(place):
     sinks = np.array([0, -3, 4, -np.inf, np.inf, 30], np.float32)
     problem.options = {"sinks": sinks}
     out, lse = problem.run(place)
-    want, want_lse = problem.want()
+    want, want_lse, _ = problem.want()
     check_output(out[:, [0, 1, 2, 3, 5]], want[:, [0, 1, 2, 3, 5]])
     check_lse(lse, want_lse)  # without the sink
     assert not out[:, 4].any()
@@ -135,6 +135,18 @@ def test_values_of_mean_1_over_32k_keys(place, kind):
     problem = Problem(q, cache, rng.choice(cache.written, (1, count)).astype(np.int32))
     out, _ = problem.check(place)
     assert 0.9 < np.asarray(out, np.float64).mean() < 1.1
+
+
+@pytest.mark.parametrize("heads", [3, 64])
+def test_largest_logits(place, heads):
+    problem = make_problem(34, "fp8_656", heads, std=3.0)
+    problem.options = {"sinks": np.full(heads, 50, np.float32)}
+    positional, named = problem.tensors(place)
+    out, largest = F.mla_sparse_attention(*positional, **named, return_max_logits=True)
+    want = problem.want()
+    check_output(to_numpy(out), want[0])
+    check_lse(to_numpy(largest), want[2])
+    assert np.isneginf(to_numpy(largest)[1]).all()
 
 
 def test_an_index_that_stands_twice_counts_twice(place):
@@ -351,7 +363,7 @@ def test_traced_and_saved(place, dynamic):
     given = [q, cache, indices, problem.lengths, problem.extra.data, problem.extra_indices]
     given += [problem.extra_lengths, named["sinks"]]
     outputs, _ = run_all_modes(attend_v4, given, place, dynamic=dynamic)
-    want, want_lse = problem.want()
+    want, want_lse, _ = problem.want()
     check_output(outputs[0], want)
     check_lse(outputs[1], want_lse)
 
@@ -415,7 +427,7 @@ def test_a_graph_follows_lengths_and_indices(heads):
             tensor.copy_(to_paddle(array, "gpu"), True)  # the graph has the tensor's address
         graph.replay()
         paddle.device.cuda.synchronize()
-        want, want_lse = now.want()
+        want, want_lse, _ = now.want()
         check_output(to_numpy(out), want)
         check_lse(to_numpy(lse), want_lse)
     graph.reset()

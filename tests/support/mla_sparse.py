@@ -202,13 +202,13 @@ class Problem:
         out, lse = F.mla_sparse_attention(*positional, **named, return_softmax_lse=True)
         return to_numpy(out), to_numpy(lse)
 
-    def want(self) -> tuple[np.ndarray, np.ndarray]:
+    def want(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         positional, named = self.arguments()
         return reference.mla_sparse_attention(*positional, **named)
 
     def check(self, place: str) -> tuple[np.ndarray, np.ndarray]:
         """Run, compare, and return the operator's result."""
-        (out, lse), (want, want_lse) = self.run(place), self.want()
+        (out, lse), (want, want_lse, _) = self.run(place), self.want()
         check_output(out, want)
         check_lse(lse, want_lse)
         return out, lse

@@ -213,6 +213,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "extra_page_size": 0,
                 "softmax_scale": 0.1,
                 "return_softmax_lse": False,
+                "return_max_logits": False,
             },
         ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
