@@ -74,9 +74,9 @@ def _format(op: str, dim: int, is_fp8: bool) -> str:
 
 def _codes(cache: Tensor | None, is_fp8: bool) -> Tensor | None:
     """Bytes of an FP8 cache that a server keeps as int8."""
-    if is_fp8 and _ops.is_tensor(cache) and str(cache.dtype).endswith(".int8"):
-        return cache.view("uint8")
-    return cache
+    if cache is None or not is_fp8 or not str(getattr(cache, "dtype", "")).endswith(".int8"):
+        return cache
+    return cache.view("uint8")
 
 
 def _of_each_query(op: str, name: str, lengths: Tensor | None, batch: int, s_q: int) -> Any:

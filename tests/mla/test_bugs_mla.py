@@ -1,10 +1,4 @@
-"""Faults that other sparse latent attention kernels have had, by the number of their group.
-
-1 a dependent launch that reads too early; 2 all lengths 0 at a graph's capture; 3 32-bit addresses;
-4 planar pages read as interleaved ones; 6 order and ties; 8 queries without a key; 9 sinks;
-10 NaN behind a length; 11 strides; 13 state that a launch leaves behind; 14 shapes. Groups 5, 7
-and 12 are those of the indexer (tests/indexer).
-"""
+"""Faults of docs/faults.md that concern attention over latent caches."""
 
 from __future__ import annotations
 
@@ -32,7 +26,7 @@ from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 RNG = np.random.default_rng
 
 
-def test_bug01_attention_sees_what_the_write_before_it_wrote(place):
+def test_bug20_attention_sees_what_the_write_before_it_wrote(place):
     """100 repeats of write and attend, in one stream, with other tokens each time."""
     rng = RNG(0)
     q = to_paddle(queries(rng, 4, 16, 576), place)
@@ -54,7 +48,7 @@ def test_bug01_attention_sees_what_the_write_before_it_wrote(place):
 
 @pytest.mark.parametrize("heads", [8, 64, 128])
 @pytest.mark.parametrize("batch", [1, 2, 31, 32, 64])
-def test_bug02_all_lengths_zero(place, batch, heads):
+def test_bug35_all_lengths_zero(place, batch, heads):
     problem = make_problem(1, "fp8_584", heads, (0,) * batch, 128, tokens=4)
     add_extra(problem, 2, "fp8_584", (0,) * batch, 64, tokens=4)
     problem.options = {"sinks": np.ones(heads, np.float32)}
@@ -63,7 +57,7 @@ def test_bug02_all_lengths_zero(place, batch, heads):
 
 
 @pytest.mark.parametrize("kind", ["fp8_584", "fp8_656", "bf16"])
-def test_bug03_pages_beyond_2_gib(place, kind):
+def test_bug31_pages_beyond_2_gib(place, kind):
     """Slots whose byte addresses do not fit 32 bits. Few pages of the pool are ever touched."""
     rng = RNG(3)
     cache_format, _, dim = KINDS[kind]
@@ -99,7 +93,7 @@ def test_bug03_pages_beyond_2_gib(place, kind):
     check_lse(to_numpy(lse), want_lse)
 
 
-def test_bug04_a_page_written_byte_by_byte(place):
+def test_bug30_a_page_written_byte_by_byte(place):
     """Two tokens of a planar page and of an interleaved one, packed by hand."""
     one, two = 0x38, 0x40  # e4m3
     bf16 = {1.0: b"\x80\x3f", 4.0: b"\x80\x40"}
@@ -131,7 +125,7 @@ def test_bug04_a_page_written_byte_by_byte(place):
 
 
 @pytest.mark.parametrize("heads", [8, 16, 64, 128])
-def test_bug06_the_same_tokens_elsewhere_give_the_same_bits(place, heads):
+def test_bug22_the_same_tokens_elsewhere_give_the_same_bits(place, heads):
     """Pages in another order: the same keys in the same order, at every run."""
     problem = make_problem(4, "fp8_656", heads, (200, 130, 64), 200)
     first = problem.run(place)
@@ -148,7 +142,7 @@ def test_bug06_the_same_tokens_elsewhere_give_the_same_bits(place, heads):
 
 
 @pytest.mark.parametrize("heads", [8, 64, 128])
-def test_bug08_queries_without_a_key(place, heads):
+def test_bug03_queries_without_a_key(place, heads):
     """First tiles without a key, whole queries without one; 0 times NaN is nothing."""
     problem = make_problem(6, "fp8_656", heads, (200,) * 6, 200)
     problem.indices[0] = -1
@@ -164,7 +158,7 @@ def test_bug08_queries_without_a_key(place, heads):
 
 
 @pytest.mark.parametrize("heads", [1, 7, 17, 65, 127])
-def test_bug09_a_sink_for_each_head(place, heads):
+def test_bug36_a_sink_for_each_head(place, heads):
     """Heads that no tile divides, each with its own fp32 sink; the memory behind them is NaN."""
     problem = make_problem(7, "fp8_584", heads, (128, 3, 64), 128)
     sinks = RNG(8).normal(size=heads).astype(np.float32) * 3
@@ -179,7 +173,7 @@ def test_bug09_a_sink_for_each_head(place, heads):
 
 @pytest.mark.parametrize("heads", [8, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bug10_nan_behind_a_length(place, kind, heads):
+def test_bug37_nan_behind_a_length(place, kind, heads):
     """make_problem puts slots of NaN and far away ones behind every length."""
     problem = make_problem(9, kind, heads, (1, 63, 64, 65, 100, 0), 128)
     behind = np.arange(128) >= problem.lengths[:, None]
@@ -190,7 +184,7 @@ def test_bug10_nan_behind_a_length(place, kind, heads):
     assert not np.isnan(np.asarray(out, np.float64)).any()
 
 
-def test_bug11_strides_of_indices(place):
+def test_bug38_strides_of_indices(place):
     """Rows of a [b, s_q, topk] tensor that is itself a slice of a wider one."""
     problem = make_problem(10, "fp8_656", 4, (60, 60, 60, 60), 60)
     wide = np.full((4, 100), 2147480000, np.int32)
@@ -203,7 +197,7 @@ def test_bug11_strides_of_indices(place):
     np.testing.assert_array_equal(to_numpy(lse), want_lse)
 
 
-def test_bug13_calls_leave_nothing_behind(place):
+def test_bug22_calls_leave_nothing_behind(place):
     """Large and small calls in turn, with unequal formats and numbers of heads."""
     problems = [
         make_problem(11, "fp8_656", 128, (200, 3), 200),
@@ -218,7 +212,7 @@ def test_bug13_calls_leave_nothing_behind(place):
 
 @pytest.mark.parametrize("page_size", [1, 2])
 @pytest.mark.parametrize("topk", [1, 3, 61, 100])
-def test_bug14_small_pages_and_tails(place, page_size, topk):
+def test_bug39_small_pages_and_tails(place, page_size, topk):
     """A top-k wider than the sequence, and tokens of padding that name nothing."""
     padding = -page_size * 584 % 576
     problem = make_problem(
@@ -229,7 +223,7 @@ def test_bug14_small_pages_and_tails(place, page_size, topk):
     problem.check(place)
 
 
-def test_bug14_one_query_of_one_key(place):
+def test_bug39_one_query_of_one_key(place):
     rng = RNG(15)
     cache = make_cache(rng, KINDS["fp8_656"], 1, 1, pages=1)
     problem = Problem(queries(rng, 1, 1, 576), cache, np.zeros((1, 1), np.int32))
