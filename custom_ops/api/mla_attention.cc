@@ -147,15 +147,13 @@ void Run(const MlaSparseParams& p, const Tensor& anchor) {
 }  // namespace
 
 // Optional tensors come as non-const references for the reason given in attention.cc.
-std::vector<Tensor> MlaSparseAttention(const Tensor& q, const Tensor& cache, const Tensor& indices,
-                                       OptionalTensor& topk_length, OptionalTensor& scale,
-                                       OptionalTensor& extra_cache, OptionalTensor& extra_indices,
-                                       OptionalTensor& extra_topk_length,
-                                       OptionalTensor& extra_scale, OptionalTensor& sinks,
-                                       OptionalTensor& out, const std::string& cache_format,
-                                       const std::string& extra_cache_format, int page_size,
-                                       int extra_page_size, float softmax_scale,
-                                       bool return_softmax_lse, bool return_max_logits) {
+std::vector<Tensor> MlaSparseAttention(
+    const Tensor& q, const Tensor& cache, const Tensor& indices, OptionalTensor& topk_length,
+    OptionalTensor& scale, OptionalTensor& extra_cache, OptionalTensor& extra_indices,
+    OptionalTensor& extra_topk_length, OptionalTensor& extra_scale, OptionalTensor& sinks,
+    OptionalTensor& out, const std::string& cache_format, const std::string& extra_cache_format,
+    int page_size, int extra_page_size, float softmax_scale, bool return_softmax_lse,
+    bool return_max_logits, bool lonely_is_plus_inf) {
   MlaSparseParams p;
   Arg(kOp, "q", q);
   Arg(kOp, "cache", cache);
@@ -180,6 +178,7 @@ std::vector<Tensor> MlaSparseAttention(const Tensor& q, const Tensor& cache, con
     Fail("ValueError", kOp, "softmax_scale", "expected a finite number, got ", softmax_scale);
   }
   p.softmax_scale = softmax_scale;
+  p.lonely_is_plus_inf = lonely_is_plus_inf;
   const Sizes shape = {p.tokens, p.heads, kMlaValueDim};
   if (const Tensor* given = Get(out); given != nullptr) {
     Arg(kOp, "out", *given).On(place).Dtype({phi::DataType::BFLOAT16}).Dims(shape).Contiguous();
@@ -217,7 +216,8 @@ std::vector<Shape> MlaSparseInferShape(
     const Shape& scale, const Shape& extra_cache, const Shape& extra_indices,
     const Shape& extra_topk_length, const Shape& extra_scale, const Shape& sinks, const Shape& out,
     const std::string& cache_format, const std::string& extra_cache_format, int page_size,
-    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits) {
+    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
+    bool lonely_is_plus_inf) {
   const Shape rows = q.size() == 3 ? Shape{q[0], q[1]} : Shape{-1, -1};
   return {{rows[0], rows[1], kMlaValueDim},
           return_softmax_lse ? rows : Shape{1},
@@ -230,7 +230,8 @@ std::vector<phi::DataType> MlaSparseInferDtype(
     const phi::DataType& extra_indices, const phi::DataType& extra_topk_length,
     const phi::DataType& extra_scale, const phi::DataType& sinks, const phi::DataType& out,
     const std::string& cache_format, const std::string& extra_cache_format, int page_size,
-    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits) {
+    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
+    bool lonely_is_plus_inf) {
   return {phi::DataType::BFLOAT16, phi::DataType::FLOAT32, phi::DataType::FLOAT32};
 }
 
@@ -245,7 +246,7 @@ PD_BUILD_OP(fastattn_mla_sparse_attention)
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"cache_format: std::string", "extra_cache_format: std::string", "page_size: int",
             "extra_page_size: int", "softmax_scale: float", "return_softmax_lse: bool",
-            "return_max_logits: bool"})
+            "return_max_logits: bool", "lonely_is_plus_inf: bool"})
     .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaSparseAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaSparseInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaSparseInferDtype));

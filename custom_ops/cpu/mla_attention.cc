@@ -47,7 +47,7 @@ void StoreHeads(const MlaSparseParams& p, int64_t token, int begin, int end, int
     const float maximum = buffers.row_max[h], sum = buffers.row_sum[h];
     if (p.lse != nullptr) {
       const double lse = (double{maximum} + std::log2(double{sum})) * 0.693147180559945309;
-      p.lse[at] = seen == 0 ? -kInf : static_cast<float>(lse);
+      p.lse[at] = seen == 0 ? p.LonelyLse() : static_cast<float>(lse);
     }
     if (p.max_logits != nullptr) p.max_logits[at] = maximum * kLn2;
     const float factor = seen == 0 ? 0.0f : FactorOf(maximum, sum, p.sinks, begin + h);

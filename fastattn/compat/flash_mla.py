@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-import paddle
 from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._marker import unified
-from fastattn.functional.mla_sparse import mla_sparse_attention
+from fastattn.functional.mla_sparse import call
 
 __all__ = [
     "FlashMLASchedMeta",
@@ -59,11 +58,6 @@ def _rank(op: str, name: str, tensor: Any, rank: int) -> list[int]:
     return list(tensor.shape)
 
 
-def _lonely_is_plus_infinity(lse: Tensor) -> Tensor:
-    """FlashMLA's LSE of a query without a key."""
-    return paddle.where(lse == -float("inf"), paddle.full_like(lse, float("inf")), lse)
-
-
 def _format(op: str, dim: int, is_fp8: bool) -> str:
     if not is_fp8:
         return "bf16"
@@ -79,12 +73,12 @@ def _codes(cache: Tensor | None, is_fp8: bool) -> Tensor | None:
     return cache.view("uint8")
 
 
-def _of_each_query(op: str, name: str, lengths: Tensor | None, batch: int, s_q: int) -> Any:
+def _of_each_query(op: str, name: str, lengths: Tensor | None, s_q: int) -> Any:
     """A length a sequence as one a query."""
     if lengths is None or s_q == 1:
         return lengths
     _rank(op, name, lengths, 1)
-    return lengths.reshape([batch, 1]).expand([batch, s_q]).reshape([batch * s_q])
+    return lengths.reshape([-1, 1]).expand([-1, s_q]).reshape([-1])
 
 
 def _dense(op: str) -> NoReturn:
@@ -175,32 +169,45 @@ def flash_mla_with_kvcache(
     op = "flash_mla_with_kvcache"
     if indices is None:
         _dense(op)
-    batch, s_q, heads, dim = _rank(op, "q", q, 4)
+    _, s_q, heads, dim = _rank(op, "q", q, 4)
     if head_dim_v != _VALUE_DIM:
         _refuse(op, "head_dim_v", f"expected {_VALUE_DIM}, got {head_dim_v}")
     if causal:
         _refuse(op, "causal", "expected False with indices, got True")
-    kind = _format(op, dim, is_fp8_kvcache)
     topk = _rank(op, "indices", indices, 3)[-1]
     extra = extra_indices_in_kvcache
     if extra is not None:
         extra = extra.reshape([-1, _rank(op, "extra_indices_in_kvcache", extra, 3)[-1]])
-    out, lse = mla_sparse_attention(
-        q.reshape([-1, heads, dim]),
-        _codes(k_cache, is_fp8_kvcache),
-        indices.reshape([-1, topk]),
-        cache_format=kind,
-        topk_length=_of_each_query(op, "topk_length", topk_length, batch, s_q),
-        extra_cache=_codes(extra_k_cache, is_fp8_kvcache),
-        extra_indices=extra,
-        extra_topk_length=_of_each_query(op, "extra_topk_length", extra_topk_length, batch, s_q),
-        sinks=attn_sink,
-        softmax_scale=softmax_scale,
-        return_softmax_lse=True,
+    out, lse, _ = call(
+        (
+            q.reshape([-1, heads, dim]),
+            _codes(k_cache, is_fp8_kvcache),
+            indices.reshape([-1, topk]),
+            _of_each_query(op, "topk_length", topk_length, s_q),
+            None,
+        ),
+        (
+            _codes(extra_k_cache, is_fp8_kvcache),
+            extra,
+            _of_each_query(op, "extra_topk_length", extra_topk_length, s_q),
+            None,
+        ),
+        (attn_sink, None),
+        (_format(op, dim, is_fp8_kvcache), None),
+        (None, None),
+        softmax_scale,
+        (True, False, True),
     )
-    lse = _lonely_is_plus_infinity(lse).reshape([-1, s_q, heads])
-    lse = lse.reshape([-1, heads, 1]) if s_q == 1 else lse.transpose([0, 2, 1])
+    # No copy of one query's LSE.
+    lse = lse.reshape([-1, heads, 1] if s_q == 1 else [-1, s_q, heads])
+    if s_q != 1:
+        lse = lse.transpose([0, 2, 1])
     return out.reshape([-1, s_q, heads, _VALUE_DIM]), lse
+
+
+def _prefill_order(results: tuple[Tensor, Any, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, max_logits = results
+    return out, max_logits, lse
 
 
 @unified
@@ -267,15 +274,15 @@ def flash_mla_sparse_fwd(
         shape = _rank(op, name, tensor, 3)
         if shape[1] != 1:
             _refuse(op, name, f"expected one KV head, got shape {shape}")
-    out, lse, max_logits = mla_sparse_attention(
-        q,
-        kv,  # pages of one token
-        indices.reshape([-1, indices.shape[2]]),
-        cache_format="bf16",
-        topk_length=topk_length,
-        sinks=attn_sink,
-        softmax_scale=sm_scale,
-        return_softmax_lse=True,
-        return_max_logits=True,
+    return _prefill_order(
+        call(
+            # The keys are pages of one token.
+            (q, kv, indices.reshape([-1, indices.shape[2]]), topk_length, None),
+            (None,) * 4,
+            (attn_sink, None),
+            ("bf16", None),
+            (None, None),
+            sm_scale,
+            (True, True, True),
+        )
     )
-    return out, max_logits, _lonely_is_plus_infinity(lse)

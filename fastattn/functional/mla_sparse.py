@@ -18,6 +18,44 @@ def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
     return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
+def call(
+    keys: tuple[Any, ...],
+    extra: tuple[Any, ...],
+    more: tuple[Any, ...],
+    formats: tuple[str, str | None],
+    page_sizes: tuple[int | None, int | None],
+    softmax_scale: float | None,
+    flags: tuple[bool, bool, bool],
+) -> tuple[Tensor, Any, Any]:
+    """Call the operator.
+
+    Parameters
+    ----------
+    keys : q, cache, indices, topk_length and scale
+    extra : the same of a second cache
+    more : sinks and out
+    formats, page_sizes : of both caches
+    flags : whether to return the LSE and the largest logits, and whether the LSE of a query
+        without a key is +inf
+
+    Returns
+    -------
+    out, softmax_lse, max_logits : Tensor
+        Those that were not asked for have no meaning.
+    """
+    op = "mla_sparse_attention"
+    cache_format, extra_format = formats
+    attrs = (
+        cache_format,
+        cache_format if extra_format is None else extra_format,
+        *(0 if size is None else size for size in page_sizes),
+        _softmax_scale(op, keys[0], softmax_scale),
+        *flags,
+    )
+    result, lse, max_logits, *_ = _ops.call(op, (*keys, *extra, *more), attrs)
+    return result, lse, max_logits
+
+
 @unified
 def mla_sparse_attention(
     q: Tensor,
@@ -130,28 +168,14 @@ def mla_sparse_attention(
     >>> out[:, 0, 0].astype("float32").numpy().tolist(), lse[1].tolist()
     ([2.0, 0.0], [-inf])
     """
-    inputs = (
-        q,
-        cache,
-        indices,
-        topk_length,
-        scale,
-        extra_cache,
-        extra_indices,
-        extra_topk_length,
-        extra_scale,
-        sinks,
-        out,
+    result, lse, max_logits = call(
+        (q, cache, indices, topk_length, scale),
+        (extra_cache, extra_indices, extra_topk_length, extra_scale),
+        (sinks, out),
+        (cache_format, extra_cache_format),
+        (page_size, extra_page_size),
+        softmax_scale,
+        (return_softmax_lse, return_max_logits, False),
     )
-    attrs = (
-        cache_format,
-        cache_format if extra_cache_format is None else extra_cache_format,
-        0 if page_size is None else page_size,
-        0 if extra_page_size is None else extra_page_size,
-        _softmax_scale("mla_sparse_attention", q, softmax_scale),
-        return_softmax_lse,
-        return_max_logits,
-    )
-    result, lse, max_logits, *_ = _ops.call("mla_sparse_attention", inputs, attrs)
     more = (lse,) * return_softmax_lse + (max_logits,) * return_max_logits
     return (result, *more) if more else result

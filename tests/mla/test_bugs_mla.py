@@ -20,7 +20,7 @@ from tests.support.mla_sparse import (
     make_problem,
     queries,
 )
-from tests.support.strides import strided
+from tests.support.strides import default_place, strided
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
 RNG = np.random.default_rng
@@ -67,9 +67,8 @@ def test_bug31_pages_beyond_2_gib(place, kind):
     pages = (2**31 + 2**27) // (page * bytes_of)
     if place == "gpu" and paddle.device.cuda.get_device_properties().total_memory < 2**33:
         pytest.skip("a small GPU")
-    memory = paddle.empty([pages, page], "bfloat16" if kind == "bf16" else "uint8")
-    if place == "gpu":
-        memory = paddle.empty([pages, page], memory.dtype).cuda()
+    with default_place(place):
+        memory = paddle.empty([pages, page], "bfloat16" if kind == "bf16" else "uint8")
     latent, rope = tokens(rng, 60, cache_format)
     slots = np.r_[0:10, pages * 64 - 50 : pages * 64]
     cache = strided(memory, [pages, 64, width], [page, width, 1])

@@ -214,6 +214,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "softmax_scale": 0.1,
                 "return_softmax_lse": False,
                 "return_max_logits": False,
+                "lonely_is_plus_inf": False,
             },
         ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),

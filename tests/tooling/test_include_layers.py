@@ -42,7 +42,7 @@ CUDA = {
     "cuda/index_maps": ("cuda/common",),
     "cuda/indexer": ("cuda/common",),
     "cuda/mqa_logits": ("cuda/common",),
-    "cuda/mla/attention": (),
+    "cuda/mla/attention": ("cuda/common",),
     "cuda/mla/cache": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),

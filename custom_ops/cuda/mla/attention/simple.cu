@@ -168,7 +168,7 @@ __device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t row,
   }
   if (p.max_logits != nullptr && lane == 0) p.max_logits[row] = head.maximum * kLn2;
   if (p.lse != nullptr && lane == 0) {
-    p.lse[row] = head.seen ? fmaf(head.maximum, kLn2, logf(head.sum)) : -kInf;
+    p.lse[row] = head.seen ? fmaf(head.maximum, kLn2, logf(head.sum)) : p.LonelyLse();
   }
 }
 
