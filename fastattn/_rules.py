@@ -540,3 +540,10 @@ def latent_scale(call: Call, name: str) -> None:
         call.fail(ValueError, name, f"expected None for {cache_format}, got a tensor")
     else:
         dtypes("float32")(call, name)
+
+
+def head_groups(call: Call, name: str) -> None:
+    groups, heads = call.attrs[name], call.size("x", 1)
+    if groups <= 0 or (heads is not None and heads % groups):
+        shown = -1 if heads is None else heads
+        call.fail(ValueError, name, f"expected a divisor of the {shown} heads, got {groups}")

@@ -257,6 +257,14 @@ RULES: dict[str, OpRules] = {
         {"cache_format": _rules.latent_format, "page_size": _rules.anything},
         ("scale",),
     ),
+    "inverse_rope_quantize_fp8": OpRules(
+        {
+            "x": _rules.dtypes("bfloat16"),
+            "positions": _INDEX,
+            "cos_sin_cache": _FP32_OR_BF16,
+        },
+        {"num_groups": _rules.head_groups},
+    ),
     "topk_indices": OpRules(
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
         {"k": _rules.anything},  # the function has checked it: results have its size

@@ -9,43 +9,14 @@
 #include "common/numeric.h"
 #include "cpu/indexer_encode.h"
 #include "cpu/parallel.h"
+#include "cpu/rotation.h"
 
 namespace fastattn::cpu {
 
 namespace {
 
-constexpr int kPairs = kIndexerRopeDim / 2;
 // Segments of a group whose partial sums are added as a tree, the same one on every device.
 constexpr int kSegments = 8;
-
-struct Rotation {
-  float cos[kPairs];
-  float sin[kPairs];
-};
-
-Rotation LoadRotation(const void* table, DType dtype, int64_t position, int64_t max_positions) {
-  position = std::min(std::max<int64_t>(position, 0), max_positions - 1);
-  Rotation rotation;
-  for (int i = 0; i < kPairs; ++i) {
-    rotation.cos[i] = LoadScale(table, dtype, position * kIndexerRopeDim + i);
-    rotation.sin[i] = LoadScale(table, dtype, position * kIndexerRopeDim + kPairs + i);
-  }
-  return rotation;
-}
-
-// Rotates the interleaved (even, odd) pairs of x[0..64).
-void Rotate(const Rotation& rotation, float* x) {
-  for (int i = 0; i < kPairs; ++i) {
-    const float even = x[2 * i], odd = x[2 * i + 1];
-    const float c = rotation.cos[i], s = rotation.sin[i];
-    x[2 * i] = Sub(Mul(even, c), Mul(odd, s));
-    x[2 * i + 1] = Add(Mul(odd, c), Mul(even, s));
-  }
-}
-
-void RoundToBFloat16(float* x, int n) {
-  for (int i = 0; i < n; ++i) x[i] = BFloat16ToFloat(FloatToBFloat16(x[i]));
-}
 
 template <IndexerQuant kQuant>
 void QueryToken(const IndexerQParams& p, int64_t token) {

@@ -183,6 +183,11 @@ def _latent_gather(t: _Inputs) -> Call:
     return lambda: [F.mla_gather_cache(cache, out, *inputs, cache_format="fp8_584")]
 
 
+def _inverse_rope(t: _Inputs) -> Call:
+    x, table, positions = t.floats(9, 8, 512), t.scales(40, 64), t.int32(np.arange(9) * 4)
+    return lambda: list(F.inverse_rope_quantize_fp8(x, positions, table, num_groups=2))
+
+
 def _topk(t: _Inputs) -> Call:
     logits, lengths = t.floats(9, 5000, dtype=np.float32), t.int32(4000 + 100 * np.arange(9))
     return lambda: [F.topk_indices(logits, lengths, 300)]
@@ -316,6 +321,7 @@ _MAKERS = {
     "indexer_k_write_cache": _write_index_keys,
     "indexer_kv_compress_insert": _indexer_k,
     "indexer_q_rope_quant": _indexer_q,
+    "inverse_rope_quantize_fp8": _inverse_rope,
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
     "mla_gather_cache": _latent_gather,

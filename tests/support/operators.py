@@ -199,6 +199,14 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"cache_format": "fp8_656", "page_size": 0},
         ),
+        "inverse_rope_quantize_fp8": OpCall(
+            {
+                "x": make(2, 4, 512, dtype="bfloat16"),
+                "positions": int32([0, 3], place),
+                "cos_sin_cache": make(4, 64),
+            },
+            {"num_groups": 2},
+        ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
         "mqa_logits": OpCall(
             {

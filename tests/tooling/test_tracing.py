@@ -113,6 +113,8 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "scale_rule": ("mla_write_cache", {"scale_rule": "ue8m0"}),
     "compress_ratio": ("indexer_kv_compress_insert", {"compress_ratio": 5}),
     "page_size": ("indexer_kv_compress_insert", {"page_size": 0}),
+    "num_groups": ("inverse_rope_quantize_fp8", {"num_groups": 3}),
+    "num_groups 0": ("inverse_rope_quantize_fp8", {"num_groups": 0}),
     "begin": ("convert_cache_blocks", {"begin": 3}),
     "end": ("convert_cache_blocks", {"end": 4}),
     "prefill_tokens_with_context": ("merge_attn_states", {"prefill_tokens_with_context": 3}),

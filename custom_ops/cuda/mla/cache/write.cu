@@ -56,7 +56,7 @@ class Quotient {
 class PowerOfTwoQuotient {
  public:
   __device__ __forceinline__ explicit PowerOfTwoQuotient(float scale)
-      : inverse_(IsNaN(scale) ? scale : BitsFloat(0x7F000000u - FloatBits(scale))) {}
+      : inverse_(PowerOfTwoInverse(scale)) {}
 
   __device__ __forceinline__ bool IsFast() const { return true; }
   __device__ __forceinline__ float Fast(float x) const { return Mul(x, inverse_); }
