@@ -18,7 +18,7 @@ from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_ro
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
-from fastattn.functional.mla_layer import inverse_rope_quantize_fp8
+from fastattn.functional.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
 from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
@@ -39,6 +39,7 @@ __all__ = [
     "inverse_rope_quantize_fp8",
     "merge_attn_states",
     "mla_gather_cache",
+    "mla_qkv_norm_rope_write",
     "mla_write_cache",
     "mqa_logits",
     "mxfp4_dequantize",

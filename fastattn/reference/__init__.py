@@ -12,7 +12,7 @@ from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rop
 from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
-from fastattn.reference.mla_layer import inverse_rope_quantize_fp8
+from fastattn.reference.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
 from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
@@ -33,6 +33,7 @@ __all__ = [
     "make_rotary_embs",
     "merge_attn_states",
     "mla_gather_cache",
+    "mla_qkv_norm_rope_write",
     "mla_write_cache",
     "mqa_logits",
     "mxfp4_dequantize",

@@ -34,6 +34,7 @@ REFUSED = {
     "mla_write_cache": ("latent", "rope", "cache"),
     "mla_gather_cache": ("cache", "out"),
     "inverse_rope_quantize_fp8": ("x",),
+    "mla_qkv_norm_rope_write": ("q", "kv", "cache"),
     "convert_cache_blocks": ("cache",),
     "mqa_logits": ("q", "keys"),
     "paged_mqa_logits": ("q", "cache"),
@@ -241,6 +242,7 @@ STRIDED = [
     *(("rope_write_cache_kv", "qkv"), ("write_cache_kv", "key"), ("write_cache_kv", "value")),
     *(("mla_write_cache", "latent"), ("mla_write_cache", "rope"), ("mla_gather_cache", "out")),
     ("inverse_rope_quantize_fp8", "x"),
+    *(("mla_qkv_norm_rope_write", "q"), ("mla_qkv_norm_rope_write", "kv")),
 ]
 
 

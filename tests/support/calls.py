@@ -188,6 +188,12 @@ def _inverse_rope(t: _Inputs) -> Call:
     return lambda: list(F.inverse_rope_quantize_fp8(x, positions, table, num_groups=2))
 
 
+def _latent_qkv(t: _Inputs) -> Call:
+    q, kv, cache = t.floats(9, 5, 512), t.floats(9, 512), t.codes(3, 8, 584)
+    inputs = q, kv, cache, t.int32(np.arange(9) * 2 - 1), t.int32(np.arange(9)), t.scales(40, 64)
+    return lambda: [F.mla_qkv_norm_rope_write(*inputs, padded_heads=8), cache]
+
+
 def _topk(t: _Inputs) -> Call:
     logits, lengths = t.floats(9, 5000, dtype=np.float32), t.int32(4000 + 100 * np.arange(9))
     return lambda: [F.topk_indices(logits, lengths, 300)]
@@ -325,6 +331,7 @@ _MAKERS = {
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
     "mla_gather_cache": _latent_gather,
+    "mla_qkv_norm_rope_write": _latent_qkv,
     "mla_write_cache": _latent_write,
     "mqa_logits": _logits,
     "mxfp4_dequantize": _from_mxfp4,

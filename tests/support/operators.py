@@ -207,6 +207,22 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"num_groups": 2},
         ),
+        "mla_qkv_norm_rope_write": OpCall(
+            {
+                "q": make(2, 4, 512, dtype="bfloat16"),
+                "kv": make(2, 512, dtype="bfloat16"),
+                "cache": make(2, 64, 584, dtype="uint8"),
+                "slot_mapping": int32([1, 70], place),
+                "positions": int32([0, 3], place),
+                "cos_sin_cache": make(4, 64),
+            },
+            {
+                "cache_format": "fp8_584",
+                "page_size": 0,
+                "padded_heads": 0,
+                "rms_norm_eps": 1e-6,
+            },
+        ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
         "mqa_logits": OpCall(
             {
