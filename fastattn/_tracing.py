@@ -364,6 +364,15 @@ RULES: dict[str, OpRules] = {
             ),
         },
     ),
+    "save_partial_states": OpRules(
+        {
+            "kv_score": _FP32_OR_BF16,
+            "ape": _FP32_OR_BF16,
+            "positions": _INDEX,
+            "state_cache": _FP32_OR_BF16,
+            "state_slots": _INDEX,
+        }
+    ),
     "indexer_k_write_cache": OpRules(
         {
             "key": _rules.dtypes("bfloat16", "float16", "float32"),

@@ -14,7 +14,11 @@ from fastattn.functional.index_maps import (
     topk_to_slots,
     window_indices,
 )
-from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.functional.indexer import (
+    indexer_kv_compress_insert,
+    indexer_q_rope_quant,
+    save_partial_states,
+)
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
@@ -49,6 +53,7 @@ __all__ = [
     "plan_cascade",
     "quantize_fp8",
     "rope_write_cache_kv",
+    "save_partial_states",
     "short_context_indices",
     "topk_indices",
     "topk_to_slots",

@@ -8,7 +8,11 @@ from fastattn.reference.index_maps import (
     topk_to_slots,
     window_indices,
 )
-from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.reference.indexer import (
+    indexer_kv_compress_insert,
+    indexer_q_rope_quant,
+    save_partial_states,
+)
 from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
@@ -43,6 +47,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_query",
     "rope_write_cache_kv",
+    "save_partial_states",
     "short_context_indices",
     "topk_indices",
     "topk_to_slots",

@@ -237,3 +237,22 @@ def indexer_kv_compress_insert(
         at = page_size * layout.code_bytes + entry * layout.scale_bytes
         pages[page, at : at + layout.scale_bytes] = scales
     return result
+
+
+def save_partial_states(
+    kv_score: Array, ape: Array, positions: Array, state_cache: Array, state_slots: Array
+) -> Array:
+    """See :func:`fastattn.functional.save_partial_states`; returns a new `state_cache`."""
+    result = np.array(state_cache)
+    ratio, width = ape.shape
+    blocks, rows, _ = result.shape
+    for i, slot in enumerate(np.asarray(state_slots).tolist()):
+        position = int(positions[i])
+        if slot < 0 or slot >= blocks * rows or position < 0:
+            continue
+        row, token = result[slot // rows, slot % rows], kv_score[i]
+        row[:width] = token[:width]
+        with np.errstate(all="ignore"):
+            score = np.float32(token[width:]) + np.float32(ape[position % ratio])
+            row[width:] = score.astype(np.float32)
+    return result

@@ -35,6 +35,7 @@ REFUSED = {
     "mla_gather_cache": ("cache", "out"),
     "inverse_rope_quantize_fp8": ("x",),
     "mla_qkv_norm_rope_write": ("q", "kv", "cache"),
+    "save_partial_states": ("kv_score", "state_cache"),
     "convert_cache_blocks": ("cache",),
     "mqa_logits": ("q", "keys"),
     "paged_mqa_logits": ("q", "cache"),

@@ -73,6 +73,10 @@ SHIFTED = [
         ("mla_qkv_norm_rope_write", "out", read, shift, {})
         for read, shift in (("q", 512), ("kv", 0), ("positions", 1), ("cos_sin_cache", 3))
     ),
+    *(
+        ("save_partial_states", "state_cache", read, 1, {})
+        for read in ("kv_score", "ape", "positions", "state_slots")
+    ),
     ("write_cache_kv", "key_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "value_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "key_cache", "key", 64, {}),

@@ -242,6 +242,12 @@ def _indexer_k(t: _Inputs) -> Call:
     return lambda: [call()]
 
 
+def _save_states(t: _Inputs) -> Call:
+    kv_score, ape, positions = t.floats(9, 512), t.scales(4, 256), t.int32(np.arange(9))
+    state, slots = t.scales(5, 4, 512), t.int32(np.arange(9) * 2 - 1)
+    return lambda: [F.save_partial_states(kv_score, ape, positions, state, slots)]
+
+
 def _write_index_keys(t: _Inputs) -> Call:
     key, cache, slots = t.floats(9, 128), t.codes(3, 8, 132), t.int32(np.arange(9) * 2)
     return lambda: [F.indexer_k_write_cache(key, cache, slots, scale_rule="amax")]
@@ -340,6 +346,7 @@ _MAKERS = {
     "paged_mqa_logits": _paged_logits,
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,
+    "save_partial_states": _save_states,
     "send_kv_signal": _send_signal,
     "radix_topk_ragged_transform": _radix_topk,
     "short_context_indices": _short_context,

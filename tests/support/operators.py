@@ -274,6 +274,16 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"compress_ratio": 4, "page_size": 4, "rms_norm_eps": 1e-6, "quant": "fp8"},
         ),
+        "save_partial_states": OpCall(
+            {
+                "kv_score": make(2, 64),
+                "ape": make(4, 32),
+                "positions": int32([3, 4], place),
+                "state_cache": make(2, 4, 64),
+                "state_slots": int32([5, 1], place),
+            },
+            {},
+        ),
         "indexer_k_write_cache": OpCall(
             {
                 "key": make(2, 128, dtype="bfloat16"),

@@ -132,6 +132,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 q": ("paged_attention", {"q": zeros(2, 4, 64, dtype="int8")}),
     "int64 cu_seqlens": ("flash_attention", {"cu_seqlens_q": zeros(2, dtype="int64")}),
     "int64 lengths": ("paged_attention", {"seq_lens_decoder": zeros(1, dtype="int64")}),
+    "fp16 states": ("save_partial_states", {"state_cache": zeros(2, 4, 64, dtype="float16")}),
     "float64 x": ("quantize_fp8", {"x": zeros(2, 64, dtype="float64")}),
     "k of another dtype": ("flash_attention", {"k": zeros(2, 2, 64, dtype="bfloat16")}),
     "v of another dtype": ("flash_attention", {"v": zeros(2, 2, 64, dtype="bfloat16")}),
