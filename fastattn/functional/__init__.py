@@ -16,6 +16,7 @@ from fastattn.functional.index_maps import (
 )
 from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
+from fastattn.functional.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
 from fastattn.functional.mla_sparse import mla_sparse_attention
@@ -36,6 +37,7 @@ __all__ = [
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
+    "indexer_topk",
     "merge_attn_states",
     "mla_gather_cache",
     "mla_sparse_attention",
@@ -44,6 +46,7 @@ __all__ = [
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
+    "paged_indexer_topk",
     "paged_mqa_logits",
     "plan_cascade",
     "quantize_fp8",

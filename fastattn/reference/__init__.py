@@ -10,6 +10,7 @@ from fastattn.reference.index_maps import (
 )
 from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
 from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
+from fastattn.reference.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
 from fastattn.reference.mla_sparse import mla_sparse_attention
@@ -29,6 +30,7 @@ __all__ = [
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
+    "indexer_topk",
     "make_rotary_embs",
     "merge_attn_states",
     "mla_gather_cache",
@@ -38,6 +40,7 @@ __all__ = [
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
+    "paged_indexer_topk",
     "paged_mqa_logits",
     "quantize_fp8",
     "quantize_query",

@@ -212,6 +212,22 @@ def _paged_logits(t: _Inputs) -> Call:
     return lambda: [call()]
 
 
+def _indexer_topk(t: _Inputs) -> Call:
+    q, keys, weights = t.codes(40, 64, 128), t.codes(300, 128), t.scales(40, 64)
+    starts, ends, scales = t.int32(np.arange(40)), t.int32(300 - 3 * np.arange(40)), t.scales(300)
+    call = functools.partial(
+        F.indexer_topk, q, keys, weights, starts, ends, 60, k_scales=scales, workspace_bytes=1
+    )
+    return lambda: [call()]
+
+
+def _paged_indexer_topk(t: _Inputs) -> Call:
+    q, cache, weights = t.codes(2, 2, 64, 64), t.codes(5, 64, 68), t.scales(4, 64)
+    scales = t.int32(np.full((2, 2, 64), 0x7F7F7F7F))
+    inputs = q, cache, weights, t.int32([130, 7]), t.int32([[3, 0, 1], [2, -1, -1]])
+    return lambda: [F.paged_indexer_topk(*inputs, 140, 20, q_scales=scales, quant="mxfp4")]
+
+
 def _indexer_q(t: _Inputs) -> Call:
     q, table, weights = t.floats(9, 32, 128), t.scales(40, 64), t.scales(9, 32)
     positions = t.int32(np.arange(9))
@@ -323,6 +339,7 @@ _MAKERS = {
     "indexer_k_write_cache": _write_index_keys,
     "indexer_kv_compress_insert": _indexer_k,
     "indexer_q_rope_quant": _indexer_q,
+    "indexer_topk": _indexer_topk,
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
     "mla_gather_cache": _latent_gather,
@@ -332,6 +349,7 @@ _MAKERS = {
     "mxfp4_dequantize": _from_mxfp4,
     "mxfp4_quantize": _mxfp4,
     "paged_attention": _paged,
+    "paged_indexer_topk": _paged_indexer_topk,
     "paged_mqa_logits": _paged_logits,
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,

@@ -240,6 +240,34 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"max_context_len": 20, "page_size": 16, "quant": "mxfp4"},
         ),
+        "indexer_topk": OpCall(
+            {
+                "q": make(2, 8, 128, dtype="uint8"),
+                "keys": make(5, 128, dtype="uint8"),
+                "k_scales": ones(5),
+                "weights": make(2, 8),
+                "starts": int32([0, 1], place),
+                "ends": int32([3, 5], place),
+            },
+            {"k": 3, "max_seqlen_k": -1, "workspace_bytes": 64, "quant": "fp8"},
+        ),
+        "paged_indexer_topk": OpCall(
+            {
+                "q": make(2, 1, 8, 64, dtype="uint8"),
+                "cache": make(3, 16, 68, dtype="uint8"),
+                "weights": make(2, 8),
+                "context_lens": int32([16, 3], place),
+                "block_tables": int32([[2], [0]], place),
+                "q_scales": int32(np.zeros((2, 1, 8)), place),
+            },
+            {
+                "k": 5,
+                "max_context_len": 20,
+                "page_size": 16,
+                "workspace_bytes": 1,
+                "quant": "mxfp4",
+            },
+        ),
         "mxfp4_quantize": OpCall({"x": make(2, 64)}, {}),
         "mxfp4_dequantize": OpCall(
             {"codes": make(2, 32, dtype="uint8"), "scales": make(2, 2, dtype="uint8")},

@@ -41,6 +41,7 @@ CUDA = {
     "cuda/attention/wgmma_sm90/fp16": WGMMA,
     "cuda/index_maps": ("cuda/common",),
     "cuda/indexer": ("cuda/common",),
+    "cuda/indexer_topk": ("cuda/common",),
     "cuda/mqa_logits": ("cuda/common",),
     "cuda/mla/attention": ("cuda/common",),
     "cuda/mla/cache": ("cuda/common",),
