@@ -48,7 +48,7 @@ def test_bug20_attention_sees_what_the_write_before_it_wrote(place):
 
 @pytest.mark.parametrize("heads", [8, 64, 128])
 @pytest.mark.parametrize("batch", [1, 2, 31, 32, 64])
-def test_bug35_all_lengths_zero(place, batch, heads):
+def test_bug40_all_lengths_zero(place, batch, heads):
     problem = make_problem(1, "fp8_584", heads, (0,) * batch, 128, tokens=4)
     add_extra(problem, 2, "fp8_584", (0,) * batch, 64, tokens=4)
     problem.options = {"sinks": np.ones(heads, np.float32)}
@@ -157,7 +157,7 @@ def test_bug03_queries_without_a_key(place, heads):
 
 
 @pytest.mark.parametrize("heads", [1, 7, 17, 65, 127])
-def test_bug40_a_sink_for_each_head(place, heads):
+def test_bug41_a_sink_for_each_head(place, heads):
     """Heads that no tile divides, each with its own fp32 sink; the memory behind them is NaN."""
     problem = make_problem(7, "fp8_584", heads, (128, 3, 64), 128)
     sinks = RNG(8).normal(size=heads).astype(np.float32) * 3
@@ -172,7 +172,7 @@ def test_bug40_a_sink_for_each_head(place, heads):
 
 @pytest.mark.parametrize("heads", [8, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bug41_nan_behind_a_length(place, kind, heads):
+def test_bug42_nan_behind_a_length(place, kind, heads):
     """make_problem puts slots of NaN and far away ones behind every length."""
     problem = make_problem(9, kind, heads, (1, 63, 64, 65, 100, 0), 128)
     behind = np.arange(128) >= problem.lengths[:, None]
@@ -183,7 +183,7 @@ def test_bug41_nan_behind_a_length(place, kind, heads):
     assert not np.isnan(np.asarray(out, np.float64)).any()
 
 
-def test_bug42_strides_of_indices(place):
+def test_bug43_strides_of_indices(place):
     """Rows of a [b, s_q, topk] tensor that is itself a slice of a wider one."""
     problem = make_problem(10, "fp8_656", 4, (60, 60, 60, 60), 60)
     wide = np.full((4, 100), 2147480000, np.int32)
@@ -211,7 +211,7 @@ def test_bug22_calls_leave_nothing_behind(place):
 
 @pytest.mark.parametrize("page_size", [1, 2])
 @pytest.mark.parametrize("topk", [1, 3, 61, 100])
-def test_bug43_small_pages_and_tails(place, page_size, topk):
+def test_bug44_small_pages_and_tails(place, page_size, topk):
     """A top-k wider than the sequence, and tokens of padding that name nothing."""
     padding = -page_size * 584 % 576
     problem = make_problem(
@@ -222,7 +222,7 @@ def test_bug43_small_pages_and_tails(place, page_size, topk):
     problem.check(place)
 
 
-def test_bug43_one_query_of_one_key(place):
+def test_bug44_one_query_of_one_key(place):
     rng = RNG(15)
     cache = make_cache(rng, KINDS["fp8_656"], 1, 1, pages=1)
     problem = Problem(queries(rng, 1, 1, 576), cache, np.zeros((1, 1), np.int32))
