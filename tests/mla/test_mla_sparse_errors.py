@@ -7,7 +7,6 @@ import paddle
 import pytest
 
 import fastattn.functional as F
-from fastattn import _ops
 from tests.support.operators import calls, run
 from tests.support.strides import strided
 from tests.support.tensors import BF16, int32, to_paddle
@@ -117,6 +116,8 @@ TRACED = {
 
 @pytest.mark.parametrize("name", TRACED)
 def test_a_program_is_refused_as_dygraph_is(name):
+    if paddle.__version__.startswith("2."):
+        pytest.skip("Paddle 2.6 loses what a traced function closes over")
     call = calls()["mla_sparse_attention"].changed(**made(TRACED[name]))
 
     def error(function):
@@ -127,14 +128,7 @@ def test_a_program_is_refused_as_dygraph_is(name):
     expected = error(lambda: run("mla_sparse_attention", call.inputs, call.attrs))
 
     def traced(q):
-        return _ops.call(
-            "mla_sparse_attention",
-            tuple(
-                q if name == "q" else call.inputs.get(name)
-                for name in _ops.signature("mla_sparse_attention").inputs
-            ),
-            tuple(call.attrs.values()),
-        )
+        return run("mla_sparse_attention", {**call.inputs, "q": q}, call.attrs)
 
     static = paddle.jit.to_static(traced, full_graph=True)
     kind, text = error(lambda: static(call.inputs["q"]))
