@@ -1,4 +1,4 @@
-"""DeepSeek-V4 indexer: quantised queries, the compressor's states, and compressed, quantised keys."""
+"""DeepSeek-V4 indexer: quantised queries, compressed keys and the states they come from."""
 
 from __future__ import annotations
 
