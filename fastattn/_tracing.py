@@ -257,6 +257,32 @@ RULES: dict[str, OpRules] = {
         {"cache_format": _rules.latent_format, "page_size": _rules.anything},
         ("scale",),
     ),
+    "mla_sparse_attention": OpRules(
+        {
+            "q": _rules.latent_query,
+            "cache": _rules.latent_cache,
+            "indices": _INT32,
+            "topk_length": _INT32,
+            "scale": _rules.latent_scale,
+            "extra_cache": _rules.latent_cache,
+            "extra_indices": _rules.extra_selection,
+            "extra_topk_length": _rules.extra_selection,
+            "extra_scale": _rules.extra_selection,
+            "sinks": _rules.dtypes("float32"),
+            "out": _rules.dtypes("bfloat16"),
+        },
+        {
+            "cache_format": _rules.latent_format,
+            "extra_cache_format": _rules.latent_format,
+            "page_size": _rules.anything,
+            "extra_page_size": _rules.anything,
+            "softmax_scale": _rules.finite(),
+            "return_softmax_lse": _rules.anything,
+            "return_max_logits": _rules.anything,
+            "lonely_is_plus_inf": _rules.anything,
+        },
+        ("scale", "extra_indices", "extra_scale"),
+    ),
     "topk_indices": OpRules(
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
         {"k": _rules.anything},  # the function has checked it: results have its size

@@ -59,6 +59,7 @@ inline void Rotate(const RopeWriteCacheParams& p, const Angles& angles, float* x
 // neighbours: any split of a head over threads in power-of-two runs gives the same bits.
 template <int kHeadDim>
 void RmsNorm(const float* weight, float eps, float* x) {
+  static_assert((kHeadDim & (kHeadDim - 1)) == 0, "the tree of squares halves evenly");
   float sums[kHeadDim];
   for (int i = 0; i < kHeadDim; ++i) sums[i] = x[i] * x[i];
   for (int n = kHeadDim / 2; n > 0; n /= 2) {

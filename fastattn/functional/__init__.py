@@ -19,6 +19,7 @@ from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_c
 from fastattn.functional.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
+from fastattn.functional.mla_sparse import mla_sparse_attention
 from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
@@ -39,6 +40,7 @@ __all__ = [
     "indexer_topk",
     "merge_attn_states",
     "mla_gather_cache",
+    "mla_sparse_attention",
     "mla_write_cache",
     "mqa_logits",
     "mxfp4_dequantize",

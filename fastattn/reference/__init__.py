@@ -13,6 +13,7 @@ from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_ca
 from fastattn.reference.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
+from fastattn.reference.mla_sparse import mla_sparse_attention
 from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
@@ -33,6 +34,7 @@ __all__ = [
     "make_rotary_embs",
     "merge_attn_states",
     "mla_gather_cache",
+    "mla_sparse_attention",
     "mla_write_cache",
     "mqa_logits",
     "mxfp4_dequantize",

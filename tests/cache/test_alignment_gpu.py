@@ -44,7 +44,7 @@ REFUSED_BYTES = dict.fromkeys(
 )
 #: Operators that take another kernel, with sums in another order, where vectors of 16 bytes do not
 #: start at multiples; tests/indexer/test_mqa_logits.py holds both kernels to fp64.
-OTHER_KERNEL = ("mqa_logits", "indexer_topk")
+OTHER_KERNEL = ("mqa_logits", "paged_mqa_logits", "indexer_topk", "paged_indexer_topk")
 
 
 def codes(**more: Any) -> dict[str, Any]:

@@ -183,6 +183,13 @@ def _latent_gather(t: _Inputs) -> Call:
     return lambda: [F.mla_gather_cache(cache, out, *inputs, cache_format="fp8_584")]
 
 
+def _latent_sparse(t: _Inputs) -> Call:
+    q, cache, scales = t.floats(9, 5, 512), t.codes(BLOCKS, 64, 584), t.scales(5)
+    indices = t.int32(t.rng.integers(-20, 64 * BLOCKS, (9, 200)))
+    options = {"cache_format": "fp8_584", "sinks": scales, "softmax_scale": 1e-9}
+    return lambda: [F.mla_sparse_attention(q, cache, indices, **options)]
+
+
 def _topk(t: _Inputs) -> Call:
     logits, lengths = t.floats(9, 5000, dtype=np.float32), t.int32(4000 + 100 * np.arange(9))
     return lambda: [F.topk_indices(logits, lengths, 300)]
@@ -336,6 +343,7 @@ _MAKERS = {
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
     "mla_gather_cache": _latent_gather,
+    "mla_sparse_attention": _latent_sparse,
     "mla_write_cache": _latent_write,
     "mqa_logits": _logits,
     "mxfp4_dequantize": _from_mxfp4,

@@ -43,6 +43,7 @@ CUDA = {
     "cuda/indexer": ("cuda/common",),
     "cuda/indexer_topk": ("cuda/common",),
     "cuda/mqa_logits": ("cuda/common",),
+    "cuda/mla/attention": ("cuda/common",),
     "cuda/mla/cache": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),

@@ -1,0 +1,50 @@
+// Attention over caches of multi-head latent attention (MLA): all heads share a token's key, and
+// its value is the key's first 512 channels.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+#include "params/mla_cache.h"
+
+namespace fastattn {
+
+// Channels of a value, and of an output.
+inline constexpr int kMlaValueDim = 512;
+
+// Keys that each query names: entries [0, length) of its row of `indices`, token slots of the
+// cache. A slot outside the cache is skipped and never read; one that stands twice counts twice.
+struct MlaSelection {
+  MlaCache cache;
+  const float* scale = nullptr;  // [1], kFp8
+  const int* indices = nullptr;  // [tokens, topk]
+  const int* lengths = nullptr;  // [tokens]; null: topk. Clamped to [0, topk]
+  int64_t index_stride = 0;      // elements
+  int topk = 0;                  // 0: there is no such selection
+};
+
+// mla_sparse_attention: one softmax over the keys of both selections.
+//
+// A query without a key gets 0 and an LSE of -inf. The LSE is natural and without the sink.
+struct MlaSparseParams {
+  const uint16_t* q = nullptr;  // [tokens, heads, dim] bf16
+  int64_t q_token_stride = 0;   // elements
+  int64_t q_head_stride = 0;    // elements
+  MlaSelection keys;
+  MlaSelection extra;            // of the same dim; its format and its pages may differ
+  const float* sinks = nullptr;  // [heads] or null
+  uint16_t* out = nullptr;       // [tokens, heads, 512] bf16, contiguous
+  float* lse = nullptr;          // [tokens, heads] or null
+  float* max_logits = nullptr;   // the same: the largest scaled score, -inf without a key
+  int64_t tokens = 0;
+  int heads = 0;
+  int dim = 0;  // 576 or 512: channels of a query and of a key
+  float softmax_scale = 0.0f;
+  bool lonely_is_plus_inf = false;  // the LSE of a query without a key is +inf, as FlashMLA has it
+
+  FASTATTN_HD float LonelyLse() const {
+    return lonely_is_plus_inf ? __builtin_huge_valf() : -__builtin_huge_valf();
+  }
+};
+
+}  // namespace fastattn
