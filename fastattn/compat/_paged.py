@@ -76,7 +76,7 @@ def _transposed(op: str, name: str, cache: Tensor) -> Tensor:
     if not paddle.in_dynamic_mode():
         refuse(op, name, "a static program would copy a cache of this layout; call in dygraph")
     view = cache.transpose([0, 2, 1, 3])
-    if view.size and view.data_ptr() != cache.data_ptr():
+    if view.data_ptr() != cache.data_ptr():
         raise RuntimeError(f"{op}: {name}: Paddle copies transposed tensors here")
     return view
 
@@ -161,9 +161,34 @@ def hnd_blocks(op: str, k: Tensor, v: Tensor, names: tuple[str, str]) -> Blocks:
     dtype = dtype_name(k.dtype)
     if dtype not in _FORMATS:
         return Blocks(k, v, "none", "e4m3", 1, 1)
+    if head_dim == BLOCK_SIZE:
+        refuse(op, names[1], "8-bit HND values of 64 channels, whose two layouts look the same")
     value = _packed_value(op, names[1], v, (pages, kv_heads, head_dim))
     quant_type = "cache_int8" if dtype == "int8" else "cache_fp8"
     return Blocks(k, value, quant_type, _FORMATS[dtype], 1, 1)
+
+
+def pool_blocks(op: str, name: str, pool: Tensor, layout: str) -> Blocks:
+    """Views of a pool ``[pages, 2, page_size, KV, D]`` (NHD) or ``[pages, 2, KV, 64, D]`` (HND)."""
+    _check_cache(op, name, pool, 5, "[pages, 2, page_size, KV, D]")
+    if pool.shape[1] != 2:
+        raise ValueError(f"{op}: {name}: expected K and V, shape [pages, 2, ..], got {pool.shape}")
+    names = (name, name)
+    pages, _, page_size, kv_heads, head_dim = (int(n) for n in pool.shape)
+    if layout == "HND":
+        return hnd_blocks(op, pool[:, 0], pool[:, 1], names)
+    if page_size <= BLOCK_SIZE or dtype_name(pool.dtype) in _FORMATS:
+        return nhd_blocks(op, pool[:, 0], pool[:, 1], names)
+    check_page_size(op, name, page_size)
+    if not pool.is_contiguous():
+        refuse(op, name, f"pages of {page_size} tokens that are not contiguous; use pages of 64")
+    per_page = page_size // BLOCK_SIZE
+    # All blocks of the pool. V's begin where K's first page ends, so that both have the same ids.
+    count = pages * 2 * per_page
+    blocks = pool.reshape([count, BLOCK_SIZE, kv_heads, head_dim])
+    key = _transposed(op, name, blocks[: count - per_page])
+    value = _transposed(op, name, blocks[per_page:])
+    return Blocks(key, value, "none", "e4m3", per_page, 2 * per_page)
 
 
 @functools.lru_cache(maxsize=256)

@@ -183,7 +183,7 @@ def test_8_bit_caches(place, code, granularity):
         old = getattr(step, name)
         unread = np.isnan(old.astype(np.float32))
         codes = numerics.quantize(
-            np.where(unread, 0, old).astype(np.float32), scale[:, None], code
+            np.where(unread, 0, old.astype(np.float32)), scale[:, None], code
         ).view(np.uint8)
         codes[unread] = 0x80 if code == "int8" else 0x7F
         value = numerics.from_codes(codes, code).astype(np.float64) * scale[:, None]
@@ -466,7 +466,7 @@ def test_caches_that_would_have_to_be_copied():
         flash_attn_varlen_func(q, pool[:, 0], pool[:, 1], **step.arguments("cpu"))
     small = Step([(1, 70)])
     codes = paddle.zeros(small.k.shape, "uint8")
-    with pytest.raises(NotImplementedError, match="v: 8-bit values of shape .*read in place"):
+    with pytest.raises(NotImplementedError, match=r"v: 8-bit values of shape .*read in place"):
         flash_attn_varlen_func(q, codes, codes, **small.arguments("cpu"))
     packed = paddle.zeros([small.k.shape[0], KV, D, 64], "uint8")
     with pytest.raises(NotImplementedError, match=r"k_descale: scales \[3, 2\] of each sequence"):
@@ -479,7 +479,7 @@ def test_arguments_of_another_packages_positions():
     step = Step([(1, 5)])
     q, k, v = step.tensors("cpu")
     starts = int32(step.starts)
-    with pytest.raises(TypeError, match="dropout_p: expected a number, got .*by name"):
+    with pytest.raises(TypeError, match=r"dropout_p: expected a number, got .*by name"):
         flash_attn_varlen_func(q, k, v, starts, starts, 1, 5, int32([1]), int32([5]))
     with pytest.raises(TypeError, match="causal: expected bool, got float; pass arguments by name"):
         flash_attn_varlen_func(q, k, v, starts, starts, 1, 5, 0, None, 0.1)
