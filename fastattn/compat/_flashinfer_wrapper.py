@@ -109,7 +109,12 @@ class PagedWrapper:
                     f"{op}: {queries} queries after a first plan of {self._graph_queries}"
                 )
             self._graph_queries = self._graph_queries or queries
+            self._longest = self._graph_queries, room_of(self._pages, sizes[3]) * BLOCK_SIZE
+        else:
+            longest_k = int(np.maximum(step.keys, step.queries).max(initial=0))
+            self._longest = int(step.queries.max(initial=0)), longest_k
         self._step = step
+        self._planned = int(step.starts[-1])
         self._sizes = sizes
         self._scale = sizes[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
         self._window = window_left
@@ -152,8 +157,7 @@ class PagedWrapper:
                 f"{op}: paged_kv_cache: expected {kv_heads} KV heads as planned, got "
                 f"{blocks.key.shape[1]}"
             )
-        assert self._step is not None
-        planned = int(self._step.starts[-1])
+        planned = self._planned
         if q.shape[0] != planned and not (self._graph and q.shape[0] > planned):
             raise ValueError(f"{op}: q: expected {planned} queries as planned, got {q.shape[0]}")
 
@@ -203,12 +207,6 @@ class PagedWrapper:
         blocks = caches_as_blocks(op, paged_kv_cache, self._layout)
         self._check_run(op, q, blocks)
         step = self._step
-        if self._graph:
-            longest_q = self._graph_queries
-            longest_k = room_of(self._pages, self._sizes[3]) * BLOCK_SIZE
-        else:
-            longest_q = int(step.queries.max(initial=0))
-            longest_k = int(np.maximum(step.keys, step.queries).max(initial=0))
         result = paged_attention(
             q,
             blocks.key,
@@ -217,8 +215,7 @@ class PagedWrapper:
             self._held["starts"],
             self._held["cached"],
             self._held["new"],
-            longest_q,
-            longest_k,
+            *self._longest,
             causal=self._causal and not step.explicit,
             window_size=(-1 if step.explicit else window_left, -1),
             softcap=self._softcap,

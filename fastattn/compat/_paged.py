@@ -13,6 +13,7 @@ from fastattn import _ops
 
 BLOCK_SIZE = 64
 
+_PLAIN = (paddle.bfloat16, paddle.float16, paddle.float32)
 _FORMATS = {"uint8": "e4m3", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "int8": "e4m3"}
 
 
@@ -109,10 +110,13 @@ def nhd_blocks(op: str, k: Tensor, v: Tensor, names: tuple[str, str]) -> Blocks:
     V of an 8-bit cache has to have the layout of this package, ``[num_blocks, KV, D, 64]``: its
     bytes are in another order than in any other package.
     """
-    text = "[num_blocks, page_size, KV, D]"
     for name, cache in zip(names, (k, v)):
-        _check_cache(op, name, cache, 4, text)
-    pages, page_size, kv_heads, head_dim = (int(n) for n in k.shape)
+        _check_cache(op, name, cache, 4, "[num_blocks, page_size, KV, D]")
+    shape = k.shape
+    if shape[1] == BLOCK_SIZE and k.dtype in _PLAIN and v.shape == shape:  # the usual case
+        views = _transposed(op, names[0], k), _transposed(op, names[1], v)
+        return Blocks(*views, "none", "e4m3", 1, 1)
+    pages, page_size, kv_heads, head_dim = (int(n) for n in shape)
     dtype = dtype_name(k.dtype)
     key = _transposed(op, names[0], _paged(op, names[0], k))
     per_page = page_size // BLOCK_SIZE
