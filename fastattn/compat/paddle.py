@@ -109,8 +109,10 @@ def block_multihead_attention(
     qkv_bias : Tensor, shape [(H + 2 KV) * D], optional
     out_shift, out_smooth : None
     max_enc_len_this_time, max_dec_len_this_time : Tensor, shape [1], int32, on the CPU, optional
-        Most new tokens of a prompt, and most cached tokens. They choose kernels: without them the
-        number of tokens and the room of a block table are taken.
+        Most new tokens of any sequence (0: each has one, where there are no more tokens than
+        sequences), and most cached tokens. They choose kernels, and must not be too small. Without
+        them the number of tokens and the room of a block table are taken: leave them out where
+        sequences decode several tokens at once.
     rope_emb : Tensor, shape [2, 1, max_seq, 1, D / 2], or [.., D] for neox, float32, optional
         Without it nothing is rotated.
     mask, tgt_mask : None
