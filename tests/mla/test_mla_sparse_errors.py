@@ -161,3 +161,22 @@ def test_strides_that_are_refused():
     wide = strided(zeros(2 * 64 * 700, dtype=U8), [2, 64, 584], [64 * 700, 700, 1])
     with pytest.raises(ValueError, match="expected stride 584 between a page's tokens in fp8_584"):
         F.mla_sparse_attention(**{**good(), **made(V4), "cache": wide})
+
+
+@pytest.mark.parametrize("name", ["q", "cache", "out"])
+def test_addresses_between_multiples_of_16_bytes(place, name):
+    """A GPU refuses them, a CPU takes them."""
+    made_here = good()
+    tensors = {k: to_paddle(made_here[k].numpy(), place) for k in ("q", "cache", "indices")}
+    shape = [2, 3, 512] if name == "out" else list(made_here[name].shape)
+    dtype = U8 if name == "cache" else BF16
+    memory = to_paddle(np.zeros(int(np.prod(shape)) + 64, dtype), place)
+    for offset in (8, 16):
+        strides = [shape[1] * shape[2], shape[2], 1]
+        tensors[name] = strided(memory, shape, strides, offset)
+        if place == "gpu" and offset == 8:
+            text = f"{name}: expected an address of a multiple of 16"
+            with pytest.raises(ValueError, match=text):
+                F.mla_sparse_attention(**tensors, cache_format="fp8_656")
+        else:
+            F.mla_sparse_attention(**tensors, cache_format="fp8_656")

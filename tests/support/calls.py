@@ -170,6 +170,13 @@ def _from_mxfp4(t: _Inputs) -> Call:
     return lambda: [F.mxfp4_dequantize(codes, scales)]
 
 
+def _latent_sparse(t: _Inputs) -> Call:
+    q, cache, scales = t.floats(9, 5, 512), t.codes(BLOCKS, 64, 584), t.scales(5)
+    indices = t.int32(t.rng.integers(-20, 64 * BLOCKS, (9, 200)))
+    options = {"cache_format": "fp8_584", "sinks": scales, "softmax_scale": 1e-9}
+    return lambda: [F.mla_sparse_attention(q, cache, indices, **options)]
+
+
 def _latent_write(t: _Inputs) -> Call:
     cache = t.codes(BLOCKS, 64, 656)
     inputs = t.floats(40, 512), t.floats(40, 64), cache, t.int32(np.arange(40) * 7 - 3)
@@ -181,13 +188,6 @@ def _latent_gather(t: _Inputs) -> Call:
     inputs = seqs["block_tables"], t.int32([9, 70, 0]), t.int32([0, 9, 79, 80])
     cache = t.codes(BLOCKS, 64, 584)
     return lambda: [F.mla_gather_cache(cache, out, *inputs, cache_format="fp8_584")]
-
-
-def _latent_sparse(t: _Inputs) -> Call:
-    q, cache, scales = t.floats(9, 5, 512), t.codes(BLOCKS, 64, 584), t.scales(5)
-    indices = t.int32(t.rng.integers(-20, 64 * BLOCKS, (9, 200)))
-    options = {"cache_format": "fp8_584", "sinks": scales, "softmax_scale": 1e-9}
-    return lambda: [F.mla_sparse_attention(q, cache, indices, **options)]
 
 
 def _inverse_rope(t: _Inputs) -> Call:

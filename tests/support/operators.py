@@ -180,6 +180,24 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {"head_num": 4, "head_dim": 64, "max_token": 2},
         ),
         "quantize_fp8": OpCall({"x": make(2, 64)}, {"granularity": "group", "group_size": 32}),
+        "mla_sparse_attention": OpCall(
+            {
+                "q": make(2, 3, 576, dtype="bfloat16"),
+                "cache": make(2, 64, 656, dtype="uint8"),
+                "indices": int32([[1, 70], [-1, 3]], place),
+                "topk_length": int32([2, 1], place),
+            },
+            {
+                "cache_format": "fp8_656",
+                "extra_cache_format": "fp8_656",
+                "page_size": 0,
+                "extra_page_size": 0,
+                "softmax_scale": 0.1,
+                "return_softmax_lse": False,
+                "return_max_logits": False,
+                "lonely_is_plus_inf": False,
+            },
+        ),
         "mla_write_cache": OpCall(
             {
                 "latent": make(2, 512, dtype="bfloat16"),
@@ -198,24 +216,6 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "cu_seqlens_k": int32([0, 3], place),
             },
             {"cache_format": "fp8_656", "page_size": 0},
-        ),
-        "mla_sparse_attention": OpCall(
-            {
-                "q": make(2, 3, 576, dtype="bfloat16"),
-                "cache": make(2, 64, 656, dtype="uint8"),
-                "indices": int32([[1, 70], [-1, 3]], place),
-                "topk_length": int32([2, 1], place),
-            },
-            {
-                "cache_format": "fp8_656",
-                "extra_cache_format": "fp8_656",
-                "page_size": 0,
-                "extra_page_size": 0,
-                "softmax_scale": 0.1,
-                "return_softmax_lse": False,
-                "return_max_logits": False,
-                "lonely_is_plus_inf": False,
-            },
         ),
         "inverse_rope_quantize_fp8": OpCall(
             {
