@@ -9,7 +9,12 @@ import numpy as np
 import paddle
 import pytest
 
-from fastattn.compat import _flashinfer_pages, _flashinfer_plan, flashinfer
+from fastattn.compat import (
+    _flashinfer_pages,
+    _flashinfer_plan,
+    _flashinfer_wrapper,
+    flashinfer,
+)
 from fastattn.compat.flashinfer import (
     BatchDecodeWithPagedKVCacheWrapper,
     BatchPrefillWithPagedKVCacheWrapper,
@@ -185,12 +190,20 @@ class TestDecode:
         assert np.isneginf(to_numpy(lse)[1]).all() and not to_numpy(out)[1].any()
         check(step.sequences(), to_numpy(out), natural(lse), place, FP16)
 
-    def test_invariant_plan_runs(self, place):
-        step = Step(DECODE)
+    def test_fixed_splits_ask_for_invariance(self, place, monkeypatch):
+        step, asked = Step(DECODE), []
+
+        def watched(*args, **options):
+            asked.append(options["batch_invariant"])
+            return attention(*args, **options)
+
+        attention = _flashinfer_wrapper.paged_attention
+        monkeypatch.setattr(_flashinfer_wrapper, "paged_attention", watched)
         wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace(place))
         wrapper.plan(*step.pages(), *step.sizes(), fixed_split_size=4, disable_split_kv=True)
         out = wrapper.run(to_paddle(step.q, place), step.cache(place, pool=False))
         check(step.sequences(), to_numpy(out), None, place, FP16)
+        assert asked == [True]
 
 
 def graph_buffers(place, batch, pages):
@@ -212,6 +225,9 @@ def test_plans_for_graphs_keep_their_memory(place):
     assert addresses[0] == addresses[1]
     with pytest.raises(ValueError, match="expected 7 sequences, got 1"):
         wrapper.plan(*Step([(1, 5)]).pages(), *steps[0].sizes())
+    assert wrapper._longest == (1, 16 * 64)  # launches of a decode step
+    with pytest.raises(ValueError, match="2 queries after a first plan of 1"):
+        wrapper.plan(*Step([(2, 5)] * 7).pages(), *steps[0].sizes(), q_len_per_req=2)
     with pytest.raises(ValueError, match="pages do not fit the buffer's 16"):
         wrapper.plan(*Step([(1, 300)] * 7).pages(), *steps[0].sizes())
 
