@@ -69,7 +69,7 @@ class PagedWrapper:
         self._step: Step | None = None
         self._window = -1
         self._held: dict[str | int, Tensor] = {}  # block tables by the stride of a page
-        self._graph_queries = 0
+        self._longest = 0, 0  # what launches are made for: queries and keys of a sequence
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -93,7 +93,9 @@ class PagedWrapper:
         causal: bool,
         o_data_type: Any,
         batch_invariant: bool,
+        decoded: int = 0,
     ) -> None:
+        """Keep a step; `decoded` are the queries of each sequence where all have as many."""
         op = f"{self._name}.plan"
         batch = len(step.keys)
         if self._graph:
@@ -103,13 +105,13 @@ class PagedWrapper:
                 raise ValueError(
                     f"{op}: {len(step.indices)} pages do not fit the buffer's {self._pages}"
                 )
-            queries = int(step.starts[-1])
-            if self._graph_queries and queries > self._graph_queries:
+            longest_q = decoded or int(step.starts[-1])
+            if self._longest[0] and longest_q > self._longest[0]:
                 raise ValueError(
-                    f"{op}: {queries} queries after a first plan of {self._graph_queries}"
+                    f"{op}: {longest_q} queries after a first plan of {self._longest[0]}"
                 )
-            self._graph_queries = self._graph_queries or queries
-            self._longest = self._graph_queries, room_of(self._pages, sizes[3]) * BLOCK_SIZE
+            room = room_of(self._pages, sizes[3]) * BLOCK_SIZE
+            self._longest = self._longest[0] or longest_q, room
         else:
             longest_k = int(np.maximum(step.keys, step.queries).max(initial=0))
             self._longest = int(step.queries.max(initial=0)), longest_k

@@ -164,6 +164,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             Any value asks for results that do not depend on the batch (``batch_invariant``).
         q_len_per_req : int
             Queries of each sequence, the last of its keys; causal where there is more than one.
+            With CUDA graphs at most as many as in the first plan.
         window_right : 0
         q_data_type, kv_data_type, data_type, rope_scale, rope_theta, non_blocking
             Not used.
@@ -191,7 +192,15 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         sizes = (num_qo_heads, num_kv_heads, head_dim, page_size)
         invariant = fixed_split_size is not None
         self._plan(
-            step, sizes, sm_scale, window_left, logits_soft_cap, True, o_data_type, invariant
+            step,
+            sizes,
+            sm_scale,
+            window_left,
+            logits_soft_cap,
+            True,
+            o_data_type,
+            invariant,
+            decoded=q_len_per_req,
         )
 
     begin_forward = plan

@@ -9,7 +9,12 @@ import numpy as np
 import paddle
 import pytest
 
-from fastattn.compat import _flashinfer_pages, _flashinfer_plan, flashinfer
+from fastattn.compat import (
+    _flashinfer_pages,
+    _flashinfer_plan,
+    _flashinfer_wrapper,
+    flashinfer,
+)
 from fastattn.compat.flashinfer import (
     BatchDecodeWithPagedKVCacheWrapper,
     BatchPrefillWithPagedKVCacheWrapper,
@@ -21,74 +26,9 @@ from fastattn.compat.flashinfer import (
 from fastattn.reference import layout, numerics
 from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits, assert_within
-from tests.support.shims import Sequence, attend, check, gather, poison, values, visible_keys
+from tests.support.flashinfer import DECODE, FP16, KV, PREFILL, D, H, Step, natural, workspace
+from tests.support.shims import attend, check, poison, values
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
-
-FP16 = np.dtype(np.float16)
-H, KV, D = 4, 2, 64
-
-
-def workspace(place):
-    return to_paddle(np.zeros(16, np.uint8), place)
-
-
-class Step:
-    """Sequences of (queries, keys) in pages of a compressed table."""
-
-    def __init__(self, seqs, *, page_size=64, dtype=FP16, heads=(H, KV), dim=D, seed=0):
-        rng = np.random.default_rng(seed)
-        self.dtype, self.page_size, self.dim = dtype, page_size, dim
-        self.heads, self.kv = heads
-        self.queries, self.keys = (np.array(x, np.int32) for x in zip(*seqs))
-        self.starts = np.concatenate([[0], np.cumsum(self.queries)]).astype(np.int32)
-        pages = -(-self.keys // page_size)
-        self.indptr = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
-        count = int(pages.sum()) + 2
-        self.indices = rng.permutation(count)[: pages.sum()].astype(np.int32)
-        self.last = np.where(pages > 0, self.keys - (pages - 1) * page_size, 0).astype(np.int32)
-        self.q = values(rng, (self.starts[-1], self.heads, dim), dtype)
-        shape = (count, page_size, self.kv, dim)
-        self.k, self.v = values(rng, shape, dtype), values(rng, shape, dtype, mean=0.7)
-        poison((self.k, self.v), self.tables(), self.keys)
-
-    def tables(self):
-        return [self.indices[a:b] for a, b in zip(self.indptr, self.indptr[1:])]
-
-    def sequences(self, *, causal=False, window_left=-1, masks=None):
-        found = []
-        for b, keys in enumerate(self.keys):
-            mask = visible_keys(self.queries[b], keys, causal=causal, window=(window_left, -1))
-            if masks is not None:
-                mask &= masks[b]
-            q = self.q[self.starts[b] : self.starts[b + 1]].astype(np.float64)
-            if not keys:  # a key that nobody sees
-                none = np.zeros((1, self.kv, self.dim))
-                found.append(Sequence(q, none, none, np.zeros((len(q), 1), bool)))
-                continue
-            k, v = (gather(x, self.tables()[b], keys).astype(np.float64) for x in (self.k, self.v))
-            found.append(Sequence(q, k, v, mask))
-        return found
-
-    def cache(self, place, kv_layout="NHD", pool=True):
-        axes = (0, 1, 2, 3) if kv_layout == "NHD" else (0, 2, 1, 3)
-        k, v = (x.transpose(axes) for x in (self.k, self.v))
-        if pool:
-            return to_paddle(np.stack([k, v], 1), place)
-        return to_paddle(k, place), to_paddle(v, place)
-
-    def pages(self, place="cpu"):
-        return [int32(x, place) for x in (self.indptr, self.indices, self.last)]
-
-    def sizes(self):
-        return self.heads, self.kv, self.dim, self.page_size
-
-
-def natural(lse):
-    """FlashInfer's LSE [T, H], base 2, as [H, T], base e."""
-    return (to_numpy(lse).astype(np.float64) * np.log(2)).T.astype(np.float32)
-
-
-DECODE = [(1, n) for n in (129, 71, 64, 4, 200, 1, 128)]
 
 
 class TestDecode:
@@ -185,12 +125,20 @@ class TestDecode:
         assert np.isneginf(to_numpy(lse)[1]).all() and not to_numpy(out)[1].any()
         check(step.sequences(), to_numpy(out), natural(lse), place, FP16)
 
-    def test_invariant_plan_runs(self, place):
-        step = Step(DECODE)
+    def test_fixed_splits_ask_for_invariance(self, place, monkeypatch):
+        step, asked = Step(DECODE), []
+
+        def watched(*args, **options):
+            asked.append(options["batch_invariant"])
+            return attention(*args, **options)
+
+        attention = _flashinfer_wrapper.paged_attention
+        monkeypatch.setattr(_flashinfer_wrapper, "paged_attention", watched)
         wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace(place))
         wrapper.plan(*step.pages(), *step.sizes(), fixed_split_size=4, disable_split_kv=True)
         out = wrapper.run(to_paddle(step.q, place), step.cache(place, pool=False))
         check(step.sequences(), to_numpy(out), None, place, FP16)
+        assert asked == [True]
 
 
 def graph_buffers(place, batch, pages):
@@ -212,6 +160,9 @@ def test_plans_for_graphs_keep_their_memory(place):
     assert addresses[0] == addresses[1]
     with pytest.raises(ValueError, match="expected 7 sequences, got 1"):
         wrapper.plan(*Step([(1, 5)]).pages(), *steps[0].sizes())
+    assert wrapper._longest == (1, 16 * 64)  # launches of a decode step
+    with pytest.raises(ValueError, match="2 queries after a first plan of 1"):
+        wrapper.plan(*Step([(2, 5)] * 7).pages(), *steps[0].sizes(), q_len_per_req=2)
     with pytest.raises(ValueError, match="pages do not fit the buffer's 16"):
         wrapper.plan(*Step([(1, 300)] * 7).pages(), *steps[0].sizes())
 
@@ -244,9 +195,6 @@ def test_a_captured_graph_follows_the_plan():
             held.copy_(to_paddle(full, "gpu"), True)
         graph.replay()
         check(step.sequences(), to_numpy(out), None, "gpu", FP16)
-
-
-PREFILL = [(33, 100), (11, 64), (1, 129), (11, 11), (44, 190)]
 
 
 class TestPrefill:
@@ -474,124 +422,6 @@ def test_dense_block_tables():
         dense_block_tables([0, 4], [1, 2, 3])
     with pytest.raises(ValueError, match="indptr: expected ascending values from 0 on"):
         dense_block_tables([0, 2, 1], [1, 2, 3])
-
-
-class TestRefused:
-    def planned(self, **options):
-        step = Step(DECODE)
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"))
-        wrapper.plan(*step.pages(), *step.sizes(), **options)
-        return wrapper, step
-
-    @pytest.mark.parametrize(
-        ("options", "text"),
-        [
-            ({"pos_encoding_mode": "ROPE_LLAMA"}, "pos_encoding_mode: ROPE_LLAMA"),
-            ({"pos_encoding_mode": "ALIBI"}, "pos_encoding_mode: ALIBI"),
-            ({"window_right": 3}, "window_right"),
-        ],
-    )
-    def test_plan(self, options, text):
-        with pytest.raises(NotImplementedError, match=f"plan: {text}"):
-            self.planned(**options)
-
-    @pytest.mark.parametrize("page_size", [1, 16, 32, 80])
-    def test_page_sizes(self, page_size):
-        step = Step([(1, 70)], page_size=page_size)
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"))
-        with pytest.raises(NotImplementedError, match=f"page_size: pages of {page_size} tokens"):
-            wrapper.plan(*step.pages(), *step.sizes())
-
-    @pytest.mark.parametrize(
-        "name", ["packed_custom_mask", "prefix_len_ptr", "token_pos_in_items_ptr",
-                 "max_item_len_ptr", "head_dim_vo"]
-    )  # fmt: skip
-    def test_prefill_plan(self, name):
-        step = Step(PREFILL)
-        wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace("cpu"))
-        value = 128 if name == "head_dim_vo" else int32([1])
-        with pytest.raises(NotImplementedError, match=f"plan: {name}"):
-            wrapper.plan(int32(step.starts), *step.pages(), *step.sizes(), **{name: value})
-
-    @pytest.mark.parametrize(
-        "name", ["lse", "kv_cache_sf", "skip_softmax_threshold_scale_factor", "v_scale", "k_scale"]
-    )
-    def test_run(self, name):
-        wrapper, step = self.planned()
-        value = paddle.ones([1])
-        with pytest.raises(NotImplementedError, match=f"run: {name}"):
-            wrapper.run(to_paddle(step.q), step.cache("cpu"), **{name: value})
-
-    def test_run_with_what_was_not_planned(self):
-        wrapper, step = self.planned()
-        q, cache = to_paddle(step.q), step.cache("cpu")
-        with pytest.raises(NotImplementedError, match=r"run: \*args"):
-            wrapper.run(q, cache, 1.0)
-        with pytest.raises(ValueError, match="window_left: planned with -1, got 5"):
-            wrapper.run(q, cache, window_left=5)
-        with pytest.raises(ValueError, match="q: expected 7 queries as planned, got 6"):
-            wrapper.run(q[:6], cache)
-        with pytest.raises(ValueError, match=r"q: expected shape \[T, 4, 64\]"):
-            wrapper.run(q[:, :2], cache)
-        with pytest.raises(ValueError, match="expected 2 KV heads as planned, got 1"):
-            wrapper.run(q, cache[:, :, :, :1])
-        big = Step(DECODE, page_size=128)
-        with pytest.raises(ValueError, match="expected pages of 64 tokens as planned, got 128"):
-            wrapper.run(q, big.cache("cpu"))
-        with pytest.raises(RuntimeError, match=r"plan\(\) comes first"):
-            BatchDecodeWithPagedKVCacheWrapper(workspace("cpu")).run(q, cache)
-
-    def test_caches_that_would_have_to_be_copied(self):
-        step = Step([(1, 70)], page_size=128)
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"), "HND")
-        wrapper.plan(*step.pages(), *step.sizes())
-        with pytest.raises(NotImplementedError, match="HND pages of 128 tokens"):
-            wrapper.run(to_paddle(step.q), step.cache("cpu", "HND"))
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"))
-        wrapper.plan(*step.pages(), *step.sizes())
-        layers = paddle.zeros([len(step.k), 2, 2, 128, KV, D], "float16")
-        with pytest.raises(NotImplementedError, match="128 tokens that are not contiguous"):
-            wrapper.run(to_paddle(step.q), layers[:, 0])
-
-    @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
-    def test_8_bit_pools(self, kv_layout):
-        step = Step([(1, 70)], dim=128)
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"), kv_layout)
-        wrapper.plan(*step.pages(), *step.sizes())
-        shape = [4, 2, 64, KV, 128] if kv_layout == "NHD" else [4, 2, KV, 64, 128]
-        with pytest.raises(NotImplementedError, match=r"8-bit values of shape .* in place"):
-            wrapper.run(to_paddle(step.q), paddle.zeros(shape, "uint8"))
-
-    def test_8_bit_values_that_may_have_either_layout(self):
-        step = Step([(1, 70)])
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"), "HND")
-        wrapper.plan(*step.pages(), *step.sizes())
-        codes = paddle.zeros([4, KV, 64, 64], "uint8")
-        with pytest.raises(NotImplementedError, match="whose two layouts look the same"):
-            wrapper.run(to_paddle(step.q), (codes, codes))
-
-    def test_page_tables(self):
-        step = Step(DECODE)
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"))
-        indptr, indices, last = step.pages()
-        with pytest.raises(ValueError, match="last_page_len: expected 1 to 64, got 65"):
-            wrapper.plan(indptr, indices, last + 64, *step.sizes())
-        with pytest.raises(ValueError, match="last_page_len: expected 7 sequences, got 6"):
-            wrapper.plan(indptr, indices, last[:6], *step.sizes())
-        with pytest.raises(ValueError, match="indptr: ends at"):
-            wrapper.plan(indptr, indices[:3], last, *step.sizes())
-        with pytest.raises(ValueError, match="q_len_per_req: a sequence has fewer than 2 keys"):
-            wrapper.plan(indptr, indices, last, *step.sizes(), q_len_per_req=2)
-
-    def test_constructors(self):
-        with pytest.raises(ValueError, match="kv_layout: expected NHD or HND"):
-            BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"), "DHN")
-        with pytest.raises(NotImplementedError, match="jit_args"):
-            BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"), jit_args=["x"])
-        with pytest.raises(NotImplementedError, match="custom_mask_buf"):
-            BatchPrefillWithPagedKVCacheWrapper(workspace("cpu"), custom_mask_buf=workspace("cpu"))
-        with pytest.raises(TypeError, match="paged_kv_indptr_buffer: expected a tensor"):
-            BatchDecodeWithPagedKVCacheWrapper(workspace("cpu"), use_cuda_graph=True)
 
 
 @pytest.mark.skipif(not EMPTY_OUTPUTS, reason="Paddle 2.6 refuses outputs of size 0")
