@@ -364,8 +364,9 @@ def test_one_long_sequence_with_scales_of_tokens_is_read_by_all(max_k, clusters)
     (launch,) = decide(BF16, "int8", "block_wise_int8", **one)[2]
     assert launch["cluster"] == 8
     assert (launch["cluster_kv_tiles"] == ANY) == clusters
+    assert bool(launch["joins"]) == (not clusters)
     (launch,) = decide(BF16, "int8", "cache_int8", **one)[2]
-    assert launch["cluster_kv_tiles"] == ANY
+    assert launch["cluster_kv_tiles"] == ANY and not launch["joins"]
 
 
 def test_head_dims_without_a_kernel_are_left_to_the_checks():

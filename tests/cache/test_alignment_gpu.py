@@ -39,11 +39,15 @@ REFUSED = {
     "convert_cache_blocks": ("cache",),
     "mqa_logits": ("q", "keys"),
     "paged_mqa_logits": ("q", "cache"),
+    "indexer_topk": ("q", "keys"),
+    "paged_indexer_topk": ("q", "cache"),
 }
-REFUSED_BYTES = {"mqa_logits": 4, "paged_mqa_logits": 4}
+REFUSED_BYTES = dict.fromkeys(
+    ("mqa_logits", "paged_mqa_logits", "indexer_topk", "paged_indexer_topk"), 4
+)
 #: Operators that take another kernel, with sums in another order, where vectors of 16 bytes do not
 #: start at multiples; tests/indexer/test_mqa_logits.py holds both kernels to fp64.
-OTHER_KERNEL = ("mqa_logits", "paged_mqa_logits")
+OTHER_KERNEL = ("mqa_logits", "paged_mqa_logits", "indexer_topk", "paged_indexer_topk")
 
 
 def codes(**more: Any) -> dict[str, Any]:

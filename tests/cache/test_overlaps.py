@@ -60,6 +60,8 @@ SHIFTED = [
     ("indexer_k_write_cache", "cache", "slot_mapping", 1, {}),
     ("indexer_k_gather", "out", "cache", 5, {"out_scales": zeros(6)}),
     ("indexer_k_gather", "out", "block_tables", 1, {"out_scales": zeros(6)}),
+    ("indexer_topk", "out", "ends", 0, {}),
+    ("paged_indexer_topk", "out", "block_tables", 0, {}),
     ("radix_topk_ragged_transform", "output", "input", 3, {}),
     ("radix_topk_ragged_transform", "output", "lengths", 1, {}),
     ("mla_write_cache", "cache", "latent", 40, {}),
@@ -116,6 +118,8 @@ def test_what_is_written_lies_apart(op, written, read, shift, more):
         outputs["out"] = zeros(2, 4, 512, dtype="bfloat16")
     if op == "indexer_k_gather":
         outputs["out"] = zeros(6, 128, dtype="uint8")
+    if op.endswith("indexer_topk"):
+        outputs["out"] = zeros(2, call.attrs["k"], dtype="int32")
     first, second = call.inputs.get(written, outputs.get(written)), call.inputs[read]
     base = paddle.zeros([1 << 17], "uint8")
     call = call.changed(

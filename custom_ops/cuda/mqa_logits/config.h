@@ -54,6 +54,12 @@ struct Segment {
   int tiles;  // -1: there are no more segments
 };
 
+// Units of work (schedule.cuh) of a CTA: the first is unit `unit` of group `group`.
+struct Share {
+  int group, unit;
+  int64_t units;
+};
+
 // What a consumer needs of a query: the visible keys, and where the logit of key 0 would be.
 struct alignas(16) QueryCells {
   int begin, end;
@@ -72,8 +78,7 @@ struct Shared {
   uint32_t unassigned[C::kStages];  // a bit for every 8 keys of the tile
   Segment segments[2];
   int64_t warp_sums[C::kThreads / 32];
-  int64_t total;
-  int first_group, first_unit;  // of this CTA's share
+  Share share;  // ragged
   uint64_t segment_found[2];
   uint64_t query_full[2];
   uint64_t query_empty[2];

@@ -22,17 +22,19 @@
 
 namespace fastattn::cuda::mqa_logits {
 
+// By the first warp.
 template <class C>
-__device__ __forceinline__ void InitShared(Shared<C>& shared) {
+__device__ __forceinline__ void InitShared(Shared<C>& shared, int lane) {
   constexpr int kPreparing = kPreparers<C> * kWarpArrivals;
-  for (int i = 0; i < 2; ++i) {
-    InitBarrier(&shared.segment_found[i], 1);
-    InitBarrier(&shared.query_full[i], 1 + kPreparing);
-    InitBarrier(&shared.query_empty[i], 4 * C::kConsumers * kWarpArrivals + kPreparing);
+  if (lane < 2) {
+    InitBarrier(&shared.segment_found[lane], 1);
+    InitBarrier(&shared.query_full[lane], 1 + kPreparing);
+    InitBarrier(&shared.query_empty[lane], 4 * C::kConsumers * kWarpArrivals + kPreparing);
   }
-  for (int i = 0; i < C::kStages; ++i) {
-    InitBarrier(&shared.key_full[i], 1);
-    InitBarrier(&shared.key_empty[i], 4 * kWarpArrivals);
+  static_assert(C::kStages <= 32);
+  if (lane < C::kStages) {
+    InitBarrier(&shared.key_full[lane], 1);
+    InitBarrier(&shared.key_empty[lane], 4 * kWarpArrivals);
   }
   FenceBarrierInit();
 }
@@ -43,8 +45,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
+  if (threadIdx.x < 32) InitShared(shared, threadIdx.x);
   if (threadIdx.x == 0) {
-    InitShared(shared);
     PrefetchMap(&arguments.key);
     if constexpr (C::kFp8) PrefetchMap(&arguments.query);
     if constexpr (!C::kPaged) PrefetchMap(&arguments.key_scales);
@@ -54,8 +56,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   PdlWait();
   PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
-  if constexpr (C::kPaged) PrefetchInputs(arguments.p);
-  FindShare(arguments.p, arguments.groups, shared);
+  if constexpr (C::kPaged) {
+    constexpr int kLoading = 32 * C::kLoaders;
+    if (threadIdx.x >= kLoading) {
+      PrefetchInputs(arguments.p, threadIdx.x - kLoading, C::kThreads - kLoading);
+    }
+    __syncthreads();
+  } else {
+    FindShare(arguments.p, arguments.groups, shared);
+  }
   if (threadIdx.x < 128) {
     ReleaseRegisters<C::kProducerRegisters>();
     RunProducer(arguments, shared);
