@@ -15,7 +15,8 @@ void QuantizeHead(const InverseRopeParams& p, int64_t token, int head) {
   float x[kMlaOutputDim];
   for (int d = 0; d < kMlaOutputDim; ++d) x[d] = BFloat16ToFloat(in[d]);
   const Rotations& r = p.rotations;
-  Rotation rotation = LoadRotation(r.cos_sin, r.dtype, r.RowOf(token), r.max_positions);
+  Rotation rotation =
+      LoadRotation(r.cos_sin, r.dtype, r.RowOf(r.positions.At(token)), r.max_positions);
   for (float& sin : rotation.sin) sin = -sin;  // exact, so that this is the rotation back
   Rotate(rotation, x + kMlaOutputDim - kRotatedDim);
   uint8_t* codes = p.codes + p.CodesOf(token, head);

@@ -54,7 +54,8 @@ void MlaQkvNormRopeWrite(const MlaQkvParams& p) {
       const int head = static_cast<int>(i % heads);
       if (i == begin || head == 0) {
         const Rotations& r = p.rotations;
-        rotation = LoadRotation(r.cos_sin, r.dtype, r.RowOf(token), r.max_positions);
+        rotation =
+            LoadRotation(r.cos_sin, r.dtype, r.RowOf(r.positions.At(token)), r.max_positions);
       }
       if (head < p.out_heads) {
         QueryHead(p, rotation, token, head);

@@ -14,10 +14,10 @@ struct Rotations {
   DType dtype = DType::kFloat32;  // fp32 or bf16
   int64_t max_positions = 0;      // at least 1
 
-  // The table's row of a token.
-  FASTATTN_HD int64_t RowOf(int64_t token) const {
-    const int64_t position = positions.At(token);
-    return position < 0 ? 0 : position < max_positions ? position : max_positions - 1;
+  // The table's row of a position. Two selects: a branch would hold up a kernel's other loads.
+  FASTATTN_HD int64_t RowOf(int64_t position) const {
+    const int64_t row = position < max_positions ? position : max_positions - 1;
+    return row < 0 ? 0 : row;
   }
 };
 

@@ -22,17 +22,14 @@ struct Angles {
 
   float cos[kPairs], sin[kPairs];
 
-  // Pairs `first`, `first` + 1, ... of a row; `aligned` says that vectors of 4 may be loaded.
-  __device__ __forceinline__ void Load(const Rotations& r, int64_t row, int first, bool aligned) {
+  // Pairs `first`, `first` + 1, ... of a row, if `active`. kPlain: see IsPlain.
+  template <bool kPlain>
+  __device__ __forceinline__ void Load(const Rotations& r, int64_t row, int first, bool active) {
+    const int64_t at = row * kRow + first;
 #pragma unroll
     for (int i = 0; i < kPairs; i += 4) {
-      float four[4];
-      LoadFour(r.cos_sin, r.dtype, row * kRow + first + i, aligned, four);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) cos[i + j] = four[j];
-      LoadFour(r.cos_sin, r.dtype, row * kRow + kRow / 2 + first + i, aligned, four);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sin[i + j] = four[j];
+      LoadPart<kPlain>(r, at + i, active, cos + i);
+      LoadPart<kPlain>(r, at + kRow / 2 + i, active, sin + i);
     }
   }
 
@@ -44,6 +41,30 @@ struct Angles {
       RotatePair(cos[i], kBack ? -sin[i] : sin[i], x[2 * i], x[2 * i + 1]);
     }
   }
+
+ private:
+  template <bool kPlain>
+  static __device__ __forceinline__ void LoadPart(const Rotations& r, int64_t at, bool active,
+                                                  float* to) {
+    float four[4] = {};
+    if constexpr (kPlain) {
+      float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (active) {
+        v = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(r.cos_sin) + at));
+      }
+      four[0] = v.x, four[1] = v.y, four[2] = v.z, four[3] = v.w;
+    } else if (active) {
+      LoadFour(r.cos_sin, r.dtype, at, false, four);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = four[i];
+  }
 };
+
+// Whether a table is loaded by vectors without a branch: several tokens' angles are on their way
+// at once.
+inline bool IsPlain(const Rotations& r) {
+  return r.dtype == DType::kFloat32 && IsAligned(r.cos_sin, 16);
+}
 
 }  // namespace fastattn::cuda

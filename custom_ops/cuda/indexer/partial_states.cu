@@ -6,6 +6,7 @@
 #include "common/numeric.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/divisor.cuh"
+#include "cuda/common/index_load.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/indexer/encode.cuh"
@@ -82,10 +83,13 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t token = grid.fours.Quotient(index);
   const int channel = static_cast<int>(index - token * grid.fours.divisor) * kFour;
   // Values and scores are loaded whether or not there is a place for them: nothing waits then.
-  const int64_t slot = p.slots.At(token), position = p.positions.At(token);
+  LoadedIndex loaded_slot, loaded_position;
+  loaded_slot.Load(p.slots, token);
+  loaded_position.Load(p.positions, token);
   Four<kIn> value, score;
   value.Load(p.kv_score, token * p.kv_stride + channel);
   score.Load(p.kv_score, token * p.kv_stride + p.width + channel);
+  const int64_t slot = loaded_slot.Value(), position = loaded_position.Value();
   int64_t block, row;
   SplitSlot(slot, p.state_block, &block, &row);
   if (slot < 0 || block >= p.num_blocks || position < 0) return;

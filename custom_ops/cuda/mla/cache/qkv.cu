@@ -7,13 +7,13 @@
 #include "common/mla_scale.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/divisor.cuh"
+#include "cuda/common/index_load.cuh"
 #include "cuda/common/inverse_rms.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/rotate.cuh"
-#include "cuda/common/unaligned.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/mla/cache/encode.cuh"
 #include "cuda/mla/cache/launch.h"
@@ -40,7 +40,6 @@ struct HeadLane {
 struct QkvGrid {
   Divisor units;   // of a token: its key, then kHeads heads each
   uint32_t count;  // of units
-  bool aligned;    // the table, for vectors of 4
 };
 
 __device__ __forceinline__ void Widen(uint4 pairs, float* x) {
@@ -106,6 +105,8 @@ __device__ __forceinline__ void WriteKey(MlaRow row, const LaneAngles& angles, i
   }
 }
 
+// kPlain: see IsPlain.
+template <bool kPlain>
 __global__ void __launch_bounds__(kMlaThreads)
     QkvKernel(const __grid_constant__ MlaQkvParams p, QkvGrid grid, uint32_t slots,
               Divisor page_size) {
@@ -116,19 +117,22 @@ __global__ void __launch_bounds__(kMlaThreads)
   const uint32_t token = grid.units.Quotient(unit);
   const int own = static_cast<int>(unit - token * grid.units.divisor) - 1;
   const bool rotated = lane >= kFirstRotatedLane;
-  const int64_t position = rotated ? p.rotations.RowOf(token) : 0;
+  LoadedIndex position;
+  position.Load(p.rotations.positions, token);
+  LaneAngles angles;
+  const int pair = (lane - kFirstRotatedLane) * (kChunk / 2);
 
   if (own < 0) {
-    int64_t slot = -1;
-    if (token < p.num_slots) slot = p.slots.At(token);
-    if (slot < 0 || slot >= slots) return;
+    if (token >= p.num_slots) return;
+    LoadedIndex loaded;
+    loaded.Load(p.slots, token);
     const auto* from = reinterpret_cast<const uint4*>(p.kv + token * p.kv_stride);
     const uint4 low = __ldg(from + lane), high = __ldg(from + 32 + lane);
-    LaneAngles angles = {};
-    if (rotated) {
-      angles.Load(p.rotations, position, (lane - kFirstRotatedLane) * 4, grid.aligned);
-    }
+    const int64_t row_of_table = p.rotations.RowOf(position.Value());
+    angles.template Load<kPlain>(p.rotations, row_of_table, pair, rotated);
     PdlLaunchDependents();
+    const int64_t slot = loaded.Value();
+    if (slot < 0 || slot >= slots) return;
     const uint32_t page = page_size.Quotient(static_cast<uint32_t>(slot));
     const uint32_t row = static_cast<uint32_t>(slot) - page * page_size.divisor;
     WriteKey(RowOf<MlaFormat::kFp8x584>(p.cache, page, row), angles, lane, low, high);
@@ -148,8 +152,7 @@ __global__ void __launch_bounds__(kMlaThreads)
       high[i] = from[32 + lane];
     }
   }
-  LaneAngles angles = {};
-  if (rotated) angles.Load(p.rotations, position, (lane - kFirstRotatedLane) * 4, grid.aligned);
+  angles.template Load<kPlain>(p.rotations, p.rotations.RowOf(position.Value()), pair, rotated);
   PdlLaunchDependents();
   uint16_t* out = p.q_out + token * p.out_token_stride;
 #pragma unroll
@@ -175,10 +178,10 @@ cudaError_t LaunchMlaQkvNormRopeWrite(const MlaQkvParams& p, cudaStream_t stream
   QkvGrid grid;
   grid.units = Divisor(static_cast<uint32_t>(units));
   grid.count = static_cast<uint32_t>(p.num_tokens * units);
-  grid.aligned = IsAligned(p.rotations.cos_sin, 16);
   const auto slots = static_cast<uint32_t>(p.cache.num_pages * p.cache.page_size);
   const dim3 ctas((grid.count + kMlaWarps - 1) / kMlaWarps);
-  return LaunchPdl(QkvKernel, ctas, dim3(kMlaThreads), stream, p, grid, slots,
+  const auto kernel = IsPlain(p.rotations) ? QkvKernel<true> : QkvKernel<false>;
+  return LaunchPdl(kernel, ctas, dim3(kMlaThreads), stream, p, grid, slots,
                    Divisor(static_cast<uint32_t>(p.cache.page_size)));
 }
 

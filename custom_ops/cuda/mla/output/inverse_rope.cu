@@ -7,12 +7,12 @@
 #include "common/exact.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/divisor.cuh"
+#include "cuda/common/index_load.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/rotate.cuh"
-#include "cuda/common/unaligned.cuh"
 #include "cuda/mla/output/launch.h"
 
 namespace fastattn::cuda {
@@ -29,7 +29,6 @@ constexpr int kFirstRotatedLane = 32 - Angles<4>::kRow / kLaneChannels;
 struct Grid {
   Divisor heads;
   uint32_t count;  // of warps with work
-  bool aligned;    // the table, for vectors of 4
 };
 
 __device__ __forceinline__ void Unpack(const uint4 (&raw)[2], float (&x)[kLaneChannels]) {
@@ -49,7 +48,9 @@ __device__ __forceinline__ uint32_t Codes4(const float* x, float inverse) {
                                  Mul(x[3], inverse));
 }
 
-__global__ void __launch_bounds__(kThreads)
+// kPlain: see IsPlain.
+template <bool kPlain>
+__global__ void __launch_bounds__(kThreads, 2)
     InverseRopeKernel(const __grid_constant__ InverseRopeParams p, Grid grid) {
   const uint32_t warp = blockIdx.x * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -61,12 +62,6 @@ __global__ void __launch_bounds__(kThreads)
   const int tokens = static_cast<int>(min(int64_t{kTokens}, p.num_tokens - first));
   const bool rotated = lane >= kFirstRotatedLane;
 
-  // Positions first, as the angles wait for them.
-  int64_t row[kTokens] = {};
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    if (rotated && t < tokens) row[t] = p.rotations.RowOf(first + t);
-  }
   const uint16_t* in = p.x + first * p.token_stride + head * p.head_stride + lane * kLaneChannels;
   uint4 raw[kTokens][2];
 #pragma unroll
@@ -78,19 +73,27 @@ __global__ void __launch_bounds__(kThreads)
       raw[t][1] = __ldg(from + 1);
     }
   }
+  // Lane t has the position of token t.
+  LoadedIndex position;
+  position.Load(p.rotations.positions, first + min(lane, tokens - 1));
+  // Here, since the compiler moves no load over it: the shuffles below wait for a position, and all
+  // other loads are to be under way by then. All angles are before one is used.
   PdlLaunchDependents();
+  const int64_t own_row = p.rotations.RowOf(position.Value());
+  Angles<kLaneChannels / 2> angles[kTokens];
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    const int64_t row = __shfl_sync(kFullWarp, own_row, t);
+    const int pair = (lane - kFirstRotatedLane) * (kLaneChannels / 2);
+    angles[t].template Load<kPlain>(p.rotations, row, pair, rotated && t < tokens);
+  }
 
   float scales[kTokens];
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     float x[kLaneChannels];
     Unpack(raw[t], x);
-    if (rotated) {
-      Angles<kLaneChannels / 2> angles;
-      angles.Load(p.rotations, row[t], (lane - kFirstRotatedLane) * (kLaneChannels / 2),
-                  grid.aligned);
-      angles.Rotate<true>(x);
-    }
+    if (rotated) angles[t].template Rotate<true>(x);
     __syncwarp();
     uint32_t amax = 0;
 #pragma unroll
@@ -122,9 +125,9 @@ cudaError_t LaunchInverseRopeQuantizeFp8(const InverseRopeParams& p, cudaStream_
   Grid grid;
   grid.heads = Divisor(static_cast<uint32_t>(p.num_heads));
   grid.count = static_cast<uint32_t>(fours * p.num_heads);
-  grid.aligned = IsAligned(p.rotations.cos_sin, 16);
   const dim3 ctas((grid.count + kWarps - 1) / kWarps);
-  return LaunchPdl(InverseRopeKernel, ctas, dim3(kThreads), stream, p, grid);
+  const auto kernel = IsPlain(p.rotations) ? InverseRopeKernel<true> : InverseRopeKernel<false>;
+  return LaunchPdl(kernel, ctas, dim3(kThreads), stream, p, grid);
 }
 
 }  // namespace fastattn::cuda
