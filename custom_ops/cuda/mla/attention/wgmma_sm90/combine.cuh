@@ -1,0 +1,53 @@
+// Joins the splits of sparse latent attention.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/convert.cuh"
+#include "cuda/common/exp2.cuh"
+#include "cuda/common/pdl.cuh"
+#include "cuda/mla/attention/wgmma_sm90/work.cuh"
+
+namespace fastattn::cuda::mla_sm90 {
+
+inline constexpr int kCombineThreads = kMlaValueDim / 4;
+
+// A CTA joins one head of a token; a thread has four channels.
+inline __global__ void __launch_bounds__(kCombineThreads)
+    CombineKernel(const __grid_constant__ Arguments args) {
+  PdlWait();
+  PdlLaunchDependents();
+  const MlaSparseParams& p = args.p;
+  const int64_t at = blockIdx.x, rows = p.tokens * p.heads;
+  float maximum = -INFINITY;
+  for (int i = 0; i < args.splits; ++i) {
+    maximum = fmaxf(maximum, args.partial_lse[i * rows + at]);
+  }
+  const float shift = maximum == -INFINITY ? 0.0f : maximum;
+  float sum = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+  for (int i = 0; i < args.splits; ++i) {
+    const float lse = args.partial_lse[i * rows + at];
+    if (lse == -INFINITY) continue;  // its output was not written
+    const float weight = Exp2(lse - shift);
+    const float4 x = *reinterpret_cast<const float4*>(
+        args.partial + (i * rows + at) * kMlaValueDim + 4 * threadIdx.x);
+    sum += weight;
+    out[0] += weight * x.x;
+    out[1] += weight * x.y;
+    out[2] += weight * x.z;
+    out[3] += weight * x.w;
+  }
+  const bool lonely = sum == 0.0f;
+  if (threadIdx.x == 0 && p.lse != nullptr) {
+    p.lse[at] = lonely ? -INFINITY : shift * kLn2 + logf(sum);
+  }
+  if (p.sinks != nullptr) sum += Exp2(p.sinks[at % p.heads] * kLog2E - shift);
+  const float factor = lonely ? 0.0f : 1.0f / sum;
+  uint2 pairs;
+  pairs.x = PackPair<DType::kBFloat16>(out[0] * factor, out[1] * factor);
+  pairs.y = PackPair<DType::kBFloat16>(out[2] * factor, out[3] * factor);
+  *reinterpret_cast<uint2*>(p.out + at * kMlaValueDim + 4 * threadIdx.x) = pairs;
+}
+
+}  // namespace fastattn::cuda::mla_sm90

@@ -1,0 +1,264 @@
+// Sparse latent attention for at most 8 or 16 heads: keys and channels are the rows of the
+// products, heads their columns, so that nothing is computed for heads that are not there. The time
+// goes into reading the tokens.
+//
+// Warpgroups, three of them: a consumer, S^T = K Q^T, softmax, O^T += V^T P^T, and two of producers
+// (gather.cuh), which fill two stages of 64 keys.
+//
+// Barriers (mbarriers): full/empty of the stages. Named barrier 1: the consumer's warps.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/pdl.cuh"
+#include "cuda/common/wgmma.cuh"
+#include "cuda/common/wgmma_half.cuh"
+#include "cuda/mla/attention/wgmma_sm90/finish.cuh"
+#include "cuda/mla/attention/wgmma_sm90/gather.cuh"
+#include "cuda/mla/attention/wgmma_sm90/products.cuh"
+
+namespace fastattn::cuda::mla_sm90 {
+
+inline constexpr int kNarrowThreads = 128 + kProducerThreads;
+
+template <int kDim, int kHeads>
+struct alignas(1024) NarrowShared {
+  Stages<kDim> stages;
+  uint8_t query[kDim / 64 * kHeads * 128];
+  uint8_t probabilities[kHeads * 128];
+  float exchange[4][kHeads];  // of the consumer's warps
+  StageBarriers barriers;
+};
+
+template <int kDim, int kHeads>
+class NarrowConsumer {
+ public:
+  using Shared = NarrowShared<kDim, kHeads>;
+  static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
+  static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
+
+  __device__ __forceinline__ NarrowConsumer(const Arguments& args, const Work& work,
+                                            Shared& shared)
+      : args_(args),
+        work_(work),
+        shared_(shared),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void Run() {
+    const float common = StaticScales(args_.p).common;
+    const float log2_scale = args_.p.softmax_scale * kLog2E * common;
+    float out[8][kHeads / 2], scores[kHeads / 2];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < kHeads / 2; ++j) out[i][j] = 0.0f;
+    }
+    RowState heads[kColumns];
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int tile = work_.begin; tile < work_.end; ++tile) {
+      Wait(&shared_.barriers.full[stage], parity);
+      Score(stage, scores);
+      float rescale[kColumns];
+      Softmax(scores, stage, log2_scale, heads, rescale);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < kHeads / 2; ++j) out[i][j] *= rescale[2 * (j / 4) + j % 2];
+        KeepFloats(out[i]);
+      }
+      FenceProducts();
+      const uint32_t values = SharedAddress(shared_.stages.keys[stage]);
+      const uint64_t right = OperandDescriptor<128>(SharedAddress(shared_.probabilities));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint64_t left = TransposedDescriptor<kBlockBytes>(values + i * kBlockBytes);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          Narrow<true, 1>(out[i], left + k * (2048 / 16), right + 2 * k);
+        }
+      }
+      CommitProducts();
+      WaitGroups<0>();
+#pragma unroll
+      for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
+      ArriveWarp(&shared_.barriers.empty[stage]);
+      stage ^= 1;
+      parity ^= stage == 0;
+    }
+    Finish(out, heads, common);
+  }
+
+ private:
+  __device__ __forceinline__ void Score(int stage, float (&scores)[kHeads / 2]) const {
+    const uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage]));
+    const uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
+    FenceProducts();
+#pragma unroll
+    for (int block = 0; block < kDim / 64; ++block) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t left = keys + block * (kBlockBytes / 16) + 2 * k;
+        const uint64_t right = query + block * (kHeads * 128 / 16) + 2 * k;
+        if (block == 0 && k == 0) {
+          Narrow<false, 0>(scores, left, right);
+        } else {
+          Narrow<true, 0>(scores, left, right);
+        }
+      }
+    }
+    CommitProducts();
+    WaitGroups<0>();
+    KeepFloats(scores);
+  }
+
+  // Maximum or sum over the lanes that have other keys of the same heads.
+  template <class F>
+  static __device__ __forceinline__ float OverKeys(float x, F f) {
+    x = f(x, __shfl_xor_sync(kFullWarp, x, 4));
+    x = f(x, __shfl_xor_sync(kFullWarp, x, 8));
+    return f(x, __shfl_xor_sync(kFullWarp, x, 16));
+  }
+
+  // Leaves P in shared memory, a row of keys for each head.
+  __device__ __forceinline__ void Softmax(float (&scores)[kHeads / 2], int stage, float log2_scale,
+                                          RowState (&heads)[kColumns],
+                                          float (&rescale)[kColumns]) const {
+    const uint32_t valid =
+        reinterpret_cast<const uint16_t*>(&shared_.barriers.valid[stage])[warp_] >> (lane_ / 4);
+#pragma unroll
+    for (int i = 0; i < kHeads / 2; ++i) {
+      const bool key = valid >> (i / 2 % 2 * 8) & 1;
+      scores[i] = key ? scores[i] * log2_scale : -INFINITY;
+    }
+    float maximum[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int at = 4 * (c / 2) + c % 2;
+      maximum[c] = OverKeys(fmaxf(scores[at], scores[at + 2]),
+                            [](float a, float b) { return fmaxf(a, b); });
+      if (lane_ < 4) shared_.exchange[warp_][8 * (c / 2) + 2 * lane_ + c % 2] = maximum[c];
+    }
+    SyncNamed<128>(1);
+    uint32_t pairs[kColumns];  // matrices of 8 keys x 8 heads: 2 * j + h
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int head = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2;
+      float m = heads[c].maximum;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) m = fmaxf(m, shared_.exchange[w][head]);
+      rescale[c] = WeightOf(heads[c].maximum, m);
+      heads[c].maximum = m;
+    }
+#pragma unroll
+    for (int j = 0; j < kHeads / 8; ++j) {
+      const float shift[2] = {ShiftOf(heads[2 * j].maximum), ShiftOf(heads[2 * j + 1].maximum)};
+      float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float a = Exp2(scores[4 * j + 2 * h] - shift[0]);
+        const float b = Exp2(scores[4 * j + 2 * h + 1] - shift[1]);
+        sum[0] += a;
+        sum[1] += b;
+        pairs[2 * j + h] = PackPair<DType::kBFloat16>(a, b);
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        heads[2 * j + e].sum = heads[2 * j + e].sum * rescale[2 * j + e] + sum[e];
+      }
+    }
+    // Lane 8 * i + r names row r of matrix i, a head, at the eight keys of the matrix.
+    const int matrix = lane_ / 8, head = matrix / 2 * 8 + lane_ % 8;
+    const int chunk = 2 * warp_ + matrix % 2;
+    const uint32_t address = SharedAddress(shared_.probabilities) + head % kHeads * 128 +
+                             ((chunk ^ (head & 7)) << 4);
+    if constexpr (kHeads == 16) {
+      StoreMatrices<true>(address, pairs);
+    } else {
+      StoreTransposed(address, pairs);
+    }
+    FenceAsyncProxy();
+    SyncNamed<128>(1);
+  }
+
+  __device__ __forceinline__ void Finish(const float (&out)[8][kHeads / 2],
+                                         RowState (&heads)[kColumns], float common) const {
+    const MlaSparseParams& p = args_.p;
+    SyncNamed<128>(1);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float sum = OverKeys(heads[c].sum, [](float a, float b) { return a + b; });
+      if (lane_ < 4) shared_.exchange[warp_][8 * (c / 2) + 2 * lane_ + c % 2] = sum;
+    }
+    SyncNamed<128>(1);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int local = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2, head = work_.head + local;
+      if (head >= p.heads) continue;
+      RowState row = heads[c];
+      row.sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[w][local];
+      // Every thread of a head finishes it; the LSE is the same in all.
+      const float factor = FinishRow(args_, work_, head, row, common);
+      const int64_t at = (work_.token * p.heads + head) * kMlaValueDim + 16 * warp_ + lane_ / 4;
+      if (args_.splits > 1) {
+        if (work_.begin >= work_.end) continue;  // an LSE of -inf: nobody reads it
+        float* target = args_.partial + work_.split * p.tokens * p.heads * kMlaValueDim + at;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          target[64 * i] = out[i][4 * (c / 2) + c % 2] * factor;
+          target[64 * i + 8] = out[i][4 * (c / 2) + 2 + c % 2] * factor;
+        }
+      } else {
+        uint16_t* target = p.out + at;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const uint32_t pair = PackPair<DType::kBFloat16>(
+              out[i][4 * (c / 2) + c % 2] * factor, out[i][4 * (c / 2) + 2 + c % 2] * factor);
+          target[64 * i] = static_cast<uint16_t>(pair);
+          target[64 * i + 8] = static_cast<uint16_t>(pair >> 16);
+        }
+      }
+    }
+  }
+
+  const Arguments& args_;
+  const Work& work_;
+  Shared& shared_;
+  int warp_, lane_;
+};
+
+template <int kDim, MlaFormat kFormat, int kHeads>
+__global__ void __launch_bounds__(kNarrowThreads, 1)
+    NarrowKernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  auto& shared = *reinterpret_cast<NarrowShared<kDim, kHeads>*>(bytes);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      InitBarrier(&shared.barriers.full[i], kProducerWarps * kWarpArrivals);
+      InitBarrier(&shared.barriers.empty[i], 4 * kWarpArrivals);
+    }
+    FenceBarrierInit();
+  }
+  __syncthreads();
+  PdlWait();
+  PdlLaunchDependents();
+  const Work work(args, kHeads);
+  if (threadIdx.x >= 128) {
+    Gather<kDim, kFormat>(args, work, shared.stages.keys[0], shared.barriers, threadIdx.x - 128)
+        .Run();
+    return;
+  }
+  LoadQuery<kDim, kHeads, 128>(args.p, work, threadIdx.x, shared.query);
+  FenceAsyncProxy();
+  SyncNamed<128>(1);
+  NarrowConsumer<kDim, kHeads>(args, work, shared).Run();
+#else
+  __trap();
+#endif
+}
+
+}  // namespace fastattn::cuda::mla_sm90

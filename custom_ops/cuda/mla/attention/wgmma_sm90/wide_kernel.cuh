@@ -1,0 +1,364 @@
+// Sparse latent attention for groups of up to 64 heads of a query token: heads are the rows of the
+// products.
+//
+// Warpgroups, four of them:
+//  - consumer 0: S = Q K^T, softmax, O[:, 0..255] += P V;
+//  - consumer 1: O[:, 256..511] += P V, with P and the rescaling factors from shared memory;
+//  - two of producers (gather.cuh), which fill two stages of 64 keys.
+//
+// Barriers (mbarriers): full/empty of the stages; probabilities_full/probabilities_empty of P.
+// Named barriers: 1: the query lies in shared memory; 2: factors of the epilogue do.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/pdl.cuh"
+#include "cuda/common/wgmma.cuh"
+#include "cuda/common/wgmma_half.cuh"
+#include "cuda/mla/attention/wgmma_sm90/finish.cuh"
+#include "cuda/mla/attention/wgmma_sm90/gather.cuh"
+#include "cuda/mla/attention/wgmma_sm90/products.cuh"
+
+namespace fastattn::cuda::mla_sm90 {
+
+inline constexpr int kWideHeads = 64;
+inline constexpr int kWideThreads = 256 + kProducerThreads;
+// 64 K registers for 128 threads of each consumer and 256 of the producers.
+inline constexpr int kScoreRegisters = 200;
+inline constexpr int kOutputRegisters = 152;
+inline constexpr int kProducerRegisters = 80;
+
+template <int kDim>
+struct alignas(1024) WideShared {
+  Stages<kDim> stages;
+  uint8_t query[kDim / 64 * kWideHeads * 128];
+  uint8_t probabilities[kWideHeads * 128];
+  float rescale[kWideHeads];
+  float factor[kWideHeads];
+  StageBarriers barriers;
+  uint64_t probabilities_full;
+  uint64_t probabilities_empty;
+};
+
+// A consumer's outputs: 64 heads x 256 channels, in halves of 128.
+using HalfOutput = float[2][64];
+
+__device__ __forceinline__ void Clear(HalfOutput& out) {
+#pragma unroll
+  for (int i = 0; i < 128; ++i) out[i / 64][i % 64] = 0.0f;
+}
+
+__device__ __forceinline__ void Keep(HalfOutput& out) {
+  KeepFloats(out[0]);
+  KeepFloats(out[1]);
+}
+
+// Multiplies a consumer's outputs with one factor for each of a thread's two rows.
+__device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) {
+  if (!__any_sync(kFullWarp, low != 1.0f || high != 1.0f)) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      out[i][4 * j] *= low;
+      out[i][4 * j + 1] *= low;
+      out[i][4 * j + 2] *= high;
+      out[i][4 * j + 3] *= high;
+    }
+  }
+}
+
+template <int kDim>
+class WideConsumer {
+ public:
+  using Shared = WideShared<kDim>;
+  static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
+
+  __device__ __forceinline__ WideConsumer(const Arguments& args, const Work& work, Shared& shared)
+      : args_(args),
+        work_(work),
+        shared_(shared),
+        warp_(threadIdx.x / 32 % 4),
+        lane_(threadIdx.x % 32) {}
+
+  // Consumer 0.
+  __device__ __forceinline__ void RunScores() {
+    const float log2_scale =
+        args_.p.softmax_scale * kLog2E * StaticScales(args_.p).common;
+    HalfOutput out;
+    Clear(out);
+    RowState rows[2];
+    if (work_.begin < work_.end) Mainloop(log2_scale, out, rows);
+    Finish(rows);
+    SyncNamed<256>(2);
+    Store(out, 0);
+  }
+
+  // Consumer 1.
+  __device__ __forceinline__ void RunOutputs() {
+    HalfOutput out;
+    Clear(out);
+    int stage = 0;
+    uint32_t parity = 0;
+    const uint64_t left = OperandDescriptor<128>(SharedAddress(shared_.probabilities));
+    for (int tile = work_.begin; tile < work_.end; ++tile) {
+      Wait(&shared_.barriers.full[stage], parity);
+      Wait(&shared_.probabilities_full, (tile - work_.begin) & 1);
+      const int row = 16 * warp_ + lane_ / 4;
+      Rescale(out, shared_.rescale[row], shared_.rescale[row + 8]);
+      Keep(out);
+      FenceProducts();
+      const uint32_t values = SharedAddress(shared_.stages.keys[stage]) + 4 * kBlockBytes;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
+        Outputs(out[0], left + 2 * k, right);
+        Outputs(out[1], left + 2 * k, right + 2 * kBlockBytes / 16);
+      }
+      CommitProducts();
+      WaitGroups<0>();
+      Keep(out);
+      ArriveWarp(&shared_.probabilities_empty);
+      ArriveWarp(&shared_.barriers.empty[stage]);
+      stage ^= 1;
+      parity ^= stage == 0;
+    }
+    SyncNamed<256>(2);
+    Store(out, 256);
+  }
+
+ private:
+  // Of consumer 0. The products of the next scores follow those of the outputs, so that nothing but
+  // the softmax has the tensor cores wait.
+  __device__ __forceinline__ void Mainloop(float log2_scale, HalfOutput& out,
+                                           RowState (&rows)[2]) {
+    float scores[32];
+    int stage = 0;
+    uint32_t parity = 0;
+    Wait(&shared_.barriers.full[0], 0);
+    Score(0, scores);
+    WaitGroups<0>();
+    KeepFloats(scores);
+    for (int tile = work_.begin; tile + 1 < work_.end; ++tile) {
+      uint32_t pairs[16];
+      Weigh(scores, stage, tile, log2_scale, out, rows, pairs);
+      const int used = stage;
+      stage ^= 1;
+      parity ^= stage == 0;
+      Wait(&shared_.barriers.full[stage], parity);
+      Score(stage, scores);
+      WaitGroups<1>();
+      ArriveWarp(&shared_.barriers.empty[used]);
+      WaitGroups<0>();
+      Keep(out);
+      KeepFloats(scores);
+      KeepRegisters(pairs);
+    }
+    uint32_t pairs[16];
+    Weigh(scores, stage, work_.end - 1, log2_scale, out, rows, pairs);
+    WaitGroups<0>();
+    Keep(out);
+    KeepRegisters(pairs);
+  }
+
+  // Softmax of a tile's scores, and issue of O += P V.
+  __device__ __forceinline__ void Weigh(float (&scores)[32], int stage, int tile, float log2_scale,
+                                        HalfOutput& out, RowState (&rows)[2],
+                                        uint32_t (&pairs)[16]) {
+    float rescale[2];
+    Softmax(scores, shared_.barriers.valid[stage], log2_scale, rows, rescale, pairs);
+    Wait(&shared_.probabilities_empty, (tile - work_.begin + 1) & 1);
+    Share(pairs, rescale);
+    Rescale(out, rescale[0], rescale[1]);
+    Keep(out);
+    KeepRegisters(pairs);
+    FenceProducts();
+    const uint32_t values = SharedAddress(shared_.stages.keys[stage]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
+      MultiplyHalfRegisters<DType::kBFloat16, true, 1>(out[0], pairs + 4 * k, right);
+      MultiplyHalfRegisters<DType::kBFloat16, true, 1>(out[1], pairs + 4 * k,
+                                                       right + 2 * kBlockBytes / 16);
+    }
+    CommitProducts();
+  }
+
+  // Issues S = Q K^T of a stage.
+  __device__ __forceinline__ void Score(int stage, float (&scores)[32]) const {
+    uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
+    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage]));
+    // Else the compiler keeps the descriptors of all products in registers, and has none left.
+    asm volatile("" : "+l"(query), "+l"(keys));
+    FenceProducts();
+#pragma unroll
+    for (int block = 0; block < kDim / 64; ++block) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int at = block * (kBlockBytes / 16) + 2 * k;
+        if (block == 0 && k == 0) {
+          Scores<false>(scores, query + at, keys + at);
+        } else {
+          Scores<true>(scores, query + at, keys + at);
+        }
+      }
+    }
+    CommitProducts();
+  }
+
+  __device__ __forceinline__ void Softmax(float (&scores)[32], uint64_t valid, float log2_scale,
+                                          RowState (&rows)[2], float (&rescale)[2],
+                                          uint32_t (&pairs)[16]) const {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) scores[i] *= log2_scale;
+    if (valid != ~uint64_t{0}) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const uint32_t bits = static_cast<uint32_t>(valid >> (8 * j)) >> (2 * (lane_ % 4));
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if ((bits >> e & 1) == 0) scores[4 * j + e] = scores[4 * j + 2 + e] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float maximum = rows[h].maximum;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        maximum = fmaxf(maximum, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+      }
+      maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 1));
+      maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 2));
+      rescale[h] = WeightOf(rows[h].maximum, maximum);
+      rows[h].maximum = maximum;
+      const float shift = ShiftOf(maximum);
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float a = Exp2(scores[4 * j + 2 * h] - shift);
+        const float b = Exp2(scores[4 * j + 2 * h + 1] - shift);
+        sum += a + b;
+        // Word 2 * (j % 2) + h of the operand of 16 keys.
+        pairs[4 * (j / 2) + 2 * (j % 2) + h] = PackPair<DType::kBFloat16>(a, b);
+      }
+      rows[h].sum = rows[h].sum * rescale[h] + sum;  // of this lane's columns
+    }
+  }
+
+  // Gives P and the rescaling factors to consumer 1.
+  __device__ __forceinline__ void Share(const uint32_t (&pairs)[16],
+                                        const float (&rescale)[2]) const {
+    const int row = 16 * warp_ + lane_ % 8 + (lane_ & 8);
+    const uint32_t base = SharedAddress(shared_.probabilities) + row * 128;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t words[4] = {pairs[4 * k], pairs[4 * k + 1], pairs[4 * k + 2],
+                                 pairs[4 * k + 3]};
+      const int chunk = 2 * k + lane_ / 16;
+      StoreMatrices<false>(base + ((chunk ^ (row & 7)) << 4), words);
+    }
+    if (lane_ % 4 == 0) {
+      shared_.rescale[16 * warp_ + lane_ / 4] = rescale[0];
+      shared_.rescale[16 * warp_ + lane_ / 4 + 8] = rescale[1];
+    }
+    FenceAsyncProxy();
+    ArriveWarp(&shared_.probabilities_full);
+  }
+
+  __device__ __forceinline__ void Finish(RowState (&rows)[2]) const {
+    const float common = StaticScales(args_.p).common;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 1);
+      rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 2);
+      const int row = 16 * warp_ + lane_ / 4 + 8 * h;
+      if (lane_ % 4 == 0 && work_.head + row < args_.p.heads) {
+        shared_.factor[row] = FinishRow(args_, work_, work_.head + row, rows[h], common);
+      }
+    }
+  }
+
+  // Writes 256 channels of the outputs from `channel` on.
+  __device__ __forceinline__ void Store(const HalfOutput& out, int channel) const {
+    const MlaSparseParams& p = args_.p;
+    const bool partial = args_.splits > 1;
+    if (partial && work_.begin >= work_.end) return;  // an LSE of -inf: nobody reads it
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 16 * warp_ + lane_ / 4 + 8 * h, head = work_.head + row;
+      if (head >= p.heads) continue;
+      const float factor = shared_.factor[row];
+      const int64_t at =
+          (work_.token * p.heads + head) * kMlaValueDim + channel + 2 * (lane_ % 4);
+      if (partial) {
+        float* target = args_.partial + work_.split * p.tokens * p.heads * kMlaValueDim + at;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) {
+          *reinterpret_cast<float2*>(target + 8 * j) =
+              make_float2(out[j / 16][4 * (j % 16) + 2 * h] * factor,
+                          out[j / 16][4 * (j % 16) + 2 * h + 1] * factor);
+        }
+      } else {
+        uint16_t* target = p.out + at;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) {
+          *reinterpret_cast<uint32_t*>(target + 8 * j) = PackPair<DType::kBFloat16>(
+              out[j / 16][4 * (j % 16) + 2 * h] * factor,
+              out[j / 16][4 * (j % 16) + 2 * h + 1] * factor);
+        }
+      }
+    }
+  }
+
+  const Arguments& args_;
+  const Work& work_;
+  Shared& shared_;
+  int warp_, lane_;
+};
+
+template <int kDim>
+__device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
+  for (int i = 0; i < kStages; ++i) {
+    InitBarrier(&shared.barriers.full[i], kProducerWarps * kWarpArrivals);
+    InitBarrier(&shared.barriers.empty[i], 8 * kWarpArrivals);
+  }
+  InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);
+  InitBarrier(&shared.probabilities_empty, 4 * kWarpArrivals);
+  FenceBarrierInit();
+}
+
+template <int kDim, MlaFormat kFormat>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    WideKernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  auto& shared = *reinterpret_cast<WideShared<kDim>*>(bytes);
+  if (threadIdx.x == 0) InitBarriers(shared);
+  __syncthreads();
+  PdlWait();
+  PdlLaunchDependents();
+  const Work work(args, kWideHeads);
+  if (threadIdx.x >= 256) {
+    ReleaseRegisters<kProducerRegisters>();
+    Gather<kDim, kFormat>(args, work, shared.stages.keys[0], shared.barriers, threadIdx.x - 256)
+        .Run();
+    return;
+  }
+  LoadQuery<kDim, kWideHeads, 256>(args.p, work, threadIdx.x, shared.query);
+  FenceAsyncProxy();
+  SyncNamed<256>(1);
+  WideConsumer<kDim> consumer(args, work, shared);
+  if (threadIdx.x < 128) {
+    ClaimRegisters<kScoreRegisters>();
+    consumer.RunScores();
+  } else {
+    ClaimRegisters<kOutputRegisters>();
+    consumer.RunOutputs();
+  }
+#else
+  __trap();
+#endif
+}
+
+}  // namespace fastattn::cuda::mla_sm90

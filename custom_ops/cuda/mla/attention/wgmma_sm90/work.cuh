@@ -1,0 +1,100 @@
+// What the CTAs of sparse latent attention do, and what their kernels share.
+//
+// A CTA takes one query token, a group of its heads, and a split of its keys: a contiguous range of
+// key tiles. The tiles of the second selection follow those of the first.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/common/divisor.cuh"
+#include "cuda/common/mbarrier.cuh"
+#include "params/mla_attention.h"
+
+namespace fastattn::cuda::mla_sm90 {
+
+inline constexpr int kKeys = 64;  // of a tile
+inline constexpr int kStages = 2;
+inline constexpr int kProducerWarps = 8;
+inline constexpr int kProducerThreads = 32 * kProducerWarps;
+inline constexpr int kBlockBytes = kKeys * 128;  // 64 channels of a tile, rows swizzled over 128
+inline constexpr float kLog2E = 1.44269504088896340736f;
+inline constexpr float kLn2 = 0.69314718055994530942f;
+
+// Arguments of both kernels and of the one that combines splits.
+struct Arguments {
+  MlaSparseParams p;
+  Divisor page_size[2];
+  int head_groups = 1;
+  int splits = 1;
+  float* partial = nullptr;      // [splits, tokens, heads, 512]
+  float* partial_lse = nullptr;  // [splits, tokens, heads], base 2; -inf: no key
+};
+
+__device__ __forceinline__ int LengthOf(const MlaSelection& s, int64_t token) {
+  if (s.topk == 0) return 0;
+  const int length = s.lengths == nullptr ? s.topk : s.lengths[token];
+  return min(max(length, 0), s.topk);
+}
+
+// Work of this CTA.
+struct Work {
+  int64_t token;
+  int head;  // the first one
+  int split;
+  int lengths[2];
+  int first_extra;  // tile at which the second selection begins
+  int begin, end;   // tiles
+
+  __device__ __forceinline__ Work(const Arguments& args, int heads_per_group) {
+    const unsigned item = blockIdx.x / args.splits;
+    split = blockIdx.x % args.splits;
+    token = item / args.head_groups;
+    head = item % args.head_groups * heads_per_group;
+    lengths[0] = LengthOf(args.p.keys, token);
+    lengths[1] = LengthOf(args.p.extra, token);
+    first_extra = (lengths[0] + kKeys - 1) / kKeys;
+    const int tiles = first_extra + (lengths[1] + kKeys - 1) / kKeys;
+    begin = static_cast<int>(static_cast<int64_t>(tiles) * split / args.splits);
+    end = static_cast<int>(static_cast<int64_t>(tiles) * (split + 1) / args.splits);
+  }
+};
+
+// A static scale multiplies scores and outputs; where both selections have one, codes of the
+// second are multiplied with the ratio. A scale that cannot be divided by multiplies all codes.
+struct StaticScales {
+  float common = 1.0f;
+  float codes[2] = {1.0f, 1.0f};
+
+  __device__ __forceinline__ explicit StaticScales(const MlaSparseParams& p) {
+    if (p.keys.cache.format != MlaFormat::kFp8) return;
+    const float first = *p.keys.scale;
+    const float second = p.extra.topk > 0 ? *p.extra.scale : first;
+    const bool usable = fabsf(first) >= 1e-30f && fabsf(first) <= 1e30f;
+    common = usable ? first : 1.0f;
+    codes[0] = usable ? 1.0f : first;
+    codes[1] = usable ? second / first : second;
+  }
+};
+
+// Bytes of query, all heads of the group in rows of 128 bytes, swizzled: block after block of 64
+// channels.
+template <int kDim, int kRows, int kThreads>
+__device__ __forceinline__ void LoadQuery(const MlaSparseParams& p, const Work& work, int thread,
+                                          uint8_t* shared) {
+  constexpr int kChunks = kDim / 8;
+  const uint16_t* q = p.q + work.token * p.q_token_stride + work.head * p.q_head_stride;
+  const int heads = p.heads - work.head;
+#pragma unroll 9
+  for (int i = thread; i < kRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (row < heads) x = *reinterpret_cast<const uint4*>(q + row * p.q_head_stride + 8 * chunk);
+    const int at = chunk / 8 * (kRows * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
+    *reinterpret_cast<uint4*>(shared + at) = x;
+  }
+}
+
+}  // namespace fastattn::cuda::mla_sm90
