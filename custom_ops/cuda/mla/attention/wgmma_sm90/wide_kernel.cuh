@@ -24,9 +24,9 @@ namespace fastattn::cuda::mla_sm90 {
 inline constexpr int kWideHeads = 64;
 inline constexpr int kWideThreads = 256 + kProducerThreads;
 // 64 K registers for 128 threads of each consumer and 256 of the producers.
-inline constexpr int kScoreRegisters = 200;
-inline constexpr int kOutputRegisters = 152;
-inline constexpr int kProducerRegisters = 80;
+inline constexpr int kScoreRegisters = 208;
+inline constexpr int kOutputRegisters = 160;
+inline constexpr int kProducerRegisters = 72;
 
 template <int kDim>
 struct alignas(1024) WideShared {
