@@ -1,13 +1,20 @@
 // Producer warps of sparse latent attention: they gather the tokens that a query names, turn codes
 // into bf16, and write key tiles as wgmma takes them.
 //
-// A warp has eight keys of each tile, in two passes of four; eight lanes share a key. Codes go
-// through registers, so that the loads of the next pass are in flight while one is converted; bf16
-// rows are copied asynchronously. Masked keys are zeros, and their memory is not read.
+// A warp has eight keys of each tile, in two passes of four; eight lanes share a key. Keys go
+// through registers, so that the loads of the next pass are in flight while one is converted; only
+// bf16 rows of a CTA alone are copied asynchronously. Masked keys are zeros, and their memory is
+// not read.
+//
+// In a cluster of two CTAs, which have the same keys and other heads, each CTA gathers half of a
+// tile and writes it to both: a warp has four keys, one pass. A stage is full or empty when both
+// CTAs have arrived.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cuda/common/cluster.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/mla/attention/wgmma_sm90/work.cuh"
@@ -24,14 +31,76 @@ struct Stages {
 struct StageBarriers {
   uint64_t full[kStages];
   uint64_t empty[kStages];
-  uint64_t valid[kStages];  // bit i: key i of the tile exists
+  uint4 valid[kStages];  // byte i: bit k: key 4 * i + k of the tile exists
 };
+
+// Whether all keys of a tile exist.
+__device__ __forceinline__ bool AllValid(const uint4& valid) {
+  return (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
+}
+
+template <int kCluster>
+__device__ __forceinline__ bool TryWaitStage(uint64_t* barrier, uint32_t parity) {
+  if constexpr (kCluster == 1) return TryWait(barrier, parity);
+  uint32_t done;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, p;\n\t}"
+      : "=r"(done)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// Waits for a stage's barrier, at which the other CTA of the cluster arrives too.
+template <int kCluster>
+__device__ __forceinline__ void WaitStage(uint64_t* barrier, uint32_t parity) {
+#if defined(FASTATTN_SPIN_LIMIT)
+  const long long start = clock64();
+  while (!TryWaitStage<kCluster>(barrier, parity)) {
+    if (clock64() - start > FASTATTN_SPIN_LIMIT) __trap();
+  }
+#else
+  while (!TryWaitStage<kCluster>(barrier, parity)) {
+  }
+#endif
+}
+
+// Arrives for a warp at a stage's barrier, in both CTAs of a cluster.
+template <int kCluster>
+__device__ __forceinline__ void ArriveStage(uint64_t* barrier) {
+  ArriveWarp(barrier);
+  if constexpr (kCluster == 2) {
+    if (ArrivesForWarp(threadIdx.x % 32)) {
+      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                       AddressInCluster(ClusterRank() ^ 1, SharedAddress(barrier)))
+                   : "memory");
+    }
+  }
+}
+
+// FenceAsyncProxy also for the other CTA's shared memory.
+template <int kCluster>
+__device__ __forceinline__ void FenceStage() {
+  if constexpr (kCluster == 1) {
+    FenceAsyncProxy();
+  } else {
+    asm volatile("fence.proxy.async;" ::: "memory");
+  }
+}
 
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* address) {
   uint4 x;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(address));
+  return x;
+}
+
+__device__ __forceinline__ uint32_t LoadOnce4(const uint8_t* address) {
+  uint32_t x;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(address));
   return x;
 }
 
@@ -56,11 +125,23 @@ __device__ __forceinline__ void StoreShared(uint32_t address, const uint4& x) {
                : "memory");
 }
 
+__device__ __forceinline__ void StoreCluster(uint32_t address, const uint4& x) {
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x),
+               "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // One lane's share of a key: 16 codes of each 128, and 16 bytes of what follows.
-struct KeyPart {
+struct CodePart {
   uint4 codes[4];
   uint4 rope;
-  uint4 scales;
+  uint2 scales;  // fp32 scale lane % 4, all exponents, or whether the key exists
+};
+
+// The same of a bf16 row: 16 bytes of each 128.
+template <int kDim>
+struct RowPart {
+  uint4 pieces[kDim / 64];
 };
 
 // 16 codes times a scale, as bf16.
@@ -84,7 +165,7 @@ __device__ __forceinline__ float PowerOfTwo(uint32_t exponent) {
   return __uint_as_float(exponent << 23 | special);
 }
 
-template <int kDim, MlaFormat kFormat>
+template <int kDim, MlaFormat kFormat, int kCluster>
 class Gather {
  public:
   __device__ __forceinline__ Gather(const Arguments& args, const Work& work, uint8_t* keys,
@@ -92,9 +173,17 @@ class Gather {
       : args_(args),
         work_(work),
         barriers_(barriers),
-        keys_(SharedAddress(keys)),
-        warp_(thread / 32),
-        lane_(thread % 32) {
+        lane_(thread % 32),
+        first_row_(thread / 32 * kRows) {
+    if constexpr (kCluster == 2) {
+      const uint32_t rank = ClusterRank();
+      first_row_ += static_cast<int>(rank) * (kKeys / 2);
+      other_ = AddressInCluster(rank ^ 1, SharedAddress(keys)) - SharedAddress(keys);
+    }
+    const int row = first_row_ + lane_ / 8, share = lane_ % 8;
+    const uint32_t address = SharedAddress(keys) + row * 128;
+    piece_ = address + ((share ^ (row & 7)) << 4);
+    codes_ = address + share / 4 * kBlockBytes + (((2 * (share % 4) + share / 4) ^ (row & 7)) << 4);
     if constexpr (kFormat == MlaFormat::kFp8) {
       const StaticScales scales(args.p);
       multiplier_[0] = scales.codes[0];
@@ -104,17 +193,22 @@ class Gather {
 
   __device__ __forceinline__ void Run() {
     if (work_.begin >= work_.end) return;
-    if constexpr (kFormat == MlaFormat::kBf16) {
+    if constexpr (kBf16 && kCluster == 1) {
       RunCopies();
+    } else if constexpr (kCluster == 1) {
+      RunPasses();
     } else {
-      RunCodes();
+      RunTiles();
     }
   }
 
  private:
+  static constexpr bool kBf16 = kFormat == MlaFormat::kBf16;
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
+  static constexpr int kRows = kKeys / kProducerWarps / kCluster;  // of a warp
+  using Part = std::conditional_t<kBf16, RowPart<kDim>, CodePart>;
 
-  // Of the key that this lane finds: row lane % 8 of the warp's. page < 0: masked.
+  // Of the key that this lane finds: row lane % kRows of the warp's. page < 0: masked.
   struct Place {
     int page;
     uint32_t row;
@@ -124,7 +218,7 @@ class Gather {
     if (tile >= work_.end) return -1;
     const bool extra = tile >= work_.first_extra;
     const MlaSelection& s = extra ? args_.p.extra : args_.p.keys;
-    const int at = (extra ? tile - work_.first_extra : tile) * kKeys + 8 * warp_ + lane_ % 8;
+    const int at = (extra ? tile - work_.first_extra : tile) * kKeys + first_row_ + lane_ % kRows;
     if (at >= (extra ? work_.lengths[1] : work_.lengths[0])) return -1;
     return __ldg(s.indices + work_.token * s.index_stride + at);
   }
@@ -154,41 +248,50 @@ class Gather {
     return base + row * cache.row_stride;
   }
 
-  __device__ __forceinline__ void Load(int tile, const Place& place, int pass,
-                                       KeyPart* part) const {
+  __device__ __forceinline__ void Load(int tile, const Place& place, int pass, Part* part) const {
     const uint8_t* scales = nullptr;
     const uint8_t* key = AddressOf(tile, place, pass, &scales);
     const uint4 zero = make_uint4(0, 0, 0, 0);
+    const int share = lane_ % 8 * 16;
+    if constexpr (kBf16) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) part->codes[i] = zero;
-    part->rope = part->scales = zero;
-    if (key == nullptr) return;
-    const int part16 = lane_ % 8 * 16;
+      for (int i = 0; i < kDim / 64; ++i) part->pieces[i] = zero;
+      if (key == nullptr) return;
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i) part->pieces[i] = LoadOnce(key + 128 * i + share);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) part->codes[i] = zero;
+      part->rope = zero;
+      part->scales = make_uint2(0, 0);
+      if (key != nullptr) LoadCodes(key, scales, share, part);
+    }
+  }
+
+  __device__ __forceinline__ void LoadCodes(const uint8_t* key, const uint8_t* scales, int share,
+                                            CodePart* part) const {
     constexpr bool kHalfTile = kFormat == MlaFormat::kFp8x584;  // 448 codes
 #pragma unroll
     for (int i = 0; i < (kHalfTile ? 3 : 4); ++i) {
-      part->codes[i] = LoadOnce(key + 128 * i + part16);
+      part->codes[i] = LoadOnce(key + 128 * i + share);
     }
     if constexpr (kFormat == MlaFormat::kFp8x656) {
-      part->scales = LoadOnce(key + 512);
-      part->rope = LoadOnce(key + 528 + part16);
+      part->scales.x = LoadOnce4(key + 512 + share / 16 % 4 * 4);
+      part->rope = LoadOnce(key + 528 + share);
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
-      if (part16 < 64) part->codes[3] = LoadOnce(key + 384 + part16);
-      part->rope = LoadOnce(key + 448 + part16);
-      const uint2 exponents = LoadOnce8(scales);
-      part->scales.x = exponents.x;
-      part->scales.y = exponents.y;
+      if (share < 64) part->codes[3] = LoadOnce(key + 384 + share);
+      part->rope = LoadOnce(key + 448 + share);
+      part->scales = LoadOnce8(scales);
     } else {
       part->scales.x = 1;  // not masked
-      if (kDim > 512 && part16 < 64) part->rope = LoadOnce(key + 512 + part16);
+      if (kDim > 512 && share < 64) part->rope = LoadOnce(key + 512 + share);
     }
   }
 
   // Scale of the lane's codes i.
-  __device__ __forceinline__ float ScaleOf(const KeyPart& part, int i, int tile) const {
+  __device__ __forceinline__ float ScaleOf(const CodePart& part, int i, int tile) const {
     if constexpr (kFormat == MlaFormat::kFp8x656) {
-      const uint32_t words[4] = {part.scales.x, part.scales.y, part.scales.z, part.scales.w};
-      return __uint_as_float(words[i]);
+      return __uint_as_float(__shfl_sync(kFullWarp, part.scales.x, (lane_ & ~7) + i));
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
       const uint32_t word = i < 2 ? part.scales.x : part.scales.y;
       return PowerOfTwo(word >> (16 * (i % 2) + 2 * (lane_ & 4)) & 0xFF);
@@ -199,57 +302,69 @@ class Gather {
     }
   }
 
-  // Stores what became of 16 codes, `chunk` of 16 codes in a row. The lanes of a key would meet in
-  // the same banks if all began with the first half.
-  __device__ __forceinline__ void StoreCodes(uint32_t row_address, int row, int chunk,
-                                             const uint4 (&x)[2]) const {
-    const uint32_t block = row_address + chunk / 4 * kBlockBytes;
-    const int first = chunk / 4 & 1;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int half = i ^ first;
-      const int piece = 2 * (chunk % 4) + half;
-      StoreShared(block + ((piece ^ (row & 7)) << 4), half ? x[1] : x[0]);
-    }
+  __device__ __forceinline__ void Put(uint32_t address, const uint4& x) const {
+    StoreShared(address, x);
+    if constexpr (kCluster == 2) StoreCluster(address + other_, x);
   }
 
-  __device__ __forceinline__ void Convert(int tile, const KeyPart& part, int pass,
-                                          int stage) const {
-    const int row = 8 * warp_ + 4 * pass + lane_ / 8;
-    const uint32_t row_address = keys_ + stage * kStageBytes + row * 128;
-    const int share = lane_ % 8;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (kFormat == MlaFormat::kFp8x584 && i == 3 && share >= 4) break;
-      uint4 x[2];
-      Dequantize(part.codes[i], ScaleOf(part, i, tile), x);
-      StoreCodes(row_address, row, 8 * i + share, x);
+  // Stores what became of codes i of a key, 32 bytes in a block. The lanes of a key would meet in
+  // the same banks if all began with the first half.
+  __device__ __forceinline__ void PutCodes(uint32_t address, int i, const uint4 (&x)[2]) const {
+    uint4 first = x[0], second = x[1];
+    if (lane_ & 4) {
+      first = x[1];
+      second = x[0];
     }
-    if constexpr (kFormat == MlaFormat::kFp8) {
-      if (kDim > 512 && share < 4) {
+    Put(address + i * (2 * kBlockBytes), first);
+    Put((address ^ 16) + i * (2 * kBlockBytes), second);
+  }
+
+  __device__ __forceinline__ void Convert(int tile, const Part& part, int pass, int stage) const {
+    // A pass is four rows, half a swizzle pattern.
+    const uint32_t rows = stage * kStageBytes + 512 * pass;
+    const uint32_t piece = (piece_ ^ (64 * pass)) + rows;
+    if constexpr (kBf16) {
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i) Put(piece + i * kBlockBytes, part.pieces[i]);
+    } else {
+      const uint32_t codes = (codes_ ^ (64 * pass)) + rows;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint4 x[2];
+        Dequantize(part.codes[i], ScaleOf(part, i, tile), x);
+        if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
+        PutCodes(codes, i, x);
+      }
+      if constexpr (kFormat != MlaFormat::kFp8) {
+        Put(piece + (kFormat == MlaFormat::kFp8x584 ? 7 : 8) * kBlockBytes, part.rope);
+      } else if (kDim > 512 && (lane_ & 4) == 0) {
         uint4 x[2];
         Dequantize(part.rope, ScaleOf(part, 4, tile), x);
-        StoreCodes(row_address, row, 32 + share, x);
+        PutCodes(codes, 4, x);
       }
-    } else {
-      constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
-      StoreShared(row_address + kBlock * kBlockBytes + ((share ^ (row & 7)) << 4), part.rope);
     }
   }
 
   __device__ __forceinline__ void Publish(const Place& place, int stage) const {
-    const uint32_t valid = __ballot_sync(kFullWarp, place.page >= 0);
-    if (lane_ == 0) {
-      reinterpret_cast<uint8_t*>(&barriers_.valid[stage])[warp_] = static_cast<uint8_t>(valid);
+    const uint32_t bits = __ballot_sync(kFullWarp, place.page >= 0);
+    if (lane_ < kRows / 4) {
+      const uint32_t address = SharedAddress(&barriers_.valid[stage]) + first_row_ / 4 + lane_;
+      const uint32_t valid = bits >> (4 * lane_) & 15;
+      asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(valid) : "memory");
+      if constexpr (kCluster == 2) {
+        asm volatile("st.shared::cluster.u8 [%0], %1;" ::"r"(address + other_), "r"(valid)
+                     : "memory");
+      }
     }
-    FenceAsyncProxy();
-    ArriveWarp(&barriers_.full[stage]);
+    FenceStage<kCluster>();
+    ArriveStage<kCluster>(&barriers_.full[stage]);
   }
 
-  __device__ __forceinline__ void RunCodes() const {
+  // Two passes a tile.
+  __device__ __forceinline__ void RunPasses() const {
     Place place = Locate(work_.begin, FindSlot(work_.begin));
     int next_slot = FindSlot(work_.begin + 1);
-    KeyPart first, second;
+    Part first, second;
     Load(work_.begin, place, 0, &first);
     int stage = 0;
     uint32_t parity = 1;  // a fresh barrier's phase before the first counts as complete
@@ -268,6 +383,27 @@ class Gather {
     }
   }
 
+  // One pass a tile. The next one is loaded when registers are free for it.
+  __device__ __forceinline__ void RunTiles() const {
+    Place place = Locate(work_.begin, FindSlot(work_.begin));
+    int next_slot = FindSlot(work_.begin + 1);
+    Part part;
+    Load(work_.begin, place, 0, &part);
+    int stage = 0;
+    uint32_t parity = 1;
+    for (int tile = work_.begin; tile < work_.end; ++tile) {
+      const Place next = Locate(tile + 1, next_slot);
+      next_slot = FindSlot(tile + 2);
+      WaitStage<kCluster>(&barriers_.empty[stage], parity);
+      Convert(tile, part, 0, stage);
+      Load(tile + 1, next, 0, &part);
+      Publish(place, stage);
+      place = next;
+      stage ^= 1;
+      parity ^= stage == 0;
+    }
+  }
+
   __device__ __forceinline__ void RunCopies() const {
     int next_slot = FindSlot(work_.begin);
     int stage = 0;
@@ -278,16 +414,17 @@ class Gather {
       Wait(&barriers_.empty[stage], parity);
 #pragma unroll
       for (int pass = 0; pass < 2; ++pass) {
-        const int row = 8 * warp_ + 4 * pass + lane_ / 8, share = lane_ % 8;
+        const int share = lane_ % 8;
         const uint8_t* none = nullptr;
         const uint8_t* key = AddressOf(tile, place, pass, &none);
         const bool valid = key != nullptr;
-        if (!valid) key = static_cast<const uint8_t*>(args_.p.keys.cache.data);
-        uint32_t target =
-            keys_ + stage * kStageBytes + row * 128 + ((share ^ (row & 7)) << 4);
+        // Any memory of the cache will do for an address that is not read.
+        key = valid ? key + 16 * share : static_cast<const uint8_t*>(args_.p.keys.cache.data);
+        const int step = valid ? 128 : 0;
+        const uint32_t target = (piece_ ^ (64 * pass)) + stage * kStageBytes + 512 * pass;
 #pragma unroll
         for (int i = 0; i < kDim / 64; ++i) {
-          CopyOrZero(target + i * kBlockBytes, valid ? key + 128 * i + 16 * share : key, valid);
+          CopyOrZero(target + i * kBlockBytes, key + step * i, valid);
         }
       }
       asm volatile("cp.async.wait_all;" ::: "memory");
@@ -300,8 +437,11 @@ class Gather {
   const Arguments& args_;
   const Work& work_;
   StageBarriers& barriers_;
-  uint32_t keys_;
-  int warp_, lane_;
+  int lane_;
+  int first_row_;       // of this warp in a tile
+  uint32_t piece_;      // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
+  uint32_t codes_;      // where its first 16 codes go, the half that it stores first
+  uint32_t other_ = 0;  // from an address to the other CTA's, modulo 2^32
   float multiplier_[2] = {1.0f, 1.0f};
 };
 

@@ -12,6 +12,7 @@ namespace fastattn::cuda::mla_sm90 {
 
 namespace {
 
+constexpr bool kShareTiles = true;  // two groups of heads gather each tile once
 constexpr int kMaxSplits = 64;
 constexpr int kFixedTiles = 3;  // what a CTA costs beside its tiles, in tiles
 
@@ -54,7 +55,7 @@ int64_t LseBytes(const MlaSparseParams& p, int splits) {
   return (p.tokens * p.heads * splits * 4 + 255) / 256 * 256;
 }
 
-template <auto kKernel, int kThreads, class Shared>
+template <auto kKernel, int kThreads, class Shared, int kCluster = 1>
 cudaError_t LaunchOne(const Arguments& args, int device, cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024);
   static OncePerDevice once;
@@ -64,7 +65,8 @@ cudaError_t LaunchOne(const Arguments& args, int device, cudaStream_t stream) {
   });
   if (status != cudaSuccess) return status;
   const unsigned grid = GridSize(args.p.tokens * args.head_groups * args.splits);
-  return LaunchPdlWithShared(kKernel, dim3(grid), dim3(kThreads), sizeof(Shared), stream, args);
+  return LaunchPdlInClusters(kKernel, dim3(grid), dim3(kThreads), kCluster, sizeof(Shared), stream,
+                             args);
 }
 
 template <int kDim, MlaFormat kFormat>
@@ -78,7 +80,12 @@ cudaError_t LaunchFormat(const Arguments& args, int device, cudaStream_t stream)
     return LaunchOne<NarrowKernel<kDim, kFormat, 16>, kNarrowThreads, NarrowShared<kDim, 16>>(
         args, device, stream);
   }
-  return LaunchOne<WideKernel<kDim, kFormat>, kWideThreads, WideShared<kDim>>(args, device, stream);
+  if (kShareTiles && args.head_groups == 2) {
+    return LaunchOne<WideKernel<kDim, kFormat, 2>, kWideThreads, WideShared<kDim>, 2>(args, device,
+                                                                                      stream);
+  }
+  return LaunchOne<WideKernel<kDim, kFormat, 1>, kWideThreads, WideShared<kDim>>(args, device,
+                                                                                 stream);
 }
 
 template <MlaFormat kFormat>

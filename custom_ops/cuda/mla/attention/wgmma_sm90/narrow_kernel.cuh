@@ -125,11 +125,12 @@ class NarrowConsumer {
   __device__ __forceinline__ void Softmax(float (&scores)[kHeads / 2], int stage, float log2_scale,
                                           RowState (&heads)[kColumns],
                                           float (&rescale)[kColumns]) const {
-    const uint32_t valid =
-        reinterpret_cast<const uint16_t*>(&shared_.barriers.valid[stage])[warp_] >> (lane_ / 4);
+    // Byte i: bit k: key 16 * warp + 4 * i + k.
+    const uint32_t valid = reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[stage])[warp_];
+    const uint32_t mine = valid >> (lane_ / 16 * 8 + lane_ / 4 % 4);
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) {
-      const bool key = valid >> (i / 2 % 2 * 8) & 1;
+      const bool key = mine >> (i / 2 % 2 * 16) & 1;
       scores[i] = key ? scores[i] * log2_scale : -INFINITY;
     }
     float maximum[kColumns];
@@ -248,7 +249,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlLaunchDependents();
   const Work work(args, kHeads);
   if (threadIdx.x >= 128) {
-    Gather<kDim, kFormat>(args, work, shared.stages.keys[0], shared.barriers, threadIdx.x - 128)
+    Gather<kDim, kFormat, 1>(args, work, shared.stages.keys[0], shared.barriers, threadIdx.x - 128)
         .Run();
     return;
   }

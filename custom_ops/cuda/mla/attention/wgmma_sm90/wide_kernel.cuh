@@ -68,7 +68,7 @@ __device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) 
   }
 }
 
-template <int kDim>
+template <int kDim, int kCluster>
 class WideConsumer {
  public:
   using Shared = WideShared<kDim>;
@@ -102,7 +102,7 @@ class WideConsumer {
     uint32_t parity = 0;
     const uint64_t left = OperandDescriptor<128>(SharedAddress(shared_.probabilities));
     for (int tile = work_.begin; tile < work_.end; ++tile) {
-      Wait(&shared_.barriers.full[stage], parity);
+      WaitFull(stage, parity);
       Wait(&shared_.probabilities_full, (tile - work_.begin) & 1);
       const int row = 16 * warp_ + lane_ / 4;
       Rescale(out, shared_.rescale[row], shared_.rescale[row + 8]);
@@ -119,7 +119,7 @@ class WideConsumer {
       WaitGroups<0>();
       Keep(out);
       ArriveWarp(&shared_.probabilities_empty);
-      ArriveWarp(&shared_.barriers.empty[stage]);
+      ArriveStage<kCluster>(&shared_.barriers.empty[stage]);
       stage ^= 1;
       parity ^= stage == 0;
     }
@@ -135,7 +135,7 @@ class WideConsumer {
     float scores[32];
     int stage = 0;
     uint32_t parity = 0;
-    Wait(&shared_.barriers.full[0], 0);
+    WaitFull(0, 0);
     Score(0, scores);
     WaitGroups<0>();
     KeepFloats(scores);
@@ -145,10 +145,10 @@ class WideConsumer {
       const int used = stage;
       stage ^= 1;
       parity ^= stage == 0;
-      Wait(&shared_.barriers.full[stage], parity);
+      WaitFull(stage, parity);
       Score(stage, scores);
       WaitGroups<1>();
-      ArriveWarp(&shared_.barriers.empty[used]);
+      ArriveStage<kCluster>(&shared_.barriers.empty[used]);
       WaitGroups<0>();
       Keep(out);
       KeepFloats(scores);
@@ -184,6 +184,11 @@ class WideConsumer {
     CommitProducts();
   }
 
+  __device__ __forceinline__ void WaitFull(int stage, uint32_t parity) const {
+    WaitStage<kCluster>(&shared_.barriers.full[stage], parity);
+    if constexpr (kCluster == 2) FenceStage<kCluster>();  // after the other CTA's stores
+  }
+
   // Issues S = Q K^T of a stage.
   __device__ __forceinline__ void Score(int stage, float (&scores)[32]) const {
     uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
@@ -206,15 +211,17 @@ class WideConsumer {
     CommitProducts();
   }
 
-  __device__ __forceinline__ void Softmax(float (&scores)[32], uint64_t valid, float log2_scale,
+  __device__ __forceinline__ void Softmax(float (&scores)[32], const uint4& valid, float log2_scale,
                                           RowState (&rows)[2], float (&rescale)[2],
                                           uint32_t (&pairs)[16]) const {
 #pragma unroll
     for (int i = 0; i < 32; ++i) scores[i] *= log2_scale;
-    if (valid != ~uint64_t{0}) {
+    if (!AllValid(valid)) {
+      const uint32_t words[4] = {valid.x, valid.y, valid.z, valid.w};
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint32_t bits = static_cast<uint32_t>(valid >> (8 * j)) >> (2 * (lane_ % 4));
+        // Byte 2 * j + lane % 4 / 2 has the keys 8 * j + 4 * (lane % 4 / 2) to + 3.
+        const uint32_t bits = words[j / 2] >> (16 * (j % 2) + 4 * (lane_ & 2) + 2 * (lane_ & 1));
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if ((bits >> e & 1) == 0) scores[4 * j + e] = scores[4 * j + 2 + e] = -INFINITY;
@@ -317,44 +324,56 @@ class WideConsumer {
   int warp_, lane_;
 };
 
-template <int kDim>
+template <int kDim, int kCluster>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
   for (int i = 0; i < kStages; ++i) {
-    InitBarrier(&shared.barriers.full[i], kProducerWarps * kWarpArrivals);
-    InitBarrier(&shared.barriers.empty[i], 8 * kWarpArrivals);
+    InitBarrier(&shared.barriers.full[i], kCluster * kProducerWarps * kWarpArrivals);
+    InitBarrier(&shared.barriers.empty[i], kCluster * 8 * kWarpArrivals);
   }
   InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);
   InitBarrier(&shared.probabilities_empty, 4 * kWarpArrivals);
   FenceBarrierInit();
 }
 
-template <int kDim, MlaFormat kFormat>
+// kCluster: CTAs of a cluster, groups of heads of one token.
+template <int kDim, MlaFormat kFormat, int kCluster>
 __global__ void __launch_bounds__(kWideThreads, 1)
     WideKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<WideShared<kDim>*>(bytes);
-  if (threadIdx.x == 0) InitBarriers(shared);
+  if (threadIdx.x == 0) InitBarriers<kDim, kCluster>(shared);
   __syncthreads();
+  if constexpr (kCluster == 2) {
+    ArriveAtCluster();
+    WaitForCluster();
+  }
   PdlWait();
   PdlLaunchDependents();
   const Work work(args, kWideHeads);
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat>(args, work, shared.stages.keys[0], shared.barriers, threadIdx.x - 256)
+    Gather<kDim, kFormat, kCluster>(args, work, shared.stages.keys[0], shared.barriers,
+                                    threadIdx.x - 256)
         .Run();
-    return;
-  }
-  LoadQuery<kDim, kWideHeads, 256>(args.p, work, threadIdx.x, shared.query);
-  FenceAsyncProxy();
-  SyncNamed<256>(1);
-  WideConsumer<kDim> consumer(args, work, shared);
-  if (threadIdx.x < 128) {
-    ClaimRegisters<kScoreRegisters>();
-    consumer.RunScores();
   } else {
-    ClaimRegisters<kOutputRegisters>();
-    consumer.RunOutputs();
+    LoadQuery<kDim, kWideHeads, 256>(args.p, work, threadIdx.x, shared.query);
+    FenceAsyncProxy();
+    SyncNamed<256>(1);
+    WideConsumer<kDim, kCluster> consumer(args, work, shared);
+    if (threadIdx.x < 128) {
+      ClaimRegisters<kScoreRegisters>();
+      consumer.RunScores();
+    } else {
+      ClaimRegisters<kOutputRegisters>();
+      consumer.RunOutputs();
+    }
+  }
+  if constexpr (kCluster == 2) {
+    // Nobody may write to the shared memory of a CTA that has ended.
+    __syncwarp();
+    ArriveAtCluster();
+    WaitForCluster();
   }
 #else
   __trap();

@@ -49,10 +49,10 @@ struct Work {
   int begin, end;   // tiles
 
   __device__ __forceinline__ Work(const Arguments& args, int heads_per_group) {
-    const unsigned item = blockIdx.x / args.splits;
-    split = blockIdx.x % args.splits;
-    token = item / args.head_groups;
-    head = item % args.head_groups * heads_per_group;
+    const unsigned item = blockIdx.x / args.head_groups;  // groups of a token run side by side
+    head = blockIdx.x % args.head_groups * heads_per_group;
+    token = item / args.splits;
+    split = item % args.splits;
     lengths[0] = LengthOf(args.p.keys, token);
     lengths[1] = LengthOf(args.p.extra, token);
     first_extra = (lengths[0] + kKeys - 1) / kKeys;
