@@ -11,27 +11,32 @@
 namespace fastattn::cuda::mla_sm90 {
 
 inline constexpr int kCombineThreads = kMlaValueDim / 4;
+inline constexpr int kMaxSplits = 64;
 
 // A CTA joins one head of a token; a thread has four channels.
 inline __global__ void __launch_bounds__(kCombineThreads)
     CombineKernel(const __grid_constant__ Arguments args) {
+  static_assert(kMaxSplits <= kCombineThreads);
+  __shared__ float lses[kMaxSplits];
   PdlWait();
   PdlLaunchDependents();
   const MlaSparseParams& p = args.p;
   const int64_t at = blockIdx.x, rows = p.tokens * p.heads;
+  if (threadIdx.x < args.splits) lses[threadIdx.x] = args.partial_lse[threadIdx.x * rows + at];
+  __syncthreads();
   float maximum = -INFINITY;
-  for (int i = 0; i < args.splits; ++i) {
-    maximum = fmaxf(maximum, args.partial_lse[i * rows + at]);
-  }
+  for (int i = 0; i < args.splits; ++i) maximum = fmaxf(maximum, lses[i]);
   const float shift = maximum == -INFINITY ? 0.0f : maximum;
   float sum = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
+  const float* partial = args.partial + at * kMlaValueDim + 4 * threadIdx.x;
+#pragma unroll 8
   for (int i = 0; i < args.splits; ++i) {
-    const float lse = args.partial_lse[i * rows + at];
-    if (lse == -INFINITY) continue;  // its output was not written
-    const float weight = Exp2(lse - shift);
-    const float4 x = *reinterpret_cast<const float4*>(
-        args.partial + (i * rows + at) * kMlaValueDim + 4 * threadIdx.x);
+    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    // Without a key, a split wrote no output.
+    if (lses[i] != -INFINITY) {
+      x = __ldcs(reinterpret_cast<const float4*>(partial + i * rows * kMlaValueDim));
+    }
+    const float weight = Exp2(lses[i] - shift);
     sum += weight;
     out[0] += weight * x.x;
     out[1] += weight * x.y;

@@ -13,7 +13,6 @@ namespace fastattn::cuda::mla_sm90 {
 namespace {
 
 constexpr bool kShareTiles = true;  // two groups of heads gather each tile once
-constexpr int kMaxSplits = 64;
 constexpr int kFixedTiles = 3;  // what a CTA costs beside its tiles, in tiles
 
 bool SelectionFits(const MlaSelection& s, int dim) {
