@@ -14,7 +14,7 @@ inline constexpr int kCombineThreads = kMlaValueDim / 4;
 inline constexpr int kMaxSplits = 64;
 
 // A CTA joins one head of a token; a thread has four channels.
-inline __global__ void __launch_bounds__(kCombineThreads)
+static __global__ void __launch_bounds__(kCombineThreads)
     CombineKernel(const __grid_constant__ Arguments args) {
   static_assert(kMaxSplits <= kCombineThreads);
   __shared__ float lses[kMaxSplits];
@@ -25,12 +25,12 @@ inline __global__ void __launch_bounds__(kCombineThreads)
   if (threadIdx.x < args.splits) lses[threadIdx.x] = args.partial_lse[threadIdx.x * rows + at];
   __syncthreads();
   float maximum = -INFINITY;
-  for (int i = 0; i < args.splits; ++i) maximum = fmaxf(maximum, lses[i]);
+  for (unsigned i = 0; i < args.splits; ++i) maximum = fmaxf(maximum, lses[i]);
   const float shift = maximum == -INFINITY ? 0.0f : maximum;
   float sum = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   const float* partial = args.partial + at * kMlaValueDim + 4 * threadIdx.x;
 #pragma unroll 8
-  for (int i = 0; i < args.splits; ++i) {
+  for (unsigned i = 0; i < args.splits; ++i) {
     float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     // Without a key, a split wrote no output.
     if (lses[i] != -INFINITY) {

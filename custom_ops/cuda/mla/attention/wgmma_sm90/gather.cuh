@@ -112,13 +112,6 @@ __device__ __forceinline__ uint2 LoadOnce8(const uint8_t* address) {
   return x;
 }
 
-// 16 bytes into shared memory, zeros unless `valid`.
-__device__ __forceinline__ void CopyOrZero(uint32_t target, const uint8_t* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
 __device__ __forceinline__ void StoreShared(uint32_t address, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)
@@ -168,10 +161,9 @@ __device__ __forceinline__ float PowerOfTwo(uint32_t exponent) {
 template <int kDim, MlaFormat kFormat, int kCluster>
 class Gather {
  public:
-  __device__ __forceinline__ Gather(const Arguments& args, const Work& work, uint8_t* keys,
-                                    StageBarriers& barriers, int thread)
+  __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys, StageBarriers& barriers,
+                                    int thread)
       : args_(args),
-        work_(work),
         barriers_(barriers),
         lane_(thread % 32),
         first_row_(thread / 32 * kRows) {
@@ -191,14 +183,15 @@ class Gather {
     }
   }
 
-  __device__ __forceinline__ void Run() {
-    if (work_.begin >= work_.end) return;
+  // Gathers the keys of a work tile.
+  __device__ __forceinline__ void Run(const Work& work) {
+    if (work.begin >= work.end) return;
     if constexpr (kBf16 && kCluster == 1) {
-      RunCopies();
+      RunCopies(work);
     } else if constexpr (kCluster == 1) {
-      RunPasses();
+      RunPasses(work);
     } else {
-      RunTiles();
+      RunTiles(work);
     }
   }
 
@@ -214,17 +207,17 @@ class Gather {
     uint32_t row;
   };
 
-  __device__ __forceinline__ int FindSlot(int tile) const {
-    if (tile >= work_.end) return -1;
-    const bool extra = tile >= work_.first_extra;
+  __device__ __forceinline__ int FindSlot(const Work& work, int tile) const {
+    if (tile >= work.end) return -1;
+    const bool extra = tile >= work.first_extra;
     const MlaSelection& s = extra ? args_.p.extra : args_.p.keys;
-    const int at = (extra ? tile - work_.first_extra : tile) * kKeys + first_row_ + lane_ % kRows;
-    if (at >= (extra ? work_.lengths[1] : work_.lengths[0])) return -1;
-    return __ldg(s.indices + work_.token * s.index_stride + at);
+    const int at = (extra ? tile - work.first_extra : tile) * kKeys + first_row_ + lane_ % kRows;
+    if (at >= (extra ? work.lengths[1] : work.lengths[0])) return -1;
+    return __ldg(s.indices + work.token * s.index_stride + at);
   }
 
-  __device__ __forceinline__ Place Locate(int tile, int slot) const {
-    const bool extra = tile >= work_.first_extra;
+  __device__ __forceinline__ Place Locate(const Work& work, int tile, int slot) const {
+    const bool extra = tile >= work.first_extra;
     const MlaCache& cache = extra ? args_.p.extra.cache : args_.p.keys.cache;
     const Divisor& size = extra ? args_.page_size[1] : args_.page_size[0];
     const int page = static_cast<int>(size.Quotient(static_cast<uint32_t>(slot)));
@@ -233,14 +226,15 @@ class Gather {
   }
 
   // Address of the key of pass `pass` that this lane shares; null: masked.
-  __device__ __forceinline__ const uint8_t* AddressOf(int tile, const Place& place, int pass,
+  __device__ __forceinline__ const uint8_t* AddressOf(const Work& work, int tile,
+                                                      const Place& place, int pass,
                                                       const uint8_t** scales) const {
     const int from = 4 * pass + lane_ / 8;
     const int page = __shfl_sync(kFullWarp, place.page, from);
     const uint32_t row = __shfl_sync(kFullWarp, place.row, from);
     if (page < 0) return nullptr;
     const MlaCache& cache =
-        tile >= work_.first_extra ? args_.p.extra.cache : args_.p.keys.cache;
+        tile >= work.first_extra ? args_.p.extra.cache : args_.p.keys.cache;
     const uint8_t* base = static_cast<const uint8_t*>(cache.data) + page * cache.page_stride;
     if constexpr (kFormat == MlaFormat::kFp8x584) {
       *scales = base + cache.ScalePlane() + row * kMlaScalePlaneBytes;
@@ -248,9 +242,10 @@ class Gather {
     return base + row * cache.row_stride;
   }
 
-  __device__ __forceinline__ void Load(int tile, const Place& place, int pass, Part* part) const {
+  __device__ __forceinline__ void Load(const Work& work, int tile, const Place& place, int pass,
+                                       Part* part) const {
     const uint8_t* scales = nullptr;
-    const uint8_t* key = AddressOf(tile, place, pass, &scales);
+    const uint8_t* key = AddressOf(work, tile, place, pass, &scales);
     const uint4 zero = make_uint4(0, 0, 0, 0);
     const int share = lane_ % 8 * 16;
     if constexpr (kBf16) {
@@ -289,7 +284,7 @@ class Gather {
   }
 
   // Scale of the lane's codes i.
-  __device__ __forceinline__ float ScaleOf(const CodePart& part, int i, int tile) const {
+  __device__ __forceinline__ float ScaleOf(const CodePart& part, int i, bool extra) const {
     if constexpr (kFormat == MlaFormat::kFp8x656) {
       return __uint_as_float(__shfl_sync(kFullWarp, part.scales.x, (lane_ & ~7) + i));
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
@@ -297,7 +292,7 @@ class Gather {
       return PowerOfTwo(word >> (16 * (i % 2) + 2 * (lane_ & 4)) & 0xFF);
     } else {
       return part.scales.x == 0                ? 0.0f
-             : tile >= work_.first_extra ? multiplier_[1]
+             : extra ? multiplier_[1]
                                          : multiplier_[0];
     }
   }
@@ -319,7 +314,7 @@ class Gather {
     Put((address ^ 16) + i * (2 * kBlockBytes), second);
   }
 
-  __device__ __forceinline__ void Convert(int tile, const Part& part, int pass, int stage) const {
+  __device__ __forceinline__ void Convert(bool extra, const Part& part, int pass, int stage) const {
     // A pass is four rows, half a swizzle pattern.
     const uint32_t rows = stage * kStageBytes + 512 * pass;
     const uint32_t piece = (piece_ ^ (64 * pass)) + rows;
@@ -331,7 +326,7 @@ class Gather {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint4 x[2];
-        Dequantize(part.codes[i], ScaleOf(part, i, tile), x);
+        Dequantize(part.codes[i], ScaleOf(part, i, extra), x);
         if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
         PutCodes(codes, i, x);
       }
@@ -339,7 +334,7 @@ class Gather {
         Put(piece + (kFormat == MlaFormat::kFp8x584 ? 7 : 8) * kBlockBytes, part.rope);
       } else if (kDim > 512 && (lane_ & 4) == 0) {
         uint4 x[2];
-        Dequantize(part.rope, ScaleOf(part, 4, tile), x);
+        Dequantize(part.rope, ScaleOf(part, 4, extra), x);
         PutCodes(codes, 4, x);
       }
     }
@@ -360,83 +355,80 @@ class Gather {
     ArriveStage<kCluster>(&barriers_.full[stage]);
   }
 
+  __device__ __forceinline__ void Advance() {
+    stage_ ^= 1;
+    parity_ ^= stage_ == 0;
+  }
+
   // Two passes a tile.
-  __device__ __forceinline__ void RunPasses() const {
-    Place place = Locate(work_.begin, FindSlot(work_.begin));
-    int next_slot = FindSlot(work_.begin + 1);
+  __device__ __forceinline__ void RunPasses(const Work& work) {
+    Place place = Locate(work, work.begin, FindSlot(work, work.begin));
+    int next_slot = FindSlot(work, work.begin + 1);
     Part first, second;
-    Load(work_.begin, place, 0, &first);
-    int stage = 0;
-    uint32_t parity = 1;  // a fresh barrier's phase before the first counts as complete
-    for (int tile = work_.begin; tile < work_.end; ++tile) {
-      Load(tile, place, 1, &second);
-      const Place next = Locate(tile + 1, next_slot);
-      next_slot = FindSlot(tile + 2);
-      Wait(&barriers_.empty[stage], parity);
-      Convert(tile, first, 0, stage);
-      Load(tile + 1, next, 0, &first);
-      Convert(tile, second, 1, stage);
-      Publish(place, stage);
+    Load(work, work.begin, place, 0, &first);
+    for (int tile = work.begin; tile < work.end; ++tile) {
+      Load(work, tile, place, 1, &second);
+      const Place next = Locate(work, tile + 1, next_slot);
+      next_slot = FindSlot(work, tile + 2);
+      Wait(&barriers_.empty[stage_], parity_);
+      Convert(tile >= work.first_extra, first, 0, stage_);
+      Load(work, tile + 1, next, 0, &first);
+      Convert(tile >= work.first_extra, second, 1, stage_);
+      Publish(place, stage_);
       place = next;
-      stage ^= 1;
-      parity ^= stage == 0;
+      Advance();
     }
   }
 
   // One pass a tile. The next one is loaded when registers are free for it.
-  __device__ __forceinline__ void RunTiles() const {
-    Place place = Locate(work_.begin, FindSlot(work_.begin));
-    int next_slot = FindSlot(work_.begin + 1);
+  __device__ __forceinline__ void RunTiles(const Work& work) {
+    Place place = Locate(work, work.begin, FindSlot(work, work.begin));
+    int next_slot = FindSlot(work, work.begin + 1);
     Part part;
-    Load(work_.begin, place, 0, &part);
-    int stage = 0;
-    uint32_t parity = 1;
-    for (int tile = work_.begin; tile < work_.end; ++tile) {
-      const Place next = Locate(tile + 1, next_slot);
-      next_slot = FindSlot(tile + 2);
-      WaitStage<kCluster>(&barriers_.empty[stage], parity);
-      Convert(tile, part, 0, stage);
-      Load(tile + 1, next, 0, &part);
-      Publish(place, stage);
+    Load(work, work.begin, place, 0, &part);
+    for (int tile = work.begin; tile < work.end; ++tile) {
+      const Place next = Locate(work, tile + 1, next_slot);
+      next_slot = FindSlot(work, tile + 2);
+      WaitStage<kCluster>(&barriers_.empty[stage_], parity_);
+      Convert(tile >= work.first_extra, part, 0, stage_);
+      Load(work, tile + 1, next, 0, &part);
+      Publish(place, stage_);
       place = next;
-      stage ^= 1;
-      parity ^= stage == 0;
+      Advance();
     }
   }
 
-  __device__ __forceinline__ void RunCopies() const {
-    int next_slot = FindSlot(work_.begin);
-    int stage = 0;
-    uint32_t parity = 1;
-    for (int tile = work_.begin; tile < work_.end; ++tile) {
-      const Place place = Locate(tile, next_slot);
-      next_slot = FindSlot(tile + 1);
-      Wait(&barriers_.empty[stage], parity);
+  __device__ __forceinline__ void RunCopies(const Work& work) {
+    int next_slot = FindSlot(work, work.begin);
+    for (int tile = work.begin; tile < work.end; ++tile) {
+      const Place place = Locate(work, tile, next_slot);
+      next_slot = FindSlot(work, tile + 1);
+      Wait(&barriers_.empty[stage_], parity_);
 #pragma unroll
       for (int pass = 0; pass < 2; ++pass) {
         const int share = lane_ % 8;
         const uint8_t* none = nullptr;
-        const uint8_t* key = AddressOf(tile, place, pass, &none);
+        const uint8_t* key = AddressOf(work, tile, place, pass, &none);
         const bool valid = key != nullptr;
         // Any memory of the cache will do for an address that is not read.
         key = valid ? key + 16 * share : static_cast<const uint8_t*>(args_.p.keys.cache.data);
         const int step = valid ? 128 : 0;
-        const uint32_t target = (piece_ ^ (64 * pass)) + stage * kStageBytes + 512 * pass;
+        const uint32_t target = (piece_ ^ (64 * pass)) + stage_ * kStageBytes + 512 * pass;
 #pragma unroll
         for (int i = 0; i < kDim / 64; ++i) {
           CopyOrZero(target + i * kBlockBytes, key + step * i, valid);
         }
       }
-      asm volatile("cp.async.wait_all;" ::: "memory");
-      Publish(place, stage);
-      stage ^= 1;
-      parity ^= stage == 0;
+      WaitCopies();
+      Publish(place, stage_);
+      Advance();
     }
   }
 
   const Arguments& args_;
-  const Work& work_;
   StageBarriers& barriers_;
+  int stage_ = 0;
+  uint32_t parity_ = 1;  // a fresh barrier's phase before the first counts as complete
   int lane_;
   int first_row_;       // of this warp in a tile
   uint32_t piece_;      // where 16 bytes of this lane's key go: stage 0, pass 0, block 0

@@ -1,12 +1,12 @@
 #include "cuda/mla/attention/wgmma_sm90/launch.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "cuda/common/device_facts.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/mla/attention/wgmma_sm90/combine.cuh"
-#include "cuda/mla/attention/wgmma_sm90/narrow_kernel.cuh"
-#include "cuda/mla/attention/wgmma_sm90/wide_kernel.cuh"
+#include "cuda/mla/attention/wgmma_sm90/instances.h"
 
 namespace fastattn::cuda::mla_sm90 {
 
@@ -26,7 +26,7 @@ bool SelectionFits(const MlaSelection& s, int dim) {
          aligned(c.row_stride);
 }
 
-int HeadsOf(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : kWideHeads; }
+int HeadsOf(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : 64; }
 
 int Tiles(int topk) { return (topk + kKeys - 1) / kKeys; }
 
@@ -52,59 +52,6 @@ int Splits(const MlaSparseParams& p, int processors) {
 
 int64_t LseBytes(const MlaSparseParams& p, int splits) {
   return (p.tokens * p.heads * splits * 4 + 255) / 256 * 256;
-}
-
-template <auto kKernel, int kThreads, class Shared, int kCluster = 1>
-cudaError_t LaunchOne(const Arguments& args, int device, cudaStream_t stream) {
-  static_assert(sizeof(Shared) <= 227 * 1024);
-  static OncePerDevice once;
-  const cudaError_t status = once.Run(device, [] {
-    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(sizeof(Shared)));
-  });
-  if (status != cudaSuccess) return status;
-  const unsigned grid = GridSize(args.p.tokens * args.head_groups * args.splits);
-  return LaunchPdlInClusters(kKernel, dim3(grid), dim3(kThreads), kCluster, sizeof(Shared), stream,
-                             args);
-}
-
-template <int kDim, MlaFormat kFormat>
-cudaError_t LaunchFormat(const Arguments& args, int device, cudaStream_t stream) {
-  const int heads = HeadsOf(args.p.heads);
-  if (heads == 8) {
-    return LaunchOne<NarrowKernel<kDim, kFormat, 8>, kNarrowThreads, NarrowShared<kDim, 8>>(
-        args, device, stream);
-  }
-  if (heads == 16) {
-    return LaunchOne<NarrowKernel<kDim, kFormat, 16>, kNarrowThreads, NarrowShared<kDim, 16>>(
-        args, device, stream);
-  }
-  if (kShareTiles && args.head_groups == 2) {
-    return LaunchOne<WideKernel<kDim, kFormat, 2>, kWideThreads, WideShared<kDim>, 2>(args, device,
-                                                                                      stream);
-  }
-  return LaunchOne<WideKernel<kDim, kFormat, 1>, kWideThreads, WideShared<kDim>>(args, device,
-                                                                                 stream);
-}
-
-template <MlaFormat kFormat>
-cudaError_t LaunchDim(const Arguments& args, int device, cudaStream_t stream) {
-  if (args.p.dim == 512) return LaunchFormat<512, kFormat>(args, device, stream);
-  return LaunchFormat<576, kFormat>(args, device, stream);
-}
-
-cudaError_t LaunchMain(const Arguments& args, int device, cudaStream_t stream) {
-  switch (args.p.keys.cache.format) {
-    case MlaFormat::kBf16:
-      return LaunchDim<MlaFormat::kBf16>(args, device, stream);
-    case MlaFormat::kFp8:
-      return LaunchDim<MlaFormat::kFp8>(args, device, stream);
-    case MlaFormat::kFp8x656:
-      return LaunchFormat<576, MlaFormat::kFp8x656>(args, device, stream);
-    case MlaFormat::kFp8x584:
-      return LaunchFormat<512, MlaFormat::kFp8x584>(args, device, stream);
-  }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -137,12 +84,19 @@ cudaError_t Launch(const MlaSparseParams& p, void* workspace, cudaStream_t strea
   const int group = HeadsOf(p.heads);
   args.head_groups = (p.heads + group - 1) / group;
   args.splits = Splits(p, facts.processors);
+  args.work_tiles = GridSize(p.tokens * args.head_groups * args.splits);
   if (args.splits > 1) {
     args.partial_lse = static_cast<float*>(workspace);
     args.partial = reinterpret_cast<float*>(static_cast<char*>(workspace) +
                                             LseBytes(p, args.splits));
   }
-  status = LaunchMain(args, device, stream);
+  const int heads = kShareTiles && args.head_groups == 2 ? 128 : group;
+  dispatch(Instances{},
+           std::tuple{Wanted{"format", p.keys.cache.format}, Wanted{"dim", p.dim},
+                      Wanted{"heads", heads}},
+           [&](auto... values) {
+             status = LaunchVariant<decltype(values)::value...>(args, stream);
+           });
   if (status != cudaSuccess || args.splits == 1) return status;
   return LaunchPdl(CombineKernel, dim3(GridSize(p.tokens * p.heads)), dim3(kCombineThreads), stream,
                    args);

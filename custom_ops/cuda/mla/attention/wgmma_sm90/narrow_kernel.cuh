@@ -37,17 +37,24 @@ class NarrowConsumer {
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
-  __device__ __forceinline__ NarrowConsumer(const Arguments& args, const Work& work,
-                                            Shared& shared)
-      : args_(args),
-        work_(work),
-        shared_(shared),
-        warp_(threadIdx.x / 32),
-        lane_(threadIdx.x % 32) {}
+  __device__ __forceinline__ NarrowConsumer(const Arguments& args, Shared& shared)
+      : args_(args), shared_(shared), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
     const float common = StaticScales(args_.p).common;
     const float log2_scale = args_.p.softmax_scale * kLog2E * common;
+    for (unsigned index = blockIdx.x; index < args_.work_tiles; index += gridDim.x) {
+      const Work work(args_, index, kHeads);
+      // All warps have read the last query: they have passed a barrier behind it.
+      LoadQuery<kDim, kHeads, 128>(args_.p, work, threadIdx.x, shared_.query);
+      WaitCopies();
+      SyncNamed<128>(1);
+      RunTile(work, log2_scale, common);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void RunTile(const Work& work, float log2_scale, float common) {
     float out[8][kHeads / 2], scores[kHeads / 2];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -55,13 +62,11 @@ class NarrowConsumer {
       for (int j = 0; j < kHeads / 2; ++j) out[i][j] = 0.0f;
     }
     RowState heads[kColumns];
-    int stage = 0;
-    uint32_t parity = 0;
-    for (int tile = work_.begin; tile < work_.end; ++tile) {
-      Wait(&shared_.barriers.full[stage], parity);
-      Score(stage, scores);
+    for (int tile = work.begin; tile < work.end; ++tile) {
+      Wait(&shared_.barriers.full[stage_], parity_);
+      Score(stage_, scores);
       float rescale[kColumns];
-      Softmax(scores, stage, log2_scale, heads, rescale);
+      Softmax(scores, stage_, log2_scale, heads, rescale);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -69,7 +74,7 @@ class NarrowConsumer {
         KeepFloats(out[i]);
       }
       FenceProducts();
-      const uint32_t values = SharedAddress(shared_.stages.keys[stage]);
+      const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
       const uint64_t right = OperandDescriptor<128>(SharedAddress(shared_.probabilities));
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -83,14 +88,13 @@ class NarrowConsumer {
       WaitGroups<0>();
 #pragma unroll
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
-      ArriveWarp(&shared_.barriers.empty[stage]);
-      stage ^= 1;
-      parity ^= stage == 0;
+      ArriveWarp(&shared_.barriers.empty[stage_]);
+      stage_ ^= 1;
+      parity_ ^= stage_ == 0;
     }
-    Finish(out, heads, common);
+    Finish(work, out, heads, common);
   }
 
- private:
   __device__ __forceinline__ void Score(int stage, float (&scores)[kHeads / 2]) const {
     const uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage]));
     const uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
@@ -183,7 +187,7 @@ class NarrowConsumer {
     SyncNamed<128>(1);
   }
 
-  __device__ __forceinline__ void Finish(const float (&out)[8][kHeads / 2],
+  __device__ __forceinline__ void Finish(const Work& work, const float (&out)[8][kHeads / 2],
                                          RowState (&heads)[kColumns], float common) const {
     const MlaSparseParams& p = args_.p;
     SyncNamed<128>(1);
@@ -195,18 +199,18 @@ class NarrowConsumer {
     SyncNamed<128>(1);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int local = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2, head = work_.head + local;
+      const int local = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2, head = work.head + local;
       if (head >= p.heads) continue;
       RowState row = heads[c];
       row.sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[w][local];
       // Every thread of a head finishes it; the LSE is the same in all.
-      const float factor = FinishRow(args_, work_, head, row, common);
-      const int64_t at = (work_.token * p.heads + head) * kMlaValueDim + 16 * warp_ + lane_ / 4;
+      const float factor = FinishRow(args_, work, head, row, common);
+      const int64_t at = (work.token * p.heads + head) * kMlaValueDim + 16 * warp_ + lane_ / 4;
       if (args_.splits > 1) {
-        if (work_.begin >= work_.end) continue;  // an LSE of -inf: nobody reads it
-        float* target = args_.partial + work_.split * p.tokens * p.heads * kMlaValueDim + at;
+        if (work.begin >= work.end) continue;  // an LSE of -inf: nobody reads it
+        float* target = args_.partial + work.split * p.tokens * p.heads * kMlaValueDim + at;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           target[64 * i] = out[i][4 * (c / 2) + c % 2] * factor;
@@ -226,9 +230,10 @@ class NarrowConsumer {
   }
 
   const Arguments& args_;
-  const Work& work_;
   Shared& shared_;
   int warp_, lane_;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
 };
 
 template <int kDim, MlaFormat kFormat, int kHeads>
@@ -247,16 +252,15 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   __syncthreads();
   PdlWait();
   PdlLaunchDependents();
-  const Work work(args, kHeads);
   if (threadIdx.x >= 128) {
-    Gather<kDim, kFormat, 1>(args, work, shared.stages.keys[0], shared.barriers, threadIdx.x - 128)
-        .Run();
+    Gather<kDim, kFormat, 1> gather(args, shared.stages.keys[0], shared.barriers,
+                                    threadIdx.x - 128);
+    for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
+      gather.Run(Work(args, index, kHeads));
+    }
     return;
   }
-  LoadQuery<kDim, kHeads, 128>(args.p, work, threadIdx.x, shared.query);
-  FenceAsyncProxy();
-  SyncNamed<128>(1);
-  NarrowConsumer<kDim, kHeads>(args, work, shared).Run();
+  NarrowConsumer<kDim, kHeads>(args, shared).Run();
 #else
   __trap();
 #endif

@@ -6,8 +6,11 @@
 //  - consumer 1: O[:, 256..511] += P V, with P and the rescaling factors from shared memory;
 //  - two of producers (gather.cuh), which fill two stages of 64 keys.
 //
+// The producers are ahead: they fill stages for the next work tile during the epilogue.
+//
 // Barriers (mbarriers): full/empty of the stages; probabilities_full/probabilities_empty of P.
-// Named barriers: 1: the query lies in shared memory; 2: factors of the epilogue do.
+// Named barriers: 1: the query lies in shared memory; 2: factors of the epilogue do, and the query
+// has been read.
 #pragma once
 
 #include <cstdint>
@@ -74,41 +77,55 @@ class WideConsumer {
   using Shared = WideShared<kDim>;
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
 
-  __device__ __forceinline__ WideConsumer(const Arguments& args, const Work& work, Shared& shared)
-      : args_(args),
-        work_(work),
-        shared_(shared),
-        warp_(threadIdx.x / 32 % 4),
-        lane_(threadIdx.x % 32) {}
+  __device__ __forceinline__ WideConsumer(const Arguments& args, Shared& shared)
+      : args_(args), shared_(shared), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
 
-  // Consumer 0.
-  __device__ __forceinline__ void RunScores() {
-    const float log2_scale =
-        args_.p.softmax_scale * kLog2E * StaticScales(args_.p).common;
-    HalfOutput out;
-    Clear(out);
-    RowState rows[2];
-    if (work_.begin < work_.end) Mainloop(log2_scale, out, rows);
-    Finish(rows);
-    SyncNamed<256>(2);
-    Store(out, 0);
+  // kIndex: consumer 0 or 1.
+  template <int kIndex>
+  __device__ __forceinline__ void Run() {
+    const float log2_scale = args_.p.softmax_scale * kLog2E * StaticScales(args_.p).common;
+    LoadQuery<kDim, kWideHeads, 256>(args_.p, Work(args_, blockIdx.x, kWideHeads), threadIdx.x,
+                                     shared_.query);
+    for (unsigned index = blockIdx.x; index < args_.work_tiles; index += gridDim.x) {
+      const Work work(args_, index, kWideHeads);
+      HalfOutput out;
+      Clear(out);
+      WaitCopies();
+      SyncNamed<256>(1);
+      if constexpr (kIndex == 0) {
+        RowState rows[2];
+        if (work.begin < work.end) RunScores(work, log2_scale, out, rows);
+        Finish(work, rows);
+      } else {
+        RunOutputs(work, out);
+      }
+      SyncNamed<256>(2);
+      if (index + gridDim.x < args_.work_tiles) {
+        LoadQuery<kDim, kWideHeads, 256>(args_.p, Work(args_, index + gridDim.x, kWideHeads),
+                                         threadIdx.x, shared_.query);
+      }
+      Store(work, out, 256 * kIndex);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void Advance() {
+    ++tiles_;
+    stage_ ^= 1;
+    parity_ ^= stage_ == 0;
   }
 
   // Consumer 1.
-  __device__ __forceinline__ void RunOutputs() {
-    HalfOutput out;
-    Clear(out);
-    int stage = 0;
-    uint32_t parity = 0;
+  __device__ __forceinline__ void RunOutputs(const Work& work, HalfOutput& out) {
     const uint64_t left = OperandDescriptor<128>(SharedAddress(shared_.probabilities));
-    for (int tile = work_.begin; tile < work_.end; ++tile) {
-      WaitFull(stage, parity);
-      Wait(&shared_.probabilities_full, (tile - work_.begin) & 1);
+    for (int tile = work.begin; tile < work.end; ++tile) {
+      WaitFull();
+      Wait(&shared_.probabilities_full, tiles_ & 1);
       const int row = 16 * warp_ + lane_ / 4;
       Rescale(out, shared_.rescale[row], shared_.rescale[row + 8]);
       Keep(out);
       FenceProducts();
-      const uint32_t values = SharedAddress(shared_.stages.keys[stage]) + 4 * kBlockBytes;
+      const uint32_t values = SharedAddress(shared_.stages.keys[stage_]) + 4 * kBlockBytes;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
@@ -119,34 +136,27 @@ class WideConsumer {
       WaitGroups<0>();
       Keep(out);
       ArriveWarp(&shared_.probabilities_empty);
-      ArriveStage<kCluster>(&shared_.barriers.empty[stage]);
-      stage ^= 1;
-      parity ^= stage == 0;
+      ArriveStage<kCluster>(&shared_.barriers.empty[stage_]);
+      Advance();
     }
-    SyncNamed<256>(2);
-    Store(out, 256);
   }
 
- private:
-  // Of consumer 0. The products of the next scores follow those of the outputs, so that nothing but
-  // the softmax has the tensor cores wait.
-  __device__ __forceinline__ void Mainloop(float log2_scale, HalfOutput& out,
-                                           RowState (&rows)[2]) {
+  // Consumer 0. The products of the next scores follow those of the outputs, so that nothing but the
+  // softmax has the tensor cores wait.
+  __device__ __forceinline__ void RunScores(const Work& work, float log2_scale, HalfOutput& out,
+                                            RowState (&rows)[2]) {
     float scores[32];
-    int stage = 0;
-    uint32_t parity = 0;
-    WaitFull(0, 0);
-    Score(0, scores);
+    WaitFull();
+    Score(scores);
     WaitGroups<0>();
     KeepFloats(scores);
-    for (int tile = work_.begin; tile + 1 < work_.end; ++tile) {
+    for (int tile = work.begin; tile + 1 < work.end; ++tile) {
       uint32_t pairs[16];
-      Weigh(scores, stage, tile, log2_scale, out, rows, pairs);
-      const int used = stage;
-      stage ^= 1;
-      parity ^= stage == 0;
-      WaitFull(stage, parity);
-      Score(stage, scores);
+      Weigh(scores, log2_scale, out, rows, pairs);
+      const int used = stage_;
+      Advance();
+      WaitFull();
+      Score(scores);
       WaitGroups<1>();
       ArriveStage<kCluster>(&shared_.barriers.empty[used]);
       WaitGroups<0>();
@@ -155,25 +165,26 @@ class WideConsumer {
       KeepRegisters(pairs);
     }
     uint32_t pairs[16];
-    Weigh(scores, stage, work_.end - 1, log2_scale, out, rows, pairs);
+    Weigh(scores, log2_scale, out, rows, pairs);
     WaitGroups<0>();
     Keep(out);
     KeepRegisters(pairs);
+    ArriveStage<kCluster>(&shared_.barriers.empty[stage_]);
+    Advance();
   }
 
   // Softmax of a tile's scores, and issue of O += P V.
-  __device__ __forceinline__ void Weigh(float (&scores)[32], int stage, int tile, float log2_scale,
-                                        HalfOutput& out, RowState (&rows)[2],
-                                        uint32_t (&pairs)[16]) {
+  __device__ __forceinline__ void Weigh(float (&scores)[32], float log2_scale, HalfOutput& out,
+                                        RowState (&rows)[2], uint32_t (&pairs)[16]) {
     float rescale[2];
-    Softmax(scores, shared_.barriers.valid[stage], log2_scale, rows, rescale, pairs);
-    Wait(&shared_.probabilities_empty, (tile - work_.begin + 1) & 1);
+    Softmax(scores, shared_.barriers.valid[stage_], log2_scale, rows, rescale, pairs);
+    Wait(&shared_.probabilities_empty, (tiles_ + 1) & 1);
     Share(pairs, rescale);
     Rescale(out, rescale[0], rescale[1]);
     Keep(out);
     KeepRegisters(pairs);
     FenceProducts();
-    const uint32_t values = SharedAddress(shared_.stages.keys[stage]);
+    const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
@@ -184,15 +195,15 @@ class WideConsumer {
     CommitProducts();
   }
 
-  __device__ __forceinline__ void WaitFull(int stage, uint32_t parity) const {
-    WaitStage<kCluster>(&shared_.barriers.full[stage], parity);
+  __device__ __forceinline__ void WaitFull() const {
+    WaitStage<kCluster>(&shared_.barriers.full[stage_], parity_);
     if constexpr (kCluster == 2) FenceStage<kCluster>();  // after the other CTA's stores
   }
 
   // Issues S = Q K^T of a stage.
-  __device__ __forceinline__ void Score(int stage, float (&scores)[32]) const {
+  __device__ __forceinline__ void Score(float (&scores)[32]) const {
     uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
-    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage]));
+    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage_]));
     // Else the compiler keeps the descriptors of all products in registers, and has none left.
     asm volatile("" : "+l"(query), "+l"(keys));
     FenceProducts();
@@ -273,33 +284,33 @@ class WideConsumer {
     ArriveWarp(&shared_.probabilities_full);
   }
 
-  __device__ __forceinline__ void Finish(RowState (&rows)[2]) const {
+  __device__ __forceinline__ void Finish(const Work& work, RowState (&rows)[2]) const {
     const float common = StaticScales(args_.p).common;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 1);
       rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 2);
       const int row = 16 * warp_ + lane_ / 4 + 8 * h;
-      if (lane_ % 4 == 0 && work_.head + row < args_.p.heads) {
-        shared_.factor[row] = FinishRow(args_, work_, work_.head + row, rows[h], common);
+      if (lane_ % 4 == 0 && work.head + row < args_.p.heads) {
+        shared_.factor[row] = FinishRow(args_, work, work.head + row, rows[h], common);
       }
     }
   }
 
   // Writes 256 channels of the outputs from `channel` on.
-  __device__ __forceinline__ void Store(const HalfOutput& out, int channel) const {
+  __device__ __forceinline__ void Store(const Work& work, const HalfOutput& out, int channel) const {
     const MlaSparseParams& p = args_.p;
     const bool partial = args_.splits > 1;
-    if (partial && work_.begin >= work_.end) return;  // an LSE of -inf: nobody reads it
+    if (partial && work.begin >= work.end) return;  // an LSE of -inf: nobody reads it
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = 16 * warp_ + lane_ / 4 + 8 * h, head = work_.head + row;
+      const int row = 16 * warp_ + lane_ / 4 + 8 * h, head = work.head + row;
       if (head >= p.heads) continue;
       const float factor = shared_.factor[row];
       const int64_t at =
-          (work_.token * p.heads + head) * kMlaValueDim + channel + 2 * (lane_ % 4);
+          (work.token * p.heads + head) * kMlaValueDim + channel + 2 * (lane_ % 4);
       if (partial) {
-        float* target = args_.partial + work_.split * p.tokens * p.heads * kMlaValueDim + at;
+        float* target = args_.partial + work.split * p.tokens * p.heads * kMlaValueDim + at;
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
           *reinterpret_cast<float2*>(target + 8 * j) =
@@ -319,9 +330,11 @@ class WideConsumer {
   }
 
   const Arguments& args_;
-  const Work& work_;
   Shared& shared_;
   int warp_, lane_;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+  uint32_t tiles_ = 0;  // so far
 };
 
 template <int kDim, int kCluster>
@@ -350,24 +363,19 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   }
   PdlWait();
   PdlLaunchDependents();
-  const Work work(args, kWideHeads);
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat, kCluster>(args, work, shared.stages.keys[0], shared.barriers,
-                                    threadIdx.x - 256)
-        .Run();
-  } else {
-    LoadQuery<kDim, kWideHeads, 256>(args.p, work, threadIdx.x, shared.query);
-    FenceAsyncProxy();
-    SyncNamed<256>(1);
-    WideConsumer<kDim, kCluster> consumer(args, work, shared);
-    if (threadIdx.x < 128) {
-      ClaimRegisters<kScoreRegisters>();
-      consumer.RunScores();
-    } else {
-      ClaimRegisters<kOutputRegisters>();
-      consumer.RunOutputs();
+    Gather<kDim, kFormat, kCluster> gather(args, shared.stages.keys[0], shared.barriers,
+                                           threadIdx.x - 256);
+    for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
+      gather.Run(Work(args, index, kWideHeads));
     }
+  } else if (threadIdx.x < 128) {
+    ClaimRegisters<kScoreRegisters>();
+    WideConsumer<kDim, kCluster>(args, shared).template Run<0>();
+  } else {
+    ClaimRegisters<kOutputRegisters>();
+    WideConsumer<kDim, kCluster>(args, shared).template Run<1>();
   }
   if constexpr (kCluster == 2) {
     // Nobody may write to the shared memory of a CTA that has ended.

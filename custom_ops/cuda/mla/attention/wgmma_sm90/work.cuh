@@ -1,7 +1,8 @@
 // What the CTAs of sparse latent attention do, and what their kernels share.
 //
-// A CTA takes one query token, a group of its heads, and a split of its keys: a contiguous range of
-// key tiles. The tiles of the second selection follow those of the first.
+// A work tile is one query token, a group of its heads, and a split of its keys: a contiguous range
+// of key tiles. The tiles of the second selection follow those of the first. The grid is
+// persistent: a CTA takes every gridDim.x-th work tile.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,9 +10,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/common/divisor.cuh"
 #include "cuda/common/mbarrier.cuh"
-#include "params/mla_attention.h"
+#include "cuda/mla/attention/wgmma_sm90/variant.h"
 
 namespace fastattn::cuda::mla_sm90 {
 
@@ -23,23 +23,13 @@ inline constexpr int kBlockBytes = kKeys * 128;  // 64 channels of a tile, rows 
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
-// Arguments of both kernels and of the one that combines splits.
-struct Arguments {
-  MlaSparseParams p;
-  Divisor page_size[2];
-  int head_groups = 1;
-  int splits = 1;
-  float* partial = nullptr;      // [splits, tokens, heads, 512]
-  float* partial_lse = nullptr;  // [splits, tokens, heads], base 2; -inf: no key
-};
-
 __device__ __forceinline__ int LengthOf(const MlaSelection& s, int64_t token) {
   if (s.topk == 0) return 0;
   const int length = s.lengths == nullptr ? s.topk : s.lengths[token];
   return min(max(length, 0), s.topk);
 }
 
-// Work of this CTA.
+// A work tile.
 struct Work {
   int64_t token;
   int head;  // the first one
@@ -48,17 +38,18 @@ struct Work {
   int first_extra;  // tile at which the second selection begins
   int begin, end;   // tiles
 
-  __device__ __forceinline__ Work(const Arguments& args, int heads_per_group) {
-    const unsigned item = blockIdx.x / args.head_groups;  // groups of a token run side by side
-    head = blockIdx.x % args.head_groups * heads_per_group;
+  __device__ __forceinline__ Work(const Arguments& args, unsigned index, int heads_per_group) {
+    const unsigned item = index / args.head_groups;  // groups of a token run side by side
+    head = index % args.head_groups * heads_per_group;
     token = item / args.splits;
     split = item % args.splits;
     lengths[0] = LengthOf(args.p.keys, token);
     lengths[1] = LengthOf(args.p.extra, token);
     first_extra = (lengths[0] + kKeys - 1) / kKeys;
     const int tiles = first_extra + (lengths[1] + kKeys - 1) / kKeys;
-    begin = static_cast<int>(static_cast<int64_t>(tiles) * split / args.splits);
-    end = static_cast<int>(static_cast<int64_t>(tiles) * (split + 1) / args.splits);
+    const int each = static_cast<unsigned>(tiles) / args.splits, rest = tiles - each * static_cast<int>(args.splits);
+    begin = split * each + min(split, rest);
+    end = begin + each + (split < rest);
   }
 };
 
@@ -79,21 +70,33 @@ struct StaticScales {
   }
 };
 
-// Bytes of query, all heads of the group in rows of 128 bytes, swizzled: block after block of 64
-// channels.
+// 16 bytes into shared memory, asynchronously; zeros unless `valid`.
+__device__ __forceinline__ void CopyOrZero(uint32_t target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Waits for the thread's copies, and orders them before wgmma.
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  FenceAsyncProxy();
+}
+
+// Starts to copy the query: heads of the group in rows of 128 bytes, swizzled, block after block of
+// 64 channels.
 template <int kDim, int kRows, int kThreads>
 __device__ __forceinline__ void LoadQuery(const MlaSparseParams& p, const Work& work, int thread,
                                           uint8_t* shared) {
   constexpr int kChunks = kDim / 8;
   const uint16_t* q = p.q + work.token * p.q_token_stride + work.head * p.q_head_stride;
   const int heads = p.heads - work.head;
-#pragma unroll 9
+#pragma unroll 2
   for (int i = thread; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (row < heads) x = *reinterpret_cast<const uint4*>(q + row * p.q_head_stride + 8 * chunk);
     const int at = chunk / 8 * (kRows * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
-    *reinterpret_cast<uint4*>(shared + at) = x;
+    CopyOrZero(SharedAddress(shared + at), row < heads ? q + row * p.q_head_stride + 8 * chunk : q,
+               row < heads);
   }
 }
 
