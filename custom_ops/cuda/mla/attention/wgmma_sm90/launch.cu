@@ -61,8 +61,8 @@ bool Takes(const MlaSparseParams& p) {
   return p.heads > 0 && (p.dim == 576 || p.dim == 512) && SelectionFits(p.keys, p.dim) &&
          (p.extra.topk == 0 || (SelectionFits(p.extra, p.dim) &&
                                 p.extra.cache.format == p.keys.cache.format)) &&
-         reinterpret_cast<intptr_t>(p.q) % 16 == 0 && aligned(p.q_token_stride) &&
-         aligned(p.q_head_stride);
+         reinterpret_cast<intptr_t>(p.q) % 16 == 0 && reinterpret_cast<intptr_t>(p.out) % 16 == 0 &&
+         aligned(p.q_token_stride) && aligned(p.q_head_stride);
 }
 
 int64_t WorkspaceBytes(const MlaSparseParams& p, int processors) {

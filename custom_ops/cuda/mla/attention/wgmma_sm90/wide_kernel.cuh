@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "cuda/common/pdl.cuh"
+#include "cuda/common/quad.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/common/wgmma_half.cuh"
 #include "cuda/mla/attention/wgmma_sm90/finish.cuh"
@@ -305,25 +306,33 @@ class WideConsumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = 16 * warp_ + lane_ / 4 + 8 * h, head = work.head + row;
-      if (head >= p.heads) continue;
-      const float factor = shared_.factor[row];
-      const int64_t at =
-          (work.token * p.heads + head) * kMlaValueDim + channel + 2 * (lane_ % 4);
+      const bool exists = head < p.heads;
+      const float factor = exists ? shared_.factor[row] : 0.0f;
+      const int64_t at = (work.token * p.heads + head) * kMlaValueDim + channel;
       if (partial) {
+        if (!exists) continue;
         float* target = args_.partial + work.split * p.tokens * p.heads * kMlaValueDim + at;
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
-          *reinterpret_cast<float2*>(target + 8 * j) =
+          *reinterpret_cast<float2*>(target + 8 * j + 2 * (lane_ % 4)) =
               make_float2(out[j / 16][4 * (j % 16) + 2 * h] * factor,
                           out[j / 16][4 * (j % 16) + 2 * h + 1] * factor);
         }
       } else {
-        uint16_t* target = p.out + at;
 #pragma unroll
-        for (int j = 0; j < 32; ++j) {
-          *reinterpret_cast<uint32_t*>(target + 8 * j) = PackPair<DType::kBFloat16>(
-              out[j / 16][4 * (j % 16) + 2 * h] * factor,
-              out[j / 16][4 * (j % 16) + 2 * h + 1] * factor);
+        for (int j = 0; j < 32; j += 4) {  // four lanes exchange 32 channels: 8 for each
+          uint32_t words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int from = 4 * ((j + i) % 16) + 2 * h;
+            words[i] = PackPair<DType::kBFloat16>(out[j / 16][from] * factor,
+                                                  out[j / 16][from + 1] * factor);
+          }
+          TransposeQuad(words);
+          if (exists) {
+            *reinterpret_cast<uint4*>(p.out + at + 8 * j + 8 * (lane_ % 4)) =
+                make_uint4(words[0], words[1], words[2], words[3]);
+          }
         }
       }
     }
