@@ -93,7 +93,7 @@ FP8 = ("kE4M3", "kE5M2")
 HEAD_DIMS = (64, 128)
 EITHER = (False, True)
 INDEX_HEADS = (8, 16, 32, 64)
-MLA_HEADS = (8, 16, 64, 128)
+MLA_HEADS = (8, 16, 64)
 
 FAMILIES = (
     Family(

@@ -1,20 +1,13 @@
 // Producer warps of sparse latent attention: they gather the tokens that a query names, turn codes
 // into bf16, and write key tiles as wgmma takes them.
 //
-// A warp has eight keys of each tile, in two passes of four; eight lanes share a key. Keys go
-// through registers, so that the loads of the next pass are in flight while one is converted; only
-// bf16 rows of a CTA alone are copied asynchronously. Masked keys are zeros, and their memory is
-// not read.
-//
-// In a cluster of two CTAs, which have the same keys and other heads, each CTA gathers half of a
-// tile and writes it to both: a warp has four keys, one pass. A stage is full or empty when both
-// CTAs have arrived.
+// A warp has 8 or 16 keys of each tile, in passes of four; eight lanes share a key. Codes go through
+// registers: those of the next tile, or of the next two, are in flight while one is converted. bf16
+// rows are copied asynchronously. Masked keys are zeros, and their memory is not read.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
-#include "cuda/common/cluster.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/mla/attention/wgmma_sm90/work.cuh"
@@ -37,57 +30,6 @@ struct StageBarriers {
 // Whether all keys of a tile exist.
 __device__ __forceinline__ bool AllValid(const uint4& valid) {
   return (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
-}
-
-template <int kCluster>
-__device__ __forceinline__ bool TryWaitStage(uint64_t* barrier, uint32_t parity) {
-  if constexpr (kCluster == 1) return TryWait(barrier, parity);
-  uint32_t done;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(done)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// Waits for a stage's barrier, at which the other CTA of the cluster arrives too.
-template <int kCluster>
-__device__ __forceinline__ void WaitStage(uint64_t* barrier, uint32_t parity) {
-#if defined(FASTATTN_SPIN_LIMIT)
-  const long long start = clock64();
-  while (!TryWaitStage<kCluster>(barrier, parity)) {
-    if (clock64() - start > FASTATTN_SPIN_LIMIT) __trap();
-  }
-#else
-  while (!TryWaitStage<kCluster>(barrier, parity)) {
-  }
-#endif
-}
-
-// Arrives for a warp at a stage's barrier, in both CTAs of a cluster.
-template <int kCluster>
-__device__ __forceinline__ void ArriveStage(uint64_t* barrier) {
-  ArriveWarp(barrier);
-  if constexpr (kCluster == 2) {
-    if (ArrivesForWarp(threadIdx.x % 32)) {
-      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                       AddressInCluster(ClusterRank() ^ 1, SharedAddress(barrier)))
-                   : "memory");
-    }
-  }
-}
-
-// FenceAsyncProxy also for the other CTA's shared memory.
-template <int kCluster>
-__device__ __forceinline__ void FenceStage() {
-  if constexpr (kCluster == 1) {
-    FenceAsyncProxy();
-  } else {
-    asm volatile("fence.proxy.async;" ::: "memory");
-  }
 }
 
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* address) {
@@ -118,23 +60,11 @@ __device__ __forceinline__ void StoreShared(uint32_t address, const uint4& x) {
                : "memory");
 }
 
-__device__ __forceinline__ void StoreCluster(uint32_t address, const uint4& x) {
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x),
-               "r"(x.y), "r"(x.z), "r"(x.w)
-               : "memory");
-}
-
 // One lane's share of a key: 16 codes of each 128, and 16 bytes of what follows.
-struct CodePart {
+struct KeyPart {
   uint4 codes[4];
   uint4 rope;
   uint2 scales;  // fp32 scale lane % 4, all exponents, or whether the key exists
-};
-
-// The same of a bf16 row: 16 bytes of each 128.
-template <int kDim>
-struct RowPart {
-  uint4 pieces[kDim / 64];
 };
 
 // 16 codes times a scale, as bf16.
@@ -158,20 +88,13 @@ __device__ __forceinline__ float PowerOfTwo(uint32_t exponent) {
   return __uint_as_float(exponent << 23 | special);
 }
 
-template <int kDim, MlaFormat kFormat, int kCluster>
+// kWarps gather the keys; kAhead tiles are in flight.
+template <int kDim, MlaFormat kFormat, int kWarps, int kAhead>
 class Gather {
  public:
   __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys, StageBarriers& barriers,
                                     int thread)
-      : args_(args),
-        barriers_(barriers),
-        lane_(thread % 32),
-        first_row_(thread / 32 * kRows) {
-    if constexpr (kCluster == 2) {
-      const uint32_t rank = ClusterRank();
-      first_row_ += static_cast<int>(rank) * (kKeys / 2);
-      other_ = AddressInCluster(rank ^ 1, SharedAddress(keys)) - SharedAddress(keys);
-    }
+      : args_(args), barriers_(barriers), lane_(thread % 32), first_row_(thread / 32 * kRows) {
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
     piece_ = address + ((share ^ (row & 7)) << 4);
@@ -186,20 +109,17 @@ class Gather {
   // Gathers the keys of a work tile.
   __device__ __forceinline__ void Run(const Work& work) {
     if (work.begin >= work.end) return;
-    if constexpr (kBf16 && kCluster == 1) {
+    if constexpr (kFormat == MlaFormat::kBf16) {
       RunCopies(work);
-    } else if constexpr (kCluster == 1) {
-      RunPasses(work);
     } else {
-      RunTiles(work);
+      RunCodes(work);
     }
   }
 
  private:
-  static constexpr bool kBf16 = kFormat == MlaFormat::kBf16;
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
-  static constexpr int kRows = kKeys / kProducerWarps / kCluster;  // of a warp
-  using Part = std::conditional_t<kBf16, RowPart<kDim>, CodePart>;
+  static constexpr int kRows = kKeys / kWarps;  // of a warp
+  static constexpr int kPasses = kRows / 4;
 
   // Of the key that this lane finds: row lane % kRows of the warp's. page < 0: masked.
   struct Place {
@@ -243,28 +163,20 @@ class Gather {
   }
 
   __device__ __forceinline__ void Load(const Work& work, int tile, const Place& place, int pass,
-                                       Part* part) const {
+                                       KeyPart* part) const {
     const uint8_t* scales = nullptr;
     const uint8_t* key = AddressOf(work, tile, place, pass, &scales);
     const uint4 zero = make_uint4(0, 0, 0, 0);
     const int share = lane_ % 8 * 16;
-    if constexpr (kBf16) {
 #pragma unroll
-      for (int i = 0; i < kDim / 64; ++i) part->pieces[i] = zero;
-      if (key == nullptr) return;
-#pragma unroll
-      for (int i = 0; i < kDim / 64; ++i) part->pieces[i] = LoadOnce(key + 128 * i + share);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) part->codes[i] = zero;
-      part->rope = zero;
-      part->scales = make_uint2(0, 0);
-      if (key != nullptr) LoadCodes(key, scales, share, part);
-    }
+    for (int i = 0; i < 4; ++i) part->codes[i] = zero;
+    part->rope = zero;
+    part->scales = make_uint2(0, 0);
+    if (key != nullptr) LoadCodes(key, scales, share, part);
   }
 
   __device__ __forceinline__ void LoadCodes(const uint8_t* key, const uint8_t* scales, int share,
-                                            CodePart* part) const {
+                                            KeyPart* part) const {
     constexpr bool kHalfTile = kFormat == MlaFormat::kFp8x584;  // 448 codes
 #pragma unroll
     for (int i = 0; i < (kHalfTile ? 3 : 4); ++i) {
@@ -284,7 +196,7 @@ class Gather {
   }
 
   // Scale of the lane's codes i.
-  __device__ __forceinline__ float ScaleOf(const CodePart& part, int i, bool extra) const {
+  __device__ __forceinline__ float ScaleOf(const KeyPart& part, int i, bool extra) const {
     if constexpr (kFormat == MlaFormat::kFp8x656) {
       return __uint_as_float(__shfl_sync(kFullWarp, part.scales.x, (lane_ & ~7) + i));
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
@@ -297,11 +209,6 @@ class Gather {
     }
   }
 
-  __device__ __forceinline__ void Put(uint32_t address, const uint4& x) const {
-    StoreShared(address, x);
-    if constexpr (kCluster == 2) StoreCluster(address + other_, x);
-  }
-
   // Stores what became of codes i of a key, 32 bytes in a block. The lanes of a key would meet in
   // the same banks if all began with the first half.
   __device__ __forceinline__ void PutCodes(uint32_t address, int i, const uint4 (&x)[2]) const {
@@ -310,91 +217,81 @@ class Gather {
       first = x[1];
       second = x[0];
     }
-    Put(address + i * (2 * kBlockBytes), first);
-    Put((address ^ 16) + i * (2 * kBlockBytes), second);
+    StoreShared(address + i * (2 * kBlockBytes), first);
+    StoreShared((address ^ 16) + i * (2 * kBlockBytes), second);
   }
 
-  __device__ __forceinline__ void Convert(bool extra, const Part& part, int pass, int stage) const {
-    // A pass is four rows, half a swizzle pattern.
-    const uint32_t rows = stage * kStageBytes + 512 * pass;
-    const uint32_t piece = (piece_ ^ (64 * pass)) + rows;
-    if constexpr (kBf16) {
+  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) const {
+    const uint32_t rows = RowsOf(pass);
+    const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
 #pragma unroll
-      for (int i = 0; i < kDim / 64; ++i) Put(piece + i * kBlockBytes, part.pieces[i]);
-    } else {
-      const uint32_t codes = (codes_ ^ (64 * pass)) + rows;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint4 x[2];
-        Dequantize(part.codes[i], ScaleOf(part, i, extra), x);
-        if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
-        PutCodes(codes, i, x);
-      }
-      if constexpr (kFormat != MlaFormat::kFp8) {
-        Put(piece + (kFormat == MlaFormat::kFp8x584 ? 7 : 8) * kBlockBytes, part.rope);
-      } else if (kDim > 512 && (lane_ & 4) == 0) {
-        uint4 x[2];
-        Dequantize(part.rope, ScaleOf(part, 4, extra), x);
-        PutCodes(codes, 4, x);
-      }
+    for (int i = 0; i < 4; ++i) {
+      uint4 x[2];
+      Dequantize(part.codes[i], ScaleOf(part, i, extra), x);
+      if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
+      PutCodes(codes, i, x);
+    }
+    if constexpr (kFormat != MlaFormat::kFp8) {
+      constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
+      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes, part.rope);
+    } else if (kDim > 512 && (lane_ & 4) == 0) {
+      uint4 x[2];
+      Dequantize(part.rope, ScaleOf(part, 4, extra), x);
+      PutCodes(codes, 4, x);
     }
   }
 
-  __device__ __forceinline__ void Publish(const Place& place, int stage) const {
-    const uint32_t bits = __ballot_sync(kFullWarp, place.page >= 0);
+  // Where the keys of a pass begin. A pass is four rows, half a swizzle pattern: in every other one
+  // the lanes' places are turned.
+  __device__ __forceinline__ uint32_t RowsOf(int pass) const {
+    return stage_ * kStageBytes + 512 * pass;
+  }
+  static __device__ __forceinline__ uint32_t Turn(int pass) { return 64 * (pass % 2); }
+
+  __device__ __forceinline__ uint32_t ValidBits(const Place& place) const {
+    return __ballot_sync(kFullWarp, place.page >= 0);
+  }
+
+  // valid: bit i: row i of the warp's exists.
+  __device__ __forceinline__ void Publish(uint32_t valid) {
     if (lane_ < kRows / 4) {
-      const uint32_t address = SharedAddress(&barriers_.valid[stage]) + first_row_ / 4 + lane_;
-      const uint32_t valid = bits >> (4 * lane_) & 15;
-      asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(valid) : "memory");
-      if constexpr (kCluster == 2) {
-        asm volatile("st.shared::cluster.u8 [%0], %1;" ::"r"(address + other_), "r"(valid)
-                     : "memory");
-      }
+      reinterpret_cast<uint8_t*>(&barriers_.valid[stage_])[first_row_ / 4 + lane_] =
+          static_cast<uint8_t>(valid >> (4 * lane_) & 15);
     }
-    FenceStage<kCluster>();
-    ArriveStage<kCluster>(&barriers_.full[stage]);
-  }
-
-  __device__ __forceinline__ void Advance() {
+    FenceAsyncProxy();
+    ArriveWarp(&barriers_.full[stage_]);
     stage_ ^= 1;
     parity_ ^= stage_ == 0;
   }
 
-  // Two passes a tile.
-  __device__ __forceinline__ void RunPasses(const Work& work) {
-    Place place = Locate(work, work.begin, FindSlot(work, work.begin));
-    int next_slot = FindSlot(work, work.begin + 1);
-    Part first, second;
-    Load(work, work.begin, place, 0, &first);
-    for (int tile = work.begin; tile < work.end; ++tile) {
-      Load(work, tile, place, 1, &second);
-      const Place next = Locate(work, tile + 1, next_slot);
-      next_slot = FindSlot(work, tile + 2);
-      Wait(&barriers_.empty[stage_], parity_);
-      Convert(tile >= work.first_extra, first, 0, stage_);
-      Load(work, tile + 1, next, 0, &first);
-      Convert(tile >= work.first_extra, second, 1, stage_);
-      Publish(place, stage_);
-      place = next;
-      Advance();
+  __device__ __forceinline__ void RunCodes(const Work& work) {
+    KeyPart parts[kAhead][kPasses];
+    uint32_t valid[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int tile = work.begin + a;
+      const Place place = Locate(work, tile, FindSlot(work, tile));
+      valid[a] = ValidBits(place);
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) Load(work, tile, place, i, &parts[a][i]);
     }
-  }
-
-  // One pass a tile. The next one is loaded when registers are free for it.
-  __device__ __forceinline__ void RunTiles(const Work& work) {
-    Place place = Locate(work, work.begin, FindSlot(work, work.begin));
-    int next_slot = FindSlot(work, work.begin + 1);
-    Part part;
-    Load(work, work.begin, place, 0, &part);
-    for (int tile = work.begin; tile < work.end; ++tile) {
-      const Place next = Locate(work, tile + 1, next_slot);
-      next_slot = FindSlot(work, tile + 2);
-      WaitStage<kCluster>(&barriers_.empty[stage_], parity_);
-      Convert(tile >= work.first_extra, part, 0, stage_);
-      Load(work, tile + 1, next, 0, &part);
-      Publish(place, stage_);
-      place = next;
-      Advance();
+    int slot = FindSlot(work, work.begin + kAhead);
+    for (int first = work.begin; first < work.end; first += kAhead) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int tile = first + a, later = tile + kAhead;
+        if (tile >= work.end) break;
+        const Place place = Locate(work, later, slot);
+        slot = FindSlot(work, later + 1);
+        Wait(&barriers_.empty[stage_], parity_);
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i) {
+          Convert(tile >= work.first_extra, parts[a][i], i);
+          Load(work, later, place, i, &parts[a][i]);
+        }
+        Publish(valid[a]);
+        valid[a] = ValidBits(place);
+      }
     }
   }
 
@@ -405,7 +302,7 @@ class Gather {
       next_slot = FindSlot(work, tile + 1);
       Wait(&barriers_.empty[stage_], parity_);
 #pragma unroll
-      for (int pass = 0; pass < 2; ++pass) {
+      for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;
         const uint8_t* none = nullptr;
         const uint8_t* key = AddressOf(work, tile, place, pass, &none);
@@ -413,15 +310,14 @@ class Gather {
         // Any memory of the cache will do for an address that is not read.
         key = valid ? key + 16 * share : static_cast<const uint8_t*>(args_.p.keys.cache.data);
         const int step = valid ? 128 : 0;
-        const uint32_t target = (piece_ ^ (64 * pass)) + stage_ * kStageBytes + 512 * pass;
+        const uint32_t target = (piece_ ^ Turn(pass)) + RowsOf(pass);
 #pragma unroll
         for (int i = 0; i < kDim / 64; ++i) {
           CopyOrZero(target + i * kBlockBytes, key + step * i, valid);
         }
       }
       WaitCopies();
-      Publish(place, stage_);
-      Advance();
+      Publish(ValidBits(place));
     }
   }
 
@@ -433,7 +329,6 @@ class Gather {
   int first_row_;       // of this warp in a tile
   uint32_t piece_;      // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
   uint32_t codes_;      // where its first 16 codes go, the half that it stores first
-  uint32_t other_ = 0;  // from an address to the other CTA's, modulo 2^32
   float multiplier_[2] = {1.0f, 1.0f};
 };
 

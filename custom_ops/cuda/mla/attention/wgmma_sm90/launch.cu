@@ -12,7 +12,6 @@ namespace fastattn::cuda::mla_sm90 {
 
 namespace {
 
-constexpr bool kShareTiles = true;  // two groups of heads gather each tile once
 constexpr int kFixedTiles = 3;  // what a CTA costs beside its tiles, in tiles
 
 bool SelectionFits(const MlaSelection& s, int dim) {
@@ -90,10 +89,9 @@ cudaError_t Launch(const MlaSparseParams& p, void* workspace, cudaStream_t strea
     args.partial = reinterpret_cast<float*>(static_cast<char*>(workspace) +
                                             LseBytes(p, args.splits));
   }
-  const int heads = kShareTiles && args.head_groups == 2 ? 128 : group;
   dispatch(Instances{},
            std::tuple{Wanted{"format", p.keys.cache.format}, Wanted{"dim", p.dim},
-                      Wanted{"heads", heads}},
+                      Wanted{"heads", group}},
            [&](auto... values) {
              status = LaunchVariant<decltype(values)::value...>(args, stream);
            });

@@ -19,7 +19,8 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-inline constexpr int kNarrowThreads = 128 + kProducerThreads;
+inline constexpr int kNarrowProducers = 8;  // warps
+inline constexpr int kNarrowThreads = 128 + 32 * kNarrowProducers;
 
 template <int kDim, int kHeads>
 struct alignas(1024) NarrowShared {
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   auto& shared = *reinterpret_cast<NarrowShared<kDim, kHeads>*>(bytes);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      InitBarrier(&shared.barriers.full[i], kProducerWarps * kWarpArrivals);
+      InitBarrier(&shared.barriers.full[i], kNarrowProducers * kWarpArrivals);
       InitBarrier(&shared.barriers.empty[i], 4 * kWarpArrivals);
     }
     FenceBarrierInit();
@@ -253,8 +254,8 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 128) {
-    Gather<kDim, kFormat, 1> gather(args, shared.stages.keys[0], shared.barriers,
-                                    threadIdx.x - 128);
+    Gather<kDim, kFormat, kNarrowProducers, 2> gather(args, shared.stages.keys[0],
+                                                      shared.barriers, threadIdx.x - 128);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }

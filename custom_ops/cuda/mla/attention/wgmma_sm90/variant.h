@@ -19,8 +19,7 @@ struct Arguments {
   float* partial_lse = nullptr;  // [splits, tokens, heads], base 2; -inf: no key
 };
 
-// kHeads: 8 and 16: the narrow kernel, for at most as many; 64: the wide kernel, with groups of up
-// to 64; 128: the same in clusters of two groups.
+// kHeads: 8 and 16: the narrow kernel, for at most as many; 64: the wide one, with groups of up to 64.
 template <MlaFormat kFormat, int kDim, int kHeads>
 cudaError_t LaunchVariant(const Arguments& args, cudaStream_t stream);
 

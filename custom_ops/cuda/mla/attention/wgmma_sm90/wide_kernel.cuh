@@ -1,10 +1,10 @@
 // Sparse latent attention for groups of up to 64 heads of a query token: heads are the rows of the
 // products.
 //
-// Warpgroups, four of them:
+// Warpgroups, three of them:
 //  - consumer 0: S = Q K^T, softmax, O[:, 0..255] += P V;
 //  - consumer 1: O[:, 256..511] += P V, with P and the rescaling factors from shared memory;
-//  - two of producers (gather.cuh), which fill two stages of 64 keys.
+//  - producers (gather.cuh), which fill two stages of 64 keys.
 //
 // The producers are ahead: they fill stages for the next work tile during the epilogue.
 //
@@ -26,11 +26,12 @@
 namespace fastattn::cuda::mla_sm90 {
 
 inline constexpr int kWideHeads = 64;
-inline constexpr int kWideThreads = 256 + kProducerThreads;
-// 64 K registers for 128 threads of each consumer and 256 of the producers.
+inline constexpr int kWideProducers = 4;  // warps
+inline constexpr int kWideThreads = 256 + 32 * kWideProducers;
+// Of 504 that three threads have.
 inline constexpr int kScoreRegisters = 208;
 inline constexpr int kOutputRegisters = 160;
-inline constexpr int kProducerRegisters = 72;
+inline constexpr int kProducerRegisters = 136;
 
 template <int kDim>
 struct alignas(1024) WideShared {
@@ -72,7 +73,7 @@ __device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) 
   }
 }
 
-template <int kDim, int kCluster>
+template <int kDim>
 class WideConsumer {
  public:
   using Shared = WideShared<kDim>;
@@ -137,7 +138,7 @@ class WideConsumer {
       WaitGroups<0>();
       Keep(out);
       ArriveWarp(&shared_.probabilities_empty);
-      ArriveStage<kCluster>(&shared_.barriers.empty[stage_]);
+      ArriveWarp(&shared_.barriers.empty[stage_]);
       Advance();
     }
   }
@@ -159,7 +160,7 @@ class WideConsumer {
       WaitFull();
       Score(scores);
       WaitGroups<1>();
-      ArriveStage<kCluster>(&shared_.barriers.empty[used]);
+      ArriveWarp(&shared_.barriers.empty[used]);
       WaitGroups<0>();
       Keep(out);
       KeepFloats(scores);
@@ -170,7 +171,7 @@ class WideConsumer {
     WaitGroups<0>();
     Keep(out);
     KeepRegisters(pairs);
-    ArriveStage<kCluster>(&shared_.barriers.empty[stage_]);
+    ArriveWarp(&shared_.barriers.empty[stage_]);
     Advance();
   }
 
@@ -197,8 +198,7 @@ class WideConsumer {
   }
 
   __device__ __forceinline__ void WaitFull() const {
-    WaitStage<kCluster>(&shared_.barriers.full[stage_], parity_);
-    if constexpr (kCluster == 2) FenceStage<kCluster>();  // after the other CTA's stores
+    Wait(&shared_.barriers.full[stage_], parity_);
   }
 
   // Issues S = Q K^T of a stage.
@@ -346,51 +346,40 @@ class WideConsumer {
   uint32_t tiles_ = 0;  // so far
 };
 
-template <int kDim, int kCluster>
+template <int kDim>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
   for (int i = 0; i < kStages; ++i) {
-    InitBarrier(&shared.barriers.full[i], kCluster * kProducerWarps * kWarpArrivals);
-    InitBarrier(&shared.barriers.empty[i], kCluster * 8 * kWarpArrivals);
+    InitBarrier(&shared.barriers.full[i], kWideProducers * kWarpArrivals);
+    InitBarrier(&shared.barriers.empty[i], 8 * kWarpArrivals);
   }
   InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);
   InitBarrier(&shared.probabilities_empty, 4 * kWarpArrivals);
   FenceBarrierInit();
 }
 
-// kCluster: CTAs of a cluster, groups of heads of one token.
-template <int kDim, MlaFormat kFormat, int kCluster>
+template <int kDim, MlaFormat kFormat>
 __global__ void __launch_bounds__(kWideThreads, 1)
     WideKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<WideShared<kDim>*>(bytes);
-  if (threadIdx.x == 0) InitBarriers<kDim, kCluster>(shared);
+  if (threadIdx.x == 0) InitBarriers(shared);
   __syncthreads();
-  if constexpr (kCluster == 2) {
-    ArriveAtCluster();
-    WaitForCluster();
-  }
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat, kCluster> gather(args, shared.stages.keys[0], shared.barriers,
-                                           threadIdx.x - 256);
+    Gather<kDim, kFormat, kWideProducers, 1> gather(args, shared.stages.keys[0], shared.barriers,
+                                                    threadIdx.x - 256);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kWideHeads));
     }
   } else if (threadIdx.x < 128) {
     ClaimRegisters<kScoreRegisters>();
-    WideConsumer<kDim, kCluster>(args, shared).template Run<0>();
+    WideConsumer<kDim>(args, shared).template Run<0>();
   } else {
-    ClaimRegisters<kOutputRegisters>();
-    WideConsumer<kDim, kCluster>(args, shared).template Run<1>();
-  }
-  if constexpr (kCluster == 2) {
-    // Nobody may write to the shared memory of a CTA that has ended.
-    __syncwarp();
-    ArriveAtCluster();
-    WaitForCluster();
+    ReleaseRegisters<kOutputRegisters>();
+    WideConsumer<kDim>(args, shared).template Run<1>();
   }
 #else
   __trap();

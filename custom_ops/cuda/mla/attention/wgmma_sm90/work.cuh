@@ -17,8 +17,6 @@ namespace fastattn::cuda::mla_sm90 {
 
 inline constexpr int kKeys = 64;  // of a tile
 inline constexpr int kStages = 2;
-inline constexpr int kProducerWarps = 8;
-inline constexpr int kProducerThreads = 32 * kProducerWarps;
 inline constexpr int kBlockBytes = kKeys * 128;  // 64 channels of a tile, rows swizzled over 128
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
