@@ -5,6 +5,7 @@
 
 #include "cuda/common/convert.cuh"
 #include "cuda/common/exp2.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mla/attention/wgmma_sm90/work.cuh"
 
@@ -12,6 +13,7 @@ namespace fastattn::cuda::mla_sm90 {
 
 inline constexpr int kCombineThreads = kMlaValueDim / 4;
 inline constexpr int kMaxSplits = 64;
+inline constexpr int kBatch = 16;  // splits in flight
 
 // A CTA joins one head of a token; a thread has four channels.
 static __global__ void __launch_bounds__(kCombineThreads)
@@ -22,26 +24,43 @@ static __global__ void __launch_bounds__(kCombineThreads)
   PdlLaunchDependents();
   const MlaSparseParams& p = args.p;
   const int64_t at = blockIdx.x, rows = p.tokens * p.heads;
-  if (threadIdx.x < args.splits) lses[threadIdx.x] = args.partial_lse[threadIdx.x * rows + at];
-  __syncthreads();
+  const int splits = static_cast<int>(args.splits), lane = threadIdx.x % 32;
+  const float* partial = args.partial + at * kMlaValueDim + 4 * threadIdx.x;
+  float4 x[kBatch];
+  const auto load = [&](int begin) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (begin + i < splits) {
+        x[i] = __ldcs(reinterpret_cast<const float4*>(partial + (begin + i) * rows * kMlaValueDim));
+      }
+    }
+  };
+  load(0);
   float maximum = -INFINITY;
-  for (unsigned i = 0; i < args.splits; ++i) maximum = fmaxf(maximum, lses[i]);
+  for (int i = lane; i < splits; i += 32) {
+    const float lse = args.partial_lse[i * rows + at];
+    if (threadIdx.x < 32) lses[i] = lse;
+    maximum = fmaxf(maximum, lse);
+  }
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, i));
+  }
+  __syncthreads();
   const float shift = maximum == -INFINITY ? 0.0f : maximum;
   float sum = 0.0f, out[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  const float* partial = args.partial + at * kMlaValueDim + 4 * threadIdx.x;
-#pragma unroll 8
-  for (unsigned i = 0; i < args.splits; ++i) {
-    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    // Without a key, a split wrote no output.
-    if (lses[i] != -INFINITY) {
-      x = __ldcs(reinterpret_cast<const float4*>(partial + i * rows * kMlaValueDim));
+  for (int begin = 0; begin < splits; begin += kBatch) {
+    if (begin > 0) load(begin);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (begin + i >= splits) break;
+      const float weight = Exp2(lses[begin + i] - shift);
+      sum += weight;
+      out[0] += weight * x[i].x;
+      out[1] += weight * x[i].y;
+      out[2] += weight * x[i].z;
+      out[3] += weight * x[i].w;
     }
-    const float weight = Exp2(lses[i] - shift);
-    sum += weight;
-    out[0] += weight * x.x;
-    out[1] += weight * x.y;
-    out[2] += weight * x.z;
-    out[3] += weight * x.w;
   }
   const bool lonely = sum == 0.0f;
   if (threadIdx.x == 0 && p.lse != nullptr) {

@@ -34,23 +34,25 @@ __device__ __forceinline__ bool AllValid(const uint4& valid) {
 
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* address) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(address));
+               : "l"(address)
+               : "memory");
   return x;
 }
 
 __device__ __forceinline__ uint32_t LoadOnce4(const uint8_t* address) {
   uint32_t x;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(address));
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
   return x;
 }
 
 __device__ __forceinline__ uint2 LoadOnce8(const uint8_t* address) {
   uint2 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
                : "=r"(x.x), "=r"(x.y)
-               : "l"(address));
+               : "l"(address)
+               : "memory");
   return x;
 }
 
@@ -267,15 +269,18 @@ class Gather {
   __device__ __forceinline__ void RunCodes(const Work& work) {
     KeyPart parts[kAhead][kPasses];
     uint32_t valid[kAhead];
+    int slots[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) slots[a] = FindSlot(work, work.begin + a);
+    int slot = FindSlot(work, work.begin + kAhead);
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const int tile = work.begin + a;
-      const Place place = Locate(work, tile, FindSlot(work, tile));
+      const Place place = Locate(work, tile, slots[a]);
       valid[a] = ValidBits(place);
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) Load(work, tile, place, i, &parts[a][i]);
     }
-    int slot = FindSlot(work, work.begin + kAhead);
     for (int first = work.begin; first < work.end; first += kAhead) {
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
@@ -288,6 +293,7 @@ class Gather {
         for (int i = 0; i < kPasses; ++i) {
           Convert(tile >= work.first_extra, parts[a][i], i);
           Load(work, later, place, i, &parts[a][i]);
+          __syncwarp();  // or ptxas has the loads of all passes wait for all conversions
         }
         Publish(valid[a]);
         valid[a] = ValidBits(place);

@@ -210,7 +210,6 @@ class NarrowConsumer {
       const float factor = FinishRow(args_, work, head, row, common);
       const int64_t at = (work.token * p.heads + head) * kMlaValueDim + 16 * warp_ + lane_ / 4;
       if (args_.splits > 1) {
-        if (work.begin >= work.end) continue;  // an LSE of -inf: nobody reads it
         float* target = args_.partial + work.split * p.tokens * p.heads * kMlaValueDim + at;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {

@@ -302,7 +302,6 @@ class WideConsumer {
   __device__ __forceinline__ void Store(const Work& work, const HalfOutput& out, int channel) const {
     const MlaSparseParams& p = args_.p;
     const bool partial = args_.splits > 1;
-    if (partial && work.begin >= work.end) return;  // an LSE of -inf: nobody reads it
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = 16 * warp_ + lane_ / 4 + 8 * h, head = work.head + row;
