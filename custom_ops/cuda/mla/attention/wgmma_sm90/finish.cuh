@@ -19,7 +19,7 @@ __device__ __forceinline__ float ShiftOf(float maximum) {
   return maximum == -INFINITY ? 0.0f : maximum;
 }
 
-// Writes a head's LSE, and returns what its output is multiplied with.
+// Writes a head's LSE and largest logit, and returns what its output is multiplied with.
 __device__ __forceinline__ float FinishRow(const Arguments& args, const Work& work, int head,
                                            const RowState& row, float common_scale) {
   const MlaSparseParams& p = args.p;
@@ -32,6 +32,7 @@ __device__ __forceinline__ float FinishRow(const Arguments& args, const Work& wo
     return lonely ? 0.0f : common_scale / row.sum;
   }
   if (p.lse != nullptr) p.lse[at] = lonely ? -INFINITY : shift * kLn2 + logf(row.sum);
+  if (p.max_logits != nullptr) p.max_logits[at] = row.maximum * kLn2;
   if (lonely) return 0.0f;
   float sum = row.sum;
   if (p.sinks != nullptr) sum += Exp2(p.sinks[head] * kLog2E - shift);

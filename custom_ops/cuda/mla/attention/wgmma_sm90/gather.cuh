@@ -10,7 +10,7 @@
 
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
-#include "cuda/mla/attention/wgmma_sm90/work.cuh"
+#include "cuda/mla/attention/wgmma_sm90/scaling.cuh"
 
 namespace fastattn::cuda::mla_sm90 {
 
@@ -25,6 +25,7 @@ struct StageBarriers {
   uint64_t full[kStages];
   uint64_t empty[kStages];
   uint4 valid[kStages];  // byte i: bit k: key 4 * i + k of the tile exists
+  float powers[kStages][kKeys];  // what fp16 keys were divided by; 0: masked
 };
 
 // Whether all keys of a tile exist.
@@ -69,7 +70,8 @@ struct KeyPart {
   uint2 scales;  // fp32 scale lane % 4, all exponents, or whether the key exists
 };
 
-// 16 codes times a scale, as bf16.
+// 16 codes times a scale.
+template <DType kType>
 __device__ __forceinline__ void Dequantize(const uint4& codes, float scale, uint4 (&out)[2]) {
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
   uint32_t pairs[8];
@@ -77,8 +79,8 @@ __device__ __forceinline__ void Dequantize(const uint4& codes, float scale, uint
   for (int i = 0; i < 4; ++i) {
     float x[4];
     CodesToFloat<DType::kE4M3>(words[i], x);
-    pairs[2 * i] = PackPair<DType::kBFloat16>(x[0] * scale, x[1] * scale);
-    pairs[2 * i + 1] = PackPair<DType::kBFloat16>(x[2] * scale, x[3] * scale);
+    pairs[2 * i] = PackPair<kType>(x[0] * scale, x[1] * scale);
+    pairs[2 * i + 1] = PackPair<kType>(x[2] * scale, x[3] * scale);
   }
   out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
@@ -119,6 +121,8 @@ class Gather {
   }
 
  private:
+  static constexpr DType kType = kOperand<kFormat>;
+  static constexpr bool kHalf = kType == DType::kFloat16;
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
   static constexpr int kRows = kKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
@@ -223,22 +227,54 @@ class Gather {
     StoreShared((address ^ 16) + i * (2 * kBlockBytes), second);
   }
 
-  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) const {
+  // What a key is multiplied with; tells the consumers its reciprocal.
+  __device__ __forceinline__ float FactorOf(const KeyPart& part, bool extra, int pass) {
+    if constexpr (!kHalf) return 1.0f;
+    float scale;
+    uint32_t exponent = 0;
+    if constexpr (kFormat == MlaFormat::kFp8) {
+      scale = fabsf(ScaleOf(part, 0, extra));
+    } else {
+      scale = fabsf(__uint_as_float(part.scales.x));
+#pragma unroll
+      for (int i = 1; i < 4; i *= 2) {
+        // As integers: NaN is the largest.
+        scale = __uint_as_float(max(__float_as_uint(scale),
+                                    __shfl_xor_sync(kFullWarp, __float_as_uint(scale), i)));
+      }
+      uint32_t magnitude = MaxMagnitude(part.rope);
+#pragma unroll
+      for (int i = 1; i < 8; i *= 2) {
+        magnitude = max(magnitude, __shfl_xor_sync(kFullWarp, magnitude, i));
+      }
+      exponent = magnitude >> 7;
+    }
+    const float power = KeyPower(max(exponent, ExponentField(scale * 448.0f)));
+    if (lane_ % 8 == 0) {
+      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] =
+          scale == 0.0f && exponent == 0 ? 0.0f : power;
+    }
+    return Reciprocal(power);
+  }
+
+  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) {
     const uint32_t rows = RowsOf(pass);
     const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
+    const float factor = FactorOf(part, extra, pass);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint4 x[2];
-      Dequantize(part.codes[i], ScaleOf(part, i, extra), x);
+      Dequantize<kType>(part.codes[i], ScaleOf(part, i, extra) * factor, x);
       if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
       PutCodes(codes, i, x);
     }
     if constexpr (kFormat != MlaFormat::kFp8) {
       constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
-      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes, part.rope);
+      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes,
+                  kHalf ? ToHalf(part.rope, factor) : part.rope);
     } else if (kDim > 512 && (lane_ & 4) == 0) {
       uint4 x[2];
-      Dequantize(part.rope, ScaleOf(part, 4, extra), x);
+      Dequantize<kType>(part.rope, ScaleOf(part, 4, extra) * factor, x);
       PutCodes(codes, 4, x);
     }
   }

@@ -32,6 +32,7 @@ int Tiles(int topk) { return (topk + kKeys - 1) / kKeys; }
 // Splits of each token's keys: as many as make the call shortest, in tiles that the busiest
 // multiprocessor goes through.
 int Splits(const MlaSparseParams& p, int processors) {
+  if (p.max_logits != nullptr) return 1;  // it is not among the partial results
   const int64_t group = HeadsOf(p.heads);
   const int64_t items = p.tokens * ((p.heads + group - 1) / group);
   const int tiles = Tiles(p.keys.topk) + Tiles(p.extra.topk);

@@ -28,14 +28,15 @@ struct alignas(1024) NarrowShared {
   uint8_t query[kDim / 64 * kHeads * 128];
   uint8_t probabilities[kHeads * 128];
   float exchange[4][kHeads];  // of the consumer's warps
+  float query_powers[kHeads];  // fp16: what the query's rows were divided by
   StageBarriers barriers;
 };
 
-template <int kDim, int kHeads>
+template <int kDim, int kHeads, DType kType>
 class NarrowConsumer {
  public:
   using Shared = NarrowShared<kDim, kHeads>;
-  static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
+  static constexpr bool kHalf = kType == DType::kFloat16;
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
   __device__ __forceinline__ NarrowConsumer(const Arguments& args, Shared& shared)
@@ -50,12 +51,25 @@ class NarrowConsumer {
       LoadQuery<kDim, kHeads, 128>(args_.p, work, threadIdx.x, shared_.query);
       WaitCopies();
       SyncNamed<128>(1);
-      RunTile(work, log2_scale, common);
+      float scales[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) scales[c] = log2_scale;
+      if constexpr (kHalf) {
+        QueryToHalf<kDim, kHeads, 4>(shared_.query, shared_.query_powers, warp_, lane_);
+        FenceAsyncProxy();
+        SyncNamed<128>(1);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          scales[c] *= shared_.query_powers[8 * (c / 2) + 2 * (lane_ % 4) + c % 2];
+        }
+      }
+      RunTile(work, scales, common);
     }
   }
 
  private:
-  __device__ __forceinline__ void RunTile(const Work& work, float log2_scale, float common) {
+  __device__ __forceinline__ void RunTile(const Work& work, const float (&scales)[kColumns],
+                                          float common) {
     float out[8][kHeads / 2], scores[kHeads / 2];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -63,11 +77,12 @@ class NarrowConsumer {
       for (int j = 0; j < kHeads / 2; ++j) out[i][j] = 0.0f;
     }
     RowState heads[kColumns];
+    largest_ = 0.0f;
     for (int tile = work.begin; tile < work.end; ++tile) {
       Wait(&shared_.barriers.full[stage_], parity_);
       Score(stage_, scores);
       float rescale[kColumns];
-      Softmax(scores, stage_, log2_scale, heads, rescale);
+      Softmax(scores, scales, heads, rescale);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -82,7 +97,7 @@ class NarrowConsumer {
         const uint64_t left = TransposedDescriptor<kBlockBytes>(values + i * kBlockBytes);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          Narrow<true, 1>(out[i], left + k * (2048 / 16), right + 2 * k);
+          Narrow<kType, true, 1>(out[i], left + k * (2048 / 16), right + 2 * k);
         }
       }
       CommitProducts();
@@ -107,9 +122,9 @@ class NarrowConsumer {
         const uint64_t left = keys + block * (kBlockBytes / 16) + 2 * k;
         const uint64_t right = query + block * (kHeads * 128 / 16) + 2 * k;
         if (block == 0 && k == 0) {
-          Narrow<false, 0>(scores, left, right);
+          Narrow<kType, false, 0>(scores, left, right);
         } else {
-          Narrow<true, 0>(scores, left, right);
+          Narrow<kType, true, 0>(scores, left, right);
         }
       }
     }
@@ -127,16 +142,30 @@ class NarrowConsumer {
   }
 
   // Leaves P in shared memory, a row of keys for each head.
-  __device__ __forceinline__ void Softmax(float (&scores)[kHeads / 2], int stage, float log2_scale,
+  __device__ __forceinline__ void Softmax(float (&scores)[kHeads / 2],
+                                          const float (&scales)[kColumns],
                                           RowState (&heads)[kColumns],
-                                          float (&rescale)[kColumns]) const {
+                                          float (&rescale)[kColumns]) {
+    float powers[2] = {1.0f, 1.0f}, units = 1.0f;  // of this thread's keys; of the outputs so far
+    if constexpr (kHalf) {
+      const float* all = shared_.barriers.powers[stage_];
+      powers[0] = all[16 * warp_ + lane_ / 4];
+      powers[1] = all[16 * warp_ + lane_ / 4 + 8];
+      float largest = fmaxf(largest_, fmaxf(all[lane_], all[lane_ + 32]));
+#pragma unroll
+      for (int i = 1; i < 32; i *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, i));
+      }
+      if (largest != largest_) units = largest_ * Reciprocal(largest);
+      largest_ = largest;
+    }
     // Byte i: bit k: key 16 * warp + 4 * i + k.
-    const uint32_t valid = reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[stage])[warp_];
+    const uint32_t valid = reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[stage_])[warp_];
     const uint32_t mine = valid >> (lane_ / 16 * 8 + lane_ / 4 % 4);
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) {
       const bool key = mine >> (i / 2 % 2 * 16) & 1;
-      scores[i] = key ? scores[i] * log2_scale : -INFINITY;
+      scores[i] = key ? scores[i] * (scales[2 * (i / 4) + i % 2] * powers[i / 2 % 2]) : -INFINITY;
     }
     float maximum[kColumns];
 #pragma unroll
@@ -154,8 +183,10 @@ class NarrowConsumer {
       float m = heads[c].maximum;
 #pragma unroll
       for (int w = 0; w < 4; ++w) m = fmaxf(m, shared_.exchange[w][head]);
-      rescale[c] = WeightOf(heads[c].maximum, m);
+      const float weight = WeightOf(heads[c].maximum, m);
       heads[c].maximum = m;
+      heads[c].sum *= weight;
+      rescale[c] = weight * units;
     }
 #pragma unroll
     for (int j = 0; j < kHeads / 8; ++j) {
@@ -167,12 +198,11 @@ class NarrowConsumer {
         const float b = Exp2(scores[4 * j + 2 * h + 1] - shift[1]);
         sum[0] += a;
         sum[1] += b;
-        pairs[2 * j + h] = PackPair<DType::kBFloat16>(a, b);
+        const float factor = kHalf ? powers[h] * ToUnits(largest_) : 1.0f;
+        pairs[2 * j + h] = PackPair<kType>(a * factor, b * factor);
       }
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        heads[2 * j + e].sum = heads[2 * j + e].sum * rescale[2 * j + e] + sum[e];
-      }
+      for (int e = 0; e < 2; ++e) heads[2 * j + e].sum += sum[e];
     }
     // Lane 8 * i + r names row r of matrix i, a head, at the eight keys of the matrix.
     const int matrix = lane_ / 8, head = matrix / 2 * 8 + lane_ % 8;
@@ -191,6 +221,7 @@ class NarrowConsumer {
   __device__ __forceinline__ void Finish(const Work& work, const float (&out)[8][kHeads / 2],
                                          RowState (&heads)[kColumns], float common) const {
     const MlaSparseParams& p = args_.p;
+    if constexpr (kHalf) common *= largest_ * (1.0f / kProbabilityScale);
     SyncNamed<128>(1);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -234,6 +265,7 @@ class NarrowConsumer {
   int warp_, lane_;
   int stage_ = 0;
   uint32_t parity_ = 0;
+  float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
 template <int kDim, MlaFormat kFormat, int kHeads>
@@ -260,7 +292,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
     }
     return;
   }
-  NarrowConsumer<kDim, kHeads>(args, shared).Run();
+  NarrowConsumer<kDim, kHeads, kOperand<kFormat>>(args, shared).Run();
 #else
   __trap();
 #endif

@@ -1,81 +1,75 @@
-// Warpgroup matrix products (wgmma, sm_90a) of bf16 operands in the shapes of latent attention.
+// Warpgroup matrix products (wgmma, sm_90a) of 16-bit operands in the shapes of latent attention.
 // Registers of accumulators as in cuda/common/wgmma.cuh, descriptors from there and from
 // wgmma_half.cuh.
 #pragma once
 
 #include <cstdint>
 
+#include "common/types.h"
 #include "cuda/common/wgmma_lists.h"
 
 namespace fastattn::cuda::mla_sm90 {
 
 // `c` is "+f", or "=f" with `add` 0: the product then ignores what was in the accumulator.
-#define FASTATTN_SCORES(c, add)                                              \
-  asm volatile(                                                              \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"                     \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"               \
-      FASTATTN_LIST32 "}, %32, %33, p, 1, 1, 0, 0;\n\t}"                     \
-      : FASTATTN_ACC32(c, d)                                                 \
+#define FASTATTN_SCORES(type, c, add)                                             \
+  asm volatile(                                                                   \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"                          \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"            \
+      FASTATTN_LIST32 "}, %32, %33, p, 1, 1, 0, 0;\n\t}"                          \
+      : FASTATTN_ACC32(c, d)                                                      \
       : "l"(a), "l"(b), "n"(add))
+#define FASTATTN_OUTPUTS(type)                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"           \
+               FASTATTN_LIST64 "}, %64, %65, 1, 1, 1, 0, 1;"                               \
+               : FASTATTN_ACC64("+f", d)                                                   \
+               : "l"(a), "l"(b))
+#define FASTATTN_NARROW8(type, c, add)                                                     \
+  asm volatile(                                                                            \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %6, 0;\n\t"                                    \
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {%0, %1, %2, %3}, %4, " \
+      "%5, p, 1, 1, %7, 0;\n\t}"                                                           \
+      : FASTATTN_ACC4(c, d, 0)                                                             \
+      : "l"(a), "l"(b), "n"(add), "n"(kTransposed))
+#define FASTATTN_NARROW16(type, c, add)                                                \
+  asm volatile(                                                                        \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %10, 0;\n\t"                               \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " {%0, %1, %2, %3, " \
+      "%4, %5, %6, %7}, %8, %9, p, 1, 1, %11, 0;\n\t}"                                 \
+      : FASTATTN_ACC4(c, d, 0), FASTATTN_ACC4(c, d, 4)                                 \
+      : "l"(a), "l"(b), "n"(add), "n"(kTransposed))
 
 // d (+)= a * b: 64 x 64 of depth 16, both operands in shared memory, K-major.
-template <bool kAdd>
+template <DType kType, bool kAdd>
 __device__ __forceinline__ void Scores(float (&d)[32], uint64_t a, uint64_t b) {
-  if constexpr (kAdd) {
-    FASTATTN_SCORES("+f", 1);
-  } else {
-    FASTATTN_SCORES("=f", 0);
-  }
+  FASTATTN_FORMS(FASTATTN_SCORES, kType == DType::kBFloat16, "bf16", "f16")
 }
-
-#undef FASTATTN_SCORES
 
 // d += a * b: 64 x 128 of depth 16, both operands in shared memory, a K-major, b N-major.
+template <DType kType>
 __device__ __forceinline__ void Outputs(float (&d)[64], uint64_t a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FASTATTN_LIST64
-      "}, %64, %65, 1, 1, 1, 0, 1;"
-      : FASTATTN_ACC64("+f", d)
-      : "l"(a), "l"(b));
+  if constexpr (kType == DType::kBFloat16) {
+    FASTATTN_OUTPUTS("bf16");
+  } else {
+    FASTATTN_OUTPUTS("f16");
+  }
 }
-
-#define FASTATTN_NARROW8(c, add)                                                              \
-  asm volatile(                                                                               \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %6, 0;\n\t"                                       \
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, " \
-      "%7, 0;\n\t}"                                                                           \
-      : FASTATTN_ACC4(c, d, 0)                                                                \
-      : "l"(a), "l"(b), "n"(add), "n"(kTransposed))
-#define FASTATTN_NARROW16(c, add)                                                         \
-  asm volatile(                                                                           \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %10, 0;\n\t"                                  \
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, " \
-      "%7}, %8, %9, p, 1, 1, %11, 0;\n\t}"                                                \
-      : FASTATTN_ACC4(c, d, 0), FASTATTN_ACC4(c, d, 4)                                    \
-      : "l"(a), "l"(b), "n"(add), "n"(kTransposed))
 
 // d (+)= a * b: 64 x 8 or 64 x 16 of depth 16, both operands in shared memory, b K-major.
 // kTransposed: a is M-major.
-template <bool kAdd, int kTransposed>
+template <DType kType, bool kAdd, int kTransposed>
 __device__ __forceinline__ void Narrow(float (&d)[4], uint64_t a, uint64_t b) {
-  if constexpr (kAdd) {
-    FASTATTN_NARROW8("+f", 1);
-  } else {
-    FASTATTN_NARROW8("=f", 0);
-  }
+  FASTATTN_FORMS(FASTATTN_NARROW8, kType == DType::kBFloat16, "bf16", "f16")
 }
 
-template <bool kAdd, int kTransposed>
+template <DType kType, bool kAdd, int kTransposed>
 __device__ __forceinline__ void Narrow(float (&d)[8], uint64_t a, uint64_t b) {
-  if constexpr (kAdd) {
-    FASTATTN_NARROW16("+f", 1);
-  } else {
-    FASTATTN_NARROW16("=f", 0);
-  }
+  FASTATTN_FORMS(FASTATTN_NARROW16, kType == DType::kBFloat16, "bf16", "f16")
 }
 
 #undef FASTATTN_NARROW16
 #undef FASTATTN_NARROW8
+#undef FASTATTN_OUTPUTS
+#undef FASTATTN_SCORES
 
 // Waits until at most kPending groups of products are in flight.
 template <int kPending>

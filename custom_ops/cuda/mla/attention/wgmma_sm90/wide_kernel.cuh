@@ -40,6 +40,7 @@ struct alignas(1024) WideShared {
   uint8_t probabilities[kWideHeads * 128];
   float rescale[kWideHeads];
   float factor[kWideHeads];
+  float query_powers[kWideHeads];  // fp16: what the query's rows were divided by
   StageBarriers barriers;
   uint64_t probabilities_full;
   uint64_t probabilities_empty;
@@ -73,11 +74,11 @@ __device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) 
   }
 }
 
-template <int kDim>
+template <int kDim, DType kType>
 class WideConsumer {
  public:
   using Shared = WideShared<kDim>;
-  static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
+  static constexpr bool kHalf = kType == DType::kFloat16;
 
   __device__ __forceinline__ WideConsumer(const Arguments& args, Shared& shared)
       : args_(args), shared_(shared), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
@@ -94,9 +95,21 @@ class WideConsumer {
       Clear(out);
       WaitCopies();
       SyncNamed<256>(1);
+      if constexpr (kHalf) {
+        QueryToHalf<kDim, kWideHeads, 8>(shared_.query, shared_.query_powers, threadIdx.x / 32,
+                                         lane_);
+        FenceAsyncProxy();
+        SyncNamed<256>(1);
+      }
       if constexpr (kIndex == 0) {
         RowState rows[2];
-        if (work.begin < work.end) RunScores(work, log2_scale, out, rows);
+        float scales[2] = {log2_scale, log2_scale};
+        if constexpr (kHalf) {
+          scales[0] *= shared_.query_powers[16 * warp_ + lane_ / 4];
+          scales[1] *= shared_.query_powers[16 * warp_ + lane_ / 4 + 8];
+        }
+        largest_ = 0.0f;
+        if (work.begin < work.end) RunScores(work, scales, out, rows);
         Finish(work, rows);
       } else {
         RunOutputs(work, out);
@@ -131,8 +144,8 @@ class WideConsumer {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
-        Outputs(out[0], left + 2 * k, right);
-        Outputs(out[1], left + 2 * k, right + 2 * kBlockBytes / 16);
+        Outputs<kType>(out[0], left + 2 * k, right);
+        Outputs<kType>(out[1], left + 2 * k, right + 2 * kBlockBytes / 16);
       }
       CommitProducts();
       WaitGroups<0>();
@@ -145,8 +158,8 @@ class WideConsumer {
 
   // Consumer 0. The products of the next scores follow those of the outputs, so that nothing but the
   // softmax has the tensor cores wait.
-  __device__ __forceinline__ void RunScores(const Work& work, float log2_scale, HalfOutput& out,
-                                            RowState (&rows)[2]) {
+  __device__ __forceinline__ void RunScores(const Work& work, const float (&scales)[2],
+                                            HalfOutput& out, RowState (&rows)[2]) {
     float scores[32];
     WaitFull();
     Score(scores);
@@ -154,7 +167,7 @@ class WideConsumer {
     KeepFloats(scores);
     for (int tile = work.begin; tile + 1 < work.end; ++tile) {
       uint32_t pairs[16];
-      Weigh(scores, log2_scale, out, rows, pairs);
+      Weigh(scores, scales, out, rows, pairs);
       const int used = stage_;
       Advance();
       WaitFull();
@@ -167,7 +180,7 @@ class WideConsumer {
       KeepRegisters(pairs);
     }
     uint32_t pairs[16];
-    Weigh(scores, log2_scale, out, rows, pairs);
+    Weigh(scores, scales, out, rows, pairs);
     WaitGroups<0>();
     Keep(out);
     KeepRegisters(pairs);
@@ -176,10 +189,11 @@ class WideConsumer {
   }
 
   // Softmax of a tile's scores, and issue of O += P V.
-  __device__ __forceinline__ void Weigh(float (&scores)[32], float log2_scale, HalfOutput& out,
-                                        RowState (&rows)[2], uint32_t (&pairs)[16]) {
+  __device__ __forceinline__ void Weigh(float (&scores)[32], const float (&scales)[2],
+                                        HalfOutput& out, RowState (&rows)[2],
+                                        uint32_t (&pairs)[16]) {
     float rescale[2];
-    Softmax(scores, shared_.barriers.valid[stage_], log2_scale, rows, rescale, pairs);
+    Softmax(scores, scales, rows, rescale, pairs);
     Wait(&shared_.probabilities_empty, (tiles_ + 1) & 1);
     Share(pairs, rescale);
     Rescale(out, rescale[0], rescale[1]);
@@ -190,8 +204,8 @@ class WideConsumer {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
-      MultiplyHalfRegisters<DType::kBFloat16, true, 1>(out[0], pairs + 4 * k, right);
-      MultiplyHalfRegisters<DType::kBFloat16, true, 1>(out[1], pairs + 4 * k,
+      MultiplyHalfRegisters<kType, true, 1>(out[0], pairs + 4 * k, right);
+      MultiplyHalfRegisters<kType, true, 1>(out[1], pairs + 4 * k,
                                                        right + 2 * kBlockBytes / 16);
     }
     CommitProducts();
@@ -214,31 +228,71 @@ class WideConsumer {
       for (int k = 0; k < 4; ++k) {
         const int at = block * (kBlockBytes / 16) + 2 * k;
         if (block == 0 && k == 0) {
-          Scores<false>(scores, query + at, keys + at);
+          Scores<kType, false>(scores, query + at, keys + at);
         } else {
-          Scores<true>(scores, query + at, keys + at);
+          Scores<kType, true>(scores, query + at, keys + at);
         }
       }
     }
     CommitProducts();
   }
 
-  __device__ __forceinline__ void Softmax(float (&scores)[32], const uint4& valid, float log2_scale,
-                                          RowState (&rows)[2], float (&rescale)[2],
-                                          uint32_t (&pairs)[16]) const {
+  // Columns 8 * j + 2 * (lane % 4), + 1 of the powers of a tile's keys.
+  __device__ __forceinline__ float2 PowersOf(int j) const {
+    return *reinterpret_cast<const float2*>(&shared_.barriers.powers[stage_][8 * j +
+                                                                            2 * (lane_ % 4)]);
+  }
+
+  // Scores in base 2; those of masked keys are -inf.
+  __device__ __forceinline__ void ScaleScores(float (&scores)[32], const float (&scales)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) scores[i] *= log2_scale;
-    if (!AllValid(valid)) {
-      const uint32_t words[4] = {valid.x, valid.y, valid.z, valid.w};
+    for (int j = 0; j < 8; ++j) {
+      float2 powers = make_float2(1.0f, 1.0f);
+      if constexpr (kHalf) powers = PowersOf(j);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        // Byte 2 * j + lane % 4 / 2 has the keys 8 * j + 4 * (lane % 4 / 2) to + 3.
-        const uint32_t bits = words[j / 2] >> (16 * (j % 2) + 4 * (lane_ & 2) + 2 * (lane_ & 1));
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if ((bits >> e & 1) == 0) scores[4 * j + e] = scores[4 * j + 2 + e] = -INFINITY;
-        }
+      for (int h = 0; h < 2; ++h) {
+        scores[4 * j + 2 * h] *= scales[h] * powers.x;
+        scores[4 * j + 2 * h + 1] *= scales[h] * powers.y;
       }
+    }
+    const uint4 valid = shared_.barriers.valid[stage_];
+    if (AllValid(valid)) return;
+    const uint32_t words[4] = {valid.x, valid.y, valid.z, valid.w};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      // Byte 2 * j + lane % 4 / 2 has the keys 8 * j + 4 * (lane % 4 / 2) to + 3.
+      const uint32_t bits = words[j / 2] >> (16 * (j % 2) + 4 * (lane_ & 2) + 2 * (lane_ & 1));
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if ((bits >> e & 1) == 0) scores[4 * j + e] = scores[4 * j + 2 + e] = -INFINITY;
+      }
+    }
+  }
+
+  // Takes the powers of a tile's keys into account, and returns what the outputs so far are
+  // multiplied with to be in units of the largest one.
+  __device__ __forceinline__ float UpdateLargest() {
+    float largest = largest_;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 powers = PowersOf(j);
+      largest = fmaxf(largest, fmaxf(powers.x, powers.y));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+    const float units = largest_ == largest ? 1.0f : largest_ * Reciprocal(largest);
+    largest_ = largest;
+    return units;
+  }
+
+  __device__ __forceinline__ void Softmax(float (&scores)[32], const float (&scales)[2],
+                                          RowState (&rows)[2], float (&rescale)[2],
+                                          uint32_t (&pairs)[16]) {
+    ScaleScores(scores, scales);
+    float units = 1.0f, to_units = 1.0f;
+    if constexpr (kHalf) {
+      units = UpdateLargest();
+      to_units = ToUnits(largest_);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -249,19 +303,25 @@ class WideConsumer {
       }
       maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 2));
-      rescale[h] = WeightOf(rows[h].maximum, maximum);
+      const float weight = WeightOf(rows[h].maximum, maximum);
       rows[h].maximum = maximum;
+      rescale[h] = weight * units;
       const float shift = ShiftOf(maximum);
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float a = Exp2(scores[4 * j + 2 * h] - shift);
-        const float b = Exp2(scores[4 * j + 2 * h + 1] - shift);
+        float a = Exp2(scores[4 * j + 2 * h] - shift);
+        float b = Exp2(scores[4 * j + 2 * h + 1] - shift);
         sum += a + b;
+        if constexpr (kHalf) {
+          const float2 powers = PowersOf(j);
+          a *= powers.x * to_units;
+          b *= powers.y * to_units;
+        }
         // Word 2 * (j % 2) + h of the operand of 16 keys.
-        pairs[4 * (j / 2) + 2 * (j % 2) + h] = PackPair<DType::kBFloat16>(a, b);
+        pairs[4 * (j / 2) + 2 * (j % 2) + h] = PackPair<kType>(a, b);
       }
-      rows[h].sum = rows[h].sum * rescale[h] + sum;  // of this lane's columns
+      rows[h].sum = rows[h].sum * weight + sum;  // of this lane's columns
     }
   }
 
@@ -286,7 +346,8 @@ class WideConsumer {
   }
 
   __device__ __forceinline__ void Finish(const Work& work, RowState (&rows)[2]) const {
-    const float common = StaticScales(args_.p).common;
+    float common = StaticScales(args_.p).common;
+    if constexpr (kHalf) common *= largest_ * (1.0f / kProbabilityScale);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 1);
@@ -343,6 +404,7 @@ class WideConsumer {
   int stage_ = 0;
   uint32_t parity_ = 0;
   uint32_t tiles_ = 0;  // so far
+  float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
 template <int kDim>
@@ -375,10 +437,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     }
   } else if (threadIdx.x < 128) {
     ClaimRegisters<kScoreRegisters>();
-    WideConsumer<kDim>(args, shared).template Run<0>();
+    WideConsumer<kDim, kOperand<kFormat>>(args, shared).template Run<0>();
   } else {
     ReleaseRegisters<kOutputRegisters>();
-    WideConsumer<kDim>(args, shared).template Run<1>();
+    WideConsumer<kDim, kOperand<kFormat>>(args, shared).template Run<1>();
   }
 #else
   __trap();
