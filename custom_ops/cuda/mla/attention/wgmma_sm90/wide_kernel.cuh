@@ -74,7 +74,7 @@ __device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) 
   }
 }
 
-template <int kDim, DType kType>
+template <int kDim, DType kType, int kCluster>
 class WideConsumer {
  public:
   using Shared = WideShared<kDim>;
@@ -151,7 +151,7 @@ class WideConsumer {
       WaitGroups<0>();
       Keep(out);
       ArriveWarp(&shared_.probabilities_empty);
-      ArriveWarp(&shared_.barriers.empty[stage_]);
+      ArriveEmpty<kCluster>(&shared_.barriers.empty[stage_]);
       Advance();
     }
   }
@@ -173,7 +173,7 @@ class WideConsumer {
       WaitFull();
       Score(scores);
       WaitGroups<1>();
-      ArriveWarp(&shared_.barriers.empty[used]);
+      ArriveEmpty<kCluster>(&shared_.barriers.empty[used]);
       WaitGroups<0>();
       Keep(out);
       KeepFloats(scores);
@@ -184,7 +184,7 @@ class WideConsumer {
     WaitGroups<0>();
     Keep(out);
     KeepRegisters(pairs);
-    ArriveWarp(&shared_.barriers.empty[stage_]);
+    ArriveEmpty<kCluster>(&shared_.barriers.empty[stage_]);
     Advance();
   }
 
@@ -407,40 +407,52 @@ class WideConsumer {
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
-template <int kDim>
+template <int kDim, int kCluster>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
   for (int i = 0; i < kStages; ++i) {
-    InitBarrier(&shared.barriers.full[i], kWideProducers * kWarpArrivals);
-    InitBarrier(&shared.barriers.empty[i], 8 * kWarpArrivals);
+    InitBarrier(&shared.barriers.full[i],
+                kWideProducers * (kCluster == 2 ? 1 : kWarpArrivals));
+    InitBarrier(&shared.barriers.empty[i], kCluster * 8 * kWarpArrivals);
   }
   InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);
   InitBarrier(&shared.probabilities_empty, 4 * kWarpArrivals);
   FenceBarrierInit();
 }
 
-template <int kDim, MlaFormat kFormat>
+// kCluster: CTAs of a cluster, groups of heads of one token.
+template <int kDim, MlaFormat kFormat, int kCluster>
 __global__ void __launch_bounds__(kWideThreads, 1)
     WideKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<WideShared<kDim>*>(bytes);
-  if (threadIdx.x == 0) InitBarriers(shared);
+  if (threadIdx.x == 0) InitBarriers<kDim, kCluster>(shared);
   __syncthreads();
+  if constexpr (kCluster == 2) {
+    ArriveAtCluster();
+    WaitForCluster();
+  }
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat, kWideProducers, 1> gather(args, shared.stages.keys[0], shared.barriers,
-                                                    threadIdx.x - 256);
+    Gather<kDim, kFormat, kWideProducers, 1, kCluster> gather(args, shared.stages.keys[0],
+                                                              shared.barriers, threadIdx.x - 256);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kWideHeads));
     }
   } else if (threadIdx.x < 128) {
     ClaimRegisters<kScoreRegisters>();
-    WideConsumer<kDim, kOperand<kFormat>>(args, shared).template Run<0>();
+    WideConsumer<kDim, kOperand<kFormat>, kCluster>(args, shared).template Run<0>();
   } else {
     ReleaseRegisters<kOutputRegisters>();
-    WideConsumer<kDim, kOperand<kFormat>>(args, shared).template Run<1>();
+    WideConsumer<kDim, kOperand<kFormat>, kCluster>(args, shared).template Run<1>();
+  }
+  if constexpr (kCluster == 2) {
+    // Nobody may write to the shared memory of a CTA that has ended.
+    __syncwarp();
+    ArriveAtCluster();
+    WaitForCluster();
   }
 #else
   __trap();
