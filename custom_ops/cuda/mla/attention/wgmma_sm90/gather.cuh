@@ -1,9 +1,10 @@
 // Producer warps of sparse latent attention: they gather the tokens that a query names, turn codes
 // into bf16, and write key tiles as wgmma takes them.
 //
-// A warp has 8 or 16 keys of each tile, in passes of four; eight lanes share a key. Codes go through
-// registers: those of the next tile, or of the next two, are in flight while one is converted. bf16
-// rows are copied asynchronously. Masked keys are zeros, and their memory is not read.
+// A warp has 8 or 16 keys of each tile, in passes of four; eight lanes share a key. Codes go
+// through registers: those of the next tile, or of the next two, are in flight while one is
+// converted. bf16 rows are copied asynchronously. Masked keys are zeros, and their memory is not
+// read.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ struct Stages {
 struct StageBarriers {
   uint64_t full[kStages];
   uint64_t empty[kStages];
-  uint4 valid[kStages];  // byte i: bit k: key 4 * i + k of the tile exists
+  uint4 valid[kStages];          // byte i: bit k: key 4 * i + k of the tile exists
   float powers[kStages][kKeys];  // what fp16 keys were divided by; 0: masked
 };
 
@@ -213,8 +214,7 @@ class Gather {
     const int page = __shfl_sync(kFullWarp, place.page, from);
     const uint32_t row = __shfl_sync(kFullWarp, place.row, from);
     if (page < 0) return nullptr;
-    const MlaCache& cache =
-        tile >= work.first_extra ? args_.p.extra.cache : args_.p.keys.cache;
+    const MlaCache& cache = tile >= work.first_extra ? args_.p.extra.cache : args_.p.keys.cache;
     const uint8_t* base = static_cast<const uint8_t*>(cache.data) + page * cache.page_stride;
     if constexpr (kFormat == MlaFormat::kFp8x584) {
       *scales = base + cache.ScalePlane() + row * kMlaScalePlaneBytes;
@@ -263,9 +263,7 @@ class Gather {
       const uint32_t word = i < 2 ? part.scales.x : part.scales.y;
       return PowerOfTwo(word >> (16 * (i % 2) + 2 * (lane_ & 4)) & 0xFF);
     } else {
-      return part.scales.x == 0                ? 0.0f
-             : extra ? multiplier_[1]
-                                         : multiplier_[0];
+      return part.scales.x == 0 ? 0.0f : extra ? multiplier_[1] : multiplier_[0];
     }
   }
 
@@ -293,8 +291,8 @@ class Gather {
 #pragma unroll
       for (int i = 1; i < 4; i *= 2) {
         // As integers: NaN is the largest.
-        scale = __uint_as_float(max(__float_as_uint(scale),
-                                    __shfl_xor_sync(kFullWarp, __float_as_uint(scale), i)));
+        scale = __uint_as_float(
+            max(__float_as_uint(scale), __shfl_xor_sync(kFullWarp, __float_as_uint(scale), i)));
       }
       uint32_t magnitude = MaxMagnitude(part.rope);
 #pragma unroll
@@ -463,10 +461,10 @@ class Gather {
   int stage_ = 0;
   uint32_t parity_ = 1;  // a fresh barrier's phase before the first counts as complete
   int lane_;
-  int first_row_;       // of this warp in a tile
-  uint32_t tile_;       // stage 0
-  uint32_t piece_;      // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
-  uint32_t codes_;      // where its first 16 codes go, the half that it stores first
+  int first_row_;   // of this warp in a tile
+  uint32_t tile_;   // stage 0
+  uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
+  uint32_t codes_;  // where its first 16 codes go, the half that it stores first
   float multiplier_[2] = {1.0f, 1.0f};
 };
 

@@ -14,7 +14,7 @@ namespace fastattn::cuda::mla_sm90 {
 namespace {
 
 constexpr bool kShareKeys = false;  // two groups of heads in a cluster, bf16
-constexpr int kFixedTiles = 3;  // what a CTA costs beside its tiles, in tiles
+constexpr int kFixedTiles = 3;      // what a CTA costs beside its tiles, in tiles
 
 bool SelectionFits(const MlaSelection& s, int dim) {
   const MlaCache& c = s.cache;
@@ -71,8 +71,8 @@ ByteTensor RowTensor(const MlaCache& cache, int dim) {
 bool Takes(const MlaSparseParams& p) {
   const auto aligned = [](int64_t x) { return x % 8 == 0; };
   return p.heads > 0 && (p.dim == 576 || p.dim == 512) && SelectionFits(p.keys, p.dim) &&
-         (p.extra.topk == 0 || (SelectionFits(p.extra, p.dim) &&
-                                p.extra.cache.format == p.keys.cache.format)) &&
+         (p.extra.topk == 0 ||
+          (SelectionFits(p.extra, p.dim) && p.extra.cache.format == p.keys.cache.format)) &&
          reinterpret_cast<intptr_t>(p.q) % 16 == 0 && reinterpret_cast<intptr_t>(p.out) % 16 == 0 &&
          aligned(p.q_token_stride) && aligned(p.q_head_stride);
 }
@@ -99,8 +99,8 @@ cudaError_t Launch(const MlaSparseParams& p, void* workspace, cudaStream_t strea
   args.work_tiles = GridSize(p.tokens * args.head_groups * args.splits);
   if (args.splits > 1) {
     args.partial_lse = static_cast<float*>(workspace);
-    args.partial = reinterpret_cast<float*>(static_cast<char*>(workspace) +
-                                            LseBytes(p, args.splits));
+    args.partial =
+        reinterpret_cast<float*>(static_cast<char*>(workspace) + LseBytes(p, args.splits));
   }
   int heads = group;
   if (kShareKeys && args.head_groups == 2 && p.keys.cache.format == MlaFormat::kBf16) {
@@ -111,12 +111,11 @@ cudaError_t Launch(const MlaSparseParams& p, void* workspace, cudaStream_t strea
     }
     if (status != cudaSuccess) return status;
   }
-  dispatch(Instances{},
-           std::tuple{Wanted{"format", p.keys.cache.format}, Wanted{"dim", p.dim},
-                      Wanted{"heads", heads}},
-           [&](auto... values) {
-             status = LaunchVariant<decltype(values)::value...>(args, stream);
-           });
+  dispatch(
+      Instances{},
+      std::tuple{Wanted{"format", p.keys.cache.format}, Wanted{"dim", p.dim},
+                 Wanted{"heads", heads}},
+      [&](auto... values) { status = LaunchVariant<decltype(values)::value...>(args, stream); });
   if (status != cudaSuccess || args.splits == 1) return status;
   return LaunchPdl(CombineKernel, dim3(GridSize(p.tokens * p.heads)), dim3(kCombineThreads), stream,
                    args);

@@ -27,7 +27,7 @@ struct alignas(1024) NarrowShared {
   Stages<kDim> stages;
   uint8_t query[kDim / 64 * kHeads * 128];
   uint8_t probabilities[kHeads * 128];
-  float exchange[4][kHeads];  // of the consumer's warps
+  float exchange[4][kHeads];   // of the consumer's warps
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
   StageBarriers barriers;
 };
@@ -144,8 +144,7 @@ class NarrowConsumer {
   // Leaves P in shared memory, a row of keys for each head.
   __device__ __forceinline__ void Softmax(float (&scores)[kHeads / 2],
                                           const float (&scales)[kColumns],
-                                          RowState (&heads)[kColumns],
-                                          float (&rescale)[kColumns]) {
+                                          RowState (&heads)[kColumns], float (&rescale)[kColumns]) {
     float powers[2] = {1.0f, 1.0f}, units = 1.0f;  // of this thread's keys; of the outputs so far
     if constexpr (kHalf) {
       const float* all = shared_.barriers.powers[stage_];
@@ -160,7 +159,8 @@ class NarrowConsumer {
       largest_ = largest;
     }
     // Byte i: bit k: key 16 * warp + 4 * i + k.
-    const uint32_t valid = reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[stage_])[warp_];
+    const uint32_t valid =
+        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[stage_])[warp_];
     const uint32_t mine = valid >> (lane_ / 16 * 8 + lane_ / 4 % 4);
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) {
@@ -171,8 +171,8 @@ class NarrowConsumer {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int at = 4 * (c / 2) + c % 2;
-      maximum[c] = OverKeys(fmaxf(scores[at], scores[at + 2]),
-                            [](float a, float b) { return fmaxf(a, b); });
+      maximum[c] =
+          OverKeys(fmaxf(scores[at], scores[at + 2]), [](float a, float b) { return fmaxf(a, b); });
       if (lane_ < 4) shared_.exchange[warp_][8 * (c / 2) + 2 * lane_ + c % 2] = maximum[c];
     }
     SyncNamed<128>(1);
@@ -207,8 +207,8 @@ class NarrowConsumer {
     // Lane 8 * i + r names row r of matrix i, a head, at the eight keys of the matrix.
     const int matrix = lane_ / 8, head = matrix / 2 * 8 + lane_ % 8;
     const int chunk = 2 * warp_ + matrix % 2;
-    const uint32_t address = SharedAddress(shared_.probabilities) + head % kHeads * 128 +
-                             ((chunk ^ (head & 7)) << 4);
+    const uint32_t address =
+        SharedAddress(shared_.probabilities) + head % kHeads * 128 + ((chunk ^ (head & 7)) << 4);
     if constexpr (kHeads == 16) {
       StoreMatrices<true>(address, pairs);
     } else {
@@ -285,8 +285,8 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 128) {
-    Gather<kDim, kFormat, kNarrowProducers, 2> gather(args, shared.stages.keys[0],
-                                                      shared.barriers, threadIdx.x - 128);
+    Gather<kDim, kFormat, kNarrowProducers, 2> gather(args, shared.stages.keys[0], shared.barriers,
+                                                      threadIdx.x - 128);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }

@@ -11,31 +11,33 @@
 namespace fastattn::cuda::mla_sm90 {
 
 // `c` is "+f", or "=f" with `add` 0: the product then ignores what was in the accumulator.
-#define FASTATTN_SCORES(type, c, add)                                             \
-  asm volatile(                                                                   \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"                          \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"            \
-      FASTATTN_LIST32 "}, %32, %33, p, 1, 1, 0, 0;\n\t}"                          \
-      : FASTATTN_ACC32(c, d)                                                      \
-      : "l"(a), "l"(b), "n"(add))
-#define FASTATTN_OUTPUTS(type)                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"           \
-               FASTATTN_LIST64 "}, %64, %65, 1, 1, 1, 0, 1;"                               \
-               : FASTATTN_ACC64("+f", d)                                                   \
-               : "l"(a), "l"(b))
-#define FASTATTN_NARROW8(type, c, add)                                                     \
-  asm volatile(                                                                            \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %6, 0;\n\t"                                    \
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {%0, %1, %2, %3}, %4, " \
-      "%5, p, 1, 1, %7, 0;\n\t}"                                                           \
-      : FASTATTN_ACC4(c, d, 0)                                                             \
-      : "l"(a), "l"(b), "n"(add), "n"(kTransposed))
-#define FASTATTN_NARROW16(type, c, add)                                                \
+#define FASTATTN_SCORES(type, c, add)                                                  \
   asm volatile(                                                                        \
-      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %10, 0;\n\t"                               \
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type " {%0, %1, %2, %3, " \
-      "%4, %5, %6, %7}, %8, %9, p, 1, 1, %11, 0;\n\t}"                                 \
-      : FASTATTN_ACC4(c, d, 0), FASTATTN_ACC4(c, d, 4)                                 \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"                               \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FASTATTN_LIST32 \
+      "}, %32, %33, p, 1, 1, 0, 0;\n\t}"                                               \
+      : FASTATTN_ACC32(c, d)                                                           \
+      : "l"(a), "l"(b), "n"(add))
+#define FASTATTN_OUTPUTS(type)                                                                   \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" FASTATTN_LIST64 \
+               "}, %64, %65, 1, 1, 1, 0, 1;"                                                     \
+               : FASTATTN_ACC64("+f", d)                                                         \
+               : "l"(a), "l"(b))
+#define FASTATTN_NARROW8(type, c, add)                           \
+  asm volatile(                                                  \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %6, 0;\n\t"          \
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type \
+      " {%0, %1, %2, %3}, %4, "                                  \
+      "%5, p, 1, 1, %7, 0;\n\t}"                                 \
+      : FASTATTN_ACC4(c, d, 0)                                   \
+      : "l"(a), "l"(b), "n"(add), "n"(kTransposed))
+#define FASTATTN_NARROW16(type, c, add)                           \
+  asm volatile(                                                   \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %10, 0;\n\t"          \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type \
+      " {%0, %1, %2, %3, "                                        \
+      "%4, %5, %6, %7}, %8, %9, p, 1, 1, %11, 0;\n\t}"            \
+      : FASTATTN_ACC4(c, d, 0), FASTATTN_ACC4(c, d, 4)            \
       : "l"(a), "l"(b), "n"(add), "n"(kTransposed))
 
 // d (+)= a * b: 64 x 64 of depth 16, both operands in shared memory, K-major.
@@ -90,10 +92,10 @@ __device__ __forceinline__ void KeepFloats(float (&d)[kCount]) {
 template <bool kTransposed>
 __device__ __forceinline__ void StoreMatrices(uint32_t address, const uint32_t (&m)[4]) {
   if constexpr (kTransposed) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     address),
-                 "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+        "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+        : "memory");
   } else {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                  "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
@@ -103,10 +105,9 @@ __device__ __forceinline__ void StoreMatrices(uint32_t address, const uint32_t (
 
 // Two matrices, transposed; lanes 0 to 15 name the addresses.
 __device__ __forceinline__ void StoreTransposed(uint32_t address, const uint32_t (&m)[2]) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(m[0]),
-      "r"(m[1])
-      : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(m[0]), "r"(m[1])
+               : "memory");
 }
 
 }  // namespace fastattn::cuda::mla_sm90

@@ -156,8 +156,8 @@ class WideConsumer {
     }
   }
 
-  // Consumer 0. The products of the next scores follow those of the outputs, so that nothing but the
-  // softmax has the tensor cores wait.
+  // Consumer 0. The products of the next scores follow those of the outputs, so that nothing but
+  // the softmax has the tensor cores wait.
   __device__ __forceinline__ void RunScores(const Work& work, const float (&scales)[2],
                                             HalfOutput& out, RowState (&rows)[2]) {
     float scores[32];
@@ -205,8 +205,7 @@ class WideConsumer {
     for (int k = 0; k < 4; ++k) {
       const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
       MultiplyHalfRegisters<kType, true, 1>(out[0], pairs + 4 * k, right);
-      MultiplyHalfRegisters<kType, true, 1>(out[1], pairs + 4 * k,
-                                                       right + 2 * kBlockBytes / 16);
+      MultiplyHalfRegisters<kType, true, 1>(out[1], pairs + 4 * k, right + 2 * kBlockBytes / 16);
     }
     CommitProducts();
   }
@@ -239,8 +238,8 @@ class WideConsumer {
 
   // Columns 8 * j + 2 * (lane % 4), + 1 of the powers of a tile's keys.
   __device__ __forceinline__ float2 PowersOf(int j) const {
-    return *reinterpret_cast<const float2*>(&shared_.barriers.powers[stage_][8 * j +
-                                                                            2 * (lane_ % 4)]);
+    return *reinterpret_cast<const float2*>(
+        &shared_.barriers.powers[stage_][8 * j + 2 * (lane_ % 4)]);
   }
 
   // Scores in base 2; those of masked keys are -inf.
@@ -360,7 +359,8 @@ class WideConsumer {
   }
 
   // Writes 256 channels of the outputs from `channel` on.
-  __device__ __forceinline__ void Store(const Work& work, const HalfOutput& out, int channel) const {
+  __device__ __forceinline__ void Store(const Work& work, const HalfOutput& out,
+                                        int channel) const {
     const MlaSparseParams& p = args_.p;
     const bool partial = args_.splits > 1;
 #pragma unroll
@@ -403,15 +403,14 @@ class WideConsumer {
   int warp_, lane_;
   int stage_ = 0;
   uint32_t parity_ = 0;
-  uint32_t tiles_ = 0;  // so far
+  uint32_t tiles_ = 0;    // so far
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
 template <int kDim, int kCluster>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
   for (int i = 0; i < kStages; ++i) {
-    InitBarrier(&shared.barriers.full[i],
-                kWideProducers * (kCluster == 2 ? 1 : kWarpArrivals));
+    InitBarrier(&shared.barriers.full[i], kWideProducers * (kCluster == 2 ? 1 : kWarpArrivals));
     InitBarrier(&shared.barriers.empty[i], kCluster * 8 * kWarpArrivals);
   }
   InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);

@@ -45,7 +45,8 @@ struct Work {
     lengths[1] = LengthOf(args.p.extra, token);
     first_extra = (lengths[0] + kKeys - 1) / kKeys;
     const int tiles = first_extra + (lengths[1] + kKeys - 1) / kKeys;
-    const int each = static_cast<unsigned>(tiles) / args.splits, rest = tiles - each * static_cast<int>(args.splits);
+    const int each = static_cast<unsigned>(tiles) / args.splits,
+              rest = tiles - each * static_cast<int>(args.splits);
     begin = split * each + min(split, rest);
     end = begin + each + (split < rest);
   }
