@@ -122,17 +122,20 @@ struct KeyPart {
   uint2 scales;  // fp32 scale lane % 4, all exponents, or whether the key exists
 };
 
-// 16 codes times a scale.
-template <DType kType>
+// 16 codes times a scale, in fp16. An arbitrary scale is the sum of two fp16 numbers; the product
+// is rounded once but for what the smaller one's product loses.
+template <bool kPowerOfTwo>
 __device__ __forceinline__ void Dequantize(const uint4& codes, float scale, uint4 (&out)[2]) {
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  const __half2 high = __float2half2_rn(scale);
+  const __half2 low = __float2half2_rn(scale - __low2float(high));
   uint32_t pairs[8];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float x[4];
-    CodesToFloat<DType::kE4M3>(words[i], x);
-    pairs[2 * i] = PackPair<kType>(x[0] * scale, x[1] * scale);
-    pairs[2 * i + 1] = PackPair<kType>(x[2] * scale, x[3] * scale);
+  for (int i = 0; i < 8; ++i) {
+    const auto pair = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (16 * (i % 2)));
+    const __half2 code(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3));
+    const __half2 x = kPowerOfTwo ? __hmul2(code, high) : __hfma2(code, high, __hmul2(code, low));
+    pairs[i] = *reinterpret_cast<const uint32_t*>(&x);
   }
   out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
@@ -176,8 +179,6 @@ class Gather {
   }
 
  private:
-  static constexpr DType kType = kOperand<kFormat>;
-  static constexpr bool kHalf = kType == DType::kFloat16;
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
   static constexpr int kRows = kKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
@@ -267,67 +268,68 @@ class Gather {
     }
   }
 
-  // Stores what became of codes i of a key, 32 bytes in a block. The lanes of a key would meet in
-  // the same banks if all began with the first half.
-  __device__ __forceinline__ void PutCodes(uint32_t address, int i, const uint4 (&x)[2]) const {
-    uint4 first = x[0], second = x[1];
-    if (lane_ & 4) {
-      first = x[1];
-      second = x[0];
-    }
-    StoreShared(address + i * (2 * kBlockBytes), first);
-    StoreShared((address ^ 16) + i * (2 * kBlockBytes), second);
+  // Converts and stores codes i of a key, 32 bytes in a block. The lanes of a key would meet in the
+  // same banks if all began with the first half.
+  __device__ __forceinline__ void PutCodes(uint32_t address, int i, uint4 codes,
+                                           float scale) const {
+    if (lane_ & 4) codes = make_uint4(codes.z, codes.w, codes.x, codes.y);
+    uint4 x[2];
+    Dequantize<kFormat == MlaFormat::kFp8x584>(codes, scale, x);
+    StoreShared(address + i * (2 * kBlockBytes), x[0]);
+    StoreShared((address ^ 16) + i * (2 * kBlockBytes), x[1]);
   }
 
   // What a key is multiplied with; tells the consumers its reciprocal.
-  __device__ __forceinline__ float FactorOf(const KeyPart& part, bool extra, int pass) {
-    if constexpr (!kHalf) return 1.0f;
-    float scale;
-    uint32_t exponent = 0;
+  __device__ __forceinline__ float FactorOf(const KeyPart& part, bool extra, int pass) const {
+    uint32_t exponent,
+        largest = 0;  // fields of an fp32 number that no code times its scale exceeds
     if constexpr (kFormat == MlaFormat::kFp8) {
-      scale = fabsf(ScaleOf(part, 0, extra));
+      exponent = ExponentField(ScaleOf(part, 0, extra) * 448.0f);
     } else {
-      scale = fabsf(__uint_as_float(part.scales.x));
+      if constexpr (kFormat == MlaFormat::kFp8x656) {
+        largest = part.scales.x & 0x7FFFFFFFu;
 #pragma unroll
-      for (int i = 1; i < 4; i *= 2) {
-        // As integers: NaN is the largest.
-        scale = __uint_as_float(
-            max(__float_as_uint(scale), __shfl_xor_sync(kFullWarp, __float_as_uint(scale), i)));
+        for (int i = 1; i < 4; i *= 2) {
+          largest = max(largest, __shfl_xor_sync(kFullWarp, largest, i));  // NaN is the largest
+        }
+        exponent = ExponentField(__uint_as_float(largest) * 448.0f);
+      } else {
+        largest = __vmaxu4(part.scales.x, part.scales.y & 0x00FFFFFFu);
+        largest = __vmaxu4(largest, largest >> 16);
+        largest = max(largest & 0xFF, largest >> 8 & 0xFF);
+        exponent = min(largest + 8, 255u);
       }
       uint32_t magnitude = MaxMagnitude(part.rope);
 #pragma unroll
       for (int i = 1; i < 8; i *= 2) {
         magnitude = max(magnitude, __shfl_xor_sync(kFullWarp, magnitude, i));
       }
-      exponent = magnitude >> 7;
+      largest |= magnitude;
+      exponent = max(exponent, magnitude >> 7);
     }
-    const float power = KeyPower(max(exponent, ExponentField(scale * 448.0f)));
+    const float power = KeyPower(exponent);
     if (lane_ % 8 == 0) {
-      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] =
-          scale == 0.0f && exponent == 0 ? 0.0f : power;
+      const bool masked = kFormat == MlaFormat::kFp8 ? part.scales.x == 0 : largest == 0;
+      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] = masked ? 0.0f : power;
     }
     return Reciprocal(power);
   }
 
-  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) {
+  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) const {
     const uint32_t rows = RowsOf(pass);
     const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
     const float factor = FactorOf(part, extra, pass);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint4 x[2];
-      Dequantize<kType>(part.codes[i], ScaleOf(part, i, extra) * factor, x);
+      const float scale = ScaleOf(part, i, extra) * factor;
       if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
-      PutCodes(codes, i, x);
+      PutCodes(codes, i, part.codes[i], scale);
     }
     if constexpr (kFormat != MlaFormat::kFp8) {
       constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
-      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes,
-                  kHalf ? ToHalf(part.rope, factor) : part.rope);
+      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes, ToHalf(part.rope, factor));
     } else if (kDim > 512 && (lane_ & 4) == 0) {
-      uint4 x[2];
-      Dequantize<kType>(part.rope, ScaleOf(part, 4, extra) * factor, x);
-      PutCodes(codes, 4, x);
+      PutCodes(codes, 4, part.rope, ScaleOf(part, 4, extra) * factor);
     }
   }
 

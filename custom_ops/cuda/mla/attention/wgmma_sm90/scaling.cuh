@@ -1,8 +1,10 @@
-// fp16 operands, for formats whose products of code and scale bf16 would round too much.
+// fp16 operands for 8-bit caches.
 //
-// fp16 keeps 11 bits where bf16 keeps 8, but has a small range. So each key, and each query, is
-// divided by a power of two of its own that takes its largest value to [2^14, 2^15). Scores are
-// multiplied with both powers; a probability with its key's, in units of the largest so far.
+// e4m3 turns into fp16 in one instruction, and into bf16 in none. fp16 keeps 11 bits where bf16
+// keeps 8, enough for products of codes and arbitrary scales, but has a small range. So each key,
+// and each query, is divided by a power of two of its own that takes its largest value to [2^14,
+// 2^15). Scores are multiplied with both powers; a probability with its key's, in units of the
+// largest so far.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +15,9 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-// Whether operands are fp16, not bf16, in which power-of-two scales and bf16 itself are exact.
+// Type of the operands: bf16 caches stay as they are.
 template <MlaFormat kFormat>
-inline constexpr bool kInHalf = kFormat == MlaFormat::kFp8x656 || kFormat == MlaFormat::kFp8;
-
-template <MlaFormat kFormat>
-inline constexpr DType kOperand = kInHalf<kFormat> ? DType::kFloat16 : DType::kBFloat16;
+inline constexpr DType kOperand = kFormat == MlaFormat::kBf16 ? DType::kBFloat16 : DType::kFloat16;
 
 inline constexpr float kProbabilityScale = 16384.0f;  // of the largest P in fp16
 
