@@ -27,6 +27,11 @@ __device__ __forceinline__ int LengthOf(const MlaSelection& s, int64_t token) {
   return min(max(length, 0), s.topk);
 }
 
+// The LSE of a query without a key.
+__device__ __forceinline__ float LonelyLse(const MlaSparseParams& p) {
+  return p.lonely_is_plus_inf ? INFINITY : -INFINITY;
+}
+
 // A work tile.
 struct Work {
   int64_t token;
