@@ -9,7 +9,6 @@
 
 #include <cstdint>
 
-#include "cuda/common/cluster.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/mla/attention/wgmma_sm90/scaling.cuh"
@@ -25,7 +24,7 @@ struct Stages {
 // Key tiles that are ready, and stages that are free.
 struct StageBarriers {
   uint64_t full[kStages];
-  uint64_t empty[kStages];
+  uint64_t empty[kStages][2];    // of the keys 0 to 31, and of the others
   uint4 valid[kStages];          // byte i: bit k: key 4 * i + k of the tile exists
   float powers[kStages][kKeys];  // what fp16 keys were divided by; 0: masked
 };
@@ -33,56 +32,6 @@ struct StageBarriers {
 // Whether all keys of a tile exist.
 __device__ __forceinline__ bool AllValid(const uint4& valid) {
   return (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
-}
-
-// The stages' barriers of a cluster of two CTAs: each CTA loads half of every tile for both, and
-// both release a stage.
-template <int kCluster>
-__device__ __forceinline__ void ArriveEmpty(uint64_t* barrier) {
-  ArriveWarp(barrier);
-  if constexpr (kCluster == 2) {
-    if (ArrivesForWarp(threadIdx.x % 32)) {
-      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                       AddressInCluster(ClusterRank() ^ 1, SharedAddress(barrier)))
-                   : "memory");
-    }
-  }
-}
-
-__device__ __forceinline__ bool TryWaitCluster(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(done)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// Wait for what the other CTA of the cluster has done.
-__device__ __forceinline__ void WaitCluster(uint64_t* barrier, uint32_t parity) {
-#if defined(FASTATTN_SPIN_LIMIT)
-  const long long start = clock64();
-  while (!TryWaitCluster(barrier, parity)) {
-    if (clock64() - start > FASTATTN_SPIN_LIMIT) __trap();
-  }
-#else
-  while (!TryWaitCluster(barrier, parity)) {
-  }
-#endif
-}
-
-// Copies 128 bytes of a row to the same place in both CTAs of the cluster.
-__device__ __forceinline__ void CopyToCluster(const CUtensorMap* map, uint32_t target,
-                                              uint64_t* barrier, int byte, int row, int page) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
-      "l"(map), "r"(SharedAddress(barrier)), "r"(byte), "r"(row), "r"(page),
-      "h"(static_cast<uint16_t>(3))
-      : "memory");
 }
 
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* address) {
@@ -147,14 +96,13 @@ __device__ __forceinline__ float PowerOfTwo(uint32_t exponent) {
   return __uint_as_float(exponent << 23 | special);
 }
 
-// kWarps gather the keys; kAhead tiles of codes are in flight. kCluster: CTAs that share keys.
-template <int kDim, MlaFormat kFormat, int kWarps, int kAhead, int kCluster = 1>
+// kWarps gather the keys; kAhead tiles of codes are in flight.
+template <int kDim, MlaFormat kFormat, int kWarps, int kAhead>
 class Gather {
  public:
   __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys, StageBarriers& barriers,
                                     int thread)
       : args_(args), barriers_(barriers), lane_(thread % 32), first_row_(thread / 32 * kRows) {
-    tile_ = SharedAddress(keys);
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
     piece_ = address + ((share ^ (row & 7)) << 4);
@@ -169,9 +117,7 @@ class Gather {
   // Gathers the keys of a work tile.
   __device__ __forceinline__ void Run(const Work& work) {
     if (work.begin >= work.end) return;
-    if constexpr (kCluster == 2) {
-      RunShared(work);
-    } else if constexpr (kFormat == MlaFormat::kBf16) {
+    if constexpr (kFormat == MlaFormat::kBf16) {
       RunCopies(work);
     } else {
       RunCodes(work);
@@ -386,7 +332,7 @@ class Gather {
         if (tile >= work.end) break;
         const Place place = Locate(work, later, slot);
         slot = FindSlot(work, later + 1);
-        Wait(&barriers_.empty[stage_], parity_);
+        Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
           Convert(tile >= work.first_extra, parts[a][i], i);
@@ -401,10 +347,11 @@ class Gather {
 
   __device__ __forceinline__ void RunCopies(const Work& work) {
     int next_slot = FindSlot(work, work.begin);
+    const uint64_t policy = KeepInL2();  // other queries name the same keys
     for (int tile = work.begin; tile < work.end; ++tile) {
       const Place place = Locate(work, tile, next_slot);
       next_slot = FindSlot(work, tile + 1);
-      Wait(&barriers_.empty[stage_], parity_);
+      Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;
@@ -417,44 +364,11 @@ class Gather {
         const uint32_t target = (piece_ ^ Turn(pass)) + RowsOf(pass);
 #pragma unroll
         for (int i = 0; i < kDim / 64; ++i) {
-          CopyOrZero(target + i * kBlockBytes, key + step * i, valid);
+          CopyOrZero(target + i * kBlockBytes, key + step * i, valid, policy);
         }
       }
       WaitCopies();
       Publish(ValidBits(place));
-    }
-  }
-
-  // TMA copies half of this warp's rows for both CTAs, and the other CTA the other half.
-  __device__ __forceinline__ void RunShared(const Work& work) {
-    const int half = static_cast<int>(ClusterRank()) * (kRows / 2);
-    const uint32_t rows = tile_ + (first_row_ + half) * 128;
-    int next_slot = FindSlot(work, work.begin);
-    for (int tile = work.begin; tile < work.end; ++tile) {
-      const Place place = Locate(work, tile, next_slot);
-      next_slot = FindSlot(work, tile + 1);
-      const uint32_t valid = ValidBits(place);
-      const bool extra = tile >= work.first_extra;
-      const CUtensorMap* map = &args_.maps[extra];
-      WaitCluster(&barriers_.empty[stage_], parity_);
-      StoreValid(valid);
-      __syncwarp();
-      if (lane_ == 0) ArriveExpect(&barriers_.full[stage_], kRows * kDim * 2);
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) {
-        // TMA writes zeros for a page that does not exist.
-        const int page = __shfl_sync(kFullWarp, place.page, half + i);
-        const int row = static_cast<int>(__shfl_sync(kFullWarp, place.row, half + i));
-        const uint32_t target = rows + stage_ * kStageBytes + i * 128;
-        if (lane_ == 0) {
-#pragma unroll
-          for (int block = 0; block < kDim / 64; ++block) {
-            CopyToCluster(map, target + block * kBlockBytes, &barriers_.full[stage_], 128 * block,
-                          page < 0 ? 0 : row, page);
-          }
-        }
-      }
-      Advance();
     }
   }
 
@@ -464,7 +378,6 @@ class Gather {
   uint32_t parity_ = 1;  // a fresh barrier's phase before the first counts as complete
   int lane_;
   int first_row_;   // of this warp in a tile
-  uint32_t tile_;   // stage 0
   uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
   uint32_t codes_;  // where its first 16 codes go, the half that it stores first
   float multiplier_[2] = {1.0f, 1.0f};
