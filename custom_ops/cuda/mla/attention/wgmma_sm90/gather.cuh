@@ -71,19 +71,25 @@ struct KeyPart {
   uint2 scales;  // fp32 scale lane % 4, all exponents, or whether the key exists
 };
 
-// 16 codes times a scale, in fp16. An arbitrary scale is the sum of two fp16 numbers; the product
-// is rounded once but for what the smaller one's product loses.
-template <bool kPowerOfTwo>
-__device__ __forceinline__ void Dequantize(const uint4& codes, float scale, uint4 (&out)[2]) {
+// A scale as the sum of two fp16 numbers, the larger one in the low half.
+__device__ __forceinline__ uint32_t SplitScale(float scale) {
+  const float high = __half2float(__float2half_rn(scale));
+  return PackPair<DType::kFloat16>(high, scale - high);
+}
+
+// 16 codes times a scale, in fp16. kExact: fp16 holds the scale. Else the product is rounded once
+// but for what the product with the scale's smaller part loses.
+template <bool kExact>
+__device__ __forceinline__ void Dequantize(const uint4& codes, uint32_t scale, uint4 (&out)[2]) {
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-  const __half2 high = __float2half2_rn(scale);
-  const __half2 low = __float2half2_rn(scale - __low2float(high));
+  const __half2 both = *reinterpret_cast<const __half2*>(&scale);
+  const __half2 high = __low2half2(both), low = __high2half2(both);
   uint32_t pairs[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const auto pair = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (16 * (i % 2)));
     const __half2 code(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3));
-    const __half2 x = kPowerOfTwo ? __hmul2(code, high) : __hfma2(code, high, __hmul2(code, low));
+    const __half2 x = kExact ? __hmul2(code, high) : __hfma2(code, high, __hmul2(code, low));
     pairs[i] = *reinterpret_cast<const uint32_t*>(&x);
   }
   out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -202,35 +208,59 @@ class Gather {
     }
   }
 
-  // Scale of the lane's codes i.
-  __device__ __forceinline__ float ScaleOf(const KeyPart& part, int i, bool extra) const {
+  // Scale of this lane; of kFp8x656 there are four for eight lanes.
+  __device__ __forceinline__ float OwnScale(const KeyPart& part, bool extra) const {
+    if constexpr (kFormat == MlaFormat::kFp8x656) return __uint_as_float(part.scales.x);
+    return part.scales.x == 0 ? 0.0f : extra ? multiplier_[1] : multiplier_[0];
+  }
+
+  // Split scale of the lane's codes i. own: that of OwnScale.
+  __device__ __forceinline__ uint32_t ScaleOf(const KeyPart& part, int i, uint32_t own,
+                                              float factor) const {
     if constexpr (kFormat == MlaFormat::kFp8x656) {
-      return __uint_as_float(__shfl_sync(kFullWarp, part.scales.x, (lane_ & ~7) + i));
+      return __shfl_sync(kFullWarp, own, (lane_ & ~7) + i);
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
       const uint32_t word = i < 2 ? part.scales.x : part.scales.y;
-      return PowerOfTwo(word >> (16 * (i % 2) + 2 * (lane_ & 4)) & 0xFF);
+      const float scale = PowerOfTwo(word >> (16 * (i % 2) + 2 * (lane_ & 4)) & 0xFF);
+      return PackPair<DType::kFloat16>(scale * factor, 0.0f);
     } else {
-      return part.scales.x == 0 ? 0.0f : extra ? multiplier_[1] : multiplier_[0];
+      return own;
     }
   }
 
   // Converts and stores codes i of a key, 32 bytes in a block. The lanes of a key would meet in the
   // same banks if all began with the first half.
+  template <bool kExact>
   __device__ __forceinline__ void PutCodes(uint32_t address, int i, uint4 codes,
-                                           float scale) const {
+                                           uint32_t scale) const {
     if (lane_ & 4) codes = make_uint4(codes.z, codes.w, codes.x, codes.y);
     uint4 x[2];
-    Dequantize<kFormat == MlaFormat::kFp8x584>(codes, scale, x);
+    Dequantize<kExact>(codes, scale, x);
     StoreShared(address + i * (2 * kBlockBytes), x[0]);
     StoreShared((address ^ 16) + i * (2 * kBlockBytes), x[1]);
   }
 
+  // All codes of a pass.
+  template <bool kExact>
+  __device__ __forceinline__ void PutAllCodes(uint32_t address, const KeyPart& part, uint32_t own,
+                                              float factor) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t scale = ScaleOf(part, i, own, factor);
+      if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
+      PutCodes<kExact>(address, i, part.codes[i], scale);
+    }
+    if constexpr (kFormat == MlaFormat::kFp8 && kDim > 512) {
+      if ((lane_ & 4) == 0) PutCodes<kExact>(address, 4, part.rope, own);
+    }
+  }
+
   // What a key is multiplied with; tells the consumers its reciprocal.
   __device__ __forceinline__ float FactorOf(const KeyPart& part, bool extra, int pass) const {
-    uint32_t exponent,
-        largest = 0;  // fields of an fp32 number that no code times its scale exceeds
+    // The exponent field of a bound of the key's values; whether there is anything but zeros.
+    uint32_t exponent, largest = 0;
     if constexpr (kFormat == MlaFormat::kFp8) {
-      exponent = ExponentField(ScaleOf(part, 0, extra) * 448.0f);
+      exponent = ExponentField(OwnScale(part, extra) * 448.0f);
     } else {
       if constexpr (kFormat == MlaFormat::kFp8x656) {
         largest = part.scales.x & 0x7FFFFFFFu;
@@ -265,17 +295,19 @@ class Gather {
     const uint32_t rows = RowsOf(pass);
     const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
     const float factor = FactorOf(part, extra, pass);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scale = ScaleOf(part, i, extra) * factor;
-      if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
-      PutCodes(codes, i, part.codes[i], scale);
+    if constexpr (kFormat == MlaFormat::kFp8x584) {
+      PutAllCodes<true>(codes, part, 0, factor);
+    } else {
+      const uint32_t own = SplitScale(OwnScale(part, extra) * factor);
+      if (__all_sync(kFullWarp, (own & 0x7FFF0000u) == 0)) {  // such as powers of two
+        PutAllCodes<true>(codes, part, own, factor);
+      } else {
+        PutAllCodes<false>(codes, part, own, factor);
+      }
     }
     if constexpr (kFormat != MlaFormat::kFp8) {
       constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
       StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes, ToHalf(part.rope, factor));
-    } else if (kDim > 512 && (lane_ & 4) == 0) {
-      PutCodes(codes, 4, part.rope, ScaleOf(part, 4, extra) * factor);
     }
   }
 
