@@ -18,6 +18,7 @@ from fastattn.functional.indexer import indexer_kv_compress_insert, indexer_q_ro
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
+from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
@@ -36,6 +37,7 @@ __all__ = [
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
     "merge_attn_states",
+    "mla_attention",
     "mla_gather_cache",
     "mla_write_cache",
     "mqa_logits",

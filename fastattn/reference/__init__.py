@@ -12,6 +12,7 @@ from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rop
 from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
+from fastattn.reference.mla_dense import mla_attention
 from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
@@ -30,6 +31,7 @@ __all__ = [
     "indexer_q_rope_quant",
     "make_rotary_embs",
     "merge_attn_states",
+    "mla_attention",
     "mla_gather_cache",
     "mla_write_cache",
     "mqa_logits",
