@@ -2,6 +2,8 @@
 // of the output; the right one gets the weights through shared memory and has the other 256.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/exp2.cuh"
 #include "cuda/mla/dense/finish.cuh"
 #include "cuda/mla/dense/products.cuh"
@@ -101,8 +103,7 @@ class LeftConsumer {
       const int row = part.row0 + OwnRow() + 8 * h;
       seen[h] = row < part.rows ? VisibleKeys(p, segment.seq, row / p.heads) : 0;
     }
-    if (part.begin < part.end) Score(scores);
-    for (int tile = part.begin; tile < part.end; ++tile) {
+    const auto take = [&](int tile, auto more) {
       WaitGroups<0>();
       KeepFloats(scores);
       const int stage = at_.stage(), key0 = tile * kTileKeys;
@@ -120,15 +121,16 @@ class LeftConsumer {
       for (int k = 0; k < 4; ++k) MultiplyValues(out, weights + 4 * k, values + k * 2048 / 16);
       CommitProducts();
       ++at_.count;
-      if (tile + 1 < part.end) {
-        Score(scores);
-        WaitGroups<1>();
-      } else {
-        WaitGroups<0>();
-      }
+      if constexpr (decltype(more)::value) Score(scores);
+      WaitGroups<decltype(more)::value ? 1 : 0>();
       KeepFloats(out);
       KeepRegisters(weights);
       ArriveWarp(&shared_.left_empty[stage]);
+    };
+    if (part.begin < part.end) {
+      Score(scores);
+      for (int tile = part.begin; tile + 1 < part.end; ++tile) take(tile, std::true_type{});
+      take(part.end - 1, std::false_type{});
     }
     Finish(segment, part, workspace, maximum, sum);
     float* partial = workspace.partial + Slot(part) * kTileRows * kMlaDenseChannels;
@@ -148,6 +150,7 @@ class LeftConsumer {
       MultiplyScores(scores, query_ + offset, keys + offset, i > 0);
     }
     Wait(&shared_.left_full[stage], at_.phase());
+    FenceProducts();
 #pragma unroll
     for (int i = 0; i < 4 * (C::kPieces - kHalfPieces); ++i) {
       // The last piece first, then 0 to 3.
