@@ -83,6 +83,7 @@ class LeftConsumer {
  public:
   __device__ __forceinline__ LeftConsumer(const Arguments& args, Shared<C>& shared)
       : args_(args), shared_(shared), scale_(args.p.softmax_scale * kLog2E) {
+    positive_ = scale_ > 0.0f;
     query_ = OperandDescriptor<128>(SharedAddress(shared.q));
   }
 
@@ -113,13 +114,13 @@ class LeftConsumer {
       float keep[2];
       Weigh(edge || assigned != ~uint64_t{0}, seen[0] - key0, seen[1] - key0, assigned, scores,
             maximum, sum, keep, weights);
-      PassWeights(keep, weights);
       Rescale(out, keep[0], keep[1]);
       FenceProducts();
       const uint64_t values = TransposedDescriptor<kPieceBytes>(SharedAddress(shared_.keys[stage]));
 #pragma unroll
       for (int k = 0; k < 4; ++k) MultiplyValues(out, weights + 4 * k, values + k * 2048 / 16);
       CommitProducts();
+      PassWeights(keep, weights);
       ++at_.count;
       if constexpr (decltype(more)::value) Score(scores);
       WaitGroups<decltype(more)::value ? 1 : 0>();
@@ -178,8 +179,11 @@ class LeftConsumer {
   __device__ __forceinline__ void Weigh(bool masked, int seen0, int seen1, uint64_t assigned,
                                         float (&scores)[32], float (&maximum)[2], float (&sum)[2],
                                         float (&keep)[2], uint32_t (&weights)[16]) {
+    if (!positive_) {
 #pragma unroll
-    for (float& x : scores) x *= scale_;
+      for (float& x : scores) x *= scale_;
+    }
+    const float factor = positive_ ? scale_ : 1.0f;
     if (masked) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -190,20 +194,22 @@ class LeftConsumer {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float most = maximum[h];
+      float most = -INFINITY;
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
         most = fmaxf(most, fmaxf(scores[i + 2 * h], scores[i + 2 * h + 1]));
       }
       most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
       most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
+      most = fmaxf(maximum[h], most * factor);
       keep[h] = WeightOf(maximum[h], most);
       maximum[h] = most;
       const float shift = most == -INFINITY ? 0.0f : most;
       float total = 0.0f;
 #pragma unroll
       for (int i = 0; i < 32; i += 4) {
-        const float a = Exp2(scores[i + 2 * h] - shift), b = Exp2(scores[i + 2 * h + 1] - shift);
+        const float a = Exp2(fmaf(scores[i + 2 * h], factor, -shift));
+        const float b = Exp2(fmaf(scores[i + 2 * h + 1], factor, -shift));
         total += a + b;
         weights[i / 2 + h] = PackPair<DType::kBFloat16>(a, b);
       }
@@ -265,6 +271,7 @@ class LeftConsumer {
   TileCount at_;
   uint64_t query_;
   float scale_;  // to base 2
+  bool positive_;
 };
 
 template <class C>
