@@ -43,6 +43,7 @@ CUDA = {
     "cuda/indexer": ("cuda/common",),
     "cuda/mqa_logits": ("cuda/common",),
     "cuda/mla/cache": ("cuda/common",),
+    "cuda/mla/dense": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),
     "cuda/topk": ("cuda/common",),

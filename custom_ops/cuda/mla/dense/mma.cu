@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "common/dispatch.h"
-#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mla/dense/finish.cuh"
 #include "cuda/mla/dense/launch.h"
