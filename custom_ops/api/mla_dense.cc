@@ -148,12 +148,14 @@ std::vector<Tensor> MlaAttention(const Tensor& q, const Tensor& cache, const Ten
   return RunMlaDense(Get(out), return_softmax_lse, place, &p);
 }
 
-std::vector<Shape> MlaAttentionInferShape(
-    const Shape& q, const Shape& cache, const Shape& block_tables, const Shape& cu_seqlens_q,
-    const Shape& seq_lens_decoder, const Shape& seq_lens_this_time, const Shape& scale,
-    const Shape& sinks, const Shape& out, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    float softmax_scale, bool causal, bool return_softmax_lse, const std::string& cache_format,
-    int page_size) {
+std::vector<Shape> MlaAttentionInferShape(const Shape& q, const Shape& cache,
+                                          const Shape& block_tables, const Shape& cu_seqlens_q,
+                                          const Shape& seq_lens_decoder,
+                                          const Shape& seq_lens_this_time, const Shape& scale,
+                                          const Shape& sinks, const Shape& out,
+                                          int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                          float softmax_scale, bool causal, bool return_softmax_lse,
+                                          const std::string& cache_format, int page_size) {
   const bool known = q.size() == 3;
   return {{known ? q[0] : -1, known ? q[1] : -1, kMlaValueDim},
           return_softmax_lse && known ? Shape{q[1], q[0]} : Shape{1}};
@@ -186,8 +188,7 @@ namespace fastattn::api {
 
 namespace {
 
-const bool kDirectMlaAttention =
-    AddDirect<&MlaAttention>("fastattn_mla_attention", {"q", "cache"});
+const bool kDirectMlaAttention = AddDirect<&MlaAttention>("fastattn_mla_attention", {"q", "cache"});
 
 }  // namespace
 

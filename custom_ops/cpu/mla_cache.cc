@@ -20,7 +20,6 @@ namespace {
 
 constexpr size_t kRopeBytes = kMlaRopeDim * sizeof(uint16_t);
 
-
 // Division, not multiplication by the reciprocal: an arbitrary scale's rounds otherwise.
 void Encode(const uint16_t* x, int n, float scale, uint8_t* codes) {
   for (int i = 0; i < n; ++i) codes[i] = FloatToE4M3(Div(BFloat16ToFloat(x[i]), scale));
@@ -109,7 +108,7 @@ void MlaGatherCache(const MlaGatherParams& p) {
       for (int64_t i = begin; i < end; ++i) {
         for (int r = 0; r < pages[i].count; ++r) {
           ReadMlaToken<kFormat>(MlaRowOf<kFormat>(p.cache, pages[i].page, r), p.scale,
-                             p.out + (pages[i].out_token + r) * p.out_stride);
+                                p.out + (pages[i].out_token + r) * p.out_stride);
         }
       }
     });

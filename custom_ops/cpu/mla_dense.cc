@@ -15,8 +15,8 @@ namespace fastattn::cpu {
 
 namespace {
 
-constexpr int kTile = 64;    // keys that are scored together
-constexpr int kHeads = 16;   // of a unit of work, which dequantises its keys itself
+constexpr int kTile = 64;   // keys that are scored together
+constexpr int kHeads = 16;  // of a unit of work, which dequantises its keys itself
 constexpr int kMaxDim = 576;
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
@@ -48,9 +48,9 @@ void LoadTile(const MlaDenseParams& p, int batch_idx, int64_t begin, int64_t end
   uint16_t bits[kMaxDim];
   tile->count = 0;
   for (int64_t key = begin; key < end; ++key) {
-    const int page = BlockOf(seqs.block_tables, seqs.max_blocks,
-                             static_cast<int>(p.cache.num_pages), batch_idx,
-                             key / p.cache.page_size);
+    const int page =
+        BlockOf(seqs.block_tables, seqs.max_blocks, static_cast<int>(p.cache.num_pages), batch_idx,
+                key / p.cache.page_size);
     if (page < 0) continue;
     ReadMlaToken<kFormat>(MlaRowOf<kFormat>(p.cache, page, key % p.cache.page_size), p.scale, bits);
     float* row = tile->rows[tile->count];

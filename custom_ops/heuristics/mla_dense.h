@@ -34,7 +34,8 @@ inline MlaDensePlan PlanMlaDense(int64_t max_seqlen_q, int heads, int tile_rows,
 // Floats: two partial results a CTA, their LSEs, and the groups' notes.
 inline int64_t MlaDenseWorkspace(const MlaDensePlan& plan) {
   const int64_t slots = int64_t{2} * plan.groups * plan.group_ctas;
-  return slots * plan.tile_rows * (kMlaDenseChannels + 1) + int64_t{plan.groups} * kMlaDenseNoteInts;
+  return slots * plan.tile_rows * (kMlaDenseChannels + 1) +
+         int64_t{plan.groups} * kMlaDenseNoteInts;
 }
 
 }  // namespace fastattn

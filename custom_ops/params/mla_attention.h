@@ -42,8 +42,8 @@ struct MlaSparseParams {
   float softmax_scale = 0.0f;
 };
 
-// mla_attention: each query sees the keys of its sequence, causal ones up to its own position, whose
-// page is assigned. Entry i of a block table is the page of keys i * page_size on.
+// mla_attention: each query sees the keys of its sequence, causal ones up to its own position,
+// whose page is assigned. Entry i of a block table is the page of keys i * page_size on.
 //
 // A query without a key gets 0 and an LSE of -inf. The LSE is natural and without the sink.
 struct MlaDenseParams {
@@ -60,7 +60,7 @@ struct MlaDenseParams {
   int dim = 0;  // 576, or 512 for kFp8x584: channels of a query and of a key
   float softmax_scale = 0.0f;
   bool causal = false;
-  int max_seqlen_q = 0;        // upper bounds known to the host: they size a grid, they mask nothing
+  int max_seqlen_q = 0;  // upper bounds known to the host: they size a grid, they mask nothing
   int max_seqlen_k = 0;
   bool clear_padding = false;  // tokens of no sequence get output 0
   float* workspace = nullptr;  // GPU: heuristics/mla_dense.h has its size

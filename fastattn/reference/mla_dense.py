@@ -96,5 +96,3 @@ def mla_attention(
                     weights = weights * share[:, None]
                 result[begin + i] = weights @ keys[seen, :VALUE_DIM]
     return result, lse
-
-

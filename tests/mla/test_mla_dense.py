@@ -192,9 +192,7 @@ def test_strided_cache_and_queries(place, cache_format):
     pool[:, 1] = problem.cache
     memory = to_paddle(pool, place)
     plane = 64 * elements
-    view = strided(
-        memory, [pages, 64, elements], [3 * plane, elements, 1], plane * dtype.itemsize
-    )
+    view = strided(memory, [pages, 64, elements], [3 * plane, elements, 1], plane * dtype.itemsize)
     tokens = len(problem.q)
     wide = np.full((tokens, 6, 640), np.nan, BF16)
     wide[:, 1:5, 32:608] = problem.q
@@ -205,9 +203,16 @@ def test_strided_cache_and_queries(place, cache_format):
 def test_slots_that_do_not_run(place):
     problem = Problem([70, 5, 9], [3, 2, 1], heads=2)
     q, cache = to_paddle(problem.q, place), to_paddle(problem.cache, place)
-    tables, starts, cached, new = problem.seqs(place)
+    tables, _, cached, _ = problem.seqs(place)
     out = F.mla_attention(
-        q, cache, tables, int32(problem.starts[:3], place), cached, int32([3, 2], place), 3, 73,
+        q,
+        cache,
+        tables,
+        int32(problem.starts[:3], place),
+        cached,
+        int32([3, 2], place),
+        3,
+        73,
         cache_format="bf16",
     )
     whole, _ = problem.run(place, softmax_scale=576**-0.5)
@@ -232,11 +237,12 @@ def test_no_sequence_no_page(place):
     q = to_paddle(np.full((3, 4, 576), np.nan, BF16), place)
     cache = to_paddle(np.zeros((2, 64, 576), BF16), place)
     nobody = [int32(x, place) for x in (np.zeros((0, 1)), [0], [], [])]
-    out, lse = F.mla_attention(q, cache, *nobody, 1, 1, cache_format="bf16", return_softmax_lse=True)
+    options = {"cache_format": "bf16", "return_softmax_lse": True}
+    out, lse = F.mla_attention(q, cache, *nobody, 1, 1, **options)
     assert (to_numpy(out) == 0).all() and np.isneginf(to_numpy(lse)).all()
     one = [int32(x, place) for x in ([[0]], [0, 3], [4], [3])]
     empty = to_paddle(np.zeros((0, 64, 576), BF16), place)
-    out, lse = F.mla_attention(q, empty, *one, 3, 7, cache_format="bf16", return_softmax_lse=True)
+    out, lse = F.mla_attention(q, empty, *one, 3, 7, **options)
     assert (to_numpy(out) == 0).all() and np.isneginf(to_numpy(lse)).all()
 
 
@@ -267,14 +273,16 @@ def written_call(q, cache, tables, starts, cached, new, scale, sinks, out):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_programs(place, dynamic):
     problem = Problem([70, 5], [3, 2], heads=4)
-    seqs = [x.astype(np.int32) for x in (problem.tables, problem.starts, problem.cached, problem.new)]
-    (out, lse), _ = run_all_modes(bf16_call, [problem.q, problem.cache, *seqs], place, dynamic=dynamic)
+    seqs = problem.seq_arrays()
+    (out, lse), _ = run_all_modes(
+        bf16_call, [problem.q, problem.cache, *seqs], place, dynamic=dynamic
+    )
     assert_close((out, lse), problem.want(softmax_scale=576**-0.5))
 
 
 def test_programs_that_write(place):
     problem = Problem([70, 5], [3, 2], heads=4, cache_format="fp8")
-    seqs = [x.astype(np.int32) for x in (problem.tables, problem.starts, problem.cached, problem.new)]
+    seqs = problem.seq_arrays()
     sinks, out = np.arange(4, dtype=np.float32), np.zeros((5, 4, 512), BF16)
     arrays = [problem.q, problem.cache, *seqs, SCALE, sinks, out]
     outputs, inputs = run_all_modes(written_call, arrays, place)

@@ -50,8 +50,8 @@ class Problem:
         elements, dtype = width(cache_format)
         own = fmt.token_bytes * page_size
         self.as_pages = page_bytes > 0
-        raw = np.full((pages, max(own, page_bytes)), 0xFF, np.uint8)
-        cache = raw.view(dtype) if self.as_pages else raw.view(dtype).reshape(-1, page_size, elements)
+        raw = np.full((pages, max(own, page_bytes)), 0xFF, np.uint8).view(dtype)
+        cache = raw if self.as_pages else raw.reshape(-1, page_size, elements)
         slots, at = [], 0
         for b, count in enumerate(blocks):
             self.tables[b, :count] = order[at : at + count]
@@ -97,8 +97,11 @@ class Problem:
         seqs = self.tables, self.starts, self.cached, self.new
         return reference.mla_attention(self.q, self.cache, *seqs, **self.options(**changes))
 
+    def seq_arrays(self):
+        return [x.astype(np.int32) for x in (self.tables, self.starts, self.cached, self.new)]
+
     def seqs(self, place: str):
-        return [int32(x, place) for x in (self.tables, self.starts, self.cached, self.new)]
+        return [int32(x, place) for x in self.seq_arrays()]
 
     def run(self, place: str = "cpu", q=None, cache=None, **changes: Any):
         """Output and LSE as arrays."""

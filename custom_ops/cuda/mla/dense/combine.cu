@@ -61,9 +61,8 @@ __device__ __forceinline__ void CombineRow(const MlaDenseParams& p, const MlaDen
 __device__ __forceinline__ void ClearToken(const MlaDenseParams& p, int token) {
   bool taken = false;
   for (int b = threadIdx.x % 32; b < p.seqs.batch; b += 32) {
-    const TokenRange<int> tokens = RaggedTokens(__ldg(p.seqs.cu_seqlens_q + b),
-                                                __ldg(p.seqs.cu_seqlens_q + b + 1),
-                                                p.seqs.num_tokens);
+    const TokenRange<int> tokens = RaggedTokens(
+        __ldg(p.seqs.cu_seqlens_q + b), __ldg(p.seqs.cu_seqlens_q + b + 1), p.seqs.num_tokens);
     const int count = NewTokens(__ldg(p.seqs.seq_lens_this_time + b), tokens.count);
     taken = taken || (token >= tokens.begin && token < tokens.begin + count);
   }
@@ -80,8 +79,8 @@ __device__ __forceinline__ void ClearToken(const MlaDenseParams& p, int token) {
 // CTAs (x, y): y of the rows' CTAs times the tile of x = group * group_ctas + sub. Those with y
 // past them clear tokens.
 __global__ void __launch_bounds__(kThreads)
-    CombineKernel(const __grid_constant__ MlaDenseParams p, const __grid_constant__ MlaDensePlan plan,
-                  int row_ctas) {
+    CombineKernel(const __grid_constant__ MlaDenseParams p,
+                  const __grid_constant__ MlaDensePlan plan, int row_ctas) {
   PdlWait();
   if (static_cast<int>(blockIdx.y) >= row_ctas) {
     const int64_t step = int64_t{gridDim.x} * (gridDim.y - row_ctas);
@@ -105,8 +104,8 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t LaunchCombine(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
-  const int64_t rows = std::min<int64_t>(
-      plan.tile_rows, std::max<int64_t>(int64_t{p.max_seqlen_q} * p.heads, 1));
+  const int64_t rows =
+      std::min<int64_t>(plan.tile_rows, std::max<int64_t>(int64_t{p.max_seqlen_q} * p.heads, 1));
   const int row_ctas = static_cast<int>((rows + kRowsPerCta - 1) / kRowsPerCta);
   const int columns = plan.groups * plan.group_ctas;
   const bool clears = p.clear_padding || p.lse != nullptr;

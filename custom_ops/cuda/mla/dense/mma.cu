@@ -211,8 +211,7 @@ __device__ __forceinline__ void RunSegment(const MlaDenseParams& p, const MlaDen
   const int own_tiles = TilesBefore(p, seq, row0 + kRows);
   const int least = VisibleKeys(p, seq, row0 / p.heads);
   const int own_row = row0 + threadIdx.x / 8;
-  const int seen =
-      own_row < seq.q_len * p.heads ? VisibleKeys(p, seq, own_row / p.heads) : 0;
+  const int seen = own_row < seq.q_len * p.heads ? VisibleKeys(p, seq, own_row / p.heads) : 0;
   const float scale = kFormat == MlaFormat::kFp8 ? __ldg(p.scale) : 1.0f;
   __syncthreads();  // nobody reads what the segment before left in shared memory
   LoadQuery<kDim<kFormat>>(p, segment, row0, shared);
@@ -302,9 +301,8 @@ MlaDensePlan PlanMma(const MlaDenseParams& p, int processors) {
 cudaError_t LaunchMma(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
   dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
-      p.cache.format, "cache_format", [&](auto format) {
-        status = LaunchFormat<decltype(format)::value>(p, plan, stream);
-      });
+      p.cache.format, "cache_format",
+      [&](auto format) { status = LaunchFormat<decltype(format)::value>(p, plan, stream); });
   return status;
 }
 

@@ -11,15 +11,15 @@
 
 namespace fastattn::cuda::mla_dense {
 
-#define FASTATTN_DENSE_ACC128(d)                                                            \
-  FASTATTN_ACC64("+f", d), FASTATTN_ACC16("+f", d, 64), FASTATTN_ACC16("+f", d, 80),        \
+#define FASTATTN_DENSE_ACC128(d)                                                     \
+  FASTATTN_ACC64("+f", d), FASTATTN_ACC16("+f", d, 64), FASTATTN_ACC16("+f", d, 80), \
       FASTATTN_ACC16("+f", d, 96), FASTATTN_ACC16("+f", d, 112)
-#define FASTATTN_DENSE_LIST128                                                              \
-  FASTATTN_LIST64                                                                           \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "      \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "        \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "  \
-  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "    \
+#define FASTATTN_DENSE_LIST128                                                             \
+  FASTATTN_LIST64                                                                          \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "     \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "       \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
+  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
   "%125, %126, %127"
 
 // d (+)= a * b: 64 x 64 of depth 16, both operands in shared memory, K-major.
@@ -34,20 +34,18 @@ __device__ __forceinline__ void MultiplyScores(float (&d)[32], uint64_t a, uint6
 
 // d += a * b: 64 x 256 of depth 16, a in registers, b N-major in shared memory.
 __device__ __forceinline__ void MultiplyValues(float (&d)[128], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" FASTATTN_DENSE_LIST128
-      "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
-      : FASTATTN_DENSE_ACC128(d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" FASTATTN_DENSE_LIST128
+               "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 1;"
+               : FASTATTN_DENSE_ACC128(d)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // The same with a in shared memory, K-major.
 __device__ __forceinline__ void MultiplyValues(float (&d)[128], uint64_t a, uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" FASTATTN_DENSE_LIST128
-      "}, %128, %129, 1, 1, 1, 0, 1;"
-      : FASTATTN_DENSE_ACC128(d)
-      : "l"(a), "l"(b));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" FASTATTN_DENSE_LIST128
+               "}, %128, %129, 1, 1, 1, 0, 1;"
+               : FASTATTN_DENSE_ACC128(d)
+               : "l"(a), "l"(b));
 }
 
 // Waits until at most kPending groups of products are in flight.

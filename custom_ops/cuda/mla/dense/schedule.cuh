@@ -26,11 +26,11 @@ inline constexpr int kLeastTiles = 3;
 inline constexpr int kSnapTiles = 2;
 
 struct Seq {
-  int q_begin = 0;    // first token of q
-  int q_len = 0;      // new tokens
-  int k_len = 0;      // keys
-  int k_limit = 0;    // keys that the block table has
-  int64_t items = 0;  // groups' rows
+  int q_begin = 0;         // first token of q
+  int q_len = 0;           // new tokens
+  int k_len = 0;           // keys
+  int k_limit = 0;         // keys that the block table has
+  int64_t items = 0;       // groups' rows
   int64_t first_work = 0;  // of item 0
   int64_t more_work = 0;   // of each item than of the one before
 

@@ -19,7 +19,8 @@ __device__ __forceinline__ void LoadQuery(const MlaDenseParams& p, const Segment
   const int r = thread / 4, row = part.row0 + r, chunk = thread % 4 * 2;
   const bool there = row < part.rows;
   const int64_t token = segment.seq.q_begin + (there ? row / p.heads : 0);
-  const uint16_t* q = p.q + token * p.q_token_stride + (there ? row % p.heads : 0) * p.q_head_stride;
+  const uint16_t* q =
+      p.q + token * p.q_token_stride + (there ? row % p.heads : 0) * p.q_head_stride;
   uint4 bits[2 * C::kPieces];
 #pragma unroll
   for (int i = 0; i < 2 * C::kPieces; ++i) {
@@ -28,16 +29,15 @@ __device__ __forceinline__ void LoadQuery(const MlaDenseParams& p, const Segment
   }
 #pragma unroll
   for (int i = 0; i < 2 * C::kPieces; ++i) {
-    *reinterpret_cast<uint4*>(shared.q + i / 2 * kPieceBytes + Swizzled(r, chunk + i % 2)) = bits[i];
+    *reinterpret_cast<uint4*>(shared.q + i / 2 * kPieceBytes + Swizzled(r, chunk + i % 2)) =
+        bits[i];
   }
   FenceAsyncProxy();
   SyncNamed<256>(kBothBarrier);
 }
 
 // This thread's rows of the tile; the other one is 8 further on.
-__device__ __forceinline__ int OwnRow() {
-  return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-}
+__device__ __forceinline__ int OwnRow() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
 __device__ __forceinline__ void Rescale(float (&out)[128], float keep0, float keep1) {
   if (__all_sync(kFullWarp, keep0 == 1.0f && keep1 == 1.0f)) return;
@@ -167,8 +167,8 @@ class LeftConsumer {
   __device__ __forceinline__ void Scrub(int first, uint8_t* keys) {
     const int begin = max(first, 0);
     for (int i = begin * 64 + static_cast<int>(threadIdx.x % 128); i < kTileKeys * 64; i += 128) {
-      uint4* chunk = reinterpret_cast<uint4*>(keys + i % 64 / 8 * kPieceBytes + i / 64 * 128 +
-                                              i % 8 * 16);
+      uint4* chunk =
+          reinterpret_cast<uint4*>(keys + i % 64 / 8 * kPieceBytes + i / 64 * 128 + i % 8 * 16);
       *chunk = FiniteChannels(*chunk);
     }
     FenceAsyncProxy();
@@ -259,8 +259,7 @@ class LeftConsumer {
       } else {
         const bool none = sum[h] == 0.0f;
         shared_.factor[r] = none ? 0.0f : 1.0f / sum[h];
-        workspace.lse[Slot(part) * kTileRows + r] =
-            none ? -INFINITY : maximum[h] + log2f(sum[h]);
+        workspace.lse[Slot(part) * kTileRows + r] = none ? -INFINITY : maximum[h] + log2f(sum[h]);
       }
     }
     SyncNamed<256>(kBothBarrier);
@@ -305,8 +304,8 @@ class RightConsumer {
       ++at_.count;
     }
     SyncNamed<256>(kBothBarrier);  // the factors are there
-    float* partial = workspace.partial +
-                     PartialSlot(blockIdx.x, part.continued) * kTileRows * kMlaDenseChannels;
+    float* partial =
+        workspace.partial + PartialSlot(blockIdx.x, part.continued) * kTileRows * kMlaDenseChannels;
     StoreOutput<C>(args_.p, segment, part, partial, 256, out, shared_);
   }
 

@@ -164,10 +164,10 @@ class CodeProducer {
           const uint2 bytes = __ldg(reinterpret_cast<const uint2*>(token.scales));
           const uint32_t low = bytes.x >> (Sub() < 4 ? 0 : 8);
           const uint32_t high = bytes.y >> (Sub() < 4 ? 0 : 8);
-          scales_[i] = make_float4(
-              UE8M0ToFloat(static_cast<uint8_t>(low)), UE8M0ToFloat(static_cast<uint8_t>(low >> 16)),
-              UE8M0ToFloat(static_cast<uint8_t>(high)),
-              UE8M0ToFloat(static_cast<uint8_t>(high >> 16)));
+          scales_[i] = make_float4(UE8M0ToFloat(static_cast<uint8_t>(low)),
+                                   UE8M0ToFloat(static_cast<uint8_t>(low >> 16)),
+                                   UE8M0ToFloat(static_cast<uint8_t>(high)),
+                                   UE8M0ToFloat(static_cast<uint8_t>(high >> 16)));
         }
       }
     }

@@ -48,8 +48,8 @@ struct Shared {
   uint8_t q[C::kPieces * kPieceBytes];
   uint8_t keys[kStages][C::kPieces * kPieceBytes];
   uint8_t weights[kTileRows * 128];
-  float keep[kTileRows];    // factor of the output so far
-  float factor[kTileRows];  // of the output at last
+  float keep[kTileRows];       // factor of the output so far
+  float factor[kTileRows];     // of the output at last
   uint64_t assigned[kStages];  // a bit a key
   // Pieces 4 to 7, and the others.
   uint64_t right_full[kStages], right_empty[kStages];
