@@ -126,7 +126,7 @@ class LeftConsumer {
       WaitGroups<decltype(more)::value ? 1 : 0>();
       KeepFloats(out);
       KeepRegisters(weights);
-      ArriveWarp(&shared_.left_empty[stage]);
+      ReleaseWarp<C>(&shared_.left_empty[stage]);
     };
     if (part.begin < part.end) {
       Score(scores);
@@ -300,7 +300,7 @@ class RightConsumer {
       WaitGroups<0>();
       KeepFloats(out);
       ArriveWarp(&shared_.weights_empty);
-      ArriveWarp(&shared_.right_empty[stage]);
+      ReleaseWarp<C>(&shared_.right_empty[stage]);
       ++at_.count;
     }
     SyncNamed<256>(kBothBarrier);  // the factors are there

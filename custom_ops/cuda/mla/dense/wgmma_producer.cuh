@@ -6,6 +6,18 @@
 
 namespace fastattn::cuda::mla_dense {
 
+// CopyBox() to the same place in the CTAs of the cluster that `ctas` has a bit for; each one's
+// bytes count towards its own barrier.
+__device__ __forceinline__ void CopyBoxToCluster(const CUtensorMap* map, void* target,
+                                                 uint64_t* barrier, int c0, int c1, int c2,
+                                                 uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(SharedAddress(target)),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"(ctas)
+      : "memory");
+}
+
 // Tiles of bf16 by TMA, box_rows keys of a page and 64 channels a box. A box whose page is not
 // assigned is filled with zeros. One warp.
 template <class C>
@@ -22,18 +34,18 @@ class TmaProducer {
       if (tile + 1 < part.end) next = FindBox(segment, (tile + 1) * kTileKeys);
       const unsigned assigned = __ballot_sync(kFullWarp, lane < boxes_ && box.page >= 0);
       const int stage = at_.stage();
+      constexpr int kRest = C::kPieces - kHalfPieces;
       Wait(&shared_.right_empty[stage], at_.phase() ^ 1);
       if (lane == 0) ArriveExpect(&shared_.right_full[stage], kHalfPieces * kPieceBytes);
       __syncwarp();
-      Copy(box, stage, kHalfPieces, 2 * kHalfPieces, &shared_.right_full[stage]);
+      Copy<0, kHalfPieces>(box, stage, &shared_.right_full[stage]);
       Wait(&shared_.left_empty[stage], at_.phase() ^ 1);
       if (lane == 0) {
         shared_.assigned[stage] = KeysOf(assigned);
-        ArriveExpect(&shared_.left_full[stage], (C::kPieces - kHalfPieces) * kPieceBytes);
+        ArriveExpect(&shared_.left_full[stage], kRest * kPieceBytes);
       }
       __syncwarp();
-      Copy(box, stage, 2 * kHalfPieces, C::kPieces, &shared_.left_full[stage]);
-      Copy(box, stage, 0, kHalfPieces, &shared_.left_full[stage]);
+      Copy<kHalfPieces, C::kPieces>(box, stage, &shared_.left_full[stage]);
     }
   }
 
@@ -66,13 +78,25 @@ class TmaProducer {
     return assigned;
   }
 
-  __device__ __forceinline__ void Copy(const Box& box, int stage, int begin, int end,
-                                       uint64_t* barrier) {
+  // Pieces in the order in which they are multiplied: 4 to 7, 8, 0 to 3. The CTAs of a cluster take
+  // turns.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void Copy(const Box& box, int stage, uint64_t* barrier) {
     const int lane = threadIdx.x % 32;
     if (lane >= boxes_) return;
     uint8_t* target = shared_.keys[stage] + lane * args_.box_rows * 128;
-    for (int piece = begin; piece < end; ++piece) {
-      CopyBox(&args_.keys, target + piece * kPieceBytes, barrier, piece * 128, box.row, box.page);
+    const int rank = C::kCluster == 1 ? 0 : static_cast<int>(ClusterRank());
+#pragma unroll
+    for (int i = kBegin; i < kEnd; i += C::kCluster) {
+      if (i + rank >= kEnd) break;
+      const int piece = (i + rank + kHalfPieces) % C::kPieces;
+      uint8_t* there = target + piece * kPieceBytes;
+      if constexpr (C::kCluster == 1) {
+        CopyBox(&args_.keys, there, barrier, piece * 128, box.row, box.page);
+      } else {
+        CopyBoxToCluster(&args_.keys, there, barrier, piece * 128, box.row, box.page,
+                         (1 << C::kCluster) - 1);
+      }
     }
   }
 
