@@ -48,8 +48,8 @@ __device__ __forceinline__ int VisibleKeys(const MlaDenseParams& p, const Seq& s
 // Key tiles that rows up to `last_row` (not included) see.
 __device__ __forceinline__ int TilesBefore(const MlaDenseParams& p, const Seq& seq,
                                            int64_t last_row) {
-  const int64_t rows = min(last_row, static_cast<int64_t>(seq.q_len) * p.heads);
-  const int keys = VisibleKeys(p, seq, static_cast<int>((rows - 1) / p.heads));
+  const int rows = static_cast<int>(min(last_row, static_cast<int64_t>(seq.q_len * p.heads)));
+  const int keys = VisibleKeys(p, seq, (rows - 1) / p.heads);
   return (keys + kTileKeys - 1) / kTileKeys;
 }
 
@@ -185,8 +185,13 @@ class Walker {
         seq_begin_ += seq_work_;
         seq_ = LoadSeq(p_, plan_, ++batch_idx_);
         seq_work_ = seq_.WorkBefore(seq_.items);
+        item_ = -1;
       }
-      const int64_t item = FindItem(at_ - seq_begin_);
+      // A range begins anywhere, and then takes one item after the other.
+      const int64_t item = at_ == seq_begin_ ? 0
+                           : item_ < 0       ? FindItem(at_ - seq_begin_)
+                                             : item_ + 1;
+      item_ = item;
       const int64_t first = seq_begin_ + seq_.WorkBefore(item);
       const int64_t last = seq_begin_ + seq_.WorkBefore(item + 1);
       const int rows = plan_.tile_rows * plan_.group_ctas;
@@ -251,6 +256,7 @@ class Walker {
   const MlaDensePlan& plan_;
   int64_t at_, end_, total_, seq_begin_;
   int64_t seq_work_ = 0;
+  int64_t item_ = -1;  // of the segment before
   int groups_, group_, batch_idx_;
   Seq seq_;
 };
