@@ -112,7 +112,7 @@ def mla_attention(
     >>> table, starts = paddle.to_tensor([[1]], "int32"), paddle.to_tensor([0, 1], "int32")
     >>> cached, new = paddle.to_tensor([9], "int32"), paddle.to_tensor([1], "int32")
     >>> out = mla_attention(q, cache, table, starts, cached, new, 1, 10, cache_format="bf16")
-    >>> out.shape, float(out[0, 0, 0])
+    >>> list(out.shape), float(out[0, 0, 0])
     ([1, 16, 512], 1.0)
     """
     if softmax_scale is None:
