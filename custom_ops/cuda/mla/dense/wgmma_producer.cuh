@@ -6,6 +6,9 @@
 
 namespace fastattn::cuda::mla_dense {
 
+// Whether a tile is asked for before its buffer is free.
+inline constexpr bool kPrefetchTiles = false;
+
 // CopyBox() to the same place in the CTAs of the cluster that `ctas` has a bit for; each one's
 // bytes count towards its own barrier.
 __device__ __forceinline__ void CopyBoxToCluster(const CUtensorMap* map, void* target,
@@ -35,6 +38,7 @@ class TmaProducer {
       const unsigned assigned = __ballot_sync(kFullWarp, lane < boxes_ && box.page >= 0);
       const int stage = at_.stage();
       constexpr int kRest = C::kPieces - kHalfPieces;
+      if (kPrefetchTiles && tile + 1 < part.end) Prefetch(next);
       Wait(&shared_.right_empty[stage], at_.phase() ^ 1);
       if (lane == 0) ArriveExpect(&shared_.right_full[stage], kHalfPieces * kPieceBytes);
       __syncwarp();
@@ -76,6 +80,17 @@ class TmaProducer {
       if (boxes >> i & 1) assigned |= keys << (i * args_.box_rows);
     }
     return assigned;
+  }
+
+  // Into the L2 cache: a tile's buffer is not free yet.
+  __device__ __forceinline__ void Prefetch(const Box& box) {
+    if (static_cast<int>(threadIdx.x % 32) >= boxes_ || box.page < 0) return;
+    const int rank = C::kCluster == 1 ? 0 : static_cast<int>(ClusterRank());
+#pragma unroll
+    for (int piece = 0; piece < C::kPieces; piece += C::kCluster) {
+      if (piece + rank >= C::kPieces) break;
+      PrefetchBox(&args_.keys, (piece + rank) * 128, box.row, box.page);
+    }
   }
 
   // Pieces in the order in which they are multiplied: 4 to 7, 8, 0 to 3. The CTAs of a cluster take
