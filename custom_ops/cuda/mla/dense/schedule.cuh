@@ -119,9 +119,10 @@ __device__ __forceinline__ void FindShare(const MlaDenseParams& p, const MlaDens
     const Seq seq = LoadSeq(p, plan, b);
     return seq.WorkBefore(seq.items);
   };
-  int64_t total = 0, all = 0;
+  int64_t total = 0, all = 0, work = 0, last = 0;  // last: work of the sequences up to this one
   for (int b = 0; b < p.seqs.batch; b += kThreads) {
-    ScanThreads<kThreads>(work_of(b + threadIdx.x), sums, &all);
+    work = work_of(b + threadIdx.x);
+    last = total + ScanThreads<kThreads>(work, sums, &all);
     total += all;
   }
   const int groups =
@@ -136,14 +137,20 @@ __device__ __forceinline__ void FindShare(const MlaDenseParams& p, const MlaDens
     share->groups = groups;
   }
   if (begin >= end) return;
+  const auto claim = [&](int b) {
+    if (begin < last - work || begin >= last) return;
+    share->batch_idx = b;
+    share->seq_begin = last - work;
+  };
+  if (p.seqs.batch <= kThreads) {
+    claim(threadIdx.x);
+    return;
+  }
   int64_t before = 0;
   for (int b = 0; b < p.seqs.batch; b += kThreads) {
-    const int64_t work = work_of(b + threadIdx.x);
-    const int64_t last = before + ScanThreads<kThreads>(work, sums, &all);
-    if (last - work <= begin && begin < last) {
-      share->batch_idx = b + threadIdx.x;
-      share->seq_begin = last - work;
-    }
+    work = work_of(b + threadIdx.x);
+    last = before + ScanThreads<kThreads>(work, sums, &all);
+    claim(b + threadIdx.x);
     before += all;
   }
 }
