@@ -23,12 +23,16 @@ inline constexpr int kMlaDenseChannels = kMlaValueDim;
 // Ints that a group writes about the item that it splits: see cuda/mla/dense/schedule.cuh.
 inline constexpr int kMlaDenseNoteInts = 8;
 
+// So many threads merge partial results.
+inline constexpr int kMlaDenseMaxGroups = 512;
+
 inline MlaDensePlan PlanMlaDense(int64_t max_seqlen_q, int heads, int tile_rows, int processors,
                                  int ctas_per_processor) {
   const int64_t rows = std::max<int64_t>(max_seqlen_q, 1) * heads;
   const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
   const int group = static_cast<int>(std::clamp<int64_t>(tiles, 1, 2));
-  return {tile_rows, group, std::max(processors * ctas_per_processor / group, 1)};
+  const int groups = std::clamp(processors * ctas_per_processor / group, 1, kMlaDenseMaxGroups);
+  return {tile_rows, group, groups};
 }
 
 // Floats: two partial results a CTA, their LSEs, and the groups' notes.

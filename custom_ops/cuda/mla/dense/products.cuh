@@ -48,6 +48,41 @@ __device__ __forceinline__ void MultiplyValues(float (&d)[128], uint64_t a, uint
                : "l"(a), "l"(b));
 }
 
+#define FASTATTN_DENSE_LOW(d)                                                           \
+  FASTATTN_ACC16("+f", d, 0), FASTATTN_ACC16("+f", d, 16), FASTATTN_ACC16("+f", d, 32), \
+      FASTATTN_ACC16("+f", d, 48)
+#define FASTATTN_DENSE_HIGH(d)                                                           \
+  FASTATTN_ACC16("+f", d, 64), FASTATTN_ACC16("+f", d, 80), FASTATTN_ACC16("+f", d, 96), \
+      FASTATTN_ACC16("+f", d, 112)
+#define FASTATTN_DENSE_REGISTERS(acc, b)                                                 \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FASTATTN_LIST64 \
+               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                               \
+               : acc                                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define FASTATTN_DENSE_SHARED(acc, b)                                                    \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FASTATTN_LIST64 \
+               "}, %64, %65, 1, 1, 1, 0, 1;"                                             \
+               : acc                                                                     \
+               : "l"(a), "l"(b))
+
+// The same as two products of 128 columns, `step` between their descriptors: ptxas wants no
+// instruction that needs more registers than a kernel is launched with.
+__device__ __forceinline__ void MultiplyValueHalves(float (&d)[128], const uint32_t* a, uint64_t b,
+                                                    int step) {
+  FASTATTN_DENSE_REGISTERS(FASTATTN_DENSE_LOW(d), b);
+  FASTATTN_DENSE_REGISTERS(FASTATTN_DENSE_HIGH(d), b + step);
+}
+__device__ __forceinline__ void MultiplyValueHalves(float (&d)[128], uint64_t a, uint64_t b,
+                                                    int step) {
+  FASTATTN_DENSE_SHARED(FASTATTN_DENSE_LOW(d), b);
+  FASTATTN_DENSE_SHARED(FASTATTN_DENSE_HIGH(d), b + step);
+}
+
+#undef FASTATTN_DENSE_LOW
+#undef FASTATTN_DENSE_HIGH
+#undef FASTATTN_DENSE_REGISTERS
+#undef FASTATTN_DENSE_SHARED
+
 // Waits until at most kPending groups of products are in flight.
 template <int kPending>
 __device__ __forceinline__ void WaitGroups() {

@@ -22,7 +22,7 @@ namespace fastattn::cuda::mla_dense {
 namespace {
 
 // Whether the CTAs of a group load tiles for each other.
-constexpr bool kMulticast = true;
+constexpr bool kMulticast = false;
 
 template <class C>
 __device__ __forceinline__ void InitShared(Shared<C>& shared) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void JoinCluster() {
 }
 
 template <class C>
-__global__ void __launch_bounds__(kWgmmaThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     WgmmaKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -98,14 +98,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   }
   PdlWait();
   PdlLaunchDependents();  // combine.cu's kernel takes the multiprocessors that this one leaves
-  FindShare<kWgmmaThreads>(args.p, args.plan, blockIdx.x / args.plan.group_ctas, shared.sums,
-                           &shared.share);
+  FindShare<C::kThreads>(args.p, args.plan, blockIdx.x / args.plan.group_ctas, shared.sums,
+                         &shared.share);
   __syncthreads();
   JoinCluster<C>();  // its barriers are initialised
-  if (threadIdx.x < 128) {
+  if (threadIdx.x < C::kProducerThreads) {
     ReleaseRegisters<C::kProducerRegisters>();
     RunProducer(args, shared);
-  } else if (threadIdx.x < 256) {
+  } else if (threadIdx.x < C::kProducerThreads + 128) {
     ClaimRegisters<C::kLeftRegisters>();
     const Workspace workspace = WorkspaceOf(args.p, args.plan);
     LeftConsumer<C> consumer(args, shared);
@@ -113,11 +113,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
       consumer.Run(segment, part, workspace);
     });
   } else {
-    if constexpr (C::kRightRegisters > 168) {
-      ClaimRegisters<C::kRightRegisters>();
-    } else {
-      ReleaseRegisters<C::kRightRegisters>();
-    }
+    ClaimRegisters<C::kRightRegisters>();
     const Workspace workspace = WorkspaceOf(args.p, args.plan);
     RightConsumer<C> consumer(args, shared);
     ForSegments(args, shared, [&](const Segment& segment, const Part& part) {
@@ -171,7 +167,7 @@ cudaError_t LaunchConfig(const MlaDenseParams& p, const MlaDensePlan& plan, cuda
     status = EncodeKeys(&args);
     if (status != cudaSuccess) return status;
   }
-  return LaunchPdlInClusters(kernel, dim3(plan.groups * plan.group_ctas), dim3(kWgmmaThreads),
+  return LaunchPdlInClusters(kernel, dim3(plan.groups * plan.group_ctas), dim3(C::kThreads),
                              C::kCluster, sizeof(Shared<C>), stream, args);
 }
 

@@ -15,7 +15,7 @@ namespace fastattn::cuda::mla_dense {
 template <class C>
 __device__ __forceinline__ void LoadQuery(const MlaDenseParams& p, const Segment& segment,
                                           const Part& part, Shared<C>& shared) {
-  const int thread = threadIdx.x - 128;
+  const int thread = threadIdx.x - C::kProducerThreads;
   const int r = thread / 4, row = part.row0 + r, chunk = thread % 4 * 2;
   const bool there = row < part.rows;
   const int64_t token = segment.seq.q_begin + (there ? row / p.heads : 0);
@@ -47,6 +47,16 @@ __device__ __forceinline__ void Rescale(float (&out)[128], float keep0, float ke
     out[i + 1] *= keep0;
     out[i + 2] *= keep1;
     out[i + 3] *= keep1;
+  }
+}
+
+// Weights of 16 keys times 256 channels of their values.
+template <class C, typename Weights>
+__device__ __forceinline__ void AddValues(float (&out)[128], Weights weights, uint64_t values) {
+  if constexpr (C::kTma) {
+    MultiplyValues(out, weights, values);
+  } else {
+    MultiplyValueHalves(out, weights, values, 2 * kPieceBytes / 16);
   }
 }
 
@@ -118,7 +128,7 @@ class LeftConsumer {
       FenceProducts();
       const uint64_t values = TransposedDescriptor<kPieceBytes>(SharedAddress(shared_.keys[stage]));
 #pragma unroll
-      for (int k = 0; k < 4; ++k) MultiplyValues(out, weights + 4 * k, values + k * 2048 / 16);
+      for (int k = 0; k < 4; ++k) AddValues<C>(out, weights + 4 * k, values + k * 2048 / 16);
       CommitProducts();
       PassWeights(keep, weights);
       ++at_.count;
@@ -295,7 +305,7 @@ class RightConsumer {
       const uint64_t values = TransposedDescriptor<kPieceBytes>(
           SharedAddress(shared_.keys[stage] + kHalfPieces * kPieceBytes));
 #pragma unroll
-      for (int k = 0; k < 4; ++k) MultiplyValues(out, weights + 2 * k, values + k * 2048 / 16);
+      for (int k = 0; k < 4; ++k) AddValues<C>(out, weights + 2 * k, values + k * 2048 / 16);
       CommitProducts();
       WaitGroups<0>();
       KeepFloats(out);

@@ -121,8 +121,9 @@ class TmaProducer {
   TileCount at_;
 };
 
-// Tiles of codes: loaded a tile ahead into registers, dequantised, stored. Four warps, each 16 of a
-// tile's keys, eight lanes a key.
+// Tiles of codes: loaded half a tile at a time, dequantised, stored. Eight warps, each eight of a
+// tile's keys, eight lanes a key. The next tile is on its way to the L2 cache meanwhile: registers
+// for more of it there are none.
 template <class C>
 class CodeProducer {
  public:
@@ -132,128 +133,161 @@ class CodeProducer {
   }
 
   __device__ __forceinline__ void Run(const Segment& segment, const Part& part) {
-    if (part.begin >= part.end) return;
-    Load(segment, part.begin * kTileKeys);
-    for (int tile = part.begin; tile < part.end; ++tile, ++at_.count) {
+    const int limit = segment.seq.k_limit, batch_idx = segment.batch_idx, end = part.end;
+    if (part.begin >= end) return;
+    Token tokens[kTokens];
+    unsigned assigned = Find(batch_idx, part.begin * kTileKeys, limit, tokens);
+    for (int tile = part.begin; tile < end; ++tile, ++at_.count) {
       const int stage = at_.stage();
       uint8_t* keys = shared_.keys[stage];
+      Half right, left;
+      Load<1>(tokens, right);
       Wait(&shared_.right_empty[stage], at_.phase() ^ 1);
-      StoreLatent(keys, 2);
-      StoreLatent(keys, 3);
-      if constexpr (C::kCache == MlaFormat::kFp8x584) StoreRope(keys);
+      Store<1>(right, keys);
       FenceAsyncProxy();
       ArriveWarp(&shared_.right_full[stage]);
+      Load<0>(tokens, left);
+      const unsigned now = assigned;
+      if (tile + 1 < end) {
+        assigned = Find(batch_idx, (tile + 1) * kTileKeys, limit, tokens);
+        Prefetch(tokens);
+      }
       Wait(&shared_.left_empty[stage], at_.phase() ^ 1);
       if (threadIdx.x % 32 == 0) {
-        reinterpret_cast<uint16_t*>(&shared_.assigned[stage])[threadIdx.x / 32] = assigned_;
+        reinterpret_cast<uint8_t*>(&shared_.assigned[stage])[threadIdx.x / 32] =
+            static_cast<uint8_t>(now);
       }
-      if constexpr (C::kCache != MlaFormat::kFp8x584) StoreRope(keys);
-      StoreLatent(keys, 0);
-      StoreLatent(keys, 1);
+      Store<0>(left, keys);
       FenceAsyncProxy();
       ArriveWarp(&shared_.left_full[stage]);
-      if (tile + 1 < part.end) Load(segment, (tile + 1) * kTileKeys);
     }
   }
 
  private:
-  static constexpr int kTokens = 4;  // of a lane
+  static constexpr int kTokens = 2;  // of a lane
+  static constexpr bool kRopeRight = C::kPieces == 2 * kHalfPieces;
   static constexpr MlaFormatFacts kFacts = FactsOf(C::kCache);
+
+  // 256 channels of the lane's keys, 32 of each, and what belongs to them.
+  struct Half {
+    uint4 latent[kTokens][2];
+    uint4 rope[kTokens];
+    float2 scales[kTokens];
+  };
 
   __device__ __forceinline__ static int Sub() { return threadIdx.x % 8; }
   // In the tile.
   __device__ __forceinline__ static int KeyOf(int i) {
-    return threadIdx.x / 32 * 16 + 4 * i + threadIdx.x % 32 / 8;
+    return threadIdx.x / 32 * 8 + 4 * i + threadIdx.x % 32 / 8;
   }
 
-  __device__ __forceinline__ void Load(const Segment& segment, int key0) {
+  // Where a tile's keys are. Returns a bit for each of the warp's keys.
+  __device__ __forceinline__ unsigned Find(int batch_idx, int key0, int limit,
+                                           Token (&tokens)[kTokens]) const {
     unsigned assigned = 0;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const int key = key0 + KeyOf(i);
-      Token token{nullptr, nullptr};
-      if (key < segment.seq.k_limit) {
-        token = FindToken<C::kCache>(args_.p, args_.page_size, segment.batch_idx, key);
+      tokens[i] = {nullptr, nullptr};
+      if (key < limit) {
+        tokens[i] = FindToken<C::kCache>(args_.p, args_.page_size, batch_idx, key);
       }
-      const bool there = token.codes != nullptr;
-      const unsigned bits = __ballot_sync(kFullWarp, there);
-      assigned |= (bits & 1) << 4 * i | (bits >> 8 & 1) << (4 * i + 1) |
-                  (bits >> 16 & 1) << (4 * i + 2) | (bits >> 24 & 1) << (4 * i + 3);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        latent_[i][k] = make_uint4(0, 0, 0, 0);
-        if (there && (kFacts.latent == 512 || k < 3 || Sub() < 4)) {
-          latent_[i][k] = __ldg(reinterpret_cast<const uint4*>(token.codes) + 8 * k + Sub());
-        }
-      }
-      rope_[i] = make_uint4(0, 0, 0, 0);
-      scales_[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (!there) continue;
-      if constexpr (C::kCache == MlaFormat::kFp8) {
-        const uint2 codes = __ldg(reinterpret_cast<const uint2*>(token.codes + 512) + Sub());
-        rope_[i].x = codes.x;
-        rope_[i].y = codes.y;
-      } else {
-        const uint8_t* rope = token.codes + kFacts.row_bytes - 2 * kMlaRopeDim;
-        rope_[i] = __ldg(reinterpret_cast<const uint4*>(rope) + Sub());
-        if constexpr (C::kCache == MlaFormat::kFp8x656) {
-          scales_[i] = __ldg(reinterpret_cast<const float4*>(token.scales));
-        } else {
-          // Bytes 0, 2, 4, 6 for the first four lanes, the others for the last four.
-          const uint2 bytes = __ldg(reinterpret_cast<const uint2*>(token.scales));
-          const uint32_t low = bytes.x >> (Sub() < 4 ? 0 : 8);
-          const uint32_t high = bytes.y >> (Sub() < 4 ? 0 : 8);
-          scales_[i] = make_float4(UE8M0ToFloat(static_cast<uint8_t>(low)),
-                                   UE8M0ToFloat(static_cast<uint8_t>(low >> 16)),
-                                   UE8M0ToFloat(static_cast<uint8_t>(high)),
-                                   UE8M0ToFloat(static_cast<uint8_t>(high >> 16)));
-        }
-      }
+      const unsigned bits = __ballot_sync(kFullWarp, tokens[i].codes != nullptr);
+      assigned |= ((bits & 1) | (bits >> 7 & 2) | (bits >> 14 & 4) | (bits >> 21 & 8)) << 4 * i;
     }
-    assigned_ = static_cast<uint16_t>(assigned);
+    return assigned;
   }
 
-  // Channels 128 * k to 128 * k + 127 of the lane's keys, 16 of each.
-  __device__ __forceinline__ void StoreLatent(uint8_t* keys, int k) {
-    if (kFacts.latent == 448 && k == 3 && Sub() >= 4) return;
-    uint8_t* piece = keys + (2 * k + Sub() / 4) * kPieceBytes;
+  __device__ __forceinline__ static void Prefetch(const Token (&tokens)[kTokens]) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int line = 128 * Sub();
+      if (tokens[i].codes == nullptr || line >= kFacts.row_bytes) continue;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(tokens[i].codes + line));
+    }
+  }
+
+  template <int kHalf>
+  __device__ __forceinline__ static void Load(const Token (&tokens)[kTokens], Half& half) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const uint8_t* codes = tokens[i].codes;
+      const bool there = codes != nullptr;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int k = 2 * kHalf + j;
+        half.latent[i][j] = make_uint4(0, 0, 0, 0);
+        if (there && (kFacts.latent == 512 || k < 3 || Sub() < 4)) {
+          half.latent[i][j] = __ldg(reinterpret_cast<const uint4*>(codes) + 8 * k + Sub());
+        }
+      }
+      half.scales[i] = make_float2(0.0f, 0.0f);
+      if constexpr (C::kCache == MlaFormat::kFp8x656) {
+        if (there) half.scales[i] = __ldg(reinterpret_cast<const float2*>(codes + 512) + kHalf);
+      } else if constexpr (C::kCache == MlaFormat::kFp8x584) {
+        // Of the pieces 2 * k for the first four lanes, and those behind for the others.
+        if (there) {
+          const uint32_t bytes =
+              __ldg(reinterpret_cast<const uint32_t*>(tokens[i].scales) + kHalf) >>
+              (Sub() < 4 ? 0 : 8);
+          half.scales[i] = make_float2(UE8M0ToFloat(static_cast<uint8_t>(bytes)),
+                                       UE8M0ToFloat(static_cast<uint8_t>(bytes >> 16)));
+        }
+      }
+      if constexpr (kRopeRight != (kHalf == 1)) continue;
+      half.rope[i] = make_uint4(0, 0, 0, 0);
+      if (!there) continue;
+      if constexpr (C::kCache == MlaFormat::kFp8) {
+        const uint2 pair = __ldg(reinterpret_cast<const uint2*>(codes + 512) + Sub());
+        half.rope[i].x = pair.x;
+        half.rope[i].y = pair.y;
+      } else {
+        const uint8_t* rope = codes + kFacts.row_bytes - 2 * kMlaRopeDim;
+        half.rope[i] = __ldg(reinterpret_cast<const uint4*>(rope) + Sub());
+      }
+    }
+  }
+
+  // Channels 256 * kHalf to 256 * kHalf + 255, and the rotated ones with one of the halves.
+  template <int kHalf>
+  __device__ __forceinline__ void Store(const Half& half, uint8_t* keys) const {
+    if constexpr (kRopeRight == (kHalf == 1)) {
+      uint8_t* piece = keys + (C::kPieces - 1) * kPieceBytes;
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        const uint4 bits = C::kCache == MlaFormat::kFp8
+                               ? Dequantise(half.rope[i].x, half.rope[i].y, static_scale_)
+                               : half.rope[i];
+        *reinterpret_cast<uint4*>(piece + Swizzled(KeyOf(i), Sub())) = bits;
+      }
+    }
     const int chunk = Sub() % 4 * 2;
     // The lanes of the two pieces store their chunks in turn, or they would share banks.
     const int first = Sub() / 4;
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const uint4& codes = latent_[i][k];
-      const float scale = C::kCache == MlaFormat::kFp8 ? static_scale_
-                          : k == 0                     ? scales_[i].x
-                          : k == 1                     ? scales_[i].y
-                          : k == 2                     ? scales_[i].z
-                                                       : scales_[i].w;
-      const uint4 a = Dequantise(codes.x, codes.y, scale), b = Dequantise(codes.z, codes.w, scale);
-      const int row = KeyOf(i);
-      *reinterpret_cast<uint4*>(piece + Swizzled(row, chunk + first)) = first == 0 ? a : b;
-      *reinterpret_cast<uint4*>(piece + Swizzled(row, chunk + 1 - first)) = first == 0 ? b : a;
-    }
-  }
-
-  __device__ __forceinline__ void StoreRope(uint8_t* keys) {
-    uint8_t* piece = keys + (C::kPieces - 1) * kPieceBytes;
+    for (int j = 0; j < 2; ++j) {
+      const int k = 2 * kHalf + j;
+      if (kFacts.latent == 448 && k == 3 && Sub() >= 4) continue;
+      uint8_t* piece = keys + (2 * k + first) * kPieceBytes;
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const uint4 bits = C::kCache == MlaFormat::kFp8
-                             ? Dequantise(rope_[i].x, rope_[i].y, static_scale_)
-                             : rope_[i];
-      *reinterpret_cast<uint4*>(piece + Swizzled(KeyOf(i), Sub())) = bits;
+      for (int i = 0; i < kTokens; ++i) {
+        const uint4& codes = half.latent[i][j];
+        const float scale = C::kCache == MlaFormat::kFp8 ? static_scale_
+                            : j == 0                     ? half.scales[i].x
+                                                         : half.scales[i].y;
+        const uint4 a = Dequantise(codes.x, codes.y, scale);
+        const uint4 b = Dequantise(codes.z, codes.w, scale);
+        const int row = KeyOf(i);
+        *reinterpret_cast<uint4*>(piece + Swizzled(row, chunk + first)) = first == 0 ? a : b;
+        *reinterpret_cast<uint4*>(piece + Swizzled(row, chunk + 1 - first)) = first == 0 ? b : a;
+      }
     }
   }
 
   const Arguments& args_;
   Shared<C>& shared_;
   TileCount at_;
-  uint4 latent_[kTokens][4];
-  uint4 rope_[kTokens];
-  float4 scales_[kTokens];
   float static_scale_ = 1.0f;
-  uint16_t assigned_ = 0;
 };
 
 }  // namespace fastattn::cuda::mla_dense

@@ -15,7 +15,6 @@ namespace fastattn::cuda::mla_dense {
 
 inline constexpr int kTileRows = 64;
 inline constexpr int kStages = 2;
-inline constexpr int kWgmmaThreads = 384;
 inline constexpr int kPieceBytes = kTileKeys * 128;  // 64 channels of a tile's keys
 inline constexpr int kHalfPieces = 4;                // of values: 256 channels
 // Named barriers of the consumers.
@@ -37,13 +36,18 @@ struct Config {
   static constexpr bool kTma = kFormat == MlaFormat::kBf16;
   static constexpr int kChannels = kDim<kFormat>;
   static constexpr int kPieces = kChannels / 64;
-  // Together at most what the kernel is launched with: 168 each. More would never be given.
-  static constexpr int kProducerRegisters = kTma ? 40 : 136;
+  // Codes are dequantised by two warpgroups.
+  static constexpr int kProducerThreads = kTma ? 128 : 256;
+  static constexpr int kThreads = kProducerThreads + 256;
+  // Together at most what the kernel is launched with. More would never be given.
+  static constexpr int kLaunched = kTma ? 168 : 128;
+  static constexpr int kProducerRegisters = kTma ? 40 : 72;
   static constexpr int kLeftRegisters = kTma ? 240 : 208;
   static constexpr int kRightRegisters = kTma ? 224 : 160;
-  static_assert(kProducerRegisters + kLeftRegisters + kRightRegisters <= 3 * 168);
+  static_assert(kProducerRegisters * (kProducerThreads / 128) + kLeftRegisters + kRightRegisters <=
+                kLaunched * (kThreads / 128));
   // Arrivals at the barriers of a tile that is there.
-  static constexpr int kFullArrivals = kTma ? 1 : 4 * kWarpArrivals;
+  static constexpr int kFullArrivals = kTma ? 1 : kProducerThreads / 32 * kWarpArrivals;
   static_assert(kCtas == 1 || (kCtas == 2 && kTma));
 };
 
@@ -61,7 +65,7 @@ struct Shared {
   uint64_t right_full[kStages], right_empty[kStages];
   uint64_t left_full[kStages], left_empty[kStages];
   uint64_t weights_full, weights_empty;
-  int64_t sums[kWgmmaThreads / 32];
+  int64_t sums[C::kThreads / 32];
   Share share;
 };
 
