@@ -21,16 +21,13 @@ namespace fastattn::cuda::mla_dense {
 
 namespace {
 
-// Whether the CTAs of a group load tiles for each other.
-constexpr bool kMulticast = false;
-
 template <class C>
 __device__ __forceinline__ void InitShared(Shared<C>& shared) {
   for (int i = 0; i < kStages; ++i) {
     InitBarrier(&shared.right_full[i], C::kFullArrivals);
     InitBarrier(&shared.left_full[i], C::kFullArrivals);
-    InitBarrier(&shared.right_empty[i], 4 * kWarpArrivals * C::kCluster);
-    InitBarrier(&shared.left_empty[i], 4 * kWarpArrivals * C::kCluster);
+    InitBarrier(&shared.right_empty[i], 4 * kWarpArrivals);
+    InitBarrier(&shared.left_empty[i], 4 * kWarpArrivals);
   }
   InitBarrier(&shared.weights_full, 4 * kWarpArrivals);
   InitBarrier(&shared.weights_empty, 4 * kWarpArrivals);
@@ -43,7 +40,7 @@ __device__ __forceinline__ void ForSegments(const Arguments& args, const Shared<
   Walker walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
   Segment segment;
   while (walker.Next(&segment)) {
-    const Part part(args, segment, C::kCluster > 1);
+    const Part part(args, segment);
     if (!part.none) f(segment, part);
   }
 }
@@ -61,7 +58,7 @@ __device__ __forceinline__ void RunProducer(const Arguments& args, Shared<C>& sh
         note = {segment.merged, segment.seq.q_begin, static_cast<int>(segment.row),
                 segment.seq.q_len * args.p.heads};
       }
-      const Part part(args, segment, C::kCluster > 1);
+      const Part part(args, segment);
       if (!part.none) producer.Run(segment, part);
     }
   };
@@ -74,15 +71,6 @@ __device__ __forceinline__ void RunProducer(const Arguments& args, Shared<C>& sh
   }
   if (threadIdx.x == 0 && blockIdx.x % args.plan.group_ctas == 0) {
     WriteNote(WorkspaceOf(args.p, args.plan), blockIdx.x / args.plan.group_ctas, note);
-  }
-}
-
-template <class C>
-__device__ __forceinline__ void JoinCluster() {
-  if constexpr (C::kCluster > 1) {
-    __syncwarp();
-    ArriveAtCluster();
-    WaitForCluster();
   }
 }
 
@@ -101,7 +89,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   FindShare<C::kThreads>(args.p, args.plan, blockIdx.x / args.plan.group_ctas, shared.sums,
                          &shared.share);
   __syncthreads();
-  JoinCluster<C>();  // its barriers are initialised
   if (threadIdx.x < C::kProducerThreads) {
     ReleaseRegisters<C::kProducerRegisters>();
     RunProducer(args, shared);
@@ -120,7 +107,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       consumer.Run(segment, part, workspace);
     });
   }
-  JoinCluster<C>();  // nobody writes to this CTA's shared memory any more
 #else
   __trap();  // a build for sm_90 without its own features: better than output left unwritten
 #endif
@@ -144,8 +130,9 @@ cudaError_t EncodeKeys(Arguments* args) {
   return EncodeMap(keys, &args->keys);
 }
 
-template <class C>
-cudaError_t LaunchConfig(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
+template <MlaFormat kFormat>
+cudaError_t LaunchFormat(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
+  using C = Config<kFormat>;
   static_assert(sizeof(Shared<C>) <= 227 * 1024);
   auto* kernel = WgmmaKernel<C>;
   int device = 0;
@@ -167,8 +154,8 @@ cudaError_t LaunchConfig(const MlaDenseParams& p, const MlaDensePlan& plan, cuda
     status = EncodeKeys(&args);
     if (status != cudaSuccess) return status;
   }
-  return LaunchPdlInClusters(kernel, dim3(plan.groups * plan.group_ctas), dim3(C::kThreads),
-                             C::kCluster, sizeof(Shared<C>), stream, args);
+  return LaunchPdlWithShared(kernel, dim3(plan.groups * plan.group_ctas), dim3(C::kThreads),
+                             sizeof(Shared<C>), stream, args);
 }
 
 }  // namespace
@@ -188,16 +175,8 @@ MlaDensePlan PlanWgmma(const MlaDenseParams& p, int processors) {
 cudaError_t LaunchWgmma(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
   dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
-      p.cache.format, "cache_format", [&](auto format) {
-        constexpr MlaFormat kFormat = decltype(format)::value;
-        if constexpr (kFormat == MlaFormat::kBf16 && kMulticast) {
-          if (plan.group_ctas == 2) {
-            status = LaunchConfig<Config<kFormat, 2>>(p, plan, stream);
-            return;
-          }
-        }
-        status = LaunchConfig<Config<kFormat, 1>>(p, plan, stream);
-      });
+      p.cache.format, "cache_format",
+      [&](auto format) { status = LaunchFormat<decltype(format)::value>(p, plan, stream); });
   return status;
 }
 

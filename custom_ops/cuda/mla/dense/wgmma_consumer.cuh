@@ -124,19 +124,19 @@ class LeftConsumer {
       float keep[2];
       Weigh(edge || assigned != ~uint64_t{0}, seen[0] - key0, seen[1] - key0, assigned, scores,
             maximum, sum, keep, weights);
+      PassWeights(keep, weights);  // first: what the right one leaves late is loaded late
       Rescale(out, keep[0], keep[1]);
       FenceProducts();
       const uint64_t values = TransposedDescriptor<kPieceBytes>(SharedAddress(shared_.keys[stage]));
 #pragma unroll
       for (int k = 0; k < 4; ++k) AddValues<C>(out, weights + 4 * k, values + k * 2048 / 16);
       CommitProducts();
-      PassWeights(keep, weights);
       ++at_.count;
       if constexpr (decltype(more)::value) Score(scores);
       WaitGroups<decltype(more)::value ? 1 : 0>();
       KeepFloats(out);
       KeepRegisters(weights);
-      ReleaseWarp<C>(&shared_.left_empty[stage]);
+      ArriveWarp(&shared_.left_empty[stage]);
     };
     if (part.begin < part.end) {
       Score(scores);
@@ -310,7 +310,7 @@ class RightConsumer {
       WaitGroups<0>();
       KeepFloats(out);
       ArriveWarp(&shared_.weights_empty);
-      ReleaseWarp<C>(&shared_.right_empty[stage]);
+      ArriveWarp(&shared_.right_empty[stage]);
       ++at_.count;
     }
     SyncNamed<256>(kBothBarrier);  // the factors are there

@@ -6,20 +6,9 @@
 
 namespace fastattn::cuda::mla_dense {
 
-// Whether a tile is asked for before its buffer is free.
-inline constexpr bool kPrefetchTiles = false;
-
-// CopyBox() to the same place in the CTAs of the cluster that `ctas` has a bit for; each one's
-// bytes count towards its own barrier.
-__device__ __forceinline__ void CopyBoxToCluster(const CUtensorMap* map, void* target,
-                                                 uint64_t* barrier, int c0, int c1, int c2,
-                                                 uint16_t ctas) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(SharedAddress(target)),
-      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"(ctas)
-      : "memory");
-}
+// Whether a tile is asked for before its buffer is free, where the products take longer than the
+// memory: with two tiles of rows for the same keys, of which each CTA asks for a half.
+inline constexpr bool kPrefetchTiles = true;
 
 // Tiles of bf16 by TMA, box_rows keys of a page and 64 channels a box. A box whose page is not
 // assigned is filled with zeros. One warp.
@@ -38,7 +27,7 @@ class TmaProducer {
       const unsigned assigned = __ballot_sync(kFullWarp, lane < boxes_ && box.page >= 0);
       const int stage = at_.stage();
       constexpr int kRest = C::kPieces - kHalfPieces;
-      if (kPrefetchTiles && tile + 1 < part.end) Prefetch(next);
+      if (kPrefetchTiles && args_.plan.group_ctas > 1 && tile + 1 < part.end) Prefetch(next);
       Wait(&shared_.right_empty[stage], at_.phase() ^ 1);
       if (lane == 0) ArriveExpect(&shared_.right_full[stage], kHalfPieces * kPieceBytes);
       __syncwarp();
@@ -85,33 +74,21 @@ class TmaProducer {
   // Into the L2 cache: a tile's buffer is not free yet.
   __device__ __forceinline__ void Prefetch(const Box& box) {
     if (static_cast<int>(threadIdx.x % 32) >= boxes_ || box.page < 0) return;
-    const int rank = C::kCluster == 1 ? 0 : static_cast<int>(ClusterRank());
-#pragma unroll
-    for (int piece = 0; piece < C::kPieces; piece += C::kCluster) {
-      if (piece + rank >= C::kPieces) break;
-      PrefetchBox(&args_.keys, (piece + rank) * 128, box.row, box.page);
+    for (int piece = blockIdx.x % 2; piece < C::kPieces; piece += 2) {
+      PrefetchBox(&args_.keys, piece * 128, box.row, box.page);
     }
   }
 
-  // Pieces in the order in which they are multiplied: 4 to 7, 8, 0 to 3. The CTAs of a cluster take
-  // turns.
+  // Pieces in the order in which they are multiplied: 4 to 7, 8, 0 to 3.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void Copy(const Box& box, int stage, uint64_t* barrier) {
     const int lane = threadIdx.x % 32;
     if (lane >= boxes_) return;
     uint8_t* target = shared_.keys[stage] + lane * args_.box_rows * 128;
-    const int rank = C::kCluster == 1 ? 0 : static_cast<int>(ClusterRank());
 #pragma unroll
-    for (int i = kBegin; i < kEnd; i += C::kCluster) {
-      if (i + rank >= kEnd) break;
-      const int piece = (i + rank + kHalfPieces) % C::kPieces;
-      uint8_t* there = target + piece * kPieceBytes;
-      if constexpr (C::kCluster == 1) {
-        CopyBox(&args_.keys, there, barrier, piece * 128, box.row, box.page);
-      } else {
-        CopyBoxToCluster(&args_.keys, there, barrier, piece * 128, box.row, box.page,
-                         (1 << C::kCluster) - 1);
-      }
+    for (int i = kBegin; i < kEnd; ++i) {
+      const int piece = (i + kHalfPieces) % C::kPieces;
+      CopyBox(&args_.keys, target + piece * kPieceBytes, barrier, piece * 128, box.row, box.page);
     }
   }
 

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "cuda/common/cluster.cuh"
 #include "cuda/common/divisor.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mla/dense/schedule.cuh"
@@ -28,11 +27,9 @@ struct Arguments {
   CUtensorMap keys;  // kBf16
 };
 
-// kCtas: CTAs of a cluster, which are the CTAs of a group. Each loads a part of every tile for all.
-template <MlaFormat kFormat, int kCtas>
+template <MlaFormat kFormat>
 struct Config {
   static constexpr MlaFormat kCache = kFormat;
-  static constexpr int kCluster = kCtas;
   static constexpr bool kTma = kFormat == MlaFormat::kBf16;
   static constexpr int kChannels = kDim<kFormat>;
   static constexpr int kPieces = kChannels / 64;
@@ -48,7 +45,6 @@ struct Config {
                 kLaunched * (kThreads / 128));
   // Arrivals at the barriers of a tile that is there.
   static constexpr int kFullArrivals = kTma ? 1 : kProducerThreads / 32 * kWarpArrivals;
-  static_assert(kCtas == 1 || (kCtas == 2 && kTma));
 };
 
 // A tile of keys: pieces of 64 channels, in each a row of 128 bytes for every key, swizzled. They
@@ -74,29 +70,6 @@ __device__ __forceinline__ uint32_t Swizzled(int row, int chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
 }
 
-// Arrives at a barrier of the cluster.
-__device__ __forceinline__ void ArriveAt(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-}
-
-// Tells the producers that a warp is done with a part of a tile: this CTA's, or those of the
-// cluster.
-template <class C>
-__device__ __forceinline__ void ReleaseWarp(uint64_t* barrier) {
-  if constexpr (C::kCluster == 1) {
-    ArriveWarp(barrier);
-  } else {
-    __syncwarp();
-    const int lane = threadIdx.x % 32;
-    const int rank = kWarpArrivals == 32 ? 0 : lane;
-#pragma unroll
-    for (int i = 0; i < (kWarpArrivals == 32 ? C::kCluster : 1); ++i) {
-      if (rank + i < C::kCluster) ArriveAt(AddressInCluster(rank + i, SharedAddress(barrier)));
-    }
-  }
-}
-
 // A CTA's part of a segment.
 struct Part {
   int row0;        // first of its rows, in the sequence
@@ -107,8 +80,7 @@ struct Part {
   bool continued;  // an earlier group has the first tiles
   bool none;       // there is nothing to do
 
-  // CTAs of a cluster take the same tiles, whatever their rows see.
-  __device__ __forceinline__ Part(const Arguments& args, const Segment& segment, bool cluster) {
+  __device__ __forceinline__ Part(const Arguments& args, const Segment& segment) {
     const Seq& seq = segment.seq;
     row0 = static_cast<int>(segment.row) + blockIdx.x % args.plan.group_ctas * kTileRows;
     rows = seq.q_len * args.p.heads;
@@ -117,9 +89,9 @@ struct Part {
     least = 0;
     whole = segment.begin == 0 && segment.end == segment.tiles;
     continued = segment.begin > 0;
-    none = row0 >= rows && !cluster;
+    none = row0 >= rows;
     if (none) return;
-    end = cluster ? segment.end : min(segment.end, TilesBefore(args.p, seq, row0 + kTileRows));
+    end = min(segment.end, TilesBefore(args.p, seq, row0 + kTileRows));
     least = VisibleKeys(args.p, seq, row0 / args.p.heads);
   }
 };
