@@ -46,6 +46,7 @@ CUDA = {
     "cuda/mla/attention": ("cuda/common", "cuda/mla/attention/wgmma_sm90"),
     "cuda/mla/attention/wgmma_sm90": ("cuda/common",),
     "cuda/mla/cache": ("cuda/common",),
+    "cuda/mla/dense": ("cuda/common",),
     "cuda/mla/output": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),
