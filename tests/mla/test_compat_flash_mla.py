@@ -339,6 +339,7 @@ def prefill(q, kv, indices):
 
 
 def test_traced_and_saved(place):
+    skip_slices_on(place)  # Paddle makes lengths of two queries a sequence
     rng = RNG(6)
     call = Decode(7, "fp8_584", 16, 2, (128, 64, 72), extra=(64, 64, 72))
     caches = [np.expand_dims(cache.data[:, : 72 * 584].reshape(-1, 72, 584), 2)
