@@ -283,6 +283,33 @@ RULES: dict[str, OpRules] = {
         {"cache_format": _rules.latent_format, "page_size": _rules.anything},
         ("scale",),
     ),
+    "inverse_rope_quantize_fp8": OpRules(
+        {
+            "x": _rules.dtypes("bfloat16"),
+            "positions": _INDEX,
+            "cos_sin_cache": _FP32_OR_BF16,
+        },
+        {"num_groups": _rules.head_groups},
+    ),
+    "mla_qkv_norm_rope_write": OpRules(
+        {
+            "q": _rules.dtypes("bfloat16"),
+            "kv": _rules.dtypes("bfloat16"),
+            "cache": _rules.latent_cache,
+            "slot_mapping": _INDEX,
+            "positions": _INDEX,
+            "cos_sin_cache": _FP32_OR_BF16,
+            "out": _rules.dtypes("bfloat16"),
+        },
+        {
+            "cache_format": _rules.names(
+                NotImplementedError, ("fp8_584",), "'{}' is not supported; supported: fp8_584"
+            ),
+            "page_size": _rules.anything,
+            "padded_heads": _rules.padded_heads,
+            "rms_norm_eps": _rules.finite(0),
+        },
+    ),
     "topk_indices": OpRules(
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
         {"k": _rules.anything},  # the function has checked it: results have its size
@@ -400,6 +427,15 @@ RULES: dict[str, OpRules] = {
                 "expected fp8, mxfp4 or fp8_512, got '{}'",
             ),
         },
+    ),
+    "save_partial_states": OpRules(
+        {
+            "kv_score": _FP32_OR_BF16,
+            "ape": _FP32_OR_BF16,
+            "positions": _INDEX,
+            "state_cache": _FP32_OR_BF16,
+            "state_slots": _INDEX,
+        }
     ),
     "indexer_k_write_cache": OpRules(
         {

@@ -12,6 +12,7 @@ from fastattn.functional.indexer_topk import WORKSPACE_BYTES
 from tests.attention.test_gpu_graph import capture
 from tests.support.mqa_logits import Codes, Pages, exponents, poison, weights_of
 from tests.support.static import run_all_modes
+from tests.support.strides import PeakMemory
 from tests.support.tensors import E4M3, int32, to_numpy, to_paddle
 
 RNG = np.random.default_rng
@@ -301,13 +302,12 @@ def test_memory_of_a_gpu():
     limit = 1 << 24
     F.indexer_topk(*arguments, k_scales=scales, workspace_bytes=limit)
     paddle.device.cuda.synchronize()
-    before = paddle.device.cuda.memory_allocated()
-    paddle.device.cuda.reset_max_memory_allocated()
+    memory = PeakMemory("gpu")
+    memory.start()
     result = F.indexer_topk(*arguments, k_scales=scales, workspace_bytes=limit)
     paddle.device.cuda.synchronize()
-    taken = paddle.device.cuda.max_memory_allocated() - before
     _, total = _host.plan_indexer_topk(rows, keys, limit)
-    assert total <= taken <= total + 4 * rows * k + 4096
+    assert total <= memory.growth() <= total + 4 * rows * k + 4096
     assert result.shape == [rows, k]
 
 

@@ -45,6 +45,7 @@ CUDA = {
     "cuda/mqa_logits": ("cuda/common",),
     "cuda/mla/attention": ("cuda/common",),
     "cuda/mla/cache": ("cuda/common",),
+    "cuda/mla/output": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),
     "cuda/topk": ("cuda/common",),
