@@ -12,8 +12,7 @@ namespace {
 // Whether the Hopper kernels run; *facts are the current device's.
 bool OnHopper(const MlaSparseParams& p, DeviceFacts* facts) {
   int device = 0;
-  return GetCurrentDevice(&device, facts) == cudaSuccess && facts->major == 9 &&
-         mla_sm90::Takes(p);
+  return GetCurrentDevice(&device, facts) == cudaSuccess && facts->major == 9 && mla_sm90::Takes(p);
 }
 
 }  // namespace
