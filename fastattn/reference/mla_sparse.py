@@ -66,7 +66,7 @@ def key_values(
     return np.concatenate([latent.reshape(len(slots), fmt.latent), rope], 1)
 
 
-def _selected(
+def selected_keys(
     cache: Array | None,
     indices: Array | None,
     length: int | None,
@@ -75,7 +75,7 @@ def _selected(
     page_size: int | None,
     dim: int,
 ) -> Array:
-    """Keys that a query names in one cache, [n, dim]."""
+    """Keys that a query names in one cache, [n, dim]; `indices` are the query's own."""
     if cache is None or indices is None or cache.size == 0:
         return np.zeros((0, dim))
     size = math.prod(cache.shape[1:-1]) if cache.ndim > 2 else page_size
@@ -120,7 +120,7 @@ def mla_sparse_attention(
     for t in range(tokens):
         keys = np.concatenate(
             [
-                _selected(
+                selected_keys(
                     cache,
                     indices[t],
                     None if topk_length is None else int(topk_length[t]),
@@ -129,7 +129,7 @@ def mla_sparse_attention(
                     page_size,
                     dim,
                 ),
-                _selected(
+                selected_keys(
                     extra_cache,
                     None if extra_indices is None else extra_indices[t],
                     None if extra_topk_length is None else int(extra_topk_length[t]),

@@ -16,6 +16,7 @@ from tests.support.compare import assert_same_bits
 from tests.support.latent import random_cache, tokens
 from tests.support.mla_sparse import (
     KINDS,
+    Problem,
     check_lse,
     check_output,
     make_cache,
@@ -132,7 +133,14 @@ class Decode:
     def check(self, place, **options):
         (out, lse), (want, want_lse) = self.run(place, **options), self.want(**options)
         check_output(out, want)
-        check_lse(finite_lse(lse), want_lse)
+        noise = 0.0
+        if len(self.caches) == 1:
+            lengths = None if self.lengths[0] is None else self.lengths[0].repeat(self.s_q)
+            indices = self.indices[0].reshape(len(self.q), -1)
+            problem = Problem(self.q, self.caches[0], indices, lengths, options=options)
+            noise = np.broadcast_to(problem.noise(place), (len(self.q), self.heads))
+            noise = noise.reshape(self.batch, self.s_q, self.heads).transpose(0, 2, 1)
+        check_lse(finite_lse(lse), want_lse, noise)
         return out, lse
 
 
@@ -339,6 +347,7 @@ def prefill(q, kv, indices):
 
 
 def test_traced_and_saved(place):
+    skip_slices_on(place)  # Paddle makes lengths of two queries a sequence
     rng = RNG(6)
     call = Decode(7, "fp8_584", 16, 2, (128, 64, 72), extra=(64, 64, 72))
     caches = [np.expand_dims(cache.data[:, : 72 * 584].reshape(-1, 72, 584), 2)

@@ -10,6 +10,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import _ops, reference
+from fastattn.reference import mla_sparse
 from fastattn.reference.mla import FORMATS, token_bytes, token_values
 from fastattn.reference.mla_sparse import key_values
 from tests.attention.test_gpu_graph import capture
@@ -202,6 +203,7 @@ def test_scales_beyond_bf16(place):
     scales = cache.data.reshape(64, 656)[:, 512:528].view("<f4")
     scales[:] = rng.uniform(0.00390, 0.00392, (64, 4)).astype(np.float32)
     assert len(np.unique(scales)) > 100
+    cache.kind = KINDS["fp8_656_amax"]
     q = queries(rng, 3, 8, 576)
     Problem(q, cache, np.arange(192, dtype=np.int32).reshape(3, 64) % 64).check(place)
 
@@ -466,3 +468,23 @@ def test_the_comparators_can_fail():
         with pytest.raises(AssertionError):
             check_lse(got, lse)
     assert reference.mla_sparse_attention is not F.mla_sparse_attention
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_656_amax"])
+def test_the_noise_of_keys_accepts_11_bits_and_refuses_8(kind, monkeypatch):
+    """What a GPU is allowed where scales are no powers of two."""
+    problem = make_problem(35, kind, 16, (200, 150, 37, 1, 130, 5, 64, 12))
+    want, noise, read = problem.want()[1], problem.noise("gpu"), mla_sparse.key_values
+
+    def rounded_to(bits):
+        def keys(*arguments, **options):
+            x = read(*arguments, **options)
+            step = np.exp2(np.floor(np.log2(np.maximum(np.abs(x), 1e-300))) - bits + 1)
+            return np.rint(x / step) * step
+
+        monkeypatch.setattr(mla_sparse, "key_values", keys)
+        return problem.want()[1]
+
+    check_lse(rounded_to(11), want, noise)
+    with pytest.raises(AssertionError, match="above the bound"):
+        check_lse(rounded_to(8), want, noise)

@@ -9,7 +9,8 @@ namespace fastattn::cuda {
 
 namespace {
 
-bool HopperTakes(const MlaSparseParams& p, DeviceFacts* facts) {
+// Whether the Hopper kernels run; *facts are the current device's.
+bool OnHopper(const MlaSparseParams& p, DeviceFacts* facts) {
   int device = 0;
   return GetCurrentDevice(&device, facts) == cudaSuccess && facts->major == 9 && mla_sm90::Takes(p);
 }
@@ -18,13 +19,14 @@ bool HopperTakes(const MlaSparseParams& p, DeviceFacts* facts) {
 
 int64_t MlaSparseWorkspaceBytes(const MlaSparseParams& p) {
   DeviceFacts facts;
-  return HopperTakes(p, &facts) ? mla_sm90::WorkspaceBytes(p, facts.processors) : 0;
+  if (p.tokens == 0 || p.heads == 0 || !OnHopper(p, &facts)) return 0;
+  return mla_sm90::WorkspaceBytes(p, facts.processors);
 }
 
 cudaError_t LaunchMlaSparse(const MlaSparseParams& p, void* workspace, cudaStream_t stream) {
   if (p.tokens == 0 || p.heads == 0) return cudaSuccess;
   DeviceFacts facts;
-  if (HopperTakes(p, &facts)) return mla_sm90::Launch(p, workspace, stream);
+  if (OnHopper(p, &facts)) return mla_sm90::Launch(p, workspace, stream);
   return LaunchMlaSparseSimple(p, stream);
 }
 
