@@ -310,6 +310,26 @@ RULES: dict[str, OpRules] = {
             "rms_norm_eps": _rules.finite(0),
         },
     ),
+    "mla_attention": OpRules(
+        {
+            "q": _rules.dtypes("bfloat16"),
+            "cache": _rules.latent_cache,
+            **_SEQS,
+            "scale": _rules.latent_scale,
+            "sinks": _rules.dtypes("float32"),
+            "out": _rules.dtypes("bfloat16"),
+        },
+        {
+            "max_seqlen_q": _rules.at_least(0),
+            "max_seqlen_k": _rules.at_least(0),
+            "softmax_scale": _rules.finite(),
+            "causal": _rules.anything,
+            "return_softmax_lse": _rules.anything,
+            "cache_format": _rules.latent_format,
+            "page_size": _rules.anything,
+        },
+        ("scale",),
+    ),
     "topk_indices": OpRules(
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
         {"k": _rules.anything},  # the function has checked it: results have its size

@@ -234,8 +234,7 @@ FAMILIES = (
         columns={"format": "MlaFormat", "dim": "int", "heads": "int"},
         together="heads",
         rows=(
-            ("kBf16", (512, 576), (*MLA_HEADS, 128)),
-            ("kFp8", (512, 576), MLA_HEADS),
+            (("kBf16", "kFp8"), (512, 576), MLA_HEADS),
             ("kFp8x656", 576, MLA_HEADS),
             ("kFp8x584", 512, MLA_HEADS),
         ),

@@ -11,6 +11,7 @@
 #include "common/mla_scale.h"
 #include "common/numeric.h"
 #include "common/seq_lengths.h"
+#include "cpu/mla_row.h"
 #include "cpu/parallel.h"
 
 namespace fastattn::cpu {
@@ -18,22 +19,6 @@ namespace fastattn::cpu {
 namespace {
 
 constexpr size_t kRopeBytes = kMlaRopeDim * sizeof(uint16_t);
-
-// A token's bytes in the cache.
-struct Row {
-  uint8_t* codes;
-  uint8_t* scales;  // kFp8x584: in the page's other plane; else behind the codes
-};
-
-template <MlaFormat kFormat>
-Row RowOf(const MlaCache& cache, int64_t page, int64_t row) {
-  uint8_t* base = static_cast<uint8_t*>(cache.data) + page * cache.page_stride;
-  uint8_t* codes = base + row * cache.row_stride;
-  if constexpr (kFormat == MlaFormat::kFp8x584) {
-    return {codes, base + cache.ScalePlane() + row * kMlaScalePlaneBytes};
-  }
-  return {codes, codes + FactsOf(kFormat).latent};
-}
 
 // Division, not multiplication by the reciprocal: an arbitrary scale's rounds otherwise.
 void Encode(const uint16_t* x, int n, float scale, uint8_t* codes) {
@@ -47,7 +32,7 @@ float TileScale(const uint16_t* x, int n, MlaScaleRule rule) {
 }
 
 template <MlaFormat kFormat>
-void WriteToken(const MlaWriteParams& p, const uint16_t* latent, const uint16_t* rope, Row row) {
+void WriteToken(const MlaWriteParams& p, const uint16_t* latent, const uint16_t* rope, MlaRow row) {
   constexpr MlaFormatFacts kFacts = FactsOf(kFormat);
   if constexpr (kFormat == MlaFormat::kBf16) {
     std::memcpy(row.codes, latent, kFacts.latent * sizeof(uint16_t));
@@ -69,37 +54,6 @@ void WriteToken(const MlaWriteParams& p, const uint16_t* latent, const uint16_t*
     if constexpr (kFormat == MlaFormat::kFp8x584) row.scales[kFacts.latent / kFacts.tile] = 0;
     std::memcpy(row.codes + kFacts.row_bytes - kRopeBytes, rope, kRopeBytes);
   }
-}
-
-void Decode(const uint8_t* codes, int n, float scale, uint16_t* out) {
-  for (int i = 0; i < n; ++i) out[i] = MlaValue(E4M3ToFloat(codes[i]), scale);
-}
-
-template <MlaFormat kFormat>
-void ReadToken(Row row, const float* cache_scale, uint16_t* out) {
-  constexpr MlaFormatFacts kFacts = FactsOf(kFormat);
-  if constexpr (kFormat == MlaFormat::kBf16) {
-    std::memcpy(out, row.codes, kFacts.row_bytes);
-  } else if constexpr (kFormat == MlaFormat::kFp8) {
-    Decode(row.codes, kFacts.row_bytes, *cache_scale, out);
-  } else {
-    for (int t = 0; t < kFacts.latent / kFacts.tile; ++t) {
-      float scale;
-      if constexpr (kFormat == MlaFormat::kFp8x656) {
-        std::memcpy(&scale, row.scales + t * sizeof(float), sizeof(float));
-      } else {
-        scale = UE8M0ToFloat(row.scales[t]);
-      }
-      Decode(row.codes + t * kFacts.tile, kFacts.tile, scale, out + t * kFacts.tile);
-    }
-    std::memcpy(out + kFacts.latent, row.codes + kFacts.row_bytes - kRopeBytes, kRopeBytes);
-  }
-}
-
-template <typename F>
-void DispatchFormat(MlaFormat format, F&& f) {
-  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
-      format, "cache_format", f);
 }
 
 // Tokens of one sequence that lie in one page.
@@ -132,9 +86,9 @@ void MlaWriteToken(const MlaWriteParams& p, int64_t token, const uint16_t* laten
                    const uint16_t* rope) {
   const int64_t slot = p.slots.At(token), size = p.cache.page_size;
   if (slot < 0 || slot >= p.cache.num_pages * size) return;
-  DispatchFormat(p.cache.format, [&](auto format) {
+  DispatchMlaFormat(p.cache.format, [&](auto format) {
     constexpr MlaFormat kFormat = decltype(format)::value;
-    WriteToken<kFormat>(p, latent, rope, RowOf<kFormat>(p.cache, slot / size, slot % size));
+    WriteToken<kFormat>(p, latent, rope, MlaRowOf<kFormat>(p.cache, slot / size, slot % size));
   });
 }
 
@@ -149,14 +103,14 @@ void MlaWriteCache(const MlaWriteParams& p) {
 
 void MlaGatherCache(const MlaGatherParams& p) {
   const std::vector<PageTokens> pages = FindPages(p);
-  DispatchFormat(p.cache.format, [&](auto format) {
+  DispatchMlaFormat(p.cache.format, [&](auto format) {
     constexpr MlaFormat kFormat = decltype(format)::value;
     const int64_t work = int64_t{p.cache.page_size} * (FactsOf(kFormat).latent + kMlaRopeDim);
     ParallelFor(static_cast<int64_t>(pages.size()), work, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (int r = 0; r < pages[i].count; ++r) {
-          ReadToken<kFormat>(RowOf<kFormat>(p.cache, pages[i].page, r), p.scale,
-                             p.out + (pages[i].out_token + r) * p.out_stride);
+          ReadMlaToken<kFormat>(MlaRowOf<kFormat>(p.cache, pages[i].page, r), p.scale,
+                                p.out + (pages[i].out_token + r) * p.out_stride);
         }
       }
     });

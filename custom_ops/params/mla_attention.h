@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "params/common.h"
 #include "params/mla_cache.h"
 
 namespace fastattn {
@@ -45,6 +46,30 @@ struct MlaSparseParams {
   FASTATTN_HD float LonelyLse() const {
     return lonely_is_plus_inf ? __builtin_huge_valf() : -__builtin_huge_valf();
   }
+};
+
+// mla_attention: each query sees the keys of its sequence, causal ones up to its own position,
+// whose page is assigned. Entry i of a block table is the page of keys i * page_size on.
+//
+// A query without a key gets 0 and an LSE of -inf. The LSE is natural and without the sink.
+struct MlaDenseParams {
+  const uint16_t* q = nullptr;  // [num_tokens, heads, dim] bf16
+  int64_t q_token_stride = 0;   // elements
+  int64_t q_head_stride = 0;    // elements
+  MlaCache cache;
+  const float* scale = nullptr;  // [1], kFp8
+  SeqMeta seqs;
+  const float* sinks = nullptr;  // [heads] or null
+  uint16_t* out = nullptr;       // [num_tokens, heads, 512] bf16, contiguous; see clear_padding
+  float* lse = nullptr;          // [heads, num_tokens] or null
+  int heads = 0;
+  int dim = 0;  // 576, or 512 for kFp8x584: channels of a query and of a key
+  float softmax_scale = 0.0f;
+  bool causal = false;
+  int max_seqlen_q = 0;  // upper bounds known to the host: they size a grid, they mask nothing
+  int max_seqlen_k = 0;
+  bool clear_padding = false;  // tokens of no sequence get output 0
+  float* workspace = nullptr;  // GPU: heuristics/mla_dense.h has its size
 };
 
 }  // namespace fastattn

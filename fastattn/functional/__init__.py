@@ -23,6 +23,7 @@ from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_c
 from fastattn.functional.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
+from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
 from fastattn.functional.mla_sparse import mla_sparse_attention
 from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
@@ -45,6 +46,7 @@ __all__ = [
     "indexer_topk",
     "inverse_rope_quantize_fp8",
     "merge_attn_states",
+    "mla_attention",
     "mla_gather_cache",
     "mla_qkv_norm_rope_write",
     "mla_sparse_attention",

@@ -17,6 +17,7 @@ from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_ca
 from fastattn.reference.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
+from fastattn.reference.mla_dense import mla_attention
 from fastattn.reference.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
 from fastattn.reference.mla_sparse import mla_sparse_attention
 from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
@@ -39,6 +40,7 @@ __all__ = [
     "inverse_rope_quantize_fp8",
     "make_rotary_embs",
     "merge_attn_states",
+    "mla_attention",
     "mla_gather_cache",
     "mla_qkv_norm_rope_write",
     "mla_sparse_attention",

@@ -201,6 +201,13 @@ def _latent_qkv(t: _Inputs) -> Call:
     return lambda: [F.mla_qkv_norm_rope_write(*inputs, padded_heads=8), cache]
 
 
+def _latent_dense(t: _Inputs) -> Call:
+    q, cache, sinks = t.floats(TOKENS, 5, 512), t.codes(BLOCKS, 64, 584), t.scales(5)
+    options = {"cache_format": "fp8_584", "sinks": sinks, "softmax_scale": 1e-9}
+    seqs, lengths = t.seqs(), (max(NEW), max(NEW) + max(CACHED))
+    return lambda: [F.mla_attention(q, cache, *seqs.values(), *lengths, **options)]
+
+
 def _topk(t: _Inputs) -> Call:
     logits, lengths = t.floats(9, 5000, dtype=np.float32), t.int32(4000 + 100 * np.arange(9))
     return lambda: [F.topk_indices(logits, lengths, 300)]
@@ -360,6 +367,7 @@ _MAKERS = {
     "inverse_rope_quantize_fp8": _inverse_rope,
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
+    "mla_attention": _latent_dense,
     "mla_gather_cache": _latent_gather,
     "mla_qkv_norm_rope_write": _latent_qkv,
     "mla_sparse_attention": _latent_sparse,

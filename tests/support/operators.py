@@ -241,6 +241,22 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "rms_norm_eps": 1e-6,
             },
         ),
+        "mla_attention": OpCall(
+            {
+                "q": make(2, 3, 576, dtype="bfloat16"),
+                "cache": make(2, 64, 656, dtype="uint8"),
+                **seqs(),
+            },
+            {
+                "max_seqlen_q": 2,
+                "max_seqlen_k": 2,
+                "softmax_scale": 0.1,
+                "causal": True,
+                "return_softmax_lse": False,
+                "cache_format": "fp8_656",
+                "page_size": 0,
+            },
+        ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
         "mqa_logits": OpCall(
             {

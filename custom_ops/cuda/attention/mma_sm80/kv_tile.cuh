@@ -5,7 +5,7 @@
 
 #include "common/layout.h"
 #include "common/numeric.h"
-#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/exp2.cuh"

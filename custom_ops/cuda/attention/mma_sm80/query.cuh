@@ -6,7 +6,7 @@
 
 #include "common/normaliser.h"
 #include "common/numeric.h"
-#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"

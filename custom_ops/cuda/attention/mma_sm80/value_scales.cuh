@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
-#include "cuda/attention/mma_sm80/mma.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/exp2.cuh"

@@ -9,7 +9,6 @@
 
 #include <cstdint>
 
-#include "cuda/common/cluster.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/mla/attention/wgmma_sm90/scaling.cuh"
@@ -25,7 +24,7 @@ struct Stages {
 // Key tiles that are ready, and stages that are free.
 struct StageBarriers {
   uint64_t full[kStages];
-  uint64_t empty[kStages];
+  uint64_t empty[kStages][2];    // of the keys 0 to 31, and of the others
   uint4 valid[kStages];          // byte i: bit k: key 4 * i + k of the tile exists
   float powers[kStages][kKeys];  // what fp16 keys were divided by; 0: masked
 };
@@ -33,56 +32,6 @@ struct StageBarriers {
 // Whether all keys of a tile exist.
 __device__ __forceinline__ bool AllValid(const uint4& valid) {
   return (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
-}
-
-// The stages' barriers of a cluster of two CTAs: each CTA loads half of every tile for both, and
-// both release a stage.
-template <int kCluster>
-__device__ __forceinline__ void ArriveEmpty(uint64_t* barrier) {
-  ArriveWarp(barrier);
-  if constexpr (kCluster == 2) {
-    if (ArrivesForWarp(threadIdx.x % 32)) {
-      asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                       AddressInCluster(ClusterRank() ^ 1, SharedAddress(barrier)))
-                   : "memory");
-    }
-  }
-}
-
-__device__ __forceinline__ bool TryWaitCluster(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(done)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// Wait for what the other CTA of the cluster has done.
-__device__ __forceinline__ void WaitCluster(uint64_t* barrier, uint32_t parity) {
-#if defined(FASTATTN_SPIN_LIMIT)
-  const long long start = clock64();
-  while (!TryWaitCluster(barrier, parity)) {
-    if (clock64() - start > FASTATTN_SPIN_LIMIT) __trap();
-  }
-#else
-  while (!TryWaitCluster(barrier, parity)) {
-  }
-#endif
-}
-
-// Copies 128 bytes of a row to the same place in both CTAs of the cluster.
-__device__ __forceinline__ void CopyToCluster(const CUtensorMap* map, uint32_t target,
-                                              uint64_t* barrier, int byte, int row, int page) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(target),
-      "l"(map), "r"(SharedAddress(barrier)), "r"(byte), "r"(row), "r"(page),
-      "h"(static_cast<uint16_t>(3))
-      : "memory");
 }
 
 __device__ __forceinline__ uint4 LoadOnce(const uint8_t* address) {
@@ -122,19 +71,25 @@ struct KeyPart {
   uint2 scales;  // fp32 scale lane % 4, all exponents, or whether the key exists
 };
 
-// 16 codes times a scale, in fp16. An arbitrary scale is the sum of two fp16 numbers; the product
-// is rounded once but for what the smaller one's product loses.
-template <bool kPowerOfTwo>
-__device__ __forceinline__ void Dequantize(const uint4& codes, float scale, uint4 (&out)[2]) {
+// A scale as the sum of two fp16 numbers, the larger one in the low half.
+__device__ __forceinline__ uint32_t SplitScale(float scale) {
+  const float high = __half2float(__float2half_rn(scale));
+  return PackPair<DType::kFloat16>(high, scale - high);
+}
+
+// 16 codes times a scale, in fp16. kExact: fp16 holds the scale. Else the product is rounded once
+// but for what the product with the scale's smaller part loses.
+template <bool kExact>
+__device__ __forceinline__ void Dequantize(const uint4& codes, uint32_t scale, uint4 (&out)[2]) {
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-  const __half2 high = __float2half2_rn(scale);
-  const __half2 low = __float2half2_rn(scale - __low2float(high));
+  const __half2 both = *reinterpret_cast<const __half2*>(&scale);
+  const __half2 high = __low2half2(both), low = __high2half2(both);
   uint32_t pairs[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const auto pair = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (16 * (i % 2)));
     const __half2 code(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3));
-    const __half2 x = kPowerOfTwo ? __hmul2(code, high) : __hfma2(code, high, __hmul2(code, low));
+    const __half2 x = kExact ? __hmul2(code, high) : __hfma2(code, high, __hmul2(code, low));
     pairs[i] = *reinterpret_cast<const uint32_t*>(&x);
   }
   out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -147,14 +102,13 @@ __device__ __forceinline__ float PowerOfTwo(uint32_t exponent) {
   return __uint_as_float(exponent << 23 | special);
 }
 
-// kWarps gather the keys; kAhead tiles of codes are in flight. kCluster: CTAs that share keys.
-template <int kDim, MlaFormat kFormat, int kWarps, int kAhead, int kCluster = 1>
+// kWarps gather the keys; kAhead tiles of codes are in flight.
+template <int kDim, MlaFormat kFormat, int kWarps, int kAhead>
 class Gather {
  public:
   __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys, StageBarriers& barriers,
                                     int thread)
       : args_(args), barriers_(barriers), lane_(thread % 32), first_row_(thread / 32 * kRows) {
-    tile_ = SharedAddress(keys);
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
     piece_ = address + ((share ^ (row & 7)) << 4);
@@ -169,9 +123,7 @@ class Gather {
   // Gathers the keys of a work tile.
   __device__ __forceinline__ void Run(const Work& work) {
     if (work.begin >= work.end) return;
-    if constexpr (kCluster == 2) {
-      RunShared(work);
-    } else if constexpr (kFormat == MlaFormat::kBf16) {
+    if constexpr (kFormat == MlaFormat::kBf16) {
       RunCopies(work);
     } else {
       RunCodes(work);
@@ -256,35 +208,59 @@ class Gather {
     }
   }
 
-  // Scale of the lane's codes i.
-  __device__ __forceinline__ float ScaleOf(const KeyPart& part, int i, bool extra) const {
+  // Scale of this lane; of kFp8x656 there are four for eight lanes.
+  __device__ __forceinline__ float OwnScale(const KeyPart& part, bool extra) const {
+    if constexpr (kFormat == MlaFormat::kFp8x656) return __uint_as_float(part.scales.x);
+    return part.scales.x == 0 ? 0.0f : extra ? multiplier_[1] : multiplier_[0];
+  }
+
+  // Split scale of the lane's codes i. own: that of OwnScale.
+  __device__ __forceinline__ uint32_t ScaleOf(const KeyPart& part, int i, uint32_t own,
+                                              float factor) const {
     if constexpr (kFormat == MlaFormat::kFp8x656) {
-      return __uint_as_float(__shfl_sync(kFullWarp, part.scales.x, (lane_ & ~7) + i));
+      return __shfl_sync(kFullWarp, own, (lane_ & ~7) + i);
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
       const uint32_t word = i < 2 ? part.scales.x : part.scales.y;
-      return PowerOfTwo(word >> (16 * (i % 2) + 2 * (lane_ & 4)) & 0xFF);
+      const float scale = PowerOfTwo(word >> (16 * (i % 2) + 2 * (lane_ & 4)) & 0xFF);
+      return PackPair<DType::kFloat16>(scale * factor, 0.0f);
     } else {
-      return part.scales.x == 0 ? 0.0f : extra ? multiplier_[1] : multiplier_[0];
+      return own;
     }
   }
 
   // Converts and stores codes i of a key, 32 bytes in a block. The lanes of a key would meet in the
   // same banks if all began with the first half.
+  template <bool kExact>
   __device__ __forceinline__ void PutCodes(uint32_t address, int i, uint4 codes,
-                                           float scale) const {
+                                           uint32_t scale) const {
     if (lane_ & 4) codes = make_uint4(codes.z, codes.w, codes.x, codes.y);
     uint4 x[2];
-    Dequantize<kFormat == MlaFormat::kFp8x584>(codes, scale, x);
+    Dequantize<kExact>(codes, scale, x);
     StoreShared(address + i * (2 * kBlockBytes), x[0]);
     StoreShared((address ^ 16) + i * (2 * kBlockBytes), x[1]);
   }
 
+  // All codes of a pass.
+  template <bool kExact>
+  __device__ __forceinline__ void PutAllCodes(uint32_t address, const KeyPart& part, uint32_t own,
+                                              float factor) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t scale = ScaleOf(part, i, own, factor);
+      if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
+      PutCodes<kExact>(address, i, part.codes[i], scale);
+    }
+    if constexpr (kFormat == MlaFormat::kFp8 && kDim > 512) {
+      if ((lane_ & 4) == 0) PutCodes<kExact>(address, 4, part.rope, own);
+    }
+  }
+
   // What a key is multiplied with; tells the consumers its reciprocal.
   __device__ __forceinline__ float FactorOf(const KeyPart& part, bool extra, int pass) const {
-    uint32_t exponent,
-        largest = 0;  // fields of an fp32 number that no code times its scale exceeds
+    // The exponent field of a bound of the key's values; whether there is anything but zeros.
+    uint32_t exponent, largest = 0;
     if constexpr (kFormat == MlaFormat::kFp8) {
-      exponent = ExponentField(ScaleOf(part, 0, extra) * 448.0f);
+      exponent = ExponentField(OwnScale(part, extra) * 448.0f);
     } else {
       if constexpr (kFormat == MlaFormat::kFp8x656) {
         largest = part.scales.x & 0x7FFFFFFFu;
@@ -319,17 +295,19 @@ class Gather {
     const uint32_t rows = RowsOf(pass);
     const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
     const float factor = FactorOf(part, extra, pass);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scale = ScaleOf(part, i, extra) * factor;
-      if (kFormat == MlaFormat::kFp8x584 && i == 3 && (lane_ & 4)) break;  // the rope's place
-      PutCodes(codes, i, part.codes[i], scale);
+    if constexpr (kFormat == MlaFormat::kFp8x584) {
+      PutAllCodes<true>(codes, part, 0, factor);
+    } else {
+      const uint32_t own = SplitScale(OwnScale(part, extra) * factor);
+      if (__all_sync(kFullWarp, (own & 0x7FFF0000u) == 0)) {  // such as powers of two
+        PutAllCodes<true>(codes, part, own, factor);
+      } else {
+        PutAllCodes<false>(codes, part, own, factor);
+      }
     }
     if constexpr (kFormat != MlaFormat::kFp8) {
       constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
       StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes, ToHalf(part.rope, factor));
-    } else if (kDim > 512 && (lane_ & 4) == 0) {
-      PutCodes(codes, 4, part.rope, ScaleOf(part, 4, extra) * factor);
     }
   }
 
@@ -386,7 +364,7 @@ class Gather {
         if (tile >= work.end) break;
         const Place place = Locate(work, later, slot);
         slot = FindSlot(work, later + 1);
-        Wait(&barriers_.empty[stage_], parity_);
+        Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
           Convert(tile >= work.first_extra, parts[a][i], i);
@@ -401,10 +379,11 @@ class Gather {
 
   __device__ __forceinline__ void RunCopies(const Work& work) {
     int next_slot = FindSlot(work, work.begin);
+    const uint64_t policy = KeepInL2();  // other queries name the same keys
     for (int tile = work.begin; tile < work.end; ++tile) {
       const Place place = Locate(work, tile, next_slot);
       next_slot = FindSlot(work, tile + 1);
-      Wait(&barriers_.empty[stage_], parity_);
+      Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;
@@ -417,44 +396,11 @@ class Gather {
         const uint32_t target = (piece_ ^ Turn(pass)) + RowsOf(pass);
 #pragma unroll
         for (int i = 0; i < kDim / 64; ++i) {
-          CopyOrZero(target + i * kBlockBytes, key + step * i, valid);
+          CopyOrZero(target + i * kBlockBytes, key + step * i, valid, policy);
         }
       }
       WaitCopies();
       Publish(ValidBits(place));
-    }
-  }
-
-  // TMA copies half of this warp's rows for both CTAs, and the other CTA the other half.
-  __device__ __forceinline__ void RunShared(const Work& work) {
-    const int half = static_cast<int>(ClusterRank()) * (kRows / 2);
-    const uint32_t rows = tile_ + (first_row_ + half) * 128;
-    int next_slot = FindSlot(work, work.begin);
-    for (int tile = work.begin; tile < work.end; ++tile) {
-      const Place place = Locate(work, tile, next_slot);
-      next_slot = FindSlot(work, tile + 1);
-      const uint32_t valid = ValidBits(place);
-      const bool extra = tile >= work.first_extra;
-      const CUtensorMap* map = &args_.maps[extra];
-      WaitCluster(&barriers_.empty[stage_], parity_);
-      StoreValid(valid);
-      __syncwarp();
-      if (lane_ == 0) ArriveExpect(&barriers_.full[stage_], kRows * kDim * 2);
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) {
-        // TMA writes zeros for a page that does not exist.
-        const int page = __shfl_sync(kFullWarp, place.page, half + i);
-        const int row = static_cast<int>(__shfl_sync(kFullWarp, place.row, half + i));
-        const uint32_t target = rows + stage_ * kStageBytes + i * 128;
-        if (lane_ == 0) {
-#pragma unroll
-          for (int block = 0; block < kDim / 64; ++block) {
-            CopyToCluster(map, target + block * kBlockBytes, &barriers_.full[stage_], 128 * block,
-                          page < 0 ? 0 : row, page);
-          }
-        }
-      }
-      Advance();
     }
   }
 
@@ -464,7 +410,6 @@ class Gather {
   uint32_t parity_ = 1;  // a fresh barrier's phase before the first counts as complete
   int lane_;
   int first_row_;   // of this warp in a tile
-  uint32_t tile_;   // stage 0
   uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
   uint32_t codes_;  // where its first 16 codes go, the half that it stores first
   float multiplier_[2] = {1.0f, 1.0f};

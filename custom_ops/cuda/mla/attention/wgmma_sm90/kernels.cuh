@@ -9,7 +9,7 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-template <auto kKernel, int kThreads, class Shared, int kCluster = 1>
+template <auto kKernel, int kThreads, class Shared>
 cudaError_t LaunchPersistent(const Arguments& args, cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024);
   int device = 0;
@@ -22,10 +22,8 @@ cudaError_t LaunchPersistent(const Arguments& args, cudaStream_t stream) {
                                 static_cast<int>(sizeof(Shared)));
   });
   if (status != cudaSuccess) return status;
-  const unsigned processors = static_cast<unsigned>(facts.processors) / kCluster * kCluster;
-  const unsigned grid = std::min(args.work_tiles, processors);
-  return LaunchPdlInClusters(kKernel, dim3(grid), dim3(kThreads), kCluster, sizeof(Shared), stream,
-                             args);
+  const unsigned grid = std::min(args.work_tiles, static_cast<unsigned>(facts.processors));
+  return LaunchPdlWithShared(kKernel, dim3(grid), dim3(kThreads), sizeof(Shared), stream, args);
 }
 
 template <MlaFormat kFormat, int kDim, int kHeads>
@@ -34,9 +32,8 @@ cudaError_t LaunchVariant(const Arguments& args, cudaStream_t stream) {
     return LaunchPersistent<NarrowKernel<kDim, kFormat, kHeads>, kNarrowThreads,
                             NarrowShared<kDim, kHeads>>(args, stream);
   } else {
-    constexpr int kCluster = kHeads / kWideHeads;
-    return LaunchPersistent<WideKernel<kDim, kFormat, kCluster>, kWideThreads, WideShared<kDim>,
-                            kCluster>(args, stream);
+    return LaunchPersistent<WideKernel<kDim, kFormat>, kWideThreads, WideShared<kDim>>(args,
+                                                                                       stream);
   }
 }
 

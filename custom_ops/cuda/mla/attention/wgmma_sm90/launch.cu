@@ -5,7 +5,6 @@
 
 #include "cuda/common/device_facts.h"
 #include "cuda/common/launch.cuh"
-#include "cuda/common/tma.cuh"
 #include "cuda/mla/attention/wgmma_sm90/combine.cuh"
 #include "cuda/mla/attention/wgmma_sm90/instances.h"
 
@@ -13,8 +12,7 @@ namespace fastattn::cuda::mla_sm90 {
 
 namespace {
 
-constexpr bool kShareKeys = false;  // two groups of heads in a cluster, bf16
-constexpr int kFixedTiles = 3;      // what a CTA costs beside its tiles, in tiles
+constexpr int kFixedTiles = 3;  // what a CTA costs beside its tiles, in tiles
 
 bool SelectionFits(const MlaSelection& s, int dim) {
   const MlaCache& c = s.cache;
@@ -56,16 +54,6 @@ int64_t LseBytes(const MlaSparseParams& p, int splits) {
   return (p.tokens * p.heads * splits * 4 + 255) / 256 * 256;
 }
 
-// A cache as its pages' rows, in boxes of 64 channels of a row.
-ByteTensor RowTensor(const MlaCache& cache, int dim) {
-  return {cache.data,
-          {2 * static_cast<uint64_t>(dim), static_cast<uint64_t>(cache.page_size),
-           static_cast<uint64_t>(cache.num_pages)},
-          {static_cast<uint64_t>(cache.row_stride), static_cast<uint64_t>(cache.page_stride)},
-          {128, 1, 1},
-          CU_TENSOR_MAP_SWIZZLE_128B};
-}
-
 }  // namespace
 
 bool Takes(const MlaSparseParams& p) {
@@ -102,19 +90,10 @@ cudaError_t Launch(const MlaSparseParams& p, void* workspace, cudaStream_t strea
     args.partial =
         reinterpret_cast<float*>(static_cast<char*>(workspace) + LseBytes(p, args.splits));
   }
-  int heads = group;
-  if (kShareKeys && args.head_groups == 2 && p.keys.cache.format == MlaFormat::kBf16) {
-    heads = 128;
-    status = EncodeMap(RowTensor(p.keys.cache, p.dim), &args.maps[0]);
-    if (status == cudaSuccess && p.extra.topk > 0) {
-      status = EncodeMap(RowTensor(p.extra.cache, p.dim), &args.maps[1]);
-    }
-    if (status != cudaSuccess) return status;
-  }
   dispatch(
       Instances{},
       std::tuple{Wanted{"format", p.keys.cache.format}, Wanted{"dim", p.dim},
-                 Wanted{"heads", heads}},
+                 Wanted{"heads", group}},
       [&](auto... values) { status = LaunchVariant<decltype(values)::value...>(args, stream); });
   if (status != cudaSuccess || args.splits == 1) return status;
   return LaunchPdl(CombineKernel, dim3(GridSize(p.tokens * p.heads)), dim3(kCombineThreads), stream,

@@ -2,10 +2,10 @@
 // products, heads their columns, so that nothing is computed for heads that are not there. The time
 // goes into reading the tokens.
 //
-// Warpgroups, four of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of producers
-// (gather.cuh), which fill two stages of 64 keys. Each stage has its consumer: they take every other
-// tile, each with a softmax and outputs of its own, and join them at the end of the work tile. One
-// alone would have the tile's time in chains of small products.
+// Warpgroups, four of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of
+// producers (gather.cuh), which fill two stages of 64 keys. Each stage has its consumer: they take
+// every other tile, each with a softmax and outputs of its own, and join them at the end of the
+// work tile. One alone would have the tile's time in chains of small products.
 //
 // Barriers (mbarriers): full/empty of the stages. Named barriers 1 and 2: the warps of a consumer;
 // 3: both.
@@ -116,7 +116,8 @@ class NarrowConsumer {
       WaitGroups<0>();
 #pragma unroll
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
-      ArriveWarp(&shared_.barriers.empty[kGroup]);
+      ArriveWarp(&shared_.barriers.empty[kGroup][0]);
+      ArriveWarp(&shared_.barriers.empty[kGroup][1]);
     }
     if constexpr (kGroup == 1) {
       Give(out, heads);
@@ -279,8 +280,8 @@ class NarrowConsumer {
     // Lane 8 * i + r names row r of matrix i, a head, at the eight keys of the matrix.
     const int matrix = lane_ / 8, head = matrix / 2 * 8 + lane_ % 8;
     const int chunk = 2 * warp_ + matrix % 2;
-    const uint32_t address =
-        SharedAddress(shared_.probabilities[kGroup]) + head % kHeads * 128 + ((chunk ^ (head & 7)) << 4);
+    const uint32_t address = SharedAddress(shared_.probabilities[kGroup]) + head % kHeads * 128 +
+                             ((chunk ^ (head & 7)) << 4);
     if constexpr (kHeads == 16) {
       StoreMatrices<true>(address, pairs);
     } else {
@@ -335,7 +336,7 @@ class NarrowConsumer {
   const Arguments& args_;
   Shared& shared_;
   int warp_, lane_;
-  int tiles_ = 0;  // so far, of both consumers
+  int tiles_ = 0;         // so far, of both consumers
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
@@ -348,7 +349,8 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(&shared.barriers.full[i], kNarrowProducers * kWarpArrivals);
-      InitBarrier(&shared.barriers.empty[i], 4 * kWarpArrivals);
+      InitBarrier(&shared.barriers.empty[i][0], 4 * kWarpArrivals);
+      InitBarrier(&shared.barriers.empty[i][1], 4 * kWarpArrivals);
     }
     FenceBarrierInit();
   }

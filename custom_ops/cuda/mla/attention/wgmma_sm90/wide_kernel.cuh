@@ -74,7 +74,7 @@ __device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) 
   }
 }
 
-template <int kDim, DType kType, int kCluster>
+template <int kDim, DType kType>
 class WideConsumer {
  public:
   using Shared = WideShared<kDim>;
@@ -146,12 +146,14 @@ class WideConsumer {
         const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
         Outputs<kType>(out[0], left + 2 * k, right);
         Outputs<kType>(out[1], left + 2 * k, right + 2 * kBlockBytes / 16);
+        if (k % 2 == 1) CommitProducts();  // half of the keys
       }
-      CommitProducts();
+      WaitGroups<1>();
+      ArriveWarp(&shared_.barriers.empty[stage_][0]);
       WaitGroups<0>();
       Keep(out);
       ArriveWarp(&shared_.probabilities_empty);
-      ArriveEmpty<kCluster>(&shared_.barriers.empty[stage_]);
+      ArriveWarp(&shared_.barriers.empty[stage_][1]);
       Advance();
     }
   }
@@ -172,8 +174,10 @@ class WideConsumer {
       Advance();
       WaitFull();
       Score(scores);
+      WaitGroups<2>();
+      ArriveWarp(&shared_.barriers.empty[used][0]);
       WaitGroups<1>();
-      ArriveEmpty<kCluster>(&shared_.barriers.empty[used]);
+      ArriveWarp(&shared_.barriers.empty[used][1]);
       WaitGroups<0>();
       Keep(out);
       KeepFloats(scores);
@@ -184,7 +188,8 @@ class WideConsumer {
     WaitGroups<0>();
     Keep(out);
     KeepRegisters(pairs);
-    ArriveEmpty<kCluster>(&shared_.barriers.empty[stage_]);
+    ArriveWarp(&shared_.barriers.empty[stage_][0]);
+    ArriveWarp(&shared_.barriers.empty[stage_][1]);
     Advance();
   }
 
@@ -206,8 +211,8 @@ class WideConsumer {
       const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
       MultiplyHalfRegisters<kType, true, 1>(out[0], pairs + 4 * k, right);
       MultiplyHalfRegisters<kType, true, 1>(out[1], pairs + 4 * k, right + 2 * kBlockBytes / 16);
+      if (k % 2 == 1) CommitProducts();  // half of the keys
     }
-    CommitProducts();
   }
 
   __device__ __forceinline__ void WaitFull() const {
@@ -390,8 +395,8 @@ class WideConsumer {
           }
           TransposeQuad(words);
           if (exists) {
-            *reinterpret_cast<uint4*>(p.out + at + 8 * j + 8 * (lane_ % 4)) =
-                make_uint4(words[0], words[1], words[2], words[3]);
+            __stcs(reinterpret_cast<uint4*>(p.out + at + 8 * j + 8 * (lane_ % 4)),
+                   make_uint4(words[0], words[1], words[2], words[3]));
           }
         }
       }
@@ -407,51 +412,41 @@ class WideConsumer {
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
-template <int kDim, int kCluster>
+template <int kDim>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
   for (int i = 0; i < kStages; ++i) {
-    InitBarrier(&shared.barriers.full[i], kWideProducers * (kCluster == 2 ? 1 : kWarpArrivals));
-    InitBarrier(&shared.barriers.empty[i], kCluster * 8 * kWarpArrivals);
+    InitBarrier(&shared.barriers.full[i], kWideProducers * kWarpArrivals);
+    InitBarrier(&shared.barriers.empty[i][0], 8 * kWarpArrivals);
+    InitBarrier(&shared.barriers.empty[i][1], 8 * kWarpArrivals);
   }
   InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);
   InitBarrier(&shared.probabilities_empty, 4 * kWarpArrivals);
   FenceBarrierInit();
 }
 
-// kCluster: CTAs of a cluster, groups of heads of one token.
-template <int kDim, MlaFormat kFormat, int kCluster>
+template <int kDim, MlaFormat kFormat>
 __global__ void __launch_bounds__(kWideThreads, 1)
     WideKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<WideShared<kDim>*>(bytes);
-  if (threadIdx.x == 0) InitBarriers<kDim, kCluster>(shared);
+  if (threadIdx.x == 0) InitBarriers(shared);
   __syncthreads();
-  if constexpr (kCluster == 2) {
-    ArriveAtCluster();
-    WaitForCluster();
-  }
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat, kWideProducers, 1, kCluster> gather(args, shared.stages.keys[0],
-                                                              shared.barriers, threadIdx.x - 256);
+    Gather<kDim, kFormat, kWideProducers, 1> gather(args, shared.stages.keys[0], shared.barriers,
+                                                    threadIdx.x - 256);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kWideHeads));
     }
   } else if (threadIdx.x < 128) {
     ClaimRegisters<kScoreRegisters>();
-    WideConsumer<kDim, kOperand<kFormat>, kCluster>(args, shared).template Run<0>();
+    WideConsumer<kDim, kOperand<kFormat>>(args, shared).template Run<0>();
   } else {
     ReleaseRegisters<kOutputRegisters>();
-    WideConsumer<kDim, kOperand<kFormat>, kCluster>(args, shared).template Run<1>();
-  }
-  if constexpr (kCluster == 2) {
-    // Nobody may write to the shared memory of a CTA that has ended.
-    __syncwarp();
-    ArriveAtCluster();
-    WaitForCluster();
+    WideConsumer<kDim, kOperand<kFormat>>(args, shared).template Run<1>();
   }
 #else
   __trap();

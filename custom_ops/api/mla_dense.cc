@@ -1,0 +1,195 @@
+#include "cpu/mla_dense.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/direct.h"
+#include "api/mla_cache.h"
+#include "api/paged_cache.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/mla/dense/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "mla_attention";
+constexpr int kMaxHeads = 128;
+
+int MaxLength(const char* name, int64_t length) {
+  if (length < 0) Fail("ValueError", kOp, name, "expected at least 0, got ", length);
+  return static_cast<int>(std::min<int64_t>(length, std::numeric_limits<int>::max()));
+}
+
+void ParseMlaQuery(const Tensor& q, const phi::Place& place, MlaDenseParams* p) {
+  p->dim = FactsOf(p->cache.format).latent + kMlaRopeDim;
+  Arg(kOp, "q", q)
+      .On(place)
+      .Dtype({phi::DataType::BFLOAT16})
+      .Dims({-1, -1, p->dim})
+      .LastDimContiguous();
+  const Sizes shape = SizesOf(q), strides = StridesOf(q);
+  RequireFits(kOp, "q", shape[0]);
+  if (shape[1] < 1 || shape[1] > kMaxHeads) {
+    Fail("NotImplementedError", kOp, "q", "expected 1 to ", kMaxHeads, " heads, got ", shape[1]);
+  }
+  p->heads = static_cast<int>(shape[1]);
+  p->q = Data<uint16_t>(q);
+  p->q_token_stride = strides[0];
+  p->q_head_stride = shape[1] == 1 ? p->dim : strides[1];
+  if (q.numel() > 0) RequireAligned(kOp, "q", q, kVectorBytes);
+}
+
+#if defined(FASTATTN_WITH_CUDA)
+void RunOnGpu(const phi::Place& place, const Tensor& anchor, MlaDenseParams* p) {
+  RequireFits(kOp, "q", int64_t{p->seqs.num_tokens} * p->heads);
+  const DeviceGuard guard(kOp, place.GetDeviceId());
+  int64_t floats = 0;
+  CheckCuda(kOp, cuda::MlaDenseWorkspaceFloats(*p, &floats));
+  Tensor workspace;
+  if (floats > 0) {
+    workspace = paddle::empty({floats}, phi::DataType::FLOAT32, place);
+    p->workspace = MutableData<float>(workspace);
+  }
+  Guarded(kOp, [&] { CheckCuda(kOp, cuda::LaunchMlaDense(*p, anchor.stream())); });
+}
+#endif
+
+// Results of a call whose arguments are right.
+std::vector<Tensor> RunMlaDense(const Tensor* given, bool return_softmax_lse,
+                                const phi::Place& place, MlaDenseParams* p) {
+  const int64_t tokens = p->seqs.num_tokens;
+  Tensor out = given != nullptr ? *given
+                                : paddle::empty({tokens, p->heads, kMlaValueDim},
+                                                phi::DataType::BFLOAT16, place);
+  Tensor lse;  // undefined unless asked for
+  if (return_softmax_lse) {
+    lse = paddle::empty({p->heads, tokens}, phi::DataType::FLOAT32, place);
+    p->lse = MutableData<float>(lse);
+  }
+  p->out = MutableData<uint16_t>(out);
+  p->clear_padding = given == nullptr;
+  if (p->out == nullptr) return {out, lse};
+#if defined(FASTATTN_WITH_CUDA)
+  if (place.GetType() == phi::AllocationType::GPU) {
+    RunOnGpu(place, out, p);
+    return {out, lse};
+  }
+#endif
+  RequireCpu(kOp, place);
+  if (p->clear_padding) {
+    std::memset(p->out, 0, static_cast<size_t>(out.numel()) * sizeof(uint16_t));
+  }
+  if (p->lse != nullptr) {
+    std::fill(p->lse, p->lse + lse.numel(), -std::numeric_limits<float>::infinity());
+  }
+  Guarded(kOp, [&] { cpu::MlaDenseAttention(*p); });
+  return {out, lse};
+}
+
+}  // namespace
+
+std::vector<Tensor> MlaAttention(const Tensor& q, const Tensor& cache, const Tensor& block_tables,
+                                 const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
+                                 const Tensor& seq_lens_this_time, OptionalTensor& scale,
+                                 OptionalTensor& sinks, OptionalTensor& out, int64_t max_seqlen_q,
+                                 int64_t max_seqlen_k, float softmax_scale, bool causal,
+                                 bool return_softmax_lse, const std::string& cache_format,
+                                 int page_size) {
+  MlaDenseParams p;
+  const MlaFormat format = ParseMlaFormat(kOp, cache_format);
+  Arg(kOp, "q", q);
+  const phi::Place place = q.numel() > 0 ? q.place() : block_tables.place();
+  p.cache = ParseMlaCache(kOp, cache, format, page_size, place);
+  ParseMlaQuery(q, place, &p);
+  p.scale = ParseMlaScale(kOp, Get(scale), format, place);
+  p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, nullptr,
+                     SizesOf(q)[0], place);
+  if (Get(sinks) != nullptr) {
+    Arg(kOp, "sinks", *Get(sinks))
+        .On(place)
+        .Dtype({phi::DataType::FLOAT32})
+        .Dims({p.heads})
+        .Contiguous();
+    p.sinks = Data<float>(*Get(sinks));
+  }
+  if (!std::isfinite(softmax_scale)) {
+    Fail("ValueError", kOp, "softmax_scale", "expected a finite number, got ", softmax_scale);
+  }
+  p.softmax_scale = softmax_scale;
+  p.causal = causal;
+  p.max_seqlen_q = MaxLength("max_seqlen_q", max_seqlen_q);
+  p.max_seqlen_k = MaxLength("max_seqlen_k", max_seqlen_k);
+  if (Get(out) != nullptr) {
+    Arg(kOp, "out", *Get(out))
+        .On(place)
+        .Dtype({phi::DataType::BFLOAT16})
+        .Dims({p.seqs.num_tokens, p.heads, kMlaValueDim})
+        .Contiguous();
+    RequireAlignedAddress(kOp, "out", *Get(out), kVectorBytes);
+    RequireApart(kOp, "out", *Get(out),
+                 {{"q", &q},
+                  {"cache", &cache},
+                  {"scale", Get(scale)},
+                  {"block_tables", &block_tables},
+                  {"cu_seqlens_q", &cu_seqlens_q},
+                  {"seq_lens_decoder", &seq_lens_decoder},
+                  {"seq_lens_this_time", &seq_lens_this_time},
+                  {"sinks", Get(sinks)}});
+  }
+  return RunMlaDense(Get(out), return_softmax_lse, place, &p);
+}
+
+std::vector<Shape> MlaAttentionInferShape(const Shape& q, const Shape& cache,
+                                          const Shape& block_tables, const Shape& cu_seqlens_q,
+                                          const Shape& seq_lens_decoder,
+                                          const Shape& seq_lens_this_time, const Shape& scale,
+                                          const Shape& sinks, const Shape& out,
+                                          int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                          float softmax_scale, bool causal, bool return_softmax_lse,
+                                          const std::string& cache_format, int page_size) {
+  const bool known = q.size() == 3;
+  return {{known ? q[0] : -1, known ? q[1] : -1, kMlaValueDim},
+          return_softmax_lse && known ? Shape{q[1], q[0]} : Shape{1}};
+}
+
+std::vector<phi::DataType> MlaAttentionInferDtype(
+    const phi::DataType& q, const phi::DataType& cache, const phi::DataType& block_tables,
+    const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
+    const phi::DataType& seq_lens_this_time, const phi::DataType& scale, const phi::DataType& sinks,
+    const phi::DataType& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
+    bool causal, bool return_softmax_lse, const std::string& cache_format, int page_size) {
+  return {phi::DataType::BFLOAT16, phi::DataType::FLOAT32};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_mla_attention)
+    .Inputs({"q", "cache", "block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time",
+             paddle::Optional("scale"), paddle::Optional("sinks"), paddle::Optional("out")})
+    .Outputs({"result", "softmax_lse", paddle::Optional("out_out")})
+    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
+    .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
+            "causal: bool", "return_softmax_lse: bool", "cache_format: std::string",
+            "page_size: int"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaAttention>::Run))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaAttentionInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaAttentionInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectMlaAttention = AddDirect<&MlaAttention>("fastattn_mla_attention", {"q", "cache"});
+
+}  // namespace
+
+}  // namespace fastattn::api

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "params/mla_attention.h"
+
+namespace fastattn::cpu {
+
+// Tokens of no sequence keep their output; their LSE is not written.
+void MlaDenseAttention(const MlaDenseParams& p);
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,98 @@
+"""NumPy model of dense attention over a paged latent cache, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastattn.reference import mla
+from fastattn.reference.numerics import Array
+
+VALUE_DIM = 512
+
+
+def _keys(
+    pages: Array,
+    size: int,
+    table: Array,
+    count: int,
+    cache_format: str,
+    scale: Array | None,
+) -> tuple[Array, Array]:
+    """Dequantised channels of a sequence's assigned keys, and their positions."""
+    fmt = mla.FORMATS[cache_format]
+    positions = np.array(
+        [i for i in range(min(count, len(table) * size)) if 0 <= table[i // size] < len(pages)],
+        np.int64,
+    )
+    rows = np.zeros((len(positions), fmt.row_bytes), np.uint8)
+    scales = np.zeros((len(positions), fmt.scale_plane_bytes), np.uint8)
+    for i, position in enumerate(positions.tolist()):
+        page, row = int(table[position // size]), position % size
+        begin = size * fmt.row_bytes + row * fmt.scale_plane_bytes
+        rows[i] = pages[page, row * fmt.row_bytes : (row + 1) * fmt.row_bytes]
+        scales[i] = pages[page, begin : begin + fmt.scale_plane_bytes]
+    values = mla.token_values(rows, scales, cache_format, scale)
+    return values.astype(np.float64), positions
+
+
+def softmax_of(scores: Array) -> tuple[Array, Array]:
+    """Weights of each row of scores, and their LSE. Not for rows without a key."""
+    with np.errstate(all="ignore"):
+        top = scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        return weights / total, (top + np.log(total))[..., 0]
+
+
+def mla_attention(
+    q: Array,
+    cache: Array,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    seq_lens_decoder: Array,
+    seq_lens_this_time: Array,
+    *,
+    cache_format: str,
+    scale: Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    sinks: Array | None = None,
+    out: Array | None = None,
+    page_size: int | None = None,
+) -> tuple[Array, Array]:
+    """See :func:`fastattn.functional.mla_attention`.
+
+    Returns
+    -------
+    out : array of float64, shape [T, H, 512]
+        Not rounded to bfloat16.
+    lse : array of float64, shape [H, T]
+    """
+    tokens, heads, dim = q.shape
+    pages, size = mla._pages(np.ascontiguousarray(cache), cache_format, page_size)
+    factor = dim**-0.5 if softmax_scale is None else softmax_scale
+    result = np.zeros((tokens, heads, VALUE_DIM))
+    if out is not None:
+        result[...] = out
+    lse = np.full((heads, tokens), -np.inf)
+    for b in range(len(seq_lens_this_time)):
+        begin = min(max(int(cu_seqlens_q[b]), 0), tokens)
+        end = min(max(int(cu_seqlens_q[b + 1]), begin), tokens)
+        new = min(max(int(seq_lens_this_time[b]), 0), end - begin)
+        count = max(int(seq_lens_decoder[b]), 0) + new
+        if not new:
+            continue
+        keys, positions = _keys(pages, size, block_tables[b], count, cache_format, scale)
+        for i in range(new):
+            seen = positions <= count - new + i if causal else np.ones(len(positions), bool)
+            result[begin + i] = 0
+            if not seen.any():
+                continue
+            with np.errstate(all="ignore"):
+                query = q[begin + i].astype(np.float64)
+                weights, lse[:, begin + i] = softmax_of(query @ keys[seen].T * factor)
+                if sinks is not None:
+                    share = 1 / (1 + np.exp(np.asarray(sinks, np.float64) - lse[:, begin + i]))
+                    weights = weights * share[:, None]
+                result[begin + i] = weights @ keys[seen, :VALUE_DIM]
+    return result, lse

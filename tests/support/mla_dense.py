@@ -1,0 +1,156 @@
+"""Problems of dense latent attention, with NaN in every byte that no query may see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+
+import fastattn.functional as F
+from fastattn import reference
+from fastattn.reference import mla as model
+from tests.support.latent import scale_of, width
+from tests.support.tensors import BF16, int32, to_numpy, to_paddle
+
+#: Of a page that no block table entry names.
+UNASSIGNED = (-1, -(2**31), 2147480000)
+
+
+class Problem:
+    """A step of sequences of `cached` and `new` tokens, in shuffled pages of one cache."""
+
+    def __init__(
+        self,
+        cached,
+        new,
+        *,
+        heads=16,
+        cache_format="bf16",
+        page_size=64,
+        seed=0,
+        gap=0,
+        spare=2,
+        q_std=1.0,
+        latents=None,
+        rule="pow2",
+        page_bytes=0,
+    ):
+        rng = np.random.default_rng(seed)
+        self.rng, self.cache_format, self.page_size = rng, cache_format, page_size
+        self.cached, self.new = np.asarray(cached), np.asarray(new)
+        fmt = model.FORMATS[cache_format]
+        self.scale = scale_of(cache_format)
+        lengths = np.maximum(self.cached, 0) + self.new
+        blocks = -(-lengths // page_size)
+        pages = int(blocks.sum()) + spare
+        order = rng.permutation(pages)
+        columns = max(int(blocks.max(initial=0)), 1) + 1
+        self.tables = np.full((len(lengths), columns), 2147480000, np.int64)
+        elements, dtype = width(cache_format)
+        own = fmt.token_bytes * page_size
+        self.as_pages = page_bytes > 0
+        raw = np.full((pages, max(own, page_bytes)), 0xFF, np.uint8).view(dtype)
+        cache = raw if self.as_pages else raw.reshape(-1, page_size, elements)
+        slots, at = [], 0
+        for b, count in enumerate(blocks):
+            self.tables[b, :count] = order[at : at + count]
+            at += count
+            i = np.arange(lengths[b])
+            slots.append(self.tables[b, i // page_size] * page_size + i % page_size)
+        slots = np.concatenate(slots) if slots else np.zeros(0, np.int64)
+        if latents is None:
+            x = rng.normal(size=(len(slots), fmt.latent)) * np.exp2(
+                rng.integers(-3, 2, (len(slots), fmt.latent // 64))
+            ).repeat(64, axis=1)
+        else:
+            x = latents(rng, len(slots), fmt.latent)
+        rope = rng.normal(size=(len(slots), 64)).astype(BF16)
+        if cache_format == "fp8":
+            x = np.clip(x, -5, 5)
+        self.cache = reference.mla_write_cache(
+            x.astype(BF16),
+            rope,
+            cache,
+            slots,
+            cache_format=cache_format,
+            scale_rule=rule,
+            scale=self.scale,
+            page_size=page_size if self.as_pages else None,
+        )
+        self.starts = np.concatenate([[gap], gap + np.cumsum(self.new + gap)])
+        tokens = int(self.starts[-1])
+        self.q = np.full((tokens, heads, fmt.latent + 64), np.nan, BF16)
+        for start, count in zip(self.starts, self.new):
+            shape = (count, heads, fmt.latent + 64)
+            self.q[start : start + count] = (rng.normal(size=shape) * q_std).astype(BF16)
+
+    def options(self, **changes: Any) -> dict[str, Any]:
+        """Keyword arguments of both functions."""
+        options: dict[str, Any] = {"cache_format": self.cache_format, "scale": self.scale}
+        options["softmax_scale"] = 0.0771
+        if self.as_pages:
+            options["page_size"] = self.page_size
+        return {**options, **changes}
+
+    def want(self, **changes: Any):
+        seqs = self.tables, self.starts, self.cached, self.new
+        return reference.mla_attention(self.q, self.cache, *seqs, **self.options(**changes))
+
+    def seq_arrays(self):
+        return [x.astype(np.int32) for x in (self.tables, self.starts, self.cached, self.new)]
+
+    def seqs(self, place: str):
+        return [int32(x, place) for x in self.seq_arrays()]
+
+    def run(self, place: str = "cpu", q=None, cache=None, **changes: Any):
+        """Output and LSE as arrays."""
+        options = self.options(**changes)
+        for name in ("scale", "sinks", "out"):
+            value = options.get(name)
+            if value is not None and not isinstance(value, paddle.Tensor):
+                options[name] = to_paddle(np.array(value), place)
+        keys = np.maximum(self.cached, 0) + self.new
+        out, lse = F.mla_attention(
+            to_paddle(self.q, place) if q is None else q,
+            to_paddle(self.cache, place) if cache is None else cache,
+            *self.seqs(place),
+            int(self.new.max(initial=0)),
+            int(keys.max(initial=0)),
+            return_softmax_lse=True,
+            **options,
+        )
+        return to_numpy(out), to_numpy(lse)
+
+    def check(self, place: str = "cpu", **changes: Any) -> None:
+        assert_close(self.run(place, **changes), self.want(**changes))
+
+
+def assert_close(got, want) -> None:
+    """The bounds that the documents promise; a row of channels that cancel may be further off."""
+    out, lse = (np.asarray(x).astype(np.float64) for x in got)
+    exact, exact_lse = want
+    assert out.shape == exact.shape and lse.shape == exact_lse.shape
+    for a, b in ((out, exact), (lse, exact_lse)):
+        assert np.array_equal(np.isnan(a), np.isnan(b)), "NaN at other places"
+        infinite = np.isinf(a) | np.isinf(b)
+        assert np.array_equal(a[infinite], b[infinite]), "infinities at other places"
+    finite = np.isfinite(exact_lse)
+    error = np.abs(lse[finite] - exact_lse[finite])
+    bound = 5e-6 + 1e-6 * np.abs(exact_lse[finite])
+    assert (error <= bound).all(), f"LSE off by {error.max():.2e}"
+    rows = finite.T  # [T, H]
+    assert (out[np.isneginf(exact_lse.T)] == exact[np.isneginf(exact_lse.T)]).all()
+    a, b = out[rows], exact[rows]
+    if not a.size:
+        return
+    error = np.abs(a - b)
+    wrong = (error > 1e-3 * np.abs(b).max()) & (error > 2 / 128 * np.abs(b))
+    assert not wrong.any(), f"{wrong.sum()} of {a.size} channels, by {error[wrong].max():.2e}"
+    size = np.linalg.norm(b, axis=-1)
+    rms = np.linalg.norm(a - b, axis=-1) / np.maximum(size, 1e-30)
+    assert (rms[size > 0] <= 1e-2).all(), f"a row's relative RMS is {rms.max():.2e}"
+    whole = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+    assert whole <= 2.5e-3, f"relative RMS {whole:.2e}"
+    cosine = 1 - 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum()) if (b != 0).any() else 0.0
+    assert cosine <= 5e-6, f"cosine distance {cosine:.2e}"
