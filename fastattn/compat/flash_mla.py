@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import paddle
 from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._marker import unified
+from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mla_sparse import call
 
 __all__ = [
@@ -81,14 +83,42 @@ def _of_each_query(op: str, name: str, lengths: Tensor | None, s_q: int) -> Any:
     return lengths.reshape([-1, 1]).expand([-1, s_q]).reshape([-1])
 
 
-def _dense(op: str) -> NoReturn:
-    # The dense path belongs here: `mla_attention` over block_table and cache_seqlens.
-    _refuse(
-        op,
-        "indices",
-        "attention over all tokens is not supported; expected a tensor, got None",
-        NotImplementedError,
+def _dense(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    is_fp8: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention over all tokens of each sequence."""
+    batch, s_q, heads, dim = _rank(op, "q", q, 4)
+    blocks = _rank(op, "block_table", block_table, 2)[1]
+    page_size = _rank(op, "k_cache", k_cache, 4)[1]
+    _rank(op, "cache_seqlens", cache_seqlens, 1)
+    assert block_table is not None and cache_seqlens is not None
+    # Upstream's lengths include the new tokens, of which those of a shorter sequence are the last.
+    new = cache_seqlens.clip(0, s_q)
+    ends = paddle.arange(s_q, (batch + 1) * s_q, s_q, "int32")
+    starts = paddle.concat([ends - new, ends[-1:]])
+    out, lse = mla_attention(
+        q.reshape([-1, heads, dim]),
+        _codes(k_cache, is_fp8),
+        block_table,
+        starts,
+        cache_seqlens - new,
+        new,
+        s_q,
+        blocks * page_size,
+        cache_format=_format(op, dim, is_fp8),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        return_softmax_lse=True,
     )
+    lse = paddle.where(lse == -float("inf"), -lse, lse).reshape([heads, -1, s_q])
+    return out.reshape([-1, s_q, heads, _VALUE_DIM]), lse.transpose([1, 0, 2])
 
 
 @unified
@@ -110,9 +140,10 @@ def flash_mla_with_kvcache(
     topk_length: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """FlashMLA's decode: the tokens that `indices` name, over a paged latent cache.
+    """FlashMLA's decode: the tokens that `indices` name, or all, over a paged latent cache.
 
-    :func:`fastattn.functional.mla_sparse_attention` under FlashMLA's name.
+    :func:`fastattn.functional.mla_sparse_attention` and
+    :func:`fastattn.functional.mla_attention` under FlashMLA's name.
 
     Parameters
     ----------
@@ -120,17 +151,23 @@ def flash_mla_with_kvcache(
     k_cache : Tensor, shape [num_blocks, block_size, 1, W]
         With `is_fp8_kvcache` W is 656 (576 channels) or 584 (512 channels, blocks may be padded),
         uint8, int8 or float8_e4m3fn. Else bfloat16 with W channels.
-    block_table, cache_seqlens, tile_scheduler_metadata, num_splits : any
-        Not used with `indices`.
+    block_table : Tensor, shape [B, max_blocks], int32
+        Blocks of each sequence. Not used with `indices`.
+    cache_seqlens : Tensor, shape [B], int32
+        Tokens of each sequence, the new ones included. Not used with `indices`.
+    tile_scheduler_metadata, num_splits : any
+        Not used.
     head_dim_v : int
         512.
     softmax_scale : float, optional
         Default: channels to the power of -0.5.
     causal : bool
-        False with `indices`, which tell what a query sees.
+        Query j of s_q sees ``cache_seqlens[b] - s_q + j + 1`` tokens. False with `indices`, which
+        tell what a query sees.
     is_fp8_kvcache : bool
-    indices : Tensor, shape [B, s_q, topk], int32
-        Slots: block times block_size plus the token's place in it.
+    indices : Tensor, shape [B, s_q, topk], int32, optional
+        Slots: block times block_size plus the token's place in it. Without them all tokens of a
+        sequence are attended, with `block_table` and `cache_seqlens`.
     attn_sink : Tensor, shape [H], float32, optional
     extra_k_cache : Tensor, optional
         A second cache in the same softmax, of the same kind.
@@ -151,7 +188,7 @@ def flash_mla_with_kvcache(
     ValueError
         If shapes do not match, `head_dim_v` is not 512, or `causal` with `indices`.
     NotImplementedError
-        Without `indices`, or for a number of heads that is not supported.
+        For a number of heads that is not supported.
 
     Examples
     --------
@@ -168,7 +205,11 @@ def flash_mla_with_kvcache(
     """
     op = "flash_mla_with_kvcache"
     if indices is None:
-        _dense(op)
+        if head_dim_v != _VALUE_DIM:
+            _refuse(op, "head_dim_v", f"expected {_VALUE_DIM}, got {head_dim_v}")
+        return _dense(
+            op, q, k_cache, block_table, cache_seqlens, softmax_scale, causal, is_fp8_kvcache
+        )
     _, s_q, heads, dim = _rank(op, "q", q, 4)
     if head_dim_v != _VALUE_DIM:
         _refuse(op, "head_dim_v", f"expected {_VALUE_DIM}, got {head_dim_v}")

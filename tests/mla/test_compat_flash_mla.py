@@ -179,6 +179,41 @@ def test_the_default_scale_and_all_positions(place):
     check_output(to_numpy(out), call.want(softmax_scale=0.1)[0])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("s_q", [1, 2])
+@pytest.mark.parametrize("kind", ["bf16", "fp8_656"])
+def test_dense_decode(place, kind, s_q, causal):
+    """Without indices: row j of s_q sees length - s_q + j + 1 keys, or all of them."""
+    skip_slices_on(place)
+    rng = RNG(10)
+    lengths = np.array([5, 130, 0, 64], np.int32)
+    cache = make_cache(rng, KINDS[kind], 64 * 12, pages=12)
+    tables = rng.permutation(12).reshape(4, 3).astype(np.int32)
+    q = queries(rng, 4 * s_q, 16, 576)
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        to_paddle(q.reshape(4, s_q, 16, 576), place),
+        to_paddle(cache.data[:, :, None], place),
+        to_paddle(tables, place),
+        to_paddle(lengths, place),
+        512,
+        *flash_mla.get_mla_metadata(),
+        causal=causal,
+        is_fp8_kvcache=kind != "bf16",
+    )
+    seen = lengths[:, None] - (np.arange(s_q)[::-1] if causal else 0) + np.zeros(s_q, np.int32)
+    tokens_of = tables.repeat(64, axis=1) * 64 + np.tile(np.arange(64), 3)
+    want, want_lse, _ = reference.mla_sparse_attention(
+        q,
+        cache.data,
+        tokens_of.repeat(s_q, axis=0),
+        cache_format=KINDS[kind][0],
+        topk_length=seen.reshape(-1),
+    )
+    check_output(to_numpy(out).reshape(want.shape), want)
+    lse = finite_lse(to_numpy(lse)).transpose(0, 2, 1)
+    check_lse(lse.reshape(want_lse.shape), want_lse)
+
+
 def test_codes_as_int8(place):
     """What a server keeps as another type of a byte each."""
     skip_slices_on(place)
@@ -301,7 +336,7 @@ def good_decode():
 
 
 WRONG = [
-    ({"indices": None}, NotImplementedError, "indices: attention over all tokens"),
+    ({"indices": None}, TypeError, "block_table: expected a tensor, got NoneType"),
     ({"causal": True}, ValueError, "causal: expected False with indices"),
     ({"head_dim_v": 576}, ValueError, "head_dim_v: expected 512, got 576"),
     ({"q": to_paddle(np.zeros((2, 64, 576), BF16))}, ValueError, "q: expected 4 dimensions"),
