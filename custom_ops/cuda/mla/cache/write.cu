@@ -92,7 +92,7 @@ __device__ __forceinline__ uint32_t AmaxPair(uint4 pairs) {
 }
 
 __device__ __forceinline__ uint4 Load16(const uint16_t* from, int chunk) {
-  return __ldg(reinterpret_cast<const uint4*>(from) + chunk);
+  return *(reinterpret_cast<const uint4*>(from) + chunk);
 }
 
 __device__ __forceinline__ void Store16(uint8_t* to, int chunk, uint4 bytes) {
@@ -119,7 +119,7 @@ struct Token {
       }
     }
     if (lane < kMlaRopeChunks) rope = Load16(p.rope + token * p.rope_stride, lane);
-    if constexpr (kFormat == MlaFormat::kFp8) cache_scale = __ldg(p.scale);
+    if constexpr (kFormat == MlaFormat::kFp8) cache_scale = *(p.scale);
   }
 
   __device__ __forceinline__ float TileScale() const {
