@@ -579,3 +579,17 @@ def extra_selection(call: Call, name: str) -> None:
             latent_scale(call, name)
     elif given:
         dtypes("int32")(call, name)
+
+
+def head_groups(call: Call, name: str) -> None:
+    groups, heads = call.attrs[name], call.size("x", 1)
+    if groups <= 0 or (heads is not None and heads % groups):
+        shown = -1 if heads is None else heads
+        call.fail(ValueError, name, f"expected a divisor of the {shown} heads, got {groups}")
+
+
+def padded_heads(call: Call, name: str) -> None:
+    padded, heads = call.attrs[name], call.size("q", 1)
+    least = -1 if heads is None else heads
+    if padded != 0 and (padded < 0 or padded < least):
+        call.fail(ValueError, name, f"expected at least the {least} heads of q, got {padded}")

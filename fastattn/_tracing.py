@@ -230,6 +230,32 @@ RULES: dict[str, OpRules] = {
             "group_size": _rules.group_size,
         },
     ),
+    "mla_sparse_attention": OpRules(
+        {
+            "q": _rules.latent_query,
+            "cache": _rules.latent_cache,
+            "indices": _INT32,
+            "topk_length": _INT32,
+            "scale": _rules.latent_scale,
+            "extra_cache": _rules.latent_cache,
+            "extra_indices": _rules.extra_selection,
+            "extra_topk_length": _rules.extra_selection,
+            "extra_scale": _rules.extra_selection,
+            "sinks": _rules.dtypes("float32"),
+            "out": _rules.dtypes("bfloat16"),
+        },
+        {
+            "cache_format": _rules.latent_format,
+            "extra_cache_format": _rules.latent_format,
+            "page_size": _rules.anything,
+            "extra_page_size": _rules.anything,
+            "softmax_scale": _rules.finite(),
+            "return_softmax_lse": _rules.anything,
+            "return_max_logits": _rules.anything,
+            "lonely_is_plus_inf": _rules.anything,
+        },
+        ("scale", "extra_indices", "extra_scale"),
+    ),
     "mla_write_cache": OpRules(
         {
             "latent": _rules.dtypes("bfloat16"),
@@ -257,31 +283,32 @@ RULES: dict[str, OpRules] = {
         {"cache_format": _rules.latent_format, "page_size": _rules.anything},
         ("scale",),
     ),
-    "mla_sparse_attention": OpRules(
+    "inverse_rope_quantize_fp8": OpRules(
         {
-            "q": _rules.latent_query,
+            "x": _rules.dtypes("bfloat16"),
+            "positions": _INDEX,
+            "cos_sin_cache": _FP32_OR_BF16,
+        },
+        {"num_groups": _rules.head_groups},
+    ),
+    "mla_qkv_norm_rope_write": OpRules(
+        {
+            "q": _rules.dtypes("bfloat16"),
+            "kv": _rules.dtypes("bfloat16"),
             "cache": _rules.latent_cache,
-            "indices": _INT32,
-            "topk_length": _INT32,
-            "scale": _rules.latent_scale,
-            "extra_cache": _rules.latent_cache,
-            "extra_indices": _rules.extra_selection,
-            "extra_topk_length": _rules.extra_selection,
-            "extra_scale": _rules.extra_selection,
-            "sinks": _rules.dtypes("float32"),
+            "slot_mapping": _INDEX,
+            "positions": _INDEX,
+            "cos_sin_cache": _FP32_OR_BF16,
             "out": _rules.dtypes("bfloat16"),
         },
         {
-            "cache_format": _rules.latent_format,
-            "extra_cache_format": _rules.latent_format,
+            "cache_format": _rules.names(
+                NotImplementedError, ("fp8_584",), "'{}' is not supported; supported: fp8_584"
+            ),
             "page_size": _rules.anything,
-            "extra_page_size": _rules.anything,
-            "softmax_scale": _rules.finite(),
-            "return_softmax_lse": _rules.anything,
-            "return_max_logits": _rules.anything,
-            "lonely_is_plus_inf": _rules.anything,
+            "padded_heads": _rules.padded_heads,
+            "rms_norm_eps": _rules.finite(0),
         },
-        ("scale", "extra_indices", "extra_scale"),
     ),
     "topk_indices": OpRules(
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
@@ -400,6 +427,15 @@ RULES: dict[str, OpRules] = {
                 "expected fp8, mxfp4 or fp8_512, got '{}'",
             ),
         },
+    ),
+    "save_partial_states": OpRules(
+        {
+            "kv_score": _FP32_OR_BF16,
+            "ape": _FP32_OR_BF16,
+            "positions": _INDEX,
+            "state_cache": _FP32_OR_BF16,
+            "state_slots": _INDEX,
+        }
     ),
     "indexer_k_write_cache": OpRules(
         {

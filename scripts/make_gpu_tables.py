@@ -44,6 +44,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "batch invariant": attention.batch_invariant,
     "step": attention.step,
     "step ranges": attention.step_ranges,
+    "signals": attention.signals,
     "operators": memory.operators,
     "rope options": memory.rope_options,
     "cache writers": memory.cache_writers,

@@ -99,8 +99,10 @@ inline constexpr int kAttentionCtasPerSm = 2;
 // and KV head by CTA that has a share of them and by sequences and heads in the call.
 inline constexpr int kClusterKvTilesPerSm = 16;
 inline constexpr int kClusterKvTilesPerWorkTile = 4;
+// By CTA in the clusters of a sequence alone with scales of tokens.
+inline constexpr int kOneSeqKvTilesPerCta = 10;
 // Where a work tile has more splits on average, a kernel of its own merges them faster; but not by
-// as much as that kernel costs a sequence alone that clusters take up to 16k keys.
+// as much as that kernel costs a sequence alone that clusters mostly take.
 inline constexpr int kJoinedSplits = 16;
 // Ints that a CTA tells the merging kernel, and the partial results it may leave: of the work tile
 // that it found begun, and of the one that it leaves unfinished.
@@ -152,9 +154,12 @@ inline ClusterChoice ChooseCluster(const AttentionSizes& s, int columns, int64_t
     if (cluster > s.max_cluster || ctas > s.num_sms * (cluster == 2 ? kAttentionCtasPerSm : 1)) {
       continue;
     }
-    // One sequence has no longer one beside it. Scales of tokens are work besides: 64 CTAs took 153
-    // us for 128k keys of block_wise_int8, all take 112.
-    if (!s.per_token_scales && HalfReadsOneSeq(s, cluster)) return {cluster, kAnyKvTiles};
+    // One sequence has no longer one beside it. Scales of tokens are work besides, so that all
+    // multiprocessors are faster in the end: 64 CTAs took 37 and 129 us for 32k and 128k keys of
+    // block_wise_fp8, all of them 42 and 122; of block_wise_int8 43 and 153, and 45 and 128.
+    if (HalfReadsOneSeq(s, cluster)) {
+      return {cluster, s.per_token_scales ? kOneSeqKvTilesPerCta * ctas : kAnyKvTiles};
+    }
     // Few CTAs leave most multiprocessors idle: then keys must be few, too.
     return {cluster, std::min(kClusterKvTilesPerSm * s.num_sms / seq_heads,
                               kClusterKvTilesPerWorkTile * ctas)};

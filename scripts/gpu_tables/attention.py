@@ -167,7 +167,7 @@ def _step_cell(row: Measured | None) -> str:
     ratios = [cell(row.ratio(_VLLM), ratio), _marked(row, _FASTDEPLOY)]
     if row.ratio(_GATHERED):
         ratios.append(_marked(row, _GATHERED))
-    return f"{row.us:.{1 if row.us < 99.95 else 0}f} ({', '.join(ratios)})"
+    return f"{_us(row.us)} ({', '.join(ratios)})"
 
 
 def step_rows(results: Results, quant: str, names: Sequence[str], how: str) -> list[Measured]:
@@ -256,3 +256,24 @@ def batch_invariant(results: Results) -> str:
     head = ["us, default / `batch_invariant`; sequences", *map(str, _BATCHES)]
     more = f"\n\n`cache_fp8`: {', '.join(texts)}." if texts else ""
     return grid(head, lines or [[NONE] * len(head)]) + more + "\n" + links(used)
+
+
+def signals(results: Results) -> str:
+    """A layer of a prompt's chunk with signals of complete layers, and without."""
+    lines, used = [], []
+    for chunk in (256, 2048, 8192):
+        for how, label in (("eager", "eager"), ("host", "host's time"), ("graph", "CUDA graph")):
+            found = [
+                results.get("kv_signal", f"{mode}, chunk of {chunk}, H 32/8 D 128, {how}")
+                for mode in ("per_chunk", "per_query")
+            ]
+            silent = next((row.peer_us("no signal") for row in found if row), None)
+            times = [silent, *(row and row.us for row in found)]
+            lines.append([f"{chunk} tokens, {label}", *(cell(x, _us) for x in times)])
+            used += found
+    head = ["us of a layer", "no signals", "per_chunk", "per_query"]
+    return grid(head, lines) + "\n" + links(used)
+
+
+def _us(value: float) -> str:
+    return f"{value:.{1 if value < 99.95 else 0}f}"

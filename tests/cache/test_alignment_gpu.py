@@ -33,6 +33,9 @@ REFUSED = {
     "convert_cache_layout": ("cache",),
     "mla_write_cache": ("latent", "rope", "cache"),
     "mla_gather_cache": ("cache", "out"),
+    "inverse_rope_quantize_fp8": ("x",),
+    "mla_qkv_norm_rope_write": ("q", "kv", "cache"),
+    "save_partial_states": ("kv_score", "state_cache"),
     "convert_cache_blocks": ("cache",),
     "mqa_logits": ("q", "keys"),
     "paged_mqa_logits": ("q", "cache"),
@@ -243,6 +246,8 @@ def test_a_shifted_tensor_is_taken_or_refused(place, problem, name):
 STRIDED = [
     *(("rope_write_cache_kv", "qkv"), ("write_cache_kv", "key"), ("write_cache_kv", "value")),
     *(("mla_write_cache", "latent"), ("mla_write_cache", "rope"), ("mla_gather_cache", "out")),
+    ("inverse_rope_quantize_fp8", "x"),
+    *(("mla_qkv_norm_rope_write", "q"), ("mla_qkv_norm_rope_write", "kv")),
 ]
 
 

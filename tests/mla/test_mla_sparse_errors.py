@@ -7,7 +7,6 @@ import paddle
 import pytest
 
 import fastattn.functional as F
-from fastattn import _ops
 from tests.support.operators import calls, run
 from tests.support.strides import strided
 from tests.support.tensors import BF16, int32, to_paddle
@@ -117,6 +116,8 @@ TRACED = {
 
 @pytest.mark.parametrize("name", TRACED)
 def test_a_program_is_refused_as_dygraph_is(name):
+    if paddle.__version__.startswith("2."):
+        pytest.skip("Paddle 2.6 loses what a traced function closes over")
     call = calls()["mla_sparse_attention"].changed(**made(TRACED[name]))
 
     def error(function):
@@ -127,14 +128,7 @@ def test_a_program_is_refused_as_dygraph_is(name):
     expected = error(lambda: run("mla_sparse_attention", call.inputs, call.attrs))
 
     def traced(q):
-        return _ops.call(
-            "mla_sparse_attention",
-            tuple(
-                q if name == "q" else call.inputs.get(name)
-                for name in _ops.signature("mla_sparse_attention").inputs
-            ),
-            tuple(call.attrs.values()),
-        )
+        return run("mla_sparse_attention", {**call.inputs, "q": q}, call.attrs)
 
     static = paddle.jit.to_static(traced, full_graph=True)
     kind, text = error(lambda: static(call.inputs["q"]))
@@ -167,3 +161,22 @@ def test_strides_that_are_refused():
     wide = strided(zeros(2 * 64 * 700, dtype=U8), [2, 64, 584], [64 * 700, 700, 1])
     with pytest.raises(ValueError, match="expected stride 584 between a page's tokens in fp8_584"):
         F.mla_sparse_attention(**{**good(), **made(V4), "cache": wide})
+
+
+@pytest.mark.parametrize("name", ["q", "cache", "out"])
+def test_addresses_between_multiples_of_16_bytes(place, name):
+    """A GPU refuses them, a CPU takes them."""
+    made_here = good()
+    tensors = {k: to_paddle(made_here[k].numpy(), place) for k in ("q", "cache", "indices")}
+    shape = [2, 3, 512] if name == "out" else list(made_here[name].shape)
+    dtype = U8 if name == "cache" else BF16
+    memory = to_paddle(np.zeros(int(np.prod(shape)) + 64, dtype), place)
+    for offset in (8, 16):
+        strides = [shape[1] * shape[2], shape[2], 1]
+        tensors[name] = strided(memory, shape, strides, offset)
+        if place == "gpu" and offset == 8:
+            text = f"{name}: expected an address of a multiple of 16"
+            with pytest.raises(ValueError, match=text):
+                F.mla_sparse_attention(**tensors, cache_format="fp8_656")
+        else:
+            F.mla_sparse_attention(**tensors, cache_format="fp8_656")

@@ -19,7 +19,7 @@ class Loader {
  public:
   __device__ Loader(const Arguments& arguments, Shared<C>& shared)
       : a_(arguments),
-        p_(arguments.p),
+        p_(KnownParams<C>(arguments.p)),
         shared_(shared),
         lane_(threadIdx.x % 32),
         number_(C::kLoaders == 1 ? 0 : threadIdx.x / 32) {
@@ -188,7 +188,7 @@ class Loader {
   }
 
   const Arguments& a_;
-  const LogitsParams& p_;
+  const LogitsParams p_;
   Shared<C>& shared_;
   const int lane_, number_;
   int page_keys_ = kTileKeys, piece_bits_ = 0;
@@ -200,7 +200,7 @@ template <class C>
 class Preparer {
  public:
   __device__ Preparer(const Arguments& arguments, Shared<C>& shared)
-      : p_(arguments.p), shared_(shared), thread_(threadIdx.x - 32 * C::kLoaders) {}
+      : p_(KnownParams<C>(arguments.p)), shared_(shared), thread_(threadIdx.x - 32 * C::kLoaders) {}
 
   __device__ void Run() {
     Ring<2> segments;
@@ -283,7 +283,7 @@ class Preparer {
     return RowFactor(largest);
   }
 
-  const LogitsParams& p_;
+  const LogitsParams p_;
   Shared<C>& shared_;
   const int thread_;
 };
@@ -299,7 +299,8 @@ __device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C
   constexpr int kFirst = C::kLoaders + (C::kFp8 ? 1 : 0), kFillers = 4 - kFirst;
   const int filler = warp - kFirst;
   if (filler >= 0) {
-    FillHidden(arguments.p, blockIdx.x * kFillers + filler, gridDim.x * kFillers, threadIdx.x % 32);
+    FillHidden(KnownParams<C>(arguments.p), blockIdx.x * kFillers + filler, gridDim.x * kFillers,
+               threadIdx.x % 32);
   }
 }
 

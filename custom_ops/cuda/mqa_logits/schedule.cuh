@@ -7,6 +7,16 @@
 
 namespace fastattn::cuda::mqa_logits {
 
+// Parameters of which the compiler knows what the variant does, and leaves out the rest.
+template <class C>
+__device__ __forceinline__ LogitsParams KnownParams(LogitsParams p) {
+  p.paged = C::kPaged;
+  p.head_dim = kDim;
+  p.num_heads = C::kHeads;
+  p.quant = C::kQuant;
+  return p;
+}
+
 struct TileRange {
   int begin, end;
 };

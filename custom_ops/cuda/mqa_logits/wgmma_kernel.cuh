@@ -22,19 +22,18 @@
 
 namespace fastattn::cuda::mqa_logits {
 
-// By the first warp.
+// By one thread.
 template <class C>
-__device__ __forceinline__ void InitShared(Shared<C>& shared, int lane) {
+__device__ __forceinline__ void InitShared(Shared<C>& shared) {
   constexpr int kPreparing = kPreparers<C> * kWarpArrivals;
-  if (lane < 2) {
-    InitBarrier(&shared.segment_found[lane], 1);
-    InitBarrier(&shared.query_full[lane], 1 + kPreparing);
-    InitBarrier(&shared.query_empty[lane], 4 * C::kConsumers * kWarpArrivals + kPreparing);
+  for (int i = 0; i < 2; ++i) {
+    InitBarrier(&shared.segment_found[i], 1);
+    InitBarrier(&shared.query_full[i], 1 + kPreparing);
+    InitBarrier(&shared.query_empty[i], 4 * C::kConsumers * kWarpArrivals + kPreparing);
   }
-  static_assert(C::kStages <= 32);
-  if (lane < C::kStages) {
-    InitBarrier(&shared.key_full[lane], 1);
-    InitBarrier(&shared.key_empty[lane], 4 * kWarpArrivals);
+  for (int i = 0; i < C::kStages; ++i) {
+    InitBarrier(&shared.key_full[i], 1);
+    InitBarrier(&shared.key_empty[i], 4 * kWarpArrivals);
   }
   FenceBarrierInit();
 }
@@ -45,8 +44,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
-  if (threadIdx.x < 32) InitShared(shared, threadIdx.x);
   if (threadIdx.x == 0) {
+    InitShared(shared);
     PrefetchMap(&arguments.key);
     if constexpr (C::kFp8) PrefetchMap(&arguments.query);
     if constexpr (!C::kPaged) PrefetchMap(&arguments.key_scales);
