@@ -3,6 +3,9 @@
 // A kernel that LaunchPdl launches is set up under the end of its predecessor, and waits for that
 // one's results (pdl.cuh). Prefetching into L2 is the one access to global memory that it may make
 // before: what the predecessor still writes arrives there as well, and nothing of it is looked at.
+//
+// Behind the wait such a kernel loads without __ldg: ptxas takes what __ldg loads for constants,
+// and moves a load whose address is known early ahead of the wait.
 #pragma once
 
 #include <cstdint>

@@ -24,7 +24,7 @@ __device__ __forceinline__ int SequencesBefore(const IndexerKGatherParams& p, in
   int before = 0;
   for (int base = 0; base < p.batch; base += kThreads) {
     const int seq = base + static_cast<int>(threadIdx.x);
-    const bool ended = seq < p.batch && __ldg(p.cu_seqlens + seq + 1) <= row;
+    const bool ended = seq < p.batch && *(p.cu_seqlens + seq + 1) <= row;
     const int count = __syncthreads_count(ended);
     before += count;
     if (count < kThreads) break;  // ends ascend
@@ -36,10 +36,10 @@ __device__ __forceinline__ int SequencesBefore(const IndexerKGatherParams& p, in
 __device__ __forceinline__ int SequencesBefore(const IndexerKGatherParams& p, int64_t row,
                                                int least) {
   int low = least, high = p.batch;
-  if (low < high && __ldg(p.cu_seqlens + low + 1) > row) return low;
+  if (low < high && *(p.cu_seqlens + low + 1) > row) return low;
   while (low < high) {
     const int middle = low + (high - low) / 2;
-    if (__ldg(p.cu_seqlens + middle + 1) <= row) {
+    if (*(p.cu_seqlens + middle + 1) <= row) {
       low = middle + 1;
     } else {
       high = middle;
@@ -60,12 +60,12 @@ __device__ __forceinline__ RowSource FindRow(const IndexerKGatherParams& p,
   if (row >= p.num_rows) return {};
   const int seq = SequencesBefore(p, row, least);
   if (seq >= p.batch) return {};
-  const int64_t token = row - __ldg(p.cu_seqlens + seq);
+  const int64_t token = row - *(p.cu_seqlens + seq);
   if (token < 0) return {};  // before the first sequence
   const int64_t index = token < 0x7FFFFFFF ? page_size.Quotient(static_cast<uint32_t>(token))
                                            : token / p.pages.page_size;
   if (index >= p.max_blocks) return {};
-  const int page = __ldg(p.block_tables + static_cast<int64_t>(seq) * p.max_blocks + index);
+  const int page = *(p.block_tables + static_cast<int64_t>(seq) * p.max_blocks + index);
   if (page < 0 || page >= p.pages.num_pages) return {};
   constexpr int kCodeBytes = PageFormatOf(kQuant).code_bytes;
   const uint8_t* from = p.cache + page * p.pages.page_stride;
@@ -74,10 +74,10 @@ __device__ __forceinline__ RowSource FindRow(const IndexerKGatherParams& p,
 }
 
 __device__ __forceinline__ uint32_t LoadScales(const uint8_t* from, bool words) {
-  if (words) return __ldg(reinterpret_cast<const uint32_t*>(from));
+  if (words) return *(reinterpret_cast<const uint32_t*>(from));
   uint32_t bytes = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bytes |= static_cast<uint32_t>(__ldg(from + i)) << (8 * i);
+  for (int i = 0; i < 4; ++i) bytes |= static_cast<uint32_t>(*(from + i)) << (8 * i);
   return bytes;
 }
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
       const int word = (round + i) * kThreads + threadIdx.x;
       const uint8_t* from = word < kRows * kWords ? sources[word / kWords] : nullptr;
       there[i] = from != nullptr;
-      if (there[i]) words[i] = __ldg(reinterpret_cast<const Word*>(from) + word % kWords);
+      if (there[i]) words[i] = *(reinterpret_cast<const Word*>(from) + word % kWords);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {

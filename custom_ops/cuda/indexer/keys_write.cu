@@ -148,15 +148,36 @@ struct Alignment {
   bool keys, words;
 };
 
+// `from`: the lane's channels. Plain loads: see prefetch.cuh.
 template <DType kIn, bool kAligned>
-__device__ __forceinline__ LaneKey<kIn> LoadKey(const IndexerKWriteParams& p, int64_t element,
-                                                bool inside, bool keys_aligned) {
-  LaneKey<kIn> key;
+__device__ __forceinline__ LaneKey<kIn> LoadKey(const uint8_t* from, bool inside,
+                                                bool keys_aligned) {
+  constexpr int kVectors = static_cast<int>(SizeOf(kIn)) / 2;  // of a chunk
+  constexpr int kElements = kIn == DType::kFloat32 ? 4 : 8;    // of a vector
+  LaneKey<kIn> key = {};
+  if (!inside) return key;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    key.chunks[c] = kAligned || keys_aligned
-                        ? LoadRaw<kIn>(p.key, element + c * kChunk, inside)
-                        : LoadRawUnaligned<kIn>(p.key, element + c * kChunk, inside);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const uint8_t* at = from + (c * kVectors + v) * 16;
+      uint4& vector = v == 0 ? key.chunks[c].low : key.chunks[c].high;
+      if (kAligned || keys_aligned) {
+        vector = *reinterpret_cast<const uint4*>(at);
+        continue;
+      }
+      uint32_t words[4] = {};
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        if constexpr (kIn == DType::kFloat32) {
+          words[i] = reinterpret_cast<const uint32_t*>(at)[i];
+        } else {
+          const uint32_t half = reinterpret_cast<const uint16_t*>(at)[i];
+          words[i / 2] |= half << (16 * (i % 2));
+        }
+      }
+      vector = make_uint4(words[0], words[1], words[2], words[3]);
+    }
   }
   return key;
 }
@@ -192,11 +213,10 @@ __device__ __forceinline__ void StoreKey(const IndexerKWriteParams& p, int64_t p
 
 // Asks for a key and its slot ahead of PdlWait.
 template <DType kIn>
-__device__ __forceinline__ void PrefetchKey(const IndexerKWriteParams& p, int64_t token, int lane) {
+__device__ __forceinline__ void PrefetchKey(const IndexerKWriteParams& p, const uint8_t* key,
+                                            int64_t token, int lane) {
   constexpr int kLines = kIndexerHeadDim * static_cast<int>(SizeOf(kIn)) / 128;
   static_assert(kLines < kLanes);
-  if (token >= p.num_tokens) return;
-  const char* key = static_cast<const char*>(p.key) + token * p.key_stride * SizeOf(kIn);
   if (lane < kLines) PrefetchL2(key + lane * 128);
   if (lane == kLines) PrefetchIndex(p.slots, token);
 }
@@ -208,11 +228,13 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kLanes;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kLanes;
   const bool inside = token < p.num_tokens;
-  const int64_t element = token * p.key_stride + lane * (kChunks * kChunk);
-  PrefetchKey<kIn>(p, token, lane);
+  constexpr int kSize = static_cast<int>(SizeOf(kIn));
+  const uint8_t* row = static_cast<const uint8_t*>(p.key) + token * p.key_stride * kSize;
+  if (inside) PrefetchKey<kIn>(p, row, token, lane);
   PdlWait();
   const int64_t slot = inside ? p.slots.At(token) : -1;
-  const LaneKey<kIn> key = LoadKey<kIn, kAligned>(p, element, inside, aligned.keys);
+  const LaneKey<kIn> key =
+      LoadKey<kIn, kAligned>(row + lane * (kChunks * kChunk * kSize), inside, aligned.keys);
   PdlLaunchDependents();
   const Encoded<kQuant> encoded = EncodeKey<kQuant, kIn>(key, p.scale_rule);
   if (slot < 0) return;

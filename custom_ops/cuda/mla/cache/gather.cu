@@ -39,7 +39,7 @@ __device__ __forceinline__ Place FindToken(const MlaGatherParams& p, int64_t tok
   while (count > 32) {
     const int step = (count + 31) / 32, offset = lane * step;
     const bool there = offset < count;
-    const int last = LastAtMost(token, there, there ? __ldg(p.cu_seqlens_k + first + offset) : 0);
+    const int last = LastAtMost(token, there, there ? *(p.cu_seqlens_k + first + offset) : 0);
     if (last < 0) return {};
     first += last * step;
     count = min(step, count - last * step);
@@ -47,9 +47,9 @@ __device__ __forceinline__ Place FindToken(const MlaGatherParams& p, int64_t tok
   const bool there = lane < count;
   int start = 0, end = 0, length = 0;
   if (there) {
-    start = __ldg(p.cu_seqlens_k + first + lane);
-    end = __ldg(p.cu_seqlens_k + first + lane + 1);
-    length = __ldg(p.seq_lens_decoder + first + lane);
+    start = *(p.cu_seqlens_k + first + lane);
+    end = *(p.cu_seqlens_k + first + lane + 1);
+    length = *(p.seq_lens_decoder + first + lane);
   }
   const int last = LastAtMost(token, there, start);
   if (last < 0) return {};
@@ -76,8 +76,8 @@ __device__ __forceinline__ uint4 Decode(uint2 codes, float scale) {
 template <MlaFormat kFormat>
 __device__ __forceinline__ float ScaleOf(const uint8_t* scales, int chunk) {
   const int tile = chunk / (FactsOf(kFormat).tile / kChunkChannels);
-  if constexpr (kFormat == MlaFormat::kFp8x584) return UE8M0ToFloat(__ldg(scales + tile));
-  return __ldg(reinterpret_cast<const float*>(scales) + tile);
+  if constexpr (kFormat == MlaFormat::kFp8x584) return UE8M0ToFloat(*(scales + tile));
+  return *(reinterpret_cast<const float*>(scales) + tile);
 }
 
 // Asks for lines of the index tensors ahead of PdlWait, each by one warp: a line that every CTA
@@ -112,21 +112,21 @@ __global__ void __launch_bounds__(kMlaThreads)
   // Everything is loaded before anything is converted.
   uint4 bytes[kRounds];
   float scale[kRounds];
-  if constexpr (kFormat == MlaFormat::kFp8) scale[0] = __ldg(p.scale);
+  if constexpr (kFormat == MlaFormat::kFp8) scale[0] = *(p.scale);
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     const int chunk = lane + 32 * i;
     const bool rope = chunk >= kLatentChunks;
     if (chunk >= kChunks) continue;
     if constexpr (kFormat == MlaFormat::kBf16) {
-      bytes[i] = __ldg(reinterpret_cast<const uint4*>(row.codes) + chunk);
+      bytes[i] = *(reinterpret_cast<const uint4*>(row.codes) + chunk);
     } else if (kFormat == MlaFormat::kFp8 || !rope) {
-      const uint2 codes = __ldg(reinterpret_cast<const uint2*>(row.codes) + chunk);
+      const uint2 codes = *(reinterpret_cast<const uint2*>(row.codes) + chunk);
       bytes[i] = make_uint4(codes.x, codes.y, 0, 0);
       if constexpr (kFacts.tile > 0) scale[i] = ScaleOf<kFormat>(row.scales, chunk);
     } else {
       const uint8_t* copied = row.codes + kFacts.row_bytes - kMlaRopeChunks * 16;
-      bytes[i] = __ldg(reinterpret_cast<const uint4*>(copied) + chunk - kLatentChunks);
+      bytes[i] = *(reinterpret_cast<const uint4*>(copied) + chunk - kLatentChunks);
     }
   }
   PdlLaunchDependents();

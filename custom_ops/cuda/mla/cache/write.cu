@@ -25,7 +25,7 @@ namespace {
 constexpr int kLaneChannels = 16;  // of a lane, where tiles have scales
 
 __device__ __forceinline__ uint4 Load16(const uint16_t* from, int chunk) {
-  return __ldg(reinterpret_cast<const uint4*>(from) + chunk);
+  return *(reinterpret_cast<const uint4*>(from) + chunk);
 }
 
 __device__ __forceinline__ void Store16(uint8_t* to, int chunk, uint4 bytes) {
@@ -52,7 +52,7 @@ struct Token {
       }
     }
     if (lane < kMlaRopeChunks) rope = Load16(p.rope + token * p.rope_stride, lane);
-    if constexpr (kFormat == MlaFormat::kFp8) cache_scale = __ldg(p.scale);
+    if constexpr (kFormat == MlaFormat::kFp8) cache_scale = *(p.scale);
   }
 
   __device__ __forceinline__ float TileScale() const {
