@@ -166,18 +166,16 @@ def test_caches_in_one_pool_are_read_in_place(place, order):
 
 
 @pytest.mark.parametrize("code", ["e4m3", "e5m2", "int8"])
-@pytest.mark.parametrize("granularity", ["none", "tensor", "head"])
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
 def test_8_bit_caches(place, code, granularity):
     """Codes with a scale for each KV head; V as this package stores it."""
     if code == "e5m2" and not hasattr(paddle, "float8_e5m2"):
         pytest.skip("this Paddle has no float8_e5m2")
     step = Step(SEQS)
     rng = np.random.default_rng(3)
-    size = {"none": 1, "tensor": 1, "head": KV}[granularity]
+    size = KV if granularity == "head" else 1
     base = {"int8": 0.031, "e4m3": 0.0113, "e5m2": 0.0147}[code]
     scales = [(base * f * rng.uniform(0.5, 2, size)).astype(np.float32) for f in (1.1, 1.7)]
-    if granularity == "none":
-        scales = [np.ones(1, np.float32)] * 2
     tensors = []
     for name, scale in zip("kv", scales):
         old = getattr(step, name)
@@ -194,10 +192,10 @@ def test_8_bit_caches(place, code, granularity):
         if code != "e4m3":
             tensor = tensor.view("int8" if code == "int8" else "float8_e5m2")
         tensors.append(tensor)
-    descales = {}
-    if granularity != "none":
-        for name, scale in zip(("k_descale", "v_descale"), scales):
-            descales[name] = to_paddle(scale if granularity == "head" else scale[None], place)
+    descales = {
+        name: to_paddle(scale if granularity == "head" else scale[None], place)
+        for name, scale in zip(("k_descale", "v_descale"), scales)
+    }
     out, lse = outputs(
         flash_attn_varlen_func(
             to_paddle(step.q, place),
@@ -209,6 +207,42 @@ def test_8_bit_caches(place, code, granularity):
         )
     )
     check(step.sequences(causal=True), out, lse, place)
+
+
+@pytest.mark.parametrize("code", ["e4m3", "int8"])
+def test_8_bit_caches_without_descales(place, code):
+    """Their codes are the values. A GPU rounds scores of such integers: it gives the bits of 1."""
+    step = Step(SEQS)
+    rng = np.random.default_rng(3)
+    tensors = []
+    for name in "kv":
+        codes = numerics.quantize(
+            rng.normal(size=step.k.shape).astype(np.float32), np.float32(0.02), code
+        ).view(np.uint8)
+        setattr(step, name, numerics.from_codes(codes, code).astype(np.float64))
+        if name == "v":
+            codes = layout.pack(codes.transpose(0, 2, 1, 3), "v", "fastattn", int8=code == "int8")
+        tensor = to_paddle(codes, place)
+        tensors.append(tensor if code == "e4m3" else tensor.view("int8"))
+    one = to_paddle(np.ones(1, np.float32), place)
+    results = [
+        outputs(
+            flash_attn_varlen_func(
+                to_paddle(step.q, place),
+                *tensors,
+                **step.arguments(place),
+                **descales,
+                softmax_scale=0.003,
+                causal=True,
+                return_softmax_lse=True,
+            )
+        )
+        for descales in ({}, {"k_descale": one, "v_descale": one})
+    ]
+    for without, explicit in zip(*results):
+        assert_same_bits(without, explicit)
+    if place == "cpu":
+        check(step.sequences(causal=True), *results[0], place, scale=0.003)
 
 
 def test_fp8_queries():
