@@ -26,10 +26,12 @@ TOKENS, HIDDEN, HEADS, DIM, K = 70, 64, 8, 128, 16
 PAGE, TABLE = 16, np.array([[5, 1, 4, 0, 3]], np.int32)
 SCALES = DIM**-0.5, HEADS**-0.5
 QUANTS = ("fp8", "mxfp4")
-SEEDS = {"fp8": 22, "mxfp4": 28}
-#: Least distance of a row's threshold from the next logit, of the row's largest logit. Rounding is
-#: held to a tenth of it, and is less than a hundredth: a logit sums 1024 products in fp32.
-MARGIN = 8e-4
+#: Chosen for the margin below.
+SEEDS = {"fp8": 5812, "mxfp4": 28}
+#: Least distance of a row's threshold from the next logit, of the row's largest logit. Two logits
+#: that are each off by less than half of it cannot change places. Hopper's sums of FP8 products
+#: keep 14 bits, which is a fifth of this margin; other sums are fp32.
+MARGIN = {"fp8": 2.9e-3, "mxfp4": 1.3e-3}
 
 
 @functools.lru_cache(maxsize=4)
@@ -134,7 +136,7 @@ def test_the_prompt_has_a_margin(quant):
     _, logits = model(quant)
     for row in logits[K:]:
         ordered = np.sort(row[np.isfinite(row)].astype(np.float64))[::-1]
-        assert ordered[K - 1] - ordered[K] > MARGIN * np.abs(ordered).max()
+        assert ordered[K - 1] - ordered[K] > MARGIN[quant] * np.abs(ordered).max()
     # The selections are no mere windows or prefixes.
     chosen = model(quant)[0][-1]
     assert chosen.max() - chosen.min() > 2 * K and len({tuple(r) for r in model(quant)[0]}) > 60
@@ -169,21 +171,21 @@ def test_logits_and_top_k_in_one_call(place, quant, paged, cuts):
     np.testing.assert_array_equal(chosen, want)
 
 
-def check_against(chosen, logits, want, expected):
+def check_against(quant, chosen, logits, want, expected):
     seen = np.isfinite(expected)
     np.testing.assert_array_equal(np.isfinite(logits), seen)
     x, y = logits[seen].astype(np.float64), expected[seen].astype(np.float64)
     assert 1 - 2 * (x * y).sum() / (x * x + y * y).sum() < CALC_DIFF
     largest = np.abs(np.where(seen, expected, 0)).max(axis=1, keepdims=True)
     worst = np.abs(np.where(seen, logits - np.where(seen, expected, 0), 0)) / largest
-    assert worst.max() < MARGIN / 10, f"rounding {worst.max():.1e} of a row's largest logit"
+    assert worst.max() < MARGIN[quant] / 2, f"rounding {worst.max():.1e} of a row's largest logit"
     np.testing.assert_array_equal(chosen, want)
 
 
 @FORMS
 @pytest.mark.parametrize("quant", QUANTS)
 def test_numpy_selects_the_same_tokens(place, quant, paged):
-    check_against(*Model(quant, place, paged).run([29]), *model(quant))
+    check_against(quant, *Model(quant, place, paged).run([29]), *model(quant))
 
 
 @pytest.mark.gpu
@@ -192,4 +194,4 @@ def test_numpy_selects_the_same_tokens(place, quant, paged):
 def test_a_gpu_selects_the_tokens_of_a_cpu(quant, paged):
     want, expected = Model(quant, "cpu", paged).run([])
     for cuts in ([], [29], range(1, TOKENS)):
-        check_against(*Model(quant, "gpu", paged).run(cuts), want, expected)
+        check_against(quant, *Model(quant, "gpu", paged).run(cuts), want, expected)

@@ -12,6 +12,7 @@
 #include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
+#include "cuda/common/prefetch.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/mla/cache/encode.cuh"
 #include "cuda/mla/cache/launch.h"
@@ -106,11 +107,22 @@ struct Token {
   }
 };
 
+// Asks for a token's values and slot ahead of PdlWait.
+template <MlaFormat kFormat>
+__device__ __forceinline__ void PrefetchToken(const MlaWriteParams& p, int64_t token, int lane) {
+  constexpr int kLines = FactsOf(kFormat).latent * 2 / 128;
+  if (token >= p.num_slots) return;
+  if (lane < kLines) PrefetchL2(p.latent + token * p.latent_stride + lane * 64);
+  if (lane == kLines) PrefetchL2(p.rope + token * p.rope_stride);
+  if (lane == kLines + 1) PrefetchIndex(p.slots, token);
+}
+
 template <MlaFormat kFormat, MlaScaleRule kRule>
 __global__ void __launch_bounds__(kMlaThreads)
     WriteKernel(const __grid_constant__ MlaWriteParams p, uint32_t slots, Divisor page_size) {
   const int64_t token = WarpToken();
   const int lane = threadIdx.x % 32;
+  PrefetchToken<kFormat>(p, token, lane);
   PdlWait();
   if (token >= p.num_slots) return;
   const int64_t slot = p.slots.At(token);

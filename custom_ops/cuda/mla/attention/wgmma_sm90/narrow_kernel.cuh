@@ -2,10 +2,13 @@
 // products, heads their columns, so that nothing is computed for heads that are not there. The time
 // goes into reading the tokens.
 //
-// Warpgroups, three of them: a consumer, S^T = K Q^T, softmax, O^T += V^T P^T, and two of producers
-// (gather.cuh), which fill two stages of 64 keys.
+// Warpgroups, four of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of producers
+// (gather.cuh), which fill two stages of 64 keys. Each stage has its consumer: they take every other
+// tile, each with a softmax and outputs of its own, and join them at the end of the work tile. One
+// alone would have the tile's time in chains of small products.
 //
-// Barriers (mbarriers): full/empty of the stages. Named barrier 1: the consumer's warps.
+// Barriers (mbarriers): full/empty of the stages. Named barriers 1 and 2: the warps of a consumer;
+// 3: both.
 #pragma once
 
 #include <cstdint>
@@ -20,19 +23,22 @@
 namespace fastattn::cuda::mla_sm90 {
 
 inline constexpr int kNarrowProducers = 8;  // warps
-inline constexpr int kNarrowThreads = 128 + 32 * kNarrowProducers;
+inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers;
 
 template <int kDim, int kHeads>
 struct alignas(1024) NarrowShared {
   Stages<kDim> stages;
   uint8_t query[kDim / 64 * kHeads * 128];
-  uint8_t probabilities[kHeads * 128];
-  float exchange[4][kHeads];   // of the consumer's warps
+  uint8_t probabilities[2][kHeads * 128];
+  float exchange[2][4][kHeads];  // of a consumer's warps
+  // Of consumer 1's threads: outputs, maxima and sums of heads, and the power of the keys.
+  float joined[8 * kHeads / 2 + kHeads / 2 + 1][128];
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
   StageBarriers barriers;
 };
 
-template <int kDim, int kHeads, DType kType>
+// kGroup: consumer 0 or 1, and its stage.
+template <int kDim, int kHeads, DType kType, int kGroup>
 class NarrowConsumer {
  public:
   using Shared = NarrowShared<kDim, kHeads>;
@@ -40,24 +46,24 @@ class NarrowConsumer {
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
   __device__ __forceinline__ NarrowConsumer(const Arguments& args, Shared& shared)
-      : args_(args), shared_(shared), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {}
+      : args_(args), shared_(shared), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
     const float common = StaticScales(args_.p).common;
     const float log2_scale = args_.p.softmax_scale * kLog2E * common;
     for (unsigned index = blockIdx.x; index < args_.work_tiles; index += gridDim.x) {
       const Work work(args_, index, kHeads);
-      // All warps have read the last query: they have passed a barrier behind it.
-      LoadQuery<kDim, kHeads, 128>(args_.p, work, threadIdx.x, shared_.query);
+      SyncNamed<256>(3);  // the last query has been read, and what was joined
+      LoadQuery<kDim, kHeads, 256>(args_.p, work, threadIdx.x, shared_.query);
       WaitCopies();
-      SyncNamed<128>(1);
+      SyncNamed<256>(3);
       float scales[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) scales[c] = log2_scale;
       if constexpr (kHalf) {
-        QueryToHalf<kDim, kHeads, 4>(shared_.query, shared_.query_powers, warp_, lane_);
+        QueryToHalf<kDim, kHeads, 8>(shared_.query, shared_.query_powers, threadIdx.x / 32, lane_);
         FenceAsyncProxy();
-        SyncNamed<128>(1);
+        SyncNamed<256>(3);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           scales[c] *= shared_.query_powers[8 * (c / 2) + 2 * (lane_ % 4) + c % 2];
@@ -68,9 +74,11 @@ class NarrowConsumer {
   }
 
  private:
+  using Output = float[8][kHeads / 2];
+
   __device__ __forceinline__ void RunTile(const Work& work, const float (&scales)[kColumns],
                                           float common) {
-    float out[8][kHeads / 2], scores[kHeads / 2];
+    Output out;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -78,10 +86,11 @@ class NarrowConsumer {
     }
     RowState heads[kColumns];
     largest_ = 0.0f;
-    for (int tile = work.begin; tile < work.end; ++tile) {
-      Wait(&shared_.barriers.full[stage_], parity_);
-      Score(stage_, scores);
-      float rescale[kColumns];
+    for (int tile = work.begin; tile < work.end; ++tile, ++tiles_) {
+      if (tiles_ % 2 != kGroup) continue;
+      Wait(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
+      float scores[kHeads / 2], rescale[kColumns];
+      Score(scores);
       Softmax(scores, scales, heads, rescale);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -90,30 +99,87 @@ class NarrowConsumer {
         KeepFloats(out[i]);
       }
       FenceProducts();
-      const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
-      const uint64_t right = OperandDescriptor<128>(SharedAddress(shared_.probabilities));
+      const uint32_t values = SharedAddress(shared_.stages.keys[kGroup]);
+      uint64_t right = OperandDescriptor<128>(SharedAddress(shared_.probabilities[kGroup]));
+      uint64_t left = TransposedDescriptor<kBlockBytes>(values);
+      asm volatile("" : "+l"(left), "+l"(right));  // as in Score
+      // Neighbours in the order have accumulators of their own.
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint64_t left = TransposedDescriptor<kBlockBytes>(values + i * kBlockBytes);
+      for (int k = 0; k < 4; ++k) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          Narrow<kType, true, 1>(out[i], left + k * (2048 / 16), right + 2 * k);
+        for (int i = 0; i < 8; ++i) {
+          Narrow<kType, true, 1>(out[i], left + i * (kBlockBytes / 16) + k * (2048 / 16),
+                                 right + 2 * k);
         }
       }
       CommitProducts();
       WaitGroups<0>();
 #pragma unroll
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
-      ArriveWarp(&shared_.barriers.empty[stage_]);
-      stage_ ^= 1;
-      parity_ ^= stage_ == 0;
+      ArriveWarp(&shared_.barriers.empty[kGroup]);
     }
-    Finish(work, out, heads, common);
+    if constexpr (kGroup == 1) {
+      Give(out, heads);
+      SyncNamed<256>(3);
+    } else {
+      SyncNamed<256>(3);
+      Join(out, heads);
+      Finish(work, out, heads, common);
+    }
   }
 
-  __device__ __forceinline__ void Score(int stage, float (&scores)[kHeads / 2]) const {
-    const uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage]));
-    const uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
+  // Consumer 1 leaves what it has to the thread of consumer 0 that has the same part.
+  __device__ __forceinline__ void Give(const Output& out, const RowState (&heads)[kColumns]) const {
+    const int thread = threadIdx.x % 128;
+#pragma unroll
+    for (int i = 0; i < 4 * kHeads; ++i) {
+      shared_.joined[i][thread] = out[i / (kHeads / 2)][i % (kHeads / 2)];
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      shared_.joined[4 * kHeads + 2 * c][thread] = heads[c].maximum;
+      shared_.joined[4 * kHeads + 2 * c + 1][thread] = heads[c].sum;
+    }
+    shared_.joined[4 * kHeads + 2 * kColumns][thread] = largest_;
+  }
+
+  __device__ __forceinline__ void Join(Output& out, RowState (&heads)[kColumns]) {
+    const int thread = threadIdx.x % 128;
+    float units[2] = {1.0f, 1.0f};
+    if constexpr (kHalf) {
+      const float other = shared_.joined[4 * kHeads + 2 * kColumns][thread];
+      const float largest = fmaxf(largest_, other);
+      if (largest_ != largest) units[0] = largest_ * Reciprocal(largest);
+      if (other != largest) units[1] = other * Reciprocal(largest);
+      largest_ = largest;
+    }
+    float weights[2][kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float other = shared_.joined[4 * kHeads + 2 * c][thread];
+      const float maximum = fmaxf(heads[c].maximum, other);
+      const float mine = WeightOf(heads[c].maximum, maximum), its = WeightOf(other, maximum);
+      heads[c].sum = heads[c].sum * mine + shared_.joined[4 * kHeads + 2 * c + 1][thread] * its;
+      heads[c].maximum = maximum;
+      weights[0][c] = mine * units[0];
+      weights[1][c] = its * units[1];
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kHeads; ++i) {
+      const int j = i % (kHeads / 2), c = 2 * (j / 4) + j % 2;
+      float& x = out[i / (kHeads / 2)][j];
+      x = x * weights[0][c] + shared_.joined[i][thread] * weights[1][c];
+    }
+  }
+
+  // Several sums, each of every kSums-th product: one would be a chain of products.
+  __device__ __forceinline__ void Score(float (&scores)[kHeads / 2]) const {
+    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[kGroup]));
+    uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
+    // Else the compiler keeps the descriptors of all products in registers, and has none left.
+    asm volatile("" : "+l"(query), "+l"(keys));
+    constexpr int kSums = kHeads == 8 ? 4 : 2;
+    float sums[kSums][kHeads / 2];
     FenceProducts();
 #pragma unroll
     for (int block = 0; block < kDim / 64; ++block) {
@@ -121,16 +187,22 @@ class NarrowConsumer {
       for (int k = 0; k < 4; ++k) {
         const uint64_t left = keys + block * (kBlockBytes / 16) + 2 * k;
         const uint64_t right = query + block * (kHeads * 128 / 16) + 2 * k;
-        if (block == 0 && k == 0) {
-          Narrow<kType, false, 0>(scores, left, right);
+        if (block == 0 && k < kSums) {
+          Narrow<kType, false, 0>(sums[k % kSums], left, right);
         } else {
-          Narrow<kType, true, 0>(scores, left, right);
+          Narrow<kType, true, 0>(sums[k % kSums], left, right);
         }
       }
     }
     CommitProducts();
     WaitGroups<0>();
-    KeepFloats(scores);
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) KeepFloats(sums[k]);
+#pragma unroll
+    for (int i = 0; i < kHeads / 2; ++i) {
+      scores[i] = sums[0][i] + sums[1][i];
+      if constexpr (kSums == 4) scores[i] += sums[2][i] + sums[3][i];
+    }
   }
 
   // Maximum or sum over the lanes that have other keys of the same heads.
@@ -147,7 +219,7 @@ class NarrowConsumer {
                                           RowState (&heads)[kColumns], float (&rescale)[kColumns]) {
     float powers[2] = {1.0f, 1.0f}, units = 1.0f;  // of this thread's keys; of the outputs so far
     if constexpr (kHalf) {
-      const float* all = shared_.barriers.powers[stage_];
+      const float* all = shared_.barriers.powers[kGroup];
       powers[0] = all[16 * warp_ + lane_ / 4];
       powers[1] = all[16 * warp_ + lane_ / 4 + 8];
       float largest = fmaxf(largest_, fmaxf(all[lane_], all[lane_ + 32]));
@@ -160,7 +232,7 @@ class NarrowConsumer {
     }
     // Byte i: bit k: key 16 * warp + 4 * i + k.
     const uint32_t valid =
-        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[stage_])[warp_];
+        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[kGroup])[warp_];
     const uint32_t mine = valid >> (lane_ / 16 * 8 + lane_ / 4 % 4);
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) {
@@ -173,16 +245,16 @@ class NarrowConsumer {
       const int at = 4 * (c / 2) + c % 2;
       maximum[c] =
           OverKeys(fmaxf(scores[at], scores[at + 2]), [](float a, float b) { return fmaxf(a, b); });
-      if (lane_ < 4) shared_.exchange[warp_][8 * (c / 2) + 2 * lane_ + c % 2] = maximum[c];
+      if (lane_ < 4) shared_.exchange[kGroup][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = maximum[c];
     }
-    SyncNamed<128>(1);
+    SyncNamed<128>(1 + kGroup);
     uint32_t pairs[kColumns];  // matrices of 8 keys x 8 heads: 2 * j + h
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int head = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2;
       float m = heads[c].maximum;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) m = fmaxf(m, shared_.exchange[w][head]);
+      for (int w = 0; w < 4; ++w) m = fmaxf(m, shared_.exchange[kGroup][w][head]);
       const float weight = WeightOf(heads[c].maximum, m);
       heads[c].maximum = m;
       heads[c].sum *= weight;
@@ -208,27 +280,27 @@ class NarrowConsumer {
     const int matrix = lane_ / 8, head = matrix / 2 * 8 + lane_ % 8;
     const int chunk = 2 * warp_ + matrix % 2;
     const uint32_t address =
-        SharedAddress(shared_.probabilities) + head % kHeads * 128 + ((chunk ^ (head & 7)) << 4);
+        SharedAddress(shared_.probabilities[kGroup]) + head % kHeads * 128 + ((chunk ^ (head & 7)) << 4);
     if constexpr (kHeads == 16) {
       StoreMatrices<true>(address, pairs);
     } else {
       StoreTransposed(address, pairs);
     }
     FenceAsyncProxy();
-    SyncNamed<128>(1);
+    SyncNamed<128>(1 + kGroup);
   }
 
-  __device__ __forceinline__ void Finish(const Work& work, const float (&out)[8][kHeads / 2],
+  __device__ __forceinline__ void Finish(const Work& work, const Output& out,
                                          RowState (&heads)[kColumns], float common) const {
     const MlaSparseParams& p = args_.p;
     if constexpr (kHalf) common *= largest_ * (1.0f / kProbabilityScale);
-    SyncNamed<128>(1);
+    SyncNamed<128>(1 + kGroup);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float sum = OverKeys(heads[c].sum, [](float a, float b) { return a + b; });
-      if (lane_ < 4) shared_.exchange[warp_][8 * (c / 2) + 2 * lane_ + c % 2] = sum;
+      if (lane_ < 4) shared_.exchange[kGroup][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = sum;
     }
-    SyncNamed<128>(1);
+    SyncNamed<128>(1 + kGroup);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int local = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2, head = work.head + local;
@@ -236,7 +308,7 @@ class NarrowConsumer {
       RowState row = heads[c];
       row.sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[w][local];
+      for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[kGroup][w][local];
       // Every thread of a head finishes it; the LSE is the same in all.
       const float factor = FinishRow(args_, work, head, row, common);
       const int64_t at = (work.token * p.heads + head) * kMlaValueDim + 16 * warp_ + lane_ / 4;
@@ -263,8 +335,7 @@ class NarrowConsumer {
   const Arguments& args_;
   Shared& shared_;
   int warp_, lane_;
-  int stage_ = 0;
-  uint32_t parity_ = 0;
+  int tiles_ = 0;  // so far, of both consumers
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
@@ -284,15 +355,19 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   __syncthreads();
   PdlWait();
   PdlLaunchDependents();
-  if (threadIdx.x >= 128) {
+  if (threadIdx.x >= 256) {
     Gather<kDim, kFormat, kNarrowProducers, 2> gather(args, shared.stages.keys[0], shared.barriers,
-                                                      threadIdx.x - 128);
+                                                      threadIdx.x - 256);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }
-    return;
+  } else {
+    if (threadIdx.x < 128) {
+      NarrowConsumer<kDim, kHeads, kOperand<kFormat>, 0>(args, shared).Run();
+    } else {
+      NarrowConsumer<kDim, kHeads, kOperand<kFormat>, 1>(args, shared).Run();
+    }
   }
-  NarrowConsumer<kDim, kHeads, kOperand<kFormat>>(args, shared).Run();
 #else
   __trap();
 #endif
