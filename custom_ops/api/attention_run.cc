@@ -13,6 +13,7 @@
 #include "api/step_arrivals.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/quantize_q/launch.h"
+#include "cuda/compat/kv_signal/launch.h"
 #include "heuristics/attention.h"
 #endif
 
@@ -70,6 +71,7 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
     const cudaStream_t stream = out.stream();
     CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
     CheckCuda(op, cuda::LaunchAttention(*p, decision, stream));
+    CheckCuda(op, cuda::JoinHostCalls(stream));  // a layer's signal goes out beside its attention
   });
 }
 

@@ -99,6 +99,7 @@ void BeginOnGpu(KvSignals* signals, const Tensor& new_tokens, const Tensor& cach
                 int batch, bool silent) {
   DeviceGuard guard(kBegin, new_tokens.place().GetDeviceId());
   const cudaStream_t stream = new_tokens.stream();
+  CheckCuda(kBegin, cuda::JoinHostCalls(stream));
   if (silent) {
     HostCall* call = HostCallFor(signals, -1, nullptr);
     CheckCuda(kBegin, cuda::LaunchHostCall(BeginSilentOnHost, call, stream));
@@ -172,7 +173,8 @@ void SendKvSignal(Tensor& key_cache, Tensor& value_cache, int layer_id,
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(key_cache)) {
     LaunchOnGpu(kSend, key_cache, [&](cudaStream_t stream) {
-      return cuda::LaunchHostCall(SendOnHost, HostCallFor(signals, layer_id, nullptr), stream);
+      return cuda::LaunchHostCallBeside(SendOnHost, HostCallFor(signals, layer_id, nullptr),
+                                        stream);
     });
     return;
   }

@@ -16,7 +16,7 @@ from tests.support.pd import (
     prefill_worker,
     receive,
 )
-from tests.support.tensors import int32, to_paddle
+from tests.support.tensors import int32, to_numpy, to_paddle
 
 __all__ = ["fastdeploy", "messages", "prefill", "receive"]  # fixtures
 
@@ -58,6 +58,29 @@ def test_the_order_of_the_stream(prefill, receive, place, mode, early):
         told = receiver.next()
     paddle.device.cuda.synchronize()
     assert (told["digest"] == digest(worker, 0)) != early
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "block_wise_fp8"])
+def test_eager_steps_signal_in_order(place, messages, kind):
+    """Signals run beside the attention, and neither overtake each other nor the step's begin.
+
+    The queue has room for two of them, and nobody takes any while the step runs.
+    """
+    if place != "gpu":
+        pytest.skip("the order of a GPU's stream")
+    worker = prefill_worker("per_chunk", kind, [150, 170, 40], place)
+    for new in ([70, 0, 17], [60, 100, 3], [2, 70, 20]):
+        meta = worker.make_meta(worker.metadata(new, [True] * 3, sum(new)))
+        qkvs = [worker.on(worker.rank_qkv(i, new, 0)) for i in range(len(worker.layers))]
+        busy(20)
+        worker.backend.init_attention_metadata(meta)
+        outs = [x(qkv=qkv, forward_meta=meta) for x, qkv in zip(worker.layers, qkvs)]
+        for i, out in enumerate(outs):
+            worker.check(i, new, to_numpy(out))
+        of_step = [x for i, n in enumerate(new) if n for x in (i, worker.cached[i], n)]
+        assert messages() == [[len(of_step) // 3, layer, *of_step] for layer in (0, 1)]
+        worker.cached = [done + n for done, n in zip(worker.cached, new)]
 
 
 @pytest.mark.gpu

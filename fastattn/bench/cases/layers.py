@@ -12,6 +12,7 @@ from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta
 from fastattn.bench.cases.inputs import Cache, Step, is_dynamic, token_bytes
 from fastattn.bench.core.devices import Device
 from fastattn.bench.core.timing import Call, bind
+from fastattn.reference.layout import BLOCK_SIZE
 from fastattn.reference.rope import make_rotary_embs
 
 
@@ -64,7 +65,7 @@ class Layers:
         h, kv, d = model.heads, model.kv, model.dim
         cached, new = np.array(seqs).T
         self.step = Step(device, cached, new)
-        of_layer = self.step.blocks * 64 * token_bytes(quant, kv, d)
+        of_layer = self.step.blocks * BLOCK_SIZE * token_bytes(quant, kv, d)
         if count is None:
             count = int(np.clip(_LAYER_BYTES / of_layer, 1, _MOST_LAYERS))
         caches = [Cache(device, quant, self.step.blocks, kv, d) for _ in range(count)]
@@ -75,9 +76,12 @@ class Layers:
             per_seq = (len(new), 2, 1, self.step.longest, 1, d // 2)
             angles = device.random(per_seq, "float32")  # as good as cosines here
         tables, starts, decoder, this_time = self.step.meta
+        # A server's tables have room for its longest sequence: their width tells no length.
+        wide = np.full((len(new), MAX_MODEL_LEN // BLOCK_SIZE), -1)
+        wide[:, : tables.shape[1]] = tables.numpy()
         scales = is_dynamic(quant)
         self.fields: dict[str, Any] = {
-            "block_tables": tables,
+            "block_tables": device.int32(wide),
             "cu_seqlens_q": starts,
             "seq_lens_encoder": device.int32(np.where(new > 1, new, 0)),
             "seq_lens_decoder": decoder,
