@@ -385,3 +385,33 @@ def test_random_problems(seed):
     )
     if len(problem.q):
         problem.check("gpu", causal=bool(rng.integers(0, 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cache_format", "heads"), [("bf16", 16), ("bf16", 128), ("fp8_656", 5)])
+def test_lengths_change_between_replays_of_a_graph(cache_format, heads):
+    from paddle.device.cuda.graphs import CUDAGraph
+
+    most = np.array([900, 70, 3000, 0, 300])
+    problem = Problem(most, [1, 3, 1, 2, 70], cache_format=cache_format, heads=heads)
+    held = problem.seqs("gpu")
+    q, cache = to_paddle(problem.q, "gpu"), to_paddle(problem.cache, "gpu")
+    scale = None if problem.scale is None else to_paddle(problem.scale, "gpu")
+    options = problem.options(scale=scale, return_softmax_lse=True)
+    results = F.mla_attention(q, cache, *held, 70, 3001, **options)
+    assert_close([to_numpy(x) for x in results], problem.want())
+    paddle.device.cuda.synchronize()  # no memory with work pending may be freed meanwhile
+    graph = CUDAGraph()
+    graph.capture_begin()
+    results = F.mla_attention(q, cache, *held, 70, 3001, **options)
+    graph.capture_end()
+    rng = np.random.default_rng(0)
+    new = problem.new.copy()
+    for _ in range(4):
+        problem.cached = rng.integers(0, most + 1)
+        problem.new = rng.integers(0, new + 1)
+        for tensor, other in zip(held, problem.seqs("gpu")):
+            tensor.copy_(other, True)
+        graph.replay()
+        assert_close([to_numpy(x) for x in results], problem.want())
+    graph.reset()
