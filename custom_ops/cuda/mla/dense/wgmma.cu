@@ -39,7 +39,7 @@ __device__ __forceinline__ void InitShared(Shared<C>& shared) {
 // Calls f(segment, part) for every segment of this CTA.
 template <class C, typename F>
 __device__ __forceinline__ void ForSegments(const Arguments& args, const Shared<C>& shared, F&& f) {
-  Walker walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
+  Walker<false> walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
   Segment segment;
   while (walker.Next(&segment)) {
     const Part part(args, segment);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void RunProducer(const Arguments& args, Shared<C>& sh
   if (C::kTma && threadIdx.x >= 32) return;
   Note note;
   const auto run = [&](auto& producer) {
-    Walker walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
+    Walker<true> walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
     Segment segment;
     while (walker.Next(&segment)) {
       if (segment.merged > 0) {

@@ -29,7 +29,7 @@ struct Arguments {
 
 // Whether bf16 tiles are taken in pairs (wgmma_pairs.cuh) where products take longer than the
 // memory.
-inline constexpr bool kPairs = false;
+inline constexpr bool kPairs = true;
 
 // kInPairs: by the consumers of wgmma_pairs.cuh.
 template <MlaFormat kFormat, bool kInPairs>
