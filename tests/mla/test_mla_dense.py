@@ -80,9 +80,10 @@ def test_values_of_mean_one(place):
     problem.check(place)
 
 
+@pytest.mark.parametrize("heads", [16, 60])
 @pytest.mark.parametrize("cache_format", ["bf16", "fp8_656"])
-def test_unassigned_pages(place, cache_format):
-    problem = Problem([300, 130, 64, 20], [3, 2, 1, 1], cache_format=cache_format)
+def test_unassigned_pages(place, cache_format, heads):
+    problem = Problem([300, 130, 64, 20], [3, 2, 1, 1], cache_format=cache_format, heads=heads)
     problem.tables[0, 1:3] = UNASSIGNED[0], len(problem.cache)
     problem.tables[1, 0] = UNASSIGNED[1]
     problem.tables[2, 1] = UNASSIGNED[2]
@@ -106,8 +107,9 @@ def test_causal_queries_before_the_first_page(place):
     problem.check(place)
 
 
-def test_sinks(place):
-    problem = Problem([100, 0, 700], [2, 5, 1], heads=6)
+@pytest.mark.parametrize("new", [5, 25])
+def test_sinks(place, new):
+    problem = Problem([100, 0, 700], [2, new, 1], heads=6)
     sinks = np.array([0, 2.5, -4, np.inf, -np.inf, 9], np.float32)
     out, lse = problem.run(place, sinks=sinks)
     assert_close((out, lse), problem.want(sinks=sinks))
@@ -116,21 +118,23 @@ def test_sinks(place):
     assert (out[:, 3] == 0).all() and np.array_equal(out[:, 4], plain[:, 4])
 
 
-def test_nan_of_a_query_or_a_key_stays_with_those_that_see_it(place):
-    problem = Problem([70, 30], [5, 3], heads=3)
+@pytest.mark.parametrize("heads", [3, 40])
+def test_nan_of_a_query_or_a_key_stays_with_those_that_see_it(place, heads):
+    problem = Problem([70, 30], [5, 3], heads=heads)
     problem.q[1, 2, 17] = np.nan
     page, row = problem.tables[0, 72 // 64], 72 % 64  # seen by the new tokens 2 to 4
     problem.cache[page, row, 40] = np.nan
     out, lse = problem.run(place)
     assert_close((out, lse), problem.want())
     nan = np.isnan(out.astype(np.float32)).all(axis=-1)
-    expected = np.zeros((8, 3), bool)
+    expected = np.zeros((8, heads), bool)
     expected[1, 2] = expected[2:5] = True
     assert np.array_equal(nan, expected) and np.array_equal(np.isnan(lse.T), expected)
 
 
-def test_masked_keys_change_no_bit(place):
-    problem = Problem([70], [40], heads=4)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_masked_keys_change_no_bit(place, heads):
+    problem = Problem([70], [40], heads=heads)
     before = problem.run(place)
     page, row = problem.tables[0, 100 // 64], 100 % 64
     for value in (np.nan, np.inf, 3e38, -1.0):
