@@ -80,9 +80,10 @@ def test_values_of_mean_one(place):
     problem.check(place)
 
 
+@pytest.mark.parametrize("heads", [16, 60])
 @pytest.mark.parametrize("cache_format", ["bf16", "fp8_656"])
-def test_unassigned_pages(place, cache_format):
-    problem = Problem([300, 130, 64, 20], [3, 2, 1, 1], cache_format=cache_format)
+def test_unassigned_pages(place, cache_format, heads):
+    problem = Problem([300, 130, 64, 20], [3, 2, 1, 1], cache_format=cache_format, heads=heads)
     problem.tables[0, 1:3] = UNASSIGNED[0], len(problem.cache)
     problem.tables[1, 0] = UNASSIGNED[1]
     problem.tables[2, 1] = UNASSIGNED[2]
@@ -106,8 +107,9 @@ def test_causal_queries_before_the_first_page(place):
     problem.check(place)
 
 
-def test_sinks(place):
-    problem = Problem([100, 0, 700], [2, 5, 1], heads=6)
+@pytest.mark.parametrize("new", [5, 25])
+def test_sinks(place, new):
+    problem = Problem([100, 0, 700], [2, new, 1], heads=6)
     sinks = np.array([0, 2.5, -4, np.inf, -np.inf, 9], np.float32)
     out, lse = problem.run(place, sinks=sinks)
     assert_close((out, lse), problem.want(sinks=sinks))
@@ -116,21 +118,23 @@ def test_sinks(place):
     assert (out[:, 3] == 0).all() and np.array_equal(out[:, 4], plain[:, 4])
 
 
-def test_nan_of_a_query_or_a_key_stays_with_those_that_see_it(place):
-    problem = Problem([70, 30], [5, 3], heads=3)
+@pytest.mark.parametrize("heads", [3, 40])
+def test_nan_of_a_query_or_a_key_stays_with_those_that_see_it(place, heads):
+    problem = Problem([70, 30], [5, 3], heads=heads)
     problem.q[1, 2, 17] = np.nan
     page, row = problem.tables[0, 72 // 64], 72 % 64  # seen by the new tokens 2 to 4
     problem.cache[page, row, 40] = np.nan
     out, lse = problem.run(place)
     assert_close((out, lse), problem.want())
     nan = np.isnan(out.astype(np.float32)).all(axis=-1)
-    expected = np.zeros((8, 3), bool)
+    expected = np.zeros((8, heads), bool)
     expected[1, 2] = expected[2:5] = True
     assert np.array_equal(nan, expected) and np.array_equal(np.isnan(lse.T), expected)
 
 
-def test_masked_keys_change_no_bit(place):
-    problem = Problem([70], [40], heads=4)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_masked_keys_change_no_bit(place, heads):
+    problem = Problem([70], [40], heads=heads)
     before = problem.run(place)
     page, row = problem.tables[0, 100 // 64], 100 % 64
     for value in (np.nan, np.inf, 3e38, -1.0):
@@ -385,3 +389,33 @@ def test_random_problems(seed):
     )
     if len(problem.q):
         problem.check("gpu", causal=bool(rng.integers(0, 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cache_format", "heads"), [("bf16", 16), ("bf16", 128), ("fp8_656", 5)])
+def test_lengths_change_between_replays_of_a_graph(cache_format, heads):
+    from paddle.device.cuda.graphs import CUDAGraph
+
+    most = np.array([900, 70, 3000, 0, 300])
+    problem = Problem(most, [1, 3, 1, 2, 70], cache_format=cache_format, heads=heads)
+    held = problem.seqs("gpu")
+    q, cache = to_paddle(problem.q, "gpu"), to_paddle(problem.cache, "gpu")
+    scale = None if problem.scale is None else to_paddle(problem.scale, "gpu")
+    options = problem.options(scale=scale, return_softmax_lse=True)
+    results = F.mla_attention(q, cache, *held, 70, 3001, **options)
+    assert_close([to_numpy(x) for x in results], problem.want())
+    paddle.device.cuda.synchronize()  # no memory with work pending may be freed meanwhile
+    graph = CUDAGraph()
+    graph.capture_begin()
+    results = F.mla_attention(q, cache, *held, 70, 3001, **options)
+    graph.capture_end()
+    rng = np.random.default_rng(0)
+    new = problem.new.copy()
+    for _ in range(4):
+        problem.cached = rng.integers(0, most + 1)
+        problem.new = rng.integers(0, new + 1)
+        for tensor, other in zip(held, problem.seqs("gpu")):
+            tensor.copy_(other, True)
+        graph.replay()
+        assert_close([to_numpy(x) for x in results], problem.want())
+    graph.reset()

@@ -145,8 +145,11 @@ def assert_close(got, want) -> None:
     if not a.size:
         return
     error = np.abs(a - b)
-    wrong = (error > 1e-3 * np.abs(b).max()) & (error > 2 / 128 * np.abs(b))
-    assert not wrong.any(), f"{wrong.sum()} of {a.size} channels, by {error[wrong].max():.2e}"
+    far = np.abs(b).max() * np.array([1e-3, 2**-8])
+    wrong = error > 2 / 128 * np.abs(b)
+    # Weights of 8 bits: a sum of few of them may be off by more than a sum of many.
+    assert (wrong & (error > far[0])).mean() <= 1e-3, "more than one channel of 1000 is off"
+    assert not (wrong & (error > far[1])).any(), f"a channel is off by {error.max():.2e}"
     size = np.linalg.norm(b, axis=-1)
     rms = np.linalg.norm(a - b, axis=-1) / np.maximum(size, 1e-30)
     assert (rms[size > 0] <= 1e-2).all(), f"a row's relative RMS is {rms.max():.2e}"

@@ -81,7 +81,7 @@ __device__ __forceinline__ void LoadKeys(const MlaDenseParams& p, const Divisor&
 
 // Keys 8 * warp on, all rows.
 template <int kChannels>
-__device__ __forceinline__ void Score(float softmax_scale, Shared& shared) {
+__device__ __forceinline__ void Score(Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = lane / 4, pair = 2 * (lane % 4);
   const uint16_t* a = &shared.q[row][pair];
@@ -93,10 +93,10 @@ __device__ __forceinline__ void Score(float softmax_scale, Shared& shared) {
                           Pair(a + k + 8 * kPitch + 8), Pair(b + k), Pair(b + k + 8));
   }
   const int column = 8 * warp + pair;
-  shared.scores[row][column] = c[0] * softmax_scale;
-  shared.scores[row][column + 1] = c[1] * softmax_scale;
-  shared.scores[row + 8][column] = c[2] * softmax_scale;
-  shared.scores[row + 8][column + 1] = c[3] * softmax_scale;
+  shared.scores[row][column] = c[0];
+  shared.scores[row][column + 1] = c[1];
+  shared.scores[row + 8][column] = c[2];
+  shared.scores[row + 8][column + 1] = c[3];
 }
 
 // Of the row that a thread has with seven others.
@@ -113,15 +113,16 @@ __device__ __forceinline__ float OfEight(float x, F&& f) {
 }
 
 // `seen`: keys of this tile that the row sees.
-__device__ __forceinline__ void Weigh(int seen, RowState& state, Shared& shared) {
+__device__ __forceinline__ void Weigh(int seen, float scale, RowState& state, Shared& shared) {
   const int row = threadIdx.x / 8, first = 4 * (threadIdx.x % 8);
   float scores[4];
+  bool masked[4];
   float maximum = state.maximum;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const bool masked = first + i >= seen || shared.assigned[first + i] == 0;
-    scores[i] = masked ? -INFINITY : shared.scores[row][first + i];
-    maximum = fmaxf(maximum, scores[i]);
+    masked[i] = first + i >= seen || shared.assigned[first + i] == 0;
+    scores[i] = shared.scores[row][first + i];
+    maximum = masked[i] ? maximum : fmaxf(maximum, scores[i] * scale);
   }
   maximum = OfEight(maximum, [](float a, float b) { return fmaxf(a, b); });
   const float shift = maximum == -INFINITY ? 0.0f : maximum;
@@ -131,7 +132,7 @@ __device__ __forceinline__ void Weigh(int seen, RowState& state, Shared& shared)
   float weights[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    weights[i] = Exp2(scores[i] - shift);
+    weights[i] = masked[i] ? 0.0f : Exp2(fmaf(scores[i], scale, -shift));
     state.sum += weights[i];
   }
   const uint2 bits = make_uint2(PackPair<DType::kBFloat16>(weights[0], weights[1]),
@@ -222,10 +223,10 @@ __device__ __forceinline__ void RunSegment(const MlaDenseParams& p, const MlaDen
     const int key0 = tile * kKeys;
     LoadKeys<kFormat>(p, page_size, segment, key0, scale, shared);
     __syncthreads();
-    Score<kDim<kFormat>>(p.softmax_scale * kLog2E, shared);
+    Score<kDim<kFormat>>(shared);
     __syncthreads();
     if (key0 + kKeys > least) ScrubKeys(least - key0, shared);
-    Weigh(seen - key0, state, shared);
+    Weigh(seen - key0, p.softmax_scale * kLog2E, state, shared);
     __syncthreads();
     AddValues(out, shared);
     __syncthreads();
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kThreads)
   FindShare<kThreads>(p, plan, group, shared.sums, &shared.share);
   __syncthreads();
   const Workspace workspace = WorkspaceOf(p, plan);
-  Walker walker(p, plan, shared.share, group);
+  Walker<true> walker(p, plan, shared.share, group);
   Segment segment;
   Note note;
   while (walker.Next(&segment)) {

@@ -165,7 +165,9 @@ struct Segment {
   int merged;      // groups behind this one that take up the item, if this one has its first tiles
 };
 
-// Walks over the segments of a group's share. All threads of a role walk alike.
+// Walks over the segments of a group's share. All threads of a role walk alike; one role counts the
+// groups behind.
+template <bool kCounts>
 class Walker {
  public:
   __device__ __forceinline__ Walker(const MlaDenseParams& p, const MlaDensePlan& plan,
@@ -217,7 +219,7 @@ class Walker {
       segment->end = end;
       segment->tiles = tiles;
       segment->merged = 0;
-      if (begin == 0 && end < tiles) segment->merged = CountBehind(first, last, tiles);
+      if (kCounts && begin == 0 && end < tiles) segment->merged = CountBehind(first, last, tiles);
       return true;
     }
     return false;
@@ -249,14 +251,16 @@ class Walker {
     return tile > tiles - kSnapTiles ? tiles : tile;
   }
 
+  // Groups behind this one whose ranges begin before `last`, but for those that begin at the item's
+  // end as its tiles have it.
   __device__ __forceinline__ int CountBehind(int64_t first, int64_t last, int tiles) const {
-    int count = 0;
-    for (int group = group_ + 1; group < groups_; ++group) {
-      const int64_t begin = RangeBegin(total_, groups_, group);
-      if (begin >= last || TileAt(begin, first, last, tiles) >= tiles) break;
-      ++count;
+    int end = static_cast<int>(
+        min((last * groups_ + total_ - 1) / total_, static_cast<int64_t>(groups_)));
+    while (end > group_ + 1 &&
+           TileAt(RangeBegin(total_, groups_, end - 1), first, last, tiles) >= tiles) {
+      --end;
     }
-    return count;
+    return max(end - group_ - 1, 0);
   }
 
   const MlaDenseParams& p_;

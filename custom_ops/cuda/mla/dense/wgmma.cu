@@ -10,11 +10,13 @@
 //    consumer is the last to read, and the others, which only the left one reads behind the scores;
 //  - weights_full/weights_empty: the weights and factors that the left consumer passes on.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/dispatch.h"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mla/dense/launch.h"
 #include "cuda/mla/dense/wgmma_consumer.cuh"
+#include "cuda/mla/dense/wgmma_pairs.cuh"
 #include "cuda/mla/dense/wgmma_producer.cuh"
 
 namespace fastattn::cuda::mla_dense {
@@ -28,8 +30,8 @@ __device__ __forceinline__ void InitShared(Shared<C>& shared) {
     InitBarrier(&shared.left_full[i], C::kFullArrivals);
     InitBarrier(&shared.right_empty[i], 4 * kWarpArrivals);
     InitBarrier(&shared.left_empty[i], 4 * kWarpArrivals);
+    InitBarrier(&shared.weights_full[i], 4 * kWarpArrivals);
   }
-  InitBarrier(&shared.weights_full, 4 * kWarpArrivals);
   InitBarrier(&shared.weights_empty, 4 * kWarpArrivals);
   FenceBarrierInit();
 }
@@ -37,7 +39,7 @@ __device__ __forceinline__ void InitShared(Shared<C>& shared) {
 // Calls f(segment, part) for every segment of this CTA.
 template <class C, typename F>
 __device__ __forceinline__ void ForSegments(const Arguments& args, const Shared<C>& shared, F&& f) {
-  Walker walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
+  Walker<false> walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
   Segment segment;
   while (walker.Next(&segment)) {
     const Part part(args, segment);
@@ -51,7 +53,7 @@ __device__ __forceinline__ void RunProducer(const Arguments& args, Shared<C>& sh
   if (C::kTma && threadIdx.x >= 32) return;
   Note note;
   const auto run = [&](auto& producer) {
-    Walker walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
+    Walker<true> walker(args.p, args.plan, shared.share, blockIdx.x / args.plan.group_ctas);
     Segment segment;
     while (walker.Next(&segment)) {
       if (segment.merged > 0) {
@@ -95,14 +97,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   } else if (threadIdx.x < C::kProducerThreads + 128) {
     ClaimRegisters<C::kLeftRegisters>();
     const Workspace workspace = WorkspaceOf(args.p, args.plan);
-    LeftConsumer<C> consumer(args, shared);
+    std::conditional_t<C::kTakesPairs, PairConsumer<C, 0>, LeftConsumer<C>> consumer(args, shared);
     ForSegments(args, shared, [&](const Segment& segment, const Part& part) {
       consumer.Run(segment, part, workspace);
     });
   } else {
     ClaimRegisters<C::kRightRegisters>();
     const Workspace workspace = WorkspaceOf(args.p, args.plan);
-    RightConsumer<C> consumer(args, shared);
+    std::conditional_t<C::kTakesPairs, PairConsumer<C, 1>, RightConsumer<C>> consumer(args, shared);
     ForSegments(args, shared, [&](const Segment& segment, const Part& part) {
       consumer.Run(segment, part, workspace);
     });
@@ -130,9 +132,9 @@ cudaError_t EncodeKeys(Arguments* args) {
   return EncodeMap(keys, &args->keys);
 }
 
-template <MlaFormat kFormat>
+template <MlaFormat kFormat, bool kInPairs = false>
 cudaError_t LaunchFormat(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
-  using C = Config<kFormat>;
+  using C = Config<kFormat, kInPairs>;
   static_assert(sizeof(Shared<C>) <= 227 * 1024);
   auto* kernel = WgmmaKernel<C>;
   int device = 0;
@@ -175,8 +177,16 @@ MlaDensePlan PlanWgmma(const MlaDenseParams& p, int processors) {
 cudaError_t LaunchWgmma(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
   dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
-      p.cache.format, "cache_format",
-      [&](auto format) { status = LaunchFormat<decltype(format)::value>(p, plan, stream); });
+      p.cache.format, "cache_format", [&](auto format) {
+        constexpr MlaFormat kFormat = decltype(format)::value;
+        if constexpr (kPairs && kFormat == MlaFormat::kBf16) {
+          if (plan.group_ctas > 1) {
+            status = LaunchFormat<kFormat, true>(p, plan, stream);
+            return;
+          }
+        }
+        status = LaunchFormat<kFormat>(p, plan, stream);
+      });
   return status;
 }
 

@@ -88,6 +88,67 @@ __device__ __forceinline__ void StoreOutput(const MlaDenseParams& p, const Segme
   }
 }
 
+// Scores become weights, relative to the new maximum.
+__device__ __forceinline__ void WeighScores(bool masked, int seen0, int seen1, uint64_t assigned,
+                                            bool positive, float scale, float (&scores)[32],
+                                            float (&maximum)[2], float (&sum)[2], float (&keep)[2],
+                                            uint32_t (&weights)[16]) {
+  if (!positive) {
+#pragma unroll
+    for (float& x : scores) x *= scale;
+  }
+  const float factor = positive ? scale : 1.0f;
+  if (masked) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int column = i / 4 * 8 + 2 * static_cast<int>(threadIdx.x % 4) + i % 2;
+      const bool sees = column < (i % 4 < 2 ? seen0 : seen1) && (assigned >> column & 1);
+      scores[i] = sees ? scores[i] : -INFINITY;
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float most = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      most = fmaxf(most, fmaxf(scores[i + 2 * h], scores[i + 2 * h + 1]));
+    }
+    most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
+    most = fmaxf(maximum[h], most * factor);
+    keep[h] = WeightOf(maximum[h], most);
+    maximum[h] = most;
+    const float shift = most == -INFINITY ? 0.0f : most;
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      const float a = Exp2(fmaf(scores[i + 2 * h], factor, -shift));
+      const float b = Exp2(fmaf(scores[i + 2 * h + 1], factor, -shift));
+      total += a + b;
+      weights[i / 2 + h] = PackPair<DType::kBFloat16>(a, b);
+    }
+    sum[h] = sum[h] * keep[h] + total;
+  }
+}
+
+// LSE of row `r` of the tile, and the factor of its output.
+__device__ __forceinline__ void FinishTileRow(const MlaDenseParams& p, const Segment& segment,
+                                              const Part& part, const Workspace& workspace,
+                                              int64_t slot, int r, float maximum, float sum,
+                                              float* factor) {
+  const int row = part.row0 + r;
+  if (part.whole) {
+    const int head = row % p.heads;
+    const RowEnd end = FinishRow(p, maximum, sum, head);
+    *factor = end.factor;
+    StoreLse(p, segment.seq.q_begin + row / p.heads, head, end.lse);
+  } else {
+    const bool none = sum == 0.0f;
+    *factor = none ? 0.0f : 1.0f / sum;
+    workspace.lse[slot * kTileRows + r] = none ? -INFINITY : maximum + log2f(sum);
+  }
+}
+
 template <class C>
 class LeftConsumer {
  public:
@@ -122,8 +183,8 @@ class LeftConsumer {
       const bool edge = key0 + kTileKeys > part.least;
       if (edge) Scrub(part.least - key0, shared_.keys[stage]);
       float keep[2];
-      Weigh(edge || assigned != ~uint64_t{0}, seen[0] - key0, seen[1] - key0, assigned, scores,
-            maximum, sum, keep, weights);
+      WeighScores(edge || assigned != ~uint64_t{0}, seen[0] - key0, seen[1] - key0, assigned,
+                  positive_, scale_, scores, maximum, sum, keep, weights);
       PassWeights(keep, weights);  // first: what the right one leaves late is loaded late
       Rescale(out, keep[0], keep[1]);
       FenceProducts();
@@ -185,48 +246,6 @@ class LeftConsumer {
     SyncNamed<128>(kLeftBarrier);
   }
 
-  // Scores become weights, relative to the new maximum.
-  __device__ __forceinline__ void Weigh(bool masked, int seen0, int seen1, uint64_t assigned,
-                                        float (&scores)[32], float (&maximum)[2], float (&sum)[2],
-                                        float (&keep)[2], uint32_t (&weights)[16]) {
-    if (!positive_) {
-#pragma unroll
-      for (float& x : scores) x *= scale_;
-    }
-    const float factor = positive_ ? scale_ : 1.0f;
-    if (masked) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const int column = i / 4 * 8 + 2 * static_cast<int>(threadIdx.x % 4) + i % 2;
-        const bool sees = column < (i % 4 < 2 ? seen0 : seen1) && (assigned >> column & 1);
-        scores[i] = sees ? scores[i] : -INFINITY;
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int i = 0; i < 32; i += 4) {
-        most = fmaxf(most, fmaxf(scores[i + 2 * h], scores[i + 2 * h + 1]));
-      }
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
-      most = fmaxf(maximum[h], most * factor);
-      keep[h] = WeightOf(maximum[h], most);
-      maximum[h] = most;
-      const float shift = most == -INFINITY ? 0.0f : most;
-      float total = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 32; i += 4) {
-        const float a = Exp2(fmaf(scores[i + 2 * h], factor, -shift));
-        const float b = Exp2(fmaf(scores[i + 2 * h + 1], factor, -shift));
-        total += a + b;
-        weights[i / 2 + h] = PackPair<DType::kBFloat16>(a, b);
-      }
-      sum[h] = sum[h] * keep[h] + total;
-    }
-  }
-
   // Weights and factors to the right warpgroup.
   __device__ __forceinline__ void PassWeights(const float (&keep)[2],
                                               const uint32_t (&weights)[16]) {
@@ -239,11 +258,11 @@ class LeftConsumer {
       StoreMatrices(target + Swizzled(row, 2 * k + lane / 16), weights + 4 * k);
     }
     if (lane % 4 == 0) {
-      shared_.keep[OwnRow()] = keep[0];
-      shared_.keep[OwnRow() + 8] = keep[1];
+      shared_.keep[0][OwnRow()] = keep[0];
+      shared_.keep[0][OwnRow() + 8] = keep[1];
     }
     FenceAsyncProxy();
-    ArriveWarp(&shared_.weights_full);
+    ArriveWarp(&shared_.weights_full[0]);
   }
 
   __device__ __forceinline__ static int64_t Slot(const Part& part) {
@@ -261,16 +280,8 @@ class LeftConsumer {
       sum[h] += __shfl_xor_sync(kFullWarp, sum[h], 2);
       const int r = OwnRow() + 8 * h, row = part.row0 + r;
       if (threadIdx.x % 4 != 0 || row >= part.rows) continue;
-      if (part.whole) {
-        const int head = row % p.heads;
-        const RowEnd end = FinishRow(p, maximum[h], sum[h], head);
-        shared_.factor[r] = end.factor;
-        StoreLse(p, segment.seq.q_begin + row / p.heads, head, end.lse);
-      } else {
-        const bool none = sum[h] == 0.0f;
-        shared_.factor[r] = none ? 0.0f : 1.0f / sum[h];
-        workspace.lse[Slot(part) * kTileRows + r] = none ? -INFINITY : maximum[h] + log2f(sum[h]);
-      }
+      FinishTileRow(p, segment, part, workspace, Slot(part), r, maximum[h], sum[h],
+                    &shared_.factor[r]);
     }
     SyncNamed<256>(kBothBarrier);
   }
@@ -299,8 +310,8 @@ class RightConsumer {
     for (int tile = part.begin; tile < part.end; ++tile) {
       const int stage = at_.stage();
       Wait(&shared_.right_full[stage], at_.phase());
-      Wait(&shared_.weights_full, at_.count & 1);
-      Rescale(out, shared_.keep[OwnRow()], shared_.keep[OwnRow() + 8]);
+      Wait(&shared_.weights_full[0], at_.count & 1);
+      Rescale(out, shared_.keep[0][OwnRow()], shared_.keep[0][OwnRow() + 8]);
       FenceProducts();
       const uint64_t values = TransposedDescriptor<kPieceBytes>(
           SharedAddress(shared_.keys[stage] + kHalfPieces * kPieceBytes));

@@ -20,6 +20,8 @@ class TmaProducer {
 
   __device__ __forceinline__ void Run(const Segment& segment, const Part& part) {
     const int lane = threadIdx.x % 32;
+    // Where a sequence has further items, the cache has their keys already.
+    const bool prefetches = kPrefetchTiles && args_.plan.group_ctas > 1 && segment.seq.items == 1;
     Box next = FindBox(segment, part.begin * kTileKeys);
     for (int tile = part.begin; tile < part.end; ++tile, ++at_.count) {
       const Box box = next;
@@ -27,7 +29,7 @@ class TmaProducer {
       const unsigned assigned = __ballot_sync(kFullWarp, lane < boxes_ && box.page >= 0);
       const int stage = at_.stage();
       constexpr int kRest = C::kPieces - kHalfPieces;
-      if (kPrefetchTiles && args_.plan.group_ctas > 1 && tile + 1 < part.end) Prefetch(next);
+      if (prefetches && tile + 1 < part.end) Prefetch(next);
       Wait(&shared_.right_empty[stage], at_.phase() ^ 1);
       if (lane == 0) ArriveExpect(&shared_.right_full[stage], kHalfPieces * kPieceBytes);
       __syncwarp();

@@ -27,9 +27,15 @@ struct Arguments {
   CUtensorMap keys;  // kBf16
 };
 
-template <MlaFormat kFormat>
+// Whether bf16 tiles are taken in pairs (wgmma_pairs.cuh) where products take longer than the
+// memory.
+inline constexpr bool kPairs = true;
+
+// kInPairs: by the consumers of wgmma_pairs.cuh.
+template <MlaFormat kFormat, bool kInPairs>
 struct Config {
   static constexpr MlaFormat kCache = kFormat;
+  static constexpr bool kTakesPairs = kInPairs;
   static constexpr bool kTma = kFormat == MlaFormat::kBf16;
   static constexpr int kChannels = kDim<kFormat>;
   static constexpr int kPieces = kChannels / 64;
@@ -39,8 +45,9 @@ struct Config {
   // Together at most what the kernel is launched with. More would never be given.
   static constexpr int kLaunched = kTma ? 168 : 128;
   static constexpr int kProducerRegisters = kTma ? 40 : 72;
-  static constexpr int kLeftRegisters = kTma ? 240 : 208;
-  static constexpr int kRightRegisters = kTma ? 224 : 160;
+  static constexpr int kLeftRegisters = kTakesPairs ? 232 : kTma ? 240 : 208;
+  static constexpr int kRightRegisters = kTakesPairs ? 232 : kTma ? 224 : 160;
+  static_assert(!kTakesPairs || kPieces == 2 * kHalfPieces + 1);  // a piece that is no value
   static_assert(kProducerRegisters * (kProducerThreads / 128) + kLeftRegisters + kRightRegisters <=
                 kLaunched * (kThreads / 128));
   // Arrivals at the barriers of a tile that is there.
@@ -53,14 +60,19 @@ template <class C>
 struct Shared {
   uint8_t q[C::kPieces * kPieceBytes];
   uint8_t keys[kStages][C::kPieces * kPieceBytes];
-  uint8_t weights[kTileRows * 128];
-  float keep[kTileRows];       // factor of the output so far
-  float factor[kTileRows];     // of the output at last
-  uint64_t assigned[kStages];  // a bit a key
+  uint8_t
+      weights[C::kTakesPairs ? 1024 : kTileRows * 128];  // with pairs in the last piece of the keys
+  // Of a tile's rows: the factor of the output so far, and (pairs) the new maximum. Without pairs
+  // the first entry is that of every tile.
+  float keep[kStages][kTileRows];
+  float maximum[C::kTakesPairs ? kStages : 1][kTileRows];
+  float sum[C::kTakesPairs ? kTileRows : 1];  // of the right consumer's tiles
+  float factor[kTileRows];                    // of the output at last
+  uint64_t assigned[kStages];                 // a bit a key
   // Pieces 4 to 7, and the others.
   uint64_t right_full[kStages], right_empty[kStages];
   uint64_t left_full[kStages], left_empty[kStages];
-  uint64_t weights_full, weights_empty;
+  uint64_t weights_full[kStages], weights_empty;
   int64_t sums[C::kThreads / 32];
   Share share;
 };
