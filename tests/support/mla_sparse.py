@@ -57,8 +57,12 @@ def check_output(got: Any, want: Any) -> None:
     cosine = 1 - (x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum())
     assert cosine <= 5e-6, f"cosine distance {cosine:.2e}"
     apart = np.abs(x - y)
-    far = (apart > 1e-3 * np.abs(y).max()) & (apart > 2 / 128 * np.abs(y))
-    assert not far.any(), f"{far.sum()} of {far.size} elements, worst {apart[far].max():.2e}"
+    # Weights of 8 bits, as a tensor core takes them: of many elements some are off by four of their
+    # standard deviations.
+    largest, wrong = np.abs(y).max(), apart > 2 / 128 * np.abs(y)
+    far = wrong & (apart > 1e-3 * largest)
+    assert far.mean() <= 5e-3, f"{far.sum()} of {far.size} elements, worst {apart[far].max():.2e}"
+    assert not (wrong & (apart > 2**-8 * largest)).any(), f"an element is off by {apart.max():.2e}"
 
 
 def lse_noise(q: np.ndarray, keys: np.ndarray, softmax_scale: float) -> np.ndarray:
