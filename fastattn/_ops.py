@@ -297,6 +297,8 @@ _PER_TOKEN = frozenset(
     {
         "batch_id_per_token",
         "batch_ids",
+        "extra_indices",
+        "extra_topk_length",
         "k_descale",
         "mask_offsets",
         "out",
@@ -305,6 +307,7 @@ _PER_TOKEN = frozenset(
         "output_lse",
         "output_scales",
         "q_descale",
+        "topk_length",
         "topk_lengths",
         "q_scales",
         "v_descale",
@@ -340,7 +343,7 @@ def _is_lost(sig: OpSignature, index: int, values: tuple[Any, ...]) -> bool:
 _CACHES = frozenset(
     {
         *("cache", "key_cache", "value_cache", "cache_k_scales", "cache_v_scales"),
-        *("kv_cache", "state_cache"),
+        *("extra_cache", "kv_cache", "state_cache"),
     }
 )
 

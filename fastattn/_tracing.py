@@ -230,6 +230,32 @@ RULES: dict[str, OpRules] = {
             "group_size": _rules.group_size,
         },
     ),
+    "mla_sparse_attention": OpRules(
+        {
+            "q": _rules.latent_query,
+            "cache": _rules.latent_cache,
+            "indices": _INT32,
+            "topk_length": _INT32,
+            "scale": _rules.latent_scale,
+            "extra_cache": _rules.latent_cache,
+            "extra_indices": _rules.extra_selection,
+            "extra_topk_length": _rules.extra_selection,
+            "extra_scale": _rules.extra_selection,
+            "sinks": _rules.dtypes("float32"),
+            "out": _rules.dtypes("bfloat16"),
+        },
+        {
+            "cache_format": _rules.latent_format,
+            "extra_cache_format": _rules.latent_format,
+            "page_size": _rules.anything,
+            "extra_page_size": _rules.anything,
+            "softmax_scale": _rules.finite(),
+            "return_softmax_lse": _rules.anything,
+            "return_max_logits": _rules.anything,
+            "lonely_is_plus_inf": _rules.anything,
+        },
+        ("scale", "extra_indices", "extra_scale"),
+    ),
     "mla_write_cache": OpRules(
         {
             "latent": _rules.dtypes("bfloat16"),
@@ -277,6 +303,33 @@ RULES: dict[str, OpRules] = {
         },
         ("scale",),
     ),
+    "inverse_rope_quantize_fp8": OpRules(
+        {
+            "x": _rules.dtypes("bfloat16"),
+            "positions": _INDEX,
+            "cos_sin_cache": _FP32_OR_BF16,
+        },
+        {"num_groups": _rules.head_groups},
+    ),
+    "mla_qkv_norm_rope_write": OpRules(
+        {
+            "q": _rules.dtypes("bfloat16"),
+            "kv": _rules.dtypes("bfloat16"),
+            "cache": _rules.latent_cache,
+            "slot_mapping": _INDEX,
+            "positions": _INDEX,
+            "cos_sin_cache": _FP32_OR_BF16,
+            "out": _rules.dtypes("bfloat16"),
+        },
+        {
+            "cache_format": _rules.names(
+                NotImplementedError, ("fp8_584",), "'{}' is not supported; supported: fp8_584"
+            ),
+            "page_size": _rules.anything,
+            "padded_heads": _rules.padded_heads,
+            "rms_norm_eps": _rules.finite(0),
+        },
+    ),
     "topk_indices": OpRules(
         {"logits": _rules.dtypes("float32"), "lengths": _INT32, "starts": _INT32, "out": _INT32},
         {"k": _rules.anything},  # the function has checked it: results have its size
@@ -308,6 +361,44 @@ RULES: dict[str, OpRules] = {
         {
             "max_context_len": _rules.anything,
             "page_size": _rules.at_least(1, "expected a positive number of tokens, got "),
+            "quant": _INDEX_QUANT,
+        },
+        ("q_scales",),
+    ),
+    "indexer_topk": OpRules(
+        {
+            "q": _rules.index_codes,
+            "keys": _rules.index_codes,
+            "k_scales": _rules.index_scales,
+            "weights": _rules.dtypes("float32"),
+            "starts": _INT32,
+            "ends": _INT32,
+            "q_scales": _rules.index_q_scales,
+            "out": _INT32,
+        },
+        {
+            "k": _rules.anything,
+            "max_seqlen_k": _rules.anything,
+            "workspace_bytes": _rules.at_least(1),
+            "quant": _INDEX_QUANT,
+        },
+        ("q_scales",),
+    ),
+    "paged_indexer_topk": OpRules(
+        {
+            "q": _rules.index_codes,
+            "cache": _rules.dtypes("uint8"),
+            "weights": _rules.dtypes("float32"),
+            "context_lens": _INT32,
+            "block_tables": _INT32,
+            "q_scales": _rules.index_q_scales,
+            "out": _INT32,
+        },
+        {
+            "k": _rules.anything,
+            "max_context_len": _rules.anything,
+            "page_size": _rules.at_least(1, "expected a positive number of tokens, got "),
+            "workspace_bytes": _rules.at_least(1),
             "quant": _INDEX_QUANT,
         },
         ("q_scales",),
@@ -356,6 +447,15 @@ RULES: dict[str, OpRules] = {
                 "expected fp8, mxfp4 or fp8_512, got '{}'",
             ),
         },
+    ),
+    "save_partial_states": OpRules(
+        {
+            "kv_score": _FP32_OR_BF16,
+            "ape": _FP32_OR_BF16,
+            "positions": _INDEX,
+            "state_cache": _FP32_OR_BF16,
+            "state_slots": _INDEX,
+        }
     ),
     "indexer_k_write_cache": OpRules(
         {

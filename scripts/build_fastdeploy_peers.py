@@ -104,6 +104,11 @@ def units(tree: Path, scratch: Path) -> tuple[list[Unit], dict[str, str]]:
     made = [
         Unit("append", "append_attention_with_output, encoder writers", SOURCES / "append.cu"),
         Unit("writer", "decoder writers", writer),
+        Unit(
+            "prefill",
+            "gqa_rope_write_cache, merge_prefill_decode_output",
+            SOURCES / "prefill.cu",
+        ),
         Unit("split", "get_block_shape_and_split_kv_block", SOURCES / "split.cu"),
     ]
     lacking = {}

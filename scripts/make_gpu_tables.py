@@ -25,7 +25,8 @@ from gpu_tables import attention, memory, pages
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md",
+         "docs/kernels/invariant.md")  # fmt: skip
 #: Families that are drawn.
 PLOTS = ("h100-decode", "h100-prefill", "h100-merge", "h100-indexer", "h100-cache",
          "cpu-numpy-attention")  # fmt: skip
@@ -40,8 +41,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "decode": attention.decode,
     "prefill": attention.prefill,
     "mixed": attention.mixed,
+    "batch invariant": attention.batch_invariant,
     "step": attention.step,
     "step ranges": attention.step_ranges,
+    "signals": attention.signals,
     "operators": memory.operators,
     "rope options": memory.rope_options,
     "cache writers": memory.cache_writers,

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -27,29 +25,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent / "fastdeploy_peers"))
 import report
 from steps import BLOCK, MAX_MODEL_LEN, MODELS, STEPS, Model, block_tables, graph_us, layer_count
+from vllm_operators import load_operators
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 #: Cache types beside which vLLM's e4m3 kernels stand; its 16-bit ones stand beside "none".
 EIGHT_BITS = ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8")
-#: Modules of vLLM whose import registers its operators.
-MODULES = ("vllm._custom_ops", "vllm.vllm_flash_attn.flash_attn_interface")
 Tensors = tuple[torch.Tensor, ...]
-
-
-def load_operators(file: Path | None) -> None:
-    """Register vLLM's operators in torch.ops."""
-    if file is None:
-        for name in MODULES:
-            importlib.import_module(name)
-        return
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{file}: not a Python file")
-    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if hasattr(module, "unpack"):
-        module.unpack(file.resolve().parent)
-    module.load()
 
 
 class Layers:

@@ -51,7 +51,7 @@ struct DirectTable {
 };
 
 // Counts the changes of the structures above.
-constexpr int kDirectVersion = 2;
+constexpr int kDirectVersion = 3;
 constexpr char kDirectTableSymbol[] = "fastattn_direct_table";
 
 std::vector<DirectOp>& DirectOps();

@@ -239,6 +239,8 @@ inline PyObject* RunStep(PyObject* const* args) {
   }
   // Where the host knows the lengths, clusters mostly take the call for certain.
   StepArrivals arrivals;
+  arrivals.max_seqlen_q = static_cast<int>(attend.attrs()[0].integer);
+  arrivals.max_seqlen_k = static_cast<int>(attend.attrs()[1].integer);
   const StepScope scope(current_step(), args[5] == Py_None ? &arrivals : nullptr);
   if (!write.Run()) return nullptr;
   *attend.inputs()[0] = write.result();

@@ -15,6 +15,7 @@
 #include "common/types.h"
 #include "cpu/isa.h"
 #include "heuristics/attention.h"
+#include "heuristics/indexer_topk.h"
 #include "heuristics/step_lengths.h"
 
 namespace fastattn::api {
@@ -199,6 +200,14 @@ PYBIND11_MODULE(_host, m) {
   m.def("new_tokens_of_longest", &NewTokensOfLongest, arg("tokens"), arg("seqs"),
         arg("decode_tokens"), arg("prefills"),
         "New tokens of a step's longest sequence, as far as a server's host can tell.");
+  m.def(
+      "plan_indexer_topk",
+      [](int64_t rows, int64_t columns, int64_t workspace_bytes, bool makes_lengths) {
+        const IndexerTopkPlan plan = PlanIndexerTopk(rows, columns, workspace_bytes, makes_lengths);
+        return std::make_tuple(plan.tile_rows, 4 * plan.Words());
+      },
+      arg("rows"), arg("columns"), arg("workspace_bytes"), arg("makes_lengths") = true,
+      "Rows of a tile of indexer_topk, and bytes of its workspace.");
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");
   m.def(

@@ -7,6 +7,7 @@
 #include "api/index_array.h"
 #include "api/indexer_quant.h"
 #include "api/paged_cache.h"
+#include "api/rotation.h"
 #include "cpu/indexer.h"
 #include "params/indexer.h"
 
@@ -23,15 +24,6 @@ constexpr const char* kKvOp = "indexer_kv_compress_insert";
 
 const std::initializer_list<phi::DataType> kFloatDtypes = {phi::DataType::FLOAT32,
                                                            phi::DataType::BFLOAT16};
-
-void CheckCosSin(const char* op, const Tensor& cos_sin) {
-  const Arg arg(op, "cos_sin_cache", cos_sin);
-  arg.Dtype(kFloatDtypes).Dims({-1, kIndexerRopeDim}).Contiguous();
-  if (cos_sin.shape()[0] == 0) {
-    Fail("ValueError", op, "cos_sin_cache", "expected at least 1 position, got shape ",
-         ShapeText(cos_sin.shape()));
-  }
-}
 
 // [T, H, 128] of q to the shapes of codes, scales and weights.
 std::vector<Shape> QueryShapes(const Shape& q, const std::string& quant) {

@@ -16,23 +16,23 @@
 
 namespace fastattn::api {
 
-MlaFormat ParseMlaFormat(const char* op, const std::string& name) {
+MlaFormat ParseMlaFormat(const char* op, const std::string& name, const MlaNames& names) {
   for (const MlaFormat format :
        {MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584}) {
     if (name == NameOf(format)) return format;
   }
-  Fail("NotImplementedError", op, "cache_format", "'", name,
+  Fail("NotImplementedError", op, names.format, "'", name,
        "' is not supported; supported: bf16, fp8, fp8_656, fp8_584");
 }
 
 namespace {
 
 // Tokens of a page: the attribute for a cache of whole pages, else the shape's.
-int64_t PageSize(const char* op, const Sizes& shape, int64_t width, int page_size) {
+int64_t PageSize(const char* op, const Sizes& shape, int page_size, const MlaNames& names) {
   const int64_t own = shape.size() == 3 || shape[2] == 1 ? shape[1] : shape[2];
   if (page_size != 0 && page_size != own) {
-    Fail("ValueError", op, "page_size", "expected ", own, " as in cache's shape ", ShapeText(shape),
-         ", got ", page_size);
+    Fail("ValueError", op, names.page_size, "expected ", own, " as in ", names.cache, "'s shape ",
+         ShapeText(shape), ", got ", page_size);
   }
   return own;
 }
@@ -44,21 +44,22 @@ int TokenDim(const Sizes& shape) {
   return shape[2] == 1 ? 1 : shape[1] == 1 ? 2 : -1;
 }
 
-void CheckPages(const char* op, const Sizes& shape, int64_t width, int page_size) {
+void CheckPages(const char* op, const Sizes& shape, int64_t width, int page_size,
+                const MlaNames& names) {
   if (page_size <= 0) {
-    Fail("ValueError", op, "page_size", "a cache [num_pages, page_bytes] needs a positive number ",
-         "of tokens, got ", page_size);
+    Fail("ValueError", op, names.page_size,
+         "a cache [num_pages, page_bytes] needs a positive number ", "of tokens, got ", page_size);
   }
-  if (shape[1] < CheckedProduct(op, "page_size", {page_size, width})) {
-    Fail("ValueError", op, "cache", "expected pages of at least ", page_size * width, " elements (",
-         page_size, " tokens of ", width, "), got shape ", ShapeText(shape));
+  if (shape[1] < CheckedProduct(op, names.page_size, {page_size, width})) {
+    Fail("ValueError", op, names.cache, "expected pages of at least ", page_size * width,
+         " elements (", page_size, " tokens of ", width, "), got shape ", ShapeText(shape));
   }
 }
 
-void CheckStride(const char* op, int64_t count, int64_t stride, bool on_gpu) {
+void CheckStride(const char* op, const char* name, int64_t count, int64_t stride, bool on_gpu) {
   if (count <= 1) return;
   if (stride < 0 || (on_gpu && stride % kVectorBytes != 0)) {
-    Fail("ValueError", op, "cache", "expected ",
+    Fail("ValueError", op, name, "expected ",
          on_gpu ? "strides of a multiple of 16 bytes on a "
                   "GPU"
                 : "positive strides",
@@ -69,69 +70,71 @@ void CheckStride(const char* op, int64_t count, int64_t stride, bool on_gpu) {
 }  // namespace
 
 MlaCache ParseMlaCache(const char* op, const Tensor& cache, MlaFormat format, int page_size,
-                       const phi::Place& place) {
-  const Arg arg(op, "cache", cache);
+                       const phi::Place& place, const MlaNames& names, int bf16_channels) {
+  const char* name = names.cache;
+  const Arg arg(op, name, cache);
   arg.On(place).LastDimContiguous();
   if (format == MlaFormat::kBf16) {
     arg.Dtype({phi::DataType::BFLOAT16});
-  } else if (ToDType(op, "cache", cache.dtype()) != DType::kE4M3) {
+  } else if (ToDType(op, name, cache.dtype()) != DType::kE4M3) {
     arg.Dtype({phi::DataType::UINT8});
   }
   const Sizes shape = SizesOf(cache), strides = StridesOf(cache);
   const MlaFormatFacts facts = FactsOf(format);
   const auto element = static_cast<int64_t>(phi::SizeOf(cache.dtype()));
-  const int64_t width = facts.token_bytes / element;
+  const bool bf16 = format == MlaFormat::kBf16;
+  const int64_t width = bf16 ? bf16_channels : facts.token_bytes / element;
+  const int64_t row_bytes = bf16 ? width * element : facts.row_bytes;
   const bool pages = shape.size() == 2;
   const int token_dim = pages ? -1 : TokenDim(shape);
   if (!pages && (token_dim < 0 || shape.back() != width)) {
-    Fail("ValueError", op, "cache", "expected shape [?, ?, ", width, "], [?, ?, 1, ", width,
+    Fail("ValueError", op, name, "expected shape [?, ?, ", width, "], [?, ?, 1, ", width,
          "], [?, 1, ?, ", width, "] or, with page_size, [?, page_bytes] for ", NameOf(format),
          ", got ", ShapeText(shape));
   }
-  if (pages) CheckPages(op, shape, width, page_size);
-  const int64_t size = pages ? page_size : PageSize(op, shape, width, page_size);
+  if (pages) CheckPages(op, shape, width, page_size, names);
+  const int64_t size = pages ? page_size : PageSize(op, shape, page_size, names);
   MlaCache result;
   result.format = format;
   result.num_pages = shape[0];
   if (size == 0 || cache.numel() == 0) {  // no slot
     result.num_pages = 0;
-    result.row_stride = facts.row_bytes;
+    result.row_stride = row_bytes;
     return result;
   }
-  if (CheckedProduct(op, "cache", {shape[0], size}) >= int64_t{1} << 31) {
-    Fail("ValueError", op, "cache", "expected fewer than 2^31 tokens, got shape ",
-         ShapeText(shape));
+  if (CheckedProduct(op, name, {shape[0], size}) >= int64_t{1} << 31) {
+    Fail("ValueError", op, name, "expected fewer than 2^31 tokens, got shape ", ShapeText(shape));
   }
   const bool on_gpu = place.GetType() == phi::AllocationType::GPU;
   result.page_size = static_cast<int>(size);
   result.page_stride = strides[0] * element;
-  result.row_stride = facts.row_bytes;
+  result.row_stride = row_bytes;
   if (token_dim >= 0 && size > 1) {
     const int64_t stride = strides[token_dim] * element;
     if (format != MlaFormat::kFp8x584) {
-      CheckStride(op, size, stride, on_gpu);
+      CheckStride(op, name, size, stride, on_gpu);
       result.row_stride = stride;
     } else if (stride != facts.token_bytes) {
-      Fail("ValueError", op, "cache", "expected stride ", width, " between a page's tokens in ",
+      Fail("ValueError", op, name, "expected stride ", width, " between a page's tokens in ",
            "fp8_584, whose rows and scales lie apart, got strides ", ShapeText(strides));
     }
   }
-  CheckStride(op, shape[0], result.page_stride, on_gpu);
-  RequireAlignedAddress(op, "cache", cache, kVectorBytes);
+  CheckStride(op, name, shape[0], result.page_stride, on_gpu);
+  RequireAlignedAddress(op, name, cache, kVectorBytes);
   result.data = MutableAddress(cache);
   return result;
 }
 
 const float* ParseMlaScale(const char* op, const Tensor* scale, MlaFormat format,
-                           const phi::Place& place) {
+                           const phi::Place& place, const MlaNames& names) {
   if (format != MlaFormat::kFp8) {
     if (scale != nullptr) {
-      Fail("ValueError", op, "scale", "expected None for ", NameOf(format), ", got a tensor");
+      Fail("ValueError", op, names.scale, "expected None for ", NameOf(format), ", got a tensor");
     }
     return nullptr;
   }
-  if (scale == nullptr) Fail("TypeError", op, "scale", "expected a tensor for fp8, got None");
-  Arg(op, "scale", *scale).On(place).Dtype({phi::DataType::FLOAT32}).Dims({1});
+  if (scale == nullptr) Fail("TypeError", op, names.scale, "expected a tensor for fp8, got None");
+  Arg(op, names.scale, *scale).On(place).Dtype({phi::DataType::FLOAT32}).Dims({1});
   return Data<float>(*scale);
 }
 

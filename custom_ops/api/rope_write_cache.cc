@@ -11,8 +11,9 @@
 #include "params/rope.h"
 
 #if defined(FASTATTN_WITH_CUDA)
+#include "cuda/attention/launch.h"
 #include "cuda/cache/rope_write/launch.h"
-#include "heuristics/attention_plan.h"
+#include "heuristics/attention.h"
 #include "heuristics/rope_write.h"
 #endif
 
@@ -43,18 +44,44 @@ void ParseQScale(const Tensor* q_scale, const phi::Place& place, RopeWriteCacheP
 }
 
 #if defined(FASTATTN_WITH_CUDA)
-// The decode kernel sets the counters of the step's attention to 0, if this call belongs to a step.
-void TakeArrivals(const Tensor& qkv, RopeWriteCacheParams& p) {
+// How the step's attention, which comes next, will be planned.
+AttentionPlan PlanAhead(const RopeWriteCacheParams& p, const StepArrivals& step, int device,
+                        const cuda::DeviceFacts& facts) {
+  int clusters = 0;
+  CheckCuda(kOp, cuda::CountClusters(device, facts, &clusters));
+  AttentionParams ahead;
+  ahead.paged = true;
+  ahead.seqs = p.seqs;
+  ahead.cache = p.cache;
+  ahead.num_heads = p.num_heads;
+  ahead.num_kv_heads = p.cache.num_kv_heads;
+  ahead.head_dim = p.cache.head_dim;
+  ahead.max_seqlen_q = step.max_seqlen_q;
+  ahead.max_seqlen_k = step.max_seqlen_k;
+  return PlanAttention(SizesOfCall(ahead, {facts.major, facts.processors, clusters}));
+}
+
+// The decode kernel sets the counters of the step's attention to 0, if this call belongs to a step
+// whose attention will count.
+void TakeArrivals(const Tensor& qkv, cudaStream_t stream, RopeWriteCacheParams& p) {
   StepArrivals* step = CurrentStep();
   if (step == nullptr || p.seqs.num_tokens == 0 || p.seqs.num_tokens > kMaxPlanSeqs ||
       !UseDecodeKernel(p.seqs.num_tokens, p.seqs.batch)) {
     return;
   }
+  const int device = qkv.place().GetDeviceId();
   cuda::DeviceFacts facts;
-  CheckCuda(kOp, cuda::GetDeviceFacts(qkv.place().GetDeviceId(), &facts));
+  CheckCuda(kOp, cuda::GetDeviceFacts(device, &facts));
   if (facts.major < 9) return;  // no clusters, so that a kernel merges in any case
+  const AttentionPlan plan = PlanAhead(p, *step, device, facts);
+  const bool joins = plan.Joins();
+  if (!joins && plan.workspace == 0) return;
   const int64_t count = NumArrivals(int64_t{kAttentionCtasPerSm} * facts.processors);
-  LendBuffer(kOp, qkv, count, step);
+  LendBuffer(qkv, stream, count, step);
+  if (!joins) {
+    step->num_counters = 0;  // nothing sets them to 0
+    return;
+  }
   p.arrivals = MutableData<int>(step->buffer);
   p.num_arrivals = static_cast<int>(count);
 }
@@ -128,9 +155,10 @@ std::vector<Tensor> RopeWriteCacheKv(
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(qkv)) {
-    TakeArrivals(qkv, p);
-    LaunchOnGpu(kOp, qkv,
-                [&](cudaStream_t stream) { return cuda::LaunchRopeWriteCache(p, stream); });
+    LaunchOnGpu(kOp, qkv, [&](cudaStream_t stream) {
+      TakeArrivals(qkv, stream, p);
+      return cuda::LaunchRopeWriteCache(p, stream);
+    });
     return {q, q_descale};
   }
 #endif

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 
-#include "api/device.h"
-
 namespace fastattn::api {
 
 namespace {
@@ -39,10 +37,8 @@ constexpr int64_t kAlignment = 64;  // ints: 256 bytes
 
 }  // namespace
 
-void LendBuffer(const char* op, const Tensor& like, int64_t num_counters, StepArrivals* step) {
-  const DeviceGuard guard(op, like.place().GetDeviceId());
+void LendBuffer(const Tensor& like, cudaStream_t stream, int64_t num_counters, StepArrivals* step) {
   Kept& kept = KeptByThread();
-  const cudaStream_t stream = like.stream();
   const bool captured = IsCaptured(stream);
   step->num_counters = num_counters;
   step->workspace = (num_counters + kAlignment - 1) / kAlignment * kAlignment;

@@ -7,10 +7,15 @@
 #include <cstdint>
 
 #include "api/check.h"
+#if defined(FASTATTN_WITH_CUDA)
+#include <cuda_runtime.h>
+#endif
 
 namespace fastattn::api {
 
 struct StepArrivals {
+  int max_seqlen_q = 0;  // what the attention will be told
+  int max_seqlen_k = 0;
   Tensor buffer;  // int32: counters, then the workspace; undefined until counters are set to 0
   int64_t num_counters = 0;
   int64_t workspace = 0;  // where that begins
@@ -33,8 +38,9 @@ class StepScope {
 
 #if defined(FASTATTN_WITH_CUDA)
 
-// Gives a step its buffer on the GPU that `like` is on, with so many counters.
-void LendBuffer(const char* op, const Tensor& like, int64_t num_counters, StepArrivals* step);
+// Gives a step its buffer on the GPU that `like` is on, which is the current one, with so many
+// counters.
+void LendBuffer(const Tensor& like, cudaStream_t stream, int64_t num_counters, StepArrivals* step);
 
 // So many floats behind the counters, or null where the buffer is too short: the thread's next one
 // will be longer.

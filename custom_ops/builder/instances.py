@@ -93,6 +93,7 @@ FP8 = ("kE4M3", "kE5M2")
 HEAD_DIMS = (64, 128)
 EITHER = (False, True)
 INDEX_HEADS = (8, 16, 32, 64)
+MLA_HEADS = (8, 16, 64)
 
 FAMILIES = (
     Family(
@@ -221,6 +222,22 @@ FAMILIES = (
             ("kFp8", False, INDEX_HEADS, 256),
             ("kMxfp4", False, INDEX_HEADS, 128),
             (("kFp8", "kMxfp4"), True, INDEX_HEADS, (64, 128)),
+        ),
+    ),
+    Family(
+        folder="cuda/mla/attention/wgmma_sm90",
+        namespace="fastattn::cuda::mla_sm90",
+        launcher="LaunchVariant",
+        takes="const Arguments&, cudaStream_t",
+        declared="variant.h",
+        defined="kernels.cuh",
+        columns={"format": "MlaFormat", "dim": "int", "heads": "int"},
+        together="heads",
+        rows=(
+            ("kBf16", (512, 576), (*MLA_HEADS, 128)),
+            ("kFp8", (512, 576), MLA_HEADS),
+            ("kFp8x656", 576, MLA_HEADS),
+            ("kFp8x584", 512, MLA_HEADS),
         ),
     ),
     Family(

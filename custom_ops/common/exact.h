@@ -65,15 +65,23 @@ FASTATTN_HD float ExpNonPositive(float x) {
   return Select(x < -87.0f, 0.0f, Mul(p, power));
 }
 
-// Smallest power of two >= max(amax, 1e-4) / 448 for the amax bits of an FP8 block. An infinite
+// Floors of the amax of an FP8 block, as bits.
+inline constexpr uint32_t kCacheFloorBits = 0x38D1B717u;       // 1e-4: of what a cache holds
+inline constexpr uint32_t kActivationFloorBits = 0x2EDBE6FFu;  // 1e-10: of a product's operand
+
+// Smallest power of two >= max(amax, floor) / 448 for the amax bits of an FP8 block. An infinite
 // amax counts as FLT_MAX; NaN stays NaN. No quotient: 448 = 1.75 * 2^8, so the exponent of amax
 // less 8, and one more where the mantissa is above 1.75.
-FASTATTN_HD float PowerOfTwoFp8Scale(uint32_t amax_bits) {
-  constexpr uint32_t kFloorBits = 0x38D1B717u;  // 1e-4
+FASTATTN_HD float PowerOfTwoFp8Scale(uint32_t amax_bits, uint32_t floor_bits = kCacheFloorBits) {
   if (amax_bits > 0x7F800000u) return BitsFloat(0x7FC00000u);
   if (amax_bits == 0x7F800000u) amax_bits = 0x7F7FFFFFu;
-  if (amax_bits < kFloorBits) amax_bits = kFloorBits;
+  if (amax_bits < floor_bits) amax_bits = floor_bits;
   return BitsFloat(((amax_bits + 0x1FFFFFu) & 0x7F800000u) - (8u << 23));
+}
+
+// 1 / scale of a power of two or a NaN, exact.
+FASTATTN_HD float PowerOfTwoInverse(float scale) {
+  return IsNaN(scale) ? scale : BitsFloat(0x7F000000u - FloatBits(scale));
 }
 
 // A power-of-two scale's UE8M0 byte: its biased exponent, 255 for NaN.

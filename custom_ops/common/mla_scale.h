@@ -19,10 +19,14 @@ FASTATTN_HD float AmaxFp8Scale(uint32_t amax_bits) {
   return Div(BitsFloat(amax_bits), kE4M3Max);
 }
 
-// A dequantised channel in bf16: one fp32 product, rounded. Every NaN is 0x7FFF.
-FASTATTN_HD uint16_t MlaValue(float code, float scale) {
-  const float value = Mul(code, scale);
+// A channel that was computed, in bf16. Every NaN is 0x7FFF, as a GPU's conversion has it.
+FASTATTN_HD uint16_t ComputedBFloat16(float value) {
   return IsNaN(value) ? uint16_t{0x7FFF} : FloatToBFloat16(value);
+}
+
+// A dequantised channel in bf16: one fp32 product, rounded.
+FASTATTN_HD uint16_t MlaValue(float code, float scale) {
+  return ComputedBFloat16(Mul(code, scale));
 }
 
 }  // namespace fastattn

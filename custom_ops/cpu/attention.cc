@@ -36,10 +36,6 @@ constexpr int64_t kCostPerWork = 16;
 // The best instruction set that kernels may use; only tests lower it.
 std::atomic<int> isa_limit{static_cast<int>(Isa::kAvx512)};
 
-Isa ChosenIsa() {
-  return static_cast<Isa>(std::min(static_cast<int>(DetectIsa()), isa_limit.load()));
-}
-
 TileFunction ChooseTileFunction(const AttentionParams& p) {
   switch (ChosenIsa()) {
     case Isa::kAvx512:
@@ -313,6 +309,10 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
 }
 
 }  // namespace
+
+Isa ChosenIsa() {
+  return static_cast<Isa>(std::min(static_cast<int>(DetectIsa()), isa_limit.load()));
+}
 
 void Attention(const AttentionParams& p) {
   const TileFunction run = ChooseTileFunction(p);

@@ -420,7 +420,9 @@ class TileKernel {
   template <int kRows, DType kB>
   void AddBlock(int r, bool decoded) {
     using Storage = typename Element<kB>::Storage;
-    constexpr int kWide = 4;  // vectors of channels
+    static_assert(kDim % kLanes == 0, "a head is whole vectors");
+    constexpr int kVectors = kDim / kLanes;
+    constexpr int kWide = kVectors % 4 == 0 ? 4 : kVectors % 2 == 0 ? 2 : 1;  // at a time
     for (int d = 0; d < kDim; d += kWide * kLanes) {
       Vec acc[kRows][kWide];
       for (int i = 0; i < kRows; ++i) {

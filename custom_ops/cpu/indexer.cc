@@ -6,46 +6,19 @@
 
 #include "common/dispatch.h"
 #include "common/exact.h"
+#include "common/mla_scale.h"
 #include "common/numeric.h"
 #include "cpu/indexer_encode.h"
+#include "cpu/inverse_rms.h"
 #include "cpu/parallel.h"
+#include "cpu/rotation.h"
 
 namespace fastattn::cpu {
 
 namespace {
 
-constexpr int kPairs = kIndexerRopeDim / 2;
 // Segments of a group whose partial sums are added as a tree, the same one on every device.
 constexpr int kSegments = 8;
-
-struct Rotation {
-  float cos[kPairs];
-  float sin[kPairs];
-};
-
-Rotation LoadRotation(const void* table, DType dtype, int64_t position, int64_t max_positions) {
-  position = std::min(std::max<int64_t>(position, 0), max_positions - 1);
-  Rotation rotation;
-  for (int i = 0; i < kPairs; ++i) {
-    rotation.cos[i] = LoadScale(table, dtype, position * kIndexerRopeDim + i);
-    rotation.sin[i] = LoadScale(table, dtype, position * kIndexerRopeDim + kPairs + i);
-  }
-  return rotation;
-}
-
-// Rotates the interleaved (even, odd) pairs of x[0..64).
-void Rotate(const Rotation& rotation, float* x) {
-  for (int i = 0; i < kPairs; ++i) {
-    const float even = x[2 * i], odd = x[2 * i + 1];
-    const float c = rotation.cos[i], s = rotation.sin[i];
-    x[2 * i] = Sub(Mul(even, c), Mul(odd, s));
-    x[2 * i + 1] = Add(Mul(odd, c), Mul(even, s));
-  }
-}
-
-void RoundToBFloat16(float* x, int n) {
-  for (int i = 0; i < n; ++i) x[i] = BFloat16ToFloat(FloatToBFloat16(x[i]));
-}
 
 template <IndexerQuant kQuant>
 void QueryToken(const IndexerQParams& p, int64_t token) {
@@ -152,16 +125,10 @@ void Compress(const Group<typename Element<kDType>::Storage>& group, int compres
   }
 }
 
-// x = x / rms(x) * weight; the squares are summed as a tree of neighbours.
+// x = x / rms(x) * weight
 template <int kHead>
 void RmsNorm(const IndexerKvParams& p, float* x) {
-  float sum[kHead];
-  for (int d = 0; d < kHead; ++d) sum[d] = Mul(x[d], x[d]);
-  for (int n = kHead / 2; n >= 1; n /= 2) {
-    for (int i = 0; i < n; ++i) sum[i] = Add(sum[2 * i], sum[2 * i + 1]);
-  }
-  const float mean = Mul(sum[0], 1.0f / kHead);
-  const float inverse = Div(1.0f, Sqrt(Add(mean, p.rms_norm_eps)));
+  const float inverse = InverseRms<kHead>(p.rms_norm_eps, x);
   for (int d = 0; d < kHead; ++d) {
     x[d] = Mul(Mul(x[d], inverse), LoadScale(p.rms_weight, p.rms_weight_dtype, d));
   }
@@ -184,8 +151,7 @@ void Insert(const float* x, uint8_t* codes, uint8_t* scales) {
     scales[kPlain / kWideFp8Block] = 0;
     for (int i = 0; i < kIndexerRopeDim; ++i) {
       // One NaN for all: a processor's own sign and payload must not reach the page.
-      const float value = x[kPlain + i];
-      const uint16_t bits = IsNaN(value) ? uint16_t{0x7FFF} : FloatToBFloat16(value);
+      const uint16_t bits = ComputedBFloat16(x[kPlain + i]);
       std::memcpy(codes + kPlain + 2 * i, &bits, sizeof(bits));
     }
   }

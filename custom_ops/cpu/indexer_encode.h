@@ -1,4 +1,4 @@
-// Codes and scales of a head of the indexer.
+// Codes and power-of-two scales of blocks of channels.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,9 @@ inline uint32_t AmaxBits(const float* x, int n) {
 }
 
 // Writes n e4m3 codes and returns their power-of-two scale.
-inline float EncodeFp8(const float* x, int n, uint8_t* codes) {
-  const float scale = PowerOfTwoFp8Scale(AmaxBits(x, n));
+inline float EncodeFp8(const float* x, int n, uint8_t* codes,
+                       uint32_t floor_bits = kCacheFloorBits) {
+  const float scale = PowerOfTwoFp8Scale(AmaxBits(x, n), floor_bits);
   const float inverse = 1.0f / scale;  // exact
   for (int i = 0; i < n; ++i) codes[i] = FloatToE4M3(x[i] * inverse);
   return scale;

@@ -19,6 +19,9 @@ inline Isa DetectIsa() {
   return Isa::kBaseline;
 }
 
+// The best one that kernels may use now; only tests make it less than what there is (attention.cc).
+Isa ChosenIsa();
+
 inline const char* NameOf(Isa isa) {
   switch (isa) {
     case Isa::kBaseline:

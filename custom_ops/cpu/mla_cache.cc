@@ -82,20 +82,22 @@ std::vector<PageTokens> FindPages(const MlaGatherParams& p) {
 
 }  // namespace
 
-void MlaWriteCache(const MlaWriteParams& p) {
-  const int64_t slots = p.cache.num_pages * p.cache.page_size;
+void MlaWriteToken(const MlaWriteParams& p, int64_t token, const uint16_t* latent,
+                   const uint16_t* rope) {
+  const int64_t slot = p.slots.At(token), size = p.cache.page_size;
+  if (slot < 0 || slot >= p.cache.num_pages * size) return;
   DispatchMlaFormat(p.cache.format, [&](auto format) {
     constexpr MlaFormat kFormat = decltype(format)::value;
-    ParallelFor(
-        p.num_slots, FactsOf(kFormat).latent + kMlaRopeDim, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t) {
-            const int64_t slot = p.slots.At(t);
-            if (slot < 0 || slot >= slots) continue;
-            const MlaRow row =
-                MlaRowOf<kFormat>(p.cache, slot / p.cache.page_size, slot % p.cache.page_size);
-            WriteToken<kFormat>(p, p.latent + t * p.latent_stride, p.rope + t * p.rope_stride, row);
-          }
-        });
+    WriteToken<kFormat>(p, latent, rope, MlaRowOf<kFormat>(p.cache, slot / size, slot % size));
+  });
+}
+
+void MlaWriteCache(const MlaWriteParams& p) {
+  const int64_t work = FactsOf(p.cache.format).latent + kMlaRopeDim;
+  ParallelFor(p.num_slots, work, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      MlaWriteToken(p, t, p.latent + t * p.latent_stride, p.rope + t * p.rope_stride);
+    }
   });
 }
 

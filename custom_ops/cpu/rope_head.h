@@ -9,6 +9,7 @@
 #include "common/dispatch.h"
 #include "cpu/cache_codec.h"
 #include "cpu/convert.h"
+#include "cpu/inverse_rms.h"
 #include "params/rope.h"
 
 namespace fastattn::cpu {
@@ -55,17 +56,10 @@ inline void Rotate(const RopeWriteCacheParams& p, const Angles& angles, float* x
   }
 }
 
-// (x * (1 / sqrt(mean(x^2) + eps))) * weight. The squares are summed as a balanced binary tree of
-// neighbours: any split of a head over threads in power-of-two runs gives the same bits.
+// (x * (1 / sqrt(mean(x^2) + eps))) * weight
 template <int kHeadDim>
 void RmsNorm(const float* weight, float eps, float* x) {
-  float sums[kHeadDim];
-  for (int i = 0; i < kHeadDim; ++i) sums[i] = x[i] * x[i];
-  for (int n = kHeadDim / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
-  }
-  const float mean = sums[0] / static_cast<float>(kHeadDim);
-  const float inverse = 1.0f / std::sqrt(mean + eps);
+  const float inverse = InverseRms<kHeadDim>(eps, x);
   for (int i = 0; i < kHeadDim; ++i) x[i] = (x[i] * inverse) * weight[i];
 }
 

@@ -78,6 +78,12 @@ struct AttentionPlan {
     const AttentionLaunch& last = launches[std::max(num_launches - 1, 0)];
     return num_launches > 0 && !last.split ? &last : nullptr;
   }
+
+  // Whether a launch's CTAs may join partial results themselves.
+  bool Joins() const {
+    return std::any_of(launches, launches + num_launches,
+                       [](const AttentionLaunch& launch) { return launch.joins; });
+  }
 };
 
 // Counters of CTAs that join partial results without a second kernel: two for each equal share.
@@ -93,7 +99,10 @@ inline constexpr int kAttentionCtasPerSm = 2;
 // and KV head by CTA that has a share of them and by sequences and heads in the call.
 inline constexpr int kClusterKvTilesPerSm = 16;
 inline constexpr int kClusterKvTilesPerWorkTile = 4;
-// Where a work tile has more splits on average, a kernel of its own merges them faster.
+// By CTA in the clusters of a sequence alone with scales of tokens.
+inline constexpr int kOneSeqKvTilesPerCta = 10;
+// Where a work tile has more splits on average, a kernel of its own merges them faster; but not by
+// as much as that kernel costs a sequence alone that clusters mostly take.
 inline constexpr int kJoinedSplits = 16;
 // Ints that a CTA tells the merging kernel, and the partial results it may leave: of the work tile
 // that it found begun, and of the one that it leaves unfinished.
@@ -114,6 +123,14 @@ inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 
 inline int64_t SeqsWithTokens(const AttentionSizes& s) {
   if (s.num_tokens >= s.batch) return s.batch;
   return CeilDiv(s.num_tokens, std::max<int64_t>(s.max_seqlen_q, 1));
+}
+
+// Whether the clusters of a call's only sequence are on half to three quarters of the
+// multiprocessors, which read its keys nearly as fast as all do. On more, clusters begin to share
+// some.
+inline bool HalfReadsOneSeq(const AttentionSizes& s, int64_t cluster) {
+  const int64_t ctas = s.num_kv_heads * cluster;
+  return SeqsWithTokens(s) == 1 && 16 * ctas >= 7 * s.num_sms && 4 * ctas <= 3 * s.num_sms;
 }
 
 struct ClusterChoice {
@@ -137,13 +154,11 @@ inline ClusterChoice ChooseCluster(const AttentionSizes& s, int columns, int64_t
     if (cluster > s.max_cluster || ctas > s.num_sms * (cluster == 2 ? kAttentionCtasPerSm : 1)) {
       continue;
     }
-    // One sequence has no longer one beside it, and half of the multiprocessors read its keys
-    // nearly as fast as all do, where no scales of tokens are work besides (64 CTAs took 153 us for
-    // 128k keys of block_wise_int8, all take 112). On more than three quarters clusters begin to
-    // share some.
-    if (seqs == 1 && !s.per_token_scales && 16 * ctas >= 7 * s.num_sms &&
-        4 * ctas <= 3 * s.num_sms) {
-      return {cluster, kAnyKvTiles};
+    // One sequence has no longer one beside it. Scales of tokens are work besides, so that all
+    // multiprocessors are faster in the end: 64 CTAs took 37 and 129 us for 32k and 128k keys of
+    // block_wise_fp8, all of them 42 and 122; of block_wise_int8 43 and 153, and 45 and 128.
+    if (HalfReadsOneSeq(s, cluster)) {
+      return {cluster, s.per_token_scales ? kOneSeqKvTilesPerCta * ctas : kAnyKvTiles};
     }
     // Few CTAs leave most multiprocessors idle: then keys must be few, too.
     return {cluster, std::min(kClusterKvTilesPerSm * s.num_sms / seq_heads,
@@ -185,7 +200,8 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
     launch.grid = CeilDiv(std::max(launch.grid, launch.shares), launch.cluster) * launch.cluster;
     // Clusters mostly take such a call, and a merging kernel would have nothing to do.
     const int64_t work_tiles = std::min(s.batch, s.num_tokens) * s.num_kv_heads;
-    launch.joins = launch.shares / work_tiles <= kJoinedSplits;
+    launch.joins =
+        launch.shares / work_tiles <= kJoinedSplits || HalfReadsOneSeq(s, choice.cluster);
   }
   launch.workspace = PartialFloats(launch.shares, columns, s.head_dim);
   return launch;

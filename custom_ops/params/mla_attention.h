@@ -36,10 +36,16 @@ struct MlaSparseParams {
   const float* sinks = nullptr;  // [heads] or null
   uint16_t* out = nullptr;       // [tokens, heads, 512] bf16, contiguous
   float* lse = nullptr;          // [tokens, heads] or null
+  float* max_logits = nullptr;   // the same: the largest scaled score, -inf without a key
   int64_t tokens = 0;
   int heads = 0;
   int dim = 0;  // 576 or 512: channels of a query and of a key
   float softmax_scale = 0.0f;
+  bool lonely_is_plus_inf = false;  // the LSE of a query without a key is +inf, as FlashMLA has it
+
+  FASTATTN_HD float LonelyLse() const {
+    return lonely_is_plus_inf ? __builtin_huge_valf() : -__builtin_huge_valf();
+  }
 };
 
 // mla_attention: each query sees the keys of its sequence, causal ones up to its own position,

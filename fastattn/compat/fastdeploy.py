@@ -7,7 +7,7 @@ A program that calls them changes one line::
 
 These two read and write caches in FastDeploy's byte layout, which its ``append_attention`` reads.
 The backends of :mod:`fastattn.backends` need neither: they attend to the quantised cache itself.
-The others are those of DeepSeek's indexer.
+The others are those of DeepSeek's indexer and of its latent cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastattn.compat._fastdeploy_indexer import (
     indexer_k_quant_and_cache,
     radix_topk_ragged_transform,
 )
+from fastattn.compat._fastdeploy_mla import dsk_attn_write_cache
 from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
@@ -34,6 +35,7 @@ from fastattn.functional._marker import unified
 
 __all__ = [
     "cp_gather_indexer_k_quant_cache",
+    "dsk_attn_write_cache",
     "gqa_rope_write_cache",
     "indexer_k_quant_and_cache",
     "merge_prefill_decode_output",

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 indexer: quantised queries and compressed, quantised keys."""
+"""DeepSeek-V4 indexer: quantised queries, compressed keys and the states they come from."""
 
 from __future__ import annotations
 
@@ -231,5 +231,78 @@ def indexer_kv_compress_insert(
             as_float("indexer_kv_compress_insert", "rms_norm_eps", rms_norm_eps),
             quant,
         ),
+    )
+    return result
+
+
+@unified
+def save_partial_states(
+    kv_score: Tensor,
+    ape: Tensor,
+    positions: Tensor,
+    state_cache: Tensor,
+    state_slots: Tensor,
+) -> Tensor:
+    r"""Store what new tokens add to their groups, for :func:`indexer_kv_compress_insert`.
+
+    .. math::
+        \mathrm{state}[\mathrm{slot}_i] =
+        (\mathrm{kv}_i,\ \mathrm{score}_i + \mathrm{ape}[\mathrm{position}_i \bmod \mathrm{ratio}])
+
+    Values are copied; a score and its bias are one fp32 sum, rounded to the dtype of the state.
+    Every token is stored, whether or not its position completes a group: a later step's group may
+    need it. The compression is a call of its own, since a token's group holds rows that this one
+    writes.
+
+    Parameters
+    ----------
+    kv_score : Tensor, shape [T, 2 * SW], float32 or bfloat16
+        SW values, then SW scores of each token. Any token stride.
+    ape : Tensor, shape [ratio, SW], float32 or bfloat16
+        Bias of each position in a group; `ratio` is that of the compression. SW is a multiple of 8:
+        HEAD, or 2 * HEAD for ratio 4.
+    positions : Tensor, shape [T], int32 or int64
+        A negative one = skip the token.
+    state_cache : Tensor, shape [num_blocks, state_block, 2 * SW], float32 or bfloat16
+        Written in place. Blocks and rows may have any stride.
+    state_slots : Tensor, shape [n], int32 or int64
+        n <= T. Token i goes to row ``slot % state_block`` of block ``slot // state_block``; a
+        negative slot or one past the last block = skip the token. No two tokens may share a slot.
+
+    Returns
+    -------
+    Tensor
+        `state_cache` itself.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor or has another dtype.
+    ValueError
+        If shapes or places do not match, `ape` is empty, or `state_cache` shares memory with
+        another argument. On a GPU tokens, blocks and rows start at multiples of 16 bytes.
+
+    See Also
+    --------
+    indexer_kv_compress_insert : the compression of a group that is complete.
+    fastattn.reference.save_partial_states : the same in NumPy, bit by bit.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import save_partial_states
+    >>> state, ape = paddle.zeros([2, 4, 16]), paddle.full([4, 8], 0.5)
+    >>> _ = save_partial_states(
+    ...     paddle.arange(32, dtype="float32").reshape([2, 16]),
+    ...     ape,
+    ...     paddle.to_tensor([4, 5]),
+    ...     state,
+    ...     paddle.to_tensor([5, -1]),
+    ... )
+    >>> state.numpy()[1, 1, [0, 7, 8, 15]].tolist(), float(state.sum())
+    ([0.0, 7.0, 8.5, 15.5], 124.0)
+    """
+    (result,) = _ops.call(
+        "save_partial_states", (kv_score, ape, positions, state_cache, state_slots)
     )
     return result

@@ -8,11 +8,18 @@ from fastattn.reference.index_maps import (
     topk_to_slots,
     window_indices,
 )
-from fastattn.reference.indexer import indexer_kv_compress_insert, indexer_q_rope_quant
+from fastattn.reference.indexer import (
+    indexer_kv_compress_insert,
+    indexer_q_rope_quant,
+    save_partial_states,
+)
 from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
+from fastattn.reference.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.reference.merge import merge_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
 from fastattn.reference.mla_dense import mla_attention
+from fastattn.reference.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
+from fastattn.reference.mla_sparse import mla_sparse_attention
 from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
@@ -29,19 +36,25 @@ __all__ = [
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
     "indexer_q_rope_quant",
+    "indexer_topk",
+    "inverse_rope_quantize_fp8",
     "make_rotary_embs",
     "merge_attn_states",
     "mla_attention",
     "mla_gather_cache",
+    "mla_qkv_norm_rope_write",
+    "mla_sparse_attention",
     "mla_write_cache",
     "mqa_logits",
     "mxfp4_dequantize",
     "mxfp4_quantize",
     "paged_attention",
+    "paged_indexer_topk",
     "paged_mqa_logits",
     "quantize_fp8",
     "quantize_query",
     "rope_write_cache_kv",
+    "save_partial_states",
     "short_context_indices",
     "topk_indices",
     "topk_to_slots",

@@ -36,15 +36,15 @@ PAGE_FORMATS = {
 }
 
 
-def power_of_two_scale(block_amax: Array) -> Array:
-    """Smallest power of two that is at least ``max(amax, 1e-4) / 448``, fp32.
+def power_of_two_scale(block_amax: Array, floor: float = FP8_AMAX_FLOOR) -> Array:
+    """Smallest power of two that is at least ``max(amax, floor) / 448``, fp32.
 
     The exponent comes from the bits of the quotient, not from a logarithm. An infinite amax counts
     as the largest fp32 value; NaN stays NaN.
     """
     block_amax = np.asarray(block_amax, np.float32)
     finite = np.where(np.isinf(block_amax), np.finfo(np.float32).max, block_amax)
-    quotient = np.maximum(finite, np.float32(FP8_AMAX_FLOOR)) / np.float32(448)
+    quotient = np.maximum(finite, np.float32(floor)) / np.float32(448)
     mantissa, exponent = np.frexp(quotient)  # quotient = mantissa * 2^exponent, mantissa < 1
     exponent = np.where(mantissa == 0.5, exponent - 1, exponent)
     scale = np.ldexp(np.float32(1), np.where(np.isnan(quotient), 0, exponent))
@@ -92,9 +92,9 @@ def tree_sum(x: Array) -> Array:
     return x[..., 0]
 
 
-def fp8_block(x: Array) -> tuple[Array, Array]:
+def fp8_block(x: Array, floor: float = FP8_AMAX_FLOOR) -> tuple[Array, Array]:
     """e4m3 codes of the last axis and their power-of-two scale."""
-    scale = power_of_two_scale(amax(x, axis=-1))
+    scale = power_of_two_scale(amax(x, axis=-1), floor)
     with np.errstate(all="ignore"):
         return to_codes(x / scale[..., None], "e4m3"), scale
 
@@ -236,4 +236,23 @@ def indexer_kv_compress_insert(
         pages[page, at : at + layout.code_bytes] = codes
         at = page_size * layout.code_bytes + entry * layout.scale_bytes
         pages[page, at : at + layout.scale_bytes] = scales
+    return result
+
+
+def save_partial_states(
+    kv_score: Array, ape: Array, positions: Array, state_cache: Array, state_slots: Array
+) -> Array:
+    """See :func:`fastattn.functional.save_partial_states`; returns a new `state_cache`."""
+    result = np.array(state_cache)
+    ratio, width = ape.shape
+    blocks, rows, _ = result.shape
+    for i, slot in enumerate(np.asarray(state_slots).tolist()):
+        position = int(positions[i])
+        if slot < 0 or slot >= blocks * rows or position < 0:
+            continue
+        row, token = result[slot // rows, slot % rows], kv_score[i]
+        row[:width] = token[:width]
+        with np.errstate(all="ignore"):
+            score = np.float32(token[width:]) + np.float32(ape[position % ratio])
+            row[width:] = score.astype(np.float32)
     return result

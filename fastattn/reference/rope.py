@@ -56,8 +56,15 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm over the last dimension in fp32: ``(x * (1 / sqrt(mean(x^2) + eps))) * weight``.
 
     The squares are summed as a balanced binary tree of neighbours: (0 + 1) + (2 + 3) + ...
+
+    Raises
+    ------
+    ValueError
+        If the last dimension is no power of two, for which the tree is not defined.
     """
     x = np.asarray(x, np.float32)
+    if x.shape[-1] & (x.shape[-1] - 1):
+        raise ValueError(f"x: expected a power of two of channels, got {x.shape[-1]}")
     total = x * x
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import prefill as prefill_path
 import torch
 from library import BLOCK, Cache, Library, Shape, Step
-from rounding import FP8_MAX, INT8_MAX, Scales, stored
+from rounding import FP8_MAX, INT8_MAX, Scales, dynamic_scales, stored
 
 #: Relative RMS error of an output that counts as right. On an H100 16 bits and dynamic scales have
 #: 0.1 to 0.6 %, static scales 1.0 to 2.7 %: the rounding of those is not modelled in full. A wrong
@@ -72,11 +73,23 @@ def misread_table(table: torch.Tensor, sequence: int) -> torch.Tensor:
     return halves[sequence : sequence + 2]
 
 
-def known_fault(shape: Shape) -> str:
-    """What FastDeploy itself does wrong with such a layer in decode; nothing if not known."""
-    if shape.quant == "block_wise_fp8" and shape.neox and shape.rope_3d:
-        return "decode rotates with other sequences' rotary tables"
-    return ""
+def rotates_wrongly(shape: Shape) -> bool:
+    """Whether decode has the fault of :func:`misread_table`."""
+    return shape.quant == "block_wise_fp8" and shape.neox and shape.rope_3d
+
+
+def known_fault(shape: Shape, gathers: bool = False) -> str:
+    """What FastDeploy itself does wrong with such a layer; nothing if not known.
+
+    Parameters
+    ----------
+    shape : Shape
+    gathers : bool
+        Whether prefill goes through `prefill.run`.
+    """
+    decode = "decode rotates with other sequences' rotary tables" if rotates_wrongly(shape) else ""
+    prefill = prefill_path.known_fault(shape) if gathers else ""
+    return "; ".join(fault for fault in (decode, prefill) if fault)
 
 
 def make_cache(shape: Shape, blocks: int) -> tuple[Cache, torch.Tensor]:
@@ -108,22 +121,34 @@ class _History:
     def __init__(self) -> None:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.value_scales: list[torch.Tensor] = []  # of block_wise_fp8, (T, kv, 1)
 
-    def attend(
-        self, q: torch.Tensor, positions: torch.Tensor, sinks: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Attention of (T, H, D) queries at these positions."""
-        keys, values = torch.cat(self.keys), torch.cat(self.values)
-        group = q.shape[1] // keys.shape[1]
-        keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
-        scores = torch.einsum("thd,shd->hts", q, keys) / q.shape[-1] ** 0.5
-        later = torch.arange(len(keys), device="cuda") > positions[:, None]
-        scores.masked_fill_(later, float("-inf"))
-        if sinks is not None:
-            column = sinks.double()[:, None, None].expand(-1, len(q), 1)
-            scores = torch.cat((scores, column), -1)
-        weights = scores.softmax(-1)[..., : len(keys)]
-        return torch.einsum("hts,shd->thd", weights, values)
+    def misread_values(self) -> list[torch.Tensor]:
+        """Values as a cached prefix is read by mistake."""
+        if not self.values:
+            return []
+        scales = torch.cat(self.value_scales).double()
+        return [torch.cat(self.values) / scales * prefill_path.misread_scales(scales)]
+
+
+def _attended(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of (T, H, D) queries at these positions."""
+    group = q.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+    scores = torch.einsum("thd,shd->hts", q, keys) / q.shape[-1] ** 0.5
+    later = torch.arange(len(keys), device="cuda") > positions[:, None]
+    scores.masked_fill_(later, float("-inf"))
+    if sinks is not None:
+        column = sinks.double()[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat((scores, column), -1)
+    weights = scores.softmax(-1)[..., : len(keys)]
+    return torch.einsum("hts,shd->thd", weights, values)
 
 
 class _Reference:
@@ -142,19 +167,36 @@ class _Reference:
         self.misread = False
 
     def attend(
-        self, index: int, rows: torch.Tensor, cached: int, prefill: bool, picked: torch.Tensor
+        self,
+        index: int,
+        rows: torch.Tensor,
+        cached: int,
+        prefill: bool,
+        picked: torch.Tensor,
+        gathers: bool = False,
     ) -> torch.Tensor:
-        """Write a sequence's rows (T, H + 2 kv, D) and return outputs of the picked ones."""
+        """Write a sequence's rows (T, H + 2 kv, D) and return outputs of the picked ones.
+
+        With `gathers`, prefill attends to the new keys and values as they came, in bf16.
+        """
         shape, history = self._shape, self._histories[index]
         table = self._rotary[index] if shape.rope_3d else self._rotary
-        if self.misread and not prefill:
+        if self.misread and not prefill and rotates_wrongly(shape):
             table = misread_table(self._rotary, index)
         turned = _rotated(rows[:, : -shape.kv], table, cached, shape.neox).bfloat16()
+        queries, new_keys = turned[picked, : shape.heads].double(), turned[:, shape.heads :]
+        new_values = rows[:, -shape.kv :]
+        keys, values = history.keys, history.values
+        if gathers and prefill:
+            prefix = history.misread_values() if self.misread else values
+            keys, values = [*keys, new_keys.double()], [*prefix, new_values]
         key_scales, value_scales = self._scales
-        history.keys.append(stored(turned[:, shape.heads :], shape.quant, key_scales))
-        history.values.append(stored(rows[:, -shape.kv :], shape.quant, value_scales))
-        query = turned[picked, : shape.heads].double()
-        return history.attend(query, cached + picked, self._sinks)
+        history.keys.append(stored(new_keys, shape.quant, key_scales))
+        history.values.append(stored(new_values, shape.quant, value_scales))
+        if shape.quant == "block_wise_fp8":
+            history.value_scales.append(dynamic_scales(new_values.bfloat16()).dequant)
+        at = cached + picked
+        return _attended(queries, torch.cat(keys), torch.cat(values), at, self._sinks)
 
 
 class Found(NamedTuple):
@@ -172,8 +214,13 @@ def _relative(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     return float((wrong / sum(float(expected.square().sum()) for _, expected in pairs)) ** 0.5)
 
 
-def errors(library: Library, shape: Shape, with_sinks: bool) -> dict[str, Found]:
-    """Errors of each step, over samples of its rows."""
+def errors(
+    library: Library, shape: Shape, with_sinks: bool, gathers: bool = False
+) -> dict[str, Found]:
+    """Errors of each step, over samples of its rows.
+
+    With `gathers`, steps with prefill go through `prefill.run`.
+    """
     torch.manual_seed(0)
     shape = shape._replace(max_model_len=MAX_MODEL_LEN)
     per_sequence = MAX_MODEL_LEN // BLOCK
@@ -185,7 +232,7 @@ def errors(library: Library, shape: Shape, with_sinks: bool) -> dict[str, Found]
     rotary = rotary_table(shape, _SEQUENCES, MAX_MODEL_LEN)
     sinks = torch.randn(shape.heads, device="cuda").bfloat16() if with_sinks else None
     references = [_Reference(shape, rotary, cache, sinks)]
-    if known_fault(shape):
+    if known_fault(shape, gathers):
         references.append(_Reference(shape, rotary, cache, sinks))
         references[-1].misread = True
     found = {}
@@ -198,7 +245,12 @@ def errors(library: Library, shape: Shape, with_sinks: bool) -> dict[str, Found]
         given = qkv.double()
         out = torch.zeros(step.tokens, shape.heads * shape.dim, device="cuda").bfloat16()
         library.split_blocks(step, shape.heads // shape.kv)
-        library.append_attention(step, shape, qkv.view(step.tokens, -1), cache, out, rotary, sinks)
+        flat = qkv.view(step.tokens, -1)
+        by_path = gathers and any(prefill for _, _, prefill in sequences)
+        if by_path:
+            out = prefill_path.run(library, step, shape, flat, cache, out, rotary)
+        else:
+            library.append_attention(step, shape, flat, cache, out, rotary, sinks)
         torch.cuda.synchronize()
         pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in references]
         at = 0
@@ -206,7 +258,7 @@ def errors(library: Library, shape: Shape, with_sinks: bool) -> dict[str, Found]
             picked = torch.linspace(0, new - 1, min(new, _SAMPLES), device="cuda").long()
             for reference, of_reference in zip(references, pairs):
                 rows = given[at : at + new]
-                expected = reference.attend(i, rows, cached, prefill, picked)
+                expected = reference.attend(i, rows, cached, prefill, picked, by_path)
                 got = out[at : at + new][picked].double().view_as(expected)
                 of_reference.append((got, expected))
             at += new

@@ -57,6 +57,16 @@ class _Append(ctypes.Structure):
     ]
 
 
+class _Prefill(ctypes.Structure):
+    _fields_ = [
+        ("quant", ctypes.c_char_p),
+        ("neox", ctypes.c_int),
+        ("rope_3d", ctypes.c_int),
+        ("max_model_len", ctypes.c_int),
+        ("kv_tokens", ctypes.c_int),
+    ]
+
+
 class Shape(NamedTuple):
     """Heads of a layer, and how it caches and rotates."""
 
@@ -104,8 +114,9 @@ class Library:
             reason.restype = ctypes.c_char_p
             raise OSError(f"cannot load {path}: {reason()}")
         self._library = ctypes.CDLL(str(path), handle=handle)
-        for name in ("peer_append_attention", "peer_split_blocks"):
-            getattr(self._library, name).restype = ctypes.c_char_p
+        for name in ("append_attention", "split_blocks", "gqa_rope_write_cache",
+                     "merge_prefill_decode"):  # fmt: skip
+            getattr(self._library, f"peer_{name}").restype = ctypes.c_char_p
         self._workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device="cuda")
 
     def _call(self) -> _Call:
@@ -133,9 +144,14 @@ class Library:
         out: torch.Tensor,
         rotary: torch.Tensor,
         sinks: torch.Tensor | None = None,
+        decode_only: bool = False,
     ) -> None:
-        """Rotate (qkv too), write the cache and attend: `append_attention_with_output`."""
-        given: list[torch.Tensor | None] = [qkv, cache.key, cache.value, *step.append, out]
+        """Rotate (qkv too), write the cache and attend: `append_attention_with_output`.
+
+        With `decode_only` for the sequences that are not in prefill.
+        """
+        longest = step.longest_decode if decode_only else step.longest
+        given: list[torch.Tensor | None] = [qkv, cache.key, cache.value, *step.append, longest, out]
         given += [rotary, None, None, None, *cache.quant_scales, *cache.dequant_scales]
         given += [None] * 8 + [sinks]
         tensors = (_Tensor * 37)(*map(_given, given))
@@ -154,6 +170,51 @@ class Library:
         where = self._call()
         append = self._library.peer_append_attention
         self._check(append(tensors, ctypes.byref(attributes), ctypes.byref(where)))
+
+    def gqa_rope_write_cache(
+        self, step: Step, shape: Shape, qkv: torch.Tensor, cache: Cache, rotary: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotate, write the cache of prefill, and gather Q, K and V of the step, prefixes too.
+
+        They are (T, heads, D) and twice (K, kv, D) and lie where the next operator allocates.
+        """
+        lengths = step.this_time, step.encoder, step.decoder
+        given: list[torch.Tensor | None] = [qkv, cache.key, cache.value, step.starts]
+        given += [step.key_starts, rotary, *lengths, step.batch, step.tables, *step.kv]
+        given += [*step.prefix, None, None, *cache.quant_scales, *cache.dequant_scales]
+        # The operator reads the handle of zero points that a cache does not have.
+        given += [step.starts, step.starts, None]
+        tensors = (_Tensor * 26)(*map(_given, given))
+        attributes = _Prefill(
+            shape.quant.encode(),
+            int(shape.neox),
+            int(shape.rope_3d),
+            shape.max_model_len,
+            step.kv_tokens,
+        )
+        made, where = (ctypes.c_void_p * 3)(), self._call()
+        write = self._library.peer_gqa_rope_write_cache
+        self._check(write(tensors, ctypes.byref(attributes), made, ctypes.byref(where)))
+        heads = (step.tokens, shape.heads), *[(step.kv_tokens, shape.kv)] * 2
+        q, k, v = (
+            self._made(pointer, (*size, shape.dim)) for pointer, size in zip(made, heads)
+        )  # fmt: skip
+        return q, k, v
+
+    def _made(self, pointer: int | None, size: tuple[int, int, int]) -> torch.Tensor:
+        """A tensor in bf16 that an operator left in the workspace."""
+        begin = (pointer or 0) - self._workspace.data_ptr()
+        bytes_of_it = 2 * size[0] * size[1] * size[2]
+        return self._workspace[begin : begin + bytes_of_it].view(torch.bfloat16).view(size)
+
+    def merge_prefill_decode(
+        self, step: Step, shape: Shape, prefill: torch.Tensor, decode: torch.Tensor
+    ) -> None:
+        """Copy the rows of sequences that decode into those of prefill (T, heads * D)."""
+        lengths = step.encoder, step.decoder, step.this_time
+        tensors = (_Tensor * 6)(*map(_given, (prefill, decode, *lengths, step.starts)))
+        where, merge = self._call(), self._library.peer_merge_prefill_decode
+        self._check(merge(tensors, shape.heads, shape.dim, ctypes.byref(where)))
 
 
 class Step:
@@ -186,6 +247,7 @@ class Step:
 
         new = [n for _, n, _ in sequences]
         self.tokens = sum(new)
+        self._longest_decode: torch.Tensor | None = None
         encoder = ints([n if prefill else 0 for _, n, prefill in sequences])
         decoder, this_time = ints([cached for cached, _, _ in sequences]), ints(new)
         starts = torch.zeros(len(new) + 1, dtype=torch.int32, device="cuda")
@@ -203,5 +265,27 @@ class Step:
             *lengths, *decode, device_count, chunk, longest, *encoder_tiles, *kv
         )  # fmt: skip
         self.append = (
-            *lengths, batch, starts, tables, *encoder_tiles, *kv, *decode, longest
+            *lengths, batch, starts, tables, *encoder_tiles, *kv, *decode
         )  # fmt: skip
+        self.encoder, self.decoder, self.this_time = lengths
+        self.starts, self.batch, self.tables, self.kv = starts, batch, tables, kv
+        self.longest = longest
+        # What pre_cache_len_concat makes once a step: cached tokens of sequences in prefill.
+        prefixes = [cached if prefill else 0 for cached, _, prefill in sequences]
+        keys = [n + prefix for n, prefix in zip(new, prefixes)]
+        self.kv_tokens = sum(keys)
+        self.key_starts = torch.zeros_like(starts)
+        self.key_starts[1:] = ints(keys).cumsum(0)
+        tiles = [(i, at) for i, prefix in enumerate(prefixes) for at in range(-(-prefix // BLOCK))]
+        of_prefix = ints([i for i, _ in tiles] or [0]), ints([at for _, at in tiles] or [0])
+        self.prefix = *of_prefix, torch.tensor([len(tiles)], dtype=torch.int32)
+        #: Queries and keys of a sequence, at most, for the flash attention.
+        self.longest_ragged = max(new), max(keys)
+
+    @property
+    def longest_decode(self) -> torch.Tensor:
+        """The step's lengths on the host, as if no sequence were in prefill."""
+        if self._longest_decode is None:
+            self._longest_decode = self.longest.clone()
+            self._longest_decode[1] = 0
+        return self._longest_decode

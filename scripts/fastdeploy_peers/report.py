@@ -15,7 +15,7 @@ FASTDEPLOY, VLLM = "FastDeploy", "vLLM"
 Row = dict[str, Any]
 
 
-def fastdeploy_name(max_model_len: int, same_rope: bool, wrong: str) -> str:
+def fastdeploy_name(max_model_len: int, same_rope: bool, wrong: str, gathers: bool = False) -> str:
     """Name of FastDeploy as a peer: its max_model_len, which sets its grid, and marks.
 
     Parameters
@@ -25,9 +25,12 @@ def fastdeploy_name(max_model_len: int, same_rope: bool, wrong: str) -> str:
         Whether it ran the model's own rotary style.
     wrong : str
         What is wrong with its output; empty if it is right.
+    gathers : bool
+        Whether prefill went through `gqa_rope_write_cache` and a flash attention, vLLM's.
     """
     marks = ("" if same_rope else ", other rope", ", wrong output" if wrong else "")
-    return f"{FASTDEPLOY} {max_model_len // 1024}k{''.join(marks)}"
+    name = f"{FASTDEPLOY} + vLLM's FA3" if gathers else FASTDEPLOY
+    return f"{name} {max_model_len // 1024}k{''.join(marks)}"
 
 
 def step_row(

@@ -13,7 +13,7 @@ import torch
 
 
 class Model(NamedTuple):
-    """What a rank has of a layer, as in `fastattn.bench.cases.step`."""
+    """What a rank has of a layer, as in `fastattn.bench.cases.layers`."""
 
     heads: int
     kv: int

@@ -5,7 +5,9 @@
 
 Needs a Hopper GPU, torch with CUDA, and the library that `scripts/build_fastdeploy_peers.py` makes;
 no Paddle. A layer's time is one call of `append_attention_with_output`: rotation, cache write,
-attention and merging of its chunks, in a CUDA graph of as many layers as the benchmark has. Rows
+attention and merging of its chunks, in a CUDA graph of as many layers as the benchmark has. With
+vLLM's FlashAttention-3 (`--vllm`, or `--peers FILE` as of `scripts/vllm_step_peers.py`), steps with
+prefill are timed a second time, as FastDeploy's FLASH_ATTN backend runs them (`prefill.py`). Rows
 are merged into the file, which may hold those of other libraries; name it in FASTATTN_BENCH_PEERS.
 """
 
@@ -20,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import check
+import prefill
 import report
 import torch
 from library import Cache, Library, Shape, Step
@@ -34,6 +37,7 @@ from steps import (
     graph_us,
     layer_count,
 )  # fmt: skip
+from vllm_operators import load_operators
 
 QUANTS = ("cache_fp8", "block_wise_fp8", "cache_int8", "none")
 MAX_MODEL_LENS = (MAX_MODEL_LEN, CONTEXT)
@@ -61,9 +65,14 @@ def filled_cache(shape: Shape, blocks: int) -> Cache:
 
 
 def times(
-    library: Library, model: Model, quant: str, neox: bool, sequences: list[tuple[int, int, bool]]
+    library: Library,
+    model: Model,
+    quant: str,
+    neox: bool,
+    sequences: list[tuple[int, int, bool]],
+    gathers: bool = False,
 ) -> dict[int, float]:
-    """Microseconds of a layer's step for each max_model_len."""
+    """Microseconds of a layer's step for each max_model_len; with `gathers` as `prefill.run`."""
     found = {}
     caches: list[Cache] = []
     lengths = [cached + new for cached, new, _ in sequences]
@@ -83,10 +92,12 @@ def times(
         sinks = torch.rand(model.heads, device="cuda").bfloat16() if model.sinks else None
         library.split_blocks(step, model.heads // model.kv)
 
-        append = functools.partial(library.append_attention, step, shape)
+        run = functools.partial(library.append_attention, step, shape)
+        more = (rotary, sinks)
+        if gathers:
+            run, more = functools.partial(prefill.run, library, step, shape), (rotary,)
         calls = [
-            functools.partial(append, qkv[i % 4], cache, out, rotary, sinks)
-            for i, cache in enumerate(caches)
+            functools.partial(run, qkv[i % 4], cache, out, *more) for i, cache in enumerate(caches)
         ]
         found[longest] = graph_us(calls)
     return found
@@ -134,40 +145,57 @@ def verdict(fault: str, found: dict[str, check.Found], step: str) -> tuple[str, 
 
 
 def model_rows(
-    library: Library, name: str, quant: str, left_out: dict[str, str], checks: Checks
+    library: Library,
+    name: str,
+    quant: str,
+    left_out: dict[str, str],
+    checks: Checks,
+    gathers: bool = False,
 ) -> Iterator[report.Row]:
-    """Rows of a model and cache type whose outputs are right, or wrong for a known reason."""
-    model, what = MODELS[name], f"{name} {quant}"
+    """Rows of a model and cache type whose outputs are right, or wrong for a known reason.
+
+    With `gathers` those of steps with prefill, which go through `prefill.run`.
+    """
+    model, what = MODELS[name], f"{name} {quant}{' gathered' if gathers else ''}"
     # The writer of this pair stores INT8 codes in an FP8 cache: outputs are not finite.
     neox = model.neox and quant != "cache_fp8"
     shape = Shape(model.heads, model.kv, model.dim, quant, neox, model.rope_3d, CONTEXT)
-    found = checks[what] = check.errors(library, shape, model.sinks)
-    fault = check.known_fault(shape)
+    if gathers and (why := prefill.lacking(shape, model.sinks)):
+        left_out[what] = why
+        return
+    found = checks[what] = check.errors(library, shape, model.sinks, gathers)
+    fault = check.known_fault(shape, gathers)
     for step, sequences in STEPS.items():
+        if gathers and not any(in_prefill for _, _, in_prefill in sequences):
+            continue
         wrong, known = verdict(fault, found, step)
         if not known:
             left_out[f"{what} {step}"] = f"wrong output: {wrong}"
             continue
-        timed = times(library, model, quant, neox, sequences)
+        timed = times(library, model, quant, neox, sequences, gathers)
         torch.cuda.empty_cache()
         for longest, us in timed.items():
-            peer = report.fastdeploy_name(longest, neox == model.neox, wrong)
+            peer = report.fastdeploy_name(longest, neox == model.neox, wrong, gathers)
             facts = {"wrong": wrong} if wrong else {}
             yield report.step_row(name, step, [quant], peer, us, **facts)
 
 
-def all_rows(library: Library, left_out: dict[str, str], checks: Checks) -> Iterator[report.Row]:
+def all_rows(
+    library: Library, has_vllm: bool, left_out: dict[str, str], checks: Checks
+) -> Iterator[report.Row]:
     """Every row; what is not timed goes to `left_out`, errors against float64 to `checks`."""
-    for name, model in MODELS.items():
-        for quant in QUANTS:
-            if quant != "none" and model.dim != 128:
-                why = "FastDeploy's 8-bit kernels have a head dimension of 128 only"
-                left_out[f"{name} {quant}"] = why
-                continue
-            try:
-                yield from model_rows(library, name, quant, left_out, checks)
-            except RuntimeError as error:  # of the operator, or of CUDA
-                left_out[f"{name} {quant}"] = str(error)[:200]
+    for gathers in (False, True) if has_vllm else (False,):
+        for name, model in MODELS.items():
+            for quant in QUANTS:
+                what = f"{name} {quant}{' gathered' if gathers else ''}"
+                if quant != "none" and model.dim != 128:
+                    why = "FastDeploy's 8-bit kernels have a head dimension of 128 only"
+                    left_out[what] = why
+                    continue
+                try:
+                    yield from model_rows(library, name, quant, left_out, checks, gathers)
+                except RuntimeError as error:  # of the operator, or of CUDA
+                    left_out[what] = str(error)[:200]
     for step in STEPS:
         yield preparation(library, MODELS["Qwen3-8B"], step)
 
@@ -177,12 +205,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, required=True, help="libfastdeploy_peers.so")
     parser.add_argument("--out", type=Path, required=True, help="file to merge rows into")
+    parser.add_argument("--vllm", action="store_true", help="vLLM is installed")
+    parser.add_argument("--peers", type=Path, help="Python file that loads vLLM's operators")
     arguments = parser.parse_args()
+    has_vllm = arguments.vllm or arguments.peers is not None
+    if has_vllm:
+        load_operators(arguments.peers)
     library = Library(arguments.library)
     left_out: dict[str, str] = {}
     checks: Checks = {}
     rows = []
-    for row in all_rows(library, left_out, checks):
+    for row in all_rows(library, has_vllm, left_out, checks):
         rows.append(row)
         errors = {what: {k: v._asdict() for k, v in of.items()} for what, of in checks.items()}
         facts = {"left_out": left_out, "errors": errors}

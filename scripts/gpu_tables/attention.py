@@ -10,6 +10,7 @@ from gpu_tables.results import (
     Measured,
     Results,
     cell,
+    digits,
     grid,
     links,
     percent,
@@ -142,21 +143,31 @@ def mixed(results: Results) -> str:
 _MODELS = ("Qwen3-8B", "ERNIE-4.5-300B TP8", "gpt-oss-120b", "PaddleOCR-VL")
 _MIXED_STEP = "2048 behind 6144 + 32 x 8k"
 _STEPS = (*(f"decode {batch} x 8k" for batch in (1, 16, 64, 128)), _MIXED_STEP)
-_VLLM, _FASTDEPLOY = "vLLM", "FastDeploy 32k"
+_VLLM, _FASTDEPLOY, _GATHERED = "vLLM", "FastDeploy 32k", "FastDeploy + vLLM's FA3 32k"
 #: Part of the name of FastDeploy's row -> its mark.
 _MARKS = {"other rope": "r", "wrong output": "w"}
+
+
+def _marked(row: Measured, peer: str) -> str:
+    """Ratio of a way of FastDeploy's, with the marks of its name."""
+    names = [name for name in row.peers if name.startswith(peer)]
+    marks = (mark for text, mark in _MARKS.items() if any(text in name for name in names))
+    return cell(row.ratio(peer), ratio) + "".join(marks)
+
+
+def _right(row: Measured, peer: str) -> float | None:
+    """Ratio of a way of FastDeploy's whose output is right."""
+    names = [name for name in row.peers if name.startswith(peer)]
+    return None if any("wrong output" in name for name in names) else row.ratio(peer)
 
 
 def _step_cell(row: Measured | None) -> str:
     if row is None:
         return NONE
-    marks = "".join(
-        mark
-        for text, mark in _MARKS.items()
-        if any(name.startswith(_FASTDEPLOY) and text in name for name in row.peers)
-    )
-    ratios = cell(row.ratio(_VLLM), ratio), cell(row.ratio(_FASTDEPLOY), ratio) + marks
-    return f"{row.us:.{1 if row.us < 99.95 else 0}f} ({', '.join(ratios)})"
+    ratios = [cell(row.ratio(_VLLM), ratio), _marked(row, _FASTDEPLOY)]
+    if row.ratio(_GATHERED):
+        ratios.append(_marked(row, _GATHERED))
+    return f"{_us(row.us)} ({', '.join(ratios)})"
 
 
 def step_rows(results: Results, quant: str, names: Sequence[str], how: str) -> list[Measured]:
@@ -175,7 +186,8 @@ def step(results: Results) -> str:
             lines.append([f"{model}, `{quant}`", *map(_step_cell, rows)])
             used += rows
     names = [name.removeprefix("decode ").replace(" + ", ", and ") for name in _STEPS]
-    head = ["us (of vLLM's sum, of FastDeploy's operator; above 1 is faster)", *names]
+    speeds = "of vLLM's sum, of FastDeploy's operator, of its prefill path; above 1 is faster"
+    head = [f"us ({speeds})", *names]
     return grid(head, lines) + "\n" + links(used)
 
 
@@ -187,18 +199,81 @@ def step_ranges(results: Results) -> str:
         for names in (_STEPS[:-1], [_MIXED_STEP]):
             graph = step_rows(results, quant, names, "graph")
             cells.append(span((row.ratio(_VLLM) for row in graph), ratio))
-            right = (
-                row.ratio(_FASTDEPLOY)
-                for row in graph
-                if not any("wrong output" in name for name in row.peers)
-            )
-            cells.append(span(right, ratio))
+            cells.append(span((_right(row, _FASTDEPLOY) for row in graph), ratio))
+        cells.append(span((_right(row, _GATHERED) for row in graph), ratio))
         graph = step_rows(results, quant, _STEPS, "graph")
         cells.append(span((row.ratio("exact lengths") for row in graph), ratio))
         eager = step_rows(results, quant, _STEPS, "eager")
+        cells.append(span((row.ratio("exact lengths") for row in eager), ratio))
         cells.append(span((row.peer_us("host") for row in eager), two_digits))
         lines.append([f"`{quant}`", *cells])
     head = ["least and most over the models", "decode, of vLLM's speed", "of FastDeploy's",
-            "mixed step, of vLLM's", "of FastDeploy's", "of the step with exact lengths",
+            "mixed step, of vLLM's", "of FastDeploy's", "of its prefill path",
+            "of the step with exact lengths", "eager, of that",
             "eager: the host's us a layer"]  # fmt: skip
     return grid(head, lines)
+
+
+_INVARIANT = "paged_attention, batch_invariant"
+_BATCHES = (1, 16, 64, 128)
+#: Cache type, context and new tokens of each line.
+_INVARIANT_LINES = [
+    *((quant, context, new)
+      for new in (1, 4)
+      for quant in ("cache_fp8", "block_wise_fp8", "none")
+      for context in (1024, 8192, 32768)),
+]  # fmt: skip
+#: Label and shape of the lines below the table.
+_INVARIANT_MORE = (
+    ("64 sequences of 64 to 32k keys", "B 64 ctx 64..32768 ragged new 1"),
+    ("4 sequences of 8k with 16 new tokens", "B 4 ctx 8192 new 16"),
+    ("a chunk of 2048 behind 6144", "B 1 ctx 8192 new 2048"),
+)
+
+
+def batch_invariant(results: Results) -> str:
+    """Times without and with `batch_invariant`, of one run."""
+
+    def both(row: Measured | None) -> str:
+        if row is None:
+            return NONE
+        return f"{cell(row.peer_us('default'), digits)} / {digits(row.us)}"
+
+    lines, used = [], []
+    for quant, context, new in _INVARIANT_LINES:
+        shapes = [f"{quant} B {b} ctx {context} new {new} H 32/8 D 128" for b in _BATCHES]
+        rows = [results.get(_INVARIANT, shape) for shape in shapes]
+        if any(rows):
+            label = f"`{quant}`, {_context(str(context))}{f', {new} new tokens' if new > 1 else ''}"
+            lines.append([label, *map(both, rows)])
+            used += rows
+    texts = []
+    for label, shape in _INVARIANT_MORE:
+        row = results.get(_INVARIANT, f"cache_fp8 {shape} H 32/8 D 128")
+        if row:
+            texts.append(f"{label} {both(row)}")
+            used.append(row)
+    head = ["us, default / `batch_invariant`; sequences", *map(str, _BATCHES)]
+    more = f"\n\n`cache_fp8`: {', '.join(texts)}." if texts else ""
+    return grid(head, lines or [[NONE] * len(head)]) + more + "\n" + links(used)
+
+
+def signals(results: Results) -> str:
+    """A layer of a prompt's chunk with signals of complete layers, and without."""
+    lines, used = [], []
+    for chunk in (256, 2048, 8192):
+        for how, label in (("eager", "eager"), ("host", "host's time"), ("graph", "CUDA graph")):
+            found = [
+                results.get("kv_signal", f"{mode}, chunk of {chunk}, H 32/8 D 128, {how}")
+                for mode in ("per_chunk", "per_query")
+            ]
+            silent = next((row.peer_us("no signal") for row in found if row), None)
+            times = [silent, *(row and row.us for row in found)]
+            lines.append([f"{chunk} tokens, {label}", *(cell(x, _us) for x in times)])
+            used += found
+    head = ["us of a layer", "no signals", "per_chunk", "per_query"]
+    return grid(head, lines) + "\n" + links(used)
+
+
+def _us(value: float) -> str:
+    return f"{value:.{1 if value < 99.95 else 0}f}"

@@ -357,15 +357,16 @@ def test_a_loose_bound_of_the_keys_changes_nothing_of_a_mixed_step(q, k, cache_t
     assert exact == loose and len(exact[2]) == 2
 
 
-@pytest.mark.parametrize("max_k, clusters", [(8192, True), (16384, True), (32768, False)])
+@pytest.mark.parametrize("max_k, clusters", [(8192, True), (40960, True), (41024, False)])
 def test_one_long_sequence_with_scales_of_tokens_is_read_by_all(max_k, clusters):
     """Half of the multiprocessors would be busy with its scales."""
     one = dict(tokens=1, batch=1, max_q=1, max_k=max_k)
     (launch,) = decide(BF16, "int8", "block_wise_int8", **one)[2]
     assert launch["cluster"] == 8
     assert (launch["cluster_kv_tiles"] == ANY) == clusters
+    assert bool(launch["joins"]) == (not clusters)
     (launch,) = decide(BF16, "int8", "cache_int8", **one)[2]
-    assert launch["cluster_kv_tiles"] == ANY
+    assert launch["cluster_kv_tiles"] == ANY and not launch["joins"]
 
 
 def test_head_dims_without_a_kernel_are_left_to_the_checks():

@@ -153,6 +153,27 @@ def test_fifty_runs_give_the_same_bits(place, kind, dim):
         )
 
 
+@pytest.mark.parametrize("longest", [1, 4500, 40900, 41000, 50000])
+@pytest.mark.parametrize("slots", [1, 64])
+def test_one_sequence_with_scales_of_tokens(place, slots, longest):
+    """Up to 40k keys clusters take it; the 32 splits of a longer one are joined in two groups."""
+    if place == "cpu" and longest > 4500:
+        pytest.skip("nothing is joined on a CPU")
+    problem = paged_problem(
+        lengths_of(1, longest, slots), heads=(32, 8), kind=BLOCK_WISE_FP8, seed=longest
+    )
+    step = Step(problem, place)
+    _, first, again = (to_numpy(step.run()) for _ in range(3))  # _: a layer's first is in Python
+    assert_same_bits(again, first, "another run")
+    for bound in (1, MANY):  # the first: clusters; the second: a kernel merges
+        np.testing.assert_allclose(
+            first.astype(np.float32),
+            step.alone(bound).astype(np.float32),
+            rtol=2**-6,
+            atol=2**-9,
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(4, 1), (8, 2), (32, 8)], ids=str)
 @pytest.mark.parametrize("batch", [2, 16, 33])

@@ -33,14 +33,21 @@ REFUSED = {
     "convert_cache_layout": ("cache",),
     "mla_write_cache": ("latent", "rope", "cache"),
     "mla_gather_cache": ("cache", "out"),
+    "inverse_rope_quantize_fp8": ("x",),
+    "mla_qkv_norm_rope_write": ("q", "kv", "cache"),
+    "save_partial_states": ("kv_score", "state_cache"),
     "convert_cache_blocks": ("cache",),
     "mqa_logits": ("q", "keys"),
     "paged_mqa_logits": ("q", "cache"),
+    "indexer_topk": ("q", "keys"),
+    "paged_indexer_topk": ("q", "cache"),
 }
-REFUSED_BYTES = {"mqa_logits": 4, "paged_mqa_logits": 4}
+REFUSED_BYTES = dict.fromkeys(
+    ("mqa_logits", "paged_mqa_logits", "indexer_topk", "paged_indexer_topk"), 4
+)
 #: Operators that take another kernel, with sums in another order, where vectors of 16 bytes do not
 #: start at multiples; tests/indexer/test_mqa_logits.py holds both kernels to fp64.
-OTHER_KERNEL = ("mqa_logits",)
+OTHER_KERNEL = ("mqa_logits", "paged_mqa_logits", "indexer_topk", "paged_indexer_topk")
 
 
 def codes(**more: Any) -> dict[str, Any]:
@@ -239,6 +246,8 @@ def test_a_shifted_tensor_is_taken_or_refused(place, problem, name):
 STRIDED = [
     *(("rope_write_cache_kv", "qkv"), ("write_cache_kv", "key"), ("write_cache_kv", "value")),
     *(("mla_write_cache", "latent"), ("mla_write_cache", "rope"), ("mla_gather_cache", "out")),
+    ("inverse_rope_quantize_fp8", "x"),
+    *(("mla_qkv_norm_rope_write", "q"), ("mla_qkv_norm_rope_write", "kv")),
 ]
 
 

@@ -60,11 +60,25 @@ SHIFTED = [
     ("indexer_k_write_cache", "cache", "slot_mapping", 1, {}),
     ("indexer_k_gather", "out", "cache", 5, {"out_scales": zeros(6)}),
     ("indexer_k_gather", "out", "block_tables", 1, {"out_scales": zeros(6)}),
+    ("indexer_topk", "out", "ends", 0, {}),
+    ("paged_indexer_topk", "out", "block_tables", 0, {}),
     ("radix_topk_ragged_transform", "output", "input", 3, {}),
     ("radix_topk_ragged_transform", "output", "lengths", 1, {}),
     ("mla_write_cache", "cache", "latent", 40, {}),
     ("mla_write_cache", "cache", "slot_mapping", 0, {}),
     ("mla_gather_cache", "out", "cu_seqlens_k", 0, {}),
+    *(
+        ("mla_qkv_norm_rope_write", "cache", read, 8, {})
+        for read in ("q", "kv", "slot_mapping", "positions", "cos_sin_cache")
+    ),
+    *(
+        ("mla_qkv_norm_rope_write", "out", read, shift, {})
+        for read, shift in (("q", 512), ("kv", 0), ("positions", 1), ("cos_sin_cache", 3))
+    ),
+    *(
+        ("save_partial_states", "state_cache", read, 1, {})
+        for read in ("kv_score", "ape", "positions", "state_slots")
+    ),
     ("write_cache_kv", "key_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "value_cache", "cache_k_scales", 0, {}),
     ("write_cache_kv", "key_cache", "key", 64, {}),
@@ -100,8 +114,12 @@ def test_what_is_written_lies_apart(op, written, read, shift, more):
     }
     if op == "quantize_fp8":
         outputs["output"] = zeros(2, 64, dtype="uint8")
+    if op == "mla_qkv_norm_rope_write":
+        outputs["out"] = zeros(2, 4, 512, dtype="bfloat16")
     if op == "indexer_k_gather":
         outputs["out"] = zeros(6, 128, dtype="uint8")
+    if op.endswith("indexer_topk"):
+        outputs["out"] = zeros(2, call.attrs["k"], dtype="int32")
     first, second = call.inputs.get(written, outputs.get(written)), call.inputs[read]
     base = paddle.zeros([1 << 17], "uint8")
     call = call.changed(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fastattn.functional as F
+from fastattn.reference.rope import rms_norm
 from tests.support.cache import make_values
 from tests.support.compare import assert_same_bits
 from tests.support.rope import CACHES, QUANTS, Case, check, expected, make_case, many_seqs
@@ -146,6 +147,16 @@ def test_the_norm_adds_its_squares_in_the_defined_order(place, norm_first, head_
     magnitudes = np.exp(np.random.default_rng(0).normal(size=case.qkv.shape))
     case.qkv[:] = (case.qkv.astype(np.float32) * magnitudes).astype(np.float16)
     check(case, place)
+
+
+def test_the_order_of_squares_is_defined_for_powers_of_two():
+    with pytest.raises(ValueError, match="expected a power of two of channels, got 96"):
+        rms_norm(np.ones((2, 96)), np.ones(96), 1e-6)
+    # One after the other the squares of 1 would all be lost beside 2^24.
+    x = np.array([2.0**12, 0, 1, 1, 1, 1, 1, 1], np.float32)
+    norm, lost = (np.float32(1) / np.sqrt(np.float32((2.0**24 + n) / 8)) for n in (6, 0))
+    assert norm != lost
+    np.testing.assert_array_equal(rms_norm(x, np.ones(8), 0.0), x * norm, strict=True)
 
 
 @pytest.mark.parametrize("tokens", [8, 40])

@@ -382,6 +382,23 @@ def test_many_tiles(quant, heads, dim):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("next_n", [1, 2])
+def test_a_cache_larger_than_the_l2(quant, next_n):
+    """Tiles arrive out of turn: a warpgroup must not take a stage's earlier phase for its own."""
+    rng, heads = RNG(19), 32
+    lengths = 8190 - 5 * np.arange(64)
+    pages = Pages(rng, lengths, 128, quant)
+    q = Codes(rng, (64, next_n, heads), 128, quant)
+    weights = weights_of(rng, 64 * next_n, heads)
+    caches = [to_paddle(pages.cache, "gpu") for _ in range(3)]
+    want = paged_reference(q, pages, weights, lengths, 8190, quant)
+    for cache in caches + caches:  # each has driven the others out
+        got = paged(q, pages, weights, lengths, 8190, quant, "gpu", cache)
+        check_logits(to_numpy(got), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", QUANTS)
 def test_a_graph_follows_lengths_on_the_device(quant):
     rng = RNG(18)
     lengths = np.array([500, 200, 64])

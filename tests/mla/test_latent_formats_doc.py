@@ -127,3 +127,26 @@ def test_table_of_formats():
         assert (int(latent), together) == (fmt.latent, f"{fmt.token_bytes} B")
         assert DOC["LATENT"][name.strip("`")] == fmt.latent
         assert DOC["ROW_BYTES"][name.strip("`")] == fmt.row_bytes
+
+
+def test_codes_and_scales_of_the_output_by_the_page():
+    rng = np.random.default_rng(1)
+    tokens, heads, groups = 5, 6, 3
+    x = rng.normal(size=(tokens, heads, 512)).astype(BF16)
+    table = np.repeat(np.float32([[1, 0]]), 32, axis=1)  # rotates by nothing
+    given = to_paddle(x), to_paddle(np.zeros(tokens, np.int64)), to_paddle(table)
+    results = F.inverse_rope_quantize_fp8(*given, num_groups=groups)
+    codes, scales = (to_numpy(a).ravel() for a in results)
+    seen = np.zeros(len(scales), bool)
+    for t in range(tokens):
+        for h in range(heads):
+            for c in range(512):
+                block = x[t, h, c // 128 * 128 : c // 128 * 128 + 128].astype(np.float32)
+                scale = 2.0 ** power_of_two(np.abs(block).max(), 448, 1e-10)
+                at = DOC["output_scale"](t, h, c, tokens, heads, groups)
+                seen[at] = True
+                assert scales[at] == scale
+                code = encode(float(x[t, h, c]) / scale, "e4m3")
+                assert codes[DOC["output_code"](t, h, c, tokens, heads, groups)] == code
+    assert (scales[~seen] == 0).all()
+    assert scales.reshape(groups, 8, 8)[..., tokens:].any() == 0

@@ -170,6 +170,13 @@ def _from_mxfp4(t: _Inputs) -> Call:
     return lambda: [F.mxfp4_dequantize(codes, scales)]
 
 
+def _latent_sparse(t: _Inputs) -> Call:
+    q, cache, scales = t.floats(9, 5, 512), t.codes(BLOCKS, 64, 584), t.scales(5)
+    indices = t.int32(t.rng.integers(-20, 64 * BLOCKS, (9, 200)))
+    options = {"cache_format": "fp8_584", "sinks": scales, "softmax_scale": 1e-9}
+    return lambda: [F.mla_sparse_attention(q, cache, indices, **options)]
+
+
 def _latent_write(t: _Inputs) -> Call:
     cache = t.codes(BLOCKS, 64, 656)
     inputs = t.floats(40, 512), t.floats(40, 64), cache, t.int32(np.arange(40) * 7 - 3)
@@ -188,6 +195,17 @@ def _latent_dense(t: _Inputs) -> Call:
     options = {"cache_format": "fp8_584", "sinks": sinks, "softmax_scale": 1e-9}
     seqs, lengths = t.seqs(), (max(NEW), max(NEW) + max(CACHED))
     return lambda: [F.mla_attention(q, cache, *seqs.values(), *lengths, **options)]
+
+
+def _inverse_rope(t: _Inputs) -> Call:
+    x, table, positions = t.floats(9, 8, 512), t.scales(40, 64), t.int32(np.arange(9) * 4)
+    return lambda: list(F.inverse_rope_quantize_fp8(x, positions, table, num_groups=2))
+
+
+def _latent_qkv(t: _Inputs) -> Call:
+    q, kv, cache = t.floats(9, 5, 512), t.floats(9, 512), t.codes(3, 8, 584)
+    inputs = q, kv, cache, t.int32(np.arange(9) * 2 - 1), t.int32(np.arange(9)), t.scales(40, 64)
+    return lambda: [F.mla_qkv_norm_rope_write(*inputs, padded_heads=8), cache]
 
 
 def _topk(t: _Inputs) -> Call:
@@ -210,6 +228,22 @@ def _paged_logits(t: _Inputs) -> Call:
         F.paged_mqa_logits, q, cache, weights, lengths, tables, 140, q_scales=scales, quant="mxfp4"
     )
     return lambda: [call()]
+
+
+def _indexer_topk(t: _Inputs) -> Call:
+    q, keys, weights = t.codes(40, 64, 128), t.codes(300, 128), t.scales(40, 64)
+    starts, ends, scales = t.int32(np.arange(40)), t.int32(300 - 3 * np.arange(40)), t.scales(300)
+    call = functools.partial(
+        F.indexer_topk, q, keys, weights, starts, ends, 60, k_scales=scales, workspace_bytes=1
+    )
+    return lambda: [call()]
+
+
+def _paged_indexer_topk(t: _Inputs) -> Call:
+    q, cache, weights = t.codes(2, 2, 64, 64), t.codes(5, 64, 68), t.scales(4, 64)
+    scales = t.int32(np.full((2, 2, 64), 0x7F7F7F7F))
+    inputs = q, cache, weights, t.int32([130, 7]), t.int32([[3, 0, 1], [2, -1, -1]])
+    return lambda: [F.paged_indexer_topk(*inputs, 140, 20, q_scales=scales, quant="mxfp4")]
 
 
 def _indexer_q(t: _Inputs) -> Call:
@@ -236,6 +270,12 @@ def _indexer_k(t: _Inputs) -> Call:
         page_size=16,
     )
     return lambda: [call()]
+
+
+def _save_states(t: _Inputs) -> Call:
+    kv_score, ape, positions = t.floats(9, 512), t.scales(4, 256), t.int32(np.arange(9))
+    state, slots = t.scales(5, 4, 512), t.int32(np.arange(9) * 2 - 1)
+    return lambda: [F.save_partial_states(kv_score, ape, positions, state, slots)]
 
 
 def _write_index_keys(t: _Inputs) -> Call:
@@ -323,18 +363,24 @@ _MAKERS = {
     "indexer_k_write_cache": _write_index_keys,
     "indexer_kv_compress_insert": _indexer_k,
     "indexer_q_rope_quant": _indexer_q,
+    "indexer_topk": _indexer_topk,
+    "inverse_rope_quantize_fp8": _inverse_rope,
     "merge_attn_states": _merge,
     "merge_prefill_decode_output": _merge_decode,
     "mla_attention": _latent_dense,
     "mla_gather_cache": _latent_gather,
+    "mla_qkv_norm_rope_write": _latent_qkv,
+    "mla_sparse_attention": _latent_sparse,
     "mla_write_cache": _latent_write,
     "mqa_logits": _logits,
     "mxfp4_dequantize": _from_mxfp4,
     "mxfp4_quantize": _mxfp4,
     "paged_attention": _paged,
+    "paged_indexer_topk": _paged_indexer_topk,
     "paged_mqa_logits": _paged_logits,
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,
+    "save_partial_states": _save_states,
     "send_kv_signal": _send_signal,
     "radix_topk_ragged_transform": _radix_topk,
     "short_context_indices": _short_context,

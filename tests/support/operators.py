@@ -180,6 +180,24 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {"head_num": 4, "head_dim": 64, "max_token": 2},
         ),
         "quantize_fp8": OpCall({"x": make(2, 64)}, {"granularity": "group", "group_size": 32}),
+        "mla_sparse_attention": OpCall(
+            {
+                "q": make(2, 3, 576, dtype="bfloat16"),
+                "cache": make(2, 64, 656, dtype="uint8"),
+                "indices": int32([[1, 70], [-1, 3]], place),
+                "topk_length": int32([2, 1], place),
+            },
+            {
+                "cache_format": "fp8_656",
+                "extra_cache_format": "fp8_656",
+                "page_size": 0,
+                "extra_page_size": 0,
+                "softmax_scale": 0.1,
+                "return_softmax_lse": False,
+                "return_max_logits": False,
+                "lonely_is_plus_inf": False,
+            },
+        ),
         "mla_write_cache": OpCall(
             {
                 "latent": make(2, 512, dtype="bfloat16"),
@@ -215,6 +233,30 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "page_size": 0,
             },
         ),
+        "inverse_rope_quantize_fp8": OpCall(
+            {
+                "x": make(2, 4, 512, dtype="bfloat16"),
+                "positions": int32([0, 3], place),
+                "cos_sin_cache": make(4, 64),
+            },
+            {"num_groups": 2},
+        ),
+        "mla_qkv_norm_rope_write": OpCall(
+            {
+                "q": make(2, 4, 512, dtype="bfloat16"),
+                "kv": make(2, 512, dtype="bfloat16"),
+                "cache": make(2, 64, 584, dtype="uint8"),
+                "slot_mapping": int32([1, 70], place),
+                "positions": int32([0, 3], place),
+                "cos_sin_cache": make(4, 64),
+            },
+            {
+                "cache_format": "fp8_584",
+                "page_size": 0,
+                "padded_heads": 0,
+                "rms_norm_eps": 1e-6,
+            },
+        ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),
         "mqa_logits": OpCall(
             {
@@ -237,6 +279,34 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "q_scales": int32(np.zeros((2, 1, 8)), place),
             },
             {"max_context_len": 20, "page_size": 16, "quant": "mxfp4"},
+        ),
+        "indexer_topk": OpCall(
+            {
+                "q": make(2, 8, 128, dtype="uint8"),
+                "keys": make(5, 128, dtype="uint8"),
+                "k_scales": ones(5),
+                "weights": make(2, 8),
+                "starts": int32([0, 1], place),
+                "ends": int32([3, 5], place),
+            },
+            {"k": 3, "max_seqlen_k": -1, "workspace_bytes": 64, "quant": "fp8"},
+        ),
+        "paged_indexer_topk": OpCall(
+            {
+                "q": make(2, 1, 8, 64, dtype="uint8"),
+                "cache": make(3, 16, 68, dtype="uint8"),
+                "weights": make(2, 8),
+                "context_lens": int32([16, 3], place),
+                "block_tables": int32([[2], [0]], place),
+                "q_scales": int32(np.zeros((2, 1, 8)), place),
+            },
+            {
+                "k": 5,
+                "max_context_len": 20,
+                "page_size": 16,
+                "workspace_bytes": 1,
+                "quant": "mxfp4",
+            },
         ),
         "mxfp4_quantize": OpCall({"x": make(2, 64)}, {}),
         "mxfp4_dequantize": OpCall(
@@ -265,6 +335,16 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "kv_cache": make(2, 4, 132, dtype="uint8"),
             },
             {"compress_ratio": 4, "page_size": 4, "rms_norm_eps": 1e-6, "quant": "fp8"},
+        ),
+        "save_partial_states": OpCall(
+            {
+                "kv_score": make(2, 64),
+                "ape": make(4, 32),
+                "positions": int32([3, 4], place),
+                "state_cache": make(2, 4, 64),
+                "state_slots": int32([5, 1], place),
+            },
+            {},
         ),
         "indexer_k_write_cache": OpCall(
             {

@@ -11,6 +11,7 @@ import paddle
 import pytest
 
 import fastattn.functional as F
+from fastattn.backends.kv_signals import queue_key
 from fastattn.bench.core import rows as registry
 from fastattn.bench.core.devices import Cpu
 from fastattn.bench.core.peers import READ, public_name
@@ -102,6 +103,17 @@ def test_a_mixed_call_has_the_sequences_of_its_parts(quant, queries):
     assert describe(parts).startswith("1 x 66 behind 70 + 2 x 1 behind 128 + 1 x 4 behind 9, H 32")
     calls = [attention(Cpu(quick=True), quant, queries, x) for x in (parts, *([p] for p in parts))]
     assert [call().shape for call in calls] == [[n, HEADS, DIM] for n in (72, 66, 2, 4)]
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_a_batch_invariant_call_stands_beside_the_same_call(new):
+    from fastattn.bench.cases.batch_invariant import pair
+    from fastattn.bench.cases.inputs import DIM, HEADS
+
+    (invariant,), (plain,) = pair(Cpu(quick=True), "block_wise_fp8", [130, 70], new)
+    assert invariant.keywords == {**plain.keywords, "batch_invariant": True}
+    assert all(x is y for x, y in zip(invariant.args, plain.args))
+    assert invariant().shape == plain().shape == [2 * new, HEADS, DIM]
 
 
 # --- reports -------------------------------------------------------------------------------------
@@ -350,6 +362,21 @@ def test_every_operator_has_rows(tmp_path):
     measured = {row.op for row in Report.read(path).rows}
     assert measured >= set(F.__all__) - {"plan_cascade"}  # no operator
     assert all(row.us > 0 or row.op == "overhead" for row in Report.read(path).rows)
+
+
+def test_signals_leave_no_queue_behind(monkeypatch):
+    """Each mode has a row, and the queue that another process empties is gone afterwards."""
+    from fastattn.bench.cases import kv_signal
+    from tests.support.kv_receiver import LIBC
+
+    keys = []
+    monkeypatch.setattr(
+        kv_signal, "queue_key", lambda *a, **b: keys.append(queue_key(*a, **b)) or keys[-1]
+    )
+    rows = list(kv_signal.kv_signal(Cpu(quick=True)))
+    assert [row.shape.split(",")[0] for row in rows] == ["per_chunk", "per_query"]
+    assert all(row.us > 0 and row.peer == "no signal" for row in rows)
+    assert [LIBC.msgget(key, 0) for key in keys] == [-1]
 
 
 def test_list_names_the_benchmarks(capsys):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fastattn.bench.cases import step
+from fastattn.bench.cases import batch_invariant, step
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "make_gpu_tables.py"
@@ -27,7 +27,7 @@ def check(root):
 def copy(tmp_path):
     """Pages and results, to change."""
     for name in MAKE["PAGES"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     return tmp_path
@@ -115,12 +115,31 @@ def test_a_cell_of_a_step_has_the_ratios_of_both_peers(tmp_path):
         row("layer step", shape, 100.0, "vLLM rope + write + Q + FA3 FP8", 125.0),
         row("layer step", shape, 100.0, "FastDeploy 8k", 400.0),
         row("layer step", shape, 100.0, "FastDeploy 32k, other rope", 250.0),
+        row("layer step", shape.replace("graph", "eager"), 50.0, "host", 40.0),
+        row("layer step", shape.replace("graph", "eager"), 50.0, "exact lengths", 49.0),
+        row("layer step", shape.replace("graph", "eager"), 50.0, "host, exact lengths", 39.0),
     ]
     write(tmp_path, "h100-step.json", "2026-01-01", *rows)
     line = MAKE["TABLES"]["step"](RESULTS.read(tmp_path)).splitlines()[2]
     assert line == "| Qwen3-8B, `cache_fp8` | - | 100 (1.25, 2.50r) | - | - | - |"
     ranges = MAKE["TABLES"]["step ranges"](RESULTS.read(tmp_path)).splitlines()[2]
-    assert ranges == "| `cache_fp8` | 1.25 | 2.50 | - | - | 0.90 | - |"
+    assert ranges == "| `cache_fp8` | 1.25 | 2.50 | - | - | - | 0.90 | 0.98 | 40 |"
+
+
+def test_a_prefill_path_has_a_ratio_of_its_own(tmp_path):
+    shape = "Qwen3-8B block_wise_fp8 2048 behind 6144 + 32 x 8k, graph"
+    gathered = "FastDeploy + vLLM's FA3 32k"
+    rows = [
+        row("layer step", shape, 100.0, "FastDeploy 32k", 250.0),
+        row("layer step", shape, 100.0, f"{gathered}, wrong output", 110.0),
+        row("layer step", shape.replace("block_wise_fp8", "none"), 100.0, gathered, 120.0),
+    ]
+    write(tmp_path, "h100-step.json", "2026-01-01", *rows)
+    tables = RESULTS.read(tmp_path)
+    assert "| 100 (-, 2.50, 1.10w) |" in MAKE["TABLES"]["step"](tables)
+    ranges = MAKE["TABLES"]["step ranges"](tables)
+    assert "| `block_wise_fp8` | - | - | - | 2.50 | - |" in ranges
+    assert "| `none` | - | - | - | - | 1.20 |" in ranges
 
 
 def test_a_wrong_output_is_marked_and_in_no_range(tmp_path):
@@ -138,6 +157,37 @@ def test_the_step_table_has_the_benchmarks_models_and_steps():
     assert tuple(step.MODELS) == attention._MODELS
     assert tuple(step.STEPS) == attention._STEPS
     assert sorted(attention.QUANTS) == sorted(step.QUANTS)
+
+
+def test_a_cell_of_batch_invariance_has_the_default_first(tmp_path):
+    op, of = "paged_attention, batch_invariant", " H 32/8 D 128"
+    rows = [
+        row(op, "none B 16 ctx 8192 new 1" + of, 12.0, "default", 10.0),
+        row(op, "none B 1 ctx 8192 new 4" + of, 300.0, "default", 250.0),
+        row(op, "cache_fp8 B 4 ctx 8192 new 16" + of, 91.0, "default", 65.0),
+    ]
+    write(tmp_path, "h100-batch-invariant.json", "2026-01-01", *rows)
+    lines = MAKE["TABLES"]["batch invariant"](RESULTS.read(tmp_path)).splitlines()
+    assert lines[2:4] == [
+        "| `none`, 8k | - | 10.0 / 12.0 | - | - |",
+        "| `none`, 8k, 4 new tokens | 250 / 300 | - | - | - |",
+    ]
+    assert lines[5] == "`cache_fp8`: 4 sequences of 8k with 16 new tokens 65.0 / 91.0."
+
+
+def test_the_table_of_batch_invariance_has_the_benchmarks_shapes():
+    from gpu_tables import attention
+
+    measured = {
+        (quant, context, new)
+        for quant in batch_invariant.TYPES["gpu"]
+        for _, context, new in batch_invariant.SHAPES["gpu"]
+    }
+    measured |= {("cache_fp8", context, new) for _, context, new in batch_invariant.MORE}
+    shown = set(attention._INVARIANT_LINES)
+    assert {x for x in measured if x[2] <= 4} <= shown
+    of_more = {f"B {b} ctx {k} new {new}" for b, k, new in batch_invariant.MORE if new > 4}
+    assert of_more <= {shape for _, shape in attention._INVARIANT_MORE}
 
 
 def test_means_of_merge_are_geometric(tmp_path):

@@ -14,6 +14,7 @@ import types
 import numpy as np
 import pytest
 
+from fastattn.bench.cases import layers as bench_layers
 from fastattn.bench.cases import step as bench_step
 from fastattn.bench.core import peers as bench_peers
 from fastattn.bench.core.plots import plot
@@ -44,6 +45,7 @@ def rows_of_both(us=40.0):
 def test_names_say_the_limit_and_what_differs():
     assert report.fastdeploy_name(32768, True, "") == "FastDeploy 32k"
     assert report.fastdeploy_name(8192, False, "") == "FastDeploy 8k, other rope"
+    assert report.fastdeploy_name(8192, True, "", gathers=True) == "FastDeploy + vLLM's FA3 8k"
     marked = "FastDeploy 8k, other rope, wrong output"
     assert report.fastdeploy_name(8192, False, "relative error 0.4") == marked
 
@@ -97,11 +99,9 @@ def bench_rows():
         def calls(self, exact):
             return []
 
-        def eager_us(self, calls):
-            return 60.0, 50.0
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_step, "_Layers", Layers)
+        patch.setattr(bench_step, "Layers", Layers)
+        patch.setattr(bench_step, "eager_us", lambda *ways: [(60.0, 50.0), (58.0, 49.0)])
         patch.setattr(bench_step, "_QUICK", ((MODEL,), ("cache_fp8", "block_wise_fp8"), (STEP,)))
         device = types.SimpleNamespace(quick=True, us=lambda calls: 32.0)
         yield from bench_step.step(device)
@@ -155,9 +155,9 @@ def test_models_and_steps_are_the_benchmarks(monkeypatch):
         assert theirs.rope_3d == model.table_per_seq
     theirs = {name: [s[:2] for s in sequences] for name, sequences in steps.STEPS.items()}
     assert theirs == bench_step.STEPS
-    assert (steps.CONTEXT, steps.MAX_MODEL_LEN) == (bench_step.CONTEXT, bench_step.MAX_MODEL_LEN)
+    assert (steps.CONTEXT, steps.MAX_MODEL_LEN) == (bench_step.CONTEXT, bench_layers.MAX_MODEL_LEN)
     for of_layer in (10**6, 10**8, 10**10):
-        expected = int(np.clip(bench_step._LAYER_BYTES / of_layer, 1, bench_step._MOST_LAYERS))
+        expected = int(np.clip(bench_layers._LAYER_BYTES / of_layer, 1, bench_layers._MOST_LAYERS))
         assert steps.layer_count(of_layer) == expected
     prefill = [new > 1 for sequences in steps.STEPS.values() for _, new, _ in sequences]
     assert prefill == [s[2] for sequences in steps.STEPS.values() for s in sequences]

@@ -21,6 +21,7 @@
 #include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/quad.cuh"
+#include "cuda/common/rotate.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/indexer/encode.cuh"
 #include "cuda/indexer/launch.h"

@@ -1,7 +1,10 @@
-// indexer_k_gather: copies of rows, in the widest words that all addresses allow.
+// indexer_k_gather: copies of rows, in the widest words that all addresses allow. A CTA first finds
+// where its rows lie, a thread a row, then copies them.
 #include "common/dispatch.h"
+#include "cuda/common/divisor.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
+#include "cuda/common/prefetch.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/indexer/encode.cuh"
 #include "cuda/indexer/launch.h"
@@ -11,14 +14,10 @@ namespace fastattn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// How a row's codes are dealt out to lanes.
-template <IndexerQuant kQuant, typename Word>
-struct RowLanes {
-  static constexpr int kWords = PageFormatOf(kQuant).code_bytes / static_cast<int>(sizeof(Word));
-  static constexpr int kLanes = kWords < 32 ? kWords : 32;
-  static constexpr int kRows = kThreads / kLanes;  // of a CTA
-};
+// Rows of a CTA, and of a call that is worth the larger number.
+constexpr int kFewRows = 32;
+constexpr int kRowsOfMany = 128;
+constexpr int64_t kManyRows = 16384;
 
 // Sequences that end at or before `row`, counted by the whole CTA.
 __device__ __forceinline__ int SequencesBefore(const IndexerKGatherParams& p, int64_t row) {
@@ -49,40 +48,89 @@ __device__ __forceinline__ int SequencesBefore(const IndexerKGatherParams& p, in
   return low;
 }
 
-template <IndexerQuant kQuant, typename Word>
-__global__ void __launch_bounds__(kThreads)
-    GatherKernel(const __grid_constant__ IndexerKGatherParams p) {
-  using Lanes = RowLanes<kQuant, Word>;
+// First byte of a row's codes in the cache, and of its scales; null for a row of no token.
+struct RowSource {
+  const uint8_t* codes;
+  const uint8_t* scales;
+};
+
+template <IndexerQuant kQuant>
+__device__ __forceinline__ RowSource FindRow(const IndexerKGatherParams& p,
+                                             const Divisor& page_size, int64_t row, int least) {
+  if (row >= p.num_rows) return {};
+  const int seq = SequencesBefore(p, row, least);
+  if (seq >= p.batch) return {};
+  const int64_t token = row - __ldg(p.cu_seqlens + seq);
+  if (token < 0) return {};  // before the first sequence
+  const int64_t index = token < 0x7FFFFFFF ? page_size.Quotient(static_cast<uint32_t>(token))
+                                           : token / p.pages.page_size;
+  if (index >= p.max_blocks) return {};
+  const int page = __ldg(p.block_tables + static_cast<int64_t>(seq) * p.max_blocks + index);
+  if (page < 0 || page >= p.pages.num_pages) return {};
   constexpr int kCodeBytes = PageFormatOf(kQuant).code_bytes;
-  const int lane = threadIdx.x % Lanes::kLanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * Lanes::kRows;
-  const int64_t row = first + threadIdx.x / Lanes::kLanes;
+  const uint8_t* from = p.cache + page * p.pages.page_stride;
+  const int64_t at = token - index * p.pages.page_size;
+  return {from + at * kCodeBytes, from + p.pages.page_size * kCodeBytes + 4 * at};
+}
+
+__device__ __forceinline__ uint32_t LoadScales(const uint8_t* from, bool words) {
+  if (words) return __ldg(reinterpret_cast<const uint32_t*>(from));
+  uint32_t bytes = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bytes |= static_cast<uint32_t>(__ldg(from + i)) << (8 * i);
+  return bytes;
+}
+
+// Asks for lines of the index tensors ahead of PdlWait, each by one warp: a line that every CTA
+// asked for would be asked for one CTA after the other.
+__device__ __forceinline__ void PrefetchIndices(const IndexerKGatherParams& p) {
+  if (threadIdx.x % 32 != 0) return;
+  const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (entry <= p.batch) PrefetchL2(p.cu_seqlens + entry);
+  if (entry < int64_t{p.batch} * p.max_blocks) PrefetchL2(p.block_tables + entry);
+}
+
+template <IndexerQuant kQuant, typename Word, int kRows>
+__global__ void __launch_bounds__(kThreads)
+    GatherKernel(const __grid_constant__ IndexerKGatherParams p, Divisor page_size) {
+  static_assert(kRows <= kThreads);
+  constexpr int kWords = PageFormatOf(kQuant).code_bytes / static_cast<int>(sizeof(Word));
+  constexpr int kRounds = (kRows * kWords + kThreads - 1) / kThreads;
+  constexpr int kAtOnce = kRounds < 4 ? kRounds : 4;
+  __shared__ const uint8_t* sources[kRows];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
+  PrefetchIndices(p);
   PdlWait();
   const int least = SequencesBefore(p, first);
-  if (row >= p.num_rows) return;
-  const int seq = SequencesBefore(p, row, least);
-  if (seq >= p.batch) return;
-  const int64_t token = row - __ldg(p.cu_seqlens + seq);
-  if (token < 0) return;  // before the first sequence
-  int64_t index, at;
-  SplitSlot(token, p.pages.page_size, &index, &at);
-  if (index >= p.max_blocks) return;
-  const int page = __ldg(p.block_tables + static_cast<int64_t>(seq) * p.max_blocks + index);
-  PdlLaunchDependents();
-  if (page < 0 || page >= p.pages.num_pages) return;
-  const uint8_t* from = p.cache + page * p.pages.page_stride;
-  const Word* codes = reinterpret_cast<const Word*>(from + at * kCodeBytes);
-  Word* to = reinterpret_cast<Word*>(p.codes + row * kCodeBytes);
-#pragma unroll
-  for (int i = lane; i < Lanes::kWords; i += Lanes::kLanes) to[i] = __ldg(codes + i);
-  const uint8_t* scales = from + p.pages.page_size * kCodeBytes + 4 * at;
-  if constexpr (sizeof(Word) >= 4) {
-    if (lane == 0) {
-      reinterpret_cast<uint32_t*>(p.scales)[row] = __ldg(reinterpret_cast<const uint32_t*>(scales));
-    }
-  } else if (lane < 4) {
-    p.scales[4 * row + lane] = __ldg(scales + lane);
+  constexpr bool kScaleWords = sizeof(Word) >= 4;
+  const int64_t row = first + threadIdx.x;
+  RowSource source = {};
+  uint32_t scales = 0;  // stored behind the codes: nobody waits for them before
+  if (threadIdx.x < kRows) {
+    source = FindRow<kQuant>(p, page_size, row, least);
+    sources[threadIdx.x] = source.codes;
+    if (source.codes != nullptr) scales = LoadScales(source.scales, kScaleWords);
   }
+  __syncthreads();
+  PdlLaunchDependents();
+  Word* const to = reinterpret_cast<Word*>(p.codes) + first * kWords;
+#pragma unroll 1
+  for (int round = 0; round < kRounds; round += kAtOnce) {
+    Word words[kAtOnce];
+    bool there[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int word = (round + i) * kThreads + threadIdx.x;
+      const uint8_t* from = word < kRows * kWords ? sources[word / kWords] : nullptr;
+      there[i] = from != nullptr;
+      if (there[i]) words[i] = __ldg(reinterpret_cast<const Word*>(from) + word % kWords);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (there[i]) to[(round + i) * kThreads + threadIdx.x] = words[i];
+    }
+  }
+  if (source.codes != nullptr) StoreWord(p.scales + 4 * row, scales, kScaleWords);
 }
 
 bool AllAligned(const IndexerKGatherParams& p, int bytes) {
@@ -91,11 +139,12 @@ bool AllAligned(const IndexerKGatherParams& p, int bytes) {
          IsAligned(p.codes, bytes) && IsAligned(p.scales, scale_bytes);
 }
 
-template <IndexerQuant kQuant, typename Word>
+template <IndexerQuant kQuant, typename Word, int kRows>
 cudaError_t LaunchVariant(const IndexerKGatherParams& p, cudaStream_t stream) {
-  constexpr int kRows = RowLanes<kQuant, Word>::kRows;
+  const auto size = p.pages.page_size < 0x7FFFFFFF ? p.pages.page_size : 0x7FFFFFFF;
   const dim3 ctas(GridSize((p.num_rows + kRows - 1) / kRows));
-  return LaunchPdl(GatherKernel<kQuant, Word>, ctas, dim3(kThreads), stream, p);
+  return LaunchPdl(GatherKernel<kQuant, Word, kRows>, ctas, dim3(kThreads), stream, p,
+                   Divisor(static_cast<uint32_t>(size)));
 }
 
 }  // namespace
@@ -105,12 +154,14 @@ cudaError_t LaunchIndexerKGather(const IndexerKGatherParams& p, cudaStream_t str
   cudaError_t status = cudaSuccess;
   dispatch<IndexerQuant::kFp8, IndexerQuant::kMxfp4>(p.pages.quant, "quant", [&](auto quant) {
     constexpr IndexerQuant kQuant = decltype(quant)::value;
-    if (AllAligned(p, 16)) {
-      status = LaunchVariant<kQuant, uint4>(p, stream);
-    } else if (AllAligned(p, 4)) {
-      status = LaunchVariant<kQuant, uint32_t>(p, stream);
+    if (!AllAligned(p, 4)) {
+      status = LaunchVariant<kQuant, uint8_t, kFewRows>(p, stream);
+    } else if (!AllAligned(p, 16)) {
+      status = LaunchVariant<kQuant, uint32_t, kFewRows>(p, stream);
+    } else if (p.num_rows < kManyRows) {
+      status = LaunchVariant<kQuant, uint4, kFewRows>(p, stream);
     } else {
-      status = LaunchVariant<kQuant, uint8_t>(p, stream);
+      status = LaunchVariant<kQuant, uint4, kRowsOfMany>(p, stream);
     }
   });
   return status;

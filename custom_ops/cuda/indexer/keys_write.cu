@@ -1,11 +1,16 @@
-// indexer_k_write_cache. Sixteen lanes hold a key, 8 channels each.
+// indexer_k_write_cache. Eight lanes hold a key, 16 channels each, so that what is done once a lane
+// (its slot, its page, addresses) and once a key is spread over many bytes.
+#include <algorithm>
+
 #include "common/dispatch.h"
 #include "common/exact.h"
 #include "common/fp4.h"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/divisor.cuh"
 #include "cuda/common/e2m1.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
+#include "cuda/common/prefetch.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/common/vector.cuh"
@@ -17,53 +22,108 @@ namespace fastattn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kLanes = kIndexerHeadDim / kChunk;  // of a key
-constexpr int kTokens = kThreads / kLanes;        // of a CTA
+constexpr int kChunks = 2;                                    // of a lane
+constexpr int kLanes = kIndexerHeadDim / (kChunks * kChunk);  // of a key
+constexpr int kTokens = kThreads / kLanes;                    // of a CTA at once
+
+// Channels of a lane, as they were loaded.
+template <DType kIn>
+struct LaneKey {
+  Raw<kIn> chunks[kChunks];
+};
 
 // Bytes that a lane stores: its codes, and (the first lane of a key) the scales.
 template <IndexerQuant kQuant>
 struct Encoded {
-  uint32_t codes[kQuant == IndexerQuant::kFp8 ? 2 : 1];
+  uint32_t codes[kQuant == IndexerQuant::kFp8 ? 4 : 2];
   uint32_t scales;
 };
 
-template <DType kIn>
-__device__ __forceinline__ Encoded<IndexerQuant::kFp8> EncodeKeyFp8(const Raw<kIn>& raw,
-                                                                    IndexerScaleRule rule) {
-  float x[kChunk];
-  Unpack<kIn>(raw, x);
-  uint32_t amax = 0;
+// The larger of two pairs of magnitudes of bf16 or fp16. Their bits are ordered as integers, with
+// NaN above all; or a NaN is passed over.
+template <DType kIn, bool kSkipNaN>
+__device__ __forceinline__ uint32_t MaxPair(uint32_t a, uint32_t b) {
+  if constexpr (!kSkipNaN) {
+    return __vmaxu2(a, b);
+  } else if constexpr (kIn == DType::kBFloat16) {
+    return Bf162Bits(__hmax2(AsBf162(a), AsBf162(b)));
+  } else {
+    return HalfBits(__hmax2(AsHalf2(a), AsHalf2(b)));
+  }
+}
+
+// Bits in fp32 of the largest magnitude of a lane's channels.
+template <DType kIn, bool kSkipNaN>
+__device__ __forceinline__ uint32_t LaneAmax(const LaneKey<kIn>& key) {
+  if constexpr (kIn == DType::kFloat32) {
+    float most = 0.0f;
+    uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) amax = max(amax, AbsBits(x[i]));
-  amax = LanesMax<kLanes>(amax);
-  const bool pow2 = rule == IndexerScaleRule::kPow2;
-  const float scale = pow2 ? PowerOfTwoFp8Scale(amax) : IndexerAmaxScale(amax);
-  const float inverse = pow2 ? PowerOfTwoInverse(scale) : Div(1.0f, scale);
+    for (int c = 0; c < kChunks; ++c) {
+      float x[kChunk];
+      Unpack<kIn>(key.chunks[c], x);
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) x[i] = Mul(x[i], inverse);
-  return {{PackCodes<DType::kE4M3>(x[0], x[1], x[2], x[3]),
-           PackCodes<DType::kE4M3>(x[4], x[5], x[6], x[7])},
-          FloatBits(scale)};
+      for (int i = 0; i < kChunk; ++i) {
+        most = fmaxf(most, fabsf(x[i]));  // passes over a NaN
+        bits = max(bits, AbsBits(x[i]));
+      }
+    }
+    return kSkipNaN ? FloatBits(most) : bits;
+  } else {
+    uint32_t pair = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const uint4 words = key.chunks[c].low;
+      const uint32_t four[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pair = MaxPair<kIn, kSkipNaN>(pair, four[i] & 0x7FFF7FFFu);
+    }
+    const uint32_t most = max(pair & 0xFFFFu, pair >> 16);
+    if constexpr (kIn == DType::kBFloat16) return most << 16;
+    return FloatBits(__half2float(__ushort_as_half(static_cast<uint16_t>(most))));
+  }
 }
 
 template <DType kIn>
-__device__ __forceinline__ Encoded<IndexerQuant::kMxfp4> EncodeKeyMxfp4(const Raw<kIn>& raw) {
-  constexpr int kBlockLanes = kMxBlock / kChunk;
-  static_assert(kLanes == 4 * kBlockLanes, "four exponents a key");
-  float x[kChunk];
-  Unpack<kIn>(raw, x);
-  float amax = 0.0f;  // fmaxf passes over a NaN
+__device__ __forceinline__ Encoded<IndexerQuant::kFp8> EncodeKeyFp8(const LaneKey<kIn>& key,
+                                                                    IndexerScaleRule rule) {
+  const uint32_t amax = LanesMax<kLanes>(LaneAmax<kIn, false>(key));
+  const bool pow2 = rule == IndexerScaleRule::kPow2;
+  const float scale = pow2 ? PowerOfTwoFp8Scale(amax) : IndexerAmaxScale(amax);
+  const float inverse = pow2 ? PowerOfTwoInverse(scale) : Div(1.0f, scale);
+  Encoded<IndexerQuant::kFp8> encoded;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) amax = fmaxf(amax, fabsf(x[i]));
-  const uint8_t byte = MxScaleByte(LanesMax<kBlockLanes>(FloatBits(amax)));
-  const float inverse = UE8M0Inverse(byte);
-  Encoded<IndexerQuant::kMxfp4> encoded;
-  if constexpr (kIn == DType::kBFloat16) {
-    encoded.codes[0] = PackE2M1OfBf16x8(raw.low, __byte_perm(FloatBits(inverse), 0, 0x3232));
-  } else {
+  for (int c = 0; c < kChunks; ++c) {
+    float x[kChunk];
+    Unpack<kIn>(key.chunks[c], x);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] = Mul(x[i], inverse);
-    encoded.codes[0] = PackE2M1x8<kFitsHalf<kIn>>(x);
+    encoded.codes[2 * c] = PackCodes<DType::kE4M3>(x[0], x[1], x[2], x[3]);
+    encoded.codes[2 * c + 1] = PackCodes<DType::kE4M3>(x[4], x[5], x[6], x[7]);
+  }
+  encoded.scales = FloatBits(scale);
+  return encoded;
+}
+
+template <DType kIn>
+__device__ __forceinline__ Encoded<IndexerQuant::kMxfp4> EncodeKeyMxfp4(const LaneKey<kIn>& key) {
+  constexpr int kBlockLanes = kMxBlock / (kChunks * kChunk);
+  static_assert(kLanes == 4 * kBlockLanes, "four exponents a key");
+  const uint8_t byte = MxScaleByte(LanesMax<kBlockLanes>(LaneAmax<kIn, true>(key)));
+  const float inverse = UE8M0Inverse(byte);
+  Encoded<IndexerQuant::kMxfp4> encoded;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if constexpr (kIn == DType::kBFloat16) {
+      encoded.codes[c] =
+          PackE2M1OfBf16x8(key.chunks[c].low, __byte_perm(FloatBits(inverse), 0, 0x3232));
+    } else {
+      float x[kChunk];
+      Unpack<kIn>(key.chunks[c], x);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) x[i] = Mul(x[i], inverse);
+      encoded.codes[c] = PackE2M1x8<kFitsHalf<kIn>>(x);
+    }
   }
   const int lane = threadIdx.x % kLanes;
   uint32_t bytes = static_cast<uint32_t>(byte) << (8 * (lane / kBlockLanes));
@@ -73,67 +133,120 @@ __device__ __forceinline__ Encoded<IndexerQuant::kMxfp4> EncodeKeyMxfp4(const Ra
   return encoded;
 }
 
-// Whether addresses suit vectors: keys 16 bytes, codes 8, codes and scales 4.
+template <IndexerQuant kQuant, DType kIn>
+__device__ __forceinline__ Encoded<kQuant> EncodeKey(const LaneKey<kIn>& key,
+                                                     IndexerScaleRule rule) {
+  if constexpr (kQuant == IndexerQuant::kFp8) {
+    return EncodeKeyFp8<kIn>(key, rule);
+  } else {
+    return EncodeKeyMxfp4<kIn>(key);
+  }
+}
+
+// Whether addresses suit vectors; `words`: those of the cache suit at least four bytes.
 struct Alignment {
-  bool keys, pairs, words;
+  bool keys, words;
 };
 
-template <IndexerQuant kQuant, DType kIn>
+template <DType kIn, bool kAligned>
+__device__ __forceinline__ LaneKey<kIn> LoadKey(const IndexerKWriteParams& p, int64_t element,
+                                                bool inside, bool keys_aligned) {
+  LaneKey<kIn> key;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    key.chunks[c] = kAligned || keys_aligned
+                        ? LoadRaw<kIn>(p.key, element + c * kChunk, inside)
+                        : LoadRawUnaligned<kIn>(p.key, element + c * kChunk, inside);
+  }
+  return key;
+}
+
+// Page of a slot, whose row is what is left; slots of a pool of less than 2^31 without a division.
+__device__ __forceinline__ int64_t PageOfSlot(const IndexerPages& pages, const Divisor& page_size,
+                                              int64_t slot) {
+  if (slot < 0x7FFFFFFF) return page_size.Quotient(static_cast<uint32_t>(slot));
+  return slot / pages.page_size;
+}
+
+template <IndexerQuant kQuant, bool kAligned>
+__device__ __forceinline__ void StoreKey(const IndexerKWriteParams& p, int64_t page, int64_t row,
+                                         int lane, const Encoded<kQuant>& encoded, bool words) {
+  constexpr int kCodeBytes = PageFormatOf(kQuant).code_bytes;
+  constexpr int kWords = kCodeBytes / kLanes / 4;
+  uint8_t* first = p.cache + page * p.pages.page_stride;
+  uint8_t* codes = first + row * kCodeBytes + lane * (4 * kWords);
+  if constexpr (!kAligned) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) StoreWord(codes + 4 * i, encoded.codes[i], words);
+  } else if constexpr (kQuant == IndexerQuant::kFp8) {
+    *reinterpret_cast<uint4*>(codes) =
+        make_uint4(encoded.codes[0], encoded.codes[1], encoded.codes[2], encoded.codes[3]);
+  } else {
+    *reinterpret_cast<uint2*>(codes) = make_uint2(encoded.codes[0], encoded.codes[1]);
+  }
+  if (lane == 0) {
+    uint8_t* scales = first + p.pages.page_size * kCodeBytes + 4 * row;
+    StoreWord(scales, encoded.scales, kAligned || words);
+  }
+}
+
+// Asks for a key and its slot ahead of PdlWait.
+template <DType kIn>
+__device__ __forceinline__ void PrefetchKey(const IndexerKWriteParams& p, int64_t token, int lane) {
+  constexpr int kLines = kIndexerHeadDim * static_cast<int>(SizeOf(kIn)) / 128;
+  static_assert(kLines < kLanes);
+  if (token >= p.num_tokens) return;
+  const char* key = static_cast<const char*>(p.key) + token * p.key_stride * SizeOf(kIn);
+  if (lane < kLines) PrefetchL2(key + lane * 128);
+  if (lane == kLines) PrefetchIndex(p.slots, token);
+}
+
+template <IndexerQuant kQuant, DType kIn, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
-    WriteKernel(const __grid_constant__ IndexerKWriteParams p, Alignment aligned) {
+    WriteKernel(const __grid_constant__ IndexerKWriteParams p, Alignment aligned,
+                Divisor page_size) {
   const int lane = threadIdx.x % kLanes;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokens + threadIdx.x / kLanes;
   const bool inside = token < p.num_tokens;
-  const int64_t element = token * p.key_stride + lane * kChunk;
+  const int64_t element = token * p.key_stride + lane * (kChunks * kChunk);
+  PrefetchKey<kIn>(p, token, lane);
   PdlWait();
   const int64_t slot = inside ? p.slots.At(token) : -1;
-  const Raw<kIn> raw = aligned.keys ? LoadRaw<kIn>(p.key, element, inside)
-                                    : LoadRawUnaligned<kIn>(p.key, element, inside);
+  const LaneKey<kIn> key = LoadKey<kIn, kAligned>(p, element, inside, aligned.keys);
   PdlLaunchDependents();
-  Encoded<kQuant> encoded;
-  if constexpr (kQuant == IndexerQuant::kFp8) {
-    encoded = EncodeKeyFp8<kIn>(raw, p.scale_rule);
-  } else {
-    encoded = EncodeKeyMxfp4<kIn>(raw);
-  }
+  const Encoded<kQuant> encoded = EncodeKey<kQuant, kIn>(key, p.scale_rule);
   if (slot < 0) return;
-  int64_t page, row;
-  SplitSlot(slot, p.pages.page_size, &page, &row);
+  const int64_t page = PageOfSlot(p.pages, page_size, slot);
   if (page >= p.pages.num_pages) return;
-  constexpr int kCodeBytes = PageFormatOf(kQuant).code_bytes;
-  uint8_t* first = p.cache + page * p.pages.page_stride;
-  uint8_t* codes = first + row * kCodeBytes + lane * (kCodeBytes / kLanes);
-  if constexpr (kQuant == IndexerQuant::kFp8) {
-    if (aligned.pairs) {
-      *reinterpret_cast<uint2*>(codes) = make_uint2(encoded.codes[0], encoded.codes[1]);
-    } else {
-      StoreWord(codes, encoded.codes[0], aligned.words);
-      StoreWord(codes + 4, encoded.codes[1], aligned.words);
-    }
-  } else {
-    StoreWord(codes, encoded.codes[0], aligned.words);
-  }
-  if (lane == 0) {
-    StoreWord(first + p.pages.page_size * kCodeBytes + 4 * row, encoded.scales, aligned.words);
-  }
+  StoreKey<kQuant, kAligned>(p, page, slot - page * p.pages.page_size, lane, encoded,
+                             aligned.words);
+}
+
+template <IndexerQuant kQuant, DType kIn, bool kAligned>
+cudaError_t LaunchVariant(const IndexerKWriteParams& p, Alignment aligned, cudaStream_t stream) {
+  const Divisor page_size(static_cast<uint32_t>(std::min<int64_t>(p.pages.page_size, 0x7FFFFFFF)));
+  return LaunchPdl(WriteKernel<kQuant, kIn, kAligned>,
+                   dim3(GridSize((p.num_tokens + kTokens - 1) / kTokens)), dim3(kThreads), stream,
+                   p, aligned, page_size);
 }
 
 }  // namespace
 
 cudaError_t LaunchIndexerKWrite(const IndexerKWriteParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0 || p.pages.num_pages == 0) return cudaSuccess;
-  const dim3 ctas(GridSize((p.num_tokens + kTokens - 1) / kTokens));
   Alignment aligned;
   aligned.keys =
       IsAligned(p.key, 16) && p.key_stride * static_cast<int64_t>(SizeOf(p.key_dtype)) % 16 == 0;
-  aligned.pairs = IsAligned(p.cache, 8) && p.pages.page_stride % 8 == 0;
   aligned.words = IsAligned(p.cache, 4) && p.pages.page_stride % 4 == 0;
+  const bool all = aligned.keys && IsAligned(p.cache, 16) && p.pages.page_stride % 16 == 0;
   cudaError_t status = cudaSuccess;
   dispatch<IndexerQuant::kFp8, IndexerQuant::kMxfp4>(p.pages.quant, "quant", [&](auto quant) {
     dispatch<DType::kBFloat16, DType::kFloat16, DType::kFloat32>(
         p.key_dtype, "key dtype", [&](auto dtype) {
-          status = LaunchPdl(WriteKernel<decltype(quant)::value, decltype(dtype)::value>, ctas,
-                             dim3(kThreads), stream, p, aligned);
+          constexpr IndexerQuant kQuant = decltype(quant)::value;
+          constexpr DType kIn = decltype(dtype)::value;
+          status = all ? LaunchVariant<kQuant, kIn, true>(p, aligned, stream)
+                       : LaunchVariant<kQuant, kIn, false>(p, aligned, stream);
         });
   });
   return status;

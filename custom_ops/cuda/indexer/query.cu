@@ -11,6 +11,7 @@
 #include "cuda/common/e2m1.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
+#include "cuda/common/rotate.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/indexer/encode.cuh"

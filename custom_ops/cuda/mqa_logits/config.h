@@ -23,8 +23,14 @@ struct Config {
   // Warpgroups: as many as their accumulators, weights and operands leave registers for. A tile of
   // few columns is a chain of short steps, which only other tiles' hide.
   static constexpr int kConsumers = kColumns == 64 ? 4 : kColumns == 128 ? 3 : 2;
-  static constexpr int kStages = kFp8 ? 14 : 24;
-  static constexpr int kLoaders = 1;  // warps
+  // A stage's tiles are all of one warpgroup: its waits see every phase of the stage's barrier. A
+  // warpgroup that came to a stage for the first time after others' turns could take the phase
+  // before the one that it waits for, still loading, for it: waits tell phases by parity only.
+  static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? 16 : kConsumers == 3 ? 15 : 14;
+  static_assert(kStages % kConsumers == 0);
+  // Warps. Steps with one query a sequence turn to the next tile so soon that one warp falls
+  // behind.
+  static constexpr int kLoaders = kPaged && kColumns == 64 ? 2 : 1;
   static_assert(kStages % kLoaders == 0 && kLoaders <= 2);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
@@ -48,6 +54,12 @@ struct Segment {
   int tiles;  // -1: there are no more segments
 };
 
+// Units of work (schedule.cuh) of a CTA: the first is unit `unit` of group `group`.
+struct Share {
+  int group, unit;
+  int64_t units;
+};
+
 // What a consumer needs of a query: the visible keys, and where the logit of key 0 would be.
 struct alignas(16) QueryCells {
   int begin, end;
@@ -66,8 +78,7 @@ struct Shared {
   uint32_t unassigned[C::kStages];  // a bit for every 8 keys of the tile
   Segment segments[2];
   int64_t warp_sums[C::kThreads / 32];
-  int64_t total;
-  int first_group, first_unit;  // of this CTA's share
+  Share share;  // ragged
   uint64_t segment_found[2];
   uint64_t query_full[2];
   uint64_t query_empty[2];

@@ -58,18 +58,22 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   return EncodeMap(scales, &arguments->key_scales);
 }
 
-// Whether the Hopper kernel (wgmma_kernel.cuh) takes a call. It does not take paged ones: over long
-// caches on an H100 its launches failed (CUDA error 719), for a reason that is not known yet.
+// Whether the Hopper kernel (wgmma_kernel.cuh) takes a call.
 bool WgmmaSupports(const LogitsParams& p) {
-  if (p.paged) return false;
   const bool heads =
       p.num_heads == 8 || p.num_heads == 16 || p.num_heads == 32 || p.num_heads == 64;
   // Coordinates are 32-bit: of heads, and of the scales' bytes.
   constexpr int64_t kMost = int64_t{1} << 31;
   if (p.head_dim != kDim || !heads || !Aligned16(p.q)) return false;
   if ((p.rows + 256) * p.num_heads >= kMost) return false;
-  return p.num_keys > 0 && (p.num_keys + kTileKeys) * kLogitsScaleBytes < kMost &&
-         Aligned16(p.keys) && Aligned16(p.key_scales);
+  if (!p.paged) {
+    return p.num_keys > 0 && (p.num_keys + kTileKeys) * kLogitsScaleBytes < kMost &&
+           Aligned16(p.keys) && Aligned16(p.key_scales);
+  }
+  const int64_t size = p.page_size;
+  const bool pages = size % kTileKeys == 0 || size == 8 || size == 16 || size == 32;
+  return p.num_pages > 0 && pages && Aligned16(p.cache) && p.page_stride % 16 == 0 &&
+         p.page_stride > 0 && p.columns < kMost - kTileKeys;
 }
 
 cudaError_t LaunchWgmma(const LogitsParams& p, cudaStream_t stream) {

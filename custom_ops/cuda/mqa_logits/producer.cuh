@@ -19,7 +19,7 @@ class Loader {
  public:
   __device__ Loader(const Arguments& arguments, Shared<C>& shared)
       : a_(arguments),
-        p_(arguments.p),
+        p_(KnownParams<C>(arguments.p)),
         shared_(shared),
         lane_(threadIdx.x % 32),
         number_(C::kLoaders == 1 ? 0 : threadIdx.x / 32) {
@@ -30,9 +30,14 @@ class Loader {
   }
 
   __device__ void Run() {
-    const int64_t begin = ShareBegin(shared_.total, blockIdx.x);
-    int64_t left = ShareBegin(shared_.total, blockIdx.x + 1) - begin;
-    int group = shared_.first_group, skip = shared_.first_unit;
+    Share share;
+    if constexpr (C::kPaged) {
+      share = FindShareOfWarp<C>(p_, a_.groups, lane_);
+    } else {
+      share = shared_.share;
+    }
+    int64_t left = share.units;
+    int group = share.group, skip = share.unit;
     Ring<2> segments;
     while (true) {
       if (number_ == 0) Wait(&shared_.query_empty[segments.index], segments.phase ^ 1);
@@ -50,10 +55,12 @@ class Loader {
       if (to > from) {
         const Segment segment = {a_.groups.FirstRow(p_, group), a_.groups.RowsOf(p_, group),
                                  a_.groups.Sequence(group), tiles.begin + from, to - from};
-        if (number_ == 0) StartSegment(segment, segments.index);
         if constexpr (C::kPaged) {
-          LoadPages(segment);
+          const Piece first = FindPiece(segment, 0);  // on its way while the queries are asked for
+          if (number_ == 0) StartSegment(segment, segments.index);
+          LoadPages(segment, first);
         } else {
+          if (number_ == 0) StartSegment(segment, segments.index);
           LoadTiles(segment);
         }
         segments.Advance();
@@ -146,12 +153,13 @@ class Loader {
     return piece;
   }
 
-  __device__ void LoadPages(const Segment& segment) {
+  // `piece` is that of tile 0.
+  __device__ void LoadPages(const Segment& segment, Piece piece) {
     const int each = 32 >> piece_bits_;  // tiles whose pages the lanes look up at once
     const int keys = kTileKeys >> piece_bits_, part = lane_ & ((1 << piece_bits_) - 1);
 #pragma unroll 1
     for (int i = 0; i < segment.tiles; i += each) {
-      const Piece piece = FindPiece(segment, i);  // the stages hide the time that it takes
+      if (i > 0) piece = FindPiece(segment, i);  // the stages hide the time that it takes
       const int tiles = min(each, segment.tiles - i);
 #pragma unroll 1
       for (int at = 0; at < tiles; ++at) {
@@ -180,7 +188,7 @@ class Loader {
   }
 
   const Arguments& a_;
-  const LogitsParams& p_;
+  const LogitsParams p_;
   Shared<C>& shared_;
   const int lane_, number_;
   int page_keys_ = kTileKeys, piece_bits_ = 0;
@@ -192,7 +200,7 @@ template <class C>
 class Preparer {
  public:
   __device__ Preparer(const Arguments& arguments, Shared<C>& shared)
-      : p_(arguments.p), shared_(shared), thread_(threadIdx.x - 32 * C::kLoaders) {}
+      : p_(KnownParams<C>(arguments.p)), shared_(shared), thread_(threadIdx.x - 32 * C::kLoaders) {}
 
   __device__ void Run() {
     Ring<2> segments;
@@ -275,7 +283,7 @@ class Preparer {
     return RowFactor(largest);
   }
 
-  const LogitsParams& p_;
+  const LogitsParams p_;
   Shared<C>& shared_;
   const int thread_;
 };
@@ -291,7 +299,8 @@ __device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C
   constexpr int kFirst = C::kLoaders + (C::kFp8 ? 1 : 0), kFillers = 4 - kFirst;
   const int filler = warp - kFirst;
   if (filler >= 0) {
-    FillHidden(arguments.p, blockIdx.x * kFillers + filler, gridDim.x * kFillers, threadIdx.x % 32);
+    FillHidden(KnownParams<C>(arguments.p), blockIdx.x * kFillers + filler, gridDim.x * kFillers,
+               threadIdx.x % 32);
   }
 }
 

@@ -7,6 +7,16 @@
 
 namespace fastattn::cuda::mqa_logits {
 
+// Parameters of which the compiler knows what the variant does, and leaves out the rest.
+template <class C>
+__device__ __forceinline__ LogitsParams KnownParams(LogitsParams p) {
+  p.paged = C::kPaged;
+  p.head_dim = kDim;
+  p.num_heads = C::kHeads;
+  p.quant = C::kQuant;
+  return p;
+}
+
 struct TileRange {
   int begin, end;
 };
@@ -22,7 +32,10 @@ __device__ inline TileRange GroupTiles(const LogitsParams& p, const LogitsGroups
   const int row = groups.FirstRow(p, group), rows = groups.RowsOf(p, group);
   const int sequence = groups.Sequence(group);
   TileRange tiles = {0x7FFFFFFF, 0};
-  for (int r = 0; r < rows; ++r) {
+  // Of rows that share a length the last sees most. No loop here is unrolled: a step has not run
+  // long before it gets here, and waits for each instruction that is fetched.
+#pragma unroll 1
+  for (int r = p.paged && !p.lens_per_row ? rows - 1 : 0; r < rows; ++r) {
     const TileRange x = TilesOf(VisibleKeysOf(p, sequence, row + r));
     tiles.begin = min(tiles.begin, x.begin);
     tiles.end = max(tiles.end, x.end);
@@ -46,16 +59,68 @@ __device__ __forceinline__ int UnitsOf(TileRange tiles) {
   return tiles.end > tiles.begin ? tiles.end - tiles.begin + C::kGroupUnits : 0;
 }
 
+// Units before CTA `cta`'s share.
 __device__ __forceinline__ int64_t ShareBegin(int64_t total, int cta) {
-  return total * cta / static_cast<int>(gridDim.x);
+  // A division of 64 bits is a call.
+  const int64_t each =
+      total >> 32 == 0 ? static_cast<uint32_t>(total) / gridDim.x : total / gridDim.x;
+  return each * cta + min(int64_t{cta}, total - each * gridDim.x);
+}
+
+__device__ __forceinline__ int64_t SumUpToLane(int64_t x, int lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int64_t other = __shfl_up_sync(~0u, x, step);
+    if (lane >= step) x += other;
+  }
+  return x;
+}
+
+// Group and unit at `offset` units behind those of group `first`.
+template <class C>
+__device__ __forceinline__ void Walk(const LogitsParams& p, const LogitsGroups& groups, int first,
+                                     int last, int64_t offset, int* group, int* unit) {
+  int at = first;
+#pragma unroll 1
+  for (; at + 1 < last; ++at) {
+    const int units = UnitsOf<C>(GroupTiles(p, groups, at));
+    if (offset < units) break;
+    offset -= units;
+  }
+  *group = at, *unit = static_cast<int>(offset);
+}
+
+// A decode step's, by each warp that wants to know: a step's groups are few, and the shorter the
+// way to its first keys the better.
+template <class C>
+__device__ __forceinline__ Share FindShareOfWarp(const LogitsParams& p, const LogitsGroups& groups,
+                                                 int lane) {
+  const int each = (groups.count + 31) / 32;
+  const int first = min(lane * each, groups.count), last = min(first + each, groups.count);
+  int64_t sum = 0;
+#pragma unroll 1
+  for (int group = first; group < last; ++group) {
+    sum += UnitsOf<C>(GroupTiles(p, groups, group));
+  }
+  const int64_t through = SumUpToLane(sum, lane), before = through - sum;
+  const int64_t total = __shfl_sync(~0u, through, 31);
+  const int64_t begin = ShareBegin(total, blockIdx.x);
+  Share share = {0, 0, ShareBegin(total, blockIdx.x + 1) - begin};
+  const bool mine = begin >= before && begin < through;
+  if (mine) Walk<C>(p, groups, first, last, begin - before, &share.group, &share.unit);
+  const uint32_t found = __ballot_sync(~0u, mine);
+  const int lane_of = found != 0 ? __ffs(found) - 1 : 0;
+  share.group = __shfl_sync(~0u, share.group, lane_of);
+  share.unit = __shfl_sync(~0u, share.unit, lane_of);
+  return share;
 }
 
 // Prefetches a decode step's block tables, weights and queries into the L2 cache, a line a thread
 // of the grid: a step is so short that what is read one after the other had better not come from
-// memory each time.
-__device__ __forceinline__ void PrefetchInputs(const LogitsParams& p) {
+// memory each time. Thread `thread` of `threads` in the CTA.
+__device__ __forceinline__ void PrefetchInputs(const LogitsParams& p, int thread, int threads) {
   constexpr int64_t kLine = 128;
-  int64_t line = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  int64_t line = int64_t{blockIdx.x} * threads + thread;
   const auto prefetch = [&](const void* data, int64_t bytes) {
     const int64_t lines = (bytes + kLine - 1) / kLine;
     if (line >= 0 && line < lines) {
@@ -70,7 +135,7 @@ __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p) {
   prefetch(p.q, p.rows * p.num_heads * p.CodeBytes());
 }
 
-// Finds the group and the unit with which this CTA's share begins. All threads of the CTA.
+// A prompt's, by all threads of the CTA.
 template <class C>
 __device__ __forceinline__ void FindShare(const LogitsParams& p, const LogitsGroups& groups,
                                           Shared<C>& shared) {
@@ -81,12 +146,7 @@ __device__ __forceinline__ void FindShare(const LogitsParams& p, const LogitsGro
   for (int group = first; group < last; ++group) {
     sum += UnitsOf<C>(GroupTiles(p, groups, group));
   }
-  int64_t before = sum;  // up to and with this thread, then without it
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int64_t other = __shfl_up_sync(~0u, before, step);
-    if (lane >= step) before += other;
-  }
+  int64_t before = SumUpToLane(sum, lane);
   if (lane == 31) shared.warp_sums[warp] = before;
   __syncthreads();
   int64_t total = 0;
@@ -97,18 +157,11 @@ __device__ __forceinline__ void FindShare(const LogitsParams& p, const LogitsGro
     before += w < warp ? x : 0;
     total += x;
   }
-  int64_t offset = ShareBegin(total, blockIdx.x) - before;
+  const int64_t begin = ShareBegin(total, blockIdx.x), offset = begin - before;
+  if (thread == 0) shared.share.units = ShareBegin(total, blockIdx.x + 1) - begin;
   if (offset >= 0 && offset < sum) {
-    int group = first;
-    for (; group + 1 < last; ++group) {
-      const int units = UnitsOf<C>(GroupTiles(p, groups, group));
-      if (offset < units) break;
-      offset -= units;
-    }
-    shared.first_group = group;
-    shared.first_unit = static_cast<int>(offset);
+    Walk<C>(p, groups, first, last, offset, &shared.share.group, &shared.share.unit);
   }
-  if (thread == 0) shared.total = total;
   __syncthreads();
 }
 

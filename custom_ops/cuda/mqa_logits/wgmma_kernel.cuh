@@ -22,6 +22,7 @@
 
 namespace fastattn::cuda::mqa_logits {
 
+// By one thread.
 template <class C>
 __device__ __forceinline__ void InitShared(Shared<C>& shared) {
   constexpr int kPreparing = kPreparers<C> * kWarpArrivals;
@@ -54,8 +55,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   PdlWait();
   PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
-  if constexpr (C::kPaged) PrefetchInputs(arguments.p);
-  FindShare(arguments.p, arguments.groups, shared);
+  if constexpr (C::kPaged) {
+    constexpr int kLoading = 32 * C::kLoaders;
+    if (threadIdx.x >= kLoading) {
+      PrefetchInputs(arguments.p, threadIdx.x - kLoading, C::kThreads - kLoading);
+    }
+    __syncthreads();
+  } else {
+    FindShare(arguments.p, arguments.groups, shared);
+  }
   if (threadIdx.x < 128) {
     ReleaseRegisters<C::kProducerRegisters>();
     RunProducer(arguments, shared);

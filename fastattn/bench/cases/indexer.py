@@ -30,6 +30,12 @@ _KEYS = {
     "gpu": [(tokens, ratio) for ratio in (4, 128) for tokens in (128, 4096, 16384)],
     "gpu quick": [(4096, 4), (4096, 128)],
 }
+_STATES = {
+    "cpu": (256,),
+    "cpu quick": (32,),
+    "gpu": (1, 128, 1024, 4096, 16384),
+    "gpu quick": (128, 4096),
+}
 #: Format of a page: head dimension, bytes of a token.
 _PAGES = {"fp8": (128, 132), "mxfp4": (128, 68), "fp8_512": (512, 584)}
 
@@ -92,3 +98,26 @@ def keys(device: Device) -> Iterator[Row]:
             calls = [_key_call(device, tokens, ratio, quant) for _ in range(copies)]
             shape = f"{tokens} tokens, ratio {ratio}, {quant}"
             yield device.memory_row("indexer_kv_compress_insert", shape, calls, moved)
+
+
+@register("save_partial_states")
+def states(device: Device) -> Iterator[Row]:
+    """States of the latent's and of the index keys' compressor, fp32, into blocks anywhere."""
+    rng = np.random.default_rng(11)
+    for head, ratio in ((512, 4), (512, 128), (128, 4)):
+        width, block = (2 * head, 4) if ratio == 4 else (head, 8)
+        ape = device.random((ratio, width), "float32")
+        for tokens in device.of(_STATES):
+            # Values and scores in and out; a token's position and slot.
+            moved = tokens * (16 * width + 16)
+            blocks = rng.permutation(-(-tokens // block))
+            slots = device.array((blocks[:, None] * block + np.arange(block)).ravel()[:tokens])
+            positions = device.array(np.arange(tokens))
+            calls = []
+            for _ in range(device.copies(moved)):
+                kv_score = device.random((tokens, 2 * width), "float32")
+                state = device.random((len(blocks), block, 2 * width), "float32")
+                inputs = kv_score, ape, positions, state, slots
+                calls.append(bind(F.save_partial_states, *inputs))
+            shape = f"T {tokens}, HEAD {head}, ratio {ratio}"
+            yield device.memory_row("save_partial_states", shape, calls, moved)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import re
 import statistics
 import time
@@ -125,6 +126,37 @@ def median_event_us(work: Call, times: int = 20) -> float:
         end.record()
         taken.append(end.microseconds_since(start))
     return statistics.median(taken)
+
+
+def median_eager_us(works: Sequence[Sequence[Call]], rounds: int = 15) -> list[tuple[float, float]]:
+    """Median microseconds of lists of calls without a graph: the GPU's clock, and the host's.
+
+    The lists take turns, so that what else the machine does meets all of them alike. The GPU is
+    idle before each, and the garbage collector off.
+    """
+    taken: list[list[tuple[float, float]]] = [[] for _ in works]
+    start, end = _Event(), _Event()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(rounds + 2):
+            turns = list(zip(works, taken))
+            for calls, spent in turns if index % 2 else reversed(turns):
+                start.record()
+                begin = time.perf_counter_ns()
+                for call in calls:
+                    call()
+                host = (time.perf_counter_ns() - begin) / 1e3
+                end.record()
+                us = end.microseconds_since(start)
+                if index >= 2:  # the first ones warm up
+                    spent.append((us, host))
+    finally:
+        if collecting:
+            gc.enable()
+    return [
+        (statistics.median(us), statistics.median(host)) for us, host in (zip(*x) for x in taken)
+    ]
 
 
 #: Seconds of replays before the first one that counts: clocks rise with the work after a pause.

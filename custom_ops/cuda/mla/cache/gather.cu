@@ -10,6 +10,7 @@
 #include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
+#include "cuda/common/prefetch.cuh"
 #include "cuda/mla/cache/launch.h"
 #include "cuda/mla/cache/row.cuh"
 
@@ -79,6 +80,16 @@ __device__ __forceinline__ float ScaleOf(const uint8_t* scales, int chunk) {
   return __ldg(reinterpret_cast<const float*>(scales) + tile);
 }
 
+// Asks for lines of the index tensors ahead of PdlWait, each by one warp: a line that every CTA
+// asked for would be asked for one CTA after the other.
+__device__ __forceinline__ void PrefetchIndices(const MlaGatherParams& p) {
+  if (threadIdx.x % 32 != 0) return;
+  const int64_t entry = WarpToken() * 32;
+  if (entry <= p.batch) PrefetchL2(p.cu_seqlens_k + entry);
+  if (entry < p.batch) PrefetchL2(p.seq_lens_decoder + entry);
+  if (entry < int64_t{p.batch} * p.max_blocks) PrefetchL2(p.block_tables + entry);
+}
+
 template <MlaFormat kFormat>
 __global__ void __launch_bounds__(kMlaThreads)
     GatherKernel(const __grid_constant__ MlaGatherParams p, Divisor page_size) {
@@ -88,6 +99,7 @@ __global__ void __launch_bounds__(kMlaThreads)
   constexpr int kRounds = (kChunks + 31) / 32;
   const int64_t token = WarpToken();
   const int lane = threadIdx.x % 32;
+  PrefetchIndices(p);
   PdlWait();
   if (token >= p.num_out_tokens) return;
   const Place place = FindToken(p, token);

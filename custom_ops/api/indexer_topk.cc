@@ -1,0 +1,224 @@
+#include "params/indexer_topk.h"
+
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/direct.h"
+#include "api/logits_arguments.h"
+#include "api/sizes.h"
+#include "cpu/mqa_logits.h"
+#include "cpu/topk.h"
+#include "heuristics/indexer_topk.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/indexer_topk/launch.h"
+#include "cuda/mqa_logits/launch.h"
+#include "cuda/topk/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kRaggedTopkOp = "indexer_topk";
+constexpr const char* kPagedTopkOp = "paged_indexer_topk";
+
+void CheckSizes(const char* op, const LogitsParams& p, int64_t k, int64_t workspace_bytes) {
+  if (k < 1 || k > kTopkMaxK) {
+    Fail("ValueError", op, "k", "expected 1 to ", kTopkMaxK, ", got ", k);
+  }
+  if (workspace_bytes < 1) {
+    Fail("ValueError", op, "workspace_bytes", "expected at least 1, got ", workspace_bytes);
+  }
+  if (p.columns > kTopkMaxColumns) {
+    Fail("ValueError", op, p.paged ? "max_context_len" : "max_seqlen_k", "expected at most ",
+         kTopkMaxColumns, " columns, got ", p.columns);
+  }
+  CheckedProduct(op, "k", {p.rows, k, static_cast<int64_t>(sizeof(int32_t))});
+}
+
+// Allocates the result, or takes `out`.
+Tensor SetIndices(const char* op, const OptionalTensor& out, const phi::Place& place, int64_t rows,
+                  int64_t k, std::initializer_list<NamedTensor> inputs) {
+  const Tensor* given = Get(out);
+  if (given == nullptr) return paddle::empty({rows, k}, phi::DataType::INT32, place);
+  Arg(op, "out", *given).On(place).Dtype({phi::DataType::INT32}).Dims({rows, k}).Contiguous();
+  RequireApart(op, "out", *given, inputs);
+  return *given;
+}
+
+// Whether the lengths of rows are nowhere as they are.
+bool MakesLengths(const LogitsParams& p) { return !p.paged || (!p.lens_per_row && p.next_n > 1); }
+
+// Calls run(tile) for each tile, until one fails.
+template <typename Run>
+auto ForEachTile(const IndexerTopkParams& p, Run&& run) {
+  decltype(run(p.TileOf(0, 1))) status{};
+  for (int64_t first = 0; first < p.logits.rows && status == decltype(status){};) {
+    const int64_t count = p.RowsOf(first);
+    status = run(p.TileOf(first, count));
+    first += count;
+  }
+  return status;
+}
+
+void RunTiles(const char* op, const LogitsParams& logits, int64_t k, int64_t workspace_bytes,
+              const Tensor& q, Tensor* indices) {
+  if (logits.rows == 0) return;
+  const bool makes_lengths = MakesLengths(logits);
+  const IndexerTopkPlan plan =
+      PlanIndexerTopk(logits.rows, logits.columns, workspace_bytes, makes_lengths);
+  Tensor workspace = paddle::empty({plan.Words()}, phi::DataType::FLOAT32, q.place());
+  IndexerTopkParams p;
+  p.logits = logits;
+  p.logits.out = MutableData<float>(workspace);
+  p.logits.row_stride = plan.row_stride;
+  p.indices = MutableData<int32_t>(*indices);
+  p.k = k;
+  p.tile_rows = plan.tile_rows;
+  int32_t* const made = reinterpret_cast<int32_t*>(p.logits.out + plan.tile_rows * plan.row_stride);
+  p.lengths = makes_lengths ? made : logits.context_lens;
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(q)) {
+    LaunchOnGpu(op, q, [&](cudaStream_t stream) {
+      if (makes_lengths) {
+        const cudaError_t status = cuda::LaunchTopkLengths(logits, made, stream);
+        if (status != cudaSuccess) return status;
+      }
+      return ForEachTile(p, [&](const IndexerTopkTile& tile) {
+        const cudaError_t status = cuda::LaunchMqaLogits(tile.logits, stream);
+        return status != cudaSuccess ? status : cuda::LaunchTopk(tile.topk, stream);
+      });
+    });
+    return;
+  }
+#endif
+  RequireCpu(op, q.place());
+  Guarded(op, [&] {
+    for (int64_t row = 0; makes_lengths && row < logits.rows; ++row) {
+      made[row] = static_cast<int32_t>(TopkLengthOf(logits, row));
+    }
+    ForEachTile(p, [&](const IndexerTopkTile& tile) {
+      cpu::MqaLogits(tile.logits);
+      cpu::TopkIndices(tile.topk);
+      return 0;
+    });
+  });
+}
+
+}  // namespace
+
+std::vector<Tensor> IndexerTopk(const Tensor& q, const Tensor& keys, const Tensor& k_scales,
+                                const Tensor& weights, const Tensor& starts, const Tensor& ends,
+                                const OptionalTensor& q_scales, const OptionalTensor& out,
+                                int64_t k, int64_t max_seqlen_k, int64_t workspace_bytes,
+                                const std::string& quant) {
+  const LogitsParams p = RaggedLogits(kRaggedTopkOp, q, keys, k_scales, weights, starts, ends,
+                                      q_scales, max_seqlen_k, quant);
+  CheckSizes(kRaggedTopkOp, p, k, workspace_bytes);
+  Tensor indices = SetIndices(kRaggedTopkOp, out, q.place(), p.rows, k,
+                              {{"q", &q},
+                               {"keys", &keys},
+                               {"k_scales", &k_scales},
+                               {"weights", &weights},
+                               {"starts", &starts},
+                               {"ends", &ends},
+                               {"q_scales", Get(q_scales)}});
+  RunTiles(kRaggedTopkOp, p, k, workspace_bytes, q, &indices);
+  return {indices};
+}
+
+std::vector<Tensor> PagedIndexerTopk(const Tensor& q, const Tensor& cache, const Tensor& weights,
+                                     const Tensor& context_lens, const Tensor& block_tables,
+                                     const OptionalTensor& q_scales, const OptionalTensor& out,
+                                     int64_t k, int64_t max_context_len, int64_t page_size,
+                                     int64_t workspace_bytes, const std::string& quant) {
+  const LogitsParams p = PagedLogits(kPagedTopkOp, q, cache, weights, context_lens, block_tables,
+                                     q_scales, max_context_len, page_size, quant);
+  CheckSizes(kPagedTopkOp, p, k, workspace_bytes);
+  Tensor indices = SetIndices(kPagedTopkOp, out, q.place(), p.rows, k,
+                              {{"q", &q},
+                               {"cache", &cache},
+                               {"weights", &weights},
+                               {"context_lens", &context_lens},
+                               {"block_tables", &block_tables},
+                               {"q_scales", Get(q_scales)}});
+  RunTiles(kPagedTopkOp, p, k, workspace_bytes, q, &indices);
+  return {indices};
+}
+
+// An error gives unknown sizes; the kernel raises it.
+std::vector<Shape> IndexerTopkInferShape(const Shape& q, const Shape& keys, const Shape& k_scales,
+                                         const Shape& weights, const Shape& starts,
+                                         const Shape& ends, const paddle::optional<Shape>& q_scales,
+                                         const paddle::optional<Shape>& out, int64_t k,
+                                         int64_t max_seqlen_k, int64_t workspace_bytes,
+                                         const std::string& quant) {
+  return {{q.empty() ? -1 : q[0], k}};
+}
+
+std::vector<phi::DataType> IndexerTopkInferDtype(
+    const phi::DataType& q, const phi::DataType& keys, const phi::DataType& k_scales,
+    const phi::DataType& weights, const phi::DataType& starts, const phi::DataType& ends,
+    const paddle::optional<phi::DataType>& q_scales, const paddle::optional<phi::DataType>& out,
+    int64_t k, int64_t max_seqlen_k, int64_t workspace_bytes, const std::string& quant) {
+  return {phi::DataType::INT32};
+}
+
+std::vector<Shape> PagedIndexerTopkInferShape(const Shape& q, const Shape& cache,
+                                              const Shape& weights, const Shape& context_lens,
+                                              const Shape& block_tables,
+                                              const paddle::optional<Shape>& q_scales,
+                                              const paddle::optional<Shape>& out, int64_t k,
+                                              int64_t max_context_len, int64_t page_size,
+                                              int64_t workspace_bytes, const std::string& quant) {
+  const bool known = q.size() == 4 && q[0] >= 0 && q[1] >= 0;
+  return {{known ? q[0] * q[1] : -1, k}};
+}
+
+std::vector<phi::DataType> PagedIndexerTopkInferDtype(
+    const phi::DataType& q, const phi::DataType& cache, const phi::DataType& weights,
+    const phi::DataType& context_lens, const phi::DataType& block_tables,
+    const paddle::optional<phi::DataType>& q_scales, const paddle::optional<phi::DataType>& out,
+    int64_t k, int64_t max_context_len, int64_t page_size, int64_t workspace_bytes,
+    const std::string& quant) {
+  return {phi::DataType::INT32};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_indexer_topk)
+    .Inputs({"q", "keys", "k_scales", "weights", "starts", "ends", paddle::Optional("q_scales"),
+             paddle::Optional("out")})
+    .Outputs({"indices", paddle::Optional("out_out")})
+    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
+    .Attrs({"k: int64_t", "max_seqlen_k: int64_t", "workspace_bytes: int64_t",
+            "quant: std::string"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerTopk))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerTopkInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerTopkInferDtype));
+
+PD_BUILD_OP(fastattn_paged_indexer_topk)
+    .Inputs({"q", "cache", "weights", "context_lens", "block_tables", paddle::Optional("q_scales"),
+             paddle::Optional("out")})
+    .Outputs({"indices", paddle::Optional("out_out")})
+    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
+    .Attrs({"k: int64_t", "max_context_len: int64_t", "page_size: int64_t",
+            "workspace_bytes: int64_t", "quant: std::string"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::PagedIndexerTopk))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedIndexerTopkInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedIndexerTopkInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectIndexerTopk = AddDirect<&IndexerTopk>("fastattn_indexer_topk");
+const bool kDirectPagedIndexerTopk =
+    AddDirect<&PagedIndexerTopk>("fastattn_paged_indexer_topk", {"cache", "block_tables"});
+
+}  // namespace
+
+}  // namespace fastattn::api

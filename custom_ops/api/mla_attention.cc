@@ -1,0 +1,264 @@
+#include "cpu/mla_attention.h"
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/direct.h"
+#include "api/mla_cache.h"
+#include "api/paged_cache.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/mla/attention/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "mla_sparse_attention";
+constexpr int kMaxHeads = 128;
+
+// One cache with the keys that are selected from it.
+struct SelectionArgs {
+  const Tensor* cache;
+  const Tensor* indices;
+  const Tensor* lengths;
+  const Tensor* scale;
+  const std::string& format;
+  int page_size;
+};
+
+struct SelectionNames {
+  MlaNames cache;
+  const char* indices;
+  const char* lengths;
+};
+
+constexpr SelectionNames kKeys = {{}, "indices", "topk_length"};
+constexpr SelectionNames kExtra = {
+    {"extra_cache", "extra_cache_format", "extra_page_size", "extra_scale"},
+    "extra_indices",
+    "extra_topk_length"};
+
+// Channels of a key; bf16 rows have those of the query.
+int DimOf(MlaFormat format, int dim) {
+  return format == MlaFormat::kBf16 ? dim : FactsOf(format).latent + kMlaRopeDim;
+}
+
+void ParseQuery(const Tensor& q, const phi::Place& place, MlaSparseParams* p) {
+  Arg(kOp, "q", q).On(place).Dtype({phi::DataType::BFLOAT16}).Rank(3).LastDimContiguous();
+  RequireAligned(kOp, "q", q, kVectorBytes);
+  const Sizes shape = SizesOf(q);
+  if (shape[2] != 576 && shape[2] != 512) {
+    Fail("ValueError", kOp, "q", "expected 576 or 512 channels, got shape ", ShapeText(shape));
+  }
+  if (shape[1] < 1 || shape[1] > kMaxHeads) {
+    Fail("NotImplementedError", kOp, "q", "expected 1 to ", kMaxHeads, " heads, got shape ",
+         ShapeText(shape));
+  }
+  RequireFits(kOp, "q", CheckedProduct(kOp, "q", {shape[0], shape[1]}));
+  p->tokens = shape[0];
+  p->heads = static_cast<int>(shape[1]);
+  p->dim = static_cast<int>(shape[2]);
+  if (q.numel() == 0) return;
+  const Sizes strides = StridesOf(q);
+  p->q = Data<uint16_t>(q);
+  p->q_token_stride = strides[0];
+  p->q_head_stride = strides[1];
+}
+
+MlaSelection ParseSelection(const SelectionArgs& args, const SelectionNames& names,
+                            const phi::Place& place, const MlaSparseParams& p) {
+  MlaSelection result;
+  const MlaFormat format = ParseMlaFormat(kOp, args.format, names.cache);
+  if (DimOf(format, p.dim) != p.dim) {
+    Fail("ValueError", kOp, "q", "expected ", DimOf(format, p.dim), " channels, those of ",
+         names.cache.format, " ", args.format, ", got ", p.dim);
+  }
+  result.cache = ParseMlaCache(kOp, *args.cache, format, args.page_size, place, names.cache, p.dim);
+  result.scale = ParseMlaScale(kOp, args.scale, format, place, names.cache);
+  if (args.indices == nullptr) return result;
+  Arg(kOp, names.indices, *args.indices)
+      .On(place)
+      .Dtype({phi::DataType::INT32})
+      .Dims({p.tokens, -1})
+      .LastDimContiguous();
+  const int64_t topk = args.indices->dims()[1];
+  RequireFits(kOp, names.indices, topk);
+  result.topk = static_cast<int>(topk);
+  result.indices = Data<int>(*args.indices);
+  result.index_stride = args.indices->numel() == 0 ? 0 : StridesOf(*args.indices)[0];
+  if (args.lengths != nullptr) {
+    Arg(kOp, names.lengths, *args.lengths)
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Dims({p.tokens})
+        .Contiguous();
+    result.lengths = Data<int>(*args.lengths);
+  }
+  return result;
+}
+
+// The second cache, if there is one. Paddle hands tensors without elements over as absent ones: a
+// step without tokens has no indices.
+MlaSelection ParseExtra(const SelectionArgs& args, const phi::Place& place,
+                        const MlaSparseParams& p) {
+  ParseMlaFormat(kOp, args.format, kExtra.cache);
+  if (args.cache != nullptr) {
+    if (args.indices == nullptr && p.tokens > 0) {
+      Fail("TypeError", kOp, kExtra.indices, "expected a tensor with extra_cache, got None");
+    }
+    return ParseSelection(args, kExtra, place, p);
+  }
+  const NamedTensor others[] = {{kExtra.indices, args.indices},
+                                {kExtra.lengths, args.lengths},
+                                {kExtra.cache.scale, args.scale}};
+  for (const auto& [name, tensor] : others) {
+    if (tensor != nullptr) {
+      Fail("ValueError", kOp, name, "expected None without extra_cache, got a tensor");
+    }
+  }
+  return {};
+}
+
+void Run(const MlaSparseParams& p, const Tensor& anchor) {
+  if (p.tokens == 0) return;
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(anchor)) {
+    Tensor workspace;
+    {
+      const DeviceGuard guard(kOp, anchor.place().GetDeviceId());
+      const int64_t bytes = cuda::MlaSparseWorkspaceBytes(p);
+      if (bytes > 0) workspace = paddle::empty({bytes}, phi::DataType::UINT8, anchor.place());
+    }
+    void* memory = workspace.defined() ? workspace.data() : nullptr;
+    LaunchOnGpu(kOp, anchor,
+                [&](cudaStream_t stream) { return cuda::LaunchMlaSparse(p, memory, stream); });
+    return;
+  }
+#endif
+  RequireCpu(kOp, anchor.place());
+  Guarded(kOp, [&] { cpu::MlaSparseAttention(p); });
+}
+
+}  // namespace
+
+// Optional tensors come as non-const references for the reason given in attention.cc.
+std::vector<Tensor> MlaSparseAttention(
+    const Tensor& q, const Tensor& cache, const Tensor& indices, OptionalTensor& topk_length,
+    OptionalTensor& scale, OptionalTensor& extra_cache, OptionalTensor& extra_indices,
+    OptionalTensor& extra_topk_length, OptionalTensor& extra_scale, OptionalTensor& sinks,
+    OptionalTensor& out, const std::string& cache_format, const std::string& extra_cache_format,
+    int page_size, int extra_page_size, float softmax_scale, bool return_softmax_lse,
+    bool return_max_logits, bool lonely_is_plus_inf) {
+  MlaSparseParams p;
+  Arg(kOp, "q", q);
+  Arg(kOp, "cache", cache);
+  Arg(kOp, "indices", indices);
+  const Tensor& anchor = q.numel() > 0 ? q : cache;  // empty ones have no place
+  const phi::Place place = anchor.place();
+  ParseQuery(q, place, &p);
+  p.keys = ParseSelection({&cache, &indices, Get(topk_length), Get(scale), cache_format, page_size},
+                          kKeys, place, p);
+  p.extra = ParseExtra({Get(extra_cache), Get(extra_indices), Get(extra_topk_length),
+                        Get(extra_scale), extra_cache_format, extra_page_size},
+                       place, p);
+  if (const Tensor* given = Get(sinks); given != nullptr) {
+    Arg(kOp, "sinks", *given)
+        .On(place)
+        .Dtype({phi::DataType::FLOAT32})
+        .Dims({p.heads})
+        .Contiguous();
+    p.sinks = Data<float>(*given);
+  }
+  if (!std::isfinite(softmax_scale)) {
+    Fail("ValueError", kOp, "softmax_scale", "expected a finite number, got ", softmax_scale);
+  }
+  p.softmax_scale = softmax_scale;
+  p.lonely_is_plus_inf = lonely_is_plus_inf;
+  const Sizes shape = {p.tokens, p.heads, kMlaValueDim};
+  if (const Tensor* given = Get(out); given != nullptr) {
+    Arg(kOp, "out", *given).On(place).Dtype({phi::DataType::BFLOAT16}).Dims(shape).Contiguous();
+    RequireAlignedAddress(kOp, "out", *given, kVectorBytes);
+    RequireApart(kOp, "out", *given,
+                 {{"q", &q},
+                  {"cache", &cache},
+                  {"indices", &indices},
+                  {"topk_length", Get(topk_length)},
+                  {"scale", Get(scale)},
+                  {"extra_cache", Get(extra_cache)},
+                  {"extra_indices", Get(extra_indices)},
+                  {"extra_topk_length", Get(extra_topk_length)},
+                  {"extra_scale", Get(extra_scale)},
+                  {"sinks", Get(sinks)}});
+  }
+  Tensor result = Get(out) != nullptr
+                      ? *Get(out)
+                      : paddle::empty(shape.ToVector(), phi::DataType::BFLOAT16, place);
+  p.out = MutableData<uint16_t>(result);
+  Tensor lse, max_logits;  // undefined unless asked for
+  const auto make = [&](Tensor* tensor) {
+    *tensor = paddle::empty({p.tokens, p.heads}, phi::DataType::FLOAT32, place);
+    return MutableData<float>(*tensor);
+  };
+  if (return_softmax_lse) p.lse = make(&lse);
+  if (return_max_logits) p.max_logits = make(&max_logits);
+  Run(p, anchor);
+  return {result, lse, max_logits};
+}
+
+// An error gives unknown sizes; the kernel raises it.
+std::vector<Shape> MlaSparseInferShape(
+    const Shape& q, const Shape& cache, const Shape& indices, const Shape& topk_length,
+    const Shape& scale, const Shape& extra_cache, const Shape& extra_indices,
+    const Shape& extra_topk_length, const Shape& extra_scale, const Shape& sinks, const Shape& out,
+    const std::string& cache_format, const std::string& extra_cache_format, int page_size,
+    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
+    bool lonely_is_plus_inf) {
+  const Shape rows = q.size() == 3 ? Shape{q[0], q[1]} : Shape{-1, -1};
+  return {{rows[0], rows[1], kMlaValueDim},
+          return_softmax_lse ? rows : Shape{1},
+          return_max_logits ? rows : Shape{1}};
+}
+
+std::vector<phi::DataType> MlaSparseInferDtype(
+    const phi::DataType& q, const phi::DataType& cache, const phi::DataType& indices,
+    const phi::DataType& topk_length, const phi::DataType& scale, const phi::DataType& extra_cache,
+    const phi::DataType& extra_indices, const phi::DataType& extra_topk_length,
+    const phi::DataType& extra_scale, const phi::DataType& sinks, const phi::DataType& out,
+    const std::string& cache_format, const std::string& extra_cache_format, int page_size,
+    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
+    bool lonely_is_plus_inf) {
+  return {phi::DataType::BFLOAT16, phi::DataType::FLOAT32, phi::DataType::FLOAT32};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_mla_sparse_attention)
+    .Inputs({"q", "cache", "indices", paddle::Optional("topk_length"), paddle::Optional("scale"),
+             paddle::Optional("extra_cache"), paddle::Optional("extra_indices"),
+             paddle::Optional("extra_topk_length"), paddle::Optional("extra_scale"),
+             paddle::Optional("sinks"), paddle::Optional("out")})
+    .Outputs({"result", "softmax_lse", "max_logits", paddle::Optional("out_out")})
+    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
+    .Attrs({"cache_format: std::string", "extra_cache_format: std::string", "page_size: int",
+            "extra_page_size: int", "softmax_scale: float", "return_softmax_lse: bool",
+            "return_max_logits: bool", "lonely_is_plus_inf: bool"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaSparseAttention>::Run))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaSparseInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaSparseInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirectMlaSparseAttention = AddDirect<&MlaSparseAttention>(
+    "fastattn_mla_sparse_attention",
+    {"q", "cache", "indices", "extra_cache", "extra_indices", "out"});
+
+}  // namespace
+
+}  // namespace fastattn::api

@@ -1,0 +1,42 @@
+// What both kernels of sparse latent attention do with a finished row.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/exp2.cuh"
+#include "cuda/mla/attention/wgmma_sm90/work.cuh"
+
+namespace fastattn::cuda::mla_sm90 {
+
+// Softmax of one head. The maximum is one of scores in base 2.
+struct RowState {
+  float maximum = -INFINITY;
+  float sum = 0.0f;
+};
+
+// What a head's scores are shifted by; one without a key has no maximum.
+__device__ __forceinline__ float ShiftOf(float maximum) {
+  return maximum == -INFINITY ? 0.0f : maximum;
+}
+
+// Writes a head's LSE and largest logit, and returns what its output is multiplied with.
+__device__ __forceinline__ float FinishRow(const Arguments& args, const Work& work, int head,
+                                           const RowState& row, float common_scale) {
+  const MlaSparseParams& p = args.p;
+  const int64_t at = work.token * p.heads + head;
+  const float shift = ShiftOf(row.maximum);
+  const bool lonely = row.sum == 0.0f;
+  if (args.splits > 1) {
+    const float lse = lonely ? -INFINITY : shift + log2f(row.sum);
+    args.partial_lse[work.split * p.tokens * p.heads + at] = lse;
+    return lonely ? 0.0f : common_scale / row.sum;
+  }
+  if (p.lse != nullptr) p.lse[at] = lonely ? LonelyLse(p) : shift * kLn2 + logf(row.sum);
+  if (p.max_logits != nullptr) p.max_logits[at] = row.maximum * kLn2;
+  if (lonely) return 0.0f;
+  float sum = row.sum;
+  if (p.sinks != nullptr) sum += Exp2(p.sinks[head] * kLog2E - shift);
+  return common_scale / sum;
+}
+
+}  // namespace fastattn::cuda::mla_sm90

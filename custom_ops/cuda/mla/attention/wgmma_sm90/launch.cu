@@ -1,0 +1,124 @@
+#include "cuda/mla/attention/wgmma_sm90/launch.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "cuda/common/device_facts.h"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/tma.cuh"
+#include "cuda/mla/attention/wgmma_sm90/combine.cuh"
+#include "cuda/mla/attention/wgmma_sm90/instances.h"
+
+namespace fastattn::cuda::mla_sm90 {
+
+namespace {
+
+constexpr bool kShareKeys = false;  // two groups of heads in a cluster, bf16
+constexpr int kFixedTiles = 3;      // what a CTA costs beside its tiles, in tiles
+
+bool SelectionFits(const MlaSelection& s, int dim) {
+  const MlaCache& c = s.cache;
+  const auto aligned = [](int64_t x) { return x % 16 == 0; };
+  const bool eight = c.format != MlaFormat::kFp8x584 || c.ScalePlane() % 8 == 0;
+  const bool format = c.format == MlaFormat::kFp8x584   ? dim == 512
+                      : c.format == MlaFormat::kFp8x656 ? dim == 576
+                                                        : dim == 576 || dim == 512;
+  return format && eight && aligned(reinterpret_cast<intptr_t>(c.data)) && aligned(c.page_stride) &&
+         aligned(c.row_stride);
+}
+
+int HeadsOf(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : 64; }
+
+int Tiles(int topk) { return (topk + kKeys - 1) / kKeys; }
+
+// Splits of each token's keys: as many as make the call shortest, in tiles that the busiest
+// multiprocessor goes through.
+int Splits(const MlaSparseParams& p, int processors) {
+  if (p.max_logits != nullptr) return 1;  // it is not among the partial results
+  const int64_t group = HeadsOf(p.heads);
+  const int64_t items = p.tokens * ((p.heads + group - 1) / group);
+  const int tiles = Tiles(p.keys.topk) + Tiles(p.extra.topk);
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int splits = 1; splits <= std::min(tiles, kMaxSplits); ++splits) {
+    const int64_t waves = (items * splits + processors - 1) / processors;
+    const int64_t cost =
+        waves * ((tiles + splits - 1) / splits + kFixedTiles) + (splits > 1 ? kFixedTiles : 0);
+    if (cost < least) {
+      least = cost;
+      best = splits;
+    }
+  }
+  return best;
+}
+
+int64_t LseBytes(const MlaSparseParams& p, int splits) {
+  return (p.tokens * p.heads * splits * 4 + 255) / 256 * 256;
+}
+
+// A cache as its pages' rows, in boxes of 64 channels of a row.
+ByteTensor RowTensor(const MlaCache& cache, int dim) {
+  return {cache.data,
+          {2 * static_cast<uint64_t>(dim), static_cast<uint64_t>(cache.page_size),
+           static_cast<uint64_t>(cache.num_pages)},
+          {static_cast<uint64_t>(cache.row_stride), static_cast<uint64_t>(cache.page_stride)},
+          {128, 1, 1},
+          CU_TENSOR_MAP_SWIZZLE_128B};
+}
+
+}  // namespace
+
+bool Takes(const MlaSparseParams& p) {
+  const auto aligned = [](int64_t x) { return x % 8 == 0; };
+  return p.heads > 0 && (p.dim == 576 || p.dim == 512) && SelectionFits(p.keys, p.dim) &&
+         (p.extra.topk == 0 ||
+          (SelectionFits(p.extra, p.dim) && p.extra.cache.format == p.keys.cache.format)) &&
+         reinterpret_cast<intptr_t>(p.q) % 16 == 0 && reinterpret_cast<intptr_t>(p.out) % 16 == 0 &&
+         aligned(p.q_token_stride) && aligned(p.q_head_stride);
+}
+
+int64_t WorkspaceBytes(const MlaSparseParams& p, int processors) {
+  const int splits = Splits(p, processors);
+  if (splits <= 1) return 0;
+  return LseBytes(p, splits) + p.tokens * p.heads * splits * kMlaValueDim * 4;
+}
+
+cudaError_t Launch(const MlaSparseParams& p, void* workspace, cudaStream_t stream) {
+  if (p.tokens == 0) return cudaSuccess;
+  int device = 0;
+  DeviceFacts facts;
+  cudaError_t status = GetCurrentDevice(&device, &facts);
+  if (status != cudaSuccess) return status;
+  Arguments args;
+  args.p = p;
+  args.page_size[0] = Divisor(static_cast<uint32_t>(p.keys.cache.page_size));
+  args.page_size[1] = Divisor(static_cast<uint32_t>(p.extra.cache.page_size));
+  const int group = HeadsOf(p.heads);
+  args.head_groups = (p.heads + group - 1) / group;
+  args.splits = Splits(p, facts.processors);
+  args.work_tiles = GridSize(p.tokens * args.head_groups * args.splits);
+  if (args.splits > 1) {
+    args.partial_lse = static_cast<float*>(workspace);
+    args.partial =
+        reinterpret_cast<float*>(static_cast<char*>(workspace) + LseBytes(p, args.splits));
+  }
+  int heads = group;
+  if (kShareKeys && args.head_groups == 2 && p.keys.cache.format == MlaFormat::kBf16) {
+    heads = 128;
+    status = EncodeMap(RowTensor(p.keys.cache, p.dim), &args.maps[0]);
+    if (status == cudaSuccess && p.extra.topk > 0) {
+      status = EncodeMap(RowTensor(p.extra.cache, p.dim), &args.maps[1]);
+    }
+    if (status != cudaSuccess) return status;
+  }
+  dispatch(
+      Instances{},
+      std::tuple{Wanted{"format", p.keys.cache.format}, Wanted{"dim", p.dim},
+                 Wanted{"heads", heads}},
+      [&](auto... values) { status = LaunchVariant<decltype(values)::value...>(args, stream); });
+  if (status != cudaSuccess || args.splits == 1) return status;
+  return LaunchPdl(CombineKernel, dim3(GridSize(p.tokens * p.heads)), dim3(kCombineThreads), stream,
+                   args);
+}
+
+}  // namespace fastattn::cuda::mla_sm90

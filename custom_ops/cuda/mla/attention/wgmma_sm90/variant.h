@@ -1,0 +1,29 @@
+// The launcher of a variant. Those that are compiled: builder/instances.py.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "cuda/common/divisor.cuh"
+#include "params/mla_attention.h"
+
+namespace fastattn::cuda::mla_sm90 {
+
+// Arguments of both kernels and of the one that combines splits.
+struct Arguments {
+  MlaSparseParams p;
+  Divisor page_size[2];
+  unsigned head_groups = 1;
+  unsigned splits = 1;
+  unsigned work_tiles = 0;
+  float* partial = nullptr;      // [splits, tokens, heads, 512]
+  float* partial_lse = nullptr;  // [splits, tokens, heads], base 2; -inf: no key
+  CUtensorMap maps[2];           // kHeads 128: 64 channels of a row, of both caches
+};
+
+// kHeads: 8 and 16: the narrow kernel, for at most as many; 64: the wide one, with groups of up to
+// 64; 128: the same in clusters of two groups that share keys.
+template <MlaFormat kFormat, int kDim, int kHeads>
+cudaError_t LaunchVariant(const Arguments& args, cudaStream_t stream);
+
+}  // namespace fastattn::cuda::mla_sm90

@@ -1,0 +1,461 @@
+// Sparse latent attention for groups of up to 64 heads of a query token: heads are the rows of the
+// products.
+//
+// Warpgroups, three of them:
+//  - consumer 0: S = Q K^T, softmax, O[:, 0..255] += P V;
+//  - consumer 1: O[:, 256..511] += P V, with P and the rescaling factors from shared memory;
+//  - producers (gather.cuh), which fill two stages of 64 keys.
+//
+// The producers are ahead: they fill stages for the next work tile during the epilogue.
+//
+// Barriers (mbarriers): full/empty of the stages; probabilities_full/probabilities_empty of P.
+// Named barriers: 1: the query lies in shared memory; 2: factors of the epilogue do, and the query
+// has been read.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/pdl.cuh"
+#include "cuda/common/quad.cuh"
+#include "cuda/common/wgmma.cuh"
+#include "cuda/common/wgmma_half.cuh"
+#include "cuda/mla/attention/wgmma_sm90/finish.cuh"
+#include "cuda/mla/attention/wgmma_sm90/gather.cuh"
+#include "cuda/mla/attention/wgmma_sm90/products.cuh"
+
+namespace fastattn::cuda::mla_sm90 {
+
+inline constexpr int kWideHeads = 64;
+inline constexpr int kWideProducers = 4;  // warps
+inline constexpr int kWideThreads = 256 + 32 * kWideProducers;
+// Of 504 that three threads have.
+inline constexpr int kScoreRegisters = 208;
+inline constexpr int kOutputRegisters = 160;
+inline constexpr int kProducerRegisters = 136;
+
+template <int kDim>
+struct alignas(1024) WideShared {
+  Stages<kDim> stages;
+  uint8_t query[kDim / 64 * kWideHeads * 128];
+  uint8_t probabilities[kWideHeads * 128];
+  float rescale[kWideHeads];
+  float factor[kWideHeads];
+  float query_powers[kWideHeads];  // fp16: what the query's rows were divided by
+  StageBarriers barriers;
+  uint64_t probabilities_full;
+  uint64_t probabilities_empty;
+};
+
+// A consumer's outputs: 64 heads x 256 channels, in halves of 128.
+using HalfOutput = float[2][64];
+
+__device__ __forceinline__ void Clear(HalfOutput& out) {
+#pragma unroll
+  for (int i = 0; i < 128; ++i) out[i / 64][i % 64] = 0.0f;
+}
+
+__device__ __forceinline__ void Keep(HalfOutput& out) {
+  KeepFloats(out[0]);
+  KeepFloats(out[1]);
+}
+
+// Multiplies a consumer's outputs with one factor for each of a thread's two rows.
+__device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) {
+  if (!__any_sync(kFullWarp, low != 1.0f || high != 1.0f)) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      out[i][4 * j] *= low;
+      out[i][4 * j + 1] *= low;
+      out[i][4 * j + 2] *= high;
+      out[i][4 * j + 3] *= high;
+    }
+  }
+}
+
+template <int kDim, DType kType, int kCluster>
+class WideConsumer {
+ public:
+  using Shared = WideShared<kDim>;
+  static constexpr bool kHalf = kType == DType::kFloat16;
+
+  __device__ __forceinline__ WideConsumer(const Arguments& args, Shared& shared)
+      : args_(args), shared_(shared), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
+
+  // kIndex: consumer 0 or 1.
+  template <int kIndex>
+  __device__ __forceinline__ void Run() {
+    const float log2_scale = args_.p.softmax_scale * kLog2E * StaticScales(args_.p).common;
+    LoadQuery<kDim, kWideHeads, 256>(args_.p, Work(args_, blockIdx.x, kWideHeads), threadIdx.x,
+                                     shared_.query);
+    for (unsigned index = blockIdx.x; index < args_.work_tiles; index += gridDim.x) {
+      const Work work(args_, index, kWideHeads);
+      HalfOutput out;
+      Clear(out);
+      WaitCopies();
+      SyncNamed<256>(1);
+      if constexpr (kHalf) {
+        QueryToHalf<kDim, kWideHeads, 8>(shared_.query, shared_.query_powers, threadIdx.x / 32,
+                                         lane_);
+        FenceAsyncProxy();
+        SyncNamed<256>(1);
+      }
+      if constexpr (kIndex == 0) {
+        RowState rows[2];
+        float scales[2] = {log2_scale, log2_scale};
+        if constexpr (kHalf) {
+          scales[0] *= shared_.query_powers[16 * warp_ + lane_ / 4];
+          scales[1] *= shared_.query_powers[16 * warp_ + lane_ / 4 + 8];
+        }
+        largest_ = 0.0f;
+        if (work.begin < work.end) RunScores(work, scales, out, rows);
+        Finish(work, rows);
+      } else {
+        RunOutputs(work, out);
+      }
+      SyncNamed<256>(2);
+      if (index + gridDim.x < args_.work_tiles) {
+        LoadQuery<kDim, kWideHeads, 256>(args_.p, Work(args_, index + gridDim.x, kWideHeads),
+                                         threadIdx.x, shared_.query);
+      }
+      Store(work, out, 256 * kIndex);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void Advance() {
+    ++tiles_;
+    stage_ ^= 1;
+    parity_ ^= stage_ == 0;
+  }
+
+  // Consumer 1.
+  __device__ __forceinline__ void RunOutputs(const Work& work, HalfOutput& out) {
+    const uint64_t left = OperandDescriptor<128>(SharedAddress(shared_.probabilities));
+    for (int tile = work.begin; tile < work.end; ++tile) {
+      WaitFull();
+      Wait(&shared_.probabilities_full, tiles_ & 1);
+      const int row = 16 * warp_ + lane_ / 4;
+      Rescale(out, shared_.rescale[row], shared_.rescale[row + 8]);
+      Keep(out);
+      FenceProducts();
+      const uint32_t values = SharedAddress(shared_.stages.keys[stage_]) + 4 * kBlockBytes;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
+        Outputs<kType>(out[0], left + 2 * k, right);
+        Outputs<kType>(out[1], left + 2 * k, right + 2 * kBlockBytes / 16);
+      }
+      CommitProducts();
+      WaitGroups<0>();
+      Keep(out);
+      ArriveWarp(&shared_.probabilities_empty);
+      ArriveEmpty<kCluster>(&shared_.barriers.empty[stage_]);
+      Advance();
+    }
+  }
+
+  // Consumer 0. The products of the next scores follow those of the outputs, so that nothing but
+  // the softmax has the tensor cores wait.
+  __device__ __forceinline__ void RunScores(const Work& work, const float (&scales)[2],
+                                            HalfOutput& out, RowState (&rows)[2]) {
+    float scores[32];
+    WaitFull();
+    Score(scores);
+    WaitGroups<0>();
+    KeepFloats(scores);
+    for (int tile = work.begin; tile + 1 < work.end; ++tile) {
+      uint32_t pairs[16];
+      Weigh(scores, scales, out, rows, pairs);
+      const int used = stage_;
+      Advance();
+      WaitFull();
+      Score(scores);
+      WaitGroups<1>();
+      ArriveEmpty<kCluster>(&shared_.barriers.empty[used]);
+      WaitGroups<0>();
+      Keep(out);
+      KeepFloats(scores);
+      KeepRegisters(pairs);
+    }
+    uint32_t pairs[16];
+    Weigh(scores, scales, out, rows, pairs);
+    WaitGroups<0>();
+    Keep(out);
+    KeepRegisters(pairs);
+    ArriveEmpty<kCluster>(&shared_.barriers.empty[stage_]);
+    Advance();
+  }
+
+  // Softmax of a tile's scores, and issue of O += P V.
+  __device__ __forceinline__ void Weigh(float (&scores)[32], const float (&scales)[2],
+                                        HalfOutput& out, RowState (&rows)[2],
+                                        uint32_t (&pairs)[16]) {
+    float rescale[2];
+    Softmax(scores, scales, rows, rescale, pairs);
+    Wait(&shared_.probabilities_empty, (tiles_ + 1) & 1);
+    Share(pairs, rescale);
+    Rescale(out, rescale[0], rescale[1]);
+    Keep(out);
+    KeepRegisters(pairs);
+    FenceProducts();
+    const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
+      MultiplyHalfRegisters<kType, true, 1>(out[0], pairs + 4 * k, right);
+      MultiplyHalfRegisters<kType, true, 1>(out[1], pairs + 4 * k, right + 2 * kBlockBytes / 16);
+    }
+    CommitProducts();
+  }
+
+  __device__ __forceinline__ void WaitFull() const {
+    Wait(&shared_.barriers.full[stage_], parity_);
+  }
+
+  // Issues S = Q K^T of a stage.
+  __device__ __forceinline__ void Score(float (&scores)[32]) const {
+    uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
+    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage_]));
+    // Else the compiler keeps the descriptors of all products in registers, and has none left.
+    asm volatile("" : "+l"(query), "+l"(keys));
+    FenceProducts();
+#pragma unroll
+    for (int block = 0; block < kDim / 64; ++block) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int at = block * (kBlockBytes / 16) + 2 * k;
+        if (block == 0 && k == 0) {
+          Scores<kType, false>(scores, query + at, keys + at);
+        } else {
+          Scores<kType, true>(scores, query + at, keys + at);
+        }
+      }
+    }
+    CommitProducts();
+  }
+
+  // Columns 8 * j + 2 * (lane % 4), + 1 of the powers of a tile's keys.
+  __device__ __forceinline__ float2 PowersOf(int j) const {
+    return *reinterpret_cast<const float2*>(
+        &shared_.barriers.powers[stage_][8 * j + 2 * (lane_ % 4)]);
+  }
+
+  // Scores in base 2; those of masked keys are -inf.
+  __device__ __forceinline__ void ScaleScores(float (&scores)[32], const float (&scales)[2]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float2 powers = make_float2(1.0f, 1.0f);
+      if constexpr (kHalf) powers = PowersOf(j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        scores[4 * j + 2 * h] *= scales[h] * powers.x;
+        scores[4 * j + 2 * h + 1] *= scales[h] * powers.y;
+      }
+    }
+    const uint4 valid = shared_.barriers.valid[stage_];
+    if (AllValid(valid)) return;
+    const uint32_t words[4] = {valid.x, valid.y, valid.z, valid.w};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      // Byte 2 * j + lane % 4 / 2 has the keys 8 * j + 4 * (lane % 4 / 2) to + 3.
+      const uint32_t bits = words[j / 2] >> (16 * (j % 2) + 4 * (lane_ & 2) + 2 * (lane_ & 1));
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if ((bits >> e & 1) == 0) scores[4 * j + e] = scores[4 * j + 2 + e] = -INFINITY;
+      }
+    }
+  }
+
+  // Takes the powers of a tile's keys into account, and returns what the outputs so far are
+  // multiplied with to be in units of the largest one.
+  __device__ __forceinline__ float UpdateLargest() {
+    float largest = largest_;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 powers = PowersOf(j);
+      largest = fmaxf(largest, fmaxf(powers.x, powers.y));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+    const float units = largest_ == largest ? 1.0f : largest_ * Reciprocal(largest);
+    largest_ = largest;
+    return units;
+  }
+
+  __device__ __forceinline__ void Softmax(float (&scores)[32], const float (&scales)[2],
+                                          RowState (&rows)[2], float (&rescale)[2],
+                                          uint32_t (&pairs)[16]) {
+    ScaleScores(scores, scales);
+    float units = 1.0f, to_units = 1.0f;
+    if constexpr (kHalf) {
+      units = UpdateLargest();
+      to_units = ToUnits(largest_);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float maximum = rows[h].maximum;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        maximum = fmaxf(maximum, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+      }
+      maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 1));
+      maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 2));
+      const float weight = WeightOf(rows[h].maximum, maximum);
+      rows[h].maximum = maximum;
+      rescale[h] = weight * units;
+      const float shift = ShiftOf(maximum);
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float a = Exp2(scores[4 * j + 2 * h] - shift);
+        float b = Exp2(scores[4 * j + 2 * h + 1] - shift);
+        sum += a + b;
+        if constexpr (kHalf) {
+          const float2 powers = PowersOf(j);
+          a *= powers.x * to_units;
+          b *= powers.y * to_units;
+        }
+        // Word 2 * (j % 2) + h of the operand of 16 keys.
+        pairs[4 * (j / 2) + 2 * (j % 2) + h] = PackPair<kType>(a, b);
+      }
+      rows[h].sum = rows[h].sum * weight + sum;  // of this lane's columns
+    }
+  }
+
+  // Gives P and the rescaling factors to consumer 1.
+  __device__ __forceinline__ void Share(const uint32_t (&pairs)[16],
+                                        const float (&rescale)[2]) const {
+    const int row = 16 * warp_ + lane_ % 8 + (lane_ & 8);
+    const uint32_t base = SharedAddress(shared_.probabilities) + row * 128;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t words[4] = {pairs[4 * k], pairs[4 * k + 1], pairs[4 * k + 2],
+                                 pairs[4 * k + 3]};
+      const int chunk = 2 * k + lane_ / 16;
+      StoreMatrices<false>(base + ((chunk ^ (row & 7)) << 4), words);
+    }
+    if (lane_ % 4 == 0) {
+      shared_.rescale[16 * warp_ + lane_ / 4] = rescale[0];
+      shared_.rescale[16 * warp_ + lane_ / 4 + 8] = rescale[1];
+    }
+    FenceAsyncProxy();
+    ArriveWarp(&shared_.probabilities_full);
+  }
+
+  __device__ __forceinline__ void Finish(const Work& work, RowState (&rows)[2]) const {
+    float common = StaticScales(args_.p).common;
+    if constexpr (kHalf) common *= largest_ * (1.0f / kProbabilityScale);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 1);
+      rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 2);
+      const int row = 16 * warp_ + lane_ / 4 + 8 * h;
+      if (lane_ % 4 == 0 && work.head + row < args_.p.heads) {
+        shared_.factor[row] = FinishRow(args_, work, work.head + row, rows[h], common);
+      }
+    }
+  }
+
+  // Writes 256 channels of the outputs from `channel` on.
+  __device__ __forceinline__ void Store(const Work& work, const HalfOutput& out,
+                                        int channel) const {
+    const MlaSparseParams& p = args_.p;
+    const bool partial = args_.splits > 1;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 16 * warp_ + lane_ / 4 + 8 * h, head = work.head + row;
+      const bool exists = head < p.heads;
+      const float factor = exists ? shared_.factor[row] : 0.0f;
+      const int64_t at = (work.token * p.heads + head) * kMlaValueDim + channel;
+      if (partial) {
+        if (!exists) continue;
+        float* target = args_.partial + work.split * p.tokens * p.heads * kMlaValueDim + at;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) {
+          *reinterpret_cast<float2*>(target + 8 * j + 2 * (lane_ % 4)) =
+              make_float2(out[j / 16][4 * (j % 16) + 2 * h] * factor,
+                          out[j / 16][4 * (j % 16) + 2 * h + 1] * factor);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 32; j += 4) {  // four lanes exchange 32 channels: 8 for each
+          uint32_t words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int from = 4 * ((j + i) % 16) + 2 * h;
+            words[i] = PackPair<DType::kBFloat16>(out[j / 16][from] * factor,
+                                                  out[j / 16][from + 1] * factor);
+          }
+          TransposeQuad(words);
+          if (exists) {
+            *reinterpret_cast<uint4*>(p.out + at + 8 * j + 8 * (lane_ % 4)) =
+                make_uint4(words[0], words[1], words[2], words[3]);
+          }
+        }
+      }
+    }
+  }
+
+  const Arguments& args_;
+  Shared& shared_;
+  int warp_, lane_;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+  uint32_t tiles_ = 0;    // so far
+  float largest_ = 0.0f;  // fp16: power of the keys, so far
+};
+
+template <int kDim, int kCluster>
+__device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
+  for (int i = 0; i < kStages; ++i) {
+    InitBarrier(&shared.barriers.full[i], kWideProducers * (kCluster == 2 ? 1 : kWarpArrivals));
+    InitBarrier(&shared.barriers.empty[i], kCluster * 8 * kWarpArrivals);
+  }
+  InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);
+  InitBarrier(&shared.probabilities_empty, 4 * kWarpArrivals);
+  FenceBarrierInit();
+}
+
+// kCluster: CTAs of a cluster, groups of heads of one token.
+template <int kDim, MlaFormat kFormat, int kCluster>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    WideKernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  auto& shared = *reinterpret_cast<WideShared<kDim>*>(bytes);
+  if (threadIdx.x == 0) InitBarriers<kDim, kCluster>(shared);
+  __syncthreads();
+  if constexpr (kCluster == 2) {
+    ArriveAtCluster();
+    WaitForCluster();
+  }
+  PdlWait();
+  PdlLaunchDependents();
+  if (threadIdx.x >= 256) {
+    ReleaseRegisters<kProducerRegisters>();
+    Gather<kDim, kFormat, kWideProducers, 1, kCluster> gather(args, shared.stages.keys[0],
+                                                              shared.barriers, threadIdx.x - 256);
+    for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
+      gather.Run(Work(args, index, kWideHeads));
+    }
+  } else if (threadIdx.x < 128) {
+    ClaimRegisters<kScoreRegisters>();
+    WideConsumer<kDim, kOperand<kFormat>, kCluster>(args, shared).template Run<0>();
+  } else {
+    ReleaseRegisters<kOutputRegisters>();
+    WideConsumer<kDim, kOperand<kFormat>, kCluster>(args, shared).template Run<1>();
+  }
+  if constexpr (kCluster == 2) {
+    // Nobody may write to the shared memory of a CTA that has ended.
+    __syncwarp();
+    ArriveAtCluster();
+    WaitForCluster();
+  }
+#else
+  __trap();
+#endif
+}
+
+}  // namespace fastattn::cuda::mla_sm90

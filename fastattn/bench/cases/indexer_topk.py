@@ -1,0 +1,105 @@
+"""The indexer's choice of keys in one call, beside its logits and their top-k in turn.
+
+64 heads of 128 channels, 2048 keys a query; FP8. In turn there is a matrix of all logits: 2 GiB for
+4096 queries over 128k keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+import fastattn.functional as F
+from fastattn.bench.core.devices import Device, Gpu
+from fastattn.bench.core.rows import Row, register
+from fastattn.bench.core.timing import Call, bind, medians
+
+HEADS, DIM, PAGE = 64, 128, 64
+IN_TURN = "logits, then top-k"
+#: New tokens and thousands of keys.
+_CHUNKS = {
+    "gpu": [(2048, 32), (4096, 64), (4096, 128)],
+    "gpu quick": [(2048, 4)],
+    "cpu": [(64, 4)],
+    "cpu quick": [(8, 1)],
+}
+#: Sequences, thousands of keys, queries a sequence.
+_STEPS = {
+    "gpu": [(1, 64, 1), (1, 64, 2), (64, 64, 1), (64, 64, 2)],
+    "gpu quick": [(4, 8, 2)],
+    "cpu": [(2, 4, 2)],
+    "cpu quick": [(1, 1, 1)],
+}
+
+
+def _row(device: Device, op: str, shape: str, call: Call, in_turn: Call) -> Row:
+    if isinstance(device, Gpu):
+        us, turn_us = device.us([call]), device.us([in_turn])
+    else:
+        us, turn_us = medians([call, in_turn], 3 if device.quick else 9)
+    return Row(op, shape, us, peer=IN_TURN, peer_us=turn_us)
+
+
+def _heads(device: Device) -> int:
+    return HEADS if device.kind == "gpu" else 8
+
+
+def _in_turn(logits: Call, select: Call) -> Call:
+    def call() -> None:
+        logits()
+        select()
+
+    return call
+
+
+@register("indexer_topk")
+def chunks(device: Device) -> Iterator[Row]:
+    """Chunks of a prompt, whose queries see all keys up to their own."""
+    for tokens, thousands in device.of(_CHUNKS):
+        keys, heads = thousands * 1024, _heads(device)
+        k = min(2048, keys // 2)
+        ends = device.int32(np.arange(keys - tokens + 1, keys + 1))
+        inputs = (
+            device.random((tokens, heads, DIM), "e4m3"),
+            device.random((keys, DIM), "e4m3", seed=1),
+            device.uniform((tokens, heads)),
+            device.int32(np.zeros(tokens)),
+            ends,
+        )
+        scales = device.uniform((keys,))
+        logits, out = device.empty((tokens, keys), "float32"), device.empty((tokens, k), "int32")
+        in_turn = _in_turn(
+            bind(F.mqa_logits, *inputs, k_scales=scales, out=logits),
+            bind(F.topk_indices, logits, ends, k, out=out),
+        )
+        call = bind(F.indexer_topk, *inputs, k, k_scales=scales, out=out)
+        shape = f"{tokens} tokens, {thousands}k keys, k {k}"
+        yield _row(device, "indexer_topk", shape, call, in_turn)
+        del call, in_turn, logits
+
+
+@register("paged_indexer_topk")
+def steps(device: Device) -> Iterator[Row]:
+    """Decode steps over pages of 64 tokens."""
+    for batch, thousands, next_n in device.of(_STEPS):
+        keys, heads, rows = thousands * 1024, _heads(device), batch * next_n
+        k, pages = min(2048, keys // 2), batch * keys // PAGE
+        table = np.random.default_rng(0).permutation(pages).reshape(batch, -1)
+        lengths = device.int32(keys - next_n + 1 + np.tile(np.arange(next_n), batch))
+        inputs = (
+            device.random((batch, next_n, heads, DIM), "e4m3"),
+            device.random((pages, PAGE, DIM + 4), "e4m3", seed=1),
+            device.uniform((rows, heads)),
+            device.int32(np.full(batch, keys)),
+            device.int32(table),
+            keys,
+        )
+        logits, out = device.empty((rows, keys), "float32"), device.empty((rows, k), "int32")
+        in_turn = _in_turn(
+            bind(F.paged_mqa_logits, *inputs, out=logits),
+            bind(F.topk_indices, logits, lengths, k, out=out),
+        )
+        call = bind(F.paged_indexer_topk, *inputs, k, out=out)
+        shape = f"batch {batch}, {thousands}k keys, {next_n} queries, k {k}"
+        yield _row(device, "paged_indexer_topk", shape, call, in_turn)

@@ -1,0 +1,165 @@
+"""FlashInfer's functions beside its wrappers: writing into pages, merging partial results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paddle import Tensor
+
+from fastattn.compat._flashinfer_wrapper import LN2, caches_as_blocks, check_layout
+from fastattn.compat._paged import (
+    BLOCK_SIZE,
+    progression,
+    refuse,
+    refuse_given,
+    require_tensors,
+)
+from fastattn.functional import merge_attn_states, write_cache_kv
+
+
+def append_paged_kv_cache(
+    append_key: Tensor,
+    append_value: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    paged_kv_cache: Any,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    kv_layout: str = "NHD",
+) -> None:
+    """Write K and V of new tokens into a 16-bit paged cache, in place.
+
+    Parameters
+    ----------
+    append_key, append_value : Tensor, shape [T, KV, D], bfloat16 or float16
+    batch_indices, positions : Tensor, shape [T], int32
+        Sequence of each token, and its position there. A token of sequence -1 is skipped.
+    paged_kv_cache : Tensor or (Tensor, Tensor)
+        See the module's table.
+    kv_indices, kv_indptr : Tensor, int32
+        The page table, with room for the new tokens.
+    kv_last_page_len : Tensor
+        Not used.
+    kv_layout : {"NHD", "HND"}
+
+    Raises
+    ------
+    NotImplementedError
+        For 8-bit caches, which :func:`fastattn.functional.write_cache_kv` writes, pools with pages
+        of more than 64 tokens, and other caches that are not supported.
+    TypeError, ValueError
+        If dtypes or shapes do not match.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat.flashinfer import append_paged_kv_cache
+    >>> pool, x = paddle.zeros([2, 2, 64, 1, 64], "float16"), paddle.ones([2, 1, 64], "float16")
+    >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
+    >>> append_paged_kv_cache(
+    ...     x, 2 * x, int32([0, 0]), int32([63, 64]), pool, int32([1, 0]), int32([0, 2]), int32([1])
+    ... )
+    >>> pool[1, 0, 63, 0, 0].item(), pool[0, 1, :2, 0, 0].tolist()
+    (1.0, [2.0, 0.0])
+    """
+    op = "append_paged_kv_cache"
+    check_layout(op, kv_layout)
+    require_tensors(
+        op, append_key=append_key, batch_indices=batch_indices, positions=positions,
+        kv_indices=kv_indices, kv_indptr=kv_indptr,
+    )  # fmt: skip
+    blocks = caches_as_blocks(op, paged_kv_cache, kv_layout)
+    if blocks.quant_type != "none":
+        refuse(op, "paged_kv_cache", "8 bits; write_cache_kv quantises")
+    if blocks.stride != blocks.per_page:
+        refuse(op, "paged_kv_cache", "one pool with pages of more than 64 tokens; pass (k, v)")
+    tokens = int(append_key.shape[0])
+    page_size = blocks.per_page * BLOCK_SIZE
+    # Each token is a sequence of its own whose table is the one block that it goes to.
+    in_table = kv_indptr.gather(batch_indices.clip(min=0)) + positions // page_size
+    block = kv_indices.gather(in_table) * blocks.stride + positions % page_size // BLOCK_SIZE
+    unwritten = (batch_indices < 0).astype("int32")
+    write_cache_kv(
+        append_key,
+        append_value,
+        blocks.key,
+        blocks.value,
+        (block - (block + 1) * unwritten).unsqueeze(-1),
+        progression(0, 1, tokens + 1, "int32", append_key),
+        positions % BLOCK_SIZE,
+        1 - unwritten,
+    )
+
+
+def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two partial attentions of the same queries.
+
+    Parameters
+    ----------
+    v_a, v_b : Tensor, shape [T, H, D], float32, float16 or bfloat16
+    s_a, s_b : Tensor, shape [T, H]
+        LSE in base 2.
+
+    Returns
+    -------
+    v : Tensor, shape [T, H, D]
+    s : Tensor, shape [T, H], float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`fastattn.functional.merge_attn_states`.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat.flashinfer import merge_state
+    >>> v, s = merge_state(*[paddle.ones([1, 1, 64]), paddle.zeros([1, 1])] * 2)
+    >>> v[0, 0, 0].item(), round(s.item(), 4)
+    (1.0, 1.0)
+    """
+    op = "merge_state"
+    require_tensors(op, v_a=v_a, s_a=s_a, v_b=v_b, s_b=s_b)
+    merged, lse = merge_attn_states(v_a, _natural(s_a), v_b, _natural(s_b))
+    return merged, lse.transpose([1, 0]) * (1 / LN2)
+
+
+def merge_state_in_place(
+    v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: Tensor | None = None
+) -> None:
+    """Merge a partial attention into another one.
+
+    Parameters
+    ----------
+    v, s : Tensor
+        As `v_a` and `s_a` of :func:`merge_state`, `s` float32. Written in place.
+    v_other, s_other : Tensor
+    mask : None
+
+    Raises
+    ------
+    NotImplementedError
+        For a mask.
+    TypeError, ValueError
+        As :func:`merge_state`.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat.flashinfer import merge_state_in_place
+    >>> v, s = paddle.ones([1, 1, 64]), paddle.zeros([1, 1])
+    >>> merge_state_in_place(v, s, 3 * v, s.clone())
+    >>> v[0, 0, 0].item(), round(s.item(), 4)
+    (2.0, 1.0)
+    """
+    op = "merge_state_in_place"
+    refuse_given(op, mask=mask)
+    require_tensors(op, v=v, s=s, v_other=v_other, s_other=s_other)
+    _, lse = merge_attn_states(v, _natural(s), v_other, _natural(s_other), output=v)
+    s.copy_(lse.transpose([1, 0]) * (1 / LN2), True)
+
+
+def _natural(lse: Tensor) -> Tensor:
+    """LSE [T, H] in base 2 as [H, T] in base e."""
+    return (lse.astype("float32") * LN2).transpose([1, 0])

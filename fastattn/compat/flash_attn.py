@@ -1,0 +1,524 @@
+"""flash-attn's inference functions, as flash-attn 2 and 3 and vLLM's build of them have them.
+
+A program that calls them changes one line::
+
+    # from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+    from fastattn.compat.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+Paged caches ``[num_blocks, page_size, KV, D]`` are read where they lie.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import paddle
+from paddle import Tensor
+
+from fastattn import _ops
+from fastattn.compat._paged import (
+    BLOCK_SIZE,
+    Blocks,
+    blocks_of_pages,
+    dtype_name,
+    nhd_blocks,
+    progression,
+    refuse,
+    refuse_given,
+    require_tensors,
+)
+from fastattn.functional import flash_attention, paged_attention, write_cache_kv
+from fastattn.functional._marker import unified
+
+__all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
+
+_VARLEN = "flash_attn_varlen_func"
+_KVCACHE = "flash_attn_with_kvcache"
+_KV_DTYPES = {"float8_e5m2": "e5m2", "int8": "int8"}
+
+
+def _check_number(op: str, name: str, value: Any, expected: float, why: str) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{op}: {name}: expected a number, got {type(value).__name__}; the packages' positions "
+            "differ from here on, so pass arguments by name"
+        )
+    if value != expected:
+        refuse(op, name, why)
+
+
+def _check_common(op: str, causal: Any, softmax_scale: Any) -> None:
+    """Refuse what stands in the place of another argument when positions are mixed up."""
+    if not isinstance(causal, (bool, int)):
+        raise TypeError(
+            f"{op}: causal: expected bool, got {type(causal).__name__}; pass arguments by name"
+        )
+    if softmax_scale is not None and not isinstance(softmax_scale, numbers.Real):
+        raise TypeError(
+            f"{op}: softmax_scale: expected float, got {type(softmax_scale).__name__}; pass "
+            "arguments by name"
+        )
+
+
+def _cache_scale(op: str, name: str, descale: Any, cache: Tensor, blocks: Blocks) -> Any:
+    """A descale as the cache's static scales, which do not differ between sequences."""
+    if blocks.quant_type == "none":
+        if descale is not None:
+            raise ValueError(f"{op}: {name}: the cache has 16 bits and takes no scale")
+        return None
+    if descale is None:
+        return progression(1.0, 0, 1, "float32", cache)
+    require_tensors(op, **{name: descale})
+    shape = list(descale.shape)
+    if len(shape) == 2 and shape[0] == 1:
+        return descale.reshape([shape[1]])
+    if len(shape) == 2:
+        refuse(
+            op,
+            name,
+            f"scales {shape} of each sequence for a cache that sequences share; expected [1] or "
+            "[KV]",
+        )
+    return descale
+
+
+def _window(window_size: Any) -> Any:
+    return (-1, -1) if window_size is None else tuple(window_size)
+
+
+@unified
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    seq_lens_decoder: Tensor | None = None,
+    qv: Tensor | None = None,
+    q_v: Tensor | None = None,
+    attention_chunk: int = 0,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_tot_seqused_k: Tensor | None = None,
+    scheduler_metadata: Any = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    fa_version: int | None = None,
+) -> Any:
+    r"""Attention of ragged sequences over contiguous keys, or over a paged cache.
+
+    Positions are those of flash-attn 2: FlashAttention-3 has the same first seven. vLLM's first
+    seven, ``(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k)``, are told from them
+    by an int in the fourth place. All other arguments go by name, in any of the three packages.
+
+    With `block_table`, `k` and `v` are a paged cache, which is read in place and never copied:
+
+    - 16 bits: ``[num_blocks, page_size, KV, D]`` with pages of 64 tokens and any strides but the
+      last, or contiguous with pages of a multiple of 64 tokens.
+    - 8 bits (uint8 is e4m3, float8_e4m3fn, float8_e5m2, int8): `k` as above with pages of 64. `v`
+      in this package's layout ``[num_blocks, KV, D, 64]`` (docs/formats.md), as
+      :func:`fastattn.functional.write_cache_kv` writes it.
+
+    Sequence b then has ``seqused_k[b]`` keys (or as many as `cu_seqlens_k` says), which include
+    those of its queries. Each has at least as many keys as queries.
+
+    Parameters
+    ----------
+    q : Tensor, shape [T, H, D], bfloat16, float16, or uint8 / float8_e4m3fn (e4m3 codes)
+    k, v : Tensor, shape [sum k, KV, D], or a paged cache
+        As :func:`fastattn.functional.flash_attention` takes them.
+    cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
+        `cu_seqlens_k` is required for contiguous keys.
+    max_seqlen_q, max_seqlen_k : int
+        Upper bounds of the sequences' lengths; they mask nothing.
+    dropout_p : float
+        0.
+    softmax_scale : float, optional
+        ``D ** -0.5`` by default.
+    causal : bool
+        Mask the keys after a query's position; the last query sees the last key.
+    window_size : (int, int), optional
+        Keys before and after a query's position that stay visible; -1 is unlimited.
+    softcap : float
+        Bound of the logits; 0 is none.
+    alibi_slopes : None
+    deterministic : bool
+        Not used: the result always is.
+    return_attn_probs : bool
+        Return (out, softmax_lse, None) as flash-attn 2 does without dropout.
+    block_table : Tensor, shape [B, max_pages], int32, optional
+    seqused_q, seqused_k : Tensor, shape [B], int32, optional
+        Queries and keys of each sequence. `seqused_k` belongs to `block_table`; `seqused_q` may
+        leave queries out, which give 0.
+    return_softmax_lse : bool
+        Return (out, softmax_lse).
+    out : Tensor, shape [T, H, D], optional
+        Written in place and returned.
+    q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional
+    k_descale, v_descale : Tensor, float32 or bfloat16, optional
+        Contiguous keys: [1], [KV] or [B, KV]. A paged cache: [1], [KV], or [1, KV]; scales that
+        differ between sequences are refused.
+    s_aux : Tensor, shape [H], float32 or bfloat16, optional
+        Sinks: a logit for each head that joins the denominator and the LSE.
+    seq_lens_decoder : Tensor, shape [B], int32, optional
+        An addition to the packages' arguments: ``seqused_k`` minus the queries of each sequence.
+        Given once a step, it saves each layer the small kernels that compute it.
+    qv, q_v, attention_chunk, cp_world_size, cp_rank, cp_tot_seqused_k
+        Refused, unless they have their default.
+    scheduler_metadata, num_splits, pack_gqa, sm_margin, fa_version
+        Not used: the call's shape chooses the kernels.
+
+    Returns
+    -------
+    out : Tensor, shape [T, H, D]
+        The dtype of `q`; bfloat16 for e4m3 queries.
+    softmax_lse : Tensor, shape [H, T], float32
+        Natural logarithm; -inf where a query sees no key (flash-attn 2: +inf).
+
+    Raises
+    ------
+    NotImplementedError
+        For what is refused above, a page size that is not a multiple of 64, a cache that would have
+        to be copied, `seqused_q` or `seqused_k` with contiguous keys.
+    TypeError, ValueError
+        As :func:`fastattn.functional.flash_attention` and ``paged_attention``; also for arguments
+        in the positions of another package.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat.flash_attn import flash_attn_varlen_func
+    >>> x = paddle.ones([3, 1, 64])
+    >>> starts = paddle.to_tensor([0, 3], "int32")
+    >>> out = flash_attn_varlen_func(x, x, 2 * x, starts, starts, 3, 3, causal=True)
+    >>> out[:, 0, 0].tolist()
+    [2.0, 2.0, 2.0]
+    """
+    op = _VARLEN
+    if isinstance(cu_seqlens_q, int):  # vLLM's positions
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = (
+            cu_seqlens_k,  # type: ignore[assignment]
+            max_seqlen_k if _ops.is_tensor(max_seqlen_k) else None,  # type: ignore[assignment]
+            cu_seqlens_q,
+            max_seqlen_q,
+        )
+    require_tensors(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
+    _check_number(op, "dropout_p", dropout_p, 0, "dropout is for training")
+    _check_common(op, causal, softmax_scale)
+    if attention_chunk != 0 or cp_world_size != 1 or cp_rank != 0:
+        name = "attention_chunk" if attention_chunk != 0 else "cp_world_size"
+        refuse(op, name, "not supported")
+    refuse_given(op, alibi_slopes=alibi_slopes, qv=qv, q_v=q_v, cp_tot_seqused_k=cp_tot_seqused_k)
+    options = {
+        "softmax_scale": softmax_scale,
+        "causal": bool(causal),
+        "window_size": _window(window_size),
+        "softcap": softcap,
+        "sinks": s_aux,
+        "q_descale": q_descale,
+        "return_softmax_lse": return_softmax_lse or return_attn_probs,
+        "out": out,
+    }
+    if block_table is None:
+        for name, value in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
+            if value is not None:
+                refuse(op, name, "contiguous keys have exact cu_seqlens; give a block_table")
+        if cu_seqlens_k is None:
+            raise ValueError(f"{op}: cu_seqlens_k: required without block_table")
+        result = flash_attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            kv_dtype=_KV_DTYPES.get(dtype_name(k.dtype), "auto"),
+            **options,
+        )
+    else:
+        blocks = nhd_blocks(op, k, v, ("k", "v"))
+        cached, new = _paged_lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+                                     seq_lens_decoder)  # fmt: skip
+        result = paged_attention(
+            q,
+            blocks.key,
+            blocks.value,
+            blocks_of_pages(block_table, blocks.per_page),
+            cu_seqlens_q,
+            cached,
+            new,
+            max_seqlen_q,
+            max_seqlen_k,
+            cache_k_scales=_cache_scale(op, "k_descale", k_descale, k, blocks),
+            cache_v_scales=_cache_scale(op, "v_descale", v_descale, v, blocks),
+            **blocks.options(),
+            **options,
+        )
+    return (*result, None) if return_attn_probs and not return_softmax_lse else result
+
+
+def _paged_lengths(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    seq_lens_decoder: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Cached and new tokens of each sequence, as tensors on the device."""
+    op = _VARLEN
+    if seqused_k is None:
+        if cu_seqlens_k is None:
+            raise ValueError(f"{op}: seqused_k: required with block_table (or cu_seqlens_k)")
+        seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+    elif cu_seqlens_k is not None:
+        raise ValueError(f"{op}: cu_seqlens_k: given together with seqused_k")
+    require_tensors(op, seqused_k=seqused_k)
+    if seq_lens_decoder is None:
+        queries = seqused_q
+        if queries is None:
+            queries = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
+        seq_lens_decoder = seqused_k - queries
+        if _is_on_cpu(seq_lens_decoder) and bool((seq_lens_decoder < 0).any()):
+            raise ValueError(f"{op}: seqused_k: a sequence has more queries than keys")
+    # The operator takes the fewer of these and of what cu_seqlens_q leaves room for; a sequence
+    # has at most as many queries as keys, and so no slot behind its last key is ever read.
+    return seq_lens_decoder, seqused_k if seqused_q is None else seqused_q
+
+
+def _is_on_cpu(tensor: Tensor) -> bool:
+    return paddle.in_dynamic_mode() and bool(tensor.place.is_cpu_place())
+
+
+@unified
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] | None = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    page_table: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    out: Tensor | None = None,
+    qv: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    attention_chunk: int = 0,
+    scheduler_metadata: Any = None,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Any:
+    r"""Attention of a batch's new queries over its caches, to which `k` and `v` are added first.
+
+    Positions are those of flash-attn 2. FlashAttention-3 has the same first five; its other
+    arguments go by name. The caches are read and written in place: paged ones as
+    :func:`flash_attn_varlen_func` takes them, and, without a block table, contiguous ones
+    ``[B, S, KV, D]`` with S a multiple of 64. Each sequence has at least as many keys as queries.
+
+    Parameters
+    ----------
+    q : Tensor, shape [B, N, H, D], bfloat16, float16, or uint8 / float8_e4m3fn (e4m3 codes)
+    k_cache, v_cache : Tensor, shape [num_blocks, page_size, KV, D] or [>= B, S, KV, D]
+        V of an 8-bit cache has shape [num_blocks, KV, D, 64] (docs/formats.md).
+    k, v : Tensor, shape [B, M, KV, D], bfloat16 or float16, optional
+        New keys and values, written behind the `cache_seqlens` cached ones; quantised where the
+        cache has 8 bits.
+    rotary_cos, rotary_sin : None
+        :func:`fastattn.functional.rope_write_cache_kv` rotates and writes in one kernel.
+    cache_seqlens : int or Tensor, shape [B], int32, optional
+        Keys in the cache, without those of `k`; default all that it has room for.
+    cache_batch_idx, cache_leftpad, alibi_slopes : None
+    block_table, page_table : Tensor, shape [B, max_pages], int32, optional
+        Two names of one argument.
+    softmax_scale, causal, window_size, softcap
+        As in :func:`flash_attn_varlen_func`.
+    return_softmax_lse : bool
+    q_descale, k_descale, v_descale, s_aux, out
+        As in :func:`flash_attn_varlen_func`, `out` [B, N, H, D].
+    qv, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, attention_chunk
+        Refused, unless they have their default.
+    rotary_interleaved, num_splits, max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin
+        Not used.
+
+    Returns
+    -------
+    out : Tensor, shape [B, N, H, D]
+    softmax_lse : Tensor, shape [B, H, N], float32
+        Only with `return_softmax_lse`. Natural logarithm.
+
+    Raises
+    ------
+    NotImplementedError
+        For what is refused above, or a cache that would have to be copied.
+    TypeError, ValueError
+        As :func:`fastattn.functional.paged_attention` and ``write_cache_kv``.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat.flash_attn import flash_attn_with_kvcache
+    >>> caches = [paddle.zeros([2, 64, 1, 64], "bfloat16") for _ in range(2)]
+    >>> x = paddle.ones([2, 1, 1, 64], "bfloat16")  # a new token for each of two sequences
+    >>> lengths = paddle.to_tensor([0, 5], "int32")
+    >>> out = flash_attn_with_kvcache(0 * x, *caches, x, 12 * x, cache_seqlens=lengths, causal=True)
+    >>> out[:, 0, 0, 0].astype("float32").tolist()
+    [12.0, 2.0]
+    """
+    op = _KVCACHE
+    require_tensors(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    _check_common(op, causal, softmax_scale)
+    refuse_given(
+        op,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        alibi_slopes=alibi_slopes,
+        qv=qv,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        rotary_seqlens=rotary_seqlens,
+        attention_chunk=attention_chunk or None,
+    )
+    if len(q.shape) != 4:
+        raise ValueError(f"{op}: q: expected shape [B, N, H, D], got {list(q.shape)}")
+    batch, queries, heads, head_dim = (int(n) for n in q.shape)
+    if block_table is not None and page_table is not None:
+        raise ValueError(f"{op}: page_table: given together with block_table")
+    blocks = nhd_blocks(op, k_cache, v_cache, ("k_cache", "v_cache"))
+    table = block_table if block_table is not None else page_table
+    if table is None:
+        table = _rows_as_tables(op, k_cache, batch)
+    else:
+        require_tensors(op, block_table=table)
+        table = blocks_of_pages(table, blocks.per_page)
+    if out is not None and not out.is_contiguous():
+        refuse(op, "out", "not contiguous: the result would go to a copy")
+    room = int(table.shape[1]) * BLOCK_SIZE
+    fresh = _new_keys(op, k, v, batch)
+    if cache_seqlens is None:
+        cache_seqlens = room - fresh
+    scales = {
+        "cache_k_scales": _cache_scale(op, "k_descale", k_descale, k_cache, blocks),
+        "cache_v_scales": _cache_scale(op, "v_descale", v_descale, v_cache, blocks),
+    }
+    if k is not None and v is not None:
+        write_cache_kv(
+            k.reshape([batch * fresh, *k.shape[2:]]),
+            v.reshape([batch * fresh, *v.shape[2:]]),
+            blocks.key,
+            blocks.value,
+            table,
+            _starts(batch, fresh, q),
+            _lengths(cache_seqlens, 0, batch, q),
+            progression(fresh, 0, batch, "int32", q),
+            **scales,
+            **blocks.options(),
+        )
+    result = paged_attention(
+        q.reshape([batch * queries, heads, head_dim]),
+        blocks.key,
+        blocks.value,
+        table,
+        _starts(batch, queries, q),
+        _lengths(cache_seqlens, fresh - queries, batch, q),
+        progression(queries, 0, batch, "int32", q),
+        queries,
+        room,
+        q_descale=q_descale,
+        softmax_scale=softmax_scale,
+        causal=bool(causal),
+        window_size=_window(window_size),
+        softcap=softcap,
+        sinks=s_aux,
+        return_softmax_lse=return_softmax_lse,
+        out=None if out is None else out.reshape([batch * queries, heads, head_dim]),
+        **scales,
+        **blocks.options(),
+    )
+    shape = [batch, queries, heads, head_dim]
+    if not return_softmax_lse:
+        return result.reshape(shape) if out is None else out
+    lse = result[1].reshape([heads, batch, queries]).transpose([1, 0, 2])
+    return (result[0].reshape(shape) if out is None else out), lse
+
+
+def _rows_as_tables(op: str, cache: Tensor, batch: int) -> Tensor:
+    """Block tables of caches [B, S, KV, D], whose rows are pages of their own."""
+    rows, tokens = int(cache.shape[0]), int(cache.shape[1])
+    if rows < batch:
+        raise ValueError(f"{op}: k_cache: expected at least {batch} rows, got {rows}")
+    count = tokens // BLOCK_SIZE
+    return progression(0, 1, batch * count, "int32", cache).reshape([batch, count])
+
+
+def _new_keys(op: str, k: Any, v: Any, batch: int) -> int:
+    """Number of new keys of each sequence."""
+    if k is None and v is None:
+        return 0
+    require_tensors(op, k=k, v=v)
+    for name, tensor in (("k", k), ("v", v)):
+        if len(tensor.shape) != 4 or tensor.shape[0] != batch:
+            raise ValueError(
+                f"{op}: {name}: expected shape [{batch}, M, KV, D], got {list(tensor.shape)}"
+            )
+    return int(k.shape[1])
+
+
+def _starts(batch: int, tokens: int, like: Tensor) -> Tensor:
+    return progression(0, tokens, batch + 1, "int32", like)
+
+
+def _lengths(lengths: int | Tensor, more: int, batch: int, like: Tensor) -> Tensor:
+    """``lengths + more`` of each sequence, on the device."""
+    if not _ops.is_tensor(lengths):
+        if type(lengths) is not int:
+            raise TypeError(
+                f"{_KVCACHE}: cache_seqlens: expected int or a tensor, got {type(lengths).__name__}"
+            )
+        return progression(lengths + more, 0, batch, "int32", like)
+    return lengths + more if more else lengths  # type: ignore[return-value]

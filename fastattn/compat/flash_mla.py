@@ -1,0 +1,288 @@
+"""FlashMLA's functions under their own names, with their own argument orders and conventions.
+
+A program that calls them changes one line::
+
+    # import flash_mla
+    from fastattn.compat import flash_mla
+
+Differences from FlashMLA: any number of heads from 1 to 128 and any number of indices; an index
+outside the cache is skipped and never read; ``topk_length`` and a second cache go with every
+format, bf16 caches with ``indices`` too; a float32 scale of a cache is not rounded to bf16. There
+is nothing to plan: the metadata object is empty and may serve any call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from paddle import Tensor
+
+from fastattn import _ops
+from fastattn.functional._marker import unified
+from fastattn.functional.mla_sparse import call
+
+__all__ = [
+    "FlashMLASchedMeta",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+]
+
+_VALUE_DIM = 512
+
+
+class FlashMLASchedMeta:
+    """What FlashMLA plans ahead of a step; here nothing."""
+
+
+def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
+    """Metadata for :func:`flash_mla_with_kvcache`, whatever the arguments.
+
+    Returns
+    -------
+    tile_scheduler_metadata : FlashMLASchedMeta
+    num_splits : None
+    """
+    return FlashMLASchedMeta(), None
+
+
+def _refuse(op: str, name: str, text: str, kind: type[Exception] = ValueError) -> NoReturn:
+    raise kind(f"{op}: {name}: {text}")
+
+
+def _rank(op: str, name: str, tensor: Any, rank: int) -> list[int]:
+    if not _ops.is_tensor(tensor):
+        _refuse(op, name, f"expected a tensor, got {type(tensor).__name__}", TypeError)
+    if len(tensor.shape) != rank:
+        _refuse(op, name, f"expected {rank} dimensions, got shape {list(tensor.shape)}")
+    return list(tensor.shape)
+
+
+def _format(op: str, dim: int, is_fp8: bool) -> str:
+    if not is_fp8:
+        return "bf16"
+    if dim not in (576, 512):
+        _refuse(op, "q", f"expected 576 or 512 channels, got {dim}")
+    return "fp8_656" if dim == 576 else "fp8_584"
+
+
+def _codes(cache: Tensor | None, is_fp8: bool) -> Tensor | None:
+    """Bytes of an FP8 cache that a server keeps as int8."""
+    if cache is None or not is_fp8 or not str(getattr(cache, "dtype", "")).endswith(".int8"):
+        return cache
+    return cache.view("uint8")
+
+
+def _of_each_query(op: str, name: str, lengths: Tensor | None, s_q: int) -> Any:
+    """A length a sequence as one a query."""
+    if lengths is None or s_q == 1:
+        return lengths
+    _rank(op, name, lengths, 1)
+    return lengths.reshape([-1, 1]).expand([-1, s_q]).reshape([-1])
+
+
+def _dense(op: str) -> NoReturn:
+    # The dense path belongs here: `mla_attention` over block_table and cache_seqlens.
+    _refuse(
+        op,
+        "indices",
+        "attention over all tokens is not supported; expected a tensor, got None",
+        NotImplementedError,
+    )
+
+
+@unified
+def flash_mla_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: Any,
+    num_splits: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices_in_kvcache: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """FlashMLA's decode: the tokens that `indices` name, over a paged latent cache.
+
+    :func:`fastattn.functional.mla_sparse_attention` under FlashMLA's name.
+
+    Parameters
+    ----------
+    q : Tensor, shape [B, s_q, H, 576 or 512], bfloat16
+    k_cache : Tensor, shape [num_blocks, block_size, 1, W]
+        With `is_fp8_kvcache` W is 656 (576 channels) or 584 (512 channels, blocks may be padded),
+        uint8, int8 or float8_e4m3fn. Else bfloat16 with W channels.
+    block_table, cache_seqlens, tile_scheduler_metadata, num_splits : any
+        Not used with `indices`.
+    head_dim_v : int
+        512.
+    softmax_scale : float, optional
+        Default: channels to the power of -0.5.
+    causal : bool
+        False with `indices`, which tell what a query sees.
+    is_fp8_kvcache : bool
+    indices : Tensor, shape [B, s_q, topk], int32
+        Slots: block times block_size plus the token's place in it.
+    attn_sink : Tensor, shape [H], float32, optional
+    extra_k_cache : Tensor, optional
+        A second cache in the same softmax, of the same kind.
+    extra_indices_in_kvcache : Tensor, shape [B, s_q, extra_topk], int32, optional
+    topk_length, extra_topk_length : Tensor, shape [B], int32, optional
+        Indices of each sequence that count.
+
+    Returns
+    -------
+    out : Tensor, shape [B, s_q, H, 512], bfloat16
+    softmax_lse : Tensor, shape [B, H, s_q], float32
+        Natural, without the sink; +inf for a query without a key, whose output is 0.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above, or an argument is not a tensor.
+    ValueError
+        If shapes do not match, `head_dim_v` is not 512, or `causal` with `indices`.
+    NotImplementedError
+        Without `indices`, or for a number of heads that is not supported.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat import flash_mla
+    >>> cache = paddle.zeros([2, 64, 1, 656], "uint8")
+    >>> metadata, _ = flash_mla.get_mla_metadata()
+    >>> out, lse = flash_mla.flash_mla_with_kvcache(
+    ...     paddle.ones([1, 1, 16, 576], "bfloat16"), cache, None, None, 512, metadata,
+    ...     is_fp8_kvcache=True, indices=paddle.to_tensor([[[3, 70, -1, -1]]], "int32"),
+    ... )
+    >>> list(out.shape), list(lse.shape), round(float(lse[0, 0, 0]), 4)
+    ([1, 1, 16, 512], [1, 16, 1], 0.6931)
+    """
+    op = "flash_mla_with_kvcache"
+    if indices is None:
+        _dense(op)
+    _, s_q, heads, dim = _rank(op, "q", q, 4)
+    if head_dim_v != _VALUE_DIM:
+        _refuse(op, "head_dim_v", f"expected {_VALUE_DIM}, got {head_dim_v}")
+    if causal:
+        _refuse(op, "causal", "expected False with indices, got True")
+    topk = _rank(op, "indices", indices, 3)[-1]
+    extra = extra_indices_in_kvcache
+    if extra is not None:
+        extra = extra.reshape([-1, _rank(op, "extra_indices_in_kvcache", extra, 3)[-1]])
+    out, lse, _ = call(
+        (
+            q.reshape([-1, heads, dim]),
+            _codes(k_cache, is_fp8_kvcache),
+            indices.reshape([-1, topk]),
+            _of_each_query(op, "topk_length", topk_length, s_q),
+            None,
+        ),
+        (
+            _codes(extra_k_cache, is_fp8_kvcache),
+            extra,
+            _of_each_query(op, "extra_topk_length", extra_topk_length, s_q),
+            None,
+        ),
+        (attn_sink, None),
+        (_format(op, dim, is_fp8_kvcache), None),
+        (None, None),
+        softmax_scale,
+        (True, False, True),
+    )
+    # No copy of one query's LSE.
+    lse = lse.reshape([-1, heads, 1] if s_q == 1 else [-1, s_q, heads])
+    if s_q != 1:
+        lse = lse.transpose([0, 2, 1])
+    return out.reshape([-1, s_q, heads, _VALUE_DIM]), lse
+
+
+def _prefill_order(results: tuple[Tensor, Any, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, max_logits = results
+    return out, max_logits, lse
+
+
+@unified
+def flash_mla_sparse_fwd(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    d_v: int = _VALUE_DIM,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashMLA's sparse prefill: each query attends the rows of `kv` that its indices name.
+
+    :func:`fastattn.functional.mla_sparse_attention` under FlashMLA's name.
+
+    Parameters
+    ----------
+    q : Tensor, shape [s_q, H, 576 or 512], bfloat16
+    kv : Tensor, shape [s_kv, 1, 576 or 512], bfloat16
+        Any row stride.
+    indices : Tensor, shape [s_q, 1, topk], int32
+        Rows of `kv`; others are skipped.
+    sm_scale : float
+    d_v : int
+        512.
+    attn_sink : Tensor, shape [H], float32, optional
+    topk_length : Tensor, shape [s_q], int32, optional
+        Indices of each query that count.
+
+    Returns
+    -------
+    out : Tensor, shape [s_q, H, 512], bfloat16
+    max_logits : Tensor, shape [s_q, H], float32
+        The largest scaled logit, -inf for a query without a key.
+    lse : Tensor, shape [s_q, H], float32
+        Natural, without the sink; +inf for a query without a key, whose output is 0.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above, or an argument is not a tensor.
+    ValueError
+        If shapes do not match, or `d_v` is not 512.
+    NotImplementedError
+        For a number of heads that is not supported.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat import flash_mla
+    >>> out, max_logits, lse = flash_mla.flash_mla_sparse_fwd(
+    ...     paddle.ones([1, 2, 576], "bfloat16"), paddle.ones([4, 1, 576], "bfloat16"),
+    ...     paddle.to_tensor([[[3, 0, -1, 9]]], "int32"), 0.0625,
+    ... )
+    >>> out[0, :, 0].astype("float32").tolist(), max_logits.tolist(), round(float(lse[0, 0]), 4)
+    ([1.0, 1.0], [[36.0, 36.0]], 36.6931)
+    """
+    op = "flash_mla_sparse_fwd"
+    _rank(op, "q", q, 3)
+    if d_v != _VALUE_DIM:
+        _refuse(op, "d_v", f"expected {_VALUE_DIM}, got {d_v}")
+    for name, tensor in (("kv", kv), ("indices", indices)):
+        shape = _rank(op, name, tensor, 3)
+        if shape[1] != 1:
+            _refuse(op, name, f"expected one KV head, got shape {shape}")
+    return _prefill_order(
+        call(
+            # The keys are pages of one token.
+            (q, kv, indices.reshape([-1, indices.shape[2]]), topk_length, None),
+            (None,) * 4,
+            (attn_sink, None),
+            ("bf16", None),
+            (None, None),
+            sm_scale,
+            (True, True, True),
+        )
+    )

@@ -1,0 +1,181 @@
+"""Sparse attention over caches of multi-head latent attention (MLA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paddle import Tensor
+
+from fastattn import _ops
+from fastattn.functional._attributes import as_float
+from fastattn.functional._marker import unified
+
+
+def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
+    if softmax_scale is not None:
+        return as_float(op, "softmax_scale", softmax_scale)
+    shape = getattr(q, "shape", None)  # the operator says what is wrong with a q that has none
+    return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
+
+
+def call(
+    keys: tuple[Any, ...],
+    extra: tuple[Any, ...],
+    more: tuple[Any, ...],
+    formats: tuple[str, str | None],
+    page_sizes: tuple[int | None, int | None],
+    softmax_scale: float | None,
+    flags: tuple[bool, bool, bool],
+) -> tuple[Tensor, Any, Any]:
+    """Call the operator.
+
+    Parameters
+    ----------
+    keys : q, cache, indices, topk_length and scale
+    extra : the same of a second cache
+    more : sinks and out
+    formats, page_sizes : of both caches
+    flags : whether to return the LSE and the largest logits, and whether the LSE of a query
+        without a key is +inf
+
+    Returns
+    -------
+    out, softmax_lse, max_logits : Tensor
+        Those that were not asked for have no meaning.
+    """
+    op = "mla_sparse_attention"
+    cache_format, extra_format = formats
+    attrs = (
+        cache_format,
+        cache_format if extra_format is None else extra_format,
+        *(0 if size is None else size for size in page_sizes),
+        _softmax_scale(op, keys[0], softmax_scale),
+        *flags,
+    )
+    result, lse, max_logits, *_ = _ops.call(op, (*keys, *extra, *more), attrs)
+    return result, lse, max_logits
+
+
+@unified
+def mla_sparse_attention(
+    q: Tensor,
+    cache: Tensor,
+    indices: Tensor,
+    *,
+    cache_format: str,
+    topk_length: Tensor | None = None,
+    extra_cache: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+    extra_cache_format: str | None = None,
+    scale: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    page_size: int | None = None,
+    extra_page_size: int | None = None,
+    return_softmax_lse: bool = False,
+    return_max_logits: bool = False,
+    out: Tensor | None = None,
+) -> Any:
+    r"""Attention of each query over the tokens of latent caches that it names, all heads alike.
+
+    .. math:: s_{thj} = \lambda q_{th} \cdot k_j, \qquad
+              o_{th} = \frac{\sum_j e^{s_{thj}} v_j}{e^{\mathrm{sink}_h} + \sum_j e^{s_{thj}}}
+
+    over the tokens j at the slots ``indices[t, :topk_length[t]]`` of `cache` and, in the same
+    softmax, ``extra_indices[t, :extra_topk_length[t]]`` of `extra_cache`. A key :math:`k_j` is all
+    of a token's channels, dequantised with its own scale, its value :math:`v_j` the first 512.
+    Prefill, decode and drafts are the same: what a query may see is in its indices.
+
+    Slot s is row ``s % page_size`` of page ``s // page_size``. One outside the cache, such as -1,
+    is skipped and never read; one that stands twice counts twice. A query without a key gives 0,
+    also with a sink, and an LSE of -inf. A NaN in a query head or in a token that the query sees
+    makes that output NaN, and no other.
+
+    Parameters
+    ----------
+    q : Tensor, shape [T, H, 576] or [T, H, 512], bfloat16
+        1 to 128 heads; channels as the caches have them: latent, then rotated ones. Any token and
+        head stride.
+    cache : Tensor, bfloat16 ("bf16") or uint8
+        As for :func:`mla_write_cache`; a "bf16" cache has rows of the channels of `q`, an "fp8" or
+        "fp8_656" one of 576, an "fp8_584" one of 512. Contiguous keys of a prefill, [N, 576], are
+        the pages ``keys.unsqueeze(0)``.
+    indices : Tensor, shape [T, topk], int32
+        Slots of `cache`, in any order. Any row stride.
+    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
+    topk_length : Tensor, shape [T], int32, optional
+        Indices of each query that count, from the first on; clamped to [0, topk]. Default: all.
+    extra_cache : Tensor, optional
+        A second cache, such as the compressed tokens beside those of the window (V4). Its page size
+        may differ.
+    extra_indices : Tensor, shape [T, extra_topk], int32, optional
+        Slots of `extra_cache`.
+    extra_topk_length : Tensor, shape [T], int32, optional
+    extra_cache_format : str, optional
+        Default: `cache_format`. Both have the same channels.
+    scale, extra_scale : Tensor, shape [1], float32, optional
+        Dequantisation multiplier of an "fp8" cache.
+    sinks : Tensor, shape [H], float32, optional
+        A logit for each head that joins the denominator, without a value.
+    softmax_scale : float, optional
+        :math:`\lambda`; ``q.shape[-1] ** -0.5`` by default. Models give that of a head before
+        absorption, such as ``192 ** -0.5``.
+    page_size, extra_page_size : int, optional
+        Tokens of a page, for a cache of two dimensions.
+    return_softmax_lse, return_max_logits : bool
+        Also return the LSE, the largest logits.
+    out : Tensor, shape [T, H, 512], bfloat16, optional
+        Written in place and returned.
+
+    Returns
+    -------
+    out : Tensor, shape [T, H, 512], bfloat16
+    softmax_lse : Tensor, shape [T, H], float32
+        Natural logarithm of the denominator without the sink. Only with `return_softmax_lse`.
+    max_logits : Tensor, shape [T, H], float32
+        Largest :math:`s_{thj}` of each query head, -inf without a key. Only with
+        `return_max_logits`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor or has another dtype, or "fp8" has no scale.
+    ValueError
+        If shapes, places or strides do not match, the channels are not those of the format, or
+        `out` shares memory with an input. On a GPU queries, rows and pages start at multiples of 16
+        bytes.
+    NotImplementedError
+        If a format or the number of heads is not supported.
+
+    See Also
+    --------
+    mla_write_cache : fills the cache.
+    topk_to_slots, window_indices : make indices.
+    fastattn.reference.mla_sparse_attention : the same in NumPy, in fp64.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import mla_sparse_attention
+    >>> keys = paddle.to_tensor([[1.0] * 576, [3.0] * 576]).astype("bfloat16")
+    >>> out, lse = mla_sparse_attention(
+    ...     paddle.zeros([2, 1, 576], "bfloat16"), keys.unsqueeze(0),
+    ...     paddle.to_tensor([[0, 1], [-1, 7]], "int32"),
+    ...     cache_format="bf16", return_softmax_lse=True,
+    ... )
+    >>> out[:, 0, 0].astype("float32").numpy().tolist(), lse[1].tolist()
+    ([2.0, 0.0], [-inf])
+    """
+    result, lse, max_logits = call(
+        (q, cache, indices, topk_length, scale),
+        (extra_cache, extra_indices, extra_topk_length, extra_scale),
+        (sinks, out),
+        (cache_format, extra_cache_format),
+        (page_size, extra_page_size),
+        softmax_scale,
+        (return_softmax_lse, return_max_logits, False),
+    )
+    more = (lse,) * return_softmax_lse + (max_logits,) * return_max_logits
+    return (result, *more) if more else result

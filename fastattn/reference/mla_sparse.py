@@ -1,0 +1,155 @@
+"""NumPy model of sparse attention over latent caches, in fp64 on the dequantised tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fastattn.reference.mla import FORMATS, ROPE_DIM
+from fastattn.reference.numerics import Array, bfloat16, from_codes
+
+VALUE_DIM = 512
+
+
+def _scales(pages: Array, page: Array, row: Array, cache_format: str, page_size: int) -> Array:
+    """Scale of each tile of tokens [n, tiles], as fp64."""
+    fmt = FORMATS[cache_format]
+    if cache_format == "fp8_656":
+        first = row[:, None] * fmt.row_bytes + fmt.latent + np.arange(16)
+        return pages[page[:, None], first].view("<f4").astype(np.float64)
+    first = page_size * fmt.row_bytes + row[:, None] * fmt.scale_plane_bytes + np.arange(7)
+    byte = pages[page[:, None], first].astype(np.int32)
+    return np.where(byte == 255, np.nan, np.ldexp(1.0, byte - 127))
+
+
+def key_values(
+    cache: Array,
+    slots: Array,
+    cache_format: str,
+    *,
+    scale: Array | None = None,
+    page_size: int | None = None,
+    channels: int = 576,
+) -> Array:
+    """Channels of the tokens at `slots`, float64 [n, 576 or 512]: codes times scales, exactly.
+
+    Parameters
+    ----------
+    cache : array, shape [num_pages, page_size, W], with a dimension of 1 or [num_pages, page_bytes]
+        Contiguous.
+    slots : array of int, shape [n]
+        Within the cache.
+    cache_format, scale, page_size
+        As for :func:`fastattn.functional.mla_sparse_attention`.
+    channels : int
+        Those of a "bf16" cache.
+    """
+    fmt, slots = FORMATS[cache_format], np.asarray(slots, np.int64)
+    if cache.ndim > 2:
+        page_size = math.prod(cache.shape[1:-1])
+    assert page_size is not None
+    if cache_format == "bf16":
+        flat = cache.reshape(len(cache), -1)[:, : page_size * channels]
+        tokens = flat.reshape(len(cache), page_size, channels)
+        return np.asarray(tokens[slots // page_size, slots % page_size], np.float64)
+    pages = np.ascontiguousarray(cache).reshape(len(cache), -1).view(np.uint8)
+    page, row = slots // page_size, slots % page_size
+    rows = pages[page[:, None], row[:, None] * fmt.row_bytes + np.arange(fmt.row_bytes)]
+    if cache_format == "fp8":
+        assert scale is not None
+        return from_codes(rows, "e4m3").astype(np.float64) * np.float64(np.asarray(scale).item())
+    factors = _scales(pages, page, row, cache_format, page_size)
+    codes = from_codes(rows[:, : fmt.latent], "e4m3").astype(np.float64)
+    latent = codes.reshape(len(slots), fmt.latent // fmt.tile, fmt.tile) * factors[..., None]
+    rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16).astype(np.float64)
+    return np.concatenate([latent.reshape(len(slots), fmt.latent), rope], 1)
+
+
+def _selected(
+    cache: Array | None,
+    indices: Array | None,
+    length: int | None,
+    cache_format: str,
+    scale: Array | None,
+    page_size: int | None,
+    dim: int,
+) -> Array:
+    """Keys that a query names in one cache, [n, dim]."""
+    if cache is None or indices is None or cache.size == 0:
+        return np.zeros((0, dim))
+    size = math.prod(cache.shape[1:-1]) if cache.ndim > 2 else page_size
+    assert size is not None
+    named = indices if length is None else indices[: max(0, length)]
+    named = named[(named >= 0) & (named < len(cache) * size)]
+    return key_values(cache, named, cache_format, scale=scale, page_size=page_size, channels=dim)
+
+
+def mla_sparse_attention(
+    q: Array,
+    cache: Array,
+    indices: Array,
+    *,
+    cache_format: str,
+    topk_length: Array | None = None,
+    extra_cache: Array | None = None,
+    extra_indices: Array | None = None,
+    extra_topk_length: Array | None = None,
+    extra_cache_format: str | None = None,
+    scale: Array | None = None,
+    extra_scale: Array | None = None,
+    sinks: Array | None = None,
+    softmax_scale: float | None = None,
+    page_size: int | None = None,
+    extra_page_size: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """See :func:`fastattn.functional.mla_sparse_attention`.
+
+    Returns
+    -------
+    out : array of float64, shape [T, H, 512]
+        Not rounded.
+    lse : array of float64, shape [T, H]
+        Without the sink.
+    max_logits : array of float64, shape [T, H]
+    """
+    tokens, heads, dim = q.shape
+    softmax_scale = dim**-0.5 if softmax_scale is None else softmax_scale
+    out, lse = np.zeros((tokens, heads, VALUE_DIM)), np.full((tokens, heads), -np.inf)
+    max_logits = lse.copy()
+    for t in range(tokens):
+        keys = np.concatenate(
+            [
+                _selected(
+                    cache,
+                    indices[t],
+                    None if topk_length is None else int(topk_length[t]),
+                    cache_format,
+                    scale,
+                    page_size,
+                    dim,
+                ),
+                _selected(
+                    extra_cache,
+                    None if extra_indices is None else extra_indices[t],
+                    None if extra_topk_length is None else int(extra_topk_length[t]),
+                    extra_cache_format or cache_format,
+                    extra_scale,
+                    extra_page_size,
+                    dim,
+                ),
+            ]
+        )
+        if not len(keys):
+            continue
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            scores = np.asarray(q[t], np.float64) @ keys.T * softmax_scale
+            top = np.max(scores, axis=1, keepdims=True)
+            weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
+            total = weights.sum(axis=1)
+            max_logits[t] = top[:, 0]
+            lse[t] = top[:, 0] + np.log(total)
+            out[t] = weights @ keys[:, :VALUE_DIM] / total[:, None]
+            if sinks is not None:
+                out[t] /= 1 + np.exp(np.asarray(sinks, np.float64) - lse[t])[:, None]
+    return out, lse, max_logits
