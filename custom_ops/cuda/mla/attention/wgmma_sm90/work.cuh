@@ -74,26 +74,12 @@ struct StaticScales {
   }
 };
 
-// Policies of the L2 cache: for what is used again, and for what is not.
-__device__ __forceinline__ uint64_t KeepInL2() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-__device__ __forceinline__ uint64_t StreamThroughL2() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// 16 bytes into shared memory, asynchronously; zeros unless `valid`.
-__device__ __forceinline__ void CopyOrZero(uint32_t target, const void* source, bool valid,
-                                           uint64_t policy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(target),
-      "l"(source), "r"(valid ? 16 : 0), "l"(policy)
-      : "memory");
+// 16 bytes into shared memory, asynchronously; zeros unless `valid`. Without a cache policy: ptxas
+// 13.0 turns cp.async with one into instructions that the GPU refuses, where it unrolls the loop.
+__device__ __forceinline__ void CopyOrZero(uint32_t target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
 }
 
 // Waits for the thread's copies, and orders them before wgmma.
@@ -110,13 +96,12 @@ __device__ __forceinline__ void LoadQuery(const MlaSparseParams& p, const Work& 
   constexpr int kChunks = kDim / 8;
   const uint16_t* q = p.q + work.token * p.q_token_stride + work.head * p.q_head_stride;
   const int heads = p.heads - work.head;
-  const uint64_t policy = StreamThroughL2();
 #pragma unroll 2
   for (int i = thread; i < kRows * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const int at = chunk / 8 * (kRows * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
     CopyOrZero(SharedAddress(shared + at), row < heads ? q + row * p.q_head_stride + 8 * chunk : q,
-               row < heads, policy);
+               row < heads);
   }
 }
 
