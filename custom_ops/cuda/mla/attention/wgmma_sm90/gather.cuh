@@ -379,7 +379,6 @@ class Gather {
 
   __device__ __forceinline__ void RunCopies(const Work& work) {
     int next_slot = FindSlot(work, work.begin);
-    const uint64_t policy = KeepInL2();  // other queries name the same keys
     for (int tile = work.begin; tile < work.end; ++tile) {
       const Place place = Locate(work, tile, next_slot);
       next_slot = FindSlot(work, tile + 1);
@@ -396,7 +395,7 @@ class Gather {
         const uint32_t target = (piece_ ^ Turn(pass)) + RowsOf(pass);
 #pragma unroll
         for (int i = 0; i < kDim / 64; ++i) {
-          CopyOrZero(target + i * kBlockBytes, key + step * i, valid, policy);
+          CopyOrZero(target + i * kBlockBytes, key + step * i, valid);
         }
       }
       WaitCopies();

@@ -74,24 +74,8 @@ struct StaticScales {
   }
 };
 
-// Policy of the L2 cache for what is used again.
-__device__ __forceinline__ uint64_t KeepInL2() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// 16 bytes into shared memory, asynchronously; zeros unless `valid`.
-__device__ __forceinline__ void CopyOrZero(uint32_t target, const void* source, bool valid,
-                                           uint64_t policy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(target),
-      "l"(source), "r"(valid ? 16 : 0), "l"(policy)
-      : "memory");
-}
-
-// The same without a policy. (With one, ptxas 13.0 gives copies in a loop an operand that Hopper
-// takes for an illegal instruction.)
+// 16 bytes into shared memory, asynchronously; zeros unless `valid`. Without a cache policy: ptxas
+// 13.0 turns cp.async with one into instructions that the GPU refuses, where it unrolls the loop.
 __device__ __forceinline__ void CopyOrZero(uint32_t target, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                "r"(valid ? 16 : 0)
