@@ -39,13 +39,13 @@
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
-#include "cuda/common/mma.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/mma_sm80/value_scales.cuh"
 #include "cuda/attention/shared/clear_padding.cuh"
 #include "cuda/common/exp2.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {

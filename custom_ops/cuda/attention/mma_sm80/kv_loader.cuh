@@ -5,9 +5,9 @@
 
 #include "common/block_table.h"
 #include "common/numeric.h"
-#include "cuda/common/mma.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/common/mma.cuh"
 
 namespace fastattn::cuda {
 

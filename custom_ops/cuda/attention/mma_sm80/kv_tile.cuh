@@ -5,10 +5,10 @@
 
 #include "common/layout.h"
 #include "common/numeric.h"
-#include "cuda/common/mma.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/exp2.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/common/softcap.cuh"
 
 namespace fastattn::cuda {

@@ -6,11 +6,11 @@
 
 #include "common/normaliser.h"
 #include "common/numeric.h"
-#include "cuda/common/mma.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"
 #include "cuda/common/convert.cuh"
+#include "cuda/common/mma.cuh"
 
 namespace fastattn::cuda {
 

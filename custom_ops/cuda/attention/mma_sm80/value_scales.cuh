@@ -4,11 +4,11 @@
 #include <cstdint>
 
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
-#include "cuda/common/mma.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/exp2.cuh"
 #include "cuda/common/lane.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/common/shared_address.cuh"
 
 namespace fastattn::cuda {
