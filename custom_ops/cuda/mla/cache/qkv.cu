@@ -23,7 +23,7 @@ namespace fastattn::cuda {
 
 namespace {
 
-constexpr int kHeads = 4;  // of a warp
+constexpr int kHeads = 1;  // of a warp
 constexpr int kHalfChunks = kMlaQkvDim / 2 / kChunk;
 constexpr int kFirstRotatedLane = 32 - kMlaRopeChunks;
 constexpr int kTileLanes = FactsOf(MlaFormat::kFp8x584).tile / kChunk;

@@ -19,7 +19,7 @@ namespace fastattn::cuda {
 
 namespace {
 
-constexpr int kWarps = 8;  // of a CTA
+constexpr int kWarps = 4;  // of a CTA
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTokens = kMlaScaleTokens;  // of a warp
 constexpr int kLaneChannels = kMlaOutputDim / 32;
