@@ -66,7 +66,8 @@ struct MlaDenseParams {
   int dim = 0;  // 576, or 512 for kFp8x584: channels of a query and of a key
   float softmax_scale = 0.0f;
   bool causal = false;
-  int max_seqlen_q = 0;  // upper bounds known to the host: they size a grid, they mask nothing
+  // Upper bounds known to the host: that of queries sizes a grid, that of keys is not used yet.
+  int max_seqlen_q = 0;
   int max_seqlen_k = 0;
   bool clear_padding = false;  // tokens of no sequence get output 0
   float* workspace = nullptr;  // GPU: heuristics/mla_dense.h has its size

@@ -13,7 +13,7 @@ is nothing to plan: the metadata object is empty and may serve any call.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import paddle
 from paddle import Tensor
@@ -89,6 +89,7 @@ def _dense(
     k_cache: Tensor,
     block_table: Tensor | None,
     cache_seqlens: Tensor | None,
+    sinks: Tensor | None,
     softmax_scale: float | None,
     causal: bool,
     is_fp8: bool,
@@ -98,23 +99,32 @@ def _dense(
     blocks = _rank(op, "block_table", block_table, 2)[1]
     page_size = _rank(op, "k_cache", k_cache, 4)[1]
     _rank(op, "cache_seqlens", cache_seqlens, 1)
-    assert block_table is not None and cache_seqlens is not None
+    tables, lengths = cast(Tensor, block_table), cast(Tensor, cache_seqlens)
+    if not causal and s_q > 1:
+        # All queries see all tokens, also where there are fewer of those: each is a sequence.
+        tables = tables.unsqueeze(1).expand([-1, s_q, -1]).reshape([-1, blocks])
+        lengths = lengths.unsqueeze(1).expand([-1, s_q]).reshape([-1])
+        q = q.reshape([-1, 1, heads, dim])
+        out, lse = _dense(op, q, k_cache, tables, lengths, sinks, softmax_scale, True, is_fp8)
+        lse = lse.reshape([-1, s_q, heads]).transpose([0, 2, 1])
+        return out.reshape([-1, s_q, heads, _VALUE_DIM]), lse
     # Upstream's lengths include the new tokens, of which those of a shorter sequence are the last.
-    new = cache_seqlens.clip(0, s_q)
+    new = lengths.clip(0, s_q)
     ends = paddle.arange(s_q, (batch + 1) * s_q, s_q, "int32")
     starts = paddle.concat([ends - new, ends[-1:]])
     out, lse = mla_attention(
         q.reshape([-1, heads, dim]),
         _codes(k_cache, is_fp8),
-        block_table,
+        tables,
         starts,
-        cache_seqlens - new,
+        lengths - new,
         new,
         s_q,
         blocks * page_size,
         cache_format=_format(op, dim, is_fp8),
         softmax_scale=softmax_scale,
         causal=causal,
+        sinks=sinks,
         return_softmax_lse=True,
     )
     lse = paddle.where(lse == -float("inf"), -lse, lse).reshape([heads, -1, s_q])
@@ -150,7 +160,7 @@ def flash_mla_with_kvcache(
     q : Tensor, shape [B, s_q, H, 576 or 512], bfloat16
     k_cache : Tensor, shape [num_blocks, block_size, 1, W]
         With `is_fp8_kvcache` W is 656 (576 channels) or 584 (512 channels, blocks may be padded),
-        uint8, int8 or float8_e4m3fn. Else bfloat16 with W channels.
+        uint8, int8 or float8_e4m3fn. Else bfloat16 with W channels; without `indices` 576.
     block_table : Tensor, shape [B, max_blocks], int32
         Blocks of each sequence. Not used with `indices`.
     cache_seqlens : Tensor, shape [B], int32
@@ -186,7 +196,8 @@ def flash_mla_with_kvcache(
     TypeError
         If a dtype is not one of those above, or an argument is not a tensor.
     ValueError
-        If shapes do not match, `head_dim_v` is not 512, or `causal` with `indices`.
+        If shapes do not match, `head_dim_v` is not 512, `causal` is given with `indices`, or an
+        argument that belongs to `indices` without them.
     NotImplementedError
         For a number of heads that is not supported.
 
@@ -207,9 +218,17 @@ def flash_mla_with_kvcache(
     if indices is None:
         if head_dim_v != _VALUE_DIM:
             _refuse(op, "head_dim_v", f"expected {_VALUE_DIM}, got {head_dim_v}")
-        return _dense(
-            op, q, k_cache, block_table, cache_seqlens, softmax_scale, causal, is_fp8_kvcache
-        )
+        others = {
+            "extra_k_cache": extra_k_cache,
+            "extra_indices_in_kvcache": extra_indices_in_kvcache,
+            "topk_length": topk_length,
+            "extra_topk_length": extra_topk_length,
+        }
+        for name, tensor in others.items():
+            if tensor is not None:
+                _refuse(op, name, "expected None without indices, got a tensor")
+        lengths = block_table, cache_seqlens
+        return _dense(op, q, k_cache, *lengths, attn_sink, softmax_scale, causal, is_fp8_kvcache)
     _, s_q, heads, dim = _rank(op, "q", q, 4)
     if head_dim_v != _VALUE_DIM:
         _refuse(op, "head_dim_v", f"expected {_VALUE_DIM}, got {head_dim_v}")

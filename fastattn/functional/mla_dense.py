@@ -64,7 +64,8 @@ def mla_attention(
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
         Tokens cached before this step, and new tokens (0 for an inactive sequence).
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the sequences' new tokens and keys; they mask nothing.
+        Upper bounds of the sequences' new tokens and keys, as for :func:`paged_attention`; they
+        mask nothing. That of the keys is not used yet.
     cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
     scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier, for "fp8" only.
@@ -94,8 +95,8 @@ def mla_attention(
     TypeError
         If an argument is not a tensor or has another dtype, or "fp8" has no `scale`.
     ValueError
-        If shapes, places or strides do not match, `softmax_scale` is not finite, or `out` shares
-        memory with another argument.
+        If shapes, places or strides do not match, a bound of lengths is negative, `softmax_scale`
+        is not finite, or `out` shares memory with another argument.
     NotImplementedError
         If `cache_format` or the number of heads is not supported.
 

@@ -114,7 +114,8 @@ def mla_sparse_attention(
         Slots of `extra_cache`.
     extra_topk_length : Tensor, shape [T], int32, optional
     extra_cache_format : str, optional
-        Default: `cache_format`. Both have the same channels.
+        Default: `cache_format`. Both have the same channels. Two formats in a call, and GPUs that
+        are not Hopper, take a kernel without tensor cores.
     scale, extra_scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier of an "fp8" cache.
     sinks : Tensor, shape [H], float32, optional
@@ -125,7 +126,8 @@ def mla_sparse_attention(
     page_size, extra_page_size : int, optional
         Tokens of a page, for a cache of two dimensions.
     return_softmax_lse, return_max_logits : bool
-        Also return the LSE, the largest logits.
+        Also return the LSE, the largest logits. With the latter a GPU does not split a query's
+        keys, which makes steps of few queries slower.
     out : Tensor, shape [T, H, 512], bfloat16, optional
         Written in place and returned.
 
@@ -134,6 +136,7 @@ def mla_sparse_attention(
     out : Tensor, shape [T, H, 512], bfloat16
     softmax_lse : Tensor, shape [T, H], float32
         Natural logarithm of the denominator without the sink. Only with `return_softmax_lse`.
+        :func:`merge_attn_states` takes the transposed.
     max_logits : Tensor, shape [T, H], float32
         Largest :math:`s_{thj}` of each query head, -inf without a key. Only with
         `return_max_logits`.

@@ -186,12 +186,12 @@ def test_dense_decode(place, kind, s_q, causal):
     """Without indices: row j of s_q sees length - s_q + j + 1 keys, or all of them."""
     skip_slices_on(place)
     rng = RNG(10)
-    lengths = np.array([5, 130, 0, 64], np.int32)
-    cache = make_cache(rng, KINDS[kind], 64 * 12, pages=12)
-    tables = rng.permutation(12).reshape(4, 3).astype(np.int32)
-    q = queries(rng, 4 * s_q, 16, 576)
+    lengths = np.array([5, 130, 0, 64, 1], np.int32)
+    cache = make_cache(rng, KINDS[kind], 64 * 15, pages=15)
+    tables = rng.permutation(15).reshape(5, 3).astype(np.int32)
+    q, sinks = queries(rng, 5 * s_q, 16, 576), rng.standard_normal(16).astype(np.float32)
     out, lse = flash_mla.flash_mla_with_kvcache(
-        to_paddle(q.reshape(4, s_q, 16, 576), place),
+        to_paddle(q.reshape(5, s_q, 16, 576), place),
         to_paddle(cache.data[:, :, None], place),
         to_paddle(tables, place),
         to_paddle(lengths, place),
@@ -199,6 +199,7 @@ def test_dense_decode(place, kind, s_q, causal):
         *flash_mla.get_mla_metadata(),
         causal=causal,
         is_fp8_kvcache=kind != "bf16",
+        attn_sink=to_paddle(sinks, place),
     )
     seen = lengths[:, None] - (np.arange(s_q)[::-1] if causal else 0) + np.zeros(s_q, np.int32)
     tokens_of = tables.repeat(64, axis=1) * 64 + np.tile(np.arange(64), 3)
@@ -208,10 +209,23 @@ def test_dense_decode(place, kind, s_q, causal):
         tokens_of.repeat(s_q, axis=0),
         cache_format=KINDS[kind][0],
         topk_length=seen.reshape(-1),
+        sinks=sinks,
     )
     check_output(to_numpy(out).reshape(want.shape), want)
     lse = finite_lse(to_numpy(lse)).transpose(0, 2, 1)
     check_lse(lse.reshape(want_lse.shape), want_lse)
+
+
+@pytest.mark.parametrize(
+    "name", ["extra_k_cache", "extra_indices_in_kvcache", "topk_length", "extra_topk_length"]
+)
+def test_what_belongs_to_indices_is_refused_without_them(name):
+    q, cache = paddle.zeros([1, 1, 2, 576], "bfloat16"), paddle.zeros([1, 64, 1, 656], "uint8")
+    table, lengths = paddle.zeros([1, 1], "int32"), paddle.ones([1], "int32")
+    with pytest.raises(ValueError, match=f"{name}: expected None without indices"):
+        flash_mla.flash_mla_with_kvcache(
+            q, cache, table, lengths, 512, None, is_fp8_kvcache=True, **{name: lengths}
+        )
 
 
 def test_codes_as_int8(place):

@@ -8,7 +8,7 @@ import pytest
 
 import fastattn.functional as F
 from tests.support.latent import SCALE, width
-from tests.support.mla_dense import UNASSIGNED, Problem, assert_close
+from tests.support.mla_dense import UNASSIGNED, Problem, assert_close, assert_outputs_close
 from tests.support.static import run_all_modes
 from tests.support.strides import strided
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, to_numpy, to_paddle
@@ -290,9 +290,9 @@ def test_programs_that_write(place):
     sinks, out = np.arange(4, dtype=np.float32), np.zeros((5, 4, 512), BF16)
     arrays = [problem.q, problem.cache, *seqs, SCALE, sinks, out]
     outputs, inputs = run_all_modes(written_call, arrays, place)
-    want, lse = problem.want(softmax_scale=576**-0.5, sinks=sinks, causal=False)
-    assert_close((outputs[0], lse), (want, lse))
-    assert_close((inputs[-1], lse), (want, lse))
+    want, _ = problem.want(softmax_scale=576**-0.5, sinks=sinks, causal=False)
+    assert_outputs_close(outputs[0], want)
+    assert_outputs_close(inputs[-1], want)
 
 
 def zeros(*shape, dtype=BF16):
@@ -419,3 +419,23 @@ def test_lengths_change_between_replays_of_a_graph(cache_format, heads):
         graph.replay()
         assert_close([to_numpy(x) for x in results], problem.want())
     graph.reset()
+
+
+@pytest.mark.parametrize("change", ["head", "token", "channel", "lse", "lonely"])
+def test_the_comparator_can_fail(change):
+    problem = Problem([70, 0], [6, 2], heads=4)
+    out, lse = problem.want()
+    assert_close((out, lse), (out, lse))
+    wrong, wrong_lse = out.copy(), lse.copy()
+    if change == "head":
+        wrong[:, 2] *= 1.009
+    elif change == "token":
+        wrong[3] *= 1.009
+    elif change == "channel":
+        wrong[1, 1, 7] += 2**-7 * np.abs(out).max()
+    elif change == "lse":
+        wrong_lse[1, 2] += 1e-4
+    else:
+        out[0, 0] = 0
+    with pytest.raises(AssertionError):
+        assert_close((wrong, wrong_lse), (out, lse))

@@ -2,8 +2,8 @@
 
 An operator is compared with the exact (fp64) result, and so is a naive implementation of the same
 precision. The operator's error may be at most twice the naive one's plus two rounding steps of the
-output type, for every token and head apart, so that a large row never excuses a small one. No
-tolerance is written down anywhere.
+output type, for every token and head apart, so that a large row never excuses a small one. Here no
+tolerance is written down; latent attention and logits have those of docs/numerics.md.
 """
 
 from __future__ import annotations

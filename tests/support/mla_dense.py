@@ -127,22 +127,29 @@ class Problem:
 
 
 def assert_close(got, want) -> None:
-    """The bounds that the documents promise; a row of channels that cancel may be further off."""
+    """Outputs [T, H, 512] and LSE [H, T] within the bounds of docs/numerics.md."""
     out, lse = (np.asarray(x).astype(np.float64) for x in got)
     exact, exact_lse = want
     assert out.shape == exact.shape and lse.shape == exact_lse.shape
-    for a, b in ((out, exact), (lse, exact_lse)):
-        assert np.array_equal(np.isnan(a), np.isnan(b)), "NaN at other places"
-        infinite = np.isinf(a) | np.isinf(b)
-        assert np.array_equal(a[infinite], b[infinite]), "infinities at other places"
+    assert np.array_equal(np.isnan(lse), np.isnan(exact_lse)), "NaN at other places"
+    infinite = np.isinf(lse) | np.isinf(exact_lse)
+    assert np.array_equal(lse[infinite], exact_lse[infinite]), "infinities at other places"
     finite = np.isfinite(exact_lse)
     error = np.abs(lse[finite] - exact_lse[finite])
     bound = 5e-6 + 1e-6 * np.abs(exact_lse[finite])
     assert (error <= bound).all(), f"LSE off by {error.max():.2e}"
-    rows = finite.T  # [T, H]
-    assert (out[np.isneginf(exact_lse.T)] == exact[np.isneginf(exact_lse.T)]).all()
+    assert_outputs_close(out, exact)
+
+
+def assert_outputs_close(got, want) -> None:
+    """Outputs [T, H, 512]; those of a query without a key are 0."""
+    out, exact = np.asarray(got).astype(np.float64), want
+    assert np.array_equal(np.isnan(out), np.isnan(exact)), "NaN at other places"
+    assert not np.isinf(out).any(), "an output is infinite"
+    rows = ~np.isnan(exact).any(axis=-1)
     a, b = out[rows], exact[rows]
-    if not a.size:
+    if not b.any():
+        assert not a.any(), "outputs that are not 0"
         return
     error = np.abs(a - b)
     far = np.abs(b).max() * np.array([1e-3, 2**-8])
@@ -151,9 +158,12 @@ def assert_close(got, want) -> None:
     assert (wrong & (error > far[0])).mean() <= 1e-3, "more than one channel of 1000 is off"
     assert not (wrong & (error > far[1])).any(), f"a channel is off by {error.max():.2e}"
     size = np.linalg.norm(b, axis=-1)
-    rms = np.linalg.norm(a - b, axis=-1) / np.maximum(size, 1e-30)
-    assert (rms[size > 0] <= 1e-2).all(), f"a row's relative RMS is {rms.max():.2e}"
-    whole = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+    assert not a[size == 0].any(), "outputs of a query without a key that are not 0"
+    rms = np.linalg.norm(a - b, axis=-1)[size > 0] / size[size > 0]
+    assert (rms <= 1e-2).all(), f"a row's relative RMS is {rms.max():.2e}"
+    # Values may cancel in a row or two, but not in all rows of a head or a token.
+    assert (rms > 5e-3).sum() <= max(2, 0.01 * rms.size), "relative RMS of too many rows"
+    whole = np.linalg.norm(a - b) / np.linalg.norm(b)
     assert whole <= 2.5e-3, f"relative RMS {whole:.2e}"
-    cosine = 1 - 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum()) if (b != 0).any() else 0.0
+    cosine = 1 - 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum())
     assert cosine <= 5e-6, f"cosine distance {cosine:.2e}"

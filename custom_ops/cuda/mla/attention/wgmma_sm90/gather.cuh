@@ -1,5 +1,5 @@
 // Producer warps of sparse latent attention: they gather the tokens that a query names, turn codes
-// into bf16, and write key tiles as wgmma takes them.
+// into fp16, and write key tiles as wgmma takes them.
 //
 // A warp has 8 or 16 keys of each tile, in passes of four; eight lanes share a key. Codes go
 // through registers: those of the next tile, or of the next two, are in flight while one is
