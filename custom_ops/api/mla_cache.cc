@@ -120,6 +120,7 @@ MlaCache ParseMlaCache(const char* op, const Tensor& cache, MlaFormat format, in
     }
   }
   CheckStride(op, name, shape[0], result.page_stride, on_gpu);
+  if (shape[0] == 1) result.page_stride = size * result.row_stride;  // unchecked: any will do
   RequireAlignedAddress(op, name, cache, kVectorBytes);
   result.data = MutableAddress(cache);
   return result;

@@ -76,7 +76,9 @@ def append_paged_kv_cache(
         refuse(op, "paged_kv_cache", "one pool with pages of more than 64 tokens; pass (k, v)")
     tokens = int(append_key.shape[0])
     page_size = blocks.per_page * BLOCK_SIZE
-    # Each token is a sequence of its own whose table is the one block that it goes to.
+    # Each token is a sequence of its own whose table is the one block that it goes to. The position
+    # of a token without a sequence is not to be looked up.
+    positions = positions * (batch_indices >= 0).astype(positions.dtype)
     in_table = kv_indptr.gather(batch_indices.clip(min=0)) + positions // page_size
     block = kv_indices.gather(in_table) * blocks.stride + positions % page_size // BLOCK_SIZE
     unwritten = (batch_indices < 0).astype("int32")

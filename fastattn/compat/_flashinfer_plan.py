@@ -99,8 +99,10 @@ def block_tables(
     width = max(int(pages.max(initial=0)) * per_page, 1) if columns is None else columns
     tables = np.full((len(pages), width), -1, np.int32)
     for b, count in enumerate(pages):
-        of_seq = step.indices[step.indptr[b] : step.indptr[b] + count, None]
-        tables[b, : count * per_page] = (of_seq * stride + np.arange(per_page)).reshape(-1)
+        of_seq = step.indices[step.indptr[b] : step.indptr[b] + count, None].astype(np.int64)
+        blocks = (of_seq * stride + np.arange(per_page)).reshape(-1)
+        fits = (of_seq >= 0) & (of_seq < 2**31 // stride - 1)
+        tables[b, : count * per_page] = np.where(fits.repeat(per_page), blocks, -1)
     return tables
 
 

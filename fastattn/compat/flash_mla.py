@@ -83,6 +83,15 @@ def _of_each_query(op: str, name: str, lengths: Tensor | None, s_q: int) -> Any:
     return lengths.reshape([-1, 1]).expand([-1, s_q]).reshape([-1])
 
 
+def _of_each(op: str, name: str, indices: Tensor, batch: int, s_q: int) -> int:
+    """Number of indices a query; -1 is a size that a traced program does not know."""
+    sizes = _rank(op, name, indices, 3)
+    for got, want in zip(sizes, (batch, s_q)):
+        if -1 not in (got, want) and got != want:
+            _refuse(op, name, f"expected shape [{batch}, {s_q}, topk], got {sizes}")
+    return sizes[-1]
+
+
 def _dense(
     op: str,
     q: Tensor,
@@ -100,6 +109,8 @@ def _dense(
     page_size = _rank(op, "k_cache", k_cache, 4)[1]
     _rank(op, "cache_seqlens", cache_seqlens, 1)
     tables, lengths = cast(Tensor, block_table), cast(Tensor, cache_seqlens)
+    if 0 in (batch, s_q):
+        return q[..., :_VALUE_DIM], paddle.empty([batch, heads, s_q], "float32")
     if not causal and s_q > 1:
         # All queries see all tokens, also where there are fewer of those: each is a sequence.
         tables = tables.unsqueeze(1).expand([-1, s_q, -1]).reshape([-1, blocks])
@@ -229,15 +240,15 @@ def flash_mla_with_kvcache(
                 _refuse(op, name, "expected None without indices, got a tensor")
         lengths = block_table, cache_seqlens
         return _dense(op, q, k_cache, *lengths, attn_sink, softmax_scale, causal, is_fp8_kvcache)
-    _, s_q, heads, dim = _rank(op, "q", q, 4)
+    batch, s_q, heads, dim = _rank(op, "q", q, 4)
     if head_dim_v != _VALUE_DIM:
         _refuse(op, "head_dim_v", f"expected {_VALUE_DIM}, got {head_dim_v}")
     if causal:
         _refuse(op, "causal", "expected False with indices, got True")
-    topk = _rank(op, "indices", indices, 3)[-1]
+    topk = _of_each(op, "indices", indices, batch, s_q)
     extra = extra_indices_in_kvcache
     if extra is not None:
-        extra = extra.reshape([-1, _rank(op, "extra_indices_in_kvcache", extra, 3)[-1]])
+        extra = extra.reshape([-1, _of_each(op, "extra_indices_in_kvcache", extra, batch, s_q)])
     out, lse, _ = call(
         (
             q.reshape([-1, heads, dim]),
@@ -259,10 +270,10 @@ def flash_mla_with_kvcache(
         (True, False, True),
     )
     # No copy of one query's LSE.
-    lse = lse.reshape([-1, heads, 1] if s_q == 1 else [-1, s_q, heads])
+    lse = lse.reshape([batch, heads, 1] if s_q == 1 else [batch, s_q, heads])
     if s_q != 1:
         lse = lse.transpose([0, 2, 1])
-    return out.reshape([-1, s_q, heads, _VALUE_DIM]), lse
+    return out.reshape([batch, s_q, heads, _VALUE_DIM]), lse
 
 
 def _prefill_order(results: tuple[Tensor, Any, Any]) -> tuple[Tensor, Tensor, Tensor]:

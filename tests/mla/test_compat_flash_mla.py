@@ -456,3 +456,17 @@ def test_dsk_attn_write_cache_refuses():
         dsk_attn_write_cache(*given, slots, None, "fp8")
     with pytest.raises(ValueError, match=r"kv_cache: expected shape \[num_blocks, 1, block_size"):
         dsk_attn_write_cache(*given[:2], cache.reshape([1, 64, 656]), slots, None, "fp8_ds_mla")
+
+
+def test_empty_batches_and_shapes_that_only_multiply_to_the_same():
+    cache, table = paddle.zeros([2, 64, 1, 656], "uint8"), paddle.zeros([0, 1], "int32")
+    q = paddle.zeros([0, 1, 2, 576], "bfloat16")
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        q, cache, table, paddle.zeros([0], "int32"), 512, None, is_fp8_kvcache=True
+    )
+    assert out.shape == [0, 1, 2, 512] and lse.shape == [0, 2, 1]
+    q, indices = paddle.zeros([2, 2, 4, 576], "bfloat16"), paddle.zeros([4, 1, 5], "int32")
+    with pytest.raises(ValueError, match=r"indices: expected shape \[2, 2, topk\]"):
+        flash_mla.flash_mla_with_kvcache(
+            q, cache, None, None, 512, None, is_fp8_kvcache=True, indices=indices
+        )

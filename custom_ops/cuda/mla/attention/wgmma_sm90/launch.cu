@@ -86,6 +86,7 @@ cudaError_t Launch(const MlaSparseParams& p, void* workspace, cudaStream_t strea
   args.splits = Splits(p, facts.processors);
   args.work_tiles = GridSize(p.tokens * args.head_groups * args.splits);
   if (args.splits > 1) {
+    if (workspace == nullptr) return cudaErrorInvalidValue;
     args.partial_lse = static_cast<float*>(workspace);
     args.partial =
         reinterpret_cast<float*>(static_cast<char*>(workspace) + LseBytes(p, args.splits));
