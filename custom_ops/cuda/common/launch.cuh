@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/common/device_facts.h"
+
 namespace fastattn::cuda {
 
 // First dimension of a grid of `ctas`. The caller turns the exception into the operator's error.
@@ -22,6 +24,20 @@ inline unsigned GridSize(int64_t ctas) {
                                 " CTAs, a grid holds 2147483647");
   }
   return static_cast<unsigned>(ctas);
+}
+
+// Lets a kernel have up to `bytes` of dynamic shared memory, once on each device, and tells the
+// current one's facts. The kernel is a template argument because that is done for each of them.
+template <auto kKernel>
+cudaError_t AllowShared(size_t bytes, DeviceFacts* facts) {
+  int device = 0;
+  const cudaError_t status = GetCurrentDevice(&device, facts);
+  if (status != cudaSuccess) return status;
+  static OncePerDevice once;
+  return once.Run(device, [&] {
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes));
+  });
 }
 
 template <typename... Params>

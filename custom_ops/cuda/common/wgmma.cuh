@@ -48,6 +48,21 @@ __device__ __forceinline__ void WaitProducts(float (&d)[32]) {
                : "memory");
 }
 
+// Waits until at most kPending groups of products are in flight, for accumulators that KeepFloats
+// keeps.
+template <int kPending>
+__device__ __forceinline__ void WaitGroups() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving accesses to registers that products write, or read, across this
+// place.
+template <int kCount>
+__device__ __forceinline__ void KeepFloats(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 template <int kCount>
 __device__ __forceinline__ void KeepRegisters(uint32_t (&a)[kCount]) {
 #pragma unroll

@@ -12,23 +12,18 @@ namespace {
 template <IndexerQuant kQuant, int kDim>
 cudaError_t LaunchMmaVariant(const LogitsParams& p, cudaStream_t stream) {
   using Head = MmaHead<kDim>;
-  auto* kernel = MmaKernel<kQuant, kDim>;
   const int rows = std::clamp(128 / p.num_heads, 1, p.paged ? static_cast<int>(p.next_n) : 8);
   const LogitsGroups groups(p, rows);
   const int64_t keys = p.paged ? p.columns : p.num_keys;
   const int64_t chunks = std::max<int64_t>((keys + kMmaChunk - 1) / kMmaChunk, 1);
   constexpr int kMostShared = kLogitsMaxHeads * (sizeof(Head) + sizeof(float));
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
-  });
+  DeviceFacts facts;
+  const cudaError_t status = AllowShared<MmaKernel<kQuant, kDim>>(kMostShared, &facts);
   if (status != cudaSuccess) return status;
   const size_t shared = static_cast<size_t>(rows) * p.num_heads * (sizeof(Head) + sizeof(float));
-  return LaunchPdlWithShared(kernel, dim3(GridSize(groups.count * chunks)), dim3(32 * kMmaWarps),
-                             shared, stream, p, groups, static_cast<int>(chunks));
+  return LaunchPdlWithShared(MmaKernel<kQuant, kDim>, dim3(GridSize(groups.count * chunks)),
+                             dim3(32 * kMmaWarps), shared, stream, p, groups,
+                             static_cast<int>(chunks));
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 // shared memory (e2m1_operand.cuh).
 #pragma once
 
+#include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mqa_logits/consumer.cuh"
 #include "cuda/mqa_logits/producer.cuh"
@@ -80,19 +81,11 @@ template <IndexerQuant kQuant, bool kPaged, int kHeads, int kColumns>
 cudaError_t LaunchLogitsVariant(const Arguments& arguments, cudaStream_t stream) {
   using C = Config<kQuant, kPaged, kHeads, kColumns>;
   static_assert(sizeof(Shared<C>) <= 227 * 1024);
-  auto* kernel = WgmmaKernel<C>;
-  int device = 0;
   DeviceFacts facts;
-  cudaError_t status = GetCurrentDevice(&device, &facts);
+  const cudaError_t status = AllowShared<WgmmaKernel<C>>(sizeof(Shared<C>), &facts);
   if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(sizeof(Shared<C>)));
-  });
-  if (status != cudaSuccess) return status;
-  return LaunchPdlWithShared(kernel, dim3(facts.processors), dim3(C::kThreads), sizeof(Shared<C>),
-                             stream, arguments);
+  return LaunchPdlWithShared(WgmmaKernel<C>, dim3(facts.processors), dim3(C::kThreads),
+                             sizeof(Shared<C>), stream, arguments);
 }
 
 }  // namespace fastattn::cuda::mqa_logits

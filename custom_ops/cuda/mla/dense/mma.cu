@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "common/dispatch.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mla/dense/finish.cuh"
@@ -277,19 +278,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <MlaFormat kFormat>
 cudaError_t LaunchFormat(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
-  auto* kernel = MmaKernel<kFormat>;
-  int device = 0;
   DeviceFacts facts;
-  cudaError_t status = GetCurrentDevice(&device, &facts);
+  const cudaError_t status = AllowShared<MmaKernel<kFormat>>(sizeof(Shared), &facts);
   if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(sizeof(Shared)));
-  });
-  if (status != cudaSuccess) return status;
-  return LaunchPdlWithShared(kernel, dim3(plan.groups * plan.group_ctas), dim3(kThreads),
-                             sizeof(Shared), stream, p, plan,
+  return LaunchPdlWithShared(MmaKernel<kFormat>, dim3(plan.groups * plan.group_ctas),
+                             dim3(kThreads), sizeof(Shared), stream, p, plan,
                              Divisor(static_cast<uint32_t>(p.cache.page_size)));
 }
 

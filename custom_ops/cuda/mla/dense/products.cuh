@@ -83,19 +83,6 @@ __device__ __forceinline__ void MultiplyValueHalves(float (&d)[128], uint64_t a,
 #undef FASTATTN_DENSE_REGISTERS
 #undef FASTATTN_DENSE_SHARED
 
-// Waits until at most kPending groups of products are in flight.
-template <int kPending>
-__device__ __forceinline__ void WaitGroups() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Keeps accesses to registers that products write on their side of this place.
-template <int kCount>
-__device__ __forceinline__ void KeepFloats(float (&d)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
 // Stores four 8 x 8 matrices of 16-bit values, whose registers are as those of an accumulator.
 // Lanes 8 * i to 8 * i + 7 name the addresses of the rows of matrix i.
 __device__ __forceinline__ void StoreMatrices(uint32_t address, const uint32_t* m) {

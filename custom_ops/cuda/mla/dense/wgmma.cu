@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "common/dispatch.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mla/dense/launch.h"
 #include "cuda/mla/dense/wgmma_consumer.cuh"
@@ -136,16 +137,8 @@ template <MlaFormat kFormat, bool kInPairs = false>
 cudaError_t LaunchFormat(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
   using C = Config<kFormat, kInPairs>;
   static_assert(sizeof(Shared<C>) <= 227 * 1024);
-  auto* kernel = WgmmaKernel<C>;
-  int device = 0;
   DeviceFacts facts;
-  cudaError_t status = GetCurrentDevice(&device, &facts);
-  if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(sizeof(Shared<C>)));
-  });
+  cudaError_t status = AllowShared<WgmmaKernel<C>>(sizeof(Shared<C>), &facts);
   if (status != cudaSuccess) return status;
   Arguments args = {};
   args.p = p;
@@ -156,7 +149,7 @@ cudaError_t LaunchFormat(const MlaDenseParams& p, const MlaDensePlan& plan, cuda
     status = EncodeKeys(&args);
     if (status != cudaSuccess) return status;
   }
-  return LaunchPdlWithShared(kernel, dim3(plan.groups * plan.group_ctas), dim3(C::kThreads),
+  return LaunchPdlWithShared(WgmmaKernel<C>, dim3(plan.groups * plan.group_ctas), dim3(C::kThreads),
                              sizeof(Shared<C>), stream, args);
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda::wgmma_sm90 {
@@ -16,15 +17,8 @@ namespace fastattn::cuda::wgmma_sm90 {
 template <auto kKernel, class C, class Shared, class Arguments>
 cudaError_t LaunchPersistent(const Arguments& arguments, cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024);
-  int device = 0;
   DeviceFacts facts;
-  cudaError_t status = GetCurrentDevice(&device, &facts);
-  if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [&] {
-    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(sizeof(Shared)));
-  });
+  const cudaError_t status = AllowShared<kKernel>(sizeof(Shared), &facts);
   if (status != cudaSuccess) return status;
   const auto& p = arguments.p;
   const int64_t tiles =

@@ -31,7 +31,7 @@ __device__ __forceinline__ float FinishRow(const Arguments& args, const Work& wo
     args.partial_lse[work.split * p.tokens * p.heads + at] = lse;
     return lonely ? 0.0f : common_scale / row.sum;
   }
-  if (p.lse != nullptr) p.lse[at] = lonely ? LonelyLse(p) : shift * kLn2 + logf(row.sum);
+  if (p.lse != nullptr) p.lse[at] = lonely ? p.LonelyLse() : shift * kLn2 + logf(row.sum);
   if (p.max_logits != nullptr) p.max_logits[at] = row.maximum * kLn2;
   if (lonely) return 0.0f;
   float sum = row.sum;

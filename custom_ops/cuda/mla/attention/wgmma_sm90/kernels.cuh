@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cuda/common/device_facts.h"
+#include "cuda/common/launch.cuh"
 #include "cuda/mla/attention/wgmma_sm90/narrow_kernel.cuh"
 #include "cuda/mla/attention/wgmma_sm90/wide_kernel.cuh"
 
@@ -12,15 +12,8 @@ namespace fastattn::cuda::mla_sm90 {
 template <auto kKernel, int kThreads, class Shared>
 cudaError_t LaunchPersistent(const Arguments& args, cudaStream_t stream) {
   static_assert(sizeof(Shared) <= 227 * 1024);
-  int device = 0;
   DeviceFacts facts;
-  cudaError_t status = GetCurrentDevice(&device, &facts);
-  if (status != cudaSuccess) return status;
-  static OncePerDevice once;
-  status = once.Run(device, [] {
-    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(sizeof(Shared)));
-  });
+  const cudaError_t status = AllowShared<kKernel>(sizeof(Shared), &facts);
   if (status != cudaSuccess) return status;
   const unsigned grid = std::min(args.work_tiles, static_cast<unsigned>(facts.processors));
   return LaunchPdlWithShared(kKernel, dim3(grid), dim3(kThreads), sizeof(Shared), stream, args);

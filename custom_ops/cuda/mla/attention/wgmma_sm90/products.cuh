@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cuda/common/wgmma.cuh"
 #include "cuda/common/wgmma_lists.h"
 
 namespace fastattn::cuda::mla_sm90 {
@@ -72,19 +73,6 @@ __device__ __forceinline__ void Narrow(float (&d)[8], uint64_t a, uint64_t b) {
 #undef FASTATTN_NARROW8
 #undef FASTATTN_OUTPUTS
 #undef FASTATTN_SCORES
-
-// Waits until at most kPending groups of products are in flight.
-template <int kPending>
-__device__ __forceinline__ void WaitGroups() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Keeps the compiler from moving accesses to registers that products write across this place.
-template <int kCount>
-__device__ __forceinline__ void KeepFloats(float (&d)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
 
 // Stores four 8 x 8 matrices of 16-bit values, or with kTransposed their transposes. Lanes 8 * i to
 // 8 * i + 7 name the addresses of the rows of matrix i, whose registers are as those of an

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/normaliser.h"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mla/attention/wgmma_sm90/variant.h"
 
@@ -18,18 +19,11 @@ namespace fastattn::cuda::mla_sm90 {
 inline constexpr int kKeys = 64;  // of a tile
 inline constexpr int kStages = 2;
 inline constexpr int kBlockBytes = kKeys * 128;  // 64 channels of a tile, rows swizzled over 128
-inline constexpr float kLog2E = 1.44269504088896340736f;
-inline constexpr float kLn2 = 0.69314718055994530942f;
 
 __device__ __forceinline__ int LengthOf(const MlaSelection& s, int64_t token) {
   if (s.topk == 0) return 0;
   const int length = s.lengths == nullptr ? s.topk : s.lengths[token];
   return min(max(length, 0), s.topk);
-}
-
-// The LSE of a query without a key.
-__device__ __forceinline__ float LonelyLse(const MlaSparseParams& p) {
-  return p.lonely_is_plus_inf ? INFINITY : -INFINITY;
 }
 
 // A work tile.
