@@ -252,7 +252,7 @@ RULES: dict[str, OpRules] = {
             "softmax_scale": _rules.finite(),
             "return_softmax_lse": _rules.anything,
             "return_max_logits": _rules.anything,
-            "lonely_is_plus_inf": _rules.anything,
+            "flash_mla": _rules.anything,
         },
         ("scale", "extra_indices", "extra_scale"),
     ),

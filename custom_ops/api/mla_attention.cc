@@ -156,7 +156,7 @@ std::vector<Tensor> MlaSparseAttention(
     OptionalTensor& extra_topk_length, OptionalTensor& extra_scale, OptionalTensor& sinks,
     OptionalTensor& out, const std::string& cache_format, const std::string& extra_cache_format,
     int page_size, int extra_page_size, float softmax_scale, bool return_softmax_lse,
-    bool return_max_logits, bool lonely_is_plus_inf) {
+    bool return_max_logits, bool flash_mla) {
   MlaSparseParams p;
   Arg(kOp, "q", q);
   Arg(kOp, "cache", cache);
@@ -181,7 +181,7 @@ std::vector<Tensor> MlaSparseAttention(
     Fail("ValueError", kOp, "softmax_scale", "expected a finite number, got ", softmax_scale);
   }
   p.softmax_scale = softmax_scale;
-  p.lonely_is_plus_inf = lonely_is_plus_inf;
+  p.flash_mla = flash_mla;
   const Sizes shape = {p.tokens, p.heads, kMlaValueDim};
   if (const Tensor* given = Get(out); given != nullptr) {
     Arg(kOp, "out", *given).On(place).Dtype({phi::DataType::BFLOAT16}).Dims(shape).Contiguous();
@@ -204,7 +204,9 @@ std::vector<Tensor> MlaSparseAttention(
   p.out = MutableData<uint16_t>(result);
   Tensor lse, max_logits;  // undefined unless asked for
   const auto make = [&](Tensor* tensor) {
-    *tensor = paddle::empty({p.tokens, p.heads}, phi::DataType::FLOAT32, place);
+    const std::vector<int64_t> sizes = flash_mla ? std::vector<int64_t>{p.tokens, p.heads}
+                                                 : std::vector<int64_t>{p.heads, p.tokens};
+    *tensor = paddle::empty(sizes, phi::DataType::FLOAT32, place);
     return MutableData<float>(*tensor);
   };
   if (return_softmax_lse) p.lse = make(&lse);
@@ -220,9 +222,10 @@ std::vector<Shape> MlaSparseInferShape(
     const Shape& extra_topk_length, const Shape& extra_scale, const Shape& sinks, const Shape& out,
     const std::string& cache_format, const std::string& extra_cache_format, int page_size,
     int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
-    bool lonely_is_plus_inf) {
-  const Shape rows = q.size() == 3 ? Shape{q[0], q[1]} : Shape{-1, -1};
-  return {{rows[0], rows[1], kMlaValueDim},
+    bool flash_mla) {
+  const int64_t tokens = q.size() == 3 ? q[0] : -1, heads = q.size() == 3 ? q[1] : -1;
+  const Shape rows = flash_mla ? Shape{tokens, heads} : Shape{heads, tokens};
+  return {{tokens, heads, kMlaValueDim},
           return_softmax_lse ? rows : Shape{1},
           return_max_logits ? rows : Shape{1}};
 }
@@ -234,7 +237,7 @@ std::vector<phi::DataType> MlaSparseInferDtype(
     const phi::DataType& extra_scale, const phi::DataType& sinks, const phi::DataType& out,
     const std::string& cache_format, const std::string& extra_cache_format, int page_size,
     int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
-    bool lonely_is_plus_inf) {
+    bool flash_mla) {
   return {phi::DataType::BFLOAT16, phi::DataType::FLOAT32, phi::DataType::FLOAT32};
 }
 
@@ -249,7 +252,7 @@ PD_BUILD_OP(fastattn_mla_sparse_attention)
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"cache_format: std::string", "extra_cache_format: std::string", "page_size: int",
             "extra_page_size: int", "softmax_scale: float", "return_softmax_lse: bool",
-            "return_max_logits: bool", "lonely_is_plus_inf: bool"})
+            "return_max_logits: bool", "flash_mla: bool"})
     .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaSparseAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaSparseInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaSparseInferDtype));

@@ -43,7 +43,7 @@ float FactorOf(float maximum, float sum, const float* sinks, int head) {
 void StoreHeads(const MlaSparseParams& p, int64_t token, int begin, int end, int64_t seen,
                 const MlaBuffers& buffers) {
   for (int h = 0; h < end - begin; ++h) {
-    const int64_t at = token * p.heads + begin + h;
+    const int64_t at = p.StatisticAt(token, begin + h);
     const float maximum = buffers.row_max[h], sum = buffers.row_sum[h];
     if (p.lse != nullptr) {
       const double lse = (double{maximum} + std::log2(double{sum})) * 0.693147180559945309;
@@ -52,7 +52,8 @@ void StoreHeads(const MlaSparseParams& p, int64_t token, int begin, int end, int
     if (p.max_logits != nullptr) p.max_logits[at] = maximum * kLn2;
     const float factor = seen == 0 ? 0.0f : FactorOf(maximum, sum, p.sinks, begin + h);
     const float* acc = buffers.acc + h * kMlaValueDim;
-    StoreValues<DType::kBFloat16>(kMlaValueDim, p.out + at * kMlaValueDim,
+    StoreValues<DType::kBFloat16>(kMlaValueDim,
+                                  p.out + (token * p.heads + begin + h) * kMlaValueDim,
                                   [&](int i) { return acc[i] * factor; });
   }
 }

@@ -35,8 +35,8 @@ def call(
     extra : the same of a second cache
     more : sinks and out
     formats, page_sizes : of both caches
-    flags : whether to return the LSE and the largest logits, and whether the LSE of a query
-        without a key is +inf
+    flags : whether to return the LSE and the largest logits, and whether both are FlashMLA's:
+        [T, H], the LSE of a query without a key +inf
 
     Returns
     -------
@@ -134,10 +134,10 @@ def mla_sparse_attention(
     Returns
     -------
     out : Tensor, shape [T, H, 512], bfloat16
-    softmax_lse : Tensor, shape [T, H], float32
-        Natural logarithm of the denominator without the sink. Only with `return_softmax_lse`.
-        :func:`merge_attn_states` takes the transposed.
-    max_logits : Tensor, shape [T, H], float32
+    softmax_lse : Tensor, shape [H, T], float32
+        Natural logarithm of the denominator without the sink, as :func:`merge_attn_states` takes
+        it. Only with `return_softmax_lse`.
+    max_logits : Tensor, shape [H, T], float32
         Largest :math:`s_{thj}` of each query head, -inf without a key. Only with
         `return_max_logits`.
 
@@ -168,7 +168,7 @@ def mla_sparse_attention(
     ...     paddle.to_tensor([[0, 1], [-1, 7]], "int32"),
     ...     cache_format="bf16", return_softmax_lse=True,
     ... )
-    >>> out[:, 0, 0].astype("float32").numpy().tolist(), lse[1].tolist()
+    >>> out[:, 0, 0].astype("float32").numpy().tolist(), lse[:, 1].tolist()
     ([2.0, 0.0], [-inf])
     """
     result, lse, max_logits = call(

@@ -109,13 +109,13 @@ def mla_sparse_attention(
     -------
     out : array of float64, shape [T, H, 512]
         Not rounded.
-    lse : array of float64, shape [T, H]
+    lse : array of float64, shape [H, T]
         Without the sink.
-    max_logits : array of float64, shape [T, H]
+    max_logits : array of float64, shape [H, T]
     """
     tokens, heads, dim = q.shape
     softmax_scale = dim**-0.5 if softmax_scale is None else softmax_scale
-    out, lse = np.zeros((tokens, heads, VALUE_DIM)), np.full((tokens, heads), -np.inf)
+    out, lse = np.zeros((tokens, heads, VALUE_DIM)), np.full((heads, tokens), -np.inf)
     max_logits = lse.copy()
     for t in range(tokens):
         keys = np.concatenate(
@@ -147,9 +147,9 @@ def mla_sparse_attention(
             top = np.max(scores, axis=1, keepdims=True)
             weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
             total = weights.sum(axis=1)
-            max_logits[t] = top[:, 0]
-            lse[t] = top[:, 0] + np.log(total)
+            max_logits[:, t] = top[:, 0]
+            lse[:, t] = top[:, 0] + np.log(total)
             out[t] = weights @ keys[:, :VALUE_DIM] / total[:, None]
             if sinks is not None:
-                out[t] /= 1 + np.exp(np.asarray(sinks, np.float64) - lse[t])[:, None]
+                out[t] /= 1 + np.exp(np.asarray(sinks, np.float64) - lse[:, t])[:, None]
     return out, lse, max_logits

@@ -42,7 +42,7 @@ V4_C128 = {"page_size": 2, "padding": 560, "tokens": 50}
 @pytest.mark.parametrize("kind", KINDS)
 def test_formats_and_heads(place, kind, heads):
     out, lse = make_problem(0, kind, heads).check(place)
-    assert not out[1].any() and np.isneginf(lse[1]).all()
+    assert not out[1].any() and np.isneginf(lse[:, 1]).all()
 
 
 @pytest.mark.parametrize("std", [0.25, 4.0])
@@ -78,7 +78,7 @@ def test_two_caches_in_one_softmax(place, window, compressed, heads):
     problem = make_problem(3, window, heads, (128, 0, 5, 128, 0, 77), 128, page_size=64)
     add_extra(problem, 4, compressed, (0, 300, 512, 7, 0, 511), 512, page_size=32, tokens=700)
     out, lse = problem.check(place)
-    assert not out[4].any() and np.isneginf(lse[4]).all() and (out[:4] != 0).any(axis=-1).all()
+    assert not out[4].any() and np.isneginf(lse[:, 4]).all() and (out[:4] != 0).any(axis=-1).all()
 
 
 @pytest.mark.parametrize("compressed", [V4_C4, V4_C128], ids=["C4", "C128"])
@@ -147,7 +147,25 @@ def test_largest_logits(place, heads):
     want = problem.want()
     check_output(to_numpy(out), want[0])
     check_lse(to_numpy(largest), want[2])
-    assert np.isneginf(to_numpy(largest)[1]).all()
+    assert np.isneginf(to_numpy(largest)[:, 1]).all()
+
+
+@pytest.mark.parametrize("heads", [3, 64])
+def test_disjoint_halves_merge_as_they_are(place, heads):
+    """The LSE is what merge_attn_states takes, and the merged result that of all keys."""
+    problem = make_problem(45, "fp8_656", heads, (200, 0, 37, 1, 130))
+    positional, named = problem.tensors(place)
+    states = []
+    for half in range(2):
+        mine = np.where(np.arange(200) % 2 == half, problem.indices, -1).astype(np.int32)
+        states += F.mla_sparse_attention(
+            *positional[:2], int32(mine, place), **named, return_softmax_lse=True
+        )
+    out, lse = F.merge_attn_states(*states)
+    want, want_lse, _ = problem.want()
+    check_lse(to_numpy(lse), want_lse)
+    error = np.asarray(to_numpy(out), np.float64) - want
+    assert np.sqrt((error**2).sum() / (want**2).sum()) <= 4e-3  # three roundings to bf16
 
 
 def test_an_index_that_stands_twice_counts_twice(place):
@@ -265,7 +283,7 @@ def test_out_is_written_and_returned(place):
     result, lse = F.mla_sparse_attention(*positional, **named, return_softmax_lse=True, out=out)
     np.testing.assert_array_equal(to_numpy(result), want)
     np.testing.assert_array_equal(to_numpy(out), want)
-    assert lse.shape == [5, 3]
+    assert lse.shape == [3, 5]
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -316,7 +334,7 @@ def test_heads_beside_a_head_do_not_change_its_bits(place):
     if place == "cpu":  # on a GPU the number of heads chooses the kernel
         part.q = part.q[:, 5:6].copy()
         np.testing.assert_array_equal(part.run(place)[0], out[2:4, 5:6])
-        np.testing.assert_array_equal(part.run(place)[1], lse[2:4, 5:6])
+        np.testing.assert_array_equal(part.run(place)[1], lse[5:6, 2:4])
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
@@ -396,7 +414,7 @@ def test_no_queries(place):
         extra_indices=indices,
         return_softmax_lse=True,
     )
-    assert out.shape == [0, 8, 512] and lse.shape == [0, 8]
+    assert out.shape == [0, 8, 512] and lse.shape == [8, 0]
 
 
 @pytest.mark.gpu

@@ -195,7 +195,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "softmax_scale": 0.1,
                 "return_softmax_lse": False,
                 "return_max_logits": False,
-                "lonely_is_plus_inf": False,
+                "flash_mla": False,
             },
         ),
         "mla_write_cache": OpCall(

@@ -153,9 +153,10 @@ __device__ __forceinline__ void AttendSelection(const MlaSparseParams& p, const 
   }
 }
 
-__device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t row, int h,
+__device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t token, int h,
                                           const Head& head) {
   constexpr float kInf = __builtin_huge_valf();
+  const int64_t row = token * p.heads + h, at = p.StatisticAt(token, h);
   const int lane = threadIdx.x % 32;
   float factor = head.seen ? 1.0f / head.sum : 0.0f;
   if (p.sinks != nullptr && head.seen) {
@@ -166,9 +167,9 @@ __device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t row,
   for (int i = 0; i < kLaneValues; ++i) {
     p.out[row * kMlaValueDim + lane + 32 * i] = FloatToBFloat16(head.acc[i] * factor);
   }
-  if (p.max_logits != nullptr && lane == 0) p.max_logits[row] = head.maximum * kLn2;
+  if (p.max_logits != nullptr && lane == 0) p.max_logits[at] = head.maximum * kLn2;
   if (p.lse != nullptr && lane == 0) {
-    p.lse[row] = head.seen ? fmaf(head.maximum, kLn2, logf(head.sum)) : p.LonelyLse();
+    p.lse[at] = head.seen ? fmaf(head.maximum, kLn2, logf(head.sum)) : p.LonelyLse();
   }
 }
 
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   AttendSelection(p, p.keys, page_sizes.keys, token, &tile, &head);
   AttendSelection(p, p.extra, page_sizes.extra, token, &tile, &head);
-  if (h < p.heads) StoreHead(p, int64_t{token} * p.heads + h, h, head);
+  if (h < p.heads) StoreHead(p, token, h, head);
 }
 
 }  // namespace

@@ -64,7 +64,8 @@ static __global__ void __launch_bounds__(kCombineThreads)
   }
   const bool lonely = sum == 0.0f;
   if (threadIdx.x == 0 && p.lse != nullptr) {
-    p.lse[at] = lonely ? p.LonelyLse() : shift * kLn2 + logf(sum);
+    const unsigned token = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
+    p.lse[p.StatisticAt(token, head)] = lonely ? p.LonelyLse() : shift * kLn2 + logf(sum);
   }
   if (p.sinks != nullptr) sum += Exp2(p.sinks[at % p.heads] * kLog2E - shift);
   const float factor = lonely ? 0.0f : 1.0f / sum;
