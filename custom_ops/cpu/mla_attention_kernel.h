@@ -147,8 +147,7 @@ inline void AttendTile(const MlaSparseParams& p, int heads, int count, MlaBuffer
   for (; h < heads; ++h) AttendTile<1>(p, h, count, buffers);
 }
 
-int64_t MlaSparse(const MlaSparseParams& p, int64_t token, int begin, int end,
-                  MlaBuffers& buffers) {
+void MlaSparse(const MlaSparseParams& p, int64_t token, int begin, int end, MlaBuffers& buffers) {
   const int heads = end - begin;
   for (int h = 0; h < heads; ++h) {
     const uint16_t* q = p.q + token * p.q_token_stride + (begin + h) * p.q_head_stride;
@@ -159,7 +158,6 @@ int64_t MlaSparse(const MlaSparseParams& p, int64_t token, int begin, int end,
     buffers.row_max[h] = -__builtin_huge_valf();
     buffers.row_sum[h] = 0.0f;
   }
-  int64_t seen = 0;
   int count = 0;
   const MlaSelection* const selections[] = {&p.keys, &p.extra};
   for (const MlaSelection* s : selections) {
@@ -172,12 +170,10 @@ int64_t MlaSparse(const MlaSparseParams& p, int64_t token, int begin, int end,
       ReadToken(*s, indices[i], p.dim, buffers.keys + count * p.dim);
       if (++count < kMlaTileKeys) continue;
       AttendTile(p, heads, count, buffers);
-      seen += count;
       count = 0;
     }
   }
   if (count > 0) AttendTile(p, heads, count, buffers);
-  return seen + count;
 }
 
 MlaSparseFunction FindMlaSparse() { return &MlaSparse; }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/block_table.h"
+#include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/seq_lengths.h"
 #include "cpu/mla_row.h"
@@ -38,8 +39,8 @@ struct Tile {
 struct Head {
   float q[kMaxDim];
   float out[kMlaValueDim];
-  float maximum;
-  float sum;
+  float maximum;  // base-2 logarithm
+  float sum;      // of 2^(score - maximum)
 };
 
 template <MlaFormat kFormat>
@@ -70,39 +71,33 @@ void AddTile(const MlaDenseParams& p, const Tile& tile, Head* head) {
   }
   float maximum = head->maximum;
   bool nan = std::isnan(maximum);
+  const float factor = p.softmax_scale * kLog2E;
   for (int j = 0; j < tile.count; ++j) {
-    scores[j] *= p.softmax_scale;
+    scores[j] *= factor;
     nan = nan || std::isnan(scores[j]);
     maximum = std::max(maximum, scores[j]);
   }
   if (nan) maximum = std::numeric_limits<float>::quiet_NaN();
   const float reference = maximum == kHidden ? 0.0f : maximum;
-  const float keep = std::exp(head->maximum - reference);
+  const float keep = std::exp2(head->maximum - reference);
   if (!(keep == 1.0f)) {
     head->sum *= keep;
     for (int d = 0; d < kMlaValueDim; ++d) head->out[d] *= keep;
   }
   for (int j = 0; j < tile.count; ++j) {
-    const float weight = std::exp(scores[j] - reference);
+    const float weight = std::exp2(scores[j] - reference);
     head->sum += weight;
     for (int d = 0; d < kMlaValueDim; ++d) head->out[d] += weight * tile.rows[j][d];
   }
   head->maximum = maximum;
 }
 
-// A head whose sum is 0 sees no key.
-void Store(const MlaDenseParams& p, const Unit& unit, int head_idx, bool any, const Head& head) {
-  const float lse = any ? head.maximum + std::log(head.sum) : kHidden;
-  float factor = any ? 1.0f / head.sum : 0.0f;
-  if (any && p.sinks != nullptr) {
-    const float sink = p.sinks[head_idx];  // the output's share of exp(lse) + exp(sink)
-    factor *= sink == -kHidden ? 0.0f : 1.0f / (1.0f + std::exp(sink - lse));
-  }
+void Store(const MlaDenseParams& p, const Unit& unit, int head_idx, const Head& head) {
+  const Normaliser row =
+      NormaliserWithoutSink(head.maximum, head.sum, p.sinks, [&] { return p.sinks[head_idx]; });
   uint16_t* out = p.out + (unit.token * p.heads + head_idx) * kMlaValueDim;
-  for (int d = 0; d < kMlaValueDim; ++d) {
-    out[d] = any ? FloatToBFloat16(head.out[d] * factor) : uint16_t{0};
-  }
-  if (p.lse != nullptr) p.lse[head_idx * int64_t{p.seqs.num_tokens} + unit.token] = lse;
+  for (int d = 0; d < kMlaValueDim; ++d) out[d] = FloatToBFloat16(head.out[d] * row.factor);
+  if (p.lse != nullptr) p.lse[head_idx * int64_t{p.seqs.num_tokens} + unit.token] = row.lse;
 }
 
 template <MlaFormat kFormat>
@@ -116,14 +111,12 @@ void RunUnit(const MlaDenseParams& p, const Unit& unit, Tile* tile, std::vector<
     head.maximum = kHidden;
     head.sum = 0.0f;
   }
-  bool any = false;
   for (int64_t key = 0; key < unit.num_keys; key += kTile) {
     LoadTile<kFormat>(p, unit.batch_idx, key, std::min(key + kTile, unit.num_keys), tile);
     if (tile->count == 0) continue;
-    any = true;
     for (int h = 0; h < count; ++h) AddTile(p, *tile, &(*heads)[h]);
   }
-  for (int h = 0; h < count; ++h) Store(p, unit, unit.head + h, any, (*heads)[h]);
+  for (int h = 0; h < count; ++h) Store(p, unit, unit.head + h, (*heads)[h]);
 }
 
 std::vector<Unit> FindUnits(const MlaDenseParams& p, int64_t* num_keys) {

@@ -36,12 +36,12 @@ def _keys(
 
 
 def softmax_of(scores: Array) -> tuple[Array, Array]:
-    """Weights of each row of scores, and their LSE. Not for rows without a key."""
+    """Weights of each row of scores, and their LSE; scores of -inf are no keys."""
     with np.errstate(all="ignore"):
-        top = scores.max(axis=-1, keepdims=True)
-        weights = np.exp(scores - top)
+        top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+        weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
         total = weights.sum(axis=-1, keepdims=True)
-        return weights / total, (top + np.log(total))[..., 0]
+        return weights / np.where(total == 0, 1, total), (top + np.log(total))[..., 0]
 
 
 def mla_attention(
@@ -86,13 +86,12 @@ def mla_attention(
         for i in range(new):
             seen = positions <= count - new + i if causal else np.ones(len(positions), bool)
             result[begin + i] = 0
-            if not seen.any():
-                continue
             with np.errstate(all="ignore"):
                 query = q[begin + i].astype(np.float64)
                 weights, lse[:, begin + i] = softmax_of(query @ keys[seen].T * factor)
                 if sinks is not None:
-                    share = 1 / (1 + np.exp(np.asarray(sinks, np.float64) - lse[:, begin + i]))
-                    weights = weights * share[:, None]
+                    own = lse[:, begin + i]
+                    share = 1 / (1 + np.exp(np.asarray(sinks, np.float64) - own))
+                    weights = weights * np.where(np.isneginf(own), 1, share)[:, None]
                 result[begin + i] = weights @ keys[seen, :VALUE_DIM]
     return result, lse

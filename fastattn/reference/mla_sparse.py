@@ -149,7 +149,10 @@ def mla_sparse_attention(
             total = weights.sum(axis=1)
             max_logits[:, t] = top[:, 0]
             lse[:, t] = top[:, 0] + np.log(total)
-            out[t] = weights @ keys[:, :VALUE_DIM] / total[:, None]
+            # Scores of -inf are no keys: their weights add up to 0, sinks or none.
+            none = total == 0
+            out[t] = weights @ keys[:, :VALUE_DIM] / np.where(none, 1, total)[:, None]
             if sinks is not None:
-                out[t] /= 1 + np.exp(np.asarray(sinks, np.float64) - lse[:, t])[:, None]
+                added = np.exp(np.asarray(sinks, np.float64) - np.where(none, 0, lse[:, t]))
+                out[t] /= 1 + np.where(none, 0, added)[:, None]
     return out, lse, max_logits

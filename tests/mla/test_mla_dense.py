@@ -101,6 +101,28 @@ def test_queries_without_keys(place):
     assert (out[2] == 0).all() and np.isneginf(lse[:, 2]).all()
 
 
+@pytest.mark.parametrize("heads", [4, 64])
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_scores_of_minus_infinity_are_no_keys(place, cache_format, heads):
+    """All scores of a head are -inf: 0 and -inf, with a sink too; heads and queries beside it."""
+
+    def latents(rng, n, channels):
+        x = rng.normal(size=(n, channels))
+        x[:, 5] = -np.abs(x[:, 5]) - 0.5
+        return x
+
+    problem = Problem([700, 30], [2, 1], heads=heads, cache_format=cache_format, latents=latents)
+    problem.q[0, :, 5] = np.inf
+    problem.q[2, 3, 5] = np.inf
+    for sinks in (None, np.resize(np.float32([0.5, np.inf, -np.inf, 30]), heads)):
+        options = {} if sinks is None else {"sinks": sinks}
+        out, lse = problem.run(place, **options)
+        gone = np.isneginf(lse)
+        assert gone[:, 0].all() and gone[3, 2] and gone.sum() == heads + 1
+        assert not out[0].any() and not out[2, 3].any() and not np.isnan(out).any()
+        assert_close((out, lse), problem.want(**options))
+
+
 def test_causal_queries_before_the_first_page(place):
     problem = Problem([0], [130], heads=2)
     problem.tables[0, 0] = -1

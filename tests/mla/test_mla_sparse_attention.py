@@ -189,6 +189,30 @@ def test_caches_without_a_slot(place):
         assert not out.any() and np.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("heads", [4, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_minus_infinity_are_no_keys(place, kind, heads):
+    """All scores of a head are -inf: 0 and -inf, with a sink too; heads and queries beside it."""
+    rng = RNG(46)
+    latents = rng.normal(size=(300, KINDS[kind][2]))
+    latents[:, 5] = -np.abs(latents[:, 5]) - 0.5
+    cache = make_cache(rng, KINDS[kind], 300, latents=latents.astype(BF16))
+    q = queries(rng, 3, heads, KINDS[kind][2])
+    q[0, :, 5] = np.inf
+    q[1, 2, 5] = np.inf
+    problem = Problem(q, cache, make_indices(rng, cache, 3, 200))
+    for sinks in (None, np.resize(np.float32([0.5, np.inf, -np.inf, 30]), heads)):
+        problem.options = {} if sinks is None else {"sinks": sinks}
+        out, lse = problem.run(place)
+        gone = np.isneginf(lse)
+        assert gone[:, 0].all() and gone[2, 1] and gone.sum() == heads + 1
+        assert not out[0].any() and not out[1, 2].any() and not np.isnan(out).any()
+        want, want_lse, _ = problem.want()
+        np.testing.assert_array_equal(np.isneginf(want_lse), gone)
+        check_output(out, want)
+        check_lse(lse, want_lse, problem.noise(place))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_stays_where_it_is_seen(place, kind):
     """A NaN channel of a token, a NaN scale, a NaN in a query head."""

@@ -85,7 +85,6 @@ struct Head {
   float acc[kLaneValues];
   float maximum;  // base-2 logarithm
   float sum;
-  bool seen;
 };
 
 __device__ __forceinline__ float SumOfWarp(float x) {
@@ -107,7 +106,6 @@ __device__ __forceinline__ void AttendTile(const Tile& tile, int dims, float fac
       if (i < dims) sum = fmaf(head->q[i], tile.keys[j][lane + 32 * i], sum);
     }
     scores[j] = tile.there[j] ? SumOfWarp(sum) * factor : -kInf;
-    head->seen |= tile.there[j];
     maximum = fmaxf(maximum, scores[j]);  // not a NaN
   }
   const float base = maximum == -kInf ? 0.0f : maximum;
@@ -155,21 +153,17 @@ __device__ __forceinline__ void AttendSelection(const MlaSparseParams& p, const 
 
 __device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t token, int h,
                                           const Head& head) {
-  constexpr float kInf = __builtin_huge_valf();
   const int64_t row = token * p.heads + h, at = p.StatisticAt(token, h);
   const int lane = threadIdx.x % 32;
-  float factor = head.seen ? 1.0f / head.sum : 0.0f;
-  if (p.sinks != nullptr && head.seen) {
-    const float sink = __ldg(p.sinks + h);
-    factor = sink == kInf ? 0.0f : JoinSink<0>(head.maximum, head.sum, sink).factor;
-  }
+  const Normaliser end =
+      NormaliserWithoutSink(head.maximum, head.sum, p.sinks, [&] { return __ldg(p.sinks + h); });
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
-    p.out[row * kMlaValueDim + lane + 32 * i] = FloatToBFloat16(head.acc[i] * factor);
+    p.out[row * kMlaValueDim + lane + 32 * i] = FloatToBFloat16(head.acc[i] * end.factor);
   }
   if (p.max_logits != nullptr && lane == 0) p.max_logits[at] = head.maximum * kLn2;
   if (p.lse != nullptr && lane == 0) {
-    p.lse[at] = head.seen ? fmaf(head.maximum, kLn2, logf(head.sum)) : p.LonelyLse();
+    p.lse[at] = head.sum == 0.0f ? p.LonelyLse() : end.lse;
   }
 }
 

@@ -80,7 +80,7 @@ __device__ __forceinline__ void CombineRow(const MlaDenseParams& p, const MlaDen
     out.w += part.w;
   }
   const int head = in_seq % p.heads, token = note.y + in_seq / p.heads;
-  const RowEnd end = FinishRow(p, maximum, sum, head);
+  const Normaliser end = FinishRow(p, maximum, sum, head);
   constexpr DType kOut = DType::kBFloat16;
   const uint2 bits = make_uint2(PackPair<kOut>(out.x * end.factor, out.y * end.factor),
                                 PackPair<kOut>(out.z * end.factor, out.w * end.factor));

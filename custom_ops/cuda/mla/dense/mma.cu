@@ -239,7 +239,7 @@ __device__ __forceinline__ void RunSegment(const MlaDenseParams& p, const MlaDen
     const int r = threadIdx.x / 8;
     if (whole) {
       const int head = own_row % p.heads;
-      const RowEnd row_end = FinishRow(p, state.maximum, sum, head);
+      const Normaliser row_end = FinishRow(p, state.maximum, sum, head);
       shared.factor[r] = row_end.factor;
       StoreLse(p, seq.q_begin + own_row / p.heads, head, row_end.lse);
     } else {

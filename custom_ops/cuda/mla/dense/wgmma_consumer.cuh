@@ -139,7 +139,7 @@ __device__ __forceinline__ void FinishTileRow(const MlaDenseParams& p, const Seg
   const int row = part.row0 + r;
   if (part.whole) {
     const int head = row % p.heads;
-    const RowEnd end = FinishRow(p, maximum, sum, head);
+    const Normaliser end = FinishRow(p, maximum, sum, head);
     *factor = end.factor;
     StoreLse(p, segment.seq.q_begin + row / p.heads, head, end.lse);
   } else {
