@@ -18,6 +18,13 @@ def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
     return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
+def _names_nothing(q: Any, indices: Any) -> bool:
+    """Whether a second cache's indices are [T, 0], which Paddle would hand over as absent ones."""
+    if not (_ops.is_tensor(q) and _ops.is_tensor(indices)):
+        return False
+    return list(indices.shape) == [*q.shape[:1], 0]
+
+
 def call(
     keys: tuple[Any, ...],
     extra: tuple[Any, ...],
@@ -45,6 +52,8 @@ def call(
     """
     op = "mla_sparse_attention"
     cache_format, extra_format = formats
+    if _names_nothing(keys[0], extra[1]):
+        extra = (None,) * 4
     attrs = (
         cache_format,
         cache_format if extra_format is None else extra_format,
@@ -111,7 +120,7 @@ def mla_sparse_attention(
         A second cache, such as the compressed tokens beside those of the window (V4). Its page size
         may differ.
     extra_indices : Tensor, shape [T, extra_topk], int32, optional
-        Slots of `extra_cache`.
+        Slots of `extra_cache`. With none, [T, 0], the second cache is left out.
     extra_topk_length : Tensor, shape [T], int32, optional
     extra_cache_format : str, optional
         Default: `cache_format`. Both have the same channels. Two formats in a call, and GPUs that

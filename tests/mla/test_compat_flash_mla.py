@@ -458,6 +458,24 @@ def test_dsk_attn_write_cache_refuses():
         dsk_attn_write_cache(*given[:2], cache.reshape([1, 64, 656]), slots, None, "fp8_ds_mla")
 
 
+def test_a_second_cache_without_indices(place):
+    q = to_paddle(np.ones((2, 3, 4, 576), BF16), place)
+    cache = to_paddle(np.zeros((2, 64, 1, 656), np.uint8), place)
+    slots = int32(np.full((2, 3, 5), 7), place)
+    plain = [q, cache, None, None, 512, None]
+    given = {"is_fp8_kvcache": True, "indices": slots}
+    want = flash_mla.flash_mla_with_kvcache(*plain, **given)
+    got = flash_mla.flash_mla_with_kvcache(
+        *plain,
+        **given,
+        extra_k_cache=cache,
+        extra_indices_in_kvcache=int32(np.zeros((2, 3, 0)), place),
+        extra_topk_length=int32([0, 0], place),
+    )
+    for a, b in zip(got, want):
+        np.testing.assert_array_equal(to_numpy(a), to_numpy(b))
+
+
 def test_empty_batches_and_shapes_that_only_multiply_to_the_same():
     cache, table = paddle.zeros([2, 64, 1, 656], "uint8"), paddle.zeros([0, 1], "int32")
     q = paddle.zeros([0, 1, 2, 576], "bfloat16")

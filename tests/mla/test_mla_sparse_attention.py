@@ -213,6 +213,30 @@ def test_scores_of_minus_infinity_are_no_keys(place, kind, heads):
         check_lse(lse, want_lse, problem.noise(place))
 
 
+@pytest.mark.parametrize("lengths", [True, False])
+def test_no_columns_of_indices(place, lengths):
+    """[T, 0] names no key, of either cache; the other one counts."""
+    problem = add_extra(make_problem(47, "fp8_584", 5), 48, "fp8_584", (9, 3, 0, 0, 5), 10)
+    problem.options = {"sinks": RNG(49).normal(size=5).astype(np.float32)}
+    none = np.zeros((5, 0), np.int32)
+    if not lengths:
+        problem.lengths = problem.extra_lengths = None
+        problem.indices = make_indices(RNG(50), problem.cache, 5, 30)
+        problem.extra_indices = make_indices(RNG(51), problem.extra, 5, 10)
+    (q, cache, indices), named = problem.tensors(place)
+    named["extra_indices"] = to_paddle(none, place)
+    got = F.mla_sparse_attention(q, cache, indices, **named)
+    first = Problem(problem.q, problem.cache, problem.indices, problem.lengths)
+    first.options = problem.options
+    check_output(to_numpy(got), first.want()[0])
+    problem.indices = none
+    problem.check(place)
+    out, lse = F.mla_sparse_attention(
+        q, cache, to_paddle(none, place), **named, return_softmax_lse=True
+    )
+    assert not to_numpy(out).any() and np.isneginf(to_numpy(lse)).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_stays_where_it_is_seen(place, kind):
     """A NaN channel of a token, a NaN scale, a NaN in a query head."""
