@@ -242,7 +242,7 @@ RULES: dict[str, OpRules] = {
             "extra_topk_length": _rules.extra_selection,
             "extra_scale": _rules.extra_selection,
             "sinks": _rules.dtypes("float32"),
-            "out": _rules.dtypes("bfloat16"),
+            "out": _rules.latent_out,
         },
         {
             "cache_format": _rules.latent_format,
@@ -253,6 +253,7 @@ RULES: dict[str, OpRules] = {
             "return_softmax_lse": _rules.anything,
             "return_max_logits": _rules.anything,
             "flash_mla": _rules.anything,
+            "out_dtype": _rules.latent_out_dtype,
         },
         ("scale", "extra_indices", "extra_scale"),
     ),
@@ -317,7 +318,7 @@ RULES: dict[str, OpRules] = {
             **_SEQS,
             "scale": _rules.latent_scale,
             "sinks": _rules.dtypes("float32"),
-            "out": _rules.dtypes("bfloat16"),
+            "out": _rules.latent_out,
         },
         {
             "max_seqlen_q": _rules.at_least(0),
@@ -327,6 +328,7 @@ RULES: dict[str, OpRules] = {
             "return_softmax_lse": _rules.anything,
             "cache_format": _rules.latent_format,
             "page_size": _rules.anything,
+            "out_dtype": _rules.latent_out_dtype,
         },
         ("scale",),
     ),

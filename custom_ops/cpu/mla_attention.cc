@@ -39,8 +39,12 @@ void StoreHeads(const MlaSparseParams& p, int64_t token, int begin, int end,
     if (p.lse != nullptr) p.lse[at] = sum == 0.0f ? p.LonelyLse() : row.lse;
     if (p.max_logits != nullptr) p.max_logits[at] = maximum * kLn2;
     const float* acc = buffers.acc + h * kMlaValueDim;
-    StoreValues<DType::kBFloat16>(kMlaValueDim,
-                                  p.out + (token * p.heads + begin + h) * kMlaValueDim,
+    const int64_t row_at = (token * p.heads + begin + h) * kMlaValueDim;
+    if (p.out_float != nullptr) {
+      for (int i = 0; i < kMlaValueDim; ++i) p.out_float[row_at + i] = acc[i] * row.factor;
+      continue;
+    }
+    StoreValues<DType::kBFloat16>(kMlaValueDim, p.out + row_at,
                                   [&](int i) { return acc[i] * row.factor; });
   }
 }

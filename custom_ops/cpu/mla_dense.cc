@@ -95,8 +95,15 @@ void AddTile(const MlaDenseParams& p, const Tile& tile, Head* head) {
 void Store(const MlaDenseParams& p, const Unit& unit, int head_idx, const Head& head) {
   const Normaliser row =
       NormaliserWithoutSink(head.maximum, head.sum, p.sinks, [&] { return p.sinks[head_idx]; });
-  uint16_t* out = p.out + (unit.token * p.heads + head_idx) * kMlaValueDim;
-  for (int d = 0; d < kMlaValueDim; ++d) out[d] = FloatToBFloat16(head.out[d] * row.factor);
+  const int64_t at = (unit.token * p.heads + head_idx) * kMlaValueDim;
+  for (int d = 0; d < kMlaValueDim; ++d) {
+    const float value = head.out[d] * row.factor;
+    if (p.out_float != nullptr) {
+      p.out_float[at + d] = value;
+    } else {
+      p.out[at + d] = FloatToBFloat16(value);
+    }
+  }
   if (p.lse != nullptr) p.lse[head_idx * int64_t{p.seqs.num_tokens} + unit.token] = row.lse;
 }
 

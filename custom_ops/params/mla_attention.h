@@ -35,6 +35,7 @@ struct MlaSparseParams {
   MlaSelection extra;            // of the same dim; its format and its pages may differ
   const float* sinks = nullptr;  // [heads] or null
   uint16_t* out = nullptr;       // [tokens, heads, 512] bf16, contiguous
+  float* out_float = nullptr;    // not null: the output, unrounded, in place of `out`
   float* lse = nullptr;          // [heads, tokens] or null; flash_mla: [tokens, heads]
   float* max_logits = nullptr;   // the same: the largest scaled score, -inf without a key
   int64_t tokens = 0;
@@ -68,6 +69,7 @@ struct MlaDenseParams {
   SeqMeta seqs;
   const float* sinks = nullptr;  // [heads] or null
   uint16_t* out = nullptr;       // [num_tokens, heads, 512] bf16, contiguous; see clear_padding
+  float* out_float = nullptr;    // not null: the output, unrounded, in place of `out`
   float* lse = nullptr;          // [heads, num_tokens] or null
   int heads = 0;
   int dim = 0;  // 576, or 512 for kFp8x584: channels of a query and of a key

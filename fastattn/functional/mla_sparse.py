@@ -33,6 +33,7 @@ def call(
     page_sizes: tuple[int | None, int | None],
     softmax_scale: float | None,
     flags: tuple[bool, bool, bool],
+    out_dtype: str = "bfloat16",
 ) -> tuple[Tensor, Any, Any]:
     """Call the operator.
 
@@ -60,6 +61,7 @@ def call(
         *(0 if size is None else size for size in page_sizes),
         _softmax_scale(op, keys[0], softmax_scale),
         *flags,
+        out_dtype,
     )
     result, lse, max_logits, *_ = _ops.call(op, (*keys, *extra, *more), attrs)
     return result, lse, max_logits
@@ -86,6 +88,7 @@ def mla_sparse_attention(
     return_softmax_lse: bool = False,
     return_max_logits: bool = False,
     out: Tensor | None = None,
+    out_dtype: str = "bfloat16",
 ) -> Any:
     r"""Attention of each query over the tokens of latent caches that it names, all heads alike.
 
@@ -137,12 +140,15 @@ def mla_sparse_attention(
     return_softmax_lse, return_max_logits : bool
         Also return the LSE, the largest logits. With the latter a GPU does not split a query's
         keys, which makes steps of few queries slower.
-    out : Tensor, shape [T, H, 512], bfloat16, optional
-        Written in place and returned.
+    out : Tensor, shape [T, H, 512], optional
+        Of type `out_dtype`; written in place and returned.
+    out_dtype : {"bfloat16", "float32"}
+        "float32" does not round the output, for a merge with other keys' results; a GPU then
+        splits every query's keys, through a workspace of fp32.
 
     Returns
     -------
-    out : Tensor, shape [T, H, 512], bfloat16
+    out : Tensor, shape [T, H, 512]
     softmax_lse : Tensor, shape [H, T], float32
         Natural logarithm of the denominator without the sink, as :func:`merge_attn_states` takes
         it. Only with `return_softmax_lse`.
@@ -188,6 +194,7 @@ def mla_sparse_attention(
         (page_size, extra_page_size),
         softmax_scale,
         (return_softmax_lse, return_max_logits, False),
+        out_dtype,
     )
     more = (lse,) * return_softmax_lse + (max_logits,) * return_max_logits
     return (result, *more) if more else result

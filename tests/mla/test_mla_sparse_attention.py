@@ -151,21 +151,62 @@ def test_largest_logits(place, heads):
 
 
 @pytest.mark.parametrize("heads", [3, 64])
-def test_disjoint_halves_merge_as_they_are(place, heads):
+@pytest.mark.parametrize("kind", ["fp8_656", "fp8_584"])
+def test_disjoint_halves_merge_as_they_are(place, kind, heads):
     """The LSE is what merge_attn_states takes, and the merged result that of all keys."""
-    problem = make_problem(45, "fp8_656", heads, (200, 0, 37, 1, 130))
+    problem = make_problem(45, kind, heads, (200, 0, 37, 1, 130))
     positional, named = problem.tensors(place)
     states = []
     for half in range(2):
         mine = np.where(np.arange(200) % 2 == half, problem.indices, -1).astype(np.int32)
         states += F.mla_sparse_attention(
-            *positional[:2], int32(mine, place), **named, return_softmax_lse=True
+            *positional[:2],
+            int32(mine, place),
+            **named,
+            return_softmax_lse=True,
+            out_dtype="float32",
         )
     out, lse = F.merge_attn_states(*states)
     want, want_lse, _ = problem.want()
     check_lse(to_numpy(lse), want_lse)
-    error = np.asarray(to_numpy(out), np.float64) - want
-    assert np.sqrt((error**2).sum() / (want**2).sum()) <= 4e-3  # three roundings to bf16
+    check_output(to_numpy(out), want)
+
+
+@pytest.mark.parametrize("heads", [3, 16, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_output(place, kind, heads):
+    """Not rounded: a CPU's is exact to fp32; one tile of keys, none, and many."""
+    problem = make_problem(52, kind, heads, (200, 0, 37, 1, 130))
+    rounded, _ = problem.run(place)
+    problem.options = {"out_dtype": "float32"}
+    out, lse = problem.run(place)
+    problem.options = {}
+    want, want_lse, _ = problem.want()
+    assert out.dtype == np.float32
+    check_output(out, want)
+    check_lse(lse, want_lse, problem.noise(place))
+    assert not out[1].any() and np.isneginf(lse[:, 1]).all()
+    if place == "cpu":
+        assert np.abs(out - want).max() <= 1e-5 * np.abs(want).max()
+        np.testing.assert_array_equal(out.astype(BF16), rounded)
+    problem.options = {"out": np.full(out.shape, 7, np.float32), "out_dtype": "float32"}
+    positional, named = problem.tensors(place)
+    result = F.mla_sparse_attention(*positional, **named)
+    np.testing.assert_array_equal(to_numpy(named["out"]), to_numpy(result))
+    np.testing.assert_array_equal(to_numpy(result), out)
+
+
+def test_fp32_output_with_sinks_and_largest_logits(place):
+    problem = make_problem(53, "fp8_584", 6)
+    options = {"sinks": np.array([0, -3, 4, -np.inf, np.inf, 30], np.float32)}
+    problem.options = {**options, "out_dtype": "float32"}
+    positional, named = problem.tensors(place)
+    out, largest = F.mla_sparse_attention(*positional, **named, return_max_logits=True)
+    problem.options = options
+    want = problem.want()
+    np.testing.assert_array_equal(to_numpy(out)[:, 4], 0)
+    check_output(np.delete(to_numpy(out), 4, 1), np.delete(want[0], 4, 1))
+    check_lse(to_numpy(largest), want[2])
 
 
 def test_an_index_that_stands_twice_counts_twice(place):

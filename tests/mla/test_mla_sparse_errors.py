@@ -58,6 +58,16 @@ WRONG = [
     ({"return_softmax_lse": 1}, TypeError, "return_softmax_lse: expected bool"),
     ({"out": ((2, 3, 576), BF16)}, ValueError, r"out: expected shape \[2, 3, 512\]"),
     ({"out": ((2, 3, 512), F32)}, TypeError, "out: expected dtype bfloat16"),
+    (
+        {"out": ((2, 3, 512), BF16), "out_dtype": "float32"},
+        TypeError,
+        "out: expected dtype float32",
+    ),
+    (
+        {"out_dtype": "float16"},
+        ValueError,
+        "out_dtype: expected bfloat16 or float32, got 'float16'",
+    ),
     # The second cache.
     ({"extra_cache_format": "e4m3"}, NotImplementedError, "extra_cache_format: 'e4m3' is not"),
     ({"extra_cache": ((2, 64, 656), U8)}, TypeError, "extra_indices: expected a tensor with extra"),
@@ -111,6 +121,8 @@ TRACED = {
     "bf16 sinks": {"sinks": ((3,), BF16)},
     "softmax_scale": {"softmax_scale": float("inf")},
     "fp32 out": {"out": ((2, 3, 512), F32)},
+    "bf16 out": {"out": ((2, 3, 512), BF16), "out_dtype": "float32"},
+    "out_dtype": {"out_dtype": "auto"},
 }
 
 

@@ -159,7 +159,13 @@ __device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t toke
       NormaliserWithoutSink(head.maximum, head.sum, p.sinks, [&] { return __ldg(p.sinks + h); });
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
-    p.out[row * kMlaValueDim + lane + 32 * i] = FloatToBFloat16(head.acc[i] * end.factor);
+    const int64_t channel = row * kMlaValueDim + lane + 32 * i;
+    const float value = head.acc[i] * end.factor;
+    if (p.out_float != nullptr) {
+      p.out_float[channel] = value;
+    } else {
+      p.out[channel] = FloatToBFloat16(value);
+    }
   }
   if (p.max_logits != nullptr && lane == 0) p.max_logits[at] = head.maximum * kLn2;
   if (p.lse != nullptr && lane == 0) {

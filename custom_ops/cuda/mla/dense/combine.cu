@@ -81,11 +81,8 @@ __device__ __forceinline__ void CombineRow(const MlaDenseParams& p, const MlaDen
   }
   const int head = in_seq % p.heads, token = note.y + in_seq / p.heads;
   const Normaliser end = FinishRow(p, maximum, sum, head);
-  constexpr DType kOut = DType::kBFloat16;
-  const uint2 bits = make_uint2(PackPair<kOut>(out.x * end.factor, out.y * end.factor),
-                                PackPair<kOut>(out.z * end.factor, out.w * end.factor));
   const int64_t at = (int64_t{token} * p.heads + head) * kMlaDenseChannels;
-  reinterpret_cast<uint2*>(p.out + at)[lane] = bits;
+  StoreFour(p, at + 4 * lane, out, end.factor);
   if (lane == 0) StoreLse(p, token, head, end.lse);
 }
 
@@ -100,9 +97,9 @@ __device__ __forceinline__ void ClearToken(const MlaDenseParams& p, int token) {
   }
   if (__any_sync(kFullWarp, taken)) return;
   if (p.clear_padding) {
-    uint4* out = reinterpret_cast<uint4*>(p.out + int64_t{token} * p.heads * kMlaDenseChannels);
-    for (int i = threadIdx.x; i < p.heads * (kMlaDenseChannels / 8); i += kThreads) {
-      out[i] = make_uint4(0, 0, 0, 0);
+    const int64_t first = int64_t{token} * p.heads * kMlaDenseChannels;
+    for (int i = threadIdx.x; i < p.heads * kChannelThreads; i += kThreads) {
+      StoreFour(p, first + 4 * i, make_float4(0.0f, 0.0f, 0.0f, 0.0f), 1.0f);
     }
   }
   if (p.lse != nullptr && threadIdx.x < p.heads) StoreLse(p, token, threadIdx.x, -INFINITY);
@@ -110,7 +107,7 @@ __device__ __forceinline__ void ClearToken(const MlaDenseParams& p, int token) {
 
 // CTAs (x, y): y of the rows' CTAs times the tile of x = group * group_ctas + sub. Those with y
 // past them clear tokens.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
     CombineKernel(const __grid_constant__ MlaDenseParams p,
                   const __grid_constant__ MlaDensePlan plan, int row_ctas) {
   PdlWait();

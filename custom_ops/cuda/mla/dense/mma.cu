@@ -192,11 +192,13 @@ __device__ __forceinline__ void Store(const MlaDenseParams& p, const Segment& se
       const float a = factor == 0.0f ? 0.0f : out[n][2 * half] * factor;
       const float b = factor == 0.0f ? 0.0f : out[n][2 * half + 1] * factor;
       const int channel = 128 * warp + 8 * n + 2 * (lane % 4);
-      if (whole) {
+      if (whole && p.out_float == nullptr) {
         *reinterpret_cast<uint32_t*>(p.out + at * kMlaDenseChannels + channel) =
             PackPair<DType::kBFloat16>(a, b);
       } else {
-        *reinterpret_cast<float2*>(partial + r * kMlaDenseChannels + channel) = make_float2(a, b);
+        float* row_out =
+            whole ? p.out_float + at * kMlaDenseChannels : partial + r * kMlaDenseChannels;
+        *reinterpret_cast<float2*>(row_out + channel) = make_float2(a, b);
       }
     }
   }
