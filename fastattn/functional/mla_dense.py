@@ -80,8 +80,8 @@ def mla_attention(
     return_softmax_lse : bool
         Also return the LSE, the logarithm of the sum of exponentials, without the sink.
     out : Tensor, shape [T, H, 512], optional
-        Of type `out_dtype`; written in place and returned. Tokens that belong to no sequence (padding) keep their
-        contents; in a new output they are 0.
+        Of type `out_dtype`; written in place and returned. Tokens that belong to no sequence
+        (padding) keep their contents; in a new output they are 0.
     page_size : int, optional
         Tokens of a page, for a `cache` of two dimensions.
     out_dtype : {"bfloat16", "float32"}

@@ -66,7 +66,7 @@ WRONG = [
     (
         {"out_dtype": "float16"},
         ValueError,
-        "out_dtype: expected bfloat16 or float32, got 'float16'",
+        "out_dtype: expected bfloat16 or float32, got 'fl",
     ),
     # The second cache.
     ({"extra_cache_format": "e4m3"}, NotImplementedError, "extra_cache_format: 'e4m3' is not"),
