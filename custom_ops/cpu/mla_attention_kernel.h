@@ -25,8 +25,8 @@ FASTATTN_INLINE void DecodeBf16(const uint8_t* bytes, int n, float* out) {
 inline void ReadToken(const MlaSelection& s, int slot, int dim, float* out) {
   const MlaCache& cache = s.cache;
   const int page = slot / cache.page_size, row = slot - page * cache.page_size;
-  const uint8_t* base = static_cast<const uint8_t*>(cache.data) + page * cache.page_stride;
-  const uint8_t* codes = base + row * cache.row_stride;
+  const MlaRow at = MlaRowOf(cache, cache.format, page, row);
+  const uint8_t* codes = at.codes;
   const MlaFormatFacts facts = FactsOf(cache.format);
   switch (cache.format) {
     case MlaFormat::kBf16:
@@ -38,14 +38,13 @@ inline void ReadToken(const MlaSelection& s, int slot, int dim, float* out) {
     case MlaFormat::kFp8x656:
       for (int t = 0; t < facts.latent / facts.tile; ++t) {
         float scale;
-        std::memcpy(&scale, codes + facts.latent + t * sizeof(float), sizeof(scale));
+        std::memcpy(&scale, at.scales + t * sizeof(float), sizeof(scale));
         DecodeCodes(codes + t * facts.tile, facts.tile, scale, out + t * facts.tile);
       }
       break;
     case MlaFormat::kFp8x584: {
-      const uint8_t* scales = base + cache.ScalePlane() + int64_t{row} * kMlaScalePlaneBytes;
       for (int t = 0; t < facts.latent / facts.tile; ++t) {
-        DecodeCodes(codes + t * facts.tile, facts.tile, UE8M0ToFloat(scales[t]),
+        DecodeCodes(codes + t * facts.tile, facts.tile, UE8M0ToFloat(at.scales[t]),
                     out + t * facts.tile);
       }
       break;

@@ -53,7 +53,7 @@ void LoadTile(const MlaDenseParams& p, int batch_idx, int64_t begin, int64_t end
         BlockOf(seqs.block_tables, seqs.max_blocks, static_cast<int>(p.cache.num_pages), batch_idx,
                 key / p.cache.page_size);
     if (page < 0) continue;
-    ReadMlaToken<kFormat>(MlaRowOf<kFormat>(p.cache, page, key % p.cache.page_size), p.scale, bits);
+    ReadMlaToken<kFormat>(MlaRowOf(p.cache, kFormat, page, key % p.cache.page_size), p.scale, bits);
     float* row = tile->rows[tile->count];
     for (int d = 0; d < p.dim; ++d) {
       row[d] = BFloat16ToFloat(bits[d]);

@@ -54,9 +54,8 @@ __device__ void LoadToken(const MlaSelection& s, const Divisor& page_size, uint3
                           float* out) {
   const int lane = threadIdx.x % 32;
   const uint32_t page = page_size.Quotient(slot), row = slot - page * page_size.divisor;
-  const uint8_t* base = static_cast<const uint8_t*>(s.cache.data) + page * s.cache.page_stride;
-  const uint8_t* codes = base + row * s.cache.row_stride;
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(codes);
+  const MlaRow at = MlaRowOf(s.cache, s.cache.format, page, row);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(at.codes);
   const MlaFormatFacts facts = FactsOf(s.cache.format);
   if (s.cache.format == MlaFormat::kBf16) {
     for (int i = lane; i < dim / 2; i += 32) StoreBf16(__ldg(words + i), out + 2 * i);
@@ -67,12 +66,11 @@ __device__ void LoadToken(const MlaSelection& s, const Divisor& page_size, uint3
     for (int i = lane; i < dim / 4; i += 32) StoreCodes(__ldg(words + i), scale, out + 4 * i);
     return;
   }
-  const uint8_t* scales = base + s.cache.ScalePlane() + int64_t{row} * kMlaScalePlaneBytes;
   for (int i = lane; i < facts.latent / 4; i += 32) {
     const int tile = 4 * i / facts.tile;
     const float scale = s.cache.format == MlaFormat::kFp8x584
-                            ? UE8M0ToFloat(__ldg(scales + tile))
-                            : __uint_as_float(__ldg(words + facts.latent / 4 + tile));
+                            ? UE8M0ToFloat(__ldg(at.scales + tile))
+                            : __ldg(reinterpret_cast<const float*>(at.scales) + tile);
     StoreCodes(__ldg(words + i), scale, out + 4 * i);
   }
   const int rope_word = facts.row_bytes / 4 - kMlaRopeDim / 2 + lane;
