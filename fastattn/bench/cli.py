@@ -15,7 +15,7 @@ from typing import Any
 
 from fastattn.bench.core.plots import plot
 from fastattn.bench.core.report import Baseline, Report, ReportError
-from fastattn.bench.core.rows import Bench, Row, benchmarks, family
+from fastattn.bench.core.rows import Bench, Row, benchmarks, family, is_of
 from fastattn.bench.core.tables import WIDTH, markdown, table
 
 
@@ -107,14 +107,14 @@ def _run_benchmarks(arguments: argparse.Namespace, console: Any) -> Report | int
     if arguments.list:
         print("\n".join(known))
         return 0
-    names = arguments.op or list(known)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        console.print(
-            f"bench: --op {unknown[0]}: expected one of {', '.join(known)}", soft_wrap=True
-        )
-        return 2
-    chosen = {name: known[name] for name in names}
+    chosen: dict[str, Bench] = {}
+    for wanted in arguments.op or list(known):
+        found = {name: known[name] for name in known if is_of(name, wanted)}
+        if not found:
+            console.print(f"bench: --op {wanted}: expected one of {', '.join(known)}",
+                          soft_wrap=True)  # fmt: skip
+            return 2
+        chosen.update(found)
     return _measure(chosen, device, console, arguments.json_dir)
 
 
