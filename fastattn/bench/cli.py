@@ -17,7 +17,7 @@ from typing import Any
 
 from fastattn.bench.core.plots import plot
 from fastattn.bench.core.report import Baseline, Report, ReportError
-from fastattn.bench.core.rows import Bench, Row, benchmarks, family, is_of
+from fastattn.bench.core.rows import Bench, benchmarks, family, is_of
 from fastattn.bench.core.tables import WIDTH, markdown, table
 
 
