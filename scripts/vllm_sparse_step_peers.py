@@ -15,8 +15,10 @@ such as V4's compression, and the map of a top-k to slots are in no sum, here an
 - attention: FlashMLA with queries padded to 64 heads. A chunk of V3.2 takes the decode kernel, as
   vLLM does with few heads; one of V4 the prefill kernel over keys in bf16, gathered before.
 
-Times are medians of CUDA graphs of as many layers as the benchmark has, and of eager steps. Rows
-replace those of an earlier run in the file; name it in FASTATTN_BENCH_PEERS.
+Times are medians of CUDA graphs of as many layers as the benchmark has, and of eager steps. The
+writers of latent caches stand alone as well, at the benchmark's sizes (--writers), over buffers
+that exceed the L2 cache. Rows replace those of an earlier run in the file; name it in
+FASTATTN_BENCH_PEERS.
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ facts = types.SimpleNamespace(
 )
 PAGE, INDEX_DIM, HEADS = facts.PAGE, facts.INDEX_DIM, facts.PADDED_HEADS
 E4M3, BF16, U8, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.uint8, torch.int32
-SECTION, PEER = "sparse_step", "vLLM"
+SECTION, WRITERS, PEER = "sparse_step", "mla_writers", "vLLM"
+#: Format of a latent cache -> vLLM's name, and its bytes of a token.
+FORMATS = {"bf16": ("auto", 1152), "fp8": ("fp8", 576), "fp8_656": ("fp8_ds_mla", 656)}
+#: Bytes that the buffers of a writer add up to, and their number at most.
+COLD_BYTES, MOST_COPIES = 400 << 20, 64
 VALUE_DIM, ROPE = 512, 64
 #: Rows of a step up to which vLLM takes the top-k of clusters.
 CLUSTER_ROWS = 32
@@ -356,11 +362,70 @@ def step_rows(
         yield row
 
 
-def write_merged(path: Path, rows: list[dict[str, Any]], failed: dict[str, str]) -> None:
-    """Replace the section's rows in a file, which need not exist."""
+def _slots(tokens: int) -> torch.Tensor:
+    """Slots of tokens that fill pages which lie anywhere."""
+    pages = torch.randperm(-(-tokens // PAGE), device="cuda")[:, None] * PAGE
+    return (pages + torch.arange(PAGE, device="cuda")).flatten()[:tokens].contiguous()
+
+
+def write_latents(cache_format: str, tokens: int) -> Iterator[Callable[[], object]]:
+    """Calls of the writer of a format."""
+    kind, size = FORMATS[cache_format]
+    moved, slots = tokens * (1152 + size + 8), _slots(tokens)
+    one = torch.ones(1, device="cuda")
+    for _ in range(min(MOST_COPIES, -(-COLD_BYTES // moved))):
+        latent = normal(tokens, VALUE_DIM), normal(tokens, ROPE)
+        cache = codes(-(-tokens // PAGE), PAGE, size)
+        if kind == "auto":
+            cache = cache.view(BF16)
+        yield functools.partial(
+            torch.ops._C_cache_ops.concat_and_cache_mla, *latent, cache, slots, kind, one
+        )
+
+
+def write_queries_and_keys(heads: int, tokens: int) -> Iterator[Callable[[], object]]:
+    """Calls of V4's writer, which pads queries."""
+    moved, slots = tokens * (heads * 1024 + HEADS * 1024 + 1024 + 584), _slots(tokens)
+    positions = torch.randint(0, 32768, (tokens,), device="cuda")
+    cos_sin = torch.randn(32768, ROPE, device="cuda")
+    for _ in range(min(MOST_COPIES, -(-COLD_BYTES // moved))):
+        inputs = normal(tokens, heads, 512), normal(tokens, 512)
+        cache = Layer._planar(-(-tokens // PAGE))
+        yield functools.partial(
+            torch.ops._C.fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert,
+            *inputs, cache, slots, positions, cos_sin, HEADS, 1e-6, PAGE,
+        )  # fmt: skip
+
+
+def writer_rows(failed: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The writers alone; what could not be timed goes to `failed`."""
+    cases: list[tuple[dict[str, Any], Callable[[], Iterator[Callable[[], object]]]]] = [
+        ({"op": "mla_write_cache", "format": name, "tokens": tokens},
+         functools.partial(write_latents, name, tokens))
+        for name in facts.WRITE_FORMATS for tokens in facts.WRITE_TOKENS
+    ]  # fmt: skip
+    cases += [
+        ({"op": "mla_qkv_norm_rope_write", "heads": heads, "tokens": tokens},
+         functools.partial(write_queries_and_keys, heads, tokens))
+        for heads in facts.QKV_HEADS for tokens in facts.QKV_TOKENS
+    ]  # fmt: skip
+    for shape, make in cases:
+        try:
+            calls = list(make())
+            us = graph_us(calls)
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            failed[str(shape)] = " ".join(str(error).split())[:200]
+            continue
+        finally:
+            torch.cuda.empty_cache()
+        yield {"section": WRITERS, "peer": PEER, **shape, "us": us}
+
+
+def write_merged(path: Path, section: str, rows: list[dict[str, Any]], failed: Any) -> None:
+    """Replace a section's rows in a file, which need not exist."""
     theirs = json.loads(path.read_text()) if path.exists() else {}
-    kept = [row for row in theirs.get("rows", []) if row.get("section") != SECTION]
-    merged = {**theirs, "rows": [*kept, *rows], SECTION: {"left_out": failed}}
+    kept = [row for row in theirs.get("rows", []) if row.get("section") != section]
+    merged = {**theirs, "rows": [*kept, *rows], section: {"left_out": failed}}
     path.write_text(json.dumps(merged, indent=1) + "\n")
 
 
@@ -369,6 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="file to merge rows into")
     parser.add_argument("--peers", type=Path, help="Python file that loads vLLM's operators")
+    parser.add_argument("--writers", action="store_true", help="the writers alone, too")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     library = kernels(arguments.peers)
@@ -381,9 +447,15 @@ def main() -> None:
             except (RuntimeError, TypeError, AttributeError, ValueError) as error:
                 failed[f"{model} {step}"] = " ".join(str(error).split())[:200]
             torch.cuda.empty_cache()
-            write_merged(arguments.out, rows, failed)
+            write_merged(arguments.out, SECTION, rows, failed)
             found = [row for row in rows if (row["model"], row["step"]) == (model, step)]
             print(f"{model} {step}:", ", ".join(f"{row['part']} {row['us']:.1f}" for row in found))
+    if arguments.writers:
+        missed: dict[str, str] = {}
+        alone = list(writer_rows(missed))
+        write_merged(arguments.out, WRITERS, alone, missed)
+        print("\n".join(f"{row['op']} {list(row.values())[3:-1]} {row['us']:.2f}" for row in alone))
+        failed.update(missed)
     for what, why in failed.items():
         print(f"left out: {what}: {why}")
     if not rows:

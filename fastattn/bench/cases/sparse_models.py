@@ -73,6 +73,11 @@ CPU_QUICK_STEPS: dict[str, Seqs] = {
     "decode 2 x 256": decode(2, 256),
     "16 behind 240": [(240, 16)],
 }
+#: What the writers of latent caches are timed at: formats and tokens; heads and tokens of V4's.
+WRITE_TOKENS = (1, 128, 1024, 8192, 16384, 65536)
+WRITE_FORMATS = ("bf16", "fp8", "fp8_656")
+QKV_HEADS, QKV_TOKENS = (8, 16, 64), (1, 128, 1024, 4096, 16384)
+
 _LAYER_BYTES, _MOST_LAYERS = 4e8, 48
 
 
