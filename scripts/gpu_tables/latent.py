@@ -185,7 +185,7 @@ def sparse_parts(results: Results) -> str:
             rows = [results.get(_STEP_OP, f"{at}, {part}") for at in steps]
             used += rows
             lines.append([part, *map(_beside_vllm, rows)])
-        head = [f"{model} TP8, us (vLLM)", *(at.partition(" TP8 ")[2] for at in steps)]
+        head = [f"DeepSeek-{model} TP8, us (vLLM)", *(at.partition(" TP8 ")[2] for at in steps)]
         tables.append(grid(head, lines))
     return "\n\n".join(tables) + "\n" + links(used) if tables else MISSING
 

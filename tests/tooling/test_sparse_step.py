@@ -17,7 +17,7 @@ from fastattn.bench.core.report import Report
 from fastattn.cli import main
 from tests.support import ROOT
 
-V32, V4 = "DeepSeek-V3.2 TP8", "DeepSeek-V4-Flash TP8"
+V32, V4 = "V3.2 TP8", "V4-Flash TP8"
 
 
 @pytest.fixture(params=[V32, V4])

@@ -43,8 +43,8 @@ class SparseModel(NamedTuple):
 
 _CHOICE = ("index query", "index key", "selection")
 MODELS = {
-    "DeepSeek-V3.2 TP8": SparseModel("fp8_656", 656, 16, 576, 2048, 1, 0),
-    "DeepSeek-V4-Flash TP8": SparseModel("fp8_584", 584, 8, 512, 512, 4, 128),
+    "V3.2 TP8": SparseModel("fp8_656", 656, 16, 576, 2048, 1, 0),
+    "V4-Flash TP8": SparseModel("fp8_584", 584, 8, 512, 512, 4, 128),
 }
 
 #: Cached tokens and new tokens of each sequence.

@@ -308,9 +308,9 @@ def _slot_ranges(device: Device, tokens: int) -> Iterator[tuple[paddle.Tensor, i
 
 
 def _beside(row: Row, **shape: object) -> Iterator[Row]:
-    yield row
-    for other in peers("sparse_step", **shape):
-        yield row.beside(other["peer"], other["us"])
+    yield from [
+        row.beside(other["peer"], other["us"]) for other in peers("sparse_step", **shape)
+    ] or [row]
 
 
 def _eager(row_shape: str, calls: list[Call], tokens: int, **shape: object) -> Iterator[Row]:
