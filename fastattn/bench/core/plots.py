@@ -20,6 +20,8 @@ MOST_LINES, MOST_PEERS = 5, 2
 _OURS = ("#08306b", "#2171b5", "#6baed6")
 _PEERS = ("#d94801", "#fd8d3c", "#7f2704")
 _MARKERS = "os^DvP"
+#: Times that differ by more than this factor are drawn on a logarithmic axis.
+_WIDE = 20
 #: Colours of what stands beside a peer, and beside a floor that memory or a launch sets.
 _SPEEDUP, _FRACTION = "#2171b5", "#969696"
 
@@ -218,8 +220,10 @@ def draw_curves(chart: Chart, report: Report, plt: Any) -> Any | None:
             axis.annotate("reading alone", (ticks[0], floor), (0, 3),
                           textcoords="offset points", fontsize=8)  # fmt: skip
     axes[0][0].set_ylabel(chart.ylabel)
-    if chart.is_time:
+    drawn = [y for axis in axes[0] for line in axis.get_lines() for y in line.get_ydata()]
+    if chart.is_time and max(drawn) > _WIDE * min(drawn):
         axes[0][0].set_yscale("log")
+        _number_logarithms(axes[0][0].yaxis)
     else:
         axes[0][0].set_ylim(0, floor * 1.1 or None)
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
@@ -232,10 +236,17 @@ def draw_curves(chart: Chart, report: Report, plt: Any) -> Any | None:
     return figure
 
 
-def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
-    """Figure of the ratio to the peer (or to the baseline) of every row."""
+def _number_logarithms(axis: Any) -> None:
+    """Numbers at 1, 2 and 5 of each decade, and no others."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
+    """Figure of the ratio to the peer (or to the baseline) of every row."""
     ratio_of: Callable[[Row], float | None] = baseline.ratio if baseline else lambda row: row.ratio
     points = [(row, ratio) for row in report.rows if (ratio := ratio_of(row)) and ratio > 0]
     if not points:
@@ -260,9 +271,7 @@ def draw_ratios(report: Report, baseline: Baseline | None, plt: Any) -> Any:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _number_logarithms(axes.xaxis)
     other = "the baseline" if baseline is not None else "the peer"
     grey = ", grey: of what memory or a launch allows" if _FRACTION in colors else ""
     axes.set_xlabel(f"speed relative to {other} (right of 1 is faster{grey})")
