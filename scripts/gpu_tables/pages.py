@@ -158,6 +158,19 @@ def behind(results: Results) -> str:
             f"{len(slower)} of {len(steps)} steps of a layer are slower than vLLM's kernels"
             f" (least {least:.2f} of their speed: `{shape}`)"
         )
+    latent = [
+        (share, row)
+        for op in ("mla_attention", "mla_sparse_attention")
+        for row in results.find(op, ".*")
+        if (share := row.ratio("FlashMLA"))
+    ]
+    slower = sorted((pair for pair in latent if pair[0] < 1), key=lambda pair: pair[0])
+    if slower:
+        least, row = slower[0]
+        parts.append(
+            f"{len(slower)} of {len(latent)} calls of latent attention are slower than FlashMLA's"
+            f" (least {least:.2f} of its speed: `{row.op}`, {row.shape})"
+        )
     wide = decode_row(results, "none", (64, "8192", "32/8"))
     fa3 = wide and wide.peer_us("vllm_fa3_bf16")
     if wide and fa3:

@@ -54,7 +54,7 @@ def _tables(counts: Sequence[int], first: Sequence[int] | None = None) -> tuple[
     first : sequence of int, optional
         The first block that each still has; -1 stands for those before it.
     """
-    begins = first or [0] * len(counts)
+    begins = [int(x) for x in first or [0] * len(counts)]
     total = sum(counts) - sum(begins)
     order = np.random.default_rng(4).permutation(total)
     table = np.full((len(counts), max(counts)), -1, np.int32)
@@ -130,7 +130,7 @@ class SparseStep:
         ends = [int(c + n) for c, n in self.seqs]
         begins = np.maximum(cached - model.window + 1, 0)
         window, self.window_pages = _tables(
-            [-(-end // PAGE) for end in ends], [int(b) // PAGE for b in begins]
+            [-(-end // PAGE) for end in ends], [b // PAGE for b in begins]
         )
         slots = window[seq, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
         self.window_slots = device.array(slots)
@@ -180,8 +180,9 @@ class SparseLayer:
         device, model = self.step.device, self.step.model
         cache = device.empty((pages, PAGE, model.token_bytes), "uint8")
         for slots, count in _slot_ranges(device, pages * PAGE):
-            parts = (device.random((count, n), seed=n) for n in (model.dim - ROPE, ROPE))
-            F.mla_write_cache(*parts, cache, slots, cache_format=model.cache_format)
+            latent = device.random((count, model.dim - ROPE), seed=15)
+            rope = device.random((count, ROPE), seed=17)
+            F.mla_write_cache(latent, rope, cache, slots, cache_format=model.cache_format)
         return cache
 
     # --- the parts, each with what those before it gave
