@@ -110,6 +110,7 @@ def latent_writers(results: Results) -> str:
         ("`mla_write_cache` fp8_656, scales of vLLM", "mla_write_cache", "T {}, fp8_656, amax"),
         *((f"`mla_qkv_norm_rope_write`, {heads} heads", "mla_qkv_norm_rope_write",
            f"T {{}}, H {heads}") for heads in (8, 16, 64)),
+        ("`indexer_k_write_cache` fp8", "indexer_k_write_cache", "T {}, fp8"),
     ]  # fmt: skip
     lines, used = [], []
     for label, op, pattern in cases:

@@ -1,4 +1,4 @@
-"""Index keys in paged caches, beside a copy of as many bytes."""
+"""Index keys in paged caches, beside a copy of as many bytes and vLLM's writer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def writes(device: Device) -> Iterator[Row]:
             yield row
             for other in peers("indexer", peer="vllm indexer_k_quant_and_cache", tokens=tokens):
                 if quant == "fp8" and device.kind == "gpu":
-                    yield row.beside(other["peer"], other["us"])
+                    yield row.beside("vLLM", other["us"])
 
 
 @register("indexer_k_gather")

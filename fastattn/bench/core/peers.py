@@ -42,7 +42,6 @@ _PUBLIC = {
     "vllm cooperative_topk": "vLLM cooperative",
     "vllm top_k_per_row_prefill": "vLLM per row",
     "vllm top_k_per_row_decode": "vLLM per row, decode",
-    "vllm indexer_k_quant_and_cache": "vLLM",
     "merge, then quantize_fp8": "in two calls",
     "NumPy": "NumPy fp32",
     "itself, nothing registered": "alone",
