@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import json
 import runpy
 import statistics
 import sys
@@ -39,6 +38,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "fastdeploy_peers"))
+from report import write_section
 from steps import graph_us
 from vllm_operators import load_operators
 
@@ -421,14 +421,6 @@ def writer_rows(failed: dict[str, str]) -> Iterator[dict[str, Any]]:
         yield {"section": WRITERS, "peer": PEER, **shape, "us": us}
 
 
-def write_merged(path: Path, section: str, rows: list[dict[str, Any]], failed: Any) -> None:
-    """Replace a section's rows in a file, which need not exist."""
-    theirs = json.loads(path.read_text()) if path.exists() else {}
-    kept = [row for row in theirs.get("rows", []) if row.get("section") != section]
-    merged = {**theirs, "rows": [*kept, *rows], section: {"left_out": failed}}
-    path.write_text(json.dumps(merged, indent=1) + "\n")
-
-
 def main() -> None:
     """Time and print from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -447,13 +439,13 @@ def main() -> None:
             except (RuntimeError, TypeError, AttributeError, ValueError) as error:
                 failed[f"{model} {step}"] = " ".join(str(error).split())[:200]
             torch.cuda.empty_cache()
-            write_merged(arguments.out, SECTION, rows, failed)
+            write_section(arguments.out, SECTION, rows, {"left_out": failed})
             found = [row for row in rows if (row["model"], row["step"]) == (model, step)]
             print(f"{model} {step}:", ", ".join(f"{row['part']} {row['us']:.1f}" for row in found))
     if arguments.writers:
         missed: dict[str, str] = {}
         alone = list(writer_rows(missed))
-        write_merged(arguments.out, WRITERS, alone, missed)
+        write_section(arguments.out, WRITERS, alone, {"left_out": missed})
         print("\n".join(f"{row['op']} {list(row.values())[3:-1]} {row['us']:.2f}" for row in alone))
         failed.update(missed)
     for what, why in failed.items():
