@@ -22,6 +22,8 @@ from gpu_tables.results import (
 #: What stands where no row of a table is committed.
 MISSING = "No row of these shapes is committed."
 
+_GATHERED = "mla_gather_cache, then bf16 keys"
+
 
 def _table(head: Sequence[str], lines: list[list[str]], rows: Iterable[Measured | None]) -> str:
     """A table and the files of its rows, or a word that there are none."""
@@ -60,10 +62,10 @@ def sparse_attention(results: Results) -> str:
             f"`{kind}`, {tokens} x {heads} heads, {topk} of {int(keys) // 1024}k keys",
             digits(row.us), cell(row.rate, "{:.0f}".format),
             cell(row.peer_us("FlashMLA"), digits), cell(row.ratio("FlashMLA"), ratio),
-            cell(row.ratio("bf16 keys"), ratio),
+            cell(row.ratio("bf16 keys"), ratio), cell(row.peer_us(_GATHERED), digits),
         ])  # fmt: skip
     head = ["prefill", "us", "TFLOP/s", "FlashMLA over bf16 keys, us", "its time / ours",
-            "bf16 keys' time / this"]  # fmt: skip
+            "bf16 keys' time / this", f"{_GATHERED}, us"]  # fmt: skip
     return f"{decode}\n\n{_table(head, lines, prompts)}" if used or prompts else MISSING
 
 

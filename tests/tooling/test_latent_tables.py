@@ -59,14 +59,16 @@ def test_sparse_attention(lines):
     decode = Row(op, "decode 656 B, batch 128, 2 queries, H 16, top 2048", 80.0, 300.0, "TFLOP/s")
     v4 = Row(op, "decode 584 B, batch 128, 1 queries, H 64, top 512 + 128", 50.0, 200.0, "TFLOP/s")
     prefill = Row(op, "prefill fp8_656, 4096 x H 128, top 2048, 8192 keys", 4000.0, 598.6)
+    gathered = prefill.beside(mla_sparse.GATHERED, 3700.0)
     found = lines("sparse attention", [
         decode.beside(READ, 60.0), decode.beside("FlashMLA, padded to 64 heads", 120.0), v4,
         prefill.beside("FlashMLA", 3000.0), prefill.beside("bf16 keys", 3600.0),
+        gathered,
     ])  # fmt: skip
     assert "| 656 bytes, 128 x 2, 16 heads, 2048 keys | 80.0 | 300 | 75 | 120 | 1.50 |" in found
     assert "| 584 bytes, 128 x 1, 64 heads, 512 + 128 keys | 50.0 | 200 | - | - | - |" in found
     prompt = "| `fp8_656`, 4096 x 128 heads, 2048 of 8k keys | 4000 | 599 | 3000 | 0.75 | 0.90 |"
-    assert prompt in found
+    assert f"{prompt} 3700 |" in found
 
 
 def test_dense_attention(lines):
