@@ -8,6 +8,7 @@ codes of caches and index keys, whose scales come of `frexp`.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import ml_dtypes
@@ -94,17 +95,26 @@ class DenseV32:
         self.rope = _rounded(_turn(kv[:, 512:], self.angles))
         q = (qr @ w["qb"]).reshape(tokens, -1, config.nope + 64)
         self.q_nope, self.q_rope = q[..., : config.nope], _turn(q[..., config.nope :], self.angles)
-        iq = (qr @ w["iq"]).reshape(tokens, config.index_heads, 128)
+        iq = (qr.astype(np.float32) @ w["iq"]).reshape(tokens, config.index_heads, 128)
         ik = x @ w["ik"]
         ik = (ik - ik.mean(axis=-1, keepdims=True)) / np.sqrt(ik.var(axis=-1)[:, None] + 1e-6)
         ik = ik * w["ik_norm"] + w["ik_bias"]
         halves = not config.index_interleaved
         # The operator turns queries that a model has rounded; keys are rounded once.
-        iq = _rounded(iq)
+        iq = _rounded(iq)  # fp64 from here on
         iq[..., :64] = _turn(iq[..., :64].copy(), self.angles, halves)
         ik[..., :64] = _turn(ik[..., :64].copy(), self.angles, halves)
         self.logits, self.logit_sizes = _index_logits(iq, ik, x @ w["iw"])
         self.visible = np.tril(np.ones((tokens, tokens), bool))
+
+    def first(self, tokens: int) -> DenseV32:
+        """The same for the first tokens of the prompt."""
+        made, n = copy.copy(self), slice(tokens)
+        for name in ("x", "angles", "latent", "rope", "q_nope", "q_rope"):
+            setattr(made, name, getattr(self, name)[n])
+        for name in ("logits", "logit_sizes", "visible"):
+            setattr(made, name, getattr(self, name)[n, n])
+        return made
 
     def cached(self) -> np.ndarray:
         """Channels of each token as the cache has them [T, 576]."""
@@ -148,10 +158,23 @@ class DenseV4:
             ends = (np.arange(len(self.entries)) + 1) * config.ratio - 1
             self.visible = ends <= at[:, None]
         if config.ratio == 4:
-            iq = _rounded((qr @ w["iq"]).reshape(tokens, config.index_heads, 128))
-            iq = self._last(iq, np.arange(tokens))
+            iq = (qr.astype(np.float32) @ w["iq"]).reshape(tokens, config.index_heads, 128)
+            iq = self._last(_rounded(iq), np.arange(tokens))
             self.index_keys = self._compress("index")
             self.logits, self.logit_sizes = _index_logits(iq, self.index_keys, x @ w["iw"])
+
+    def first(self, tokens: int) -> DenseV4:
+        """The same for the first tokens of the prompt."""
+        made, n = copy.copy(self), slice(tokens)
+        made.tokens = tokens
+        for name in ("x", "angles", "q", "window_keys"):
+            setattr(made, name, getattr(self, name)[n])
+        made.window = self.window[n, n]
+        entries = slice(tokens // self.config.ratio if self.config.ratio else 0)
+        made.entries, made.visible = self.entries[entries], self.visible[n, entries]
+        if self.config.ratio == 4:
+            made.logits, made.logit_sizes = self.logits[n, entries], self.logit_sizes[n, entries]
+        return made
 
     def _last(self, x: np.ndarray, positions: np.ndarray, sign: int = 1) -> np.ndarray:
         """Turn the last 64 channels."""

@@ -11,12 +11,23 @@ from tests.support.tensors import int32, to_paddle
 
 
 class Batch:
-    """Prompts of several sequences, and what a layer projects them to."""
+    """Sequences, and the few prompts that they begin with.
 
-    def __init__(self, lengths: Any) -> None:
+    Neighbours have different prompts, so that a mix-up of two shows; those with one prompt share
+    its projections.
+    """
+
+    def __init__(self, lengths: Any, prompts: int = 3) -> None:
         self.lengths = np.asarray(lengths, np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.positions = np.concatenate([np.arange(n) for n in self.lengths])
+        self.prompt_of = np.arange(len(self.lengths)) % prompts
+        self.prompts = min(prompts, len(self.lengths))
+        self.prompt_length = int(self.lengths.max())
+        #: Position of each token of all prompts; token of each row of the batch.
+        self.positions = np.tile(np.arange(self.prompt_length), self.prompts)
+        self.source = np.concatenate(
+            [np.arange(n) + p * self.prompt_length for p, n in zip(self.prompt_of, self.lengths)]
+        )
 
 
 @dataclass
@@ -24,6 +35,7 @@ class Step:
     """New tokens of each sequence, one sequence behind the other."""
 
     rows: np.ndarray  #: of the batch
+    source: np.ndarray  #: of the prompts
     seqs: np.ndarray
     positions: np.ndarray
     new: np.ndarray  #: tokens of each sequence
@@ -40,11 +52,12 @@ class Step:
         seqs = np.repeat(np.arange(len(new)), new)
         starts = np.concatenate([[0], np.cumsum(new)])[:-1]
         positions = np.arange(len(seqs)) - starts[seqs] + counts[seqs]
-        return Step(batch.first[seqs] + positions, seqs, positions, new, totals, place)
+        rows = batch.first[seqs] + positions
+        return Step(rows, batch.source[rows], seqs, positions, new, totals, place)
 
     def tensor(self, array: np.ndarray) -> Any:
-        """The step's rows of an array over the batch, on the device."""
-        return to_paddle(array[self.rows], self.place)
+        """The step's tokens of an array over all prompts, on the device."""
+        return to_paddle(array[self.source], self.place)
 
     def ints(self, values: Any) -> Any:
         return int32(values, self.place)

@@ -68,8 +68,6 @@ class V32Layer:
             Tokens that each one attends to, [T, topk].
         attention
             Output of the operator, bfloat16 [T, H, 512].
-        output
-            Of the layer, this rank's share, fp64 [T, 256].
         """
         step = Step.of(self.batch, self.counts, new, self.place)
         of = self.projected
@@ -99,13 +97,7 @@ class V32Layer:
             softmax_scale=self.config.softmax_scale,
         )
         self.counts = step.totals
-        attention = to_numpy(out)
-        return {
-            "rows": step.rows,
-            "indices": to_numpy(indices),
-            "attention": attention,
-            "output": self._project(attention),
-        }
+        return {"rows": step.rows, "indices": to_numpy(indices), "attention": to_numpy(out)}
 
     def _write(self, step: Step) -> None:
         of = self.projected
@@ -124,8 +116,9 @@ class V32Layer:
             step.tensor(of["index_k"]), self.index_keys.tensor, step.longs(slots)
         )
 
-    def _project(self, attention: np.ndarray) -> np.ndarray:
-        by_head = attention.astype(np.float64).transpose(1, 0, 2)
+    def output(self, results: dict[str, np.ndarray]) -> np.ndarray:
+        """Of the layer, this rank's share, fp64 [T, 256]: values of each head, and W_o."""
+        by_head = results["attention"].astype(np.float64).transpose(1, 0, 2)
         columns = self.weights["o"].reshape(HEADS, self.config.v_dim, -1)[self.heads]
         return (by_head @ self.weights["uv"][self.heads] @ columns).sum(axis=0)
 

@@ -131,7 +131,7 @@ class V4Layer:
 
         Returns
         -------
-        rows, indices, attention, output
+        rows, indices, attention
             As for :class:`V32Layer`; indices are of compressed entries.
         codes, scales
             Of :func:`inverse_rope_quantize_fp8`, [T, G, D] and [T, G, D / 128].
@@ -153,7 +153,6 @@ class V4Layer:
             "attention": to_numpy(out),
             "codes": token_codes,
             "scales": token_scales,
-            "output": self._project(token_codes, token_scales),
         }
         return made if indices is None else {**made, "indices": to_numpy(indices)}
 
@@ -240,12 +239,11 @@ class V4Layer:
         heads = self.heads.stop - self.heads.start
         return heads * self.config.groups // HEADS
 
-    def _project(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        """The grouped product of codes and scales with wo_a, and that with wo_b; fp64."""
+    def output(self, results: dict[str, np.ndarray]) -> np.ndarray:
+        """Of the layer, this rank's share, fp64 [T, 256]: products with wo_a by group, and wo_b."""
+        values = output_values(results["codes"], results["scales"])
         first = self.heads.start * self.config.groups // HEADS
         own = slice(first, first + self._groups())
-        values = codes.view(E4M3).astype(np.float64)
-        values = values * scales.astype(np.float64).repeat(values.shape[-1] // scales.shape[-1], 2)
         mixed = values.transpose(1, 0, 2) @ self.weights["wo_a"][own]
         columns = self.weights["wo_b"].reshape(self.config.groups, self.config.o_lora, -1)[own]
         return (mixed @ columns).sum(axis=0)
@@ -259,6 +257,12 @@ class V4Layer:
             made[name] = (compressor.entries, self.counts // self.config.ratio)
             made[f"{name} states"] = (compressor.states, self.counts)
         return made
+
+
+def output_values(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """What e4m3 codes [T, G, D] and scales [T, G, D / 128] stand for."""
+    values = codes.view(E4M3).astype(np.float64)
+    return values * scales.astype(np.float64).repeat(128, axis=-1)
 
 
 def make_v4(config: V4Config, weights: Weights, batch: Batch, x: np.ndarray) -> dict[str, Any]:

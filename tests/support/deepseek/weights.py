@@ -121,6 +121,11 @@ def _matrix(rng: np.random.Generator, *shape: int, gain: float = 1.0) -> np.ndar
     return rng.standard_normal(shape) * (gain / math.sqrt(shape[-2]))
 
 
+def _wide(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """The largest matrix of a layer, in fp32: its product is rounded to bf16 next."""
+    return rng.standard_normal((rows, columns), np.float32) / np.float32(math.sqrt(rows))
+
+
 def _norm_weight(rng: np.random.Generator, size: int) -> np.ndarray:
     """Blocks of 64 channels differ by up to a factor of 16, so that no two scales are alike."""
     blocks = np.exp2(rng.uniform(-2, 2, -(-size // 64))).repeat(64)[:size]
@@ -139,7 +144,7 @@ def v32_weights(config: V32Config, seed: int) -> Weights:
         "uk": _matrix(rng, heads, config.nope, LATENT),  # [H, nope, latent]
         "uv": _matrix(rng, heads, LATENT, config.v_dim),
         "o": _matrix(rng, heads * config.v_dim, HIDDEN),
-        "iq": _matrix(rng, config.q_lora, config.index_heads * INDEX_DIM),
+        "iq": _wide(rng, config.q_lora, config.index_heads * INDEX_DIM),
         "ik": _matrix(rng, HIDDEN, INDEX_DIM),
         "ik_norm": rng.uniform(0.5, 1.5, INDEX_DIM),
         "ik_bias": rng.uniform(-0.3, 0.3, INDEX_DIM),
@@ -167,15 +172,14 @@ def v4_weights(config: V4Config, seed: int) -> Weights:
             weights[f"{name}_ape"] = rng.normal(size=(config.ratio, overlap * head)).astype(f4)
             weights[f"{name}_norm"] = _norm_weight(rng, head).astype(f4)
     if config.ratio == 4:
-        weights["iq"] = _matrix(rng, config.q_lora, config.index_heads * INDEX_DIM)
+        weights["iq"] = _wide(rng, config.q_lora, config.index_heads * INDEX_DIM)
         weights["iw"] = _matrix(rng, HIDDEN, config.index_heads)
     return weights
 
 
-def prompts(lengths: Any, seed: int) -> np.ndarray:
-    """Hidden states of all prompts, one behind the other; tokens differ in size."""
+def prompts(total: int, seed: int) -> np.ndarray:
+    """Hidden states of all tokens; they differ in size."""
     rng = np.random.default_rng(seed)
-    total = int(np.sum(lengths))
     return rng.standard_normal((total, HIDDEN)) * np.exp2(rng.uniform(-1, 1, (total, 1)))
 
 
@@ -210,7 +214,7 @@ def project_v32(
         "latent": bf16(rms(kv[:, :LATENT], w["kva_norm"])),
         "rope": bf16(rotate(kv[:, LATENT:], table)),
         "q": bf16(np.concatenate([absorbed, rotate(q[..., config.nope :], table)], axis=-1)),
-        "index_q": bf16((qr @ w["iq"]).reshape(tokens, -1, INDEX_DIM)[..., order]),
+        "index_q": bf16((qr.astype(np.float32) @ w["iq"]).reshape(tokens, -1, INDEX_DIM)[..., order]),
         "index_k": bf16(np.concatenate([key[:, :plain], rotate(key[:, plain:], table)], axis=-1)),
         "index_w": (x @ w["iw"]).astype(np.float32),
     }
@@ -228,6 +232,6 @@ def project_v4(config: V4Config, w: Weights, x: np.ndarray) -> dict[str, np.ndar
         if f"{name}_kv_score" in w:
             made[f"{name}_kv_score"] = (x @ w[f"{name}_kv_score"]).astype(np.float32)
     if config.ratio == 4:
-        made["index_q"] = bf16((qr @ w["iq"]).reshape(tokens, -1, INDEX_DIM))
+        made["index_q"] = bf16((qr.astype(np.float32) @ w["iq"]).reshape(tokens, -1, INDEX_DIM))
         made["index_w"] = (x @ w["iw"]).astype(np.float32)
     return made
