@@ -12,11 +12,14 @@ from tests.support.deepseek.step import Batch
 from tests.support.deepseek.v4 import V4Layer, make_v4
 from tests.support.deepseek.v32 import V32Layer, make_v32
 from tests.support.deepseek.weights import (
+    RANK_CONFIGS,
     V4_CONFIGS,
     V32_CONFIGS,
+    V4Config,
     prompts,
     v4_weights,
     v32_weights,
+    with_ties,
 )
 
 #: Prompt lengths: the first groups of a compressor, the first entries of 1 : 128 and of a window
@@ -24,6 +27,7 @@ from tests.support.deepseek.weights import (
 SHORT, AROUND_128, LONG = tuple(range(1, 10)), tuple(range(124, 133)), (300,)
 BATCHES = {"1-9": SHORT, "124-132": AROUND_128, "300": LONG}
 CONFIGS: dict[str, Any] = {**V32_CONFIGS, **V4_CONFIGS}
+_ALL = {**CONFIGS, **RANK_CONFIGS}
 
 Results = dict[str, np.ndarray]
 Snapshot = dict[str, list[tuple[int, np.ndarray]]]
@@ -32,15 +36,17 @@ Snapshot = dict[str, list[tuple[int, np.ndarray]]]
 @functools.lru_cache(maxsize=2)
 def weights_of(name: str, seed: int) -> Any:
     """Weights of a configuration; not to be written to."""
-    return (v4_weights if name in V4_CONFIGS else v32_weights)(CONFIGS[name], seed)
+    config = _ALL[name]
+    made = (v4_weights if isinstance(config, V4Config) else v32_weights)(config, seed)
+    return with_ties(made) if name.endswith("_ties") else made
 
 
 class Problem:
     """A configuration, its weights and a batch of prompts."""
 
     def __init__(self, name: str, lengths: Any, seed: int = 7) -> None:
-        self.config = CONFIGS[name]
-        self.is_v4 = name in V4_CONFIGS
+        self.config = _ALL[name]
+        self.is_v4 = isinstance(self.config, V4Config)
         self.weights = weights_of(name, seed)
         self.batch = Batch(lengths)
         self.x = prompts(len(self.batch.positions), seed + 1)

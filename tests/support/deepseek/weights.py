@@ -75,6 +75,25 @@ V4_CONFIGS = {
     "flash_c4_top19": V4Config("flash", 4, topk=19),
 }
 
+#: Layers that are spread over 2 or 4 processes: a group of the output projection for each head.
+RANK_CONFIGS = {
+    "ranks_v32": replace(V32, topk=48),
+    "ranks_v32_ties": replace(V32, topk=48),
+    "ranks_c4": V4Config("flash", 4, groups=4, topk=19),
+    "ranks_c4_ties": V4Config("flash", 4, groups=4, topk=19),
+    "ranks_c128": V4Config("flash", 128, groups=4),
+}
+
+
+def with_ties(weights: Weights) -> Weights:
+    """One head counts in the index weights, so that half of all logits are exactly 0.
+
+    Where that head's weight is negative these are the largest, and the top-k ends among them.
+    """
+    index_weights = np.zeros_like(weights["iw"])
+    index_weights[:, 0] = weights["iw"][:, 0]
+    return {**weights, "iw": index_weights}
+
 
 def frequencies(config: Any) -> np.ndarray:
     """Angle of each of 32 pairs at position 1, fp64."""
