@@ -177,7 +177,7 @@ def test_the_comparison_finds(mistake):
         with pytest.raises(AssertionError, match="row"):
             check_selections(problem, 0, indices, "gpu")
         return
-    with pytest.raises(AssertionError, match="relative RMS|element"):
+    with pytest.raises(AssertionError, match=r"relative RMS|element"):
         check_output(results["attention"], wrong.attention(mask))
 
 

@@ -26,9 +26,7 @@ TIES = [name for name in RANK_CONFIGS if name.endswith("_ties")]
 def ranks(request, tmp_path_factory):
     """Results of every rank, by configuration."""
     folder = tmp_path_factory.mktemp("layer_ranks")
-    run_group(
-        "tests.support.deepseek.ranks", str(folder), world_size=request.param, logs=folder
-    )
+    run_group("tests.support.deepseek.ranks", str(folder), world_size=request.param, logs=folder)
     files = [folder / f"rank{rank}.pickle" for rank in range(request.param)]
     return [pickle.loads(file.read_bytes()) for file in files]
 

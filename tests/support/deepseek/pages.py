@@ -67,9 +67,7 @@ class Pool:
 
     def _upload(self, data: np.ndarray) -> None:
         shape = self.format.shape or (self.format.stride,)
-        self.tensor = to_paddle(
-            data.view(self.format.dtype).reshape(len(data), *shape), self.place
-        )
+        self.tensor = to_paddle(data.view(self.format.dtype).reshape(len(data), *shape), self.place)
 
     def bytes(self) -> np.ndarray:
         """The cache, [pages, stride]."""

@@ -228,12 +228,13 @@ def project_v32(
     key = key - key.mean(axis=-1, keepdims=True)
     key = key / np.sqrt((key**2).mean(axis=-1, keepdims=True) + EPS) * w["ik_norm"] + w["ik_bias"]
     order = _index_order(config)
+    index_q = (qr.astype(np.float32) @ w["iq"]).reshape(tokens, -1, INDEX_DIM)[..., order]
     key, plain = key[:, order], INDEX_DIM - ROPE
     return {
         "latent": bf16(rms(kv[:, :LATENT], w["kva_norm"])),
         "rope": bf16(rotate(kv[:, LATENT:], table)),
         "q": bf16(np.concatenate([absorbed, rotate(q[..., config.nope :], table)], axis=-1)),
-        "index_q": bf16((qr.astype(np.float32) @ w["iq"]).reshape(tokens, -1, INDEX_DIM)[..., order]),
+        "index_q": bf16(index_q),
         "index_k": bf16(np.concatenate([key[:, :plain], rotate(key[:, plain:], table)], axis=-1)),
         "index_w": (x @ w["iw"]).astype(np.float32),
     }
