@@ -36,18 +36,21 @@ inline void ReadToken(const MlaSelection& s, int slot, int dim, float* out) {
       DecodeCodes(codes, dim, *s.scale, out);
       return;
     case MlaFormat::kFp8x656:
-      for (int t = 0; t < facts.latent / facts.tile; ++t) {
+      for (int t = 0; t < facts.tiles; ++t) {
         float scale;
         std::memcpy(&scale, codes + facts.latent + t * sizeof(float), sizeof(scale));
         DecodeCodes(codes + t * facts.tile, facts.tile, scale, out + t * facts.tile);
       }
       break;
-    case MlaFormat::kFp8x584: {
-      const uint8_t* scales = base + cache.ScalePlane() + int64_t{row} * kMlaScalePlaneBytes;
-      for (int t = 0; t < facts.latent / facts.tile; ++t) {
+    case MlaFormat::kFp8x584:
+    case MlaFormat::kFp8x528: {
+      const int64_t own = int64_t{row} * ScalePlaneBytes(cache.format);
+      const uint8_t* scales = base + cache.ScalePlane() + own;
+      for (int t = 0; t < facts.tiles; ++t) {
         DecodeCodes(codes + t * facts.tile, facts.tile, UE8M0ToFloat(scales[t]),
                     out + t * facts.tile);
       }
+      if (cache.format == MlaFormat::kFp8x528) return;  // the rotated channels are codes, too
       break;
     }
   }

@@ -18,7 +18,8 @@ def _scales(pages: Array, page: Array, row: Array, cache_format: str, page_size:
     if cache_format == "fp8_656":
         first = row[:, None] * fmt.row_bytes + fmt.latent + np.arange(16)
         return pages[page[:, None], first].view("<f4").astype(np.float64)
-    first = page_size * fmt.row_bytes + row[:, None] * fmt.scale_plane_bytes + np.arange(7)
+    tiles = np.arange(16 if cache_format == "fp8_528" else 7)
+    first = page_size * fmt.row_bytes + row[:, None] * fmt.scale_plane_bytes + tiles
     byte = pages[page[:, None], first].astype(np.int32)
     return np.where(byte == 255, np.nan, np.ldexp(1.0, byte - 127))
 
@@ -60,10 +61,13 @@ def key_values(
         assert scale is not None
         return from_codes(rows, "e4m3").astype(np.float64) * np.float64(np.asarray(scale).item())
     factors = _scales(pages, page, row, cache_format, page_size)
-    codes = from_codes(rows[:, : fmt.latent], "e4m3").astype(np.float64)
-    latent = codes.reshape(len(slots), fmt.latent // fmt.tile, fmt.tile) * factors[..., None]
+    coded = factors.shape[1] * fmt.tile
+    codes = from_codes(rows[:, :coded], "e4m3").astype(np.float64)
+    latent = codes.reshape(len(slots), factors.shape[1], fmt.tile) * factors[..., None]
+    if cache_format == "fp8_528":
+        return latent.reshape(len(slots), coded)
     rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16).astype(np.float64)
-    return np.concatenate([latent.reshape(len(slots), fmt.latent), rope], 1)
+    return np.concatenate([latent.reshape(len(slots), coded), rope], 1)
 
 
 def selected_keys(

@@ -66,6 +66,8 @@ def test_tails_that_no_tile_divides(place, kind, topk):
         ("fp8_584", "fp8_584"),
         ("bf16_512", "fp8_584"),
         ("fp8_584", "bf16_512"),
+        ("fp8_528", "fp8_528"),
+        ("fp8_584", "fp8_528"),
         ("bf16_512", "bf16_512"),
         ("fp8_656", "bf16"),
         ("fp8", "fp8_656_amax"),
@@ -99,7 +101,7 @@ def test_a_second_cache_with_every_index(place):
 @pytest.mark.parametrize("page_size", [1, 2, 61, 64, 69, 256, 576])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pages_of_any_size(place, kind, page_size):
-    padding = {"fp8_584": -page_size * 584 % 576}.get(kind, 32)
+    padding = {"fp8_584": -page_size * 584 % 576, "fp8_528": -page_size * 528 % 512}.get(kind, 32)
     make_problem(10, kind, 6, page_size=page_size, padding=padding).check(place)
 
 
@@ -183,6 +185,8 @@ def test_a_nan_stays_where_it_is_seen(place, kind):
     if kind == "fp8_584":
         pages = data.reshape(len(data), -1)
         pages[page, 64 * 576 + 8 * row + 3] = 255  # a scale, in the page's other plane
+    elif kind == "fp8_528":
+        data.reshape(len(data), -1)[page, 64 * 512 + 16 * row + 15] = 255  # of the last channels
     elif kind == "fp8_656":
         data[page, row, 516:520] = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)
     elif data.dtype == BF16:

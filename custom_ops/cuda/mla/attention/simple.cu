@@ -67,14 +67,15 @@ __device__ void LoadToken(const MlaSelection& s, const Divisor& page_size, uint3
     for (int i = lane; i < dim / 4; i += 32) StoreCodes(__ldg(words + i), scale, out + 4 * i);
     return;
   }
-  const uint8_t* scales = base + s.cache.ScalePlane() + int64_t{row} * kMlaScalePlaneBytes;
-  for (int i = lane; i < facts.latent / 4; i += 32) {
+  const int plane_bytes = ScalePlaneBytes(s.cache.format);
+  const uint8_t* scales = base + s.cache.ScalePlane() + int64_t{row} * plane_bytes;
+  for (int i = lane; i < facts.tiles * facts.tile / 4; i += 32) {
     const int tile = 4 * i / facts.tile;
-    const float scale = s.cache.format == MlaFormat::kFp8x584
-                            ? UE8M0ToFloat(__ldg(scales + tile))
-                            : __uint_as_float(__ldg(words + facts.latent / 4 + tile));
+    const float scale = plane_bytes > 0 ? UE8M0ToFloat(__ldg(scales + tile))
+                                        : __uint_as_float(__ldg(words + facts.latent / 4 + tile));
     StoreCodes(__ldg(words + i), scale, out + 4 * i);
   }
+  if (s.cache.format == MlaFormat::kFp8x528) return;  // the rotated channels are codes, too
   const int rope_word = facts.row_bytes / 4 - kMlaRopeDim / 2 + lane;
   StoreBf16(__ldg(words + rope_word), out + facts.latent + 2 * lane);
 }

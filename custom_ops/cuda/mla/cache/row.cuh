@@ -14,15 +14,15 @@ inline constexpr int kMlaRopeChunks = kMlaRopeDim * 2 / 16;  // of 16 bytes, whe
 
 struct MlaRow {
   uint8_t* codes;
-  uint8_t* scales;  // kFp8x584: in the page's other plane; else behind the codes
+  uint8_t* scales;  // in the page's other plane, if it has one; else behind the codes
 };
 
 template <MlaFormat kFormat>
 __device__ __forceinline__ MlaRow RowOf(const MlaCache& cache, uint32_t page, uint32_t row) {
   uint8_t* base = static_cast<uint8_t*>(cache.data) + page * cache.page_stride;
   uint8_t* codes = base + row * cache.row_stride;
-  if constexpr (kFormat == MlaFormat::kFp8x584) {
-    return {codes, base + cache.ScalePlane() + int64_t{row} * kMlaScalePlaneBytes};
+  if constexpr (ScalePlaneBytes(kFormat) > 0) {
+    return {codes, base + cache.ScalePlane() + int64_t{row} * ScalePlaneBytes(kFormat)};
   }
   return {codes, codes + FactsOf(kFormat).latent};
 }
