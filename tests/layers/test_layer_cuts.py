@@ -15,6 +15,7 @@ import pytest
 from tests.support.deepseek.cuts import (
     BATCHES,
     CONFIGS,
+    V4_CONFIGS,
     Problem,
     assert_same,
     check_cut,
@@ -97,6 +98,19 @@ def test_sequences_at_their_own_pace(place, name):
         new = np.minimum(left, sizes)
         run(layer, [new], got)
         counts += new
+    assert_same(problem, place, layer, got, whole(name, "124-132", place))
+
+
+@pytest.mark.parametrize("name", V4_CONFIGS)
+def test_prefill_from_gathered_rows(place, name):
+    """Chunks gather what they see as bf16 rows; decode steps read both caches."""
+    problem = problem_of(name, "124-132")
+    layer = problem.layer(place, seed=7, workspace=True)
+    lengths = problem.lengths
+    sizes = np.array([3, 40, 100, 124, 5, 64, 127, 128, 129])
+    steps = [np.minimum(sizes, lengths), np.ones_like(lengths) * (lengths > sizes)]
+    steps.append(lengths - sum(steps))
+    got = run(layer, steps)
     assert_same(problem, place, layer, got, whole(name, "124-132", place))
 
 

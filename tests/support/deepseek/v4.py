@@ -14,7 +14,7 @@ from tests.support.deepseek.pages import (
     Pool,
     state_format,
 )
-from tests.support.deepseek.select import Selector
+from tests.support.deepseek.select import MOST_DRAFTS, Selector
 from tests.support.deepseek.step import Batch, Step
 from tests.support.deepseek.weights import (
     HEADS,
@@ -25,7 +25,7 @@ from tests.support.deepseek.weights import (
     project_v4,
     rotary_table,
 )
-from tests.support.tensors import E4M3, to_numpy, to_paddle
+from tests.support.tensors import BF16, E4M3, to_numpy, to_paddle
 
 #: Entries that a token of a 1 : 128 layer may see: more than prompts here have.
 MOST_ENTRIES = 64
@@ -87,7 +87,12 @@ class Compressor:
 
 
 class V4Layer:
-    """One layer over its caches; parameters as for :class:`V32Layer`."""
+    """One layer over its caches; parameters as for :class:`V32Layer`.
+
+    workspace : bool
+        Steps that are not decoding gather what they see into bf16 rows first, of all sequences in
+        one tensor, instead of reading both caches.
+    """
 
     def __init__(
         self,
@@ -99,8 +104,10 @@ class V4Layer:
         *,
         heads: slice = slice(0, HEADS),
         seed: int = 0,
+        workspace: bool = False,
         **options: Any,
     ) -> None:
+        self.workspace = workspace
         self.config, self.weights, self.batch, self.place = config, weights, batch, place
         self.heads, self.projected = heads, projected
         self.counts = np.zeros_like(batch.lengths)
@@ -139,7 +146,8 @@ class V4Layer:
         step = Step.of(self.batch, self.counts, new, self.place)
         q = self._write(step)
         indices = self._select(step)
-        out = self._attend(step, q, indices)
+        gathers = self.workspace and step.new.max() > MOST_DRAFTS
+        out = (self._attend_workspace if gathers else self._attend)(step, q, indices)
         groups = self._groups()
         codes, scales = F.inverse_rope_quantize_fp8(
             out, step.longs(step.positions), self.table, num_groups=groups
@@ -227,6 +235,65 @@ class V4Layer:
             sinks=self.sinks,
             softmax_scale=self.config.softmax_scale,
             **extra,
+        )
+
+    def _attend_workspace(self, step: Step, q: Any, indices: Any) -> Any:
+        """The same over gathered rows: a sequence's entries, then its tokens of the window.
+
+        Those begin with a page, so that a part of the block table finds them.
+        """
+        fmt, seqs = self.window.format, step.ints(step.seqs)
+        entries = step.totals // self.config.ratio if self.config.ratio else 0 * step.totals
+        earliest = np.maximum(step.totals - step.new - self.config.window + 1, 0)
+        starts = earliest // fmt.tokens * fmt.tokens
+        offset = int(entries.max())
+        stride = offset + int((step.totals - starts).max())
+        firsts = np.arange(len(step.new) + 1) * stride
+        rows = to_paddle(np.full((int(firsts[-1]), LATENT), np.nan, BF16), self.place)
+        if indices is not None:
+            self._gather(step, self.latents, self.latents.tables, entries, firsts, rows)
+        tables = np.full_like(self.window.tables, -1)
+        for own, table, page in zip(tables, self.window.tables, starts // fmt.tokens):
+            own[: len(table) - page] = table[page:]
+        self._gather(step, self.window, tables, step.totals - starts, firsts + offset, rows)
+        window, window_lengths = F.window_indices(
+            step.longs(step.positions),
+            seqs,
+            window=self.config.window,
+            starts=step.ints(starts),
+        )
+        if indices is None:
+            indices = step.ints(np.full((len(step.rows), 1), -1))
+        combined, lengths = F.combine_topk_window(
+            indices,
+            window,
+            seqs,
+            window_lengths=window_lengths,
+            seq_stride=stride,
+            window_offset=offset,
+        )
+        return F.mla_sparse_attention(
+            q,
+            rows,
+            combined,
+            cache_format="bf16",
+            topk_length=lengths,
+            page_size=1,
+            sinks=self.sinks,
+            softmax_scale=self.config.softmax_scale,
+        )
+
+    def _gather(
+        self, step: Step, pool: Pool, tables: Any, lengths: Any, firsts: Any, rows: Any
+    ) -> None:
+        F.mla_gather_cache(
+            pool.tensor,
+            rows,
+            step.ints(tables),
+            step.ints(lengths),
+            step.ints(firsts),
+            cache_format="fp8_584",
+            page_size=pool.format.tokens,
         )
 
     def _release(self, totals: np.ndarray) -> None:
