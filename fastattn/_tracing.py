@@ -266,7 +266,7 @@ RULES: dict[str, OpRules] = {
             "scale": _rules.latent_scale,
         },
         {
-            "cache_format": _rules.latent_format,
+            "cache_format": _rules.written_latent_format,
             "scale_rule": _rules.latent_scale_rule,
             "page_size": _rules.anything,
         },

@@ -36,19 +36,20 @@ inline void ReadToken(const MlaSelection& s, int slot, int dim, float* out) {
       DecodeCodes(codes, dim, *s.scale, out);
       return;
     case MlaFormat::kFp8x656:
-      for (int t = 0; t < facts.latent / facts.tile; ++t) {
+      for (int t = 0; t < facts.tiles; ++t) {
         float scale;
         std::memcpy(&scale, at.scales + t * sizeof(float), sizeof(scale));
         DecodeCodes(codes + t * facts.tile, facts.tile, scale, out + t * facts.tile);
       }
       break;
-    case MlaFormat::kFp8x584: {
-      for (int t = 0; t < facts.latent / facts.tile; ++t) {
+    case MlaFormat::kFp8x584:
+    case MlaFormat::kFp8x528:
+      for (int t = 0; t < facts.tiles; ++t) {
         DecodeCodes(codes + t * facts.tile, facts.tile, UE8M0ToFloat(at.scales[t]),
                     out + t * facts.tile);
       }
+      if (cache.format == MlaFormat::kFp8x528) return;  // the rotated channels are codes, too
       break;
-    }
   }
   constexpr int kRopeBytes = kMlaRopeDim * 2;
   DecodeBf16(codes + facts.row_bytes - kRopeBytes, kMlaRopeDim, out + facts.latent);

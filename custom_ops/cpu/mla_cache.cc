@@ -86,7 +86,7 @@ void MlaWriteToken(const MlaWriteParams& p, int64_t token, const uint16_t* laten
                    const uint16_t* rope) {
   const int64_t slot = p.slots.At(token), size = p.cache.page_size;
   if (slot < 0 || slot >= p.cache.num_pages * size) return;
-  DispatchMlaFormat(p.cache.format, [&](auto format) {
+  DispatchMlaWritten(p.cache.format, [&](auto format) {
     constexpr MlaFormat kFormat = decltype(format)::value;
     WriteToken<kFormat>(p, latent, rope, MlaRowOf(p.cache, kFormat, slot / size, slot % size));
   });

@@ -26,7 +26,7 @@ void ReadMlaToken(MlaRow row, const float* cache_scale, uint16_t* out) {
   } else if constexpr (kFormat == MlaFormat::kFp8) {
     DecodeMla(row.codes, kFacts.row_bytes, *cache_scale, out);
   } else {
-    for (int t = 0; t < kFacts.latent / kFacts.tile; ++t) {
+    for (int t = 0; t < kFacts.tiles; ++t) {
       float scale;
       if constexpr (kFormat == MlaFormat::kFp8x656) {
         std::memcpy(&scale, row.scales + t * sizeof(float), sizeof(float));
@@ -35,12 +35,20 @@ void ReadMlaToken(MlaRow row, const float* cache_scale, uint16_t* out) {
       }
       DecodeMla(row.codes + t * kFacts.tile, kFacts.tile, scale, out + t * kFacts.tile);
     }
+    if constexpr (kFormat == MlaFormat::kFp8x528) return;  // the rotated channels are codes, too
     std::memcpy(out + kFacts.latent, row.codes + kFacts.row_bytes - kRopeBytes, kRopeBytes);
   }
 }
 
 template <typename F>
 void DispatchMlaFormat(MlaFormat format, F&& f) {
+  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584,
+           MlaFormat::kFp8x528>(format, "cache_format", f);
+}
+
+// Those that mla_write_cache writes.
+template <typename F>
+void DispatchMlaWritten(MlaFormat format, F&& f) {
   dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
       format, "cache_format", f);
 }

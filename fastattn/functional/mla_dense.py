@@ -52,11 +52,11 @@ def mla_attention(
 
     Parameters
     ----------
-    q : Tensor, shape [T, H, 576] ("fp8_584": [T, H, 512]), bfloat16
+    q : Tensor, shape [T, H, 576] ("fp8_584", "fp8_528": [T, H, 512]), bfloat16
         Absorbed queries: latent channels, then rotated ones. H is 1 to 128. The last dimension must
         be contiguous, the others may have any strides (on a GPU multiples of 16 bytes).
     cache : Tensor
-        As for :func:`mla_write_cache`. Never copied.
+        As for :func:`mla_gather_cache`. Never copied.
     block_tables : Tensor, shape [B, max_blocks], int32
         Page of each `page_size` tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -67,7 +67,8 @@ def mla_attention(
     max_seqlen_q, max_seqlen_k : int
         Upper bounds of the sequences' new tokens and keys, as for :func:`paged_attention`; they
         mask nothing. That of the keys is not used yet.
-    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
+    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"}
+        As for :func:`mla_gather_cache`.
     scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier, for "fp8" only.
     softmax_scale : float, optional

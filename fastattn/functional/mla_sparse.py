@@ -112,11 +112,12 @@ def mla_sparse_attention(
         head stride.
     cache : Tensor, bfloat16 ("bf16") or uint8
         As for :func:`mla_write_cache`; a "bf16" cache has rows of the channels of `q`, an "fp8" or
-        "fp8_656" one of 576, an "fp8_584" one of 512. Contiguous keys of a prefill, [N, 576], are
-        the pages ``keys.unsqueeze(0)``.
+        "fp8_656" one of 576, an "fp8_584" or "fp8_528" one of 512. Contiguous keys of a prefill,
+        [N, 576], are the pages ``keys.unsqueeze(0)``.
     indices : Tensor, shape [T, topk], int32
         Slots of `cache`, in any order. Any row stride.
-    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
+    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"}
+        As for :func:`mla_gather_cache`.
     topk_length : Tensor, shape [T], int32, optional
         Indices of each query that count, from the first on; clamped to [0, topk]. Default: all.
     extra_cache : Tensor, optional
@@ -126,8 +127,8 @@ def mla_sparse_attention(
         Slots of `extra_cache`. With none, [T, 0], the second cache is left out.
     extra_topk_length : Tensor, shape [T], int32, optional
     extra_cache_format : str, optional
-        Default: `cache_format`. Both have the same channels. Two formats in a call, and GPUs that
-        are not Hopper, take a kernel without tensor cores.
+        Default: `cache_format`. Both have the same channels. Two formats in a call,
+        "fp8_528", and GPUs that are not Hopper, take a kernel without tensor cores.
     scale, extra_scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier of an "fp8" cache.
     sinks : Tensor, shape [H], float32, optional

@@ -19,7 +19,7 @@ class Format(NamedTuple):
     latent: int  #: channels that are not rotated
     row_bytes: int  #: of a token, scales in a plane of their own left out
     scale_plane_bytes: int  #: of a token, behind the rows of the page
-    tile: int  #: channels that share a dynamic scale; 0: none
+    tile: int  #: channels that share a dynamic scale, rotated ones too in "fp8_528"; 0: none
 
     @property
     def token_bytes(self) -> int:
@@ -32,6 +32,7 @@ FORMATS = {
     "fp8": Format(512, 576, 0, 0),
     "fp8_656": Format(512, 656, 0, 128),
     "fp8_584": Format(448, 576, 8, 64),
+    "fp8_528": Format(448, 512, 16, 32),
 }
 
 _TINY = np.finfo(np.float32).tiny
@@ -60,6 +61,8 @@ def token_bytes(
 ) -> tuple[Array, Array]:
     """Row bytes and scale plane bytes of tokens.
 
+    "fp8_528", which no operator writes, has the scales of "pow2" here.
+
     Parameters
     ----------
     latent, rope : array of bfloat16, shapes [T, latent] and [T, 64]
@@ -79,9 +82,12 @@ def token_bytes(
     if cache_format == "fp8":
         assert scale is not None
         return _e4m3(np.concatenate([latent, rope], 1), scale), none
-    tiles = np.asarray(latent, np.float32).reshape(tokens, fmt.latent // fmt.tile, fmt.tile)
+    coded = np.concatenate([latent, rope], 1) if cache_format == "fp8_528" else latent
+    tiles = np.asarray(coded, np.float32).reshape(tokens, coded.shape[1] // fmt.tile, fmt.tile)
     scales = tile_scale(amax(tiles, axis=-1), scale_rule)
-    codes = _e4m3(tiles, scales[..., None]).reshape(tokens, fmt.latent)
+    codes = _e4m3(tiles, scales[..., None]).reshape(tokens, coded.shape[1])
+    if cache_format == "fp8_528":
+        return codes, ue8m0_byte(scales)
     if cache_format == "fp8_656":
         scale_bytes = np.ascontiguousarray(scales, "<f4").view(np.uint8)
         return np.concatenate([codes, scale_bytes, rope_bytes], 1), none
@@ -105,13 +111,17 @@ def exact_values(
     if cache_format == "fp8_656":
         factors = np.ascontiguousarray(rows[:, 512:528]).view("<f4").astype(np.float64)
     else:
-        byte = scales[:, :7].astype(np.int32)
+        byte = scales[:, : 16 if cache_format == "fp8_528" else 7].astype(np.int32)
         factors = np.where(byte == 255, np.nan, np.ldexp(1.0, np.minimum(byte, 254) - 127))
-    codes = from_codes(rows[:, : fmt.latent], "e4m3").astype(np.float64)
+    tiles = factors.shape[1]
+    coded = tiles * fmt.tile
+    codes = from_codes(rows[:, :coded], "e4m3").astype(np.float64)
     with np.errstate(invalid="ignore"):
-        tiles = codes.reshape(tokens, fmt.latent // fmt.tile, fmt.tile) * factors[..., None]
+        values = codes.reshape(tokens, tiles, fmt.tile) * factors[..., None]
+    if cache_format == "fp8_528":  # the rotated channels are codes, too
+        return values.reshape(tokens, coded)
     rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16).astype(np.float64)
-    return np.concatenate([tiles.reshape(tokens, fmt.latent), rope], 1)
+    return np.concatenate([values.reshape(tokens, coded), rope], 1)
 
 
 def token_values(
@@ -129,7 +139,7 @@ def token_values(
         bits = np.where(
             np.isnan(values), np.uint16(0x7FFF), values.astype(bfloat16).view(np.uint16)
         )
-    if FORMATS[cache_format].tile:
+    if FORMATS[cache_format].tile and cache_format != "fp8_528":
         bits[:, -ROPE_DIM:] = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(np.uint16)
     return bits.view(bfloat16)
 

@@ -13,7 +13,7 @@ from tests.support.static import run_all_modes
 from tests.support.strides import strided
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, to_numpy, to_paddle
 
-FORMATS = ["bf16", "fp8", "fp8_656", "fp8_584"]
+FORMATS = ["bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"]
 # Decode, chunks, whole prompts, inactive and empty sequences.
 MIXED = ([0, 130, 63, 0, 64, 517, 5], [1, 1, 2, 0, 70, 1, 3])
 
@@ -357,7 +357,7 @@ def good():
 
 
 REFUSED = [
-    ({"cache_format": "fp8_528"}, NotImplementedError, "cache_format: 'fp8_528' is not supported"),
+    ({"cache_format": "fp4_288"}, NotImplementedError, "cache_format: 'fp4_288' is not supported"),
     ({"cache_format": "bf16"}, TypeError, "cache: expected dtype bfloat16, got uint8"),
     ({"cache": None}, TypeError, "cache: expected a tensor, got None"),
     ({"q": None}, TypeError, "q: expected a tensor, got None"),

@@ -12,7 +12,6 @@ import pytest
 import fastattn.functional as F
 from fastattn import distributed
 from fastattn.distributed import mla_attention_dcp, mla_sparse_attention_dcp
-from fastattn.reference.mla import FORMATS
 from tests.support import dcp_latent
 from tests.support.compare import assert_same_bits
 from tests.support.mla_dense import assert_close, assert_outputs_close
@@ -53,7 +52,7 @@ def of(ranks, name):
     return ranks[0][name]
 
 
-@pytest.mark.parametrize("name", [*CASES, *(f"serve-{f}" for f in FORMATS)])
+@pytest.mark.parametrize("name", [*CASES, *(f"serve-{f}" for f in dcp_latent.WRITTEN)])
 def test_all_ranks_have_the_same_bits(ranks, name):
     for part, first in of(ranks, name).items():
         for other in ranks[1:]:
@@ -100,7 +99,7 @@ def test_queries_without_a_key(ranks, kind):
         assert not out.transpose(1, 0, 2)[gone].any()
 
 
-@pytest.mark.parametrize("cache_format", FORMATS)
+@pytest.mark.parametrize("cache_format", dcp_latent.WRITTEN)
 def test_every_rank_writes_its_tokens(ranks, cache_format):
     """Slots of a rank's table from positions: the writer skips the tokens of other ranks."""
     found = ranks[0][f"serve-{cache_format}"]

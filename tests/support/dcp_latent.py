@@ -40,6 +40,8 @@ from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 #: Cached and new tokens: decode, a prefill, chunks, a resting sequence, some on one rank only.
 CACHED, NEW = (300, 0, 63, 0, 64, 517, 5), (1, 66, 2, 0, 7, 1, 3)
 TOPK = 150
+#: Formats that mla_write_cache writes.
+WRITTEN = tuple(name for name in FORMATS if name != "fp8_528")
 SINKS = np.array([0.4, -3.0, 5.5, -np.inf, 30.0], np.float32)
 
 
@@ -275,7 +277,7 @@ def main(folder: str, place: str) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     cases = {**CASES, **SINK_CASES} if place == "cpu" else CASES
     results = {name: case.run(rank, world_size, place) for name, case in cases.items()}
-    for cache_format in FORMATS:
+    for cache_format in WRITTEN:
         results[f"serve-{cache_format}"] = serve(cache_format, rank, world_size, place)
     Path(folder, f"rank{rank}.pickle").write_bytes(pickle.dumps(results))
 

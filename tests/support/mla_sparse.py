@@ -27,6 +27,7 @@ KINDS: dict[str, Kind] = {
     "fp8_656": ("fp8_656", "pow2", 576),
     "fp8_656_amax": ("fp8_656", "amax", 576),
     "fp8_584": ("fp8_584", "pow2", 512),
+    "fp8_528": ("fp8_528", "pow2", 512),
 }
 
 #: Kinds whose scales are no powers of two.

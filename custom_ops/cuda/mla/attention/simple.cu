@@ -66,13 +66,14 @@ __device__ void LoadToken(const MlaSelection& s, const Divisor& page_size, uint3
     for (int i = lane; i < dim / 4; i += 32) StoreCodes(__ldg(words + i), scale, out + 4 * i);
     return;
   }
-  for (int i = lane; i < facts.latent / 4; i += 32) {
+  for (int i = lane; i < facts.tiles * facts.tile / 4; i += 32) {
     const int tile = 4 * i / facts.tile;
-    const float scale = s.cache.format == MlaFormat::kFp8x584
+    const float scale = ScalePlaneBytes(s.cache.format) > 0
                             ? UE8M0ToFloat(__ldg(at.scales + tile))
                             : __ldg(reinterpret_cast<const float*>(at.scales) + tile);
     StoreCodes(__ldg(words + i), scale, out + 4 * i);
   }
+  if (s.cache.format == MlaFormat::kFp8x528) return;  // the rotated channels are codes, too
   const int rope_word = facts.row_bytes / 4 - kMlaRopeDim / 2 + lane;
   StoreBf16(__ldg(words + rope_word), out + facts.latent + 2 * lane);
 }

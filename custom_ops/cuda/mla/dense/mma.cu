@@ -296,9 +296,10 @@ MlaDensePlan PlanMma(const MlaDenseParams& p, int processors) {
 
 cudaError_t LaunchMma(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
-  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
-      p.cache.format, "cache_format",
-      [&](auto format) { status = LaunchFormat<decltype(format)::value>(p, plan, stream); });
+  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584,
+           MlaFormat::kFp8x528>(p.cache.format, "cache_format", [&](auto format) {
+    status = LaunchFormat<decltype(format)::value>(p, plan, stream);
+  });
   return status;
 }
 

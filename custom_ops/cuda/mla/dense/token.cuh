@@ -50,16 +50,16 @@ __device__ __forceinline__ uint4 LoadChunk(const Token& token, int chunk, float 
   if constexpr (kFormat == MlaFormat::kBf16) {
     return __ldg(reinterpret_cast<const uint4*>(token.codes) + chunk);
   } else {
-    constexpr int kLatent = kFacts.latent / 8;
-    if (kFacts.tile > 0 && chunk >= kLatent) {
+    constexpr int kCoded = kFacts.tiles * kFacts.tile / 8;
+    if (kFacts.tile > 0 && chunk >= kCoded) {
       const uint8_t* rope = token.codes + kFacts.row_bytes - kMlaRopeDim * 2;
-      return __ldg(reinterpret_cast<const uint4*>(rope) + chunk - kLatent);
+      return __ldg(reinterpret_cast<const uint4*>(rope) + chunk - kCoded);
     }
     const uint2 codes = __ldg(reinterpret_cast<const uint2*>(token.codes) + chunk);
     float scale = static_scale;
     if constexpr (kFormat == MlaFormat::kFp8x656) {
       scale = __ldg(reinterpret_cast<const float*>(token.scales) + chunk / (kFacts.tile / 8));
-    } else if constexpr (kFormat == MlaFormat::kFp8x584) {
+    } else if constexpr (ScalePlaneBytes(kFormat) > 0) {
       scale = UE8M0ToFloat(__ldg(token.scales + chunk / (kFacts.tile / 8)));
     }
     return Dequantise(codes.x, codes.y, scale);

@@ -18,7 +18,8 @@ bool SelectionFits(const MlaSelection& s, int dim) {
   const MlaCache& c = s.cache;
   const auto aligned = [](int64_t x) { return x % 16 == 0; };
   const bool eight = c.format != MlaFormat::kFp8x584 || c.ScalePlane() % 8 == 0;
-  const bool format = c.format == MlaFormat::kFp8x584   ? dim == 512
+  const bool format = c.format == MlaFormat::kFp8x528   ? false
+                      : c.format == MlaFormat::kFp8x584 ? dim == 512
                       : c.format == MlaFormat::kFp8x656 ? dim == 576
                                                         : dim == 576 || dim == 512;
   return format && eight && aligned(reinterpret_cast<intptr_t>(c.data)) && aligned(c.page_stride) &&
