@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -42,14 +42,45 @@ class Config:
         """Columns of the fused projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.head_dim
 
-def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    def attention_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the weights of layer i's attention."""
+        return {
+            f"{i}.qkv": (self.hidden, self.qkv_width),
+            f"{i}.attention_out": (self.heads * self.head_dim, self.hidden),
+        }
+
+
+class AnyConfig(Protocol):
+    """What all configurations have: :class:`Config` and that of the latent model."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def mlp(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rotary_dim(self) -> int: ...
+    def attention_shapes(self, i: int) -> dict[str, tuple[int, ...]]: ...
+
+
+def weight_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight; matrices are ``[in, out]``, the embedding is tied."""
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocabulary, config.hidden)}
     for i in range(config.layers):
         shapes[f"{i}.attention_norm"] = (config.hidden,)
-        shapes[f"{i}.qkv"] = (config.hidden, config.qkv_width)
-        shapes[f"{i}.attention_out"] = (config.heads * config.head_dim, config.hidden)
+        shapes.update(config.attention_shapes(i))
         shapes[f"{i}.mlp_norm"] = (config.hidden,)
         shapes[f"{i}.gate_up"] = (config.hidden, 2 * config.mlp)
         shapes[f"{i}.down"] = (config.mlp, config.hidden)
@@ -57,7 +88,7 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def initial_weights(config: Config, seed: int = 0) -> Weights:
+def initial_weights(config: AnyConfig, seed: int = 0) -> Weights:
     """Random weights; what is added to the residual stream starts smaller."""
     rng = np.random.default_rng(seed)
     weights: Weights = {}
@@ -72,9 +103,9 @@ def initial_weights(config: Config, seed: int = 0) -> Weights:
     return weights
 
 
-def rotary_angles(config: Config) -> Array:
-    """Angle of every position and channel pair, fp64 ``[context, head_dim / 2]``."""
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+def rotary_angles(config: AnyConfig) -> Array:
+    """Angle of every position and channel pair, fp64 ``[context, rotary_dim / 2]``."""
+    frequencies = config.rope_theta ** (-np.arange(0, config.rotary_dim, 2) / config.rotary_dim)
     return np.arange(config.context)[:, None] * frequencies
 
 
@@ -110,19 +141,19 @@ class Model:
 
     def qkv(self, layer: int, x: Any) -> Any:
         """Fused projection ``[..., (H + 2 KV) * D]``, not rotated."""
-        normed = _rms_norm(x, self.weights[f"{layer}.attention_norm"])
+        normed = rms_norm(x, self.weights[f"{layer}.attention_norm"])
         return paddle.matmul(normed, self.weights[f"{layer}.qkv"])
 
     def finish(self, layer: int, x: Any, attention: Any) -> Any:
         """Residual stream after a layer whose attention gave `attention`, ``[..., H * D]``."""
         x = x + paddle.matmul(attention, self.weights[f"{layer}.attention_out"])
-        normed = _rms_norm(x, self.weights[f"{layer}.mlp_norm"])
+        normed = rms_norm(x, self.weights[f"{layer}.mlp_norm"])
         gate, up = paddle.matmul(normed, self.weights[f"{layer}.gate_up"]).chunk(2, axis=-1)
         return x + paddle.matmul(F.silu(gate) * up, self.weights[f"{layer}.down"])
 
     def logits(self, x: Any) -> Any:
         """``[..., vocabulary]`` of the residual stream."""
-        normed = _rms_norm(x, self.weights["norm"])
+        normed = rms_norm(x, self.weights["norm"])
         return paddle.matmul(normed, self.weights["embedding"], transpose_y=True)
 
     def forward(self, tokens: Array, *, bfloat16: bool = False) -> Any:
@@ -151,7 +182,7 @@ class Model:
         x = self.embed(tokens)
         for i in range(config.layers):
             qkv = cast(self.qkv(i, x)).reshape([batch, length, heads + 2 * kv_heads, dim])
-            rotated = cast(_rotate(qkv[:, :, : heads + kv_heads], cos, sin))
+            rotated = cast(rotate(qkv[:, :, : heads + kv_heads], cos, sin))
             q = rotated[:, :, :heads].reshape([batch, length, kv_heads, heads // kv_heads, dim])
             k, v = rotated[:, :, heads:], qkv[:, :, heads + kv_heads :]
             scores = paddle.matmul(
@@ -172,11 +203,11 @@ def to_bfloat16(x: Any) -> Any:
     return paddle.to_tensor(bits, place=paddle.CPUPlace())
 
 
-def _rms_norm(x: Any, weight: Any) -> Any:
+def rms_norm(x: Any, weight: Any) -> Any:
     return x * paddle.rsqrt((x * x).mean(axis=-1, keepdim=True) + NORM_EPS) * weight
 
 
-def _rotate(x: Any, cos: Any, sin: Any) -> Any:
+def rotate(x: Any, cos: Any, sin: Any) -> Any:
     """Rotate channel pairs (2i, 2i + 1) of ``[B, T, heads, D]``."""
     even, odd = x[..., 0::2], x[..., 1::2]
     pairs = paddle.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
