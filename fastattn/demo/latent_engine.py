@@ -291,9 +291,7 @@ class LatentEngine(Server):
             )
         return F.topk_indices(logits, group.before_window, self.attention.topk)
 
-    def _keep(
-        self, layer: int, indices: Any, group: _Group, runs: list[ScheduledTokens]
-    ) -> None:
+    def _keep(self, layer: int, indices: Any, group: _Group, runs: list[ScheduledTokens]) -> None:
         tokens = [(run.request, run.start + j) for run in runs for j in range(run.count)]
         rows = indices.numpy()
         for (request, position), row in zip(tokens[group.tokens], rows):

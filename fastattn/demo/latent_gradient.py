@@ -153,9 +153,7 @@ def _attention_backward(
     batch, heads, length, _ = saved.q.shape
     tokens, nope = batch * length, config.nope_dim
     gradients[f"{i}.attention_out"] = saved.flat_out.T @ dx
-    dout = _heads_first(
-        (dx @ weights[f"{i}.attention_out"].T).reshape(batch, length, heads, -1)
-    )
+    dout = _heads_first((dx @ weights[f"{i}.attention_out"].T).reshape(batch, length, heads, -1))
     dscores = dout @ saved.v.swapaxes(-1, -2)
     dscores -= np.einsum("bhmd,bhmd->bhm", dout, saved.out)[..., None]
     dscores *= saved.p

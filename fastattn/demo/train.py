@@ -128,10 +128,7 @@ def _gradients(
     the number of cores changes no bit.
     """
     halves = np.array_split(windows, 2)
-    jobs = [
-        pool.submit(objective, weights, config, half[:, :-1], half[:, 1:])
-        for half in halves
-    ]
+    jobs = [pool.submit(objective, weights, config, half[:, :-1], half[:, 1:]) for half in halves]
     shares = [len(half) / len(windows) for half in halves]
     (loss, gradients), (other_loss, others) = (job.result() for job in jobs)
     for name, gradient in gradients.items():
@@ -174,7 +171,7 @@ def optimise(
                 progress(step + 1, schedule.steps, smoothed)
 
 
-def weights_path(folder: Path, corpus: Corpus, config: Config, schedule: Schedule) -> Path:
+def weights_path(folder: Path, corpus: Corpus, config: Any, schedule: Any) -> Path:
     """File of a trained model, named after everything that it depends on."""
     key = json.dumps(
         [__version__, asdict(config), asdict(schedule), corpus.train], sort_keys=True
@@ -194,7 +191,7 @@ def save_weights(path: Path, weights: Weights) -> None:
         part.unlink(missing_ok=True)
 
 
-def load_weights(path: Path, config: Config) -> Weights | None:
+def load_weights(path: Path, config: AnyConfig) -> Weights | None:
     """Weights of a file; None if it is missing or not a whole model of these sizes."""
     shapes = weight_shapes(config)
     try:
