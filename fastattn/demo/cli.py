@@ -160,7 +160,7 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
         from fastattn.demo import kinds, place
 
         kind = kinds.find(args.attention)
-        config, schedule = kind.config, kind.schedule
+        config = kind.config
         places = place.choose(args.device)
         if args.attention != "gqa" and args.cache_quant_type != "all":
             raise ValueError("--cache-quant-type: it is for --attention gqa")
@@ -231,9 +231,8 @@ def _find_model(args: argparse.Namespace, corpus: Any, kind: Any) -> tuple[Any, 
 
     origin = {"trained": False, "training_seconds": 0.0}
     if not (args.train or args.retrain):
-        path = kind.files.model
-        weights = shipped.load(kind.config, kind.files)
-        return weights, {"origin": "shipped", "path": str(path), **origin}
+        note = {"origin": "shipped", "path": str(kind.files.model), **origin}
+        return shipped.load(kind.config, kind.files), note
     path = train.weights_path(env.cache_dir(), corpus, kind.config, kind.schedule)
     weights = None if args.retrain else train.load_weights(path, kind.config)
     return weights, {"origin": "cache", "path": str(path), **origin}
@@ -355,7 +354,7 @@ def _compare_latent(
     evaluate.warm_up_with(LatentEngine(model, variants[-1], num_blocks=4, place=place))
     with console.progress("attention to compare with", held_out[:, :-1].size) as update:
         count = _Counter(update, held_out[:, :-1].size)
-        exact = latent_evaluate.dense(weights, config, held_out, count)
+        exact = latent_evaluate.dense_attention(weights, config, held_out, count)
 
     results: list[LatentResult] = []
     base = None
@@ -372,7 +371,7 @@ def _compare_latent(
             engine = LatentEngine(model, variant, place=place, max_seqs=4)
             served = evaluate.serve_with(engine, jobs, sampling, count)
         base = base or scored
-        found = latent_evaluate.fidelity(exact.weights, variant, choices)
+        found = latent_evaluate.fidelity(exact, variant, choices)
         results.append(
             LatentResult(
                 keys=variant.keys,

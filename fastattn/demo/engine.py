@@ -17,7 +17,7 @@ from fastattn.backends import (
 )
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.demo.blocks import BlockPool
-from fastattn.demo.model import Config, Model, rotary_table, to_bfloat16
+from fastattn.demo.model import Config, Model, Trunk, rotary_table, to_bfloat16
 from fastattn.demo.scheduler import Request, ScheduledTokens, Scheduler
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.reference.numerics import Array
@@ -44,7 +44,7 @@ class Server:
 
     Parameters
     ----------
-    model : Model
+    model : Trunk
     num_blocks : int
         Blocks of 64 tokens in the cache.
     max_seqs, token_budget, chunk, reuse_prefixes
@@ -56,7 +56,7 @@ class Server:
 
     def __init__(
         self,
-        model: Any,
+        model: Trunk,
         *,
         num_blocks: int = 64,
         max_seqs: int = 8,
@@ -176,6 +176,8 @@ class Engine(Server):
     **options
         See :class:`Server`.
     """
+
+    model: Model
 
     def __init__(
         self,

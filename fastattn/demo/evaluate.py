@@ -13,7 +13,7 @@ import numpy as np
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.demo.engine import Engine, LayerScales, Server, Statistics
 from fastattn.demo.gradient import cross_entropy, forward
-from fastattn.demo.model import AnyConfig, Config, Model, Weights
+from fastattn.demo.model import Config, Model, Sizes, Weights
 from fastattn.demo.scheduler import Request, Sampling
 from fastattn.demo.text import encode
 from fastattn.functional._cache_types import STATIC_TYPES
@@ -107,10 +107,18 @@ def static_scales(
     return [(dynamic_scale(k, code), dynamic_scale(v, code)) for k, v in largest]
 
 
-def perplexity(weights: Weights, config: Config, held_out: Array) -> float:
-    """Perplexity of windows ``[n, T + 1]`` with plain dense attention in fp32: no cache at all."""
+def perplexity(
+    weights: Weights,
+    config: Sizes,
+    held_out: Array,
+    run: Callable[[Weights, Any, Array], Any] = forward,
+) -> float:
+    """Perplexity of windows ``[n, T + 1]`` with plain dense attention in fp32: no cache at all.
+
+    `run` is the model's ``forward`` in NumPy.
+    """
     losses = [
-        cross_entropy(forward(weights, config, window[None, :-1]).logits, window[1:])[0]
+        cross_entropy(run(weights, config, window[None, :-1]).logits, window[1:])[0]
         for window in held_out
     ]
     return math.exp(sum(losses) / len(losses))
@@ -131,7 +139,7 @@ def score(
     return score_with(engine, held_out, progress)[0]
 
 
-def scoring_options(config: AnyConfig) -> dict[str, Any]:
+def scoring_options(config: Sizes) -> dict[str, Any]:
     """Options of an engine that :func:`score_with` takes."""
     max_seqs = 4
     return {

@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastattn.demo.model import NORM_EPS, AnyConfig, Config, Weights, rotary_angles
+from fastattn.demo.model import NORM_EPS, Config, Sizes, Weights, rotary_angles
 from fastattn.reference.numerics import Array
 
 
 class Norm(NamedTuple):
+    """What the backward pass of a norm needs."""
+
     normed: Array  # [N, hidden], before the weight
     inverse: Array  # [N, 1]
 
@@ -56,7 +58,7 @@ class Trace(NamedTuple):
     logits: Array  # [N, vocabulary]
 
 
-def rotation(config: AnyConfig, length: int) -> Array:
+def rotation(config: Sizes, length: int) -> Array:
     """``exp(i * angle)`` of positions and channel pairs, complex64 ``[T, 1, D / 2]``."""
     angles = rotary_angles(config)[:length]
     return np.exp(1j * angles).astype(np.complex64)[:, None, :]

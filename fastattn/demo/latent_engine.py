@@ -1,4 +1,4 @@
-"""Serving of the latent model: 656-byte caches, an indexer's keys, and keys chosen for each query."""
+"""Serving of the latent model: 656-byte caches, and keys that an indexer chooses for each query."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from fastattn.demo.latent_model import (
     LATENT_DIM,
     ROPE_DIM,
     AttentionInputs,
-    LatentConfig,
     LatentModel,
     cos_sin_table,
 )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastattn.demo import latent_gradient
 from fastattn.demo.evaluate import Progress, Score, score_with, scoring_options
-from fastattn.demo.gradient import cross_entropy
 from fastattn.demo.latent_engine import Attention, LatentEngine
 from fastattn.demo.latent_model import LatentConfig, LatentModel
 from fastattn.demo.model import Weights
@@ -27,32 +25,31 @@ def variants(config: LatentConfig) -> list[Attention]:
     ]
 
 
-class Dense(NamedTuple):
-    """What dense attention in fp32, without a cache, makes of windows of text.
-
-    Attributes
-    ----------
-    weights : array, shape [windows, layers, T, T]
-        Attention of each query to each key, the mean of all heads.
-    perplexity : float
-    """
-
-    weights: Array
-    perplexity: float
-
-
-def dense(
+def dense_attention(
     weights: Weights, config: LatentConfig, held_out: Array, progress: Progress | None = None
-) -> Dense:
-    """Run the NumPy model over windows ``[n, T + 1]``."""
-    attention, losses = [], []
+) -> Array:
+    """What each query gives to each key in dense attention in fp32, without a cache.
+
+    Parameters
+    ----------
+    weights : dict of arrays
+    config : LatentConfig
+    held_out : array of int64, shape [n, T + 1]
+    progress : callable, optional
+        Gets the number of tokens of every window.
+
+    Returns
+    -------
+    array of float32, shape [n, layers, T, T]
+        The mean of all heads.
+    """
+    attention = []
     for window in held_out:
-        trace = latent_gradient.forward(weights, config, window[None, :-1])
-        attention.append([layer.p[0].mean(0) for layer in trace.layers])
-        losses.append(cross_entropy(trace.logits, window[1:])[0])
+        layers = latent_gradient.forward(weights, config, window[None, :-1]).layers
+        attention.append([layer.p[0].mean(0) for layer in layers])
         if progress is not None:
             progress(len(window) - 1)
-    return Dense(np.asarray(attention), math.exp(sum(losses) / len(losses)))
+    return np.asarray(attention)
 
 
 class Fidelity(NamedTuple):
@@ -100,7 +97,7 @@ def fidelity(weights: Array, attention: Attention, choices: Array | None) -> Fid
     Parameters
     ----------
     weights : array, shape [windows, layers, T, T]
-        Of :class:`Dense`.
+        Of :func:`dense_attention`.
     attention : Attention
     choices : array, optional
         Of :func:`score`.

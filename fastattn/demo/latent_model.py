@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import paddle
 
-from fastattn.demo.model import Model, Weights, rms_norm, rotary_angles, rotate
-from fastattn.demo.text import VOCABULARY
+from fastattn.demo.model import Sizes, Trunk, Weights, rms_norm, rotary_angles, rotate
 from fastattn.reference.numerics import Array
 
 #: Channels of an index key; the operators take no others.
@@ -24,8 +23,8 @@ ROPE_DIM = 64
 
 
 @dataclass(frozen=True)
-class LatentConfig:
-    """Sizes of a model. `context` is the longest sequence, in training and in serving.
+class LatentConfig(Sizes):
+    """Sizes of a model with latent attention.
 
     Attributes
     ----------
@@ -39,17 +38,10 @@ class LatentConfig:
         Keys before the window that the indexer chooses.
     """
 
-    layers: int = 4
-    hidden: int = 128
-    heads: int = 4
     nope_dim: int = 32
     value_dim: int = 32
     query_rank: int = 64
     index_heads: int = 8
-    mlp: int = 256
-    context: int = 256
-    vocabulary: int = VOCABULARY
-    rope_theta: float = 10000.0
     window: int = 16
     topk: int = 32
 
@@ -122,7 +114,7 @@ class AttentionInputs(NamedTuple):
     index_weight: Any
 
 
-class LatentModel(Model):
+class LatentModel(Trunk):
     """The model on a Paddle place, fp32, in the absorbed form that latent caches want.
 
     A head's K and V never exist: its query is multiplied by the key projection instead, and its

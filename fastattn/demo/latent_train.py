@@ -21,7 +21,7 @@ class LatentSchedule:
 
     model: Schedule = field(default_factory=Schedule)
     indexer: Schedule = field(
-        default_factory=lambda: Schedule(steps=150, long_share=1.0, warmup=10, decay=0.0)
+        default_factory=lambda: Schedule(steps=300, long_share=1.0, warmup=10, decay=0.0)
     )
 
     @property

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn.demo.model import AnyConfig, Weights, weight_shapes
+from fastattn.demo.model import Sizes, Weights, weight_shapes
 from fastattn.reference.numerics import Array
 
 MODEL_FILE = Path(__file__).with_name("model.npz")
@@ -98,7 +98,7 @@ def recipe(files: Files | None = None) -> dict[str, Any]:
     return found
 
 
-def load(config: AnyConfig, files: Files | None = None) -> Weights:
+def load(config: Sizes, files: Files | None = None) -> Weights:
     """fp32 weights of a shipped model.
 
     Parameters

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.demo.gradient import loss_and_gradients
-from fastattn.demo.model import AnyConfig, Config, Weights, initial_weights, weight_shapes
+from fastattn.demo.model import Config, Sizes, Weights, initial_weights, weight_shapes
 from fastattn.demo.text import Corpus, encode
 from fastattn.reference.numerics import Array
 from fastattn.version import __version__
@@ -149,7 +149,7 @@ def train(
 def optimise(
     weights: Weights,
     corpus: Corpus,
-    config: AnyConfig,
+    config: Sizes,
     schedule: Schedule,
     objective: Objective,
     progress: Progress | None = None,
@@ -191,7 +191,7 @@ def save_weights(path: Path, weights: Weights) -> None:
         part.unlink(missing_ok=True)
 
 
-def load_weights(path: Path, config: AnyConfig) -> Weights | None:
+def load_weights(path: Path, config: Sizes) -> Weights | None:
     """Weights of a file; None if it is missing or not a whole model of these sizes."""
     shapes = weight_shapes(config)
     try:
