@@ -57,6 +57,8 @@ class _Group(NamedTuple):
     starts: Any  # int32 [T]: first gathered key of the token's sequence
     ends: Any  # int32 [T]
     cu_seqlens_k: Any  # int32 [B + 1]
+    window: Any  # int32 [T, window]: slots of the last keys
+    window_lengths: Any  # int32 [T]
     keys: int
     longest: int
 
@@ -148,7 +150,7 @@ class LatentEngine(Server):
         positions = np.concatenate([np.arange(r.start, r.start + r.count) for r in runs])
         owners = np.repeat(np.arange(len(runs)), counts)
         blocks = tables[owners, positions // BLOCK_SIZE].astype(np.int64)
-        decoding = sum(count == 1 for count in counts)
+        decoding = sum(count == 1 for count in counts)  # sequences, and so tokens
         return _Step(
             positions=positions,
             slots=self._tensor(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
@@ -159,31 +161,41 @@ class LatentEngine(Server):
             longest_q=max(counts),
             longest_k=max(run.start + run.count for run in runs),
             groups=[
-                self._group(runs[part], tables[part], first, part.start == 0)
-                for part, first in ((slice(0, decoding), 0), (slice(decoding, None), decoding))
-                if runs[part]
+                self._group(runs[first:end], tables[first:end], first, decodes=decodes)
+                for first, end, decodes in ((0, decoding, True), (decoding, len(runs), False))
+                if first < end and self.attention.keys != "dense"
             ],
         )
 
     def _group(
-        self, runs: list[ScheduledTokens], tables: Array, first: int, decodes: bool
+        self, runs: list[ScheduledTokens], tables: Array, first: int, *, decodes: bool
     ) -> _Group:
+        """Tensors of sequences whose tokens begin at token `first` of the step."""
         positions = np.concatenate([np.arange(r.start, r.start + r.count) for r in runs])
         owners = np.repeat(np.arange(len(runs)), [run.count for run in runs]).astype(np.int32)
         lengths = [run.start + run.count for run in runs]
         cu_seqlens_k = np.cumsum([0, *lengths]).astype(np.int32)
         before = np.maximum(positions + 1 - self.attention.window, 0).astype(np.int32)
         starts = cu_seqlens_k[owners]
+        on_device = [self._tensor(array) for array in (positions, owners, tables)]
+        window, window_lengths = F.window_indices(
+            on_device[0],
+            on_device[1],
+            window=self.attention.window,
+            block_tables=on_device[2],
+        )
         return _Group(
             tokens=slice(first, first + len(positions)),
-            decodes=decodes and all(run.count == 1 for run in runs),
-            positions=self._tensor(positions),
-            batch_ids=self._tensor(owners),
-            block_tables=self._tensor(tables),
+            decodes=decodes,
+            positions=on_device[0],
+            batch_ids=on_device[1],
+            block_tables=on_device[2],
             before_window=self._tensor(before),
             starts=self._tensor(starts),
             ends=self._tensor(starts + before),
             cu_seqlens_k=self._tensor(cu_seqlens_k),
+            window=window,
+            window_lengths=window_lengths,
             keys=int(cu_seqlens_k[-1]),
             longest=max(lengths),
         )
@@ -226,32 +238,26 @@ class LatentEngine(Server):
     ) -> Any:
         """The same for the tokens of a group, over the keys that each of them sees."""
         cache, config = self.caches[layer], self.model.config
-        recent, recent_length = F.window_indices(
-            group.positions,
-            group.batch_ids,
-            window=self.attention.window,
-            block_tables=group.block_tables,
-        )
-        chosen: dict[str, Any] = {"indices": recent, "topk_length": recent_length}
+        keys: dict[str, Any] = {"indices": group.window, "topk_length": group.window_lengths}
         if self.attention.keys == "sparse":
             indices = self._choose(layer, inputs, group)
             if self.keep_choices:
                 self._keep(layer, indices, group, runs)
-            slots, length = F.topk_to_slots(indices, group.block_tables, group.batch_ids)
+            slots, lengths = F.topk_to_slots(indices, group.block_tables, group.batch_ids)
             # The window is a second cache in one softmax; no key is in both lists.
-            chosen = {
+            keys = {
                 "indices": slots,
-                "topk_length": length,
+                "topk_length": lengths,
                 "extra_cache": cache,
-                "extra_indices": recent,
-                "extra_topk_length": recent_length,
+                "extra_indices": group.window,
+                "extra_topk_length": group.window_lengths,
             }
         out = F.mla_sparse_attention(
             self._send(inputs.q[group.tokens]),
             cache,
             cache_format=self.attention.cache_format,
             softmax_scale=config.softmax_scale,
-            **chosen,
+            **keys,
         )
         return self._receive(out)
 
@@ -262,7 +268,7 @@ class LatentEngine(Server):
             group.positions,
             self._send(inputs.index_q[group.tokens]),
             self._cos_sin,
-            self._send(inputs.index_weight[group.tokens]),
+            self._move(inputs.index_weight[group.tokens], self.place),
             INDEX_DIM**-0.5,
             config.index_heads**-0.5,
         )
