@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
         "--cache-quant-type",
         choices=("all", *CACHE_QUANT_TYPES),
         default="all",
-        help="compare this type only (with none, the base); default all",
+        help="gqa: compare this type only (with none, the base); default all",
     )
     parser.add_argument("--json", metavar="FILE", help="write a report there; - is stdout")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")

@@ -135,11 +135,16 @@ def test_the_table_is_what_serving_gives(corpus, held_out, weights):
 
 
 @pytest.mark.slow
-def test_the_recipe_reaches_the_recorded_perplexity(recipe, corpus, held_out):
+def test_the_recipe_reaches_the_recorded_perplexity_and_recall(recipe, corpus, held_out):
     kind = kinds.find("mla-sparse")
     weights = kind.train(corpus, kind.config, kind.schedule)
     found = evaluate.perplexity(weights, CONFIG, held_out, kind.forward)
     assert found == pytest.approx(recipe["perplexity"]["float32"], rel=0.01)
+    sparse, few = latent_evaluate.variants(CONFIG)[2], held_out[::3]
+    _, choices = latent_evaluate.score(LatentModel(CONFIG, weights), sparse, few)
+    exact = latent_evaluate.dense_attention(weights, CONFIG, few)
+    recall = latent_evaluate.fidelity(exact, sparse, choices).recall
+    assert 100 * recall == pytest.approx(recorded_table()[2]["recall, %"], abs=3)
 
 
 # Command
