@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import paddle
 
 from fastattn.backends.forward_meta import sequences
-from fastattn.backends.latent import TokenMaps
+from fastattn.backends.latent import TokenMaps, places_of
 
 #: Queries of a sequence that a step with prefill puts into a row together. The kernels score two
 #: at a time; more would only add padding.
@@ -67,9 +67,9 @@ def query_rows(forward_meta: Any, maps: TokenMaps, *, tiled: bool) -> QueryRows:
     tokens = maps.batch_ids.shape[0]
     rows = tokens // TILE + count + 1  # the last is that of padding tokens
     tiles = (new.reshape([-1])[:count] + (TILE - 1)) // TILE
-    moved = (paddle.cumsum(tiles) - tiles) * TILE - starts[:count]
-    places = paddle.cumsum(paddle.ones_like(maps.batch_ids)) - 1
-    query = (places + paddle.gather(moved, seqs)).astype("int32")
+    moved = (paddle.cumsum(tiles, dtype="int32") - tiles) * TILE - starts[:count]
+    places = places_of(maps.batch_ids)
+    query = places + paddle.gather(moved, seqs)
     query = paddle.where(maps.batch_ids >= 0, query, paddle.full_like(query, rows * TILE - 1))
 
     def of_queries(values: Any) -> Any:
@@ -79,6 +79,6 @@ def query_rows(forward_meta: Any, maps: TokenMaps, *, tiled: bool) -> QueryRows:
     return QueryRows(
         of_queries(seen).reshape([rows, TILE]),
         paddle.gather(tables, first),
-        of_queries(places.astype("int32")),
+        of_queries(places),
         query,
     )

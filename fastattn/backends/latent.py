@@ -224,7 +224,7 @@ def token_maps(forward_meta: Any, tokens: int, num_blocks: int, block_size: int)
 
 
 def _flat(values: Any, tokens: int) -> Any:
-    """The first `tokens` values, as they are if there are no others: a server's buffer is longer."""
+    """The first `tokens` values of a server's buffer, as they are if there are no others."""
     return values if list(values.shape) == [tokens] else values.reshape([-1])[:tokens]
 
 
@@ -233,5 +233,9 @@ def _positions(forward_meta: Any, batch_ids: Any) -> Any:
     _, starts, cached, _ = sequences(forward_meta)
     count = starts.shape[0] - 1
     moved = cached.reshape([-1])[:count] - starts[:count]
-    places = paddle.cumsum(paddle.ones_like(batch_ids)) - 1
-    return places.astype("int32") + paddle.gather(moved, batch_ids.clip(0, count - 1))
+    return places_of(batch_ids) + paddle.gather(moved, batch_ids.clip(0, count - 1))
+
+
+def places_of(batch_ids: Any) -> Any:
+    """0, 1, 2, ...: place of each token in the step. ``arange`` copies its end from the host."""
+    return paddle.cumsum(paddle.ones_like(batch_ids), dtype="int32") - 1

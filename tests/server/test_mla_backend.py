@@ -71,7 +71,7 @@ def test_tokens_without_positions_from_the_server():
 
 
 def test_models_are_told_to_absorb_all_queries():
-    """FastDeploy's layers expand K and V where entry 1 is not 0, and absorb where entry 2 is not."""
+    """FastDeploy's layers expand K and V if entry 1 is above 0, and absorb if entry 2 is."""
     server = LatentServer([40], 8)
     meta = server.meta([20], None, 0, {"max_len_tensor_cpu": int32([20] * 9, "cpu")})
     server.backend.init_attention_metadata(meta)

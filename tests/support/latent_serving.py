@@ -22,7 +22,7 @@ SOFTMAX_SCALE = (128 + ROPE) ** -0.5
 
 def pow2_codes(x: np.ndarray, tile: int) -> np.ndarray:
     """Values [n, C] as e4m3 codes with a power of two for each tile of channels give them back."""
-    tiles = x.astype(np.float64).reshape(len(x), -1, tile)
+    tiles = x.astype(np.float64).reshape(len(x), x.shape[-1] // tile, tile)
     amax = np.maximum(np.abs(tiles).max(-1, keepdims=True), 1e-4)
     scale = np.exp2(np.ceil(np.log2(amax / 448)))
     return ((tiles / scale).astype(E4M3).astype(np.float64) * scale).reshape(x.shape)
@@ -250,9 +250,10 @@ class SparseServer(LatentServer):
     def logits(self, layer: int, seq: int, position: int) -> np.ndarray:
         """The indexer's logits of a query for the keys that it sees, from quantised operands."""
         mine = self.tokens[seq]
-        q = mine["index_q"][layer, position].astype(np.float64)
-        scale = np.maximum(np.abs(q).max(-1, keepdims=True), 1e-10) / 448
-        q = (q / scale).astype(E4M3).astype(np.float64) * scale
+        q = mine["index_q"][layer, position].astype(np.float32)  # docs/numerics.md: one multiplier
+        scale = np.abs(q).max(-1, keepdims=True) / np.float32(448)
+        codes = np.clip(q * (np.float32(1) / scale), -448, 448).astype(E4M3)
+        q = codes.astype(np.float64) * scale
         k = pow2_codes(mine["index_k"][layer, : position + 1], INDEX)
         weights = mine["weights"][layer, position].astype(np.float64)
         factor = (INDEX * self.index_heads) ** -0.5
