@@ -153,4 +153,4 @@ def _refuse(fd_config: Any, backend: str, num_heads: int) -> None:
         if value:
             no(f"model_config.{name}", value, "latent attention has no window")
     if env.deterministic():
-        no("FD_DETERMINISTIC_MODE", 1, "latent attention is the same in every run of a step only")
+        no("FD_DETERMINISTIC_MODE", 1, "bits of a sequence may depend on the batch")

@@ -73,11 +73,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 TOPK = (16, 512)
 
 
-def checkpoint(rank: int = 0, size: int = 1) -> tuple[dict[str, np.ndarray], Any]:
-    """Weights of both layers in float64 by their names, and an iterator over bfloat16 tensors.
-
-    Those of a rank's heads; FastDeploy's loaders cut them out of the whole.
-    """
+def checkpoint() -> tuple[dict[str, np.ndarray], Any]:
+    """Weights of both layers in float64 by their names, and an iterator over bfloat16 tensors."""
     rng = np.random.default_rng(9)
     shapes = {
         "q_a_proj": (RANK, HIDDEN),
@@ -138,11 +135,17 @@ def e4m3(x: np.ndarray, tile: int) -> np.ndarray:
 class LatentModel:
     """One layer in float64."""
 
-    def __init__(self, weights: dict[str, np.ndarray], layer: int, table: np.ndarray, kind: str):
+    def __init__(
+        self, weights: dict[str, np.ndarray], layer: int, table: np.ndarray, kind: str, heads: Any
+    ) -> None:
         self.sparse, self.halves = kind in SPARSE, kind == "DeepseekV32ForCausalLM"
         prefix = f"{layer}."
         self.w = {n[len(prefix) :]: x for n, x in weights.items() if n.startswith(prefix)}
-        self.table = table
+        for weight, axis in (("q_b_proj", 0), ("kv_b_proj", 0), ("o_proj", 1)):
+            whole = self.w[f"{weight}.weight"]
+            parts = np.split(whole, HEADS, axis)
+            self.w[f"{weight}.weight"] = np.concatenate([parts[head] for head in heads], axis)
+        self.table, self.heads = table, len(heads)
         factor = 0.1 * np.log(YARN["factor"]) + 1 if "rope_scaling" in MODELS[kind][1] else 1.0
         self.scale = (NOPE + ROPE) ** -0.5 * factor**2
 
@@ -165,12 +168,12 @@ class LatentModel:
         """Outputs [T, hidden] of tokens [T, hidden] that see keys `seen` [T, T]."""
         tokens = len(x)
         qr = rms(self.project(x, "q_a_proj"), self.w["q_a_layernorm.weight"])
-        q = self.project(qr, "q_b_proj").reshape(tokens, HEADS, NOPE + ROPE)
+        q = self.project(qr, "q_b_proj").reshape(tokens, self.heads, NOPE + ROPE)
         latent, rope = np.split(self.project(x, "kv_a_proj_with_mqa"), [LATENT], -1)
         latent = rms(latent, self.w["kv_a_layernorm.weight"])
         if self.sparse:
             latent = e4m3(latent, 128)
-        expanded = self.project(latent, "kv_b_proj").reshape(tokens, HEADS, NOPE + VALUE)
+        expanded = self.project(latent, "kv_b_proj").reshape(tokens, self.heads, NOPE + VALUE)
         rope = turn(rope[:, None], self.table, halves=False)
         scores = np.einsum("qhd,khd->hqk", q[..., :NOPE], expanded[..., :NOPE])
         turned = turn(q[..., NOPE:], self.table, halves=False)
@@ -189,6 +192,8 @@ class LatentServing:
     """Sequences that grow step by step through FastDeploy's runner and a model's attention."""
 
     def __init__(self, name: str, topk: int = 512, **options: Any) -> None:
+        parallel = options.get("tensor_parallel_size", 1)
+        self.rank, self.heads = options.get("rank", 0), HEADS // parallel
         registry = importlib.import_module("fastdeploy.model_executor.models.model_base")
         self.name, self.topk = name, topk
         fields = {**MODEL, **MODELS[name][1], "architectures": [name], "index_topk": topk}
@@ -205,7 +210,8 @@ class LatentServing:
             utils.process_final_after_loading(self.net, config)
         self.layers = [layer.self_attn for layer in self.net.model.layers]
         tables = [array(layer.rotary_emb.cos_sin_cache) for layer in self.layers]
-        self.models = [LatentModel(weights, i, tables[i], name) for i in range(LAYERS)]
+        own = list(range(self.rank * self.heads, (self.rank + 1) * self.heads))
+        self.models = [LatentModel(weights, i, tables[i], name, own) for i in range(LAYERS)]
         self.inputs = self.runner.share_inputs
         rng = np.random.default_rng(3)
         hidden = rng.normal(size=(SLOTS, LAYERS, MAX_LEN, HIDDEN))
@@ -306,6 +312,46 @@ class LatentServing:
         return seen
 
 
+def options() -> Iterator[Case]:
+    """What a server of such a model may ask for besides."""
+    dense, sparse = "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"
+    known = [name for name in (dense, sparse) if name in architectures.architectures()]
+    graphs = {"graph_optimization_config": {"use_cudagraph": True}}
+    for name in known:
+        for size in (2, 4, 8):
+            ranks = {"tensor_parallel_size": size, "rank": size - 1}
+            yield f"{name}: rank {size - 1} of {size}", lambda n=name, o=ranks: _day(n, **o)
+        yield f"{name}: CUDA graphs", lambda n=name: _day(n, **graphs)
+        yield f"{name}: a prefix that two sequences share", lambda n=name: _shared_prefix(n)
+        yield f"{name}: deterministic mode", lambda n=name: _day(n, {"FD_DETERMINISTIC_MODE": "1"})
+        yield f"{name}: int8", lambda n=name: _day(n, kind="int8")
+        level = {"graph_optimization_config": {"graph_opt_level": 1}}
+        yield f"{name}: graph_opt_level 1", lambda n=name, o=level: _day(n, **o)
+    yield "USE_FLASH_MLA", lambda: _day(dense, {"USE_FLASH_MLA": "1"})
+
+
+def _serving(name: str, variables: dict[str, str] | None = None, **options: Any) -> LatentServing:
+    with environment(FD_ATTENTION_BACKEND=MODELS[name][0], **(variables or {})):
+        return LatentServing(name, 16, **options)
+
+
+def _day(name: str, variables: dict[str, str] | None = None, **options: Any) -> float:
+    server = _serving(name, variables, **options)
+    with environment(**(variables or {})):
+        return max(server.step(*STEPS[step]) for step in ("prefill", "chunk", "fewer, mixed"))
+
+
+def _shared_prefix(name: str) -> float:
+    """Slot 1 begins with two blocks that slot 0 wrote."""
+    server = _serving(name)
+    server.tokens[1, :, :128] = server.tokens[0, :, :128]
+    server.tables[1, :2] = server.tables[0, :2]
+    server.inputs["block_tables"].set_value(paddle.to_tensor(server.tables))
+    worst = server.step([140, 0], [True, False])
+    server.cached[1] = 128
+    return max(worst, server.step([1, 30], [False, True]), server.step([1, 1], [False, False]))
+
+
 def not_there() -> float:
     """What a model is that no release has yet."""
     raise NotRun("this FastDeploy has no such model")
@@ -330,3 +376,4 @@ def cases() -> Iterator[Case]:
                     f"{label}: {step}",
                     lambda server=server, new=new, prefill=prefill: server.get().step(new, prefill),
                 )
+    yield from options()
