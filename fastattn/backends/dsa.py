@@ -81,23 +81,40 @@ class DSAAttentionBackend(LatentAttentionBackend):
         self._refuse_moves(fd_config)
 
     def _refuse_moves(self, fd_config: Any) -> None:
+        """Refuse what would move blocks without their index keys."""
         mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
         role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
         pool = read(fd_config, "cache_config.kvcache_storage_backend")
-        if mode in PD_MODES or role != "mixed":
-            self._refuse(f"scheduler_config.splitwise_role = {role!r}, {mode}: index keys stay")
-        if pool is not None:
-            self._refuse(f"cache_config.kvcache_storage_backend = {pool!r}: index keys stay")
+        swapped = read(fd_config, "cache_config.num_cpu_blocks", 0)
+        for what, value, moves in (
+            ("parallel_config.pd_disaggregation_mode", mode, mode in PD_MODES),
+            ("scheduler_config.splitwise_role", role, role != "mixed"),
+            ("cache_config.kvcache_storage_backend", pool, pool is not None),
+            ("cache_config.num_cpu_blocks", swapped, bool(swapped)),
+        ):
+            if moves:
+                self._refuse(f"{what} = {value!r}, which leaves index keys behind,")
 
     def get_kv_cache_shape(  # type: ignore[override]
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Shapes of a layer's caches, all uint8: latents, values (none), index keys.
+    ) -> tuple[list[int], ...]:
+        """Shapes of a layer's caches, all uint8, with FastDeploy's bytes.
 
-        The bytes are FastDeploy's. `kv_cache_quant_type` is not used: FastDeploy says "uint8".
+        Returns
+        -------
+        key : list of int
+            Of the latent cache.
+        value : list of int
+            Empty: there is no value cache.
+        index_key : list of int
+            Only if `kv_cache_quant_type` is "uint8", as FastDeploy's runner asks for caches of such
+            models. Its engine, which attaches to caches, unpacks two shapes.
         """
         size = self.config.block_size
-        return [max_num_blocks, 1, size, TOKEN_BYTES], [], [max_num_blocks, size, KEY_BYTES]
+        key, value = [max_num_blocks, 1, size, TOKEN_BYTES], list[int]()
+        if kv_cache_quant_type != "uint8":
+            return key, value
+        return key, value, [max_num_blocks, size, KEY_BYTES]
 
     def init_attention_metadata(self, forward_meta: Any) -> None:
         """Prepare a step. Nothing is copied from the device."""

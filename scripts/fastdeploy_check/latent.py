@@ -197,7 +197,7 @@ class LatentServing:
         registry = importlib.import_module("fastdeploy.model_executor.models.model_base")
         self.name, self.topk = name, topk
         fields = {**MODEL, **MODELS[name][1], "architectures": [name], "index_topk": topk}
-        config = make_config(fields, **options)
+        self.config = config = make_config(fields, **options)
         self.runner = make_runner(config)
         self.backend = self.runner.attn_backends[0]
         if not type(self.backend).__module__.startswith("fastattn"):
@@ -321,6 +321,7 @@ def options() -> Iterator[Case]:
         for size in (2, 4, 8):
             ranks = {"tensor_parallel_size": size, "rank": size - 1}
             yield f"{name}: rank {size - 1} of {size}", lambda n=name, o=ranks: _day(n, **o)
+        yield f"{name}: shapes that the engine asks for", lambda n=name: _engine(n)
         yield f"{name}: CUDA graphs", lambda n=name: _day(n, **graphs)
         yield f"{name}: a prefix that two sequences share", lambda n=name: _shared_prefix(n)
         yield f"{name}: deterministic mode", lambda n=name: _day(n, {"FD_DETERMINISTIC_MODE": "1"})
@@ -339,6 +340,19 @@ def _day(name: str, variables: dict[str, str] | None = None, **options: Any) -> 
     server = _serving(name, variables, **options)
     with environment(**(variables or {})):
         return max(server.step(*STEPS[step]) for step in ("prefill", "chunk", "fewer, mixed"))
+
+
+def _engine(name: str) -> float:
+    """What the engine's prefix cache does with shapes before it starts its processes."""
+    module = importlib.import_module("fastdeploy.cache_manager.prefix_cache_manager")
+    server = _serving(name)
+    manager = object.__new__(module.PrefixCacheManager)
+    manager.config = server.config
+    with environment(FD_ATTENTION_BACKEND=MODELS[name][0]):
+        key, value = manager._get_kv_cache_shape(BLOCKS)
+    if (made := list(server.inputs["caches"][0].shape)) != key or value:
+        raise Wrong(f"the engine has {key} and {value}, the worker {made}")
+    return 0.0
 
 
 def _shared_prefix(name: str) -> float:

@@ -164,9 +164,10 @@ def _config(**changes):
         ({"model_config__index_n_heads": 12}, "index_n_heads = 12"),
         ({"model_config__index_topk": 5000}, "index_topk = 5000"),
         ({"model_config__causal": False}, "causal = False"),
-        ({"parallel_config__pd_disaggregation_mode": "per_chunk"}, "index keys stay"),
+        ({"parallel_config__pd_disaggregation_mode": "per_chunk"}, "which leaves index keys"),
         ({"scheduler_config__splitwise_role": "decode"}, "splitwise_role = 'decode'"),
         ({"cache_config__kvcache_storage_backend": "mooncake"}, "kvcache_storage_backend"),
+        ({"cache_config__num_cpu_blocks": 7}, "num_cpu_blocks = 7"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(changes, message):
@@ -201,4 +202,5 @@ def test_an_empty_step_and_a_missing_choice():
 def test_the_bytes_of_a_token_are_fastdeploys():
     sparse, dense = SparseServer([10], 4), LatentServer([10], 4)
     assert sparse.backend.get_kv_cache_shape(9, "uint8") == ([9, 1, 64, 656], [], [9, 64, 132])
+    assert sparse.backend.get_kv_cache_shape(9) == ([9, 1, 64, 656], [])  # what engines unpack
     assert dense.backend.get_kv_cache_shape(9) == ([9, 1, 64, 576], [])
