@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import paddle
 import pytest
 
 from fastattn import backends
-from tests.support.latent_serving import LatentServer
-from tests.support.tensors import int32
+from tests.server.test_pd import stop_after_signals
+from tests.support.latent_serving import LatentServer, SparseServer
+from tests.support.pd import MODES, configured, digest, fastdeploy, prefill, receive
+from tests.support.tensors import int32, to_numpy
+
+__all__ = ["fastdeploy", "prefill", "receive"]  # fixtures
 
 #: Heads of a rank: DeepSeek-V3's 128 on 8 to 1 ranks, GLM's 64 on 8, and numbers that no tile has.
 HEADS = (1, 3, 8, 16, 20, 32, 64, 128)
@@ -163,3 +169,66 @@ def test_wrong_arguments_of_a_step():
     for name in ("attn_mask", "attn_mask_offsets", "pre_caches_length"):
         with pytest.raises(NotImplementedError, match=f"forward_meta.{name}"):
             server.backend.init_attention_metadata(server.meta([3], None, 0, {name: q[0, :1] + 1}))
+
+
+# --- a server that prefills for others -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prefill_server_signals_complete_layers(prefill, monkeypatch, receive, mode):
+    """In another process: the bytes at a layer's signal are those that the step leaves."""
+    server = LatentServer([150, 40], 8, layers=2)
+    server.config.scheduler_config = SimpleNamespace()
+    server.backend = backends.MLAAttentionBackend(configured(server.config, mode), 1, 8, 576)
+    receiver, seen = receive(server, mode), []
+    stop_after_signals(monkeypatch, receiver, seen)
+    for new in ([70, 17], [63, 3]):
+        server.step(new)
+        assert [told["layer"] for told in seen] == [0, 1]
+        assert [told["digest"] for told in seen] == [digest(server, layer) for layer in (0, 1)]
+        seen.clear()
+
+
+# --- CUDA graph ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [LatentServer, SparseServer])
+def test_a_captured_decode_step(place, kind):
+    """Captured once; replayed for sequences that grow, rest and carry drafts, with padding."""
+    if place != "gpu":
+        pytest.skip("a graph is captured on a GPU")
+    if kind is SparseServer and paddle.__version__.startswith("2."):
+        pytest.skip("rows of a step take kernels that Paddle 2.6 has not for this GPU")
+    from tests.attention.test_gpu_graph import capture
+
+    server = kind([200, 70, 90], 16, place, drafts=3)
+    server.step([120, 5, 63])
+    tokens, names = 6, list(server.tokens[0])
+    held = server.meta([1, 1, 1], [False] * 3, 3, {"step_use_cudagraph": True})
+    parts = {name: server.of_step(name, 0, [1, 1, 1], 3) for name in names}
+    server.of_step = lambda name, *_: parts[name]
+
+    def run():
+        server.backend.init_attention_metadata(held)
+        return server.run(0, [1, 1, 1], 3, held)
+
+    server.chosen = []
+    run()
+    with capture() as graph:
+        out = run()
+    fields = ("cu_seqlens_q", "seq_lens_this_time", "seq_lens_decoder", "batch_id_per_token")
+    for new in ([1, 1, 1], [3, 0, 1], [1, 4, 1], [0, 1, 0], [1, 1, 1]):
+        padding = tokens - sum(new)
+        now = server.meta(new, [False] * 3, padding, {})
+        for field in (*fields, "position_ids"):
+            getattr(held, field).copy_(getattr(now, field), True)
+        for name, tensor in parts.items():
+            tensor.copy_(type(server).of_step(server, name, 0, new, padding), True)
+        graph.replay()
+        result = to_numpy(out)
+        if kind is LatentServer:  # the choice of a sparse one is in the graph, and not seen here
+            server.check(0, new, result.reshape(tokens, 16, 512))
+        assert np.isfinite(result.astype(np.float32)).all()
+        server.cached = [done + n for done, n in zip(server.cached, new)]
+    graph.reset()
