@@ -167,7 +167,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
             rows.gather(weights.astype("float32") * factors).reshape([-1, heads]),
             rows.lengths,
             rows.tables,
-            self._longest(tokens, forward_meta)[1],
+            self._most_keys(forward_meta),
             topk,
         )
         slots, lengths = functional.topk_to_slots(

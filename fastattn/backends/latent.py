@@ -167,14 +167,18 @@ class LatentAttentionBackend(AttentionBackend):
             scale_rule=rule,
         )
 
-    def _longest(self, tokens: int, forward_meta: Any) -> tuple[int, int]:
-        """Bounds of the new tokens and of the keys of a sequence; too small a one costs time."""
-        tables, starts, _, _ = sequences(forward_meta)
-        keys = min(self.config.max_model_len, tables.shape[1] * self.config.block_size)
+    def _most_keys(self, forward_meta: Any) -> int:
+        """Keys of a sequence, at most; not what a server says, which drafts may exceed."""
+        tables = sequences(forward_meta)[0]
+        return min(self.config.max_model_len, tables.shape[1] * self.config.block_size)
+
+    def _most_new_tokens(self, tokens: int, forward_meta: Any) -> int:
+        """New tokens of a sequence; too small a number costs time only."""
         known = self._metadata().host_lengths
         if known is not None:
-            return known[0], min(known[1], keys)
-        return guess_new_tokens(tokens, starts.shape[0] - 1, *self._kind(forward_meta)), keys
+            return known[0]
+        seqs = sequences(forward_meta)[1].shape[0] - 1
+        return guess_new_tokens(tokens, seqs, *self._kind(forward_meta))
 
     def _kind(self, forward_meta: Any) -> tuple[int, bool]:
         """New tokens of a decoding sequence, and whether the server says that some prefill."""

@@ -21,6 +21,16 @@ def pages_of(slots, server):
     return set((slots[slots >= 0] // server.page_size).tolist())
 
 
+@SERVERS
+def test_bug13_more_tokens_than_the_host_was_told(kind):
+    """5 new tokens of a decoding sequence beside a prefill; the host was told of 1, and 26 keys."""
+    server = kind([30, 80], 8, drafts=4)
+    server.step([20, 0])
+    told = int32([1, 0, 20, 21, 21, 21, 0, 0, 0], "cpu")
+    server.step([5, 70], prefill=[False, True], max_len_tensor_cpu=told)
+    server.step([5, 1], prefill=[False, False], max_len_tensor_cpu=told)
+
+
 @pytest.mark.parametrize("topk", [9, 16, 64])
 def test_bug24_a_short_row_lists_itself_last(topk):
     """Token i of a prompt of 9 chooses 0 to i, and not its successor, whose key is written too."""
