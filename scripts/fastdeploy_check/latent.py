@@ -322,6 +322,8 @@ def options() -> Iterator[Case]:
             ranks = {"tensor_parallel_size": size, "rank": size - 1}
             yield f"{name}: rank {size - 1} of {size}", lambda n=name, o=ranks: _day(n, **o)
         yield f"{name}: shapes that the engine asks for", lambda n=name: _engine(n)
+        spec = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 1}}
+        yield f"{name}: speculative decoding", lambda n=name, o=spec: _drafts(n, **o)
         yield f"{name}: CUDA graphs", lambda n=name: _day(n, **graphs)
         yield f"{name}: a prefix that two sequences share", lambda n=name: _shared_prefix(n)
         yield f"{name}: deterministic mode", lambda n=name: _day(n, {"FD_DETERMINISTIC_MODE": "1"})
@@ -340,6 +342,19 @@ def _day(name: str, variables: dict[str, str] | None = None, **options: Any) -> 
     server = _serving(name, variables, **options)
     with environment(**(variables or {})):
         return max(server.step(*STEPS[step]) for step in ("prefill", "chunk", "fewer, mixed"))
+
+
+def _drafts(name: str, **options: Any) -> float:
+    """Two queries of each decoding sequence, of which some drafts are rejected."""
+    server = _serving(name, **options)
+    if server.backend.config.decode_tokens != 2:
+        raise Wrong("the backend does not know of drafts")
+    worst = server.step(*STEPS["prefill"])
+    for accepted in ([2, 1, 1, 2, 1, 2, 2, 1], [1] * 8, [2] * 8):
+        before = list(server.cached)
+        worst = max(worst, server.step([2] * 8, [False] * 8))
+        server.cached = [a + b for a, b in zip(before, accepted)]
+    return max(worst, server.step(*STEPS["mixed"]))
 
 
 def _engine(name: str) -> float:
