@@ -511,9 +511,16 @@ def batch(call: Call, name: str) -> None:
 
 latent_format = names(
     NotImplementedError,
-    ("bf16", "fp8", "fp8_656", "fp8_584"),
-    "'{}' is not supported; supported: bf16, fp8, fp8_656, fp8_584",
+    ("bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"),
+    "'{}' is not supported; supported: bf16, fp8, fp8_656, fp8_584, fp8_528",
 )
+
+
+def written_latent_format(call: Call, name: str) -> None:
+    if call.attrs[name] == "fp8_528":
+        text = "'fp8_528' is only read; supported: bf16, fp8, fp8_656, fp8_584"
+        call.fail(NotImplementedError, name, text)
+    latent_format(call, name)
 
 
 def latent_scale_rule(call: Call, name: str) -> None:
@@ -561,10 +568,18 @@ def latent_query(call: Call, name: str) -> None:
         call.fail(NotImplementedError, name, f"expected 1 to 128 heads, got shape {shape}")
     for cache in ("cache", "extra_cache"):
         cache_format = call.attrs[f"{cache}_format"]
-        wanted = {"bf16": dim, "fp8_584": 512}.get(cache_format, 576)
+        wanted = {"bf16": dim, "fp8_584": 512, "fp8_528": 512}.get(cache_format, 576)
         if call.inputs[cache] is not None and dim is not None and dim != wanted:
             text = f"expected {wanted} channels, those of {cache}_format {cache_format}, got {dim}"
             call.fail(ValueError, name, text)
+
+
+def latent_out_dtype(call: Call, name: str) -> None:
+    names(ValueError, ("bfloat16", "float32"), "expected bfloat16 or float32, got '{}'")(call, name)
+
+
+def latent_out(call: Call, name: str) -> None:
+    dtypes(call.attrs["out_dtype"])(call, name)
 
 
 def extra_selection(call: Call, name: str) -> None:
