@@ -574,6 +574,14 @@ def latent_query(call: Call, name: str) -> None:
             call.fail(ValueError, name, text)
 
 
+def latent_out_dtype(call: Call, name: str) -> None:
+    names(ValueError, ("bfloat16", "float32"), "expected bfloat16 or float32, got '{}'")(call, name)
+
+
+def latent_out(call: Call, name: str) -> None:
+    dtypes(call.attrs["out_dtype"])(call, name)
+
+
 def extra_selection(call: Call, name: str) -> None:
     """Arguments of a second cache come with it, and its indices have to."""
     given, cache = call.inputs[name] is not None, call.inputs["extra_cache"] is not None

@@ -12,22 +12,6 @@
 
 namespace fastattn::cpu {
 
-// A token's bytes in the cache.
-struct MlaRow {
-  uint8_t* codes;
-  uint8_t* scales;  // in the page's other plane, if it has one; else behind the codes
-};
-
-template <MlaFormat kFormat>
-MlaRow MlaRowOf(const MlaCache& cache, int64_t page, int64_t row) {
-  uint8_t* base = static_cast<uint8_t*>(cache.data) + page * cache.page_stride;
-  uint8_t* codes = base + row * cache.row_stride;
-  if constexpr (ScalePlaneBytes(kFormat) > 0) {
-    return {codes, base + cache.ScalePlane() + row * ScalePlaneBytes(kFormat)};
-  }
-  return {codes, codes + FactsOf(kFormat).latent};
-}
-
 inline void DecodeMla(const uint8_t* codes, int n, float scale, uint16_t* out) {
   for (int i = 0; i < n; ++i) out[i] = MlaValue(E4M3ToFloat(codes[i]), scale);
 }

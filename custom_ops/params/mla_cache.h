@@ -76,6 +76,22 @@ struct MlaCache {
   FASTATTN_HD int64_t ScalePlane() const { return int64_t{page_size} * row_stride; }
 };
 
+// A token's bytes.
+struct MlaRow {
+  uint8_t* codes;
+  uint8_t* scales;  // in the page's other plane, if it has one; else behind the codes
+};
+
+// `format` is the cache's, given apart because it is mostly a constant.
+FASTATTN_HD MlaRow MlaRowOf(const MlaCache& cache, MlaFormat format, int64_t page, int64_t row) {
+  uint8_t* base = static_cast<uint8_t*>(cache.data) + page * cache.page_stride;
+  uint8_t* codes = base + row * cache.row_stride;
+  if (ScalePlaneBytes(format) > 0) {
+    return {codes, base + cache.ScalePlane() + row * ScalePlaneBytes(format)};
+  }
+  return {codes, codes + FactsOf(format).latent};
+}
+
 // mla_write_cache: one token for each slot. A slot outside the cache is skipped.
 //
 // Only in invalid input do two tokens share a slot; then either may be the one that stays.

@@ -30,6 +30,7 @@ def mla_attention(
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
     page_size: int | None = None,
+    out_dtype: str = "bfloat16",
 ) -> Any:
     r"""Attention of a step's new tokens over a paged latent cache, all heads over the same keys.
 
@@ -79,15 +80,17 @@ def mla_attention(
         A logit for each head that joins the denominator, but has no value.
     return_softmax_lse : bool
         Also return the LSE, the logarithm of the sum of exponentials, without the sink.
-    out : Tensor, shape [T, H, 512], bfloat16, optional
-        Written in place and returned. Tokens that belong to no sequence (padding) keep their
-        contents; in a new output they are 0.
+    out : Tensor, shape [T, H, 512], optional
+        Of type `out_dtype`; written in place and returned. Tokens that belong to no sequence
+        (padding) keep their contents; in a new output they are 0.
     page_size : int, optional
         Tokens of a page, for a `cache` of two dimensions.
+    out_dtype : {"bfloat16", "float32"}
+        "float32" does not round the output, for a merge with other keys' results.
 
     Returns
     -------
-    out : Tensor, shape [T, H, 512], bfloat16
+    out : Tensor, shape [T, H, 512]
     softmax_lse : Tensor, shape [H, T], float32
         Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
 
@@ -134,6 +137,7 @@ def mla_attention(
             return_softmax_lse,
             cache_format,
             0 if page_size is None else page_size,
+            out_dtype,
         ),
     )
     return (result, lse) if return_softmax_lse else result

@@ -243,7 +243,7 @@ class Problem:
         return out, lse
 
     def noise(self, place: str) -> Any:
-        """Of the LSE [T, H]; 0 where keys fit 16 bits, and on a CPU."""
+        """Of the LSE [H, T]; 0 where keys fit 16 bits, and on a CPU."""
         kinds = [c.kind for c in (self.cache, self.extra) if c is not None]
         if place == "cpu" or not any(kind in ANY_SCALE for kind in kinds):
             return 0.0
@@ -270,7 +270,7 @@ class Problem:
                         )
                     )
             rows.append(lse_noise(q, np.concatenate(keys), scale))
-        return np.array(rows)
+        return np.array(rows).T
 
 
 def queries(rng: np.random.Generator, rows: int, heads: int, dim: int, std: float = 1.0):

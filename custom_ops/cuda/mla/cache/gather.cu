@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kMlaThreads)
   const int page = BlockOf(p.block_tables, p.max_blocks, static_cast<int>(p.cache.num_pages),
                            place.batch_idx, index);
   if (page < 0) return;
-  const MlaRow row = RowOf<kFormat>(p.cache, page, place.position - index * page_size.divisor);
+  const MlaRow row = MlaRowOf(p.cache, kFormat, static_cast<uint32_t>(page),
+                              place.position - index * page_size.divisor);
   // Everything is loaded before anything is converted.
   uint4 bytes[kRounds];
   float scale[kRounds];

@@ -16,10 +16,7 @@ namespace fastattn::cuda::mla_dense {
 template <MlaFormat kFormat>
 inline constexpr int kDim = FactsOf(kFormat).latent + kMlaRopeDim;
 
-struct Token {
-  const uint8_t* codes;   // null: no page is assigned
-  const uint8_t* scales;  // in the page's other plane, if it has one; else behind the codes
-};
+using Token = MlaRow;  // without codes where no page is assigned
 
 // Position `key` of a sequence; it is not negative.
 template <MlaFormat kFormat>
@@ -30,12 +27,7 @@ __device__ __forceinline__ Token FindToken(const MlaDenseParams& p, const Diviso
                            static_cast<int>(p.cache.num_pages), batch_idx, index);
   if (page < 0) return {nullptr, nullptr};
   const uint32_t row = static_cast<uint32_t>(key) - index * page_size.divisor;
-  const uint8_t* base = static_cast<const uint8_t*>(p.cache.data) + page * p.cache.page_stride;
-  const uint8_t* codes = base + row * p.cache.row_stride;
-  if constexpr (ScalePlaneBytes(kFormat) > 0) {
-    return {codes, base + p.cache.ScalePlane() + int64_t{row} * ScalePlaneBytes(kFormat)};
-  }
-  return {codes, codes + FactsOf(kFormat).latent};
+  return MlaRowOf(p.cache, kFormat, page, row);
 }
 
 // Eight codes, each times the scale in one fp32 product, rounded.
