@@ -64,8 +64,10 @@ def test_some_cuts(place, name, batch):
 @BATCH
 @ALL
 def test_every_cut(place, name, batch):
+    started = None
     for cut in range(1, max(BATCHES[batch])):
-        check_cut(problem_of(name, batch), place, cut, whole(name, batch, place))
+        want = whole(name, batch, place)
+        started = check_cut(problem_of(name, batch), place, cut, want, started)
 
 
 @pytest.mark.parametrize("batch", ["1-9", "300"])

@@ -56,18 +56,20 @@ def _weights(scores: np.ndarray, mask: np.ndarray, sinks: np.ndarray | None = No
     return weights / (weights.sum(axis=-1) + np.exp(sink - largest))[..., None]
 
 
+def _dots(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Products of q [T, H, C] with keys [N, C]: [T, H, N]."""
+    return (q.reshape(-1, q.shape[-1]) @ keys.T).reshape(*q.shape[:2], len(keys))
+
+
 def _index_logits(
     q: np.ndarray, keys: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits [T, N] of the indexer, and what they would be if nothing cancelled."""
     q, keys = _coded(_rounded(q), 128), _coded(_rounded(keys), 128)
     weights = weights * (128.0 * q.shape[1]) ** -0.5
-    scores = np.maximum(q @ keys.T, 0)
-    size = np.abs(q) @ np.abs(keys).T
-    return (
-        (weights[:, None] @ scores)[:, 0],
-        (np.abs(weights)[:, None] @ size)[:, 0],
-    )
+    scores = np.maximum(_dots(q, keys), 0)
+    sizes = (np.abs(weights)[:, None] @ np.abs(q))[:, 0] @ np.abs(keys).T
+    return (weights[:, None] @ scores)[:, 0], sizes
 
 
 def mask_of(indices: np.ndarray, columns: int) -> np.ndarray:
@@ -122,19 +124,19 @@ class DenseV32:
 
     def attention(self, mask: np.ndarray) -> np.ndarray:
         """Absorbed: [T, H, 512]."""
-        absorbed = (self.q_nope[:, :, None] @ self.w["uk"])[:, :, 0]
+        absorbed = (self.q_nope.transpose(1, 0, 2) @ self.w["uk"]).transpose(1, 0, 2)
         q = _rounded(np.concatenate([absorbed, self.q_rope], axis=-1))
-        scores = q @ self.cached().T * self.config.softmax_scale
+        scores = _dots(q, self.cached()) * self.config.softmax_scale
         return _weights(scores, mask & self.visible) @ self.latent
 
     def plain(self, mask: np.ndarray) -> np.ndarray:
         """Multi-head attention with each head's own keys and values; the layer's output."""
         keys = self.latent @ self.w["uk"].transpose(0, 2, 1)  # [H, N, nope]
         values = self.latent @ self.w["uv"]  # [H, N, v]
-        scores = (self.q_nope[:, :, None] @ keys.transpose(0, 2, 1))[:, :, 0]
-        scores += self.q_rope @ self.rope.T
+        scores = (self.q_nope.transpose(1, 0, 2) @ keys.transpose(0, 2, 1)).transpose(1, 0, 2)
+        scores += _dots(self.q_rope, self.rope)
         weights = _weights(scores * self.config.softmax_scale, mask & self.visible)
-        heads = (weights[:, :, None] @ values)[:, :, 0]
+        heads = (weights.transpose(1, 0, 2) @ values).transpose(1, 0, 2)
         return heads.reshape(len(heads), -1) @ self.w["o"]
 
 
@@ -209,7 +211,7 @@ class DenseV4:
     def attention(self, mask: np.ndarray) -> np.ndarray:
         """Over the window and the entries of the mask [T, entries]: [T, H, 512]."""
         keys = np.concatenate([self.window_keys, self.entries])
-        scores = self.q @ keys.T * self.config.softmax_scale
+        scores = _dots(self.q, keys) * self.config.softmax_scale
         seen = np.concatenate([self.window, mask & self.visible], axis=1)
         return _weights(scores, seen, self.w["sinks"]) @ keys
 
@@ -221,7 +223,7 @@ class DenseV4:
         """Of the layer [T, 256]."""
         config, w = self.config, self.w
         grouped = self.turned_back(attention).reshape(self.tokens, config.groups, -1)
-        mixed = (grouped[:, :, None] @ w["wo_a"])[:, :, 0]
+        mixed = (grouped.transpose(1, 0, 2) @ w["wo_a"]).transpose(1, 0, 2)
         return mixed.reshape(self.tokens, -1) @ w["wo_b"]
 
 
