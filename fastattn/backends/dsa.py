@@ -188,7 +188,8 @@ class DSAAttentionBackend(LatentAttentionBackend):
                 return rows
         tokens, seqs = maps.slots.shape[0], sequences(forward_meta)[1].shape[0] - 1
         decoding, prefills = self._kind(forward_meta)
-        made = query_rows(forward_meta, maps, tiled=prefills or tokens > seqs * decoding)
+        tiled = prefills or tokens > seqs * decoding
+        made = query_rows(forward_meta, maps, self._places[-1], tiled=tiled)
         metadata.rows = [*metadata.rows[-1:], (maps, made)]
         return made
 

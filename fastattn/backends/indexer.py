@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import paddle
 
 from fastattn.backends.forward_meta import sequences
-from fastattn.backends.latent import TokenMaps, places_of
+from fastattn.backends.latent import TokenMaps
 
 #: Queries of a sequence that a step with prefill puts into a row together. The kernels score two
 #: at a time; more would only add padding.
@@ -48,37 +48,39 @@ class QueryRows(NamedTuple):
         return paddle.gather(queries, self.query_of_token)
 
 
-def query_rows(forward_meta: Any, maps: TokenMaps, *, tiled: bool) -> QueryRows:
+def query_rows(forward_meta: Any, maps: TokenMaps, places: Any, *, tiled: bool) -> QueryRows:
     """Rows of a step's queries, made on the device from sizes that the host knows.
 
     Parameters
     ----------
     forward_meta : ForwardMeta
     maps : TokenMaps
+    places : Tensor, int32
+        0, 1, 2, ...
     tiled : bool
         Rows of :data:`TILE` consecutive tokens, for steps with prefill; otherwise of one token.
     """
-    tables, starts, _, new = sequences(forward_meta)
-    count = starts.shape[0] - 1
+    tables, starts, _, _ = sequences(forward_meta)
+    tokens, count = maps.batch_ids.shape[0], starts.shape[0] - 1
     seqs = maps.batch_ids.clip(0, count - 1)
-    seen = paddle.where(maps.batch_ids >= 0, maps.positions + 1, paddle.zeros_like(maps.positions))
+    owned = maps.batch_ids >= 0
+    seen = paddle.where(owned, maps.positions + 1, paddle.zeros_like(maps.positions))
     if not tiled:
         return QueryRows(seen.reshape([-1, 1]), paddle.gather(tables, seqs), None, None)
-    tokens = maps.batch_ids.shape[0]
+    # A sequence's first row is behind those of all before it, whatever their lengths:
+    # floor((s + n) / TILE) + 1 >= floor(s / TILE) + ceil(n / TILE).
+    first = starts[:count] // TILE + places[:count]
     rows = tokens // TILE + count + 1  # the last is that of padding tokens
-    tiles = (new.reshape([-1])[:count] + (TILE - 1)) // TILE
-    moved = (paddle.cumsum(tiles, dtype="int32") - tiles) * TILE - starts[:count]
-    places = places_of(maps.batch_ids)
-    query = places + paddle.gather(moved, seqs)
-    query = paddle.where(maps.batch_ids >= 0, query, paddle.full_like(query, rows * TILE - 1))
+    query = places[:tokens] + paddle.gather(first * TILE - starts[:count], seqs)
+    query = paddle.where(owned, query, paddle.full_like(query, rows * TILE - 1))
 
     def of_queries(values: Any) -> Any:
         return paddle.scatter(paddle.zeros([rows * TILE], "int32"), query, values)
 
-    first = of_queries(seqs).reshape([rows, TILE])[:, 0]
+    owner = of_queries(seqs).reshape([rows, TILE])[:, 0]
     return QueryRows(
         of_queries(seen).reshape([rows, TILE]),
-        paddle.gather(tables, first),
-        of_queries(places),
+        paddle.gather(tables, owner),
+        of_queries(places[:tokens]),
         query,
     )

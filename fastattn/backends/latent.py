@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any, NamedTuple
 
+import numpy as np
 import paddle
 
 from fastattn import functional
@@ -104,6 +106,7 @@ class LatentAttentionBackend(AttentionBackend):
         self.attention_metadata: Any = None
         self._signals = KvSignals.of(fd_config)
         self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
+        self._places: list[Any] = []  # 0, 1, 2, ...; captured graphs read the earlier ones
 
     def get_attention_meta(self) -> Any:
         """Metadata of the current step."""
@@ -122,8 +125,21 @@ class LatentAttentionBackend(AttentionBackend):
         if self._stale_starts is not None and starts is not None:
             self._stale_starts.settle(starts)
         self.attention_metadata = self._metadata_class(host_lengths(forward_meta))
+        self._count_places(field(forward_meta, "batch_id_per_token"), starts)
         if self._signals is not None:
             self._signals.begin(forward_meta)
+
+    def _count_places(self, batch_ids: Any, starts: Any) -> None:
+        """Have numbers up to those of tokens and sequences, ahead of what a graph captures.
+
+        ``paddle.arange`` and ``cumsum`` may wait for the stream, which a capture forbids.
+        """
+        needed = max(
+            math.prod(batch_ids.shape), math.prod(starts.shape) if starts is not None else 0
+        )
+        if not self._places or self._places[-1].shape[0] < needed:
+            numbers = np.arange(max(64, 1 << (needed - 1).bit_length()), dtype=np.int32)
+            self._places.append(paddle.to_tensor(numbers, place=batch_ids.place))
 
     def _refuse(self, what: str) -> None:
         raise NotImplementedError(f"{type(self).__name__}: {what} is not supported")
@@ -199,13 +215,16 @@ class LatentAttentionBackend(AttentionBackend):
                     return maps
                 del known[index]
                 break
-        made = token_maps(forward_meta, tokens, num_blocks, self.config.block_size)
+        size, places = self.config.block_size, self._places[-1]
+        made = token_maps(forward_meta, tokens, num_blocks, size, places)
         known.append((forward_meta, layer_id, made))
         return made
 
 
-def token_maps(forward_meta: Any, tokens: int, num_blocks: int, block_size: int) -> TokenMaps:
-    """Sequences, positions and slots of a step's tokens, all on the device.
+def token_maps(
+    forward_meta: Any, tokens: int, num_blocks: int, block_size: int, places: Any
+) -> TokenMaps:
+    """Sequences, positions and slots of a step's tokens, all on the device; `places`: 0, 1, 2, ...
 
     Slots are not those of FastDeploy's ``forward_meta.slot_mapping``, where padding tokens take a
     block of the last sequence.
@@ -213,7 +232,7 @@ def token_maps(forward_meta: Any, tokens: int, num_blocks: int, block_size: int)
     batch_ids = _flat(field(forward_meta, "batch_id_per_token"), tokens)
     positions = optional(forward_meta, "position_ids")
     if positions is None:
-        positions = _positions(forward_meta, batch_ids)
+        positions = _positions(forward_meta, batch_ids, places)
     positions = _flat(positions, tokens)
     if positions.dtype != batch_ids.dtype:
         positions = positions.astype(batch_ids.dtype)
@@ -232,14 +251,9 @@ def _flat(values: Any, tokens: int) -> Any:
     return values if list(values.shape) == [tokens] else values.reshape([-1])[:tokens]
 
 
-def _positions(forward_meta: Any, batch_ids: Any) -> Any:
+def _positions(forward_meta: Any, batch_ids: Any, places: Any) -> Any:
     """Position of each token: its place in the step, moved by its sequence's."""
     _, starts, cached, _ = sequences(forward_meta)
     count = starts.shape[0] - 1
     moved = cached.reshape([-1])[:count] - starts[:count]
-    return places_of(batch_ids) + paddle.gather(moved, batch_ids.clip(0, count - 1))
-
-
-def places_of(batch_ids: Any) -> Any:
-    """0, 1, 2, ...: place of each token in the step. ``arange`` copies its end from the host."""
-    return paddle.cumsum(paddle.ones_like(batch_ids), dtype="int32") - 1
+    return places[: batch_ids.shape[0]] + paddle.gather(moved, batch_ids.clip(0, count - 1))

@@ -338,7 +338,20 @@ def test_bug49_nothing_waits_for_the_device(monkeypatch, kind, new):
             patch.setattr(paddle.Tensor, name, read)
         meta.max_len_tensor_cpu = None
         server.backend.init_attention_metadata(meta)
+        for name in ("arange", "cumsum", "nonzero", "to_tensor", "unique"):
+            patch.setattr(paddle, name, read)  # they wait, or copy from the host
         server.run(0, new, 3, meta)
+
+
+def test_bug49_numbers_that_a_graph_reads_stay():
+    """A longer step gets more of them, and a graph of a shorter one keeps its own."""
+    server = LatentServer([300], 8)
+    server.step([40])
+    first = server.backend._places[0]
+    server.step([200])
+    assert server.backend._places[0] is first and len(server.backend._places) == 2
+    server.step([1])
+    assert len(server.backend._places) == 2
 
 
 @SERVERS
