@@ -102,6 +102,19 @@ __device__ __forceinline__ float PowerOfTwo(uint32_t exponent) {
   return __uint_as_float(exponent << 23 | special);
 }
 
+// Arrivals at `full` of a stage that kWarps fill.
+template <MlaFormat kFormat, int kWarps>
+inline constexpr int kFullArrivals =
+    kWarps * (kWarpArrivals + (kFormat == MlaFormat::kBf16 ? 32 : 0));
+
+// Waits for a tile. kCopied: by copies, which do not order themselves before the tensor cores'
+// accesses.
+template <bool kCopied>
+__device__ __forceinline__ void WaitTile(uint64_t* full, uint32_t parity) {
+  Wait(full, parity);
+  if constexpr (kCopied) FenceAsyncProxy();
+}
+
 // kWarps gather the keys; kAhead tiles of codes are in flight.
 template <int kDim, MlaFormat kFormat, int kWarps, int kAhead>
 class Gather {
@@ -135,10 +148,17 @@ class Gather {
   static constexpr int kRows = kKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
 
-  // Of the key that this lane finds: row lane % kRows of the warp's. page < 0: masked.
+  // Where the key lies that this lane finds, row lane % kRows of the warp's.
   struct Place {
-    int page;
-    uint32_t row;
+    uint32_t key;     // 16 bytes; kMasked
+    uint32_t scales;  // of kFp8x584: 8 bytes
+  };
+  static constexpr uint32_t kMasked = 0xFFFFFFFF;
+
+  // What a key of this lane's is multiplied with.
+  struct KeyScale {
+    float factor;  // power of two; 0: masked
+    uint32_t own;  // SplitScale of OwnScale times the factor
   };
 
   __device__ __forceinline__ int FindSlot(const Work& work, int tile) const {
@@ -155,41 +175,43 @@ class Gather {
     const MlaCache& cache = extra ? args_.p.extra.cache : args_.p.keys.cache;
     const Divisor& size = extra ? args_.page_size[1] : args_.page_size[0];
     const int page = static_cast<int>(size.Quotient(static_cast<uint32_t>(slot)));
-    const bool valid = slot >= 0 && page < cache.num_pages;
-    return {valid ? page : -1, static_cast<uint32_t>(slot) - page * size.divisor};
-  }
-
-  // Address of the key of pass `pass` that this lane shares; null: masked.
-  __device__ __forceinline__ const uint8_t* AddressOf(const Work& work, int tile,
-                                                      const Place& place, int pass,
-                                                      const uint8_t** scales) const {
-    const int from = 4 * pass + lane_ / 8;
-    const int page = __shfl_sync(kFullWarp, place.page, from);
-    const uint32_t row = __shfl_sync(kFullWarp, place.row, from);
-    if (page < 0) return nullptr;
-    const MlaCache& cache = tile >= work.first_extra ? args_.p.extra.cache : args_.p.keys.cache;
-    const uint8_t* base = static_cast<const uint8_t*>(cache.data) + page * cache.page_stride;
+    if (slot < 0 || page >= cache.num_pages) return {kMasked, 0};
+    const uint32_t row = static_cast<uint32_t>(slot) - page * size.divisor;
+    const int64_t base = page * cache.page_stride;
+    Place place = {static_cast<uint32_t>((base + row * cache.row_stride) / 16), 0};
     if constexpr (kFormat == MlaFormat::kFp8x584) {
-      *scales = base + cache.ScalePlane() + row * kMlaScalePlaneBytes;
+      place.scales =
+          static_cast<uint32_t>((base + cache.ScalePlane() + row * kMlaScalePlaneBytes) / 8);
     }
-    return base + row * cache.row_stride;
+    return place;
   }
 
-  __device__ __forceinline__ void Load(const Work& work, int tile, const Place& place, int pass,
+  // Of the key of pass `pass` that this lane shares.
+  static __device__ __forceinline__ uint32_t OfPass(uint32_t place, int pass, int lane) {
+    return __shfl_sync(kFullWarp, place, 4 * pass + lane / 8);
+  }
+
+  __device__ __forceinline__ const uint8_t* Base(bool extra) const {
+    return static_cast<const uint8_t*>(extra ? args_.p.extra.cache.data : args_.p.keys.cache.data);
+  }
+
+  __device__ __forceinline__ void Load(const Place& place, bool extra, int pass,
                                        KeyPart* part) const {
-    const uint8_t* scales = nullptr;
-    const uint8_t* key = AddressOf(work, tile, place, pass, &scales);
+    const uint32_t at = OfPass(place.key, pass, lane_);
+    uint32_t scales = 0;
+    if constexpr (kFormat == MlaFormat::kFp8x584) scales = OfPass(place.scales, pass, lane_);
     const uint4 zero = make_uint4(0, 0, 0, 0);
-    const int share = lane_ % 8 * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) part->codes[i] = zero;
     part->rope = zero;
     part->scales = make_uint2(0, 0);
-    if (key != nullptr) LoadCodes(key, scales, share, part);
+    if (at == kMasked) return;
+    const uint8_t* base = Base(extra);
+    LoadCodes(base + uint64_t{at} * 16, base + uint64_t{scales} * 8, lane_ % 8 * 16u, part);
   }
 
-  __device__ __forceinline__ void LoadCodes(const uint8_t* key, const uint8_t* scales, int share,
-                                            KeyPart* part) const {
+  __device__ __forceinline__ void LoadCodes(const uint8_t* key, const uint8_t* scales,
+                                            uint32_t share, KeyPart* part) const {
     constexpr bool kHalfTile = kFormat == MlaFormat::kFp8x584;  // 448 codes
 #pragma unroll
     for (int i = 0; i < (kHalfTile ? 3 : 4); ++i) {
@@ -255,11 +277,11 @@ class Gather {
     }
   }
 
-  // What a key is multiplied with; tells the consumers its reciprocal.
-  __device__ __forceinline__ float FactorOf(const KeyPart& part, bool extra, int pass) const {
+  __device__ __forceinline__ KeyScale ScaleOfKey(const KeyPart& part, bool extra) const {
     // The exponent field of a bound of the key's values; whether there is anything but zeros.
     uint32_t exponent, largest = 0;
     if constexpr (kFormat == MlaFormat::kFp8) {
+      largest = part.scales.x;
       exponent = ExponentField(OwnScale(part, extra) * 448.0f);
     } else {
       if constexpr (kFormat == MlaFormat::kFp8x656) {
@@ -283,31 +305,29 @@ class Gather {
       largest |= magnitude;
       exponent = max(exponent, magnitude >> 7);
     }
-    const float power = KeyPower(exponent);
-    if (lane_ % 8 == 0) {
-      const bool masked = kFormat == MlaFormat::kFp8 ? part.scales.x == 0 : largest == 0;
-      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] = masked ? 0.0f : power;
-    }
-    return Reciprocal(power);
+    const float factor = largest == 0 ? 0.0f : Reciprocal(KeyPower(exponent));
+    if constexpr (kFormat == MlaFormat::kFp8x584) return {factor, 0};
+    return {factor, SplitScale(OwnScale(part, extra) * factor)};
   }
 
-  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) const {
+  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) {
+    const KeyScale scale = ScaleOfKey(part, extra);
+    if (lane_ % 8 == 0) {
+      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] =
+          scale.factor == 0.0f ? 0.0f : Reciprocal(scale.factor);
+    }
     const uint32_t rows = RowsOf(pass);
     const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
-    const float factor = FactorOf(part, extra, pass);
-    if constexpr (kFormat == MlaFormat::kFp8x584) {
-      PutAllCodes<true>(codes, part, 0, factor);
+    const bool exact = (scale.own & 0x7FFF0000u) == 0;  // such as a power of two
+    if (kFormat == MlaFormat::kFp8x584 || __all_sync(kFullWarp, exact)) {
+      PutAllCodes<true>(codes, part, scale.own, scale.factor);
     } else {
-      const uint32_t own = SplitScale(OwnScale(part, extra) * factor);
-      if (__all_sync(kFullWarp, (own & 0x7FFF0000u) == 0)) {  // such as powers of two
-        PutAllCodes<true>(codes, part, own, factor);
-      } else {
-        PutAllCodes<false>(codes, part, own, factor);
-      }
+      PutAllCodes<false>(codes, part, scale.own, scale.factor);
     }
     if constexpr (kFormat != MlaFormat::kFp8) {
       constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
-      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes, ToHalf(part.rope, factor));
+      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes,
+                  ToHalf(part.rope, scale.factor));
     }
   }
 
@@ -319,7 +339,7 @@ class Gather {
   static __device__ __forceinline__ uint32_t Turn(int pass) { return 64 * (pass % 2); }
 
   __device__ __forceinline__ uint32_t ValidBits(const Place& place) const {
-    return __ballot_sync(kFullWarp, place.page >= 0);
+    return __ballot_sync(kFullWarp, place.key != kMasked);
   }
 
   // valid: bit i: row i of the warp's exists.
@@ -355,7 +375,7 @@ class Gather {
       const Place place = Locate(work, tile, slots[a]);
       valid[a] = ValidBits(place);
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i) Load(work, tile, place, i, &parts[a][i]);
+      for (int i = 0; i < kPasses; ++i) Load(place, tile >= work.first_extra, i, &parts[a][i]);
     }
     for (int first = work.begin; first < work.end; first += kAhead) {
 #pragma unroll
@@ -368,7 +388,7 @@ class Gather {
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
           Convert(tile >= work.first_extra, parts[a][i], i);
-          Load(work, later, place, i, &parts[a][i]);
+          Load(place, later >= work.first_extra, i, &parts[a][i]);
           __syncwarp();  // or ptxas has the loads of all passes wait for all conversions
         }
         Publish(valid[a]);
@@ -386,11 +406,11 @@ class Gather {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;
-        const uint8_t* none = nullptr;
-        const uint8_t* key = AddressOf(work, tile, place, pass, &none);
-        const bool valid = key != nullptr;
+        const uint32_t at = OfPass(place.key, pass, lane_);
+        const bool valid = at != kMasked;
         // Any memory of the cache will do for an address that is not read.
-        key = valid ? key + 16 * share : static_cast<const uint8_t*>(args_.p.keys.cache.data);
+        const uint8_t* base = Base(tile >= work.first_extra);
+        const uint8_t* key = valid ? base + uint64_t{at} * 16 + 16 * share : base;
         const int step = valid ? 128 : 0;
         const uint32_t target = (piece_ ^ Turn(pass)) + RowsOf(pass);
 #pragma unroll
@@ -398,8 +418,11 @@ class Gather {
           CopyOrZero(target + i * kBlockBytes, key + step * i, valid);
         }
       }
-      WaitCopies();
-      Publish(ValidBits(place));
+      // Each lane's copies arrive when they have ended: the next tile's begin before.
+      StoreValid(ValidBits(place));
+      ArriveWarp(&barriers_.full[stage_]);
+      ArriveAfterCopies(&barriers_.full[stage_]);
+      Advance();
     }
   }
 

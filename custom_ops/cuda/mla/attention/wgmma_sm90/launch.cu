@@ -16,12 +16,13 @@ constexpr int kFixedTiles = 3;  // what a CTA costs beside its tiles, in tiles
 
 bool SelectionFits(const MlaSelection& s, int dim) {
   const MlaCache& c = s.cache;
+  constexpr int64_t kBytes = int64_t{1} << 35;  // places of 32 bits, in units of 8 bytes
   const auto aligned = [](int64_t x) { return x % 16 == 0; };
   const bool eight = c.format != MlaFormat::kFp8x584 || c.ScalePlane() % 8 == 0;
   const bool format = c.format == MlaFormat::kFp8x584   ? dim == 512
                       : c.format == MlaFormat::kFp8x656 ? dim == 576
                                                         : dim == 576 || dim == 512;
-  return format && eight && aligned(reinterpret_cast<intptr_t>(c.data)) && aligned(c.page_stride) &&
+  return format && eight && c.num_pages <= kBytes / std::max<int64_t>(c.page_stride, 1) && aligned(reinterpret_cast<intptr_t>(c.data)) && aligned(c.page_stride) &&
          aligned(c.row_stride);
 }
 

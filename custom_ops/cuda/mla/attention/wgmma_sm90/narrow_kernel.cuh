@@ -88,7 +88,7 @@ class NarrowConsumer {
     largest_ = 0.0f;
     for (int tile = work.begin; tile < work.end; ++tile, ++tiles_) {
       if (tiles_ % 2 != kGroup) continue;
-      Wait(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
+      WaitTile<!kHalf>(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
       float scores[kHeads / 2], rescale[kColumns];
       Score(scores);
       Softmax(scores, scales, heads, rescale);
@@ -111,12 +111,13 @@ class NarrowConsumer {
           Narrow<kType, true, 1>(out[i], left + i * (kBlockBytes / 16) + k * (2048 / 16),
                                  right + 2 * k);
         }
+        if (k % 2 == 1) CommitProducts();  // half of the keys
       }
-      CommitProducts();
+      WaitGroups<1>();
+      ArriveWarp(&shared_.barriers.empty[kGroup][0]);
       WaitGroups<0>();
 #pragma unroll
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
-      ArriveWarp(&shared_.barriers.empty[kGroup][0]);
       ArriveWarp(&shared_.barriers.empty[kGroup][1]);
     }
     if constexpr (kGroup == 1) {
@@ -348,7 +349,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   auto& shared = *reinterpret_cast<NarrowShared<kDim, kHeads>*>(bytes);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      InitBarrier(&shared.barriers.full[i], kNarrowProducers * kWarpArrivals);
+      InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers>);
       InitBarrier(&shared.barriers.empty[i][0], 4 * kWarpArrivals);
       InitBarrier(&shared.barriers.empty[i][1], 4 * kWarpArrivals);
     }

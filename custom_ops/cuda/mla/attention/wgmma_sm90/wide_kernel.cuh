@@ -216,7 +216,7 @@ class WideConsumer {
   }
 
   __device__ __forceinline__ void WaitFull() const {
-    Wait(&shared_.barriers.full[stage_], parity_);
+    WaitTile<!kHalf>(&shared_.barriers.full[stage_], parity_);
   }
 
   // Issues S = Q K^T of a stage.
@@ -412,10 +412,10 @@ class WideConsumer {
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
-template <int kDim>
+template <int kDim, MlaFormat kFormat>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
   for (int i = 0; i < kStages; ++i) {
-    InitBarrier(&shared.barriers.full[i], kWideProducers * kWarpArrivals);
+    InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kWideProducers>);
     InitBarrier(&shared.barriers.empty[i][0], 8 * kWarpArrivals);
     InitBarrier(&shared.barriers.empty[i][1], 8 * kWarpArrivals);
   }
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<WideShared<kDim>*>(bytes);
-  if (threadIdx.x == 0) InitBarriers(shared);
+  if (threadIdx.x == 0) InitBarriers<kDim, kFormat>(shared);
   __syncthreads();
   PdlWait();
   PdlLaunchDependents();

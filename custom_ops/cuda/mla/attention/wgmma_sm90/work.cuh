@@ -82,6 +82,12 @@ __device__ __forceinline__ void WaitCopies() {
   FenceAsyncProxy();
 }
 
+// Arrives at a barrier once the thread's copies so far have ended.
+__device__ __forceinline__ void ArriveAfterCopies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
+               : "memory");
+}
+
 // Starts to copy the query: heads of the group in rows of 128 bytes, swizzled, block after block of
 // 64 channels.
 template <int kDim, int kRows, int kThreads>
