@@ -147,8 +147,9 @@ class Gather {
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
   static constexpr int kRows = kKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
+  static constexpr int kLook = 32 / kRows;  // tiles whose slots are looked up at once
 
-  // Where the key lies that this lane finds, row lane % kRows of the warp's.
+  // Where the key lies that this lane finds.
   struct Place {
     uint32_t key;     // 16 bytes; kMasked
     uint32_t scales;  // of kFp8x584: 8 bytes
@@ -161,7 +162,9 @@ class Gather {
     uint32_t own;  // SplitScale of OwnScale times the factor
   };
 
-  __device__ __forceinline__ int FindSlot(const Work& work, int tile) const {
+  // Of row lane % kRows of the warp's, kLook tiles from `first` on.
+  __device__ __forceinline__ int FindSlot(const Work& work, int first) const {
+    const int tile = first + lane_ / kRows;
     if (tile >= work.end) return -1;
     const bool extra = tile >= work.first_extra;
     const MlaSelection& s = extra ? args_.p.extra : args_.p.keys;
@@ -170,8 +173,8 @@ class Gather {
     return __ldg(s.indices + work.token * s.index_stride + at);
   }
 
-  __device__ __forceinline__ Place Locate(const Work& work, int tile, int slot) const {
-    const bool extra = tile >= work.first_extra;
+  __device__ __forceinline__ Place Locate(const Work& work, int first, int slot) const {
+    const bool extra = first + lane_ / kRows >= work.first_extra;
     const MlaCache& cache = extra ? args_.p.extra.cache : args_.p.keys.cache;
     const Divisor& size = extra ? args_.page_size[1] : args_.page_size[0];
     const int page = static_cast<int>(size.Quotient(static_cast<uint32_t>(slot)));
@@ -186,20 +189,31 @@ class Gather {
     return place;
   }
 
+  __device__ __forceinline__ void StartLooking(const Work& work) {
+    slot_ = FindSlot(work, work.begin);
+  }
+
+  // Finds the keys of a tile. Tiles come in order.
+  __device__ __forceinline__ void Look(const Work& work, int tile) {
+    at_ = (tile - work.begin) % kLook * kRows;
+    if (at_ != 0) return;
+    place_ = Locate(work, tile, slot_);
+    slot_ = FindSlot(work, tile + kLook);
+  }
+
   // Of the key of pass `pass` that this lane shares.
-  static __device__ __forceinline__ uint32_t OfPass(uint32_t place, int pass, int lane) {
-    return __shfl_sync(kFullWarp, place, 4 * pass + lane / 8);
+  __device__ __forceinline__ uint32_t OfPass(uint32_t place, int pass) const {
+    return __shfl_sync(kFullWarp, place, at_ + 4 * pass + lane_ / 8);
   }
 
   __device__ __forceinline__ const uint8_t* Base(bool extra) const {
     return static_cast<const uint8_t*>(extra ? args_.p.extra.cache.data : args_.p.keys.cache.data);
   }
 
-  __device__ __forceinline__ void Load(const Place& place, bool extra, int pass,
-                                       KeyPart* part) const {
-    const uint32_t at = OfPass(place.key, pass, lane_);
+  __device__ __forceinline__ void Load(bool extra, int pass, KeyPart* part) const {
+    const uint32_t at = OfPass(place_.key, pass);
     uint32_t scales = 0;
-    if constexpr (kFormat == MlaFormat::kFp8x584) scales = OfPass(place.scales, pass, lane_);
+    if constexpr (kFormat == MlaFormat::kFp8x584) scales = OfPass(place_.scales, pass);
     const uint4 zero = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) part->codes[i] = zero;
@@ -338,8 +352,8 @@ class Gather {
   }
   static __device__ __forceinline__ uint32_t Turn(int pass) { return 64 * (pass % 2); }
 
-  __device__ __forceinline__ uint32_t ValidBits(const Place& place) const {
-    return __ballot_sync(kFullWarp, place.key != kMasked);
+  __device__ __forceinline__ uint32_t ValidBits() const {
+    return __ballot_sync(kFullWarp, place_.key != kMasked) >> at_;
   }
 
   // valid: bit i: row i of the warp's exists.
@@ -365,48 +379,43 @@ class Gather {
   __device__ __forceinline__ void RunCodes(const Work& work) {
     KeyPart parts[kAhead][kPasses];
     uint32_t valid[kAhead];
-    int slots[kAhead];
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) slots[a] = FindSlot(work, work.begin + a);
-    int slot = FindSlot(work, work.begin + kAhead);
+    StartLooking(work);
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const int tile = work.begin + a;
-      const Place place = Locate(work, tile, slots[a]);
-      valid[a] = ValidBits(place);
+      Look(work, tile);
+      valid[a] = ValidBits();
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i) Load(place, tile >= work.first_extra, i, &parts[a][i]);
+      for (int i = 0; i < kPasses; ++i) Load(tile >= work.first_extra, i, &parts[a][i]);
     }
     for (int first = work.begin; first < work.end; first += kAhead) {
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const int tile = first + a, later = tile + kAhead;
         if (tile >= work.end) break;
-        const Place place = Locate(work, later, slot);
-        slot = FindSlot(work, later + 1);
+        Look(work, later);
         Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
           Convert(tile >= work.first_extra, parts[a][i], i);
-          Load(place, later >= work.first_extra, i, &parts[a][i]);
+          Load(later >= work.first_extra, i, &parts[a][i]);
           __syncwarp();  // or ptxas has the loads of all passes wait for all conversions
         }
         Publish(valid[a]);
-        valid[a] = ValidBits(place);
+        valid[a] = ValidBits();
       }
     }
   }
 
   __device__ __forceinline__ void RunCopies(const Work& work) {
-    int next_slot = FindSlot(work, work.begin);
+    StartLooking(work);
     for (int tile = work.begin; tile < work.end; ++tile) {
-      const Place place = Locate(work, tile, next_slot);
-      next_slot = FindSlot(work, tile + 1);
+      Look(work, tile);
       Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;
-        const uint32_t at = OfPass(place.key, pass, lane_);
+        const uint32_t at = OfPass(place_.key, pass);
         const bool valid = at != kMasked;
         // Any memory of the cache will do for an address that is not read.
         const uint8_t* base = Base(tile >= work.first_extra);
@@ -419,7 +428,7 @@ class Gather {
         }
       }
       // Each lane's copies arrive when they have ended: the next tile's begin before.
-      StoreValid(ValidBits(place));
+      StoreValid(ValidBits());
       ArriveWarp(&barriers_.full[stage_]);
       ArriveAfterCopies(&barriers_.full[stage_]);
       Advance();
@@ -432,6 +441,9 @@ class Gather {
   uint32_t parity_ = 1;  // a fresh barrier's phase before the first counts as complete
   int lane_;
   int first_row_;   // of this warp in a tile
+  int slot_ = -1;   // of the tiles to be looked up next
+  Place place_ = {kMasked, 0};
+  int at_ = 0;      // first lane that has a row of the tile looked up last
   uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
   uint32_t codes_;  // where its first 16 codes go, the half that it stores first
   float multiplier_[2] = {1.0f, 1.0f};
