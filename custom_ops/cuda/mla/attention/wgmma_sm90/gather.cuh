@@ -440,8 +440,8 @@ class Gather {
   int stage_ = 0;
   uint32_t parity_ = 1;  // a fresh barrier's phase before the first counts as complete
   int lane_;
-  int first_row_;   // of this warp in a tile
-  int slot_ = -1;   // of the tiles to be looked up next
+  int first_row_;  // of this warp in a tile
+  int slot_ = -1;  // of the tiles to be looked up next
   Place place_ = {kMasked, 0};
   int at_ = 0;      // first lane that has a row of the tile looked up last
   uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
