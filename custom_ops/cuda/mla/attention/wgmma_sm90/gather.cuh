@@ -170,7 +170,7 @@ class Gather {
     const MlaSelection& s = extra ? args_.p.extra : args_.p.keys;
     const int at = (extra ? tile - work.first_extra : tile) * kKeys + first_row_ + lane_ % kRows;
     if (at >= (extra ? work.lengths[1] : work.lengths[0])) return -1;
-    return __ldg(s.indices + work.token * s.index_stride + at);
+    return s.indices[work.token * s.index_stride + at];  // without __ldg: see prefetch.cuh
   }
 
   __device__ __forceinline__ Place Locate(const Work& work, int first, int slot) const {
