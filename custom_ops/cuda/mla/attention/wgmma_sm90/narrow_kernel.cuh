@@ -31,8 +31,8 @@ struct alignas(1024) NarrowShared {
   uint8_t query[kDim / 64 * kHeads * 128];
   uint8_t probabilities[2][kHeads * 128];
   float exchange[2][4][kHeads];  // of a consumer's warps
-  // Of consumer 1's threads: outputs, maxima and sums of heads, and the power of the keys.
-  float joined[8 * kHeads / 2 + kHeads / 2 + 1][128];
+  // Of consumer 1's threads: maxima and sums of heads, and the power of the keys.
+  float joined[kHeads / 2 + 1][128];
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
   StageBarriers barriers;
 };
@@ -120,57 +120,74 @@ class NarrowConsumer {
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
       ArriveWarp(&shared_.barriers.empty[kGroup][1]);
     }
-    if constexpr (kGroup == 1) {
-      Give(out, heads);
-      SyncNamed<256>(3);
-    } else {
-      SyncNamed<256>(3);
-      Join(out, heads);
-      Finish(work, out, heads, common);
-    }
+    float weights[2][kColumns];
+    if constexpr (kGroup == 1) GiveHeads(heads);
+    SyncNamed<256>(3);  // the query has been read: consumer 1 leaves its outputs in its place
+    Join<0>(out, heads, weights);
+    SyncNamed<256>(3);
+    Join<1>(out, heads, weights);
+    if constexpr (kGroup == 0) Finish(work, out, heads, common);
   }
 
   // Consumer 1 leaves what it has to the thread of consumer 0 that has the same part.
-  __device__ __forceinline__ void Give(const Output& out, const RowState (&heads)[kColumns]) const {
+  __device__ __forceinline__ void GiveHeads(const RowState (&heads)[kColumns]) const {
     const int thread = threadIdx.x % 128;
 #pragma unroll
-    for (int i = 0; i < 4 * kHeads; ++i) {
-      shared_.joined[i][thread] = out[i / (kHeads / 2)][i % (kHeads / 2)];
-    }
-#pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      shared_.joined[4 * kHeads + 2 * c][thread] = heads[c].maximum;
-      shared_.joined[4 * kHeads + 2 * c + 1][thread] = heads[c].sum;
+      shared_.joined[2 * c][thread] = heads[c].maximum;
+      shared_.joined[2 * c + 1][thread] = heads[c].sum;
     }
-    shared_.joined[4 * kHeads + 2 * kColumns][thread] = largest_;
+    shared_.joined[2 * kColumns][thread] = largest_;
   }
 
-  __device__ __forceinline__ void Join(Output& out, RowState (&heads)[kColumns]) {
+  // weights: what the outputs of both are multiplied with.
+  __device__ __forceinline__ void JoinHeads(RowState (&heads)[kColumns],
+                                            float (&weights)[2][kColumns]) {
     const int thread = threadIdx.x % 128;
     float units[2] = {1.0f, 1.0f};
     if constexpr (kHalf) {
-      const float other = shared_.joined[4 * kHeads + 2 * kColumns][thread];
+      const float other = shared_.joined[2 * kColumns][thread];
       const float largest = fmaxf(largest_, other);
       if (largest_ != largest) units[0] = largest_ * Reciprocal(largest);
       if (other != largest) units[1] = other * Reciprocal(largest);
       largest_ = largest;
     }
-    float weights[2][kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float other = shared_.joined[4 * kHeads + 2 * c][thread];
+      const float other = shared_.joined[2 * c][thread];
       const float maximum = fmaxf(heads[c].maximum, other);
       const float mine = WeightOf(heads[c].maximum, maximum), its = WeightOf(other, maximum);
-      heads[c].sum = heads[c].sum * mine + shared_.joined[4 * kHeads + 2 * c + 1][thread] * its;
+      heads[c].sum = heads[c].sum * mine + shared_.joined[2 * c + 1][thread] * its;
       heads[c].maximum = maximum;
       weights[0][c] = mine * units[0];
       weights[1][c] = its * units[1];
     }
+  }
+
+  // Half of the outputs, from consumer 1 to consumer 0, which has both from here on.
+  template <int kPart>
+  __device__ __forceinline__ void Join(Output& out, RowState (&heads)[kColumns],
+                                       float (&weights)[2][kColumns]) {
+    constexpr int kFloats = 2 * kHeads;
+    static_assert(kFloats * 128 * 4 <= sizeof(shared_.query));
+    const auto floats = reinterpret_cast<float (*)[128]>(shared_.query);
+    const int thread = threadIdx.x % 128;
+    if constexpr (kGroup == 1) {
 #pragma unroll
-    for (int i = 0; i < 4 * kHeads; ++i) {
-      const int j = i % (kHeads / 2), c = 2 * (j / 4) + j % 2;
-      float& x = out[i / (kHeads / 2)][j];
-      x = x * weights[0][c] + shared_.joined[i][thread] * weights[1][c];
+      for (int i = 0; i < kFloats; ++i) {
+        const int at = kPart * kFloats + i;
+        floats[i][thread] = out[at / (kHeads / 2)][at % (kHeads / 2)];
+      }
+      SyncNamed<256>(3);
+    } else {
+      SyncNamed<256>(3);
+      if constexpr (kPart == 0) JoinHeads(heads, weights);
+#pragma unroll
+      for (int i = 0; i < kFloats; ++i) {
+        const int at = kPart * kFloats + i, j = at % (kHeads / 2), c = 2 * (j / 4) + j % 2;
+        float& x = out[at / (kHeads / 2)][j];
+        x = x * weights[0][c] + floats[i][thread] * weights[1][c];
+      }
     }
   }
 
