@@ -22,26 +22,32 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-inline constexpr int kNarrowProducers = 8;  // warps
+inline constexpr int kNarrowProducers = 16;  // warps
+inline constexpr int kNarrowStages = 2;
 inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers;
+// Of 480 that six threads have.
+inline constexpr int kNarrowConsumerRegisters = 128;
+inline constexpr int kNarrowProducerRegisters = 56;
 
-template <int kDim, int kHeads>
+template <int kDim, MlaFormat kFormat, int kHeads>
 struct alignas(1024) NarrowShared {
-  Stages<kDim> stages;
+  Stages<kDim, kNarrowStages> stages;
   uint8_t query[kDim / 64 * kHeads * 128];
   uint8_t probabilities[2][kHeads * 128];
   float exchange[2][4][kHeads];  // of a consumer's warps
   // Of consumer 1's threads: maxima and sums of heads, and the power of the keys.
   float joined[kHeads / 2 + 1][128];
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
-  StageBarriers barriers;
+  StageBarriers<kNarrowStages> barriers;
+  alignas(16) uint8_t staging[kStagingBytes<kFormat>];
 };
 
 // kGroup: consumer 0 or 1, and its stage.
-template <int kDim, int kHeads, DType kType, int kGroup>
+template <int kDim, MlaFormat kFormat, int kHeads, int kGroup>
 class NarrowConsumer {
  public:
-  using Shared = NarrowShared<kDim, kHeads>;
+  using Shared = NarrowShared<kDim, kFormat, kHeads>;
+  static constexpr DType kType = kOperand<kFormat>;
   static constexpr bool kHalf = kType == DType::kFloat16;
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
@@ -88,7 +94,7 @@ class NarrowConsumer {
     largest_ = 0.0f;
     for (int tile = work.begin; tile < work.end; ++tile, ++tiles_) {
       if (tiles_ % 2 != kGroup) continue;
-      WaitTile<!kHalf>(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
+      WaitTile(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
       float scores[kHeads / 2], rescale[kColumns];
       Score(scores);
       Softmax(scores, scales, heads, rescale);
@@ -363,9 +369,9 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
     NarrowKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
-  auto& shared = *reinterpret_cast<NarrowShared<kDim, kHeads>*>(bytes);
+  auto& shared = *reinterpret_cast<NarrowShared<kDim, kFormat, kHeads>*>(bytes);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kNarrowStages; ++i) {
       InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers>);
       InitBarrier(&shared.barriers.empty[i][0], 4 * kWarpArrivals);
       InitBarrier(&shared.barriers.empty[i][1], 4 * kWarpArrivals);
@@ -376,16 +382,18 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
-    Gather<kDim, kFormat, kNarrowProducers, 2> gather(args, shared.stages.keys[0], shared.barriers,
-                                                      threadIdx.x - 256);
+    ReleaseRegisters<kNarrowProducerRegisters>();
+    Gather<kDim, kFormat, kNarrowProducers, kNarrowStages> gather(
+        args, shared.stages.keys[0], shared.staging, shared.barriers, threadIdx.x - 256);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }
   } else {
+    ClaimRegisters<kNarrowConsumerRegisters>();
     if (threadIdx.x < 128) {
-      NarrowConsumer<kDim, kHeads, kOperand<kFormat>, 0>(args, shared).Run();
+      NarrowConsumer<kDim, kFormat, kHeads, 0>(args, shared).Run();
     } else {
-      NarrowConsumer<kDim, kHeads, kOperand<kFormat>, 1>(args, shared).Run();
+      NarrowConsumer<kDim, kFormat, kHeads, 1>(args, shared).Run();
     }
   }
 #else
