@@ -2,7 +2,7 @@
 // products, heads their columns, so that nothing is computed for heads that are not there. The time
 // goes into reading the tokens.
 //
-// Warpgroups, four of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of
+// Warpgroups, six of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and four of
 // producers (gather.cuh), which fill two stages of 64 keys. Each stage has its consumer: they take
 // every other tile, each with a softmax and outputs of its own, and join them at the end of the
 // work tile. One alone would have the tile's time in chains of small products.

@@ -1,10 +1,11 @@
 // Sparse latent attention for groups of up to 64 heads of a query token: heads are the rows of the
 // products.
 //
-// Warpgroups, three of them:
+// Warpgroups, four of them:
 //  - consumer 0: S = Q K^T, softmax, O[:, 0..255] += P V;
 //  - consumer 1: O[:, 256..511] += P V, with P and the rescaling factors from shared memory;
-//  - producers (gather.cuh), which fill two stages of 64 keys.
+//  - two of producers (gather.cuh), which fill stages of 64 keys: two, or one of 8-bit keys, whose
+//    codes wait in a buffer in place of the other.
 //
 // The producers are ahead: they fill stages for the next work tile during the epilogue.
 //
