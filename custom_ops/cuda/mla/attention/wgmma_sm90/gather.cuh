@@ -1,10 +1,11 @@
 // Producer warps of sparse latent attention: they gather the tokens that a query names, turn codes
 // into fp16, and write key tiles as wgmma takes them.
 //
-// A warp has 8 or 16 keys of each tile, in passes of four; eight lanes share a key. Codes go
-// through registers: those of the next tile, or of the next two, are in flight while one is
-// converted. bf16 rows are copied asynchronously. Masked keys are zeros, and their memory is not
-// read.
+// A warp has 4 to 16 keys of each tile, in passes of four; eight lanes share a key. Rows are copied
+// to shared memory asynchronously: bf16 rows to their place in a stage, codes into a buffer of the
+// lane that will convert them, a tile ahead. Loads into registers would wait for lines of the L1
+// cache, which shared memory leaves almost nothing of, and all accesses to shared memory behind
+// them. Masked keys are zeros, and their memory is not read.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +17,13 @@
 namespace fastattn::cuda::mla_sm90 {
 
 // What producers and consumers share of a stage.
-template <int kDim>
+template <int kDim, int kStages>
 struct Stages {
   uint8_t keys[kStages][kDim / 64 * kBlockBytes];
 };
 
 // Key tiles that are ready, and stages that are free.
+template <int kStages>
 struct StageBarriers {
   uint64_t full[kStages];
   uint64_t empty[kStages][2];    // of the keys 0 to 31, and of the others
@@ -34,26 +36,11 @@ __device__ __forceinline__ bool AllValid(const uint4& valid) {
   return (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
 }
 
-__device__ __forceinline__ uint4 LoadOnce(const uint8_t* address) {
+__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
   uint4 x;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(address)
-               : "memory");
-  return x;
-}
-
-__device__ __forceinline__ uint32_t LoadOnce4(const uint8_t* address) {
-  uint32_t x;
-  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ uint2 LoadOnce8(const uint8_t* address) {
-  uint2 x;
-  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-               : "=r"(x.x), "=r"(x.y)
-               : "l"(address)
+               : "r"(address)
                : "memory");
   return x;
 }
@@ -102,15 +89,33 @@ __device__ __forceinline__ float PowerOfTwo(uint32_t exponent) {
   return __uint_as_float(exponent << 23 | special);
 }
 
-// kWarps gather the keys; kAhead tiles of codes are in flight.
-template <int kDim, MlaFormat kFormat, int kWarps, int kAhead>
+// Arrivals at `full` of a stage that kWarps fill.
+template <MlaFormat kFormat, int kWarps>
+inline constexpr int kFullArrivals =
+    kWarps * (kWarpArrivals + (kFormat == MlaFormat::kBf16 ? 32 : 0));
+
+// What lanes have of a tile's codes before they are converted: six times 16 bytes for each lane of
+// a key.
+template <MlaFormat kFormat>
+inline constexpr int kStagingBytes = kFormat == MlaFormat::kBf16 ? 16 : kKeys * 8 * 6 * 16;
+
+// Waits for a tile. Consumers order what producers stored before the tensor cores' accesses: in a
+// producer the fence would wait for its copies of the next tile.
+__device__ __forceinline__ void WaitTile(uint64_t* full, uint32_t parity) {
+  Wait(full, parity);
+  FenceAsyncProxy();
+}
+
+// kWarps gather the keys.
+template <int kDim, MlaFormat kFormat, int kWarps, int kStages>
 class Gather {
  public:
-  __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys, StageBarriers& barriers,
-                                    int thread)
+  __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys, uint8_t* staging,
+                                    StageBarriers<kStages>& barriers, int thread)
       : args_(args), barriers_(barriers), lane_(thread % 32), first_row_(thread / 32 * kRows) {
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
+    staging_ = SharedAddress(staging) + thread / 32 * (kPasses * kPassBytes) + lane_ * 16;
     piece_ = address + ((share ^ (row & 7)) << 4);
     codes_ = address + share / 4 * kBlockBytes + (((2 * (share % 4) + share / 4) ^ (row & 7)) << 4);
     if constexpr (kFormat == MlaFormat::kFp8) {
@@ -134,78 +139,115 @@ class Gather {
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
   static constexpr int kRows = kKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
+  static constexpr int kPassBytes = 6 * 32 * 16;  // of staging
+  static constexpr int kLook = 32 / kRows;        // tiles whose slots are looked up at once
 
-  // Of the key that this lane finds: row lane % kRows of the warp's. page < 0: masked.
+  // Where the key lies that this lane finds.
   struct Place {
-    int page;
-    uint32_t row;
+    uint32_t key;     // 16 bytes; kMasked
+    uint32_t scales;  // of kFp8x584: 8 bytes
+  };
+  static constexpr uint32_t kMasked = 0xFFFFFFFF;
+
+  // What a key of this lane's is multiplied with.
+  struct KeyScale {
+    float factor;  // power of two; 0: masked
+    uint32_t own;  // SplitScale of OwnScale times the factor
   };
 
-  __device__ __forceinline__ int FindSlot(const Work& work, int tile) const {
+  // Of row lane % kRows of the warp's, kLook tiles from `first` on.
+  __device__ __forceinline__ int FindSlot(const Work& work, int first) const {
+    const int tile = first + lane_ / kRows;
     if (tile >= work.end) return -1;
     const bool extra = tile >= work.first_extra;
     const MlaSelection& s = extra ? args_.p.extra : args_.p.keys;
     const int at = (extra ? tile - work.first_extra : tile) * kKeys + first_row_ + lane_ % kRows;
     if (at >= (extra ? work.lengths[1] : work.lengths[0])) return -1;
-    return __ldg(s.indices + work.token * s.index_stride + at);
+    return s.indices[work.token * s.index_stride + at];  // without __ldg: see prefetch.cuh
   }
 
-  __device__ __forceinline__ Place Locate(const Work& work, int tile, int slot) const {
-    const bool extra = tile >= work.first_extra;
+  __device__ __forceinline__ Place Locate(const Work& work, int first, int slot) const {
+    const bool extra = first + lane_ / kRows >= work.first_extra;
     const MlaCache& cache = extra ? args_.p.extra.cache : args_.p.keys.cache;
     const Divisor& size = extra ? args_.page_size[1] : args_.page_size[0];
     const int page = static_cast<int>(size.Quotient(static_cast<uint32_t>(slot)));
-    const bool valid = slot >= 0 && page < cache.num_pages;
-    return {valid ? page : -1, static_cast<uint32_t>(slot) - page * size.divisor};
-  }
-
-  // Address of the key of pass `pass` that this lane shares; null: masked.
-  __device__ __forceinline__ const uint8_t* AddressOf(const Work& work, int tile,
-                                                      const Place& place, int pass,
-                                                      const uint8_t** scales) const {
-    const int from = 4 * pass + lane_ / 8;
-    const int page = __shfl_sync(kFullWarp, place.page, from);
-    const uint32_t row = __shfl_sync(kFullWarp, place.row, from);
-    if (page < 0) return nullptr;
-    const MlaCache& cache = tile >= work.first_extra ? args_.p.extra.cache : args_.p.keys.cache;
-    const uint8_t* base = static_cast<const uint8_t*>(cache.data) + page * cache.page_stride;
+    if (slot < 0 || page >= cache.num_pages) return {kMasked, 0};
+    const uint32_t row = static_cast<uint32_t>(slot) - page * size.divisor;
+    const int64_t base = page * cache.page_stride;
+    Place place = {static_cast<uint32_t>((base + row * cache.row_stride) / 16), 0};
     if constexpr (kFormat == MlaFormat::kFp8x584) {
-      *scales = base + cache.ScalePlane() + row * ScalePlaneBytes(kFormat);
+      place.scales =
+          static_cast<uint32_t>((base + cache.ScalePlane() + row * ScalePlaneBytes(kFormat)) / 8);
     }
-    return base + row * cache.row_stride;
+    return place;
   }
 
-  __device__ __forceinline__ void Load(const Work& work, int tile, const Place& place, int pass,
-                                       KeyPart* part) const {
-    const uint8_t* scales = nullptr;
-    const uint8_t* key = AddressOf(work, tile, place, pass, &scales);
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    const int share = lane_ % 8 * 16;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) part->codes[i] = zero;
-    part->rope = zero;
-    part->scales = make_uint2(0, 0);
-    if (key != nullptr) LoadCodes(key, scales, share, part);
+  __device__ __forceinline__ void StartLooking(const Work& work) {
+    slot_ = FindSlot(work, work.begin);
   }
 
-  __device__ __forceinline__ void LoadCodes(const uint8_t* key, const uint8_t* scales, int share,
-                                            KeyPart* part) const {
-    constexpr bool kHalfTile = kFormat == MlaFormat::kFp8x584;  // 448 codes
+  // Finds the keys of a tile. Tiles come in order.
+  __device__ __forceinline__ void Look(const Work& work, int tile) {
+    at_ = (tile - work.begin) % kLook * kRows;
+    if (at_ != 0) return;
+    place_ = Locate(work, tile, slot_);
+    slot_ = FindSlot(work, tile + kLook);
+  }
+
+  // Of the key of pass `pass` that this lane shares.
+  __device__ __forceinline__ uint32_t OfPass(uint32_t place, int pass) const {
+    return __shfl_sync(kFullWarp, place, at_ + 4 * pass + lane_ / 8);
+  }
+
+  __device__ __forceinline__ const uint8_t* Base(bool extra) const {
+    return static_cast<const uint8_t*>(extra ? args_.p.extra.cache.data : args_.p.keys.cache.data);
+  }
+
+  // Starts to copy this lane's share of a key.
+  __device__ __forceinline__ void Load(bool extra, int pass) const {
+    const uint32_t at = OfPass(place_.key, pass), to = staging_ + pass * kPassBytes;
+    const uint8_t* base = Base(extra);
+    const bool valid = at != kMasked;
+    const uint8_t* key = base + (valid ? uint64_t{at} * 16 : 0);
+    const uint32_t share = lane_ % 8 * 16u;
 #pragma unroll
-    for (int i = 0; i < (kHalfTile ? 3 : 4); ++i) {
-      part->codes[i] = LoadOnce(key + 128 * i + share);
+    for (int i = 0; i < 4; ++i) {
+      // The last 64 of 448 codes: four lanes have them.
+      const bool some = valid && (kFormat != MlaFormat::kFp8x584 || i < 3 || share < 64);
+      CopyOrZero(to + i * 512, some ? key + 128 * i + share : base, some);
     }
     if constexpr (kFormat == MlaFormat::kFp8x656) {
-      part->scales.x = LoadOnce4(key + 512 + share / 16 % 4 * 4);
-      part->rope = LoadOnce(key + 528 + share);
+      CopyOrZero(to + 4 * 512, valid ? key + 528 + share : base, valid);
+      CopyOrZero(to + 5 * 512, valid ? key + 512 : base, valid);
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
-      if (share < 64) part->codes[3] = LoadOnce(key + 384 + share);
-      part->rope = LoadOnce(key + 448 + share);
-      part->scales = LoadOnce8(scales);
-    } else {
-      part->scales.x = 1;  // not masked
-      if (kDim > 512 && share < 64) part->rope = LoadOnce(key + 512 + share);
+      CopyOrZero(to + 4 * 512, valid ? key + 448 + share : base, valid);
+      const uint32_t scales = OfPass(place_.scales, pass);
+      Copy8OrZero(to + 5 * 512, base + (valid ? uint64_t{scales} * 8 : 0), valid);
+    } else if constexpr (kDim > 512) {
+      const bool some = valid && share < 64;
+      CopyOrZero(to + 4 * 512, some ? key + 512 + share : base, some);
     }
+  }
+
+  // What Load has copied. valid: bit i: row i of the warp's exists.
+  __device__ __forceinline__ KeyPart Read(uint32_t valid, int pass) const {
+    const uint32_t from = staging_ + pass * kPassBytes;
+    KeyPart part;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part.codes[i] = LoadShared(from + i * 512);
+    if constexpr (kFormat != MlaFormat::kFp8 || kDim > 512) part.rope = LoadShared(from + 4 * 512);
+    if constexpr (kFormat == MlaFormat::kFp8) {
+      part.scales = make_uint2(valid >> (4 * pass + lane_ / 8) & 1, 0);
+    } else {
+      const uint4 scales = LoadShared(from + 5 * 512);
+      part.scales = make_uint2(scales.x, scales.y);
+      if constexpr (kFormat == MlaFormat::kFp8x656) {
+        const uint32_t low = lane_ & 1 ? scales.y : scales.x,
+                       high = lane_ & 1 ? scales.w : scales.z;
+        part.scales.x = lane_ & 2 ? high : low;
+      }
+    }
+    return part;
   }
 
   // Scale of this lane; of kFp8x656 there are four for eight lanes.
@@ -255,11 +297,11 @@ class Gather {
     }
   }
 
-  // What a key is multiplied with; tells the consumers its reciprocal.
-  __device__ __forceinline__ float FactorOf(const KeyPart& part, bool extra, int pass) const {
+  __device__ __forceinline__ KeyScale ScaleOfKey(const KeyPart& part, bool extra) const {
     // The exponent field of a bound of the key's values; whether there is anything but zeros.
     uint32_t exponent, largest = 0;
     if constexpr (kFormat == MlaFormat::kFp8) {
+      largest = part.scales.x;
       exponent = ExponentField(OwnScale(part, extra) * 448.0f);
     } else {
       if constexpr (kFormat == MlaFormat::kFp8x656) {
@@ -283,31 +325,29 @@ class Gather {
       largest |= magnitude;
       exponent = max(exponent, magnitude >> 7);
     }
-    const float power = KeyPower(exponent);
-    if (lane_ % 8 == 0) {
-      const bool masked = kFormat == MlaFormat::kFp8 ? part.scales.x == 0 : largest == 0;
-      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] = masked ? 0.0f : power;
-    }
-    return Reciprocal(power);
+    const float factor = largest == 0 ? 0.0f : Reciprocal(KeyPower(exponent));
+    if constexpr (kFormat == MlaFormat::kFp8x584) return {factor, 0};
+    return {factor, SplitScale(OwnScale(part, extra) * factor)};
   }
 
-  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) const {
+  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) {
+    const KeyScale scale = ScaleOfKey(part, extra);
+    if (lane_ % 8 == 0) {
+      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] =
+          scale.factor == 0.0f ? 0.0f : Reciprocal(scale.factor);
+    }
     const uint32_t rows = RowsOf(pass);
     const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
-    const float factor = FactorOf(part, extra, pass);
-    if constexpr (kFormat == MlaFormat::kFp8x584) {
-      PutAllCodes<true>(codes, part, 0, factor);
+    const bool exact = (scale.own & 0x7FFF0000u) == 0;  // such as a power of two
+    if (kFormat == MlaFormat::kFp8x584 || __all_sync(kFullWarp, exact)) {
+      PutAllCodes<true>(codes, part, scale.own, scale.factor);
     } else {
-      const uint32_t own = SplitScale(OwnScale(part, extra) * factor);
-      if (__all_sync(kFullWarp, (own & 0x7FFF0000u) == 0)) {  // such as powers of two
-        PutAllCodes<true>(codes, part, own, factor);
-      } else {
-        PutAllCodes<false>(codes, part, own, factor);
-      }
+      PutAllCodes<false>(codes, part, scale.own, scale.factor);
     }
     if constexpr (kFormat != MlaFormat::kFp8) {
       constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
-      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes, ToHalf(part.rope, factor));
+      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes,
+                  ToHalf(part.rope, scale.factor));
     }
   }
 
@@ -318,8 +358,8 @@ class Gather {
   }
   static __device__ __forceinline__ uint32_t Turn(int pass) { return 64 * (pass % 2); }
 
-  __device__ __forceinline__ uint32_t ValidBits(const Place& place) const {
-    return __ballot_sync(kFullWarp, place.page >= 0);
+  __device__ __forceinline__ uint32_t ValidBits() const {
+    return __ballot_sync(kFullWarp, place_.key != kMasked) >> at_;
   }
 
   // valid: bit i: row i of the warp's exists.
@@ -331,66 +371,49 @@ class Gather {
   }
 
   __device__ __forceinline__ void Advance() {
-    stage_ ^= 1;
+    stage_ = (stage_ + 1) % kStages;
     parity_ ^= stage_ == 0;
   }
 
-  __device__ __forceinline__ void Publish(uint32_t valid) {
-    StoreValid(valid);
-    FenceAsyncProxy();
-    ArriveWarp(&barriers_.full[stage_]);
-    Advance();
-  }
-
   __device__ __forceinline__ void RunCodes(const Work& work) {
-    KeyPart parts[kAhead][kPasses];
-    uint32_t valid[kAhead];
-    int slots[kAhead];
+    StartLooking(work);
+    Look(work, work.begin);
+    uint32_t valid = ValidBits();
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) slots[a] = FindSlot(work, work.begin + a);
-    int slot = FindSlot(work, work.begin + kAhead);
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const int tile = work.begin + a;
-      const Place place = Locate(work, tile, slots[a]);
-      valid[a] = ValidBits(place);
-#pragma unroll
-      for (int i = 0; i < kPasses; ++i) Load(work, tile, place, i, &parts[a][i]);
+    for (int i = 0; i < kPasses; ++i) {
+      Load(work.begin >= work.first_extra, i);
+      CommitCopies();
     }
-    for (int first = work.begin; first < work.end; first += kAhead) {
+    for (int tile = work.begin; tile < work.end; ++tile) {
+      Look(work, tile + 1);
+      Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        const int tile = first + a, later = tile + kAhead;
-        if (tile >= work.end) break;
-        const Place place = Locate(work, later, slot);
-        slot = FindSlot(work, later + 1);
-        Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
-#pragma unroll
-        for (int i = 0; i < kPasses; ++i) {
-          Convert(tile >= work.first_extra, parts[a][i], i);
-          Load(work, later, place, i, &parts[a][i]);
-          __syncwarp();  // or ptxas has the loads of all passes wait for all conversions
-        }
-        Publish(valid[a]);
-        valid[a] = ValidBits(place);
+      for (int i = 0; i < kPasses; ++i) {
+        WaitCopyGroups<kPasses - 1>();
+        Convert(tile >= work.first_extra, Read(valid, i), i);
+        if (tile + 1 < work.end) Load(tile + 1 >= work.first_extra, i);
+        CommitCopies();
       }
+      StoreValid(valid);
+      ArriveWarp(&barriers_.full[stage_]);
+      Advance();
+      valid = ValidBits();
     }
   }
 
   __device__ __forceinline__ void RunCopies(const Work& work) {
-    int next_slot = FindSlot(work, work.begin);
+    StartLooking(work);
     for (int tile = work.begin; tile < work.end; ++tile) {
-      const Place place = Locate(work, tile, next_slot);
-      next_slot = FindSlot(work, tile + 1);
+      Look(work, tile);
       Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;
-        const uint8_t* none = nullptr;
-        const uint8_t* key = AddressOf(work, tile, place, pass, &none);
-        const bool valid = key != nullptr;
+        const uint32_t at = OfPass(place_.key, pass);
+        const bool valid = at != kMasked;
         // Any memory of the cache will do for an address that is not read.
-        key = valid ? key + 16 * share : static_cast<const uint8_t*>(args_.p.keys.cache.data);
+        const uint8_t* base = Base(tile >= work.first_extra);
+        const uint8_t* key = valid ? base + uint64_t{at} * 16 + 16 * share : base;
         const int step = valid ? 128 : 0;
         const uint32_t target = (piece_ ^ Turn(pass)) + RowsOf(pass);
 #pragma unroll
@@ -398,19 +421,26 @@ class Gather {
           CopyOrZero(target + i * kBlockBytes, key + step * i, valid);
         }
       }
-      WaitCopies();
-      Publish(ValidBits(place));
+      // Each lane's copies arrive when they have ended: the next tile's begin before.
+      StoreValid(ValidBits());
+      ArriveWarp(&barriers_.full[stage_]);
+      ArriveAfterCopies(&barriers_.full[stage_]);
+      Advance();
     }
   }
 
   const Arguments& args_;
-  StageBarriers& barriers_;
+  StageBarriers<kStages>& barriers_;
   int stage_ = 0;
   uint32_t parity_ = 1;  // a fresh barrier's phase before the first counts as complete
   int lane_;
-  int first_row_;   // of this warp in a tile
-  uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
-  uint32_t codes_;  // where its first 16 codes go, the half that it stores first
+  int first_row_;  // of this warp in a tile
+  int slot_ = -1;  // of the tiles to be looked up next
+  Place place_ = {kMasked, 0};
+  int at_ = 0;        // first lane that has a row of the tile looked up last
+  uint32_t staging_;  // this lane's part of pass 0
+  uint32_t piece_;    // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
+  uint32_t codes_;    // where its first 16 codes go, the half that it stores first
   float multiplier_[2] = {1.0f, 1.0f};
 };
 

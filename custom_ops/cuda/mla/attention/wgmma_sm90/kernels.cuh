@@ -23,10 +23,10 @@ template <MlaFormat kFormat, int kDim, int kHeads>
 cudaError_t LaunchVariant(const Arguments& args, cudaStream_t stream) {
   if constexpr (kHeads < kWideHeads) {
     return LaunchPersistent<NarrowKernel<kDim, kFormat, kHeads>, kNarrowThreads,
-                            NarrowShared<kDim, kHeads>>(args, stream);
+                            NarrowShared<kDim, kFormat, kHeads>>(args, stream);
   } else {
-    return LaunchPersistent<WideKernel<kDim, kFormat>, kWideThreads, WideShared<kDim>>(args,
-                                                                                       stream);
+    return LaunchPersistent<WideKernel<kDim, kFormat>, kWideThreads, WideShared<kDim, kFormat>>(
+        args, stream);
   }
 }
 

@@ -17,13 +17,17 @@ constexpr int kFixedTiles = 3;  // what a CTA costs beside its tiles, in tiles
 bool SelectionFits(const MlaSelection& s, int dim) {
   const MlaCache& c = s.cache;
   const auto aligned = [](int64_t x) { return x % 16 == 0; };
+  // The kernels have places of 32 bits, in units of 8 bytes.
+  const bool small =
+      (c.num_pages - 1) <= (int64_t{1} << 34) / std::max<int64_t>(c.page_stride, 1) &&
+      c.page_size * c.row_stride <= int64_t{1} << 33;
   const bool eight = c.format != MlaFormat::kFp8x584 || c.ScalePlane() % 8 == 0;
   const bool format = c.format == MlaFormat::kFp8x528   ? false
                       : c.format == MlaFormat::kFp8x584 ? dim == 512
                       : c.format == MlaFormat::kFp8x656 ? dim == 576
                                                         : dim == 576 || dim == 512;
-  return format && eight && aligned(reinterpret_cast<intptr_t>(c.data)) && aligned(c.page_stride) &&
-         aligned(c.row_stride);
+  return format && eight && small && aligned(reinterpret_cast<intptr_t>(c.data)) &&
+         aligned(c.page_stride) && aligned(c.row_stride);
 }
 
 int HeadsOf(int heads) { return heads <= 8 ? 8 : heads <= 16 ? 16 : 64; }

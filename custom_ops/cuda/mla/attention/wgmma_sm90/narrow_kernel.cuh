@@ -2,7 +2,7 @@
 // products, heads their columns, so that nothing is computed for heads that are not there. The time
 // goes into reading the tokens.
 //
-// Warpgroups, four of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of
+// Warpgroups, six of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and four of
 // producers (gather.cuh), which fill two stages of 64 keys. Each stage has its consumer: they take
 // every other tile, each with a softmax and outputs of its own, and join them at the end of the
 // work tile. One alone would have the tile's time in chains of small products.
@@ -22,26 +22,32 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-inline constexpr int kNarrowProducers = 8;  // warps
+inline constexpr int kNarrowProducers = 16;  // warps
+inline constexpr int kNarrowStages = 2;
 inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers;
+// Of 480 that six threads have.
+inline constexpr int kNarrowConsumerRegisters = 128;
+inline constexpr int kNarrowProducerRegisters = 56;
 
-template <int kDim, int kHeads>
+template <int kDim, MlaFormat kFormat, int kHeads>
 struct alignas(1024) NarrowShared {
-  Stages<kDim> stages;
+  Stages<kDim, kNarrowStages> stages;
   uint8_t query[kDim / 64 * kHeads * 128];
   uint8_t probabilities[2][kHeads * 128];
   float exchange[2][4][kHeads];  // of a consumer's warps
-  // Of consumer 1's threads: outputs, maxima and sums of heads, and the power of the keys.
-  float joined[8 * kHeads / 2 + kHeads / 2 + 1][128];
+  // Of consumer 1's threads: maxima and sums of heads, and the power of the keys.
+  float joined[kHeads / 2 + 1][128];
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
-  StageBarriers barriers;
+  StageBarriers<kNarrowStages> barriers;
+  alignas(16) uint8_t staging[kStagingBytes<kFormat>];
 };
 
 // kGroup: consumer 0 or 1, and its stage.
-template <int kDim, int kHeads, DType kType, int kGroup>
+template <int kDim, MlaFormat kFormat, int kHeads, int kGroup>
 class NarrowConsumer {
  public:
-  using Shared = NarrowShared<kDim, kHeads>;
+  using Shared = NarrowShared<kDim, kFormat, kHeads>;
+  static constexpr DType kType = kOperand<kFormat>;
   static constexpr bool kHalf = kType == DType::kFloat16;
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
@@ -88,7 +94,7 @@ class NarrowConsumer {
     largest_ = 0.0f;
     for (int tile = work.begin; tile < work.end; ++tile, ++tiles_) {
       if (tiles_ % 2 != kGroup) continue;
-      Wait(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
+      WaitTile(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
       float scores[kHeads / 2], rescale[kColumns];
       Score(scores);
       Softmax(scores, scales, heads, rescale);
@@ -111,65 +117,83 @@ class NarrowConsumer {
           Narrow<kType, true, 1>(out[i], left + i * (kBlockBytes / 16) + k * (2048 / 16),
                                  right + 2 * k);
         }
+        if (k % 2 == 1) CommitProducts();  // half of the keys
       }
-      CommitProducts();
+      WaitGroups<1>();
+      ArriveWarp(&shared_.barriers.empty[kGroup][0]);
       WaitGroups<0>();
 #pragma unroll
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
-      ArriveWarp(&shared_.barriers.empty[kGroup][0]);
       ArriveWarp(&shared_.barriers.empty[kGroup][1]);
     }
-    if constexpr (kGroup == 1) {
-      Give(out, heads);
-      SyncNamed<256>(3);
-    } else {
-      SyncNamed<256>(3);
-      Join(out, heads);
-      Finish(work, out, heads, common);
-    }
+    float weights[2][kColumns];
+    if constexpr (kGroup == 1) GiveHeads(heads);
+    SyncNamed<256>(3);  // the query has been read: consumer 1 leaves its outputs in its place
+    Join<0>(out, heads, weights);
+    SyncNamed<256>(3);
+    Join<1>(out, heads, weights);
+    if constexpr (kGroup == 0) Finish(work, out, heads, common);
   }
 
   // Consumer 1 leaves what it has to the thread of consumer 0 that has the same part.
-  __device__ __forceinline__ void Give(const Output& out, const RowState (&heads)[kColumns]) const {
+  __device__ __forceinline__ void GiveHeads(const RowState (&heads)[kColumns]) const {
     const int thread = threadIdx.x % 128;
 #pragma unroll
-    for (int i = 0; i < 4 * kHeads; ++i) {
-      shared_.joined[i][thread] = out[i / (kHeads / 2)][i % (kHeads / 2)];
-    }
-#pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      shared_.joined[4 * kHeads + 2 * c][thread] = heads[c].maximum;
-      shared_.joined[4 * kHeads + 2 * c + 1][thread] = heads[c].sum;
+      shared_.joined[2 * c][thread] = heads[c].maximum;
+      shared_.joined[2 * c + 1][thread] = heads[c].sum;
     }
-    shared_.joined[4 * kHeads + 2 * kColumns][thread] = largest_;
+    shared_.joined[2 * kColumns][thread] = largest_;
   }
 
-  __device__ __forceinline__ void Join(Output& out, RowState (&heads)[kColumns]) {
+  // weights: what the outputs of both are multiplied with.
+  __device__ __forceinline__ void JoinHeads(RowState (&heads)[kColumns],
+                                            float (&weights)[2][kColumns]) {
     const int thread = threadIdx.x % 128;
     float units[2] = {1.0f, 1.0f};
     if constexpr (kHalf) {
-      const float other = shared_.joined[4 * kHeads + 2 * kColumns][thread];
+      const float other = shared_.joined[2 * kColumns][thread];
       const float largest = fmaxf(largest_, other);
       if (largest_ != largest) units[0] = largest_ * Reciprocal(largest);
       if (other != largest) units[1] = other * Reciprocal(largest);
       largest_ = largest;
     }
-    float weights[2][kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float other = shared_.joined[4 * kHeads + 2 * c][thread];
+      const float other = shared_.joined[2 * c][thread];
       const float maximum = fmaxf(heads[c].maximum, other);
       const float mine = WeightOf(heads[c].maximum, maximum), its = WeightOf(other, maximum);
-      heads[c].sum = heads[c].sum * mine + shared_.joined[4 * kHeads + 2 * c + 1][thread] * its;
+      heads[c].sum = heads[c].sum * mine + shared_.joined[2 * c + 1][thread] * its;
       heads[c].maximum = maximum;
       weights[0][c] = mine * units[0];
       weights[1][c] = its * units[1];
     }
+  }
+
+  // Half of the outputs, from consumer 1 to consumer 0, which has both from here on.
+  template <int kPart>
+  __device__ __forceinline__ void Join(Output& out, RowState (&heads)[kColumns],
+                                       float (&weights)[2][kColumns]) {
+    constexpr int kFloats = 2 * kHeads;
+    static_assert(kFloats * 128 * 4 <= sizeof(shared_.query));
+    const auto floats = reinterpret_cast<float (*)[128]>(shared_.query);
+    const int thread = threadIdx.x % 128;
+    if constexpr (kGroup == 1) {
 #pragma unroll
-    for (int i = 0; i < 4 * kHeads; ++i) {
-      const int j = i % (kHeads / 2), c = 2 * (j / 4) + j % 2;
-      float& x = out[i / (kHeads / 2)][j];
-      x = x * weights[0][c] + shared_.joined[i][thread] * weights[1][c];
+      for (int i = 0; i < kFloats; ++i) {
+        const int at = kPart * kFloats + i;
+        floats[i][thread] = out[at / (kHeads / 2)][at % (kHeads / 2)];
+      }
+      SyncNamed<256>(3);
+    } else {
+      SyncNamed<256>(3);
+      if constexpr (kPart == 0) JoinHeads(heads, weights);
+#pragma unroll
+      for (int i = 0; i < kFloats; ++i) {
+        const int at = kPart * kFloats + i, j = at % (kHeads / 2), c = 2 * (j / 4) + j % 2;
+        float& x = out[at / (kHeads / 2)][j];
+        x = x * weights[0][c] + floats[i][thread] * weights[1][c];
+      }
     }
   }
 
@@ -345,10 +369,10 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
     NarrowKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
-  auto& shared = *reinterpret_cast<NarrowShared<kDim, kHeads>*>(bytes);
+  auto& shared = *reinterpret_cast<NarrowShared<kDim, kFormat, kHeads>*>(bytes);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      InitBarrier(&shared.barriers.full[i], kNarrowProducers * kWarpArrivals);
+    for (int i = 0; i < kNarrowStages; ++i) {
+      InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers>);
       InitBarrier(&shared.barriers.empty[i][0], 4 * kWarpArrivals);
       InitBarrier(&shared.barriers.empty[i][1], 4 * kWarpArrivals);
     }
@@ -358,16 +382,18 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
-    Gather<kDim, kFormat, kNarrowProducers, 2> gather(args, shared.stages.keys[0], shared.barriers,
-                                                      threadIdx.x - 256);
+    ReleaseRegisters<kNarrowProducerRegisters>();
+    Gather<kDim, kFormat, kNarrowProducers, kNarrowStages> gather(
+        args, shared.stages.keys[0], shared.staging, shared.barriers, threadIdx.x - 256);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }
   } else {
+    ClaimRegisters<kNarrowConsumerRegisters>();
     if (threadIdx.x < 128) {
-      NarrowConsumer<kDim, kHeads, kOperand<kFormat>, 0>(args, shared).Run();
+      NarrowConsumer<kDim, kFormat, kHeads, 0>(args, shared).Run();
     } else {
-      NarrowConsumer<kDim, kHeads, kOperand<kFormat>, 1>(args, shared).Run();
+      NarrowConsumer<kDim, kFormat, kHeads, 1>(args, shared).Run();
     }
   }
 #else

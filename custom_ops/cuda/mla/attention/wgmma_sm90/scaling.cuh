@@ -65,35 +65,29 @@ __device__ __forceinline__ uint4 ToHalf(const uint4& x, float factor) {
 }
 
 // Turns a query in shared memory (LoadQuery) into fp16; powers[row] is what its row was divided by.
+// Eight lanes have a row, four rows at a time: the exchanges of one would be a chain.
 template <int kDim, int kRows, int kWarps>
 __device__ __forceinline__ void QueryToHalf(uint8_t* query, float* powers, int warp, int lane) {
-  constexpr int kChunks = kDim / 8, kEach = (kChunks + 31) / 32;
+  static_assert(kRows % 4 == 0);
 #pragma unroll 1
-  for (int row = warp; row < kRows; row += kWarps) {
-    uint4 x[kEach];
+  for (int row = 4 * warp + lane / 8; row < kRows; row += 4 * kWarps) {
+    uint4* chunks = reinterpret_cast<uint4*>(query + row * 128 + (((lane & 7) ^ (row & 7)) << 4));
+    uint4 x[kDim / 64];
     uint32_t magnitude = 0;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int chunk = lane + 32 * i;
-      if (chunk >= kChunks) break;
-      x[i] = *reinterpret_cast<const uint4*>(query + chunk / 8 * (kRows * 128) + row * 128 +
-                                             (((chunk & 7) ^ (row & 7)) << 4));
+    for (int i = 0; i < kDim / 64; ++i) {
+      x[i] = chunks[i * (kRows * 128 / 16)];
       magnitude = max(magnitude, MaxMagnitude(x[i]));
     }
 #pragma unroll
-    for (int i = 1; i < 32; i *= 2) {
+    for (int i = 1; i < 8; i *= 2) {
       magnitude = max(magnitude, __shfl_xor_sync(kFullWarp, magnitude, i));
     }
     const float power = KeyPower(magnitude >> 7);
     const float factor = Reciprocal(power);
-    if (lane == 0) powers[row] = power;
+    if (lane % 8 == 0) powers[row] = power;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int chunk = lane + 32 * i;
-      if (chunk >= kChunks) break;
-      *reinterpret_cast<uint4*>(query + chunk / 8 * (kRows * 128) + row * 128 +
-                                (((chunk & 7) ^ (row & 7)) << 4)) = ToHalf(x[i], factor);
-    }
+    for (int i = 0; i < kDim / 64; ++i) chunks[i * (kRows * 128 / 16)] = ToHalf(x[i], factor);
   }
 }
 

@@ -1,10 +1,11 @@
 // Sparse latent attention for groups of up to 64 heads of a query token: heads are the rows of the
 // products.
 //
-// Warpgroups, three of them:
+// Warpgroups, four of them:
 //  - consumer 0: S = Q K^T, softmax, O[:, 0..255] += P V;
 //  - consumer 1: O[:, 256..511] += P V, with P and the rescaling factors from shared memory;
-//  - producers (gather.cuh), which fill two stages of 64 keys.
+//  - two of producers (gather.cuh), which fill stages of 64 keys: two, or one of 8-bit keys, whose
+//    codes wait in a buffer in place of the other.
 //
 // The producers are ahead: they fill stages for the next work tile during the epilogue.
 //
@@ -26,24 +27,28 @@
 namespace fastattn::cuda::mla_sm90 {
 
 inline constexpr int kWideHeads = 64;
-inline constexpr int kWideProducers = 4;  // warps
+inline constexpr int kWideProducers = 8;  // warps
 inline constexpr int kWideThreads = 256 + 32 * kWideProducers;
-// Of 504 that three threads have.
+// Of 512 that four threads have.
 inline constexpr int kScoreRegisters = 208;
 inline constexpr int kOutputRegisters = 160;
-inline constexpr int kProducerRegisters = 136;
+inline constexpr int kProducerRegisters = 72;
+// Stages of keys: beside the buffer of codes there is room for one.
+template <MlaFormat kFormat>
+inline constexpr int kWideStages = kFormat == MlaFormat::kBf16 ? 2 : 1;
 
-template <int kDim>
+template <int kDim, MlaFormat kFormat>
 struct alignas(1024) WideShared {
-  Stages<kDim> stages;
+  Stages<kDim, kWideStages<kFormat>> stages;
   uint8_t query[kDim / 64 * kWideHeads * 128];
   uint8_t probabilities[kWideHeads * 128];
   float rescale[kWideHeads];
   float factor[kWideHeads];
   float query_powers[kWideHeads];  // fp16: what the query's rows were divided by
-  StageBarriers barriers;
+  StageBarriers<kWideStages<kFormat>> barriers;
   uint64_t probabilities_full;
   uint64_t probabilities_empty;
+  alignas(16) uint8_t staging[kStagingBytes<kFormat>];
 };
 
 // A consumer's outputs: 64 heads x 256 channels, in halves of 128.
@@ -74,10 +79,12 @@ __device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) 
   }
 }
 
-template <int kDim, DType kType>
+template <int kDim, MlaFormat kFormat>
 class WideConsumer {
  public:
-  using Shared = WideShared<kDim>;
+  using Shared = WideShared<kDim, kFormat>;
+  static constexpr DType kType = kOperand<kFormat>;
+  static constexpr int kStages = kWideStages<kFormat>;
   static constexpr bool kHalf = kType == DType::kFloat16;
 
   __device__ __forceinline__ WideConsumer(const Arguments& args, Shared& shared)
@@ -126,7 +133,7 @@ class WideConsumer {
  private:
   __device__ __forceinline__ void Advance() {
     ++tiles_;
-    stage_ ^= 1;
+    stage_ = (stage_ + 1) % kStages;
     parity_ ^= stage_ == 0;
   }
 
@@ -158,8 +165,8 @@ class WideConsumer {
     }
   }
 
-  // Consumer 0. The products of the next scores follow those of the outputs, so that nothing but
-  // the softmax has the tensor cores wait.
+  // Consumer 0. With two stages the products of the next scores follow those of the outputs, so
+  // that nothing but the softmax has the tensor cores wait.
   __device__ __forceinline__ void RunScores(const Work& work, const float (&scales)[2],
                                             HalfOutput& out, RowState (&rows)[2]) {
     float scores[32];
@@ -171,13 +178,15 @@ class WideConsumer {
       uint32_t pairs[16];
       Weigh(scores, scales, out, rows, pairs);
       const int used = stage_;
+      if constexpr (kStages == 1) ReleaseHalves<1>(used);
       Advance();
       WaitFull();
+      if constexpr (kStages == 1) {
+        Keep(out);
+        KeepRegisters(pairs);
+      }
       Score(scores);
-      WaitGroups<2>();
-      ArriveWarp(&shared_.barriers.empty[used][0]);
-      WaitGroups<1>();
-      ArriveWarp(&shared_.barriers.empty[used][1]);
+      if constexpr (kStages > 1) ReleaseHalves<2>(used);
       WaitGroups<0>();
       Keep(out);
       KeepFloats(scores);
@@ -185,12 +194,20 @@ class WideConsumer {
     }
     uint32_t pairs[16];
     Weigh(scores, scales, out, rows, pairs);
-    WaitGroups<0>();
+    ReleaseHalves<1>(stage_);
     Keep(out);
     KeepRegisters(pairs);
-    ArriveWarp(&shared_.barriers.empty[stage_][0]);
-    ArriveWarp(&shared_.barriers.empty[stage_][1]);
     Advance();
+  }
+
+  // Releases a stage, a half each time that a group of products ends. kPending: groups that have
+  // been issued since those of the first half.
+  template <int kPending>
+  __device__ __forceinline__ void ReleaseHalves(int stage) const {
+    WaitGroups<kPending>();
+    ArriveWarp(&shared_.barriers.empty[stage][0]);
+    WaitGroups<kPending - 1>();
+    ArriveWarp(&shared_.barriers.empty[stage][1]);
   }
 
   // Softmax of a tile's scores, and issue of O += P V.
@@ -216,7 +233,7 @@ class WideConsumer {
   }
 
   __device__ __forceinline__ void WaitFull() const {
-    Wait(&shared_.barriers.full[stage_], parity_);
+    WaitTile(&shared_.barriers.full[stage_], parity_);
   }
 
   // Issues S = Q K^T of a stage.
@@ -412,10 +429,10 @@ class WideConsumer {
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
-template <int kDim>
-__device__ __forceinline__ void InitBarriers(WideShared<kDim>& shared) {
-  for (int i = 0; i < kStages; ++i) {
-    InitBarrier(&shared.barriers.full[i], kWideProducers * kWarpArrivals);
+template <int kDim, MlaFormat kFormat>
+__device__ __forceinline__ void InitBarriers(WideShared<kDim, kFormat>& shared) {
+  for (int i = 0; i < kWideStages<kFormat>; ++i) {
+    InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kWideProducers>);
     InitBarrier(&shared.barriers.empty[i][0], 8 * kWarpArrivals);
     InitBarrier(&shared.barriers.empty[i][1], 8 * kWarpArrivals);
   }
@@ -429,24 +446,24 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     WideKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
-  auto& shared = *reinterpret_cast<WideShared<kDim>*>(bytes);
+  auto& shared = *reinterpret_cast<WideShared<kDim, kFormat>*>(bytes);
   if (threadIdx.x == 0) InitBarriers(shared);
   __syncthreads();
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat, kWideProducers, 1> gather(args, shared.stages.keys[0], shared.barriers,
-                                                    threadIdx.x - 256);
+    Gather<kDim, kFormat, kWideProducers, kWideStages<kFormat>> gather(
+        args, shared.stages.keys[0], shared.staging, shared.barriers, threadIdx.x - 256);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kWideHeads));
     }
   } else if (threadIdx.x < 128) {
     ClaimRegisters<kScoreRegisters>();
-    WideConsumer<kDim, kOperand<kFormat>>(args, shared).template Run<0>();
+    WideConsumer<kDim, kFormat>(args, shared).template Run<0>();
   } else {
-    ReleaseRegisters<kOutputRegisters>();
-    WideConsumer<kDim, kOperand<kFormat>>(args, shared).template Run<1>();
+    ClaimRegisters<kOutputRegisters>();
+    WideConsumer<kDim, kFormat>(args, shared).template Run<1>();
   }
 #else
   __trap();

@@ -16,8 +16,7 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-inline constexpr int kKeys = 64;  // of a tile
-inline constexpr int kStages = 2;
+inline constexpr int kKeys = 64;                 // of a tile
 inline constexpr int kBlockBytes = kKeys * 128;  // 64 channels of a tile, rows swizzled over 128
 
 __device__ __forceinline__ int LengthOf(const MlaSelection& s, int64_t token) {
@@ -80,6 +79,29 @@ __device__ __forceinline__ void CopyOrZero(uint32_t target, const void* source, 
 __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
   FenceAsyncProxy();
+}
+
+// 8 bytes, for an address of which 16 would not be aligned.
+__device__ __forceinline__ void Copy8OrZero(uint32_t target, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for all but the last kPending of the thread's groups of copies.
+template <int kPending>
+__device__ __forceinline__ void WaitCopyGroups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Arrives at a barrier once the thread's copies so far have ended.
+__device__ __forceinline__ void ArriveAfterCopies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
+               : "memory");
 }
 
 // Starts to copy the query: heads of the group in rows of 128 bytes, swizzled, block after block of
