@@ -28,10 +28,26 @@ struct Config {
   // before the one that it waits for, still loading, for it: waits tell phases by parity only.
   static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? 16 : kConsumers == 3 ? 15 : 14;
   static_assert(kStages % kConsumers == 0);
-  // Warps. Steps with one query a sequence turn to the next tile so soon that one warp falls
-  // behind.
-  static constexpr int kLoaders = kPaged && kColumns == 64 ? 2 : 1;
-  static_assert(kStages % kLoaders == 0 && kLoaders <= 2);
+#ifndef L18_LOADERS
+#define L18_LOADERS 1
+#endif
+#ifndef L18_BATCH
+#define L18_BATCH 4
+#endif
+#ifndef L18_AHEAD
+#define L18_AHEAD 1
+#endif
+#ifndef L18_RELU
+#define L18_RELU 0
+#endif
+#ifndef L18_TOUCH
+#define L18_TOUCH 0
+#endif
+  static constexpr int kLoaders = kPaged && kColumns == 64 ? L18_LOADERS : 1;
+  // Tiles of pages that a loader asks for at once, each in lanes of its own: a tile's instructions
+  // one after the other would take a warp longer than a tile of 64 columns takes the consumers.
+  static constexpr int kBatch = kStages == 15 ? 3 : L18_BATCH;
+  static_assert(kStages % (kBatch * kLoaders) == 0);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
   // these wait forever for registers that the launch did not take.
@@ -54,10 +70,16 @@ struct Segment {
   int tiles;  // -1: there are no more segments
 };
 
+// Tiles that some row of a group sees.
+struct TileRange {
+  int begin, end;
+};
+
 // Units of work (schedule.cuh) of a CTA: the first is unit `unit` of group `group`.
 struct Share {
   int group, unit;
   int64_t units;
+  TileRange tiles;  // of that group; paged only
 };
 
 // What a consumer needs of a query: the visible keys, and where the logit of key 0 would be.

@@ -17,9 +17,11 @@ __device__ __forceinline__ LogitsParams KnownParams(LogitsParams p) {
   return p;
 }
 
-struct TileRange {
-  int begin, end;
-};
+template <class C>
+__device__ __forceinline__ LogitsGroups KnownGroups(LogitsGroups groups) {
+  if (C::kPaged && C::kColumns == 64) groups.per_sequence = 1;
+  return groups;
+}
 
 __device__ __forceinline__ TileRange TilesOf(VisibleKeys keys) {
   if (keys.begin >= keys.end) return {0x7FFFFFFF, 0};
@@ -98,20 +100,30 @@ __device__ __forceinline__ Share FindShareOfWarp(const LogitsParams& p, const Lo
   const int each = (groups.count + 31) / 32;
   const int first = min(lane * each, groups.count), last = min(first + each, groups.count);
   int64_t sum = 0;
+  TileRange tiles = {0, 0};
 #pragma unroll 1
   for (int group = first; group < last; ++group) {
-    sum += UnitsOf<C>(GroupTiles(p, groups, group));
+    tiles = GroupTiles(p, groups, group);
+    sum += UnitsOf<C>(tiles);
   }
   const int64_t through = SumUpToLane(sum, lane), before = through - sum;
   const int64_t total = __shfl_sync(~0u, through, 31);
   const int64_t begin = ShareBegin(total, blockIdx.x);
-  Share share = {0, 0, ShareBegin(total, blockIdx.x + 1) - begin};
+  Share share = {0, 0, ShareBegin(total, blockIdx.x + 1) - begin, tiles};
   const bool mine = begin >= before && begin < through;
-  if (mine) Walk<C>(p, groups, first, last, begin - before, &share.group, &share.unit);
+  if (mine) {
+    share.group = first, share.unit = static_cast<int>(begin - before);
+    if (last - first > 1) {
+      Walk<C>(p, groups, first, last, begin - before, &share.group, &share.unit);
+      share.tiles = GroupTiles(p, groups, share.group);
+    }
+  }
   const uint32_t found = __ballot_sync(~0u, mine);
   const int lane_of = found != 0 ? __ffs(found) - 1 : 0;
   share.group = __shfl_sync(~0u, share.group, lane_of);
   share.unit = __shfl_sync(~0u, share.unit, lane_of);
+  share.tiles.begin = __shfl_sync(~0u, share.tiles.begin, lane_of);
+  share.tiles.end = __shfl_sync(~0u, share.tiles.end, lane_of);
   return share;
 }
 
@@ -133,6 +145,10 @@ __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p, int thread
   }
   prefetch(p.weights, p.rows * p.num_heads * 4);
   prefetch(p.q, p.rows * p.num_heads * p.CodeBytes());
+#if L18_TOUCH
+  if (thread == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.cache));
+  if (thread == 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.out));
+#endif
 }
 
 // A prompt's, by all threads of the CTA.
