@@ -46,7 +46,7 @@ struct Config {
   static constexpr int kLoaders = kPaged && kColumns == 64 ? L18_LOADERS : 1;
   // Tiles of pages that a loader asks for at once, each in lanes of its own: a tile's instructions
   // one after the other would take a warp longer than a tile of 64 columns takes the consumers.
-  static constexpr int kBatch = kStages == 15 ? 3 : L18_BATCH;
+  static constexpr int kBatch = !kPaged ? 1 : kStages == 15 ? 3 : L18_BATCH;
   static_assert(kStages % (kBatch * kLoaders) == 0);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
@@ -78,7 +78,7 @@ struct TileRange {
 // Units of work (schedule.cuh) of a CTA: the first is unit `unit` of group `group`.
 struct Share {
   int group, unit;
-  int64_t units;
+  int units;
   TileRange tiles;  // of that group; paged only
 };
 
@@ -99,7 +99,7 @@ struct Shared {
   int wide[2];                      // mxfp4: a head of these queries is no row of e4m3
   uint32_t unassigned[C::kStages];  // a bit for every 8 keys of the tile
   Segment segments[2];
-  int64_t warp_sums[C::kThreads / 32];
+  int warp_sums[C::kThreads / 32];
   Share share;  // ragged
   uint64_t segment_found[2];
   uint64_t query_full[2];

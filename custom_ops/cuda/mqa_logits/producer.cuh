@@ -72,7 +72,7 @@ class Loader {
     while (left_ > 0) {
       if (!known_) tiles_ = GroupTilesOfWarp(p_, groups_, group_, lane_);
       known_ = false;
-      const int stop = static_cast<int>(min(int64_t{UnitsOf<C>(tiles_)}, skip_ + left_));
+      const int stop = min(UnitsOf<C>(tiles_), skip_ + left_);
       const int from = max(skip_ - C::kGroupUnits, 0), to = max(stop - C::kGroupUnits, 0);
       const int group = group_++;
       left_ -= stop - skip_;
@@ -218,8 +218,7 @@ class Loader {
   Shared<C>& shared_;
   const int lane_, number_;
   int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0;
-  int64_t left_;  // units of the share behind the segments so far
-  int group_, skip_;
+  int left_, group_, skip_;  // units of the share behind the segments so far, and where they begin
   TileRange tiles_;  // of group_ if known_
   bool known_;
   Ring<2> segments_;
