@@ -26,7 +26,7 @@ struct Config {
   // A stage's tiles are all of one warpgroup: its waits see every phase of the stage's barrier. A
   // warpgroup that came to a stage for the first time after others' turns could take the phase
   // before the one that it waits for, still loading, for it: waits tell phases by parity only.
-  static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? 16 : kConsumers == 3 ? 15 : 14;
+  static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? L18_STAGES : kConsumers == 3 ? 15 : 14;
   static_assert(kStages % kConsumers == 0);
 #ifndef L18_LOADERS
 #define L18_LOADERS 1
@@ -36,6 +36,9 @@ struct Config {
 #endif
 #ifndef L18_AHEAD
 #define L18_AHEAD 1
+#endif
+#ifndef L18_STAGES
+#define L18_STAGES 16
 #endif
 #ifndef L18_RELU
 #define L18_RELU 0

@@ -107,13 +107,14 @@ class Loader {
 
   __device__ void LoadSegment(const Segment& segment, Pages pages, const Segment& next, int ahead) {
     const int each = C::kPaged ? 32 >> piece_bits_ : C::kStages;
+    const int before = next.tiles > 0 ? min(ahead, segment.tiles) : segment.tiles;
     bool asked = false;
     Pages following = pages;
     Piece piece = {};
     int i = 0;
 #pragma unroll 1
     while (true) {
-      if (!asked && (i >= ahead || i >= segment.tiles)) {
+      if (!asked && i >= before) {
         Ask(next);
         asked = true;
       }
