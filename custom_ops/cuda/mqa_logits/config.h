@@ -4,6 +4,24 @@
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mqa_logits/variant.h"
 
+#ifndef L18_LOADERS
+#define L18_LOADERS 1
+#endif
+#ifndef L18_BATCH
+#define L18_BATCH 4
+#endif
+#ifndef L18_AHEAD
+#define L18_AHEAD 1
+#endif
+#ifndef L18_STAGES
+#define L18_STAGES 16
+#endif
+#ifndef L18_RELU
+#define L18_RELU 0
+#endif
+#ifndef L18_TOUCH
+#define L18_TOUCH 0
+#endif
 namespace fastattn::cuda::mqa_logits {
 
 inline constexpr int kDim = 128;
@@ -28,24 +46,6 @@ struct Config {
   // before the one that it waits for, still loading, for it: waits tell phases by parity only.
   static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? L18_STAGES : kConsumers == 3 ? 15 : 14;
   static_assert(kStages % kConsumers == 0);
-#ifndef L18_LOADERS
-#define L18_LOADERS 1
-#endif
-#ifndef L18_BATCH
-#define L18_BATCH 4
-#endif
-#ifndef L18_AHEAD
-#define L18_AHEAD 1
-#endif
-#ifndef L18_STAGES
-#define L18_STAGES 16
-#endif
-#ifndef L18_RELU
-#define L18_RELU 0
-#endif
-#ifndef L18_TOUCH
-#define L18_TOUCH 0
-#endif
   static constexpr int kLoaders = kPaged && kColumns == 64 ? L18_LOADERS : 1;
   // Tiles of pages that a loader asks for at once, each in lanes of its own: a tile's instructions
   // one after the other would take a warp longer than a tile of 64 columns takes the consumers.
@@ -55,8 +55,11 @@ struct Config {
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
   // these wait forever for registers that the launch did not take.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 4 ? 64 : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : kConsumers == 3 ? 152 : 224;
+  static constexpr int kProducerRegisters = kConsumers == 4 ? 64 : kConsumers == 3 && kFp8 ? 80 : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 4   ? 104
+                                            : kConsumers == 2 ? 224
+                                            : kFp8            ? 144
+                                                              : 152;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * kRegisters);
   // Work of a CTA on a group of queries besides its tiles, in tiles: ranges, weights and operands
