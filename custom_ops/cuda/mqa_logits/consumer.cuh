@@ -58,9 +58,10 @@ class Consumer {
  private:
   static constexpr int kRegisters = C::kColumns / 2;  // accumulators of a product
 
-  // x, in a register: what follows from a lane's number would be computed anew for each tile.
+  // x, in a register where these are not scarce: what follows from a lane's number would be computed
+  // anew for each tile.
   __device__ __forceinline__ static int Kept(int x) {
-    return __shfl_sync(~0u, x, threadIdx.x % 32);
+    return C::kColumns == 64 ? __shfl_sync(~0u, x, threadIdx.x % 32) : x;
   }
 
   __device__ __forceinline__ uint64_t KeyOperand(int stage) const {
