@@ -31,6 +31,7 @@ class Consumer {
         number_(threadIdx.x / 128 - 1),
         row_(Kept(16 * warp_ + lane_ / 4)),
         own_row_(Kept(row_ + 8 * (lane_ & 1))),
+        codes_(Kept(row_ * C::kCodeBytes + lane_ % 4 * 16)),
         selector_(C::kFp8 ? 0 : Kept(lane_ % 4 * 0x1111 + 0x4400)),
         ones_(C::kFp8 ? 0 : static_cast<uint32_t>(shared.magnitudes[kMostShift + 1])) {}
 
@@ -139,7 +140,7 @@ class Consumer {
   // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
   __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint4 (&words)[2], uint2 (&magnitudes)[2]) {
     const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.scales[stage]) + row_;
-    const uint8_t* codes = shared_.key[stage] + 16 * (threadIdx.x % 128);
+    const uint8_t* codes = shared_.key[stage] + codes_;
     // The block's exponent bytes of both keys, each twice, and the largest of each key: as halves
     // of a word, which are compared at once.
     const uint32_t mine = PermuteBytes(scales[0], scales[8], selector_);
@@ -269,6 +270,7 @@ class Consumer {
   const int lane_, warp_, number_;
   Ring<C::kStages> stages_;
   const int row_, own_row_;   // of a tile: the lane's first key, the one whose logit it writes
+  const int codes_;           // where in a stage the lane's block of its first key is
   const uint32_t selector_;   // of the lane's block in its keys' exponents
   const uint32_t ones_;
   QueryCells cells_;  // of a segment of one query
