@@ -16,6 +16,9 @@
 #ifndef L18_STAGES
 #define L18_STAGES 16
 #endif
+#ifndef L18_HALVES
+#define L18_HALVES 0
+#endif
 #ifndef L18_RELU
 #define L18_RELU 0
 #endif

@@ -106,8 +106,25 @@ class Consumer {
     for (int i = first; i < tiles; i += C::kConsumers) {
       const int stage = stages_.index;
       Wait(&shared_.key_full[stage], stages_.phase);
-      float a[kRegisters];
       TileKeys keys = LoadScales(stage, tile + i);
+#if L18_HALVES == 1
+      if constexpr (C::kColumns == 256) {
+        float a[2][64];
+        constexpr uint64_t kHalf = 128 * kDim / 16;  // columns, in units of a descriptor
+        FenceProducts();
+        MultiplyTile(a[0], KeyOperand(stage), columns);
+        MultiplyTile(a[1], KeyOperand(stage), columns + kHalf);
+        WaitProducts<1>(a[0]);
+        const int step = min(C::kConsumers, tiles - i);
+        SumHeads<0>(a[0], keys, buffer);
+        WaitProducts<0>(a[1]);
+        ArriveWarp(&shared_.key_empty[stage]);
+        SumHeads<C::kQueries / 2>(a[1], keys, buffer);
+        stages_.Advance(step);
+        continue;
+      }
+#endif
+      float a[kRegisters];
       if constexpr (C::kFp8) {
         FenceProducts();
         MultiplyTile(a, KeyOperand(stage), columns);
@@ -130,7 +147,7 @@ class Consumer {
         if (wide_) keys.wide = ~0u;
       }
       stages_.Advance(min(C::kConsumers, tiles - i));  // those in between are others'
-      SumHeads(a, keys, buffer);
+      SumHeads<0>(a, keys, buffer);
       if constexpr (!C::kFp8) {
         if (keys.wide != 0) WideRows(buffer, keys);
       }
@@ -189,19 +206,21 @@ class Consumer {
 
   // Writes a tile's logits. Lane i % 4 writes those of key (i & 1), of every other query from
   // (i >> 1 & 1) on, or of the one that there is.
-  __device__ __forceinline__ void SumHeads(const float (&d)[kRegisters], const TileKeys& keys,
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void SumHeads(const float (&d)[kCount], const TileKeys& keys,
                                            int buffer) {
+    constexpr int kQueries = 2 * kCount / C::kHeads;
     constexpr int kBlocks = C::kHeads / 8;
     const bool odd = lane_ & 1, upper = lane_ & 2;
-    float sums[C::kQueries];
+    float sums[kQueries];
 #pragma unroll
-    for (int q = 0; q < C::kQueries; ++q) {
+    for (int q = 0; q < kQueries; ++q) {
       float x[2][2] = {};
 #pragma unroll
       for (int j = q * kBlocks; j < (q + 1) * kBlocks; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float w = weights_[2 * j + e];
+          const float w = weights_[2 * (kFirst * kBlocks + j) + e];
           x[0][e] = fmaf(Rectified(d[4 * j + e], j), w, x[0][e]);
           x[1][e] = fmaf(Rectified(d[4 * j + 2 + e], j), w, x[1][e]);
         }
@@ -212,16 +231,16 @@ class Consumer {
     }
     const bool hidden = odd ? keys.unassigned & 2 : keys.unassigned & 1;
     const bool wide = !C::kFp8 && keys.wide >> ((lane_ & 28) + (odd ? 1 : 0)) & 1;
-    if constexpr (C::kQueries == 1) {
+    if constexpr (kQueries == 1) {
       const float sum = sums[0] + __shfl_xor_sync(~0u, sums[0], 2);
       if (!upper && !wide) Write(buffer, 0, keys.key, hidden, sum * keys.scale);
     } else {
 #pragma unroll
-      for (int q = 0; q < C::kQueries; q += 2) {
+      for (int q = 0; q < kQueries; q += 2) {
         const float given = __shfl_xor_sync(~0u, upper ? sums[q] : sums[q + 1], 2);
         const float sum = (upper ? sums[q + 1] : sums[q]) + given;
         if (!wide) {
-          Write(buffer, q + (upper ? 1 : 0), keys.key, hidden, sum * keys.scale);
+          Write(buffer, kFirst + q + (upper ? 1 : 0), keys.key, hidden, sum * keys.scale);
         }
       }
     }
