@@ -4,27 +4,6 @@
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mqa_logits/variant.h"
 
-#ifndef L18_LOADERS
-#define L18_LOADERS 1
-#endif
-#ifndef L18_BATCH
-#define L18_BATCH 4
-#endif
-#ifndef L18_AHEAD
-#define L18_AHEAD 1
-#endif
-#ifndef L18_STAGES
-#define L18_STAGES 16
-#endif
-#ifndef L18_HALVES
-#define L18_HALVES 0
-#endif
-#ifndef L18_RELU
-#define L18_RELU 0
-#endif
-#ifndef L18_TOUCH
-#define L18_TOUCH 0
-#endif
 namespace fastattn::cuda::mqa_logits {
 
 inline constexpr int kDim = 128;
@@ -47,18 +26,19 @@ struct Config {
   // A stage's tiles are all of one warpgroup: its waits see every phase of the stage's barrier. A
   // warpgroup that came to a stage for the first time after others' turns could take the phase
   // before the one that it waits for, still loading, for it: waits tell phases by parity only.
-  static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? L18_STAGES : kConsumers == 3 ? 15 : 14;
+  static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? 16 : kConsumers == 3 ? 15 : 14;
   static_assert(kStages % kConsumers == 0);
-  static constexpr int kLoaders = kPaged && kColumns == 64 ? L18_LOADERS : 1;
-  // Tiles of pages that a loader asks for at once, each in lanes of its own: a tile's instructions
-  // one after the other would take a warp longer than a tile of 64 columns takes the consumers.
-  static constexpr int kBatch = !kPaged ? 1 : kStages == 15 ? 3 : L18_BATCH;
-  static_assert(kStages % (kBatch * kLoaders) == 0);
+  // Tiles of pages that are asked for at once, each in lanes of its own: one after the other they
+  // would take a warp longer than tiles of 64 columns take the consumers.
+  static constexpr int kBatch = kStages == 15 ? 3 : 4;
+  static_assert(!kPaged || kStages % kBatch == 0);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
   // these wait forever for registers that the launch did not take.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 4 ? 64 : kConsumers == 3 && kFp8 ? 80 : 56;
+  static constexpr int kProducerRegisters = kConsumers == 4           ? 64
+                                            : kConsumers == 3 && kFp8 ? 80
+                                                                      : 56;
   static constexpr int kConsumerRegisters = kConsumers == 4   ? 104
                                             : kConsumers == 2 ? 224
                                             : kFp8            ? 144

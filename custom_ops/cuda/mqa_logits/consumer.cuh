@@ -59,8 +59,8 @@ class Consumer {
  private:
   static constexpr int kRegisters = C::kColumns / 2;  // accumulators of a product
 
-  // x, in a register where these are not scarce: what follows from a lane's number would be computed
-  // anew for each tile.
+  // x, in a register where these are not scarce: what follows from a lane's number would be
+  // computed anew for each tile.
   __device__ __forceinline__ static int Kept(int x) {
     return C::kColumns == 64 ? __shfl_sync(~0u, x, threadIdx.x % 32) : x;
   }
@@ -72,19 +72,12 @@ class Consumer {
     return OperandDescriptor<kDim>(SharedAddress(shared_.query[buffer]));
   }
 
-  // Whether the columns j are rectified by an addition.
-  __device__ __forceinline__ static constexpr bool AddsRelu(int j) { return j % 4 < L18_RELU; }
-  __device__ __forceinline__ static float Rectified(float x, int j) {
-    return AddsRelu(j) ? x + fabsf(x) : Relu(x);
-  }
-
   __device__ __forceinline__ void LoadWeights(int buffer) {
 #pragma unroll
     for (int j = 0; j < C::kColumns / 8; ++j) {
       const float2 w =
           *reinterpret_cast<const float2*>(shared_.weights[buffer] + 8 * j + 2 * (lane_ % 4));
-      const float unit = AddsRelu(j) ? 0.5f : 1.0f;
-      weights_[2 * j] = w.x * unit, weights_[2 * j + 1] = w.y * unit;
+      weights_[2 * j] = w.x, weights_[2 * j + 1] = w.y;
     }
   }
 
@@ -107,23 +100,6 @@ class Consumer {
       const int stage = stages_.index;
       Wait(&shared_.key_full[stage], stages_.phase);
       TileKeys keys = LoadScales(stage, tile + i);
-#if L18_HALVES == 1
-      if constexpr (C::kColumns == 256) {
-        float a[2][64];
-        constexpr uint64_t kHalf = 128 * kDim / 16;  // columns, in units of a descriptor
-        FenceProducts();
-        MultiplyTile(a[0], KeyOperand(stage), columns);
-        MultiplyTile(a[1], KeyOperand(stage), columns + kHalf);
-        WaitProducts<1>(a[0]);
-        const int step = min(C::kConsumers, tiles - i);
-        SumHeads<0>(a[0], keys, buffer);
-        WaitProducts<0>(a[1]);
-        ArriveWarp(&shared_.key_empty[stage]);
-        SumHeads<C::kQueries / 2>(a[1], keys, buffer);
-        stages_.Advance(step);
-        continue;
-      }
-#endif
       float a[kRegisters];
       if constexpr (C::kFp8) {
         FenceProducts();
@@ -132,13 +108,7 @@ class Consumer {
         ArriveWarp(&shared_.key_empty[stage]);
       } else {
         uint32_t operand[16];
-        uint4 words[2];
-        uint2 magnitudes[2];
-        LoadOperand(stage, &keys, words, magnitudes);
-        ConvertStep<0>(words, magnitudes, operand);
-        ConvertStep<1>(words, magnitudes, operand);
-        ConvertStep<2>(words, magnitudes, operand);
-        ConvertStep<3>(words, magnitudes, operand);
+        LoadOperand(stage, &keys, operand);
         ArriveWarp(&shared_.key_empty[stage]);
         FenceProducts();
         MultiplyTile(a, operand, columns);
@@ -147,7 +117,7 @@ class Consumer {
         if (wide_) keys.wide = ~0u;
       }
       stages_.Advance(min(C::kConsumers, tiles - i));  // those in between are others'
-      SumHeads<0>(a, keys, buffer);
+      SumHeads(a, keys, buffer);
       if constexpr (!C::kFp8) {
         if (keys.wide != 0) WideRows(buffer, keys);
       }
@@ -155,7 +125,7 @@ class Consumer {
   }
 
   // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
-  __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint4 (&words)[2], uint2 (&magnitudes)[2]) {
+  __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint32_t (&operand)[16]) {
     const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.scales[stage]) + row_;
     const uint8_t* codes = shared_.key[stage] + codes_;
     // The block's exponent bytes of both keys, each twice, and the largest of each key: as halves
@@ -171,6 +141,7 @@ class Consumer {
     int shift[2] = {static_cast<int>(shifts & 0xFF), static_cast<int>(shifts >> 24)};
     const uint32_t own = PermuteBytes(largest, 0, lane_ & 1 ? 0x4443 : 0x4440);
     keys->scale = PlainFactor(static_cast<int>(own));
+    uint4 words[2];
     words[0] = *reinterpret_cast<const uint4*>(codes);
     words[1] = *reinterpret_cast<const uint4*>(codes + 8 * C::kCodeBytes);
     if (__any_sync(~0u, rare)) {
@@ -182,19 +153,14 @@ class Consumer {
       keys->wide = AnyOfFour(__ballot_sync(~0u, wide[0])) | AnyOfFour(__ballot_sync(~0u, wide[1]))
                                                                 << 1;
     }
-    magnitudes[0] = reinterpret_cast<const uint2*>(shared_.magnitudes)[shift[0]];
-    magnitudes[1] = reinterpret_cast<const uint2*>(shared_.magnitudes)[shift[1]];
-  }
-
-  // Codes of a product's step as operands: word `kStep` of both keys.
-  template <int kStep>
-  __device__ __forceinline__ void ConvertStep(const uint4 (&words)[2], const uint2 (&magnitudes)[2],
-                                              uint32_t (&operand)[16]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const uint2 magnitudes = reinterpret_cast<const uint2*>(shared_.magnitudes)[shift[h]];
       const uint32_t four[4] = {words[h].x, words[h].y, words[h].z, words[h].w};
-      ToE4M3(four[kStep], magnitudes[h], ones_, &operand[4 * kStep + h],
-             &operand[4 * kStep + h + 2]);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        ToE4M3(four[s], magnitudes, ones_, &operand[4 * s + h], &operand[4 * s + h + 2]);
+      }
     }
   }
 
@@ -206,23 +172,21 @@ class Consumer {
 
   // Writes a tile's logits. Lane i % 4 writes those of key (i & 1), of every other query from
   // (i >> 1 & 1) on, or of the one that there is.
-  template <int kFirst, int kCount>
-  __device__ __forceinline__ void SumHeads(const float (&d)[kCount], const TileKeys& keys,
+  __device__ __forceinline__ void SumHeads(const float (&d)[kRegisters], const TileKeys& keys,
                                            int buffer) {
-    constexpr int kQueries = 2 * kCount / C::kHeads;
     constexpr int kBlocks = C::kHeads / 8;
     const bool odd = lane_ & 1, upper = lane_ & 2;
-    float sums[kQueries];
+    float sums[C::kQueries];
 #pragma unroll
-    for (int q = 0; q < kQueries; ++q) {
+    for (int q = 0; q < C::kQueries; ++q) {
       float x[2][2] = {};
 #pragma unroll
       for (int j = q * kBlocks; j < (q + 1) * kBlocks; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float w = weights_[2 * (kFirst * kBlocks + j) + e];
-          x[0][e] = fmaf(Rectified(d[4 * j + e], j), w, x[0][e]);
-          x[1][e] = fmaf(Rectified(d[4 * j + 2 + e], j), w, x[1][e]);
+          const float w = weights_[2 * j + e];
+          x[0][e] = fmaf(Relu(d[4 * j + e]), w, x[0][e]);
+          x[1][e] = fmaf(Relu(d[4 * j + 2 + e]), w, x[1][e]);
         }
       }
       const float first = x[0][0] + x[0][1], second = x[1][0] + x[1][1];
@@ -231,16 +195,16 @@ class Consumer {
     }
     const bool hidden = odd ? keys.unassigned & 2 : keys.unassigned & 1;
     const bool wide = !C::kFp8 && keys.wide >> ((lane_ & 28) + (odd ? 1 : 0)) & 1;
-    if constexpr (kQueries == 1) {
+    if constexpr (C::kQueries == 1) {
       const float sum = sums[0] + __shfl_xor_sync(~0u, sums[0], 2);
       if (!upper && !wide) Write(buffer, 0, keys.key, hidden, sum * keys.scale);
     } else {
 #pragma unroll
-      for (int q = 0; q < kQueries; q += 2) {
+      for (int q = 0; q < C::kQueries; q += 2) {
         const float given = __shfl_xor_sync(~0u, upper ? sums[q] : sums[q + 1], 2);
         const float sum = (upper ? sums[q + 1] : sums[q]) + given;
         if (!wide) {
-          Write(buffer, kFirst + q + (upper ? 1 : 0), keys.key, hidden, sum * keys.scale);
+          Write(buffer, q + (upper ? 1 : 0), keys.key, hidden, sum * keys.scale);
         }
       }
     }
@@ -288,9 +252,9 @@ class Consumer {
   Shared<C>& shared_;
   const int lane_, warp_, number_;
   Ring<C::kStages> stages_;
-  const int row_, own_row_;   // of a tile: the lane's first key, the one whose logit it writes
-  const int codes_;           // where in a stage the lane's block of its first key is
-  const uint32_t selector_;   // of the lane's block in its keys' exponents
+  const int row_, own_row_;  // of a tile: the lane's first key, the one whose logit it writes
+  const int codes_;          // where in a stage the lane's block of its first key is
+  const uint32_t selector_;  // of the lane's block in its keys' exponents
   const uint32_t ones_;
   QueryCells cells_;  // of a segment of one query
   bool wide_;         // a head of the segment's is no row of e4m3

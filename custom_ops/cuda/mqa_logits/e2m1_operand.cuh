@@ -23,8 +23,8 @@ __device__ __forceinline__ uint8_t MagnitudeOfShift(int code, int shift) {
   return static_cast<uint8_t>((exponent << 3) + (steps >> exponent));
 }
 
-// The codes for all shifts, by one warp: byte i of word `shift` is that of magnitude i. Bytes of the
-// next word are 1.
+// The codes for all shifts, by one warp: byte i of word `shift` is that of magnitude i. Bytes of
+// the next word are 1.
 __device__ __forceinline__ void FillMagnitudes(uint64_t* table, int lane) {
 #pragma unroll 1
   for (int i = lane; i < (kMostShift + 2) * 8; i += 32) {

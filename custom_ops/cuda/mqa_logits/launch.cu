@@ -35,6 +35,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
     status = EncodeMap(query, &arguments->query);
     if (status != cudaSuccess) return status;
   }
+  if (p.paged && !fp8) return cudaSuccess;  // pages of MXFP4 are copied as they are
   ByteTensor key = {p.keys,
                     {bytes, static_cast<uint64_t>(p.num_keys), 1},
                     {bytes, bytes * p.num_keys},

@@ -1,6 +1,6 @@
-// The producer warpgroup: kLoaders warps load tiles with TMA, the first of which finds segments for
-// the others; the next (for MXFP4 all others) prepares the queries' side; all but loaders fill
-// cells that nobody sees.
+// The producer warpgroup: the first warp finds segments and loads tiles with TMA; the next (for
+// MXFP4 all others) prepares the queries' side; warps with nothing else to do fill cells that
+// nobody sees.
 #pragma once
 
 #include "cuda/common/tma.cuh"
@@ -12,7 +12,7 @@ namespace fastattn::cuda::mqa_logits {
 
 // Warps that prepare the queries' side of a segment.
 template <class C>
-inline constexpr int kPreparers = C::kFp8 ? 1 : 4 - C::kLoaders;
+inline constexpr int kPreparers = C::kFp8 ? 1 : 3;
 
 // A piece of a tile: the keys of a page, or a tile's share of those.
 struct Pages {
@@ -35,7 +35,6 @@ class Loader {
         groups_(KnownGroups<C>(arguments.groups)),
         shared_(shared),
         lane_(threadIdx.x % 32),
-        number_(C::kLoaders == 1 ? 0 : threadIdx.x / 32),
         left_(share.units),
         group_(share.group),
         skip_(share.unit),
@@ -86,7 +85,6 @@ class Loader {
   }
 
   __device__ void Ask(const Segment& segment) {
-    if (number_ > 0) return;
     const int buffer = segments_.index;
     Wait(&shared_.query_empty[buffer], segments_.phase ^ 1);
     if (lane_ == 0) {
@@ -125,11 +123,9 @@ class Loader {
           piece = PieceOf(following);
           if (i + each < segment.tiles) following = FindPages(segment, i + each);
         }
-        const int count = min(min(C::kBatch - stages_.index % C::kBatch, each - at),
-                              segment.tiles - i);
-        if (C::kLoaders == 1 || stages_.index / C::kBatch % C::kLoaders == number_) {
-          LoadPieces(piece, at, count);
-        }
+        const int count =
+            min(min(C::kBatch - stages_.index % C::kBatch, each - at), segment.tiles - i);
+        LoadPieces(piece, at, count);
         stages_.Advance(count);
         i += count;
       } else {
@@ -217,10 +213,10 @@ class Loader {
   const LogitsParams p_;
   const LogitsGroups groups_;
   Shared<C>& shared_;
-  const int lane_, number_;
+  const int lane_;
   int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0;
   int left_, group_, skip_;  // units of the share behind the segments so far, and where they begin
-  TileRange tiles_;  // of group_ if known_
+  TileRange tiles_;          // of group_ if known_
   bool known_;
   Ring<2> segments_;
   Ring<C::kStages> stages_;
@@ -231,7 +227,7 @@ template <class C>
 class Preparer {
  public:
   __device__ Preparer(const Arguments& arguments, Shared<C>& shared)
-      : p_(KnownParams<C>(arguments.p)), shared_(shared), thread_(threadIdx.x - 32 * C::kLoaders) {}
+      : p_(KnownParams<C>(arguments.p)), shared_(shared), thread_(threadIdx.x - 32) {}
 
   __device__ void Run() {
     Ring<2> segments;
@@ -323,12 +319,12 @@ template <class C>
 __device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C>& shared,
                                             const Share& share) {
   const int warp = threadIdx.x / 32;
-  if (warp < C::kLoaders) {
+  if (warp == 0) {
     Loader<C>(arguments, shared, share).Run();
     return;
   }
-  if (warp < C::kLoaders + kPreparers<C>) Preparer<C>(arguments, shared).Run();
-  constexpr int kFirst = C::kLoaders + (C::kFp8 ? 1 : 0), kFillers = 4 - kFirst;
+  if (warp <= kPreparers<C>) Preparer<C>(arguments, shared).Run();
+  constexpr int kFirst = C::kFp8 ? 2 : 1, kFillers = 4 - kFirst;
   const int filler = warp - kFirst;
   if (filler >= 0) {
     FillHidden(KnownParams<C>(arguments.p), blockIdx.x * kFillers + filler, gridDim.x * kFillers,

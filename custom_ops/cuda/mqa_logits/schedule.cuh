@@ -145,10 +145,6 @@ __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p, int thread
   }
   prefetch(p.weights, p.rows * p.num_heads * 4);
   prefetch(p.q, p.rows * p.num_heads * p.CodeBytes());
-#if L18_TOUCH
-  if (thread == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.cache));
-  if (thread == 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.out));
-#endif
 }
 
 // A prompt's, by all threads of the CTA.

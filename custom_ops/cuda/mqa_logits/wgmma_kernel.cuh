@@ -59,11 +59,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
   Share share;
   if constexpr (C::kPaged) {
-    constexpr int kLoading = 32 * C::kLoaders;
-    if (threadIdx.x >= kLoading) {
-      PrefetchInputs(arguments.p, threadIdx.x - kLoading, C::kThreads - kLoading);
-    } else {  // while others prepare the shared memory
-      share = FindShareOfWarp<C>(KnownParams<C>(arguments.p), KnownGroups<C>(arguments.groups), lane);
+    if (warp == 0) {  // while others prepare the shared memory
+      share =
+          FindShareOfWarp<C>(KnownParams<C>(arguments.p), KnownGroups<C>(arguments.groups), lane);
+    } else {
+      PrefetchInputs(arguments.p, threadIdx.x - 32, C::kThreads - 32);
     }
     __syncthreads();
   } else {
