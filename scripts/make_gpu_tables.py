@@ -21,16 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_tables import attention, memory, pages
+from gpu_tables import attention, latent, memory, pages
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md",
          "docs/kernels/invariant.md")  # fmt: skip
-#: Families that are drawn.
-PLOTS = ("h100-decode", "h100-prefill", "h100-merge", "h100-indexer", "h100-cache",
-         "cpu-numpy-attention")  # fmt: skip
-
 #: Name of a table -> its text, from the results.
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
@@ -52,6 +48,13 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "indexer queries": memory.indexer_queries,
     "topk": memory.topk,
     "logits": memory.logits,
+    "indexer topk": latent.indexer_topk,
+    "sparse attention": latent.sparse_attention,
+    "dense attention": latent.dense_attention,
+    "latent writers": latent.latent_writers,
+    "sparse step": latent.sparse_step,
+    "sparse parts": latent.sparse_parts,
+    "plots": pages.plots,
 }
 _BLOCK = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -79,10 +82,13 @@ def written(page: str, results: Results, base: str) -> str:
 
 def draw(results: Path, plots: Path) -> None:
     """Draw the committed plots by the benchmark's own command."""
-    for name in PLOTS:
-        command = [sys.executable, "-m", "fastattn", "bench", "--load", str(results / name)]
-        command[-1] += ".json"
-        command += ["--plot", str(plots / f"{name}.png")]
+    for name, plot in pages.PLOTS.items():
+        source = results / f"{plot.source}.json"
+        if not source.exists():
+            print(f"left out {name}.png: no {source.name}")
+            continue
+        command = [sys.executable, "-m", "fastattn", "bench", "--load", str(source)]
+        command += ["--op", plot.op] * bool(plot.op) + ["--plot", str(plots / f"{name}.png")]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         print(f"drew {name}.png")

@@ -1,5 +1,5 @@
 // Head dimensions that the operators take; the table of instances (builder/instances.py) has the
-// same ones, which a test compares.
+// same ones in every family that is not excepted, which a test compares.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,8 @@ namespace fastattn {
 template <int... kValues>
 struct HeadDimList {
   static constexpr int kDims[] = {kValues...};
+
+  static constexpr bool kPowersOfTwo = (((kValues & (kValues - 1)) == 0) && ...);
 
   static constexpr bool Has(int64_t head_dim) { return ((head_dim == kValues) || ...); }
 

@@ -256,7 +256,7 @@ class TileKernel {
   template <int kRow>
   static bool IsFinite(const Code* codes, int64_t stride) {
     if constexpr (kKv != DType::kE4M3) return false;
-    return !HasNaNCode(reinterpret_cast<const uint8_t*>(codes), kPlaneCodes / kRow, kRow, stride);
+    return !HasNaNCode<kRow>(reinterpret_cast<const uint8_t*>(codes), kPlaneCodes / kRow, stride);
   }
 
   // Blocks lie anywhere, and the hardware's prefetchers stop at a page. So while some keys are

@@ -189,8 +189,10 @@ FASTATTN_INLINE Vec LoadAs(const typename Element<kDType>::Storage* p) {
   }
 }
 
-// Whether one of n (a multiple of 64) e4m3 codes in each of `rows` rows is NaN.
-FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int rows, int n, int64_t stride) {
+// Whether one of n e4m3 codes in each of `rows` rows is NaN.
+template <int n>
+FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int rows, int64_t stride) {
+  static_assert(n % 64 == 0, "a row is read in whole vectors");
   using Bytes = uint8_t __attribute__((vector_size(FASTATTN_SIMD_BITS / 8)));
   Bytes found{};
   for (int r = 0; r < rows; ++r, codes += stride) {

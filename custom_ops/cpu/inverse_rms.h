@@ -9,6 +9,7 @@ namespace fastattn::cpu {
 // split of a head over threads in power-of-two runs gives the same bits.
 template <int kHeadDim>
 float InverseRms(float eps, const float* x) {
+  static_assert((kHeadDim & (kHeadDim - 1)) == 0, "a tree that halves loses terms of other counts");
   float sums[kHeadDim];
   for (int i = 0; i < kHeadDim; ++i) sums[i] = Mul(x[i], x[i]);
   for (int n = kHeadDim / 2; n > 0; n /= 2) {

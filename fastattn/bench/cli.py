@@ -8,14 +8,16 @@ import importlib.util
 import math
 import pkgutil
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastattn.bench.core.plots import plot
 from fastattn.bench.core.report import Baseline, Report, ReportError
-from fastattn.bench.core.rows import Bench, Row, benchmarks, family
+from fastattn.bench.core.rows import Bench, benchmarks, family, is_of
 from fastattn.bench.core.tables import WIDTH, markdown, table
 
 
@@ -67,25 +69,79 @@ def _import_cases() -> None:
 
 
 def _measure(chosen: Mapping[str, Bench], device: Any, console: Any, folder: Path | None) -> Report:
-    """Rows of all; those of a family also go to its file, as soon as each benchmark is done."""
+    """Rows of all; those of a family also go to its file, as soon as each benchmark is done.
+
+    A benchmark that fails is recorded, with the rows that it has given, and the others go on: in a
+    process of their own if the device is lost.
+    """
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     machine = device.machine()
-    rows: dict[str, list[Row]] = {}
+    families: dict[str, Report] = {}
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen))
+        left = list(chosen)
         for name, bench in chosen.items():
+            left.remove(name)
             progress.update(task, description=name)
-            of_family = rows.setdefault(family(bench), [])
-            for row in bench(device):
-                of_family.append(row)
-                progress.update(task, description=f"{name}: {row.shape}")
-            if folder:
-                file = f"{_stem(machine)}-{family(bench).replace('_', '-')}.json"
-                Report(machine, of_family).write(folder / file)
+            report = families.setdefault(family(bench), Report(machine, []))
+            try:
+                for row in bench(device):
+                    report.rows.append(row)
+                    progress.update(task, description=f"{name}: {row.shape}")
+            except Exception as error:  # whatever it is, hours of other rows are worth more
+                report.failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            _write_family(report, family(bench), folder)
             progress.advance(task)
-    return Report(machine, [row for of_family in rows.values() for row in of_family])
+            if name in report.failed and not device.recovered():
+                progress.update(task, description=f"{name} lost the device: the others go on")
+                _measure_apart({x: chosen[x] for x in left}, device.quick, families, folder)
+                break
+    rows = [row for report in families.values() for row in report.rows]
+    failed = {k: v for report in families.values() for k, v in report.failed.items()}
+    return Report(machine, rows, failed)
+
+
+def _measure_apart(
+    chosen: Mapping[str, Bench], quick: bool, families: dict[str, Report], folder: Path | None
+) -> None:
+    """Measure benchmarks in another process and add their rows to those of their families."""
+    if not chosen:
+        return
+    code = "import sys; from fastattn.bench.cli import _measure_here; _measure_here(*sys.argv[1:])"
+    with tempfile.TemporaryDirectory() as made:
+        command = [sys.executable, "-c", code, made, "quick" if quick else "", *chosen]
+        status = subprocess.run(command).returncode
+        read = {path.name: Report.read(path) for path in Path(made).glob("*.json")}
+    for name in {family(bench): None for bench in chosen.values()}:
+        theirs = next((r for file, r in read.items() if file == _file(r.machine, name)), None)
+        report = families.setdefault(name, Report(theirs.machine if theirs else {}, []))
+        if theirs:
+            report.rows += theirs.rows
+            report.failed.update(theirs.failed)
+        else:
+            report.failed[name] = f"its process ended with status {status}"
+        _write_family(report, name, folder)
+
+
+def _measure_here(folder: str, quick: str, *names: str) -> None:
+    """Measure benchmarks and write the rows of their families: :func:`_measure_apart`."""
+    from rich.console import Console
+
+    device, known = _device_and_benchmarks(bool(quick))
+    chosen = {name: known[name] for name in names}
+    _measure(chosen, device, Console(width=WIDTH), Path(folder))
+
+
+def _file(machine: Mapping[str, Any], name: str) -> str:
+    """Name of a family's file."""
+    return f"{_stem(machine)}-{name.replace('_', '-')}.json"
+
+
+def _write_family(report: Report, name: str, folder: Path | None) -> None:
+    if folder:
+        report.write(folder / _file(report.machine, name))
 
 
 def _stem(machine: Mapping[str, Any]) -> str:
@@ -94,27 +150,31 @@ def _stem(machine: Mapping[str, Any]) -> str:
     return match[0].lower() if match else "gpu" if "gpu" in machine else "cpu"
 
 
-def _run_benchmarks(arguments: argparse.Namespace, console: Any) -> Report | int:
-    """Measure what was asked for; an exit status where that ends the command."""
+def _device_and_benchmarks(quick: bool) -> tuple[Any, dict[str, Bench]]:
     import paddle
 
     from fastattn.bench.core.devices import present
 
-    device = present(arguments.quick)
+    device = present(quick)
     paddle.set_device("cpu")  # benchmarks name their place
     _import_cases()
-    known = benchmarks(device.kind)
+    return device, benchmarks(device.kind)
+
+
+def _run_benchmarks(arguments: argparse.Namespace, console: Any) -> Report | int:
+    """Measure what was asked for; an exit status where that ends the command."""
+    device, known = _device_and_benchmarks(arguments.quick)
     if arguments.list:
         print("\n".join(known))
         return 0
-    names = arguments.op or list(known)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        console.print(
-            f"bench: --op {unknown[0]}: expected one of {', '.join(known)}", soft_wrap=True
-        )
-        return 2
-    chosen = {name: known[name] for name in names}
+    chosen: dict[str, Bench] = {}
+    for wanted in arguments.op or list(known):
+        found = {name: known[name] for name in known if is_of(name, wanted)}
+        if not found:
+            console.print(f"bench: --op {wanted}: expected one of {', '.join(known)}",
+                          soft_wrap=True)  # fmt: skip
+            return 2
+        chosen.update(found)
     return _measure(chosen, device, console, arguments.json_dir)
 
 
@@ -123,7 +183,7 @@ def _only(report: Report, operators: list[str] | None) -> Report:
     if not operators:
         return report
     rows = [row for row in report.rows if row.op.split(",")[0].split(" ")[0] in operators]
-    return Report(report.machine, rows)
+    return Report(report.machine, rows, report.failed)
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
@@ -185,6 +245,9 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.markdown:
             arguments.markdown.write_text(markdown(report, baseline), encoding="utf-8")
         status = _compare(report, baseline, arguments.fail_below) if baseline else 0
+        for name, why in report.failed.items():
+            console.print(f"failed: {name}: {why}", markup=False, soft_wrap=True)
+            status = max(status, int(not arguments.load))
         if arguments.plot:
             plot(report, arguments.plot, baseline)
     except ReportError as error:

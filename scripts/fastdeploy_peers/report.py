@@ -75,6 +75,16 @@ def write_merged(
     path.write_text(json.dumps(merged(theirs, library, rows, facts), indent=1) + "\n")
 
 
+def write_section(
+    path: Path, section: str, rows: Iterable[Row], facts: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Replace a section's rows in a file, which need not exist; `facts` are kept beside them."""
+    theirs = json.loads(path.read_text()) if path.exists() else {}
+    kept = [row for row in theirs.get("rows", []) if row.get("section") != section]
+    merged = {**theirs, "rows": [*kept, *rows], section: dict(facts)}
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+
+
 def compact(rows: Iterable[Row], library: str) -> list[str]:
     """Lines of a narrow table of a library's rows: all steps and peers of a model and type."""
     cells: dict[tuple[str, str], dict[str, list[str]]] = {}

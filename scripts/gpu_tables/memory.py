@@ -86,6 +86,16 @@ def _patterns() -> list[Line]:
         *((f"`mla_gather_cache` {name}, 16 x 512 / 16 x 4096 tokens", "mla_gather_cache",
            [f"16 x {t}, {name}" for t in (512, 4096)])
           for name in ("bf16", "fp8", "fp8_656", "fp8_584")),
+        ("`mla_write_cache` fp8_656, scales of vLLM, the same", "mla_write_cache",
+         [f"T {t}, fp8_656, amax" for t in (1, 8192, 65536)]),
+        *((f"`{op}`, {heads} heads, 1 / 1024 / 4096 / 16384 tokens", op,
+           [f"T {t}, H {heads}" for t in (1, 1024, 4096, 16384)])
+          for op in ("mla_qkv_norm_rope_write", "inverse_rope_quantize_fp8")
+          for heads in (8, 16, 64)),
+        *((f"`save_partial_states` {what}, 1 / 1024 / 16384 tokens", "save_partial_states",
+           [f"T {t}, HEAD {head}, ratio {n}" for t in (1, 1024, 16384)])
+          for what, head, n in (("of keys, ratio 4", 512, 4), ("of keys, ratio 128", 512, 128),
+                                ("of index keys", 128, 4))),
         *((f"`merge_attn_states` to e4m3, {dtype}{what}, 1 x 4 / 256 x 32 / 1024 x 64 / 4096 x 128"
            " tokens x heads, cold", f"merge_attn_states, {variant}",
            [f"{t} tokens, H {h}, D 128, {dtype} to e4m3, cold"
@@ -105,6 +115,8 @@ def operators(results: Results) -> str:
     lines, used = [], []
     for label, op, patterns in _patterns():
         groups = [results.find(op, pattern) for pattern in patterns]
+        if not any(groups):
+            continue
         us = _joined(span((row.us for row in rows), digits) for rows in groups)
         if "decode, batch" in label:
             empty = [

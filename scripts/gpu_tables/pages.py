@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from gpu_tables.attention import decode_row, prefill_row, step_rows
 from gpu_tables.results import (
@@ -20,6 +21,45 @@ from gpu_tables.results import (
     span,
     two_digits,
 )
+
+
+class Plot(NamedTuple):
+    """A drawing of committed rows."""
+
+    source: str  # name of the file
+    what: str  # is seen
+    op: str = ""  # only its rows
+
+
+#: Name of a drawing in benchmarks/plots -> what it is of.
+PLOTS = {
+    "h100-decode": Plot("h100-decode", "decode bandwidth over context on an H100"),
+    "h100-prefill": Plot("h100-prefill", "prefill over the length of a sequence on an H100"),
+    "h100-mla-attention": Plot("h100-mla-attention", "dense latent decode over batch on an H100"),
+    "h100-mla-sparse": Plot("h100-mla-sparse", "sparse latent decode over heads on an H100"),
+    "h100-sparse-step": Plot("h100-sparse-step", "DeepSeek layers' steps over batch on an H100"),
+    "h100-paged-logits": Plot(
+        "h100-mqa-logits", "the indexer's logits of decode steps on an H100", "paged_mqa_logits"
+    ),
+    "h100-logits": Plot(
+        "h100-mqa-logits", "the indexer's logits of a prefill on an H100", "mqa_logits"
+    ),
+    "h100-topk": Plot("h100-topk", "top-k over the number of columns on an H100"),
+    "h100-merge": Plot("h100-merge", "merge_attn_states on an H100"),
+    "h100-indexer": Plot("h100-indexer", "the indexer's operators on an H100"),
+    "h100-cache": Plot("h100-cache", "cache writers on an H100"),
+    "cpu-numpy-attention": Plot("cpu-numpy-attention", "paged_attention on two CPU cores"),
+}
+
+
+def plots(results: Results) -> str:
+    """The drawings of files that are committed."""
+    found = [
+        f"![{plot.what}](ROOT/benchmarks/plots/{name}.png)"
+        for name, plot in PLOTS.items()
+        if plot.source in results.files
+    ]
+    return "\n\n".join(found)
 
 
 def runs(results: Results) -> str:
@@ -117,6 +157,19 @@ def behind(results: Results) -> str:
         parts.append(
             f"{len(slower)} of {len(steps)} steps of a layer are slower than vLLM's kernels"
             f" (least {least:.2f} of their speed: `{shape}`)"
+        )
+    latent = [
+        (share, row)
+        for op in ("mla_attention", "mla_sparse_attention")
+        for row in results.find(op, ".*")
+        if (share := row.ratio("FlashMLA"))
+    ]
+    slower = sorted((pair for pair in latent if pair[0] < 1), key=lambda pair: pair[0])
+    if slower:
+        least, row = slower[0]
+        parts.append(
+            f"{len(slower)} of {len(latent)} calls of latent attention are slower than FlashMLA's"
+            f" (least {least:.2f} of its speed: `{row.op}`, {row.shape})"
         )
     wide = decode_row(results, "none", (64, "8192", "32/8"))
     fa3 = wide and wide.peer_us("vllm_fa3_bf16")

@@ -38,6 +38,56 @@ def test_an_unknown_operator_is_named(capsys):
     assert "gemm" in capsys.readouterr().out
 
 
+def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    def fails(device):
+        yield Row("bad", "first", 1.0)
+        raise RuntimeError("out of\n  [memory]")
+
+    monkeypatch.setattr("fastattn.bench.cli._import_cases", lambda: None)
+    monkeypatch.setattr(registry, "REGISTRY", {})
+    registry.register("bad")(fails)
+    registry.register("good")(lambda device: iter([Row("good", "all", 2.0)]))
+    path = tmp_path / "all.json"
+    assert main(["bench", "--all", "--json", str(path), "--json-dir", str(tmp_path)]) == 1
+    assert "failed: bad: RuntimeError: out of [memory]" in capsys.readouterr().out
+    report = Report.read(path)
+    assert [row.op for row in report.rows] == ["bad", "good"]
+    assert report.failed == {"bad": "RuntimeError: out of [memory]"}
+    assert Report.read(tmp_path / "cpu-test-bench.json") == report  # both are of this module
+    assert main(["bench", "--load", str(path)]) == 0
+    assert "failed: bad" in capsys.readouterr().out
+    assert main(["bench", "--op", "good"]) == 0
+
+
+def test_a_lost_device_leaves_the_others_to_another_process(tmp_path):
+    from fastattn.bench.cli import _import_cases, _measure
+
+    class Lost(Cpu):
+        def recovered(self):
+            return False
+
+    def fails(device):
+        raise RuntimeError("an illegal memory access")
+        yield
+
+    _import_cases()
+    names = ("window_indices", "short_context_indices")  # of a family
+    chosen = {"bad": fails, **{name: benchmarks("cpu")[name] for name in names}}
+    report = _measure(chosen, Lost(quick=True), None, tmp_path)
+    assert {row.op for row in report.rows} == set(names)
+    assert list(report.failed) == ["bad"]
+    file = Report.read(tmp_path / "cpu-index-maps.json")
+    assert file.rows == report.rows and not file.failed
+
+
+@pytest.mark.parametrize(("name", "wanted", "found"), [
+    ("step", "step", True), ("step/sparse", "step", True), ("step/sparse", "step/sparse", True),
+    ("step", "step/sparse", False), ("steps", "step", False),
+])  # fmt: skip
+def test_a_part_of_a_name_chooses_all_behind_it(name, wanted, found):
+    assert registry.is_of(name, wanted) is found
+
+
 @pytest.mark.parametrize(("us", "peer", "ratio"), [(2.0, 4.0, 2.0), (4.0, 1.0, 0.25)])
 def test_ratio_above_1_is_faster(us, peer, ratio):
     assert Row("op", "shape", us, peer_us=peer).ratio == ratio

@@ -75,6 +75,20 @@ def test_a_file_that_does_not_exist_is_made(tmp_path):
     assert json.loads(path.read_text()) == {"rows": rows_of_both()[:1], "vllm": {"left_out": {}}}
 
 
+def test_a_section_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "peers.json"
+    row = {"section": "sparse_step", "peer": "vLLM", "us": 1.0}
+    other = {"section": "mla_writers", "peer": "vLLM", "us": 2.0}
+    step = rows_of_both()[0]
+    report.write_section(path, "sparse_step", [row, row], {"left_out": {"a": "b"}})
+    report.write_section(path, "mla_writers", [other], {"left_out": {}})
+    report.write_merged(path, report.VLLM, [step], {})  # a library's steps: not these
+    report.write_section(path, "sparse_step", [{**row, "us": 3.0}], {"left_out": {}})
+    written = json.loads(path.read_text())
+    assert written["rows"] == [other, step, {**row, "us": 3.0}]
+    assert written["sparse_step"] == {"left_out": {}}
+
+
 def test_a_narrow_table_marks_what_is_wrong():
     (line,) = report.compact(rows_of_both(), report.FASTDEPLOY)
     assert line.split() == [MODEL, "cache_fp8", "decode", "16:", "80.0!/20.0"]

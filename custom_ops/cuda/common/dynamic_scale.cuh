@@ -14,6 +14,7 @@ namespace fastattn::cuda {
 // Maximum of |x| over the head, as bits (a NaN wins), in all of its lanes.
 template <int kHeadDim>
 __device__ __forceinline__ uint32_t HeadAmaxBits(const float (&x)[kChunk]) {
+  static_assert(32 % (kHeadDim / kChunk) == 0, "lanes of a head exchange by XOR inside a warp");
   uint32_t amax = 0;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) amax = max(amax, AbsBits(x[i]));
@@ -27,6 +28,7 @@ __device__ __forceinline__ uint32_t HeadAmaxBits(const float (&x)[kChunk]) {
 // The same from packed 16-bit values, two in a word: their magnitudes order as unsigned integers.
 template <int kHeadDim, DType kIn>
 __device__ __forceinline__ uint32_t HeadAmaxBits(uint4 pairs) {
+  static_assert(32 % (kHeadDim / kChunk) == 0, "lanes of a head exchange by XOR inside a warp");
   uint32_t amax = __vmaxu2(__vmaxu2(pairs.x & 0x7FFF7FFFu, pairs.y & 0x7FFF7FFFu),
                            __vmaxu2(pairs.z & 0x7FFF7FFFu, pairs.w & 0x7FFF7FFFu));
 #pragma unroll

@@ -60,7 +60,9 @@ __device__ __forceinline__ float InverseRms(const float (&x)[Lane::kValues], flo
       totals[half] = Add(totals[half], __shfl_xor_sync(kFullWarp, totals[half], lanes));
     }
   }
-  constexpr float kInverse = 1.0f / Lane::kHeadDim;  // a power of 2: the product is the quotient
+  static_assert((Lane::kHeadDim & (Lane::kHeadDim - 1)) == 0,
+                "the product with 1 / D is the quotient for a power of two");
+  constexpr float kInverse = 1.0f / Lane::kHeadDim;
   return InverseRoot(Add(Mul(Add(totals[0], totals[1]), kInverse), eps));
 }
 

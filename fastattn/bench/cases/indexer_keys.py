@@ -1,4 +1,4 @@
-"""Index keys in paged caches, beside a copy of as many bytes."""
+"""Index keys in paged caches, beside a copy of as many bytes and vLLM's writer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 import fastattn.functional as F
 from fastattn.bench.core.devices import Device
+from fastattn.bench.core.peers import peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import Call, bind
 
@@ -49,7 +50,11 @@ def writes(device: Device) -> Iterator[Row]:
                         quant=quant,
                     )
                 )
-            yield device.memory_row("indexer_k_write_cache", f"T {tokens}, {quant}", calls, moved)
+            row = device.memory_row("indexer_k_write_cache", f"T {tokens}, {quant}", calls, moved)
+            yield row
+            for other in peers("indexer", peer="vllm indexer_k_quant_and_cache", tokens=tokens):
+                if quant == "fp8" and device.kind == "gpu":
+                    yield row.beside("vLLM", other["us"])
 
 
 @register("indexer_k_gather")

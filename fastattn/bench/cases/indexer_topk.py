@@ -12,11 +12,13 @@ import numpy as np
 
 import fastattn.functional as F
 from fastattn.bench.core.devices import Device, Gpu
+from fastattn.bench.core.peers import peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import Call, bind, medians
 
 HEADS, DIM, PAGE = 64, 128, 64
 IN_TURN = "logits, then top-k"
+OTHERS = "DeepGEMM, then vLLM's top-k"
 #: New tokens and thousands of keys.
 _CHUNKS = {
     "gpu": [(2048, 32), (4096, 64), (4096, 128)],
@@ -39,6 +41,19 @@ def _row(device: Device, op: str, shape: str, call: Call, in_turn: Call) -> Row:
     else:
         us, turn_us = medians([call, in_turn], 3 if device.quick else 9)
     return Row(op, shape, us, peer=IN_TURN, peer_us=turn_us)
+
+
+def _beside(row: Row, name: str, rows: int, keys: int, k: int, **shape: int) -> Iterator[Row]:
+    """The row, and beside it the sum of DeepGEMM's logits and of vLLM's fastest top-k."""
+    yield row
+    logits = [other["us"] for other in peers("logits", peer=name, **shape)]
+    selections = [
+        other["us"]
+        for other in peers("topk", rows=rows, columns=keys, k=k)
+        if other["peer"].startswith("vllm")
+    ]
+    if logits and selections:
+        yield row.beside(OTHERS, logits[0] + min(selections))
 
 
 def _heads(device: Device) -> int:
@@ -75,7 +90,8 @@ def chunks(device: Device) -> Iterator[Row]:
         )
         call = bind(F.indexer_topk, *inputs, k, k_scales=scales, out=out)
         shape = f"{tokens} tokens, {thousands}k keys, k {k}"
-        yield _row(device, "indexer_topk", shape, call, in_turn)
+        row = _row(device, "indexer_topk", shape, call, in_turn)
+        yield from _beside(row, f"mqa_logits q{tokens}", tokens, keys, k, s=tokens, kv=keys)
         del call, in_turn, logits
 
 
@@ -102,4 +118,6 @@ def steps(device: Device) -> Iterator[Row]:
         )
         call = bind(F.paged_indexer_topk, *inputs, k, out=out)
         shape = f"batch {batch}, {thousands}k keys, {next_n} queries, k {k}"
-        yield _row(device, "paged_indexer_topk", shape, call, in_turn)
+        row = _row(device, "paged_indexer_topk", shape, call, in_turn)
+        name, fields = f"paged_mqa_logits q{next_n}", {"b": batch, "ctx": keys, "next_n": next_n}
+        yield from _beside(row, name, rows, keys, k, **fields)

@@ -1,4 +1,7 @@
-"""Latent caches: writing tokens and gathering them, beside a copy of as many bytes."""
+"""Latent caches: writing tokens and gathering them, beside a copy of as many bytes and vLLM.
+
+vLLM's scales of 656 bytes a token are those of the rule "amax".
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import numpy as np
 import paddle
 
 import fastattn.functional as F
+from fastattn.bench.cases.sparse_models import WRITE_TOKENS
 from fastattn.bench.core.devices import Device
+from fastattn.bench.core.peers import peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import bind
 
@@ -23,7 +28,7 @@ _FORMATS = {
 _TOKENS = {
     "cpu": (4096,),
     "cpu quick": (256,),
-    "gpu": (1, 128, 1024, 8192, 16384, 65536),
+    "gpu": WRITE_TOKENS,
     "gpu quick": (128, 8192),
 }
 _SEQS = 16
@@ -65,7 +70,12 @@ def writes(device: Device) -> Iterator[Row]:
                 cache = _cache(device, tokens, cache_format)
                 calls.append(bind(F.mla_write_cache, *inputs, cache, slots, **options))
             shape = f"T {tokens}, {cache_format}{', amax' if rule == 'amax' else ''}"
-            yield device.memory_row("mla_write_cache", shape, calls, moved)
+            row = device.memory_row("mla_write_cache", shape, calls, moved)
+            yield row
+            if device.kind == "gpu" and rule == ("amax" if cache_format == "fp8_656" else "pow2"):
+                shape_of = {"op": "mla_write_cache", "format": cache_format, "tokens": tokens}
+                for other in peers("mla_writers", **shape_of):
+                    yield row.beside(other["peer"], other["us"])
 
 
 @register("mla_gather_cache")

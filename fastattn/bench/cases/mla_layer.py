@@ -1,4 +1,7 @@
-"""What surrounds the attention of a DeepSeek-V4 layer, beside a copy of as many bytes."""
+"""What surrounds the attention of a DeepSeek-V4 layer, beside a copy of as many bytes and vLLM.
+
+vLLM's writer pads queries to 64 heads for FlashMLA.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 
 import fastattn.functional as F
+from fastattn.bench.cases.sparse_models import QKV_HEADS, QKV_TOKENS
 from fastattn.bench.core.devices import Device
+from fastattn.bench.core.peers import peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import bind
 
@@ -19,7 +24,7 @@ POSITIONS = 32768
 _HEADS = {
     "cpu": [(128, 8)],
     "cpu quick": [(16, 8)],
-    "gpu": [(tokens, heads) for heads in (8, 16, 64) for tokens in (1, 128, 1024, 4096, 16384)],
+    "gpu": [(tokens, heads) for heads in QKV_HEADS for tokens in QKV_TOKENS],
     "gpu quick": [(128, 8), (4096, 8), (4096, 64)],
 }
 
@@ -59,4 +64,9 @@ def queries_and_keys(device: Device) -> Iterator[Row]:
             out = device.empty((tokens, heads, HEAD), "bfloat16")
             rest = cache, slots, positions, table
             calls.append(bind(F.mla_qkv_norm_rope_write, *inputs, *rest, out=out))
-        yield device.memory_row("mla_qkv_norm_rope_write", f"T {tokens}, H {heads}", calls, moved)
+        op = "mla_qkv_norm_rope_write"
+        row = device.memory_row(op, f"T {tokens}, H {heads}", calls, moved)
+        yield row
+        if device.kind == "gpu":
+            for other in peers("mla_writers", op=op, heads=heads, tokens=tokens):
+                yield row.beside(other["peer"], other["us"])

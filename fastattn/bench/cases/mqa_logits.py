@@ -101,7 +101,7 @@ def paged_mqa_logits(device: Gpu) -> Iterator[Row]:
                     quant=quant,
                     out=out,
                 )
-                for _ in range(device.copies(moved, 8))
+                for _ in range(device.copies(moved))
             ]
             us = device.us(calls)
             shape = f"batch {batch}, {thousands}k keys, {next_n} queries, {quant}"

@@ -6,6 +6,7 @@ CUDA driver API (``libcuda.so.1``) through ctypes, on Paddle's own stream.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -175,7 +176,12 @@ def median_us(calls: Sequence[Call], replays: int = 30) -> float:
     paddle.device.cuda.synchronize()
     graph = CUDAGraph()
     graph.capture_begin()
-    graph.kept = [call() for call in calls]  # outputs live in the graph's memory pool
+    try:
+        graph.kept = [call() for call in calls]  # outputs live in the graph's memory pool
+    except Exception:
+        with contextlib.suppress(Exception):
+            graph.capture_end()  # or nothing else could run on this stream
+        raise
     graph.capture_end()
     end = time.perf_counter() + WARM_UP_SECONDS
     while time.perf_counter() < end:

@@ -7,6 +7,7 @@ up with :meth:`Device.of`.
 from __future__ import annotations
 
 import functools
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -99,6 +100,10 @@ class Device(ABC):
     def wait(self) -> None:  # noqa: B027
         """Wait for all work."""
 
+    def recovered(self) -> bool:
+        """Whether more can be measured after a benchmark has failed."""
+        return True
+
     def machine(self) -> dict[str, Any]:
         """What the numbers belong to."""
         return timing.machine()
@@ -160,6 +165,16 @@ class Gpu(Device):
     def wait(self) -> None:
         """See :meth:`Device.wait`."""
         paddle.device.cuda.synchronize()
+
+    def recovered(self) -> bool:
+        """See :meth:`Device.recovered`; an illegal access, say, leaves no usable context."""
+        gc.collect()
+        try:
+            self.wait()
+            paddle.device.cuda.empty_cache()
+            return True
+        except Exception:
+            return False
 
     def machine(self) -> dict[str, Any]:
         """See :meth:`Device.machine`."""

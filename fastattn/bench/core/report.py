@@ -26,10 +26,14 @@ class Report:
 
     machine: dict[str, Any]
     rows: list[Row]
+    #: Name of a benchmark that ended early -> why.
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write JSON."""
         report = {"machine": self.machine, "rows": [row.as_dict() for row in self.rows]}
+        if self.failed:
+            report["failed"] = self.failed
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -47,7 +51,7 @@ class Report:
             rows = [Row(**{k: v for k, v in row.items() if k in names}) for row in report["rows"]]
             if not all(isinstance(row.us, (int, float)) for row in rows):
                 raise TypeError("a row without microseconds")
-            return cls(dict(report.get("machine", {})), rows)
+            return cls(dict(report.get("machine", {})), rows, dict(report.get("failed", {})))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ReportError(f"{path}: no report of this command: {error}") from None
 

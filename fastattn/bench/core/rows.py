@@ -59,3 +59,8 @@ def benchmarks(kind: str) -> dict[str, Bench]:
 def family(bench: Bench) -> str:
     """Name of the module that a benchmark is in."""
     return bench.__module__.rpartition(".")[2]
+
+
+def is_of(name: str, wanted: str) -> bool:
+    """Whether ``--op wanted`` chooses a benchmark: its name, or the part before a slash."""
+    return name == wanted or name.startswith(f"{wanted}/")

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/head_dims.h"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/invariant_total.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
@@ -110,6 +111,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int columns,
                                  int grid, cudaStream_t stream) {
+  static_assert(HeadDims::kPowersOfTwo, "the number of CTAs would be rounded down");
   const dim3 blocks(grid, columns * (p.head_dim / 4) / kThreads);
   return LaunchPdl(MergeInvariantKernel, blocks, dim3(kThreads), stream, p, task, columns);
 }

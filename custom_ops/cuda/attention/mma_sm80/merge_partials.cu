@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
+#include "common/head_dims.h"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/mma_sm80/schedule.cuh"
@@ -119,6 +120,7 @@ __device__ __forceinline__ void MergeTile(const AttentionParams& p, const Attent
   const int column = blockIdx.y * block_columns + threadIdx.x / quads % block_columns;
   const int lanes = quads * block_columns;
   // The partial results are dealt out over groups of threads that hold all columns of the block.
+  static_assert(HeadDims::kPowersOfTwo, "threads that do not fill a group would be one");
   const int groups = kThreads / lanes, group = threadIdx.x / lanes;
   const float* first_partial = PartialOf(task, columns, head_dim, work_tile.cta, 1);
   const int64_t partial_size = static_cast<int64_t>(columns) * (head_dim + 2);

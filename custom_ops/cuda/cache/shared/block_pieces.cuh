@@ -42,6 +42,7 @@ struct PieceOfThread {
 template <int kHeadDim, int kThreads>
 __device__ __forceinline__ PieceOfThread KeyPieceOfThread(int i) {
   constexpr int kPiecesPerToken = kHeadDim / 16;
+  static_assert(kThreads % kPiecesPerToken == 0, "threads without a token of their own");
   const int t = static_cast<int>(threadIdx.x) / kPiecesPerToken + i * (kThreads / kPiecesPerToken);
   return {(t & ~15) + ((t & 15) >> 1) + (t & 1) * 8,
           static_cast<int>(threadIdx.x) % kPiecesPerToken};

@@ -170,7 +170,7 @@ class Gather {
     const MlaCache& cache = tile >= work.first_extra ? args_.p.extra.cache : args_.p.keys.cache;
     const uint8_t* base = static_cast<const uint8_t*>(cache.data) + page * cache.page_stride;
     if constexpr (kFormat == MlaFormat::kFp8x584) {
-      *scales = base + cache.ScalePlane() + row * kMlaScalePlaneBytes;
+      *scales = base + cache.ScalePlane() + row * ScalePlaneBytes(kFormat);
     }
     return base + row * cache.row_stride;
   }

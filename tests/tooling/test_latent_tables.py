@@ -1,0 +1,189 @@
+"""Tables and charts of latent attention and of the indexer, from rows as the bench names them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+
+import pytest
+
+from fastattn.bench.cases import mla_attention, mla_sparse, mqa_logits, topk
+from fastattn.bench.cases import sparse_models as facts
+from fastattn.bench.core import plots
+from fastattn.bench.core.rows import Row
+from tests.support import ROOT
+
+MAKE = runpy.run_path(str(ROOT / "scripts" / "make_gpu_tables.py"))
+READ = "reading as many bytes"
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """Lines of a table of some rows, the head first."""
+
+    def function(name, rows):
+        report = {"machine": {"date": "2026-01-01"}, "rows": [row.as_dict() for row in rows]}
+        (tmp_path / "h100-some.json").write_text(json.dumps(report))
+        return MAKE["TABLES"][name](MAKE["Results"].read(tmp_path)).splitlines()
+
+    return function
+
+
+LATENT = ("sparse attention", "dense attention", "latent writers", "indexer topk", "sparse step",
+          "sparse parts")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_without_rows_there_is_a_word(lines, name):
+    assert lines(name, []) == ["No row of these shapes is committed."]
+
+
+def test_the_rows_that_are_asked_for_are_measured():
+    """Sequences, queries, heads and keys: what other libraries are compared at."""
+    v32 = {(b, q, h) for b, q, h, k in mla_sparse._V32["gpu"] if k == 2048}
+    assert v32 == {(128, 1, 128), (128, 2, 128), (128, 1, 64), (128, 1, 16), (128, 1, 8),
+                   (1, 1, 128), (8, 1, 128)}  # fmt: skip
+    assert mla_sparse._V4["gpu"] == [(128, 1, 64, 512), (128, 1, 16, 512)]
+    assert mla_sparse._PREFILL["gpu"] == [(4096, 128, 2048, k * 1024) for k in (8, 32, 64)]
+    dense = {(16, 32, 128), (128, 32, 128), (16, 4, 1), (128, 4, 1)}
+    assert dense <= set(mla_attention.STEPS["gpu"])
+    assert set(mqa_logits.CHUNKS["gpu"]) == {(s, k) for s in (2048, 4096) for k in (4, 32, 64)}
+    paged = {(b, k, 1) for b in (1, 16, 64, 128) for k in (8, 64)}
+    assert paged <= set(mqa_logits.STEPS["gpu"])
+    asked = {(1, 8), (1, 160), (64, 64), (4096, 64), (4096, 160)}
+    assert asked <= set(topk.SHAPES["gpu"]) and 2048 in topk.KS["gpu"]
+
+
+def test_sparse_attention(lines):
+    op = "mla_sparse_attention"
+    decode = Row(op, "decode 656 B, batch 128, 2 queries, H 16, top 2048", 80.0, 300.0, "TFLOP/s")
+    v4 = Row(op, "decode 584 B, batch 128, 1 queries, H 64, top 512 + 128", 50.0, 200.0, "TFLOP/s")
+    prefill = Row(op, "prefill fp8_656, 4096 x H 128, top 2048, 8192 keys", 4000.0, 598.6)
+    gathered = prefill.beside(mla_sparse.GATHERED, 3700.0)
+    found = lines("sparse attention", [
+        decode.beside(READ, 60.0), decode.beside("FlashMLA, padded to 64 heads", 120.0), v4,
+        prefill.beside("FlashMLA", 3000.0), prefill.beside("bf16 keys", 3600.0),
+        gathered,
+    ])  # fmt: skip
+    assert "| 656 bytes, 128 x 2, 16 heads, 2048 keys | 80.0 | 300 | 75 | 120 | 1.50 |" in found
+    assert "| 584 bytes, 128 x 1, 64 heads, 512 + 128 keys | 50.0 | 200 | - | - | - |" in found
+    prompt = "| `fp8_656`, 4096 x 128 heads, 2048 of 8k keys | 4000 | 599 | 3000 | 0.75 | 0.90 |"
+    assert f"{prompt} 3700 |" in found
+
+
+def test_dense_attention(lines):
+    op = "mla_attention"
+    row = Row(op, "16 heads, batch 128, 32k keys, bf16", 1700.0, 2900.0, "GB/s", READ, 1615.0)
+    chunk = Row(op, "16 heads, 1 x 1024 new behind 8192 + 32 x 1 new behind 8191, bf16", 9.5, 70.0)
+    found = lines("dense attention", [row, row.beside("FlashMLA BF16", 1650.0), chunk])
+    dashes = "| - " * 11
+    assert f"| `bf16`, 16 heads {dashes}| 1700 (95 %) |" in found
+    assert f"| FlashMLA BF16, 16 heads {dashes}| 1650 |" in found
+    assert f"| `fp8_656`, 8 heads {dashes}| - |" in found
+    mixed = "| 16 heads, 1 x 1024 new behind 8192 + 32 x 1 new behind 8191 | 9.50 | 70 |"
+    assert mixed in found
+
+
+def test_writers_stand_in_the_table_of_a_peer_that_was_measured(lines):
+    row = Row("mla_write_cache", "T 128, fp8_656, amax", 1.5, peer="vLLM", peer_us=2.0)
+    alone = Row("mla_write_cache", "T 128, bf16", 1.0)
+    found = lines("latent writers", [row, alone])
+    label = "`mla_write_cache` fp8_656, scales of vLLM"
+    assert f"| {label} | - | 1.50 | - | - | - | - | - |" in found
+    assert "| vLLM | - | 2.00 | - | - | - | - | - |" in found
+    assert not any("bf16" in line for line in found)
+
+
+def test_the_indexer_in_one_call(lines):
+    shape = "4096 tokens, 64k keys, k 2048"
+    row = Row("indexer_topk", shape, 1000.0, peer="logits, then top-k", peer_us=1100.0)
+    found = lines("indexer topk", [row, row.beside("DeepGEMM, then vLLM's top-k", 1500.0)])
+    assert f"| `indexer_topk`, {shape} | 1000 | 1100 | 1500 |" in found
+
+
+def test_steps_and_their_parts(lines):
+    at, op = "V4-Flash TP8 decode 16 x 32k", "sparse step"
+    shared = f"{at}, parts of vLLM"
+    rows = [
+        Row(op, f"{at}, graph", 100.0),
+        Row(op, f"{at}, eager", 120.0, peer="host", peer_us=90.0),
+        Row(op, f"{shared}, graph", 80.0, peer="vLLM", peer_us=88.0),
+        Row(op, f"{shared}, eager", 85.0, peer="host", peer_us=60.0),
+        Row(op, f"{shared}, eager", 85.0, peer="vLLM, eager", peer_us=100.0),
+        Row(op, f"{shared}, eager", 85.0, peer="vLLM, host", peer_us=99.0),
+        Row(op, f"{at}, index query", 8.0, peer="vLLM", peer_us=9.0),
+        Row(op, f"{at}, output", 3.0),
+    ]
+    step = f"| {at} | 100 | 80.0 | 88.0 | 1.10 | 120 | 90.0 | 60.0 | 99.0 |"
+    assert step in lines("sparse step", rows)
+    parts = lines("sparse parts", rows)
+    assert parts[0] == "| DeepSeek-V4-Flash TP8, us (vLLM) | decode 16 x 32k |"
+    assert parts[2:4] == ["| index query | 8.0 (9.0) |", "| output | 3.0 |"]
+
+
+# --- charts --------------------------------------------------------------------------------------
+
+
+def chart(op):
+    (found,) = (x for x in plots.CHARTS if x.op == op)
+    return found
+
+
+def test_a_chart_draws_its_operators_rows():
+    op = "mla_attention"
+    row = Row(op, "16 heads, batch 64, 32k keys, fp8", 10.0, 2000.0, "GB/s", READ, 8.0)
+    other = Row("another", row.shape, 1.0, 1.0, "GB/s")
+    wide = Row(op, "8 heads, batch 64, 32k keys, fp8", 1.0, 1.0, "GB/s")  # no panel of its own
+    rows = [row, row.beside("FlashMLA FP8", 20.0), other, wide]
+    ours, others, floor = plots._curves(chart(op), rows)
+    assert ours == {"16": {"fastattn FP8": {64: 2000.0}}, "128": {}}
+    assert others == {"16": {"FlashMLA FP8": {64: 1000.0}}, "128": {}} and floor == 2500.0
+
+
+def test_a_chart_of_times_has_the_peers_that_are_the_fastest_somewhere():
+    op, shapes = "topk_indices", ("1 x 8k", "1 x 160k", "64 x 8k", "64 x 64k")
+    peers = {
+        "vllm cooperative_topk": (5.0, 15.0),
+        "vllm persistent_topk": (12.0, 23.0, 5.0, 33.0),
+        "vllm top_k_per_row_prefill": (7.0, 70.0, 8.0, 40.0),
+        "torch.topk": (38.0, 56.0, 50.0, 103.0),
+    }
+    rows = [
+        Row(op, f"{shape}, k 2048, normal", 6.0, 1.0, "GB/s").beside(name, us)
+        for name, times in peers.items()
+        for shape, us in zip(shapes, times)
+    ]
+    ours, others, floor = plots._curves(chart(op), rows)
+    assert floor == 0.0 and ours["1"] == {"fastattn normal logits": {8192: 6.0, 163840: 6.0}}
+    drawn = plots._fastest(chart(op), others)
+    assert len(drawn) + len(chart(op).ours) == 5
+    assert set(drawn[:2]) == {"vLLM cooperative", "vLLM persistent"}
+
+
+def test_a_peer_is_one_line_however_many_heads_it_pads_to():
+    op = "mla_sparse_attention"
+    rows = [
+        Row(op, f"decode 656 B, batch 128, 1 queries, H {h}, top 2048", 50.0 + h).beside(name, us)
+        for h, name, us in ((16, "FlashMLA, padded to 64 heads", 129.0), (64, "FlashMLA", 130.0))
+    ]
+    ours, others, _ = plots._curves(chart(op), rows)
+    assert ours["656"] == {"fastattn": {16: 66.0, 64: 114.0}}
+    assert others["656"] == {"FlashMLA": {16: 129.0, 64: 130.0}}
+
+
+def test_every_chart_has_at_most_five_lines_and_a_plot():
+    for x in plots.CHARTS:
+        peers = plots.MOST_LINES - len(x.ours) if x.is_time else plots.MOST_PEERS
+        assert len(x.ours) + peers <= 5 and len(x.ours) <= len(plots._OURS)
+        assert peers <= len(plots._PEERS) or x.op != "topk_indices"
+    drawn = {x.op for x in plots.CHARTS}
+    named = {p.op for p in MAKE["pages"].PLOTS.values() if p.op}
+    assert named <= drawn
+
+
+def test_the_steps_that_are_drawn_are_those_that_are_measured():
+    found = chart("sparse step")
+    assert set(found.panels) == set(facts.MODELS)
+    decode = [x for x in facts.STEPS if x.startswith("decode")]
+    shapes = [f"{m} {x}, parts of vLLM, graph" for m in facts.MODELS for x in decode]
+    assert all(found.shape.match(shape) for shape in shapes)
