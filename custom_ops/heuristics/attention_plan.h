@@ -97,7 +97,7 @@ inline constexpr int64_t kAllPairs = 0x7FFFFFFF;
 inline constexpr int kAttentionCtasPerSm = 2;
 // KV tiles of a call in clusters, at most: by multiprocessor of the GPU, and those of a sequence
 // and KV head by CTA that has a share of them and by sequences and heads in the call.
-inline constexpr int kClusterKvTilesPerSm = 16;
+inline constexpr int kClusterKvTilesPerSm = 32;
 inline constexpr int kClusterKvTilesPerWorkTile = 4;
 // By CTA in the clusters of a sequence alone with scales of tokens.
 inline constexpr int kOneSeqKvTilesPerCta = 10;
@@ -138,7 +138,8 @@ struct ClusterChoice {
   int64_t kv_tiles = 0;  // of the longest sequence, up to which clusters are faster
 };
 
-// Clusters for each sequence and KV head. Limits are what was measured on an H100. They hold for
+// Clusters for each sequence and KV head. Limits are what was measured on an H100 (tables in
+// docs/experiments/plan.md). They hold for
 // sequences of unequal lengths, too: the longest takes as long alone as in the company of others
 // like it.
 inline ClusterChoice ChooseCluster(const AttentionSizes& s, int columns, int64_t pairs) {

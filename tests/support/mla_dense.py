@@ -155,7 +155,8 @@ def assert_outputs_close(got, want) -> None:
     far = np.abs(b).max() * np.array([1e-3, 2**-8])
     wrong = error > 2 / 128 * np.abs(b)
     # Weights of 8 bits: a sum of few of them may be off by more than a sum of many.
-    assert (wrong & (error > far[0])).mean() <= 1e-3, "more than one channel of 1000 is off"
+    beyond = (wrong & (error > far[0])).sum()
+    assert beyond <= max(2, 1e-3 * wrong.size), "more than one channel of 1000 is off"
     assert not (wrong & (error > far[1])).any(), f"a channel is off by {error.max():.2e}"
     size = np.linalg.norm(b, axis=-1)
     assert not a[size == 0].any(), "outputs of a query without a key that are not 0"
