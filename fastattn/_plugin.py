@@ -22,6 +22,8 @@ REPLACED = {
     "DecodeUnifiedAttentionBackend": "AppendAttentionBackend",
     "FlashAttentionBackend": "FlashAttentionBackend",
     "FlashMaskAttentionBackend": "FlashMaskAttentionBackend",
+    "MLAAttentionBackend": "MLAAttentionBackend",
+    "DSAAttentionBackend": "DSAAttentionBackend",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import paddle
 
-from fastattn import _ops, _rules
+from fastattn import _ops, _rules, _rules_latent
 from fastattn._rules import Call, Rule
 
 _CACHE: dict[str, Rule] = {
@@ -232,27 +232,28 @@ RULES: dict[str, OpRules] = {
     ),
     "mla_sparse_attention": OpRules(
         {
-            "q": _rules.latent_query,
-            "cache": _rules.latent_cache,
+            "q": _rules_latent.latent_query,
+            "cache": _rules_latent.latent_cache,
             "indices": _INT32,
             "topk_length": _INT32,
-            "scale": _rules.latent_scale,
-            "extra_cache": _rules.latent_cache,
-            "extra_indices": _rules.extra_selection,
-            "extra_topk_length": _rules.extra_selection,
-            "extra_scale": _rules.extra_selection,
+            "scale": _rules_latent.latent_scale,
+            "extra_cache": _rules_latent.latent_cache,
+            "extra_indices": _rules_latent.extra_selection,
+            "extra_topk_length": _rules_latent.extra_selection,
+            "extra_scale": _rules_latent.extra_selection,
             "sinks": _rules.dtypes("float32"),
-            "out": _rules.dtypes("bfloat16"),
+            "out": _rules_latent.latent_out,
         },
         {
-            "cache_format": _rules.latent_format,
-            "extra_cache_format": _rules.latent_format,
+            "cache_format": _rules_latent.latent_format,
+            "extra_cache_format": _rules_latent.latent_format,
             "page_size": _rules.anything,
             "extra_page_size": _rules.anything,
             "softmax_scale": _rules.finite(),
             "return_softmax_lse": _rules.anything,
             "return_max_logits": _rules.anything,
-            "lonely_is_plus_inf": _rules.anything,
+            "flash_mla": _rules.anything,
+            "out_dtype": _rules_latent.latent_out_dtype,
         },
         ("scale", "extra_indices", "extra_scale"),
     ),
@@ -260,27 +261,27 @@ RULES: dict[str, OpRules] = {
         {
             "latent": _rules.dtypes("bfloat16"),
             "rope": _rules.dtypes("bfloat16"),
-            "cache": _rules.latent_cache,
+            "cache": _rules_latent.latent_cache,
             "slot_mapping": _INDEX,
-            "scale": _rules.latent_scale,
+            "scale": _rules_latent.latent_scale,
         },
         {
-            "cache_format": _rules.latent_format,
-            "scale_rule": _rules.latent_scale_rule,
+            "cache_format": _rules_latent.written_latent_format,
+            "scale_rule": _rules_latent.latent_scale_rule,
             "page_size": _rules.anything,
         },
         ("scale",),
     ),
     "mla_gather_cache": OpRules(
         {
-            "cache": _rules.latent_cache,
+            "cache": _rules_latent.latent_cache,
             "out": _rules.dtypes("bfloat16"),
             "block_tables": _INT32,
             "seq_lens_decoder": _INT32,
             "cu_seqlens_k": _INT32,
-            "scale": _rules.latent_scale,
+            "scale": _rules_latent.latent_scale,
         },
-        {"cache_format": _rules.latent_format, "page_size": _rules.anything},
+        {"cache_format": _rules_latent.latent_format, "page_size": _rules.anything},
         ("scale",),
     ),
     "inverse_rope_quantize_fp8": OpRules(
@@ -289,13 +290,13 @@ RULES: dict[str, OpRules] = {
             "positions": _INDEX,
             "cos_sin_cache": _FP32_OR_BF16,
         },
-        {"num_groups": _rules.head_groups},
+        {"num_groups": _rules_latent.head_groups},
     ),
     "mla_qkv_norm_rope_write": OpRules(
         {
             "q": _rules.dtypes("bfloat16"),
             "kv": _rules.dtypes("bfloat16"),
-            "cache": _rules.latent_cache,
+            "cache": _rules_latent.latent_cache,
             "slot_mapping": _INDEX,
             "positions": _INDEX,
             "cos_sin_cache": _FP32_OR_BF16,
@@ -306,18 +307,18 @@ RULES: dict[str, OpRules] = {
                 NotImplementedError, ("fp8_584",), "'{}' is not supported; supported: fp8_584"
             ),
             "page_size": _rules.anything,
-            "padded_heads": _rules.padded_heads,
+            "padded_heads": _rules_latent.padded_heads,
             "rms_norm_eps": _rules.finite(0),
         },
     ),
     "mla_attention": OpRules(
         {
             "q": _rules.dtypes("bfloat16"),
-            "cache": _rules.latent_cache,
+            "cache": _rules_latent.latent_cache,
             **_SEQS,
-            "scale": _rules.latent_scale,
+            "scale": _rules_latent.latent_scale,
             "sinks": _rules.dtypes("float32"),
-            "out": _rules.dtypes("bfloat16"),
+            "out": _rules_latent.latent_out,
         },
         {
             "max_seqlen_q": _rules.at_least(0),
@@ -325,8 +326,9 @@ RULES: dict[str, OpRules] = {
             "softmax_scale": _rules.finite(),
             "causal": _rules.anything,
             "return_softmax_lse": _rules.anything,
-            "cache_format": _rules.latent_format,
+            "cache_format": _rules_latent.latent_format,
             "page_size": _rules.anything,
+            "out_dtype": _rules_latent.latent_out_dtype,
         },
         ("scale",),
     ),

@@ -82,10 +82,11 @@ def outcome(run: Callable[[], float]) -> tuple[str, str]:
 
 def chosen(group: str | None, wanted: str) -> Iterator[tuple[str, Callable[[], float]]]:
     """The cases to run."""
-    from fastdeploy_check import disaggregation
+    from fastdeploy_check import disaggregation, latent
     from fastdeploy_check.cases import GROUPS
 
-    for name, cases in {**GROUPS, "disaggregation": disaggregation.cases}.items():
+    more = {"disaggregation": disaggregation.cases, "latent": latent.cases}
+    for name, cases in {**GROUPS, **more}.items():
         if group not in (None, name):
             continue
         for label, run in cases():

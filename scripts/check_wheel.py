@@ -21,13 +21,15 @@ _REQUIRED = (
     "fastattn/py.typed",
     "fastattn/demo/model.npz",
     "fastattn/demo/recipe.json",
+    "fastattn/demo/mla_sparse.npz",
+    "fastattn/demo/mla_sparse.json",
     "fastattn/demo/held_out.txt",
 )
 
 _ALLOWED = re.compile(
     r"(fastattn/(\w+/)*\w+\.py"
     r"|fastattn/(py\.typed|_(host|direct)\.pyi)"
-    r"|fastattn/demo/(model\.npz|recipe\.json|held_out\.txt)"
+    r"|fastattn/demo/((model|mla_sparse)\.npz|(recipe|mla_sparse)\.json|held_out\.txt)"
     r"|fastattn/_fastattn_ops\.so"
     r"|fastattn/_(host|direct)\.[\w.-]+\.so"
     r"|fastattn-[^/]+\.dist-info/.+)\Z"

@@ -32,7 +32,7 @@ For all operators:
 - Lengths, positions and block ids on the device are clamped, or their tokens skipped; they never
   lead out of a tensor. A block id outside `[0, num_blocks)` means an unassigned block.
 - They work in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and in a CUDA
-  graph. `paged_attention_dcp` and `cascade_attention` work in dygraph only.
+  graph. `cascade_attention` and those of `fastattn.distributed` work in dygraph only.
 - 8-bit codes are `uint8` tensors. Where Paddle has `float8_e4m3fn`, `float8_e5m2` and `int8`
   tensors, operators take those, too.
 

@@ -6,4 +6,6 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh
 setup_env "[test]"
+# NumPy's matrix products wait busily on a machine with other work.
+export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 exec .venv/bin/python -m pytest "$@"

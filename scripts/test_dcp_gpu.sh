@@ -3,10 +3,11 @@
 #
 #   scripts/test_dcp_gpu.sh [--library build/gpu/_fastattn_ops.so] [--python python3]
 #
-# tests/server/test_dcp.py runs in three ways: CPU processes through gloo; attention on the CPU with its
-# results exchanged and merged on the GPUs ("exchange2", all collectives and merges); everything on
-# the GPUs ("gpu2", skipped while the library has no CUDA kernel of paged_attention). Only
-# collectives and fastattn's operators run on the GPUs, so a Paddle without kernels for them will do.
+# tests/server/test_dcp.py runs in three ways: CPU processes through gloo; attention on the CPU with
+# its results exchanged and merged on the GPUs ("exchange2", all collectives and merges); everything
+# on the GPUs ("gpu2", skipped while the library has no CUDA kernel of paged_attention).
+# test_dcp_latent.py runs in the first and the last of them. Only collectives and fastattn's
+# operators run on the GPUs, so a Paddle without kernels for them will do.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -36,4 +37,4 @@ if [ "$gpus" -lt 2 ]; then
   exit 2
 fi
 nvidia-smi --query-gpu=name,compute_cap,driver_version --format=csv,noheader
-exec "$python" -m pytest -p no:cacheprovider tests/server/test_dcp.py -rs
+exec "$python" -m pytest -p no:cacheprovider tests/server/test_dcp.py tests/server/test_dcp_latent.py -rs

@@ -1,12 +1,12 @@
 #include "cpu/mla_attention.h"
 
-#include <cmath>
 #include <string>
 #include <vector>
 
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/mla_arguments.h"
 #include "api/mla_cache.h"
 #include "api/paged_cache.h"
 
@@ -19,7 +19,6 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "mla_sparse_attention";
-constexpr int kMaxHeads = 128;
 
 // One cache with the keys that are selected from it.
 struct SelectionArgs {
@@ -55,13 +54,9 @@ void ParseQuery(const Tensor& q, const phi::Place& place, MlaSparseParams* p) {
   if (shape[2] != 576 && shape[2] != 512) {
     Fail("ValueError", kOp, "q", "expected 576 or 512 channels, got shape ", ShapeText(shape));
   }
-  if (shape[1] < 1 || shape[1] > kMaxHeads) {
-    Fail("NotImplementedError", kOp, "q", "expected 1 to ", kMaxHeads, " heads, got shape ",
-         ShapeText(shape));
-  }
+  p->heads = ParseMlaHeads(kOp, shape);
   RequireFits(kOp, "q", CheckedProduct(kOp, "q", {shape[0], shape[1]}));
   p->tokens = shape[0];
-  p->heads = static_cast<int>(shape[1]);
   p->dim = static_cast<int>(shape[2]);
   if (q.numel() == 0) return;
   const Sizes strides = StridesOf(q);
@@ -156,7 +151,7 @@ std::vector<Tensor> MlaSparseAttention(
     OptionalTensor& extra_topk_length, OptionalTensor& extra_scale, OptionalTensor& sinks,
     OptionalTensor& out, const std::string& cache_format, const std::string& extra_cache_format,
     int page_size, int extra_page_size, float softmax_scale, bool return_softmax_lse,
-    bool return_max_logits, bool lonely_is_plus_inf) {
+    bool return_max_logits, bool flash_mla, const std::string& out_dtype) {
   MlaSparseParams p;
   Arg(kOp, "q", q);
   Arg(kOp, "cache", cache);
@@ -169,42 +164,26 @@ std::vector<Tensor> MlaSparseAttention(
   p.extra = ParseExtra({Get(extra_cache), Get(extra_indices), Get(extra_topk_length),
                         Get(extra_scale), extra_cache_format, extra_page_size},
                        place, p);
-  if (const Tensor* given = Get(sinks); given != nullptr) {
-    Arg(kOp, "sinks", *given)
-        .On(place)
-        .Dtype({phi::DataType::FLOAT32})
-        .Dims({p.heads})
-        .Contiguous();
-    p.sinks = Data<float>(*given);
-  }
-  if (!std::isfinite(softmax_scale)) {
-    Fail("ValueError", kOp, "softmax_scale", "expected a finite number, got ", softmax_scale);
-  }
-  p.softmax_scale = softmax_scale;
-  p.lonely_is_plus_inf = lonely_is_plus_inf;
-  const Sizes shape = {p.tokens, p.heads, kMlaValueDim};
-  if (const Tensor* given = Get(out); given != nullptr) {
-    Arg(kOp, "out", *given).On(place).Dtype({phi::DataType::BFLOAT16}).Dims(shape).Contiguous();
-    RequireAlignedAddress(kOp, "out", *given, kVectorBytes);
-    RequireApart(kOp, "out", *given,
-                 {{"q", &q},
-                  {"cache", &cache},
-                  {"indices", &indices},
-                  {"topk_length", Get(topk_length)},
-                  {"scale", Get(scale)},
-                  {"extra_cache", Get(extra_cache)},
-                  {"extra_indices", Get(extra_indices)},
-                  {"extra_topk_length", Get(extra_topk_length)},
-                  {"extra_scale", Get(extra_scale)},
-                  {"sinks", Get(sinks)}});
-  }
-  Tensor result = Get(out) != nullptr
-                      ? *Get(out)
-                      : paddle::empty(shape.ToVector(), phi::DataType::BFLOAT16, place);
-  p.out = MutableData<uint16_t>(result);
+  p.sinks = ParseMlaSinks(kOp, Get(sinks), p.heads, place);
+  p.softmax_scale = ParseMlaSoftmaxScale(kOp, softmax_scale);
+  p.flash_mla = flash_mla;
+  Tensor result = ParseMlaOut(kOp, Get(out), out_dtype, {p.tokens, p.heads, kMlaValueDim}, place,
+                              {{"q", &q},
+                               {"cache", &cache},
+                               {"indices", &indices},
+                               {"topk_length", Get(topk_length)},
+                               {"scale", Get(scale)},
+                               {"extra_cache", Get(extra_cache)},
+                               {"extra_indices", Get(extra_indices)},
+                               {"extra_topk_length", Get(extra_topk_length)},
+                               {"extra_scale", Get(extra_scale)},
+                               {"sinks", Get(sinks)}},
+                              &p.out, &p.out_float);
   Tensor lse, max_logits;  // undefined unless asked for
   const auto make = [&](Tensor* tensor) {
-    *tensor = paddle::empty({p.tokens, p.heads}, phi::DataType::FLOAT32, place);
+    const std::vector<int64_t> sizes = flash_mla ? std::vector<int64_t>{p.tokens, p.heads}
+                                                 : std::vector<int64_t>{p.heads, p.tokens};
+    *tensor = paddle::empty(sizes, phi::DataType::FLOAT32, place);
     return MutableData<float>(*tensor);
   };
   if (return_softmax_lse) p.lse = make(&lse);
@@ -220,9 +199,10 @@ std::vector<Shape> MlaSparseInferShape(
     const Shape& extra_topk_length, const Shape& extra_scale, const Shape& sinks, const Shape& out,
     const std::string& cache_format, const std::string& extra_cache_format, int page_size,
     int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
-    bool lonely_is_plus_inf) {
-  const Shape rows = q.size() == 3 ? Shape{q[0], q[1]} : Shape{-1, -1};
-  return {{rows[0], rows[1], kMlaValueDim},
+    bool flash_mla, const std::string& out_dtype) {
+  const int64_t tokens = q.size() == 3 ? q[0] : -1, heads = q.size() == 3 ? q[1] : -1;
+  const Shape rows = flash_mla ? Shape{tokens, heads} : Shape{heads, tokens};
+  return {{tokens, heads, kMlaValueDim},
           return_softmax_lse ? rows : Shape{1},
           return_max_logits ? rows : Shape{1}};
 }
@@ -234,8 +214,8 @@ std::vector<phi::DataType> MlaSparseInferDtype(
     const phi::DataType& extra_scale, const phi::DataType& sinks, const phi::DataType& out,
     const std::string& cache_format, const std::string& extra_cache_format, int page_size,
     int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
-    bool lonely_is_plus_inf) {
-  return {phi::DataType::BFLOAT16, phi::DataType::FLOAT32, phi::DataType::FLOAT32};
+    bool flash_mla, const std::string& out_dtype) {
+  return {MlaOutDtype(out_dtype), phi::DataType::FLOAT32, phi::DataType::FLOAT32};
 }
 
 }  // namespace fastattn::api
@@ -249,7 +229,7 @@ PD_BUILD_OP(fastattn_mla_sparse_attention)
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"cache_format: std::string", "extra_cache_format: std::string", "page_size: int",
             "extra_page_size: int", "softmax_scale: float", "return_softmax_lse: bool",
-            "return_max_logits: bool", "lonely_is_plus_inf: bool"})
+            "return_max_logits: bool", "flash_mla: bool", "out_dtype: std::string"})
     .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaSparseAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaSparseInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaSparseInferDtype));

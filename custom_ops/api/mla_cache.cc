@@ -17,12 +17,12 @@
 namespace fastattn::api {
 
 MlaFormat ParseMlaFormat(const char* op, const std::string& name, const MlaNames& names) {
-  for (const MlaFormat format :
-       {MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584}) {
+  for (const MlaFormat format : {MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656,
+                                 MlaFormat::kFp8x584, MlaFormat::kFp8x528}) {
     if (name == NameOf(format)) return format;
   }
   Fail("NotImplementedError", op, names.format, "'", name,
-       "' is not supported; supported: bf16, fp8, fp8_656, fp8_584");
+       "' is not supported; supported: bf16, fp8, fp8_656, fp8_584, fp8_528");
 }
 
 namespace {
@@ -111,12 +111,12 @@ MlaCache ParseMlaCache(const char* op, const Tensor& cache, MlaFormat format, in
   result.row_stride = row_bytes;
   if (token_dim >= 0 && size > 1) {
     const int64_t stride = strides[token_dim] * element;
-    if (format != MlaFormat::kFp8x584) {
+    if (ScalePlaneBytes(format) == 0) {
       CheckStride(op, name, size, stride, on_gpu);
       result.row_stride = stride;
     } else if (stride != facts.token_bytes) {
       Fail("ValueError", op, name, "expected stride ", width, " between a page's tokens in ",
-           "fp8_584, whose rows and scales lie apart, got strides ", ShapeText(strides));
+           NameOf(format), ", whose rows and scales lie apart, got strides ", ShapeText(strides));
     }
   }
   CheckStride(op, name, shape[0], result.page_stride, on_gpu);
@@ -143,6 +143,15 @@ namespace {
 
 constexpr const char* kWriteOp = "mla_write_cache";
 constexpr const char* kGatherOp = "mla_gather_cache";
+
+// Formats that are read and written.
+MlaFormat ParseWrittenFormat(const std::string& name) {
+  if (name == NameOf(MlaFormat::kFp8x528)) {
+    Fail("NotImplementedError", kWriteOp, "cache_format", "'", name,
+         "' is only read; supported: bf16, fp8, fp8_656, fp8_584");
+  }
+  return ParseMlaFormat(kWriteOp, name);
+}
 
 MlaScaleRule ParseScaleRule(const std::string& name, MlaFormat format) {
   if (name == "pow2") return MlaScaleRule::kPow2;
@@ -180,7 +189,7 @@ void MlaWriteCache(const Tensor& latent, const Tensor& rope, Tensor& cache,
                    const Tensor& slot_mapping, const OptionalTensor& scale,
                    const std::string& cache_format, const std::string& scale_rule, int page_size) {
   MlaWriteParams p;
-  const MlaFormat format = ParseMlaFormat(kWriteOp, cache_format);
+  const MlaFormat format = ParseWrittenFormat(cache_format);
   p.scale_rule = ParseScaleRule(scale_rule, format);
   Arg(kWriteOp, "latent", latent);
   Arg(kWriteOp, "cache", cache);

@@ -1,7 +1,6 @@
 #include "cpu/mla_dense.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -10,6 +9,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/mla_arguments.h"
 #include "api/mla_cache.h"
 #include "api/paged_cache.h"
 
@@ -22,7 +22,6 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "mla_attention";
-constexpr int kMaxHeads = 128;
 
 int MaxLength(const char* name, int64_t length) {
   if (length < 0) Fail("ValueError", kOp, name, "expected at least 0, got ", length);
@@ -38,10 +37,7 @@ void ParseMlaQuery(const Tensor& q, const phi::Place& place, MlaDenseParams* p) 
       .LastDimContiguous();
   const Sizes shape = SizesOf(q), strides = StridesOf(q);
   RequireFits(kOp, "q", shape[0]);
-  if (shape[1] < 1 || shape[1] > kMaxHeads) {
-    Fail("NotImplementedError", kOp, "q", "expected 1 to ", kMaxHeads, " heads, got ", shape[1]);
-  }
-  p->heads = static_cast<int>(shape[1]);
+  p->heads = ParseMlaHeads(kOp, shape);
   p->q = Data<uint16_t>(q);
   p->q_token_stride = strides[0];
   p->q_head_stride = shape[1] == 1 ? p->dim : strides[1];
@@ -64,20 +60,15 @@ void RunOnGpu(const phi::Place& place, const Tensor& anchor, MlaDenseParams* p) 
 #endif
 
 // Results of a call whose arguments are right.
-std::vector<Tensor> RunMlaDense(const Tensor* given, bool return_softmax_lse,
-                                const phi::Place& place, MlaDenseParams* p) {
+std::vector<Tensor> RunMlaDense(const Tensor& out, bool return_softmax_lse, const phi::Place& place,
+                                MlaDenseParams* p) {
   const int64_t tokens = p->seqs.num_tokens;
-  Tensor out = given != nullptr ? *given
-                                : paddle::empty({tokens, p->heads, kMlaValueDim},
-                                                phi::DataType::BFLOAT16, place);
   Tensor lse;  // undefined unless asked for
   if (return_softmax_lse) {
     lse = paddle::empty({p->heads, tokens}, phi::DataType::FLOAT32, place);
     p->lse = MutableData<float>(lse);
   }
-  p->out = MutableData<uint16_t>(out);
-  p->clear_padding = given == nullptr;
-  if (p->out == nullptr) return {out, lse};
+  if (out.numel() == 0) return {out, lse};
 #if defined(FASTATTN_WITH_CUDA)
   if (place.GetType() == phi::AllocationType::GPU) {
     RunOnGpu(place, out, p);
@@ -86,7 +77,8 @@ std::vector<Tensor> RunMlaDense(const Tensor* given, bool return_softmax_lse,
 #endif
   RequireCpu(kOp, place);
   if (p->clear_padding) {
-    std::memset(p->out, 0, static_cast<size_t>(out.numel()) * sizeof(uint16_t));
+    void* bytes = p->out_float != nullptr ? static_cast<void*>(p->out_float) : p->out;
+    std::memset(bytes, 0, static_cast<size_t>(out.numel()) * phi::SizeOf(out.dtype()));
   }
   if (p->lse != nullptr) {
     std::fill(p->lse, p->lse + lse.numel(), -std::numeric_limits<float>::infinity());
@@ -103,7 +95,7 @@ std::vector<Tensor> MlaAttention(const Tensor& q, const Tensor& cache, const Ten
                                  OptionalTensor& sinks, OptionalTensor& out, int64_t max_seqlen_q,
                                  int64_t max_seqlen_k, float softmax_scale, bool causal,
                                  bool return_softmax_lse, const std::string& cache_format,
-                                 int page_size) {
+                                 int page_size, const std::string& out_dtype) {
   MlaDenseParams p;
   const MlaFormat format = ParseMlaFormat(kOp, cache_format);
   Arg(kOp, "q", q);
@@ -113,49 +105,32 @@ std::vector<Tensor> MlaAttention(const Tensor& q, const Tensor& cache, const Ten
   p.scale = ParseMlaScale(kOp, Get(scale), format, place);
   p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, nullptr,
                      SizesOf(q)[0], place);
-  if (Get(sinks) != nullptr) {
-    Arg(kOp, "sinks", *Get(sinks))
-        .On(place)
-        .Dtype({phi::DataType::FLOAT32})
-        .Dims({p.heads})
-        .Contiguous();
-    p.sinks = Data<float>(*Get(sinks));
-  }
-  if (!std::isfinite(softmax_scale)) {
-    Fail("ValueError", kOp, "softmax_scale", "expected a finite number, got ", softmax_scale);
-  }
-  p.softmax_scale = softmax_scale;
+  p.sinks = ParseMlaSinks(kOp, Get(sinks), p.heads, place);
+  p.softmax_scale = ParseMlaSoftmaxScale(kOp, softmax_scale);
   p.causal = causal;
   p.max_seqlen_q = MaxLength("max_seqlen_q", max_seqlen_q);
   p.max_seqlen_k = MaxLength("max_seqlen_k", max_seqlen_k);
-  if (Get(out) != nullptr) {
-    Arg(kOp, "out", *Get(out))
-        .On(place)
-        .Dtype({phi::DataType::BFLOAT16})
-        .Dims({p.seqs.num_tokens, p.heads, kMlaValueDim})
-        .Contiguous();
-    RequireAlignedAddress(kOp, "out", *Get(out), kVectorBytes);
-    RequireApart(kOp, "out", *Get(out),
-                 {{"q", &q},
-                  {"cache", &cache},
-                  {"scale", Get(scale)},
-                  {"block_tables", &block_tables},
-                  {"cu_seqlens_q", &cu_seqlens_q},
-                  {"seq_lens_decoder", &seq_lens_decoder},
-                  {"seq_lens_this_time", &seq_lens_this_time},
-                  {"sinks", Get(sinks)}});
-  }
-  return RunMlaDense(Get(out), return_softmax_lse, place, &p);
+  p.clear_padding = Get(out) == nullptr;
+  const Tensor result =
+      ParseMlaOut(kOp, Get(out), out_dtype, {p.seqs.num_tokens, p.heads, kMlaValueDim}, place,
+                  {{"q", &q},
+                   {"cache", &cache},
+                   {"scale", Get(scale)},
+                   {"block_tables", &block_tables},
+                   {"cu_seqlens_q", &cu_seqlens_q},
+                   {"seq_lens_decoder", &seq_lens_decoder},
+                   {"seq_lens_this_time", &seq_lens_this_time},
+                   {"sinks", Get(sinks)}},
+                  &p.out, &p.out_float);
+  return RunMlaDense(result, return_softmax_lse, place, &p);
 }
 
-std::vector<Shape> MlaAttentionInferShape(const Shape& q, const Shape& cache,
-                                          const Shape& block_tables, const Shape& cu_seqlens_q,
-                                          const Shape& seq_lens_decoder,
-                                          const Shape& seq_lens_this_time, const Shape& scale,
-                                          const Shape& sinks, const Shape& out,
-                                          int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                          float softmax_scale, bool causal, bool return_softmax_lse,
-                                          const std::string& cache_format, int page_size) {
+std::vector<Shape> MlaAttentionInferShape(
+    const Shape& q, const Shape& cache, const Shape& block_tables, const Shape& cu_seqlens_q,
+    const Shape& seq_lens_decoder, const Shape& seq_lens_this_time, const Shape& scale,
+    const Shape& sinks, const Shape& out, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    float softmax_scale, bool causal, bool return_softmax_lse, const std::string& cache_format,
+    int page_size, const std::string& out_dtype) {
   const bool known = q.size() == 3;
   return {{known ? q[0] : -1, known ? q[1] : -1, kMlaValueDim},
           return_softmax_lse && known ? Shape{q[1], q[0]} : Shape{1}};
@@ -166,8 +141,9 @@ std::vector<phi::DataType> MlaAttentionInferDtype(
     const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
     const phi::DataType& seq_lens_this_time, const phi::DataType& scale, const phi::DataType& sinks,
     const phi::DataType& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
-    bool causal, bool return_softmax_lse, const std::string& cache_format, int page_size) {
-  return {phi::DataType::BFLOAT16, phi::DataType::FLOAT32};
+    bool causal, bool return_softmax_lse, const std::string& cache_format, int page_size,
+    const std::string& out_dtype) {
+  return {MlaOutDtype(out_dtype), phi::DataType::FLOAT32};
 }
 
 }  // namespace fastattn::api
@@ -179,7 +155,7 @@ PD_BUILD_OP(fastattn_mla_attention)
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
             "causal: bool", "return_softmax_lse: bool", "cache_format: std::string",
-            "page_size: int"})
+            "page_size: int", "out_dtype: std::string"})
     .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaAttentionInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaAttentionInferDtype));

@@ -64,4 +64,16 @@ FASTATTN_HD Normaliser NormaliserOf(bool empty, float maximum, float sum, float 
   return {lse, factor};
 }
 
+// Of a row of latent attention, whose LSE is without the sink. `maximum` is in units of log2, `sum`
+// relative to it. No score above -inf gives a sum of 0, the same as no key.
+template <class LoadSink>
+FASTATTN_HD Normaliser NormaliserWithoutSink(float maximum, float sum, const float* const& sinks,
+                                             LoadSink&& load_sink) {
+  if (sum == 0.0f) return {-__builtin_huge_valf(), 0.0f};
+  const float lse = maximum + log2f(sum);
+  float factor = 1.0f / sum;
+  if (sinks != nullptr) factor /= 1.0f + exp2f(load_sink() * kLog2E - lse);
+  return {lse * kLn2, factor};
+}
+
 }  // namespace fastattn

@@ -2,8 +2,6 @@
 #include "cpu/mla_attention.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "common/normaliser.h"
 #include "common/numeric.h"
@@ -15,8 +13,6 @@
 namespace fastattn::cpu {
 
 namespace {
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Every group of heads dequantises its tokens itself; this many are worth it.
 constexpr int kLeastHeads = 8;
@@ -33,27 +29,23 @@ MlaSparseFunction ChooseFunction() {
   return baseline::FindMlaSparse();
 }
 
-// Factor of an output whose sum of weights is `sum`, relative to 2^maximum.
-float FactorOf(float maximum, float sum, const float* sinks, int head) {
-  if (sinks == nullptr) return 1.0f / sum;
-  if (sinks[head] == kInf) return 0.0f;
-  return JoinSink<0>(maximum, sum, sinks[head]).factor;
-}
-
-void StoreHeads(const MlaSparseParams& p, int64_t token, int begin, int end, int64_t seen,
+void StoreHeads(const MlaSparseParams& p, int64_t token, int begin, int end,
                 const MlaBuffers& buffers) {
   for (int h = 0; h < end - begin; ++h) {
-    const int64_t at = token * p.heads + begin + h;
+    const int64_t at = p.StatisticAt(token, begin + h);
     const float maximum = buffers.row_max[h], sum = buffers.row_sum[h];
-    if (p.lse != nullptr) {
-      const double lse = (double{maximum} + std::log2(double{sum})) * 0.693147180559945309;
-      p.lse[at] = seen == 0 ? p.LonelyLse() : static_cast<float>(lse);
-    }
+    const Normaliser row =
+        NormaliserWithoutSink(maximum, sum, p.sinks, [&] { return p.sinks[begin + h]; });
+    if (p.lse != nullptr) p.lse[at] = sum == 0.0f ? p.LonelyLse() : row.lse;
     if (p.max_logits != nullptr) p.max_logits[at] = maximum * kLn2;
-    const float factor = seen == 0 ? 0.0f : FactorOf(maximum, sum, p.sinks, begin + h);
     const float* acc = buffers.acc + h * kMlaValueDim;
-    StoreValues<DType::kBFloat16>(kMlaValueDim, p.out + at * kMlaValueDim,
-                                  [&](int i) { return acc[i] * factor; });
+    const int64_t row_at = (token * p.heads + begin + h) * kMlaValueDim;
+    if (p.out_float != nullptr) {
+      for (int i = 0; i < kMlaValueDim; ++i) p.out_float[row_at + i] = acc[i] * row.factor;
+      continue;
+    }
+    StoreValues<DType::kBFloat16>(kMlaValueDim, p.out + row_at,
+                                  [&](int i) { return acc[i] * row.factor; });
   }
 }
 
@@ -75,8 +67,8 @@ void MlaSparseAttention(const MlaSparseParams& p) {
       const int64_t token = i / groups, group = i % groups;
       const int first = static_cast<int>(p.heads * group / groups);
       const int last = static_cast<int>(p.heads * (group + 1) / groups);
-      const int64_t seen = run(p, token, first, last, buffers);
-      StoreHeads(p, token, first, last, seen, buffers);
+      run(p, token, first, last, buffers);
+      StoreHeads(p, token, first, last, buffers);
     }
   });
 }

@@ -25,8 +25,8 @@ FASTATTN_INLINE void DecodeBf16(const uint8_t* bytes, int n, float* out) {
 inline void ReadToken(const MlaSelection& s, int slot, int dim, float* out) {
   const MlaCache& cache = s.cache;
   const int page = slot / cache.page_size, row = slot - page * cache.page_size;
-  const uint8_t* base = static_cast<const uint8_t*>(cache.data) + page * cache.page_stride;
-  const uint8_t* codes = base + row * cache.row_stride;
+  const MlaRow at = MlaRowOf(cache, cache.format, page, row);
+  const uint8_t* codes = at.codes;
   const MlaFormatFacts facts = FactsOf(cache.format);
   switch (cache.format) {
     case MlaFormat::kBf16:
@@ -36,20 +36,20 @@ inline void ReadToken(const MlaSelection& s, int slot, int dim, float* out) {
       DecodeCodes(codes, dim, *s.scale, out);
       return;
     case MlaFormat::kFp8x656:
-      for (int t = 0; t < facts.latent / facts.tile; ++t) {
+      for (int t = 0; t < facts.tiles; ++t) {
         float scale;
-        std::memcpy(&scale, codes + facts.latent + t * sizeof(float), sizeof(scale));
+        std::memcpy(&scale, at.scales + t * sizeof(float), sizeof(scale));
         DecodeCodes(codes + t * facts.tile, facts.tile, scale, out + t * facts.tile);
       }
       break;
-    case MlaFormat::kFp8x584: {
-      const uint8_t* scales = base + cache.ScalePlane() + int64_t{row} * kMlaScalePlaneBytes;
-      for (int t = 0; t < facts.latent / facts.tile; ++t) {
-        DecodeCodes(codes + t * facts.tile, facts.tile, UE8M0ToFloat(scales[t]),
+    case MlaFormat::kFp8x584:
+    case MlaFormat::kFp8x528:
+      for (int t = 0; t < facts.tiles; ++t) {
+        DecodeCodes(codes + t * facts.tile, facts.tile, UE8M0ToFloat(at.scales[t]),
                     out + t * facts.tile);
       }
+      if (cache.format == MlaFormat::kFp8x528) return;  // the rotated channels are codes, too
       break;
-    }
   }
   constexpr int kRopeBytes = kMlaRopeDim * 2;
   DecodeBf16(codes + facts.row_bytes - kRopeBytes, kMlaRopeDim, out + facts.latent);
@@ -147,8 +147,7 @@ inline void AttendTile(const MlaSparseParams& p, int heads, int count, MlaBuffer
   for (; h < heads; ++h) AttendTile<1>(p, h, count, buffers);
 }
 
-int64_t MlaSparse(const MlaSparseParams& p, int64_t token, int begin, int end,
-                  MlaBuffers& buffers) {
+void MlaSparse(const MlaSparseParams& p, int64_t token, int begin, int end, MlaBuffers& buffers) {
   const int heads = end - begin;
   for (int h = 0; h < heads; ++h) {
     const uint16_t* q = p.q + token * p.q_token_stride + (begin + h) * p.q_head_stride;
@@ -159,7 +158,6 @@ int64_t MlaSparse(const MlaSparseParams& p, int64_t token, int begin, int end,
     buffers.row_max[h] = -__builtin_huge_valf();
     buffers.row_sum[h] = 0.0f;
   }
-  int64_t seen = 0;
   int count = 0;
   const MlaSelection* const selections[] = {&p.keys, &p.extra};
   for (const MlaSelection* s : selections) {
@@ -172,12 +170,10 @@ int64_t MlaSparse(const MlaSparseParams& p, int64_t token, int begin, int end,
       ReadToken(*s, indices[i], p.dim, buffers.keys + count * p.dim);
       if (++count < kMlaTileKeys) continue;
       AttendTile(p, heads, count, buffers);
-      seen += count;
       count = 0;
     }
   }
   if (count > 0) AttendTile(p, heads, count, buffers);
-  return seen + count;
 }
 
 MlaSparseFunction FindMlaSparse() { return &MlaSparse; }

@@ -41,9 +41,8 @@ struct MlaBuffers {
 };
 
 // Attends with heads [begin, end) of one query token, whose results it leaves in the buffers.
-// Returns how many keys there were.
-using MlaSparseFunction = int64_t (*)(const MlaSparseParams& p, int64_t token, int begin, int end,
-                                      MlaBuffers& buffers);
+using MlaSparseFunction = void (*)(const MlaSparseParams& p, int64_t token, int begin, int end,
+                                   MlaBuffers& buffers);
 
 namespace baseline {
 MlaSparseFunction FindMlaSparse();

@@ -86,9 +86,9 @@ void MlaWriteToken(const MlaWriteParams& p, int64_t token, const uint16_t* laten
                    const uint16_t* rope) {
   const int64_t slot = p.slots.At(token), size = p.cache.page_size;
   if (slot < 0 || slot >= p.cache.num_pages * size) return;
-  DispatchMlaFormat(p.cache.format, [&](auto format) {
+  DispatchMlaWritten(p.cache.format, [&](auto format) {
     constexpr MlaFormat kFormat = decltype(format)::value;
-    WriteToken<kFormat>(p, latent, rope, MlaRowOf<kFormat>(p.cache, slot / size, slot % size));
+    WriteToken<kFormat>(p, latent, rope, MlaRowOf(p.cache, kFormat, slot / size, slot % size));
   });
 }
 
@@ -109,7 +109,7 @@ void MlaGatherCache(const MlaGatherParams& p) {
     ParallelFor(static_cast<int64_t>(pages.size()), work, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (int r = 0; r < pages[i].count; ++r) {
-          ReadMlaToken<kFormat>(MlaRowOf<kFormat>(p.cache, pages[i].page, r), p.scale,
+          ReadMlaToken<kFormat>(MlaRowOf(p.cache, kFormat, pages[i].page, r), p.scale,
                                 p.out + (pages[i].out_token + r) * p.out_stride);
         }
       }

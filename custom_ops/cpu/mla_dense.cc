@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/block_table.h"
+#include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/seq_lengths.h"
 #include "cpu/mla_row.h"
@@ -38,8 +39,8 @@ struct Tile {
 struct Head {
   float q[kMaxDim];
   float out[kMlaValueDim];
-  float maximum;
-  float sum;
+  float maximum;  // base-2 logarithm
+  float sum;      // of 2^(score - maximum)
 };
 
 template <MlaFormat kFormat>
@@ -52,7 +53,7 @@ void LoadTile(const MlaDenseParams& p, int batch_idx, int64_t begin, int64_t end
         BlockOf(seqs.block_tables, seqs.max_blocks, static_cast<int>(p.cache.num_pages), batch_idx,
                 key / p.cache.page_size);
     if (page < 0) continue;
-    ReadMlaToken<kFormat>(MlaRowOf<kFormat>(p.cache, page, key % p.cache.page_size), p.scale, bits);
+    ReadMlaToken<kFormat>(MlaRowOf(p.cache, kFormat, page, key % p.cache.page_size), p.scale, bits);
     float* row = tile->rows[tile->count];
     for (int d = 0; d < p.dim; ++d) {
       row[d] = BFloat16ToFloat(bits[d]);
@@ -70,39 +71,40 @@ void AddTile(const MlaDenseParams& p, const Tile& tile, Head* head) {
   }
   float maximum = head->maximum;
   bool nan = std::isnan(maximum);
+  const float factor = p.softmax_scale * kLog2E;
   for (int j = 0; j < tile.count; ++j) {
-    scores[j] *= p.softmax_scale;
+    scores[j] *= factor;
     nan = nan || std::isnan(scores[j]);
     maximum = std::max(maximum, scores[j]);
   }
   if (nan) maximum = std::numeric_limits<float>::quiet_NaN();
   const float reference = maximum == kHidden ? 0.0f : maximum;
-  const float keep = std::exp(head->maximum - reference);
+  const float keep = std::exp2(head->maximum - reference);
   if (!(keep == 1.0f)) {
     head->sum *= keep;
     for (int d = 0; d < kMlaValueDim; ++d) head->out[d] *= keep;
   }
   for (int j = 0; j < tile.count; ++j) {
-    const float weight = std::exp(scores[j] - reference);
+    const float weight = std::exp2(scores[j] - reference);
     head->sum += weight;
     for (int d = 0; d < kMlaValueDim; ++d) head->out[d] += weight * tile.rows[j][d];
   }
   head->maximum = maximum;
 }
 
-// A head whose sum is 0 sees no key.
-void Store(const MlaDenseParams& p, const Unit& unit, int head_idx, bool any, const Head& head) {
-  const float lse = any ? head.maximum + std::log(head.sum) : kHidden;
-  float factor = any ? 1.0f / head.sum : 0.0f;
-  if (any && p.sinks != nullptr) {
-    const float sink = p.sinks[head_idx];  // the output's share of exp(lse) + exp(sink)
-    factor *= sink == -kHidden ? 0.0f : 1.0f / (1.0f + std::exp(sink - lse));
-  }
-  uint16_t* out = p.out + (unit.token * p.heads + head_idx) * kMlaValueDim;
+void Store(const MlaDenseParams& p, const Unit& unit, int head_idx, const Head& head) {
+  const Normaliser row =
+      NormaliserWithoutSink(head.maximum, head.sum, p.sinks, [&] { return p.sinks[head_idx]; });
+  const int64_t at = (unit.token * p.heads + head_idx) * kMlaValueDim;
   for (int d = 0; d < kMlaValueDim; ++d) {
-    out[d] = any ? FloatToBFloat16(head.out[d] * factor) : uint16_t{0};
+    const float value = head.out[d] * row.factor;
+    if (p.out_float != nullptr) {
+      p.out_float[at + d] = value;
+    } else {
+      p.out[at + d] = FloatToBFloat16(value);
+    }
   }
-  if (p.lse != nullptr) p.lse[head_idx * int64_t{p.seqs.num_tokens} + unit.token] = lse;
+  if (p.lse != nullptr) p.lse[head_idx * int64_t{p.seqs.num_tokens} + unit.token] = row.lse;
 }
 
 template <MlaFormat kFormat>
@@ -116,14 +118,12 @@ void RunUnit(const MlaDenseParams& p, const Unit& unit, Tile* tile, std::vector<
     head.maximum = kHidden;
     head.sum = 0.0f;
   }
-  bool any = false;
   for (int64_t key = 0; key < unit.num_keys; key += kTile) {
     LoadTile<kFormat>(p, unit.batch_idx, key, std::min(key + kTile, unit.num_keys), tile);
     if (tile->count == 0) continue;
-    any = true;
     for (int h = 0; h < count; ++h) AddTile(p, *tile, &(*heads)[h]);
   }
-  for (int h = 0; h < count; ++h) Store(p, unit, unit.head + h, any, (*heads)[h]);
+  for (int h = 0; h < count; ++h) Store(p, unit, unit.head + h, (*heads)[h]);
 }
 
 std::vector<Unit> FindUnits(const MlaDenseParams& p, int64_t* num_keys) {

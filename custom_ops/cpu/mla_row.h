@@ -12,22 +12,6 @@
 
 namespace fastattn::cpu {
 
-// A token's bytes in the cache.
-struct MlaRow {
-  uint8_t* codes;
-  uint8_t* scales;  // kFp8x584: in the page's other plane; else behind the codes
-};
-
-template <MlaFormat kFormat>
-MlaRow MlaRowOf(const MlaCache& cache, int64_t page, int64_t row) {
-  uint8_t* base = static_cast<uint8_t*>(cache.data) + page * cache.page_stride;
-  uint8_t* codes = base + row * cache.row_stride;
-  if constexpr (kFormat == MlaFormat::kFp8x584) {
-    return {codes, base + cache.ScalePlane() + row * kMlaScalePlaneBytes};
-  }
-  return {codes, codes + FactsOf(kFormat).latent};
-}
-
 inline void DecodeMla(const uint8_t* codes, int n, float scale, uint16_t* out) {
   for (int i = 0; i < n; ++i) out[i] = MlaValue(E4M3ToFloat(codes[i]), scale);
 }
@@ -42,7 +26,7 @@ void ReadMlaToken(MlaRow row, const float* cache_scale, uint16_t* out) {
   } else if constexpr (kFormat == MlaFormat::kFp8) {
     DecodeMla(row.codes, kFacts.row_bytes, *cache_scale, out);
   } else {
-    for (int t = 0; t < kFacts.latent / kFacts.tile; ++t) {
+    for (int t = 0; t < kFacts.tiles; ++t) {
       float scale;
       if constexpr (kFormat == MlaFormat::kFp8x656) {
         std::memcpy(&scale, row.scales + t * sizeof(float), sizeof(float));
@@ -51,12 +35,20 @@ void ReadMlaToken(MlaRow row, const float* cache_scale, uint16_t* out) {
       }
       DecodeMla(row.codes + t * kFacts.tile, kFacts.tile, scale, out + t * kFacts.tile);
     }
+    if constexpr (kFormat == MlaFormat::kFp8x528) return;  // the rotated channels are codes, too
     std::memcpy(out + kFacts.latent, row.codes + kFacts.row_bytes - kRopeBytes, kRopeBytes);
   }
 }
 
 template <typename F>
 void DispatchMlaFormat(MlaFormat format, F&& f) {
+  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584,
+           MlaFormat::kFp8x528>(format, "cache_format", f);
+}
+
+// Those that mla_write_cache writes.
+template <typename F>
+void DispatchMlaWritten(MlaFormat format, F&& f) {
   dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
       format, "cache_format", f);
 }

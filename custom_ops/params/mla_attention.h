@@ -35,16 +35,24 @@ struct MlaSparseParams {
   MlaSelection extra;            // of the same dim; its format and its pages may differ
   const float* sinks = nullptr;  // [heads] or null
   uint16_t* out = nullptr;       // [tokens, heads, 512] bf16, contiguous
-  float* lse = nullptr;          // [tokens, heads] or null
+  float* out_float = nullptr;    // not null: the output, unrounded, in place of `out`
+  float* lse = nullptr;          // [heads, tokens] or null; flash_mla: [tokens, heads]
   float* max_logits = nullptr;   // the same: the largest scaled score, -inf without a key
   int64_t tokens = 0;
   int heads = 0;
   int dim = 0;  // 576 or 512: channels of a query and of a key
   float softmax_scale = 0.0f;
-  bool lonely_is_plus_inf = false;  // the LSE of a query without a key is +inf, as FlashMLA has it
+  // FlashMLA's conventions: statistics have its order of dimensions, and the LSE of a query without
+  // a key is +inf.
+  bool flash_mla = false;
 
   FASTATTN_HD float LonelyLse() const {
-    return lonely_is_plus_inf ? __builtin_huge_valf() : -__builtin_huge_valf();
+    return flash_mla ? __builtin_huge_valf() : -__builtin_huge_valf();
+  }
+
+  // Where the LSE and the largest logit of a head of a token are.
+  FASTATTN_HD int64_t StatisticAt(int64_t token, int head) const {
+    return flash_mla ? token * heads + head : head * tokens + token;
   }
 };
 
@@ -61,6 +69,7 @@ struct MlaDenseParams {
   SeqMeta seqs;
   const float* sinks = nullptr;  // [heads] or null
   uint16_t* out = nullptr;       // [num_tokens, heads, 512] bf16, contiguous; see clear_padding
+  float* out_float = nullptr;    // not null: the output, unrounded, in place of `out`
   float* lse = nullptr;          // [heads, num_tokens] or null
   int heads = 0;
   int dim = 0;  // 576, or 512 for kFp8x584: channels of a query and of a key

@@ -14,6 +14,7 @@ enum class MlaFormat : int {
   kFp8,      // the same in e4m3, one static scale for all
   kFp8x656,  // DeepSeek-V3.2: 512 e4m3, 4 fp32 scales, 64 bf16
   kFp8x584,  // DeepSeek-V4: 448 e4m3 and 64 bf16; apart from them 7 UE8M0 scales and a 0
+  kFp8x528,  // DeepSeek-V4.1: 512 e4m3; apart from them 16 UE8M0 scales. Read only
 };
 
 // How dynamic scales follow from the largest magnitude of a tile.
@@ -32,6 +33,8 @@ inline const char* NameOf(MlaFormat format) {
       return "fp8_656";
     case MlaFormat::kFp8x584:
       return "fp8_584";
+    case MlaFormat::kFp8x528:
+      return "fp8_528";
   }
   return "unknown";
 }
@@ -44,17 +47,21 @@ struct MlaFormatFacts {
   int row_bytes;    // of a token, scales in a plane of their own left out
   int token_bytes;  // of a token
   int tile;         // channels that share a dynamic scale; 0: none
+  int tiles;        // the others are bf16
 };
 
 FASTATTN_HD constexpr MlaFormatFacts FactsOf(MlaFormat format) {
-  return format == MlaFormat::kBf16      ? MlaFormatFacts{512, 1152, 1152, 0}
-         : format == MlaFormat::kFp8     ? MlaFormatFacts{512, 576, 576, 0}
-         : format == MlaFormat::kFp8x656 ? MlaFormatFacts{512, 656, 656, 128}
-                                         : MlaFormatFacts{448, 576, 584, 64};
+  return format == MlaFormat::kBf16      ? MlaFormatFacts{512, 1152, 1152, 0, 0}
+         : format == MlaFormat::kFp8     ? MlaFormatFacts{512, 576, 576, 0, 0}
+         : format == MlaFormat::kFp8x656 ? MlaFormatFacts{512, 656, 656, 128, 4}
+         : format == MlaFormat::kFp8x584 ? MlaFormatFacts{448, 576, 584, 64, 7}
+                                         : MlaFormatFacts{448, 512, 528, 32, 16};
 }
 
-// Bytes of a token's scales where they have a plane of their own, behind the page's rows.
-inline constexpr int kMlaScalePlaneBytes = 8;
+// Bytes of a token's scales where they have a plane of their own, behind the page's rows; else 0.
+FASTATTN_HD constexpr int ScalePlaneBytes(MlaFormat format) {
+  return FactsOf(format).token_bytes - FactsOf(format).row_bytes;
+}
 
 // Token slot s is row s % page_size of page s / page_size.
 struct MlaCache {
@@ -65,9 +72,25 @@ struct MlaCache {
   int page_size = 1;  // tokens; num_pages * page_size < 2^31
   MlaFormat format = MlaFormat::kBf16;
 
-  // kFp8x584: the scales of row 0, from the page's start.
+  // The scales of row 0 from the page's start, where they have a plane.
   FASTATTN_HD int64_t ScalePlane() const { return int64_t{page_size} * row_stride; }
 };
+
+// A token's bytes.
+struct MlaRow {
+  uint8_t* codes;
+  uint8_t* scales;  // in the page's other plane, if it has one; else behind the codes
+};
+
+// `format` is the cache's, given apart because it is mostly a constant.
+FASTATTN_HD MlaRow MlaRowOf(const MlaCache& cache, MlaFormat format, int64_t page, int64_t row) {
+  uint8_t* base = static_cast<uint8_t*>(cache.data) + page * cache.page_stride;
+  uint8_t* codes = base + row * cache.row_stride;
+  if (ScalePlaneBytes(format) > 0) {
+    return {codes, base + cache.ScalePlane() + row * ScalePlaneBytes(format)};
+  }
+  return {codes, codes + FactsOf(format).latent};
+}
 
 // mla_write_cache: one token for each slot. A slot outside the cache is skipped.
 //

@@ -3,24 +3,29 @@
 from fastattn.backends.append import AppendAttentionBackend
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.convert import convert_caches
+from fastattn.backends.dsa import DSAAttentionBackend
 from fastattn.backends.flash import FlashAttentionBackend
 from fastattn.backends.flash_mask import FlashMaskAttentionBackend
 from fastattn.backends.forward_meta import ForwardMeta, ForwardMode
 from fastattn.backends.layer_cache import LayerCache
+from fastattn.backends.mla import MLAAttentionBackend
 from fastattn.backends.scales import HeadShard
-from fastattn.backends.standalone import AttentionLayer, make_config
+from fastattn.backends.standalone import AttentionLayer, make_config, make_latent_config
 
 __all__ = [
     "AppendAttentionBackend",
     "AttentionBackend",
     "AttentionLayer",
     "AttentionMetadata",
+    "DSAAttentionBackend",
     "FlashAttentionBackend",
     "FlashMaskAttentionBackend",
     "ForwardMeta",
     "ForwardMode",
     "HeadShard",
     "LayerCache",
+    "MLAAttentionBackend",
     "convert_caches",
     "make_config",
+    "make_latent_config",
 ]

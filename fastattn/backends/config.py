@@ -83,10 +83,10 @@ class BackendConfig:
             raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
         _refuse(fd_config, backend, head_dim)
         return cls(
-            max_model_len=_count(fd_config, backend, "model_config.max_model_len", None, 1),
-            decode_tokens=1 + _drafted_tokens(fd_config, backend),
+            max_model_len=count_of(fd_config, backend, "model_config.max_model_len", None, 1),
+            decode_tokens=1 + drafted_tokens(fd_config, backend),
             causal=bool(read(fd_config, "model_config.causal", True)),
-            window_size=_count(fd_config, backend, "model_config.window_size", 0, 0),
+            window_size=count_of(fd_config, backend, "model_config.window_size", 0, 0),
             window_layers=_window_layers(fd_config, backend),
             rotary_dim=_rotary_dim(fd_config, head_dim),
             shard=HeadShard(
@@ -96,7 +96,7 @@ class BackendConfig:
         )
 
 
-def _count(config: Any, backend: str, path: str, default: int | None, least: int) -> int:
+def count_of(config: Any, backend: str, path: str, default: int | None, least: int) -> int:
     """An int of the configuration that is at least `least`."""
     value = read(config, path, default)
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
@@ -104,11 +104,11 @@ def _count(config: Any, backend: str, path: str, default: int | None, least: int
     return int(value)
 
 
-def _drafted_tokens(fd_config: Any, backend: str) -> int:
+def drafted_tokens(fd_config: Any, backend: str) -> int:
     """Tokens of a sequence that a step verifies; there is a number without a method, too."""
     if read(fd_config, "speculative_config.method") is None:
         return 0
-    return _count(fd_config, backend, "speculative_config.num_speculative_tokens", 0, 0)
+    return count_of(fd_config, backend, "speculative_config.num_speculative_tokens", 0, 0)
 
 
 def tensor_parallel(fd_config: Any) -> tuple[int, int]:
@@ -148,7 +148,8 @@ def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
     return tuple(bool(entry) for entry in pattern)
 
 
-def _refuse_disaggregation(fd_config: Any, no: Callable[[str, Any, str], None]) -> None:
+def refuse_disaggregation(fd_config: Any, no: Callable[[str, Any, str], None]) -> None:
+    """Refuse modes and roles of servers that prefill for others, but those that are known."""
     mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
     if mode not in ("None", "none", "", *PD_MODES):
         no(
@@ -191,7 +192,7 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
         no("cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
     if head_dim not in (64, 128):
         no("head_dim", head_dim, "supported: 64, 128")
-    _refuse_disaggregation(fd_config, no)
+    refuse_disaggregation(fd_config, no)
     level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
     if level > 0:
         # FastDeploy asks for one program without a break, and Paddle's SOT breaks off in a backend.
@@ -215,7 +216,14 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
 _LEFT_OUT = "FLAGS_cuda_graph_blacklist"
 _OPERATORS = tuple(
     f"custom_op.fastattn_{name}{end}"
-    for name in ("rope_write_cache_kv", "paged_attention", "merge_attn_states")
+    for name in (
+        "rope_write_cache_kv",
+        "paged_attention",
+        "merge_attn_states",
+        "mla_write_cache",
+        "mla_attention",
+        "mla_sparse_attention",
+    )
     for end in ("", "_")
 )
 

@@ -6,9 +6,9 @@ environment variable ``FD_PLUGINS`` names ``fastattn``::
 
     FD_PLUGINS=fastattn FD_ATTENTION_BACKEND=FLASH_ATTN python -m fastdeploy.entrypoints...
 
-From then on ``APPEND_ATTN``, ``FLASH_ATTN`` and ``FLASH_MASK_ATTN`` mean the classes of
-:mod:`fastattn.backends`, and so does ``DECODE_UNIFIED_ATTN`` (FastDeploy's append backend with
-another decode kernel); every other backend stays FastDeploy's.
+From then on ``APPEND_ATTN``, ``FLASH_ATTN``, ``FLASH_MASK_ATTN``, ``MLA_ATTN`` and ``DSA_ATTN``
+mean the classes of :mod:`fastattn.backends`, and so does ``DECODE_UNIFIED_ATTN`` (FastDeploy's
+append backend with another decode kernel); every other backend stays FastDeploy's.
 
 FastDeploy's platform class has a method that returns the name of a backend's class; the class is
 imported when the first backend is made. :func:`register` replaces that name. Putting the classes
@@ -29,6 +29,7 @@ import paddle
 
 from fastattn import _ops
 from fastattn._plugin import METHOD, REPLACED, method_of
+from fastattn.backends import fastdeploy_models
 
 _LOG = logging.getLogger(__name__)
 
@@ -135,7 +136,15 @@ def _replacement(path: Any) -> Any:
     ours = REPLACED[name]
     backend = getattr(importlib.import_module("fastattn.backends"), ours)
     base = sys.modules.get(f"{PACKAGE}.base_attention_backend")
-    if hasattr(getattr(base, "AttentionBackend", None), "register"):
-        base.AttentionBackend.register(backend)  # type: ignore[union-attr]
+    # Its runner makes positions of tokens only for what is an instance of some of its backends.
+    theirs = (
+        getattr(base, "AttentionBackend", None),
+        getattr(sys.modules.get(PACKAGE), name, None),
+    )
+    for kind in theirs:
+        if hasattr(kind, "register"):
+            kind.register(backend)  # type: ignore[union-attr]
+    if ours == "DSAAttentionBackend":
+        fastdeploy_models.take_indexer()  # before models are made
     _LOG.info("fastattn: %s instead of FastDeploy's %s", f"fastattn.backends.{ours}", name)
     return f"fastattn.backends.{ours}"

@@ -54,6 +54,7 @@ FIELDS = frozenset(
         "forward_mode",
         "is_dummy_or_profile_run",
         "max_len_tensor_cpu",
+        "position_ids",
         "pre_caches_length",
         "rope_already_applied",
         "rotary_embs",
@@ -109,6 +110,25 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     if paddle.in_dynamic_mode() and is_tensor(new) and is_tensor(starts) and is_tensor(tables):
         new = _of_running(new, starts, tables)
     return tables, starts, cached, new
+
+
+def host_lengths(forward_meta: Any) -> tuple[int, int] | None:
+    """(max_seqlen_q, max_seqlen_k) from the host's tensor of lengths, if it holds this step's.
+
+    A CUDA graph may be replayed for longer sequences than it was captured with, so there they are
+    unknown.
+    """
+    lengths = optional(forward_meta, "max_len_tensor_cpu")
+    if lengths is None or optional(forward_meta, "step_use_cudagraph"):
+        return None
+    if lengths.place.is_gpu_place():
+        raise ValueError("forward_meta.max_len_tensor_cpu: expected a tensor on the host")
+    if len(lengths.shape) != 1 or lengths.shape[0] < 4:
+        raise ValueError(
+            f"forward_meta.max_len_tensor_cpu: expected shape [9], got {list(lengths.shape)}"
+        )
+    values = lengths.numpy()
+    return (int(values[0]), int(values[3])) if values[0] > 0 else None
 
 
 #: New tokens from which a sequence is long: ``kLongSeq`` of custom_ops/heuristics.

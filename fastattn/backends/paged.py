@@ -14,6 +14,7 @@ from fastattn.backends.forward_meta import (
     current_plan,
     field,
     guess_new_tokens,
+    host_lengths,
     optional,
     sequences,
 )
@@ -177,7 +178,7 @@ class PagedAttentionBackend(AttentionBackend):
         if self._stale_starts is not None and starts is not None:
             self._stale_starts.settle(starts)
         self.attention_metadata = PagedAttentionMetadata(
-            _host_lengths(forward_meta), current_plan(forward_meta)
+            host_lengths(forward_meta), current_plan(forward_meta)
         )
         if self._signals is not None:
             self._signals.begin(forward_meta)
@@ -514,22 +515,3 @@ def _in_sot() -> bool:
 def _sees_all(mask: dict[str, Any]) -> bool:
     """Whether every query sees all keys of the prefix, as a cascade requires."""
     return "mask_offsets" not in mask and mask["window_size"] == (-1, -1)
-
-
-def _host_lengths(forward_meta: Any) -> tuple[int, int] | None:
-    """(max_seqlen_q, max_seqlen_k) from the host's tensor of lengths, if it holds this step's.
-
-    A CUDA graph may be replayed for longer sequences than it was captured with, so there they are
-    unknown.
-    """
-    lengths = optional(forward_meta, "max_len_tensor_cpu")
-    if lengths is None or optional(forward_meta, "step_use_cudagraph"):
-        return None
-    if lengths.place.is_gpu_place():
-        raise ValueError("forward_meta.max_len_tensor_cpu: expected a tensor on the host")
-    if len(lengths.shape) != 1 or lengths.shape[0] < 4:
-        raise ValueError(
-            f"forward_meta.max_len_tensor_cpu: expected shape [9], got {list(lengths.shape)}"
-        )
-    values = lengths.numpy()
-    return (int(values[0]), int(values[3])) if values[0] > 0 else None

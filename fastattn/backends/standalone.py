@@ -36,6 +36,39 @@ def make_config(
     )
 
 
+def make_latent_config(
+    *,
+    max_model_len: int,
+    qk_nope_head_dim: int,
+    index_n_heads: int | None = None,
+    index_topk: int | None = None,
+    indexer_rope_interleave: bool = False,
+    rope_scaling: dict[str, float] | None = None,
+    block_size: int = 64,
+    draft_tokens: int = 0,
+) -> SimpleNamespace:
+    """A configuration with the attributes of ``FDConfig`` that backends of latent caches read.
+
+    Those of an indexer are for :class:`fastattn.backends.DSAAttentionBackend`.
+    """
+    config = make_config(max_model_len=max_model_len)
+    vars(config.model_config).update(
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=qk_nope_head_dim,
+        index_head_dim=128,
+        index_n_heads=index_n_heads,
+        index_topk=index_topk,
+        indexer_rope_interleave=indexer_rope_interleave,
+        rope_scaling=rope_scaling,
+    )
+    config.cache_config.block_size = block_size
+    if draft_tokens:
+        config.speculative_config.method = "ngram"
+        config.speculative_config.num_speculative_tokens = draft_tokens
+    return config
+
+
 @dataclass
 class AttentionLayer:
     """A layer with the attributes of FastDeploy's ``Attention`` that the backends read.

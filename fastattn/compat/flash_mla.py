@@ -248,7 +248,11 @@ def flash_mla_with_kvcache(
     topk = _of_each(op, "indices", indices, batch, s_q)
     extra = extra_indices_in_kvcache
     if extra is not None:
-        extra = extra.reshape([-1, _of_each(op, "extra_indices_in_kvcache", extra, batch, s_q)])
+        extra_topk = _of_each(op, "extra_indices_in_kvcache", extra, batch, s_q)
+        if extra_topk == 0:  # no second cache
+            extra = extra_k_cache = extra_topk_length = None
+        else:
+            extra = extra.reshape([-1, extra_topk])
     out, lse, _ = call(
         (
             q.reshape([-1, heads, dim]),

@@ -22,6 +22,9 @@ CACHE_QUANT_TYPES = ("none", "cache_int8", "cache_fp8", "block_wise_int8", "bloc
 DEFAULT_PROMPT = "The following statement "
 DEFAULT_NEW_TOKENS = 200
 
+#: The model's attention: grouped queries, or latents with keys that an indexer chooses.
+ATTENTIONS = ("gqa", "mla-sparse")
+
 #: Prompts of other users at the same time; their common prefix is computed once.
 _PREAMBLE = (
     "The value of an expression is computed when the statement is executed, and the names that it "
@@ -47,14 +50,21 @@ def add_parser(subparsers: Any) -> None:
         "demo",
         help="serve a tiny GPT with every cache type",
         description="Serve a tiny GPT, which comes with the package or is trained here, from a "
-        "paged cache of every type and compare them.",
+        "paged cache of every type and compare them; or one with latent attention (MLA) and an "
+        "indexer, and compare dense with sparse attention.",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default="gqa",
+        help="mla-sparse: latent attention over keys that an indexer chooses; default gqa",
     )
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue")
     parser.add_argument(
         "--cache-quant-type",
         choices=("all", *CACHE_QUANT_TYPES),
         default="all",
-        help="compare this type only (with none, the base); default all",
+        help="gqa: compare this type only (with none, the base); default all",
     )
     parser.add_argument("--json", metavar="FILE", help="write a report there; - is stdout")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
@@ -147,11 +157,13 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
         update(0, "Paddle")
         import paddle
 
-        from fastattn.demo import place, train
-        from fastattn.demo.model import Config, Model
+        from fastattn.demo import kinds, place
 
-        config, schedule = Config(), train.Schedule()
+        kind = kinds.find(args.attention)
+        config = kind.config
         places = place.choose(args.device)
+        if args.attention != "gqa" and args.cache_quant_type != "all":
+            raise ValueError("--cache-quant-type: it is for --attention gqa")
         if not 1 <= len(args.prompt) <= config.context:
             raise ValueError(
                 f"--prompt: expected 1 to {config.context} characters, got {len(args.prompt)}"
@@ -165,7 +177,7 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
 
         corpus = text.load()
         update(3, "model")
-        weights, origin = _find_model(args, corpus, config, schedule)
+        weights, origin = _find_model(args, corpus, kind)
         update(4, "")
     console.line(
         f"fastattn {__version__}, Paddle {paddle.__version__}, attention on {args.device}"
@@ -177,22 +189,22 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
             f"{len(corpus.held_out)} characters"
         )
     if weights is None:
-        weights, origin = _train(console, corpus, config, schedule)
+        weights, origin = _train(console, corpus, kind)
     else:
         console.line(f"model from {origin['path']}")
-    model = Model(config, weights, places.model)
-    results, serving = _compare(args, console, corpus, model, weights, places.cache)
+    model = kind.model(config, weights, places.model)
+    compare = _compare if args.attention == "gqa" else _compare_latent
+    results, serving = compare(args, console, corpus, model, weights, places.cache)
     console.line()
     console.line(
         "served {requests} requests in {steps} steps, {mixed_steps} of them with prefill and "
         "decode sequences, at most {largest_batch} sequences a step; {reused_tokens} prompt tokens "
         "came from shared blocks".format(**serving)
     )
-    console.text(
-        f"text (cache type {results[-1].cache_quant_type}):", args.prompt, results[-1].text
-    )
+    console.text(f"text ({results[-1].title}):", args.prompt, results[-1].text)
     console.table(results)
     return report.as_json(
+        attention=args.attention,
         versions={
             "fastattn": __version__,
             "paddle": str(paddle.__version__),
@@ -212,37 +224,35 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     )
 
 
-def _find_model(
-    args: argparse.Namespace, corpus: Any, config: Any, schedule: Any
-) -> tuple[Any, dict[str, Any]]:
+def _find_model(args: argparse.Namespace, corpus: Any, kind: Any) -> tuple[Any, dict[str, Any]]:
     """Existing weights, or None, and a note on their origin."""
     from fastattn import env
     from fastattn.demo import shipped, train
 
     origin = {"trained": False, "training_seconds": 0.0}
     if not (args.train or args.retrain):
-        path = shipped.MODEL_FILE
-        return shipped.load(config), {"origin": "shipped", "path": str(path), **origin}
-    path = train.weights_path(env.cache_dir(), corpus, config, schedule)
-    weights = None if args.retrain else train.load_weights(path, config)
+        note = {"origin": "shipped", "path": str(kind.files.model), **origin}
+        return shipped.load(kind.config, kind.files), note
+    path = train.weights_path(env.cache_dir(), corpus, kind.config, kind.schedule)
+    weights = None if args.retrain else train.load_weights(path, kind.config)
     return weights, {"origin": "cache", "path": str(path), **origin}
 
 
-def _train(console: Any, corpus: Any, config: Any, schedule: Any) -> tuple[Any, dict[str, Any]]:
+def _train(console: Any, corpus: Any, kind: Any) -> tuple[Any, dict[str, Any]]:
     """Weights trained now and kept in the cache folder, and a note on their origin."""
     from fastattn import env
     from fastattn.demo import train
 
-    path = train.weights_path(env.cache_dir(), corpus, config, schedule)
+    path = train.weights_path(env.cache_dir(), corpus, kind.config, kind.schedule)
     start = time.perf_counter()
     title = f"training on {len(corpus.train) // 1000} kB of text"
-    with console.progress(title, schedule.steps) as update:
+    with console.progress(title, kind.schedule.steps) as update:
 
         def show(step: int, steps: int, loss: float) -> None:
             left = (time.perf_counter() - start) / step * (steps - step)
             update(step, f"loss {loss:.2f} nats a byte, {left:.0f} s left")
 
-        weights = train.train(corpus, config, schedule, show)
+        weights = kind.train(corpus, kind.config, kind.schedule, show)
     seconds = round(time.perf_counter() - start, 1)
     try:
         train.save_weights(path, weights)
@@ -255,6 +265,13 @@ def _train(console: Any, corpus: Any, config: Any, schedule: Any) -> tuple[Any, 
         "trained": True,
         "training_seconds": seconds,
     }
+
+
+def _jobs(args: argparse.Namespace, context: int) -> list[tuple[str, int]]:
+    """Prompts and the number of tokens that each is continued with, the user's first."""
+    jobs = [(args.prompt, args.max_new_tokens)]
+    jobs += [(prompt, min(_OTHER_NEW_TOKENS, args.max_new_tokens)) for prompt in _OTHER_PROMPTS]
+    return [(prompt, min(new, context + 1 - len(prompt))) for prompt, new in jobs]
 
 
 def _compare(
@@ -277,9 +294,7 @@ def _compare(
     if args.cache_quant_type not in ("all", "none"):
         types.append(args.cache_quant_type)
     held_out = evaluate.windows(corpus.held_out, config.context, evaluate.HELD_OUT_WINDOWS)
-    jobs = [(args.prompt, args.max_new_tokens)]
-    jobs += [(prompt, min(_OTHER_NEW_TOKENS, args.max_new_tokens)) for prompt in _OTHER_PROMPTS]
-    jobs = [(prompt, min(new, config.context + 1 - len(prompt))) for prompt, new in jobs]
+    jobs = _jobs(args, config.context)
     to_generate = sum(new for _, new in jobs)
     sampling = Sampling(args.temperature, args.top_k, args.seed)
     evaluate.warm_up(model, place=place)
@@ -308,6 +323,66 @@ def _compare(
                 perplexity=scored.perplexity,
                 perplexity_ratio=scored.perplexity / base.perplexity,
                 max_logit_error=evaluate.largest_difference(scored.logits, base.logits),
+                tokens_per_second=served.tokens_per_second,
+                text=text.decode(served.requests[0].generated),
+            )
+        )
+    return results, {"requests": len(jobs), **asdict(served.statistics)}
+
+
+def _compare_latent(
+    args: argparse.Namespace,
+    console: Any,
+    corpus: Any,
+    model: Any,
+    weights: Any,
+    place: Any,
+) -> tuple[list[Any], dict[str, int]]:
+    """A result per variant of the latent model, and the statistics of the last one's serving."""
+    from dataclasses import asdict
+
+    from fastattn.demo import evaluate, latent_evaluate, text
+    from fastattn.demo.latent_engine import LatentEngine
+    from fastattn.demo.report import LatentResult
+    from fastattn.demo.scheduler import Sampling
+
+    config = model.config
+    held_out = evaluate.windows(corpus.held_out, config.context, evaluate.HELD_OUT_WINDOWS)
+    jobs = _jobs(args, config.context)
+    sampling = Sampling(args.temperature, args.top_k, args.seed)
+    variants = latent_evaluate.variants(config)
+    evaluate.warm_up_with(LatentEngine(model, variants[-1], num_blocks=4, place=place))
+    with console.progress("attention to compare with", held_out[:, :-1].size) as update:
+        count = _Counter(update, held_out[:, :-1].size)
+        exact = latent_evaluate.dense_attention(weights, config, held_out, count)
+
+    results: list[LatentResult] = []
+    base = None
+    total = held_out[:, :-1].size + _GENERATED_WEIGHT * sum(new for _, new in jobs)
+    for variant in variants:
+        title = f"{variant.keys}, {variant.cache_format}: perplexity and serving"
+        with console.progress(title, total) as update:
+            count = _Counter(update, total)
+            count.phase("perplexity")
+            scored, choices = latent_evaluate.score(
+                model, variant, held_out, place=place, progress=count
+            )
+            count.phase("serving", _GENERATED_WEIGHT)
+            engine = LatentEngine(model, variant, place=place, max_seqs=4)
+            served = evaluate.serve_with(engine, jobs, sampling, count)
+        base = base or scored
+        found = latent_evaluate.fidelity(exact, variant, choices)
+        results.append(
+            LatentResult(
+                keys=variant.keys,
+                most_keys=latent_evaluate.most_keys(variant, config),
+                cache_format=variant.cache_format,
+                bytes_per_token=served.bytes_per_token,
+                perplexity=scored.perplexity,
+                perplexity_ratio=scored.perplexity / base.perplexity,
+                rms_logit_error=latent_evaluate.rms_difference(scored.logits, base.logits),
+                recall=found.recall,
+                attention_seen=found.attention_seen,
                 tokens_per_second=served.tokens_per_second,
                 text=text.decode(served.requests[0].generated),
             )

@@ -17,7 +17,7 @@ from fastattn.backends import (
 )
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.demo.blocks import BlockPool
-from fastattn.demo.model import Config, Model, rotary_table, to_bfloat16
+from fastattn.demo.model import Config, Model, Trunk, rotary_table, to_bfloat16
 from fastattn.demo.scheduler import Request, ScheduledTokens, Scheduler
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.reference.numerics import Array
@@ -39,15 +39,12 @@ class Statistics:
     preemptions: int = 0
 
 
-class Engine:
-    """Serves requests with one cache type.
+class Server:
+    """Steps of requests: what every engine has, whatever its attention and its caches are.
 
     Parameters
     ----------
-    model : Model
-    cache_quant_type : str
-    scales : sequence of (k, v), optional
-        Per layer, for the static types.
+    model : Trunk
     num_blocks : int
         Blocks of 64 tokens in the cache.
     max_seqs, token_budget, chunk, reuse_prefixes
@@ -55,25 +52,19 @@ class Engine:
     place : optional
         Where the cache is and the attention runs; default the model's. Moving between the two is
         the engine's job.
-    backend_class : type
-        One of the classes of :mod:`fastattn.backends`.
     """
 
     def __init__(
         self,
-        model: Model,
-        cache_quant_type: str = "none",
+        model: Trunk,
         *,
-        scales: Sequence[LayerScales] | None = None,
         num_blocks: int = 64,
         max_seqs: int = 8,
         token_budget: int = 96,
         chunk: int = 64,
         reuse_prefixes: bool = True,
         place: Any = None,
-        backend_class: type[FlashAttentionBackend] = FlashAttentionBackend,
     ) -> None:
-        config = model.config
         self.model = model
         self.place = model.place if place is None else place
         self.statistics = Statistics()
@@ -84,16 +75,8 @@ class Engine:
             chunk=chunk,
             reuse_prefixes=reuse_prefixes,
         )
-        self.backend = backend_class(
-            make_config(max_model_len=config.context, num_key_value_heads=config.kv_heads),
-            config.kv_heads,
-            config.heads,
-            config.head_dim,
-        )
-        self.layers = self._layers(config, cache_quant_type, scales)
-        self.caches = self._caches(config, cache_quant_type, num_blocks)
-        self._rotary = self._tensor(rotary_table(config))
-        self._max_blocks = -(-config.context // BLOCK_SIZE)
+        self._cache_bytes = 0  # of all layers
+        self._max_blocks = -(-model.config.context // BLOCK_SIZE)
 
     @property
     def bytes_per_token(self) -> float:
@@ -148,17 +131,84 @@ class Engine:
 
     def _forward(self, scheduled: list[ScheduledTokens]) -> Array:
         """Logits of all tokens of a step, fp32 ``[T, vocabulary]``."""
-        tokens = [
-            t for run in scheduled for t in run.request.tokens[run.start : run.start + run.count]
-        ]
+        raise NotImplementedError
+
+    def _tables(self, scheduled: list[ScheduledTokens]) -> Array:
+        """Block tables of a step's sequences, int32 ``[B, max_blocks]``."""
         tables = np.full((len(scheduled), self._max_blocks), -1, np.int32)
         for table, run in zip(tables, scheduled):
             table[: len(run.request.blocks)] = run.request.blocks
+        return tables
+
+    def _count(self, scheduled: list[ScheduledTokens]) -> None:
+        prefill = [run.is_prefill for run in scheduled]
+        seen = self.statistics
+        seen.steps += 1
+        seen.mixed_steps += any(prefill) and not all(prefill)
+        seen.tokens += sum(run.count for run in scheduled)
+        seen.largest_batch = max(seen.largest_batch, len(scheduled))
+        seen.peak_blocks = max(seen.peak_blocks, self.scheduler.pool.in_use)
+
+    def _tensor(self, array: Array) -> Any:
+        return paddle.to_tensor(np.ascontiguousarray(array), place=self.place)
+
+    @staticmethod
+    def _move(tensor: Any, place: Any) -> Any:
+        gpu = isinstance(place, paddle.CUDAPlace)
+        if tensor.place.is_gpu_place() == gpu:
+            return tensor
+        return tensor.cuda() if gpu else tensor.cpu()
+
+
+class Engine(Server):
+    """Serves requests of the grouped-query model with one cache type.
+
+    Parameters
+    ----------
+    model : Model
+    cache_quant_type : str
+    scales : sequence of (k, v), optional
+        Per layer, for the static types.
+    num_blocks : int
+        Blocks of 64 tokens in the cache.
+    backend_class : type
+        One of the classes of :mod:`fastattn.backends`.
+    **options
+        See :class:`Server`.
+    """
+
+    model: Model
+
+    def __init__(
+        self,
+        model: Model,
+        cache_quant_type: str = "none",
+        *,
+        scales: Sequence[LayerScales] | None = None,
+        num_blocks: int = 64,
+        backend_class: type[FlashAttentionBackend] = FlashAttentionBackend,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, num_blocks=num_blocks, **options)
+        config = model.config
+        self.backend = backend_class(
+            make_config(max_model_len=config.context, num_key_value_heads=config.kv_heads),
+            config.kv_heads,
+            config.heads,
+            config.head_dim,
+        )
+        self.layers = self._layers(config, cache_quant_type, scales)
+        self.caches = self._caches(config, cache_quant_type, num_blocks)
+        self._rotary = self._tensor(rotary_table(config))
+
+    def _forward(self, scheduled: list[ScheduledTokens]) -> Array:
+        """Logits of all tokens of a step, fp32 ``[T, vocabulary]``."""
+        tokens = [t for run in scheduled for t in run.tokens]
         meta = ForwardMeta.for_step(
             cached=[run.start for run in scheduled],
             new=[run.count for run in scheduled],
             prefill=[run.is_prefill for run in scheduled],
-            block_tables=tables,
+            block_tables=self._tables(scheduled),
             caches=self.caches,
             rotary_embs=self._rotary,
             place=self.place,
@@ -173,15 +223,6 @@ class Engine:
                 x = self.model.finish(i, x, out)
             logits: Array = self.model.logits(x).numpy()
         return logits
-
-    def _count(self, scheduled: list[ScheduledTokens]) -> None:
-        prefill = [run.is_prefill for run in scheduled]
-        seen = self.statistics
-        seen.steps += 1
-        seen.mixed_steps += any(prefill) and not all(prefill)
-        seen.tokens += sum(run.count for run in scheduled)
-        seen.largest_batch = max(seen.largest_batch, len(scheduled))
-        seen.peak_blocks = max(seen.peak_blocks, self.scheduler.pool.in_use)
 
     def _layers(
         self, config: Config, cache_quant_type: str, scales: Sequence[LayerScales] | None
@@ -202,13 +243,3 @@ class Engine:
             arrays += [np.zeros(slots, np.float32) for _ in range(2)]
         self._cache_bytes = config.layers * sum(array.nbytes for array in arrays)
         return [self._tensor(array) for _ in range(config.layers) for array in arrays]
-
-    def _tensor(self, array: Array) -> Any:
-        return paddle.to_tensor(np.ascontiguousarray(array), place=self.place)
-
-    @staticmethod
-    def _move(tensor: Any, place: Any) -> Any:
-        gpu = isinstance(place, paddle.CUDAPlace)
-        if tensor.place.is_gpu_place() == gpu:
-            return tensor
-        return tensor.cuda() if gpu else tensor.cpu()

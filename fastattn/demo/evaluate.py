@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.demo.engine import Engine, LayerScales, Statistics
+from fastattn.backends.config import BLOCK_SIZE
+from fastattn.demo.engine import Engine, LayerScales, Server, Statistics
 from fastattn.demo.gradient import cross_entropy, forward
-from fastattn.demo.model import Config, Model, Weights
+from fastattn.demo.model import Config, Model, Sizes, Weights
 from fastattn.demo.scheduler import Request, Sampling
 from fastattn.demo.text import encode
 from fastattn.functional._cache_types import STATIC_TYPES
@@ -106,10 +107,18 @@ def static_scales(
     return [(dynamic_scale(k, code), dynamic_scale(v, code)) for k, v in largest]
 
 
-def perplexity(weights: Weights, config: Config, held_out: Array) -> float:
-    """Perplexity of windows ``[n, T + 1]`` with plain dense attention in fp32: no cache at all."""
+def perplexity(
+    weights: Weights,
+    config: Sizes,
+    held_out: Array,
+    run: Callable[[Weights, Any, Array], Any] = forward,
+) -> float:
+    """Perplexity of windows ``[n, T + 1]`` with plain dense attention in fp32: no cache at all.
+
+    `run` is the model's ``forward`` in NumPy.
+    """
     losses = [
-        cross_entropy(forward(weights, config, window[None, :-1]).logits, window[1:])[0]
+        cross_entropy(run(weights, config, window[None, :-1]).logits, window[1:])[0]
         for window in held_out
     ]
     return math.exp(sum(losses) / len(losses))
@@ -125,19 +134,27 @@ def score(
     progress: Progress | None = None,
 ) -> Score:
     """Perplexity of windows ``[n, T + 1]`` through the paged cache, in chunks of odd lengths."""
+    options = scoring_options(model.config)
+    engine = Engine(model, cache_quant_type, scales=scales, place=place, **options)
+    return score_with(engine, held_out, progress)[0]
+
+
+def scoring_options(config: Sizes) -> dict[str, Any]:
+    """Options of an engine that :func:`score_with` takes."""
     max_seqs = 4
-    blocks = max_seqs * (-(-model.config.context // 64))
-    engine = Engine(
-        model,
-        cache_quant_type,
-        scales=scales,
-        num_blocks=blocks,
-        max_seqs=max_seqs,
-        chunk=61,
-        token_budget=167,
-        reuse_prefixes=False,  # reused tokens have no logits
-        place=place,
-    )
+    return {
+        "num_blocks": max_seqs * (-(-config.context // BLOCK_SIZE)),
+        "max_seqs": max_seqs,
+        "chunk": 61,
+        "token_budget": 167,
+        "reuse_prefixes": False,  # reused tokens have no logits
+    }
+
+
+def score_with(
+    engine: Server, held_out: Array, progress: Progress | None = None
+) -> tuple[Score, list[Request]]:
+    """Logits and perplexity of windows ``[n, T + 1]``, and the requests that they were."""
     requests = [
         engine.submit(Request(list(window[:-1]), max_new_tokens=0, keep_logits=True))
         for window in held_out
@@ -145,7 +162,7 @@ def score(
     engine.run(progress)
     logits = np.stack([np.concatenate(request.logits) for request in requests])
     loss, _ = cross_entropy(logits.reshape(-1, logits.shape[-1]), held_out[:, 1:].reshape(-1))
-    return Score(logits, math.exp(loss))
+    return Score(logits, math.exp(loss)), requests
 
 
 def serve(
@@ -163,6 +180,16 @@ def serve(
     `progress` gets the number of tokens that every step has generated.
     """
     engine = Engine(model, cache_quant_type, scales=scales, place=place, max_seqs=4)
+    return serve_with(engine, jobs, sampling, progress)
+
+
+def serve_with(
+    engine: Server,
+    jobs: Sequence[tuple[str, int]],
+    sampling: Sampling,
+    progress: Progress | None = None,
+) -> Served:
+    """See :func:`serve`."""
     start = time.perf_counter()
     requests = [
         engine.submit(
@@ -190,7 +217,11 @@ def serve(
 
 def warm_up(model: Model, *, place: Any = None) -> None:
     """Load the operators and run a few steps, so that measured runs exclude the start-up."""
-    engine = Engine(model, num_blocks=4, place=place)
+    warm_up_with(Engine(model, num_blocks=4, place=place))
+
+
+def warm_up_with(engine: Server) -> None:
+    """See :func:`warm_up`."""
     engine.submit(Request([1, 2, 3], 3, Sampling(0.0)))
     engine.run()
 

@@ -14,19 +14,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastattn.demo.model import NORM_EPS, Config, Weights, rotary_angles
+from fastattn.demo.model import NORM_EPS, Config, Sizes, Weights, rotary_angles
 from fastattn.reference.numerics import Array
 
 
-class _Norm(NamedTuple):
+class Norm(NamedTuple):
+    """What the backward pass of a norm needs."""
+
     normed: Array  # [N, hidden], before the weight
     inverse: Array  # [N, 1]
+
+
+class Mlp(NamedTuple):
+    """Activations of a layer's SwiGLU that the backward pass needs."""
+
+    norm: Norm
+    input: Array  # [N, hidden]
+    gate: Array  # [N, mlp]
+    sigmoid: Array  # [N, mlp]
+    up: Array  # [N, mlp]
 
 
 class _Layer(NamedTuple):
     """Activations of a layer that the backward pass needs."""
 
-    attention_norm: _Norm
+    attention_norm: Norm
     attention_in: Array  # [N, hidden]
     q: Array  # [B, KV, G * T, D], rotated and scaled by 1 / sqrt(D)
     k: Array  # [B, KV, T, D], rotated
@@ -34,36 +46,33 @@ class _Layer(NamedTuple):
     p: Array  # [B, KV, G * T, T]
     out: Array  # [B, KV, G * T, D]
     flat_out: Array  # [N, H * D]
-    mlp_norm: _Norm
-    mlp_in: Array  # [N, hidden]
-    gate: Array  # [N, mlp]
-    sigmoid: Array  # [N, mlp]
-    up: Array  # [N, mlp]
+    mlp: Mlp
 
 
 class Trace(NamedTuple):
     """A forward pass."""
 
     layers: list[_Layer]
-    final_norm: _Norm
+    final_norm: Norm
     hidden: Array  # [N, hidden]
     logits: Array  # [N, vocabulary]
 
 
-def rotation(config: Config, length: int) -> Array:
+def rotation(config: Sizes, length: int) -> Array:
     """``exp(i * angle)`` of positions and channel pairs, complex64 ``[T, 1, D / 2]``."""
     angles = rotary_angles(config)[:length]
     return np.exp(1j * angles).astype(np.complex64)[:, None, :]
 
 
-def _rms_norm(x: Array, weight: Array) -> tuple[Array, _Norm]:
+def rms_norm(x: Array, weight: Array) -> tuple[Array, Norm]:
+    """``[N, C]`` divided by the root of its mean square, times `weight`."""
     mean = np.einsum("nc,nc->n", x, x) / np.float32(x.shape[1])
     inverse = (1 / np.sqrt(mean + np.float32(NORM_EPS)))[:, None]
     normed = x * inverse
-    return normed * weight, _Norm(normed, inverse)
+    return normed * weight, Norm(normed, inverse)
 
 
-def _rms_norm_backward(dy: Array, weight: Array, saved: _Norm) -> tuple[Array, Array]:
+def rms_norm_backward(dy: Array, weight: Array, saved: Norm) -> tuple[Array, Array]:
     """Gradients of the input and of the weight."""
     dweight = np.einsum("nc,nc->c", dy, saved.normed)
     dn = dy * weight
@@ -90,11 +99,39 @@ def _attention(config: Config, qkv: Array, turn: Array) -> tuple[Array, ...]:
     return q, k, v, p, p @ v
 
 
-def _heads_last(x: Array, heads: int, length: int) -> Array:
+def heads_last(x: Array, heads: int, length: int) -> Array:
     """``[B, KV, G * T, D]`` to ``[N, H * D]``."""
     batch, dim = x.shape[0], x.shape[-1]
     by_token = x.reshape(batch, heads, length, dim).transpose(0, 2, 1, 3)
     return by_token.reshape(batch * length, heads * dim)
+
+
+def mlp_forward(i: int, weights: Weights, x: Array) -> tuple[Array, Mlp]:
+    """Residual stream behind layer i's SwiGLU."""
+    entry, norm = rms_norm(x, weights[f"{i}.mlp_norm"])
+    gate_up = entry @ weights[f"{i}.gate_up"]
+    width = gate_up.shape[1] // 2
+    gate, up = gate_up[:, :width], gate_up[:, width:]
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right 0
+        sigmoid = 1 / (1 + np.exp(-gate))
+    return x + (gate * sigmoid * up) @ weights[f"{i}.down"], Mlp(norm, entry, gate, sigmoid, up)
+
+
+def mlp_backward(i: int, weights: Weights, saved: Mlp, dx: Array, gradients: Weights) -> Array:
+    """Gradient of the residual stream before it; those of its weights go into `gradients`."""
+    activated = saved.gate * saved.sigmoid
+    gradients[f"{i}.down"] = (activated * saved.up).T @ dx
+    d = dx @ weights[f"{i}.down"].T
+    width = d.shape[1]
+    dgate_up = np.empty((len(d), 2 * width), np.float32)
+    np.multiply(d, activated, out=dgate_up[:, width:])
+    slope = saved.sigmoid + activated * (1 - saved.sigmoid)
+    np.multiply(d * saved.up, slope, out=dgate_up[:, :width])
+    gradients[f"{i}.gate_up"] = saved.input.T @ dgate_up
+    din, gradients[f"{i}.mlp_norm"] = rms_norm_backward(
+        dgate_up @ weights[f"{i}.gate_up"].T, weights[f"{i}.mlp_norm"], saved.norm
+    )
+    return dx + din
 
 
 def forward(weights: Weights, config: Config, tokens: Array) -> Trace:
@@ -104,35 +141,14 @@ def forward(weights: Weights, config: Config, tokens: Array) -> Trace:
     x = weights["embedding"][tokens.reshape(-1)]
     layers = []
     for i in range(config.layers):
-        attention_in, attention_norm = _rms_norm(x, weights[f"{i}.attention_norm"])
+        attention_in, attention_norm = rms_norm(x, weights[f"{i}.attention_norm"])
         qkv = (attention_in @ weights[f"{i}.qkv"]).reshape(batch, length, -1, config.head_dim)
         q, k, v, p, out = _attention(config, qkv, turn)
-        flat_out = _heads_last(out, config.heads, length)
+        flat_out = heads_last(out, config.heads, length)
         x = x + flat_out @ weights[f"{i}.attention_out"]
-        mlp_in, mlp_norm = _rms_norm(x, weights[f"{i}.mlp_norm"])
-        gate_up = mlp_in @ weights[f"{i}.gate_up"]
-        gate, up = gate_up[:, : config.mlp], gate_up[:, config.mlp :]
-        with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right 0
-            sigmoid = 1 / (1 + np.exp(-gate))
-        x = x + (gate * sigmoid * up) @ weights[f"{i}.down"]
-        layers.append(
-            _Layer(
-                attention_norm,
-                attention_in,
-                q,
-                k,
-                v,
-                p,
-                out,
-                flat_out,
-                mlp_norm,
-                mlp_in,
-                gate,
-                sigmoid,
-                up,
-            )
-        )
-    hidden, final_norm = _rms_norm(x, weights["norm"])
+        x, mlp = mlp_forward(i, weights, x)
+        layers.append(_Layer(attention_norm, attention_in, q, k, v, p, out, flat_out, mlp))
+    hidden, final_norm = rms_norm(x, weights["norm"])
     return Trace(layers, final_norm, hidden, hidden @ weights["embedding"].T)
 
 
@@ -157,32 +173,16 @@ def loss_and_gradients(
     trace = forward(weights, config, tokens)
     loss, dlogits = cross_entropy(trace.logits, targets.reshape(-1))
     gradients: Weights = {"embedding": dlogits.T @ trace.hidden}
-    dx, gradients["norm"] = _rms_norm_backward(
+    dx, gradients["norm"] = rms_norm_backward(
         dlogits @ weights["embedding"], weights["norm"], trace.final_norm
     )
     turn_back = rotation(config, length).conj()
     for i in reversed(range(config.layers)):
         saved = trace.layers.pop()
-        dx = _mlp_backward(i, weights, saved, dx, gradients)
+        dx = mlp_backward(i, weights, saved.mlp, dx, gradients)
         dx = _attention_backward(i, weights, config, saved, dx, turn_back, gradients)
     np.add.at(gradients["embedding"], tokens.reshape(-1), dx)
     return loss, gradients
-
-
-def _mlp_backward(i: int, weights: Weights, saved: _Layer, dx: Array, gradients: Weights) -> Array:
-    activated = saved.gate * saved.sigmoid
-    gradients[f"{i}.down"] = (activated * saved.up).T @ dx
-    d = dx @ weights[f"{i}.down"].T
-    width = d.shape[1]
-    dgate_up = np.empty((len(d), 2 * width), np.float32)
-    np.multiply(d, activated, out=dgate_up[:, width:])
-    slope = saved.sigmoid + activated * (1 - saved.sigmoid)
-    np.multiply(d * saved.up, slope, out=dgate_up[:, :width])
-    gradients[f"{i}.gate_up"] = saved.mlp_in.T @ dgate_up
-    din, gradients[f"{i}.mlp_norm"] = _rms_norm_backward(
-        dgate_up @ weights[f"{i}.gate_up"].T, weights[f"{i}.mlp_norm"], saved.mlp_norm
-    )
-    return dx + din
 
 
 def _attention_backward(
@@ -214,7 +214,7 @@ def _attention_backward(
     rotated *= turn_back
     flat = dqkv.reshape(batch * length, -1)
     gradients[f"{i}.qkv"] = saved.attention_in.T @ flat
-    din, gradients[f"{i}.attention_norm"] = _rms_norm_backward(
+    din, gradients[f"{i}.attention_norm"] = rms_norm_backward(
         flat @ weights[f"{i}.qkv"].T, weights[f"{i}.attention_norm"], saved.attention_norm
     )
     return dx + din

@@ -24,32 +24,61 @@ NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Config:
-    """Sizes of a model. `context` is the longest sequence, in training and in serving."""
+class Sizes:
+    """What models of any attention have; `context` is the longest sequence that they see.
+
+    A model is a class of its own, which adds the sizes of its attention.
+    """
 
     layers: int = 4
     hidden: int = 128
     heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
     mlp: int = 256
     context: int = 256
     vocabulary: int = VOCABULARY
     rope_theta: float = 10000.0
 
     @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        raise NotImplementedError
+
+    def attention_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the weights of layer i's attention."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Config(Sizes):
+    """Sizes of a model with grouped queries."""
+
+    kv_heads: int = 2
+    head_dim: int = 64
+
+    @property
     def qkv_width(self) -> int:
         """Columns of the fused projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated: all."""
+        return self.head_dim
 
-def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    def attention_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the weights of layer i's attention."""
+        return {
+            f"{i}.qkv": (self.hidden, self.qkv_width),
+            f"{i}.attention_out": (self.heads * self.head_dim, self.hidden),
+        }
+
+
+def weight_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight; matrices are ``[in, out]``, the embedding is tied."""
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocabulary, config.hidden)}
     for i in range(config.layers):
         shapes[f"{i}.attention_norm"] = (config.hidden,)
-        shapes[f"{i}.qkv"] = (config.hidden, config.qkv_width)
-        shapes[f"{i}.attention_out"] = (config.heads * config.head_dim, config.hidden)
+        shapes.update(config.attention_shapes(i))
         shapes[f"{i}.mlp_norm"] = (config.hidden,)
         shapes[f"{i}.gate_up"] = (config.hidden, 2 * config.mlp)
         shapes[f"{i}.down"] = (config.mlp, config.hidden)
@@ -57,7 +86,7 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def initial_weights(config: Config, seed: int = 0) -> Weights:
+def initial_weights(config: Sizes, seed: int = 0) -> Weights:
     """Random weights; what is added to the residual stream starts smaller."""
     rng = np.random.default_rng(seed)
     weights: Weights = {}
@@ -72,9 +101,9 @@ def initial_weights(config: Config, seed: int = 0) -> Weights:
     return weights
 
 
-def rotary_angles(config: Config) -> Array:
-    """Angle of every position and channel pair, fp64 ``[context, head_dim / 2]``."""
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+def rotary_angles(config: Sizes) -> Array:
+    """Angle of every position and channel pair, fp64 ``[context, rotary_dim / 2]``."""
+    frequencies = config.rope_theta ** (-np.arange(0, config.rotary_dim, 2) / config.rotary_dim)
     return np.arange(config.context)[:, None] * frequencies
 
 
@@ -84,18 +113,18 @@ def rotary_table(config: Config) -> Array:
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)[:, None, :, None, :]
 
 
-class Model:
-    """The model on a Paddle place, fp32.
+class Trunk:
+    """All of a model but its attention, on a Paddle place, fp32.
 
     Parameters
     ----------
-    config : Config
+    config : Sizes
     weights : dict of arrays
     place : optional
         Default CPU.
     """
 
-    def __init__(self, config: Config, weights: Weights, place: Any = None) -> None:
+    def __init__(self, config: Sizes, weights: Weights, place: Any = None) -> None:
         self.config = config
         self.place = paddle.CPUPlace() if place is None else place
         self.weights = {k: paddle.to_tensor(v, place=self.place) for k, v in weights.items()}
@@ -108,22 +137,28 @@ class Model:
         """``[..., hidden]`` of int64 tokens ``[...]``."""
         return F.embedding(self.tensor(tokens), self.weights["embedding"])
 
-    def qkv(self, layer: int, x: Any) -> Any:
-        """Fused projection ``[..., (H + 2 KV) * D]``, not rotated."""
-        normed = _rms_norm(x, self.weights[f"{layer}.attention_norm"])
-        return paddle.matmul(normed, self.weights[f"{layer}.qkv"])
-
     def finish(self, layer: int, x: Any, attention: Any) -> Any:
         """Residual stream after a layer whose attention gave `attention`, ``[..., H * D]``."""
         x = x + paddle.matmul(attention, self.weights[f"{layer}.attention_out"])
-        normed = _rms_norm(x, self.weights[f"{layer}.mlp_norm"])
+        normed = rms_norm(x, self.weights[f"{layer}.mlp_norm"])
         gate, up = paddle.matmul(normed, self.weights[f"{layer}.gate_up"]).chunk(2, axis=-1)
         return x + paddle.matmul(F.silu(gate) * up, self.weights[f"{layer}.down"])
 
     def logits(self, x: Any) -> Any:
         """``[..., vocabulary]`` of the residual stream."""
-        normed = _rms_norm(x, self.weights["norm"])
+        normed = rms_norm(x, self.weights["norm"])
         return paddle.matmul(normed, self.weights["embedding"], transpose_y=True)
+
+
+class Model(Trunk):
+    """The model with grouped queries; see :class:`Trunk`."""
+
+    config: Config
+
+    def qkv(self, layer: int, x: Any) -> Any:
+        """Fused projection ``[..., (H + 2 KV) * D]``, not rotated."""
+        normed = rms_norm(x, self.weights[f"{layer}.attention_norm"])
+        return paddle.matmul(normed, self.weights[f"{layer}.qkv"])
 
     def forward(self, tokens: Array, *, bfloat16: bool = False) -> Any:
         """Logits of whole sequences, with plain dense attention.
@@ -151,7 +186,7 @@ class Model:
         x = self.embed(tokens)
         for i in range(config.layers):
             qkv = cast(self.qkv(i, x)).reshape([batch, length, heads + 2 * kv_heads, dim])
-            rotated = cast(_rotate(qkv[:, :, : heads + kv_heads], cos, sin))
+            rotated = cast(rotate(qkv[:, :, : heads + kv_heads], cos, sin))
             q = rotated[:, :, :heads].reshape([batch, length, kv_heads, heads // kv_heads, dim])
             k, v = rotated[:, :, heads:], qkv[:, :, heads + kv_heads :]
             scores = paddle.matmul(
@@ -172,12 +207,13 @@ def to_bfloat16(x: Any) -> Any:
     return paddle.to_tensor(bits, place=paddle.CPUPlace())
 
 
-def _rms_norm(x: Any, weight: Any) -> Any:
+def rms_norm(x: Any, weight: Any) -> Any:
+    """`x` divided by the root of its last dimension's mean square, times `weight`."""
     return x * paddle.rsqrt((x * x).mean(axis=-1, keepdim=True) + NORM_EPS) * weight
 
 
-def _rotate(x: Any, cos: Any, sin: Any) -> Any:
-    """Rotate channel pairs (2i, 2i + 1) of ``[B, T, heads, D]``."""
+def rotate(x: Any, cos: Any, sin: Any) -> Any:
+    """Rotate channel pairs (2i, 2i + 1) of ``[..., T, heads, D]``."""
     even, odd = x[..., 0::2], x[..., 1::2]
     pairs = paddle.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return pairs.reshape(x.shape)

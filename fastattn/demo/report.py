@@ -42,27 +42,134 @@ class TypeResult:
     tokens_per_second: float
     text: str
 
+    HEADERS = (
+        "cache type",
+        "bytes a token",
+        "perplexity",
+        "against none",
+        "largest logit error",
+        "tokens/s",
+    )
+
+    @property
+    def title(self) -> str:
+        """Of its text."""
+        return f"cache type {self.cache_quant_type}"
+
+    def cells(self) -> tuple[str, ...]:
+        """Of its row, as text."""
+        return (
+            self.cache_quant_type,
+            f"{self.bytes_per_token:.0f}",
+            f"{self.perplexity:.4f}",
+            f"{100 * (self.perplexity_ratio - 1):+.3f} %",
+            f"{self.max_logit_error:.4f}",
+            f"{self.tokens_per_second:.0f}",
+        )
+
+
+@dataclass(frozen=True)
+class LatentResult:
+    """A row of the table of latent attention.
+
+    Attributes
+    ----------
+    keys : str
+        What a query sees: ``dense``, ``window`` or ``sparse``.
+    most_keys : int
+        Keys that a query sees at most.
+    cache_format : str
+    bytes_per_token : float
+        In the caches of all layers: latents, and what the indexer keeps.
+    perplexity : float
+        A byte of held-out text, through the paged cache.
+    perplexity_ratio, rms_logit_error : float
+        Against the first row.
+    recall : float, optional
+        Share of the keys that the dense attention weighs most, before the window, which the indexer
+        has chosen.
+    attention_seen : float
+        Share of the dense attention that falls on keys which the query sees. It and the recall are
+        means over layers and queries of contexts longer than `most_keys`.
+    tokens_per_second : float
+        Generated, all requests together.
+    text : str
+        What the user's prompt was continued with.
+    """
+
+    keys: str
+    most_keys: int
+    cache_format: str
+    bytes_per_token: float
+    perplexity: float
+    perplexity_ratio: float
+    rms_logit_error: float
+    recall: float | None
+    attention_seen: float
+    tokens_per_second: float
+    text: str
+
+    HEADERS = (
+        "attention",
+        "keys",
+        "cache",
+        "bytes a token",
+        "perplexity",
+        "against dense",
+        "logit error",
+        "recall",
+        "attention seen",
+        "tokens/s",
+    )
+
+    @property
+    def title(self) -> str:
+        """Of its text."""
+        return f"{self.keys} attention, {self.cache_format} cache"
+
+    def cells(self) -> tuple[str, ...]:
+        """Of its row, as text."""
+        return (
+            self.keys,
+            str(self.most_keys),
+            self.cache_format,
+            f"{self.bytes_per_token:.0f}",
+            f"{self.perplexity:.4f}",
+            f"{100 * (self.perplexity_ratio - 1):+.3f} %",
+            f"{self.rms_logit_error:.4f}",
+            "-" if self.recall is None else f"{100 * self.recall:.1f} %",
+            f"{100 * self.attention_seen:.1f} %",
+            f"{self.tokens_per_second:.0f}",
+        )
+
 
 def as_json(
     *,
+    attention: str,
     versions: dict[str, str],
     device: dict[str, str],
     model: dict[str, Any],
     text: dict[str, Any],
     prompt: str,
     serving: dict[str, int],
-    results: Sequence[TypeResult],
+    results: Sequence[Any],
 ) -> dict[str, Any]:
-    """Report as a dictionary of plain values."""
+    """Report as a dictionary of plain values.
+
+    The rows are under ``cache_types`` with grouped queries, under ``variants`` with latent
+    attention.
+    """
+    rows = "cache_types" if attention == "gqa" else "variants"
     return {
         "schema": SCHEMA,
+        "attention": attention,
         "versions": versions,
         "device": device,
         "model": model,
         "text": text,
         "prompt": prompt,
         "serving": serving,
-        "cache_types": [asdict(result) for result in results],
+        rows: [asdict(result) for result in results],
     }
 
 
@@ -121,27 +228,10 @@ class Console:
             yield update
             bar.update(task, completed=total)
 
-    def table(self, results: Sequence[TypeResult]) -> None:
-        """Show the comparison of the cache types."""
-        headers = (
-            "cache type",
-            "bytes a token",
-            "perplexity",
-            "against none",
-            "largest logit error",
-            "tokens/s",
-        )
-        rows = [
-            (
-                r.cache_quant_type,
-                f"{r.bytes_per_token:.0f}",
-                f"{r.perplexity:.4f}",
-                f"{100 * (r.perplexity_ratio - 1):+.3f} %",
-                f"{r.max_logit_error:.4f}",
-                f"{r.tokens_per_second:.0f}",
-            )
-            for r in results
-        ]
+    def table(self, results: Sequence[Any]) -> None:
+        """Show the comparison: rows of one kind."""
+        headers = results[0].HEADERS
+        rows = [result.cells() for result in results]
         self.line()
         if self._rich is not None:
             from rich.table import Table

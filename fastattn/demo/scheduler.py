@@ -93,6 +93,11 @@ class ScheduledTokens:
     count: int
 
     @property
+    def tokens(self) -> list[int]:
+        """The tokens themselves."""
+        return self.request.tokens[self.start : self.start + self.count]
+
+    @property
     def is_prefill(self) -> bool:
         """Whether they belong to a prompt, or to tokens that a preempted request runs again."""
         return self.count > 1 or self.start < len(self.request.prompt)

@@ -1,7 +1,10 @@
-"""The trained model that the package ships: ``model.npz``, and ``recipe.json`` that tells how.
+"""The trained models that the package ships, each with a recipe that tells how it was made.
+
+``model.npz`` and ``recipe.json`` are those of grouped queries, ``mla_sparse.npz`` and
+``mla_sparse.json`` those of latent attention.
 
 Matrices are int8 with one fp32 scale a channel, vectors fp32. scripts/make_demo_model.py writes
-both files; docs/demo.md has what int8 costs beside 16 bits.
+the files; docs/demo.md has what int8 costs beside 16 bits.
 """
 
 from __future__ import annotations
@@ -11,15 +14,25 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn.demo.model import Config, Weights, weight_shapes
+from fastattn.demo.model import Sizes, Weights, weight_shapes
 from fastattn.reference.numerics import Array
 
 MODEL_FILE = Path(__file__).with_name("model.npz")
 RECIPE_FILE = Path(__file__).with_name("recipe.json")
+
+
+class Files(NamedTuple):
+    """Of a model."""
+
+    model: Path
+    recipe: Path
+
+
+LATENT = Files(MODEL_FILE.with_name("mla_sparse.npz"), MODEL_FILE.with_name("mla_sparse.json"))
 
 _SCALE = ".scale"
 _LARGEST = 127
@@ -52,61 +65,71 @@ def unpack(arrays: dict[str, Array]) -> Weights:
     }
 
 
-def save(weights: Weights, recipe: dict[str, Any]) -> None:
+def default_files() -> Files:
+    """Those of the model with grouped queries."""
+    return Files(MODEL_FILE, RECIPE_FILE)
+
+
+def save(weights: Weights, recipe: dict[str, Any], files: Files | None = None) -> None:
     """Write both files; the recipe gets the digest of the other one."""
+    files = files or default_files()
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **pack(weights))  # type: ignore[arg-type]
-    MODEL_FILE.write_bytes(buffer.getvalue())
+    files.model.write_bytes(buffer.getvalue())
     recipe = {**recipe, "model_sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
-    RECIPE_FILE.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    files.recipe.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
-def recipe() -> dict[str, Any]:
-    """How the shipped model was made: sizes, schedule, text, versions and perplexities.
+def recipe(files: Files | None = None) -> dict[str, Any]:
+    """How a shipped model was made: sizes, schedule, text, versions and perplexities.
 
     Raises
     ------
     ValueError
         If the file is missing or damaged.
     """
+    path = (files or default_files()).recipe
     try:
-        found = json.loads(RECIPE_FILE.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(_damaged(RECIPE_FILE, str(error))) from None
+        raise ValueError(_damaged(path, str(error))) from None
     if not isinstance(found, dict):
-        raise ValueError(_damaged(RECIPE_FILE, "it holds no object"))
+        raise ValueError(_damaged(path, "it holds no object"))
     return found
 
 
-def load(config: Config) -> Weights:
-    """fp32 weights of the shipped model.
+def load(config: Sizes, files: Files | None = None) -> Weights:
+    """fp32 weights of a shipped model.
 
     Parameters
     ----------
-    config : Config
+    config : Config or LatentConfig
         Sizes that the weights have to fit.
+    files : Files, optional
+        Default: those of the model with grouped queries.
 
     Raises
     ------
     ValueError
         If the file is missing, is not the one that the recipe tells of, or has other sizes.
     """
-    expected = recipe().get("model_sha256")
+    files = files or default_files()
+    path, expected = files.model, recipe(files).get("model_sha256")
     try:
-        data = MODEL_FILE.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise ValueError(_damaged(MODEL_FILE, str(error))) from None
+        raise ValueError(_damaged(path, str(error))) from None
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
-        raise ValueError(_damaged(MODEL_FILE, f"expected SHA-256 {expected}, got {found}"))
+        raise ValueError(_damaged(path, f"expected SHA-256 {expected}, got {found}"))
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             weights = unpack({name: file[name] for name in file.files})
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(_damaged(MODEL_FILE, str(error))) from None
+        raise ValueError(_damaged(path, str(error))) from None
     shapes = {name: weight.shape for name, weight in weights.items()}
     if shapes != weight_shapes(config):
-        raise ValueError(_damaged(MODEL_FILE, f"its sizes are not those of {config}"))
+        raise ValueError(_damaged(path, f"its sizes are not those of {config}"))
     return weights
 
 

@@ -16,17 +16,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastattn.demo.gradient import loss_and_gradients
-from fastattn.demo.model import Config, Weights, initial_weights, weight_shapes
+from fastattn.demo.model import Config, Sizes, Weights, initial_weights, weight_shapes
 from fastattn.demo.text import Corpus, encode
 from fastattn.reference.numerics import Array
 from fastattn.version import __version__
 
 #: Called with the steps done, the steps in all and the smoothed loss.
 Progress = Callable[[int, int, float], None]
+
+#: Loss and gradients of weights and a configuration, for tokens and targets ``[B, T]``.
+Objective = Callable[[Weights, Any, Array, Array], tuple[float, Weights]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,11 @@ def _orthogonal(matrix: Array) -> Array:
 
 
 def _gradients(
-    pool: ThreadPoolExecutor, weights: Weights, config: Config, windows: Array
+    pool: ThreadPoolExecutor,
+    weights: Weights,
+    config: Any,
+    windows: Array,
+    objective: Objective = loss_and_gradients,
 ) -> tuple[float, Weights]:
     """Mean loss and gradients of windows ``[n, T + 1]``, half of them in each of two threads.
 
@@ -120,10 +128,7 @@ def _gradients(
     the number of cores changes no bit.
     """
     halves = np.array_split(windows, 2)
-    jobs = [
-        pool.submit(loss_and_gradients, weights, config, half[:, :-1], half[:, 1:])
-        for half in halves
-    ]
+    jobs = [pool.submit(objective, weights, config, half[:, :-1], half[:, 1:]) for half in halves]
     shares = [len(half) / len(windows) for half in halves]
     (loss, gradients), (other_loss, others) = (job.result() for job in jobs)
     for name, gradient in gradients.items():
@@ -136,25 +141,37 @@ def train(
     corpus: Corpus, config: Config, schedule: Schedule, progress: Progress | None = None
 ) -> Weights:
     """Train from scratch; the same arguments give the same weights on the same machine."""
+    weights = initial_weights(config, schedule.seed)
+    optimise(weights, corpus, config, schedule, loss_and_gradients, progress)
+    return weights
+
+
+def optimise(
+    weights: Weights,
+    corpus: Corpus,
+    config: Sizes,
+    schedule: Schedule,
+    objective: Objective,
+    progress: Progress | None = None,
+) -> None:
+    """Train weights in place; those without a gradient stay as they are."""
     data = encode(corpus.train)
     rng = np.random.default_rng(schedule.seed)
-    weights = initial_weights(config, schedule.seed)
     optimizer = Optimizer(weights, schedule)
-    smoothed = math.log(config.vocabulary)
+    smoothed: float | None = None
     with ThreadPoolExecutor(2) as pool:
         for step in range(schedule.steps):
             length = schedule.window(step, config.context)
             starts = rng.integers(0, len(data) - length - 1, schedule.tokens // length)
             windows = np.stack([data[s : s + length + 1] for s in starts])
-            loss, gradients = _gradients(pool, weights, config, windows)
+            loss, gradients = _gradients(pool, weights, config, windows, objective)
             optimizer.step(gradients)
-            smoothed += 0.1 * (loss - smoothed)
+            smoothed = loss if smoothed is None else smoothed + 0.1 * (loss - smoothed)
             if progress is not None:
                 progress(step + 1, schedule.steps, smoothed)
-    return weights
 
 
-def weights_path(folder: Path, corpus: Corpus, config: Config, schedule: Schedule) -> Path:
+def weights_path(folder: Path, corpus: Corpus, config: Any, schedule: Any) -> Path:
     """File of a trained model, named after everything that it depends on."""
     key = json.dumps(
         [__version__, asdict(config), asdict(schedule), corpus.train], sort_keys=True
@@ -174,7 +191,7 @@ def save_weights(path: Path, weights: Weights) -> None:
         part.unlink(missing_ok=True)
 
 
-def load_weights(path: Path, config: Config) -> Weights | None:
+def load_weights(path: Path, config: Sizes) -> Weights | None:
     """Weights of a file; None if it is missing or not a whole model of these sizes."""
     shapes = weight_shapes(config)
     try:

@@ -6,10 +6,13 @@ from fastattn.distributed.blocks import (
     dcp_num_local_blocks,
     dcp_stripe_block_tables,
 )
+from fastattn.distributed.latent import mla_attention_dcp, mla_sparse_attention_dcp
 
 __all__ = [
     "dcp_local_block_tables",
     "dcp_num_local_blocks",
     "dcp_stripe_block_tables",
+    "mla_attention_dcp",
+    "mla_sparse_attention_dcp",
     "paged_attention_dcp",
 ]

@@ -2,103 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import paddle
-import paddle.distributed as dist
 from paddle import Tensor
 
-from fastattn import env
 from fastattn._ops import is_tensor
-from fastattn.functional import merge_attn_states, paged_attention
-from fastattn.functional._partial import (
-    check_results,
-    check_tensor,
-    dtype_name,
-    empty,
-    value_dtype,
-)
+from fastattn.distributed._exchange import check_call, gather, merge, merge_with_sinks, ranks_of
+from fastattn.functional import paged_attention
+from fastattn.functional._partial import check_results, check_tensor, value_dtype
 
 _OP = "paged_attention_dcp"
-
-
-def _world_size(group: Any) -> int:
-    if group is None:
-        world_size = int(dist.get_world_size())
-        if world_size > 1 and not dist.is_initialized():
-            raise RuntimeError(
-                f"{_OP}: this is one of {world_size} processes: call "
-                "paddle.distributed.init_parallel_env() first"
-            )
-        return world_size
-    if not isinstance(getattr(group, "nranks", None), int):
-        raise TypeError(
-            f"{_OP}: group: expected a group of paddle.distributed, got {type(group).__name__}"
-        )
-    # group.rank is -1 in a group of one rank, too.
-    if dist.get_rank() not in group.ranks:
-        raise ValueError(f"{_OP}: group: this process is not in it, ranks {list(group.ranks)}")
-    return int(group.nranks)
-
-
-def _gather(partial: Tensor, world_size: int, group: Any) -> list[Tensor]:
-    """`partial` of every rank, in the order of the ranks: views of one buffer."""
-    if env.log_level() > 1:
-        from fastattn import _log
-
-        _log.LOGGER.debug("all_gather among %d ranks: %s", world_size, _log.describe(partial))
-    size, *rest = partial.shape
-    buffer = empty([world_size * size, *rest], partial.dtype, partial.place)
-    # On a GPU the collective runs on the stream of the kernels around it, so that the host does not
-    # wait and a CUDA graph can capture it.
-    dist.stream.all_gather(
-        buffer, partial, group=group, sync_op=True, use_calc_stream=partial.place.is_gpu_place()
-    )
-    return [buffer[rank * size : (rank + 1) * size] for rank in range(world_size)]
-
-
-def _merge(
-    states: list[tuple[Tensor, Tensor]],
-    dtype: str,
-    out: Tensor | None,
-    out_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Merge all states in order, into the first; the last merge stores the result."""
-    result, lse = states[0]
-    for partial, partial_lse in states[1:-1]:
-        merge_attn_states(result, lse, partial, partial_lse, output=result, output_lse=lse)
-    if out is None and out_scale is None:
-        same = dtype_name(result.dtype) == dtype
-        out = result if same else empty(result.shape, getattr(paddle, dtype), result.place)
-    partial, partial_lse = states[-1]
-    result, _ = merge_attn_states(
-        result, lse, partial, partial_lse, output=out, output_lse=lse, output_scale=out_scale
-    )
-    return result, lse
-
-
-def _merge_with_sinks(
-    states: list[tuple[Tensor, Tensor]],
-    sinks: Tensor,
-    dtype: str,
-    out: Tensor | None,
-    out_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`_merge`; the sinks are one more state, with an output of 0.
-
-    No rank can add them to its own partial result: they would be lost where it holds no key.
-    """
-    result, lse = states[0]
-    tokens, heads, _ = result.shape
-    for partial, partial_lse in states[1:]:
-        merge_attn_states(result, lse, partial, partial_lse, output=result, output_lse=lse)
-    keys_lse = lse.clone()
-    sink_lse = sinks.astype("float32").unsqueeze(1).expand([heads, tokens])
-    states = [(result, lse), (paddle.zeros_like(result), sink_lse)]
-    result, lse = _merge(states, dtype, out, out_scale)
-    # Where a query sees no key, the LSE is -inf in spite of the sinks, as on one rank.
-    return result, paddle.where(keys_lse == -math.inf, keys_lse, lse)
 
 
 def paged_attention_dcp(
@@ -214,13 +127,8 @@ def paged_attention_dcp(
     >>> paged_attention_dcp(x, *caches, *seqs, 2, 2)[:, 0, 0].cast("float32").numpy().tolist()
     [3.0, 3.0]
     """
-    if not paddle.in_dynamic_mode():
-        raise NotImplementedError(f"{_OP}: its collectives run in dygraph only")
-    if exchange_dtype not in ("float32", "output"):
-        raise ValueError(
-            f"{_OP}: exchange_dtype: expected float32 or output, got {exchange_dtype!r}"
-        )
-    world_size = _world_size(group)
+    check_call(_OP, exchange_dtype)
+    world_size = ranks_of(_OP, group)
     arguments = (
         q,
         key_cache,
@@ -267,10 +175,10 @@ def paged_attention_dcp(
         return_softmax_lse=True,
         out_dtype="float32" if exchange_dtype == "float32" else dtype,
     )
-    lses = _gather(partial_lse, world_size, group)
-    states = list(zip(_gather(partial, world_size, group), lses))
+    lses = gather(partial_lse, world_size, group)
+    states = list(zip(gather(partial, world_size, group), lses))
     if sinks is None:
-        result, lse = _merge(states, dtype, out, out_scale)
+        result, lse = merge(states, dtype, out, out_scale)
     else:
-        result, lse = _merge_with_sinks(states, sinks, dtype, out, out_scale)
+        result, lse = merge_with_sinks(states, sinks, dtype, out, out_scale, in_lse=True)
     return (result, lse) if return_softmax_lse else result

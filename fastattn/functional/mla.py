@@ -128,8 +128,8 @@ def mla_gather_cache(
     Parameters
     ----------
     cache : Tensor
-        As for :func:`mla_write_cache`.
-    out : Tensor, shape [N, 576] ("fp8_584": [N, 512]), bfloat16
+        As for :func:`mla_write_cache`; "fp8_528" has W = 528 and rows and scales apart, too.
+    out : Tensor, shape [N, 576] ("fp8_584", "fp8_528": [N, 512]), bfloat16
         Latent, then rotated channels. Written in place; any token stride.
     block_tables : Tensor, shape [B, max_blocks], int32
         Pages of each sequence.
@@ -137,7 +137,8 @@ def mla_gather_cache(
         Cached tokens of each sequence.
     cu_seqlens_k : Tensor, shape [B + 1], int32
         First token of each sequence in `out`, ascending.
-    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
+    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"}
+        "fp8_528", DeepSeek-V4.1's: 512 e4m3, rotated channels too, a UE8M0 scale for each 32.
     scale : Tensor, shape [1], float32, optional
         For "fp8" only.
     page_size : int, optional

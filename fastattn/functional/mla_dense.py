@@ -30,6 +30,7 @@ def mla_attention(
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
     page_size: int | None = None,
+    out_dtype: str = "bfloat16",
 ) -> Any:
     r"""Attention of a step's new tokens over a paged latent cache, all heads over the same keys.
 
@@ -51,11 +52,11 @@ def mla_attention(
 
     Parameters
     ----------
-    q : Tensor, shape [T, H, 576] ("fp8_584": [T, H, 512]), bfloat16
+    q : Tensor, shape [T, H, 576] ("fp8_584", "fp8_528": [T, H, 512]), bfloat16
         Absorbed queries: latent channels, then rotated ones. H is 1 to 128. The last dimension must
         be contiguous, the others may have any strides (on a GPU multiples of 16 bytes).
     cache : Tensor
-        As for :func:`mla_write_cache`. Never copied.
+        As for :func:`mla_gather_cache`. Never copied.
     block_tables : Tensor, shape [B, max_blocks], int32
         Page of each `page_size` tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -66,7 +67,8 @@ def mla_attention(
     max_seqlen_q, max_seqlen_k : int
         Upper bounds of the sequences' new tokens and keys, as for :func:`paged_attention`; they
         mask nothing. That of the keys is not used yet.
-    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
+    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"}
+        As for :func:`mla_gather_cache`.
     scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier, for "fp8" only.
     softmax_scale : float, optional
@@ -78,15 +80,17 @@ def mla_attention(
         A logit for each head that joins the denominator, but has no value.
     return_softmax_lse : bool
         Also return the LSE, the logarithm of the sum of exponentials, without the sink.
-    out : Tensor, shape [T, H, 512], bfloat16, optional
-        Written in place and returned. Tokens that belong to no sequence (padding) keep their
-        contents; in a new output they are 0.
+    out : Tensor, shape [T, H, 512], optional
+        Of type `out_dtype`; written in place and returned. Tokens that belong to no sequence
+        (padding) keep their contents; in a new output they are 0.
     page_size : int, optional
         Tokens of a page, for a `cache` of two dimensions.
+    out_dtype : {"bfloat16", "float32"}
+        "float32" does not round the output, for a merge with other keys' results.
 
     Returns
     -------
-    out : Tensor, shape [T, H, 512], bfloat16
+    out : Tensor, shape [T, H, 512]
     softmax_lse : Tensor, shape [H, T], float32
         Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
 
@@ -133,6 +137,7 @@ def mla_attention(
             return_softmax_lse,
             cache_format,
             0 if page_size is None else page_size,
+            out_dtype,
         ),
     )
     return (result, lse) if return_softmax_lse else result

@@ -18,6 +18,13 @@ def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
     return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
+def _names_nothing(q: Any, indices: Any) -> bool:
+    """Whether a second cache's indices are [T, 0], which Paddle would hand over as absent ones."""
+    if not (_ops.is_tensor(q) and _ops.is_tensor(indices)):
+        return False
+    return list(indices.shape) == [*q.shape[:1], 0]
+
+
 def call(
     keys: tuple[Any, ...],
     extra: tuple[Any, ...],
@@ -26,6 +33,7 @@ def call(
     page_sizes: tuple[int | None, int | None],
     softmax_scale: float | None,
     flags: tuple[bool, bool, bool],
+    out_dtype: str = "bfloat16",
 ) -> tuple[Tensor, Any, Any]:
     """Call the operator.
 
@@ -35,8 +43,8 @@ def call(
     extra : the same of a second cache
     more : sinks and out
     formats, page_sizes : of both caches
-    flags : whether to return the LSE and the largest logits, and whether the LSE of a query
-        without a key is +inf
+    flags : whether to return the LSE and the largest logits, and whether both are FlashMLA's:
+        [T, H], the LSE of a query without a key +inf
 
     Returns
     -------
@@ -45,12 +53,15 @@ def call(
     """
     op = "mla_sparse_attention"
     cache_format, extra_format = formats
+    if _names_nothing(keys[0], extra[1]):
+        extra = (None,) * 4
     attrs = (
         cache_format,
         cache_format if extra_format is None else extra_format,
         *(0 if size is None else size for size in page_sizes),
         _softmax_scale(op, keys[0], softmax_scale),
         *flags,
+        out_dtype,
     )
     result, lse, max_logits, *_ = _ops.call(op, (*keys, *extra, *more), attrs)
     return result, lse, max_logits
@@ -77,6 +88,7 @@ def mla_sparse_attention(
     return_softmax_lse: bool = False,
     return_max_logits: bool = False,
     out: Tensor | None = None,
+    out_dtype: str = "bfloat16",
 ) -> Any:
     r"""Attention of each query over the tokens of latent caches that it names, all heads alike.
 
@@ -100,22 +112,23 @@ def mla_sparse_attention(
         head stride.
     cache : Tensor, bfloat16 ("bf16") or uint8
         As for :func:`mla_write_cache`; a "bf16" cache has rows of the channels of `q`, an "fp8" or
-        "fp8_656" one of 576, an "fp8_584" one of 512. Contiguous keys of a prefill, [N, 576], are
-        the pages ``keys.unsqueeze(0)``.
+        "fp8_656" one of 576, an "fp8_584" or "fp8_528" one of 512. Contiguous keys of a prefill,
+        [N, 576], are the pages ``keys.unsqueeze(0)``.
     indices : Tensor, shape [T, topk], int32
         Slots of `cache`, in any order. Any row stride.
-    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
+    cache_format : {"bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"}
+        As for :func:`mla_gather_cache`.
     topk_length : Tensor, shape [T], int32, optional
         Indices of each query that count, from the first on; clamped to [0, topk]. Default: all.
     extra_cache : Tensor, optional
         A second cache, such as the compressed tokens beside those of the window (V4). Its page size
         may differ.
     extra_indices : Tensor, shape [T, extra_topk], int32, optional
-        Slots of `extra_cache`.
+        Slots of `extra_cache`. With none, [T, 0], the second cache is left out.
     extra_topk_length : Tensor, shape [T], int32, optional
     extra_cache_format : str, optional
-        Default: `cache_format`. Both have the same channels. Two formats in a call, and GPUs that
-        are not Hopper, take a kernel without tensor cores.
+        Default: `cache_format`. Both have the same channels. Two formats in a call,
+        "fp8_528", and GPUs that are not Hopper, take a kernel without tensor cores.
     scale, extra_scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier of an "fp8" cache.
     sinks : Tensor, shape [H], float32, optional
@@ -128,16 +141,19 @@ def mla_sparse_attention(
     return_softmax_lse, return_max_logits : bool
         Also return the LSE, the largest logits. With the latter a GPU does not split a query's
         keys, which makes steps of few queries slower.
-    out : Tensor, shape [T, H, 512], bfloat16, optional
-        Written in place and returned.
+    out : Tensor, shape [T, H, 512], optional
+        Of type `out_dtype`; written in place and returned.
+    out_dtype : {"bfloat16", "float32"}
+        "float32" does not round the output, for a merge with other keys' results; a GPU then
+        splits every query's keys, through a workspace of fp32.
 
     Returns
     -------
-    out : Tensor, shape [T, H, 512], bfloat16
-    softmax_lse : Tensor, shape [T, H], float32
-        Natural logarithm of the denominator without the sink. Only with `return_softmax_lse`.
-        :func:`merge_attn_states` takes the transposed.
-    max_logits : Tensor, shape [T, H], float32
+    out : Tensor, shape [T, H, 512]
+    softmax_lse : Tensor, shape [H, T], float32
+        Natural logarithm of the denominator without the sink, as :func:`merge_attn_states` takes
+        it. Only with `return_softmax_lse`.
+    max_logits : Tensor, shape [H, T], float32
         Largest :math:`s_{thj}` of each query head, -inf without a key. Only with
         `return_max_logits`.
 
@@ -168,7 +184,7 @@ def mla_sparse_attention(
     ...     paddle.to_tensor([[0, 1], [-1, 7]], "int32"),
     ...     cache_format="bf16", return_softmax_lse=True,
     ... )
-    >>> out[:, 0, 0].astype("float32").numpy().tolist(), lse[1].tolist()
+    >>> out[:, 0, 0].astype("float32").numpy().tolist(), lse[:, 1].tolist()
     ([2.0, 0.0], [-inf])
     """
     result, lse, max_logits = call(
@@ -179,6 +195,7 @@ def mla_sparse_attention(
         (page_size, extra_page_size),
         softmax_scale,
         (return_softmax_lse, return_max_logits, False),
+        out_dtype,
     )
     more = (lse,) * return_softmax_lse + (max_logits,) * return_max_logits
     return (result, *more) if more else result

@@ -19,7 +19,7 @@ class Format(NamedTuple):
     latent: int  #: channels that are not rotated
     row_bytes: int  #: of a token, scales in a plane of their own left out
     scale_plane_bytes: int  #: of a token, behind the rows of the page
-    tile: int  #: channels that share a dynamic scale; 0: none
+    tile: int  #: channels that share a dynamic scale, rotated ones too in "fp8_528"; 0: none
 
     @property
     def token_bytes(self) -> int:
@@ -32,6 +32,7 @@ FORMATS = {
     "fp8": Format(512, 576, 0, 0),
     "fp8_656": Format(512, 656, 0, 128),
     "fp8_584": Format(448, 576, 8, 64),
+    "fp8_528": Format(448, 512, 16, 32),
 }
 
 _TINY = np.finfo(np.float32).tiny
@@ -60,6 +61,8 @@ def token_bytes(
 ) -> tuple[Array, Array]:
     """Row bytes and scale plane bytes of tokens.
 
+    "fp8_528", which no operator writes, has the scales of "pow2" here.
+
     Parameters
     ----------
     latent, rope : array of bfloat16, shapes [T, latent] and [T, 64]
@@ -79,9 +82,12 @@ def token_bytes(
     if cache_format == "fp8":
         assert scale is not None
         return _e4m3(np.concatenate([latent, rope], 1), scale), none
-    tiles = np.asarray(latent, np.float32).reshape(tokens, fmt.latent // fmt.tile, fmt.tile)
+    coded = np.concatenate([latent, rope], 1) if cache_format == "fp8_528" else latent
+    tiles = np.asarray(coded, np.float32).reshape(tokens, coded.shape[1] // fmt.tile, fmt.tile)
     scales = tile_scale(amax(tiles, axis=-1), scale_rule)
-    codes = _e4m3(tiles, scales[..., None]).reshape(tokens, fmt.latent)
+    codes = _e4m3(tiles, scales[..., None]).reshape(tokens, coded.shape[1])
+    if cache_format == "fp8_528":
+        return codes, ue8m0_byte(scales)
     if cache_format == "fp8_656":
         scale_bytes = np.ascontiguousarray(scales, "<f4").view(np.uint8)
         return np.concatenate([codes, scale_bytes, rope_bytes], 1), none
@@ -89,55 +95,96 @@ def token_bytes(
     return np.concatenate([codes, rope_bytes], 1), np.concatenate([ue8m0_byte(scales), zero], 1)
 
 
+def exact_values(
+    rows: Array, scales: Array, cache_format: str, scale: Array | None = None
+) -> Array:
+    """Latent and rotated channels of :func:`token_bytes`: codes times scales in float64, exactly.
+
+    The rows of a "bf16" cache may have any number of channels.
+    """
+    fmt, tokens = FORMATS[cache_format], len(rows)
+    if cache_format == "bf16":
+        return np.ascontiguousarray(rows).view(bfloat16).astype(np.float64)
+    if cache_format == "fp8":
+        with np.errstate(invalid="ignore"):
+            return from_codes(rows, "e4m3").astype(np.float64) * np.asarray(scale, np.float64)
+    if cache_format == "fp8_656":
+        factors = np.ascontiguousarray(rows[:, 512:528]).view("<f4").astype(np.float64)
+    else:
+        byte = scales[:, : 16 if cache_format == "fp8_528" else 7].astype(np.int32)
+        factors = np.where(byte == 255, np.nan, np.ldexp(1.0, np.minimum(byte, 254) - 127))
+    tiles = factors.shape[1]
+    coded = tiles * fmt.tile
+    codes = from_codes(rows[:, :coded], "e4m3").astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        values = codes.reshape(tokens, tiles, fmt.tile) * factors[..., None]
+    if cache_format == "fp8_528":  # the rotated channels are codes, too
+        return values.reshape(tokens, coded)
+    rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16).astype(np.float64)
+    return np.concatenate([values.reshape(tokens, coded), rope], 1)
+
+
 def token_values(
     rows: Array, scales: Array, cache_format: str, scale: Array | None = None
 ) -> Array:
     """Latent and rotated channels, bfloat16 [T, latent + 64], of :func:`token_bytes`.
 
-    Every NaN that comes of a product is 0x7FFF.
+    Each is the product of a code and its scale in fp32, rounded; channels that the cache has in
+    bfloat16 are copied. Every NaN that comes of a product is 0x7FFF.
     """
-    fmt, tokens = FORMATS[cache_format], len(rows)
     if cache_format == "bf16":
         return np.ascontiguousarray(rows).view(bfloat16)
-    if cache_format == "fp8":
-        return _products(from_codes(rows, "e4m3"), np.asarray(scale, np.float32))
-    if cache_format == "fp8_656":
-        factors = np.ascontiguousarray(rows[:, 512:528]).view("<f4")
-    else:
-        byte = scales[:, :7].astype(np.int32)
-        powers = np.ldexp(np.float32(1), np.minimum(byte, 254) - 127)
-        factors = np.where(byte == 255, np.float32(np.nan), powers)
-    codes = from_codes(rows[:, : fmt.latent], "e4m3")
-    tiles = codes.reshape(tokens, fmt.latent // fmt.tile, fmt.tile)
-    latent = _products(tiles, factors[..., None]).reshape(tokens, fmt.latent)
-    rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16)
-    return np.concatenate([latent, rope], 1)
-
-
-def _products(codes: Array, scale: Array) -> Array:
     with np.errstate(all="ignore"):
-        values = (codes * scale).astype(np.float32)
-        bits = values.astype(bfloat16).view(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FFF), bits).view(bfloat16)
+        values = exact_values(rows, scales, cache_format, scale).astype(np.float32)
+        bits = np.where(
+            np.isnan(values), np.uint16(0x7FFF), values.astype(bfloat16).view(np.uint16)
+        )
+    if FORMATS[cache_format].tile and cache_format != "fp8_528":
+        bits[:, -ROPE_DIM:] = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(np.uint16)
+    return bits.view(bfloat16)
 
 
-def _pages(cache: Array, cache_format: str, page_size: int | None) -> tuple[Array, int]:
-    """A view of a contiguous cache as bytes [num_pages, page_bytes], and a page's tokens."""
-    width = FORMATS[cache_format].token_bytes // cache.itemsize
+def format_of(cache_format: str, channels: int = 576) -> Format:
+    """Sizes of a format; a "bf16" cache may have 512 channels in place of 576."""
+    fmt = FORMATS[cache_format]
+    if cache_format != "bf16":
+        return fmt
+    return fmt._replace(latent=channels - ROPE_DIM, row_bytes=2 * channels)
+
+
+def pages_of(cache: Array, fmt: Format, page_size: int | None) -> tuple[Array, int]:
+    """A contiguous cache as bytes [num_pages, page_bytes], a view, and a page's tokens."""
     if cache.ndim > 2:
-        assert cache.shape[-1] == width
-        page_size = int(np.prod(cache.shape[1:-1]))
+        assert cache.shape[-1] * cache.itemsize == fmt.token_bytes
+        page_size = math.prod(cache.shape[1:-1])
     assert page_size is not None
     return cache.reshape(len(cache), math.prod(cache.shape[1:])).view(np.uint8), page_size
 
 
-def _at(pages: Array, page: int, row: int, page_size: int, fmt: Format) -> tuple[Array, Array]:
-    """Views of a token's row and of its bytes in the plane of scales."""
-    begin = page_size * fmt.row_bytes + row * fmt.scale_plane_bytes
+def places_of(slots: Array, page_size: int, fmt: Format) -> tuple[Array, Array, Array]:
+    """Where the tokens at `slots` lie: pages [n, 1], and in them their bytes [n, ...].
+
+    Returns
+    -------
+    pages : array of int64, shape [n, 1]
+    rows : array of int64, shape [n, row_bytes]
+    scales : array of int64, shape [n, scale_plane_bytes]
+        In the plane behind the page's rows.
+    """
+    slots = np.asarray(slots, np.int64)
+    row = (slots % page_size)[:, None]
+    plane = page_size * fmt.row_bytes + row * fmt.scale_plane_bytes
     return (
-        pages[page, row * fmt.row_bytes : (row + 1) * fmt.row_bytes],
-        pages[page, begin : begin + fmt.scale_plane_bytes],
+        (slots // page_size)[:, None],
+        row * fmt.row_bytes + np.arange(fmt.row_bytes),
+        plane + np.arange(fmt.scale_plane_bytes),
     )
+
+
+def bytes_at(slots: Array, pages: Array, page_size: int, fmt: Format) -> tuple[Array, Array]:
+    """Row bytes and scale plane bytes of the tokens at `slots`, as of :func:`token_bytes`."""
+    page, rows, scales = places_of(slots, page_size, fmt)
+    return pages[page, rows], pages[page, scales]
 
 
 def mla_write_cache(
@@ -153,15 +200,27 @@ def mla_write_cache(
 ) -> Array:
     """See :func:`fastattn.functional.mla_write_cache`; returns a new `cache`."""
     result = np.array(cache)
-    pages, size = _pages(result, cache_format, page_size)
     fmt, n = FORMATS[cache_format], len(slot_mapping)
+    pages, size = pages_of(result, fmt, page_size)
+    slots = np.asarray(slot_mapping, np.int64)
+    mine = (slots >= 0) & (slots < len(pages) * size)
     rows, scales = token_bytes(latent[:n], rope[:n], cache_format, scale_rule, scale)
-    for i, slot in enumerate(np.asarray(slot_mapping).tolist()):
-        if not 0 <= slot < len(pages) * size:
-            continue
-        to_row, to_scales = _at(pages, slot // size, slot % size, size, fmt)
-        to_row[:], to_scales[:] = rows[i], scales[i]
+    page, to_rows, to_scales = places_of(slots[mine], size, fmt)
+    pages[page, to_rows], pages[page, to_scales] = rows[mine], scales[mine]
     return result
+
+
+def assigned_slots(table: Array, count: int, num_pages: int, page_size: int) -> tuple[Array, Array]:
+    """Slots of the first `count` tokens of a sequence, and the tokens' positions.
+
+    Tokens of a page that is not assigned are left out.
+    """
+    table = np.asarray(table, np.int64)
+    positions = np.arange(min(max(count, 0), len(table) * page_size))
+    page = table[positions // page_size]
+    there = (page >= 0) & (page < num_pages)
+    positions = positions[there]
+    return page[there] * page_size + positions % page_size, positions
 
 
 def mla_gather_cache(
@@ -177,16 +236,14 @@ def mla_gather_cache(
 ) -> Array:
     """See :func:`fastattn.functional.mla_gather_cache`; returns a new `out`."""
     result = np.array(out)
-    pages, size = _pages(np.ascontiguousarray(cache), cache_format, page_size)
     fmt = FORMATS[cache_format]
-    for b, table in enumerate(np.asarray(block_tables).tolist()):
+    pages, size = pages_of(np.ascontiguousarray(cache), fmt, page_size)
+    for b, table in enumerate(np.asarray(block_tables)):
         first, end = int(cu_seqlens_k[b]), min(int(cu_seqlens_k[b + 1]), len(result))
         if first < 0:
             continue
-        for i in range(min(int(seq_lens_decoder[b]), end - first, len(table) * size)):
-            page = table[i // size]
-            if 0 <= page < len(pages):
-                row, scales = _at(pages, page, i % size, size, fmt)
-                values = token_values(row[None], scales[None], cache_format, scale)
-                result[first + i] = values[0]
+        count = min(int(seq_lens_decoder[b]), end - first)
+        slots, positions = assigned_slots(table, count, len(pages), size)
+        rows, scales = bytes_at(slots, pages, size, fmt)
+        result[first + positions] = token_values(rows, scales, cache_format, scale)
     return result

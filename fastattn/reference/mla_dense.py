@@ -10,38 +10,13 @@ from fastattn.reference.numerics import Array
 VALUE_DIM = 512
 
 
-def _keys(
-    pages: Array,
-    size: int,
-    table: Array,
-    count: int,
-    cache_format: str,
-    scale: Array | None,
-) -> tuple[Array, Array]:
-    """Dequantised channels of a sequence's assigned keys, and their positions."""
-    fmt = mla.FORMATS[cache_format]
-    positions = np.array(
-        [i for i in range(min(count, len(table) * size)) if 0 <= table[i // size] < len(pages)],
-        np.int64,
-    )
-    rows = np.zeros((len(positions), fmt.row_bytes), np.uint8)
-    scales = np.zeros((len(positions), fmt.scale_plane_bytes), np.uint8)
-    for i, position in enumerate(positions.tolist()):
-        page, row = int(table[position // size]), position % size
-        begin = size * fmt.row_bytes + row * fmt.scale_plane_bytes
-        rows[i] = pages[page, row * fmt.row_bytes : (row + 1) * fmt.row_bytes]
-        scales[i] = pages[page, begin : begin + fmt.scale_plane_bytes]
-    values = mla.token_values(rows, scales, cache_format, scale)
-    return values.astype(np.float64), positions
-
-
 def softmax_of(scores: Array) -> tuple[Array, Array]:
-    """Weights of each row of scores, and their LSE. Not for rows without a key."""
+    """Weights of each row of scores, and their LSE; scores of -inf are no keys."""
     with np.errstate(all="ignore"):
-        top = scores.max(axis=-1, keepdims=True)
-        weights = np.exp(scores - top)
+        top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+        weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
         total = weights.sum(axis=-1, keepdims=True)
-        return weights / total, (top + np.log(total))[..., 0]
+        return weights / np.where(total == 0, 1, total), (top + np.log(total))[..., 0]
 
 
 def mla_attention(
@@ -69,7 +44,8 @@ def mla_attention(
     lse : array of float64, shape [H, T]
     """
     tokens, heads, dim = q.shape
-    pages, size = mla._pages(np.ascontiguousarray(cache), cache_format, page_size)
+    fmt = mla.FORMATS[cache_format]
+    pages, size = mla.pages_of(np.ascontiguousarray(cache), fmt, page_size)
     factor = dim**-0.5 if softmax_scale is None else softmax_scale
     result = np.zeros((tokens, heads, VALUE_DIM))
     if out is not None:
@@ -82,17 +58,18 @@ def mla_attention(
         count = max(int(seq_lens_decoder[b]), 0) + new
         if not new:
             continue
-        keys, positions = _keys(pages, size, block_tables[b], count, cache_format, scale)
+        slots, positions = mla.assigned_slots(block_tables[b], count, len(pages), size)
+        stored = mla.bytes_at(slots, pages, size, fmt)
+        keys = mla.token_values(*stored, cache_format, scale).astype(np.float64)
         for i in range(new):
             seen = positions <= count - new + i if causal else np.ones(len(positions), bool)
             result[begin + i] = 0
-            if not seen.any():
-                continue
             with np.errstate(all="ignore"):
                 query = q[begin + i].astype(np.float64)
                 weights, lse[:, begin + i] = softmax_of(query @ keys[seen].T * factor)
                 if sinks is not None:
-                    share = 1 / (1 + np.exp(np.asarray(sinks, np.float64) - lse[:, begin + i]))
-                    weights = weights * share[:, None]
+                    own = lse[:, begin + i]
+                    share = 1 / (1 + np.exp(np.asarray(sinks, np.float64) - own))
+                    weights = weights * np.where(np.isneginf(own), 1, share)[:, None]
                 result[begin + i] = weights @ keys[seen, :VALUE_DIM]
     return result, lse

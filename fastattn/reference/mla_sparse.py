@@ -6,21 +6,10 @@ import math
 
 import numpy as np
 
-from fastattn.reference.mla import FORMATS, ROPE_DIM
-from fastattn.reference.numerics import Array, bfloat16, from_codes
+from fastattn.reference import mla
+from fastattn.reference.numerics import Array
 
 VALUE_DIM = 512
-
-
-def _scales(pages: Array, page: Array, row: Array, cache_format: str, page_size: int) -> Array:
-    """Scale of each tile of tokens [n, tiles], as fp64."""
-    fmt = FORMATS[cache_format]
-    if cache_format == "fp8_656":
-        first = row[:, None] * fmt.row_bytes + fmt.latent + np.arange(16)
-        return pages[page[:, None], first].view("<f4").astype(np.float64)
-    first = page_size * fmt.row_bytes + row[:, None] * fmt.scale_plane_bytes + np.arange(7)
-    byte = pages[page[:, None], first].astype(np.int32)
-    return np.where(byte == 255, np.nan, np.ldexp(1.0, byte - 127))
 
 
 def key_values(
@@ -45,25 +34,9 @@ def key_values(
     channels : int
         Those of a "bf16" cache.
     """
-    fmt, slots = FORMATS[cache_format], np.asarray(slots, np.int64)
-    if cache.ndim > 2:
-        page_size = math.prod(cache.shape[1:-1])
-    assert page_size is not None
-    if cache_format == "bf16":
-        flat = cache.reshape(len(cache), -1)[:, : page_size * channels]
-        tokens = flat.reshape(len(cache), page_size, channels)
-        return np.asarray(tokens[slots // page_size, slots % page_size], np.float64)
-    pages = np.ascontiguousarray(cache).reshape(len(cache), -1).view(np.uint8)
-    page, row = slots // page_size, slots % page_size
-    rows = pages[page[:, None], row[:, None] * fmt.row_bytes + np.arange(fmt.row_bytes)]
-    if cache_format == "fp8":
-        assert scale is not None
-        return from_codes(rows, "e4m3").astype(np.float64) * np.float64(np.asarray(scale).item())
-    factors = _scales(pages, page, row, cache_format, page_size)
-    codes = from_codes(rows[:, : fmt.latent], "e4m3").astype(np.float64)
-    latent = codes.reshape(len(slots), fmt.latent // fmt.tile, fmt.tile) * factors[..., None]
-    rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16).astype(np.float64)
-    return np.concatenate([latent.reshape(len(slots), fmt.latent), rope], 1)
+    fmt = mla.format_of(cache_format, channels)
+    pages, size = mla.pages_of(np.ascontiguousarray(cache), fmt, page_size)
+    return mla.exact_values(*mla.bytes_at(slots, pages, size, fmt), cache_format, scale)
 
 
 def selected_keys(
@@ -109,13 +82,13 @@ def mla_sparse_attention(
     -------
     out : array of float64, shape [T, H, 512]
         Not rounded.
-    lse : array of float64, shape [T, H]
+    lse : array of float64, shape [H, T]
         Without the sink.
-    max_logits : array of float64, shape [T, H]
+    max_logits : array of float64, shape [H, T]
     """
     tokens, heads, dim = q.shape
     softmax_scale = dim**-0.5 if softmax_scale is None else softmax_scale
-    out, lse = np.zeros((tokens, heads, VALUE_DIM)), np.full((tokens, heads), -np.inf)
+    out, lse = np.zeros((tokens, heads, VALUE_DIM)), np.full((heads, tokens), -np.inf)
     max_logits = lse.copy()
     for t in range(tokens):
         keys = np.concatenate(
@@ -147,9 +120,12 @@ def mla_sparse_attention(
             top = np.max(scores, axis=1, keepdims=True)
             weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
             total = weights.sum(axis=1)
-            max_logits[t] = top[:, 0]
-            lse[t] = top[:, 0] + np.log(total)
-            out[t] = weights @ keys[:, :VALUE_DIM] / total[:, None]
+            max_logits[:, t] = top[:, 0]
+            lse[:, t] = top[:, 0] + np.log(total)
+            # Scores of -inf are no keys: their weights add up to 0, sinks or none.
+            none = total == 0
+            out[t] = weights @ keys[:, :VALUE_DIM] / np.where(none, 1, total)[:, None]
             if sinks is not None:
-                out[t] /= 1 + np.exp(np.asarray(sinks, np.float64) - lse[t])[:, None]
+                added = np.exp(np.asarray(sinks, np.float64) - np.where(none, 0, lse[:, t]))
+                out[t] /= 1 + np.where(none, 0, added)[:, None]
     return out, lse, max_logits

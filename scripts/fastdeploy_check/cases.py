@@ -412,7 +412,7 @@ def registered() -> Iterator[Case]:
             fields = architectures.fields_of(name)
             mla = any(part in name for part in ("Deepseek", "Dsa", "Lite"))
             if mla:
-                raise NotRun("multi-head latent attention: its backends stay FastDeploy's")
+                raise NotRun("latent attention: the group latent has it")
             try:
                 config = make_config(fields)
                 layers = architectures.attention_layers(name, config)

@@ -52,6 +52,7 @@ def pretend_cuda() -> None:
     for name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated"):
         setattr(cuda, name, lambda *_, **__: 0)
     _divide_in_float32()
+    _multiply_in_float32()
     _one_process()
     wanted = paddle.set_flags
 
@@ -91,6 +92,7 @@ def _one_process() -> None:
     fleet.fleet._hcg = topology._HYBRID_PARALLEL_GROUP = Groups()
     fleet.fleet._user_defined_strategy = fleet.DistributedStrategy()
     paddle.distributed.new_group = lambda *_, **__: None
+    paddle.distributed.all_reduce = lambda *_, **__: None
 
 
 def _divide_in_float32() -> None:
@@ -105,6 +107,45 @@ def _divide_in_float32() -> None:
             return really(self.astype("float32"), other).astype("bfloat16")
 
         setattr(paddle.Tensor, name, divide)
+
+
+def _multiply_in_float32() -> None:
+    """Products and norms of bfloat16, which Paddle has on a GPU only: one rounding at the end."""
+
+    def widened(really: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [x for x in args if isinstance(x, paddle.Tensor)]
+            if not any(x.dtype == paddle.bfloat16 for x in tensors):
+                return really(*args, **kwargs)
+
+            def wide(x: Any) -> Any:
+                return x.astype("float32") if isinstance(x, paddle.Tensor) else x
+
+            given = {name: wide(x) for name, x in kwargs.items()}
+            out = really(*map(wide, args), **given)
+            return out.astype("bfloat16")
+
+        return call
+
+    for name in ("matmul", "bmm"):
+        setattr(paddle, name, widened(getattr(paddle, name)))
+
+    def norm(centre: bool) -> Callable[..., Any]:
+        def call(
+            x: Any, norm_weight: Any, norm_bias: Any, epsilon: float, *_: Any, **options: Any
+        ) -> tuple[Any, Any]:
+            wide, residual = x.astype("float32"), options.get("residual")
+            wide = wide if residual is None else wide + residual.astype("float32")
+            centred = wide - wide.mean(-1, keepdim=True) if centre else wide
+            scale = paddle.rsqrt((centred * centred).mean(-1, keepdim=True) + epsilon)
+            out = centred * scale * norm_weight.astype("float32")
+            out = out if norm_bias is None else out + norm_bias.astype("float32")
+            return out.astype(x.dtype), wide.astype(x.dtype)
+
+        return call
+
+    incubated = importlib.import_module("paddle.incubate.nn.functional")
+    incubated.fused_rms_norm, incubated.fused_layer_norm = norm(False), norm(True)
 
 
 #: Flags that FastDeploy has set.

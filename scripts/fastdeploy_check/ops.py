@@ -63,6 +63,39 @@ def update_attn_mask_offsets(
     return _int32(np.stack([np.zeros_like(ends), ends], 1).reshape(-1))
 
 
+def fill_positions(encoder: Any, decoder: Any, lens: Any, positions: Any, *masks: Any) -> None:
+    """Position of each token in its sequence and, until 2.5, whether that is in prefill."""
+    starts, prefills, counts = (x.numpy().reshape(-1) for x in (decoder, encoder, lens))
+    places = np.concatenate([a + np.arange(n) for a, n in zip(starts, counts)])
+    positions.set_value(paddle.to_tensor(places.astype(positions.numpy().dtype)))
+    for mask in masks:
+        flags = np.repeat(prefills[: len(counts)] > 0, counts).reshape(mask.shape)
+        mask.set_value(paddle.to_tensor(flags).astype(mask.dtype))
+
+
+def fill_positions_and_slots(
+    encoder: Any, decoder: Any, lens: Any, owners: Any, tables: Any, positions: Any, slots: Any,
+    block_size: int,
+) -> None:  # fmt: skip
+    """The same of 2.6, and the place of each token in the cache."""
+    fill_positions(encoder, decoder, lens, positions)
+    places = positions.numpy()
+    blocks = tables.numpy()[owners.numpy()[: len(places)], places // block_size]
+    slots.set_value(paddle.to_tensor(blocks.astype(np.int64) * block_size + places % block_size))
+
+
+def rotate_in_place(query: Any, key: Any, positions: Any, table: Any, dim: int, neox: bool) -> None:
+    """Rotation of neighbouring channels by a table of cosines and sines, in float32."""
+    if neox:
+        raise NotImplementedError("fused_rotary_position_encoding: neox style")
+    cos, sin = np.split(table.astype("float32").numpy()[positions.numpy()][:, None], 2, -1)
+    for x in (query, key):
+        values = x.astype("float32").numpy().reshape(len(cos), -1, dim)
+        even, odd = values[..., 0::2], values[..., 1::2]
+        pairs = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+        x.set_value(paddle.to_tensor(pairs.reshape(x.shape)).astype(x.dtype))
+
+
 def nothing(*_: Any, **__: Any) -> None:
     """An operator that changes only what this check does not look at."""
 
@@ -74,6 +107,9 @@ OPS: dict[str, Callable[..., Any]] = {
     "speculate_pre_process": speculate_pre_process,
     "speculate_get_seq_lens_output": lambda lens, *_: [lens],
     "speculate_get_output_padding_offset": lambda cum, num, lens, _: [lens, cum],
+    "get_position_ids_and_mask_encoder_batch": fill_positions,
+    "get_position_ids_and_slot_mapping": fill_positions_and_slots,
+    "fused_rotary_position_encoding": rotate_in_place,
     "set_data_ipc": nothing,
     "recover_decode_task": nothing,
     "update_attn_mask_offsets": update_attn_mask_offsets,

@@ -127,7 +127,7 @@ class Decode:
             page_size=self.caches[0].page_size,
             **named,
         )
-        lse = lse.reshape(self.batch, self.s_q, self.heads).transpose(0, 2, 1)
+        lse = lse.reshape(self.heads, self.batch, self.s_q).transpose(1, 0, 2)
         return out.reshape(self.batch, self.s_q, self.heads, 512), lse
 
     def check(self, place, **options):
@@ -138,8 +138,8 @@ class Decode:
             lengths = None if self.lengths[0] is None else self.lengths[0].repeat(self.s_q)
             indices = self.indices[0].reshape(len(self.q), -1)
             problem = Problem(self.q, self.caches[0], indices, lengths, options=options)
-            noise = np.broadcast_to(problem.noise(place), (len(self.q), self.heads))
-            noise = noise.reshape(self.batch, self.s_q, self.heads).transpose(0, 2, 1)
+            noise = np.broadcast_to(problem.noise(place), (self.heads, len(self.q)))
+            noise = noise.reshape(self.heads, self.batch, self.s_q).transpose(1, 0, 2)
         check_lse(finite_lse(lse), want_lse, noise)
         return out, lse
 
@@ -212,7 +212,7 @@ def test_dense_decode(place, kind, s_q, causal):
         sinks=sinks,
     )
     check_output(to_numpy(out).reshape(want.shape), want)
-    lse = finite_lse(to_numpy(lse)).transpose(0, 2, 1)
+    lse = finite_lse(to_numpy(lse)).transpose(1, 0, 2)
     check_lse(lse.reshape(want_lse.shape), want_lse)
 
 
@@ -296,8 +296,8 @@ def test_prefill(place, s_q, s_kv, topk, heads, dim, sink):
         softmax_scale=0.06,
     )
     check_output(to_numpy(out), want)
-    check_lse(finite_lse(to_numpy(lse)), want_lse)
-    check_lse(to_numpy(max_logits), want_max)
+    check_lse(finite_lse(to_numpy(lse)).T, want_lse)
+    check_lse(to_numpy(max_logits).T, want_max)
 
 
 def test_prefill_of_part_of_a_wider_tensor(place):
@@ -456,6 +456,24 @@ def test_dsk_attn_write_cache_refuses():
         dsk_attn_write_cache(*given, slots, None, "fp8")
     with pytest.raises(ValueError, match=r"kv_cache: expected shape \[num_blocks, 1, block_size"):
         dsk_attn_write_cache(*given[:2], cache.reshape([1, 64, 656]), slots, None, "fp8_ds_mla")
+
+
+def test_a_second_cache_without_indices(place):
+    q = to_paddle(np.ones((2, 3, 4, 576), BF16), place)
+    cache = to_paddle(np.zeros((2, 64, 1, 656), np.uint8), place)
+    slots = int32(np.full((2, 3, 5), 7), place)
+    plain = [q, cache, None, None, 512, None]
+    given = {"is_fp8_kvcache": True, "indices": slots}
+    want = flash_mla.flash_mla_with_kvcache(*plain, **given)
+    got = flash_mla.flash_mla_with_kvcache(
+        *plain,
+        **given,
+        extra_k_cache=cache,
+        extra_indices_in_kvcache=int32(np.zeros((2, 3, 0)), place),
+        extra_topk_length=int32([0, 0], place),
+    )
+    for a, b in zip(got, want):
+        np.testing.assert_array_equal(to_numpy(a), to_numpy(b))
 
 
 def test_empty_batches_and_shapes_that_only_multiply_to_the_same():

@@ -103,7 +103,7 @@ def unpack(page, row, cache_format):
     values = np.zeros(size + 64, BF16)
     for c in range(size + 64):
         at = first + DOC["latent_channel_byte"](c, cache_format)
-        if cache_format == "bf16" or (cache_format != "fp8" and c >= size):
+        if cache_format == "bf16" or (cache_format in ("fp8_656", "fp8_584") and c >= size):
             values[c] = page[at : at + 2].view(BF16)[0]
             continue
         if cache_format == "fp8":
@@ -117,6 +117,28 @@ def unpack(page, row, cache_format):
             )
         values[c] = BF16.type(np.float32(DOC["e4m3_value"](int(page[at]))) * scale)
     return values
+
+
+def test_a_v41_token_by_the_page(place):
+    """528 bytes are only read: every byte may be a code or a scale, NaN among them."""
+    rng = np.random.default_rng(2)
+    page_bytes = PAGE_SIZE * 528 + PADDING
+    cache = rng.integers(0, 256, (PAGES, page_bytes)).astype(np.uint8)
+    scales = cache[:, PAGE_SIZE * 512 : PAGE_SIZE * 528]
+    scales[:] = np.where(rng.random(scales.shape) < 0.8, scales % 40 + 107, scales)
+    out = to_paddle(np.zeros((PAGE_SIZE, 512), BF16), place)
+    F.mla_gather_cache(
+        to_paddle(cache, place),
+        out,
+        int32([[1]], place),
+        int32([PAGE_SIZE], place),
+        int32([0, PAGE_SIZE], place),
+        cache_format="fp8_528",
+        page_size=PAGE_SIZE,
+    )
+    want = np.array([unpack(cache[1], row, "fp8_528") for row in range(PAGE_SIZE)])
+    assert 0 < np.isnan(want.astype(np.float32)).sum() < want.size // 2
+    assert_same_bits(to_numpy(out), want)
 
 
 def test_table_of_formats():

@@ -13,7 +13,7 @@ from tests.support.static import run_all_modes
 from tests.support.strides import strided
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, to_numpy, to_paddle
 
-FORMATS = ["bf16", "fp8", "fp8_656", "fp8_584"]
+FORMATS = ["bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"]
 # Decode, chunks, whole prompts, inactive and empty sequences.
 MIXED = ([0, 130, 63, 0, 64, 517, 5], [1, 1, 2, 0, 70, 1, 3])
 
@@ -99,6 +99,49 @@ def test_queries_without_keys(place):
     out, lse = problem.run(place, sinks=sinks)
     assert_close((out, lse), problem.want(sinks=sinks))
     assert (out[2] == 0).all() and np.isneginf(lse[:, 2]).all()
+
+
+@pytest.mark.parametrize("heads", [4, 64])
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_scores_of_minus_infinity_are_no_keys(place, cache_format, heads):
+    """All scores of a head are -inf: 0 and -inf, with a sink too; heads and queries beside it."""
+
+    def latents(rng, n, channels):
+        x = rng.normal(size=(n, channels))
+        x[:, 5] = -np.abs(x[:, 5]) - 0.5
+        return x
+
+    problem = Problem([700, 30], [2, 1], heads=heads, cache_format=cache_format, latents=latents)
+    problem.q[0, :, 5] = np.inf
+    problem.q[2, 3, 5] = np.inf
+    for sinks in (None, np.resize(np.float32([0.5, np.inf, -np.inf, 30]), heads)):
+        options = {} if sinks is None else {"sinks": sinks}
+        out, lse = problem.run(place, **options)
+        gone = np.isneginf(lse)
+        assert gone[:, 0].all() and gone[3, 2] and gone.sum() == heads + 1
+        assert not out[0].any() and not out[2, 3].any() and not np.isnan(out).any()
+        assert_close((out, lse), problem.want(**options))
+
+
+@pytest.mark.parametrize("heads", [3, 16, 128])
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_fp32_output(place, cache_format, heads):
+    """Not rounded: a CPU's is exact to fp32. Padding is 0, and in a given output stays."""
+    problem = Problem(*MIXED, heads=heads, cache_format=cache_format, gap=2)
+    sinks = np.linspace(-2, 3, heads).astype(np.float32)
+    rounded, _ = problem.run(place, sinks=sinks)
+    out, lse = problem.run(place, sinks=sinks, out_dtype="float32")
+    want, want_lse = problem.want(sinks=sinks)
+    assert out.dtype == np.float32
+    assert_close((out, lse), (want, want_lse))
+    if place == "cpu":
+        assert np.abs(out - want).max() <= 1e-5 * np.abs(want).max()
+        np.testing.assert_array_equal(out.astype(BF16), rounded)
+    given = np.full(out.shape, 7, np.float32)
+    kept, _ = problem.run(place, sinks=sinks, out_dtype="float32", out=given)
+    gone = ~out.any(axis=(1, 2))
+    assert gone.any() and (kept[gone] == 7).all()
+    np.testing.assert_array_equal(kept[~gone], out[~gone])
 
 
 def test_causal_queries_before_the_first_page(place):
@@ -314,15 +357,15 @@ def good():
 
 
 REFUSED = [
-    ({"cache_format": "fp8_528"}, NotImplementedError, "cache_format: 'fp8_528' is not supported"),
+    ({"cache_format": "fp4_288"}, NotImplementedError, "cache_format: 'fp4_288' is not supported"),
     ({"cache_format": "bf16"}, TypeError, "cache: expected dtype bfloat16, got uint8"),
     ({"cache": None}, TypeError, "cache: expected a tensor, got None"),
     ({"q": None}, TypeError, "q: expected a tensor, got None"),
     ({"q": ((4, 2, 512), BF16)}, ValueError, r"q: expected shape \[\?, \?, 576\]"),
     ({"q": ((8, 576), BF16)}, ValueError, "q: expected shape"),
     ({"q": ((4, 2, 576), np.float32)}, TypeError, "q: expected dtype bfloat16"),
-    ({"q": ((4, 0, 576), BF16)}, NotImplementedError, "q: expected 1 to 128 heads, got 0"),
-    ({"q": ((1, 129, 576), BF16)}, NotImplementedError, "q: expected 1 to 128 heads, got 129"),
+    ({"q": ((4, 0, 576), BF16)}, NotImplementedError, "q: expected 1 to 128 heads, got shape"),
+    ({"q": ((1, 129, 576), BF16)}, NotImplementedError, "q: expected 1 to 128 heads, got shape"),
     ({"scale": ((1,), np.float32)}, ValueError, "scale: expected None for fp8_656"),
     ({"sinks": ((3,), np.float32)}, ValueError, r"sinks: expected shape \[2\]"),
     ({"sinks": ((2,), BF16)}, TypeError, "sinks: expected dtype float32"),
@@ -338,6 +381,12 @@ REFUSED = [
     ({"causal": 1}, TypeError, "causal: expected bool"),
     ({"out": ((4, 2, 576), BF16)}, ValueError, r"out: expected shape \[4, 2, 512\]"),
     ({"out": ((4, 2, 512), np.float32)}, TypeError, "out: expected dtype bfloat16"),
+    (
+        {"out": ((4, 2, 512), BF16), "out_dtype": "float32"},
+        TypeError,
+        "out: expected dtype float32",
+    ),
+    ({"out_dtype": "auto"}, ValueError, "out_dtype: expected bfloat16 or float32, got 'auto'"),
     ({"page_size": 32}, ValueError, "page_size: expected 64"),
 ]
 

@@ -40,7 +40,7 @@ U8 = {"dtype": np.uint8}
 FP8 = {"cache_format": "fp8", "cache": ((2, 64, 576), np.uint8)}
 V4 = {"cache_format": "fp8_584", "cache": ((2, 64, 584), np.uint8), "latent": ((4, 448), BF16)}
 BOTH = [
-    ({"cache_format": "fp8_528"}, NotImplementedError, "cache_format: 'fp8_528' is not supported"),
+    ({"cache_format": "fp4_288"}, NotImplementedError, "cache_format: 'fp4_288' is not supported"),
     ({"cache_format": "FP8"}, NotImplementedError, "supported: bf16, fp8, fp8_656, fp8_584"),
     ({"cache": None}, TypeError, "cache: expected a tensor, got None"),
     ({"cache": ((2, 64, 656), BF16)}, TypeError, "cache: expected dtype uint8, got bfloat16"),
@@ -60,6 +60,7 @@ BOTH = [
     ({"scale": ((1,), np.float32)}, ValueError, "scale: expected None for fp8_656, got a tensor"),
 ]
 WRITE = [
+    ({"cache_format": "fp8_528"}, NotImplementedError, "cache_format: 'fp8_528' is only read"),
     ({"latent": None}, TypeError, "latent: expected a tensor, got None"),
     ({"latent": ((4, 448), BF16)}, ValueError, r"latent: expected shape \[\?, 512\]"),
     ({"latent": ((4, 512), np.float16)}, TypeError, "latent: expected dtype bfloat16"),

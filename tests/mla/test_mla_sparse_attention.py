@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 
+import ml_dtypes
 import numpy as np
-import paddle
 import pytest
 
 import fastattn.functional as F
 from fastattn import _ops, reference
 from fastattn.reference import mla_sparse
-from fastattn.reference.mla import FORMATS, token_bytes, token_values
+from fastattn.reference.mla import FORMATS, token_bytes
 from fastattn.reference.mla_sparse import key_values
-from tests.attention.test_gpu_graph import capture
 from tests.support.latent import SCALE, tokens
 from tests.support.mla_sparse import (
     KINDS,
@@ -26,9 +26,8 @@ from tests.support.mla_sparse import (
     make_problem,
     queries,
 )
-from tests.support.static import run_all_modes
 from tests.support.strides import strided
-from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
+from tests.support.tensors import BF16, int32, skip_slices_on, to_numpy, to_paddle
 
 RNG = np.random.default_rng
 HEADS = (1, 3, 8, 16, 64, 128)
@@ -42,7 +41,7 @@ V4_C128 = {"page_size": 2, "padding": 560, "tokens": 50}
 @pytest.mark.parametrize("kind", KINDS)
 def test_formats_and_heads(place, kind, heads):
     out, lse = make_problem(0, kind, heads).check(place)
-    assert not out[1].any() and np.isneginf(lse[1]).all()
+    assert not out[1].any() and np.isneginf(lse[:, 1]).all()
 
 
 @pytest.mark.parametrize("std", [0.25, 4.0])
@@ -66,6 +65,8 @@ def test_tails_that_no_tile_divides(place, kind, topk):
         ("fp8_584", "fp8_584"),
         ("bf16_512", "fp8_584"),
         ("fp8_584", "bf16_512"),
+        ("fp8_528", "fp8_528"),
+        ("fp8_584", "fp8_528"),
         ("bf16_512", "bf16_512"),
         ("fp8_656", "bf16"),
         ("fp8", "fp8_656_amax"),
@@ -78,7 +79,7 @@ def test_two_caches_in_one_softmax(place, window, compressed, heads):
     problem = make_problem(3, window, heads, (128, 0, 5, 128, 0, 77), 128, page_size=64)
     add_extra(problem, 4, compressed, (0, 300, 512, 7, 0, 511), 512, page_size=32, tokens=700)
     out, lse = problem.check(place)
-    assert not out[4].any() and np.isneginf(lse[4]).all() and (out[:4] != 0).any(axis=-1).all()
+    assert not out[4].any() and np.isneginf(lse[:, 4]).all() and (out[:4] != 0).any(axis=-1).all()
 
 
 @pytest.mark.parametrize("compressed", [V4_C4, V4_C128], ids=["C4", "C128"])
@@ -99,7 +100,7 @@ def test_a_second_cache_with_every_index(place):
 @pytest.mark.parametrize("page_size", [1, 2, 61, 64, 69, 256, 576])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pages_of_any_size(place, kind, page_size):
-    padding = {"fp8_584": -page_size * 584 % 576}.get(kind, 32)
+    padding = {"fp8_584": -page_size * 584 % 576, "fp8_528": -page_size * 528 % 512}.get(kind, 32)
     make_problem(10, kind, 6, page_size=page_size, padding=padding).check(place)
 
 
@@ -147,7 +148,66 @@ def test_largest_logits(place, heads):
     want = problem.want()
     check_output(to_numpy(out), want[0])
     check_lse(to_numpy(largest), want[2])
-    assert np.isneginf(to_numpy(largest)[1]).all()
+    assert np.isneginf(to_numpy(largest)[:, 1]).all()
+
+
+@pytest.mark.parametrize("heads", [3, 64])
+@pytest.mark.parametrize("kind", ["fp8_656", "fp8_584"])
+def test_disjoint_halves_merge_as_they_are(place, kind, heads):
+    """The LSE is what merge_attn_states takes, and the merged result that of all keys."""
+    problem = make_problem(45, kind, heads, (200, 0, 37, 1, 130))
+    positional, named = problem.tensors(place)
+    states = []
+    for half in range(2):
+        mine = np.where(np.arange(200) % 2 == half, problem.indices, -1).astype(np.int32)
+        states += F.mla_sparse_attention(
+            *positional[:2],
+            int32(mine, place),
+            **named,
+            return_softmax_lse=True,
+            out_dtype="float32",
+        )
+    out, lse = F.merge_attn_states(*states)
+    want, want_lse, _ = problem.want()
+    check_lse(to_numpy(lse), want_lse)
+    check_output(to_numpy(out), want)
+
+
+@pytest.mark.parametrize("heads", [3, 16, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_output(place, kind, heads):
+    """Not rounded: a CPU's is exact to fp32; one tile of keys, none, and many."""
+    problem = make_problem(52, kind, heads, (200, 0, 37, 1, 130))
+    rounded, _ = problem.run(place)
+    problem.options = {"out_dtype": "float32"}
+    out, lse = problem.run(place)
+    problem.options = {}
+    want, want_lse, _ = problem.want()
+    assert out.dtype == np.float32
+    check_output(out, want)
+    check_lse(lse, want_lse, problem.noise(place))
+    assert not out[1].any() and np.isneginf(lse[:, 1]).all()
+    if place == "cpu":
+        assert np.abs(out - want).max() <= 1e-5 * np.abs(want).max()
+        np.testing.assert_array_equal(out.astype(BF16), rounded)
+    problem.options = {"out": np.full(out.shape, 7, np.float32), "out_dtype": "float32"}
+    positional, named = problem.tensors(place)
+    result = F.mla_sparse_attention(*positional, **named)
+    np.testing.assert_array_equal(to_numpy(named["out"]), to_numpy(result))
+    np.testing.assert_array_equal(to_numpy(result), out)
+
+
+def test_fp32_output_with_sinks_and_largest_logits(place):
+    problem = make_problem(53, "fp8_584", 6)
+    options = {"sinks": np.array([0, -3, 4, -np.inf, np.inf, 30], np.float32)}
+    problem.options = {**options, "out_dtype": "float32"}
+    positional, named = problem.tensors(place)
+    out, largest = F.mla_sparse_attention(*positional, **named, return_max_logits=True)
+    problem.options = options
+    want = problem.want()
+    np.testing.assert_array_equal(to_numpy(out)[:, 4], 0)
+    check_output(np.delete(to_numpy(out), 4, 1), np.delete(want[0], 4, 1))
+    check_lse(to_numpy(largest), want[2])
 
 
 def test_an_index_that_stands_twice_counts_twice(place):
@@ -171,6 +231,54 @@ def test_caches_without_a_slot(place):
         assert not out.any() and np.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("heads", [4, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_minus_infinity_are_no_keys(place, kind, heads):
+    """All scores of a head are -inf: 0 and -inf, with a sink too; heads and queries beside it."""
+    rng = RNG(46)
+    latents = rng.normal(size=(300, KINDS[kind][2]))
+    latents[:, 5] = -np.abs(latents[:, 5]) - 0.5
+    cache = make_cache(rng, KINDS[kind], 300, latents=latents.astype(BF16))
+    q = queries(rng, 3, heads, KINDS[kind][2])
+    q[0, :, 5] = np.inf
+    q[1, 2, 5] = np.inf
+    problem = Problem(q, cache, make_indices(rng, cache, 3, 200))
+    for sinks in (None, np.resize(np.float32([0.5, np.inf, -np.inf, 30]), heads)):
+        problem.options = {} if sinks is None else {"sinks": sinks}
+        out, lse = problem.run(place)
+        gone = np.isneginf(lse)
+        assert gone[:, 0].all() and gone[2, 1] and gone.sum() == heads + 1
+        assert not out[0].any() and not out[1, 2].any() and not np.isnan(out).any()
+        want, want_lse, _ = problem.want()
+        np.testing.assert_array_equal(np.isneginf(want_lse), gone)
+        check_output(out, want)
+        check_lse(lse, want_lse, problem.noise(place))
+
+
+@pytest.mark.parametrize("lengths", [True, False])
+def test_no_columns_of_indices(place, lengths):
+    """[T, 0] names no key, of either cache; the other one counts."""
+    problem = add_extra(make_problem(47, "fp8_584", 5), 48, "fp8_584", (9, 3, 0, 0, 5), 10)
+    problem.options = {"sinks": RNG(49).normal(size=5).astype(np.float32)}
+    none = np.zeros((5, 0), np.int32)
+    if not lengths:
+        problem.lengths = problem.extra_lengths = None
+        problem.indices = make_indices(RNG(50), problem.cache, 5, 30)
+        problem.extra_indices = make_indices(RNG(51), problem.extra, 5, 10)
+    (q, cache, indices), named = problem.tensors(place)
+    named["extra_indices"] = to_paddle(none, place)
+    got = F.mla_sparse_attention(q, cache, indices, **named)
+    first = Problem(problem.q, problem.cache, problem.indices, problem.lengths)
+    first.options = problem.options
+    check_output(to_numpy(got), first.want()[0])
+    problem.indices = none
+    problem.check(place)
+    out, lse = F.mla_sparse_attention(
+        q, cache, to_paddle(none, place), **named, return_softmax_lse=True
+    )
+    assert not to_numpy(out).any() and np.isneginf(to_numpy(lse)).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_stays_where_it_is_seen(place, kind):
     """A NaN channel of a token, a NaN scale, a NaN in a query head."""
@@ -183,6 +291,8 @@ def test_a_nan_stays_where_it_is_seen(place, kind):
     if kind == "fp8_584":
         pages = data.reshape(len(data), -1)
         pages[page, 64 * 576 + 8 * row + 3] = 255  # a scale, in the page's other plane
+    elif kind == "fp8_528":
+        data.reshape(len(data), -1)[page, 64 * 512 + 16 * row + 15] = 255  # of the last channels
     elif kind == "fp8_656":
         data[page, row, 516:520] = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)
     elif data.dtype == BF16:
@@ -265,7 +375,7 @@ def test_out_is_written_and_returned(place):
     result, lse = F.mla_sparse_attention(*positional, **named, return_softmax_lse=True, out=out)
     np.testing.assert_array_equal(to_numpy(result), want)
     np.testing.assert_array_equal(to_numpy(out), want)
-    assert lse.shape == [5, 3]
+    assert lse.shape == [3, 5]
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -316,12 +426,12 @@ def test_heads_beside_a_head_do_not_change_its_bits(place):
     if place == "cpu":  # on a GPU the number of heads chooses the kernel
         part.q = part.q[:, 5:6].copy()
         np.testing.assert_array_equal(part.run(place)[0], out[2:4, 5:6])
-        np.testing.assert_array_equal(part.run(place)[1], lse[2:4, 5:6])
+        np.testing.assert_array_equal(part.run(place)[1], lse[5:6, 2:4])
 
 
 @pytest.mark.parametrize("cache_format", FORMATS)
 def test_the_model_reads_what_the_writer_wrote(cache_format):
-    """key_values against the NumPy reader of mla_gather_cache, whose values are bf16."""
+    """key_values against the tokens that were written, within the rounding of their codes."""
     x = tokens(RNG(25), 50, cache_format)
     scale = SCALE if cache_format == "fp8" else None
     rows, planes = token_bytes(*x, cache_format, scale=scale)
@@ -333,106 +443,31 @@ def test_the_model_reads_what_the_writer_wrote(cache_format):
         scale=scale,
         page_size=50,
     )
-    want = token_values(rows, planes, cache_format, scale).astype(np.float64)
-    np.testing.assert_allclose(got, want, rtol=2**-8)
-
-
-def attend_v4(q, cache, indices, length, extra, extra_indices, extra_length, sinks):
-    return F.mla_sparse_attention(
-        q,
-        cache,
-        indices,
-        cache_format="fp8_584",
-        topk_length=length,
-        extra_cache=extra,
-        extra_indices=extra_indices,
-        extra_topk_length=extra_length,
-        extra_cache_format="bf16",
-        sinks=sinks,
-        return_softmax_lse=True,
-    )
-
-
-def attend_fp8(q, cache, indices, scale, out):
-    return F.mla_sparse_attention(q, cache, indices, cache_format="fp8", scale=scale, out=out)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_traced_and_saved(place, dynamic):
-    problem = add_extra(make_problem(26, "fp8_584", 4), 27, "bf16_512", (9, 3, 0, 0, 5), 10)
-    problem.options = {"sinks": RNG(28).normal(size=4).astype(np.float32)}
-    (q, cache, indices), named = problem.arguments()
-    given = [q, cache, indices, problem.lengths, problem.extra.data, problem.extra_indices]
-    given += [problem.extra_lengths, named["sinks"]]
-    outputs, _ = run_all_modes(attend_v4, given, place, dynamic=dynamic)
-    want, want_lse, _ = problem.want()
-    check_output(outputs[0], want)
-    check_lse(outputs[1], want_lse)
-
-
-def test_traced_in_place(place):
-    problem = make_problem(29, "fp8", 2, (200,) * 5)
-    (q, cache, indices), named = problem.arguments()
-    problem.lengths = None
-    given = [q, cache, indices, named["scale"], np.zeros((5, 2, 512), BF16)]
-    outputs, inputs = run_all_modes(attend_fp8, given, place)
-    check_output(outputs[0], problem.want()[0])
-    np.testing.assert_array_equal(inputs[4], outputs[0])
-
-
-def test_no_queries(place):
-    if not EMPTY_OUTPUTS:
-        pytest.skip("Paddle 2.6 returns no empty tensor")
-    cache = to_paddle(np.zeros((1, 64, 656), np.uint8), place)
-    q = to_paddle(np.zeros((0, 8, 576), BF16), place)
-    indices = to_paddle(np.zeros((0, 64), np.int32), place)
-    out, lse = F.mla_sparse_attention(
-        q,
-        cache,
-        indices,
-        cache_format="fp8_656",
-        topk_length=int32([], place),
-        extra_cache=cache,
-        extra_indices=indices,
-        return_softmax_lse=True,
-    )
-    assert out.shape == [0, 8, 512] and lse.shape == [0, 8]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("heads", [8, 64, 128])
-def test_a_graph_follows_lengths_and_indices(heads):
-    first = make_problem(30, "fp8_584", heads, (0,) * 6, 256, **V4_WINDOW)
-    add_extra(first, 31, "fp8_584", (0,) * 6, 128, **V4_C4)
-    positional, named = first.tensors("gpu")
-    out = to_paddle(np.zeros((6, heads, 512), BF16), "gpu")
-
-    def step():
-        return F.mla_sparse_attention(*positional, **named, out=out, return_softmax_lse=True)[1]
-
-    step()
-    with capture() as graph:
-        lse = step()
-    rng = RNG(32)
-    for _ in range(5):
-        now = first
-        now.lengths = rng.integers(-1, 260, 6).astype(np.int32)
-        now.extra_lengths = rng.integers(-1, 130, 6).astype(np.int32)
-        now.indices = make_indices(rng, now.cache, 6, 256, now.lengths)
-        now.extra_indices = make_indices(rng, now.extra, 6, 128, now.extra_lengths)
-        for tensor, array in (
-            (positional[2], now.indices),
-            (named["topk_length"], now.lengths),
-            (named["extra_indices"], now.extra_indices),
-            (named["extra_topk_length"], now.extra_lengths),
-        ):
-            tensor.copy_(to_paddle(array, "gpu"), True)  # the graph has the tensor's address
-        graph.replay()
-        paddle.device.cuda.synchronize()
-        want, want_lse, _ = now.want()
-        check_output(to_numpy(out), want)
-        check_lse(to_numpy(lse), want_lse)
-    graph.reset()
+    want = np.concatenate(x, axis=1).astype(np.float64)
+    fmt = FORMATS[cache_format]
+    if cache_format == "bf16":
+        np.testing.assert_array_equal(got, want)
+        return
+    step = np.full(want.shape, float(SCALE[0]))
+    if cache_format == "fp8":
+        want = np.clip(want, -448 * step, 448 * step)
+    else:
+        coded = 512 if cache_format == "fp8_528" else fmt.latent
+        tiles = np.abs(want[:, :coded]).reshape(50, -1, fmt.tile)
+        step[:, :coded] = (2 / 448 * np.maximum(tiles.max(-1), 1e-4)).repeat(fmt.tile, 1)
+        np.testing.assert_array_equal(got[:, coded:], want[:, coded:])
+    assert (np.abs(got - want) <= 2.0**-4 * np.abs(want) + 2.0**-10 * step).all()
+    # Token 7, one channel after the other.
+    codes = rows[7, : 576 if cache_format == "fp8" else coded].view(ml_dtypes.float8_e4m3fn)
+    for channel, code in enumerate(codes.tolist()):
+        tile = channel // max(fmt.tile, 1)
+        if cache_format == "fp8":
+            factor = float(SCALE[0])
+        elif cache_format == "fp8_656":
+            (factor,) = struct.unpack("<f", rows[7, 512 + 4 * tile : 516 + 4 * tile].tobytes())
+        else:
+            factor = 2.0 ** (int(planes[7, tile]) - 127)
+        assert got[7, channel] == float(code) * factor
 
 
 # ---- the comparators ---------------------------------------------------------------------------

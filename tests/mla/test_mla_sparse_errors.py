@@ -58,6 +58,16 @@ WRONG = [
     ({"return_softmax_lse": 1}, TypeError, "return_softmax_lse: expected bool"),
     ({"out": ((2, 3, 576), BF16)}, ValueError, r"out: expected shape \[2, 3, 512\]"),
     ({"out": ((2, 3, 512), F32)}, TypeError, "out: expected dtype bfloat16"),
+    (
+        {"out": ((2, 3, 512), BF16), "out_dtype": "float32"},
+        TypeError,
+        "out: expected dtype float32",
+    ),
+    (
+        {"out_dtype": "float16"},
+        ValueError,
+        "out_dtype: expected bfloat16 or float32, got 'fl",
+    ),
     # The second cache.
     ({"extra_cache_format": "e4m3"}, NotImplementedError, "extra_cache_format: 'e4m3' is not"),
     ({"extra_cache": ((2, 64, 656), U8)}, TypeError, "extra_indices: expected a tensor with extra"),
@@ -72,7 +82,7 @@ WRONG = [
     ),
     ({**EXTRA, "extra_cache_format": "bf16"}, TypeError, "extra_cache: expected dtype bfloat16"),
     ({**EXTRA, "extra_indices": ((3, 4), I32)}, ValueError, r"extra_indices: expected shape \[2"),
-    ({**EXTRA, "extra_indices": ((2, 0), I32)}, ValueError, "extra_indices: expected a tensor wi"),
+    ({**EXTRA, "extra_indices": ((3, 0), I32)}, ValueError, "extra_indices: expected a tensor wi"),
     ({**EXTRA, "extra_topk_length": ((2, 1), I32)}, ValueError, r"extra_topk_length: expected sh"),
     ({**EXTRA, "extra_scale": ((1,), F32)}, ValueError, "extra_scale: expected None for fp8_656"),
     ({**EXTRA, "extra_page_size": 8}, ValueError, "extra_page_size: expected 64 as in extra_cache"),
@@ -96,8 +106,8 @@ TRACED = {
     "channels": {"q": ((2, 3, 64), BF16)},
     "channels of the format": {"q": ((2, 3, 512), BF16)},
     "channels of the second format": {**EXTRA, "extra_cache_format": "fp8_584"},
-    "format": {"cache_format": "fp8_528"},
-    "second format": {"extra_cache_format": "fp8_528"},
+    "format": {"cache_format": "fp4_288"},
+    "second format": {"extra_cache_format": "fp4_288"},
     "dtype of the second cache": {**EXTRA, "extra_cache_format": "bf16"},
     "no second indices": {"extra_cache": ((2, 64, 656), U8)},
     "no second cache": {"extra_topk_length": ((2,), I32)},
@@ -111,6 +121,8 @@ TRACED = {
     "bf16 sinks": {"sinks": ((3,), BF16)},
     "softmax_scale": {"softmax_scale": float("inf")},
     "fp32 out": {"out": ((2, 3, 512), F32)},
+    "bf16 out": {"out": ((2, 3, 512), BF16), "out_dtype": "float32"},
+    "out_dtype": {"out_dtype": "auto"},
 }
 
 

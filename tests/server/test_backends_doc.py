@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from fastattn import _plugin
-from fastattn.backends import config
+from fastattn.backends import config, dsa, latent_config
 from fastattn.functional._cache_types import CONFIG_TYPES
 from tests.support import ROOT
 
@@ -25,13 +25,14 @@ def test_block_runs(code):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_the_tables_are_complete():
     for name in CONFIG_TYPES:
         assert f"`{name}`" in TEXT
-    source = Path(config.__file__).read_text(encoding="utf-8")
+    modules = (config, latent_config, dsa)
+    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
     refused = re.findall(r'"(?:\w+_config)\.(\w+)"', source)
     for name in {"head_wise_swa_ratio", "sink_size", *refused}:
         if name not in ("max_model_len", "causal", "partial_rotary_factor", "num_key_value_heads",

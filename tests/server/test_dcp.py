@@ -303,8 +303,8 @@ def test_errors(changes, error, text):
 
 def two_ranks(monkeypatch):
     """As if in a group of two, whose other rank has the same part: no collective runs."""
-    monkeypatch.setattr(distributed.attention, "_world_size", lambda group: 2)
-    monkeypatch.setattr(distributed.attention, "_gather", lambda part, n, group: [part, part + 0])
+    monkeypatch.setattr(distributed.attention, "ranks_of", lambda op, group: 2)
+    monkeypatch.setattr(distributed.attention, "gather", lambda part, n, group: [part, part + 0])
 
 
 @pytest.mark.parametrize(
@@ -387,8 +387,8 @@ def test_a_static_program_is_refused():
 
 
 def test_processes_without_a_group(monkeypatch):
-    monkeypatch.setattr(distributed.attention.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed.attention.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed._exchange.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed._exchange.dist, "is_initialized", lambda: False)
     with pytest.raises(RuntimeError, match=r"one of 2 processes: call .*init_parallel_env"):
         call()
 

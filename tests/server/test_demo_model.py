@@ -272,7 +272,8 @@ def tiny_demo(monkeypatch, few_windows):
 
 def check_report(found, types):
     assert set(found) == {
-        *("schema", "versions", "device", "model", "text", "prompt", "serving", "cache_types")
+        *("schema", "attention", "versions", "device", "model", "text", "prompt", "serving"),
+        "cache_types",
     }
     assert found["schema"] == report.SCHEMA
     assert set(found["versions"]) == {"fastattn", "paddle", "python"}

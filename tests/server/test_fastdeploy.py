@@ -17,6 +17,7 @@ from tests.support import ROOT
 from tests.support.fastdeploy import (
     BACKENDS,
     KINDS,
+    LATENT,
     RELEASES,
     STUB,
     Worker,
@@ -37,15 +38,15 @@ each_backend = pytest.mark.parametrize("name", BACKENDS)
 # --- registration --------------------------------------------------------------------------------
 
 
-@each_backend
-def test_the_three_backends_are_ours(fastdeploy, monkeypatch, name):
+@pytest.mark.parametrize("name", {**BACKENDS, **LATENT})
+def test_the_backends_are_ours(fastdeploy, monkeypatch, name):
     monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
     plugin.register()
-    assert chosen() is getattr(backends, BACKENDS[name])
+    assert chosen() is getattr(backends, {**BACKENDS, **LATENT}[name])
 
 
 def test_other_backends_stay_fastdeploys(registered, monkeypatch):
-    monkeypatch.setenv("FD_ATTENTION_BACKEND", "MLA_ATTN")
+    monkeypatch.setenv("FD_ATTENTION_BACKEND", "PLAS_ATTN")
     assert chosen().__module__ == plugin.PACKAGE
     monkeypatch.setenv("FD_ATTENTION_BACKEND", "NO_ATTN")
     with pytest.raises(ValueError, match="Invalid attention backend"):
@@ -61,6 +62,16 @@ def test_a_backend_of_ours_is_one_of_theirs(registered):
     from fastdeploy.model_executor.layers.attention import AttentionBackend
 
     assert isinstance(backend, AttentionBackend)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_backends_of_latent_caches_are_instances_of_theirs(registered, monkeypatch, name):
+    """FastDeploy's runner makes positions of tokens only for instances of these classes."""
+    monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
+    from fastdeploy.model_executor.layers import attention
+
+    assert issubclass(chosen(), getattr(attention, LATENT[name]))
+    assert not issubclass(chosen(), attention.FlashAttentionBackend)
 
 
 def test_registering_again_does_nothing(registered):

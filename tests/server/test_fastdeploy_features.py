@@ -17,6 +17,7 @@ from tests.support.fastdeploy import (
     BACKENDS,
     DECODE_UNIFIED,
     KINDS,
+    LATENT,
     Worker,
     chosen,
     fastdeploy,
@@ -47,14 +48,14 @@ def fail_to_register(patch):
         _plugin.register()
 
 
-@pytest.mark.parametrize("name", [*BACKENDS, DECODE_UNIFIED[0]])
+@pytest.mark.parametrize("name", [*BACKENDS, *LATENT, DECODE_UNIFIED[0]])
 def test_a_failed_registration_is_loud_where_a_backend_is_chosen(fastdeploy, monkeypatch, name):
     """FastDeploy may have swallowed or only logged the error."""
     fail_to_register(monkeypatch)
     monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
     with pytest.raises(RuntimeError, match="registering failed, OSError: no file; unset FD_PLUG"):
         chosen()
-    monkeypatch.setenv("FD_ATTENTION_BACKEND", "MLA_ATTN")
+    monkeypatch.setenv("FD_ATTENTION_BACKEND", "PLAS_ATTN")
     assert chosen().__module__ == plugin.PACKAGE  # it was never ours
 
 

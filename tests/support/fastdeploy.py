@@ -45,6 +45,9 @@ BACKENDS = {
     "FLASH_MASK_ATTN": "FlashMaskAttentionBackend",
 }
 
+#: Backends of latent caches.
+LATENT = {"MLA_ATTN": "MLAAttentionBackend", "DSA_ATTN": "DSAAttentionBackend"}
+
 #: A backend's name of FastDeploy's development branch, and the class that serves it.
 DECODE_UNIFIED = ("DECODE_UNIFIED_ATTN", "AppendAttentionBackend")
 

@@ -27,6 +27,7 @@ KINDS: dict[str, Kind] = {
     "fp8_656": ("fp8_656", "pow2", 576),
     "fp8_656_amax": ("fp8_656", "amax", 576),
     "fp8_584": ("fp8_584", "pow2", 512),
+    "fp8_528": ("fp8_528", "pow2", 512),
 }
 
 #: Kinds whose scales are no powers of two.
@@ -242,7 +243,7 @@ class Problem:
         return out, lse
 
     def noise(self, place: str) -> Any:
-        """Of the LSE [T, H]; 0 where keys fit 16 bits, and on a CPU."""
+        """Of the LSE [H, T]; 0 where keys fit 16 bits, and on a CPU."""
         kinds = [c.kind for c in (self.cache, self.extra) if c is not None]
         if place == "cpu" or not any(kind in ANY_SCALE for kind in kinds):
             return 0.0
@@ -269,7 +270,7 @@ class Problem:
                         )
                     )
             rows.append(lse_noise(q, np.concatenate(keys), scale))
-        return np.array(rows)
+        return np.array(rows).T
 
 
 def queries(rng: np.random.Generator, rows: int, heads: int, dim: int, std: float = 1.0):

@@ -195,7 +195,8 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "softmax_scale": 0.1,
                 "return_softmax_lse": False,
                 "return_max_logits": False,
-                "lonely_is_plus_inf": False,
+                "flash_mla": False,
+                "out_dtype": "bfloat16",
             },
         ),
         "mla_write_cache": OpCall(
@@ -255,6 +256,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "return_softmax_lse": False,
                 "cache_format": "fp8_656",
                 "page_size": 0,
+                "out_dtype": "bfloat16",
             },
         ),
         "topk_indices": OpCall({"logits": make(2, 64), "lengths": int32([64, 9], place)}, {"k": 4}),

@@ -340,6 +340,8 @@ GOOD_WHEEL = [
     "fastattn/py.typed",
     "fastattn/demo/model.npz",
     "fastattn/demo/recipe.json",
+    "fastattn/demo/mla_sparse.npz",
+    "fastattn/demo/mla_sparse.json",
     "fastattn/demo/held_out.txt",
     "fastattn-0.1.0.dist-info/METADATA",
     "fastattn-0.1.0.dist-info/licenses/LICENSE",

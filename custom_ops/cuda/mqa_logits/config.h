@@ -28,16 +28,21 @@ struct Config {
   // before the one that it waits for, still loading, for it: waits tell phases by parity only.
   static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? 16 : kConsumers == 3 ? 15 : 14;
   static_assert(kStages % kConsumers == 0);
-  // Warps. Steps with one query a sequence turn to the next tile so soon that one warp falls
-  // behind.
-  static constexpr int kLoaders = kPaged && kColumns == 64 ? 2 : 1;
-  static_assert(kStages % kLoaders == 0 && kLoaders <= 2);
+  // Tiles of pages that are asked for at once, each in lanes of its own: one after the other they
+  // would take a warp longer than tiles of 64 columns take the consumers.
+  static constexpr int kBatch = kStages == 15 ? 3 : 4;
+  static_assert(!kPaged || kStages % kBatch == 0);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
   // these wait forever for registers that the launch did not take.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 4 ? 64 : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 104 : kConsumers == 3 ? 152 : 224;
+  static constexpr int kProducerRegisters = kConsumers == 4           ? 64
+                                            : kConsumers == 3 && kFp8 ? 80
+                                                                      : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 4   ? 104
+                                            : kConsumers == 2 ? 224
+                                            : kFp8            ? 144
+                                                              : 152;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * kRegisters);
   // Work of a CTA on a group of queries besides its tiles, in tiles: ranges, weights and operands
@@ -54,10 +59,16 @@ struct Segment {
   int tiles;  // -1: there are no more segments
 };
 
+// Tiles that some row of a group sees.
+struct TileRange {
+  int begin, end;
+};
+
 // Units of work (schedule.cuh) of a CTA: the first is unit `unit` of group `group`.
 struct Share {
   int group, unit;
-  int64_t units;
+  int units;
+  TileRange tiles;  // of that group; paged only
 };
 
 // What a consumer needs of a query: the visible keys, and where the logit of key 0 would be.
@@ -77,7 +88,7 @@ struct Shared {
   int wide[2];                      // mxfp4: a head of these queries is no row of e4m3
   uint32_t unassigned[C::kStages];  // a bit for every 8 keys of the tile
   Segment segments[2];
-  int64_t warp_sums[C::kThreads / 32];
+  int warp_sums[C::kThreads / 32];
   Share share;  // ragged
   uint64_t segment_found[2];
   uint64_t query_full[2];

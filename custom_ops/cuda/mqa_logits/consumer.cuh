@@ -14,8 +14,8 @@ namespace fastattn::cuda::mqa_logits {
 
 // What is left of a tile when its stage has been given back.
 struct TileKeys {
-  int key;              // the thread's first one; the second is 8 further on
-  float scale[2];       // or factor
+  int key;              // whose logit the lane writes: its first in even lanes, its second in odd
+  float scale;          // or factor, of that key
   uint32_t unassigned;  // bit h: key h has no page
   uint32_t wide;        // lanes whose key h is wide, 0 for FP8: see WideRows
 };
@@ -28,7 +28,12 @@ class Consumer {
         shared_(shared),
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
-        number_(threadIdx.x / 128 - 1) {}
+        number_(threadIdx.x / 128 - 1),
+        row_(Kept(16 * warp_ + lane_ / 4)),
+        own_row_(Kept(row_ + 8 * (lane_ & 1))),
+        codes_(Kept(row_ * C::kCodeBytes + lane_ % 4 * 16)),
+        selector_(C::kFp8 ? 0 : Kept(lane_ % 4 * 0x1111 + 0x4400)),
+        ones_(C::kFp8 ? 0 : static_cast<uint32_t>(shared.magnitudes[kMostShift + 1])) {}
 
   __device__ void Run() {
     Ring<2> segments;
@@ -39,6 +44,8 @@ class Consumer {
       const int tiles = shared_.segments[buffer].tiles, tile = shared_.segments[buffer].tile;
       if (tiles < 0) return;
       LoadWeights(buffer);
+      if constexpr (C::kQueries == 1) cells_ = shared_.cells[buffer][0];
+      wide_ = !C::kFp8 && shared_.wide[buffer] != 0;
       // Tiles of this warpgroup: number_ - turn, and every kConsumers-th from there.
       const int first = (number_ - turn + C::kConsumers) % C::kConsumers;
       stages_.Advance(min(first, tiles));
@@ -51,6 +58,12 @@ class Consumer {
 
  private:
   static constexpr int kRegisters = C::kColumns / 2;  // accumulators of a product
+
+  // x, in a register where these are not scarce: what follows from a lane's number would be
+  // computed anew for each tile.
+  __device__ __forceinline__ static int Kept(int x) {
+    return C::kColumns == 64 ? __shfl_sync(~0u, x, threadIdx.x % 32) : x;
+  }
 
   __device__ __forceinline__ uint64_t KeyOperand(int stage) const {
     return OperandDescriptor<kDim>(SharedAddress(shared_.key[stage]));
@@ -70,13 +83,12 @@ class Consumer {
 
   __device__ __forceinline__ TileKeys LoadScales(int stage, int tile) const {
     TileKeys keys;
-    const int row = 16 * warp_ + lane_ / 4;
-    keys.key = tile * kTileKeys + row;
+    keys.key = tile * kTileKeys + own_row_;
     keys.wide = 0;
     keys.unassigned = C::kPaged ? shared_.unassigned[stage] >> 2 * warp_ & 3 : 0;
     if constexpr (C::kFp8) {
       const float* scales = reinterpret_cast<const float*>(shared_.scales[stage]);
-      keys.scale[0] = scales[row], keys.scale[1] = scales[row + 8];
+      keys.scale = scales[own_row_];
     }
     return keys;
   }
@@ -87,8 +99,8 @@ class Consumer {
     for (int i = first; i < tiles; i += C::kConsumers) {
       const int stage = stages_.index;
       Wait(&shared_.key_full[stage], stages_.phase);
-      float a[kRegisters];
       TileKeys keys = LoadScales(stage, tile + i);
+      float a[kRegisters];
       if constexpr (C::kFp8) {
         FenceProducts();
         MultiplyTile(a, KeyOperand(stage), columns);
@@ -102,7 +114,7 @@ class Consumer {
         MultiplyTile(a, operand, columns);
         WaitProducts<0>(a);
         KeepRegisters(operand);
-        if (shared_.wide[buffer]) keys.wide = ~0u;
+        if (wide_) keys.wide = ~0u;
       }
       stages_.Advance(min(C::kConsumers, tiles - i));  // those in between are others'
       SumHeads(a, keys, buffer);
@@ -114,32 +126,29 @@ class Consumer {
 
   // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
   __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint32_t (&operand)[16]) {
-    const int row = 16 * warp_ + lane_ / 4, block = lane_ % 4;
-    const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.scales[stage]) + row;
-    const uint8_t* codes = shared_.key[stage] + row * C::kCodeBytes + 16 * block;
-    // The block's exponent bytes of both keys, each twice, and the largest of each key.
-    const uint32_t mine = PermuteBytes(scales[0], scales[8], block * 0x1111 + 0x4400);
+    const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.scales[stage]) + row_;
+    const uint8_t* codes = shared_.key[stage] + codes_;
+    // The block's exponent bytes of both keys, each twice, and the largest of each key: as halves
+    // of a word, which are compared at once.
+    const uint32_t mine = PermuteBytes(scales[0], scales[8], selector_);
     uint32_t largest = __vmaxu2(mine, __shfl_xor_sync(~0u, mine, 1));
     largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, 2));
-    const int exponent[2] = {static_cast<int>(mine & 0xFF), static_cast<int>(mine >> 24)};
-    const int most[2] = {static_cast<int>(largest & 0xFF), static_cast<int>(largest >> 24)};
+    const uint32_t least = largest - 0x01010101u * kMostShift;
+    const uint32_t raised = __vmaxu2(mine, least), shifts = raised - least;
+    const uint32_t plain = __vmaxu2(__vminu2(largest, 0x01010101u * (127 + kMostFactor)),
+                                    0x01010101u * (127 - kMostFactor));
+    const bool rare = ((raised ^ mine) | (plain ^ largest)) != 0;
+    int shift[2] = {static_cast<int>(shifts & 0xFF), static_cast<int>(shifts >> 24)};
+    const uint32_t own = PermuteBytes(largest, 0, lane_ & 1 ? 0x4443 : 0x4440);
+    keys->scale = PlainFactor(static_cast<int>(own));
     uint4 words[2];
-    int shift[2];
-    bool rare = false;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      words[h] = *reinterpret_cast<const uint4*>(codes + 8 * h * C::kCodeBytes);
-      shift[h] = max(exponent[h] - most[h] + kMostShift, 0);
-      rare |= exponent[h] - most[h] < -kMostShift || !IsPlainFactor(most[h]);
-      keys->scale[h] = PlainFactor(most[h]);
-    }
+    words[0] = *reinterpret_cast<const uint4*>(codes);
+    words[1] = *reinterpret_cast<const uint4*>(codes + 8 * C::kCodeBytes);
     if (__any_sync(~0u, rare)) {
       bool wide[2] = {};
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        ShiftOf(exponent[h], most[h], words[h], &wide[h]);
-        keys->scale[h] = RowFactor(most[h]);
-      }
+      shift[0] = ShiftOf(mine & 0xFF, largest & 0xFF, words[0], &wide[0]);
+      shift[1] = ShiftOf(mine >> 24, largest >> 24, words[1], &wide[1]);
+      keys->scale = RowFactor(own);
       // A bit for each key of the warp: key h of a lane at bit 4 * (lane / 4) + h.
       keys->wide = AnyOfFour(__ballot_sync(~0u, wide[0])) | AnyOfFour(__ballot_sync(~0u, wide[1]))
                                                                 << 1;
@@ -150,7 +159,7 @@ class Consumer {
       const uint32_t four[4] = {words[h].x, words[h].y, words[h].z, words[h].w};
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        ToE4M3(four[s], magnitudes, &operand[4 * s + h], &operand[4 * s + h + 2]);
+        ToE4M3(four[s], magnitudes, ones_, &operand[4 * s + h], &operand[4 * s + h + 2]);
       }
     }
   }
@@ -184,27 +193,25 @@ class Consumer {
       const float given = __shfl_xor_sync(~0u, odd ? first : second, 1);
       sums[q] = (odd ? second : first) + given;
     }
-    const int key = keys.key + (odd ? 8 : 0);
-    const float scale = odd ? keys.scale[1] : keys.scale[0];
     const bool hidden = odd ? keys.unassigned & 2 : keys.unassigned & 1;
     const bool wide = !C::kFp8 && keys.wide >> ((lane_ & 28) + (odd ? 1 : 0)) & 1;
     if constexpr (C::kQueries == 1) {
       const float sum = sums[0] + __shfl_xor_sync(~0u, sums[0], 2);
-      if (!upper && !wide) Write(buffer, 0, key, hidden, sum * scale);
+      if (!upper && !wide) Write(buffer, 0, keys.key, hidden, sum * keys.scale);
     } else {
 #pragma unroll
       for (int q = 0; q < C::kQueries; q += 2) {
         const float given = __shfl_xor_sync(~0u, upper ? sums[q] : sums[q + 1], 2);
         const float sum = (upper ? sums[q + 1] : sums[q]) + given;
         if (!wide) {
-          Write(buffer, q + (upper ? 1 : 0), key, hidden, sum * scale);
+          Write(buffer, q + (upper ? 1 : 0), keys.key, hidden, sum * keys.scale);
         }
       }
     }
   }
 
   __device__ __forceinline__ void Write(int buffer, int query, int key, bool hidden, float value) {
-    const QueryCells cells = shared_.cells[buffer][query];
+    const QueryCells cells = C::kQueries == 1 ? cells_ : shared_.cells[buffer][query];
     if (key >= cells.begin && key < cells.end) {
       cells.origin[key] = hidden ? -__builtin_huge_valf() : value;
     }
@@ -213,7 +220,7 @@ class Consumer {
   // Logits of keys that keys.wide names, or of all.
   __device__ void WideRows(int buffer, const TileKeys& keys) {
     const Segment& segment = shared_.segments[buffer];
-    const int tile_key = keys.key - lane_ / 4;
+    const int tile_key = keys.key - own_row_ + 16 * warp_;
 #pragma unroll 1
     for (int row = 0; row < 16; ++row) {
       const int h = row / 8, key = tile_key + row;
@@ -245,6 +252,12 @@ class Consumer {
   Shared<C>& shared_;
   const int lane_, warp_, number_;
   Ring<C::kStages> stages_;
+  const int row_, own_row_;  // of a tile: the lane's first key, the one whose logit it writes
+  const int codes_;          // where in a stage the lane's block of its first key is
+  const uint32_t selector_;  // of the lane's block in its keys' exponents
+  const uint32_t ones_;
+  QueryCells cells_;  // of a segment of one query
+  bool wide_;         // a head of the segment's is no row of e4m3
   float weights_[C::kColumns / 4];
 };
 

@@ -16,14 +16,21 @@ inline constexpr int kMostShift = 14;
 inline constexpr int kTopExponent = 6;  // of the multiplier of a row's largest block
 inline constexpr int kMostFactor = 60;  // exponent of a row's factor
 
-// Byte i: e4m3 code of E2M1 magnitude i times 2^(shift - 8).
-__device__ inline uint64_t MagnitudesOfShift(int shift) {
-  uint64_t table = 0;
-  for (int i = 0; i < 8; ++i) {
-    const float x = E2M1ToFloat(i) * BitsFloat((shift - 8 + 127) << 23);
-    table |= uint64_t{FloatToE4M3(x)} << 8 * i;
+// e4m3 code of E2M1 magnitude `code` times 2^(shift - 8), a multiple of the smallest subnormal.
+__device__ __forceinline__ uint8_t MagnitudeOfShift(int code, int shift) {
+  const int steps = (0xC8643210u >> 4 * code & 0xF) << shift;  // of 2^-9
+  const int exponent = max(28 - __clz(steps), 0);
+  return static_cast<uint8_t>((exponent << 3) + (steps >> exponent));
+}
+
+// The codes for all shifts, by one warp: byte i of word `shift` is that of magnitude i. Bytes of
+// the next word are 1.
+__device__ __forceinline__ void FillMagnitudes(uint64_t* table, int lane) {
+#pragma unroll 1
+  for (int i = lane; i < (kMostShift + 2) * 8; i += 32) {
+    const int shift = i / 8;
+    reinterpret_cast<uint8_t*>(table)[i] = shift > kMostShift ? 1 : MagnitudeOfShift(i % 8, shift);
   }
-  return table;
 }
 
 __device__ __forceinline__ uint32_t LargestByte(uint32_t bytes) {
@@ -66,16 +73,17 @@ __device__ __forceinline__ uint32_t PermuteBytes(uint32_t a, uint32_t b, uint32_
 
 // Four codes in the low half of a word to e4m3, with the opposite sign: that of a key and a query's
 // cancel. The conversion is bound by instructions of integers, so that the sign is a product.
-__device__ __forceinline__ uint32_t FourToE4M3(uint32_t codes, uint2 magnitudes) {
+// `ones`: bytes of 1. A constant would be copied to a register for each use.
+__device__ __forceinline__ uint32_t FourToE4M3(uint32_t codes, uint2 magnitudes, uint32_t ones) {
   const uint32_t magnitude = PermuteBytes(magnitudes.x, magnitudes.y, codes & 0x7777u);
-  return magnitude + 0x80 * PermuteBytes(0x01010101u, 0x01010101u, codes);
+  return magnitude + 0x80 * PermuteBytes(ones, ones, codes);
 }
 
 // Eight codes, the first in the lowest nibble, to e4m3: four values a word.
-__device__ __forceinline__ void ToE4M3(uint32_t codes, uint2 magnitudes, uint32_t* low,
-                                       uint32_t* high) {
-  *low = FourToE4M3(codes, magnitudes);
-  *high = FourToE4M3(codes >> 16, magnitudes);
+__device__ __forceinline__ void ToE4M3(uint32_t codes, uint2 magnitudes, uint32_t ones,
+                                       uint32_t* low, uint32_t* high) {
+  *low = FourToE4M3(codes, magnitudes, ones);
+  *high = FourToE4M3(codes >> 16, magnitudes, ones);
 }
 
 }  // namespace fastattn::cuda::mqa_logits

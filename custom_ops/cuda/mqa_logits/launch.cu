@@ -35,6 +35,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
     status = EncodeMap(query, &arguments->query);
     if (status != cudaSuccess) return status;
   }
+  if (p.paged && !fp8) return cudaSuccess;  // pages of MXFP4 are copied as they are
   ByteTensor key = {p.keys,
                     {bytes, static_cast<uint64_t>(p.num_keys), 1},
                     {bytes, bytes * p.num_keys},
@@ -66,6 +67,10 @@ bool WgmmaSupports(const LogitsParams& p) {
   constexpr int64_t kMost = int64_t{1} << 31;
   if (p.head_dim != kDim || !heads || !Aligned16(p.q)) return false;
   if ((p.rows + 256) * p.num_heads >= kMost) return false;
+  // Units of work (schedule.cuh) are counted in 32 bits: more of them have 500 GB of logits.
+  const int64_t groups = LogitsGroups(p, ColumnsOf(p) / p.num_heads).count;
+  const int64_t keys = p.paged ? p.columns : std::max(p.columns, p.num_keys);
+  if (groups * (keys / kTileKeys + 6) >= kMost) return false;
   if (!p.paged) {
     return p.num_keys > 0 && (p.num_keys + kTileKeys) * kLogitsScaleBytes < kMost &&
            Aligned16(p.keys) && Aligned16(p.key_scales);

@@ -1,6 +1,6 @@
-// The producer warpgroup: kLoaders warps load tiles with TMA, the first of which finds segments for
-// the others; the next (for MXFP4 all others) prepares the queries' side; all but loaders fill
-// cells that nobody sees.
+// The producer warpgroup: the first warp finds segments and loads tiles with TMA; the next (for
+// MXFP4 all others) prepares the queries' side; warps with nothing else to do fill cells that
+// nobody sees.
 #pragma once
 
 #include "cuda/common/tma.cuh"
@@ -12,138 +12,164 @@ namespace fastattn::cuda::mqa_logits {
 
 // Warps that prepare the queries' side of a segment.
 template <class C>
-inline constexpr int kPreparers = C::kFp8 ? 1 : 4 - C::kLoaders;
+inline constexpr int kPreparers = C::kFp8 ? 1 : 3;
+
+// A piece of a tile: the keys of a page, or a tile's share of those.
+struct Pages {
+  int page;
+  int row;  // of its first key in the page
+};
+struct Piece {
+  int page;  // -1: none
+  int row;
+  uint32_t unassigned;  // of the tile: a bit for every 8 keys
+  uint32_t bytes;       // of the tile's pieces that have a page
+};
 
 template <class C>
 class Loader {
  public:
-  __device__ Loader(const Arguments& arguments, Shared<C>& shared)
+  __device__ Loader(const Arguments& arguments, Shared<C>& shared, const Share& share)
       : a_(arguments),
         p_(KnownParams<C>(arguments.p)),
+        groups_(KnownGroups<C>(arguments.groups)),
         shared_(shared),
         lane_(threadIdx.x % 32),
-        number_(C::kLoaders == 1 ? 0 : threadIdx.x / 32) {
+        left_(share.units),
+        group_(share.group),
+        skip_(share.unit),
+        tiles_(share.tiles),
+        known_(C::kPaged) {
     if constexpr (C::kPaged) {
       page_keys_ = static_cast<int>(p_.page_size);
-      piece_bits_ = page_keys_ < kTileKeys ? __ffs(kTileKeys / page_keys_) - 1 : 0;
+      page_bits_ = __ffs(page_keys_) - 1;
+      piece_bits_ = page_keys_ < kTileKeys ? 6 - page_bits_ : 0;
     }
   }
 
+  // The next segment is asked for while this one's tiles are loaded: its queries, weights and page
+  // ids would wait behind all the keys that are on their way.
   __device__ void Run() {
-    Share share;
-    if constexpr (C::kPaged) {
-      share = FindShareOfWarp<C>(p_, a_.groups, lane_);
-    } else {
-      share = shared_.share;
-    }
-    int64_t left = share.units;
-    int group = share.group, skip = share.unit;
-    Ring<2> segments;
-    while (true) {
-      if (number_ == 0) Wait(&shared_.query_empty[segments.index], segments.phase ^ 1);
-      if (left <= 0) {
-        if (number_ > 0) return;
-        if (lane_ == 0) shared_.segments[segments.index].tiles = -1;
-        ArriveOne(&shared_.segment_found[segments.index]);
-        ArriveOne(&shared_.query_full[segments.index]);
-        return;
-      }
-      const TileRange tiles = GroupTilesOfWarp(p_, a_.groups, group, lane_);
-      const int stop = static_cast<int>(min(int64_t{UnitsOf<C>(tiles)}, skip + left));
-      const int from = max(skip - C::kGroupUnits, 0), to = max(stop - C::kGroupUnits, 0);
-      left -= stop - skip;
-      if (to > from) {
-        const Segment segment = {a_.groups.FirstRow(p_, group), a_.groups.RowsOf(p_, group),
-                                 a_.groups.Sequence(group), tiles.begin + from, to - from};
-        if constexpr (C::kPaged) {
-          const Piece first = FindPiece(segment, 0);  // on its way while the queries are asked for
-          if (number_ == 0) StartSegment(segment, segments.index);
-          LoadPages(segment, first);
-        } else {
-          if (number_ == 0) StartSegment(segment, segments.index);
-          LoadTiles(segment);
-        }
-        segments.Advance();
-      }
-      skip = 0;
-      ++group;
+    Segment segment = {0, 0, 0, 0, 0};
+    Pages pages = {-1, 0};
+    int ahead = 0;  // tiles that are loaded before
+    while (segment.tiles >= 0) {
+      const Segment next = NextSegment();
+      Pages next_pages = {-1, 0};
+      if constexpr (C::kPaged) next_pages = FindPages(next, 0);
+      LoadSegment(segment, pages, next, ahead);
+      // From here on both buffers of queries are taken. The first is given back by consumers that
+      // have come to this segment.
+      if (segment.tiles > 0) ahead = C::kStages;
+      segment = next, pages = next_pages;
     }
   }
 
  private:
-  __device__ void ArriveOne(uint64_t* barrier) {
-    __syncwarp();
-    if (lane_ == 0) Arrive(barrier);
+  // The share's next group that has tiles; tiles = -1 behind the last.
+  __device__ Segment NextSegment() {
+    while (left_ > 0) {
+      if (!known_) tiles_ = GroupTilesOfWarp(p_, groups_, group_, lane_);
+      known_ = false;
+      const int stop = min(UnitsOf<C>(tiles_), skip_ + left_);
+      const int from = max(skip_ - C::kGroupUnits, 0), to = max(stop - C::kGroupUnits, 0);
+      const int group = group_++;
+      left_ -= stop - skip_;
+      skip_ = 0;
+      if (to > from) {
+        return {groups_.FirstRow(p_, group), groups_.RowsOf(p_, group), groups_.Sequence(group),
+                tiles_.begin + from, to - from};
+      }
+    }
+    return {0, 0, 0, 0, -1};
   }
 
-  __device__ void StartSegment(const Segment& segment, int buffer) {
+  __device__ void Ask(const Segment& segment) {
+    const int buffer = segments_.index;
+    Wait(&shared_.query_empty[buffer], segments_.phase ^ 1);
     if (lane_ == 0) {
       shared_.segments[buffer] = segment;
       uint64_t* barrier = &shared_.query_full[buffer];
-      if constexpr (C::kFp8) {
+      if (C::kFp8 && segment.tiles > 0) {
         ArriveExpect(barrier, C::kColumns * kDim);
         CopyBox(&a_.query, shared_.query[buffer], barrier, 0, segment.row * C::kHeads, 0);
       } else {
-        shared_.wide[buffer] = 0;
+        if (!C::kFp8) shared_.wide[buffer] = 0;
         Arrive(barrier);
       }
       Arrive(&shared_.segment_found[buffer]);
     }
     __syncwarp();
+    segments_.Advance();
   }
 
-  __device__ __forceinline__ bool Loads(int stage) const {
-    return C::kLoaders == 1 || stage % C::kLoaders == number_;
-  }
-
-  __device__ void LoadTiles(const Segment& segment) {
+  __device__ void LoadSegment(const Segment& segment, Pages pages, const Segment& next, int ahead) {
+    const int each = C::kPaged ? 32 >> piece_bits_ : C::kStages;
+    const int before = next.tiles > 0 ? min(ahead, segment.tiles) : segment.tiles;
+    bool asked = false;
+    Pages following = pages;
+    Piece piece = {};
+    int i = 0;
 #pragma unroll 1
-    for (int i = 0; i < segment.tiles; ++i) {
-      const int stage = stages_.index;
-      if (!Loads(stage)) {
+    while (true) {
+      if (!asked && i >= before) {
+        Ask(next);
+        asked = true;
+      }
+      if (i >= segment.tiles) return;
+      if constexpr (C::kPaged) {
+        const int at = i & (each - 1);
+        if (at == 0) {
+          piece = PieceOf(following);
+          if (i + each < segment.tiles) following = FindPages(segment, i + each);
+        }
+        const int count =
+            min(min(C::kBatch - stages_.index % C::kBatch, each - at), segment.tiles - i);
+        LoadPieces(piece, at, count);
+        stages_.Advance(count);
+        i += count;
+      } else {
+        LoadTile(segment.tile + i);
         stages_.Advance();
-        continue;
+        ++i;
       }
-      Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
-      if (lane_ == 0) {
-        const int key = (segment.tile + i) * kTileKeys;
-        uint64_t* barrier = &shared_.key_full[stage];
-        ArriveExpect(barrier, kTileKeys * (C::kCodeBytes + kLogitsScaleBytes));
-        CopyBox(&a_.key, shared_.key[stage], barrier, 0, key, 0);
-        CopyBox(&a_.key_scales, shared_.scales[stage], barrier, key * kLogitsScaleBytes, 0, 0);
-      }
-      __syncwarp();
-      stages_.Advance();
     }
   }
 
-  // A lane's piece of a tile: the keys of a page, or a tile's share of those.
-  struct Piece {
-    int page;
-    int row;              // of its first key in the page
-    const void* scales;   // of that key
-    uint32_t unassigned;  // of the tile: a bit for every 8 keys
-    uint32_t bytes;       // of the tile's pieces that have a page
-  };
+  __device__ void LoadTile(int tile) {
+    const int stage = stages_.index;
+    Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
+    if (lane_ == 0) {
+      const int key = tile * kTileKeys;
+      uint64_t* barrier = &shared_.key_full[stage];
+      ArriveExpect(barrier, kTileKeys * (C::kCodeBytes + kLogitsScaleBytes));
+      CopyBox(&a_.key, shared_.key[stage], barrier, 0, key, 0);
+      CopyBox(&a_.key_scales, shared_.scales[stage], barrier, key * kLogitsScaleBytes, 0, 0);
+    }
+    __syncwarp();
+  }
 
-  // Piece lane % pieces of tile i + lane / pieces. All lanes; what a tile takes is known before its
-  // turn, which has to be short.
-  __device__ Piece FindPiece(const Segment& segment, int i) const {
+  // Piece lane % pieces of tile i + lane / pieces: the page of its keys, as the table has it, and
+  // its first key's row there.
+  __device__ Pages FindPages(const Segment& segment, int i) const {
     const int pieces = 1 << piece_bits_, keys = kTileKeys >> piece_bits_;
     const int tile = i + (lane_ >> piece_bits_), part = lane_ & (pieces - 1);
-    Piece piece = {-1, 0, nullptr, 0, 0};
-    if (tile < segment.tiles) {
-      const int key = (segment.tile + tile) * kTileKeys + part * keys;
-      const int block = key / page_keys_;
-      piece.page = static_cast<int>(p_.PageOf(segment.sequence, block));
-      piece.row = key - block * page_keys_;
-    }
-    const int bits = 8 >> piece_bits_;
-    if (piece.page < 0) {
+    if (tile >= segment.tiles) return {-1, 0};
+    const int key = (segment.tile + tile) * kTileKeys + part * keys;
+    const int block = page_keys_ <= kTileKeys ? key >> page_bits_ : key / page_keys_;
+    if (block >= p_.max_blocks) return {-1, 0};
+    return {p_.block_tables[segment.sequence * p_.table_stride + block], key - block * page_keys_};
+  }
+
+  // What is loaded for it. All lanes.
+  __device__ Piece PieceOf(const Pages& pages) const {
+    const int pieces = 1 << piece_bits_, keys = kTileKeys >> piece_bits_;
+    const int part = lane_ & (pieces - 1), bits = 8 >> piece_bits_;
+    Piece piece = {pages.page, pages.row, 0, 0};
+    if (piece.page < 0 || piece.page >= p_.num_pages) {
+      piece.page = -1;
       piece.unassigned = ((1u << bits) - 1) << part * bits;
     } else {
-      piece.scales = p_.cache + piece.page * p_.page_stride + page_keys_ * C::kCodeBytes +
-                     piece.row * kLogitsScaleBytes;
       piece.bytes = keys * (C::kCodeBytes + kLogitsScaleBytes);
     }
     for (int step = 1; step < pieces; step *= 2) {
@@ -153,45 +179,46 @@ class Loader {
     return piece;
   }
 
-  // `piece` is that of tile 0.
-  __device__ void LoadPages(const Segment& segment, Piece piece) {
-    const int each = 32 >> piece_bits_;  // tiles whose pages the lanes look up at once
+  // Tiles at .. at + count - 1 of those whose pieces the lanes have, to as many stages.
+  __device__ void LoadPieces(const Piece& piece, int at, int count) {
     const int keys = kTileKeys >> piece_bits_, part = lane_ & ((1 << piece_bits_) - 1);
-#pragma unroll 1
-    for (int i = 0; i < segment.tiles; i += each) {
-      if (i > 0) piece = FindPiece(segment, i);  // the stages hide the time that it takes
-      const int tiles = min(each, segment.tiles - i);
-#pragma unroll 1
-      for (int at = 0; at < tiles; ++at) {
-        const int stage = stages_.index;
-        if (!Loads(stage)) {
-          stages_.Advance();
-          continue;
-        }
-        uint64_t* barrier = &shared_.key_full[stage];
-        Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
-        if (lane_ == at << piece_bits_) {
-          shared_.unassigned[stage] = piece.unassigned;
-          ArriveExpect(barrier, piece.bytes);
-        }
-        __syncwarp();
-        if (lane_ >> piece_bits_ == at && piece.page >= 0) {
-          CopyBox(&a_.key, shared_.key[stage] + part * keys * C::kCodeBytes, barrier, 0, piece.row,
-                  piece.page);
-          CopyBulk(piece.scales, shared_.scales[stage] + part * keys * kLogitsScaleBytes, barrier,
-                   keys * kLogitsScaleBytes);
-        }
-        __syncwarp();
-        stages_.Advance();
-      }
+    const int turn = (lane_ >> piece_bits_) - at;
+    const bool mine = turn >= 0 && turn < count;
+    Ring<C::kStages> stages = stages_;
+    if (mine) stages.Advance(turn);
+    const int stage = stages.index;
+    uint64_t* barrier = &shared_.key_full[stage];
+    if (mine) Wait(&shared_.key_empty[stage], stages.phase ^ 1);
+    if (mine && part == 0) {
+      shared_.unassigned[stage] = piece.unassigned;
+      ArriveExpect(barrier, piece.bytes);
     }
+    __syncwarp();
+    if (mine && piece.page >= 0) {
+      const uint8_t* page = p_.cache + piece.page * p_.page_stride;
+      uint8_t* target = shared_.key[stage] + part * keys * C::kCodeBytes;
+      if constexpr (C::kFp8) {
+        CopyBox(&a_.key, target, barrier, 0, piece.row, piece.page);
+      } else {
+        CopyBulk(page + piece.row * C::kCodeBytes, target, barrier, keys * C::kCodeBytes);
+      }
+      CopyBulk(page + page_keys_ * C::kCodeBytes + piece.row * kLogitsScaleBytes,
+               shared_.scales[stage] + part * keys * kLogitsScaleBytes, barrier,
+               keys * kLogitsScaleBytes);
+    }
+    __syncwarp();
   }
 
   const Arguments& a_;
   const LogitsParams p_;
+  const LogitsGroups groups_;
   Shared<C>& shared_;
-  const int lane_, number_;
-  int page_keys_ = kTileKeys, piece_bits_ = 0;
+  const int lane_;
+  int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0;
+  int left_, group_, skip_;  // units of the share behind the segments so far, and where they begin
+  TileRange tiles_;          // of group_ if known_
+  bool known_;
+  Ring<2> segments_;
   Ring<C::kStages> stages_;
 };
 
@@ -200,7 +227,7 @@ template <class C>
 class Preparer {
  public:
   __device__ Preparer(const Arguments& arguments, Shared<C>& shared)
-      : p_(KnownParams<C>(arguments.p)), shared_(shared), thread_(threadIdx.x - 32 * C::kLoaders) {}
+      : p_(KnownParams<C>(arguments.p)), shared_(shared), thread_(threadIdx.x - 32) {}
 
   __device__ void Run() {
     Ring<2> segments;
@@ -272,7 +299,7 @@ class Preparer {
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         uint32_t low, high;
-        ToE4M3(four[s], magnitudes, &low, &high);
+        ToE4M3(four[s], magnitudes, 0x01010101u, &low, &high);
         const int piece = 2 * s;  // of 16 bytes
         uint32_t* a = reinterpret_cast<uint32_t*>(row + ((piece ^ column % 8) * 16));
         uint32_t* b = reinterpret_cast<uint32_t*>(row + (((piece + 1) ^ column % 8) * 16));
@@ -289,14 +316,15 @@ class Preparer {
 };
 
 template <class C>
-__device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C>& shared) {
+__device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C>& shared,
+                                            const Share& share) {
   const int warp = threadIdx.x / 32;
-  if (warp < C::kLoaders) {
-    Loader<C>(arguments, shared).Run();
+  if (warp == 0) {
+    Loader<C>(arguments, shared, share).Run();
     return;
   }
-  if (warp < C::kLoaders + kPreparers<C>) Preparer<C>(arguments, shared).Run();
-  constexpr int kFirst = C::kLoaders + (C::kFp8 ? 1 : 0), kFillers = 4 - kFirst;
+  if (warp <= kPreparers<C>) Preparer<C>(arguments, shared).Run();
+  constexpr int kFirst = C::kFp8 ? 2 : 1, kFillers = 4 - kFirst;
   const int filler = warp - kFirst;
   if (filler >= 0) {
     FillHidden(KnownParams<C>(arguments.p), blockIdx.x * kFillers + filler, gridDim.x * kFillers,

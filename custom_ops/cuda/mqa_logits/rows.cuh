@@ -61,8 +61,12 @@ __device__ __forceinline__ float Relu(float x) {
 __device__ __forceinline__ VisibleKeys VisibleKeysOf(const LogitsParams& p, int sequence,
                                                      int64_t row) {
   if (!p.paged) return VisibleKeysOf(p, row);
-  const LogitsRange range = p.RangeOfStep(sequence, row - sequence * p.next_n);
-  return {static_cast<int>(range.begin), static_cast<int>(range.end), 0};
+  const int step = static_cast<int>(row - sequence * p.next_n);
+  const int most = static_cast<int>(min(p.columns, p.max_blocks * p.page_size));
+  const int length = p.lens_per_row
+                         ? p.context_lens[row]
+                         : max(p.context_lens[sequence], 0) - static_cast<int>(p.next_n) + step + 1;
+  return {0, min(max(length, 0), most), 0};
 }
 
 constexpr int kFillColumns = 4096;

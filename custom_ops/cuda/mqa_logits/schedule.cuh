@@ -17,9 +17,11 @@ __device__ __forceinline__ LogitsParams KnownParams(LogitsParams p) {
   return p;
 }
 
-struct TileRange {
-  int begin, end;
-};
+template <class C>
+__device__ __forceinline__ LogitsGroups KnownGroups(LogitsGroups groups) {
+  if (C::kPaged && C::kColumns == 64) groups.per_sequence = 1;
+  return groups;
+}
 
 __device__ __forceinline__ TileRange TilesOf(VisibleKeys keys) {
   if (keys.begin >= keys.end) return {0x7FFFFFFF, 0};
@@ -59,18 +61,19 @@ __device__ __forceinline__ int UnitsOf(TileRange tiles) {
   return tiles.end > tiles.begin ? tiles.end - tiles.begin + C::kGroupUnits : 0;
 }
 
-// Units before CTA `cta`'s share.
-__device__ __forceinline__ int64_t ShareBegin(int64_t total, int cta) {
-  // A division of 64 bits is a call.
-  const int64_t each =
-      total >> 32 == 0 ? static_cast<uint32_t>(total) / gridDim.x : total / gridDim.x;
-  return each * cta + min(int64_t{cta}, total - each * gridDim.x);
+// The CTA's share of `total` units: the first one, and how many. 32 bits are enough: the host sees
+// to that.
+__device__ __forceinline__ int ShareOfCta(int total, int* units) {
+  const int cta = static_cast<int>(blockIdx.x), ctas = static_cast<int>(gridDim.x);
+  const int each = static_cast<uint32_t>(total) / gridDim.x, rest = total - each * ctas;
+  *units = each + (cta < rest ? 1 : 0);
+  return each * cta + min(cta, rest);
 }
 
-__device__ __forceinline__ int64_t SumUpToLane(int64_t x, int lane) {
+__device__ __forceinline__ int SumUpToLane(int x, int lane) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int64_t other = __shfl_up_sync(~0u, x, step);
+    const int other = __shfl_up_sync(~0u, x, step);
     if (lane >= step) x += other;
   }
   return x;
@@ -79,7 +82,7 @@ __device__ __forceinline__ int64_t SumUpToLane(int64_t x, int lane) {
 // Group and unit at `offset` units behind those of group `first`.
 template <class C>
 __device__ __forceinline__ void Walk(const LogitsParams& p, const LogitsGroups& groups, int first,
-                                     int last, int64_t offset, int* group, int* unit) {
+                                     int last, int offset, int* group, int* unit) {
   int at = first;
 #pragma unroll 1
   for (; at + 1 < last; ++at) {
@@ -87,7 +90,7 @@ __device__ __forceinline__ void Walk(const LogitsParams& p, const LogitsGroups& 
     if (offset < units) break;
     offset -= units;
   }
-  *group = at, *unit = static_cast<int>(offset);
+  *group = at, *unit = offset;
 }
 
 // A decode step's, by each warp that wants to know: a step's groups are few, and the shorter the
@@ -97,21 +100,30 @@ __device__ __forceinline__ Share FindShareOfWarp(const LogitsParams& p, const Lo
                                                  int lane) {
   const int each = (groups.count + 31) / 32;
   const int first = min(lane * each, groups.count), last = min(first + each, groups.count);
-  int64_t sum = 0;
+  int sum = 0;
+  TileRange tiles = {0, 0};
 #pragma unroll 1
   for (int group = first; group < last; ++group) {
-    sum += UnitsOf<C>(GroupTiles(p, groups, group));
+    tiles = GroupTiles(p, groups, group);
+    sum += UnitsOf<C>(tiles);
   }
-  const int64_t through = SumUpToLane(sum, lane), before = through - sum;
-  const int64_t total = __shfl_sync(~0u, through, 31);
-  const int64_t begin = ShareBegin(total, blockIdx.x);
-  Share share = {0, 0, ShareBegin(total, blockIdx.x + 1) - begin};
+  const int through = SumUpToLane(sum, lane), before = through - sum;
+  Share share = {0, 0, 0, tiles};
+  const int begin = ShareOfCta(__shfl_sync(~0u, through, 31), &share.units);
   const bool mine = begin >= before && begin < through;
-  if (mine) Walk<C>(p, groups, first, last, begin - before, &share.group, &share.unit);
+  if (mine) {
+    share.group = first, share.unit = begin - before;
+    if (last - first > 1) {
+      Walk<C>(p, groups, first, last, begin - before, &share.group, &share.unit);
+      share.tiles = GroupTiles(p, groups, share.group);
+    }
+  }
   const uint32_t found = __ballot_sync(~0u, mine);
   const int lane_of = found != 0 ? __ffs(found) - 1 : 0;
   share.group = __shfl_sync(~0u, share.group, lane_of);
   share.unit = __shfl_sync(~0u, share.unit, lane_of);
+  share.tiles.begin = __shfl_sync(~0u, share.tiles.begin, lane_of);
+  share.tiles.end = __shfl_sync(~0u, share.tiles.end, lane_of);
   return share;
 }
 
@@ -142,23 +154,24 @@ __device__ __forceinline__ void FindShare(const LogitsParams& p, const LogitsGro
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int each = (groups.count + C::kThreads - 1) / C::kThreads;
   const int first = min(thread * each, groups.count), last = min(first + each, groups.count);
-  int64_t sum = 0;
+  int sum = 0;
   for (int group = first; group < last; ++group) {
     sum += UnitsOf<C>(GroupTiles(p, groups, group));
   }
-  int64_t before = SumUpToLane(sum, lane);
+  int before = SumUpToLane(sum, lane);
   if (lane == 31) shared.warp_sums[warp] = before;
   __syncthreads();
-  int64_t total = 0;
+  int total = 0;
   before -= sum;
 #pragma unroll
   for (int w = 0; w < C::kThreads / 32; ++w) {
-    const int64_t x = shared.warp_sums[w];
+    const int x = shared.warp_sums[w];
     before += w < warp ? x : 0;
     total += x;
   }
-  const int64_t begin = ShareBegin(total, blockIdx.x), offset = begin - before;
-  if (thread == 0) shared.share.units = ShareBegin(total, blockIdx.x + 1) - begin;
+  int units;
+  const int offset = ShareOfCta(total, &units) - before;
+  if (thread == 0) shared.share.units = units;
   if (offset >= 0 && offset < sum) {
     Walk<C>(p, groups, first, last, offset, &shared.share.group, &shared.share.unit);
   }

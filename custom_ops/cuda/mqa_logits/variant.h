@@ -10,7 +10,7 @@ namespace fastattn::cuda::mqa_logits {
 
 struct Arguments {
   CUtensorMap query;       // FP8: rows are heads
-  CUtensorMap key;         // rows of keys, of a page where paged
+  CUtensorMap key;         // rows of keys, of a page where paged; not of pages of MXFP4
   CUtensorMap key_scales;  // ragged: one row of bytes
   LogitsParams p;
   LogitsGroups groups;

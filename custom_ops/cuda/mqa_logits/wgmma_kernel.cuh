@@ -23,20 +23,27 @@
 
 namespace fastattn::cuda::mqa_logits {
 
-// By one thread.
+// By one warp.
 template <class C>
-__device__ __forceinline__ void InitShared(Shared<C>& shared) {
+__device__ __forceinline__ void InitShared(const Arguments& arguments, Shared<C>& shared,
+                                           int lane) {
   constexpr int kPreparing = kPreparers<C> * kWarpArrivals;
-  for (int i = 0; i < 2; ++i) {
-    InitBarrier(&shared.segment_found[i], 1);
-    InitBarrier(&shared.query_full[i], 1 + kPreparing);
-    InitBarrier(&shared.query_empty[i], 4 * C::kConsumers * kWarpArrivals + kPreparing);
+  static_assert(C::kStages <= 32);
+  if (lane < 2) {
+    InitBarrier(&shared.segment_found[lane], 1);
+    InitBarrier(&shared.query_full[lane], 1 + kPreparing);
+    InitBarrier(&shared.query_empty[lane], 4 * C::kConsumers * kWarpArrivals + kPreparing);
   }
-  for (int i = 0; i < C::kStages; ++i) {
-    InitBarrier(&shared.key_full[i], 1);
-    InitBarrier(&shared.key_empty[i], 4 * kWarpArrivals);
+  if (lane < C::kStages) {
+    InitBarrier(&shared.key_full[lane], 1);
+    InitBarrier(&shared.key_empty[lane], 4 * kWarpArrivals);
   }
   FenceBarrierInit();
+  if (lane == 0) {
+    if constexpr (C::kFp8 || !C::kPaged) PrefetchMap(&arguments.key);
+    if constexpr (C::kFp8) PrefetchMap(&arguments.query);
+    if constexpr (!C::kPaged) PrefetchMap(&arguments.key_scales);
+  }
 }
 
 template <class C>
@@ -45,29 +52,27 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
-  if (threadIdx.x == 0) {
-    InitShared(shared);
-    PrefetchMap(&arguments.key);
-    if constexpr (C::kFp8) PrefetchMap(&arguments.query);
-    if constexpr (!C::kPaged) PrefetchMap(&arguments.key_scales);
-  }
-  if (!C::kFp8 && threadIdx.x >= 32 && threadIdx.x < 32 + kMostShift + 1) {
-    shared.magnitudes[threadIdx.x - 32] = MagnitudesOfShift(threadIdx.x - 32);
-  }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == 2) InitShared(arguments, shared, lane);
+  if (!C::kFp8 && warp == 3) FillMagnitudes(shared.magnitudes, lane);
   PdlWait();
   PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
+  Share share;
   if constexpr (C::kPaged) {
-    constexpr int kLoading = 32 * C::kLoaders;
-    if (threadIdx.x >= kLoading) {
-      PrefetchInputs(arguments.p, threadIdx.x - kLoading, C::kThreads - kLoading);
+    if (warp == 0) {  // while others prepare the shared memory
+      share =
+          FindShareOfWarp<C>(KnownParams<C>(arguments.p), KnownGroups<C>(arguments.groups), lane);
+    } else {
+      PrefetchInputs(arguments.p, threadIdx.x - 32, C::kThreads - 32);
     }
     __syncthreads();
   } else {
     FindShare(arguments.p, arguments.groups, shared);
+    share = shared.share;
   }
   if (threadIdx.x < 128) {
     ReleaseRegisters<C::kProducerRegisters>();
-    RunProducer(arguments, shared);
+    RunProducer(arguments, shared, share);
   } else {
     ClaimRegisters<C::kConsumerRegisters>();
     Consumer<C>(arguments, shared).Run();

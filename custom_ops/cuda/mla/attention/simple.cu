@@ -54,9 +54,8 @@ __device__ void LoadToken(const MlaSelection& s, const Divisor& page_size, uint3
                           float* out) {
   const int lane = threadIdx.x % 32;
   const uint32_t page = page_size.Quotient(slot), row = slot - page * page_size.divisor;
-  const uint8_t* base = static_cast<const uint8_t*>(s.cache.data) + page * s.cache.page_stride;
-  const uint8_t* codes = base + row * s.cache.row_stride;
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(codes);
+  const MlaRow at = MlaRowOf(s.cache, s.cache.format, page, row);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(at.codes);
   const MlaFormatFacts facts = FactsOf(s.cache.format);
   if (s.cache.format == MlaFormat::kBf16) {
     for (int i = lane; i < dim / 2; i += 32) StoreBf16(__ldg(words + i), out + 2 * i);
@@ -67,14 +66,14 @@ __device__ void LoadToken(const MlaSelection& s, const Divisor& page_size, uint3
     for (int i = lane; i < dim / 4; i += 32) StoreCodes(__ldg(words + i), scale, out + 4 * i);
     return;
   }
-  const uint8_t* scales = base + s.cache.ScalePlane() + int64_t{row} * kMlaScalePlaneBytes;
-  for (int i = lane; i < facts.latent / 4; i += 32) {
+  for (int i = lane; i < facts.tiles * facts.tile / 4; i += 32) {
     const int tile = 4 * i / facts.tile;
-    const float scale = s.cache.format == MlaFormat::kFp8x584
-                            ? UE8M0ToFloat(__ldg(scales + tile))
-                            : __uint_as_float(__ldg(words + facts.latent / 4 + tile));
+    const float scale = ScalePlaneBytes(s.cache.format) > 0
+                            ? UE8M0ToFloat(__ldg(at.scales + tile))
+                            : __ldg(reinterpret_cast<const float*>(at.scales) + tile);
     StoreCodes(__ldg(words + i), scale, out + 4 * i);
   }
+  if (s.cache.format == MlaFormat::kFp8x528) return;  // the rotated channels are codes, too
   const int rope_word = facts.row_bytes / 4 - kMlaRopeDim / 2 + lane;
   StoreBf16(__ldg(words + rope_word), out + facts.latent + 2 * lane);
 }
@@ -85,7 +84,6 @@ struct Head {
   float acc[kLaneValues];
   float maximum;  // base-2 logarithm
   float sum;
-  bool seen;
 };
 
 __device__ __forceinline__ float SumOfWarp(float x) {
@@ -107,7 +105,6 @@ __device__ __forceinline__ void AttendTile(const Tile& tile, int dims, float fac
       if (i < dims) sum = fmaf(head->q[i], tile.keys[j][lane + 32 * i], sum);
     }
     scores[j] = tile.there[j] ? SumOfWarp(sum) * factor : -kInf;
-    head->seen |= tile.there[j];
     maximum = fmaxf(maximum, scores[j]);  // not a NaN
   }
   const float base = maximum == -kInf ? 0.0f : maximum;
@@ -153,22 +150,25 @@ __device__ __forceinline__ void AttendSelection(const MlaSparseParams& p, const 
   }
 }
 
-__device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t row, int h,
+__device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t token, int h,
                                           const Head& head) {
-  constexpr float kInf = __builtin_huge_valf();
+  const int64_t row = token * p.heads + h, at = p.StatisticAt(token, h);
   const int lane = threadIdx.x % 32;
-  float factor = head.seen ? 1.0f / head.sum : 0.0f;
-  if (p.sinks != nullptr && head.seen) {
-    const float sink = __ldg(p.sinks + h);
-    factor = sink == kInf ? 0.0f : JoinSink<0>(head.maximum, head.sum, sink).factor;
-  }
+  const Normaliser end =
+      NormaliserWithoutSink(head.maximum, head.sum, p.sinks, [&] { return __ldg(p.sinks + h); });
 #pragma unroll
   for (int i = 0; i < kLaneValues; ++i) {
-    p.out[row * kMlaValueDim + lane + 32 * i] = FloatToBFloat16(head.acc[i] * factor);
+    const int64_t channel = row * kMlaValueDim + lane + 32 * i;
+    const float value = head.acc[i] * end.factor;
+    if (p.out_float != nullptr) {
+      p.out_float[channel] = value;
+    } else {
+      p.out[channel] = FloatToBFloat16(value);
+    }
   }
-  if (p.max_logits != nullptr && lane == 0) p.max_logits[row] = head.maximum * kLn2;
+  if (p.max_logits != nullptr && lane == 0) p.max_logits[at] = head.maximum * kLn2;
   if (p.lse != nullptr && lane == 0) {
-    p.lse[row] = head.seen ? fmaf(head.maximum, kLn2, logf(head.sum)) : p.LonelyLse();
+    p.lse[at] = head.sum == 0.0f ? p.LonelyLse() : end.lse;
   }
 }
 
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   AttendSelection(p, p.keys, page_sizes.keys, token, &tile, &head);
   AttendSelection(p, p.extra, page_sizes.extra, token, &tile, &head);
-  if (h < p.heads) StoreHead(p, int64_t{token} * p.heads + h, h, head);
+  if (h < p.heads) StoreHead(p, token, h, head);
 }
 
 }  // namespace

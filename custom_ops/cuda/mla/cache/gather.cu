@@ -76,7 +76,7 @@ __device__ __forceinline__ uint4 Decode(uint2 codes, float scale) {
 template <MlaFormat kFormat>
 __device__ __forceinline__ float ScaleOf(const uint8_t* scales, int chunk) {
   const int tile = chunk / (FactsOf(kFormat).tile / kChunkChannels);
-  if constexpr (kFormat == MlaFormat::kFp8x584) return UE8M0ToFloat(*(scales + tile));
+  if constexpr (ScalePlaneBytes(kFormat) > 0) return UE8M0ToFloat(*(scales + tile));
   return *(reinterpret_cast<const float*>(scales) + tile);
 }
 
@@ -94,8 +94,9 @@ template <MlaFormat kFormat>
 __global__ void __launch_bounds__(kMlaThreads)
     GatherKernel(const __grid_constant__ MlaGatherParams p, Divisor page_size) {
   constexpr MlaFormatFacts kFacts = FactsOf(kFormat);
-  constexpr int kLatentChunks = kFacts.latent / kChunkChannels;
-  constexpr int kChunks = kLatentChunks + kMlaRopeDim / kChunkChannels;
+  constexpr int kCodedChunks =  // with a scale of their own; those behind are copied
+      (kFacts.tiles > 0 ? kFacts.tiles * kFacts.tile : kFacts.latent) / kChunkChannels;
+  constexpr int kChunks = (kFacts.latent + kMlaRopeDim) / kChunkChannels;
   constexpr int kRounds = (kChunks + 31) / 32;
   const int64_t token = WarpToken();
   const int lane = threadIdx.x % 32;
@@ -108,7 +109,8 @@ __global__ void __launch_bounds__(kMlaThreads)
   const int page = BlockOf(p.block_tables, p.max_blocks, static_cast<int>(p.cache.num_pages),
                            place.batch_idx, index);
   if (page < 0) return;
-  const MlaRow row = RowOf<kFormat>(p.cache, page, place.position - index * page_size.divisor);
+  const MlaRow row = MlaRowOf(p.cache, kFormat, static_cast<uint32_t>(page),
+                              place.position - index * page_size.divisor);
   // Everything is loaded before anything is converted.
   uint4 bytes[kRounds];
   float scale[kRounds];
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kMlaThreads)
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     const int chunk = lane + 32 * i;
-    const bool rope = chunk >= kLatentChunks;
+    const bool rope = chunk >= kCodedChunks;
     if (chunk >= kChunks) continue;
     if constexpr (kFormat == MlaFormat::kBf16) {
       bytes[i] = *(reinterpret_cast<const uint4*>(row.codes) + chunk);
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kMlaThreads)
       if constexpr (kFacts.tile > 0) scale[i] = ScaleOf<kFormat>(row.scales, chunk);
     } else {
       const uint8_t* copied = row.codes + kFacts.row_bytes - kMlaRopeChunks * 16;
-      bytes[i] = *(reinterpret_cast<const uint4*>(copied) + chunk - kLatentChunks);
+      bytes[i] = *(reinterpret_cast<const uint4*>(copied) + chunk - kCodedChunks);
     }
   }
   PdlLaunchDependents();
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kMlaThreads)
   for (int i = 0; i < kRounds; ++i) {
     const int chunk = lane + 32 * i;
     if (chunk >= kChunks) continue;
-    if (kFormat == MlaFormat::kFp8 || (kFacts.tile > 0 && chunk < kLatentChunks)) {
+    if (kFormat == MlaFormat::kFp8 || (kFacts.tile > 0 && chunk < kCodedChunks)) {
       bytes[i] = Decode(make_uint2(bytes[i].x, bytes[i].y), scale[kFacts.tile > 0 ? i : 0]);
     }
     out[chunk] = bytes[i];
@@ -149,11 +151,11 @@ cudaError_t LaunchMlaGatherCache(const MlaGatherParams& p, cudaStream_t stream) 
   const dim3 ctas(GridSize((p.num_out_tokens + kMlaWarps - 1) / kMlaWarps));
   const Divisor page_size(static_cast<uint32_t>(p.cache.page_size));
   cudaError_t status = cudaSuccess;
-  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
-      p.cache.format, "cache_format", [&](auto format) {
-        status = LaunchPdl(GatherKernel<decltype(format)::value>, ctas, dim3(kMlaThreads), stream,
-                           p, page_size);
-      });
+  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584,
+           MlaFormat::kFp8x528>(p.cache.format, "cache_format", [&](auto format) {
+    status = LaunchPdl(GatherKernel<decltype(format)::value>, ctas, dim3(kMlaThreads), stream, p,
+                       page_size);
+  });
   return status;
 }
 

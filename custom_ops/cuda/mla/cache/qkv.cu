@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMlaThreads)
     if (slot < 0 || slot >= slots) return;
     const uint32_t page = page_size.Quotient(static_cast<uint32_t>(slot));
     const uint32_t row = static_cast<uint32_t>(slot) - page * page_size.divisor;
-    WriteKey(RowOf<MlaFormat::kFp8x584>(p.cache, page, row), angles, lane, low, high);
+    WriteKey(MlaRowOf(p.cache, MlaFormat::kFp8x584, page, row), angles, lane, low, high);
     return;
   }
 

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMlaThreads)
   if (slot < 0 || slot >= slots) return;
   const uint32_t page = page_size.Quotient(static_cast<uint32_t>(slot));
   const uint32_t row = static_cast<uint32_t>(slot) - page * page_size.divisor;
-  values.Store(RowOf<kFormat>(p.cache, page, row), lane);
+  values.Store(MlaRowOf(p.cache, kFormat, page, row), lane);
 }
 
 }  // namespace

@@ -16,10 +16,21 @@ namespace {
 constexpr int kChannelThreads = 128;  // of a row, four channels each
 constexpr int kQuarters = 4;          // each has every fourth partial result
 constexpr int kThreads = kChannelThreads * kQuarters;
-constexpr int kRowCtas = 16;  // of a tile, at most
+// CTAs of a tile's rows: at least so many, and more where few items can be split.
+constexpr int kRowCtas = 16;
+constexpr int64_t kCtas = 2048;
 static_assert(kMlaDenseMaxGroups <= kThreads);
 
+// An item whose keys several groups took.
+struct Noted {
+  int group = -1;  // the first of them; -1: there is no such item
+  int4 note = {};
+};
+
 struct Shared {
+  int noted[kThreads / 32];
+  int4 note;
+  int group;
   float weights[kThreads];
   float warps[kThreads / 32];
   float4 parts[kQuarters - 1][kChannelThreads];
@@ -80,12 +91,9 @@ __device__ __forceinline__ void CombineRow(const MlaDenseParams& p, const MlaDen
     out.w += part.w;
   }
   const int head = in_seq % p.heads, token = note.y + in_seq / p.heads;
-  const RowEnd end = FinishRow(p, maximum, sum, head);
-  constexpr DType kOut = DType::kBFloat16;
-  const uint2 bits = make_uint2(PackPair<kOut>(out.x * end.factor, out.y * end.factor),
-                                PackPair<kOut>(out.z * end.factor, out.w * end.factor));
+  const Normaliser end = FinishRow(p, maximum, sum, head);
   const int64_t at = (int64_t{token} * p.heads + head) * kMlaDenseChannels;
-  reinterpret_cast<uint2*>(p.out + at)[lane] = bits;
+  StoreFour(p, at + 4 * lane, out, end.factor);
   if (lane == 0) StoreLse(p, token, head, end.lse);
 }
 
@@ -100,17 +108,46 @@ __device__ __forceinline__ void ClearToken(const MlaDenseParams& p, int token) {
   }
   if (__any_sync(kFullWarp, taken)) return;
   if (p.clear_padding) {
-    uint4* out = reinterpret_cast<uint4*>(p.out + int64_t{token} * p.heads * kMlaDenseChannels);
-    for (int i = threadIdx.x; i < p.heads * (kMlaDenseChannels / 8); i += kThreads) {
-      out[i] = make_uint4(0, 0, 0, 0);
+    const int64_t first = int64_t{token} * p.heads * kMlaDenseChannels;
+    for (int i = threadIdx.x; i < p.heads * kChannelThreads; i += kThreads) {
+      StoreFour(p, first + 4 * i, make_float4(0.0f, 0.0f, 0.0f, 0.0f), 1.0f);
     }
   }
   if (p.lse != nullptr && threadIdx.x < p.heads) StoreLse(p, token, threadIdx.x, -INFINITY);
 }
 
-// CTAs (x, y): y of the rows' CTAs times the tile of x = group * group_ctas + sub. Those with y
-// past them clear tokens.
-__global__ void __launch_bounds__(kThreads)
+__device__ __forceinline__ int4 LoadNote(const Workspace& workspace, int group) {
+  return *reinterpret_cast<const int4*>(workspace.notes + group * kMlaDenseNoteInts);
+}
+
+// The `which`-th noted item; *count: all of them. All threads call it.
+__device__ __forceinline__ Noted FindNoted(const Workspace& workspace, int groups, int which,
+                                           Shared& shared, int* count) {
+  const int group = threadIdx.x, lane = group % 32, warp = group / 32;
+  const int4 note = group < groups ? LoadNote(workspace, group) : int4{};
+  const uint32_t votes = __ballot_sync(kFullWarp, note.x != 0);
+  __syncthreads();  // what the item before left is no longer read
+  if (lane == 0) shared.noted[warp] = __popc(votes);
+  if (group == 0) shared.group = -1;
+  __syncthreads();
+  int before = __popc(votes & ((1u << lane) - 1));
+  *count = 0;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    before += w < warp ? shared.noted[w] : 0;
+    *count += shared.noted[w];
+  }
+  if (note.x != 0 && before == which) {
+    shared.group = group;
+    shared.note = note;
+  }
+  __syncthreads();
+  return {shared.group, shared.note};
+}
+
+// CTAs (x, y): y of the rows' CTAs times the tile of x = item * group_ctas + sub, items counted as
+// they were noted. Those with y past them clear tokens.
+__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
     CombineKernel(const __grid_constant__ MlaDenseParams p,
                   const __grid_constant__ MlaDensePlan plan, int row_ctas) {
   PdlWait();
@@ -123,12 +160,18 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const Workspace workspace = WorkspaceOf(p, plan);
-  const int group = blockIdx.x / plan.group_ctas, sub = blockIdx.x % plan.group_ctas;
-  const int4 note = *reinterpret_cast<const int4*>(workspace.notes + group * kMlaDenseNoteInts);
-  if (note.x == 0) return;
   __shared__ Shared shared;
-  for (int row = blockIdx.y; row < plan.tile_rows; row += row_ctas) {
-    CombineRow(p, plan, workspace, group, sub, row, note, shared);
+  const int sub = blockIdx.x % plan.group_ctas, step = gridDim.x / plan.group_ctas;
+  int count = step;  // of noted items, as far as known
+  for (int item = blockIdx.x / plan.group_ctas; item < count; item += step) {
+    // Where every group may have noted one there is nothing to count.
+    const Noted noted = step == plan.groups
+                            ? Noted{item, LoadNote(workspace, item)}
+                            : FindNoted(workspace, plan.groups, item, shared, &count);
+    if (noted.group < 0 || noted.note.x == 0) return;
+    for (int row = blockIdx.y; row < plan.tile_rows; row += row_ctas) {
+      CombineRow(p, plan, workspace, noted.group, sub, row, noted.note, shared);
+    }
   }
 }
 
@@ -137,8 +180,13 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t LaunchCombine(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
   const int64_t rows =
       std::min<int64_t>(plan.tile_rows, std::max<int64_t>(int64_t{p.max_seqlen_q} * p.heads, 1));
-  const int row_ctas = static_cast<int>(std::min<int64_t>(rows, kRowCtas));
-  const int columns = plan.groups * plan.group_ctas;
+  // No more items are split than there are, and one between two groups.
+  const int64_t tile = int64_t{plan.tile_rows} * plan.group_ctas, tokens = p.seqs.num_tokens;
+  const int64_t most = tokens * p.heads + std::min<int64_t>(p.seqs.batch, tokens) * (tile - 1);
+  const int64_t items = std::clamp<int64_t>(most / tile, 1, plan.groups);
+  const int columns = static_cast<int>(items) * plan.group_ctas;
+  const int row_ctas =
+      static_cast<int>(std::min(rows, std::max<int64_t>(kRowCtas, kCtas / columns)));
   const bool clears = p.clear_padding || p.lse != nullptr;
   const int clearing =
       clears ? static_cast<int>(std::min<int64_t>((p.seqs.num_tokens + columns - 1) / columns, 16))

@@ -1,30 +1,34 @@
-// From a row's sum of weights to its LSE and the factor of its output.
+// What all kernels do with a finished row.
 #pragma once
 
 #include "common/normaliser.h"
+#include "cuda/common/convert.cuh"
 #include "cuda/common/exp2.cuh"
 #include "params/mla_attention.h"
 
 namespace fastattn::cuda::mla_dense {
 
-struct RowEnd {
-  float lse;     // natural, without the sink
-  float factor;  // what the weighted sum of values is multiplied with
-};
-
-// `sum` is that of 2^(score - maximum). A row without a key has a sum of 0.
-__device__ __forceinline__ RowEnd FinishRow(const MlaDenseParams& p, float maximum, float sum,
-                                            int head) {
-  if (sum == 0.0f) return {-INFINITY, 0.0f};
-  const float lse = maximum + log2f(sum);
-  float factor = 1.0f / sum;
-  if (p.sinks != nullptr) factor /= 1.0f + exp2f(__ldg(p.sinks + head) * kLog2E - lse);
-  return {lse * kLn2, factor};
+__device__ __forceinline__ Normaliser FinishRow(const MlaDenseParams& p, float maximum, float sum,
+                                                int head) {
+  return NormaliserWithoutSink(maximum, sum, p.sinks, [&] { return __ldg(p.sinks + head); });
 }
 
 __device__ __forceinline__ void StoreLse(const MlaDenseParams& p, int64_t token, int head,
                                          float lse) {
   if (p.lse != nullptr) p.lse[int64_t{head} * p.seqs.num_tokens + token] = lse;
+}
+
+// Four channels of the output from `at` on.
+__device__ __forceinline__ void StoreFour(const MlaDenseParams& p, int64_t at, const float4& x,
+                                          float factor) {
+  const float4 y = make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+  if (p.out_float != nullptr) {
+    *reinterpret_cast<float4*>(p.out_float + at) = y;
+  } else {
+    constexpr DType kOut = DType::kBFloat16;
+    *reinterpret_cast<uint2*>(p.out + at) =
+        make_uint2(PackPair<kOut>(y.x, y.y), PackPair<kOut>(y.z, y.w));
+  }
 }
 
 }  // namespace fastattn::cuda::mla_dense

@@ -192,11 +192,13 @@ __device__ __forceinline__ void Store(const MlaDenseParams& p, const Segment& se
       const float a = factor == 0.0f ? 0.0f : out[n][2 * half] * factor;
       const float b = factor == 0.0f ? 0.0f : out[n][2 * half + 1] * factor;
       const int channel = 128 * warp + 8 * n + 2 * (lane % 4);
-      if (whole) {
+      if (whole && p.out_float == nullptr) {
         *reinterpret_cast<uint32_t*>(p.out + at * kMlaDenseChannels + channel) =
             PackPair<DType::kBFloat16>(a, b);
       } else {
-        *reinterpret_cast<float2*>(partial + r * kMlaDenseChannels + channel) = make_float2(a, b);
+        float* row_out =
+            whole ? p.out_float + at * kMlaDenseChannels : partial + r * kMlaDenseChannels;
+        *reinterpret_cast<float2*>(row_out + channel) = make_float2(a, b);
       }
     }
   }
@@ -239,7 +241,7 @@ __device__ __forceinline__ void RunSegment(const MlaDenseParams& p, const MlaDen
     const int r = threadIdx.x / 8;
     if (whole) {
       const int head = own_row % p.heads;
-      const RowEnd row_end = FinishRow(p, state.maximum, sum, head);
+      const Normaliser row_end = FinishRow(p, state.maximum, sum, head);
       shared.factor[r] = row_end.factor;
       StoreLse(p, seq.q_begin + own_row / p.heads, head, row_end.lse);
     } else {
@@ -294,9 +296,10 @@ MlaDensePlan PlanMma(const MlaDenseParams& p, int processors) {
 
 cudaError_t LaunchMma(const MlaDenseParams& p, const MlaDensePlan& plan, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
-  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
-      p.cache.format, "cache_format",
-      [&](auto format) { status = LaunchFormat<decltype(format)::value>(p, plan, stream); });
+  dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584,
+           MlaFormat::kFp8x528>(p.cache.format, "cache_format", [&](auto format) {
+    status = LaunchFormat<decltype(format)::value>(p, plan, stream);
+  });
   return status;
 }
 

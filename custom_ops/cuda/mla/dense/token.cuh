@@ -16,10 +16,7 @@ namespace fastattn::cuda::mla_dense {
 template <MlaFormat kFormat>
 inline constexpr int kDim = FactsOf(kFormat).latent + kMlaRopeDim;
 
-struct Token {
-  const uint8_t* codes;   // null: no page is assigned
-  const uint8_t* scales;  // kFp8x584: in the page's other plane; else behind the codes
-};
+using Token = MlaRow;  // without codes where no page is assigned
 
 // Position `key` of a sequence; it is not negative.
 template <MlaFormat kFormat>
@@ -30,12 +27,7 @@ __device__ __forceinline__ Token FindToken(const MlaDenseParams& p, const Diviso
                            static_cast<int>(p.cache.num_pages), batch_idx, index);
   if (page < 0) return {nullptr, nullptr};
   const uint32_t row = static_cast<uint32_t>(key) - index * page_size.divisor;
-  const uint8_t* base = static_cast<const uint8_t*>(p.cache.data) + page * p.cache.page_stride;
-  const uint8_t* codes = base + row * p.cache.row_stride;
-  if constexpr (kFormat == MlaFormat::kFp8x584) {
-    return {codes, base + p.cache.ScalePlane() + int64_t{row} * kMlaScalePlaneBytes};
-  }
-  return {codes, codes + FactsOf(kFormat).latent};
+  return MlaRowOf(p.cache, kFormat, page, row);
 }
 
 // Eight codes, each times the scale in one fp32 product, rounded.
@@ -58,16 +50,16 @@ __device__ __forceinline__ uint4 LoadChunk(const Token& token, int chunk, float 
   if constexpr (kFormat == MlaFormat::kBf16) {
     return __ldg(reinterpret_cast<const uint4*>(token.codes) + chunk);
   } else {
-    constexpr int kLatent = kFacts.latent / 8;
-    if (kFacts.tile > 0 && chunk >= kLatent) {
+    constexpr int kCoded = kFacts.tiles * kFacts.tile / 8;
+    if (kFacts.tile > 0 && chunk >= kCoded) {
       const uint8_t* rope = token.codes + kFacts.row_bytes - kMlaRopeDim * 2;
-      return __ldg(reinterpret_cast<const uint4*>(rope) + chunk - kLatent);
+      return __ldg(reinterpret_cast<const uint4*>(rope) + chunk - kCoded);
     }
     const uint2 codes = __ldg(reinterpret_cast<const uint2*>(token.codes) + chunk);
     float scale = static_scale;
     if constexpr (kFormat == MlaFormat::kFp8x656) {
       scale = __ldg(reinterpret_cast<const float*>(token.scales) + chunk / (kFacts.tile / 8));
-    } else if constexpr (kFormat == MlaFormat::kFp8x584) {
+    } else if constexpr (ScalePlaneBytes(kFormat) > 0) {
       scale = UE8M0ToFloat(__ldg(token.scales + chunk / (kFacts.tile / 8)));
     }
     return Dequantise(codes.x, codes.y, scale);

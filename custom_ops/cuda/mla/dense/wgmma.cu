@@ -157,7 +157,7 @@ cudaError_t LaunchFormat(const MlaDenseParams& p, const MlaDensePlan& plan, cuda
 
 bool WgmmaSupports(const MlaDenseParams& p) {
   const MlaCache& cache = p.cache;
-  if (cache.num_pages == 0) return false;
+  if (cache.num_pages == 0 || cache.format == MlaFormat::kFp8x528) return false;
   if (cache.format != MlaFormat::kBf16) return true;
   // A box is a whole number of swizzle patterns. Strides of a tensor map are not 0.
   return BoxRows(cache) >= 8 && cache.row_stride > 0 && cache.page_stride > 0;

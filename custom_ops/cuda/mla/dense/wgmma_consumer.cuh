@@ -72,14 +72,17 @@ __device__ __forceinline__ void StoreOutput(const MlaDenseParams& p, const Segme
     if (row >= part.rows) continue;
     const float factor = shared.factor[r];
     const int64_t at = int64_t{segment.seq.q_begin} * p.heads + row;
+    const bool rounded = part.whole && p.out_float == nullptr;
     uint16_t* target = p.out + at * kMlaDenseChannels + column;
-    float* target_part = partial + int64_t{r} * kMlaDenseChannels + column;
+    float* target_part = (part.whole ? p.out_float + at * kMlaDenseChannels
+                                     : partial + int64_t{r} * kMlaDenseChannels) +
+                         column;
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
       // A row without a key has no output, not 0 times one that is NaN.
       const float a = factor == 0.0f ? 0.0f : out[4 * j + 2 * half] * factor;
       const float b = factor == 0.0f ? 0.0f : out[4 * j + 2 * half + 1] * factor;
-      if (part.whole) {
+      if (rounded) {
         *reinterpret_cast<uint32_t*>(target + 8 * j) = PackPair<DType::kBFloat16>(a, b);
       } else {
         *reinterpret_cast<float2*>(target_part + 8 * j) = make_float2(a, b);
@@ -139,7 +142,7 @@ __device__ __forceinline__ void FinishTileRow(const MlaDenseParams& p, const Seg
   const int row = part.row0 + r;
   if (part.whole) {
     const int head = row % p.heads;
-    const RowEnd end = FinishRow(p, maximum, sum, head);
+    const Normaliser end = FinishRow(p, maximum, sum, head);
     *factor = end.factor;
     StoreLse(p, segment.seq.q_begin + row / p.heads, head, end.lse);
   } else {

@@ -64,10 +64,16 @@ static __global__ void __launch_bounds__(kCombineThreads)
   }
   const bool lonely = sum == 0.0f;
   if (threadIdx.x == 0 && p.lse != nullptr) {
-    p.lse[at] = lonely ? p.LonelyLse() : shift * kLn2 + logf(sum);
+    const unsigned token = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
+    p.lse[p.StatisticAt(token, head)] = lonely ? p.LonelyLse() : shift * kLn2 + logf(sum);
   }
   if (p.sinks != nullptr) sum += Exp2(p.sinks[at % p.heads] * kLog2E - shift);
   const float factor = lonely ? 0.0f : 1.0f / sum;
+  if (p.out_float != nullptr) {
+    *reinterpret_cast<float4*>(p.out_float + at * kMlaValueDim + 4 * threadIdx.x) =
+        make_float4(out[0] * factor, out[1] * factor, out[2] * factor, out[3] * factor);
+    return;
+  }
   uint2 pairs;
   pairs.x = PackPair<DType::kBFloat16>(out[0] * factor, out[1] * factor);
   pairs.y = PackPair<DType::kBFloat16>(out[2] * factor, out[3] * factor);

@@ -23,14 +23,14 @@ __device__ __forceinline__ float ShiftOf(float maximum) {
 __device__ __forceinline__ float FinishRow(const Arguments& args, const Work& work, int head,
                                            const RowState& row, float common_scale) {
   const MlaSparseParams& p = args.p;
-  const int64_t at = work.token * p.heads + head;
   const float shift = ShiftOf(row.maximum);
   const bool lonely = row.sum == 0.0f;
   if (args.splits > 1) {
     const float lse = lonely ? -INFINITY : shift + log2f(row.sum);
-    args.partial_lse[work.split * p.tokens * p.heads + at] = lse;
+    args.partial_lse[(work.split * p.tokens + work.token) * p.heads + head] = lse;
     return lonely ? 0.0f : common_scale / row.sum;
   }
+  const int64_t at = p.StatisticAt(work.token, head);
   if (p.lse != nullptr) p.lse[at] = lonely ? p.LonelyLse() : shift * kLn2 + logf(row.sum);
   if (p.max_logits != nullptr) p.max_logits[at] = row.maximum * kLn2;
   if (lonely) return 0.0f;

@@ -177,7 +177,7 @@ class Gather {
     Place place = {static_cast<uint32_t>((base + row * cache.row_stride) / 16), 0};
     if constexpr (kFormat == MlaFormat::kFp8x584) {
       place.scales =
-          static_cast<uint32_t>((base + cache.ScalePlane() + row * kMlaScalePlaneBytes) / 8);
+          static_cast<uint32_t>((base + cache.ScalePlane() + row * ScalePlaneBytes(kFormat)) / 8);
     }
     return place;
   }

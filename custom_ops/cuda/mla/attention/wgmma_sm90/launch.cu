@@ -22,7 +22,8 @@ bool SelectionFits(const MlaSelection& s, int dim) {
       (c.num_pages - 1) <= (int64_t{1} << 34) / std::max<int64_t>(c.page_stride, 1) &&
       c.page_size * c.row_stride <= int64_t{1} << 33;
   const bool eight = c.format != MlaFormat::kFp8x584 || c.ScalePlane() % 8 == 0;
-  const bool format = c.format == MlaFormat::kFp8x584   ? dim == 512
+  const bool format = c.format == MlaFormat::kFp8x528   ? false
+                      : c.format == MlaFormat::kFp8x584 ? dim == 512
                       : c.format == MlaFormat::kFp8x656 ? dim == 576
                                                         : dim == 576 || dim == 512;
   return format && eight && small && aligned(reinterpret_cast<intptr_t>(c.data)) &&
@@ -40,9 +41,11 @@ int Splits(const MlaSparseParams& p, int processors) {
   const int64_t group = HeadsOf(p.heads);
   const int64_t items = p.tokens * ((p.heads + group - 1) / group);
   const int tiles = Tiles(p.keys.topk) + Tiles(p.extra.topk);
-  int best = 1;
+  // Only what joins splits writes fp32.
+  const int fewest = p.out_float != nullptr ? 2 : 1;
+  int best = fewest;
   int64_t least = INT64_MAX;
-  for (int splits = 1; splits <= std::min(tiles, kMaxSplits); ++splits) {
+  for (int splits = fewest; splits <= std::min(tiles, kMaxSplits); ++splits) {
     const int64_t waves = (items * splits + processors - 1) / processors;
     const int64_t cost =
         waves * ((tiles + splits - 1) / splits + kFixedTiles) + (splits > 1 ? kFixedTiles : 0);
@@ -62,7 +65,8 @@ int64_t LseBytes(const MlaSparseParams& p, int splits) {
 
 bool Takes(const MlaSparseParams& p) {
   const auto aligned = [](int64_t x) { return x % 8 == 0; };
-  return p.heads > 0 && (p.dim == 576 || p.dim == 512) && SelectionFits(p.keys, p.dim) &&
+  return p.heads > 0 && (p.out_float == nullptr || p.max_logits == nullptr) &&
+         (p.dim == 576 || p.dim == 512) && SelectionFits(p.keys, p.dim) &&
          (p.extra.topk == 0 ||
           (SelectionFits(p.extra, p.dim) && p.extra.cache.format == p.keys.cache.format)) &&
          reinterpret_cast<intptr_t>(p.q) % 16 == 0 && reinterpret_cast<intptr_t>(p.out) % 16 == 0 &&

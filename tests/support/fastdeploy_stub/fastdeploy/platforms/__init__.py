@@ -8,6 +8,8 @@ class _Backend(enum.Enum):
     FLASH_ATTN = enum.auto()
     FLASH_MASK_ATTN = enum.auto()
     MLA_ATTN = enum.auto()
+    DSA_ATTN = enum.auto()  # since 2.6
+    PLAS_ATTN = enum.auto()
     DECODE_UNIFIED_ATTN = enum.auto()  # since 2.7's development
 
 
@@ -24,6 +26,8 @@ class CUDAPlatform:
             _Backend.FLASH_ATTN: "FlashAttentionBackend",
             _Backend.FLASH_MASK_ATTN: "FlashMaskAttentionBackend",
             _Backend.MLA_ATTN: "MLAAttentionBackend",
+            _Backend.DSA_ATTN: "DSAAttentionBackend",
+            _Backend.PLAS_ATTN: "PlasAttentionBackend",
             _Backend.DECODE_UNIFIED_ATTN: "DecodeUnifiedAttentionBackend",
         }
         if selected_backend not in names:

@@ -22,7 +22,15 @@ class DecodeUnifiedAttentionBackend(AppendAttentionBackend):
     pass
 
 
+class PlasAttentionBackend(AppendAttentionBackend):
+    pass
+
+
 class MLAAttentionBackend(AppendAttentionBackend):
+    pass
+
+
+class DSAAttentionBackend(AppendAttentionBackend):
     pass
 
 

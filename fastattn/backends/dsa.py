@@ -1,0 +1,259 @@
+"""The backend that takes the place of FastDeploy's ``DSA_ATTN``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import Any
+
+import paddle
+
+from fastattn import functional
+from fastattn.backends import fastdeploy_models
+from fastattn.backends.config import PD_MODES, read
+from fastattn.backends.forward_meta import field, sequences
+from fastattn.backends.indexer import QueryRows, query_rows
+from fastattn.backends.latent import (
+    LatentAttentionBackend,
+    LatentAttentionMetadata,
+    TokenMaps,
+)
+from fastattn.backends.latent_config import INDEX_DIM, LATENT_DIM, ROPE_DIM, IndexerConfig
+
+#: Bytes of a token: 512 e4m3 codes, 4 float32 scales and 64 bfloat16 channels; of an index key, its
+#: codes and its float32 scale.
+TOKEN_BYTES = LATENT_DIM + LATENT_DIM // 128 * 4 + 2 * ROPE_DIM
+KEY_BYTES = INDEX_DIM + 4
+
+
+@dataclass
+class DSAAttentionMetadata(LatentAttentionMetadata):
+    """Metadata of a step with an indexer.
+
+    Attributes
+    ----------
+    rows : list of (TokenMaps, QueryRows)
+        Rows of the step's queries, or of its two micro-batches', and the maps they belong to.
+    chosen : dict
+        By layer: the `forward_meta` that it has chosen keys for, and how many of each query.
+    """
+
+    rows: list[tuple[TokenMaps, QueryRows]] = dataclass_field(default_factory=list)
+    chosen: dict[int, tuple[Any, Any]] = dataclass_field(default_factory=dict)
+
+
+class DSAAttentionBackend(LatentAttentionBackend):
+    """DeepSeek sparse attention: an indexer chooses a query's keys, attention reads only those.
+
+    A layer's step is :meth:`select`, which writes the index keys and chooses, and then
+    :meth:`forward`, which writes the latents and attends. Both read the cache alone, so a cached
+    prefix or an earlier chunk is what any other key is. Indices are slots of the cache in every
+    step, -1 behind the last.
+
+    Parameters
+    ----------
+    scale_rule : {"pow2", "amax"}
+        How scales of the latent cache are chosen: :func:`fastattn.functional.mla_write_cache`.
+        FlashMLA reads "pow2" without loss.
+    **kwargs
+        See :class:`LatentAttentionBackend`.
+
+    Raises
+    ------
+    NotImplementedError
+        If the configuration needs something that is not supported; the message names it. Servers
+        that prefill for others, and pools, are among it: FastDeploy moves no index keys.
+    ValueError
+        If the configuration lacks an option, or `scale_rule` is unknown.
+    """
+
+    _metadata_class = DSAAttentionMetadata
+
+    def __init__(self, fd_config: Any, *args: Any, scale_rule: str = "pow2", **kwargs: Any) -> None:
+        super().__init__(fd_config, *args, **kwargs)
+        name = type(self).__name__
+        if scale_rule not in ("pow2", "amax"):
+            raise ValueError(f"{name}: scale_rule: expected pow2 or amax, got {scale_rule!r}")
+        self.scale_rule = scale_rule
+        self.indexer = IndexerConfig.of(fd_config, name)
+        if not self.config.causal:
+            self._refuse("model_config.causal = False")
+        self._refuse_moves(fd_config)
+
+    def _refuse_moves(self, fd_config: Any) -> None:
+        """Refuse what would move blocks without their index keys."""
+        mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
+        role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
+        pool = read(fd_config, "cache_config.kvcache_storage_backend")
+        swapped = read(fd_config, "cache_config.num_cpu_blocks", 0)
+        for what, value, moves in (
+            ("parallel_config.pd_disaggregation_mode", mode, mode in PD_MODES),
+            ("scheduler_config.splitwise_role", role, role != "mixed"),
+            ("cache_config.kvcache_storage_backend", pool, pool is not None),
+            ("cache_config.num_cpu_blocks", swapped, bool(swapped)),
+        ):
+            if moves:
+                self._refuse(f"{what} = {value!r}, which leaves index keys behind,")
+
+    def get_kv_cache_shape(  # type: ignore[override]
+        self, max_num_blocks: int, kv_cache_quant_type: str | None = None
+    ) -> tuple[list[int], ...]:
+        """Shapes of a layer's caches, all uint8, with FastDeploy's bytes.
+
+        Returns
+        -------
+        key : list of int
+            Of the latent cache.
+        value : list of int
+            Empty: there is no value cache.
+        index_key : list of int
+            Only if `kv_cache_quant_type` is "uint8", as FastDeploy's runner asks for caches of such
+            models. Its engine, which attaches to caches, unpacks two shapes.
+        """
+        size = self.config.block_size
+        key, value = [max_num_blocks, 1, size, TOKEN_BYTES], list[int]()
+        if kv_cache_quant_type != "uint8":
+            return key, value
+        return key, value, [max_num_blocks, size, KEY_BYTES]
+
+    def init_attention_metadata(self, forward_meta: Any) -> None:
+        """Prepare a step. Nothing is copied from the device."""
+        fastdeploy_models.take_indexer()
+        super().init_attention_metadata(forward_meta)
+
+    def select(
+        self, queries: Any, keys: Any, weights: Any, layer_id: int, forward_meta: Any
+    ) -> Any:
+        """Write a layer's index keys and choose the keys of each query, for any kind of step.
+
+        Every rank of a tensor-parallel group computes the same indices: the order of logits is a
+        total one, and no arithmetic depends on the other ranks.
+
+        Parameters
+        ----------
+        queries : Tensor, shape [T, H, 128], bfloat16
+            Rotated queries of the indexer, H heads on every rank.
+        keys : Tensor, shape [T, 128], bfloat16
+            Normalised and rotated index keys of the step's tokens.
+        weights : Tensor, shape [T, H]
+            Weight of each head. The factor ``(128 H) ** -0.5`` is put in here.
+        layer_id : int
+        forward_meta : ForwardMeta
+            ``caches[2 * layer_id + 1]`` is the layer's cache of index keys.
+
+        Returns
+        -------
+        Tensor, shape [T, topk], int32
+            Slots of the layer's caches, in the order of positions, -1 behind the last and for
+            padding tokens.
+        """
+        heads, topk = self.indexer.heads, self.indexer.topk
+        tokens = queries.shape[0]
+        if tokens == 0:
+            return paddle.zeros([0, topk], "int32")
+        cache = field(forward_meta, "caches")[2 * layer_id + 1]
+        blocks = cache.shape[0]
+        maps = self._maps(tokens, blocks, layer_id, forward_meta, begin=True)
+        functional.indexer_k_write_cache(keys.reshape([-1, INDEX_DIM]), cache, maps.slots)
+        codes, scales = functional.quantize_fp8(
+            queries.reshape([-1, INDEX_DIM]), granularity="token"
+        )
+        factors = scales.reshape([-1, heads]) * float((INDEX_DIM * heads) ** -0.5)
+        rows = self._query_rows(maps, forward_meta)
+        tables = sequences(forward_meta)[0]
+        chosen = functional.paged_indexer_topk(
+            rows.gather(codes.reshape([tokens, -1])).reshape([*rows.lengths.shape, heads, -1]),
+            cache,
+            rows.gather(weights.astype("float32") * factors).reshape([-1, heads]),
+            rows.lengths,
+            rows.tables,
+            self._most_keys(forward_meta),
+            topk,
+        )
+        slots, lengths = functional.topk_to_slots(
+            rows.scatter(chosen),
+            tables,
+            maps.batch_ids,
+            block_size=self.config.block_size,
+            num_blocks=blocks,
+        )
+        self._metadata().chosen[layer_id] = forward_meta, lengths
+        return slots
+
+    def _query_rows(self, maps: TokenMaps, forward_meta: Any) -> QueryRows:
+        """Rows of the step's queries, made with its maps."""
+        metadata = self._metadata()
+        for made_for, rows in metadata.rows:
+            if made_for is maps:
+                return rows
+        tokens, seqs = maps.slots.shape[0], sequences(forward_meta)[1].shape[0] - 1
+        decoding, prefills = self._kind(forward_meta)
+        tiled = prefills or tokens > seqs * decoding
+        made = query_rows(forward_meta, maps, self._places[-1], tiled=tiled)
+        metadata.rows = [*metadata.rows[-1:], (maps, made)]
+        return made
+
+    def forward_mixed(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        qkv: Any,
+        compressed_kv: Any,
+        k_pe: Any,
+        layer: Any,
+        forward_meta: Any,
+    ) -> Any:
+        """Attention of one layer.
+
+        Parameters
+        ----------
+        q : Tensor, shape [T, H, 576] or [T, H * 576], bfloat16
+            Absorbed queries: latent channels of a head, then its rotated ones.
+        k
+            Not used: FastDeploy's models give the step's latents.
+        v : Tensor, shape [T, 1, topk] or [T, topk], int32
+            What :meth:`select` returned for the layer.
+        qkv
+            Not used.
+        compressed_kv : Tensor, shape [T, 512], bfloat16
+            Latent channels of the step's tokens, after their norm.
+        k_pe : Tensor, shape [T, 1, 64] or [T, 64], bfloat16
+            Their rotated channels.
+        layer : object
+            FastDeploy's ``Attention`` layer or an :class:`fastattn.backends.AttentionLayer`.
+        forward_meta : ForwardMeta
+            The step that :meth:`init_attention_metadata` was called with; ``caches[2 * layer_id]``
+            is the layer's latent cache.
+
+        Returns
+        -------
+        Tensor, shape [T, H, 512], bfloat16
+            0 for padding tokens.
+
+        Raises
+        ------
+        NotImplementedError
+            If the layer needs something that is not supported.
+        ValueError
+            If the step lacks a field, or shapes do not match.
+        """
+        queries = self._queries(q, compressed_kv, layer)
+        tokens = queries.shape[0]
+        if v is None:
+            raise ValueError(f"{type(self).__name__}: v: expected indices of select(), got None")
+        if tokens == 0:
+            return paddle.zeros([0, self.num_heads, LATENT_DIM], dtype=q.dtype)
+        cache = field(forward_meta, "caches")[2 * layer.layer_id]
+        maps = self._maps(tokens, cache.shape[0], layer.layer_id, forward_meta, begin=False)
+        self._write(compressed_kv, k_pe, cache, maps.slots, "fp8_656", self.scale_rule)
+        made_for, lengths = self._metadata().chosen.get(layer.layer_id, (None, None))
+        return functional.mla_sparse_attention(
+            queries,
+            cache,
+            v.reshape([tokens, -1]),
+            cache_format="fp8_656",
+            topk_length=lengths if made_for is forward_meta else None,
+            sinks=getattr(layer, "sinks", None),
+            softmax_scale=self.config.softmax_scale,
+        )

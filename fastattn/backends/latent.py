@@ -1,0 +1,259 @@
+"""Base class of the backends of latent (MLA) caches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+
+from fastattn import functional
+from fastattn.backends.base import AttentionBackend, AttentionMetadata
+from fastattn.backends.config import keep_out_of_graphs
+from fastattn.backends.forward_meta import (
+    current_plan,
+    field,
+    guess_new_tokens,
+    host_lengths,
+    optional,
+    sequences,
+)
+from fastattn.backends.kv_signals import KvSignals
+from fastattn.backends.latent_config import LATENT_DIM, ROPE_DIM, LatentConfig
+from fastattn.backends.stale_starts import StaleStarts
+
+
+class TokenMaps(NamedTuple):
+    """Where the tokens of a step are.
+
+    Attributes
+    ----------
+    batch_ids : Tensor, shape [T], int32
+        Sequence of each token; -1 for padding.
+    positions : Tensor, shape [T], int32
+        Position of each token in its sequence; anything for padding.
+    slots : Tensor, shape [T], int32
+        Place of each token in the cache; -1 for padding, and where no block is assigned.
+    """
+
+    batch_ids: Any
+    positions: Any
+    slots: Any
+
+
+@dataclass
+class LatentAttentionMetadata(AttentionMetadata):
+    """Metadata that the layers of a step share.
+
+    Attributes
+    ----------
+    host_lengths : (int, int) or None
+        Largest numbers of new tokens and of keys of a sequence; None if unknown on the host.
+    maps : list of (forward_meta, layer_id, TokenMaps)
+        Maps of the step, or of its micro-batches, and the layer that made them.
+    """
+
+    host_lengths: tuple[int, int] | None = None
+    maps: list[tuple[Any, int, TokenMaps]] = dataclass_field(default_factory=list)
+
+
+class LatentAttentionBackend(AttentionBackend):
+    """What backends of latent caches share: their configuration, and where tokens are written.
+
+    Queries are absorbed ones, so that all heads read the same 576 channels of a token, and any
+    number of heads from 1 to 128 is computed as it is, without padding.
+
+    Parameters
+    ----------
+    fd_config : object
+        A FastDeploy ``FDConfig``, or :func:`fastattn.backends.make_latent_config`'s stand-in.
+    kv_num_heads : int
+        Not used: a latent cache has one head.
+    num_heads : int
+        Query heads of this process, 1 to 128.
+    head_dim, encoder_block_shape_q, decoder_block_shape_q : int
+        Arguments of FastDeploy's backends, not used.
+
+    Raises
+    ------
+    NotImplementedError
+        If the configuration needs something that is not supported; the message names it.
+    ValueError
+        If the configuration lacks an option.
+    """
+
+    __infer_dynamic_dims_fields__ = ("attention_metadata",)
+    _metadata_class: type[LatentAttentionMetadata] = LatentAttentionMetadata
+
+    def __init__(
+        self,
+        fd_config: Any,
+        kv_num_heads: int,
+        num_heads: int,
+        head_dim: int,
+        encoder_block_shape_q: int = -1,
+        decoder_block_shape_q: int = -1,
+    ) -> None:
+        name = type(self).__name__
+        self.config = LatentConfig.of(fd_config, name, num_heads)
+        keep_out_of_graphs(fd_config)
+        self.num_heads = num_heads
+        self.kv_num_heads = 1
+        self.head_dim = LATENT_DIM + ROPE_DIM
+        self.attention_metadata: Any = None
+        self._signals = KvSignals.of(fd_config)
+        self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
+        self._places: list[Any] = []  # 0, 1, 2, ...; captured graphs read the earlier ones
+
+    def get_attention_meta(self) -> Any:
+        """Metadata of the current step."""
+        return self.attention_metadata
+
+    def init_attention_metadata(self, forward_meta: Any) -> None:
+        """Prepare a step. Nothing is copied from the device."""
+        for name in ("attn_mask", "attn_mask_offsets"):
+            if optional(forward_meta, name) is not None:
+                self._refuse(f"forward_meta.{name}")
+        if optional(forward_meta, "pre_caches_length"):
+            self._refuse("forward_meta.pre_caches_length")
+        if current_plan(forward_meta) is not None:
+            self._refuse("forward_meta.cascade_plan")
+        starts = optional(forward_meta, "cu_seqlens_q")
+        if self._stale_starts is not None and starts is not None:
+            self._stale_starts.settle(starts)
+        self.attention_metadata = self._metadata_class(host_lengths(forward_meta))
+        self._count_places(field(forward_meta, "batch_id_per_token"), starts)
+        if self._signals is not None:
+            self._signals.begin(forward_meta)
+
+    def _count_places(self, batch_ids: Any, starts: Any) -> None:
+        """Have numbers up to those of tokens and sequences, ahead of what a graph captures.
+
+        ``paddle.arange`` and ``cumsum`` may wait for the stream, which a capture forbids.
+        """
+        needed = max(
+            math.prod(batch_ids.shape), math.prod(starts.shape) if starts is not None else 0
+        )
+        if not self._places or self._places[-1].shape[0] < needed:
+            numbers = np.arange(max(64, 1 << (needed - 1).bit_length()), dtype=np.int32)
+            self._places.append(paddle.to_tensor(numbers, place=batch_ids.place))
+
+    def _refuse(self, what: str) -> None:
+        raise NotImplementedError(f"{type(self).__name__}: {what} is not supported")
+
+    def _metadata(self) -> Any:
+        if self.attention_metadata is None:
+            raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
+        return self.attention_metadata
+
+    def _queries(self, q: Any, compressed_kv: Any, layer: Any) -> Any:
+        """Absorbed queries [T, H, 576], of as many tokens as are written."""
+        name = type(self).__name__
+        for what, tensor in (("q", q), ("compressed_kv", compressed_kv)):
+            if tensor is None:
+                raise ValueError(f"{name}: {what}: expected a tensor, got None")
+        if getattr(layer, "sliding_window", 0):
+            raise NotImplementedError(f"{name}: layer.sliding_window is not supported")
+        width = self.num_heads * self.head_dim
+        if list(q.shape[1:]) not in ([width], [self.num_heads, self.head_dim]):
+            raise ValueError(
+                f"{name}: q: expected shape [T, {width}] or [T, {self.num_heads}, "
+                f"{self.head_dim}], got {list(q.shape)}"
+            )
+        if q.shape[0] != compressed_kv.shape[0]:
+            raise ValueError(
+                f"{name}: q: expected the {compressed_kv.shape[0]} tokens of compressed_kv, got "
+                f"{q.shape[0]}"
+            )
+        return q.reshape([-1, self.num_heads, self.head_dim])
+
+    def _write(
+        self, compressed_kv: Any, k_pe: Any, cache: Any, slots: Any, cache_format: str, rule: str
+    ) -> None:
+        """Write the step's tokens; padding tokens have no slot."""
+        functional.mla_write_cache(
+            compressed_kv.reshape([-1, LATENT_DIM]),
+            k_pe.reshape([-1, ROPE_DIM]),
+            cache,
+            slots,
+            cache_format=cache_format,
+            scale_rule=rule,
+        )
+
+    def _most_keys(self, forward_meta: Any) -> int:
+        """Keys of a sequence, at most; not what a server says, which drafts may exceed."""
+        tables = sequences(forward_meta)[0]
+        return min(self.config.max_model_len, tables.shape[1] * self.config.block_size)
+
+    def _most_new_tokens(self, tokens: int, forward_meta: Any) -> int:
+        """New tokens of a sequence; too small a number costs time only."""
+        known = self._metadata().host_lengths
+        if known is not None:
+            return known[0]
+        seqs = sequences(forward_meta)[1].shape[0] - 1
+        return guess_new_tokens(tokens, seqs, *self._kind(forward_meta))
+
+    def _kind(self, forward_meta: Any) -> tuple[int, bool]:
+        """New tokens of a decoding sequence, and whether the server says that some prefill."""
+        return self.config.decode_tokens, optional(forward_meta, "exist_prefill") is True
+
+    def _maps(
+        self, tokens: int, num_blocks: int, layer_id: int, forward_meta: Any, *, begin: bool
+    ) -> TokenMaps:
+        """Maps of the step's tokens, made by its first layer for all of them.
+
+        The layer that made them makes them anew when it begins again: a server runs the same step
+        once as it is and once more to capture a CUDA graph, which must contain them.
+        """
+        known = self._metadata().maps
+        for index, (meta, maker, maps) in enumerate(known):
+            if meta is forward_meta:
+                if not (begin and maker == layer_id) and maps.slots.shape[0] == tokens:
+                    return maps
+                del known[index]
+                break
+        size, places = self.config.block_size, self._places[-1]
+        made = token_maps(forward_meta, tokens, num_blocks, size, places)
+        known.append((forward_meta, layer_id, made))
+        return made
+
+
+def token_maps(
+    forward_meta: Any, tokens: int, num_blocks: int, block_size: int, places: Any
+) -> TokenMaps:
+    """Sequences, positions and slots of a step's tokens, all on the device; `places`: 0, 1, 2, ...
+
+    Slots are not those of FastDeploy's ``forward_meta.slot_mapping``, where padding tokens take a
+    block of the last sequence.
+    """
+    batch_ids = _flat(field(forward_meta, "batch_id_per_token"), tokens)
+    positions = optional(forward_meta, "position_ids")
+    if positions is None:
+        positions = _positions(forward_meta, batch_ids, places)
+    positions = _flat(positions, tokens)
+    if positions.dtype != batch_ids.dtype:
+        positions = positions.astype(batch_ids.dtype)
+    slots, _ = functional.topk_to_slots(
+        positions.reshape([-1, 1]),
+        sequences(forward_meta)[0],
+        batch_ids,
+        block_size=block_size,
+        num_blocks=num_blocks,
+    )
+    return TokenMaps(batch_ids, positions, slots.reshape([-1]))
+
+
+def _flat(values: Any, tokens: int) -> Any:
+    """The first `tokens` values of a server's buffer, as they are if there are no others."""
+    return values if list(values.shape) == [tokens] else values.reshape([-1])[:tokens]
+
+
+def _positions(forward_meta: Any, batch_ids: Any, places: Any) -> Any:
+    """Position of each token: its place in the step, moved by its sequence's."""
+    _, starts, cached, _ = sequences(forward_meta)
+    count = starts.shape[0] - 1
+    moved = cached.reshape([-1])[:count] - starts[:count]
+    return places[: batch_ids.shape[0]] + paddle.gather(moved, batch_ids.clip(0, count - 1))

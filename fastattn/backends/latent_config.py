@@ -1,0 +1,156 @@
+"""Options that the backends of latent (MLA) caches read, and those that they refuse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from fastattn import env
+from fastattn.backends.config import (
+    BLOCK_SIZE,
+    count_of,
+    drafted_tokens,
+    read,
+    refuse_disaggregation,
+)
+from fastattn.functional.topk import MAX_K
+
+#: Channels of a token that all heads share: latent ones, and rotated ones.
+LATENT_DIM = 512
+ROPE_DIM = 64
+
+#: Channels of an index key.
+INDEX_DIM = 128
+
+#: Heads of a process, at most.
+MOST_HEADS = 128
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Configuration of a backend of latent caches.
+
+    Attributes
+    ----------
+    max_model_len : int
+        Tokens of the longest sequence.
+    decode_tokens : int
+        New tokens of a decoding sequence in a step, at most.
+    block_size : int
+        Tokens of a cache block.
+    softmax_scale : float
+        That of a head before absorption, with YaRN's factor.
+    causal : bool
+    cuda_graphs : bool
+        The server replays CUDA graphs of its steps.
+    """
+
+    max_model_len: int
+    decode_tokens: int
+    block_size: int
+    softmax_scale: float
+    causal: bool
+    cuda_graphs: bool
+
+    @classmethod
+    def of(cls, fd_config: Any, backend: str, num_heads: int) -> LatentConfig:
+        """Read a FastDeploy configuration.
+
+        Raises
+        ------
+        NotImplementedError
+            If it needs something that the backends do not support; the message names it.
+        ValueError
+            If an option is missing, or not a number.
+        """
+        if fd_config is None:
+            raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
+        _refuse(fd_config, backend, num_heads)
+        return cls(
+            max_model_len=count_of(fd_config, backend, "model_config.max_model_len", None, 1),
+            decode_tokens=1 + drafted_tokens(fd_config, backend),
+            block_size=count_of(fd_config, backend, "cache_config.block_size", BLOCK_SIZE, 1),
+            softmax_scale=_softmax_scale(fd_config, backend),
+            causal=bool(read(fd_config, "model_config.causal", True)),
+            cuda_graphs=bool(read(fd_config, "graph_opt_config.use_cudagraph", False)),
+        )
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """Configuration of an indexer.
+
+    Attributes
+    ----------
+    heads : int
+        Heads of its queries, the same on every rank.
+    topk : int
+        Keys that it chooses for a query.
+    interleaved : bool
+        Whether its rotation pairs neighbouring channels, as GLM's does; DeepSeek-V3.2's pairs
+        channels that are half of the rotated ones apart.
+    """
+
+    heads: int
+    topk: int
+    interleaved: bool
+
+    @classmethod
+    def of(cls, fd_config: Any, backend: str) -> IndexerConfig:
+        """Read a FastDeploy configuration; raises as :meth:`LatentConfig.of`."""
+        dim = count_of(fd_config, backend, "model_config.index_head_dim", None, 1)
+        if dim != INDEX_DIM:
+            _no(backend, "model_config.index_head_dim", dim, f"supported: {INDEX_DIM}")
+        heads = count_of(fd_config, backend, "model_config.index_n_heads", None, 1)
+        if heads % 8 or heads > 256:
+            _no(backend, "model_config.index_n_heads", heads, "supported: multiples of 8 to 256")
+        topk = count_of(fd_config, backend, "model_config.index_topk", None, 1)
+        if topk > MAX_K:
+            _no(backend, "model_config.index_topk", topk, f"supported: 1 to {MAX_K}")
+        interleaved = read(fd_config, "model_config.indexer_rope_interleave")
+        if interleaved is None:
+            interleaved = str(read(fd_config, "model_config.model_type", "")).startswith("glm")
+        return cls(heads, topk, bool(interleaved))
+
+
+def _softmax_scale(fd_config: Any, backend: str) -> float:
+    """Scale of scores: a head's channels to the power of -0.5, times YaRN's factor squared."""
+    nope = count_of(fd_config, backend, "model_config.qk_nope_head_dim", None, 1)
+    scale = float((nope + ROPE_DIM) ** -0.5)
+    rope = read(fd_config, "model_config.rope_scaling") or {}
+    factor = float(rope.get("factor", 1.0))
+    if factor > 1:
+        mscale = 0.1 * float(rope.get("mscale_all_dim", 0.0)) * math.log(factor) + 1.0
+        scale *= mscale * mscale
+    return scale
+
+
+def _no(backend: str, what: str, value: Any, supported: str) -> NoReturn:
+    raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
+
+
+def _refuse(fd_config: Any, backend: str, num_heads: int) -> None:
+    def no(what: str, value: Any, supported: str) -> None:
+        _no(backend, what, value, supported)
+
+    for name, channels in (("kv_lora_rank", LATENT_DIM), ("qk_rope_head_dim", ROPE_DIM)):
+        value = read(fd_config, f"model_config.{name}")
+        if value != channels:
+            no(f"model_config.{name}", value, f"supported: {channels}")
+    if not 1 <= num_heads <= MOST_HEADS:
+        no("num_heads", num_heads, f"supported: 1 to {MOST_HEADS} in a process")
+    refuse_disaggregation(fd_config, no)
+    level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
+    if level > 0:
+        no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
+    kind = read(fd_config, "quant_config.kv_cache_quant_type")
+    kind = getattr(kind, "value", kind)  # FastDeploy has an enum of strings
+    if kind not in (None, "none"):
+        no("quant_config.kv_cache_quant_type", kind, "the backend chooses the cache's format")
+    for name in ("window_size", "head_wise_swa_ratio", "sink_size"):
+        value = read(fd_config, f"model_config.{name}", 0)
+        if value:
+            no(f"model_config.{name}", value, "latent attention has no window")
+    if env.deterministic():
+        no("FD_DETERMINISTIC_MODE", 1, "bits of a sequence may depend on the batch")

@@ -1,0 +1,128 @@
+"""The backend that takes the place of FastDeploy's ``MLA_ATTN``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fastattn import functional
+from fastattn.backends import fastdeploy_models
+from fastattn.backends.forward_meta import field, sequences
+from fastattn.backends.latent import LatentAttentionBackend
+from fastattn.backends.latent_config import LATENT_DIM, ROPE_DIM
+
+
+class MLAAttentionBackend(LatentAttentionBackend):
+    """Writes the new tokens into a latent cache, then attends to it, all tokens with absorbed Q.
+
+    FastDeploy's class of this name expands the latents of prefilled tokens to K and V of every
+    head, attends to them apart from decoding sequences, and pads heads to 64. Here prefill, chunks,
+    cached prefixes, decode and drafts are one call over the cache where it lies.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lengths = _absorbed_only()
+
+    def get_kv_cache_shape(
+        self, max_num_blocks: int, kv_cache_quant_type: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Shapes of a layer's cache, bfloat16, and of its value cache, of which there is none.
+
+        Raises
+        ------
+        NotImplementedError
+            If `kv_cache_quant_type` is a type of quantised caches.
+        """
+        if kv_cache_quant_type not in (None, "none"):
+            self._refuse(f"kv_cache_quant_type = {kv_cache_quant_type!r}")
+        return [max_num_blocks, 1, self.config.block_size, LATENT_DIM + ROPE_DIM], []
+
+    def init_attention_metadata(self, forward_meta: Any) -> None:
+        """Prepare a step. Nothing is copied from the device.
+
+        ``forward_meta.max_len_tensor_cpu`` then says that the step has decoding sequences only.
+        FastDeploy's models ask it whether to expand K and V of prefilled tokens: now they give
+        absorbed queries for all tokens.
+        """
+        fastdeploy_models.refuse_one_token_layers(type(self).__name__)
+        super().init_attention_metadata(forward_meta)
+        forward_meta.max_len_tensor_cpu = self._lengths
+
+    def forward_mixed(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        qkv: Any,
+        compressed_kv: Any,
+        k_pe: Any,
+        layer: Any,
+        forward_meta: Any,
+    ) -> Any:
+        """Attention of one layer.
+
+        Parameters
+        ----------
+        q : Tensor, shape [T, H * 576] or [T, H, 576], bfloat16
+            Absorbed queries: latent channels of a head, then its rotated ones.
+        k, v, qkv
+            Must be None.
+        compressed_kv : Tensor, shape [T, 512], bfloat16
+            Latent channels of the step's tokens, after their norm.
+        k_pe : Tensor, shape [T, 1, 64] or [T, 64], bfloat16
+            Their rotated channels.
+        layer : object
+            FastDeploy's ``Attention`` layer or an :class:`fastattn.backends.AttentionLayer`.
+        forward_meta : ForwardMeta
+            The step that :meth:`init_attention_metadata` was called with; ``caches[layer_id]`` is
+            the layer's cache.
+
+        Returns
+        -------
+        Tensor, shape [T, H * 512], bfloat16
+            0 for padding tokens.
+
+        Raises
+        ------
+        NotImplementedError
+            If K and V come expanded, or the layer needs something that is not supported.
+        ValueError
+            If the step lacks a field, or shapes do not match.
+        """
+        if k is not None or v is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: {'v' if k is None else 'k'}: expanded keys and values are "
+                "not supported; the model has to give absorbed queries, as it does by the "
+                "max_len_tensor_cpu that init_attention_metadata sets"
+            )
+        queries = self._queries(q, compressed_kv, layer)
+        tokens = queries.shape[0]
+        if tokens == 0:
+            return paddle.zeros([0, self.num_heads * LATENT_DIM], dtype=q.dtype)
+        cache = field(forward_meta, "caches")[layer.layer_id]
+        maps = self._maps(tokens, cache.shape[0], layer.layer_id, forward_meta, begin=True)
+        self._write(compressed_kv, k_pe, cache, maps.slots, "bf16", "pow2")
+        if self._signals is not None:
+            self._signals.send(cache, cache, layer, forward_meta)
+        out = functional.mla_attention(
+            queries,
+            cache,
+            *sequences(forward_meta),
+            self._most_new_tokens(tokens, forward_meta),
+            self._most_keys(forward_meta),
+            cache_format="bf16",
+            softmax_scale=self.config.softmax_scale,
+            causal=self.config.causal,
+            sinks=getattr(layer, "sinks", None),
+        )
+        return out.reshape([tokens, -1])
+
+
+def _absorbed_only() -> Any:
+    """FastDeploy's ``max_len_tensor_cpu`` of a step without prefill: its entry 2 is not 0."""
+    lengths = np.zeros(9, np.int32)
+    lengths[2] = 1
+    return paddle.to_tensor(lengths, place=paddle.CPUPlace())

@@ -1,0 +1,271 @@
+"""Context parallelism of latent caches: each rank attends to its tokens, then all ranks merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from paddle import Tensor
+
+from fastattn._ops import is_tensor
+from fastattn.distributed._exchange import check_call, gather, merge, merge_with_sinks, ranks_of
+from fastattn.functional import mla_attention, mla_sparse_attention
+from fastattn.functional._partial import check_tensor
+
+_VALUE_DIM = 512
+
+
+def _attend(
+    op: str,
+    attend: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    results: dict[str, Any],
+    group: Any,
+    exchange_dtype: str,
+) -> Any:
+    """Partial results of `attend` on every rank, merged.
+
+    Parameters
+    ----------
+    arguments : positional arguments, the queries first
+    options : keyword arguments of a partial result
+    results : sinks, return_softmax_lse, out and out_dtype, which belong to the whole
+    """
+    check_call(op, exchange_dtype)
+    world_size, q = ranks_of(op, group), arguments[0]
+    if world_size == 1 or not is_tensor(q) or 0 in q.shape:
+        return attend(*arguments, **options, **results)
+    sinks, out, dtype = results["sinks"], results["out"], results["out_dtype"]
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"{op}: out_dtype: expected bfloat16 or float32, got {dtype!r}")
+    check_tensor(op, "out", out, [*q.shape[:2], _VALUE_DIM], (dtype,))
+    check_tensor(op, "sinks", sinks, list(q.shape[1:2]), ("float32",))
+    partial, partial_lse = attend(
+        *arguments,
+        **options,
+        return_softmax_lse=True,
+        out_dtype="float32" if exchange_dtype == "float32" else dtype,
+    )
+    lses = gather(partial_lse, world_size, group)
+    states = list(zip(gather(partial, world_size, group), lses))
+    if sinks is None:
+        result, lse = merge(states, dtype, out, None)
+    else:
+        result, lse = merge_with_sinks(states, sinks, dtype, out, None, in_lse=False)
+    return (result, lse) if results["return_softmax_lse"] else result
+
+
+def mla_attention_dcp(
+    q: Tensor,
+    cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens_decoder: Tensor,
+    seq_lens_this_time: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    cache_format: str,
+    group: Any = None,
+    exchange_dtype: str = "float32",
+    scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    sinks: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    page_size: int | None = None,
+    out_dtype: str = "bfloat16",
+) -> Any:
+    """Dense attention over a paged latent cache that is spread over the ranks of a group.
+
+    Each rank has some pages of a sequence, attends to them with all queries, and gets the merge of
+    all partial results, as with :func:`paged_attention_dcp`. All ranks get the same bits.
+    Parameters that are not listed below are those of
+    :func:`fastattn.functional.mla_attention`. They must be the same on every rank, `q` included.
+
+    Parameters
+    ----------
+    cache : Tensor
+        This rank's; ranks may have different numbers of pages.
+    block_tables : Tensor, shape [B, max_blocks], int32
+        This rank's table, of the same shape on every rank: entry i of a sequence is the page of
+        this rank's cache that holds the sequence's keys from ``i * page_size`` on, or -1 if another
+        rank has them. Every page of a sequence must be on exactly one rank.
+    seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
+        Lengths of the whole sequences.
+    group : Group of paddle.distributed, optional
+        By default the group of all ranks. A group of one rank, and a single process without
+        ``paddle.distributed.init_parallel_env()``, just call :func:`mla_attention`.
+    exchange_dtype : {"float32", "output"}
+        Dtype in which partial results travel and are merged. "output" halves the bytes of a
+        bfloat16 output, but rounds on every rank and in every merge.
+    sinks : Tensor, shape [H], float32, optional
+        As for :func:`mla_attention`, but finite or -inf: +inf counts as absent here.
+    out : Tensor, shape [T, H, 512], optional
+        Written in place and returned. Tokens of no sequence become 0.
+
+    Returns
+    -------
+    out : Tensor, shape [T, H, 512]
+    softmax_lse : Tensor, shape [H, T], float32
+        Natural, without the sink; only with `return_softmax_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As :func:`mla_attention`; also for a group that this process is not in, and in a static
+        program. Every rank must make the call: if one raises, the others wait in the collective.
+
+    See Also
+    --------
+    fastattn.distributed.dcp_local_block_tables : the table of a rank.
+    mla_sparse_attention_dcp : over chosen tokens.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.distributed import dcp_local_block_tables, mla_attention_dcp
+    >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
+    >>> rank, world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
+    >>> table = dcp_local_block_tables([[0]], rank, world_size)
+    >>> out = mla_attention_dcp(
+    ...     paddle.ones([1, 16, 576], "bfloat16"), paddle.ones([1, 64, 576], "bfloat16"),
+    ...     *(int32(x) for x in (table, [0, 1], [9], [1])), 1, 10, cache_format="bf16",
+    ... )
+    >>> list(out.shape), float(out[0, 0, 0])
+    ([1, 16, 512], 1.0)
+    """
+    return _attend(
+        "mla_attention_dcp",
+        mla_attention,
+        (
+            *(q, cache, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time),
+            *(max_seqlen_q, max_seqlen_k),
+        ),
+        {
+            "cache_format": cache_format,
+            "scale": scale,
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "page_size": page_size,
+        },
+        {
+            "sinks": sinks,
+            "return_softmax_lse": return_softmax_lse,
+            "out": out,
+            "out_dtype": out_dtype,
+        },
+        group,
+        exchange_dtype,
+    )
+
+
+def mla_sparse_attention_dcp(
+    q: Tensor,
+    cache: Tensor,
+    indices: Tensor,
+    *,
+    cache_format: str,
+    group: Any = None,
+    exchange_dtype: str = "float32",
+    topk_length: Tensor | None = None,
+    extra_cache: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+    extra_cache_format: str | None = None,
+    scale: Tensor | None = None,
+    extra_scale: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    page_size: int | None = None,
+    extra_page_size: int | None = None,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    out_dtype: str = "bfloat16",
+) -> Any:
+    """Attention over chosen tokens of latent caches that are spread over the ranks of a group.
+
+    Each rank attends to those of the chosen tokens that it has, and gets the merge of all partial
+    results; see :func:`mla_attention_dcp`. Parameters that are not listed below are those of
+    :func:`fastattn.functional.mla_sparse_attention`. They must be the same on every rank, `q`
+    included.
+
+    Parameters
+    ----------
+    cache, extra_cache : Tensor
+        This rank's; ranks may have different numbers of pages.
+    indices, extra_indices : Tensor, shape [T, topk], int32
+        Slots of this rank's cache. :func:`fastattn.functional.topk_to_slots` makes them of the
+        tokens' positions in their sequences and this rank's block tables, without the host: tokens
+        of other ranks become -1, or are left out. A token that two ranks name counts twice. The
+        number of columns may differ from rank to rank.
+    topk_length, extra_topk_length : Tensor, shape [T], int32, optional
+        This rank's.
+    group, exchange_dtype
+        As for :func:`mla_attention_dcp`.
+    sinks : Tensor, shape [H], float32, optional
+        As for :func:`mla_sparse_attention`, but finite or -inf: +inf counts as absent here.
+    out : Tensor, shape [T, H, 512], optional
+        Written in place and returned.
+
+    Returns
+    -------
+    out : Tensor, shape [T, H, 512]
+    softmax_lse : Tensor, shape [H, T], float32
+        Natural, without the sink; only with `return_softmax_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As :func:`mla_sparse_attention`; also for a group that this process is not in, and in a
+        static program. Every rank must make the call: if one raises, the others wait in the
+        collective.
+
+    See Also
+    --------
+    fastattn.functional.topk_to_slots : from tokens to this rank's slots.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.distributed import dcp_local_block_tables, mla_sparse_attention_dcp
+    >>> from fastattn.functional import topk_to_slots
+    >>> rank, world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
+    >>> table = paddle.to_tensor(dcp_local_block_tables([[0, 0]], rank, world_size))
+    >>> chosen = paddle.to_tensor([[3, 60, 70, -1]], "int32")  # tokens of the sequence
+    >>> slots, lengths = topk_to_slots(chosen, table)
+    >>> out = mla_sparse_attention_dcp(
+    ...     paddle.ones([1, 16, 576], "bfloat16"), paddle.ones([1, 64, 576], "bfloat16"), slots,
+    ...     topk_length=lengths, cache_format="bf16",
+    ... )
+    >>> list(out.shape), float(out[0, 0, 0])
+    ([1, 16, 512], 1.0)
+    """
+    return _attend(
+        "mla_sparse_attention_dcp",
+        mla_sparse_attention,
+        (q, cache, indices),
+        {
+            "cache_format": cache_format,
+            "topk_length": topk_length,
+            "extra_cache": extra_cache,
+            "extra_indices": extra_indices,
+            "extra_topk_length": extra_topk_length,
+            "extra_cache_format": extra_cache_format,
+            "scale": scale,
+            "extra_scale": extra_scale,
+            "softmax_scale": softmax_scale,
+            "page_size": page_size,
+            "extra_page_size": extra_page_size,
+        },
+        {
+            "sinks": sinks,
+            "return_softmax_lse": return_softmax_lse,
+            "out": out,
+            "out_dtype": out_dtype,
+        },
+        group,
+        exchange_dtype,
+    )
