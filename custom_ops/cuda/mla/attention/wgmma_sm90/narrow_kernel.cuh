@@ -8,7 +8,7 @@
 // work tile. One alone would have the tile's time in chains of small products.
 //
 // Barriers (mbarriers): full/empty of the stages. Named barriers 1 and 2: the warps of a consumer;
-// 3 and 4: both; in turn where they join, since racecheck takes one after itself for none.
+// 3 and 4: both, in turn where they join.
 #pragma once
 
 #include <cstdint>
