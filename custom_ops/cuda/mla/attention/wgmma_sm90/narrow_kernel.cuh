@@ -8,7 +8,7 @@
 // work tile. One alone would have the tile's time in chains of small products.
 //
 // Barriers (mbarriers): full/empty of the stages. Named barriers 1 and 2: the warps of a consumer;
-// 3: both.
+// 3 and 4: both, in turn where they join.
 #pragma once
 
 #include <cstdint>
@@ -184,9 +184,9 @@ class NarrowConsumer {
         const int at = kPart * kFloats + i;
         floats[i][thread] = out[at / (kHeads / 2)][at % (kHeads / 2)];
       }
-      SyncNamed<256>(3);
+      SyncNamed<256>(4);
     } else {
-      SyncNamed<256>(3);
+      SyncNamed<256>(4);
       if constexpr (kPart == 0) JoinHeads(heads, weights);
 #pragma unroll
       for (int i = 0; i < kFloats; ++i) {
