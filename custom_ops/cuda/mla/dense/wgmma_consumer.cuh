@@ -33,7 +33,7 @@ __device__ __forceinline__ void LoadQuery(const MlaDenseParams& p, const Segment
         bits[i];
   }
   FenceAsyncProxy();
-  SyncNamed<256>(kBothBarrier);
+  SyncNamed<256>(kBothBarrier);  // and both have read the last segment's factors
 }
 
 // This thread's rows of the tile; the other one is 8 further on.
@@ -286,7 +286,7 @@ class LeftConsumer {
       FinishTileRow(p, segment, part, workspace, Slot(part), r, maximum[h], sum[h],
                     &shared_.factor[r]);
     }
-    SyncNamed<256>(kBothBarrier);
+    SyncNamed<256>(kBothBarrier);  // the factors are there, and the query has been read
   }
 
   const Arguments& args_;

@@ -217,7 +217,7 @@ class PairConsumer {
       rows_.sum[h] += __shfl_xor_sync(kFullWarp, rows_.sum[h], 2);
       if (kSide == 1 && threadIdx.x % 4 == 0) shared_.sum[OwnRow() + 8 * h] = rows_.sum[h];
     }
-    SyncNamed<256>(kBothBarrier);
+    SyncNamed<256>(kBothBarrier);  // the right one's sums are there
     if constexpr (kSide == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -227,7 +227,7 @@ class PairConsumer {
                       rows_.sum[h] + shared_.sum[r], &shared_.factor[r]);
       }
     }
-    SyncNamed<256>(kBothBarrier);
+    SyncNamed<256>(kBothBarrier);  // the factors are there, and the sums have been read
   }
 
   const Arguments& args_;

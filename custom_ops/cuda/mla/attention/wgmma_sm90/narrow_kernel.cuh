@@ -130,7 +130,7 @@ class NarrowConsumer {
     if constexpr (kGroup == 1) GiveHeads(heads);
     SyncNamed<256>(3);  // the query has been read: consumer 1 leaves its outputs in its place
     Join<0>(out, heads, weights);
-    SyncNamed<256>(3);
+    SyncNamed<256>(3);  // consumer 0 has read the first half: the second takes its place
     Join<1>(out, heads, weights);
     if constexpr (kGroup == 0) Finish(work, out, heads, common);
   }
@@ -184,7 +184,7 @@ class NarrowConsumer {
         const int at = kPart * kFloats + i;
         floats[i][thread] = out[at / (kHeads / 2)][at % (kHeads / 2)];
       }
-      SyncNamed<256>(4);
+      SyncNamed<256>(4);  // the half is there
     } else {
       SyncNamed<256>(4);
       if constexpr (kPart == 0) JoinHeads(heads, weights);
