@@ -25,7 +25,7 @@ from tests.support.tensors import to_numpy
 #: (cached, new) tokens of decoding sequences: long, short, resting and new ones.
 DECODE = [(1023, 1), (64, 1), (0, 0), (0, 1), (200, 1)]
 LARGE = 1 << 24  # keys of a sequence, as a bound
-LIMIT = 17 * 64  # keys of a sequence, up to which clusters take a call of 60 with 2 KV heads
+LIMIT = 35 * 64  # keys of a sequence, up to which clusters take a call of 60 with 2 KV heads
 
 
 def _with_bound(problem, place, max_seqlen_k):

@@ -30,11 +30,23 @@ STEPS = {
     "gpu quick": [(1, 8, 1)],
 }
 QUANTS = ("fp8", "mxfp4")
+_CHUNK = 1 << 16  # keys that are written at a time
 
 
 def _exponents(device: Gpu, shape: tuple[int, ...]) -> paddle.Tensor:
     """UE8M0 exponents of 1, four a word."""
     return device.int32(np.full(shape, 0x7F7F7F7F))
+
+
+def _pages(device: Cpu | Gpu, pages: int, quant: str) -> paddle.Tensor:
+    """Pages of normal keys, written by the operator that a server calls."""
+    width = (DIM if quant == "fp8" else DIM // 2) + 4
+    cache = device.empty((pages, PAGE, width), "uint8")
+    for begin in range(0, pages * PAGE, _CHUNK):
+        count = min(_CHUNK, pages * PAGE - begin)
+        slots = device.array(np.arange(begin, begin + count))
+        F.indexer_k_write_cache(device.random((count, DIM), seed=1), cache, slots, quant=quant)
+    return cache
 
 
 @register("mqa_logits", "gpu")
@@ -91,8 +103,7 @@ def paged_mqa_logits(device: Gpu) -> Iterator[Row]:
                 bind(
                     F.paged_mqa_logits,
                     q,
-                    # Codes of normal values, which are no NaN as scales either.
-                    device.random((pages, PAGE, width + 4), "e4m3", seed=1),
+                    _pages(device, pages, quant),
                     weights,
                     lengths,
                     tables,
@@ -150,7 +161,7 @@ def paged_mqa_logits_cpu(device: Cpu) -> Iterator[Row]:
         call = bind(
             F.paged_mqa_logits,
             device.random((batch, 1, heads, width), "e4m3"),
-            device.random((pages, PAGE, width + 4), "e4m3", seed=1),
+            _pages(device, pages, quant),
             weights,
             lengths,
             tables,
