@@ -34,6 +34,7 @@ VALUE_DIM, ROPE = 512, 64
 #: Tokens of a block of the compressor's states.
 STATE_BLOCK = 4
 #: Calls that are made eagerly before anything is waited for: about, and new tokens in them at most.
+_GRAPH_CALLS = 16
 _EAGER_CALLS, _EAGER_TOKENS = 64, 4096
 _CHUNK = 1 << 16  # tokens that are written at a time
 _STEPS = {
@@ -308,6 +309,11 @@ def _slot_ranges(device: Device, tokens: int) -> Iterator[tuple[paddle.Tensor, i
         yield device.array(np.arange(begin, begin + count)), count
 
 
+def _repeated(calls: list[Call]) -> list[Call]:
+    """As many calls that the launch of a graph with all of them is nothing."""
+    return calls * -(-_GRAPH_CALLS // len(calls))
+
+
 def _beside(row: Row, **shape: object) -> Iterator[Row]:
     yield from [
         row.beside(other["peer"], other["us"]) for other in peers("sparse_step", **shape)
@@ -341,12 +347,12 @@ def sparse_step(device: Gpu) -> Iterator[Row]:
             for label, parts in shares.items():
                 calls = [layer.call(parts, x) for layer, x in zip(layers, given)]
                 part = "sum" if parts == model.vllm_parts else "all"
-                us = device.us(calls)
+                us = device.us(_repeated(calls))
                 yield from _beside(Row(OP, f"{shape}{label}, graph", us), part=part, **at)
                 yield from _eager(shape + label, calls, layers[0].step.tokens, part=part, **at)
             for part in model.parts:
                 calls = [layer.call([part], x) for layer, x in zip(layers, given)]
-                row = Row(OP, f"{shape}, {part}", device.us(calls))
+                row = Row(OP, f"{shape}, {part}", device.us(_repeated(calls)))
                 yield from _beside(row, part=part, **at)
             del layers, given, calls
 
