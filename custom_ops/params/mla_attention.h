@@ -72,7 +72,7 @@ struct MlaDenseParams {
   float* out_float = nullptr;    // not null: the output, unrounded, in place of `out`
   float* lse = nullptr;          // [heads, num_tokens] or null
   int heads = 0;
-  int dim = 0;  // 576, or 512 for kFp8x584: channels of a query and of a key
+  int dim = 0;  // 576, or 512 for kFp8x584 and kFp8x528: channels of a query and of a key
   float softmax_scale = 0.0f;
   bool causal = false;
   // Upper bounds known to the host: that of queries sizes a grid, that of keys is not used yet.

@@ -119,9 +119,9 @@ def _softmax_scale(fd_config: Any, backend: str) -> float:
     nope = count_of(fd_config, backend, "model_config.qk_nope_head_dim", None, 1)
     scale = float((nope + ROPE_DIM) ** -0.5)
     rope = read(fd_config, "model_config.rope_scaling") or {}
-    factor = float(rope.get("factor", 1.0))
+    factor = float(rope.get("factor") or 1.0)
     if factor > 1:
-        mscale = 0.1 * float(rope.get("mscale_all_dim", 0.0)) * math.log(factor) + 1.0
+        mscale = 0.1 * float(rope.get("mscale_all_dim") or 0.0) * math.log(factor) + 1.0
         scale *= mscale * mscale
     return scale
 

@@ -144,8 +144,9 @@ def mla_sparse_attention(
     out : Tensor, shape [T, H, 512], optional
         Of type `out_dtype`; written in place and returned.
     out_dtype : {"bfloat16", "float32"}
-        "float32" does not round the output, for a merge with other keys' results; a GPU then
-        splits every query's keys, through a workspace of fp32.
+        "float32" does not round the output, for a merge with other keys' results; Hopper GPUs
+        then split every query's keys, through a workspace of fp32. With `return_max_logits` as
+        well they take a kernel without tensor cores.
 
     Returns
     -------

@@ -18,7 +18,6 @@ inline constexpr int kBatch = 16;  // splits in flight
 // A CTA joins one head of a token; a thread has four channels.
 static __global__ void __launch_bounds__(kCombineThreads)
     CombineKernel(const __grid_constant__ Arguments args) {
-  static_assert(kMaxSplits <= kCombineThreads);
   __shared__ float lses[kMaxSplits];
   PdlWait();
   PdlLaunchDependents();

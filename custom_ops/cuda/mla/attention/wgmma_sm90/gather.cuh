@@ -1,7 +1,7 @@
 // Producer warps of sparse latent attention: they gather the tokens that a query names, turn codes
 // into fp16, and write key tiles as wgmma takes them.
 //
-// A warp has 4 to 16 keys of each tile, in passes of four; eight lanes share a key. Rows are copied
+// A warp has 4 or 8 keys of each tile, in passes of four; eight lanes share a key. Rows are copied
 // to shared memory asynchronously: bf16 rows to their place in a stage, codes into a buffer of the
 // lane that will convert them, a tile ahead. Loads into registers would wait for lines of the L1
 // cache, which shared memory leaves almost nothing of, and all accesses to shared memory behind
