@@ -151,6 +151,8 @@ class DSAAttentionBackend(LatentAttentionBackend):
         tokens = queries.shape[0]
         if tokens == 0:
             return paddle.zeros([0, topk], "int32")
+        self._check_row("keys", keys, tokens, INDEX_DIM)
+        self._check_row("weights", weights, tokens, heads)
         cache = field(forward_meta, "caches")[2 * layer_id + 1]
         blocks = cache.shape[0]
         maps = self._maps(tokens, blocks, layer_id, forward_meta, begin=True)
@@ -244,6 +246,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
             raise ValueError(f"{type(self).__name__}: v: expected indices of select(), got None")
         if tokens == 0:
             return paddle.zeros([0, self.num_heads, LATENT_DIM], dtype=q.dtype)
+        self._check_row("v", v, tokens, self.indexer.topk)
         cache = field(forward_meta, "caches")[2 * layer.layer_id]
         maps = self._maps(tokens, cache.shape[0], layer.layer_id, forward_meta, begin=False)
         self._write(compressed_kv, k_pe, cache, maps.slots, "fp8_656", self.scale_rule)

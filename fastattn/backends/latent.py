@@ -168,12 +168,22 @@ class LatentAttentionBackend(AttentionBackend):
                 f"{name}: q: expected the {compressed_kv.shape[0]} tokens of compressed_kv, got "
                 f"{q.shape[0]}"
             )
+        self._check_row("compressed_kv", compressed_kv, q.shape[0], LATENT_DIM)
         return q.reshape([-1, self.num_heads, self.head_dim])
+
+    def _check_row(self, what: str, tensor: Any, tokens: int, width: int) -> None:
+        """Raise unless a tensor has `width` values for each of the step's tokens."""
+        shape = None if tensor is None else list(tensor.shape)
+        if not shape or shape[0] != tokens or math.prod(shape) != tokens * width:
+            raise ValueError(
+                f"{type(self).__name__}: {what}: expected shape [{tokens}, {width}], got {shape}"
+            )
 
     def _write(
         self, compressed_kv: Any, k_pe: Any, cache: Any, slots: Any, cache_format: str, rule: str
     ) -> None:
         """Write the step's tokens; padding tokens have no slot."""
+        self._check_row("k_pe", k_pe, compressed_kv.shape[0], ROPE_DIM)
         functional.mla_write_cache(
             compressed_kv.reshape([-1, LATENT_DIM]),
             k_pe.reshape([-1, ROPE_DIM]),
@@ -186,7 +196,8 @@ class LatentAttentionBackend(AttentionBackend):
     def _most_keys(self, forward_meta: Any) -> int:
         """Keys of a sequence, at most; not what a server says, which drafts may exceed."""
         tables = sequences(forward_meta)[0]
-        return min(self.config.max_model_len, tables.shape[1] * self.config.block_size)
+        longest = self.config.max_model_len + self.config.decode_tokens
+        return min(longest, tables.shape[1] * self.config.block_size)
 
     def _most_new_tokens(self, tokens: int, forward_meta: Any) -> int:
         """New tokens of a sequence; too small a number costs time only."""
@@ -248,6 +259,10 @@ def token_maps(
 
 def _flat(values: Any, tokens: int) -> Any:
     """The first `tokens` values of a server's buffer, as they are if there are no others."""
+    if math.prod(values.shape) < tokens:
+        raise ValueError(
+            f"forward_meta: expected values of {tokens} tokens, got shape {list(values.shape)}"
+        )
     return values if list(values.shape) == [tokens] else values.reshape([-1])[:tokens]
 
 
@@ -255,5 +270,9 @@ def _positions(forward_meta: Any, batch_ids: Any, places: Any) -> Any:
     """Position of each token: its place in the step, moved by its sequence's."""
     _, starts, cached, _ = sequences(forward_meta)
     count = starts.shape[0] - 1
+    if math.prod(cached.shape) < count:
+        raise ValueError(
+            f"forward_meta.seq_lens_decoder: expected {count} sequences, got {list(cached.shape)}"
+        )
     moved = cached.reshape([-1])[:count] - starts[:count]
     return places[: batch_ids.shape[0]] + paddle.gather(moved, batch_ids.clip(0, count - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import paddle
@@ -10,6 +11,7 @@ import paddle.distributed as dist
 from paddle import Tensor
 
 from fastattn import env
+from fastattn._ops import is_tensor
 from fastattn.functional import merge_attn_states
 from fastattn.functional._partial import dtype_name, empty
 
@@ -32,6 +34,35 @@ def ranks_of(op: str, group: Any) -> int:
     if dist.get_rank() not in group.ranks:
         raise ValueError(f"{op}: group: this process is not in it, ranks {list(group.ranks)}")
     return int(group.nranks)
+
+
+def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[Any]) -> None:
+    """Refuse an `out` that another operator than the caller's would write wrongly, or over inputs.
+
+    Raises
+    ------
+    ValueError
+        If `out` is not contiguous, or shares memory with an input.
+    """
+    if out is None or 0 in out.shape or not paddle.in_dynamic_mode():
+        return
+    if not out.is_contiguous():
+        raise ValueError(f"{op}: out: expected a contiguous tensor")
+    first, last = _span(out)
+    for tensor in inputs:
+        if not is_tensor(tensor) or 0 in tensor.shape:
+            continue
+        begin, end = _span(tensor)
+        if begin < last and first < end:
+            raise ValueError(f"{op}: out: shares memory with an input")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and behind its last one."""
+    reach = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides)]
+    begin = tensor.data_ptr() + tensor.element_size() * sum(x for x in reach if x < 0)
+    items = sum(abs(x) for x in reach) + 1
+    return begin, begin + tensor.element_size() * items
 
 
 def gather(partial: Tensor, world_size: int, group: Any) -> list[Tensor]:

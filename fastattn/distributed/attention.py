@@ -7,7 +7,14 @@ from typing import Any
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
-from fastattn.distributed._exchange import check_call, gather, merge, merge_with_sinks, ranks_of
+from fastattn.distributed._exchange import (
+    check_call,
+    check_place_of_result,
+    gather,
+    merge,
+    merge_with_sinks,
+    ranks_of,
+)
 from fastattn.functional import paged_attention
 from fastattn.functional._partial import check_results, check_tensor, value_dtype
 
@@ -169,6 +176,7 @@ def paged_attention_dcp(
     dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
     check_results(_OP, q, out, out_scale, dtype)
     check_tensor(_OP, "sinks", sinks, list(q.shape[1:2]), ("float32", "bfloat16"))
+    check_place_of_result(_OP, out, [*arguments, *options.values(), sinks, out_scale])
     partial, partial_lse = paged_attention(
         *arguments,
         **options,

@@ -8,7 +8,14 @@ from typing import Any
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
-from fastattn.distributed._exchange import check_call, gather, merge, merge_with_sinks, ranks_of
+from fastattn.distributed._exchange import (
+    check_call,
+    check_place_of_result,
+    gather,
+    merge,
+    merge_with_sinks,
+    ranks_of,
+)
 from fastattn.functional import mla_attention, mla_sparse_attention
 from fastattn.functional._partial import check_tensor
 
@@ -41,6 +48,7 @@ def _attend(
         raise ValueError(f"{op}: out_dtype: expected bfloat16 or float32, got {dtype!r}")
     check_tensor(op, "out", out, [*q.shape[:2], _VALUE_DIM], (dtype,))
     check_tensor(op, "sinks", sinks, list(q.shape[1:2]), ("float32",))
+    check_place_of_result(op, out, [*arguments, *options.values(), sinks])
     partial, partial_lse = attend(
         *arguments,
         **options,

@@ -168,8 +168,8 @@ def behind(results: Results) -> str:
     if slower:
         least, row = slower[0]
         parts.append(
-            f"{len(slower)} of {len(latent)} calls of latent attention are slower than FlashMLA's, whose times"
-            " have an empty kernel in them"
+            f"{len(slower)} of {len(latent)} calls of latent attention are slower than FlashMLA's,"
+            " whose times have an empty kernel in them"
             f" (least {least:.2f} of its speed: `{row.op}`, {row.shape})"
         )
     wide = decode_row(results, "none", (64, "8192", "32/8"))

@@ -12,6 +12,7 @@ import pytest
 import fastattn.functional as F
 from fastattn import distributed
 from fastattn.distributed import mla_attention_dcp, mla_sparse_attention_dcp
+from fastattn.distributed._exchange import check_place_of_result
 from tests.support import dcp_latent
 from tests.support.compare import assert_same_bits
 from tests.support.mla_dense import assert_close, assert_outputs_close
@@ -202,3 +203,17 @@ def test_they_take_what_the_operators_take():
             if name != "return_max_logits":
                 assert mine[name].kind is parameter.kind, name
                 assert mine[name].default == parameter.default, name
+
+
+def test_a_result_over_an_input_is_refused():
+    """With several ranks another operator writes it, which knows nothing of the inputs."""
+    memory = paddle.zeros([4, 4, 512], "bfloat16")
+    cache, apart = memory[:2], paddle.zeros([4, 512], "bfloat16")
+    check_place_of_result("op", None, [memory])
+    check_place_of_result("op", apart, [memory, None, 3, paddle.zeros([0, 512])])
+    for out in (cache, cache[1], memory[1, 1:3]):
+        with pytest.raises(ValueError, match="out: shares memory with an input"):
+            check_place_of_result("op", out, [apart, memory])
+    strided = paddle.as_strided(apart, [2, 512], [1024, 1])
+    with pytest.raises(ValueError, match="out: expected a contiguous tensor"):
+        check_place_of_result("op", strided, [])

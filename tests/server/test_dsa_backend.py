@@ -199,6 +199,30 @@ def test_an_empty_step_and_a_missing_choice():
         server.backend.forward(q, None, None, None, *args, server.layers[0], meta)
 
 
+@pytest.mark.parametrize("what", ["keys", "weights"])
+def test_keys_and_weights_are_those_of_the_step(what):
+    server = SparseServer([10], 4)
+    meta = server.meta([3], None, 0, {})
+    server.backend.init_attention_metadata(meta)
+    heads = server.backend.indexer.heads
+    given = {
+        "queries": paddle.zeros([3, heads, 128], "bfloat16"),
+        "keys": paddle.zeros([3, 128], "bfloat16"),
+        "weights": paddle.zeros([3, heads]),
+    }
+    for shape in ([6, given[what].shape[1]], [3, 1], [3, 2 * given[what].shape[1]]):
+        wrong = {**given, what: paddle.zeros(shape, given[what].dtype)}
+        with pytest.raises(ValueError, match=rf"{what}: expected shape \[3, "):
+            server.backend.select(*wrong.values(), 0, meta)
+
+
+def test_drafts_behind_the_longest_sequence_see_their_keys():
+    """A server's limit is of what it keeps; drafts of a step go beyond it."""
+    server = SparseServer([66], 4, drafts=3, max_model_len=64)
+    server.step([62])
+    server.step([4], prefill=[False])
+
+
 def test_the_bytes_of_a_token_are_fastdeploys():
     sparse, dense = SparseServer([10], 4), LatentServer([10], 4)
     assert sparse.backend.get_kv_cache_shape(9, "uint8") == ([9, 1, 64, 656], [], [9, 64, 132])

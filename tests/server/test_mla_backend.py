@@ -163,6 +163,21 @@ def test_wrong_arguments_of_a_step():
         run(q[:2], None, None, None, latent, rope, layer, meta)
     with pytest.raises(ValueError, match="compressed_kv: expected a tensor"):
         run(q, None, None, None, None, rope, layer, meta)
+    wide = paddle.zeros([3, 1024], "bfloat16")
+    with pytest.raises(ValueError, match=r"compressed_kv: expected shape \[3, 512\], got"):
+        run(q, None, None, None, wide, rope, layer, meta)
+    for wrong in (rope[:2], wide, None):
+        with pytest.raises(ValueError, match=r"k_pe: expected shape \[3, 64\]"):
+            run(q, None, None, None, latent, wrong, layer, meta)
+    ids, meta.batch_id_per_token = meta.batch_id_per_token, meta.batch_id_per_token[:2]
+    server.backend.init_attention_metadata(meta)
+    with pytest.raises(ValueError, match="expected values of 3 tokens, got shape"):
+        run(q, None, None, None, latent, rope, layer, meta)
+    meta.batch_id_per_token = ids
+    meta.seq_lens_decoder = meta.seq_lens_decoder[:0]
+    server.backend.init_attention_metadata(meta)
+    with pytest.raises(ValueError, match="seq_lens_decoder: expected 1 sequences"):
+        run(q, None, None, None, latent, rope, layer, meta)
     layer.sliding_window = 5
     with pytest.raises(NotImplementedError, match="sliding_window"):
         run(q, None, None, None, latent, rope, layer, meta)

@@ -71,11 +71,10 @@ class LatentServer:
         self.rng = rng = np.random.default_rng(seed)
         self.heads, self.place, self.page_size, self.count = heads, place, page_size, layers
         self.config = backends.make_latent_config(
-            max_model_len=MAX_MODEL_LEN,
             qk_nope_head_dim=128,
             block_size=page_size,
             draft_tokens=drafts,
-            **model,
+            **{"max_model_len": MAX_MODEL_LEN, **model},
         )
         self.backend = self.backend_class(self.config, 1, heads, 576)
         self.layers = [backends.AttentionLayer(layer_id=i) for i in range(layers)]
