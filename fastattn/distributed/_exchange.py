@@ -65,7 +65,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + tensor.element_size() * items
 
 
-def gather(partial: Tensor, world_size: int, group: Any) -> list[Tensor]:
+def _gather(partial: Tensor, world_size: int, group: Any) -> list[Tensor]:
     """`partial` of every rank, in the order of the ranks: views of one buffer."""
     if env.log_level() > 1:
         from fastattn import _log
@@ -81,7 +81,35 @@ def gather(partial: Tensor, world_size: int, group: Any) -> list[Tensor]:
     return [buffer[rank * size : (rank + 1) * size] for rank in range(world_size)]
 
 
-def merge(
+def partial_dtype(exchange_dtype: str, dtype: str) -> str:
+    """Type of partial results for one of the whole of type `dtype`."""
+    return "float32" if exchange_dtype == "float32" else dtype
+
+
+def gather_states(
+    partial: Tensor, partial_lse: Tensor, world_size: int, group: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Partial results of every rank with their LSEs, in the order of the ranks."""
+    lses = _gather(partial_lse, world_size, group)
+    return list(zip(_gather(partial, world_size, group), lses))
+
+
+def merge_all(
+    states: list[tuple[Tensor, Tensor]],
+    sinks: Tensor | None,
+    dtype: str,
+    out: Tensor | None,
+    out_scale: Tensor | None,
+    *,
+    in_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The whole's result and LSE; `in_lse` tells whether the LSE counts sinks."""
+    if sinks is None:
+        return _merge(states, dtype, out, out_scale)
+    return _merge_with_sinks(states, sinks, dtype, out, out_scale, in_lse=in_lse)
+
+
+def _merge(
     states: list[tuple[Tensor, Tensor]],
     dtype: str,
     out: Tensor | None,
@@ -101,7 +129,7 @@ def merge(
     return result, lse
 
 
-def merge_with_sinks(
+def _merge_with_sinks(
     states: list[tuple[Tensor, Tensor]],
     sinks: Tensor,
     dtype: str,
@@ -110,7 +138,7 @@ def merge_with_sinks(
     *,
     in_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`merge`; the sinks are one more state, with an output of 0.
+    """As :func:`_merge`; the sinks are one more state, with an output of 0.
 
     No rank can add them to its own partial result: they would be lost where it holds no key.
     `in_lse` tells whether the returned LSE counts them.
@@ -122,7 +150,7 @@ def merge_with_sinks(
     keys_lse = lse.clone()
     sink_lse = sinks.astype("float32").unsqueeze(1).expand([heads, tokens])
     states = [(result, lse), (paddle.zeros_like(result), sink_lse)]
-    result, lse = merge(states, dtype, out, out_scale)
+    result, lse = _merge(states, dtype, out, out_scale)
     if not in_lse:
         return result, keys_lse
     # Where a query sees no key, the LSE is -inf in spite of the sinks, as on one rank.

@@ -10,9 +10,9 @@ from fastattn._ops import is_tensor
 from fastattn.distributed._exchange import (
     check_call,
     check_place_of_result,
-    gather,
-    merge,
-    merge_with_sinks,
+    gather_states,
+    merge_all,
+    partial_dtype,
     ranks_of,
 )
 from fastattn.functional import paged_attention
@@ -181,12 +181,8 @@ def paged_attention_dcp(
         *arguments,
         **options,
         return_softmax_lse=True,
-        out_dtype="float32" if exchange_dtype == "float32" else dtype,
+        out_dtype=partial_dtype(exchange_dtype, dtype),
     )
-    lses = gather(partial_lse, world_size, group)
-    states = list(zip(gather(partial, world_size, group), lses))
-    if sinks is None:
-        result, lse = merge(states, dtype, out, out_scale)
-    else:
-        result, lse = merge_with_sinks(states, sinks, dtype, out, out_scale, in_lse=True)
+    states = gather_states(partial, partial_lse, world_size, group)
+    result, lse = merge_all(states, sinks, dtype, out, out_scale, in_lse=True)
     return (result, lse) if return_softmax_lse else result

@@ -11,9 +11,9 @@ from fastattn._ops import is_tensor
 from fastattn.distributed._exchange import (
     check_call,
     check_place_of_result,
-    gather,
-    merge,
-    merge_with_sinks,
+    gather_states,
+    merge_all,
+    partial_dtype,
     ranks_of,
 )
 from fastattn.functional import mla_attention, mla_sparse_attention
@@ -53,14 +53,10 @@ def _attend(
         *arguments,
         **options,
         return_softmax_lse=True,
-        out_dtype="float32" if exchange_dtype == "float32" else dtype,
+        out_dtype=partial_dtype(exchange_dtype, dtype),
     )
-    lses = gather(partial_lse, world_size, group)
-    states = list(zip(gather(partial, world_size, group), lses))
-    if sinks is None:
-        result, lse = merge(states, dtype, out, None)
-    else:
-        result, lse = merge_with_sinks(states, sinks, dtype, out, None, in_lse=False)
+    states = gather_states(partial, partial_lse, world_size, group)
+    result, lse = merge_all(states, sinks, dtype, out, None, in_lse=False)
     return (result, lse) if results["return_softmax_lse"] else result
 
 

@@ -304,7 +304,7 @@ def test_errors(changes, error, text):
 def two_ranks(monkeypatch):
     """As if in a group of two, whose other rank has the same part: no collective runs."""
     monkeypatch.setattr(distributed.attention, "ranks_of", lambda op, group: 2)
-    monkeypatch.setattr(distributed.attention, "gather", lambda part, n, group: [part, part + 0])
+    monkeypatch.setattr(distributed._exchange, "_gather", lambda part, n, group: [part, part + 0])
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_a_group_of_one_takes_out():
 def two_ranks(monkeypatch):
     """As if in a group of two, whose other rank has the same part: no collective runs."""
     monkeypatch.setattr(distributed.latent, "ranks_of", lambda op, group: 2)
-    monkeypatch.setattr(distributed.latent, "gather", lambda part, n, group: [part, part + 0])
+    monkeypatch.setattr(distributed._exchange, "_gather", lambda part, n, group: [part, part + 0])
 
 
 def sparse_call(**changes):
