@@ -466,6 +466,11 @@ def int32_from(least: int) -> Rule:
     return check
 
 
+def tile(call: Call, name: str) -> None:
+    if not 1 <= call.attrs[name] <= 64:
+        call.fail(ValueError, name, f"expected 1 to 64, got {call.attrs[name]}")
+
+
 def block_stride(call: Call, name: str) -> None:
     int32_from(call.attrs["block_size"])(call, name)
 

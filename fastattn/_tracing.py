@@ -59,6 +59,7 @@ _TYPE_AND_FORMAT: dict[str, Rule] = {
     "fp8_format": _rules.fp8_format,
 }
 _COUNT = _rules.int32_from(1)
+_BLOCKS = _rules.int32_from(-1)
 _PAGE_SIZE = _rules.at_least(1, "expected a positive number of tokens, got ")
 _INDEX_QUANT = _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'")
 _CONVERSION: dict[str, Rule] = {
@@ -427,6 +428,10 @@ RULES: dict[str, OpRules] = {
             "quant": _INDEX_QUANT,
         },
     ),
+    "indexer_q_quant": OpRules(
+        {"q": _rules.dtypes("bfloat16"), "weights": _FP32_OR_BF16, "token_of_query": _INT32},
+        {"factor": _rules.anything},
+    ),
     "indexer_kv_compress_insert": OpRules(
         {
             "state_cache": _FP32_OR_BF16,
@@ -486,20 +491,34 @@ RULES: dict[str, OpRules] = {
         },
     ),
     "topk_to_slots": OpRules(
-        {"indices": _INT32, "block_tables": _INT32, "batch_ids": _INDEX},
+        {"indices": _INT32, "block_tables": _INT32, "batch_ids": _INDEX, "row_ids": _INDEX},
         {
             "block_size": _COUNT,
             "block_stride": _rules.block_stride,
-            "num_blocks": _rules.int32_from(-1),
+            "num_blocks": _BLOCKS,
             "compact": _rules.anything,
             "rank": _rules.rank,
             "world_size": _COUNT,
             "interleave": _COUNT,
         },
     ),
+    "token_maps": OpRules(
+        {
+            "batch_ids": _INDEX,
+            "block_tables": _INT32,
+            "cu_seqlens_q": _INT32,
+            "seq_lens_decoder": _INT32,
+            "position_ids": _INDEX,
+        },
+        {"num_tokens": _rules.int32_from(0), "block_size": _COUNT, "num_blocks": _BLOCKS},
+    ),
+    "query_rows": OpRules(
+        {"batch_ids": _INDEX, "positions": _INT32, "block_tables": _INT32, "cu_seqlens_q": _INT32},
+        {"tile": _rules.tile},
+    ),
     "window_indices": OpRules(
         {"positions": _INDEX, "batch_ids": _INDEX, "block_tables": _INT32, "starts": _INT32},
-        {"window": _COUNT, "block_size": _COUNT, "num_blocks": _rules.int32_from(-1)},
+        {"window": _COUNT, "block_size": _COUNT, "num_blocks": _BLOCKS},
     ),
     "short_context_indices": OpRules(
         {"positions": _INDEX, "batch_ids": _INDEX}, {"k": _COUNT, "compress_ratio": _COUNT}

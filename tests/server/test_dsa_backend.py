@@ -16,14 +16,6 @@ from tests.support.tensors import to_numpy
 HEADS = (8, 16, 32, 64, 128)
 
 
-@pytest.fixture(autouse=True)
-def _maps_need_paddle(request):
-    callspec = getattr(request.node, "callspec", None)
-    on_gpu = callspec is not None and callspec.params.get("place") == "gpu"
-    if on_gpu and paddle.__version__.startswith("2."):
-        pytest.skip("rows of a step take kernels that Paddle 2.6 has not for this GPU")
-
-
 @pytest.mark.parametrize("heads", HEADS)
 def test_a_day_of_steps(place, heads):
     """Prefill, chunks, a mixed step, drafts of which some are rejected, an idle sequence."""
