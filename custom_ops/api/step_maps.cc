@@ -1,5 +1,6 @@
 #include "cpu/step_maps.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "api/check.h"
@@ -73,9 +74,10 @@ Tensor NewIndices(const char* op, const Shape& shape, const phi::Place& place) {
   return paddle::empty(shape, phi::DataType::INT32, place);
 }
 
+// A step without sequences has a row all the same: operators refuse to be without any.
 int64_t RowsOf(int64_t num_tokens, int64_t batch, int64_t tile) {
   if (num_tokens < 0 || batch < 0 || tile < 1) return -1;
-  return tile == 1 ? num_tokens : num_tokens / tile + batch;
+  return tile == 1 ? num_tokens : num_tokens / tile + std::max<int64_t>(batch, 1);
 }
 
 }  // namespace
@@ -174,7 +176,7 @@ std::vector<Tensor> QueryRows(const Tensor& batch_ids, const Tensor& positions,
   p.token_of_query = MutableData<int32_t>(tokens);
   p.query_of_token = MutableData<int32_t>(queries);
   const std::vector<Tensor> results = {lengths, tables, tokens, queries};
-  if (p.rows == 0 && p.num_tokens == 0) return results;
+  if (p.rows == 0) return results;  // no tokens
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(cu_seqlens_q)) {
     LaunchOnGpu(kRowsOp, cu_seqlens_q,

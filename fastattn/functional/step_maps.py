@@ -123,7 +123,7 @@ def query_rows(
     -------
     lengths : Tensor, shape [rows, tile], int32
         Keys that each query sees, its position and one; 0 for what is no query. There are T rows
-        for a `tile` of 1, else ``T // tile + B``.
+        for a `tile` of 1, else ``T // tile + max(B, 1)``.
     row_tables : Tensor, shape [rows, max_blocks], int32
         Blocks of each row's sequence; -1 where a row has none.
     token_of_query : Tensor, shape [rows * tile], int32

@@ -50,7 +50,7 @@ def query_rows(
     seqs = np.asarray(batch_ids).reshape(-1)[: len(positions)]
     starts = np.asarray(cu_seqlens_q).astype(np.int64)
     count = len(starts) - 1
-    rows = len(positions) if tile == 1 else len(positions) // tile + count
+    rows = len(positions) if tile == 1 else len(positions) // tile + max(count, 1)
     tokens = np.full(rows * tile, -1, np.int32)
     queries = np.full(len(positions), -1, np.int32)
     owners = np.full(rows, -1, np.int64)

@@ -232,9 +232,9 @@ def test_garbage_stays_inside_the_results(place, tile):
 def test_no_sequences(place):
     ids, positions = np.full(5, -1, np.int32), np.full(5, -1, np.int32)
     none = [ids, positions, np.zeros((0, 3), np.int32), np.zeros(1, np.int32)]
-    if EMPTY_OUTPUTS:
-        *_, queries = check("query_rows", none, place, tile=8)
-        assert (queries == -1).all()
+    lengths, rows, _, queries = check("query_rows", none, place, tile=8)
+    assert lengths.shape == (1, 8) and not lengths.any()
+    assert (rows == -1).all() and (queries == -1).all()
     lengths, rows, tokens, _ = check("query_rows", none, place, tile=1)
     assert not lengths.any() and (rows == -1).all() and (tokens == -1).all()
 

@@ -27,7 +27,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t token = row * kThreads + threadIdx.x; token < p.num_tokens; token += stride) {
     p.WriteToken(token);
   }
-  if (row >= p.rows) return;
   const int64_t seq = p.SeqOf(row);
   for (int64_t query = threadIdx.x; query < p.tile; query += kThreads) {
     p.WriteQuery(seq, row, query);
@@ -48,8 +47,8 @@ cudaError_t LaunchTokenMaps(const TokenMapsParams& p, cudaStream_t stream) {
 }
 
 cudaError_t LaunchQueryRows(const QueryRowsParams& p, cudaStream_t stream) {
-  const int64_t ctas = p.rows > 0 ? p.rows : 1;  // tokens without a sequence have no row
-  return LaunchPdl(QueryRowsKernel, dim3(GridSize(ctas)), dim3(kThreads), stream, p);
+  if (p.rows == 0) return cudaSuccess;
+  return LaunchPdl(QueryRowsKernel, dim3(GridSize(p.rows)), dim3(kThreads), stream, p);
 }
 
 }  // namespace fastattn::cuda
