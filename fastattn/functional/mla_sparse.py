@@ -155,8 +155,8 @@ def mla_sparse_attention(
         Natural logarithm of the denominator without the sink, as :func:`merge_attn_states` takes
         it. Only with `return_softmax_lse`.
     max_logits : Tensor, shape [H, T], float32
-        Largest :math:`s_{thj}` of each query head, -inf without a key. Only with
-        `return_max_logits`.
+        Largest :math:`s_{thj}` of each query head, -inf without a key; NaN where the LSE is, since
+        a score is NaN or +inf. Only with `return_max_logits`.
 
     Raises
     ------
