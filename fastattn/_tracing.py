@@ -256,7 +256,7 @@ RULES: dict[str, OpRules] = {
             "flash_mla": _rules.anything,
             "out_dtype": _rules_latent.latent_out_dtype,
         },
-        ("scale", "extra_indices", "extra_scale"),
+        ("scale", "extra_scale"),
     ),
     "mla_write_cache": OpRules(
         {

@@ -305,6 +305,30 @@ def test_no_columns_of_indices(place, lengths):
     assert not to_numpy(out).any() and np.isneginf(to_numpy(lse)).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("extra_cache", np.zeros((3, 64, 600), np.uint8), "extra_cache: expected"),
+        ("extra_cache", np.zeros((3, 64, 584), np.float32), "extra_cache: expected dtype"),
+        ("extra_topk_length", np.zeros(4, np.int32), r"extra_topk_length: expected shape \[5\]"),
+        ("extra_topk_length", np.zeros(5, np.int64), "extra_topk_length: expected dtype int32"),
+        ("extra_scale", np.ones(1, np.float32), "extra_scale: expected None for fp8_584"),
+        ("extra_cache_format", "fp8_5", "extra_cache_format: 'fp8_5' is not supported"),
+        ("extra_cache_format", "fp8_656", "q: expected 576 channels, those of extra_cache_format"),
+        ("extra_indices", np.zeros((4, 0), np.int32), "extra_indices: expected a tensor with elements"),
+        ("extra_indices", None, "extra_indices: expected a tensor with extra_cache, got None"),
+    ],
+)
+def test_no_columns_of_indices_excuse_nothing(name, value, message):
+    problem = add_extra(make_problem(47, "fp8_584", 5), 48, "fp8_584", (9, 3, 0, 0, 5), 10)
+    positional, named = problem.tensors("cpu")
+    named["extra_indices"] = to_paddle(np.zeros((5, 0), np.int32), "cpu")
+    F.mla_sparse_attention(*positional, **named)
+    named[name] = to_paddle(value, "cpu") if isinstance(value, np.ndarray) else value
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        F.mla_sparse_attention(*positional, **named)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_stays_where_it_is_seen(place, kind):
     """A NaN channel of a token, a NaN scale, a NaN in a query head."""
