@@ -98,52 +98,6 @@ def test_an_empty_step():
     assert out.shape == [0, 4 * 512]
 
 
-def test_yarn_scales_scores_twice():
-    rope = {"factor": 40.0, "mscale_all_dim": 1.0}
-    config = backends.make_latent_config(max_model_len=64, qk_nope_head_dim=128, rope_scaling=rope)
-    scale = backends.MLAAttentionBackend(config, 1, 16, 576).config.softmax_scale
-    assert scale == pytest.approx(192**-0.5 * (0.1 * np.log(40) + 1) ** 2)
-
-
-def _config(**changes):
-    config = backends.make_latent_config(max_model_len=64, qk_nope_head_dim=128)
-    for path, value in changes.items():
-        section, _, name = path.partition("__")
-        if not hasattr(config, section):
-            setattr(config, section, type(config.model_config)())
-        setattr(getattr(config, section), name, value)
-    return config
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_config__kv_lora_rank": 256}, "kv_lora_rank = 256"),
-        ({"model_config__qk_rope_head_dim": 32}, "qk_rope_head_dim = 32"),
-        ({"graph_opt_config__graph_opt_level": 1}, "graph_opt_level = 1"),
-        ({"quant_config__kv_cache_quant_type": "int8"}, "kv_cache_quant_type = 'int8'"),
-        ({"model_config__window_size": 24}, "window_size = 24"),
-        ({"parallel_config__pd_disaggregation_mode": "odd"}, "pd_disaggregation_mode = 'odd'"),
-    ],
-)
-def test_what_is_not_supported_is_refused_by_name(changes, message):
-    with pytest.raises(NotImplementedError, match=message):
-        backends.MLAAttentionBackend(_config(**changes), 1, 16, 576)
-
-
-def test_wrong_arguments(monkeypatch):
-    backend = backends.MLAAttentionBackend
-    with pytest.raises(ValueError, match="fd_config: expected a configuration"):
-        backend(None, 1, 16, 576)
-    with pytest.raises(NotImplementedError, match="num_heads = 129"):
-        backend(_config(), 1, 129, 576)
-    with pytest.raises(NotImplementedError, match="kv_cache_quant_type = 'block_wise_fp8'"):
-        backend(_config(), 1, 16, 576).get_kv_cache_shape(3, "block_wise_fp8")
-    monkeypatch.setenv("FD_DETERMINISTIC_MODE", "1")
-    with pytest.raises(NotImplementedError, match="FD_DETERMINISTIC_MODE"):
-        backend(_config(), 1, 16, 576)
-
-
 def test_wrong_arguments_of_a_step():
     server = LatentServer([40], 8)
     q, latent, rope = (
