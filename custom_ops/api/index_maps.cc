@@ -298,8 +298,7 @@ std::vector<phi::DataType> CombineInferDtype(const phi::DataType& topk, const ph
 }  // namespace fastattn::api
 
 PD_BUILD_OP(fastattn_topk_to_slots)
-    .Inputs({"indices", "block_tables", paddle::Optional("batch_ids"),
-             paddle::Optional("row_ids")})
+    .Inputs({"indices", "block_tables", paddle::Optional("batch_ids"), paddle::Optional("row_ids")})
     .Outputs({"slots", "lengths"})
     .Attrs({"block_size: int64_t", "block_stride: int64_t", "num_blocks: int64_t", "compact: bool",
             "rank: int64_t", "world_size: int64_t", "interleave: int64_t"})

@@ -192,8 +192,8 @@ std::vector<Tensor> IndexerQQuant(const Tensor& q, const Tensor& weights,
     p.num_queries = SizesOf(*tokens)[0];
   }
   CheckedProduct(kQuantOp, "q", {p.num_queries, shape[1], kIndexerHeadDim});
-  Tensor codes = paddle::empty({p.num_queries, shape[1], kIndexerHeadDim}, phi::DataType::UINT8,
-                               place);
+  Tensor codes =
+      paddle::empty({p.num_queries, shape[1], kIndexerHeadDim}, phi::DataType::UINT8, place);
   Tensor weights_out = paddle::empty({p.num_queries, shape[1]}, phi::DataType::FLOAT32, place);
   const Sizes strides = StridesOf(q);
   p.q = Data<uint16_t>(q);

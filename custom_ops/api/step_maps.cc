@@ -54,11 +54,7 @@ IndexArray ParseTokens(const char* op, const char* name, const Tensor& tensor, i
 
 // Starts of sequences; returns the number of these.
 int64_t ParseStarts(const char* op, const Tensor& starts, const phi::Place& place) {
-  Arg(op, "cu_seqlens_q", starts)
-      .On(place)
-      .Dtype({phi::DataType::INT32})
-      .Rank(1)
-      .Contiguous();
+  Arg(op, "cu_seqlens_q", starts).On(place).Dtype({phi::DataType::INT32}).Rank(1).Contiguous();
   const int64_t size = SizesOf(starts)[0];
   if (size < 1) {
     Fail("ValueError", op, "cu_seqlens_q", "expected shape [B + 1], got ",
@@ -145,11 +141,7 @@ std::vector<Tensor> QueryRows(const Tensor& batch_ids, const Tensor& positions,
   const Arg first(kRowsOp, "cu_seqlens_q", cu_seqlens_q);
   const phi::Place place = cu_seqlens_q.place();
   CheckRange(kRowsOp, "tile", tile, 1, kMostQueries);
-  Arg(kRowsOp, "positions", positions)
-      .On(place)
-      .Dtype({phi::DataType::INT32})
-      .Rank(1)
-      .Contiguous();
+  Arg(kRowsOp, "positions", positions).On(place).Dtype({phi::DataType::INT32}).Rank(1).Contiguous();
   Arg(kRowsOp, "block_tables", block_tables)
       .On(place)
       .Dtype({phi::DataType::INT32})

@@ -30,8 +30,8 @@ struct TokenMapsParams {
     const bool known = seq >= 0 && seq < batch;
     int32_t position = kNoIndex, place = kNoIndex;
     if (known) {
-      const int64_t at = given.data != nullptr ? given.At(token)
-                                               : int64_t{cached[seq]} + (token - starts[seq]);
+      const int64_t at =
+          given.data != nullptr ? given.At(token) : int64_t{cached[seq]} + (token - starts[seq]);
       position = IndexOrNone(at);
       const int32_t* table = slots.Row(seq);
       if (position >= 0 && table != nullptr) place = slots.Slot(table, position);

@@ -181,7 +181,8 @@ def paged_attention_dcp(
     check_tensor(_OP, "sinks", sinks, list(q.shape[1:2]), ("float32", "bfloat16"))
     check_place_of_result(_OP, out, [*arguments, *options.values(), sinks, out_scale])
     if world_size == 1:
-        results = {"sinks": sinks, "out_scale": out_scale, "return_softmax_lse": return_softmax_lse}
+        results: dict[str, Any] = {"sinks": sinks, "out_scale": out_scale}
+        results["return_softmax_lse"] = return_softmax_lse
         results["out_dtype"] = out_dtype if out_scale is not None else dtype
         return store(paged_attention(*arguments, **options, **results), out)
     partial, partial_lse = paged_attention(

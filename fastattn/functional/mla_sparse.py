@@ -19,7 +19,7 @@ def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
 
 
 def _indices_of_extra(op: str, q: Any, cache: Any, indices: Any) -> Any:
-    """Indices of a second cache. Operators take no tensor without elements: [T, 0] is None there."""
+    """Indices of a second cache; [T, 0] is None for the operator, which takes no empty tensor."""
     if cache is not None and indices is None:
         raise TypeError(f"{op}: extra_indices: expected a tensor with extra_cache, got None")
     if _ops.is_tensor(q) and _ops.is_tensor(indices) and list(indices.shape) == [*q.shape[:1], 0]:

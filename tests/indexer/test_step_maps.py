@@ -198,9 +198,7 @@ def test_tokens_of_no_sequence_and_positions_without_keys(place, tile):
     ids, tables, starts, _ = step([5, 6], [0, 0])
     ids[[1, 7, 8]] = [2, -3, FAR]
     positions = np.array([0, 1, -1, -(2**31), 2**31 - 1, 2**31 - 2, 6, 7, 8, 9, 3], np.int32)
-    lengths, _, tokens, queries = check(
-        "query_rows", [ids, positions, tables, starts], place, tile=tile
-    )
+    lengths, *_, queries = check("query_rows", [ids, positions, tables, starts], place, tile=tile)
     assert (queries[[1, 7, 8]] == -1).all()
     assert lengths.ravel()[queries[[2, 3, 4]]].tolist() == [0, 0, 0]
     assert lengths.ravel()[queries[5]] == 2**31 - 1

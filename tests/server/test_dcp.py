@@ -291,9 +291,7 @@ def test_one_process_clears_padding_in_a_given_out(lse, codes):
     scale = {"out_scale": paddle.full([1], 0.02)} if codes else {}
     want = F.paged_attention(*positional, **keywords, **scale)
     out = paddle.full(want.shape, 7, want.dtype)
-    got = paged_attention_dcp(
-        *positional, **keywords, **scale, out=out, return_softmax_lse=lse
-    )
+    got = paged_attention_dcp(*positional, **keywords, **scale, out=out, return_softmax_lse=lse)
     assert (got[0] if lse else got) is out
     assert_same_bits(out.numpy(), want.numpy())
     assert not out.numpy()[~problem.owned()].any()

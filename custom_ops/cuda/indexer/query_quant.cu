@@ -87,8 +87,8 @@ cudaError_t LaunchIndexerQQuant(const IndexerQQuantParams& p, cudaStream_t strea
   HeadGrid grid;
   grid.heads = Divisor(static_cast<uint32_t>(p.num_heads));
   grid.count = static_cast<uint32_t>(p.num_queries * p.num_heads);
-  const bool aligned = IsAligned(p.q, 16) && p.q_token_stride % kChunk == 0 &&
-                       p.q_head_stride % kChunk == 0;
+  const bool aligned =
+      IsAligned(p.q, 16) && p.q_token_stride % kChunk == 0 && p.q_head_stride % kChunk == 0;
   constexpr int kHeads = kThreads / kLanes;  // of a CTA
   const dim3 ctas((grid.count + kHeads - 1) / kHeads);
   const auto kernel = aligned ? QueryQuantKernel<true> : QueryQuantKernel<false>;
