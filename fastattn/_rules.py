@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -49,6 +49,18 @@ class Call:
 
 #: Checks the named input or attribute and raises what the operator would.
 Rule = Callable[[Call, str], None]
+
+
+@dataclass(frozen=True)
+class OpRules:
+    """Rules of an operator's inputs and attributes; absent optional inputs are skipped.
+
+    `always` names the optional inputs whose absence may be wrong.
+    """
+
+    inputs: Mapping[str, Rule]
+    attrs: Mapping[str, Rule] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
 
 
 def anything(call: Call, name: str) -> None:
@@ -414,7 +426,7 @@ def quantize_q(call: Call, name: str) -> None:
 
 
 def merged(call: Call, name: str) -> None:
-    if call.inputs["output_scale"] is not None or call.inputs["output_scales"] is not None:
+    if any(call.inputs.get(scale) is not None for scale in ("output_scale", "output_scales")):
         supported(call, name)
         got = call.dtype(name)
         if got not in (None, "uint8", "float8_e4m3fn"):
@@ -422,7 +434,8 @@ def merged(call: Call, name: str) -> None:
             call.fail(TypeError, name, text)
         return
     supported(call, name)
-    given, dtype = call.dtype(name), call.dtype("prefix_output")
+    states = "prefix_output" if "prefix_output" in call.inputs else "outputs"
+    given, dtype = call.dtype(name), call.dtype(states)
     wide = dtype == "float32"
     if None not in (given, dtype) and given != dtype and not (wide and given in HALVES):
         more = ", float16 or bfloat16" if wide else ""
