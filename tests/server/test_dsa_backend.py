@@ -17,9 +17,10 @@ HEADS = (8, 16, 32, 64, 128)
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_a_day_of_steps(place, heads):
+@pytest.mark.parametrize("given", [False, True], ids=["no positions", "positions"])
+def test_a_day_of_steps(place, heads, given):
     """Prefill, chunks, a mixed step, drafts of which some are rejected, an idle sequence."""
-    server = SparseServer([140, 75, 66], heads, place, drafts=1)
+    server = SparseServer([140, 75, 66], heads, place, drafts=1, gives_positions=given)
     server.step([70, 3, 0])
     server.step([50, 1, 65], prefill=[True, False, True])
     server.step([2, 2, 0], prefill=[False] * 3, advance=[1, 2, 0])
