@@ -94,6 +94,37 @@ def dtypes(*allowed: str) -> Rule:
     return check
 
 
+_ROTATIONS = names(ValueError, ("none", "hadamard"), "expected none or hadamard, got '{}'")
+
+
+def _takes_key_transforms(call: Call, name: str) -> None:
+    kind = call.attrs["cache_quant_type"]
+    if kind not in ("cache_int8", "block_wise_int8"):
+        text = f"cache_quant_type '{kind}' is not supported; supported: cache_int8, block_wise_int8"
+        call.fail(NotImplementedError, name, text)
+
+
+def k_rotation(call: Call, name: str) -> None:
+    """The rotation of K, of types that take one."""
+    _ROTATIONS(call, name)
+    if call.attrs[name] != "none":
+        _takes_key_transforms(call, name)
+
+
+def q_rotation(call: Call, name: str) -> None:
+    """The rotation of the queries that a writer returns: that of K."""
+    _ROTATIONS(call, name)
+    q, k = call.attrs[name], call.attrs["k_rotation"]
+    if q not in ("none", k):
+        call.fail(ValueError, name, f"expected none or that of K, got '{q}' with k_rotation '{k}'")
+
+
+def k_center(call: Call, name: str) -> None:
+    """The constant that K is stored without, of types that take one."""
+    _takes_key_transforms(call, name)
+    dtypes("float32")(call, name)
+
+
 def like(other: str) -> Rule:
     def check(call: Call, name: str) -> None:
         expected = call.dtype(other)

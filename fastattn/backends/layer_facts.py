@@ -47,7 +47,7 @@ _READ = (
 
 
 #: Tensors of a layer that ``rope_write_cache_kv`` takes, in its order.
-_WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale")
+_WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale", "k_center")
 
 #: Where ``paddle.nn.Layer`` keeps tensors.
 _HOLDERS = ("_parameters", "_buffers")
@@ -198,7 +198,9 @@ class LayerFacts:
         """Scales of the operator's Q, None for one that is not quantised."""
         if self.q_quant == "none":
             return None
-        return self.write_tensors[-1] if self.q_quant == "per_tensor" else written[1]
+        if self.q_quant == "per_tensor":
+            return self.write_tensors[_WRITE_TENSORS.index("q_scale")]
+        return written[1]
 
     def scales(self, forward_meta: Any, layer: Any, shard: Any) -> tuple[Any, Any]:
         """Scales of K and V for a call."""
