@@ -441,6 +441,30 @@ def quantize_q(call: Call, name: str) -> None:
         call.fail(ValueError, name, f"expected bfloat16 or float16 queries, got {shown}")
 
 
+_ROTATE_FIRST = (
+    "e4m3 queries are not supported: quantise queries that are rotated (q_rotation of "
+    "rope_write_cache_kv), and leave it out here"
+)
+
+
+def rotated_queries(call: Call, name: str) -> None:
+    """Queries that the attention is to rotate."""
+    if call.attrs[name] != "none" and call.dtype("q") in ("uint8", "float8_e4m3fn"):
+        call.fail(NotImplementedError, name, _ROTATE_FIRST)
+
+
+def centred_scores(call: Call, name: str) -> None:
+    """Scores that lack a constant."""
+    if call.attrs["softcap"] > 0:
+        text = "softcap is not supported with it: a score that lacks a constant has another tanh"
+        call.fail(NotImplementedError, name, text)
+    if call.dtype("q") in ("uint8", "float8_e4m3fn"):
+        call.fail(NotImplementedError, name, _ROTATE_FIRST)
+    if call.inputs["sinks"] is not None and call.inputs["out"] is not None:
+        text = "a given output is not supported with k_center and sinks"
+        call.fail(NotImplementedError, "out", text)
+
+
 # ---- the others ----
 
 

@@ -60,6 +60,7 @@ _TYPE_AND_FORMAT: dict[str, Rule] = {
 }
 _K_ROTATION: dict[str, Rule] = {"k_rotation": _rules.k_rotation}
 _K_CENTER: dict[str, Rule] = {"k_center": _rules.k_center}
+_K_CENTER_READ: dict[str, Rule] = {"k_center": _rules.both(_rules.k_center, _rules.centred_scores)}
 _COUNT = _rules.int32_from(1)
 _PAGE_SIZE = _rules.at_least(1, "expected a positive number of tokens, got ")
 _INDEX_QUANT = _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'")
@@ -193,8 +194,13 @@ RULES: dict[str, OpRules] = {
         },
     ),
     "paged_attention": OpRules(
-        {**_CACHE, "q": _rules.paged_queries, **_SEQS, **_ATTENTION_INPUTS},
-        {**_TYPE_AND_FORMAT, **_ATTENTION_ATTRS, "batch_invariant": _rules.anything},
+        {**_CACHE, "q": _rules.paged_queries, **_SEQS, **_ATTENTION_INPUTS, **_K_CENTER_READ},
+        {
+            **_TYPE_AND_FORMAT,
+            **_ATTENTION_ATTRS,
+            "batch_invariant": _rules.anything,
+            "k_rotation": _rules.both(_rules.k_rotation, _rules.rotated_queries),
+        },
         _SCALES,
     ),
     "merge_attn_states": OpRules(

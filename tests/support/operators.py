@@ -159,7 +159,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
         ),
         "paged_attention": OpCall(
             {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()},
-            {**plain, **attention, "batch_invariant": False},
+            {**plain, **attention, "batch_invariant": False, "k_rotation": "none"},
         ),
         "merge_attn_states": OpCall(
             {
