@@ -99,8 +99,14 @@ _ROTATIONS = names(ValueError, ("none", "hadamard"), "expected none or hadamard,
 
 def _takes_key_transforms(call: Call, name: str) -> None:
     kind = call.attrs["cache_quant_type"]
-    if kind not in ("cache_int8", "block_wise_int8"):
-        text = f"cache_quant_type '{kind}' is not supported; supported: cache_int8, block_wise_int8"
+    if kind == "none":
+        text = (
+            f"cache_quant_type '{kind}' is not supported; supported: cache_int8, cache_fp8, "
+            "block_wise_int8, block_wise_fp8"
+        )
+        call.fail(NotImplementedError, name, text)
+    if kind == "cache_fp8" and call.attrs["fp8_format"] == "e5m2":
+        text = "fp8_format 'e5m2' is not supported; supported: e4m3"
         call.fail(NotImplementedError, name, text)
 
 
@@ -458,8 +464,10 @@ def centred_scores(call: Call, name: str) -> None:
     if call.attrs["softcap"] > 0:
         text = "softcap is not supported with it: a score that lacks a constant has another tanh"
         call.fail(NotImplementedError, name, text)
-    if call.dtype("q") in ("uint8", "float8_e4m3fn"):
-        call.fail(NotImplementedError, name, _ROTATE_FIRST)
+    counts = call.attrs["return_softmax_lse"] or call.inputs["sinks"] is not None
+    if counts and call.dtype("q") in ("uint8", "float8_e4m3fn"):
+        text = "e4m3 queries are not supported with it where an LSE is returned or a sink counts"
+        call.fail(NotImplementedError, name, text)
     if call.inputs["sinks"] is not None and call.inputs["out"] is not None:
         text = "a given output is not supported with k_center and sinks"
         call.fail(NotImplementedError, "out", text)

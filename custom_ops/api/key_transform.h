@@ -17,16 +17,20 @@ inline KeyRotation ParseRotation(const char* op, const char* name, const std::st
   Fail("ValueError", op, name, "expected none or hadamard, got '", rotation, "'");
 }
 
-// `cache` has been checked. Only int8 codes gain: K's outliers take range from the other channels.
+// `cache` has been checked.
 inline KeyTransform ParseKeyTransform(const char* op, const Tensor* k_center,
                                       const std::string& k_rotation, const PagedCache& cache,
                                       const phi::Place& place) {
   KeyTransform transform;
   transform.rotation = ParseRotation(op, "k_rotation", k_rotation);
   const bool rotates = transform.rotation != KeyRotation::kNone;
-  if ((rotates || k_center != nullptr) && !IsInt8(cache.type)) {
-    Fail("NotImplementedError", op, rotates ? "k_rotation" : "k_center", "cache_quant_type '",
-         NameOf(cache.type), "' is not supported; supported: cache_int8, block_wise_int8");
+  const char* given = rotates ? "k_rotation" : "k_center";
+  if ((rotates || k_center != nullptr) && !IsQuantized(cache.type)) {
+    Fail("NotImplementedError", op, given, "cache_quant_type '", NameOf(cache.type),
+         "' is not supported; supported: cache_int8, cache_fp8, block_wise_int8, block_wise_fp8");
+  }
+  if ((rotates || k_center != nullptr) && cache.dtype == DType::kE5M2) {
+    Fail("NotImplementedError", op, given, "fp8_format 'e5m2' is not supported; supported: e4m3");
   }
   if (k_center != nullptr) {
     Arg(op, "k_center", *k_center)

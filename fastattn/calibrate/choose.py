@@ -22,7 +22,7 @@ GRANULARITIES = ("tensor", "head", "channel")
 TRANSFORMS = ("none", "center", "hadamard", "center+hadamard")
 
 #: Types whose keys may be transformed.
-TRANSFORMED_TYPES = ("cache_int8", "block_wise_int8")
+TRANSFORMED_TYPES = (*STATIC_TYPES, *DYNAMIC_TYPES)
 
 #: Floor of an amax, so that a channel of zeros has a scale.
 _FLOOR = 1e-6
