@@ -17,8 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastattn.calibrate import Calibration, LayerSamples, calibrate_layer
-from fastattn.calibrate.choose import TRANSFORMS
+from fastattn.calibrate import Calibration, LayerSamples
+from fastattn.calibrate.choose import TRANSFORMS, Candidate, sampled_rows, try_candidate
 from fastattn.demo import evaluate, shipped, text
 from fastattn.demo.engine import Engine
 from fastattn.demo.key_outliers import samples_of, with_large_keys
@@ -32,10 +32,6 @@ KINDS = [
     ("cache_fp8", "head"),
     ("block_wise_fp8", "head"),
 ]
-
-
-def transforms_of(kind: str) -> tuple[str, ...]:
-    return TRANSFORMS if kind.endswith("int8") else ("none",)
 
 
 def served(model, kind, calibration, held_out) -> float:
@@ -59,11 +55,10 @@ def perplexities(windows: int) -> None:
         print(f"{name:9} {'none':30} {base:.4f}", flush=True)
         samples = samples_of(weights, config, train)
         for kind, granularity in KINDS:
-            for transform in transforms_of(kind):
+            for transform in TRANSFORMS:
+                candidate = Candidate(kind, transform)
                 found = {
-                    i: calibrate_layer(
-                        layer, [kind], bound=0, transforms=[transform], granularity=granularity
-                    )
+                    i: try_candidate(layer, candidate, granularity, None)
                     for i, layer in samples.items()
                 }
                 value = served(model, kind, Calibration(found), held_out)
@@ -89,10 +84,9 @@ def errors() -> None:
     for outliers in ("none", "one channel x 20", "three channels + 40"):
         samples = synthetic(outliers)
         for kind, granularity in KINDS:
-            for transform in transforms_of(kind):
-                found = calibrate_layer(
-                    samples, [kind], bound=0, transforms=[transform], granularity=granularity
-                )
+            for transform in TRANSFORMS:
+                rows = sampled_rows(samples, 64)
+                found = try_candidate(samples, Candidate(kind, transform), granularity, rows)
                 shown = f"{kind} {granularity if kind == 'cache_int8' else ''} {transform}"
                 print(f"{outliers:20} {shown:40} {found.error:.2e}", flush=True)
 

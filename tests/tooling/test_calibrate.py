@@ -12,7 +12,13 @@ import pytest
 from fastattn import backends
 from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta
 from fastattn.calibrate import Calibration, calibrate_layer, read_samples
-from fastattn.calibrate.choose import centre_of, outlier_channels, scales_of
+from fastattn.calibrate.choose import (
+    TRANSFORMS,
+    candidates,
+    centre_of,
+    outlier_channels,
+    scales_of,
+)
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
 from fastattn.cli import main
@@ -77,6 +83,21 @@ def test_dynamic_types():
 
 def test_a_bound_that_only_16_bits_keep():
     assert calibrate_layer(layer(), STATIC, bound=1e-6).cache_quant_type == "none"
+
+
+def test_rotations_are_for_codes_without_exponents():
+    names = [f"{c.cache_quant_type} {c.transform}" for c in candidates(STATIC, TRANSFORMS)]
+    assert names == [
+        "cache_int8 none",
+        "cache_int8 center",
+        "cache_int8 hadamard",
+        "cache_int8 center+hadamard",
+        "cache_fp8 none",
+        "cache_fp8 center",
+        "none none",
+    ]
+    with pytest.raises(CalibrationError, match="block_wise_fp8: none gains by hadamard"):
+        calibrate_layer(layer(), ["block_wise_fp8"], bound=1, transforms=["hadamard"])
 
 
 def test_scales_and_centres_by_hand():
