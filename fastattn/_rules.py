@@ -477,7 +477,7 @@ def centred_scores(call: Call, name: str) -> None:
 
 
 def merged(call: Call, name: str) -> None:
-    if call.inputs["output_scale"] is not None or call.inputs["output_scales"] is not None:
+    if any(call.inputs.get(scale) is not None for scale in ("output_scale", "output_scales")):
         supported(call, name)
         got = call.dtype(name)
         if got not in (None, "uint8", "float8_e4m3fn"):
@@ -485,7 +485,8 @@ def merged(call: Call, name: str) -> None:
             call.fail(TypeError, name, text)
         return
     supported(call, name)
-    given, dtype = call.dtype(name), call.dtype("prefix_output")
+    states = "prefix_output" if "prefix_output" in call.inputs else "outputs"
+    given, dtype = call.dtype(name), call.dtype(states)
     wide = dtype == "float32"
     if None not in (given, dtype) and given != dtype and not (wide and given in HALVES):
         more = ", float16 or bfloat16" if wide else ""

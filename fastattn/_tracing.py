@@ -216,6 +216,16 @@ RULES: dict[str, OpRules] = {
         },
         {"prefill_tokens_with_context": _rules.prefill_tokens},
     ),
+    "merge_many_attn_states": OpRules(
+        {
+            "outputs": _rules.dtypes(*_rules.FLOATS),
+            "lses": _rules.dtypes("float32"),
+            "sinks": _FP32_OR_BF16,
+            "output_scale": _rules.dtypes("float32"),
+            "output": _rules.merged,
+        },
+        {"sinks_in_lse": _rules.anything},
+    ),
     "merge_prefill_decode_output": OpRules(
         {
             "encoder_res": _rules.supported,

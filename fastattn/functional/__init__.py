@@ -22,6 +22,7 @@ from fastattn.functional.indexer import (
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.functional.merge import merge_attn_states
+from fastattn.functional.merge_many import merge_many_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
 from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
@@ -46,6 +47,7 @@ __all__ = [
     "indexer_topk",
     "inverse_rope_quantize_fp8",
     "merge_attn_states",
+    "merge_many_attn_states",
     "mla_attention",
     "mla_gather_cache",
     "mla_qkv_norm_rope_write",

@@ -17,6 +17,7 @@ from fastattn.reference.indexer import (
 from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.reference.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.reference.merge import merge_attn_states
+from fastattn.reference.merge_many import merge_many_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
 from fastattn.reference.mla_dense import mla_attention
 from fastattn.reference.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
@@ -42,6 +43,7 @@ __all__ = [
     "inverse_rope_quantize_fp8",
     "make_rotary_embs",
     "merge_attn_states",
+    "merge_many_attn_states",
     "mla_attention",
     "mla_gather_cache",
     "mla_qkv_norm_rope_write",

@@ -11,12 +11,12 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import distributed
+from fastattn.bench.core.processes import run_group
 from fastattn.distributed import mla_attention_dcp, mla_sparse_attention_dcp
 from fastattn.distributed._exchange import check_place_of_result
 from tests.support import dcp_latent
 from tests.support.compare import assert_same_bits
 from tests.support.mla_dense import assert_close, assert_outputs_close
-from tests.support.processes import run_group
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
 CASES = {**dcp_latent.CASES, **dcp_latent.SINK_CASES}
@@ -135,7 +135,9 @@ def test_a_group_of_one_takes_out():
 def two_ranks(monkeypatch):
     """As if in a group of two, whose other rank has the same part: no collective runs."""
     monkeypatch.setattr(distributed.latent, "ranks_of", lambda op, group: 2)
-    monkeypatch.setattr(distributed._exchange, "_gather", lambda part, n, group: [part, part + 0])
+    monkeypatch.setattr(
+        distributed._exchange.Exchange, "_all_gather", lambda _, own: paddle.concat([own, own])
+    )
 
 
 def sparse_call(**changes):

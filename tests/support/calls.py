@@ -118,6 +118,12 @@ def _merge(t: _Inputs) -> Call:
     return lambda: list(F.merge_attn_states(*sides[0], *sides[1], output_scale=scale))
 
 
+def _merge_many(t: _Inputs) -> Call:
+    states = t.floats(3, 9, HEADS, DIM), t.scales(3, HEADS, 9)
+    sinks, scale = t.scales(HEADS), t.scales(1)
+    return lambda: list(F.merge_many_attn_states(*states, sinks=sinks, output_scale=scale))
+
+
 def _merge_decode(t: _Inputs) -> Call:
     outputs = [t.floats(TOKENS, HEADS * DIM) for _ in range(2)]
     encoder = t.int32([130, 0, 0])
@@ -366,6 +372,7 @@ _MAKERS = {
     "indexer_topk": _indexer_topk,
     "inverse_rope_quantize_fp8": _inverse_rope,
     "merge_attn_states": _merge,
+    "merge_many_attn_states": _merge_many,
     "merge_prefill_decode_output": _merge_decode,
     "mla_attention": _latent_dense,
     "mla_gather_cache": _latent_gather,

@@ -170,6 +170,10 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"prefill_tokens_with_context": -1},
         ),
+        "merge_many_attn_states": OpCall(
+            {"outputs": make(3, 2, 4, 64, dtype="float16"), "lses": make(3, 4, 2)},
+            {"sinks_in_lse": True},
+        ),
         "merge_prefill_decode_output": OpCall(
             {
                 "encoder_res": make(2, 4 * 64, dtype="float16"),
