@@ -11,7 +11,6 @@ import paddle
 from fastattn import env
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 
-
 if TYPE_CHECKING:
     from fastattn.calibrate import LayerCalibration
 
