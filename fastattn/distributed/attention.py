@@ -55,6 +55,8 @@ def paged_attention_dcp(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
 
@@ -163,6 +165,8 @@ def paged_attention_dcp(
         "cache_v_zp": cache_v_zp,
         "quantize_q": quantize_q,
         "batch_invariant": batch_invariant,
+        "k_rotation": k_rotation,
+        "k_center": k_center,
     }
     alone = world_size == 1 and (out is None or not paddle.in_dynamic_mode())
     if alone or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:

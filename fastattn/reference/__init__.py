@@ -2,6 +2,7 @@
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
+from fastattn.reference.hadamard import hadamard, restore_key, transform_key
 from fastattn.reference.index_maps import (
     combine_topk_window,
     short_context_indices,
@@ -35,6 +36,7 @@ __all__ = [
     "combine_topk_window",
     "convert_cache_layout",
     "flash_attention",
+    "hadamard",
     "indexer_k_gather",
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
@@ -59,12 +61,14 @@ __all__ = [
     "quantize_fp8",
     "quantize_query",
     "query_rows",
+    "restore_key",
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
     "token_maps",
     "topk_indices",
     "topk_to_slots",
+    "transform_key",
     "window_indices",
     "write_cache_kv",
 ]
