@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -49,6 +49,18 @@ class Call:
 
 #: Checks the named input or attribute and raises what the operator would.
 Rule = Callable[[Call, str], None]
+
+
+@dataclass(frozen=True)
+class OpRules:
+    """Rules of an operator's inputs and attributes; absent optional inputs are skipped.
+
+    `always` names the optional inputs whose absence may be wrong.
+    """
+
+    inputs: Mapping[str, Rule]
+    attrs: Mapping[str, Rule] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
 
 
 def anything(call: Call, name: str) -> None:
@@ -532,6 +544,11 @@ def int32_from(least: int) -> Rule:
             call.fail(ValueError, name, text)
 
     return check
+
+
+def tile(call: Call, name: str) -> None:
+    if not 1 <= call.attrs[name] <= 64:
+        call.fail(ValueError, name, f"expected 1 to 64, got {call.attrs[name]}")
 
 
 def block_stride(call: Call, name: str) -> None:

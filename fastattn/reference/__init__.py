@@ -11,6 +11,7 @@ from fastattn.reference.index_maps import (
 )
 from fastattn.reference.indexer import (
     indexer_kv_compress_insert,
+    indexer_q_quant,
     indexer_q_rope_quant,
     save_partial_states,
 )
@@ -26,6 +27,7 @@ from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
+from fastattn.reference.step_maps import query_rows, token_maps
 from fastattn.reference.topk import topk_indices
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "indexer_k_gather",
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
+    "indexer_q_quant",
     "indexer_q_rope_quant",
     "indexer_topk",
     "inverse_rope_quantize_fp8",
@@ -57,10 +60,12 @@ __all__ = [
     "paged_mqa_logits",
     "quantize_fp8",
     "quantize_query",
+    "query_rows",
     "restore_key",
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
+    "token_maps",
     "topk_indices",
     "topk_to_slots",
     "transform_key",
