@@ -294,6 +294,10 @@ def append_layout(call: Call, name: str) -> None:
     if call.attrs[name] == "logical":
         text = "'logical' is not supported; supported: fastattn, fastdeploy"
         call.fail(NotImplementedError, name, text)
+    transforms = call.attrs["k_rotation"] != "none" or call.inputs["k_center"] is not None
+    if transforms and call.attrs[name] != "fastattn":
+        text = f"'{call.attrs[name]}' is not supported with k_rotation or k_center"
+        call.fail(NotImplementedError, name, f"{text}; supported: fastattn")
 
 
 def fastdeploy_type(call: Call, name: str) -> None:

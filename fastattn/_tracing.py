@@ -141,6 +141,7 @@ RULES: dict[str, OpRules] = {
     "append_cache_kv_c8": OpRules(
         {
             **_CACHE,
+            **_K_CENTER,
             "key": _rules.dtypes(*_rules.HALVES),
             "value": _rules.both(_rules.dtypes(*_rules.HALVES), _rules.like("key")),
             "block_tables": _INT32,
@@ -152,6 +153,7 @@ RULES: dict[str, OpRules] = {
             "dynamic_quant": _rules.dynamic_quant,
             "cache_layout": _rules.append_layout,
             "fp8_format": _rules.fp8_format,
+            **_K_ROTATION,
         },
     ),
     "convert_cache_layout": OpRules({"cache": _rules.convertible}, _CONVERSION),

@@ -141,6 +141,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "cache_quant_type": "cache_fp8",
                 "cache_layout": "fastattn",
                 "fp8_format": "e4m3",
+                "k_rotation": "none",
             },
         ),
         "convert_cache_layout": OpCall({"cache": make(3, 2, 64, 64, dtype="uint8")}, conversion),
