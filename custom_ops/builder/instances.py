@@ -109,7 +109,7 @@ FAMILIES = (
         together="columns",
         rows=(
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, False, (8, 16, 64)),
-            (("kE4M3", "kInt8"), HEAD_DIMS, True, True, (8, 16, 64)),
+            (("kE4M3", "kInt8", "kInt4"), HEAD_DIMS, True, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -127,7 +127,7 @@ FAMILIES = (
         together="columns",
         rows=(
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, False, (8, 16, 64)),
-            (("kE4M3", "kInt8"), HEAD_DIMS, True, (8, 16, 64)),
+            (("kE4M3", "kInt8", "kInt4"), HEAD_DIMS, True, (8, 16, 64)),
         ),
     ),
     Family(

@@ -39,6 +39,7 @@
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
@@ -133,10 +134,14 @@ __device__ __forceinline__ void Score(const AttentionParams& p, uint32_t stage,
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) scores[m][n][c] = 0.0f;
+      for (int c = 0; c < 4; ++c) scores[m][n][c] = query.Start(n, c);
     }
   }
-  Multiply<Traits>(stage, query, first, scores);
+  if constexpr (Traits::kNibbles) {
+    MultiplyNibbles<Traits>(stage, query, first, scores);
+  } else {
+    Multiply<Traits>(stage, query, first, scores);
+  }
   FinishScores<Traits>(p, stage, mask, factors, first, scores);
 }
 
@@ -151,7 +156,11 @@ __device__ __forceinline__ void Attend(const AttentionParams& p, uint32_t stage,
   }
   uint32_t probabilities[Traits::kGroup][Traits::kTiles][2];
   PackProbabilities<Traits>(scores, probabilities);
-  Accumulate<Traits>(stage, first, probabilities, state);
+  if constexpr (Traits::kNibbles) {
+    AccumulateNibbles<Traits>(stage, first, probabilities, state->out);
+  } else {
+    Accumulate<Traits>(stage, first, probabilities, state);
+  }
 }
 
 // The mainloop: the warp pipeline's KV tiles of a segment.
@@ -179,7 +188,9 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         key_stage = ring->NextUse(), value_stage = ring->NextUse();
         present = IsAssigned<Traits>(key_stage);
       }
-      if (__syncthreads_or(present && mask.needs_mask)) {
+      if constexpr (Traits::kNibbles) {
+        // They are finite whatever their bits are, and probabilities of masked keys are 0.
+      } else if (__syncthreads_or(present && mask.needs_mask)) {
         if (present && mask.needs_mask) PropagateNonFinite<Traits>(value_stage, mask, state);
         __syncthreads();
         if (present && mask.needs_mask) ScrubValues<Traits>(value_stage, mask);
@@ -211,7 +222,9 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       StartLoad<Traits, Traits::kStages % 2 == 0>(cursor, ring);
       const uint32_t value_stage = ring->NextUse();
       if (!assigned) continue;
-      if (mask.needs_mask) {
+      if constexpr (Traits::kNibbles) {
+        // Nothing to scrub, as above.
+      } else if (mask.needs_mask) {
         PropagateNonFinite<Traits>(value_stage, mask, state);
         __syncwarp();
         ScrubValues<Traits>(value_stage, mask);
@@ -220,6 +233,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       Attend<Traits>(p, value_stage, mask, 0, scores, state);
     }
   }
+  if constexpr (Traits::kNibbles) DropBias<Traits>(state->out);
 }
 
 // The epilogue: merges the warp pipelines and writes the work tile's output, or this CTA's partial

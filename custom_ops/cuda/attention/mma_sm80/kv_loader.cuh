@@ -54,9 +54,9 @@ class KvLoader {
     if (loading_ && assigned_) {
       if constexpr (Traits::kPaged) {
         const PagedCache& cache = p_.cache;
-        constexpr int kRowBytes = Traits::kTransposedV ? kBlockSize : Traits::kRowBytes;
         constexpr bool kSwizzled = !Traits::kTransposedV;  // channels are read as they lie
-        CopyPlane<kRowBytes, kSwizzled>(stage, cache.value, cache.value_strides, value_);
+        CopyPlane<Traits::kValueRowBytes, kSwizzled>(stage, cache.value, cache.value_strides,
+                                                     value_);
         CopyScales(stage, cache.v_scales, value_scale_);
       } else {
         CopyRagged(stage, p_.ragged.value, p_.ragged.value_token_stride,
@@ -129,6 +129,14 @@ class KvLoader {
     const char* from =
         static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
     const int64_t stride = kRows * kBytes * strides.row;
+    if constexpr (Traits::kNibbles && kSwizzled) {
+      const uint32_t to = stage + Traits::NibbleRow(row) * kRowBytes + chunk * 16;
+#pragma unroll
+      for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += stride) {
+        CopyAsync16(to + Traits::NibbleRow(i * kRows) * kRowBytes, from, policy_);
+      }
+      return;
+    }
     const uint32_t to = stage + row * kRowBytes;
 #pragma unroll
     for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += stride) {

@@ -27,7 +27,7 @@ template <typename Traits>
 struct TileState {
   float maximum[Traits::kTiles][2];
   float sum[Traits::kTiles][2];  // of this lane's keys only
-  float out[Traits::kDimTiles][Traits::kTiles][4];
+  float out[Traits::kOutTiles][Traits::kTiles][4];
   // Per-token scales of V: `out` counts 2^(scale_exponent - 127); kColumnExponents: a power of two
   // of each column's own (see value_scales.cuh).
   int scale_exponent;
@@ -41,7 +41,7 @@ struct TileState {
         sum[n][c] = 0.0f;
       }
 #pragma unroll
-      for (int i = 0; i < Traits::kDimTiles; ++i) {
+      for (int i = 0; i < Traits::kOutTiles; ++i) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) out[i][n][c] = 0.0f;
       }
@@ -213,7 +213,7 @@ __device__ __forceinline__ void RaiseMaximum(
   }
   if (!__any_sync(0xFFFFFFFFu, raised)) return;
 #pragma unroll
-  for (int i = 0; i < Traits::kDimTiles; ++i) {
+  for (int i = 0; i < Traits::kOutTiles; ++i) {
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll

@@ -6,6 +6,7 @@
 
 #include "common/normaliser.h"
 #include "common/numeric.h"
+#include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"
@@ -110,7 +111,8 @@ template <typename Traits>
 struct QueryTile {
   static constexpr int kKept = Traits::kQueryInRegisters ? Traits::kTiles : 1;
   uint32_t words[kKept][Traits::kMmaSteps][2];
-  uint32_t shared;  // a lane's words of tile n and step s
+  uint32_t shared;                                       // a lane's words of tile n and step s
+  float bias[Traits::kNibbles ? Traits::kTiles : 1][2];  // FindQueryBias
 
   // From shared memory to registers, if they live there.
   __device__ __forceinline__ void Fetch() {
@@ -124,6 +126,18 @@ struct QueryTile {
         }
       }
     }
+    if constexpr (Traits::kNibbles) {
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+        FindQueryBias<Traits>([&](int s) { return At(n, s); }, bias[n]);
+      }
+    }
+  }
+
+  // What accumulator c of the scores of tile n begins with.
+  __device__ __forceinline__ float Start(int n, int c) const {
+    if constexpr (Traits::kNibbles) return bias[n][c % 2];
+    return 0.0f;
   }
 
   __device__ __forceinline__ uint2 At(int n, int s) const {
@@ -134,6 +148,23 @@ struct QueryTile {
     }
   }
 };
+
+// Stores channels 4 * quad .. 4 * quad + 3 of column c as operands of 4-bit keys: a word of K is 8
+// channels, of which the first four are the low halves of two steps' operands. Channels whose codes
+// lie lower count 2^4 as much.
+template <typename Traits>
+__device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int quad,
+                                                 char* queries) {
+  constexpr int kQuads = Traits::kHeadDim / 16;  // of a lane
+  const int lane = c % 8 * 4 + quad / kQuads, word = quad % kQuads / 2;
+  char* const to =
+      queries + ((c / 8 * Traits::kMmaSteps + 2 * word) * 32 + lane) * 8 + quad % 2 * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __half value = __float2half_rn(i % 2 == 0 ? x[i] * 16.0f : x[i]);
+    *reinterpret_cast<__half*>(to + i / 2 * 256 + i % 2 * 4) = value;
+  }
+}
 
 template <typename Traits>
 __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
@@ -148,6 +179,8 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, column.token, segment.head,
                                           column.head, key_scale) *
                       kLog2E;
+  // The unit of a product of a query and 4-bit codes.
+  if constexpr (Traits::kNibbles) info.score_factor *= 0.0625f / Traits::Format::kUnit;
   info.keys = KeysOfQuery(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
@@ -258,6 +291,10 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
         infos[c].query_factor = 1.0f;
       }
       constexpr DType kOperand = Traits::Format::kOperand;
+      if constexpr (Traits::kNibbles) {
+        StoreNibbleQuery<Traits>(x, c, quad, shared + Traits::kQueryOffset);
+        continue;
+      }
       const int lane = c % 8 * 4 + step.x;
       *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
                                 ((c / 8 * Traits::kMmaSteps + step.y) * 32 + lane) * 8) =

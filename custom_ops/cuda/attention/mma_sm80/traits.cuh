@@ -49,13 +49,18 @@ struct AttentionTraits {
   static constexpr int kTiles = kColumns / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;
-  static constexpr bool kTransposedV = kQuantized && kPaged;   // V [D, 64] in TokenSlot order
-  static constexpr int kRowBytes = kHeadDim * Format::kBytes;  // of a key
+  static constexpr bool kNibbles = CodesPerByte(kElement) == 2;
+  static constexpr bool kTransposedV = kQuantized && kPaged;  // V [D, 64] in TokenSlot order
+  static constexpr int kRowBytes = kHeadDim * Format::kBytes / CodesPerByte(kElement);  // of a key
+  static constexpr int kValueRowBytes =
+      kTransposedV ? kBlockSize / CodesPerByte(kElement) : kRowBytes;
   static constexpr int kKvTile = KeysPerKvTile(kRowBytes);
   static constexpr int kKeyTiles = kKvTile / 16;
   // Key tiles (16 keys each) whose scores are in registers at the same time.
   static constexpr int kGroup = kTiles >= 4 ? 2 : kKeyTiles;
   static constexpr int kDimTiles = kHeadDim / 16;
+  // 4-bit codes: a last one, what their bias of 8 adds to a column's output, the same in all rows.
+  static constexpr int kOutTiles = kDimTiles + (kNibbles ? 1 : 0);
   static constexpr int kMmaSteps = kHeadDim / 16;  // of the product over channels
   static constexpr bool kQueryInRegisters = kTiles <= 2;
 
@@ -100,21 +105,41 @@ struct AttentionTraits {
 
   static_assert(kMergeDims % 16 == 0 && kStageBytes % 16 == 0);
   // Swizzles and chunks of KV tiles assume it; the last channels would be dropped.
-  static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256);
+  static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256 ||
+                (kNibbles && kRowBytes == 32));
+  static_assert(!kNibbles || (kPaged && kPerTokenScales));
 
   // The 16-byte piece in which a row's piece `chunk` lies: no 8 lanes of a load meet in a bank.
   static __device__ __forceinline__ int Swizzle(int row, int chunk) {
     return kRowBytes / 16 >= 8 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
   }
 
+  // Where a key of 4-bit codes lies among those of its stage. The keys that neighbouring lanes read
+  // are 4 and 16 apart (KeyOf): here they lie side by side, so that no lanes of a load meet in a
+  // bank. A sum of what the bits of `key` give, so that a constant part of it stays one.
+  static __device__ __forceinline__ constexpr int NibbleRow(int key) {
+    return ((key >> 2) & 1) | ((key >> 4) & 1) << 1 | (key & 3) << 2 | ((key >> 3) & 1) << 4 |
+           (key & 32);
+  }
+
   // Key of a KV tile that is row `r` (0..15) of key tile m in S^T. For V in TokenSlot order, the
   // tokens of a thread's 16-byte pieces of V are then the rows that it holds of S.
   static __device__ __forceinline__ int KeyOf(int m, int r) {
-    if constexpr (kTransposedV) {
+    if constexpr (kNibbles) {
+      // A word is 8 neighbouring tokens, Widen's pairs are 4 apart.
+      return 16 * ((r & 7) >> 1) + 8 * (m >> 1) + 2 * (m & 1) + (r >> 3) + 4 * (r & 1);
+    } else if constexpr (kTransposedV) {
       return 16 * ((r & 7) >> 1) + 2 * m + (r & 1) + (r & 8);
     } else {
       return 16 * m + r;
     }
+  }
+
+  // What the probabilities of a key tile's rows r < 8 (half 0) and r >= 8 are multiplied with: the
+  // codes of the second half of 4-bit keys count 2^4 as much (Format<kInt4>::Widen).
+  static __device__ __forceinline__ float HalfWeight(int half, float x) {
+    if constexpr (kNibbles) return half == 0 ? x : x * 0.0625f;
+    return x;
   }
 
   // Channel of row r (0..15) of channel tile i in O^T.
@@ -128,8 +153,10 @@ struct AttentionTraits {
 
   // Lane % 4 = t holds 4 neighbouring channels of step s of the product over channels, as operand
   // channels 2t, 2t + 1, 2t + 8, 2t + 9. A lane so reads K in whole 16-byte pieces, ChunkOf(t, j).
-  static constexpr int kMmaStepsPerChunk = kQuantized ? 4 : 2;
+  static constexpr int kMmaStepsPerChunk = kNibbles ? kMmaSteps : kQuantized ? 4 : 2;
   static constexpr int kChunks = kMmaSteps / kMmaStepsPerChunk;  // 16-byte pieces of a lane and row
+  // 4-bit codes: a lane reads a quarter of a key, 16 or 8 bytes, and a word is two steps.
+  static constexpr int kNibbleWords = kHeadDim / 32;
 
   static __device__ __forceinline__ int ChunkOf(int t, int j) {
     return kRowBytes / 16 >= 8 ? 2 * t + (j & 1) + 8 * (j >> 1) : t;

@@ -91,7 +91,7 @@ __device__ __forceinline__ void ApplyColumnScales(
       const int exponent = static_cast<int>(pair.x), before = static_cast<int>(pair.y);
       const float raise = Exp2(static_cast<float>(before - exponent));
 #pragma unroll
-      for (int i = 0; i < Traits::kDimTiles; ++i) {
+      for (int i = 0; i < Traits::kOutTiles; ++i) {
         state->out[i][n][c] *= raise;
         state->out[i][n][c + 2] *= raise;
       }
@@ -99,8 +99,8 @@ __device__ __forceinline__ void ApplyColumnScales(
 #pragma unroll
       for (int i = 0; i < 2 * Traits::kGroup; ++i) {
         const int key = Traits::KeyOf(first + i / 2, g + 8 * (i % 2));
-        scores[i / 2][n][2 * (i % 2) + c] *=
-            TokenScale<Traits>(stage, key, p.cache.scale_dtype) * inverse;
+        scores[i / 2][n][2 * (i % 2) + c] *= TokenScale<Traits>(stage, key, p.cache.scale_dtype) *
+                                             Traits::HalfWeight(i % 2, inverse);
       }
     }
   }
@@ -153,7 +153,7 @@ __device__ __forceinline__ void ApplyCommonScales(
   if (exponent > state->scale_exponent) {
     const float factor = Exp2(static_cast<float>(state->scale_exponent - exponent));
 #pragma unroll
-    for (int i = 0; i < Traits::kDimTiles; ++i) {
+    for (int i = 0; i < Traits::kOutTiles; ++i) {
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
@@ -167,7 +167,7 @@ __device__ __forceinline__ void ApplyCommonScales(
   for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = scale[m][half] * inverse;
+      const float factor = scale[m][half] * Traits::HalfWeight(half, inverse);
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
