@@ -189,6 +189,7 @@ FAMILIES = (
             ((*HALF, "kFloat32"), "kFp8", FP8),
             ((*HALF, "kFloat32"), "kBlockWiseInt8", "kInt8"),
             ((*HALF, "kFloat32"), "kBlockWiseFp8", "kE4M3"),
+            ((*HALF, "kFloat32"), "kBlockWiseInt4", "kInt4"),
         ),
     ),
     Family(

@@ -60,10 +60,11 @@ FASTATTN_HD constexpr bool IsInt8(CacheType type) {
   return type == CacheType::kInt8 || type == CacheType::kBlockWiseInt8;
 }
 
-// Whether a byte of the cache holds two codes.
-FASTATTN_HD constexpr bool IsInt4(CacheType type) { return type == CacheType::kBlockWiseInt4; }
+// Codes in one element of a cache: 4-bit ones share a byte.
+FASTATTN_HD constexpr int CodesPerByte(CacheType type) {
+  return type == CacheType::kBlockWiseInt4 ? 2 : 1;
+}
 
-// Codes in one element of storage.
 FASTATTN_HD constexpr int CodesPerByte(DType dtype) { return dtype == DType::kInt4 ? 2 : 1; }
 
 // Bytes of one element of storage.

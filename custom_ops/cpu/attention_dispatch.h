@@ -7,7 +7,7 @@ TileFunction FindTileFunction(const AttentionParams& p) {
   dispatch<64, 128>(p.head_dim, "head_dim", [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     if (by_channel) {
-      dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8>(
+      dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8, DType::kInt4>(
           p.cache.dtype, "cache dtype",
           [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, true>::Run; });
     } else {

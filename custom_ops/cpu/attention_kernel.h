@@ -50,7 +50,9 @@ class TileKernel {
 
  private:
   using Code = typename Element<kKv>::Storage;
-  static constexpr int kPlaneCodes = kBlockSize * kDim;
+  static constexpr bool kNibbles = CodesPerByte(kKv) == 2;  // decoded before they are used
+  static constexpr int kRow = kDim / CodesPerByte(kKv);     // elements of a key
+  static constexpr int kPlaneCodes = kBlockSize * kRow;
 
   struct Chunk {
     const Code* key;
@@ -236,7 +238,9 @@ class TileKernel {
       // Past the last token there may be no memory: its column repeats the last one and is masked.
       key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
     }
-    if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
+    if constexpr (kNibbles) {
+      for (int i = 0; i < kBlockSize; ++i) DecodeNibbles<kDim>(key[i], b_.keys + i * kDim);
+    } else if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
       if (kByChannel && IsFinite<kDim>(chunk.key, key_stride_)) {
         ScoreColumns<kKv, true>(c, key);
       } else {
@@ -247,34 +251,35 @@ class TileKernel {
     const float* decoded[kBlockSize];
     for (int i = 0; i < kBlockSize; ++i) {
       decoded[i] = b_.keys + i * kDim;
-      DecodeRow<kKv>(key[i], b_.keys + i * kDim);
+      if constexpr (!kNibbles) DecodeRow<kKv>(key[i], b_.keys + i * kDim);
     }
     ScoreColumns<DType::kFloat32, true>(c, decoded);
   }
 
-  // Whether a block of codes, in rows of kRow, may be read by the faster conversion.
-  template <int kRow>
+  // Whether a block of codes, in rows of kElements, may be read by the faster conversion.
+  template <int kElements>
   static bool IsFinite(const Code* codes, int64_t stride) {
     if constexpr (kKv != DType::kE4M3) return false;
-    return !HasNaNCode<kRow>(reinterpret_cast<const uint8_t*>(codes), kPlaneCodes / kRow, stride);
+    return !HasNaNCode<kElements>(reinterpret_cast<const uint8_t*>(codes), kPlaneCodes / kElements,
+                                  stride);
   }
 
   // Blocks lie anywhere, and the hardware's prefetchers stop at a page. So while some keys are
   // computed, this prefetches as many of the next chunk's keys and of this chunk's values.
   FASTATTN_INLINE void Prefetch(int c, int i) const {
     if (!p_.paged) return;
-    if (chunks_[c + 1].key != nullptr) PrefetchRows<kDim>(chunks_[c + 1].key, key_stride_, i);
-    constexpr int kRow = kByChannel ? kBlockSize : kDim;
-    PrefetchRows<kRow>(chunks_[c].value, value_stride_, i * kDim / kRow);
+    if (chunks_[c + 1].key != nullptr) PrefetchRows<kRow>(chunks_[c + 1].key, key_stride_, i);
+    constexpr int kValueRow = kByChannel ? kBlockSize : kRow;
+    PrefetchRows<kValueRow>(chunks_[c].value, value_stride_, i * kRow / kValueRow);
   }
 
-  // As many rows of kRow as hold 4 tokens, from `first` on.
-  template <int kRow>
+  // As many rows of kElements as hold 4 tokens, from `first` on.
+  template <int kElements>
   FASTATTN_INLINE void PrefetchRows(const Code* codes, int64_t stride, int first) const {
-    constexpr int kBytes = kRow * static_cast<int>(sizeof(Code));
+    constexpr int kBytes = kElements * static_cast<int>(sizeof(Code));
     const char* from = reinterpret_cast<const char*>(codes + first * stride);
 #pragma GCC unroll 8
-    for (int r = 0; r < 4 * kDim / kRow; ++r, from += stride * sizeof(Code)) {
+    for (int r = 0; r < 4 * kRow / kElements; ++r, from += stride * sizeof(Code)) {
       for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
     }
   }
@@ -458,13 +463,15 @@ class TileKernel {
     for (int c = 0; c < num_chunks_; ++c) {
       Chunk& chunk = chunks_[c];
       chunk.poisoned = false;
-      chunk.from_codes = chunk.full && rows_ <= kBlockRows &&
+      chunk.from_codes = !kNibbles && chunk.full && rows_ <= kBlockRows &&
                          (kKv != DType::kE4M3 || IsFinite<kBlockSize>(chunk.value, value_stride_));
       if (!chunk.from_codes) chunk.poisoned = !DecodeChannels(c) && !chunk.full;
       any_codes |= chunk.from_codes;
       any_decoded |= !chunk.from_codes;
     }
-    if (any_codes) AddChannels<kKv>(true);
+    if constexpr (!kNibbles) {
+      if (any_codes) AddChannels<kKv>(true);
+    }
     if (any_decoded) AddChannels<DType::kFloat32>(false);
     for (int c = 0; c < num_chunks_; ++c) {
       if (chunks_[c].poisoned) AddNonFinite(c);
@@ -482,7 +489,15 @@ class TileKernel {
     for (int i = 0; i < kBlockSize; i += kLanes) {
       const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
       const VecInt seen = (token >= first) & (token < last);
-      for (int d = 0; d < kDim; ++d) {
+      if constexpr (kNibbles) {  // a row is two channels; every code is finite
+        for (int d = 0; d < kDim; d += 2) {
+          const uint8_t* codes = chunk.value + d / 2 * value_stride_ + i;
+          Store(out + d * kBlockSize + i, seen ? NibblesAsFloats<false>(codes) : Vec{});
+          Store(out + (d + 1) * kBlockSize + i, seen ? NibblesAsFloats<true>(codes) : Vec{});
+        }
+        continue;
+      }
+      for (int d = 0; d < (kNibbles ? 0 : kDim); ++d) {
         const Vec x = seen ? LoadAs<kKv>(chunk.value + d * value_stride_ + i) : Vec{};
         const Vec zero = x * 0.0f;  // NaN if x is infinite or NaN
         check = check + zero;
@@ -545,6 +560,7 @@ class TileKernel {
   // NaN and infinite values that only some rows see are 0 in the matrix products, so that rows that
   // do not see them keep their bits. The rows that see them get them here.
   void AddNonFinite(int c) {
+    if constexpr (kNibbles) return;
     for (int i = 0; i < kBlockSize * kDim; i += kLanes) {
       const Code* channel = chunks_[c].value + i / kBlockSize * value_stride_;
       const Vec values = LoadAs<kKv>(channel + i % kBlockSize);

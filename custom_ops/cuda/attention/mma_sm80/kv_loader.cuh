@@ -54,9 +54,9 @@ class KvLoader {
     if (loading_ && assigned_) {
       if constexpr (Traits::kPaged) {
         const PagedCache& cache = p_.cache;
+        constexpr int kRowBytes = Traits::kTransposedV ? kBlockSize : Traits::kRowBytes;
         constexpr bool kSwizzled = !Traits::kTransposedV;  // channels are read as they lie
-        CopyPlane<Traits::kValueRowBytes, kSwizzled>(stage, cache.value, cache.value_strides,
-                                                     value_);
+        CopyPlane<kRowBytes, kSwizzled>(stage, cache.value, cache.value_strides, value_);
         CopyScales(stage, cache.v_scales, value_scale_);
       } else {
         CopyRagged(stage, p_.ragged.value, p_.ragged.value_token_stride,

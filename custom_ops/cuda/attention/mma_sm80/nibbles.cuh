@@ -13,18 +13,16 @@
 
 namespace fastattn::cuda {
 
-// A lane's 4-bit codes of a key or a channel: 8 bytes or 16.
+// A lane's 4-bit codes of a key, or of two channels: 8 bytes or 16.
 template <int kWords>
 __device__ __forceinline__ void LoadNibbles(uint32_t address, uint32_t (&words)[kWords]) {
-  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+  static_assert(kWords == 2 || kWords == 4);
   if constexpr (kWords == 4) {
     const uint4 v = LoadShared16(address);
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-  } else if constexpr (kWords == 2) {
+  } else {
     const uint2 v = LoadShared8(address);
     words[0] = v.x, words[1] = v.y;
-  } else {
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(address));
   }
 }
 
@@ -86,36 +84,26 @@ __device__ __forceinline__ void MultiplyNibbles(
   }
 }
 
-// out += V^T P^T for key tiles first .. first + kGroup.
+// out += V^T P^T for key tiles first .. first + kGroup. A word of V, two channels of four tokens,
+// is the whole operand of one of them.
 template <typename Traits>
 __device__ __forceinline__ void AccumulateNibbles(
     uint32_t stage, int first, const uint32_t (&p)[Traits::kGroup][Traits::kTiles][2],
     float (&out)[Traits::kOutTiles][Traits::kTiles][4]) {
   using Format = typename Traits::Format;
   constexpr DType kOperand = Format::kOperand;
-  constexpr int kWords = Traits::kGroup / 2;  // a word is the tokens of two key tiles
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < Traits::kDimTiles; ++i) {
-    uint32_t words[2][kWords];
+    uint32_t words[Traits::kGroup];
+    LoadNibbles(stage + (8 * i + g) * kBlockSize + 16 * t + 4 * first, words);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      LoadNibbles(stage + (16 * i + g + 8 * half) * Traits::kValueRowBytes + 8 * t + 2 * first,
-                  words[half]);
-    }
+    for (int m = 0; m < Traits::kGroup; ++m) {
+      uint32_t a[4];
+      Format::Widen(words[m], a);
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      uint32_t low[4], high[4];
-      Format::Widen(words[0][w], low);
-      Format::Widen(words[1][w], high);
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-#pragma unroll
-        for (int n = 0; n < Traits::kTiles; ++n) {
-          const uint32_t (&b)[2] = p[2 * w + s][n];
-          Mma<kOperand>(out[i][n], low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1], b[0],
-                        b[1]);
-        }
+      for (int n = 0; n < Traits::kTiles; ++n) {
+        Mma<kOperand>(out[i][n], a[0], a[1], a[2], a[3], p[m][n][0], p[m][n][1]);
       }
     }
   }
@@ -123,13 +111,14 @@ __device__ __forceinline__ void AccumulateNibbles(
   for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
-      Mma<kOperand>(out[Traits::kDimTiles][n], Format::kLowBias, Format::kLowBias,
-                    Format::kHighBias, Format::kHighBias, p[m][n][0], p[m][n][1]);
+      Mma<kOperand>(out[Traits::kDimTiles][n], Format::kLowBias, Format::kHighBias,
+                    Format::kLowBias, Format::kHighBias, p[m][n][0], p[m][n][1]);
     }
   }
 }
 
-// Takes the bias off the outputs of a segment, and the unit of its products.
+// Takes the bias off the outputs of a segment, and the units of its products: the odd channels,
+// rows 8 .. 15 of a tile, lie higher in their bytes and count 2^4 as much.
 template <typename Traits>
 __device__ __forceinline__ void DropBias(float (&out)[Traits::kOutTiles][Traits::kTiles][4]) {
   constexpr float kInverse = 1.0f / Traits::Format::kUnit;
@@ -139,7 +128,8 @@ __device__ __forceinline__ void DropBias(float (&out)[Traits::kOutTiles][Traits:
     for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        out[i][n][c] = (out[i][n][c] - out[Traits::kDimTiles][n][c]) * kInverse;
+        const float inverse = c < 2 ? kInverse : kInverse / 16;
+        out[i][n][c] = (out[i][n][c] - out[Traits::kDimTiles][n][c]) * inverse;
       }
     }
   }

@@ -52,8 +52,6 @@ struct AttentionTraits {
   static constexpr bool kNibbles = CodesPerByte(kElement) == 2;
   static constexpr bool kTransposedV = kQuantized && kPaged;  // V [D, 64] in TokenSlot order
   static constexpr int kRowBytes = kHeadDim * Format::kBytes / CodesPerByte(kElement);  // of a key
-  static constexpr int kValueRowBytes =
-      kTransposedV ? kBlockSize / CodesPerByte(kElement) : kRowBytes;
   static constexpr int kKvTile = KeysPerKvTile(kRowBytes);
   static constexpr int kKeyTiles = kKvTile / 16;
   // Key tiles (16 keys each) whose scores are in registers at the same time.
@@ -115,19 +113,18 @@ struct AttentionTraits {
   }
 
   // Where a key of 4-bit codes lies among those of its stage. The keys that neighbouring lanes read
-  // are 4 and 16 apart (KeyOf): here they lie side by side, so that no lanes of a load meet in a
+  // are 8 and 16 apart (KeyOf): here they lie side by side, so that no lanes of a load meet in a
   // bank. A sum of what the bits of `key` give, so that a constant part of it stays one.
   static __device__ __forceinline__ constexpr int NibbleRow(int key) {
-    return ((key >> 2) & 1) | ((key >> 4) & 1) << 1 | (key & 3) << 2 | ((key >> 3) & 1) << 4 |
-           (key & 32);
+    return ((key >> 3) & 3) | (key & 7) << 2 | (key & 32);
   }
 
   // Key of a KV tile that is row `r` (0..15) of key tile m in S^T. For V in TokenSlot order, the
   // tokens of a thread's 16-byte pieces of V are then the rows that it holds of S.
   static __device__ __forceinline__ int KeyOf(int m, int r) {
     if constexpr (kNibbles) {
-      // A word is 8 neighbouring tokens, Widen's pairs are 4 apart.
-      return 16 * ((r & 7) >> 1) + 8 * (m >> 1) + 2 * (m & 1) + (r >> 3) + 4 * (r & 1);
+      // The tokens of Widen's pairs of V are those of bytes 0 and 2 of a word, and 1 and 3.
+      return 16 * ((r & 7) >> 1) + 2 * m + 8 * (r & 1) + (r >> 3);
     } else if constexpr (kTransposedV) {
       return 16 * ((r & 7) >> 1) + 2 * m + (r & 1) + (r & 8);
     } else {
@@ -135,16 +132,9 @@ struct AttentionTraits {
     }
   }
 
-  // What the probabilities of a key tile's rows r < 8 (half 0) and r >= 8 are multiplied with: the
-  // codes of the second half of 4-bit keys count 2^4 as much (Format<kInt4>::Widen).
-  static __device__ __forceinline__ float HalfWeight(int half, float x) {
-    if constexpr (kNibbles) return half == 0 ? x : x * 0.0625f;
-    return x;
-  }
-
   // Channel of row r (0..15) of channel tile i in O^T.
   static __device__ __forceinline__ int ChannelOf(int i, int r) {
-    if constexpr (kQuantized && !kTransposedV) {
+    if constexpr (kNibbles || (kQuantized && !kTransposedV)) {
       return 16 * i + 2 * (r & 7) + (r >> 3);
     } else {
       return 16 * i + r;

@@ -99,8 +99,8 @@ __device__ __forceinline__ void ApplyColumnScales(
 #pragma unroll
       for (int i = 0; i < 2 * Traits::kGroup; ++i) {
         const int key = Traits::KeyOf(first + i / 2, g + 8 * (i % 2));
-        scores[i / 2][n][2 * (i % 2) + c] *= TokenScale<Traits>(stage, key, p.cache.scale_dtype) *
-                                             Traits::HalfWeight(i % 2, inverse);
+        scores[i / 2][n][2 * (i % 2) + c] *=
+            TokenScale<Traits>(stage, key, p.cache.scale_dtype) * inverse;
       }
     }
   }
@@ -167,7 +167,7 @@ __device__ __forceinline__ void ApplyCommonScales(
   for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = scale[m][half] * Traits::HalfWeight(half, inverse);
+      const float factor = scale[m][half] * inverse;
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     CopyKernel(const __grid_constant__ ConvertLayoutParams p, int element_bytes) {
   constexpr int kUnroll = 4;
-  const int pieces = kBlockSize * p.head_dim * element_bytes / static_cast<int>(sizeof(uint4));
+  const int pieces = kBlockSize * p.row_elements * element_bytes / static_cast<int>(sizeof(uint4));
   const auto* src = reinterpret_cast<const uint4*>(static_cast<const char*>(p.src) +
                                                    p.SrcPlane(blockIdx.x) * element_bytes);
   auto* dst =
@@ -144,12 +144,19 @@ template <CacheLayout kSrc, CacheLayout kDst, bool kInPlace>
 cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
   const unsigned grid = GridSize(p.num_planes);
   cudaError_t status = cudaSuccess;
-  HeadDims::Dispatch(p.head_dim, [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
-                                   : ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>;
+  const auto run = [&](auto row) {
+    constexpr int kRow = decltype(row)::value;
+    const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kRow, kInPlace>
+                                   : ConvertKeyKernel<kSrc, kDst, kRow, kInPlace>;
     status = LaunchPdl(kernel, dim3(grid), dim3(kThreads), stream, p, flip);
-  });
+  };
+  if constexpr (kSrc != CacheLayout::kFastDeploy && kDst != CacheLayout::kFastDeploy) {
+    if (CodesPerByte(p.type) == 2) {
+      dispatch<32, 64>(p.row_elements, "bytes of a token", run);
+      return status;
+    }
+  }
+  HeadDims::Dispatch(p.row_elements, run);
   return status;
 }
 

@@ -25,7 +25,7 @@ using StreamRing = StepRing<StreamLane<Traits>, kBiasAhead<typename Traits::Opti
 // Shared memory of a streaming or a V CTA.
 template <typename Traits>
 inline constexpr int kStreamBytes =
-    std::max<int>(sizeof(ValueTile<Traits::kHeadDim>), StreamRing<Traits>::kBytes);
+    std::max<int>(sizeof(ValueTile<Traits::kCodeBytes>), StreamRing<Traits>::kBytes);
 
 // Waits for a lane's angles, by an operation that leaves their bits (the CTA has one dimension).
 // Loads are waited for in groups: a first use in the loop would wait for the next step's values,

@@ -5,6 +5,7 @@
 
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
+#include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/cache/shared/value_tile.cuh"
 #include "cuda/common/pdl.cuh"
@@ -36,7 +37,7 @@ __device__ __forceinline__ void AddValueBias(const RopeWriteCacheParams& p,
 
 // K, V or both of one tile and one head. K's loads follow as V's registers come free: with all of
 // them in front the kernel was slower.
-template <typename Traits, int kBytes = sizeof(ValueTile<Traits::kHeadDim>)>
+template <typename Traits, int kBytes = sizeof(ValueTile<Traits::kCodeBytes>)>
 __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int tile_slot,
                                           float seqs_per_tile, TileOutput output) {
   using Lane = StreamLane<Traits>;
@@ -44,7 +45,8 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
   constexpr int kTokens = kStreamThreads / Lane::kLanes;
   constexpr int kPasses = kBlockSize / kTokens;
   using Element = typename fastattn::Element<Traits::kIn>::Storage;
-  ValueTile<kHeadDim>& tile = *reinterpret_cast<ValueTile<kHeadDim>*>(SharedBytes<kBytes>());
+  using Tile = ValueTile<Traits::kCodeBytes>;
+  Tile& tile = *reinterpret_cast<Tile*>(SharedBytes<kBytes>());
 
   const SeqMeta& seqs = p.rope.seqs;
   const PagedCache& cache = p.rope.cache;
@@ -78,7 +80,13 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int slot = i * kTokens + first_slot;
-      if constexpr (Traits::kQuantized) {
+      if constexpr (Traits::kNibbles) {
+        uint32_t nibbles[kNibbleWords<Lane>];
+        QuantizeNibbles<Lane>(words[i], cache, cache.v_scales, lane, v_scales + slot, owned[i],
+                              nibbles);
+        StoreNibbles<Lane>(nibbles, tile.codes + tile.Offset(slot), lane);
+        if (lane == 0) tile.valid[slot] = owned[i];
+      } else if constexpr (Traits::kQuantized) {
         uint32_t codes[Lane::kCodeWords];
         QuantizeLane<Traits, Lane>(words[i], cache, cache.v_scales, cache.v_granularity, v_scale,
                                    head, lane, v_scales + slot, owned[i], codes);

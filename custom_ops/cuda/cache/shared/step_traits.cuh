@@ -86,6 +86,8 @@ struct StepTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kRope = Options::kRope;
   static constexpr bool kQuantized = IsQuantized(kType);
+  static constexpr bool kNibbles = CodesPerByte(kType) == 2;
+  static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kType);  // of a token
 };
 
 }  // namespace fastattn::cuda

@@ -11,6 +11,7 @@
 #include "common/head_dims.h"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/step_ring.cuh"
+#include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/cache/shared/value_tile.cuh"
 #include "cuda/common/launch.cuh"
