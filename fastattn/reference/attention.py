@@ -11,6 +11,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from fastattn.reference.cache import code_of
 from fastattn.reference.layout import BLOCK_SIZE, unpack
 from fastattn.reference.numerics import Array, from_codes, quantize, round_to
 from fastattn.reference.quantize import quantize_query
@@ -260,8 +261,10 @@ def _dequantize_blocks(
     """Values (fp64) [len(blocks), KV, 64, D] of some physical blocks of a K or V cache."""
     if quant_type == "none":
         return cache[blocks].astype(np.float64)
-    code = "int8" if quant_type.endswith("int8") else fp8_format
-    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8")
+    code = code_of(quant_type, fp8_format)
+    logical = unpack(
+        cache[blocks], kind, "fastattn", int8=code == "int8", nibbles=code == "int4"
+    )
     values = from_codes(logical, code).astype(np.float64)
     assert scales is not None, "a quantised cache has scales"
     multiplier = scales.astype(np.float64)
@@ -293,7 +296,8 @@ def gather_seq(
     assigned : array of bool, shape [num_keys]
         Whether the key's block is assigned, with an id in ``[0, num_blocks)``.
     """
-    num_blocks, kv_heads, _, head_dim = key_cache.shape
+    num_blocks, kv_heads, _, row = key_cache.shape
+    head_dim = 2 * row if cache_quant_type == "block_wise_int4" else row
     needed = -(-num_keys // BLOCK_SIZE)
     ids = np.full(needed, -1)
     ids[: len(block_table)] = np.asarray(block_table)[:needed]
