@@ -172,6 +172,7 @@ FAMILIES = (
         rows=(
             ((*FP8, "kInt8"), False, ("kFastattn", "kFastDeploy")),
             (("kE4M3", "kInt8"), True, ("kFastattn", "kFastDeploy")),
+            ("kInt4", True, "kFastattn"),
         ),
     ),
     Family(
