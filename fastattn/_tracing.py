@@ -58,6 +58,9 @@ _TYPE_AND_FORMAT: dict[str, Rule] = {
     "cache_quant_type": _rules.cache_type,
     "fp8_format": _rules.fp8_format,
 }
+_K_ROTATION: dict[str, Rule] = {"k_rotation": _rules.k_rotation}
+_K_CENTER: dict[str, Rule] = {"k_center": _rules.k_center}
+_K_CENTER_READ: dict[str, Rule] = {"k_center": _rules.both(_rules.k_center, _rules.centred_scores)}
 _COUNT = _rules.int32_from(1)
 _PAGE_SIZE = _rules.at_least(1, "expected a positive number of tokens, got ")
 _INDEX_QUANT = _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'")
@@ -87,14 +90,20 @@ _SCALES = ("cache_k_scales", "cache_v_scales")
 #: rule may rely on them.
 RULES: dict[str, OpRules] = {
     "write_cache_kv": OpRules(
-        {**_STEP, "key": _rules.dtypes(*_rules.FLOATS), "value": _rules.written_values},
-        _TYPE_AND_FORMAT,
+        {
+            **_STEP,
+            **_K_CENTER,
+            "key": _rules.dtypes(*_rules.FLOATS),
+            "value": _rules.written_values,
+        },
+        {**_TYPE_AND_FORMAT, **_K_ROTATION},
         _SCALES,
     ),
     "rope_write_cache_kv": OpRules(
         {
             **_STEP,
             **_NORMS,
+            **_K_CENTER,
             "qkv": _rules.qkv,
             "rotary_embs": _rules.dtypes("float32"),
             "qkv_bias": _PARAMETER,
@@ -102,6 +111,8 @@ RULES: dict[str, OpRules] = {
         },
         {
             **_TYPE_AND_FORMAT,
+            **_K_ROTATION,
+            "q_rotation": _rules.q_rotation,
             "num_kv_heads": _rules.num_kv_heads,
             "num_heads": _rules.num_heads,
             "rms_norm_eps": _rules.finite(0),
@@ -183,8 +194,13 @@ RULES: dict[str, OpRules] = {
         },
     ),
     "paged_attention": OpRules(
-        {**_CACHE, "q": _rules.paged_queries, **_SEQS, **_ATTENTION_INPUTS},
-        {**_TYPE_AND_FORMAT, **_ATTENTION_ATTRS, "batch_invariant": _rules.anything},
+        {**_CACHE, "q": _rules.paged_queries, **_SEQS, **_ATTENTION_INPUTS, **_K_CENTER_READ},
+        {
+            **_TYPE_AND_FORMAT,
+            **_ATTENTION_ATTRS,
+            "batch_invariant": _rules.anything,
+            "k_rotation": _rules.both(_rules.k_rotation, _rules.rotated_queries),
+        },
         _SCALES,
     ),
     "merge_attn_states": OpRules(

@@ -53,6 +53,8 @@ def paged_attention_dcp(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
 
@@ -162,6 +164,8 @@ def paged_attention_dcp(
         "cache_v_zp": cache_v_zp,
         "quantize_q": quantize_q,
         "batch_invariant": batch_invariant,
+        "k_rotation": k_rotation,
+        "k_center": k_center,
     }
     if world_size == 1 or not is_tensor(q) or 0 in q.shape:
         return paged_attention(

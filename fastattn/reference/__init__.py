@@ -2,6 +2,7 @@
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
+from fastattn.reference.hadamard import hadamard, restore_key, transform_key
 from fastattn.reference.index_maps import (
     combine_topk_window,
     short_context_indices,
@@ -32,6 +33,7 @@ __all__ = [
     "combine_topk_window",
     "convert_cache_layout",
     "flash_attention",
+    "hadamard",
     "indexer_k_gather",
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
@@ -53,11 +55,13 @@ __all__ = [
     "paged_mqa_logits",
     "quantize_fp8",
     "quantize_query",
+    "restore_key",
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
     "topk_indices",
     "topk_to_slots",
+    "transform_key",
     "window_indices",
     "write_cache_kv",
 ]

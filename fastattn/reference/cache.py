@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.reference.hadamard import transform_key
 from fastattn.reference.layout import (
     BLOCK_SIZE,
     key_offsets,
@@ -117,6 +118,8 @@ def write_cache_kv(
     cache_quant_type: str = "none",
     fp8_format: str = "e4m3",
     batch_id_per_token: Array | None = None,
+    k_rotation: str = "none",
+    k_center: Array | None = None,
 ) -> None:
     """Write new tokens into a paged cache; see :func:`fastattn.functional.write_cache_kv`.
 
@@ -126,6 +129,8 @@ def write_cache_kv(
     row = key_cache.shape[3]  # D, or D / 2 bytes of two codes
     quantised = cache_quant_type != "none"
     value_layout = "fastattn" if quantised else "logical"
+    if k_rotation != "none" or k_center is not None:
+        key = transform_key(key, k_rotation, k_center)
     sides = (
         (key, key_cache, cache_k_scales, key_offsets("fastattn", row)),
         (value, value_cache, cache_v_scales, value_offsets(value_layout, row)),

@@ -83,7 +83,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 **cache(),
                 **seqs(),
             },
-            plain,
+            {**plain, "k_rotation": "none"},
         ),
         "rope_write_cache_kv": OpCall(
             {
@@ -101,6 +101,8 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "rotary_dim": -1,
                 "qk_norm_before_rope": False,
                 "q_quant": "none",
+                "k_rotation": "none",
+                "q_rotation": "none",
             },
         ),
         "gqa_rope_write_cache": OpCall(
@@ -157,7 +159,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
         ),
         "paged_attention": OpCall(
             {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()},
-            {**plain, **attention, "batch_invariant": False},
+            {**plain, **attention, "batch_invariant": False, "k_rotation": "none"},
         ),
         "merge_attn_states": OpCall(
             {
