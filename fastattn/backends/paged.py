@@ -24,7 +24,7 @@ from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
 from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
-from fastattn.functional._cache_types import DYNAMIC_TYPES
+from fastattn.functional._cache_types import DYNAMIC_TYPES, codes_per_byte
 from fastattn.functional._marker import unified
 
 #: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
@@ -150,10 +150,12 @@ class PagedAttentionBackend(AttentionBackend):
             FastDeploy's config string (``int8``, ``float8_e4m3fn``, ``block_wise_fp8``) or a cache
             type; None: not quantised.
         """
-        key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, self.head_dim]
-        if cache_type_of(kv_cache_quant_type) == "none":
+        quant_type = cache_type_of(kv_cache_quant_type)
+        row = self.head_dim // codes_per_byte(quant_type)
+        key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, row]
+        if quant_type == "none":
             return key, list(key)
-        return key, [max_num_blocks, self.kv_num_heads, self.head_dim, BLOCK_SIZE]
+        return key, [max_num_blocks, self.kv_num_heads, row, BLOCK_SIZE]
 
     def get_kv_cache_scale_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -381,7 +383,7 @@ class PagedAttentionBackend(AttentionBackend):
         q_quant = self._q_quant_for(cache)
         types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
         masks = self._mask_arguments(layer)
-        transform = self._key_transform(layer)
+        transform = self._key_transform(layer, cache.quant_type)
         # The writer rotates Q beside K, and the attention need not. But a sink needs the scores of
         # K itself, for which the attention takes Q and the centre as they are.
         shifts = transform["k_center"] is not None and masks["sinks"] is not None
@@ -410,9 +412,10 @@ class PagedAttentionBackend(AttentionBackend):
             return self.q_quant
         return "per_token_head" if cache.holds_e4m3() else "none"
 
-    def _key_transform(self, layer: Any) -> dict[str, Any]:
+    def _key_transform(self, layer: Any, quant_type: str) -> dict[str, Any]:
         """What is done to K before it is quantised."""
-        rotation = getattr(layer, "cache_k_rotation", None) or "none"
+        default = "hadamard" if codes_per_byte(quant_type) == 2 else "none"
+        rotation = getattr(layer, "cache_k_rotation", None) or default
         center = getattr(layer, "cache_k_center", None)
         if center is not None:
             center = local_center(

@@ -267,7 +267,8 @@ def paged_attention(
         ``[num_blocks, 64, KV, D]`` or half of a pool that holds K and V. No cache is ever copied.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
-        For ``"none"`` [num_blocks, KV, 64, D].
+        For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
+        ``block_wise_int4``: a byte has two channels.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -282,7 +283,7 @@ def paged_attention(
         Dynamic types: [num_blocks, KV, 64].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional

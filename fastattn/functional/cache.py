@@ -63,7 +63,8 @@ def write_cache_kv(
         place.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
-        For ``"none"`` [num_blocks, KV, 64, D].
+        For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
+        ``block_wise_int4``: a byte has two channels.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -76,7 +77,7 @@ def write_cache_kv(
         ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
@@ -84,7 +85,7 @@ def write_cache_kv(
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
     k_rotation : {"none", "hadamard"}
-        Rotate K before it is quantised; ``cache_int8`` and ``block_wise_int8`` only. Where D is no
+        Rotate K before it is quantised; types of integer codes only. Where D is no
         power of two, H has a block for each ``D & -D`` channels.
     k_center : Tensor, shape [KV, D], float32, optional
         What is subtracted from K before the rotation; for the same types.
@@ -185,7 +186,8 @@ def append_cache_kv_c8(
         ``write_cache_kv``; in layout ``"fastdeploy"`` the 64 * D codes of a block and head must be
         contiguous.
     value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
-        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D].
+        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D]; ``block_wise_int4``, which has no
+        such layout, has half of D in both caches.
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
         Written in place.
     block_tables : Tensor, shape [B, max_blocks], int32
@@ -200,8 +202,8 @@ def append_cache_kv_c8(
     dynamic_quant : bool
         Whether the cache has per-token scales. Must agree with `cache_quant_type`.
     cache_quant_type : str
-        ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8`` or
-        ``block_wise_fp8``.
+        ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8``,
+        ``block_wise_fp8`` or ``block_wise_int4``.
     cache_layout : {"fastattn", "fastdeploy"}
         Byte layout of the caches; FastDeploy stores int8 codes with 128 added.
     fp8_format : {"e4m3", "e5m2"}
@@ -282,7 +284,8 @@ def convert_cache_layout(
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``. For ``"none"`` all layouts are the same.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``, whose D is half of the head
+        dimension and which has no layout ``"fastdeploy"``. For ``"none"`` all layouts are the same.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes with
         128 added. ``fastattn.reference.layout`` has the formulas.
@@ -348,7 +351,7 @@ def convert_cache_blocks(
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         As for :func:`convert_cache_layout`.
     begin, end : int

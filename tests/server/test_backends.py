@@ -34,6 +34,7 @@ TYPES = (
     ("cache_fp8", "e5m2"),
     ("block_wise_int8", "e4m3"),
     ("block_wise_fp8", "e4m3"),
+    ("block_wise_int4", "e4m3"),
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.__name__)
 each_type = pytest.mark.parametrize("cache", TYPES, ids="-".join)
@@ -375,14 +376,16 @@ def test_the_constructor_needs_no_operator(backend, monkeypatch):
         ("cache_fp8", False),
         ("block_wise_fp8", True),
         ("block_wise_int8", True),
+        ("block_wise_int4", True),
     ],
 )
 def test_shapes_of_every_type(name, scales):
     backend = FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 128)
     key, value = backend.get_kv_cache_shape(5, name)
     plain = name in (None, "none")
-    assert key == [5, 2, 64, 128]
-    assert value == ([5, 2, 64, 128] if plain else [5, 2, 128, 64])
+    row = 64 if name == "block_wise_int4" else 128
+    assert key == [5, 2, 64, row]
+    assert value == ([5, 2, 64, row] if plain else [5, 2, row, 64])
     expected = ([5, 2, 64], "float32") if scales else None
     assert backend.get_kv_cache_scale_shape(5, name) == expected
 

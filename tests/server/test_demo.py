@@ -359,6 +359,7 @@ def test_preempted_requests_give_the_same_tokens(model, scales):
         ("cache_fp8", 2 * 2 * 2 * 64),
         ("block_wise_fp8", 2 * 2 * 2 * (64 + 4)),
         ("block_wise_int8", 2 * 2 * 2 * (64 + 4)),
+        ("block_wise_int4", 2 * 2 * 2 * (32 + 4)),
     ],
 )
 def test_bytes_a_token(model, scales, name, expected):

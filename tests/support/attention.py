@@ -331,7 +331,7 @@ class PagedProblem(Problem):
 
     def multiplies_fp8(self) -> bool:
         quantised = self.kind.quant_type != "none"
-        return self.has_fp8_queries() and quantised and self.kind.code != "int8"
+        return self.has_fp8_queries() and quantised and self.kind.code[0] == "e"
 
     def multiplies_bf16(self) -> bool:
         return self.v.elements.dtype == BF16
