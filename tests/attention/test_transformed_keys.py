@@ -21,7 +21,11 @@ from tests.support.cache import make_step
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
-KINDS = [CacheKind("cache_int8", "channel"), CacheKind("block_wise_int8")]
+KINDS = [
+    CacheKind("cache_int8", "channel"),
+    CacheKind("block_wise_int8"),
+    CacheKind("block_wise_int4"),
+]
 #: (cached, new): chunks at odd offsets, a prompt, decode, speculative and resting sequences.
 MIXED = [(333, 129), (0, 150), (100, 1), (0, 0), (51, 77), (64, 3)]
 DECODE = [(300, 1), (63, 1), (0, 1), (129, 2), (700, 1)]

@@ -385,7 +385,7 @@ APPEND_ERRORS = [
         "cache_fp8",
         {"cache_quant_type": lambda: "none"},
         NotImplementedError,
-        "cache_quant_type: 'none' stores no 8-bit codes; supported: cache_int8, ",
+        "cache_quant_type: 'none' stores no codes; supported: cache_int8, ",
     ),
     (
         "cache_fp8",

@@ -17,7 +17,7 @@ from tests.support.compare import assert_same_bits
 from tests.support.rope import assert_same_cache, check, make_case, run
 from tests.support.tensors import DTYPES, to_numpy, to_paddle
 
-TYPES = ("cache_int8", "block_wise_int8")
+TYPES = ("cache_int8", "block_wise_int8", "block_wise_int4")
 CACHED = [0, 1, 63, 64, 65, 100, 320, 7]
 NEW = [1, 0, 65, 64, 63, 1, 200, 5]
 
@@ -115,16 +115,18 @@ def test_codes_are_those_of_the_product_with_the_matrix(place, kind):
     k_center = centre(2, 64)
     written = write(cache, key, key, step, place, k_rotation="hadamard", k_center=k_center)
     exact = (key.astype(np.float64) - k_center) @ hadamard_matrix(64)
-    codes = from_codes(unpack(written.key, "k", "fastattn", int8=True), "int8")
+    int4 = kind == "block_wise_int4"
+    code, steps = ("int4", 8) if int4 else ("int8", 127)
+    codes = from_codes(unpack(written.key, "k", "fastattn", int8=True, nibbles=int4), code)
     for i in range(90):
         block, slot = step.block_tables[0, (70 + i) // 64], (70 + i) % 64
         if is_dynamic(kind):
             scale = written.k_scales[block, :, slot, None].astype(np.float64)
-            wanted = np.abs(exact[i]).max(-1, keepdims=True) / 127
-            np.testing.assert_allclose(scale, wanted, rtol=1e-5)
+            wanted = np.abs(exact[i]).max(-1, keepdims=True) / steps
+            np.testing.assert_allclose(np.abs(scale), wanted, rtol=1e-5)
         else:
             scale = static_scales(written.k_scales, 2, 64).astype(np.float64)
-        ratio = np.clip(exact[i] / scale, -127, 127)
+        ratio = np.clip(exact[i] / scale, -steps, 7 if int4 else 127)
         assert np.all(np.abs(codes[block, :, slot] - ratio) <= 0.5 + 1e-3)
 
 
