@@ -8,14 +8,12 @@ the same types and texts of errors. Dygraph calls do not use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import paddle
 
-from fastattn import _ops, _rules, _rules_latent
-from fastattn._rules import Call, Rule
+from fastattn import _ops, _rules, _rules_latent, _rules_maps
+from fastattn._rules import Call, OpRules, Rule
 
 _CACHE: dict[str, Rule] = {
     "key_cache": _rules.cache_dtype,
@@ -70,18 +68,6 @@ _CONVERSION: dict[str, Rule] = {
     "src": _rules.layout,
     "dst": _rules.layout,
 }
-
-
-@dataclass(frozen=True)
-class OpRules:
-    """Rules of an operator's inputs and attributes; absent optional inputs are skipped.
-
-    `always` names the optional inputs whose absence may be wrong.
-    """
-
-    inputs: Mapping[str, Rule]
-    attrs: Mapping[str, Rule] = field(default_factory=dict)
-    always: tuple[str, ...] = ()
 
 
 _SCALES = ("cache_k_scales", "cache_v_scales")
@@ -216,6 +202,16 @@ RULES: dict[str, OpRules] = {
         },
         {"prefill_tokens_with_context": _rules.prefill_tokens},
     ),
+    "merge_many_attn_states": OpRules(
+        {
+            "outputs": _rules.dtypes(*_rules.FLOATS),
+            "lses": _rules.dtypes("float32"),
+            "sinks": _FP32_OR_BF16,
+            "output_scale": _rules.dtypes("float32"),
+            "output": _rules.merged,
+        },
+        {"sinks_in_lse": _rules.anything},
+    ),
     "merge_prefill_decode_output": OpRules(
         {
             "encoder_res": _rules.supported,
@@ -271,7 +267,7 @@ RULES: dict[str, OpRules] = {
             "flash_mla": _rules.anything,
             "out_dtype": _rules_latent.latent_out_dtype,
         },
-        ("scale", "extra_indices", "extra_scale"),
+        ("scale", "extra_scale"),
     ),
     "mla_write_cache": OpRules(
         {
@@ -443,6 +439,10 @@ RULES: dict[str, OpRules] = {
             "quant": _INDEX_QUANT,
         },
     ),
+    "indexer_q_quant": OpRules(
+        {"q": _rules.dtypes("bfloat16"), "weights": _FP32_OR_BF16, "token_of_query": _INT32},
+        {"factor": _rules.anything},
+    ),
     "indexer_kv_compress_insert": OpRules(
         {
             "state_cache": _FP32_OR_BF16,
@@ -501,39 +501,7 @@ RULES: dict[str, OpRules] = {
             "quant": _INDEX_QUANT,
         },
     ),
-    "topk_to_slots": OpRules(
-        {"indices": _INT32, "block_tables": _INT32, "batch_ids": _INDEX},
-        {
-            "block_size": _COUNT,
-            "block_stride": _rules.block_stride,
-            "num_blocks": _rules.int32_from(-1),
-            "compact": _rules.anything,
-            "rank": _rules.rank,
-            "world_size": _COUNT,
-            "interleave": _COUNT,
-        },
-    ),
-    "window_indices": OpRules(
-        {"positions": _INDEX, "batch_ids": _INDEX, "block_tables": _INT32, "starts": _INT32},
-        {"window": _COUNT, "block_size": _COUNT, "num_blocks": _rules.int32_from(-1)},
-    ),
-    "short_context_indices": OpRules(
-        {"positions": _INDEX, "batch_ids": _INDEX}, {"k": _COUNT, "compress_ratio": _COUNT}
-    ),
-    "combine_topk_window": OpRules(
-        {
-            "topk": _INT32,
-            "window": _INT32,
-            "topk_lengths": _INT32,
-            "window_lengths": _INT32,
-            "batch_ids": _INDEX,
-        },
-        {
-            "seq_stride": _rules.int32_from(0),
-            "window_offset": _rules.int32_from(0),
-            "multiple": _COUNT,
-        },
-    ),
+    **_rules_maps.RULES,
     "radix_topk_ragged_transform": OpRules(
         {
             "input": _rules.dtypes("float32"),

@@ -73,8 +73,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   }
   Guarded(op, [&] {
     const cudaStream_t stream = out.stream();
-    CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
     CheckCuda(op, cuda::LaunchTransformQuery(transform.before, stream));
+    CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
     CheckCuda(op, cuda::LaunchAttention(*p, decision, stream));
     CheckCuda(op, cuda::LaunchShiftScores(transform.after, stream));
     CheckCuda(op, cuda::JoinHostCalls(stream));  // a layer's signal goes out beside its attention
@@ -97,9 +97,9 @@ std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, cons
   p->clear_padding = args.out == nullptr;
   QuantizeQueryParams query;  // without tokens where the queries are taken as they are
   Tensor query_codes;
-  if (args.quantize_q) query_codes = TakeQueryCodes(place, p, &query);
   QueryTransform transform;
   transform.Take(place, args.transform, p);
+  if (args.quantize_q) query_codes = TakeQueryCodes(place, p, &query);  // rotated ones
 #if defined(FASTATTN_WITH_CUDA)
   if (place.GetType() == phi::AllocationType::GPU) {
     RunOnGpu(op, place, out, query, transform, p);
@@ -115,8 +115,8 @@ std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, cons
     std::fill(p->lse, p->lse + count, -std::numeric_limits<float>::infinity());
   }
   Guarded(op, [&] {
-    if (args.quantize_q) cpu::QuantizeQuery(query);
     if (transform.Prepares()) cpu::TransformQuery(transform.before);
+    if (args.quantize_q) cpu::QuantizeQuery(query);
     cpu::Attention(*p);
     if (transform.Finishes()) cpu::ShiftScores(transform.after);
   });

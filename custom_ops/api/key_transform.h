@@ -24,10 +24,14 @@ inline KeyTransform ParseKeyTransform(const char* op, const Tensor* k_center,
   KeyTransform transform;
   transform.rotation = ParseRotation(op, "k_rotation", k_rotation);
   const bool rotates = transform.rotation != KeyRotation::kNone;
-  if ((rotates || k_center != nullptr) && !TakesKeyTransform(cache.type)) {
-    Fail("NotImplementedError", op, rotates ? "k_rotation" : "k_center", "cache_quant_type '",
-         NameOf(cache.type),
-         "' is not supported; supported: cache_int8, block_wise_int8, block_wise_int4");
+  const char* given = rotates ? "k_rotation" : "k_center";
+  if ((rotates || k_center != nullptr) && !IsQuantized(cache.type)) {
+    Fail("NotImplementedError", op, given, "cache_quant_type '", NameOf(cache.type),
+         "' is not supported; supported: cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, "
+         "block_wise_int4");
+  }
+  if ((rotates || k_center != nullptr) && cache.dtype == DType::kE5M2) {
+    Fail("NotImplementedError", op, given, "fp8_format 'e5m2' is not supported; supported: e4m3");
   }
   if (k_center != nullptr) {
     Arg(op, "k_center", *k_center)

@@ -10,18 +10,21 @@
 namespace fastattn::api {
 
 inline void CheckQueryTransform(const char* op, const KeyTransform& transform, const Tensor* out,
-                                const AttentionParams& p) {
+                                bool return_softmax_lse, const AttentionParams& p) {
   if (!transform.Any()) return;
   const bool rotates = transform.rotation != KeyRotation::kNone;
-  const char* name = rotates ? "k_rotation" : "k_center";
   const bool shifts = transform.center != nullptr && p.softcap > 0;
   if (shifts) {
     Fail("NotImplementedError", op, "k_center", "softcap is not supported with it: a score that ",
          "lacks a constant has another tanh");
   }
-  if (p.q_dtype == DType::kE4M3) {
-    Fail("NotImplementedError", op, name, "e4m3 queries are not supported: quantise queries that ",
-         "are rotated (q_rotation of rope_write_cache_kv), and leave it out here");
+  if (p.q_dtype == DType::kE4M3 && rotates) {
+    Fail("NotImplementedError", op, "k_rotation", "e4m3 queries are not supported: quantise ",
+         "queries that are rotated (q_rotation of rope_write_cache_kv), and leave it out here");
+  }
+  if (p.q_dtype == DType::kE4M3 && (return_softmax_lse || p.sinks != nullptr)) {
+    Fail("NotImplementedError", op, "k_center", "e4m3 queries are not supported with it where an ",
+         "LSE is returned or a sink counts");
   }
   if (transform.center != nullptr && p.sinks != nullptr && out != nullptr) {
     Fail("NotImplementedError", op, "out", "a given output is not supported with k_center and ",

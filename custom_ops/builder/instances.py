@@ -193,8 +193,8 @@ FAMILIES = (
             ("kFloat32", "kNone", HALF, False),
             ((*HALF, "kFloat32"), ("kInt8", "kBlockWiseInt8"), "kInt8", EITHER),
             ((*HALF, "kFloat32"), "kBlockWiseInt4", "kInt4", EITHER),
-            ((*HALF, "kFloat32"), "kFp8", FP8, False),
-            ((*HALF, "kFloat32"), "kBlockWiseFp8", "kE4M3", False),
+            ((*HALF, "kFloat32"), ("kFp8", "kBlockWiseFp8"), "kE4M3", EITHER),
+            ((*HALF, "kFloat32"), "kFp8", "kE5M2", False),
         ),
     ),
     Family(

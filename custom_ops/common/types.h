@@ -60,12 +60,6 @@ FASTATTN_HD constexpr bool IsInt8(CacheType type) {
   return type == CacheType::kInt8 || type == CacheType::kBlockWiseInt8;
 }
 
-// Whether K may be transformed before it is quantised (params/key_transform.h): codes of integers
-// gain, of which outliers take range from the other channels.
-FASTATTN_HD constexpr bool TakesKeyTransform(CacheType type) {
-  return IsInt8(type) || type == CacheType::kBlockWiseInt4;
-}
-
 // Codes in one element of a cache: 4-bit ones share a byte.
 FASTATTN_HD constexpr int CodesPerByte(CacheType type) {
   return type == CacheType::kBlockWiseInt4 ? 2 : 1;

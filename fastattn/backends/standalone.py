@@ -80,10 +80,10 @@ class AttentionLayer:
     cache_k_out_scale, cache_v_out_scale : Tensor, optional
         Dequantisation multipliers of the static cache types.
     cache_k_rotation : {"none", "hadamard"}, optional
-        How K is rotated before it is quantised, for types of integers; None: ``"hadamard"`` for
+        How K is rotated before it is quantised, not for e5m2; None: ``"hadamard"`` for
         ``block_wise_int4``, ``"none"`` for every other.
     cache_k_center : Tensor, shape [KV, D], float32, optional
-        What K is stored without, for the same types.
+        What K is stored without.
     q_norm_weight, k_norm_weight : Tensor, optional
         RMSNorm of Q and K heads, after the rotation.
     qk_norm_before_rope : bool

@@ -21,8 +21,9 @@ GRANULARITIES = ("tensor", "head", "channel")
 #: What is done to K, in the order in which it is tried: the cheapest first.
 TRANSFORMS = ("none", "center", "hadamard", "center+hadamard")
 
-#: Types whose keys may be transformed.
-TRANSFORMED_TYPES = ("cache_int8", "block_wise_int8")
+#: Types that gain by a rotation. Codes with exponents do not: a large channel costs the others
+#: nothing there, and a rotation makes all of them as large.
+ROTATED_TYPES = ("cache_int8", "block_wise_int8")
 
 #: Floor of an amax, so that a channel of zeros has a scale.
 _FLOOR = 1e-6
@@ -45,11 +46,12 @@ class Candidate:
 
 
 def candidates(types: Sequence[str], transforms: Sequence[str]) -> list[Candidate]:
-    """Candidates in the order of preference: types first, then transforms."""
+    """Candidates in the order of preference: types first, then transforms that may help them."""
     found = []
     for kind in types:
-        allowed = transforms if kind in TRANSFORMED_TYPES else ["none"]
-        found += [Candidate(kind, transform) for transform in allowed]
+        allowed = ["none"] if kind == "none" else transforms
+        of_kind = [Candidate(kind, transform) for transform in allowed]
+        found += [c for c in of_kind if kind in ROTATED_TYPES or c.rotation == "none"]
     return found
 
 
@@ -199,6 +201,8 @@ def calibrate_layer(
     """
     rows = sampled_rows(samples, queries, seed)
     tried = candidates(types, transforms)
+    if not tried:
+        raise CalibrationError(f"{', '.join(types)}: none gains by {', '.join(transforms)}")
     if rows is None and len(tried) > 1:
         raise CalibrationError(
             "choosing among types and transforms needs queries (layers.N.query); without them name "

@@ -97,7 +97,7 @@ def add_parser(subparsers: Any) -> None:
         "--transforms",
         type=_list_of(TRANSFORMS),
         metavar="NAME,..",
-        help=f"what may be done to K of int8 types, default {','.join(TRANSFORMS)}",
+        help=f"what may be done to K, default {','.join(TRANSFORMS)}",
     )
     parser.add_argument(
         "--granularity",

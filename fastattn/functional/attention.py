@@ -330,7 +330,8 @@ def paged_attention(
     k_center : Tensor, shape [KV, D], float32, optional
         What K was written without; rotated, if `q` comes rotated. The output needs no correction,
         since all scores of a query lack the same number, but the LSE and sinks do: they are those
-        of K itself. Not with e4m3 queries, nor with `softcap`, nor with `sinks` and `out` together.
+        of K itself. Then not with e4m3 queries. Never with `softcap`, nor with `sinks` and `out`
+        together.
 
     Returns
     -------

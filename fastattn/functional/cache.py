@@ -85,8 +85,8 @@ def write_cache_kv(
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
     k_rotation : {"none", "hadamard"}
-        Rotate K before it is quantised; types of integer codes only. Where D is no
-        power of two, H has a block for each ``D & -D`` channels.
+        Rotate K before it is quantised; not for ``"none"``, nor for e5m2. Where D is no power of
+        two, H has a block for each ``D & -D`` channels.
     k_center : Tensor, shape [KV, D], float32, optional
         What is subtracted from K before the rotation; for the same types.
 

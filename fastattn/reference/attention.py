@@ -270,9 +270,7 @@ def _dequantize_blocks(
     if quant_type == "none":
         return cache[blocks].astype(np.float64)
     code = code_of(quant_type, fp8_format)
-    logical = unpack(
-        cache[blocks], kind, "fastattn", int8=code == "int8", nibbles=code == "int4"
-    )
+    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8", nibbles=code == "int4")
     values = from_codes(logical, code).astype(np.float64)
     assert scales is not None, "a quantised cache has scales"
     multiplier = scales.astype(np.float64)
@@ -363,16 +361,17 @@ def paged_attention(
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
-    if quantize_q:
-        q, q_descale = quantize_query(q)
-    queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     shifts = np.zeros((tokens, heads))
     if k_center is not None:
+        given = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
         centers = np.repeat(np.asarray(k_center, np.float64), heads // len(k_center), axis=0)
-        shifts = (queries * centers).sum(-1) * scale
+        shifts = (given * centers).sum(-1) * scale
     if k_rotation != "none":
-        queries = round_to(rotate_keys(q, k_rotation), q.dtype).astype(np.float64)
+        q = round_to(rotate_keys(q, k_rotation), q.dtype).astype(q.dtype)
+    if quantize_q:
+        q, q_descale = quantize_query(q)
+    queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     out = np.zeros((tokens, heads, head_dim))
     lse = np.full((heads, tokens), -np.inf)
     for b in range(len(block_tables)):

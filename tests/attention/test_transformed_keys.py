@@ -26,6 +26,7 @@ KINDS = [
     CacheKind("block_wise_int8"),
     CacheKind("block_wise_int4"),
 ]
+FP8 = [CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")]
 #: (cached, new): chunks at odd offsets, a prompt, decode, speculative and resting sequences.
 MIXED = [(333, 129), (0, 150), (100, 1), (0, 0), (51, 77), (64, 3)]
 DECODE = [(300, 1), (63, 1), (0, 1), (129, 2), (700, 1)]
@@ -38,7 +39,7 @@ def centre(kv_heads: int, head_dim: int, seed: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
 @pytest.mark.parametrize("seqs", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, *FP8], ids=str)
 def test_rotated(place, kind, dim, seqs, q_type):
     options = {"k_rotation": "hadamard", "k_center": centre(2, dim)}
     paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, heads=(6, 2), **options).check(place)
@@ -274,10 +275,10 @@ def test_errors(place, changes, error, text):
         F.paged_attention(*arguments, **keywords)
 
 
-@pytest.mark.parametrize("kind", [CacheKind("cache_fp8", "head"), CacheKind()], ids=str)
+@pytest.mark.parametrize("kind", [CacheKind("cache_fp8", "head", "e5m2"), CacheKind()], ids=str)
 def test_other_types_are_refused(place, kind):
     problem = paged_problem(DECODE, kind=kind, dim=64, k_rotation="hadamard")
-    with pytest.raises(NotImplementedError, match=r"k_rotation.*cache_int8, block_wise_int8"):
+    with pytest.raises(NotImplementedError, match=r"k_rotation.*supported: (cache_int8|e4m3)"):
         problem.run(place)
 
 
@@ -287,3 +288,28 @@ def test_e4m3_queries_are_refused(place):
     )
     with pytest.raises(NotImplementedError, match=r"k_rotation.*q_rotation"):
         problem.run(place)
+
+
+@pytest.mark.parametrize("seqs", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("kind", FP8, ids=str)
+def test_rotated_first_then_quantised(place, kind, seqs):
+    """`quantize_q` of rotated queries, of long sequences on the FP8 tensor cores."""
+    options = {"k_rotation": "hadamard", "quantize_q": True}
+    problem = paged_problem(seqs, kind=kind, dim=128, heads=(4, 2), **options)
+    out, _ = problem.check(place)
+    rotated = reference.hadamard(problem.q).astype(problem.q.dtype)
+    ready = {**problem.options, "k_rotation": "none"}
+    same, _ = dataclasses.replace(problem, q=rotated, options=ready).run(place)
+    owned = problem.owned()
+    assert_same_bits(out[owned], same[owned], "out")
+
+
+def test_e4m3_queries_over_centred_keys(place):
+    """Allowed where nothing has to be put right."""
+    problem = paged_problem(DECODE, kind=FP8[0], dim=64, q_type="e4m3:token_head")
+    arguments, keywords = problem.arguments(place)
+    expected = to_numpy(F.paged_attention(*arguments, **keywords))
+    keywords["k_center"] = to_paddle(centre(arguments[1].shape[1], 64), place)
+    assert_same_bits(to_numpy(F.paged_attention(*arguments, **keywords)), expected, "out")
+    with pytest.raises(NotImplementedError, match=r"k_center.*LSE"):
+        F.paged_attention(*arguments, return_softmax_lse=True, **keywords)

@@ -9,8 +9,8 @@ import paddle
 import pytest
 
 import fastattn.functional as F
-from fastattn.functional._cache_types import codes_per_byte
 from fastattn import reference
+from fastattn.functional._cache_types import codes_per_byte
 from tests.cache import test_append_cache, test_rope_write_cache, test_write_cache
 from tests.support.attention import (
     BLOCK_WISE_FP8,

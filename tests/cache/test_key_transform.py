@@ -17,7 +17,8 @@ from tests.support.compare import assert_same_bits
 from tests.support.rope import assert_same_cache, check, make_case, run
 from tests.support.tensors import DTYPES, to_numpy, to_paddle
 
-TYPES = ("cache_int8", "block_wise_int8", "block_wise_int4")
+TYPES = ("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8", "block_wise_int4")
+INT8 = TYPES[:2]
 CACHED = [0, 1, 63, 64, 65, 100, 320, 7]
 NEW = [1, 0, 65, 64, 63, 1, 200, 5]
 
@@ -87,7 +88,8 @@ def test_write(place, kind, head_dim, dtype, centred, rotation):
     if not centred and rotation == "none":
         pytest.skip("no transform")
     step, num_blocks = make_step(CACHED, NEW)
-    cache = make_cache(kind, num_blocks, 3, head_dim, granularity="channel")
+    granularity = "channel" if kind == "cache_int8" else "head"
+    cache = make_cache(kind, num_blocks, 3, head_dim, granularity=granularity)
     shape = (step.num_tokens, 3, head_dim)
     key, value = (make_values(shape, DTYPES[dtype], seed) for seed in (1, 2))
     options = {"k_rotation": rotation, "k_center": centre(3, head_dim) if centred else None}
@@ -106,7 +108,7 @@ def test_decode_steps_write_the_same(place, kind):
     assert_same_cache(actual, model(cache, key, value, step, **options))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [*INT8, "block_wise_int4"])
 def test_codes_are_those_of_the_product_with_the_matrix(place, kind):
     """Independent of the model: fp64 products, and no code further off than a rounding can be."""
     step, num_blocks = make_step([70], [90])
@@ -146,7 +148,7 @@ def test_codes_are_those_of_the_product_with_the_matrix(place, kind):
 def test_rope_write(place, kind, lengths, neox, rotary_dim, bias, norm, norm_first):
     case = make_case(
         *lengths,
-        cache=(kind, "e4m3", "channel"),
+        cache=(kind, "e4m3", "channel" if kind == "cache_int8" else "head"),
         neox=neox,
         rotary_dim=rotary_dim,
         bias=bias,
@@ -250,8 +252,9 @@ def test_one_large_channel_costs_less(place):
 @pytest.mark.parametrize(
     ("kind", "options", "error", "text"),
     [
-        ("cache_fp8", {"k_rotation": "hadamard"}, NotImplementedError, "k_rotation"),
-        ("block_wise_fp8", {"k_center": (1, 64)}, NotImplementedError, "k_center"),
+        ("cache_fp8-e5m2", {"k_rotation": "hadamard"}, NotImplementedError, "k_rotation"),
+        ("cache_fp8-e5m2", {"k_center": (1, 64)}, NotImplementedError, "k_center"),
+        ("none", {"k_center": (1, 64)}, NotImplementedError, "k_center"),
         ("none", {"k_rotation": "hadamard"}, NotImplementedError, "block_wise_int8"),
         ("cache_int8", {"k_rotation": "random"}, ValueError, "none or hadamard"),
         ("cache_int8", {"k_center": (1, 128)}, ValueError, r"k_center.*\[1, 64\]"),
@@ -260,7 +263,8 @@ def test_one_large_channel_costs_less(place):
 )
 def test_errors(place, kind, options, error, text):
     step, num_blocks = make_step([0], [2])
-    cache = make_cache(kind, num_blocks, 1, 64)
+    kind, _, code = kind.partition("-")
+    cache = make_cache(kind, num_blocks, 1, 64, fp8_format=code or "e4m3")
     arrays = [cache.key, cache.value, cache.k_scales, cache.v_scales]
     tensors = [None if a is None else to_paddle(a.copy(), place) for a in arrays]
     key = to_paddle(np.ones((2, 1, 64), DTYPES["bfloat16"]), place)
@@ -318,5 +322,6 @@ def _traced(key, cache, values, scales, blocks, cu, zero, two):
         cache_k_scales=scales,
         cache_v_scales=scales,
         cache_quant_type="cache_fp8",
+        fp8_format="e5m2",
         k_rotation="hadamard",
     )

@@ -170,6 +170,10 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"prefill_tokens_with_context": -1},
         ),
+        "merge_many_attn_states": OpCall(
+            {"outputs": make(3, 2, 4, 64, dtype="float16"), "lses": make(3, 4, 2)},
+            {"sinks_in_lse": True},
+        ),
         "merge_prefill_decode_output": OpCall(
             {
                 "encoder_res": make(2, 4 * 64, dtype="float16"),
@@ -326,6 +330,14 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"softmax_scale": 1.0, "head_scale": 1.0, "quant": "fp8"},
         ),
+        "indexer_q_quant": OpCall(
+            {
+                "q": make(2, 3, 128, dtype="bfloat16"),
+                "weights": make(2, 3),
+                "token_of_query": int32([1, -1, 0], place),
+            },
+            {"factor": 0.5},
+        ),
         "indexer_kv_compress_insert": OpCall(
             {
                 "state_cache": make(2, 4, 512),
@@ -380,6 +392,24 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "world_size": 1,
                 "interleave": 1,
             },
+        ),
+        "token_maps": OpCall(
+            {
+                "batch_ids": int32([0, 1, -1], place),
+                "block_tables": int32([[4, 2], [1, 0]], place),
+                "cu_seqlens_q": int32([0, 1, 2], place),
+                "seq_lens_decoder": int32([5, 0], place),
+            },
+            {"num_tokens": 3, "block_size": 4, "num_blocks": 5},
+        ),
+        "query_rows": OpCall(
+            {
+                "batch_ids": int32([0, 1, -1], place),
+                "positions": int32([5, 0, -1], place),
+                "block_tables": int32([[4, 2], [1, 0]], place),
+                "cu_seqlens_q": int32([0, 1, 2], place),
+            },
+            {"tile": 2},
         ),
         "window_indices": OpCall(
             {"positions": int32([3, 9], place), "batch_ids": int32([0, 1], place)},

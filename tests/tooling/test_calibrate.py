@@ -12,7 +12,13 @@ import pytest
 from fastattn import backends
 from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta
 from fastattn.calibrate import Calibration, calibrate_layer, read_samples
-from fastattn.calibrate.choose import centre_of, outlier_channels, scales_of
+from fastattn.calibrate.choose import (
+    TRANSFORMS,
+    candidates,
+    centre_of,
+    outlier_channels,
+    scales_of,
+)
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
 from fastattn.cli import main
@@ -79,6 +85,21 @@ def test_a_bound_that_only_16_bits_keep():
     assert calibrate_layer(layer(), STATIC, bound=1e-6).cache_quant_type == "none"
 
 
+def test_rotations_are_for_codes_without_exponents():
+    names = [f"{c.cache_quant_type} {c.transform}" for c in candidates(STATIC, TRANSFORMS)]
+    assert names == [
+        "cache_int8 none",
+        "cache_int8 center",
+        "cache_int8 hadamard",
+        "cache_int8 center+hadamard",
+        "cache_fp8 none",
+        "cache_fp8 center",
+        "none none",
+    ]
+    with pytest.raises(CalibrationError, match="block_wise_fp8: none gains by hadamard"):
+        calibrate_layer(layer(), ["block_wise_fp8"], bound=1, transforms=["hadamard"])
+
+
 def test_scales_and_centres_by_hand():
     x = np.zeros((3, 2, 4), np.float32)
     x[1, 0, 2], x[2, 0, 3], x[0, 1, 0] = -6.35, 2.54, 12.7
@@ -117,7 +138,7 @@ def _sylvester(dim: int) -> np.ndarray:
 def test_without_queries_one_candidate():
     samples = layer()
     samples.query = None
-    found = calibrate_layer(samples, ["cache_fp8"], bound=0.1)
+    found = calibrate_layer(samples, ["cache_fp8"], bound=0.1, transforms=["none"])
     assert found.error is None and found.cache_k_out_scale.shape == (KV,)
     with pytest.raises(CalibrationError, match="queries"):
         calibrate_layer(samples, STATIC, bound=0.1)

@@ -19,6 +19,7 @@ CUDA = {
     "cuda/common": (),
     "cuda/merge": ("cuda/common", "cuda/merge/shared"),
     "cuda/merge/shared": ("cuda/common",),
+    "cuda/merge_many": ("cuda/common",),
     "cuda/cache/shared": ("cuda/common",),
     "cuda/cache/append": CACHE,
     "cuda/cache/convert": CACHE,
