@@ -112,10 +112,8 @@ _ROTATIONS = names(ValueError, ("none", "hadamard"), "expected none or hadamard,
 def _takes_key_transforms(call: Call, name: str) -> None:
     kind = call.attrs["cache_quant_type"]
     if kind == "none":
-        text = (
-            f"cache_quant_type '{kind}' is not supported; supported: cache_int8, cache_fp8, "
-            "block_wise_int8, block_wise_fp8, block_wise_int4"
-        )
+        supported = ", ".join(CACHE_QUANT_TYPES[1:])
+        text = f"cache_quant_type '{kind}' is not supported; supported: {supported}"
         call.fail(NotImplementedError, name, text)
     if kind == "cache_fp8" and call.attrs["fp8_format"] == "e5m2":
         text = "fp8_format 'e5m2' is not supported; supported: e4m3"
@@ -215,9 +213,9 @@ _layout = names(
 
 
 def _fastdeploy_order(call: Call, name: str, supported: str) -> None:
-    cache_type = call.attrs["cache_quant_type"]
-    if call.attrs[name] == "fastdeploy" and codes_per_byte(cache_type) == 2:
-        text = f"'fastdeploy' has no order for {cache_type}; supported: {supported}"
+    kind = call.attrs["cache_quant_type"]
+    if call.attrs[name] == "fastdeploy" and codes_per_byte(kind) == 2:
+        text = f"'fastdeploy' has no order for {kind}; supported: {supported}"
         call.fail(NotImplementedError, name, text)
 
 
@@ -239,8 +237,7 @@ def cache_dtype(call: Call, name: str) -> None:
         dtypes(*HALVES)(call, name)
         return
     if codes_per_byte(cache_type) == 2:
-        dtypes("uint8")(call, name)
-        return
+        return dtypes("uint8")(call, name)
     supported(call, name)
     e5m2 = call.attrs.get("fp8_format") == "e5m2"
     codes = "int8" if cache_type in _INT8_TYPES else "float8_e5m2" if e5m2 else "float8_e4m3fn"
@@ -314,11 +311,9 @@ def append_layout(call: Call, name: str) -> None:
 
 def fastdeploy_type(call: Call, name: str) -> None:
     cache_type(call, name)
-    if call.attrs[name] in ("block_wise_int8", "block_wise_int4"):
-        text = (
-            f"FastDeploy has no '{call.attrs[name]}'; supported: none, cache_int8, cache_fp8, "
-            "block_wise_fp8"
-        )
+    kind, supported = call.attrs[name], "none, cache_int8, cache_fp8, block_wise_fp8"
+    if kind in ("block_wise_int8", "block_wise_int4"):
+        text = f"FastDeploy has no '{kind}'; supported: {supported}"
         call.fail(NotImplementedError, name, text)
 
 

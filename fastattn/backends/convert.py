@@ -79,8 +79,8 @@ def convert_caches(
             raise ValueError(f"{_OP}: {name}: expected {', '.join(_LAYOUTS)}, got {layout!r}")
     if codes_per_byte(cache_quant_type) == 2 and "fastdeploy" in (src, dst):
         raise NotImplementedError(
-            f"{_OP}: cache_quant_type: FastDeploy has no {cache_quant_type!r}; between fastattn and "
-            "logical it is converted"
+            f"{_OP}: cache_quant_type: FastDeploy has no {cache_quant_type!r}, which is converted "
+            "between fastattn and logical"
         )
     per_layer = 4 if cache_quant_type in DYNAMIC_TYPES else 2
     if len(caches) % per_layer:

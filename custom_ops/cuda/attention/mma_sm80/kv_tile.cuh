@@ -149,10 +149,16 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
                                              const float (&factors)[Traits::kTiles][2], int first,
                                              float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   const int g = threadIdx.x % 32 / 4;
+  float token_scales[Traits::kGroup][2];
+  if constexpr (Traits::kNibbles) {
+    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, token_scales);
+  }
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
     float scale[2] = {1.0f, 1.0f};
-    if constexpr (Traits::kPerTokenScales) {
+    if constexpr (Traits::kNibbles) {
+      scale[0] = token_scales[m][0], scale[1] = token_scales[m][1];
+    } else if constexpr (Traits::kPerTokenScales) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         scale[half] =

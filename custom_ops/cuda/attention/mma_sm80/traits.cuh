@@ -121,7 +121,7 @@ struct AttentionTraits {
 
   // Key of a KV tile that is row `r` (0..15) of key tile m in S^T. For V in TokenSlot order, the
   // tokens of a thread's 16-byte pieces of V are then the rows that it holds of S.
-  static __device__ __forceinline__ int KeyOf(int m, int r) {
+  static __device__ __forceinline__ constexpr int KeyOf(int m, int r) {
     if constexpr (kNibbles) {
       // The tokens of Widen's pairs of V are those of bytes 0 and 2 of a word, and 1 and 3.
       return 16 * ((r & 7) >> 1) + 2 * m + 8 * (r & 1) + (r >> 3);
