@@ -9,6 +9,7 @@ import paddle
 
 from fastattn import _ops, env, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
+from fastattn.backends.calibrated import Calibrated
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_graphs
 from fastattn.backends.forward_meta import (
     current_plan,
@@ -83,8 +84,8 @@ class PagedAttentionBackend(AttentionBackend):
         If the configuration needs something that is not supported, or would let a server with
         another byte order read this one's quantised caches; the message names it.
     ValueError
-        If the configuration lacks an option, the numbers of heads do not match it, or `q_quant` is
-        unknown.
+        If the configuration lacks an option, the numbers of heads do not match it, `q_quant` is
+        unknown, or ``FASTATTN_CALIBRATION`` names a file that cannot be read.
     """
 
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
@@ -127,6 +128,7 @@ class PagedAttentionBackend(AttentionBackend):
         if batch_invariant is None:
             batch_invariant = env.deterministic() or decoder_block_shape_q not in _BLOCK_SHAPES_Q
         self.batch_invariant = batch_invariant
+        self._calibrated = Calibrated.from_env()
         self.attention_metadata: PagedAttentionMetadata | None = None
         self._known_layers = KnownLayers()
         guard(fd_config, name)
@@ -383,7 +385,7 @@ class PagedAttentionBackend(AttentionBackend):
         q_quant = self._q_quant_for(cache)
         types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
         masks = self._mask_arguments(layer)
-        transform = self._key_transform(layer, cache.quant_type)
+        transform = self._key_transform(layer, cache)
         # The writer rotates Q beside K, and the attention need not. But a sink needs the scores of
         # K itself, for which the attention takes Q and the centre as they are.
         shifts = transform["k_center"] is not None and masks["sinks"] is not None
@@ -412,16 +414,18 @@ class PagedAttentionBackend(AttentionBackend):
             return self.q_quant
         return "per_token_head" if cache.holds_e4m3() else "none"
 
-    def _key_transform(self, layer: Any, quant_type: str) -> dict[str, Any]:
+    def _key_transform(self, layer: Any, cache: LayerCache) -> dict[str, Any]:
         """What is done to K before it is quantised."""
-        default = "hadamard" if codes_per_byte(quant_type) == 2 else "none"
-        rotation = getattr(layer, "cache_k_rotation", None) or default
+        rotation = getattr(layer, "cache_k_rotation", None)
         center = getattr(layer, "cache_k_center", None)
+        if self._calibrated is not None and center is None and rotation in (None, "none"):
+            rotation, center = self._calibrated.of(layer, cache.quant_type, cache.key.place)
         if center is not None:
             center = local_center(
                 center, kv_heads=self.kv_num_heads, head_dim=self.head_dim, shard=self.config.shard
             )
-        return {"k_rotation": rotation, "k_center": center}
+        default = "hadamard" if codes_per_byte(cache.quant_type) == 2 else "none"
+        return {"k_rotation": rotation or default, "k_center": center}
 
     def _heads(self) -> tuple[int, int, int]:
         return self.num_heads, self.kv_num_heads, self.head_dim

@@ -39,11 +39,11 @@ def samples_of(weights: Weights, config: Config, tokens: Array) -> dict[int, Lay
     for i, layer in enumerate(forward(weights, config, tokens).layers):
         k, v = (
             x.transpose(0, 2, 1, 3).reshape(batch * length, config.kv_heads, config.head_dim)
-            for x in (layer.k, layer.v)
+            for x in (layer.attention.k, layer.attention.v)
         )
         query = None
         if batch == 1:
-            by_head = layer.q.reshape(config.heads, length, config.head_dim)
+            by_head = layer.attention.q.reshape(config.heads, length, config.head_dim)
             query = by_head.transpose(1, 0, 2) * np.float32(math.sqrt(config.head_dim))
         samples[i] = LayerSamples(k, v, query)
     return samples

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import paddle
 import pytest
 
 from fastattn import backends
 from fastattn.backends import AppendAttentionBackend, AttentionLayer, FlashAttentionBackend
+from fastattn.backends.peers import LAYOUT, layout
+from fastattn.calibrate import Calibration, LayerCalibration
 from tests.support.serving import Model, Server, taken  # noqa: F401
 from tests.support.tensors import to_paddle
 
@@ -72,13 +77,68 @@ def test_a_centre_of_all_ranks():
     backend = FlashAttentionBackend(config, 2, 4, 64)
     whole = np.arange(4 * 64).reshape(4, 64).astype(np.float32)
     layer = AttentionLayer(0, "block_wise_int8", cache_k_center=paddle.to_tensor(whole))
-    own = backend._key_transform(layer)["k_center"]
+    cache = SimpleNamespace(quant_type="block_wise_int8", key=layer.cache_k_center)
+    own = backend._key_transform(layer, cache)["k_center"]
     np.testing.assert_array_equal(own.numpy(), whole[2:])
     layer.cache_k_center = paddle.to_tensor(whole[2:]).astype("float16")
-    assert backend._key_transform(layer)["k_center"].dtype == paddle.float32
+    assert backend._key_transform(layer, cache)["k_center"].dtype == paddle.float32
     layer.cache_k_center = paddle.to_tensor(whole[:3])
     with pytest.raises(ValueError, match=r"layer.cache_k_center: expected shape \[2, 64\] or \[4"):
-        backend._key_transform(layer)
+        backend._key_transform(layer, cache)
+
+
+def calibration_of(tmp_path, kind, model, **fields):
+    path = tmp_path / "calibration.npz"
+    found = LayerCalibration(kind, None, None, model.k_rotation, model.k_center)
+    Calibration({0: dataclasses.replace(found, **fields)}).write(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["block_wise_int8", "block_wise_fp8"])
+def test_a_file_that_the_environment_names(place, tmp_path, monkeypatch, kind):
+    """Layers that a server made know nothing of it."""
+    model = Model(kind, k_rotation="hadamard", centred=True, sinks=True)
+    monkeypatch.setenv("FASTATTN_CALIBRATION", str(calibration_of(tmp_path, kind, model)))
+    server = Server(FlashAttentionBackend, model, [90, 40], place)
+    server.layers[0].cache_k_rotation, server.layers[0].cache_k_center = "none", None
+    server.step([70, 3])
+    server.step([1, 1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "text"),
+    [
+        ("block_wise_fp8", {"cache_quant_type": "block_wise_int8"}, "was calibrated for type"),
+        ("cache_int8", {}, "static scales come from the layer"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, monkeypatch, kind, fields, text):
+    model = Model(kind)
+    monkeypatch.setenv("FASTATTN_CALIBRATION", str(calibration_of(tmp_path, kind, model, **fields)))
+    with pytest.raises(ValueError, match=text):
+        Server(FlashAttentionBackend, model, [60]).step([5])
+
+
+def test_files_that_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTATTN_CALIBRATION", str(tmp_path / "none.npz"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        Server(FlashAttentionBackend, Model("block_wise_int8"), [60])
+    path = calibration_of(tmp_path, "block_wise_int8", Model())
+    monkeypatch.setenv("FASTATTN_CALIBRATION", str(path))
+    server = Server(FlashAttentionBackend, Model("block_wise_int8", num_layers=2), [60])
+    with pytest.raises(ValueError, match="layer 1 was not calibrated"):
+        server.run([5], layers=[1])
+
+
+def test_caches_of_other_files_are_other_bytes(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTATTN_CALIBRATION", raising=False)
+    assert layout() == LAYOUT
+    names = set()
+    for rotation in ("none", "hadamard"):
+        path = calibration_of(tmp_path, "block_wise_int8", Model(), cache_k_rotation=rotation)
+        monkeypatch.setenv("FASTATTN_CALIBRATION", str(path))
+        names.add(layout())
+    assert len(names) == 2 and all(name.startswith(f"{LAYOUT}-") for name in names)
 
 
 def test_other_types_are_refused():

@@ -34,7 +34,9 @@ def test_the_changed_model_computes_the_same(config, weights, corpus):
     own = forward(shipped.load(config), config, tokens)
     changed = forward(weights, config, tokens)
     np.testing.assert_allclose(changed.logits, own.logits, atol=2e-3)
-    ratio = np.abs(changed.layers[0].k).max((0, 1, 2)) / np.abs(own.layers[0].k).max((0, 1, 2))
+    ratio = np.abs(changed.layers[0].attention.k).max((0, 1, 2)) / np.abs(
+        own.layers[0].attention.k
+    ).max((0, 1, 2))
     np.testing.assert_allclose(np.delete(ratio, [10, 11]), 1, rtol=1e-4)
     np.testing.assert_allclose(ratio[[10, 11]], 20, rtol=1e-4)
 

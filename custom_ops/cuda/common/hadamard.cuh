@@ -100,6 +100,10 @@ __device__ __forceinline__ void HadamardOfHalves(int lane, float (&x)[2 * kHalf]
     for (int step = kHalf; step < kSize; step *= 2) {
       StragglingButterflies<kHeadDim, kHalf>(lane, step, x);
     }
+    if (lane * kHalf >= kHeadDim / 2) {  // without channels
+#pragma unroll
+      for (int i = 0; i < 2 * kHalf; ++i) x[i] = 0.0f;
+    }
   }
   HadamardScale<kHeadDim>(x);
 }

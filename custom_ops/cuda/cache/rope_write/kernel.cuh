@@ -77,7 +77,7 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
           status = LaunchStep<Traits>(p, stream);
         };
         if constexpr (kTransformsKey) {
-          DispatchTransformRope(p.rope, launch);
+          DispatchTransformRope<kHeadDim>(p.rope, launch);
         } else {
           DispatchRope(p.rope, launch);
         }

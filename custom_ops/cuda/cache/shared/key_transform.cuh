@@ -19,7 +19,10 @@ using FloatLane = LaneShape<DType::kFloat32, Lane::kHeadDim, Lane::kHalf>;
 template <typename Lane>
 __device__ __forceinline__ void TransformKey(const KeyTransform& key, int head, int lane,
                                              float (&x)[Lane::kValues]) {
-  if (key.center != nullptr) {
+  // A head that is no power of two of lanes has some without channels, whose values are 0.
+  constexpr int kActive = Lane::kHeadDim / Lane::kValues;
+  const bool active = kActive == Lane::kLanes || lane < kActive;
+  if (key.center != nullptr && active) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float center[Lane::kHalf];

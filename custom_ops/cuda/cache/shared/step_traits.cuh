@@ -79,13 +79,15 @@ void DispatchRope(const RopeWriteCacheParams& p, F&& f) {
 }
 
 // The same with fewer variants, for steps that transform K: they are rare.
-template <typename F>
+template <int kHeadDim, typename F>
 void DispatchTransformRope(const RopeWriteCacheParams& p, F&& f) {
-  if (IsCommonRope(p)) {
-    f(RopeOptions<true, true, false, false, true>{});
-  } else {
-    f(RopeOptions<true, true, true>{});
+  if constexpr (kHeadDim == 64 || kHeadDim == 128) {
+    if (IsCommonRope(p)) {
+      f(RopeOptions<true, true, false, false, true>{});
+      return;
+    }
   }
+  f(RopeOptions<true, true, true>{});
 }
 
 // kTransformsKey: K is transformed before it is quantised, as the kernel's parameters say
