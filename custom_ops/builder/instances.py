@@ -90,8 +90,10 @@ def _word(column: str, value: Value) -> str:
 
 HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
+RAGGED_DIMS = (192,)  # of Q and K; V has 128 channels then
 EITHER = (False, True)
+PREFILL_DIMS = (64, 128)  # of the wgmma kernels
 INDEX_HEADS = (8, 16, 32, 64)
 MLA_HEADS = (8, 16, 64)
 
@@ -109,6 +111,7 @@ FAMILIES = (
         together="columns",
         rows=(
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, False, (8, 16, 64)),
+            ((*HALF, *FP8, "kInt8"), RAGGED_DIMS, False, False, (8, 16, 64)),
             (("kE4M3", "kInt8"), HEAD_DIMS, True, True, (8, 16, 64)),
         ),
     ),
@@ -139,8 +142,8 @@ FAMILIES = (
         defined="kernel.cuh",
         columns={"head_dim": "int", "per_token_scales": "bool", "softcap": "bool", "code": "DType"},
         rows=(
-            (HEAD_DIMS, False, EITHER, FP8),
-            (HEAD_DIMS, True, EITHER, "kE4M3"),
+            (PREFILL_DIMS, False, EITHER, FP8),
+            (PREFILL_DIMS, True, EITHER, "kE4M3"),
         ),
     ),
     Family(
@@ -157,9 +160,9 @@ FAMILIES = (
             "per_token_scales": "bool",
         },
         rows=(
-            (HALF, HEAD_DIMS, "k16Bit", False),
-            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kRaggedCodes", False),
-            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kPagedCodes", EITHER),
+            (HALF, PREFILL_DIMS, "k16Bit", False),
+            (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
+            (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kPagedCodes", EITHER),
         ),
     ),
     Family(

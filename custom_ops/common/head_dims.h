@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/dispatch.h"
+#include "common/types.h"
 
 namespace fastattn {
 
@@ -30,6 +31,13 @@ struct HeadDimList {
   }
 };
 
-using HeadDims = HeadDimList<64, 128>;
+// Of a cache.
+using HeadDims = HeadDimList<64, 128, 256>;
+// Of attention's queries and keys, which flash_attention takes.
+using AttentionHeadDims = HeadDimList<64, 128, 192, 256>;
+
+// Channels of a head of V, and of the output, whose Q and K have so many: multi-head latent
+// attention without absorption has 128 of them beside 192.
+FASTATTN_HD constexpr int ValueDim(int head_dim) { return head_dim == 192 ? 128 : head_dim; }
 
 }  // namespace fastattn

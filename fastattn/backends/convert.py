@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastattn.backends.config import BLOCK_SIZE
-from fastattn.functional._cache_types import DYNAMIC_TYPES, check_cache_type
+from fastattn.functional._cache_types import DYNAMIC_TYPES, HEAD_DIMS, check_cache_type
 
 _OP = "convert_caches"
 _LAYOUTS = ("fastattn", "fastdeploy", "logical")
@@ -164,9 +164,10 @@ def _checked(
                 f"{' or [num_blocks, KV, D, 64]' if kind == 'v' else ''}, got {shape}"
             )
         head_dim = shape[2 if transposed else 3]
-        if head_dim not in (64, 128):
+        if head_dim not in HEAD_DIMS:
             raise NotImplementedError(
-                f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: 64, 128"
+                f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: "
+                + ", ".join(map(str, HEAD_DIMS))
             )
         if not cache.is_contiguous():
             raise ValueError(f"{_OP}: {name}: it is written in place and must be contiguous")

@@ -99,7 +99,7 @@ CASES = {
         flash,
         {name: zeros(n, 4, 96, dtype="bfloat16") for name, n in (("q", 5), ("k", 72), ("v", 72))},
         NotImplementedError,
-        "flash_attention: q: head_dim 96 is not supported; supported: 64, 128",
+        "flash_attention: q: head_dim 96 is not supported; supported: 64, 128, 192, 256",
     ),
     "paged_head_dim": (
         paged,
@@ -109,7 +109,7 @@ CASES = {
             "value_cache": zeros(7, 2, 64, 96, dtype="bfloat16"),
         },
         NotImplementedError,
-        "head_dim 96 is not supported; supported: 64, 128",
+        "head_dim 96 is not supported; supported: 64, 128, 256",
     ),
     # Keys and values
     "k_other": (flash, {"k": zeros(72, 2, 64)}, TypeError, "flash_attention: [kv]: expected dtype"),

@@ -62,7 +62,7 @@ def test_a_day_of_serving(place, backend, cache):
 
 
 @each_type
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_every_option_of_a_layer_at_once(place, head_dim, cache):
     model = Model(
         *cache,

@@ -40,13 +40,13 @@ template <typename Traits>
 __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const AttentionTask& task,
                                              const Segment& segment, const ColumnInfo* infos,
                                              int first, int stride, int count, bool last) {
-  constexpr int kQuads = Traits::kHeadDim / 4;
+  constexpr int kQuads = Traits::kValueDim / 4;
   constexpr int kPieces = Traits::kColumns * kQuads / kAttentionThreads;  // of a thread
   // Partial results whose loads are under way together; 16 columns leave fewer registers.
   constexpr int kBatch = 16 / kPieces;
   static_assert(Traits::kColumns * kQuads % kAttentionThreads == 0 && kPieces <= 16);
   const auto partial_of = [&](int cta) {
-    return PartialOf(task, Traits::kColumns, Traits::kHeadDim, cta, cta == segment.first_cta);
+    return PartialOf(task, Traits::kColumns, Traits::kValueDim, cta, cta == segment.first_cta);
   };
   const auto thread = static_cast<int>(threadIdx.x);
   uint4 out[kPieces];
@@ -64,7 +64,7 @@ __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const Att
     for (int b = 0; b < kBatch; ++b) {
       const float* partial = partial_of(first + min(done + b, count - 1) * stride);
       const auto* of_columns =
-          reinterpret_cast<const float2*>(partial + Traits::kColumns * Traits::kHeadDim);
+          reinterpret_cast<const float2*>(partial + Traits::kColumns * Traits::kValueDim);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         const int index = thread + i * kAttentionThreads;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const Att
     if (!last) {
       reinterpret_cast<uint4*>(joined)[index] = out[i];
       if (quad == 0) {
-        reinterpret_cast<float2*>(joined + Traits::kColumns * Traits::kHeadDim)[column] =
+        reinterpret_cast<float2*>(joined + Traits::kColumns * Traits::kValueDim)[column] =
             make_float2(weight[i].max, weight[i].sum);
       }
     } else if (infos[column].out >= 0) {

@@ -48,6 +48,8 @@ struct AppendTraits {
 
   static constexpr int kPiecesPerToken = kHeadDim / 16;
   static constexpr int kPieces = kBlockSize * kPiecesPerToken / kAppendThreads;  // per thread
+  // V: a thread has four channels of each round.
+  static constexpr int kRounds = (kHeadDim + kAppendThreads - 1) / kAppendThreads;
 };
 
 // Loads the static scales of channels [channel, channel + 16) of a head; they are equal where the
@@ -154,14 +156,19 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
   const int v_channel = tid / 4 * 4;  // channels [v_channel, +4)
-  const bool v_active = v_channel < kHeadDim;
-  uint4 v[4];
+  const auto v_active = [&](int round) { return v_channel + round * kAppendThreads < kHeadDim; };
+  uint4 v[Traits::kRounds][4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[i] = v_active ? *reinterpret_cast<const uint4*>(
-                          value_codes +
-                          ValuePieceIn<Traits>(cache.value_strides.row, v_channel + i, v_group))
-                    : make_uint4(0, 0, 0, 0);
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    const int channel = v_channel + round * kAppendThreads;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[round][i] = v_active(round)
+                        ? *reinterpret_cast<const uint4*>(
+                              value_codes +
+                              ValuePieceIn<Traits>(cache.value_strides.row, channel + i, v_group))
+                        : make_uint4(0, 0, 0, 0);
+    }
   }
   float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
   float k_static[16], v_static[16];
@@ -182,7 +189,12 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
 
   // V is transposed on its way into shared memory.
-  if (v_active) ScatterPieces(v, v_channel, v_group, value_tile);
+#pragma unroll
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    if (v_active(round)) {
+      ScatterPieces(v[round], v_channel + round * kAppendThreads, v_group, value_tile);
+    }
+  }
 
   // K is converted and stored while V's writes settle.
   uint16_t* key_out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride +

@@ -79,12 +79,16 @@ __global__ void __launch_bounds__(kThreads)
   const uint8_t* src = static_cast<const uint8_t*>(p.src) + p.SrcPlane(blockIdx.x);
   uint8_t* dst = static_cast<uint8_t*>(p.dst) + p.DstPlane(blockIdx.x);
   const int group = threadIdx.x % 4;
-  const int channel = threadIdx.x / 4 * 4;
-  const bool active = channel < kHeadDim;
+  // A thread has four channels of each round.
+  constexpr int kRounds = (kHeadDim + kThreads - 1) / kThreads;
+  const auto channel_of = [](int round) {
+    return static_cast<int>(threadIdx.x) / 4 * 4 + round * kThreads;
+  };
+  const auto active = [&](int round) { return channel_of(round) < kHeadDim; };
 
   PdlWait();
   PdlLaunchDependents();
-  uint4 pieces[4];  // [channel], 16 tokens of `group` in TokenSlot order
+  uint4 pieces[kRounds][4];  // [channel], 16 tokens of `group` in TokenSlot order
   if constexpr (kFromLogical) {
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
       const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;
@@ -92,27 +96,42 @@ __global__ void __launch_bounds__(kThreads)
           Load<kInPlace>(src + i * static_cast<int>(sizeof(uint4)));
     }
     __syncthreads();
-    if (active) GatherPieces(tile, channel, group, pieces);
-  } else if (active) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      pieces[i] = Load<kInPlace>(src + ValuePiece<kSrc, kHeadDim>(channel + i, group));
+    for (int round = 0; round < kRounds; ++round) {
+      if (active(round)) GatherPieces(tile, channel_of(round), group, pieces[round]);
+    }
+  } else {
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      if (!active(round)) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pieces[round][i] =
+            Load<kInPlace>(src + ValuePiece<kSrc, kHeadDim>(channel_of(round) + i, group));
+      }
     }
   }
   if constexpr (kInPlace && !kFromLogical && !kToLogical) __syncthreads();
   if constexpr (kToLogical) {
-    if (active) ScatterPieces(pieces, channel, group, tile);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      if (active(round)) ScatterPieces(pieces[round], channel_of(round), group, tile);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
       const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;
       const uint4 codes = *reinterpret_cast<const uint4*>(tile.codes + tile.Offset(token) + column);
       reinterpret_cast<uint4*>(dst)[i] = Flip(codes, flip);
     }
-  } else if (active) {
+  } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      *reinterpret_cast<uint4*>(dst + ValuePiece<kDst, kHeadDim>(channel + i, group)) =
-          Flip(pieces[i], flip);
+    for (int round = 0; round < kRounds; ++round) {
+      if (!active(round)) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<uint4*>(dst + ValuePiece<kDst, kHeadDim>(channel_of(round) + i, group)) =
+            Flip(pieces[round][i], flip);
+      }
     }
   }
 }

@@ -117,8 +117,14 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
 inline constexpr int kTileRun = 32768;  // tiles in the grid's second dimension
 
 // Grid: KV heads, tiles, and runs of tiles; with `split`, K and V alternate in the last.
+// CTAs an SM: large heads have twice as many values in a thread.
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, Traits::kIn == DType::kFloat32 ? 3 : 4)
+inline constexpr int kTileCtas = Traits::kHeadDim > 128           ? 2
+                                 : Traits::kIn == DType::kFloat32 ? 3
+                                                                  : 4;
+
+template <typename Traits>
+__global__ void __launch_bounds__(kStreamThreads, kTileCtas<Traits>)
     StepTileKernel(const __grid_constant__ StepParams p, float seqs_per_tile, bool split) {
   PdlWait();
   const int run = split ? blockIdx.z / 2 : blockIdx.z;

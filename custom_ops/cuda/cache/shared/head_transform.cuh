@@ -344,9 +344,12 @@ struct PartialRotation {
 // What a warp's lanes tell each other where a rotation's partners lie anywhere.
 template <typename Lane>
 struct RotationSpace {
+  // Large heads have the angles of pairs only: shared memory is short.
+  static constexpr bool kPairs = Lane::kHeadDim > 128;
+  static constexpr int kAngles = kPairs ? Lane::kHeadDim / 2 : Lane::kHeadDim;
   alignas(16) float values[Lane::kHeads][Lane::kHeadDim];
-  alignas(16) float cos[Lane::kHeadDim];  // of a channel; its sine has the sign of its partner
-  alignas(16) float sin[Lane::kHeadDim];
+  alignas(16) float cos[kAngles];  // of a channel; its sine has the sign of its partner
+  alignas(16) float sin[kAngles];
 };
 
 // Any rotation of a head's first channels by any table. Partners are a lane's own values
@@ -388,7 +391,7 @@ struct AnyRotation {
     const int half = p.rotary_dim / 2;
     if (partner == Partner::kAnywhere) {
       RotationSpace<Lane>& space = Space();
-      for (int c = threadIdx.x % 32; c < p.rotary_dim; c += 32) {
+      for (int c = threadIdx.x % 32; c < (space.kPairs ? half : p.rotary_dim); c += 32) {
         const int column = (c < half ? c : c - half) * p.rotary_step;
         space.cos[c] = cos[column];
         space.sin[c] = c < half ? -sin[column] : sin[column];
@@ -454,8 +457,18 @@ struct AnyRotation {
       const int channel = HalvesMap<Lane>::Channel(lane, i);
       if (channel >= p.rotary_dim) continue;
       float cos[4], sin[4], other[4];
-      LoadFloats<4>(space.cos + channel, cos);
-      LoadFloats<4>(space.sin + channel, sin);
+      if constexpr (space.kPairs) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int c = min(channel + j, p.rotary_dim - 1);
+          const int pair = c < half ? c : c - half;
+          cos[j] = space.cos[pair];
+          sin[j] = c < half ? space.sin[pair] : -space.sin[pair];
+        }
+      } else {
+        LoadFloats<4>(space.cos + channel, cos);
+        LoadFloats<4>(space.sin + channel, sin);
+      }
       if (half % 4 == 0) {  // four partners side by side
         LoadFloats<4>(values + (channel < half ? channel + half : channel - half), other);
       } else {

@@ -97,8 +97,10 @@ inline constexpr int kGqaBytes =
     std::max<int>(sizeof(ValueTile<Traits::kHeadDim>), GqaRing<Traits>::kBytes);
 
 // CTAs an SM: 64 registers a thread. A norm would spill; rotations of any table and size take more.
-template <typename Options>
-inline constexpr int kGqaCtas = Options::kNorm ? 3 : 4;
+template <typename Traits>
+inline constexpr int kGqaCtas = Traits::kHeadDim > 128   ? 2
+                                : Traits::Options::kNorm ? 3
+                                                         : 4;
 
 // One token's heads, or a share of them; V of a prefill sequence is the tiles' work.
 template <typename Traits>
@@ -311,7 +313,7 @@ __device__ __forceinline__ void GqaValueTiles(const GqaRopeWriteCacheParams& p, 
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, kGqaCtas<typename Traits::Options>)
+__global__ void __launch_bounds__(kStreamThreads, kGqaCtas<Traits>)
     GqaStreamKernel(const __grid_constant__ GqaRopeWriteCacheParams p,
                     const __grid_constant__ GqaGrid grid) {
   PdlWait();
