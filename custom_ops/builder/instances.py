@@ -143,6 +143,7 @@ FAMILIES = (
         columns={"head_dim": "int", "per_token_scales": "bool", "softcap": "bool", "code": "DType"},
         rows=(
             (PREFILL_DIMS, False, EITHER, FP8),
+            (RAGGED_DIMS, False, EITHER, FP8),
             (PREFILL_DIMS, True, EITHER, "kE4M3"),
         ),
     ),
@@ -160,7 +161,7 @@ FAMILIES = (
             "per_token_scales": "bool",
         },
         rows=(
-            (HALF, PREFILL_DIMS, "k16Bit", False),
+            (HALF, (*HEAD_DIMS, *RAGGED_DIMS), "k16Bit", False),
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kPagedCodes", EITHER),
         ),

@@ -136,20 +136,23 @@ class Consumer {
   // --- products ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ void IssueScores() {
-    const uint64_t key = OperandDescriptor<C::kDim>(SharedAddress(shared_.key[0])) +
+    const uint64_t key = OperandDescriptor<C::kSlice>(SharedAddress(shared_.key[0])) +
                          keys_.index * (C::kKeys * C::kDim / 16);
     MultiplyShared<false, C::kKvType>(s_, query_operand_, key);
 #pragma unroll
     for (int k = 1; k < C::kDim / 32; ++k) {
-      MultiplyShared<true, C::kKvType>(s_, query_operand_ + 2 * k, key + 2 * k);
+      constexpr int kSteps = C::kSlice / 32;
+      const int slice = k / kSteps, offset = 2 * (k % kSteps);
+      MultiplyShared<true, C::kKvType>(s_, query_operand_ + slice * (64 * C::kSlice / 16) + offset,
+                                       key + slice * (C::kKeys * C::kSlice / 16) + offset);
     }
     CommitProducts();
   }
 
   __device__ __forceinline__ void IssueValues() {
     const uint64_t value = OperandDescriptor<kBlockSize>(SharedAddress(shared_.value[0])) +
-                           values_.index * (C::kKeys * C::kDim / 16);
-    constexpr int kBlock = kBlockSize * C::kDim / 16;
+                           values_.index * (C::kKeys * C::kValueDim / 16);
+    constexpr int kBlock = kBlockSize * C::kValueDim / 16;
     auto& target = Target();
     MultiplyRegisters<!C::kTwoLevel, C::kKvType>(target, probabilities_, value);
 #pragma unroll
@@ -173,7 +176,7 @@ class Consumer {
   // Waits for a work tile; false if there are no more.
   __device__ __forceinline__ bool NextTile(const PipelineState<2>& queries) {
     Wait(&shared_.query_full[queries.index], queries.phase);
-    query_operand_ = OperandDescriptor<C::kDim>(
+    query_operand_ = OperandDescriptor<C::kSlice>(
         SharedAddress(shared_.query[queries.index] + group_ * 64 * C::kDim));
     return shared_.tile[queries.index].kv_tiles >= 0;
   }
