@@ -68,7 +68,7 @@ def flash_attention(
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64, 128, 256, or 192 with values of 128 channels. The last dimension must be
+        D is 64, 96, 128, 256, or 192 with values of 128 channels. The last dimension must be
         contiguous, as those of `k` and `v`; the others may have any strides.
     k, v : Tensor, shape [sum k, KV, D]
         Where D is 192, `v` has the shape [sum k, KV, 128]. The dtype of `q`, or 8-bit codes: uint8 (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8.
@@ -254,7 +254,7 @@ def paged_attention(
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64, 128 or 256. For type ``"none"`` the dtype must be that of the caches. The last dimension
+        D is 64, 96, 128 or 256. For type ``"none"`` the dtype must be that of the caches. The last dimension
         must be contiguous, the others may have any strides.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16. KV
@@ -335,7 +335,7 @@ def paged_attention(
         or an option is out of range; also if `quantize_q` comes with queries that do not have 16
         bits, with `q_descale`, or with a cache that is not e4m3.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128, 256) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
 
     Notes
     -----

@@ -32,7 +32,8 @@
 
 namespace fastattn::cuda {
 
-inline constexpr int kAppendThreads = 128;
+// Threads of a CTA: a whole number of tokens' pieces.
+constexpr int AppendThreads(int head_dim) { return head_dim % 3 == 0 ? 96 : 128; }
 
 template <DType kOut_, DType kCode_, bool kDynamicQuant_, CacheLayout kLayout_, int kHeadDim_>
 struct AppendTraits {
@@ -46,10 +47,11 @@ struct AppendTraits {
   static constexpr uint32_t kBias =
       kCode == DType::kInt8 && kLayout == CacheLayout::kFastDeploy ? 0x80808080u : 0u;
 
+  static constexpr int kThreads = AppendThreads(kHeadDim);
   static constexpr int kPiecesPerToken = kHeadDim / 16;
-  static constexpr int kPieces = kBlockSize * kPiecesPerToken / kAppendThreads;  // per thread
+  static constexpr int kPieces = kBlockSize * kPiecesPerToken / kThreads;  // per thread
   // V: a thread has four channels of each round.
-  static constexpr int kRounds = (kHeadDim + kAppendThreads - 1) / kAppendThreads;
+  static constexpr int kRounds = (kHeadDim + kThreads - 1) / kThreads;
 };
 
 // Loads the static scales of channels [channel, channel + 16) of a head; they are equal where the
@@ -122,7 +124,7 @@ __device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_sca
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kAppendThreads)
+__global__ void __launch_bounds__(Traits::kThreads)
     AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
   constexpr int kHeadDim = Traits::kHeadDim;
   __shared__ TokenMajorTile<kHeadDim> value_tile;
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   int tokens_of_thread[Traits::kPieces];
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
-    tokens_of_thread[i] = KeyPieceOfThread<kHeadDim, kAppendThreads>(i).token;
+    tokens_of_thread[i] = KeyPieceOfThread<kHeadDim, Traits::kThreads>(i).token;
   }
   uint4 k[Traits::kPieces];
 #pragma unroll
@@ -156,11 +158,11 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
   const int v_channel = tid / 4 * 4;  // channels [v_channel, +4)
-  const auto v_active = [&](int round) { return v_channel + round * kAppendThreads < kHeadDim; };
+  const auto v_active = [&](int round) { return v_channel + round * Traits::kThreads < kHeadDim; };
   uint4 v[Traits::kRounds][4];
 #pragma unroll
   for (int round = 0; round < Traits::kRounds; ++round) {
-    const int channel = v_channel + round * kAppendThreads;
+    const int channel = v_channel + round * Traits::kThreads;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[round][i] = v_active(round)
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(kAppendThreads)
 #pragma unroll
   for (int round = 0; round < Traits::kRounds; ++round) {
     if (v_active(round)) {
-      ScatterPieces(v[round], v_channel + round * kAppendThreads, v_group, value_tile);
+      ScatterPieces(v[round], v_channel + round * Traits::kThreads, v_group, value_tile);
     }
   }
 
@@ -236,7 +238,7 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
     HeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
-      status = LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(ctas)), dim3(kAppendThreads),
+      status = LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(ctas)), dim3(Traits::kThreads),
                          stream, p);
     });
   });

@@ -23,7 +23,10 @@ namespace fastattn::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kCopyThreads = 128;
+
+// Threads of a CTA: a whole number of tokens' pieces.
+constexpr int ConvertThreads(int head_dim) { return head_dim % 3 == 0 ? 96 : 128; }
 
 __device__ __forceinline__ uint4 Flip(uint4 x, uint32_t mask) {
   return make_uint4(x.x ^ mask, x.y ^ mask, x.z ^ mask, x.w ^ mask);
@@ -42,8 +45,9 @@ __device__ __forceinline__ uint4 Load(const uint8_t* address) {
 }
 
 template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim, bool kInPlace>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(ConvertThreads(kHeadDim))
     ConvertKeyKernel(const __grid_constant__ ConvertLayoutParams p, uint32_t flip) {
+  constexpr int kThreads = ConvertThreads(kHeadDim);
   constexpr int kPieces = kBlockSize * kHeadDim / 16 / kThreads;
   const uint8_t* src = static_cast<const uint8_t*>(p.src) + p.SrcPlane(blockIdx.x);
   uint8_t* dst = static_cast<uint8_t*>(p.dst) + p.DstPlane(blockIdx.x);
@@ -71,8 +75,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim, bool kInPlace>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(ConvertThreads(kHeadDim))
     ConvertValueKernel(const __grid_constant__ ConvertLayoutParams p, uint32_t flip) {
+  constexpr int kThreads = ConvertThreads(kHeadDim);
   constexpr bool kFromLogical = kSrc == CacheLayout::kLogical;
   constexpr bool kToLogical = kDst == CacheLayout::kLogical;
   __shared__ TokenMajorTile<kHeadDim> tile;
@@ -138,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A CTA copies a plane. A kernel rather than a memory copy: Paddle 2.6 cannot capture
 // other nodes in a CUDA graph.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kCopyThreads)
     CopyKernel(const __grid_constant__ ConvertLayoutParams p, int element_bytes) {
   constexpr int kUnroll = 4;
   const int pieces = kBlockSize * p.head_dim * element_bytes / static_cast<int>(sizeof(uint4));
@@ -146,15 +151,15 @@ __global__ void __launch_bounds__(kThreads)
                                                    p.SrcPlane(blockIdx.x) * element_bytes);
   auto* dst =
       reinterpret_cast<uint4*>(static_cast<char*>(p.dst) + p.DstPlane(blockIdx.x) * element_bytes);
-  for (int first = threadIdx.x; first < pieces; first += kThreads * kUnroll) {
+  for (int first = threadIdx.x; first < pieces; first += kCopyThreads * kUnroll) {
     uint4 values[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      if (first + i * kThreads < pieces) values[i] = __ldg(src + first + i * kThreads);
+      if (first + i * kCopyThreads < pieces) values[i] = __ldg(src + first + i * kCopyThreads);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      if (first + i * kThreads < pieces) dst[first + i * kThreads] = values[i];
+      if (first + i * kCopyThreads < pieces) dst[first + i * kCopyThreads] = values[i];
     }
   }
 }
@@ -167,7 +172,7 @@ cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t str
     constexpr int kHeadDim = decltype(head_dim)::value;
     const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
                                    : ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>;
-    status = LaunchPdl(kernel, dim3(grid), dim3(kThreads), stream, p, flip);
+    status = LaunchPdl(kernel, dim3(grid), dim3(ConvertThreads(kHeadDim)), stream, p, flip);
   });
   return status;
 }
@@ -181,7 +186,7 @@ cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t strea
   if (same_bytes && in_place) return cudaSuccess;
   if (same_bytes) {
     const int element_bytes = p.type == CacheType::kNone ? SizeOf(DType::kBFloat16) : 1;
-    return LaunchKernel(CopyKernel, GridSize(p.num_planes), kThreads, stream, p, element_bytes);
+    return LaunchKernel(CopyKernel, GridSize(p.num_planes), kCopyThreads, stream, p, element_bytes);
   }
   const bool fastdeploy =
       p.src_layout == CacheLayout::kFastDeploy || p.dst_layout == CacheLayout::kFastDeploy;

@@ -72,7 +72,7 @@ cudaError_t LaunchStepVariant(const StepParams& p, cudaStream_t stream) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     if constexpr (kIn != DType::kFloat32) {  // qkv is never fp32
       if (p.rope.num_heads > 0) {
-        DispatchRope(p.rope, [&](auto options) {
+        DispatchRope<kHeadDim>(p.rope, [&](auto options) {
           using Traits = StepTraits<kIn, kType, kCode, kHeadDim, decltype(options)>;
           status = LaunchStep<Traits>(p, stream);
         });

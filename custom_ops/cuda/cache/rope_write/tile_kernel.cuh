@@ -82,15 +82,17 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
         uint32_t codes[Lane::kCodeWords];
         QuantizeLane<Traits, Lane>(words[i], cache, cache.v_scales, cache.v_granularity, v_scale,
                                    head, lane, v_scales + slot, owned[i], codes);
-        StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
-            tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+        if (Lane::IsActive(lane)) {
+          StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
+              tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+        }
         if (lane == 0) tile.valid[slot] = owned[i];
       } else {
         StoreTokenMajor<Traits, Lane>(words[i], cache, cache.value, nullptr, cache.v_granularity,
                                       v_scale, head, lane, v_plane + slot * cache.value_strides.row,
                                       v_scales + slot, owned[i]);
       }
-      if (owned[i] && output == TileOutput::kBoth) {
+      if (owned[i] && output == TileOutput::kBoth && Lane::IsActive(lane)) {
         LoadHalves<Lane::kWords, Lane::kDistance>(keys + (work.token + slot) * p.k_stride,
                                                   words[i]);
       }
