@@ -468,7 +468,7 @@ CONVERT_ERRORS = [
         lambda: _zeros([1, 1, 64, 32], "uint8"),
         {},
         NotImplementedError,
-        "cache: head_dim 32 is not supported; supported: 64, 128",
+        "cache: head_dim 32 is not supported; supported: 64, 96, 128, 256",
     ),
     (
         lambda: _zeros([1, 1, 64, 64]),

@@ -37,7 +37,12 @@ OPTIONS = {
     "half rotated, both": {"rotary_dim": 32, "neox": True, "norm": True, "bias": True},
 }
 #: Channels that are rotated: powers of 2 within a lane's reach and below, and what is neither.
-ROTARY_DIMS = {64: (64, 32, 16, 8, 4, 2, 6, 48, 62), 128: (128, 64, 32, 16, 2, 48, 40, 96, 126)}
+ROTARY_DIMS = {
+    64: (64, 32, 16, 8, 4, 2, 6, 48, 62),
+    96: (96, 64, 48, 32, 16, 2, 6, 40, 94),
+    128: (128, 64, 32, 16, 2, 48, 40, 96, 126),
+    256: (256, 128, 64, 32, 2, 48, 40, 192, 254),
+}
 
 
 @pytest.mark.parametrize("step", STEPS)
