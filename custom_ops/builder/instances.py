@@ -173,9 +173,8 @@ FAMILIES = (
         defined="kernel.cuh",
         columns={"head_dim": "int", "per_token_scales": "bool", "softcap": "bool", "code": "DType"},
         rows=(
-            (PREFILL_DIMS, False, EITHER, FP8),
-            (RAGGED_DIMS, False, EITHER, FP8),
-            (PREFILL_DIMS, True, EITHER, "kE4M3"),
+            (_compiled(64, 128, 192, 256), False, EITHER, FP8),
+            (_compiled(64, 128, 256), True, EITHER, "kE4M3"),
         ),
     ),
     Family(

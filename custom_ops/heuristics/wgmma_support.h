@@ -15,7 +15,7 @@ namespace fastattn {
 // Their own list: another head dimension may come to decode first.
 using WgmmaHeadDims = HeadDimList<64, 128>;
 // Of e4m3 queries.
-using WgmmaFp8HeadDims = HeadDimList<64, 128, 192>;
+using WgmmaFp8HeadDims = HeadDimList<64, 128, 192, 256>;
 // Of 16-bit keys and values.
 using Wgmma16BitHeadDims = HeadDimList<64, 128, 192, 256>;
 

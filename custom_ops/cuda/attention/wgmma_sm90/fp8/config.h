@@ -28,7 +28,10 @@ struct Config {
   // Each iteration's P * V starts from zero and is added in fp32: the tensor core's own sum of FP8
   // products keeps 14 bits.
   static constexpr bool kTwoLevel = kTwoLevel_;
-  static constexpr int kStages = kDim > 128 ? 4 : 5;
+  static constexpr int kStages = kDim > 192 ? 2 : kDim > 128 ? 4 : 5;
+  // The outputs of a large head leave registers either for scores or for a product of half of its
+  // channels: a consumer goes from one to the other, while the other consumer does the opposite.
+  static constexpr bool kSerial = kValueDim > 128;
   static constexpr int kKeyBytes = 0;  // TileScheduler takes all heads at once
   // Where P * V of the iteration before is issued and added: ahead of the iteration's scores, while
   // the tensor cores find those, or behind them, among the exponentials. With per-token scales,
@@ -43,8 +46,9 @@ struct Config {
   static constexpr int kScrubWarps = 3;       // warps of the producer warpgroup that load nothing
   static constexpr int kOut = kValueDim / 2;  // output registers of a thread
   // Queries and keys lie as slices of so many channels, rows of as many bytes.
-  static constexpr int kSlice = kDim == 192 ? 64 : kDim;
+  static constexpr int kSlice = kDim == 192 ? 64 : kDim > 128 ? 128 : kDim;
   static constexpr int kSlices = kDim / kSlice;
+  static constexpr int kProduct = kSerial ? kOut / 2 : kOut;  // of them, those of one product
   static constexpr int kScores = kKeys / 2;
 };
 
