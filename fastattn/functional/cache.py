@@ -92,8 +92,8 @@ def write_cache_kv(
         If shapes or places do not match, scales are missing or superfluous, a zero point
         is given, or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported, or `fp8_format` is
-        not e4m3 for ``block_wise_fp8``.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported, or
+        `fp8_format` is not e4m3 for ``block_wise_fp8``.
 
     See Also
     --------
@@ -210,8 +210,8 @@ def append_cache_kv_c8(
         If shapes or places do not match, `dynamic_quant` does not agree with
         `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 256) is not
-        supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``.
+        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 256)
+        is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``.
 
     See Also
     --------

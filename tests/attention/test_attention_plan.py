@@ -383,14 +383,16 @@ def test_one_long_sequence_with_scales_of_tokens_is_read_by_all(max_k, clusters)
         (256, FP16, FP16, "ragged", "wgmma_fp16"),
         (256, BF16, E4M3, "cache_fp8", "mma_sm80"),
         (256, BF16, "int8", "block_wise_int8", "mma_sm80"),
-        (256, E4M3, E4M3, "block_wise_fp8", "mma_sm80"),
+        (256, E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
+        (256, E4M3, E5M2, "ragged", "wgmma_fp8"),
     ],
 )
 def test_kernel_of_long_sequences_of_other_head_dims(head_dim, q, k, cache_type, kernel):
     found, workspace, launches = decide(q, k, cache_type, head_dim=head_dim)
     assert found == kernel
     splits = sum(launch["workspace"] for launch in launches)
-    blocks = 2 * 8192 // 64 + 2 if kernel == "wgmma_fp8" else 0  # of transposed values
+    transposed = cache_type == "ragged" and kernel == "wgmma_fp8"
+    blocks = 2 * 8192 // 64 + 2 if transposed else 0
     value_dim = 128 if head_dim == 192 else head_dim
     assert workspace == splits + blocks * 8 * value_dim * 64 // 4
     assert decide(q, k, cache_type, head_dim=head_dim, major=8)[0] == "mma_sm80"
