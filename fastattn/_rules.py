@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -49,6 +49,18 @@ class Call:
 
 #: Checks the named input or attribute and raises what the operator would.
 Rule = Callable[[Call, str], None]
+
+
+@dataclass(frozen=True)
+class OpRules:
+    """Rules of an operator's inputs and attributes; absent optional inputs are skipped.
+
+    `always` names the optional inputs whose absence may be wrong.
+    """
+
+    inputs: Mapping[str, Rule]
+    attrs: Mapping[str, Rule] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
 
 
 def anything(call: Call, name: str) -> None:
@@ -92,6 +104,43 @@ def dtypes(*allowed: str) -> Rule:
             call.fail(TypeError, name, f"expected dtype {' or '.join(allowed)}, got {got}")
 
     return check
+
+
+_ROTATIONS = names(ValueError, ("none", "hadamard"), "expected none or hadamard, got '{}'")
+
+
+def _takes_key_transforms(call: Call, name: str) -> None:
+    kind = call.attrs["cache_quant_type"]
+    if kind == "none":
+        text = (
+            f"cache_quant_type '{kind}' is not supported; supported: cache_int8, cache_fp8, "
+            "block_wise_int8, block_wise_fp8"
+        )
+        call.fail(NotImplementedError, name, text)
+    if kind == "cache_fp8" and call.attrs["fp8_format"] == "e5m2":
+        text = "fp8_format 'e5m2' is not supported; supported: e4m3"
+        call.fail(NotImplementedError, name, text)
+
+
+def k_rotation(call: Call, name: str) -> None:
+    """The rotation of K, of types that take one."""
+    _ROTATIONS(call, name)
+    if call.attrs[name] != "none":
+        _takes_key_transforms(call, name)
+
+
+def q_rotation(call: Call, name: str) -> None:
+    """The rotation of the queries that a writer returns: that of K."""
+    _ROTATIONS(call, name)
+    q, k = call.attrs[name], call.attrs["k_rotation"]
+    if q not in ("none", k):
+        call.fail(ValueError, name, f"expected none or that of K, got '{q}' with k_rotation '{k}'")
+
+
+def k_center(call: Call, name: str) -> None:
+    """The constant that K is stored without, of types that take one."""
+    _takes_key_transforms(call, name)
+    dtypes("float32")(call, name)
 
 
 def like(other: str) -> Rule:
@@ -410,11 +459,37 @@ def quantize_q(call: Call, name: str) -> None:
         call.fail(ValueError, name, f"expected bfloat16 or float16 queries, got {shown}")
 
 
+_ROTATE_FIRST = (
+    "e4m3 queries are not supported: quantise queries that are rotated (q_rotation of "
+    "rope_write_cache_kv), and leave it out here"
+)
+
+
+def rotated_queries(call: Call, name: str) -> None:
+    """Queries that the attention is to rotate."""
+    if call.attrs[name] != "none" and call.dtype("q") in ("uint8", "float8_e4m3fn"):
+        call.fail(NotImplementedError, name, _ROTATE_FIRST)
+
+
+def centred_scores(call: Call, name: str) -> None:
+    """Scores that lack a constant."""
+    if call.attrs["softcap"] > 0:
+        text = "softcap is not supported with it: a score that lacks a constant has another tanh"
+        call.fail(NotImplementedError, name, text)
+    counts = call.attrs["return_softmax_lse"] or call.inputs["sinks"] is not None
+    if counts and call.dtype("q") in ("uint8", "float8_e4m3fn"):
+        text = "e4m3 queries are not supported with it where an LSE is returned or a sink counts"
+        call.fail(NotImplementedError, name, text)
+    if call.inputs["sinks"] is not None and call.inputs["out"] is not None:
+        text = "a given output is not supported with k_center and sinks"
+        call.fail(NotImplementedError, "out", text)
+
+
 # ---- the others ----
 
 
 def merged(call: Call, name: str) -> None:
-    if call.inputs["output_scale"] is not None or call.inputs["output_scales"] is not None:
+    if any(call.inputs.get(scale) is not None for scale in ("output_scale", "output_scales")):
         supported(call, name)
         got = call.dtype(name)
         if got not in (None, "uint8", "float8_e4m3fn"):
@@ -422,7 +497,8 @@ def merged(call: Call, name: str) -> None:
             call.fail(TypeError, name, text)
         return
     supported(call, name)
-    given, dtype = call.dtype(name), call.dtype("prefix_output")
+    states = "prefix_output" if "prefix_output" in call.inputs else "outputs"
+    given, dtype = call.dtype(name), call.dtype(states)
     wide = dtype == "float32"
     if None not in (given, dtype) and given != dtype and not (wide and given in HALVES):
         more = ", float16 or bfloat16" if wide else ""
@@ -464,6 +540,11 @@ def int32_from(least: int) -> Rule:
             call.fail(ValueError, name, text)
 
     return check
+
+
+def tile(call: Call, name: str) -> None:
+    if not 1 <= call.attrs[name] <= 64:
+        call.fail(ValueError, name, f"expected 1 to 64, got {call.attrs[name]}")
 
 
 def block_stride(call: Call, name: str) -> None:

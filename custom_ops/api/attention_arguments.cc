@@ -8,6 +8,7 @@
 
 #include "api/paged_cache.h"
 #include "api/quantize_query.h"
+#include "api/query_transform.h"
 #include "common/bounds.h"
 #include "common/head_dims.h"
 
@@ -255,6 +256,7 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
   }
   p->softmax_scale = static_cast<float>(args.softmax_scale);
   p->softcap = static_cast<float>(args.softcap);
+  CheckQueryTransform(op, args.transform, args.out, args.return_softmax_lse, *p);
   p->causal = args.causal;
   p->window_left = WindowSide(op, args.window_left);
   p->window_right = WindowSide(op, args.window_right);

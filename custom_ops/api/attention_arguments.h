@@ -6,6 +6,7 @@
 
 #include "api/check.h"
 #include "params/attention.h"
+#include "params/key_transform.h"
 
 namespace fastattn::api {
 
@@ -30,6 +31,7 @@ struct AttentionArgs {
   int64_t max_seqlen_k;
   bool return_softmax_lse;
   bool quantize_q;
+  KeyTransform transform;  // of the keys
 };
 
 // The queries, first of all: their number of tokens, heads and channels decides what else fits.

@@ -11,6 +11,7 @@
 #include "common/static_scales.h"
 #include "cpu/convert.h"
 #include "params/common.h"
+#include "params/key_transform.h"
 
 namespace fastattn::cpu {
 
@@ -54,6 +55,15 @@ template <CacheLayout kLayout>
 int64_t ValueElement(int r, int d, int head_dim, int64_t row_stride) {
   if constexpr (kLayout == CacheLayout::kFastattn) return d * row_stride + TokenSlot(r);
   return ValueOffset<kLayout>(r, d, head_dim);
+}
+
+// K of a KV head as it is quantised: x[0 .. D) changes.
+inline void TransformKey(const KeyTransform& transform, int head, int head_dim, float* x) {
+  if (transform.center != nullptr) {
+    const float* center = transform.center + static_cast<int64_t>(head) * head_dim;
+    for (int d = 0; d < head_dim; ++d) x[d] = x[d] - center[d];
+  }
+  if (transform.rotation == KeyRotation::kHadamard) HadamardRotate(x, head_dim);
 }
 
 // Writes tokens into a cache: quantises, or rounds for type none.

@@ -22,6 +22,7 @@ from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
+from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
 from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.functional._marker import unified
@@ -379,17 +380,26 @@ class PagedAttentionBackend(AttentionBackend):
         cache = LayerCache.of(forward_meta, layer, self.config.shard)
         q_quant = self._q_quant_for(cache)
         types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
+        masks = self._mask_arguments(layer)
+        transform = self._key_transform(layer)
+        # The writer rotates Q beside K, and the attention need not. But a sink needs the scores of
+        # K itself, for which the attention takes Q and the centre as they are.
+        shifts = transform["k_center"] is not None and masks["sinks"] is not None
         write = {
             "q_quant": q_quant,
             "q_scale": getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
             **self._projection_arguments(layer),
             **types,
+            **transform,
+            "q_rotation": "none" if shifts else transform["k_rotation"],
         }
         attend = {
             "out_scale": getattr(layer, "fp8_output_scale", None),
             "batch_invariant": self.batch_invariant,
-            **self._mask_arguments(layer),
+            **masks,
             **types,
+            "k_rotation": transform["k_rotation"] if shifts else "none",
+            "k_center": transform["k_center"] if shifts else None,
         }
         facts = LayerFacts.of(layer, caches, cache, self._heads(), write, attend)
         self._known_layers.put(layer, facts)
@@ -399,6 +409,16 @@ class PagedAttentionBackend(AttentionBackend):
         if self.q_quant != "auto":
             return self.q_quant
         return "per_token_head" if cache.holds_e4m3() else "none"
+
+    def _key_transform(self, layer: Any) -> dict[str, Any]:
+        """What is done to K before it is quantised."""
+        rotation = getattr(layer, "cache_k_rotation", None) or "none"
+        center = getattr(layer, "cache_k_center", None)
+        if center is not None:
+            center = local_center(
+                center, kv_heads=self.kv_num_heads, head_dim=self.head_dim, shard=self.config.shard
+            )
+        return {"k_rotation": rotation, "k_center": center}
 
     def _heads(self) -> tuple[int, int, int]:
         return self.num_heads, self.kv_num_heads, self.head_dim

@@ -97,7 +97,7 @@ def static_scales(
     for start in range(0, len(tokens), _CALIBRATION_BATCH):
         batch = tokens[start : start + _CALIBRATION_BATCH]
         seen = [
-            (amax(layer.k, axis=axes).reshape(-1), amax(layer.v, axis=axes).reshape(-1))
+            tuple(amax(x, axis=axes).reshape(-1) for x in (layer.attention.k, layer.attention.v))
             for layer in forward(weights, config, batch).layers
         ]
         pairs = zip(seen, largest or seen)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import paddle
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
 from fastattn.distributed._exchange import (
+    Exchange,
     check_call,
     check_place_of_result,
-    gather_states,
-    merge_all,
+    merge_ranks,
     partial_dtype,
     ranks_of,
+    store,
 )
 from fastattn.functional import mla_attention, mla_sparse_attention
 from fastattn.functional._partial import check_tensor
@@ -41,22 +43,25 @@ def _attend(
     """
     check_call(op, exchange_dtype)
     world_size, q = ranks_of(op, group), arguments[0]
-    if world_size == 1 or not is_tensor(q) or 0 in q.shape:
-        return attend(*arguments, **options, **results)
     sinks, out, dtype = results["sinks"], results["out"], results["out_dtype"]
+    # A choice of keys has no tokens of no sequence: its operator writes all of `out`.
+    writes_all = out is None or attend is mla_sparse_attention or not paddle.in_dynamic_mode()
+    if (world_size == 1 and writes_all) or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
+        return attend(*arguments, **options, **results)
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"{op}: out_dtype: expected bfloat16 or float32, got {dtype!r}")
     check_tensor(op, "out", out, [*q.shape[:2], _VALUE_DIM], (dtype,))
     check_tensor(op, "sinks", sinks, list(q.shape[1:2]), ("float32",))
     check_place_of_result(op, out, [*arguments, *options.values(), sinks])
-    partial, partial_lse = attend(
-        *arguments,
-        **options,
-        return_softmax_lse=True,
-        out_dtype=partial_dtype(exchange_dtype, dtype),
+    if world_size == 1:
+        return store(attend(*arguments, **options, **{**results, "out": None}), out)
+    partial = partial_dtype(exchange_dtype, dtype)
+    exchange = Exchange([*q.shape[:2], _VALUE_DIM], partial, q.place, world_size, group)
+    _, partial_lse = attend(
+        *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
     )
-    states = gather_states(partial, partial_lse, world_size, group)
-    result, lse = merge_all(states, sinks, dtype, out, None, in_lse=False)
+    states = exchange.gather(partial_lse)
+    result, lse = merge_ranks(states, sinks, dtype, out, None, in_lse=False)
     return (result, lse) if results["return_softmax_lse"] else result
 
 
@@ -104,7 +109,7 @@ def mla_attention_dcp(
         ``paddle.distributed.init_parallel_env()``, just call :func:`mla_attention`.
     exchange_dtype : {"float32", "output"}
         Dtype in which partial results travel and are merged. "output" halves the bytes of a
-        bfloat16 output, but rounds on every rank and in every merge.
+        bfloat16 output, but rounds on every rank.
     sinks : Tensor, shape [H], float32, optional
         As for :func:`mla_attention`, but finite or -inf: +inf counts as absent here.
     out : Tensor, shape [T, H, 512], optional

@@ -72,7 +72,8 @@ def flash_attention(
         contiguous, as those of `k` and `v`; the others may have any strides.
     k, v : Tensor, shape [sum k, KV, D]
         Where D is 192, `v` has the shape [sum k, KV, 128]. The dtype of `q`, or 8-bit codes: uint8
-        (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8. KV divides H; query head h reads KV head ``h // (H / KV)``.
+        (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8. KV divides H; query head h reads KV
+        head ``h // (H / KV)``.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
         First query and first key token of each sequence, and the end of the last sequence.
     max_seqlen_q, max_seqlen_k : int
@@ -192,6 +193,7 @@ def paged_attention_attrs(
     out_dtype: str = "auto",
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
 ) -> tuple[Any, ...]:
     """Attributes of the operator ``paged_attention`` behind the two lengths, in its order."""
     return (
@@ -205,6 +207,7 @@ def paged_attention_attrs(
         fp8_format,
         quantize_q,
         batch_invariant,
+        k_rotation,
     )
 
 
@@ -239,6 +242,8 @@ def paged_attention(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
@@ -318,6 +323,15 @@ def paged_attention(
         any order, with any `max_seqlen_q` and `max_seqlen_k` that are not too small, in any slots
         and blocks, eager and in a CUDA graph. See docs/numerics.md for what else they depend on,
         and what it costs. On the CPU that is so in any case.
+    k_rotation : {"none", "hadamard"}
+        How K was rotated when it was written: `q` is rotated alike, in fp32, and rounded to its
+        dtype again. ``"none"`` for queries that the writer has rotated (`q_rotation` of
+        :func:`rope_write_cache_kv`), which saves a kernel. Not with e4m3 queries.
+    k_center : Tensor, shape [KV, D], float32, optional
+        What K was written without; rotated, if `q` comes rotated. The output needs no correction,
+        since all scores of a query lack the same number, but the LSE and sinks do: they are those
+        of K itself. Then not with e4m3 queries. Never with `softcap`, nor with `sinks` and `out`
+        together.
 
     Returns
     -------
@@ -335,7 +349,8 @@ def paged_attention(
         or an option is out of range; also if `quantize_q` comes with queries that do not have 16
         bits, with `q_descale`, or with a cache that is not e4m3.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported, or what
+        `k_rotation` or `k_center` comes with.
 
     Notes
     -----
@@ -379,6 +394,7 @@ def paged_attention(
         mask_offsets,
         out_scale,
         out,
+        k_center,
     )
     attrs = paged_attention_attrs(
         _softmax_scale("paged_attention", q, softmax_scale),
@@ -391,6 +407,7 @@ def paged_attention(
         out_dtype,
         quantize_q,
         batch_invariant,
+        k_rotation,
     )
     result, lse, *_ = _ops.call("paged_attention", inputs, (max_seqlen_q, max_seqlen_k, *attrs))
     return (result, lse) if return_softmax_lse else result

@@ -30,6 +30,8 @@ def write_cache_kv(
     batch_id_per_token: Tensor | None = None,
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Quantise the new tokens of a step and write them into a layer's paged cache, in place.
 
@@ -39,6 +41,10 @@ def write_cache_kv(
     with :math:`Q_{max}` 448 for e4m3, 57344 for e5m2 and 127 for int8. Dynamic types have one
     :math:`s` for each token and KV head (per-token scales), static types take the given :math:`s`.
     A dynamic scale that is stored as bfloat16 is rounded before the token is quantised with it.
+
+    With `k_center` or `k_rotation` the x of K is :math:`H (k - m)`, in fp32: less a constant, then
+    multiplied by the normalised Hadamard matrix H. Both spread or remove outliers of K's channels,
+    so that the codes of the others keep more bits. The attention has to be told of both.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
     tokens. Its i-th is token ``cu_seqlens_q[b] + i`` of `key` and goes to position ``p =
@@ -77,6 +83,11 @@ def write_cache_kv(
         Sequence of each token. A token with another id (-1 for CUDA-graph padding) is skipped.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
+    k_rotation : {"none", "hadamard"}
+        Rotate K before it is quantised; not for ``"none"``, nor for e5m2. Where D is no power of
+        two, H has a block for each ``D & -D`` channels.
+    k_center : Tensor, shape [KV, D], float32, optional
+        What is subtracted from K before the rotation; for the same types.
 
     Returns
     -------
@@ -92,8 +103,9 @@ def write_cache_kv(
         If shapes or places do not match, scales are missing or superfluous, a zero point
         is given, or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported, or
-        `fp8_format` is not e4m3 for ``block_wise_fp8``.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported,
+        `fp8_format` is not e4m3 for ``block_wise_fp8``, or a type takes no `k_rotation` or
+        `k_center`.
 
     See Also
     --------
@@ -131,8 +143,9 @@ def write_cache_kv(
             cache_k_scales,
             cache_v_scales,
             batch_id_per_token,
+            k_center,
         ),
-        (cache_type_name(cache_quant_type), fp8_format),
+        (cache_type_name(cache_quant_type), fp8_format, k_rotation),
     )
     return outputs[0], outputs[1]
 

@@ -233,6 +233,8 @@ def cascade_attention(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step whose sequences share their first cache blocks.
 
@@ -294,6 +296,9 @@ def cascade_attention(
         As for :func:`paged_attention`.
     batch_invariant : bool
         Only False is supported: all sequences attend to the prefix together.
+    k_rotation : {"none", "hadamard"}
+    k_center : Tensor, shape [KV, D], float32, optional
+        As for :func:`paged_attention`.
 
     Returns
     -------
@@ -357,6 +362,8 @@ def cascade_attention(
         "softcap": softcap,
         "return_softmax_lse": True,
         "quantize_q": quantize_q,
+        "k_rotation": k_rotation,
+        "k_center": k_center,
     }
     suffix = (
         plan.suffix_block_tables,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from fastattn.reference.hadamard import rotate_keys
 from fastattn.reference.layout import BLOCK_SIZE, unpack
 from fastattn.reference.numerics import Array, from_codes, quantize, round_to
 from fastattn.reference.quantize import quantize_query
@@ -85,6 +86,7 @@ def dense_attention(
     softmax_scale: float,
     softcap: float = 0.0,
     sinks: Array | None = None,
+    shifts: Array | None = None,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
     r"""Attention of one sequence.
@@ -104,6 +106,8 @@ def dense_attention(
         0 for none.
     sinks : array, shape [H], optional
         A logit for each head that joins the denominator, but has no value.
+    shifts : array, shape [n, H], optional
+        What all scores of a query lack: sinks and LSE count as if they did not.
     precision : str
         One of :data:`PRECISIONS`.
 
@@ -139,6 +143,8 @@ def dense_attention(
             largest = s.max(axis=-1)
             if sinks is not None:
                 sink = np.asarray(sinks, work)[of_group, None]
+                if shifts is not None:
+                    sink = sink - np.asarray(shifts.T, work)[of_group]
                 largest = np.maximum(largest, sink)
             largest = np.where(np.isneginf(largest), work(0), largest)
             p = np.exp(s - largest[..., None])
@@ -152,6 +158,8 @@ def dense_attention(
             logs = np.log(np.where(denominator == 0, work(1), denominator)) + largest
         values = np.where(seeing[:, None], values, 0)
         out[:, of_group] = np.swapaxes(values, 0, 1)
+        if shifts is not None:
+            logs = logs + np.asarray(shifts.T, work)[of_group]
         lse[of_group] = np.where(seeing & (denominator != 0), logs, -np.inf)
     return out, lse
 
@@ -336,6 +344,8 @@ def paged_attention(
     mask_offsets: Array | None = None,
     out_scale: Array | None = None,
     quantize_q: bool = False,
+    k_rotation: str = "none",
+    k_center: Array | None = None,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
     """Attention of new tokens over a paged cache; see :func:`fastattn.functional.paged_attention`.
@@ -350,6 +360,14 @@ def paged_attention(
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    shifts = np.zeros((tokens, heads))
+    if k_center is not None:
+        given = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
+        centers = np.repeat(np.asarray(k_center, np.float64), heads // len(k_center), axis=0)
+        shifts = (given * centers).sum(-1) * scale
+    if k_rotation != "none":
+        q = round_to(rotate_keys(q, k_rotation), q.dtype).astype(q.dtype)
     if quantize_q:
         q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
@@ -385,9 +403,10 @@ def paged_attention(
             k,
             v,
             visible & assigned,
-            softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+            softmax_scale=scale,
             softcap=softcap,
             sinks=sinks,
+            shifts=None if k_center is None else shifts[at],
             precision=precision,
         )
     return _store(out, out_scale), lse

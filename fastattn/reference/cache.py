@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.reference.hadamard import transform_key
 from fastattn.reference.layout import (
     BLOCK_SIZE,
     key_offsets,
@@ -113,6 +114,8 @@ def write_cache_kv(
     cache_quant_type: str = "none",
     fp8_format: str = "e4m3",
     batch_id_per_token: Array | None = None,
+    k_rotation: str = "none",
+    k_center: Array | None = None,
 ) -> None:
     """Write new tokens into a paged cache; see :func:`fastattn.functional.write_cache_kv`.
 
@@ -122,6 +125,8 @@ def write_cache_kv(
     head_dim = key_cache.shape[3]
     quantised = cache_quant_type != "none"
     value_layout = "fastattn" if quantised else "logical"
+    if k_rotation != "none" or k_center is not None:
+        key = transform_key(key, k_rotation, k_center)
     sides = (
         (key, key_cache, cache_k_scales, key_offsets("fastattn", head_dim)),
         (value, value_cache, cache_v_scales, value_offsets(value_layout, head_dim)),

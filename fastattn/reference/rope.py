@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.reference.cache import new_tokens, write_cache_kv
+from fastattn.reference.hadamard import rotate_keys
 from fastattn.reference.numerics import Array, amax, dynamic_scale, quantize, round_to
 
 
@@ -202,6 +203,9 @@ def rope_write_cache_kv(
     cache_quant_type: str = "none",
     fp8_format: str = "e4m3",
     batch_id_per_token: Array | None = None,
+    k_rotation: str = "none",
+    k_center: Array | None = None,
+    q_rotation: str = "none",
 ) -> tuple[Array, Array | None]:
     """Rotate, normalise and write; see :func:`fastattn.functional.rope_write_cache_kv`.
 
@@ -249,5 +253,9 @@ def rope_write_cache_kv(
         cache_quant_type=cache_quant_type,
         fp8_format=fp8_format,
         batch_id_per_token=batch_id_per_token,
+        k_rotation=k_rotation,
+        k_center=k_center,
     )
+    if q_rotation != "none":
+        q = round_to(rotate_keys(q, q_rotation), qkv.dtype).astype(qkv.dtype)
     return quantize_q(q, q_quant, q_scale)

@@ -249,7 +249,7 @@ def test_raw_write_refuses_none(name):
     inputs = [arguments.get(n) for n in _ops.signature("write_cache_kv").inputs]
     with pytest.raises(RAW_ERRORS):
         paddle.base.core.eager._run_custom_op(
-            "fastattn_write_cache_kv", *inputs, "block_wise_fp8", "e4m3"
+            "fastattn_write_cache_kv", *inputs, "block_wise_fp8", "e4m3", "none"
         )
 
 

@@ -203,6 +203,13 @@ def test_convert_cache_layout(place, kind, cache_quant_type):
             assert_same_bits(got.ravel(), packed[dst], f"{src} -> {dst}")
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_the_rotation_of_keys(head_dim):
+    rows = np.random.default_rng(head_dim).normal(size=(5, head_dim)).astype(np.float32)
+    page = [DOC["hadamard_rotate"](list(row)) for row in rows]
+    assert_same_bits(np.array(page, np.float32), reference.hadamard(rows), "rotated")
+
+
 DYNAMIC = {"block_wise_int8": ("int8", 127.0), "block_wise_fp8": ("e4m3", 448.0)}
 
 

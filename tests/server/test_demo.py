@@ -395,7 +395,7 @@ def test_static_scales_do_not_depend_on_how_many_windows_run_at_once(
 
 def test_static_scales_cover_the_text_they_were_measured_on(weights, corpus, scales):
     tokens = evaluate.windows(corpus.train, SMALL.context, evaluate.CALIBRATION_WINDOWS)[:, :-1]
-    layer = gradient.forward(weights, SMALL, tokens).layers[1]
+    layer = gradient.forward(weights, SMALL, tokens).layers[1].attention
     k_int8, v_int8 = scales["cache_int8"][1]
     k_fp8, v_fp8 = scales["cache_fp8"][1]
     assert k_int8.shape == v_int8.shape == (128,) and k_fp8.shape == v_fp8.shape == (2,)

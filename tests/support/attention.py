@@ -27,7 +27,7 @@ from tests.support.tensors import BF16, E5M2, int32, to_numpy, to_paddle
 NUMPY_TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 #: Options that are tensors for the operator and arrays for the reference.
-_TENSOR_OPTIONS = ("sinks", "mask_offsets", "out_scale", "k_descale", "v_descale")
+_TENSOR_OPTIONS = ("sinks", "mask_offsets", "out_scale", "k_descale", "v_descale", "k_center")
 
 
 @dataclasses.dataclass(frozen=True)

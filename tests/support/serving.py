@@ -11,6 +11,7 @@ import pytest
 
 from fastattn import _ops, backends, reference
 from fastattn.reference.cache import quantize_token, static_scales
+from fastattn.reference.hadamard import hadamard, hadamard_matrix, transform_key
 from fastattn.reference.layout import BLOCK_SIZE
 from fastattn.reference.numerics import from_codes
 from fastattn.reference.rope import make_rotary_embs, quantize_q, rope_qkv
@@ -57,6 +58,8 @@ class Model:
     per_channel: bool = False
     scale_dtype: Any = np.float32
     q_quant: str = "none"
+    k_rotation: str = "none"
+    centred: bool = False
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(7)
@@ -69,6 +72,9 @@ class Model:
             MAX_MODEL_LEN, self.rotary_dim or dim, theta=500.0, neox=self.neox
         )
         self.q_scale = np.array([8 / 448], np.float32) if self.q_quant == "per_tensor" else None
+        self.k_center = None
+        if self.centred:
+            self.k_center = rng.normal(size=(self.kv_heads, dim)).astype(np.float32)
         self.k_scales = self.v_scales = None
         if self.cache_quant_type in ("cache_int8", "cache_fp8"):
             qmax = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}[self.code]
@@ -107,7 +113,14 @@ class Model:
             rotary_dim=self.rotary_dim,
             qkv_bias=self.qkv_bias,
         )
-        return q, self._stored(k, self.k_scales), self._stored(v, self.v_scales)
+        keys = self._stored(transform_key(k, self.k_rotation, self.k_center), self.k_scales)
+        if self.k_rotation != "none":
+            matrix = hadamard_matrix(self.head_dim)
+            keys = keys @ matrix
+            q = hadamard(q).astype(self.dtype).astype(np.float64) @ matrix
+        if self.k_center is not None:
+            keys = keys + self.k_center
+        return q, keys, self._stored(v, self.v_scales)
 
     def _stored(self, x: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
         if self.cache_quant_type == "none":
@@ -244,6 +257,8 @@ class Server:
             cache_fp8_format=model.fp8_format,
             cache_k_out_scale=self.on(model.k_scales),
             cache_v_out_scale=self.on(model.v_scales),
+            cache_k_rotation=model.k_rotation,
+            cache_k_center=self.on(model.k_center),
             use_neox_rotary_style=model.neox,
             qkv_bias=self.on(model.qkv_bias),
             q_norm_weight=self.on(model.q_norm_weight),

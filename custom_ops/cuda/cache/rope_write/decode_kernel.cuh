@@ -10,6 +10,7 @@
 #include "common/static_scales.h"
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
+#include "cuda/cache/shared/key_transform.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/common/parameters.cuh"
@@ -286,8 +287,8 @@ __device__ __forceinline__ void BeginDecode(bool small_grid) {
 }
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq, bool small_grid,
-                                            const DecodeHead& at) {
+__device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, DecodeSeq& seq,
+                                            bool small_grid, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   RopeWriteCacheParams rope = p.rope;
   EarlyValues early;
@@ -304,6 +305,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq,
     values.LoadAngles(rope, place, at.lane);
     inverse = KeepFloat(Reciprocal(scale.Value()));
     values.Transform(rope, at.lane);
+    RotateQuery<Traits, Lane>(p, at.lane, values.words);
   } else {
     inverse = Reciprocal(scale.Value());
 #pragma unroll
@@ -314,7 +316,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq,
 
 // K, and V of type none.
 template <typename Traits, HeadKind kKind>
-__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, DecodeSeq& seq,
+__device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, DecodeSeq& seq,
                                                  bool small_grid, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   constexpr bool kKey = kKind == HeadKind::kKey;
@@ -344,10 +346,16 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, DecodeSeq&
   const int block = ValidBlock(p, loaded_block);
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
-  StoreTokenMajor<Traits, Lane>(
-      values.words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity,
-      inverse, at.head, at.lane, strides.Row(block, at.head, slot),
-      cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+  if constexpr (kKey && Traits::kTransformsKey) {
+    StoreKey<Traits, Lane>(
+        values.words, p, cache, inverse, at.head, at.lane, strides.Row(block, at.head, slot),
+        cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+  } else {
+    StoreTokenMajor<Traits, Lane>(
+        values.words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity,
+        inverse, at.head, at.lane, strides.Row(block, at.head, slot),
+        cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+  }
 }
 
 template <typename Traits>
@@ -430,7 +438,8 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
 
 template <typename Traits>
 __global__ void __launch_bounds__(kDecodeThreads)
-    StepDecodeKernel(const __grid_constant__ StepParams p, float seqs_per_token, bool small_grid) {
+    StepDecodeKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_token,
+                     bool small_grid) {
   using Lane = DecodeLane<Traits>;
   const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
   const int kv_heads = p.rope.cache.num_kv_heads;

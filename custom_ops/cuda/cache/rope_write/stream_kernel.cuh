@@ -58,7 +58,7 @@ __device__ __forceinline__ void StoreZeroQueries(const RopeWriteCacheParams& p, 
 // One token's Q and K heads, or a share of them. kNormFirst: as norm_before_rope says (not read for
 // kAny); a loop with both orders would spill.
 template <typename Traits, bool kNormFirst>
-__device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGrid& grid,
+__device__ __forceinline__ void StreamToken(const StepParamsOf<Traits>& p, const StreamGrid& grid,
                                             unsigned cta) {
   using Lane = StreamLane<Traits>;
   using Options = typename Traits::Options;
@@ -166,22 +166,23 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     }
     PackWords<Traits::kIn>(x, rounded);
     if (is_q) {
+      RotateQuery<Traits, Lane>(p, lane, rounded);
       StoreQuery<Lane>(rounded, rope, q_inverse, KeepInLoop(token), q_head, lane, q_head < q_heads);
     } else {
       const int here = KeepInLoop(block), at = KeepInLoop(slot);
       const bool store = here >= 0 && k_head < cache.num_kv_heads;
       const int head = store ? k_head : 0;
       const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
-      StoreTokenMajor<Traits, Lane>(rounded, cache, cache.key, cache.k_scales, cache.k_granularity,
-                                    scale, head, lane, cache.key_strides.Row(here, k_head, at),
-                                    cache.k_scale_strides.Plane(here, k_head) + at, store);
+      StoreKey<Traits, Lane>(rounded, p, cache, scale, head, lane,
+                             cache.key_strides.Row(here, k_head, at),
+                             cache.k_scale_strides.Plane(here, k_head) + at, store);
     }
   }
 }
 
 template <typename Traits>
 __global__ void __launch_bounds__(kStreamThreads, kStreamCtas<Traits>)
-    StepStreamKernel(const __grid_constant__ StepParams p,
+    StepStreamKernel(const __grid_constant__ StepParamsOf<Traits> p,
                      const __grid_constant__ StreamGrid grid) {
   PdlWait();
   PdlLaunchDependents();

@@ -5,6 +5,7 @@
 
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
+#include "cuda/cache/shared/key_transform.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/cache/shared/value_tile.cuh"
 #include "cuda/common/pdl.cuh"
@@ -37,7 +38,7 @@ __device__ __forceinline__ void AddValueBias(const RopeWriteCacheParams& p,
 // K, V or both of one tile and one head. K's loads follow as V's registers come free: with all of
 // them in front the kernel was slower.
 template <typename Traits, int kBytes = sizeof(ValueTile<Traits::kHeadDim>)>
-__device__ __forceinline__ void WriteTile(const StepParams& p, int head, int tile_slot,
+__device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int head, int tile_slot,
                                           float seqs_per_tile, TileOutput output) {
   using Lane = StreamLane<Traits>;
   constexpr int kHeadDim = Traits::kHeadDim;
@@ -109,9 +110,8 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int slot = i * kTokens + first_slot;
-      StoreTokenMajor<Traits, Lane>(words[i], cache, cache.key, cache.k_scales, cache.k_granularity,
-                                    k_scale, head, lane, k_plane + slot * cache.key_strides.row,
-                                    k_scales + slot, owned[i]);
+      StoreKey<Traits, Lane>(words[i], p, cache, k_scale, head, lane,
+                             k_plane + slot * cache.key_strides.row, k_scales + slot, owned[i]);
     }
   }
 }
@@ -127,7 +127,8 @@ inline constexpr int kTileCtas = Traits::kHeadDim > 128           ? 2
 
 template <typename Traits>
 __global__ void __launch_bounds__(kStreamThreads, kTileCtas<Traits>)
-    StepTileKernel(const __grid_constant__ StepParams p, float seqs_per_tile, bool split) {
+    StepTileKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_tile,
+                   bool split) {
   PdlWait();
   const int run = split ? blockIdx.z / 2 : blockIdx.z;
   const TileOutput output = split ? static_cast<TileOutput>(blockIdx.z % 2) : TileOutput::kBoth;

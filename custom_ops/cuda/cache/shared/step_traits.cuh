@@ -20,17 +20,18 @@ struct NoRope {
 
 // What happens to a head before it is rounded to the input's type. kBias and kNorm are there, and
 // lie at multiples of 16 bytes; the rotation, if there is one, takes whole heads and its table can
-// be read 16 bytes at a time. With kPartial, the rotation is as IsPartialRope says, and run time
-// decides whether there are a bias and norm weights (of those named). With kAny, too, and they may
-// lie anywhere; any rotary_dim, any table.
-template <bool kBias_, bool kNorm_, bool kAny_ = false, bool kPartial_ = false>
+// be read 16 bytes at a time. With kAsked, run time decides whether there are a bias and norm
+// weights (of those named). With kPartial, too, and the rotation is as IsPartialRope says. With
+// kAny, too, and they may lie anywhere; any rotary_dim, any table.
+template <bool kBias_, bool kNorm_, bool kAny_ = false, bool kPartial_ = false,
+          bool kAsked_ = kAny_ || kPartial_>
 struct RopeOptions {
   static constexpr bool kRope = true;
   static constexpr bool kBias = kBias_;
   static constexpr bool kNorm = kNorm_;
   static constexpr bool kAny = kAny_;
   static constexpr bool kPartial = kPartial_;
-  static constexpr bool kAsked = kAny || kPartial;  // whether there are a bias and norm weights
+  static constexpr bool kAsked = kAsked_;  // whether there are a bias and norm weights
 };
 
 // Whether a step's parameters, and its table if it rotates, can be read 16 bytes at a time.
@@ -89,7 +90,20 @@ void DispatchRope(const RopeWriteCacheParams& p, F&& f) {
   }
 }
 
-template <DType kIn_, CacheType kType_, DType kCode_, int kHeadDim_, typename Options_>
+// The same with fewer variants, for steps that transform K: they are rare.
+template <typename F>
+void DispatchTransformRope(const RopeWriteCacheParams& p, F&& f) {
+  if (IsCommonRope(p)) {
+    f(RopeOptions<true, true, false, false, true>{});
+  } else {
+    f(RopeOptions<true, true, true>{});
+  }
+}
+
+// kTransformsKey: K is transformed before it is quantised, as the kernel's parameters say
+// (params/key_transform.h).
+template <DType kIn_, CacheType kType_, DType kCode_, int kHeadDim_, typename Options_,
+          bool kTransformsKey_ = false>
 struct StepTraits {
   using Options = Options_;
   static constexpr DType kIn = kIn_;
@@ -98,6 +112,8 @@ struct StepTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kRope = Options::kRope;
   static constexpr bool kQuantized = IsQuantized(kType);
+  static constexpr bool kTransformsKey = kTransformsKey_;
+  static_assert(kQuantized || !kTransformsKey, "K is transformed for its codes");
 };
 
 }  // namespace fastattn::cuda

@@ -1,0 +1,88 @@
+"""Backends of layers whose keys are stored rotated or less a centre."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from fastattn import backends
+from fastattn.backends import AppendAttentionBackend, AttentionLayer, FlashAttentionBackend
+from tests.support.serving import Model, Server, taken  # noqa: F401
+from tests.support.tensors import to_paddle
+
+TYPES = ("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8")
+TRANSFORMS = [("hadamard", False), ("none", True), ("hadamard", True)]
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("rotation", "centred"), TRANSFORMS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_day_of_serving(place, kind, rotation, centred, sinks):
+    model = Model(kind, k_rotation=rotation, centred=centred, sinks=sinks, norm=True, bias=True)
+    server = Server(FlashAttentionBackend, model, [140, 100, 70, 30], place)
+    server.step([7, 65, 0, 1])
+    server.step([63, 1, 64, 8])
+    server.step([1, 1, 1, 5], padding=3)
+    server.step([69, 0, 1, 2], padding=1)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_steps_without_python(taken, kind):  # noqa: F811
+    model = Model(kind, k_rotation="hadamard", centred=True, sinks=True, head_dim=128)
+    server = Server(AppendAttentionBackend, model, [90, 40])
+    server.step([50, 20])
+    server.step([1, 1])
+    server.step([3, 1])
+    assert len([x for x in taken if x is not None]) == 2
+
+
+def test_queries_that_are_quantised(place):
+    """The writer rotates first; without a centre nothing else is needed."""
+    model = Model("block_wise_int8", k_rotation="hadamard", q_quant="per_token_head")
+    server = Server(FlashAttentionBackend, model, [90, 40], place)
+    outputs = []
+    for new in ([70, 3], [1, 1]):
+        outputs.append((server.run(new)[0], list(new)))
+        server.cached = [done + n for done, n in zip(server.cached, new)]
+    plain = Server(
+        FlashAttentionBackend, Model("block_wise_int8", k_rotation="hadamard"), [90, 40], place
+    )
+    for out, new in outputs:
+        exact = plain.step(new)[0].astype(np.float64)
+        error = np.sqrt(np.mean((out.astype(np.float64) - exact) ** 2) / np.mean(exact**2))
+        assert 0 < error < 0.06
+
+
+def test_a_layer_that_changes_its_centre():
+    model = Model("block_wise_int8", centred=True, sinks=True)
+    server = Server(FlashAttentionBackend, model, [60])
+    server.step([20])
+    model.k_center = model.k_center + 1
+    server.layers[0].cache_k_center = to_paddle(model.k_center, "cpu")
+    server.cached = [0]
+    server.step([30])
+
+
+def test_a_centre_of_all_ranks():
+    """A rank takes its own heads' rows; another dtype becomes float32."""
+    config = backends.make_config(
+        max_model_len=512, num_key_value_heads=4, tensor_parallel_size=2, tensor_parallel_rank=1
+    )
+    backend = FlashAttentionBackend(config, 2, 4, 64)
+    whole = np.arange(4 * 64).reshape(4, 64).astype(np.float32)
+    layer = AttentionLayer(0, "block_wise_int8", cache_k_center=paddle.to_tensor(whole))
+    own = backend._key_transform(layer)["k_center"]
+    np.testing.assert_array_equal(own.numpy(), whole[2:])
+    layer.cache_k_center = paddle.to_tensor(whole[2:]).astype("float16")
+    assert backend._key_transform(layer)["k_center"].dtype == paddle.float32
+    layer.cache_k_center = paddle.to_tensor(whole[:3])
+    with pytest.raises(ValueError, match=r"layer.cache_k_center: expected shape \[2, 64\] or \[4"):
+        backend._key_transform(layer)
+
+
+def test_other_types_are_refused():
+    server = Server(FlashAttentionBackend, Model("none"), [60])
+    server.layers[0].cache_k_rotation = "hadamard"
+    with pytest.raises(NotImplementedError, match=r"k_rotation.*block_wise_int8"):
+        server.run([5])
