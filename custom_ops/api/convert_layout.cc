@@ -75,9 +75,10 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
     Fail("ValueError", op, "cache", "expected blocks of ", kBlockSize, " tokens, shape ", expected,
          ", got ", ShapeText(shape));
   }
-  if (!HeadDims::Has(head_dim)) {
+  const bool nibbles = CodesPerByte(conversion.type) == 2;
+  if (!(nibbles ? NibbleHeadDims::Has(head_dim) : HeadDims::Has(head_dim))) {
     Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
-         " is not supported; supported: ", HeadDims::Text());
+         " is not supported; supported: ", nibbles ? NibbleHeadDims::Text() : HeadDims::Text());
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone

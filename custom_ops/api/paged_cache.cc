@@ -144,9 +144,10 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
     Fail("NotImplementedError", op, "cache_layout", "'fastdeploy' has no order for ",
          NameOf(cache.type), "; supported: fastattn");
   }
-  if (!HeadDims::Has(head_dim)) {
+  const bool nibbles = CodesPerByte(cache.type) == 2;
+  if (!(nibbles ? NibbleHeadDims::Has(head_dim) : HeadDims::Has(head_dim))) {
     Fail("NotImplementedError", op, "key_cache", "head_dim ", head_dim,
-         " is not supported; supported: ", HeadDims::Text());
+         " is not supported; supported: ", nibbles ? NibbleHeadDims::Text() : HeadDims::Text());
   }
   if (shape[1] == 0) Fail("ValueError", op, "key_cache", "expected at least 1 KV head, got 0");
   cache.num_blocks = static_cast<int>(shape[0]);

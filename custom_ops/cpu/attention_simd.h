@@ -210,13 +210,14 @@ FASTATTN_INLINE void DecodeNibbles(const uint8_t* in, float* out) {
 // Whether one of n e4m3 codes in each of `rows` rows is NaN.
 template <int n>
 FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int rows, int64_t stride) {
-  static_assert(n % 64 == 0, "a row is read in whole vectors");
+  static_assert(n % 32 == 0, "a row is read in whole vectors, the last of which may overlap");
   using Bytes = uint8_t __attribute__((vector_size(FASTATTN_SIMD_BITS / 8)));
   Bytes found{};
   for (int r = 0; r < rows; ++r, codes += stride) {
-    for (int i = 0; i < n; i += static_cast<int>(sizeof(Bytes))) {
+    constexpr int kBytes = static_cast<int>(sizeof(Bytes));
+    for (int i = 0; i < n; i += kBytes) {
       Bytes x;
-      std::memcpy(&x, codes + i, sizeof(x));
+      std::memcpy(&x, codes + (i + kBytes <= n ? i : n - kBytes), sizeof(x));
       found |= static_cast<Bytes>((x & 0x7F) == 0x7F);
     }
   }

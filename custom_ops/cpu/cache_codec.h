@@ -15,7 +15,7 @@
 
 namespace fastattn::cpu {
 
-inline constexpr int kMaxHeadDim = 128;
+inline constexpr int kMaxHeadDim = 256;
 
 // A cache's type and the element type of its codes, as one template parameter.
 template <CacheType kTypeValue, DType kCodeValue>

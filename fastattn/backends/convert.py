@@ -9,6 +9,7 @@ from typing import Any
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
+    HEAD_DIMS,
     check_cache_type,
     codes_per_byte,
 )
@@ -173,9 +174,10 @@ def _checked(
             )
         row = shape[2 if transposed else 3]
         head_dim = row * codes_per_byte(cache_quant_type)
-        if head_dim not in (64, 128):
+        if head_dim not in HEAD_DIMS:
             raise NotImplementedError(
-                f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: 64, 128"
+                f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: "
+                + ", ".join(map(str, HEAD_DIMS))
             )
         if not cache.is_contiguous():
             raise ValueError(f"{_OP}: {name}: it is written in place and must be contiguous")

@@ -10,6 +10,9 @@ DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", "block_wise_int4")
 #: Types with scales that the layer holds.
 STATIC_TYPES = ("cache_int8", "cache_fp8")
 
+#: Head dimensions of a cache.
+HEAD_DIMS = (64, 96, 128, 256)
+
 CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 

@@ -68,11 +68,12 @@ def flash_attention(
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64 or 128. The last dimension must be contiguous, as those of `k` and `v`; the others
-        may have any strides.
+        D is 64, 96, 128, 256, or 192 with values of 128 channels. The last dimension must be
+        contiguous, as those of `k` and `v`; the others may have any strides.
     k, v : Tensor, shape [sum k, KV, D]
-        The dtype of `q`, or 8-bit codes: uint8 (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8.
-        KV divides H; query head h reads KV head ``h // (H / KV)``.
+        Where D is 192, `v` has the shape [sum k, KV, 128]. The dtype of `q`, or 8-bit codes: uint8
+        (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8. KV divides H; query head h reads KV
+        head ``h // (H / KV)``.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
         First query and first key token of each sequence, and the end of the last sequence.
     max_seqlen_q, max_seqlen_k : int
@@ -99,7 +100,7 @@ def flash_attention(
         Return the output as e4m3 codes of ``out * (1 / out_scale)``.
     return_softmax_lse : bool
         Also return the LSE, the logarithm of the softmax's denominator.
-    out : Tensor, shape [T, H, D], optional
+    out : Tensor, shape [T, H, D] ([T, H, 128] where D is 192), optional
         Written in place and returned. Tokens that belong to no sequence (padding) keep their
         contents; in a new output they are 0.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
@@ -258,8 +259,8 @@ def paged_attention(
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64 or 128. For type ``"none"`` the dtype must be that of the caches. The last dimension
-        must be contiguous, the others may have any strides.
+        D is 64, 96, 128 or 256. For type ``"none"`` the dtype must be that of the caches. The last
+        dimension must be contiguous, the others may have any strides.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16. KV
         divides H. The last dimension must be contiguous. The others, also those of `value_cache`
@@ -349,8 +350,8 @@ def paged_attention(
         or an option is out of range; also if `quantize_q` comes with queries that do not have 16
         bits, with `q_descale`, or with a cache that is not e4m3.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported, or what `k_rotation`
-        or `k_center` comes with.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported, or what
+        `k_rotation` or `k_center` comes with.
 
     Notes
     -----

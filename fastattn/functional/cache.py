@@ -104,8 +104,9 @@ def write_cache_kv(
         If shapes or places do not match, scales are missing or superfluous, a zero point
         is given, or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported, `fp8_format` is
-        not e4m3 for ``block_wise_fp8``, or a type takes no `k_rotation` or `k_center`.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported,
+        `fp8_format` is not e4m3 for ``block_wise_fp8``, or a type takes no `k_rotation` or
+        `k_center`.
 
     See Also
     --------
@@ -224,8 +225,8 @@ def append_cache_kv_c8(
         If shapes or places do not match, `dynamic_quant` does not agree with
         `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 128) is not
-        supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``.
+        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 256)
+        is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``.
 
     See Also
     --------
@@ -302,7 +303,7 @@ def convert_cache_layout(
     ValueError
         If `kind`, `src` or `dst` is unknown or the shape does not match them.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
 
     See Also
     --------
@@ -370,7 +371,7 @@ def convert_cache_blocks(
         If `kind`, `src` or `dst` is unknown, the shape does not match them, or ``0 <= begin <= end
         <= num_blocks`` does not hold.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
 
     See Also
     --------

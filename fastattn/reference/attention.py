@@ -99,7 +99,8 @@ def dense_attention(
     ----------
     q : array, shape [n, H, D]
     k, v : array, shape [m, KV, D]
-        Query head h reads KV head ``h // (H / KV)``.
+        Query head h reads KV head ``h // (H / KV)``. V, and so the output, may have channels of
+        another number.
     visible : array of bool, shape [n, m]
     softmax_scale : float
     softcap : float
@@ -127,10 +128,10 @@ def dense_attention(
         operands = [round_to(x, rounded) for x in operands]
     q, k, v = operands
 
-    tokens, heads, head_dim = q.shape
+    tokens, heads, _ = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    out = np.zeros((tokens, heads, head_dim), work)
+    out = np.zeros((tokens, heads, v.shape[2]), work)
     lse = np.full((heads, tokens), -np.inf, work)
     seeing = np.asarray(visible.any(axis=1))
     for kv_head in range(kv_heads if seeing.any() else 0):
@@ -238,7 +239,7 @@ def flash_attention(
     if quantize_q:
         q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, k.shape[1])
-    out = np.zeros((tokens, heads, head_dim))
+    out = np.zeros((tokens, heads, v.shape[2]))
     lse = np.full((heads, tokens), -np.inf)
     for b in range(len(cu_seqlens_q) - 1):
         at = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))

@@ -73,7 +73,7 @@ def _seqs(cached, seed=0):
 
 @pytest.mark.parametrize("dtype", [np.float16, BF16])
 @pytest.mark.parametrize("layout", ["fastattn", "fastdeploy"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
 def test_ragged_seqs(place, cache_quant_type, fp8_format, head_dim, layout, dtype):
     """Random bytes: every code, NaN ones included, and infinities from the product."""

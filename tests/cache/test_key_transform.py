@@ -82,7 +82,7 @@ def model(cache: Cache, key, value, step, **options) -> Cache:
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", TYPES)
 def test_write(place, kind, head_dim, dtype, centred, rotation):
     if not centred and rotation == "none":
@@ -162,7 +162,7 @@ def test_rope_write(place, kind, lengths, neox, rotary_dim, bias, norm, norm_fir
 
 @pytest.mark.parametrize("q_quant", ["none", "per_tensor", "per_token_head"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("new", [[1, 1, 0], [90, 3, 1]])
 def test_rotated_queries(place, new, head_dim, dtype, q_quant):
     case = make_case(

@@ -51,7 +51,7 @@ def assert_same_cache(actual: Cache, expected: Cache) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
 def test_quantised(place, cache_quant_type, fp8_format, head_dim, dtype):
     step, num_blocks = make_step(CACHED, NEW)
@@ -106,7 +106,7 @@ def test_dynamic_scales_in_bfloat16_are_rounded_before_the_codes(place, cache_qu
     assert_within(decoded, x, step_of_code)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
     ("cache_dtype", "dtype"),
     [(BF16, BF16), (np.float16, np.float16), (BF16, np.float32), (np.float16, np.float32)],

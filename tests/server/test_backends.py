@@ -63,7 +63,7 @@ def test_a_day_of_serving(place, backend, cache):
 
 
 @each_type
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_every_option_of_a_layer_at_once(place, head_dim, cache):
     model = Model(
         *cache,
@@ -414,8 +414,8 @@ def test_configurations_are_refused_by_name(backend, part, name, value):
 
 
 def test_head_dim_and_length_are_checked():
-    with pytest.raises(NotImplementedError, match="head_dim = 96"):
-        FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 96)
+    with pytest.raises(NotImplementedError, match="head_dim = 80"):
+        FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 80)
     with pytest.raises(ValueError, match="max_model_len"):
         FlashAttentionBackend(SimpleNamespace(), 2, 4, 64)
     with pytest.raises(ValueError, match=r"q_quant: expected none, .* or auto, got 'fp8'"):

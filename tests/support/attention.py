@@ -564,7 +564,8 @@ def flash_problem(
     q, q_descale = _queries(rng, int(cu_q[-1]), h, dim, q_type)
     if kv_type is None:
         kv_type = "e4m3" if q_type.startswith("e4m3") else q_type
-    k, v = (_values(rng, (int(cu_k[-1]), kv, dim), mean) for mean in (0.0, v_mean))
+    dims = (dim, 128 if dim == 192 else dim)
+    k, v = (_values(rng, (int(cu_k[-1]), kv, d), m) for d, m in zip(dims, (0.0, v_mean)))
     if kv_type in NUMPY_TYPES:
         k, v = k.astype(NUMPY_TYPES[kv_type]), v.astype(NUMPY_TYPES[kv_type])
         return FlashProblem(q, k, v, cu_q, cu_k, options, q_descale)

@@ -166,6 +166,16 @@ __device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int
   }
 }
 
+// Whether a head has channels from 4 * quad on: those that only fill a stage are 0.
+template <typename Traits>
+__device__ __forceinline__ bool InHead(int quad) {
+  return Traits::kKeyDim == Traits::kHeadDim || 4 * quad < Traits::kHeadDim;
+}
+
+__device__ __forceinline__ float LargestOf(const float (&x)[4]) {
+  return fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+}
+
 template <typename Traits>
 __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
                                              const Segment& segment, int c, float key_scale) {
@@ -187,21 +197,27 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
     info.keys = Intersect(info.keys, {__ldg(offsets), __ldg(offsets + 1)});
     info.keys.end = max(info.keys.end, 0);
   }
-  info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kHeadDim;
+  info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kValueDim;
   return info;
 }
 
-// A thread's loads of a work tile's queries: lanes share a column's channels, four each. A cluster
-// starts them ahead of its first keys, behind which they would wait.
+// A thread's loads of a work tile's queries: lanes share a column's channels, four each, or four
+// times as many as a large head needs. A cluster starts them ahead of its first keys, behind which
+// they would wait.
 template <typename Traits>
 struct QueryLoads {
-  static constexpr int kLanes = Traits::kHeadDim / 4;  // of a column
+  static constexpr int kColumnQuads = Traits::kKeyDim / 4;
+  static constexpr int kLanes = kColumnQuads <= 32       ? kColumnQuads
+                                : kColumnQuads % 32 == 0 ? 32
+                                                         : 16;  // of a column
+  static constexpr int kQuads = kColumnQuads / kLanes;          // of a lane, kLanes apart
   static constexpr int kAtOnce = kAttentionThreads / kLanes;
   static constexpr int kPasses = Traits::kColumns / kAtOnce;
   static constexpr int kBatch = kPasses < 4 ? kPasses : 4;
   static_assert((kLanes & (kLanes - 1)) == 0 && kPasses * kAtOnce == Traits::kColumns,
                 "lanes exchange by XOR, and every column has its pass");
-  uint2 raw[kBatch];
+  static_assert(kQuads * kLanes == kColumnQuads);
+  uint2 raw[kBatch][kQuads];
   float key_scale, value_scale;
 
   __device__ __forceinline__ void StartBatch(const AttentionParams& p, const AttentionTask& task,
@@ -212,10 +228,13 @@ struct QueryLoads {
       const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
       const Column column =
           ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + c);
-      raw[b] = make_uint2(0, 0);
-      if (column.valid) {
-        raw[b] =
-            LoadRaw(p, column.token * p.q_token_stride + column.head * p.q_head_stride + 4 * quad);
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        raw[b][i] = make_uint2(0, 0);
+        if (column.valid && InHead<Traits>(quad + i * kLanes)) {
+          raw[b][i] = LoadRaw(p, column.token * p.q_token_stride + column.head * p.q_head_stride +
+                                     4 * (quad + i * kLanes));
+        }
       }
     }
   }
@@ -239,9 +258,12 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
   constexpr int kAtOnce = QueryLoads<Traits>::kAtOnce;
   constexpr int kPasses = QueryLoads<Traits>::kPasses;
   constexpr int kBatch = QueryLoads<Traits>::kBatch;
+  constexpr int kQuads = QueryLoads<Traits>::kQuads;
   ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
   const int quad = threadIdx.x % kLanes;
-  const int2 step = Traits::StepOf(quad);
+  int2 steps[kQuads];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) steps[q] = Traits::StepOf(quad + q * kLanes);
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; pass += kBatch) {
     if (pass > 0) loads->StartBatch(p, task, segment, pass);
@@ -257,22 +279,30 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
-      float x[4];
-      RawToFloat(loads->raw[b], p.q_dtype, x);
+      float x[kQuads][4];
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) RawToFloat(loads->raw[b][q], p.q_dtype, x[q]);
       if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kPerTokenScales) {
         if (p.cache.k_granularity == ScaleGranularity::kChannel) {
-          const int64_t first =
-              ChannelScaleIndex<int64_t>(segment.head, 4 * quad, Traits::kHeadDim);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            x[i] *= LoadScale(p.cache.k_scales, p.cache.scale_dtype, first + i);
+          for (int q = 0; q < kQuads; ++q) {
+            const int own = quad + q * kLanes;
+            if (!InHead<Traits>(own)) continue;
+            const int64_t first =
+                ChannelScaleIndex<int64_t>(segment.head, 4 * own, Traits::kHeadDim);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              x[q][i] *= LoadScale(p.cache.k_scales, p.cache.scale_dtype, first + i);
+            }
           }
         }
       }
       if constexpr (Traits::kQuantized) {
         // fp16 has more mantissa than bf16 and less range: bring the largest channel to
         // 2^9 .. 2^10.
-        float mine = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+        float mine = LargestOf(x[0]);
+#pragma unroll
+        for (int q = 1; q < kQuads; ++q) mine = fmaxf(mine, LargestOf(x[q]));
 #pragma unroll
         for (int step = kLanes / 2; step > 0; step /= 2) {
           mine = fmaxf(mine, __shfl_xor_sync(0xFFFFFFFFu, mine, step));
@@ -284,7 +314,10 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
           const float shrink = __uint_as_float((254 + 9 - exponent) << 23);
           grow = __uint_as_float((exponent - 9) << 23);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x[i] *= shrink;
+          for (int q = 0; q < kQuads; ++q) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[q][i] *= shrink;
+          }
         }
         if (quad == 0) infos[c].query_factor = grow;
       } else if (quad == 0) {
@@ -292,13 +325,17 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       }
       constexpr DType kOperand = Traits::Format::kOperand;
       if constexpr (Traits::kNibbles) {
-        StoreNibbleQuery<Traits>(x, c, quad, shared + Traits::kQueryOffset);
+        static_assert(kQuads == 1);
+        StoreNibbleQuery<Traits>(x[0], c, quad, shared + Traits::kQueryOffset);
         continue;
       }
-      const int lane = c % 8 * 4 + step.x;
-      *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
-                                ((c / 8 * Traits::kMmaSteps + step.y) * 32 + lane) * 8) =
-          make_uint2(PackPair<kOperand>(x[0], x[1]), PackPair<kOperand>(x[2], x[3]));
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const int lane = c % 8 * 4 + steps[q].x;
+        *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
+                                  ((c / 8 * Traits::kMmaSteps + steps[q].y) * 32 + lane) * 8) =
+            make_uint2(PackPair<kOperand>(x[q][0], x[q][1]), PackPair<kOperand>(x[q][2], x[q][3]));
+      }
     }
   }
 }

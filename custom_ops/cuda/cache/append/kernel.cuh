@@ -33,7 +33,8 @@
 
 namespace fastattn::cuda {
 
-inline constexpr int kAppendThreads = 128;
+// Threads of a CTA: a whole number of tokens' pieces.
+constexpr int AppendThreads(int head_dim) { return head_dim % 3 == 0 ? 96 : 128; }
 
 template <DType kOut_, DType kCode_, bool kDynamicQuant_, CacheLayout kLayout_, int kHeadDim_>
 struct AppendTraits {
@@ -49,8 +50,11 @@ struct AppendTraits {
 
   static constexpr bool kNibbles = CodesPerByte(kCode) == 2;
   static constexpr int kRow = kHeadDim / CodesPerByte(kCode);  // bytes of a token
+  static constexpr int kThreads = AppendThreads(kHeadDim);
   static constexpr int kPiecesPerToken = kRow / 16;
-  static constexpr int kPieces = kBlockSize * kPiecesPerToken / kAppendThreads;  // per thread
+  static constexpr int kPieces = kBlockSize * kPiecesPerToken / kThreads;  // per thread
+  // V: a thread has four channels of each round.
+  static constexpr int kRounds = (kRow + kThreads - 1) / kThreads;
 };
 
 // Loads the static scales of channels [channel, channel + 16) of a head; they are equal where the
@@ -178,7 +182,7 @@ __device__ __forceinline__ void StoreCodes(uint4 codes, const float (&static_sca
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kAppendThreads)
+__global__ void __launch_bounds__(Traits::kThreads)
     AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
   constexpr int kHeadDim = Traits::kHeadDim, kRow = Traits::kRow;
   __shared__ TokenMajorTile<kRow> value_tile;
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   int tokens_of_thread[Traits::kPieces];
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
-    tokens_of_thread[i] = KeyPieceOfThread<kRow, kAppendThreads>(i).token;
+    tokens_of_thread[i] = KeyPieceOfThread<kRow, Traits::kThreads>(i).token;
   }
   uint4 k[Traits::kPieces];
 #pragma unroll
@@ -212,14 +216,19 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
   const int v_channel = tid / 4 * 4;  // channels [v_channel, +4)
-  const bool v_active = v_channel < kRow;
-  uint4 v[4];
+  const auto v_active = [&](int round) { return v_channel + round * Traits::kThreads < kRow; };
+  uint4 v[Traits::kRounds][4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[i] = v_active ? *reinterpret_cast<const uint4*>(
-                          value_codes +
-                          ValuePieceIn<Traits>(cache.value_strides.row, v_channel + i, v_group))
-                    : make_uint4(0, 0, 0, 0);
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    const int channel = v_channel + round * Traits::kThreads;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[round][i] = v_active(round)
+                        ? *reinterpret_cast<const uint4*>(
+                              value_codes +
+                              ValuePieceIn<Traits>(cache.value_strides.row, channel + i, v_group))
+                        : make_uint4(0, 0, 0, 0);
+    }
   }
   float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
   float k_static[16], v_static[16];
@@ -240,7 +249,12 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
 
   // V is transposed on its way into shared memory.
-  if (v_active) ScatterPieces(v, v_channel, v_group, value_tile);
+#pragma unroll
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    if (v_active(round)) {
+      ScatterPieces(v[round], v_channel + round * Traits::kThreads, v_group, value_tile);
+    }
+  }
 
   // K is converted and stored while V's writes settle.
   uint16_t* key_out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride +
@@ -279,10 +293,10 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
   }
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
-    HeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
+    CacheHeadDims<CodesPerByte(kCode)>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
-      status = LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(ctas)), dim3(kAppendThreads),
+      status = LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(ctas)), dim3(Traits::kThreads),
                          stream, p);
     });
   });

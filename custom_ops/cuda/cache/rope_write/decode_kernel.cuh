@@ -230,7 +230,12 @@ struct DecodeValues {
   }
 
   __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, int lane) {
-    LoadHalves<Lane::kWords, Lane::kDistance>(source + lane * Lane::kHalf, words);
+    if (Lane::IsActive(lane)) {
+      LoadHalves<Lane::kWords, Lane::kDistance>(source + lane * Lane::kHalf, words);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Lane::kWords; ++i) words[i] = 0;
+    }
     if constexpr (Options::kBias) bias.Load(bias_at.data, bias_at.dtype, 0, lane);
     if constexpr (kNorm) weights.Load(weights_at.data, weights_at.dtype, 0, lane);
   }
@@ -388,7 +393,11 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   RawParameters<Traits, Lane> bias;
   const WarpPlace place = seq.Find([&] {
 #pragma unroll
-    for (int i = 0; i < Lane::kValues; ++i) loaded[i] = source[Map::Channel(at.lane, i)];
+    for (int i = 0; i < Lane::kValues; ++i) {
+      const int channel = Map::Channel(at.lane, i);
+      const bool there = Lane::kActive == Lane::kLanes || channel < Lane::kHeadDim;
+      loaded[i] = there ? source[channel] : Element{};
+    }
     if (HasBias<Options>(p.rope)) {
       bias.template LoadEach<Map>(bias_at.data, bias_at.dtype, 0, at.lane);
     }
@@ -437,7 +446,8 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
 #pragma unroll
   for (int i = 0; i < kStores; ++i, out += step) {
-    if ((i & (at.shares - 1)) == at.share) {
+    const bool there = Lane::kActive == Lane::kLanes || Map::Channel(at.lane, i) < Lane::kHeadDim;
+    if (there && (i & (at.shares - 1)) == at.share) {
       *out = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
     }
   }

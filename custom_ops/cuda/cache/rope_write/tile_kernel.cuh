@@ -91,15 +91,17 @@ __device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int hea
         uint32_t codes[Lane::kCodeWords];
         QuantizeLane<Traits, Lane>(words[i], cache, cache.v_scales, cache.v_granularity, v_scale,
                                    head, lane, v_scales + slot, owned[i], codes);
-        StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
-            tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+        if (Lane::IsActive(lane)) {
+          StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
+              tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+        }
         if (lane == 0) tile.valid[slot] = owned[i];
       } else {
         StoreTokenMajor<Traits, Lane>(words[i], cache, cache.value, nullptr, cache.v_granularity,
                                       v_scale, head, lane, v_plane + slot * cache.value_strides.row,
                                       v_scales + slot, owned[i]);
       }
-      if (owned[i] && output == TileOutput::kBoth) {
+      if (owned[i] && output == TileOutput::kBoth && Lane::IsActive(lane)) {
         LoadHalves<Lane::kWords, Lane::kDistance>(keys + (work.token + slot) * p.k_stride,
                                                   words[i]);
       }
@@ -125,8 +127,14 @@ __device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int hea
 inline constexpr int kTileRun = 32768;  // tiles in the grid's second dimension
 
 // Grid: KV heads, tiles, and runs of tiles; with `split`, K and V alternate in the last.
+// CTAs an SM: large heads have twice as many values in a thread.
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, Traits::kIn == DType::kFloat32 ? 3 : 4)
+inline constexpr int kTileCtas = Traits::kHeadDim > 128           ? 2
+                                 : Traits::kIn == DType::kFloat32 ? 3
+                                                                  : 4;
+
+template <typename Traits>
+__global__ void __launch_bounds__(kStreamThreads, kTileCtas<Traits>)
     StepTileKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_tile,
                    bool split) {
   PdlWait();

@@ -17,19 +17,20 @@ __device__ __forceinline__ void StoreTokenMajor(const uint32_t (&words)[Lane::kW
                                                 HeadScaleOf head_scale, int head, int lane,
                                                 int64_t row, int64_t scale_index, bool store) {
   const int64_t element = row + lane * Lane::kHalf;
+  const bool stores = store && Lane::IsActive(lane);
   if constexpr (Traits::kNibbles) {
     uint32_t nibbles[kNibbleWords<Lane>];
     QuantizeNibbles<Lane>(words, cache, scales, lane, scale_index, store, nibbles);
-    if (store) StoreNibbles<Lane>(nibbles, static_cast<uint8_t*>(codes_out) + row, lane);
+    if (stores) StoreNibbles<Lane>(nibbles, static_cast<uint8_t*>(codes_out) + row, lane);
   } else if constexpr (Traits::kQuantized) {
     uint32_t codes[Lane::kCodeWords];
     QuantizeLane<Traits, Lane>(words, cache, scales, granularity, head_scale, head, lane,
                                scale_index, store, codes);
-    if (store) {
+    if (stores) {
       StoreHalves<Lane::kCodeWords, Lane::kHeadDim / 2>(static_cast<uint8_t*>(codes_out) + element,
                                                         codes);
     }
-  } else if (store) {
+  } else if (stores) {
     uint16_t* out = static_cast<uint16_t*>(codes_out) + element;
     if constexpr (Lane::kIn == DType::kFloat32) {
       float x[Lane::kValues];
