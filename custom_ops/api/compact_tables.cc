@@ -99,8 +99,7 @@ std::vector<Shape> CompactInferShape(const Shape& block_tables, const Shape& cu_
   return Inferred<Shape>({block_tables, seq_lens_decoder, {-1, 2}}, [&] {
     const int64_t running = seq_lens_this_time.at(0), slots = block_tables.at(0);
     const int64_t batch = running < 0 || slots < 0 ? -1 : std::min(running, slots);
-    return std::vector<Shape>{
-        {batch, block_tables.at(1)}, {batch}, {masks ? num_tokens : 0, 2}};
+    return std::vector<Shape>{{batch, block_tables.at(1)}, {batch}, {masks ? num_tokens : 0, 2}};
   });
 }
 

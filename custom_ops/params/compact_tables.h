@@ -1,5 +1,5 @@
-// compact_block_tables: block tables of which some entries name no block, without those entries, and
-// what a sequence's queries see of the keys that are left.
+// compact_block_tables: block tables of which some entries name no block, without those entries,
+// and what a sequence's queries see of the keys that are left.
 //
 // A local position counts the keys of assigned blocks only. All such blocks but the sequence's last
 // one are full, so that a position follows from the number of assigned blocks before its own.

@@ -9,6 +9,7 @@ from paddle import Tensor
 
 from fastattn._ops import is_tensor
 from fastattn.functional import compact_block_tables
+from fastattn.functional.attention import as_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ def dcp_local_keys(
     ([[4, 7, -1]], [86])
     """
     # The only new token of a sequence is its last one: it sees all of the rank's keys.
-    want_masks = max_seqlen_q > 1 or tuple(window_size) != (-1, -1) or mask_offsets is not None
+    window_size = as_window("dcp_local_keys", window_size)
+    want_masks = max_seqlen_q > 1 or window_size != (-1, -1) or mask_offsets is not None
     tables, lengths, masks = compact_block_tables(
         block_tables,
         cu_seqlens_q,
@@ -129,7 +131,7 @@ def dcp_local_keys(
         num_blocks,
         block_size,
         causal,
-        tuple(window_size),
+        window_size,
         mask_offsets is not None,
     )
 
@@ -187,7 +189,7 @@ def local_call(
             mask_offsets=mask_offsets,
         )
     else:
-        facts["window_size"] = tuple(window_size)
+        facts["window_size"] = as_window(op, window_size)
         facts["masked"] = mask_offsets is not None
         if is_tensor(tables):
             facts["shape"] = tuple(tables.shape)

@@ -1,7 +1,7 @@
 // A CTA takes a sequence. Its warps share the table's entries in contiguous parts, so that their
 // order stays: each counts the assigned blocks of its part and writes behind those of the warps
-// before it. A lane holds up to kItems entries, whose loads are all under way at once: a sequence of
-// a million tokens is one round.
+// before it. A lane holds up to kItems entries, whose loads are all under way at once: a sequence
+// of a million tokens is one round.
 #include <algorithm>
 
 #include "cuda/common/lane.cuh"
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads)
       masks[i] = make_int2(keys.begin, keys.end);
     }
     if (b == 0) ClearMasks(p, 0, RaggedBegin(p.seqs.cu_seqlens_q[0], num_tokens));
-    const int next = b + 1 == p.seqs.batch ? num_tokens
-                                           : min(p.seqs.cu_seqlens_q[b + 1], num_tokens);
+    const int next =
+        b + 1 == p.seqs.batch ? num_tokens : min(p.seqs.cu_seqlens_q[b + 1], num_tokens);
     ClearMasks(p, seq.q_begin + seq.q_len, next);
   }
 }
