@@ -33,7 +33,8 @@ class Consumer {
         own_row_(Kept(row_ + 8 * (lane_ & 1))),
         codes_(Kept(row_ * C::kCodeBytes + lane_ % 4 * 16)),
         selector_(C::kFp8 ? 0 : Kept(lane_ % 4 * 0x1111 + 0x4400)),
-        ones_(C::kFp8 ? 0 : static_cast<uint32_t>(shared.magnitudes[kMostShift + 1])) {}
+        ones_(C::kFp8 ? 0 : static_cast<uint32_t>(shared.magnitudes[kMostShift + 1])),
+        turn_parity_(number_ == 0 ? 1 : 0) {}
 
   __device__ void Run() {
     Ring<2> segments;
@@ -41,6 +42,7 @@ class Consumer {
     while (true) {
       const int buffer = segments.index;
       Wait(&shared_.query_full[buffer], segments.phase);
+      if (number_ == 0) STAMP(5);
       const int tiles = shared_.segments[buffer].tiles, tile = shared_.segments[buffer].tile;
       if (tiles < 0) return;
       LoadWeights(buffer);
@@ -96,7 +98,7 @@ class Consumer {
     keys.wide = 0;
     keys.unassigned = C::kPaged ? shared_.unassigned[stage] >> 2 * warp_ & 3 : 0;
     if constexpr (C::kFp8) {
-      const float* scales = reinterpret_cast<const float*>(shared_.scales[stage]);
+      const float* scales = reinterpret_cast<const float*>(shared_.Scales(stage));
       keys.scale = scales[own_row_];
     }
     return keys;
@@ -104,44 +106,122 @@ class Consumer {
 
   __device__ __forceinline__ void RunTiles(int buffer, int tile, int first, int tiles) {
     const uint64_t columns = QueryOperand(buffer);
+    if constexpr (C::kTwoOperands) {
+      uint32_t even[16], odd[16];
+      TileKeys even_keys, odd_keys;
+      if (first >= tiles) return;
+      TakeOperand(tile + first, tiles - first, &even_keys, even);
+#pragma unroll 1
+      for (int i = first; i < tiles; i += 2 * C::kConsumers) {
+        Step(buffer, tile, i, tiles, columns, even_keys, even, &odd_keys, odd);
+        if (i + C::kConsumers >= tiles) break;
+        Step(buffer, tile, i + C::kConsumers, tiles, columns, odd_keys, odd, &even_keys, even);
+      }
+      return;
+    } else {
+      RunPlainTiles(buffer, tile, first, tiles, columns);
+    }
+  }
+
+  __device__ __forceinline__ void RunPlainTiles(int buffer, int tile, int first, int tiles,
+                                                uint64_t columns) {
 #pragma unroll 1
     for (int i = first; i < tiles; i += C::kConsumers) {
       const int stage = stages_.index;
       Wait(&shared_.key_full[stage], stages_.phase);
+      if (number_ == 0 && i == first) STAMP(6);
       TileKeys keys = LoadScales(stage, tile + i);
       float a[kRegisters];
       if constexpr (C::kFp8) {
+        BeginProduct();
         FenceProducts();
-        MultiplyTile(a, KeyOperand(stage), columns);
+        MultiplyTile<C::kOrdered>(a, KeyOperand(stage), columns);
+        EndProduct();
         WaitProducts<0>(a);
         ArriveWarp(&shared_.key_empty[stage]);
       } else {
         uint32_t operand[16];
         LoadOperand(stage, &keys, operand);
         ArriveWarp(&shared_.key_empty[stage]);
+        BeginProduct();
         FenceProducts();
-        MultiplyTile(a, operand, columns);
+        MultiplyTile<C::kOrdered>(a, operand, columns);
+        EndProduct();
         WaitProducts<0>(a);
         KeepRegisters(operand);
         if (wide_) keys.wide = ~0u;
       }
       stages_.Advance(min(C::kConsumers, tiles - i));  // those in between are others'
       SumHeads(a, keys, buffer);
+      if (number_ == 0 && i == first) STAMP(7);
+      if (number_ == 0) STAMP(8);
       if constexpr (!C::kFp8) {
         if (keys.wide != 0) WideRows(buffer, keys);
       }
     }
   }
 
+  // MXFP4: waits for a tile's keys, makes them operands and gives their stage back. `left`: tiles of
+  // the segment from here on.
+  __device__ __forceinline__ void TakeOperand(int tile, int left, TileKeys* keys,
+                                              uint32_t (&operand)[16]) {
+    const int stage = stages_.index;
+    Wait(&shared_.key_full[stage], stages_.phase);
+    *keys = LoadScales(stage, tile);
+    LoadOperand(stage, keys, operand);
+    ArriveWarp(&shared_.key_empty[stage]);
+    stages_.Advance(min(C::kConsumers, left));  // those in between are others'
+    if (wide_) keys->wide = ~0u;
+  }
+
+  // Tile i of the segment. The next one's operand is made under its product.
+  __device__ __forceinline__ void Step(int buffer, int tile, int i, int tiles, uint64_t columns,
+                                       const TileKeys& keys, uint32_t (&operand)[16],
+                                       TileKeys* next_keys, uint32_t (&next)[16]) {
+    float a[kRegisters];
+    FenceProducts();
+    MultiplyTile<false>(a, operand, columns);
+    const int j = i + C::kConsumers;
+    if (j < tiles) TakeOperand(tile + j, tiles - j, next_keys, next);
+    WaitProducts<0>(a);
+    KeepRegisters(operand);
+    SumHeads(a, keys, buffer);
+    if (keys.wide != 0) WideRows(buffer, keys);
+  }
+
+  // Ordered products: tile t's begins once the last step of tile t - 1's is what is left of it, so
+  // that a warpgroup sums while the others multiply.
+  __device__ __forceinline__ void BeginProduct() {
+    if constexpr (C::kOrdered) Wait(&shared_.turns[number_], turn_parity_);
+  }
+  __device__ __forceinline__ void EndProduct() {
+    if constexpr (C::kOrdered) {
+#if L18_PP == 1
+      WaitGroups<1>();
+#elif L18_PP == 2
+      WaitGroups<0>();
+#endif
+      ArriveWarp(&shared_.turns[number_ + 1 < C::kConsumers ? number_ + 1 : 0]);
+      turn_parity_ ^= 1;
+    }
+  }
+
   // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
   __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint32_t (&operand)[16]) {
-    const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.scales[stage]) + row_;
+    const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.Scales(stage)) + row_;
     const uint8_t* codes = shared_.key[stage] + codes_;
     // The block's exponent bytes of both keys, each twice, and the largest of each key: as halves
     // of a word, which are compared at once.
+#if L18_MAX
+    const uint32_t one = scales[0], two = scales[8];
+    const uint32_t mine = PermuteBytes(one, two, selector_);
+    const uint32_t largest = __vmaxu2(__vmaxu2(PermuteBytes(one, two, 0x4400), PermuteBytes(one, two, 0x5511)),
+                                __vmaxu2(PermuteBytes(one, two, 0x6622), PermuteBytes(one, two, 0x7733)));
+#else
     const uint32_t mine = PermuteBytes(scales[0], scales[8], selector_);
     uint32_t largest = __vmaxu2(mine, __shfl_xor_sync(~0u, mine, 1));
     largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, 2));
+#endif
     const uint32_t least = largest - 0x01010101u * kMostShift;
     const uint32_t raised = __vmaxu2(mine, least), shifts = raised - least;
     const uint32_t plain = __vmaxu2(__vminu2(largest, 0x01010101u * (127 + kMostFactor)),
@@ -266,6 +346,7 @@ class Consumer {
   const uint32_t selector_;  // of the lane's block in its keys' exponents
   const uint32_t ones_;
   QueryCells cells_;  // of a segment of one query
+  uint32_t turn_parity_;
   bool wide_;         // a head of the segment's is no row of e4m3
   float weights_[C::kColumns / 4];
 };

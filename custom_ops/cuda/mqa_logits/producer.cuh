@@ -29,7 +29,8 @@ struct Piece {
 template <class C>
 class Loader {
  public:
-  __device__ Loader(const Arguments& arguments, Shared<C>& shared, const Share& share)
+  __device__ Loader(const Arguments& arguments, Shared<C>& shared, const Share& share,
+                    bool lengths_known)
       : a_(arguments),
         p_(KnownParams<C>(arguments.p)),
         groups_(KnownGroups<C>(arguments.groups)),
@@ -39,6 +40,7 @@ class Loader {
         group_(share.group),
         skip_(share.unit),
         tiles_(share.tiles),
+        lengths_known_(lengths_known),
         known_(C::kPaged) {
     if constexpr (C::kPaged) {
       page_keys_ = static_cast<int>(p_.page_size);
@@ -50,17 +52,32 @@ class Loader {
   // The next segment is asked for while this one's tiles are loaded: its queries, weights and page
   // ids would wait behind all the keys that are on their way.
   __device__ void Run() {
-    Segment segment = {0, 0, 0, 0, 0};
+    Segment segment = NextSegment();
     Pages pages = {-1, 0};
-    int ahead = 0;  // tiles that are loaded before
-    while (segment.tiles >= 0) {
-      const Segment next = NextSegment();
+    if constexpr (C::kPaged) pages = FindPages(segment, 0);
+    Ask(segment);
+    // Tiles of this segment that are loaded before the next one is sought, and before it is asked
+    // for. A step's first keys had better not wait for that.
+    int seek = C::kPaged ? C::kBatch : 0, ask = seek;
+    while (segment.tiles > 0) {
+      Segment next = {0, 0, 0, 0, -1};
       Pages next_pages = {-1, 0};
-      if constexpr (C::kPaged) next_pages = FindPages(next, 0);
-      LoadSegment(segment, pages, next, ahead);
+      int i = 0;
+      following_ = pages;
+#pragma unroll 1
+      for (int part = 0; part < 3; ++part) {
+        LoadTiles(segment, &i, min(part == 0 ? seek : part == 1 ? ask : segment.tiles,
+                                   segment.tiles));
+        if (part == 0) {
+          next = NextSegment();
+          if constexpr (C::kPaged) next_pages = FindPages(next, 0);
+        } else if (next.tiles > 0 ? part == 1 : part == 2) {
+          Ask(next);
+        }
+      }
       // From here on both buffers of queries are taken. The first is given back by consumers that
       // have come to this segment.
-      if (segment.tiles > 0) ahead = C::kStages;
+      seek = 0, ask = C::kStages;
       segment = next, pages = next_pages;
     }
   }
@@ -69,7 +86,10 @@ class Loader {
   // The share's next group that has tiles; tiles = -1 behind the last.
   __device__ Segment NextSegment() {
     while (left_ > 0) {
-      if (!known_) tiles_ = GroupTilesOfWarp(p_, groups_, group_, lane_);
+      if (!known_) {
+        tiles_ = C::kPaged && lengths_known_ ? TileRange{0, shared_.group_tiles[group_]}
+                                             : GroupTilesOfWarp(p_, groups_, group_, lane_);
+      }
       known_ = false;
       const int stop = min(UnitsOf<C>(tiles_), skip_ + left_);
       const int from = max(skip_ - C::kGroupUnits, 0), to = max(stop - C::kGroupUnits, 0);
@@ -87,7 +107,7 @@ class Loader {
   __device__ void Ask(const Segment& segment) {
     const int buffer = segments_.index;
     Wait(&shared_.query_empty[buffer], segments_.phase ^ 1);
-    if (lane_ == 0) {
+    if (ElectOne()) {
       shared_.segments[buffer] = segment;
       uint64_t* barrier = &shared_.query_full[buffer];
       if (C::kFp8 && segment.tiles > 0) {
@@ -103,35 +123,33 @@ class Loader {
     segments_.Advance();
   }
 
-  __device__ void LoadSegment(const Segment& segment, Pages pages, const Segment& next, int ahead) {
-    const int each = C::kPaged ? 32 >> piece_bits_ : C::kStages;
-    const int before = next.tiles > 0 ? min(ahead, segment.tiles) : segment.tiles;
-    bool asked = false;
-    Pages following = pages;
-    Piece piece = {};
-    int i = 0;
+  // Tiles *i .. stop - 1 of the segment.
+  __device__ void LoadTiles(const Segment& segment, int* i, int stop) {
 #pragma unroll 1
-    while (true) {
-      if (!asked && i >= before) {
-        Ask(next);
-        asked = true;
-      }
-      if (i >= segment.tiles) return;
-      if constexpr (C::kPaged) {
-        const int at = i & (each - 1);
-        if (at == 0) {
-          piece = PieceOf(following);
-          if (i + each < segment.tiles) following = FindPages(segment, i + each);
-        }
-        const int count =
-            min(min(C::kBatch - stages_.index % C::kBatch, each - at), segment.tiles - i);
-        LoadPieces(piece, at, count);
-        stages_.Advance(count);
-        i += count;
-      } else {
-        LoadTile(segment.tile + i);
+    while (*i < stop) {
+      if constexpr (!C::kPaged) {
+        LoadTile(segment.tile + *i);
         stages_.Advance();
-        ++i;
+        ++*i;
+      } else {
+        const int each = 32 >> piece_bits_, at = *i & (each - 1);
+        if (at == 0) {
+          pages_ = following_;
+          if (*i + each < segment.tiles) following_ = FindPages(segment, *i + each);
+          if (piece_bits_ > 0) piece_ = PieceOf(pages_);
+        }
+        if (piece_bits_ == 0) {
+          if (*i == 0 && pages_.page != -7) STAMP(3);
+          LoadPage(at);
+          if (*i == 0) STAMP(4);
+          stages_.Advance();
+          ++*i;
+          continue;
+        }
+        const int count = min(min(C::kBatch - stages_.index % C::kBatch, each - at), stop - *i);
+        LoadPieces(piece_, at, count);
+        stages_.Advance(count);
+        *i += count;
       }
     }
   }
@@ -139,14 +157,58 @@ class Loader {
   __device__ void LoadTile(int tile) {
     const int stage = stages_.index;
     Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
-    if (lane_ == 0) {
+    if (ElectOne()) {
       const int key = tile * kTileKeys;
       uint64_t* barrier = &shared_.key_full[stage];
       ArriveExpect(barrier, kTileKeys * (C::kCodeBytes + kLogitsScaleBytes));
       CopyBox(&a_.key, shared_.key[stage], barrier, 0, key, 0);
-      CopyBox(&a_.key_scales, shared_.scales[stage], barrier, key * kLogitsScaleBytes, 0, 0);
+      CopyBox(&a_.key_scales, shared_.Scales(stage), barrier, key * kLogitsScaleBytes, 0, 0);
     }
     __syncwarp();
+  }
+
+  // The tile whose keys, one piece of a page, lane `at` has.
+  __device__ __forceinline__ void LoadPage(int at) {
+    const int page = __shfl_sync(~0u, pages_.page, at), row = __shfl_sync(~0u, pages_.row, at);
+    const bool assigned = page >= 0 && page < p_.num_pages;
+    const int stage = stages_.index;
+    uint64_t* barrier = &shared_.key_full[stage];
+    Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
+    if (ElectOne()) {
+      shared_.unassigned[stage] = assigned ? 0 : 0xFF;
+      ArriveExpect(barrier, assigned ? kTileKeys * (C::kCodeBytes + kLogitsScaleBytes) : 0);
+      if (assigned) {
+        const uint8_t* codes = p_.cache + page * p_.page_stride;
+        const uint8_t* scales = codes + page_keys_ * C::kCodeBytes + row * kLogitsScaleBytes;
+        codes += row * C::kCodeBytes;
+        if constexpr (C::kFp8) {
+          Copy(shared_.key[stage], barrier, row, page);
+          Copy(scales, shared_.Scales(stage), barrier, C::kScaleBytes);
+        } else if (page_keys_ == kTileKeys) {
+          Copy(codes, shared_.key[stage], barrier, C::kStageBytes);
+        } else {
+          Copy(codes, shared_.key[stage], barrier, kTileKeys * C::kCodeBytes);
+          Copy(scales, shared_.Scales(stage), barrier, C::kScaleBytes);
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void Copy(void* target, uint64_t* barrier, int row, int page) const {
+#if L18_EF
+    CopyBoxOnce(&a_.key, target, barrier, 0, row, page);
+#else
+    CopyBox(&a_.key, target, barrier, 0, row, page);
+#endif
+  }
+  __device__ __forceinline__ void Copy(const uint8_t* source, void* target, uint64_t* barrier,
+                                       uint32_t bytes) const {
+#if L18_EF
+    CopyBulkOnce(source, target, barrier, bytes);
+#else
+    CopyBulk(source, target, barrier, bytes);
+#endif
   }
 
   // Piece lane % pieces of tile i + lane / pieces: the page of its keys, as the table has it, and
@@ -203,7 +265,7 @@ class Loader {
         CopyBulk(page + piece.row * C::kCodeBytes, target, barrier, keys * C::kCodeBytes);
       }
       CopyBulk(page + page_keys_ * C::kCodeBytes + piece.row * kLogitsScaleBytes,
-               shared_.scales[stage] + part * keys * kLogitsScaleBytes, barrier,
+               shared_.Scales(stage) + part * keys * kLogitsScaleBytes, barrier,
                keys * kLogitsScaleBytes);
     }
     __syncwarp();
@@ -217,7 +279,10 @@ class Loader {
   int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0;
   int left_, group_, skip_;  // units of the share behind the segments so far, and where they begin
   TileRange tiles_;          // of group_ if known_
+  const bool lengths_known_;  // group_tiles has them
   bool known_;
+  Pages pages_, following_;  // those of this tile and on, and the next
+  Piece piece_;              // of pages_
   Ring<2> segments_;
   Ring<C::kStages> stages_;
 };
@@ -317,10 +382,10 @@ class Preparer {
 
 template <class C>
 __device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C>& shared,
-                                            const Share& share) {
+                                            const Share& share, bool lengths_known) {
   const int warp = threadIdx.x / 32;
   if (warp == 0) {
-    Loader<C>(arguments, shared, share).Run();
+    Loader<C>(arguments, shared, share, lengths_known).Run();
     return;
   }
   if (warp <= kPreparers<C>) Preparer<C>(arguments, shared).Run();

@@ -93,8 +93,120 @@ __device__ __forceinline__ void Walk(const LogitsParams& p, const LogitsGroups& 
   *group = at, *unit = offset;
 }
 
-// A decode step's, by each warp that wants to know: a step's groups are few, and the shorter the
-// way to its first keys the better.
+// Groups of a step, if they are few and a length tells a group's tiles: lane i has those from
+// i * each on. Lengths are asked for before they are needed.
+template <class C>
+struct Lengths {
+  static constexpr int kEach = kKnownGroups / 32;
+  int each;
+  int most;  // keys of a sequence that there can be
+  int length[kEach];
+
+  __device__ __forceinline__ static bool Known(const LogitsParams& p, const LogitsGroups& groups) {
+    return groups.count <= kKnownGroups && (!p.lens_per_row || groups.rows == 1);
+  }
+
+  // Asks for the lengths.
+  __device__ __forceinline__ void Load(const LogitsParams& p, const LogitsGroups& groups,
+                                       int lane) {
+    each = (groups.count + 31) / 32;
+    most = static_cast<int>(min(p.columns, p.max_blocks * p.page_size));
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int group = lane * each + j;
+      length[j] = 0;
+      if (j < each && group < groups.count) {
+        length[j] = __ldg(p.context_lens +
+                          (p.lens_per_row ? groups.FirstRow(p, group) : groups.Sequence(group)));
+      }
+    }
+  }
+
+  // Tiles that the last row of a group sees, which sees most.
+  __device__ __forceinline__ int Tiles(const LogitsParams& p, const LogitsGroups& groups, int lane,
+                                       int j) const {
+    const int group = lane * each + j;
+    if (j >= each || group >= groups.count) return 0;
+    int x = length[j];
+    if (!p.lens_per_row) {
+      x = max(x, 0);
+      if (groups.per_sequence > 1) {
+        const int part = group - groups.Sequence(group) * groups.per_sequence;
+        x -= max(static_cast<int>(p.next_n) - (part + 1) * groups.rows, 0);
+      }
+    }
+    return (min(max(x, 0), most) + kTileKeys - 1) / kTileKeys;
+  }
+};
+
+// a / b, rounded up, for 0 < a < 2^22.
+__device__ __forceinline__ int DivideUp(int a, int b) {
+  const int x = static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b)));
+  return x + (x * b < a ? 1 : 0);
+}
+
+// A decode step's, by one warp. Where CTAs that have `chunk` tiles of one group each take hardly
+// longer than equal shares would, they do: a CTA that goes on to a second group waits for its
+// queries. A share is (group, unit, units) either way.
+template <class C>
+__device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const LogitsGroups& groups,
+                                                const Lengths<C>& lengths, int lane,
+                                                int* group_tiles) {
+  constexpr int kEach = Lengths<C>::kEach;
+  const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+  int tiles[kEach], sum = 0, active = 0, longest = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    tiles[j] = lengths.Tiles(p, groups, lane, j);
+    if (j < lengths.each) group_tiles[lane * lengths.each + j] = tiles[j];
+    sum += tiles[j], active += tiles[j] > 0, longest = max(longest, tiles[j]);
+  }
+  __syncwarp();
+  sum = __reduce_add_sync(~0u, sum);
+  active = __reduce_add_sync(~0u, active);
+  longest = __reduce_max_sync(~0u, longest);
+  int chunk = 0;
+  if (L18_WHOLE && active > 0 && active <= ctas && sum < 1 << 22) {
+    chunk = DivideUp(longest, ctas / active);
+    if (active < ctas) chunk = min(chunk, DivideUp(sum, ctas - active));
+    const float slack = static_cast<float>(chunk) * ctas - sum;
+    if (slack > ctas + sum * C::kWholeSlack) chunk = 0;
+  }
+  int parts[kEach], mine = 0;  // CTAs, or units, of a group
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    parts[j] = tiles[j] == 0 ? 0 : chunk > 0 ? DivideUp(tiles[j], chunk) : tiles[j] + C::kGroupUnits;
+    mine += parts[j];
+  }
+  const int through = SumUpToLane(mine, lane);
+  int before = through - mine, units = 1;
+  int begin = cta;
+  if (chunk == 0) begin = ShareOfCta(__shfl_sync(~0u, through, 31), &units);
+  Share share = {0, 0, units, {0, 0}};
+  bool owner = false;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (begin >= before && begin < before + parts[j]) {
+      share.group = lane * lengths.each + j, share.unit = begin - before;
+      share.tiles.end = tiles[j];
+      owner = true;
+    }
+    before += parts[j];
+  }
+  if (chunk > 0) {
+    const int from = share.unit * chunk;
+    share.unit = from + C::kGroupUnits, share.units = min(chunk, share.tiles.end - from);
+  }
+  const uint32_t found = __ballot_sync(~0u, owner);
+  const int lane_of = found != 0 ? __ffs(found) - 1 : 0;
+  share.group = __shfl_sync(~0u, share.group, lane_of);
+  share.unit = __shfl_sync(~0u, share.unit, lane_of);
+  share.units = found != 0 ? __shfl_sync(~0u, share.units, lane_of) : 0;
+  share.tiles.end = __shfl_sync(~0u, share.tiles.end, lane_of);
+  return share;
+}
+
+// A decode step's of any number of groups, by one warp.
 template <class C>
 __device__ __forceinline__ Share FindShareOfWarp(const LogitsParams& p, const LogitsGroups& groups,
                                                  int lane) {
