@@ -39,6 +39,9 @@ class Consumer {
   __device__ void Run() {
     Ring<2> segments;
     int turn = 0;  // consumer of the next tile
+#if L18_PP == 4
+    if (C::kOrdered && number_ == 1) ArriveNamed<256>(1);
+#endif
     while (true) {
       const int buffer = segments.index;
       Wait(&shared_.query_full[buffer], segments.phase);
@@ -192,11 +195,19 @@ class Consumer {
   // Ordered products: tile t's begins once the last step of tile t - 1's is what is left of it, so
   // that a warpgroup sums while the others multiply.
   __device__ __forceinline__ void BeginProduct() {
+#if L18_PP == 4
+    if constexpr (C::kOrdered) SyncNamed<256>(1 + number_);
+#else
     if constexpr (C::kOrdered) Wait(&shared_.turns[number_], turn_parity_);
+#endif
   }
   __device__ __forceinline__ void EndProduct() {
     if constexpr (C::kOrdered) {
-#if L18_PP == 1
+#if L18_PP == 4
+      WaitGroups<1>();
+      ArriveNamed<256>(1 + (number_ ^ 1));
+      return;
+#elif L18_PP == 1
       WaitGroups<1>();
 #elif L18_PP == 2
       WaitGroups<0>();

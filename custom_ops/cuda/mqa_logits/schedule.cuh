@@ -93,82 +93,76 @@ __device__ __forceinline__ void Walk(const LogitsParams& p, const LogitsGroups& 
   *group = at, *unit = offset;
 }
 
-// Groups of a step, if they are few and a length tells a group's tiles: lane i has those from
-// i * each on. Lengths are asked for before they are needed.
-template <class C>
+// Tiles of a step's groups, if these are few and a length each tells them: lane i has those of
+// kEach groups from i * kEach on. Lengths are asked for before they are needed.
+template <int kEach>
 struct Lengths {
-  static constexpr int kEach = kKnownGroups / 32;
-  int each;
-  int most;  // keys of a sequence that there can be
   int length[kEach];
 
   __device__ __forceinline__ static bool Known(const LogitsParams& p, const LogitsGroups& groups) {
-    return groups.count <= kKnownGroups && (!p.lens_per_row || groups.rows == 1);
+    return groups.count <= 32 * kEach && (!p.lens_per_row || groups.rows == 1);
   }
 
   // Asks for the lengths.
   __device__ __forceinline__ void Load(const LogitsParams& p, const LogitsGroups& groups,
                                        int lane) {
-    each = (groups.count + 31) / 32;
-    most = static_cast<int>(min(p.columns, p.max_blocks * p.page_size));
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      const int group = lane * each + j;
+      const int group = lane * kEach + j;
       length[j] = 0;
-      if (j < each && group < groups.count) {
+      if (group < groups.count) {
         length[j] = __ldg(p.context_lens +
                           (p.lens_per_row ? groups.FirstRow(p, group) : groups.Sequence(group)));
       }
     }
   }
 
-  // Tiles that the last row of a group sees, which sees most.
-  __device__ __forceinline__ int Tiles(const LogitsParams& p, const LogitsGroups& groups, int lane,
-                                       int j) const {
-    const int group = lane * each + j;
-    if (j >= each || group >= groups.count) return 0;
+  // Tiles that the last row of a group sees, which sees most; `most` keys are there.
+  __device__ __forceinline__ int Tiles(const LogitsParams& p, const LogitsGroups& groups, int most,
+                                       int lane, int j) const {
     int x = length[j];
-    if (!p.lens_per_row) {
-      x = max(x, 0);
-      if (groups.per_sequence > 1) {
-        const int part = group - groups.Sequence(group) * groups.per_sequence;
-        x -= max(static_cast<int>(p.next_n) - (part + 1) * groups.rows, 0);
-      }
+    if (groups.per_sequence > 1 && !p.lens_per_row) {
+      const int group = lane * kEach + j;
+      const int part = group - groups.Sequence(group) * groups.per_sequence;
+      x = max(x, 0) - max(static_cast<int>(p.next_n) - (part + 1) * groups.rows, 0);
     }
     return (min(max(x, 0), most) + kTileKeys - 1) / kTileKeys;
   }
 };
 
-// a / b, rounded up, for 0 < a < 2^22.
+// a / b, rounded up, for 0 < a < 2^22 and b > 0.
 __device__ __forceinline__ int DivideUp(int a, int b) {
-  const int x = static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b)));
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(static_cast<float>(b)));
+  const int x = static_cast<int>(static_cast<float>(a) * inverse);
   return x + (x * b < a ? 1 : 0);
 }
 
 // A decode step's, by one warp. Where CTAs that have `chunk` tiles of one group each take hardly
 // longer than equal shares would, they do: a CTA that goes on to a second group waits for its
-// queries. A share is (group, unit, units) either way.
-template <class C>
+// queries. A share is (group, unit, units) either way. Writes the groups' tiles to shared memory.
+template <class C, int kEach>
 __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const LogitsGroups& groups,
-                                                const Lengths<C>& lengths, int lane,
+                                                const Lengths<kEach>& lengths, int most, int lane,
                                                 int* group_tiles) {
-  constexpr int kEach = Lengths<C>::kEach;
   const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
   int tiles[kEach], sum = 0, active = 0, longest = 0;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    tiles[j] = lengths.Tiles(p, groups, lane, j);
-    if (j < lengths.each) group_tiles[lane * lengths.each + j] = tiles[j];
+    tiles[j] = lengths.Tiles(p, groups, most, lane, j);
+    group_tiles[lane * kEach + j] = tiles[j];
     sum += tiles[j], active += tiles[j] > 0, longest = max(longest, tiles[j]);
   }
-  __syncwarp();
   sum = __reduce_add_sync(~0u, sum);
-  active = __reduce_add_sync(~0u, active);
   longest = __reduce_max_sync(~0u, longest);
+  active = kEach == 1 ? __popc(__ballot_sync(~0u, active > 0)) : __reduce_add_sync(~0u, active);
   int chunk = 0;
   if (L18_WHOLE && active > 0 && active <= ctas && sum < 1 << 22) {
-    chunk = DivideUp(longest, ctas / active);
-    if (active < ctas) chunk = min(chunk, DivideUp(sum, ctas - active));
+    const int spare = max(ctas - active, 1);
+    // CTAs of each group, at least; the more, the fewer are left over.
+    const int each = DivideUp(ctas + 1, active) - 1;
+    chunk = DivideUp(longest, each);
+    if (active < ctas) chunk = min(chunk, DivideUp(sum, spare));
     const float slack = static_cast<float>(chunk) * ctas - sum;
     if (slack > ctas + sum * C::kWholeSlack) chunk = 0;
   }
@@ -187,8 +181,7 @@ __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const Log
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     if (begin >= before && begin < before + parts[j]) {
-      share.group = lane * lengths.each + j, share.unit = begin - before;
-      share.tiles.end = tiles[j];
+      share.group = lane * kEach + j, share.unit = begin - before, share.tiles.end = tiles[j];
       owner = true;
     }
     before += parts[j];

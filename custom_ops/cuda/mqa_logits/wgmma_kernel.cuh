@@ -60,14 +60,20 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   STAMP(0);
-  Lengths<C> lengths;
-  bool known = false;
+  constexpr int kMany = kKnownGroups / 32;
+  Lengths<1> few;
+  Lengths<kMany> many;
+  bool known = false, known_few = false;
   if constexpr (C::kPaged) {
-    known = Lengths<C>::Known(arguments.p, KnownGroups<C>(arguments.groups));
+    const LogitsParams p = KnownParams<C>(arguments.p);
+    const LogitsGroups groups = KnownGroups<C>(arguments.groups);
+    known_few = few.Known(p, groups), known = known_few || many.Known(p, groups);
     if (warp == 0) {  // on their way while others prepare the shared memory
       PdlWait();
-      if (known) {
-        lengths.Load(KnownParams<C>(arguments.p), KnownGroups<C>(arguments.groups), lane);
+      if (known_few) {
+        few.Load(p, groups, lane);
+      } else if (known) {
+        many.Load(p, groups, lane);
       }
     }
   }
@@ -88,8 +94,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       if (warp == 0) {
         const LogitsParams p = KnownParams<C>(arguments.p);
         const LogitsGroups groups = KnownGroups<C>(arguments.groups);
-        share = known ? FindKnownShare<C>(p, groups, lengths, lane, shared.group_tiles)
-                      : FindShareOfWarp<C>(p, groups, lane);
+        const int most = arguments.most_keys;
+        share = known_few ? FindKnownShare<C>(p, groups, few, most, lane, shared.group_tiles)
+                : known   ? FindKnownShare<C>(p, groups, many, most, lane, shared.group_tiles)
+                          : FindShareOfWarp<C>(p, groups, lane);
         if (share.units != -7) STAMP(2);
       }
     } else {
