@@ -111,8 +111,8 @@ struct Lengths {
       const int group = lane * kEach + j;
       length[j] = 0;
       if (group < groups.count) {
-        length[j] = __ldg(p.context_lens +
-                          (p.lens_per_row ? groups.FirstRow(p, group) : groups.Sequence(group)));
+        length[j] =
+            p.context_lens[p.lens_per_row ? groups.FirstRow(p, group) : groups.Sequence(group)];
       }
     }
   }
@@ -232,7 +232,7 @@ __device__ __forceinline__ Share FindShareOfWarp(const LogitsParams& p, const Lo
   return share;
 }
 
-// Prefetches a decode step's block tables, weights and queries into the L2 cache, a line a thread
+// Prefetches a decode step's lengths, block tables, weights and queries into the L2 cache, a line a thread
 // of the grid: a step is so short that what is read one after the other had better not come from
 // memory each time. Thread `thread` of `threads` in the CTA.
 __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p, int thread, int threads) {
@@ -245,6 +245,7 @@ __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p, int thread
     }
     line -= lines;
   };
+  prefetch(p.context_lens, (p.lens_per_row ? p.rows : p.batch) * 4);
   if (p.max_blocks > 0) {
     prefetch(p.block_tables, ((p.batch - 1) * p.table_stride + p.max_blocks) * 4);
   }

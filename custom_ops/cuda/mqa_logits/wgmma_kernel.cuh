@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
   if (warp > 0) InitShared(arguments, shared);
   if (!C::kFp8 && warp == 3) FillMagnitudes(shared.magnitudes, lane);
-  PdlWait();
   if (C::kPaged && threadIdx.x >= 128) {
     PrefetchInputs(arguments.p, threadIdx.x - 128, C::kThreads - 128);
   }
+  PdlWait();
   __syncthreads();
   PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
   if (warp == 0) STAMP(1);
