@@ -23,29 +23,27 @@ struct Pages {
 template <class C>
 class Loader {
  public:
-  __device__ Loader(const Arguments& arguments, Shared<C>& shared, const Share& share,
-                    bool lengths_known)
+  // Before the share is known, so that nothing of this waits for it.
+  __device__ Loader(const Arguments& arguments, Shared<C>& shared, bool lengths_known)
       : a_(arguments),
         p_(KnownParams<C>(arguments.p)),
         groups_(KnownGroups<C>(arguments.groups)),
         shared_(shared),
         lane_(threadIdx.x % 32),
-        left_(share.units),
-        group_(share.group),
-        skip_(share.unit),
-        tiles_(share.tiles),
         lengths_known_(lengths_known),
         known_(C::kPaged) {
     if constexpr (C::kPaged) {
       page_keys_ = static_cast<int>(p_.page_size);
-      page_bits_ = __ffs(page_keys_) - 1;
-      piece_bits_ = page_keys_ < kTileKeys ? 6 - page_bits_ : 0;
+      page_bits_ = Kept(__ffs(page_keys_) - 1);
+      piece_bits_ = Kept(page_keys_ < kTileKeys ? 6 - page_bits_ : 0);
+      max_blocks_ = Kept(static_cast<int>(min(p_.max_blocks, int64_t{0x7FFFFFFF})));
     }
   }
 
   // The next segment is asked for while this one's tiles are loaded: its queries, weights and page
   // ids would wait behind all the keys that are on their way.
-  __device__ void Run() {
+  __device__ void Run(const Share& share) {
+    left_ = share.units, group_ = share.group, skip_ = share.unit, tiles_ = share.tiles;
     Segment segment = NextSegment();
     Pages pages = {-1, 0};
     if constexpr (C::kPaged) pages = FindPages(segment, 0);
@@ -77,6 +75,12 @@ class Loader {
   }
 
  private:
+  // x, computed here and not where it is used first.
+  __device__ __forceinline__ static int Kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+  }
+
   // The share's next group that has tiles; tiles = -1 behind the last.
   __device__ Segment NextSegment() {
     while (left_ > 0) {
@@ -225,7 +229,7 @@ class Loader {
     if (tile >= segment.tiles) return {-1, 0};
     const int key = (segment.tile + tile) * kTileKeys + part * keys;
     const int block = page_keys_ <= kTileKeys ? key >> page_bits_ : key / page_keys_;
-    if (block >= p_.max_blocks) return {-1, 0};
+    if (block >= max_blocks_) return {-1, 0};
     return {p_.block_tables[segment.sequence * p_.table_stride + block], key - block * page_keys_};
   }
 
@@ -234,7 +238,7 @@ class Loader {
   const LogitsGroups groups_;
   Shared<C>& shared_;
   const int lane_;
-  int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0;
+  int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0, max_blocks_ = 0;
   int left_, group_, skip_;  // units of the share behind the segments so far, and where they begin
   TileRange tiles_;          // of group_ if known_
   const bool lengths_known_;  // group_tiles has them
@@ -338,14 +342,10 @@ class Preparer {
   const int thread_;
 };
 
+// What warps of the producer other than the first do.
 template <class C>
-__device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C>& shared,
-                                            const Share& share, bool lengths_known) {
+__device__ __forceinline__ void RunOthers(const Arguments& arguments, Shared<C>& shared) {
   const int warp = threadIdx.x / 32;
-  if (warp == 0) {
-    Loader<C>(arguments, shared, share, lengths_known).Run();
-    return;
-  }
   if (warp <= kPreparers<C>) Preparer<C>(arguments, shared).Run();
   constexpr int kFirst = C::kFp8 ? 2 : 1, kFillers = 4 - kFirst;
   const int filler = warp - kFirst;

@@ -89,21 +89,24 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if constexpr (!C::kPaged) FindShare(arguments.p, arguments.groups, shared);
   if (threadIdx.x < 128) {
     ReleaseRegisters<C::kProducerRegisters>();
+    if (warp > 0) {
+      RunOthers(arguments, shared);
+      return;
+    }
+    Loader<C> loader(arguments, shared, known);
     Share share;
     if constexpr (C::kPaged) {
-      if (warp == 0) {
-        const LogitsParams p = KnownParams<C>(arguments.p);
-        const LogitsGroups groups = KnownGroups<C>(arguments.groups);
-        const int most = arguments.most_keys;
-        share = known_few ? FindKnownShare<C>(p, groups, few, most, lane, shared.group_tiles)
-                : known   ? FindKnownShare<C>(p, groups, many, most, lane, shared.group_tiles)
-                          : FindShareOfWarp<C>(p, groups, lane);
-        if (share.units != -7) STAMP(2);
-      }
+      const LogitsParams p = KnownParams<C>(arguments.p);
+      const LogitsGroups groups = KnownGroups<C>(arguments.groups);
+      const int most = arguments.most_keys;
+      share = known_few ? FindKnownShare<C>(p, groups, few, most, lane, shared.group_tiles)
+              : known   ? FindKnownShare<C>(p, groups, many, most, lane, shared.group_tiles)
+                        : FindShareOfWarp<C>(p, groups, lane);
+      if (share.units != -7) STAMP(2);
     } else {
       share = shared.share;
     }
-    RunProducer(arguments, shared, share, known);
+    loader.Run(share);
   } else {
     ClaimRegisters<C::kConsumerRegisters>();
     Consumer<C>(arguments, shared).Run();
