@@ -5,7 +5,7 @@
 #include "cuda/mqa_logits/variant.h"
 
 #ifndef L18_PP
-#define L18_PP 1
+#define L18_PP 0
 #endif
 #ifndef L18_PP4
 #define L18_PP4 0
@@ -14,13 +14,22 @@
 #define L18_WHOLE 1
 #endif
 #ifndef L18_EF
-#define L18_EF 0
+#define L18_EF 1
 #endif
 #ifndef L18_STAGES
 #define L18_STAGES 16
 #endif
 #ifndef L18_STAGES4
 #define L18_STAGES4 24
+#endif
+#ifndef L18_BATCH
+#define L18_BATCH 4
+#endif
+#ifndef L18_BATCH4
+#define L18_BATCH4 8
+#endif
+#ifndef L18_CHUNK
+#define L18_CHUNK 1
 #endif
 #ifndef L18_SP
 #define L18_SP 1
@@ -63,7 +72,7 @@ struct Config {
   static_assert(kStages % kConsumers == 0);
   // Tiles of pages that are asked for at once, each in lanes of its own: one after the other they
   // would take a warp longer than tiles of 64 columns take the consumers.
-  static constexpr int kBatch = kStages == 15 ? 3 : 4;
+  static constexpr int kBatch = kStages == 15 ? 3 : kFp8 ? L18_BATCH : L18_BATCH4;
   static_assert(!kPaged || kStages % kBatch == 0);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // A stage: the codes of its keys, where they are MXFP4's their scales behind them as in a page of

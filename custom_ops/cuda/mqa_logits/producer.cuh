@@ -19,6 +19,12 @@ struct Pages {
   int page;
   int row;  // of its first key in the page
 };
+struct Piece {
+  int page;  // -1: none
+  int row;
+  uint32_t unassigned;  // of the tile: a bit for every 8 keys
+  uint32_t bytes;       // of the tile's pieces that have a page
+};
 
 template <class C>
 class Loader {
@@ -132,15 +138,18 @@ class Loader {
       } else {
         const int each = 32 >> piece_bits_, at = *i & (each - 1);
         if (at == 0) {
-          pages_ = following_;
-          assigned_ = __ballot_sync(~0u, pages_.page >= 0 && pages_.page < p_.num_pages);
+          piece_ = PieceOf(following_);
           if (*i + each < segment.tiles) following_ = FindPages(segment, *i + each);
-          if (*i == 0 && assigned_ != 0) STAMP(3);
+          if (*i == 0 && piece_.page != -7) STAMP(3);
         }
-        LoadPages(at);
-        if (*i == 0) STAMP(4);
-        stages_.Advance();
-        ++*i;
+        // The share's first tile goes alone: others' copies would take time ahead of its scales'.
+        const int batch = first_ ? 1 : C::kBatch - stages_.index % C::kBatch;
+        const int count = min(min(batch, each - at), stop - *i);
+        LoadPieces(at, count);
+        if (first_) STAMP(4);
+        first_ = false;
+        stages_.Advance(count);
+        *i += count;
       }
     }
   }
@@ -156,53 +165,6 @@ class Loader {
       CopyBox(&a_.key_scales, shared_.Scales(stage), barrier, key * kLogitsScaleBytes, 0, 0);
     }
     __syncwarp();
-  }
-
-  // Tile `at` of those whose pieces the lanes have.
-  __device__ __forceinline__ void LoadPages(int at) {
-    const int pieces = 1 << piece_bits_, keys = kTileKeys >> piece_bits_;
-    const int first = at << piece_bits_;
-    const uint32_t assigned = assigned_ >> first & ((1u << pieces) - 1);
-    const int stage = stages_.index;
-    uint64_t* barrier = &shared_.key_full[stage];
-    Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
-    if (ElectOne()) {
-      uint32_t unassigned = assigned == 0 ? 0xFF : 0;
-      if (pieces > 1) {
-        const int bits = 8 >> piece_bits_;
-        for (int part = 0; part < pieces; ++part) {
-          if (!(assigned >> part & 1)) unassigned |= ((1u << bits) - 1) << part * bits;
-        }
-      }
-      shared_.unassigned[stage] = unassigned;
-      ArriveExpect(barrier, __popc(assigned) * keys * (C::kCodeBytes + kLogitsScaleBytes));
-    }
-#pragma unroll 1
-    for (int part = 0; part < pieces; ++part) {
-      const int page = __shfl_sync(~0u, pages_.page, first + part);
-      const int row = __shfl_sync(~0u, pages_.row, first + part);
-      if ((assigned >> part & 1) && ElectOne()) LoadPiece(stage, part * keys, keys, page, row);
-    }
-    __syncwarp();
-  }
-
-  // `keys` keys of a page from `row` on, to a stage's from `to` on; by one lane.
-  __device__ __forceinline__ void LoadPiece(int stage, int to, int keys, int page, int row) {
-    uint64_t* barrier = &shared_.key_full[stage];
-    uint8_t* target = shared_.key[stage] + to * C::kCodeBytes;
-    const uint8_t* codes = p_.cache + page * p_.page_stride;
-    const uint8_t* scales = codes + page_keys_ * C::kCodeBytes + row * kLogitsScaleBytes;
-    codes += row * C::kCodeBytes;
-    if constexpr (C::kFp8) {
-      Copy(target, barrier, row, page);
-    } else if (page_keys_ == kTileKeys) {  // a stage is like a page
-      Copy(codes, target, barrier, C::kStageBytes);
-      return;
-    } else {
-      Copy(codes, target, barrier, keys * C::kCodeBytes);
-    }
-    Copy(scales, shared_.Scales(stage) + to * kLogitsScaleBytes, barrier,
-         keys * kLogitsScaleBytes);
   }
 
   __device__ __forceinline__ void Copy(void* target, uint64_t* barrier, int row, int page) const {
@@ -233,6 +195,58 @@ class Loader {
     return {p_.block_tables[segment.sequence * p_.table_stride + block], key - block * page_keys_};
   }
 
+  // What is loaded for it. All lanes.
+  __device__ Piece PieceOf(const Pages& pages) const {
+    const int pieces = 1 << piece_bits_, keys = kTileKeys >> piece_bits_;
+    const int part = lane_ & (pieces - 1), bits = 8 >> piece_bits_;
+    Piece piece = {pages.page, pages.row, 0, 0};
+    if (piece.page < 0 || piece.page >= p_.num_pages) {
+      piece.page = -1;
+      piece.unassigned = ((1u << bits) - 1) << part * bits;
+    } else {
+      piece.bytes = keys * (C::kCodeBytes + kLogitsScaleBytes);
+    }
+    for (int step = 1; step < pieces; step *= 2) {
+      piece.unassigned |= __shfl_xor_sync(~0u, piece.unassigned, step);
+      piece.bytes += __shfl_xor_sync(~0u, piece.bytes, step);
+    }
+    return piece;
+  }
+
+  // Tiles at .. at + count - 1 of those whose pieces the lanes have, to as many stages.
+  __device__ void LoadPieces(int at, int count) {
+    const int keys = kTileKeys >> piece_bits_, part = lane_ & ((1 << piece_bits_) - 1);
+    const int turn = (lane_ >> piece_bits_) - at;
+    const bool mine = turn >= 0 && turn < count;
+    Ring<C::kStages> stages = stages_;
+    if (mine) stages.Advance(turn);
+    const int stage = stages.index;
+    uint64_t* barrier = &shared_.key_full[stage];
+    if (mine) Wait(&shared_.key_empty[stage], stages.phase ^ 1);
+    if (mine && part == 0) {
+      shared_.unassigned[stage] = piece_.unassigned;
+      ArriveExpect(barrier, piece_.bytes);
+    }
+    __syncwarp();
+    if (mine && piece_.page >= 0) {
+      const uint8_t* page = p_.cache + piece_.page * p_.page_stride;
+      uint8_t* target = shared_.key[stage] + part * keys * C::kCodeBytes;
+      if (!C::kFp8 && page_keys_ == kTileKeys) {  // a stage is like a page
+        Copy(page, target, barrier, C::kStageBytes);
+      } else {
+        if constexpr (C::kFp8) {
+          Copy(target, barrier, piece_.row, piece_.page);
+        } else {
+          Copy(page + piece_.row * C::kCodeBytes, target, barrier, keys * C::kCodeBytes);
+        }
+        Copy(page + page_keys_ * C::kCodeBytes + piece_.row * kLogitsScaleBytes,
+             shared_.Scales(stage) + part * keys * kLogitsScaleBytes, barrier,
+             keys * kLogitsScaleBytes);
+      }
+    }
+    __syncwarp();
+  }
+
   const Arguments& a_;
   const LogitsParams p_;
   const LogitsGroups groups_;
@@ -243,8 +257,9 @@ class Loader {
   TileRange tiles_;          // of group_ if known_
   const bool lengths_known_;  // group_tiles has them
   bool known_;
-  Pages pages_, following_;  // those of this tile and on, and the next
-  uint32_t assigned_;        // lanes whose page is one
+  Pages following_;           // pages of the next tiles, a piece a lane
+  Piece piece_;               // of these tiles
+  bool first_ = true;         // no tile is loaded yet
   Ring<2> segments_;
   Ring<C::kStages> stages_;
 };

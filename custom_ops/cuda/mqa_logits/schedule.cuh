@@ -111,6 +111,7 @@ struct Lengths {
       const int group = lane * kEach + j;
       length[j] = 0;
       if (group < groups.count) {
+        STAMP(9);
         length[j] =
             p.context_lens[p.lens_per_row ? groups.FirstRow(p, group) : groups.Sequence(group)];
       }
@@ -147,6 +148,7 @@ __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const Log
                                                 int* group_tiles) {
   const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
   int tiles[kEach], sum = 0, active = 0, longest = 0;
+  if (lengths.length[0] != -7) STAMP(10);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     tiles[j] = lengths.Tiles(p, groups, most, lane, j);
@@ -164,7 +166,7 @@ __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const Log
     chunk = DivideUp(longest, each);
     if (active < ctas) chunk = min(chunk, DivideUp(sum, spare));
     const float slack = static_cast<float>(chunk) * ctas - sum;
-    if (slack > ctas + sum * C::kWholeSlack) chunk = 0;
+    chunk = slack > ctas + sum * C::kWholeSlack ? 0 : max(chunk, L18_CHUNK);
   }
   int parts[kEach], mine = 0;  // CTAs, or units, of a group
 #pragma unroll
