@@ -50,9 +50,17 @@ class Loader {
   // ids would wait behind all the keys that are on their way.
   __device__ void Run(const Share& share) {
     left_ = share.units, group_ = share.group, skip_ = share.unit, tiles_ = share.tiles;
-    Segment segment = NextSegment();
     Pages pages = {-1, 0};
-    if constexpr (C::kPaged) pages = FindPages(segment, 0);
+    // Where the share most likely begins: the page ids are on their way while the rest is found out.
+    const int sequence = groups_.Sequence(group_);
+    const int tile = tiles_.begin + max(skip_ - C::kGroupUnits, 0);
+    if constexpr (C::kPaged) pages = FindPages(sequence, tile, tiles_.end - tile, 0);
+    Segment segment = NextSegment();
+    if constexpr (C::kPaged) {
+      if (segment.tiles > 0 && (segment.sequence != sequence || segment.tile != tile)) {
+        pages = FindPages(segment, 0);
+      }
+    }
     Ask(segment);
     // Tiles of this segment that are loaded before the next one is sought, and before it is asked
     // for. A step's first keys had better not wait for that.
@@ -145,7 +153,11 @@ class Loader {
         // The share's first tile goes alone: others' copies would take time ahead of its scales'.
         const int batch = first_ ? 1 : C::kBatch - stages_.index % C::kBatch;
         const int count = min(min(batch, each - at), stop - *i);
-        LoadPieces(at, count);
+        if (first_ && piece_bits_ == 0) {
+          LoadFirst();
+        } else {
+          LoadPieces(at, count);
+        }
         if (first_) STAMP(4);
         first_ = false;
         stages_.Advance(count);
@@ -186,13 +198,37 @@ class Loader {
   // Piece lane % pieces of tile i + lane / pieces: the page of its keys, as the table has it, and
   // its first key's row there.
   __device__ Pages FindPages(const Segment& segment, int i) const {
+    return FindPages(segment.sequence, segment.tile, segment.tiles, i);
+  }
+  __device__ __forceinline__ Pages FindPages(int sequence, int first, int tiles, int i) const {
     const int pieces = 1 << piece_bits_, keys = kTileKeys >> piece_bits_;
     const int tile = i + (lane_ >> piece_bits_), part = lane_ & (pieces - 1);
-    if (tile >= segment.tiles) return {-1, 0};
-    const int key = (segment.tile + tile) * kTileKeys + part * keys;
+    if (tile >= tiles) return {-1, 0};
+    const int key = (first + tile) * kTileKeys + part * keys;
     const int block = page_keys_ <= kTileKeys ? key >> page_bits_ : key / page_keys_;
     if (block >= max_blocks_) return {-1, 0};
-    return {p_.block_tables[segment.sequence * p_.table_stride + block], key - block * page_keys_};
+    return {p_.block_tables[sequence * p_.table_stride + block], key - block * page_keys_};
+  }
+
+  // The share's first tile, of one piece: as LoadPieces would, without lanes of its own.
+  __device__ __forceinline__ void LoadFirst() {
+    const int page = __shfl_sync(~0u, piece_.page, 0), row = __shfl_sync(~0u, piece_.row, 0);
+    if (ElectOne()) {
+      uint64_t* barrier = &shared_.key_full[0];
+      shared_.unassigned[0] = page < 0 ? 0xFF : 0;
+      ArriveExpect(barrier, page < 0 ? 0 : kTileKeys * (C::kCodeBytes + kLogitsScaleBytes));
+      if (page >= 0) {
+        const uint8_t* codes = p_.cache + page * p_.page_stride;
+        if constexpr (C::kFp8) {
+          Copy(shared_.key[0], barrier, row, page);
+        } else {
+          Copy(codes + row * C::kCodeBytes, shared_.key[0], barrier, kTileKeys * C::kCodeBytes);
+        }
+        Copy(codes + page_keys_ * C::kCodeBytes + row * kLogitsScaleBytes, shared_.Scales(0),
+             barrier, C::kScaleBytes);
+      }
+    }
+    __syncwarp();
   }
 
   // What is loaded for it. All lanes.
