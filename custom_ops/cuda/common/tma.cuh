@@ -40,9 +40,10 @@ __device__ __forceinline__ void CopyBulk(const void* source, void* target, uint6
       : "memory");
 }
 
-// The same with a hint to the L2 cache (createpolicy's words): evict first.
+// What createpolicy makes for lines that leave the L2 cache before others.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 
+// CopyBox and CopyBulk of data that nobody reads again soon.
 __device__ __forceinline__ void CopyBoxOnce(const CUtensorMap* map, void* target, uint64_t* barrier,
                                             int c0, int c1, int c2) {
   asm volatile(

@@ -4,46 +4,6 @@
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mqa_logits/variant.h"
 
-#ifndef L18_PP
-#define L18_PP 0
-#endif
-#ifndef L18_PP4
-#define L18_PP4 0
-#endif
-#ifndef L18_WHOLE
-#define L18_WHOLE 1
-#endif
-#ifndef L18_EF
-#define L18_EF 1
-#endif
-#ifndef L18_STAGES
-#define L18_STAGES 16
-#endif
-#ifndef L18_STAGES4
-#define L18_STAGES4 24
-#endif
-#ifndef L18_BATCH
-#define L18_BATCH 4
-#endif
-#ifndef L18_BATCH4
-#define L18_BATCH4 8
-#endif
-#ifndef L18_CHUNK
-#define L18_CHUNK 1
-#endif
-#ifndef L18_SP
-#define L18_SP 1
-#endif
-#ifndef L18_MAX
-#define L18_MAX 0
-#endif
-#ifdef L18_TRACE
-static __device__ long long stamps[132][16];
-#define STAMP(i) do { if ((threadIdx.x & 127) == 0 && blockIdx.x < 132) stamps[blockIdx.x][i] = clock64(); } while (0)
-#else
-#define STAMP(i) do {} while (0)
-#endif
-
 namespace fastattn::cuda::mqa_logits {
 
 inline constexpr int kDim = 128;
@@ -63,35 +23,32 @@ struct Config {
   static constexpr int kCodeBytes = kFp8 ? kDim : kDim / 2;
   // Warpgroups: as many as their accumulators, weights and operands leave registers for. A tile of
   // few columns is a chain of short steps, which only other tiles' hide.
-  static constexpr bool kTwoOperands = !kFp8 && kColumns == 64 && L18_SP;
+  static constexpr bool kTwoOperands = !kFp8 && kPaged && kColumns == 64;
   static constexpr int kConsumers = kTwoOperands ? 3 : kColumns == 64 ? 4 : kColumns == 128 ? 3 : 2;
   // A stage's tiles are all of one warpgroup: its waits see every phase of the stage's barrier. A
   // warpgroup that came to a stage for the first time after others' turns could take the phase
   // before the one that it waits for, still loading, for it: waits tell phases by parity only.
-  static constexpr int kStages = !kFp8 ? L18_STAGES4 : kConsumers == 4 ? L18_STAGES : kConsumers == 3 ? 15 : 14;
+  static constexpr int kStages = !kFp8 ? 24 : kConsumers == 4 ? 16 : kConsumers == 3 ? 15 : 14;
   static_assert(kStages % kConsumers == 0);
   // Tiles of pages that are asked for at once, each in lanes of its own: one after the other they
   // would take a warp longer than tiles of 64 columns take the consumers.
-  static constexpr int kBatch = kStages == 15 ? 3 : kFp8 ? L18_BATCH : L18_BATCH4;
+  static constexpr int kBatch = kStages == 15 ? 3 : kFp8 ? 4 : 8;
   static_assert(!kPaged || kStages % kBatch == 0);
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // A stage: the codes of its keys, where they are MXFP4's their scales behind them as in a page of
   // kTileKeys tokens, so that one copy brings both.
   static constexpr int kScaleBytes = kTileKeys * kLogitsScaleBytes;
   static constexpr int kStageBytes = kTileKeys * kCodeBytes + (kFp8 ? 0 : kScaleBytes);
-  // Products of the consumers one after the other: those of two at once would each take twice as
-  // long, and leave no sums of the one for the time of the other's product.
-  static constexpr bool kOrdered = !kPaged && (kFp8 ? L18_PP != 0 : L18_PP4 != 0);
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
   // these wait forever for registers that the launch did not take.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 4           ? 64
+  static constexpr int kProducerRegisters = kConsumers == 4                             ? 64
                                             : kConsumers == 3 && (kFp8 || kTwoOperands) ? 80
-                                                                      : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 4   ? 104
-                                            : kConsumers == 2 ? 224
+                                                                                        : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 4        ? 104
+                                            : kConsumers == 2      ? 224
                                             : kFp8 || kTwoOperands ? 144
-                                                              : 152;
+                                                                   : 152;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * kRegisters);
   // How much more work, of the average, than in equal shares a CTA may have for the sake of tiles
@@ -140,7 +97,7 @@ struct Shared {
   int wide[2];                      // mxfp4: a head of these queries is no row of e4m3
   uint32_t unassigned[C::kStages];  // a bit for every 8 keys of the tile
   Segment segments[2];
-  int group_tiles[C::kPaged ? kKnownGroups : 1];  // of a step, where Lengths<C> knows them
+  int group_tiles[C::kPaged ? kKnownGroups : 1];  // of a step, where Lengths knows them
   int warp_sums[C::kThreads / 32];
   Share share;  // ragged
   uint64_t segment_found[2];
@@ -148,7 +105,6 @@ struct Shared {
   uint64_t query_empty[2];
   uint64_t key_full[C::kStages];
   uint64_t key_empty[C::kStages];
-  uint64_t turns[C::kConsumers];  // kOrdered: of products
 
   __device__ __forceinline__ uint8_t* Scales(int stage) {
     return C::kFp8 ? fp8_scales[stage] : key[stage] + kTileKeys * C::kCodeBytes;

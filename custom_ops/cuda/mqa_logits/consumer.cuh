@@ -33,19 +33,14 @@ class Consumer {
         own_row_(Kept(row_ + 8 * (lane_ & 1))),
         codes_(Kept(row_ * C::kCodeBytes + lane_ % 4 * 16)),
         selector_(C::kFp8 ? 0 : Kept(lane_ % 4 * 0x1111 + 0x4400)),
-        ones_(C::kFp8 ? 0 : static_cast<uint32_t>(shared.magnitudes[kMostShift + 1])),
-        turn_parity_(number_ == 0 ? 1 : 0) {}
+        ones_(C::kFp8 ? 0 : static_cast<uint32_t>(shared.magnitudes[kMostShift + 1])) {}
 
   __device__ void Run() {
     Ring<2> segments;
     int turn = 0;  // consumer of the next tile
-#if L18_PP == 4
-    if (C::kOrdered && number_ == 1) ArriveNamed<256>(1);
-#endif
     while (true) {
       const int buffer = segments.index;
       Wait(&shared_.query_full[buffer], segments.phase);
-      if (number_ == 0) STAMP(5);
       const int tiles = shared_.segments[buffer].tiles, tile = shared_.segments[buffer].tile;
       if (tiles < 0) return;
       LoadWeights(buffer);
@@ -120,7 +115,6 @@ class Consumer {
         if (i + C::kConsumers >= tiles) break;
         Step(buffer, tile, i + C::kConsumers, tiles, columns, odd_keys, odd, &even_keys, even);
       }
-      return;
     } else {
       RunPlainTiles(buffer, tile, first, tiles, columns);
     }
@@ -132,40 +126,33 @@ class Consumer {
     for (int i = first; i < tiles; i += C::kConsumers) {
       const int stage = stages_.index;
       Wait(&shared_.key_full[stage], stages_.phase);
-      if (number_ == 0 && i == first) STAMP(6);
       TileKeys keys = LoadScales(stage, tile + i);
       float a[kRegisters];
       if constexpr (C::kFp8) {
-        BeginProduct();
         FenceProducts();
-        MultiplyTile<C::kOrdered>(a, KeyOperand(stage), columns);
-        EndProduct();
+        MultiplyTile(a, KeyOperand(stage), columns);
         WaitProducts<0>(a);
         ArriveWarp(&shared_.key_empty[stage]);
       } else {
         uint32_t operand[16];
         LoadOperand(stage, &keys, operand);
         ArriveWarp(&shared_.key_empty[stage]);
-        BeginProduct();
         FenceProducts();
-        MultiplyTile<C::kOrdered>(a, operand, columns);
-        EndProduct();
+        MultiplyTile(a, operand, columns);
         WaitProducts<0>(a);
         KeepRegisters(operand);
         if (wide_) keys.wide = ~0u;
       }
       stages_.Advance(min(C::kConsumers, tiles - i));  // those in between are others'
       SumHeads(a, keys, buffer);
-      if (number_ == 0 && i == first) STAMP(7);
-      if (number_ == 0) STAMP(8);
       if constexpr (!C::kFp8) {
         if (keys.wide != 0) WideRows(buffer, keys);
       }
     }
   }
 
-  // MXFP4: waits for a tile's keys, makes them operands and gives their stage back. `left`: tiles of
-  // the segment from here on.
+  // MXFP4: waits for a tile's keys, makes them operands and gives their stage back. `left`: tiles
+  // of the segment from here on.
   __device__ __forceinline__ void TakeOperand(int tile, int left, TileKeys* keys,
                                               uint32_t (&operand)[16]) {
     const int stage = stages_.index;
@@ -183,7 +170,7 @@ class Consumer {
                                        TileKeys* next_keys, uint32_t (&next)[16]) {
     float a[kRegisters];
     FenceProducts();
-    MultiplyTile<false>(a, operand, columns);
+    MultiplyTile(a, operand, columns);
     const int j = i + C::kConsumers;
     if (j < tiles) TakeOperand(tile + j, tiles - j, next_keys, next);
     WaitProducts<0>(a);
@@ -192,47 +179,15 @@ class Consumer {
     if (keys.wide != 0) WideRows(buffer, keys);
   }
 
-  // Ordered products: tile t's begins once the last step of tile t - 1's is what is left of it, so
-  // that a warpgroup sums while the others multiply.
-  __device__ __forceinline__ void BeginProduct() {
-#if L18_PP == 4
-    if constexpr (C::kOrdered) SyncNamed<256>(1 + number_);
-#else
-    if constexpr (C::kOrdered) Wait(&shared_.turns[number_], turn_parity_);
-#endif
-  }
-  __device__ __forceinline__ void EndProduct() {
-    if constexpr (C::kOrdered) {
-#if L18_PP == 4
-      WaitGroups<1>();
-      ArriveNamed<256>(1 + (number_ ^ 1));
-      return;
-#elif L18_PP == 1
-      WaitGroups<1>();
-#elif L18_PP == 2
-      WaitGroups<0>();
-#endif
-      ArriveWarp(&shared_.turns[number_ + 1 < C::kConsumers ? number_ + 1 : 0]);
-      turn_parity_ ^= 1;
-    }
-  }
-
   // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
   __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint32_t (&operand)[16]) {
     const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.Scales(stage)) + row_;
     const uint8_t* codes = shared_.key[stage] + codes_;
     // The block's exponent bytes of both keys, each twice, and the largest of each key: as halves
     // of a word, which are compared at once.
-#if L18_MAX
-    const uint32_t one = scales[0], two = scales[8];
-    const uint32_t mine = PermuteBytes(one, two, selector_);
-    const uint32_t largest = __vmaxu2(__vmaxu2(PermuteBytes(one, two, 0x4400), PermuteBytes(one, two, 0x5511)),
-                                __vmaxu2(PermuteBytes(one, two, 0x6622), PermuteBytes(one, two, 0x7733)));
-#else
     const uint32_t mine = PermuteBytes(scales[0], scales[8], selector_);
     uint32_t largest = __vmaxu2(mine, __shfl_xor_sync(~0u, mine, 1));
     largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, 2));
-#endif
     const uint32_t least = largest - 0x01010101u * kMostShift;
     const uint32_t raised = __vmaxu2(mine, least), shifts = raised - least;
     const uint32_t plain = __vmaxu2(__vminu2(largest, 0x01010101u * (127 + kMostFactor)),
@@ -357,7 +312,6 @@ class Consumer {
   const uint32_t selector_;  // of the lane's block in its keys' exponents
   const uint32_t ones_;
   QueryCells cells_;  // of a segment of one query
-  uint32_t turn_parity_;
   bool wide_;         // a head of the segment's is no row of e4m3
   float weights_[C::kColumns / 4];
 };

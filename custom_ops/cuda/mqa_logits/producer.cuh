@@ -51,7 +51,8 @@ class Loader {
   __device__ void Run(const Share& share) {
     left_ = share.units, group_ = share.group, skip_ = share.unit, tiles_ = share.tiles;
     Pages pages = {-1, 0};
-    // Where the share most likely begins: the page ids are on their way while the rest is found out.
+    // Where the share most likely begins: the page ids are on their way while the rest is found
+    // out.
     const int sequence = groups_.Sequence(group_);
     const int tile = tiles_.begin + max(skip_ - C::kGroupUnits, 0);
     if constexpr (C::kPaged) pages = FindPages(sequence, tile, tiles_.end - tile, 0);
@@ -72,8 +73,8 @@ class Loader {
       following_ = pages;
 #pragma unroll 1
       for (int part = 0; part < 3; ++part) {
-        LoadTiles(segment, &i, min(part == 0 ? seek : part == 1 ? ask : segment.tiles,
-                                   segment.tiles));
+        const int stop = part == 0 ? seek : part == 1 ? ask : segment.tiles;
+        LoadTiles(segment, &i, min(stop, segment.tiles));
         if (part == 0) {
           next = NextSegment();
           if constexpr (C::kPaged) next_pages = FindPages(next, 0);
@@ -148,7 +149,6 @@ class Loader {
         if (at == 0) {
           piece_ = PieceOf(following_);
           if (*i + each < segment.tiles) following_ = FindPages(segment, *i + each);
-          if (*i == 0 && piece_.page != -7) STAMP(3);
         }
         // The share's first tile goes alone: others' copies would take time ahead of its scales'.
         const int batch = first_ ? 1 : C::kBatch - stages_.index % C::kBatch;
@@ -158,7 +158,6 @@ class Loader {
         } else {
           LoadPieces(at, count);
         }
-        if (first_) STAMP(4);
         first_ = false;
         stages_.Advance(count);
         *i += count;
@@ -179,20 +178,14 @@ class Loader {
     __syncwarp();
   }
 
+  // Keys of a step are read once, or by few CTAs: they leave the L2 cache before what else it
+  // holds.
   __device__ __forceinline__ void Copy(void* target, uint64_t* barrier, int row, int page) const {
-#if L18_EF
     CopyBoxOnce(&a_.key, target, barrier, 0, row, page);
-#else
-    CopyBox(&a_.key, target, barrier, 0, row, page);
-#endif
   }
   __device__ __forceinline__ void Copy(const uint8_t* source, void* target, uint64_t* barrier,
                                        uint32_t bytes) const {
-#if L18_EF
     CopyBulkOnce(source, target, barrier, bytes);
-#else
-    CopyBulk(source, target, barrier, bytes);
-#endif
   }
 
   // Piece lane % pieces of tile i + lane / pieces: the page of its keys, as the table has it, and
@@ -289,13 +282,13 @@ class Loader {
   Shared<C>& shared_;
   const int lane_;
   int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0, max_blocks_ = 0;
-  int left_, group_, skip_;  // units of the share behind the segments so far, and where they begin
-  TileRange tiles_;          // of group_ if known_
+  int left_, group_, skip_;   // units of the share behind the segments so far, and where they begin
+  TileRange tiles_;           // of group_ if known_
   const bool lengths_known_;  // group_tiles has them
   bool known_;
-  Pages following_;           // pages of the next tiles, a piece a lane
-  Piece piece_;               // of these tiles
-  bool first_ = true;         // no tile is loaded yet
+  Pages following_;    // pages of the next tiles, a piece a lane
+  Piece piece_;        // of these tiles
+  bool first_ = true;  // no tile is loaded yet
   Ring<2> segments_;
   Ring<C::kStages> stages_;
 };

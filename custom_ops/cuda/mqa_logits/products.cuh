@@ -58,28 +58,25 @@ __device__ __forceinline__ void WaitProducts(float (&d)[128]) {
 
 #undef FASTATTN_SHARED256
 
-// d = keys * columns, both in shared memory, rows of 128 bytes. kSplit: the last step is a group of
-// its own, so that the others can be waited for.
-template <bool kSplit, int kRegisters>
+// d = keys * columns, both in shared memory, rows of 128 bytes.
+template <int kRegisters>
 __device__ __forceinline__ void MultiplyTile(float (&d)[kRegisters], uint64_t keys,
                                              uint64_t columns) {
   SharedProduct<false>(d, keys, columns);
 #pragma unroll
   for (int step = 1; step < 4; ++step) {
-    if (kSplit && step == 3) CommitProducts();
     SharedProduct<true>(d, keys + 2 * step, columns + 2 * step);
   }
   CommitProducts();
 }
 
 // The same with the keys in registers, four a step of 32 channels.
-template <bool kSplit, int kRegisters>
+template <int kRegisters>
 __device__ __forceinline__ void MultiplyTile(float (&d)[kRegisters], const uint32_t (&keys)[16],
                                              uint64_t columns) {
   MultiplyRegisters<false>(d, keys, columns);
 #pragma unroll
   for (int step = 1; step < 4; ++step) {
-    if (kSplit && step == 3) CommitProducts();
     MultiplyRegisters<true>(d, keys + 4 * step, columns + 2 * step);
   }
   CommitProducts();

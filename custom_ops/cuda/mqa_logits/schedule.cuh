@@ -111,7 +111,6 @@ struct Lengths {
       const int group = lane * kEach + j;
       length[j] = 0;
       if (group < groups.count) {
-        STAMP(9);
         length[j] =
             p.context_lens[p.lens_per_row ? groups.FirstRow(p, group) : groups.Sequence(group)];
       }
@@ -148,7 +147,6 @@ __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const Log
                                                 int* group_tiles) {
   const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
   int tiles[kEach], sum = 0, active = 0, longest = 0;
-  if (lengths.length[0] != -7) STAMP(10);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     tiles[j] = lengths.Tiles(p, groups, most, lane, j);
@@ -159,19 +157,21 @@ __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const Log
   longest = __reduce_max_sync(~0u, longest);
   active = kEach == 1 ? __popc(__ballot_sync(~0u, active > 0)) : __reduce_add_sync(~0u, active);
   int chunk = 0;
-  if (L18_WHOLE && active > 0 && active <= ctas && sum < 1 << 22) {
+  if (active > 0 && active <= ctas && sum < 1 << 22) {
     const int spare = max(ctas - active, 1);
     // CTAs of each group, at least; the more, the fewer are left over.
     const int each = DivideUp(ctas + 1, active) - 1;
     chunk = DivideUp(longest, each);
     if (active < ctas) chunk = min(chunk, DivideUp(sum, spare));
     const float slack = static_cast<float>(chunk) * ctas - sum;
-    chunk = slack > ctas + sum * C::kWholeSlack ? 0 : max(chunk, L18_CHUNK);
+    chunk = slack > ctas + sum * C::kWholeSlack ? 0 : chunk;
   }
   int parts[kEach], mine = 0;  // CTAs, or units, of a group
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    parts[j] = tiles[j] == 0 ? 0 : chunk > 0 ? DivideUp(tiles[j], chunk) : tiles[j] + C::kGroupUnits;
+    parts[j] = tiles[j] == 0 ? 0
+               : chunk > 0   ? DivideUp(tiles[j], chunk)
+                             : tiles[j] + C::kGroupUnits;
     mine += parts[j];
   }
   const int through = SumUpToLane(mine, lane);
@@ -234,9 +234,9 @@ __device__ __forceinline__ Share FindShareOfWarp(const LogitsParams& p, const Lo
   return share;
 }
 
-// Prefetches a decode step's lengths, block tables, weights and queries into the L2 cache, a line a thread
-// of the grid: a step is so short that what is read one after the other had better not come from
-// memory each time. Thread `thread` of `threads` in the CTA.
+// Prefetches a decode step's lengths, block tables, weights and queries into the L2 cache, a line a
+// thread of the grid: a step is so short that what is read one after the other had better not come
+// from memory each time. Thread `thread` of `threads` in the CTA.
 __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p, int thread, int threads) {
   constexpr int64_t kLine = 128;
   int64_t line = int64_t{blockIdx.x} * threads + thread;

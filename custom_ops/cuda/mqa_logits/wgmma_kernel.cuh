@@ -41,9 +41,6 @@ __device__ __forceinline__ void InitShared(const Arguments& arguments, Shared<C>
     InitBarrier(&shared.query_full[buffer], 1 + kPreparing);
     InitBarrier(&shared.query_empty[buffer], 4 * C::kConsumers * kWarpArrivals + kPreparing);
   }
-  if (C::kOrdered && warp == 3) {
-    for (int i = 0; i < C::kConsumers; ++i) InitBarrier(&shared.turns[i], 4 * kWarpArrivals);
-  }
 #pragma unroll 1
   for (int stage = kWarps - 1 - warp; stage < C::kStages; stage += kWarps) {
     InitBarrier(&shared.key_full[stage], 1);
@@ -59,7 +56,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  STAMP(0);
   constexpr int kMany = kKnownGroups / 32;
   Lengths<1> few;
   Lengths<kMany> many;
@@ -85,7 +81,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   PdlWait();
   __syncthreads();
   PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
-  if (warp == 0) STAMP(1);
   if constexpr (!C::kPaged) FindShare(arguments.p, arguments.groups, shared);
   if (threadIdx.x < 128) {
     ReleaseRegisters<C::kProducerRegisters>();
@@ -102,7 +97,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       share = known_few ? FindKnownShare<C>(p, groups, few, most, lane, shared.group_tiles)
               : known   ? FindKnownShare<C>(p, groups, many, most, lane, shared.group_tiles)
                         : FindShareOfWarp<C>(p, groups, lane);
-      if (share.units != -7) STAMP(2);
     } else {
       share = shared.share;
     }
