@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES
+from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, codes_per_byte
 
 _INT8_TYPES = ("cache_int8", "block_wise_int8")
 FLOATS = ("float32", "float16", "bfloat16")
@@ -112,10 +112,8 @@ _ROTATIONS = names(ValueError, ("none", "hadamard"), "expected none or hadamard,
 def _takes_key_transforms(call: Call, name: str) -> None:
     kind = call.attrs["cache_quant_type"]
     if kind == "none":
-        text = (
-            f"cache_quant_type '{kind}' is not supported; supported: cache_int8, cache_fp8, "
-            "block_wise_int8, block_wise_fp8"
-        )
+        supported = ", ".join(CACHE_QUANT_TYPES[1:])
+        text = f"cache_quant_type '{kind}' is not supported; supported: {supported}"
         call.fail(NotImplementedError, name, text)
     if kind == "cache_fp8" and call.attrs["fp8_format"] == "e5m2":
         text = "fp8_format 'e5m2' is not supported; supported: e4m3"
@@ -207,11 +205,23 @@ _cache_types = ", ".join(CACHE_QUANT_TYPES)
 cache_type = names(
     NotImplementedError, CACHE_QUANT_TYPES, f"'{{}}' is not supported; supported: {_cache_types}"
 )
-layout = names(
+_layout = names(
     ValueError,
     ("fastattn", "fastdeploy", "logical"),
     "expected fastattn, fastdeploy or logical, got '{}'",
 )
+
+
+def _fastdeploy_order(call: Call, name: str, supported: str) -> None:
+    kind = call.attrs["cache_quant_type"]
+    if call.attrs[name] == "fastdeploy" and codes_per_byte(kind) == 2:
+        text = f"'fastdeploy' has no order for {kind}; supported: {supported}"
+        call.fail(NotImplementedError, name, text)
+
+
+def layout(call: Call, name: str) -> None:
+    _layout(call, name)
+    _fastdeploy_order(call, name, "fastattn, logical")
 
 
 def fp8_format(call: Call, name: str) -> None:
@@ -226,6 +236,8 @@ def cache_dtype(call: Call, name: str) -> None:
     if cache_type == "none":
         dtypes(*HALVES)(call, name)
         return
+    if codes_per_byte(cache_type) == 2:
+        return dtypes("uint8")(call, name)
     supported(call, name)
     e5m2 = call.attrs.get("fp8_format") == "e5m2"
     codes = "int8" if cache_type in _INT8_TYPES else "float8_e5m2" if e5m2 else "float8_e4m3fn"
@@ -277,7 +289,7 @@ def qkv(call: Call, name: str) -> None:
 def append_type(call: Call, name: str) -> None:
     cache_type(call, name)
     if call.attrs[name] == "none":
-        text = "'none' stores no 8-bit codes; supported: " + _cache_types.partition(", ")[2]
+        text = "'none' stores no codes; supported: " + _cache_types.partition(", ")[2]
         call.fail(NotImplementedError, name, text)
 
 
@@ -290,7 +302,8 @@ def dynamic_quant(call: Call, name: str) -> None:
 
 
 def append_layout(call: Call, name: str) -> None:
-    layout(call, name)
+    _layout(call, name)
+    _fastdeploy_order(call, name, "fastattn")
     if call.attrs[name] == "logical":
         text = "'logical' is not supported; supported: fastattn, fastdeploy"
         call.fail(NotImplementedError, name, text)
@@ -302,11 +315,9 @@ def append_layout(call: Call, name: str) -> None:
 
 def fastdeploy_type(call: Call, name: str) -> None:
     cache_type(call, name)
-    if call.attrs[name] == "block_wise_int8":
-        text = (
-            "FastDeploy has no 'block_wise_int8'; supported: none, cache_int8, cache_fp8, "
-            "block_wise_fp8"
-        )
+    kind, supported = call.attrs[name], "none, cache_int8, cache_fp8, block_wise_fp8"
+    if kind in ("block_wise_int8", "block_wise_int4"):
+        text = f"FastDeploy has no '{kind}'; supported: {supported}"
         call.fail(NotImplementedError, name, text)
 
 
@@ -325,6 +336,8 @@ def convertible(call: Call, name: str) -> None:
     text = "uint8, float8_e4m3fn or float8_e5m2"
     if cache_type == "none":
         allowed, text = HALVES, "bfloat16 or float16"
+    elif codes_per_byte(cache_type) == 2:
+        allowed, text = ("uint8",), "uint8"
     elif cache_type in _INT8_TYPES:
         allowed, text = ("uint8", "int8"), "uint8 or int8"
     if got is not None and got not in allowed:
@@ -363,9 +376,10 @@ def num_kv_heads(call: Call, name: str) -> None:
 
 
 def rotary_dim(call: Call, name: str) -> None:
-    head_dim, given = call.size("key_cache", 3), call.attrs[name]
-    if head_dim is None or given == -1:
+    row, given = call.size("key_cache", 3), call.attrs[name]
+    if row is None or given == -1:
         return
+    head_dim = row * codes_per_byte(call.attrs["cache_quant_type"])
     if given <= 0 or given > head_dim or given % 2:
         text = f"expected an even number in [2, {head_dim}] (head_dim), got {given}"
         call.fail(ValueError, name, text)
@@ -553,6 +567,12 @@ def tile(call: Call, name: str) -> None:
 
 def block_stride(call: Call, name: str) -> None:
     int32_from(call.attrs["block_size"])(call, name)
+
+
+def with_masks(call: Call, name: str) -> None:
+    dtypes("int32")(call, name)
+    if call.inputs[name] is not None and not call.attrs["want_masks"]:
+        call.fail(ValueError, name, "expected None without want_masks")
 
 
 def rank(call: Call, name: str) -> None:

@@ -121,8 +121,11 @@ namespace {
 
 using OptionalDtype = paddle::optional<phi::DataType>;
 
-std::vector<Shape> ResultShapes(const Shape& q, bool return_softmax_lse) {
-  return {q, return_softmax_lse && q.size() == 3 ? Shape{q[1], q[0]} : Shape{1}};
+// Of queries, whose heads are those of the output, and values, whose channels are.
+std::vector<Shape> ResultShapes(const Shape& q, bool return_softmax_lse, const Shape& v = {}) {
+  Shape out = q;
+  if (q.size() == 3 && v.size() == 3) out[2] = v[2];
+  return {out, return_softmax_lse && q.size() == 3 ? Shape{q[1], q[0]} : Shape{1}};
 }
 
 std::vector<phi::DataType> ResultDtypes(const phi::DataType& q, bool has_out_scale,
@@ -149,7 +152,7 @@ std::vector<Shape> FlashInferShape(
     const Shape& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
     int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& kv_dtype, bool quantize_q) {
-  return ResultShapes(q, return_softmax_lse);
+  return ResultShapes(q, return_softmax_lse, v);
 }
 
 std::vector<phi::DataType> FlashInferDtype(

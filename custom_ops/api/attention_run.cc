@@ -87,7 +87,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
 
 std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, const phi::Place& place,
                                  AttentionParams* p) {
-  Tensor out = args.out ? *args.out : paddle::empty(args.q.shape(), ToPhi(p->out_dtype), place);
+  Tensor out =
+      args.out ? *args.out : paddle::empty(OutputShape(args.q, *p), ToPhi(p->out_dtype), place);
   Tensor lse;  // undefined unless asked for
   if (args.return_softmax_lse) {
     lse = paddle::empty({p->num_heads, p->seqs.num_tokens}, phi::DataType::FLOAT32, place);

@@ -196,8 +196,8 @@ std::vector<Shape> RopeWriteCacheKvInferShape(
     const std::string& k_rotation, const std::string& q_rotation) {
   if (qkv.size() != 2 || key_cache.size() != 4) return {qkv, {1}};  // the kernel refuses them
   return Inferred<Shape>({qkv, {1}}, [&]() -> std::vector<Shape> {
-    return {{qkv[0], num_heads, key_cache[3]},
-            DescaleShape(ParseQQuant(q_quant), qkv[0], num_heads)};
+    const int64_t head_dim = key_cache[3] * CodesPerByte(ParseCacheType(kOp, cache_quant_type));
+    return {{qkv[0], num_heads, head_dim}, DescaleShape(ParseQQuant(q_quant), qkv[0], num_heads)};
   });
 }
 

@@ -25,7 +25,7 @@ from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
 from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
-from fastattn.functional._cache_types import DYNAMIC_TYPES
+from fastattn.functional._cache_types import DYNAMIC_TYPES, codes_per_byte
 from fastattn.functional._marker import unified
 
 #: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
@@ -152,10 +152,12 @@ class PagedAttentionBackend(AttentionBackend):
             FastDeploy's config string (``int8``, ``float8_e4m3fn``, ``block_wise_fp8``) or a cache
             type; None: not quantised.
         """
-        key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, self.head_dim]
-        if cache_type_of(kv_cache_quant_type) == "none":
+        quant_type = cache_type_of(kv_cache_quant_type)
+        row = self.head_dim // codes_per_byte(quant_type)
+        key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, row]
+        if quant_type == "none":
             return key, list(key)
-        return key, [max_num_blocks, self.kv_num_heads, self.head_dim, BLOCK_SIZE]
+        return key, [max_num_blocks, self.kv_num_heads, row, BLOCK_SIZE]
 
     def get_kv_cache_scale_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -422,7 +424,8 @@ class PagedAttentionBackend(AttentionBackend):
             center = local_center(
                 center, kv_heads=self.kv_num_heads, head_dim=self.head_dim, shard=self.config.shard
             )
-        return {"k_rotation": rotation or "none", "k_center": center}
+        default = "hadamard" if codes_per_byte(cache.quant_type) == 2 else "none"
+        return {"k_rotation": rotation or default, "k_center": center}
 
     def _heads(self) -> tuple[int, int, int]:
         return self.num_heads, self.kv_num_heads, self.head_dim

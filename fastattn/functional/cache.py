@@ -63,7 +63,8 @@ def write_cache_kv(
         place.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
-        For ``"none"`` [num_blocks, KV, 64, D].
+        For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
+        ``block_wise_int4``: a byte has two channels.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -76,7 +77,7 @@ def write_cache_kv(
         ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
@@ -103,8 +104,9 @@ def write_cache_kv(
         If shapes or places do not match, scales are missing or superfluous, a zero point
         is given, or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported, `fp8_format` is
-        not e4m3 for ``block_wise_fp8``, or a type takes no `k_rotation` or `k_center`.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported,
+        `fp8_format` is not e4m3 for ``block_wise_fp8``, or a type takes no `k_rotation` or
+        `k_center`.
 
     See Also
     --------
@@ -187,7 +189,8 @@ def append_cache_kv_c8(
         ``write_cache_kv``; in layout ``"fastdeploy"`` the 64 * D codes of a block and head must be
         contiguous.
     value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
-        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D].
+        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D]; ``block_wise_int4``, which has no
+        such layout, has half of D in both caches.
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
         Written in place.
     block_tables : Tensor, shape [B, max_blocks], int32
@@ -202,8 +205,8 @@ def append_cache_kv_c8(
     dynamic_quant : bool
         Whether the cache has per-token scales. Must agree with `cache_quant_type`.
     cache_quant_type : str
-        ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8`` or
-        ``block_wise_fp8``.
+        ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8``,
+        ``block_wise_fp8`` or ``block_wise_int4``.
     cache_layout : {"fastattn", "fastdeploy"}
         Byte layout of the caches; FastDeploy stores int8 codes with 128 added.
     fp8_format : {"e4m3", "e5m2"}
@@ -228,9 +231,9 @@ def append_cache_kv_c8(
         If shapes or places do not match, `dynamic_quant` does not agree with
         `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 128) is not
-        supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``, or what `k_rotation` or
-        `k_center` comes with.
+        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 256)
+        is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``, or what `k_rotation`
+        or `k_center` comes with.
 
     See Also
     --------
@@ -290,7 +293,8 @@ def convert_cache_layout(
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``. For ``"none"`` all layouts are the same.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``, whose D is half of the head
+        dimension and which has no layout ``"fastdeploy"``. For ``"none"`` all layouts are the same.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes with
         128 added. ``fastattn.reference.layout`` has the formulas.
@@ -307,7 +311,7 @@ def convert_cache_layout(
     ValueError
         If `kind`, `src` or `dst` is unknown or the shape does not match them.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
 
     See Also
     --------
@@ -356,7 +360,7 @@ def convert_cache_blocks(
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         As for :func:`convert_cache_layout`.
     begin, end : int
@@ -375,7 +379,7 @@ def convert_cache_blocks(
         If `kind`, `src` or `dst` is unknown, the shape does not match them, or ``0 <= begin <= end
         <= num_blocks`` does not hold.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
 
     See Also
     --------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from fastattn.reference.cache import code_of
 from fastattn.reference.hadamard import rotate_keys
 from fastattn.reference.layout import BLOCK_SIZE, unpack
 from fastattn.reference.numerics import Array, from_codes, quantize, round_to
@@ -98,7 +99,8 @@ def dense_attention(
     ----------
     q : array, shape [n, H, D]
     k, v : array, shape [m, KV, D]
-        Query head h reads KV head ``h // (H / KV)``.
+        Query head h reads KV head ``h // (H / KV)``. V, and so the output, may have channels of
+        another number.
     visible : array of bool, shape [n, m]
     softmax_scale : float
     softcap : float
@@ -126,10 +128,10 @@ def dense_attention(
         operands = [round_to(x, rounded) for x in operands]
     q, k, v = operands
 
-    tokens, heads, head_dim = q.shape
+    tokens, heads, _ = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    out = np.zeros((tokens, heads, head_dim), work)
+    out = np.zeros((tokens, heads, v.shape[2]), work)
     lse = np.full((heads, tokens), -np.inf, work)
     seeing = np.asarray(visible.any(axis=1))
     for kv_head in range(kv_heads if seeing.any() else 0):
@@ -237,7 +239,7 @@ def flash_attention(
     if quantize_q:
         q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, k.shape[1])
-    out = np.zeros((tokens, heads, head_dim))
+    out = np.zeros((tokens, heads, v.shape[2]))
     lse = np.full((heads, tokens), -np.inf)
     for b in range(len(cu_seqlens_q) - 1):
         at = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
@@ -268,8 +270,8 @@ def _dequantize_blocks(
     """Values (fp64) [len(blocks), KV, 64, D] of some physical blocks of a K or V cache."""
     if quant_type == "none":
         return cache[blocks].astype(np.float64)
-    code = "int8" if quant_type.endswith("int8") else fp8_format
-    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8")
+    code = code_of(quant_type, fp8_format)
+    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8", nibbles=code == "int4")
     values = from_codes(logical, code).astype(np.float64)
     assert scales is not None, "a quantised cache has scales"
     multiplier = scales.astype(np.float64)
@@ -301,7 +303,8 @@ def gather_seq(
     assigned : array of bool, shape [num_keys]
         Whether the key's block is assigned, with an id in ``[0, num_blocks)``.
     """
-    num_blocks, kv_heads, _, head_dim = key_cache.shape
+    num_blocks, kv_heads, _, row = key_cache.shape
+    head_dim = 2 * row if cache_quant_type == "block_wise_int4" else row
     needed = -(-num_keys // BLOCK_SIZE)
     ids = np.full(needed, -1)
     ids[: len(block_table)] = np.asarray(block_table)[:needed]

@@ -56,17 +56,22 @@ def rotate(x: Array, cos: Array, sin: Array, *, neox: bool) -> Array:
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm over the last dimension in fp32: ``(x * (1 / sqrt(mean(x^2) + eps))) * weight``.
 
-    The squares are summed as a balanced binary tree of neighbours: (0 + 1) + (2 + 3) + ...
+    The squares of each half are summed as a balanced binary tree of neighbours, (0 + 1) + (2 + 3) +
+    ..., filled up with zeros to a power of two, and then both sums.
 
     Raises
     ------
     ValueError
-        If the last dimension is no power of two, for which the tree is not defined.
+        If the last dimension is odd, for which the halves are not defined.
     """
     x = np.asarray(x, np.float32)
-    if x.shape[-1] & (x.shape[-1] - 1):
-        raise ValueError(f"x: expected a power of two of channels, got {x.shape[-1]}")
-    total = x * x
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even number of channels, got {x.shape[-1]}")
+    half = x.shape[-1] // 2
+    leaves = 1 << (half - 1).bit_length() if half else 0
+    total = np.zeros((*x.shape[:-1], 2, leaves), np.float32)
+    total[..., :half] = (x * x).reshape(*x.shape[:-1], 2, half)
+    total = total.reshape(*x.shape[:-1], 2 * leaves)
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]
     mean = total / np.float32(x.shape[-1])

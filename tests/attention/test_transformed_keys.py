@@ -21,7 +21,11 @@ from tests.support.cache import make_step
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
-KINDS = [CacheKind("cache_int8", "channel"), CacheKind("block_wise_int8")]
+KINDS = [
+    CacheKind("cache_int8", "channel"),
+    CacheKind("block_wise_int8"),
+    CacheKind("block_wise_int4"),
+]
 FP8 = [CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")]
 #: (cached, new): chunks at odd offsets, a prompt, decode, speculative and resting sequences.
 MIXED = [(333, 129), (0, 150), (100, 1), (0, 0), (51, 77), (64, 3)]
@@ -34,7 +38,7 @@ def centre(kv_heads: int, head_dim: int, seed: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
 @pytest.mark.parametrize("seqs", [MIXED, DECODE], ids=["mixed", "decode"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", [*KINDS, *FP8], ids=str)
 def test_rotated(place, kind, dim, seqs, q_type):
     options = {"k_rotation": "hadamard", "k_center": centre(2, dim)}

@@ -85,9 +85,9 @@ WRITE_ERRORS = [
     ),
     (
         "block_wise_fp8",
-        {"key_cache": lambda: _zeros([3, 2, 64, 96], "uint8")},
+        {"key_cache": lambda: _zeros([3, 2, 64, 80], "uint8")},
         NotImplementedError,
-        "key_cache: head_dim 96 is not supported; supported: 64, 128",
+        "key_cache: head_dim 80 is not supported; supported: 64, 96, 128, 256",
     ),
     (
         "block_wise_fp8",
@@ -385,7 +385,7 @@ APPEND_ERRORS = [
         "cache_fp8",
         {"cache_quant_type": lambda: "none"},
         NotImplementedError,
-        "cache_quant_type: 'none' stores no 8-bit codes; supported: cache_int8, ",
+        "cache_quant_type: 'none' stores no codes; supported: cache_int8, ",
     ),
     (
         "cache_fp8",
@@ -474,7 +474,7 @@ CONVERT_ERRORS = [
         lambda: _zeros([1, 1, 64, 32], "uint8"),
         {},
         NotImplementedError,
-        "cache: head_dim 32 is not supported; supported: 64, 128",
+        "cache: head_dim 32 is not supported; supported: 64, 96, 128, 256",
     ),
     (
         lambda: _zeros([1, 1, 64, 64]),

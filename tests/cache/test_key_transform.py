@@ -17,7 +17,7 @@ from tests.support.compare import assert_same_bits
 from tests.support.rope import assert_same_cache, check, make_case, run
 from tests.support.tensors import DTYPES, to_numpy, to_paddle
 
-TYPES = ("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8")
+TYPES = ("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8", "block_wise_int4")
 INT8 = TYPES[:2]
 CACHED = [0, 1, 63, 64, 65, 100, 320, 7]
 NEW = [1, 0, 65, 64, 63, 1, 200, 5]
@@ -82,7 +82,7 @@ def model(cache: Cache, key, value, step, **options) -> Cache:
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", TYPES)
 def test_write(place, kind, head_dim, dtype, centred, rotation):
     if not centred and rotation == "none":
@@ -108,7 +108,7 @@ def test_decode_steps_write_the_same(place, kind):
     assert_same_cache(actual, model(cache, key, value, step, **options))
 
 
-@pytest.mark.parametrize("kind", INT8)
+@pytest.mark.parametrize("kind", [*INT8, "block_wise_int4"])
 def test_codes_are_those_of_the_product_with_the_matrix(place, kind):
     """Independent of the model: fp64 products, and no code further off than a rounding can be."""
     step, num_blocks = make_step([70], [90])
@@ -117,16 +117,18 @@ def test_codes_are_those_of_the_product_with_the_matrix(place, kind):
     k_center = centre(2, 64)
     written = write(cache, key, key, step, place, k_rotation="hadamard", k_center=k_center)
     exact = (key.astype(np.float64) - k_center) @ hadamard_matrix(64)
-    codes = from_codes(unpack(written.key, "k", "fastattn", int8=True), "int8")
+    int4 = kind == "block_wise_int4"
+    code, steps = ("int4", 8) if int4 else ("int8", 127)
+    codes = from_codes(unpack(written.key, "k", "fastattn", int8=True, nibbles=int4), code)
     for i in range(90):
         block, slot = step.block_tables[0, (70 + i) // 64], (70 + i) % 64
         if is_dynamic(kind):
             scale = written.k_scales[block, :, slot, None].astype(np.float64)
-            wanted = np.abs(exact[i]).max(-1, keepdims=True) / 127
-            np.testing.assert_allclose(scale, wanted, rtol=1e-5)
+            wanted = np.abs(exact[i]).max(-1, keepdims=True) / steps
+            np.testing.assert_allclose(np.abs(scale), wanted, rtol=1e-5)
         else:
             scale = static_scales(written.k_scales, 2, 64).astype(np.float64)
-        ratio = np.clip(exact[i] / scale, -127, 127)
+        ratio = np.clip(exact[i] / scale, -steps, 7 if int4 else 127)
         assert np.all(np.abs(codes[block, :, slot] - ratio) <= 0.5 + 1e-3)
 
 
@@ -160,7 +162,7 @@ def test_rope_write(place, kind, lengths, neox, rotary_dim, bias, norm, norm_fir
 
 @pytest.mark.parametrize("q_quant", ["none", "per_tensor", "per_token_head"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("new", [[1, 1, 0], [90, 3, 1]])
 def test_rotated_queries(place, new, head_dim, dtype, q_quant):
     case = make_case(

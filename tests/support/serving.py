@@ -12,7 +12,7 @@ import pytest
 from fastattn import _ops, backends, reference
 from fastattn.reference.cache import quantize_token, static_scales
 from fastattn.reference.hadamard import hadamard, hadamard_matrix, transform_key
-from fastattn.reference.layout import BLOCK_SIZE
+from fastattn.reference.layout import BLOCK_SIZE, unpack_nibbles
 from fastattn.reference.numerics import from_codes
 from fastattn.reference.rope import make_rotary_embs, quantize_q, rope_qkv
 from tests.support.bounds import assert_error_ratio
@@ -58,7 +58,7 @@ class Model:
     per_channel: bool = False
     scale_dtype: Any = np.float32
     q_quant: str = "none"
-    k_rotation: str = "none"
+    k_rotation: str | None = None  # None: the default of the type
     centred: bool = False
 
     def __post_init__(self) -> None:
@@ -89,11 +89,16 @@ class Model:
 
     def multiplies_fp8(self) -> bool:
         """Whether queries are e4m3, and keys and values FP8."""
-        return self.q_quant != "none" and self.code != "int8" and self.cache_quant_type != "none"
+        return self.q_quant != "none" and self.code[0] == "e" and self.cache_quant_type != "none"
 
     @property
     def code(self) -> str:
-        return "int8" if self.cache_quant_type.endswith("int8") else self.fp8_format
+        integers = self.cache_quant_type.endswith(("int8", "int4"))
+        return self.cache_quant_type[-4:] if integers else self.fp8_format
+
+    @property
+    def rotation(self) -> str:
+        return self.k_rotation or ("hadamard" if self.code == "int4" else "none")
 
     @property
     def dynamic(self) -> bool:
@@ -113,8 +118,8 @@ class Model:
             rotary_dim=self.rotary_dim,
             qkv_bias=self.qkv_bias,
         )
-        keys = self._stored(transform_key(k, self.k_rotation, self.k_center), self.k_scales)
-        if self.k_rotation != "none":
+        keys = self._stored(transform_key(k, self.rotation, self.k_center), self.k_scales)
+        if self.rotation != "none":
             matrix = hadamard_matrix(self.head_dim)
             keys = keys @ matrix
             q = hadamard(q).astype(self.dtype).astype(np.float64) @ matrix
@@ -132,6 +137,8 @@ class Model:
             multiplier = (
                 static_scales(scales, *token.shape) if dynamic is None else dynamic[:, None]
             )
+            if self.code == "int4":
+                codes = unpack_nibbles(codes)
             out[i] = from_codes(codes, self.code).astype(np.float64) * multiplier
         return out
 

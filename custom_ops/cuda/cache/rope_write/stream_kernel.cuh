@@ -11,9 +11,12 @@
 
 namespace fastattn::cuda {
 
-// CTAs an SM: 64 registers a thread. An option that may lie anywhere, or be any, takes more.
-template <typename Options>
-inline constexpr int kStreamCtas = Options::kAny ? 3 : 4;
+// CTAs an SM: 64 registers a thread. An option that may lie anywhere, or be any, takes more, and so
+// do the tiles of large heads.
+template <typename Traits>
+inline constexpr int kStreamCtas = Traits::kHeadDim > 128  ? 2
+                                   : Traits::Options::kAny ? 3
+                                                           : 4;
 
 // A bias of the input's type comes with the values, as it lies in memory.
 template <typename Options>
@@ -25,7 +28,7 @@ using StreamRing = StepRing<StreamLane<Traits>, kBiasAhead<typename Traits::Opti
 // Shared memory of a streaming or a V CTA.
 template <typename Traits>
 inline constexpr int kStreamBytes =
-    std::max<int>(sizeof(ValueTile<Traits::kHeadDim>), StreamRing<Traits>::kBytes);
+    std::max<int>(sizeof(ValueTile<Traits::kCodeBytes>), StreamRing<Traits>::kBytes);
 
 // Waits for a lane's angles, by an operation that leaves their bits (the CTA has one dimension).
 // Loads are waited for in groups: a first use in the loop would wait for the next step's values,
@@ -178,7 +181,7 @@ __device__ __forceinline__ void StreamToken(const StepParamsOf<Traits>& p, const
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, kStreamCtas<typename Traits::Options>)
+__global__ void __launch_bounds__(kStreamThreads, kStreamCtas<Traits>)
     StepStreamKernel(const __grid_constant__ StepParamsOf<Traits> p,
                      const __grid_constant__ StreamGrid grid) {
   PdlWait();

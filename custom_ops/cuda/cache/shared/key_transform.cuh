@@ -6,6 +6,7 @@
 
 #include "common/exact.h"
 #include "cuda/cache/shared/head_lanes.cuh"
+#include "cuda/cache/shared/store_token.cuh"
 #include "cuda/common/hadamard.cuh"
 #include "params/key_transform.h"
 
@@ -15,13 +16,20 @@ namespace fastattn::cuda {
 template <typename Lane>
 using FloatLane = LaneShape<DType::kFloat32, Lane::kHeadDim, Lane::kHalf>;
 
+// What lanes without channels get of the others is 0 again.
+template <typename Lane>
+__device__ __forceinline__ void Rotate(int lane, float (&x)[Lane::kValues]) {
+  HadamardOfHalves<Lane::kHeadDim, Lane::kHalf>(lane, x);
+  if (!Lane::IsActive(lane)) {
+#pragma unroll
+    for (int i = 0; i < Lane::kValues; ++i) x[i] = 0.0f;
+  }
+}
+
 template <typename Lane>
 __device__ __forceinline__ void TransformKey(const KeyTransform& key, int head, int lane,
                                              float (&x)[Lane::kValues]) {
-  // A head that is no power of two of lanes has some without channels, whose values are 0.
-  constexpr int kActive = Lane::kHeadDim / Lane::kValues;
-  const bool active = kActive == Lane::kLanes || lane < kActive;
-  if (key.center != nullptr && active) {
+  if (key.center != nullptr && Lane::IsActive(lane)) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float center[Lane::kHalf];
@@ -36,7 +44,7 @@ __device__ __forceinline__ void TransformKey(const KeyTransform& key, int head, 
     }
   }
   if (key.rotation == KeyRotation::kHadamard) {
-    HadamardOfHalves<Lane::kHeadDim, Lane::kHalf>(lane, x);
+    Rotate<Lane>(lane, x);
   }
 }
 
@@ -70,7 +78,7 @@ __device__ __forceinline__ void RotateQuery(const Params& p, int lane,
     if (!p.transform.rotates_q) return;
     float x[Lane::kValues];
     UnpackWords<Lane>(words, x);
-    HadamardOfHalves<Lane::kHeadDim, Lane::kHalf>(lane, x);
+    Rotate<Lane>(lane, x);
     PackWords<Traits::kIn>(x, words);
   }
 }

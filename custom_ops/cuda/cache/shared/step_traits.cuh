@@ -58,12 +58,24 @@ inline bool IsPartialRope(const RopeWriteCacheParams& p) {
   return p.style == RotaryStyle::kInterleaved || (p.rotary_dim & (p.rotary_dim - 1)) == 0;
 }
 
-// Calls f(options) with what a step asks for.
-template <typename F>
+// Calls f(options) with what a step asks for. Models with heads of other sizes have no bias, and
+// those of 96 channels no norm: what they do not need takes the kernel of any option.
+template <int kHeadDim, typename F>
 void DispatchRope(const RopeWriteCacheParams& p, F&& f) {
   const bool bias = p.bias != nullptr;
   const bool norm = p.q_norm_weight != nullptr || p.k_norm_weight != nullptr;
-  if (IsPartialRope(p)) {
+  constexpr bool kFew = kHeadDim != 64 && kHeadDim != 128, kNorm = kHeadDim != 96;
+  if constexpr (kFew) {
+    if (kNorm && IsPartialRope(p)) {
+      if constexpr (kNorm) f(RopeOptions<true, true, false, true>{});
+    } else if (bias || (norm && !kNorm) || !IsCommonRope(p)) {
+      f(RopeOptions<true, true, true>{});
+    } else if (norm) {
+      if constexpr (kNorm) f(RopeOptions<false, true>{});
+    } else {
+      f(RopeOptions<false, false>{});
+    }
+  } else if (IsPartialRope(p)) {
     f(RopeOptions<true, true, false, true>{});
   } else if (!IsCommonRope(p)) {
     f(RopeOptions<true, true, true>{});
@@ -102,6 +114,8 @@ struct StepTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kRope = Options::kRope;
   static constexpr bool kQuantized = IsQuantized(kType);
+  static constexpr bool kNibbles = CodesPerByte(kType) == 2;
+  static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kType);  // of a token
   static constexpr bool kTransformsKey = kTransformsKey_;
   static_assert(kQuantized || !kTransformsKey, "K is transformed for its codes");
 };
