@@ -307,6 +307,10 @@ def append_layout(call: Call, name: str) -> None:
     if call.attrs[name] == "logical":
         text = "'logical' is not supported; supported: fastattn, fastdeploy"
         call.fail(NotImplementedError, name, text)
+    transforms = call.attrs["k_rotation"] != "none" or call.inputs["k_center"] is not None
+    if transforms and call.attrs[name] != "fastattn":
+        text = f"'{call.attrs[name]}' is not supported with k_rotation or k_center"
+        call.fail(NotImplementedError, name, f"{text}; supported: fastattn")
 
 
 def fastdeploy_type(call: Call, name: str) -> None:
@@ -563,6 +567,12 @@ def tile(call: Call, name: str) -> None:
 
 def block_stride(call: Call, name: str) -> None:
     int32_from(call.attrs["block_size"])(call, name)
+
+
+def with_masks(call: Call, name: str) -> None:
+    dtypes("int32")(call, name)
+    if call.inputs[name] is not None and not call.attrs["want_masks"]:
+        call.fail(ValueError, name, "expected None without want_masks")
 
 
 def rank(call: Call, name: str) -> None:

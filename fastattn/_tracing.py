@@ -141,6 +141,7 @@ RULES: dict[str, OpRules] = {
     "append_cache_kv_c8": OpRules(
         {
             **_CACHE,
+            **_K_CENTER,
             "key": _rules.dtypes(*_rules.HALVES),
             "value": _rules.both(_rules.dtypes(*_rules.HALVES), _rules.like("key")),
             "block_tables": _INT32,
@@ -152,6 +153,7 @@ RULES: dict[str, OpRules] = {
             "dynamic_quant": _rules.dynamic_quant,
             "cache_layout": _rules.append_layout,
             "fp8_format": _rules.fp8_format,
+            **_K_ROTATION,
         },
     ),
     "convert_cache_layout": OpRules({"cache": _rules.convertible}, _CONVERSION),
@@ -188,6 +190,18 @@ RULES: dict[str, OpRules] = {
             "k_rotation": _rules.both(_rules.k_rotation, _rules.rotated_queries),
         },
         _SCALES,
+    ),
+    "compact_block_tables": OpRules(
+        {**_SEQS, "mask_offsets": _rules.with_masks},
+        {
+            "num_tokens": _rules.int32_from(0),
+            "num_blocks": _rules.int32_from(0),
+            "block_size": _COUNT,
+            "causal": _rules.anything,
+            "window_left": _window,
+            "window_right": _window,
+            "want_masks": _rules.anything,
+        },
     ),
     "merge_attn_states": OpRules(
         {

@@ -71,6 +71,14 @@ inline void TransformKey(const KeyTransform& transform, int head, int head_dim, 
   if (transform.rotation == KeyRotation::kHadamard) HadamardRotate(x, head_dim);
 }
 
+// The inverse: x[0 .. D) as a cache gives it back.
+inline void RestoreKey(const KeyTransform& transform, int head, int head_dim, float* x) {
+  if (transform.rotation == KeyRotation::kHadamard) HadamardRotate(x, head_dim);
+  if (transform.center == nullptr) return;
+  const float* center = transform.center + static_cast<int64_t>(head) * head_dim;
+  for (int d = 0; d < head_dim; ++d) x[d] = x[d] + center[d];
+}
+
 // Writes tokens into a cache: quantises, or rounds for type none.
 //
 // Threads may share a writer: Key and Value touch only the bytes and the scale of their own slot.

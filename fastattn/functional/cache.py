@@ -169,6 +169,8 @@ def append_cache_kv_c8(
     fp8_format: str = "e4m3",
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Dequantise the cached tokens of each sequence into contiguous `key` and `value`, in place.
 
@@ -211,6 +213,10 @@ def append_cache_kv_c8(
         Format of the codes of ``cache_fp8``.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
+    k_rotation : {"none", "hadamard"}
+    k_center : Tensor, shape [KV, D], float32, optional
+        What K was written with (:func:`write_cache_kv`): it is rotated back and gets its centre,
+        both in fp32 ahead of the rounding. In layout ``"fastattn"`` only.
 
     Returns
     -------
@@ -226,7 +232,8 @@ def append_cache_kv_c8(
         `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
         If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 256)
-        is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``.
+        is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``, or what `k_rotation`
+        or `k_center` comes with.
 
     See Also
     --------
@@ -263,8 +270,9 @@ def append_cache_kv_c8(
             cu_seqlens_k,
             cache_k_scales,
             cache_v_scales,
+            k_center,
         ),
-        (dynamic_quant, cache_type_name(cache_quant_type), cache_layout, fp8_format),
+        (dynamic_quant, cache_type_name(cache_quant_type), cache_layout, fp8_format, k_rotation),
     )
     return outputs[0], outputs[1]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.reference.hadamard import transform_key
+from fastattn.reference.hadamard import restore_key, transform_key
 from fastattn.reference.layout import (
     BLOCK_SIZE,
     key_offsets,
@@ -169,11 +169,13 @@ def append_cache_kv_c8(
     cache_quant_type: str,
     cache_layout: str = "fastattn",
     fp8_format: str = "e4m3",
+    k_rotation: str = "none",
+    k_center: Array | None = None,
 ) -> None:
     """Dequantise cached tokens; see :func:`fastattn.functional.append_cache_kv_c8`.
 
     `key` and `value` [sum k, KV, D] change in place: an element is ``code * scale``, one fp32
-    product rounded to their type.
+    product rounded to their type. K that was transformed is restored ahead of the rounding.
     """
     code = code_of(cache_quant_type, fp8_format)
     for kind, cache, scales, out in (
@@ -188,6 +190,9 @@ def append_cache_kv_c8(
                 values = values * scales.astype(np.float32)[..., None]
             else:
                 values = values * static_scales(scales, kv_heads, head_dim)[None, :, None]
+            if kind == "k" and (k_rotation != "none" or k_center is not None):
+                by_token = values.transpose(0, 2, 1, 3)
+                values = restore_key(by_token, k_rotation, k_center).transpose(0, 2, 1, 3)
             rounded = values.astype(out.dtype)
         for b in range(len(seq_lens_decoder)):
             first = int(cu_seqlens_k[b])

@@ -445,10 +445,16 @@ def test_append_none_for_a_tensor(name):
     text = f"append_cache_kv_c8: {name}: expected a tensor, got None"
     with pytest.raises(TypeError, match=text):
         F.append_cache_kv_c8(**arguments)
-    inputs = [arguments[n] for n in _ops.signature("append_cache_kv_c8").inputs]
+    inputs = [arguments.get(n) for n in _ops.signature("append_cache_kv_c8").inputs]
     with pytest.raises(RAW_ERRORS):
         paddle.base.core.eager._run_custom_op(
-            "fastattn_append_cache_kv_c8", *inputs, True, "block_wise_fp8", "fastattn", "e4m3"
+            "fastattn_append_cache_kv_c8",
+            *inputs,
+            True,
+            "block_wise_fp8",
+            "fastattn",
+            "e4m3",
+            "none",
         )
 
 

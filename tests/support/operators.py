@@ -141,6 +141,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "cache_quant_type": "cache_fp8",
                 "cache_layout": "fastattn",
                 "fp8_format": "e4m3",
+                "k_rotation": "none",
             },
         ),
         "convert_cache_layout": OpCall({"cache": make(3, 2, 64, 64, dtype="uint8")}, conversion),
@@ -160,6 +161,18 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
         "paged_attention": OpCall(
             {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()},
             {**plain, **attention, "batch_invariant": False, "k_rotation": "none"},
+        ),
+        "compact_block_tables": OpCall(
+            seqs(),
+            {
+                "num_tokens": 2,
+                "num_blocks": 3,
+                "block_size": 64,
+                "causal": True,
+                "window_left": -1,
+                "window_right": -1,
+                "want_masks": True,
+            },
         ),
         "merge_attn_states": OpCall(
             {

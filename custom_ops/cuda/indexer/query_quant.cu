@@ -32,11 +32,6 @@ __device__ __forceinline__ uint4 LoadChunk(const uint16_t* q, bool active) {
   return LoadRawUnaligned<DType::kBFloat16>(q, 0, active).low;
 }
 
-__device__ __forceinline__ uint32_t AmaxPair(const uint4& x) {
-  return __vmaxu2(__vmaxu2(x.x & 0x7FFF7FFFu, x.y & 0x7FFF7FFFu),
-                  __vmaxu2(x.z & 0x7FFF7FFFu, x.w & 0x7FFF7FFFu));
-}
-
 __device__ __forceinline__ uint2 Codes(const uint4& chunk, float inverse) {
   float x[kChunk];
   Unpack<DType::kBFloat16>(Raw<DType::kBFloat16>{chunk, chunk}, x);
