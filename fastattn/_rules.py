@@ -569,6 +569,12 @@ def block_stride(call: Call, name: str) -> None:
     int32_from(call.attrs["block_size"])(call, name)
 
 
+def with_masks(call: Call, name: str) -> None:
+    dtypes("int32")(call, name)
+    if call.inputs[name] is not None and not call.attrs["want_masks"]:
+        call.fail(ValueError, name, "expected None without want_masks")
+
+
 def rank(call: Call, name: str) -> None:
     int32_from(0)(call, name)
     ranks = call.attrs["world_size"]

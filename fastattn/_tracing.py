@@ -191,6 +191,18 @@ RULES: dict[str, OpRules] = {
         },
         _SCALES,
     ),
+    "compact_block_tables": OpRules(
+        {**_SEQS, "mask_offsets": _rules.with_masks},
+        {
+            "num_tokens": _rules.int32_from(0),
+            "num_blocks": _rules.int32_from(0),
+            "block_size": _COUNT,
+            "causal": _rules.anything,
+            "window_left": _window,
+            "window_right": _window,
+            "want_masks": _rules.anything,
+        },
+    ),
     "merge_attn_states": OpRules(
         {
             "prefix_output": _rules.dtypes(*_rules.FLOATS),

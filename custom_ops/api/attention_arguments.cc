@@ -16,13 +16,6 @@ namespace fastattn::api {
 
 namespace {
 
-int WindowSide(const char* op, int64_t side) {
-  if (side < -1) {
-    Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
-  }
-  return side < kMaxWindow ? static_cast<int>(side) : -1;
-}
-
 int MaxSeqlen(const char* op, const char* name, int64_t length) {
   if (length < 0) Fail("ValueError", op, name, "expected at least 0, got ", length);
   return static_cast<int>(std::min<int64_t>(length, std::numeric_limits<int>::max()));
@@ -220,6 +213,13 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
     }
     *target = ParseDescale(kFlash, name, *scale, place, p->seqs.batch, p->num_kv_heads);
   }
+}
+
+int WindowSide(const char* op, int64_t side) {
+  if (side < -1) {
+    Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
+  }
+  return side < kMaxWindow ? static_cast<int>(side) : -1;
 }
 
 void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& place,

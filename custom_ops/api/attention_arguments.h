@@ -49,6 +49,9 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                    const Tensor& cu_seqlens_k, const Tensor* k_descale, const Tensor* v_descale,
                    const std::string& kv_dtype, const phi::Place& place, AttentionParams* p);
 
+// A side of a window as the kernels have it: -1 where it is unlimited.
+int WindowSide(const char* op, int64_t side);
+
 // What both operators take; p holds queries, sequences and head counts already.
 void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& place,
                  AttentionParams* p);

@@ -17,6 +17,7 @@ from fastattn.distributed._exchange import (
     ranks_of,
     store,
 )
+from fastattn.distributed.local_keys import LocalKeys, local_call
 from fastattn.functional import paged_attention
 from fastattn.functional._partial import check_results, check_tensor, value_dtype
 
@@ -57,6 +58,7 @@ def paged_attention_dcp(
     batch_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
+    local_keys: LocalKeys | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
 
@@ -77,9 +79,9 @@ def paged_attention_dcp(
     block_tables : Tensor, shape [B, max_blocks], int32
         This rank's table, of the same shape on every rank: entry j of a sequence is the block of
         this rank's cache that holds the sequence's tokens ``64 j`` to ``64 j + 63``, or -1 if
-        another rank holds them. A block of -1 is masked, and only its id is read. Positions are
-        global, so lengths, masks, windows and rotary positions are those of one rank. Every logical
-        block must be on exactly one rank: one that is on two counts twice.
+        another rank holds them. Positions are global, so lengths, masks, windows and rotary
+        positions are those of one rank. Every logical block must be on exactly one rank: one that
+        is on two counts twice.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
         Lengths of the whole sequences, not of this rank's share.
     group : Group of paddle.distributed, optional
@@ -98,6 +100,9 @@ def paged_attention_dcp(
         As for :func:`paged_attention`, for the same ranks: which of them hold a sequence's blocks
         must follow from the sequence, as it does with :func:`dcp_local_block_tables`. Partial
         results are merged for each token apart.
+    local_keys : LocalKeys, optional
+        What :func:`dcp_local_keys` found for these arguments: the same for all layers of a step
+        that have the same mask. Found by every call that is not given it, in a kernel more.
 
     Returns
     -------
@@ -109,17 +114,22 @@ def paged_attention_dcp(
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As :func:`paged_attention`; also for a group that this process is not in, and in a static
-        program. Every rank must make the call: if one raises, the others wait in the collective.
+        As :func:`paged_attention`; also for a group that this process is not in, in a static
+        program, and for `local_keys` of other arguments. Every rank must make the call: if one
+        raises, the others wait in the collective.
 
     Notes
     -----
+    A rank attends to a table without the entries of other ranks, so that its work is that of the
+    keys that it has. What each query sees of them is an interval of theirs.
+
     Writes use the same table: ``rope_write_cache_kv`` and ``write_cache_kv`` skip the tokens whose
     block is -1, so every rank gets all new tokens and stores its own.
 
     See Also
     --------
     fastattn.distributed.dcp_local_block_tables : the table of a rank.
+    fastattn.distributed.dcp_local_keys : what all layers of a step have in common.
     fastattn.functional.merge_many_attn_states : the merge.
 
     Examples
@@ -190,6 +200,15 @@ def paged_attention_dcp(
         return store(paged_attention(*arguments, **{**options, **results}), out)
     partial = partial_dtype(exchange_dtype, dtype)
     exchange = Exchange(q.shape, partial, q.place, world_size, group)
+    if is_tensor(key_cache) and key_cache.ndim == 4:  # else the operator says what is wrong
+        mask: dict[str, Any] = {
+            "causal": causal,
+            "window_size": window_size,
+            "mask_offsets": mask_offsets,
+        }
+        arguments, masks = local_call(_OP, local_keys, arguments, block_size=64, **mask)
+        if masks is not None:
+            options.update(causal=False, window_size=(-1, -1), mask_offsets=masks)
     _, partial_lse = paged_attention(
         *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
     )

@@ -8,6 +8,7 @@ from fastattn.functional.cache import (
     write_cache_kv,
 )
 from fastattn.functional.cascade import cascade_attention, plan_cascade
+from fastattn.functional.compact_tables import compact_block_tables
 from fastattn.functional.index_maps import (
     combine_topk_window,
     short_context_indices,
@@ -39,6 +40,7 @@ __all__ = [
     "append_cache_kv_c8",
     "cascade_attention",
     "combine_topk_window",
+    "compact_block_tables",
     "convert_cache_blocks",
     "convert_cache_layout",
     "flash_attention",

@@ -19,7 +19,8 @@ def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
     return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
-def _window(op: str, window_size: tuple[int, int]) -> tuple[int, int]:
+def as_window(op: str, window_size: tuple[int, int]) -> tuple[int, int]:
+    """The two sides of a window; raises TypeError for what is no pair of ints."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"{op}: window_size: expected (left, right), got {window_size!r}")
     left, right = window_size
@@ -171,7 +172,7 @@ def flash_attention(
         max_seqlen_k,
         _softmax_scale("flash_attention", q, softmax_scale),
         causal,
-        *_window("flash_attention", window_size),
+        *as_window("flash_attention", window_size),
         as_float("flash_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
@@ -199,7 +200,7 @@ def paged_attention_attrs(
     return (
         softmax_scale,
         causal,
-        *_window("paged_attention", window_size),
+        *as_window("paged_attention", window_size),
         as_float("paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,

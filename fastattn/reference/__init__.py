@@ -2,6 +2,7 @@
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
+from fastattn.reference.compact_tables import compact_block_tables
 from fastattn.reference.hadamard import hadamard, restore_key, transform_key
 from fastattn.reference.index_maps import (
     combine_topk_window,
@@ -34,6 +35,7 @@ __all__ = [
     "append_cache_kv_c8",
     "attention_mask",
     "combine_topk_window",
+    "compact_block_tables",
     "convert_cache_layout",
     "flash_attention",
     "hadamard",

@@ -154,6 +154,8 @@ def test_the_result_is_that_of_one_process(ranks, name):
     "name", [n for n in dcp.CASES if "whole_seqs" in n or "all_on_the_last" in n]
 )
 def test_seqs_on_one_rank_have_the_same_bits(ranks, name):
+    if ranks.place == "gpu" and "all_on_the_last" not in name:
+        pytest.skip("a GPU splits the keys of a sequence by all that a rank has")
     _, expected, expected_lse = one_process(CASES[name], ranks.place)
     assert_same_bits(ranks[0][name]["out"], expected, "out")
     assert_same_bits(ranks[0][name]["lse"], expected_lse, "lse")
@@ -181,6 +183,13 @@ def test_against_fp64(ranks, name):
     kind = case.options.get("out_dtype", output_type(problem.q))
     assert out.dtype == NUMPY_TYPES[kind]
     assert_error_ratio(out[owned], exact[owned], naive[owned], kind)
+
+
+@pytest.mark.parametrize("name", dcp.PRECOMPUTED)
+def test_keys_found_before_the_call(ranks, name):
+    before, within = ranks.of(f"local_keys-{name}"), ranks.of(name)
+    assert_same_bits(before["out"], within["out"], "out")
+    assert_same_bits(before["lse"], within["lse"], "lse")
 
 
 def test_fp32_exchange_is_nearer_than_16_bits(ranks):
@@ -357,6 +366,40 @@ def test_errors_among_ranks(monkeypatch, changes, error, text):
     two_ranks(monkeypatch)
     with pytest.raises(error, match=text):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("made", "changes", "error", "text"),
+    [
+        ({}, {"local_keys": 3}, TypeError, "local_keys: expected LocalKeys, got int"),
+        ({"causal": False}, {}, ValueError, "expected those of causal True, got False"),
+        ({"window_size": (3, 0)}, {}, ValueError, r"of window_size \(-1, -1\), got \(3, 0\)"),
+        ({"num_tokens": 3}, {}, ValueError, "expected those of num_tokens 2, got 3"),
+        ({"num_blocks": 1}, {}, ValueError, "expected those of num_blocks 4, got 1"),
+        ({"block_size": 8}, {}, ValueError, "expected those of block_size 64, got 8"),
+        ({"max_seqlen_q": 1}, {}, ValueError, "expected those of max_seqlen_q > 1"),
+        (
+            {},
+            {"mask_offsets": paddle.zeros([2, 2], "int32")},
+            ValueError,
+            "expected those of masked True, got False",
+        ),
+        (
+            {"block_tables": paddle.zeros([1, 7], "int32")},
+            {},
+            ValueError,
+            r"expected those of shape \(1, 2\), got \(1, 7\)",
+        ),
+    ],
+)
+def test_keys_of_other_arguments_are_refused(monkeypatch, made, changes, error, text):
+    two_ranks(monkeypatch)
+    positional, keywords = paged_problem([(3, 2)]).arguments("cpu")
+    names = ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time")
+    facts = {"max_seqlen_q": 2, "num_tokens": 2, "num_blocks": positional[1].shape[0]}
+    local = distributed.dcp_local_keys(**{**dict(zip(names, positional[3:7])), **facts, **made})
+    with pytest.raises(error, match=f"paged_attention_dcp: .*{text}"):
+        paged_attention_dcp(*positional, **{**keywords, "local_keys": local, **changes})
 
 
 def test_a_query_that_is_no_tensor(monkeypatch):

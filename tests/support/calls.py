@@ -112,6 +112,12 @@ def _append(t: _Inputs) -> Call:
     return lambda: [*call(), *out.values()]
 
 
+def _compact(t: _Inputs) -> Call:
+    seqs = t.seqs()
+    seqs["block_tables"] = t.int32([[-1, 0, 6], [1, 9, -1], [2, -1, -1]])
+    return lambda: list(F.compact_block_tables(**seqs, num_tokens=TOKENS, num_blocks=BLOCKS))
+
+
 def _merge(t: _Inputs) -> Call:
     sides = [(t.floats(9, HEADS, DIM), t.scales(HEADS, 9)) for _ in range(2)]
     scale = t.scales(1)
@@ -379,6 +385,7 @@ _MAKERS = {
     "begin_kv_signals": _begin_signals,
     "convert_cache_blocks": _convert_blocks,
     "combine_topk_window": _combine,
+    "compact_block_tables": _compact,
     "convert_cache_layout": _convert,
     "flash_attention": _flash,
     "gqa_rope_write_cache": _gqa,

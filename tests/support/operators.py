@@ -162,6 +162,18 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()},
             {**plain, **attention, "batch_invariant": False, "k_rotation": "none"},
         ),
+        "compact_block_tables": OpCall(
+            seqs(),
+            {
+                "num_tokens": 2,
+                "num_blocks": 3,
+                "block_size": 64,
+                "causal": True,
+                "window_left": -1,
+                "window_right": -1,
+                "want_masks": True,
+            },
+        ),
         "merge_attn_states": OpCall(
             {
                 "prefix_output": make(2, 4, 64, dtype="float16"),

@@ -29,7 +29,7 @@ def group_sizes(device: Device) -> tuple[int, ...]:
 
 @register("dcp")
 def dcp(device: Device) -> Iterator[Row]:
-    """Decode and a chunk of a prompt over long contexts, of two cache types."""
+    """Decode, drafts and chunks of a prompt over long contexts, of two cache types."""
     for ranks in group_sizes(device):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

@@ -24,21 +24,30 @@ from fastattn.bench.cases.inputs import DIM, HEADS, KV, Cache, Step
 from fastattn.bench.core import cuda
 from fastattn.bench.core.devices import Cpu, Device, Gpu
 from fastattn.bench.core.timing import Call, bind
-from fastattn.distributed import dcp_stripe_block_tables, paged_attention_dcp
+from fastattn.distributed import (
+    dcp_local_keys,
+    dcp_stripe_block_tables,
+    paged_attention_dcp,
+)
 
 TYPES = {"gpu": ("cache_fp8", "block_wise_fp8"), "cpu": ("cache_fp8",)}
-#: Sequences, cached tokens, new tokens of each.
+#: A chunk of a prompt among sequences that decode.
+MIXED = (2048, *[1] * 15)
+#: Cached tokens of every sequence, and new ones of each.
 CELLS = {
     "gpu": (
-        (1, 1 << 20, 1),
-        (1, 1 << 18, 1),
-        (1, 1 << 16, 1),
-        (16, 1 << 17, 1),
-        (1, 1 << 18, 2048),
+        (1 << 20, (1,)),
+        (1 << 18, (1,)),
+        (1 << 16, (1,)),
+        (1 << 17, (1,) * 16),
+        (1 << 18, (4,)),
+        (1 << 16, (4,) * 16),
+        (1 << 18, (2048,)),
+        (1 << 16, MIXED),
     ),
-    "gpu quick": ((1, 1 << 16, 1),),
-    "cpu": ((1, 1 << 14, 1),),
-    "cpu quick": ((1, 1 << 9, 1),),
+    "gpu quick": ((1 << 16, (1,)),),
+    "cpu": ((1 << 14, (1,)), (1 << 12, (4,))),
+    "cpu quick": ((1 << 9, (1,)),),
 }
 #: Calls of a replayed graph; the same on every rank, as each holds collectives.
 CALLS, REPLAYS = 4, 15
@@ -86,9 +95,19 @@ def _whole(device: Device, quant: str, step: Step, q: Any, options: dict[str, An
 
 
 def _shared(
-    device: Device, quant: str, step: Step, q: Any, options: dict[str, Any], rank: int, ranks: int
+    device: Device,
+    quant: str,
+    step: Step,
+    q: Any,
+    options: dict[str, Any],
+    rank: int,
+    ranks: int,
+    once: bool,
 ) -> Call:
-    """The part of a rank: a cache of stripes, each of them a block on every rank."""
+    """The part of a rank: a cache of stripes, each of them a block on every rank.
+
+    `once`: its keys are found before the calls, as for the layers of a step.
+    """
     pages = -(-(step.cached + step.new) // 64)
     counts = -(-pages // ranks)
     ids = np.random.default_rng(4).permutation(int(counts.sum()))
@@ -96,36 +115,52 @@ def _shared(
     stripes[np.arange(counts.max()) < counts[:, None]] = ids
     tables = dcp_stripe_block_tables(stripes, rank, ranks)
     cache = Cache(device, quant, int(counts.sum()))
-    arguments = (q, *cache.tensors, device.int32(tables), *step.meta[1:])
-    return bind(paged_attention_dcp, *arguments, **cache.options, **options)
+    seqs = (device.int32(tables), *step.meta[1:])
+    if once:
+        most = options["max_seqlen_q"]
+        local = dcp_local_keys(*seqs, most, num_tokens=step.tokens, num_blocks=cache.blocks)
+        options = {**options, "local_keys": local}
+    return bind(paged_attention_dcp, q, *cache.tensors, *seqs, **cache.options, **options)
 
 
-def _cell(device: Device, quant: str, batch: int, cached: int, new: int) -> list[dict[str, Any]]:
+def _shape(quant: str, cached: int, new: tuple[int, ...]) -> str:
+    """A cell in words."""
+    each = {1: "decode", 4: "4 new tokens"}.get(new[0], f"{new[0]} new tokens")
+    if new[0] != new[-1]:
+        each += f" and {len(new) - 1} x {new[-1]}"
+    return f"{each} {quant} B {len(new)} ctx {cached} H {HEADS}/{KV} D {DIM}"
+
+
+def _cell(device: Device, quant: str, cached: int, new: tuple[int, ...]) -> list[dict[str, Any]]:
     """Times of a cell, in a CUDA graph where there is a GPU, and of single calls."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    step = Step(device, [cached] * batch, [new] * batch)
+    step = Step(device, [cached] * len(new), new)
     q = device.random((step.tokens, HEADS, DIM))
-    options = {"max_seqlen_q": new, "max_seqlen_k": step.longest}
+    options = {"max_seqlen_q": max(new), "max_seqlen_k": step.longest}
     ways = {"eager": _eager_us}
     if device.kind == "gpu":
         ways["graph"] = _graph_us
-    times: dict[str, list[float]] = {}
-    makers: tuple[Callable[[], Call], ...] = (
-        bind(_whole, device, quant, step, q, options),
-        bind(_shared, device, quant, step, q, options, rank, ranks),
-    )
-    for make in makers:
+    shared = bind(_shared, device, quant, step, q, options, rank, ranks)
+    makers: dict[str, Callable[[], Call]] = {
+        "one": bind(_whole, device, quant, step, q, options),
+        "": bind(shared, False),
+        ", local_keys given": bind(shared, True),
+    }
+    times: dict[tuple[str, str], float] = {}
+    for name, make in makers.items():
         call = make()
         for how, measure in ways.items():
-            times.setdefault(how, []).append(measure(call))
+            times[name, how] = measure(call)
         del call
         gc.collect()
         if device.kind == "gpu":
             paddle.device.cuda.empty_cache()
-    what = "decode" if new == 1 else f"{new} new tokens"
-    shape = f"{what} {quant} B {batch} ctx {cached} H {HEADS}/{KV} D {DIM}"
+    shape = _shape(quant, cached, new)
     return [
-        {"shape": shape, "how": how, "one_us": one, "us": us} for how, (one, us) in times.items()
+        {"shape": shape, "how": how + name, "one_us": times["one", how], "us": times[name, how]}
+        for how in ways
+        for name in makers
+        if name != "one"
     ]
 
 

@@ -20,7 +20,7 @@ struct WorkTile {
   int ragged_block;    // ragged K and V: the sequence's first block of transposed values
   int kv_tiles;        // at least 1; -1: there are no more work tiles
   int last_kv_tile;    // the mainloop begins with it, and goes on downwards
-  int unmasked_begin;  // keys that every query of the tile sees, mask_offsets apart
+  int unmasked_begin;  // keys that every query of the tile sees
   int unmasked_end;
 };
 
