@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES
+from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, codes_per_byte
 
 _INT8_TYPES = ("cache_int8", "block_wise_int8")
 FLOATS = ("float32", "float16", "bfloat16")
@@ -49,6 +49,18 @@ class Call:
 
 #: Checks the named input or attribute and raises what the operator would.
 Rule = Callable[[Call, str], None]
+
+
+@dataclass(frozen=True)
+class OpRules:
+    """Rules of an operator's inputs and attributes; absent optional inputs are skipped.
+
+    `always` names the optional inputs whose absence may be wrong.
+    """
+
+    inputs: Mapping[str, Rule]
+    attrs: Mapping[str, Rule] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
 
 
 def anything(call: Call, name: str) -> None:
@@ -92,6 +104,41 @@ def dtypes(*allowed: str) -> Rule:
             call.fail(TypeError, name, f"expected dtype {' or '.join(allowed)}, got {got}")
 
     return check
+
+
+_ROTATIONS = names(ValueError, ("none", "hadamard"), "expected none or hadamard, got '{}'")
+
+
+def _takes_key_transforms(call: Call, name: str) -> None:
+    kind = call.attrs["cache_quant_type"]
+    if kind == "none":
+        supported = ", ".join(CACHE_QUANT_TYPES[1:])
+        text = f"cache_quant_type '{kind}' is not supported; supported: {supported}"
+        call.fail(NotImplementedError, name, text)
+    if kind == "cache_fp8" and call.attrs["fp8_format"] == "e5m2":
+        text = "fp8_format 'e5m2' is not supported; supported: e4m3"
+        call.fail(NotImplementedError, name, text)
+
+
+def k_rotation(call: Call, name: str) -> None:
+    """The rotation of K, of types that take one."""
+    _ROTATIONS(call, name)
+    if call.attrs[name] != "none":
+        _takes_key_transforms(call, name)
+
+
+def q_rotation(call: Call, name: str) -> None:
+    """The rotation of the queries that a writer returns: that of K."""
+    _ROTATIONS(call, name)
+    q, k = call.attrs[name], call.attrs["k_rotation"]
+    if q not in ("none", k):
+        call.fail(ValueError, name, f"expected none or that of K, got '{q}' with k_rotation '{k}'")
+
+
+def k_center(call: Call, name: str) -> None:
+    """The constant that K is stored without, of types that take one."""
+    _takes_key_transforms(call, name)
+    dtypes("float32")(call, name)
 
 
 def like(other: str) -> Rule:
@@ -158,11 +205,23 @@ _cache_types = ", ".join(CACHE_QUANT_TYPES)
 cache_type = names(
     NotImplementedError, CACHE_QUANT_TYPES, f"'{{}}' is not supported; supported: {_cache_types}"
 )
-layout = names(
+_layout = names(
     ValueError,
     ("fastattn", "fastdeploy", "logical"),
     "expected fastattn, fastdeploy or logical, got '{}'",
 )
+
+
+def _fastdeploy_order(call: Call, name: str, supported: str) -> None:
+    kind = call.attrs["cache_quant_type"]
+    if call.attrs[name] == "fastdeploy" and codes_per_byte(kind) == 2:
+        text = f"'fastdeploy' has no order for {kind}; supported: {supported}"
+        call.fail(NotImplementedError, name, text)
+
+
+def layout(call: Call, name: str) -> None:
+    _layout(call, name)
+    _fastdeploy_order(call, name, "fastattn, logical")
 
 
 def fp8_format(call: Call, name: str) -> None:
@@ -177,6 +236,8 @@ def cache_dtype(call: Call, name: str) -> None:
     if cache_type == "none":
         dtypes(*HALVES)(call, name)
         return
+    if codes_per_byte(cache_type) == 2:
+        return dtypes("uint8")(call, name)
     supported(call, name)
     e5m2 = call.attrs.get("fp8_format") == "e5m2"
     codes = "int8" if cache_type in _INT8_TYPES else "float8_e5m2" if e5m2 else "float8_e4m3fn"
@@ -228,7 +289,7 @@ def qkv(call: Call, name: str) -> None:
 def append_type(call: Call, name: str) -> None:
     cache_type(call, name)
     if call.attrs[name] == "none":
-        text = "'none' stores no 8-bit codes; supported: " + _cache_types.partition(", ")[2]
+        text = "'none' stores no codes; supported: " + _cache_types.partition(", ")[2]
         call.fail(NotImplementedError, name, text)
 
 
@@ -241,19 +302,22 @@ def dynamic_quant(call: Call, name: str) -> None:
 
 
 def append_layout(call: Call, name: str) -> None:
-    layout(call, name)
+    _layout(call, name)
+    _fastdeploy_order(call, name, "fastattn")
     if call.attrs[name] == "logical":
         text = "'logical' is not supported; supported: fastattn, fastdeploy"
         call.fail(NotImplementedError, name, text)
+    transforms = call.attrs["k_rotation"] != "none" or call.inputs["k_center"] is not None
+    if transforms and call.attrs[name] != "fastattn":
+        text = f"'{call.attrs[name]}' is not supported with k_rotation or k_center"
+        call.fail(NotImplementedError, name, f"{text}; supported: fastattn")
 
 
 def fastdeploy_type(call: Call, name: str) -> None:
     cache_type(call, name)
-    if call.attrs[name] == "block_wise_int8":
-        text = (
-            "FastDeploy has no 'block_wise_int8'; supported: none, cache_int8, cache_fp8, "
-            "block_wise_fp8"
-        )
+    kind, supported = call.attrs[name], "none, cache_int8, cache_fp8, block_wise_fp8"
+    if kind in ("block_wise_int8", "block_wise_int4"):
+        text = f"FastDeploy has no '{kind}'; supported: {supported}"
         call.fail(NotImplementedError, name, text)
 
 
@@ -272,6 +336,8 @@ def convertible(call: Call, name: str) -> None:
     text = "uint8, float8_e4m3fn or float8_e5m2"
     if cache_type == "none":
         allowed, text = HALVES, "bfloat16 or float16"
+    elif codes_per_byte(cache_type) == 2:
+        allowed, text = ("uint8",), "uint8"
     elif cache_type in _INT8_TYPES:
         allowed, text = ("uint8", "int8"), "uint8 or int8"
     if got is not None and got not in allowed:
@@ -310,9 +376,10 @@ def num_kv_heads(call: Call, name: str) -> None:
 
 
 def rotary_dim(call: Call, name: str) -> None:
-    head_dim, given = call.size("key_cache", 3), call.attrs[name]
-    if head_dim is None or given == -1:
+    row, given = call.size("key_cache", 3), call.attrs[name]
+    if row is None or given == -1:
         return
+    head_dim = row * codes_per_byte(call.attrs["cache_quant_type"])
     if given <= 0 or given > head_dim or given % 2:
         text = f"expected an even number in [2, {head_dim}] (head_dim), got {given}"
         call.fail(ValueError, name, text)
@@ -410,6 +477,32 @@ def quantize_q(call: Call, name: str) -> None:
         call.fail(ValueError, name, f"expected bfloat16 or float16 queries, got {shown}")
 
 
+_ROTATE_FIRST = (
+    "e4m3 queries are not supported: quantise queries that are rotated (q_rotation of "
+    "rope_write_cache_kv), and leave it out here"
+)
+
+
+def rotated_queries(call: Call, name: str) -> None:
+    """Queries that the attention is to rotate."""
+    if call.attrs[name] != "none" and call.dtype("q") in ("uint8", "float8_e4m3fn"):
+        call.fail(NotImplementedError, name, _ROTATE_FIRST)
+
+
+def centred_scores(call: Call, name: str) -> None:
+    """Scores that lack a constant."""
+    if call.attrs["softcap"] > 0:
+        text = "softcap is not supported with it: a score that lacks a constant has another tanh"
+        call.fail(NotImplementedError, name, text)
+    counts = call.attrs["return_softmax_lse"] or call.inputs["sinks"] is not None
+    if counts and call.dtype("q") in ("uint8", "float8_e4m3fn"):
+        text = "e4m3 queries are not supported with it where an LSE is returned or a sink counts"
+        call.fail(NotImplementedError, name, text)
+    if call.inputs["sinks"] is not None and call.inputs["out"] is not None:
+        text = "a given output is not supported with k_center and sinks"
+        call.fail(NotImplementedError, "out", text)
+
+
 # ---- the others ----
 
 
@@ -465,6 +558,11 @@ def int32_from(least: int) -> Rule:
             call.fail(ValueError, name, text)
 
     return check
+
+
+def tile(call: Call, name: str) -> None:
+    if not 1 <= call.attrs[name] <= 64:
+        call.fail(ValueError, name, f"expected 1 to 64, got {call.attrs[name]}")
 
 
 def block_stride(call: Call, name: str) -> None:

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "api/check.h"
 #include "params/attention.h"
+#include "params/key_transform.h"
 
 namespace fastattn::api {
 
@@ -29,6 +31,7 @@ struct AttentionArgs {
   int64_t max_seqlen_k;
   bool return_softmax_lse;
   bool quantize_q;
+  KeyTransform transform;  // of the keys
 };
 
 // The queries, first of all: their number of tokens, heads and channels decides what else fits.
@@ -37,6 +40,9 @@ void ParseQuery(const char* op, const Tensor& q, AttentionParams* p);
 // Heads and channels of the keys, which the tensor `keys` has.
 void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head_dim,
                 AttentionParams* p);
+
+// Shape of the output for q: V's channels may be fewer than K's.
+std::vector<int64_t> OutputShape(const Tensor& q, const AttentionParams& p);
 
 // Keys, values and lengths of flash_attention.
 void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,

@@ -56,6 +56,17 @@ def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[Any]) ->
             raise ValueError(f"{op}: out: shares memory with an input")
 
 
+def store(result: Any, out: Tensor) -> Any:
+    """`result`, of a single rank, in `out`, as a merge of several ranks would leave it there.
+
+    Operators leave what tokens of no sequence have in an `out` of the caller; a merge knows no
+    sequences and makes 0 of it, and so does a new result.
+    """
+    fresh, *lse = result if isinstance(result, (list, tuple)) else (result,)
+    out.copy_(fresh, False)
+    return (out, *lse) if lse else out
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Addresses of a tensor's first byte and behind its last one."""
     reach = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import paddle
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
@@ -14,6 +15,7 @@ from fastattn.distributed._exchange import (
     merge_ranks,
     partial_dtype,
     ranks_of,
+    store,
 )
 from fastattn.distributed.local_keys import LocalKeys, local_call
 from fastattn.functional import paged_attention
@@ -54,6 +56,8 @@ def paged_attention_dcp(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
     local_keys: LocalKeys | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
@@ -171,8 +175,11 @@ def paged_attention_dcp(
         "cache_v_zp": cache_v_zp,
         "quantize_q": quantize_q,
         "batch_invariant": batch_invariant,
+        "k_rotation": k_rotation,
+        "k_center": k_center,
     }
-    if world_size == 1 or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
+    alone = world_size == 1 and (out is None or not paddle.in_dynamic_mode())
+    if alone or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
         return paged_attention(
             *arguments,
             **options,
@@ -186,6 +193,11 @@ def paged_attention_dcp(
     check_results(_OP, q, out, out_scale, dtype)
     check_tensor(_OP, "sinks", sinks, list(q.shape[1:2]), ("float32", "bfloat16"))
     check_place_of_result(_OP, out, [*arguments, *options.values(), sinks, out_scale])
+    if world_size == 1:
+        results: dict[str, Any] = {"sinks": sinks, "out_scale": out_scale}
+        results["return_softmax_lse"] = return_softmax_lse
+        results["out_dtype"] = out_dtype if out_scale is not None else dtype
+        return store(paged_attention(*arguments, **{**options, **results}), out)
     partial = partial_dtype(exchange_dtype, dtype)
     exchange = Exchange(q.shape, partial, q.place, world_size, group)
     if is_tensor(key_cache) and key_cache.ndim == 4:  # else the operator says what is wrong

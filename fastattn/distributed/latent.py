@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import paddle
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
@@ -15,6 +16,7 @@ from fastattn.distributed._exchange import (
     merge_ranks,
     partial_dtype,
     ranks_of,
+    store,
 )
 from fastattn.distributed.local_keys import LocalKeys, local_call
 from fastattn.functional import mla_attention, mla_sparse_attention
@@ -45,14 +47,18 @@ def _attend(
     """
     check_call(op, exchange_dtype)
     world_size, q = ranks_of(op, group), arguments[0]
-    if world_size == 1 or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
-        return attend(*arguments, **options, **results)
     sinks, out, dtype = results["sinks"], results["out"], results["out_dtype"]
+    # A choice of keys has no tokens of no sequence: its operator writes all of `out`.
+    writes_all = out is None or attend is mla_sparse_attention or not paddle.in_dynamic_mode()
+    if (world_size == 1 and writes_all) or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
+        return attend(*arguments, **options, **results)
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"{op}: out_dtype: expected bfloat16 or float32, got {dtype!r}")
     check_tensor(op, "out", out, [*q.shape[:2], _VALUE_DIM], (dtype,))
     check_tensor(op, "sinks", sinks, list(q.shape[1:2]), ("float32",))
     check_place_of_result(op, out, [*arguments, *options.values(), sinks])
+    if world_size == 1:
+        return store(attend(*arguments, **options, **{**results, "out": None}), out)
     partial = partial_dtype(exchange_dtype, dtype)
     exchange = Exchange([*q.shape[:2], _VALUE_DIM], partial, q.place, world_size, group)
     if localized is not None:

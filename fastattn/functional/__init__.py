@@ -17,6 +17,7 @@ from fastattn.functional.index_maps import (
 )
 from fastattn.functional.indexer import (
     indexer_kv_compress_insert,
+    indexer_q_quant,
     indexer_q_rope_quant,
     save_partial_states,
 )
@@ -32,6 +33,7 @@ from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
+from fastattn.functional.step_maps import query_rows, token_maps
 from fastattn.functional.topk import topk_indices
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "indexer_k_gather",
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
+    "indexer_q_quant",
     "indexer_q_rope_quant",
     "indexer_topk",
     "inverse_rope_quantize_fp8",
@@ -63,9 +66,11 @@ __all__ = [
     "paged_mqa_logits",
     "plan_cascade",
     "quantize_fp8",
+    "query_rows",
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
+    "token_maps",
     "topk_indices",
     "topk_to_slots",
     "window_indices",

@@ -31,6 +31,7 @@ def topk_to_slots(
     block_tables: Tensor,
     batch_ids: Tensor | None = None,
     *,
+    row_ids: Tensor | None = None,
     block_size: int = 64,
     block_stride: int | None = None,
     num_blocks: int | None = None,
@@ -52,6 +53,9 @@ def topk_to_slots(
     batch_ids : Tensor, shape [rows], int32 or int64, optional
         Sequence of each row; outside [0, B) = padding, a row without slots. Default: row i is of
         sequence i.
+    row_ids : Tensor, shape [T], int32 or int64, optional
+        Results have T rows, of which row i is made of row ``row_ids[i]`` of `indices`; outside
+        [0, rows) = padding. `batch_ids` are then those of the results. Default: all rows in order.
     block_size : int
         Tokens of a block; for a cache of compressed tokens its entries.
     block_stride : int, optional
@@ -98,7 +102,7 @@ def topk_to_slots(
     stride = size if block_stride is None else check_int(op, "block_stride", block_stride, size)
     slots, lengths = _ops.call(
         op,
-        (indices, block_tables, batch_ids),
+        (indices, block_tables, batch_ids, row_ids),
         (
             size,
             stride,

@@ -3,6 +3,7 @@
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
 from fastattn.reference.compact_tables import compact_block_tables
+from fastattn.reference.hadamard import hadamard, restore_key, transform_key
 from fastattn.reference.index_maps import (
     combine_topk_window,
     short_context_indices,
@@ -11,6 +12,7 @@ from fastattn.reference.index_maps import (
 )
 from fastattn.reference.indexer import (
     indexer_kv_compress_insert,
+    indexer_q_quant,
     indexer_q_rope_quant,
     save_partial_states,
 )
@@ -26,6 +28,7 @@ from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
+from fastattn.reference.step_maps import query_rows, token_maps
 from fastattn.reference.topk import topk_indices
 
 __all__ = [
@@ -35,9 +38,11 @@ __all__ = [
     "compact_block_tables",
     "convert_cache_layout",
     "flash_attention",
+    "hadamard",
     "indexer_k_gather",
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
+    "indexer_q_quant",
     "indexer_q_rope_quant",
     "indexer_topk",
     "inverse_rope_quantize_fp8",
@@ -57,11 +62,15 @@ __all__ = [
     "paged_mqa_logits",
     "quantize_fp8",
     "quantize_query",
+    "query_rows",
+    "restore_key",
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
+    "token_maps",
     "topk_indices",
     "topk_to_slots",
+    "transform_key",
     "window_indices",
     "write_cache_kv",
 ]

@@ -109,7 +109,7 @@ def test_every_sequence_turns_by_its_own_angles(place, neox, rotary_dim, doubled
 
 @pytest.mark.parametrize("q_quant", QUANTS)
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("new", [NEW, [1, 4, 0, 1, 2, 1]], ids=["prompts", "decode"])
 def test_every_cache_and_query_type(place, new, head_dim, cache, q_quant):
     options = {"head_dim": head_dim, "cache": cache, "q_quant": q_quant, "neox": True}

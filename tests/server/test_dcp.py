@@ -291,6 +291,21 @@ def test_one_process_is_paged_attention():
     assert expected.shape == tuple(out.shape)
 
 
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("codes", [False, True])
+def test_one_process_clears_padding_in_a_given_out(lse, codes):
+    """As several ranks do, whose merge writes `out`."""
+    problem = CASES["padding"].make()
+    positional, keywords = problem.arguments("cpu")
+    scale = {"out_scale": paddle.full([1], 0.02)} if codes else {}
+    want = F.paged_attention(*positional, **keywords, **scale)
+    out = paddle.full(want.shape, 7, want.dtype)
+    got = paged_attention_dcp(*positional, **keywords, **scale, out=out, return_softmax_lse=lse)
+    assert (got[0] if lse else got) is out
+    assert_same_bits(out.numpy(), want.numpy())
+    assert not out.numpy()[~problem.owned()].any()
+
+
 def call(**changes):
     positional, keywords = paged_problem([(3, 2)]).arguments("cpu")
     return paged_attention_dcp(*positional, **{**keywords, **changes})

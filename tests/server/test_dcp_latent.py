@@ -140,6 +140,30 @@ def two_ranks(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("lse", [False, True])
+def test_tokens_of_no_sequence_are_0_in_a_given_out(monkeypatch, ranks, dtype, lse):
+    """In a group of one as in one of two, where a merge writes `out`."""
+    rng = np.random.default_rng(8)
+    q = to_paddle(rng.normal(size=(7, 3, 576)).astype(BF16))
+    cache = to_paddle(rng.normal(size=(2, 64, 576)).astype(BF16))
+    seqs = [int32(x) for x in ([[1, -1], [0, -1]], [0, 2, 5], [4, 9], [2, 1])]
+    options = {"cache_format": "bf16", "out_dtype": dtype, "return_softmax_lse": True}
+    want, want_lse = (to_numpy(x) for x in F.mla_attention(q, cache, *seqs, 2, 12, **options))
+    if ranks == 2:
+        two_ranks(monkeypatch)
+    out = to_paddle(np.full((7, 3, 512), 7, np.float32).astype(want.dtype))
+    got = mla_attention_dcp(
+        q, cache, *seqs, 2, 12, **{**options, "return_softmax_lse": lse}, out=out
+    )
+    assert (got[0] if lse else got).data_ptr() == out.data_ptr()
+    assert_same_bits(to_numpy(out), want)
+    assert not to_numpy(out)[3:].any() and to_numpy(out)[:3].all(axis=(1, 2)).all()
+    if lse and ranks == 1:
+        assert_same_bits(to_numpy(got[1]), want_lse)
+
+
 def sparse_call(**changes):
     q = to_paddle(np.random.default_rng(3).normal(size=(2, 3, 576)).astype(BF16))
     cache = to_paddle(np.random.default_rng(4).normal(size=(1, 64, 576)).astype(BF16))

@@ -150,6 +150,11 @@ SINKS = np.array([0.4, -3.0, 5.5, -np.inf], np.float32)
 SCALE = np.array([0.013], np.float32)
 MASK = np.array([(i * 3 % 50, 40 + i * 31 % 90) for i in range(TOKENS)], np.int32)
 NOTHING = np.zeros((TOKENS, 2), np.int32)
+KEYS = {
+    "kind": BLOCK_WISE_INT8,
+    "k_rotation": "hadamard",
+    "k_center": np.random.default_rng(5).normal(size=(2, 64)).astype(np.float32),
+}
 
 CASES: dict[str, Case] = {
     **{f"type-{kind}": _case(SEQS, kind=kind, seed=3) for kind in CACHE_KINDS},
@@ -174,6 +179,7 @@ CASES: dict[str, Case] = {
     "exchange_output-fp8": _case(
         SEQS, dcp={"exchange_dtype": "output"}, kind=BLOCK_WISE_FP8, out_scale=SCALE
     ),
+    "transformed_keys": _case(SHORT, **KEYS),
     "not_causal": _case(SHORT, kind=BLOCK_WISE_FP8, causal=False),
     "window": _case(SHORT, kind=BLOCK_WISE_FP8, window_size=(17, -1)),
     "softcap": _case(SHORT, softcap=1.3),
@@ -216,6 +222,7 @@ SINK_CASES: dict[str, Case] = {
     "sinks-decode": _case(DECODE, at_random, kind=BLOCK_WISE_FP8, sinks=SINKS),
     "sinks-window": _case(SEQS, window_size=(100, 0), sinks=SINKS),
     "sinks-fp8_output": _case(SHORT, sinks=SINKS, out_scale=SCALE),
+    "sinks-transformed_keys": _case(SHORT, sinks=SINKS, **KEYS),
     "sinks-nothing_visible": _case(SHORT, sinks=SINKS, mask_offsets=NOTHING),
 }
 

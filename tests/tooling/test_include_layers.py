@@ -38,6 +38,7 @@ CUDA = {
     "cuda/attention/shared": ("cuda/common", "cuda/merge/shared"),
     "cuda/attention/mma_sm80": ("cuda/common", "cuda/merge/shared", "cuda/attention/shared"),
     "cuda/attention/quantize_q": ("cuda/common",),
+    "cuda/attention/query_transform": ("cuda/common",),
     "cuda/attention/wgmma_sm90/common": ("cuda/common", "cuda/attention/shared"),
     "cuda/attention/wgmma_sm90/fp8": WGMMA,
     "cuda/attention/wgmma_sm90/fp16": WGMMA,

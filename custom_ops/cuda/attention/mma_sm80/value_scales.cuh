@@ -91,7 +91,7 @@ __device__ __forceinline__ void ApplyColumnScales(
       const int exponent = static_cast<int>(pair.x), before = static_cast<int>(pair.y);
       const float raise = Exp2(static_cast<float>(before - exponent));
 #pragma unroll
-      for (int i = 0; i < Traits::kDimTiles; ++i) {
+      for (int i = 0; i < Traits::kOutTiles; ++i) {
         state->out[i][n][c] *= raise;
         state->out[i][n][c + 2] *= raise;
       }
@@ -135,13 +135,21 @@ __device__ __forceinline__ void ApplyCommonScales(
     float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
   const int g = threadIdx.x % 32 / 4;
   float scale[Traits::kGroup][2];
+  if constexpr (Traits::kNibbles) {
+    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, scale);
+  }
   uint32_t largest = 0;
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = Traits::KeyOf(first + m, g + 8 * half);
-      float x = TokenScale<Traits>(stage, key, p.cache.scale_dtype);
+      float x;
+      if constexpr (Traits::kNibbles) {
+        x = scale[m][half];
+      } else {
+        x = TokenScale<Traits>(stage, key, p.cache.scale_dtype);
+      }
       if (mask.needs_mask && (key < mask.begin || key >= mask.end)) x = 0.0f;
       scale[m][half] = x;
       const uint32_t bits = __float_as_uint(x) & 0x7FFFFFFFu;
@@ -153,7 +161,7 @@ __device__ __forceinline__ void ApplyCommonScales(
   if (exponent > state->scale_exponent) {
     const float factor = Exp2(static_cast<float>(state->scale_exponent - exponent));
 #pragma unroll
-    for (int i = 0; i < Traits::kDimTiles; ++i) {
+    for (int i = 0; i < Traits::kOutTiles; ++i) {
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll

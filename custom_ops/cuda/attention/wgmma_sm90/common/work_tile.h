@@ -24,7 +24,7 @@ struct WorkTile {
   int unmasked_end;
 };
 
-// Flags of a KV tile, which is two cache blocks.
+// Flags of a KV tile, which is two cache blocks, or one.
 inline constexpr int kUnassigned = 1;  // << 0, 1: the block is not assigned, its keys are masked
 inline constexpr int kNeedsScrub = 4;  // some query sees only a part of the KV tile
 inline constexpr int kAfterScrub = 8;  // the KV tile of the iteration before needed it

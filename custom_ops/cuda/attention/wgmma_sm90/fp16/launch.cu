@@ -42,10 +42,10 @@ ByteTensor PlaneTensor(const AttentionParams& p, const void* data, const CacheSt
 
 // Tokens of K or V as rows: 16-bit values in boxes of 64 tokens x 128 bytes, codes in whole blocks.
 ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStrides& strides,
-                     const void* ragged, int64_t token_stride, int64_t head_stride,
+                     const void* ragged, int64_t token_stride, int64_t head_stride, int head_dim,
                      BlockPlanes* planes) {
   const auto size = static_cast<uint64_t>(SizeOf(KeyType(p)));
-  const uint64_t row = size * static_cast<uint64_t>(p.head_dim);
+  const uint64_t row = size * static_cast<uint64_t>(head_dim);
   ByteTensor tensor;
   if (p.paged) {
     tensor = PlaneTensor(p, paged, strides, planes);
@@ -88,7 +88,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
       {128, 1, 64},
       CU_TENSOR_MAP_SWIZZLE_128B};
   ByteTensor key = RowTensor(p, p.cache.key, p.cache.key_strides, kv.key, kv.key_token_stride,
-                             kv.key_head_stride, &arguments->key_planes);
+                             kv.key_head_stride, p.head_dim, &arguments->key_planes);
   if (KeyCodes(p)) {
     key.swizzle = p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   }
@@ -96,7 +96,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
       p.paged && IsQuantized(p.cache.type)
           ? ChannelTensor(p, &arguments->value_planes)
           : RowTensor(p, p.cache.value, p.cache.value_strides, kv.value, kv.value_token_stride,
-                      kv.value_head_stride, &arguments->value_planes);
+                      kv.value_head_stride, ValueDim(p.head_dim), &arguments->value_planes);
   cudaError_t status = EncodeMap(query, &arguments->query);
   if (status == cudaSuccess) status = EncodeMap(key, &arguments->key);
   if (status == cudaSuccess) status = EncodeMap(value, &arguments->value);
