@@ -6,7 +6,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._marker import unified
-from fastattn.functional.index_maps import _blocks, _check_int
+from fastattn.functional.index_maps import _blocks, check_int
 
 
 @unified
@@ -83,8 +83,8 @@ def token_maps(
         op,
         (batch_ids, block_tables, cu_seqlens_q, seq_lens_decoder, position_ids),
         (
-            _check_int(op, "num_tokens", num_tokens, 0),
-            _check_int(op, "block_size", block_size, 1),
+            check_int(op, "num_tokens", num_tokens, 0),
+            check_int(op, "block_size", block_size, 1),
             _blocks(op, num_blocks),
         ),
     )
@@ -160,6 +160,6 @@ def query_rows(
     lengths, row_tables, token_of_query, query_of_token = _ops.call(
         op,
         (batch_ids, positions, block_tables, cu_seqlens_q),
-        (_check_int(op, "tile", tile, 1),),
+        (check_int(op, "tile", tile, 1),),
     )
     return lengths, row_tables, token_of_query, query_of_token
