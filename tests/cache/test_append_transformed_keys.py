@@ -11,7 +11,7 @@ from tests.support.cache import is_dynamic, make_cache
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import DTYPES, to_numpy, to_paddle
 
-TYPES = ("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8")
+TYPES = ("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8", "block_wise_int4")
 CACHED = [70, 0, 64, 1, 200]
 #: Room for one token less, for all, and for some more.
 STARTS = [3, 72, 72, 140, 141, 360]
@@ -99,7 +99,8 @@ def test_gives_back_what_was_written(place, kind):
         dynamic_quant=is_dynamic(kind), **scales, **transform,
     )  # fmt: skip
     error = to_numpy(out[0]).astype(np.float64) - key
-    assert np.sqrt(np.mean(error**2)) < (0.02 if kind.endswith("int8") else 0.06)
+    limit = {"int8": 0.02, "int4": 0.15}.get(kind[-4:], 0.06)
+    assert np.sqrt(np.mean(error**2)) < limit
 
 
 def test_another_layout_is_refused(place):

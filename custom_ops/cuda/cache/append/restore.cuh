@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/exact.h"
+#include "common/int4.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "cuda/cache/shared/append_tile.cuh"
@@ -50,7 +51,8 @@ __global__ void __launch_bounds__(kRestoreThreads)
     if (transform.center != nullptr) center[i] = transform.center[head * kHeadDim + channel];
   }
   const auto* codes = static_cast<const uint8_t*>(cache.key) +
-                      cache.key_strides.Plane(tile.block, head) + lane * kChunk;
+                      cache.key_strides.Plane(tile.block, head) +
+                      lane * (kChunk / CodesPerByte(kCode));
   auto* out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride +
               static_cast<int64_t>(head) * kHeadDim + lane * kChunk;
 #pragma unroll 1
@@ -60,15 +62,27 @@ __global__ void __launch_bounds__(kRestoreThreads)
     uint2 raw = make_uint2(0, 0);
     float token_scale = 1.0f;
     if (active) {
-      raw = *reinterpret_cast<const uint2*>(codes + r * cache.key_strides.row);
+      const uint8_t* from = codes + r * cache.key_strides.row;
+      if constexpr (CodesPerByte(kCode) == 2) {
+        raw.x = *reinterpret_cast<const uint32_t*>(from);
+      } else {
+        raw = *reinterpret_cast<const uint2*>(from);
+      }
       if (cache.k_granularity == ScaleGranularity::kToken) {
         const int64_t index = cache.k_scale_strides.Plane(tile.block, head) + r;
         token_scale = LoadScale(cache.k_scales, cache.scale_dtype, index);
       }
     }
     float x[kChunk];
-    CodesToFloat<kCode>(raw.x, *reinterpret_cast<float (*)[4]>(x));
-    CodesToFloat<kCode>(raw.y, *reinterpret_cast<float (*)[4]>(x + 4));
+    if constexpr (CodesPerByte(kCode) == 2) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        x[i] = static_cast<float>(static_cast<int>(raw.x >> (4 * i) & 0xFu) - kInt4Bias);
+      }
+    } else {
+      CodesToFloat<kCode>(raw.x, *reinterpret_cast<float (*)[4]>(x));
+      CodesToFloat<kCode>(raw.y, *reinterpret_cast<float (*)[4]>(x + 4));
+    }
     const bool own = cache.k_granularity == ScaleGranularity::kToken;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] = Mul(x[i], own ? token_scale : scales[i]);
