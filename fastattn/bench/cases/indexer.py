@@ -74,7 +74,7 @@ def rotated_queries(device: Device) -> Iterator[Row]:
             bind(F.indexer_q_quant, device.random((tokens, HEADS, HEAD)), weights, HEAD**-0.5)
             for _ in range(device.copies(moved))
         ]
-        yield device.memory_row("indexer_q_quant", f"T {tokens}, H {HEADS}", calls, moved)
+        yield device.small_row("indexer_q_quant", f"T {tokens}, H {HEADS}", calls, moved)
 
 
 def _key_call(device: Device, tokens: int, ratio: int, quant: str) -> Call:
@@ -133,4 +133,4 @@ def states(device: Device) -> Iterator[Row]:
                 inputs = kv_score, ape, positions, state, slots
                 calls.append(bind(F.save_partial_states, *inputs))
             shape = f"T {tokens}, HEAD {head}, ratio {ratio}"
-            yield device.memory_row("save_partial_states", shape, calls, moved)
+            yield device.small_row("save_partial_states", shape, calls, moved)
