@@ -88,7 +88,6 @@ inline bool Fp16Cache(const PagedCache& cache, DType query) {
   // e5m2 reaches too far for fp16 times a token's scale.
   if (IsDynamic(cache.type) && cache.dtype == DType::kE5M2) return false;
   return SizeOf(cache.dtype) == 1 && cache.dtype != DType::kUInt8 &&
-         CodesPerByte(cache.dtype) == 1 &&
          cache.layout == CacheLayout::kFastattn && cache.k_scales != nullptr &&
          cache.v_scales != nullptr;
 }

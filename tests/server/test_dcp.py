@@ -533,9 +533,9 @@ def test_order_of_codes():
     assert (np.argsort(ordered(codes), kind="stable") == np.argsort(values, kind="stable")).all()
 
 
-def test_the_example_runs_in_two_processes(tmp_path):
-    arguments = ("tests.support.snippet", "docs/dcp.md", "paged_attention_dcp(")
-    run_group(*arguments, world_size=2, logs=tmp_path)
+@pytest.mark.parametrize("words", ["max_seqlen_q=60", "local_keys=local"])
+def test_the_examples_run_in_two_processes(tmp_path, words):
+    run_group("tests.support.snippet", "docs/dcp.md", words, world_size=2, logs=tmp_path)
 
 
 # --- the launcher of the processes ---------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_samples_are_those_of_attention(config, weights, corpus):
     scores = np.where(np.tril(np.ones(scores.shape, bool)), scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     out = p / p.sum(-1, keepdims=True) @ found.value[:, 1]
-    np.testing.assert_allclose(out, layer.out[0, 1, : len(out)], atol=1e-4)
+    np.testing.assert_allclose(out, layer.attention.out[0, 1, : len(out)], atol=1e-4)
 
 
 def logits(model, kind, calibration, held_out, place):

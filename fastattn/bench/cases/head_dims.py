@@ -62,5 +62,6 @@ def prefill(device: Gpu) -> Iterator[Row]:
             row = Row("flash_attention", name, us, rate, "TFLOP/s")
             where = {"s": LENGTH, "h": heads, "hk": kv, "d": dim, "causal": True}
             wanted = "fp8_varlen" if dtype == "e4m3" else "vllm_fa3_bf16"
-            found = [other for other in peers("prefill", **where) if wanted in other["peer"]]
+            rows = [other for other in peers("prefill", **where) if other.get("d") == dim]
+            found = [other for other in rows if wanted in other["peer"]]
             yield from [row.beside(o["peer"], o["ms"] * 1e3) for o in found] or [row]

@@ -195,10 +195,14 @@ __device__ __forceinline__ void Weigh(const AttentionParams& p, uint32_t stage,
                                       const KvTileMask& mask, int first, Scores<Traits>& scores,
                                       Probabilities<Traits>& probabilities,
                                       TileState<Traits>* state) {
+  float value_scales[Traits::kGroup][2];
+  if constexpr (Traits::kNibbles) {  // ahead of what takes time
+    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, value_scales);
+  }
   RaiseMaximum<Traits>(scores, state);
   Exponentiate<Traits>(scores, state);
   if constexpr (Traits::kPerTokenScales) {
-    ApplyValueScales<Traits>(p, stage, mask, first, scores, state);
+    ApplyValueScales<Traits>(p, stage, mask, first, value_scales, scores, state);
   }
   PackProbabilities<Traits>(scores, probabilities);
 }

@@ -129,15 +129,13 @@ __device__ __forceinline__ void DropColumnExponents(TileState<Traits>* state) {
 }
 
 // Does the same where columns do not differ, relative to a power of two that bounds all scales.
+// `scale`: of 4-bit codes, V's scales of the lane's keys.
 template <typename Traits>
 __device__ __forceinline__ void ApplyCommonScales(
     const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
-    float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
+    float (&scale)[Traits::kGroup][2], float (&scores)[Traits::kGroup][Traits::kTiles][4],
+    TileState<Traits>* state) {
   const int g = threadIdx.x % 32 / 4;
-  float scale[Traits::kGroup][2];
-  if constexpr (Traits::kNibbles) {
-    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, scale);
-  }
   uint32_t largest = 0;
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
@@ -189,12 +187,13 @@ __device__ __forceinline__ void ApplyCommonScales(
 template <typename Traits>
 __device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint32_t stage,
                                                  const KvTileMask& mask, int first,
+                                                 float (&scale)[Traits::kGroup][2],
                                                  float (&scores)[Traits::kGroup][Traits::kTiles][4],
                                                  TileState<Traits>* state) {
   if ((mask.needs_mask && mask.columns_differ) || state->scale_exponent == kColumnExponents) {
     ApplyColumnScales<Traits>(p, stage, mask, first, scores, state);
   } else {
-    ApplyCommonScales<Traits>(p, stage, mask, first, scores, state);
+    ApplyCommonScales<Traits>(p, stage, mask, first, scale, scores, state);
   }
   // A NaN scale of a key that a column does not see must not reach that column.
   if (mask.needs_mask) MaskKeys<Traits>(mask, first, 0.0f, scores);

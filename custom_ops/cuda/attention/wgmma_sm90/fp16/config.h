@@ -19,9 +19,10 @@ using namespace wgmma_sm90;  // what the Hopper kernels share
 
 // What K and V are in memory.
 enum class Source : int {
-  k16Bit,        // 16-bit values, tokens as rows
-  kRaggedCodes,  // 8-bit codes, tokens as rows
-  kPagedCodes,   // 8-bit codes, tokens of K as rows, and channels of V
+  k16Bit,         // 16-bit values, tokens as rows
+  kRaggedCodes,   // 8-bit codes, tokens as rows
+  kPagedCodes,    // 8-bit codes, tokens of K as rows, and channels of V
+  kPagedNibbles,  // the same of 4-bit codes, a byte for two channels
 };
 
 // The queries of a work tile are kQueries tokens of one head; a KV tile is kKeys keys, two blocks,
@@ -38,7 +39,8 @@ struct Config {
   static constexpr bool kKeyCodeOperands =
       kElement != DType::kBFloat16 && kElement != DType::kFloat16;
   static constexpr bool kFiniteValues = kElement == DType::kInt8;
-  static constexpr bool kTokenMajorV = kSource_ != Source::kPagedCodes;
+  static constexpr bool kNibbles = kSource_ == Source::kPagedNibbles;
+  static constexpr bool kTokenMajorV = kSource_ != Source::kPagedCodes && !kNibbles;
   static constexpr bool kPerTokenScales = kPerTokenScales_;  // of K and V
   static constexpr bool kSoftcap = kSoftcap_;
   static constexpr bool kPerChannelScales = kQuantized && !kPerTokenScales;   // they may be
@@ -63,10 +65,12 @@ struct Config {
   static constexpr int kValueRowBytes = kValueSlices * kSlice;
   static constexpr int kKeyRowBytes = kKeyCodeOperands ? kDim : kRowBytes;
   // Bytes of a key and its value in memory.
-  static constexpr int kKeyBytes = (kDim + kValueDim) * (kQuantized ? 1 : 2);
+  static constexpr int kKeyBytes = (kDim + kValueDim) * (kQuantized ? 1 : 2) / (kNibbles ? 2 : 1);
+  // Whether codes of K lie as they are, and so come by TMA.
+  static constexpr bool kLoadsKeyOperands = kKeyCodeOperands && !kNibbles;
   // Stages for a KV tile's codes of K or V that are to be converted.
-  static constexpr int kCodeStages = kKeyCodeOperands ? 2 : kQuantized ? 3 : 1;
-  static constexpr int kCodeBytes = kQuantized ? kKeys * kDim : 128;
+  static constexpr int kCodeStages = kLoadsKeyOperands ? 2 : kQuantized ? 3 : 1;
+  static constexpr int kCodeBytes = kQuantized ? kKeys * kDim / (kNibbles ? 2 : 1) : 128;
   static constexpr int kScaleStages = kPerTokenScales ? 4 : 1;
   static constexpr int kScaledKeys = kPerTokenScales ? kKeys : 8;
   // Scales of K lie as threads read them: those of columns 2 * q, + 1 of every eight together. A
