@@ -196,14 +196,9 @@ def put(tables, seq, own):
     target = tables.data_ptr() + seq * own.nbytes
     if tables.place.is_gpu_place():
         source = ctypes.c_void_p(own.ctypes.data)
-<<<<<<< HEAD
-        size = ctypes.c_size_t(own.nbytes)
-        cuda.driver_call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, size)
-=======
         cuda.driver_call(
             "cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, ctypes.c_size_t(own.nbytes)
         )
->>>>>>> main
     else:
         ctypes.memmove(target, own.ctypes.data, own.nbytes)
 
