@@ -6,7 +6,6 @@ Types and texts of the errors are those of the operators' own checks (custom_ops
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -104,41 +103,6 @@ def dtypes(*allowed: str) -> Rule:
             call.fail(TypeError, name, f"expected dtype {' or '.join(allowed)}, got {got}")
 
     return check
-
-
-_ROTATIONS = names(ValueError, ("none", "hadamard"), "expected none or hadamard, got '{}'")
-
-
-def _takes_key_transforms(call: Call, name: str) -> None:
-    kind = call.attrs["cache_quant_type"]
-    if kind == "none":
-        supported = ", ".join(CACHE_QUANT_TYPES[1:])
-        text = f"cache_quant_type '{kind}' is not supported; supported: {supported}"
-        call.fail(NotImplementedError, name, text)
-    if kind == "cache_fp8" and call.attrs["fp8_format"] == "e5m2":
-        text = "fp8_format 'e5m2' is not supported; supported: e4m3"
-        call.fail(NotImplementedError, name, text)
-
-
-def k_rotation(call: Call, name: str) -> None:
-    """The rotation of K, of types that take one."""
-    _ROTATIONS(call, name)
-    if call.attrs[name] != "none":
-        _takes_key_transforms(call, name)
-
-
-def q_rotation(call: Call, name: str) -> None:
-    """The rotation of the queries that a writer returns: that of K."""
-    _ROTATIONS(call, name)
-    q, k = call.attrs[name], call.attrs["k_rotation"]
-    if q not in ("none", k):
-        call.fail(ValueError, name, f"expected none or that of K, got '{q}' with k_rotation '{k}'")
-
-
-def k_center(call: Call, name: str) -> None:
-    """The constant that K is stored without, of types that take one."""
-    _takes_key_transforms(call, name)
-    dtypes("float32")(call, name)
 
 
 def like(other: str) -> Rule:
@@ -477,32 +441,6 @@ def quantize_q(call: Call, name: str) -> None:
         call.fail(ValueError, name, f"expected bfloat16 or float16 queries, got {shown}")
 
 
-_ROTATE_FIRST = (
-    "e4m3 queries are not supported: quantise queries that are rotated (q_rotation of "
-    "rope_write_cache_kv), and leave it out here"
-)
-
-
-def rotated_queries(call: Call, name: str) -> None:
-    """Queries that the attention is to rotate."""
-    if call.attrs[name] != "none" and call.dtype("q") in ("uint8", "float8_e4m3fn"):
-        call.fail(NotImplementedError, name, _ROTATE_FIRST)
-
-
-def centred_scores(call: Call, name: str) -> None:
-    """Scores that lack a constant."""
-    if call.attrs["softcap"] > 0:
-        text = "softcap is not supported with it: a score that lacks a constant has another tanh"
-        call.fail(NotImplementedError, name, text)
-    counts = call.attrs["return_softmax_lse"] or call.inputs["sinks"] is not None
-    if counts and call.dtype("q") in ("uint8", "float8_e4m3fn"):
-        text = "e4m3 queries are not supported with it where an LSE is returned or a sink counts"
-        call.fail(NotImplementedError, name, text)
-    if call.inputs["sinks"] is not None and call.inputs["out"] is not None:
-        text = "a given output is not supported with k_center and sinks"
-        call.fail(NotImplementedError, "out", text)
-
-
 # ---- the others ----
 
 
@@ -593,20 +531,3 @@ def query_heads(call: Call, name: str) -> None:
     if given < 0 or (given > 0 and rows is not None and rows % given):
         shown = "?" if rows is None else rows
         call.fail(ValueError, name, f"expected 0 or a divisor of {shown} rows, got {given}")
-
-
-# ---- signals ----
-
-_CHANNEL = re.compile(r"|queue:-?\d+|shm:[^:/]+:[^:/]+")
-
-
-def channel(call: Call, name: str) -> None:
-    if not _CHANNEL.fullmatch(call.attrs[name]):
-        text = f"expected '', queue:<key> or shm:<layer>:<step>, got '{call.attrs[name]}'"
-        call.fail(ValueError, name, text)
-
-
-def batch(call: Call, name: str) -> None:
-    if not 0 <= call.attrs[name] <= 512:
-        text = "expected 0 to 512 sequences, which a message has room for, got "
-        call.fail(ValueError, name, f"{text}{call.attrs[name]}")

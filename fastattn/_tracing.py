@@ -12,7 +12,7 @@ from typing import Any
 
 import paddle
 
-from fastattn import _ops, _rules, _rules_latent, _rules_maps
+from fastattn import _ops, _rules, _rules_keys, _rules_latent, _rules_maps, _rules_signals
 from fastattn._rules import Call, OpRules, Rule
 
 _CACHE: dict[str, Rule] = {
@@ -56,9 +56,11 @@ _TYPE_AND_FORMAT: dict[str, Rule] = {
     "cache_quant_type": _rules.cache_type,
     "fp8_format": _rules.fp8_format,
 }
-_K_ROTATION: dict[str, Rule] = {"k_rotation": _rules.k_rotation}
-_K_CENTER: dict[str, Rule] = {"k_center": _rules.k_center}
-_K_CENTER_READ: dict[str, Rule] = {"k_center": _rules.both(_rules.k_center, _rules.centred_scores)}
+_K_ROTATION: dict[str, Rule] = {"k_rotation": _rules_keys.k_rotation}
+_K_CENTER: dict[str, Rule] = {"k_center": _rules_keys.k_center}
+_K_CENTER_READ: dict[str, Rule] = {
+    "k_center": _rules.both(_rules_keys.k_center, _rules_keys.centred_scores)
+}
 _COUNT = _rules.int32_from(1)
 _PAGE_SIZE = _rules.at_least(1, "expected a positive number of tokens, got ")
 _INDEX_QUANT = _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'")
@@ -98,7 +100,7 @@ RULES: dict[str, OpRules] = {
         {
             **_TYPE_AND_FORMAT,
             **_K_ROTATION,
-            "q_rotation": _rules.q_rotation,
+            "q_rotation": _rules_keys.q_rotation,
             "num_kv_heads": _rules.num_kv_heads,
             "num_heads": _rules.num_heads,
             "rms_norm_eps": _rules.finite(0),
@@ -132,11 +134,15 @@ RULES: dict[str, OpRules] = {
     ),
     "begin_kv_signals": OpRules(
         {"seq_lens_encoder": _INT32, "seq_lens_decoder": _INT32},
-        {"batch": _rules.batch, "silent": _rules.anything, "channel": _rules.channel},
+        {
+            "batch": _rules_signals.batch,
+            "silent": _rules.anything,
+            "channel": _rules_signals.channel,
+        },
     ),
     "send_kv_signal": OpRules(
         {"key_cache": _rules.supported, "value_cache": _rules.supported},
-        {"layer_id": _rules.at_least(0), "channel": _rules.channel},
+        {"layer_id": _rules.at_least(0), "channel": _rules_signals.channel},
     ),
     "append_cache_kv_c8": OpRules(
         {
@@ -187,7 +193,7 @@ RULES: dict[str, OpRules] = {
             **_TYPE_AND_FORMAT,
             **_ATTENTION_ATTRS,
             "batch_invariant": _rules.anything,
-            "k_rotation": _rules.both(_rules.k_rotation, _rules.rotated_queries),
+            "k_rotation": _rules.both(_rules_keys.k_rotation, _rules_keys.rotated_queries),
         },
         _SCALES,
     ),

@@ -14,7 +14,7 @@ from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import code_of, static_scales
 from fastattn.reference.hadamard import restore_key, transform_key
-from fastattn.reference.numerics import QMAX, Array, amax, dynamic_scale, from_codes, quantize
+from fastattn.reference.numerics import QMAX, Array, from_codes, group_scale, quantize
 
 GRANULARITIES = ("tensor", "head", "channel")
 
@@ -23,7 +23,7 @@ TRANSFORMS = ("none", "center", "hadamard", "center+hadamard")
 
 #: Types that gain by a rotation. Codes with exponents do not: a large channel costs the others
 #: nothing there, and a rotation makes all of them as large.
-ROTATED_TYPES = ("cache_int8", "block_wise_int8")
+ROTATED_TYPES = ("cache_int8", "block_wise_int8", "block_wise_int4")
 
 #: Floor of an amax, so that a channel of zeros has a scale.
 _FLOOR = 1e-6
@@ -76,7 +76,7 @@ def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
         return x.astype(np.float64)
     code = code_of(cache_quant_type)
     if cache_quant_type in DYNAMIC_TYPES:
-        multiplier = dynamic_scale(amax(x, axis=-1), code)[..., None]
+        multiplier = group_scale(x, code)[..., None]
     else:
         assert scales is not None
         multiplier = static_scales(scales, *x.shape[1:])

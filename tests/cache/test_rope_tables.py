@@ -196,9 +196,8 @@ def put(tables, seq, own):
     target = tables.data_ptr() + seq * own.nbytes
     if tables.place.is_gpu_place():
         source = ctypes.c_void_p(own.ctypes.data)
-        cuda.driver_call(
-            "cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, ctypes.c_size_t(own.nbytes)
-        )
+        size = ctypes.c_size_t(own.nbytes)
+        cuda.driver_call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, size)
     else:
         ctypes.memmove(target, own.ctypes.data, own.nbytes)
 

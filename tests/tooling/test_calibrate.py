@@ -18,11 +18,13 @@ from fastattn.calibrate.choose import (
     centre_of,
     outlier_channels,
     scales_of,
+    stored,
 )
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
 from fastattn.cli import main
 from fastattn.reference.attention import dense_attention
+from fastattn.reference.cache import quantize_token
 from tests.support.tensors import BF16, to_numpy, to_paddle
 
 TOKENS, HEADS, KV, DIM = 160, 4, 2, 64
@@ -79,6 +81,19 @@ def test_dynamic_types():
     )
     nothing = calibrate_layer(layer(), kinds, bound=0.0)
     assert nothing.error == min(nothing.errors.values()) > 0
+
+
+def test_four_bits():
+    """Dequantised as the cache does it, and rotated where that helps."""
+    kinds = ["block_wise_int4", "block_wise_int8"]
+    found = calibrate_layer(layer("large channel"), kinds, bound=0.2)
+    assert found.name == "block_wise_int4+hadamard"
+    x = layer().value
+    values = stored(x, "block_wise_int4", None)
+    codes, scales = quantize_token(x[5], np.zeros(1, np.float32), "block_wise_int4")
+    low_first = np.stack([codes & 15, codes >> 4], -1).reshape(KV, DIM).astype(int) - 8
+    np.testing.assert_allclose(values[5], low_first * scales[:, None].astype(np.float64))
+    assert 0.02 < np.sqrt(np.mean((values - x) ** 2)) < 0.2
 
 
 def test_a_bound_that_only_16_bits_keep():
@@ -150,7 +165,7 @@ def test_fewer_queries_are_the_last_ones():
     samples.query = samples.query[-3:]
     few = calibrate_layer(samples, ["cache_int8"], bound=1, transforms=["none"])
     alone = LayerSamples(samples.key, samples.value, layer().query)
-    from fastattn.calibrate.choose import attention_error, stored
+    from fastattn.calibrate.choose import attention_error
 
     k = stored(alone.key, "cache_int8", few.cache_k_out_scale)
     v = stored(alone.value, "cache_int8", few.cache_v_out_scale)

@@ -14,7 +14,7 @@ namespace fastattn::cuda {
 cudaError_t LaunchAppendCache(const AppendCacheParams& p, cudaStream_t stream);
 
 // Behind that, of K that was transformed when it was written: writes K as it was. Layout kFastattn,
-// int8 and e4m3 codes. Nothing is launched where there is no transform.
+// all codes but e5m2. Nothing is launched where there is no transform.
 cudaError_t LaunchRestoreKey(const AppendCacheParams& p, const KeyTransform& transform,
                              cudaStream_t stream);
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/exact.h"
+#include "common/int4.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "cuda/cache/shared/append_tile.cuh"
@@ -20,6 +21,25 @@
 namespace fastattn::cuda {
 
 inline constexpr int kRestoreThreads = 128;
+
+// A lane's 8 codes of a token, from 8 bytes, or 4 of 4-bit codes.
+template <DType kCode>
+__device__ __forceinline__ void LoadCodes(const uint8_t* from, float (&x)[kChunk]) {
+  if constexpr (CodesPerByte(kCode) == 2) {
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      x[i] = static_cast<float>(static_cast<int>(word >> (4 * i) & 0xFu) - kInt4Bias);
+    }
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    float low[4], high[4];
+    CodesToFloat<kCode>(words.x, low);
+    CodesToFloat<kCode>(words.y, high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = low[i], x[4 + i] = high[i];
+  }
+}
 
 // Neighbouring lanes take a token of one KV head, with 8 channels each.
 template <DType kOut, DType kCode, int kHeadDim>
@@ -50,25 +70,23 @@ __global__ void __launch_bounds__(kRestoreThreads)
     if (transform.center != nullptr) center[i] = transform.center[head * kHeadDim + channel];
   }
   const auto* codes = static_cast<const uint8_t*>(cache.key) +
-                      cache.key_strides.Plane(tile.block, head) + lane * kChunk;
+                      cache.key_strides.Plane(tile.block, head) +
+                      lane * kChunk / CodesPerByte(kCode);
   auto* out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride +
               static_cast<int64_t>(head) * kHeadDim + lane * kChunk;
 #pragma unroll 1
   for (int first = 0; first < tile.count; first += kAtOnce) {
     const int r = first + threadIdx.x / kLanes;
     const bool active = r < tile.count && in_head;
-    uint2 raw = make_uint2(0, 0);
+    float x[kChunk] = {};
     float token_scale = 1.0f;
     if (active) {
-      raw = *reinterpret_cast<const uint2*>(codes + r * cache.key_strides.row);
+      LoadCodes<kCode>(codes + r * cache.key_strides.row, x);
       if (cache.k_granularity == ScaleGranularity::kToken) {
         const int64_t index = cache.k_scale_strides.Plane(tile.block, head) + r;
         token_scale = LoadScale(cache.k_scales, cache.scale_dtype, index);
       }
     }
-    float x[kChunk];
-    CodesToFloat<kCode>(raw.x, *reinterpret_cast<float (*)[4]>(x));
-    CodesToFloat<kCode>(raw.y, *reinterpret_cast<float (*)[4]>(x + 4));
     const bool own = cache.k_granularity == ScaleGranularity::kToken;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] = Mul(x[i], own ? token_scale : scales[i]);
