@@ -25,15 +25,24 @@ struct Stages {
 // Key tiles that are ready, and stages that are free.
 template <int kStages>
 struct StageBarriers {
-  uint64_t full[kStages];
-  uint64_t empty[kStages][2];    // of the keys 0 to 31, and of the others
-  uint4 valid[kStages];          // byte i: bit k: key 4 * i + k of the tile exists
+  // Half 0: keys 0 to 31. Halves are 16 bytes, which a bulk copy takes.
+  uint4 valid[kStages][2];       // byte i: bit k: key 4 * i + k of the half exists
   float powers[kStages][kKeys];  // what fp16 keys were divided by; 0: masked
+  uint64_t full[kStages];
+  uint64_t empty[kStages][2];  // of a half; of a pair's CTA: [0]: its half, in both CTAs
+  uint64_t own[kStages];       // of a pair: the half that this CTA gathers is there
 };
 
 // Whether all keys of a tile exist.
 __device__ __forceinline__ bool AllValid(const uint4& valid) {
   return (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
+}
+
+// Of both halves.
+__device__ __forceinline__ uint4 ValidOf(const uint4 (&halves)[2]) {
+  const uint2 low = *reinterpret_cast<const uint2*>(&halves[0]);
+  const uint2 high = *reinterpret_cast<const uint2*>(&halves[1]);
+  return make_uint4(low.x, low.y, high.x, high.y);
 }
 
 __device__ __forceinline__ uint4 LoadShared(uint32_t address) {
@@ -94,11 +103,6 @@ template <MlaFormat kFormat, int kWarps>
 inline constexpr int kFullArrivals =
     kWarps * (kWarpArrivals + (kFormat == MlaFormat::kBf16 ? 32 : 0));
 
-// What lanes have of a tile's codes before they are converted: six times 16 bytes for each lane of
-// a key.
-template <MlaFormat kFormat>
-inline constexpr int kStagingBytes = kFormat == MlaFormat::kBf16 ? 16 : kKeys * 8 * 6 * 16;
-
 // Waits for a tile. Consumers order what producers stored before the tensor cores' accesses: in a
 // producer the fence would wait for its copies of the next tile.
 __device__ __forceinline__ void WaitTile(uint64_t* full, uint32_t parity) {
@@ -106,16 +110,19 @@ __device__ __forceinline__ void WaitTile(uint64_t* full, uint32_t parity) {
   FenceAsyncProxy();
 }
 
-// kWarps gather the keys.
-template <int kDim, MlaFormat kFormat, int kWarps, int kStages>
+// kWarps gather kTileKeys keys of each tile, all or half of them.
+template <int kDim, MlaFormat kFormat, int kWarps, int kStages, int kTileKeys = kKeys>
 class Gather {
  public:
-  __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys, uint8_t* staging,
-                                    StageBarriers<kStages>& barriers, int thread)
-      : args_(args), barriers_(barriers), lane_(thread % 32), first_row_(thread / 32 * kRows) {
+  __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys,
+                                    StageBarriers<kStages>& barriers, int thread, int first_key = 0)
+      : args_(args),
+        barriers_(barriers),
+        lane_(thread % 32),
+        first_row_(first_key + thread / 32 * kRows) {
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
-    staging_ = SharedAddress(staging) + thread / 32 * (kPasses * kPassBytes) + lane_ * 16;
+    raw_ = SharedAddress(keys) + first_row_ * 128 + lane_ * 16;
     piece_ = address + ((share ^ (row & 7)) << 4);
     codes_ = address + share / 4 * kBlockBytes + (((2 * (share % 4) + share / 4) ^ (row & 7)) << 4);
     if constexpr (kFormat == MlaFormat::kFp8) {
@@ -137,10 +144,11 @@ class Gather {
 
  private:
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
-  static constexpr int kRows = kKeys / kWarps;  // of a warp
+  static constexpr bool kPair = kTileKeys < kKeys;
+  static constexpr int kRows = kTileKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
-  static constexpr int kPassBytes = 6 * 32 * 16;  // of staging
-  static constexpr int kLook = 32 / kRows;        // tiles whose slots are looked up at once
+  static constexpr int kPassBytes = 4 * 128;  // of a pass in a block
+  static constexpr int kLook = 32 / kRows;    // tiles whose slots are looked up at once
 
   // Where the key lies that this lane finds.
   struct Place {
@@ -204,8 +212,9 @@ class Gather {
   }
 
   // Starts to copy this lane's share of a key.
-  __device__ __forceinline__ void Load(bool extra, int pass) const {
-    const uint32_t at = OfPass(place_.key, pass), to = staging_ + pass * kPassBytes;
+  __device__ __forceinline__ void Load(bool extra, int stage, int pass) const {
+    const uint32_t at = OfPass(place_.key, pass);
+    const uint32_t to = raw_ + stage * kStageBytes + pass * kPassBytes;
     const uint8_t* base = Base(extra);
     const bool valid = at != kMasked;
     const uint8_t* key = base + (valid ? uint64_t{at} * 16 : 0);
@@ -214,32 +223,33 @@ class Gather {
     for (int i = 0; i < 4; ++i) {
       // The last 64 of 448 codes: four lanes have them.
       const bool some = valid && (kFormat != MlaFormat::kFp8x584 || i < 3 || share < 64);
-      CopyOrZero(to + i * 512, some ? key + 128 * i + share : base, some);
+      CopyOrZero(to + i * kBlockBytes, some ? key + 128 * i + share : base, some);
     }
     if constexpr (kFormat == MlaFormat::kFp8x656) {
-      CopyOrZero(to + 4 * 512, valid ? key + 528 + share : base, valid);
-      CopyOrZero(to + 5 * 512, valid ? key + 512 : base, valid);
+      CopyOrZero(to + 4 * kBlockBytes, valid ? key + 528 + share : base, valid);
+      CopyOrZero(to + 5 * kBlockBytes, valid ? key + 512 : base, valid);
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
-      CopyOrZero(to + 4 * 512, valid ? key + 448 + share : base, valid);
+      CopyOrZero(to + 4 * kBlockBytes, valid ? key + 448 + share : base, valid);
       const uint32_t scales = OfPass(place_.scales, pass);
-      Copy8OrZero(to + 5 * 512, base + (valid ? uint64_t{scales} * 8 : 0), valid);
+      Copy8OrZero(to + 5 * kBlockBytes, base + (valid ? uint64_t{scales} * 8 : 0), valid);
     } else if constexpr (kDim > 512) {
       const bool some = valid && share < 64;
-      CopyOrZero(to + 4 * 512, some ? key + 512 + share : base, some);
+      CopyOrZero(to + 4 * kBlockBytes, some ? key + 512 + share : base, some);
     }
   }
 
   // What Load has copied. valid: bit i: row i of the warp's exists.
   __device__ __forceinline__ KeyPart Read(uint32_t valid, int pass) const {
-    const uint32_t from = staging_ + pass * kPassBytes;
+    const uint32_t from = raw_ + stage_ * kStageBytes + pass * kPassBytes;
     KeyPart part;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) part.codes[i] = LoadShared(from + i * 512);
-    if constexpr (kFormat != MlaFormat::kFp8 || kDim > 512) part.rope = LoadShared(from + 4 * 512);
+    for (int i = 0; i < 4; ++i) part.codes[i] = LoadShared(from + i * kBlockBytes);
+    if constexpr (kFormat != MlaFormat::kFp8 || kDim > 512)
+      part.rope = LoadShared(from + 4 * kBlockBytes);
     if constexpr (kFormat == MlaFormat::kFp8) {
       part.scales = make_uint2(valid >> (4 * pass + lane_ / 8) & 1, 0);
     } else {
-      const uint4 scales = LoadShared(from + 5 * 512);
+      const uint4 scales = LoadShared(from + 5 * kBlockBytes);
       part.scales = make_uint2(scales.x, scales.y);
       if constexpr (kFormat == MlaFormat::kFp8x656) {
         const uint32_t low = lane_ & 1 ? scales.y : scales.x,
@@ -330,7 +340,10 @@ class Gather {
     return {factor, SplitScale(OwnScale(part, extra) * factor)};
   }
 
-  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) {
+  // Codes lie where their values will: all lanes have theirs before one writes.
+  __device__ __forceinline__ void Convert(bool extra, uint32_t valid, int pass) {
+    const KeyPart part = Read(valid, pass);
+    __syncwarp();
     const KeyScale scale = ScaleOfKey(part, extra);
     if (lane_ % 8 == 0) {
       barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] =
@@ -365,7 +378,8 @@ class Gather {
   // valid: bit i: row i of the warp's exists.
   __device__ __forceinline__ void StoreValid(uint32_t valid) const {
     if (lane_ < kRows / 4) {
-      reinterpret_cast<uint8_t*>(&barriers_.valid[stage_])[first_row_ / 4 + lane_] =
+      reinterpret_cast<uint8_t*>(
+          &barriers_.valid[stage_][first_row_ / 32])[first_row_ % 32 / 4 + lane_] =
           static_cast<uint8_t>(valid >> (4 * lane_) & 15);
     }
   }
@@ -375,27 +389,59 @@ class Gather {
     parity_ ^= stage_ == 0;
   }
 
+  __device__ __forceinline__ uint64_t* Free(int stage) const {
+    return &barriers_.empty[stage][kPair ? 0 : first_row_ / 32];
+  }
+  __device__ __forceinline__ uint64_t* Full() const {
+    return kPair ? &barriers_.own[stage_] : &barriers_.full[stage_];
+  }
+
+  // Starts to copy a tile that has been looked up into a free stage.
+  __device__ __forceinline__ void LoadTile(bool extra, int stage) const {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) Load(extra, stage, i);
+    CommitCopies();
+  }
+
+  // Whether this warp's rows of the next stage are free; it waits for them if it shall.
+  __device__ __forceinline__ bool NextIsFree(int next, bool wait) const {
+    const uint32_t parity = parity_ ^ (next == 0);
+    if (!wait) return __all_sync(kFullWarp, TestWait<kPair>(Free(next), parity));
+    Wait<kPair>(Free(next), parity);
+    return true;
+  }
+
+  // The next tile's copies begin as soon as its stage is free, which is looked for between passes.
   __device__ __forceinline__ void RunCodes(const Work& work) {
     StartLooking(work);
     Look(work, work.begin);
     uint32_t valid = ValidBits();
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      Load(work.begin >= work.first_extra, i);
-      CommitCopies();
-    }
+    Wait<kPair>(Free(stage_), parity_);
+    LoadTile(work.begin >= work.first_extra, stage_);
     for (int tile = work.begin; tile < work.end; ++tile) {
-      Look(work, tile + 1);
-      Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
-#pragma unroll
-      for (int i = 0; i < kPasses; ++i) {
-        WaitCopyGroups<kPasses - 1>();
-        Convert(tile >= work.first_extra, Read(valid, i), i);
-        if (tile + 1 < work.end) Load(tile + 1 >= work.first_extra, i);
-        CommitCopies();
+      const int next = (stage_ + 1) % kStages;
+      const bool last = tile + 1 >= work.end;
+      if (!last) Look(work, tile + 1);
+      bool loads = false;  // the next tile's copies have begun
+#pragma unroll 1
+      for (int pass = 0; pass <= kPasses; ++pass) {
+        const bool done = pass == kPasses;
+        if (done) {
+          StoreValid(valid);
+          ArriveWarp(Full());
+        }
+        if (!last && !loads && NextIsFree(next, done)) {
+          LoadTile(tile + 1 >= work.first_extra, next);
+          loads = true;
+        }
+        if (done) break;
+        if (loads) {
+          WaitCopyGroups<1>();
+        } else {
+          WaitCopyGroups<0>();
+        }
+        Convert(tile >= work.first_extra, valid, pass);
       }
-      StoreValid(valid);
-      ArriveWarp(&barriers_.full[stage_]);
       Advance();
       valid = ValidBits();
     }
@@ -405,7 +451,7 @@ class Gather {
     StartLooking(work);
     for (int tile = work.begin; tile < work.end; ++tile) {
       Look(work, tile);
-      Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
+      Wait<kPair>(Free(stage_), parity_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;
@@ -423,8 +469,8 @@ class Gather {
       }
       // Each lane's copies arrive when they have ended: the next tile's begin before.
       StoreValid(ValidBits());
-      ArriveWarp(&barriers_.full[stage_]);
-      ArriveAfterCopies(&barriers_.full[stage_]);
+      ArriveWarp(Full());
+      ArriveAfterCopies(Full());
       Advance();
     }
   }
@@ -437,10 +483,10 @@ class Gather {
   int first_row_;  // of this warp in a tile
   int slot_ = -1;  // of the tiles to be looked up next
   Place place_ = {kMasked, 0};
-  int at_ = 0;        // first lane that has a row of the tile looked up last
-  uint32_t staging_;  // this lane's part of pass 0
-  uint32_t piece_;    // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
-  uint32_t codes_;    // where its first 16 codes go, the half that it stores first
+  int at_ = 0;      // first lane that has a row of the tile looked up last
+  uint32_t raw_;    // where this lane's codes of stage 0, pass 0 go
+  uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
+  uint32_t codes_;  // where its first 16 codes go, the half that it stores first
   float multiplier_[2] = {1.0f, 1.0f};
 };
 

@@ -2,7 +2,7 @@
 // products, heads their columns, so that nothing is computed for heads that are not there. The time
 // goes into reading the tokens.
 //
-// Warpgroups, six of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and four of
+// Warpgroups, four of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of
 // producers (gather.cuh), which fill two stages of 64 keys. Each stage has its consumer: they take
 // every other tile, each with a softmax and outputs of its own, and join them at the end of the
 // work tile. One alone would have the tile's time in chains of small products.
@@ -22,28 +22,28 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-inline constexpr int kNarrowProducers = 16;  // warps
-inline constexpr int kNarrowStages = 2;
+inline constexpr int kNarrowProducers = 8;  // warps
+// Of 576 channels there is room for two.
+template <int kDim>
+inline constexpr int kNarrowStages = kDim == 512 ? 3 : 2;
 inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers;
-// Of 480 that six threads have.
-inline constexpr int kNarrowConsumerRegisters = 128;
-inline constexpr int kNarrowProducerRegisters = 56;
+// Of 512 that four threads have.
+inline constexpr int kNarrowConsumerRegisters = 152;
+inline constexpr int kNarrowProducerRegisters = 104;
 
 template <int kDim, MlaFormat kFormat, int kHeads>
 struct alignas(1024) NarrowShared {
-  Stages<kDim, kNarrowStages> stages;
+  Stages<kDim, kNarrowStages<kDim>> stages;
   uint8_t query[kDim / 64 * kHeads * 128];
   uint8_t probabilities[2][kHeads * 128];
   float exchange[2][4][kHeads];  // of a consumer's warps
   // Of consumer 1's threads: maxima and sums of heads, and the power of the keys.
   float joined[kHeads / 2 + 1][128];
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
-  StageBarriers<kNarrowStages> barriers;
-  alignas(16) uint8_t staging[kStagingBytes<kFormat>];
+  StageBarriers<kNarrowStages<kDim>> barriers;
 };
 
-// kGroup: consumer 0 or 1, and its stage.
-template <int kDim, MlaFormat kFormat, int kHeads, int kGroup>
+template <int kDim, MlaFormat kFormat, int kHeads>
 class NarrowConsumer {
  public:
   using Shared = NarrowShared<kDim, kFormat, kHeads>;
@@ -51,8 +51,13 @@ class NarrowConsumer {
   static constexpr bool kHalf = kType == DType::kFloat16;
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
-  __device__ __forceinline__ NarrowConsumer(const Arguments& args, Shared& shared)
-      : args_(args), shared_(shared), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
+  // group: consumer 0 or 1. Both run the same instructions, which have to be fetched, too.
+  __device__ __forceinline__ NarrowConsumer(const Arguments& args, Shared& shared, int group)
+      : args_(args),
+        shared_(shared),
+        group_(group),
+        warp_(threadIdx.x / 32 % 4),
+        lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
     const float common = StaticScales(args_.p).common;
@@ -93,8 +98,9 @@ class NarrowConsumer {
     RowState heads[kColumns];
     largest_ = 0.0f;
     for (int tile = work.begin; tile < work.end; ++tile, ++tiles_) {
-      if (tiles_ % 2 != kGroup) continue;
-      WaitTile(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
+      if (tiles_ % 2 != group_) continue;
+      stage_ = tiles_ % kNarrowStages<kDim>;
+      WaitTile(&shared_.barriers.full[stage_], tiles_ / kNarrowStages<kDim> & 1);
       float scores[kHeads / 2], rescale[kColumns];
       Score(scores);
       Softmax(scores, scales, heads, rescale);
@@ -105,8 +111,8 @@ class NarrowConsumer {
         KeepFloats(out[i]);
       }
       FenceProducts();
-      const uint32_t values = SharedAddress(shared_.stages.keys[kGroup]);
-      uint64_t right = OperandDescriptor<128>(SharedAddress(shared_.probabilities[kGroup]));
+      const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
+      uint64_t right = OperandDescriptor<128>(SharedAddress(shared_.probabilities[group_]));
       uint64_t left = TransposedDescriptor<kBlockBytes>(values);
       asm volatile("" : "+l"(left), "+l"(right));  // as in Score
       // Neighbours in the order have accumulators of their own.
@@ -120,19 +126,19 @@ class NarrowConsumer {
         if (k % 2 == 1) CommitProducts();  // half of the keys
       }
       WaitGroups<1>();
-      ArriveWarp(&shared_.barriers.empty[kGroup][0]);
+      ArriveWarp(&shared_.barriers.empty[stage_][0]);
       WaitGroups<0>();
 #pragma unroll
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
-      ArriveWarp(&shared_.barriers.empty[kGroup][1]);
+      ArriveWarp(&shared_.barriers.empty[stage_][1]);
     }
     float weights[2][kColumns];
-    if constexpr (kGroup == 1) GiveHeads(heads);
+    if (group_ == 1) GiveHeads(heads);
     SyncNamed<256>(3);  // the query has been read: consumer 1 leaves its outputs in its place
     Join<0>(out, heads, weights);
     SyncNamed<256>(3);  // consumer 0 has read the first half: the second takes its place
     Join<1>(out, heads, weights);
-    if constexpr (kGroup == 0) Finish(work, out, heads, common);
+    if (group_ == 0) Finish(work, out, heads, common);
   }
 
   // Consumer 1 leaves what it has to the thread of consumer 0 that has the same part.
@@ -178,7 +184,7 @@ class NarrowConsumer {
     static_assert(kFloats * 128 * 4 <= sizeof(shared_.query));
     const auto floats = reinterpret_cast<float (*)[128]>(shared_.query);
     const int thread = threadIdx.x % 128;
-    if constexpr (kGroup == 1) {
+    if (group_ == 1) {
 #pragma unroll
       for (int i = 0; i < kFloats; ++i) {
         const int at = kPart * kFloats + i;
@@ -199,7 +205,7 @@ class NarrowConsumer {
 
   // Several sums, each of every kSums-th product: one would be a chain of products.
   __device__ __forceinline__ void Score(float (&scores)[kHeads / 2]) const {
-    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[kGroup]));
+    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage_]));
     uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
     // Else the compiler keeps the descriptors of all products in registers, and has none left.
     asm volatile("" : "+l"(query), "+l"(keys));
@@ -244,7 +250,7 @@ class NarrowConsumer {
                                           RowState (&heads)[kColumns], float (&rescale)[kColumns]) {
     float powers[2] = {1.0f, 1.0f}, units = 1.0f;  // of this thread's keys; of the outputs so far
     if constexpr (kHalf) {
-      const float* all = shared_.barriers.powers[kGroup];
+      const float* all = shared_.barriers.powers[stage_];
       powers[0] = all[16 * warp_ + lane_ / 4];
       powers[1] = all[16 * warp_ + lane_ / 4 + 8];
       float largest = fmaxf(largest_, fmaxf(all[lane_], all[lane_ + 32]));
@@ -257,7 +263,7 @@ class NarrowConsumer {
     }
     // Byte i: bit k: key 16 * warp + 4 * i + k.
     const uint32_t valid =
-        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[kGroup])[warp_];
+        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[stage_][warp_ / 2])[warp_ % 2];
     const uint32_t mine = valid >> (lane_ / 16 * 8 + lane_ / 4 % 4);
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) {
@@ -270,16 +276,16 @@ class NarrowConsumer {
       const int at = 4 * (c / 2) + c % 2;
       maximum[c] =
           OverKeys(fmaxf(scores[at], scores[at + 2]), [](float a, float b) { return fmaxf(a, b); });
-      if (lane_ < 4) shared_.exchange[kGroup][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = maximum[c];
+      if (lane_ < 4) shared_.exchange[group_][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = maximum[c];
     }
-    SyncNamed<128>(1 + kGroup);
+    SyncNamed<128>(1 + group_);
     uint32_t pairs[kColumns];  // matrices of 8 keys x 8 heads: 2 * j + h
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int head = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2;
       float m = heads[c].maximum;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) m = fmaxf(m, shared_.exchange[kGroup][w][head]);
+      for (int w = 0; w < 4; ++w) m = fmaxf(m, shared_.exchange[group_][w][head]);
       const float weight = WeightOf(heads[c].maximum, m);
       heads[c].maximum = m;
       heads[c].sum *= weight;
@@ -304,7 +310,7 @@ class NarrowConsumer {
     // Lane 8 * i + r names row r of matrix i, a head, at the eight keys of the matrix.
     const int matrix = lane_ / 8, head = matrix / 2 * 8 + lane_ % 8;
     const int chunk = 2 * warp_ + matrix % 2;
-    const uint32_t address = SharedAddress(shared_.probabilities[kGroup]) + head % kHeads * 128 +
+    const uint32_t address = SharedAddress(shared_.probabilities[group_]) + head % kHeads * 128 +
                              ((chunk ^ (head & 7)) << 4);
     if constexpr (kHeads == 16) {
       StoreMatrices<true>(address, pairs);
@@ -312,20 +318,20 @@ class NarrowConsumer {
       StoreTransposed(address, pairs);
     }
     FenceAsyncProxy();
-    SyncNamed<128>(1 + kGroup);
+    SyncNamed<128>(1 + group_);
   }
 
   __device__ __forceinline__ void Finish(const Work& work, const Output& out,
                                          RowState (&heads)[kColumns], float common) const {
     const MlaSparseParams& p = args_.p;
     if constexpr (kHalf) common *= largest_ * (1.0f / kProbabilityScale);
-    SyncNamed<128>(1 + kGroup);
+    SyncNamed<128>(1 + group_);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float sum = OverKeys(heads[c].sum, [](float a, float b) { return a + b; });
-      if (lane_ < 4) shared_.exchange[kGroup][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = sum;
+      if (lane_ < 4) shared_.exchange[group_][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = sum;
     }
-    SyncNamed<128>(1 + kGroup);
+    SyncNamed<128>(1 + group_);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int local = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2, head = work.head + local;
@@ -333,7 +339,7 @@ class NarrowConsumer {
       RowState row = heads[c];
       row.sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[kGroup][w][local];
+      for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[group_][w][local];
       // Every thread of a head finishes it; the LSE is the same in all.
       const float factor = FinishRow(args_, work, head, row, common);
       const int64_t at = (work.token * p.heads + head) * kMlaValueDim + 16 * warp_ + lane_ / 4;
@@ -359,8 +365,9 @@ class NarrowConsumer {
 
   const Arguments& args_;
   Shared& shared_;
-  int warp_, lane_;
-  int tiles_ = 0;         // so far, of both consumers
+  int group_, warp_, lane_;
+  int tiles_ = 0;  // so far, of both consumers
+  int stage_ = 0;
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
@@ -371,7 +378,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<NarrowShared<kDim, kFormat, kHeads>*>(bytes);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kNarrowStages; ++i) {
+    for (int i = 0; i < kNarrowStages<kDim>; ++i) {
       InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers>);
       InitBarrier(&shared.barriers.empty[i][0], 4 * kWarpArrivals);
       InitBarrier(&shared.barriers.empty[i][1], 4 * kWarpArrivals);
@@ -383,18 +390,16 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kNarrowProducerRegisters>();
-    Gather<kDim, kFormat, kNarrowProducers, kNarrowStages> gather(
-        args, shared.stages.keys[0], shared.staging, shared.barriers, threadIdx.x - 256);
+    Gather<kDim, kFormat, kNarrowProducers, kNarrowStages<kDim>> gather(
+        args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }
   } else {
     ClaimRegisters<kNarrowConsumerRegisters>();
-    if (threadIdx.x < 128) {
-      NarrowConsumer<kDim, kFormat, kHeads, 0>(args, shared).Run();
-    } else {
-      NarrowConsumer<kDim, kFormat, kHeads, 1>(args, shared).Run();
-    }
+    NarrowConsumer<kDim, kFormat, kHeads> c(args, shared,
+                                            __shfl_sync(kFullWarp, threadIdx.x / 128, 0));
+    c.Run();
   }
 #else
   __trap();
