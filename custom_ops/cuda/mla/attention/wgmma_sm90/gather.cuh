@@ -110,19 +110,29 @@ __device__ __forceinline__ void WaitTile(uint64_t* full, uint32_t parity) {
   FenceAsyncProxy();
 }
 
-// kWarps gather kTileKeys keys of each tile, all or half of them.
-template <int kDim, MlaFormat kFormat, int kWarps, int kStages, int kTileKeys = kKeys>
+// Codes of four keys, before they are converted: five times 16 bytes for each lane, and scales.
+inline constexpr int kSlotBytes = 5 * 512 + 4 * 16;
+
+// kWarps gather kTileKeys keys of each tile, all or half of them. kSlots: codes are copied where
+// their values will lie; or to so many slots of each warp, as many passes ahead.
+template <int kDim, MlaFormat kFormat, int kWarps, int kStages, int kTileKeys = kKeys,
+          int kSlots = 0>
 class Gather {
  public:
   __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys,
-                                    StageBarriers<kStages>& barriers, int thread, int first_key = 0)
+                                    StageBarriers<kStages>& barriers, int thread, int first_key = 0,
+                                    uint8_t* slots = nullptr)
       : args_(args),
         barriers_(barriers),
         lane_(thread % 32),
         first_row_(first_key + thread / 32 * kRows) {
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
-    raw_ = SharedAddress(keys) + first_row_ * 128 + lane_ * 16;
+    if constexpr (kSlots == 0) {
+      raw_ = SharedAddress(keys) + first_row_ * 128 + lane_ * 16;
+    } else {
+      raw_ = SharedAddress(slots) + thread / 32 * (kSlots * kSlotBytes) + lane_ * 16;
+    }
     piece_ = address + ((share ^ (row & 7)) << 4);
     codes_ = address + share / 4 * kBlockBytes + (((2 * (share % 4) + share / 4) ^ (row & 7)) << 4);
     if constexpr (kFormat == MlaFormat::kFp8) {
@@ -137,8 +147,10 @@ class Gather {
     if (work.begin >= work.end) return;
     if constexpr (kFormat == MlaFormat::kBf16) {
       RunCopies(work);
-    } else {
+    } else if constexpr (kSlots == 0) {
       RunCodes(work);
+    } else {
+      RunSlots(work);
     }
   }
 
@@ -148,7 +160,9 @@ class Gather {
   static constexpr int kRows = kTileKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
   static constexpr int kPassBytes = 4 * 128;  // of a pass in a block
-  static constexpr int kLook = 32 / kRows;    // tiles whose slots are looked up at once
+  // Between the parts of codes that a lane copies.
+  static constexpr int kPartBytes = kSlots == 0 ? kBlockBytes : 512;
+  static constexpr int kLook = 32 / kRows;  // tiles whose slots are looked up at once
 
   // Where the key lies that this lane finds.
   struct Place {
@@ -211,10 +225,19 @@ class Gather {
     return static_cast<const uint8_t*>(extra ? args_.p.extra.cache.data : args_.p.keys.cache.data);
   }
 
-  // Starts to copy this lane's share of a key.
-  __device__ __forceinline__ void Load(bool extra, int stage, int pass) const {
+  // Where the codes of a pass are, this lane's; the scales of its key.
+  __device__ __forceinline__ uint32_t CodesAt(int stage, int pass) const {
+    return raw_ + stage * kStageBytes + pass * kPassBytes;
+  }
+  __device__ __forceinline__ uint32_t SlotAt(int slot) const { return raw_ + slot * kSlotBytes; }
+  __device__ __forceinline__ uint32_t ScalesOf(uint32_t codes) const {
+    return codes + 5 * kPartBytes - (kSlots == 0 ? 0 : lane_ * 16 - lane_ / 8 * 16);
+  }
+
+  // Starts to copy this lane's share of a key. In a slot a key's scales stand once.
+  __device__ __forceinline__ void Load(bool extra, uint32_t to, int pass) const {
     const uint32_t at = OfPass(place_.key, pass);
-    const uint32_t to = raw_ + stage * kStageBytes + pass * kPassBytes;
+    const bool copies_scales = kSlots == 0 || lane_ % 8 == 0;
     const uint8_t* base = Base(extra);
     const bool valid = at != kMasked;
     const uint8_t* key = base + (valid ? uint64_t{at} * 16 : 0);
@@ -223,33 +246,35 @@ class Gather {
     for (int i = 0; i < 4; ++i) {
       // The last 64 of 448 codes: four lanes have them.
       const bool some = valid && (kFormat != MlaFormat::kFp8x584 || i < 3 || share < 64);
-      CopyOrZero(to + i * kBlockBytes, some ? key + 128 * i + share : base, some);
+      CopyOrZero(to + i * kPartBytes, some ? key + 128 * i + share : base, some);
     }
     if constexpr (kFormat == MlaFormat::kFp8x656) {
-      CopyOrZero(to + 4 * kBlockBytes, valid ? key + 528 + share : base, valid);
-      CopyOrZero(to + 5 * kBlockBytes, valid ? key + 512 : base, valid);
+      CopyOrZero(to + 4 * kPartBytes, valid ? key + 528 + share : base, valid);
+      if (copies_scales) CopyOrZero(ScalesOf(to), valid ? key + 512 : base, valid);
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
-      CopyOrZero(to + 4 * kBlockBytes, valid ? key + 448 + share : base, valid);
+      CopyOrZero(to + 4 * kPartBytes, valid ? key + 448 + share : base, valid);
       const uint32_t scales = OfPass(place_.scales, pass);
-      Copy8OrZero(to + 5 * kBlockBytes, base + (valid ? uint64_t{scales} * 8 : 0), valid);
+      if (copies_scales) {
+        Copy8OrZero(ScalesOf(to), base + (valid ? uint64_t{scales} * 8 : 0), valid);
+      }
     } else if constexpr (kDim > 512) {
       const bool some = valid && share < 64;
-      CopyOrZero(to + 4 * kBlockBytes, some ? key + 512 + share : base, some);
+      CopyOrZero(to + 4 * kPartBytes, some ? key + 512 + share : base, some);
     }
   }
 
-  // What Load has copied. valid: bit i: row i of the warp's exists.
-  __device__ __forceinline__ KeyPart Read(uint32_t valid, int pass) const {
-    const uint32_t from = raw_ + stage_ * kStageBytes + pass * kPassBytes;
+  // What Load has copied. valid: bit i: row i of the pass exists.
+  __device__ __forceinline__ KeyPart Read(uint32_t from, uint32_t valid) const {
     KeyPart part;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) part.codes[i] = LoadShared(from + i * kBlockBytes);
-    if constexpr (kFormat != MlaFormat::kFp8 || kDim > 512)
-      part.rope = LoadShared(from + 4 * kBlockBytes);
+    for (int i = 0; i < 4; ++i) part.codes[i] = LoadShared(from + i * kPartBytes);
+    if constexpr (kFormat != MlaFormat::kFp8 || kDim > 512) {
+      part.rope = LoadShared(from + 4 * kPartBytes);
+    }
     if constexpr (kFormat == MlaFormat::kFp8) {
-      part.scales = make_uint2(valid >> (4 * pass + lane_ / 8) & 1, 0);
+      part.scales = make_uint2(valid >> (lane_ / 8) & 1, 0);
     } else {
-      const uint4 scales = LoadShared(from + 5 * kBlockBytes);
+      const uint4 scales = LoadShared(ScalesOf(from));
       part.scales = make_uint2(scales.x, scales.y);
       if constexpr (kFormat == MlaFormat::kFp8x656) {
         const uint32_t low = lane_ & 1 ? scales.y : scales.x,
@@ -340,10 +365,7 @@ class Gather {
     return {factor, SplitScale(OwnScale(part, extra) * factor)};
   }
 
-  // Codes lie where their values will: all lanes have theirs before one writes.
-  __device__ __forceinline__ void Convert(bool extra, uint32_t valid, int pass) {
-    const KeyPart part = Read(valid, pass);
-    __syncwarp();
+  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) {
     const KeyScale scale = ScaleOfKey(part, extra);
     if (lane_ % 8 == 0) {
       barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] =
@@ -399,7 +421,7 @@ class Gather {
   // Starts to copy a tile that has been looked up into a free stage.
   __device__ __forceinline__ void LoadTile(bool extra, int stage) const {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) Load(extra, stage, i);
+    for (int i = 0; i < kPasses; ++i) Load(extra, CodesAt(stage, i), i);
     CommitCopies();
   }
 
@@ -440,10 +462,55 @@ class Gather {
         } else {
           WaitCopyGroups<0>();
         }
-        Convert(tile >= work.first_extra, valid, pass);
+        const KeyPart part = Read(CodesAt(stage_, pass), valid >> (4 * pass));
+        __syncwarp();  // all lanes have their codes before one writes values there
+        Convert(tile >= work.first_extra, part, pass);
       }
       Advance();
       valid = ValidBits();
+    }
+  }
+
+  // Passes of all tiles go through the slots in order, whatever stage is free.
+  __device__ __forceinline__ void RunSlots(const Work& work) {
+    StartLooking(work);
+    const int passes = (work.end - work.begin) * kPasses;
+    int loaded = 0, slot = 0;
+    uint32_t ahead = 0;  // four bits for each pass in a slot, the next one's lowest: valid rows
+    const auto load = [&](int to, int waiting) {
+      const int tile = work.begin + loaded / kPasses, pass = loaded % kPasses;
+      if (pass == 0) Look(work, tile);
+      Load(tile >= work.first_extra, SlotAt(to), pass);
+      ahead |= (ValidBits() >> (4 * pass) & 15) << (4 * waiting);
+      ++loaded;
+    };
+#pragma unroll 1
+    for (int i = 0; i < kSlots; ++i) {
+      if (loaded < passes) load(i, i);
+      CommitCopies();
+    }
+    uint32_t valid = 0;  // of the tile
+    int tile = work.begin, pass = 0;
+#pragma unroll 1
+    while (tile < work.end) {
+      WaitCopyGroups<kSlots - 1>();
+      __syncwarp();  // scales are another lane's copies
+      const KeyPart part = Read(SlotAt(slot), ahead);
+      __syncwarp();  // all lanes have their codes before new ones arrive
+      valid |= (ahead & 15) << (4 * pass);
+      ahead >>= 4;
+      if (loaded < passes) load(slot, kSlots - 1);
+      CommitCopies();
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+      if (pass == 0) Wait<kPair>(Free(stage_), parity_);
+      Convert(tile >= work.first_extra, part, pass);
+      if (++pass < kPasses) continue;
+      StoreValid(valid);
+      ArriveWarp(Full());
+      Advance();
+      valid = 0;
+      pass = 0;
+      ++tile;
     }
   }
 

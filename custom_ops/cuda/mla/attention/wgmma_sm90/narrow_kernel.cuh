@@ -23,9 +23,10 @@
 namespace fastattn::cuda::mla_sm90 {
 
 inline constexpr int kNarrowProducers = 8;  // warps
-// Of 576 channels there is room for two.
-template <int kDim>
-inline constexpr int kNarrowStages = kDim == 512 ? 3 : 2;
+template <int kDim, MlaFormat kFormat>
+inline constexpr int kNarrowStages = kFormat == MlaFormat::kBf16 && kDim == 512 ? 3 : 2;
+template <MlaFormat kFormat>
+inline constexpr int kNarrowSlots = kFormat == MlaFormat::kBf16 ? 0 : 3;
 inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers;
 // Of 512 that four threads have.
 inline constexpr int kNarrowConsumerRegisters = 152;
@@ -33,14 +34,13 @@ inline constexpr int kNarrowProducerRegisters = 104;
 
 template <int kDim, MlaFormat kFormat, int kHeads>
 struct alignas(1024) NarrowShared {
-  Stages<kDim, kNarrowStages<kDim>> stages;
+  Stages<kDim, kNarrowStages<kDim, kFormat>> stages;
   uint8_t query[kDim / 64 * kHeads * 128];
-  uint8_t probabilities[2][kHeads * 128];
-  float exchange[2][4][kHeads];  // of a consumer's warps
-  // Of consumer 1's threads: maxima and sums of heads, and the power of the keys.
-  float joined[kHeads / 2 + 1][128];
+  uint8_t probabilities[2][kDim == 512 ? kHeads * 128 : 16];  // see Probabilities
+  float exchange[2][4][kHeads];                               // of a consumer's warps
+  alignas(16) uint8_t slots[kNarrowSlots<kFormat> * kNarrowProducers * kSlotBytes + 16];
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
-  StageBarriers<kNarrowStages<kDim>> barriers;
+  StageBarriers<kNarrowStages<kDim, kFormat>> barriers;
 };
 
 template <int kDim, MlaFormat kFormat, int kHeads>
@@ -49,6 +49,7 @@ class NarrowConsumer {
   using Shared = NarrowShared<kDim, kFormat, kHeads>;
   static constexpr DType kType = kOperand<kFormat>;
   static constexpr bool kHalf = kType == DType::kFloat16;
+  static constexpr int kStages = kNarrowStages<kDim, kFormat>;
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
   // group: consumer 0 or 1. Both run the same instructions, which have to be fetched, too.
@@ -99,8 +100,8 @@ class NarrowConsumer {
     largest_ = 0.0f;
     for (int tile = work.begin; tile < work.end; ++tile, ++tiles_) {
       if (tiles_ % 2 != group_) continue;
-      stage_ = tiles_ % kNarrowStages<kDim>;
-      WaitTile(&shared_.barriers.full[stage_], tiles_ / kNarrowStages<kDim> & 1);
+      stage_ = tiles_ % kStages;
+      WaitTile(&shared_.barriers.full[stage_], tiles_ / kStages & 1);
       float scores[kHeads / 2], rescale[kColumns];
       Score(scores);
       Softmax(scores, scales, heads, rescale);
@@ -112,7 +113,7 @@ class NarrowConsumer {
       }
       FenceProducts();
       const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
-      uint64_t right = OperandDescriptor<128>(SharedAddress(shared_.probabilities[group_]));
+      uint64_t right = OperandDescriptor<128>(Probabilities());
       uint64_t left = TransposedDescriptor<kBlockBytes>(values);
       asm volatile("" : "+l"(left), "+l"(right));  // as in Score
       // Neighbours in the order have accumulators of their own.
@@ -133,32 +134,56 @@ class NarrowConsumer {
       ArriveWarp(&shared_.barriers.empty[stage_][1]);
     }
     float weights[2][kColumns];
-    if (group_ == 1) GiveHeads(heads);
     SyncNamed<256>(3);  // the query has been read: consumer 1 leaves its outputs in its place
+    if (group_ == 1) GiveHeads(heads);
     Join<0>(out, heads, weights);
-    SyncNamed<256>(3);  // consumer 0 has read the first half: the second takes its place
+    SyncNamed<256>(3);  // consumer 0 has read a quarter: the next takes its place
     Join<1>(out, heads, weights);
+    SyncNamed<256>(3);
+    Join<2>(out, heads, weights);
+    SyncNamed<256>(3);
+    Join<3>(out, heads, weights);
     if (group_ == 0) Finish(work, out, heads, common);
+  }
+
+  // P of this consumer's tile: in place of keys 32 on of the rotated channels, which are not among
+  // the values.
+  __device__ __forceinline__ uint32_t Probabilities() const {
+    if constexpr (kDim == 512) return SharedAddress(shared_.probabilities[group_]);
+    return SharedAddress(shared_.stages.keys[stage_]) + 8 * kBlockBytes + 32 * 128;
+  }
+
+  // What consumer 1 has, in place of the query: a quarter of its outputs; of its threads, maxima
+  // and sums of heads, and the power of the keys.
+  struct Joined {
+    float floats[kHeads][128];
+    float heads[kHeads / 2 + 1][128];
+  };
+  __device__ __forceinline__ Joined& InQuery() const {
+    static_assert(sizeof(Joined) <= sizeof(shared_.query));
+    return *reinterpret_cast<Joined*>(shared_.query);
   }
 
   // Consumer 1 leaves what it has to the thread of consumer 0 that has the same part.
   __device__ __forceinline__ void GiveHeads(const RowState (&heads)[kColumns]) const {
     const int thread = threadIdx.x % 128;
+    const auto joined = InQuery().heads;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      shared_.joined[2 * c][thread] = heads[c].maximum;
-      shared_.joined[2 * c + 1][thread] = heads[c].sum;
+      joined[2 * c][thread] = heads[c].maximum;
+      joined[2 * c + 1][thread] = heads[c].sum;
     }
-    shared_.joined[2 * kColumns][thread] = largest_;
+    joined[2 * kColumns][thread] = largest_;
   }
 
   // weights: what the outputs of both are multiplied with.
   __device__ __forceinline__ void JoinHeads(RowState (&heads)[kColumns],
                                             float (&weights)[2][kColumns]) {
     const int thread = threadIdx.x % 128;
+    const auto joined = InQuery().heads;
     float units[2] = {1.0f, 1.0f};
     if constexpr (kHalf) {
-      const float other = shared_.joined[2 * kColumns][thread];
+      const float other = joined[2 * kColumns][thread];
       const float largest = fmaxf(largest_, other);
       if (largest_ != largest) units[0] = largest_ * Reciprocal(largest);
       if (other != largest) units[1] = other * Reciprocal(largest);
@@ -166,23 +191,22 @@ class NarrowConsumer {
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float other = shared_.joined[2 * c][thread];
+      const float other = joined[2 * c][thread];
       const float maximum = fmaxf(heads[c].maximum, other);
       const float mine = WeightOf(heads[c].maximum, maximum), its = WeightOf(other, maximum);
-      heads[c].sum = heads[c].sum * mine + shared_.joined[2 * c + 1][thread] * its;
+      heads[c].sum = heads[c].sum * mine + joined[2 * c + 1][thread] * its;
       heads[c].maximum = maximum;
       weights[0][c] = mine * units[0];
       weights[1][c] = its * units[1];
     }
   }
 
-  // Half of the outputs, from consumer 1 to consumer 0, which has both from here on.
+  // A quarter of the outputs, from consumer 1 to consumer 0, which has both from here on.
   template <int kPart>
   __device__ __forceinline__ void Join(Output& out, RowState (&heads)[kColumns],
                                        float (&weights)[2][kColumns]) {
-    constexpr int kFloats = 2 * kHeads;
-    static_assert(kFloats * 128 * 4 <= sizeof(shared_.query));
-    const auto floats = reinterpret_cast<float (*)[128]>(shared_.query);
+    constexpr int kFloats = kHeads;
+    const auto floats = InQuery().floats;
     const int thread = threadIdx.x % 128;
     if (group_ == 1) {
 #pragma unroll
@@ -190,7 +214,7 @@ class NarrowConsumer {
         const int at = kPart * kFloats + i;
         floats[i][thread] = out[at / (kHeads / 2)][at % (kHeads / 2)];
       }
-      SyncNamed<256>(4);  // the half is there
+      SyncNamed<256>(4);  // the quarter is there
     } else {
       SyncNamed<256>(4);
       if constexpr (kPart == 0) JoinHeads(heads, weights);
@@ -310,8 +334,7 @@ class NarrowConsumer {
     // Lane 8 * i + r names row r of matrix i, a head, at the eight keys of the matrix.
     const int matrix = lane_ / 8, head = matrix / 2 * 8 + lane_ % 8;
     const int chunk = 2 * warp_ + matrix % 2;
-    const uint32_t address = SharedAddress(shared_.probabilities[group_]) + head % kHeads * 128 +
-                             ((chunk ^ (head & 7)) << 4);
+    const uint32_t address = Probabilities() + head % kHeads * 128 + ((chunk ^ (head & 7)) << 4);
     if constexpr (kHeads == 16) {
       StoreMatrices<true>(address, pairs);
     } else {
@@ -378,7 +401,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<NarrowShared<kDim, kFormat, kHeads>*>(bytes);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kNarrowStages<kDim>; ++i) {
+    for (int i = 0; i < kNarrowStages<kDim, kFormat>; ++i) {
       InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers>);
       InitBarrier(&shared.barriers.empty[i][0], 4 * kWarpArrivals);
       InitBarrier(&shared.barriers.empty[i][1], 4 * kWarpArrivals);
@@ -390,8 +413,9 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kNarrowProducerRegisters>();
-    Gather<kDim, kFormat, kNarrowProducers, kNarrowStages<kDim>> gather(
-        args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256);
+    Gather<kDim, kFormat, kNarrowProducers, kNarrowStages<kDim, kFormat>, kKeys,
+           kNarrowSlots<kFormat>>
+        gather(args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256, 0, shared.slots);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }
