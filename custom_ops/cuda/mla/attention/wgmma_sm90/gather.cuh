@@ -159,7 +159,8 @@ class Gather {
   static constexpr bool kPair = kTileKeys < kKeys;
   static constexpr int kRows = kTileKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
-  static constexpr int kPassBytes = 4 * 128;  // of a pass in a block
+  static constexpr int kJoint = kPair ? kPasses : 1;  // passes that are converted side by side
+  static constexpr int kPassBytes = 4 * 128;          // of a pass in a block
   // Between the parts of codes that a lane copies.
   static constexpr int kPartBytes = kSlots == 0 ? kBlockBytes : 512;
   static constexpr int kLook = 32 / kRows;  // tiles whose slots are looked up at once
@@ -332,57 +333,102 @@ class Gather {
     }
   }
 
-  __device__ __forceinline__ KeyScale ScaleOfKey(const KeyPart& part, bool extra) const {
-    // The exponent field of a bound of the key's values; whether there is anything but zeros.
-    uint32_t exponent, largest = 0;
-    if constexpr (kFormat == MlaFormat::kFp8) {
-      largest = part.scales.x;
-      exponent = ExponentField(OwnScale(part, extra) * 448.0f);
-    } else {
-      if constexpr (kFormat == MlaFormat::kFp8x656) {
-        largest = part.scales.x & 0x7FFFFFFFu;
+  // Whether a key has anything but zeros, and the exponent field of a bound of its values: from its
+  // scales, and then, of lanes that share it, with its rotated channels.
+  struct Bound {
+    uint32_t largest = 0, exponent = 0, magnitude = 0;
+  };
+
+  // Of the lanes `apart` too. The passes' exchanges run side by side.
+  template <int kCount>
+  __device__ __forceinline__ void Exchange(Bound (&bounds)[kCount], int apart) const {
 #pragma unroll
-        for (int i = 1; i < 4; i *= 2) {
-          largest = max(largest, __shfl_xor_sync(kFullWarp, largest, i));  // NaN is the largest
-        }
-        exponent = ExponentField(__uint_as_float(largest) * 448.0f);
-      } else {
-        largest = __vmaxu4(part.scales.x, part.scales.y & 0x00FFFFFFu);
-        largest = __vmaxu4(largest, largest >> 16);
-        largest = max(largest & 0xFF, largest >> 8 & 0xFF);
-        exponent = min(largest + 8, 255u);
+    for (Bound& x : bounds) {
+      x.magnitude = max(x.magnitude, __shfl_xor_sync(kFullWarp, x.magnitude, apart));
+      if (kFormat == MlaFormat::kFp8x656 && apart < 4) {  // NaN is the largest
+        x.largest = max(x.largest, __shfl_xor_sync(kFullWarp, x.largest, apart));
       }
-      uint32_t magnitude = MaxMagnitude(part.rope);
-#pragma unroll
-      for (int i = 1; i < 8; i *= 2) {
-        magnitude = max(magnitude, __shfl_xor_sync(kFullWarp, magnitude, i));
-      }
-      largest |= magnitude;
-      exponent = max(exponent, magnitude >> 7);
     }
-    const float factor = largest == 0 ? 0.0f : Reciprocal(KeyPower(exponent));
-    if constexpr (kFormat == MlaFormat::kFp8x584) return {factor, 0};
-    return {factor, SplitScale(OwnScale(part, extra) * factor)};
   }
 
-  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) {
-    const KeyScale scale = ScaleOfKey(part, extra);
-    if (lane_ % 8 == 0) {
-      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] =
-          scale.factor == 0.0f ? 0.0f : Reciprocal(scale.factor);
-    }
-    const uint32_t rows = RowsOf(pass);
-    const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
-    const bool exact = (scale.own & 0x7FFF0000u) == 0;  // such as a power of two
-    if (kFormat == MlaFormat::kFp8x584 || __all_sync(kFullWarp, exact)) {
-      PutAllCodes<true>(codes, part, scale.own, scale.factor);
-    } else {
-      PutAllCodes<false>(codes, part, scale.own, scale.factor);
+  template <int kCount>
+  __device__ __forceinline__ void ScalesOfKeys(const KeyPart (&parts)[kCount], bool extra,
+                                               KeyScale (&scales)[kCount]) const {
+    Bound bounds[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint2 own = parts[i].scales;
+      Bound& x = bounds[i];
+      if constexpr (kFormat == MlaFormat::kFp8) {
+        x.largest = own.x;
+        x.exponent = ExponentField(OwnScale(parts[i], extra) * 448.0f);
+      } else {
+        x.magnitude = MaxMagnitude(parts[i].rope);
+        if constexpr (kFormat == MlaFormat::kFp8x656) {
+          x.largest = own.x & 0x7FFFFFFFu;
+        } else {
+          x.largest = __vmaxu4(own.x, own.y & 0x00FFFFFFu);
+          x.largest = __vmaxu4(x.largest, x.largest >> 16);
+          x.largest = max(x.largest & 0xFF, x.largest >> 8 & 0xFF);
+          x.exponent = min(x.largest + 8, 255u);
+        }
+      }
     }
     if constexpr (kFormat != MlaFormat::kFp8) {
-      constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
-      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes,
-                  ToHalf(part.rope, scale.factor));
+      Exchange(bounds, 1);
+      Exchange(bounds, 2);
+      Exchange(bounds, 4);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      Bound& x = bounds[i];
+      if constexpr (kFormat == MlaFormat::kFp8x656) {
+        x.exponent = ExponentField(__uint_as_float(x.largest) * 448.0f);
+      }
+      x.exponent = max(x.exponent, x.magnitude >> 7);
+      const bool zeros = (x.largest | x.magnitude) == 0;
+      scales[i].factor = zeros ? 0.0f : Reciprocal(KeyPower(x.exponent));
+      scales[i].own = kFormat == MlaFormat::kFp8x584
+                          ? 0
+                          : SplitScale(OwnScale(parts[i], extra) * scales[i].factor);
+    }
+  }
+
+  // kCount passes from `pass` on.
+  template <int kCount>
+  __device__ __forceinline__ void Convert(bool extra, const KeyPart (&parts)[kCount], int pass) {
+    KeyScale scales[kCount];
+    ScalesOfKeys(parts, extra, scales);
+    bool exact = true;  // fp16 holds the scales, such as powers of two
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (lane_ % 8 == 0) {
+        const float factor = scales[i].factor;
+        barriers_.powers[stage_][first_row_ + 4 * (pass + i) + lane_ / 8] =
+            factor == 0.0f ? 0.0f : Reciprocal(factor);
+      }
+      exact = exact && (scales[i].own & 0x7FFF0000u) == 0;
+    }
+    if (kFormat == MlaFormat::kFp8x584 || __all_sync(kFullWarp, exact)) {
+      PutKeys<true>(parts, scales, pass);
+    } else {
+      PutKeys<false>(parts, scales, pass);
+    }
+  }
+
+  template <bool kExact, int kCount>
+  __device__ __forceinline__ void PutKeys(const KeyPart (&parts)[kCount],
+                                          const KeyScale (&scales)[kCount], int pass) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t rows = RowsOf(pass + i);
+      PutAllCodes<kExact>((codes_ ^ Turn(pass + i)) + rows, parts[i], scales[i].own,
+                          scales[i].factor);
+      if constexpr (kFormat != MlaFormat::kFp8) {
+        constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
+        StoreShared((piece_ ^ Turn(pass + i)) + rows + kBlock * kBlockBytes,
+                    ToHalf(parts[i].rope, scales[i].factor));
+      }
     }
   }
 
@@ -446,7 +492,7 @@ class Gather {
       if (!last) Look(work, tile + 1);
       bool loads = false;  // the next tile's copies have begun
 #pragma unroll 1
-      for (int pass = 0; pass <= kPasses; ++pass) {
+      for (int pass = 0; pass <= kPasses; pass += kJoint) {
         const bool done = pass == kPasses;
         if (done) {
           StoreValid(valid);
@@ -462,9 +508,13 @@ class Gather {
         } else {
           WaitCopyGroups<0>();
         }
-        const KeyPart part = Read(CodesAt(stage_, pass), valid >> (4 * pass));
+        KeyPart parts[kJoint];
+#pragma unroll
+        for (int i = 0; i < kJoint; ++i) {
+          parts[i] = Read(CodesAt(stage_, pass + i), valid >> (4 * (pass + i)));
+        }
         __syncwarp();  // all lanes have their codes before one writes values there
-        Convert(tile >= work.first_extra, part, pass);
+        Convert(tile >= work.first_extra, parts, pass);
       }
       Advance();
       valid = ValidBits();
@@ -495,7 +545,7 @@ class Gather {
     while (tile < work.end) {
       WaitCopyGroups<kSlots - 1>();
       __syncwarp();  // scales are another lane's copies
-      const KeyPart part = Read(SlotAt(slot), ahead);
+      const KeyPart parts[1] = {Read(SlotAt(slot), ahead)};
       __syncwarp();  // all lanes have their codes before new ones arrive
       valid |= (ahead & 15) << (4 * pass);
       ahead >>= 4;
@@ -503,7 +553,7 @@ class Gather {
       CommitCopies();
       slot = slot + 1 == kSlots ? 0 : slot + 1;
       if (pass == 0) Wait<kPair>(Free(stage_), parity_);
-      Convert(tile >= work.first_extra, part, pass);
+      Convert(tile >= work.first_extra, parts, pass);
       if (++pass < kPasses) continue;
       StoreValid(valid);
       ArriveWarp(Full());
