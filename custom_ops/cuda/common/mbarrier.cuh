@@ -54,54 +54,41 @@ __device__ __forceinline__ void ArriveExpect(uint64_t* barrier, uint32_t bytes) 
       : "memory");
 }
 
-// A phase's wait that sees what its arrivals announce: of this CTA, or with kCluster of all CTAs of
-// the cluster.
-#define FASTATTN_WAIT(instruction, scope)        \
+#define FASTATTN_TEST_PHASE(instruction)         \
   asm volatile(                                  \
       "{\n\t.reg .pred p;\n\t"                   \
-      "mbarrier." instruction ".parity" scope    \
-      ".shared::cta.b64 p, [%1], %2;\n\t"        \
+      "mbarrier." instruction                    \
+      ".parity.shared::cta.b64 p, [%1], %2;\n\t" \
       "selp.u32 %0, 1, 0, p;\n\t}"               \
       : "=r"(done)                               \
       : "r"(SharedAddress(barrier)), "r"(parity) \
       : "memory")
 
-template <bool kCluster = false>
 __device__ __forceinline__ bool TryWait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
-  if constexpr (kCluster) {
-    FASTATTN_WAIT("try_wait", ".acquire.cluster");
-  } else {
-    FASTATTN_WAIT("try_wait", "");
-  }
+  FASTATTN_TEST_PHASE("try_wait");
   return done != 0;
 }
 
 // Whether the phase of the given parity is complete, at once.
-template <bool kCluster = false>
 __device__ __forceinline__ bool TestWait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
-  if constexpr (kCluster) {
-    FASTATTN_WAIT("test_wait", ".acquire.cluster");
-  } else {
-    FASTATTN_WAIT("test_wait", "");
-  }
+  FASTATTN_TEST_PHASE("test_wait");
   return done != 0;
 }
 
-#undef FASTATTN_WAIT
+#undef FASTATTN_TEST_PHASE
 
 // Waits until the phase of the given parity is complete. With FASTATTN_SPIN_LIMIT (clock cycles)
 // defined, a wait that lasts longer ends the kernel with an error instead of hanging.
-template <bool kCluster = false>
 __device__ __forceinline__ void Wait(uint64_t* barrier, uint32_t parity) {
 #if defined(FASTATTN_SPIN_LIMIT)
   const long long start = clock64();
-  while (!TryWait<kCluster>(barrier, parity)) {
+  while (!TryWait(barrier, parity)) {
     if (clock64() - start > FASTATTN_SPIN_LIMIT) __trap();
   }
 #else
-  while (!TryWait<kCluster>(barrier, parity)) {
+  while (!TryWait(barrier, parity)) {
   }
 #endif
 }

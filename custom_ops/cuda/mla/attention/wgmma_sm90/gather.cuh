@@ -474,8 +474,8 @@ class Gather {
   // Whether this warp's rows of the next stage are free; it waits for them if it shall.
   __device__ __forceinline__ bool NextIsFree(int next, bool wait) const {
     const uint32_t parity = parity_ ^ (next == 0);
-    if (!wait) return __all_sync(kFullWarp, TestWait<kPair>(Free(next), parity));
-    Wait<kPair>(Free(next), parity);
+    if (!wait) return __all_sync(kFullWarp, TestWait(Free(next), parity));
+    Wait(Free(next), parity);
     return true;
   }
 
@@ -484,7 +484,7 @@ class Gather {
     StartLooking(work);
     Look(work, work.begin);
     uint32_t valid = ValidBits();
-    Wait<kPair>(Free(stage_), parity_);
+    Wait(Free(stage_), parity_);
     LoadTile(work.begin >= work.first_extra, stage_);
     for (int tile = work.begin; tile < work.end; ++tile) {
       const int next = (stage_ + 1) % kStages;
@@ -552,7 +552,7 @@ class Gather {
       if (loaded < passes) load(slot, kSlots - 1);
       CommitCopies();
       slot = slot + 1 == kSlots ? 0 : slot + 1;
-      if (pass == 0) Wait<kPair>(Free(stage_), parity_);
+      if (pass == 0) Wait(Free(stage_), parity_);
       Convert(tile >= work.first_extra, parts, pass);
       if (++pass < kPasses) continue;
       StoreValid(valid);
@@ -568,7 +568,7 @@ class Gather {
     StartLooking(work);
     for (int tile = work.begin; tile < work.end; ++tile) {
       Look(work, tile);
-      Wait<kPair>(Free(stage_), parity_);
+      Wait(Free(stage_), parity_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;

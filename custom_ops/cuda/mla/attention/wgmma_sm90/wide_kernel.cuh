@@ -179,15 +179,13 @@ class WideConsumer {
       uint32_t pairs[16];
       Weigh(scores, scales, out, rows, pairs);
       const int used = stage_;
-      if constexpr (kStages == 1) ReleaseHalves<1>(used);
       Advance();
+      // Keys that are not there yet may wait for this stage.
+      const bool there = __all_sync(kFullWarp, TestWait(&shared_.barriers.full[stage_], parity_));
+      if (!there) ReleaseHalves<1>(used);
       WaitFull();
-      if constexpr (kStages == 1) {
-        Keep(out);
-        KeepRegisters(pairs);
-      }
       Score(scores);
-      if constexpr (kStages > 1) ReleaseHalves<2>(used);
+      if (there) ReleaseHalves<2>(used);
       WaitGroups<0>();
       Keep(out);
       KeepFloats(scores);
