@@ -24,12 +24,14 @@ cudaError_t LaunchPersistent(const Arguments& args, cudaStream_t stream) {
 template <MlaFormat kFormat, int kDim, int kHeads>
 cudaError_t LaunchVariant(const Arguments& args, cudaStream_t stream) {
   if constexpr (kHeads < kWideHeads) {
-    return LaunchPersistent<NarrowKernel<kDim, kFormat, kHeads>, kNarrowThreads,
+    return LaunchPersistent<NarrowKernel<kDim, kFormat, kHeads>, kNarrowThreads<kFormat>,
                             NarrowShared<kDim, kFormat, kHeads>>(args, stream);
   } else {
-    if (args.head_groups % 2 == 0) {
-      return LaunchPersistent<WidePairKernel<kDim, kFormat>, kWideThreads,
-                              WideShared<kDim, kFormat>, 2>(args, stream);
+    if constexpr (kFormat == MlaFormat::kFp8x656) {
+      if (args.pairs) {
+        return LaunchPersistent<WidePairKernel<kDim, kFormat>, kWideThreads,
+                                WideShared<kDim, kFormat>, 2>(args, stream);
+      }
     }
     return LaunchPersistent<WideKernel<kDim, kFormat>, kWideThreads, WideShared<kDim, kFormat>>(
         args, stream);

@@ -2,10 +2,10 @@
 // products, heads their columns, so that nothing is computed for heads that are not there. The time
 // goes into reading the tokens.
 //
-// Warpgroups, four of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of
-// producers (gather.cuh), which fill two stages of 64 keys. Each stage has its consumer: they take
-// every other tile, each with a softmax and outputs of its own, and join them at the end of the
-// work tile. One alone would have the tile's time in chains of small products.
+// Warpgroups: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of producers
+// (gather.cuh; of bf16 keys four), which fill two stages of 64 keys. Each stage has its consumer:
+// they take every other tile, each with a softmax and outputs of its own, and join them at the end
+// of the work tile. One alone would have the tile's time in chains of small products.
 //
 // Barriers (mbarriers): full/empty of the stages. Named barriers 1 and 2: the warps of a consumer;
 // 3 and 4: both, in turn where they join.
@@ -22,25 +22,29 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-inline constexpr int kNarrowProducers = 8;  // warps
-template <int kDim, MlaFormat kFormat>
-inline constexpr int kNarrowStages = kFormat == MlaFormat::kBf16 && kDim == 512 ? 3 : 2;
+template <MlaFormat kFormat>
+inline constexpr int kNarrowProducers = kFormat == MlaFormat::kBf16 ? 16 : 8;  // warps
+inline constexpr int kNarrowStages = 2;
+// Passes of codes that a producer warp copies ahead.
 template <MlaFormat kFormat>
 inline constexpr int kNarrowSlots = kFormat == MlaFormat::kBf16 ? 0 : 3;
-inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers;
-// Of 512 that four threads have.
-inline constexpr int kNarrowConsumerRegisters = 152;
-inline constexpr int kNarrowProducerRegisters = 104;
+template <MlaFormat kFormat>
+inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers<kFormat>;
+// Of 480 that six threads have, or 512 of four.
+template <MlaFormat kFormat>
+inline constexpr int kNarrowConsumerRegisters = kFormat == MlaFormat::kBf16 ? 128 : 152;
+template <MlaFormat kFormat>
+inline constexpr int kNarrowProducerRegisters = kFormat == MlaFormat::kBf16 ? 56 : 104;
 
 template <int kDim, MlaFormat kFormat, int kHeads>
 struct alignas(1024) NarrowShared {
-  Stages<kDim, kNarrowStages<kDim, kFormat>> stages;
+  Stages<kDim, kNarrowStages> stages;
   uint8_t query[kDim / 64 * kHeads * 128];
   uint8_t probabilities[2][kDim == 512 ? kHeads * 128 : 16];  // see Probabilities
   float exchange[2][4][kHeads];                               // of a consumer's warps
-  alignas(16) uint8_t slots[kNarrowSlots<kFormat> * kNarrowProducers * kSlotBytes + 16];
+  alignas(16) uint8_t slots[kNarrowSlots<kFormat> * kNarrowProducers<kFormat> * kSlotBytes + 16];
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
-  StageBarriers<kNarrowStages<kDim, kFormat>> barriers;
+  StageBarriers<kNarrowStages> barriers;
 };
 
 template <int kDim, MlaFormat kFormat, int kHeads>
@@ -49,7 +53,6 @@ class NarrowConsumer {
   using Shared = NarrowShared<kDim, kFormat, kHeads>;
   static constexpr DType kType = kOperand<kFormat>;
   static constexpr bool kHalf = kType == DType::kFloat16;
-  static constexpr int kStages = kNarrowStages<kDim, kFormat>;
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
   // group: consumer 0 or 1. Both run the same instructions, which have to be fetched, too.
@@ -100,8 +103,7 @@ class NarrowConsumer {
     largest_ = 0.0f;
     for (int tile = work.begin; tile < work.end; ++tile, ++tiles_) {
       if (tiles_ % 2 != group_) continue;
-      stage_ = tiles_ % kStages;
-      WaitTile(&shared_.barriers.full[stage_], tiles_ / kStages & 1);
+      WaitTile(&shared_.barriers.full[group_], tiles_ / 2 & 1);
       float scores[kHeads / 2], rescale[kColumns];
       Score(scores);
       Softmax(scores, scales, heads, rescale);
@@ -112,7 +114,7 @@ class NarrowConsumer {
         KeepFloats(out[i]);
       }
       FenceProducts();
-      const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
+      const uint32_t values = SharedAddress(shared_.stages.keys[group_]);
       uint64_t right = OperandDescriptor<128>(Probabilities());
       uint64_t left = TransposedDescriptor<kBlockBytes>(values);
       asm volatile("" : "+l"(left), "+l"(right));  // as in Score
@@ -127,11 +129,11 @@ class NarrowConsumer {
         if (k % 2 == 1) CommitProducts();  // half of the keys
       }
       WaitGroups<1>();
-      ArriveWarp(&shared_.barriers.empty[stage_][0]);
+      ArriveWarp(&shared_.barriers.empty[group_][0]);
       WaitGroups<0>();
 #pragma unroll
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
-      ArriveWarp(&shared_.barriers.empty[stage_][1]);
+      ArriveWarp(&shared_.barriers.empty[group_][1]);
     }
     float weights[2][kColumns];
     SyncNamed<256>(3);  // the query has been read: consumer 1 leaves its outputs in its place
@@ -150,7 +152,7 @@ class NarrowConsumer {
   // the values.
   __device__ __forceinline__ uint32_t Probabilities() const {
     if constexpr (kDim == 512) return SharedAddress(shared_.probabilities[group_]);
-    return SharedAddress(shared_.stages.keys[stage_]) + 8 * kBlockBytes + 32 * 128;
+    return SharedAddress(shared_.stages.keys[group_]) + 8 * kBlockBytes + 32 * 128;
   }
 
   // What consumer 1 has, in place of the query: a quarter of its outputs; of its threads, maxima
@@ -229,7 +231,7 @@ class NarrowConsumer {
 
   // Several sums, each of every kSums-th product: one would be a chain of products.
   __device__ __forceinline__ void Score(float (&scores)[kHeads / 2]) const {
-    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage_]));
+    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[group_]));
     uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
     // Else the compiler keeps the descriptors of all products in registers, and has none left.
     asm volatile("" : "+l"(query), "+l"(keys));
@@ -274,7 +276,7 @@ class NarrowConsumer {
                                           RowState (&heads)[kColumns], float (&rescale)[kColumns]) {
     float powers[2] = {1.0f, 1.0f}, units = 1.0f;  // of this thread's keys; of the outputs so far
     if constexpr (kHalf) {
-      const float* all = shared_.barriers.powers[stage_];
+      const float* all = shared_.barriers.powers[group_];
       powers[0] = all[16 * warp_ + lane_ / 4];
       powers[1] = all[16 * warp_ + lane_ / 4 + 8];
       float largest = fmaxf(largest_, fmaxf(all[lane_], all[lane_ + 32]));
@@ -287,7 +289,7 @@ class NarrowConsumer {
     }
     // Byte i: bit k: key 16 * warp + 4 * i + k.
     const uint32_t valid =
-        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[stage_][warp_ / 2])[warp_ % 2];
+        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[group_][warp_ / 2])[warp_ % 2];
     const uint32_t mine = valid >> (lane_ / 16 * 8 + lane_ / 4 % 4);
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) {
@@ -389,20 +391,19 @@ class NarrowConsumer {
   const Arguments& args_;
   Shared& shared_;
   int group_, warp_, lane_;
-  int tiles_ = 0;  // so far, of both consumers
-  int stage_ = 0;
+  int tiles_ = 0;         // so far, of both consumers
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
 template <int kDim, MlaFormat kFormat, int kHeads>
-__global__ void __launch_bounds__(kNarrowThreads, 1)
+__global__ void __launch_bounds__(kNarrowThreads<kFormat>, 1)
     NarrowKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<NarrowShared<kDim, kFormat, kHeads>*>(bytes);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kNarrowStages<kDim, kFormat>; ++i) {
-      InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers>);
+    for (int i = 0; i < kNarrowStages; ++i) {
+      InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers<kFormat>>);
       InitBarrier(&shared.barriers.empty[i][0], 4 * kWarpArrivals);
       InitBarrier(&shared.barriers.empty[i][1], 4 * kWarpArrivals);
     }
@@ -412,15 +413,14 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
-    ReleaseRegisters<kNarrowProducerRegisters>();
-    Gather<kDim, kFormat, kNarrowProducers, kNarrowStages<kDim, kFormat>, kKeys,
-           kNarrowSlots<kFormat>>
+    ReleaseRegisters<kNarrowProducerRegisters<kFormat>>();
+    Gather<kDim, kFormat, kNarrowProducers<kFormat>, kNarrowStages, kKeys, kNarrowSlots<kFormat>>
         gather(args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256, 0, shared.slots);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }
   } else {
-    ClaimRegisters<kNarrowConsumerRegisters>();
+    ClaimRegisters<kNarrowConsumerRegisters<kFormat>>();
     NarrowConsumer<kDim, kFormat, kHeads> c(args, shared,
                                             __shfl_sync(kFullWarp, threadIdx.x / 128, 0));
     c.Run();

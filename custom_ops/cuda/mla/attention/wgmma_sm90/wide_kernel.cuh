@@ -4,8 +4,10 @@
 // Warpgroups, four of them:
 //  - consumer 0: S = Q K^T, softmax, O[:, 0..255] += P V;
 //  - consumer 1: O[:, 256..511] += P V, with P and the rescaling factors from shared memory;
-//  - two of producers (gather.cuh), which fill stages of 64 keys: two, or one of 8-bit keys, whose
-//    codes wait in a buffer in place of the other.
+//  - two of producers (gather.cuh), which fill stages of 64 keys.
+//
+// Two CTAs of a cluster may have two groups of a query token: each gathers, and converts, half of
+// each tile, and copies it into the other's stage (pair.cuh).
 //
 // The producers are ahead: they fill stages for the next work tile during the epilogue.
 //
@@ -34,9 +36,11 @@ inline constexpr int kWideThreads = 256 + 32 * kWideProducers;
 inline constexpr int kScoreRegisters = 208;
 inline constexpr int kOutputRegisters = 160;
 inline constexpr int kProducerRegisters = 72;
-// Stages of keys: beside the buffer of codes there is room for one.
+// Stages of keys. Ten tiles, as DeepSeek-V4 has, are done sooner with one and slots beside it.
 template <MlaFormat kFormat>
-inline constexpr int kWideStages = 2;
+inline constexpr int kWideStages = kFormat == MlaFormat::kFp8x584 ? 1 : 2;
+template <MlaFormat kFormat>
+inline constexpr int kWideSlots = kFormat == MlaFormat::kFp8x584 ? 3 : 0;
 
 template <int kDim, MlaFormat kFormat>
 struct alignas(1024) WideShared {
@@ -49,6 +53,7 @@ struct alignas(1024) WideShared {
   StageBarriers<kWideStages<kFormat>> barriers;
   uint64_t probabilities_full;
   uint64_t probabilities_empty;
+  alignas(16) uint8_t slots[kWideSlots<kFormat> * kWideProducers * kSlotBytes + 16];
 };
 
 // A consumer's outputs: 64 heads x 256 channels, in halves of 128.
@@ -467,8 +472,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat, kWideProducers, kWideStages<kFormat>> gather(
-        args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256);
+    Gather<kDim, kFormat, kWideProducers, kWideStages<kFormat>, kKeys, kWideSlots<kFormat>> gather(
+        args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256, 0, shared.slots);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kWideHeads));
     }
@@ -502,8 +507,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   if (threadIdx.x >= 384) {
     ReleaseRegisters<kPairSenderRegisters>();
     if (threadIdx.x < 416) {
-      PairSender<kDim, kFormat, kWideStages<kFormat>> sender(shared.stages.keys[0], shared.barriers,
-                                                             rank);
+      PairSender<kDim, kWideStages<kFormat>> sender(shared.stages.keys[0], shared.barriers, rank);
       for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
         sender.Run(Work(args, index, kWideHeads));
       }
