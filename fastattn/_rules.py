@@ -6,14 +6,13 @@ Types and texts of the errors are those of the operators' own checks (custom_ops
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES
+from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, codes_per_byte
 
 _INT8_TYPES = ("cache_int8", "block_wise_int8")
 FLOATS = ("float32", "float16", "bfloat16")
@@ -49,6 +48,18 @@ class Call:
 
 #: Checks the named input or attribute and raises what the operator would.
 Rule = Callable[[Call, str], None]
+
+
+@dataclass(frozen=True)
+class OpRules:
+    """Rules of an operator's inputs and attributes; absent optional inputs are skipped.
+
+    `always` names the optional inputs whose absence may be wrong.
+    """
+
+    inputs: Mapping[str, Rule]
+    attrs: Mapping[str, Rule] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
 
 
 def anything(call: Call, name: str) -> None:
@@ -158,11 +169,23 @@ _cache_types = ", ".join(CACHE_QUANT_TYPES)
 cache_type = names(
     NotImplementedError, CACHE_QUANT_TYPES, f"'{{}}' is not supported; supported: {_cache_types}"
 )
-layout = names(
+_layout = names(
     ValueError,
     ("fastattn", "fastdeploy", "logical"),
     "expected fastattn, fastdeploy or logical, got '{}'",
 )
+
+
+def _fastdeploy_order(call: Call, name: str, supported: str) -> None:
+    kind = call.attrs["cache_quant_type"]
+    if call.attrs[name] == "fastdeploy" and codes_per_byte(kind) == 2:
+        text = f"'fastdeploy' has no order for {kind}; supported: {supported}"
+        call.fail(NotImplementedError, name, text)
+
+
+def layout(call: Call, name: str) -> None:
+    _layout(call, name)
+    _fastdeploy_order(call, name, "fastattn, logical")
 
 
 def fp8_format(call: Call, name: str) -> None:
@@ -177,6 +200,8 @@ def cache_dtype(call: Call, name: str) -> None:
     if cache_type == "none":
         dtypes(*HALVES)(call, name)
         return
+    if codes_per_byte(cache_type) == 2:
+        return dtypes("uint8")(call, name)
     supported(call, name)
     e5m2 = call.attrs.get("fp8_format") == "e5m2"
     codes = "int8" if cache_type in _INT8_TYPES else "float8_e5m2" if e5m2 else "float8_e4m3fn"
@@ -228,7 +253,7 @@ def qkv(call: Call, name: str) -> None:
 def append_type(call: Call, name: str) -> None:
     cache_type(call, name)
     if call.attrs[name] == "none":
-        text = "'none' stores no 8-bit codes; supported: " + _cache_types.partition(", ")[2]
+        text = "'none' stores no codes; supported: " + _cache_types.partition(", ")[2]
         call.fail(NotImplementedError, name, text)
 
 
@@ -241,19 +266,22 @@ def dynamic_quant(call: Call, name: str) -> None:
 
 
 def append_layout(call: Call, name: str) -> None:
-    layout(call, name)
+    _layout(call, name)
+    _fastdeploy_order(call, name, "fastattn")
     if call.attrs[name] == "logical":
         text = "'logical' is not supported; supported: fastattn, fastdeploy"
         call.fail(NotImplementedError, name, text)
+    transforms = call.attrs["k_rotation"] != "none" or call.inputs["k_center"] is not None
+    if transforms and call.attrs[name] != "fastattn":
+        text = f"'{call.attrs[name]}' is not supported with k_rotation or k_center"
+        call.fail(NotImplementedError, name, f"{text}; supported: fastattn")
 
 
 def fastdeploy_type(call: Call, name: str) -> None:
     cache_type(call, name)
-    if call.attrs[name] == "block_wise_int8":
-        text = (
-            "FastDeploy has no 'block_wise_int8'; supported: none, cache_int8, cache_fp8, "
-            "block_wise_fp8"
-        )
+    kind, supported = call.attrs[name], "none, cache_int8, cache_fp8, block_wise_fp8"
+    if kind in ("block_wise_int8", "block_wise_int4"):
+        text = f"FastDeploy has no '{kind}'; supported: {supported}"
         call.fail(NotImplementedError, name, text)
 
 
@@ -272,6 +300,8 @@ def convertible(call: Call, name: str) -> None:
     text = "uint8, float8_e4m3fn or float8_e5m2"
     if cache_type == "none":
         allowed, text = HALVES, "bfloat16 or float16"
+    elif codes_per_byte(cache_type) == 2:
+        allowed, text = ("uint8",), "uint8"
     elif cache_type in _INT8_TYPES:
         allowed, text = ("uint8", "int8"), "uint8 or int8"
     if got is not None and got not in allowed:
@@ -310,9 +340,10 @@ def num_kv_heads(call: Call, name: str) -> None:
 
 
 def rotary_dim(call: Call, name: str) -> None:
-    head_dim, given = call.size("key_cache", 3), call.attrs[name]
-    if head_dim is None or given == -1:
+    row, given = call.size("key_cache", 3), call.attrs[name]
+    if row is None or given == -1:
         return
+    head_dim = row * codes_per_byte(call.attrs["cache_quant_type"])
     if given <= 0 or given > head_dim or given % 2:
         text = f"expected an even number in [2, {head_dim}] (head_dim), got {given}"
         call.fail(ValueError, name, text)
@@ -414,7 +445,7 @@ def quantize_q(call: Call, name: str) -> None:
 
 
 def merged(call: Call, name: str) -> None:
-    if call.inputs["output_scale"] is not None or call.inputs["output_scales"] is not None:
+    if any(call.inputs.get(scale) is not None for scale in ("output_scale", "output_scales")):
         supported(call, name)
         got = call.dtype(name)
         if got not in (None, "uint8", "float8_e4m3fn"):
@@ -422,7 +453,8 @@ def merged(call: Call, name: str) -> None:
             call.fail(TypeError, name, text)
         return
     supported(call, name)
-    given, dtype = call.dtype(name), call.dtype("prefix_output")
+    states = "prefix_output" if "prefix_output" in call.inputs else "outputs"
+    given, dtype = call.dtype(name), call.dtype(states)
     wide = dtype == "float32"
     if None not in (given, dtype) and given != dtype and not (wide and given in HALVES):
         more = ", float16 or bfloat16" if wide else ""
@@ -466,8 +498,19 @@ def int32_from(least: int) -> Rule:
     return check
 
 
+def tile(call: Call, name: str) -> None:
+    if not 1 <= call.attrs[name] <= 64:
+        call.fail(ValueError, name, f"expected 1 to 64, got {call.attrs[name]}")
+
+
 def block_stride(call: Call, name: str) -> None:
     int32_from(call.attrs["block_size"])(call, name)
+
+
+def with_masks(call: Call, name: str) -> None:
+    dtypes("int32")(call, name)
+    if call.inputs[name] is not None and not call.attrs["want_masks"]:
+        call.fail(ValueError, name, "expected None without want_masks")
 
 
 def rank(call: Call, name: str) -> None:
@@ -488,20 +531,3 @@ def query_heads(call: Call, name: str) -> None:
     if given < 0 or (given > 0 and rows is not None and rows % given):
         shown = "?" if rows is None else rows
         call.fail(ValueError, name, f"expected 0 or a divisor of {shown} rows, got {given}")
-
-
-# ---- signals ----
-
-_CHANNEL = re.compile(r"|queue:-?\d+|shm:[^:/]+:[^:/]+")
-
-
-def channel(call: Call, name: str) -> None:
-    if not _CHANNEL.fullmatch(call.attrs[name]):
-        text = f"expected '', queue:<key> or shm:<layer>:<step>, got '{call.attrs[name]}'"
-        call.fail(ValueError, name, text)
-
-
-def batch(call: Call, name: str) -> None:
-    if not 0 <= call.attrs[name] <= 512:
-        text = "expected 0 to 512 sequences, which a message has room for, got "
-        call.fail(ValueError, name, f"{text}{call.attrs[name]}")

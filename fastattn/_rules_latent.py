@@ -78,12 +78,10 @@ def latent_out(call: Call, name: str) -> None:
 
 
 def extra_selection(call: Call, name: str) -> None:
-    """Arguments of a second cache come with it, and its indices have to."""
+    """Arguments of a second cache come with it."""
     given, cache = call.inputs[name] is not None, call.inputs["extra_cache"] is not None
     if given and not cache:
         call.fail(ValueError, name, "expected None without extra_cache, got a tensor")
-    if name == "extra_indices" and cache and not given:
-        call.fail(TypeError, name, "expected a tensor with extra_cache, got None")
     if name == "extra_scale":
         if cache:
             latent_scale(call, name)

@@ -8,14 +8,12 @@ the same types and texts of errors. Dygraph calls do not use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import paddle
 
-from fastattn import _ops, _rules, _rules_latent
-from fastattn._rules import Call, Rule
+from fastattn import _ops, _rules, _rules_keys, _rules_latent, _rules_maps, _rules_signals
+from fastattn._rules import Call, OpRules, Rule
 
 _CACHE: dict[str, Rule] = {
     "key_cache": _rules.cache_dtype,
@@ -58,6 +56,11 @@ _TYPE_AND_FORMAT: dict[str, Rule] = {
     "cache_quant_type": _rules.cache_type,
     "fp8_format": _rules.fp8_format,
 }
+_K_ROTATION: dict[str, Rule] = {"k_rotation": _rules_keys.k_rotation}
+_K_CENTER: dict[str, Rule] = {"k_center": _rules_keys.k_center}
+_K_CENTER_READ: dict[str, Rule] = {
+    "k_center": _rules.both(_rules_keys.k_center, _rules_keys.centred_scores)
+}
 _COUNT = _rules.int32_from(1)
 _PAGE_SIZE = _rules.at_least(1, "expected a positive number of tokens, got ")
 _INDEX_QUANT = _rules.names(ValueError, ("fp8", "mxfp4"), "expected fp8 or mxfp4, got '{}'")
@@ -69,32 +72,26 @@ _CONVERSION: dict[str, Rule] = {
 }
 
 
-@dataclass(frozen=True)
-class OpRules:
-    """Rules of an operator's inputs and attributes; absent optional inputs are skipped.
-
-    `always` names the optional inputs whose absence may be wrong.
-    """
-
-    inputs: Mapping[str, Rule]
-    attrs: Mapping[str, Rule] = field(default_factory=dict)
-    always: tuple[str, ...] = ()
-
-
 _SCALES = ("cache_k_scales", "cache_v_scales")
 
 #: Every input and attribute of every operator (a test compares). Attributes come first: an input's
 #: rule may rely on them.
 RULES: dict[str, OpRules] = {
     "write_cache_kv": OpRules(
-        {**_STEP, "key": _rules.dtypes(*_rules.FLOATS), "value": _rules.written_values},
-        _TYPE_AND_FORMAT,
+        {
+            **_STEP,
+            **_K_CENTER,
+            "key": _rules.dtypes(*_rules.FLOATS),
+            "value": _rules.written_values,
+        },
+        {**_TYPE_AND_FORMAT, **_K_ROTATION},
         _SCALES,
     ),
     "rope_write_cache_kv": OpRules(
         {
             **_STEP,
             **_NORMS,
+            **_K_CENTER,
             "qkv": _rules.qkv,
             "rotary_embs": _rules.dtypes("float32"),
             "qkv_bias": _PARAMETER,
@@ -102,6 +99,8 @@ RULES: dict[str, OpRules] = {
         },
         {
             **_TYPE_AND_FORMAT,
+            **_K_ROTATION,
+            "q_rotation": _rules_keys.q_rotation,
             "num_kv_heads": _rules.num_kv_heads,
             "num_heads": _rules.num_heads,
             "rms_norm_eps": _rules.finite(0),
@@ -135,15 +134,20 @@ RULES: dict[str, OpRules] = {
     ),
     "begin_kv_signals": OpRules(
         {"seq_lens_encoder": _INT32, "seq_lens_decoder": _INT32},
-        {"batch": _rules.batch, "silent": _rules.anything, "channel": _rules.channel},
+        {
+            "batch": _rules_signals.batch,
+            "silent": _rules.anything,
+            "channel": _rules_signals.channel,
+        },
     ),
     "send_kv_signal": OpRules(
         {"key_cache": _rules.supported, "value_cache": _rules.supported},
-        {"layer_id": _rules.at_least(0), "channel": _rules.channel},
+        {"layer_id": _rules.at_least(0), "channel": _rules_signals.channel},
     ),
     "append_cache_kv_c8": OpRules(
         {
             **_CACHE,
+            **_K_CENTER,
             "key": _rules.dtypes(*_rules.HALVES),
             "value": _rules.both(_rules.dtypes(*_rules.HALVES), _rules.like("key")),
             "block_tables": _INT32,
@@ -155,6 +159,7 @@ RULES: dict[str, OpRules] = {
             "dynamic_quant": _rules.dynamic_quant,
             "cache_layout": _rules.append_layout,
             "fp8_format": _rules.fp8_format,
+            **_K_ROTATION,
         },
     ),
     "convert_cache_layout": OpRules({"cache": _rules.convertible}, _CONVERSION),
@@ -183,9 +188,26 @@ RULES: dict[str, OpRules] = {
         },
     ),
     "paged_attention": OpRules(
-        {**_CACHE, "q": _rules.paged_queries, **_SEQS, **_ATTENTION_INPUTS},
-        {**_TYPE_AND_FORMAT, **_ATTENTION_ATTRS, "batch_invariant": _rules.anything},
+        {**_CACHE, "q": _rules.paged_queries, **_SEQS, **_ATTENTION_INPUTS, **_K_CENTER_READ},
+        {
+            **_TYPE_AND_FORMAT,
+            **_ATTENTION_ATTRS,
+            "batch_invariant": _rules.anything,
+            "k_rotation": _rules.both(_rules_keys.k_rotation, _rules_keys.rotated_queries),
+        },
         _SCALES,
+    ),
+    "compact_block_tables": OpRules(
+        {**_SEQS, "mask_offsets": _rules.with_masks},
+        {
+            "num_tokens": _rules.int32_from(0),
+            "num_blocks": _rules.int32_from(0),
+            "block_size": _COUNT,
+            "causal": _rules.anything,
+            "window_left": _window,
+            "window_right": _window,
+            "want_masks": _rules.anything,
+        },
     ),
     "merge_attn_states": OpRules(
         {
@@ -199,6 +221,16 @@ RULES: dict[str, OpRules] = {
             "output_scales": _rules.dtypes("float32"),
         },
         {"prefill_tokens_with_context": _rules.prefill_tokens},
+    ),
+    "merge_many_attn_states": OpRules(
+        {
+            "outputs": _rules.dtypes(*_rules.FLOATS),
+            "lses": _rules.dtypes("float32"),
+            "sinks": _FP32_OR_BF16,
+            "output_scale": _rules.dtypes("float32"),
+            "output": _rules.merged,
+        },
+        {"sinks_in_lse": _rules.anything},
     ),
     "merge_prefill_decode_output": OpRules(
         {
@@ -255,7 +287,7 @@ RULES: dict[str, OpRules] = {
             "flash_mla": _rules.anything,
             "out_dtype": _rules_latent.latent_out_dtype,
         },
-        ("scale", "extra_indices", "extra_scale"),
+        ("scale", "extra_scale"),
     ),
     "mla_write_cache": OpRules(
         {
@@ -427,6 +459,10 @@ RULES: dict[str, OpRules] = {
             "quant": _INDEX_QUANT,
         },
     ),
+    "indexer_q_quant": OpRules(
+        {"q": _rules.dtypes("bfloat16"), "weights": _FP32_OR_BF16, "token_of_query": _INT32},
+        {"factor": _rules.anything},
+    ),
     "indexer_kv_compress_insert": OpRules(
         {
             "state_cache": _FP32_OR_BF16,
@@ -485,39 +521,7 @@ RULES: dict[str, OpRules] = {
             "quant": _INDEX_QUANT,
         },
     ),
-    "topk_to_slots": OpRules(
-        {"indices": _INT32, "block_tables": _INT32, "batch_ids": _INDEX},
-        {
-            "block_size": _COUNT,
-            "block_stride": _rules.block_stride,
-            "num_blocks": _rules.int32_from(-1),
-            "compact": _rules.anything,
-            "rank": _rules.rank,
-            "world_size": _COUNT,
-            "interleave": _COUNT,
-        },
-    ),
-    "window_indices": OpRules(
-        {"positions": _INDEX, "batch_ids": _INDEX, "block_tables": _INT32, "starts": _INT32},
-        {"window": _COUNT, "block_size": _COUNT, "num_blocks": _rules.int32_from(-1)},
-    ),
-    "short_context_indices": OpRules(
-        {"positions": _INDEX, "batch_ids": _INDEX}, {"k": _COUNT, "compress_ratio": _COUNT}
-    ),
-    "combine_topk_window": OpRules(
-        {
-            "topk": _INT32,
-            "window": _INT32,
-            "topk_lengths": _INT32,
-            "window_lengths": _INT32,
-            "batch_ids": _INDEX,
-        },
-        {
-            "seq_stride": _rules.int32_from(0),
-            "window_offset": _rules.int32_from(0),
-            "multiple": _COUNT,
-        },
-    ),
+    **_rules_maps.RULES,
     "radix_topk_ragged_transform": OpRules(
         {
             "input": _rules.dtypes("float32"),

@@ -9,6 +9,8 @@ variable                   meaning
                            call with all its inputs, before its kernel starts. Read at import.
 ``FASTATTN_PROFILE``       1: a range around every operator call, for ``paddle.profiler`` and NVTX.
                            Read at import.
+``FASTATTN_CALIBRATION``   file of ``python -m fastattn calibrate`` whose rotations and centres
+                           backends use (docs/calibrate.md). Read when a backend is made.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
 ``FD_DETERMINISTIC_MODE``  FastDeploy's: an int that is not 0 makes backends batch-invariant
                            (docs/backends.md). Read when a backend is made.
@@ -34,6 +36,12 @@ def cache_dir() -> Path:
     """Folder for files that may be made again, such as the demo's model."""
     override = os.environ.get("FASTATTN_CACHE")
     return Path(override) if override else Path.home() / ".cache" / "fastattn"
+
+
+def calibration() -> Path | None:
+    """File of what the layers' keys are stored with, or None."""
+    path = os.environ.get("FASTATTN_CALIBRATION")
+    return Path(path) if path else None
 
 
 def log_level() -> int:

@@ -4,6 +4,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/key_transform.h"
 #include "api/paged_cache.h"
 #include "cpu/append_cache.h"
 #include "params/cache.h"
@@ -21,8 +22,8 @@ constexpr const char* kOp = "append_cache_kv_c8";
 void CheckType(const std::string& cache_quant_type, bool dynamic_quant) {
   const CacheType type = ParseCacheType(kOp, cache_quant_type);
   if (!IsQuantized(type)) {
-    Fail("NotImplementedError", kOp, "cache_quant_type", "'none' stores no 8-bit codes; supported:",
-         " cache_int8, cache_fp8, block_wise_int8, block_wise_fp8");
+    Fail("NotImplementedError", kOp, "cache_quant_type", "'none' stores no codes; supported:",
+         " cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, block_wise_int4");
   }
   if (dynamic_quant != IsDynamic(type)) {
     Fail("ValueError", kOp, "dynamic_quant", "cache_quant_type '", cache_quant_type, "' has ",
@@ -57,9 +58,9 @@ int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& ca
 void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor& key, Tensor& value,
                      const Tensor& block_tables, const Tensor& seq_lens_decoder,
                      const Tensor& cu_seqlens_k, const Tensor& cache_k_scales,
-                     const Tensor& cache_v_scales, bool dynamic_quant,
+                     const Tensor& cache_v_scales, OptionalTensor& k_center, bool dynamic_quant,
                      const std::string& cache_quant_type, const std::string& cache_layout,
-                     const std::string& fp8_format) {
+                     const std::string& fp8_format, const std::string& k_rotation) {
   CheckType(cache_quant_type, dynamic_quant);
   Arg(kOp, "key_cache", key_cache);
   Arg(kOp, "key", key);
@@ -74,6 +75,11 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
                             place);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
+  const KeyTransform transform = ParseKeyTransform(kOp, Get(k_center), k_rotation, p.cache, place);
+  if (transform.Any() && p.cache.layout != CacheLayout::kFastattn) {
+    Fail("NotImplementedError", kOp, "cache_layout", "'", cache_layout,
+         "' is not supported with k_rotation or k_center; supported: fastattn");
+  }
   p.dynamic_quant = dynamic_quant;
   p.key_token_stride = CheckOutput("key", key, p.cache, place);
   p.value_token_stride = CheckOutput("value", value, p.cache, place);
@@ -104,29 +110,32 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
                   {"cache_v_scales", &cache_v_scales},
                   {"block_tables", &block_tables},
                   {"seq_lens_decoder", &seq_lens_decoder},
-                  {"cu_seqlens_k", &cu_seqlens_k}});
+                  {"cu_seqlens_k", &cu_seqlens_k},
+                  {"k_center", Get(k_center)}});
   }
   p.key = MutableData(key);
   p.value = MutableData(value);
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(anchor)) {
-    LaunchOnGpu(kOp, anchor,
-                [&](cudaStream_t stream) { return cuda::LaunchAppendCache(p, stream); });
+    LaunchOnGpu(kOp, anchor, [&](cudaStream_t stream) {
+      const cudaError_t status = cuda::LaunchAppendCache(p, stream);
+      return status != cudaSuccess ? status : cuda::LaunchRestoreKey(p, transform, stream);
+    });
     return;
   }
 #endif
   RequireCpu(kOp, place);
-  Guarded(kOp, [&] { cpu::AppendCache(p); });
+  Guarded(kOp, [&] { cpu::AppendCache(p, transform); });
 }
 
 // Everything is written in place: there is no other output.
 std::vector<Shape> AppendCacheKvC8InferShape(
     const Shape& key_cache, const Shape& value_cache, const Shape& key, const Shape& value,
     const Shape& block_tables, const Shape& seq_lens_decoder, const Shape& cu_seqlens_k,
-    const Shape& cache_k_scales, const Shape& cache_v_scales, bool dynamic_quant,
-    const std::string& cache_quant_type, const std::string& cache_layout,
-    const std::string& fp8_format) {
+    const Shape& cache_k_scales, const Shape& cache_v_scales, const Shape& k_center,
+    bool dynamic_quant, const std::string& cache_quant_type, const std::string& cache_layout,
+    const std::string& fp8_format, const std::string& k_rotation) {
   return {};
 }
 
@@ -134,9 +143,9 @@ std::vector<phi::DataType> AppendCacheKvC8InferDtype(
     const phi::DataType& key_cache, const phi::DataType& value_cache, const phi::DataType& key,
     const phi::DataType& value, const phi::DataType& block_tables,
     const phi::DataType& seq_lens_decoder, const phi::DataType& cu_seqlens_k,
-    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales, bool dynamic_quant,
-    const std::string& cache_quant_type, const std::string& cache_layout,
-    const std::string& fp8_format) {
+    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales,
+    const phi::DataType& k_center, bool dynamic_quant, const std::string& cache_quant_type,
+    const std::string& cache_layout, const std::string& fp8_format, const std::string& k_rotation) {
   return {};
 }
 
@@ -144,10 +153,10 @@ std::vector<phi::DataType> AppendCacheKvC8InferDtype(
 
 PD_BUILD_OP(fastattn_append_cache_kv_c8)
     .Inputs({"key_cache", "value_cache", "key", "value", "block_tables", "seq_lens_decoder",
-             "cu_seqlens_k", "cache_k_scales", "cache_v_scales"})
+             "cu_seqlens_k", "cache_k_scales", "cache_v_scales", paddle::Optional("k_center")})
     .Outputs({"key_out", "value_out"})
     .Attrs({"dynamic_quant: bool", "cache_quant_type: std::string", "cache_layout: std::string",
-            "fp8_format: std::string"})
+            "fp8_format: std::string", "k_rotation: std::string"})
     .SetInplaceMap({{"key", "key_out"}, {"value", "value_out"}})
     .SetKernelFn(PD_KERNEL(fastattn::api::AppendCacheKvC8))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::AppendCacheKvC8InferShape))

@@ -4,6 +4,7 @@
 #include "api/attention_arguments.h"
 #include "api/attention_run.h"
 #include "api/direct.h"
+#include "api/key_transform.h"
 #include "api/paged_cache.h"
 
 namespace fastattn::api {
@@ -27,11 +28,23 @@ std::vector<Tensor> FlashAttention(const Tensor& q, const Tensor& k, const Tenso
   p.seqs.num_tokens = static_cast<int>(q.shape()[0]);
   ParseRaggedKv(k, v, cu_seqlens_q, cu_seqlens_k, Get(k_descale), Get(v_descale), kv_dtype, place,
                 &p);
-  const AttentionArgs args{
-      q,           Get(q_descale), Get(sinks),    Get(mask_offsets), Get(out_scale),
-      Get(out),    out_dtype,      softmax_scale, softcap,           causal,
-      window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse,
-      quantize_q};
+  const AttentionArgs args{q,
+                           Get(q_descale),
+                           Get(sinks),
+                           Get(mask_offsets),
+                           Get(out_scale),
+                           Get(out),
+                           out_dtype,
+                           softmax_scale,
+                           softcap,
+                           causal,
+                           window_left,
+                           window_right,
+                           max_seqlen_q,
+                           max_seqlen_k,
+                           return_softmax_lse,
+                           quantize_q,
+                           {}};
   ParseCommon(kFlash, args, place, &p);
   if (args.out != nullptr) {
     RequireApart(kFlash, "out", *args.out,
@@ -50,10 +63,11 @@ std::vector<Tensor> PagedAttention(
     const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
     OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales, OptionalTensor& q_descale,
     OptionalTensor& sinks, OptionalTensor& mask_offsets, OptionalTensor& out_scale,
-    OptionalTensor& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
-    bool causal, int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
-    const std::string& out_dtype, const std::string& cache_quant_type,
-    const std::string& fp8_format, bool quantize_q, bool batch_invariant) {
+    OptionalTensor& out, OptionalTensor& k_center, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    float softmax_scale, bool causal, int64_t window_left, int64_t window_right, float softcap,
+    bool return_softmax_lse, const std::string& out_dtype, const std::string& cache_quant_type,
+    const std::string& fp8_format, bool quantize_q, bool batch_invariant,
+    const std::string& k_rotation) {
   AttentionParams p;
   p.batch_invariant = batch_invariant;
   ParseQuery(kPaged, q, &p);
@@ -70,11 +84,23 @@ std::vector<Tensor> PagedAttention(
   }
   p.seqs = ParseSeqs(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      nullptr, q.shape()[0], place);
-  const AttentionArgs args{
-      q,           Get(q_descale), Get(sinks),    Get(mask_offsets), Get(out_scale),
-      Get(out),    out_dtype,      softmax_scale, softcap,           causal,
-      window_left, window_right,   max_seqlen_q,  max_seqlen_k,      return_softmax_lse,
-      quantize_q};
+  const AttentionArgs args{q,
+                           Get(q_descale),
+                           Get(sinks),
+                           Get(mask_offsets),
+                           Get(out_scale),
+                           Get(out),
+                           out_dtype,
+                           softmax_scale,
+                           softcap,
+                           causal,
+                           window_left,
+                           window_right,
+                           max_seqlen_q,
+                           max_seqlen_k,
+                           return_softmax_lse,
+                           quantize_q,
+                           ParseKeyTransform(kPaged, Get(k_center), k_rotation, p.cache, place)};
   ParseCommon(kPaged, args, place, &p);
   if (args.out != nullptr) {
     RequireApart(kPaged, "out", *args.out,
@@ -85,7 +111,8 @@ std::vector<Tensor> PagedAttention(
                   {"block_tables", &block_tables},
                   {"cu_seqlens_q", &cu_seqlens_q},
                   {"seq_lens_decoder", &seq_lens_decoder},
-                  {"seq_lens_this_time", &seq_lens_this_time}});
+                  {"seq_lens_this_time", &seq_lens_this_time},
+                  {"k_center", Get(k_center)}});
   }
   return RunAttention(kPaged, args, place, &p);
 }
@@ -94,8 +121,11 @@ namespace {
 
 using OptionalDtype = paddle::optional<phi::DataType>;
 
-std::vector<Shape> ResultShapes(const Shape& q, bool return_softmax_lse) {
-  return {q, return_softmax_lse && q.size() == 3 ? Shape{q[1], q[0]} : Shape{1}};
+// Of queries, whose heads are those of the output, and values, whose channels are.
+std::vector<Shape> ResultShapes(const Shape& q, bool return_softmax_lse, const Shape& v = {}) {
+  Shape out = q;
+  if (q.size() == 3 && v.size() == 3) out[2] = v[2];
+  return {out, return_softmax_lse && q.size() == 3 ? Shape{q[1], q[0]} : Shape{1}};
 }
 
 std::vector<phi::DataType> ResultDtypes(const phi::DataType& q, bool has_out_scale,
@@ -122,7 +152,7 @@ std::vector<Shape> FlashInferShape(
     const Shape& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
     int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& kv_dtype, bool quantize_q) {
-  return ResultShapes(q, return_softmax_lse);
+  return ResultShapes(q, return_softmax_lse, v);
 }
 
 std::vector<phi::DataType> FlashInferDtype(
@@ -141,10 +171,11 @@ std::vector<Shape> PagedInferShape(
     const Shape& cu_seqlens_q, const Shape& seq_lens_decoder, const Shape& seq_lens_this_time,
     const Shape& cache_k_scales, const Shape& cache_v_scales, const Shape& q_descale,
     const Shape& sinks, const Shape& mask_offsets, const Shape& out_scale, const Shape& out,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
-    int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
+    const Shape& k_center, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
+    bool causal, int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
     const std::string& out_dtype, const std::string& cache_quant_type,
-    const std::string& fp8_format, bool quantize_q, bool batch_invariant) {
+    const std::string& fp8_format, bool quantize_q, bool batch_invariant,
+    const std::string& k_rotation) {
   return ResultShapes(q, return_softmax_lse);
 }
 
@@ -154,11 +185,12 @@ std::vector<phi::DataType> PagedInferDtype(
     const phi::DataType& seq_lens_decoder, const phi::DataType& seq_lens_this_time,
     const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales,
     const phi::DataType& q_descale, const phi::DataType& sinks, const phi::DataType& mask_offsets,
-    const OptionalDtype& out_scale, const OptionalDtype& out, int64_t max_seqlen_q,
-    int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
-    int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
-    const std::string& cache_quant_type, const std::string& fp8_format, bool quantize_q,
-    bool batch_invariant) {
+    const OptionalDtype& out_scale, const OptionalDtype& out, const phi::DataType& k_center,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, float softcap, bool return_softmax_lse,
+    const std::string& out_dtype, const std::string& cache_quant_type,
+    const std::string& fp8_format, bool quantize_q, bool batch_invariant,
+    const std::string& k_rotation) {
   return ResultDtypes(q, static_cast<bool>(out_scale), out, out_dtype);
 }
 
@@ -184,13 +216,14 @@ PD_BUILD_OP(fastattn_paged_attention)
              "seq_lens_this_time", paddle::Optional("cache_k_scales"),
              paddle::Optional("cache_v_scales"), paddle::Optional("q_descale"),
              paddle::Optional("sinks"), paddle::Optional("mask_offsets"),
-             paddle::Optional("out_scale"), paddle::Optional("out")})
+             paddle::Optional("out_scale"), paddle::Optional("out"), paddle::Optional("k_center")})
     .Outputs({"result", "softmax_lse", paddle::Optional("out_out")})
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
             "causal: bool", "window_left: int64_t", "window_right: int64_t", "softcap: float",
             "return_softmax_lse: bool", "out_dtype: std::string", "cache_quant_type: std::string",
-            "fp8_format: std::string", "quantize_q: bool", "batch_invariant: bool"})
+            "fp8_format: std::string", "quantize_q: bool", "batch_invariant: bool",
+            "k_rotation: std::string"})
     .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::PagedAttention>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedInferDtype));

@@ -8,19 +8,13 @@
 
 #include "api/paged_cache.h"
 #include "api/quantize_query.h"
+#include "api/query_transform.h"
 #include "common/bounds.h"
 #include "common/head_dims.h"
 
 namespace fastattn::api {
 
 namespace {
-
-int WindowSide(const char* op, int64_t side) {
-  if (side < -1) {
-    Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
-  }
-  return side < kMaxWindow ? static_cast<int>(side) : -1;
-}
 
 int MaxSeqlen(const char* op, const char* name, int64_t length) {
   if (length < 0) Fail("ValueError", op, name, "expected at least 0, got ", length);
@@ -150,6 +144,12 @@ void ParseQuery(const char* op, const Tensor& q, AttentionParams* p) {
   p->q_head_stride = strides[1];
 }
 
+std::vector<int64_t> OutputShape(const Tensor& q, const AttentionParams& p) {
+  std::vector<int64_t> shape = q.shape();
+  shape[2] = ValueDim(p.head_dim);
+  return shape;
+}
+
 void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head_dim,
                 AttentionParams* p) {
   RequireFits(op, keys, kv_heads);
@@ -160,9 +160,9 @@ void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head
     Fail("ValueError", op, "q", "expected a multiple of the ", kv_heads, " KV heads, got ",
          p->num_heads, " heads");
   }
-  if (!HeadDims::Has(head_dim)) {
+  if (!AttentionHeadDims::Has(head_dim)) {
     Fail("NotImplementedError", op, "q", "head_dim ", head_dim,
-         " is not supported; supported: ", HeadDims::Text());
+         " is not supported; supported: ", AttentionHeadDims::Text());
   }
   p->num_kv_heads = static_cast<int>(kv_heads);
 }
@@ -172,8 +172,11 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                    const std::string& kv_dtype, const phi::Place& place, AttentionParams* p) {
   const Arg key(kFlash, "k", k), value(kFlash, "v", v);
   key.On(place).Rank(3).LastDimContiguous();
-  value.On(place).Dtype({k.dtype()}).Dims(k.shape()).LastDimContiguous();
   const Sizes shape = SizesOf(k);
+  auto value_shape = k.shape();
+  value_shape[2] =
+      AttentionHeadDims::Has(shape[2]) ? ValueDim(static_cast<int>(shape[2])) : shape[2];
+  value.On(place).Dtype({k.dtype()}).Dims(value_shape).LastDimContiguous();
   CheckHeads(kFlash, "k", shape[1], shape[2], p);
   RaggedKv& kv = p->ragged;
   kv.dtype = ParseKvDtype(kv_dtype, k, p->q_dtype);
@@ -212,6 +215,13 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
   }
 }
 
+int WindowSide(const char* op, int64_t side) {
+  if (side < -1) {
+    Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
+  }
+  return side < kMaxWindow ? static_cast<int>(side) : -1;
+}
+
 void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& place,
                  AttentionParams* p) {
   const int64_t tokens = p->seqs.num_tokens, heads = p->num_heads;
@@ -246,6 +256,7 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
   }
   p->softmax_scale = static_cast<float>(args.softmax_scale);
   p->softcap = static_cast<float>(args.softcap);
+  CheckQueryTransform(op, args.transform, args.out, args.return_softmax_lse, *p);
   p->causal = args.causal;
   p->window_left = WindowSide(op, args.window_left);
   p->window_right = WindowSide(op, args.window_right);
@@ -254,7 +265,7 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
   p->out_dtype = OutputType(op, args, *p);
   if (args.out != nullptr) {
     const Arg arg(op, "out", *args.out);
-    arg.On(place).Dims(args.q.shape()).Contiguous();
+    arg.On(place).Dims(OutputShape(args.q, *p)).Contiguous();
     if (p->out_dtype == DType::kE4M3) {
       const DType given = ToDType(op, "out", args.out->dtype());
       if (given != DType::kUInt8 && given != DType::kE4M3) {
@@ -264,7 +275,11 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
     } else {
       arg.Dtype({ToPhi(p->out_dtype)});
     }
-    RequireSameOrApart(op, "out", *args.out, "q", args.q);  // kernels read before they write
+    if (ValueDim(p->head_dim) == p->head_dim) {
+      RequireSameOrApart(op, "out", *args.out, "q", args.q);  // kernels read before they write
+    } else {
+      RequireApart(op, "out", *args.out, {{"q", &args.q}});
+    }
     RequireApart(op, "out", *args.out,
                  {{"q_descale", args.q_descale},
                   {"sinks", args.sinks},

@@ -6,13 +6,16 @@
 
 #include "api/paged_cache.h"
 #include "api/quantize_query.h"
+#include "api/query_transform.h"
 #include "cpu/attention.h"
 #include "cpu/quantize_query.h"
+#include "cpu/query_transform.h"
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
 #include "api/step_arrivals.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/quantize_q/launch.h"
+#include "cuda/attention/query_transform/launch.h"
 #include "cuda/compat/kv_signal/launch.h"
 #include "heuristics/attention.h"
 #endif
@@ -46,7 +49,8 @@ void CheckForGpu(const char* op, const AttentionParams& p) {
 
 // Tokens of no sequence are cleared by the kernels, as no memory operation is launched beside them.
 void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
-              const QuantizeQueryParams& query, AttentionParams* p) {
+              const QuantizeQueryParams& query, const QueryTransform& transform,
+              AttentionParams* p) {
   if (p->out == nullptr) return;  // an empty tensor's strides mean nothing
   CheckForGpu(op, *p);
   const DeviceGuard guard(op, place.GetDeviceId());
@@ -69,8 +73,10 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   }
   Guarded(op, [&] {
     const cudaStream_t stream = out.stream();
+    CheckCuda(op, cuda::LaunchTransformQuery(transform.before, stream));
     CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
     CheckCuda(op, cuda::LaunchAttention(*p, decision, stream));
+    CheckCuda(op, cuda::LaunchShiftScores(transform.after, stream));
     CheckCuda(op, cuda::JoinHostCalls(stream));  // a layer's signal goes out beside its attention
   });
 }
@@ -81,7 +87,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
 
 std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, const phi::Place& place,
                                  AttentionParams* p) {
-  Tensor out = args.out ? *args.out : paddle::empty(args.q.shape(), ToPhi(p->out_dtype), place);
+  Tensor out =
+      args.out ? *args.out : paddle::empty(OutputShape(args.q, *p), ToPhi(p->out_dtype), place);
   Tensor lse;  // undefined unless asked for
   if (args.return_softmax_lse) {
     lse = paddle::empty({p->num_heads, p->seqs.num_tokens}, phi::DataType::FLOAT32, place);
@@ -91,10 +98,12 @@ std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, cons
   p->clear_padding = args.out == nullptr;
   QuantizeQueryParams query;  // without tokens where the queries are taken as they are
   Tensor query_codes;
-  if (args.quantize_q) query_codes = TakeQueryCodes(place, p, &query);
+  QueryTransform transform;
+  transform.Take(place, args.transform, p);
+  if (args.quantize_q) query_codes = TakeQueryCodes(place, p, &query);  // rotated ones
 #if defined(FASTATTN_WITH_CUDA)
   if (place.GetType() == phi::AllocationType::GPU) {
-    RunOnGpu(op, place, out, query, p);
+    RunOnGpu(op, place, out, query, transform, p);
     return {out, lse};
   }
 #endif
@@ -103,11 +112,14 @@ std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, cons
     std::memset(p->out, 0, static_cast<size_t>(out.numel()) * SizeOf(p->out_dtype));
   }
   if (p->lse != nullptr) {
-    std::fill(p->lse, p->lse + lse.numel(), -std::numeric_limits<float>::infinity());
+    const int64_t count = static_cast<int64_t>(p->num_heads) * p->seqs.num_tokens;
+    std::fill(p->lse, p->lse + count, -std::numeric_limits<float>::infinity());
   }
   Guarded(op, [&] {
+    if (transform.Prepares()) cpu::TransformQuery(transform.before);
     if (args.quantize_q) cpu::QuantizeQuery(query);
     cpu::Attention(*p);
+    if (transform.Finishes()) cpu::ShiftScores(transform.after);
   });
   return {out, lse};
 }

@@ -41,8 +41,15 @@ struct Conversion {
 
 Conversion Parse(const char* op, const std::string& kind, const std::string& cache_quant_type,
                  const std::string& src, const std::string& dst) {
-  return {ParseCacheType(op, cache_quant_type), ParseKind(op, kind),
-          ParseCacheLayout(op, "src", src), ParseCacheLayout(op, "dst", dst)};
+  const Conversion found{ParseCacheType(op, cache_quant_type), ParseKind(op, kind),
+                         ParseCacheLayout(op, "src", src), ParseCacheLayout(op, "dst", dst)};
+  const bool fastdeploy =
+      found.src == CacheLayout::kFastDeploy || found.dst == CacheLayout::kFastDeploy;
+  if (CodesPerByte(found.type) == 2 && fastdeploy) {
+    Fail("NotImplementedError", op, found.src == CacheLayout::kFastDeploy ? "src" : "dst",
+         "'fastdeploy' has no order for ", NameOf(found.type), "; supported: fastattn, logical");
+  }
+  return found;
 }
 
 Shape OutputShape(const Shape& shape, const Conversion& conversion) {
@@ -62,26 +69,30 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   const Shape shape = cache.shape();
   for (int64_t size : shape) RequireFits(op, "cache", size);
   const int64_t tokens = shape[transposed ? 3 : 2];
-  const int64_t head_dim = shape[transposed ? 2 : 3];
+  const int64_t row = shape[transposed ? 2 : 3];
+  const int64_t head_dim = row * CodesPerByte(conversion.type);
   if (tokens != kBlockSize) {
     Fail("ValueError", op, "cache", "expected blocks of ", kBlockSize, " tokens, shape ", expected,
          ", got ", ShapeText(shape));
   }
-  if (!HeadDims::Has(head_dim)) {
+  const bool nibbles = CodesPerByte(conversion.type) == 2;
+  if (!(nibbles ? NibbleHeadDims::Has(head_dim) : HeadDims::Has(head_dim))) {
     Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
-         " is not supported; supported: ", HeadDims::Text());
+         " is not supported; supported: ", nibbles ? NibbleHeadDims::Text() : HeadDims::Text());
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone
                         ? dtype == DType::kBFloat16 || dtype == DType::kFloat16
+                    : CodesPerByte(conversion.type) == 2 ? dtype == DType::kUInt8
                     : IsInt8(conversion.type)
                         ? dtype == DType::kUInt8 || dtype == DType::kInt8
                         : dtype == DType::kUInt8 || dtype == DType::kE4M3 || dtype == DType::kE5M2;
   if (!fits) {
     Fail("TypeError", op, "cache", "expected dtype ",
-         conversion.type == CacheType::kNone ? "bfloat16 or float16"
-         : IsInt8(conversion.type)           ? "uint8 or int8"
-                                             : "uint8, float8_e4m3fn or float8_e5m2",
+         conversion.type == CacheType::kNone  ? "bfloat16 or float16"
+         : CodesPerByte(conversion.type) == 2 ? "uint8"
+         : IsInt8(conversion.type)            ? "uint8 or int8"
+                                              : "uint8, float8_e4m3fn or float8_e5m2",
          " for ", NameOf(conversion.type), ", got ", NameOf(dtype));
   }
   ConvertLayoutParams p;
@@ -92,7 +103,7 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   p.num_planes = CheckedProduct(op, "cache", {shape[0], shape[1]});
   p.num_kv_heads = static_cast<int>(shape[1]);
   p.src_strides = ParseCacheStrides(op, "cache", cache, true);
-  p.head_dim = static_cast<int>(head_dim);
+  p.row_elements = static_cast<int>(row);
   return p;
 }
 
@@ -122,7 +133,7 @@ std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& k
   Tensor out = paddle::empty(OutputShape(cache.shape(), conversion), cache.dtype(), cache.place());
   p.src = Data(cache);
   p.dst = MutableData(out);
-  const int64_t plane = int64_t{kBlockSize} * p.head_dim;
+  const int64_t plane = int64_t{kBlockSize} * p.row_elements;
   p.dst_strides = {plane * p.num_kv_heads, plane, 0};
   Run(kOp, cache, p);
   return {out};

@@ -44,9 +44,9 @@ IndexArray ParseIndexArray(const char* op, const char* name, const Tensor& tenso
 }
 
 RowSequences ParseSequences(const char* op, const OptionalTensor& ids, int64_t rows,
-                            const phi::Place& place) {
+                            const phi::Place& place, const char* name = "batch_ids") {
   if (Get(ids) == nullptr) return {};
-  return {ParseIndexArray(op, "batch_ids", *Get(ids), rows, place)};
+  return {ParseIndexArray(op, name, *Get(ids), rows, place)};
 }
 
 // [rows, columns] of int32, columns side by side.
@@ -114,15 +114,21 @@ const std::vector<phi::DataType> kMapDtypes = {phi::DataType::INT32, phi::DataTy
 }  // namespace
 
 std::vector<Tensor> TopkToSlots(const Tensor& indices, const Tensor& block_tables,
-                                const OptionalTensor& batch_ids, int64_t block_size,
-                                int64_t block_stride, int64_t num_blocks, bool compact,
-                                int64_t rank, int64_t world_size, int64_t interleave) {
+                                const OptionalTensor& batch_ids, const OptionalTensor& row_ids,
+                                int64_t block_size, int64_t block_stride, int64_t num_blocks,
+                                bool compact, int64_t rank, int64_t world_size,
+                                int64_t interleave) {
   const Arg arg(kSlotsOp, "indices", indices), tables_arg(kSlotsOp, "block_tables", block_tables);
   const Tensor& where = WithElements(indices, block_tables);
   const phi::Place place = where.place();
   arg.Dtype({phi::DataType::INT32}).Rank(2);
-  const int64_t rows = SizesOf(indices)[0], columns = SizesOf(indices)[1];
-  CheckList(kSlotsOp, "indices", indices, rows, place);
+  const int64_t num_rows = SizesOf(indices)[0], columns = SizesOf(indices)[1];
+  CheckList(kSlotsOp, "indices", indices, num_rows, place);
+  int64_t rows = num_rows;
+  if (Get(row_ids) != nullptr) {
+    Arg(kSlotsOp, "row_ids", *Get(row_ids)).Rank(1);
+    rows = SizesOf(*Get(row_ids))[0];
+  }
   CheckInt(kSlotsOp, "block_size", block_size, 1);
   CheckInt(kSlotsOp, "block_stride", block_stride, block_size);
   CheckInt(kSlotsOp, "num_blocks", num_blocks, -1);
@@ -135,7 +141,9 @@ std::vector<Tensor> TopkToSlots(const Tensor& indices, const Tensor& block_table
   }
   TopkToSlotsParams p;
   p.indices = Data<int32_t>(indices);
+  p.num_rows = num_rows;
   p.row_stride = RowStride(indices);
+  p.sources = ParseSequences(kSlotsOp, row_ids, rows, place, "row_ids");
   p.seqs = ParseSequences(kSlotsOp, batch_ids, rows, place);
   p.slots = ParseSlotTable(kSlotsOp, block_tables, place, block_size, num_blocks);
   p.slots.block_stride = block_stride;
@@ -147,13 +155,17 @@ std::vector<Tensor> TopkToSlots(const Tensor& indices, const Tensor& block_table
 }
 
 std::vector<Shape> TopkToSlotsInferShape(const Shape& indices, const Shape& block_tables,
-                                         const OptionalShape& batch_ids) {
-  return {indices, {SizeAt(indices, 0)}};
+                                         const OptionalShape& batch_ids,
+                                         const OptionalShape& row_ids) {
+  if (!row_ids || row_ids.get().empty()) return {indices, {SizeAt(indices, 0)}};
+  const int64_t rows = SizeAt(row_ids.get(), 0);
+  return {{rows, SizeAt(indices, 1)}, {rows}};
 }
 
 std::vector<phi::DataType> TopkToSlotsInferDtype(const phi::DataType& indices,
                                                  const phi::DataType& block_tables,
-                                                 const OptionalDtype& batch_ids) {
+                                                 const OptionalDtype& batch_ids,
+                                                 const OptionalDtype& row_ids) {
   return kMapDtypes;
 }
 
@@ -286,7 +298,7 @@ std::vector<phi::DataType> CombineInferDtype(const phi::DataType& topk, const ph
 }  // namespace fastattn::api
 
 PD_BUILD_OP(fastattn_topk_to_slots)
-    .Inputs({"indices", "block_tables", paddle::Optional("batch_ids")})
+    .Inputs({"indices", "block_tables", paddle::Optional("batch_ids"), paddle::Optional("row_ids")})
     .Outputs({"slots", "lengths"})
     .Attrs({"block_size: int64_t", "block_stride: int64_t", "num_blocks: int64_t", "compact: bool",
             "rank: int64_t", "world_size: int64_t", "interleave: int64_t"})

@@ -20,6 +20,7 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kQOp = "indexer_q_rope_quant";
+constexpr const char* kQuantOp = "indexer_q_quant";
 constexpr const char* kKvOp = "indexer_kv_compress_insert";
 
 const std::initializer_list<phi::DataType> kFloatDtypes = {phi::DataType::FLOAT32,
@@ -165,6 +166,71 @@ std::vector<phi::DataType> IndexerQRopeQuantInferDtype(
   });
 }
 
+std::vector<Tensor> IndexerQQuant(const Tensor& q, const Tensor& weights,
+                                  const OptionalTensor& token_of_query, float factor) {
+  Arg(kQuantOp, "q", q)
+      .Dtype({phi::DataType::BFLOAT16})
+      .Dims({-1, -1, kIndexerHeadDim})
+      .LastDimContiguous();
+  const phi::Place place = q.place();
+  const Shape shape = q.shape();
+  RequireFits(kQuantOp, "q", shape[1]);
+  Arg(kQuantOp, "weights", weights)
+      .On(place)
+      .Dtype(kFloatDtypes)
+      .Dims({shape[0], shape[1]})
+      .Contiguous();
+  IndexerQQuantParams p;
+  p.num_tokens = p.num_queries = shape[0];
+  if (const Tensor* tokens = Get(token_of_query)) {
+    Arg(kQuantOp, "token_of_query", *tokens)
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Rank(1)
+        .Contiguous();
+    p.token_of_query = Data<int32_t>(*tokens);
+    p.num_queries = SizesOf(*tokens)[0];
+  }
+  CheckedProduct(kQuantOp, "q", {p.num_queries, shape[1], kIndexerHeadDim});
+  Tensor codes =
+      paddle::empty({p.num_queries, shape[1], kIndexerHeadDim}, phi::DataType::UINT8, place);
+  Tensor weights_out = paddle::empty({p.num_queries, shape[1]}, phi::DataType::FLOAT32, place);
+  const Sizes strides = StridesOf(q);
+  p.q = Data<uint16_t>(q);
+  p.q_token_stride = strides[0];
+  p.q_head_stride = strides[1];
+  p.weights = Data(weights);
+  p.weights_dtype = ToDType(kQuantOp, "weights", weights.dtype());
+  p.codes = MutableData<uint8_t>(codes);
+  p.weights_out = MutableData<float>(weights_out);
+  p.num_heads = static_cast<int>(shape[1]);
+  p.factor = factor;
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(q)) {
+    LaunchOnGpu(kQuantOp, q,
+                [&](cudaStream_t stream) { return cuda::LaunchIndexerQQuant(p, stream); });
+    return {codes, weights_out};
+  }
+#endif
+  RequireCpu(kQuantOp, place);
+  cpu::IndexerQQuant(p);
+  return {codes, weights_out};
+}
+
+std::vector<Shape> IndexerQQuantInferShape(const Shape& q, const Shape& weights,
+                                           const paddle::optional<Shape>& token_of_query) {
+  const bool mapped = token_of_query && !token_of_query.get().empty();
+  const int64_t queries = mapped ? token_of_query.get()[0] : q.empty() ? -1 : q[0];
+  const int64_t heads = q.size() < 2 ? -1 : q[1];
+  return {{queries, heads, kIndexerHeadDim}, {queries, heads}};
+}
+
+std::vector<phi::DataType> IndexerQQuantInferDtype(
+    const phi::DataType& q, const phi::DataType& weights,
+    const paddle::optional<phi::DataType>& token_of_query) {
+  return {phi::DataType::UINT8, phi::DataType::FLOAT32};
+}
+
 void IndexerKvCompressInsert(const Tensor& state_cache, const Tensor& block_tables,
                              const Tensor& batch_id_per_token, const Tensor& positions,
                              const Tensor& state_slots, const Tensor& kv_slots,
@@ -248,6 +314,14 @@ PD_BUILD_OP(fastattn_indexer_q_rope_quant)
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerQRopeQuantInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerQRopeQuantInferDtype));
 
+PD_BUILD_OP(fastattn_indexer_q_quant)
+    .Inputs({"q", "weights", paddle::Optional("token_of_query")})
+    .Outputs({"codes", "weights_out"})
+    .Attrs({"factor: float"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerQQuant))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerQQuantInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerQQuantInferDtype));
+
 PD_BUILD_OP(fastattn_indexer_kv_compress_insert)
     .Inputs({"state_cache", "block_tables", "batch_id_per_token", "positions", "state_slots",
              "kv_slots", "rms_norm_weight", "cos_sin_cache", "kv_cache"})
@@ -264,6 +338,7 @@ namespace {
 
 const bool kDirectIndexerQRopeQuant =
     AddDirect<&IndexerQRopeQuant>("fastattn_indexer_q_rope_quant");
+const bool kDirectIndexerQQuant = AddDirect<&IndexerQQuant>("fastattn_indexer_q_quant", {"q"});
 const bool kDirectIndexerKvCompressInsert =
     AddDirect<&IndexerKvCompressInsert>("fastattn_indexer_kv_compress_insert", {"state_cache"});
 

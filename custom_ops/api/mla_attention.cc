@@ -75,6 +75,14 @@ MlaSelection ParseSelection(const SelectionArgs& args, const SelectionNames& nam
   }
   result.cache = ParseMlaCache(kOp, *args.cache, format, args.page_size, place, names.cache, p.dim);
   result.scale = ParseMlaScale(kOp, args.scale, format, place, names.cache);
+  if (args.lengths != nullptr) {
+    Arg(kOp, names.lengths, *args.lengths)
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Dims({p.tokens})
+        .Contiguous();
+    result.lengths = Data<int>(*args.lengths);
+  }
   if (args.indices == nullptr) return result;
   Arg(kOp, names.indices, *args.indices)
       .On(place)
@@ -89,27 +97,17 @@ MlaSelection ParseSelection(const SelectionArgs& args, const SelectionNames& nam
   result.topk = static_cast<int>(topk);
   result.indices = Data<int>(*args.indices);
   result.index_stride = args.indices->numel() == 0 ? 0 : StridesOf(*args.indices)[0];
-  if (args.lengths != nullptr) {
-    Arg(kOp, names.lengths, *args.lengths)
-        .On(place)
-        .Dtype({phi::DataType::INT32})
-        .Dims({p.tokens})
-        .Contiguous();
-    result.lengths = Data<int>(*args.lengths);
-  }
   return result;
 }
 
-// The second cache, if there is one. Paddle hands tensors without elements over as absent ones: a
-// step without tokens has no indices.
+// The second cache, if there is one. Paddle hands tensors without elements over as absent ones, so
+// that indices which are not here may have been [T, 0]: they name nothing.
 MlaSelection ParseExtra(const SelectionArgs& args, const phi::Place& place,
                         const MlaSparseParams& p) {
   ParseMlaFormat(kOp, args.format, kExtra.cache);
   if (args.cache != nullptr) {
-    if (args.indices == nullptr && p.tokens > 0) {
-      Fail("TypeError", kOp, kExtra.indices, "expected a tensor with extra_cache, got None");
-    }
-    return ParseSelection(args, kExtra, place, p);
+    const MlaSelection result = ParseSelection(args, kExtra, place, p);
+    return result.topk == 0 ? MlaSelection{} : result;
   }
   const NamedTensor others[] = {{kExtra.indices, args.indices},
                                 {kExtra.lengths, args.lengths},

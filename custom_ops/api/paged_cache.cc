@@ -10,12 +10,17 @@ namespace fastattn::api {
 
 namespace {
 
-constexpr const char* kCacheTypes = "none, cache_int8, cache_fp8, block_wise_int8, block_wise_fp8";
+constexpr const char* kCacheTypes =
+    "none, cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, block_wise_int4";
 
 // Dtype of a cache's codes. Every Paddle has uint8 tensors, which may hold any codes; a tensor of
 // an 8-bit type of its own must match.
 DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, CacheType type,
                      Fp8Format format) {
+  if (CodesPerByte(type) == 2) {
+    Arg(op, name, cache).Dtype({phi::DataType::UINT8});
+    return DType::kInt4;
+  }
   const DType codes = IsInt8(type)                 ? DType::kInt8
                       : format == Fp8Format::kE5M2 ? DType::kE5M2
                                                    : DType::kE4M3;
@@ -69,8 +74,9 @@ void RequireFits(const char* op, const char* name, int64_t size) {
 }
 
 CacheType ParseCacheType(const char* op, const std::string& name) {
-  for (CacheType type : {CacheType::kNone, CacheType::kInt8, CacheType::kFp8,
-                         CacheType::kBlockWiseInt8, CacheType::kBlockWiseFp8}) {
+  for (CacheType type :
+       {CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseInt8,
+        CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4}) {
     if (name == NameOf(type)) return type;
   }
   Fail("NotImplementedError", op, "cache_quant_type", "'", name,
@@ -128,14 +134,20 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   key.On(place).Rank(4);
   const Sizes shape = SizesOf(args.key_cache);
   for (int64_t size : shape) RequireFits(op, "key_cache", size);
-  const int64_t head_dim = shape[3];
+  const int64_t row = shape[3], head_dim = row * CodesPerByte(cache.type);
   if (shape[2] != kBlockSize) {
     Fail("ValueError", op, "key_cache", "expected blocks of ", kBlockSize,
-         " tokens, shape [num_blocks, KV, 64, D], got ", ShapeText(shape));
+         " tokens, shape [num_blocks, KV, 64, D", CodesPerByte(cache.type) == 2 ? " / 2" : "",
+         "], got ", ShapeText(shape));
   }
-  if (!HeadDims::Has(head_dim)) {
+  if (CodesPerByte(cache.type) == 2 && cache.layout == CacheLayout::kFastDeploy) {
+    Fail("NotImplementedError", op, "cache_layout", "'fastdeploy' has no order for ",
+         NameOf(cache.type), "; supported: fastattn");
+  }
+  const bool nibbles = CodesPerByte(cache.type) == 2;
+  if (!(nibbles ? NibbleHeadDims::Has(head_dim) : HeadDims::Has(head_dim))) {
     Fail("NotImplementedError", op, "key_cache", "head_dim ", head_dim,
-         " is not supported; supported: ", HeadDims::Text());
+         " is not supported; supported: ", nibbles ? NibbleHeadDims::Text() : HeadDims::Text());
   }
   if (shape[1] == 0) Fail("ValueError", op, "key_cache", "expected at least 1 KV head, got 0");
   cache.num_blocks = static_cast<int>(shape[0]);
@@ -145,7 +157,7 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   Arg value(op, "value_cache", args.value_cache);
   value.On(place);
   const bool transposed = IsQuantized(cache.type) && cache.layout == CacheLayout::kFastattn;
-  value.Dims(transposed ? Shape{shape[0], shape[1], head_dim, kBlockSize} : shape);
+  value.Dims(transposed ? Shape{shape[0], shape[1], row, kBlockSize} : shape);
 
   // The fastdeploy layout orders the bytes of a whole plane.
   const bool whole = IsQuantized(cache.type) && cache.layout == CacheLayout::kFastDeploy;

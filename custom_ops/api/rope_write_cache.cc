@@ -4,6 +4,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/key_transform.h"
 #include "api/paged_cache.h"
 #include "api/rope_args.h"
 #include "api/step_arrivals.h"
@@ -41,6 +42,19 @@ void ParseQScale(const Tensor* q_scale, const phi::Place& place, RopeWriteCacheP
   } else if (q_scale != nullptr) {
     Fail("ValueError", kOp, "q_scale", "q_quant '", NameOf(p.q_quant), "' takes no scale");
   }
+}
+
+KeyTransform ParseTransform(const Tensor* k_center, const std::string& k_rotation,
+                            const std::string& q_rotation, const PagedCache& cache,
+                            const phi::Place& place) {
+  KeyTransform transform = ParseKeyTransform(kOp, k_center, k_rotation, cache, place);
+  const KeyRotation rotation = ParseRotation(kOp, "q_rotation", q_rotation);
+  transform.rotates_q = rotation != KeyRotation::kNone;
+  if (transform.rotates_q && rotation != transform.rotation) {
+    Fail("ValueError", kOp, "q_rotation", "expected none or that of K, got '", NameOf(rotation),
+         "' with k_rotation '", NameOf(transform.rotation), "'");
+  }
+  return transform;
 }
 
 #if defined(FASTATTN_WITH_CUDA)
@@ -100,11 +114,12 @@ std::vector<Tensor> RopeWriteCacheKv(
     const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, OptionalTensor& rotary_embs,
     const Tensor& block_tables, const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
     const Tensor& seq_lens_this_time, OptionalTensor& q_norm_weight, OptionalTensor& k_norm_weight,
-    OptionalTensor& qkv_bias, OptionalTensor& q_scale, OptionalTensor& cache_k_scales,
-    OptionalTensor& cache_v_scales, OptionalTensor& batch_id_per_token, int num_heads,
-    int num_kv_heads, float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim,
-    bool qk_norm_before_rope, const std::string& q_quant, const std::string& cache_quant_type,
-    const std::string& fp8_format) {
+    OptionalTensor& qkv_bias, OptionalTensor& q_scale, OptionalTensor& k_center,
+    OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
+    OptionalTensor& batch_id_per_token, int num_heads, int num_kv_heads, float rms_norm_eps,
+    bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
+    const std::string& q_quant, const std::string& cache_quant_type, const std::string& fp8_format,
+    const std::string& k_rotation, const std::string& q_rotation) {
   Arg(kOp, "qkv", qkv);
   const phi::Place place =
       key_cache.defined() && key_cache.initialized() ? key_cache.place() : qkv.place();
@@ -131,6 +146,8 @@ std::vector<Tensor> RopeWriteCacheKv(
   p.rms_norm_eps = ParseEps(kOp, rms_norm_eps);
   p.q_quant = ParseQQuant(q_quant);
   ParseQScale(Get(q_scale), place, p);
+  const KeyTransform transform =
+      ParseTransform(Get(k_center), k_rotation, q_rotation, p.cache, place);
   RequireCacheApart(kOp, cache, p.cache.type,
                     {{"qkv", &qkv},
                      {"rotary_embs", Get(rotary_embs)},
@@ -142,6 +159,7 @@ std::vector<Tensor> RopeWriteCacheKv(
                      {"k_norm_weight", Get(k_norm_weight)},
                      {"qkv_bias", Get(qkv_bias)},
                      {"q_scale", Get(q_scale)},
+                     {"k_center", Get(k_center)},
                      {"batch_id_per_token", Get(batch_id_per_token)}});
 
   const auto q_dtype = p.q_quant == QQuant::kNone ? qkv.dtype() : phi::DataType::UINT8;
@@ -157,13 +175,13 @@ std::vector<Tensor> RopeWriteCacheKv(
   if (OnGpu(qkv)) {
     LaunchOnGpu(kOp, qkv, [&](cudaStream_t stream) {
       TakeArrivals(qkv, stream, p);
-      return cuda::LaunchRopeWriteCache(p, stream);
+      return cuda::LaunchRopeWriteCache(p, transform, stream);
     });
     return {q, q_descale};
   }
 #endif
   RequireCpu(kOp, place);
-  Guarded(kOp, [&] { cpu::RopeWriteCache(p); });
+  Guarded(kOp, [&] { cpu::RopeWriteCache(p, transform); });
   return {q, q_descale};
 }
 
@@ -171,15 +189,15 @@ std::vector<Shape> RopeWriteCacheKvInferShape(
     const Shape& qkv, const Shape& key_cache, const Shape& value_cache, const Shape& rotary_embs,
     const Shape& block_tables, const Shape& cu_seqlens_q, const Shape& seq_lens_decoder,
     const Shape& seq_lens_this_time, const Shape& q_norm_weight, const Shape& k_norm_weight,
-    const Shape& qkv_bias, const Shape& q_scale, const Shape& cache_k_scales,
+    const Shape& qkv_bias, const Shape& q_scale, const Shape& k_center, const Shape& cache_k_scales,
     const Shape& cache_v_scales, const Shape& batch_id_per_token, int num_heads, int num_kv_heads,
     float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
-    const std::string& q_quant, const std::string& cache_quant_type,
-    const std::string& fp8_format) {
+    const std::string& q_quant, const std::string& cache_quant_type, const std::string& fp8_format,
+    const std::string& k_rotation, const std::string& q_rotation) {
   if (qkv.size() != 2 || key_cache.size() != 4) return {qkv, {1}};  // the kernel refuses them
   return Inferred<Shape>({qkv, {1}}, [&]() -> std::vector<Shape> {
-    return {{qkv[0], num_heads, key_cache[3]},
-            DescaleShape(ParseQQuant(q_quant), qkv[0], num_heads)};
+    const int64_t head_dim = key_cache[3] * CodesPerByte(ParseCacheType(kOp, cache_quant_type));
+    return {{qkv[0], num_heads, head_dim}, DescaleShape(ParseQQuant(q_quant), qkv[0], num_heads)};
   });
 }
 
@@ -189,11 +207,11 @@ std::vector<phi::DataType> RopeWriteCacheKvInferDtype(
     const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
     const phi::DataType& seq_lens_this_time, const phi::DataType& q_norm_weight,
     const phi::DataType& k_norm_weight, const phi::DataType& qkv_bias, const phi::DataType& q_scale,
-    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales,
-    const phi::DataType& batch_id_per_token, int num_heads, int num_kv_heads, float rms_norm_eps,
-    bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
-    const std::string& q_quant, const std::string& cache_quant_type,
-    const std::string& fp8_format) {
+    const phi::DataType& k_center, const phi::DataType& cache_k_scales,
+    const phi::DataType& cache_v_scales, const phi::DataType& batch_id_per_token, int num_heads,
+    int num_kv_heads, float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim,
+    bool qk_norm_before_rope, const std::string& q_quant, const std::string& cache_quant_type,
+    const std::string& fp8_format, const std::string& k_rotation, const std::string& q_rotation) {
   return {q_quant == NameOf(QQuant::kNone) ? qkv : phi::DataType::UINT8, phi::DataType::FLOAT32};
 }
 
@@ -204,13 +222,14 @@ PD_BUILD_OP(fastattn_rope_write_cache_kv)
              "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time",
              paddle::Optional("q_norm_weight"), paddle::Optional("k_norm_weight"),
              paddle::Optional("qkv_bias"), paddle::Optional("q_scale"),
-             paddle::Optional("cache_k_scales"), paddle::Optional("cache_v_scales"),
-             paddle::Optional("batch_id_per_token")})
+             paddle::Optional("k_center"), paddle::Optional("cache_k_scales"),
+             paddle::Optional("cache_v_scales"), paddle::Optional("batch_id_per_token")})
     .Outputs({"q", "q_descale", "key_cache_out", "value_cache_out",
               paddle::Optional("cache_k_scales_out"), paddle::Optional("cache_v_scales_out")})
     .Attrs({"num_heads: int", "num_kv_heads: int", "rms_norm_eps: float",
             "use_neox_rotary_style: bool", "rotary_dim: int", "qk_norm_before_rope: bool",
-            "q_quant: std::string", "cache_quant_type: std::string", "fp8_format: std::string"})
+            "q_quant: std::string", "cache_quant_type: std::string", "fp8_format: std::string",
+            "k_rotation: std::string", "q_rotation: std::string"})
     .SetInplaceMap({{"key_cache", "key_cache_out"},
                     {"value_cache", "value_cache_out"},
                     {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},

@@ -4,6 +4,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/key_transform.h"
 #include "api/paged_cache.h"
 #include "cpu/write_cache.h"
 #include "params/cache.h"
@@ -36,8 +37,9 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
                   const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
                   OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
-                  const OptionalTensor& batch_id_per_token, const std::string& cache_quant_type,
-                  const std::string& fp8_format) {
+                  const OptionalTensor& batch_id_per_token, OptionalTensor& k_center,
+                  const std::string& cache_quant_type, const std::string& fp8_format,
+                  const std::string& k_rotation) {
   Arg(kOp, "key", key);
   Arg(kOp, "key_cache", key_cache);
   const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
@@ -48,6 +50,7 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
+  const KeyTransform transform = ParseKeyTransform(kOp, Get(k_center), k_rotation, p.cache, place);
   p.key_token_stride = CheckTokens("key", key, p.cache, place);
   p.value_token_stride = CheckTokens("value", value, p.cache, place);
   Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
@@ -65,19 +68,20 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
                      {"cu_seqlens_q", &cu_seqlens_q},
                      {"seq_lens_decoder", &seq_lens_decoder},
                      {"seq_lens_this_time", &seq_lens_this_time},
-                     {"batch_id_per_token", Get(batch_id_per_token)}});
+                     {"batch_id_per_token", Get(batch_id_per_token)},
+                     {"k_center", Get(k_center)}});
   p.key = Data(key);
   p.value = Data(value);
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(anchor)) {
     LaunchOnGpu(kOp, anchor,
-                [&](cudaStream_t stream) { return cuda::LaunchWriteCache(p, stream); });
+                [&](cudaStream_t stream) { return cuda::LaunchWriteCache(p, transform, stream); });
     return;
   }
 #endif
   RequireCpu(kOp, place);
-  Guarded(kOp, [&] { cpu::WriteCache(p); });
+  Guarded(kOp, [&] { cpu::WriteCache(p, transform); });
 }
 
 // Everything is written in place: there is no other output.
@@ -86,8 +90,9 @@ std::vector<Shape> WriteCacheKvInferShape(
     const Shape& block_tables, const Shape& cu_seqlens_q, const Shape& seq_lens_decoder,
     const Shape& seq_lens_this_time, const paddle::optional<Shape>& cache_k_scales,
     const paddle::optional<Shape>& cache_v_scales,
-    const paddle::optional<Shape>& batch_id_per_token, const std::string& cache_quant_type,
-    const std::string& fp8_format) {
+    const paddle::optional<Shape>& batch_id_per_token, const Shape& k_center,
+    const std::string& cache_quant_type, const std::string& fp8_format,
+    const std::string& k_rotation) {
   return {};
 }
 
@@ -97,8 +102,9 @@ std::vector<phi::DataType> WriteCacheKvInferDtype(
     const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
     const phi::DataType& seq_lens_this_time, const paddle::optional<phi::DataType>& cache_k_scales,
     const paddle::optional<phi::DataType>& cache_v_scales,
-    const paddle::optional<phi::DataType>& batch_id_per_token, const std::string& cache_quant_type,
-    const std::string& fp8_format) {
+    const paddle::optional<phi::DataType>& batch_id_per_token, const phi::DataType& k_center,
+    const std::string& cache_quant_type, const std::string& fp8_format,
+    const std::string& k_rotation) {
   return {};
 }
 
@@ -107,10 +113,11 @@ std::vector<phi::DataType> WriteCacheKvInferDtype(
 PD_BUILD_OP(fastattn_write_cache_kv)
     .Inputs({"key", "value", "key_cache", "value_cache", "block_tables", "cu_seqlens_q",
              "seq_lens_decoder", "seq_lens_this_time", paddle::Optional("cache_k_scales"),
-             paddle::Optional("cache_v_scales"), paddle::Optional("batch_id_per_token")})
+             paddle::Optional("cache_v_scales"), paddle::Optional("batch_id_per_token"),
+             paddle::Optional("k_center")})
     .Outputs({"key_cache_out", "value_cache_out", paddle::Optional("cache_k_scales_out"),
               paddle::Optional("cache_v_scales_out")})
-    .Attrs({"cache_quant_type: std::string", "fp8_format: std::string"})
+    .Attrs({"cache_quant_type: std::string", "fp8_format: std::string", "k_rotation: std::string"})
     .SetInplaceMap({{"key_cache", "key_cache_out"},
                     {"value_cache", "value_cache_out"},
                     {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},

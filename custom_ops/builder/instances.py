@@ -15,6 +15,7 @@ so that what can be chosen and what is compiled cannot differ. CONTRIBUTING.md t
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,10 +89,43 @@ def _word(column: str, value: Value) -> str:
     return _TYPES.get(value) or re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", value[1:]).lower()
 
 
+def head_dims() -> tuple[int, ...]:
+    """Head dimensions that are compiled: those of ``FASTATTN_HEAD_DIMS`` ("64,128"), or all.
+
+    Raises
+    ------
+    ValueError
+        For a number that is none, and where neither 64 nor 128 is named, which every kernel has.
+    """
+    names = re.findall(r"[^\s,;]+", os.environ.get("FASTATTN_HEAD_DIMS", ""))
+    if not names:
+        return ALL_HEAD_DIMS
+    known = [str(dim) for dim in ALL_HEAD_DIMS]
+    if not set(names) <= set(known) or not {"64", "128"} & set(names):
+        raise ValueError(
+            f"FASTATTN_HEAD_DIMS: expected some of {', '.join(known)}, 64 or 128 among them, got "
+            + ", ".join(names)
+        )
+    return tuple(dim for dim in ALL_HEAD_DIMS if str(dim) in names)
+
+
+def head_dim_bits() -> int:
+    """The same as ``common/head_dims.h`` reads it, a bit for each 32 channels."""
+    return sum(1 << dim // 32 for dim in head_dims())
+
+
+def _compiled(*dims: int) -> tuple[Value, ...]:
+    return tuple(dim for dim in dims if dim in head_dims())
+
+
+ALL_HEAD_DIMS = (64, 96, 128, 192, 256)
 HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = _compiled(64, 96, 128, 256)
+NIBBLE_DIMS = _compiled(64, 128)  # of caches of 4-bit codes
+RAGGED_DIMS = _compiled(192)  # of Q and K; V has 128 channels then
 EITHER = (False, True)
+PREFILL_DIMS = _compiled(64, 128)  # of every wgmma kernel
 INDEX_HEADS = (8, 16, 32, 64)
 MLA_HEADS = (8, 16, 64)
 
@@ -109,7 +143,9 @@ FAMILIES = (
         together="columns",
         rows=(
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, False, (8, 16, 64)),
+            ((*HALF, *FP8, "kInt8"), RAGGED_DIMS, False, False, (8, 16, 64)),
             (("kE4M3", "kInt8"), HEAD_DIMS, True, True, (8, 16, 64)),
+            ("kInt4", NIBBLE_DIMS, True, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -128,6 +164,7 @@ FAMILIES = (
         rows=(
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, False, (8, 16, 64)),
             (("kE4M3", "kInt8"), HEAD_DIMS, True, (8, 16, 64)),
+            ("kInt4", NIBBLE_DIMS, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -139,8 +176,8 @@ FAMILIES = (
         defined="kernel.cuh",
         columns={"head_dim": "int", "per_token_scales": "bool", "softcap": "bool", "code": "DType"},
         rows=(
-            (HEAD_DIMS, False, EITHER, FP8),
-            (HEAD_DIMS, True, EITHER, "kE4M3"),
+            (_compiled(64, 128, 192, 256), False, EITHER, FP8),
+            (_compiled(64, 128, 256), True, EITHER, "kE4M3"),
         ),
     ),
     Family(
@@ -157,9 +194,10 @@ FAMILIES = (
             "per_token_scales": "bool",
         },
         rows=(
-            (HALF, HEAD_DIMS, "k16Bit", False),
-            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kRaggedCodes", False),
-            (("kFloat16", "kE4M3", "kInt8"), HEAD_DIMS, "kPagedCodes", EITHER),
+            (HALF, _compiled(64, 128, 192, 256), "k16Bit", False),
+            (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
+            (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kPagedCodes", EITHER),
+            ("kInt8", NIBBLE_DIMS, "kPagedNibbles", True),
         ),
     ),
     Family(
@@ -172,23 +210,29 @@ FAMILIES = (
         rows=(
             ((*FP8, "kInt8"), False, ("kFastattn", "kFastDeploy")),
             (("kE4M3", "kInt8"), True, ("kFastattn", "kFastDeploy")),
+            ("kInt4", True, "kFastattn"),
         ),
     ),
     Family(
         folder="cuda/cache/rope_write",
         launcher="LaunchStepVariant",
-        takes="const StepParams&, cudaStream_t",
+        takes="const TransformStepParams&, cudaStream_t",
         declared="launch.h",
         defined="kernel.cuh",
-        columns={"input": "DType", "type": "CacheType", "code": "DType"},
+        columns={
+            "input": "DType",
+            "type": "CacheType",
+            "code": "DType",
+            "transforms_key": "bool",
+        },
         rows=(
-            ("kBFloat16", "kNone", "kBFloat16"),
-            ("kFloat16", "kNone", "kFloat16"),
-            ("kFloat32", "kNone", HALF),
-            ((*HALF, "kFloat32"), "kInt8", "kInt8"),
-            ((*HALF, "kFloat32"), "kFp8", FP8),
-            ((*HALF, "kFloat32"), "kBlockWiseInt8", "kInt8"),
-            ((*HALF, "kFloat32"), "kBlockWiseFp8", "kE4M3"),
+            ("kBFloat16", "kNone", "kBFloat16", False),
+            ("kFloat16", "kNone", "kFloat16", False),
+            ("kFloat32", "kNone", HALF, False),
+            ((*HALF, "kFloat32"), ("kInt8", "kBlockWiseInt8"), "kInt8", EITHER),
+            ((*HALF, "kFloat32"), "kBlockWiseInt4", "kInt4", EITHER),
+            ((*HALF, "kFloat32"), ("kFp8", "kBlockWiseFp8"), "kE4M3", EITHER),
+            ((*HALF, "kFloat32"), "kFp8", "kE5M2", False),
         ),
     ),
     Family(

@@ -92,9 +92,13 @@ class Build:
         self.flags = {"cxx": [*toolchain.CXX_FLAGS], "nvcc": []}
         found = sorted(p.relative_to(CUSTOM_OPS).as_posix() for p in CUSTOM_OPS.rglob("*.c[cu]"))
         self.sources = [s for s in found if s.endswith(".cc") and s not in MODULES.values()]
+        dims = []
+        if instances.head_dims() != instances.ALL_HEAD_DIMS:
+            dims = [f"-DFASTATTN_HEAD_DIM_BITS={instances.head_dim_bits()}"]
+        self.flags["cxx"] += dims
         if self.cuda:
             self.flags["cxx"] += ["-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA"]
-            self.flags["nvcc"] = self.cuda.flags
+            self.flags["nvcc"] = [*self.cuda.flags, *dims]
             written = [f"{GENERATED}/{name}" for name in instances.sources()]  # the longest first
             self.sources = [*written, *(s for s in found if s.endswith(".cu")), *self.sources]
             os.environ["CUDA_HOME"] = self.cuda.home  # for Paddle: not where a wrapper of nvcc is

@@ -4,17 +4,17 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "common/dispatch.h"
+#include "common/types.h"
 
 namespace fastattn {
 
 template <int... kValues>
 struct HeadDimList {
   static constexpr int kDims[] = {kValues...};
-
-  static constexpr bool kPowersOfTwo = (((kValues & (kValues - 1)) == 0) && ...);
 
   static constexpr bool Has(int64_t head_dim) { return ((head_dim == kValues) || ...); }
 
@@ -30,6 +30,35 @@ struct HeadDimList {
   }
 };
 
-using HeadDims = HeadDimList<64, 128>;
+// What a build compiles of them, a bit for each 32 channels: all, or what FASTATTN_HEAD_DIMS names
+// (builder/instances.py).
+#if !defined(FASTATTN_HEAD_DIM_BITS)
+#define FASTATTN_HEAD_DIM_BITS 0x15C
+#endif
+
+constexpr bool IsCompiled(int head_dim) { return FASTATTN_HEAD_DIM_BITS >> head_dim / 32 & 1; }
+
+template <typename Kept, int... kRest>
+struct CompiledDims {
+  using Type = Kept;
+};
+template <int... kKept, int kFirst, int... kRest>
+struct CompiledDims<HeadDimList<kKept...>, kFirst, kRest...>
+    : CompiledDims<std::conditional_t<IsCompiled(kFirst), HeadDimList<kKept..., kFirst>,
+                                      HeadDimList<kKept...>>,
+                   kRest...> {};
+
+// Of a cache.
+using HeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
+// Of a cache of 4-bit codes.
+using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 128>::Type;
+template <int kCodesPerByte>
+using CacheHeadDims = std::conditional_t<kCodesPerByte == 2, NibbleHeadDims, HeadDims>;
+// Of attention's queries and keys, which flash_attention takes.
+using AttentionHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 192, 256>::Type;
+
+// Channels of a head of V, and of the output, whose Q and K have so many: multi-head latent
+// attention without absorption has 128 of them beside 192.
+FASTATTN_HD constexpr int ValueDim(int head_dim) { return head_dim == 192 ? 128 : head_dim; }
 
 }  // namespace fastattn

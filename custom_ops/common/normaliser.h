@@ -76,4 +76,9 @@ FASTATTN_HD Normaliser NormaliserWithoutSink(float maximum, float sum, const flo
   return {lse * kLn2, factor};
 }
 
+// The largest score of such a row, natural. Comparisons pass over a NaN, which the sum keeps.
+FASTATTN_HD float LargestLogit(float maximum, float sum) {
+  return sum == sum ? maximum * kLn2 : __builtin_nanf("");
+}
+
 }  // namespace fastattn

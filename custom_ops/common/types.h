@@ -23,6 +23,7 @@ enum class DType : int {
   kE5M2,
   kInt8,
   kUInt8,
+  kInt4,  // two codes in a byte (common/int4.h)
 };
 
 // How a KV cache stores K and V (`cache_quant_type` of the Python API).
@@ -32,6 +33,7 @@ enum class CacheType : int {
   kFp8,            // e4m3 or e5m2 codes, static scales
   kBlockWiseInt8,  // int8 codes, one dynamic scale a token and KV head
   kBlockWiseFp8,   // e4m3 codes, one dynamic scale a token and KV head
+  kBlockWiseInt4,  // 4-bit codes, one dynamic scale a token and KV head
 };
 
 enum class Fp8Format : int { kE4M3, kE5M2 };
@@ -50,13 +52,22 @@ enum class ScaleGranularity : int {
 FASTATTN_HD constexpr bool IsQuantized(CacheType type) { return type != CacheType::kNone; }
 
 FASTATTN_HD constexpr bool IsDynamic(CacheType type) {
-  return type == CacheType::kBlockWiseInt8 || type == CacheType::kBlockWiseFp8;
+  return type == CacheType::kBlockWiseInt8 || type == CacheType::kBlockWiseFp8 ||
+         type == CacheType::kBlockWiseInt4;
 }
 
 FASTATTN_HD constexpr bool IsInt8(CacheType type) {
   return type == CacheType::kInt8 || type == CacheType::kBlockWiseInt8;
 }
 
+// Codes in one element of a cache: 4-bit ones share a byte.
+FASTATTN_HD constexpr int CodesPerByte(CacheType type) {
+  return type == CacheType::kBlockWiseInt4 ? 2 : 1;
+}
+
+FASTATTN_HD constexpr int CodesPerByte(DType dtype) { return dtype == DType::kInt4 ? 2 : 1; }
+
+// Bytes of one element of storage.
 FASTATTN_HD constexpr int SizeOf(DType dtype) {
   return dtype == DType::kFloat32                                ? 4
          : dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? 2
@@ -80,6 +91,8 @@ inline const char* NameOf(DType dtype) {
       return "int8";
     case DType::kUInt8:
       return "uint8";
+    case DType::kInt4:
+      return "int4";
   }
   return "unknown";
 }
@@ -96,6 +109,8 @@ inline const char* NameOf(CacheType type) {
       return "block_wise_int8";
     case CacheType::kBlockWiseFp8:
       return "block_wise_fp8";
+    case CacheType::kBlockWiseInt4:
+      return "block_wise_int4";
   }
   return "unknown";
 }

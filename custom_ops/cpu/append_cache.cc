@@ -39,7 +39,7 @@ std::vector<BlockTokens> FindBlocks(const AppendCacheParams& p) {
 }
 
 template <DType kOut, CacheLayout kLayout, typename Format>
-void Run(const AppendCacheParams& p) {
+void Run(const AppendCacheParams& p, const KeyTransform& transform) {
   using T = typename Element<kOut>::Storage;
   const int heads = p.cache.num_kv_heads;
   const int head_dim = p.cache.head_dim;
@@ -57,6 +57,7 @@ void Run(const AppendCacheParams& p) {
       reader.KeyCodes(tokens.block, head, 0, tokens.count, codes);
       for (int r = 0; r < tokens.count; ++r) {
         reader.DecodeKey(tokens.block, head, r, codes + r * head_dim, x);
+        RestoreKey(transform, head, head_dim, x);
         StoreRow<kOut>(x, head_dim, key + r * p.key_token_stride);
       }
       T* value =
@@ -72,16 +73,16 @@ void Run(const AppendCacheParams& p) {
 
 }  // namespace
 
-void AppendCache(const AppendCacheParams& p) {
+void AppendCache(const AppendCacheParams& p, const KeyTransform& transform) {
   DispatchCache(p.cache, [&](auto format) {
     using Format = decltype(format);
     if constexpr (!IsQuantized(Format::kType)) {  // the same order in every layout
-      Run<Format::kCode, CacheLayout::kFastattn, Format>(p);
+      Run<Format::kCode, CacheLayout::kFastattn, Format>(p, transform);
     } else {
       dispatch<CacheLayout::kFastattn, CacheLayout::kFastDeploy>(
           p.cache.layout, "cache_layout", [&](auto layout) {
             dispatch<DType::kFloat16, DType::kBFloat16>(p.dtype, "dtype", [&](auto dtype) {
-              Run<decltype(dtype)::value, decltype(layout)::value, Format>(p);
+              Run<decltype(dtype)::value, decltype(layout)::value, Format>(p, transform);
             });
           });
     }

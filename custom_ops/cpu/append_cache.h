@@ -1,9 +1,10 @@
 #pragma once
 
 #include "params/cache.h"
+#include "params/key_transform.h"
 
 namespace fastattn::cpu {
 
-void AppendCache(const AppendCacheParams& p);
+void AppendCache(const AppendCacheParams& p, const KeyTransform& transform = {});
 
 }  // namespace fastattn::cpu

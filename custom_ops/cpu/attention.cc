@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/seq_lengths.h"
@@ -88,7 +89,7 @@ struct Plan {
 };
 
 int64_t PartialSize(const AttentionParams& p, const AttentionTask& task) {
-  return static_cast<int64_t>(task.packed_count) * (p.head_dim + 2);
+  return static_cast<int64_t>(task.packed_count) * (ValueDim(p.head_dim) + 2);
 }
 
 // Bounds a task's keys by what causal mask and window let the first and the last query of its tile
@@ -220,9 +221,9 @@ void WriteRow(const AttentionParams& p, const AttentionSeq& seq, const Attention
   if (p.lse != nullptr) p.lse[head * p.seqs.num_tokens + token] = found.lse;
 
   auto* out = static_cast<typename Element<kOut>::Storage*>(p.out) +
-              (token * p.num_heads + head) * p.head_dim;
+              (token * p.num_heads + head) * ValueDim(p.head_dim);
   const float inverse = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
-  for (int d = 0; d < p.head_dim; ++d) {
+  for (int d = 0; d < ValueDim(p.head_dim); ++d) {
     const float o = empty ? 0.0f : acc[d] * found.factor * scales.At(d) * inverse;
     out[d] = Element<kOut>::Store(o);
   }
@@ -232,7 +233,7 @@ void WriteRow(const AttentionParams& p, const AttentionSeq& seq, const Attention
 void Merge(const AttentionParams& p, const AttentionTask& task, int num_splits,
            const float* partials, TileBuffers* buffers) {
   const int64_t size = PartialSize(p, task);
-  const int rows = task.packed_count, dim = p.head_dim;
+  const int rows = task.packed_count, dim = ValueDim(p.head_dim);
   for (int r = 0; r < rows; ++r) {
     const auto maximum = [&](int i) { return partials[i * size + rows * dim + 2 * r]; };
     const auto sum = [&](int i) { return partials[i * size + rows * dim + 2 * r + 1]; };
@@ -256,7 +257,7 @@ void Merge(const AttentionParams& p, const AttentionTask& task, int num_splits,
 
 void SavePartial(const AttentionParams& p, const AttentionTask& task, const TileBuffers& buffers,
                  float* partial) {
-  const int64_t outputs = static_cast<int64_t>(task.packed_count) * p.head_dim;
+  const int64_t outputs = static_cast<int64_t>(task.packed_count) * ValueDim(p.head_dim);
   std::memcpy(partial, buffers.acc, outputs * sizeof(float));
   for (int r = 0; r < task.packed_count; ++r) {
     partial[outputs + 2 * r] = buffers.row_max[r];
@@ -270,8 +271,9 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
   const auto write = [&](const AttentionTask& task, const TileBuffers& buffers) {
     const ValueScales scales(p, task.batch_idx, task.kv_head);
     for (int r = 0; r < task.packed_count; ++r) {
-      WriteRow<kOut>(p, plan.seqs[task.batch_idx], task, r, scales, buffers.acc + r * p.head_dim,
-                     buffers.row_max[r], buffers.row_sum[r]);
+      WriteRow<kOut>(p, plan.seqs[task.batch_idx], task, r, scales,
+                     buffers.acc + r * ValueDim(p.head_dim), buffers.row_max[r],
+                     buffers.row_sum[r]);
     }
   };
   // Tasks differ in length, so every thread takes the next one when it is done with its own.

@@ -5,6 +5,7 @@
 
 #include "common/block_table.h"
 #include "common/dispatch.h"
+#include "common/head_dims.h"
 #include "common/layout.h"
 #include "common/numeric.h"
 #include "common/softcap.h"

@@ -4,12 +4,14 @@
 TileFunction FindTileFunction(const AttentionParams& p) {
   TileFunction result = nullptr;
   const bool by_channel = p.paged && IsQuantized(p.cache.type);
-  dispatch<64, 128>(p.head_dim, "head_dim", [&](auto dim) {
+  AttentionHeadDims::Dispatch(p.head_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     if (by_channel) {
-      dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8>(
-          p.cache.dtype, "cache dtype",
-          [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, true>::Run; });
+      if constexpr (HeadDims::Has(kDim)) {
+        dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8, DType::kInt4>(
+            p.cache.dtype, "cache dtype",
+            [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, true>::Run; });
+      }
     } else {
       dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
                DType::kInt8>(

@@ -50,7 +50,9 @@ class TileKernel {
 
  private:
   using Code = typename Element<kKv>::Storage;
-  static constexpr int kPlaneCodes = kBlockSize * kDim;
+  static constexpr bool kNibbles = CodesPerByte(kKv) == 2;  // decoded before they are used
+  static constexpr int kKeyRow = kDim / CodesPerByte(kKv);  // elements of a key
+  static constexpr int kValueDim = ValueDim(kDim);
 
   struct Chunk {
     const Code* key;
@@ -79,7 +81,7 @@ class TileKernel {
 
   void Run() {
     LoadRows();
-    std::memset(b_.acc, 0, sizeof(float) * rows_ * kDim);
+    std::memset(b_.acc, 0, sizeof(float) * rows_ * kValueDim);
     int64_t begin = task_.key_end, end = task_.key_begin;
     common_begin_ = task_.key_begin;
     common_end_ = task_.key_end;
@@ -236,8 +238,10 @@ class TileKernel {
       // Past the last token there may be no memory: its column repeats the last one and is masked.
       key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
     }
-    if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
-      if (kByChannel && IsFinite<kDim>(chunk.key, key_stride_)) {
+    if constexpr (kNibbles) {
+      for (int i = 0; i < kBlockSize; ++i) DecodeNibbles<kDim>(key[i], b_.keys + i * kDim);
+    } else if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
+      if (kByChannel && IsFinite<kDim, kBlockSize>(chunk.key, key_stride_)) {
         ScoreColumns<kKv, true>(c, key);
       } else {
         ScoreColumns<kKv, false>(c, key);
@@ -247,34 +251,38 @@ class TileKernel {
     const float* decoded[kBlockSize];
     for (int i = 0; i < kBlockSize; ++i) {
       decoded[i] = b_.keys + i * kDim;
-      DecodeRow<kKv>(key[i], b_.keys + i * kDim);
+      if constexpr (!kNibbles) DecodeRow<kKv>(key[i], b_.keys + i * kDim);
     }
     ScoreColumns<DType::kFloat32, true>(c, decoded);
   }
 
-  // Whether a block of codes, in rows of kRow, may be read by the faster conversion.
-  template <int kRow>
+  // Whether a block of codes, kRows rows of kRow, may be read by the faster conversion.
+  template <int kRow, int kRows>
   static bool IsFinite(const Code* codes, int64_t stride) {
     if constexpr (kKv != DType::kE4M3) return false;
-    return !HasNaNCode<kRow>(reinterpret_cast<const uint8_t*>(codes), kPlaneCodes / kRow, stride);
+    return !HasNaNCode<kRow>(reinterpret_cast<const uint8_t*>(codes), kRows, stride);
   }
 
   // Blocks lie anywhere, and the hardware's prefetchers stop at a page. So while some keys are
   // computed, this prefetches as many of the next chunk's keys and of this chunk's values.
   FASTATTN_INLINE void Prefetch(int c, int i) const {
     if (!p_.paged) return;
-    if (chunks_[c + 1].key != nullptr) PrefetchRows<kDim>(chunks_[c + 1].key, key_stride_, i);
-    constexpr int kRow = kByChannel ? kBlockSize : kDim;
-    PrefetchRows<kRow>(chunks_[c].value, value_stride_, i * kDim / kRow);
+    if (chunks_[c + 1].key != nullptr) PrefetchRows<kKeyRow, 4>(chunks_[c + 1].key, key_stride_, i);
+    if constexpr (kByChannel) {
+      constexpr int kRows = kValueDim / CodesPerByte(kKv) / (kBlockSize / 4);  // of as many codes
+      PrefetchRows<kBlockSize, kRows>(chunks_[c].value, value_stride_, i / 4 * kRows);
+    } else {
+      PrefetchRows<kValueDim, 4>(chunks_[c].value, value_stride_, i);
+    }
   }
 
-  // As many rows of kRow as hold 4 tokens, from `first` on.
-  template <int kRow>
+  // kRows rows of kRow elements from the `first` on.
+  template <int kRow, int kRows>
   FASTATTN_INLINE void PrefetchRows(const Code* codes, int64_t stride, int first) const {
     constexpr int kBytes = kRow * static_cast<int>(sizeof(Code));
     const char* from = reinterpret_cast<const char*>(codes + first * stride);
 #pragma GCC unroll 8
-    for (int r = 0; r < 4 * kDim / kRow; ++r, from += stride * sizeof(Code)) {
+    for (int r = 0; r < kRows; ++r, from += stride * sizeof(Code)) {
       for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
     }
   }
@@ -350,8 +358,8 @@ class TileKernel {
     }
     const float alpha = Exp2(Splat(before - shift))[0];
     b_.row_sum[r] = b_.row_sum[r] * alpha + SumLanes(sum);
-    float* acc = b_.acc + r * kDim;
-    for (int d = 0; d < kDim; d += kLanes) Store(acc + d, Load(acc + d) * alpha);
+    float* acc = b_.acc + r * kValueDim;
+    for (int d = 0; d < kValueDim; d += kLanes) Store(acc + d, Load(acc + d) * alpha);
   }
 
   bool IsFull(int r, const Chunk& chunk) const {
@@ -381,7 +389,8 @@ class TileKernel {
         const Chunk& chunk = chunks_[c];
         const int last = First(any_end_, chunk);
         for (int i = First(any_begin_, chunk); i < last; ++i) {
-          DecodeRow<kKv>(chunk.value + i * value_stride_, b_.values + (c * kBlockSize + i) * kDim);
+          DecodeRow<kKv>(chunk.value + i * value_stride_,
+                         b_.values + (c * kBlockSize + i) * kValueDim);
         }
       }
     }
@@ -420,20 +429,21 @@ class TileKernel {
   template <int kRows, DType kB>
   void AddBlock(int r, bool decoded) {
     using Storage = typename Element<kB>::Storage;
-    static_assert(kDim % kLanes == 0, "a head is whole vectors");
-    constexpr int kVectors = kDim / kLanes;
+    static_assert(kValueDim % kLanes == 0, "a head is whole vectors");
+    constexpr int kVectors = kValueDim / kLanes;
     constexpr int kWide = kVectors % 4 == 0 ? 4 : kVectors % 2 == 0 ? 2 : 1;  // at a time
-    for (int d = 0; d < kDim; d += kWide * kLanes) {
+    for (int d = 0; d < kValueDim; d += kWide * kLanes) {
       Vec acc[kRows][kWide];
       for (int i = 0; i < kRows; ++i) {
-        for (int w = 0; w < kWide; ++w) acc[i][w] = Load(b_.acc + (r + i) * kDim + d + w * kLanes);
+        for (int w = 0; w < kWide; ++w)
+          acc[i][w] = Load(b_.acc + (r + i) * kValueDim + d + w * kLanes);
       }
       for (int c = 0; c < num_chunks_; ++c) {
         const int last = First(b_.visible_end[r], chunks_[c]);
         const float* p = b_.scores + r * kTileKeys + c * kBlockSize;
-        const int64_t stride = decoded ? kDim : value_stride_;
+        const int64_t stride = decoded ? kValueDim : value_stride_;
         const Storage* values =
-            (decoded ? reinterpret_cast<const Storage*>(b_.values + c * kBlockSize * kDim)
+            (decoded ? reinterpret_cast<const Storage*>(b_.values + c * kBlockSize * kValueDim)
                      : reinterpret_cast<const Storage*>(chunks_[c].value)) +
             d;
         for (int j = First(b_.visible_begin[r], chunks_[c]); j < last; ++j) {
@@ -446,7 +456,8 @@ class TileKernel {
         }
       }
       for (int i = 0; i < kRows; ++i) {
-        for (int w = 0; w < kWide; ++w) Store(b_.acc + (r + i) * kDim + d + w * kLanes, acc[i][w]);
+        for (int w = 0; w < kWide; ++w)
+          Store(b_.acc + (r + i) * kValueDim + d + w * kLanes, acc[i][w]);
       }
     }
   }
@@ -458,13 +469,16 @@ class TileKernel {
     for (int c = 0; c < num_chunks_; ++c) {
       Chunk& chunk = chunks_[c];
       chunk.poisoned = false;
-      chunk.from_codes = chunk.full && rows_ <= kBlockRows &&
-                         (kKv != DType::kE4M3 || IsFinite<kBlockSize>(chunk.value, value_stride_));
+      chunk.from_codes =
+          !kNibbles && chunk.full && rows_ <= kBlockRows &&
+          (kKv != DType::kE4M3 || IsFinite<kBlockSize, kValueDim>(chunk.value, value_stride_));
       if (!chunk.from_codes) chunk.poisoned = !DecodeChannels(c) && !chunk.full;
       any_codes |= chunk.from_codes;
       any_decoded |= !chunk.from_codes;
     }
-    if (any_codes) AddChannels<kKv>(true);
+    if constexpr (!kNibbles) {
+      if (any_codes) AddChannels<kKv>(true);
+    }
     if (any_decoded) AddChannels<DType::kFloat32>(false);
     for (int c = 0; c < num_chunks_; ++c) {
       if (chunks_[c].poisoned) AddNonFinite(c);
@@ -476,13 +490,21 @@ class TileKernel {
   bool DecodeChannels(int c) {
     const Chunk& chunk = chunks_[c];
     const int first = First(any_begin_, chunk), last = First(any_end_, chunk);
-    float* out = b_.values + c * kBlockSize * kDim;
+    float* out = b_.values + c * kBlockSize * kValueDim;
     const VecInt keep = VecInt{} - (chunk.full ? 1 : 0);
     Vec check{};
     for (int i = 0; i < kBlockSize; i += kLanes) {
       const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
       const VecInt seen = (token >= first) & (token < last);
-      for (int d = 0; d < kDim; ++d) {
+      if constexpr (kNibbles) {  // a row is two channels; every code is finite
+        for (int d = 0; d < kValueDim; d += 2) {
+          const uint8_t* codes = chunk.value + d / 2 * value_stride_ + i;
+          Store(out + d * kBlockSize + i, seen ? NibblesAsFloats<false>(codes) : Vec{});
+          Store(out + (d + 1) * kBlockSize + i, seen ? NibblesAsFloats<true>(codes) : Vec{});
+        }
+        continue;
+      }
+      for (int d = 0; d < (kNibbles ? 0 : kValueDim); ++d) {
         const Vec x = seen ? LoadAs<kKv>(chunk.value + d * value_stride_ + i) : Vec{};
         const Vec zero = x * 0.0f;  // NaN if x is infinite or NaN
         check = check + zero;
@@ -501,12 +523,12 @@ class TileKernel {
       if (chunks_[c].from_codes != from_codes) continue;
       p[n] = b_.scores + c * kBlockSize;
       if constexpr (kB == DType::kFloat32) {
-        values[n++] = b_.values + c * kBlockSize * kDim;
+        values[n++] = b_.values + c * kBlockSize * kValueDim;
       } else {
         values[n++] = chunks_[c].value;
       }
     }
-    for (int d = 0; d < kDim; d += 4) {
+    for (int d = 0; d < kValueDim; d += 4) {
       int r = 0;
       for (; r + kBlockRows <= rows_; r += kBlockRows) {
         AddChannelBlock<kBlockRows, kB>(r, d, values, p, n);
@@ -534,7 +556,7 @@ class TileKernel {
       }
     }
     for (int j = 0; j < kRows; ++j) {
-      float* acc = b_.acc + (r + j) * kDim + d;
+      float* acc = b_.acc + (r + j) * kValueDim + d;
       Quad total;
       std::memcpy(&total, acc, sizeof(total));
       total = total + Sum4(sum[j]);
@@ -545,7 +567,7 @@ class TileKernel {
   // NaN and infinite values that only some rows see are 0 in the matrix products, so that rows that
   // do not see them keep their bits. The rows that see them get them here.
   void AddNonFinite(int c) {
-    for (int i = 0; i < kBlockSize * kDim; i += kLanes) {
+    for (int i = 0; i < kBlockSize * kValueDim; i += kLanes) {
       const Code* channel = chunks_[c].value + i / kBlockSize * value_stride_;
       const Vec values = LoadAs<kKv>(channel + i % kBlockSize);
       if (SumLanes(values * 0.0f) == 0.0f) continue;
@@ -555,7 +577,7 @@ class TileKernel {
         const float x = values[lane - i];
         for (int r = 0; r < rows_ && x * 0.0f != 0.0f; ++r) {
           if (key < b_.visible_begin[r] || key >= b_.visible_end[r]) continue;
-          b_.acc[r * kDim + lane / kBlockSize] +=
+          b_.acc[r * kValueDim + lane / kBlockSize] +=
               b_.scores[r * kTileKeys + c * kBlockSize + column] * x;
         }
       }

@@ -189,16 +189,35 @@ FASTATTN_INLINE Vec LoadAs(const typename Element<kDType>::Storage* p) {
   }
 }
 
+// kLanes bytes, of which the low (high) nibbles are 4-bit codes, as fp32.
+template <bool kHigh>
+FASTATTN_INLINE Vec NibblesAsFloats(const uint8_t* p) {
+  uint8_t __attribute__((vector_size(kLanes))) bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  const VecInt wide = __builtin_convertvector(bytes, VecInt);
+  return __builtin_convertvector((kHigh ? wide >> 4 : wide & 0xF) - kInt4Bias, Vec);
+}
+
+// A key's 4-bit codes as fp32: the first of a byte's two is the even channel's.
+template <int kDim>
+FASTATTN_INLINE void DecodeNibbles(const uint8_t* in, float* out) {
+  for (int d = 0; d < kDim; d += 2 * kLanes) {
+    const Vec even = NibblesAsFloats<false>(in + d / 2), odd = NibblesAsFloats<true>(in + d / 2);
+    for (int i = 0; i < kLanes; ++i) out[d + 2 * i] = even[i], out[d + 2 * i + 1] = odd[i];
+  }
+}
+
 // Whether one of n e4m3 codes in each of `rows` rows is NaN.
 template <int n>
 FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int rows, int64_t stride) {
-  static_assert(n % 64 == 0, "a row is read in whole vectors");
+  static_assert(n % 32 == 0, "a row is read in whole vectors, the last of which may overlap");
   using Bytes = uint8_t __attribute__((vector_size(FASTATTN_SIMD_BITS / 8)));
   Bytes found{};
   for (int r = 0; r < rows; ++r, codes += stride) {
-    for (int i = 0; i < n; i += static_cast<int>(sizeof(Bytes))) {
+    constexpr int kBytes = static_cast<int>(sizeof(Bytes));
+    for (int i = 0; i < n; i += kBytes) {
       Bytes x;
-      std::memcpy(&x, codes + i, sizeof(x));
+      std::memcpy(&x, codes + (i + kBytes <= n ? i : n - kBytes), sizeof(x));
       found |= static_cast<Bytes>((x & 0x7F) == 0x7F);
     }
   }

@@ -11,10 +11,11 @@
 #include "common/static_scales.h"
 #include "cpu/convert.h"
 #include "params/common.h"
+#include "params/key_transform.h"
 
 namespace fastattn::cpu {
 
-inline constexpr int kMaxHeadDim = 128;
+inline constexpr int kMaxHeadDim = 256;
 
 // A cache's type and the element type of its codes, as one template parameter.
 template <CacheType kTypeValue, DType kCodeValue>
@@ -22,26 +23,31 @@ struct CacheFormat {
   static constexpr CacheType kType = kTypeValue;
   static constexpr DType kCode = kCodeValue;
   using Storage = typename Element<kCode>::Storage;
+  // Codes of 4 bits are worked on a byte each, and share bytes in the cache.
+  static constexpr bool kNibbles = CodesPerByte(kCode) == 2;
 };
 
 // Calls f(CacheFormat<type, code>{}) for the cache's type.
 template <typename F>
 void DispatchCache(const PagedCache& cache, F&& f) {
   dispatch<CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseInt8,
-           CacheType::kBlockWiseFp8>(cache.type, "cache_quant_type", [&](auto type) {
-    constexpr CacheType kType = decltype(type)::value;
-    if constexpr (kType == CacheType::kNone) {
-      dispatch<DType::kBFloat16, DType::kFloat16>(cache.dtype, "cache dtype", [&](auto code) {
-        f(CacheFormat<kType, decltype(code)::value>{});
+           CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4>(
+      cache.type, "cache_quant_type", [&](auto type) {
+        constexpr CacheType kType = decltype(type)::value;
+        if constexpr (kType == CacheType::kNone) {
+          dispatch<DType::kBFloat16, DType::kFloat16>(cache.dtype, "cache dtype", [&](auto code) {
+            f(CacheFormat<kType, decltype(code)::value>{});
+          });
+        } else if constexpr (kType == CacheType::kFp8) {
+          dispatch<DType::kE4M3, DType::kE5M2>(cache.dtype, "cache dtype", [&](auto code) {
+            f(CacheFormat<kType, decltype(code)::value>{});
+          });
+        } else {
+          f(CacheFormat<kType, CodesPerByte(kType) == 2 ? DType::kInt4
+                               : IsInt8(kType)          ? DType::kInt8
+                                                        : DType::kE4M3>{});
+        }
       });
-    } else if constexpr (kType == CacheType::kFp8) {
-      dispatch<DType::kE4M3, DType::kE5M2>(cache.dtype, "cache dtype", [&](auto code) {
-        f(CacheFormat<kType, decltype(code)::value>{});
-      });
-    } else {
-      f(CacheFormat<kType, IsInt8(kType) ? DType::kInt8 : DType::kE4M3>{});
-    }
-  });
 }
 
 template <DType kCode>
@@ -54,6 +60,23 @@ template <CacheLayout kLayout>
 int64_t ValueElement(int r, int d, int head_dim, int64_t row_stride) {
   if constexpr (kLayout == CacheLayout::kFastattn) return d * row_stride + TokenSlot(r);
   return ValueOffset<kLayout>(r, d, head_dim);
+}
+
+// K of a KV head as it is quantised: x[0 .. D) changes.
+inline void TransformKey(const KeyTransform& transform, int head, int head_dim, float* x) {
+  if (transform.center != nullptr) {
+    const float* center = transform.center + static_cast<int64_t>(head) * head_dim;
+    for (int d = 0; d < head_dim; ++d) x[d] = x[d] - center[d];
+  }
+  if (transform.rotation == KeyRotation::kHadamard) HadamardRotate(x, head_dim);
+}
+
+// The inverse: x[0 .. D) as a cache gives it back.
+inline void RestoreKey(const KeyTransform& transform, int head, int head_dim, float* x) {
+  if (transform.rotation == KeyRotation::kHadamard) HadamardRotate(x, head_dim);
+  if (transform.center == nullptr) return;
+  const float* center = transform.center + static_cast<int64_t>(head) * head_dim;
+  for (int d = 0; d < head_dim; ++d) x[d] = x[d] + center[d];
 }
 
 // Writes tokens into a cache: quantises, or rounds for type none.
@@ -73,7 +96,11 @@ class CacheWriter {
   void Key(int block, int head, int slot, const float* x) const {
     Storage* base = static_cast<Storage*>(cache_.key) + cache_.key_strides.Plane(block, head);
     const int64_t scale = cache_.k_scale_strides.Plane(block, head) + slot;
-    if constexpr (kFastDeploy) {
+    if constexpr (Format::kNibbles) {
+      Storage codes[kMaxHeadDim];
+      Encode(cache_.k_scales, scale, k_inverse_, cache_.k_granularity, head, x, codes);
+      PackNibbles(codes, cache_.head_dim, base + slot * cache_.key_strides.row);
+    } else if constexpr (kFastDeploy) {
       Storage codes[kMaxHeadDim];
       Encode(cache_.k_scales, scale, k_inverse_, cache_.k_granularity, head, x, codes);
       for (int d = 0; d < cache_.head_dim; ++d) {
@@ -95,8 +122,10 @@ class CacheWriter {
     } else {
       Storage codes[kMaxHeadDim];
       Encode(cache_.v_scales, scale, v_inverse_, cache_.v_granularity, head, x, codes);
-      for (int d = 0; d < cache_.head_dim; ++d) {
-        base[ValueElement<kLayout>(slot, d, cache_.head_dim, row_stride)] =
+      const int elements = cache_.RowElements();
+      if constexpr (Format::kNibbles) PackNibbles(codes, cache_.head_dim, codes);
+      for (int d = 0; d < elements; ++d) {
+        base[ValueElement<kLayout>(slot, d, elements, row_stride)] =
             static_cast<Storage>(codes[d] ^ kFlip);
       }
     }
@@ -129,7 +158,13 @@ class CacheWriter {
     if constexpr (Format::kType == CacheType::kNone) {
       StoreRow<Format::kCode>(x, n, out);
     } else if constexpr (IsDynamic(Format::kType)) {
-      float scale = DynamicScale(AmaxBits(x, n), kCacheAmaxFloor, kCodeMax<Format::kCode>);
+      const uint32_t amax = AmaxBits(x, n);
+      float scale;
+      if constexpr (Format::kNibbles) {
+        scale = Int4Scale(amax, ReachesBelow(x, n, amax), kCacheAmaxFloor);
+      } else {
+        scale = DynamicScale(amax, kCacheAmaxFloor, kCodeMax<Format::kCode>);
+      }
       if (cache_.scale_dtype == DType::kFloat32) {
         static_cast<float*>(scales)[scale_index] = scale;
       } else {
@@ -157,9 +192,10 @@ class CacheReader {
   using Storage = typename Format::Storage;
 
   explicit CacheReader(const PagedCache& cache) : cache_(cache) {
-    for (int d = 0; d < cache.head_dim; ++d) {
-      k_channel_[d] = KeyOffset<kLayout>(0, d, cache.head_dim);
-      v_channel_[d] = ValueElement<kValueLayout>(0, d, cache.head_dim, cache.value_strides.row);
+    elements_ = cache.RowElements();
+    for (int d = 0; d < elements_; ++d) {
+      k_channel_[d] = KeyOffset<kLayout>(0, d, elements_);
+      v_channel_[d] = ValueElement<kValueLayout>(0, d, elements_, cache.value_strides.row);
     }
   }
 
@@ -168,7 +204,9 @@ class CacheReader {
     const Storage* base =
         static_cast<const Storage*>(cache_.key) + cache_.key_strides.Plane(block, head);
     for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
-      if constexpr (kLayout == CacheLayout::kFastDeploy) {
+      if constexpr (Format::kNibbles) {
+        UnpackNibbles(base + r * cache_.key_strides.row, cache_.head_dim, codes);
+      } else if constexpr (kLayout == CacheLayout::kFastDeploy) {
         Gather(base + KeyOffset<kLayout>(r, 0, cache_.head_dim), k_channel_, codes);
       } else {
         std::copy_n(base + r * cache_.key_strides.row, cache_.head_dim, codes);
@@ -181,11 +219,14 @@ class CacheReader {
         static_cast<const Storage*>(cache_.value) + cache_.value_strides.Plane(block, head);
     const int64_t row_stride = cache_.value_strides.row;
     for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
-      if constexpr (kValueLayout == CacheLayout::kLogical) {
+      if constexpr (Format::kNibbles) {
+        Storage bytes[kMaxHeadDim];
+        Gather(base + ValueElement<kValueLayout>(r, 0, elements_, row_stride), v_channel_, bytes);
+        UnpackNibbles(bytes, cache_.head_dim, codes);
+      } else if constexpr (kValueLayout == CacheLayout::kLogical) {
         std::copy_n(base + r * row_stride, cache_.head_dim, codes);
       } else {
-        Gather(base + ValueElement<kValueLayout>(r, 0, cache_.head_dim, row_stride), v_channel_,
-               codes);
+        Gather(base + ValueElement<kValueLayout>(r, 0, elements_, row_stride), v_channel_, codes);
       }
     }
   }
@@ -211,7 +252,7 @@ class CacheReader {
   void Gather(const Storage* token, const Offset* channel, Storage* codes) const {
     // FastDeploy adds 128 to int8 codes; for 8 bits that flips the top bit.
     constexpr int kFlip = kLayout == CacheLayout::kFastDeploy && IsInt8(Format::kType) ? 0x80 : 0;
-    for (int d = 0; d < cache_.head_dim; ++d) {
+    for (int d = 0; d < elements_; ++d) {
       codes[d] = static_cast<Storage>(token[channel[d]] ^ kFlip);
     }
   }
@@ -235,6 +276,7 @@ class CacheReader {
   }
 
   PagedCache cache_;
+  int elements_;  // of a token
   int k_channel_[kMaxHeadDim];
   int64_t v_channel_[kMaxHeadDim];
 };

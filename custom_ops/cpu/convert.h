@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/int4.h"
 #include "common/numeric.h"
 
 namespace fastattn::cpu {
@@ -102,6 +103,20 @@ struct Lane<DType::kInt8> {
   static float To(int32_t code) { return static_cast<float>(code); }
 };
 
+template <>
+struct Lane<DType::kInt4> {
+  static int32_t From(float x) {
+    const int32_t bits = Bits(x);
+    const int32_t u = bits & 0x7FFFFFFF;
+    const int32_t sign = bits >> 31;
+    // As above; 7.5 or more is no code above 0.
+    const int32_t limit = Select(sign != 0, 0x41000000, 0x40E00000);  // 8, 7
+    const int32_t magnitude = Bits(Float(Min(u, limit)) + 0x1p23f) & 0xF;
+    return Select(u > 0x7F800000, 0, (magnitude ^ sign) - sign) + kInt4Bias;
+  }
+  static float To(int32_t code) { return static_cast<float>(code - kInt4Bias); }
+};
+
 }  // namespace detail
 
 // Largest |x| as bits, NaN above all (see AbsBits).
@@ -109,6 +124,28 @@ inline uint32_t AmaxBits(const float* x, int n) {
   int32_t amax = 0;  // signed: the comparison is a vector instruction on every x86-64
   for (int i = 0; i < n; ++i) amax = std::max(amax, static_cast<int32_t>(AbsBits(x[i])));
   return static_cast<uint32_t>(amax);
+}
+
+// Whether some x[i] is -|amax|.
+inline bool ReachesBelow(const float* x, int n, uint32_t amax_bits) {
+  int32_t found = 0;
+  const int32_t wanted = static_cast<int32_t>(amax_bits | 0x80000000u);
+  for (int i = 0; i < n; ++i) found |= static_cast<int32_t>(detail::Bits(x[i]) == wanted);
+  return found != 0;
+}
+
+// Two codes a byte, the first in the low nibble, and back.
+inline void PackNibbles(const uint8_t* codes, int n, uint8_t* bytes) {
+  for (int i = 0; i < n / 2; ++i) {
+    bytes[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+  }
+}
+
+inline void UnpackNibbles(const uint8_t* bytes, int n, uint8_t* codes) {
+  for (int i = 0; i < n / 2; ++i) {
+    codes[2 * i] = bytes[i] & 0xF;
+    codes[2 * i + 1] = bytes[i] >> 4;
+  }
 }
 
 // out[i] = x[i] as fp32.

@@ -31,7 +31,7 @@ std::vector<int> Offsets(CacheLayout layout, bool is_value, int head_dim) {
 }  // namespace
 
 void ConvertLayout(const ConvertLayoutParams& p) {
-  const int64_t elements = int64_t{kBlockSize} * p.head_dim;
+  const int64_t elements = int64_t{kBlockSize} * p.row_elements;
   const bool in_place = p.src == p.dst;
   if (in_place && (p.type == CacheType::kNone || p.src_layout == p.dst_layout)) return;
   if (p.type == CacheType::kNone) {
@@ -44,8 +44,8 @@ void ConvertLayout(const ConvertLayoutParams& p) {
     });
     return;
   }
-  const std::vector<int> from = Offsets(p.src_layout, p.is_value, p.head_dim);
-  const std::vector<int> to = Offsets(p.dst_layout, p.is_value, p.head_dim);
+  const std::vector<int> from = Offsets(p.src_layout, p.is_value, p.row_elements);
+  const std::vector<int> to = Offsets(p.dst_layout, p.is_value, p.row_elements);
   std::vector<int> source(elements);  // source[i]: where byte i of the result comes from
   for (int64_t i = 0; i < elements; ++i) source[to[i]] = from[i];
   // FastDeploy adds 128 to int8 codes; for 8 bits that flips the top bit.

@@ -11,6 +11,7 @@
 #include "cpu/indexer_encode.h"
 #include "cpu/inverse_rms.h"
 #include "cpu/parallel.h"
+#include "cpu/quantize.h"
 #include "cpu/rotation.h"
 
 namespace fastattn::cpu {
@@ -41,6 +42,23 @@ void QueryToken(const IndexerQParams& p, int64_t token) {
       weight = Mul(weight, scale);
     }
     p.weights_out[index] = Mul(Mul(weight, p.softmax_scale), p.head_scale);
+  }
+}
+
+void QuantizeQuery(const IndexerQQuantParams& p, int64_t query) {
+  const int64_t token = p.TokenOf(query);
+  for (int h = 0; h < p.num_heads; ++h) {
+    const int64_t index = query * p.num_heads + h;
+    uint8_t* codes = p.codes + index * kIndexerHeadDim;
+    if (token < 0) {
+      std::fill(codes, codes + kIndexerHeadDim, uint8_t{0});
+      p.weights_out[index] = 0.0f;
+      continue;
+    }
+    const uint16_t* q = p.q + token * p.q_token_stride + h * p.q_head_stride;
+    const float scale = EncodeE4M3Dynamic<DType::kBFloat16>(q, kIndexerHeadDim, codes);
+    const float weight = LoadScale(p.weights, p.weights_dtype, token * p.num_heads + h);
+    p.weights_out[index] = Mul(weight, Mul(scale, p.factor));
   }
 }
 
@@ -191,6 +209,12 @@ void IndexerQRopeQuant(const IndexerQParams& p) {
     ParallelFor(p.num_tokens, 2LL * p.num_heads * kIndexerHeadDim, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) QueryToken<decltype(quant)::value>(p, t);
     });
+  });
+}
+
+void IndexerQQuant(const IndexerQQuantParams& p) {
+  ParallelFor(p.num_queries, 2LL * p.num_heads * kIndexerHeadDim, [&](int64_t begin, int64_t end) {
+    for (int64_t query = begin; query < end; ++query) QuantizeQuery(p, query);
   });
 }
 

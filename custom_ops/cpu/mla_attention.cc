@@ -37,7 +37,7 @@ void StoreHeads(const MlaSparseParams& p, int64_t token, int begin, int end,
     const Normaliser row =
         NormaliserWithoutSink(maximum, sum, p.sinks, [&] { return p.sinks[begin + h]; });
     if (p.lse != nullptr) p.lse[at] = sum == 0.0f ? p.LonelyLse() : row.lse;
-    if (p.max_logits != nullptr) p.max_logits[at] = maximum * kLn2;
+    if (p.max_logits != nullptr) p.max_logits[at] = LargestLogit(maximum, sum);
     const float* acc = buffers.acc + h * kMlaValueDim;
     const int64_t row_at = (token * p.heads + begin + h) * kMlaValueDim;
     if (p.out_float != nullptr) {

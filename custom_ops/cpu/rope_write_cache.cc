@@ -23,8 +23,9 @@ class Writer {
   using T = typename E::Storage;
 
  public:
-  explicit Writer(const RopeWriteCacheParams& p)
+  Writer(const RopeWriteCacheParams& p, const KeyTransform& transform)
       : p_(p),
+        transform_(transform),
         cache_(p.cache),
         bias_(Widened(p.bias, p.bias_dtype, (p.num_heads + 2LL * p.cache.num_kv_heads) * kHeadDim)),
         q_weight_(Widened(p.q_norm_weight, p.q_norm_dtype, kHeadDim)),
@@ -45,6 +46,10 @@ class Writer {
     for (int head = 0; head < p_.num_heads; ++head) {
       Load(token, head, x);
       TransformHead<kDType, kHeadDim>(p_, angles, q_weight_, x);
+      if (transform_.rotates_q) {
+        HadamardRotate(x, kHeadDim);
+        RoundRow<kDType>(x, kHeadDim);
+      }
       StoreQ(token, head, x);
     }
     const int block = BlockOf(p_.seqs.block_tables, p_.seqs.max_blocks, p_.cache.num_blocks,
@@ -54,6 +59,7 @@ class Writer {
     for (int head = 0; head < p_.cache.num_kv_heads; ++head) {
       Load(token, p_.num_heads + head, x);
       TransformHead<kDType, kHeadDim>(p_, angles, k_weight_, x);
+      TransformKey(transform_, head, kHeadDim, x);
       cache_.Key(block, head, slot, x);
       Load(token, p_.num_heads + p_.cache.num_kv_heads + head, x);
       RoundRow<kDType>(x, kHeadDim);
@@ -86,6 +92,7 @@ class Writer {
   }
 
   const RopeWriteCacheParams& p_;
+  const KeyTransform& transform_;
   CacheWriter<Format> cache_;
   std::vector<float> bias_;
   std::vector<float> q_weight_;
@@ -95,12 +102,13 @@ class Writer {
 
 }  // namespace
 
-void RopeWriteCache(const RopeWriteCacheParams& p) {
+void RopeWriteCache(const RopeWriteCacheParams& p, const KeyTransform& transform) {
   const std::vector<int> seq_of_token = SeqOfTokens(p.seqs);
   DispatchCache(p.cache, [&](auto format) {
     dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "dtype", [&](auto dtype) {
       HeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
-        const Writer<decltype(dtype)::value, decltype(format), decltype(head_dim)::value> writer(p);
+        const Writer<decltype(dtype)::value, decltype(format), decltype(head_dim)::value> writer(
+            p, transform);
         const int64_t heads = p.num_heads + 2LL * p.cache.num_kv_heads;
         const int64_t work = 2 * heads * p.cache.head_dim;  // rotated and written
         ParallelFor(p.seqs.num_tokens, work, [&](int64_t begin, int64_t end) {

@@ -14,7 +14,7 @@ namespace fastattn::cpu {
 namespace {
 
 template <DType kDType, typename Format>
-void Run(const WriteCacheParams& p) {
+void Run(const WriteCacheParams& p, const KeyTransform& transform) {
   using T = typename Element<kDType>::Storage;
   const int heads = p.cache.num_kv_heads;
   const int head_dim = p.cache.head_dim;
@@ -36,6 +36,7 @@ void Run(const WriteCacheParams& p) {
       if (block < 0) continue;
       const int slot = static_cast<int>(position % kBlockSize);
       LoadRow<kDType>(keys + token * p.key_token_stride + head * head_dim, head_dim, x);
+      TransformKey(transform, head, head_dim, x);
       writer.Key(block, head, slot, x);
       LoadRow<kDType>(values + token * p.value_token_stride + head * head_dim, head_dim, x);
       writer.Value(block, head, slot, x);
@@ -45,10 +46,11 @@ void Run(const WriteCacheParams& p) {
 
 }  // namespace
 
-void WriteCache(const WriteCacheParams& p) {
+void WriteCache(const WriteCacheParams& p, const KeyTransform& transform) {
   DispatchCache(p.cache, [&](auto format) {
-    dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16>(
-        p.dtype, "dtype", [&](auto dtype) { Run<decltype(dtype)::value, decltype(format)>(p); });
+    dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16>(p.dtype, "dtype", [&](auto dtype) {
+      Run<decltype(dtype)::value, decltype(format)>(p, transform);
+    });
   });
 }
 

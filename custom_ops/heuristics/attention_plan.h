@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
+#include "common/head_dims.h"
 #include "common/types.h"
 
 namespace fastattn {
@@ -109,8 +110,15 @@ inline constexpr int kJoinedSplits = 16;
 inline constexpr int kPartialHeader = 8;
 inline constexpr int kPartialsPerCta = 2;
 
-// Keys of a KV tile: a pipeline stage holds 8 KiB.
-FASTATTN_HD constexpr int KeysPerKvTile(int row_bytes) { return row_bytes > 128 ? 32 : 64; }
+// Channels of a KV tile that a pipeline stage of mma_sm80 holds. Larger heads take several stages.
+FASTATTN_HD constexpr int StageDim(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim == 192 ? 64 : 128;
+}
+
+// Keys of a KV tile: a pipeline stage holds 8 KiB of them, `element_bytes` a channel.
+FASTATTN_HD constexpr int KeysPerKvTile(int head_dim, int element_bytes) {
+  return StageDim(head_dim) * element_bytes > 128 ? 32 : 64;
+}
 
 inline int64_t PartialFloats(int64_t grid, int64_t columns, int64_t head_dim) {
   return grid * (kPartialHeader + kPartialsPerCta * columns * (head_dim + 2));
@@ -181,7 +189,8 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
   launch.split = true;
   launch.max_pairs = max_pairs;
   // As many CTAs as run at the same time, and none without work when the whole call is small.
-  const int64_t keys = KeysPerKvTile(static_cast<int>(s.head_dim * s.element_bytes));
+  const int64_t keys =
+      KeysPerKvTile(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
   const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * s.num_heads / s.num_kv_heads;
   const int64_t tiles = s.batch * s.num_kv_heads * CeilDiv(std::min(pairs, max_pairs), columns);
   const int64_t kv_tiles = tiles * (CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), keys) + 1);
@@ -204,7 +213,7 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
     launch.joins =
         launch.shares / work_tiles <= kJoinedSplits || HalfReadsOneSeq(s, choice.cluster);
   }
-  launch.workspace = PartialFloats(launch.shares, columns, s.head_dim);
+  launch.workspace = PartialFloats(launch.shares, columns, ValueDim(static_cast<int>(s.head_dim)));
   return launch;
 }
 

@@ -69,7 +69,8 @@ inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int columns, int
   launch.split = true;
   launch.min_pairs = min_pairs;
   launch.max_pairs = max_pairs;
-  const int64_t keys = KeysPerKvTile(static_cast<int>(s.head_dim * s.element_bytes));
+  const int64_t keys =
+      KeysPerKvTile(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
   const int64_t kv_tiles = CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), keys);
   const InvariantBounds bounds =
       InvariantBoundsOf(columns, static_cast<int>(std::min<int64_t>(s.num_kv_heads, 8)));

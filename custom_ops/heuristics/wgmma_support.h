@@ -14,6 +14,10 @@ namespace fastattn {
 
 // Their own list: another head dimension may come to decode first.
 using WgmmaHeadDims = HeadDimList<64, 128>;
+// Of e4m3 queries.
+using WgmmaFp8HeadDims = HeadDimList<64, 128, 192, 256>;
+// Of 16-bit keys and values.
+using Wgmma16BitHeadDims = HeadDimList<64, 128, 192, 256>;
 
 inline constexpr int kTmaBytes = 16;  // addresses and strides are multiples of it
 
@@ -44,7 +48,6 @@ inline bool ScalesFit(const void* scales, const CacheStrides& strides, DType dty
 
 // What both kernels ask of a call. A running maximum of scaled scores needs a positive scale.
 inline bool Common(const AttentionParams& p) {
-  if (!WgmmaHeadDims::Has(p.head_dim)) return false;
   if (p.seqs.num_tokens <= 0 || p.seqs.batch <= 0 || p.num_heads <= 0) return false;
   if (p.num_kv_heads <= 0 || p.num_kv_heads > 65535 || p.num_heads % p.num_kv_heads != 0) {
     return false;
@@ -109,13 +112,14 @@ inline int64_t WgmmaFp8ValueBlocks(const AttentionParams& p) {
 // Floats of p.workspace for the transposed values, aligned to 128 bytes.
 inline int64_t WgmmaFp8Workspace(const AttentionParams& p) {
   if (p.paged) return 0;
-  return WgmmaFp8ValueBlocks(p) * p.num_kv_heads * p.head_dim * kBlockSize /
+  return WgmmaFp8ValueBlocks(p) * p.num_kv_heads * ValueDim(p.head_dim) * kBlockSize /
          static_cast<int64_t>(sizeof(float));
 }
 
 // e4m3 queries over FP8 keys and values.
 inline bool WgmmaFp8Supports(const AttentionParams& p) {
-  if (p.q_dtype != DType::kE4M3 || !wgmma_support::Common(p)) return false;
+  if (p.q_dtype != DType::kE4M3 || !WgmmaFp8HeadDims::Has(p.head_dim)) return false;
+  if (!wgmma_support::Common(p)) return false;
   if (p.paged ? !wgmma_support::Fp8Cache(p.cache) : !wgmma_support::Fp8Ragged(p.ragged)) {
     return false;
   }
@@ -125,7 +129,9 @@ inline bool WgmmaFp8Supports(const AttentionParams& p) {
 // 16-bit queries over keys and values of 16 or 8 bits.
 inline bool WgmmaFp16Supports(const AttentionParams& p) {
   if (p.q_dtype != DType::kBFloat16 && p.q_dtype != DType::kFloat16) return false;
-  if (!wgmma_support::Common(p)) return false;
+  const bool fits = SizeOf(KeyType(p)) == 2 ? Wgmma16BitHeadDims::Has(p.head_dim)
+                                            : WgmmaHeadDims::Has(p.head_dim);
+  if (!fits || !wgmma_support::Common(p)) return false;
   return p.paged ? wgmma_support::Fp16Cache(p.cache, p.q_dtype)
                  : wgmma_support::Fp16Ragged(p.ragged, p.q_dtype);
 }

@@ -59,8 +59,9 @@ FASTATTN_HD int CachedTokens(const AppendCacheParams& p, int batch_idx) {
 // convert_cache_layout and convert_cache_blocks: the same codes in another order. kFastDeploy
 // stores int8 codes with 128 added. src == dst converts in place; otherwise the two do not overlap.
 struct ConvertLayoutParams {
-  const void* src = nullptr;  // [num_blocks, KV] planes of 64 * D elements, each contiguous
-  void* dst = nullptr;        // the same
+  // [num_blocks, KV] planes of 64 * row_elements elements, each contiguous
+  const void* src = nullptr;
+  void* dst = nullptr;  // the same
   CacheStrides src_strides;
   CacheStrides dst_strides;
   CacheLayout src_layout = CacheLayout::kFastattn;
@@ -69,7 +70,7 @@ struct ConvertLayoutParams {
   bool is_value = false;             // V's order (else K's)
   int64_t num_planes = 0;            // num_blocks * KV
   int num_kv_heads = 1;
-  int head_dim = 0;
+  int row_elements = 0;  // D, or D / 2 where a byte holds two codes
 
   // First element of a plane, counted block by block.
   FASTATTN_HD int64_t SrcPlane(int64_t plane) const {

@@ -28,6 +28,7 @@ struct CacheStrides {
 // A layer's paged KV cache; see common/layout.h for the order inside a block. On a GPU, addresses
 // and strides of caches and dynamic scales are multiples of 16 bytes.
 struct PagedCache {
+  // D is head_dim here, and half of it where a byte holds two codes (CodesPerByte).
   void* key = nullptr;       // [num_blocks, KV, 64, D]
   void* value = nullptr;     // quantised [num_blocks, KV, D, 64] (fastattn), else [.., KV, 64, D]
   void* k_scales = nullptr;  // by granularity; null for CacheType::kNone
@@ -36,7 +37,7 @@ struct PagedCache {
   CacheStrides value_strides;
   CacheStrides k_scale_strides;  // of dynamic types
   CacheStrides v_scale_strides;
-  DType dtype = DType::kBFloat16;       // element type of key and value (codes: e4m3, e5m2, int8)
+  DType dtype = DType::kBFloat16;       // of key and value (codes: e4m3, e5m2, int8, int4)
   DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V
   CacheType type = CacheType::kNone;
   CacheLayout layout = CacheLayout::kFastattn;
@@ -45,6 +46,9 @@ struct PagedCache {
   int num_blocks = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
+
+  // Elements of a token's K or V.
+  FASTATTN_HD int RowElements() const { return head_dim / CodesPerByte(type); }
 };
 
 // Which tokens of a step belong to which sequence, and where the sequences' blocks are.

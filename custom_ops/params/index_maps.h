@@ -50,7 +50,7 @@ struct SlotTable {
   }
 };
 
-// Sequence of a row; the row itself where nothing else is given.
+// Sequence, or another index, of a row; the row itself where nothing else is given.
 struct RowSequences {
   IndexArray ids;  // [rows] or null
 
@@ -59,8 +59,10 @@ struct RowSequences {
 
 // Tokens chosen in a sequence to slots of its blocks.
 struct TopkToSlotsParams {
-  const int32_t* indices = nullptr;  // [rows, columns], columns side by side
-  int64_t row_stride = 0;            // elements
+  const int32_t* indices = nullptr;  // [num_rows, columns], columns side by side
+  int64_t num_rows = 0;
+  int64_t row_stride = 0;  // elements
+  RowSequences sources;    // row of `indices` of each row; outside [0, num_rows) = padding
   RowSequences seqs;
   SlotTable slots;
   // Of `world_size` ranks each owns `interleave` tokens in turn; others' tokens give -1.
@@ -72,12 +74,15 @@ struct TopkToSlotsParams {
   };
 
   FASTATTN_HD Row Begin(int64_t row) const {
-    return {indices + row * row_stride, slots.Row(seqs.At(row))};
+    const int64_t source = sources.At(row);
+    if (source < 0 || source >= num_rows) return {nullptr, nullptr};
+    return {indices + source * row_stride, slots.Row(seqs.At(row))};
   }
 
   FASTATTN_HD int32_t At(const Row& row, int64_t column) const {
+    if (row.table == nullptr) return kNoIndex;
     int32_t token = row.indices[column];
-    if (token < 0 || row.table == nullptr) return kNoIndex;
+    if (token < 0) return kNoIndex;
     if (world_size > 1) {
       const int32_t group = token / interleave;
       if (group % world_size != rank) return kNoIndex;

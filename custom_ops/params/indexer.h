@@ -65,6 +65,28 @@ struct IndexerQParams {
   float head_scale = 1.0f;
 };
 
+// Queries that are rotated already, quantised as the rows of a paged top-k.
+struct IndexerQQuantParams {
+  const uint16_t* q = nullptr;              // [T, H, 128] bf16
+  const void* weights = nullptr;            // [T, H]
+  const int32_t* token_of_query = nullptr;  // [num_queries]; outside [0, T): none; null: itself
+  uint8_t* codes = nullptr;                 // [num_queries, H, 128] e4m3; 0 where there is none
+  float* weights_out = nullptr;             // [num_queries, H]; 0 where there is none
+  DType weights_dtype = DType::kFloat32;    // fp32, bf16 or fp16
+  int64_t num_tokens = 0;
+  int64_t num_queries = 0;
+  int64_t q_token_stride = 0;  // elements
+  int64_t q_head_stride = 0;   // elements
+  int num_heads = 0;
+  float factor = 1.0f;  // of the weights
+
+  // The token of a query; -1: none.
+  FASTATTN_HD int64_t TokenOf(int64_t query) const {
+    const int64_t token = token_of_query == nullptr ? query : token_of_query[query];
+    return token >= 0 && token < num_tokens ? token : -1;
+  }
+};
+
 // A token is processed if its state slot and KV slot exist and its position completes a group.
 // Nothing read from the device is trusted: see the checks in the kernel.
 struct IndexerKvParams {

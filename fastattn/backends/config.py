@@ -12,6 +12,7 @@ import paddle
 
 from fastattn.backends.layer_cache import cache_type_of
 from fastattn.backends.scales import HeadShard
+from fastattn.functional._cache_types import HEAD_DIMS
 
 #: Tokens of a cache block.
 BLOCK_SIZE = 64
@@ -148,7 +149,9 @@ def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
     return tuple(bool(entry) for entry in pattern)
 
 
-def refuse_disaggregation(fd_config: Any, no: Callable[[str, Any, str], None]) -> None:
+def refuse_disaggregation(
+    fd_config: Any, backend: str, no: Callable[[str, Any, str], None]
+) -> None:
     """Refuse modes and roles of servers that prefill for others, but those that are known."""
     mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
     if mode not in ("None", "none", "", *PD_MODES):
@@ -160,7 +163,7 @@ def refuse_disaggregation(fd_config: Any, no: Callable[[str, Any, str], None]) -
     role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
     if role not in ("mixed", "prefill", "decode"):
         no("scheduler_config.splitwise_role", role, "supported: mixed, prefill, decode")
-    seqs = read(fd_config, "scheduler_config.max_num_seqs", 0)
+    seqs = count_of(fd_config, backend, "scheduler_config.max_num_seqs", 0, 0)
     if role == "prefill" and seqs > MOST_SIGNALLED_SEQS:
         no(
             "scheduler_config.max_num_seqs",
@@ -190,9 +193,9 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     block_size = read(fd_config, "cache_config.block_size", BLOCK_SIZE)
     if block_size != BLOCK_SIZE:
         no("cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
-    if head_dim not in (64, 128):
-        no("head_dim", head_dim, "supported: 64, 128")
-    refuse_disaggregation(fd_config, no)
+    if head_dim not in HEAD_DIMS:
+        no("head_dim", head_dim, f"supported: {', '.join(map(str, HEAD_DIMS))}")
+    refuse_disaggregation(fd_config, backend, no)
     level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
     if level > 0:
         # FastDeploy asks for one program without a break, and Paddle's SOT breaks off in a backend.

@@ -7,7 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastattn.backends.config import BLOCK_SIZE
-from fastattn.functional._cache_types import DYNAMIC_TYPES, check_cache_type
+from fastattn.functional._cache_types import (
+    DYNAMIC_TYPES,
+    HEAD_DIMS,
+    check_cache_type,
+    codes_per_byte,
+)
 
 _OP = "convert_caches"
 _LAYOUTS = ("fastattn", "fastdeploy", "logical")
@@ -32,7 +37,8 @@ def convert_caches(
         As in ``forward_meta.caches``: ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v,
         k_scales, v_scales}`` for the dynamic types.
     cache_quant_type : str
-        ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``; with ``none`` all
+        ``cache_int8``, ``cache_fp8``, ``block_wise_int8``, ``block_wise_fp8`` or, between layouts
+        other than FastDeploy's, ``block_wise_int4``; with ``none`` all
         layouts are the same and nothing is done.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         See :func:`fastattn.functional.convert_cache_layout`.
@@ -72,6 +78,11 @@ def convert_caches(
     for name, layout in (("src", src), ("dst", dst)):
         if layout not in _LAYOUTS:
             raise ValueError(f"{_OP}: {name}: expected {', '.join(_LAYOUTS)}, got {layout!r}")
+    if codes_per_byte(cache_quant_type) == 2 and "fastdeploy" in (src, dst):
+        raise NotImplementedError(
+            f"{_OP}: cache_quant_type: FastDeploy has no {cache_quant_type!r}, which is converted "
+            "between fastattn and logical"
+        )
     per_layer = 4 if cache_quant_type in DYNAMIC_TYPES else 2
     if len(caches) % per_layer:
         raise ValueError(
@@ -101,10 +112,8 @@ def convert_caches(
                 begin=begin,
                 end=end,
             )
-        num_blocks, kv_heads, head_dim = shapes[index]
-        inner = (
-            [head_dim, BLOCK_SIZE] if kind == "v" and dst == "fastattn" else [BLOCK_SIZE, head_dim]
-        )
+        num_blocks, kv_heads, row = shapes[index]
+        inner = [row, BLOCK_SIZE] if kind == "v" and dst == "fastattn" else [BLOCK_SIZE, row]
         if list(cache.shape[2:]) != inner:
             cache.reshape_([num_blocks, kv_heads, *inner])
     return caches
@@ -139,7 +148,7 @@ def _checked(
     cache_quant_type: str,
     ranges: list[tuple[int, int]] | None,
 ) -> dict[int, tuple[int, int, int]]:
-    """(num_blocks, KV, D) of every tensor to convert, all arguments checked."""
+    """(num_blocks, KV, elements of a token) of every tensor to convert, all arguments checked."""
     from fastattn import _ops
 
     shapes: dict[int, tuple[int, int, int]] = {}
@@ -163,10 +172,12 @@ def _checked(
                 f"{_OP}: {name}: expected shape [num_blocks, KV, 64, D]"
                 f"{' or [num_blocks, KV, D, 64]' if kind == 'v' else ''}, got {shape}"
             )
-        head_dim = shape[2 if transposed else 3]
-        if head_dim not in (64, 128):
+        row = shape[2 if transposed else 3]
+        head_dim = row * codes_per_byte(cache_quant_type)
+        if head_dim not in HEAD_DIMS:
             raise NotImplementedError(
-                f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: 64, 128"
+                f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: "
+                + ", ".join(map(str, HEAD_DIMS))
             )
         if not cache.is_contiguous():
             raise ValueError(f"{_OP}: {name}: it is written in place and must be contiguous")
@@ -174,9 +185,9 @@ def _checked(
             raise ValueError(
                 f"{_OP}: {name}: it is written in place and must have stop_gradient = True"
             )
-        shapes[index] = (shape[0], shape[1], head_dim)
+        shapes[index] = (shape[0], shape[1], row)
         first = int(cache.data_ptr()) if shape[0] and shape[1] else 0
-        spans.append((first, first + shape[0] * shape[1] * BLOCK_SIZE * head_dim, index))
+        spans.append((first, first + shape[0] * shape[1] * BLOCK_SIZE * row, index))
         for begin, end in ranges or ():
             if not 0 <= begin <= end <= shape[0]:
                 raise ValueError(

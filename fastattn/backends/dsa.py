@@ -150,32 +150,34 @@ class DSAAttentionBackend(LatentAttentionBackend):
         heads, topk = self.indexer.heads, self.indexer.topk
         tokens = queries.shape[0]
         if tokens == 0:
-            return paddle.zeros([0, topk], "int32")
+            return paddle.empty([0, topk], "int32")
         self._check_row("keys", keys, tokens, INDEX_DIM)
         self._check_row("weights", weights, tokens, heads)
         cache = field(forward_meta, "caches")[2 * layer_id + 1]
         blocks = cache.shape[0]
         maps = self._maps(tokens, blocks, layer_id, forward_meta, begin=True)
         functional.indexer_k_write_cache(keys.reshape([-1, INDEX_DIM]), cache, maps.slots)
-        codes, scales = functional.quantize_fp8(
-            queries.reshape([-1, INDEX_DIM]), granularity="token"
-        )
-        factors = scales.reshape([-1, heads]) * float((INDEX_DIM * heads) ** -0.5)
         rows = self._query_rows(maps, forward_meta)
-        tables = sequences(forward_meta)[0]
+        codes, folded = functional.indexer_q_quant(
+            queries.reshape([tokens, heads, INDEX_DIM]),
+            weights.reshape([tokens, heads]),
+            (INDEX_DIM * heads) ** -0.5,
+            token_of_query=rows.token_of_query,
+        )
         chosen = functional.paged_indexer_topk(
-            rows.gather(codes.reshape([tokens, -1])).reshape([*rows.lengths.shape, heads, -1]),
+            codes.reshape([*rows.lengths.shape, heads, INDEX_DIM]),
             cache,
-            rows.gather(weights.astype("float32") * factors).reshape([-1, heads]),
+            folded,
             rows.lengths,
             rows.tables,
             self._most_keys(forward_meta),
             topk,
         )
         slots, lengths = functional.topk_to_slots(
-            rows.scatter(chosen),
-            tables,
+            chosen,
+            sequences(forward_meta)[0],
             maps.batch_ids,
+            row_ids=rows.query_of_token,
             block_size=self.config.block_size,
             num_blocks=blocks,
         )
@@ -191,7 +193,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
         tokens, seqs = maps.slots.shape[0], sequences(forward_meta)[1].shape[0] - 1
         decoding, prefills = self._kind(forward_meta)
         tiled = prefills or tokens > seqs * decoding
-        made = query_rows(forward_meta, maps, self._places[-1], tiled=tiled)
+        made = query_rows(forward_meta, maps, tiled=tiled)
         metadata.rows = [*metadata.rows[-1:], (maps, made)]
         return made
 
@@ -245,7 +247,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
         if v is None:
             raise ValueError(f"{type(self).__name__}: v: expected indices of select(), got None")
         if tokens == 0:
-            return paddle.zeros([0, self.num_heads, LATENT_DIM], dtype=q.dtype)
+            return paddle.empty([0, self.num_heads, LATENT_DIM], dtype=q.dtype)
         self._check_row("v", v, tokens, self.indexer.topk)
         cache = field(forward_meta, "caches")[2 * layer.layer_id]
         maps = self._maps(tokens, cache.shape[0], layer.layer_id, forward_meta, begin=False)

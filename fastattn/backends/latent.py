@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any, NamedTuple
 
-import numpy as np
-import paddle
-
 from fastattn import functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import keep_out_of_graphs
@@ -34,7 +31,7 @@ class TokenMaps(NamedTuple):
     batch_ids : Tensor, shape [T], int32
         Sequence of each token; -1 for padding.
     positions : Tensor, shape [T], int32
-        Position of each token in its sequence; anything for padding.
+        Position of each token in its sequence; -1 for padding.
     slots : Tensor, shape [T], int32
         Place of each token in the cache; -1 for padding, and where no block is assigned.
     """
@@ -106,7 +103,6 @@ class LatentAttentionBackend(AttentionBackend):
         self.attention_metadata: Any = None
         self._signals = KvSignals.of(fd_config)
         self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
-        self._places: list[Any] = []  # 0, 1, 2, ...; captured graphs read the earlier ones
 
     def get_attention_meta(self) -> Any:
         """Metadata of the current step."""
@@ -125,21 +121,8 @@ class LatentAttentionBackend(AttentionBackend):
         if self._stale_starts is not None and starts is not None:
             self._stale_starts.settle(starts)
         self.attention_metadata = self._metadata_class(host_lengths(forward_meta))
-        self._count_places(field(forward_meta, "batch_id_per_token"), starts)
         if self._signals is not None:
             self._signals.begin(forward_meta)
-
-    def _count_places(self, batch_ids: Any, starts: Any) -> None:
-        """Have numbers up to those of tokens and sequences, ahead of what a graph captures.
-
-        ``paddle.arange`` and ``cumsum`` may wait for the stream, which a capture forbids.
-        """
-        needed = max(
-            math.prod(batch_ids.shape), math.prod(starts.shape) if starts is not None else 0
-        )
-        if not self._places or self._places[-1].shape[0] < needed:
-            numbers = np.arange(max(64, 1 << (needed - 1).bit_length()), dtype=np.int32)
-            self._places.append(paddle.to_tensor(numbers, place=batch_ids.place))
 
     def _refuse(self, what: str) -> None:
         raise NotImplementedError(f"{type(self).__name__}: {what} is not supported")
@@ -226,53 +209,26 @@ class LatentAttentionBackend(AttentionBackend):
                     return maps
                 del known[index]
                 break
-        size, places = self.config.block_size, self._places[-1]
-        made = token_maps(forward_meta, tokens, num_blocks, size, places)
+        made = token_maps(forward_meta, tokens, num_blocks, self.config.block_size)
         known.append((forward_meta, layer_id, made))
         return made
 
 
-def token_maps(
-    forward_meta: Any, tokens: int, num_blocks: int, block_size: int, places: Any
-) -> TokenMaps:
-    """Sequences, positions and slots of a step's tokens, all on the device; `places`: 0, 1, 2, ...
+def token_maps(forward_meta: Any, tokens: int, num_blocks: int, block_size: int) -> TokenMaps:
+    """Sequences, positions and slots of a step's tokens, made on the device.
 
     Slots are not those of FastDeploy's ``forward_meta.slot_mapping``, where padding tokens take a
     block of the last sequence.
     """
-    batch_ids = _flat(field(forward_meta, "batch_id_per_token"), tokens)
-    positions = optional(forward_meta, "position_ids")
-    if positions is None:
-        positions = _positions(forward_meta, batch_ids, places)
-    positions = _flat(positions, tokens)
-    if positions.dtype != batch_ids.dtype:
-        positions = positions.astype(batch_ids.dtype)
-    slots, _ = functional.topk_to_slots(
-        positions.reshape([-1, 1]),
-        sequences(forward_meta)[0],
-        batch_ids,
+    tables, starts, cached, _ = sequences(forward_meta)
+    made = functional.token_maps(
+        field(forward_meta, "batch_id_per_token"),
+        tables,
+        starts,
+        cached,
+        optional(forward_meta, "position_ids"),
+        num_tokens=tokens,
         block_size=block_size,
         num_blocks=num_blocks,
     )
-    return TokenMaps(batch_ids, positions, slots.reshape([-1]))
-
-
-def _flat(values: Any, tokens: int) -> Any:
-    """The first `tokens` values of a server's buffer, as they are if there are no others."""
-    if math.prod(values.shape) < tokens:
-        raise ValueError(
-            f"forward_meta: expected values of {tokens} tokens, got shape {list(values.shape)}"
-        )
-    return values if list(values.shape) == [tokens] else values.reshape([-1])[:tokens]
-
-
-def _positions(forward_meta: Any, batch_ids: Any, places: Any) -> Any:
-    """Position of each token: its place in the step, moved by its sequence's."""
-    _, starts, cached, _ = sequences(forward_meta)
-    count = starts.shape[0] - 1
-    if math.prod(cached.shape) < count:
-        raise ValueError(
-            f"forward_meta.seq_lens_decoder: expected {count} sequences, got {list(cached.shape)}"
-        )
-    moved = cached.reshape([-1])[:count] - starts[:count]
-    return places[: batch_ids.shape[0]] + paddle.gather(moved, batch_ids.clip(0, count - 1))
+    return TokenMaps(*made)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -118,12 +120,28 @@ def _softmax_scale(fd_config: Any, backend: str) -> float:
     """Scale of scores: a head's channels to the power of -0.5, times YaRN's factor squared."""
     nope = count_of(fd_config, backend, "model_config.qk_nope_head_dim", None, 1)
     scale = float((nope + ROPE_DIM) ** -0.5)
-    rope = read(fd_config, "model_config.rope_scaling") or {}
-    factor = float(rope.get("factor") or 1.0)
+    factor = _yarn_number(fd_config, backend, "factor", 1.0)
     if factor > 1:
-        mscale = 0.1 * float(rope.get("mscale_all_dim") or 0.0) * math.log(factor) + 1.0
-        scale *= mscale * mscale
+        mscale = 0.1 * _yarn_number(fd_config, backend, "mscale_all_dim", 0.0) * math.log(factor)
+        scale *= (mscale + 1.0) ** 2
     return scale
+
+
+def _yarn_number(fd_config: Any, backend: str, name: str, default: float) -> float:
+    """A number of the model's ``rope_scaling``; `default` if it is absent, None or 0."""
+    path = "fd_config.model_config.rope_scaling"
+    rope = read(fd_config, "model_config.rope_scaling")
+    if rope is None:
+        return default
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{backend}: {path}: expected a dict, got {rope!r}")
+    value = rope.get(name)
+    if value is None:
+        return default
+    known = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not known or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{backend}: {path}[{name!r}]: expected a finite number, got {value!r}")
+    return float(value) or default
 
 
 def _no(backend: str, what: str, value: Any, supported: str) -> NoReturn:
@@ -138,10 +156,12 @@ def _refuse(fd_config: Any, backend: str, num_heads: int) -> None:
         value = read(fd_config, f"model_config.{name}")
         if value != channels:
             no(f"model_config.{name}", value, f"supported: {channels}")
+    if not isinstance(num_heads, numbers.Integral) or isinstance(num_heads, bool):
+        raise TypeError(f"{backend}: num_heads: expected int, got {num_heads!r}")
     if not 1 <= num_heads <= MOST_HEADS:
         no("num_heads", num_heads, f"supported: 1 to {MOST_HEADS} in a process")
-    refuse_disaggregation(fd_config, no)
-    level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
+    refuse_disaggregation(fd_config, backend, no)
+    level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
     if level > 0:
         no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
     kind = read(fd_config, "quant_config.kv_cache_quant_type")

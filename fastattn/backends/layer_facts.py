@@ -23,7 +23,9 @@ from fastattn.functional.rope import rope_write_attrs
 #: Attributes of a layer that its operators' arguments depend on.
 _READ = (
     "cache_fp8_format",
+    "cache_k_center",
     "cache_k_out_scale",
+    "cache_k_rotation",
     "cache_k_zp",
     "cache_quant_type_str",
     "cache_v_out_scale",
@@ -47,7 +49,10 @@ _READ = (
 
 
 #: Tensors of a layer that ``rope_write_cache_kv`` takes, in its order.
-_WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale")
+_WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale", "k_center")
+
+#: Tensors of a layer that ``paged_attention`` takes.
+_ATTEND_TENSORS = ("sinks", "out_scale", "k_center")
 
 #: Where ``paddle.nn.Layer`` keeps tensors.
 _HOLDERS = ("_parameters", "_buffers")
@@ -137,7 +142,7 @@ class LayerFacts:
             ),
             q_quant=write["q_quant"],
             attend=attend,
-            attend_tensors=(attend["sinks"], None, attend["out_scale"], None),
+            attend_tensors=(attend["sinks"], None, attend["out_scale"], None, attend["k_center"]),
             attend_attrs=_attend_attrs(attend, heads[2]),
             head_dim=heads[2],
             sources=(given[0], given[1]) if made else None,
@@ -198,7 +203,9 @@ class LayerFacts:
         """Scales of the operator's Q, None for one that is not quantised."""
         if self.q_quant == "none":
             return None
-        return self.write_tensors[-1] if self.q_quant == "per_tensor" else written[1]
+        if self.q_quant == "per_tensor":
+            return self.write_tensors[_WRITE_TENSORS.index("q_scale")]
+        return written[1]
 
     def scales(self, forward_meta: Any, layer: Any, shard: Any) -> tuple[Any, Any]:
         """Scales of K and V for a call."""
@@ -219,7 +226,7 @@ def _attend_attrs(attend: dict[str, Any], head_dim: int) -> tuple[Any, ...]:
     """Attributes of the operator ``paged_attention``."""
     return paged_attention_attrs(
         softmax_scale=float(head_dim**-0.5),
-        **{name: x for name, x in attend.items() if name not in ("sinks", "out_scale")},
+        **{name: x for name, x in attend.items() if name not in _ATTEND_TENSORS},
     )
 
 

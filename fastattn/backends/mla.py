@@ -101,7 +101,7 @@ class MLAAttentionBackend(LatentAttentionBackend):
         queries = self._queries(q, compressed_kv, layer)
         tokens = queries.shape[0]
         if tokens == 0:
-            return paddle.zeros([0, self.num_heads * LATENT_DIM], dtype=q.dtype)
+            return paddle.empty([0, self.num_heads * LATENT_DIM], dtype=q.dtype)
         cache = field(forward_meta, "caches")[layer.layer_id]
         maps = self._maps(tokens, cache.shape[0], layer.layer_id, forward_meta, begin=True)
         self._write(compressed_kv, k_pe, cache, maps.slots, "bf16", "pow2")

@@ -9,6 +9,7 @@ import paddle
 
 from fastattn import _ops, env, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
+from fastattn.backends.calibrated import Calibrated
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_graphs
 from fastattn.backends.forward_meta import (
     current_plan,
@@ -22,8 +23,9 @@ from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
+from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
-from fastattn.functional._cache_types import DYNAMIC_TYPES
+from fastattn.functional._cache_types import DYNAMIC_TYPES, codes_per_byte
 from fastattn.functional._marker import unified
 
 #: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
@@ -82,8 +84,8 @@ class PagedAttentionBackend(AttentionBackend):
         If the configuration needs something that is not supported, or would let a server with
         another byte order read this one's quantised caches; the message names it.
     ValueError
-        If the configuration lacks an option, the numbers of heads do not match it, or `q_quant` is
-        unknown.
+        If the configuration lacks an option, the numbers of heads do not match it, `q_quant` is
+        unknown, or ``FASTATTN_CALIBRATION`` names a file that cannot be read.
     """
 
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
@@ -126,6 +128,7 @@ class PagedAttentionBackend(AttentionBackend):
         if batch_invariant is None:
             batch_invariant = env.deterministic() or decoder_block_shape_q not in _BLOCK_SHAPES_Q
         self.batch_invariant = batch_invariant
+        self._calibrated = Calibrated.from_env()
         self.attention_metadata: PagedAttentionMetadata | None = None
         self._known_layers = KnownLayers()
         guard(fd_config, name)
@@ -149,10 +152,12 @@ class PagedAttentionBackend(AttentionBackend):
             FastDeploy's config string (``int8``, ``float8_e4m3fn``, ``block_wise_fp8``) or a cache
             type; None: not quantised.
         """
-        key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, self.head_dim]
-        if cache_type_of(kv_cache_quant_type) == "none":
+        quant_type = cache_type_of(kv_cache_quant_type)
+        row = self.head_dim // codes_per_byte(quant_type)
+        key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, row]
+        if quant_type == "none":
             return key, list(key)
-        return key, [max_num_blocks, self.kv_num_heads, self.head_dim, BLOCK_SIZE]
+        return key, [max_num_blocks, self.kv_num_heads, row, BLOCK_SIZE]
 
     def get_kv_cache_scale_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -379,17 +384,26 @@ class PagedAttentionBackend(AttentionBackend):
         cache = LayerCache.of(forward_meta, layer, self.config.shard)
         q_quant = self._q_quant_for(cache)
         types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
+        masks = self._mask_arguments(layer)
+        transform = self._key_transform(layer, cache)
+        # The writer rotates Q beside K, and the attention need not. But a sink needs the scores of
+        # K itself, for which the attention takes Q and the centre as they are.
+        shifts = transform["k_center"] is not None and masks["sinks"] is not None
         write = {
             "q_quant": q_quant,
             "q_scale": getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
             **self._projection_arguments(layer),
             **types,
+            **transform,
+            "q_rotation": "none" if shifts else transform["k_rotation"],
         }
         attend = {
             "out_scale": getattr(layer, "fp8_output_scale", None),
             "batch_invariant": self.batch_invariant,
-            **self._mask_arguments(layer),
+            **masks,
             **types,
+            "k_rotation": transform["k_rotation"] if shifts else "none",
+            "k_center": transform["k_center"] if shifts else None,
         }
         facts = LayerFacts.of(layer, caches, cache, self._heads(), write, attend)
         self._known_layers.put(layer, facts)
@@ -399,6 +413,19 @@ class PagedAttentionBackend(AttentionBackend):
         if self.q_quant != "auto":
             return self.q_quant
         return "per_token_head" if cache.holds_e4m3() else "none"
+
+    def _key_transform(self, layer: Any, cache: LayerCache) -> dict[str, Any]:
+        """What is done to K before it is quantised."""
+        rotation = getattr(layer, "cache_k_rotation", None)
+        center = getattr(layer, "cache_k_center", None)
+        if self._calibrated is not None and center is None and rotation in (None, "none"):
+            rotation, center = self._calibrated.of(layer, cache.quant_type, cache.key.place)
+        if center is not None:
+            center = local_center(
+                center, kv_heads=self.kv_num_heads, head_dim=self.head_dim, shard=self.config.shard
+            )
+        default = "hadamard" if codes_per_byte(cache.quant_type) == 2 else "none"
+        return {"k_rotation": rotation or default, "k_center": center}
 
     def _heads(self) -> tuple[int, int, int]:
         return self.num_heads, self.kv_num_heads, self.head_dim

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from fastattn.backends.calibrated import digest
 from fastattn.backends.config import fastdeploy_flag, read
 
 _LOG = logging.getLogger(__name__)
@@ -28,6 +29,11 @@ FIELD = "kv_cache_layout"
 _CONNECTOR = "fastdeploy.splitwise.splitwise_connector"
 _HASHES = "fastdeploy.cache_manager.prefix_cache_manager"
 _PLAIN = ("bfloat16", "float16", "float32", "bf16", "fp16", "none")
+
+
+def layout() -> str:
+    """Byte order of this process's quantised caches, and what K in them is stored without."""
+    return LAYOUT + digest()
 
 
 def guard(fd_config: Any, backend: str) -> None:
@@ -115,16 +121,16 @@ def _mark_messages(connector: Any) -> None:
         if msg_type == "prefill":
             for task in payload:
                 if task.disaggregate_info is not None:
-                    task.disaggregate_info[FIELD] = LAYOUT
+                    task.disaggregate_info[FIELD] = layout()
         elif msg_type == "cache_sync":
-            payload = [{**info, FIELD: LAYOUT} for info in payload]
+            payload = [{**info, FIELD: layout()} for info in payload]
         return serialize(self, msg_type, payload)
 
     def _deserialize_message(self: Any, *frames: Any) -> Any:
         msg_type, payload = deserialize(self, *frames)
         if msg_type == "cache_sync":
             for info in payload:
-                if info.get(FIELD) != LAYOUT:
+                if info.get(FIELD) != layout():
                     info.setdefault("error_msg", _difference("decode", info))
         elif msg_type == "prefill":
             payload = [task for task in payload if _accepts(self, task)]
@@ -141,7 +147,7 @@ def _difference(role: str, info: dict[str, Any]) -> str:
     theirs = info.get(FIELD)
     told = "does not tell the order of its cache's bytes" if theirs is None else f"has {theirs!r}"
     return (
-        f"the {role} server {told}, this one has {LAYOUT!r}: quantised caches can be moved only "
+        f"the {role} server {told}, this one has {layout()!r}: quantised caches can be moved only "
         "between servers that both use fastattn"
     )
 
@@ -149,7 +155,7 @@ def _difference(role: str, info: dict[str, Any]) -> str:
 def _accepts(connector: Any, task: dict[str, Any]) -> bool:
     """Whether a request's cache may come here; otherwise the prefill server is told why not."""
     info = task.get("disaggregate_info")
-    if info is None or info.get(FIELD) == LAYOUT:
+    if info is None or info.get(FIELD) == layout():
         return True
     text = _difference("prefill", info)
     _LOG.error("fastattn: request %s refused: %s", task.get("request_id"), text)
@@ -171,13 +177,13 @@ def _guard_pool(pool: str, backend: str) -> None:
     if pool == "attention_store":
         # It names blocks itself, below the version in the environment.
         version = os.environ.get("AS_MODEL_VERSION", "")
-        if LAYOUT not in version:
+        if layout() not in version:
             _refuse(
                 backend,
                 what,
                 pool,
                 "for quantised caches unless the environment variable AS_MODEL_VERSION contains "
-                f"{LAYOUT!r}, which keeps other servers from reading them; it is {version!r}",
+                f"{layout()!r}, which keeps other servers from reading them; it is {version!r}",
             )
         return
     if pool not in ("mooncake", "file"):
@@ -197,7 +203,7 @@ def _guard_pool(pool: str, backend: str) -> None:
         return
 
     def get_hash_str(token_ids: Any, *extra_keys: Any, **named: Any) -> Any:
-        return original((LAYOUT, token_ids), *extra_keys, **named)
+        return original((layout(), token_ids), *extra_keys, **named)
 
     get_hash_str.fastattn = True  # type: ignore[attr-defined]
     module.get_hash_str = get_hash_str

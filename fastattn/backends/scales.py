@@ -99,3 +99,33 @@ def local_scales(
         f"{name}: expected {' or '.join(map(str, allowed))} scales for {kv_heads} of {model_heads} "
         f"KV heads of {head_dim} channels, got {count}"
     )
+
+
+def local_center(center: Any, *, kv_heads: int, head_dim: int, shard: HeadShard) -> Any:
+    """Centre of this process's keys, float32 [KV, D].
+
+    Parameters
+    ----------
+    center : Tensor, shape [heads, D]
+        ``layer.cache_k_center``, for this process's heads or for all of the model's.
+
+    Raises
+    ------
+    ValueError
+        If the shape is neither.
+    """
+    if not center.stop_gradient and paddle.in_dynamic_mode():
+        center = center.detach()  # as for scales
+    if center.dtype != paddle.float32:
+        center = center.astype("float32")
+    shape = [int(size) for size in center.shape]
+    if shape == [kv_heads, head_dim]:
+        return center
+    model_heads = kv_heads if shard.num_heads is None else shard.num_heads
+    if shape == [model_heads, head_dim]:
+        first = shard.first_head(kv_heads)
+        return center[first : first + kv_heads]
+    raise ValueError(
+        f"layer.cache_k_center: expected shape [{kv_heads}, {head_dim}] or [{model_heads}, "
+        f"{head_dim}] (KV heads, channels), got {shape}"
+    )

@@ -79,6 +79,11 @@ class AttentionLayer:
     cache_quant_type_str : str
     cache_k_out_scale, cache_v_out_scale : Tensor, optional
         Dequantisation multipliers of the static cache types.
+    cache_k_rotation : {"none", "hadamard"}, optional
+        How K is rotated before it is quantised, not for e5m2; None: ``"hadamard"`` for
+        ``block_wise_int4``, ``"none"`` for every other.
+    cache_k_center : Tensor, shape [KV, D], float32, optional
+        What K is stored without.
     q_norm_weight, k_norm_weight : Tensor, optional
         RMSNorm of Q and K heads, after the rotation.
     qk_norm_before_rope : bool
@@ -94,6 +99,8 @@ class AttentionLayer:
     cache_fp8_format: str = "e4m3"
     cache_k_out_scale: Any = None
     cache_v_out_scale: Any = None
+    cache_k_rotation: str | None = None
+    cache_k_center: Any = None
     use_neox_rotary_style: bool = False
     qkv_bias: Any = None
     q_norm_weight: Any = None

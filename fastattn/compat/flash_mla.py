@@ -317,7 +317,7 @@ def flash_mla_sparse_fwd(
     -------
     out : Tensor, shape [s_q, H, 512], bfloat16
     max_logits : Tensor, shape [s_q, H], float32
-        The largest scaled logit, -inf for a query without a key.
+        The largest scaled logit, -inf for a query without a key, NaN where the LSE is.
     lse : Tensor, shape [s_q, H], float32
         Natural, without the sink; +inf for a query without a key, whose output is 0.
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 #: ``fastattn.functional`` has the same names and brings Paddle with them.
-CACHE_QUANT_TYPES = ("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8")
+CACHE_QUANT_TYPES = (
+    *("none", "cache_int8", "cache_fp8"),
+    *("block_wise_int8", "block_wise_fp8", "block_wise_int4"),
+)
+
+#: What K's rotation is compared with, by type: rows of their own.
+_OTHER_ROTATIONS = {"block_wise_int4": ("none",)}
 
 DEFAULT_PROMPT = "The following statement "
 DEFAULT_NEW_TOKENS = 200
@@ -301,24 +307,25 @@ def _compare(
 
     results: list[TypeResult] = []
     base = None
-    for name in types:
+    rows = [(name, k) for name in types for k in (None, *_OTHER_ROTATIONS.get(name, ()))]
+    for name, k_rotation in rows:
+        label = name if k_rotation is None else f"{name},k_rotation={k_rotation}"
         to_measure = evaluate.calibration_tokens(config, corpus.train, name)
         total = to_measure + held_out[:, :-1].size + _GENERATED_WEIGHT * to_generate
-        with console.progress(f"{name}: perplexity and serving", total) as update:
+        with console.progress(f"{label}: perplexity and serving", total) as update:
             count = _Counter(update, total)
             if to_measure:
                 count.phase("static scales")
             scales = evaluate.static_scales(weights, config, corpus.train, name, progress=count)
             count.phase("perplexity")
-            scored = evaluate.score(model, name, scales, held_out, place=place, progress=count)
+            options = {"place": place, "progress": count, "k_rotation": k_rotation}
+            scored = evaluate.score(model, name, scales, held_out, **options)
             count.phase("serving", _GENERATED_WEIGHT)
-            served = evaluate.serve(
-                model, name, scales, jobs, sampling, place=place, progress=count
-            )
+            served = evaluate.serve(model, name, scales, jobs, sampling, **options)
         base = base or scored
         results.append(
             TypeResult(
-                cache_quant_type=name,
+                cache_quant_type=label,
                 bytes_per_token=served.bytes_per_token,
                 perplexity=scored.perplexity,
                 perplexity_ratio=scored.perplexity / base.perplexity,

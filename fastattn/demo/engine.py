@@ -173,6 +173,8 @@ class Engine(Server):
         Blocks of 64 tokens in the cache.
     backend_class : type
         One of the classes of :mod:`fastattn.backends`.
+    k_rotation : {"none", "hadamard"}, optional
+        How K is rotated before it is quantised; by default as the type has it.
     **options
         See :class:`Server`.
     """
@@ -187,6 +189,7 @@ class Engine(Server):
         scales: Sequence[LayerScales] | None = None,
         num_blocks: int = 64,
         backend_class: type[FlashAttentionBackend] = FlashAttentionBackend,
+        k_rotation: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, num_blocks=num_blocks, **options)
@@ -198,6 +201,8 @@ class Engine(Server):
             config.head_dim,
         )
         self.layers = self._layers(config, cache_quant_type, scales)
+        for layer in self.layers:
+            layer.cache_k_rotation = k_rotation
         self.caches = self._caches(config, cache_quant_type, num_blocks)
         self._rotary = self._tensor(rotary_table(config))
 

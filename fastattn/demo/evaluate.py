@@ -97,7 +97,7 @@ def static_scales(
     for start in range(0, len(tokens), _CALIBRATION_BATCH):
         batch = tokens[start : start + _CALIBRATION_BATCH]
         seen = [
-            (amax(layer.k, axis=axes).reshape(-1), amax(layer.v, axis=axes).reshape(-1))
+            tuple(amax(x, axis=axes).reshape(-1) for x in (layer.attention.k, layer.attention.v))
             for layer in forward(weights, config, batch).layers
         ]
         pairs = zip(seen, largest or seen)
@@ -132,9 +132,10 @@ def score(
     *,
     place: Any = None,
     progress: Progress | None = None,
+    k_rotation: str | None = None,
 ) -> Score:
     """Perplexity of windows ``[n, T + 1]`` through the paged cache, in chunks of odd lengths."""
-    options = scoring_options(model.config)
+    options = {**scoring_options(model.config), "k_rotation": k_rotation}
     engine = Engine(model, cache_quant_type, scales=scales, place=place, **options)
     return score_with(engine, held_out, progress)[0]
 
@@ -174,12 +175,15 @@ def serve(
     *,
     place: Any = None,
     progress: Progress | None = None,
+    k_rotation: str | None = None,
 ) -> Served:
     """Serve jobs (prompt, new tokens) as one changing batch.
 
     `progress` gets the number of tokens that every step has generated.
     """
-    engine = Engine(model, cache_quant_type, scales=scales, place=place, max_seqs=4)
+    engine = Engine(
+        model, cache_quant_type, scales=scales, place=place, max_seqs=4, k_rotation=k_rotation
+    )
     return serve_with(engine, jobs, sampling, progress)
 
 

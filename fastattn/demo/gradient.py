@@ -10,12 +10,16 @@ Arrays are fp32; N = B * T tokens, G = heads / kv_heads queries a KV head.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastattn.demo.model import NORM_EPS, Config, Sizes, Weights, rotary_angles
 from fastattn.reference.numerics import Array
+
+#: What a score is moved by where a query does not see the key.
+MASKED = np.float32(-1e30)
 
 
 class Norm(NamedTuple):
@@ -35,16 +39,12 @@ class Mlp(NamedTuple):
     up: Array  # [N, mlp]
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """Activations of a layer that the backward pass needs."""
 
     attention_norm: Norm
     attention_in: Array  # [N, hidden]
-    q: Array  # [B, KV, G * T, D], rotated and scaled by 1 / sqrt(D)
-    k: Array  # [B, KV, T, D], rotated
-    v: Array  # [B, KV, T, D]
-    p: Array  # [B, KV, G * T, T]
-    out: Array  # [B, KV, G * T, D]
+    attention: Any  # the kind's own
     flat_out: Array  # [N, H * D]
     mlp: Mlp
 
@@ -52,10 +52,28 @@ class _Layer(NamedTuple):
 class Trace(NamedTuple):
     """A forward pass."""
 
-    layers: list[_Layer]
+    layers: list[Layer]
     final_norm: Norm
     hidden: Array  # [N, hidden]
     logits: Array  # [N, vocabulary]
+
+
+#: Attention of layer i over its input [N, hidden]: what its backward pass needs, and the output
+#: [N, H * D] in front of the last product.
+Attend = Callable[[int, Array], tuple[Any, Array]]
+#: The way back, from the gradient of that output: gradient of the input; those of the weights go
+#: into the last argument.
+AttendBack = Callable[[int, Layer, Array, Weights], Array]
+
+
+class _Heads(NamedTuple):
+    """What the backward pass of an attention needs."""
+
+    q: Array  # [B, KV, G * T, D], rotated and scaled by 1 / sqrt(D)
+    k: Array  # [B, KV, T, D], rotated
+    v: Array  # [B, KV, T, D]
+    p: Array  # [B, KV, G * T, T]
+    out: Array  # [B, KV, G * T, D]
 
 
 def rotation(config: Sizes, length: int) -> Array:
@@ -80,8 +98,31 @@ def rms_norm_backward(dy: Array, weight: Array, saved: Norm) -> tuple[Array, Arr
     return (dn - saved.normed * mean[:, None]) * saved.inverse, dweight
 
 
-def _attention(config: Config, qkv: Array, turn: Array) -> tuple[Array, ...]:
-    """Q, K, V, P and output of causal attention over ``[B, T, H + 2 KV, D]``."""
+def causal_softmax(scores: Array) -> Array:
+    """Probabilities of ``[..., T, T]``, in place."""
+    length = scores.shape[-1]
+    scores += np.triu(np.full((length, length), MASKED, np.float32), 1)
+    return softmax(scores)
+
+
+def softmax(scores: Array) -> Array:
+    """In place, over the last dimension."""
+    scores -= scores.max(-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(-1, keepdims=True)
+    return scores
+
+
+def scores_backward(dout: Array, v: Array, p: Array, out: Array) -> Array:
+    """Gradient of the scores of ``out = softmax(scores) @ v``."""
+    dscores = dout @ v.swapaxes(-1, -2)
+    dscores -= np.einsum("bhmd,bhmd->bhm", dout, out)[..., None]
+    dscores *= p
+    return dscores
+
+
+def _attention(config: Config, qkv: Array, turn: Array) -> _Heads:
+    """Causal attention over ``[B, T, H + 2 KV, D]``."""
     batch, length = qkv.shape[:2]
     heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
     rows = heads // kv_heads * length
@@ -91,12 +132,8 @@ def _attention(config: Config, qkv: Array, turn: Array) -> tuple[Array, ...]:
     k = np.ascontiguousarray(turned[:, :, heads:].transpose(0, 2, 1, 3))
     v = np.ascontiguousarray(qkv[:, :, heads + kv_heads :].transpose(0, 2, 1, 3))
     p = q @ k.swapaxes(-1, -2)
-    scores = p.reshape(batch, heads, length, length)
-    scores += np.triu(np.full((length, length), -1e30, np.float32), 1)
-    scores -= scores.max(-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(-1, keepdims=True)
-    return q, k, v, p, p @ v
+    causal_softmax(p.reshape(batch, heads, length, length))
+    return _Heads(q, k, v, p, p @ v)
 
 
 def heads_last(x: Array, heads: int, length: int) -> Array:
@@ -134,20 +171,16 @@ def mlp_backward(i: int, weights: Weights, saved: Mlp, dx: Array, gradients: Wei
     return dx + din
 
 
-def forward(weights: Weights, config: Config, tokens: Array) -> Trace:
-    """Run the model over int64 tokens ``[B, T]``."""
-    batch, length = tokens.shape
-    turn = rotation(config, length)
+def run(weights: Weights, config: Sizes, tokens: Array, attend: Attend) -> Trace:
+    """Run a model over int64 tokens ``[B, T]``."""
     x = weights["embedding"][tokens.reshape(-1)]
     layers = []
     for i in range(config.layers):
-        attention_in, attention_norm = rms_norm(x, weights[f"{i}.attention_norm"])
-        qkv = (attention_in @ weights[f"{i}.qkv"]).reshape(batch, length, -1, config.head_dim)
-        q, k, v, p, out = _attention(config, qkv, turn)
-        flat_out = heads_last(out, config.heads, length)
+        entry, norm = rms_norm(x, weights[f"{i}.attention_norm"])
+        attention, flat_out = attend(i, entry)
         x = x + flat_out @ weights[f"{i}.attention_out"]
         x, mlp = mlp_forward(i, weights, x)
-        layers.append(_Layer(attention_norm, attention_in, q, k, v, p, out, flat_out, mlp))
+        layers.append(Layer(norm, entry, attention, flat_out, mlp))
     hidden, final_norm = rms_norm(x, weights["norm"])
     return Trace(layers, final_norm, hidden, hidden @ weights["embedding"].T)
 
@@ -165,43 +198,65 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[float, Array]:
     return loss, dlogits
 
 
-def loss_and_gradients(
-    weights: Weights, config: Config, tokens: Array, targets: Array
+def run_back(
+    weights: Weights, trace: Trace, tokens: Array, targets: Array, attend_back: AttendBack
 ) -> tuple[float, Weights]:
-    """Mean cross entropy of predicting `targets` ``[B, T]`` from `tokens` ``[B, T]``."""
-    length = tokens.shape[1]
-    trace = forward(weights, config, tokens)
+    """Mean cross entropy of predicting `targets` ``[B, T]``, and the gradients of all weights.
+
+    The layers of `trace` are used up.
+    """
     loss, dlogits = cross_entropy(trace.logits, targets.reshape(-1))
     gradients: Weights = {"embedding": dlogits.T @ trace.hidden}
     dx, gradients["norm"] = rms_norm_backward(
         dlogits @ weights["embedding"], weights["norm"], trace.final_norm
     )
-    turn_back = rotation(config, length).conj()
-    for i in reversed(range(config.layers)):
+    for i in reversed(range(len(trace.layers))):
         saved = trace.layers.pop()
         dx = mlp_backward(i, weights, saved.mlp, dx, gradients)
-        dx = _attention_backward(i, weights, config, saved, dx, turn_back, gradients)
+        gradients[f"{i}.attention_out"] = saved.flat_out.T @ dx
+        dentry = attend_back(i, saved, dx @ weights[f"{i}.attention_out"].T, gradients)
+        din, gradients[f"{i}.attention_norm"] = rms_norm_backward(
+            dentry, weights[f"{i}.attention_norm"], saved.attention_norm
+        )
+        dx = dx + din
     np.add.at(gradients["embedding"], tokens.reshape(-1), dx)
     return loss, gradients
 
 
-def _attention_backward(
-    i: int,
-    weights: Weights,
-    config: Config,
-    saved: _Layer,
-    dx: Array,
-    turn_back: Array,
-    gradients: Weights,
-) -> Array:
+def forward(weights: Weights, config: Config, tokens: Array) -> Trace:
+    """Run the model over int64 tokens ``[B, T]``."""
+    turn = rotation(config, tokens.shape[1])
+
+    def attend(i: int, entry: Array) -> tuple[_Heads, Array]:
+        qkv = (entry @ weights[f"{i}.qkv"]).reshape(*tokens.shape, -1, config.head_dim)
+        heads = _attention(config, qkv, turn)
+        return heads, heads_last(heads.out, config.heads, tokens.shape[1])
+
+    return run(weights, config, tokens, attend)
+
+
+def loss_and_gradients(
+    weights: Weights, config: Config, tokens: Array, targets: Array
+) -> tuple[float, Weights]:
+    """Mean cross entropy of predicting `targets` ``[B, T]`` from `tokens` ``[B, T]``."""
+    turn_back = rotation(config, tokens.shape[1]).conj()
+
+    def attend_back(i: int, saved: Layer, dout: Array, gradients: Weights) -> Array:
+        flat = _attention_backward(config, saved.attention, dout, turn_back)
+        gradients[f"{i}.qkv"] = saved.attention_in.T @ flat
+        return flat @ weights[f"{i}.qkv"].T
+
+    trace = forward(weights, config, tokens)
+    return run_back(weights, trace, tokens, targets, attend_back)
+
+
+def _attention_backward(config: Config, saved: _Heads, dout: Array, turn_back: Array) -> Array:
+    """Gradient of Q, K and V before their rotation, ``[N, (H + 2 KV) * D]``."""
     batch, kv_heads, length, dim = saved.k.shape
     heads = config.heads
-    gradients[f"{i}.attention_out"] = saved.flat_out.T @ dx
-    dout = (dx @ weights[f"{i}.attention_out"].T).reshape(batch, length, heads, dim)
+    dout = dout.reshape(batch, length, heads, dim)
     dout = np.ascontiguousarray(dout.transpose(0, 2, 1, 3)).reshape(saved.out.shape)
-    dscores = dout @ saved.v.swapaxes(-1, -2)
-    dscores -= np.einsum("bkmd,bkmd->bkm", dout, saved.out)[..., None]
-    dscores *= saved.p
+    dscores = scores_backward(dout, saved.v, saved.p, saved.out)
     dqkv = np.empty((batch, length, heads + 2 * kv_heads, dim), np.float32)
     dq = (dscores @ saved.k).reshape(batch, heads, length, dim)
     dq *= np.float32(1 / math.sqrt(dim))
@@ -212,9 +267,4 @@ def _attention_backward(
     dqkv[:, :, heads + kv_heads :] = dv.transpose(0, 2, 1, 3)
     rotated = dqkv[:, :, : heads + kv_heads].view(np.complex64)
     rotated *= turn_back
-    flat = dqkv.reshape(batch * length, -1)
-    gradients[f"{i}.qkv"] = saved.attention_in.T @ flat
-    din, gradients[f"{i}.attention_norm"] = rms_norm_backward(
-        flat @ weights[f"{i}.qkv"].T, weights[f"{i}.attention_norm"], saved.attention_norm
-    )
-    return dx + din
+    return dqkv.reshape(batch * length, -1)

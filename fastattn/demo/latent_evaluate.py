@@ -46,7 +46,7 @@ def dense_attention(
     attention = []
     for window in held_out:
         layers = latent_gradient.forward(weights, config, window[None, :-1]).layers
-        attention.append([layer.p[0].mean(0) for layer in layers])
+        attention.append([layer.attention.p[0].mean(0) for layer in layers])
         if progress is not None:
             progress(len(window) - 1)
     return np.asarray(attention)

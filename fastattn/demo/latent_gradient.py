@@ -14,28 +14,28 @@ from typing import NamedTuple
 import numpy as np
 
 from fastattn.demo.gradient import (
-    Mlp,
+    MASKED,
+    Layer,
     Norm,
-    cross_entropy,
+    Trace,
+    causal_softmax,
     heads_last,
-    mlp_backward,
-    mlp_forward,
     rms_norm,
     rms_norm_backward,
     rotation,
+    run,
+    run_back,
+    scores_backward,
+    softmax,
 )
 from fastattn.demo.latent_model import INDEX_DIM, LATENT_DIM, ROPE_DIM, LatentConfig
 from fastattn.demo.model import Weights
 from fastattn.reference.numerics import Array
 
-_MASKED = np.float32(-1e30)
 
+class LatentHeads(NamedTuple):
+    """What the backward pass of a layer's attention and its indexer need."""
 
-class LatentLayer(NamedTuple):
-    """Activations of a layer that the backward pass and the indexer need."""
-
-    attention_norm: Norm
-    attention_in: Array  # [N, hidden]
     query_norm: Norm
     query_in: Array  # [N, query_rank], behind its norm
     latent_norm: Norm
@@ -45,17 +45,6 @@ class LatentLayer(NamedTuple):
     v: Array  # [B, H, T, value]
     p: Array  # [B, H, T, T]
     out: Array  # [B, H, T, value]
-    flat_out: Array  # [N, H * value]
-    mlp: Mlp
-
-
-class LatentTrace(NamedTuple):
-    """A forward pass."""
-
-    layers: list[LatentLayer]
-    final_norm: Norm
-    hidden: Array  # [N, hidden]
-    logits: Array  # [N, vocabulary]
 
 
 def turned(x: Array, turn: Array) -> Array:
@@ -68,14 +57,6 @@ def turned(x: Array, turn: Array) -> Array:
 
 def _heads_first(x: Array) -> Array:
     return np.ascontiguousarray(x.transpose(0, 2, 1, 3))
-
-
-def _softmax(scores: Array) -> Array:
-    """In place, over the last dimension."""
-    scores -= scores.max(-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(-1, keepdims=True)
-    return scores
 
 
 def _project(
@@ -98,25 +79,18 @@ def _project(
     return saved, _heads_first(q), _heads_first(k), _heads_first(v)
 
 
-def forward(weights: Weights, config: LatentConfig, tokens: Array) -> LatentTrace:
+def forward(weights: Weights, config: LatentConfig, tokens: Array) -> Trace:
     """Run the model over int64 tokens ``[B, T]``, with dense attention."""
-    length = tokens.shape[1]
+    batch, length = tokens.shape
     turn = rotation(config, length)
-    hidden_keys = np.triu(np.full((length, length), _MASKED, np.float32), 1)
-    x = weights["embedding"][tokens.reshape(-1)]
-    layers = []
-    for i in range(config.layers):
-        entry, attention_norm = rms_norm(x, weights[f"{i}.attention_norm"])
-        saved, q, k, v = _project(i, weights, config, entry, tokens.shape, turn)
-        p = q @ k.swapaxes(-1, -2)
-        p += hidden_keys
-        out = _softmax(p) @ v
-        flat_out = heads_last(out, config.heads, length)
-        x = x + flat_out @ weights[f"{i}.attention_out"]
-        x, mlp = mlp_forward(i, weights, x)
-        layers.append(LatentLayer(attention_norm, entry, *saved, q, k, v, p, out, flat_out, mlp))
-    hidden, final_norm = rms_norm(x, weights["norm"])
-    return LatentTrace(layers, final_norm, hidden, hidden @ weights["embedding"].T)
+
+    def attend(i: int, entry: Array) -> tuple[LatentHeads, Array]:
+        saved, q, k, v = _project(i, weights, config, entry, (batch, length), turn)
+        p = causal_softmax(q @ k.swapaxes(-1, -2))
+        heads = LatentHeads(*saved, q, k, v, p, p @ v)
+        return heads, heads_last(heads.out, config.heads, length)
+
+    return run(weights, config, tokens, attend)
 
 
 def loss_and_gradients(
@@ -126,37 +100,29 @@ def loss_and_gradients(
 
     The indexer has no gradient: the attention is dense.
     """
-    trace = forward(weights, config, tokens)
-    loss, dlogits = cross_entropy(trace.logits, targets.reshape(-1))
-    gradients: Weights = {"embedding": dlogits.T @ trace.hidden}
-    dx, gradients["norm"] = rms_norm_backward(
-        dlogits @ weights["embedding"], weights["norm"], trace.final_norm
-    )
     turn_back = rotation(config, tokens.shape[1]).conj()
-    for i in reversed(range(config.layers)):
-        saved = trace.layers.pop()
-        dx = mlp_backward(i, weights, saved.mlp, dx, gradients)
-        dx = _attention_backward(i, weights, config, saved, dx, turn_back, gradients)
-    np.add.at(gradients["embedding"], tokens.reshape(-1), dx)
-    return loss, gradients
+
+    def attend_back(i: int, saved: Layer, dout: Array, gradients: Weights) -> Array:
+        return _attention_backward(i, weights, config, saved, dout, turn_back, gradients)
+
+    trace = forward(weights, config, tokens)
+    return run_back(weights, trace, tokens, targets, attend_back)
 
 
 def _attention_backward(
     i: int,
     weights: Weights,
     config: LatentConfig,
-    saved: LatentLayer,
-    dx: Array,
+    layer: Layer,
+    dout: Array,
     turn_back: Array,
     gradients: Weights,
 ) -> Array:
+    saved: LatentHeads = layer.attention
     batch, heads, length, _ = saved.q.shape
     tokens, nope = batch * length, config.nope_dim
-    gradients[f"{i}.attention_out"] = saved.flat_out.T @ dx
-    dout = _heads_first((dx @ weights[f"{i}.attention_out"].T).reshape(batch, length, heads, -1))
-    dscores = dout @ saved.v.swapaxes(-1, -2)
-    dscores -= np.einsum("bhmd,bhmd->bhm", dout, saved.out)[..., None]
-    dscores *= saved.p
+    dout = _heads_first(dout.reshape(batch, length, heads, -1))
+    dscores = scores_backward(dout, saved.v, saved.p, saved.out)
     dq = (dscores @ saved.k).transpose(0, 2, 1, 3) * np.float32(config.softmax_scale)
     dk = (dscores.swapaxes(-1, -2) @ saved.q).transpose(0, 2, 1, 3)
     dv = heads_last(saved.p.swapaxes(-1, -2) @ dout, heads, length)
@@ -167,7 +133,7 @@ def _attention_backward(
     dquery, gradients[f"{i}.query_norm"] = rms_norm_backward(
         dq @ weights[f"{i}.query_up"].T, weights[f"{i}.query_norm"], saved.query_norm
     )
-    gradients[f"{i}.query_down"] = saved.attention_in.T @ dquery
+    gradients[f"{i}.query_down"] = layer.attention_in.T @ dquery
     gradients[f"{i}.key_up"] = saved.latent.T @ dk_nope
     gradients[f"{i}.value_up"] = saved.latent.T @ dv
     dlatent, gradients[f"{i}.latent_norm"] = rms_norm_backward(
@@ -176,13 +142,8 @@ def _attention_backward(
         saved.latent_norm,
     )
     ddown = np.concatenate([dlatent, dk_rope], axis=1)
-    gradients[f"{i}.latent_down"] = saved.attention_in.T @ ddown
-    din, gradients[f"{i}.attention_norm"] = rms_norm_backward(
-        dquery @ weights[f"{i}.query_down"].T + ddown @ weights[f"{i}.latent_down"].T,
-        weights[f"{i}.attention_norm"],
-        saved.attention_norm,
-    )
-    return dx + din
+    gradients[f"{i}.latent_down"] = layer.attention_in.T @ ddown
+    return dquery @ weights[f"{i}.query_down"].T + ddown @ weights[f"{i}.latent_down"].T
 
 
 # The indexer
@@ -199,11 +160,10 @@ class _Index(NamedTuple):
     logits: Array  # [B, T, T], without a mask
 
 
-def _index(
-    i: int, weights: Weights, config: LatentConfig, saved: LatentLayer, turn: Array
-) -> _Index:
-    batch, _, length, _ = saved.q.shape
-    q = (saved.query_in @ weights[f"{i}.index_query"]).reshape(batch, length, -1, INDEX_DIM)
+def _index(i: int, weights: Weights, config: LatentConfig, saved: Layer, turn: Array) -> _Index:
+    heads: LatentHeads = saved.attention
+    batch, _, length, _ = heads.q.shape
+    q = (heads.query_in @ weights[f"{i}.index_query"]).reshape(batch, length, -1, INDEX_DIM)
     q = turned(q, turn)
     k, key_norm = rms_norm(
         saved.attention_in @ weights[f"{i}.index_key"], weights[f"{i}.index_key_norm"]
@@ -217,9 +177,9 @@ def _index(
     return _Index(q, key_norm, k, weight, relu, logits)
 
 
-def index_logits(weights: Weights, config: LatentConfig, trace: LatentTrace) -> list[Array]:
+def index_logits(weights: Weights, config: LatentConfig, trace: Trace) -> list[Array]:
     """Logits of each layer's indexer for all pairs of a query and a key, ``[B, T, T]``."""
-    turn = rotation(config, trace.layers[0].q.shape[2])
+    turn = rotation(config, trace.layers[0].attention.q.shape[2])
     return [_index(i, weights, config, saved, turn).logits for i, saved in enumerate(trace.layers)]
 
 
@@ -244,9 +204,9 @@ def distil(weights: Weights, config: LatentConfig, tokens: Array) -> tuple[float
     gradients: Weights = {}
     for i, saved in enumerate(forward(weights, config, tokens).layers):
         index = _index(i, weights, config, saved, turn)
-        target = saved.p.sum(1) * seen
+        target = saved.attention.p.sum(1) * seen
         target /= np.maximum(target.sum(-1, keepdims=True), np.float32(1e-20))
-        p = _softmax(np.where(seen, index.logits, _MASKED))
+        p = softmax(np.where(seen, index.logits, MASKED))
         divergence = target * (np.log(target + np.float32(1e-20)) - np.log(p + np.float32(1e-20)))
         loss += float(divergence[:, rows].sum()) / count
         dlogits = (p - target) * np.float32(1 / count)
@@ -259,7 +219,7 @@ def _index_backward(
     i: int,
     weights: Weights,
     config: LatentConfig,
-    saved: LatentLayer,
+    saved: Layer,
     index: _Index,
     dlogits: Array,
     turn_back: Array,
@@ -273,7 +233,8 @@ def _index_backward(
     dscores = (index.relu > 0) * dlogits[:, None]
     dscores *= index.weight.transpose(0, 2, 1)[..., None]
     dq = (dscores @ index.k[:, None]).transpose(0, 2, 1, 3)
-    gradients[f"{i}.index_query"] = saved.query_in.T @ turned(dq, turn_back).reshape(tokens, -1)
+    dq = turned(dq, turn_back).reshape(tokens, -1)
+    gradients[f"{i}.index_query"] = saved.attention.query_in.T @ dq
     dk = (dscores.swapaxes(-1, -2) @ _heads_first(index.q)).sum(1)
     dk = turned(dk[:, :, None], turn_back).reshape(tokens, -1)
     dkey, gradients[f"{i}.index_key_norm"] = rms_norm_backward(

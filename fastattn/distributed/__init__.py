@@ -7,9 +7,11 @@ from fastattn.distributed.blocks import (
     dcp_stripe_block_tables,
 )
 from fastattn.distributed.latent import mla_attention_dcp, mla_sparse_attention_dcp
+from fastattn.distributed.local_keys import dcp_local_keys
 
 __all__ = [
     "dcp_local_block_tables",
+    "dcp_local_keys",
     "dcp_num_local_blocks",
     "dcp_stripe_block_tables",
     "mla_attention_dcp",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,7 @@ from paddle import Tensor
 
 from fastattn import env
 from fastattn._ops import is_tensor
-from fastattn.functional import merge_attn_states
+from fastattn.functional import merge_many_attn_states
 from fastattn.functional._partial import dtype_name, empty
 
 
@@ -57,6 +56,17 @@ def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[Any]) ->
             raise ValueError(f"{op}: out: shares memory with an input")
 
 
+def store(result: Any, out: Tensor) -> Any:
+    """`result`, of a single rank, in `out`, as a merge of several ranks would leave it there.
+
+    Operators leave what tokens of no sequence have in an `out` of the caller; a merge knows no
+    sequences and makes 0 of it, and so does a new result.
+    """
+    fresh, *lse = result if isinstance(result, (list, tuple)) else (result,)
+    out.copy_(fresh, False)
+    return (out, *lse) if lse else out
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Addresses of a tensor's first byte and behind its last one."""
     reach = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides)]
@@ -65,37 +75,81 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + tensor.element_size() * items
 
 
-def _gather(partial: Tensor, world_size: int, group: Any) -> list[Tensor]:
-    """`partial` of every rank, in the order of the ranks: views of one buffer."""
-    if env.log_level() > 1:
-        from fastattn import _log
-
-        _log.LOGGER.debug("all_gather among %d ranks: %s", world_size, _log.describe(partial))
-    size, *rest = partial.shape
-    buffer = empty([world_size * size, *rest], partial.dtype, partial.place)
-    # On a GPU the collective runs on the stream of the kernels around it, so that the host does not
-    # wait and a CUDA graph can capture it.
-    dist.stream.all_gather(
-        buffer, partial, group=group, sync_op=True, use_calc_stream=partial.place.is_gpu_place()
-    )
-    return [buffer[rank * size : (rank + 1) * size] for rank in range(world_size)]
-
-
 def partial_dtype(exchange_dtype: str, dtype: str) -> str:
     """Type of partial results for one of the whole of type `dtype`."""
     return "float32" if exchange_dtype == "float32" else dtype
 
 
-def gather_states(
-    partial: Tensor, partial_lse: Tensor, world_size: int, group: Any
-) -> list[tuple[Tensor, Tensor]]:
-    """Partial results of every rank with their LSEs, in the order of the ranks."""
-    lses = _gather(partial_lse, world_size, group)
-    return list(zip(_gather(partial, world_size, group), lses))
+def _view(buffer: Tensor, shape: list[int], strides: list[int], first: int = 0) -> Tensor:
+    """Elements of a one-dimensional tensor that has memory of its own, from `first` on.
+
+    Not by slices: Paddle 2.6 may copy those. Paddle counts the offset in bytes.
+    """
+    return paddle.as_strided(buffer, shape, strides, first * buffer.element_size())
 
 
-def merge_all(
-    states: list[tuple[Tensor, Tensor]],
+class Exchange:
+    """One call's exchange of partial results: where a rank puts its own, and those of all ranks.
+
+    Outputs and LSEs in fp32 travel in one buffer, because a collective of a decode step takes its
+    latency, whatever its bytes. 16-bit outputs and their LSEs travel apart.
+
+    Parameters
+    ----------
+    shape : [T, H, D] of a partial output
+    dtype : str
+        Of partial outputs.
+    """
+
+    def __init__(self, shape: list[int], dtype: str, place: Any, ranks: int, group: Any) -> None:
+        tokens, heads, dim = shape
+        self._shape, self._ranks, self._group = shape, ranks, group
+        self._outputs = tokens * heads * dim
+        self._lses = tokens * heads
+        # The next rank's outputs begin at a multiple of 16 bytes.
+        packed = dtype == "float32"
+        self._slot = self._outputs + (-(-self._lses // 4) * 4 if packed else 0)
+        self._own = empty([self._slot], getattr(paddle, dtype), place)
+        #: Where this rank's partial output goes, shape [T, H, D].
+        self.out = _view(self._own, shape, [heads * dim, dim, 1])
+
+    def gather(self, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [N, T, H, D] and LSEs [N, H, T] of all N ranks, in their order.
+
+        `lse` is that of the partial output which :attr:`out` holds.
+        """
+        tokens, heads, dim = self._shape
+        shapes = [self._ranks, tokens, heads, dim], [self._ranks, heads, tokens]
+        strides = [self._slot, heads * dim, dim, 1], [self._slot, tokens, 1]
+        if self._slot == self._outputs:
+            lses = self._all_gather(lse.reshape([self._lses])).reshape(shapes[1])
+            return self._all_gather(self._own).reshape(shapes[0]), lses
+        paddle.assign(lse, output=_view(self._own, shapes[1][1:], strides[1][1:], self._outputs))
+        slots = self._all_gather(self._own)
+        lses = _view(slots, shapes[1], strides[1], self._outputs)
+        return _view(slots, shapes[0], strides[0]), lses
+
+    def _all_gather(self, own: Tensor) -> Tensor:
+        """`own` of every rank, one behind the other."""
+        if env.log_level() > 1:
+            from fastattn import _log
+
+            _log.LOGGER.debug("all_gather among %d ranks: %s", self._ranks, _log.describe(own))
+        buffer = empty([self._ranks * own.shape[0]], own.dtype, own.place)
+        # On a GPU the collective runs on the stream of the kernels around it, so that the host does
+        # not wait and a CUDA graph can capture it.
+        dist.stream.all_gather(
+            buffer,
+            own,
+            group=self._group,
+            sync_op=True,
+            use_calc_stream=own.place.is_gpu_place(),
+        )
+        return buffer
+
+
+def merge_ranks(
+    states: tuple[Tensor, Tensor],
     sinks: Tensor | None,
     dtype: str,
     out: Tensor | None,
@@ -103,58 +157,16 @@ def merge_all(
     *,
     in_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The whole's result and LSE; `in_lse` tells whether the LSE counts sinks."""
-    if sinks is None:
-        return _merge(states, dtype, out, out_scale)
-    return _merge_with_sinks(states, sinks, dtype, out, out_scale, in_lse=in_lse)
+    """The whole's result and LSE; `in_lse` tells whether the LSE counts sinks.
 
-
-def _merge(
-    states: list[tuple[Tensor, Tensor]],
-    dtype: str,
-    out: Tensor | None,
-    out_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Merge all states in order, into the first; the last merge stores the result."""
-    result, lse = states[0]
-    for partial, partial_lse in states[1:-1]:
-        merge_attn_states(result, lse, partial, partial_lse, output=result, output_lse=lse)
-    if out is None and out_scale is None:
-        same = dtype_name(result.dtype) == dtype
-        out = result if same else empty(result.shape, getattr(paddle, dtype), result.place)
-    partial, partial_lse = states[-1]
-    result, _ = merge_attn_states(
-        result, lse, partial, partial_lse, output=out, output_lse=lse, output_scale=out_scale
-    )
-    return result, lse
-
-
-def _merge_with_sinks(
-    states: list[tuple[Tensor, Tensor]],
-    sinks: Tensor,
-    dtype: str,
-    out: Tensor | None,
-    out_scale: Tensor | None,
-    *,
-    in_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`_merge`; the sinks are one more state, with an output of 0.
-
-    No rank can add them to its own partial result: they would be lost where it holds no key.
-    `in_lse` tells whether the returned LSE counts them.
+    No rank can add sinks to its own partial result: they would be lost where it holds no key.
     """
-    result, lse = states[0]
-    tokens, heads, _ = result.shape
-    for partial, partial_lse in states[1:]:
-        merge_attn_states(result, lse, partial, partial_lse, output=result, output_lse=lse)
-    keys_lse = lse.clone()
-    sink_lse = sinks.astype("float32").unsqueeze(1).expand([heads, tokens])
-    states = [(result, lse), (paddle.zeros_like(result), sink_lse)]
-    result, lse = _merge(states, dtype, out, out_scale)
-    if not in_lse:
-        return result, keys_lse
-    # Where a query sees no key, the LSE is -inf in spite of the sinks, as on one rank.
-    return result, paddle.where(keys_lse == -math.inf, keys_lse, lse)
+    outputs, lses = states
+    if out is None and out_scale is None and dtype_name(outputs.dtype) != dtype:
+        out = empty(outputs.shape[1:], getattr(paddle, dtype), outputs.place)
+    return merge_many_attn_states(
+        outputs, lses, sinks=sinks, output_scale=out_scale, output=out, sinks_in_lse=in_lse
+    )
 
 
 def check_call(op: str, exchange_dtype: str) -> None:

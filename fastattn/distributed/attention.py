@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import paddle
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
 from fastattn.distributed._exchange import (
+    Exchange,
     check_call,
     check_place_of_result,
-    gather_states,
-    merge_all,
+    merge_ranks,
     partial_dtype,
     ranks_of,
+    store,
 )
+from fastattn.distributed.local_keys import LocalKeys, local_call
 from fastattn.functional import paged_attention
 from fastattn.functional._partial import check_results, check_tensor, value_dtype
 
@@ -53,6 +56,9 @@ def paged_attention_dcp(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
+    local_keys: LocalKeys | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
 
@@ -73,9 +79,9 @@ def paged_attention_dcp(
     block_tables : Tensor, shape [B, max_blocks], int32
         This rank's table, of the same shape on every rank: entry j of a sequence is the block of
         this rank's cache that holds the sequence's tokens ``64 j`` to ``64 j + 63``, or -1 if
-        another rank holds them. A block of -1 is masked, and only its id is read. Positions are
-        global, so lengths, masks, windows and rotary positions are those of one rank. Every logical
-        block must be on exactly one rank: one that is on two counts twice.
+        another rank holds them. Positions are global, so lengths, masks, windows and rotary
+        positions are those of one rank. Every logical block must be on exactly one rank: one that
+        is on two counts twice.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
         Lengths of the whole sequences, not of this rank's share.
     group : Group of paddle.distributed, optional
@@ -85,8 +91,7 @@ def paged_attention_dcp(
         Dtype in which partial results are exchanged and merged. "float32" gives the result of one
         process within 1e-6 of the largest channel of a token and head: of a 16-bit output fewer
         than 1 in 1000 elements differ, by about one rounding step. "output" halves the bytes of a
-        16-bit output, but rounds to 16 bits on every rank and in every merge: 1 element in 10
-        differs.
+        16-bit output, but rounds to 16 bits on every rank: 1 element in 12 differs.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
         As for :func:`paged_attention`, but finite or -inf: +inf counts as absent here.
     out : Tensor, shape [T, H, D], optional
@@ -95,6 +100,9 @@ def paged_attention_dcp(
         As for :func:`paged_attention`, for the same ranks: which of them hold a sequence's blocks
         must follow from the sequence, as it does with :func:`dcp_local_block_tables`. Partial
         results are merged for each token apart.
+    local_keys : LocalKeys, optional
+        What :func:`dcp_local_keys` found for these arguments: the same for all layers of a step
+        that have the same mask. Found by every call that is not given it, in a kernel more.
 
     Returns
     -------
@@ -106,18 +114,23 @@ def paged_attention_dcp(
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As :func:`paged_attention`; also for a group that this process is not in, and in a static
-        program. Every rank must make the call: if one raises, the others wait in the collective.
+        As :func:`paged_attention`; also for a group that this process is not in, in a static
+        program, and for `local_keys` of other arguments. Every rank must make the call: if one
+        raises, the others wait in the collective.
 
     Notes
     -----
+    A rank attends to a table without the entries of other ranks, so that its work is that of the
+    keys that it has. What each query sees of them is an interval of theirs.
+
     Writes use the same table: ``rope_write_cache_kv`` and ``write_cache_kv`` skip the tokens whose
     block is -1, so every rank gets all new tokens and stores its own.
 
     See Also
     --------
     fastattn.distributed.dcp_local_block_tables : the table of a rank.
-    fastattn.functional.merge_attn_states : the merge.
+    fastattn.distributed.dcp_local_keys : what all layers of a step have in common.
+    fastattn.functional.merge_many_attn_states : the merge.
 
     Examples
     --------
@@ -162,8 +175,11 @@ def paged_attention_dcp(
         "cache_v_zp": cache_v_zp,
         "quantize_q": quantize_q,
         "batch_invariant": batch_invariant,
+        "k_rotation": k_rotation,
+        "k_center": k_center,
     }
-    if world_size == 1 or not is_tensor(q) or 0 in q.shape:
+    alone = world_size == 1 and (out is None or not paddle.in_dynamic_mode())
+    if alone or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
         return paged_attention(
             *arguments,
             **options,
@@ -177,12 +193,25 @@ def paged_attention_dcp(
     check_results(_OP, q, out, out_scale, dtype)
     check_tensor(_OP, "sinks", sinks, list(q.shape[1:2]), ("float32", "bfloat16"))
     check_place_of_result(_OP, out, [*arguments, *options.values(), sinks, out_scale])
-    partial, partial_lse = paged_attention(
-        *arguments,
-        **options,
-        return_softmax_lse=True,
-        out_dtype=partial_dtype(exchange_dtype, dtype),
+    if world_size == 1:
+        results: dict[str, Any] = {"sinks": sinks, "out_scale": out_scale}
+        results["return_softmax_lse"] = return_softmax_lse
+        results["out_dtype"] = out_dtype if out_scale is not None else dtype
+        return store(paged_attention(*arguments, **{**options, **results}), out)
+    partial = partial_dtype(exchange_dtype, dtype)
+    exchange = Exchange(q.shape, partial, q.place, world_size, group)
+    if is_tensor(key_cache) and key_cache.ndim == 4:  # else the operator says what is wrong
+        mask: dict[str, Any] = {
+            "causal": causal,
+            "window_size": window_size,
+            "mask_offsets": mask_offsets,
+        }
+        arguments, masks = local_call(_OP, local_keys, arguments, block_size=64, **mask)
+        if masks is not None:
+            options.update(causal=False, window_size=(-1, -1), mask_offsets=masks)
+    _, partial_lse = paged_attention(
+        *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
     )
-    states = gather_states(partial, partial_lse, world_size, group)
-    result, lse = merge_all(states, sinks, dtype, out, out_scale, in_lse=True)
+    states = exchange.gather(partial_lse)
+    result, lse = merge_ranks(states, sinks, dtype, out, out_scale, in_lse=True)
     return (result, lse) if return_softmax_lse else result

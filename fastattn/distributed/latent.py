@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import paddle
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
 from fastattn.distributed._exchange import (
+    Exchange,
     check_call,
     check_place_of_result,
-    gather_states,
-    merge_all,
+    merge_ranks,
     partial_dtype,
     ranks_of,
+    store,
 )
+from fastattn.distributed.local_keys import LocalKeys, local_call
 from fastattn.functional import mla_attention, mla_sparse_attention
 from fastattn.functional._partial import check_tensor
 
@@ -30,6 +33,7 @@ def _attend(
     results: dict[str, Any],
     group: Any,
     exchange_dtype: str,
+    localized: Callable[[], tuple[Any, ...]] | None = None,
 ) -> Any:
     """Partial results of `attend` on every rank, merged.
 
@@ -38,26 +42,43 @@ def _attend(
     arguments : positional arguments, the queries first
     options : keyword arguments of a partial result
     results : sinks, return_softmax_lse, out and out_dtype, which belong to the whole
+    localized : function, optional
+        Gives positional arguments of the same partial result over the rank's own keys.
     """
     check_call(op, exchange_dtype)
     world_size, q = ranks_of(op, group), arguments[0]
-    if world_size == 1 or not is_tensor(q) or 0 in q.shape:
-        return attend(*arguments, **options, **results)
     sinks, out, dtype = results["sinks"], results["out"], results["out_dtype"]
+    # A choice of keys has no tokens of no sequence: its operator writes all of `out`.
+    writes_all = out is None or attend is mla_sparse_attention or not paddle.in_dynamic_mode()
+    if (world_size == 1 and writes_all) or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
+        return attend(*arguments, **options, **results)
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"{op}: out_dtype: expected bfloat16 or float32, got {dtype!r}")
     check_tensor(op, "out", out, [*q.shape[:2], _VALUE_DIM], (dtype,))
     check_tensor(op, "sinks", sinks, list(q.shape[1:2]), ("float32",))
     check_place_of_result(op, out, [*arguments, *options.values(), sinks])
-    partial, partial_lse = attend(
-        *arguments,
-        **options,
-        return_softmax_lse=True,
-        out_dtype=partial_dtype(exchange_dtype, dtype),
+    if world_size == 1:
+        return store(attend(*arguments, **options, **{**results, "out": None}), out)
+    partial = partial_dtype(exchange_dtype, dtype)
+    exchange = Exchange([*q.shape[:2], _VALUE_DIM], partial, q.place, world_size, group)
+    if localized is not None:
+        arguments = localized()
+    _, partial_lse = attend(
+        *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
     )
-    states = gather_states(partial, partial_lse, world_size, group)
-    result, lse = merge_all(states, sinks, dtype, out, None, in_lse=False)
+    states = exchange.gather(partial_lse)
+    result, lse = merge_ranks(states, sinks, dtype, out, None, in_lse=False)
     return (result, lse) if results["return_softmax_lse"] else result
+
+
+def _page_tokens(cache: Any, page_size: int | None) -> int:
+    """Tokens of a page; 0 where the cache or `page_size` is one that the operator refuses."""
+    if not is_tensor(cache) or not 2 <= cache.ndim <= 4:
+        return 0
+    own: Any = page_size
+    if cache.ndim > 2:
+        own = cache.shape[1 if cache.ndim == 3 or cache.shape[2] == 1 else 2]
+    return own if type(own) is int and own > 0 and page_size in (None, own) else 0
 
 
 def mla_attention_dcp(
@@ -81,6 +102,7 @@ def mla_attention_dcp(
     out: Tensor | None = None,
     page_size: int | None = None,
     out_dtype: str = "bfloat16",
+    local_keys: LocalKeys | None = None,
 ) -> Any:
     """Dense attention over a paged latent cache that is spread over the ranks of a group.
 
@@ -104,11 +126,15 @@ def mla_attention_dcp(
         ``paddle.distributed.init_parallel_env()``, just call :func:`mla_attention`.
     exchange_dtype : {"float32", "output"}
         Dtype in which partial results travel and are merged. "output" halves the bytes of a
-        bfloat16 output, but rounds on every rank and in every merge.
+        bfloat16 output, but rounds on every rank.
     sinks : Tensor, shape [H], float32, optional
         As for :func:`mla_attention`, but finite or -inf: +inf counts as absent here.
     out : Tensor, shape [T, H, 512], optional
         Written in place and returned. Tokens of no sequence become 0.
+    local_keys : LocalKeys, optional
+        What :func:`dcp_local_keys` found for these arguments, with the tokens of a page as
+        `block_size`; used where ``max_seqlen_q`` is 1. Found by every such call that is not given
+        it.
 
     Returns
     -------
@@ -125,6 +151,7 @@ def mla_attention_dcp(
     See Also
     --------
     fastattn.distributed.dcp_local_block_tables : the table of a rank.
+    fastattn.distributed.dcp_local_keys : what all layers of a step have in common.
     mla_sparse_attention_dcp : over chosen tokens.
 
     Examples
@@ -141,13 +168,20 @@ def mla_attention_dcp(
     >>> list(out.shape), float(out[0, 0, 0])
     ([1, 16, 512], 1.0)
     """
+    op = "mla_attention_dcp"
+    arguments = (
+        *(q, cache, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time),
+        *(max_seqlen_q, max_seqlen_k),
+    )
+    tokens = _page_tokens(cache, page_size)
+
+    def localized() -> tuple[Any, ...]:
+        return local_call(op, local_keys, arguments, block_size=tokens, causal=causal)[0]
+
     return _attend(
-        "mla_attention_dcp",
+        op,
         mla_attention,
-        (
-            *(q, cache, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time),
-            *(max_seqlen_q, max_seqlen_k),
-        ),
+        arguments,
         {
             "cache_format": cache_format,
             "scale": scale,
@@ -163,6 +197,8 @@ def mla_attention_dcp(
         },
         group,
         exchange_dtype,
+        # Of several new tokens each sees other keys, and the operator has no masks for that.
+        localized if max_seqlen_q == 1 and tokens > 0 else None,
     )
 
 

@@ -8,6 +8,7 @@ from fastattn.functional.cache import (
     write_cache_kv,
 )
 from fastattn.functional.cascade import cascade_attention, plan_cascade
+from fastattn.functional.compact_tables import compact_block_tables
 from fastattn.functional.index_maps import (
     combine_topk_window,
     short_context_indices,
@@ -16,12 +17,14 @@ from fastattn.functional.index_maps import (
 )
 from fastattn.functional.indexer import (
     indexer_kv_compress_insert,
+    indexer_q_quant,
     indexer_q_rope_quant,
     save_partial_states,
 )
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.functional.merge import merge_attn_states
+from fastattn.functional.merge_many import merge_many_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
 from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
@@ -30,22 +33,26 @@ from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
+from fastattn.functional.step_maps import query_rows, token_maps
 from fastattn.functional.topk import topk_indices
 
 __all__ = [
     "append_cache_kv_c8",
     "cascade_attention",
     "combine_topk_window",
+    "compact_block_tables",
     "convert_cache_blocks",
     "convert_cache_layout",
     "flash_attention",
     "indexer_k_gather",
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
+    "indexer_q_quant",
     "indexer_q_rope_quant",
     "indexer_topk",
     "inverse_rope_quantize_fp8",
     "merge_attn_states",
+    "merge_many_attn_states",
     "mla_attention",
     "mla_gather_cache",
     "mla_qkv_norm_rope_write",
@@ -59,9 +66,11 @@ __all__ = [
     "paged_mqa_logits",
     "plan_cascade",
     "quantize_fp8",
+    "query_rows",
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
+    "token_maps",
     "topk_indices",
     "topk_to_slots",
     "window_indices",

@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 #: Types with per-token scales (one for each token and KV head), computed while writing.
-DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8")
+DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", "block_wise_int4")
 
 #: Types with scales that the layer holds.
 STATIC_TYPES = ("cache_int8", "cache_fp8")
 
+#: Head dimensions of a cache.
+HEAD_DIMS = (64, 96, 128, 256)
+
 CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
+
+
+def codes_per_byte(cache_quant_type: str) -> int:
+    """Codes in a byte of a quantised cache: 2 where they have 4 bits."""
+    return 2 if cache_quant_type == "block_wise_int4" else 1
 
 
 #: FastDeploy's ``kv_cache_quant_type`` strings, and the type that each is.

@@ -19,7 +19,8 @@ def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
     return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
-def _window(op: str, window_size: tuple[int, int]) -> tuple[int, int]:
+def as_window(op: str, window_size: tuple[int, int]) -> tuple[int, int]:
+    """The two sides of a window; raises TypeError for what is no pair of ints."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"{op}: window_size: expected (left, right), got {window_size!r}")
     left, right = window_size
@@ -68,11 +69,12 @@ def flash_attention(
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64 or 128. The last dimension must be contiguous, as those of `k` and `v`; the others
-        may have any strides.
+        D is 64, 96, 128, 256, or 192 with values of 128 channels. The last dimension must be
+        contiguous, as those of `k` and `v`; the others may have any strides.
     k, v : Tensor, shape [sum k, KV, D]
-        The dtype of `q`, or 8-bit codes: uint8 (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8.
-        KV divides H; query head h reads KV head ``h // (H / KV)``.
+        Where D is 192, `v` has the shape [sum k, KV, 128]. The dtype of `q`, or 8-bit codes: uint8
+        (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8. KV divides H; query head h reads KV
+        head ``h // (H / KV)``.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
         First query and first key token of each sequence, and the end of the last sequence.
     max_seqlen_q, max_seqlen_k : int
@@ -99,7 +101,7 @@ def flash_attention(
         Return the output as e4m3 codes of ``out * (1 / out_scale)``.
     return_softmax_lse : bool
         Also return the LSE, the logarithm of the softmax's denominator.
-    out : Tensor, shape [T, H, D], optional
+    out : Tensor, shape [T, H, D] ([T, H, 128] where D is 192), optional
         Written in place and returned. Tokens that belong to no sequence (padding) keep their
         contents; in a new output they are 0.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
@@ -170,7 +172,7 @@ def flash_attention(
         max_seqlen_k,
         _softmax_scale("flash_attention", q, softmax_scale),
         causal,
-        *_window("flash_attention", window_size),
+        *as_window("flash_attention", window_size),
         as_float("flash_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
@@ -192,12 +194,13 @@ def paged_attention_attrs(
     out_dtype: str = "auto",
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
 ) -> tuple[Any, ...]:
     """Attributes of the operator ``paged_attention`` behind the two lengths, in its order."""
     return (
         softmax_scale,
         causal,
-        *_window("paged_attention", window_size),
+        *as_window("paged_attention", window_size),
         as_float("paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
@@ -205,6 +208,7 @@ def paged_attention_attrs(
         fp8_format,
         quantize_q,
         batch_invariant,
+        k_rotation,
     )
 
 
@@ -239,6 +243,8 @@ def paged_attention(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
@@ -254,8 +260,8 @@ def paged_attention(
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64 or 128. For type ``"none"`` the dtype must be that of the caches. The last dimension
-        must be contiguous, the others may have any strides.
+        D is 64, 96, 128 or 256. For type ``"none"`` the dtype must be that of the caches. The last
+        dimension must be contiguous, the others may have any strides.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16. KV
         divides H. The last dimension must be contiguous. The others, also those of `value_cache`
@@ -263,7 +269,8 @@ def paged_attention(
         ``[num_blocks, 64, KV, D]`` or half of a pool that holds K and V. No cache is ever copied.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
-        For ``"none"`` [num_blocks, KV, 64, D].
+        For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
+        ``block_wise_int4``: a byte has two channels.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -278,7 +285,7 @@ def paged_attention(
         Dynamic types: [num_blocks, KV, 64].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional
@@ -318,6 +325,15 @@ def paged_attention(
         any order, with any `max_seqlen_q` and `max_seqlen_k` that are not too small, in any slots
         and blocks, eager and in a CUDA graph. See docs/numerics.md for what else they depend on,
         and what it costs. On the CPU that is so in any case.
+    k_rotation : {"none", "hadamard"}
+        How K was rotated when it was written: `q` is rotated alike, in fp32, and rounded to its
+        dtype again. ``"none"`` for queries that the writer has rotated (`q_rotation` of
+        :func:`rope_write_cache_kv`), which saves a kernel. Not with e4m3 queries.
+    k_center : Tensor, shape [KV, D], float32, optional
+        What K was written without; rotated, if `q` comes rotated. The output needs no correction,
+        since all scores of a query lack the same number, but the LSE and sinks do: they are those
+        of K itself. Then not with e4m3 queries. Never with `softcap`, nor with `sinks` and `out`
+        together.
 
     Returns
     -------
@@ -335,7 +351,8 @@ def paged_attention(
         or an option is out of range; also if `quantize_q` comes with queries that do not have 16
         bits, with `q_descale`, or with a cache that is not e4m3.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported, or what
+        `k_rotation` or `k_center` comes with.
 
     Notes
     -----
@@ -379,6 +396,7 @@ def paged_attention(
         mask_offsets,
         out_scale,
         out,
+        k_center,
     )
     attrs = paged_attention_attrs(
         _softmax_scale("paged_attention", q, softmax_scale),
@@ -391,6 +409,7 @@ def paged_attention(
         out_dtype,
         quantize_q,
         batch_invariant,
+        k_rotation,
     )
     result, lse, *_ = _ops.call("paged_attention", inputs, (max_seqlen_q, max_seqlen_k, *attrs))
     return (result, lse) if return_softmax_lse else result

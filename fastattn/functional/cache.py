@@ -30,6 +30,8 @@ def write_cache_kv(
     batch_id_per_token: Tensor | None = None,
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Quantise the new tokens of a step and write them into a layer's paged cache, in place.
 
@@ -39,6 +41,10 @@ def write_cache_kv(
     with :math:`Q_{max}` 448 for e4m3, 57344 for e5m2 and 127 for int8. Dynamic types have one
     :math:`s` for each token and KV head (per-token scales), static types take the given :math:`s`.
     A dynamic scale that is stored as bfloat16 is rounded before the token is quantised with it.
+
+    With `k_center` or `k_rotation` the x of K is :math:`H (k - m)`, in fp32: less a constant, then
+    multiplied by the normalised Hadamard matrix H. Both spread or remove outliers of K's channels,
+    so that the codes of the others keep more bits. The attention has to be told of both.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
     tokens. Its i-th is token ``cu_seqlens_q[b] + i`` of `key` and goes to position ``p =
@@ -57,7 +63,8 @@ def write_cache_kv(
         place.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
-        For ``"none"`` [num_blocks, KV, 64, D].
+        For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
+        ``block_wise_int4``: a byte has two channels.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -70,13 +77,18 @@ def write_cache_kv(
         ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
         Sequence of each token. A token with another id (-1 for CUDA-graph padding) is skipped.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
+    k_rotation : {"none", "hadamard"}
+        Rotate K before it is quantised; not for ``"none"``, nor for e5m2. Where D is no power of
+        two, H has a block for each ``D & -D`` channels.
+    k_center : Tensor, shape [KV, D], float32, optional
+        What is subtracted from K before the rotation; for the same types.
 
     Returns
     -------
@@ -92,8 +104,9 @@ def write_cache_kv(
         If shapes or places do not match, scales are missing or superfluous, a zero point
         is given, or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported, or `fp8_format` is
-        not e4m3 for ``block_wise_fp8``.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported,
+        `fp8_format` is not e4m3 for ``block_wise_fp8``, or a type takes no `k_rotation` or
+        `k_center`.
 
     See Also
     --------
@@ -131,8 +144,9 @@ def write_cache_kv(
             cache_k_scales,
             cache_v_scales,
             batch_id_per_token,
+            k_center,
         ),
-        (cache_type_name(cache_quant_type), fp8_format),
+        (cache_type_name(cache_quant_type), fp8_format, k_rotation),
     )
     return outputs[0], outputs[1]
 
@@ -155,6 +169,8 @@ def append_cache_kv_c8(
     fp8_format: str = "e4m3",
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Dequantise the cached tokens of each sequence into contiguous `key` and `value`, in place.
 
@@ -173,7 +189,8 @@ def append_cache_kv_c8(
         ``write_cache_kv``; in layout ``"fastdeploy"`` the 64 * D codes of a block and head must be
         contiguous.
     value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
-        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D].
+        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D]; ``block_wise_int4``, which has no
+        such layout, has half of D in both caches.
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
         Written in place.
     block_tables : Tensor, shape [B, max_blocks], int32
@@ -188,14 +205,18 @@ def append_cache_kv_c8(
     dynamic_quant : bool
         Whether the cache has per-token scales. Must agree with `cache_quant_type`.
     cache_quant_type : str
-        ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8`` or
-        ``block_wise_fp8``.
+        ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8``,
+        ``block_wise_fp8`` or ``block_wise_int4``.
     cache_layout : {"fastattn", "fastdeploy"}
         Byte layout of the caches; FastDeploy stores int8 codes with 128 added.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
+    k_rotation : {"none", "hadamard"}
+    k_center : Tensor, shape [KV, D], float32, optional
+        What K was written with (:func:`write_cache_kv`): it is rotated back and gets its centre,
+        both in fp32 ahead of the rounding. In layout ``"fastattn"`` only.
 
     Returns
     -------
@@ -210,8 +231,9 @@ def append_cache_kv_c8(
         If shapes or places do not match, `dynamic_quant` does not agree with
         `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 128) is not
-        supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``.
+        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 256)
+        is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``, or what `k_rotation`
+        or `k_center` comes with.
 
     See Also
     --------
@@ -248,8 +270,9 @@ def append_cache_kv_c8(
             cu_seqlens_k,
             cache_k_scales,
             cache_v_scales,
+            k_center,
         ),
-        (dynamic_quant, cache_type_name(cache_quant_type), cache_layout, fp8_format),
+        (dynamic_quant, cache_type_name(cache_quant_type), cache_layout, fp8_format, k_rotation),
     )
     return outputs[0], outputs[1]
 
@@ -270,7 +293,8 @@ def convert_cache_layout(
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``. For ``"none"`` all layouts are the same.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``, whose D is half of the head
+        dimension and which has no layout ``"fastdeploy"``. For ``"none"`` all layouts are the same.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes with
         128 added. ``fastattn.reference.layout`` has the formulas.
@@ -287,7 +311,7 @@ def convert_cache_layout(
     ValueError
         If `kind`, `src` or `dst` is unknown or the shape does not match them.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
 
     See Also
     --------
@@ -336,7 +360,7 @@ def convert_cache_blocks(
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         As for :func:`convert_cache_layout`.
     begin, end : int
@@ -355,7 +379,7 @@ def convert_cache_blocks(
         If `kind`, `src` or `dst` is unknown, the shape does not match them, or ``0 <= begin <= end
         <= num_blocks`` does not hold.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 128) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
 
     See Also
     --------

@@ -233,6 +233,8 @@ def cascade_attention(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step whose sequences share their first cache blocks.
 
@@ -263,7 +265,7 @@ def cascade_attention(
         As for :func:`paged_attention`.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1] or [T, H], float32 or bfloat16, optional
@@ -294,6 +296,9 @@ def cascade_attention(
         As for :func:`paged_attention`.
     batch_invariant : bool
         Only False is supported: all sequences attend to the prefix together.
+    k_rotation : {"none", "hadamard"}
+    k_center : Tensor, shape [KV, D], float32, optional
+        As for :func:`paged_attention`.
 
     Returns
     -------
@@ -357,6 +362,8 @@ def cascade_attention(
         "softcap": softcap,
         "return_softmax_lse": True,
         "quantize_q": quantize_q,
+        "k_rotation": k_rotation,
+        "k_center": k_center,
     }
     suffix = (
         plan.suffix_block_tables,

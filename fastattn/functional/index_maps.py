@@ -12,7 +12,7 @@ from fastattn.functional._marker import unified
 _MOST = 2**31 - 1
 
 
-def _check_int(op: str, name: str, value: Any, least: int) -> int:
+def check_int(op: str, name: str, value: Any, least: int) -> int:
     """An integer that sizes of results, or arithmetic on the device, rely on."""
     if type(value) is not int:
         raise TypeError(f"{op}: {name}: expected int, got {type(value).__name__}")
@@ -22,7 +22,7 @@ def _check_int(op: str, name: str, value: Any, least: int) -> int:
 
 
 def _blocks(op: str, num_blocks: int | None) -> int:
-    return -1 if num_blocks is None else _check_int(op, "num_blocks", num_blocks, 0)
+    return -1 if num_blocks is None else check_int(op, "num_blocks", num_blocks, 0)
 
 
 @unified
@@ -31,6 +31,7 @@ def topk_to_slots(
     block_tables: Tensor,
     batch_ids: Tensor | None = None,
     *,
+    row_ids: Tensor | None = None,
     block_size: int = 64,
     block_stride: int | None = None,
     num_blocks: int | None = None,
@@ -52,6 +53,9 @@ def topk_to_slots(
     batch_ids : Tensor, shape [rows], int32 or int64, optional
         Sequence of each row; outside [0, B) = padding, a row without slots. Default: row i is of
         sequence i.
+    row_ids : Tensor, shape [T], int32 or int64, optional
+        Results have T rows, of which row i is made of row ``row_ids[i]`` of `indices`; outside
+        [0, rows) = padding. `batch_ids` are then those of the results. Default: all rows in order.
     block_size : int
         Tokens of a block; for a cache of compressed tokens its entries.
     block_stride : int, optional
@@ -94,19 +98,19 @@ def topk_to_slots(
     ([[449, 511, 128, -1, -1]], [3])
     """
     op = "topk_to_slots"
-    size = _check_int(op, "block_size", block_size, 1)
-    stride = size if block_stride is None else _check_int(op, "block_stride", block_stride, size)
+    size = check_int(op, "block_size", block_size, 1)
+    stride = size if block_stride is None else check_int(op, "block_stride", block_stride, size)
     slots, lengths = _ops.call(
         op,
-        (indices, block_tables, batch_ids),
+        (indices, block_tables, batch_ids, row_ids),
         (
             size,
             stride,
             _blocks(op, num_blocks),
             compact,
-            _check_int(op, "rank", rank, 0),
-            _check_int(op, "world_size", world_size, 1),
-            _check_int(op, "interleave", interleave, 1),
+            check_int(op, "rank", rank, 0),
+            check_int(op, "world_size", world_size, 1),
+            check_int(op, "interleave", interleave, 1),
         ),
     )
     return slots, lengths
@@ -179,8 +183,8 @@ def window_indices(
         op,
         (positions, batch_ids, block_tables, starts),
         (
-            _check_int(op, "window", window, 1),
-            _check_int(op, "block_size", block_size, 1),
+            check_int(op, "window", window, 1),
+            check_int(op, "block_size", block_size, 1),
             _blocks(op, num_blocks),
         ),
     )
@@ -238,8 +242,8 @@ def short_context_indices(
         op,
         (positions, batch_ids),
         (
-            _check_int(op, "k", k, 1),
-            _check_int(op, "compress_ratio", compress_ratio, 1),
+            check_int(op, "k", k, 1),
+            check_int(op, "compress_ratio", compress_ratio, 1),
         ),
     )
     return indices, lengths
@@ -314,9 +318,9 @@ def combine_topk_window(
         op,
         (topk, window, topk_lengths, window_lengths, batch_ids),
         (
-            _check_int(op, "seq_stride", seq_stride, 0),
-            _check_int(op, "window_offset", window_offset, 0),
-            _check_int(op, "multiple", multiple, 1),
+            check_int(op, "seq_stride", seq_stride, 0),
+            check_int(op, "window_offset", window_offset, 0),
+            check_int(op, "multiple", multiple, 1),
         ),
     )
     return indices, lengths

@@ -106,6 +106,75 @@ def indexer_q_rope_quant(
 
 
 @unified
+def indexer_q_quant(
+    q: Tensor,
+    weights: Tensor,
+    factor: float = 1.0,
+    *,
+    token_of_query: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Quantise rotated queries of an indexer and fold their scales into the weights.
+
+    Of each token and head
+
+    .. math::
+        s = \max(\mathrm{amax}, 10^{-10}) / 448,\quad
+        \mathrm{codes} = \mathrm{e4m3}(q \cdot (1 / s)),\quad
+        w' = w \cdot (s \cdot \mathrm{factor})
+
+    in fp32, each operation rounded. With `token_of_query` results are in the order of the rows of
+    a paged top-k, which several queries of a sequence share.
+
+    Parameters
+    ----------
+    q : Tensor, shape [T, H, 128], bfloat16
+        Rotated. The last dimension must be contiguous.
+    weights : Tensor, shape [T, H], float32 or bfloat16
+        Weight w of each head in the indexer's score.
+    factor : float
+        Of all weights: the softmax scale, and what else a model has.
+    token_of_query : Tensor, shape [N], int32, optional
+        Which token each result is of; outside [0, T): none, codes and weights are 0. Default: all
+        tokens in order.
+
+    Returns
+    -------
+    codes : Tensor, shape [N, H, 128], uint8
+        e4m3.
+    weights_out : Tensor, shape [N, H], float32
+        The weights w' above.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor or has another dtype.
+    ValueError
+        If a shape is wrong.
+
+    See Also
+    --------
+    fastattn.reference.indexer_q_quant : the same in NumPy, bit by bit.
+    indexer_q_rope_quant : rotates as well, with scales that are powers of two.
+    query_rows : makes `token_of_query`.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import indexer_q_quant
+    >>> q, weights = paddle.ones([1, 2, 128], "bfloat16"), paddle.full([1, 2], 448.0)
+    >>> codes, folded = indexer_q_quant(q, weights, 0.5)
+    >>> int(codes[0, 0, 0]), folded.tolist()  # 0x7E is 448
+    (126, [[0.5, 0.5]])
+    """
+    codes, weights_out = _ops.call(
+        "indexer_q_quant",
+        (q, weights, token_of_query),
+        (as_float("indexer_q_quant", "factor", factor),),
+    )
+    return codes, weights_out
+
+
+@unified
 def indexer_kv_compress_insert(
     state_cache: Tensor,
     block_tables: Tensor,

@@ -18,11 +18,13 @@ def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
     return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
-def _names_nothing(q: Any, indices: Any) -> bool:
-    """Whether a second cache's indices are [T, 0], which Paddle would hand over as absent ones."""
-    if not (_ops.is_tensor(q) and _ops.is_tensor(indices)):
-        return False
-    return list(indices.shape) == [*q.shape[:1], 0]
+def _indices_of_extra(op: str, q: Any, cache: Any, indices: Any) -> Any:
+    """Indices of a second cache; [T, 0] is None for the operator, which takes no empty tensor."""
+    if cache is not None and indices is None:
+        raise TypeError(f"{op}: extra_indices: expected a tensor with extra_cache, got None")
+    if _ops.is_tensor(q) and _ops.is_tensor(indices) and list(indices.shape) == [*q.shape[:1], 0]:
+        return None
+    return indices
 
 
 def call(
@@ -53,8 +55,9 @@ def call(
     """
     op = "mla_sparse_attention"
     cache_format, extra_format = formats
-    if _names_nothing(keys[0], extra[1]):
-        extra = (None,) * 4
+    indices = _indices_of_extra(op, keys[0], *extra[:2])
+    if extra[0] is not None:
+        extra = (extra[0], indices, *extra[2:])
     attrs = (
         cache_format,
         cache_format if extra_format is None else extra_format,
@@ -155,8 +158,8 @@ def mla_sparse_attention(
         Natural logarithm of the denominator without the sink, as :func:`merge_attn_states` takes
         it. Only with `return_softmax_lse`.
     max_logits : Tensor, shape [H, T], float32
-        Largest :math:`s_{thj}` of each query head, -inf without a key. Only with
-        `return_max_logits`.
+        Largest :math:`s_{thj}` of each query head, -inf without a key; NaN where the LSE is, since
+        a score is NaN or +inf. Only with `return_max_logits`.
 
     Raises
     ------

@@ -22,6 +22,8 @@ def rope_write_attrs(
     q_quant: str = "none",
     cache_quant_type: str = "none",
     fp8_format: str = "e4m3",
+    k_rotation: str = "none",
+    q_rotation: str = "none",
 ) -> tuple[Any, ...]:
     """Attributes of the operator ``rope_write_cache_kv``, in its order."""
     return (
@@ -34,6 +36,8 @@ def rope_write_attrs(
         q_quant,
         cache_type_name(cache_quant_type),
         fp8_format,
+        k_rotation,
+        q_rotation,
     )
 
 
@@ -66,6 +70,9 @@ def rope_write_cache_kv(
     batch_id_per_token: Tensor | None = None,
     cache_k_zp: Tensor | None = None,
     cache_v_zp: Tensor | None = None,
+    k_rotation: str = "none",
+    k_center: Tensor | None = None,
+    q_rotation: str = "none",
 ) -> tuple[Tensor, Tensor | None]:
     r"""Split a fused projection, rotate Q and K, and write K and V into the paged cache.
 
@@ -124,13 +131,21 @@ def rope_write_cache_kv(
         As for ``write_cache_kv``; dynamic types write them.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
         Sequence of each token. A token with another id (-1 for CUDA-graph padding) is skipped.
     cache_k_zp, cache_v_zp : None
         Zero points; every supported type is symmetric and takes none.
+    k_rotation : {"none", "hadamard"}
+    k_center : Tensor, shape [KV, D], float32, optional
+        As for ``write_cache_kv``. K is rounded to the dtype of `qkv` before.
+    q_rotation : {"none", "hadamard"}
+        ``"hadamard"``, with that `k_rotation` only: return Q rotated as K is, and rounded again
+        (quantised, if it is, after that). The attention then is called without `k_rotation`, and
+        with a `k_center`, if there is one, that is rotated (:func:`fastattn.reference.hadamard`).
+        That costs nothing here; an attention that rotates Q launches a kernel for it.
 
     Returns
     -------
@@ -146,7 +161,8 @@ def rope_write_cache_kv(
     ValueError
         If shapes, places or options do not match, or a zero point is given.
     NotImplementedError
-        If `cache_quant_type` or the head dimension is not supported.
+        If `cache_quant_type` or the head dimension is not supported, or a type takes no
+        `k_rotation` or `k_center`.
 
     See Also
     --------
@@ -190,6 +206,7 @@ def rope_write_cache_kv(
             k_norm_weight,
             qkv_bias,
             q_scale,
+            k_center,
             cache_k_scales,
             cache_v_scales,
             batch_id_per_token,
@@ -204,6 +221,8 @@ def rope_write_cache_kv(
             q_quant,
             cache_quant_type,
             fp8_format,
+            k_rotation,
+            q_rotation,
         ),
     )
     if q_quant == "none":

@@ -2,6 +2,8 @@
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
+from fastattn.reference.compact_tables import compact_block_tables
+from fastattn.reference.hadamard import hadamard, restore_key, transform_key
 from fastattn.reference.index_maps import (
     combine_topk_window,
     short_context_indices,
@@ -10,12 +12,14 @@ from fastattn.reference.index_maps import (
 )
 from fastattn.reference.indexer import (
     indexer_kv_compress_insert,
+    indexer_q_quant,
     indexer_q_rope_quant,
     save_partial_states,
 )
 from fastattn.reference.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.reference.indexer_topk import indexer_topk, paged_indexer_topk
 from fastattn.reference.merge import merge_attn_states
+from fastattn.reference.merge_many import merge_many_attn_states
 from fastattn.reference.mla import mla_gather_cache, mla_write_cache
 from fastattn.reference.mla_dense import mla_attention
 from fastattn.reference.mla_layer import inverse_rope_quantize_fp8, mla_qkv_norm_rope_write
@@ -24,22 +28,27 @@ from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
+from fastattn.reference.step_maps import query_rows, token_maps
 from fastattn.reference.topk import topk_indices
 
 __all__ = [
     "append_cache_kv_c8",
     "attention_mask",
     "combine_topk_window",
+    "compact_block_tables",
     "convert_cache_layout",
     "flash_attention",
+    "hadamard",
     "indexer_k_gather",
     "indexer_k_write_cache",
     "indexer_kv_compress_insert",
+    "indexer_q_quant",
     "indexer_q_rope_quant",
     "indexer_topk",
     "inverse_rope_quantize_fp8",
     "make_rotary_embs",
     "merge_attn_states",
+    "merge_many_attn_states",
     "mla_attention",
     "mla_gather_cache",
     "mla_qkv_norm_rope_write",
@@ -53,11 +62,15 @@ __all__ = [
     "paged_mqa_logits",
     "quantize_fp8",
     "quantize_query",
+    "query_rows",
+    "restore_key",
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
+    "token_maps",
     "topk_indices",
     "topk_to_slots",
+    "transform_key",
     "window_indices",
     "write_cache_kv",
 ]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from fastattn.reference.cache import code_of
+from fastattn.reference.hadamard import rotate_keys
 from fastattn.reference.layout import BLOCK_SIZE, unpack
 from fastattn.reference.numerics import Array, from_codes, quantize, round_to
 from fastattn.reference.quantize import quantize_query
@@ -85,6 +87,7 @@ def dense_attention(
     softmax_scale: float,
     softcap: float = 0.0,
     sinks: Array | None = None,
+    shifts: Array | None = None,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
     r"""Attention of one sequence.
@@ -96,13 +99,16 @@ def dense_attention(
     ----------
     q : array, shape [n, H, D]
     k, v : array, shape [m, KV, D]
-        Query head h reads KV head ``h // (H / KV)``.
+        Query head h reads KV head ``h // (H / KV)``. V, and so the output, may have channels of
+        another number.
     visible : array of bool, shape [n, m]
     softmax_scale : float
     softcap : float
         0 for none.
     sinks : array, shape [H], optional
         A logit for each head that joins the denominator, but has no value.
+    shifts : array, shape [n, H], optional
+        What all scores of a query lack: sinks and LSE count as if they did not.
     precision : str
         One of :data:`PRECISIONS`.
 
@@ -122,10 +128,10 @@ def dense_attention(
         operands = [round_to(x, rounded) for x in operands]
     q, k, v = operands
 
-    tokens, heads, head_dim = q.shape
+    tokens, heads, _ = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    out = np.zeros((tokens, heads, head_dim), work)
+    out = np.zeros((tokens, heads, v.shape[2]), work)
     lse = np.full((heads, tokens), -np.inf, work)
     seeing = np.asarray(visible.any(axis=1))
     for kv_head in range(kv_heads if seeing.any() else 0):
@@ -138,6 +144,8 @@ def dense_attention(
             largest = s.max(axis=-1)
             if sinks is not None:
                 sink = np.asarray(sinks, work)[of_group, None]
+                if shifts is not None:
+                    sink = sink - np.asarray(shifts.T, work)[of_group]
                 largest = np.maximum(largest, sink)
             largest = np.where(np.isneginf(largest), work(0), largest)
             p = np.exp(s - largest[..., None])
@@ -151,6 +159,8 @@ def dense_attention(
             logs = np.log(np.where(denominator == 0, work(1), denominator)) + largest
         values = np.where(seeing[:, None], values, 0)
         out[:, of_group] = np.swapaxes(values, 0, 1)
+        if shifts is not None:
+            logs = logs + np.asarray(shifts.T, work)[of_group]
         lse[of_group] = np.where(seeing & (denominator != 0), logs, -np.inf)
     return out, lse
 
@@ -229,7 +239,7 @@ def flash_attention(
     if quantize_q:
         q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, k.shape[1])
-    out = np.zeros((tokens, heads, head_dim))
+    out = np.zeros((tokens, heads, v.shape[2]))
     lse = np.full((heads, tokens), -np.inf)
     for b in range(len(cu_seqlens_q) - 1):
         at = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
@@ -260,8 +270,8 @@ def _dequantize_blocks(
     """Values (fp64) [len(blocks), KV, 64, D] of some physical blocks of a K or V cache."""
     if quant_type == "none":
         return cache[blocks].astype(np.float64)
-    code = "int8" if quant_type.endswith("int8") else fp8_format
-    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8")
+    code = code_of(quant_type, fp8_format)
+    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8", nibbles=code == "int4")
     values = from_codes(logical, code).astype(np.float64)
     assert scales is not None, "a quantised cache has scales"
     multiplier = scales.astype(np.float64)
@@ -293,7 +303,8 @@ def gather_seq(
     assigned : array of bool, shape [num_keys]
         Whether the key's block is assigned, with an id in ``[0, num_blocks)``.
     """
-    num_blocks, kv_heads, _, head_dim = key_cache.shape
+    num_blocks, kv_heads, _, row = key_cache.shape
+    head_dim = 2 * row if cache_quant_type == "block_wise_int4" else row
     needed = -(-num_keys // BLOCK_SIZE)
     ids = np.full(needed, -1)
     ids[: len(block_table)] = np.asarray(block_table)[:needed]
@@ -335,6 +346,8 @@ def paged_attention(
     mask_offsets: Array | None = None,
     out_scale: Array | None = None,
     quantize_q: bool = False,
+    k_rotation: str = "none",
+    k_center: Array | None = None,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
     """Attention of new tokens over a paged cache; see :func:`fastattn.functional.paged_attention`.
@@ -349,6 +362,14 @@ def paged_attention(
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    shifts = np.zeros((tokens, heads))
+    if k_center is not None:
+        given = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
+        centers = np.repeat(np.asarray(k_center, np.float64), heads // len(k_center), axis=0)
+        shifts = (given * centers).sum(-1) * scale
+    if k_rotation != "none":
+        q = round_to(rotate_keys(q, k_rotation), q.dtype).astype(q.dtype)
     if quantize_q:
         q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
@@ -384,9 +405,10 @@ def paged_attention(
             k,
             v,
             visible & assigned,
-            softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+            softmax_scale=scale,
             softcap=softcap,
             sinks=sinks,
+            shifts=None if k_center is None else shifts[at],
             precision=precision,
         )
     return _store(out, out_scale), lse

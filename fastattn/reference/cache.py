@@ -11,27 +11,31 @@ from typing import Any
 
 import numpy as np
 
+from fastattn.reference.hadamard import restore_key, transform_key
 from fastattn.reference.layout import (
     BLOCK_SIZE,
     key_offsets,
     pack,
+    pack_nibbles,
     unpack,
     value_offsets,
 )
-from fastattn.reference.numerics import Array, amax, dynamic_scale, from_codes, quantize
+from fastattn.reference.numerics import Array, from_codes, group_scale, quantize
 
-DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8")
+DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", "block_wise_int4")
 
 
 def code_of(cache_quant_type: str, fp8_format: str = "e4m3") -> str:
-    """Format of the codes of a quantised cache: ``"int8"``, ``"e4m3"`` or ``"e5m2"``."""
+    """Format of a quantised cache's codes: ``"int8"``, ``"e4m3"``, ``"e5m2"`` or ``"int4"``."""
     if cache_quant_type in ("cache_int8", "block_wise_int8"):
         return "int8"
     if cache_quant_type == "block_wise_fp8":
         return "e4m3"
+    if cache_quant_type == "block_wise_int4":
+        return "int4"
     if cache_quant_type == "cache_fp8":
         return fp8_format
-    raise NotImplementedError(f"cache_quant_type {cache_quant_type!r} stores no 8-bit codes")
+    raise NotImplementedError(f"cache_quant_type {cache_quant_type!r} stores no codes")
 
 
 def static_scales(scales: Array, kv_heads: int, head_dim: int) -> Array:
@@ -85,17 +89,18 @@ def quantize_token(
 
     Returns
     -------
-    codes : array of uint8, shape [KV, D]
+    codes : array of uint8, shape [KV, D], or [KV, D / 2] where two share a byte
     token_scales : array, shape [KV], or None
-        For dynamic types, ``max(amax, 1e-6) / QMAX`` of each head, rounded to the dtype of `scales`
-        before the token is quantised.
+        For dynamic types, ``max(amax, 1e-6) / QMAX`` of each head (of int4 with a sign), rounded to
+        the dtype of `scales` before the token is quantised.
     """
     code = code_of(cache_quant_type, fp8_format)
     x = np.asarray(x).astype(np.float32)
     if cache_quant_type not in DYNAMIC_TYPES:
         return quantize(x, static_scales(scales, *x.shape), code), None
-    stored: Array = dynamic_scale(amax(x, axis=-1), code).astype(scales.dtype)
-    return quantize(x, stored.astype(np.float32)[:, None], code), stored
+    stored: Array = group_scale(x, code).astype(scales.dtype)
+    codes = quantize(x, stored.astype(np.float32)[:, None], code)
+    return pack_nibbles(codes) if code == "int4" else codes, stored
 
 
 def write_cache_kv(
@@ -113,18 +118,22 @@ def write_cache_kv(
     cache_quant_type: str = "none",
     fp8_format: str = "e4m3",
     batch_id_per_token: Array | None = None,
+    k_rotation: str = "none",
+    k_center: Array | None = None,
 ) -> None:
     """Write new tokens into a paged cache; see :func:`fastattn.functional.write_cache_kv`.
 
     The caches and dynamic scales, C-contiguous arrays, change in place.
     """
     num_blocks, kv_heads = key_cache.shape[:2]
-    head_dim = key_cache.shape[3]
+    row = key_cache.shape[3]  # D, or D / 2 bytes of two codes
     quantised = cache_quant_type != "none"
     value_layout = "fastattn" if quantised else "logical"
+    if k_rotation != "none" or k_center is not None:
+        key = transform_key(key, k_rotation, k_center)
     sides = (
-        (key, key_cache, cache_k_scales, key_offsets("fastattn", head_dim)),
-        (value, value_cache, cache_v_scales, value_offsets(value_layout, head_dim)),
+        (key, key_cache, cache_k_scales, key_offsets("fastattn", row)),
+        (value, value_cache, cache_v_scales, value_offsets(value_layout, row)),
     )
     for token, b, position in new_tokens(
         len(key), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
@@ -134,7 +143,7 @@ def write_cache_kv(
             continue
         slot = position % BLOCK_SIZE
         for x, cache, scales, offsets in sides:
-            flat = cache.reshape(num_blocks, kv_heads, BLOCK_SIZE * head_dim)
+            flat = cache.reshape(num_blocks, kv_heads, BLOCK_SIZE * row)
             if not quantised:
                 with np.errstate(over="ignore", invalid="ignore"):
                     flat[block][:, offsets[slot]] = x[token].astype(cache.dtype)
@@ -160,18 +169,20 @@ def append_cache_kv_c8(
     cache_quant_type: str,
     cache_layout: str = "fastattn",
     fp8_format: str = "e4m3",
+    k_rotation: str = "none",
+    k_center: Array | None = None,
 ) -> None:
     """Dequantise cached tokens; see :func:`fastattn.functional.append_cache_kv_c8`.
 
     `key` and `value` [sum k, KV, D] change in place: an element is ``code * scale``, one fp32
-    product rounded to their type.
+    product rounded to their type. K that was transformed is restored ahead of the rounding.
     """
     code = code_of(cache_quant_type, fp8_format)
     for kind, cache, scales, out in (
         ("k", key_cache, cache_k_scales, key),
         ("v", value_cache, cache_v_scales, value),
     ):
-        codes = unpack(cache, kind, cache_layout, int8=code == "int8")
+        codes = unpack(cache, kind, cache_layout, int8=code == "int8", nibbles=code == "int4")
         values = from_codes(codes, code)
         num_blocks, kv_heads, _, head_dim = values.shape
         with np.errstate(over="ignore", invalid="ignore"):
@@ -179,6 +190,9 @@ def append_cache_kv_c8(
                 values = values * scales.astype(np.float32)[..., None]
             else:
                 values = values * static_scales(scales, kv_heads, head_dim)[None, :, None]
+            if kind == "k" and (k_rotation != "none" or k_center is not None):
+                by_token = values.transpose(0, 2, 1, 3)
+                values = restore_key(by_token, k_rotation, k_center).transpose(0, 2, 1, 3)
             rounded = values.astype(out.dtype)
         for b in range(len(seq_lens_decoder)):
             first = int(cu_seqlens_k[b])

@@ -44,6 +44,7 @@ def topk_to_slots(
     block_tables: Array,
     batch_ids: Array | None = None,
     *,
+    row_ids: Array | None = None,
     block_size: int = 64,
     block_stride: int | None = None,
     num_blocks: int | None = None,
@@ -54,6 +55,12 @@ def topk_to_slots(
 ) -> tuple[Array, Array]:
     """See :func:`fastattn.functional.topk_to_slots`."""
     indices = np.asarray(indices)
+    if row_ids is not None:
+        ids = np.asarray(row_ids).astype(np.int64)
+        known = (ids >= 0) & (ids < len(indices))
+        chosen = np.full((len(ids), indices.shape[1]), -1, np.int32)
+        chosen[known] = indices[ids[known]]
+        indices = chosen
     tables = np.asarray(block_tables).tolist()
     stride = block_size if block_stride is None else block_stride
     rows = []

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastattn.reference.mxfp4 import mxfp4_quantize
 from fastattn.reference.numerics import Array, amax, bfloat16, round_to, to_codes
+from fastattn.reference.quantize import quantize_fp8
 
 ROPE_DIM = 64
 #: Smallest amax of an FP8 block.
@@ -97,6 +98,31 @@ def fp8_block(x: Array, floor: float = FP8_AMAX_FLOOR) -> tuple[Array, Array]:
     scale = power_of_two_scale(amax(x, axis=-1), floor)
     with np.errstate(all="ignore"):
         return to_codes(x / scale[..., None], "e4m3"), scale
+
+
+def indexer_q_quant(
+    q: Array, weights: Array, factor: float = 1.0, *, token_of_query: Array | None = None
+) -> tuple[Array, Array]:
+    """See :func:`fastattn.functional.indexer_q_quant`.
+
+    Returns
+    -------
+    codes : array of uint8, shape [N, H, 128]
+    weights : array of float32, shape [N, H]
+    """
+    codes, scales = quantize_fp8(q, granularity="token")
+    with np.errstate(all="ignore"):
+        factors = scales[..., 0] * np.float32(factor)
+        folded = np.asarray(weights, np.float32) * factors
+    if token_of_query is None:
+        return codes, folded
+    tokens = np.asarray(token_of_query)
+    known = (tokens >= 0) & (tokens < len(codes))
+    rows = np.zeros((len(tokens), *codes.shape[1:]), np.uint8)
+    rows[known] = codes[tokens[known]]
+    row_weights = np.zeros((len(tokens), *folded.shape[1:]), np.float32)
+    row_weights[known] = folded[tokens[known]]
+    return rows, row_weights
 
 
 def indexer_q_rope_quant(

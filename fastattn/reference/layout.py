@@ -67,13 +67,23 @@ def offsets(kind: str, layout: str, head_dim: int) -> Array:
 def cache_shape(
     kind: str, layout: str, num_blocks: int, kv_heads: int, head_dim: int
 ) -> tuple[int, ...]:
-    """Shape of an 8-bit cache tensor."""
+    """Shape of an 8-bit cache tensor; of a 4-bit one with half of the head dimension."""
     if kind == "v" and layout == "fastattn":
         return (num_blocks, kv_heads, head_dim, BLOCK_SIZE)
     return (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
 
 
-def pack(logical: Array, kind: str, layout: str, *, int8: bool) -> Array:
+def pack_nibbles(codes: Array) -> Array:
+    """4-bit codes [..., D], one in a byte, as [..., D / 2]: the even channel in the low nibble."""
+    return np.asarray(codes[..., 0::2] | codes[..., 1::2] << 4, np.uint8)
+
+
+def unpack_nibbles(codes: Array) -> Array:
+    """4-bit codes [..., D] of bytes [..., D / 2]; the inverse of :func:`pack_nibbles`."""
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+
+
+def pack(logical: Array, kind: str, layout: str, *, int8: bool, nibbles: bool = False) -> Array:
     """Bytes of a cache tensor from its logical codes.
 
     Parameters
@@ -83,7 +93,11 @@ def pack(logical: Array, kind: str, layout: str, *, int8: bool) -> Array:
     layout : {"fastattn", "fastdeploy", "logical"}
     int8 : bool
         The codes are int8; FastDeploy stores those with 128 added.
+    nibbles : bool
+        The codes are of 4 bits: bytes of two channels take the place of codes.
     """
+    if nibbles:
+        logical = pack_nibbles(logical)
     num_blocks, kv_heads, _, head_dim = logical.shape
     flat = np.empty((num_blocks, kv_heads, BLOCK_SIZE * head_dim), np.uint8)
     codes = logical.view(np.uint8)
@@ -93,7 +107,7 @@ def pack(logical: Array, kind: str, layout: str, *, int8: bool) -> Array:
     return flat.reshape(cache_shape(kind, layout, num_blocks, kv_heads, head_dim))
 
 
-def unpack(cache: Array, kind: str, layout: str, *, int8: bool) -> Array:
+def unpack(cache: Array, kind: str, layout: str, *, int8: bool, nibbles: bool = False) -> Array:
     """Logical codes [num_blocks, KV, 64, D] of a cache tensor; the inverse of :func:`pack`."""
     num_blocks, kv_heads = cache.shape[:2]
     size = cache.shape[2] * cache.shape[3]
@@ -102,4 +116,4 @@ def unpack(cache: Array, kind: str, layout: str, *, int8: bool) -> Array:
     codes = flat[:, :, offsets(kind, layout, head_dim)]
     if layout == "fastdeploy" and int8:
         codes = codes ^ np.uint8(0x80)
-    return codes
+    return unpack_nibbles(codes) if nibbles else codes

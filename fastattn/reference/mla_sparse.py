@@ -120,8 +120,8 @@ def mla_sparse_attention(
             top = np.max(scores, axis=1, keepdims=True)
             weights = np.exp(scores - np.where(np.isneginf(top), 0, top))
             total = weights.sum(axis=1)
-            max_logits[:, t] = top[:, 0]
             lse[:, t] = top[:, 0] + np.log(total)
+            max_logits[:, t] = np.where(np.isnan(total), np.nan, top[:, 0])
             # Scores of -inf are no keys: their weights add up to 0, sinks or none.
             none = total == 0
             out[t] = weights @ keys[:, :VALUE_DIM] / np.where(none, 1, total)[:, None]

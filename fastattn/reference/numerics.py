@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-#: Largest finite value of each 8-bit format: the ``QMAX`` of a scale.
-QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
+#: Largest finite value of each format, of int4 the lowest code's: the ``QMAX`` of a scale.
+QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 8.0}
 
 #: Smallest amax of a cache token; keeps the scale of an all-zero token away from 0.
 CACHE_AMAX_FLOOR = 1e-6
@@ -26,20 +26,23 @@ bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def to_codes(x: Array, code: str) -> Array:
-    """Round fp32 values to 8-bit codes.
+    """Round fp32 values to codes, one in a byte.
 
     Parameters
     ----------
     x : array of float32
-    code : {"e4m3", "e5m2", "int8"}
+    code : {"e4m3", "e5m2", "int8", "int4"}
 
     Returns
     -------
     array of uint8
         The codes' bits. int8 codes lie in [-127, 127] and NaN becomes 0; FP8 saturates and NaN
-        becomes 0x7F.
+        becomes 0x7F. int4 codes lie in [-8, 7] and have 8 added; NaN becomes 8.
     """
     x = np.asarray(x, np.float32)
+    if code == "int4":
+        rounded = np.rint(np.where(np.isnan(x), np.float32(0), np.clip(x, -8, 7)))
+        return (rounded + 8).astype(np.uint8)
     limit = np.float32(QMAX[code])
     clipped = np.clip(x, -limit, limit)
     if code == "int8":
@@ -55,6 +58,8 @@ def from_codes(codes: Array, code: str) -> Array:
     if codes.dtype.itemsize != 1:
         raise TypeError(f"expected 8-bit codes, got {codes.dtype}")
     bits = np.ascontiguousarray(codes).view(np.uint8)
+    if code == "int4":
+        return bits.astype(np.float32) - np.float32(8)
     return bits.view(np.int8 if code == "int8" else _FP8[code]).astype(np.float32)
 
 
@@ -73,6 +78,21 @@ def dynamic_scale(group_amax: Array, code: str, floor: float = CACHE_AMAX_FLOOR)
     finite = np.where(np.isinf(group_amax), np.finfo(np.float32).max, group_amax)
     floored = np.maximum(finite, np.float32(floor))  # np.maximum propagates NaN
     return (floored / np.float32(QMAX[code])).astype(np.float32)
+
+
+def group_scale(x: Array, code: str) -> Array:
+    """Dynamic scales (fp32) of the groups along the last axis of `x`.
+
+    Those of int4 have a sign: the value of the largest magnitude, the negative one if there are
+    both, gets code -8, which has no opposite.
+    """
+    x = np.asarray(x, np.float32)
+    largest = amax(x, axis=-1)
+    scale = dynamic_scale(largest, code)
+    if code != "int4":
+        return scale
+    reached = np.any(x == -largest[..., None], axis=-1)
+    return np.where(reached | np.isnan(largest), scale, -scale)
 
 
 def quantize(x: Array, scale: Array, code: str) -> Array:

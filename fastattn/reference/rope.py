@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastattn.reference.cache import new_tokens, write_cache_kv
+from fastattn.reference.hadamard import rotate_keys
 from fastattn.reference.numerics import Array, amax, dynamic_scale, quantize, round_to
 
 
@@ -55,17 +56,22 @@ def rotate(x: Array, cos: Array, sin: Array, *, neox: bool) -> Array:
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm over the last dimension in fp32: ``(x * (1 / sqrt(mean(x^2) + eps))) * weight``.
 
-    The squares are summed as a balanced binary tree of neighbours: (0 + 1) + (2 + 3) + ...
+    The squares of each half are summed as a balanced binary tree of neighbours, (0 + 1) + (2 + 3) +
+    ..., filled up with zeros to a power of two, and then both sums.
 
     Raises
     ------
     ValueError
-        If the last dimension is no power of two, for which the tree is not defined.
+        If the last dimension is odd, for which the halves are not defined.
     """
     x = np.asarray(x, np.float32)
-    if x.shape[-1] & (x.shape[-1] - 1):
-        raise ValueError(f"x: expected a power of two of channels, got {x.shape[-1]}")
-    total = x * x
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even number of channels, got {x.shape[-1]}")
+    half = x.shape[-1] // 2
+    leaves = 1 << (half - 1).bit_length() if half else 0
+    total = np.zeros((*x.shape[:-1], 2, leaves), np.float32)
+    total[..., :half] = (x * x).reshape(*x.shape[:-1], 2, half)
+    total = total.reshape(*x.shape[:-1], 2 * leaves)
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]
     mean = total / np.float32(x.shape[-1])
@@ -197,6 +203,9 @@ def rope_write_cache_kv(
     cache_quant_type: str = "none",
     fp8_format: str = "e4m3",
     batch_id_per_token: Array | None = None,
+    k_rotation: str = "none",
+    k_center: Array | None = None,
+    q_rotation: str = "none",
 ) -> tuple[Array, Array | None]:
     """Rotate, normalise and write; see :func:`fastattn.functional.rope_write_cache_kv`.
 
@@ -244,5 +253,9 @@ def rope_write_cache_kv(
         cache_quant_type=cache_quant_type,
         fp8_format=fp8_format,
         batch_id_per_token=batch_id_per_token,
+        k_rotation=k_rotation,
+        k_center=k_center,
     )
+    if q_rotation != "none":
+        q = round_to(rotate_keys(q, q_rotation), qkv.dtype).astype(qkv.dtype)
     return quantize_q(q, q_quant, q_scale)

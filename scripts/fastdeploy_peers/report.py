@@ -85,6 +85,26 @@ def write_section(
     path.write_text(json.dumps(merged, indent=1) + "\n")
 
 
+def replaced(theirs: Mapping[str, Any], rows: Iterable[Row]) -> Row:
+    """A report with these rows in place of those of the same section, peer and shape.
+
+    Parameters
+    ----------
+    theirs : mapping
+        A report; may be empty. Its other fields, and its other rows, are kept.
+    rows : iterable of dict
+        What was timed now: section, peer, a shape's fields, and `us`.
+    """
+    new = [dict(row) for row in rows]
+    shapes = [{name: value for name, value in row.items() if name != "us"} for row in new]
+    kept = [
+        row
+        for row in theirs.get("rows", [])
+        if not any(all(row.get(name) == x for name, x in shape.items()) for shape in shapes)
+    ]
+    return {**theirs, "rows": [*kept, *new]}
+
+
 def compact(rows: Iterable[Row], library: str) -> list[str]:
     """Lines of a narrow table of a library's rows: all steps and peers of a model and type."""
     cells: dict[tuple[str, str], dict[str, list[str]]] = {}

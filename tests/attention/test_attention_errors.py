@@ -97,19 +97,19 @@ CASES = {
     ),
     "head_dim": (
         flash,
-        {name: zeros(n, 4, 96, dtype="bfloat16") for name, n in (("q", 5), ("k", 72), ("v", 72))},
+        {name: zeros(n, 4, 80, dtype="bfloat16") for name, n in (("q", 5), ("k", 72), ("v", 72))},
         NotImplementedError,
-        "flash_attention: q: head_dim 96 is not supported; supported: 64, 128",
+        "flash_attention: q: head_dim 80 is not supported; supported: 64, 96, 128, 192, 256",
     ),
     "paged_head_dim": (
         paged,
         {
-            "q": zeros(5, 4, 96, dtype="bfloat16"),
-            "key_cache": zeros(7, 2, 64, 96, dtype="bfloat16"),
-            "value_cache": zeros(7, 2, 64, 96, dtype="bfloat16"),
+            "q": zeros(5, 4, 80, dtype="bfloat16"),
+            "key_cache": zeros(7, 2, 64, 80, dtype="bfloat16"),
+            "value_cache": zeros(7, 2, 64, 80, dtype="bfloat16"),
         },
         NotImplementedError,
-        "head_dim 96 is not supported; supported: 64, 128",
+        "head_dim 80 is not supported; supported: 64, 96, 128, 256",
     ),
     # Keys and values
     "k_other": (flash, {"k": zeros(72, 2, 64)}, TypeError, "flash_attention: [kv]: expected dtype"),

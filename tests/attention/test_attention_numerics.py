@@ -11,6 +11,7 @@ import fastattn.functional as F
 from tests.support import bounds
 from tests.support.attention import (
     BLOCK_WISE_FP8,
+    BLOCK_WISE_INT4,
     BLOCK_WISE_INT8,
     CACHE_KINDS,
     FEW_KINDS,
@@ -30,8 +31,8 @@ def set_value(problem, value):
     if stored.scales is None:
         stored.elements[:] = value
         return
-    code = {"int8": 100, "e4m3": 0x70, "e5m2": 0x54}[stored.kind.code]  # 100, 128, 64
-    size = {"int8": 100.0, "e4m3": 128.0, "e5m2": 64.0}[stored.kind.code]
+    code = {"int8": 100, "e4m3": 0x70, "e5m2": 0x54, "int4": 15}[stored.kind.code]
+    size = {"int8": 100.0, "e4m3": 128.0, "e5m2": 64.0, "int4": 7.0}[stored.kind.code]
     stored.elements[:] = code
     stored.scales[:] = np.float32(value / size)
 
@@ -83,9 +84,10 @@ def write_exactly(stored, block, x):
     if stored.scales is None:
         stored.elements[block] = x
         return
-    stored.elements[block] = np.where(x == 1, 64 if stored.kind.code == "int8" else 0x68, 0)  # 64.0
+    one, zero, size = {"int8": (64, 0, 64), "int4": (12, 8, 4)}.get(stored.kind.code, (0x68, 0, 64))
+    stored.elements[block] = np.where(x == 1, one, zero)
     if stored.kind.dynamic:
-        stored.scales[block] = 1 / 64
+        stored.scales[block] = 1 / size
     else:
         stored.scales[:] = 1 / 64
 
@@ -99,12 +101,13 @@ def test_one_large_key_anywhere_in_a_long_seq(place, kind, late):
     problem = paged_problem([(1397, 3)], kind=kind, heads=(2, 1))
     block, r = problem.slot(0, late)
     towards = problem.q[2, 0].astype(np.float32) >= 0  # the query that sees all of them
-    plus, minus = {"int8": (100, 0x9C), "e4m3": (0x76, 0xF6)}[kind.code]
+    plus, minus = {"int8": (100, 0x9C), "e4m3": (0x76, 0xF6), "int4": (15, 1)}[kind.code]
     if problem.k.scales is None:
         plus, minus = 4, -4
     problem.k.elements[block, :, r] = np.where(towards, plus, minus)
     if kind.dynamic:
-        problem.k.scales[block, :, r] *= 3
+        scales = np.abs(problem.k.scales[block, :, r].astype(np.float32))  # of int4 with a sign
+        problem.k.scales[block, :, r] = 3 * scales
     _, lse = problem.check(place)
     assert lse[0, 2] > 15
 
@@ -240,17 +243,18 @@ def test_query_scales_count(place, q_type):
     np.testing.assert_array_equal((after != before).any(axis=-1), changed)
 
 
-@pytest.mark.parametrize("kind", [BLOCK_WISE_FP8, BLOCK_WISE_INT8], ids=str)
+@pytest.mark.parametrize("kind", [BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4], ids=str)
 def test_all_zero_tokens(place, kind):
     problem = paged_problem([(70, 3)], kind=kind)
+    zero = 8 if kind.code == "int4" else 0
     for stored in (problem.k, problem.v):
         block, r = problem.slot(0, 5)
-        stored.elements[block, :, r] = 0
+        stored.elements[block, :, r] = zero
         stored.scales[block, :, r] = np.float32(1e-6) / np.float32(448)
     out, lse = problem.check(place)
     assert np.isfinite(out.astype(np.float32)).all()
-    problem.k.elements[:] = 0
-    problem.v.elements[:] = 0
+    problem.k.elements[:] = zero
+    problem.v.elements[:] = zero
     out, lse = problem.check(place)
     assert not out.any()
     np.testing.assert_allclose(lse[0], np.log([71, 72, 73]), atol=1e-5)

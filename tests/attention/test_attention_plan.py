@@ -101,7 +101,7 @@ def _launches_of(launches, tokens, group):
 
 
 @pytest.mark.parametrize("heads, kv_heads", GROUPS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_every_seq_belongs_to_one_launch(heads, kv_heads, head_dim):
     """Sequences longer than the host was told, too."""
     lengths = [*range(1, 300), 1000, 4096, 10**6]
@@ -172,7 +172,7 @@ def test_large_calls_fill_the_gpu_once():
     assert launch["grid"] == 2 * SMS
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_workspace_holds_two_partial_results_of_every_cta(head_dim):
     (launch,) = plan(16, 1, 8192, head_dim=head_dim)
     assert launch["workspace"] >= launch["grid"] * 2 * launch["columns"] * (head_dim + 2)
@@ -369,8 +369,37 @@ def test_one_long_sequence_with_scales_of_tokens_is_read_by_all(max_k, clusters)
     assert launch["cluster_kv_tiles"] == ANY and not launch["joins"]
 
 
+@pytest.mark.parametrize(
+    "head_dim, q, k, cache_type, kernel",
+    [
+        (96, BF16, BF16, "none", "mma_sm80"),
+        (96, E4M3, E4M3, "cache_fp8", "mma_sm80"),
+        (192, BF16, BF16, "ragged", "wgmma_fp16"),
+        (192, FP16, FP16, "ragged", "wgmma_fp16"),
+        (192, E4M3, E4M3, "ragged", "wgmma_fp8"),
+        (192, E4M3, E5M2, "ragged", "wgmma_fp8"),
+        (192, BF16, E4M3, "ragged", "mma_sm80"),
+        (256, BF16, BF16, "none", "wgmma_fp16"),
+        (256, FP16, FP16, "ragged", "wgmma_fp16"),
+        (256, BF16, E4M3, "cache_fp8", "mma_sm80"),
+        (256, BF16, "int8", "block_wise_int8", "mma_sm80"),
+        (256, E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
+        (256, E4M3, E5M2, "ragged", "wgmma_fp8"),
+    ],
+)
+def test_kernel_of_long_sequences_of_other_head_dims(head_dim, q, k, cache_type, kernel):
+    found, workspace, launches = decide(q, k, cache_type, head_dim=head_dim)
+    assert found == kernel
+    splits = sum(launch["workspace"] for launch in launches)
+    transposed = cache_type == "ragged" and kernel == "wgmma_fp8"
+    blocks = 2 * 8192 // 64 + 2 if transposed else 0
+    value_dim = 128 if head_dim == 192 else head_dim
+    assert workspace == splits + blocks * 8 * value_dim * 64 // 4
+    assert decide(q, k, cache_type, head_dim=head_dim, major=8)[0] == "mma_sm80"
+
+
 def test_head_dims_without_a_kernel_are_left_to_the_checks():
-    assert decide(E4M3, E4M3, "cache_fp8", head_dim=96)[0] == "mma_sm80"
+    assert decide(E4M3, E4M3, "cache_fp8", head_dim=80)[0] == "mma_sm80"
 
 
 def test_unknown_types_are_refused():

@@ -31,6 +31,7 @@ KINDS = [
     (BLOCK_WISE_FP8, "bfloat16"),
     (BLOCK_WISE_FP8, "e4m3:tensor"),
     (CacheKind("block_wise_int8"), "bfloat16"),
+    (CacheKind("block_wise_int4"), "bfloat16"),
     (CacheKind("cache_int8", "channel"), "bfloat16"),
 ]
 #: (cached, new) tokens: decoding, speculative and long sequences, on both sides of every limit
@@ -145,7 +146,7 @@ def run(positional, keywords):
 # --- the same bits in every batch ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_mixed_steps(place, kind, q_type, dim):
     """Prefill, speculation and decode in one step, and in steps of their own."""
@@ -290,7 +291,7 @@ def test_a_graph_gives_the_bits_of_eager_calls(kind):
 # --- right, too ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_error(place, kind, q_type, dim):
     problem = paged_problem(SEQS, kind=kind, q_type=q_type, dim=dim, seed=1, padding=5)

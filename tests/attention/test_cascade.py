@@ -333,6 +333,7 @@ CACHES = [
     ("cache_fp8", "e5m2"),
     ("block_wise_int8", "e4m3"),
     ("block_wise_fp8", "e4m3"),
+    ("block_wise_int4", "e4m3"),
 ]
 
 

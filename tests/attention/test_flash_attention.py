@@ -32,7 +32,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
 def test_ragged_seqs(place, types, dim, causal):
     flash_problem(RAGGED, q_type=types[0], kv_type=types[1], dim=dim, causal=causal).check(place)

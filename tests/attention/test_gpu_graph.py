@@ -45,7 +45,7 @@ class Inputs:
         }
 
 
-def _write(t: dict) -> None:
+def _write(t: dict, **options) -> paddle.Tensor:
     q, _ = F.rope_write_cache_kv(
         t["qkv"],
         t["key"],
@@ -60,6 +60,7 @@ def _write(t: dict) -> None:
         cache_k_scales=t["k_scales"],
         cache_v_scales=t["v_scales"],
         cache_quant_type="block_wise_fp8",
+        **options,
     )
     return q
 
@@ -162,6 +163,37 @@ def test_attention_follows_lengths_that_change_between_replays(quantize_q):
         graph.replay()
         fresh = tensors(inputs)
         want, want_lse = _attend(_write(fresh), fresh, quantize_q=quantize_q)
+        assert np.isfinite(to_numpy(lse)).all()
+        assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
+        assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")
+    del out, lse
+    graph.reset()
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_transformed_keys(sinks):
+    """Queries that are rotated ahead of the attention, LSE and sinks that are put right behind."""
+    center = np.random.default_rng(1).normal(size=(KV, DIM)).astype(np.float32)
+    keys = {"k_rotation": "hadamard", "k_center": to_paddle(center, "gpu")}
+    options = dict(keys)
+    if sinks:
+        options["sinks"] = to_paddle(np.array([1.0, 0.0, -2.0, 3.0], np.float32), "gpu")
+
+    def tensors(inputs: Inputs) -> dict:
+        arrays = {name: x for name, x in inputs.arrays().items() if name != "out"}
+        return {name: to_paddle(array, "gpu") for name, array in arrays.items()}
+
+    held = tensors(Inputs(0))
+    _attend(_write(held, **keys), held, **options)
+    with capture() as graph:
+        out, lse = _attend(_write(held, **keys), held, **options)
+    for seed in range(1, 4):
+        inputs = Inputs(seed)
+        for name, tensor in tensors(inputs).items():
+            held[name].copy_(tensor, True)
+        graph.replay()
+        fresh = tensors(inputs)
+        want, want_lse = _attend(_write(fresh, **keys), fresh, **options)
         assert np.isfinite(to_numpy(lse)).all()
         assert_same_bits(to_numpy(out), to_numpy(want), f"replay {seed}: out")
         assert_same_bits(to_numpy(lse), to_numpy(want_lse), f"replay {seed}: lse")

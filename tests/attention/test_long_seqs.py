@@ -20,6 +20,7 @@ KINDS = [
     (CacheKind("cache_fp8", "head"), "float16"),
     (CacheKind("cache_fp8", "tensor", "e5m2"), None),
     (CacheKind("block_wise_int8"), None),
+    (CacheKind("block_wise_int4"), None),
     (CacheKind("block_wise_fp8"), None),
     (CacheKind("cache_fp8", "head"), "e4m3:token_head"),
     (CacheKind("block_wise_fp8"), "e4m3:tensor"),
@@ -54,7 +55,7 @@ def test_more_seqs_than_are_listed_at_once(place, kind, q_type):
     paged_problem(seqs, kind=kind, heads=(1, 1), q_type=q_type, seed=14).check(place)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @each_kind
 def test_softcap(place, kind, q_type, dim):
     seqs = [(300, 200), (0, 333)]

@@ -26,6 +26,7 @@ FEW = [
     CacheKind("cache_fp8", "tensor", "e5m2"),
     CacheKind("block_wise_fp8"),
     CacheKind("block_wise_int8"),
+    CacheKind("block_wise_int4"),
 ]
 GARBAGE = ("large", "huge", "nan", "inf")
 #: Codes of the largest magnitude, NaN and infinity of each code; none: the nearest thing.
@@ -33,6 +34,7 @@ CODES = {
     "int8": {"large": 0x7F, "huge": 0x81, "nan": 0x80, "inf": 0x7F},
     "e4m3": {"large": 0x7E, "huge": 0xFE, "nan": 0x7F, "inf": 0xFF},
     "e5m2": {"large": 0x7B, "huge": 0xFB, "nan": 0x7E, "inf": 0x7C},
+    "int4": {"large": 0xF, "huge": 0x0, "nan": 0xF, "inf": 0x0},
 }
 #: 16-bit values, and scales of tokens.
 VALUES = {"zero": 0.0, "large": 1e4, "huge": 3e38, "nan": np.nan, "inf": np.inf}
@@ -49,7 +51,8 @@ def fill(elements: np.ndarray, scales, where, code: str | None, garbage: str) ->
         value = VALUES[garbage]
         elements[where] = value if not np.isfinite(value) else min(value, largest)
         return
-    byte = 0 if garbage == "zero" else CODES[code][garbage]
+    zero = 8 if code == "int4" else 0
+    byte = zero if garbage == "zero" else CODES[code][garbage]
     elements.view(np.uint8)[where] = byte
     if scales is not None:
         scales[where] = SCALES[garbage]
@@ -126,7 +129,7 @@ def query_types(kind: CacheKind) -> list[str | None]:
     return [None, "e4m3:token_head"] if fp8 else [None]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("seqs", [LONG, SHORT], ids=["long", "short"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_keys_behind_a_query(place, kind, seqs, dim):
@@ -231,7 +234,7 @@ FLASH_TYPES = [
 ]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
     "seqs", [[(200, 270), (77, 80)], [(5, 333), (3, 9)]], ids=["long", "short"]
 )

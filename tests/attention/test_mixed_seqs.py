@@ -28,6 +28,7 @@ KINDS = [
     (CacheKind(dtype="float16"), "float16"),
     (CacheKind("cache_int8", "channel"), "bfloat16"),
     (CacheKind("block_wise_int8"), "bfloat16"),
+    (CacheKind("block_wise_int4"), "bfloat16"),
     (TOKEN_FP8, "float16"),
     (FP8, "e4m3:token_head"),
     (TOKEN_FP8, "e4m3:tensor"),
@@ -35,7 +36,7 @@ KINDS = [
 FEW = [KINDS[0], KINDS[3], KINDS[5], KINDS[6]]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_every_kernel(place, kind, q_type, dim):
     paged_problem(SEQS, kind=kind, q_type=q_type, dim=dim, seed=1, padding=5).check(place)

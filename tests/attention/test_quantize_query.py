@@ -93,7 +93,7 @@ def test_codes_and_scales_of_the_model():
 
 
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_mixed_seqs(place, kind, dim, q_type):
     problem = paged_problem(
@@ -142,7 +142,7 @@ def test_fp32_results(place):
 
 
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_contiguous_keys(place, dim, causal, q_type):
     problem = flash_problem(

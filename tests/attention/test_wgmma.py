@@ -56,7 +56,7 @@ def each(kinds_16, kinds_8, q_type):
     return pytest.mark.parametrize("kind, q_type", cases, ids=lambda x: str(x or "16 bits"))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @each(KINDS_16, KINDS_8, "e4m3:token_head")
 def test_mixed_seqs(place, kind, q_type, dim):
     padding = 3 if q_type is None else 0
@@ -129,7 +129,7 @@ def test_nan_stays_with_the_seqs_that_see_it(place, kind, q_type):
     assert seen[250:, 2:].all() and not seen[:250, 2:].any()
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     "types",

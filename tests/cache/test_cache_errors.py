@@ -85,9 +85,9 @@ WRITE_ERRORS = [
     ),
     (
         "block_wise_fp8",
-        {"key_cache": lambda: _zeros([3, 2, 64, 96], "uint8")},
+        {"key_cache": lambda: _zeros([3, 2, 64, 80], "uint8")},
         NotImplementedError,
-        "key_cache: head_dim 96 is not supported; supported: 64, 128",
+        "key_cache: head_dim 80 is not supported; supported: 64, 96, 128, 256",
     ),
     (
         "block_wise_fp8",
@@ -249,7 +249,7 @@ def test_raw_write_refuses_none(name):
     inputs = [arguments.get(n) for n in _ops.signature("write_cache_kv").inputs]
     with pytest.raises(RAW_ERRORS):
         paddle.base.core.eager._run_custom_op(
-            "fastattn_write_cache_kv", *inputs, "block_wise_fp8", "e4m3"
+            "fastattn_write_cache_kv", *inputs, "block_wise_fp8", "e4m3", "none"
         )
 
 
@@ -385,7 +385,7 @@ APPEND_ERRORS = [
         "cache_fp8",
         {"cache_quant_type": lambda: "none"},
         NotImplementedError,
-        "cache_quant_type: 'none' stores no 8-bit codes; supported: cache_int8, ",
+        "cache_quant_type: 'none' stores no codes; supported: cache_int8, ",
     ),
     (
         "cache_fp8",
@@ -445,10 +445,16 @@ def test_append_none_for_a_tensor(name):
     text = f"append_cache_kv_c8: {name}: expected a tensor, got None"
     with pytest.raises(TypeError, match=text):
         F.append_cache_kv_c8(**arguments)
-    inputs = [arguments[n] for n in _ops.signature("append_cache_kv_c8").inputs]
+    inputs = [arguments.get(n) for n in _ops.signature("append_cache_kv_c8").inputs]
     with pytest.raises(RAW_ERRORS):
         paddle.base.core.eager._run_custom_op(
-            "fastattn_append_cache_kv_c8", *inputs, True, "block_wise_fp8", "fastattn", "e4m3"
+            "fastattn_append_cache_kv_c8",
+            *inputs,
+            True,
+            "block_wise_fp8",
+            "fastattn",
+            "e4m3",
+            "none",
         )
 
 
@@ -468,7 +474,7 @@ CONVERT_ERRORS = [
         lambda: _zeros([1, 1, 64, 32], "uint8"),
         {},
         NotImplementedError,
-        "cache: head_dim 32 is not supported; supported: 64, 128",
+        "cache: head_dim 32 is not supported; supported: 64, 96, 128, 256",
     ),
     (
         lambda: _zeros([1, 1, 64, 64]),

@@ -23,7 +23,7 @@ def _bytes(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", ["k", "v"])
 @pytest.mark.parametrize("cache_quant_type", ["block_wise_int8", "cache_fp8"])
 @pytest.mark.parametrize("dst", LAYOUTS)
@@ -113,7 +113,7 @@ def test_bad_options(changes, error, text):
     ("shape", "dtype", "error", "text"),
     [
         ((2, 1, 32, 64), np.uint8, ValueError, "expected blocks of 64 tokens"),
-        ((2, 1, 64, 96), np.uint8, NotImplementedError, "head_dim 96"),
+        ((2, 1, 64, 80), np.uint8, NotImplementedError, "head_dim 80"),
         ((2, 64, 64), np.uint8, ValueError, "expected 4 dimensions"),
         ((2, 1, 64, 64), np.float32, TypeError, "expected dtype uint8"),
     ],
@@ -146,7 +146,7 @@ def _server(cache_quant_type, layout, layers=3, blocks=5, head_dim=128):
     return caches
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("cache_quant_type", QUANTISED)
 def test_every_layer_both_ways(place, cache_quant_type, head_dim):
     theirs = _server(cache_quant_type, "fastdeploy", head_dim=head_dim)

@@ -19,7 +19,7 @@ def _bytes(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", ["k", "v"])
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "block_wise_fp8"])
 @pytest.mark.parametrize("dst", LAYOUTS)

@@ -72,6 +72,7 @@ CODES = {
     "e4m3": (finite(DOC["e4m3_value"], range(256)), code_even),
     "e5m2": (finite(DOC["e5m2_value"], range(256)), code_even),
     "int8": (finite(DOC["int8_value"], [c for c in range(256) if c != 128]), integer_even),
+    "int4": (finite(DOC["int4_value"], range(16)), integer_even),
     "e2m1": (finite(DOC["e2m1_value"], range(16)), code_even),
 }
 
@@ -79,8 +80,10 @@ CODES = {
 def encode(x, code):
     """The page's code of a finite number: nearest, ties to even, saturating, the sign kept."""
     if math.isnan(x):
-        return {"e4m3": 0x7F, "e5m2": 0x7F, "int8": 0, "e2m1": 7}[code]
+        return {"e4m3": 0x7F, "e5m2": 0x7F, "int8": 0, "int4": 8, "e2m1": 7}[code]
     values, is_even = CODES[code]
+    if code == "int4":
+        return nearest_code(max(-8, min(7, x)), values, is_even)
     top = max(values.values())
     x = max(-top, min(top, x))
     if code == "int8":
@@ -109,7 +112,7 @@ def test_values_of_all_codes():
 
 def test_code_table():
     for name, *_ in table("code"):
-        assert name in ("e4m3", "e5m2", "int8", "E2M1", "UE8M0")
+        assert name in ("e4m3", "e5m2", "int8", "int4", "E2M1", "UE8M0")
     assert DOC["e4m3_value"](0x7E) == 448 and DOC["e5m2_value"](0x7B) == 57344
     assert DOC["ue8m0_value"](0xFE) == 2.0**127 and DOC["e2m1_value"](7) == 6
     assert DOC["e5m2_value"](0x7C) == math.inf and DOC["e5m2_value"](0xFC) == -math.inf
@@ -135,7 +138,7 @@ def test_rounding_to_codes(code):
 # ---- caches ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", ["k", "v"])
 def test_offsets(kind, name, head_dim):
@@ -203,7 +206,29 @@ def test_convert_cache_layout(place, kind, cache_quant_type):
             assert_same_bits(got.ravel(), packed[dst], f"{src} -> {dst}")
 
 
-DYNAMIC = {"block_wise_int8": ("int8", 127.0), "block_wise_fp8": ("e4m3", 448.0)}
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_the_rotation_of_keys(head_dim):
+    rows = np.random.default_rng(head_dim).normal(size=(5, head_dim)).astype(np.float32)
+    page = [DOC["hadamard_rotate"](list(row)) for row in rows]
+    assert_same_bits(np.array(page, np.float32), reference.hadamard(rows), "rotated")
+
+
+DYNAMIC = {
+    "block_wise_int8": ("int8", 127.0),
+    "block_wise_fp8": ("e4m3", 448.0),
+    "block_wise_int4": ("int4", 8.0),
+}
+
+
+def put_code(target, kind, block, r, d, head, heads, dim, code, cache_quant_type):
+    """Store a code in a cache in layout fastattn, by the page's rules."""
+    if cache_quant_type != "block_wise_int4":
+        at = DOC["cache_byte"](block, head, DOC[f"fastattn_{kind}"](r, d, dim), heads, dim)
+        target[at] = code
+        return
+    row, byte, shift = dim // 2, DOC["int4_byte"](d), DOC["int4_shift"](d)
+    at = DOC["cache_byte"](block, head, DOC[f"fastattn_{kind}"](r, byte, row), heads, row)
+    target[at] = target[at] & ~(15 << shift) | code << shift
 
 
 @pytest.mark.parametrize("cache_quant_type", DYNAMIC)
@@ -215,7 +240,8 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
     new = {kind: x.astype(np.float32) for kind, x in new.items()}
     new["v"][1, 0] = 0
     block_table = [2, 0]
-    size = 3 * heads * 64 * dim
+    row = dim // 2 if code == "int4" else dim
+    size = 3 * heads * 64 * row
     want = {kind: bytearray(b"\xa5" * size) for kind in "kv"}
     scales = {kind: np.zeros(3 * heads * 64, np.float32) for kind in "kv"}
     f = np.float32
@@ -225,15 +251,16 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
             for head in range(heads):
                 x = new[kind][i, head]
                 scale = max(f(max(abs(v) for v in x)), f(1e-6)) / f(qmax)
+                if code == "int4":
+                    scale = f(DOC["int4_scale"]([float(v) for v in x], float(f(1e-6))))
                 scales[kind][DOC["dynamic_scale_index"](block, head, r, heads)] = scale
                 for d in range(dim):
-                    at = DOC["cache_byte"](
-                        block, head, DOC[f"fastattn_{kind}"](r, d, dim), heads, dim
-                    )
-                    want[kind][at] = encode(float(x[d] * (f(1) / scale)), code)
+                    found = encode(float(x[d] * (f(1) / scale)), code)
+                    where = (block, r, d, head, heads, dim)
+                    put_code(want[kind], kind, *where, found, cache_quant_type)
     tensors = {
-        "k": to_paddle(np.full((3, heads, 64, dim), 0xA5, np.uint8), place),
-        "v": to_paddle(np.full((3, heads, dim, 64), 0xA5, np.uint8), place),
+        "k": to_paddle(np.full((3, heads, 64, row), 0xA5, np.uint8), place),
+        "v": to_paddle(np.full((3, heads, row, 64), 0xA5, np.uint8), place),
     }
     scale_tensors = {kind: to_paddle(np.zeros((3, heads, 64), np.float32), place) for kind in "kv"}
     F.write_cache_kv(
@@ -259,14 +286,25 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8", *DYNAMIC])
 def test_append_cache_kv_c8_reads_the_packed_bytes(place, cache_quant_type, name):
     code = "int8" if "int8" in cache_quant_type else "e4m3"
+    if cache_quant_type == "block_wise_int4":
+        if name == "fastdeploy":
+            pytest.skip("no such layout")
+        code = "int4"
     blocks, heads, dim, cached = 2, 2, 128, 70
     rng = RNG(7)
     values = CODES[code][0]
     codes, caches, scales = {}, {}, {}
     for kind in "kv":
         codes[kind] = rng.choice(list(values), (blocks, heads, 64, dim)).astype(np.uint8)
-        packed = pack_cache(codes[kind], kind, name, code == "int8")
-        caches[kind] = packed.reshape(layout.cache_shape(kind, name, blocks, heads, dim))
+        stored = codes[kind]
+        if code == "int4":
+            stored = np.zeros((*stored.shape[:3], dim // 2), np.uint8)
+            for d in range(dim):
+                stored[..., DOC["int4_byte"](d)] |= codes[kind][..., d] << DOC["int4_shift"](d)
+        packed = pack_cache(stored, kind, name, code == "int8")
+        caches[kind] = packed.reshape(
+            layout.cache_shape(kind, name, blocks, heads, stored.shape[3])
+        )
         size = blocks * heads * 64 if cache_quant_type in DYNAMIC else heads
         scales[kind] = rng.uniform(0.5, 2, size).astype(np.float32)
     shape = (blocks, heads, 64) if cache_quant_type in DYNAMIC else (heads,)

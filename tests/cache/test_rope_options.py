@@ -37,11 +37,16 @@ OPTIONS = {
     "half rotated, both": {"rotary_dim": 32, "neox": True, "norm": True, "bias": True},
 }
 #: Channels that are rotated: powers of 2 within a lane's reach and below, and what is neither.
-ROTARY_DIMS = {64: (64, 32, 16, 8, 4, 2, 6, 48, 62), 128: (128, 64, 32, 16, 2, 48, 40, 96, 126)}
+ROTARY_DIMS = {
+    64: (64, 32, 16, 8, 4, 2, 6, 48, 62),
+    96: (96, 64, 48, 32, 16, 2, 6, 40, 94),
+    128: (128, 64, 32, 16, 2, 48, 40, 96, 126),
+    256: (256, 128, 64, 32, 2, 48, 40, 192, 254),
+}
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_with_every_cache(place, option, cache, head_dim, step):
@@ -54,7 +59,7 @@ def test_options_with_every_cache(place, option, cache, head_dim, step):
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("neox", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("index", range(9))
 def test_every_rotary_dim(place, index, head_dim, neox, step):
     for norm, norm_first, bias in [(False, False, False), (True, False, True), (True, True, False)]:
@@ -100,7 +105,7 @@ def test_types_of_the_parameters(place, option, dtype, step):
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("heads", [(1, 1), (5, 1), (7, 7), (20, 5), (64, 4)])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_numbers_of_heads(place, head_dim, heads, step):
     """The last of a warp's heads may be none, or lie in the next kind's bias."""
     case = make_case(
@@ -137,7 +142,7 @@ def test_many_sequences(place, seqs, most, option, with_ids):
 
 
 @pytest.mark.parametrize("tokens", [8, 300])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_the_norm_adds_its_squares_in_the_defined_order(place, norm_first, head_dim, tokens):
     """Another order moves some sums by an ulp, and with many channels some results."""
@@ -149,9 +154,16 @@ def test_the_norm_adds_its_squares_in_the_defined_order(place, norm_first, head_
     check(case, place)
 
 
-def test_the_order_of_squares_is_defined_for_powers_of_two():
-    with pytest.raises(ValueError, match="expected a power of two of channels, got 96"):
-        rms_norm(np.ones((2, 96)), np.ones(96), 1e-6)
+def test_the_order_of_squares_is_defined_for_halves():
+    with pytest.raises(ValueError, match="expected an even number of channels, got 95"):
+        rms_norm(np.ones((2, 95)), np.ones(95), 1e-6)
+    # Three channels a half: (0 + 1) + 2, and the other half's 1 is not lost beside 2^24 twice.
+    x = np.array([1, 1, 2.0**12, 0, 1, 1], np.float32)
+    np.testing.assert_array_equal(
+        rms_norm(x, np.ones(6), 0.0),
+        x * (np.float32(1) / np.sqrt(np.float32(2.0**24 + 4) / np.float32(6))),
+        strict=True,
+    )
     # One after the other the squares of 1 would all be lost beside 2^24.
     x = np.array([2.0**12, 0, 1, 1, 1, 1, 1, 1], np.float32)
     norm, lost = (np.float32(1) / np.sqrt(np.float32((2.0**24 + n) / 8)) for n in (6, 0))
@@ -238,7 +250,7 @@ def _check_call(case: Case, place: str, shifted: str, row: int) -> None:
 
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_writing_fp32(place, head_dim, step, cache):
     """write_cache_kv of fp32 is what it is of the same values in any type that holds them."""
     case = make_case(*STEPS[step], cache=cache, head_dim=head_dim, heads=3, kv_heads=3)

@@ -109,7 +109,7 @@ def test_every_sequence_turns_by_its_own_angles(place, neox, rotary_dim, doubled
 
 @pytest.mark.parametrize("q_quant", QUANTS)
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("new", [NEW, [1, 4, 0, 1, 2, 1]], ids=["prompts", "decode"])
 def test_every_cache_and_query_type(place, new, head_dim, cache, q_quant):
     options = {"head_dim": head_dim, "cache": cache, "q_quant": q_quant, "neox": True}
@@ -196,7 +196,8 @@ def put(tables, seq, own):
     target = tables.data_ptr() + seq * own.nbytes
     if tables.place.is_gpu_place():
         source = ctypes.c_void_p(own.ctypes.data)
-        cuda._call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, ctypes.c_size_t(own.nbytes))
+        size = ctypes.c_size_t(own.nbytes)
+        cuda.driver_call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, size)
     else:
         ctypes.memmove(target, own.ctypes.data, own.nbytes)
 

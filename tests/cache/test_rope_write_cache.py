@@ -60,7 +60,7 @@ def test_model_normalises_to_the_weight():
 
 @pytest.mark.parametrize("q_quant", QUANTS)
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_ragged_seqs(place, head_dim, cache, q_quant):
     check(
         make_case(

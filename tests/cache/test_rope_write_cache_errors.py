@@ -210,6 +210,7 @@ RAW_INPUTS = (
     "k_norm_weight",
     "qkv_bias",
     "q_scale",
+    "k_center",
     "cache_k_scales",
     "cache_v_scales",
     "batch_id_per_token",
@@ -230,6 +231,8 @@ def call_raw(changes: dict[str, Any]) -> Any:
         "q_quant": "none",
         "cache_quant_type": "none",
         "fp8_format": "e4m3",
+        "k_rotation": "none",
+        "q_rotation": "none",
     } | {k: v for k, v in changes.items() if k not in RAW_INPUTS}
     return paddle.base.core.eager._run_custom_op(
         "fastattn_rope_write_cache_kv", *(inputs.get(n) for n in RAW_INPUTS), *attrs.values()

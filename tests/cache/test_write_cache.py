@@ -51,7 +51,7 @@ def assert_same_cache(actual: Cache, expected: Cache) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
 def test_quantised(place, cache_quant_type, fp8_format, head_dim, dtype):
     step, num_blocks = make_step(CACHED, NEW)
@@ -106,7 +106,7 @@ def test_dynamic_scales_in_bfloat16_are_rounded_before_the_codes(place, cache_qu
     assert_within(decoded, x, step_of_code)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
     ("cache_dtype", "dtype"),
     [(BF16, BF16), (np.float16, np.float16), (BF16, np.float32), (np.float16, np.float32)],
@@ -134,9 +134,10 @@ def test_an_all_zero_token_has_codes_0_and_the_floor_scale(place, cache_quant_ty
         ("k", actual.key, actual.k_scales),
         ("v", actual.value, actual.v_scales),
     ):
-        assert not unpack(bytes_, kind, "fastattn", int8=False)[block, :, 6].any()
+        zero = 0x88 if "int4" in cache_quant_type else 0
+        assert (unpack(bytes_, kind, "fastattn", int8=False)[block, :, 6] == zero).all()
         if is_dynamic(cache_quant_type):
-            qmax = 127 if "int8" in cache_quant_type else 448
+            qmax = {"int8": 127, "int4": 8}.get(cache_quant_type[-4:], 448)
             floor = np.full(2, np.float32(1e-6) / np.float32(qmax), np.float32)
             assert_same_bits(scales[block, :, 6], floor)
 
@@ -154,21 +155,24 @@ def test_nan_and_infinity(place, cache_quant_type, fp8_format):
     actual = write(cache, key, key, step, place)
     assert_same_cache(actual, model(cache, key, key, step))
     block = step.block_tables[0, 0]
-    int8 = "int8" in cache_quant_type
+    int8, int4 = "int8" in cache_quant_type, "int4" in cache_quant_type
     for kind, bytes_, scales in (
         ("k", actual.key, actual.k_scales),
         ("v", actual.value, actual.v_scales),
     ):
-        codes = unpack(bytes_, kind, "fastattn", int8=int8)[block]
+        codes = unpack(bytes_, kind, "fastattn", int8=int8, nibbles=int4)[block]
         largest = 127 if int8 else 0x7B if fp8_format == "e5m2" else 0x7E
         lowest = 0x81 if int8 else largest | 0x80
+        zero = 0 if int8 else 8 if int4 else 0x7F  # of a NaN
+        if int4:
+            largest, lowest = 15, 0
         assert codes[1, 1, 7:9].tolist() == [largest, lowest]
         if is_dynamic(cache_quant_type):
             assert np.isnan(scales[block, 0, 0]) and np.isnan(scales[block, 1, 3])
             assert np.isfinite(scales[block, 1, 0]) and np.isfinite(scales[block, 1, 1])
-            assert (codes[0, 0] == (0 if int8 else 0x7F)).all()
+            assert (codes[0, 0] == zero).all()
         else:
-            assert codes[0, 0, 7] == (0 if int8 else 0x7F)
+            assert codes[0, 0, 7] == zero
             assert codes[0, 0, 6] != codes[0, 0, 7], "a static scale keeps the other channels"
 
 

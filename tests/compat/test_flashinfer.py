@@ -54,7 +54,7 @@ class TestDecode:
             check(step.sequences(), to_numpy(out), natural(lse), place, FP16)
 
     @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-    @pytest.mark.parametrize("dim", [64, 128])
+    @pytest.mark.parametrize("dim", [64, 96, 128, 256])
     def test_options(self, place, dtype, dim):
         step = Step(DECODE, dtype=dtype, dim=dim)
         sinks = np.array([0.3, -2.0, 1.0, 0.0], np.float32)

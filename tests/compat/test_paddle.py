@@ -191,7 +191,7 @@ def test_lengths_on_the_host_change_nothing(place, seqs):
         assert_same_bits(step.check(place), step.check(place, **longest))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("shape_here", [False, True])
 def test_int8_cache(place, dim, shape_here):
     """Static scales of each KV head; codes lie as this package has them, in Paddle's tensors."""

@@ -114,6 +114,46 @@ def test_a_step_in_a_graph():
     graph.reset()
 
 
+def ragged(seed):
+    """A step of three sequences in buffers of 40 tokens, whose lengths change with the seed."""
+    rng = np.random.default_rng(seed)
+    new = rng.integers(0, 12, 3)
+    ids = np.full(40, -1)
+    ids[: new.sum()] = np.repeat(np.arange(3), new)
+    return {
+        "ids": ids.astype(np.int32),
+        "tables": rng.permutation(30).reshape(3, 10).astype(np.int32),
+        "starts": np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
+        "cached": rng.integers(0, 600, 3).astype(np.int32),
+        "q": rng.standard_normal((40, 8, 128)).astype(BF16),
+        "weights": rng.standard_normal((40, 8)).astype(np.float32),
+        "chosen": rng.integers(-1, 640, (8 * 8, K)).astype(np.int32),
+    }
+
+
+def maps_of(of, t):
+    """The maps of a step and what takes them, by the operators or their models."""
+    maps = of.token_maps(t["ids"], t["tables"], t["starts"], t["cached"], num_tokens=40)
+    rows = of.query_rows(maps[0], maps[1], t["tables"], t["starts"], tile=8)
+    folded = of.indexer_q_quant(t["q"], t["weights"], 0.3, token_of_query=rows[2])
+    slots = of.topk_to_slots(t["chosen"], t["tables"], maps[0], row_ids=rows[3], num_blocks=30)
+    return (*maps, *rows, *folded, *slots)
+
+
+def test_maps_of_a_step_in_a_graph():
+    held = {name: to_paddle(array, "gpu") for name, array in ragged(0).items()}
+    maps_of(F, held)
+    with capture() as graph:
+        results = maps_of(F, held)
+    for seed in range(6):
+        for name, array in ragged(seed).items():
+            held[name].copy_(to_paddle(array, "gpu"), True)
+        graph.replay()
+        for got, want in zip(results, maps_of(reference, ragged(seed))):
+            assert_same_bits(to_numpy(got), want, f"replay {seed}")
+    graph.reset()
+
+
 def test_writing_and_gathering_100_times_in_one_stream():
     """The gather starts while the writer still runs; every byte must be the writer's."""
     c = contents(9)

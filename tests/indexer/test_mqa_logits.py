@@ -382,6 +382,23 @@ def test_many_tiles(quant, heads, dim):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize(
+    ("batch", "most"), [(1, 9000), (3, 2500), (40, 700), (128, 200), (130, 70)]
+)
+def test_steps_of_like_lengths(quant, batch, most):
+    """Where lengths hardly differ, CTAs have tiles of one group each; a few empty ones or a short
+    batch of long ones are shared out otherwise."""
+    lengths = np.full(batch, most)
+    check_paged("gpu", quant, 64, 128, 1, lengths)
+    check_paged("gpu", quant, 32, 128, 5, lengths - np.arange(batch) % 7)
+    lengths[:: 3 if batch > 3 else 2] = 0
+    check_paged("gpu", quant, 64, 128, 1, lengths)
+    lengths[-1] = 3 * most
+    check_paged("gpu", quant, 64, 128, 2, lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("next_n", [1, 2])
 def test_a_cache_larger_than_the_l2(quant, next_n):
     """Tiles arrive out of turn: a warpgroup must not take a stage's earlier phase for its own."""

@@ -12,11 +12,11 @@ import pickle
 import numpy as np
 import pytest
 
+from fastattn.bench.core.processes import run_group
 from tests.support.compare import assert_same_bits
 from tests.support.deepseek import ranks as program
 from tests.support.deepseek.cuts import Problem
 from tests.support.deepseek.weights import RANK_CONFIGS
-from tests.support.processes import run_group
 
 NAMES = pytest.mark.parametrize("name", RANK_CONFIGS)
 TIES = [name for name in RANK_CONFIGS if name.endswith("_ties")]

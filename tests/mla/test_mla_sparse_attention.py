@@ -16,6 +16,7 @@ from fastattn.reference.mla import FORMATS, token_bytes
 from fastattn.reference.mla_sparse import key_values
 from tests.support.latent import SCALE, tokens
 from tests.support.mla_sparse import (
+    ANY_SCALE,
     KINDS,
     Problem,
     add_extra,
@@ -152,6 +153,34 @@ def test_largest_logits(place, heads):
 
 
 @pytest.mark.parametrize("heads", [3, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_largest_logits_of_nan_are_nan(place, kind, heads):
+    """One score of a row, all of them, a head's query, +inf: where the LSE is NaN, and no more."""
+    rng, dim = RNG(47), KINDS[kind][2]
+    cache = make_cache(rng, KINDS[kind], 300, latents=rng.normal(size=(300, dim)).astype(BF16))
+    q = queries(rng, 5, heads, dim)
+    q[1, 2, 9] = np.nan
+    q[3] = np.nan
+    q[4, 0, 7] = np.inf
+    indices = make_indices(rng, cache, 5, 90)
+    indices[0, :] = -1
+    problem = Problem(q, cache, indices)
+    positional, named = problem.tensors(place)
+    options = {"return_softmax_lse": True, "return_max_logits": True}
+    _, lse, largest = map(to_numpy, F.mla_sparse_attention(*positional, **named, **options))
+    _, want_lse, want = problem.want()
+    bad = np.isnan(want)
+    assert bad[2, 1] and bad[:, 3].all() and bad[0, 4] and bad.sum() == heads + 2
+    np.testing.assert_array_equal(np.isnan(lse), bad)
+    np.testing.assert_array_equal(np.isnan(want_lse), bad)
+    np.testing.assert_array_equal(np.isnan(largest), bad)
+    assert np.isneginf(largest[:, 0]).all()
+    # The noise of one score, which is more than that of an LSE.
+    rounded = 2e-3 if place == "gpu" and KINDS[kind] in ANY_SCALE else 0.0
+    check_lse(np.where(bad, 0, largest), np.where(bad, 0, want), rounded)
+
+
+@pytest.mark.parametrize("heads", [3, 64])
 @pytest.mark.parametrize("kind", ["fp8_656", "fp8_584"])
 def test_disjoint_halves_merge_as_they_are(place, kind, heads):
     """The LSE is what merge_attn_states takes, and the merged result that of all keys."""
@@ -277,6 +306,30 @@ def test_no_columns_of_indices(place, lengths):
         q, cache, to_paddle(none, place), **named, return_softmax_lse=True
     )
     assert not to_numpy(out).any() and np.isneginf(to_numpy(lse)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("extra_cache", np.zeros((3, 64, 600), np.uint8), "extra_cache: expected"),
+        ("extra_cache", np.zeros((3, 64, 584), np.float32), "extra_cache: expected dtype"),
+        ("extra_topk_length", np.zeros(4, np.int32), r"extra_topk_length: expected shape \[5\]"),
+        ("extra_topk_length", np.zeros(5, np.int64), "extra_topk_length: expected dtype int32"),
+        ("extra_scale", np.ones(1, np.float32), "extra_scale: expected None for fp8_584"),
+        ("extra_cache_format", "fp8_5", "extra_cache_format: 'fp8_5' is not supported"),
+        ("extra_cache_format", "fp8_656", "q: expected 576 channels, those of extra_cache_format"),
+        ("extra_indices", np.zeros((4, 0), np.int32), "extra_indices: expected a tensor with ele"),
+        ("extra_indices", None, "extra_indices: expected a tensor with extra_cache, got None"),
+    ],
+)
+def test_no_columns_of_indices_excuse_nothing(name, value, message):
+    problem = add_extra(make_problem(47, "fp8_584", 5), 48, "fp8_584", (9, 3, 0, 0, 5), 10)
+    positional, named = problem.tensors("cpu")
+    named["extra_indices"] = to_paddle(np.zeros((5, 0), np.int32), "cpu")
+    F.mla_sparse_attention(*positional, **named)
+    named[name] = to_paddle(value, "cpu") if isinstance(value, np.ndarray) else value
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        F.mla_sparse_attention(*positional, **named)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -109,7 +109,6 @@ TRACED = {
     "format": {"cache_format": "fp4_288"},
     "second format": {"extra_cache_format": "fp4_288"},
     "dtype of the second cache": {**EXTRA, "extra_cache_format": "bf16"},
-    "no second indices": {"extra_cache": ((2, 64, 656), U8)},
     "no second cache": {"extra_topk_length": ((2,), I32)},
     "a second scale": {**EXTRA, "extra_scale": ((1,), F32)},
     "no second scale": {

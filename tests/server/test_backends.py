@@ -34,6 +34,7 @@ TYPES = (
     ("cache_fp8", "e5m2"),
     ("block_wise_int8", "e4m3"),
     ("block_wise_fp8", "e4m3"),
+    ("block_wise_int4", "e4m3"),
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.__name__)
 each_type = pytest.mark.parametrize("cache", TYPES, ids="-".join)
@@ -62,7 +63,7 @@ def test_a_day_of_serving(place, backend, cache):
 
 
 @each_type
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_every_option_of_a_layer_at_once(place, head_dim, cache):
     model = Model(
         *cache,
@@ -375,14 +376,16 @@ def test_the_constructor_needs_no_operator(backend, monkeypatch):
         ("cache_fp8", False),
         ("block_wise_fp8", True),
         ("block_wise_int8", True),
+        ("block_wise_int4", True),
     ],
 )
 def test_shapes_of_every_type(name, scales):
     backend = FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 128)
     key, value = backend.get_kv_cache_shape(5, name)
     plain = name in (None, "none")
-    assert key == [5, 2, 64, 128]
-    assert value == ([5, 2, 64, 128] if plain else [5, 2, 128, 64])
+    row = 64 if name == "block_wise_int4" else 128
+    assert key == [5, 2, 64, row]
+    assert value == ([5, 2, 64, row] if plain else [5, 2, row, 64])
     expected = ([5, 2, 64], "float32") if scales else None
     assert backend.get_kv_cache_scale_shape(5, name) == expected
 
@@ -411,8 +414,8 @@ def test_configurations_are_refused_by_name(backend, part, name, value):
 
 
 def test_head_dim_and_length_are_checked():
-    with pytest.raises(NotImplementedError, match="head_dim = 96"):
-        FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 96)
+    with pytest.raises(NotImplementedError, match="head_dim = 80"):
+        FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 80)
     with pytest.raises(ValueError, match="max_model_len"):
         FlashAttentionBackend(SimpleNamespace(), 2, 4, 64)
     with pytest.raises(ValueError, match=r"q_quant: expected none, .* or auto, got 'fp8'"):

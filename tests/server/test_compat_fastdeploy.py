@@ -219,7 +219,7 @@ SEQS = [(70, 0, 70), (9, 67, 9), (0, 100, 1), (5, 64, 5), (0, 30, 0), (0, 5, 3)]
 
 
 @pytest.mark.parametrize("cache_quant_type", TYPES)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16)], ids=str)
 def test_a_mixed_step(place, cache_quant_type, dim, dtype):
     step = Step(SEQS, cache_quant_type=cache_quant_type, dim=dim, dtype=dtype, blocks=12, padding=3)
@@ -269,7 +269,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("cache_quant_type", TYPES)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 3), (20, 5)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_chunks_and_heads_of_every_number(place, layout, heads, dim, cache_quant_type):

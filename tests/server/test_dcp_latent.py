@@ -11,12 +11,12 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import distributed
+from fastattn.bench.core.processes import run_group
 from fastattn.distributed import mla_attention_dcp, mla_sparse_attention_dcp
 from fastattn.distributed._exchange import check_place_of_result
 from tests.support import dcp_latent
 from tests.support.compare import assert_same_bits
 from tests.support.mla_dense import assert_close, assert_outputs_close
-from tests.support.processes import run_group
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
 CASES = {**dcp_latent.CASES, **dcp_latent.SINK_CASES}
@@ -135,7 +135,33 @@ def test_a_group_of_one_takes_out():
 def two_ranks(monkeypatch):
     """As if in a group of two, whose other rank has the same part: no collective runs."""
     monkeypatch.setattr(distributed.latent, "ranks_of", lambda op, group: 2)
-    monkeypatch.setattr(distributed._exchange, "_gather", lambda part, n, group: [part, part + 0])
+    monkeypatch.setattr(
+        distributed._exchange.Exchange, "_all_gather", lambda _, own: paddle.concat([own, own])
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("lse", [False, True])
+def test_tokens_of_no_sequence_are_0_in_a_given_out(monkeypatch, ranks, dtype, lse):
+    """In a group of one as in one of two, where a merge writes `out`."""
+    rng = np.random.default_rng(8)
+    q = to_paddle(rng.normal(size=(7, 3, 576)).astype(BF16))
+    cache = to_paddle(rng.normal(size=(2, 64, 576)).astype(BF16))
+    seqs = [int32(x) for x in ([[1, -1], [0, -1]], [0, 2, 5], [4, 9], [2, 1])]
+    options = {"cache_format": "bf16", "out_dtype": dtype, "return_softmax_lse": True}
+    want, want_lse = (to_numpy(x) for x in F.mla_attention(q, cache, *seqs, 2, 12, **options))
+    if ranks == 2:
+        two_ranks(monkeypatch)
+    out = to_paddle(np.full((7, 3, 512), 7, np.float32).astype(want.dtype))
+    got = mla_attention_dcp(
+        q, cache, *seqs, 2, 12, **{**options, "return_softmax_lse": lse}, out=out
+    )
+    assert (got[0] if lse else got).data_ptr() == out.data_ptr()
+    assert_same_bits(to_numpy(out), want)
+    assert not to_numpy(out)[3:].any() and to_numpy(out)[:3].all(axis=(1, 2)).all()
+    if lse and ranks == 1:
+        assert_same_bits(to_numpy(got[1]), want_lse)
 
 
 def sparse_call(**changes):

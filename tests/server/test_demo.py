@@ -359,6 +359,7 @@ def test_preempted_requests_give_the_same_tokens(model, scales):
         ("cache_fp8", 2 * 2 * 2 * 64),
         ("block_wise_fp8", 2 * 2 * 2 * (64 + 4)),
         ("block_wise_int8", 2 * 2 * 2 * (64 + 4)),
+        ("block_wise_int4", 2 * 2 * 2 * (32 + 4)),
     ],
 )
 def test_bytes_a_token(model, scales, name, expected):
@@ -372,10 +373,11 @@ def test_quantised_caches_stay_near_the_plain_one(model, corpus, scales):
         scored = evaluate.score(model, name, scales[name], held_out)
         spread = base.logits.std()
         difference = scored.logits - base.logits
-        assert 0 < np.sqrt((difference**2).mean()) < 0.02 * spread, name
+        loss = 8 if name == "block_wise_int4" else 1  # half of the bits
+        assert 0 < np.sqrt((difference**2).mean()) < loss * 0.02 * spread, name
         largest = evaluate.largest_difference(scored.logits, base.logits)
-        assert largest == np.abs(difference).max() < 0.3 * spread, name
-        assert scored.perplexity == pytest.approx(base.perplexity, rel=0.02), name
+        assert largest == np.abs(difference).max() < loss * 0.3 * spread, name
+        assert scored.perplexity == pytest.approx(base.perplexity, rel=loss * 0.02), name
 
 
 def test_static_scales_do_not_depend_on_how_many_windows_run_at_once(
@@ -395,7 +397,7 @@ def test_static_scales_do_not_depend_on_how_many_windows_run_at_once(
 
 def test_static_scales_cover_the_text_they_were_measured_on(weights, corpus, scales):
     tokens = evaluate.windows(corpus.train, SMALL.context, evaluate.CALIBRATION_WINDOWS)[:, :-1]
-    layer = gradient.forward(weights, SMALL, tokens).layers[1]
+    layer = gradient.forward(weights, SMALL, tokens).layers[1].attention
     k_int8, v_int8 = scales["cache_int8"][1]
     k_fp8, v_fp8 = scales["cache_fp8"][1]
     assert k_int8.shape == v_int8.shape == (128,) and k_fp8.shape == v_fp8.shape == (2,)

@@ -90,7 +90,7 @@ def test_the_numpy_model_is_the_one_written_out(weights, windows):
         expected, attention, index_expected = reference.run(weights, SMALL, windows[b, :-1])
         assert np.abs(logits[b] - expected).max() < 1e-4 * expected.std()
         for i, layer in enumerate(trace.layers):
-            assert np.abs(layer.p[b] - attention[i]).max() < 1e-4
+            assert np.abs(layer.attention.p[b] - attention[i]).max() < 1e-4
             error = np.abs(index[i][b] - index_expected[i]).max()
             assert error < 1e-4 * index_expected[i].std()
 

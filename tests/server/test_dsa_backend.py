@@ -16,18 +16,11 @@ from tests.support.tensors import to_numpy
 HEADS = (8, 16, 32, 64, 128)
 
 
-@pytest.fixture(autouse=True)
-def _maps_need_paddle(request):
-    callspec = getattr(request.node, "callspec", None)
-    on_gpu = callspec is not None and callspec.params.get("place") == "gpu"
-    if on_gpu and paddle.__version__.startswith("2."):
-        pytest.skip("rows of a step take kernels that Paddle 2.6 has not for this GPU")
-
-
 @pytest.mark.parametrize("heads", HEADS)
-def test_a_day_of_steps(place, heads):
+@pytest.mark.parametrize("given", [False, True], ids=["no positions", "positions"])
+def test_a_day_of_steps(place, heads, given):
     """Prefill, chunks, a mixed step, drafts of which some are rejected, an idle sequence."""
-    server = SparseServer([140, 75, 66], heads, place, drafts=1)
+    server = SparseServer([140, 75, 66], heads, place, drafts=1, gives_positions=given)
     server.step([70, 3, 0])
     server.step([50, 1, 65], prefill=[True, False, True])
     server.step([2, 2, 0], prefill=[False] * 3, advance=[1, 2, 0])
@@ -143,49 +136,6 @@ def test_indices_of_a_caller_need_no_select():
     out = server.backend.forward(q, None, slots, None, latent, rope, server.layers[0], meta)
     keys = server.keys(0, 0, 11)[[3, 10]]
     assert_outputs_close(to_numpy(out), softmax_attention(server.tokens[0]["q"][0, 10], keys)[None])
-
-
-def _config(**changes):
-    config = backends.make_latent_config(
-        max_model_len=64, qk_nope_head_dim=128, index_n_heads=64, index_topk=2048
-    )
-    for path, value in changes.items():
-        section, _, name = path.partition("__")
-        if not hasattr(config, section):
-            setattr(config, section, type(config.model_config)())
-        setattr(getattr(config, section), name, value)
-    return config
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_config__index_head_dim": 64}, "index_head_dim = 64"),
-        ({"model_config__index_n_heads": 12}, "index_n_heads = 12"),
-        ({"model_config__index_topk": 5000}, "index_topk = 5000"),
-        ({"model_config__causal": False}, "causal = False"),
-        ({"parallel_config__pd_disaggregation_mode": "per_chunk"}, "which leaves index keys"),
-        ({"scheduler_config__splitwise_role": "decode"}, "splitwise_role = 'decode'"),
-        ({"cache_config__kvcache_storage_backend": "mooncake"}, "kvcache_storage_backend"),
-        ({"cache_config__num_cpu_blocks": 7}, "num_cpu_blocks = 7"),
-    ],
-)
-def test_what_is_not_supported_is_refused_by_name(changes, message):
-    with pytest.raises(NotImplementedError, match=message):
-        backends.DSAAttentionBackend(_config(**changes), 1, 16, 576)
-
-
-def test_rotation_of_a_model_by_its_type():
-    """GLM pairs neighbouring channels, DeepSeek-V3.2 channels half of the rotated ones apart."""
-    for changes, want in (
-        ({}, False),
-        ({"indexer_rope_interleave": True}, True),
-        ({"indexer_rope_interleave": None, "model_type": "glm_moe_dsa"}, True),
-        ({"indexer_rope_interleave": None, "model_type": "deepseek_v32"}, False),
-    ):
-        config = _config(**{f"model_config__{name}": value for name, value in changes.items()})
-        backend = backends.DSAAttentionBackend(config, 1, 16, 576)
-        assert backend.indexer.interleaved is want
 
 
 def test_an_empty_step_and_a_missing_choice():

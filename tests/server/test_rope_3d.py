@@ -309,7 +309,7 @@ def test_offsets_of_another_length_are_refused(registered):
 @pytest.mark.parametrize("cache_quant_type", TYPES)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("neox", "partial"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_gqa_rope_write_cache(place, dim, neox, partial, norm, cache_quant_type):
     """A table for each sequence, and slots without one; every sequence is at its own position."""
     Step(SEQS, cache_quant_type=cache_quant_type, blocks=12, dim=dim, neox=neox, partial=partial,

@@ -27,7 +27,7 @@ from tests.support.tensors import BF16, E5M2, int32, to_numpy, to_paddle
 NUMPY_TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 #: Options that are tensors for the operator and arrays for the reference.
-_TENSOR_OPTIONS = ("sinks", "mask_offsets", "out_scale", "k_descale", "v_descale")
+_TENSOR_OPTIONS = ("sinks", "mask_offsets", "out_scale", "k_descale", "v_descale", "k_center")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,9 @@ class CacheKind:
 
     @property
     def code(self) -> str:
-        return "int8" if self.quant_type.endswith("int8") else self.fp8_format
+        if self.quant_type.endswith(("int8", "int4")):
+            return self.quant_type[-4:]
+        return self.fp8_format
 
     @property
     def dynamic(self) -> bool:
@@ -60,6 +62,7 @@ class CacheKind:
 PLAIN = CacheKind()
 BLOCK_WISE_FP8 = CacheKind("block_wise_fp8")
 BLOCK_WISE_INT8 = CacheKind("block_wise_int8")
+BLOCK_WISE_INT4 = CacheKind("block_wise_int4")
 
 CACHE_KINDS = [
     PLAIN,
@@ -71,13 +74,17 @@ CACHE_KINDS = [
             *(("cache_fp8", g, f) for g in ("tensor", "head") for f in ("e4m3", "e5m2")),
             ("block_wise_fp8",),
             ("block_wise_int8",),
+            ("block_wise_int4",),
         )
         for scale_dtype in ("float32", "bfloat16")
     ),
 ]
 
 #: One kind for each way of reading codes; enough where the kind is not what is tested.
-FEW_KINDS = [PLAIN, CacheKind("cache_int8", "channel"), BLOCK_WISE_FP8, BLOCK_WISE_INT8]
+FEW_KINDS = [
+    *(PLAIN, CacheKind("cache_int8", "channel")),
+    *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4),
+]
 
 
 @dataclasses.dataclass
@@ -92,14 +99,18 @@ class CacheTensor:
     def packed(self) -> np.ndarray:
         if self.kind.quant_type == "none":
             return self.elements
-        return layout.pack(self.elements, self.letter, "fastattn", int8=self.kind.code == "int8")
+        code = self.kind.code
+        nibbles = code == "int4"
+        return layout.pack(
+            self.elements, self.letter, "fastattn", int8=code == "int8", nibbles=nibbles
+        )
 
     def poison(self, where) -> None:
         """Plant NaN (int8: -128, and NaN scales where a token has its own) at [block, ..., r]."""
         if self.kind.quant_type == "none":
             self.elements[where] = np.nan
             return
-        self.elements[where] = 0x80 if self.kind.code == "int8" else 0x7F
+        self.elements[where] = {"int8": 0x80, "int4": 0xF}.get(self.kind.code, 0x7F)
         if self.kind.dynamic:
             self.scales[where] = np.nan
 
@@ -111,7 +122,7 @@ def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
     kv, dim = x.shape[1], x.shape[3]
     scale_type = NUMPY_TYPES[kind.scale_dtype]
     if kind.dynamic:
-        scales = numerics.dynamic_scale(numerics.amax(x, axis=-1), kind.code).astype(scale_type)
+        scales = numerics.group_scale(x, kind.code).astype(scale_type)
         multiplier = scales.astype(np.float32)[..., None]
     else:
         base = {"int8": 0.031, "e4m3": 0.0113, "e5m2": 0.0147}[kind.code]
@@ -320,7 +331,7 @@ class PagedProblem(Problem):
 
     def multiplies_fp8(self) -> bool:
         quantised = self.kind.quant_type != "none"
-        return self.has_fp8_queries() and quantised and self.kind.code != "int8"
+        return self.has_fp8_queries() and quantised and self.kind.code[0] == "e"
 
     def multiplies_bf16(self) -> bool:
         return self.v.elements.dtype == BF16
@@ -553,7 +564,8 @@ def flash_problem(
     q, q_descale = _queries(rng, int(cu_q[-1]), h, dim, q_type)
     if kv_type is None:
         kv_type = "e4m3" if q_type.startswith("e4m3") else q_type
-    k, v = (_values(rng, (int(cu_k[-1]), kv, dim), mean) for mean in (0.0, v_mean))
+    dims = (dim, 128 if dim == 192 else dim)
+    k, v = (_values(rng, (int(cu_k[-1]), kv, d), m) for d, m in zip(dims, (0.0, v_mean)))
     if kv_type in NUMPY_TYPES:
         k, v = k.astype(NUMPY_TYPES[kv_type]), v.astype(NUMPY_TYPES[kv_type])
         return FlashProblem(q, k, v, cu_q, cu_k, options, q_descale)

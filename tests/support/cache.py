@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 import fastattn.functional as F
+from fastattn.functional._cache_types import codes_per_byte
 from fastattn.reference.layout import BLOCK_SIZE, cache_shape
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, to_numpy, to_paddle
@@ -18,6 +19,7 @@ QUANTISED = (
     ("cache_fp8", "e5m2"),
     ("block_wise_int8", "e4m3"),
     ("block_wise_fp8", "e4m3"),
+    ("block_wise_int4", "e4m3"),
 )
 
 
@@ -73,10 +75,9 @@ def make_cache(
         shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
         key, value = (rng.integers(0, 1 << 16, shape, np.uint16).view(dtype) for _ in range(2))
         return Cache(key, value, None, None, "none", "e4m3")
+    row = head_dim // codes_per_byte(cache_quant_type)
     key, value = (
-        rng.integers(
-            0, 256, cache_shape(kind, "fastattn", num_blocks, kv_heads, head_dim), np.uint8
-        )
+        rng.integers(0, 256, cache_shape(kind, "fastattn", num_blocks, kv_heads, row), np.uint8)
         for kind in "kv"
     )
     if is_dynamic(cache_quant_type):

@@ -112,10 +112,22 @@ def _append(t: _Inputs) -> Call:
     return lambda: [*call(), *out.values()]
 
 
+def _compact(t: _Inputs) -> Call:
+    seqs = t.seqs()
+    seqs["block_tables"] = t.int32([[-1, 0, 6], [1, 9, -1], [2, -1, -1]])
+    return lambda: list(F.compact_block_tables(**seqs, num_tokens=TOKENS, num_blocks=BLOCKS))
+
+
 def _merge(t: _Inputs) -> Call:
     sides = [(t.floats(9, HEADS, DIM), t.scales(HEADS, 9)) for _ in range(2)]
     scale = t.scales(1)
     return lambda: list(F.merge_attn_states(*sides[0], *sides[1], output_scale=scale))
+
+
+def _merge_many(t: _Inputs) -> Call:
+    states = t.floats(3, 9, HEADS, DIM), t.scales(3, HEADS, 9)
+    sinks, scale = t.scales(HEADS), t.scales(1)
+    return lambda: list(F.merge_many_attn_states(*states, sinks=sinks, output_scale=scale))
 
 
 def _merge_decode(t: _Inputs) -> Call:
@@ -252,6 +264,11 @@ def _indexer_q(t: _Inputs) -> Call:
     return lambda: list(F.indexer_q_rope_quant(positions, q, table, weights, 0.1, 0.7))
 
 
+def _indexer_q_rows(t: _Inputs) -> Call:
+    q, weights, tokens = t.floats(9, 3, 128), t.scales(9, 3), t.int32([8, -1, 0, 3, 9])
+    return lambda: list(F.indexer_q_quant(q, weights, 0.1, token_of_query=tokens))
+
+
 def _indexer_k(t: _Inputs) -> Call:
     tokens = t.int32(np.arange(8))
     pages = t.codes(1, 132 * 16)
@@ -291,6 +308,18 @@ def _gather_index_keys(t: _Inputs) -> Call:
 def _to_slots(t: _Inputs) -> Call:
     chosen, tables = t.int32(np.arange(600).reshape(3, 200) % 150), t.int32([[4, 2, 7]] * 3)
     return lambda: list(F.topk_to_slots(chosen, tables, num_blocks=7))
+
+
+def _token_maps(t: _Inputs) -> Call:
+    seqs, tables = t.int32([0, 0, 1, -1]), t.int32([[4, 2], [7, 9]])
+    starts, cached = t.int32([0, 2, 3]), t.int32([70, 5])
+    return lambda: list(F.token_maps(seqs, tables, starts, cached, num_tokens=4, num_blocks=9))
+
+
+def _query_rows(t: _Inputs) -> Call:
+    seqs, tables, starts = t.int32([0, 0, 1, -1]), t.int32([[4, 2], [7, 9]]), t.int32([0, 2, 3])
+    positions = t.int32([70, 71, 5, -1])
+    return lambda: list(F.query_rows(seqs, positions, tables, starts, tile=8))
 
 
 def _window(t: _Inputs) -> Call:
@@ -356,16 +385,19 @@ _MAKERS = {
     "begin_kv_signals": _begin_signals,
     "convert_cache_blocks": _convert_blocks,
     "combine_topk_window": _combine,
+    "compact_block_tables": _compact,
     "convert_cache_layout": _convert,
     "flash_attention": _flash,
     "gqa_rope_write_cache": _gqa,
     "indexer_k_gather": _gather_index_keys,
     "indexer_k_write_cache": _write_index_keys,
     "indexer_kv_compress_insert": _indexer_k,
+    "indexer_q_quant": _indexer_q_rows,
     "indexer_q_rope_quant": _indexer_q,
     "indexer_topk": _indexer_topk,
     "inverse_rope_quantize_fp8": _inverse_rope,
     "merge_attn_states": _merge,
+    "merge_many_attn_states": _merge_many,
     "merge_prefill_decode_output": _merge_decode,
     "mla_attention": _latent_dense,
     "mla_gather_cache": _latent_gather,
@@ -382,9 +414,11 @@ _MAKERS = {
     "rope_write_cache_kv": _rope,
     "save_partial_states": _save_states,
     "send_kv_signal": _send_signal,
+    "query_rows": _query_rows,
     "radix_topk_ragged_transform": _radix_topk,
     "short_context_indices": _short_context,
     "topk_indices": _topk,
+    "token_maps": _token_maps,
     "topk_to_slots": _to_slots,
     "window_indices": _window,
     "write_cache_kv": _write,

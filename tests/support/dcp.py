@@ -22,9 +22,11 @@ import fastattn.functional as F
 from fastattn import distributed
 from fastattn.distributed import (
     dcp_local_block_tables,
+    dcp_local_keys,
     dcp_stripe_block_tables,
     paged_attention_dcp,
 )
+from fastattn.distributed.local_keys import LocalKeys
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.attention import (
     BLOCK_WISE_FP8,
@@ -44,6 +46,8 @@ from tests.support.tensors import int32, to_numpy, to_paddle
 SEQS = [(0, 65), (1023, 1), (320, 63), (0, 0), (64, 1), (1, 64), (0, 1), (70, 5), (517, 4), (9, 0)]
 SHORT = [(70, 5), (0, 66), (129, 1), (0, 0), (3, 2)]
 TOKENS = sum(new for _, new in SHORT)
+#: One new token at most: no masks are needed.
+DECODE = [(1023, 1), (64, 1), (0, 1), (130, 0), (5, 1), (517, 1), (63, 1)]
 
 Assign = Callable[[np.ndarray, int, int], np.ndarray]
 
@@ -78,6 +82,7 @@ class Case:
     make: Callable[[], PagedProblem]
     assign: Assign = interleaved
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    precomputed: bool = False  # whether the rank's keys are found before the call
 
     def local(self, rank: int, world_size: int) -> PagedProblem:
         """The problem as `rank` sees it: a smaller cache with ids of its own, and its table."""
@@ -105,10 +110,21 @@ class Case:
         positional, keywords = problem.arguments("cpu" if place == "exchange" else place)
         if place == "exchange" and "out_scale" in keywords:
             keywords["out_scale"] = to_paddle(problem.options["out_scale"], "gpu")
+        if self.precomputed:
+            keywords["local_keys"] = local_keys(positional, keywords)
         out, lse = paged_attention_dcp(
             *positional, return_softmax_lse=True, **keywords, **self.options
         )
         return {"out": to_numpy(out), "lse": to_numpy(lse)}
+
+
+def local_keys(positional: list[Any], keywords: dict[str, Any]) -> LocalKeys:
+    """What :func:`dcp_local_keys` finds for a call."""
+    q, key, _, *seqs, max_seqlen_q, _ = positional
+    mask = {k: v for k, v in keywords.items() if k in ("causal", "window_size", "mask_offsets")}
+    return dcp_local_keys(
+        *seqs, max_seqlen_q, num_tokens=q.shape[0], num_blocks=key.shape[0], **mask
+    )
 
 
 def _gathered(array: np.ndarray, blocks: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
@@ -134,6 +150,11 @@ SINKS = np.array([0.4, -3.0, 5.5, -np.inf], np.float32)
 SCALE = np.array([0.013], np.float32)
 MASK = np.array([(i * 3 % 50, 40 + i * 31 % 90) for i in range(TOKENS)], np.int32)
 NOTHING = np.zeros((TOKENS, 2), np.int32)
+KEYS = {
+    "kind": BLOCK_WISE_INT8,
+    "k_rotation": "hadamard",
+    "k_center": np.random.default_rng(5).normal(size=(2, 64)).astype(np.float32),
+}
 
 CASES: dict[str, Case] = {
     **{f"type-{kind}": _case(SEQS, kind=kind, seed=3) for kind in CACHE_KINDS},
@@ -158,6 +179,7 @@ CASES: dict[str, Case] = {
     "exchange_output-fp8": _case(
         SEQS, dcp={"exchange_dtype": "output"}, kind=BLOCK_WISE_FP8, out_scale=SCALE
     ),
+    "transformed_keys": _case(SHORT, **KEYS),
     "not_causal": _case(SHORT, kind=BLOCK_WISE_FP8, causal=False),
     "window": _case(SHORT, kind=BLOCK_WISE_FP8, window_size=(17, -1)),
     "softcap": _case(SHORT, softcap=1.3),
@@ -166,14 +188,41 @@ CASES: dict[str, Case] = {
     "nan": Case(poisoned),
     "nan-whole_seqs": Case(poisoned, whole_seqs),
     "padding": _case([(3, 2), (70, 0), (9, 2)], spans=[2, 5, 4], padding=3),
+    **{
+        f"decode-{assign.__name__}-{kind}": _case(DECODE, assign, kind=kind, seed=8)
+        for assign in (interleaved, whole_seqs, at_random)
+        for kind in FEW_KINDS
+    },
+    "decode-not_causal": _case(DECODE, kind=BLOCK_WISE_FP8, causal=False),
+    "decode-window": _case(DECODE, kind=BLOCK_WISE_FP8, window_size=(100, 0)),
+    "decode-fp8_output": _case(DECODE, kind=BLOCK_WISE_FP8, out_scale=SCALE),
+    "decode-batch_invariant": _case(DECODE, dcp={"batch_invariant": True}, kind=BLOCK_WISE_FP8),
+    "window-both_sides": _case(SEQS, at_random, window_size=(40, 7), causal=False),
+    "window-whole_seqs": _case(SEQS, whole_seqs, kind=BLOCK_WISE_FP8, window_size=(100, 0)),
+    "mask_offsets-causal": _case(SHORT, at_random, kind=BLOCK_WISE_FP8, mask_offsets=MASK),
     "shared_blocks": _case([(200, 5), (133, 1), (64, 70)], kind=BLOCK_WISE_FP8, share=True),
 }
+
+#: Where the rank's keys are found once for several calls: cases of the same results.
+PRECOMPUTED = (
+    *("window", "mask_offsets", "padding", "exchange_output", "not_causal", "quantize_q"),
+    *("decode-window", f"decode-interleaved-{PLAIN}", f"at_random-{BLOCK_WISE_FP8}"),
+)
+CASES.update(
+    {
+        f"local_keys-{name}": dataclasses.replace(CASES[name], precomputed=True)
+        for name in PRECOMPUTED
+    }
+)
 
 #: These use arithmetic of Paddle, which not every Paddle has on every GPU.
 SINK_CASES: dict[str, Case] = {
     "sinks": _case(SEQS, kind=BLOCK_WISE_FP8, sinks=SINKS),
     "sinks-whole_seqs": _case(SEQS, whole_seqs, sinks=SINKS),
+    "sinks-decode": _case(DECODE, at_random, kind=BLOCK_WISE_FP8, sinks=SINKS),
+    "sinks-window": _case(SEQS, window_size=(100, 0), sinks=SINKS),
     "sinks-fp8_output": _case(SHORT, sinks=SINKS, out_scale=SCALE),
+    "sinks-transformed_keys": _case(SHORT, sinks=SINKS, **KEYS),
     "sinks-nothing_visible": _case(SHORT, sinks=SINKS, mask_offsets=NOTHING),
 }
 

@@ -20,6 +20,7 @@ import paddle.distributed as dist
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.distributed import (
+    dcp_local_keys,
     dcp_stripe_block_tables,
     mla_attention_dcp,
     mla_sparse_attention_dcp,
@@ -39,6 +40,8 @@ from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
 #: Cached and new tokens: decode, a prefill, chunks, a resting sequence, some on one rank only.
 CACHED, NEW = (300, 0, 63, 0, 64, 517, 5), (1, 66, 2, 0, 7, 1, 3)
+#: A step of decode, for which a rank compacts its table.
+ONE = (1, 1, 1, 0, 1, 1, 1)
 TOPK = 150
 #: Formats that mla_write_cache writes.
 WRITTEN = tuple(name for name in FORMATS if name != "fp8_528")
@@ -69,12 +72,14 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     sparse: bool = False
     compact: bool = True
+    new: tuple[int, ...] = NEW
+    precomputed: bool = False  # whether the rank's keys are found before the call
 
     @functools.cached_property
     def problem(self) -> Problem:
         return Problem(
             CACHED,
-            NEW,
+            self.new,
             heads=self.heads,
             cache_format=self.cache_format,
             page_size=self.page_size,
@@ -86,13 +91,13 @@ class Case:
     def chosen(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens that each query chose in its sequence, and the sequence of each query."""
         rng, rows = np.random.default_rng(9), []
-        for cached, new in zip(CACHED, NEW):
+        for cached, new in zip(CACHED, self.new):
             for i in range(new):
                 seen = cached + i + 1
                 row = rng.permutation(seen)[:TOPK]
                 row = np.concatenate([row, rng.integers(0, seen, 3), [-1, 9999, -(2**31)]])
                 rows.append(np.concatenate([row, np.full(TOPK + 6 - len(row), -1)]))
-        ids = np.repeat(np.arange(len(NEW)), NEW)
+        ids = np.repeat(np.arange(len(self.new)), self.new)
         chosen = np.array(rows)
         chosen[3] = -1  # a query without a key
         chosen[5, 1:] = -1  # and one with a single one
@@ -146,9 +151,16 @@ class Case:
             out, lse = mla_sparse_attention_dcp(q, held, slots, topk_length=lengths, **options)
         else:
             seqs = [int32(x, place) for x in problem.seq_arrays()[1:]]
-            longest = max(a + b for a, b in zip(CACHED, NEW))
+            longest, most = max(a + b for a, b in zip(CACHED, self.new)), max(self.new)
+            if self.precomputed:
+                options["local_keys"] = dcp_local_keys(
+                    *(int32(table, place), *seqs, most),
+                    num_tokens=q.shape[0],
+                    num_blocks=len(cache),
+                    block_size=self.page_size,
+                )
             out, lse = mla_attention_dcp(
-                q, held, int32(table, place), *seqs, max(NEW), longest, **options
+                q, held, int32(table, place), *seqs, most, longest, **options
             )
         return {"out": to_numpy(out), "lse": to_numpy(lse)}
 
@@ -171,6 +183,14 @@ CASES: dict[str, Case] = {
     },
     **{f"{k}-heads_{h}": Case("bf16", heads=h, sparse=s) for k, s in _EACH for h in (1, 16, 64)},
     **{f"{k}-pages_of_{n}": Case(page_size=n, sparse=s) for k, s in _EACH for n in (7, 16)},
+    **{f"dense-decode-{f}": Case(f, new=ONE) for f in FORMATS},
+    **{
+        f"dense-decode-{a.__name__}": Case("bf16", a, page_size=n, new=ONE)
+        for a, n in ((whole_seqs, 64), (at_random, 16), (all_on_the_last, 7))
+    },
+    "dense-decode-local_keys": Case(new=ONE, precomputed=True),
+    "dense-local_keys": Case(page_size=16, precomputed=True),
+    "dense-decode-not_causal": Case("bf16", new=ONE, options={"causal": False}),
     "dense-not_causal": Case("bf16", options={"causal": False}),
     "sparse-not_compact": Case("fp8_584", sparse=True, compact=False),
 }

@@ -50,6 +50,8 @@ class LatentServer:
         Sequence 1 starts with the first `shared` blocks of sequence 0 (prefix cache).
     drafts : int
         Draft tokens of a sequence that decodes.
+    gives_positions : bool
+        Steps say the positions of their tokens, with others for padding.
     """
 
     backend_class: type = backends.MLAAttentionBackend
@@ -65,11 +67,13 @@ class LatentServer:
         page_size: int = 64,
         shared: int = 0,
         drafts: int = 0,
+        gives_positions: bool = False,
         seed: int = 3,
         **model: Any,
     ) -> None:
         self.rng = rng = np.random.default_rng(seed)
         self.heads, self.place, self.page_size, self.count = heads, place, page_size, layers
+        self.gives_positions = gives_positions
         self.config = backends.make_latent_config(
             qk_nope_head_dim=128,
             block_size=page_size,
@@ -137,7 +141,7 @@ class LatentServer:
 
     def meta(self, new: list[int], prefill: list[bool] | None, padding: int, fields: Any) -> Any:
         """The step's ForwardMeta, as a server without lengths on the host would make it."""
-        if self.place == "gpu":  # Paddle 2 runs no kernel of its own there
+        if self.gives_positions:
             ids = np.concatenate([self.positions(new), np.full(padding, 7)])
             fields = {"position_ids": int32(ids, self.place), **fields}
         unknown = int32(np.zeros(9), "cpu")
@@ -223,6 +227,7 @@ class SparseServer(LatentServer):
         self.index_heads, self.topk = index_heads, topk
         super().__init__(*args, index_n_heads=index_heads, index_topk=topk, **kwargs)
         self.chosen: list[np.ndarray] = []
+        self.keeps_tensors = False  # a capture may not copy choices to the host
 
     def _shapes(self) -> list[tuple[list[int], Any]]:
         latents, none, keys = self.backend.get_kv_cache_shape(self.num_blocks, "uint8")
@@ -262,7 +267,7 @@ class SparseServer(LatentServer):
         names = ("q", "latent", "rope", "index_q", "index_k", "weights")
         q, latent, rope, *index = (self.of_step(name, layer, new, padding) for name in names)
         slots = self.backend.select(*index, layer, meta)
-        self.chosen.append(to_numpy(slots))
+        self.chosen.append(slots if self.keeps_tensors else to_numpy(slots))
         return self.backend.forward(
             q,
             None,  # FastDeploy's models give the step's latents, which nobody needs

@@ -83,7 +83,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 **cache(),
                 **seqs(),
             },
-            plain,
+            {**plain, "k_rotation": "none"},
         ),
         "rope_write_cache_kv": OpCall(
             {
@@ -101,6 +101,8 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "rotary_dim": -1,
                 "qk_norm_before_rope": False,
                 "q_quant": "none",
+                "k_rotation": "none",
+                "q_rotation": "none",
             },
         ),
         "gqa_rope_write_cache": OpCall(
@@ -139,6 +141,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "cache_quant_type": "cache_fp8",
                 "cache_layout": "fastattn",
                 "fp8_format": "e4m3",
+                "k_rotation": "none",
             },
         ),
         "convert_cache_layout": OpCall({"cache": make(3, 2, 64, 64, dtype="uint8")}, conversion),
@@ -157,7 +160,19 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
         ),
         "paged_attention": OpCall(
             {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()},
-            {**plain, **attention, "batch_invariant": False},
+            {**plain, **attention, "batch_invariant": False, "k_rotation": "none"},
+        ),
+        "compact_block_tables": OpCall(
+            seqs(),
+            {
+                "num_tokens": 2,
+                "num_blocks": 3,
+                "block_size": 64,
+                "causal": True,
+                "window_left": -1,
+                "window_right": -1,
+                "want_masks": True,
+            },
         ),
         "merge_attn_states": OpCall(
             {
@@ -167,6 +182,10 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "suffix_lse": make(4, 2),
             },
             {"prefill_tokens_with_context": -1},
+        ),
+        "merge_many_attn_states": OpCall(
+            {"outputs": make(3, 2, 4, 64, dtype="float16"), "lses": make(3, 4, 2)},
+            {"sinks_in_lse": True},
         ),
         "merge_prefill_decode_output": OpCall(
             {
@@ -324,6 +343,14 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
             },
             {"softmax_scale": 1.0, "head_scale": 1.0, "quant": "fp8"},
         ),
+        "indexer_q_quant": OpCall(
+            {
+                "q": make(2, 3, 128, dtype="bfloat16"),
+                "weights": make(2, 3),
+                "token_of_query": int32([1, -1, 0], place),
+            },
+            {"factor": 0.5},
+        ),
         "indexer_kv_compress_insert": OpCall(
             {
                 "state_cache": make(2, 4, 512),
@@ -378,6 +405,24 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "world_size": 1,
                 "interleave": 1,
             },
+        ),
+        "token_maps": OpCall(
+            {
+                "batch_ids": int32([0, 1, -1], place),
+                "block_tables": int32([[4, 2], [1, 0]], place),
+                "cu_seqlens_q": int32([0, 1, 2], place),
+                "seq_lens_decoder": int32([5, 0], place),
+            },
+            {"num_tokens": 3, "block_size": 4, "num_blocks": 5},
+        ),
+        "query_rows": OpCall(
+            {
+                "batch_ids": int32([0, 1, -1], place),
+                "positions": int32([5, 0, -1], place),
+                "block_tables": int32([[4, 2], [1, 0]], place),
+                "cu_seqlens_q": int32([0, 1, 2], place),
+            },
+            {"tile": 2},
         ),
         "window_indices": OpCall(
             {"positions": int32([3, 9], place), "batch_ids": int32([0, 1], place)},

@@ -11,7 +11,8 @@ import pytest
 
 from fastattn import _ops, backends, reference
 from fastattn.reference.cache import quantize_token, static_scales
-from fastattn.reference.layout import BLOCK_SIZE
+from fastattn.reference.hadamard import hadamard, hadamard_matrix, transform_key
+from fastattn.reference.layout import BLOCK_SIZE, unpack_nibbles
 from fastattn.reference.numerics import from_codes
 from fastattn.reference.rope import make_rotary_embs, quantize_q, rope_qkv
 from tests.support.bounds import assert_error_ratio
@@ -57,6 +58,8 @@ class Model:
     per_channel: bool = False
     scale_dtype: Any = np.float32
     q_quant: str = "none"
+    k_rotation: str | None = None  # None: the default of the type
+    centred: bool = False
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(7)
@@ -69,6 +72,9 @@ class Model:
             MAX_MODEL_LEN, self.rotary_dim or dim, theta=500.0, neox=self.neox
         )
         self.q_scale = np.array([8 / 448], np.float32) if self.q_quant == "per_tensor" else None
+        self.k_center = None
+        if self.centred:
+            self.k_center = rng.normal(size=(self.kv_heads, dim)).astype(np.float32)
         self.k_scales = self.v_scales = None
         if self.cache_quant_type in ("cache_int8", "cache_fp8"):
             qmax = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}[self.code]
@@ -83,11 +89,16 @@ class Model:
 
     def multiplies_fp8(self) -> bool:
         """Whether queries are e4m3, and keys and values FP8."""
-        return self.q_quant != "none" and self.code != "int8" and self.cache_quant_type != "none"
+        return self.q_quant != "none" and self.code[0] == "e" and self.cache_quant_type != "none"
 
     @property
     def code(self) -> str:
-        return "int8" if self.cache_quant_type.endswith("int8") else self.fp8_format
+        integers = self.cache_quant_type.endswith(("int8", "int4"))
+        return self.cache_quant_type[-4:] if integers else self.fp8_format
+
+    @property
+    def rotation(self) -> str:
+        return self.k_rotation or ("hadamard" if self.code == "int4" else "none")
 
     @property
     def dynamic(self) -> bool:
@@ -107,7 +118,14 @@ class Model:
             rotary_dim=self.rotary_dim,
             qkv_bias=self.qkv_bias,
         )
-        return q, self._stored(k, self.k_scales), self._stored(v, self.v_scales)
+        keys = self._stored(transform_key(k, self.rotation, self.k_center), self.k_scales)
+        if self.rotation != "none":
+            matrix = hadamard_matrix(self.head_dim)
+            keys = keys @ matrix
+            q = hadamard(q).astype(self.dtype).astype(np.float64) @ matrix
+        if self.k_center is not None:
+            keys = keys + self.k_center
+        return q, keys, self._stored(v, self.v_scales)
 
     def _stored(self, x: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
         if self.cache_quant_type == "none":
@@ -119,6 +137,8 @@ class Model:
             multiplier = (
                 static_scales(scales, *token.shape) if dynamic is None else dynamic[:, None]
             )
+            if self.code == "int4":
+                codes = unpack_nibbles(codes)
             out[i] = from_codes(codes, self.code).astype(np.float64) * multiplier
         return out
 
@@ -244,6 +264,8 @@ class Server:
             cache_fp8_format=model.fp8_format,
             cache_k_out_scale=self.on(model.k_scales),
             cache_v_out_scale=self.on(model.v_scales),
+            cache_k_rotation=model.k_rotation,
+            cache_k_center=self.on(model.k_center),
             use_neox_rotary_style=model.neox,
             qkv_bias=self.on(model.qkv_bias),
             q_norm_weight=self.on(model.q_norm_weight),

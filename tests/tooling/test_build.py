@@ -20,6 +20,7 @@ import pytest
 from custom_ops.builder import instances, project, toolchain
 from custom_ops.builder.toolchain import BuildError
 from fastattn import _ops, env
+from fastattn.functional._cache_types import HEAD_DIMS
 from fastattn.reference import layout
 from fastattn.version import __version__
 from tests.support import ROOT
@@ -494,18 +495,42 @@ def test_every_operator_of_the_library_is_discovered():
 
 def test_head_dims_of_the_host_module_are_those_of_the_kernels():
     host = pytest.importorskip("fastattn._host")
-    lists = set()
+    dims = set(host.head_dims())
+    assert dims == set(HEAD_DIMS)
     for path in [*CUSTOM_OPS.glob("c*/**/*.*"), *CUSTOM_OPS.glob("api/*.cc")]:
         if path.suffix in (".cc", ".cu", ".h", ".cuh"):
             text = path.read_text(encoding="utf-8")
-            lists |= set(re.findall(r"dispatch<([\d,\s]+)>\(\s*[\w.]*head_dim,", text))
-    assert lists and {tuple(map(int, found.split(","))) for found in lists} == {
-        tuple(host.head_dims())
+            assert not re.search(r"dispatch<[\d,\s]+>\(\s*[\w.]*head_dim,", text), path
+    support = (CUSTOM_OPS / "heuristics/wgmma_support.h").read_text(encoding="utf-8")
+
+    def listed(name: str) -> set[int]:
+        (found,) = re.findall(rf"using {name} = HeadDimList<([\d, ]+)>", support)
+        return {int(dim) for dim in found.split(",")}
+
+    attention = "cuda/attention"
+    expected = {
+        f"{attention}/mma_sm80": dims | {192},
+        f"{attention}/mma_sm80/invariant": dims,
+        f"{attention}/wgmma_sm90/fp8": listed("WgmmaFp8HeadDims"),
+        f"{attention}/wgmma_sm90/fp16": listed("Wgmma16BitHeadDims"),
     }
     for family in instances.FAMILIES:
         if "head_dim" in family.columns:
             column = list(family.columns).index("head_dim")
-            assert {values[column] for values in family.arguments()} == set(host.head_dims())
+            assert {values[column] for values in family.arguments()} == expected.pop(family.folder)
+    assert not expected
+
+
+def test_a_build_may_be_limited_to_some_head_dims(monkeypatch):
+    monkeypatch.setenv("FASTATTN_HEAD_DIMS", "64, 192")
+    assert instances.head_dims() == (64, 192)
+    assert instances.head_dim_bits() == 1 << 2 | 1 << 6
+    for names in ("96,256", "64,80", "wide"):
+        monkeypatch.setenv("FASTATTN_HEAD_DIMS", names)
+        with pytest.raises(ValueError, match="FASTATTN_HEAD_DIMS: expected some of 64, 96, 128"):
+            instances.head_dims()
+    monkeypatch.delenv("FASTATTN_HEAD_DIMS")
+    assert instances.head_dims() == instances.ALL_HEAD_DIMS == (64, 96, 128, 192, 256)
 
 
 def test_host_module_agrees_with_the_reference():

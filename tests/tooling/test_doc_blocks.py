@@ -17,8 +17,9 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
 
 
-@pytest.mark.parametrize("name", ["coming_from.md", "dcp.md"])
-def test_blocks_run_one_after_the_other(name):
+@pytest.mark.parametrize("name", ["calibrate.md", "coming_from.md", "dcp.md"])
+def test_blocks_run_one_after_the_other(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     page = ROOT / "docs" / name
     paddle.seed(0)
     namespace: dict[str, object] = {}

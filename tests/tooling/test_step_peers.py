@@ -89,6 +89,16 @@ def test_a_section_is_replaced_as_a_whole(tmp_path):
     assert written["sparse_step"] == {"left_out": {}}
 
 
+def test_a_row_is_replaced_by_one_of_its_kernel_and_shape():
+    def logits(b, us, **more):
+        return {"section": "logits", "peer": "x", "b": b, "us": us, **more}
+
+    theirs = {"meta": 1, "rows": [logits(1, 5.0, rate=2.0), logits(64, 7.0), {"section": "host"}]}
+    found = report.replaced(theirs, [logits(64, 8.0), logits(128, 9.0)])
+    assert found["meta"] == 1
+    assert found["rows"] == [*theirs["rows"][::2], logits(64, 8.0), logits(128, 9.0)]
+
+
 def test_a_narrow_table_marks_what_is_wrong():
     (line,) = report.compact(rows_of_both(), report.FASTDEPLOY)
     assert line.split() == [MODEL, "cache_fp8", "decode", "16:", "80.0!/20.0"]

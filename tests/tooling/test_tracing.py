@@ -223,7 +223,7 @@ def test_dtypes_are_those_of_the_operator(op):
         "output_scale": to_paddle(np.ones(1, np.float32)),
         "output_scales": zeros(2, 4),
     }
-    if op == "merge_attn_states":
+    if op in ("merge_attn_states", "merge_many_attn_states"):
         optional["output"] = zeros(2, 4, 64, dtype="float16")
     if op == "quantize_fp8":
         optional["output"] = zeros(2, 64, dtype="uint8")

@@ -25,12 +25,18 @@ __device__ __forceinline__ uint32_t HeadAmaxBits(const float (&x)[kChunk]) {
   return amax;
 }
 
-// The same from packed 16-bit values, two in a word: their magnitudes order as unsigned integers.
+// Largest magnitudes of a lane's even and odd 16-bit values, two in a word: magnitudes order as
+// unsigned integers, a NaN above all others.
+__device__ __forceinline__ uint32_t AmaxPair(uint4 pairs) {
+  return __vmaxu2(__vmaxu2(pairs.x & 0x7FFF7FFFu, pairs.y & 0x7FFF7FFFu),
+                  __vmaxu2(pairs.z & 0x7FFF7FFFu, pairs.w & 0x7FFF7FFFu));
+}
+
+// HeadAmaxBits of packed 16-bit values.
 template <int kHeadDim, DType kIn>
 __device__ __forceinline__ uint32_t HeadAmaxBits(uint4 pairs) {
   static_assert(32 % (kHeadDim / kChunk) == 0, "lanes of a head exchange by XOR inside a warp");
-  uint32_t amax = __vmaxu2(__vmaxu2(pairs.x & 0x7FFF7FFFu, pairs.y & 0x7FFF7FFFu),
-                           __vmaxu2(pairs.z & 0x7FFF7FFFu, pairs.w & 0x7FFF7FFFu));
+  uint32_t amax = AmaxPair(pairs);
 #pragma unroll
   for (int lanes = 1; lanes < kHeadDim / kChunk; lanes *= 2) {
     amax = __vmaxu2(amax, __shfl_xor_sync(kFullWarp, amax, lanes));

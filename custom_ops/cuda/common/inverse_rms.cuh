@@ -52,7 +52,8 @@ __device__ __forceinline__ float InverseRms(const float (&x)[Lane::kValues], flo
     }
     totals[half] = sums[0];
   }
-  // Neighbouring lanes hold neighbouring channels of either half: two trees side by side.
+  // Neighbouring lanes hold neighbouring channels of either half: two trees side by side, whose
+  // leaves past the channels are 0.
 #pragma unroll
   for (int lanes = 1; lanes < Lane::kLanes; lanes *= 2) {
 #pragma unroll
@@ -60,10 +61,14 @@ __device__ __forceinline__ float InverseRms(const float (&x)[Lane::kValues], flo
       totals[half] = Add(totals[half], __shfl_xor_sync(kFullWarp, totals[half], lanes));
     }
   }
-  static_assert((Lane::kHeadDim & (Lane::kHeadDim - 1)) == 0,
-                "the product with 1 / D is the quotient for a power of two");
-  constexpr float kInverse = 1.0f / Lane::kHeadDim;
-  return InverseRoot(Add(Mul(Add(totals[0], totals[1]), kInverse), eps));
+  const float total = Add(totals[0], totals[1]);
+  // The product with 1 / D is the quotient for a power of two.
+  if constexpr ((Lane::kHeadDim & (Lane::kHeadDim - 1)) == 0) {
+    constexpr float kInverse = 1.0f / Lane::kHeadDim;
+    return InverseRoot(Add(Mul(total, kInverse), eps));
+  } else {
+    return InverseRoot(Add(Div(total, static_cast<float>(Lane::kHeadDim)), eps));
+  }
 }
 
 }  // namespace fastattn::cuda

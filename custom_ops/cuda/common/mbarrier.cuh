@@ -13,6 +13,19 @@ __device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {
                : "memory");
 }
 
+// Whether this lane is the one of its warp that acts for all. Unlike after a comparison of lanes,
+// the compiler knows that one lane alone goes on: an instruction whose operands belong to the warp
+// (TMA's, a barrier's initialisation) then stands there once, not in a loop over the lanes.
+__device__ __forceinline__ bool ElectOne() {
+  uint32_t elected = 0;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "elect.sync _|p, 0xffffffff;\n\t"
+      "@p mov.u32 %0, 1;\n\t}"
+      : "+r"(elected));
+  return elected != 0;
+}
+
 // Makes initialised barriers visible to TMA.
 __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -40,6 +40,28 @@ __device__ __forceinline__ void CopyBulk(const void* source, void* target, uint6
       : "memory");
 }
 
+// What createpolicy makes for lines that leave the L2 cache before others.
+inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+
+// CopyBox and CopyBulk of data that nobody reads again soon.
+__device__ __forceinline__ void CopyBoxOnce(const CUtensorMap* map, void* target, uint64_t* barrier,
+                                            int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(SharedAddress(target)),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(kEvictFirst)
+      : "memory");
+}
+
+__device__ __forceinline__ void CopyBulkOnce(const void* source, void* target, uint64_t* barrier,
+                                             uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(target)),
+      "l"(source), "r"(bytes), "r"(SharedAddress(barrier)), "l"(kEvictFirst)
+      : "memory");
+}
+
 __device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

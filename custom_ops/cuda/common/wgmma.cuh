@@ -48,6 +48,14 @@ __device__ __forceinline__ void WaitProducts(float (&d)[32]) {
                : "memory");
 }
 
+template <int kPending>
+__device__ __forceinline__ void WaitProducts(float (&d)[128]) {
+  asm volatile("wgmma.wait_group.sync.aligned %128;"
+               : FASTATTN_ACC128("+f", d)
+               : "n"(kPending)
+               : "memory");
+}
+
 // Waits until at most kPending groups of products are in flight, for accumulators that KeepFloats
 // keeps.
 template <int kPending>

@@ -45,11 +45,33 @@ __device__ __forceinline__ uint64_t TransposedDescriptor(uint32_t address) {
       : FASTATTN_ACC32(c, d)                                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add), "n"(kTransposed))
 
+#define FASTATTN_SHARED64(type, c, add)                                                \
+  asm volatile(                                                                        \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"                               \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" FASTATTN_LIST32 \
+      "}, %32, %33, p, 1, 1, 0, 0;\n\t}"                                               \
+      : FASTATTN_ACC32(c, d)                                                           \
+      : "l"(a), "l"(b), "n"(add))
+#define FASTATTN_REGISTERS256(type, c, add)                                              \
+  asm volatile(                                                                          \
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %133, 0;\n\t"                                \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" FASTATTN_LIST128 \
+      "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n\t}"                           \
+      : FASTATTN_ACC128(c, d)                                                            \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add), "n"(kTransposed))
+
 // d (+)= a * b: 64 x 128, both operands in shared memory, K-major.
 template <DType kType, bool kAdd>
 __device__ __forceinline__ void MultiplyHalfShared(float (&d)[64], uint64_t a, uint64_t b) {
   static_assert(kType == DType::kBFloat16 || kType == DType::kFloat16);
   FASTATTN_FORMS(FASTATTN_SHARED128, kType == DType::kBFloat16, "bf16", "f16")
+}
+
+// 64 x 64.
+template <DType kType, bool kAdd>
+__device__ __forceinline__ void MultiplyHalfShared(float (&d)[32], uint64_t a, uint64_t b) {
+  static_assert(kType == DType::kBFloat16 || kType == DType::kFloat16);
+  FASTATTN_FORMS(FASTATTN_SHARED64, kType == DType::kBFloat16, "bf16", "f16")
 }
 
 // The same with a in registers. kTransposed: b is N-major (TransposedDescriptor).
@@ -68,6 +90,17 @@ __device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[32], const uint
     FASTATTN_REGISTERS64("bf16", "+f", 1);
   } else {
     FASTATTN_REGISTERS64("f16", "+f", 1);
+  }
+}
+
+template <DType kType, bool kAdd, int kTransposed>
+__device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[128], const uint32_t* a,
+                                                      uint64_t b) {
+  static_assert(kAdd && (kType == DType::kBFloat16 || kType == DType::kFloat16));
+  if constexpr (kType == DType::kBFloat16) {
+    FASTATTN_REGISTERS256("bf16", "+f", 1);
+  } else {
+    FASTATTN_REGISTERS256("f16", "+f", 1);
   }
 }
 
@@ -90,6 +123,8 @@ __device__ __forceinline__ void MultiplyHalfRegisters(float (&d)[4], const uint3
   }
 }
 
+#undef FASTATTN_REGISTERS256
+#undef FASTATTN_SHARED64
 #undef FASTATTN_REGISTERS64
 #undef FASTATTN_REGISTERS128
 #undef FASTATTN_SHARED128

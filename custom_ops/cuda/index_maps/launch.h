@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "params/index_maps.h"
+#include "params/step_maps.h"
 
 namespace fastattn::cuda {
 
@@ -19,5 +20,8 @@ cudaError_t LaunchIndexMap(const CombineParams& p, const MapOutput& out, bool co
 
 // Writes some rows of `out`, which may have more rows than the map.
 cudaError_t LaunchPlaceTopk(const PlaceTopkParams& p, const MapOutput& out, cudaStream_t stream);
+
+cudaError_t LaunchTokenMaps(const TokenMapsParams& p, cudaStream_t stream);
+cudaError_t LaunchQueryRows(const QueryRowsParams& p, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

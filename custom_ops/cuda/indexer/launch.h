@@ -10,6 +10,7 @@
 namespace fastattn::cuda {
 
 cudaError_t LaunchIndexerQRopeQuant(const IndexerQParams& p, cudaStream_t stream);
+cudaError_t LaunchIndexerQQuant(const IndexerQQuantParams& p, cudaStream_t stream);
 cudaError_t LaunchIndexerKvCompressInsert(const IndexerKvParams& p, cudaStream_t stream);
 cudaError_t LaunchSavePartialStates(const PartialStatesParams& p, cudaStream_t stream);
 cudaError_t LaunchIndexerKWrite(const IndexerKWriteParams& p, cudaStream_t stream);

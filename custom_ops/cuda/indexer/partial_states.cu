@@ -21,6 +21,7 @@ constexpr int kFour = 4;
 
 struct StatesGrid {
   Divisor fours;   // of a token's values
+  Divisor ratio;   // positions of a group
   uint32_t count;  // of fours in all
   bool aligned;    // ape, for vectors of 4
 };
@@ -68,10 +69,13 @@ struct Four<DType::kBFloat16> {
   }
 };
 
-// position % ratio; a division of 64 bits takes far longer than one of 32.
-__device__ __forceinline__ int64_t Phase(int64_t position, int ratio) {
-  if (position >> 32 == 0) return static_cast<uint32_t>(position) % static_cast<uint32_t>(ratio);
-  return position % ratio;
+// position % ratio of a position that is not negative.
+__device__ __forceinline__ int64_t Phase(int64_t position, const Divisor& ratio) {
+  if (position >> 31 == 0) {
+    const auto n = static_cast<uint32_t>(position);
+    return n - ratio.Quotient(n) * ratio.divisor;
+  }
+  return position % ratio.divisor;
 }
 
 template <DType kIn, DType kState>
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
   SplitSlot(slot, p.state_block, &block, &row);
   if (slot < 0 || block >= p.num_blocks || position < 0) return;
   float bias[kFour], x[kFour];
-  LoadFour(p.ape, p.ape_dtype, Phase(position, p.ratio) * p.width + channel, grid.aligned, bias);
+  LoadFour(p.ape, p.ape_dtype, Phase(position, grid.ratio) * p.width + channel, grid.aligned, bias);
   PdlLaunchDependents();
   score.Get(x);
 #pragma unroll
@@ -122,6 +126,7 @@ cudaError_t LaunchSavePartialStates(const PartialStatesParams& p, cudaStream_t s
   }
   StatesGrid grid;
   grid.fours = Divisor(static_cast<uint32_t>(fours));
+  grid.ratio = Divisor(static_cast<uint32_t>(p.ratio));
   grid.count = static_cast<uint32_t>(p.num_slots * fours);
   grid.aligned = IsAligned(p.ape, 16);
   const dim3 ctas((grid.count + kThreads - 1) / kThreads);

@@ -86,6 +86,7 @@ cudaError_t LaunchWgmma(const LogitsParams& p, cudaStream_t stream) {
   arguments.p = p;
   const int columns = ColumnsOf(p);
   arguments.groups = LogitsGroups(p, columns / p.num_heads);
+  arguments.most_keys = static_cast<int>(std::min(p.columns, p.max_blocks * p.page_size));
   cudaError_t status = EncodeMaps(&arguments);
   if (status != cudaSuccess) return status;
   dispatch(LogitsInstances{},

@@ -29,47 +29,80 @@ struct Piece {
 template <class C>
 class Loader {
  public:
-  __device__ Loader(const Arguments& arguments, Shared<C>& shared, const Share& share)
+  // Before the share is known, so that nothing of this waits for it.
+  __device__ Loader(const Arguments& arguments, Shared<C>& shared, bool lengths_known)
       : a_(arguments),
         p_(KnownParams<C>(arguments.p)),
         groups_(KnownGroups<C>(arguments.groups)),
         shared_(shared),
         lane_(threadIdx.x % 32),
-        left_(share.units),
-        group_(share.group),
-        skip_(share.unit),
-        tiles_(share.tiles),
+        lengths_known_(lengths_known),
         known_(C::kPaged) {
     if constexpr (C::kPaged) {
       page_keys_ = static_cast<int>(p_.page_size);
-      page_bits_ = __ffs(page_keys_) - 1;
-      piece_bits_ = page_keys_ < kTileKeys ? 6 - page_bits_ : 0;
+      page_bits_ = Kept(__ffs(page_keys_) - 1);
+      piece_bits_ = Kept(page_keys_ < kTileKeys ? 6 - page_bits_ : 0);
+      max_blocks_ = Kept(static_cast<int>(min(p_.max_blocks, int64_t{0x7FFFFFFF})));
     }
   }
 
   // The next segment is asked for while this one's tiles are loaded: its queries, weights and page
   // ids would wait behind all the keys that are on their way.
-  __device__ void Run() {
-    Segment segment = {0, 0, 0, 0, 0};
+  __device__ void Run(const Share& share) {
+    left_ = share.units, group_ = share.group, skip_ = share.unit, tiles_ = share.tiles;
     Pages pages = {-1, 0};
-    int ahead = 0;  // tiles that are loaded before
-    while (segment.tiles >= 0) {
-      const Segment next = NextSegment();
+    // Where the share most likely begins: the page ids are on their way while the rest is found
+    // out.
+    const int sequence = groups_.Sequence(group_);
+    const int tile = tiles_.begin + max(skip_ - C::kGroupUnits, 0);
+    if constexpr (C::kPaged) pages = FindPages(sequence, tile, tiles_.end - tile, 0);
+    Segment segment = NextSegment();
+    if constexpr (C::kPaged) {
+      if (segment.tiles > 0 && (segment.sequence != sequence || segment.tile != tile)) {
+        pages = FindPages(segment, 0);
+      }
+    }
+    Ask(segment);
+    // Tiles of this segment that are loaded before the next one is sought, and before it is asked
+    // for. A step's first keys had better not wait for that.
+    int seek = C::kPaged ? C::kBatch : 0, ask = seek;
+    while (segment.tiles > 0) {
+      Segment next = {0, 0, 0, 0, -1};
       Pages next_pages = {-1, 0};
-      if constexpr (C::kPaged) next_pages = FindPages(next, 0);
-      LoadSegment(segment, pages, next, ahead);
+      int i = 0;
+      following_ = pages;
+#pragma unroll 1
+      for (int part = 0; part < 3; ++part) {
+        const int stop = part == 0 ? seek : part == 1 ? ask : segment.tiles;
+        LoadTiles(segment, &i, min(stop, segment.tiles));
+        if (part == 0) {
+          next = NextSegment();
+          if constexpr (C::kPaged) next_pages = FindPages(next, 0);
+        } else if (next.tiles > 0 ? part == 1 : part == 2) {
+          Ask(next);
+        }
+      }
       // From here on both buffers of queries are taken. The first is given back by consumers that
       // have come to this segment.
-      if (segment.tiles > 0) ahead = C::kStages;
+      seek = 0, ask = C::kStages;
       segment = next, pages = next_pages;
     }
   }
 
  private:
+  // x, computed here and not where it is used first.
+  __device__ __forceinline__ static int Kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+  }
+
   // The share's next group that has tiles; tiles = -1 behind the last.
   __device__ Segment NextSegment() {
     while (left_ > 0) {
-      if (!known_) tiles_ = GroupTilesOfWarp(p_, groups_, group_, lane_);
+      if (!known_) {
+        tiles_ = C::kPaged && lengths_known_ ? TileRange{0, shared_.group_tiles[group_]}
+                                             : GroupTilesOfWarp(p_, groups_, group_, lane_);
+      }
       known_ = false;
       const int stop = min(UnitsOf<C>(tiles_), skip_ + left_);
       const int from = max(skip_ - C::kGroupUnits, 0), to = max(stop - C::kGroupUnits, 0);
@@ -87,7 +120,7 @@ class Loader {
   __device__ void Ask(const Segment& segment) {
     const int buffer = segments_.index;
     Wait(&shared_.query_empty[buffer], segments_.phase ^ 1);
-    if (lane_ == 0) {
+    if (ElectOne()) {
       shared_.segments[buffer] = segment;
       uint64_t* barrier = &shared_.query_full[buffer];
       if (C::kFp8 && segment.tiles > 0) {
@@ -103,35 +136,31 @@ class Loader {
     segments_.Advance();
   }
 
-  __device__ void LoadSegment(const Segment& segment, Pages pages, const Segment& next, int ahead) {
-    const int each = C::kPaged ? 32 >> piece_bits_ : C::kStages;
-    const int before = next.tiles > 0 ? min(ahead, segment.tiles) : segment.tiles;
-    bool asked = false;
-    Pages following = pages;
-    Piece piece = {};
-    int i = 0;
+  // Tiles *i .. stop - 1 of the segment.
+  __device__ void LoadTiles(const Segment& segment, int* i, int stop) {
 #pragma unroll 1
-    while (true) {
-      if (!asked && i >= before) {
-        Ask(next);
-        asked = true;
-      }
-      if (i >= segment.tiles) return;
-      if constexpr (C::kPaged) {
-        const int at = i & (each - 1);
-        if (at == 0) {
-          piece = PieceOf(following);
-          if (i + each < segment.tiles) following = FindPages(segment, i + each);
-        }
-        const int count =
-            min(min(C::kBatch - stages_.index % C::kBatch, each - at), segment.tiles - i);
-        LoadPieces(piece, at, count);
-        stages_.Advance(count);
-        i += count;
-      } else {
-        LoadTile(segment.tile + i);
+    while (*i < stop) {
+      if constexpr (!C::kPaged) {
+        LoadTile(segment.tile + *i);
         stages_.Advance();
-        ++i;
+        ++*i;
+      } else {
+        const int each = 32 >> piece_bits_, at = *i & (each - 1);
+        if (at == 0) {
+          piece_ = PieceOf(following_);
+          if (*i + each < segment.tiles) following_ = FindPages(segment, *i + each);
+        }
+        // The share's first tile goes alone: others' copies would take time ahead of its scales'.
+        const int batch = first_ ? 1 : C::kBatch - stages_.index % C::kBatch;
+        const int count = min(min(batch, each - at), stop - *i);
+        if (first_ && piece_bits_ == 0) {
+          LoadFirst();
+        } else {
+          LoadPieces(at, count);
+        }
+        first_ = false;
+        stages_.Advance(count);
+        *i += count;
       }
     }
   }
@@ -139,26 +168,60 @@ class Loader {
   __device__ void LoadTile(int tile) {
     const int stage = stages_.index;
     Wait(&shared_.key_empty[stage], stages_.phase ^ 1);
-    if (lane_ == 0) {
+    if (ElectOne()) {
       const int key = tile * kTileKeys;
       uint64_t* barrier = &shared_.key_full[stage];
       ArriveExpect(barrier, kTileKeys * (C::kCodeBytes + kLogitsScaleBytes));
       CopyBox(&a_.key, shared_.key[stage], barrier, 0, key, 0);
-      CopyBox(&a_.key_scales, shared_.scales[stage], barrier, key * kLogitsScaleBytes, 0, 0);
+      CopyBox(&a_.key_scales, shared_.Scales(stage), barrier, key * kLogitsScaleBytes, 0, 0);
     }
     __syncwarp();
+  }
+
+  // Keys of a step are read once, or by few CTAs: they leave the L2 cache before what else it
+  // holds.
+  __device__ __forceinline__ void Copy(void* target, uint64_t* barrier, int row, int page) const {
+    CopyBoxOnce(&a_.key, target, barrier, 0, row, page);
+  }
+  __device__ __forceinline__ void Copy(const uint8_t* source, void* target, uint64_t* barrier,
+                                       uint32_t bytes) const {
+    CopyBulkOnce(source, target, barrier, bytes);
   }
 
   // Piece lane % pieces of tile i + lane / pieces: the page of its keys, as the table has it, and
   // its first key's row there.
   __device__ Pages FindPages(const Segment& segment, int i) const {
+    return FindPages(segment.sequence, segment.tile, segment.tiles, i);
+  }
+  __device__ __forceinline__ Pages FindPages(int sequence, int first, int tiles, int i) const {
     const int pieces = 1 << piece_bits_, keys = kTileKeys >> piece_bits_;
     const int tile = i + (lane_ >> piece_bits_), part = lane_ & (pieces - 1);
-    if (tile >= segment.tiles) return {-1, 0};
-    const int key = (segment.tile + tile) * kTileKeys + part * keys;
+    if (tile >= tiles) return {-1, 0};
+    const int key = (first + tile) * kTileKeys + part * keys;
     const int block = page_keys_ <= kTileKeys ? key >> page_bits_ : key / page_keys_;
-    if (block >= p_.max_blocks) return {-1, 0};
-    return {p_.block_tables[segment.sequence * p_.table_stride + block], key - block * page_keys_};
+    if (block >= max_blocks_) return {-1, 0};
+    return {p_.block_tables[sequence * p_.table_stride + block], key - block * page_keys_};
+  }
+
+  // The share's first tile, of one piece: as LoadPieces would, without lanes of its own.
+  __device__ __forceinline__ void LoadFirst() {
+    const int page = __shfl_sync(~0u, piece_.page, 0), row = __shfl_sync(~0u, piece_.row, 0);
+    if (ElectOne()) {
+      uint64_t* barrier = &shared_.key_full[0];
+      shared_.unassigned[0] = page < 0 ? 0xFF : 0;
+      ArriveExpect(barrier, page < 0 ? 0 : kTileKeys * (C::kCodeBytes + kLogitsScaleBytes));
+      if (page >= 0) {
+        const uint8_t* codes = p_.cache + page * p_.page_stride;
+        if constexpr (C::kFp8) {
+          Copy(shared_.key[0], barrier, row, page);
+        } else {
+          Copy(codes + row * C::kCodeBytes, shared_.key[0], barrier, kTileKeys * C::kCodeBytes);
+        }
+        Copy(codes + page_keys_ * C::kCodeBytes + row * kLogitsScaleBytes, shared_.Scales(0),
+             barrier, C::kScaleBytes);
+      }
+    }
+    __syncwarp();
   }
 
   // What is loaded for it. All lanes.
@@ -180,7 +243,7 @@ class Loader {
   }
 
   // Tiles at .. at + count - 1 of those whose pieces the lanes have, to as many stages.
-  __device__ void LoadPieces(const Piece& piece, int at, int count) {
+  __device__ void LoadPieces(int at, int count) {
     const int keys = kTileKeys >> piece_bits_, part = lane_ & ((1 << piece_bits_) - 1);
     const int turn = (lane_ >> piece_bits_) - at;
     const bool mine = turn >= 0 && turn < count;
@@ -190,21 +253,25 @@ class Loader {
     uint64_t* barrier = &shared_.key_full[stage];
     if (mine) Wait(&shared_.key_empty[stage], stages.phase ^ 1);
     if (mine && part == 0) {
-      shared_.unassigned[stage] = piece.unassigned;
-      ArriveExpect(barrier, piece.bytes);
+      shared_.unassigned[stage] = piece_.unassigned;
+      ArriveExpect(barrier, piece_.bytes);
     }
     __syncwarp();
-    if (mine && piece.page >= 0) {
-      const uint8_t* page = p_.cache + piece.page * p_.page_stride;
+    if (mine && piece_.page >= 0) {
+      const uint8_t* page = p_.cache + piece_.page * p_.page_stride;
       uint8_t* target = shared_.key[stage] + part * keys * C::kCodeBytes;
-      if constexpr (C::kFp8) {
-        CopyBox(&a_.key, target, barrier, 0, piece.row, piece.page);
+      if (!C::kFp8 && page_keys_ == kTileKeys) {  // a stage is like a page
+        Copy(page, target, barrier, C::kStageBytes);
       } else {
-        CopyBulk(page + piece.row * C::kCodeBytes, target, barrier, keys * C::kCodeBytes);
+        if constexpr (C::kFp8) {
+          Copy(target, barrier, piece_.row, piece_.page);
+        } else {
+          Copy(page + piece_.row * C::kCodeBytes, target, barrier, keys * C::kCodeBytes);
+        }
+        Copy(page + page_keys_ * C::kCodeBytes + piece_.row * kLogitsScaleBytes,
+             shared_.Scales(stage) + part * keys * kLogitsScaleBytes, barrier,
+             keys * kLogitsScaleBytes);
       }
-      CopyBulk(page + page_keys_ * C::kCodeBytes + piece.row * kLogitsScaleBytes,
-               shared_.scales[stage] + part * keys * kLogitsScaleBytes, barrier,
-               keys * kLogitsScaleBytes);
     }
     __syncwarp();
   }
@@ -214,10 +281,14 @@ class Loader {
   const LogitsGroups groups_;
   Shared<C>& shared_;
   const int lane_;
-  int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0;
-  int left_, group_, skip_;  // units of the share behind the segments so far, and where they begin
-  TileRange tiles_;          // of group_ if known_
+  int page_keys_ = kTileKeys, page_bits_ = 0, piece_bits_ = 0, max_blocks_ = 0;
+  int left_, group_, skip_;   // units of the share behind the segments so far, and where they begin
+  TileRange tiles_;           // of group_ if known_
+  const bool lengths_known_;  // group_tiles has them
   bool known_;
+  Pages following_;    // pages of the next tiles, a piece a lane
+  Piece piece_;        // of these tiles
+  bool first_ = true;  // no tile is loaded yet
   Ring<2> segments_;
   Ring<C::kStages> stages_;
 };
@@ -315,14 +386,10 @@ class Preparer {
   const int thread_;
 };
 
+// What warps of the producer other than the first do.
 template <class C>
-__device__ __forceinline__ void RunProducer(const Arguments& arguments, Shared<C>& shared,
-                                            const Share& share) {
+__device__ __forceinline__ void RunOthers(const Arguments& arguments, Shared<C>& shared) {
   const int warp = threadIdx.x / 32;
-  if (warp == 0) {
-    Loader<C>(arguments, shared, share).Run();
-    return;
-  }
   if (warp <= kPreparers<C>) Preparer<C>(arguments, shared).Run();
   constexpr int kFirst = C::kFp8 ? 2 : 1, kFillers = 4 - kFirst;
   const int filler = warp - kFirst;

@@ -5,8 +5,6 @@
 
 namespace fastattn::cuda::mqa_logits {
 
-using cuda::WaitProducts;  // beside the overload below
-
 template <bool kAdd>
 __device__ __forceinline__ void SharedProduct(float (&d)[64], uint64_t a, uint64_t b) {
   MultiplyShared<kAdd>(d, a, b);
@@ -25,16 +23,6 @@ __device__ __forceinline__ void SharedProduct(float (&d)[32], uint64_t a, uint64
     FASTATTN_FORMS(FASTATTN_SHARED64, true, "e4m3", "e4m3")}
 #undef FASTATTN_SHARED64
 
-#define FASTATTN_ACC128(c, d)                                               \
-  FASTATTN_ACC64(c, d), FASTATTN_ACC16(c, d, 64), FASTATTN_ACC16(c, d, 80), \
-      FASTATTN_ACC16(c, d, 96), FASTATTN_ACC16(c, d, 112)
-#define FASTATTN_LIST128                                                                 \
-  FASTATTN_LIST64                                                                        \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "   \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "     \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "     \
-  "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
-  "%124, %125, %126, %127"
 #define FASTATTN_SHARED256(right, c, add)                                             \
   asm volatile(                                                                       \
       "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\t"                             \
@@ -46,14 +34,6 @@ __device__ __forceinline__ void SharedProduct(float (&d)[32], uint64_t a, uint64
 template <bool kAdd>
 __device__ __forceinline__ void SharedProduct(float (&d)[128], uint64_t a, uint64_t b) {
   FASTATTN_FORMS(FASTATTN_SHARED256, true, "e4m3", "e4m3")
-}
-
-template <int kPending>
-__device__ __forceinline__ void WaitProducts(float (&d)[128]) {
-  asm volatile("wgmma.wait_group.sync.aligned %128;"
-               : FASTATTN_ACC128("+f", d)
-               : "n"(kPending)
-               : "memory");
 }
 
 #undef FASTATTN_SHARED256

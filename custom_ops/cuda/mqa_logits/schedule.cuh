@@ -93,8 +93,115 @@ __device__ __forceinline__ void Walk(const LogitsParams& p, const LogitsGroups& 
   *group = at, *unit = offset;
 }
 
-// A decode step's, by each warp that wants to know: a step's groups are few, and the shorter the
-// way to its first keys the better.
+// Tiles of a step's groups, if these are few and a length each tells them: lane i has those of
+// kEach groups from i * kEach on. Lengths are asked for before they are needed.
+template <int kEach>
+struct Lengths {
+  int length[kEach];
+
+  __device__ __forceinline__ static bool Known(const LogitsParams& p, const LogitsGroups& groups) {
+    return groups.count <= 32 * kEach && (!p.lens_per_row || groups.rows == 1);
+  }
+
+  // Asks for the lengths.
+  __device__ __forceinline__ void Load(const LogitsParams& p, const LogitsGroups& groups,
+                                       int lane) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int group = lane * kEach + j;
+      length[j] = 0;
+      if (group < groups.count) {
+        length[j] =
+            p.context_lens[p.lens_per_row ? groups.FirstRow(p, group) : groups.Sequence(group)];
+      }
+    }
+  }
+
+  // Tiles that the last row of a group sees, which sees most; `most` keys are there.
+  __device__ __forceinline__ int Tiles(const LogitsParams& p, const LogitsGroups& groups, int most,
+                                       int lane, int j) const {
+    int x = length[j];
+    if (groups.per_sequence > 1 && !p.lens_per_row) {
+      const int group = lane * kEach + j;
+      const int part = group - groups.Sequence(group) * groups.per_sequence;
+      x = max(x, 0) - max(static_cast<int>(p.next_n) - (part + 1) * groups.rows, 0);
+    }
+    return (min(max(x, 0), most) + kTileKeys - 1) / kTileKeys;
+  }
+};
+
+// a / b, rounded up, for 0 < a < 2^22 and b > 0.
+__device__ __forceinline__ int DivideUp(int a, int b) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(static_cast<float>(b)));
+  const int x = static_cast<int>(static_cast<float>(a) * inverse);
+  return x + (x * b < a ? 1 : 0);
+}
+
+// A decode step's, by one warp. Where CTAs that have `chunk` tiles of one group each take hardly
+// longer than equal shares would, they do: a CTA that goes on to a second group waits for its
+// queries. A share is (group, unit, units) either way. Writes the groups' tiles to shared memory.
+template <class C, int kEach>
+__device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const LogitsGroups& groups,
+                                                const Lengths<kEach>& lengths, int most, int lane,
+                                                int* group_tiles) {
+  const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+  int tiles[kEach], sum = 0, active = 0, longest = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    tiles[j] = lengths.Tiles(p, groups, most, lane, j);
+    group_tiles[lane * kEach + j] = tiles[j];
+    sum += tiles[j], active += tiles[j] > 0, longest = max(longest, tiles[j]);
+  }
+  sum = __reduce_add_sync(~0u, sum);
+  longest = __reduce_max_sync(~0u, longest);
+  active = kEach == 1 ? __popc(__ballot_sync(~0u, active > 0)) : __reduce_add_sync(~0u, active);
+  int chunk = 0;
+  if (active > 0 && active <= ctas && sum < 1 << 22) {
+    const int spare = max(ctas - active, 1);
+    // CTAs of each group, at least; the more, the fewer are left over.
+    const int each = DivideUp(ctas + 1, active) - 1;
+    chunk = DivideUp(longest, each);
+    if (active < ctas) chunk = min(chunk, DivideUp(sum, spare));
+    const float slack = static_cast<float>(chunk) * ctas - sum;
+    chunk = slack > ctas + sum * C::kWholeSlack ? 0 : chunk;
+  }
+  int parts[kEach], mine = 0;  // CTAs, or units, of a group
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    parts[j] = tiles[j] == 0 ? 0
+               : chunk > 0   ? DivideUp(tiles[j], chunk)
+                             : tiles[j] + C::kGroupUnits;
+    mine += parts[j];
+  }
+  const int through = SumUpToLane(mine, lane);
+  int before = through - mine, units = 1;
+  int begin = cta;
+  if (chunk == 0) begin = ShareOfCta(__shfl_sync(~0u, through, 31), &units);
+  Share share = {0, 0, units, {0, 0}};
+  bool owner = false;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    if (begin >= before && begin < before + parts[j]) {
+      share.group = lane * kEach + j, share.unit = begin - before, share.tiles.end = tiles[j];
+      owner = true;
+    }
+    before += parts[j];
+  }
+  if (chunk > 0) {
+    const int from = share.unit * chunk;
+    share.unit = from + C::kGroupUnits, share.units = min(chunk, share.tiles.end - from);
+  }
+  const uint32_t found = __ballot_sync(~0u, owner);
+  const int lane_of = found != 0 ? __ffs(found) - 1 : 0;
+  share.group = __shfl_sync(~0u, share.group, lane_of);
+  share.unit = __shfl_sync(~0u, share.unit, lane_of);
+  share.units = found != 0 ? __shfl_sync(~0u, share.units, lane_of) : 0;
+  share.tiles.end = __shfl_sync(~0u, share.tiles.end, lane_of);
+  return share;
+}
+
+// A decode step's of any number of groups, by one warp.
 template <class C>
 __device__ __forceinline__ Share FindShareOfWarp(const LogitsParams& p, const LogitsGroups& groups,
                                                  int lane) {
@@ -127,9 +234,9 @@ __device__ __forceinline__ Share FindShareOfWarp(const LogitsParams& p, const Lo
   return share;
 }
 
-// Prefetches a decode step's block tables, weights and queries into the L2 cache, a line a thread
-// of the grid: a step is so short that what is read one after the other had better not come from
-// memory each time. Thread `thread` of `threads` in the CTA.
+// Prefetches a decode step's lengths, block tables, weights and queries into the L2 cache, a line a
+// thread of the grid: a step is so short that what is read one after the other had better not come
+// from memory each time. Thread `thread` of `threads` in the CTA.
 __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p, int thread, int threads) {
   constexpr int64_t kLine = 128;
   int64_t line = int64_t{blockIdx.x} * threads + thread;
@@ -140,6 +247,7 @@ __device__ __forceinline__ void PrefetchInputs(const LogitsParams& p, int thread
     }
     line -= lines;
   };
+  prefetch(p.context_lens, (p.lens_per_row ? p.rows : p.batch) * 4);
   if (p.max_blocks > 0) {
     prefetch(p.block_tables, ((p.batch - 1) * p.table_stride + p.max_blocks) * 4);
   }

@@ -14,6 +14,7 @@ struct Arguments {
   CUtensorMap key_scales;  // ragged: one row of bytes
   LogitsParams p;
   LogitsGroups groups;
+  int most_keys = 0;  // of a sequence that there can be; paged only
 };
 
 // kColumns (query, head) pairs meet the keys at once: kColumns / kHeads queries.

@@ -23,27 +23,30 @@
 
 namespace fastattn::cuda::mqa_logits {
 
-// By one warp.
+// By all warps but the first, each some of the barriers: a warp would take longer for all of them
+// than the lengths take to come.
 template <class C>
-__device__ __forceinline__ void InitShared(const Arguments& arguments, Shared<C>& shared,
-                                           int lane) {
-  constexpr int kPreparing = kPreparers<C> * kWarpArrivals;
-  static_assert(C::kStages <= 32);
-  if (lane < 2) {
-    InitBarrier(&shared.segment_found[lane], 1);
-    InitBarrier(&shared.query_full[lane], 1 + kPreparing);
-    InitBarrier(&shared.query_empty[lane], 4 * C::kConsumers * kWarpArrivals + kPreparing);
-  }
-  if (lane < C::kStages) {
-    InitBarrier(&shared.key_full[lane], 1);
-    InitBarrier(&shared.key_empty[lane], 4 * kWarpArrivals);
-  }
-  FenceBarrierInit();
-  if (lane == 0) {
+__device__ __forceinline__ void InitShared(const Arguments& arguments, Shared<C>& shared) {
+  constexpr int kPreparing = kPreparers<C> * kWarpArrivals, kWarps = C::kThreads / 32 - 1;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - 1;
+  if (!ElectOne()) return;
+  if (warp == 0) {
     if constexpr (C::kFp8 || !C::kPaged) PrefetchMap(&arguments.key);
     if constexpr (C::kFp8) PrefetchMap(&arguments.query);
     if constexpr (!C::kPaged) PrefetchMap(&arguments.key_scales);
   }
+  if (warp == 1 || warp == 2) {
+    const int buffer = warp - 1;
+    InitBarrier(&shared.segment_found[buffer], 1);
+    InitBarrier(&shared.query_full[buffer], 1 + kPreparing);
+    InitBarrier(&shared.query_empty[buffer], 4 * C::kConsumers * kWarpArrivals + kPreparing);
+  }
+#pragma unroll 1
+  for (int stage = kWarps - 1 - warp; stage < C::kStages; stage += kWarps) {
+    InitBarrier(&shared.key_full[stage], 1);
+    InitBarrier(&shared.key_empty[stage], 4 * kWarpArrivals);
+  }
+  FenceBarrierInit();
 }
 
 template <class C>
@@ -53,26 +56,51 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == 2) InitShared(arguments, shared, lane);
-  if (!C::kFp8 && warp == 3) FillMagnitudes(shared.magnitudes, lane);
-  PdlWait();
-  PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
-  Share share;
+  constexpr int kMany = kKnownGroups / 32;
+  Lengths<1> few;
+  Lengths<kMany> many;
+  bool known = false, known_few = false;
   if constexpr (C::kPaged) {
-    if (warp == 0) {  // while others prepare the shared memory
-      share =
-          FindShareOfWarp<C>(KnownParams<C>(arguments.p), KnownGroups<C>(arguments.groups), lane);
-    } else {
-      PrefetchInputs(arguments.p, threadIdx.x - 32, C::kThreads - 32);
+    const LogitsParams p = KnownParams<C>(arguments.p);
+    const LogitsGroups groups = KnownGroups<C>(arguments.groups);
+    known_few = few.Known(p, groups), known = known_few || many.Known(p, groups);
+    if (warp == 0) {  // on their way while others prepare the shared memory
+      PdlWait();
+      if (known_few) {
+        few.Load(p, groups, lane);
+      } else if (known) {
+        many.Load(p, groups, lane);
+      }
     }
-    __syncthreads();
-  } else {
-    FindShare(arguments.p, arguments.groups, shared);
-    share = shared.share;
   }
+  if (warp > 0) InitShared(arguments, shared);
+  if (!C::kFp8 && warp == 3) FillMagnitudes(shared.magnitudes, lane);
+  if (C::kPaged && threadIdx.x >= 128) {
+    PrefetchInputs(arguments.p, threadIdx.x - 128, C::kThreads - 128);
+  }
+  PdlWait();
+  __syncthreads();
+  PdlLaunchDependents();  // the next kernel takes the multiprocessors that this one leaves
+  if constexpr (!C::kPaged) FindShare(arguments.p, arguments.groups, shared);
   if (threadIdx.x < 128) {
     ReleaseRegisters<C::kProducerRegisters>();
-    RunProducer(arguments, shared, share);
+    if (warp > 0) {
+      RunOthers(arguments, shared);
+      return;
+    }
+    Loader<C> loader(arguments, shared, known);
+    Share share;
+    if constexpr (C::kPaged) {
+      const LogitsParams p = KnownParams<C>(arguments.p);
+      const LogitsGroups groups = KnownGroups<C>(arguments.groups);
+      const int most = arguments.most_keys;
+      share = known_few ? FindKnownShare<C>(p, groups, few, most, lane, shared.group_tiles)
+              : known   ? FindKnownShare<C>(p, groups, many, most, lane, shared.group_tiles)
+                        : FindShareOfWarp<C>(p, groups, lane);
+    } else {
+      share = shared.share;
+    }
+    loader.Run(share);
   } else {
     ClaimRegisters<C::kConsumerRegisters>();
     Consumer<C>(arguments, shared).Run();

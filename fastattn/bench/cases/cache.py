@@ -28,6 +28,7 @@ from fastattn.bench.core.devices import Device
 from fastattn.bench.core.peers import peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import bind
+from fastattn.functional._cache_types import codes_per_byte
 from fastattn.reference.layout import BLOCK_SIZE
 from fastattn.reference.rope import make_rotary_embs
 
@@ -40,10 +41,11 @@ _STEPS = {
     "gpu quick": [(1, 8000, 1), (64, 2000, 1), (1, 37, 8192)],
 }  # fmt: skip
 _WRITTEN = {
-    "cpu": ("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8"),
-    "gpu": ("none", "block_wise_fp8", "cache_fp8", "cache_int8"),
+    "cpu": ("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8",
+            "block_wise_int4"),
+    "gpu": ("none", "block_wise_fp8", "cache_fp8", "cache_int8", "block_wise_int4"),
     "gpu quick": ("block_wise_fp8",),
-}
+}  # fmt: skip
 #: Cache type, and how Q is returned.
 _ROPE_WRITTEN = {
     "cpu": [("none", "none"), ("cache_int8", "none"), ("block_wise_fp8", "none"),
@@ -51,6 +53,7 @@ _ROPE_WRITTEN = {
     "gpu": [(quant, q) for quant in _WRITTEN["gpu"] for q in ("none", "per_token_head")],
     "gpu quick": [("block_wise_fp8", "none"), ("block_wise_fp8", "per_token_head")],
 }  # fmt: skip
+_READ_TYPES = ("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8", "block_wise_int4")
 #: Cached tokens of all sequences.
 _READ = {"cpu": (8192,), "cpu quick": (1024,), "gpu": (32768, 262144), "gpu quick": (32768,)}
 #: Tokens at which other libraries' kernels were timed.
@@ -143,12 +146,14 @@ def append_cache_kv_c8(device: Device) -> Iterator[Row]:
         lengths = np.full(8, tokens // 8)
         tables = np.random.default_rng(1).permutation(tokens // BLOCK_SIZE).reshape(8, -1)
         meta = tuple(device.int32(x) for x in (tables, lengths, starts_of(lengths)))
-        for quant in ("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8"):
+        for quant in _READ_TYPES:
             cache = Cache(device, quant, tokens // BLOCK_SIZE)
             moved = tokens * (2 * KV * DIM * BF16 + token_bytes(quant))
             options = {**cache.options, "dynamic_quant": is_dynamic(quant)}
             deployed = cache.value.reshape(cache.key.shape)  # as FastDeploy shapes V
             for layout, values in (("fastattn", cache.value), ("fastdeploy", deployed)):
+                if layout == "fastdeploy" and codes_per_byte(quant) == 2:
+                    continue
                 tensors = (cache.key, values, key, value, *meta)
                 call = bind(F.append_cache_kv_c8, *tensors, cache_layout=layout, **options)
                 shape = f"{tokens // 1024}k tokens, KV {KV}, D {DIM}, {quant}, {layout}"

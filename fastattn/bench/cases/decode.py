@@ -17,7 +17,10 @@ from fastattn.bench.core.peers import READ, peers
 from fastattn.bench.core.rows import Row, register
 
 TYPES = {
-    "gpu": ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "none"),
+    "gpu": (
+        *("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "block_wise_int4"),
+        "none",
+    ),
     "gpu quick": ("block_wise_fp8",),
 }
 HEADS = {"gpu": ((32, 8), (64, 8)), "gpu quick": ((32, 8),)}

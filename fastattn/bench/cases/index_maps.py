@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import fastattn.functional as F
+from fastattn.backends.indexer import TILE
 from fastattn.bench.core.devices import Device
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import bind
@@ -58,6 +59,51 @@ def slots(device: Device) -> Iterator[Row]:
             tables,
             seqs,
         )
+
+
+#: Sequences, new tokens of each, behind 64k - 1 cached ones.
+_STEPS = {
+    "cpu": [(16, 1), (1, 512)],
+    "cpu quick": [(4, 1)],
+    "gpu": [(1, 1), (16, 1), (128, 1), (1, 4096)],
+    "gpu quick": [(16, 1)],
+}
+
+
+def _step(device: Device, seqs: int, new: int) -> dict[str, Any]:
+    """Sequences of a step's tokens, their positions, tables, starts and cached lengths."""
+    blocks = -(-(TOKENS + new) // PAGE)
+    tables = np.random.default_rng(10).permutation(seqs * blocks).reshape(seqs, blocks)
+    arrays = {
+        "batch_ids": np.repeat(np.arange(seqs), new),
+        "positions": np.tile(TOKENS - 1 + np.arange(new), seqs),
+        "block_tables": tables,
+        "cu_seqlens_q": np.arange(seqs + 1) * new,
+        "seq_lens_decoder": np.full(seqs, TOKENS - 1),
+    }
+    return {name: device.int32(array) for name, array in arrays.items()}
+
+
+@register("token_maps")
+def tokens(device: Device) -> Iterator[Row]:
+    """Of decode steps and a chunk; only the tokens' own bytes count."""
+    for seqs, new in device.of(_STEPS):
+        step, count = _step(device, seqs, new), seqs * new
+        del step["positions"]
+        call = bind(F.token_maps, **step, num_tokens=count)
+        yield device.memory_row("token_maps", f"{seqs} x {new}", [call], 16 * count)
+
+
+@register("query_rows")
+def rows_of_queries(device: Device) -> Iterator[Row]:
+    """Of the same steps; tables in and out count."""
+    for seqs, new in device.of(_STEPS):
+        step, tile = _step(device, seqs, new), 1 if new == 1 else TILE
+        del step["seq_lens_decoder"]
+        rows = seqs if new == 1 else seqs * new // tile + seqs
+        moved = 4 * (2 * rows * step["block_tables"].shape[1] + 6 * seqs * new)
+        call = bind(F.query_rows, **step, tile=tile)
+        yield device.memory_row("query_rows", f"{seqs} x {new}", [call], moved)
 
 
 @register("window_indices")

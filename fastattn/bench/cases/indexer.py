@@ -64,6 +64,19 @@ def queries(device: Device) -> Iterator[Row]:
                     yield row.beside(peer["peer"], peer["us"])
 
 
+@register("indexer_q_quant")
+def rotated_queries(device: Device) -> Iterator[Row]:
+    """Queries of 64 heads that are rotated already, in the order of the tokens."""
+    for tokens in device.of(_QUERIES):
+        moved = tokens * HEADS * (3 * HEAD + 8)  # of a head also both weights
+        weights = device.random((tokens, HEADS), "float32")
+        calls = [
+            bind(F.indexer_q_quant, device.random((tokens, HEADS, HEAD)), weights, HEAD**-0.5)
+            for _ in range(device.copies(moved))
+        ]
+        yield device.small_row("indexer_q_quant", f"T {tokens}, H {HEADS}", calls, moved)
+
+
 def _key_call(device: Device, tokens: int, ratio: int, quant: str) -> Call:
     """A call on one sequence of new tokens from position 0."""
     head, token_bytes = _PAGES[quant]
@@ -120,4 +133,4 @@ def states(device: Device) -> Iterator[Row]:
                 inputs = kv_score, ape, positions, state, slots
                 calls.append(bind(F.save_partial_states, *inputs))
             shape = f"T {tokens}, HEAD {head}, ratio {ratio}"
-            yield device.memory_row("save_partial_states", shape, calls, moved)
+            yield device.small_row("save_partial_states", shape, calls, moved)

@@ -11,28 +11,21 @@ from collections.abc import Iterator
 import numpy as np
 
 import fastattn.functional as F
+from fastattn.bench.cases.indexer_shapes import (
+    DIM,
+    HEADS,
+    PAGE,
+    TOPK_CHUNKS,
+    TOPK_STEPS,
+    selected,
+)
 from fastattn.bench.core.devices import Device, Gpu
 from fastattn.bench.core.peers import peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import Call, bind, medians
 
-HEADS, DIM, PAGE = 64, 128, 64
 IN_TURN = "logits, then top-k"
 OTHERS = "DeepGEMM, then vLLM's top-k"
-#: New tokens and thousands of keys.
-_CHUNKS = {
-    "gpu": [(2048, 32), (4096, 64), (4096, 128)],
-    "gpu quick": [(2048, 4)],
-    "cpu": [(64, 4)],
-    "cpu quick": [(8, 1)],
-}
-#: Sequences, thousands of keys, queries a sequence.
-_STEPS = {
-    "gpu": [(1, 64, 1), (1, 64, 2), (64, 64, 1), (64, 64, 2)],
-    "gpu quick": [(4, 8, 2)],
-    "cpu": [(2, 4, 2)],
-    "cpu quick": [(1, 1, 1)],
-}
 
 
 def _row(device: Device, op: str, shape: str, call: Call, in_turn: Call) -> Row:
@@ -71,9 +64,9 @@ def _in_turn(logits: Call, select: Call) -> Call:
 @register("indexer_topk")
 def chunks(device: Device) -> Iterator[Row]:
     """Chunks of a prompt, whose queries see all keys up to their own."""
-    for tokens, thousands in device.of(_CHUNKS):
+    for tokens, thousands in device.of(TOPK_CHUNKS):
         keys, heads = thousands * 1024, _heads(device)
-        k = min(2048, keys // 2)
+        k = selected(keys)
         ends = device.int32(np.arange(keys - tokens + 1, keys + 1))
         inputs = (
             device.random((tokens, heads, DIM), "e4m3"),
@@ -98,9 +91,9 @@ def chunks(device: Device) -> Iterator[Row]:
 @register("paged_indexer_topk")
 def steps(device: Device) -> Iterator[Row]:
     """Decode steps over pages of 64 tokens."""
-    for batch, thousands, next_n in device.of(_STEPS):
+    for batch, thousands, next_n in device.of(TOPK_STEPS):
         keys, heads, rows = thousands * 1024, _heads(device), batch * next_n
-        k, pages = min(2048, keys // 2), batch * keys // PAGE
+        k, pages = selected(keys), batch * keys // PAGE
         table = np.random.default_rng(0).permutation(pages).reshape(batch, -1)
         lengths = device.int32(keys - next_n + 1 + np.tile(np.arange(next_n), batch))
         inputs = (

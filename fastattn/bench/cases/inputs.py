@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 import fastattn.functional as F
 from fastattn.bench.core.devices import Device
 from fastattn.bench.core.timing import Call, bind
+from fastattn.functional._cache_types import codes_per_byte
 from fastattn.reference.layout import BLOCK_SIZE
 
 HEADS, KV, DIM = 32, 8, 128
@@ -25,7 +26,8 @@ def is_dynamic(quant: str) -> bool:
 
 def token_bytes(quant: str, kv: int = KV, dim: int = DIM) -> int:
     """Bytes of K and V of a cached token, scales included where each token has its own."""
-    return 2 * kv * (dim * (BF16 if quant == "none" else CODE) + 4 * is_dynamic(quant))
+    values = dim * (BF16 if quant == "none" else CODE) // codes_per_byte(quant)
+    return 2 * kv * (values + 4 * is_dynamic(quant))
 
 
 def starts_of(counts: ArrayLike) -> NDArray[np.int64]:
@@ -39,11 +41,13 @@ class Cache:
     def __init__(
         self, device: Device, quant: str, blocks: int, kv: int = KV, dim: int = DIM
     ) -> None:
-        code = "bfloat16" if quant == "none" else "int8" if quant.endswith("int8") else "e4m3"
-        rest = (BLOCK_SIZE, dim) if quant == "none" else (dim, BLOCK_SIZE)
+        integers = quant.endswith(("int8", "int4"))
+        code = "bfloat16" if quant == "none" else "int8" if integers else "e4m3"
+        row = dim // codes_per_byte(quant)
+        rest = (BLOCK_SIZE, row) if quant == "none" else (row, BLOCK_SIZE)
         self.quant = quant
         self.blocks = blocks
-        self.key = device.random((blocks, kv, BLOCK_SIZE, dim), code, seed=1)
+        self.key = device.random((blocks, kv, BLOCK_SIZE, row), code, seed=1)
         self.value = device.random((blocks, kv, *rest), code, seed=2)
         self.tensors = (self.key, self.value)
         self.scales: list[paddle.Tensor | None] = [None, None]

@@ -1,5 +1,7 @@
 """merge_attn_states: merged and quantised at once, beside one after the other and peers.
 
+And merge_many_attn_states, of what the ranks of a group exchange.
+
 Warm: the same buffers again and again. Cold: as many buffers in turn as exceed the L2 cache, up to
 `MOST_COPIES` of them (below 1 MB a call they still fit).
 """
@@ -109,3 +111,27 @@ def merge_on_cpu(device: Device) -> Iterator[Row]:
         moved = tokens * heads * (DIM * (2 * BF16 + size) + 12)
         shape = f"{tokens} tokens, H {heads}, D {DIM}, bf16 to {stored}"
         yield device.memory_row("merge_attn_states", shape, [call], moved)
+
+
+#: Ranks, and new tokens of a step.
+MANY = {
+    "gpu": [(ranks, tokens) for ranks in (2, 4, 8) for tokens in (1, 64, 2048)],
+    "gpu quick": [(2, 1)],
+    "cpu": [(4, 64)],
+}
+
+
+@register("merge_many_attn_states")
+def merge_many(device: Device) -> Iterator[Row]:
+    """Fp32 states of several ranks, stored as bf16."""
+    heads = 32
+    for ranks, tokens in device.of(MANY):
+        moved = tokens * heads * (ranks * (4 * DIM + 4) + BF16 * DIM + 4)
+        calls = []
+        for _ in range(device.copies(moved, MOST_COPIES)):
+            outputs = device.random((ranks, tokens, heads, DIM), "float32")
+            lses = device.random((ranks, heads, tokens), "float32", seed=1)
+            output = device.empty((tokens, heads, DIM), "bfloat16")
+            calls.append(bind(F.merge_many_attn_states, outputs, lses, output=output))
+        shape = f"{ranks} states, {tokens} tokens, H {heads}, D {DIM}, float32 to bfloat16"
+        yield device.memory_row("merge_many_attn_states", shape, calls, moved)

@@ -43,7 +43,7 @@ def outputs(device: Device) -> Iterator[Row]:
             x = device.random((tokens, heads, HEAD))
             options = {"num_groups": heads // 8}
             calls.append(bind(F.inverse_rope_quantize_fp8, x, positions, table, **options))
-        yield device.memory_row("inverse_rope_quantize_fp8", f"T {tokens}, H {heads}", calls, moved)
+        yield device.small_row("inverse_rope_quantize_fp8", f"T {tokens}, H {heads}", calls, moved)
 
 
 @register("mla_qkv_norm_rope_write")
@@ -65,7 +65,7 @@ def queries_and_keys(device: Device) -> Iterator[Row]:
             rest = cache, slots, positions, table
             calls.append(bind(F.mla_qkv_norm_rope_write, *inputs, *rest, out=out))
         op = "mla_qkv_norm_rope_write"
-        row = device.memory_row(op, f"T {tokens}, H {heads}", calls, moved)
+        row = device.small_row(op, f"T {tokens}, H {heads}", calls, moved)
         yield row
         if device.kind == "gpu":
             for other in peers("mla_writers", op=op, heads=heads, tokens=tokens):

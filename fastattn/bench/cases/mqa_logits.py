@@ -12,23 +12,13 @@ import numpy as np
 import paddle
 
 import fastattn.functional as F
+from fastattn.bench.cases.indexer_shapes import CHUNKS, DIM, HEADS, PAGE, STEPS
 from fastattn.bench.core import cuda
 from fastattn.bench.core.devices import Cpu, Gpu
 from fastattn.bench.core.peers import READ, peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import bind, medians
 
-HEADS, DIM, PAGE = 64, 128, 64
-#: New tokens and thousands of keys.
-CHUNKS = {
-    "gpu": [(s, k) for s in (2048, 4096) for k in (4, 32, 64)],
-    "gpu quick": [(2048, 4)],
-}
-#: Sequences, thousands of keys, queries a sequence.
-STEPS = {
-    "gpu": [(b, k, n) for n in (1, 2) for k in (8, 64) for b in (1, 16, 64, 128)],
-    "gpu quick": [(1, 8, 1)],
-}
 QUANTS = ("fp8", "mxfp4")
 _CHUNK = 1 << 16  # keys that are written at a time
 

@@ -23,6 +23,7 @@ _DECODE = {  # cache type, batch, H, KV, D, context
         ("block_wise_fp8", 8, 32, 8, 128, 4096),
         ("block_wise_fp8", 8, 32, 8, 128, 1024),
         ("block_wise_int8", 8, 32, 8, 128, 1024),
+        ("block_wise_int4", 8, 32, 8, 128, 1024),
         ("cache_fp8", 8, 32, 8, 128, 1024),
         ("none", 8, 32, 8, 128, 1024),
         ("block_wise_fp8", 1, 32, 8, 128, 4096),
@@ -71,11 +72,12 @@ def _contiguous(cache: Any, scales: Any, kind: str, quant: str, tables: Array) -
     if quant == "none":
         values = _fp32(cache)
     else:
-        int8 = quant.endswith("int8")
-        codes = layout.unpack(cache.numpy(), kind, "fastattn", int8=int8)
+        code = quant[-4:] if quant.endswith(("int8", "int4")) else "e4m3"
+        options = {"int8": code == "int8", "nibbles": code == "int4"}
+        codes = layout.unpack(cache.numpy(), kind, "fastattn", **options)
         multiplier = scales.numpy()
         multiplier = multiplier[:, None, None] if multiplier.ndim == 1 else multiplier[..., None]
-        values = numerics.from_codes(codes, "int8" if int8 else "e4m3") * multiplier
+        values = numerics.from_codes(codes, code) * multiplier
     of_seqs = values[tables].swapaxes(1, 2)
     batch, kv, blocks, size, dim = of_seqs.shape
     return np.ascontiguousarray(of_seqs).reshape(batch, kv, blocks * size, dim)

@@ -3,10 +3,10 @@
 Every operator between a layer's products, in the order of a step: the new token's row of the latent
 cache, the indexer's queries and keys, its logits with their top-k, slots, the attention; for V4 the
 compression and the output's inverse rotation, too. Norms, rotations and products that other
-libraries have for every model are left out, and so is what a step does once for all layers, such as
-the slots of a window. Each operator has the results of those before it. A step is replayed in a
-CUDA graph of layers whose caches exceed the L2 cache together, and made eagerly, where the host may
-take longer than the GPU.
+libraries have for every model are left out. What a step does once for all layers, its maps (slots
+of tokens, rows of queries, windows), is a row of its own and in no sum. Each operator has the
+results of those before it. A step is replayed in a CUDA graph of layers whose caches exceed the L2
+cache together, and made eagerly, where the host may take longer than the GPU.
 
 Parts have rows of their own. vLLM's compiled kernels do some of them; a graph of these alone stands
 beside a graph of vLLM's.
@@ -21,6 +21,7 @@ import numpy as np
 import paddle
 
 import fastattn.functional as F
+from fastattn.backends.indexer import TILE
 from fastattn.bench.cases import sparse_models as facts
 from fastattn.bench.cases.sparse_models import INDEX_DIM, PAGE, Seqs, SparseModel
 from fastattn.bench.core import cuda
@@ -98,6 +99,8 @@ class SparseStep:
         self.positions = device.array(positions)
         self.seq_of_token = device.int32(seq)
         self.ends, self.starts = device.int32(ends), device.int32(np.zeros(self.tokens))
+        self.cached = device.int32(cached)
+        self.first_tokens = device.int32(np.concatenate([[0], np.cumsum(new)]))
         self.key_starts = device.int32(np.concatenate([[0], np.cumsum(self.keys)]))
         self.angles = device.uniform((int(positions.max()) + 1, ROPE), -1, 1)
         self.q = device.random((self.tokens, model.heads, model.dim), seed=3)
@@ -135,12 +138,8 @@ class SparseStep:
         )
         slots = window[seq, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
         self.window_slots = device.array(slots)
-        self.seen = F.window_indices(
-            device.int32(positions),
-            self.seq_of_token,
-            window=model.window,
-            block_tables=device.int32(window),
-        )
+        self.window_tables = device.int32(window)
+        self.seen = self._windows(device.int32(positions))
         groups = np.maximum(cached - 2 * model.ratio + 1, 0) // STATE_BLOCK
         states, self.state_blocks = _tables([-(-end // STATE_BLOCK) for end in ends], list(groups))
         at = states[seq, positions // STATE_BLOCK].astype(np.int64) * STATE_BLOCK
@@ -156,6 +155,21 @@ class SparseStep:
             )
             for head in (model.dim, INDEX_DIM)
         }
+
+    def _windows(self, positions: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        return F.window_indices(
+            positions, self.seq_of_token, window=self.model.window, block_tables=self.window_tables
+        )
+
+    def maps(self) -> None:
+        """What all layers share: slots of the tokens; windows, or rows of the indexer's queries."""
+        tables = self.window_tables if self.model.window else self.tables
+        ids, starts = self.seq_of_token, self.first_tokens
+        _, positions, _ = F.token_maps(ids, tables, starts, self.cached, num_tokens=self.tokens)
+        if self.model.window:
+            self._windows(positions)
+        else:
+            F.query_rows(ids, positions, tables, starts, tile=1 if self.is_decode else TILE)
 
 
 class SparseLayer:
@@ -350,6 +364,8 @@ def sparse_step(device: Gpu) -> Iterator[Row]:
                 us = device.us(_repeated(calls))
                 yield from _beside(Row(OP, f"{shape}{label}, graph", us), part=part, **at)
                 yield from _eager(shape + label, calls, layers[0].step.tokens, part=part, **at)
+            maps = [layers[0].step.maps] * _GRAPH_CALLS
+            yield Row(OP, f"{shape}, maps once a step", device.us(maps))
             for part in model.parts:
                 calls = [layer.call([part], x) for layer, x in zip(layers, given)]
                 row = Row(OP, f"{shape}, {part}", device.us(_repeated(calls)))
@@ -365,8 +381,8 @@ def sparse_step_cpu(device: Cpu) -> Iterator[Row]:
             (layer,) = _layers(device, model, seqs, 1)
             given = layer.run(model.parts)
             works = [layer.call(model.parts), *(layer.call([x], given) for x in model.parts)]
-            times = medians(works, 3 if device.quick else 9)
-            for part, us in zip(("", *model.parts), times):
+            times = medians([*works, layer.step.maps], 3 if device.quick else 9)
+            for part, us in zip(("", *model.parts, "maps once a step"), times):
                 yield Row(OP, f"{model_name} {step_name}{part and f', {part}'}", us)
 
 

@@ -82,7 +82,8 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _call(name: str, *args: Any) -> None:
+def driver_call(name: str, *args: Any) -> None:
+    """Call a function of the CUDA driver API; raises RuntimeError if it fails."""
     code = getattr(_driver(), name)(*args)
     if code != 0:
         text = ctypes.c_char_p()
@@ -98,22 +99,22 @@ def stream() -> ctypes.c_void_p:
 def driver_version() -> str:
     """CUDA version that the driver supports, e.g. ``"13.0"``."""
     version = ctypes.c_int()
-    _call("cuDriverGetVersion", ctypes.byref(version))
+    driver_call("cuDriverGetVersion", ctypes.byref(version))
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 class _Event:
     def __init__(self) -> None:
         self.handle = ctypes.c_void_p()
-        _call("cuEventCreate", ctypes.byref(self.handle), 0)
+        driver_call("cuEventCreate", ctypes.byref(self.handle), 0)
 
     def record(self) -> None:
-        _call("cuEventRecord", self.handle, stream())
+        driver_call("cuEventRecord", self.handle, stream())
 
     def microseconds_since(self, start: _Event) -> float:
-        _call("cuEventSynchronize", self.handle)
+        driver_call("cuEventSynchronize", self.handle)
         elapsed = ctypes.c_float()
-        _call("cuEventElapsedTime", ctypes.byref(elapsed), start.handle, self.handle)
+        driver_call("cuEventElapsedTime", ctypes.byref(elapsed), start.handle, self.handle)
         return elapsed.value * 1e3
 
 
@@ -216,8 +217,8 @@ def _buffer() -> ctypes.c_uint64:
     """Memory of :data:`_BUFFER` bytes that hold values, not zeros."""
     paddle.to_tensor([0.0], place=paddle.CUDAPlace(0))  # makes the context current
     pointer = ctypes.c_uint64()
-    _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(_BUFFER))
-    _call("cuMemsetD32_v2", pointer, ctypes.c_uint(0x3C003C01), ctypes.c_size_t(_BUFFER // 4))
+    driver_call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(_BUFFER))
+    driver_call("cuMemsetD32_v2", pointer, ctypes.c_uint(0x3C003C01), ctypes.c_size_t(_BUFFER // 4))
     return pointer
 
 
@@ -225,17 +226,20 @@ def copy_bandwidth() -> float:
     """Device-to-device copy in GB/s, bytes read plus bytes written."""
     source, target = _buffer(), _buffer()
     size = ctypes.c_size_t(_BUFFER)
-    us = median_event_us(lambda: _call("cuMemcpyDtoDAsync_v2", target, source, size, stream()))
-    _call("cuMemFree_v2", source)
-    _call("cuMemFree_v2", target)
+    us = median_event_us(
+        lambda: driver_call("cuMemcpyDtoDAsync_v2", target, source, size, stream())
+    )
+    driver_call("cuMemFree_v2", source)
+    driver_call("cuMemFree_v2", target)
     return 2 * _BUFFER / us / 1e3
 
 
 @functools.cache
-def _kernel(ptx: bytes, name: bytes) -> ctypes.c_void_p:
+def kernel_of(ptx: bytes, name: bytes) -> ctypes.c_void_p:
+    """A kernel of a PTX module, which is loaded once."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _call("cuModuleLoadData", ctypes.byref(module), ptx)
-    _call("cuModuleGetFunction", ctypes.byref(function), module, name)
+    driver_call("cuModuleLoadData", ctypes.byref(module), ptx)
+    driver_call("cuModuleGetFunction", ctypes.byref(function), module, name)
     return function
 
 
@@ -243,14 +247,16 @@ def _kernel(ptx: bytes, name: bytes) -> ctypes.c_void_p:
 def read_bandwidth() -> float:
     """Read-only bandwidth in GB/s: every word of a buffer once."""
     source = _buffer()
-    kernel, words = _kernel(_READ_KERNEL, b"read_kernel"), ctypes.c_uint64(_BUFFER // 16)
+    kernel, words = kernel_of(_READ_KERNEL, b"read_kernel"), ctypes.c_uint64(_BUFFER // 16)
     pointers = (ctypes.c_void_p * 2)(
         *(ctypes.cast(ctypes.byref(x), ctypes.c_void_p) for x in (source, words))
     )
     multiprocessors = paddle.device.cuda.get_device_properties(0).multi_processor_count
     shape = (16 * multiprocessors, 1, 1, 256, 1, 1, 0)
-    us = median_event_us(lambda: _call("cuLaunchKernel", kernel, *shape, stream(), pointers, None))
-    _call("cuMemFree_v2", source)
+    us = median_event_us(
+        lambda: driver_call("cuLaunchKernel", kernel, *shape, stream(), pointers, None)
+    )
+    driver_call("cuMemFree_v2", source)
     return _BUFFER / us / 1e3
 
 
@@ -259,18 +265,18 @@ def fill(tensor: paddle.Tensor, words: Any) -> None:
     size, target = tensor.size * tensor.element_size(), tensor.data_ptr()
     done = min(size, words.nbytes)
     source = ctypes.c_void_p(words.ctypes.data)
-    _call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, ctypes.c_size_t(done))
+    driver_call("cuMemcpyHtoD_v2", ctypes.c_uint64(target), source, ctypes.c_size_t(done))
     while 0 < done < size:
         more = min(done, size - done)
         end, begin = ctypes.c_uint64(target + done), ctypes.c_uint64(target)
-        _call("cuMemcpyDtoD_v2", end, begin, ctypes.c_size_t(more))
+        driver_call("cuMemcpyDtoD_v2", end, begin, ctypes.c_size_t(more))
         done += more
 
 
 def launch_empty() -> None:
     """Launch a kernel of one thread that does nothing on Paddle's stream."""
-    kernel, one = _kernel(_EMPTY_KERNEL, b"empty_kernel"), (1, 1, 1)
-    _call("cuLaunchKernel", kernel, *one, *one, 0, stream(), None, None)
+    kernel, one = kernel_of(_EMPTY_KERNEL, b"empty_kernel"), (1, 1, 1)
+    driver_call("cuLaunchKernel", kernel, *one, *one, 0, stream(), None, None)
 
 
 @functools.lru_cache(maxsize=1)

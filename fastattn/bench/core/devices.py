@@ -18,6 +18,7 @@ import paddle
 from numpy.typing import NDArray
 
 from fastattn.bench.core import cuda, timing
+from fastattn.bench.core.copy_kernel import copy_us
 from fastattn.bench.core.peers import COPY, EMPTY
 from fastattn.bench.core.rows import Row
 from fastattn.bench.core.timing import Call
@@ -85,6 +86,14 @@ class Device(ABC):
         """Calls over buffers of their own, of `moved` bytes each, that no cache holds together."""
         return 1
 
+    def small_row(self, op: str, shape: str, calls: Sequence[Call], moved: int) -> Row:
+        """:meth:`memory_row` of an operator whose small problems are mostly launch.
+
+        On a GPU the copy beside it is then a kernel that is launched as the operator's is, in a
+        graph over as many buffers, whatever its size.
+        """
+        return self.memory_row(op, shape, calls, moved)
+
     @abstractmethod
     def memory_row(self, op: str, shape: str, calls: Sequence[Call], moved: int) -> Row:
         """Row of a memory-bound operator beside its floor: a copy that moves as many bytes.
@@ -136,6 +145,8 @@ class Gpu(Device):
     kind = "gpu"
     #: Bytes that the rotating buffers of a measurement add up to, several times an L2 cache.
     COLD_BYTES = 400 << 20
+    #: Bytes up to which a copy is timed by itself: more of them take the time of their share.
+    SMALL_BYTES = 64 << 20
 
     def __init__(self, quick: bool) -> None:
         super().__init__(paddle.CUDAPlace(0), quick)
@@ -161,6 +172,14 @@ class Gpu(Device):
         copy_us = moved / copy_gbs / 1e3
         floor = (EMPTY, empty_us) if copy_us < empty_us else (COPY, copy_us)
         return Row(op, shape, us, moved / us / 1e3, "GB/s", *floor)
+
+    def small_row(self, op: str, shape: str, calls: Sequence[Call], moved: int) -> Row:
+        """See :meth:`Device.small_row`; large copies are the driver's."""
+        if moved > self.SMALL_BYTES:
+            return self.memory_row(op, shape, calls, moved)
+        us, size = cuda.steady_us(calls), [max(moved // 2, 16)]
+        pairs = [(self.empty(size, "uint8"), self.empty(size, "uint8")) for _ in calls]
+        return Row(op, shape, us, moved / us / 1e3, "GB/s", COPY, copy_us(pairs))
 
     def wait(self) -> None:
         """See :meth:`Device.wait`."""

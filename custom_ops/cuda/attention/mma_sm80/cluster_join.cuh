@@ -19,7 +19,7 @@ namespace fastattn::cuda {
 template <typename Traits>
 __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const AttentionTask& task,
                                             const Segment& segment, const char* shared) {
-  constexpr int kQuads = Traits::kHeadDim / 4;
+  constexpr int kQuads = Traits::kValueDim / 4;
   constexpr int kBatch = 8;  // partial results that are loaded together
   const ColumnInfo* infos = reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset);
   const uint32_t partial = SharedAddress(shared);
@@ -44,7 +44,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
         for (int b = 0; b < kBatch; ++b) {
           const uint32_t from = AddressInCluster(min(first + b, cluster - 1), partial);
           outs[b] = LoadCluster16(from + index * 16);
-          states[b] = LoadCluster8(from + Traits::kColumns * Traits::kHeadDim * 4 + column * 8);
+          states[b] = LoadCluster8(from + Traits::kColumns * Traits::kValueDim * 4 + column * 8);
         }
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {

@@ -21,13 +21,18 @@ namespace fastattn::cuda {
 template <typename Traits>
 struct RunningTotal {
   static constexpr int kQuads = Traits::kMergeDims / 4;
-  static constexpr int kRounds = Traits::kHeadDim / Traits::kMergeDims;
-  static constexpr int kPasses = Traits::kColumns * kQuads / kAttentionThreads;
+  static constexpr int kRounds = Traits::kValueDim / Traits::kMergeDims;
+  static constexpr int kAll = Traits::kColumns * kQuads;  // of all threads, in a round
+  static constexpr int kPasses = (kAll + kAttentionThreads - 1) / kAttentionThreads;
   static constexpr bool kInRegisters = Traits::kColumns == 8;
-  static_assert(kPasses * kAttentionThreads == Traits::kColumns * kQuads);
-  static_assert(Traits::kHeadDim % Traits::kMergeDims == 0);
+  static_assert(Traits::kValueDim % Traits::kMergeDims == 0);
   float4 out[kInRegisters ? kRounds : 1][kPasses];
   float2 state[kPasses];  // maximum and sum of the column
+
+  // Whether a thread has something in a pass: 96 channels of 8 columns do not fill all threads.
+  static __device__ __forceinline__ bool Has(int index) {
+    return kAll % kAttentionThreads == 0 || index < kAll;
+  }
 };
 
 // What becomes of a split's result.
@@ -64,7 +69,7 @@ __device__ __forceinline__ FoldWeights EndState(const SplitEnd& end, const float
   FoldWeights weights = {0.0f, 1.0f};
   if (!end.adds) {
     if (writes) {
-      reinterpret_cast<float2*>(end.split + Traits::kColumns * Traits::kHeadDim)[column] = split;
+      reinterpret_cast<float2*>(end.split + Traits::kColumns * Traits::kValueDim)[column] = split;
     }
     return weights;
   }
@@ -74,7 +79,7 @@ __device__ __forceinline__ FoldWeights EndState(const SplitEnd& end, const float
     weights = FoldState(total, split);
   }
   if (end.leaves && writes) {
-    reinterpret_cast<float2*>(end.total + Traits::kColumns * Traits::kHeadDim)[column] = *total;
+    reinterpret_cast<float2*>(end.total + Traits::kColumns * Traits::kValueDim)[column] = *total;
   }
   return weights;
 }
@@ -102,6 +107,7 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int index = pass * kAttentionThreads + static_cast<int>(threadIdx.x);
+    if (!Total::Has(index)) continue;
     const int column = index / kQuads;
     const bool writes = index % kQuads == 0;
     weights[pass] = EndState<Traits>(end, states, column, writes, &total->state[pass]);
@@ -119,9 +125,10 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int index = pass * kAttentionThreads + static_cast<int>(threadIdx.x);
+      if (!Total::Has(index)) continue;
       const int column = index / kQuads, quad = index % kQuads;
       const int channel = round * Traits::kMergeDims + 4 * quad;
-      const int64_t at = column * Traits::kHeadDim + channel;
+      const int64_t at = column * Traits::kValueDim + channel;
       float4 before = out[pass];
       if constexpr (!Total::kInRegisters) {
         if (end.adds && !end.first) before = *reinterpret_cast<const float4*>(end.total + at);

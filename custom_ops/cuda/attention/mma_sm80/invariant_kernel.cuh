@@ -25,7 +25,7 @@ namespace fastattn::cuda {
 template <typename Traits>
 __device__ __forceinline__ float* InvariantPartial(const InvariantTask& task, int slot) {
   return task.work.partials + (static_cast<int64_t>(blockIdx.x) * task.most_splits + slot) *
-                                  Traits::kColumns * (Traits::kHeadDim + 2);
+                                  Traits::kColumns * (Traits::kValueDim + 2);
 }
 
 // Tells the merging kernel what the CTA left. `unfinished`: its last segment, if that is the
@@ -91,12 +91,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     KvLoader<Traits> cursor(p, segments, count, pipeline, task.work.keys_read_once);
     StageRing<Traits> ring{SharedAddress(shared) +
                            pipeline * Traits::kStages * Traits::kStageBytes};
-#pragma unroll 1
-    for (int i = 0; i < (Traits::kPairsKv ? 1 : (Traits::kStages - 1) / 2); ++i) {
-      cursor.LoadKeys(ring.NextLoad());
-      cursor.LoadValues(ring.NextLoad());
-    }
-    if constexpr (!Traits::kPairsKv && Traits::kStages % 2 == 0) cursor.LoadKeys(ring.NextLoad());
+    StartLoads<Traits>(&cursor, &ring);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const Segment& segment = segments[i];
@@ -119,7 +114,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
           StoreQueries<Traits>(p, task.work, segment, &loads, shared);
           __syncthreads();
           query.shared = SharedAddress(shared) + Traits::kQueryOffset +
-                         warp_column * Traits::kHeadDim * 2 + threadIdx.x % 32 * 8;
+                         warp_column * Traits::kKeyDim * 2 + threadIdx.x % 32 * 8;
           query.Fetch();
 #pragma unroll
           for (int n = 0; n < Traits::kTiles; ++n) {
@@ -153,7 +148,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.work.headers != nullptr && threadIdx.x == 0) {
     WriteInvariantHeader(task, unfinished, results);
   }
-  if (task.work.clear_padding) ClearPadding(p, task.work.first_seq, task.work.num_seqs);
+  if (task.work.clear_padding)
+    ClearPadding<Traits::kOwnValueDim>(p, task.work.first_seq, task.work.num_seqs);
   if (task.work.overlaps_previous) PdlEndConcurrent();
 }
 

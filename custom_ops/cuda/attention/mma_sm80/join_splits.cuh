@@ -33,6 +33,12 @@ __device__ __forceinline__ bool ComesLast(int* counter, int count) {
   return __syncthreads_or(threadIdx.x == 0 && before == count - 1) != 0;
 }
 
+// Piece `index` of `kCount`, or of those that do not fill all threads the last one for the rest.
+template <int kCount>
+__device__ __forceinline__ int PieceOf(int index) {
+  return kCount % kAttentionThreads == 0 ? index : min(index, kCount - 1);
+}
+
 // Joins `count` partial results of a work tile, of CTAs from `first` on, `stride` apart, in their
 // order. They become the output if `last`, else the partial result of CTA `first`. Afterwards
 // shared memory may be overwritten.
@@ -40,13 +46,14 @@ template <typename Traits>
 __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const AttentionTask& task,
                                              const Segment& segment, const ColumnInfo* infos,
                                              int first, int stride, int count, bool last) {
-  constexpr int kQuads = Traits::kHeadDim / 4;
-  constexpr int kPieces = Traits::kColumns * kQuads / kAttentionThreads;  // of a thread
+  constexpr int kQuads = Traits::kValueDim / 4;
+  constexpr int kAllPieces = Traits::kColumns * kQuads;
+  constexpr int kPieces = (kAllPieces + kAttentionThreads - 1) / kAttentionThreads;  // of a thread
   // Partial results whose loads are under way together; 16 columns leave fewer registers.
   constexpr int kBatch = 16 / kPieces;
-  static_assert(Traits::kColumns * kQuads % kAttentionThreads == 0 && kPieces <= 16);
+  static_assert(kPieces <= 16);
   const auto partial_of = [&](int cta) {
-    return PartialOf(task, Traits::kColumns, Traits::kHeadDim, cta, cta == segment.first_cta);
+    return PartialOf(task, Traits::kColumns, Traits::kValueDim, cta, cta == segment.first_cta);
   };
   const auto thread = static_cast<int>(threadIdx.x);
   uint4 out[kPieces];
@@ -64,10 +71,10 @@ __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const Att
     for (int b = 0; b < kBatch; ++b) {
       const float* partial = partial_of(first + min(done + b, count - 1) * stride);
       const auto* of_columns =
-          reinterpret_cast<const float2*>(partial + Traits::kColumns * Traits::kHeadDim);
+          reinterpret_cast<const float2*>(partial + Traits::kColumns * Traits::kValueDim);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        const int index = thread + i * kAttentionThreads;
+        const int index = PieceOf<kAllPieces>(thread + i * kAttentionThreads);
         outs[b][i] = __ldcg(reinterpret_cast<const uint4*>(partial) + index);
         states[b][i] = __ldcg(of_columns + index / kQuads);
       }
@@ -92,11 +99,12 @@ __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const Att
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
     const int index = thread + i * kAttentionThreads;
+    if (PieceOf<kAllPieces>(index) != index) continue;
     const int column = index / kQuads, quad = index % kQuads;
     if (!last) {
       reinterpret_cast<uint4*>(joined)[index] = out[i];
       if (quad == 0) {
-        reinterpret_cast<float2*>(joined + Traits::kColumns * Traits::kHeadDim)[column] =
+        reinterpret_cast<float2*>(joined + Traits::kColumns * Traits::kValueDim)[column] =
             make_float2(weight[i].max, weight[i].sum);
       }
     } else if (infos[column].out >= 0) {

@@ -31,6 +31,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/attention/mma_sm80/cluster_join.cuh"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
@@ -39,6 +40,7 @@
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
@@ -101,12 +103,52 @@ struct StageRing {
   }
 };
 
-template <typename Traits, bool kKeys>
+// Starts the load of a KV tile's kIndex-th stage: those of K come before those of V.
+template <typename Traits, int kIndex>
 __device__ __forceinline__ void StartLoad(KvLoader<Traits>* cursor, StageRing<Traits>* ring) {
-  if constexpr (kKeys) {
-    cursor->LoadKeys(ring->NextLoad());
+  if constexpr (kIndex < Traits::kKeyStages) {
+    cursor->template LoadKeys<kIndex>(ring->NextLoad());
   } else {
-    cursor->LoadValues(ring->NextLoad());
+    cursor->template LoadValues<kIndex - Traits::kKeyStages>(ring->NextLoad());
+  }
+}
+
+// f(0), .., f(kCount - 1) with compile-time integers.
+template <int kCount, int kFirst = 0, typename F>
+__device__ __forceinline__ void ForStages(F&& f) {
+  if constexpr (kFirst < kCount) {
+    f(std::integral_constant<int, kFirst>{});
+    ForStages<kCount, kFirst + 1>(f);
+  }
+}
+
+// The first loads of a CTA's work.
+template <typename Traits>
+__device__ __forceinline__ void StartLoads(KvLoader<Traits>* cursor, StageRing<Traits>* ring) {
+  if constexpr (Traits::kLarge) {
+    ForStages<Traits::kStages - 1>(
+        [&](auto i) { StartLoad<Traits, decltype(i)::value % Traits::kTileStages>(cursor, ring); });
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < (Traits::kPairsKv ? 1 : (Traits::kStages - 1) / 2); ++i) {
+      cursor->LoadKeys(ring->NextLoad());
+      cursor->LoadValues(ring->NextLoad());
+    }
+    if constexpr (!Traits::kPairsKv && Traits::kStages % 2 == 0) cursor->LoadKeys(ring->NextLoad());
+  }
+}
+
+// Waits for the threads that share a warp pipeline.
+template <typename Traits>
+__device__ __forceinline__ void SyncPipeline() {
+  if constexpr (Traits::kPipelineWarps == 1) {
+    __syncwarp();
+  } else if constexpr (Traits::kPipelines == 1) {
+    __syncthreads();
+  } else {
+    // Barrier 0 is __syncthreads.
+    const int barrier = 1 + static_cast<int>(threadIdx.x) / Traits::kPipelineThreads;
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Traits::kPipelineThreads) : "memory");
   }
 }
 
@@ -133,25 +175,96 @@ __device__ __forceinline__ void Score(const AttentionParams& p, uint32_t stage,
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) scores[m][n][c] = 0.0f;
+      for (int c = 0; c < 4; ++c) scores[m][n][c] = query.Start(n, c);
     }
   }
-  Multiply<Traits>(stage, query, first, scores);
+  if constexpr (Traits::kNibbles) {
+    MultiplyNibbles<Traits>(stage, query, first, scores);
+  } else {
+    Multiply<Traits>(stage, query, first, scores);
+  }
   FinishScores<Traits>(p, stage, mask, factors, first, scores);
+}
+
+template <typename Traits>
+using Probabilities = uint32_t[Traits::kGroup][Traits::kTiles][2];
+
+// From scores to probabilities; `stage` has V's per-token scales.
+template <typename Traits>
+__device__ __forceinline__ void Weigh(const AttentionParams& p, uint32_t stage,
+                                      const KvTileMask& mask, int first, Scores<Traits>& scores,
+                                      Probabilities<Traits>& probabilities,
+                                      TileState<Traits>* state) {
+  float value_scales[Traits::kGroup][2];
+  if constexpr (Traits::kNibbles) {  // ahead of what takes time
+    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, value_scales);
+  }
+  RaiseMaximum<Traits>(scores, state);
+  Exponentiate<Traits>(scores, state);
+  if constexpr (Traits::kPerTokenScales) {
+    ApplyValueScales<Traits>(p, stage, mask, first, value_scales, scores, state);
+  }
+  PackProbabilities<Traits>(scores, probabilities);
 }
 
 template <typename Traits>
 __device__ __forceinline__ void Attend(const AttentionParams& p, uint32_t stage,
                                        const KvTileMask& mask, int first, Scores<Traits>& scores,
                                        TileState<Traits>* state) {
-  RaiseMaximum<Traits>(scores, state);
-  Exponentiate<Traits>(scores, state);
-  if constexpr (Traits::kPerTokenScales) {
-    ApplyValueScales<Traits>(p, stage, mask, first, scores, state);
+  Probabilities<Traits> probabilities;
+  Weigh<Traits>(p, stage, mask, first, scores, probabilities, state);
+  if constexpr (Traits::kNibbles) {
+    AccumulateNibbles<Traits>(stage, first, probabilities, state->out);
+  } else {
+    Accumulate<Traits>(stage, first, probabilities, state);
   }
-  uint32_t probabilities[Traits::kGroup][Traits::kTiles][2];
-  PackProbabilities<Traits>(scores, probabilities);
-  Accumulate<Traits>(stage, first, probabilities, state);
+}
+
+// A KV tile whose K and V lie in several stages.
+template <typename Traits>
+__device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTileMask& mask,
+                                          const QueryTile<Traits>& query,
+                                          const float (&factors)[Traits::kTiles][2],
+                                          KvLoader<Traits>* cursor, StageRing<Traits>* ring,
+                                          TileState<Traits>* state) {
+  static_assert(Traits::kGroup == Traits::kKeyTiles, "a stage is used once");
+  // The next stage, once the load that lies kStages - 1 ahead of it has been started.
+  const auto next = [&](auto index) {
+    WaitForCopies<Traits::kStages - 2>();
+    SyncPipeline<Traits>();
+    constexpr int kAhead = decltype(index)::value + Traits::kStages - 1;
+    StartLoad<Traits, kAhead % Traits::kTileStages>(cursor, ring);
+    return ring->NextUse();
+  };
+  Scores<Traits> scores = {};
+  bool assigned = false;
+  ForStages<Traits::kKeyStages>([&](auto index) {
+    constexpr int kStage = decltype(index)::value;
+    const uint32_t stage = next(index);
+    if constexpr (kStage == 0) assigned = IsAssigned<Traits>(stage);
+    if (!assigned) return;
+    Multiply<Traits, kStage>(stage, query, 0, scores);
+    if constexpr (kStage + 1 == Traits::kKeyStages) {
+      FinishScores<Traits>(p, stage, mask, factors, 0, scores);
+    }
+  });
+  Probabilities<Traits> probabilities;
+  ForStages<Traits::kValueStages>([&](auto index) {
+    constexpr int kStage = decltype(index)::value;
+    const uint32_t stage =
+        next(std::integral_constant<int, Traits::kKeyStages + decltype(index)::value>{});
+    if (!assigned) return;
+    if (mask.needs_mask) {
+      PropagateNonFinite<Traits, kStage>(stage, mask, state);
+      SyncPipeline<Traits>();
+      ScrubValues<Traits>(stage, mask);
+      SyncPipeline<Traits>();
+    }
+    if constexpr (kStage == 0) {
+      Weigh<Traits>(p, stage, mask, 0, scores, probabilities, state);
+    }
+    Accumulate<Traits, kStage>(stage, 0, probabilities, state);
+  });
 }
 
 // The mainloop: the warp pipeline's KV tiles of a segment.
@@ -179,7 +292,9 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         key_stage = ring->NextUse(), value_stage = ring->NextUse();
         present = IsAssigned<Traits>(key_stage);
       }
-      if (__syncthreads_or(present && mask.needs_mask)) {
+      if constexpr (Traits::kNibbles) {
+        // They are finite whatever their bits are, and probabilities of masked keys are 0.
+      } else if (__syncthreads_or(present && mask.needs_mask)) {
         if (present && mask.needs_mask) PropagateNonFinite<Traits>(value_stage, mask, state);
         __syncthreads();
         if (present && mask.needs_mask) ScrubValues<Traits>(value_stage, mask);
@@ -193,6 +308,13 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         Attend<Traits>(p, value_stage, mask, first, scores, state);
       }
     }
+  } else if constexpr (Traits::kLarge) {
+#pragma unroll 1
+    for (int kv_tile = segment.kv_tile_begin + pipeline; kv_tile < kv_tile_end;
+         kv_tile += Traits::kPipelines) {
+      const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, columns);
+      RunStages<Traits>(p, mask, query, factors, cursor, ring, state);
+    }
   } else {
 #pragma unroll 1
     for (int kv_tile = segment.kv_tile_begin + pipeline; kv_tile < kv_tile_end;
@@ -202,16 +324,18 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       // The newest kStages - 2 loads may still be under way.
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
-      StartLoad<Traits, Traits::kStages % 2 == 1>(cursor, ring);
+      StartLoad<Traits, (Traits::kStages + 1) % 2>(cursor, ring);
       const uint32_t key_stage = ring->NextUse();
       const bool assigned = IsAssigned<Traits>(key_stage);
       if (assigned) Score<Traits>(p, key_stage, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
-      StartLoad<Traits, Traits::kStages % 2 == 0>(cursor, ring);
+      StartLoad<Traits, Traits::kStages % 2>(cursor, ring);
       const uint32_t value_stage = ring->NextUse();
       if (!assigned) continue;
-      if (mask.needs_mask) {
+      if constexpr (Traits::kNibbles) {
+        // Nothing to scrub, as above.
+      } else if (mask.needs_mask) {
         PropagateNonFinite<Traits>(value_stage, mask, state);
         __syncwarp();
         ScrubValues<Traits>(value_stage, mask);
@@ -220,6 +344,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       Attend<Traits>(p, value_stage, mask, 0, scores, state);
     }
   }
+  if constexpr (Traits::kNibbles) DropBias<Traits>(state->out);
 }
 
 // The epilogue: merges the warp pipelines and writes the work tile's output, or this CTA's partial
@@ -246,7 +371,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
         reinterpret_cast<float*>(shared);  // nothing is left in the stages, or under way to them
   } else if (!segment.Whole()) {
     partial =
-        PartialOf(task, Traits::kColumns, Traits::kHeadDim, blockIdx.x, segment.begins_work_tile);
+        PartialOf(task, Traits::kColumns, Traits::kValueDim, blockIdx.x, segment.begins_work_tile);
   }
   if (threadIdx.x < Traits::kColumns) {
     const int column = threadIdx.x;
@@ -261,7 +386,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
       sum += state_of.y * WeightOf(state_of.x, maximum);
     }
     if (partial != nullptr) {
-      reinterpret_cast<float2*>(partial + Traits::kColumns * Traits::kHeadDim)[column] =
+      reinterpret_cast<float2*>(partial + Traits::kColumns * Traits::kValueDim)[column] =
           make_float2(maximum, sum);
     } else if (infos[column].out >= 0) {
       const Column info =
@@ -271,7 +396,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
   }
   constexpr int kQuads = Traits::kMergeDims / 4;
 #pragma unroll 1
-  for (int round = 0; round < Traits::kHeadDim / Traits::kMergeDims; ++round) {
+  for (int round = 0; round < Traits::kValueDim / Traits::kMergeDims; ++round) {
     StoreRound<Traits>(*state, round, pipeline, warp_column, g, t, merge);
     __syncthreads();
 #pragma unroll 1
@@ -280,7 +405,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
       const float4 sum = SumPipelines<Traits>(merge, column, quad);
       const int channel = round * Traits::kMergeDims + 4 * quad;
       if (partial != nullptr) {
-        *reinterpret_cast<float4*>(partial + column * Traits::kHeadDim + channel) = sum;
+        *reinterpret_cast<float4*>(partial + column * Traits::kValueDim + channel) = sum;
       } else if (infos[column].out >= 0) {
         StoreOutput(p, segment.head, infos[column].out, channel, sum, infos[column].out_factor);
       }
@@ -343,12 +468,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     KvLoader<Traits> cursor(p, segments, count, pipeline, task.keys_read_once);
     StageRing<Traits> ring{SharedAddress(shared) +
                            pipeline * Traits::kStages * Traits::kStageBytes};
-#pragma unroll 1
-    for (int i = 0; i < (Traits::kPairsKv ? 1 : (Traits::kStages - 1) / 2); ++i) {
-      cursor.LoadKeys(ring.NextLoad());
-      cursor.LoadValues(ring.NextLoad());
-    }
-    if constexpr (!Traits::kPairsKv && Traits::kStages % 2 == 0) cursor.LoadKeys(ring.NextLoad());
+    StartLoads<Traits>(&cursor, &ring);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const Segment& segment = segments[i];
@@ -357,7 +477,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       __syncthreads();
       QueryTile<Traits> query;
       query.shared = SharedAddress(shared) + Traits::kQueryOffset +
-                     warp_column * Traits::kHeadDim * 2 + threadIdx.x % 32 * 8;
+                     warp_column * Traits::kKeyDim * 2 + threadIdx.x % 32 * 8;
       query.Fetch();
       const int first_column = warp_column + 2 * (threadIdx.x % 4);
       const ColumnInfo* infos =
@@ -401,7 +521,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     reinterpret_cast<int4*>(task.headers)[static_cast<int64_t>(blockIdx.x) * kPartialHeader / 4] =
         header;
   }
-  if (task.clear_padding) ClearPadding(p, task.first_seq, task.num_seqs);
+  if (task.clear_padding) ClearPadding<Traits::kOwnValueDim>(p, task.first_seq, task.num_seqs);
   if (task.overlaps_previous) PdlEndConcurrent();
 }
 

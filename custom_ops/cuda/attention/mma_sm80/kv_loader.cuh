@@ -1,6 +1,7 @@
 // Moves KV tiles from global memory into a warp pipeline's stages.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/block_table.h"
@@ -26,40 +27,54 @@ class KvLoader {
     Settle();
   }
 
-  // Starts the copies of K of the next KV tile into `stage`; V is the same one's.
+  // Starts the copies of K of the next KV tile into `stage`, or those of channels that the
+  // kStage-th stage of its K has, one after the other; V is the same one's.
+  template <int kStage = 0>
   __device__ __forceinline__ void LoadKeys(uint32_t stage) {
-    loading_ = segment_ != end_;
+    if constexpr (kStage == 0) loading_ = segment_ != end_;
     if (loading_) {
-      Place();
-      if (threadIdx.x % Traits::kPipelineThreads == 0) {
-        asm volatile(
-            "st.shared.u32 [%0], %1;" ::"r"(stage + Traits::kDataBytes + Traits::kScaleBytes),
-            "r"(assigned_ ? 1 : 0));
-      }
-      if (assigned_) {
-        if constexpr (Traits::kPaged) {
-          const PagedCache& cache = p_.cache;
-          CopyPlane<Traits::kRowBytes, true>(stage, cache.key, cache.key_strides, key_);
-          CopyScales(stage, cache.k_scales, key_scale_);
-        } else {
-          CopyRagged(stage, p_.ragged.key, p_.ragged.key_token_stride, p_.ragged.key_head_stride);
+      if constexpr (kStage == 0) {
+        Place();
+        if (threadIdx.x % Traits::kPipelineThreads == 0) {
+          asm volatile(
+              "st.shared.u32 [%0], %1;" ::"r"(stage + Traits::kDataBytes + Traits::kScaleBytes),
+              "r"(assigned_ ? 1 : 0));
         }
       }
-      Advance();
+      if (assigned_) {
+        constexpr int kFirst = kStage * Traits::kStageDim;
+        if constexpr (Traits::kPaged) {
+          const PagedCache& cache = p_.cache;
+          CopyPlane<Traits::kRowBytes, true>(stage, cache.key, cache.key_strides, key_ + kFirst);
+          if constexpr (kStage + 1 == Traits::kKeyStages) {
+            CopyScales(stage, cache.k_scales, key_scale_);
+          }
+        } else {
+          CopyRagged(stage, p_.ragged.key, kFirst, p_.ragged.key_token_stride,
+                     p_.ragged.key_head_stride);
+        }
+      }
+      if constexpr (kStage == 0) Advance();
     }
     CommitCopies();
   }
 
+  template <int kStage = 0>
   __device__ __forceinline__ void LoadValues(uint32_t stage) {
     if (loading_ && assigned_) {
+      constexpr int kFirst = kStage * Traits::kStageDim;
       if constexpr (Traits::kPaged) {
         const PagedCache& cache = p_.cache;
         constexpr int kRowBytes = Traits::kTransposedV ? kBlockSize : Traits::kRowBytes;
         constexpr bool kSwizzled = !Traits::kTransposedV;  // channels are read as they lie
-        CopyPlane<kRowBytes, kSwizzled>(stage, cache.value, cache.value_strides, value_);
-        CopyScales(stage, cache.v_scales, value_scale_);
+        int64_t first = value_;
+        if constexpr (kStage > 0) {
+          first += kFirst * (Traits::kTransposedV ? cache.value_strides.row : 1);
+        }
+        CopyPlane<kRowBytes, kSwizzled>(stage, cache.value, cache.value_strides, first);
+        if constexpr (kStage == 0) CopyScales(stage, cache.v_scales, value_scale_);
       } else {
-        CopyRagged(stage, p_.ragged.value, p_.ragged.value_token_stride,
+        CopyRagged(stage, p_.ragged.value, kFirst, p_.ragged.value_token_stride,
                    p_.ragged.value_head_stride);
       }
     }
@@ -70,6 +85,9 @@ class KvLoader {
   static constexpr int kBytes = Traits::Format::kBytes;
   static constexpr int kPieces = Traits::kDataBytes / 16;
   static constexpr int kPiecesPerRow = Traits::kRowBytes / 16;
+  // Those of a row of channels that a head has; the rest are 0.
+  static constexpr int kHeadPieces =
+      std::min(Traits::kStageDim, Traits::kHeadDim) * Traits::Format::kBytes / 16;
 
   __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kPipelineThreads; }
 
@@ -118,22 +136,40 @@ class KvLoader {
     }
   }
 
-  // Copies a KV tile's rows of kRowBytes from `element` on.
+  // Copies a stage's rows of kRowBytes from `element` on.
   template <int kRowBytes, bool kSwizzled>
   __device__ __forceinline__ void CopyPlane(uint32_t stage, const void* tensor,
                                             const CacheStrides& strides, int64_t element) {
     constexpr int kRowPieces = kRowBytes / 16;
+    // A transposed V has a row for each channel (of 4-bit codes, for two), else a stage is full.
+    constexpr int kCodesPerByte = CodesPerByte(Traits::kElement);
+    constexpr int kCopies =
+        kSwizzled ? kPieces : Traits::kStageDimTiles * kBlockSize * kBytes / kCodesPerByte;
     constexpr int kRows =
         Traits::kPipelineThreads / kRowPieces;  // that the pipeline copies at a time
     const int row = Lane() / kRowPieces, chunk = Lane() % kRowPieces;
     const char* from =
         static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
     const int64_t stride = kRows * kBytes * strides.row;
+    if constexpr (Traits::kNibbles && kSwizzled) {
+      const uint32_t to = stage + Traits::NibbleRow(row) * kRowBytes + chunk * 16;
+#pragma unroll
+      for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += stride) {
+        CopyAsync16(to + Traits::NibbleRow(i * kRows) * kRowBytes, from, policy_);
+      }
+      return;
+    }
     const uint32_t to = stage + row * kRowBytes;
 #pragma unroll
-    for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += stride) {
+    for (int i = 0; i < kCopies / Traits::kPipelineThreads; ++i, from += stride) {
       const int piece = kSwizzled ? Traits::Swizzle(row + i * kRows, chunk) : chunk;
-      CopyAsync16(to + piece * 16 + i * kRows * kRowBytes, from, policy_);
+      if constexpr (kSwizzled && kHeadPieces < kPiecesPerRow) {
+        const bool inside = chunk < kHeadPieces;
+        CopyAsync16(to + piece * 16 + i * kRows * kRowBytes,
+                    inside ? from : static_cast<const char*>(tensor), policy_, inside ? 16 : 0);
+      } else {
+        CopyAsync16(to + piece * 16 + i * kRows * kRowBytes, from, policy_);
+      }
     }
   }
 
@@ -149,10 +185,10 @@ class KvLoader {
 
   // Copies rows of ragged tensors, zeros after the sequence's last key. Strides that are no
   // multiples of 16 bytes are served a byte at a time.
-  __device__ __forceinline__ void CopyRagged(uint32_t stage, const void* tensor,
+  __device__ __forceinline__ void CopyRagged(uint32_t stage, const void* tensor, int first,
                                              int64_t token_stride, int64_t head_stride) {
-    const char* source =
-        static_cast<const char*>(tensor) + (offset_ * token_stride + head_ * head_stride) * kBytes;
+    const char* source = static_cast<const char*>(tensor) +
+                         (offset_ * token_stride + head_ * head_stride + first) * kBytes;
     const int64_t stride = token_stride * kBytes;
     const bool aligned =
         ((reinterpret_cast<uintptr_t>(tensor) | stride | (head_stride * kBytes)) & 15) == 0;
@@ -162,7 +198,7 @@ class KvLoader {
       const int row = piece / kPiecesPerRow, chunk = piece % kPiecesPerRow;
       const uint32_t target = stage + row * Traits::kRowBytes + Traits::Swizzle(row, chunk) * 16;
       const char* from = source + row * stride + chunk * 16;
-      const bool inside = row < rows_;
+      const bool inside = row < rows_ && (kHeadPieces == kPiecesPerRow || chunk < kHeadPieces);
       if (aligned) {
         CopyAsync16(target, inside ? from : static_cast<const char*>(tensor), policy_,
                     inside ? 16 : 0);

@@ -27,7 +27,7 @@ template <typename Traits>
 struct TileState {
   float maximum[Traits::kTiles][2];
   float sum[Traits::kTiles][2];  // of this lane's keys only
-  float out[Traits::kDimTiles][Traits::kTiles][4];
+  float out[Traits::kOutTiles][Traits::kTiles][4];
   // Per-token scales of V: `out` counts 2^(scale_exponent - 127); kColumnExponents: a power of two
   // of each column's own (see value_scales.cuh).
   int scale_exponent;
@@ -41,7 +41,7 @@ struct TileState {
         sum[n][c] = 0.0f;
       }
 #pragma unroll
-      for (int i = 0; i < Traits::kDimTiles; ++i) {
+      for (int i = 0; i < Traits::kOutTiles; ++i) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) out[i][n][c] = 0.0f;
       }
@@ -73,8 +73,9 @@ __device__ __forceinline__ float TokenScale(uint32_t stage, int key, DType dtype
   return BFloat16ToFloat(bits);
 }
 
-// scores[m][n] += K Q^T for key tiles first .. first + kGroup.
-template <typename Traits>
+// scores[m][n] += K Q^T for key tiles first .. first + kGroup, over the channels of K's kStage-th
+// stage.
+template <typename Traits, int kStage = 0>
 __device__ __forceinline__ void Multiply(uint32_t stage, const QueryTile<Traits>& query, int first,
                                          float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -95,7 +96,7 @@ __device__ __forceinline__ void Multiply(uint32_t stage, const QueryTile<Traits>
       uint2 b[Traits::kTiles];
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
-        b[n] = query.At(n, j * Traits::kMmaStepsPerChunk + w);
+        b[n] = query.At(n, kStage * Traits::kStageSteps + j * Traits::kMmaStepsPerChunk + w);
       }
 #pragma unroll
       for (int m = 0; m < Traits::kGroup; ++m) {
@@ -149,10 +150,16 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
                                              const float (&factors)[Traits::kTiles][2], int first,
                                              float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   const int g = threadIdx.x % 32 / 4;
+  float token_scales[Traits::kGroup][2];
+  if constexpr (Traits::kNibbles) {
+    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, token_scales);
+  }
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
     float scale[2] = {1.0f, 1.0f};
-    if constexpr (Traits::kPerTokenScales) {
+    if constexpr (Traits::kNibbles) {
+      scale[0] = token_scales[m][0], scale[1] = token_scales[m][1];
+    } else if constexpr (Traits::kPerTokenScales) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         scale[half] =
@@ -213,7 +220,7 @@ __device__ __forceinline__ void RaiseMaximum(
   }
   if (!__any_sync(0xFFFFFFFFu, raised)) return;
 #pragma unroll
-  for (int i = 0; i < Traits::kDimTiles; ++i) {
+  for (int i = 0; i < Traits::kOutTiles; ++i) {
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
@@ -253,16 +260,17 @@ __device__ __forceinline__ uint32_t KeepKeys(int begin, int end, int k0, int k1,
   return byte(k0, 0) | byte(k1, 1) | byte(k2, 2) | byte(k3, 3);
 }
 
-// out += V^T P^T for key tiles first .. first + kGroup.
-template <typename Traits>
+// out += V^T P^T for key tiles first .. first + kGroup and the channels of V's kStage-th stage.
+template <typename Traits, int kStage = 0>
 __device__ __forceinline__ void Accumulate(uint32_t stage, int first,
                                            const uint32_t (&p)[Traits::kGroup][Traits::kTiles][2],
                                            TileState<Traits>* state) {
   using Format = typename Traits::Format;
   constexpr DType kOperand = Format::kOperand;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  constexpr int kFirst = kStage * Traits::kStageDimTiles;
 #pragma unroll
-  for (int i = 0; i < Traits::kDimTiles; ++i) {
+  for (int i = 0; i < Traits::kStageDimTiles; ++i) {
     if constexpr (Traits::kTransposedV) {
       uint32_t words[2][Traits::kGroup];
 #pragma unroll
@@ -283,7 +291,7 @@ __device__ __forceinline__ void Accumulate(uint32_t stage, int first,
         Format::Widen(words[1][m], &a1, &a3);
 #pragma unroll
         for (int n = 0; n < Traits::kTiles; ++n) {
-          Mma<kOperand>(state->out[i][n], a0, a1, a2, a3, p[m][n][0], p[m][n][1]);
+          Mma<kOperand>(state->out[kFirst + i][n], a0, a1, a2, a3, p[m][n][0], p[m][n][1]);
         }
       }
     } else if constexpr (Traits::kQuantized) {
@@ -302,7 +310,8 @@ __device__ __forceinline__ void Accumulate(uint32_t stage, int first,
           Format::Widen(__byte_perm(words[u][1], 0, 0x3120), &a2, &a3);
 #pragma unroll
           for (int n = 0; n < Traits::kTiles; ++n) {
-            Mma<kOperand>(state->out[i][n], a0, a1, a2, a3, p[m + u][n][0], p[m + u][n][1]);
+            Mma<kOperand>(state->out[kFirst + i][n], a0, a1, a2, a3, p[m + u][n][0],
+                          p[m + u][n][1]);
           }
         }
       }
@@ -315,7 +324,7 @@ __device__ __forceinline__ void Accumulate(uint32_t stage, int first,
                                                Traits::Swizzle(row, chunk) * 16);
 #pragma unroll
         for (int n = 0; n < Traits::kTiles; ++n) {
-          Mma<kOperand>(state->out[i][n], v.x, v.y, v.z, v.w, p[m][n][0], p[m][n][1]);
+          Mma<kOperand>(state->out[kFirst + i][n], v.x, v.y, v.z, v.w, p[m][n][0], p[m][n][1]);
         }
       }
     }
@@ -339,7 +348,7 @@ __device__ __forceinline__ uint4 KeptWords(const KvTileMask& mask, int piece) {
   }
 }
 
-// Whether V's element (key, channel) of the KV tile in `stage` is a finite value.
+// Whether V's element (key, channel) of the KV tile's channels in `stage` is a finite value.
 template <typename Traits>
 __device__ __forceinline__ bool IsFiniteValue(uint32_t stage, int key, int channel) {
   uint32_t bits;
@@ -370,7 +379,7 @@ __device__ __noinline__ void FindNonFinite(uint32_t stage, const KvTileMask& mas
   const int g = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int n = 0; n < Traits::kTiles; ++n) poisoned[n][0] = poisoned[n][1] = 0;
-  for (int i = 0; i < 2 * Traits::kDimTiles; ++i) {
+  for (int i = 0; i < 2 * Traits::kStageDimTiles; ++i) {
     const int channel = Traits::ChannelOf(i / 2, g + 8 * (i % 2));
     for (int key = max(mask.begin, 0); key < min(mask.end, Traits::kKvTile); ++key) {
       if (IsFiniteValue<Traits>(stage, key, channel)) continue;
@@ -389,24 +398,27 @@ __device__ __noinline__ void FindNonFinite(uint32_t stage, const KvTileMask& mas
   }
 }
 
-template <typename Traits>
+template <typename Traits, int kStage>
 __device__ __forceinline__ void PoisonColumns(const uint32_t (&poisoned)[Traits::kTiles][2],
                                               TileState<Traits>* state) {
   const float nan = __int_as_float(0x7FFFFFFF);
 #pragma unroll
-  for (int i = 0; i < Traits::kDimTiles; ++i) {
+  for (int i = 0; i < Traits::kStageDimTiles; ++i) {
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        if (poisoned[n][c % 2] >> (2 * i + c / 2) & 1) state->out[i][n][c] = nan;
+        if (poisoned[n][c % 2] >> (2 * i + c / 2) & 1) {
+          state->out[kStage * Traits::kStageDimTiles + i][n][c] = nan;
+        }
       }
     }
   }
 }
 
-// Where columns differ, makes the outputs of those that see a non-finite value NaN.
-template <typename Traits>
+// Where columns differ, makes the outputs of those that see a non-finite value of V's kStage-th
+// stage NaN.
+template <typename Traits, int kStage = 0>
 __device__ __forceinline__ void PropagateNonFinite(uint32_t stage, const KvTileMask& mask,
                                                    TileState<Traits>* state) {
   constexpr int kPieces = Traits::kDataBytes / 16;
@@ -421,7 +433,7 @@ __device__ __forceinline__ void PropagateNonFinite(uint32_t stage, const KvTileM
   if (__any_sync(0xFFFFFFFFu, bad != 0)) {
     uint32_t poisoned[Traits::kTiles][2];
     FindNonFinite<Traits>(stage, mask, poisoned);
-    PoisonColumns<Traits>(poisoned, state);
+    PoisonColumns<Traits, kStage>(poisoned, state);
   }
 }
 

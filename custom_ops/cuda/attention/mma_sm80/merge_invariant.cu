@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/ceil_div.h"
 #include "common/head_dims.h"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/invariant_total.cuh"
@@ -64,8 +65,9 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x < 32) {
       ListResults(task, cta + 1, static_cast<int>(gridDim.x), missing, slots);
     }
-    const int head_dim = p.head_dim, quads = head_dim / 4;
-    const int index = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
+    const int head_dim = ValueDim(p.head_dim), quads = head_dim / 4;
+    const int place = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
+    const int index = min(place, columns * quads - 1);
     const int column = index / quads, quad = index % quads;
     const int64_t size = static_cast<int64_t>(columns) * (head_dim + 2);
     const auto values_of = [&](int64_t slot) {
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
         total = FoldValues(total, values[b], weights);
       }
     }
-    if (info.valid) {
+    if (info.valid && place == index) {
       const float factor = FinishColumn(p, info, value_scale, sums.x, sums.y, quad == 0);
       const int64_t out = (static_cast<int64_t>(info.token) * p.num_heads + info.head) * head_dim;
       StoreOutput(p, header.z, out, 4 * quad, total, factor);
@@ -111,8 +113,8 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int columns,
                                  int grid, cudaStream_t stream) {
-  static_assert(HeadDims::kPowersOfTwo, "the number of CTAs would be rounded down");
-  const dim3 blocks(grid, columns * (p.head_dim / 4) / kThreads);
+  // Some columns' channels do not fill a whole number of CTAs.
+  const dim3 blocks(grid, CeilDiv(columns * (ValueDim(p.head_dim) / 4), kThreads));
   return LaunchPdl(MergeInvariantKernel, blocks, dim3(kThreads), stream, p, task, columns);
 }
 

@@ -21,7 +21,7 @@ namespace fastattn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMergeColumns = 8;  // of a block, at most: 32 threads each
+constexpr int kMergeColumns = 8;  // of a block, at most
 constexpr int kBatch = 4;         // partial results that are loaded and joined together
 // Most blocks have nothing to do: more of them cost more time than the search for the few split
 // work tiles.
@@ -115,12 +115,12 @@ __device__ __forceinline__ void MergeTile(const AttentionParams& p, const Attent
   __shared__ uint4 outs[kThreads];
   __shared__ PartialWeight weights[kThreads];
   const int num_splits = work_tile.header.x;
-  const int head_dim = p.head_dim, quads = head_dim / 4;
+  const int head_dim = ValueDim(p.head_dim), quads = head_dim / 4;
   const int quad = threadIdx.x % quads;
   const int column = blockIdx.y * block_columns + threadIdx.x / quads % block_columns;
   const int lanes = quads * block_columns;
   // The partial results are dealt out over groups of threads that hold all columns of the block.
-  static_assert(HeadDims::kPowersOfTwo, "threads that do not fill a group would be one");
+  // Threads that do not fill a group write nothing.
   const int groups = kThreads / lanes, group = threadIdx.x / lanes;
   const float* first_partial = PartialOf(task, columns, head_dim, work_tile.cta, 1);
   const int64_t partial_size = static_cast<int64_t>(columns) * (head_dim + 2);
@@ -157,12 +157,12 @@ __device__ __forceinline__ void MergeTile(const AttentionParams& p, const Attent
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int other = threadIdx.x + (first + b) * lanes;
-        if (other < kThreads) batch[b].out = outs[other], batch[b].weight = weights[other];
+        if (other < groups * lanes) batch[b].out = outs[other], batch[b].weight = weights[other];
       }
       merged.JoinAll(batch);
     }
   }
-  if (!info.valid) return;
+  if (!info.valid || group >= groups) return;
   const float factor =
       FinishColumn(p, info, value_scale, merged.weight.max, merged.weight.sum, quad == 0);
   const int64_t out = (static_cast<int64_t>(info.token) * p.num_heads + info.head) * head_dim;
@@ -198,7 +198,7 @@ __device__ __forceinline__ bool ClustersTookCall(const AttentionParams& p,
   __shared__ uint32_t working[kMaxPlanSeqs / 32];
   PdlBeginConcurrent();
   const DType keys = p.paged ? p.cache.dtype : p.ragged.dtype;
-  const int kv_tile = KeysPerKvTile(p.head_dim * SizeOf(keys));
+  const int kv_tile = KeysPerKvTile(p.head_dim, SizeOf(keys));
   return ClustersTakeCall<kThreads>(p, task, columns, kv_tile, working);
 }
 
@@ -226,13 +226,13 @@ __global__ void __launch_bounds__(kThreads) ClearKernel(const __grid_constant__ 
   const int each = (p.seqs.num_tokens + gridDim.x - 1) / gridDim.x;
   const int begin = static_cast<int>(
       min(static_cast<int64_t>(blockIdx.x) * each, static_cast<int64_t>(p.seqs.num_tokens)));
-  ClearTokens(p, begin, min(begin + each, p.seqs.num_tokens));
+  ClearTokens<true>(p, begin, min(begin + each, p.seqs.num_tokens));
 }
 
 __global__ void __launch_bounds__(kThreads)
     ClearPaddingKernel(const __grid_constant__ AttentionParams p) {
   PdlBeginConcurrent();
-  ClearPadding(p, 0, p.seqs.batch);
+  ClearPadding<true>(p, 0, p.seqs.batch);
   PdlEndConcurrent();
 }
 
@@ -261,7 +261,8 @@ cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& t
   // Where few work tiles share many CTAs, each has many partial results: then a block takes one
   // column alone.
   const bool few = 16 * work_tiles <= grid;
-  const int block_columns = few ? 1 : std::min(columns, kMergeColumns);
+  const int fitting = std::min(kMergeColumns, kThreads / (ValueDim(p.head_dim) / 4));
+  const int block_columns = few ? 1 : std::min(columns, fitting);
   const bool search = few && grid * columns > kMostBlocks;
   const dim3 blocks(search ? static_cast<int>(work_tiles) : grid, columns / block_columns);
   return LaunchPdl(search ? MergePartialsKernel<true> : MergePartialsKernel<false>, blocks,

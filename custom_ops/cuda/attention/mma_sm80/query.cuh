@@ -6,6 +6,7 @@
 
 #include "common/normaliser.h"
 #include "common/numeric.h"
+#include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"
@@ -110,7 +111,8 @@ template <typename Traits>
 struct QueryTile {
   static constexpr int kKept = Traits::kQueryInRegisters ? Traits::kTiles : 1;
   uint32_t words[kKept][Traits::kMmaSteps][2];
-  uint32_t shared;  // a lane's words of tile n and step s
+  uint32_t shared;                                       // a lane's words of tile n and step s
+  float bias[Traits::kNibbles ? Traits::kTiles : 1][2];  // FindQueryBias
 
   // From shared memory to registers, if they live there.
   __device__ __forceinline__ void Fetch() {
@@ -124,6 +126,18 @@ struct QueryTile {
         }
       }
     }
+    if constexpr (Traits::kNibbles) {
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+        FindQueryBias<Traits>([&](int s) { return At(n, s); }, bias[n]);
+      }
+    }
+  }
+
+  // What accumulator c of the scores of tile n begins with.
+  __device__ __forceinline__ float Start(int n, int c) const {
+    if constexpr (Traits::kNibbles) return bias[n][c % 2];
+    return 0.0f;
   }
 
   __device__ __forceinline__ uint2 At(int n, int s) const {
@@ -134,6 +148,33 @@ struct QueryTile {
     }
   }
 };
+
+// Stores channels 4 * quad .. 4 * quad + 3 of column c as operands of 4-bit keys: a word of K is 8
+// channels, of which the first four are the low halves of two steps' operands. Channels whose codes
+// lie lower count 2^4 as much.
+template <typename Traits>
+__device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int quad,
+                                                 char* queries) {
+  constexpr int kQuads = Traits::kHeadDim / 16;  // of a lane
+  const int lane = c % 8 * 4 + quad / kQuads, word = quad % kQuads / 2;
+  char* const to =
+      queries + ((c / 8 * Traits::kMmaSteps + 2 * word) * 32 + lane) * 8 + quad % 2 * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __half value = __float2half_rn(i % 2 == 0 ? x[i] * 16.0f : x[i]);
+    *reinterpret_cast<__half*>(to + i / 2 * 256 + i % 2 * 4) = value;
+  }
+}
+
+// Whether a head has channels from 4 * quad on: those that only fill a stage are 0.
+template <typename Traits>
+__device__ __forceinline__ bool InHead(int quad) {
+  return Traits::kKeyDim == Traits::kHeadDim || 4 * quad < Traits::kHeadDim;
+}
+
+__device__ __forceinline__ float LargestOf(const float (&x)[4]) {
+  return fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+}
 
 template <typename Traits>
 __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
@@ -148,27 +189,35 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, column.token, segment.head,
                                           column.head, key_scale) *
                       kLog2E;
+  // The unit of a product of a query and 4-bit codes.
+  if constexpr (Traits::kNibbles) info.score_factor *= 0.0625f / Traits::Format::kUnit;
   info.keys = KeysOfQuery(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
     info.keys = Intersect(info.keys, {__ldg(offsets), __ldg(offsets + 1)});
     info.keys.end = max(info.keys.end, 0);
   }
-  info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kHeadDim;
+  info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kValueDim;
   return info;
 }
 
-// A thread's loads of a work tile's queries: lanes share a column's channels, four each. A cluster
-// starts them ahead of its first keys, behind which they would wait.
+// A thread's loads of a work tile's queries: lanes share a column's channels, four each, or four
+// times as many as a large head needs. A cluster starts them ahead of its first keys, behind which
+// they would wait.
 template <typename Traits>
 struct QueryLoads {
-  static constexpr int kLanes = Traits::kHeadDim / 4;  // of a column
+  static constexpr int kColumnQuads = Traits::kKeyDim / 4;
+  static constexpr int kLanes = kColumnQuads <= 32       ? kColumnQuads
+                                : kColumnQuads % 32 == 0 ? 32
+                                                         : 16;  // of a column
+  static constexpr int kQuads = kColumnQuads / kLanes;          // of a lane, kLanes apart
   static constexpr int kAtOnce = kAttentionThreads / kLanes;
   static constexpr int kPasses = Traits::kColumns / kAtOnce;
   static constexpr int kBatch = kPasses < 4 ? kPasses : 4;
   static_assert((kLanes & (kLanes - 1)) == 0 && kPasses * kAtOnce == Traits::kColumns,
                 "lanes exchange by XOR, and every column has its pass");
-  uint2 raw[kBatch];
+  static_assert(kQuads * kLanes == kColumnQuads);
+  uint2 raw[kBatch][kQuads];
   float key_scale, value_scale;
 
   __device__ __forceinline__ void StartBatch(const AttentionParams& p, const AttentionTask& task,
@@ -179,10 +228,13 @@ struct QueryLoads {
       const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
       const Column column =
           ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + c);
-      raw[b] = make_uint2(0, 0);
-      if (column.valid) {
-        raw[b] =
-            LoadRaw(p, column.token * p.q_token_stride + column.head * p.q_head_stride + 4 * quad);
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        raw[b][i] = make_uint2(0, 0);
+        if (column.valid && InHead<Traits>(quad + i * kLanes)) {
+          raw[b][i] = LoadRaw(p, column.token * p.q_token_stride + column.head * p.q_head_stride +
+                                     4 * (quad + i * kLanes));
+        }
       }
     }
   }
@@ -206,9 +258,12 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
   constexpr int kAtOnce = QueryLoads<Traits>::kAtOnce;
   constexpr int kPasses = QueryLoads<Traits>::kPasses;
   constexpr int kBatch = QueryLoads<Traits>::kBatch;
+  constexpr int kQuads = QueryLoads<Traits>::kQuads;
   ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
   const int quad = threadIdx.x % kLanes;
-  const int2 step = Traits::StepOf(quad);
+  int2 steps[kQuads];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) steps[q] = Traits::StepOf(quad + q * kLanes);
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; pass += kBatch) {
     if (pass > 0) loads->StartBatch(p, task, segment, pass);
@@ -224,22 +279,30 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
-      float x[4];
-      RawToFloat(loads->raw[b], p.q_dtype, x);
+      float x[kQuads][4];
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) RawToFloat(loads->raw[b][q], p.q_dtype, x[q]);
       if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kPerTokenScales) {
         if (p.cache.k_granularity == ScaleGranularity::kChannel) {
-          const int64_t first =
-              ChannelScaleIndex<int64_t>(segment.head, 4 * quad, Traits::kHeadDim);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            x[i] *= LoadScale(p.cache.k_scales, p.cache.scale_dtype, first + i);
+          for (int q = 0; q < kQuads; ++q) {
+            const int own = quad + q * kLanes;
+            if (!InHead<Traits>(own)) continue;
+            const int64_t first =
+                ChannelScaleIndex<int64_t>(segment.head, 4 * own, Traits::kHeadDim);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              x[q][i] *= LoadScale(p.cache.k_scales, p.cache.scale_dtype, first + i);
+            }
           }
         }
       }
       if constexpr (Traits::kQuantized) {
         // fp16 has more mantissa than bf16 and less range: bring the largest channel to
         // 2^9 .. 2^10.
-        float mine = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+        float mine = LargestOf(x[0]);
+#pragma unroll
+        for (int q = 1; q < kQuads; ++q) mine = fmaxf(mine, LargestOf(x[q]));
 #pragma unroll
         for (int step = kLanes / 2; step > 0; step /= 2) {
           mine = fmaxf(mine, __shfl_xor_sync(0xFFFFFFFFu, mine, step));
@@ -251,17 +314,28 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
           const float shrink = __uint_as_float((254 + 9 - exponent) << 23);
           grow = __uint_as_float((exponent - 9) << 23);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) x[i] *= shrink;
+          for (int q = 0; q < kQuads; ++q) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[q][i] *= shrink;
+          }
         }
         if (quad == 0) infos[c].query_factor = grow;
       } else if (quad == 0) {
         infos[c].query_factor = 1.0f;
       }
       constexpr DType kOperand = Traits::Format::kOperand;
-      const int lane = c % 8 * 4 + step.x;
-      *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
-                                ((c / 8 * Traits::kMmaSteps + step.y) * 32 + lane) * 8) =
-          make_uint2(PackPair<kOperand>(x[0], x[1]), PackPair<kOperand>(x[2], x[3]));
+      if constexpr (Traits::kNibbles) {
+        static_assert(kQuads == 1);
+        StoreNibbleQuery<Traits>(x[0], c, quad, shared + Traits::kQueryOffset);
+        continue;
+      }
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const int lane = c % 8 * 4 + steps[q].x;
+        *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
+                                  ((c / 8 * Traits::kMmaSteps + steps[q].y) * 32 + lane) * 8) =
+            make_uint2(PackPair<kOperand>(x[q][0], x[q][1]), PackPair<kOperand>(x[q][2], x[q][3]));
+      }
     }
   }
 }

@@ -161,6 +161,23 @@ struct alignas(16) Segment {
   __device__ __forceinline__ bool Whole() const { return begins_work_tile && ends_work_tile; }
 };
 
+// Intersects what the columns of a work tile see with the mask offsets of its queries, [first,
+// last] of the sequence, of which there is at least one.
+__device__ __forceinline__ void IntersectMasks(const AttentionParams& p, int first, int last,
+                                               Segment* s) {
+  const int* masks = p.mask_offsets + 2 * static_cast<int64_t>(s->shape.q_begin + first);
+  KeyRange<int> any = {kMaxKeys, 0}, all = {0, kMaxKeys};
+#pragma unroll 4
+  for (int i = 0; i <= last - first; ++i) {
+    const int begin = __ldg(masks + 2 * i), end = __ldg(masks + 2 * i + 1);
+    any = {min(any.begin, begin), max(any.end, end)};
+    all = {max(all.begin, begin), min(all.end, end)};
+  }
+  s->seen_by_any = Intersect(s->seen_by_any, any);
+  s->seen_by_any.begin = min(s->seen_by_any.begin, s->seen_by_any.end);
+  s->seen_by_all = Intersect(s->seen_by_all, all);
+}
+
 // Sets what the columns of a work tile see.
 template <int kColumns>
 __device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const AttentionTask& task,
@@ -170,8 +187,8 @@ __device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const A
   const KeyRange<int> low = KeysOfQuery(p, s->shape, first), high = KeysOfQuery(p, s->shape, last);
   s->seen_by_any = {min(low.begin, high.end), high.end};
   s->seen_by_all = {high.begin, low.end};
-  if (p.mask_offsets != nullptr) s->seen_by_all = {0, 0};
-  s->columns_differ = first != last || p.mask_offsets != nullptr;
+  if (p.mask_offsets != nullptr) IntersectMasks(p, first, last, s);
+  s->columns_differ = first != last;
 }
 
 // The CTA's segment of a work tile.

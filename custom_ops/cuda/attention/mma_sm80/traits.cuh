@@ -34,6 +34,13 @@ inline constexpr bool kHasFewStages = HasFewStages(__CUDA_ARCH__ / 10);
 inline constexpr bool kHasFewStages = false;
 #endif
 
+// The largest multiple of 16 channels up to `most` that divides `dim`.
+constexpr int MergeDims(int most, int dim) {
+  int dims = std::min(most, dim);
+  while (dim % dims != 0) dims -= 16;
+  return dims;
+}
+
 template <DType kElement_, int kHeadDim_, bool kPaged_, bool kPerTokenScales_, int kColumns_>
 struct AttentionTraits {
   static constexpr DType kElement = kElement_;
@@ -43,40 +50,69 @@ struct AttentionTraits {
   static constexpr bool kPerTokenScales = kPerTokenScales_;  // one a token and KV head
   static constexpr int kColumns = kColumns_;
 
-  static constexpr int kPipelineWarps = kColumns == 64 ? 2 : 1;
+  // Channels of V and of the output.
+  static constexpr int kValueDim = ValueDim(kHeadDim);
+  static constexpr bool kOwnValueDim = kValueDim != kHeadDim;
+  // A KV tile's K, and its V, lie in several stages where a head is large, kStageDim channels in
+  // each. Channels of K past kHeadDim are 0, and so are a query's.
+  static constexpr int kStageDim = StageDim(kHeadDim);
+  static constexpr int kKeyStages = (kHeadDim + kStageDim - 1) / kStageDim;
+  static constexpr int kValueStages = (kValueDim + kStageDim - 1) / kStageDim;
+  static constexpr int kTileStages = kKeyStages + kValueStages;
+  static constexpr int kKeyDim = kKeyStages * kStageDim;
+
+  // As many as hold a work tile's outputs in their registers.
+  static constexpr bool kLarge = kTileStages > 2;
+  static constexpr int kPipelineWarps = kLarge           ? (kColumns == 64 ? 4 : kColumns / 8)
+                                        : kColumns == 64 ? 2
+                                                         : 1;
   static constexpr int kPipelineThreads = 32 * kPipelineWarps;
   static constexpr int kPipelines = kAttentionThreads / kPipelineThreads;
   static constexpr int kTiles = kColumns / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;
-  static constexpr bool kTransposedV = kQuantized && kPaged;   // V [D, 64] in TokenSlot order
-  static constexpr int kRowBytes = kHeadDim * Format::kBytes;  // of a key
-  static constexpr int kKvTile = KeysPerKvTile(kRowBytes);
+  static constexpr bool kNibbles = CodesPerByte(kElement) == 2;
+  static constexpr bool kTransposedV = kQuantized && kPaged;  // V [D, 64] in TokenSlot order
+  static constexpr int kRowBytes =
+      kStageDim * Format::kBytes / CodesPerByte(kElement);  // of a key in a stage
+  static constexpr int kKvTile = KeysPerKvTile(kHeadDim, Format::kBytes);
   static constexpr int kKeyTiles = kKvTile / 16;
   // Key tiles (16 keys each) whose scores are in registers at the same time.
   static constexpr int kGroup = kTiles >= 4 ? 2 : kKeyTiles;
-  static constexpr int kDimTiles = kHeadDim / 16;
-  static constexpr int kMmaSteps = kHeadDim / 16;  // of the product over channels
-  static constexpr bool kQueryInRegisters = kTiles <= 2;
+  static constexpr int kDimTiles = kValueDim / 16;
+  // 4-bit codes: a last one, what their bias of 8 adds to a column's output, the same in all rows.
+  static constexpr int kOutTiles = kDimTiles + (kNibbles ? 1 : 0);
+  static constexpr int kStageDimTiles = std::min(kStageDim, kValueDim) / 16;
+  static constexpr int kMmaSteps = kKeyDim / 16;  // of the product over channels
+  static constexpr int kStageSteps = kStageDim / 16;
+  static constexpr bool kQueryInRegisters = kTiles <= 2 && kTiles * kMmaSteps <= 24;
 
-  // A stage is a KV tile's K or V, its per-token scales, and whether its block is assigned.
+  // A stage is a KV tile's K or V, or some channels of them, its per-token scales (of K in the last
+  // stage, of V in the first), and whether its block is assigned (in the first stage of K).
   static constexpr int kDataBytes = kKvTile * kRowBytes;
   static constexpr int kScaleBytes = kPerTokenScales ? kKvTile * 4 : 0;
   static constexpr int kStageBytes = kDataBytes + kScaleBytes + 16;
   // With few columns the pipeline goes on by a K or a V at a time, and starts the load that lies
   // kStages - 1 ahead. With many, scores of only kGroup key tiles fit in registers at a time: it
   // goes on by a K and its V, and the warp pipelines do so together.
-  static constexpr bool kPairsKv = kPipelineWarps > 1;
-  static constexpr bool kClusters = !kPairsKv;  // the kernel can run in clusters of CTAs
-  static constexpr int kManyStages = kPairsKv ? 4 : kDataBytes * kPipelines <= 16384 ? 5 : 3;
-  static constexpr int kFewStages = kPairsKv ? 4 : 2;
+  static constexpr bool kPairsKv = kTiles >= 4;
+  static constexpr bool kClusters = kColumns < 64;  // the kernel can run in clusters of CTAs
+  static constexpr int kManyStages = kPairsKv                           ? 4
+                                     : kLarge                           ? (kPipelines == 4 ? 3 : 6)
+                                     : kDataBytes * kPipelines <= 16384 ? 5
+                                                                        : 3;
+  static constexpr int kFewStages = kPairsKv          ? 4
+                                    : !kLarge         ? 2
+                                    : kPipelines == 4 ? 2
+                                    : kPipelines == 2 ? 4
+                                                      : 6;
   static constexpr int kStages = kHasFewStages ? kFewStages : kManyStages;
 
   // Outputs of all pipelines are merged this many channels at a time.
-  static constexpr int kMergeDims = std::min(2048 / (kPipelines * kColumns), kHeadDim);
+  static constexpr int kMergeDims = MergeDims(2048 / (kPipelines * kColumns), kValueDim);
   static constexpr int kMergeStride = kMergeDims + 4;  // floats; keeps banks apart
 
-  static constexpr int kQueryBytes = kColumns * kHeadDim * 2;
+  static constexpr int kQueryBytes = kColumns * kKeyDim * 2;
   static constexpr int kMergeBytes = kPipelines * kColumns * kMergeStride * 4;
   // The merge begins when all warps have used a work tile's queries.
   static constexpr int kMergeOffset = kPipelines * kStages * kStageBytes;
@@ -100,17 +136,29 @@ struct AttentionTraits {
 
   static_assert(kMergeDims % 16 == 0 && kStageBytes % 16 == 0);
   // Swizzles and chunks of KV tiles assume it; the last channels would be dropped.
-  static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256);
+  static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256 ||
+                (kNibbles && kRowBytes == 32));
+  static_assert(!kNibbles || (kPaged && kPerTokenScales));
 
   // The 16-byte piece in which a row's piece `chunk` lies: no 8 lanes of a load meet in a bank.
   static __device__ __forceinline__ int Swizzle(int row, int chunk) {
     return kRowBytes / 16 >= 8 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
   }
 
+  // Where a key of 4-bit codes lies among those of its stage. The keys that neighbouring lanes read
+  // are 8 and 16 apart (KeyOf): here they lie side by side, so that no lanes of a load meet in a
+  // bank. A sum of what the bits of `key` give, so that a constant part of it stays one.
+  static __device__ __forceinline__ constexpr int NibbleRow(int key) {
+    return ((key >> 3) & 3) | (key & 7) << 2 | (key & 32);
+  }
+
   // Key of a KV tile that is row `r` (0..15) of key tile m in S^T. For V in TokenSlot order, the
   // tokens of a thread's 16-byte pieces of V are then the rows that it holds of S.
-  static __device__ __forceinline__ int KeyOf(int m, int r) {
-    if constexpr (kTransposedV) {
+  static __device__ __forceinline__ constexpr int KeyOf(int m, int r) {
+    if constexpr (kNibbles) {
+      // The tokens of Widen's pairs of V are those of bytes 0 and 2 of a word, and 1 and 3.
+      return 16 * ((r & 7) >> 1) + 2 * m + 8 * (r & 1) + (r >> 3);
+    } else if constexpr (kTransposedV) {
       return 16 * ((r & 7) >> 1) + 2 * m + (r & 1) + (r & 8);
     } else {
       return 16 * m + r;
@@ -119,7 +167,7 @@ struct AttentionTraits {
 
   // Channel of row r (0..15) of channel tile i in O^T.
   static __device__ __forceinline__ int ChannelOf(int i, int r) {
-    if constexpr (kQuantized && !kTransposedV) {
+    if constexpr (kNibbles || (kQuantized && !kTransposedV)) {
       return 16 * i + 2 * (r & 7) + (r >> 3);
     } else {
       return 16 * i + r;
@@ -128,14 +176,26 @@ struct AttentionTraits {
 
   // Lane % 4 = t holds 4 neighbouring channels of step s of the product over channels, as operand
   // channels 2t, 2t + 1, 2t + 8, 2t + 9. A lane so reads K in whole 16-byte pieces, ChunkOf(t, j).
-  static constexpr int kMmaStepsPerChunk = kQuantized ? 4 : 2;
-  static constexpr int kChunks = kMmaSteps / kMmaStepsPerChunk;  // 16-byte pieces of a lane and row
+  static constexpr int kMmaStepsPerChunk = kNibbles ? kMmaSteps : kQuantized ? 4 : 2;
+  static constexpr int kChunks =
+      kStageSteps / kMmaStepsPerChunk;  // 16-byte pieces of a lane and row
+  // 4-bit codes: a lane reads a quarter of a key, 16 or 8 bytes, and a word is two steps.
+  static constexpr int kNibbleWords = kHeadDim / 32;
 
   static __device__ __forceinline__ int ChunkOf(int t, int j) {
     return kRowBytes / 16 >= 8 ? 2 * t + (j & 1) + 8 * (j >> 1) : t;
   }
   // Where a step's four channels from 4 * quad on are: {t, s}.
   static __device__ __forceinline__ int2 StepOf(int quad) {
+    constexpr int kStageQuads = kStageDim / 4;
+    if constexpr (kKeyStages > 1) {
+      const int2 step = StageStepOf(quad % kStageQuads);
+      return make_int2(step.x, step.y + quad / kStageQuads * kStageSteps);
+    } else {
+      return StageStepOf(quad);
+    }
+  }
+  static __device__ __forceinline__ int2 StageStepOf(int quad) {
     const int chunk = quad / kMmaStepsPerChunk, step = quad % kMmaStepsPerChunk;
     if (kRowBytes / 16 >= 8) {
       const int j = (chunk & 1) + 2 * (chunk >> 3);

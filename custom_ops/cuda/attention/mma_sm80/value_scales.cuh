@@ -91,7 +91,7 @@ __device__ __forceinline__ void ApplyColumnScales(
       const int exponent = static_cast<int>(pair.x), before = static_cast<int>(pair.y);
       const float raise = Exp2(static_cast<float>(before - exponent));
 #pragma unroll
-      for (int i = 0; i < Traits::kDimTiles; ++i) {
+      for (int i = 0; i < Traits::kOutTiles; ++i) {
         state->out[i][n][c] *= raise;
         state->out[i][n][c + 2] *= raise;
       }
@@ -129,19 +129,25 @@ __device__ __forceinline__ void DropColumnExponents(TileState<Traits>* state) {
 }
 
 // Does the same where columns do not differ, relative to a power of two that bounds all scales.
+// `scale`: of 4-bit codes, V's scales of the lane's keys.
 template <typename Traits>
 __device__ __forceinline__ void ApplyCommonScales(
     const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
-    float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
+    float (&scale)[Traits::kGroup][2], float (&scores)[Traits::kGroup][Traits::kTiles][4],
+    TileState<Traits>* state) {
   const int g = threadIdx.x % 32 / 4;
-  float scale[Traits::kGroup][2];
   uint32_t largest = 0;
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int key = Traits::KeyOf(first + m, g + 8 * half);
-      float x = TokenScale<Traits>(stage, key, p.cache.scale_dtype);
+      float x;
+      if constexpr (Traits::kNibbles) {
+        x = scale[m][half];
+      } else {
+        x = TokenScale<Traits>(stage, key, p.cache.scale_dtype);
+      }
       if (mask.needs_mask && (key < mask.begin || key >= mask.end)) x = 0.0f;
       scale[m][half] = x;
       const uint32_t bits = __float_as_uint(x) & 0x7FFFFFFFu;
@@ -153,7 +159,7 @@ __device__ __forceinline__ void ApplyCommonScales(
   if (exponent > state->scale_exponent) {
     const float factor = Exp2(static_cast<float>(state->scale_exponent - exponent));
 #pragma unroll
-    for (int i = 0; i < Traits::kDimTiles; ++i) {
+    for (int i = 0; i < Traits::kOutTiles; ++i) {
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
@@ -181,12 +187,13 @@ __device__ __forceinline__ void ApplyCommonScales(
 template <typename Traits>
 __device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint32_t stage,
                                                  const KvTileMask& mask, int first,
+                                                 float (&scale)[Traits::kGroup][2],
                                                  float (&scores)[Traits::kGroup][Traits::kTiles][4],
                                                  TileState<Traits>* state) {
   if ((mask.needs_mask && mask.columns_differ) || state->scale_exponent == kColumnExponents) {
     ApplyColumnScales<Traits>(p, stage, mask, first, scores, state);
   } else {
-    ApplyCommonScales<Traits>(p, stage, mask, first, scores, state);
+    ApplyCommonScales<Traits>(p, stage, mask, first, scale, scores, state);
   }
   // A NaN scale of a key that a column does not see must not reach that column.
   if (mask.needs_mask) MaskKeys<Traits>(mask, first, 0.0f, scores);

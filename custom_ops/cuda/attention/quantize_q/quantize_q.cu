@@ -1,5 +1,6 @@
-// Queries to e4m3 codes: D / 8 neighbouring lanes take a (token, head) pair with 8 channels each,
-// and a thread several pairs, whose loads are all under way before the first is used.
+// Queries to e4m3 codes: D / 8 neighbouring lanes of a power of two take a (token, head) pair with
+// 8 channels each, and a thread several pairs, whose loads are all under way before the first is
+// used.
 #include "common/dispatch.h"
 #include "common/exact.h"
 #include "common/head_dims.h"
@@ -16,6 +17,13 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPairs = 4;  // of a thread
+
+// Lanes that share a head, as a power of two: those past its channels are idle.
+constexpr int LanesOf(int head_dim) {
+  int lanes = 1;
+  while (lanes * kChunk < head_dim) lanes *= 2;
+  return lanes;
+}
 
 // 8 channels from any address, in one load where it and the strides are multiples of 16 bytes.
 template <bool kVector>
@@ -36,11 +44,12 @@ __device__ __forceinline__ uint4 LoadChannels(const void* q, int64_t element) {
 template <DType kIn, int kHeadDim, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     QuantizeQueryKernel(const __grid_constant__ QuantizeQueryParams p, const Divisor heads) {
-  constexpr int kLanes = kHeadDim / kChunk;
+  constexpr int kLanes = LanesOf(kHeadDim);
   constexpr uint32_t kAtOnce = kThreads / kLanes;
   const uint32_t total = static_cast<uint32_t>(p.num_tokens) * heads.divisor;
   const uint32_t first = blockIdx.x * (kAtOnce * kPairs) + threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
+  const bool in_head = kLanes * kChunk == kHeadDim || lane * kChunk < kHeadDim;
   PdlWait();
   Raw<kIn> raw[kPairs];
 #pragma unroll
@@ -49,14 +58,15 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t token = heads.Quotient(pair);
     const int64_t element =
         token * p.q_token_stride + (pair - token * heads.divisor) * p.q_head_stride + lane * kChunk;
-    raw[i].low = pair < total ? LoadChannels<kVector>(p.q, element) : make_uint4(0, 0, 0, 0);
+    raw[i].low =
+        pair < total && in_head ? LoadChannels<kVector>(p.q, element) : make_uint4(0, 0, 0, 0);
   }
   PdlLaunchDependents();
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     const uint32_t pair = first + i * kAtOnce;
     const float scale =
-        FastDynamicScale(HeadAmaxBits<kHeadDim, kIn>(raw[i].low), kCacheAmaxFloor, kE4M3Max);
+        FastDynamicScale(HeadAmaxBits<kLanes * kChunk, kIn>(raw[i].low), kCacheAmaxFloor, kE4M3Max);
     const float inverse = ReciprocalOfNormal(scale);
     float x[kChunk];
     Unpack<kIn>(raw[i], x);
@@ -66,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
       words[w] = PackCodes<DType::kE4M3>(Mul(x[4 * w], inverse), Mul(x[4 * w + 1], inverse),
                                          Mul(x[4 * w + 2], inverse), Mul(x[4 * w + 3], inverse));
     }
-    if (pair < total) {
+    if (pair < total && in_head) {
       *reinterpret_cast<uint2*>(p.codes + static_cast<int64_t>(pair) * kHeadDim + lane * kChunk) =
           make_uint2(words[0], words[1]);
       if (lane == 0) p.descale[pair] = scale;
@@ -78,7 +88,7 @@ template <DType kIn, int kHeadDim>
 cudaError_t Launch(const QuantizeQueryParams& p, cudaStream_t stream) {
   const bool vector = reinterpret_cast<uintptr_t>(p.q) % 16 == 0 &&
                       p.q_token_stride % kChunk == 0 && p.q_head_stride % kChunk == 0;
-  constexpr int64_t kPerCta = int64_t{kThreads} * kPairs / (kHeadDim / kChunk);
+  constexpr int64_t kPerCta = int64_t{kThreads} * kPairs / LanesOf(kHeadDim);
   const int64_t total = static_cast<int64_t>(p.num_tokens) * p.num_heads;
   const dim3 grid(static_cast<unsigned>((total + kPerCta - 1) / kPerCta));
   const Divisor heads(static_cast<uint32_t>(p.num_heads));
@@ -93,7 +103,7 @@ cudaError_t LaunchQuantizeQuery(const QuantizeQueryParams& p, cudaStream_t strea
   cudaError_t status = cudaSuccess;
   if (p.num_tokens <= 0 || p.num_heads <= 0) return status;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.q_dtype, "q", [&](auto dtype) {
-    HeadDims::Dispatch(p.head_dim, [&](auto head_dim) {
+    AttentionHeadDims::Dispatch(p.head_dim, [&](auto head_dim) {
       status = Launch<decltype(dtype)::value, decltype(head_dim)::value>(p, stream);
     });
   });

@@ -86,6 +86,29 @@ struct Format<DType::kInt8> {
   static __device__ __forceinline__ uint32_t NonFinite(uint32_t) { return 0; }
 };
 
+// A byte is two codes, each code + 8. The nibbles at bits 0 .. 3 and 4 .. 7 of a half are subnormal
+// fp16 numbers, (code + 8) * 2^-24 and (code + 8) * 2^-20: an operand is one AND. What the 8 adds
+// to a product is taken off outside of it, where it is one number for all rows.
+template <>
+struct Format<DType::kInt4> {
+  static constexpr DType kOperand = DType::kFloat16;
+  static constexpr int kBytes = 1;
+  static constexpr uint32_t kLowBias = 0x00080008u;   // what a code of 0 is in Widen's low words
+  static constexpr uint32_t kHighBias = 0x00800080u;  // and in its high words, 2^4 as much
+  static constexpr float kUnit = 0x1p-24f;            // of the low words' products
+
+  // Nibbles n of a word as four pairs (n, n + 4) of operands.
+  static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t (&pairs)[4]) {
+    const uint32_t upper = codes >> 8;
+    pairs[0] = codes & 0x000F000Fu;
+    pairs[1] = codes & 0x00F000F0u;
+    pairs[2] = upper & 0x000F000Fu;
+    pairs[3] = upper & 0x00F000F0u;
+  }
+
+  static __device__ __forceinline__ uint32_t NonFinite(uint32_t) { return 0; }
+};
+
 template <>
 struct Format<DType::kFloat16> {
   static constexpr DType kOperand = DType::kFloat16;

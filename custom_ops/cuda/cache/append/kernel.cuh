@@ -17,6 +17,7 @@
 
 #include "common/dispatch.h"
 #include "common/head_dims.h"
+#include "common/int4.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "common/types.h"
@@ -32,7 +33,8 @@
 
 namespace fastattn::cuda {
 
-inline constexpr int kAppendThreads = 128;
+// Threads of a CTA: a whole number of tokens' pieces.
+constexpr int AppendThreads(int head_dim) { return head_dim % 3 == 0 ? 96 : 128; }
 
 template <DType kOut_, DType kCode_, bool kDynamicQuant_, CacheLayout kLayout_, int kHeadDim_>
 struct AppendTraits {
@@ -46,8 +48,13 @@ struct AppendTraits {
   static constexpr uint32_t kBias =
       kCode == DType::kInt8 && kLayout == CacheLayout::kFastDeploy ? 0x80808080u : 0u;
 
-  static constexpr int kPiecesPerToken = kHeadDim / 16;
-  static constexpr int kPieces = kBlockSize * kPiecesPerToken / kAppendThreads;  // per thread
+  static constexpr bool kNibbles = CodesPerByte(kCode) == 2;
+  static constexpr int kRow = kHeadDim / CodesPerByte(kCode);  // bytes of a token
+  static constexpr int kThreads = AppendThreads(kHeadDim);
+  static constexpr int kPiecesPerToken = kRow / 16;
+  static constexpr int kPieces = kBlockSize * kPiecesPerToken / kThreads;  // per thread
+  // V: a thread has four channels of each round.
+  static constexpr int kRounds = (kRow + kThreads - 1) / kThreads;
 };
 
 // Loads the static scales of channels [channel, channel + 16) of a head; they are equal where the
@@ -69,18 +76,19 @@ __device__ __forceinline__ void LoadStaticScales(const void* scales, DType dtype
 }
 
 // Byte offsets in a plane of the K piece with channels [16 g, +16) of token r, and of the V piece
-// with tokens [16 g, +16) of channel d. The rows of a plane in the fastattn layout are `row_stride`
-// bytes apart; planes in the other layout are contiguous.
+// with tokens [16 g, +16) of channel d (of 4-bit codes: 32 channels, and of two). The rows of a
+// plane in the fastattn layout are `row_stride` bytes apart; planes in the other layout are
+// contiguous.
 template <typename Traits>
 __device__ __forceinline__ int64_t KeyPieceIn(int64_t row_stride, int r, int g) {
   if constexpr (Traits::kLayout == CacheLayout::kFastattn) return r * row_stride + g * 16;
-  return KeyPiece<Traits::kLayout, Traits::kHeadDim>(r, g);
+  return KeyPiece<Traits::kLayout, Traits::kRow>(r, g);
 }
 
 template <typename Traits>
 __device__ __forceinline__ int64_t ValuePieceIn(int64_t row_stride, int d, int g) {
   if constexpr (Traits::kLayout == CacheLayout::kFastattn) return d * row_stride + g * 16;
-  return ValuePiece<Traits::kLayout, Traits::kHeadDim>(d, g);
+  return ValuePiece<Traits::kLayout, Traits::kRow>(d, g);
 }
 
 // Dequantises 16 codes (channels [16 g, 16 g + 16) of a token) and stores them in the token's
@@ -119,11 +127,65 @@ __device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_sca
   halves[2] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
 }
 
+// The same of 32 codes of 4 bits: channels [32 g, 32 g + 32).
 template <typename Traits>
-__global__ void __launch_bounds__(kAppendThreads)
+__device__ __forceinline__ void StoreNibblePiece(uint4 codes, float token_scale, uint16_t* out,
+                                                 int g, bool active) {
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  uint32_t pairs[4][4];  // of a word's 8 channels
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int code = static_cast<int>(words[w] >> (8 * i + 4 * j) & 0xFu) - kInt4Bias;
+        x[j] = static_cast<float>(code) * token_scale;
+      }
+      pairs[w][i] = PackPair<Traits::kOut>(x[0], x[1]);
+    }
+  }
+  // The even lane gives its odd words for the odd lane's even ones.
+  const bool odd = g & 1;
+#pragma unroll
+  for (int w = 0; w < 4; w += 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t sent = odd ? pairs[w][i] : pairs[w + 1][i];
+      const uint32_t received = __shfl_xor_sync(kFullWarp, sent, 1);
+      if (odd) {
+        pairs[w][i] = received;
+      } else {
+        pairs[w + 1][i] = received;
+      }
+    }
+  }
+  if (!active) return;
+  // Words 0 and 2 are those of the even lane's piece now, 1 and 3 of the odd lane's.
+  uint4* to = reinterpret_cast<uint4*>(out + (g & ~1) * 32) + (odd ? 1 : 0);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    to[w / 2 * 2 + w % 2 * 4] = make_uint4(pairs[w][0], pairs[w][1], pairs[w][2], pairs[w][3]);
+  }
+}
+
+// Either, by the codes.
+template <typename Traits>
+__device__ __forceinline__ void StoreCodes(uint4 codes, const float (&static_scales)[16],
+                                           float token_scale, uint16_t* out, int g, bool active) {
+  if constexpr (Traits::kNibbles) {
+    StoreNibblePiece<Traits>(codes, token_scale, out, g, active);
+  } else {
+    StorePiece<Traits>(codes, static_scales, token_scale, out, g, active);
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
     AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
-  constexpr int kHeadDim = Traits::kHeadDim;
-  __shared__ TokenMajorTile<kHeadDim> value_tile;
+  constexpr int kHeadDim = Traits::kHeadDim, kRow = Traits::kRow;
+  __shared__ TokenMajorTile<kRow> value_tile;
   const PagedCache& cache = p.cache;
   const int64_t slot = blockIdx.x / cache.num_kv_heads;
   const int head = blockIdx.x % cache.num_kv_heads;
@@ -142,7 +204,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   int tokens_of_thread[Traits::kPieces];
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
-    tokens_of_thread[i] = KeyPieceOfThread<kHeadDim, kAppendThreads>(i).token;
+    tokens_of_thread[i] = KeyPieceOfThread<kRow, Traits::kThreads>(i).token;
   }
   uint4 k[Traits::kPieces];
 #pragma unroll
@@ -154,14 +216,19 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
   const int v_channel = tid / 4 * 4;  // channels [v_channel, +4)
-  const bool v_active = v_channel < kHeadDim;
-  uint4 v[4];
+  const auto v_active = [&](int round) { return v_channel + round * Traits::kThreads < kRow; };
+  uint4 v[Traits::kRounds][4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[i] = v_active ? *reinterpret_cast<const uint4*>(
-                          value_codes +
-                          ValuePieceIn<Traits>(cache.value_strides.row, v_channel + i, v_group))
-                    : make_uint4(0, 0, 0, 0);
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    const int channel = v_channel + round * Traits::kThreads;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[round][i] = v_active(round)
+                        ? *reinterpret_cast<const uint4*>(
+                              value_codes +
+                              ValuePieceIn<Traits>(cache.value_strides.row, channel + i, v_group))
+                        : make_uint4(0, 0, 0, 0);
+    }
   }
   float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
   float k_static[16], v_static[16];
@@ -182,7 +249,12 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
 
   // V is transposed on its way into shared memory.
-  if (v_active) ScatterPieces(v, v_channel, v_group, value_tile);
+#pragma unroll
+  for (int round = 0; round < Traits::kRounds; ++round) {
+    if (v_active(round)) {
+      ScatterPieces(v[round], v_channel + round * Traits::kThreads, v_group, value_tile);
+    }
+  }
 
   // K is converted and stored while V's writes settle.
   uint16_t* key_out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride +
@@ -196,7 +268,7 @@ __global__ void __launch_bounds__(kAppendThreads)
     if constexpr (Traits::kLayout == CacheLayout::kFastDeploy) codes = SlotsToOrder(codes);
     codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
     codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
-    StorePiece<Traits>(codes, k_static, k_token_scale[i], key_out + r * p.key_token_stride, g,
+    StoreCodes<Traits>(codes, k_static, k_token_scale[i], key_out + r * p.key_token_stride, g,
                        r < count);
   }
 
@@ -208,7 +280,7 @@ __global__ void __launch_bounds__(kAppendThreads)
     uint4 codes = *reinterpret_cast<const uint4*>(value_tile.codes + value_tile.Offset(r) + g * 16);
     codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
     codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
-    StorePiece<Traits>(codes, v_static, v_token_scale[i], value_out + r * p.value_token_stride, g,
+    StoreCodes<Traits>(codes, v_static, v_token_scale[i], value_out + r * p.value_token_stride, g,
                        r < count);
   }
 }
@@ -221,10 +293,10 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
   }
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
-    HeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
+    CacheHeadDims<CodesPerByte(kCode)>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
-      status = LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(ctas)), dim3(kAppendThreads),
+      status = LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(ctas)), dim3(Traits::kThreads),
                          stream, p);
     });
   });

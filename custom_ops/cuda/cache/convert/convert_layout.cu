@@ -23,7 +23,10 @@ namespace fastattn::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kCopyThreads = 128;
+
+// Threads of a CTA: a whole number of tokens' pieces.
+constexpr int ConvertThreads(int head_dim) { return head_dim % 3 == 0 ? 96 : 128; }
 
 __device__ __forceinline__ uint4 Flip(uint4 x, uint32_t mask) {
   return make_uint4(x.x ^ mask, x.y ^ mask, x.z ^ mask, x.w ^ mask);
@@ -42,8 +45,9 @@ __device__ __forceinline__ uint4 Load(const uint8_t* address) {
 }
 
 template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim, bool kInPlace>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(ConvertThreads(kHeadDim))
     ConvertKeyKernel(const __grid_constant__ ConvertLayoutParams p, uint32_t flip) {
+  constexpr int kThreads = ConvertThreads(kHeadDim);
   constexpr int kPieces = kBlockSize * kHeadDim / 16 / kThreads;
   const uint8_t* src = static_cast<const uint8_t*>(p.src) + p.SrcPlane(blockIdx.x);
   uint8_t* dst = static_cast<uint8_t*>(p.dst) + p.DstPlane(blockIdx.x);
@@ -71,20 +75,25 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <CacheLayout kSrc, CacheLayout kDst, int kHeadDim, bool kInPlace>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(ConvertThreads(kHeadDim))
     ConvertValueKernel(const __grid_constant__ ConvertLayoutParams p, uint32_t flip) {
+  constexpr int kThreads = ConvertThreads(kHeadDim);
   constexpr bool kFromLogical = kSrc == CacheLayout::kLogical;
   constexpr bool kToLogical = kDst == CacheLayout::kLogical;
   __shared__ TokenMajorTile<kHeadDim> tile;
   const uint8_t* src = static_cast<const uint8_t*>(p.src) + p.SrcPlane(blockIdx.x);
   uint8_t* dst = static_cast<uint8_t*>(p.dst) + p.DstPlane(blockIdx.x);
   const int group = threadIdx.x % 4;
-  const int channel = threadIdx.x / 4 * 4;
-  const bool active = channel < kHeadDim;
+  // A thread has four channels of each round.
+  constexpr int kRounds = (kHeadDim + kThreads - 1) / kThreads;
+  const auto channel_of = [](int round) {
+    return static_cast<int>(threadIdx.x) / 4 * 4 + round * kThreads;
+  };
+  const auto active = [&](int round) { return channel_of(round) < kHeadDim; };
 
   PdlWait();
   PdlLaunchDependents();
-  uint4 pieces[4];  // [channel], 16 tokens of `group` in TokenSlot order
+  uint4 pieces[kRounds][4];  // [channel], 16 tokens of `group` in TokenSlot order
   if constexpr (kFromLogical) {
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
       const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;
@@ -92,50 +101,65 @@ __global__ void __launch_bounds__(kThreads)
           Load<kInPlace>(src + i * static_cast<int>(sizeof(uint4)));
     }
     __syncthreads();
-    if (active) GatherPieces(tile, channel, group, pieces);
-  } else if (active) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      pieces[i] = Load<kInPlace>(src + ValuePiece<kSrc, kHeadDim>(channel + i, group));
+    for (int round = 0; round < kRounds; ++round) {
+      if (active(round)) GatherPieces(tile, channel_of(round), group, pieces[round]);
+    }
+  } else {
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      if (!active(round)) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pieces[round][i] =
+            Load<kInPlace>(src + ValuePiece<kSrc, kHeadDim>(channel_of(round) + i, group));
+      }
     }
   }
   if constexpr (kInPlace && !kFromLogical && !kToLogical) __syncthreads();
   if constexpr (kToLogical) {
-    if (active) ScatterPieces(pieces, channel, group, tile);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      if (active(round)) ScatterPieces(pieces[round], channel_of(round), group, tile);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < kBlockSize * kHeadDim / 16; i += kThreads) {
       const int token = i / (kHeadDim / 16), column = i % (kHeadDim / 16) * 16;
       const uint4 codes = *reinterpret_cast<const uint4*>(tile.codes + tile.Offset(token) + column);
       reinterpret_cast<uint4*>(dst)[i] = Flip(codes, flip);
     }
-  } else if (active) {
+  } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      *reinterpret_cast<uint4*>(dst + ValuePiece<kDst, kHeadDim>(channel + i, group)) =
-          Flip(pieces[i], flip);
+    for (int round = 0; round < kRounds; ++round) {
+      if (!active(round)) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<uint4*>(dst + ValuePiece<kDst, kHeadDim>(channel_of(round) + i, group)) =
+            Flip(pieces[round][i], flip);
+      }
     }
   }
 }
 
 // A CTA copies a plane. A kernel rather than a memory copy: Paddle 2.6 cannot capture
 // other nodes in a CUDA graph.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kCopyThreads)
     CopyKernel(const __grid_constant__ ConvertLayoutParams p, int element_bytes) {
   constexpr int kUnroll = 4;
-  const int pieces = kBlockSize * p.head_dim * element_bytes / static_cast<int>(sizeof(uint4));
+  const int pieces = kBlockSize * p.row_elements * element_bytes / static_cast<int>(sizeof(uint4));
   const auto* src = reinterpret_cast<const uint4*>(static_cast<const char*>(p.src) +
                                                    p.SrcPlane(blockIdx.x) * element_bytes);
   auto* dst =
       reinterpret_cast<uint4*>(static_cast<char*>(p.dst) + p.DstPlane(blockIdx.x) * element_bytes);
-  for (int first = threadIdx.x; first < pieces; first += kThreads * kUnroll) {
+  for (int first = threadIdx.x; first < pieces; first += kCopyThreads * kUnroll) {
     uint4 values[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      if (first + i * kThreads < pieces) values[i] = __ldg(src + first + i * kThreads);
+      if (first + i * kCopyThreads < pieces) values[i] = __ldg(src + first + i * kCopyThreads);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      if (first + i * kThreads < pieces) dst[first + i * kThreads] = values[i];
+      if (first + i * kCopyThreads < pieces) dst[first + i * kCopyThreads] = values[i];
     }
   }
 }
@@ -144,12 +168,19 @@ template <CacheLayout kSrc, CacheLayout kDst, bool kInPlace>
 cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t stream) {
   const unsigned grid = GridSize(p.num_planes);
   cudaError_t status = cudaSuccess;
-  HeadDims::Dispatch(p.head_dim, [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kHeadDim, kInPlace>
-                                   : ConvertKeyKernel<kSrc, kDst, kHeadDim, kInPlace>;
-    status = LaunchPdl(kernel, dim3(grid), dim3(kThreads), stream, p, flip);
-  });
+  const auto run = [&](auto row) {
+    constexpr int kRow = decltype(row)::value;
+    const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kRow, kInPlace>
+                                   : ConvertKeyKernel<kSrc, kDst, kRow, kInPlace>;
+    status = LaunchPdl(kernel, dim3(grid), dim3(ConvertThreads(kRow)), stream, p, flip);
+  };
+  if constexpr (kSrc != CacheLayout::kFastDeploy && kDst != CacheLayout::kFastDeploy) {
+    if (CodesPerByte(p.type) == 2) {
+      dispatch<32, 64>(p.row_elements, "bytes of a token", run);
+      return status;
+    }
+  }
+  HeadDims::Dispatch(p.row_elements, run);
   return status;
 }
 
@@ -162,7 +193,7 @@ cudaError_t LaunchConvertLayout(const ConvertLayoutParams& p, cudaStream_t strea
   if (same_bytes && in_place) return cudaSuccess;
   if (same_bytes) {
     const int element_bytes = p.type == CacheType::kNone ? SizeOf(DType::kBFloat16) : 1;
-    return LaunchKernel(CopyKernel, GridSize(p.num_planes), kThreads, stream, p, element_bytes);
+    return LaunchKernel(CopyKernel, GridSize(p.num_planes), kCopyThreads, stream, p, element_bytes);
   }
   const bool fastdeploy =
       p.src_layout == CacheLayout::kFastDeploy || p.dst_layout == CacheLayout::kFastDeploy;

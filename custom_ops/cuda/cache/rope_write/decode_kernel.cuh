@@ -5,12 +5,17 @@
 // branches: loads whose results are used behind one are all waited for together.
 #pragma once
 
+#include <type_traits>
+
 #include "common/block_table.h"
 #include "common/layout.h"
 #include "common/static_scales.h"
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
+#include "cuda/cache/shared/key_transform.cuh"
+#include "cuda/cache/shared/nibbles.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
+#include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/common/parameters.cuh"
 #include "cuda/common/pdl.cuh"
@@ -28,6 +33,14 @@ using DecodeLane = LaneShape<Traits::kIn, Traits::kHeadDim, 4>;
 template <typename Lane>
 struct StridedMap {
   static __device__ __forceinline__ int Channel(int lane, int i) { return lane + i * Lane::kLanes; }
+};
+
+// The same for bytes that are two channels.
+template <typename Lane>
+struct StridedPairMap {
+  static __device__ __forceinline__ int Channel(int lane, int i) {
+    return 2 * (lane + i / 2 * Lane::kLanes) + i % 2;
+  }
 };
 
 // Which heads a warp works on, and what does not depend on the token's sequence.
@@ -217,7 +230,12 @@ struct DecodeValues {
   }
 
   __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, int lane) {
-    LoadHalves<Lane::kWords, Lane::kDistance>(source + lane * Lane::kHalf, words);
+    if (Lane::IsActive(lane)) {
+      LoadHalves<Lane::kWords, Lane::kDistance>(source + lane * Lane::kHalf, words);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Lane::kWords; ++i) words[i] = 0;
+    }
     if constexpr (Options::kBias) bias.Load(bias_at.data, bias_at.dtype, 0, lane);
     if constexpr (kNorm) weights.Load(weights_at.data, weights_at.dtype, 0, lane);
   }
@@ -281,8 +299,8 @@ __device__ __forceinline__ void BeginDecode(bool small_grid) {
 }
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq, bool small_grid,
-                                            const DecodeHead& at) {
+__device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, DecodeSeq& seq,
+                                            bool small_grid, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   RopeWriteCacheParams rope = p.rope;
   EarlyValues early;
@@ -299,6 +317,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq,
     values.LoadAngles(rope, place, at.lane);
     inverse = KeepFloat(Reciprocal(scale.Value()));
     values.Transform(rope, at.lane);
+    RotateQuery<Traits, Lane>(p, at.lane, values.words);
   } else {
     inverse = Reciprocal(scale.Value());
 #pragma unroll
@@ -309,7 +328,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParams& p, DecodeSeq& seq,
 
 // K, and V of type none.
 template <typename Traits, HeadKind kKind>
-__device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, DecodeSeq& seq,
+__device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, DecodeSeq& seq,
                                                  bool small_grid, const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   constexpr bool kKey = kKind == HeadKind::kKey;
@@ -339,17 +358,23 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParams& p, DecodeSeq&
   const int block = ValidBlock(p, loaded_block);
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
-  StoreTokenMajor<Traits, Lane>(
-      values.words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity,
-      inverse, at.head, at.lane, strides.Row(block, at.head, slot),
-      cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+  if constexpr (kKey && Traits::kTransformsKey) {
+    StoreKey<Traits, Lane>(
+        values.words, p, cache, inverse, at.head, at.lane, strides.Row(block, at.head, slot),
+        cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+  } else {
+    StoreTokenMajor<Traits, Lane>(
+        values.words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity,
+        inverse, at.head, at.lane, strides.Row(block, at.head, slot),
+        cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+  }
 }
 
 template <typename Traits>
 __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq, bool small_grid,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
-  using Map = StridedMap<Lane>;
+  using Map = std::conditional_t<Traits::kNibbles, StridedPairMap<Lane>, StridedMap<Lane>>;
   const PagedCache& cache = p.rope.cache;
   using Options = typename Traits::Options;
   using Element = typename fastattn::Element<Traits::kIn>::Storage;
@@ -368,7 +393,11 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   RawParameters<Traits, Lane> bias;
   const WarpPlace place = seq.Find([&] {
 #pragma unroll
-    for (int i = 0; i < Lane::kValues; ++i) loaded[i] = source[Map::Channel(at.lane, i)];
+    for (int i = 0; i < Lane::kValues; ++i) {
+      const int channel = Map::Channel(at.lane, i);
+      const bool there = Lane::kActive == Lane::kLanes || channel < Lane::kHeadDim;
+      loaded[i] = there ? source[channel] : Element{};
+    }
     if (HasBias<Options>(p.rope)) {
       bias.template LoadEach<Map>(bias_at.data, bias_at.dtype, 0, at.lane);
     }
@@ -399,11 +428,16 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   int block = loaded_block;
   if constexpr (IsDynamic(Traits::kType)) block = ValidBlock(p, block);  // scales are stored, too
   const int slot = place.position % kBlockSize;
-  uint32_t codes[Lane::kCodeWords];
-  QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, inverse,
-                                  at.head, at.lane,
-                                  cache.v_scale_strides.Plane(block, at.head) + slot,
-                                  at.active && block >= 0 && at.share == 0, codes);
+  constexpr int kStores = Lane::kValues / CodesPerByte(Traits::kType);
+  uint32_t codes[kStores / 4];
+  const int64_t scale_index = cache.v_scale_strides.Plane(block, at.head) + slot;
+  const bool stores_scale = at.active && block >= 0 && at.share == 0;
+  if constexpr (Traits::kNibbles) {
+    QuantizeNibbles<Lane>(words, cache, cache.v_scales, at.lane, scale_index, stores_scale, codes);
+  } else {
+    QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, inverse,
+                                    at.head, at.lane, scale_index, stores_scale, codes);
+  }
   block = ValidBlock(p, block);
   if (!at.active || block < 0) return;
   const CacheStrides& strides = cache.value_strides;
@@ -411,8 +445,9 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
       static_cast<uint8_t*>(cache.value) + strides.Row(block, at.head, at.lane) + TokenSlot(slot);
   const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
 #pragma unroll
-  for (int i = 0; i < Lane::kValues; ++i, out += step) {
-    if ((i & (at.shares - 1)) == at.share) {
+  for (int i = 0; i < kStores; ++i, out += step) {
+    const bool there = Lane::kActive == Lane::kLanes || Map::Channel(at.lane, i) < Lane::kHeadDim;
+    if (there && (i & (at.shares - 1)) == at.share) {
       *out = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
     }
   }
@@ -420,7 +455,8 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
 
 template <typename Traits>
 __global__ void __launch_bounds__(kDecodeThreads)
-    StepDecodeKernel(const __grid_constant__ StepParams p, float seqs_per_token, bool small_grid) {
+    StepDecodeKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_token,
+                     bool small_grid) {
   using Lane = DecodeLane<Traits>;
   const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
   const int kv_heads = p.rope.cache.num_kv_heads;

@@ -17,7 +17,7 @@
 namespace fastattn::cuda {
 
 template <typename Traits>
-cudaError_t LaunchDecode(const StepParams& p, cudaStream_t stream) {
+cudaError_t LaunchDecode(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   using Lane = DecodeLane<Traits>;
   const SeqMeta& seqs = p.rope.seqs;
   const int kv_groups = CeilDiv(p.rope.cache.num_kv_heads, Lane::kHeads);
@@ -31,7 +31,7 @@ cudaError_t LaunchDecode(const StepParams& p, cudaStream_t stream) {
 
 // Prompts: rope_write_cache_kv.
 template <typename Traits>
-cudaError_t LaunchStream(const StepParams& p, cudaStream_t stream) {
+cudaError_t LaunchStream(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   using Lane = StreamLane<Traits>;
   const int kv_heads = p.rope.cache.num_kv_heads;
   const int steps = CeilDiv(p.rope.num_heads, Lane::kHeads) + CeilDiv(kv_heads, Lane::kHeads);
@@ -42,7 +42,7 @@ cudaError_t LaunchStream(const StepParams& p, cudaStream_t stream) {
 
 // Prompts: write_cache_kv.
 template <typename Traits>
-cudaError_t LaunchTiles(const StepParams& p, cudaStream_t stream) {
+cudaError_t LaunchTiles(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   const SeqMeta& seqs = p.rope.seqs;
   const int kv_heads = p.rope.cache.num_kv_heads;
   const auto slots = static_cast<int>(NumTileSlots(seqs.num_tokens, seqs.batch, kBlockSize, 2));
@@ -54,7 +54,7 @@ cudaError_t LaunchTiles(const StepParams& p, cudaStream_t stream) {
 }
 
 template <typename Traits>
-cudaError_t LaunchStep(const StepParams& p, cudaStream_t stream) {
+cudaError_t LaunchStep(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   if (UseDecodeKernel(p.rope.seqs.num_tokens, p.rope.seqs.batch)) {
     return LaunchDecode<Traits>(p, stream);
   }
@@ -65,21 +65,27 @@ cudaError_t LaunchStep(const StepParams& p, cudaStream_t stream) {
   }
 }
 
-template <DType kIn, CacheType kType, DType kCode>
-cudaError_t LaunchStepVariant(const StepParams& p, cudaStream_t stream) {
+template <DType kIn, CacheType kType, DType kCode, bool kTransformsKey>
+cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  HeadDims::Dispatch(p.rope.cache.head_dim, [&](auto head_dim) {
+  CacheHeadDims<CodesPerByte(kType)>::Dispatch(p.rope.cache.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     if constexpr (kIn != DType::kFloat32) {  // qkv is never fp32
       if (p.rope.num_heads > 0) {
-        DispatchRope(p.rope, [&](auto options) {
-          using Traits = StepTraits<kIn, kType, kCode, kHeadDim, decltype(options)>;
+        const auto launch = [&](auto options) {
+          using Traits = StepTraits<kIn, kType, kCode, kHeadDim, decltype(options), kTransformsKey>;
           status = LaunchStep<Traits>(p, stream);
-        });
+        };
+        if constexpr (kTransformsKey) {
+          DispatchTransformRope<kHeadDim>(p.rope, launch);
+        } else {
+          DispatchRope<kHeadDim>(p.rope, launch);
+        }
         return;
       }
     }
-    status = LaunchStep<StepTraits<kIn, kType, kCode, kHeadDim, NoRope>>(p, stream);
+    using Traits = StepTraits<kIn, kType, kCode, kHeadDim, NoRope, kTransformsKey>;
+    status = LaunchStep<Traits>(p, stream);
   });
   return status;
 }

@@ -9,11 +9,12 @@ namespace fastattn::cuda {
 
 namespace {
 
-cudaError_t Launch(const StepParams& p, const char* dtype_name, cudaStream_t stream) {
+cudaError_t Launch(const TransformStepParams& p, const char* dtype_name, cudaStream_t stream) {
   const PagedCache& cache = p.rope.cache;
   const bool e4m3 = cache.type == CacheType::kBlockWiseFp8;  // whatever fp8_format says
   const std::tuple wanted{Wanted{dtype_name, p.rope.dtype}, Wanted{"cache_quant_type", cache.type},
-                          Wanted{"cache dtype", e4m3 ? DType::kE4M3 : cache.dtype}};
+                          Wanted{"cache dtype", e4m3 ? DType::kE4M3 : cache.dtype},
+                          Wanted{"k_rotation or k_center", p.transform.Any()}};
   cudaError_t status = cudaErrorInvalidValue;
   dispatch(StepInstances{}, wanted, [&](auto... arguments) {
     status = LaunchStepVariant<decltype(arguments)::value...>(p, stream);
@@ -25,11 +26,13 @@ bool NothingToDo(const RopeWriteCacheParams& p) { return p.seqs.num_tokens == 0;
 
 }  // namespace
 
-cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, cudaStream_t stream) {
+cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, const KeyTransform& transform,
+                                 cudaStream_t stream) {
   if (NothingToDo(p)) return cudaSuccess;
   const int64_t head_dim = p.cache.head_dim;
-  StepParams step;
+  TransformStepParams step;
   step.rope = p;
+  step.transform = transform;
   const char* qkv = static_cast<const char*>(p.qkv);
   step.q = qkv;
   step.k = qkv + p.num_heads * head_dim * SizeOf(p.dtype);
@@ -41,8 +44,10 @@ cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, cudaStream_t str
   return status;
 }
 
-cudaError_t LaunchWriteCache(const WriteCacheParams& p, cudaStream_t stream) {
-  StepParams step;
+cudaError_t LaunchWriteCache(const WriteCacheParams& p, const KeyTransform& transform,
+                             cudaStream_t stream) {
+  TransformStepParams step;
+  step.transform = transform;
   step.rope.cache = p.cache;
   step.rope.seqs = p.seqs;
   step.rope.dtype = p.dtype;

@@ -3,7 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "params/cache.h"
+#include "params/key_transform.h"
 #include "params/rope.h"
 
 namespace fastattn::cuda {
@@ -20,13 +23,23 @@ struct StepParams {
   int64_t v_stride = 0;
 };
 
+// Those of kernels that transform K.
+struct TransformStepParams : StepParams {
+  KeyTransform transform;
+};
+
+template <typename Traits>
+using StepParamsOf = std::conditional_t<Traits::kTransformsKey, TransformStepParams, StepParams>;
+
 // Both enqueue one kernel on `stream` and throw std::invalid_argument for what is not compiled.
-cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, cudaStream_t stream);
-cudaError_t LaunchWriteCache(const WriteCacheParams& p, cudaStream_t stream);
+cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, const KeyTransform& transform,
+                                 cudaStream_t stream);
+cudaError_t LaunchWriteCache(const WriteCacheParams& p, const KeyTransform& transform,
+                             cudaStream_t stream);
 
 // The variants of builder/instances.py. kCode is the cache's element type (bf16 / fp16 for
 // CacheType::kNone).
-template <DType kIn, CacheType kType, DType kCode>
-cudaError_t LaunchStepVariant(const StepParams& p, cudaStream_t stream);
+template <DType kIn, CacheType kType, DType kCode, bool kTransformsKey>
+cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

@@ -11,9 +11,12 @@
 
 namespace fastattn::cuda {
 
-// CTAs an SM: 64 registers a thread. An option that may lie anywhere, or be any, takes more.
-template <typename Options>
-inline constexpr int kStreamCtas = Options::kAny ? 3 : 4;
+// CTAs an SM: 64 registers a thread. An option that may lie anywhere, or be any, takes more, and so
+// do the tiles of large heads.
+template <typename Traits>
+inline constexpr int kStreamCtas = Traits::kHeadDim > 128  ? 2
+                                   : Traits::Options::kAny ? 3
+                                                           : 4;
 
 // A bias of the input's type comes with the values, as it lies in memory.
 template <typename Options>
@@ -25,7 +28,7 @@ using StreamRing = StepRing<StreamLane<Traits>, kBiasAhead<typename Traits::Opti
 // Shared memory of a streaming or a V CTA.
 template <typename Traits>
 inline constexpr int kStreamBytes =
-    std::max<int>(sizeof(ValueTile<Traits::kHeadDim>), StreamRing<Traits>::kBytes);
+    std::max<int>(sizeof(ValueTile<Traits::kCodeBytes>), StreamRing<Traits>::kBytes);
 
 // Waits for a lane's angles, by an operation that leaves their bits (the CTA has one dimension).
 // Loads are waited for in groups: a first use in the loop would wait for the next step's values,
@@ -55,7 +58,7 @@ __device__ __forceinline__ void StoreZeroQueries(const RopeWriteCacheParams& p, 
 // One token's Q and K heads, or a share of them. kNormFirst: as norm_before_rope says (not read for
 // kAny); a loop with both orders would spill.
 template <typename Traits, bool kNormFirst>
-__device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGrid& grid,
+__device__ __forceinline__ void StreamToken(const StepParamsOf<Traits>& p, const StreamGrid& grid,
                                             unsigned cta) {
   using Lane = StreamLane<Traits>;
   using Options = typename Traits::Options;
@@ -163,22 +166,23 @@ __device__ __forceinline__ void StreamToken(const StepParams& p, const StreamGri
     }
     PackWords<Traits::kIn>(x, rounded);
     if (is_q) {
+      RotateQuery<Traits, Lane>(p, lane, rounded);
       StoreQuery<Lane>(rounded, rope, q_inverse, KeepInLoop(token), q_head, lane, q_head < q_heads);
     } else {
       const int here = KeepInLoop(block), at = KeepInLoop(slot);
       const bool store = here >= 0 && k_head < cache.num_kv_heads;
       const int head = store ? k_head : 0;
       const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
-      StoreTokenMajor<Traits, Lane>(rounded, cache, cache.key, cache.k_scales, cache.k_granularity,
-                                    scale, head, lane, cache.key_strides.Row(here, k_head, at),
-                                    cache.k_scale_strides.Plane(here, k_head) + at, store);
+      StoreKey<Traits, Lane>(rounded, p, cache, scale, head, lane,
+                             cache.key_strides.Row(here, k_head, at),
+                             cache.k_scale_strides.Plane(here, k_head) + at, store);
     }
   }
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, kStreamCtas<typename Traits::Options>)
-    StepStreamKernel(const __grid_constant__ StepParams p,
+__global__ void __launch_bounds__(kStreamThreads, kStreamCtas<Traits>)
+    StepStreamKernel(const __grid_constant__ StepParamsOf<Traits> p,
                      const __grid_constant__ StreamGrid grid) {
   PdlWait();
   PdlLaunchDependents();

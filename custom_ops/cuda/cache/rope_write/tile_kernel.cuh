@@ -5,6 +5,8 @@
 
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
+#include "cuda/cache/shared/key_transform.cuh"
+#include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/cache/shared/value_tile.cuh"
 #include "cuda/common/pdl.cuh"
@@ -36,15 +38,16 @@ __device__ __forceinline__ void AddValueBias(const RopeWriteCacheParams& p,
 
 // K, V or both of one tile and one head. K's loads follow as V's registers come free: with all of
 // them in front the kernel was slower.
-template <typename Traits, int kBytes = sizeof(ValueTile<Traits::kHeadDim>)>
-__device__ __forceinline__ void WriteTile(const StepParams& p, int head, int tile_slot,
+template <typename Traits, int kBytes = sizeof(ValueTile<Traits::kCodeBytes>)>
+__device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int head, int tile_slot,
                                           float seqs_per_tile, TileOutput output) {
   using Lane = StreamLane<Traits>;
   constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kTokens = kStreamThreads / Lane::kLanes;
   constexpr int kPasses = kBlockSize / kTokens;
   using Element = typename fastattn::Element<Traits::kIn>::Storage;
-  ValueTile<kHeadDim>& tile = *reinterpret_cast<ValueTile<kHeadDim>*>(SharedBytes<kBytes>());
+  using Tile = ValueTile<Traits::kCodeBytes>;
+  Tile& tile = *reinterpret_cast<Tile*>(SharedBytes<kBytes>());
 
   const SeqMeta& seqs = p.rope.seqs;
   const PagedCache& cache = p.rope.cache;
@@ -78,19 +81,27 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int slot = i * kTokens + first_slot;
-      if constexpr (Traits::kQuantized) {
+      if constexpr (Traits::kNibbles) {
+        uint32_t nibbles[kNibbleWords<Lane>];
+        QuantizeNibbles<Lane>(words[i], cache, cache.v_scales, lane, v_scales + slot, owned[i],
+                              nibbles);
+        StoreNibbles<Lane>(nibbles, tile.codes + tile.Offset(slot), lane);
+        if (lane == 0) tile.valid[slot] = owned[i];
+      } else if constexpr (Traits::kQuantized) {
         uint32_t codes[Lane::kCodeWords];
         QuantizeLane<Traits, Lane>(words[i], cache, cache.v_scales, cache.v_granularity, v_scale,
                                    head, lane, v_scales + slot, owned[i], codes);
-        StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
-            tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+        if (Lane::IsActive(lane)) {
+          StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
+              tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+        }
         if (lane == 0) tile.valid[slot] = owned[i];
       } else {
         StoreTokenMajor<Traits, Lane>(words[i], cache, cache.value, nullptr, cache.v_granularity,
                                       v_scale, head, lane, v_plane + slot * cache.value_strides.row,
                                       v_scales + slot, owned[i]);
       }
-      if (owned[i] && output == TileOutput::kBoth) {
+      if (owned[i] && output == TileOutput::kBoth && Lane::IsActive(lane)) {
         LoadHalves<Lane::kWords, Lane::kDistance>(keys + (work.token + slot) * p.k_stride,
                                                   words[i]);
       }
@@ -107,9 +118,8 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int slot = i * kTokens + first_slot;
-      StoreTokenMajor<Traits, Lane>(words[i], cache, cache.key, cache.k_scales, cache.k_granularity,
-                                    k_scale, head, lane, k_plane + slot * cache.key_strides.row,
-                                    k_scales + slot, owned[i]);
+      StoreKey<Traits, Lane>(words[i], p, cache, k_scale, head, lane,
+                             k_plane + slot * cache.key_strides.row, k_scales + slot, owned[i]);
     }
   }
 }
@@ -117,9 +127,16 @@ __device__ __forceinline__ void WriteTile(const StepParams& p, int head, int til
 inline constexpr int kTileRun = 32768;  // tiles in the grid's second dimension
 
 // Grid: KV heads, tiles, and runs of tiles; with `split`, K and V alternate in the last.
+// CTAs an SM: large heads have twice as many values in a thread.
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, Traits::kIn == DType::kFloat32 ? 3 : 4)
-    StepTileKernel(const __grid_constant__ StepParams p, float seqs_per_tile, bool split) {
+inline constexpr int kTileCtas = Traits::kHeadDim > 128           ? 2
+                                 : Traits::kIn == DType::kFloat32 ? 3
+                                                                  : 4;
+
+template <typename Traits>
+__global__ void __launch_bounds__(kStreamThreads, kTileCtas<Traits>)
+    StepTileKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_tile,
+                   bool split) {
   PdlWait();
   const int run = split ? blockIdx.z / 2 : blockIdx.z;
   const TileOutput output = split ? static_cast<TileOutput>(blockIdx.z % 2) : TileOutput::kBoth;

@@ -18,6 +18,12 @@
 
 namespace fastattn::cuda {
 
+constexpr int CeilPowerOfTwo(int x) {
+  int power = 1;
+  while (power < x) power *= 2;
+  return power;
+}
+
 template <DType kIn_, int kHeadDim_, int kHalf_>
 struct LaneShape {
   static constexpr DType kIn = kIn_;
@@ -27,9 +33,15 @@ struct LaneShape {
   static constexpr int kWords = kHalf * SizeOf(kIn) / 2;        // the same as words of input
   static constexpr int kCodeWords = kHalf / 2;                  // the same as 8-bit codes
   static constexpr int kDistance = kHeadDim / 2 * SizeOf(kIn);  // bytes between a lane's halves
-  static constexpr int kLanes = kHeadDim / kValues;             // of a head
+  static constexpr int kActive = kHeadDim / kValues;            // lanes that have channels
+  static constexpr int kLanes = CeilPowerOfTwo(kActive);        // of a head, which exchange by XOR
   static constexpr int kHeads = 32 / kLanes;                    // of a warp
-  static_assert((kLanes & (kLanes - 1)) == 0, "lanes of a head exchange by XOR");
+  static_assert(kActive * kValues == kHeadDim, "channels without a lane");
+
+  // Whether a lane has channels. Those of the others are 0, in no tensor, and stored nowhere.
+  static __device__ __forceinline__ bool IsActive(int lane) {
+    return kActive == kLanes || lane < kActive;
+  }
 };
 
 // Channel of a lane's i-th value in a LaneShape.
@@ -145,7 +157,7 @@ template <typename Lane>
 __device__ __forceinline__ void LoadLaneAngles(const RopeWriteCacheParams& p,
                                                const WarpPlace& place, int lane,
                                                LaneAngles<Lane>& angles) {
-  if (p.style == RotaryStyle::kNone) return;
+  if (p.style == RotaryStyle::kNone || !Lane::IsActive(lane)) return;
   const int64_t row = RotaryRow(p, place.batch_idx, place.position);
   if (p.style == RotaryStyle::kNeox) {
     LoadFloats<Lane::kHalf>(p.cos + row + lane * Lane::kHalf, angles.cos);
@@ -352,6 +364,7 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) {
         if (i % 4 == 0) asm volatile("" ::: "memory");  // few scales at a time: registers
+        if (Lane::kActive != Lane::kLanes && Map::Channel(lane, i) >= Lane::kHeadDim) continue;
         const int index = ChannelScaleIndex(head, Map::Channel(lane, i), Lane::kHeadDim);
         x[i] = Mul(x[i], Reciprocal(LoadScale(scales, cache.scale_dtype, index)));
       }
@@ -359,37 +372,6 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
       Scale(x, InverseOf(head_scale));
     }
     EncodeLane<Lane, Traits::kCode, false>(x, codes);
-  }
-}
-
-// K (or V of type none) of a token, whose row in the cache begins at `row`. All lanes of the warp
-// take part.
-template <typename Traits, typename Lane, typename HeadScaleOf>
-__device__ __forceinline__ void StoreTokenMajor(const uint32_t (&words)[Lane::kWords],
-                                                const PagedCache& cache, void* codes_out,
-                                                void* scales, ScaleGranularity granularity,
-                                                HeadScaleOf head_scale, int head, int lane,
-                                                int64_t row, int64_t scale_index, bool store) {
-  const int64_t element = row + lane * Lane::kHalf;
-  if constexpr (Traits::kQuantized) {
-    uint32_t codes[Lane::kCodeWords];
-    QuantizeLane<Traits, Lane>(words, cache, scales, granularity, head_scale, head, lane,
-                               scale_index, store, codes);
-    if (store) {
-      StoreHalves<Lane::kCodeWords, Lane::kHeadDim / 2>(static_cast<uint8_t*>(codes_out) + element,
-                                                        codes);
-    }
-  } else if (store) {
-    uint16_t* out = static_cast<uint16_t*>(codes_out) + element;
-    if constexpr (Lane::kIn == DType::kFloat32) {
-      float x[Lane::kValues];
-      UnpackWords<Lane>(words, x);
-      uint32_t rounded[Lane::kHalf];
-      PackWords<Traits::kCode>(x, rounded);
-      StoreHalves<Lane::kHalf, Lane::kHeadDim>(out, rounded);
-    } else {
-      StoreHalves<Lane::kWords, Lane::kHeadDim>(out, words);
-    }
   }
 }
 
@@ -402,8 +384,9 @@ __device__ __forceinline__ void StoreQuery(const uint32_t (&words)[Lane::kWords]
   const uint32_t index = static_cast<uint32_t>(token) * static_cast<uint32_t>(p.num_heads) +
                          static_cast<uint32_t>(head);
   const uint64_t element = static_cast<uint64_t>(index) * Lane::kHeadDim + lane * Lane::kHalf;
+  const bool stores = store && Lane::IsActive(lane);
   if (p.q_quant == QQuant::kNone) {
-    if (store) {
+    if (stores) {
       StoreHalves<Lane::kWords, Lane::kHeadDim>(static_cast<uint16_t*>(p.q) + element, words);
     }
     return;
@@ -419,7 +402,7 @@ __device__ __forceinline__ void StoreQuery(const uint32_t (&words)[Lane::kWords]
   Scale(x, inverse);
   uint32_t codes[Lane::kCodeWords];
   EncodeLane<Lane, DType::kE4M3, true>(x, codes);
-  if (store) {
+  if (stores) {
     StoreHalves<Lane::kCodeWords, Lane::kHeadDim / 2>(static_cast<uint8_t*>(p.q) + element, codes);
   }
 }

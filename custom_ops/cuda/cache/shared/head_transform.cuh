@@ -66,14 +66,19 @@ struct RawParameters {
   template <typename Map>
   __device__ __forceinline__ void LoadEach(const void* data, DType dtype, int first, int lane) {
     pairs = false;
+    const auto exists = [&](int i) {
+      return Lane::kActive == Lane::kLanes || Map::Channel(lane, i) < Lane::kHeadDim;
+    };
     if (dtype == DType::kFloat32) {
       const uint32_t* from = static_cast<const uint32_t*>(data) + first;
 #pragma unroll
-      for (int i = 0; i < Lane::kValues; ++i) words[i] = from[Map::Channel(lane, i)];
+      for (int i = 0; i < Lane::kValues; ++i)
+        words[i] = exists(i) ? from[Map::Channel(lane, i)] : 0;
     } else {
       const uint16_t* from = static_cast<const uint16_t*>(data) + first;
 #pragma unroll
-      for (int i = 0; i < Lane::kValues; ++i) words[i] = from[Map::Channel(lane, i)];
+      for (int i = 0; i < Lane::kValues; ++i)
+        words[i] = exists(i) ? from[Map::Channel(lane, i)] : 0;
     }
   }
 
@@ -82,7 +87,13 @@ struct RawParameters {
     pairs = dtype != DType::kFloat32;
     if (Traits::Options::kAny && reinterpret_cast<uintptr_t>(data) % 16 != 0) {
       LoadEach<HalvesMap<Lane>>(data, dtype, first, lane);
+      if (!Lane::IsActive(lane)) {
+#pragma unroll
+        for (int i = 0; i < Lane::kValues; ++i) words[i] = 0;
+      }
     } else {
+      const bool active = Lane::IsActive(lane);
+      if (!active) lane = 0;
       // Both types by the same loads, without a branch: 16-bit values twice.
       constexpr int kBytes = 2 * Lane::kHalf;
       using Vector = typename VectorOfBytes<kBytes>::Type;
@@ -97,7 +108,7 @@ struct RawParameters {
       }
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) {
-        words[i] = reinterpret_cast<const uint32_t*>(vectors)[i];
+        words[i] = active ? reinterpret_cast<const uint32_t*>(vectors)[i] : 0;
       }
     }
   }
@@ -135,6 +146,7 @@ __device__ __forceinline__ void AddBias(const RopeWriteCacheParams& p, int fused
                                         float (&x)[Lane::kValues]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    if (!Lane::IsActive(lane)) return;
     float bias[Lane::kHalf];
     asm volatile("" ::: "memory");  // a half at a time: registers
     LoadParameters<Traits::Options::kAny, Lane::kHalf>(
@@ -179,8 +191,9 @@ struct HeadNorm {
         lane(lane) {}
 
   __device__ __forceinline__ void LoadWeights(int half, float (&w)[Lane::kHalf]) const {
+    const int own = Lane::IsActive(lane) ? lane : 0;  // a product with 0 else
     LoadParameters<Traits::Options::kAny, Lane::kHalf>(
-        weight, dtype, half * (Lane::kHeadDim / 2) + lane * Lane::kHalf, w);
+        weight, dtype, half * (Lane::kHeadDim / 2) + own * Lane::kHalf, w);
   }
 
   // All lanes of the warp take part; they ask for the same weights.
@@ -195,7 +208,8 @@ struct HeadNorm {
 // for no other.
 template <typename Lane, int kWarps>
 struct SharedNorm {
-  static constexpr int kQuads = Lane::kHeadDim / 4;      // of Q's weights, then as many of K's
+  // Of Q's weights, those of lanes without channels included, then as many of K's.
+  static constexpr int kQuads = Lane::kLanes * Lane::kValues / 4;
   static constexpr int kLoads = (2 * kQuads + 31) / 32;  // of a lane
 
   uint4 quads[kLoads];  // as they lie in memory, nothing waits for them; 16-bit ones take half
@@ -223,7 +237,7 @@ struct SharedNorm {
       const DType dtype = is_q ? p.q_norm_dtype : p.k_norm_dtype;
       quads[i] = {};
       floats[i] = dtype == DType::kFloat32;
-      if (quad >= 2 * kQuads || weight == nullptr) continue;
+      if (quad >= 2 * kQuads || weight == nullptr || !Lane::IsActive(lane)) continue;
       if (floats[i]) {
         quads[i] = *reinterpret_cast<const uint4*>(static_cast<const float*>(weight) + channel);
       } else {
@@ -293,7 +307,7 @@ struct PartialRotation {
   LaneAngles<Lane> angles = {};
 
   static __device__ __forceinline__ bool Rotates(const RopeWriteCacheParams& p, int lane) {
-    return lane * Lane::kHalf < p.rotary_dim;
+    return lane * Lane::kHalf < p.rotary_dim && Lane::IsActive(lane);
   }
 
   __device__ __forceinline__ void Load(const RopeWriteCacheParams& p, const WarpPlace& place,
@@ -344,9 +358,12 @@ struct PartialRotation {
 // What a warp's lanes tell each other where a rotation's partners lie anywhere.
 template <typename Lane>
 struct RotationSpace {
+  // Large heads have the angles of pairs only: shared memory is short.
+  static constexpr bool kPairs = Lane::kHeadDim > 128;
+  static constexpr int kAngles = kPairs ? Lane::kHeadDim / 2 : Lane::kHeadDim;
   alignas(16) float values[Lane::kHeads][Lane::kHeadDim];
-  alignas(16) float cos[Lane::kHeadDim];  // of a channel; its sine has the sign of its partner
-  alignas(16) float sin[Lane::kHeadDim];
+  alignas(16) float cos[kAngles];  // of a channel; its sine has the sign of its partner
+  alignas(16) float sin[kAngles];
 };
 
 // Any rotation of a head's first channels by any table. Partners are a lane's own values
@@ -363,7 +380,8 @@ struct AnyRotation {
     if (p.style == RotaryStyle::kInterleaved) return Partner::kNeighbour;
     const int half = p.rotary_dim / 2;
     if (p.rotary_dim == Lane::kHeadDim) return Partner::kOtherHalf;
-    const bool power = (half & (half - 1)) == 0;
+    const bool power = (half & (half - 1)) == 0 &&
+                       (Lane::kActive == Lane::kLanes || 2 * p.rotary_dim <= Lane::kHeadDim);
     return power && half >= Lane::kHalf ? Partner::kOtherLane : Partner::kAnywhere;
   }
 
@@ -388,7 +406,7 @@ struct AnyRotation {
     const int half = p.rotary_dim / 2;
     if (partner == Partner::kAnywhere) {
       RotationSpace<Lane>& space = Space();
-      for (int c = threadIdx.x % 32; c < p.rotary_dim; c += 32) {
+      for (int c = threadIdx.x % 32; c < (space.kPairs ? half : p.rotary_dim); c += 32) {
         const int column = (c < half ? c : c - half) * p.rotary_step;
         space.cos[c] = cos[column];
         space.sin[c] = c < half ? -sin[column] : sin[column];
@@ -445,17 +463,29 @@ struct AnyRotation {
     __syncwarp();  // the last head's values have been read
 #pragma unroll
     for (int i = 0; i < Lane::kValues; i += 4) {
+      if (!Lane::IsActive(lane)) break;
       *reinterpret_cast<float4*>(values + HalvesMap<Lane>::Channel(lane, i)) =
           make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
     }
     __syncwarp();
+    if (!Lane::IsActive(lane)) return;
 #pragma unroll
     for (int i = 0; i < Lane::kValues; i += 4) {
       const int channel = HalvesMap<Lane>::Channel(lane, i);
       if (channel >= p.rotary_dim) continue;
       float cos[4], sin[4], other[4];
-      LoadFloats<4>(space.cos + channel, cos);
-      LoadFloats<4>(space.sin + channel, sin);
+      if constexpr (space.kPairs) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int c = min(channel + j, p.rotary_dim - 1);
+          const int pair = c < half ? c : c - half;
+          cos[j] = space.cos[pair];
+          sin[j] = c < half ? space.sin[pair] : -space.sin[pair];
+        }
+      } else {
+        LoadFloats<4>(space.cos + channel, cos);
+        LoadFloats<4>(space.sin + channel, sin);
+      }
       if (half % 4 == 0) {  // four partners side by side
         LoadFloats<4>(values + (channel < half ? channel + half : channel - half), other);
       } else {

@@ -37,6 +37,7 @@ struct StepRing {
   // Asks for a lane's values of the step that is next. kShared: other warps read them, too.
   template <bool kShared>
   __device__ __forceinline__ void Copy(int part, const char* from) const {
+    if (!Lane::IsActive(threadIdx.x % Lane::kLanes)) return;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const char* source = from + Halves<Lane::kWords, Lane::kDistance>::Offset(i);
@@ -76,6 +77,10 @@ struct StepRing {
                      "=r"(words[4 * i + 3])
                    : "r"(Address(part, i))
                    : "memory");
+    }
+    if (!Lane::IsActive(threadIdx.x % Lane::kLanes)) {
+#pragma unroll
+      for (int i = 0; i < Lane::kWords; ++i) words[i] = 0;
     }
   }
 };

@@ -20,17 +20,18 @@ struct NoRope {
 
 // What happens to a head before it is rounded to the input's type. kBias and kNorm are there, and
 // lie at multiples of 16 bytes; the rotation, if there is one, takes whole heads and its table can
-// be read 16 bytes at a time. With kPartial, the rotation is as IsPartialRope says, and run time
-// decides whether there are a bias and norm weights (of those named). With kAny, too, and they may
-// lie anywhere; any rotary_dim, any table.
-template <bool kBias_, bool kNorm_, bool kAny_ = false, bool kPartial_ = false>
+// be read 16 bytes at a time. With kAsked, run time decides whether there are a bias and norm
+// weights (of those named). With kPartial, too, and the rotation is as IsPartialRope says. With
+// kAny, too, and they may lie anywhere; any rotary_dim, any table.
+template <bool kBias_, bool kNorm_, bool kAny_ = false, bool kPartial_ = false,
+          bool kAsked_ = kAny_ || kPartial_>
 struct RopeOptions {
   static constexpr bool kRope = true;
   static constexpr bool kBias = kBias_;
   static constexpr bool kNorm = kNorm_;
   static constexpr bool kAny = kAny_;
   static constexpr bool kPartial = kPartial_;
-  static constexpr bool kAsked = kAny || kPartial;  // whether there are a bias and norm weights
+  static constexpr bool kAsked = kAsked_;  // whether there are a bias and norm weights
 };
 
 // Whether a step's parameters, and its table if it rotates, can be read 16 bytes at a time.
@@ -57,12 +58,24 @@ inline bool IsPartialRope(const RopeWriteCacheParams& p) {
   return p.style == RotaryStyle::kInterleaved || (p.rotary_dim & (p.rotary_dim - 1)) == 0;
 }
 
-// Calls f(options) with what a step asks for.
-template <typename F>
+// Calls f(options) with what a step asks for. Models with heads of other sizes have no bias, and
+// those of 96 channels no norm: what they do not need takes the kernel of any option.
+template <int kHeadDim, typename F>
 void DispatchRope(const RopeWriteCacheParams& p, F&& f) {
   const bool bias = p.bias != nullptr;
   const bool norm = p.q_norm_weight != nullptr || p.k_norm_weight != nullptr;
-  if (IsPartialRope(p)) {
+  constexpr bool kFew = kHeadDim != 64 && kHeadDim != 128, kNorm = kHeadDim != 96;
+  if constexpr (kFew) {
+    if (kNorm && IsPartialRope(p)) {
+      if constexpr (kNorm) f(RopeOptions<true, true, false, true>{});
+    } else if (bias || (norm && !kNorm) || !IsCommonRope(p)) {
+      f(RopeOptions<true, true, true>{});
+    } else if (norm) {
+      if constexpr (kNorm) f(RopeOptions<false, true>{});
+    } else {
+      f(RopeOptions<false, false>{});
+    }
+  } else if (IsPartialRope(p)) {
     f(RopeOptions<true, true, false, true>{});
   } else if (!IsCommonRope(p)) {
     f(RopeOptions<true, true, true>{});
@@ -77,7 +90,22 @@ void DispatchRope(const RopeWriteCacheParams& p, F&& f) {
   }
 }
 
-template <DType kIn_, CacheType kType_, DType kCode_, int kHeadDim_, typename Options_>
+// The same with fewer variants, for steps that transform K: they are rare.
+template <int kHeadDim, typename F>
+void DispatchTransformRope(const RopeWriteCacheParams& p, F&& f) {
+  if constexpr (kHeadDim == 64 || kHeadDim == 128) {
+    if (IsCommonRope(p)) {
+      f(RopeOptions<true, true, false, false, true>{});
+      return;
+    }
+  }
+  f(RopeOptions<true, true, true>{});
+}
+
+// kTransformsKey: K is transformed before it is quantised, as the kernel's parameters say
+// (params/key_transform.h).
+template <DType kIn_, CacheType kType_, DType kCode_, int kHeadDim_, typename Options_,
+          bool kTransformsKey_ = false>
 struct StepTraits {
   using Options = Options_;
   static constexpr DType kIn = kIn_;
@@ -86,6 +114,10 @@ struct StepTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kRope = Options::kRope;
   static constexpr bool kQuantized = IsQuantized(kType);
+  static constexpr bool kNibbles = CodesPerByte(kType) == 2;
+  static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kType);  // of a token
+  static constexpr bool kTransformsKey = kTransformsKey_;
+  static_assert(kQuantized || !kTransformsKey, "K is transformed for its codes");
 };
 
 }  // namespace fastattn::cuda

@@ -65,7 +65,9 @@ __device__ __forceinline__ void LoadTile(const SeqMeta& seqs, const TileWork& wo
     if (owned[i] && seqs.batch_id_per_token != nullptr) {
       owned[i] = seqs.batch_id_per_token[token] == work.batch_idx;
     }
-    if (owned[i]) LoadHalves<Lane::kWords, Lane::kDistance>(row(token), words[i]);
+    if (owned[i] && Lane::IsActive(threadIdx.x % Lane::kLanes)) {
+      LoadHalves<Lane::kWords, Lane::kDistance>(row(token), words[i]);
+    }
   }
 }
 

@@ -11,6 +11,7 @@
 #include "common/head_dims.h"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/step_ring.cuh"
+#include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/cache/shared/value_tile.cuh"
 #include "cuda/common/launch.cuh"
@@ -40,7 +41,7 @@ __device__ __forceinline__ void StoreKeyPiece(const uint32_t (&codes)[Lane::kCod
     low[i] = odd ? other : codes[i];
     high[i] = odd ? codes[2 + i] : other;
   }
-  if (!store) return;
+  if (!store || !Lane::IsActive(lane)) return;
   const int group = lane / 2 + (odd ? Lane::kHeadDim / 32 : 0);
   constexpr uint32_t kFlip = kCodeFlip<Traits>;
   *reinterpret_cast<uint4*>(plane +
@@ -64,6 +65,7 @@ __device__ __forceinline__ int RaggedToken(const GqaRopeWriteCacheParams& p, int
 template <typename Lane>
 __device__ __forceinline__ void StoreHead(void* tensor, int64_t row, int heads, int head, int lane,
                                           const uint32_t (&words)[Lane::kWords]) {
+  if (!Lane::IsActive(lane)) return;
   const int64_t element = (row * heads + head) * Lane::kHeadDim + lane * Lane::kHalf;
   StoreHalves<Lane::kWords, Lane::kDistance>(static_cast<uint16_t*>(tensor) + element, words);
 }
@@ -97,8 +99,10 @@ inline constexpr int kGqaBytes =
     std::max<int>(sizeof(ValueTile<Traits::kHeadDim>), GqaRing<Traits>::kBytes);
 
 // CTAs an SM: 64 registers a thread. A norm would spill; rotations of any table and size take more.
-template <typename Options>
-inline constexpr int kGqaCtas = Options::kNorm ? 3 : 4;
+template <typename Traits>
+inline constexpr int kGqaCtas = Traits::kHeadDim > 128   ? 2
+                                : Traits::Options::kNorm ? 3
+                                                         : 4;
 
 // One token's heads, or a share of them; V of a prefill sequence is the tiles' work.
 template <typename Traits>
@@ -249,8 +253,10 @@ __device__ __forceinline__ void GqaValueTile(const GqaRopeWriteCacheParams& p, i
                                  lane, scales + slot, owned[i], codes);
 #pragma unroll
       for (int w = 0; w < Lane::kCodeWords; ++w) codes[w] ^= kCodeFlip<Traits>;
-      StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
-          tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+      if (Lane::IsActive(lane)) {
+        StoreHalves<Lane::kCodeWords, kHeadDim / 2>(
+            tile.codes + tile.Offset(slot) + lane * Lane::kHalf, codes);
+      }
       if (lane == 0) tile.valid[slot] = owned[i];
     } else {
       StoreTokenMajor<Traits, Lane>(words[i], cache, cache.value, nullptr, cache.v_granularity,
@@ -311,7 +317,7 @@ __device__ __forceinline__ void GqaValueTiles(const GqaRopeWriteCacheParams& p, 
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kStreamThreads, kGqaCtas<typename Traits::Options>)
+__global__ void __launch_bounds__(kStreamThreads, kGqaCtas<Traits>)
     GqaStreamKernel(const __grid_constant__ GqaRopeWriteCacheParams p,
                     const __grid_constant__ GqaGrid grid) {
   PdlWait();

@@ -166,7 +166,9 @@ __device__ __forceinline__ void StoreHead(const MlaSparseParams& p, int64_t toke
       p.out[channel] = FloatToBFloat16(value);
     }
   }
-  if (p.max_logits != nullptr && lane == 0) p.max_logits[at] = head.maximum * kLn2;
+  if (p.max_logits != nullptr && lane == 0) {
+    p.max_logits[at] = LargestLogit(head.maximum, head.sum);
+  }
   if (p.lse != nullptr && lane == 0) {
     p.lse[at] = head.sum == 0.0f ? p.LonelyLse() : end.lse;
   }

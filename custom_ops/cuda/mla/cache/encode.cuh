@@ -71,9 +71,4 @@ __device__ __forceinline__ uint2 Encode(uint4 pairs, const Quotient& quotient) {
   return quotient.IsFast() ? EncodeAs<true>(pairs, quotient) : EncodeAs<false>(pairs, quotient);
 }
 
-__device__ __forceinline__ uint32_t AmaxPair(uint4 pairs) {
-  return __vmaxu2(__vmaxu2(pairs.x & 0x7FFF7FFFu, pairs.y & 0x7FFF7FFFu),
-                  __vmaxu2(pairs.z & 0x7FFF7FFFu, pairs.w & 0x7FFF7FFFu));
-}
-
 }  // namespace fastattn::cuda

@@ -40,7 +40,13 @@ struct HeadLane {
 struct QkvGrid {
   Divisor units;   // of a token: its key, then kHeads heads each
   uint32_t count;  // of units
+  bool few;
 };
+
+// Up to so many units a launch takes as long as the work. They are spread over CTAs of two warps,
+// and the next kernel is let in before the loads, not behind them.
+constexpr uint32_t kFewUnits = 1024;
+constexpr int kFewWarps = 2;
 
 __device__ __forceinline__ void Widen(uint4 pairs, float* x) {
   float values[kChunk];
@@ -110,11 +116,12 @@ template <bool kPlain>
 __global__ void __launch_bounds__(kMlaThreads)
     QkvKernel(const __grid_constant__ MlaQkvParams p, QkvGrid grid, uint32_t slots,
               Divisor page_size) {
-  const uint32_t unit = blockIdx.x * kMlaWarps + threadIdx.x / 32;
+  const uint32_t unit = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  PdlWait();
-  if (unit >= grid.count) return;
   const uint32_t token = grid.units.Quotient(unit);
+  PdlWait();
+  if (grid.few) PdlLaunchDependents();
+  if (unit >= grid.count) return;
   const int own = static_cast<int>(unit - token * grid.units.divisor) - 1;
   const bool rotated = lane >= kFirstRotatedLane;
   LoadedIndex position;
@@ -179,9 +186,11 @@ cudaError_t LaunchMlaQkvNormRopeWrite(const MlaQkvParams& p, cudaStream_t stream
   grid.units = Divisor(static_cast<uint32_t>(units));
   grid.count = static_cast<uint32_t>(p.num_tokens * units);
   const auto slots = static_cast<uint32_t>(p.cache.num_pages * p.cache.page_size);
-  const dim3 ctas((grid.count + kMlaWarps - 1) / kMlaWarps);
+  grid.few = grid.count <= kFewUnits;
+  const int warps = grid.few ? kFewWarps : kMlaWarps;
+  const dim3 ctas((grid.count + warps - 1) / warps);
   const auto kernel = IsPlain(p.rotations) ? QkvKernel<true> : QkvKernel<false>;
-  return LaunchPdl(kernel, ctas, dim3(kMlaThreads), stream, p, grid, slots,
+  return LaunchPdl(kernel, ctas, dim3(32 * warps), stream, p, grid, slots,
                    Divisor(static_cast<uint32_t>(p.cache.page_size)));
 }
 

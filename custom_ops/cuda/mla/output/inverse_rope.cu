@@ -1,117 +1,110 @@
-// inverse_rope_quantize_fp8 on a GPU. A warp has one head of four tokens, and a lane 16
-// neighbouring channels of each: a scale belongs to 8 lanes, and a block's scales of the four
-// tokens, which lie side by side, are one store of 16 bytes. The rotated channels are in the last
-// four lanes.
+// inverse_rope_quantize_fp8 on a GPU. A warp has one head of a token: a lane has 8 neighbouring
+// channels of either half, so that a warp's loads are 512 bytes side by side, and a scale belongs
+// to 16 lanes. The rotated channels are the last 8 lanes' in the second half. A CTA has four tokens
+// of a head, whose scales lie side by side.
+//
+// More heads or tokens a warp keep more bytes under way in it but leave room for fewer warps, and a
+// warp's life is a chain of loads (position, angles) that only other warps fill.
 #include <limits>
 
 #include "common/exact.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/divisor.cuh"
+#include "cuda/common/dynamic_scale.cuh"
 #include "cuda/common/index_load.cuh"
-#include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/rotate.cuh"
+#include "cuda/common/vector.cuh"
 #include "cuda/mla/output/launch.h"
 
 namespace fastattn::cuda {
 
 namespace {
 
-constexpr int kWarps = 4;  // of a CTA
-constexpr int kThreads = 32 * kWarps;
-constexpr int kTokens = kMlaScaleTokens;  // of a warp
-constexpr int kLaneChannels = kMlaOutputDim / 32;
-constexpr int kBlockLanes = kMlaOutputBlock / kLaneChannels;
-constexpr int kFirstRotatedLane = 32 - Angles<4>::kRow / kLaneChannels;
+constexpr int kTokens = kMlaScaleTokens;  // of a CTA, one a warp
+constexpr int kThreads = 32 * kTokens;
+constexpr int kHalf = kMlaOutputDim / 2;
+constexpr int kBlockLanes = kMlaOutputBlock / kChunk;
+constexpr int kFirstRotatedLane = 32 - Angles<4>::kRow / kChunk;
+static_assert(kHalf == 32 * kChunk, "a chunk of each half a lane");
+static_assert(kMlaOutputBlocks == 4 && kBlockLanes == 16, "two blocks a half");
 
-struct Grid {
-  Divisor heads;
-  uint32_t count;  // of warps with work
-};
-
-__device__ __forceinline__ void Unpack(const uint4 (&raw)[2], float (&x)[kLaneChannels]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t words[4] = {raw[half].x, raw[half].y, raw[half].z, raw[half].w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[8 * half + 2 * i] = BitsFloat(words[i] << 16);
-      x[8 * half + 2 * i + 1] = BitsFloat(words[i] & 0xFFFF0000u);
-    }
-  }
+__device__ __forceinline__ void Widen(uint4 pairs, float (&x)[kChunk]) {
+  Unpack<DType::kBFloat16>(Raw<DType::kBFloat16>{pairs, pairs}, x);
 }
 
-__device__ __forceinline__ uint32_t Codes4(const float* x, float inverse) {
-  return PackCodes<DType::kE4M3>(Mul(x[0], inverse), Mul(x[1], inverse), Mul(x[2], inverse),
-                                 Mul(x[3], inverse));
+__device__ __forceinline__ uint2 Codes(const float (&x)[kChunk], float inverse) {
+  return make_uint2(PackCodes<DType::kE4M3>(Mul(x[0], inverse), Mul(x[1], inverse),
+                                            Mul(x[2], inverse), Mul(x[3], inverse)),
+                    PackCodes<DType::kE4M3>(Mul(x[4], inverse), Mul(x[5], inverse),
+                                            Mul(x[6], inverse), Mul(x[7], inverse)));
+}
+
+// The upper 16 bits of the largest magnitude, rounded up: that changes neither the power of two
+// that its scale is (the bounds between these have 16 bits) nor whether it is NaN.
+__device__ __forceinline__ uint32_t AmaxUp(const float (&x)[kChunk]) {
+  uint32_t amax = 0;
+#pragma unroll
+  for (float value : x) amax = max(amax, AbsBits(value));
+  return (amax + 0xFFFFu) >> 16;
+}
+
+// Scales of the lane's block of either half: 0 or 1, and 2 or 3.
+__device__ __forceinline__ void StoreScales(const InverseRopeParams& p, int64_t token, int head,
+                                            float first, float second) {
+  const int lane = threadIdx.x % 32;
+  if (lane % kBlockLanes != 0) return;
+  const int64_t block = int64_t{head} * kMlaOutputBlocks + lane / kBlockLanes;
+  float* to = p.scales + block * p.padded_tokens + token;
+  to[0] = first;
+  to[2 * p.padded_tokens] = second;
 }
 
 // kPlain: see IsPlain.
 template <bool kPlain>
-__global__ void __launch_bounds__(kThreads, 2)
-    InverseRopeKernel(const __grid_constant__ InverseRopeParams p, Grid grid) {
-  const uint32_t warp = blockIdx.x * kWarps + threadIdx.x / 32;
+__global__ void __launch_bounds__(kThreads)
+    InverseRopeKernel(const __grid_constant__ InverseRopeParams p, Divisor heads) {
+  const uint32_t four = heads.Quotient(blockIdx.x);
+  const int head = static_cast<int>(blockIdx.x - four * heads.divisor);
+  const int64_t token = int64_t{four} * kTokens + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
+  const auto* from =
+      reinterpret_cast<const uint4*>(p.x + token * p.token_stride + head * p.head_stride) + lane;
   PdlWait();
-  if (warp >= grid.count) return;
-  const uint32_t four = grid.heads.Quotient(warp);
-  const int head = static_cast<int>(warp - four * grid.heads.divisor);
-  const int64_t first = int64_t{four} * kTokens;
-  const int tokens = static_cast<int>(min(int64_t{kTokens}, p.num_tokens - first));
-  const bool rotated = lane >= kFirstRotatedLane;
-
-  const uint16_t* in = p.x + first * p.token_stride + head * p.head_stride + lane * kLaneChannels;
-  uint4 raw[kTokens][2];
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    raw[t][0] = raw[t][1] = make_uint4(0, 0, 0, 0);
-    if (t < tokens) {
-      const auto* from = reinterpret_cast<const uint4*>(in + t * p.token_stride);
-      raw[t][0] = __ldg(from);
-      raw[t][1] = __ldg(from + 1);
-    }
+  if (token >= p.num_tokens) {  // behind the last one: scales alone
+    StoreScales(p, token, head, 0.0f, 0.0f);
+    return;
   }
-  // Lane t has the position of token t.
   LoadedIndex position;
-  position.Load(p.rotations.positions, first + min(lane, tokens - 1));
-  // Here, since the compiler moves no load over it: the shuffles below wait for a position, and all
-  // other loads are to be under way by then. All angles are before one is used.
+  position.Load(p.rotations.positions, token);
+  const uint4 low = __ldg(from), high = __ldg(from + 32);
+  const bool rotated = lane >= kFirstRotatedLane;
+  Angles<kChunk / 2> angles;
+  angles.template Load<kPlain>(p.rotations, p.rotations.RowOf(position.Value()),
+                               (lane - kFirstRotatedLane) * (kChunk / 2), rotated);
+  // Behind the loads: the compiler moves none over it.
   PdlLaunchDependents();
-  const int64_t own_row = p.rotations.RowOf(position.Value());
-  Angles<kLaneChannels / 2> angles[kTokens];
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const int64_t row = __shfl_sync(kFullWarp, own_row, t);
-    const int pair = (lane - kFirstRotatedLane) * (kLaneChannels / 2);
-    angles[t].template Load<kPlain>(p.rotations, row, pair, rotated && t < tokens);
-  }
 
-  float scales[kTokens];
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    float x[kLaneChannels];
-    Unpack(raw[t], x);
-    if (rotated) angles[t].template Rotate<true>(x);
-    __syncwarp();
-    uint32_t amax = 0;
-#pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) amax = max(amax, AbsBits(x[i]));
-    const float scale = PowerOfTwoFp8Scale(LanesMax<kBlockLanes>(amax), kActivationFloorBits);
-    const float inverse = PowerOfTwoInverse(scale);
-    scales[t] = t < tokens ? scale : 0.0f;
-    if (t < tokens) {
-      *reinterpret_cast<uint4*>(p.codes + p.CodesOf(first + t, head) + lane * kLaneChannels) =
-          make_uint4(Codes4(x, inverse), Codes4(x + 4, inverse), Codes4(x + 8, inverse),
-                     Codes4(x + 12, inverse));
-    }
+  float x[kChunk], y[kChunk];
+  Widen(low, x);
+  Widen(high, y);
+  const uint32_t first = AmaxPair(low);
+  uint32_t second = AmaxPair(high);
+  second = max(second & 0xFFFFu, second >> 16);
+  if (rotated) {
+    angles.template Rotate<true>(y);
+    second = AmaxUp(y);
   }
-  if (lane % kBlockLanes == 0) {
-    const int64_t block = int64_t{head} * kMlaOutputBlocks + lane / kBlockLanes;
-    *reinterpret_cast<float4*>(p.scales + block * p.padded_tokens + first) =
-        make_float4(scales[0], scales[1], scales[2], scales[3]);
-  }
+  __syncwarp();
+  const uint32_t amax = LanesMax2<kBlockLanes>(max(first & 0xFFFFu, first >> 16) | second << 16);
+  const float scale0 = PowerOfTwoFp8Scale(amax << 16, kActivationFloorBits);
+  const float scale1 = PowerOfTwoFp8Scale(amax & 0xFFFF0000u, kActivationFloorBits);
+  uint8_t* codes = p.codes + p.CodesOf(token, head) + lane * kChunk;
+  *reinterpret_cast<uint2*>(codes) = Codes(x, PowerOfTwoInverse(scale0));
+  *reinterpret_cast<uint2*>(codes + kHalf) = Codes(y, PowerOfTwoInverse(scale1));
+  StoreScales(p, token, head, scale0, scale1);
 }
 
 }  // namespace
@@ -119,15 +112,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 cudaError_t LaunchInverseRopeQuantizeFp8(const InverseRopeParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0 || p.num_heads == 0) return cudaSuccess;
   const int64_t fours = p.padded_tokens / kTokens;
-  if (fours > (std::numeric_limits<int32_t>::max() - kWarps) / int64_t{p.num_heads}) {
-    return cudaErrorInvalidValue;  // 8 TiB of outputs
+  if (fours > std::numeric_limits<int32_t>::max() / int64_t{p.num_heads}) {
+    return cudaErrorInvalidValue;  // 4 TiB of outputs
   }
-  Grid grid;
-  grid.heads = Divisor(static_cast<uint32_t>(p.num_heads));
-  grid.count = static_cast<uint32_t>(fours * p.num_heads);
-  const dim3 ctas((grid.count + kWarps - 1) / kWarps);
+  const dim3 ctas(static_cast<unsigned>(fours * p.num_heads));
   const auto kernel = IsPlain(p.rotations) ? InverseRopeKernel<true> : InverseRopeKernel<false>;
-  return LaunchPdl(kernel, ctas, dim3(kThreads), stream, p, grid);
+  return LaunchPdl(kernel, ctas, dim3(kThreads), stream, p,
+                   Divisor(static_cast<uint32_t>(p.num_heads)));
 }
 
 }  // namespace fastattn::cuda

@@ -48,15 +48,20 @@ __device__ void SetKvTiles(const AttentionParams& p, WorkTile* tile, int lane) {
   }
   if (p.mask_offsets != nullptr) {
     int least = kMaxCachedKeys, most = 0;  // may be cut: the queries' own ranges mask
+    int last_begin = 0, first_end = kMaxCachedKeys;
 #pragma unroll 1
     for (int i = lane; i < tile->queries; i += 32) {
       const int64_t token = tile->token + i;
-      least = min(least, p.mask_offsets[2 * token]);
-      most = max(most, p.mask_offsets[2 * token + 1]);
+      const int mask_begin = p.mask_offsets[2 * token], mask_end = p.mask_offsets[2 * token + 1];
+      least = min(least, mask_begin);
+      most = max(most, mask_end);
+      last_begin = max(last_begin, mask_begin);
+      first_end = min(first_end, mask_end);
     }
     begin = max(begin, __reduce_min_sync(~0u, least));
     end = min(end, __reduce_max_sync(~0u, most));
-    unmasked_end = 0;  // not known: every KV tile is masked
+    unmasked_begin = max(unmasked_begin, __reduce_max_sync(~0u, last_begin));
+    unmasked_end = min(unmasked_end, __reduce_min_sync(~0u, first_end));
   }
   if (lane != 0) return;
   // Without a visible key, one iteration finds that out.

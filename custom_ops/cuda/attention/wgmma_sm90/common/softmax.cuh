@@ -74,7 +74,7 @@ __device__ __forceinline__ void MaskScores(const S& shared, int buffer, int star
                                            float (&scores)[kScores]) {
   const int column = start + 2 * (threadIdx.x % 4);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < kScores / (kBlockSize / 2); ++half) {
     const bool unassigned = flags & (kUnassigned << half);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

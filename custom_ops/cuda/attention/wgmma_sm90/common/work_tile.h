@@ -20,11 +20,11 @@ struct WorkTile {
   int ragged_block;    // ragged K and V: the sequence's first block of transposed values
   int kv_tiles;        // at least 1; -1: there are no more work tiles
   int last_kv_tile;    // the mainloop begins with it, and goes on downwards
-  int unmasked_begin;  // keys that every query of the tile sees, mask_offsets apart
+  int unmasked_begin;  // keys that every query of the tile sees
   int unmasked_end;
 };
 
-// Flags of a KV tile, which is two cache blocks.
+// Flags of a KV tile, which is two cache blocks, or one.
 inline constexpr int kUnassigned = 1;  // << 0, 1: the block is not assigned, its keys are masked
 inline constexpr int kNeedsScrub = 4;  // some query sees only a part of the KV tile
 inline constexpr int kAfterScrub = 8;  // the KV tile of the iteration before needed it

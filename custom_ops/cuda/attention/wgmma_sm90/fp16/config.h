@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/head_dims.h"
 #include "cuda/attention/wgmma_sm90/common/pipeline_state.h"
 #include "cuda/attention/wgmma_sm90/common/work_tile.h"
 #include "params/attention.h"
@@ -18,48 +19,58 @@ using namespace wgmma_sm90;  // what the Hopper kernels share
 
 // What K and V are in memory.
 enum class Source : int {
-  k16Bit,        // 16-bit values, tokens as rows
-  kRaggedCodes,  // 8-bit codes, tokens as rows
-  kPagedCodes,   // 8-bit codes, tokens of K as rows, and channels of V
+  k16Bit,         // 16-bit values, tokens as rows
+  kRaggedCodes,   // 8-bit codes, tokens as rows
+  kPagedCodes,    // 8-bit codes, tokens of K as rows, and channels of V
+  kPagedNibbles,  // the same of 4-bit codes, a byte for two channels
 };
 
-// The queries of a work tile are kQueries tokens of one head; a KV tile is kKeys keys, two blocks.
-// kElement is the type of K as an operand of the product: 16 bits, which codes may have to be
-// converted to, or the codes as they lie (kKeyCodeOperands). A query is two such codes then.
+// The queries of a work tile are kQueries tokens of one head; a KV tile is kKeys keys, two blocks,
+// or one where the outputs of a large head leave registers for the scores of no more. kElement is
+// the type of K as an operand of the product: 16 bits, which codes may have to be converted to, or
+// the codes as they lie (kKeyCodeOperands). A query is two such codes then.
 template <DType kElement_, int kDim_, Source kSource_, bool kPerTokenScales_, bool kSoftcap_>
 struct Config {
   static constexpr DType kElement = kElement_;
   static constexpr int kDim = kDim_;
+  static constexpr int kValueDim = ValueDim(kDim);
+  static constexpr bool kLarge = kDim > 128;
   static constexpr bool kQuantized = kSource_ != Source::k16Bit;
   static constexpr bool kKeyCodeOperands =
       kElement != DType::kBFloat16 && kElement != DType::kFloat16;
   static constexpr bool kFiniteValues = kElement == DType::kInt8;
-  static constexpr bool kTokenMajorV = kSource_ != Source::kPagedCodes;
+  static constexpr bool kNibbles = kSource_ == Source::kPagedNibbles;
+  static constexpr bool kTokenMajorV = kSource_ != Source::kPagedCodes && !kNibbles;
   static constexpr bool kPerTokenScales = kPerTokenScales_;  // of K and V
   static constexpr bool kSoftcap = kSoftcap_;
   static constexpr bool kPerChannelScales = kQuantized && !kPerTokenScales;   // they may be
   static constexpr DType kOperand = kQuantized ? DType::kFloat16 : kElement;  // of P and V
 
   static constexpr int kKeyStages = kKeyCodeOperands ? 3 : 2;
-  static constexpr int kValueStages = kQuantized && !kKeyCodeOperands ? 2 : 3;
+  static constexpr int kValueStages = kLarge || (kQuantized && !kKeyCodeOperands) ? 2 : 3;
   static constexpr int kConsumers = 2;
   static constexpr int kQueries = 64 * kConsumers;
-  static constexpr int kKeys = 2 * kBlockSize;
+  static constexpr int kBlocks = kValueDim > 128 ? 1 : 2;  // of a KV tile
+  static constexpr int kKeys = kBlocks * kBlockSize;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kHelperWarps = 3;  // warps of the producer warpgroup that load no keys
-  static constexpr int kScrubWarps = 2;   // of them, those that scrub 16-bit V
-  static constexpr int kOut = kDim / 2;   // output registers of a thread
+  static constexpr int kHelperWarps = 3;      // warps of the producer warpgroup that load no keys
+  static constexpr int kScrubWarps = 2;       // of them, those that scrub 16-bit V
+  static constexpr int kOut = kValueDim / 2;  // output registers of a thread
   static constexpr int kScores = kKeys / 2;
-  // An operand's tile of tokens lies as one or two slices of 64 channels, rows of kSlice bytes.
+  // An operand's tile of tokens lies as slices of 64 channels, rows of kSlice bytes.
   static constexpr int kSlice = 128;
   static constexpr int kSlices = kDim / 64;
   static constexpr int kRowBytes = kSlices * kSlice;
+  static constexpr int kValueSlices = kValueDim / 64;
+  static constexpr int kValueRowBytes = kValueSlices * kSlice;
   static constexpr int kKeyRowBytes = kKeyCodeOperands ? kDim : kRowBytes;
   // Bytes of a key and its value in memory.
-  static constexpr int kKeyBytes = 2 * kDim * (kQuantized ? 1 : 2);
+  static constexpr int kKeyBytes = (kDim + kValueDim) * (kQuantized ? 1 : 2) / (kNibbles ? 2 : 1);
+  // Whether codes of K lie as they are, and so come by TMA.
+  static constexpr bool kLoadsKeyOperands = kKeyCodeOperands && !kNibbles;
   // Stages for a KV tile's codes of K or V that are to be converted.
-  static constexpr int kCodeStages = kKeyCodeOperands ? 2 : kQuantized ? 3 : 1;
-  static constexpr int kCodeBytes = kQuantized ? kKeys * kDim : 128;
+  static constexpr int kCodeStages = kLoadsKeyOperands ? 2 : kQuantized ? 3 : 1;
+  static constexpr int kCodeBytes = kQuantized ? kKeys * kDim / (kNibbles ? 2 : 1) : 128;
   static constexpr int kScaleStages = kPerTokenScales ? 4 : 1;
   static constexpr int kScaledKeys = kPerTokenScales ? kKeys : 8;
   // Scales of K lie as threads read them: those of columns 2 * q, + 1 of every eight together. A
@@ -71,16 +82,17 @@ template <class C>
 struct alignas(1024) Shared {
   static constexpr bool kRecomputeLane = true;  // registers are short
   uint8_t query[C::kQueries * C::kRowBytes];    // [consumer][slice][64 tokens][128]
-  // [slice][128 tokens][128]; codes: [128 tokens][D]
+  // [slice][kKeys tokens][128]; codes: [kKeys tokens][D]
   uint8_t key[C::kKeyStages][C::kKeys * C::kKeyRowBytes];
-  // [slice][128 tokens][128] or [block][D channels][128]
-  uint8_t value[C::kValueStages][C::kKeys * C::kRowBytes];
+  // [slice][kKeys tokens][128] or [block][D channels][128]
+  uint8_t value[C::kValueStages][C::kKeys * C::kValueRowBytes];
   // Eight columns of values for RowSums, swizzled: 16 of 1 each, and then 48 of 0.
   alignas(1024) uint16_t ones[C::kQuantized ? 512 : 1];
   alignas(128) uint8_t codes[C::kCodeStages][C::kCodeBytes];
   // Tokens of a stage whose value is not finite, by channel; a bit each, 16 tokens a word. Words
   // of a side warp that found none hold anything.
-  alignas(16) uint16_t nan_tokens[C::kFiniteValues ? 1 : C::kValueStages][C::kDim][C::kKeys / 16];
+  alignas(16) uint16_t
+      nan_tokens[C::kFiniteValues ? 1 : C::kValueStages][C::kValueDim][C::kKeys / 16];
   alignas(4) uint8_t nan_found[C::kValueStages][4];  // by each helper warp
   alignas(16) float key_scales[C::kScaleStages][4][C::kScaleGroup];
   // Relative to common_v_scale; with kNeedsScrub: their mantissas alone, and the exponents.

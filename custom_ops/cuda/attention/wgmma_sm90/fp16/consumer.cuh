@@ -155,7 +155,7 @@ class Consumer {
   __device__ __forceinline__ void ScaleChannels(int buffer) {
     const float* scales = shared_.value_channels[buffer] + 2 * (lane_ % 4);
 #pragma unroll
-    for (int j = 0; j < C::kDim / 8; ++j) {
+    for (int j = 0; j < C::kValueDim / 8; ++j) {
       const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -230,7 +230,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void IssueValues(const RightOperands& value) {
-    constexpr int kBlock = C::kDim * C::kSlice / 16;
+    constexpr int kBlock = C::kValueDim * C::kSlice / 16;
 #pragma unroll
     for (int k = 0; k < C::kKeys / 16; ++k) {
       const int offset = C::kTokenMajorV ? k * 128 : k / 4 * kBlock + k % 4 * 2;

@@ -8,6 +8,7 @@
 #include "cuda/attention/shared/format.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
 #include "cuda/attention/wgmma_sm90/fp16/nan_scrub.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/nibbles.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/tile_factors.cuh"
 #include "cuda/common/mbarrier.cuh"
 
@@ -57,7 +58,7 @@ class Converter {
       if (ArrivesForWarp(lane_)) Arrive(&shared_.query_full[0]);
 #pragma unroll 1
       for (int iteration = -1; iteration < TileNow().kv_tiles; ++iteration) {
-        if constexpr (!C::kKeyCodeOperands) {
+        if constexpr (!C::kLoadsKeyOperands) {
           if (iteration + 1 < TileNow().kv_tiles) ConvertKeys<F>(iteration + 1);
         }
         if (iteration >= 0) ConvertValues<F>(iteration);
@@ -88,13 +89,17 @@ class Converter {
   template <class F>
   __device__ __forceinline__ void ConvertKeys(int iteration) {
     // Keys are an iteration ahead of the values, but for a work tile's first.
-    static_assert(C::kKeyCodeOperands || C::kKeyStages == C::kValueStages);
+    static_assert(C::kLoadsKeyOperands || C::kKeyStages == C::kValueStages);
     PackedPipelineState<C::kKeyStages> keys{values_.count};
     if (iteration > 0) keys.Advance();
     const int at = keys.Index(), code_stage = code_stages_.Index();
     Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
     Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
-    ConvertRows<F>(shared_.codes[code_stage], shared_.key[at]);
+    if constexpr (C::kNibbles) {
+      ConvertNibbleRows(shared_.codes[code_stage], shared_.key[at]);
+    } else {
+      ConvertRows<F>(shared_.codes[code_stage], shared_.key[at]);
+    }
     if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.code_flags[code_stage];
     Finish(code_stage, &shared_.key_full[at]);
   }
@@ -105,7 +110,9 @@ class Converter {
     Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
     Wait(&shared_.value_empty[at], values_.Phase() ^ 1);
     if constexpr (C::kPerTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
-    if constexpr (C::kTokenMajorV) {
+    if constexpr (C::kNibbles) {
+      ConvertNibbleChannels(shared_.codes[code_stage], shared_.value[at]);
+    } else if constexpr (C::kTokenMajorV) {
       ConvertRows<F>(shared_.codes[code_stage], shared_.value[at]);
     } else {
       ConvertChannels<F>(shared_.codes[code_stage], shared_.value[at]);
@@ -167,8 +174,8 @@ class Converter {
 
   // The warp that takes the next first batch: each conversion moves on by one.
   __device__ __forceinline__ int Turn() const {
-    static_assert((C::kKeyCodeOperands ? C::kValueStages : C::kCodeStages) == C::kHelperWarps);
-    return C::kKeyCodeOperands ? values_.Index() : code_stages_.Index();
+    static_assert((C::kLoadsKeyOperands ? C::kValueStages : C::kCodeStages) == C::kHelperWarps);
+    return C::kLoadsKeyOperands ? values_.Index() : code_stages_.Index();
   }
 
   // Converts tokens with their channels side by side. In each eight lanes, four take one token and
@@ -221,6 +228,54 @@ class Converter {
       uint8_t* row = out + (batch * kBatch + i) * 8 * C::kSlice;
       *reinterpret_cast<uint4*>(row + at) = low;
       *reinterpret_cast<uint4*>(row + (at ^ 16)) = high;
+    });
+  }
+
+  // Converts tokens with their channels side by side to int8 codes, rows of D bytes as TMA would
+  // swizzle them.
+  __device__ __forceinline__ void ConvertNibbleRows(const uint8_t* codes, uint8_t* target) {
+    constexpr int kPieces = C::kDim / 32, kTokens = 32 / kPieces;
+    const int piece = lane_ % kPieces, token = lane_ / kPieces;
+    uint8_t* out = target + token * C::kDim;
+    const int at = 16 * ((2 * piece) ^ (C::kDim == 128 ? token % 8 : token / 2 % 4));
+    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
+      const uint2 a = NibblesToInt8(v.x), b = NibblesToInt8(v.y);
+      const uint2 c = NibblesToInt8(v.z), d = NibblesToInt8(v.w);
+      uint8_t* row = out + (batch * kBatch + i) * kTokens * C::kDim;
+      *reinterpret_cast<uint4*>(row + at) = make_uint4(a.x, a.y, b.x, b.y);
+      *reinterpret_cast<uint4*>(row + (at ^ 16)) = make_uint4(c.x, c.y, d.x, d.y);
+    });
+  }
+
+  // ConvertChannels of bytes that are two channels each.
+  __device__ __forceinline__ void ConvertNibbleChannels(const uint8_t* codes, uint8_t* target) {
+    const int piece = lane_ % 4, channel = lane_ / 4 * 2;
+    uint8_t* out = target + channel * C::kSlice;
+    const int at = 16 * ((2 * piece) ^ (channel % 8));
+    uint4 low_scales, high_scales;
+    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
+      if (i == 0) {
+        const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
+        const auto* scales =
+            reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
+        low_scales = scales[0];
+        high_scales = scales[1];
+      }
+      uint8_t* even = out + (batch * kBatch + i) * 16 * C::kSlice;
+      uint8_t* odd = even + C::kSlice;  // whose chunks are swizzled the other way round
+      uint4 x, y;
+      NibblesToHalves<false>(v.x, &x.x, &y.x);
+      NibblesToHalves<false>(v.y, &x.y, &y.y);
+      NibblesToHalves<false>(v.z, &x.z, &y.z);
+      NibblesToHalves<false>(v.w, &x.w, &y.w);
+      *reinterpret_cast<uint4*>(even + at) = Scaled(x, low_scales);
+      *reinterpret_cast<uint4*>(odd + (at ^ 16)) = Scaled(y, low_scales);
+      NibblesToHalves<true>(v.x, &x.x, &y.x);
+      NibblesToHalves<true>(v.y, &x.y, &y.y);
+      NibblesToHalves<true>(v.z, &x.z, &y.z);
+      NibblesToHalves<true>(v.w, &x.w, &y.w);
+      *reinterpret_cast<uint4*>(even + (at ^ 16)) = Scaled(x, high_scales);
+      *reinterpret_cast<uint4*>(odd + at) = Scaled(y, high_scales);
     });
   }
 

@@ -60,7 +60,7 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   }
   InitBarrier(&shared.query_read, kConsumerWarps);
   for (int i = 0; i < C::kKeyStages; ++i) {
-    InitBarrier(&shared.key_full[i], C::kQuantized && !C::kKeyCodeOperands ? kHelpers : 1);
+    InitBarrier(&shared.key_full[i], C::kQuantized && !C::kLoadsKeyOperands ? kHelpers : 1);
     InitBarrier(&shared.key_empty[i], kConsumerWarps);
   }
   for (int i = 0; i < C::kValueStages; ++i) {

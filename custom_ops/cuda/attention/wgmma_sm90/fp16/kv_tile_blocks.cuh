@@ -19,7 +19,7 @@ __device__ void CopyQueries(const Arguments& a, Shared<C>& shared, const volatil
 
 // Blocks of a KV tile (-1: not assigned) and its flags.
 struct KvTileBlocks {
-  int id[2];
+  int id[2];  // the second one only where a KV tile has two
   int flags;
 };
 
@@ -35,8 +35,8 @@ __device__ bool IsPartlyMasked(const volatile WorkTile& tile, int iteration) {
 template <class C>
 __device__ void LookUpBlocks(const AttentionParams& p, Shared<C>& shared, int buffer,
                              int iteration) {
-  const int block =
-      FindBlock<false>(p, shared.tile[buffer], iteration, threadIdx.x % 32, p.cache.num_blocks);
+  const int block = FindBlock<false, C::kBlocks>(p, shared.tile[buffer], iteration,
+                                                 threadIdx.x % 32, p.cache.num_blocks);
   shared.blocks[buffer][iteration / kBlockLookups % 2][threadIdx.x % 32] = block;
   __syncwarp();
 }
@@ -48,8 +48,8 @@ __device__ KvTileBlocks BlocksOf(const Shared<C>& shared, int buffer, int iterat
   KvTileBlocks blocks;
   blocks.flags = IsPartlyMasked<C>(shared.tile[buffer], iteration) ? kNeedsScrub : 0;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    blocks.id[i] = found[2 * (iteration % kBlockLookups) + i];
+  for (int i = 0; i < C::kBlocks; ++i) {
+    blocks.id[i] = found[C::kBlocks * (iteration % kBlockLookups) + i];
     if (blocks.id[i] < 0) blocks.flags |= kUnassigned << i;
   }
   return blocks;

@@ -15,13 +15,14 @@ using wgmma_fp16::Arguments;
 using wgmma_fp16::Instances;
 
 bool IsCode(DType dtype) {
-  return dtype == DType::kE4M3 || dtype == DType::kE5M2 || dtype == DType::kInt8;
+  return dtype == DType::kE4M3 || dtype == DType::kE5M2 || dtype == DType::kInt8 ||
+         dtype == DType::kInt4;
 }
 
 // Whether codes of K are operands as they lie. Two e4m3 codes hold a bf16 query, but not the bits
 // of fp16, nor those of a product with the scales of channels.
 bool KeyCodes(const AttentionParams& p) {
-  if (KeyType(p) != DType::kE4M3) return KeyType(p) == DType::kInt8;
+  if (KeyType(p) != DType::kE4M3) return KeyType(p) == DType::kInt8;  // of 4 bits: see below
   const bool channels = p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
   return p.q_dtype == DType::kBFloat16 && !channels;
 }
@@ -42,10 +43,10 @@ ByteTensor PlaneTensor(const AttentionParams& p, const void* data, const CacheSt
 
 // Tokens of K or V as rows: 16-bit values in boxes of 64 tokens x 128 bytes, codes in whole blocks.
 ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStrides& strides,
-                     const void* ragged, int64_t token_stride, int64_t head_stride,
+                     const void* ragged, int64_t token_stride, int64_t head_stride, int head_dim,
                      BlockPlanes* planes) {
   const auto size = static_cast<uint64_t>(SizeOf(KeyType(p)));
-  const uint64_t row = size * static_cast<uint64_t>(p.head_dim);
+  const uint64_t row = size * static_cast<uint64_t>(head_dim / CodesPerByte(KeyType(p)));
   ByteTensor tensor;
   if (p.paged) {
     tensor = PlaneTensor(p, paged, strides, planes);
@@ -69,9 +70,9 @@ ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStr
 ByteTensor ChannelTensor(const AttentionParams& p, BlockPlanes* planes) {
   ByteTensor tensor = PlaneTensor(p, p.cache.value, p.cache.value_strides, planes);
   tensor.size[0] = kBlockSize;
-  tensor.size[1] = static_cast<uint64_t>(p.head_dim);
+  tensor.size[1] = static_cast<uint64_t>(p.cache.RowElements());
   tensor.box[0] = kBlockSize;
-  tensor.box[1] = static_cast<uint32_t>(p.head_dim);
+  tensor.box[1] = static_cast<uint32_t>(p.cache.RowElements());
   tensor.box[2] = 1;
   tensor.swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
   return tensor;
@@ -88,7 +89,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
       {128, 1, 64},
       CU_TENSOR_MAP_SWIZZLE_128B};
   ByteTensor key = RowTensor(p, p.cache.key, p.cache.key_strides, kv.key, kv.key_token_stride,
-                             kv.key_head_stride, &arguments->key_planes);
+                             kv.key_head_stride, p.head_dim, &arguments->key_planes);
   if (KeyCodes(p)) {
     key.swizzle = p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   }
@@ -96,7 +97,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
       p.paged && IsQuantized(p.cache.type)
           ? ChannelTensor(p, &arguments->value_planes)
           : RowTensor(p, p.cache.value, p.cache.value_strides, kv.value, kv.value_token_stride,
-                      kv.value_head_stride, &arguments->value_planes);
+                      kv.value_head_stride, ValueDim(p.head_dim), &arguments->value_planes);
   cudaError_t status = EncodeMap(query, &arguments->query);
   if (status == cudaSuccess) status = EncodeMap(key, &arguments->key);
   if (status == cudaSuccess) status = EncodeMap(value, &arguments->value);
@@ -107,8 +108,14 @@ cudaError_t EncodeMaps(Arguments* arguments) {
 auto VariantOf(const AttentionParams& p) {
   using wgmma_fp16::Source;
   const bool codes = IsCode(KeyType(p));
-  const DType operand = !codes ? p.q_dtype : KeyCodes(p) ? KeyType(p) : DType::kFloat16;
-  const Source source = !codes    ? Source::k16Bit
+  // Codes of 4 bits become int8.
+  const bool nibbles = CodesPerByte(KeyType(p)) == 2;
+  const DType operand = nibbles       ? DType::kInt8
+                        : !codes      ? p.q_dtype
+                        : KeyCodes(p) ? KeyType(p)
+                                      : DType::kFloat16;
+  const Source source = nibbles   ? Source::kPagedNibbles
+                        : !codes  ? Source::k16Bit
                         : p.paged ? Source::kPagedCodes
                                   : Source::kRaggedCodes;
   return std::tuple{Wanted{"operand", operand}, Wanted{"head_dim", p.head_dim},

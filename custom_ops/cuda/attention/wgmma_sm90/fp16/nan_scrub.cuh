@@ -20,9 +20,9 @@ class NanScrubber {
 #pragma unroll 1
     for (int group = first; group < last; group += stride) {
 #pragma unroll 2
-      for (int i = 0; i < C::kDim / 16; ++i) {
+      for (int i = 0; i < C::kValueDim / 16; ++i) {
         if constexpr (C::kTokenMajorV) {
-          constexpr int kPieces = C::kDim / 8;
+          constexpr int kPieces = C::kValueDim / 8;
           const int token = 16 * group + (32 * i + lane_) / kPieces;
           bad |= ScrubPiece(RowPiece(at, token, lane_ % kPieces), token < written ? 8 : 0);
         } else {
@@ -54,7 +54,7 @@ class NanScrubber {
   // The piece with tokens 8 * eight .. + 7 of a channel.
   __device__ uint4* ChannelPiece(int at, int channel, int eight) const {
     return reinterpret_cast<uint4*>(shared_.value[at] +
-                                    (eight / 8 * C::kDim + channel) * C::kSlice +
+                                    (eight / 8 * C::kValueDim + channel) * C::kSlice +
                                     16 * ((eight ^ channel) % 8));
   }
 
@@ -76,7 +76,7 @@ class NanScrubber {
   __device__ void ListNonFinite(int at, int group) {
     __syncwarp();
 #pragma unroll 1
-    for (int channel = lane_; channel < C::kDim; channel += 32) {
+    for (int channel = lane_; channel < C::kValueDim; channel += 32) {
       uint32_t tokens = 0;
 #pragma unroll 1
       for (int i = 0; i < 16; ++i) {

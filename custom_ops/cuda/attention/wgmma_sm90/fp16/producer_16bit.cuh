@@ -122,8 +122,9 @@ class KvLoader {
   __device__ KvTileCoordinates CoordinatesOf(const BlockPlanes& planes,
                                              const volatile WorkTile& tile,
                                              const KvTileBlocks& blocks) const {
+    constexpr int kLast = C::kBlocks - 1;
     return {{BlockCoordinates(p_, planes, tile, blocks.id[0]),
-             BlockCoordinates(p_, planes, tile, blocks.id[1])},
+             BlockCoordinates(p_, planes, tile, blocks.id[kLast])},
             blocks.flags};
   }
 
@@ -132,7 +133,7 @@ class KvLoader {
     Wait(&shared_.key_empty[at], keys_.phase ^ 1);
     if (lane_ == 0) {
       shared_.flags[at] = coordinates.flags;
-      LoadKvTile(&a_.key, coordinates, shared_.key[at], &shared_.key_full[at]);
+      LoadKvTile<C::kSlices>(&a_.key, coordinates, shared_.key[at], &shared_.key_full[at]);
     }
     __syncwarp();
     keys_.Advance();
@@ -143,19 +144,21 @@ class KvLoader {
     Wait(&shared_.value_empty[at], values_.phase ^ 1);
     if (lane_ == 0) {
       shared_.value_flags[at] = coordinates.flags;
-      LoadKvTile(&a_.value, coordinates, shared_.value[at], &shared_.value_full[at]);
+      LoadKvTile<C::kValueSlices>(&a_.value, coordinates, shared_.value[at],
+                                  &shared_.value_full[at]);
     }
     __syncwarp();
     values_.Advance();
   }
 
+  template <int kSlices>
   __device__ void LoadKvTile(const CUtensorMap* map, const KvTileCoordinates& coordinates,
                              uint8_t* target, uint64_t* barrier) {
-    ArriveExpect(barrier, C::kKeys * C::kRowBytes);
+    ArriveExpect(barrier, C::kKeys * kSlices * C::kSlice);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < C::kBlocks; ++i) {
 #pragma unroll
-      for (int slice = 0; slice < C::kSlices; ++slice) {
+      for (int slice = 0; slice < kSlices; ++slice) {
         CopyBox(map, target + (slice * C::kKeys + i * kBlockSize) * C::kSlice, barrier,
                 slice * C::kSlice, coordinates.at[i].x, coordinates.at[i].y);
       }

@@ -106,7 +106,7 @@ class CodeLoader {
   }
 
   __device__ void LoadKeys(int buffer, const KvTileBlocks& blocks) {
-    if constexpr (C::kKeyCodeOperands) {
+    if constexpr (C::kLoadsKeyOperands) {
       const int at = keys_.Index();
       Wait(&shared_.key_empty[at], keys_.Phase() ^ 1);
       if (lane_ == 0) {
@@ -135,11 +135,12 @@ class CodeLoader {
 
   __device__ void CopyCodes(int buffer, const CUtensorMap* map, const BlockPlanes& planes,
                             const KvTileBlocks& blocks, uint8_t* target, uint64_t* barrier) {
-    ArriveExpect(barrier, C::kKeys * C::kDim);
+    constexpr int kBlockBytes = kBlockSize * C::kDim / (C::kNibbles ? 2 : 1);
+    ArriveExpect(barrier, 2 * kBlockBytes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int2 origin = BlockCoordinates(p_, planes, shared_.tile[buffer], blocks.id[i]);
-      CopyBox(map, target + i * kBlockSize * C::kDim, barrier, 0, origin.x, origin.y);
+      CopyBox(map, target + i * kBlockBytes, barrier, 0, origin.x, origin.y);
     }
   }
 

@@ -16,6 +16,8 @@ inline const char* NameOf(Source source) {
       return "ragged codes";
     case Source::kPagedCodes:
       return "paged codes";
+    case Source::kPagedNibbles:
+      return "paged 4-bit codes";
   }
   return "unknown";
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/head_dims.h"
 #include "cuda/attention/wgmma_sm90/common/pipeline_state.h"
 #include "cuda/attention/wgmma_sm90/common/work_tile.h"
 #include "params/attention.h"
@@ -20,13 +21,17 @@ template <int kDim_, bool kPerTokenScales_, bool kSoftcap_, DType kKvType_ = DTy
           bool kTwoLevel_ = true>
 struct Config {
   static constexpr int kDim = kDim_;
+  static constexpr int kValueDim = ValueDim(kDim);
   static constexpr DType kKvType = kKvType_;                 // of K and V
   static constexpr bool kPerTokenScales = kPerTokenScales_;  // of K and V
   static constexpr bool kSoftcap = kSoftcap_;
   // Each iteration's P * V starts from zero and is added in fp32: the tensor core's own sum of FP8
   // products keeps 14 bits.
   static constexpr bool kTwoLevel = kTwoLevel_;
-  static constexpr int kStages = 5;
+  static constexpr int kStages = kDim > 192 ? 2 : kDim > 128 ? 4 : 5;
+  // The outputs of a large head leave registers either for scores or for a product of half of its
+  // channels: a consumer goes from one to the other, while the other consumer does the opposite.
+  static constexpr bool kSerial = kValueDim > 128;
   static constexpr int kKeyBytes = 0;  // TileScheduler takes all heads at once
   // Where P * V of the iteration before is issued and added: ahead of the iteration's scores, while
   // the tensor cores find those, or behind them, among the exponentials. With per-token scales,
@@ -38,8 +43,12 @@ struct Config {
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kKeys = 2 * kBlockSize;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kScrubWarps = 3;  // warps of the producer warpgroup that load nothing
-  static constexpr int kOut = kDim / 2;  // output registers of a thread
+  static constexpr int kScrubWarps = 3;       // warps of the producer warpgroup that load nothing
+  static constexpr int kOut = kValueDim / 2;  // output registers of a thread
+  // Queries and keys lie as slices of so many channels, rows of as many bytes.
+  static constexpr int kSlice = kDim == 192 ? 64 : kDim > 128 ? 128 : kDim;
+  static constexpr int kSlices = kDim / kSlice;
+  static constexpr int kProduct = kSerial ? kOut / 2 : kOut;  // of them, those of one product
   static constexpr int kScores = kKeys / 2;
 };
 
@@ -55,9 +64,9 @@ __device__ __forceinline__ float VScaleRatio(float before, float now) {
 template <class C>
 struct alignas(1024) Shared {
   static constexpr bool kRecomputeLane = false;  // threads keep what follows from their lanes
-  uint8_t query[2][C::kQueries * C::kDim];
-  uint8_t key[C::kStages][C::kKeys * C::kDim];
-  uint8_t value[C::kStages][C::kKeys * C::kDim];
+  uint8_t query[2][C::kQueries * C::kDim];       // [consumer][slice][64 tokens][kSlice]
+  uint8_t key[C::kStages][C::kKeys * C::kDim];   // [slice][128 tokens][kSlice]
+  uint8_t value[C::kStages][C::kKeys * C::kValueDim];
   // Per-token scales as loaded (fp32 or bf16), and as used: fp32, those of V over the KV tile's
   // largest.
   uint8_t raw_scales[C::kPerTokenScales ? C::kStages : 1][2][C::kKeys * 4];
@@ -70,7 +79,7 @@ struct alignas(1024) Shared {
   // What a row's output is relative to after a KV tile with kNeedsScrub.
   float row_v_scale[C::kPerTokenScales ? C::kQueries : 1];
   // Tokens of a stage whose value is NaN, by channel: a bit each, 16 tokens a word.
-  alignas(16) uint16_t nan_tokens[C::kStages][C::kDim][C::kKeys / 16];
+  alignas(16) uint16_t nan_tokens[C::kStages][C::kValueDim][C::kKeys / 16];
   alignas(4) uint8_t nan_found[C::kStages][4];  // by each scrubbing warp
   int flags[C::kStages];                        // for the consumers, with the keys
   int value_flags[C::kStages];                  // the same for the scrubbing warps, with the values

@@ -47,6 +47,18 @@ class Consumer {
 
   __device__ __forceinline__ void Run() {
     if (group_ == 1) ArriveNamed<256>(kPingPongBarrier + 0);
+    if constexpr (C::kSerial) {
+      RunSerial();
+    } else {
+      RunOverlapped();
+    }
+    // Takes the last arrival of the other warpgroup.
+    if (group_ == 0) SyncNamed<256>(kPingPongBarrier + 0);
+  }
+
+ private:
+  // Scores and products of an iteration overlap.
+  __device__ __forceinline__ void RunOverlapped() {
     PipelineState<2> queries;
     if (NextTile(queries)) {
       IssueFirst();
@@ -69,13 +81,55 @@ class Consumer {
       IssueValues();
       Finish(queries.index ^ 1);
     }
-    // Takes the last arrival of the other warpgroup.
-    if (group_ == 0) SyncNamed<256>(kPingPongBarrier + 0);
   }
 
- private:
+  // They follow each other (Config::kSerial).
+  __device__ __forceinline__ void RunSerial() {
+    PipelineState<2> queries;
+    while (NextTile(queries)) {
+      LoadTile(queries.index);
+      const int kv_tiles = shared_.tile[queries.index].kv_tiles;
+      float max_v_scale = 1.0f;
+#pragma unroll 1
+      for (int i = 0; i < kv_tiles; ++i) {
+        if (i > 0) start_ -= C::kKeys;
+        IssueFirst();
+        WaitProducts<0>(s_);
+        FirstSoftmax();
+        AddHalf<0>();
+        AddHalf<1>();
+        if constexpr (C::kPerTokenScales) max_v_scale = shared_.max_v_scale[values_.index][0];
+        ReleaseValues(start_);
+      }
+      const int buffer = queries.index;
+      float v_scale[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        v_scale[h] = max_v_scale < 0.0f ? shared_.row_v_scale[QueryIndex(h)] : max_v_scale;
+      }
+      RestoreNanFactors(shared_, buffer, sum_);
+      Epilogue<C>::Write(p_, shared_, buffer, o_, shift_, sum_, v_scale);
+      ArriveWarp(&shared_.query_empty[buffer]);
+      queries.Advance();
+    }
+  }
+
+  // Adds the P * V of half of the channels.
+  template <int kHalf>
+  __device__ __forceinline__ void AddHalf() {
+    constexpr int kFirst = kHalf * C::kProduct;
+    FenceProducts();
+    IssueValues<kHalf>();
+    WaitProducts<0>(product_);
+    KeepRegisters(probabilities_);
+#pragma unroll
+    for (int i = 0; i < C::kProduct; ++i) {
+      o_[kFirst + i] = fmaf(o_[kFirst + i], pending_[i / 2 % 2], product_[i]);
+    }
+  }
+
   static constexpr int kPingPongBarrier = 1;
-  static_assert(C::kTwoLevel || !C::kValuesFirst);
+  static_assert(C::kTwoLevel || !(C::kValuesFirst || C::kSerial));
 
   // Ping-pong: the warpgroups take the exponentials in turn, so that the special function units are
   // busy with one's while the other waits for products, looks for maxima and issues products.
@@ -136,20 +190,26 @@ class Consumer {
   // --- products ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ void IssueScores() {
-    const uint64_t key = OperandDescriptor<C::kDim>(SharedAddress(shared_.key[0])) +
+    const uint64_t key = OperandDescriptor<C::kSlice>(SharedAddress(shared_.key[0])) +
                          keys_.index * (C::kKeys * C::kDim / 16);
     MultiplyShared<false, C::kKvType>(s_, query_operand_, key);
 #pragma unroll
     for (int k = 1; k < C::kDim / 32; ++k) {
-      MultiplyShared<true, C::kKvType>(s_, query_operand_ + 2 * k, key + 2 * k);
+      constexpr int kSteps = C::kSlice / 32;
+      const int slice = k / kSteps, offset = 2 * (k % kSteps);
+      MultiplyShared<true, C::kKvType>(s_, query_operand_ + slice * (64 * C::kSlice / 16) + offset,
+                                       key + slice * (C::kKeys * C::kSlice / 16) + offset);
     }
     CommitProducts();
   }
 
+  // kHalf: which half of the channels, where a product has that many (Config::kSerial).
+  template <int kHalf = 0>
   __device__ __forceinline__ void IssueValues() {
     const uint64_t value = OperandDescriptor<kBlockSize>(SharedAddress(shared_.value[0])) +
-                           values_.index * (C::kKeys * C::kDim / 16);
-    constexpr int kBlock = kBlockSize * C::kDim / 16;
+                           values_.index * (C::kKeys * C::kValueDim / 16) +
+                           kHalf * (2 * C::kProduct * kBlockSize / 16);
+    constexpr int kBlock = kBlockSize * C::kValueDim / 16;
     auto& target = Target();
     MultiplyRegisters<!C::kTwoLevel, C::kKvType>(target, probabilities_, value);
 #pragma unroll
@@ -160,7 +220,7 @@ class Consumer {
     CommitProducts();
   }
 
-  __device__ __forceinline__ float (&Target()) [C::kOut] {
+  __device__ __forceinline__ float (&Target()) [C::kProduct] {
     if constexpr (C::kTwoLevel) {
       return product_;
     } else {
@@ -173,7 +233,7 @@ class Consumer {
   // Waits for a work tile; false if there are no more.
   __device__ __forceinline__ bool NextTile(const PipelineState<2>& queries) {
     Wait(&shared_.query_full[queries.index], queries.phase);
-    query_operand_ = OperandDescriptor<C::kDim>(
+    query_operand_ = OperandDescriptor<C::kSlice>(
         SharedAddress(shared_.query[queries.index] + group_ * 64 * C::kDim));
     return shared_.tile[queries.index].kv_tiles >= 0;
   }
@@ -427,7 +487,7 @@ class Consumer {
   // kRowVScales: V's scales are multiplied with `inverse` (see FindRowVScales).
   template <bool kAdd, bool kRowVScales>
   __device__ __forceinline__ void Exponentials(const float (&alpha)[2], const float (&inverse)[2]) {
-    constexpr int kPerOutput = C::kScores / C::kOut;
+    constexpr int kPerOutput = C::kSerial ? 1 : C::kScores / C::kOut;
     constexpr int kPingPongAt = C::kScores - 4;  // the other warpgroup needs some cycles to wake up
     const float shift[2] = {Shift(0), Shift(1)};
 #pragma unroll
@@ -518,7 +578,7 @@ class Consumer {
   float shift_[2], sum_[2], factor_[2], pending_[2];
   float s_[C::kScores];
   float o_[C::kOut];
-  float product_[C::kTwoLevel ? C::kOut : 1];
+  float product_[C::kTwoLevel ? C::kProduct : 1];
   uint32_t probabilities_[C::kKeys / 8];
 };
 

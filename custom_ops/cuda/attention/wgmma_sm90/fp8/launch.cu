@@ -1,5 +1,6 @@
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <tuple>
 
@@ -19,9 +20,10 @@ using wgmma_fp8::Instances;
 cudaError_t EncodeMaps(Arguments* arguments) {
   const AttentionParams& p = arguments->p;
   const auto dim = static_cast<uint64_t>(p.head_dim);
-  const auto box = static_cast<uint32_t>(p.head_dim);
+  const auto value_dim = static_cast<uint32_t>(ValueDim(p.head_dim));
+  const auto box = p.head_dim == 192 ? 64u : std::min<uint32_t>(p.head_dim, 128);  // Config::kSlice
   // LaunchTranspose writes ragged values as blocks of a contiguous cache.
-  const int64_t plane = int64_t{kBlockSize} * p.head_dim;
+  const int64_t plane = int64_t{kBlockSize} * value_dim;
   const CacheStrides blocks{plane * p.num_kv_heads, plane, kBlockSize};
   const CacheStrides& key_strides = p.paged ? p.cache.key_strides : blocks;
   const CacheStrides& value_strides = p.paged ? p.cache.value_strides : blocks;
@@ -30,7 +32,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   arguments->key_planes = keys.planes;
   arguments->value_planes = values.planes;
   const CUtensorMapSwizzle swizzle =
-      p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+      box == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const ByteTensor query{
       p.q,
       {dim, static_cast<uint64_t>(p.num_heads), static_cast<uint64_t>(p.seqs.num_tokens)},
@@ -50,9 +52,9 @@ cudaError_t EncodeMaps(Arguments* arguments) {
     key.stride[1] = static_cast<uint64_t>(p.ragged.key_head_stride);
   }
   const ByteTensor value{p.paged ? p.cache.value : p.workspace,
-                         {kBlockSize, dim, static_cast<uint64_t>(values.planes.outside)},
+                         {kBlockSize, value_dim, static_cast<uint64_t>(values.planes.outside)},
                          {static_cast<uint64_t>(value_strides.row), values.stride},
-                         {kBlockSize, box, 1},
+                         {kBlockSize, value_dim, 1},
                          CU_TENSOR_MAP_SWIZZLE_64B};
   cudaError_t status = EncodeMap(query, &arguments->query);
   if (status == cudaSuccess) status = EncodeMap(key, &arguments->key);

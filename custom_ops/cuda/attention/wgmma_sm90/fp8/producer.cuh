@@ -49,8 +49,10 @@ class KvLoader {
     uint64_t* barrier = &shared_.query_full[buffer];
     ArriveExpect(barrier, C::kQueries * C::kDim);
     for (int i = 0; i < C::kConsumers; ++i) {
-      CopyBox(&a_.query, shared_.query[buffer] + i * 64 * C::kDim, barrier, 0, tile.head,
-              tile.token + 64 * i);
+      for (int slice = 0; slice < C::kSlices; ++slice) {
+        CopyBox(&a_.query, shared_.query[buffer] + i * 64 * C::kDim + slice * 64 * C::kSlice,
+                barrier, slice * C::kSlice, tile.head, tile.token + 64 * i);
+      }
     }
   }
 
@@ -77,7 +79,7 @@ class KvLoader {
   // Coordinates of blocks that are not assigned lie outside of the tensors: zeros arrive.
   __device__ void LoadKvTile(const volatile WorkTile& tile, int iteration, const int (&blocks)[2],
                              int flags, PipelineState<C::kStages> stage) {
-    constexpr int kBytes = kBlockSize * C::kDim;
+    constexpr int kBytes = kBlockSize * C::kDim, kValueBytes = kBlockSize * C::kValueDim;
     const int at = stage.index;
     Wait(&shared_.key_empty[at], stage.phase ^ 1);
     if (lane_ == 0) {
@@ -91,7 +93,10 @@ class KvLoader {
                                 : tile.ragged_token + (tile.last_kv_tile - iteration) * C::kKeys +
                                       i * kBlockSize;
         }
-        CopyBox(&a_.key, shared_.key[at] + i * kBytes, &shared_.key_full[at], 0, token, plane);
+        for (int slice = 0; slice < C::kSlices; ++slice) {
+          CopyBox(&a_.key, shared_.key[at] + (slice * C::kKeys + i * kBlockSize) * C::kSlice,
+                  &shared_.key_full[at], slice * C::kSlice, token, plane);
+        }
       }
     }
     __syncwarp();
@@ -103,9 +108,10 @@ class KvLoader {
       shared_.value_flags[at] = flags;
       const int assigned = (blocks[0] >= 0) + (blocks[1] >= 0);
       const int scale_bytes = kBlockSize * SizeOf(p_.cache.scale_dtype);
-      ArriveExpect(barrier, 2 * kBytes + (C::kPerTokenScales ? 2 * assigned * scale_bytes : 0));
+      ArriveExpect(barrier,
+                   2 * kValueBytes + (C::kPerTokenScales ? 2 * assigned * scale_bytes : 0));
       for (int i = 0; i < 2; ++i) {
-        CopyBox(&a_.value, shared_.value[at] + i * kBytes, barrier, 0, 0,
+        CopyBox(&a_.value, shared_.value[at] + i * kValueBytes, barrier, 0, 0,
                 a_.value_planes.Of(blocks[i], tile.kv_head));
         if (C::kPerTokenScales && blocks[i] >= 0) {
           CopyBulk(ScalesOf(p_.cache.k_scales, p_.cache.k_scale_strides, blocks[i], tile.kv_head),
@@ -217,11 +223,11 @@ class ValueScrubber {
   }
 
   __device__ bool Scrub(int at, int written) {
-    constexpr int kPieces = C::kKeys * C::kDim / 16;
+    constexpr int kPieces = C::kKeys * C::kValueDim / 16;
     bool found = false;
 #pragma unroll 1
     for (int i = warp_ * 32 + lane_; i < kPieces; i += 32 * C::kScrubWarps) {
-      const int block = i / (4 * C::kDim), channel = i / 4 % C::kDim;
+      const int block = i / (4 * C::kValueDim), channel = i / 4 % C::kValueDim;
       const int piece = (i % 4) ^ (channel / 2 % 4);  // undoes the 64-byte swizzle
       const int token = block * kBlockSize + 16 * piece;
       uint32_t* words = reinterpret_cast<uint32_t*>(shared_.value[at] + 16 * i);

@@ -73,8 +73,14 @@ cudaError_t LaunchTranspose(const AttentionParams& p, uint8_t* out, cudaStream_t
   // The largest length sizes the grid only: longer sequences take more rounds.
   const int blocks = std::max(1, std::min(p.max_seqlen_k / kBlockSize + 1, 65535));
   const dim3 grid(blocks, p.num_kv_heads, std::min(p.seqs.batch, 65535));
-  return p.head_dim == 128 ? LaunchKernel(TransposeValues<128>, grid, dim3(128), stream, p, out)
-                           : LaunchKernel(TransposeValues<64>, grid, dim3(64), stream, p, out);
+  switch (ValueDim(p.head_dim)) {
+    case 64:
+      return LaunchKernel(TransposeValues<64>, grid, dim3(64), stream, p, out);
+    case 128:
+      return LaunchKernel(TransposeValues<128>, grid, dim3(128), stream, p, out);
+    default:
+      return LaunchKernel(TransposeValues<256>, grid, dim3(256), stream, p, out);
+  }
 }
 
 }  // namespace fastattn::cuda::wgmma_fp8

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/normaliser.h"
 #include "cuda/common/exp2.cuh"
 #include "cuda/mla/attention/wgmma_sm90/work.cuh"
 
@@ -32,7 +33,7 @@ __device__ __forceinline__ float FinishRow(const Arguments& args, const Work& wo
   }
   const int64_t at = p.StatisticAt(work.token, head);
   if (p.lse != nullptr) p.lse[at] = lonely ? p.LonelyLse() : shift * kLn2 + logf(row.sum);
-  if (p.max_logits != nullptr) p.max_logits[at] = row.maximum * kLn2;
+  if (p.max_logits != nullptr) p.max_logits[at] = LargestLogit(row.maximum, row.sum);
   if (lonely) return 0.0f;
   float sum = row.sum;
   if (p.sinks != nullptr) sum += Exp2(p.sinks[head] * kLog2E - shift);

@@ -1,7 +1,7 @@
 """Runs a module in a few processes that form a ``paddle.distributed`` group.
 
 A process that fails ends the others at once, and all of them end when the time is over: a rank that
-waits for another one never hangs a test run. No network is needed but the loopback.
+waits for another one never hangs a run. No network is needed but the loopback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support import ROOT
+import fastattn
 
 #: What Paddle says when somebody else has taken the port since it was chosen.
 _PORT_TAKEN = ("address already in use", "eaddrinuse", "bind on endpoint")
@@ -46,7 +46,9 @@ def _environment(rank: int, world_size: int, port: int, backend: str) -> dict[st
         "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
         "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
         "PADDLE_MASTER": endpoints[0],
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(fastattn.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "OMP_NUM_THREADS": "1",
     }
     if backend == "gloo" and sys.platform == "linux":
@@ -62,7 +64,7 @@ def _environment(rank: int, world_size: int, port: int, backend: str) -> dict[st
     return environment
 
 
-def _end(processes: list[subprocess.Popen]) -> None:
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -85,7 +87,6 @@ def _attempt(command: list[str], world_size: int, backend: str, logs: Path, time
                     command,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    cwd=ROOT,
                     env=_environment(rank, world_size, port, backend),
                     start_new_session=True,
                 )

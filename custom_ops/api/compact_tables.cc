@@ -1,0 +1,134 @@
+#include "params/compact_tables.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "api/attention_arguments.h"
+#include "api/check.h"
+#include "api/device.h"
+#include "api/direct.h"
+#include "api/paged_cache.h"
+#include "cpu/compact_tables.h"
+
+#if defined(FASTATTN_WITH_CUDA)
+#include "cuda/compact_tables/launch.h"
+#endif
+
+namespace fastattn::api {
+
+namespace {
+
+constexpr const char* kOp = "compact_block_tables";
+
+int CheckedInt(const char* name, int64_t value, int64_t least) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  if (value < least || value > kMost) {
+    Fail("ValueError", kOp, name, "expected ", least, " to ", kMost, ", got ", value);
+  }
+  return static_cast<int>(value);
+}
+
+// The tensor whose place the others must have: an empty one may have none.
+const Tensor& WithPlace(const Tensor& tables, const Tensor& cu_seqlens_q) {
+  return tables.numel() > 0 ? tables : cu_seqlens_q;
+}
+
+}  // namespace
+
+std::vector<Tensor> CompactBlockTables(const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                                       const Tensor& seq_lens_decoder,
+                                       const Tensor& seq_lens_this_time,
+                                       const OptionalTensor& mask_offsets, int64_t num_tokens,
+                                       int64_t num_blocks, int64_t block_size, bool causal,
+                                       int64_t window_left, int64_t window_right, bool masks) {
+  Arg(kOp, "block_tables", block_tables);
+  Arg(kOp, "cu_seqlens_q", cu_seqlens_q);
+  const Tensor& where = WithPlace(block_tables, cu_seqlens_q);
+  const phi::Place place = where.place();
+  CompactTablesParams p;
+  CheckedInt("num_tokens", num_tokens, 0);
+  p.num_blocks = CheckedInt("num_blocks", num_blocks, 0);
+  p.block_size = CheckedInt("block_size", block_size, 1);
+  p.causal = causal;
+  p.window_left = WindowSide(kOp, window_left);
+  p.window_right = WindowSide(kOp, window_right);
+  p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, nullptr,
+                     num_tokens, place);
+  if (const Tensor* given = Get(mask_offsets); given != nullptr) {
+    Arg(kOp, "mask_offsets", *given)
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Dims({num_tokens, 2})
+        .Contiguous();
+    if (!masks) Fail("ValueError", kOp, "mask_offsets", "expected None without want_masks");
+    p.mask_offsets = Data<int>(*given);
+  }
+  const int64_t batch = p.seqs.batch, max_blocks = p.seqs.max_blocks;
+  constexpr auto kInt = phi::DataType::INT32;
+  Tensor tables = paddle::empty({batch, max_blocks}, kInt, place);
+  Tensor seq_lens = paddle::empty({batch}, kInt, place);
+  Tensor local_masks = paddle::empty({masks ? num_tokens : 0, 2}, kInt, place);
+  Tensor before;  // workspace
+  p.tables = MutableData<int>(tables);
+  p.seq_lens = MutableData<int>(seq_lens);
+  if (masks) {
+    CheckedProduct(kOp, "block_tables", {batch, max_blocks + 1, SizeOf(DType::kFloat32)});
+    before = paddle::empty({batch, max_blocks + 1}, kInt, place);
+    p.before = MutableData<int>(before);
+    p.local_masks = MutableData<int>(local_masks);
+  }
+#if defined(FASTATTN_WITH_CUDA)
+  if (OnGpu(where)) {
+    LaunchOnGpu(kOp, where,
+                [&](cudaStream_t stream) { return cuda::LaunchCompactBlockTables(p, stream); });
+    return {tables, seq_lens, local_masks};
+  }
+#endif
+  RequireCpu(kOp, place);
+  Guarded(kOp, [&] { cpu::CompactBlockTables(p); });
+  return {tables, seq_lens, local_masks};
+}
+
+std::vector<Shape> CompactInferShape(const Shape& block_tables, const Shape& cu_seqlens_q,
+                                     const Shape& seq_lens_decoder, const Shape& seq_lens_this_time,
+                                     const paddle::optional<Shape>& mask_offsets,
+                                     int64_t num_tokens, int64_t num_blocks, int64_t block_size,
+                                     bool causal, int64_t window_left, int64_t window_right,
+                                     bool masks) {
+  return Inferred<Shape>({block_tables, seq_lens_decoder, {-1, 2}}, [&] {
+    const int64_t running = seq_lens_this_time.at(0), slots = block_tables.at(0);
+    const int64_t batch = running < 0 || slots < 0 ? -1 : std::min(running, slots);
+    return std::vector<Shape>{{batch, block_tables.at(1)}, {batch}, {masks ? num_tokens : 0, 2}};
+  });
+}
+
+std::vector<phi::DataType> CompactInferDtype(const phi::DataType& block_tables,
+                                             const phi::DataType& cu_seqlens_q,
+                                             const phi::DataType& seq_lens_decoder,
+                                             const phi::DataType& seq_lens_this_time,
+                                             const paddle::optional<phi::DataType>& mask_offsets) {
+  return {phi::DataType::INT32, phi::DataType::INT32, phi::DataType::INT32};
+}
+
+}  // namespace fastattn::api
+
+PD_BUILD_OP(fastattn_compact_block_tables)
+    .Inputs({"block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time",
+             paddle::Optional("mask_offsets")})
+    .Outputs({"tables", "seq_lens", "masks"})
+    .Attrs({"num_tokens: int64_t", "num_blocks: int64_t", "block_size: int64_t", "causal: bool",
+            "window_left: int64_t", "window_right: int64_t", "want_masks: bool"})
+    .SetKernelFn(PD_KERNEL(fastattn::api::CompactBlockTables))
+    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::CompactInferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::CompactInferDtype));
+
+namespace fastattn::api {
+
+namespace {
+
+const bool kDirect = AddDirect<&CompactBlockTables>("fastattn_compact_block_tables");
+
+}  // namespace
+
+}  // namespace fastattn::api

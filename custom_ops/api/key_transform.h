@@ -1,0 +1,48 @@
+// k_rotation and k_center: what is done to K before it is quantised.
+#pragma once
+
+#include <string>
+
+#include "api/check.h"
+#include "params/common.h"
+#include "params/key_transform.h"
+
+namespace fastattn::api {
+
+// An option k_rotation or q_rotation.
+inline KeyRotation ParseRotation(const char* op, const char* name, const std::string& rotation) {
+  for (KeyRotation known : {KeyRotation::kNone, KeyRotation::kHadamard}) {
+    if (rotation == NameOf(known)) return known;
+  }
+  Fail("ValueError", op, name, "expected none or hadamard, got '", rotation, "'");
+}
+
+// `cache` has been checked.
+inline KeyTransform ParseKeyTransform(const char* op, const Tensor* k_center,
+                                      const std::string& k_rotation, const PagedCache& cache,
+                                      const phi::Place& place) {
+  KeyTransform transform;
+  transform.rotation = ParseRotation(op, "k_rotation", k_rotation);
+  const bool rotates = transform.rotation != KeyRotation::kNone;
+  const char* given = rotates ? "k_rotation" : "k_center";
+  if ((rotates || k_center != nullptr) && !IsQuantized(cache.type)) {
+    Fail("NotImplementedError", op, given, "cache_quant_type '", NameOf(cache.type),
+         "' is not supported; supported: cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, "
+         "block_wise_int4");
+  }
+  if ((rotates || k_center != nullptr) && cache.dtype == DType::kE5M2) {
+    Fail("NotImplementedError", op, given, "fp8_format 'e5m2' is not supported; supported: e4m3");
+  }
+  if (k_center != nullptr) {
+    Arg(op, "k_center", *k_center)
+        .On(place)
+        .Dtype({phi::DataType::FLOAT32})
+        .Dims({cache.num_kv_heads, cache.head_dim})
+        .Contiguous();
+    RequireAligned(op, "k_center", *k_center, kVectorBytes);
+    transform.center = Data<float>(*k_center);
+  }
+  return transform;
+}
+
+}  // namespace fastattn::api

@@ -1,0 +1,167 @@
+// The matrix products over 4-bit K and V.
+//
+// Codes are stored as code + 8, and operands are (code + 8) times a power of two
+// (Format<kInt4>::Widen). What the 8 adds is a multiple of a sum: of a query's channels, so that
+// the accumulators of its scores begin with its negative; of a column's probabilities, which a tile
+// more of O^T counts as a product of its own with a V of nothing but 8.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/common/mma.cuh"
+
+namespace fastattn::cuda {
+
+// A lane's 4-bit codes of a key, or of two channels: 8 bytes or 16.
+template <int kWords>
+__device__ __forceinline__ void LoadNibbles(uint32_t address, uint32_t (&words)[kWords]) {
+  static_assert(kWords == 2 || kWords == 4);
+  if constexpr (kWords == 4) {
+    const uint4 v = LoadShared16(address);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  } else {
+    const uint2 v = LoadShared8(address);
+    words[0] = v.x, words[1] = v.y;
+  }
+}
+
+// What the bias of K's codes adds to the scores of a column, -8 times the sum of its query, in the
+// units of the product. `at(s)` are the words of the query in step s.
+template <typename Traits, typename WordsOf>
+__device__ __forceinline__ void FindQueryBias(WordsOf&& at, float (&bias)[2]) {
+  using Format = typename Traits::Format;
+  constexpr int kChains = 4;  // the first scores wait for the sum
+  float sum[kChains][4] = {};
+#pragma unroll
+  for (int s = 0; s < Traits::kMmaSteps; ++s) {
+    const uint2 b = at(s);
+    Mma<Format::kOperand>(sum[s % kChains], Format::kLowBias, Format::kLowBias, Format::kHighBias,
+                          Format::kHighBias, b.x, b.y);
+  }
+#pragma unroll
+  for (int c = 0; c < 2; ++c) bias[c] = -(sum[0][c] + sum[1][c]) - (sum[2][c] + sum[3][c]);
+}
+
+// Per-token scales of the keys of a lane's scores, which lie side by side (AttentionTraits::KeyOf).
+template <typename Traits>
+__device__ __forceinline__ void LoadTokenScales(uint32_t stage, int first, DType dtype,
+                                                float (&scale)[Traits::kGroup][2]) {
+  constexpr int kCount = 2 * Traits::kGroup;
+  static_assert(Traits::KeyOf(1, 0) == 2 && Traits::KeyOf(0, 8) == 1);
+  const int key = Traits::KeyOf(first, threadIdx.x % 32 / 4);
+  const uint32_t scales = stage + Traits::kDataBytes;
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      const uint4 four = LoadShared16(scales + key * 4 + i * 16);
+      scale[2 * i][0] = __uint_as_float(four.x), scale[2 * i][1] = __uint_as_float(four.y);
+      scale[2 * i + 1][0] = __uint_as_float(four.z), scale[2 * i + 1][1] = __uint_as_float(four.w);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      const uint2 four = LoadShared8(scales + key * 2 + i * 8);
+      scale[2 * i][0] = __uint_as_float(four.x << 16);
+      scale[2 * i][1] = __uint_as_float(four.x & 0xFFFF0000u);
+      scale[2 * i + 1][0] = __uint_as_float(four.y << 16);
+      scale[2 * i + 1][1] = __uint_as_float(four.y & 0xFFFF0000u);
+    }
+  }
+}
+
+// scores[m][n] += K Q^T for key tiles first .. first + kGroup.
+template <typename Traits, typename Query>
+__device__ __forceinline__ void MultiplyNibbles(
+    uint32_t stage, const Query& query, int first,
+    float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
+  using Format = typename Traits::Format;
+  constexpr int kWords = Traits::kNibbleWords;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint32_t own =
+      stage + Traits::NibbleRow(Traits::KeyOf(0, g)) * Traits::kRowBytes + t * kWords * 4;
+  uint32_t keys[Traits::kGroup][2][kWords];
+#pragma unroll
+  for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = Traits::NibbleRow(Traits::KeyOf(first + m, 8 * half));
+      LoadNibbles(own + row * Traits::kRowBytes, keys[m][half]);
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    uint2 b[2][Traits::kTiles];
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+      b[0][n] = query.At(n, 2 * w), b[1][n] = query.At(n, 2 * w + 1);
+    }
+#pragma unroll
+    for (int m = 0; m < Traits::kGroup; ++m) {
+      uint32_t low[4], high[4];
+      Format::Widen(keys[m][0][w], low);
+      Format::Widen(keys[m][1][w], high);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int n = 0; n < Traits::kTiles; ++n) {
+          Mma<Format::kOperand>(scores[m][n], low[2 * s], high[2 * s], low[2 * s + 1],
+                                high[2 * s + 1], b[s][n].x, b[s][n].y);
+        }
+      }
+    }
+  }
+}
+
+// out += V^T P^T for key tiles first .. first + kGroup. A word of V, two channels of four tokens,
+// is the whole operand of one of them.
+template <typename Traits>
+__device__ __forceinline__ void AccumulateNibbles(
+    uint32_t stage, int first, const uint32_t (&p)[Traits::kGroup][Traits::kTiles][2],
+    float (&out)[Traits::kOutTiles][Traits::kTiles][4]) {
+  using Format = typename Traits::Format;
+  constexpr DType kOperand = Format::kOperand;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < Traits::kDimTiles; ++i) {
+    uint32_t words[Traits::kGroup];
+    LoadNibbles(stage + (8 * i + g) * kBlockSize + 16 * t + 4 * first, words);
+#pragma unroll
+    for (int m = 0; m < Traits::kGroup; ++m) {
+      uint32_t a[4];
+      Format::Widen(words[m], a);
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+        Mma<kOperand>(out[i][n], a[0], a[1], a[2], a[3], p[m][n][0], p[m][n][1]);
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+      Mma<kOperand>(out[Traits::kDimTiles][n], Format::kLowBias, Format::kHighBias,
+                    Format::kLowBias, Format::kHighBias, p[m][n][0], p[m][n][1]);
+    }
+  }
+}
+
+// Takes the bias off the outputs of a segment, and the units of its products: the odd channels,
+// rows 8 .. 15 of a tile, lie higher in their bytes and count 2^4 as much.
+template <typename Traits>
+__device__ __forceinline__ void DropBias(float (&out)[Traits::kOutTiles][Traits::kTiles][4]) {
+  constexpr float kInverse = 1.0f / Traits::Format::kUnit;
+#pragma unroll
+  for (int i = 0; i < Traits::kDimTiles; ++i) {
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const float inverse = c < 2 ? kInverse : kInverse / 16;
+        out[i][n][c] = (out[i][n][c] - out[Traits::kDimTiles][n][c]) * inverse;
+      }
+    }
+  }
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,78 @@
+"""Rotations and centres of a server's layers, from the file that an environment variable names."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import paddle
+
+from fastattn import env
+from fastattn.functional._cache_types import DYNAMIC_TYPES
+
+if TYPE_CHECKING:
+    from fastattn.calibrate import LayerCalibration
+
+
+class Calibrated:
+    """What a file says of layers that say nothing themselves.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from fastattn.calibrate import Calibration  # few servers need it
+
+        self.path = path
+        self._calibration = Calibration.read(path)
+
+    @classmethod
+    def from_env(cls) -> Calibrated | None:
+        """That of ``FASTATTN_CALIBRATION``, if it is set."""
+        path = env.calibration()
+        return None if path is None else cls(path)
+
+    def of(self, layer: Any, quant_type: str, place: Any) -> tuple[str, Any]:
+        """(rotation, centre on `place` or None) of a layer.
+
+        Raises
+        ------
+        ValueError
+            If the file is not of this layer and type, or of one whose scales the layer holds: they
+            belong to keys that are stored as the file says, and a server's own do not.
+        """
+        found = self._calibration.layers.get(layer.layer_id)
+        if found is None:
+            raise ValueError(f"{self.path}: layer {layer.layer_id} was not calibrated")
+        if quant_type not in DYNAMIC_TYPES:
+            return self._of_static_type(layer, found, quant_type)
+        if found.cache_quant_type != quant_type:
+            raise ValueError(
+                f"{self.path}: layer {layer.layer_id} was calibrated for type "
+                f"{found.cache_quant_type}, and has {quant_type}"
+            )
+        center = found.cache_k_center
+        on = None if center is None else paddle.to_tensor(center, place=place)
+        return found.cache_k_rotation, on
+
+    def _of_static_type(
+        self, layer: Any, found: LayerCalibration, quant_type: str
+    ) -> tuple[str, Any]:
+        if found.cache_quant_type == quant_type == "none":
+            return "none", None
+        raise ValueError(
+            f"{self.path}: layer {layer.layer_id} has type {quant_type}, whose static scales come "
+            "from the layer: give it all of a calibration by Calibration.apply"
+        )
+
+
+def digest() -> str:
+    """Tells apart caches that were written with different files; empty without one."""
+    path = env.calibration()
+    if path is None:
+        return ""
+    return "-" + hashlib.sha256(path.read_bytes()).hexdigest()[:12]

@@ -1,0 +1,241 @@
+"""Scales and centres of a layer, and the first type that keeps a bound of the error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastattn.calibrate.calibration import LayerCalibration
+from fastattn.calibrate.errors import CalibrationError
+from fastattn.calibrate.samples import LayerSamples
+from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
+from fastattn.reference.attention import dense_attention
+from fastattn.reference.cache import code_of, static_scales
+from fastattn.reference.hadamard import restore_key, transform_key
+from fastattn.reference.numerics import QMAX, Array, from_codes, group_scale, quantize
+
+GRANULARITIES = ("tensor", "head", "channel")
+
+#: What is done to K, in the order in which it is tried: the cheapest first.
+TRANSFORMS = ("none", "center", "hadamard", "center+hadamard")
+
+#: Types that gain by a rotation. Codes with exponents do not: a large channel costs the others
+#: nothing there, and a rotation makes all of them as large.
+ROTATED_TYPES = ("cache_int8", "block_wise_int8", "block_wise_int4")
+
+#: Floor of an amax, so that a channel of zeros has a scale.
+_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A type and what is done to K."""
+
+    cache_quant_type: str
+    transform: str = "none"
+
+    @property
+    def rotation(self) -> str:
+        return "hadamard" if "hadamard" in self.transform else "none"
+
+    @property
+    def centred(self) -> bool:
+        return "center" in self.transform
+
+
+def candidates(types: Sequence[str], transforms: Sequence[str]) -> list[Candidate]:
+    """Candidates in the order of preference: types first, then transforms that may help them."""
+    found = []
+    for kind in types:
+        allowed = ["none"] if kind == "none" else transforms
+        of_kind = [Candidate(kind, transform) for transform in allowed]
+        found += [c for c in of_kind if kind in ROTATED_TYPES or c.rotation == "none"]
+    return found
+
+
+def centre_of(key: Array) -> Array:
+    """Mean of every channel over the tokens, float32 [KV, D]."""
+    return np.asarray(key, np.float64).mean(axis=0).astype(np.float32)
+
+
+def scales_of(x: Array, cache_quant_type: str, granularity: str) -> Array:
+    """Static dequantisation multipliers of [T, KV, D], float32 [1], [KV] or [KV * D]."""
+    if cache_quant_type != "cache_int8" and granularity == "channel":
+        granularity = "head"  # of e4m3 codes, which have exponents of their own
+    axes = {"tensor": (0, 1, 2), "head": (0, 2), "channel": (0,)}[granularity]
+    largest = np.abs(np.asarray(x, np.float64)).max(axis=axes).reshape(-1)
+    return (np.maximum(largest, _FLOOR) / QMAX[code_of(cache_quant_type)]).astype(np.float32)
+
+
+def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
+    """Values float64 [T, KV, D] that a cache of this type gives back."""
+    x = np.asarray(x, np.float32)
+    if cache_quant_type == "none":
+        return x.astype(np.float64)
+    code = code_of(cache_quant_type)
+    if cache_quant_type in DYNAMIC_TYPES:
+        multiplier = group_scale(x, code)[..., None]
+    else:
+        assert scales is not None
+        multiplier = static_scales(scales, *x.shape[1:])
+    return from_codes(quantize(x, multiplier, code), code).astype(np.float64) * multiplier
+
+
+def attention_error(samples: LayerSamples, key: Array, value: Array, rows: Array) -> float:
+    """Relative error of attention outputs over `key` and `value`: RMS, of the worst query head.
+
+    Parameters
+    ----------
+    samples : LayerSamples
+        With queries; what the exact outputs are made of, in fp64.
+    key, value : array, shape [T, KV, D]
+    rows : array of int
+        Which of the queries.
+    """
+    assert samples.query is not None
+    tokens, _, dim = samples.key.shape
+    positions = rows + tokens - len(samples.query)
+    visible = np.arange(tokens)[None, :] <= positions[:, None]
+    outs = [
+        dense_attention(samples.query[rows], k, v, visible, softmax_scale=dim**-0.5)[0]
+        for k, v in ((samples.key, samples.value), (key, value))
+    ]
+    error = ((outs[1] - outs[0]) ** 2).sum(axis=(0, 2))
+    size = (outs[0] ** 2).sum(axis=(0, 2))
+    return float(np.sqrt(error / np.maximum(size, 1e-30)).max())
+
+
+def try_candidate(
+    samples: LayerSamples,
+    candidate: Candidate,
+    granularity: str,
+    rows: Array | None,
+    scales: tuple[Array, Array] | None = None,
+) -> LayerCalibration:
+    """Scales, centre and error of a candidate; no error without `rows`.
+
+    Parameters
+    ----------
+    scales : (array, array), optional
+        K's and V's static scales, instead of those of the samples.
+    """
+    kind, rotation = candidate.cache_quant_type, candidate.rotation
+    center = centre_of(samples.key) if candidate.centred else None
+    key = transform_key(samples.key, rotation, center)
+    k_scales = v_scales = None
+    if kind in STATIC_TYPES:
+        k_scales, v_scales = scales or (
+            scales_of(x, kind, granularity) for x in (key, samples.value)
+        )
+        for name, given in (("K", k_scales), ("V", v_scales)):
+            _check_scales(name, given, samples.key.shape[1:], kind)
+    found = LayerCalibration(kind, k_scales, v_scales, rotation, center)
+    if rows is not None:
+        k = restore_key(stored(key, kind, k_scales), rotation, center)
+        found.error = attention_error(samples, k, stored(samples.value, kind, v_scales), rows)
+    return found
+
+
+def _check_scales(name: str, scales: Array, shape: tuple[int, ...], kind: str) -> None:
+    heads, dim = shape
+    sizes = [1, heads, *([heads * dim] if kind == "cache_int8" else [])]
+    if scales.size not in sizes:
+        raise CalibrationError(
+            f"{name}: expected {' or '.join(map(str, sizes))} scales for {heads} KV heads of {dim} "
+            f"channels, got {scales.size}"
+        )
+
+
+def sampled_rows(samples: LayerSamples, count: int, seed: int = 0) -> Array | None:
+    """Which queries are tried: `count` at random, all if there are fewer; None without queries."""
+    if samples.query is None:
+        return None
+    total = len(samples.query)
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(total, min(count, total), replace=False)
+    return np.sort(chosen)
+
+
+def calibrate_layer(
+    samples: LayerSamples,
+    types: Sequence[str],
+    *,
+    bound: float,
+    transforms: Sequence[str] = TRANSFORMS,
+    granularity: str = "head",
+    queries: int = 64,
+    seed: int = 0,
+    scales: tuple[Array, Array] | None = None,
+) -> LayerCalibration:
+    """The first candidate whose error is at most `bound`, or the one with the least error.
+
+    Parameters
+    ----------
+    samples : LayerSamples
+    types : sequence of str
+        In the order of preference.
+    bound : float
+        Of the relative error of attention outputs.
+    transforms : sequence of str
+        Some of :data:`TRANSFORMS`, in the order in which they are tried.
+    granularity : {"tensor", "head", "channel"}
+        Of static scales; e4m3 codes have scales of heads at most.
+    queries : int
+        How many queries are tried.
+    seed : int
+        Which ones.
+    scales : (array, array), optional
+        K's and V's static scales, instead of those of the samples.
+
+    Returns
+    -------
+    LayerCalibration
+        `errors` holds those of the candidates that were tried.
+
+    Raises
+    ------
+    CalibrationError
+        If there are no queries, but more than one candidate.
+    """
+    rows = sampled_rows(samples, queries, seed)
+    tried = candidates(types, transforms)
+    if not tried:
+        raise CalibrationError(f"{', '.join(types)}: none gains by {', '.join(transforms)}")
+    if rows is None and len(tried) > 1:
+        raise CalibrationError(
+            "choosing among types and transforms needs queries (layers.N.query); without them name "
+            "one type and one transform"
+        )
+    errors: dict[str, float] = {}
+    best: LayerCalibration | None = None
+    for candidate in tried:
+        found = try_candidate(samples, candidate, granularity, rows, scales)
+        if found.error is None:
+            return found
+        errors[found.name] = found.error
+        if best is None or best.error is None or found.error < best.error:
+            best = found
+        if found.error <= bound:
+            best = found
+            break
+    assert best is not None
+    best.errors = errors
+    return best
+
+
+def outlier_channels(key: Array, factor: float = 8.0) -> list[tuple[int, int]]:
+    """(head, channel) of K whose largest magnitude is `factor` times the head's median one."""
+    largest = np.abs(np.asarray(key, np.float64)).max(axis=0)
+    typical = np.median(largest, axis=-1, keepdims=True)
+    return [(int(h), int(c)) for h, c in np.argwhere(largest > factor * np.maximum(typical, 1e-30))]
+
+
+__all__ = [
+    "GRANULARITIES",
+    "TRANSFORMS",
+    "calibrate_layer",
+    "candidates",
+    "outlier_channels",
+]

@@ -1,0 +1,76 @@
+"""FastDeploy's ``kv_cache_scale.json``: static scales by the names of its checkpoints.
+
+A value is the amax of a head (or, for int8, a channel) over 448, whatever the type: FastDeploy
+multiplies by 448 when it loads the file, and divides by the bound of the type's codes. So values
+are dequantisation multipliers of e4m3 codes, and those of int8 codes times 127 / 448.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastattn.calibrate.errors import CalibrationError
+from fastattn.reference.numerics import QMAX, Array
+
+_NAME = re.compile(r"(?:^|\.)(\d+)\.self_attn\.cache([kv])_matmul\.activation_scale$")
+
+
+def _factor(cache_quant_type: str) -> float:
+    """Dequantisation multiplier of a value of 1."""
+    return QMAX["e4m3"] / QMAX["int8" if cache_quant_type == "cache_int8" else "e4m3"]
+
+
+def _values(path: Path, name: str, value: Any) -> Array:
+    try:
+        array = np.asarray(value, np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        raise CalibrationError(f"{path}: {name}: expected numbers") from None
+    if array.size == 0 or not (np.isfinite(array).all() and (array > 0).all()):
+        raise CalibrationError(f"{path}: {name}: expected positive, finite numbers")
+    return array
+
+
+def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Array]]:
+    """(K's, V's) dequantisation multipliers, float32 [1], [KV] or [KV * D], by layer."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path}: cannot be read: {error}") from None
+    except ValueError as error:
+        raise CalibrationError(f"{path}: no JSON: {error}") from None
+    found: dict[int, dict[str, Array]] = {}
+    for name, value in data.items() if isinstance(data, dict) else ():
+        match = _NAME.search(name)
+        if match:
+            scales = _values(path, name, value) * _factor(cache_quant_type)
+            found.setdefault(int(match[1]), {})[match[2]] = scales.astype(np.float32)
+    if not found:
+        raise CalibrationError(
+            f"{path}: expected names such as ernie.layers.0.self_attn.cachek_matmul."
+            "activation_scale, found none"
+        )
+    for layer, pair in found.items():
+        for kind in "kv":
+            if kind not in pair:
+                raise CalibrationError(f"{path}: layer {layer} has no scales of {kind.upper()}")
+    return {layer: (pair["k"], pair["v"]) for layer, pair in sorted(found.items())}
+
+
+def write_scales(path: Path, layers: Mapping[int, tuple[str, Array, Array]], prefix: str) -> None:
+    """Write (type, K's, V's multipliers) of every layer; FastDeploy wants one type for all."""
+    kinds = sorted({kind for kind, _, _ in layers.values()})
+    if len(kinds) > 1:
+        raise CalibrationError(f"{path}: FastDeploy's file is for one type, got {', '.join(kinds)}")
+    data = {}
+    for layer, (kind, *pair) in layers.items():
+        for letter, scales in zip("kv", pair):
+            values = np.asarray(scales, np.float64).reshape(-1) / _factor(kind)
+            name = f"{prefix}.{layer}.self_attn.cache{letter}_matmul.activation_scale"
+            data[name] = [float(np.float32(value)) for value in values]
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

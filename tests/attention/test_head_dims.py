@@ -1,0 +1,122 @@
+"""Head dimensions besides 64 and 128, whose kernels hold a head in several stages, or in a part.
+
+256 channels over every way of reading a cache, 96 where they differ from it, and 192 with values
+of 128 channels over contiguous keys. The cases that run over head dimensions elsewhere have these,
+too; here are options, special values and sizes that those leave out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.support.attention import (
+    CacheKind,
+    assert_scores_in_14_bits,
+    flash_problem,
+    paged_problem,
+)
+
+BF16 = CacheKind()
+STATIC = CacheKind("cache_fp8", "head")
+CHANNEL = CacheKind("cache_int8", "channel")
+TOKEN = CacheKind("block_wise_fp8")
+KINDS = [BF16, STATIC, CHANNEL, TOKEN, CacheKind("block_wise_int8", scale_dtype="bfloat16")]
+
+OPTIONS = [
+    {"window_size": (100, 0)},
+    {"causal": False, "window_size": (37, 150)},
+    {"softcap": 5.0},
+    {"sinks": np.array([0.3, -1.0, 4.0, -np.inf], np.float32)},
+    {"out_scale": np.array([0.07], np.float32)},
+]
+
+
+def each_option(test):
+    return pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))(test)
+
+
+@each_option
+@pytest.mark.parametrize("q_type", [None, "e4m3:token_head"])
+@pytest.mark.parametrize("dim", [96, 256])
+def test_options_of_a_cache(place, dim, q_type, options):
+    kind = BF16 if q_type is None else TOKEN
+    seqs = [(200, 100), (0, 150), (90, 1), (33, 4)]
+    paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, **options).check(place)
+
+
+@each_option
+@pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:tensor"])
+@pytest.mark.parametrize("dim", [192, 256])
+def test_options_of_contiguous_keys(place, dim, q_type, options):
+    seqs = [(100, 300), (150, 150), (1, 90), (4, 37)]
+    flash_problem(seqs, dim=dim, q_type=q_type, **{"causal": True, **options}).check(place)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (10, 1), (32, 2), (40, 2), (5, 5)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_groups_of_decoding_seqs(place, kind, heads):
+    """8, 16 and 64 columns; several new tokens."""
+    for new in (1, 3):
+        seqs = [(new * 100, new), (0, new), (63, new), (1, 0)]
+        paged_problem(seqs, kind=kind, heads=heads, dim=256, seed=new).check(place)
+
+
+@pytest.mark.parametrize("dim", [96, 256])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_many_keys(place, kind, dim, batch_invariant):
+    """Splits whose partial results are merged."""
+    problem = paged_problem([(3000, 1), (700, 2)], kind=kind, heads=(2, 1), dim=dim)
+    problem.check(place, results=problem.run(place, batch_invariant=batch_invariant))
+
+
+@pytest.mark.parametrize("dim", [96, 256])
+@pytest.mark.parametrize("new", [1, 100])
+@pytest.mark.parametrize("kind", [BF16, STATIC, TOKEN], ids=str)
+def test_nan_stays_with_the_seqs_that_see_it(place, kind, new, dim):
+    """In the first and in the last channels, which lie in stages of their own."""
+    for channel in (5, dim - 3):
+        problem = paged_problem([(200, new), (130, new)], kind=kind, dim=dim)
+        value = np.nan if kind.quant_type == "none" else 0x7F
+        problem.v.elements[problem.slot(0, 200)[0], 0, 200 % 64, channel] = value
+        out, _ = problem.check(place)
+        seen = np.isnan(out.astype(np.float32))
+        assert seen[:new, :2, channel].all() and not seen[new:].any()
+        assert not seen[:, 2:].any() and not np.delete(seen, channel, axis=2).any()
+
+
+@pytest.mark.parametrize("dim", [96, 256])
+@pytest.mark.parametrize("kind", [BF16, TOKEN], ids=str)
+def test_blocks_that_are_not_assigned(place, kind, dim):
+    problem = paged_problem([(300, 100), (0, 130), (200, 1)], kind=kind, dim=dim)
+    problem.block_tables[0, [0, 3]] = [-1, 2**31 - 1]
+    problem.block_tables[1, :] = -1
+    out, lse = problem.check(place)
+    assert np.isneginf(lse[:, 100:230]).all() and (out[100:230] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [STATIC, TOKEN], ids=str)
+def test_scores_of_any_size(place, kind):
+    problem = paged_problem([(100, 200)], kind=kind, dim=256, q_type="e4m3:token_head")
+    size = 2.0 ** np.random.default_rng(4).integers(-40, 61, problem.q_descale.shape)
+    problem.q_descale = (problem.q_descale * size).astype(np.float32)
+    assert_scores_in_14_bits(problem, place)
+
+
+@pytest.mark.parametrize("dim", [192, 256])
+def test_two_levels_of_accumulation(place, dim):
+    """One sum over all keys in the tensor core loses several per cent of a V that has a mean."""
+    problem = flash_problem(
+        [(128, 4096)], heads=(1, 1), dim=dim, q_type="e4m3:tensor", v_mean=4.0, causal=False
+    )
+    out, _ = problem.check(place)
+    exact, _ = problem.reference()
+    assert abs(np.mean(out.astype(np.float64)) / np.mean(exact) - 1) < 5e-3
+
+
+def test_values_of_128_channels_have_no_other_number(place):
+    problem = flash_problem([(5, 9)], dim=192)
+    problem.v = np.concatenate([problem.v, problem.v[..., :64]], -1)
+    with pytest.raises(ValueError, match=r"flash_attention: v: expected shape \[9, 2, 128\]"):
+        problem.run(place)
