@@ -9,6 +9,7 @@ namespace fastattn::cuda::mqa_logits {
 inline constexpr int kDim = 128;
 inline constexpr int kTileKeys = 64;  // rows of a product
 inline constexpr int kMostQueries = 32;
+inline constexpr int kMostWhole = 128;    // tiles of a CTA up to which one group is better than two
 inline constexpr int kKnownGroups = 128;  // of a step, whose lengths a warp has in registers
 
 template <IndexerQuant kQuantValue, bool kPagedValue, int kHeadsValue, int kColumnsValue>
@@ -23,8 +24,7 @@ struct Config {
   static constexpr int kCodeBytes = kFp8 ? kDim : kDim / 2;
   // Warpgroups: as many as their accumulators, weights and operands leave registers for. A tile of
   // few columns is a chain of short steps, which only other tiles' hide.
-  static constexpr bool kTwoOperands = !kFp8 && kPaged && kColumns == 64;
-  static constexpr int kConsumers = kTwoOperands ? 3 : kColumns == 64 ? 4 : kColumns == 128 ? 3 : 2;
+  static constexpr int kConsumers = kColumns == 64 ? 4 : kColumns == 128 ? 3 : 2;
   // A stage's tiles are all of one warpgroup: its waits see every phase of the stage's barrier. A
   // warpgroup that came to a stage for the first time after others' turns could take the phase
   // before the one that it waits for, still loading, for it: waits tell phases by parity only.
@@ -42,17 +42,17 @@ struct Config {
   // Of a thread at the launch (all that there are), then of the producer's and the consumers':
   // these wait forever for registers that the launch did not take.
   static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = kConsumers == 4                             ? 64
-                                            : kConsumers == 3 && (kFp8 || kTwoOperands) ? 80
-                                                                                        : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 4        ? 104
-                                            : kConsumers == 2      ? 224
-                                            : kFp8 || kTwoOperands ? 144
-                                                                   : 152;
+  static constexpr int kProducerRegisters = kConsumers == 4           ? 64
+                                            : kConsumers == 3 && kFp8 ? 80
+                                                                      : 56;
+  static constexpr int kConsumerRegisters = kConsumers == 4   ? 104
+                                            : kConsumers == 2 ? 224
+                                            : kFp8            ? 144
+                                                              : 152;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (1 + kConsumers) * kRegisters);
   // How much more work, of the average, than in equal shares a CTA may have for the sake of tiles
-  // of one group only (FindKnownShare): it costs nothing where memory is what all wait for.
+  // of one group only (FindKnownShare).
   static constexpr float kWholeSlack = kFp8 ? 1.0f / 16 : 1.0f / 64;
   // Work of a CTA on a group of queries besides its tiles, in tiles: ranges, weights and operands
   // are read one after the other, and hidden only behind the tiles of other groups.

@@ -104,24 +104,6 @@ class Consumer {
 
   __device__ __forceinline__ void RunTiles(int buffer, int tile, int first, int tiles) {
     const uint64_t columns = QueryOperand(buffer);
-    if constexpr (C::kTwoOperands) {
-      uint32_t even[16], odd[16];
-      TileKeys even_keys, odd_keys;
-      if (first >= tiles) return;
-      TakeOperand(tile + first, tiles - first, &even_keys, even);
-#pragma unroll 1
-      for (int i = first; i < tiles; i += 2 * C::kConsumers) {
-        Step(buffer, tile, i, tiles, columns, even_keys, even, &odd_keys, odd);
-        if (i + C::kConsumers >= tiles) break;
-        Step(buffer, tile, i + C::kConsumers, tiles, columns, odd_keys, odd, &even_keys, even);
-      }
-    } else {
-      RunPlainTiles(buffer, tile, first, tiles, columns);
-    }
-  }
-
-  __device__ __forceinline__ void RunPlainTiles(int buffer, int tile, int first, int tiles,
-                                                uint64_t columns) {
 #pragma unroll 1
     for (int i = first; i < tiles; i += C::kConsumers) {
       const int stage = stages_.index;
@@ -151,43 +133,17 @@ class Consumer {
     }
   }
 
-  // MXFP4: waits for a tile's keys, makes them operands and gives their stage back. `left`: tiles
-  // of the segment from here on.
-  __device__ __forceinline__ void TakeOperand(int tile, int left, TileKeys* keys,
-                                              uint32_t (&operand)[16]) {
-    const int stage = stages_.index;
-    Wait(&shared_.key_full[stage], stages_.phase);
-    *keys = LoadScales(stage, tile);
-    LoadOperand(stage, keys, operand);
-    ArriveWarp(&shared_.key_empty[stage]);
-    stages_.Advance(min(C::kConsumers, left));  // those in between are others'
-    if (wide_) keys->wide = ~0u;
-  }
-
-  // Tile i of the segment. The next one's operand is made under its product.
-  __device__ __forceinline__ void Step(int buffer, int tile, int i, int tiles, uint64_t columns,
-                                       const TileKeys& keys, uint32_t (&operand)[16],
-                                       TileKeys* next_keys, uint32_t (&next)[16]) {
-    float a[kRegisters];
-    FenceProducts();
-    MultiplyTile(a, operand, columns);
-    const int j = i + C::kConsumers;
-    if (j < tiles) TakeOperand(tile + j, tiles - j, next_keys, next);
-    WaitProducts<0>(a);
-    KeepRegisters(operand);
-    SumHeads(a, keys, buffer);
-    if (keys.wide != 0) WideRows(buffer, keys);
-  }
-
   // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
   __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint32_t (&operand)[16]) {
     const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.Scales(stage)) + row_;
     const uint8_t* codes = shared_.key[stage] + codes_;
-    // The block's exponent bytes of both keys, each twice, and the largest of each key: as halves
-    // of a word, which are compared at once.
-    const uint32_t mine = PermuteBytes(scales[0], scales[8], selector_);
-    uint32_t largest = __vmaxu2(mine, __shfl_xor_sync(~0u, mine, 1));
-    largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, 2));
+    // The lane's block's exponent bytes of both keys, each twice, and the largest of each key: as
+    // halves of a word, which are compared at once.
+    const uint32_t one = scales[0], two = scales[8];
+    const uint32_t mine = PermuteBytes(one, two, selector_);
+    const uint32_t largest =
+        __vmaxu2(__vmaxu2(PermuteBytes(one, two, 0x4400), PermuteBytes(one, two, 0x5511)),
+                 __vmaxu2(PermuteBytes(one, two, 0x6622), PermuteBytes(one, two, 0x7733)));
     const uint32_t least = largest - 0x01010101u * kMostShift;
     const uint32_t raised = __vmaxu2(mine, least), shifts = raised - least;
     const uint32_t plain = __vmaxu2(__vminu2(largest, 0x01010101u * (127 + kMostFactor)),

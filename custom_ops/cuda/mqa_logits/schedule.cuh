@@ -140,7 +140,8 @@ __device__ __forceinline__ int DivideUp(int a, int b) {
 
 // A decode step's, by one warp. Where CTAs that have `chunk` tiles of one group each take hardly
 // longer than equal shares would, they do: a CTA that goes on to a second group waits for its
-// queries. A share is (group, unit, units) either way. Writes the groups' tiles to shared memory.
+// queries, which counts where it has few tiles. A share is (group, unit, units) either way. Writes
+// the groups' tiles to shared memory.
 template <class C, int kEach>
 __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const LogitsGroups& groups,
                                                 const Lengths<kEach>& lengths, int most, int lane,
@@ -153,11 +154,17 @@ __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const Log
     group_tiles[lane * kEach + j] = tiles[j];
     sum += tiles[j], active += tiles[j] > 0, longest = max(longest, tiles[j]);
   }
+  if (kEach == 1 && groups.count == 1) {
+    const int end = __shfl_sync(~0u, tiles[0], 0);
+    Share share = {0, 0, 0, {0, end}};
+    share.unit = ShareOfCta(end > 0 ? end + C::kGroupUnits : 0, &share.units);
+    return share;
+  }
   sum = __reduce_add_sync(~0u, sum);
   longest = __reduce_max_sync(~0u, longest);
   active = kEach == 1 ? __popc(__ballot_sync(~0u, active > 0)) : __reduce_add_sync(~0u, active);
   int chunk = 0;
-  if (active > 0 && active <= ctas && sum < 1 << 22) {
+  if (active > 1 && active <= ctas && sum <= kMostWhole * ctas) {
     const int spare = max(ctas - active, 1);
     // CTAs of each group, at least; the more, the fewer are left over.
     const int each = DivideUp(ctas + 1, active) - 1;
