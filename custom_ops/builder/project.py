@@ -99,8 +99,11 @@ class Build:
         if self.cuda:
             self.flags["cxx"] += ["-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA"]
             self.flags["nvcc"] = [*self.cuda.flags, *dims]
-            written = [f"{GENERATED}/{name}" for name in instances.sources()]  # the longest first
-            self.sources = [*written, *(s for s in found if s.endswith(".cu")), *self.sources]
+            # The longest first: what begins last should not take long.
+            written = [f"{GENERATED}/{name}" for name in instances.sources()]
+            slow = [s for s in self.sources if s.startswith("cpu/attention_")]
+            rest = [s for s in self.sources if s not in slow]
+            self.sources = [*slow, *written, *(s for s in found if s.endswith(".cu")), *rest]
             os.environ["CUDA_HOME"] = self.cuda.home  # for Paddle: not where a wrapper of nvcc is
         # Paddle's own list would add targets that cannot run the "a" instructions.
         os.environ.pop("PADDLE_CUDA_ARCH_LIST", None)

@@ -537,7 +537,8 @@ def test_host_module_agrees_with_the_reference():
     host = pytest.importorskip("fastattn._host")
     assert host.block_size() == 64
     assert host.cache_types() == [
-        *("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8")
+        *("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8"),
+        "block_wise_int4",
     ]
     assert host.token_slots() == layout.token_slot(np.arange(64)).tolist()
 
