@@ -6,7 +6,6 @@ Types and texts of the errors are those of the operators' own checks (custom_ops
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -532,20 +531,3 @@ def query_heads(call: Call, name: str) -> None:
     if given < 0 or (given > 0 and rows is not None and rows % given):
         shown = "?" if rows is None else rows
         call.fail(ValueError, name, f"expected 0 or a divisor of {shown} rows, got {given}")
-
-
-# ---- signals ----
-
-_CHANNEL = re.compile(r"|queue:-?\d+|shm:[^:/]+:[^:/]+")
-
-
-def channel(call: Call, name: str) -> None:
-    if not _CHANNEL.fullmatch(call.attrs[name]):
-        text = f"expected '', queue:<key> or shm:<layer>:<step>, got '{call.attrs[name]}'"
-        call.fail(ValueError, name, text)
-
-
-def batch(call: Call, name: str) -> None:
-    if not 0 <= call.attrs[name] <= 512:
-        text = "expected 0 to 512 sequences, which a message has room for, got "
-        call.fail(ValueError, name, f"{text}{call.attrs[name]}")

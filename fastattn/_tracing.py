@@ -12,7 +12,7 @@ from typing import Any
 
 import paddle
 
-from fastattn import _ops, _rules, _rules_keys, _rules_latent, _rules_maps
+from fastattn import _ops, _rules, _rules_keys, _rules_latent, _rules_maps, _rules_signals
 from fastattn._rules import Call, OpRules, Rule
 
 _CACHE: dict[str, Rule] = {
@@ -134,11 +134,15 @@ RULES: dict[str, OpRules] = {
     ),
     "begin_kv_signals": OpRules(
         {"seq_lens_encoder": _INT32, "seq_lens_decoder": _INT32},
-        {"batch": _rules.batch, "silent": _rules.anything, "channel": _rules.channel},
+        {
+            "batch": _rules_signals.batch,
+            "silent": _rules.anything,
+            "channel": _rules_signals.channel,
+        },
     ),
     "send_kv_signal": OpRules(
         {"key_cache": _rules.supported, "value_cache": _rules.supported},
-        {"layer_id": _rules.at_least(0), "channel": _rules.channel},
+        {"layer_id": _rules.at_least(0), "channel": _rules_signals.channel},
     ),
     "append_cache_kv_c8": OpRules(
         {

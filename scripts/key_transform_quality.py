@@ -31,6 +31,7 @@ KINDS = [
     ("block_wise_int8", "head"),
     ("cache_fp8", "head"),
     ("block_wise_fp8", "head"),
+    ("block_wise_int4", "head"),
 ]
 
 

@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "batch invariant": attention.batch_invariant,
     "step": attention.step,
     "step ranges": attention.step_ranges,
+    "head_dims": attention.head_dims,
     "signals": attention.signals,
     "operators": memory.operators,
     "rope options": memory.rope_options,

@@ -309,7 +309,7 @@ def _compare(
     base = None
     rows = [(name, k) for name in types for k in (None, *_OTHER_ROTATIONS.get(name, ()))]
     for name, k_rotation in rows:
-        label = name if k_rotation is None else f"{name}, k_rotation {k_rotation}"
+        label = name if k_rotation is None else f"{name},k_rotation={k_rotation}"
         to_measure = evaluate.calibration_tokens(config, corpus.train, name)
         total = to_measure + held_out[:, :-1].size + _GENERATED_WEIGHT * to_generate
         with console.progress(f"{label}: perplexity and serving", total) as update:

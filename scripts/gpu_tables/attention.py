@@ -258,6 +258,33 @@ def batch_invariant(results: Results) -> str:
     return grid(head, lines or [[NONE] * len(head)]) + more + "\n" + links(used)
 
 
+_LARGE = [(96, "32/32"), (192, "16/16"), (256, "16/16"), (256, "32/2"), (256, "16/4")]
+
+
+def head_dims(results: Results) -> str:
+    """Head dimensions besides 64 and 128: prefill of 4 x 4k, decode of 64 x 8k."""
+    lines, used = [], []
+    for dim, heads in _LARGE:
+        cells = []
+        for dtype, peer in (("bfloat16", "vllm_fa3_bf16"), ("e4m3", "vllm_fa3_fp8")):
+            shape = f"prefill {dtype} causal B 4 x 4096 H {heads} D {dim}"
+            row = results.get("flash_attention", shape)
+            cells.append(
+                f"{cell(row.rate, digits)} / {cell(row.peer_rate(peer), digits)}" if row else NONE
+            )
+            used.append(row)
+        for quant in QUANTS:
+            shape = f"decode {quant} B 64 ctx 8192 H {heads} D {dim}"
+            row = results.get("paged_attention", shape)
+            cells.append(
+                f"{two_digits(row.us)} ({cell(row.ratio(READ), percent)} %)" if row else NONE
+            )
+            used.append(row)
+        lines.append([f"{dim}, {heads}", *cells])
+    head = ["D, heads", "prefill bf16, TFLOP/s / FA3's", "FP8 / FA3's"]
+    return grid([*head, *(f"decode `{quant}`" for quant in QUANTS)], lines) + "\n" + links(used)
+
+
 def signals(results: Results) -> str:
     """A layer of a prompt's chunk with signals of complete layers, and without."""
     lines, used = [], []

@@ -163,6 +163,21 @@ def test_fp8_queries_with_masks(place, options):
     check(problem, place)
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (200, 0)])
+@pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
+def test_a_mask_given_as_intervals_keeps_the_bits(place, kind, window):
+    """A kernel that knows what the intervals of a tile have in common does what it does without."""
+    seqs = [(700, 130), (0, 200), (1023, 1), (333, 5)]
+    problem = paged_problem(seqs, kind=kind, dim=128, heads=(8, 2), window_size=window, seed=10)
+    out, lse = problem.run(place)
+    positions = np.concatenate([np.arange(cached, cached + new) for cached, new in seqs])
+    begin = 0 * positions if window[0] < 0 else np.maximum(positions - window[0], 0)
+    problem.options["mask_offsets"] = np.stack([begin, positions + 1], 1).astype(np.int32)
+    other, other_lse = problem.run(place)
+    assert_same_bits(other, out, "with both")
+    assert_same_bits(other_lse, lse, "with both")
+
+
 @pytest.mark.parametrize("seqs", [LONG, SHORT, DECODE], ids=["long", "short", "decode"])
 def test_padding_and_batch_invariant(place, seqs):
     """Beside other sequences and padding a sequence keeps its bits."""

@@ -101,7 +101,7 @@ def test_gives_back_what_was_written(place, kind):
         dynamic_quant=is_dynamic(kind), **scales, **transform,
     )  # fmt: skip
     error = to_numpy(out[0]).astype(np.float64) - key
-    bound = {"int8": 0.02, "fp8": 0.06, "int4": 0.2}[kind.rpartition("_")[2]]
+    bound = {"int8": 0.02, "fp8": 0.06, "int4": 0.15}[kind.rpartition("_")[2]]
     assert np.sqrt(np.mean(error**2)) < bound
 
 

@@ -16,6 +16,7 @@ from fastattn.reference.mla import FORMATS, token_bytes
 from fastattn.reference.mla_sparse import key_values
 from tests.support.latent import SCALE, tokens
 from tests.support.mla_sparse import (
+    ANY_SCALE,
     KINDS,
     Problem,
     add_extra,
@@ -174,7 +175,9 @@ def test_largest_logits_of_nan_are_nan(place, kind, heads):
     np.testing.assert_array_equal(np.isnan(want_lse), bad)
     np.testing.assert_array_equal(np.isnan(largest), bad)
     assert np.isneginf(largest[:, 0]).all()
-    check_lse(np.where(bad, 0, largest), np.where(bad, 0, want))
+    # The noise of one score, which is more than that of an LSE.
+    rounded = 2e-3 if place == "gpu" and KINDS[kind] in ANY_SCALE else 0.0
+    check_lse(np.where(bad, 0, largest), np.where(bad, 0, want), rounded)
 
 
 @pytest.mark.parametrize("heads", [3, 64])

@@ -67,17 +67,30 @@ __device__ __forceinline__ void ArriveExpect(uint64_t* barrier, uint32_t bytes) 
       : "memory");
 }
 
+#define FASTATTN_TEST_PHASE(instruction)         \
+  asm volatile(                                  \
+      "{\n\t.reg .pred p;\n\t"                   \
+      "mbarrier." instruction                    \
+      ".parity.shared::cta.b64 p, [%1], %2;\n\t" \
+      "selp.u32 %0, 1, 0, p;\n\t}"               \
+      : "=r"(done)                               \
+      : "r"(SharedAddress(barrier)), "r"(parity) \
+      : "memory")
+
 __device__ __forceinline__ bool TryWait(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(done)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
+  FASTATTN_TEST_PHASE("try_wait");
   return done != 0;
 }
+
+// Whether the phase of the given parity is complete, at once.
+__device__ __forceinline__ bool TestWait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  FASTATTN_TEST_PHASE("test_wait");
+  return done != 0;
+}
+
+#undef FASTATTN_TEST_PHASE
 
 // Waits until the phase of the given parity is complete. With FASTATTN_SPIN_LIMIT (clock cycles)
 // defined, a wait that lasts longer ends the kernel with an error instead of hanging.

@@ -31,6 +31,7 @@ from fastattn.distributed import (
 )
 
 TYPES = {"gpu": ("cache_fp8", "block_wise_fp8"), "cpu": ("cache_fp8",)}
+ONE = "one"
 #: A chunk of a prompt among sequences that decode.
 MIXED = (2048, *[1] * 15)
 #: Cached tokens of every sequence, and new ones of each.
@@ -88,25 +89,20 @@ def _eager_us(call: Call) -> float:
     return statistics.median(taken[2:])
 
 
-def _whole(device: Device, quant: str, step: Step, q: Any, options: dict[str, Any]) -> Call:
+def _whole(
+    device: Device, quant: str, step: Step, q: Any, options: dict[str, Any]
+) -> dict[str, Call]:
     cache = Cache(device, quant, step.blocks)
     arguments = (q, *cache.tensors, *step.meta)
-    return bind(F.paged_attention, *arguments, **cache.options, **options)
+    return {ONE: bind(F.paged_attention, *arguments, **cache.options, **options)}
 
 
 def _shared(
-    device: Device,
-    quant: str,
-    step: Step,
-    q: Any,
-    options: dict[str, Any],
-    rank: int,
-    ranks: int,
-    once: bool,
-) -> Call:
+    device: Device, quant: str, step: Step, q: Any, options: dict[str, Any], rank: int, ranks: int
+) -> dict[str, Call]:
     """The part of a rank: a cache of stripes, each of them a block on every rank.
 
-    `once`: its keys are found before the calls, as for the layers of a step.
+    The second call is given the rank's keys, as those of a step's layers are.
     """
     pages = -(-(step.cached + step.new) // 64)
     counts = -(-pages // ranks)
@@ -116,11 +112,10 @@ def _shared(
     tables = dcp_stripe_block_tables(stripes, rank, ranks)
     cache = Cache(device, quant, int(counts.sum()))
     seqs = (device.int32(tables), *step.meta[1:])
-    if once:
-        most = options["max_seqlen_q"]
-        local = dcp_local_keys(*seqs, most, num_tokens=step.tokens, num_blocks=cache.blocks)
-        options = {**options, "local_keys": local}
-    return bind(paged_attention_dcp, q, *cache.tensors, *seqs, **cache.options, **options)
+    most = options["max_seqlen_q"]
+    local = dcp_local_keys(*seqs, most, num_tokens=step.tokens, num_blocks=cache.blocks)
+    call = bind(paged_attention_dcp, q, *cache.tensors, *seqs, **cache.options, **options)
+    return {"": call, ", local_keys given": bind(call, local_keys=local)}
 
 
 def _shape(quant: str, cached: int, new: tuple[int, ...]) -> str:
@@ -140,27 +135,24 @@ def _cell(device: Device, quant: str, cached: int, new: tuple[int, ...]) -> list
     ways = {"eager": _eager_us}
     if device.kind == "gpu":
         ways["graph"] = _graph_us
-    shared = bind(_shared, device, quant, step, q, options, rank, ranks)
-    makers: dict[str, Callable[[], Call]] = {
-        "one": bind(_whole, device, quant, step, q, options),
-        "": bind(shared, False),
-        ", local_keys given": bind(shared, True),
-    }
-    times: dict[tuple[str, str], float] = {}
-    for name, make in makers.items():
-        call = make()
-        for how, measure in ways.items():
-            times[name, how] = measure(call)
-        del call
+    makers: tuple[Callable[[], dict[str, Call]], ...] = (
+        bind(_whole, device, quant, step, q, options),
+        bind(_shared, device, quant, step, q, options, rank, ranks),
+    )
+    times: dict[str, dict[str, float]] = {}
+    for make in makers:
+        calls = make()
+        for name, call in calls.items():
+            times[name] = {how: measure(call) for how, measure in ways.items()}
+        del calls, call
         gc.collect()
         if device.kind == "gpu":
             paddle.device.cuda.empty_cache()
-    shape = _shape(quant, cached, new)
+    one, shape = times.pop(ONE), _shape(quant, cached, new)
     return [
-        {"shape": shape, "how": how + name, "one_us": times["one", how], "us": times[name, how]}
+        {"shape": shape, "how": how + name, "one_us": one[how], "us": of_ranks[how]}
         for how in ways
-        for name in makers
-        if name != "one"
+        for name, of_ranks in times.items()
     ]
 
 

@@ -141,9 +141,10 @@ class KvLoader {
   __device__ __forceinline__ void CopyPlane(uint32_t stage, const void* tensor,
                                             const CacheStrides& strides, int64_t element) {
     constexpr int kRowPieces = kRowBytes / 16;
-    // A transposed V has a row for each channel, else a stage is full.
+    // A transposed V has a row for each channel (of 4-bit codes, for two), else a stage is full.
+    constexpr int kCodesPerByte = CodesPerByte(Traits::kElement);
     constexpr int kCopies =
-        kSwizzled ? kPieces : Traits::kStageDimTiles * 16 * kBlockSize * kBytes / 16;
+        kSwizzled ? kPieces : Traits::kStageDimTiles * kBlockSize * kBytes / kCodesPerByte;
     constexpr int kRows =
         Traits::kPipelineThreads / kRowPieces;  // that the pipeline copies at a time
     const int row = Lane() / kRowPieces, chunk = Lane() % kRowPieces;

@@ -18,11 +18,12 @@ cudaError_t LaunchRestoreKey(const AppendCacheParams& p, const KeyTransform& tra
   cudaError_t status = cudaErrorInvalidValue;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
     dispatch<DType::kInt8, DType::kE4M3, DType::kInt4>(p.cache.dtype, "codes", [&](auto code) {
-      HeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
-        status = LaunchPdl(RestoreKeyKernel<decltype(out)::value, decltype(code)::value,
-                                            decltype(head_dim)::value>,
-                           dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);
-      });
+      CacheHeadDims<CodesPerByte(decltype(code)::value)>::Dispatch(
+          p.cache.head_dim, [&](auto head_dim) {
+            status = LaunchPdl(RestoreKeyKernel<decltype(out)::value, decltype(code)::value,
+                                                decltype(head_dim)::value>,
+                               dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);
+          });
     });
   });
   return status;

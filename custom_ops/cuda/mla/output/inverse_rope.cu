@@ -1,7 +1,7 @@
 // inverse_rope_quantize_fp8 on a GPU. A warp has one head of a token: a lane has 8 neighbouring
 // channels of either half, so that a warp's loads are 512 bytes side by side, and a scale belongs
-// to 16 lanes. The rotated channels are the last 8 lanes' in the second half. A CTA has four tokens
-// of a head, whose scales lie side by side.
+// to 16 lanes. The rotated channels are the last 8 lanes' in the second half. The warps of a CTA
+// have neighbouring heads, which share a position and a row of angles.
 //
 // More heads or tokens a warp keep more bytes under way in it but leave room for fewer warps, and a
 // warp's life is a chain of loads (position, angles) that only other warps fill.
@@ -23,8 +23,9 @@ namespace fastattn::cuda {
 
 namespace {
 
-constexpr int kTokens = kMlaScaleTokens;  // of a CTA, one a warp
-constexpr int kThreads = 32 * kTokens;
+constexpr int kWarps = 4;  // of a CTA
+constexpr int kThreads = 32 * kWarps;
+static_assert(kMlaScaleTokens % kWarps == 0, "CTAs of padded tokens are whole");
 constexpr int kHalf = kMlaOutputDim / 2;
 constexpr int kBlockLanes = kMlaOutputBlock / kChunk;
 constexpr int kFirstRotatedLane = 32 - Angles<4>::kRow / kChunk;
@@ -66,9 +67,9 @@ __device__ __forceinline__ void StoreScales(const InverseRopeParams& p, int64_t 
 template <bool kPlain>
 __global__ void __launch_bounds__(kThreads)
     InverseRopeKernel(const __grid_constant__ InverseRopeParams p, Divisor heads) {
-  const uint32_t four = heads.Quotient(blockIdx.x);
-  const int head = static_cast<int>(blockIdx.x - four * heads.divisor);
-  const int64_t token = int64_t{four} * kTokens + threadIdx.x / 32;
+  const uint32_t unit = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int64_t token = heads.Quotient(unit);
+  const int head = static_cast<int>(unit - static_cast<uint32_t>(token) * heads.divisor);
   const int lane = threadIdx.x % 32;
   const auto* from =
       reinterpret_cast<const uint4*>(p.x + token * p.token_stride + head * p.head_stride) + lane;
@@ -111,11 +112,11 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t LaunchInverseRopeQuantizeFp8(const InverseRopeParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0 || p.num_heads == 0) return cudaSuccess;
-  const int64_t fours = p.padded_tokens / kTokens;
-  if (fours > std::numeric_limits<int32_t>::max() / int64_t{p.num_heads}) {
-    return cudaErrorInvalidValue;  // 4 TiB of outputs
+  if (p.padded_tokens > std::numeric_limits<int32_t>::max() / int64_t{p.num_heads}) {
+    return cudaErrorInvalidValue;  // 1 TiB of outputs
   }
-  const dim3 ctas(static_cast<unsigned>(fours * p.num_heads));
+  // Padded tokens are a multiple of the warps.
+  const dim3 ctas(static_cast<unsigned>(p.padded_tokens / kWarps * p.num_heads));
   const auto kernel = IsPlain(p.rotations) ? InverseRopeKernel<true> : InverseRopeKernel<false>;
   return LaunchPdl(kernel, ctas, dim3(kThreads), stream, p,
                    Divisor(static_cast<uint32_t>(p.num_heads)));

@@ -45,9 +45,12 @@ struct Config {
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kScrubWarps = 3;       // warps of the producer warpgroup that load nothing
   static constexpr int kOut = kValueDim / 2;  // output registers of a thread
-  // Queries and keys lie as slices of so many channels, rows of as many bytes.
-  static constexpr int kSlice = kDim == 192 ? 64 : kDim > 128 ? 128 : kDim;
+  // Queries and keys lie as slices of so many channels, rows of as many bytes, and a last one of 64
+  // where they do not divide the head.
+  static constexpr int kSlice = kDim > 128 ? 128 : kDim;
   static constexpr int kSlices = kDim / kSlice;
+  static constexpr int kTail = kDim % kSlice;
+  static_assert(kTail == 0 || kTail == 64);
   static constexpr int kProduct = kSerial ? kOut / 2 : kOut;  // of them, those of one product
   static constexpr int kScores = kKeys / 2;
 };
@@ -64,8 +67,8 @@ __device__ __forceinline__ float VScaleRatio(float before, float now) {
 template <class C>
 struct alignas(1024) Shared {
   static constexpr bool kRecomputeLane = false;  // threads keep what follows from their lanes
-  uint8_t query[2][C::kQueries * C::kDim];       // [consumer][slice][64 tokens][kSlice]
-  uint8_t key[C::kStages][C::kKeys * C::kDim];   // [slice][128 tokens][kSlice]
+  uint8_t query[2][C::kQueries * C::kDim];       // [consumer][slice][64 tokens][kSlice or kTail]
+  uint8_t key[C::kStages][C::kKeys * C::kDim];   // [slice][128 tokens][kSlice or kTail]
   uint8_t value[C::kStages][C::kKeys * C::kValueDim];
   // Per-token scales as loaded (fp32 or bf16), and as used: fp32, those of V over the KV tile's
   // largest.
@@ -109,6 +112,8 @@ struct Arguments {
   int value_blocks;
   AttentionParams p;
   int min_query_tokens;
+  CUtensorMap query_tail;  // the last channels of heads that are not whole slices
+  CUtensorMap key_tail;
 };
 
 }  // namespace fastattn::cuda::wgmma_fp8

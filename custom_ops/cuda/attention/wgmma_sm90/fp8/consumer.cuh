@@ -194,11 +194,20 @@ class Consumer {
                          keys_.index * (C::kKeys * C::kDim / 16);
     MultiplyShared<false, C::kKvType>(s_, query_operand_, key);
 #pragma unroll
-    for (int k = 1; k < C::kDim / 32; ++k) {
+    for (int k = 1; k < C::kSlices * C::kSlice / 32; ++k) {
       constexpr int kSteps = C::kSlice / 32;
       const int slice = k / kSteps, offset = 2 * (k % kSteps);
       MultiplyShared<true, C::kKvType>(s_, query_operand_ + slice * (64 * C::kSlice / 16) + offset,
                                        key + slice * (C::kKeys * C::kSlice / 16) + offset);
+    }
+    if constexpr (C::kTail > 0) {
+      constexpr int kWhole = C::kSlices * C::kSlice;
+      const uint64_t tail = OperandDescriptor<C::kTail>(SharedAddress(shared_.key[0])) +
+                            keys_.index * (C::kKeys * C::kDim / 16) + C::kKeys * kWhole / 16;
+#pragma unroll
+      for (int k = 0; k < C::kTail / 32; ++k) {
+        MultiplyShared<true, C::kKvType>(s_, query_tail_ + 2 * k, tail + 2 * k);
+      }
     }
     CommitProducts();
   }
@@ -235,6 +244,10 @@ class Consumer {
     Wait(&shared_.query_full[queries.index], queries.phase);
     query_operand_ = OperandDescriptor<C::kSlice>(
         SharedAddress(shared_.query[queries.index] + group_ * 64 * C::kDim));
+    if constexpr (C::kTail > 0) {
+      query_tail_ = OperandDescriptor<C::kTail>(SharedAddress(
+          shared_.query[queries.index] + (group_ * C::kDim + C::kSlices * C::kSlice) * 64));
+    }
     return shared_.tile[queries.index].kv_tiles >= 0;
   }
 
@@ -569,6 +582,7 @@ class Consumer {
   const int lane_;
   PipelineState<C::kStages> keys_, values_;
   uint64_t query_operand_;
+  uint64_t query_tail_;
   int stage_ = 0;  // of the KV tile
   uint32_t stage_phase_ = 0;
   int flags_;                          // of the KV tile

@@ -21,7 +21,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   const AttentionParams& p = arguments->p;
   const auto dim = static_cast<uint64_t>(p.head_dim);
   const auto value_dim = static_cast<uint32_t>(ValueDim(p.head_dim));
-  const auto box = p.head_dim == 192 ? 64u : std::min<uint32_t>(p.head_dim, 128);  // Config::kSlice
+  const auto box = std::min<uint32_t>(p.head_dim, 128);  // Config::kSlice
   // LaunchTranspose writes ragged values as blocks of a contiguous cache.
   const int64_t plane = int64_t{kBlockSize} * value_dim;
   const CacheStrides blocks{plane * p.num_kv_heads, plane, kBlockSize};
@@ -59,6 +59,13 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   cudaError_t status = EncodeMap(query, &arguments->query);
   if (status == cudaSuccess) status = EncodeMap(key, &arguments->key);
   if (status == cudaSuccess) status = EncodeMap(value, &arguments->value);
+  if (p.head_dim % box != 0 && status == cudaSuccess) {  // Config::kTail
+    ByteTensor query_tail = query, key_tail = key;
+    query_tail.box[0] = key_tail.box[0] = 64;
+    query_tail.swizzle = key_tail.swizzle = CU_TENSOR_MAP_SWIZZLE_64B;
+    status = EncodeMap(query_tail, &arguments->query_tail);
+    if (status == cudaSuccess) status = EncodeMap(key_tail, &arguments->key_tail);
+  }
   return status;
 }
 

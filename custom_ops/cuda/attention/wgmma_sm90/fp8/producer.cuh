@@ -53,6 +53,11 @@ class KvLoader {
         CopyBox(&a_.query, shared_.query[buffer] + i * 64 * C::kDim + slice * 64 * C::kSlice,
                 barrier, slice * C::kSlice, tile.head, tile.token + 64 * i);
       }
+      if constexpr (C::kTail > 0) {
+        constexpr int kWhole = C::kSlices * C::kSlice;
+        CopyBox(&a_.query_tail, shared_.query[buffer] + (i * C::kDim + kWhole) * 64, barrier,
+                kWhole, tile.head, tile.token + 64 * i);
+      }
     }
   }
 
@@ -96,6 +101,11 @@ class KvLoader {
         for (int slice = 0; slice < C::kSlices; ++slice) {
           CopyBox(&a_.key, shared_.key[at] + (slice * C::kKeys + i * kBlockSize) * C::kSlice,
                   &shared_.key_full[at], slice * C::kSlice, token, plane);
+        }
+        if constexpr (C::kTail > 0) {
+          constexpr int kWhole = C::kSlices * C::kSlice;
+          CopyBox(&a_.key_tail, shared_.key[at] + C::kKeys * kWhole + i * kBlockSize * C::kTail,
+                  &shared_.key_full[at], kWhole, token, plane);
         }
       }
     }

@@ -1,121 +1,40 @@
 // Producer warps of sparse latent attention: they gather the tokens that a query names, turn codes
 // into fp16, and write key tiles as wgmma takes them.
 //
-// A warp has 4 or 8 keys of each tile, in passes of four; eight lanes share a key. Rows are copied
-// to shared memory asynchronously: bf16 rows to their place in a stage, codes into a buffer of the
-// lane that will convert them, a tile ahead. Loads into registers would wait for lines of the L1
-// cache, which shared memory leaves almost nothing of, and all accesses to shared memory behind
-// them. Masked keys are zeros, and their memory is not read.
+// A warp has four or eight keys of each tile, in passes of four; eight lanes share a key. Rows are
+// copied to shared memory asynchronously: bf16 rows to their place in a stage; codes to where their
+// values will lie, or to slots of the warp, so that nothing is synchronised between warps. Loads
+// into registers would wait for lines of the L1 cache, which shared memory leaves almost nothing
+// of, and all accesses to shared memory behind them. Masked keys are zeros, and their memory is not
+// read.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/common/convert.cuh"
-#include "cuda/common/lane.cuh"
-#include "cuda/mla/attention/wgmma_sm90/scaling.cuh"
+#include "cuda/mla/attention/wgmma_sm90/stages.cuh"
 
 namespace fastattn::cuda::mla_sm90 {
 
-// What producers and consumers share of a stage.
-template <int kDim, int kStages>
-struct Stages {
-  uint8_t keys[kStages][kDim / 64 * kBlockBytes];
-};
-
-// Key tiles that are ready, and stages that are free.
-template <int kStages>
-struct StageBarriers {
-  uint64_t full[kStages];
-  uint64_t empty[kStages][2];    // of the keys 0 to 31, and of the others
-  uint4 valid[kStages];          // byte i: bit k: key 4 * i + k of the tile exists
-  float powers[kStages][kKeys];  // what fp16 keys were divided by; 0: masked
-};
-
-// Whether all keys of a tile exist.
-__device__ __forceinline__ bool AllValid(const uint4& valid) {
-  return (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
-}
-
-__device__ __forceinline__ uint4 LoadShared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
-}
-
-__device__ __forceinline__ void StoreShared(uint32_t address, const uint4& x) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
-               "r"(x.z), "r"(x.w)
-               : "memory");
-}
-
-// One lane's share of a key: 16 codes of each 128, and 16 bytes of what follows.
-struct KeyPart {
-  uint4 codes[4];
-  uint4 rope;
-  uint2 scales;  // fp32 scale lane % 4, all exponents, or whether the key exists
-};
-
-// A scale as the sum of two fp16 numbers, the larger one in the low half.
-__device__ __forceinline__ uint32_t SplitScale(float scale) {
-  const float high = __half2float(__float2half_rn(scale));
-  return PackPair<DType::kFloat16>(high, scale - high);
-}
-
-// 16 codes times a scale, in fp16. kExact: fp16 holds the scale. Else the product is rounded once
-// but for what the product with the scale's smaller part loses.
-template <bool kExact>
-__device__ __forceinline__ void Dequantize(const uint4& codes, uint32_t scale, uint4 (&out)[2]) {
-  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-  const __half2 both = *reinterpret_cast<const __half2*>(&scale);
-  const __half2 high = __low2half2(both), low = __high2half2(both);
-  uint32_t pairs[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const auto pair = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (16 * (i % 2)));
-    const __half2 code(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3));
-    const __half2 x = kExact ? __hmul2(code, high) : __hfma2(code, high, __hmul2(code, low));
-    pairs[i] = *reinterpret_cast<const uint32_t*>(&x);
-  }
-  out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
-}
-
-// 2^(exponent - 127); 255 is NaN.
-__device__ __forceinline__ float PowerOfTwo(uint32_t exponent) {
-  const uint32_t special = exponent == 0 || exponent == 255 ? 1u << 22 : 0;
-  return __uint_as_float(exponent << 23 | special);
-}
-
-// Arrivals at `full` of a stage that kWarps fill.
-template <MlaFormat kFormat, int kWarps>
-inline constexpr int kFullArrivals =
-    kWarps * (kWarpArrivals + (kFormat == MlaFormat::kBf16 ? 32 : 0));
-
-// What lanes have of a tile's codes before they are converted: six times 16 bytes for each lane of
-// a key.
-template <MlaFormat kFormat>
-inline constexpr int kStagingBytes = kFormat == MlaFormat::kBf16 ? 16 : kKeys * 8 * 6 * 16;
-
-// Waits for a tile. Consumers order what producers stored before the tensor cores' accesses: in a
-// producer the fence would wait for its copies of the next tile.
-__device__ __forceinline__ void WaitTile(uint64_t* full, uint32_t parity) {
-  Wait(full, parity);
-  FenceAsyncProxy();
-}
-
-// kWarps gather the keys.
-template <int kDim, MlaFormat kFormat, int kWarps, int kStages>
+// kWarps gather kTileKeys keys of each tile, all or half of them. kSlots: codes are copied where
+// their values will lie; or to so many slots of each warp, as many passes ahead.
+template <int kDim, MlaFormat kFormat, int kWarps, int kStages, int kTileKeys = kKeys,
+          int kSlots = 0>
 class Gather {
  public:
-  __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys, uint8_t* staging,
-                                    StageBarriers<kStages>& barriers, int thread)
-      : args_(args), barriers_(barriers), lane_(thread % 32), first_row_(thread / 32 * kRows) {
+  __device__ __forceinline__ Gather(const Arguments& args, uint8_t* keys,
+                                    StageBarriers<kStages>& barriers, int thread, int first_key = 0,
+                                    uint8_t* slots = nullptr)
+      : args_(args),
+        barriers_(barriers),
+        lane_(thread % 32),
+        first_row_(first_key + thread / 32 * kRows) {
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
-    staging_ = SharedAddress(staging) + thread / 32 * (kPasses * kPassBytes) + lane_ * 16;
+    if constexpr (kSlots == 0) {
+      raw_ = SharedAddress(keys) + first_row_ * 128 + lane_ * 16;
+    } else {
+      raw_ = SharedAddress(slots) + thread / 32 * (kSlots * kSlotBytes) + lane_ * 16;
+    }
     piece_ = address + ((share ^ (row & 7)) << 4);
     codes_ = address + share / 4 * kBlockBytes + (((2 * (share % 4) + share / 4) ^ (row & 7)) << 4);
     if constexpr (kFormat == MlaFormat::kFp8) {
@@ -130,17 +49,23 @@ class Gather {
     if (work.begin >= work.end) return;
     if constexpr (kFormat == MlaFormat::kBf16) {
       RunCopies(work);
-    } else {
+    } else if constexpr (kSlots == 0) {
       RunCodes(work);
+    } else {
+      RunSlots(work);
     }
   }
 
  private:
   static constexpr int kStageBytes = kDim / 64 * kBlockBytes;
-  static constexpr int kRows = kKeys / kWarps;  // of a warp
+  static constexpr bool kPair = kTileKeys < kKeys;
+  static constexpr int kRows = kTileKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
-  static constexpr int kPassBytes = 6 * 32 * 16;  // of staging
-  static constexpr int kLook = 32 / kRows;        // tiles whose slots are looked up at once
+  static constexpr int kJoint = kPair ? kPasses : 1;  // passes that are converted side by side
+  static constexpr int kPassBytes = 4 * 128;          // of a pass in a block
+  // Between the parts of codes that a lane copies.
+  static constexpr int kPartBytes = kSlots == 0 ? kBlockBytes : 512;
+  static constexpr int kLook = 32 / kRows;  // tiles whose slots are looked up at once
 
   // Where the key lies that this lane finds.
   struct Place {
@@ -203,9 +128,19 @@ class Gather {
     return static_cast<const uint8_t*>(extra ? args_.p.extra.cache.data : args_.p.keys.cache.data);
   }
 
-  // Starts to copy this lane's share of a key.
-  __device__ __forceinline__ void Load(bool extra, int pass) const {
-    const uint32_t at = OfPass(place_.key, pass), to = staging_ + pass * kPassBytes;
+  // Where the codes of a pass are, this lane's; the scales of its key.
+  __device__ __forceinline__ uint32_t CodesAt(int stage, int pass) const {
+    return raw_ + stage * kStageBytes + pass * kPassBytes;
+  }
+  __device__ __forceinline__ uint32_t SlotAt(int slot) const { return raw_ + slot * kSlotBytes; }
+  __device__ __forceinline__ uint32_t ScalesOf(uint32_t codes) const {
+    return codes + 5 * kPartBytes - (kSlots == 0 ? 0 : lane_ * 16 - lane_ / 8 * 16);
+  }
+
+  // Starts to copy this lane's share of a key. In a slot a key's scales stand once.
+  __device__ __forceinline__ void Load(bool extra, uint32_t to, int pass) const {
+    const uint32_t at = OfPass(place_.key, pass);
+    const bool copies_scales = kSlots == 0 || lane_ % 8 == 0;
     const uint8_t* base = Base(extra);
     const bool valid = at != kMasked;
     const uint8_t* key = base + (valid ? uint64_t{at} * 16 : 0);
@@ -214,32 +149,35 @@ class Gather {
     for (int i = 0; i < 4; ++i) {
       // The last 64 of 448 codes: four lanes have them.
       const bool some = valid && (kFormat != MlaFormat::kFp8x584 || i < 3 || share < 64);
-      CopyOrZero(to + i * 512, some ? key + 128 * i + share : base, some);
+      CopyOrZero(to + i * kPartBytes, some ? key + 128 * i + share : base, some);
     }
     if constexpr (kFormat == MlaFormat::kFp8x656) {
-      CopyOrZero(to + 4 * 512, valid ? key + 528 + share : base, valid);
-      CopyOrZero(to + 5 * 512, valid ? key + 512 : base, valid);
+      CopyOrZero(to + 4 * kPartBytes, valid ? key + 528 + share : base, valid);
+      if (copies_scales) CopyOrZero(ScalesOf(to), valid ? key + 512 : base, valid);
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
-      CopyOrZero(to + 4 * 512, valid ? key + 448 + share : base, valid);
+      CopyOrZero(to + 4 * kPartBytes, valid ? key + 448 + share : base, valid);
       const uint32_t scales = OfPass(place_.scales, pass);
-      Copy8OrZero(to + 5 * 512, base + (valid ? uint64_t{scales} * 8 : 0), valid);
+      if (copies_scales) {
+        Copy8OrZero(ScalesOf(to), base + (valid ? uint64_t{scales} * 8 : 0), valid);
+      }
     } else if constexpr (kDim > 512) {
       const bool some = valid && share < 64;
-      CopyOrZero(to + 4 * 512, some ? key + 512 + share : base, some);
+      CopyOrZero(to + 4 * kPartBytes, some ? key + 512 + share : base, some);
     }
   }
 
-  // What Load has copied. valid: bit i: row i of the warp's exists.
-  __device__ __forceinline__ KeyPart Read(uint32_t valid, int pass) const {
-    const uint32_t from = staging_ + pass * kPassBytes;
+  // What Load has copied. valid: bit i: row i of the pass exists.
+  __device__ __forceinline__ KeyPart Read(uint32_t from, uint32_t valid) const {
     KeyPart part;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) part.codes[i] = LoadShared(from + i * 512);
-    if constexpr (kFormat != MlaFormat::kFp8 || kDim > 512) part.rope = LoadShared(from + 4 * 512);
+    for (int i = 0; i < 4; ++i) part.codes[i] = LoadShared(from + i * kPartBytes);
+    if constexpr (kFormat != MlaFormat::kFp8 || kDim > 512) {
+      part.rope = LoadShared(from + 4 * kPartBytes);
+    }
     if constexpr (kFormat == MlaFormat::kFp8) {
-      part.scales = make_uint2(valid >> (4 * pass + lane_ / 8) & 1, 0);
+      part.scales = make_uint2(valid >> (lane_ / 8) & 1, 0);
     } else {
-      const uint4 scales = LoadShared(from + 5 * 512);
+      const uint4 scales = LoadShared(ScalesOf(from));
       part.scales = make_uint2(scales.x, scales.y);
       if constexpr (kFormat == MlaFormat::kFp8x656) {
         const uint32_t low = lane_ & 1 ? scales.y : scales.x,
@@ -297,57 +235,102 @@ class Gather {
     }
   }
 
-  __device__ __forceinline__ KeyScale ScaleOfKey(const KeyPart& part, bool extra) const {
-    // The exponent field of a bound of the key's values; whether there is anything but zeros.
-    uint32_t exponent, largest = 0;
-    if constexpr (kFormat == MlaFormat::kFp8) {
-      largest = part.scales.x;
-      exponent = ExponentField(OwnScale(part, extra) * 448.0f);
-    } else {
-      if constexpr (kFormat == MlaFormat::kFp8x656) {
-        largest = part.scales.x & 0x7FFFFFFFu;
+  // Whether a key has anything but zeros, and the exponent field of a bound of its values: from its
+  // scales, and then, of lanes that share it, with its rotated channels.
+  struct Bound {
+    uint32_t largest = 0, exponent = 0, magnitude = 0;
+  };
+
+  // Of the lanes `apart` too. The passes' exchanges run side by side.
+  template <int kCount>
+  __device__ __forceinline__ void Exchange(Bound (&bounds)[kCount], int apart) const {
 #pragma unroll
-        for (int i = 1; i < 4; i *= 2) {
-          largest = max(largest, __shfl_xor_sync(kFullWarp, largest, i));  // NaN is the largest
-        }
-        exponent = ExponentField(__uint_as_float(largest) * 448.0f);
-      } else {
-        largest = __vmaxu4(part.scales.x, part.scales.y & 0x00FFFFFFu);
-        largest = __vmaxu4(largest, largest >> 16);
-        largest = max(largest & 0xFF, largest >> 8 & 0xFF);
-        exponent = min(largest + 8, 255u);
+    for (Bound& x : bounds) {
+      x.magnitude = max(x.magnitude, __shfl_xor_sync(kFullWarp, x.magnitude, apart));
+      if (kFormat == MlaFormat::kFp8x656 && apart < 4) {  // NaN is the largest
+        x.largest = max(x.largest, __shfl_xor_sync(kFullWarp, x.largest, apart));
       }
-      uint32_t magnitude = MaxMagnitude(part.rope);
-#pragma unroll
-      for (int i = 1; i < 8; i *= 2) {
-        magnitude = max(magnitude, __shfl_xor_sync(kFullWarp, magnitude, i));
-      }
-      largest |= magnitude;
-      exponent = max(exponent, magnitude >> 7);
     }
-    const float factor = largest == 0 ? 0.0f : Reciprocal(KeyPower(exponent));
-    if constexpr (kFormat == MlaFormat::kFp8x584) return {factor, 0};
-    return {factor, SplitScale(OwnScale(part, extra) * factor)};
   }
 
-  __device__ __forceinline__ void Convert(bool extra, const KeyPart& part, int pass) {
-    const KeyScale scale = ScaleOfKey(part, extra);
-    if (lane_ % 8 == 0) {
-      barriers_.powers[stage_][first_row_ + 4 * pass + lane_ / 8] =
-          scale.factor == 0.0f ? 0.0f : Reciprocal(scale.factor);
-    }
-    const uint32_t rows = RowsOf(pass);
-    const uint32_t codes = (codes_ ^ Turn(pass)) + rows;
-    const bool exact = (scale.own & 0x7FFF0000u) == 0;  // such as a power of two
-    if (kFormat == MlaFormat::kFp8x584 || __all_sync(kFullWarp, exact)) {
-      PutAllCodes<true>(codes, part, scale.own, scale.factor);
-    } else {
-      PutAllCodes<false>(codes, part, scale.own, scale.factor);
+  template <int kCount>
+  __device__ __forceinline__ void ScalesOfKeys(const KeyPart (&parts)[kCount], bool extra,
+                                               KeyScale (&scales)[kCount]) const {
+    Bound bounds[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint2 own = parts[i].scales;
+      Bound& x = bounds[i];
+      if constexpr (kFormat == MlaFormat::kFp8) {
+        x.largest = own.x;
+        x.exponent = ExponentField(OwnScale(parts[i], extra) * 448.0f);
+      } else {
+        x.magnitude = MaxMagnitude(parts[i].rope);
+        if constexpr (kFormat == MlaFormat::kFp8x656) {
+          x.largest = own.x & 0x7FFFFFFFu;
+        } else {
+          x.largest = __vmaxu4(own.x, own.y & 0x00FFFFFFu);
+          x.largest = __vmaxu4(x.largest, x.largest >> 16);
+          x.largest = max(x.largest & 0xFF, x.largest >> 8 & 0xFF);
+          x.exponent = min(x.largest + 8, 255u);
+        }
+      }
     }
     if constexpr (kFormat != MlaFormat::kFp8) {
-      constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
-      StoreShared((piece_ ^ Turn(pass)) + rows + kBlock * kBlockBytes,
-                  ToHalf(part.rope, scale.factor));
+      Exchange(bounds, 1);
+      Exchange(bounds, 2);
+      Exchange(bounds, 4);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      Bound& x = bounds[i];
+      if constexpr (kFormat == MlaFormat::kFp8x656) {
+        x.exponent = ExponentField(__uint_as_float(x.largest) * 448.0f);
+      }
+      x.exponent = max(x.exponent, x.magnitude >> 7);
+      const bool zeros = (x.largest | x.magnitude) == 0;
+      scales[i].factor = zeros ? 0.0f : Reciprocal(KeyPower(x.exponent));
+      scales[i].own = kFormat == MlaFormat::kFp8x584
+                          ? 0
+                          : SplitScale(OwnScale(parts[i], extra) * scales[i].factor);
+    }
+  }
+
+  // kCount passes from `pass` on.
+  template <int kCount>
+  __device__ __forceinline__ void Convert(bool extra, const KeyPart (&parts)[kCount], int pass) {
+    KeyScale scales[kCount];
+    ScalesOfKeys(parts, extra, scales);
+    bool exact = true;  // fp16 holds the scales, such as powers of two
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (lane_ % 8 == 0) {
+        const float factor = scales[i].factor;
+        barriers_.powers[stage_][first_row_ + 4 * (pass + i) + lane_ / 8] =
+            factor == 0.0f ? 0.0f : Reciprocal(factor);
+      }
+      exact = exact && (scales[i].own & 0x7FFF0000u) == 0;
+    }
+    if (kFormat == MlaFormat::kFp8x584 || __all_sync(kFullWarp, exact)) {
+      PutKeys<true>(parts, scales, pass);
+    } else {
+      PutKeys<false>(parts, scales, pass);
+    }
+  }
+
+  template <bool kExact, int kCount>
+  __device__ __forceinline__ void PutKeys(const KeyPart (&parts)[kCount],
+                                          const KeyScale (&scales)[kCount], int pass) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t rows = RowsOf(pass + i);
+      PutAllCodes<kExact>((codes_ ^ Turn(pass + i)) + rows, parts[i], scales[i].own,
+                          scales[i].factor);
+      if constexpr (kFormat != MlaFormat::kFp8) {
+        constexpr int kBlock = kFormat == MlaFormat::kFp8x584 ? 7 : 8;
+        StoreShared((piece_ ^ Turn(pass + i)) + rows + kBlock * kBlockBytes,
+                    ToHalf(parts[i].rope, scales[i].factor));
+      }
     }
   }
 
@@ -365,7 +348,8 @@ class Gather {
   // valid: bit i: row i of the warp's exists.
   __device__ __forceinline__ void StoreValid(uint32_t valid) const {
     if (lane_ < kRows / 4) {
-      reinterpret_cast<uint8_t*>(&barriers_.valid[stage_])[first_row_ / 4 + lane_] =
+      reinterpret_cast<uint8_t*>(
+          &barriers_.valid[stage_][first_row_ / 32])[first_row_ % 32 / 4 + lane_] =
           static_cast<uint8_t>(valid >> (4 * lane_) & 15);
     }
   }
@@ -375,29 +359,110 @@ class Gather {
     parity_ ^= stage_ == 0;
   }
 
+  __device__ __forceinline__ uint64_t* Free(int stage) const {
+    return &barriers_.empty[stage][kPair ? 0 : first_row_ / 32];
+  }
+  __device__ __forceinline__ uint64_t* Full() const {
+    return kPair ? &barriers_.own[stage_] : &barriers_.full[stage_];
+  }
+
+  // Starts to copy a tile that has been looked up into a free stage.
+  __device__ __forceinline__ void LoadTile(bool extra, int stage) const {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) Load(extra, CodesAt(stage, i), i);
+    CommitCopies();
+  }
+
+  // Whether this warp's rows of the next stage are free; it waits for them if it shall.
+  __device__ __forceinline__ bool NextIsFree(int next, bool wait) const {
+    const uint32_t parity = parity_ ^ (next == 0);
+    if (!wait) return __all_sync(kFullWarp, TestWait(Free(next), parity));
+    Wait(Free(next), parity);
+    return true;
+  }
+
+  // The next tile's copies begin as soon as its stage is free, which is looked for between passes.
   __device__ __forceinline__ void RunCodes(const Work& work) {
     StartLooking(work);
     Look(work, work.begin);
     uint32_t valid = ValidBits();
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      Load(work.begin >= work.first_extra, i);
-      CommitCopies();
-    }
+    Wait(Free(stage_), parity_);
+    LoadTile(work.begin >= work.first_extra, stage_);
     for (int tile = work.begin; tile < work.end; ++tile) {
-      Look(work, tile + 1);
-      Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
+      const int next = (stage_ + 1) % kStages;
+      const bool last = tile + 1 >= work.end;
+      if (!last) Look(work, tile + 1);
+      bool loads = false;  // the next tile's copies have begun
+#pragma unroll 1
+      for (int pass = 0; pass <= kPasses; pass += kJoint) {
+        const bool done = pass == kPasses;
+        if (done) {
+          StoreValid(valid);
+          ArriveWarp(Full());
+        }
+        if (!last && !loads && NextIsFree(next, done)) {
+          LoadTile(tile + 1 >= work.first_extra, next);
+          loads = true;
+        }
+        if (done) break;
+        if (loads) {
+          WaitCopyGroups<1>();
+        } else {
+          WaitCopyGroups<0>();
+        }
+        KeyPart parts[kJoint];
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i) {
-        WaitCopyGroups<kPasses - 1>();
-        Convert(tile >= work.first_extra, Read(valid, i), i);
-        if (tile + 1 < work.end) Load(tile + 1 >= work.first_extra, i);
-        CommitCopies();
+        for (int i = 0; i < kJoint; ++i) {
+          parts[i] = Read(CodesAt(stage_, pass + i), valid >> (4 * (pass + i)));
+        }
+        __syncwarp();  // all lanes have their codes before one writes values there
+        Convert(tile >= work.first_extra, parts, pass);
       }
-      StoreValid(valid);
-      ArriveWarp(&barriers_.full[stage_]);
       Advance();
       valid = ValidBits();
+    }
+  }
+
+  // Passes of all tiles go through the slots in order, whatever stage is free.
+  __device__ __forceinline__ void RunSlots(const Work& work) {
+    StartLooking(work);
+    const int passes = (work.end - work.begin) * kPasses;
+    int loaded = 0, slot = 0;
+    uint32_t ahead = 0;  // four bits for each pass in a slot, the next one's lowest: valid rows
+    const auto load = [&](int to, int waiting) {
+      const int tile = work.begin + loaded / kPasses, pass = loaded % kPasses;
+      if (pass == 0) Look(work, tile);
+      Load(tile >= work.first_extra, SlotAt(to), pass);
+      ahead |= (ValidBits() >> (4 * pass) & 15) << (4 * waiting);
+      ++loaded;
+    };
+#pragma unroll 1
+    for (int i = 0; i < kSlots; ++i) {
+      if (loaded < passes) load(i, i);
+      CommitCopies();
+    }
+    uint32_t valid = 0;  // of the tile
+    int tile = work.begin, pass = 0;
+#pragma unroll 1
+    while (tile < work.end) {
+      WaitCopyGroups<kSlots - 1>();
+      __syncwarp();  // scales are another lane's copies
+      const KeyPart parts[1] = {Read(SlotAt(slot), ahead)};
+      __syncwarp();  // all lanes have their codes before new ones arrive
+      valid |= (ahead & 15) << (4 * pass);
+      ahead >>= 4;
+      if (loaded < passes) load(slot, kSlots - 1);
+      CommitCopies();
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+      if (pass == 0) Wait(Free(stage_), parity_);
+      Convert(tile >= work.first_extra, parts, pass);
+      if (++pass < kPasses) continue;
+      StoreValid(valid);
+      ArriveWarp(Full());
+      Advance();
+      valid = 0;
+      pass = 0;
+      ++tile;
     }
   }
 
@@ -405,7 +470,7 @@ class Gather {
     StartLooking(work);
     for (int tile = work.begin; tile < work.end; ++tile) {
       Look(work, tile);
-      Wait(&barriers_.empty[stage_][first_row_ / 32], parity_);
+      Wait(Free(stage_), parity_);
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         const int share = lane_ % 8;
@@ -423,8 +488,8 @@ class Gather {
       }
       // Each lane's copies arrive when they have ended: the next tile's begin before.
       StoreValid(ValidBits());
-      ArriveWarp(&barriers_.full[stage_]);
-      ArriveAfterCopies(&barriers_.full[stage_]);
+      ArriveWarp(Full());
+      ArriveAfterCopies(Full());
       Advance();
     }
   }
@@ -437,10 +502,10 @@ class Gather {
   int first_row_;  // of this warp in a tile
   int slot_ = -1;  // of the tiles to be looked up next
   Place place_ = {kMasked, 0};
-  int at_ = 0;        // first lane that has a row of the tile looked up last
-  uint32_t staging_;  // this lane's part of pass 0
-  uint32_t piece_;    // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
-  uint32_t codes_;    // where its first 16 codes go, the half that it stores first
+  int at_ = 0;      // first lane that has a row of the tile looked up last
+  uint32_t raw_;    // where this lane's codes of stage 0, pass 0 go
+  uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
+  uint32_t codes_;  // where its first 16 codes go, the half that it stores first
   float multiplier_[2] = {1.0f, 1.0f};
 };
 

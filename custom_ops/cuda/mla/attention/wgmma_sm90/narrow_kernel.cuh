@@ -2,10 +2,10 @@
 // products, heads their columns, so that nothing is computed for heads that are not there. The time
 // goes into reading the tokens.
 //
-// Warpgroups, six of them: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and four of
-// producers (gather.cuh), which fill two stages of 64 keys. Each stage has its consumer: they take
-// every other tile, each with a softmax and outputs of its own, and join them at the end of the
-// work tile. One alone would have the tile's time in chains of small products.
+// Warpgroups: two consumers, S^T = K Q^T, softmax, O^T += V^T P^T, and two of producers
+// (gather.cuh; of bf16 keys four), which fill two stages of 64 keys. Each stage has its consumer:
+// they take every other tile, each with a softmax and outputs of its own, and join them at the end
+// of the work tile. One alone would have the tile's time in chains of small products.
 //
 // Barriers (mbarriers): full/empty of the stages. Named barriers 1 and 2: the warps of a consumer;
 // 3 and 4: both, in turn where they join.
@@ -22,28 +22,32 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-inline constexpr int kNarrowProducers = 16;  // warps
+template <MlaFormat kFormat>
+inline constexpr int kNarrowProducers = kFormat == MlaFormat::kBf16 ? 16 : 8;  // warps
 inline constexpr int kNarrowStages = 2;
-inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers;
-// Of 480 that six threads have.
-inline constexpr int kNarrowConsumerRegisters = 128;
-inline constexpr int kNarrowProducerRegisters = 56;
+// Passes of codes that a producer warp copies ahead.
+template <MlaFormat kFormat>
+inline constexpr int kNarrowSlots = kFormat == MlaFormat::kBf16 ? 0 : 3;
+template <MlaFormat kFormat>
+inline constexpr int kNarrowThreads = 256 + 32 * kNarrowProducers<kFormat>;
+// Of 480 that six threads have, or 512 of four.
+template <MlaFormat kFormat>
+inline constexpr int kNarrowConsumerRegisters = kFormat == MlaFormat::kBf16 ? 128 : 152;
+template <MlaFormat kFormat>
+inline constexpr int kNarrowProducerRegisters = kFormat == MlaFormat::kBf16 ? 56 : 104;
 
 template <int kDim, MlaFormat kFormat, int kHeads>
 struct alignas(1024) NarrowShared {
   Stages<kDim, kNarrowStages> stages;
   uint8_t query[kDim / 64 * kHeads * 128];
-  uint8_t probabilities[2][kHeads * 128];
-  float exchange[2][4][kHeads];  // of a consumer's warps
-  // Of consumer 1's threads: maxima and sums of heads, and the power of the keys.
-  float joined[kHeads / 2 + 1][128];
+  uint8_t probabilities[2][kDim == 512 ? kHeads * 128 : 16];  // see Probabilities
+  float exchange[2][4][kHeads];                               // of a consumer's warps
+  alignas(16) uint8_t slots[kNarrowSlots<kFormat> * kNarrowProducers<kFormat> * kSlotBytes + 16];
   float query_powers[kHeads];  // fp16: what the query's rows were divided by
   StageBarriers<kNarrowStages> barriers;
-  alignas(16) uint8_t staging[kStagingBytes<kFormat>];
 };
 
-// kGroup: consumer 0 or 1, and its stage.
-template <int kDim, MlaFormat kFormat, int kHeads, int kGroup>
+template <int kDim, MlaFormat kFormat, int kHeads>
 class NarrowConsumer {
  public:
   using Shared = NarrowShared<kDim, kFormat, kHeads>;
@@ -51,8 +55,13 @@ class NarrowConsumer {
   static constexpr bool kHalf = kType == DType::kFloat16;
   static constexpr int kColumns = kHeads / 4;  // a thread's: 2 * (j) + e, head 8 * j + 2 * q + e
 
-  __device__ __forceinline__ NarrowConsumer(const Arguments& args, Shared& shared)
-      : args_(args), shared_(shared), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
+  // group: consumer 0 or 1. Both run the same instructions, which have to be fetched, too.
+  __device__ __forceinline__ NarrowConsumer(const Arguments& args, Shared& shared, int group)
+      : args_(args),
+        shared_(shared),
+        group_(group),
+        warp_(threadIdx.x / 32 % 4),
+        lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void Run() {
     const float common = StaticScales(args_.p).common;
@@ -93,8 +102,8 @@ class NarrowConsumer {
     RowState heads[kColumns];
     largest_ = 0.0f;
     for (int tile = work.begin; tile < work.end; ++tile, ++tiles_) {
-      if (tiles_ % 2 != kGroup) continue;
-      WaitTile(&shared_.barriers.full[kGroup], tiles_ / 2 & 1);
+      if (tiles_ % 2 != group_) continue;
+      WaitTile(&shared_.barriers.full[group_], tiles_ / 2 & 1);
       float scores[kHeads / 2], rescale[kColumns];
       Score(scores);
       Softmax(scores, scales, heads, rescale);
@@ -105,8 +114,8 @@ class NarrowConsumer {
         KeepFloats(out[i]);
       }
       FenceProducts();
-      const uint32_t values = SharedAddress(shared_.stages.keys[kGroup]);
-      uint64_t right = OperandDescriptor<128>(SharedAddress(shared_.probabilities[kGroup]));
+      const uint32_t values = SharedAddress(shared_.stages.keys[group_]);
+      uint64_t right = OperandDescriptor<128>(Probabilities());
       uint64_t left = TransposedDescriptor<kBlockBytes>(values);
       asm volatile("" : "+l"(left), "+l"(right));  // as in Score
       // Neighbours in the order have accumulators of their own.
@@ -120,39 +129,63 @@ class NarrowConsumer {
         if (k % 2 == 1) CommitProducts();  // half of the keys
       }
       WaitGroups<1>();
-      ArriveWarp(&shared_.barriers.empty[kGroup][0]);
+      ArriveWarp(&shared_.barriers.empty[group_][0]);
       WaitGroups<0>();
 #pragma unroll
       for (int i = 0; i < 8; ++i) KeepFloats(out[i]);
-      ArriveWarp(&shared_.barriers.empty[kGroup][1]);
+      ArriveWarp(&shared_.barriers.empty[group_][1]);
     }
     float weights[2][kColumns];
-    if constexpr (kGroup == 1) GiveHeads(heads);
     SyncNamed<256>(3);  // the query has been read: consumer 1 leaves its outputs in its place
+    if (group_ == 1) GiveHeads(heads);
     Join<0>(out, heads, weights);
-    SyncNamed<256>(3);  // consumer 0 has read the first half: the second takes its place
+    SyncNamed<256>(3);  // consumer 0 has read a quarter: the next takes its place
     Join<1>(out, heads, weights);
-    if constexpr (kGroup == 0) Finish(work, out, heads, common);
+    SyncNamed<256>(3);
+    Join<2>(out, heads, weights);
+    SyncNamed<256>(3);
+    Join<3>(out, heads, weights);
+    if (group_ == 0) Finish(work, out, heads, common);
+  }
+
+  // P of this consumer's tile: in place of keys 32 on of the rotated channels, which are not among
+  // the values.
+  __device__ __forceinline__ uint32_t Probabilities() const {
+    if constexpr (kDim == 512) return SharedAddress(shared_.probabilities[group_]);
+    return SharedAddress(shared_.stages.keys[group_]) + 8 * kBlockBytes + 32 * 128;
+  }
+
+  // What consumer 1 has, in place of the query: a quarter of its outputs; of its threads, maxima
+  // and sums of heads, and the power of the keys.
+  struct Joined {
+    float floats[kHeads][128];
+    float heads[kHeads / 2 + 1][128];
+  };
+  __device__ __forceinline__ Joined& InQuery() const {
+    static_assert(sizeof(Joined) <= sizeof(shared_.query));
+    return *reinterpret_cast<Joined*>(shared_.query);
   }
 
   // Consumer 1 leaves what it has to the thread of consumer 0 that has the same part.
   __device__ __forceinline__ void GiveHeads(const RowState (&heads)[kColumns]) const {
     const int thread = threadIdx.x % 128;
+    const auto joined = InQuery().heads;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      shared_.joined[2 * c][thread] = heads[c].maximum;
-      shared_.joined[2 * c + 1][thread] = heads[c].sum;
+      joined[2 * c][thread] = heads[c].maximum;
+      joined[2 * c + 1][thread] = heads[c].sum;
     }
-    shared_.joined[2 * kColumns][thread] = largest_;
+    joined[2 * kColumns][thread] = largest_;
   }
 
   // weights: what the outputs of both are multiplied with.
   __device__ __forceinline__ void JoinHeads(RowState (&heads)[kColumns],
                                             float (&weights)[2][kColumns]) {
     const int thread = threadIdx.x % 128;
+    const auto joined = InQuery().heads;
     float units[2] = {1.0f, 1.0f};
     if constexpr (kHalf) {
-      const float other = shared_.joined[2 * kColumns][thread];
+      const float other = joined[2 * kColumns][thread];
       const float largest = fmaxf(largest_, other);
       if (largest_ != largest) units[0] = largest_ * Reciprocal(largest);
       if (other != largest) units[1] = other * Reciprocal(largest);
@@ -160,31 +193,30 @@ class NarrowConsumer {
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float other = shared_.joined[2 * c][thread];
+      const float other = joined[2 * c][thread];
       const float maximum = fmaxf(heads[c].maximum, other);
       const float mine = WeightOf(heads[c].maximum, maximum), its = WeightOf(other, maximum);
-      heads[c].sum = heads[c].sum * mine + shared_.joined[2 * c + 1][thread] * its;
+      heads[c].sum = heads[c].sum * mine + joined[2 * c + 1][thread] * its;
       heads[c].maximum = maximum;
       weights[0][c] = mine * units[0];
       weights[1][c] = its * units[1];
     }
   }
 
-  // Half of the outputs, from consumer 1 to consumer 0, which has both from here on.
+  // A quarter of the outputs, from consumer 1 to consumer 0, which has both from here on.
   template <int kPart>
   __device__ __forceinline__ void Join(Output& out, RowState (&heads)[kColumns],
                                        float (&weights)[2][kColumns]) {
-    constexpr int kFloats = 2 * kHeads;
-    static_assert(kFloats * 128 * 4 <= sizeof(shared_.query));
-    const auto floats = reinterpret_cast<float (*)[128]>(shared_.query);
+    constexpr int kFloats = kHeads;
+    const auto floats = InQuery().floats;
     const int thread = threadIdx.x % 128;
-    if constexpr (kGroup == 1) {
+    if (group_ == 1) {
 #pragma unroll
       for (int i = 0; i < kFloats; ++i) {
         const int at = kPart * kFloats + i;
         floats[i][thread] = out[at / (kHeads / 2)][at % (kHeads / 2)];
       }
-      SyncNamed<256>(4);  // the half is there
+      SyncNamed<256>(4);  // the quarter is there
     } else {
       SyncNamed<256>(4);
       if constexpr (kPart == 0) JoinHeads(heads, weights);
@@ -199,7 +231,7 @@ class NarrowConsumer {
 
   // Several sums, each of every kSums-th product: one would be a chain of products.
   __device__ __forceinline__ void Score(float (&scores)[kHeads / 2]) const {
-    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[kGroup]));
+    uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[group_]));
     uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
     // Else the compiler keeps the descriptors of all products in registers, and has none left.
     asm volatile("" : "+l"(query), "+l"(keys));
@@ -244,7 +276,7 @@ class NarrowConsumer {
                                           RowState (&heads)[kColumns], float (&rescale)[kColumns]) {
     float powers[2] = {1.0f, 1.0f}, units = 1.0f;  // of this thread's keys; of the outputs so far
     if constexpr (kHalf) {
-      const float* all = shared_.barriers.powers[kGroup];
+      const float* all = shared_.barriers.powers[group_];
       powers[0] = all[16 * warp_ + lane_ / 4];
       powers[1] = all[16 * warp_ + lane_ / 4 + 8];
       float largest = fmaxf(largest_, fmaxf(all[lane_], all[lane_ + 32]));
@@ -257,7 +289,7 @@ class NarrowConsumer {
     }
     // Byte i: bit k: key 16 * warp + 4 * i + k.
     const uint32_t valid =
-        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[kGroup])[warp_];
+        reinterpret_cast<const uint32_t*>(&shared_.barriers.valid[group_][warp_ / 2])[warp_ % 2];
     const uint32_t mine = valid >> (lane_ / 16 * 8 + lane_ / 4 % 4);
 #pragma unroll
     for (int i = 0; i < kHeads / 2; ++i) {
@@ -270,16 +302,16 @@ class NarrowConsumer {
       const int at = 4 * (c / 2) + c % 2;
       maximum[c] =
           OverKeys(fmaxf(scores[at], scores[at + 2]), [](float a, float b) { return fmaxf(a, b); });
-      if (lane_ < 4) shared_.exchange[kGroup][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = maximum[c];
+      if (lane_ < 4) shared_.exchange[group_][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = maximum[c];
     }
-    SyncNamed<128>(1 + kGroup);
+    SyncNamed<128>(1 + group_);
     uint32_t pairs[kColumns];  // matrices of 8 keys x 8 heads: 2 * j + h
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int head = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2;
       float m = heads[c].maximum;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) m = fmaxf(m, shared_.exchange[kGroup][w][head]);
+      for (int w = 0; w < 4; ++w) m = fmaxf(m, shared_.exchange[group_][w][head]);
       const float weight = WeightOf(heads[c].maximum, m);
       heads[c].maximum = m;
       heads[c].sum *= weight;
@@ -304,28 +336,27 @@ class NarrowConsumer {
     // Lane 8 * i + r names row r of matrix i, a head, at the eight keys of the matrix.
     const int matrix = lane_ / 8, head = matrix / 2 * 8 + lane_ % 8;
     const int chunk = 2 * warp_ + matrix % 2;
-    const uint32_t address = SharedAddress(shared_.probabilities[kGroup]) + head % kHeads * 128 +
-                             ((chunk ^ (head & 7)) << 4);
+    const uint32_t address = Probabilities() + head % kHeads * 128 + ((chunk ^ (head & 7)) << 4);
     if constexpr (kHeads == 16) {
       StoreMatrices<true>(address, pairs);
     } else {
       StoreTransposed(address, pairs);
     }
     FenceAsyncProxy();
-    SyncNamed<128>(1 + kGroup);
+    SyncNamed<128>(1 + group_);
   }
 
   __device__ __forceinline__ void Finish(const Work& work, const Output& out,
                                          RowState (&heads)[kColumns], float common) const {
     const MlaSparseParams& p = args_.p;
     if constexpr (kHalf) common *= largest_ * (1.0f / kProbabilityScale);
-    SyncNamed<128>(1 + kGroup);
+    SyncNamed<128>(1 + group_);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float sum = OverKeys(heads[c].sum, [](float a, float b) { return a + b; });
-      if (lane_ < 4) shared_.exchange[kGroup][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = sum;
+      if (lane_ < 4) shared_.exchange[group_][warp_][8 * (c / 2) + 2 * lane_ + c % 2] = sum;
     }
-    SyncNamed<128>(1 + kGroup);
+    SyncNamed<128>(1 + group_);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int local = 8 * (c / 2) + 2 * (lane_ % 4) + c % 2, head = work.head + local;
@@ -333,7 +364,7 @@ class NarrowConsumer {
       RowState row = heads[c];
       row.sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[kGroup][w][local];
+      for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[group_][w][local];
       // Every thread of a head finishes it; the LSE is the same in all.
       const float factor = FinishRow(args_, work, head, row, common);
       const int64_t at = (work.token * p.heads + head) * kMlaValueDim + 16 * warp_ + lane_ / 4;
@@ -359,20 +390,20 @@ class NarrowConsumer {
 
   const Arguments& args_;
   Shared& shared_;
-  int warp_, lane_;
+  int group_, warp_, lane_;
   int tiles_ = 0;         // so far, of both consumers
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
 template <int kDim, MlaFormat kFormat, int kHeads>
-__global__ void __launch_bounds__(kNarrowThreads, 1)
+__global__ void __launch_bounds__(kNarrowThreads<kFormat>, 1)
     NarrowKernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<NarrowShared<kDim, kFormat, kHeads>*>(bytes);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kNarrowStages; ++i) {
-      InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers>);
+      InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kNarrowProducers<kFormat>>);
       InitBarrier(&shared.barriers.empty[i][0], 4 * kWarpArrivals);
       InitBarrier(&shared.barriers.empty[i][1], 4 * kWarpArrivals);
     }
@@ -382,19 +413,17 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
-    ReleaseRegisters<kNarrowProducerRegisters>();
-    Gather<kDim, kFormat, kNarrowProducers, kNarrowStages> gather(
-        args, shared.stages.keys[0], shared.staging, shared.barriers, threadIdx.x - 256);
+    ReleaseRegisters<kNarrowProducerRegisters<kFormat>>();
+    Gather<kDim, kFormat, kNarrowProducers<kFormat>, kNarrowStages, kKeys, kNarrowSlots<kFormat>>
+        gather(args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256, 0, shared.slots);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kHeads));
     }
   } else {
-    ClaimRegisters<kNarrowConsumerRegisters>();
-    if (threadIdx.x < 128) {
-      NarrowConsumer<kDim, kFormat, kHeads, 0>(args, shared).Run();
-    } else {
-      NarrowConsumer<kDim, kFormat, kHeads, 1>(args, shared).Run();
-    }
+    ClaimRegisters<kNarrowConsumerRegisters<kFormat>>();
+    NarrowConsumer<kDim, kFormat, kHeads> c(args, shared,
+                                            __shfl_sync(kFullWarp, threadIdx.x / 128, 0));
+    c.Run();
   }
 #else
   __trap();

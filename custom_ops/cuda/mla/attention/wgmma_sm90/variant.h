@@ -15,6 +15,7 @@ struct Arguments {
   unsigned head_groups = 1;
   unsigned splits = 1;
   unsigned work_tiles = 0;
+  bool pairs = false;            // neighbouring groups of heads are CTAs of a cluster
   float* partial = nullptr;      // [splits, tokens, heads, 512]
   float* partial_lse = nullptr;  // [splits, tokens, heads], base 2; -inf: no key
 };

@@ -4,8 +4,10 @@
 // Warpgroups, four of them:
 //  - consumer 0: S = Q K^T, softmax, O[:, 0..255] += P V;
 //  - consumer 1: O[:, 256..511] += P V, with P and the rescaling factors from shared memory;
-//  - two of producers (gather.cuh), which fill stages of 64 keys: two, or one of 8-bit keys, whose
-//    codes wait in a buffer in place of the other.
+//  - two of producers (gather.cuh), which fill stages of 64 keys.
+//
+// Two CTAs of a cluster may have two groups of a query token: each gathers, and converts, half of
+// each tile, and copies it into the other's stage (pair.cuh).
 //
 // The producers are ahead: they fill stages for the next work tile during the epilogue.
 //
@@ -22,6 +24,7 @@
 #include "cuda/common/wgmma_half.cuh"
 #include "cuda/mla/attention/wgmma_sm90/finish.cuh"
 #include "cuda/mla/attention/wgmma_sm90/gather.cuh"
+#include "cuda/mla/attention/wgmma_sm90/pair.cuh"
 #include "cuda/mla/attention/wgmma_sm90/products.cuh"
 
 namespace fastattn::cuda::mla_sm90 {
@@ -33,9 +36,11 @@ inline constexpr int kWideThreads = 256 + 32 * kWideProducers;
 inline constexpr int kScoreRegisters = 208;
 inline constexpr int kOutputRegisters = 160;
 inline constexpr int kProducerRegisters = 72;
-// Stages of keys: beside the buffer of codes there is room for one.
+// Stages of keys. Ten tiles, as DeepSeek-V4 has, are done sooner with one and slots beside it.
 template <MlaFormat kFormat>
-inline constexpr int kWideStages = kFormat == MlaFormat::kBf16 ? 2 : 1;
+inline constexpr int kWideStages = kFormat == MlaFormat::kFp8x584 ? 1 : 2;
+template <MlaFormat kFormat>
+inline constexpr int kWideSlots = kFormat == MlaFormat::kFp8x584 ? 3 : 0;
 
 template <int kDim, MlaFormat kFormat>
 struct alignas(1024) WideShared {
@@ -48,7 +53,7 @@ struct alignas(1024) WideShared {
   StageBarriers<kWideStages<kFormat>> barriers;
   uint64_t probabilities_full;
   uint64_t probabilities_empty;
-  alignas(16) uint8_t staging[kStagingBytes<kFormat>];
+  alignas(16) uint8_t slots[kWideSlots<kFormat> * kWideProducers * kSlotBytes + 16];
 };
 
 // A consumer's outputs: 64 heads x 256 channels, in halves of 128.
@@ -79,7 +84,8 @@ __device__ __forceinline__ void Rescale(HalfOutput& out, float low, float high) 
   }
 }
 
-template <int kDim, MlaFormat kFormat>
+// kPair: one of two CTAs of a cluster (pair.cuh).
+template <int kDim, MlaFormat kFormat, bool kPair>
 class WideConsumer {
  public:
   using Shared = WideShared<kDim, kFormat>;
@@ -156,11 +162,11 @@ class WideConsumer {
         if (k % 2 == 1) CommitProducts();  // half of the keys
       }
       WaitGroups<1>();
-      ArriveWarp(&shared_.barriers.empty[stage_][0]);
+      Release(stage_, 0);
       WaitGroups<0>();
       Keep(out);
       ArriveWarp(&shared_.probabilities_empty);
-      ArriveWarp(&shared_.barriers.empty[stage_][1]);
+      Release(stage_, 1);
       Advance();
     }
   }
@@ -178,15 +184,13 @@ class WideConsumer {
       uint32_t pairs[16];
       Weigh(scores, scales, out, rows, pairs);
       const int used = stage_;
-      if constexpr (kStages == 1) ReleaseHalves<1>(used);
       Advance();
+      // Keys that are not there yet may wait for this stage.
+      const bool there = __all_sync(kFullWarp, TestWait(&shared_.barriers.full[stage_], parity_));
+      if (!there) ReleaseHalves<1>(used);
       WaitFull();
-      if constexpr (kStages == 1) {
-        Keep(out);
-        KeepRegisters(pairs);
-      }
       Score(scores);
-      if constexpr (kStages > 1) ReleaseHalves<2>(used);
+      if (there) ReleaseHalves<2>(used);
       WaitGroups<0>();
       Keep(out);
       KeepFloats(scores);
@@ -205,9 +209,19 @@ class WideConsumer {
   template <int kPending>
   __device__ __forceinline__ void ReleaseHalves(int stage) const {
     WaitGroups<kPending>();
-    ArriveWarp(&shared_.barriers.empty[stage][0]);
+    Release(stage, 0);
     WaitGroups<kPending - 1>();
-    ArriveWarp(&shared_.barriers.empty[stage][1]);
+    Release(stage, 1);
+  }
+
+  // The warp reads half of a stage no more. Of a pair, CTA i fills half i of both.
+  __device__ __forceinline__ void Release(int stage, int half) const {
+    if constexpr (kPair) {
+      __syncwarp();
+      if (ArrivesForWarp(lane_)) ArriveInCluster(&shared_.barriers.empty[stage][0], half);
+    } else {
+      ArriveWarp(&shared_.barriers.empty[stage][half]);
+    }
   }
 
   // Softmax of a tile's scores, and issue of O += P V.
@@ -233,7 +247,11 @@ class WideConsumer {
   }
 
   __device__ __forceinline__ void WaitFull() const {
-    WaitTile(&shared_.barriers.full[stage_], parity_);
+    if constexpr (kPair) {
+      Wait(&shared_.barriers.full[stage_], parity_);  // no fence here: the sender has one
+    } else {
+      WaitTile(&shared_.barriers.full[stage_], parity_);
+    }
   }
 
   // Issues S = Q K^T of a stage.
@@ -276,7 +294,7 @@ class WideConsumer {
         scores[4 * j + 2 * h + 1] *= scales[h] * powers.y;
       }
     }
-    const uint4 valid = shared_.barriers.valid[stage_];
+    const uint4 valid = ValidOf(shared_.barriers.valid[stage_]);
     if (AllValid(valid)) return;
     const uint32_t words[4] = {valid.x, valid.y, valid.z, valid.w};
 #pragma unroll
@@ -429,11 +447,12 @@ class WideConsumer {
   float largest_ = 0.0f;  // fp16: power of the keys, so far
 };
 
-template <int kDim, MlaFormat kFormat>
+template <bool kPair, int kDim, MlaFormat kFormat>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim, kFormat>& shared) {
   for (int i = 0; i < kWideStages<kFormat>; ++i) {
-    InitBarrier(&shared.barriers.full[i], kFullArrivals<kFormat, kWideProducers>);
-    InitBarrier(&shared.barriers.empty[i][0], 8 * kWarpArrivals);
+    InitBarrier(&shared.barriers.full[i], kPair ? 1 : kFullArrivals<kFormat, kWideProducers>);
+    InitBarrier(&shared.barriers.own[i], kFullArrivals<kFormat, kPairProducers>);
+    InitBarrier(&shared.barriers.empty[i][0], (kPair ? 16 : 8) * kWarpArrivals);
     InitBarrier(&shared.barriers.empty[i][1], 8 * kWarpArrivals);
   }
   InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);
@@ -447,24 +466,69 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t bytes[];
   auto& shared = *reinterpret_cast<WideShared<kDim, kFormat>*>(bytes);
-  if (threadIdx.x == 0) InitBarriers(shared);
+  if (threadIdx.x == 0) InitBarriers<false>(shared);
   __syncthreads();
   PdlWait();
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat, kWideProducers, kWideStages<kFormat>> gather(
-        args, shared.stages.keys[0], shared.staging, shared.barriers, threadIdx.x - 256);
+    Gather<kDim, kFormat, kWideProducers, kWideStages<kFormat>, kKeys, kWideSlots<kFormat>> gather(
+        args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256, 0, shared.slots);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kWideHeads));
     }
   } else if (threadIdx.x < 128) {
     ClaimRegisters<kScoreRegisters>();
-    WideConsumer<kDim, kFormat>(args, shared).template Run<0>();
+    WideConsumer<kDim, kFormat, false> c(args, shared);
+    c.template Run<0>();
   } else {
     ClaimRegisters<kOutputRegisters>();
-    WideConsumer<kDim, kFormat>(args, shared).template Run<1>();
+    WideConsumer<kDim, kFormat, false> c(args, shared);
+    c.template Run<1>();
   }
+#else
+  __trap();
+#endif
+}
+
+// Two CTAs of a cluster with neighbouring groups of heads of a query token: each gathers, and
+// converts, half of each tile for both.
+template <int kDim, MlaFormat kFormat>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    WidePairKernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  auto& shared = *reinterpret_cast<WideShared<kDim, kFormat>*>(bytes);
+  const int rank = static_cast<int>(ClusterRank());
+  if (threadIdx.x == 0) InitBarriers<true>(shared);
+  SyncCluster();
+  PdlWait();
+  PdlLaunchDependents();
+  if (threadIdx.x >= 384) {
+    ReleaseRegisters<kPairSenderRegisters>();
+    if (threadIdx.x < 416) {
+      PairSender<kDim, kWideStages<kFormat>> sender(shared.stages.keys[0], shared.barriers, rank);
+      for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
+        sender.Run(Work(args, index, kWideHeads));
+      }
+    }
+  } else if (threadIdx.x >= 256) {
+    ReleaseRegisters<kPairProducerRegisters>();
+    Gather<kDim, kFormat, kPairProducers, kWideStages<kFormat>, kKeys / 2> gather(
+        args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256, kKeys / 2 * rank);
+    for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
+      gather.Run(Work(args, index, kWideHeads));
+    }
+  } else if (threadIdx.x < 128) {
+    ClaimRegisters<kScoreRegisters>();
+    WideConsumer<kDim, kFormat, true> c(args, shared);
+    c.template Run<0>();
+  } else {
+    ClaimRegisters<kOutputRegisters>();
+    WideConsumer<kDim, kFormat, true> c(args, shared);
+    c.template Run<1>();
+  }
+  SyncCluster();  // the other CTA may still arrive here
 #else
   __trap();
 #endif
