@@ -154,6 +154,7 @@ __device__ __forceinline__ Share FindKnownShare(const LogitsParams& p, const Log
     group_tiles[lane * kEach + j] = tiles[j];
     sum += tiles[j], active += tiles[j] > 0, longest = max(longest, tiles[j]);
   }
+  __syncwarp();
   if (kEach == 1 && groups.count == 1) {
     const int end = __shfl_sync(~0u, tiles[0], 0);
     Share share = {0, 0, 0, {0, end}};
