@@ -13,7 +13,7 @@ namespace fastattn::cuda::mla_sm90 {
 namespace {
 
 constexpr int kFixedTiles = 3;  // what a CTA costs beside its tiles, in tiles
-// A cluster takes 3 us to set up and end, and saves 3 % of each tile.
+// Setting up clusters, and ending together, takes 3 us, which fewer tiles do not save.
 constexpr int kPairTiles = 48;  // of a multiprocessor, at least
 
 bool SelectionFits(const MlaSelection& s, int dim) {
