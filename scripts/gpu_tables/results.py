@@ -46,9 +46,11 @@ class Measured:
         return self.rate / ratio if ratio and self.rate else None
 
     def of_copy(self) -> float | None:
-        """Fraction of a copy's bandwidth; None where an empty kernel takes longer than a copy."""
+        """Fraction of a copy's speed; None where an empty kernel takes longer than a copy."""
         if EMPTY in self.peers or not self.rate or "copy_gbs" not in self.machine:
             return None
+        if COPY in self.peers:
+            return self.peers[COPY] / self.us
         return self.rate / float(self.machine["copy_gbs"])
 
 
