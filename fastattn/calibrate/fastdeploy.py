@@ -42,7 +42,7 @@ def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Arr
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: cannot be read: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path}: no JSON: {error}") from None
     found: dict[int, dict[str, Array]] = {}
     for name, value in data.items() if isinstance(data, dict) else ():

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from fastattn.calibrate.errors import CalibrationError
+from fastattn.calibrate.tensor_files import DAMAGED
 from fastattn.reference.numerics import Array
 
 _NAME = re.compile(r"(?:^|\.)(?:layers\.)?(\d+)\.(key|value|query)$")
@@ -103,7 +104,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
         try:
             with np.load(path) as file:
                 return {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise CalibrationError(f"{path}: no .npz file: {error}") from None
     if path.suffix == ".npz":
         raise CalibrationError(f"{path}: no .npz file")

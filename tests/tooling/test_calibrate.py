@@ -380,6 +380,48 @@ def test_wrong_files_of_scales(tmp_path, name, content, text):
         Calibration.read(path, cache_quant_type="cache_fp8")
 
 
+def _safetensors(header: str) -> bytes:
+    return len(header).to_bytes(8, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.npz", b""),
+        ("a.json", b"[" * 100_000),
+        ("a.safetensors", _safetensors("[" * 100_000)),
+        ("a.safetensors", _safetensors('"a"')),
+        ("a.safetensors", _safetensors("null")),
+        ("a.safetensors", _safetensors('{"__metadata__": 1}')),
+        ("a.safetensors", _safetensors('{"__metadata__": []}')),
+    ],
+    ids=str,
+)
+def test_damaged_files_of_scales(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"cannot be read|no JSON"):
+        Calibration.read(path, cache_quant_type="cache_fp8")
+
+
+def test_damaged_bytes_of_compressed_samples(tmp_path):
+    """Whichever bytes are wrong, the message names the file, or the samples are those written."""
+    path = tmp_path / "packed.npz"
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 1, 8)).astype(np.float32)
+    np.savez_compressed(path, **{"layers.0.key": x, "layers.0.value": x, "layers.0.query": x})
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes(b ^ 0x5A for b in whole[at : at + 4]) + whole[at + 4 :])
+        try:
+            read_samples(path)
+        except CalibrationError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+
+
 def test_a_file_of_someone_else(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, a=np.zeros(3))
