@@ -346,6 +346,7 @@ def test_wrong_samples(tmp_path, name, text, capsys):
         (["S", "--output", "a.json", "--transforms", "center"], "has no place for them"),
         (["S", "--output", "a.txt"], "expected .safetensors, .npz or .json"),
         (["S", "--scales", "missing.json"], "missing.json: cannot be read"),
+        (["S", "--scales", "a.npz"], "--scales: expected FastDeploy's kv_cache_scale.json"),
     ],
 )
 def test_wrong_options(samples_file, arguments, text, capsys):
