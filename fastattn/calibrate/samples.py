@@ -140,10 +140,17 @@ def read_samples(path: str | Path) -> dict[int, LayerSamples]:
     """
     path = Path(path)
     found: dict[int, dict[str, Array]] = {}
+    names: dict[tuple[int, str], str] = {}
     for name, array in _flat(_load(path)).items():
         match = _NAME.search(name)
         if match:
-            found.setdefault(int(match[1]), {})[match[2]] = _as_float32(f"{path}: {name}", array)
+            layer, kind = int(match[1]), match[2]
+            first = names.setdefault((layer, kind), name)
+            if first != name:
+                raise CalibrationError(
+                    f"{path}: both {first} and {name} are the {kind} of layer {layer}"
+                )
+            found.setdefault(layer, {})[kind] = _as_float32(f"{path}: {name}", array)
     if not found:
         raise CalibrationError(f"{path}: {_EXPECTED}, found none")
     samples = {}

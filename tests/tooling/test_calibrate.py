@@ -311,6 +311,7 @@ def wrong(tmp_path, name):
             "shapes": {**arrays, "layers.0.value": good.value[:5]},
             "heads": {**arrays, "layers.0.query": good.query[:, :3]},
             "nan": {**arrays, "layers.0.key": np.full_like(good.key, np.nan)},
+            "twice": {**arrays, "decoder.layers.0.key": good.key},
             "ints": {**arrays, "layers.0.key": np.ones(good.key.shape, np.int32)},
         }
         np.savez(path, **changes[name])
@@ -329,6 +330,7 @@ def wrong(tmp_path, name):
         ("shapes", "expected key and value of one shape"),
         ("heads", "layers.0.query: expected at most 160 tokens, a multiple of 2 heads"),
         ("nan", "layers.0.key: not all numbers are finite"),
+        ("twice", "both layers.0.key and decoder.layers.0.key are the key of layer 0"),
         ("ints", "expected floating point numbers, got int32"),
     ],
 )
