@@ -49,7 +49,11 @@ def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Arr
         match = _NAME.search(name)
         if match:
             scales = _values(path, name, value) * _factor(cache_quant_type)
-            found.setdefault(int(match[1]), {})[match[2]] = scales.astype(np.float32)
+            with np.errstate(over="ignore", under="ignore"):
+                scales = scales.astype(np.float32)
+            if not (np.isfinite(scales).all() and (scales > 0).all()):
+                raise CalibrationError(f"{path}: {name}: expected numbers that fp32 holds")
+            found.setdefault(int(match[1]), {})[match[2]] = scales
     if not found:
         raise CalibrationError(
             f"{path}: expected names such as ernie.layers.0.self_attn.cachek_matmul."

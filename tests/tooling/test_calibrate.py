@@ -292,6 +292,20 @@ def test_a_bound_that_nothing_keeps(samples_file, tmp_path, capsys):
     assert set(Calibration.read(output).layers) == {0, 1, 3}
 
 
+def test_an_error_that_is_not_a_number_keeps_no_bound(tmp_path, capsys):
+    """A rotation's sums of 3e38 are beyond fp32; the next candidate's error is one."""
+    samples = layer()
+    samples.key[:] = 3e38 * np.sign(samples.key)
+    samples.key[0] = 3e38
+    path = tmp_path / "huge.npz"
+    save(path, {0: samples})
+    options = "--types", "cache_int8", "--bound", 0.1, "--transforms"
+    assert run(path, *options, "hadamard") == 1
+    assert "no type keeps the bound 0.1 in layers 0" in capsys.readouterr().err
+    found = calibrate_layer(samples, ["cache_int8"], bound=0, transforms=["hadamard", "none"])
+    assert found.name == "cache_int8" and np.isfinite(found.error)
+
+
 def wrong(tmp_path, name):
     path = tmp_path / "wrong.npz"
     good = layer()
@@ -371,6 +385,8 @@ def test_options_that_argparse_refuses(samples_file, arguments, capsys):
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": [1]}', "no scales of V"),
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": [-1]}', "positive, finite"),
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": "x"}', "expected numbers"),
+        ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": 1e300}', "that fp32 holds"),
+        ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": 1e-300}', "that fp32 holds"),
         ("a.safetensors", "short", "cannot be read"),
         ("a.npz", "short", "cannot be read"),
         ("a.bin", "short", "expected .safetensors"),
