@@ -21,6 +21,9 @@ FORMAT = "fastattn-calibration-1"
 #: Tensors of a layer, by the attribute that a backend reads.
 _TENSORS = ("cache_k_out_scale", "cache_v_out_scale", "cache_k_center")
 
+#: Of a layer's K.
+ROTATIONS = ("none", "hadamard")
+
 
 @dataclass
 class LayerCalibration:
@@ -149,6 +152,10 @@ class Calibration:
                 kind = about["cache_quant_type"]
                 if kind not in CACHE_QUANT_TYPES:
                     raise CalibrationError(f"{path}: layer {number} has unknown type {kind!r}")
+                if about["cache_k_rotation"] not in ROTATIONS:
+                    raise CalibrationError(
+                        f"{path}: layer {number} has unknown rotation {about['cache_k_rotation']!r}"
+                    )
                 layers[int(number)] = LayerCalibration(
                     kind,
                     cache_k_rotation=about["cache_k_rotation"],
@@ -156,6 +163,9 @@ class Calibration:
                     errors=about["errors"],
                     **{name: tensors.get(f"layers.{number}.{name}") for name in _TENSORS},
                 )
+                for name in _TENSORS[:2] if kind in STATIC_TYPES else ():
+                    if f"layers.{number}.{name}" not in tensors:
+                        raise CalibrationError(f"{path}: layer {number} has no {name}")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, CalibrationError):
                 raise

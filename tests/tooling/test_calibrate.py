@@ -22,6 +22,7 @@ from fastattn.calibrate.choose import (
 )
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
+from fastattn.calibrate.tensor_files import read_tensors, write_tensors
 from fastattn.cli import main
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import quantize_token
@@ -445,6 +446,26 @@ def test_a_file_of_someone_else(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, a=np.zeros(3))
     with pytest.raises(CalibrationError, match="not written by"):
+        Calibration.read(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost", "text"),
+    [
+        ({"cache_k_rotation": "givens"}, "", "layer 0 has unknown rotation 'givens'"),
+        ({"cache_quant_type": "int2"}, "", "layer 0 has unknown type 'int2'"),
+        ({}, "layers.0.cache_v_out_scale", "layer 0 has no cache_v_out_scale"),
+    ],
+)
+def test_a_calibration_that_lacks_something(tmp_path, changes, lost, text):
+    path = tmp_path / "found.npz"
+    Calibration({0: calibrate_layer(layer(), ["cache_int8"], bound=1)}).write(path)
+    tensors, about = read_tensors(path)
+    layers = json.loads(about["layers"])
+    layers["0"].update(changes)
+    tensors.pop(lost, None)
+    write_tensors(path, tensors, {**about, "layers": json.dumps(layers)})
+    with pytest.raises(CalibrationError, match=text):
         Calibration.read(path)
 
 
