@@ -21,8 +21,8 @@ FORMAT = "fastattn-calibration-1"
 #: Tensors of a layer, by the attribute that a backend reads.
 _TENSORS = ("cache_k_out_scale", "cache_v_out_scale", "cache_k_center")
 
-#: Of a layer's K.
-ROTATIONS = ("none", "hadamard")
+#: Of a layer's K; null leaves it to the type.
+ROTATIONS = (None, "none", "hadamard")
 
 
 @dataclass
@@ -163,9 +163,6 @@ class Calibration:
                     errors=about["errors"],
                     **{name: tensors.get(f"layers.{number}.{name}") for name in _TENSORS},
                 )
-                for name in _TENSORS[:2] if kind in STATIC_TYPES else ():
-                    if f"layers.{number}.{name}" not in tensors:
-                        raise CalibrationError(f"{path}: layer {number} has no {name}")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, CalibrationError):
                 raise
