@@ -203,14 +203,16 @@ def test_means_of_merge_are_geometric(tmp_path):
 
 
 def test_fractions_of_a_copy_are_of_the_same_run(tmp_path):
+    """Of the copy beside the row, if there is one; else of the machine's rate."""
     rows = [
-        row("quantize_fp8", f"16384 x 8192 bf16, {name}", us, peer, 1.0, rate)
-        for name, us, rate, peer in (
-            ("group", 100.0, 1500.0, "copy of as many bytes"),
-            ("token", 2.0, 10.0, "empty kernel"),
+        row("quantize_fp8", f"16384 x 8192 bf16, {name}", us, peer, peer_us, rate)
+        for name, us, rate, peer, peer_us in (
+            ("group", 100.0, 1500.0, "copy of as many bytes", 60.0),
+            ("token", 2.0, 10.0, "empty kernel", 1.0),
+            ("tensor", 50.0, 1600.0, "vLLM", 40.0),
         )
     ]
     write(tmp_path, "h100-quantize.json", "2026-01-01", *rows, copy_gbs=2000.0)
     text = MAKE["TABLES"]["operators"](RESULTS.read(tmp_path))
     line = next(x for x in text.splitlines() if "quantize_fp8" in x)
-    assert line.endswith("| 100 / 2.00 / - | 75 / - / - |")
+    assert line.endswith("| 100 / 2.00 / 50.0 | 60 / - / 80 |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,6 +105,27 @@ def rows_of_queries(device: Device) -> Iterator[Row]:
         moved = 4 * (2 * rows * step["block_tables"].shape[1] + 6 * seqs * new)
         call = bind(F.query_rows, **step, tile=tile)
         yield device.memory_row("query_rows", f"{seqs} x {new}", [call], moved)
+
+
+@register("compact_block_tables")
+def compact_tables(device: Device) -> Iterator[Row]:
+    """Of the same steps, every other block there; tables in and out and the masks count."""
+    for seqs, new in device.of(_STEPS):
+        step, masks = _step(device, seqs, new), new > 1
+        tables = step["block_tables"]
+        blocks, count = math.prod(tables.shape), seqs * new
+        call = bind(
+            F.compact_block_tables,
+            device.int32(np.where(np.arange(tables.shape[1]) % 2, -1, tables.numpy())),
+            step["cu_seqlens_q"],
+            step["seq_lens_decoder"],
+            device.int32(np.full(seqs, new)),
+            count,
+            num_blocks=blocks,
+            want_masks=masks,
+        )
+        moved = 4 * (2 * blocks + 2 * count * masks)
+        yield device.memory_row("compact_block_tables", f"{seqs} x {new}", [call], moved)
 
 
 @register("window_indices")
