@@ -9,9 +9,9 @@ from typing import Any
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
-    HEAD_DIMS,
     check_cache_type,
     codes_per_byte,
+    head_dims_of,
 )
 
 _OP = "convert_caches"
@@ -174,10 +174,10 @@ def _checked(
             )
         row = shape[2 if transposed else 3]
         head_dim = row * codes_per_byte(cache_quant_type)
-        if head_dim not in HEAD_DIMS:
+        if head_dim not in head_dims_of(cache_quant_type):
             raise NotImplementedError(
                 f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: "
-                + ", ".join(map(str, HEAD_DIMS))
+                + ", ".join(map(str, head_dims_of(cache_quant_type)))
             )
         if not cache.is_contiguous():
             raise ValueError(f"{_OP}: {name}: it is written in place and must be contiguous")

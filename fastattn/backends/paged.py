@@ -25,7 +25,7 @@ from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
 from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
-from fastattn.functional._cache_types import DYNAMIC_TYPES, codes_per_byte
+from fastattn.functional._cache_types import DYNAMIC_TYPES, codes_per_byte, head_dims_of
 from fastattn.functional._marker import unified
 
 #: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
@@ -151,8 +151,18 @@ class PagedAttentionBackend(AttentionBackend):
         kv_cache_quant_type : str, optional
             FastDeploy's config string (``int8``, ``float8_e4m3fn``, ``block_wise_fp8``) or a cache
             type; None: not quantised.
+
+        Raises
+        ------
+        NotImplementedError
+            If the type is not supported, or not for this head dimension.
         """
         quant_type = cache_type_of(kv_cache_quant_type)
+        if self.head_dim not in head_dims_of(quant_type):
+            raise NotImplementedError(
+                f"{type(self).__name__}: head_dim = {self.head_dim} is not supported for "
+                f"{quant_type}; supported: {', '.join(map(str, head_dims_of(quant_type)))}"
+            )
         row = self.head_dim // codes_per_byte(quant_type)
         key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, row]
         if quant_type == "none":

@@ -11,7 +11,7 @@ import numpy as np
 from fastattn.calibrate.calibration import LayerCalibration
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
-from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
+from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES, head_dims_of
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import code_of, static_scales
 from fastattn.reference.hadamard import restore_key, transform_key
@@ -200,8 +200,13 @@ def calibrate_layer(
     Raises
     ------
     CalibrationError
-        If there are no queries, but more than one candidate.
+        If there are no queries, but more than one candidate, or a type has no caches of this head
+        dimension.
     """
+    dim = samples.key.shape[2]
+    if "block_wise_int4" in types and dim not in head_dims_of("block_wise_int4"):
+        dims = " or ".join(map(str, head_dims_of("block_wise_int4")))
+        raise CalibrationError(f"block_wise_int4 is for heads of {dims} channels, not of {dim}")
     rows = sampled_rows(samples, queries, seed)
     tried = candidates(types, transforms)
     if not tried:

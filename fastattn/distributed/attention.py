@@ -84,6 +84,9 @@ def paged_attention_dcp(
         is on two counts twice.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
         Lengths of the whole sequences, not of this rank's share.
+    max_seqlen_q : int
+        Not less than the new tokens of any sequence: here, other than in :func:`paged_attention`,
+        too small a bound gives wrong results.
     group : Group of paddle.distributed, optional
         By default the group of all ranks. A group of one rank, and a single process without
         ``paddle.distributed.init_parallel_env()``, just call :func:`paged_attention`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 from paddle import Tensor
@@ -72,7 +73,8 @@ def dcp_local_keys(
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
         Lengths of the whole sequences.
     max_seqlen_q : int
-        Largest number of new tokens of a sequence.
+        Largest number of new tokens of a sequence. Not less: with 1 there are no masks, and a
+        sequence of more would see other keys than its own.
     num_tokens : int
         T: queries of the step, padding included.
     num_blocks : int
@@ -107,6 +109,11 @@ def dcp_local_keys(
     ([[4, 7, -1]], [86])
     """
     # The only new token of a sequence is its last one: it sees all of the rank's keys.
+    if not isinstance(max_seqlen_q, numbers.Integral) or isinstance(max_seqlen_q, bool):
+        kind = type(max_seqlen_q).__name__
+        raise TypeError(f"dcp_local_keys: max_seqlen_q: expected int, got {kind}")
+    if max_seqlen_q < 0:
+        raise ValueError(f"dcp_local_keys: max_seqlen_q: expected at least 0, got {max_seqlen_q}")
     window_size = as_window("dcp_local_keys", window_size)
     want_masks = max_seqlen_q > 1 or window_size != (-1, -1) or mask_offsets is not None
     tables, lengths, masks = compact_block_tables(

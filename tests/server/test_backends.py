@@ -390,6 +390,15 @@ def test_shapes_of_every_type(name, scales):
     assert backend.get_kv_cache_scale_shape(5, name) == expected
 
 
+@pytest.mark.parametrize("dim", [96, 256])
+def test_shapes_of_4_bit_heads_are_those_of_operators(dim):
+    backend = FlashAttentionBackend(make_config(max_model_len=512), 2, 4, dim)
+    assert backend.get_kv_cache_shape(5, "block_wise_int8")[0] == [5, 2, 64, dim]
+    text = f"head_dim = {dim} is not supported for block_wise_int4; supported: 64, 128"
+    with pytest.raises(NotImplementedError, match=text):
+        backend.get_kv_cache_shape(5, "block_wise_int4")
+
+
 @pytest.mark.parametrize("name", ["int4_zp", "int8_zp", "float8_e4m3fn_zp", "fp4"])
 def test_shapes_of_other_types_are_refused(name):
     with pytest.raises(NotImplementedError, match=f"'{name}' is not supported; supported: none"):

@@ -402,6 +402,22 @@ def test_keys_of_other_arguments_are_refused(monkeypatch, made, changes, error, 
         paged_attention_dcp(*positional, **{**keywords, "local_keys": local, **changes})
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (None, TypeError, "expected int, got NoneType"),
+        (1.5, TypeError, "expected int, got float"),
+        (True, TypeError, "expected int, got bool"),
+        (-1, ValueError, "expected at least 0, got -1"),
+    ],
+)
+def test_bounds_of_new_tokens_that_are_none(value, error, text):
+    """Whether masks are needed follows from it."""
+    seqs = [paddle.to_tensor(x, "int32") for x in ([[0]], [0, 2], [3], [2])]
+    with pytest.raises(error, match=f"dcp_local_keys: max_seqlen_q: {text}"):
+        distributed.dcp_local_keys(*seqs, max_seqlen_q=value, num_tokens=2, num_blocks=1)
+
+
 def test_a_query_that_is_no_tensor(monkeypatch):
     two_ranks(monkeypatch)
     positional, keywords = paged_problem([(3, 2)]).arguments("cpu")

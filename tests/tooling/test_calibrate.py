@@ -97,6 +97,13 @@ def test_four_bits():
     assert 0.02 < np.sqrt(np.mean((values - x) ** 2)) < 0.2
 
 
+def test_four_bits_of_heads_that_have_no_caches():
+    samples = LayerSamples(*(np.ones((3, 2, 96), np.float32) for _ in range(3)))
+    assert calibrate_layer(samples, ["block_wise_int8"], bound=1).name == "block_wise_int8"
+    with pytest.raises(CalibrationError, match="is for heads of 64 or 128 channels"):
+        calibrate_layer(samples, ["block_wise_int8", "block_wise_int4"], bound=1)
+
+
 def test_a_bound_that_only_16_bits_keep():
     assert calibrate_layer(layer(), STATIC, bound=1e-6).cache_quant_type == "none"
 
