@@ -70,8 +70,8 @@ class PagedAttentionBackend(AttentionBackend):
     q_quant : {"none", "per_tensor", "per_token_head", "auto"}
         Quantisation of Q for the attention; ``"per_tensor"`` uses ``layer.q_scale``. ``"auto"`` is
         ``"per_token_head"`` for layers with an e4m3 cache, whose long sequences then run on the FP8
-        tensor cores, and ``"none"`` for others. The results are those of the attention's
-        `quantize_q`, but need no extra pass over Q.
+        tensor cores, and ``"none"`` for others, and for layers with sinks and a `cache_k_center`.
+        The results are those of the attention's `quantize_q`, but need no extra pass over Q.
     batch_invariant : bool, optional
         A sequence's bits do not depend on the batch: the attention's option of that name. By
         default it is on in FastDeploy's deterministic mode, which the environment variable
@@ -382,13 +382,13 @@ class PagedAttentionBackend(AttentionBackend):
             return known
         self._refuse_layer(layer)
         cache = LayerCache.of(forward_meta, layer, self.config.shard)
-        q_quant = self._q_quant_for(cache)
         types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
         masks = self._mask_arguments(layer)
         transform = self._key_transform(layer, cache)
         # The writer rotates Q beside K, and the attention need not. But a sink needs the scores of
         # K itself, for which the attention takes Q and the centre as they are.
         shifts = transform["k_center"] is not None and masks["sinks"] is not None
+        q_quant = self._q_quant_for(cache, shifts)
         write = {
             "q_quant": q_quant,
             "q_scale": getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
@@ -409,10 +409,16 @@ class PagedAttentionBackend(AttentionBackend):
         self._known_layers.put(layer, facts)
         return facts
 
-    def _q_quant_for(self, cache: LayerCache) -> str:
-        if self.q_quant != "auto":
-            return self.q_quant
-        return "per_token_head" if cache.holds_e4m3() else "none"
+    def _q_quant_for(self, cache: LayerCache, shifts: bool) -> str:
+        """`shifts`: the attention needs products of Q with the centre, not of Q's codes."""
+        if self.q_quant == "auto":
+            return "per_token_head" if cache.holds_e4m3() and not shifts else "none"
+        if self.q_quant != "none" and shifts:
+            raise NotImplementedError(
+                f"{type(self).__name__}: q_quant {self.q_quant!r} is not supported for a layer "
+                "with sinks and a cache_k_center; supported: none, auto"
+            )
+        return self.q_quant
 
     def _key_transform(self, layer: Any, cache: LayerCache) -> dict[str, Any]:
         """What is done to K before it is quantised."""

@@ -21,6 +21,9 @@ FORMAT = "fastattn-calibration-1"
 #: Tensors of a layer, by the attribute that a backend reads.
 _TENSORS = ("cache_k_out_scale", "cache_v_out_scale", "cache_k_center")
 
+#: Of a layer's K; null leaves it to the type.
+ROTATIONS = (None, "none", "hadamard")
+
 
 @dataclass
 class LayerCalibration:
@@ -149,6 +152,10 @@ class Calibration:
                 kind = about["cache_quant_type"]
                 if kind not in CACHE_QUANT_TYPES:
                     raise CalibrationError(f"{path}: layer {number} has unknown type {kind!r}")
+                if about["cache_k_rotation"] not in ROTATIONS:
+                    raise CalibrationError(
+                        f"{path}: layer {number} has unknown rotation {about['cache_k_rotation']!r}"
+                    )
                 layers[int(number)] = LayerCalibration(
                     kind,
                     cache_k_rotation=about["cache_k_rotation"],

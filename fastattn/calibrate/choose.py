@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,9 +103,11 @@ def attention_error(samples: LayerSamples, key: Array, value: Array, rows: Array
         dense_attention(samples.query[rows], k, v, visible, softmax_scale=dim**-0.5)[0]
         for k, v in ((samples.key, samples.value), (key, value))
     ]
-    error = ((outs[1] - outs[0]) ** 2).sum(axis=(0, 2))
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = ((outs[1] - outs[0]) ** 2).sum(axis=(0, 2))
     size = (outs[0] ** 2).sum(axis=(0, 2))
-    return float(np.sqrt(error / np.maximum(size, 1e-30)).max())
+    worst = float(np.sqrt(error / np.maximum(size, 1e-30)).max())
+    return math.inf if math.isnan(worst) else worst  # K or scales beyond fp32: no bound is kept
 
 
 def try_candidate(

@@ -132,6 +132,10 @@ def _settle(arguments: argparse.Namespace) -> None:
     given = arguments.scales is not None
     if arguments.samples is None and not given:
         raise CalibrationError("expected a file of samples, or --scales")
+    if given and arguments.scales.suffix != ".json":
+        raise CalibrationError(
+            f"--scales: expected FastDeploy's kv_cache_scale.json, got {arguments.scales}"
+        )
     if given and arguments.granularity is not None:
         raise CalibrationError("--granularity: those of --scales have theirs")
     if arguments.types is None:

@@ -42,14 +42,18 @@ def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Arr
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: cannot be read: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path}: no JSON: {error}") from None
     found: dict[int, dict[str, Array]] = {}
     for name, value in data.items() if isinstance(data, dict) else ():
         match = _NAME.search(name)
         if match:
             scales = _values(path, name, value) * _factor(cache_quant_type)
-            found.setdefault(int(match[1]), {})[match[2]] = scales.astype(np.float32)
+            with np.errstate(over="ignore", under="ignore"):
+                scales = scales.astype(np.float32)
+            if not (np.isfinite(scales).all() and (scales > 0).all()):
+                raise CalibrationError(f"{path}: {name}: expected numbers that fp32 holds")
+            found.setdefault(int(match[1]), {})[match[2]] = scales
     if not found:
         raise CalibrationError(
             f"{path}: expected names such as ernie.layers.0.self_attn.cachek_matmul."

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from fastattn.calibrate.errors import CalibrationError
+from fastattn.calibrate.tensor_files import DAMAGED
 from fastattn.reference.numerics import Array
 
 _NAME = re.compile(r"(?:^|\.)(?:layers\.)?(\d+)\.(key|value|query)$")
@@ -103,7 +104,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
         try:
             with np.load(path) as file:
                 return {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise CalibrationError(f"{path}: no .npz file: {error}") from None
     if path.suffix == ".npz":
         raise CalibrationError(f"{path}: no .npz file")
@@ -139,10 +140,17 @@ def read_samples(path: str | Path) -> dict[int, LayerSamples]:
     """
     path = Path(path)
     found: dict[int, dict[str, Array]] = {}
+    names: dict[tuple[int, str], str] = {}
     for name, array in _flat(_load(path)).items():
         match = _NAME.search(name)
         if match:
-            found.setdefault(int(match[1]), {})[match[2]] = _as_float32(f"{path}: {name}", array)
+            layer, kind = int(match[1]), match[2]
+            first = names.setdefault((layer, kind), name)
+            if first != name:
+                raise CalibrationError(
+                    f"{path}: both {first} and {name} are the {kind} of layer {layer}"
+                )
+            found.setdefault(layer, {})[kind] = _as_float32(f"{path}: {name}", array)
     if not found:
         raise CalibrationError(f"{path}: {_EXPECTED}, found none")
     samples = {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,12 @@ from fastattn.reference.numerics import Array
 
 _SUFFIXES = "expected .safetensors, .npz or .json"
 _METADATA = "__metadata__"
+
+#: What NumPy, its archives and JSON raise for a file that is damaged.
+DAMAGED = (
+    *(OSError, ValueError, EOFError, RuntimeError, OverflowError, SyntaxError, MemoryError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
@@ -55,9 +63,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     if path.suffix not in (".npz", ".safetensors"):
         raise CalibrationError(f"{path}: {_SUFFIXES}")
     try:
-        return _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path.read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        if path.suffix == ".npz":
+            tensors, about = _read_npz(path)
+        else:
+            tensors, about = _read_safetensors(path.read_bytes())
+    except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
         raise CalibrationError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(about, dict):
+        raise CalibrationError(f"{path}: cannot be read: {_METADATA} is no object")
+    return tensors, about
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

@@ -59,6 +59,23 @@ def test_queries_that_are_quantised(place):
         assert 0 < error < 0.06
 
 
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_sinks_beside_a_centre_take_queries_of_16_bits(place, rotation):
+    """With "auto" they do; what asks for codes is refused ahead of any write."""
+    model = Model("cache_fp8", k_rotation=rotation, centred=True, sinks=True)
+    plain, auto = (
+        Server(FlashAttentionBackend, dataclasses.replace(model, q_quant=q_quant), [90, 40], place)
+        for q_quant in ("none", "auto")
+    )
+    for new in ([70, 3], [1, 1]):
+        out = plain.step(new)[0]
+        assert auto.run(new)[0].tobytes() == out.tobytes()
+        auto.cached = list(plain.cached)
+    codes = Server(FlashAttentionBackend, dataclasses.replace(model, q_quant="per_token_head"), [9])
+    with pytest.raises(NotImplementedError, match="q_quant 'per_token_head' is not supported for"):
+        codes.run([5])
+
+
 def test_a_layer_that_changes_its_centre():
     model = Model("block_wise_int8", centred=True, sinks=True)
     server = Server(FlashAttentionBackend, model, [60])

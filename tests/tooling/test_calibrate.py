@@ -22,6 +22,7 @@ from fastattn.calibrate.choose import (
 )
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
+from fastattn.calibrate.tensor_files import read_tensors, write_tensors
 from fastattn.cli import main
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import quantize_token
@@ -292,6 +293,20 @@ def test_a_bound_that_nothing_keeps(samples_file, tmp_path, capsys):
     assert set(Calibration.read(output).layers) == {0, 1, 3}
 
 
+def test_an_error_that_is_not_a_number_keeps_no_bound(tmp_path, capsys):
+    """A rotation's sums of 3e38 are beyond fp32; the next candidate's error is one."""
+    samples = layer()
+    samples.key[:] = 3e38 * np.sign(samples.key)
+    samples.key[0] = 3e38
+    path = tmp_path / "huge.npz"
+    save(path, {0: samples})
+    options = "--types", "cache_int8", "--bound", 0.1, "--transforms"
+    assert run(path, *options, "hadamard") == 1
+    assert "no type keeps the bound 0.1 in layers 0" in capsys.readouterr().err
+    found = calibrate_layer(samples, ["cache_int8"], bound=0, transforms=["hadamard", "none"])
+    assert found.name == "cache_int8" and np.isfinite(found.error)
+
+
 def wrong(tmp_path, name):
     path = tmp_path / "wrong.npz"
     good = layer()
@@ -311,6 +326,7 @@ def wrong(tmp_path, name):
             "shapes": {**arrays, "layers.0.value": good.value[:5]},
             "heads": {**arrays, "layers.0.query": good.query[:, :3]},
             "nan": {**arrays, "layers.0.key": np.full_like(good.key, np.nan)},
+            "twice": {**arrays, "decoder.layers.0.key": good.key},
             "ints": {**arrays, "layers.0.key": np.ones(good.key.shape, np.int32)},
         }
         np.savez(path, **changes[name])
@@ -329,6 +345,7 @@ def wrong(tmp_path, name):
         ("shapes", "expected key and value of one shape"),
         ("heads", "layers.0.query: expected at most 160 tokens, a multiple of 2 heads"),
         ("nan", "layers.0.key: not all numbers are finite"),
+        ("twice", "both layers.0.key and decoder.layers.0.key are the key of layer 0"),
         ("ints", "expected floating point numbers, got int32"),
     ],
 )
@@ -346,6 +363,7 @@ def test_wrong_samples(tmp_path, name, text, capsys):
         (["S", "--output", "a.json", "--transforms", "center"], "has no place for them"),
         (["S", "--output", "a.txt"], "expected .safetensors, .npz or .json"),
         (["S", "--scales", "missing.json"], "missing.json: cannot be read"),
+        (["S", "--scales", "a.npz"], "--scales: expected FastDeploy's kv_cache_scale.json"),
     ],
 )
 def test_wrong_options(samples_file, arguments, text, capsys):
@@ -368,6 +386,8 @@ def test_options_that_argparse_refuses(samples_file, arguments, capsys):
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": [1]}', "no scales of V"),
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": [-1]}', "positive, finite"),
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": "x"}', "expected numbers"),
+        ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": 1e300}', "that fp32 holds"),
+        ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": 1e-300}', "that fp32 holds"),
         ("a.safetensors", "short", "cannot be read"),
         ("a.npz", "short", "cannot be read"),
         ("a.bin", "short", "expected .safetensors"),
@@ -380,10 +400,70 @@ def test_wrong_files_of_scales(tmp_path, name, content, text):
         Calibration.read(path, cache_quant_type="cache_fp8")
 
 
+def _safetensors(header: str) -> bytes:
+    return len(header).to_bytes(8, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.npz", b""),
+        ("a.json", b"[" * 100_000),
+        ("a.safetensors", _safetensors("[" * 100_000)),
+        ("a.safetensors", _safetensors('"a"')),
+        ("a.safetensors", _safetensors("null")),
+        ("a.safetensors", _safetensors('{"__metadata__": 1}')),
+        ("a.safetensors", _safetensors('{"__metadata__": []}')),
+    ],
+    ids=str,
+)
+def test_damaged_files_of_scales(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"cannot be read|no JSON"):
+        Calibration.read(path, cache_quant_type="cache_fp8")
+
+
+def test_damaged_bytes_of_compressed_samples(tmp_path):
+    """Whichever bytes are wrong, the message names the file, or the samples are those written."""
+    path = tmp_path / "packed.npz"
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 1, 8)).astype(np.float32)
+    np.savez_compressed(path, **{"layers.0.key": x, "layers.0.value": x, "layers.0.query": x})
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes(b ^ 0x5A for b in whole[at : at + 4]) + whole[at + 4 :])
+        try:
+            read_samples(path)
+        except CalibrationError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+
+
 def test_a_file_of_someone_else(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, a=np.zeros(3))
     with pytest.raises(CalibrationError, match="not written by"):
+        Calibration.read(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"cache_k_rotation": "givens"}, "layer 0 has unknown rotation 'givens'"),
+        ({"cache_quant_type": "int2"}, "layer 0 has unknown type 'int2'"),
+    ],
+)
+def test_a_calibration_of_unknown_names(tmp_path, changes, text):
+    path = tmp_path / "found.npz"
+    Calibration({0: calibrate_layer(layer(), ["cache_int8"], bound=1)}).write(path)
+    tensors, about = read_tensors(path)
+    layers = json.loads(about["layers"])
+    layers["0"].update(changes)
+    write_tensors(path, tensors, {**about, "layers": json.dumps(layers)})
+    with pytest.raises(CalibrationError, match=text):
         Calibration.read(path)
 
 
