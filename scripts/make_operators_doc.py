@@ -33,8 +33,8 @@ For all operators:
   lead out of a tensor. A block id outside `[0, num_blocks)` means an unassigned block.
 - They work in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and in a CUDA
   graph. `cascade_attention` and those of `fastattn.distributed` work in dygraph only.
-- 8-bit codes are `uint8` tensors. Where Paddle has `float8_e4m3fn`, `float8_e5m2` and `int8`
-  tensors, operators take those, too.
+- Codes are `uint8` tensors. Where Paddle has `float8_e4m3fn`, `float8_e5m2` and `int8` tensors,
+  operators take those for 8-bit codes, too.
 
 """
 

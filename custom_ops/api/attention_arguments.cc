@@ -1,25 +1,19 @@
 #include "api/attention_arguments.h"
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <tuple>
 #include <utility>
 
 #include "api/paged_cache.h"
 #include "api/quantize_query.h"
 #include "api/query_transform.h"
+#include "api/ranges.h"
 #include "common/bounds.h"
 #include "common/head_dims.h"
 
 namespace fastattn::api {
 
 namespace {
-
-int MaxSeqlen(const char* op, const char* name, int64_t length) {
-  if (length < 0) Fail("ValueError", op, name, "expected at least 0, got ", length);
-  return static_cast<int>(std::min<int64_t>(length, std::numeric_limits<int>::max()));
-}
 
 // Fills the scale from a tensor whose shape says what it is constant over.
 Descale ParseDescale(const char* op, const char* name, const Tensor& scale, const phi::Place& place,
@@ -260,8 +254,8 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
   p->causal = args.causal;
   p->window_left = WindowSide(op, args.window_left);
   p->window_right = WindowSide(op, args.window_right);
-  p->max_seqlen_q = MaxSeqlen(op, "max_seqlen_q", args.max_seqlen_q);
-  p->max_seqlen_k = MaxSeqlen(op, "max_seqlen_k", args.max_seqlen_k);
+  p->max_seqlen_q = LengthBound(op, "max_seqlen_q", args.max_seqlen_q);
+  p->max_seqlen_k = LengthBound(op, "max_seqlen_k", args.max_seqlen_k);
   p->out_dtype = OutputType(op, args, *p);
   if (args.out != nullptr) {
     const Arg arg(op, "out", *args.out);

@@ -1,7 +1,6 @@
 #include "params/compact_tables.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "api/attention_arguments.h"
@@ -9,6 +8,7 @@
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/paged_cache.h"
+#include "api/ranges.h"
 #include "cpu/compact_tables.h"
 
 #if defined(FASTATTN_WITH_CUDA)
@@ -20,14 +20,6 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "compact_block_tables";
-
-int CheckedInt(const char* name, int64_t value, int64_t least) {
-  constexpr int64_t kMost = std::numeric_limits<int>::max();
-  if (value < least || value > kMost) {
-    Fail("ValueError", kOp, name, "expected ", least, " to ", kMost, ", got ", value);
-  }
-  return static_cast<int>(value);
-}
 
 // The tensor whose place the others must have: an empty one may have none.
 const Tensor& WithPlace(const Tensor& tables, const Tensor& cu_seqlens_q) {
@@ -47,9 +39,9 @@ std::vector<Tensor> CompactBlockTables(const Tensor& block_tables, const Tensor&
   const Tensor& where = WithPlace(block_tables, cu_seqlens_q);
   const phi::Place place = where.place();
   CompactTablesParams p;
-  CheckedInt("num_tokens", num_tokens, 0);
-  p.num_blocks = CheckedInt("num_blocks", num_blocks, 0);
-  p.block_size = CheckedInt("block_size", block_size, 1);
+  CheckRange(kOp, "num_tokens", num_tokens, 0);
+  p.num_blocks = CheckRange(kOp, "num_blocks", num_blocks, 0);
+  p.block_size = CheckRange(kOp, "block_size", block_size, 1);
   p.causal = causal;
   p.window_left = WindowSide(kOp, window_left);
   p.window_right = WindowSide(kOp, window_right);

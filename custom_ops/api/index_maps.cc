@@ -1,13 +1,12 @@
 #include "cpu/index_maps.h"
 
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/paged_cache.h"
+#include "api/ranges.h"
 #include "api/slot_table.h"
 #include "params/index_maps.h"
 
@@ -29,13 +28,6 @@ constexpr const char* kCombineOp = "combine_topk_window";
 
 const std::initializer_list<phi::DataType> kIndexDtypes = {phi::DataType::INT32,
                                                            phi::DataType::INT64};
-
-// Refuses an attribute outside [least, 2^31).
-void CheckInt(const char* op, const char* name, int64_t value, int64_t least) {
-  if (value < least || value > kLargestIndex) {
-    Fail("ValueError", op, name, "expected ", least, " to ", kLargestIndex, ", got ", value);
-  }
-}
 
 IndexArray ParseIndexArray(const char* op, const char* name, const Tensor& tensor, int64_t rows,
                            const phi::Place& place) {
@@ -129,12 +121,12 @@ std::vector<Tensor> TopkToSlots(const Tensor& indices, const Tensor& block_table
     Arg(kSlotsOp, "row_ids", *Get(row_ids)).Rank(1);
     rows = SizesOf(*Get(row_ids))[0];
   }
-  CheckInt(kSlotsOp, "block_size", block_size, 1);
-  CheckInt(kSlotsOp, "block_stride", block_stride, block_size);
-  CheckInt(kSlotsOp, "num_blocks", num_blocks, -1);
-  CheckInt(kSlotsOp, "world_size", world_size, 1);
-  CheckInt(kSlotsOp, "interleave", interleave, 1);
-  CheckInt(kSlotsOp, "rank", rank, 0);
+  CheckRange(kSlotsOp, "block_size", block_size, 1);
+  CheckRange(kSlotsOp, "block_stride", block_stride, block_size);
+  CheckRange(kSlotsOp, "num_blocks", num_blocks, -1);
+  CheckRange(kSlotsOp, "world_size", world_size, 1);
+  CheckRange(kSlotsOp, "interleave", interleave, 1);
+  CheckRange(kSlotsOp, "rank", rank, 0);
   if (rank >= world_size) {
     Fail("ValueError", kSlotsOp, "rank", "expected less than world_size = ", world_size, ", got ",
          rank);
@@ -175,9 +167,9 @@ std::vector<Tensor> WindowIndices(const Tensor& positions, const OptionalTensor&
   Arg(kWindowOp, "positions", positions).Dtype(kIndexDtypes).Rank(1).Contiguous();
   const phi::Place place = positions.place();
   const int64_t rows = SizesOf(positions)[0];
-  CheckInt(kWindowOp, "window", window, 1);
-  CheckInt(kWindowOp, "block_size", block_size, 1);
-  CheckInt(kWindowOp, "num_blocks", num_blocks, -1);
+  CheckRange(kWindowOp, "window", window, 1);
+  CheckRange(kWindowOp, "block_size", block_size, 1);
+  CheckRange(kWindowOp, "num_blocks", num_blocks, -1);
   WindowParams p;
   p.positions = ParseIndexArray(kWindowOp, "positions", positions, rows, place);
   p.seqs = ParseSequences(kWindowOp, batch_ids, rows, place);
@@ -220,8 +212,8 @@ std::vector<Tensor> ShortContextIndices(const Tensor& positions, const OptionalT
   Arg(kShortOp, "positions", positions).Dtype(kIndexDtypes).Rank(1).Contiguous();
   const phi::Place place = positions.place();
   const int64_t rows = SizesOf(positions)[0];
-  CheckInt(kShortOp, "k", k, 1);
-  CheckInt(kShortOp, "compress_ratio", compress_ratio, 1);
+  CheckRange(kShortOp, "k", k, 1);
+  CheckRange(kShortOp, "compress_ratio", compress_ratio, 1);
   ShortContextParams p;
   p.positions = ParseIndexArray(kShortOp, "positions", positions, rows, place);
   p.seqs = ParseSequences(kShortOp, batch_ids, rows, place);
@@ -253,9 +245,9 @@ std::vector<Tensor> CombineTopkWindow(const Tensor& topk, const Tensor& window,
   const int64_t rows = SizesOf(topk)[0];
   CheckList(kCombineOp, "topk", topk, rows, place);
   CheckList(kCombineOp, "window", window, rows, place);
-  CheckInt(kCombineOp, "seq_stride", seq_stride, 0);
-  CheckInt(kCombineOp, "window_offset", window_offset, 0);
-  CheckInt(kCombineOp, "multiple", multiple, 1);
+  CheckRange(kCombineOp, "seq_stride", seq_stride, 0);
+  CheckRange(kCombineOp, "window_offset", window_offset, 0);
+  CheckRange(kCombineOp, "multiple", multiple, 1);
   const auto lengths = [&](const char* name, const OptionalTensor& tensor) -> const int32_t* {
     if (Get(tensor) == nullptr) return nullptr;
     Arg(kCombineOp, name, *Get(tensor))

@@ -7,6 +7,7 @@
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/logits_arguments.h"
+#include "api/ranges.h"
 #include "api/sizes.h"
 #include "cpu/mqa_logits.h"
 #include "cpu/topk.h"
@@ -26,9 +27,7 @@ constexpr const char* kRaggedTopkOp = "indexer_topk";
 constexpr const char* kPagedTopkOp = "paged_indexer_topk";
 
 void CheckSizes(const char* op, const LogitsParams& p, int64_t k, int64_t workspace_bytes) {
-  if (k < 1 || k > kTopkMaxK) {
-    Fail("ValueError", op, "k", "expected 1 to ", kTopkMaxK, ", got ", k);
-  }
+  CheckRange(op, "k", k, 1, kTopkMaxK);
   if (workspace_bytes < 1) {
     Fail("ValueError", op, "workspace_bytes", "expected at least 1, got ", workspace_bytes);
   }

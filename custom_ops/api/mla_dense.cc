@@ -12,6 +12,7 @@
 #include "api/mla_arguments.h"
 #include "api/mla_cache.h"
 #include "api/paged_cache.h"
+#include "api/ranges.h"
 
 #if defined(FASTATTN_WITH_CUDA)
 #include "cuda/mla/dense/launch.h"
@@ -22,11 +23,6 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kOp = "mla_attention";
-
-int MaxLength(const char* name, int64_t length) {
-  if (length < 0) Fail("ValueError", kOp, name, "expected at least 0, got ", length);
-  return static_cast<int>(std::min<int64_t>(length, std::numeric_limits<int>::max()));
-}
 
 void ParseMlaQuery(const Tensor& q, const phi::Place& place, MlaDenseParams* p) {
   p->dim = FactsOf(p->cache.format).latent + kMlaRopeDim;
@@ -108,8 +104,8 @@ std::vector<Tensor> MlaAttention(const Tensor& q, const Tensor& cache, const Ten
   p.sinks = ParseMlaSinks(kOp, Get(sinks), p.heads, place);
   p.softmax_scale = ParseMlaSoftmaxScale(kOp, softmax_scale);
   p.causal = causal;
-  p.max_seqlen_q = MaxLength("max_seqlen_q", max_seqlen_q);
-  p.max_seqlen_k = MaxLength("max_seqlen_k", max_seqlen_k);
+  p.max_seqlen_q = LengthBound(kOp, "max_seqlen_q", max_seqlen_q);
+  p.max_seqlen_k = LengthBound(kOp, "max_seqlen_k", max_seqlen_k);
   p.clear_padding = Get(out) == nullptr;
   const Tensor result =
       ParseMlaOut(kOp, Get(out), out_dtype, {p.seqs.num_tokens, p.heads, kMlaValueDim}, place,

@@ -1,6 +1,5 @@
 #include "cpu/mla_output.h"
 
-#include <string>
 #include <vector>
 
 #include "api/check.h"

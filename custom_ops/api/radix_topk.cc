@@ -6,6 +6,7 @@
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/paged_cache.h"
+#include "api/ranges.h"
 #include "api/slot_table.h"
 #include "cpu/index_maps.h"
 #include "cpu/topk.h"
@@ -86,16 +87,12 @@ void RadixTopkRaggedTransform(const Tensor& input, Tensor& output, const Tensor&
   const phi::Place place = output.place();
   Arg(kOp, "input", input).On(place);
   const int64_t rows = SizesOf(input)[0], columns = SizesOf(input)[1];
-  if (top_k < 1 || top_k > kTopkMaxK) {
-    Fail("ValueError", kOp, "top_k", "expected 1 to ", kTopkMaxK, ", got ", top_k);
-  }
+  CheckRange(kOp, "top_k", top_k, 1, kTopkMaxK);
   if (columns > kTopkMaxColumns) {
     Fail("ValueError", kOp, "input", "expected at most ", kTopkMaxColumns, " columns, got ",
          columns);
   }
-  if (block_size < 1 || block_size > kLargestIndex) {
-    Fail("ValueError", kOp, "block_size", "expected 1 to ", kLargestIndex, ", got ", block_size);
-  }
+  CheckRange(kOp, "block_size", block_size, 1);
   if (q_num_heads < 0 || (q_num_heads > 0 && rows % q_num_heads != 0)) {
     Fail("ValueError", kOp, "q_num_heads", "expected 0 or a divisor of ", rows, " rows, got ",
          q_num_heads);

@@ -7,6 +7,7 @@
 #include "api/device.h"
 #include "api/direct.h"
 #include "api/paged_cache.h"
+#include "api/ranges.h"
 #include "api/slot_table.h"
 #include "params/step_maps.h"
 
@@ -25,13 +26,6 @@ constexpr const char* kTokensOp = "token_maps";
 constexpr const char* kRowsOp = "query_rows";
 // Queries of a row, at most: a row's CTA has a thread for each.
 constexpr int64_t kMostQueries = 64;
-
-// Refuses an attribute outside [least, most].
-void CheckRange(const char* op, const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most) {
-    Fail("ValueError", op, name, "expected ", least, " to ", most, ", got ", value);
-  }
-}
 
 // Checks a server's buffer, which may have any shape and more elements than are read.
 const Arg& CheckBuffer(const Arg& arg, const char* op, const char* name, const Tensor& tensor,
@@ -84,9 +78,9 @@ std::vector<Tensor> TokenMaps(const Tensor& batch_ids, const Tensor& block_table
                               int64_t block_size, int64_t num_blocks) {
   const Arg first(kTokensOp, "cu_seqlens_q", cu_seqlens_q);
   const phi::Place place = cu_seqlens_q.place();
-  CheckRange(kTokensOp, "num_tokens", num_tokens, 0, kLargestIndex);
-  CheckRange(kTokensOp, "block_size", block_size, 1, kLargestIndex);
-  CheckRange(kTokensOp, "num_blocks", num_blocks, -1, kLargestIndex);
+  CheckRange(kTokensOp, "num_tokens", num_tokens, 0);
+  CheckRange(kTokensOp, "block_size", block_size, 1);
+  CheckRange(kTokensOp, "num_blocks", num_blocks, -1);
   TokenMapsParams p;
   p.num_tokens = num_tokens;
   p.batch = ParseStarts(kTokensOp, cu_seqlens_q, place);

@@ -5,6 +5,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/ranges.h"
 #include "api/sizes.h"
 #include "params/topk.h"
 
@@ -49,9 +50,7 @@ std::vector<Tensor> TopkIndices(const Tensor& logits, const Tensor& lengths,
         .Dims({rows})
         .Contiguous();
   }
-  if (k < 1 || k > kTopkMaxK) {
-    Fail("ValueError", kOp, "k", "expected 1 to ", kTopkMaxK, ", got ", k);
-  }
+  CheckRange(kOp, "k", k, 1, kTopkMaxK);
   if (shape[1] > kTopkMaxColumns) {
     Fail("ValueError", kOp, "logits", "expected at most ", kTopkMaxColumns, " columns, got ",
          shape[1]);

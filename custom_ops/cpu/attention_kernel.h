@@ -20,26 +20,6 @@ struct ColumnOrder {
 template <bool kByChannel>
 inline constexpr ColumnOrder<kByChannel> kColumnOrder{};
 
-// out[r][0..3] = a[r] . b[0..3] for kRows rows of n elements.
-template <int kRows, int kLength, DType kB, bool kFinite>
-FASTATTN_INLINE void DotBlock(const float* a, int a_stride,
-                              const typename Element<kB>::Storage* const (&b)[4], float* out,
-                              int out_stride) {
-  Vec sum[kRows][4] = {};
-  for (int n = 0; n < kLength; n += kLanes) {
-    Vec x[4];
-    for (int c = 0; c < 4; ++c) x[c] = LoadAs<kB, kFinite>(b[c] + n);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec y = Load(a + r * a_stride + n);
-      for (int c = 0; c < 4; ++c) sum[r][c] = Fma(y, x[c], sum[r][c]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    const Quad total = Sum4(sum[r]);
-    std::memcpy(out + r * out_stride, &total, sizeof(total));
-  }
-}
-
 template <int kDim, DType kKv, bool kByChannel>
 class TileKernel {
  public:

@@ -198,6 +198,26 @@ FASTATTN_INLINE Vec NibblesAsFloats(const uint8_t* p) {
   return __builtin_convertvector((kHigh ? wide >> 4 : wide & 0xF) - kInt4Bias, Vec);
 }
 
+// out[r][0..3] = a[r] . b[0..3] for kRows rows of n elements.
+template <int kRows, int kLength, DType kB, bool kFinite>
+FASTATTN_INLINE void DotBlock(const float* a, int a_stride,
+                              const typename Element<kB>::Storage* const (&b)[4], float* out,
+                              int out_stride) {
+  Vec sum[kRows][4] = {};
+  for (int n = 0; n < kLength; n += kLanes) {
+    Vec x[4];
+    for (int c = 0; c < 4; ++c) x[c] = LoadAs<kB, kFinite>(b[c] + n);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec y = Load(a + r * a_stride + n);
+      for (int c = 0; c < 4; ++c) sum[r][c] = Fma(y, x[c], sum[r][c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const Quad total = Sum4(sum[r]);
+    std::memcpy(out + r * out_stride, &total, sizeof(total));
+  }
+}
+
 // A key's 4-bit codes as fp32: the first of a byte's two is the even channel's.
 template <int kDim>
 FASTATTN_INLINE void DecodeNibbles(const uint8_t* in, float* out) {

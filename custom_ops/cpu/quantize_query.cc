@@ -1,7 +1,5 @@
 #include "cpu/quantize_query.h"
 
-#include <algorithm>
-
 #include "common/dispatch.h"
 #include "common/numeric.h"
 #include "cpu/parallel.h"

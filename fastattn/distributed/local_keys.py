@@ -121,7 +121,7 @@ def dcp_local_keys(
         cu_seqlens_q,
         seq_lens_decoder,
         seq_lens_this_time,
-        num_tokens,
+        num_tokens=num_tokens,
         num_blocks=num_blocks,
         block_size=block_size,
         causal=causal,

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_MOST = 2**31 - 1
+
 
 def as_float(op: str, name: str, value: Any) -> float:
     """Value of a real number of any type, NumPy's included.
@@ -24,6 +26,36 @@ def as_float(op: str, name: str, value: Any) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     raise TypeError(f"{op}: {name}: expected float, got {type(value).__name__}")
+
+
+def check_int(op: str, name: str, value: Any, least: int) -> int:
+    """An integer that sizes of results, or arithmetic on the device, rely on.
+
+    Raises
+    ------
+    TypeError
+        For anything but a Python integer.
+    ValueError
+        If it is less than `least`, or does not fit int32.
+    """
+    if type(value) is not int:
+        raise TypeError(f"{op}: {name}: expected int, got {type(value).__name__}")
+    if not least <= value <= _MOST:
+        raise ValueError(f"{op}: {name}: expected {least} to {_MOST}, got {value}")
+    return value
+
+
+def block_count(op: str, num_blocks: int | None) -> int:
+    """Blocks of a cache as operators take them: -1 for None."""
+    return -1 if num_blocks is None else check_int(op, "num_blocks", num_blocks, 0)
+
+
+def scale_of(op: str, q: Any, softmax_scale: float | None) -> float:
+    """A `softmax_scale` that was given, or 1 / sqrt of the channels of `q`."""
+    if softmax_scale is not None:
+        return as_float(op, "softmax_scale", softmax_scale)
+    shape = getattr(q, "shape", None)  # the operator says what is wrong with a q that has none
+    return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
 def as_int32(

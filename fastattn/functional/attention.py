@@ -7,16 +7,9 @@ from typing import Any
 from paddle import Tensor
 
 from fastattn import _ops
-from fastattn.functional._attributes import as_float
+from fastattn.functional._attributes import as_float, scale_of
 from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
 from fastattn.functional._marker import unified
-
-
-def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
-    if softmax_scale is not None:
-        return as_float(op, "softmax_scale", softmax_scale)
-    shape = getattr(q, "shape", None)  # the operator says what is wrong with a q that has none
-    return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
 def as_window(op: str, window_size: tuple[int, int]) -> tuple[int, int]:
@@ -170,7 +163,7 @@ def flash_attention(
     attrs = (
         max_seqlen_q,
         max_seqlen_k,
-        _softmax_scale("flash_attention", q, softmax_scale),
+        scale_of("flash_attention", q, softmax_scale),
         causal,
         *as_window("flash_attention", window_size),
         as_float("flash_attention", "softcap", softcap),
@@ -399,7 +392,7 @@ def paged_attention(
         k_center,
     )
     attrs = paged_attention_attrs(
-        _softmax_scale("paged_attention", q, softmax_scale),
+        scale_of("paged_attention", q, softmax_scale),
         causal,
         window_size,
         cache_quant_type,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn.functional._attributes import check_int
 from fastattn.functional._marker import unified
 from fastattn.functional.attention import as_window
-from fastattn.functional.index_maps import check_int
 
 
 @unified
@@ -16,8 +16,8 @@ def compact_block_tables(
     cu_seqlens_q: Tensor,
     seq_lens_decoder: Tensor,
     seq_lens_this_time: Tensor,
-    num_tokens: int,
     *,
+    num_tokens: int,
     num_blocks: int,
     block_size: int = 64,
     causal: bool = True,
@@ -94,7 +94,7 @@ def compact_block_tables(
     >>> from fastattn.functional import compact_block_tables
     >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
     >>> seqs = int32([[-1, 7, -1, 3]]), int32([0, 2]), int32([200]), int32([2])
-    >>> tables, seq_lens, masks = compact_block_tables(*seqs, 2, num_blocks=9)
+    >>> tables, seq_lens, masks = compact_block_tables(*seqs, num_tokens=2, num_blocks=9)
     >>> tables.tolist(), seq_lens.tolist(), masks.tolist()
     ([[7, 3, -1, -1]], [72], [[0, 73], [0, 74]])
     """

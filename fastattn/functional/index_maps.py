@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn.functional._attributes import block_count, check_int
 from fastattn.functional._marker import unified
-
-_MOST = 2**31 - 1
-
-
-def check_int(op: str, name: str, value: Any, least: int) -> int:
-    """An integer that sizes of results, or arithmetic on the device, rely on."""
-    if type(value) is not int:
-        raise TypeError(f"{op}: {name}: expected int, got {type(value).__name__}")
-    if not least <= value <= _MOST:
-        raise ValueError(f"{op}: {name}: expected {least} to {_MOST}, got {value}")
-    return value
-
-
-def _blocks(op: str, num_blocks: int | None) -> int:
-    return -1 if num_blocks is None else check_int(op, "num_blocks", num_blocks, 0)
 
 
 @unified
@@ -106,7 +90,7 @@ def topk_to_slots(
         (
             size,
             stride,
-            _blocks(op, num_blocks),
+            block_count(op, num_blocks),
             compact,
             check_int(op, "rank", rank, 0),
             check_int(op, "world_size", world_size, 1),
@@ -185,7 +169,7 @@ def window_indices(
         (
             check_int(op, "window", window, 1),
             check_int(op, "block_size", block_size, 1),
-            _blocks(op, num_blocks),
+            block_count(op, num_blocks),
         ),
     )
     return indices, lengths

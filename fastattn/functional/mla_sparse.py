@@ -7,15 +7,8 @@ from typing import Any
 from paddle import Tensor
 
 from fastattn import _ops
-from fastattn.functional._attributes import as_float
+from fastattn.functional._attributes import scale_of
 from fastattn.functional._marker import unified
-
-
-def _softmax_scale(op: str, q: Any, softmax_scale: float | None) -> float:
-    if softmax_scale is not None:
-        return as_float(op, "softmax_scale", softmax_scale)
-    shape = getattr(q, "shape", None)  # the operator says what is wrong with a q that has none
-    return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
 
 
 def _indices_of_extra(op: str, q: Any, cache: Any, indices: Any) -> Any:
@@ -62,7 +55,7 @@ def call(
         cache_format,
         cache_format if extra_format is None else extra_format,
         *(0 if size is None else size for size in page_sizes),
-        _softmax_scale(op, keys[0], softmax_scale),
+        scale_of(op, keys[0], softmax_scale),
         *flags,
         out_dtype,
     )

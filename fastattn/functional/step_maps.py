@@ -5,8 +5,8 @@ from __future__ import annotations
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn.functional._attributes import block_count, check_int
 from fastattn.functional._marker import unified
-from fastattn.functional.index_maps import _blocks, check_int
 
 
 @unified
@@ -85,7 +85,7 @@ def token_maps(
         (
             check_int(op, "num_tokens", num_tokens, 0),
             check_int(op, "block_size", block_size, 1),
-            _blocks(op, num_blocks),
+            block_count(op, num_blocks),
         ),
     )
     return seqs, positions, slots

@@ -12,7 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from fastattn.reference.mxfp4 import mxfp4_quantize
-from fastattn.reference.numerics import Array, amax, bfloat16, round_to, to_codes
+from fastattn.reference.numerics import (
+    Array,
+    amax,
+    bfloat16,
+    exp_non_positive,
+    round_to,
+    to_codes,
+)
 from fastattn.reference.quantize import quantize_fp8
 
 ROPE_DIM = 64
@@ -67,23 +74,6 @@ def rotate_last(x: Array, cos_sin: Array) -> Array:
         x[..., -ROPE_DIM::2] = even * cos - odd * sin
         x[..., -ROPE_DIM + 1 :: 2] = odd * cos + even * sin
     return x
-
-
-def exp_non_positive(x: Array) -> Array:
-    """exp(x) for x <= 0 in plain fp32 steps: 0 below -87, within 2 ulp above.
-
-    ``x = n ln2 + r``, and exp(r) is its Taylor polynomial of degree 7.
-    """
-    f = np.float32
-    x = np.asarray(x, np.float32)
-    safe = np.where(x < f(-87), f(0), x)
-    n = np.rint(safe * f(1.44269504))
-    r = (safe - n * f(0.693359375)) - n * f(-2.12194440e-4)
-    p = f(1) / f(5040)
-    for denominator in (720, 120, 24, 6, 2, 1, 1):
-        p = p * r + f(1) / f(denominator)
-    result = np.ldexp(p, np.where(np.isnan(n), 0, n).astype(np.int32))
-    return np.where(x < f(-87), f(0), result).astype(np.float32)
 
 
 def tree_sum(x: Array) -> Array:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import paddle
 import pytest
@@ -13,6 +11,7 @@ from fastattn import reference
 from fastattn.reference.numerics import from_codes
 from tests.support.attention import BLOCK_WISE_FP8, CacheKind, paged_problem
 from tests.support.compare import assert_same_bits
+from tests.support.graph import capture
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
 pytestmark = pytest.mark.gpu
@@ -79,18 +78,6 @@ def _append(t: dict) -> None:
         dynamic_quant=True,
         cache_quant_type="block_wise_fp8",
     )
-
-
-@contextlib.contextmanager
-def capture():
-    """Capture what runs inside; yields the graph."""
-    from paddle.device.cuda.graphs import CUDAGraph
-
-    paddle.device.cuda.synchronize()  # no memory with work pending may be freed meanwhile
-    graph = CUDAGraph()
-    graph.capture_begin()
-    yield graph
-    graph.capture_end()
 
 
 def test_lengths_and_contents_may_change_between_replays():

@@ -82,7 +82,8 @@ def run_compact(problem, place, **extra):
     }
     wanted = max_q > 1 or mask["window_size"] != (-1, -1) or mask["mask_offsets"] is not None
     tables, cached, masks = F.compact_block_tables(
-        *(tables, cu, cached, new, q.shape[0]),
+        *(tables, cu, cached, new),
+        num_tokens=q.shape[0],
         num_blocks=key.shape[0],
         want_masks=wanted,
         **mask,
@@ -241,7 +242,9 @@ def test_gpu_graph_follows_the_lengths():
 
     def run(t, key, value, scales):
         seqs = [t[name] for name in names[1:]]
-        tables, cached, masks = F.compact_block_tables(*seqs, 20, num_blocks=key.shape[0])
+        tables, cached, masks = F.compact_block_tables(
+            *seqs, num_tokens=20, num_blocks=key.shape[0]
+        )
         options = {"cache_quant_type": "block_wise_fp8", "mask_offsets": masks, "causal": False}
         options.update(cache_k_scales=scales[0], cache_v_scales=scales[1])
         return F.paged_attention(
@@ -282,7 +285,7 @@ def test_int32_is_enough_for_a_table(place):
     table = np.full((1, blocks), -1)
     table[0, ::2] = np.arange(blocks // 2) % 3
     seqs = [int32(x, place) for x in (table, [0, 3], [blocks * 64 - 70], [3])]
-    tables, cached, masks = F.compact_block_tables(*seqs, 3, num_blocks=3)
+    tables, cached, masks = F.compact_block_tables(*seqs, num_tokens=3, num_blocks=3)
     assert (to_numpy(tables)[0, : blocks // 2] == np.arange(blocks // 2) % 3).all()
     assert (to_numpy(tables)[0, blocks // 2 :] == -1).all()
     # The newest keys are in the last block but one, which is the last of those that are there and

@@ -64,13 +64,15 @@ def call(seqs, tokens, place="cpu", **options):
         k: int32(v, place) if k == "mask_offsets" and v is not None else v
         for k, v in options.items()
     }
-    found = F.compact_block_tables(*(int32(x, place) for x in seqs), tokens, **options)
+    found = F.compact_block_tables(*(int32(x, place) for x in seqs), num_tokens=tokens, **options)
     return [None if x is None else to_numpy(x) for x in found]
 
 
 def check(seqs, tokens, place="cpu", **options):
     found = call(seqs, tokens, place, num_blocks=BLOCKS, **options)
-    expected = reference.compact_block_tables(*seqs, tokens, num_blocks=BLOCKS, **options)
+    expected = reference.compact_block_tables(
+        *seqs, num_tokens=tokens, num_blocks=BLOCKS, **options
+    )
     for name, got, want in zip(("tables", "seq_lens", "masks"), found, expected):
         assert got.dtype == np.int32
         assert_same_bits(got, want, name)
@@ -131,7 +133,7 @@ def test_one_new_token_needs_no_mask(place):
         seqs, tokens, place, num_blocks=BLOCKS, want_masks=False, causal=False
     )
     assert masks is None
-    _, _, wanted = reference.compact_block_tables(*seqs, tokens, num_blocks=BLOCKS)
+    _, _, wanted = reference.compact_block_tables(*seqs, num_tokens=tokens, num_blocks=BLOCKS)
     # Its keys are all of the local ones; without any its own position is in no block.
     assert ((lens + 1 == wanted[:, 1]) | ((wanted[:, 1] == 0) & (tables[:, 0] < 0))).all()
     assert not wanted[:, 0].any()

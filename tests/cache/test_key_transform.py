@@ -12,9 +12,16 @@ from fastattn.reference.cache import static_scales
 from fastattn.reference.hadamard import hadamard_matrix, hadamard_size
 from fastattn.reference.layout import unpack
 from fastattn.reference.numerics import from_codes
-from tests.support.cache import Cache, is_dynamic, make_cache, make_step, make_values
+from tests.support.cache import (
+    Cache,
+    assert_same_cache,
+    is_dynamic,
+    make_cache,
+    make_step,
+    make_values,
+)
 from tests.support.compare import assert_same_bits
-from tests.support.rope import assert_same_cache, check, make_case, run
+from tests.support.rope import check, make_case, run
 from tests.support.tensors import DTYPES, to_numpy, to_paddle
 
 TYPES = ("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8", "block_wise_int4")

@@ -14,6 +14,7 @@ from tests.support.cache import (
     QUANTISED,
     Cache,
     Step,
+    assert_same_cache,
     is_dynamic,
     make_cache,
     make_step,
@@ -42,12 +43,6 @@ def model(cache: Cache, key, value, step: Step, batch_id_per_token=None) -> Cach
         **cache.options,
     )
     return expected
-
-
-def assert_same_cache(actual: Cache, expected: Cache) -> None:
-    for name in ("key", "value", "k_scales", "v_scales"):
-        if getattr(expected, name) is not None:
-            assert_same_bits(getattr(actual, name), getattr(expected, name), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

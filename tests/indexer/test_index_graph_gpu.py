@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
-import paddle
 import pytest
 
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.compat.fastdeploy import radix_topk_ragged_transform
 from tests.support.compare import assert_same_bits
+from tests.support.graph import capture
 from tests.support.indexer_keys import empty_pages, keys
 from tests.support.tensors import BF16, to_numpy, to_paddle
 
@@ -87,18 +85,6 @@ def compare(results, tensors, c, what):
         assert_same_bits(to_numpy(a), b, what)
     for name, array in written.items():
         assert_same_bits(to_numpy(tensors[name]), array, f"{what}: {name}")
-
-
-@contextlib.contextmanager
-def capture():
-    """Capture what runs inside; yields the graph."""
-    from paddle.device.cuda.graphs import CUDAGraph
-
-    paddle.device.cuda.synchronize()  # no memory with work pending may be freed meanwhile
-    graph = CUDAGraph()
-    graph.capture_begin()
-    yield graph
-    graph.capture_end()
 
 
 def test_a_step_in_a_graph():

@@ -10,20 +10,13 @@ import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference.indexer import PAGE_FORMATS
 from tests.support.compare import assert_same_bits
-from tests.support.indexer import cos_sin
+from tests.support.indexer import cos_sin, slots_for
 from tests.support.static import run_all_modes
 from tests.support.strides import default_place, strided
 from tests.support.tensors import BF16, to_numpy, to_paddle
 
 RNG = np.random.default_rng
 F32 = np.dtype(np.float32)
-
-
-def slots_for(rng, count, slots):
-    """Distinct slots, with padding and slots out of range among them."""
-    mapping = rng.permutation(slots + count)[:count].astype(np.int64)  # some past the cache
-    mapping[::5] = rng.choice([-1, -7, slots, 2**31 - 1, -(2**31)], len(mapping[::5]))
-    return mapping
 
 
 def case(rng, tokens, width, ratio, blocks=11, state_block=4, dtypes=(F32, F32, F32)):

@@ -107,12 +107,13 @@ def test_fp8_codes_against_fp64(place):
 
 
 def test_exp_is_within_2_ulp():
-    x = np.concatenate([-np.linspace(0, 87, 400001), -(2.0 ** -np.arange(1, 40)), [0.0]])
+    tiny = -np.logspace(-30, 1, 1000)
+    x = np.concatenate([-np.linspace(0, 87, 400001), -(2.0 ** -np.arange(1, 40)), tiny, [0.0]])
     x = x.astype(np.float32)
     exact = np.exp(x.astype(np.float64))
     assert_within(exp_non_positive(x), exact, 2 * np.spacing(exact.astype(np.float32)))
-    special = exp_non_positive(np.array([0.0, -0.0, -88.0, -INF, np.nan], np.float32))
-    assert_same_bits(special, np.array([1.0, 1.0, 0.0, 0.0, np.nan], np.float32))
+    special = exp_non_positive(np.array([0.0, -0.0, -87.5, -1e30, -INF, np.nan], np.float32))
+    assert_same_bits(special, np.array([1.0, 1.0, 0.0, 0.0, 0.0, np.nan], np.float32))
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])

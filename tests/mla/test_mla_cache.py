@@ -10,6 +10,7 @@ import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference import mla as model
 from tests.support.compare import assert_same_bits
+from tests.support.indexer import slots_for
 from tests.support.latent import KINDS, bits, random_cache, scale_of, tokens, width
 from tests.support.static import run_all_modes
 from tests.support.strides import default_place, strided
@@ -17,13 +18,6 @@ from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
 RNG = np.random.default_rng
 FORMATS = list(model.FORMATS)
-
-
-def slots_for(rng, count, slots):
-    """Distinct slots, with padding and slots out of range among them."""
-    mapping = rng.permutation(slots + count)[:count].astype(np.int64)  # some past the cache
-    mapping[::5] = rng.choice([-1, -7, slots, 2**31 - 1, -(2**31)], len(mapping[::5]))
-    return mapping
 
 
 def optional(array, place):

@@ -10,7 +10,7 @@ import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference import mla as model
 from tests.support.compare import assert_same_bits
-from tests.support.indexer import cos_sin
+from tests.support.indexer import cos_sin, slots_for
 from tests.support.static import run_all_modes
 from tests.support.strides import default_place, strided
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, to_numpy, to_paddle
@@ -28,13 +28,6 @@ def keys_of(rng, tokens):
     """Keys whose tiles of 64 channels differ in magnitude."""
     size = np.exp2(rng.integers(-20, 6, (tokens, 8, 1)))
     return (rng.normal(size=(tokens, 8, 64)) * size).reshape(tokens, 512).astype(BF16)
-
-
-def slots_for(rng, count, slots):
-    """Distinct slots, with padding and slots out of range among them."""
-    mapping = rng.permutation(slots + count)[:count].astype(np.int64)  # some past the cache
-    mapping[::5] = rng.choice([-1, -7, slots, 2**31 - 1, -(2**31)], len(mapping[::5]))
-    return mapping
 
 
 def random_pages(rng, pages, page_bytes):

@@ -195,3 +195,9 @@ def append(cache: Cache, key, value, tables, cached, cu, place: str, layout: str
     for tensor, array in zip(returned, arrays):
         assert_same_bits(to_numpy(tensor), array, "returned")
     return arrays
+
+
+def assert_same_cache(actual: Cache, wanted: Cache) -> None:
+    for name in ("key", "value", "k_scales", "v_scales"):
+        if getattr(wanted, name) is not None:
+            assert_same_bits(getattr(actual, name), getattr(wanted, name), name)

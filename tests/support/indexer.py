@@ -41,3 +41,10 @@ def key_case(rng, quant, ratio, positions, page_size=16, state_block=4, pages=3,
         "rms_norm_eps": 1e-5,
         "quant": quant,
     }
+
+
+def slots_for(rng, count, slots):
+    """Distinct slots, with padding and slots out of range among them."""
+    mapping = rng.permutation(slots + count)[:count].astype(np.int64)  # some past the cache
+    mapping[::5] = rng.choice([-1, -7, slots, 2**31 - 1, -(2**31)], len(mapping[::5]))
+    return mapping

@@ -10,7 +10,7 @@ import numpy as np
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference import rope as model
-from tests.support.cache import Cache, Step, make_cache, make_step, make_values
+from tests.support.cache import Cache, Step, assert_same_cache, make_cache, make_step, make_values
 from tests.support.compare import assert_same_bits
 from tests.support.static import run_all_modes
 from tests.support.tensors import BF16, to_numpy, to_paddle
@@ -208,12 +208,6 @@ def run(case: Case, place: str) -> tuple[np.ndarray, np.ndarray | None, Cache]:
         cache.fp8_format,
     )
     return to_numpy(q), None if descale is None else to_numpy(descale), after
-
-
-def assert_same_cache(actual: Cache, wanted: Cache) -> None:
-    for name in ("key", "value", "k_scales", "v_scales"):
-        if getattr(wanted, name) is not None:
-            assert_same_bits(getattr(actual, name), getattr(wanted, name), name)
 
 
 def check(case: Case, place: str) -> tuple[np.ndarray, np.ndarray | None, Cache]:

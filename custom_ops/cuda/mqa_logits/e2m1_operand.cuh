@@ -45,10 +45,7 @@ __device__ __forceinline__ float RowFactor(uint32_t largest) {
   return BitsFloat(static_cast<uint32_t>(max(e + 127, 1)) << 23);
 }
 
-// Whether that is a normal power of two, and this is it; other rows are rare.
-__device__ __forceinline__ bool IsPlainFactor(int largest) {
-  return static_cast<uint32_t>(largest - 127 + kMostFactor) <= 2 * kMostFactor;
-}
+// The same where it is a normal power of two; other rows are rare.
 __device__ __forceinline__ float PlainFactor(int largest) {
   return BitsFloat(static_cast<uint32_t>(largest - kTopExponent) << 23);
 }

@@ -120,7 +120,7 @@ def compact_tables(device: Device) -> Iterator[Row]:
             step["cu_seqlens_q"],
             step["seq_lens_decoder"],
             device.int32(np.full(seqs, new)),
-            count,
+            num_tokens=count,
             num_blocks=blocks,
             want_masks=masks,
         )

@@ -7,7 +7,6 @@
 //  - output: each warp 128 of the 512 channels, fp32 in registers.
 //
 // The schedule counts tiles of 64 keys: two of these.
-#include <algorithm>
 
 #include "common/dispatch.h"
 #include "cuda/common/launch.cuh"
