@@ -65,7 +65,9 @@ def test_every_step_carries_it(monkeypatch, on, direct):
         if run is None:
             pytest.skip("fastattn._direct was not built")
         # (.., attributes of paged_attention behind the two lengths, ..)
-        watch = lambda plan, *rest: (seen.append(plan[5][-1]), run(plan, *rest))[1]  # noqa: E731
+        names = _ops.signature("paged_attention").attrs
+        at = names.index("batch_invariant") - len(names)
+        watch = lambda plan, *rest: (seen.append(plan[5][at]), run(plan, *rest))[1]  # noqa: E731
         monkeypatch.setattr(_ops, "step_function", lambda: watch)
     else:
         attend = F.paged_attention
