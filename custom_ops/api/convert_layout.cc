@@ -76,9 +76,15 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
          ", got ", ShapeText(shape));
   }
   const bool nibbles = CodesPerByte(conversion.type) == 2;
-  if (!(nibbles ? NibbleHeadDims::Has(head_dim) : HeadDims::Has(head_dim))) {
-    Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
-         " is not supported; supported: ", nibbles ? NibbleHeadDims::Text() : HeadDims::Text());
+  // Heads of K have 192 channels where those of V have 128.
+  const auto known = [&](auto dims) { return dims.Has(head_dim); };
+  if (!(nibbles               ? known(NibbleHeadDims{})
+        : conversion.is_value ? known(HeadDims{})
+                              : known(AttentionHeadDims{}))) {
+    Fail("NotImplementedError", op, "cache", "head_dim ", head_dim, " is not supported; supported: ",
+         nibbles               ? NibbleHeadDims::Text()
+         : conversion.is_value ? HeadDims::Text()
+                               : AttentionHeadDims::Text());
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone

@@ -48,14 +48,14 @@ struct CompiledDims<HeadDimList<kKept...>, kFirst, kRest...>
                                       HeadDimList<kKept...>>,
                    kRest...> {};
 
-// Of a cache.
+// Of heads of which V has as many channels as K: those of fused qkv tensors.
 using HeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
+// Of attention's queries and keys, and so of K in a cache.
+using AttentionHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 192, 256>::Type;
 // Of a cache of 4-bit codes.
 using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 128>::Type;
 template <int kCodesPerByte>
-using CacheHeadDims = std::conditional_t<kCodesPerByte == 2, NibbleHeadDims, HeadDims>;
-// Of attention's queries and keys, which flash_attention takes.
-using AttentionHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 192, 256>::Type;
+using CacheHeadDims = std::conditional_t<kCodesPerByte == 2, NibbleHeadDims, AttentionHeadDims>;
 
 // Channels of a head of V, and of the output, whose Q and K have so many: multi-head latent
 // attention without absorption has 128 of them beside 192.

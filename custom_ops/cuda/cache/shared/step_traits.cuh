@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/head_dims.h"
 #include "common/types.h"
 #include "params/rope.h"
 
@@ -116,6 +117,9 @@ struct StepTraits {
   static constexpr bool kQuantized = IsQuantized(kType);
   static constexpr bool kNibbles = CodesPerByte(kType) == 2;
   static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kType);  // of a token
+  // The same for heads of V, which may have fewer channels.
+  static constexpr bool kOwnValueDim = ValueDim(kHeadDim) != kHeadDim;
+  using Value = StepTraits<kIn, kType, kCode, ValueDim(kHeadDim), Options, kTransformsKey_>;
   static constexpr bool kTransformsKey = kTransformsKey_;
   static_assert(kQuantized || !kTransformsKey, "K is transformed for its codes");
 };

@@ -70,9 +70,9 @@ ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStr
 ByteTensor ChannelTensor(const AttentionParams& p, BlockPlanes* planes) {
   ByteTensor tensor = PlaneTensor(p, p.cache.value, p.cache.value_strides, planes);
   tensor.size[0] = kBlockSize;
-  tensor.size[1] = static_cast<uint64_t>(p.cache.RowElements());
+  tensor.size[1] = static_cast<uint64_t>(p.cache.ValueElements());
   tensor.box[0] = kBlockSize;
-  tensor.box[1] = static_cast<uint32_t>(p.cache.RowElements());
+  tensor.box[1] = static_cast<uint32_t>(p.cache.ValueElements());
   tensor.box[2] = 1;
   tensor.swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
   return tensor;
