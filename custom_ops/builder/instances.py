@@ -175,7 +175,7 @@ FAMILIES = (
         columns={"head_dim": "int", "per_token_scales": "bool", "softcap": "bool", "code": "DType"},
         rows=(
             (_compiled(64, 128, 192, 256), False, EITHER, FP8),
-            (_compiled(64, 128, 256), True, EITHER, "kE4M3"),
+            (_compiled(64, 128, 192, 256), True, EITHER, "kE4M3"),
         ),
     ),
     Family(
