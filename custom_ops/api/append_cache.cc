@@ -42,8 +42,8 @@ CacheLayout CheckLayout(const std::string& cache_layout) {
 }
 
 // Checks an output and returns its token stride.
-int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& cache,
-                    int head_dim, const phi::Place& place) {
+int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& cache, int head_dim,
+                    const phi::Place& place) {
   Arg(kOp, name, tensor)
       .On(place)
       .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})

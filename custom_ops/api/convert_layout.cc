@@ -81,7 +81,8 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   if (!(nibbles               ? known(NibbleHeadDims{})
         : conversion.is_value ? known(HeadDims{})
                               : known(AttentionHeadDims{}))) {
-    Fail("NotImplementedError", op, "cache", "head_dim ", head_dim, " is not supported; supported: ",
+    Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
+         " is not supported; supported: ",
          nibbles               ? NibbleHeadDims::Text()
          : conversion.is_value ? HeadDims::Text()
                                : AttentionHeadDims::Text());

@@ -181,12 +181,10 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   } else {
     cache.dtype = ParseCodeDtype(op, "key_cache", args.key_cache, cache.type, format);
     ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, format);
-    cache.k_granularity =
-        ParseScales(op, "cache_k_scales", args.k_scales, cache, cache.head_dim, place,
-                    &cache.k_scale_strides);
-    cache.v_granularity =
-        ParseScales(op, "cache_v_scales", args.v_scales, cache, cache.ValueDim(), place,
-                    &cache.v_scale_strides);
+    cache.k_granularity = ParseScales(op, "cache_k_scales", args.k_scales, cache, cache.head_dim,
+                                      place, &cache.k_scale_strides);
+    cache.v_granularity = ParseScales(op, "cache_v_scales", args.v_scales, cache, cache.ValueDim(),
+                                      place, &cache.v_scale_strides);
     if (args.k_scales != nullptr && args.v_scales != nullptr) {
       Arg(op, "cache_v_scales", *args.v_scales).Dtype({args.k_scales->dtype()});
       cache.scale_dtype = ToDType(op, "cache_k_scales", args.k_scales->dtype());

@@ -20,8 +20,8 @@ namespace {
 constexpr const char* kOp = "write_cache_kv";
 
 // Checks K or V of the new tokens and returns its token stride.
-int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& cache,
-                    int head_dim, const phi::Place& place) {
+int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& cache, int head_dim,
+                    const phi::Place& place) {
   Arg(kOp, name, tensor)
       .On(place)
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})

@@ -143,8 +143,7 @@ class CacheWriter {
     const int per_head = granularity == ScaleGranularity::kChannel ? head_dim : 1;
     std::vector<float> result(cache.num_kv_heads * per_head);
     for (int i = 0; i < static_cast<int>(result.size()); ++i) {
-      const int64_t index =
-          StaticScaleIndex(granularity, i / per_head, i % per_head, head_dim);
+      const int64_t index = StaticScaleIndex(granularity, i / per_head, i % per_head, head_dim);
       result[i] = 1.0f / LoadScale(scales, cache.scale_dtype, index);
     }
     return result;

@@ -1,8 +1,8 @@
 """Head dimensions besides 64 and 128, whose kernels hold a head in several stages, or in a part.
 
 256 channels over every way of reading a cache, 96 where they differ from it, and 192 with values
-of 128 channels. The cases that run over head dimensions elsewhere have these, too; here are options,
-special values and sizes that those leave out.
+of 128 channels. The cases that run over head dimensions elsewhere have these, too; here are
+options, special values and sizes that those leave out.
 """
 
 from __future__ import annotations

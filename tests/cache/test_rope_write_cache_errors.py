@@ -155,7 +155,7 @@ ERRORS = [
     (
         "heads of two sizes",
         NotImplementedError,
-        "key_cache: head_dim 192 is not supported here; supported: 64, 96, 128, 256; write_cache_kv",
+        "key_cache: head_dim 192 is not supported here; supported: 64, 96, 128, 256; write_",
         {
             "key_cache": zeros([2, 2, 64, 192], "float16"),
             "value_cache": zeros([2, 2, 64, 128], "float16"),

@@ -313,13 +313,16 @@ def test_layer_cache_picks_by_index(cache):
 
 def test_channel_scales_of_values_are_as_many_as_their_channels():
     """Of 192 channels of K and 128 of V; this process holds the second half of 4 heads."""
-    scales = {f"cache_{kind}_out_scale": some_tensor([4 * d]) for kind, d in (("k", 192), ("v", 128))}
+    scales = {
+        "cache_k_out_scale": some_tensor([4 * 192]),
+        "cache_v_out_scale": some_tensor([4 * 128]),
+    }
     meta = ForwardMeta(caches=[some_tensor([1, 2, 64, 192]), some_tensor([1, 2, 128, 64])])
     shard = HeadShard(rank=1, size=2, num_heads=4)
     picked = LayerCache.of(meta, AttentionLayer(0, "cache_int8", **scales), shard)
     assert list(picked.k_scales.shape) == [384] and list(picked.v_scales.shape) == [256]
     scales["cache_v_out_scale"] = scales["cache_k_out_scale"]
-    with pytest.raises(ValueError, match="cache_v_out_scale: .* heads of 128 channels, got 768"):
+    with pytest.raises(ValueError, match=r"cache_v_out_scale: .* of 128 channels, got 768"):
         LayerCache.of(meta, AttentionLayer(0, "cache_int8", **scales), shard)
 
 

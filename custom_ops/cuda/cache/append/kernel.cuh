@@ -213,8 +213,8 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
   for (int i = 0; i < Traits::kPieces; ++i) {
     const int r = tokens_of_thread[i];
     k[i] = kKeys && r < count ? *reinterpret_cast<const uint4*>(
-                           key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g))
-                     : make_uint4(0, 0, 0, 0);
+                                    key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g))
+                              : make_uint4(0, 0, 0, 0);
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
   const int v_channel = tid / 4 * 4;  // channels [v_channel, +4)
