@@ -26,7 +26,7 @@ from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md",
-         "docs/kernels/invariant.md")  # fmt: skip
+         "docs/dcp.md", "docs/kernels/invariant.md")  # fmt: skip
 #: Name of a table -> its text, from the results.
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
@@ -42,6 +42,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "step ranges": attention.step_ranges,
     "head_dims": attention.head_dims,
     "signals": attention.signals,
+    "dcp": attention.dcp,
     "operators": memory.operators,
     "rope options": memory.rope_options,
     "cache writers": memory.cache_writers,

@@ -63,12 +63,13 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        """Rows of the H100's files, and of the CPU's.
+        """Rows of the H100's files, of several GPUs', and of the CPU's.
 
         A row with fewer peers does not replace an older one: what stands in a line of a table was
         measured in one run.
         """
-        paths = [*folder.glob("h100-*.json"), *folder.glob("cpu-*.json")]
+        kinds = ("h100-*.json", "*-dcp.json", "cpu-*.json")
+        paths = [path for kind in kinds for path in folder.glob(kind)]
         files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
         newest: dict[tuple[str, str], Measured] = {}
         for name in sorted(files, key=lambda name: files[name]["machine"].get("date", "")):
