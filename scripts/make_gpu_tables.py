@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_tables import attention, latent, memory, pages
+from gpu_tables import attention, latent, memory, pages, targets
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "head_dims": attention.head_dims,
     "signals": attention.signals,
     "dcp": attention.dcp,
+    "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,
     "cache writers": memory.cache_writers,
