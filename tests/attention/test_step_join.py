@@ -134,7 +134,7 @@ def test_steps_match_the_reference(place, batch, heads, slots, longest):
         step.check(step.run())
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", [PLAIN, CacheKind("cache_fp8"), BLOCK_WISE_FP8], ids=str)
 def test_fifty_runs_give_the_same_bits(place, kind, dim):
     """Whichever CTA comes last: the order of a work tile's partial results is theirs."""
