@@ -186,6 +186,23 @@ __device__ __forceinline__ void StoreCodes(uint4 codes, const float (&static_sca
   }
 }
 
+// Converts and stores a thread's pieces; codes_of(i) are those of the i-th, of token tokens[i].
+template <typename Traits, typename CodesOf>
+__device__ __forceinline__ void StorePieces(CodesOf&& codes_of,
+                                            const int (&tokens)[Traits::kPieces], int count,
+                                            const float (&static_scales)[16],
+                                            const float (&token_scales)[Traits::kPieces],
+                                            uint16_t* out, int64_t token_stride, int g) {
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    uint4 codes = codes_of(i);
+    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
+    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
+    StoreCodes<Traits>(codes, static_scales, token_scales[i], out + tokens[i] * token_stride, g,
+                       tokens[i] < count);
+  }
+}
+
 // A tile's K, its V or both; kThreads threads.
 template <typename Traits, bool kKeys, bool kValues>
 __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const AppendTile& tile,
@@ -263,34 +280,25 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
   }
 
   // K is converted and stored while V's writes settle.
-  uint16_t* key_out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride +
-                      static_cast<int64_t>(head) * kHeadDim;
-  uint16_t* value_out = static_cast<uint16_t*>(p.value) + tile.out_token * p.value_token_stride +
-                        static_cast<int64_t>(head) * kHeadDim;
-#pragma unroll
-  for (int i = 0; i < (kKeys ? Traits::kPieces : 0); ++i) {
-    const int r = tokens_of_thread[i];
-    uint4 codes = k[i];
-    if constexpr (Traits::kLayout == CacheLayout::kFastDeploy) codes = SlotsToOrder(codes);
-    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
-    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
-    StoreCodes<Traits>(codes, k_static, k_token_scale[i], key_out + r * p.key_token_stride, g,
-                       r < count);
+  if constexpr (kKeys) {
+    const auto codes_of = [&](int i) {
+      return Traits::kLayout == CacheLayout::kFastDeploy ? SlotsToOrder(k[i]) : k[i];
+    };
+    uint16_t* out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride;
+    StorePieces<Traits>(codes_of, tokens_of_thread, count, k_static, k_token_scale,
+                        out + static_cast<int64_t>(head) * kHeadDim, p.key_token_stride, g);
   }
 
   // V is read back by token, converted and stored.
   if constexpr (kValues) {
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Traits::kPieces; ++i) {
-      const int r = tokens_of_thread[i];
-      uint4 codes =
-          *reinterpret_cast<const uint4*>(value_tile.codes + value_tile.Offset(r) + g * 16);
-      codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
-      codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
-      StoreCodes<Traits>(codes, v_static, v_token_scale[i], value_out + r * p.value_token_stride, g,
-                         r < count);
-    }
+    const auto codes_of = [&](int i) {
+      const uint8_t* row = value_tile.codes + value_tile.Offset(tokens_of_thread[i]);
+      return *reinterpret_cast<const uint4*>(row + g * 16);
+    };
+    uint16_t* out = static_cast<uint16_t*>(p.value) + tile.out_token * p.value_token_stride;
+    StorePieces<Traits>(codes_of, tokens_of_thread, count, v_static, v_token_scale,
+                        out + static_cast<int64_t>(head) * kHeadDim, p.value_token_stride, g);
   }
 }
 
