@@ -176,8 +176,8 @@ FAMILIES = (
         defined="kernel.cuh",
         columns={"head_dim": "int", "per_token_scales": "bool", "softcap": "bool", "code": "DType"},
         rows=(
-            (_compiled(64, 128, 192, 256), False, EITHER, FP8),
-            (_compiled(64, 128, 256), True, EITHER, "kE4M3"),
+            (_compiled(64, 96, 128, 192, 256), False, EITHER, FP8),
+            (_compiled(64, 96, 128, 256), True, EITHER, "kE4M3"),
         ),
     ),
     Family(
@@ -194,7 +194,7 @@ FAMILIES = (
             "per_token_scales": "bool",
         },
         rows=(
-            (HALF, _compiled(64, 128, 192, 256), "k16Bit", False),
+            (HALF, _compiled(64, 96, 128, 192, 256), "k16Bit", False),
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kPagedCodes", EITHER),
             ("kInt8", NIBBLE_DIMS, "kPagedNibbles", True),

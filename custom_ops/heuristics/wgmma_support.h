@@ -15,9 +15,9 @@ namespace fastattn {
 // Their own list: another head dimension may come to decode first.
 using WgmmaHeadDims = HeadDimList<64, 128>;
 // Of e4m3 queries.
-using WgmmaFp8HeadDims = HeadDimList<64, 128, 192, 256>;
+using WgmmaFp8HeadDims = HeadDimList<64, 96, 128, 192, 256>;
 // Of 16-bit keys and values.
-using Wgmma16BitHeadDims = HeadDimList<64, 128, 192, 256>;
+using Wgmma16BitHeadDims = HeadDimList<64, 96, 128, 192, 256>;
 
 inline constexpr int kTmaBytes = 16;  // addresses and strides are multiples of it
 

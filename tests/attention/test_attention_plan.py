@@ -372,8 +372,12 @@ def test_one_long_sequence_with_scales_of_tokens_is_read_by_all(max_k, clusters)
 @pytest.mark.parametrize(
     "head_dim, q, k, cache_type, kernel",
     [
-        (96, BF16, BF16, "none", "mma_sm80"),
-        (96, E4M3, E4M3, "cache_fp8", "mma_sm80"),
+        (96, BF16, BF16, "none", "wgmma_fp16"),
+        (96, FP16, FP16, "ragged", "wgmma_fp16"),
+        (96, BF16, E4M3, "cache_fp8", "mma_sm80"),
+        (96, E4M3, E4M3, "cache_fp8", "wgmma_fp8"),
+        (96, E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
+        (96, E4M3, E4M3, "ragged", "wgmma_fp8"),
         (192, BF16, BF16, "ragged", "wgmma_fp16"),
         (192, FP16, FP16, "ragged", "wgmma_fp16"),
         (192, E4M3, E4M3, "ragged", "wgmma_fp8"),

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <vector_types.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/head_dims.h"
@@ -32,8 +33,11 @@ enum class Source : int {
 template <DType kElement_, int kDim_, Source kSource_, bool kPerTokenScales_, bool kSoftcap_>
 struct Config {
   static constexpr DType kElement = kElement_;
-  static constexpr int kDim = kDim_;
+  static constexpr int kHeadDim = kDim_;
+  // Channels in shared memory: TMA fills those up with zeros that a head has not.
+  static constexpr int kDim = PaddedDim(kHeadDim);
   static constexpr int kValueDim = ValueDim(kDim);
+  static constexpr int kOutDim = std::min(ValueDim(kHeadDim), kValueDim);  // of the output
   static constexpr bool kLarge = kDim > 128;
   static constexpr bool kQuantized = kSource_ != Source::k16Bit;
   static constexpr bool kKeyCodeOperands =

@@ -210,7 +210,7 @@ class Consumer {
       constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
       query_.template Multiply<false>(s_, 0, query, key);
 #pragma unroll
-      for (int k = 1; k < C::kDim / 16; ++k) {
+      for (int k = 1; k < C::kHeadDim / 16; ++k) {
         query_.template Multiply<true>(s_, k, query, key + k / 4 * kKeySlice + k % 4 * 2);
       }
     }
