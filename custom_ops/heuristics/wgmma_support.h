@@ -12,8 +12,10 @@
 
 namespace fastattn {
 
-// Their own list: another head dimension may come to decode first.
+// Their own lists: another head dimension may come to decode first. Of contiguous codes.
 using WgmmaHeadDims = HeadDimList<64, 128>;
+// Of caches of 8-bit codes.
+using WgmmaCacheHeadDims = HeadDimList<64, 96, 128, 256>;
 // Of e4m3 queries.
 using WgmmaFp8HeadDims = HeadDimList<64, 96, 128, 192, 256>;
 // Of 16-bit keys and values.
@@ -129,7 +131,9 @@ inline bool WgmmaFp8Supports(const AttentionParams& p) {
 // 16-bit queries over keys and values of 16 or 8 bits.
 inline bool WgmmaFp16Supports(const AttentionParams& p) {
   if (p.q_dtype != DType::kBFloat16 && p.q_dtype != DType::kFloat16) return false;
+  const bool cache = p.paged && CodesPerByte(p.cache.dtype) == 1;
   const bool fits = SizeOf(KeyType(p)) == 2 ? Wgmma16BitHeadDims::Has(p.head_dim)
+                    : cache                 ? WgmmaCacheHeadDims::Has(p.head_dim)
                                             : WgmmaHeadDims::Has(p.head_dim);
   if (!fits || !wgmma_support::Common(p)) return false;
   return p.paged ? wgmma_support::Fp16Cache(p.cache, p.q_dtype)
