@@ -122,7 +122,7 @@ ALL_HEAD_DIMS = (64, 96, 128, 192, 256)
 HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
 HEAD_DIMS = _compiled(64, 96, 128, 256)
-NIBBLE_DIMS = _compiled(64, 128)  # of caches of 4-bit codes
+NIBBLE_DIMS = _compiled(64, 96, 128, 256)  # of caches of 4-bit codes
 RAGGED_DIMS = _compiled(192)  # of Q and K; V has 128 channels then
 EITHER = (False, True)
 PREFILL_DIMS = _compiled(64, 128)  # of every wgmma kernel
@@ -198,7 +198,7 @@ FAMILIES = (
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
             (("kFloat16", "kE4M3", "kInt8"), _compiled(64, 96, 128), "kPagedCodes", EITHER),
             ("kFloat16", _compiled(256), "kPagedCodes", EITHER),
-            ("kInt8", NIBBLE_DIMS, "kPagedNibbles", True),
+            ("kInt8", _compiled(64, 96, 128), "kPagedNibbles", True),
         ),
     ),
     Family(
