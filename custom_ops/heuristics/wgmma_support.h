@@ -14,9 +14,8 @@ namespace fastattn {
 
 // Their own lists: another head dimension may come to decode first. Of contiguous codes.
 using WgmmaHeadDims = HeadDimList<64, 128>;
-// Of caches of 8-bit codes, and of 4-bit codes.
+// Of caches of codes of 8 and 4 bits.
 using WgmmaCacheHeadDims = HeadDimList<64, 96, 128, 256>;
-using WgmmaNibbleHeadDims = HeadDimList<64, 96, 128>;
 // Of e4m3 queries.
 using WgmmaFp8HeadDims = HeadDimList<64, 96, 128, 192, 256>;
 // Of 16-bit keys and values.
@@ -132,9 +131,7 @@ inline bool WgmmaFp8Supports(const AttentionParams& p) {
 // 16-bit queries over keys and values of 16 or 8 bits.
 inline bool WgmmaFp16Supports(const AttentionParams& p) {
   if (p.q_dtype != DType::kBFloat16 && p.q_dtype != DType::kFloat16) return false;
-  const bool nibbles = CodesPerByte(KeyType(p)) == 2;
   const bool fits = SizeOf(KeyType(p)) == 2 ? Wgmma16BitHeadDims::Has(p.head_dim)
-                    : nibbles               ? WgmmaNibbleHeadDims::Has(p.head_dim)
                     : p.paged               ? WgmmaCacheHeadDims::Has(p.head_dim)
                                             : WgmmaHeadDims::Has(p.head_dim);
   if (!fits || !wgmma_support::Common(p)) return false;

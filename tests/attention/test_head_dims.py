@@ -57,7 +57,9 @@ def test_options_of_codes(place, kind, dim, q_type, options):
 
 
 @pytest.mark.parametrize("dim", [96, 256])
-@pytest.mark.parametrize("kind", [*KINDS[1:], CacheKind("block_wise_fp8", scale_dtype="bfloat16")], ids=str)
+@pytest.mark.parametrize(
+    "kind", [*KINDS[1:], CacheKind("block_wise_fp8", scale_dtype="bfloat16")], ids=str
+)
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
 def test_queries_of_any_size(place, kind, q_type, dim):
     """A power of two for each query brings it into the range of the operands."""

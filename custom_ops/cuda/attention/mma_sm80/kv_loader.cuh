@@ -86,9 +86,8 @@ class KvLoader {
   static constexpr int kPieces = Traits::kDataBytes / 16;
   static constexpr int kPiecesPerRow = Traits::kRowBytes / 16;
   // Those of a row of channels that a head has; the rest are 0.
-  static constexpr int kHeadPieces =
-      std::min(Traits::kStageDim, Traits::kHeadDim) * Traits::Format::kBytes /
-      CodesPerByte(Traits::kElement) / 16;
+  static constexpr int kHeadPieces = std::min(Traits::kStageDim, Traits::kHeadDim) *
+                                     Traits::Format::kBytes / CodesPerByte(Traits::kElement) / 16;
 
   __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kPipelineThreads; }
 

@@ -54,9 +54,11 @@ struct AttentionTraits {
   static constexpr int kValueDim = ValueDim(kHeadDim);
   static constexpr bool kOwnValueDim = kValueDim != kHeadDim;
   // A KV tile's K, and its V, lie in several stages where a head is large, kStageDim channels in
-  // each (4-bit codes of any head: in one). Channels of K past kHeadDim are 0, and so are a query's.
+  // each (4-bit codes of any head: in one). Channels of K past kHeadDim are 0, and so are a
+  // query's.
   static constexpr bool kNibbles = CodesPerByte(kElement) == 2;
-  static constexpr int kStageDim = kNibbles ? (kHeadDim == 96 ? 128 : kHeadDim) : StageDim(kHeadDim);
+  static constexpr int kStageDim =
+      kNibbles ? (kHeadDim == 96 ? 128 : kHeadDim) : StageDim(kHeadDim);
   static constexpr int kKeyStages = (kHeadDim + kStageDim - 1) / kStageDim;
   static constexpr int kValueStages = (kValueDim + kStageDim - 1) / kStageDim;
   static constexpr int kTileStages = kKeyStages + kValueStages;
@@ -152,8 +154,8 @@ struct AttentionTraits {
     return ((key >> 3) & 3) | (key & 7) << 2 | (key & 32);
   }
 
-  // Where the 16-byte piece `chunk` of such a key lies: halves of a large key change places in every
-  // second row, as two rows together fill the banks twice.
+  // Where the 16-byte piece `chunk` of such a key lies: halves of a large key change places in
+  // every second row, as two rows together fill the banks twice.
   static __device__ __forceinline__ constexpr int NibbleChunk(int key, int chunk) {
     return kNibbleParts == 1 ? chunk : chunk ^ (key >> 1 & 4);
   }

@@ -48,8 +48,8 @@ struct Config {
   static constexpr bool kQueryInRegisters = kQuantized && !kLarge;
   static constexpr bool kKeyCodeOperands =
       kElement != DType::kBFloat16 && kElement != DType::kFloat16;
-  static constexpr bool kFiniteValues = kElement == DType::kInt8;
   static constexpr bool kNibbles = kSource_ == Source::kPagedNibbles;
+  static constexpr bool kFiniteValues = kElement == DType::kInt8 || kNibbles;
   static constexpr bool kTokenMajorV = kSource_ != Source::kPagedCodes && !kNibbles;
   static constexpr bool kPerTokenScales = kPerTokenScales_;  // of K and V
   static constexpr bool kSoftcap = kSoftcap_;
@@ -78,10 +78,13 @@ struct Config {
   static constexpr int kKeyBytes = (kDim + kValueDim) * (kQuantized ? 1 : 2) / (kNibbles ? 2 : 1);
   // Whether codes of K lie as they are, and so come by TMA.
   static constexpr bool kLoadsKeyOperands = kKeyCodeOperands && !kNibbles;
-  // Stages for codes of K or V that are to be converted: those of a KV tile, or parts of them, which
-  // each one warp converts.
+  // Stages for codes of K or V that are to be converted: those of a KV tile, or parts of them,
+  // which each one warp converts.
   static constexpr int kCodeParts = kQuantized ? CodeParts(kDim) : 1;
-  static constexpr int kCodeStages = kLoadsKeyOperands ? 2 : kCodeParts > 1 ? 4 : kQuantized ? 3 : 1;
+  static constexpr int kCodeStages = kLoadsKeyOperands ? 2
+                                     : kCodeParts > 1  ? 4
+                                     : kQuantized      ? 3
+                                                       : 1;
   static constexpr int kCodeBytes =
       kQuantized ? kKeys * kDim / (kNibbles ? 2 : 1) / kCodeParts : 128;
   static constexpr int kScaleStages = kPerTokenScales ? 4 : 1;

@@ -40,9 +40,9 @@ namespace fastattn::cuda::wgmma_fp16 {
 template <class C>
 struct QueryOf {
   using Halves = std::conditional_t<C::kQuantized, ConvertedQuery<C>, SharedQuery<C>>;
-  using Type = std::conditional_t<
-      C::kKeyCodeOperands, CodeQuery<C>,
-      std::conditional_t<C::kQueryInRegisters, RegisterQuery<C>, Halves>>;
+  using Type =
+      std::conditional_t<C::kKeyCodeOperands, CodeQuery<C>,
+                         std::conditional_t<C::kQueryInRegisters, RegisterQuery<C>, Halves>>;
 };
 
 template <class C>

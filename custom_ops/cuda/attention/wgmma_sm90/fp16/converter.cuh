@@ -24,6 +24,8 @@ class Converter {
   __device__ void Run() {
     if constexpr (C::kKeyCodeOperands) {
       RunFormat<Format<C::kElement>>();
+    } else if constexpr (C::kNibbles) {
+      RunFormat<Format<DType::kInt8>>();  // every code is finite, too
     } else {
       const DType codes = p_.paged ? p_.cache.dtype : p_.ragged.dtype;
       if (codes == DType::kInt8) {
@@ -97,8 +99,10 @@ class Converter {
     const int at = keys.Index();
     Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
     int flags;
-    if constexpr (C::kNibbles) {
+    if constexpr (C::kNibbles && C::kKeyCodeOperands) {
       flags = ConvertNibbleRows(shared_.key[at]);
+    } else if constexpr (C::kNibbles) {
+      flags = ConvertNibbleRowsToHalves(shared_.key[at]);
     } else {
       flags = ConvertRows<F>(shared_.key[at]);
     }
@@ -299,13 +303,31 @@ class Converter {
     });
   }
 
+  // Does so to fp16, rows of slices as ConvertRows writes them. Eight lanes take four tokens: their
+  // stores meet no bank twice.
+  __device__ __forceinline__ int ConvertNibbleRowsToHalves(uint8_t* target) {
+    constexpr int kTokens = 4;
+    static_assert(C::kDim == 256 && kGroups % 2 == 0);
+    const int token = lane_ / 2 % kTokens, piece = lane_ % 2 + lane_ / 8 * 2;
+    uint8_t* out = target + piece / 2 * C::kKeys * C::kSlice + token * C::kSlice;
+    const int chunk = 16 * ((piece % 2 * 4) ^ token);
+    return Convert(token * C::kDim / 2 + 16 * piece, [&](int group, int i, const uint4& v) {
+      uint8_t* row = out + group * kTokens * C::kSlice;
+      const int at = chunk ^ (kTokens * i % 8 * 16);
+      *reinterpret_cast<uint4*>(row + at) = NibblesToHalves(v.x);
+      *reinterpret_cast<uint4*>(row + (at ^ 16)) = NibblesToHalves(v.y);
+      *reinterpret_cast<uint4*>(row + (at ^ 32)) = NibblesToHalves(v.z);
+      *reinterpret_cast<uint4*>(row + (at ^ 48)) = NibblesToHalves(v.w);
+    });
+  }
+
   // ConvertChannels of bytes that are two channels each.
   __device__ __forceinline__ int ConvertNibbleChannels(uint8_t* target) {
     const int piece = lane_ % 4, channel = lane_ / 4 * 2;
     uint8_t* out = target + channel * C::kSlice;
     const int at = 16 * ((2 * piece) ^ (channel % 8));
     uint4 low_scales, high_scales;
-    return Convert(16 * lane_, [&](int group, int i, const uint4& v) {
+    return Convert<1>(16 * lane_, [&](int group, int i, const uint4& v) {
       if (i == 0) {
         const int token = FirstToken(group) + 16 * piece;
         const auto* scales =

@@ -89,8 +89,8 @@ class CodeLoader {
         }
       }
       if (iteration >= 0) {
-        LoadCodes<C::kDim>(buffer, &a_.value, a_.value_planes,
-                           BlocksOf(shared_, buffer, iteration));
+        constexpr int kRows = C::kDim / (C::kNibbles ? 2 : 1);
+        LoadCodes<kRows>(buffer, &a_.value, a_.value_planes, BlocksOf(shared_, buffer, iteration));
       }
       if constexpr (C::kPerTokenScales) {
         if (more) scales_.Store(IsPartlyMasked<C>(tile, iteration + 1), buffer);
@@ -99,8 +99,7 @@ class CodeLoader {
       if (window % kBlockLookups == 0 && window < tile.kv_tiles)
         LookUpBlocks(p_, shared_, buffer, window);
       // Queries that products read are there until the work tile's last one.
-      const bool at_end =
-          !C::kQueryInRegisters || (scheduler.InPairs() && tile.kv_tiles <= kShort);
+      const bool at_end = !C::kQueryInRegisters || (scheduler.InPairs() && tile.kv_tiles <= kShort);
       if (iteration == (at_end ? tile.kv_tiles : min(tile.kv_tiles, kSearchIteration)) - 1) {
         found = FindTile(scheduler, buffer ^ 1, buffer);
       }

@@ -160,8 +160,8 @@ class RegisterQuery {
     for (int h = 0; h < 2; ++h) {
       largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
-      shrink[h] = ShrinkQuery(largest[h], lane % 4 == 0,
-                              &shared.factor[buffer][QueryIndex<true>(h)]);
+      shrink[h] =
+          ShrinkQuery(largest[h], lane % 4 == 0, &shared.factor[buffer][QueryIndex<true>(h)]);
     }
     __syncwarp();
 #pragma unroll
@@ -247,17 +247,16 @@ class ConvertedQuery : public SharedQuery<C> {
     }
     if constexpr (!kChannels) largest = magnitude.template Get<kQuery>();
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 16));
-    const float shrink =
-        ShrinkQuery(largest, lane < 16, &shared.factor[buffer][group * 64 + row]);
+    const float shrink = ShrinkQuery(largest, lane < 16, &shared.factor[buffer][group * 64 + row]);
 #pragma unroll 2
     for (int i = lane / 16; i < kChunks; i += 2) {
       float x[8];
       widen(i, *chunk(i), x);
 #pragma unroll
       for (int c = 0; c < 8; ++c) x[c] *= shrink;
-      *chunk(i) = make_uint4(
-          PackPair<DType::kFloat16>(x[0], x[1]), PackPair<DType::kFloat16>(x[2], x[3]),
-          PackPair<DType::kFloat16>(x[4], x[5]), PackPair<DType::kFloat16>(x[6], x[7]));
+      *chunk(i) =
+          make_uint4(PackPair<DType::kFloat16>(x[0], x[1]), PackPair<DType::kFloat16>(x[2], x[3]),
+                     PackPair<DType::kFloat16>(x[4], x[5]), PackPair<DType::kFloat16>(x[6], x[7]));
     }
   }
 };
