@@ -53,7 +53,7 @@ using HeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
 // Of attention's queries and keys, and so of K in a cache.
 using AttentionHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 192, 256>::Type;
 // Of a cache of 4-bit codes.
-using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 128>::Type;
+using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
 template <int kCodesPerByte>
 using CacheHeadDims = std::conditional_t<kCodesPerByte == 2, NibbleHeadDims, AttentionHeadDims>;
 

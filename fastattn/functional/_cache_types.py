@@ -21,7 +21,7 @@ CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 def head_dims_of(cache_quant_type: str) -> tuple[int, ...]:
     """Head dimensions that caches of a type may have."""
-    return (64, 128) if cache_quant_type == "block_wise_int4" else HEAD_DIMS
+    return FUSED_HEAD_DIMS if cache_quant_type == "block_wise_int4" else HEAD_DIMS
 
 
 def value_dim(head_dim: int) -> int:
