@@ -197,7 +197,7 @@ FAMILIES = (
             (HALF, _compiled(64, 128, 192, 256), "k16Bit", False),
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kPagedCodes", EITHER),
-            ("kInt8", NIBBLE_DIMS, "kPagedNibbles", True),
+            ("kFloat16", NIBBLE_DIMS, "kPagedNibbles", True),
         ),
     ),
     Family(

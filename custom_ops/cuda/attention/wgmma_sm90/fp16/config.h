@@ -38,11 +38,15 @@ struct Config {
   static constexpr bool kQuantized = kSource_ != Source::k16Bit;
   static constexpr bool kKeyCodeOperands =
       kElement != DType::kBFloat16 && kElement != DType::kFloat16;
-  static constexpr bool kFiniteValues = kElement == DType::kInt8;
   static constexpr bool kNibbles = kSource_ == Source::kPagedNibbles;
+  static constexpr bool kFiniteValues = kElement == DType::kInt8 || kNibbles;
   static constexpr bool kTokenMajorV = kSource_ != Source::kPagedCodes && !kNibbles;
   static constexpr bool kPerTokenScales = kPerTokenScales_;  // of K and V
   static constexpr bool kSoftcap = kSoftcap_;
+  // Whether 4-bit codes become operands by way of nibbles.cuh, with what that is to queries.
+  static constexpr bool kNibbleOperands = kNibbles && !kLarge;
+  // Whether an exponent is a score times the factor of its key, and not of its query.
+  static constexpr bool kColumnFactors = kNibbleOperands && !kSoftcap;
   static constexpr bool kPerChannelScales = kQuantized && !kPerTokenScales;   // they may be
   static constexpr DType kOperand = kQuantized ? DType::kFloat16 : kElement;  // of P and V
 
@@ -67,7 +71,7 @@ struct Config {
   // Bytes of a key and its value in memory.
   static constexpr int kKeyBytes = (kDim + kValueDim) * (kQuantized ? 1 : 2) / (kNibbles ? 2 : 1);
   // Whether codes of K lie as they are, and so come by TMA.
-  static constexpr bool kLoadsKeyOperands = kKeyCodeOperands && !kNibbles;
+  static constexpr bool kLoadsKeyOperands = kKeyCodeOperands;
   // Stages for a KV tile's codes of K or V that are to be converted.
   static constexpr int kCodeStages = kLoadsKeyOperands ? 2 : kQuantized ? 3 : 1;
   static constexpr int kCodeBytes = kQuantized ? kKeys * kDim / (kNibbles ? 2 : 1) : 128;
@@ -78,8 +82,17 @@ struct Config {
   static constexpr int kScaleGroup = kScaledKeys / 4 + 4;
 };
 
+// 16 channels more of queries and keys (NibbleQuery), eight rows of eight channels together.
+template <class C, bool kExist = C::kNibbleOperands>
+struct BiasChannels {};
 template <class C>
-struct alignas(1024) Shared {
+struct BiasChannels<C, true> {
+  alignas(1024) uint16_t query_bias[C::kConsumers][64 * 16];
+  uint16_t key_bias[C::kKeys * 16];
+};
+
+template <class C>
+struct alignas(1024) Shared : BiasChannels<C> {
   static constexpr bool kRecomputeLane = true;  // registers are short
   uint8_t query[C::kQueries * C::kRowBytes];    // [consumer][slice][64 tokens][128]
   // [slice][kKeys tokens][128]; codes: [kKeys tokens][D]

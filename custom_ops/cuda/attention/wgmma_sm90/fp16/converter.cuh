@@ -21,7 +21,9 @@ class Converter {
       : p_(arguments.p), shared_(shared), warp_(threadIdx.x / 32 - 1), lane_(threadIdx.x % 32) {}
 
   __device__ void Run() {
-    if constexpr (C::kKeyCodeOperands) {
+    if constexpr (C::kNibbles) {
+      RunFormat<Format<DType::kInt4>>();
+    } else if constexpr (C::kKeyCodeOperands) {
       RunFormat<Format<C::kElement>>();
     } else {
       const DType codes = p_.paged ? p_.cache.dtype : p_.ragged.dtype;
@@ -95,13 +97,18 @@ class Converter {
     const int at = keys.Index(), code_stage = code_stages_.Index();
     Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
     Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
-    if constexpr (C::kNibbles) {
-      ConvertNibbleRows(shared_.codes[code_stage], shared_.key[at]);
+    if constexpr (C::kNibbleOperands) {
+      ConvertNibbleKeys(shared_.codes[code_stage], shared_.key[at]);
     } else {
       ConvertRows<F>(shared_.codes[code_stage], shared_.key[at]);
     }
     if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.code_flags[code_stage];
-    Finish(code_stage, &shared_.key_full[at]);
+    if (C::kNibbleOperands && iteration > 0) {
+      // Consumers want them together with the values that are converted next, whose fence will do.
+      ReturnCodes(code_stage);
+    } else {
+      Finish(code_stage, &shared_.key_full[at], nullptr);
+    }
   }
 
   template <class F>
@@ -110,16 +117,16 @@ class Converter {
     Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
     Wait(&shared_.value_empty[at], values_.Phase() ^ 1);
     if constexpr (C::kPerTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
-    if constexpr (C::kNibbles) {
-      ConvertNibbleChannels(shared_.codes[code_stage], shared_.value[at]);
+    if constexpr (C::kNibbleOperands) {
+      ConvertNibbleValues(shared_.codes[code_stage], shared_.value[at]);
     } else if constexpr (C::kTokenMajorV) {
       ConvertRows<F>(shared_.codes[code_stage], shared_.value[at]);
     } else {
       ConvertChannels<F>(shared_.codes[code_stage], shared_.value[at]);
     }
     bool found = false;
-    // Every int8 code is finite.
-    if constexpr (!std::is_same_v<F, Format<DType::kInt8>>) {
+    // Every integer is finite.
+    if constexpr (!C::kFiniteValues && !std::is_same_v<F, Format<DType::kInt8>>) {
       if (shared_.code_flags[code_stage] & kNeedsScrub) {
         // Other warps scrub the values than converted them.
         SyncNamed<32 * C::kHelperWarps>(kNamedBarrier);
@@ -129,7 +136,13 @@ class Converter {
       }
     }
     if (lane_ == 0) shared_.nan_found[at][warp_] = found;
-    Finish(code_stage, &shared_.value_ready[at]);
+    uint64_t* key_full = nullptr;
+    if (C::kNibbleOperands && iteration + 1 < TileNow().kv_tiles) {
+      PackedPipelineState<C::kKeyStages> keys{values_.count};
+      keys.Advance();
+      key_full = &shared_.key_full[keys.Index()];
+    }
+    Finish(code_stage, &shared_.value_ready[at], key_full);
     values_.Advance();
     if constexpr (C::kPerTokenScales) {
       if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.Index()]);
@@ -137,14 +150,21 @@ class Converter {
     }
   }
 
-  // Hands the operands over, and the codes' stage back.
-  __device__ __forceinline__ void Finish(int code_stage, uint64_t* full) {
+  // Hands the operands over, and those that `others` stands for, and the codes' stage back.
+  __device__ __forceinline__ void Finish(int code_stage, uint64_t* full, uint64_t* others) {
     FenceAsyncProxy();
     __syncwarp();
     if (ArrivesForWarp(lane_)) {
+      if (others != nullptr) Arrive(others);
       Arrive(full);
       Arrive(&shared_.codes_empty[code_stage]);
     }
+    code_stages_.Advance();
+  }
+
+  // Hands back a stage of codes alone.
+  __device__ __forceinline__ void ReturnCodes(int code_stage) {
+    ArriveWarp(&shared_.codes_empty[code_stage]);
     code_stages_.Advance();
   }
 
@@ -169,6 +189,27 @@ class Converter {
           codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
         }
       }
+    }
+  }
+
+  // Does so batch by batch: store(batch, codes, next) calls next(i) when it has used codes[i].
+  template <class Store>
+  __device__ __forceinline__ void ConvertBatches(const uint8_t* in, const Store& store) {
+    const int first = (warp_ + C::kHelperWarps - Turn()) % C::kHelperWarps;
+    in += first * kBatch * kGroup;
+    uint4 codes[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int batch = first + round * C::kHelperWarps;
+      if (batch >= kBatches) break;
+      in += C::kHelperWarps * kBatch * kGroup;
+      store(batch, codes, [&](int i) {
+        if (round + 1 < kRounds && batch + C::kHelperWarps < kBatches) {
+          codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+        }
+      });
     }
   }
 
@@ -231,52 +272,65 @@ class Converter {
     });
   }
 
-  // Converts tokens with their channels side by side to int8 codes, rows of D bytes as TMA would
-  // swizzle them.
-  __device__ __forceinline__ void ConvertNibbleRows(const uint8_t* codes, uint8_t* target) {
+  // Converts tokens with their channels side by side for NibbleQuery: of a lane's 32 channels chunk
+  // n has channels n and n + 4 of every eight. In each eight lanes, those of the second slice take
+  // other tokens: their stores meet no bank twice.
+  __device__ __forceinline__ void ConvertNibbleKeys(const uint8_t* codes, uint8_t* target) {
     constexpr int kPieces = C::kDim / 32, kTokens = 32 / kPieces;
-    const int piece = lane_ % kPieces, token = lane_ / kPieces;
-    uint8_t* out = target + token * C::kDim;
-    const int at = 16 * ((2 * piece) ^ (C::kDim == 128 ? token % 8 : token / 2 % 4));
-    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
-      const uint2 a = NibblesToInt8(v.x), b = NibblesToInt8(v.y);
-      const uint2 c = NibblesToInt8(v.z), d = NibblesToInt8(v.w);
-      uint8_t* row = out + (batch * kBatch + i) * kTokens * C::kDim;
-      *reinterpret_cast<uint4*>(row + at) = make_uint4(a.x, a.y, b.x, b.y);
-      *reinterpret_cast<uint4*>(row + (at ^ 16)) = make_uint4(c.x, c.y, d.x, d.y);
+    const int piece = lane_ % kPieces, token = (lane_ / kPieces) ^ (piece / 2 * 2);
+    uint8_t* out = target + piece / 2 * C::kKeys * C::kSlice + token * C::kSlice;
+    const int at = 16 * ((4 * (piece % 2)) ^ (token % 8));
+    Convert(codes + token * C::kDim / 2 + 16 * piece, [&](int batch, int i, const uint4& v) {
+      uint32_t a[4], b[4], c[4], d[4];
+      NibblesToOperands(v.x, a);
+      NibblesToOperands(v.y, b);
+      NibblesToOperands(v.z, c);
+      NibblesToOperands(v.w, d);
+      uint8_t* row = out + (batch * kBatch + i) * kTokens * C::kSlice;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        *reinterpret_cast<uint4*>(row + (at ^ (16 * n))) = make_uint4(a[n], b[n], c[n], d[n]);
+      }
     });
   }
 
-  // ConvertChannels of bytes that are two channels each.
-  __device__ __forceinline__ void ConvertNibbleChannels(const uint8_t* codes, uint8_t* target) {
-    const int piece = lane_ % 4, channel = lane_ / 4 * 2;
+  // Converts channels, two in a byte, with their 64 tokens side by side, as ConvertChannels does:
+  // half of a lane's tokens after the other, as registers are short. Of each eight lanes four begin
+  // with the low ones and four with the high ones, so that their stores meet no bank twice.
+  __device__ __forceinline__ void ConvertNibbleValues(const uint8_t* codes, uint8_t* target) {
+    const int piece = lane_ % 4, channel = lane_ / 4 * 2, begin = lane_ / 4 % 2;
     uint8_t* out = target + channel * C::kSlice;
-    const int at = 16 * ((2 * piece) ^ (channel % 8));
-    uint4 low_scales, high_scales;
-    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
-      if (i == 0) {
-        const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
-        const auto* scales =
-            reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
-        low_scales = scales[0];
-        high_scales = scales[1];
-      }
-      uint8_t* even = out + (batch * kBatch + i) * 16 * C::kSlice;
-      uint8_t* odd = even + C::kSlice;  // whose chunks are swizzled the other way round
-      uint4 x, y;
-      NibblesToHalves<false>(v.x, &x.x, &y.x);
-      NibblesToHalves<false>(v.y, &x.y, &y.y);
-      NibblesToHalves<false>(v.z, &x.z, &y.z);
-      NibblesToHalves<false>(v.w, &x.w, &y.w);
-      *reinterpret_cast<uint4*>(even + at) = Scaled(x, low_scales);
-      *reinterpret_cast<uint4*>(odd + (at ^ 16)) = Scaled(y, low_scales);
-      NibblesToHalves<true>(v.x, &x.x, &y.x);
-      NibblesToHalves<true>(v.y, &x.y, &y.y);
-      NibblesToHalves<true>(v.z, &x.z, &y.z);
-      NibblesToHalves<true>(v.w, &x.w, &y.w);
-      *reinterpret_cast<uint4*>(even + (at ^ 16)) = Scaled(x, high_scales);
-      *reinterpret_cast<uint4*>(odd + at) = Scaled(y, high_scales);
+    const int at = 16 * ((2 * piece + begin) ^ (channel % 8));
+    ConvertBatches(codes + 16 * lane_, [&](int batch, const uint4(&v)[kBatch], const auto& next) {
+      const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
+      const auto* scales =
+          reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
+      uint8_t* rows = out + batch * kBatch * 16 * C::kSlice;
+      StoreNibbleValues(v, begin, scales[begin], rows, at, [](int) {});
+      StoreNibbleValues(v, begin ^ 1, scales[begin ^ 1], rows, at ^ 16, next);
     });
+  }
+
+  // Low (half 0) or high tokens of a lane. Chunks of odd channels are swizzled the other way round.
+  template <class Next>
+  __device__ __forceinline__ static void StoreNibbleValues(const uint4 (&v)[kBatch], int half,
+                                                           const uint4& scales, uint8_t* rows,
+                                                           int at, const Next& next) {
+    const TokenScales tokens[4] = {TokenScales(scales.x), TokenScales(scales.y),
+                                   TokenScales(scales.z), TokenScales(scales.w)};
+    const uint32_t bytes = half == 0 ? 0x4140 : 0x4342;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      uint4 x, y;
+      ScaleNibbles(v[i].x, bytes, tokens[0], &x.x, &y.x);
+      ScaleNibbles(v[i].y, bytes, tokens[1], &x.y, &y.y);
+      ScaleNibbles(v[i].z, bytes, tokens[2], &x.z, &y.z);
+      ScaleNibbles(v[i].w, bytes, tokens[3], &x.w, &y.w);
+      next(i);
+      uint8_t* even = rows + i * 16 * C::kSlice;
+      *reinterpret_cast<uint4*>(even + at) = x;
+      *reinterpret_cast<uint4*>(even + C::kSlice + (at ^ 16)) = y;
+    }
   }
 
   __device__ __forceinline__ static uint32_t Scaled(uint32_t values, uint32_t scales) {
