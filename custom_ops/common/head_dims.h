@@ -51,7 +51,7 @@ struct CompiledDims<HeadDimList<kKept...>, kFirst, kRest...>
 // Of a cache.
 using HeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
 // Of a cache of 4-bit codes.
-using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 128>::Type;
+using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
 template <int kCodesPerByte>
 using CacheHeadDims = std::conditional_t<kCodesPerByte == 2, NibbleHeadDims, HeadDims>;
 // Of attention's queries and keys, which flash_attention takes.

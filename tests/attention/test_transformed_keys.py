@@ -41,8 +41,6 @@ def centre(kv_heads: int, head_dim: int, seed: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", [*KINDS, *FP8], ids=str)
 def test_rotated(place, kind, dim, seqs, q_type):
-    if kind.code == "int4" and dim not in (64, 128):
-        pytest.skip("4-bit codes have heads of 64 and 128 channels")
     options = {"k_rotation": "hadamard", "k_center": centre(2, dim)}
     paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, heads=(6, 2), **options).check(place)
 

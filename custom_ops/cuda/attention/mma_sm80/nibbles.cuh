@@ -78,39 +78,43 @@ __device__ __forceinline__ void MultiplyNibbles(
   using Format = typename Traits::Format;
   constexpr int kWords = Traits::kNibbleWords;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const uint32_t own =
-      stage + Traits::NibbleRow(Traits::KeyOf(0, g)) * Traits::kRowBytes + t * kWords * 4;
-  uint32_t keys[Traits::kGroup][2][kWords];
+  const uint32_t own = stage + Traits::NibbleRow(Traits::KeyOf(0, g)) * Traits::kRowBytes;
 #pragma unroll
-  for (int m = 0; m < Traits::kGroup; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = Traits::NibbleRow(Traits::KeyOf(first + m, 8 * half));
-      LoadNibbles(own + row * Traits::kRowBytes, keys[m][half]);
-    }
-  }
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    uint2 b[2][Traits::kTiles];
-#pragma unroll
-    for (int n = 0; n < Traits::kTiles; ++n) {
-      b[0][n] = query.At(n, 2 * w), b[1][n] = query.At(n, 2 * w + 1);
-    }
-    uint32_t low[Traits::kGroup][4], high[Traits::kGroup][4];
+  for (int part = 0; part < Traits::kNibbleParts; ++part) {
+    const int piece = Traits::NibbleChunk(Traits::KeyOf(0, g), 4 * part);
+    uint32_t keys[Traits::kGroup][2][kWords];
 #pragma unroll
     for (int m = 0; m < Traits::kGroup; ++m) {
-      Format::Widen(keys[m][0][w], low[m]);
-      Format::Widen(keys[m][1][w], high[m]);
-    }
-    // Products that follow each other add to other scores.
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
+      for (int half = 0; half < 2; ++half) {
+        const int row = Traits::NibbleRow(Traits::KeyOf(first + m, 8 * half));
+        LoadNibbles(own + row * Traits::kRowBytes + piece * 16 + t * kWords * 4, keys[m][half]);
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int step = 2 * (part * kWords + w);
+      uint2 b[2][Traits::kTiles];
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+        b[0][n] = query.At(n, step), b[1][n] = query.At(n, step + 1);
+      }
+      uint32_t low[Traits::kGroup][4], high[Traits::kGroup][4];
 #pragma unroll
       for (int m = 0; m < Traits::kGroup; ++m) {
+        Format::Widen(keys[m][0][w], low[m]);
+        Format::Widen(keys[m][1][w], high[m]);
+      }
+      // Products that follow each other add to other scores.
 #pragma unroll
-        for (int n = 0; n < Traits::kTiles; ++n) {
-          Mma<Format::kOperand>(scores[m][n], low[m][2 * s], high[m][2 * s], low[m][2 * s + 1],
-                                high[m][2 * s + 1], b[s][n].x, b[s][n].y);
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+          for (int n = 0; n < Traits::kTiles; ++n) {
+            Mma<Format::kOperand>(scores[m][n], low[m][2 * s], high[m][2 * s], low[m][2 * s + 1],
+                                  high[m][2 * s + 1], b[s][n].x, b[s][n].y);
+          }
         }
       }
     }
