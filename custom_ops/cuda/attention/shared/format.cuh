@@ -36,8 +36,16 @@ struct Format<DType::kE4M3> {
   // Two codes in the low (high) half of a word.
   static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t* low, uint32_t* high) {
 #if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(*low) : "h"(static_cast<uint16_t>(codes)));
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(*high) : "h"(static_cast<uint16_t>(codes >> 16)));
+    // The halves are named inside the assembly: the conversion then reads the upper one where it
+    // lies, and a shift with it becomes no instruction of its own.
+    asm("{\n"
+        ".reg .b16 pair0, pair1;\n"
+        "mov.b32 {pair0, pair1}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, pair0;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, pair1;\n"
+        "}"
+        : "=r"(*low), "=r"(*high)
+        : "r"(codes));
 #else
     *low = WidenPair(__byte_perm(codes, 0, 0x1404));
     *high = WidenPair(__byte_perm(codes, 0, 0x3424));
