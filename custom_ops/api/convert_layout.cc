@@ -75,10 +75,9 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
     Fail("ValueError", op, "cache", "expected blocks of ", kBlockSize, " tokens, shape ", expected,
          ", got ", ShapeText(shape));
   }
-  const bool nibbles = CodesPerByte(conversion.type) == 2;
-  if (!(nibbles ? NibbleHeadDims::Has(head_dim) : HeadDims::Has(head_dim))) {
+  if (!HasHeadDim(conversion.type, head_dim)) {
     Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
-         " is not supported; supported: ", nibbles ? NibbleHeadDims::Text() : HeadDims::Text());
+         " is not supported; supported: ", HeadDimsText(conversion.type));
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone

@@ -25,6 +25,7 @@ namespace {
 constexpr CacheType kCacheTypes[] = {
     CacheType::kNone,          CacheType::kInt8,         CacheType::kFp8,
     CacheType::kBlockWiseInt8, CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4,
+    CacheType::kBlockWiseMxfp4,
 };
 
 std::vector<std::string> CacheTypes() {

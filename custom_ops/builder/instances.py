@@ -123,6 +123,7 @@ HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
 HEAD_DIMS = _compiled(64, 96, 128, 256)
 NIBBLE_DIMS = _compiled(64, 128)  # of caches of 4-bit codes
+MX_DIMS = _compiled(64, 128)  # of those with a scale for 32 channels
 RAGGED_DIMS = _compiled(192)  # of Q and K; V has 128 channels then
 EITHER = (False, True)
 PREFILL_DIMS = _compiled(64, 128)  # of every wgmma kernel
@@ -146,6 +147,7 @@ FAMILIES = (
             ((*HALF, *FP8, "kInt8"), RAGGED_DIMS, False, False, (8, 16, 64)),
             (("kE4M3", "kInt8"), HEAD_DIMS, True, True, (8, 16, 64)),
             ("kInt4", NIBBLE_DIMS, True, True, (8, 16, 64)),
+            ("kE2M1", MX_DIMS, True, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -165,6 +167,7 @@ FAMILIES = (
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, False, (8, 16, 64)),
             (("kE4M3", "kInt8"), HEAD_DIMS, True, (8, 16, 64)),
             ("kInt4", NIBBLE_DIMS, True, (8, 16, 64)),
+            ("kE2M1", MX_DIMS, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -210,7 +213,7 @@ FAMILIES = (
         rows=(
             ((*FP8, "kInt8"), False, ("kFastattn", "kFastDeploy")),
             (("kE4M3", "kInt8"), True, ("kFastattn", "kFastDeploy")),
-            ("kInt4", True, "kFastattn"),
+            (("kInt4", "kE2M1"), True, "kFastattn"),
         ),
     ),
     Family(
@@ -231,6 +234,7 @@ FAMILIES = (
             ("kFloat32", "kNone", HALF, False),
             ((*HALF, "kFloat32"), ("kInt8", "kBlockWiseInt8"), "kInt8", EITHER),
             ((*HALF, "kFloat32"), "kBlockWiseInt4", "kInt4", EITHER),
+            ((*HALF, "kFloat32"), "kBlockWiseMxfp4", "kE2M1", True),
             ((*HALF, "kFloat32"), ("kFp8", "kBlockWiseFp8"), "kE4M3", EITHER),
             ((*HALF, "kFloat32"), "kFp8", "kE5M2", False),
         ),

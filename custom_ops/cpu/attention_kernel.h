@@ -31,6 +31,9 @@ class TileKernel {
  private:
   using Code = typename Element<kKv>::Storage;
   static constexpr bool kNibbles = CodesPerByte(kKv) == 2;  // decoded before they are used
+  // A scale for 32 channels of a token, which its values are multiplied by when they are decoded.
+  static constexpr bool kBlockScales = kKv == DType::kE2M1;
+  static constexpr int kScales = kBlockScales ? kDim / kMxBlock : 1;  // of a token
   static constexpr int kKeyRow = kDim / CodesPerByte(kKv);  // elements of a key
   static constexpr int kValueDim = ValueDim(kDim);
 
@@ -51,6 +54,7 @@ class TileKernel {
       : p_(p), seq_(seq), task_(task), b_(buffers), rows_(task.packed_count) {
     if (p.paged) {
       dynamic_ = IsDynamic(p.cache.type);
+      token_scales_ = dynamic_ && !kBlockScales;
       key_stride_ = p.cache.key_strides.row;
       value_stride_ = p.cache.value_strides.row;
     } else {
@@ -176,7 +180,7 @@ class TileKernel {
 
   void RunTile() {
     for (int c = 0; c < num_chunks_; ++c) {
-      if (dynamic_) LoadScales(c);
+      if (token_scales_) LoadScales(c);
       Scores(c);
     }
     for (int r = 0; r < rows_; ++r) Softmax(r);
@@ -219,7 +223,12 @@ class TileKernel {
       key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
     }
     if constexpr (kNibbles) {
-      for (int i = 0; i < kBlockSize; ++i) DecodeNibbles<kDim>(key[i], b_.keys + i * kDim);
+      for (int i = 0; i < kBlockSize; ++i) {
+        const int token = kColumnOrder<kByChannel>.token[i];
+        const int valid = token < chunk.valid ? token : chunk.valid - 1;
+        DecodeNibbles<kKv, kDim>(key[i], ScaleBytes(p_.cache.k_scales, chunk.k_scale, valid),
+                                 b_.keys + i * kDim);
+      }
     } else if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
       if (kByChannel && IsFinite<kDim, kBlockSize>(chunk.key, key_stride_)) {
         ScoreColumns<kKv, true>(c, key);
@@ -234,6 +243,11 @@ class TileKernel {
       if constexpr (!kNibbles) DecodeRow<kKv>(key[i], b_.keys + i * kDim);
     }
     ScoreColumns<DType::kFloat32, true>(c, decoded);
+  }
+
+  // UE8M0 bytes of a token of a block whose first one has the index `plane`.
+  static const uint8_t* ScaleBytes(const void* scales, int64_t plane, int token) {
+    return kBlockScales ? static_cast<const uint8_t*>(scales) + plane + token * kScales : nullptr;
   }
 
   // Whether a block of codes, kRows rows of kRow, may be read by the faster conversion.
@@ -304,7 +318,7 @@ class TileKernel {
       for (int i = 0; i < kBlockSize; i += kLanes) {
         float* s = row + c * kBlockSize + i;
         Vec x = Load(s);
-        if (dynamic_) x = x * Load(b_.key_scales + c * kBlockSize + i);
+        if (token_scales_) x = x * Load(b_.key_scales + c * kBlockSize + i);
         x = x * factor;
         if (cap > 0.0f) x = Softcap(x, cap, inverse);
         if (!full) x = Visible(r, chunks_[c], i) ? x : Splat(-kInf);
@@ -324,7 +338,7 @@ class TileKernel {
         float* s = row + c * kBlockSize + i;
         Vec x = Exp2(Load(s) - shift);
         sum = sum + x;
-        if (dynamic_) {
+        if (token_scales_) {
           x = x * Load(b_.value_scales + c * kBlockSize + i);
           if (!full) x = Visible(r, chunks_[c], i) ? x : Vec{};
         }
@@ -473,25 +487,47 @@ class TileKernel {
     float* out = b_.values + c * kBlockSize * kValueDim;
     const VecInt keep = VecInt{} - (chunk.full ? 1 : 0);
     Vec check{};
+    if constexpr (kBlockScales) FindBlockScales(chunk);
     for (int i = 0; i < kBlockSize; i += kLanes) {
       const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
       const VecInt seen = (token >= first) & (token < last);
-      if constexpr (kNibbles) {  // a row is two channels; every code is finite
+      if constexpr (kNibbles && !kBlockScales) {  // a row is two channels; every code is finite
         for (int d = 0; d < kValueDim; d += 2) {
           const uint8_t* codes = chunk.value + d / 2 * value_stride_ + i;
-          Store(out + d * kBlockSize + i, seen ? NibblesAsFloats<false>(codes) : Vec{});
-          Store(out + (d + 1) * kBlockSize + i, seen ? NibblesAsFloats<true>(codes) : Vec{});
+          Store(out + d * kBlockSize + i, seen ? NibblesAsFloats<kKv, false>(codes) : Vec{});
+          Store(out + (d + 1) * kBlockSize + i, seen ? NibblesAsFloats<kKv, true>(codes) : Vec{});
         }
         continue;
       }
-      for (int d = 0; d < (kNibbles ? 0 : kValueDim); ++d) {
-        const Vec x = seen ? LoadAs<kKv>(chunk.value + d * value_stride_ + i) : Vec{};
+      for (int d = 0; d < (kNibbles && !kBlockScales ? 0 : kValueDim); ++d) {
+        const Vec x = seen ? LoadChannel(chunk, d, i) : Vec{};
         const Vec zero = x * 0.0f;  // NaN if x is infinite or NaN
         check = check + zero;
         Store(out + d * kBlockSize + i, keep | (zero == 0.0f) ? x : Vec{});
       }
     }
     return SumLanes(check) == 0.0f;
+  }
+
+  // V of the columns from `column` on of a channel.
+  FASTATTN_INLINE Vec LoadChannel(const Chunk& chunk, int d, int column) const {
+    if constexpr (kBlockScales) {
+      const uint8_t* codes = chunk.value + d / 2 * value_stride_ + column;
+      const Vec x = d % 2 == 0 ? NibblesAsFloats<kKv, false>(codes) : NibblesAsFloats<kKv, true>(codes);
+      return x * Load(block_scales_[d / kMxBlock] + column);
+    } else {
+      return LoadAs<kKv>(chunk.value + d * value_stride_ + column);
+    }
+  }
+
+  void FindBlockScales(const Chunk& chunk) {
+    for (int i = 0; i < kBlockSize; ++i) {
+      const int token = kColumnOrder<kByChannel>.token[i];
+      const uint8_t* bytes = ScaleBytes(p_.cache.v_scales, chunk.v_scale, token);
+      for (int block = 0; block < kScales; ++block) {
+        block_scales_[block][i] = UE8M0ToFloat(bytes[block]);
+      }
+    }
   }
 
   template <DType kB>
@@ -547,9 +583,9 @@ class TileKernel {
   // NaN and infinite values that only some rows see are 0 in the matrix products, so that rows that
   // do not see them keep their bits. The rows that see them get them here.
   void AddNonFinite(int c) {
+    if constexpr (kBlockScales) FindBlockScales(chunks_[c]);
     for (int i = 0; i < kBlockSize * kValueDim; i += kLanes) {
-      const Code* channel = chunks_[c].value + i / kBlockSize * value_stride_;
-      const Vec values = LoadAs<kKv>(channel + i % kBlockSize);
+      const Vec values = LoadChannel(chunks_[c], i / kBlockSize, i % kBlockSize);
       if (SumLanes(values * 0.0f) == 0.0f) continue;
       for (int lane = i; lane < i + kLanes; ++lane) {
         const int column = lane % kBlockSize;
@@ -572,6 +608,8 @@ class TileKernel {
   TileBuffers& b_;
   const int rows_;
   bool dynamic_ = false;
+  bool token_scales_ = false;                  // that scores and probabilities are multiplied by
+  alignas(64) float block_scales_[kScales][kBlockSize];  // of V, in the columns' order
   int64_t key_stride_;                         // elements between tokens
   int64_t value_stride_;                       // elements between tokens or, by channel, channels
   int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees

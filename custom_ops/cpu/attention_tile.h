@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "common/fp4.h"
 #include "common/int4.h"
 #include "params/attention.h"
 

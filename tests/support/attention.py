@@ -14,7 +14,8 @@ import numpy as np
 
 import fastattn.functional as F
 from fastattn import reference
-from fastattn.reference import layout, numerics
+from fastattn.reference import layout, mxfp4, numerics
+from fastattn.reference.cache import dynamic_scales
 from tests.support.bounds import (
     assert_codes,
     assert_error_ratio,
@@ -44,6 +45,8 @@ class CacheKind:
     def code(self) -> str:
         if self.quant_type.endswith(("int8", "int4")):
             return self.quant_type[-4:]
+        if self.quant_type == "block_wise_mxfp4":
+            return "e2m1"
         return self.fp8_format
 
     @property
@@ -53,6 +56,8 @@ class CacheKind:
     def __str__(self) -> str:
         if self.quant_type == "none":
             return f"none-{self.dtype}"
+        if self.code == "e2m1":
+            return self.quant_type
         parts = [self.quant_type, "token" if self.dynamic else self.granularity]
         if self.quant_type == "cache_fp8":
             parts.append(self.fp8_format)
@@ -63,6 +68,7 @@ PLAIN = CacheKind()
 BLOCK_WISE_FP8 = CacheKind("block_wise_fp8")
 BLOCK_WISE_INT8 = CacheKind("block_wise_int8")
 BLOCK_WISE_INT4 = CacheKind("block_wise_int4")
+BLOCK_WISE_MXFP4 = CacheKind("block_wise_mxfp4")
 
 CACHE_KINDS = [
     PLAIN,
@@ -78,12 +84,13 @@ CACHE_KINDS = [
         )
         for scale_dtype in ("float32", "bfloat16")
     ),
+    BLOCK_WISE_MXFP4,
 ]
 
 #: One kind for each way of reading codes; enough where the kind is not what is tested.
 FEW_KINDS = [
     *(PLAIN, CacheKind("cache_int8", "channel")),
-    *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4),
+    *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4, BLOCK_WISE_MXFP4),
 ]
 
 
@@ -100,19 +107,34 @@ class CacheTensor:
         if self.kind.quant_type == "none":
             return self.elements
         code = self.kind.code
-        nibbles = code == "int4"
+        nibbles = code in numerics.NIBBLES
         return layout.pack(
             self.elements, self.letter, "fastattn", int8=code == "int8", nibbles=nibbles
         )
 
     def poison(self, where) -> None:
-        """Plant NaN (int8: -128, and NaN scales where a token has its own) at [block, ..., r]."""
+        """Plant NaN (or the last code, and NaN scales where a token has its own) at [.., r]."""
         if self.kind.quant_type == "none":
             self.elements[where] = np.nan
             return
-        self.elements[where] = {"int8": 0x80, "int4": 0xF}.get(self.kind.code, 0x7F)
+        last = {"int8": 0x80, "int4": 0xF, "e2m1": 0xF}
+        self.elements[where] = last.get(self.kind.code, 0x7F)
         if self.kind.dynamic:
-            self.scales[where] = np.nan
+            self.rescale(where, np.nan)
+
+    def rescale(self, where, scale: float) -> None:
+        """Set dynamic scales at [block, ..., r]: of MXFP4 blocks, to the nearest power of two."""
+        if self.kind.code == "e2m1":
+            finite = np.isfinite(scale)
+            scale = np.clip(127 + np.round(np.log2(scale)), 0, 254) if finite else mxfp4.UE8M0_NAN
+        self.scales[where] = scale
+
+    def grow(self, where, factor: float) -> None:
+        """Multiply dynamic scales by a factor: those of MXFP4 blocks, by a power of two near it."""
+        if self.kind.code == "e2m1":
+            self.scales[where] += np.uint8(round(np.log2(factor)))
+        else:
+            self.scales[where] *= np.asarray(factor, self.scales.dtype)
 
 
 def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
@@ -121,7 +143,10 @@ def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
         return CacheTensor(kind, letter, x.astype(NUMPY_TYPES[kind.dtype]), None)
     kv, dim = x.shape[1], x.shape[3]
     scale_type = NUMPY_TYPES[kind.scale_dtype]
-    if kind.dynamic:
+    if kind.code == "e2m1":
+        scales = mxfp4.block_scales(x)
+        multiplier = mxfp4.spread_scales(scales)
+    elif kind.dynamic:
         scales = numerics.group_scale(x, kind.code).astype(scale_type)
         multiplier = scales.astype(np.float32)[..., None]
     else:
@@ -331,7 +356,7 @@ class PagedProblem(Problem):
 
     def multiplies_fp8(self) -> bool:
         quantised = self.kind.quant_type != "none"
-        return self.has_fp8_queries() and quantised and self.kind.code[0] == "e"
+        return self.has_fp8_queries() and quantised and self.kind.code in ("e4m3", "e5m2")
 
     def multiplies_bf16(self) -> bool:
         return self.v.elements.dtype == BF16
@@ -343,7 +368,7 @@ class PagedProblem(Problem):
     def scale_spread(self) -> float:
         if not self.kind.dynamic:
             return 1.0
-        scales = self.v.scales.astype(np.float64)
+        scales = dynamic_scales(self.v.scales, self.kind.quant_type).astype(np.float64)
         scales = scales[np.isfinite(scales)]
         return float(scales.max() / scales.min()) if scales.size else 1.0
 

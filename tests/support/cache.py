@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 import fastattn.functional as F
-from fastattn.functional._cache_types import codes_per_byte
+from fastattn.functional._cache_types import codes_per_byte, token_scales
 from fastattn.reference.layout import BLOCK_SIZE, cache_shape
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, to_numpy, to_paddle
@@ -20,6 +20,7 @@ QUANTISED = (
     ("block_wise_int8", "e4m3"),
     ("block_wise_fp8", "e4m3"),
     ("block_wise_int4", "e4m3"),
+    ("block_wise_mxfp4", "e4m3"),
 )
 
 
@@ -84,6 +85,10 @@ def make_cache(
         sizes: tuple[int, ...] = (num_blocks, kv_heads, BLOCK_SIZE)
     else:
         sizes = ({"tensor": 1, "head": kv_heads, "channel": kv_heads * head_dim}[granularity],)
+    own, own_dtype = token_scales(cache_quant_type, head_dim)
+    if own_dtype == "uint8":
+        k_scales, v_scales = (rng.integers(0, 256, (*sizes, *own), np.uint8) for _ in range(2))
+        return Cache(key, value, k_scales, v_scales, cache_quant_type, fp8_format)
     k_scales, v_scales = (
         rng.uniform(0.5, 2.0, sizes).astype(np.float32) * np.float32(factor) for factor in (0.02, 3)
     )

@@ -40,6 +40,7 @@
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/mma_sm80/mx_scales.cuh"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
@@ -197,7 +198,7 @@ __device__ __forceinline__ void Weigh(const AttentionParams& p, uint32_t stage,
                                       TileState<Traits>* state) {
   float value_scales[Traits::kGroup][2];
   if constexpr (Traits::kNibbles) {  // ahead of what takes time
-    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, value_scales);
+    LoadTokenScales<Traits>(stage, first, TokenScaleType<Traits>(p), value_scales);
   }
   RaiseMaximum<Traits>(scores, state);
   Exponentiate<Traits>(scores, state);
@@ -301,6 +302,11 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         __syncthreads();
       }
       if (!present) continue;
+      if constexpr (Traits::kBlockScales) {
+        PrepareBlockScales<Traits, true>(key_stage);
+        PrepareBlockScales<Traits, false>(value_stage);
+        SyncPipeline<Traits>();
+      }
 #pragma unroll 1
       for (int first = 0; first < Traits::kKeyTiles; first += Traits::kGroup) {
         Scores<Traits> scores;
@@ -327,12 +333,20 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       StartLoad<Traits, (Traits::kStages + 1) % 2>(cursor, ring);
       const uint32_t key_stage = ring->NextUse();
       const bool assigned = IsAssigned<Traits>(key_stage);
+      if constexpr (Traits::kBlockScales) {
+        if (assigned) PrepareBlockScales<Traits, true>(key_stage);
+        __syncwarp();
+      }
       if (assigned) Score<Traits>(p, key_stage, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
       StartLoad<Traits, Traits::kStages % 2>(cursor, ring);
       const uint32_t value_stage = ring->NextUse();
       if (!assigned) continue;
+      if constexpr (Traits::kBlockScales) {
+        PrepareBlockScales<Traits, false>(value_stage);
+        __syncwarp();
+      }
       if constexpr (Traits::kNibbles) {
         // Nothing to scrub, as above.
       } else if (mask.needs_mask) {
@@ -344,7 +358,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       Attend<Traits>(p, value_stage, mask, 0, scores, state);
     }
   }
-  if constexpr (Traits::kNibbles) DropBias<Traits>(state->out);
+  if constexpr (Traits::kBiased) DropBias<Traits>(state->out);
 }
 
 // The epilogue: merges the warp pipelines and writes the work tile's output, or this CTA's partial

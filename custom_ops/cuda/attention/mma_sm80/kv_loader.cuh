@@ -175,10 +175,11 @@ class KvLoader {
 
   __device__ __forceinline__ void CopyScales(uint32_t stage, const void* scales, int64_t element) {
     if constexpr (Traits::kPerTokenScales) {
-      const int bytes = SizeOf(p_.cache.scale_dtype);
-      if (Lane() * 16 < Traits::kKvTile * bytes) {
-        CopyAsync16(stage + Traits::kDataBytes + Lane() * 16,
-                    static_cast<const char*>(scales) + element * bytes + Lane() * 16, policy_);
+      constexpr int kOffset = Traits::kDataBytes + (Traits::kBlockScales ? Traits::kRawScales : 0);
+      const int size = Traits::kBlockScales ? 1 : SizeOf(p_.cache.scale_dtype);
+      if (Lane() * 16 < Traits::kKvTile * Traits::kTokenScales * size) {
+        CopyAsync16(stage + kOffset + Lane() * 16,
+                    static_cast<const char*>(scales) + element * size + Lane() * 16, policy_);
       }
     }
   }

@@ -59,6 +59,12 @@ struct KvTileMask {
   uint32_t columns;     // shared memory: ColumnInfo of this lane's first column
 };
 
+// How a stage holds the scales of tokens.
+template <typename Traits>
+__device__ __forceinline__ DType TokenScaleType(const AttentionParams& p) {
+  return Traits::kBlockScales ? DType::kBFloat16 : p.cache.scale_dtype;
+}
+
 template <typename Traits>
 __device__ __forceinline__ float TokenScale(uint32_t stage, int key, DType dtype) {
   if (dtype == DType::kFloat32) {
@@ -152,7 +158,7 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
   const int g = threadIdx.x % 32 / 4;
   float token_scales[Traits::kGroup][2];
   if constexpr (Traits::kNibbles) {
-    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, token_scales);
+    LoadTokenScales<Traits>(stage, first, TokenScaleType<Traits>(p), token_scales);
   }
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
@@ -163,7 +169,7 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         scale[half] =
-            TokenScale<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half), p.cache.scale_dtype);
+            TokenScale<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half), TokenScaleType<Traits>(p));
       }
     }
 #pragma unroll

@@ -175,7 +175,7 @@ __device__ __forceinline__ void StreamToken(const StepParamsOf<Traits>& p, const
       const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
       StoreKey<Traits, Lane>(rounded, p, cache, scale, head, lane,
                              cache.key_strides.Row(here, k_head, at),
-                             cache.k_scale_strides.Plane(here, k_head) + at, store);
+                             cache.k_scale_strides.Plane(here, k_head) + at * Traits::kTokenScales, store);
     }
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/fp4.h"
 #include "common/types.h"
 #include "params/rope.h"
 
@@ -116,6 +117,8 @@ struct StepTraits {
   static constexpr bool kQuantized = IsQuantized(kType);
   static constexpr bool kNibbles = CodesPerByte(kType) == 2;
   static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kType);  // of a token
+  // Dynamic scales of a token and KV head.
+  static constexpr int kTokenScales = HasBlockScales(kType) ? kHeadDim / kMxBlock : 1;
   static constexpr bool kTransformsKey = kTransformsKey_;
   static_assert(kQuantized || !kTransformsKey, "K is transformed for its codes");
 };
