@@ -10,7 +10,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import reference
-from fastattn.reference import mxfp4
+from fastattn.reference import mxfp4, numerics
 from tests.support.compare import assert_same_bits
 from tests.support.static import MODES, run_all_modes
 from tests.support.tensors import BF16, DTYPES, EMPTY_OUTPUTS, to_numpy, to_paddle
