@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_tables import attention, latent, memory, pages
+from gpu_tables import attention, latent, memory, pages, targets
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md",
-         "docs/kernels/invariant.md")  # fmt: skip
+         "docs/dcp.md", "docs/kernels/invariant.md")  # fmt: skip
 #: Name of a table -> its text, from the results.
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
@@ -42,6 +42,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "step ranges": attention.step_ranges,
     "head_dims": attention.head_dims,
     "signals": attention.signals,
+    "dcp": attention.dcp,
+    "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,
     "cache writers": memory.cache_writers,

@@ -3,11 +3,9 @@
 #
 #   scripts/test_dcp_gpu.sh [--library build/gpu/_fastattn_ops.so] [--python python3]
 #
-# tests/server/test_dcp.py runs in three ways: CPU processes through gloo; attention on the CPU with
-# its results exchanged and merged on the GPUs ("exchange2", all collectives and merges); everything
-# on the GPUs ("gpu2", skipped while the library has no CUDA kernel of paged_attention).
-# test_dcp_latent.py runs in the first and the last of them. Only collectives and fastattn's
-# operators run on the GPUs, so a Paddle without kernels for them will do.
+# tests/server/test_dcp.py and test_dcp_latent.py run in CPU processes through gloo, and on the GPUs
+# ("gpu2"). Only collectives and fastattn's operators run on the GPUs, so a Paddle without kernels for
+# them will do.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

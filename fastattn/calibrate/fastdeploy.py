@@ -53,7 +53,12 @@ def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Arr
                 scales = scales.astype(np.float32)
             if not (np.isfinite(scales).all() and (scales > 0).all()):
                 raise CalibrationError(f"{path}: {name}: expected numbers that fp32 holds")
-            found.setdefault(int(match[1]), {})[match[2]] = scales
+            pair = found.setdefault(int(match[1]), {})
+            if match[2] in pair:
+                raise CalibrationError(
+                    f"{path}: {name}: layer {match[1]} is there under another prefix, too"
+                )
+            pair[match[2]] = scales
     if not found:
         raise CalibrationError(
             f"{path}: expected names such as ernie.layers.0.self_attn.cachek_matmul."

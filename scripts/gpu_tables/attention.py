@@ -302,5 +302,40 @@ def signals(results: Results) -> str:
     return grid(head, lines) + "\n" + links(used)
 
 
+def dcp(results: Results) -> str:
+    """Steps over a cache on two GPUs beside one, in CUDA graphs."""
+    lines, used = [], []
+    for step in (
+        "decode {} B 1 ctx 1048576",
+        "decode {} B 1 ctx 262144",
+        "decode {} B 1 ctx 65536",
+        "decode {} B 16 ctx 131072",
+        "4 new tokens {} B 1 ctx 262144",
+        "4 new tokens {} B 16 ctx 65536",
+        "2048 new tokens {} B 1 ctx 262144",
+        "2048 new tokens and 15 x 1 {} B 16 ctx 65536",
+    ):
+        line = [step.replace(" {}", "").replace("ctx ", "cached ")]
+        for quant in ("cache_fp8", "block_wise_fp8"):
+            shape = f"{step.format(quant)} H 32/8 D 128, 2 ranks, graph"
+            whole, given = (
+                results.get("paged_attention_dcp", shape + how)
+                for how in ("", ", local_keys given")
+            )
+            line.append(cell(whole and whole.peer_us("one rank"), _us))
+            line += [_us_and_ratio(row) for row in (whole, given)]
+            used += [whole, given]
+        lines.append(line)
+    head = ["us"]
+    for quant in ("`cache_fp8`", "`block_wise_fp8`"):
+        head += [f"{quant}, one GPU", "two (ratio)", "two, `local_keys` given"]
+    return grid(head, lines) + "\n" + links(used)
+
+
+def _us_and_ratio(row: Measured | None) -> str:
+    faster = row and row.ratio("one rank")
+    return f"{_us(row.us)} ({faster:.2f}x)" if row and faster else NONE
+
+
 def _us(value: float) -> str:
     return f"{value:.{1 if value < 99.95 else 0}f}"

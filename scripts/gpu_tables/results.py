@@ -14,6 +14,8 @@ from typing import Any
 #: Peers that are floors of the same run.
 COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty kernel"
 NONE = "-"
+#: Files of results that tables are made of.
+KINDS = ("h100-*.json", "*-dcp.json", "cpu-*.json")
 
 
 @dataclasses.dataclass
@@ -57,18 +59,21 @@ class Measured:
 class Results:
     """Rows of all files, each from the newest run that has it."""
 
-    def __init__(self, rows: Sequence[Measured], files: dict[str, dict[str, Any]]) -> None:
+    def __init__(
+        self, rows: Sequence[Measured], files: dict[str, dict[str, Any]], folder: Path = Path()
+    ) -> None:
         self.files = files  # name of a file -> its report
+        self.folder = folder
         self._rows = {(row.op, row.shape): row for row in rows}
 
     @classmethod
-    def read(cls, folder: Path) -> Results:
-        """Rows of the H100's files, and of the CPU's.
+    def read(cls, folder: Path, kinds: Sequence[str] = KINDS) -> Results:
+        """Rows of the H100's files, of several GPUs', and of the CPU's, or of other kinds of file.
 
         A row with fewer peers does not replace an older one: what stands in a line of a table was
         measured in one run.
         """
-        paths = [*folder.glob("h100-*.json"), *folder.glob("cpu-*.json")]
+        paths = [path for kind in kinds for path in folder.glob(kind)]
         files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
         newest: dict[tuple[str, str], Measured] = {}
         for name in sorted(files, key=lambda name: files[name]["machine"].get("date", "")):
@@ -83,7 +88,7 @@ class Results:
             for key, entry in of_file.items():
                 if key not in newest or len(entry.peers) >= len(newest[key].peers):
                     newest[key] = entry
-        return cls(list(newest.values()), files)
+        return cls(list(newest.values()), files, folder)
 
     def get(self, op: str, shape: str) -> Measured | None:
         """The row of a shape, if there is one."""

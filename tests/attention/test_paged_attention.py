@@ -261,7 +261,7 @@ def test_chunked_prefill_is_one_shot(place, kind, chunks):
             out.astype(np.float32),
             expected[begin : begin + n].astype(np.float32),
             rtol=2**-6,
-            atol=2**-9 if place == "cpu" else 2**-8,
+            atol=2**-9 if place == "cpu" else 2**-7,
         )
         expected_chunk = expected_lse[:, begin : begin + n]
         # Those are errors of scores, which grow with them.

@@ -44,20 +44,14 @@ LSE_BOUND = 1e-5
 
 
 def modes():
-    """(mode, world size): processes on the CPU, and through NCCL where there are two GPUs."""
+    """(place, world size): processes on the CPU, and through NCCL where there are two GPUs."""
     found = [("cpu", 2), ("cpu", 4)]
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 1:
-        found += [("exchange", 2), ("gpu", 2)]
+        found.append(("gpu", 2))
     return found
 
 
-def mode_id(mode):
-    """An id that -k gpu chooses where processes need a GPU."""
-    name, world_size = mode
-    return f"{'gpu_' if name == 'exchange' else ''}{name}{world_size}"
-
-
-@pytest.fixture(scope="module", params=modes(), ids=mode_id)
+@pytest.fixture(scope="module", params=modes(), ids=lambda mode: f"{mode[0]}{mode[1]}")
 def ranks(request, tmp_path_factory):
     """Results of every rank: (case -> name -> array) for each."""
     mode, world_size = request.param
@@ -87,9 +81,10 @@ class Ranks(list):
 
     def __init__(self, results, mode):
         super().__init__(results)
-        self.place = "gpu" if mode == "gpu" else "cpu"
-        # A GPU kernel multiplies in 16 bits, which other splits of the keys round otherwise.
-        self.bound = FP32_BOUND if self.place == "cpu" else 2.0**-8
+        self.place = mode
+        # A GPU kernel rounds probabilities to 16 bits, by other maxima where keys are split
+        # otherwise: 2^-9 of every one, in either result.
+        self.bound = FP32_BOUND if self.place == "cpu" else 2.0**-7
         self.most_different = MOST_DIFFERENT if self.place == "cpu" else 0.5
         self.lse_bound = LSE_BOUND if self.place == "cpu" else 1e-3
 

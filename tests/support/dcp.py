@@ -1,8 +1,7 @@
 """Problems whose cache is spread over the ranks of a group, and the program that one rank runs.
 
-``python -m tests.support.dcp FOLDER MODE`` joins the group that the environment describes, solves
-every problem and pickles its results to ``FOLDER/rank<r>.pickle``. MODE is ``cpu``, ``gpu``, or
-``exchange``: attention on the CPU, and the exchange of its results on GPUs.
+``python -m tests.support.dcp FOLDER PLACE`` joins the group that the environment describes, solves
+every problem and pickles its results to ``FOLDER/rank<r>.pickle``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import paddle
 import paddle.distributed as dist
 
 import fastattn.functional as F
-from fastattn import distributed
 from fastattn.distributed import (
     dcp_local_block_tables,
     dcp_local_keys,
@@ -107,9 +105,7 @@ class Case:
 
     def run(self, rank: int, world_size: int, place: str) -> dict[str, np.ndarray]:
         problem = self.local(rank, world_size)
-        positional, keywords = problem.arguments("cpu" if place == "exchange" else place)
-        if place == "exchange" and "out_scale" in keywords:
-            keywords["out_scale"] = to_paddle(problem.options["out_scale"], "gpu")
+        positional, keywords = problem.arguments(place)
         if self.precomputed:
             keywords["local_keys"] = local_keys(positional, keywords)
         out, lse = paged_attention_dcp(
@@ -294,13 +290,6 @@ def serve(kind: CacheKind, rank: int, world_size: int, place: str) -> dict[str, 
     return results
 
 
-def attend_on_cpu(*args: Any, return_softmax_lse: bool = False, **kwargs: Any) -> Any:
-    """paged_attention of CPU tensors, whose results are copied to the GPU."""
-    out, lse = F.paged_attention(*args, return_softmax_lse=True, **kwargs)
-    out, lse = (to_paddle(to_numpy(x), "gpu") for x in (out, lse))
-    return (out, lse) if return_softmax_lse else out
-
-
 def solve_all(rank: int, world_size: int, place: str) -> dict[str, dict[str, np.ndarray]]:
     """Results of everything."""
     results = {
@@ -309,8 +298,7 @@ def solve_all(rank: int, world_size: int, place: str) -> dict[str, dict[str, np.
         if name != "fp32_queries" or place != "gpu"  # GPU kernels take 16 and 8 bits
     }
     for kind in SERVED:
-        served = "cpu" if place == "exchange" else place
-        results[f"serve-{kind}"] = serve(kind, rank, world_size, served)
+        results[f"serve-{kind}"] = serve(kind, rank, world_size, place)
     if place == "cpu":
         for name, case in SINK_CASES.items():
             results[name] = case.run(rank, world_size, place)
@@ -343,8 +331,6 @@ def in_groups(rank: int, world_size: int, place: str) -> dict[str, np.ndarray]:
 def main(folder: str, place: str) -> None:
     """Program of one rank."""
     paddle.set_device("cpu" if place == "cpu" else "gpu:0")
-    if place == "exchange":
-        distributed.attention.paged_attention = attend_on_cpu  # type: ignore[assignment]
     dist.init_parallel_env()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results = solve_all(rank, world_size, place)

@@ -26,6 +26,7 @@ from fastattn.distributed import (
     mla_sparse_attention_dcp,
 )
 from fastattn.reference.mla import FORMATS
+from fastattn.reference.mla_sparse import selected_keys
 from tests.support.dcp import (
     Assign,
     all_on_the_last,
@@ -36,6 +37,7 @@ from tests.support.dcp import (
 )
 from tests.support.latent import scale_of, width
 from tests.support.mla_dense import Problem
+from tests.support.mla_sparse import lse_noise
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
 #: Cached and new tokens: decode, a prefill, chunks, a resting sequence, some on one rank only.
@@ -112,19 +114,36 @@ class Case:
         """Output and LSE over the whole cache, in fp64."""
         if not self.sparse:
             return self.problem.want(**self.results())
+        return reference.mla_sparse_attention(
+            self.problem.q,
+            self.problem.cache,
+            self.slots(),
+            **self.problem.options(**self.results()),
+        )[:2]
+
+    def slots(self) -> np.ndarray:
+        """The tokens that each query chose in the whole cache, -1 for none."""
         chosen, ids = self.chosen()
         tables, size = self.problem.tables, self.page_size
         column = np.clip(chosen // size, 0, tables.shape[1] - 1)
         page = tables[ids[:, None], column]
         there = (chosen >= 0) & (chosen // size < tables.shape[1]) & (ids >= 0)[:, None]
         there &= (page >= 0) & (page < len(self.problem.cache))
-        slots = np.where(there, page * size + chosen % size, -1)
-        return reference.mla_sparse_attention(
-            self.problem.q,
-            self.problem.cache,
-            slots,
-            **self.problem.options(**self.results()),
-        )[:2]
+        return np.where(there, page * size + chosen % size, -1)
+
+    def noise(self) -> Any:
+        """Of the LSE [H, T] of the sparse kernel on a GPU, which rounds keys to 16 bits."""
+        if not self.sparse or self.cache_format not in ("fp8", "fp8_656"):
+            return 0.0
+        options = self.problem.options()
+        rows = []
+        for q, slots in zip(self.problem.q.astype(np.float64), self.slots()):
+            keys = selected_keys(
+                *(self.problem.cache, slots, None, self.cache_format),
+                *(options["scale"], options.get("page_size"), q.shape[-1]),
+            )
+            rows.append(lse_noise(q, keys, options["softmax_scale"]))
+        return np.array(rows).T
 
     def run(self, rank: int, world_size: int, place: str) -> dict[str, np.ndarray]:
         """What a rank gets."""

@@ -395,6 +395,12 @@ def test_options_that_argparse_refuses(samples_file, arguments, capsys):
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": "x"}', "expected numbers"),
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": 1e300}', "that fp32 holds"),
         ("a.json", '{"l.0.self_attn.cachek_matmul.activation_scale": 1e-300}', "that fp32 holds"),
+        (
+            "a.json",
+            '{"l.0.self_attn.cachek_matmul.activation_scale": 1,'
+            ' "m.0.self_attn.cachek_matmul.activation_scale": 2}',
+            "under another prefix",
+        ),
         ("a.safetensors", "short", "cannot be read"),
         ("a.npz", "short", "cannot be read"),
         ("a.bin", "short", "expected .safetensors"),

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 import fastattn.functional as F
-from fastattn.bench.cases.inputs import DIM, Step, paged_calls
+from fastattn.bench.cases.inputs import DIM, HEADS, KV, Step, paged_calls
+from fastattn.bench.core import cuda
 from fastattn.bench.core.devices import Gpu
 from fastattn.bench.core.peers import peers
 from fastattn.bench.core.rows import Row, register
@@ -32,6 +33,11 @@ SHAPES = {
 _QUANTIZED = {
     "gpu": [(1024, 16, 16), (4096, 16, 16), (16384, 16, 16), (16384, 64, 8)],
     "gpu quick": [(4096, 16, 16)],
+}
+#: Cached tokens and sequences of a chunk.
+_CHUNKS = {
+    "gpu": [(6144, 1), (6144, 4), (16384, 1), (16384, 4), (65536, 1)],
+    "gpu quick": [(6144, 1)],
 }
 #: Tokens and query heads of the pass over the queries alone.
 _QUERIES = {
@@ -121,6 +127,27 @@ def flash_attention(device: Gpu) -> Iterator[Row]:
             call = bind(F.flash_attention, *qkv, *lengths, causal=causal, out=out)
             row = prompts.row("flash_attention", name, device.us([call]))
             yield from prompts.beside(row, wanted)
+
+
+@register("chunk", "gpu")
+def chunk(device: Gpu) -> Iterator[Row]:
+    """A prompt's chunk behind a prefix, beside the same over 16-bit keys that are written first.
+
+    That is the way of who has no kernel over the codes: the cache is read and written in bf16, at
+    the speed of a copy here, and then attended to.
+    """
+    for prefix, seqs in device.of(_CHUNKS):
+        step = Step(device, [prefix] * seqs, [2048] * seqs)
+        bf16_us = device.us(paged_calls(device, "none", step))
+        moved = 3 * 2 * step.blocks * 64 * KV * DIM  # a byte read, two written, of K and V
+        peer = "writing bf16 keys, attending to them", bf16_us + moved / cuda.floors()[0] / 1e3
+        for quant in FP8_TYPES:
+            for queries in ("bfloat16", "e4m3"):
+                us = device.us(paged_calls(device, quant, step, queries=queries))
+                rate = 4.0 * seqs * HEADS * DIM * 2048 * (prefix + 1024) / us / 1e6
+                name = "bf16" if queries == "bfloat16" else queries
+                shape = f"{seqs} x 2048 behind {prefix}, {name} q, {quant}, H {HEADS}/{KV} D {DIM}"
+                yield Row("paged_attention", shape, us, rate, "TFLOP/s", *peer)
 
 
 def _pass_alone(device: Gpu, tokens: int, heads: int) -> Row:
