@@ -275,7 +275,8 @@ def paged_attention(
         Upper bounds of the sequences' new tokens and keys; they mask nothing.
     cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
         Dequantisation multipliers. Static types: [1], [KV] or, for ``cache_int8``, [KV * D].
-        Dynamic types: [num_blocks, KV, 64], ``block_wise_mxfp4`` uint8 [num_blocks, KV, 64, D / 32].
+        Dynamic types: [num_blocks, KV, 64], of ``block_wise_mxfp4`` uint8 [num_blocks, KV, 64,
+        D / 32].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
         ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.

@@ -43,7 +43,7 @@ class Cache:
     def __init__(
         self, device: Device, quant: str, blocks: int, kv: int = KV, dim: int = DIM
     ) -> None:
-        integers = quant.endswith(("int8", "int4"))
+        integers = quant.endswith(("int8", "int4", "mxfp4"))  # any bits
         code = "bfloat16" if quant == "none" else "int8" if integers else "e4m3"
         row = dim // codes_per_byte(quant)
         rest = (BLOCK_SIZE, row) if quant == "none" else (row, BLOCK_SIZE)
@@ -58,6 +58,9 @@ class Cache:
             shape = (blocks, kv, BLOCK_SIZE, *own) if is_dynamic(quant) else (kv,)
             unit = 1 / 16 if code == "int8" else 1.0
             self.scales = [device.uniform(shape, 0.8 * unit, 1.2 * unit) for _ in "kv"]
+            if dtype == "uint8":
+                bytes_ = np.random.default_rng(0).integers(121, 124, shape)
+                self.scales = [device.array(bytes_, np.uint8) for _ in "kv"]
         self.options: dict[str, Any] = {
             "cache_k_scales": self.scales[0],
             "cache_v_scales": self.scales[1],
