@@ -29,12 +29,12 @@ enum class DType : int {
 
 // How a KV cache stores K and V (`cache_quant_type` of the Python API).
 enum class CacheType : int {
-  kNone,           // bf16 / fp16 values
-  kInt8,           // int8 codes, static scales
-  kFp8,            // e4m3 or e5m2 codes, static scales
-  kBlockWiseInt8,  // int8 codes, one dynamic scale a token and KV head
-  kBlockWiseFp8,   // e4m3 codes, one dynamic scale a token and KV head
-  kBlockWiseInt4,  // 4-bit codes, one dynamic scale a token and KV head
+  kNone,            // bf16 / fp16 values
+  kInt8,            // int8 codes, static scales
+  kFp8,             // e4m3 or e5m2 codes, static scales
+  kBlockWiseInt8,   // int8 codes, one dynamic scale a token and KV head
+  kBlockWiseFp8,    // e4m3 codes, one dynamic scale a token and KV head
+  kBlockWiseInt4,   // 4-bit codes, one dynamic scale a token and KV head
   kBlockWiseMxfp4,  // E2M1 codes, one UE8M0 scale for 32 channels of a token
 };
 

@@ -7,19 +7,6 @@
 // Each row of the tile sees an interval of key positions. Scores of masked keys become -inf, and
 // values of masked keys are never multiplied, because that memory may hold anything, NaN included.
 
-// Tokens in the order in which the columns of a score tile hold them: values stored by channel
-// ([D, 64]) keep their tokens in TokenSlot order, and the scores follow them.
-template <bool kByChannel>
-struct ColumnOrder {
-  alignas(64) int32_t token[kBlockSize];
-  constexpr ColumnOrder() : token() {
-    for (int i = 0; i < kBlockSize; ++i) token[i] = kByChannel ? TokenOfSlot(i) : i;
-  }
-};
-
-template <bool kByChannel>
-inline constexpr ColumnOrder<kByChannel> kColumnOrder{};
-
 template <int kDim, DType kKv, bool kByChannel>
 class TileKernel {
  public:
@@ -34,7 +21,7 @@ class TileKernel {
   // A scale for 32 channels of a token, which its values are multiplied by when they are decoded.
   static constexpr bool kBlockScales = kKv == DType::kE2M1;
   static constexpr int kScales = kBlockScales ? kDim / kMxBlock : 1;  // of a token
-  static constexpr int kKeyRow = kDim / CodesPerByte(kKv);  // elements of a key
+  static constexpr int kKeyRow = kDim / CodesPerByte(kKv);            // elements of a key
   static constexpr int kValueDim = ValueDim(kDim);
 
   struct Chunk {
@@ -261,23 +248,13 @@ class TileKernel {
   // computed, this prefetches as many of the next chunk's keys and of this chunk's values.
   FASTATTN_INLINE void Prefetch(int c, int i) const {
     if (!p_.paged) return;
-    if (chunks_[c + 1].key != nullptr) PrefetchRows<kKeyRow, 4>(chunks_[c + 1].key, key_stride_, i);
+    if (chunks_[c + 1].key != nullptr)
+      PrefetchRows<Code, kKeyRow, 4>(chunks_[c + 1].key, key_stride_, i);
     if constexpr (kByChannel) {
       constexpr int kRows = kValueDim / CodesPerByte(kKv) / (kBlockSize / 4);  // of as many codes
-      PrefetchRows<kBlockSize, kRows>(chunks_[c].value, value_stride_, i / 4 * kRows);
+      PrefetchRows<Code, kBlockSize, kRows>(chunks_[c].value, value_stride_, i / 4 * kRows);
     } else {
-      PrefetchRows<kValueDim, 4>(chunks_[c].value, value_stride_, i);
-    }
-  }
-
-  // kRows rows of kRow elements from the `first` on.
-  template <int kRow, int kRows>
-  FASTATTN_INLINE void PrefetchRows(const Code* codes, int64_t stride, int first) const {
-    constexpr int kBytes = kRow * static_cast<int>(sizeof(Code));
-    const char* from = reinterpret_cast<const char*>(codes + first * stride);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r, from += stride * sizeof(Code)) {
-      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+      PrefetchRows<Code, kValueDim, 4>(chunks_[c].value, value_stride_, i);
     }
   }
 
@@ -513,7 +490,8 @@ class TileKernel {
   FASTATTN_INLINE Vec LoadChannel(const Chunk& chunk, int d, int column) const {
     if constexpr (kBlockScales) {
       const uint8_t* codes = chunk.value + d / 2 * value_stride_ + column;
-      const Vec x = d % 2 == 0 ? NibblesAsFloats<kKv, false>(codes) : NibblesAsFloats<kKv, true>(codes);
+      const Vec x =
+          d % 2 == 0 ? NibblesAsFloats<kKv, false>(codes) : NibblesAsFloats<kKv, true>(codes);
       return x * Load(block_scales_[d / kMxBlock] + column);
     } else {
       return LoadAs<kKv>(chunk.value + d * value_stride_ + column);
@@ -608,9 +586,9 @@ class TileKernel {
   TileBuffers& b_;
   const int rows_;
   bool dynamic_ = false;
-  bool token_scales_ = false;                  // that scores and probabilities are multiplied by
+  bool token_scales_ = false;  // that scores and probabilities are multiplied by
   alignas(64) float block_scales_[kScales][kBlockSize];  // of V, in the columns' order
-  int64_t key_stride_;                         // elements between tokens
+  int64_t key_stride_;                                   // elements between tokens
   int64_t value_stride_;                       // elements between tokens or, by channel, channels
   int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees
   int64_t common_begin_ = 0, common_end_ = 0;  // keys that every row sees

@@ -268,3 +268,14 @@ FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int rows, int64_t stride) 
   for (uint64_t word : words) any |= word;
   return any != 0;
 }
+
+// Prefetches kRows rows of kRow elements from the `first` on.
+template <typename Code, int kRow, int kRows>
+FASTATTN_INLINE void PrefetchRows(const Code* codes, int64_t stride, int first) {
+  constexpr int kBytes = kRow * static_cast<int>(sizeof(Code));
+  const char* from = reinterpret_cast<const char*>(codes + first * stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r, from += stride * sizeof(Code)) {
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+  }
+}

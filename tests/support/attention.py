@@ -15,7 +15,7 @@ import numpy as np
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference import layout, mxfp4, numerics
-from fastattn.reference.cache import dynamic_scales
+from fastattn.reference.cache import code_of, dynamic_scales
 from tests.support.bounds import (
     assert_codes,
     assert_error_ratio,
@@ -23,7 +23,7 @@ from tests.support.bounds import (
     assert_within,
     rounding_step,
 )
-from tests.support.tensors import BF16, E5M2, int32, to_numpy, to_paddle
+from tests.support.tensors import BF16, E5M2, int32, to_numpy, to_paddle, ue8m0_byte
 
 NUMPY_TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
@@ -43,11 +43,8 @@ class CacheKind:
 
     @property
     def code(self) -> str:
-        if self.quant_type.endswith(("int8", "int4")):
-            return self.quant_type[-4:]
-        if self.quant_type == "block_wise_mxfp4":
-            return "e2m1"
-        return self.fp8_format
+        plain = self.quant_type == "none"
+        return self.fp8_format if plain else code_of(self.quant_type, self.fp8_format)
 
     @property
     def dynamic(self) -> bool:
@@ -78,9 +75,7 @@ CACHE_KINDS = [
         for kind in (
             *(("cache_int8", granularity) for granularity in ("tensor", "head", "channel")),
             *(("cache_fp8", g, f) for g in ("tensor", "head") for f in ("e4m3", "e5m2")),
-            ("block_wise_fp8",),
-            ("block_wise_int8",),
-            ("block_wise_int4",),
+            *((f"block_wise_{code}",) for code in ("fp8", "int8", "int4")),
         )
         for scale_dtype in ("float32", "bfloat16")
     ),
@@ -124,17 +119,13 @@ class CacheTensor:
 
     def rescale(self, where, scale: float) -> None:
         """Set dynamic scales at [block, ..., r]: of MXFP4 blocks, to the nearest power of two."""
-        if self.kind.code == "e2m1":
-            finite = np.isfinite(scale)
-            scale = np.clip(127 + np.round(np.log2(scale)), 0, 254) if finite else mxfp4.UE8M0_NAN
-        self.scales[where] = scale
+        self.scales[where] = ue8m0_byte(scale) if self.kind.code == "e2m1" else scale
 
     def grow(self, where, factor: float) -> None:
         """Multiply dynamic scales by a factor: those of MXFP4 blocks, by a power of two near it."""
-        if self.kind.code == "e2m1":
-            self.scales[where] += np.uint8(round(np.log2(factor)))
-        else:
-            self.scales[where] *= np.asarray(factor, self.scales.dtype)
+        before = self.scales[where]
+        exponents = self.kind.code == "e2m1"
+        self.scales[where] = before + round(np.log2(factor)) if exponents else before * factor
 
 
 def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:

@@ -168,8 +168,8 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
     } else if constexpr (Traits::kPerTokenScales) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        scale[half] =
-            TokenScale<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half), TokenScaleType<Traits>(p));
+        scale[half] = TokenScale<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half),
+                                         TokenScaleType<Traits>(p));
       }
     }
 #pragma unroll

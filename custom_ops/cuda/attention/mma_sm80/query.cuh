@@ -111,7 +111,7 @@ template <typename Traits>
 struct QueryTile {
   static constexpr int kKept = Traits::kQueryInRegisters ? Traits::kTiles : 1;
   uint32_t words[kKept][Traits::kMmaSteps][2];
-  uint32_t shared;                                       // a lane's words of tile n and step s
+  uint32_t shared;                                      // a lane's words of tile n and step s
   float bias[Traits::kBiased ? Traits::kTiles : 1][2];  // FindQueryBias
 
   // From shared memory to registers, if they live there.

@@ -76,7 +76,7 @@ struct AttentionTraits {
   // E2M1: a scale for 32 channels of a token (mx_scales.cuh).
   static constexpr bool kBlockScales = kElement == DType::kE2M1;
   static constexpr int kTokenScales = kBlockScales ? kHeadDim / kMxBlock : 1;  // as they are stored
-  static constexpr bool kBiased = kNibbles && !kBlockScales;  // codes of int4
+  static constexpr bool kBiased = kNibbles && !kBlockScales;                   // codes of int4
   static constexpr bool kTransposedV = kQuantized && kPaged;  // V [D, 64] in TokenSlot order
   static constexpr int kRowBytes =
       kStageDim * Format::kBytes / CodesPerByte(kElement);  // of a key in a stage

@@ -78,8 +78,8 @@ template <typename Traits>
 __device__ __forceinline__ void ApplyColumnScales(
     const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
     float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
-  RaiseColumnExponents<Traits>(stage, TokenScaleType<Traits>(p), mask.columns, mask.first_key, first,
-                               state->scale_exponent);
+  RaiseColumnExponents<Traits>(stage, TokenScaleType<Traits>(p), mask.columns, mask.first_key,
+                               first, state->scale_exponent);
   state->scale_exponent = kColumnExponents;
   const int g = Lane<true>() / 4;  // found again, as registers are short
   const uint32_t exponents = ColumnExponents<Traits>();

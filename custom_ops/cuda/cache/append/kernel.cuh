@@ -16,8 +16,8 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
-#include "common/head_dims.h"
 #include "common/fp4.h"
+#include "common/head_dims.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "common/types.h"
@@ -248,8 +248,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
       const int r = tokens_of_thread[i];
       const int64_t k_plane = cache.k_scale_strides.Plane(block, head);
       const int64_t v_plane = cache.v_scale_strides.Plane(block, head);
-      k_token_scale[i] = r < count ? PieceScale<Traits>(cache, cache.k_scales, k_plane, r, g) : 0.0f;
-      v_token_scale[i] = r < count ? PieceScale<Traits>(cache, cache.v_scales, v_plane, r, g) : 0.0f;
+      k_token_scale[i] =
+          r < count ? PieceScale<Traits>(cache, cache.k_scales, k_plane, r, g) : 0.0f;
+      v_token_scale[i] =
+          r < count ? PieceScale<Traits>(cache, cache.v_scales, v_plane, r, g) : 0.0f;
     }
   } else {
     LoadStaticScales(p.cache.k_scales, p.cache.scale_dtype, p.cache.k_granularity, head, kHeadDim,

@@ -21,9 +21,9 @@ cudaError_t LaunchRestoreKey(const AppendCacheParams& p, const KeyTransform& tra
         p.cache.dtype, "codes", [&](auto code) {
           constexpr DType kCode = decltype(code)::value;
           CodeHeadDims<kCode>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
-            status = LaunchPdl(
-                RestoreKeyKernel<decltype(out)::value, kCode, decltype(head_dim)::value>,
-                dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);
+            status =
+                LaunchPdl(RestoreKeyKernel<decltype(out)::value, kCode, decltype(head_dim)::value>,
+                          dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);
           });
         });
   });
