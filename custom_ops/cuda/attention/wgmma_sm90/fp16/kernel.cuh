@@ -14,7 +14,8 @@
 //
 // Barriers (mbarriers of Shared; full/empty pairs):
 //  - tile_found, query_full/query_empty: two buffers of a work tile; Q itself lies there once, and
-//    query_read (codes) or query_done (16 bits) say when it may be overwritten;
+//    query_read (codes) or query_done (16 bits) say when it may be overwritten: large heads' Q over
+//    codes is read by the products, else it goes to registers;
 //  - key_full/key_empty, value_full/value_empty: stages of operands; value_ready: V has been
 //    scrubbed;
 //  - codes_full/codes_empty: stages of codes; scale_full/scale_empty: stages of per-token scales;
@@ -72,7 +73,7 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   }
   for (int i = 0; i < C::kCodeStages; ++i) {
     InitBarrier(&shared.codes_full[i], 1);
-    InitBarrier(&shared.codes_empty[i], kHelpers);
+    InitBarrier(&shared.codes_empty[i], C::kCodeParts > 1 ? kWarp : kHelpers);
   }
   for (int i = 0; i < C::kScaleStages; ++i) {
     InitBarrier(&shared.scale_full[i], kWarp);
