@@ -69,6 +69,14 @@ def test_queries_of_any_size(place, kind, q_type, dim):
     problem.check(place)
 
 
+@pytest.mark.parametrize("dim", [96, 256])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_more_tiles_than_processors(place, kind, dim):
+    """Several tiles a CTA, of few and of many keys: each stage and each query's place is reused."""
+    seqs = [(53 * i % 400, 70 + 13 * i % 90) for i in range(19)]
+    paged_problem(seqs, kind=kind, dim=dim, heads=(16, 2), seed=5).check(place)
+
+
 @each_option
 @pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:tensor"])
 @pytest.mark.parametrize("dim", [192, 256])

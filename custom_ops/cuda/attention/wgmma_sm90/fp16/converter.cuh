@@ -191,17 +191,17 @@ class Converter {
     return shared_.code_flags[code_stage];
   }
 
-  // Does so part by part. Parts go round between the warps, from kFirst on, which hand their stages
-  // back.
+  // Does so part by part, each of which one warp converts; they go round, from kFirst on. All warps
+  // wait for every part and hand its stage back: a parity tells phases apart only to who saw the
+  // one before.
   template <int kFirst, class Store>
   __device__ __forceinline__ int ConvertParts(int offset, const Store& store) {
-    static_assert(C::kCodeParts == 1 || C::kCodeParts >= C::kHelperWarps);  // for the flags
     int flags = 0;
 #pragma unroll 1
     for (int part = 0; part < C::kCodeParts; ++part) {
+      const int at = code_stages_.Index();
+      Wait(&shared_.codes_full[at], code_stages_.Phase());
       if ((part + kFirst) % C::kHelperWarps == warp_) {
-        const int at = code_stages_.Index();
-        Wait(&shared_.codes_full[at], code_stages_.Phase());
         const uint8_t* in = shared_.codes[at] + offset;
         uint4 codes[kBatch];
 #pragma unroll
@@ -215,10 +215,10 @@ class Converter {
             codes[i % kBatch] = *reinterpret_cast<const uint4*>(in + (i + kBatch) * kGroup);
           }
         }
-        flags = shared_.code_flags[at];
-        __syncwarp();
-        if (ArrivesForWarp(lane_)) Arrive(&shared_.codes_empty[at]);
       }
+      flags = shared_.code_flags[at];
+      __syncwarp();
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.codes_empty[at]);
       code_stages_.Advance();
     }
     return flags;

@@ -73,7 +73,7 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
   }
   for (int i = 0; i < C::kCodeStages; ++i) {
     InitBarrier(&shared.codes_full[i], 1);
-    InitBarrier(&shared.codes_empty[i], C::kCodeParts > 1 ? kWarp : kHelpers);
+    InitBarrier(&shared.codes_empty[i], kHelpers);
   }
   for (int i = 0; i < C::kScaleStages; ++i) {
     InitBarrier(&shared.scale_full[i], kWarp);
