@@ -122,7 +122,7 @@ ALL_HEAD_DIMS = (64, 96, 128, 192, 256)
 HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
 HEAD_DIMS = _compiled(64, 96, 128, 256)
-NIBBLE_DIMS = _compiled(64, 128)  # of caches of 4-bit codes
+NIBBLE_DIMS = _compiled(64, 96, 128, 256)  # of caches of 4-bit codes
 MX_DIMS = _compiled(64, 128)  # of those with a scale for 32 channels
 RAGGED_DIMS = _compiled(192)  # of Q and K; V has 128 channels then
 EITHER = (False, True)
@@ -179,8 +179,8 @@ FAMILIES = (
         defined="kernel.cuh",
         columns={"head_dim": "int", "per_token_scales": "bool", "softcap": "bool", "code": "DType"},
         rows=(
-            (_compiled(64, 128, 192, 256), False, EITHER, FP8),
-            (_compiled(64, 128, 256), True, EITHER, "kE4M3"),
+            (_compiled(64, 96, 128, 192, 256), False, EITHER, FP8),
+            (_compiled(64, 96, 128, 256), True, EITHER, "kE4M3"),
         ),
     ),
     Family(
@@ -197,10 +197,12 @@ FAMILIES = (
             "per_token_scales": "bool",
         },
         rows=(
-            (HALF, _compiled(64, 128, 192, 256), "k16Bit", False),
+            (HALF, _compiled(64, 96, 128, 192, 256), "k16Bit", False),
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
-            (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kPagedCodes", EITHER),
-            ("kInt8", NIBBLE_DIMS, "kPagedNibbles", True),
+            (("kFloat16", "kE4M3", "kInt8"), _compiled(64, 96, 128), "kPagedCodes", EITHER),
+            ("kInt8", _compiled(64, 96, 128), "kPagedNibbles", True),
+            ("kFloat16", _compiled(256), "kPagedCodes", EITHER),
+            ("kFloat16", _compiled(256), "kPagedNibbles", True),
         ),
     ),
     Family(

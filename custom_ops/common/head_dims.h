@@ -51,7 +51,7 @@ struct CompiledDims<HeadDimList<kKept...>, kFirst, kRest...>
 // Of a cache.
 using HeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
 // Of a cache of 4-bit codes.
-using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 128>::Type;
+using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
 // Of one with a scale for 32 channels.
 using MxHeadDims = CompiledDims<HeadDimList<>, 64, 128>::Type;
 

@@ -12,12 +12,14 @@
 
 namespace fastattn {
 
-// Their own list: another head dimension may come to decode first.
+// Their own lists: another head dimension may come to decode first. Of contiguous codes.
 using WgmmaHeadDims = HeadDimList<64, 128>;
+// Of caches of codes of 8 and 4 bits.
+using WgmmaCacheHeadDims = HeadDimList<64, 96, 128, 256>;
 // Of e4m3 queries.
-using WgmmaFp8HeadDims = HeadDimList<64, 128, 192, 256>;
+using WgmmaFp8HeadDims = HeadDimList<64, 96, 128, 192, 256>;
 // Of 16-bit keys and values.
-using Wgmma16BitHeadDims = HeadDimList<64, 128, 192, 256>;
+using Wgmma16BitHeadDims = HeadDimList<64, 96, 128, 192, 256>;
 
 inline constexpr int kTmaBytes = 16;  // addresses and strides are multiples of it
 
@@ -131,6 +133,7 @@ inline bool WgmmaFp8Supports(const AttentionParams& p) {
 inline bool WgmmaFp16Supports(const AttentionParams& p) {
   if (p.q_dtype != DType::kBFloat16 && p.q_dtype != DType::kFloat16) return false;
   const bool fits = SizeOf(KeyType(p)) == 2 ? Wgmma16BitHeadDims::Has(p.head_dim)
+                    : p.paged               ? WgmmaCacheHeadDims::Has(p.head_dim)
                                             : WgmmaHeadDims::Has(p.head_dim);
   if (!fits || !wgmma_support::Common(p)) return false;
   return p.paged ? wgmma_support::Fp16Cache(p.cache, p.q_dtype)

@@ -22,7 +22,7 @@ CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 def head_dims_of(cache_quant_type: str) -> tuple[int, ...]:
     """Head dimensions that caches of a type may have."""
-    return (64, 128) if cache_quant_type in NIBBLE_TYPES else HEAD_DIMS
+    return (64, 128) if cache_quant_type == "block_wise_mxfp4" else HEAD_DIMS
 
 
 def codes_per_byte(cache_quant_type: str) -> int:

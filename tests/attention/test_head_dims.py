@@ -21,7 +21,8 @@ BF16 = CacheKind()
 STATIC = CacheKind("cache_fp8", "head")
 CHANNEL = CacheKind("cache_int8", "channel")
 TOKEN = CacheKind("block_wise_fp8")
-KINDS = [BF16, STATIC, CHANNEL, TOKEN, CacheKind("block_wise_int8", scale_dtype="bfloat16")]
+INT4 = CacheKind("block_wise_int4")
+KINDS = [BF16, STATIC, CHANNEL, TOKEN, CacheKind("block_wise_int8", scale_dtype="bfloat16"), INT4]
 
 OPTIONS = [
     {"window_size": (100, 0)},
@@ -43,6 +44,37 @@ def test_options_of_a_cache(place, dim, q_type, options):
     kind = BF16 if q_type is None else TOKEN
     seqs = [(200, 100), (0, 150), (90, 1), (33, 4)]
     paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, **options).check(place)
+
+
+@each_option
+@pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [96, 256])
+@pytest.mark.parametrize("kind", [*KINDS[1:], CacheKind("cache_fp8", "tensor", "e5m2")], ids=str)
+def test_options_of_codes(place, kind, dim, q_type, options):
+    """16-bit queries: of large heads they become operands where they lie."""
+    seqs = [(200, 100), (0, 150), (90, 1), (33, 4), (77, 257)]
+    paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, **options).check(place)
+
+
+@pytest.mark.parametrize("dim", [96, 256])
+@pytest.mark.parametrize(
+    "kind", [*KINDS[1:], CacheKind("block_wise_fp8", scale_dtype="bfloat16")], ids=str
+)
+@pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
+def test_queries_of_any_size(place, kind, q_type, dim):
+    """A power of two for each query brings it into the range of the operands."""
+    problem = paged_problem([(0, 300), (130, 200)], kind=kind, dim=dim, q_type=q_type)
+    size = 2.0 ** np.random.default_rng(4).integers(-6, 7, (*problem.q.shape[:2], 1))
+    problem.q = (problem.q.astype(np.float32) * size).astype(problem.q.dtype)
+    problem.check(place)
+
+
+@pytest.mark.parametrize("dim", [96, 256])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_more_tiles_than_processors(place, kind, dim):
+    """Several tiles a CTA, of few and of many keys: each stage and each query's place is reused."""
+    seqs = [(53 * i % 400, 70 + 13 * i % 90) for i in range(19)]
+    paged_problem(seqs, kind=kind, dim=dim, heads=(16, 2), seed=5).check(place)
 
 
 @each_option

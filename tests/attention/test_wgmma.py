@@ -31,6 +31,7 @@ KINDS_16 = [
     TOKEN,
     CacheKind("block_wise_fp8", scale_dtype="bfloat16"),
     CacheKind("block_wise_int8"),
+    CacheKind("block_wise_int4"),
 ]
 #: Of them one for each way of the values into the product, and those with codes that are NaN.
 FEW_16 = [BF16, CacheKind("cache_int8", "channel"), TOKEN]

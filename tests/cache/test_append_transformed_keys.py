@@ -7,7 +7,6 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import reference
-from fastattn.functional._cache_types import codes_per_byte
 from tests.support.cache import is_dynamic, make_cache
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import DTYPES, to_numpy, to_paddle
@@ -62,8 +61,8 @@ def run(cache, out, lengths, place, **options):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", TYPES)
 def test_bits(place, kind, head_dim, dtype, rotation, centred):
-    if codes_per_byte(kind) == 2 and head_dim not in (64, 128):
-        pytest.skip("4-bit codes have heads of 64 and 128 channels")
+    if kind == "block_wise_mxfp4" and head_dim not in (64, 128):
+        pytest.skip("MXFP4 caches have heads of 64 and 128 channels")
     granularity = "channel" if kind == "cache_int8" else "head"
     cache, out, lengths = arguments(kind, head_dim, dtype, granularity=granularity)
     center = np.random.default_rng(5).normal(size=(3, head_dim)).astype(np.float32)

@@ -34,7 +34,7 @@ def written(x, place):
     return found[0]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_the_largest_magnitude_is_code_minus_8(place, dim):
     x = make_values((130, 2, dim), np.float32, 3)
     codes, scales = written(x, place)
@@ -77,7 +77,7 @@ def test_one_token_at_a_time_is_the_prompt(place, scale_dtype):
         assert_same_bits(getattr(cache, name), getattr(whole, name), name)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kind", ["k", "v"])
 def test_logical_and_back(place, kind, dim):
     cache = make_cache(KIND, 3, 2, dim)
@@ -116,9 +116,9 @@ def write_with(**changes):
     ("changes", "error", "text"),
     [
         (
-            {"key_cache": np.zeros((3, 2, 64, 48), np.uint8)},
+            {"key_cache": np.zeros((3, 2, 64, 80), np.uint8)},
             NotImplementedError,
-            "key_cache: head_dim 96 is not supported; supported: 64, 128",
+            "key_cache: head_dim 160 is not supported; supported: 64, 96, 128, 256",
         ),
         (
             {"key_cache": np.zeros((3, 2, 32, 32), np.uint8)},

@@ -17,11 +17,16 @@ from fastattn.bench.core.timing import bind
 #: Head dimension, query and KV heads: Phi-3, and models with 256 channels.
 DECODE = {"gpu": [(96, 32, 32), (256, 16, 4), (256, 32, 2)], "gpu quick": [(256, 16, 4)]}
 TYPES = {
-    "gpu": ("none", "cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8"),
+    "gpu": (
+        *("none", "cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8"),
+        "block_wise_int4",
+    ),
     "gpu quick": ("none", "block_wise_fp8"),
 }
 #: The same of prefill over contiguous keys; V of 192 channels has 128.
 PREFILL = {"gpu": [(96, 32, 32), (192, 16, 16), (256, 16, 16), (256, 32, 2)]}
+#: The same of prefill over caches.
+PAGED = {"gpu": [(96, 32, 32), (256, 16, 16), (256, 32, 2)]}
 BATCH, CONTEXT, SEQS, LENGTH = 64, 8192, 4, 4096
 LAYER_BYTES = 1.2e9
 
@@ -65,3 +70,15 @@ def prefill(device: Gpu) -> Iterator[Row]:
             rows = [other for other in peers("prefill", **where) if other.get("d") == dim]
             found = [other for other in rows if wanted in other["peer"]]
             yield from [row.beside(o["peer"], o["ms"] * 1e3) for o in found] or [row]
+
+
+@register("head_dims_paged", "gpu")
+def prefill_caches(device: Gpu) -> Iterator[Row]:
+    """The same with bf16 queries over caches."""
+    step = Step(device, [0] * SEQS, [LENGTH] * SEQS)
+    for dim, heads, kv in device.of({**PAGED, "gpu quick": PAGED["gpu"][:2]}):
+        for quant in device.of(TYPES):
+            us = device.us(paged_calls(device, quant, step, heads, kv, dim=dim, causal=True))
+            rate = 4.0 * heads * dim * SEQS * LENGTH * LENGTH / 2 / us / 1e6
+            name = f"prefill bf16 q, {quant} causal B {SEQS} x {LENGTH} H {heads}/{kv} D {dim}"
+            yield Row("paged_attention", name, us, rate, "TFLOP/s")

@@ -167,10 +167,8 @@ template <typename Traits>
 using Scores = float[Traits::kGroup][Traits::kTiles][4];
 
 template <typename Traits>
-__device__ __forceinline__ void Score(const AttentionParams& p, uint32_t stage,
-                                      const KvTileMask& mask, const QueryTile<Traits>& query,
-                                      const float (&factors)[Traits::kTiles][2], int first,
-                                      Scores<Traits>& scores) {
+__device__ __forceinline__ void StartScores(const QueryTile<Traits>& query,
+                                            Scores<Traits>& scores) {
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
@@ -179,6 +177,14 @@ __device__ __forceinline__ void Score(const AttentionParams& p, uint32_t stage,
       for (int c = 0; c < 4; ++c) scores[m][n][c] = query.Start(n, c);
     }
   }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void Score(const AttentionParams& p, uint32_t stage,
+                                      const KvTileMask& mask, const QueryTile<Traits>& query,
+                                      const float (&factors)[Traits::kTiles][2], int first,
+                                      Scores<Traits>& scores) {
+  StartScores<Traits>(query, scores);
   if constexpr (Traits::kNibbles) {
     MultiplyNibbles<Traits>(stage, query, first, scores);
   } else {
@@ -237,14 +243,19 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
     StartLoad<Traits, kAhead % Traits::kTileStages>(cursor, ring);
     return ring->NextUse();
   };
-  Scores<Traits> scores = {};
+  Scores<Traits> scores;
+  StartScores<Traits>(query, scores);
   bool assigned = false;
   ForStages<Traits::kKeyStages>([&](auto index) {
     constexpr int kStage = decltype(index)::value;
     const uint32_t stage = next(index);
     if constexpr (kStage == 0) assigned = IsAssigned<Traits>(stage);
     if (!assigned) return;
-    Multiply<Traits, kStage>(stage, query, 0, scores);
+    if constexpr (Traits::kNibbles) {
+      MultiplyNibbles<Traits>(stage, query, 0, scores);
+    } else {
+      Multiply<Traits, kStage>(stage, query, 0, scores);
+    }
     if constexpr (kStage + 1 == Traits::kKeyStages) {
       FinishScores<Traits>(p, stage, mask, factors, 0, scores);
     }
@@ -255,7 +266,9 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
     const uint32_t stage =
         next(std::integral_constant<int, Traits::kKeyStages + decltype(index)::value>{});
     if (!assigned) return;
-    if (mask.needs_mask) {
+    if constexpr (Traits::kNibbles) {
+      // Nothing to scrub, as below.
+    } else if (mask.needs_mask) {
       PropagateNonFinite<Traits, kStage>(stage, mask, state);
       SyncPipeline<Traits>();
       ScrubValues<Traits>(stage, mask);
@@ -264,7 +277,11 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
     if constexpr (kStage == 0) {
       Weigh<Traits>(p, stage, mask, 0, scores, probabilities, state);
     }
-    Accumulate<Traits, kStage>(stage, 0, probabilities, state);
+    if constexpr (Traits::kNibbles) {
+      AccumulateNibbles<Traits>(stage, 0, probabilities, state->out);
+    } else {
+      Accumulate<Traits, kStage>(stage, 0, probabilities, state);
+    }
   });
 }
 

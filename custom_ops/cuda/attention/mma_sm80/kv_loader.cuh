@@ -86,8 +86,8 @@ class KvLoader {
   static constexpr int kPieces = Traits::kDataBytes / 16;
   static constexpr int kPiecesPerRow = Traits::kRowBytes / 16;
   // Those of a row of channels that a head has; the rest are 0.
-  static constexpr int kHeadPieces =
-      std::min(Traits::kStageDim, Traits::kHeadDim) * Traits::Format::kBytes / 16;
+  static constexpr int kHeadPieces = std::min(Traits::kStageDim, Traits::kHeadDim) *
+                                     Traits::Format::kBytes / CodesPerByte(Traits::kElement) / 16;
 
   __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kPipelineThreads; }
 
@@ -152,10 +152,14 @@ class KvLoader {
         static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
     const int64_t stride = kRows * kBytes * strides.row;
     if constexpr (Traits::kNibbles && kSwizzled) {
-      const uint32_t to = stage + Traits::NibbleRow(row) * kRowBytes + chunk * 16;
+      const uint32_t to = stage + Traits::NibbleRow(row) * kRowBytes;
 #pragma unroll
       for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += stride) {
-        CopyAsync16(to + Traits::NibbleRow(i * kRows) * kRowBytes, from, policy_);
+        const int piece = Traits::NibbleChunk(row + i * kRows, chunk);
+        // What lies in channels past the head is any code: the query has none of them.
+        if (kHeadPieces == kRowPieces || chunk < kHeadPieces) {
+          CopyAsync16(to + Traits::NibbleRow(i * kRows) * kRowBytes + piece * 16, from, policy_);
+        }
       }
       return;
     }

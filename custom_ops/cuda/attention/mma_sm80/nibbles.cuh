@@ -80,45 +80,51 @@ __device__ __forceinline__ void MultiplyNibbles(
   using Format = typename Traits::Format;
   constexpr int kWords = Traits::kNibbleWords;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const uint32_t own =
-      stage + Traits::NibbleRow(Traits::KeyOf(0, g)) * Traits::kRowBytes + t * kWords * 4;
-  uint32_t keys[Traits::kGroup][2][kWords];
-  uint32_t factors[Traits::kGroup][2];  // of the block that a lane's channels belong to
+  const uint32_t own = stage + Traits::NibbleRow(Traits::KeyOf(0, g)) * Traits::kRowBytes;
 #pragma unroll
-  for (int m = 0; m < Traits::kGroup; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = Traits::NibbleRow(Traits::KeyOf(first + m, 8 * half));
-      LoadNibbles(own + row * Traits::kRowBytes, keys[m][half]);
-      if constexpr (Traits::kBlockScales) {
-        const int block = t * Traits::kHeadDim / (4 * kMxBlock);
-        factors[m][half] = KeyFactors<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half), block);
-      }
-    }
-  }
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    uint2 b[2][Traits::kTiles];
-#pragma unroll
-    for (int n = 0; n < Traits::kTiles; ++n) {
-      b[0][n] = query.At(n, 2 * w), b[1][n] = query.At(n, 2 * w + 1);
-    }
+  for (int part = 0; part < Traits::kNibbleParts; ++part) {
+    const int piece = Traits::NibbleChunk(Traits::KeyOf(0, g), 4 * part);
+    uint32_t keys[Traits::kGroup][2][kWords];
+    uint32_t factors[Traits::kGroup][2];  // of the block that a lane's channels belong to
 #pragma unroll
     for (int m = 0; m < Traits::kGroup; ++m) {
-      uint32_t low[4], high[4];
-      if constexpr (Traits::kBlockScales) {
-        Format::Widen(keys[m][0][w], factors[m][0], factors[m][0], low);
-        Format::Widen(keys[m][1][w], factors[m][1], factors[m][1], high);
-      } else {
-        Format::Widen(keys[m][0][w], low);
-        Format::Widen(keys[m][1][w], high);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = Traits::NibbleRow(Traits::KeyOf(first + m, 8 * half));
+        LoadNibbles(own + row * Traits::kRowBytes + piece * 16 + t * kWords * 4, keys[m][half]);
+        if constexpr (Traits::kBlockScales) {
+          static_assert(Traits::kNibbleParts == 1);
+          const int block = t * Traits::kHeadDim / (4 * kMxBlock);
+          const int key = Traits::KeyOf(first + m, g + 8 * half);
+          factors[m][half] = KeyFactors<Traits>(stage, key, block);
+        }
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int step = 2 * (part * kWords + w);
+      uint2 b[2][Traits::kTiles];
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+        b[0][n] = query.At(n, step), b[1][n] = query.At(n, step + 1);
       }
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
+      for (int m = 0; m < Traits::kGroup; ++m) {
+        uint32_t low[4], high[4];
+        if constexpr (Traits::kBlockScales) {
+          Format::Widen(keys[m][0][w], factors[m][0], factors[m][0], low);
+          Format::Widen(keys[m][1][w], factors[m][1], factors[m][1], high);
+        } else {
+          Format::Widen(keys[m][0][w], low);
+          Format::Widen(keys[m][1][w], high);
+        }
 #pragma unroll
-        for (int n = 0; n < Traits::kTiles; ++n) {
-          Mma<Format::kOperand>(scores[m][n], low[2 * s], high[2 * s], low[2 * s + 1],
-                                high[2 * s + 1], b[s][n].x, b[s][n].y);
+        for (int s = 0; s < 2; ++s) {
+#pragma unroll
+          for (int n = 0; n < Traits::kTiles; ++n) {
+            Mma<Format::kOperand>(scores[m][n], low[2 * s], high[2 * s], low[2 * s + 1],
+                                  high[2 * s + 1], b[s][n].x, b[s][n].y);
+          }
         }
       }
     }

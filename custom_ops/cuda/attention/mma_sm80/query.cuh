@@ -150,13 +150,14 @@ struct QueryTile {
 };
 
 // Stores channels 4 * quad .. 4 * quad + 3 of column c as operands of 4-bit keys: a word of K is 8
-// channels, of which the first four are the low halves of two steps' operands. Channels whose int4
-// codes lie lower count 2^4 as much.
+// channels, of which the first four are the low halves of two steps' operands. A lane has a quarter
+// of each part of a key. Channels whose int4 codes lie lower count 2^4 as much.
 template <typename Traits>
 __device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int quad,
                                                  char* queries) {
-  constexpr int kQuads = Traits::kHeadDim / 16;  // of a lane
-  const int lane = c % 8 * 4 + quad / kQuads, word = quad % kQuads / 2;
+  constexpr int kQuads = 2 * Traits::kNibbleWords;  // of a lane and part
+  const int lane = c % 8 * 4 + quad / kQuads % 4;
+  const int word = quad / (4 * kQuads) * Traits::kNibbleWords + quad % kQuads / 2;
   char* const to =
       queries + ((c / 8 * Traits::kMmaSteps + 2 * word) * 32 + lane) * 8 + quad % 2 * 2;
 #pragma unroll
@@ -326,16 +327,19 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       }
       constexpr DType kOperand = Traits::Format::kOperand;
       if constexpr (Traits::kNibbles) {
-        static_assert(kQuads == 1);
-        StoreNibbleQuery<Traits>(x[0], c, quad, shared + Traits::kQueryOffset);
-        continue;
-      }
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        const int lane = c % 8 * 4 + steps[q].x;
-        *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
-                                  ((c / 8 * Traits::kMmaSteps + steps[q].y) * 32 + lane) * 8) =
-            make_uint2(PackPair<kOperand>(x[q][0], x[q][1]), PackPair<kOperand>(x[q][2], x[q][3]));
+        for (int q = 0; q < kQuads; ++q) {
+          StoreNibbleQuery<Traits>(x[q], c, quad + q * kLanes, shared + Traits::kQueryOffset);
+        }
+      } else {
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          const int lane = c % 8 * 4 + steps[q].x;
+          *reinterpret_cast<uint2*>(shared + Traits::kQueryOffset +
+                                    ((c / 8 * Traits::kMmaSteps + steps[q].y) * 32 + lane) * 8) =
+              make_uint2(PackPair<kOperand>(x[q][0], x[q][1]),
+                         PackPair<kOperand>(x[q][2], x[q][3]));
+        }
       }
     }
   }

@@ -55,15 +55,18 @@ struct AttentionTraits {
   static constexpr int kValueDim = ValueDim(kHeadDim);
   static constexpr bool kOwnValueDim = kValueDim != kHeadDim;
   // A KV tile's K, and its V, lie in several stages where a head is large, kStageDim channels in
-  // each. Channels of K past kHeadDim are 0, and so are a query's.
-  static constexpr int kStageDim = StageDim(kHeadDim);
+  // each (4-bit codes of any head: in one). Channels of K past kHeadDim are 0, and so are a
+  // query's.
+  static constexpr bool kNibbles = CodesPerByte(kElement) == 2;
+  static constexpr int kStageDim =
+      kNibbles ? (kHeadDim == 96 ? 128 : kHeadDim) : StageDim(kHeadDim);
   static constexpr int kKeyStages = (kHeadDim + kStageDim - 1) / kStageDim;
   static constexpr int kValueStages = (kValueDim + kStageDim - 1) / kStageDim;
   static constexpr int kTileStages = kKeyStages + kValueStages;
   static constexpr int kKeyDim = kKeyStages * kStageDim;
 
   // As many as hold a work tile's outputs in their registers.
-  static constexpr bool kLarge = kTileStages > 2;
+  static constexpr bool kLarge = kHeadDim > 128;
   static constexpr int kPipelineWarps = kLarge           ? (kColumns == 64 ? 4 : kColumns / 8)
                                         : kColumns == 64 ? 2
                                                          : 1;
@@ -72,7 +75,6 @@ struct AttentionTraits {
   static constexpr int kTiles = kColumns / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;
-  static constexpr bool kNibbles = CodesPerByte(kElement) == 2;
   // E2M1: a scale for 32 channels of a token (mx_scales.cuh).
   static constexpr bool kBlockScales = kElement == DType::kE2M1;
   static constexpr int kTokenScales = kBlockScales ? kHeadDim / kMxBlock : 1;  // as they are stored
@@ -163,6 +165,12 @@ struct AttentionTraits {
     return ((key >> 3) & 3) | (key & 7) << 2 | (key & 32);
   }
 
+  // Where the 16-byte piece `chunk` of such a key lies: halves of a large key change places in
+  // every second row, as two rows together fill the banks twice.
+  static __device__ __forceinline__ constexpr int NibbleChunk(int key, int chunk) {
+    return kNibbleParts == 1 ? chunk : chunk ^ (key >> 1 & 4);
+  }
+
   // Key of a KV tile that is row `r` (0..15) of key tile m in S^T. For V in TokenSlot order, the
   // tokens of a thread's 16-byte pieces of V are then the rows that it holds of S.
   static __device__ __forceinline__ constexpr int KeyOf(int m, int r) {
@@ -190,8 +198,10 @@ struct AttentionTraits {
   static constexpr int kMmaStepsPerChunk = kNibbles ? kMmaSteps : kQuantized ? 4 : 2;
   static constexpr int kChunks =
       kStageSteps / kMmaStepsPerChunk;  // 16-byte pieces of a lane and row
-  // 4-bit codes: a lane reads a quarter of a key, 16 or 8 bytes, and a word is two steps.
-  static constexpr int kNibbleWords = kHeadDim / 32;
+  // 4-bit codes: a lane reads a quarter of a key, 16 or 8 bytes, or of each half of a large key. A
+  // word is two steps.
+  static constexpr int kNibbleParts = kKeyDim > 128 ? 2 : 1;
+  static constexpr int kNibbleWords = kKeyDim / 32 / kNibbleParts;  // that a lane reads of a part
 
   static __device__ __forceinline__ int ChunkOf(int t, int j) {
     return kRowBytes / 16 >= 8 ? 2 * t + (j & 1) + 8 * (j >> 1) : t;

@@ -156,6 +156,15 @@ __device__ __forceinline__ void StoreNibblePiece(uint4 codes, float token_scale,
       pairs[w][i] = PackPair<Traits::kOut>(x[2 * i] * token_scale, x[2 * i + 1] * token_scale);
     }
   }
+  if constexpr (Traits::kPiecesPerToken % 2 != 0) {  // no lane to trade with
+    if (!active) return;
+    uint4* to = reinterpret_cast<uint4*>(out + g * 32);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      to[w] = make_uint4(pairs[w][0], pairs[w][1], pairs[w][2], pairs[w][3]);
+    }
+    return;
+  }
   // The even lane gives its odd words for the odd lane's even ones.
   const bool odd = g & 1;
 #pragma unroll

@@ -450,7 +450,8 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
 #pragma unroll
   for (int i = 0; i < kStores; ++i, out += step) {
-    const bool there = Lane::kActive == Lane::kLanes || Map::Channel(at.lane, i) < Lane::kHeadDim;
+    const int channel = Map::Channel(at.lane, i * CodesPerByte(Traits::kType));
+    const bool there = Lane::kActive == Lane::kLanes || channel < Lane::kHeadDim;
     if (there && (i & (at.shares - 1)) == at.share) {
       *out = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));
     }

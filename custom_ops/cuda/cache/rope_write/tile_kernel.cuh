@@ -85,7 +85,9 @@ __device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int hea
         uint32_t nibbles[kNibbleWords<Lane>];
         QuantizeFourBits<Traits, Lane>(words[i], cache, cache.v_scales, lane,
                                        v_scales + slot * Traits::kTokenScales, owned[i], nibbles);
-        StoreNibbles<Lane>(nibbles, tile.codes + tile.Offset(slot), lane);
+        if (Lane::IsActive(lane)) {
+          StoreNibbles<Lane>(nibbles, tile.codes + tile.Offset(slot), lane);
+        }
         if (lane == 0) tile.valid[slot] = owned[i];
       } else if constexpr (Traits::kQuantized) {
         uint32_t codes[Lane::kCodeWords];

@@ -90,7 +90,7 @@ struct Epilogue {
 
   __device__ __forceinline__ static int64_t Offset(const AttentionParams& p, const OutputRows& rows,
                                                    int h) {
-    return (static_cast<int64_t>(rows.token[h]) * p.num_heads + rows.head) * C::kValueDim;
+    return (static_cast<int64_t>(rows.token[h]) * p.num_heads + rows.head) * C::kOutDim;
   }
 
   template <bool kHalf>
@@ -112,7 +112,7 @@ struct Epilogue {
     for (int h = 0; h < 2; ++h) {
       auto* out = static_cast<uint16_t*>(p.out) + Offset(p, rows, h) + 8 * (threadIdx.x % 4);
 #pragma unroll
-      for (int j = 0; j < C::kValueDim / 8; j += 4) {
+      for (int j = 0; j < C::kOutDim / 8; j += 4) {
         uint32_t w[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -155,7 +155,7 @@ struct Epilogue {
       if (rows.token[h] < 0) continue;
       auto* out = static_cast<uint8_t*>(p.out) + Offset(p, rows, h) + 2 * (threadIdx.x % 4);
 #pragma unroll
-      for (int j = 0; j < C::kValueDim / 8; ++j) {
+      for (int j = 0; j < C::kOutDim / 8; ++j) {
         const int at = 4 * j + 2 * h;
         uint16_t pair;
         asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
@@ -174,7 +174,7 @@ struct Epilogue {
       if (rows.token[h] < 0) continue;
       auto* out = static_cast<float*>(p.out) + Offset(p, rows, h) + 2 * (threadIdx.x % 4);
 #pragma unroll
-      for (int j = 0; j < C::kValueDim / 8; ++j) {
+      for (int j = 0; j < C::kOutDim / 8; ++j) {
         const int at = 4 * j + 2 * h;
         *reinterpret_cast<float2*>(out + 8 * j) =
             make_float2(o[at] * scale[h], o[at + 1] * scale[h]);

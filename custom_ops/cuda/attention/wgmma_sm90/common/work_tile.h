@@ -7,6 +7,11 @@
 
 namespace fastattn::cuda::wgmma_sm90 {
 
+// Channels of a head, or of its values, in shared memory.
+__host__ __device__ constexpr int PaddedDim(int head_dim) {
+  return head_dim == 96 ? 128 : head_dim;
+}
+
 // Found by a producer warp; lies in shared memory.
 struct WorkTile {
   int batch_idx;

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <vector_types.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/head_dims.h"
@@ -25,6 +26,10 @@ enum class Source : int {
   kPagedNibbles,  // the same of 4-bit codes, a byte for two channels
 };
 
+// Codes of K or V of a KV tile that are to be converted come in so many parts, a stage each: of a
+// large head shared memory has no room for whole ones.
+__host__ __device__ constexpr int CodeParts(int head_dim) { return head_dim > 128 ? 4 : 1; }
+
 // The queries of a work tile are kQueries tokens of one head; a KV tile is kKeys keys, two blocks,
 // or one where the outputs of a large head leave registers for the scores of no more. kElement is
 // the type of K as an operand of the product: 16 bits, which codes may have to be converted to, or
@@ -32,14 +37,19 @@ enum class Source : int {
 template <DType kElement_, int kDim_, Source kSource_, bool kPerTokenScales_, bool kSoftcap_>
 struct Config {
   static constexpr DType kElement = kElement_;
-  static constexpr int kDim = kDim_;
+  static constexpr int kHeadDim = kDim_;
+  // Channels in shared memory: TMA fills those up with zeros that a head has not.
+  static constexpr int kDim = PaddedDim(kHeadDim);
   static constexpr int kValueDim = ValueDim(kDim);
+  static constexpr int kOutDim = std::min(ValueDim(kHeadDim), kValueDim);  // of the output
   static constexpr bool kLarge = kDim > 128;
   static constexpr bool kQuantized = kSource_ != Source::k16Bit;
+  // Else queries over codes become fp16 values where they lie: registers are short.
+  static constexpr bool kQueryInRegisters = kQuantized && !kLarge;
   static constexpr bool kKeyCodeOperands =
       kElement != DType::kBFloat16 && kElement != DType::kFloat16;
-  static constexpr bool kFiniteValues = kElement == DType::kInt8;
   static constexpr bool kNibbles = kSource_ == Source::kPagedNibbles;
+  static constexpr bool kFiniteValues = kElement == DType::kInt8 || kNibbles;
   static constexpr bool kTokenMajorV = kSource_ != Source::kPagedCodes && !kNibbles;
   static constexpr bool kPerTokenScales = kPerTokenScales_;  // of K and V
   static constexpr bool kSoftcap = kSoftcap_;
@@ -68,9 +78,15 @@ struct Config {
   static constexpr int kKeyBytes = (kDim + kValueDim) * (kQuantized ? 1 : 2) / (kNibbles ? 2 : 1);
   // Whether codes of K lie as they are, and so come by TMA.
   static constexpr bool kLoadsKeyOperands = kKeyCodeOperands && !kNibbles;
-  // Stages for a KV tile's codes of K or V that are to be converted.
-  static constexpr int kCodeStages = kLoadsKeyOperands ? 2 : kQuantized ? 3 : 1;
-  static constexpr int kCodeBytes = kQuantized ? kKeys * kDim / (kNibbles ? 2 : 1) : 128;
+  // Stages for codes of K or V that are to be converted: those of a KV tile, or parts of them,
+  // which each one warp converts.
+  static constexpr int kCodeParts = kQuantized ? CodeParts(kDim) : 1;
+  static constexpr int kCodeStages = kLoadsKeyOperands ? 2
+                                     : kCodeParts > 1  ? 4
+                                     : kQuantized      ? 3
+                                                       : 1;
+  static constexpr int kCodeBytes =
+      kQuantized ? kKeys * kDim / (kNibbles ? 2 : 1) / kCodeParts : 128;
   static constexpr int kScaleStages = kPerTokenScales ? 4 : 1;
   static constexpr int kScaledKeys = kPerTokenScales ? kKeys : 8;
   // Scales of K lie as threads read them: those of columns 2 * q, + 1 of every eight together. A

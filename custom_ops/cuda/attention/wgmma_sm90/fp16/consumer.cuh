@@ -36,6 +36,15 @@
 
 namespace fastattn::cuda::wgmma_fp16 {
 
+// The class of the left operand of the scores.
+template <class C>
+struct QueryOf {
+  using Halves = std::conditional_t<C::kQuantized, ConvertedQuery<C>, SharedQuery<C>>;
+  using Type =
+      std::conditional_t<C::kKeyCodeOperands, CodeQuery<C>,
+                         std::conditional_t<C::kQueryInRegisters, RegisterQuery<C>, Halves>>;
+};
+
 template <class C>
 class Consumer {
  public:
@@ -210,7 +219,7 @@ class Consumer {
       constexpr int kKeySlice = C::kKeys * C::kSlice / 16;
       query_.template Multiply<false>(s_, 0, query, key);
 #pragma unroll
-      for (int k = 1; k < C::kDim / 16; ++k) {
+      for (int k = 1; k < C::kHeadDim / 16; ++k) {
         query_.template Multiply<true>(s_, k, query, key + k / 4 * kKeySlice + k % 4 * 2);
       }
     }
@@ -250,7 +259,7 @@ class Consumer {
     const int buffer = tiles.index;
     if (shared_.tile[buffer].kv_tiles < 0) return false;
     query_.Take(p_, shared_, buffer, group_);
-    if constexpr (C::kQuantized) ArriveWarp(&shared_.query_read);
+    if constexpr (C::kQueryInRegisters) ArriveWarp(&shared_.query_read);
     return true;
   }
 
@@ -378,9 +387,10 @@ class Consumer {
     const int2 common = Unmasked();
     const bool full = start_ >= common.x && start_ + C::kKeys <= common.y;
     if (!full || (flags & (3 * kUnassigned))) MaskScores(shared_, buffer_, start_, flags, s_);
-    if constexpr (!C::kQuantized) {
+    if constexpr (!C::kQueryInRegisters) {
+      uint64_t* done = C::kQuantized ? &shared_.query_read : &shared_.query_done[group_];
       // This is a predicate and no branch, so that the compiler sees that the warp stays together.
-      if (last && ArrivesForWarp(lane_)) Arrive(&shared_.query_done[group_]);
+      if (last && ArrivesForWarp(lane_)) Arrive(done);
     }
   }
 
@@ -559,7 +569,7 @@ class Consumer {
   Shared<C>& shared_;
   const int group_;
   const int lane_;
-  std::conditional_t<C::kKeyCodeOperands, CodeQuery<C>, Query<C>> query_;
+  typename QueryOf<C>::Type query_;
   uint32_t iteration_ = ~0u;  // the one whose softmax is under way
   int start_;                 // first key of the KV tile
   int buffer_;                // of the work tile

@@ -1,5 +1,6 @@
 // Converts codes to 16-bit operands: three warps of the producer warpgroup share each KV tile's
-// codes of V and, where they are no operands as they lie, of K.
+// codes of V and, where they are no operands as they lie, of K. Where a KV tile's come in parts,
+// each part is one warp's.
 #pragma once
 
 #include <type_traits>
@@ -23,6 +24,8 @@ class Converter {
   __device__ void Run() {
     if constexpr (C::kKeyCodeOperands) {
       RunFormat<Format<C::kElement>>();
+    } else if constexpr (C::kNibbles) {
+      RunFormat<Format<DType::kInt8>>();  // every code is finite, too
     } else {
       const DType codes = p_.paged ? p_.cache.dtype : p_.ragged.dtype;
       if (codes == DType::kInt8) {
@@ -39,8 +42,9 @@ class Converter {
   // A KV tile's codes are groups of 512 bytes, 16 a lane; a warp takes kBatch groups at a time, so
   // that it waits for shared memory once. Per-token scales take registers.
   static constexpr int kGroup = 512;
-  static constexpr int kBatch = C::kPerTokenScales ? 2 : 4;
-  static constexpr int kBatches = C::kCodeBytes / (kGroup * kBatch);
+  static constexpr int kBatch = C::kPerTokenScales || C::kLarge ? 2 : 4;
+  static constexpr int kGroups = C::kCodeBytes / kGroup;  // of a stage
+  static constexpr int kBatches = kGroups / kBatch;
   static constexpr int kRounds = (kBatches + C::kHelperWarps - 1) / C::kHelperWarps;
   static constexpr int kNamedBarrier = 3;  // after those of the ping-pong
 
@@ -92,35 +96,37 @@ class Converter {
     static_assert(C::kLoadsKeyOperands || C::kKeyStages == C::kValueStages);
     PackedPipelineState<C::kKeyStages> keys{values_.count};
     if (iteration > 0) keys.Advance();
-    const int at = keys.Index(), code_stage = code_stages_.Index();
-    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
+    const int at = keys.Index();
     Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
-    if constexpr (C::kNibbles) {
-      ConvertNibbleRows(shared_.codes[code_stage], shared_.key[at]);
+    int flags;
+    if constexpr (C::kNibbles && C::kKeyCodeOperands) {
+      flags = ConvertNibbleRows(shared_.key[at]);
+    } else if constexpr (C::kNibbles) {
+      flags = ConvertNibbleRowsToHalves(shared_.key[at]);
     } else {
-      ConvertRows<F>(shared_.codes[code_stage], shared_.key[at]);
+      flags = ConvertRows<F>(shared_.key[at]);
     }
-    if (warp_ == 0 && lane_ == 0) shared_.flags[at] = shared_.code_flags[code_stage];
-    Finish(code_stage, &shared_.key_full[at]);
+    if (warp_ == 0 && lane_ == 0) shared_.flags[at] = flags;
+    Finish(&shared_.key_full[at]);
   }
 
   template <class F>
   __device__ __forceinline__ void ConvertValues(int iteration) {
-    const int at = values_.Index(), code_stage = code_stages_.Index();
-    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
+    const int at = values_.Index();
     Wait(&shared_.value_empty[at], values_.Phase() ^ 1);
     if constexpr (C::kPerTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
+    int flags;
     if constexpr (C::kNibbles) {
-      ConvertNibbleChannels(shared_.codes[code_stage], shared_.value[at]);
+      flags = ConvertNibbleChannels(shared_.value[at]);
     } else if constexpr (C::kTokenMajorV) {
-      ConvertRows<F>(shared_.codes[code_stage], shared_.value[at]);
+      flags = ConvertRows<F>(shared_.value[at]);
     } else {
-      ConvertChannels<F>(shared_.codes[code_stage], shared_.value[at]);
+      flags = ConvertChannels<F>(shared_.value[at]);
     }
     bool found = false;
     // Every int8 code is finite.
     if constexpr (!std::is_same_v<F, Format<DType::kInt8>>) {
-      if (shared_.code_flags[code_stage] & kNeedsScrub) {
+      if (flags & kNeedsScrub) {
         // Other warps scrub the values than converted them.
         SyncNamed<32 * C::kHelperWarps>(kNamedBarrier);
         NanScrubber<C> scrubber(shared_);
@@ -129,7 +135,7 @@ class Converter {
       }
     }
     if (lane_ == 0) shared_.nan_found[at][warp_] = found;
-    Finish(code_stage, &shared_.value_ready[at]);
+    Finish(&shared_.value_ready[at]);
     values_.Advance();
     if constexpr (C::kPerTokenScales) {
       if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.Index()]);
@@ -138,22 +144,34 @@ class Converter {
   }
 
   // Hands the operands over, and the codes' stage back.
-  __device__ __forceinline__ void Finish(int code_stage, uint64_t* full) {
+  __device__ __forceinline__ void Finish(uint64_t* full) {
     FenceAsyncProxy();
     __syncwarp();
     if (ArrivesForWarp(lane_)) {
       Arrive(full);
-      Arrive(&shared_.codes_empty[code_stage]);
+      if constexpr (C::kCodeParts == 1) Arrive(&shared_.codes_empty[code_stages_.Index()]);
     }
-    code_stages_.Advance();
+    if constexpr (C::kCodeParts == 1) code_stages_.Advance();
   }
 
-  // Has the warp's share of a KV tile's codes stored, `in` + 16 bytes a lane; loads are a batch
-  // ahead. Batches go round between the warps, from one KV tile to the next.
+  // Has the warp's share of a KV tile's codes stored, 16 bytes a lane of each group, `offset` of
+  // this one; loads are a batch ahead. Returns the codes' flags.
+  template <int kFirst = 0, class Store>
+  __device__ __forceinline__ int Convert(int offset, const Store& store) {
+    if constexpr (C::kCodeParts > 1) {
+      return ConvertParts<kFirst>(offset, store);
+    } else {
+      return ConvertWhole(offset, store);
+    }
+  }
+
   template <class Store>
-  __device__ __forceinline__ void Convert(const uint8_t* in, const Store& store) {
+  __device__ __forceinline__ int ConvertWhole(int offset, const Store& store) {
+    const int code_stage = code_stages_.Index();
+    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
+    // Batches go round between the warps, from one KV tile to the next.
     const int first = (warp_ + C::kHelperWarps - Turn()) % C::kHelperWarps;
-    in += first * kBatch * kGroup;
+    const uint8_t* in = shared_.codes[code_stage] + offset + first * kBatch * kGroup;
     uint4 codes[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
@@ -164,12 +182,46 @@ class Converter {
       in += C::kHelperWarps * kBatch * kGroup;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        store(batch, i, codes[i]);
+        store(batch * kBatch + i, i, codes[i]);
         if (round + 1 < kRounds && batch + C::kHelperWarps < kBatches) {
           codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
         }
       }
     }
+    return shared_.code_flags[code_stage];
+  }
+
+  // Does so part by part, each of which one warp converts; they go round, from kFirst on. All warps
+  // wait for every part and hand its stage back: a parity tells phases apart only to who saw the
+  // one before.
+  template <int kFirst, class Store>
+  __device__ __forceinline__ int ConvertParts(int offset, const Store& store) {
+    int flags = 0;
+#pragma unroll 1
+    for (int part = 0; part < C::kCodeParts; ++part) {
+      const int at = code_stages_.Index();
+      Wait(&shared_.codes_full[at], code_stages_.Phase());
+      if ((part + kFirst) % C::kHelperWarps == warp_) {
+        const uint8_t* in = shared_.codes[at] + offset;
+        uint4 codes[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+        }
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          store(part * kGroups + i, i, codes[i % kBatch]);
+          if (i + kBatch < kGroups) {
+            codes[i % kBatch] = *reinterpret_cast<const uint4*>(in + (i + kBatch) * kGroup);
+          }
+        }
+      }
+      flags = shared_.code_flags[at];
+      __syncwarp();
+      if (ArrivesForWarp(lane_)) Arrive(&shared_.codes_empty[at]);
+      code_stages_.Advance();
+    }
+    return flags;
   }
 
   // The warp that takes the next first batch: each conversion moves on by one.
@@ -179,21 +231,25 @@ class Converter {
   }
 
   // Converts tokens with their channels side by side. In each eight lanes, four take one token and
-  // four another: their stores meet no bank twice.
+  // four another, of another slice: their stores meet no bank twice, nor do their loads.
   template <class F>
-  __device__ __forceinline__ void ConvertRows(const uint8_t* codes, uint8_t* target) {
+  __device__ __forceinline__ int ConvertRows(uint8_t* target) {
     constexpr int kPieces = C::kDim / 16, kTokens = 32 / kPieces;
-    const int piece = lane_ % kPieces, token = (lane_ / kPieces) ^ (piece / 4);
+    int piece = lane_ % kPieces, token = (lane_ / kPieces) ^ (piece / 4);
+    if constexpr (C::kLarge) {
+      token = lane_ / 4 % kTokens;
+      piece = ((lane_ / 8) ^ token) * 4 + lane_ % 4;
+    }
     uint8_t* out = target + piece / 4 * C::kKeys * C::kSlice + token * C::kSlice;
     const int chunk = 16 * ((2 * (piece % 4)) ^ token);
-    Convert(codes + token * C::kDim + 16 * piece, [&](int batch, int i, const uint4& v) {
+    return Convert(token * C::kDim + 16 * piece, [&](int group, int i, const uint4& v) {
       uint32_t w[8];
       F::Widen(v.x, &w[0], &w[1]);
       F::Widen(v.y, &w[2], &w[3]);
       F::Widen(v.z, &w[4], &w[5]);
       F::Widen(v.w, &w[6], &w[7]);
       const int at = chunk ^ (kTokens * i % 8 * 16);
-      uint8_t* row = out + (batch * kBatch + i) * kTokens * C::kSlice;
+      uint8_t* row = out + group * kTokens * C::kSlice;
       *reinterpret_cast<uint4*>(row + at) = make_uint4(w[0], w[1], w[2], w[3]);
       *reinterpret_cast<uint4*>(row + (at ^ 16)) = make_uint4(w[4], w[5], w[6], w[7]);
     });
@@ -203,14 +259,14 @@ class Converter {
   // piece's words are tokens 0 .. 7, the high ones 8 .. 15. Values are multiplied with their
   // per-token scales, if there are any.
   template <class F>
-  __device__ __forceinline__ void ConvertChannels(const uint8_t* codes, uint8_t* target) {
+  __device__ __forceinline__ int ConvertChannels(uint8_t* target) {
     const int piece = lane_ % 4, channel = lane_ / 4;
     uint8_t* out = target + channel * C::kSlice;
     const int at = 16 * ((2 * piece) ^ channel);
     uint4 low_scales, high_scales;
-    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
+    return Convert<1>(16 * lane_, [&](int group, int i, const uint4& v) {
       if (C::kPerTokenScales && i == 0) {
-        const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
+        const int token = FirstToken(group) + 16 * piece;
         const auto* scales =
             reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
         low_scales = scales[0];
@@ -225,7 +281,7 @@ class Converter {
         low = Scaled(low, low_scales);
         high = Scaled(high, high_scales);
       }
-      uint8_t* row = out + (batch * kBatch + i) * 8 * C::kSlice;
+      uint8_t* row = out + group * 8 * C::kSlice;
       *reinterpret_cast<uint4*>(row + at) = low;
       *reinterpret_cast<uint4*>(row + (at ^ 16)) = high;
     });
@@ -233,35 +289,53 @@ class Converter {
 
   // Converts tokens with their channels side by side to int8 codes, rows of D bytes as TMA would
   // swizzle them.
-  __device__ __forceinline__ void ConvertNibbleRows(const uint8_t* codes, uint8_t* target) {
+  __device__ __forceinline__ int ConvertNibbleRows(uint8_t* target) {
     constexpr int kPieces = C::kDim / 32, kTokens = 32 / kPieces;
     const int piece = lane_ % kPieces, token = lane_ / kPieces;
     uint8_t* out = target + token * C::kDim;
     const int at = 16 * ((2 * piece) ^ (C::kDim == 128 ? token % 8 : token / 2 % 4));
-    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
+    return Convert(16 * lane_, [&](int group, int, const uint4& v) {
       const uint2 a = NibblesToInt8(v.x), b = NibblesToInt8(v.y);
       const uint2 c = NibblesToInt8(v.z), d = NibblesToInt8(v.w);
-      uint8_t* row = out + (batch * kBatch + i) * kTokens * C::kDim;
+      uint8_t* row = out + group * kTokens * C::kDim;
       *reinterpret_cast<uint4*>(row + at) = make_uint4(a.x, a.y, b.x, b.y);
       *reinterpret_cast<uint4*>(row + (at ^ 16)) = make_uint4(c.x, c.y, d.x, d.y);
     });
   }
 
+  // Does so to fp16, rows of slices as ConvertRows writes them. Eight lanes take four tokens: their
+  // stores meet no bank twice.
+  __device__ __forceinline__ int ConvertNibbleRowsToHalves(uint8_t* target) {
+    constexpr int kTokens = 4;
+    static_assert(C::kDim == 256 && kGroups % 2 == 0);
+    const int token = lane_ / 2 % kTokens, piece = lane_ % 2 + lane_ / 8 * 2;
+    uint8_t* out = target + piece / 2 * C::kKeys * C::kSlice + token * C::kSlice;
+    const int chunk = 16 * ((piece % 2 * 4) ^ token);
+    return Convert(token * C::kDim / 2 + 16 * piece, [&](int group, int i, const uint4& v) {
+      uint8_t* row = out + group * kTokens * C::kSlice;
+      const int at = chunk ^ (kTokens * i % 8 * 16);
+      *reinterpret_cast<uint4*>(row + at) = NibblesToHalves(v.x);
+      *reinterpret_cast<uint4*>(row + (at ^ 16)) = NibblesToHalves(v.y);
+      *reinterpret_cast<uint4*>(row + (at ^ 32)) = NibblesToHalves(v.z);
+      *reinterpret_cast<uint4*>(row + (at ^ 48)) = NibblesToHalves(v.w);
+    });
+  }
+
   // ConvertChannels of bytes that are two channels each.
-  __device__ __forceinline__ void ConvertNibbleChannels(const uint8_t* codes, uint8_t* target) {
+  __device__ __forceinline__ int ConvertNibbleChannels(uint8_t* target) {
     const int piece = lane_ % 4, channel = lane_ / 4 * 2;
     uint8_t* out = target + channel * C::kSlice;
     const int at = 16 * ((2 * piece) ^ (channel % 8));
     uint4 low_scales, high_scales;
-    Convert(codes + 16 * lane_, [&](int batch, int i, const uint4& v) {
+    return Convert<1>(16 * lane_, [&](int group, int i, const uint4& v) {
       if (i == 0) {
-        const int token = (batch >= kBatches / 2 ? kBlockSize : 0) + 16 * piece;
+        const int token = FirstToken(group) + 16 * piece;
         const auto* scales =
             reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
         low_scales = scales[0];
         high_scales = scales[1];
       }
-      uint8_t* even = out + (batch * kBatch + i) * 16 * C::kSlice;
+      uint8_t* even = out + group * 16 * C::kSlice;
       uint8_t* odd = even + C::kSlice;  // whose chunks are swizzled the other way round
       uint4 x, y;
       NibblesToHalves<false>(v.x, &x.x, &y.x);
@@ -277,6 +351,11 @@ class Converter {
       *reinterpret_cast<uint4*>(even + (at ^ 16)) = Scaled(x, high_scales);
       *reinterpret_cast<uint4*>(odd + at) = Scaled(y, high_scales);
     });
+  }
+
+  // First token of a group's block in the KV tile.
+  __device__ __forceinline__ static int FirstToken(int group) {
+    return C::kBlocks == 2 && group >= kGroups / 2 ? kBlockSize : 0;
   }
 
   __device__ __forceinline__ static uint32_t Scaled(uint32_t values, uint32_t scales) {

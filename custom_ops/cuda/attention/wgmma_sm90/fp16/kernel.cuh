@@ -14,7 +14,8 @@
 //
 // Barriers (mbarriers of Shared; full/empty pairs):
 //  - tile_found, query_full/query_empty: two buffers of a work tile; Q itself lies there once, and
-//    query_read (codes) or query_done (16 bits) say when it may be overwritten;
+//    query_read (codes) or query_done (16 bits) say when it may be overwritten: large heads' Q over
+//    codes is read by the products, else it goes to registers;
 //  - key_full/key_empty, value_full/value_empty: stages of operands; value_ready: V has been
 //    scrubbed;
 //  - codes_full/codes_empty: stages of codes; scale_full/scale_empty: stages of per-token scales;

@@ -12,7 +12,9 @@ namespace fastattn::cuda {
 namespace {
 
 using wgmma_fp16::Arguments;
+using wgmma_fp16::CodeParts;
 using wgmma_fp16::Instances;
+using wgmma_sm90::PaddedDim;
 
 bool IsCode(DType dtype) {
   return dtype == DType::kE4M3 || dtype == DType::kE5M2 || dtype == DType::kInt8 ||
@@ -22,6 +24,7 @@ bool IsCode(DType dtype) {
 // Whether codes of K are operands as they lie. Two e4m3 codes hold a bf16 query, but not the bits
 // of fp16, nor those of a product with the scales of channels.
 bool KeyCodes(const AttentionParams& p) {
+  if (p.head_dim > 128) return false;  // two codes of each channel take too many registers
   if (KeyType(p) != DType::kE4M3) return KeyType(p) == DType::kInt8;  // of 4 bits: see below
   const bool channels = p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
   return p.q_dtype == DType::kBFloat16 && !channels;
@@ -41,7 +44,8 @@ ByteTensor PlaneTensor(const AttentionParams& p, const void* data, const CacheSt
   return tensor;
 }
 
-// Tokens of K or V as rows: 16-bit values in boxes of 64 tokens x 128 bytes, codes in whole blocks.
+// Tokens of K or V as rows: 16-bit values in boxes of 64 tokens x 128 bytes, codes in blocks, or
+// parts of them.
 ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStrides& strides,
                      const void* ragged, int64_t token_stride, int64_t head_stride, int head_dim,
                      BlockPlanes* planes) {
@@ -59,8 +63,9 @@ ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStr
     tensor.stride[1] = size * static_cast<uint64_t>(head_stride);
   }
   tensor.size[0] = row;
-  tensor.box[0] = size == 1 ? static_cast<uint32_t>(row) : 128;
-  tensor.box[1] = kBlockSize;
+  const int padded = PaddedDim(head_dim);
+  tensor.box[0] = size == 1 ? static_cast<uint32_t>(padded / CodesPerByte(KeyType(p))) : 128;
+  tensor.box[1] = static_cast<uint32_t>(kBlockSize / (size == 1 ? CodeParts(padded) : 1));
   tensor.box[2] = 1;
   tensor.swizzle = size == 1 ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B;
   return tensor;
@@ -72,7 +77,8 @@ ByteTensor ChannelTensor(const AttentionParams& p, BlockPlanes* planes) {
   tensor.size[0] = kBlockSize;
   tensor.size[1] = static_cast<uint64_t>(p.cache.RowElements());
   tensor.box[0] = kBlockSize;
-  tensor.box[1] = static_cast<uint32_t>(p.cache.RowElements());
+  const int padded = PaddedDim(p.head_dim) / CodesPerByte(p.cache.dtype);
+  tensor.box[1] = static_cast<uint32_t>(padded / CodeParts(p.head_dim));
   tensor.box[2] = 1;
   tensor.swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
   return tensor;
@@ -91,7 +97,8 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   ByteTensor key = RowTensor(p, p.cache.key, p.cache.key_strides, kv.key, kv.key_token_stride,
                              kv.key_head_stride, p.head_dim, &arguments->key_planes);
   if (KeyCodes(p)) {
-    key.swizzle = p.head_dim == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    key.swizzle =
+        PaddedDim(p.head_dim) == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   }
   const ByteTensor value =
       p.paged && IsQuantized(p.cache.type)
@@ -108,9 +115,9 @@ cudaError_t EncodeMaps(Arguments* arguments) {
 auto VariantOf(const AttentionParams& p) {
   using wgmma_fp16::Source;
   const bool codes = IsCode(KeyType(p));
-  // Codes of 4 bits become int8.
+  // Codes of 4 bits become int8, of large heads fp16, as other codes do.
   const bool nibbles = CodesPerByte(KeyType(p)) == 2;
-  const DType operand = nibbles       ? DType::kInt8
+  const DType operand = nibbles       ? (p.head_dim > 128 ? DType::kFloat16 : DType::kInt8)
                         : !codes      ? p.q_dtype
                         : KeyCodes(p) ? KeyType(p)
                                       : DType::kFloat16;

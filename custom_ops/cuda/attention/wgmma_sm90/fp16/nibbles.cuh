@@ -29,4 +29,13 @@ __device__ __forceinline__ void NibblesToHalves(uint32_t word, uint32_t* even, u
   *odd = *reinterpret_cast<const uint32_t*>(&y);
 }
 
+// A word's eight codes of neighbouring channels as fp16 values in their order.
+__device__ __forceinline__ uint4 NibblesToHalves(uint32_t word) {
+  uint32_t even[2], odd[2];
+  NibblesToHalves<false>(word, &even[0], &odd[0]);
+  NibblesToHalves<true>(word, &even[1], &odd[1]);
+  return make_uint4(__byte_perm(even[0], odd[0], 0x5410), __byte_perm(even[0], odd[0], 0x7632),
+                    __byte_perm(even[1], odd[1], 0x5410), __byte_perm(even[1], odd[1], 0x7632));
+}
+
 }  // namespace fastattn::cuda::wgmma_fp16

@@ -89,7 +89,8 @@ class CodeLoader {
         }
       }
       if (iteration >= 0) {
-        LoadCodes(buffer, &a_.value, a_.value_planes, BlocksOf(shared_, buffer, iteration));
+        constexpr int kRows = C::kDim / (C::kNibbles ? 2 : 1);
+        LoadCodes<kRows>(buffer, &a_.value, a_.value_planes, BlocksOf(shared_, buffer, iteration));
       }
       if constexpr (C::kPerTokenScales) {
         if (more) scales_.Store(IsPartlyMasked<C>(tile, iteration + 1), buffer);
@@ -97,7 +98,8 @@ class CodeLoader {
       const int window = iteration + kBlockLookups / 2;
       if (window % kBlockLookups == 0 && window < tile.kv_tiles)
         LookUpBlocks(p_, shared_, buffer, window);
-      const bool at_end = scheduler.InPairs() && tile.kv_tiles <= kShort;
+      // Queries that products read are there until the work tile's last one.
+      const bool at_end = !C::kQueryInRegisters || (scheduler.InPairs() && tile.kv_tiles <= kShort);
       if (iteration == (at_end ? tile.kv_tiles : min(tile.kv_tiles, kSearchIteration)) - 1) {
         found = FindTile(scheduler, buffer ^ 1, buffer);
       }
@@ -116,21 +118,33 @@ class CodeLoader {
       __syncwarp();
       keys_.Advance();
     } else {
-      LoadCodes(buffer, &a_.key, a_.key_planes, blocks);
+      LoadCodes<kBlockSize>(buffer, &a_.key, a_.key_planes, blocks);
     }
   }
 
-  // Loads codes that are to be converted.
+  // Loads codes that are to be converted; kRows: of a block.
+  template <int kRows>
   __device__ void LoadCodes(int buffer, const CUtensorMap* map, const BlockPlanes& planes,
                             const KvTileBlocks& blocks) {
-    const int at = code_stages_.Index();
-    Wait(&shared_.codes_empty[at], code_stages_.Phase() ^ 1);
-    if (lane_ == 0) {
-      shared_.code_flags[at] = blocks.flags;
-      CopyCodes(buffer, map, planes, blocks, shared_.codes[at], &shared_.codes_full[at]);
+#pragma unroll 1
+    for (int part = 0; part < C::kCodeParts; ++part) {
+      const int at = code_stages_.Index();
+      Wait(&shared_.codes_empty[at], code_stages_.Phase() ^ 1);
+      if (lane_ == 0) {
+        shared_.code_flags[at] = blocks.flags;
+        if constexpr (C::kCodeParts > 1) {
+          static_assert(C::kBlocks == 1);
+          ArriveExpect(&shared_.codes_full[at], C::kCodeBytes);
+          const int2 origin = BlockCoordinates(p_, planes, shared_.tile[buffer], blocks.id[0]);
+          CopyBox(map, shared_.codes[at], &shared_.codes_full[at], 0,
+                  origin.x + part * (kRows / C::kCodeParts), origin.y);
+        } else {
+          CopyCodes(buffer, map, planes, blocks, shared_.codes[at], &shared_.codes_full[at]);
+        }
+      }
+      __syncwarp();
+      code_stages_.Advance();
     }
-    __syncwarp();
-    code_stages_.Advance();
   }
 
   __device__ void CopyCodes(int buffer, const CUtensorMap* map, const BlockPlanes& planes,

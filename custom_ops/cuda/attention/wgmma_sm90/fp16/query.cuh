@@ -7,6 +7,7 @@
 #include "cuda/attention/wgmma_sm90/fp16/tile_factors.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"
+#include "cuda/common/mbarrier.cuh"
 #include "cuda/common/shared_address.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/common/wgmma_half.cuh"
@@ -49,8 +50,8 @@ class LargestMagnitude {
 };
 
 // Queries as they lie in shared memory.
-template <class C, bool kInRegisters = C::kQuantized>
-class Query {
+template <class C>
+class SharedQuery {
  public:
   __device__ __forceinline__ void Take(const AttentionParams&, const Shared<C>& shared, int,
                                        int group) {
@@ -73,10 +74,21 @@ class Query {
   uint32_t address_;
 };
 
-// Queries in registers as fp16, each times a power of two that brings its largest channel to 2^9 ..
-// 2^10: fp16 has more mantissa than bf16 and less range. The work tile's factors make up for it.
+// What brings the largest channel of a query to 2^9 .. 2^10: fp16 has more mantissa than bf16 and
+// less range. The query's factor makes up for it. Called once a query, with `set` by one lane.
+__device__ __forceinline__ float ShrinkQuery(float largest, bool set, float* factor) {
+  const uint32_t bits = __float_as_uint(largest);
+  const uint32_t exponent = bits < 0x7F800000u ? max(bits >> 23, 19u) : 127 + 9;
+  if (set) {
+    *factor *= __uint_as_float((exponent - 9) << 23);
+    if (*factor == 0.0f) *factor = 1e-30f;  // masked scores are -inf, and -inf * 0 is NaN
+  }
+  return __uint_as_float((254 + 9 - exponent) << 23);
+}
+
+// Queries in registers as fp16, each times a power of two (ShrinkQuery).
 template <class C>
-class Query<C, true> {
+class RegisterQuery {
  public:
   __device__ __forceinline__ void Take(const AttentionParams& p, Shared<C>& shared, int buffer,
                                        int group) {
@@ -99,7 +111,7 @@ class Query<C, true> {
   }
 
  private:
-  static constexpr int kMmaSteps = C::kDim / 16;
+  static constexpr int kMmaSteps = C::kHeadDim / 16;
 
   // kChannels: K has per-channel scales, which multiply the queries.
   template <DType kQuery, bool kChannels>
@@ -148,14 +160,8 @@ class Query<C, true> {
     for (int h = 0; h < 2; ++h) {
       largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
-      const uint32_t bits = __float_as_uint(largest[h]);
-      const uint32_t exponent = bits < 0x7F800000u ? max(bits >> 23, 19u) : 127 + 9;
-      shrink[h] = __uint_as_float((254 + 9 - exponent) << 23);
-      if (lane % 4 == 0) {
-        float& factor = shared.factor[buffer][QueryIndex<true>(h)];
-        factor *= __uint_as_float((exponent - 9) << 23);
-        if (factor == 0.0f) factor = 1e-30f;  // as above: -inf * 0 is NaN
-      }
+      shrink[h] =
+          ShrinkQuery(largest[h], lane % 4 == 0, &shared.factor[buffer][QueryIndex<true>(h)]);
     }
     __syncwarp();
 #pragma unroll
@@ -178,6 +184,81 @@ class Query<C, true> {
   }
 
   uint32_t words_[4 * kMmaSteps];
+};
+
+// The same where they lie in shared memory.
+template <class C>
+class ConvertedQuery : public SharedQuery<C> {
+ public:
+  __device__ __forceinline__ void Take(const AttentionParams& p, Shared<C>& shared, int buffer,
+                                       int group) {
+    SharedQuery<C>::Take(p, shared, buffer, group);
+    const bool channels = C::kPerChannelScales && UsesKeyChannels(p);
+    if (p.q_dtype == DType::kFloat16) {
+      channels ? Convert<DType::kFloat16, C::kPerChannelScales>(shared, buffer, group)
+               : Convert<DType::kFloat16, false>(shared, buffer, group);
+    } else {
+      channels ? Convert<DType::kBFloat16, C::kPerChannelScales>(shared, buffer, group)
+               : Convert<DType::kBFloat16, false>(shared, buffer, group);
+    }
+    FenceAsyncProxy();
+    SyncNamed<128>(kNamedBarrier + group);
+  }
+
+ private:
+  static constexpr int kNamedBarrier = 4;  // after that of the converters
+  static constexpr int kChunks = C::kHeadDim / 8;
+
+  // A lane has every second eight channels of a row. kChannels: K has per-channel scales, which
+  // multiply the queries.
+  template <DType kQuery, bool kChannels>
+  __device__ __forceinline__ static void Convert(Shared<C>& shared, int buffer, int group) {
+    const int lane = Lane<true>(), row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    uint8_t* base = shared.query + group * 64 * C::kRowBytes + row * C::kSlice;
+    const auto chunk = [&](int i) {
+      return reinterpret_cast<uint4*>(base + i / 8 * 64 * C::kSlice + 16 * ((i ^ row) % 8));
+    };
+    const auto widen = [&](int i, const uint4& pairs, float (&x)[8]) {
+      WidenPair<kQuery>(pairs.x, &x[0], &x[1]);
+      WidenPair<kQuery>(pairs.y, &x[2], &x[3]);
+      WidenPair<kQuery>(pairs.z, &x[4], &x[5]);
+      WidenPair<kQuery>(pairs.w, &x[6], &x[7]);
+      if constexpr (kChannels) {
+        const auto* scales = reinterpret_cast<const float4*>(shared.key_channels[buffer] + 8 * i);
+        const float4 a = scales[0], b = scales[1];
+        x[0] *= a.x, x[1] *= a.y, x[2] *= a.z, x[3] *= a.w;
+        x[4] *= b.x, x[5] *= b.y, x[6] *= b.z, x[7] *= b.w;
+      }
+    };
+    float largest = 0.0f;
+    LargestMagnitude magnitude;
+#pragma unroll 2
+    for (int i = lane / 16; i < kChunks; i += 2) {
+      const uint4 pairs = *chunk(i);
+      if constexpr (kChannels) {
+        float x[8];
+        widen(i, pairs, x);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) largest = fmaxf(largest, fabsf(x[c]));
+      } else {
+        magnitude.Add(pairs.x, pairs.y);
+        magnitude.Add(pairs.z, pairs.w);
+      }
+    }
+    if constexpr (!kChannels) largest = magnitude.template Get<kQuery>();
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 16));
+    const float shrink = ShrinkQuery(largest, lane < 16, &shared.factor[buffer][group * 64 + row]);
+#pragma unroll 2
+    for (int i = lane / 16; i < kChunks; i += 2) {
+      float x[8];
+      widen(i, *chunk(i), x);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) x[c] *= shrink;
+      *chunk(i) =
+          make_uint4(PackPair<DType::kFloat16>(x[0], x[1]), PackPair<DType::kFloat16>(x[2], x[3]),
+                     PackPair<DType::kFloat16>(x[4], x[5]), PackPair<DType::kFloat16>(x[6], x[7]));
+    }
+  }
 };
 
 }  // namespace fastattn::cuda::wgmma_fp16

@@ -78,8 +78,8 @@ class CodeQuery {
 
  private:
   static constexpr bool kIntegers = C::kElement == DType::kInt8;
-  static constexpr int kWords = C::kDim / 8;
-  static constexpr int kMmaSteps = C::kDim / 32;
+  static constexpr int kWords = C::kHeadDim / 8;
+  static constexpr int kMmaSteps = C::kHeadDim / 32;
   // The largest channel of a query becomes 2^kTop and more.
   static constexpr int kTop = kIntegers ? 13 : 7;
   // Scores count 2^kUnit.

@@ -50,10 +50,10 @@ __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared,
     shared.visible[buffer][i] = QueryKeys(p, tile, i);
   }
   if constexpr (C::kPerChannelScales) {
-    const int first = ChannelScaleIndex<int>(tile.kv_head, 0, C::kDim);
+    const int first = ChannelScaleIndex<int>(tile.kv_head, 0, C::kHeadDim);
     const bool keys = UsesKeyChannels(p), values = UsesValueChannels(p);
 #pragma unroll 1
-    for (int i = 32 * warp + lane; i < C::kDim; i += 32 * C::kHelperWarps) {
+    for (int i = 32 * warp + lane; i < C::kHeadDim; i += 32 * C::kHelperWarps) {
       const DType type = p.cache.scale_dtype;
       if (keys) shared.key_channels[buffer][i] = LoadScale(p.cache.k_scales, type, first + i);
       if (values) shared.value_channels[buffer][i] = LoadScale(p.cache.v_scales, type, first + i);

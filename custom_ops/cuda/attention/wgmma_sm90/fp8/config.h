@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <vector_types.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/head_dims.h"
@@ -20,10 +21,13 @@ using namespace wgmma_sm90;  // what the Hopper kernels share
 template <int kDim_, bool kPerTokenScales_, bool kSoftcap_, DType kKvType_ = DType::kE4M3,
           bool kTwoLevel_ = true>
 struct Config {
-  static constexpr int kDim = kDim_;
+  static constexpr int kHeadDim = kDim_;
+  // Channels in shared memory: TMA fills those up with zeros that a head has not.
+  static constexpr int kDim = PaddedDim(kHeadDim);
   static constexpr int kValueDim = ValueDim(kDim);
-  static constexpr DType kKvType = kKvType_;                 // of K and V
-  static constexpr bool kPerTokenScales = kPerTokenScales_;  // of K and V
+  static constexpr int kOutDim = std::min(ValueDim(kHeadDim), kValueDim);  // of the output
+  static constexpr DType kKvType = kKvType_;                               // of K and V
+  static constexpr bool kPerTokenScales = kPerTokenScales_;                // of K and V
   static constexpr bool kSoftcap = kSoftcap_;
   // Each iteration's P * V starts from zero and is added in fp32: the tensor core's own sum of FP8
   // products keeps 14 bits.

@@ -194,7 +194,7 @@ class Consumer {
                          keys_.index * (C::kKeys * C::kDim / 16);
     MultiplyShared<false, C::kKvType>(s_, query_operand_, key);
 #pragma unroll
-    for (int k = 1; k < C::kSlices * C::kSlice / 32; ++k) {
+    for (int k = 1; k < std::min(C::kSlices * C::kSlice, C::kHeadDim) / 32; ++k) {
       constexpr int kSteps = C::kSlice / 32;
       const int slice = k / kSteps, offset = 2 * (k % kSteps);
       MultiplyShared<true, C::kKvType>(s_, query_operand_ + slice * (64 * C::kSlice / 16) + offset,

@@ -14,6 +14,7 @@ namespace {
 
 using wgmma_fp8::Arguments;
 using wgmma_fp8::Instances;
+using wgmma_sm90::PaddedDim;
 
 // Encodes the tensor maps: queries [T, H, D], the codes of K as rows of tokens and those of V as
 // rows of channels.
@@ -21,7 +22,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   const AttentionParams& p = arguments->p;
   const auto dim = static_cast<uint64_t>(p.head_dim);
   const auto value_dim = static_cast<uint32_t>(ValueDim(p.head_dim));
-  const auto box = std::min<uint32_t>(p.head_dim, 128);  // Config::kSlice
+  const auto box = std::min<uint32_t>(PaddedDim(p.head_dim), 128);  // Config::kSlice
   // LaunchTranspose writes ragged values as blocks of a contiguous cache.
   const int64_t plane = int64_t{kBlockSize} * value_dim;
   const CacheStrides blocks{plane * p.num_kv_heads, plane, kBlockSize};
@@ -54,12 +55,12 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   const ByteTensor value{p.paged ? p.cache.value : p.workspace,
                          {kBlockSize, value_dim, static_cast<uint64_t>(values.planes.outside)},
                          {static_cast<uint64_t>(value_strides.row), values.stride},
-                         {kBlockSize, value_dim, 1},
+                         {kBlockSize, static_cast<uint32_t>(PaddedDim(value_dim)), 1},
                          CU_TENSOR_MAP_SWIZZLE_64B};
   cudaError_t status = EncodeMap(query, &arguments->query);
   if (status == cudaSuccess) status = EncodeMap(key, &arguments->key);
   if (status == cudaSuccess) status = EncodeMap(value, &arguments->value);
-  if (p.head_dim % box != 0 && status == cudaSuccess) {  // Config::kTail
+  if (PaddedDim(p.head_dim) % box != 0 && status == cudaSuccess) {  // Config::kTail
     ByteTensor query_tail = query, key_tail = key;
     query_tail.box[0] = key_tail.box[0] = 64;
     query_tail.swizzle = key_tail.swizzle = CU_TENSOR_MAP_SWIZZLE_64B;

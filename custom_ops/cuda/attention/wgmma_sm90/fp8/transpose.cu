@@ -76,6 +76,8 @@ cudaError_t LaunchTranspose(const AttentionParams& p, uint8_t* out, cudaStream_t
   switch (ValueDim(p.head_dim)) {
     case 64:
       return LaunchKernel(TransposeValues<64>, grid, dim3(64), stream, p, out);
+    case 96:
+      return LaunchKernel(TransposeValues<96>, grid, dim3(96), stream, p, out);
     case 128:
       return LaunchKernel(TransposeValues<128>, grid, dim3(128), stream, p, out);
     default:
