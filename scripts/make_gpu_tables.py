@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_tables import attention, latent, memory, pages, targets
+from gpu_tables import attention, latent, latent_targets, memory, pages, targets
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "indexer topk": latent.indexer_topk,
     "sparse attention": latent.sparse_attention,
     "dense attention": latent.dense_attention,
+    "latent targets": latent_targets.latent_targets,
     "latent writers": latent.latent_writers,
     "sparse step": latent.sparse_step,
     "sparse parts": latent.sparse_parts,

@@ -378,6 +378,29 @@ def test_nothing_to_gather(place):
         assert (codes.shape, scales.shape) == ([0, 128], [0])
 
 
+@pytest.mark.parametrize("quant", TOKEN)
+@pytest.mark.parametrize(
+    ("lengths", "page_size"),
+    [
+        ([4 * 1023], 4),
+        ([4 * 1024], 4),
+        ([20000], 64),
+        ([9000, 0, 8000], 64),
+        ([5, 2, 0] * 85, 4),
+        ([5, 2, 0, 9] * 64, 4),
+    ],
+    ids=["1024 pages", "1025", "one long", "two long", "255 sequences", "256"],
+)
+def test_few_and_many_pages(place, quant, lengths, page_size):
+    """Up to 1024 entries of tables and 255 sequences are read at once, others row by row."""
+    seqs = Sequences(lengths, page_size, quant)
+    rows = sum(lengths)
+    seqs.check(place, rows)
+    seqs.tables[-1, 0] = seqs.tables[0, 1] = -1
+    seqs.cu_seqlens += 3
+    seqs.check(place, rows + 9)
+
+
 @pytest.mark.parametrize(("quant", "rule"), RULES)
 def test_a_prompt_in_chunks_comes_back_whole(place, quant, rule):
     """Chunks of any size over permuted pages, then the whole prefix gathered."""

@@ -21,7 +21,7 @@ from tests.support.mqa_logits import (
     weights_of,
 )
 from tests.support.static import run_all_modes
-from tests.support.tensors import EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
+from tests.support.tensors import E4M3, EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
 
 RNG = np.random.default_rng
 QUANTS = ("fp8", "mxfp4")
@@ -143,8 +143,9 @@ def test_keys_that_nobody_sees_are_not_seen(place, quant):
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_nan_stays_where_it_is_seen(place, quant):
-    q, keys, weights, starts, ends = ragged_case(4, 32, 128, quant, [(0, 150)])
+@pytest.mark.parametrize("heads", [8, 16, 24, 32, 64])
+def test_a_nan_stays_where_it_is_seen(place, quant, heads):
+    q, keys, weights, starts, ends = ragged_case(4, heads, 128, quant, [(0, 150)])
     poison(keys, np.array([77]))
     poison(q, (140, 3))
     got = to_numpy(ragged(q, keys, weights, starts, ends, quant, place))
@@ -154,6 +155,23 @@ def test_a_nan_stays_where_it_is_seen(place, quant):
     nan[140, :141] = True
     np.testing.assert_array_equal(np.isnan(want), nan)
     check_logits(got, want)
+
+
+@pytest.mark.parametrize("heads", [8, 32, 64])
+@pytest.mark.parametrize("size", [0.02, 1.0, 160.0, 1e4])
+@pytest.mark.parametrize("weight", [1e-30, 1e28])
+def test_codes_and_weights_of_any_size(place, heads, size, weight):
+    """From codes near the smallest to none but the largest: products up to 2^24.6."""
+    rng = RNG(18)
+    q, keys, weights, starts, ends = ragged_case(18, heads, 128, "fp8", [(150, 40), (0, 33)])
+    for codes in (q, keys):
+        values = rng.standard_normal((*codes.codes.shape[:-1], 128), np.float32)
+        codes.codes = np.clip(values * size, -448, 448).astype(E4M3).view(np.uint8)
+    weights *= np.float32(weight)
+    got = to_numpy(ragged(q, keys, weights, starts, ends, "fp8", place))
+    want = ragged_model(q, keys, weights, starts, ends, "fp8")
+    check_logits(got / np.float32(weight), want / weight)
+    check_logits(got, want, ragged_size(q, keys, weights, "fp8"))
 
 
 def scale_word(*powers):
@@ -218,10 +236,14 @@ def paged(q, pages, weights, lengths, columns, quant, place, cache=None, **optio
     )
 
 
-def check_paged(place, quant, heads, dim, next_n, lengths, per_row=False, seed=8, **layout):
+def check_paged(
+    place, quant, heads, dim, next_n, lengths, per_row=False, seed=8, holes=False, **layout
+):
     rng = RNG(seed)
     lengths = np.array(lengths)
     pages = Pages(rng, lengths, dim, quant, **layout)
+    if holes:
+        pages.tables[:, 1::5] = -1
     q = Codes(rng, (len(lengths), next_n, heads), dim, quant)
     weights = weights_of(rng, len(lengths) * next_n, heads)
     given = lengths
@@ -378,6 +400,18 @@ def test_many_tiles(quant, heads, dim):
     lengths[:4] = [9000, 0, 0, 64]
     check_paged("gpu", quant, heads, dim, 1, lengths)
     check_paged("gpu", quant, heads, dim, 2, lengths, per_row=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize(
+    ("page_size", "length"), [(64, 1), (64, 64), (64, 9000), (192, 9000), (8, 9000), (16, 40000)]
+)
+def test_one_sequence(quant, page_size, length):
+    """All CTAs share its tiles."""
+    check_paged("gpu", quant, 64, 128, 1, [length], page_size=page_size)
+    check_paged("gpu", quant, 64, 128, 1, [length], holes=True, page_size=page_size)
+    check_paged("gpu", quant, 32, 128, 3, [length], per_row=True, page_size=page_size)
 
 
 @pytest.mark.gpu

@@ -52,10 +52,13 @@ def test_peaked_and_flat_softmax(place, kind, std):
 
 
 @pytest.mark.parametrize("topk", [1, 2, 63, 64, 65, 129, 513, 2048])
-@pytest.mark.parametrize("kind", ["fp8_656", "fp8_584"])
-def test_tails_that_no_tile_divides(place, kind, topk):
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [("fp8_656", 9), ("fp8_584", 9), ("fp8_584", 64), ("bf16", 64), ("bf16_512", 17)],
+)
+def test_tails_that_no_tile_divides(place, kind, heads, topk):
     """Without lengths: every index counts."""
-    problem = make_problem(2, kind, 9, (topk,) * 3, topk)
+    problem = make_problem(2, kind, heads, (topk,) * 3, topk)
     problem.lengths = None
     problem.check(place)
 
@@ -106,8 +109,9 @@ def test_pages_of_any_size(place, kind, page_size):
 
 
 @pytest.mark.parametrize("scale", [192**-0.5, -0.03, 0.0])
-def test_scales_of_the_scores(place, scale):
-    problem = make_problem(11, "fp8_656", 3)
+@pytest.mark.parametrize(("kind", "heads"), [("fp8_656", 3), ("bf16", 64)])
+def test_scales_of_the_scores(place, kind, heads, scale):
+    problem = make_problem(11, kind, heads)
     problem.options = {"softmax_scale": scale}
     problem.check(place)
 

@@ -1,4 +1,5 @@
-"""mla_sparse_attention of many query tokens and heads: CTAs that share keys in clusters."""
+"""mla_sparse_attention of many query tokens and heads: CTAs that have several work tiles each, and
+share keys in clusters."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ TIMES = 104
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [65, 128])
-@pytest.mark.parametrize("kind", ["fp8_656", "fp8_656_amax", "fp8", "bf16"])
+@pytest.mark.parametrize("heads", [64, 65, 128])
+@pytest.mark.parametrize("kind", ["fp8_656", "fp8_656_amax", "fp8_584", "fp8", "bf16", "bf16_512"])
 def test_many_tokens(kind, heads):
     few = make_problem(40, kind, heads, LENGTHS, 256)
     many = replace(

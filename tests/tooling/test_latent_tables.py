@@ -29,8 +29,8 @@ def lines(tmp_path):
     return function
 
 
-LATENT = ("sparse attention", "dense attention", "latent writers", "indexer topk", "sparse step",
-          "sparse parts")  # fmt: skip
+LATENT = ("sparse attention", "dense attention", "latent targets", "latent writers",
+          "indexer topk", "sparse step", "sparse parts")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LATENT)
@@ -82,6 +82,31 @@ def test_dense_attention(lines):
     assert f"| `fp8_656`, 8 heads {dashes}| - |" in found
     mixed = "| 16 heads, 1 x 1024 new behind 8192 + 32 x 1 new behind 8191 | 9.50 | 70 |"
     assert mixed in found
+
+
+def test_goals(lines):
+    sparse, dense = "mla_sparse_attention", "mla_attention"
+    decode = "decode 656 B, batch 128, {} queries, H {}, top 2048"
+    prompt = Row(sparse, "prefill fp8_656, 4096 x H 128, top 2048, 8192 keys", 4000.0, 598.6)
+    found = lines("latent targets", [
+        Row(sparse, decode.format(1, 128), 215.0, 340.0),
+        Row(sparse, decode.format(2, 128), 1.0, 350.0),
+        Row(sparse, decode.format(1, 16), 86.0, 1.0), Row(sparse, decode.format(1, 8), 85.0, 1.0),
+        prompt.beside("FlashMLA", 3000.0), prompt.beside("bf16 keys", 3600.0),
+        Row(dense, "128 heads, batch 128, 32k keys, bf16", 2000.0, 2400.0, "GB/s"),
+        Row("mla_write_cache", "T 8192, fp8", 5.0, 1.0, "GB/s", "copy of as many bytes", 4.5),
+    ])  # fmt: skip
+    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in found if "|" in line}
+    assert rows["656 bytes, 128 x 1 and 128 x 2, 128 heads, 2048 keys, TFLOP/s"] == [
+        " 400 ",
+        " 340-350 ",
+    ]
+    assert rows["16 and 8 heads"] == [" 75 us ", " 85.0-86.0 us "]
+    assert rows["the same from 656 bytes, over ours of `bf16`"] == [" 0.95 ", " 0.90 "]
+    assert rows["prompt of 4096 x 128 heads, `bf16`, over FlashMLA"] == [" 1.05 ", " - "]
+    # 2 * 128 heads * 128 sequences * 32768 keys * 1088 products in 2000 us
+    assert rows["128 heads, TFLOP/s"] == [" 551 ", " 584 "]
+    assert rows["`mla_write_cache`, 8192 tokens and more, of a copy"] == [" 90 % ", " 90 % "]
 
 
 def test_writers_stand_in_the_table_of_a_peer_that_was_measured(lines):

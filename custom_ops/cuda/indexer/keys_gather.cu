@@ -55,6 +55,14 @@ struct RowSource {
 };
 
 template <IndexerQuant kQuant>
+__device__ __forceinline__ RowSource SourceOf(const IndexerKGatherParams& p, int page, int64_t at) {
+  if (page < 0 || page >= p.pages.num_pages) return {};
+  constexpr int kCodeBytes = PageFormatOf(kQuant).code_bytes;
+  const uint8_t* from = p.cache + page * p.pages.page_stride;
+  return {from + at * kCodeBytes, from + p.pages.page_size * kCodeBytes + 4 * at};
+}
+
+template <IndexerQuant kQuant>
 __device__ __forceinline__ RowSource FindRow(const IndexerKGatherParams& p,
                                              const Divisor& page_size, int64_t row, int least) {
   if (row >= p.num_rows) return {};
@@ -66,12 +74,50 @@ __device__ __forceinline__ RowSource FindRow(const IndexerKGatherParams& p,
                                            : token / p.pages.page_size;
   if (index >= p.max_blocks) return {};
   const int page = *(p.block_tables + static_cast<int64_t>(seq) * p.max_blocks + index);
-  if (page < 0 || page >= p.pages.num_pages) return {};
-  constexpr int kCodeBytes = PageFormatOf(kQuant).code_bytes;
-  const uint8_t* from = p.cache + page * p.pages.page_stride;
-  const int64_t at = token - index * p.pages.page_size;
-  return {from + at * kCodeBytes, from + p.pages.page_size * kCodeBytes + 4 * at};
+  return SourceOf<kQuant>(p, page, token - index * p.pages.page_size);
 }
+
+// Ends of sequences and block tables of a call that has few of both. A CTA reads all of them at
+// once: otherwise where its rows lie is known after two accesses to memory, one after the other.
+struct FewPages {
+  static constexpr int kMost = 4 * kThreads;
+  int32_t begins[kThreads];  // of the sequences, and the last one's end
+  int32_t pages[kMost];
+
+  __device__ __forceinline__ static bool Fit(const IndexerKGatherParams& p) {
+    return p.batch < kThreads && int64_t{p.batch} * p.max_blocks <= kMost &&
+           p.num_rows <= 0x7FFFFFFF;
+  }
+
+  // Sequences that end at or before `row`; by the whole CTA.
+  __device__ __forceinline__ int Load(const IndexerKGatherParams& p, int64_t row) {
+    const int thread = static_cast<int>(threadIdx.x), entries = p.batch * p.max_blocks;
+    const int begin = thread <= p.batch ? *(p.cu_seqlens + thread) : 0;
+    int32_t ids[kMost / kThreads] = {};
+#pragma unroll
+    for (int j = 0; j < kMost / kThreads; ++j) {
+      if (thread + j * kThreads < entries) ids[j] = *(p.block_tables + thread + j * kThreads);
+    }
+    begins[thread] = begin;
+#pragma unroll
+    for (int j = 0; j < kMost / kThreads; ++j) pages[thread + j * kThreads] = ids[j];
+    return __syncthreads_count(thread > 0 && thread <= p.batch && begin <= row);
+  }
+
+  template <IndexerQuant kQuant>
+  __device__ __forceinline__ RowSource FindRow(const IndexerKGatherParams& p,
+                                               const Divisor& page_size, int64_t row,
+                                               int least) const {
+    int seq = least;
+    while (seq < p.batch && begins[seq + 1] <= row) ++seq;
+    if (row >= p.num_rows || seq >= p.batch || row < begins[seq]) return {};
+    const uint32_t token = static_cast<uint32_t>(row) - static_cast<uint32_t>(begins[seq]);
+    const uint32_t index = page_size.Quotient(token);
+    if (index >= static_cast<uint32_t>(p.max_blocks)) return {};
+    return SourceOf<kQuant>(p, pages[seq * p.max_blocks + static_cast<int>(index)],
+                            token - index * p.pages.page_size);
+  }
+};
 
 __device__ __forceinline__ uint32_t LoadScales(const uint8_t* from, bool words) {
   if (words) return *(reinterpret_cast<const uint32_t*>(from));
@@ -101,13 +147,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
   PrefetchIndices(p);
   PdlWait();
-  const int least = SequencesBefore(p, first);
+  __shared__ FewPages few;
+  const bool is_few = FewPages::Fit(p);
+  const int least = is_few ? few.Load(p, first) : SequencesBefore(p, first);
   constexpr bool kScaleWords = sizeof(Word) >= 4;
   const int64_t row = first + threadIdx.x;
   RowSource source = {};
   uint32_t scales = 0;  // stored behind the codes: nobody waits for them before
   if (threadIdx.x < kRows) {
-    source = FindRow<kQuant>(p, page_size, row, least);
+    source = is_few ? few.template FindRow<kQuant>(p, page_size, row, least)
+                    : FindRow<kQuant>(p, page_size, row, least);
     sources[threadIdx.x] = source.codes;
     if (source.codes != nullptr) scales = LoadScales(source.scales, kScaleWords);
   }

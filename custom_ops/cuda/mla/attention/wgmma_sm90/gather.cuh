@@ -15,8 +15,9 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-// kWarps gather kTileKeys keys of each tile, all or half of them. kSlots: codes are copied where
-// their values will lie; or to so many slots of each warp, as many passes ahead.
+// kWarps gather kTileKeys keys of each tile, all or half of them. Codes are copied where their
+// values will lie; with kSlots to so many slots of each warp, as many passes ahead; with a single
+// slot a tile's second pass still goes to its place.
 template <int kDim, MlaFormat kFormat, int kWarps, int kStages, int kTileKeys = kKeys,
           int kSlots = 0>
 class Gather {
@@ -30,11 +31,8 @@ class Gather {
         first_row_(first_key + thread / 32 * kRows) {
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
-    if constexpr (kSlots == 0) {
-      raw_ = SharedAddress(keys) + first_row_ * 128 + lane_ * 16;
-    } else {
-      raw_ = SharedAddress(slots) + thread / 32 * (kSlots * kSlotBytes) + lane_ * 16;
-    }
+    raw_ = SharedAddress(keys) + first_row_ * 128 + lane_ * 16;
+    slots_ = SharedAddress(slots) + thread / 32 * (kSlots * kSlotBytes) + lane_ * 16;
     piece_ = address + ((share ^ (row & 7)) << 4);
     codes_ = address + share / 4 * kBlockBytes + (((2 * (share % 4) + share / 4) ^ (row & 7)) << 4);
     if constexpr (kFormat == MlaFormat::kFp8) {
@@ -51,6 +49,8 @@ class Gather {
       RunCopies(work);
     } else if constexpr (kSlots == 0) {
       RunCodes(work);
+    } else if constexpr (kSlots == 1) {
+      RunMixed(work);
     } else {
       RunSlots(work);
     }
@@ -63,9 +63,7 @@ class Gather {
   static constexpr int kPasses = kRows / 4;
   static constexpr int kJoint = kPair ? kPasses : 1;  // passes that are converted side by side
   static constexpr int kPassBytes = 4 * 128;          // of a pass in a block
-  // Between the parts of codes that a lane copies.
-  static constexpr int kPartBytes = kSlots == 0 ? kBlockBytes : 512;
-  static constexpr int kLook = 32 / kRows;  // tiles whose slots are looked up at once
+  static constexpr int kLook = 32 / kRows;            // tiles whose slots are looked up at once
 
   // Where the key lies that this lane finds.
   struct Place {
@@ -128,19 +126,25 @@ class Gather {
     return static_cast<const uint8_t*>(extra ? args_.p.extra.cache.data : args_.p.keys.cache.data);
   }
 
+  // Between the parts of codes that a lane copies: to where their values will lie, or to a slot.
+  static constexpr int PartBytes(bool in_place) { return in_place ? kBlockBytes : 512; }
+
   // Where the codes of a pass are, this lane's; the scales of its key.
   __device__ __forceinline__ uint32_t CodesAt(int stage, int pass) const {
     return raw_ + stage * kStageBytes + pass * kPassBytes;
   }
-  __device__ __forceinline__ uint32_t SlotAt(int slot) const { return raw_ + slot * kSlotBytes; }
+  __device__ __forceinline__ uint32_t SlotAt(int slot) const { return slots_ + slot * kSlotBytes; }
+  template <bool kInPlace>
   __device__ __forceinline__ uint32_t ScalesOf(uint32_t codes) const {
-    return codes + 5 * kPartBytes - (kSlots == 0 ? 0 : lane_ * 16 - lane_ / 8 * 16);
+    return codes + 5 * PartBytes(kInPlace) - (kInPlace ? 0 : lane_ * 16 - lane_ / 8 * 16);
   }
 
   // Starts to copy this lane's share of a key. In a slot a key's scales stand once.
+  template <bool kInPlace>
   __device__ __forceinline__ void Load(bool extra, uint32_t to, int pass) const {
+    constexpr int kPartBytes = PartBytes(kInPlace);
     const uint32_t at = OfPass(place_.key, pass);
-    const bool copies_scales = kSlots == 0 || lane_ % 8 == 0;
+    const bool copies_scales = kInPlace || lane_ % 8 == 0;
     const uint8_t* base = Base(extra);
     const bool valid = at != kMasked;
     const uint8_t* key = base + (valid ? uint64_t{at} * 16 : 0);
@@ -153,12 +157,12 @@ class Gather {
     }
     if constexpr (kFormat == MlaFormat::kFp8x656) {
       CopyOrZero(to + 4 * kPartBytes, valid ? key + 528 + share : base, valid);
-      if (copies_scales) CopyOrZero(ScalesOf(to), valid ? key + 512 : base, valid);
+      if (copies_scales) CopyOrZero(ScalesOf<kInPlace>(to), valid ? key + 512 : base, valid);
     } else if constexpr (kFormat == MlaFormat::kFp8x584) {
       CopyOrZero(to + 4 * kPartBytes, valid ? key + 448 + share : base, valid);
       const uint32_t scales = OfPass(place_.scales, pass);
       if (copies_scales) {
-        Copy8OrZero(ScalesOf(to), base + (valid ? uint64_t{scales} * 8 : 0), valid);
+        Copy8OrZero(ScalesOf<kInPlace>(to), base + (valid ? uint64_t{scales} * 8 : 0), valid);
       }
     } else if constexpr (kDim > 512) {
       const bool some = valid && share < 64;
@@ -167,7 +171,9 @@ class Gather {
   }
 
   // What Load has copied. valid: bit i: row i of the pass exists.
+  template <bool kInPlace>
   __device__ __forceinline__ KeyPart Read(uint32_t from, uint32_t valid) const {
+    constexpr int kPartBytes = PartBytes(kInPlace);
     KeyPart part;
 #pragma unroll
     for (int i = 0; i < 4; ++i) part.codes[i] = LoadShared(from + i * kPartBytes);
@@ -177,7 +183,7 @@ class Gather {
     if constexpr (kFormat == MlaFormat::kFp8) {
       part.scales = make_uint2(valid >> (lane_ / 8) & 1, 0);
     } else {
-      const uint4 scales = LoadShared(ScalesOf(from));
+      const uint4 scales = LoadShared(ScalesOf<kInPlace>(from));
       part.scales = make_uint2(scales.x, scales.y);
       if constexpr (kFormat == MlaFormat::kFp8x656) {
         const uint32_t low = lane_ & 1 ? scales.y : scales.x,
@@ -369,7 +375,7 @@ class Gather {
   // Starts to copy a tile that has been looked up into a free stage.
   __device__ __forceinline__ void LoadTile(bool extra, int stage) const {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) Load(extra, CodesAt(stage, i), i);
+    for (int i = 0; i < kPasses; ++i) Load<true>(extra, CodesAt(stage, i), i);
     CommitCopies();
   }
 
@@ -413,11 +419,59 @@ class Gather {
         KeyPart parts[kJoint];
 #pragma unroll
         for (int i = 0; i < kJoint; ++i) {
-          parts[i] = Read(CodesAt(stage_, pass + i), valid >> (4 * (pass + i)));
+          parts[i] = Read<true>(CodesAt(stage_, pass + i), valid >> (4 * (pass + i)));
         }
         __syncwarp();  // all lanes have their codes before one writes values there
         Convert(tile >= work.first_extra, parts, pass);
       }
+      Advance();
+      valid = ValidBits();
+    }
+  }
+
+  // Of a tile's two passes the first goes through a slot, whatever stage is free, the second to
+  // where its values will lie: the next tile's copies are under way while one is converted.
+  __device__ __forceinline__ void RunMixed(const Work& work) {
+    static_assert(kPasses == 2 && kStages == 2);
+    StartLooking(work);
+    Look(work, work.begin);
+    uint32_t valid = ValidBits();
+    Load<false>(work.begin >= work.first_extra, SlotAt(0), 0);
+    CommitCopies();
+    bool loads = false;  // the copies of the tile's second pass have begun
+#pragma unroll 1
+    for (int tile = work.begin; tile < work.end; ++tile) {
+      const bool extra = tile >= work.first_extra, last = tile + 1 >= work.end;
+      const bool next_extra = tile + 1 >= work.first_extra;
+      if (!loads) {
+        Wait(Free(stage_), parity_);
+        Load<true>(extra, CodesAt(stage_, 1), 1);
+        CommitCopies();
+      }
+      if (!last) Look(work, tile + 1);
+      WaitCopyGroups<1>();
+      __syncwarp();  // scales are another lane's copies
+      {
+        const KeyPart parts[1] = {Read<false>(SlotAt(0), valid)};
+        __syncwarp();  // all lanes have their codes before new ones arrive
+        if (!last) Load<false>(next_extra, SlotAt(0), 0);
+        CommitCopies();
+        Convert(extra, parts, 0);
+      }
+      const int next = (stage_ + 1) % kStages;
+      loads = !last && NextIsFree(next, false);
+      if (loads) {
+        Load<true>(next_extra, CodesAt(next, 1), 1);
+        CommitCopies();
+        WaitCopyGroups<2>();
+      } else {
+        WaitCopyGroups<1>();
+      }
+      const KeyPart parts[1] = {Read<true>(CodesAt(stage_, 1), valid >> 4)};
+      __syncwarp();  // all lanes have their codes before one writes values there
+      Convert(extra, parts, 1);
+      StoreValid(valid);
+      ArriveWarp(Full());
       Advance();
       valid = ValidBits();
     }
@@ -432,7 +486,7 @@ class Gather {
     const auto load = [&](int to, int waiting) {
       const int tile = work.begin + loaded / kPasses, pass = loaded % kPasses;
       if (pass == 0) Look(work, tile);
-      Load(tile >= work.first_extra, SlotAt(to), pass);
+      Load<false>(tile >= work.first_extra, SlotAt(to), pass);
       ahead |= (ValidBits() >> (4 * pass) & 15) << (4 * waiting);
       ++loaded;
     };
@@ -447,7 +501,7 @@ class Gather {
     while (tile < work.end) {
       WaitCopyGroups<kSlots - 1>();
       __syncwarp();  // scales are another lane's copies
-      const KeyPart parts[1] = {Read(SlotAt(slot), ahead)};
+      const KeyPart parts[1] = {Read<false>(SlotAt(slot), ahead)};
       __syncwarp();  // all lanes have their codes before new ones arrive
       valid |= (ahead & 15) << (4 * pass);
       ahead >>= 4;
@@ -504,6 +558,7 @@ class Gather {
   Place place_ = {kMasked, 0};
   int at_ = 0;      // first lane that has a row of the tile looked up last
   uint32_t raw_;    // where this lane's codes of stage 0, pass 0 go
+  uint32_t slots_;  // or of slot 0
   uint32_t piece_;  // where 16 bytes of this lane's key go: stage 0, pass 0, block 0
   uint32_t codes_;  // where its first 16 codes go, the half that it stores first
   float multiplier_[2] = {1.0f, 1.0f};

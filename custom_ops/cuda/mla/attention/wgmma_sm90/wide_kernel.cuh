@@ -36,21 +36,20 @@ inline constexpr int kWideThreads = 256 + 32 * kWideProducers;
 inline constexpr int kScoreRegisters = 208;
 inline constexpr int kOutputRegisters = 160;
 inline constexpr int kProducerRegisters = 72;
-// Stages of keys. Ten tiles, as DeepSeek-V4 has, are done sooner with one and slots beside it.
+inline constexpr int kWideStages = 2;  // of keys
+// Beside stages of 512 channels there is room for a slot of each producer warp.
 template <MlaFormat kFormat>
-inline constexpr int kWideStages = kFormat == MlaFormat::kFp8x584 ? 1 : 2;
-template <MlaFormat kFormat>
-inline constexpr int kWideSlots = kFormat == MlaFormat::kFp8x584 ? 3 : 0;
+inline constexpr int kWideSlots = kFormat == MlaFormat::kFp8x584 ? 1 : 0;
 
 template <int kDim, MlaFormat kFormat>
 struct alignas(1024) WideShared {
-  Stages<kDim, kWideStages<kFormat>> stages;
+  Stages<kDim, kWideStages> stages;
   uint8_t query[kDim / 64 * kWideHeads * 128];
   uint8_t probabilities[kWideHeads * 128];
   float rescale[kWideHeads];
   float factor[kWideHeads];
   float query_powers[kWideHeads];  // fp16: what the query's rows were divided by
-  StageBarriers<kWideStages<kFormat>> barriers;
+  StageBarriers<kWideStages> barriers;
   uint64_t probabilities_full;
   uint64_t probabilities_empty;
   alignas(16) uint8_t slots[kWideSlots<kFormat> * kWideProducers * kSlotBytes + 16];
@@ -90,7 +89,7 @@ class WideConsumer {
  public:
   using Shared = WideShared<kDim, kFormat>;
   static constexpr DType kType = kOperand<kFormat>;
-  static constexpr int kStages = kWideStages<kFormat>;
+  static constexpr int kStages = kWideStages;
   static constexpr bool kHalf = kType == DType::kFloat16;
 
   __device__ __forceinline__ WideConsumer(const Arguments& args, Shared& shared)
@@ -449,7 +448,7 @@ class WideConsumer {
 
 template <bool kPair, int kDim, MlaFormat kFormat>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim, kFormat>& shared) {
-  for (int i = 0; i < kWideStages<kFormat>; ++i) {
+  for (int i = 0; i < kWideStages; ++i) {
     InitBarrier(&shared.barriers.full[i], kPair ? 1 : kFullArrivals<kFormat, kWideProducers>);
     InitBarrier(&shared.barriers.own[i], kFullArrivals<kFormat, kPairProducers>);
     InitBarrier(&shared.barriers.empty[i][0], (kPair ? 16 : 8) * kWarpArrivals);
@@ -472,7 +471,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   PdlLaunchDependents();
   if (threadIdx.x >= 256) {
     ReleaseRegisters<kProducerRegisters>();
-    Gather<kDim, kFormat, kWideProducers, kWideStages<kFormat>, kKeys, kWideSlots<kFormat>> gather(
+    Gather<kDim, kFormat, kWideProducers, kWideStages, kKeys, kWideSlots<kFormat>> gather(
         args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256, 0, shared.slots);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kWideHeads));
@@ -507,14 +506,14 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   if (threadIdx.x >= 384) {
     ReleaseRegisters<kPairSenderRegisters>();
     if (threadIdx.x < 416) {
-      PairSender<kDim, kWideStages<kFormat>> sender(shared.stages.keys[0], shared.barriers, rank);
+      PairSender<kDim, kWideStages> sender(shared.stages.keys[0], shared.barriers, rank);
       for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
         sender.Run(Work(args, index, kWideHeads));
       }
     }
   } else if (threadIdx.x >= 256) {
     ReleaseRegisters<kPairProducerRegisters>();
-    Gather<kDim, kFormat, kPairProducers, kWideStages<kFormat>, kKeys / 2> gather(
+    Gather<kDim, kFormat, kPairProducers, kWideStages, kKeys / 2> gather(
         args, shared.stages.keys[0], shared.barriers, threadIdx.x - 256, kKeys / 2 * rank);
     for (unsigned index = blockIdx.x; index < args.work_tiles; index += gridDim.x) {
       gather.Run(Work(args, index, kWideHeads));

@@ -1,0 +1,88 @@
+"""The table of goals of latent attention: what its kernels should reach, and what an H100 gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from gpu_tables.latent import MISSING
+from gpu_tables.results import COPY, Measured, Results, digits, grid, links, percent, ratio, span
+
+Rows = list[Measured]
+_SPARSE, _DENSE, _WRITE = "mla_sparse_attention", "mla_attention", "mla_write_cache"
+#: Products of a key and a row: scores over 576 channels, outputs over 512.
+_PRODUCTS = 576 + 512
+
+
+def _known(rows: Iterable[Measured | None]) -> Rows:
+    return [row for row in rows if row]
+
+
+def _us(rows: Rows) -> str:
+    return span((row.us for row in rows), digits) + " us"
+
+
+def _rates(rows: Rows) -> str:
+    return span((row.rate for row in rows), "{:.0f}".format)
+
+
+def _of(*peers: str) -> Callable[[Rows], str]:
+    return lambda rows: span((row.ratio(*peers) for row in rows), ratio)
+
+
+def _of_copy(rows: Rows) -> str:
+    return span((row.ratio(COPY) for row in rows), percent) + " %"
+
+
+def _decode(results: Results, size: int, batch: int, queries: str, heads: str, top: str) -> Rows:
+    return results.find(
+        _SPARSE, rf"decode {size} B, batch {batch}, {queries} queries, H {heads}, top {top}"
+    )
+
+
+def _steps(results: Results, batch: int, keys: int, heads: str, kinds: str) -> Rows:
+    return results.find(_DENSE, rf"{heads} heads, batch {batch}, {keys}k keys, {kinds}")
+
+
+def _teraflops(heads: int, batch: int, keys: int) -> Callable[[Rows], str]:
+    work = 2 * heads * batch * keys * 1024 * _PRODUCTS
+    return lambda rows: span((work / row.us / 1e6 for row in rows), "{:.0f}".format)
+
+
+def latent_targets(results: Results) -> str:
+    """Goals of `mla_sparse_attention`, `mla_attention` and `mla_write_cache`."""
+    v4 = r"512 \+ 128"
+    many = _known(
+        results.get(_WRITE, f"T {n}, {kind}")
+        for kind in ("bf16", "fp8", "fp8_656", "fp8_584")
+        for n in (8192, 16384, 65536)
+    )
+    goals: list[tuple[str, str, Rows, Callable[[Rows], str]]] = [
+        ("656 bytes, 128 x 1 and 128 x 2, 128 heads, 2048 keys, TFLOP/s", "400",
+         _decode(results, 656, 128, "[12]", "128", "2048"), _rates),
+        ("the same, 128 x 1, 64 heads", "110 us",
+         _decode(results, 656, 128, "1", "64", "2048"), _us),
+        ("16 and 8 heads", "75 us", _decode(results, 656, 128, "1", "(16|8)", "2048"), _us),
+        ("1 x 1, 128 heads", "18 us", _decode(results, 656, 1, "1", "128", "2048"), _us),
+        ("8 x 1, 128 heads", "30 us", _decode(results, 656, 8, "1", "128", "2048"), _us),
+        ("584 bytes, 128 x 1, 64 heads, 512 + 128 keys", "48 us",
+         _decode(results, 584, 128, "1", "64", v4), _us),
+        ("the same, 16 heads", "26 us", _decode(results, 584, 128, "1", "16", v4), _us),
+        ("prompt of 4096 x 128 heads, `bf16`, over FlashMLA", "1.05",
+         results.find(_SPARSE, r"prefill bf16, .*"), _of("FlashMLA")),
+        ("the same from 656 bytes, over ours of `bf16`", "0.95",
+         results.find(_SPARSE, r"prefill fp8_656, .*"), _of("bf16 keys")),
+        ("`mla_attention`, 16 heads, 128 x 32k, `bf16`, GB/s", "2905",
+         _steps(results, 128, 32, "16", "bf16"), _rates),
+        ("128 heads, TFLOP/s", "551", _steps(results, 128, 32, "128", "bf16"),
+         _teraflops(128, 128, 32)),
+        ("the same, `fp8`, at an error of 4e-3, TFLOP/s", "692",
+         _steps(results, 128, 32, "128", "fp8"), _teraflops(128, 128, 32)),
+        ("16 and 128 heads, 1 x 4k, `bf16` and 8 bits", "20 us",
+         _steps(results, 1, 4, "(16|128)", ".*"), _us),
+        ("`mla_write_cache`, 8192 tokens and more, of a copy", "90 %", many, _of_copy),
+    ]  # fmt: skip
+    used = [row for _, _, rows, _ in goals for row in rows]
+    if not used:
+        return MISSING
+    lines = [[what, goal, tell(rows) if rows else "-"] for what, goal, rows, tell in goals]
+    return grid(["", "goal", "H100"], lines) + "\n" + links(used)
