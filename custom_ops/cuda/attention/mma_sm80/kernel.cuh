@@ -350,20 +350,14 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       StartLoad<Traits, (Traits::kStages + 1) % 2>(cursor, ring);
       const uint32_t key_stage = ring->NextUse();
       const bool assigned = IsAssigned<Traits>(key_stage);
-      if constexpr (Traits::kBlockScales) {
-        if (assigned) PrepareBlockScales<Traits, true>(key_stage);
-        __syncwarp();
-      }
+      PrepareForWarp<Traits, true>(key_stage, assigned);
       if (assigned) Score<Traits>(p, key_stage, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
       StartLoad<Traits, Traits::kStages % 2>(cursor, ring);
       const uint32_t value_stage = ring->NextUse();
       if (!assigned) continue;
-      if constexpr (Traits::kBlockScales) {
-        PrepareBlockScales<Traits, false>(value_stage);
-        __syncwarp();
-      }
+      PrepareForWarp<Traits, false>(value_stage, true);
       if constexpr (Traits::kNibbles) {
         // Nothing to scrub, as above.
       } else if (mask.needs_mask) {

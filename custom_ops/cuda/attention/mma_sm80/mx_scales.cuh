@@ -84,6 +84,16 @@ __device__ __forceinline__ void PrepareBlockScales(uint32_t stage) {
   }
 }
 
+// The same of a pipeline of one warp, if its block is assigned.
+template <typename Traits, bool kKeys>
+__device__ __forceinline__ void PrepareForWarp(uint32_t stage, bool assigned) {
+  if constexpr (Traits::kBlockScales) {
+    static_assert(Traits::kPipelineWarps == 1 || Traits::kPairsKv);
+    if (assigned) PrepareBlockScales<Traits, kKeys>(stage);
+    __syncwarp();
+  }
+}
+
 // Factors of a key's channels of a block, as a pair of fp16 numbers.
 template <typename Traits>
 __device__ __forceinline__ uint32_t KeyFactors(uint32_t stage, int key, int block) {
