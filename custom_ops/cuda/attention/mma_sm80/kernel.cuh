@@ -203,7 +203,7 @@ __device__ __forceinline__ void Weigh(const AttentionParams& p, uint32_t stage,
                                       Probabilities<Traits>& probabilities,
                                       TileState<Traits>* state) {
   float value_scales[Traits::kGroup][2];
-  if constexpr (Traits::kNibbles) {  // ahead of what takes time
+  if constexpr (Traits::kScalesAtOnce) {  // ahead of what takes time
     LoadTokenScales<Traits>(stage, first, TokenScaleType<Traits>(p), value_scales);
   }
   RaiseMaximum<Traits>(scores, state);

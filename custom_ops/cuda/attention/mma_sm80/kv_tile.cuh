@@ -79,6 +79,50 @@ __device__ __forceinline__ float TokenScale(uint32_t stage, int key, DType dtype
   return BFloat16ToFloat(bits);
 }
 
+// Per-token scales of the keys of a lane's scores. The scales' dtype is looked at once.
+template <typename Traits>
+__device__ __forceinline__ void LoadTokenScales(uint32_t stage, int first, DType dtype,
+                                                float (&scale)[Traits::kGroup][2]) {
+  const int key = Traits::KeyOf(first, threadIdx.x % 32 / 4);
+  const uint32_t scales = stage + Traits::kDataBytes;
+  if constexpr (Traits::kNibbles) {  // the keys lie side by side
+    constexpr int kCount = 2 * Traits::kGroup;
+    static_assert(Traits::KeyOf(1, 0) == 2 && Traits::KeyOf(0, 8) == 1);
+    if (dtype == DType::kFloat32) {
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) {
+        const uint4 four = LoadShared16(scales + key * 4 + i * 16);
+        scale[2 * i][0] = __uint_as_float(four.x), scale[2 * i][1] = __uint_as_float(four.y);
+        scale[2 * i + 1][0] = __uint_as_float(four.z);
+        scale[2 * i + 1][1] = __uint_as_float(four.w);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) {
+        const uint2 four = LoadShared8(scales + key * 2 + i * 8);
+        scale[2 * i][0] = __uint_as_float(four.x << 16);
+        scale[2 * i][1] = __uint_as_float(four.x & 0xFFFF0000u);
+        scale[2 * i + 1][0] = __uint_as_float(four.y << 16);
+        scale[2 * i + 1][1] = __uint_as_float(four.y & 0xFFFF0000u);
+      }
+    }
+  } else if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < 2 * Traits::kGroup; ++i) {
+      const int from = key + Traits::KeyOf(i / 2, i % 2 * 8);
+      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale[i / 2][i % 2]) : "r"(scales + from * 4));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2 * Traits::kGroup; ++i) {
+      const int from = key + Traits::KeyOf(i / 2, i % 2 * 8);
+      uint16_t bits;
+      asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(scales + from * 2));
+      scale[i / 2][i % 2] = BFloat16ToFloat(bits);
+    }
+  }
+}
+
 // scores[m][n] += K Q^T for key tiles first .. first + kGroup, over the channels of K's kStage-th
 // stage.
 template <typename Traits, int kStage = 0>
@@ -157,13 +201,13 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
                                              float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   const int g = threadIdx.x % 32 / 4;
   float token_scales[Traits::kGroup][2];
-  if constexpr (Traits::kNibbles) {
+  if constexpr (Traits::kScalesAtOnce) {
     LoadTokenScales<Traits>(stage, first, TokenScaleType<Traits>(p), token_scales);
   }
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
     float scale[2] = {1.0f, 1.0f};
-    if constexpr (Traits::kNibbles) {
+    if constexpr (Traits::kScalesAtOnce) {
       scale[0] = token_scales[m][0], scale[1] = token_scales[m][1];
     } else if constexpr (Traits::kPerTokenScales) {
 #pragma unroll

@@ -45,33 +45,6 @@ __device__ __forceinline__ void FindQueryBias(WordsOf&& at, float (&bias)[2]) {
   for (int c = 0; c < 2; ++c) bias[c] = -(sum[0][c] + sum[1][c]) - (sum[2][c] + sum[3][c]);
 }
 
-// Per-token scales of the keys of a lane's scores, which lie side by side (AttentionTraits::KeyOf).
-template <typename Traits>
-__device__ __forceinline__ void LoadTokenScales(uint32_t stage, int first, DType dtype,
-                                                float (&scale)[Traits::kGroup][2]) {
-  constexpr int kCount = 2 * Traits::kGroup;
-  static_assert(Traits::KeyOf(1, 0) == 2 && Traits::KeyOf(0, 8) == 1);
-  const int key = Traits::KeyOf(first, threadIdx.x % 32 / 4);
-  const uint32_t scales = stage + Traits::kDataBytes;
-  if (dtype == DType::kFloat32) {
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      const uint4 four = LoadShared16(scales + key * 4 + i * 16);
-      scale[2 * i][0] = __uint_as_float(four.x), scale[2 * i][1] = __uint_as_float(four.y);
-      scale[2 * i + 1][0] = __uint_as_float(four.z), scale[2 * i + 1][1] = __uint_as_float(four.w);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      const uint2 four = LoadShared8(scales + key * 2 + i * 8);
-      scale[2 * i][0] = __uint_as_float(four.x << 16);
-      scale[2 * i][1] = __uint_as_float(four.x & 0xFFFF0000u);
-      scale[2 * i + 1][0] = __uint_as_float(four.y << 16);
-      scale[2 * i + 1][1] = __uint_as_float(four.y & 0xFFFF0000u);
-    }
-  }
-}
-
 // scores[m][n] += K Q^T for key tiles first .. first + kGroup.
 template <typename Traits, typename Query>
 __device__ __forceinline__ void MultiplyNibbles(

@@ -92,6 +92,9 @@ struct AttentionTraits {
   static constexpr int kStageDimTiles = std::min(kStageDim, kValueDim) / 16;
   static constexpr int kMmaSteps = kKeyDim / 16;  // of the product over channels
   static constexpr int kStageSteps = kStageDim / 16;
+  // A lane's scales of a KV tile are loaded together, V's before the softmax, where registers are
+  // left for them.
+  static constexpr bool kScalesAtOnce = kPerTokenScales && (kNibbles || kTiles == 1);
   static constexpr bool kQueryInRegisters = kTiles <= 2 && kTiles * kMmaSteps <= 24;
 
   // A stage is a KV tile's K or V, or some channels of them, its per-token scales (of K in the last

@@ -129,7 +129,7 @@ __device__ __forceinline__ void DropColumnExponents(TileState<Traits>* state) {
 }
 
 // Does the same where columns do not differ, relative to a power of two that bounds all scales.
-// `scale`: of 4-bit codes, V's scales of the lane's keys.
+// `scale`: V's scales of the lane's keys.
 template <typename Traits>
 __device__ __forceinline__ void ApplyCommonScales(
     const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
@@ -143,7 +143,7 @@ __device__ __forceinline__ void ApplyCommonScales(
     for (int half = 0; half < 2; ++half) {
       const int key = Traits::KeyOf(first + m, g + 8 * half);
       float x;
-      if constexpr (Traits::kNibbles) {
+      if constexpr (Traits::kScalesAtOnce) {
         x = scale[m][half];
       } else {
         x = TokenScale<Traits>(stage, key, TokenScaleType<Traits>(p));

@@ -36,8 +36,16 @@ struct Format<DType::kE4M3> {
   // Two codes in the low (high) half of a word.
   static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t* low, uint32_t* high) {
 #if __CUDA_ARCH__ >= 890
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(*low) : "h"(static_cast<uint16_t>(codes)));
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(*high) : "h"(static_cast<uint16_t>(codes >> 16)));
+    // The halves are named inside the assembly: the conversion then reads the upper one where it
+    // lies, and a shift with it becomes no instruction of its own.
+    asm("{\n"
+        ".reg .b16 pair0, pair1;\n"
+        "mov.b32 {pair0, pair1}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, pair0;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, pair1;\n"
+        "}"
+        : "=r"(*low), "=r"(*high)
+        : "r"(codes));
 #else
     *low = WidenPair(__byte_perm(codes, 0, 0x1404));
     *high = WidenPair(__byte_perm(codes, 0, 0x3424));
@@ -116,7 +124,7 @@ struct Format<DType::kE2M1> {
   static constexpr DType kOperand = DType::kFloat16;
   static constexpr int kBytes = 1;
 
-  // Pair n: nibbles n and n + 4 of a word, those of a half whose bit 3 is bit kSign now.
+  // Pair n: nibbles n and n + 4 of a word, whose signs are kShift bits below those of halves.
   template <int kShift>
   static __device__ __forceinline__ uint32_t Place(uint32_t codes) {
     const uint32_t sign = kShift == 0 ? codes : codes << kShift;
