@@ -200,9 +200,8 @@ FAMILIES = (
             (HALF, _compiled(64, 96, 128, 192, 256), "k16Bit", False),
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
             (("kFloat16", "kE4M3", "kInt8"), _compiled(64, 96, 128), "kPagedCodes", EITHER),
-            ("kInt8", _compiled(64, 96, 128), "kPagedNibbles", True),
             ("kFloat16", _compiled(256), "kPagedCodes", EITHER),
-            ("kFloat16", _compiled(256), "kPagedNibbles", True),
+            ("kFloat16", NIBBLE_DIMS, "kPagedNibbles", True),
         ),
     ),
     Family(

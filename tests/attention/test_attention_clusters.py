@@ -12,6 +12,7 @@ import pytest
 import fastattn.functional as F
 from tests.support.attention import (
     BLOCK_WISE_FP8,
+    BLOCK_WISE_INT4,
     BLOCK_WISE_INT8,
     CACHE_KINDS,
     PLAIN,
@@ -67,6 +68,20 @@ def test_clusters_of_every_size(place, heads, seqs):
     """8, 4 or 2 CTAs, or none: it depends on how many sequences and heads there are."""
     lengths = [((37 * i) % 400, 1) for i in range(1, seqs + 1)]
     paged_problem(lengths, heads=heads, kind=BLOCK_WISE_FP8, seed=seqs).check(place)
+
+
+@pytest.mark.parametrize("window", [-1, 900])
+@pytest.mark.parametrize(
+    "seqs",
+    [[(2047, 1)], [(2048, 1)], [(8191, 1)], [(3000, 2)], [(2500, 1), (0, 0), (70, 1)]],
+    ids=str,
+)
+def test_twice_the_warps_of_4_bit_codes(place, seqs, window):
+    # From 2049 keys on the CTAs of clusters of 8 have twice the warps.
+    problem = paged_problem(
+        seqs, heads=(8, 2), kind=BLOCK_WISE_INT4, dim=128, window_size=(window, -1), seed=4
+    )
+    problem.check(place)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, CacheKind("cache_fp8"), BLOCK_WISE_INT8], ids=str)

@@ -25,15 +25,16 @@ CODES = [
     CacheKind("block_wise_int8"),
     TOKEN,
 ]
+INT4 = CacheKind("block_wise_int4")  # whose codes become fp16 values
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS_16 if k.quant_type != "none"], ids=str)
+@pytest.mark.parametrize("kind", [*(k for k in KINDS_16 if k.quant_type != "none"), INT4], ids=str)
 def test_fp16_queries_of_codes(place, kind):
     seqs = [(70, 200), (0, 130)]
     paged_problem(seqs, kind=kind, dim=128, q_type="float16", seed=2).check(place)
 
 
-@pytest.mark.parametrize("code", ["fp8", "int8"])
+@pytest.mark.parametrize("code", ["fp8", "int8", "int4"])
 def test_nan_scales_stay_with_the_seqs_that_see_them(place, code):
     problem = paged_problem([(200, 300)], kind=CacheKind(f"block_wise_{code}"), dim=128)
     problem.v.scales[problem.slot(0, 333)[0], 0, 333 % 64] = np.nan
@@ -44,7 +45,7 @@ def test_nan_scales_stay_with_the_seqs_that_see_them(place, code):
     assert seen[250:, 2:].all() and not seen[:250, 2:].any()
 
 
-@pytest.mark.parametrize("kind", [CacheKind("block_wise_int8"), TOKEN], ids=str)
+@pytest.mark.parametrize("kind", [CacheKind("block_wise_int8"), TOKEN, INT4], ids=str)
 def test_token_scales_far_apart(place, kind):
     # The scale that probabilities are stored with follows the largest scale of V, step by step.
     problem = paged_problem([(600, 200)], kind=kind, heads=(2, 1), dim=128)
@@ -53,12 +54,28 @@ def test_token_scales_far_apart(place, kind):
     problem.check(place)
 
 
-def test_queries_of_any_size(place):
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kind", [CacheKind("cache_int8", "head"), INT4], ids=str)
+def test_queries_of_any_size(place, kind, dim):
     # fp16 operands have less range than bf16 queries.
-    problem = paged_problem([(100, 200)], kind=CacheKind("cache_int8", "head"), dim=128)
+    problem = paged_problem([(100, 200)], kind=kind, dim=dim)
     size = 2.0 ** np.random.default_rng(4).integers(-60, 61, (200, 4, 1))
     problem.q = (problem.q.astype(np.float32) * size).astype(problem.q.dtype)
     problem.check(place)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_the_size_of_other_queries_does_not_matter(place, softcap):
+    # A query may have a power of two of its own, where most have none.
+    problem = paged_problem([(100, 200)], kind=INT4, heads=(2, 1), dim=128, softcap=softcap)
+    out, lse = problem.run(place, out_dtype="float32")
+    size = np.ones((200, 1, 1), np.float32)
+    size[3::5], size[1::5] = 2.0**30, 2.0**-30
+    problem.q = (problem.q.astype(np.float32) * size).astype(problem.q.dtype)
+    other, other_lse = problem.run(place, out_dtype="float32")
+    same = size[:, 0, 0] == 1
+    assert_same_bits(other[same], out[same], "out")
+    assert_same_bits(other_lse[:, same], lse[:, same], "lse")
 
 
 @pytest.mark.parametrize("kind", FEW_16, ids=str)
@@ -94,7 +111,7 @@ def test_scores_that_are_all_far_from_zero(place, sign):
 
 
 @pytest.mark.parametrize("size", [30, 1e3, 1e6])
-@pytest.mark.parametrize("kind", CODES, ids=str)
+@pytest.mark.parametrize("kind", [*CODES, INT4], ids=str)
 def test_scores_of_codes_that_are_far_from_zero(place, kind, size):
     # Few keys have weight then, and the integer products of int8 lose their bias.
     problem = paged_problem([(100, 200)], kind=kind, heads=(2, 1), dim=128, seed=7)
@@ -104,15 +121,17 @@ def test_scores_of_codes_that_are_far_from_zero(place, kind, size):
     # The same key with a weight of one in every row: nothing is left to be rounded.
     problem.q[:] = np.abs(problem.q)
     codes = problem.k.elements
-    codes[:] = 0
+    codes[:] = 8 if kind.code == "int4" else 0
     block, at = problem.slot(0, 17)
-    codes[block, :, at] = 100 if "int8" in kind.quant_type else 0x70
+    codes[block, :, at] = {"int8": 100, "e4m3": 0x70, "int4": 15}[kind.code]
+    if kind.code == "int4":  # whose scales have signs
+        problem.k.scales[:] = np.abs(problem.k.scales)
     problem.q[1::2] = (problem.q[1::2].astype(np.float32) * size).astype(problem.q.dtype)
     problem.check(place)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("kind", CODES, ids=str)
+@pytest.mark.parametrize("kind", [*CODES, INT4], ids=str)
 def test_queries_that_are_not_finite(place, kind, value):
     problem = paged_problem([(100, 200), (0, 70)], kind=kind, heads=(2, 1), dim=128)
     problem.q[5, 1, 77] = problem.q[150, 0, 3] = value
@@ -134,7 +153,7 @@ def test_scores_that_grow_towards_the_first_key(place, q_type, growth):
 
 
 @pytest.mark.parametrize("growth", [4, 60])
-@pytest.mark.parametrize("code", ["int8", "fp8"])
+@pytest.mark.parametrize("code", ["int8", "fp8", "int4"])
 def test_scores_of_scaled_codes_that_grow_towards_the_first_key(place, code, growth):
     seqs = [(130, 700), (300, 600)]
     problem = paged_problem(seqs, kind=CacheKind(f"block_wise_{code}"), heads=(2, 1), dim=128)
@@ -170,8 +189,9 @@ def test_as_many_equal_seqs_as_fill_a_gpu(place, tokens, causal):
     flash_problem(seqs, heads=(4, 2), dim=128, seed=8, causal=causal).check(place)
 
 
-def test_queries_and_scales_of_zero(place):
-    problem = paged_problem([(100, 200)], kind=CacheKind("cache_int8", "head"), dim=128)
+@pytest.mark.parametrize("kind", [CacheKind("cache_int8", "head"), INT4], ids=str)
+def test_queries_and_scales_of_zero(place, kind):
+    problem = paged_problem([(100, 200)], kind=kind, dim=128)
     problem.q[5:90] = 0
     problem.k.scales[:] = 0
     problem.check(place)

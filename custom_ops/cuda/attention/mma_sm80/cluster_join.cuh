@@ -29,7 +29,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
   ArriveAtCluster();
   WaitForCluster();
 #pragma unroll 1
-  for (int done = 0; done < each; done += kAttentionThreads) {
+  for (int done = 0; done < each; done += Traits::kThreads) {
     const int index = begin + done + static_cast<int>(threadIdx.x);
     const int column = index / kQuads, quad = index % kQuads;
     const bool mine = done + static_cast<int>(threadIdx.x) < each && infos[column].out >= 0;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void JoinCluster(const AttentionParams& p, const Atte
       }
     }
     __syncwarp();
-    if (done + kAttentionThreads >= each) ArriveAtCluster();
+    if (done + Traits::kThreads >= each) ArriveAtCluster();
     if (mine) {
       const Column info =
           ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + column);

@@ -34,9 +34,9 @@ __device__ __forceinline__ bool ComesLast(int* counter, int count) {
 }
 
 // Piece `index` of `kCount`, or of those that do not fill all threads the last one for the rest.
-template <int kCount>
+template <int kCount, int kThreads>
 __device__ __forceinline__ int PieceOf(int index) {
-  return kCount % kAttentionThreads == 0 ? index : min(index, kCount - 1);
+  return kCount % kThreads == 0 ? index : min(index, kCount - 1);
 }
 
 // Joins `count` partial results of a work tile, of CTAs from `first` on, `stride` apart, in their
@@ -48,7 +48,7 @@ __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const Att
                                              int first, int stride, int count, bool last) {
   constexpr int kQuads = Traits::kValueDim / 4;
   constexpr int kAllPieces = Traits::kColumns * kQuads;
-  constexpr int kPieces = (kAllPieces + kAttentionThreads - 1) / kAttentionThreads;  // of a thread
+  constexpr int kPieces = (kAllPieces + Traits::kThreads - 1) / Traits::kThreads;  // of a thread
   // Partial results whose loads are under way together; 16 columns leave fewer registers.
   constexpr int kBatch = 16 / kPieces;
   static_assert(kPieces <= 16);
@@ -74,7 +74,7 @@ __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const Att
           reinterpret_cast<const float2*>(partial + Traits::kColumns * Traits::kValueDim);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        const int index = PieceOf<kAllPieces>(thread + i * kAttentionThreads);
+        const int index = PieceOf<kAllPieces, Traits::kThreads>(thread + i * Traits::kThreads);
         outs[b][i] = __ldcg(reinterpret_cast<const uint4*>(partial) + index);
         states[b][i] = __ldcg(of_columns + index / kQuads);
       }
@@ -98,8 +98,8 @@ __device__ __forceinline__ void JoinPartials(const AttentionParams& p, const Att
   float* const joined = partial_of(first);
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    const int index = thread + i * kAttentionThreads;
-    if (PieceOf<kAllPieces>(index) != index) continue;
+    const int index = thread + i * Traits::kThreads;
+    if (PieceOf<kAllPieces, Traits::kThreads>(index) != index) continue;
     const int column = index / kQuads, quad = index % kQuads;
     if (!last) {
       reinterpret_cast<uint4*>(joined)[index] = out[i];

@@ -425,7 +425,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
     StoreRound<Traits>(*state, round, pipeline, warp_column, g, t, merge);
     __syncthreads();
 #pragma unroll 1
-    for (int index = threadIdx.x; index < Traits::kColumns * kQuads; index += kAttentionThreads) {
+    for (int index = threadIdx.x; index < Traits::kColumns * kQuads; index += Traits::kThreads) {
       const int column = index / kQuads, quad = index % kQuads;
       const float4 sum = SumPipelines<Traits>(merge, column, quad);
       const int channel = round * Traits::kMergeDims + 4 * quad;
@@ -440,7 +440,7 @@ __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const At
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     AttentionKernel(const __grid_constant__ AttentionParams p,
                     const __grid_constant__ AttentionTask task) {
   extern __shared__ __align__(16) char shared[];
@@ -459,14 +459,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (clustered && task.finds_seqs) {
     working = reinterpret_cast<uint32_t*>(shared + Traits::kScheduleOffset);
     clustered =
-        ClustersTakeCall<kAttentionThreads>(p, task, Traits::kColumns, Traits::kKvTile, working);
+        ClustersTakeCall<Traits::kThreads>(p, task, Traits::kColumns, Traits::kKvTile, working);
     if (p.seqs.num_tokens >= task.num_seqs) working = nullptr;
   }
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
   static_assert(Traits::kSegmentBytes == sizeof(Segment) * Traits::kMaxSegments);
   const Schedule schedule =
       clustered ? MakeClusterSchedule<Traits::kColumns, Traits::kKvTile>(p, task, working, segments)
-                : MakeSchedule<Traits::kColumns, Traits::kKvTile, kAttentionThreads>(
+                : MakeSchedule<Traits::kColumns, Traits::kKvTile, Traits::kThreads>(
                       p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
                       reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
   clustered = Traits::kClusters && schedule.InCluster();  // takes no register of its own
@@ -582,16 +582,35 @@ cudaError_t PrepareLaunch(int* stages) {
   });
 }
 
-template <DType kElement, int kHeadDim, bool kPaged, bool kPerTokenScales, int kColumns>
-cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
-                                   cudaStream_t stream) {
-  using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kPerTokenScales, kColumns>;
+template <typename Traits>
+cudaError_t LaunchKernel(const AttentionParams& p, const AttentionTask& task, int grid,
+                         cudaStream_t stream) {
   constexpr auto kKernel = AttentionKernel<Traits>;
   int stages = 0;
   const cudaError_t status = PrepareLaunch<kKernel, Traits>(&stages);
   if (status != cudaSuccess) return status;
-  return LaunchPdlInClusters(kKernel, dim3(grid), dim3(kAttentionThreads), task.cluster,
+  return LaunchPdlInClusters(kKernel, dim3(grid), dim3(Traits::kThreads), task.cluster,
                              Traits::SharedBytes(task.num_seqs, stages), stream, p, task);
+}
+
+// Clusters that certainly take the call, and whose CTAs have a multiprocessor each and more than a
+// KV tile for each of their warps.
+inline bool WantsWide(const AttentionParams& p, const AttentionTask& task) {
+  constexpr int kWarps = kAttentionThreads / 32;
+  return task.cluster > 2 && task.cluster_kv_tiles == kAnyKvTiles &&
+         p.max_seqlen_k > kWarps * kBlockSize * task.cluster;
+}
+
+template <DType kElement, int kHeadDim, bool kPaged, bool kPerTokenScales, int kColumns>
+cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
+                                   cudaStream_t stream) {
+  using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kPerTokenScales, kColumns>;
+  // Keys of 4 bits are here before one warp a scheduler has computed on them.
+  if constexpr (Traits::kNibbles && kHeadDim == 128 && kColumns == 8) {
+    using Wide = AttentionTraits<kElement, kHeadDim, kPaged, kPerTokenScales, kColumns, true>;
+    if (WantsWide(p, task)) return LaunchKernel<Wide>(p, task, grid, stream);
+  }
+  return LaunchKernel<Traits>(p, task, grid, stream);
 }
 
 }  // namespace fastattn::cuda

@@ -81,22 +81,26 @@ __device__ __forceinline__ void MultiplyNibbles(
       for (int n = 0; n < Traits::kTiles; ++n) {
         b[0][n] = query.At(n, step), b[1][n] = query.At(n, step + 1);
       }
+      uint32_t low[Traits::kGroup][4], high[Traits::kGroup][4];
 #pragma unroll
       for (int m = 0; m < Traits::kGroup; ++m) {
-        uint32_t low[4], high[4];
         if constexpr (Traits::kBlockScales) {
-          Format::Widen(keys[m][0][w], factors[m][0], factors[m][0], low);
-          Format::Widen(keys[m][1][w], factors[m][1], factors[m][1], high);
+          Format::Widen(keys[m][0][w], factors[m][0], factors[m][0], low[m]);
+          Format::Widen(keys[m][1][w], factors[m][1], factors[m][1], high[m]);
         } else {
-          Format::Widen(keys[m][0][w], low);
-          Format::Widen(keys[m][1][w], high);
+          Format::Widen(keys[m][0][w], low[m]);
+          Format::Widen(keys[m][1][w], high[m]);
         }
+      }
+      // Products that follow each other add to other scores.
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
           for (int n = 0; n < Traits::kTiles; ++n) {
-            Mma<Format::kOperand>(scores[m][n], low[2 * s], high[2 * s], low[2 * s + 1],
-                                  high[2 * s + 1], b[s][n].x, b[s][n].y);
+            Mma<Format::kOperand>(scores[m][n], low[m][2 * s], high[m][2 * s], low[m][2 * s + 1],
+                                  high[m][2 * s + 1], b[s][n].x, b[s][n].y);
           }
         }
       }

@@ -213,7 +213,7 @@ struct QueryLoads {
                                 : kColumnQuads % 32 == 0 ? 32
                                                          : 16;  // of a column
   static constexpr int kQuads = kColumnQuads / kLanes;          // of a lane, kLanes apart
-  static constexpr int kAtOnce = kAttentionThreads / kLanes;
+  static constexpr int kAtOnce = Traits::kThreads / kLanes;
   static constexpr int kPasses = Traits::kColumns / kAtOnce;
   static constexpr int kBatch = kPasses < 4 ? kPasses : 4;
   static_assert((kLanes & (kLanes - 1)) == 0 && kPasses * kAtOnce == Traits::kColumns,

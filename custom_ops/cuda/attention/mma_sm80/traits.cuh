@@ -1,8 +1,8 @@
 // Shapes of one attention kernel.
 //
-// A CTA of 4 warps works on a work tile of `kColumns` packed GQA columns. Its warps form warp
-// pipelines: each takes every kPipelines-th KV tile of 64 (or 32) keys, moves it through its own
-// stages of shared memory, and keeps its own maximum, sum and output, merged at the end of the
+// A CTA of 4 warps, or 8, works on a work tile of `kColumns` packed GQA columns. Its warps form
+// warp pipelines: each takes every kPipelines-th KV tile of 64 (or 32) keys, moves it through its
+// own stages of shared memory, and keeps its own maximum, sum and output, merged at the end of the
 // segment.
 //
 // Keys are the rows of the matrix products and queries their columns: S^T = K Q^T and O^T = V^T
@@ -42,8 +42,13 @@ constexpr int MergeDims(int most, int dim) {
   return dims;
 }
 
-template <DType kElement_, int kHeadDim_, bool kPaged_, bool kPerTokenScales_, int kColumns_>
+// kWide: twice the warps in a CTA, for calls whose clusters have a multiprocessor for each CTA.
+template <DType kElement_, int kHeadDim_, bool kPaged_, bool kPerTokenScales_, int kColumns_,
+          bool kWide_ = false>
 struct AttentionTraits {
+  static constexpr bool kWide = kWide_;
+  static constexpr int kThreads = kAttentionThreads * (kWide ? 2 : 1);
+  static constexpr int kCtasPerSm = kWide ? 1 : kAttentionCtasPerSm;
   static constexpr DType kElement = kElement_;
   using Format = fastattn::cuda::Format<kElement>;
   static constexpr int kHeadDim = kHeadDim_;
@@ -71,7 +76,7 @@ struct AttentionTraits {
                                         : kColumns == 64 ? 2
                                                          : 1;
   static constexpr int kPipelineThreads = 32 * kPipelineWarps;
-  static constexpr int kPipelines = kAttentionThreads / kPipelineThreads;
+  static constexpr int kPipelines = kThreads / kPipelineThreads;
   static constexpr int kTiles = kColumns / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;
@@ -138,7 +143,7 @@ struct AttentionTraits {
   static constexpr int kColumnOffset = kStateOffset + kStateBytes;
   static constexpr int kColumnBytes = kColumns * 32;  // ColumnInfo
   static constexpr int kScanOffset = kColumnOffset + kColumnBytes;
-  static constexpr int kScanBytes = 32;
+  static constexpr int kScanBytes = kThreads / 32 * 8;
   static constexpr int kShareOffset = kScanOffset + kScanBytes;
   static constexpr int kShareBytes = 48;  // Schedule
   static constexpr int kMaxSegments = 12;

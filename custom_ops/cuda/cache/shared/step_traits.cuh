@@ -96,7 +96,13 @@ template <int kHeadDim, typename F>
 void DispatchTransformRope(const RopeWriteCacheParams& p, F&& f) {
   if constexpr (kHeadDim == 64 || kHeadDim == 128) {
     if (IsCommonRope(p)) {
-      f(RopeOptions<true, true, false, false, true>{});
+      const bool neither =
+          p.bias == nullptr && p.q_norm_weight == nullptr && p.k_norm_weight == nullptr;
+      if (neither) {
+        f(RopeOptions<false, false>{});
+      } else {
+        f(RopeOptions<true, true, false, false, true>{});
+      }
       return;
     }
   }

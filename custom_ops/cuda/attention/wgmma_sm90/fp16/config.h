@@ -53,6 +53,10 @@ struct Config {
   static constexpr bool kTokenMajorV = kSource_ != Source::kPagedCodes && !kNibbles;
   static constexpr bool kPerTokenScales = kPerTokenScales_;  // of K and V
   static constexpr bool kSoftcap = kSoftcap_;
+  // Whether 4-bit codes become operands by way of nibbles.cuh, with what that is to queries.
+  static constexpr bool kNibbleOperands = kNibbles && !kLarge;
+  // Whether an exponent is a score times the factor of its key, and not of its query.
+  static constexpr bool kColumnFactors = kNibbleOperands && !kSoftcap;
   static constexpr bool kPerChannelScales = kQuantized && !kPerTokenScales;   // they may be
   static constexpr DType kOperand = kQuantized ? DType::kFloat16 : kElement;  // of P and V
 
@@ -77,7 +81,7 @@ struct Config {
   // Bytes of a key and its value in memory.
   static constexpr int kKeyBytes = (kDim + kValueDim) * (kQuantized ? 1 : 2) / (kNibbles ? 2 : 1);
   // Whether codes of K lie as they are, and so come by TMA.
-  static constexpr bool kLoadsKeyOperands = kKeyCodeOperands && !kNibbles;
+  static constexpr bool kLoadsKeyOperands = kKeyCodeOperands;
   // Stages for codes of K or V that are to be converted: those of a KV tile, or parts of them,
   // which each one warp converts.
   static constexpr int kCodeParts = kQuantized ? CodeParts(kDim) : 1;
@@ -94,8 +98,17 @@ struct Config {
   static constexpr int kScaleGroup = kScaledKeys / 4 + 4;
 };
 
+// 16 channels more of queries and keys (NibbleQuery), eight rows of eight channels together.
+template <class C, bool kExist = C::kNibbleOperands>
+struct BiasChannels {};
 template <class C>
-struct alignas(1024) Shared {
+struct BiasChannels<C, true> {
+  alignas(1024) uint16_t query_bias[C::kConsumers][64 * 16];
+  uint16_t key_bias[C::kKeys * 16];
+};
+
+template <class C>
+struct alignas(1024) Shared : BiasChannels<C> {
   static constexpr bool kRecomputeLane = true;  // registers are short
   uint8_t query[C::kQueries * C::kRowBytes];    // [consumer][slice][64 tokens][128]
   // [slice][kKeys tokens][128]; codes: [kKeys tokens][D]

@@ -21,11 +21,13 @@
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
 #include "cuda/attention/wgmma_sm90/common/tile_scheduler.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/column_factors.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
 #include "cuda/attention/wgmma_sm90/fp16/key_scales.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/nan_outputs.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query_codes.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/query_nibbles.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/row_sums.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/row_v_scales.cuh"
 #include "cuda/common/convert.cuh"
@@ -40,9 +42,9 @@ namespace fastattn::cuda::wgmma_fp16 {
 template <class C>
 struct QueryOf {
   using Halves = std::conditional_t<C::kQuantized, ConvertedQuery<C>, SharedQuery<C>>;
-  using Type =
-      std::conditional_t<C::kKeyCodeOperands, CodeQuery<C>,
-                         std::conditional_t<C::kQueryInRegisters, RegisterQuery<C>, Halves>>;
+  using Registers = std::conditional_t<C::kNibbleOperands, NibbleQuery<C>, RegisterQuery<C>>;
+  using Type = std::conditional_t<C::kKeyCodeOperands, CodeQuery<C>,
+                                  std::conditional_t<C::kQueryInRegisters, Registers, Halves>>;
 };
 
 template <class C>
@@ -86,6 +88,7 @@ class Consumer {
   }
 
  private:
+  using Scales = std::conditional_t<C::kColumnFactors, ColumnFactors, KeyScales>;
   static constexpr int kPingPongBarrier = 1;
   // Probabilities that are found before there are registers to pack them into.
   static constexpr int kEarly = C::kQuantized ? 0 : 16;
@@ -117,7 +120,13 @@ class Consumer {
     if constexpr (kIntegers) {
       float factor[2];
       LoadFactors(shared_, buffer_, factor);
-      all_biased_ = __all_sync(~0u, IsBiased(factor[0]) && IsBiased(factor[1]));
+      all_biased_ =
+          __all_sync(~0u, CodeQuery<C>::IsBiased(factor[0]) && CodeQuery<C>::IsBiased(factor[1]));
+    }
+    if constexpr (C::kColumnFactors) {
+      float factor[2];
+      LoadFactors(shared_, buffer_, factor);
+      all_plain_ = __all_sync(~0u, factor[0] == 1.0f && factor[1] == 1.0f);
     }
     // These keys are seen by all of the warp's queries.
     begin = __reduce_max_sync(~0u, begin);
@@ -142,16 +151,11 @@ class Consumer {
     sums_.Take(sum);
     ReleaseValues(last_iteration, start_);
     if constexpr (C::kPerChannelScales) {
-      if (UsesValueChannels(p_)) ScaleChannels(buffer);
+      if (UsesValueChannels(p_)) ScaleOutputs(shared_, buffer, shift_, o_);
     }
     if constexpr (kIntegers) {
-      // Products were rounded down, by half a unit on average. With a bias no score counts as far,
-      // so the factor is the work tile's.
-      for (int h = 0; h < 2; ++h) {
-        if (IsBiased(factor_[h])) {
-          shift_[h] = fmaf(-kBias, factor_[h], shift_[h]) + 0.5f * factor_[h];
-        }
-      }
+      // With a bias no score counts as far, so the factor is the work tile's.
+      CodeQuery<C>::FinishShift(factor_, shift_);
     }
     RestoreNanFactors(shared_, buffer, sum);
     const float common = C::kPerTokenScales ? shared_.v_scale[buffer] : 1.0f;
@@ -160,28 +164,13 @@ class Consumer {
     ArriveWarp(&shared_.query_empty[buffer]);
   }
 
-  // Applies V's per-channel scales. Without a visible key the output is 0, whatever they are.
-  __device__ __forceinline__ void ScaleChannels(int buffer) {
-    const float* scales = shared_.value_channels[buffer] + 2 * (lane_ % 4);
-#pragma unroll
-    for (int j = 0; j < C::kValueDim / 8; ++j) {
-      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const bool empty = shift_[h] == kMinusInf;
-        float& x = o_[4 * j + 2 * h];
-        float& y = o_[4 * j + 2 * h + 1];
-        x = empty ? 0.0f : x * scale.x;
-        y = empty ? 0.0f : y * scale.y;
-      }
-    }
-  }
-
   // --- products ---------------------------------------------------------------------------------
 
-  __device__ __forceinline__ uint64_t QueryOperand() const {
-    if constexpr (C::kKeyCodeOperands) {
-      return 0;
+  __device__ __forceinline__ auto QueryOperand() const {
+    if constexpr (C::kNibbleOperands) {
+      return query_.Bias(shared_, group_);
+    } else if constexpr (C::kKeyCodeOperands) {
+      return uint64_t{0};
     } else {
       return query_.Operand();
     }
@@ -207,12 +196,14 @@ class Consumer {
   }
 
   // kBegin: where the ping-pong barrier is late, it has not been waited for.
-  template <bool kBegin>
-  __device__ __forceinline__ void IssueScores(uint64_t query, uint64_t key) {
+  template <bool kBegin, class Operand>
+  __device__ __forceinline__ void IssueScores(const Operand& query, uint64_t key) {
     if constexpr (kIntegers) {
       query_.Multiply(integers_[0], integers_[1], key, [&] {
         if (kBegin && kLatePingPong) PingPongWait();
       });
+    } else if constexpr (C::kNibbleOperands) {
+      query_.Multiply(s_, key, query);
     } else if constexpr (C::kKeyCodeOperands) {
       query_.Multiply(s_, key);
     } else {
@@ -277,7 +268,8 @@ class Consumer {
   }
 
   __device__ __forceinline__ void IssueFirst() {
-    const uint64_t query = QueryOperand(), key = KeyOperand();
+    const auto query = QueryOperand();
+    const uint64_t key = KeyOperand();
     WaitForKeys();
     if (!kLatePingPong) PingPongWait();
     FenceProducts();
@@ -290,7 +282,8 @@ class Consumer {
   // another work tile.
   template <bool kAcross>
   __device__ __forceinline__ void Issue() {
-    const uint64_t query = QueryOperand(), key = KeyOperand();
+    const auto query = QueryOperand();
+    const uint64_t key = KeyOperand();
     const RightOperands value = ValueOperand();
     WaitForKeys();
     WaitForValues();
@@ -305,7 +298,7 @@ class Consumer {
 
   // `last`: the iteration is the work tile's last one.
   __device__ __forceinline__ void FirstIteration(bool last) {
-    KeyScales scales = LoadScales();
+    Scales scales = LoadScales();
     const int flags = TakeScores(scales);
     if constexpr (C::kSoftcap) Softcap();
     FinishScores(flags, last);
@@ -320,7 +313,7 @@ class Consumer {
   // it waits for P * V first, as it needs the registers of its probabilities.
   __device__ __forceinline__ void NextIteration(bool last) {
     Issue<false>();
-    KeyScales scales = LoadScales();
+    Scales scales = LoadScales();
     WaitForScores<1>();
     start_ -= C::kKeys;
     if constexpr (C::kSoftcap) FinishProducts();
@@ -333,7 +326,11 @@ class Consumer {
       if (!row_v_scales_.Change(shared_, ScaleStage())) FollowVScale();
     }
     KvTileSums<C> sums;
-    FindProbabilities<kBehind>(shift_, sums);
+    if constexpr (C::kColumnFactors) {
+      FindColumnProbabilities<C, false>(Columns(), s_, guard_, {}, probabilities_, sums);
+    } else {
+      FindProbabilities<kBehind>(shift_, sums);
+    }
     if (__any_sync(~0u, sums.Exceed())) {
       const bool moves[2] = {Exceeds(sums, 0), Exceeds(sums, 1)};
       FollowMaximum<true>(moves);
@@ -365,20 +362,22 @@ class Consumer {
   // --- softmax ----------------------------------------------------------------------------------
 
   // Ends the use of the KV tile's keys, whose flags it returns, and applies per-token scales.
-  __device__ __forceinline__ int TakeScores(KeyScales& scales) {
+  __device__ __forceinline__ int TakeScores(Scales& scales) {
     const int flags = shared_.flags[KeyStage(iteration_)];
     ArriveWarp(&shared_.key_empty[KeyStage(iteration_)]);
     if constexpr (kIntegers && !C::kPerTokenScales) {
       if (!all_biased_) {
         float factor[2];
         LoadFactors(shared_, buffer_, factor);
-        const float bias[2] = {IsBiased(factor[0]) ? 0.0f : kBias,
-                               IsBiased(factor[1]) ? 0.0f : kBias};
-#pragma unroll
-        for (int i = 0; i < C::kScores; ++i) s_[i] -= bias[i / 2 % 2];
+        CodeQuery<C>::DropBias(factor, s_);
       }
     }
-    if constexpr (C::kPerTokenScales) ScaleScores(scales);
+    if constexpr (C::kColumnFactors) {
+      // A factor of 1 changes no bit: the warp's other queries do not matter.
+      if (!all_plain_) MultiplyRows(shared_, buffer_, s_);
+    } else if constexpr (C::kPerTokenScales) {
+      ScaleScores<C>(scales, kIntegers ? kBias : 0.0f, s_);
+    }
     return flags;
   }
 
@@ -386,7 +385,11 @@ class Consumer {
   __device__ __forceinline__ void FinishScores(int flags, bool last) {
     const int2 common = Unmasked();
     const bool full = start_ >= common.x && start_ + C::kKeys <= common.y;
-    if (!full || (flags & (3 * kUnassigned))) MaskScores(shared_, buffer_, start_, flags, s_);
+    // Factors that stand for NaN are in KV tiles that need scrubbing.
+    constexpr int kMasks = 3 * kUnassigned | (C::kColumnFactors ? kNeedsScrub : 0);
+    if (!full || (flags & kMasks)) {
+      MaskKeys<C>(shared_, buffer_, start_, flags, [&] { return Columns(); }, s_);
+    }
     if constexpr (!C::kQueryInRegisters) {
       uint64_t* done = C::kQuantized ? &shared_.query_read : &shared_.query_done[group_];
       // This is a predicate and no branch, so that the compiler sees that the warp stays together.
@@ -394,10 +397,12 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ KeyScales LoadScales() {
-    KeyScales scales{};
+  __device__ __forceinline__ Scales LoadScales() {
+    Scales scales{};
     if constexpr (C::kPerTokenScales) {
       Wait(&shared_.scale_full[ScaleStage()], iteration_ / C::kScaleStages % 2);
+    }
+    if constexpr (C::kPerTokenScales && !C::kColumnFactors) {
       scales.address = SharedAddress(shared_.key_scales[ScaleStage()][lane_ % 4]);
 #pragma unroll
       for (int j = 0; j < KeyScales::kAhead; ++j) scales.Load(j);
@@ -405,18 +410,9 @@ class Consumer {
     return scales;
   }
 
-  __device__ __forceinline__ void ScaleScores(KeyScales& scales) {
-#pragma unroll
-    for (int j = 0; j < C::kKeys / 16; ++j) {
-      const float (&scale)[4] = scales.columns[j % KeyScales::kAhead];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float x = scale[i / 4 * 2 + i % 2];
-        float& s = s_[8 * j + i];
-        s = kIntegers ? fmaf(s, x, -kBias * x) : s * x;
-      }
-      if (j + KeyScales::kAhead < C::kKeys / 16) scales.Load(j + KeyScales::kAhead);
-    }
+  // The factors of the KV tile's keys, from the first ones on.
+  __device__ __forceinline__ ColumnFactors Columns() const {
+    return ColumnFactors(SharedAddress(shared_.key_scales[ScaleStage()][lane_ % 4]));
   }
 
   // Ends the use of the KV tile's scales.
@@ -438,22 +434,33 @@ class Consumer {
   // Finds the largest score of either row, and the shift below it.
   __device__ __forceinline__ void FindLargest(float (&largest)[2], float (&wanted)[2]) const {
     float largest_of[4];
+    if constexpr (C::kColumnFactors) {
+      FindLargestOfColumns<C>(Columns(), s_, largest_of);
+    } else {
 #pragma unroll
-    for (int i = 0; i < C::kScores; ++i)
-      largest_of[i % 4] = i < 4 ? s_[i] : MaxNaN(largest_of[i % 4], s_[i]);
+      for (int i = 0; i < C::kScores; ++i)
+        largest_of[i % 4] = i < 4 ? s_[i] : MaxNaN(largest_of[i % 4], s_[i]);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       largest[h] = MaxNaN(largest_of[2 * h], largest_of[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
-      wanted[h] = fmaf(largest[h], factor_[h], -kLogPeak);
+      wanted[h] = fmaf(largest[h], C::kColumnFactors ? 1.0f : factor_[h], -kLogPeak);
     }
   }
 
   __device__ __forceinline__ void MoveMaximum(const bool (&moves)[2], const float (&largest)[2],
-                                              float (&wanted)[2], float (&alpha)[2]) {
-    const bool far[2] = {moves[0] && IsFar(0, wanted[0]), moves[1] && IsFar(1, wanted[1])};
-    if (__any_sync(~0u, far[0] || far[1])) {
+                                              float (&wanted)[2], float (&alpha)[2],
+                                              bool (&far)[2]) {
+    far[0] = moves[0] && IsFar(0, wanted[0]);
+    far[1] = moves[1] && IsFar(1, wanted[1]);
+    if constexpr (C::kColumnFactors) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (far[h]) wanted[h] = ShiftBelow(largest[h]);
+      }
+    } else if (__any_sync(~0u, far[0] || far[1])) {
       MultiplyFarScores(s_, factor_, far, largest, wanted);
     }
 #pragma unroll
@@ -469,14 +476,7 @@ class Consumer {
 
   // Whether a score is far from 0. With a bias none is. factor_ is the work tile's.
   __device__ __forceinline__ bool IsFar(int h, float score) const {
-    return !(kIntegers && IsBiased(factor_[h])) && IsFarScore(score);
-  }
-
-  // Whether a row's scores keep kBias. Where its factor is large, the bias in units of log2 would
-  // swallow differences of scores.
-  __device__ __forceinline__ static bool IsBiased(float factor) {
-    constexpr float kLargest = 1 << 19;
-    return !C::kPerTokenScales && !C::kSoftcap && factor * kBias < kLargest;
+    return !(kIntegers && CodeQuery<C>::IsBiased(factor_[h])) && IsFarScore(score);
   }
 
   // Whether one of the four threads of row h has a probability of it that is too large.
@@ -494,10 +494,11 @@ class Consumer {
   // probabilities. kScale: there is an output already.
   template <bool kScale>
   __device__ __forceinline__ void FollowMaximum(const bool (&moves)[2]) {
-    if constexpr (!C::kSoftcap) LoadFactors(shared_, buffer_, factor_);
+    if constexpr (!C::kSoftcap && !C::kColumnFactors) LoadFactors(shared_, buffer_, factor_);
     float largest[2], wanted[2], alpha[2];
+    bool far[2];
     FindLargest(largest, wanted);
-    MoveMaximum(moves, largest, wanted, alpha);
+    MoveMaximum(moves, largest, wanted, alpha, far);
     if constexpr (kScale) {
       sums_.Rescale(alpha);
 #pragma unroll
@@ -505,14 +506,24 @@ class Consumer {
     }
     KvTileSums<C> sums;
     const float shift[2] = {Shift(0), Shift(1)};
-    FindProbabilities<false>(shift, sums);
+    if constexpr (C::kColumnFactors) {
+      FindColumnProbabilities<C, true>(Columns(), s_, shift, far, probabilities_, sums);
+    } else {
+      FindProbabilities<false>(shift, sums);
+    }
     sums_.Add(sums);
     if constexpr (C::kSoftcap) return;
-    LoadFactors(shared_, buffer_, factor_);
-    // Far scores need a look in every iteration: without a factor, probabilities exceed any bound.
+    if constexpr (!C::kColumnFactors) LoadFactors(shared_, buffer_, factor_);
+    // Far scores need a look in every iteration: without a factor, or a shift, probabilities exceed
+    // any bound.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (IsFar(h, shift_[h])) factor_[h] = NAN;
+      const bool is_far = IsFar(h, shift_[h]);
+      if constexpr (C::kColumnFactors) {
+        guard_[h] = is_far ? NAN : shift_[h];
+      } else {
+        if (is_far) factor_[h] = NAN;
+      }
     }
   }
 
@@ -576,9 +587,11 @@ class Consumer {
   RowSums<C> sums_;
   RowVScales<C> row_v_scales_;
   float shift_[2], factor_[2];
+  float guard_[2];  // column factors: the shift, or NaN where scores are far
   float s_[C::kScores];
   int32_t integers_[2][32];  // scores of int8 in the making
   bool all_biased_;          // all scores of the warp have kBias
+  bool all_plain_;           // column factors: no query of the warp has a factor
   float o_[C::kOut];
   uint32_t probabilities_[C::kScores / 2];
 };

@@ -99,15 +99,20 @@ class Converter {
     const int at = keys.Index();
     Wait(&shared_.key_empty[at], keys.Phase() ^ 1);
     int flags;
-    if constexpr (C::kNibbles && C::kKeyCodeOperands) {
-      flags = ConvertNibbleRows(shared_.key[at]);
+    if constexpr (C::kNibbleOperands) {
+      flags = ConvertNibbleKeys(shared_.key[at]);
     } else if constexpr (C::kNibbles) {
-      flags = ConvertNibbleRowsToHalves(shared_.key[at]);
+      flags = ConvertNibbleRows(shared_.key[at]);
     } else {
       flags = ConvertRows<F>(shared_.key[at]);
     }
     if (warp_ == 0 && lane_ == 0) shared_.flags[at] = flags;
-    Finish(&shared_.key_full[at]);
+    if (C::kNibbleOperands && iteration > 0) {
+      // Consumers want them together with the values that are converted next, whose fence will do.
+      ReturnCodes();
+    } else {
+      Finish(&shared_.key_full[at], nullptr);
+    }
   }
 
   template <class F>
@@ -116,7 +121,9 @@ class Converter {
     Wait(&shared_.value_empty[at], values_.Phase() ^ 1);
     if constexpr (C::kPerTokenScales) Wait(&shared_.scale_full[scales_.Index()], scales_.Phase());
     int flags;
-    if constexpr (C::kNibbles) {
+    if constexpr (C::kNibbleOperands) {
+      flags = ConvertNibbleValues(shared_.value[at]);
+    } else if constexpr (C::kNibbles) {
       flags = ConvertNibbleChannels(shared_.value[at]);
     } else if constexpr (C::kTokenMajorV) {
       flags = ConvertRows<F>(shared_.value[at]);
@@ -135,7 +142,13 @@ class Converter {
       }
     }
     if (lane_ == 0) shared_.nan_found[at][warp_] = found;
-    Finish(&shared_.value_ready[at]);
+    uint64_t* key_full = nullptr;
+    if (C::kNibbleOperands && iteration + 1 < TileNow().kv_tiles) {
+      PackedPipelineState<C::kKeyStages> keys{values_.count};
+      keys.Advance();
+      key_full = &shared_.key_full[keys.Index()];
+    }
+    Finish(&shared_.value_ready[at], key_full);
     values_.Advance();
     if constexpr (C::kPerTokenScales) {
       if (ArrivesForWarp(lane_)) Arrive(&shared_.scale_empty[scales_.Index()]);
@@ -143,15 +156,22 @@ class Converter {
     }
   }
 
-  // Hands the operands over, and the codes' stage back.
-  __device__ __forceinline__ void Finish(uint64_t* full) {
+  // Hands the operands over, and those that `others` stands for, and the codes' stage back.
+  __device__ __forceinline__ void Finish(uint64_t* full, uint64_t* others) {
     FenceAsyncProxy();
     __syncwarp();
     if (ArrivesForWarp(lane_)) {
+      if (others != nullptr) Arrive(others);
       Arrive(full);
       if constexpr (C::kCodeParts == 1) Arrive(&shared_.codes_empty[code_stages_.Index()]);
     }
     if constexpr (C::kCodeParts == 1) code_stages_.Advance();
+  }
+
+  // Hands back a stage of codes alone.
+  __device__ __forceinline__ void ReturnCodes() {
+    ArriveWarp(&shared_.codes_empty[code_stages_.Index()]);
+    code_stages_.Advance();
   }
 
   // Has the warp's share of a KV tile's codes stored, 16 bytes a lane of each group, `offset` of
@@ -187,6 +207,30 @@ class Converter {
           codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
         }
       }
+    }
+    return shared_.code_flags[code_stage];
+  }
+
+  // Does so batch by batch: store(batch, codes, next) calls next(i) when it has used codes[i].
+  template <class Store>
+  __device__ __forceinline__ int ConvertBatches(int offset, const Store& store) {
+    const int code_stage = code_stages_.Index();
+    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
+    const int first = (warp_ + C::kHelperWarps - Turn()) % C::kHelperWarps;
+    const uint8_t* in = shared_.codes[code_stage] + offset + first * kBatch * kGroup;
+    uint4 codes[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int batch = first + round * C::kHelperWarps;
+      if (batch >= kBatches) break;
+      in += C::kHelperWarps * kBatch * kGroup;
+      store(batch, codes, [&](int i) {
+        if (round + 1 < kRounds && batch + C::kHelperWarps < kBatches) {
+          codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
+        }
+      });
     }
     return shared_.code_flags[code_stage];
   }
@@ -287,25 +331,70 @@ class Converter {
     });
   }
 
-  // Converts tokens with their channels side by side to int8 codes, rows of D bytes as TMA would
-  // swizzle them.
-  __device__ __forceinline__ int ConvertNibbleRows(uint8_t* target) {
+  // Converts tokens with their channels side by side for NibbleQuery: of a lane's 32 channels chunk
+  // n has channels n and n + 4 of every eight. In each eight lanes, those of the second slice take
+  // other tokens: their stores meet no bank twice.
+  __device__ __forceinline__ int ConvertNibbleKeys(uint8_t* target) {
     constexpr int kPieces = C::kDim / 32, kTokens = 32 / kPieces;
-    const int piece = lane_ % kPieces, token = lane_ / kPieces;
-    uint8_t* out = target + token * C::kDim;
-    const int at = 16 * ((2 * piece) ^ (C::kDim == 128 ? token % 8 : token / 2 % 4));
-    return Convert(16 * lane_, [&](int group, int, const uint4& v) {
-      const uint2 a = NibblesToInt8(v.x), b = NibblesToInt8(v.y);
-      const uint2 c = NibblesToInt8(v.z), d = NibblesToInt8(v.w);
-      uint8_t* row = out + group * kTokens * C::kDim;
-      *reinterpret_cast<uint4*>(row + at) = make_uint4(a.x, a.y, b.x, b.y);
-      *reinterpret_cast<uint4*>(row + (at ^ 16)) = make_uint4(c.x, c.y, d.x, d.y);
+    const int piece = lane_ % kPieces, token = (lane_ / kPieces) ^ (piece / 2 * 2);
+    uint8_t* out = target + piece / 2 * C::kKeys * C::kSlice + token * C::kSlice;
+    const int at = 16 * ((4 * (piece % 2)) ^ (token % 8));
+    return Convert(token * C::kDim / 2 + 16 * piece, [&](int group, int, const uint4& v) {
+      uint32_t a[4], b[4], c[4], d[4];
+      NibblesToOperands(v.x, a);
+      NibblesToOperands(v.y, b);
+      NibblesToOperands(v.z, c);
+      NibblesToOperands(v.w, d);
+      uint8_t* row = out + group * kTokens * C::kSlice;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        *reinterpret_cast<uint4*>(row + (at ^ (16 * n))) = make_uint4(a[n], b[n], c[n], d[n]);
+      }
     });
   }
 
-  // Does so to fp16, rows of slices as ConvertRows writes them. Eight lanes take four tokens: their
-  // stores meet no bank twice.
-  __device__ __forceinline__ int ConvertNibbleRowsToHalves(uint8_t* target) {
+  // Converts channels, two in a byte, with their 64 tokens side by side, as ConvertChannels does:
+  // half of a lane's tokens after the other, as registers are short. Of each eight lanes four begin
+  // with the low ones and four with the high ones, so that their stores meet no bank twice.
+  __device__ __forceinline__ int ConvertNibbleValues(uint8_t* target) {
+    const int piece = lane_ % 4, channel = lane_ / 4 * 2, begin = lane_ / 4 % 2;
+    uint8_t* out = target + channel * C::kSlice;
+    const int at = 16 * ((2 * piece + begin) ^ (channel % 8));
+    return ConvertBatches(16 * lane_, [&](int batch, const uint4(&v)[kBatch], const auto& next) {
+      const int token = FirstToken(batch * kBatch) + 16 * piece;
+      const auto* scales =
+          reinterpret_cast<const uint4*>(shared_.value_scales[scales_.Index()] + token);
+      uint8_t* rows = out + batch * kBatch * 16 * C::kSlice;
+      StoreNibbleValues(v, begin, scales[begin], rows, at, [](int) {});
+      StoreNibbleValues(v, begin ^ 1, scales[begin ^ 1], rows, at ^ 16, next);
+    });
+  }
+
+  // Low (half 0) or high tokens of a lane. Chunks of odd channels are swizzled the other way round.
+  template <class Next>
+  __device__ __forceinline__ static void StoreNibbleValues(const uint4 (&v)[kBatch], int half,
+                                                           const uint4& scales, uint8_t* rows,
+                                                           int at, const Next& next) {
+    const TokenScales tokens[4] = {TokenScales(scales.x), TokenScales(scales.y),
+                                   TokenScales(scales.z), TokenScales(scales.w)};
+    const uint32_t bytes = half == 0 ? 0x4140 : 0x4342;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      uint4 x, y;
+      ScaleNibbles(v[i].x, bytes, tokens[0], &x.x, &y.x);
+      ScaleNibbles(v[i].y, bytes, tokens[1], &x.y, &y.y);
+      ScaleNibbles(v[i].z, bytes, tokens[2], &x.z, &y.z);
+      ScaleNibbles(v[i].w, bytes, tokens[3], &x.w, &y.w);
+      next(i);
+      uint8_t* even = rows + i * 16 * C::kSlice;
+      *reinterpret_cast<uint4*>(even + at) = x;
+      *reinterpret_cast<uint4*>(even + C::kSlice + (at ^ 16)) = y;
+    }
+  }
+
+  // Converts 4-bit codes of tokens of a large head, as ConvertRows does. Eight lanes take four
+  // tokens: their stores meet no bank twice.
+  __device__ __forceinline__ int ConvertNibbleRows(uint8_t* target) {
     constexpr int kTokens = 4;
     static_assert(C::kDim == 256 && kGroups % 2 == 0);
     const int token = lane_ / 2 % kTokens, piece = lane_ % 2 + lane_ / 8 * 2;

@@ -94,6 +94,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       const int column = i / 64, piece = (i / 8 % 8) ^ column;  // undoes the 128-byte swizzle
       shared.ones[i] = piece < 2 ? 0x3C00 : 0;
     }
+    if constexpr (C::kNibbleOperands) {
+      for (int i = threadIdx.x; i < 16 * C::kKeys; i += C::kThreads) {
+        shared.key_bias[i] = NibbleQuery<C>::kKeyBias;
+      }
+      for (int i = threadIdx.x; i < 64 * 16 * C::kConsumers; i += C::kThreads) {
+        shared.query_bias[i / (64 * 16)][i % (64 * 16)] = 0;
+      }
+    }
     FenceAsyncProxy();
   }
   BeginRoles();

@@ -20,4 +20,22 @@ struct KeyScales {
   }
 };
 
+// Multiplies a thread's scores with them; `bias` is in the scores, and their first scales have been
+// loaded.
+template <class C>
+__device__ __forceinline__ void ScaleScores(KeyScales& scales, float bias,
+                                            float (&scores)[C::kScores]) {
+#pragma unroll
+  for (int j = 0; j < C::kKeys / 16; ++j) {
+    const float (&scale)[4] = scales.columns[j % KeyScales::kAhead];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = scale[i / 4 * 2 + i % 2];
+      float& s = scores[8 * j + i];
+      s = bias != 0.0f ? fmaf(s, x, -bias * x) : s * x;
+    }
+    if (j + KeyScales::kAhead < C::kKeys / 16) scales.Load(j + KeyScales::kAhead);
+  }
+}
+
 }  // namespace fastattn::cuda::wgmma_fp16

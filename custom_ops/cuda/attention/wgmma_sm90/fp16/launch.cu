@@ -115,9 +115,8 @@ cudaError_t EncodeMaps(Arguments* arguments) {
 auto VariantOf(const AttentionParams& p) {
   using wgmma_fp16::Source;
   const bool codes = IsCode(KeyType(p));
-  // Codes of 4 bits become int8, of large heads fp16, as other codes do.
   const bool nibbles = CodesPerByte(KeyType(p)) == 2;
-  const DType operand = nibbles       ? (p.head_dim > 128 ? DType::kFloat16 : DType::kInt8)
+  const DType operand = nibbles       ? DType::kFloat16
                         : !codes      ? p.q_dtype
                         : KeyCodes(p) ? KeyType(p)
                                       : DType::kFloat16;

@@ -5,6 +5,7 @@
 #include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
 #include "cuda/attention/wgmma_sm90/fp16/kv_tile_blocks.cuh"
+#include "cuda/attention/wgmma_sm90/fp16/query_nibbles.cuh"
 
 namespace fastattn::cuda::wgmma_fp16 {
 
@@ -56,7 +57,7 @@ class PerTokenScaleLoader {
     const unsigned bits = __reduce_max_sync(~0u, __float_as_uint(largest));
     // What outputs are relative to is a power of two above all scales so far, so that it seldom
     // changes.
-    const unsigned exponent = min(max((bits >> 23) + 1, 68u), 250u);
+    const unsigned exponent = min(max((bits >> 23) + 1, 68u), kLargestExponent);
     const float before = shared_.v_scale[buffer] * kValueTop;
     const float v_scale = scrub ? before : fmaxf(__uint_as_float(exponent << 23), before);
     const float inverse = scrub ? 0.0f : __uint_as_float((254u << 23) - __float_as_uint(v_scale));
@@ -65,10 +66,11 @@ class PerTokenScaleLoader {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int token = lane_ + 32 * i;
-      shared_.key_scales[at][token % 8 / 2][token / 8 * 2 + token % 2] = KeyScale(key_[i]);
-      shared_.value_scales[at][token] =
-          __float2half_rn(scrub ? Mantissa(value_[i]) : value_[i] * inverse * kValueTop);
-      if (scrub) shared_.value_exponents[at][token] = Exponent(value_[i]);
+      shared_.key_scales[at][token % 8 / 2][token / 8 * 2 + token % 2] = KeyScale(key_[i], scrub);
+      shared_.value_scales[at][token] = __float2half_rn(scrub ? Mantissa(value_[i]) * kMantissaUnit
+                                                              : value_[i] * inverse * kValueUnit);
+      if (scrub)
+        shared_.value_exponents[at][token] = min(Exponent(value_[i]) + kMantissaExponent, 255);
     }
     if (lane_ < kPer) shared_.poisoned[at][lane_] = poisoned;
     if (lane_ == 0) {
@@ -85,11 +87,23 @@ class PerTokenScaleLoader {
  private:
   static constexpr int kPer = C::kKeys / 32;
   // Scales of V are below this: times the largest code they are finite in fp16, and small ones keep
-  // bits.
-  static constexpr float kValueTop = 128.0f;
+  // bits. Those of 4-bit codes are stored 2^20 times as large (ScaleNibbles).
+  static constexpr float kValueTop = C::kNibbleOperands ? 0x1p-5f : 0x1p7f;
+  static constexpr float kValueUnit = C::kNibbleOperands ? 0x1p15f : kValueTop;
+  static constexpr float kMantissaUnit =
+      C::kNibbleOperands ? 0x1p13f : 1.0f;  // their exponent makes up
+  static constexpr int kMantissaExponent = C::kNibbleOperands ? 20 - 13 : 0;
+  static constexpr unsigned kLargestExponent = C::kNibbleOperands ? 245 : 250;
 
-  // Where scores have a bias (CodeQuery), its product with a scale of 22 bits is exact.
-  __device__ static float KeyScale(float scale) {
+  __device__ float KeyScale(float scale, bool scrub) const {
+    if constexpr (C::kNibbleOperands) {
+      const float factor = scale * (p_.softmax_scale * kLog2E * NibbleQuery<C>::kUnit);
+      if (!C::kColumnFactors || !scrub) return factor;
+      // Masked scores are infinite, which neither 0 nor NaN may turn into NaN (MaskColumns).
+      if (!(fabsf(factor) <= 3.0e38f)) return __builtin_huge_valf();
+      return copysignf(fmaxf(fabsf(factor), 0x1p-126f), factor);
+    }
+    // Where scores have a bias (CodeQuery), its product with a scale of 22 bits is exact.
     if (!C::kKeyCodeOperands || C::kElement != DType::kInt8 || scale != scale) return scale;
     return __uint_as_float(__float_as_uint(scale) & ~3u);
   }

@@ -76,6 +76,32 @@ class CodeQuery {
     MultiplyTerm<true>(second, high_, keys + kHalf);
   }
 
+  // Whether a row's integer scores keep kBiasValue. Where its factor is large, the bias in units of
+  // log2 would swallow differences of scores.
+  __device__ __forceinline__ static bool IsBiased(float factor) {
+    constexpr float kLargest = 1 << 19;
+    return !C::kPerTokenScales && !C::kSoftcap && factor * kBiasValue < kLargest;
+  }
+
+  // Takes the bias off the scores of rows that do not keep it.
+  __device__ __forceinline__ static void DropBias(const float (&factor)[2],
+                                                  float (&s)[C::kScores]) {
+    const float bias[2] = {IsBiased(factor[0]) ? 0.0f : kBiasValue,
+                           IsBiased(factor[1]) ? 0.0f : kBiasValue};
+#pragma unroll
+    for (int i = 0; i < C::kScores; ++i) s[i] -= bias[i / 2 % 2];
+  }
+
+  // Takes it off the shifts of those that do. Products were rounded down, by half a unit on
+  // average.
+  __device__ __forceinline__ static void FinishShift(const float (&factor)[2], float (&shift)[2]) {
+    for (int h = 0; h < 2; ++h) {
+      if (IsBiased(factor[h])) {
+        shift[h] = fmaf(-kBiasValue, factor[h], shift[h]) + 0.5f * factor[h];
+      }
+    }
+  }
+
  private:
   static constexpr bool kIntegers = C::kElement == DType::kInt8;
   static constexpr int kWords = C::kHeadDim / 8;

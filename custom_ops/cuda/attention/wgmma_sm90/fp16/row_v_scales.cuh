@@ -66,7 +66,7 @@ class RowVScales {
   }
 
   // No scale needs a smaller power of two.
-  static constexpr int kLeastExponent = 61;
+  static constexpr int kLeastExponent = C::kNibbleOperands ? 73 : 61;
 
   // A thread's columns are two of every eight.
   __device__ __forceinline__ static uint32_t Exponents(const Shared<C>& shared, uint32_t slot) {

@@ -5,6 +5,7 @@
 #include "common/numeric.h"
 #include "cuda/attention/shared/scales.cuh"
 #include "cuda/attention/wgmma_sm90/common/query_keys.cuh"
+#include "cuda/attention/wgmma_sm90/common/softmax.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
 #include "cuda/common/lane.cuh"
 
@@ -28,12 +29,33 @@ __device__ __forceinline__ bool UsesValueChannels(const AttentionParams& p) {
   return p.paged && p.cache.v_granularity == ScaleGranularity::kChannel;
 }
 
+// Applies V's per-channel scales to the outputs of a thread. Without a visible key they are 0,
+// whatever the scales are.
+template <class C>
+__device__ __forceinline__ void ScaleOutputs(const Shared<C>& shared, int buffer,
+                                             const float (&shift)[2], float (&o)[C::kOut]) {
+  const float* scales = shared.value_channels[buffer] + 2 * (threadIdx.x % 32 % 4);
+#pragma unroll
+  for (int j = 0; j < C::kValueDim / 8; ++j) {
+    const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * j);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool empty = shift[h] == kMinusInf;
+      float& x = o[4 * j + 2 * h];
+      float& y = o[4 * j + 2 * h + 1];
+      x = empty ? 0.0f : x * scale.x;
+      y = empty ? 0.0f : y * scale.y;
+    }
+  }
+}
+
 // Fills the share of helper warp `warp`.
 template <class C>
 __device__ void FindFactors(const AttentionParams& p, Shared<C>& shared,
                             const volatile WorkTile& tile, int buffer, int warp) {
   const int lane = Lane<true>();
-  float factor = p.softmax_scale * kLog2E;
+  // 4-bit codes: that of a key contains the softmax scale.
+  float factor = C::kNibbleOperands ? 1.0f : p.softmax_scale * kLog2E;
   float output = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
   if constexpr (C::kPerChannelScales) {
     const int kv_head = tile.kv_head;
