@@ -85,25 +85,6 @@ __device__ __forceinline__ void PackProbabilities(
   }
 }
 
-// A warp pipeline's stages: where the next load goes and where the next computation reads.
-template <typename Traits>
-struct StageRing {
-  uint32_t base;
-  int load = 0;
-  int use = 0;
-
-  __device__ __forceinline__ uint32_t NextLoad() {
-    const uint32_t stage = base + load * Traits::kStageBytes;
-    load = load + 1 == Traits::kStages ? 0 : load + 1;
-    return stage;
-  }
-  __device__ __forceinline__ uint32_t NextUse() {
-    const uint32_t stage = base + use * Traits::kStageBytes;
-    use = use + 1 == Traits::kStages ? 0 : use + 1;
-    return stage;
-  }
-};
-
 // Starts the load of a KV tile's kIndex-th stage: those of K come before those of V.
 template <typename Traits, int kIndex>
 __device__ __forceinline__ void StartLoad(KvLoader<Traits>* cursor, StageRing<Traits>* ring) {

@@ -12,6 +12,25 @@
 
 namespace fastattn::cuda {
 
+// A warp pipeline's stages: where the next load goes and where the next computation reads.
+template <typename Traits>
+struct StageRing {
+  uint32_t base;
+  int load = 0;
+  int use = 0;
+
+  __device__ __forceinline__ uint32_t NextLoad() {
+    const uint32_t stage = base + load * Traits::kStageBytes;
+    load = load + 1 == Traits::kStages ? 0 : load + 1;
+    return stage;
+  }
+  __device__ __forceinline__ uint32_t NextUse() {
+    const uint32_t stage = base + use * Traits::kStageBytes;
+    use = use + 1 == Traits::kStages ? 0 : use + 1;
+    return stage;
+  }
+};
+
 // Walks over a pipeline's KV tiles ahead of the computation, K before V of each. The block id of
 // the next KV tile is read while the current one is loaded.
 template <typename Traits>
