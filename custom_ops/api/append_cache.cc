@@ -43,12 +43,12 @@ CacheLayout CheckLayout(const std::string& cache_layout) {
 }
 
 // Checks an output and returns its token stride.
-int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& cache,
+int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& cache, int head_dim,
                     const phi::Place& place) {
   Arg(kOp, name, tensor)
       .On(place)
       .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})
-      .Dims({-1, cache.num_kv_heads, cache.head_dim});
+      .Dims({-1, cache.num_kv_heads, head_dim});
   const int64_t token_stride = HeadsContiguous(kOp, name, tensor);
   RequireAligned(kOp, name, tensor, kVectorBytes);
   return token_stride;
@@ -82,9 +82,11 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
          "' is not supported with k_rotation or k_center; supported: fastattn");
   }
   p.dynamic_quant = dynamic_quant;
-  p.key_token_stride = CheckOutput("key", key, p.cache, place);
-  p.value_token_stride = CheckOutput("value", value, p.cache, place);
-  Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
+  p.key_token_stride = CheckOutput("key", key, p.cache, p.cache.head_dim, place);
+  p.value_token_stride = CheckOutput("value", value, p.cache, p.cache.ValueDim(), place);
+  Arg(kOp, "value", value)
+      .Dtype({key.dtype()})
+      .Dims({key.shape()[0], p.cache.num_kv_heads, p.cache.ValueDim()});
   RequireApart(kOp, "value", value, "key", key);
   p.dtype = ToDType(kOp, "key", key.dtype());
   p.num_out_tokens = key.shape()[0];

@@ -6,6 +6,7 @@
 #include "api/direct.h"
 #include "api/key_transform.h"
 #include "api/paged_cache.h"
+#include "common/head_dims.h"
 
 namespace fastattn::api {
 
@@ -176,7 +177,9 @@ std::vector<Shape> PagedInferShape(
     const std::string& out_dtype, const std::string& cache_quant_type,
     const std::string& fp8_format, bool quantize_q, bool batch_invariant,
     const std::string& k_rotation) {
-  return ResultShapes(q, return_softmax_lse);
+  Shape v = q;
+  if (q.size() == 3 && AttentionHeadDims::Has(q[2])) v[2] = ValueDim(static_cast<int>(q[2]));
+  return ResultShapes(q, return_softmax_lse, v);
 }
 
 std::vector<phi::DataType> PagedInferDtype(

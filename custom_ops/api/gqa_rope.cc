@@ -70,6 +70,7 @@ std::vector<Tensor> GqaRopeWriteCache(
   const CacheArgs cache{key_cache,        value_cache, Get(cache_k_scales),     Get(cache_v_scales),
                         cache_quant_type, e4m3,        CacheLayout::kFastDeploy};
   rope.cache = ParsePagedCache(kOp, cache, place);
+  RequireEqualDims(kOp, rope.cache);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   const int kv_heads = rope.cache.num_kv_heads, head_dim = rope.cache.head_dim;

@@ -35,7 +35,7 @@ std::vector<std::string> CacheTypes() {
 }
 
 std::vector<int> SupportedHeadDims() {
-  return {std::begin(HeadDims::kDims), std::end(HeadDims::kDims)};
+  return {std::begin(AttentionHeadDims::kDims), std::end(AttentionHeadDims::kDims)};
 }
 
 std::vector<std::string> Archs() {

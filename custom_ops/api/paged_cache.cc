@@ -33,8 +33,9 @@ DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, Cach
   return codes;
 }
 
+// `head_dim`: that of K or of V, whose scales they are.
 ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* scales,
-                             const PagedCache& cache, const phi::Place& place,
+                             const PagedCache& cache, int64_t head_dim, const phi::Place& place,
                              CacheStrides* strides) {
   // Paddle passes an empty optional tensor as an absent one.
   if (scales == nullptr && IsDynamic(cache.type) && cache.num_blocks == 0) {
@@ -61,7 +62,7 @@ ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* sca
   arg.Contiguous();
   const Sizes shape = SizesOf(*scales);
   const int64_t heads = cache.num_kv_heads;
-  const int64_t channels = heads * cache.head_dim;
+  const int64_t channels = heads * head_dim;
   if (shape == Sizes{1}) return ScaleGranularity::kTensor;
   if (shape == Sizes{heads}) return ScaleGranularity::kHead;
   if (shape == Sizes{channels} && IsInt8(cache.type)) return ScaleGranularity::kChannel;
@@ -164,7 +165,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   Arg value(op, "value_cache", args.value_cache);
   value.On(place);
   const bool transposed = IsQuantized(cache.type) && cache.layout == CacheLayout::kFastattn;
-  value.Dims(transposed ? Shape{shape[0], shape[1], row, kBlockSize} : shape);
+  const int64_t value_row = cache.ValueElements();  // of a K of so many channels
+  value.Dims(transposed ? Shape{shape[0], shape[1], value_row, kBlockSize}
+                        : Shape{shape[0], shape[1], kBlockSize, value_row});
 
   // The fastdeploy layout orders the bytes of a whole plane.
   const bool whole = IsQuantized(cache.type) && cache.layout == CacheLayout::kFastDeploy;
@@ -184,10 +187,10 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   } else {
     cache.dtype = ParseCodeDtype(op, "key_cache", args.key_cache, cache.type, format);
     ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, format);
-    cache.k_granularity =
-        ParseScales(op, "cache_k_scales", args.k_scales, cache, place, &cache.k_scale_strides);
-    cache.v_granularity =
-        ParseScales(op, "cache_v_scales", args.v_scales, cache, place, &cache.v_scale_strides);
+    cache.k_granularity = ParseScales(op, "cache_k_scales", args.k_scales, cache, cache.head_dim,
+                                      place, &cache.k_scale_strides);
+    cache.v_granularity = ParseScales(op, "cache_v_scales", args.v_scales, cache, cache.ValueDim(),
+                                      place, &cache.v_scale_strides);
     if (args.k_scales != nullptr && args.v_scales != nullptr) {
       Arg(op, "cache_v_scales", *args.v_scales).Dtype({args.k_scales->dtype()});
       cache.scale_dtype = ToDType(op, "cache_k_scales", args.k_scales->dtype());

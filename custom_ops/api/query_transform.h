@@ -69,7 +69,7 @@ class QueryTransform {
     after.shifts = before.shifts;
     after.num_tokens = p->seqs.num_tokens;
     after.num_heads = p->num_heads;
-    after.head_dim = p->head_dim;
+    after.value_dim = ValueDim(p->head_dim);
     after.lse = p->lse;
     after.lse_in = p->lse;
     if (p->sinks == nullptr) return;
@@ -79,7 +79,7 @@ class QueryTransform {
     after.out_dtype = p->out_dtype;
     after.out_scale = p->out_scale;
     p->lse = floats({heads, tokens}, &lse_);
-    p->out = floats({tokens, heads, dim}, &partial_);
+    p->out = floats({tokens, heads, ValueDim(p->head_dim)}, &partial_);
     p->out_dtype = DType::kFloat32;
     p->out_scale = nullptr;
     p->sinks = nullptr;

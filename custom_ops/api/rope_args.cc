@@ -37,6 +37,12 @@ struct RotaryShape {
 
 }  // namespace
 
+void RequireEqualDims(const char* op, const PagedCache& cache) {
+  if (HeadDims::Has(cache.head_dim)) return;
+  Fail("NotImplementedError", op, "key_cache", "head_dim ", cache.head_dim,
+       " is not supported here; supported: ", HeadDims::Text(), "; write_cache_kv takes it");
+}
+
 void ParseQkv(const char* op, const Tensor& qkv, int num_heads, int num_kv_heads,
               RopeWriteCacheParams& p) {
   Arg(op, "qkv", qkv)

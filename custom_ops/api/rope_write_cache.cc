@@ -127,6 +127,7 @@ std::vector<Tensor> RopeWriteCacheKv(
   const CacheArgs cache{key_cache,           value_cache,      Get(cache_k_scales),
                         Get(cache_v_scales), cache_quant_type, fp8_format};
   p.cache = ParsePagedCache(kOp, cache, place);
+  RequireEqualDims(kOp, p.cache);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   ParseQkv(kOp, qkv, num_heads, num_kv_heads, p);

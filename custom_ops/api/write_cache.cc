@@ -20,12 +20,12 @@ namespace {
 constexpr const char* kOp = "write_cache_kv";
 
 // Checks K or V of the new tokens and returns its token stride.
-int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& cache,
+int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& cache, int head_dim,
                     const phi::Place& place) {
   Arg(kOp, name, tensor)
       .On(place)
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
-      .Dims({-1, cache.num_kv_heads, cache.head_dim});
+      .Dims({-1, cache.num_kv_heads, head_dim});
   const int64_t token_stride = HeadsContiguous(kOp, name, tensor);
   RequireAligned(kOp, name, tensor, kVectorBytes);
   return token_stride;
@@ -51,9 +51,11 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   const KeyTransform transform = ParseKeyTransform(kOp, Get(k_center), k_rotation, p.cache, place);
-  p.key_token_stride = CheckTokens("key", key, p.cache, place);
-  p.value_token_stride = CheckTokens("value", value, p.cache, place);
-  Arg(kOp, "value", value).Dtype({key.dtype()}).Dims(key.shape());
+  p.key_token_stride = CheckTokens("key", key, p.cache, p.cache.head_dim, place);
+  p.value_token_stride = CheckTokens("value", value, p.cache, p.cache.ValueDim(), place);
+  Arg(kOp, "value", value)
+      .Dtype({key.dtype()})
+      .Dims({key.shape()[0], p.cache.num_kv_heads, p.cache.ValueDim()});
   p.dtype = ToDType(kOp, "key", key.dtype());
   if (p.cache.type == CacheType::kNone && p.dtype != DType::kFloat32 && p.dtype != p.cache.dtype) {
     Fail("TypeError", kOp, "key", "expected dtype float32 or the cache's ", NameOf(p.cache.dtype),

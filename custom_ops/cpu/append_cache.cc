@@ -42,7 +42,7 @@ template <DType kOut, CacheLayout kLayout, typename Format>
 void Run(const AppendCacheParams& p, const KeyTransform& transform) {
   using T = typename Element<kOut>::Storage;
   const int heads = p.cache.num_kv_heads;
-  const int head_dim = p.cache.head_dim;
+  const int head_dim = p.cache.head_dim, value_dim = p.cache.ValueDim();
   const CacheReader<Format, kLayout> reader(p.cache);
   const std::vector<BlockTokens> blocks = FindBlocks(p);
 
@@ -61,11 +61,11 @@ void Run(const AppendCacheParams& p, const KeyTransform& transform) {
         StoreRow<kOut>(x, head_dim, key + r * p.key_token_stride);
       }
       T* value =
-          static_cast<T*>(p.value) + tokens.out_token * p.value_token_stride + head * head_dim;
+          static_cast<T*>(p.value) + tokens.out_token * p.value_token_stride + head * value_dim;
       reader.ValueCodes(tokens.block, head, 0, tokens.count, codes);
       for (int r = 0; r < tokens.count; ++r) {
-        reader.DecodeValue(tokens.block, head, r, codes + r * head_dim, x);
-        StoreRow<kOut>(x, head_dim, value + r * p.value_token_stride);
+        reader.DecodeValue(tokens.block, head, r, codes + r * value_dim, x);
+        StoreRow<kOut>(x, value_dim, value + r * p.value_token_stride);
       }
     }
   });

@@ -181,7 +181,7 @@ class ValueScales {
       const PagedCache& cache = p.cache;
       if (!IsQuantized(cache.type) || IsDynamic(cache.type)) return;
       dtype_ = cache.scale_dtype;
-      const int64_t first = StaticScaleIndex(cache.v_granularity, kv_head, 0, cache.head_dim);
+      const int64_t first = StaticScaleIndex(cache.v_granularity, kv_head, 0, cache.ValueDim());
       if (cache.v_granularity == ScaleGranularity::kChannel) {
         channels_ = cache.v_scales;
         offset_ = first;

@@ -95,8 +95,8 @@ class CacheWriter {
 
   explicit CacheWriter(const PagedCache& cache)
       : cache_(cache),
-        k_inverse_(Inverses(cache, cache.k_scales, cache.k_granularity)),
-        v_inverse_(Inverses(cache, cache.v_scales, cache.v_granularity)) {}
+        k_inverse_(Inverses(cache, cache.k_scales, cache.k_granularity, cache.head_dim)),
+        v_inverse_(Inverses(cache, cache.v_scales, cache.v_granularity, cache.ValueDim())) {}
 
   // Stores x[0 .. D), token `slot` (0..63) of a block, as K of one head.
   void Key(int block, int head, int slot, const float* x) const {
@@ -104,17 +104,16 @@ class CacheWriter {
     const int64_t scale = ScaleIndex(cache_.k_scale_strides, block, head, slot);
     if constexpr (Format::kNibbles) {
       Storage codes[kMaxHeadDim];
-      Encode(cache_.k_scales, scale, k_inverse_, cache_.k_granularity, head, x, codes);
+      EncodeKey(scale, head, x, codes);
       PackNibbles(codes, cache_.head_dim, base + slot * cache_.key_strides.row);
     } else if constexpr (kFastDeploy) {
       Storage codes[kMaxHeadDim];
-      Encode(cache_.k_scales, scale, k_inverse_, cache_.k_granularity, head, x, codes);
+      EncodeKey(scale, head, x, codes);
       for (int d = 0; d < cache_.head_dim; ++d) {
         base[KeyOffset<kLayout>(slot, d, cache_.head_dim)] = static_cast<Storage>(codes[d] ^ kFlip);
       }
     } else {
-      Encode(cache_.k_scales, scale, k_inverse_, cache_.k_granularity, head, x,
-             base + slot * cache_.key_strides.row);
+      EncodeKey(scale, head, x, base + slot * cache_.key_strides.row);
     }
   }
 
@@ -124,12 +123,12 @@ class CacheWriter {
     const int64_t row_stride = cache_.value_strides.row;
     const int64_t scale = ScaleIndex(cache_.v_scale_strides, block, head, slot);
     if constexpr (Format::kType == CacheType::kNone) {
-      Encode(nullptr, scale, v_inverse_, cache_.v_granularity, head, x, base + slot * row_stride);
+      EncodeValue(scale, head, x, base + slot * row_stride);
     } else {
       Storage codes[kMaxHeadDim];
-      Encode(cache_.v_scales, scale, v_inverse_, cache_.v_granularity, head, x, codes);
-      const int elements = cache_.RowElements();
-      if constexpr (Format::kNibbles) PackNibbles(codes, cache_.head_dim, codes);
+      EncodeValue(scale, head, x, codes);
+      const int elements = cache_.ValueElements();
+      if constexpr (Format::kNibbles) PackNibbles(codes, cache_.ValueDim(), codes);
       for (int d = 0; d < elements; ++d) {
         base[ValueElement<kLayout>(slot, d, elements, row_stride)] =
             static_cast<Storage>(codes[d] ^ kFlip);
@@ -145,26 +144,33 @@ class CacheWriter {
 
   // Reciprocals of static scales, one a channel for kChannel and else one a head.
   static std::vector<float> Inverses(const PagedCache& cache, const void* scales,
-                                     ScaleGranularity granularity) {
+                                     ScaleGranularity granularity, int head_dim) {
     if constexpr (Format::kType == CacheType::kNone || IsDynamic(Format::kType)) return {};
-    const int per_head = granularity == ScaleGranularity::kChannel ? cache.head_dim : 1;
+    const int per_head = granularity == ScaleGranularity::kChannel ? head_dim : 1;
     std::vector<float> result(cache.num_kv_heads * per_head);
     for (int i = 0; i < static_cast<int>(result.size()); ++i) {
-      const int64_t index =
-          StaticScaleIndex(granularity, i / per_head, i % per_head, cache.head_dim);
+      const int64_t index = StaticScaleIndex(granularity, i / per_head, i % per_head, head_dim);
       result[i] = 1.0f / LoadScale(scales, cache.scale_dtype, index);
     }
     return result;
+  }
+
+  void EncodeKey(int64_t scale_index, int head, const float* x, Storage* out) const {
+    Encode(cache_.k_scales, scale_index, k_inverse_, cache_.k_granularity, head, cache_.head_dim, x,
+           out);
+  }
+  void EncodeValue(int64_t scale_index, int head, const float* x, Storage* out) const {
+    Encode(cache_.v_scales, scale_index, v_inverse_, cache_.v_granularity, head, cache_.ValueDim(),
+           x, out);
   }
 
   int64_t ScaleIndex(const CacheStrides& strides, int block, int head, int slot) const {
     return DynamicScaleIndex<Format>(cache_, strides, block, head, slot);
   }
 
-  // `scale_index` is that of the token's first dynamic scale.
+  // n channels. `scale_index` is that of the token's first dynamic scale.
   void Encode(void* scales, int64_t scale_index, const std::vector<float>& inverses,
-              ScaleGranularity granularity, int head, const float* x, Storage* out) const {
-    const int n = cache_.head_dim;
+              ScaleGranularity granularity, int head, int n, const float* x, Storage* out) const {
     if constexpr (Format::kType == CacheType::kNone) {
       StoreRow<Format::kCode>(x, n, out);
     } else if constexpr (HasBlockScales(Format::kType)) {
@@ -208,11 +214,13 @@ class CacheReader {
  public:
   using Storage = typename Format::Storage;
 
-  explicit CacheReader(const PagedCache& cache) : cache_(cache) {
-    elements_ = cache.RowElements();
-    for (int d = 0; d < elements_; ++d) {
-      k_channel_[d] = KeyOffset<kLayout>(0, d, elements_);
-      v_channel_[d] = ValueElement<kValueLayout>(0, d, elements_, cache.value_strides.row);
+  explicit CacheReader(const PagedCache& cache)
+      : cache_(cache), value_dim_(cache.ValueDim()), value_elements_(cache.ValueElements()) {
+    for (int d = 0; d < cache.RowElements(); ++d) {
+      k_channel_[d] = KeyOffset<kLayout>(0, d, cache.RowElements());
+    }
+    for (int d = 0; d < value_elements_; ++d) {
+      v_channel_[d] = ValueElement<kValueLayout>(0, d, value_elements_, cache.value_strides.row);
     }
   }
 
@@ -224,7 +232,8 @@ class CacheReader {
       if constexpr (Format::kNibbles) {
         UnpackNibbles(base + r * cache_.key_strides.row, cache_.head_dim, codes);
       } else if constexpr (kLayout == CacheLayout::kFastDeploy) {
-        Gather(base + KeyOffset<kLayout>(r, 0, cache_.head_dim), k_channel_, codes);
+        Gather(base + KeyOffset<kLayout>(r, 0, cache_.head_dim), k_channel_, cache_.head_dim,
+               codes);
       } else {
         std::copy_n(base + r * cache_.key_strides.row, cache_.head_dim, codes);
       }
@@ -235,15 +244,16 @@ class CacheReader {
     const Storage* base =
         static_cast<const Storage*>(cache_.value) + cache_.value_strides.Plane(block, head);
     const int64_t row_stride = cache_.value_strides.row;
-    for (int r = begin; r < end; ++r, codes += cache_.head_dim) {
+    for (int r = begin; r < end; ++r, codes += value_dim_) {
+      const int64_t first = ValueElement<kValueLayout>(r, 0, value_elements_, row_stride);
       if constexpr (Format::kNibbles) {
         Storage bytes[kMaxHeadDim];
-        Gather(base + ValueElement<kValueLayout>(r, 0, elements_, row_stride), v_channel_, bytes);
-        UnpackNibbles(bytes, cache_.head_dim, codes);
+        Gather(base + first, v_channel_, value_elements_, bytes);
+        UnpackNibbles(bytes, value_dim_, codes);
       } else if constexpr (kValueLayout == CacheLayout::kLogical) {
-        std::copy_n(base + r * row_stride, cache_.head_dim, codes);
+        std::copy_n(base + r * row_stride, value_dim_, codes);
       } else {
-        Gather(base + ValueElement<kValueLayout>(r, 0, elements_, row_stride), v_channel_, codes);
+        Gather(base + first, v_channel_, value_elements_, codes);
       }
     }
   }
@@ -251,12 +261,12 @@ class CacheReader {
   // out[0 .. D) = the values of one token's codes.
   void DecodeKey(int block, int head, int slot, const Storage* codes, float* out) const {
     const int64_t scale = ScaleIndex(cache_.k_scale_strides, block, head, slot);
-    Decode(cache_.k_scales, scale, cache_.k_granularity, head, codes, out);
+    Decode(cache_.k_scales, scale, cache_.k_granularity, head, cache_.head_dim, codes, out);
   }
 
   void DecodeValue(int block, int head, int slot, const Storage* codes, float* out) const {
     const int64_t scale = ScaleIndex(cache_.v_scale_strides, block, head, slot);
-    Decode(cache_.v_scales, scale, cache_.v_granularity, head, codes, out);
+    Decode(cache_.v_scales, scale, cache_.v_granularity, head, value_dim_, codes, out);
   }
 
  private:
@@ -266,10 +276,10 @@ class CacheReader {
   // Reads one token's codes: in every layout the offset of (r, d) is that of (r, 0) plus that of
   // (0, d).
   template <typename Offset>
-  void Gather(const Storage* token, const Offset* channel, Storage* codes) const {
+  void Gather(const Storage* token, const Offset* channel, int elements, Storage* codes) const {
     // FastDeploy adds 128 to int8 codes; for 8 bits that flips the top bit.
     constexpr int kFlip = kLayout == CacheLayout::kFastDeploy && IsInt8(Format::kType) ? 0x80 : 0;
-    for (int d = 0; d < elements_; ++d) {
+    for (int d = 0; d < elements; ++d) {
       codes[d] = static_cast<Storage>(token[channel[d]] ^ kFlip);
     }
   }
@@ -279,8 +289,7 @@ class CacheReader {
   }
 
   void Decode(const void* scales, int64_t scale_index, ScaleGranularity granularity, int head,
-              const Storage* codes, float* out) const {
-    const int n = cache_.head_dim;
+              int n, const Storage* codes, float* out) const {
     LoadRow<Format::kCode>(codes, n, out);
     if constexpr (Format::kType == CacheType::kNone) return;
     if constexpr (HasBlockScales(Format::kType)) {
@@ -305,7 +314,8 @@ class CacheReader {
   }
 
   PagedCache cache_;
-  int elements_;  // of a token
+  int value_dim_;
+  int value_elements_;  // of a token's V
   int k_channel_[kMaxHeadDim];
   int64_t v_channel_[kMaxHeadDim];
 };

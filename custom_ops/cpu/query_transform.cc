@@ -39,7 +39,7 @@ void TransformQuery(const QueryTransformParams& p) {
 }
 
 void ShiftScores(const ScoreShiftParams& p) {
-  const int64_t heads = p.num_heads, dim = p.head_dim, tokens = p.num_tokens;
+  const int64_t heads = p.num_heads, dim = p.value_dim, tokens = p.num_tokens;
   const float inverse = p.out_scale == nullptr ? 1.0f : 1.0f / p.out_scale[0];
   dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3>(
       p.out_dtype, "out", [&](auto dtype) {

@@ -17,7 +17,7 @@ template <DType kDType, typename Format>
 void Run(const WriteCacheParams& p, const KeyTransform& transform) {
   using T = typename Element<kDType>::Storage;
   const int heads = p.cache.num_kv_heads;
-  const int head_dim = p.cache.head_dim;
+  const int head_dim = p.cache.head_dim, value_dim = p.cache.ValueDim();
   const T* keys = static_cast<const T*>(p.key);
   const T* values = static_cast<const T*>(p.value);
   const CacheWriter<Format> writer(p.cache);
@@ -38,7 +38,7 @@ void Run(const WriteCacheParams& p, const KeyTransform& transform) {
       LoadRow<kDType>(keys + token * p.key_token_stride + head * head_dim, head_dim, x);
       TransformKey(transform, head, head_dim, x);
       writer.Key(block, head, slot, x);
-      LoadRow<kDType>(values + token * p.value_token_stride + head * head_dim, head_dim, x);
+      LoadRow<kDType>(values + token * p.value_token_stride + head * value_dim, value_dim, x);
       writer.Value(block, head, slot, x);
     }
   });

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/fp4.h"
+#include "common/head_dims.h"
 #include "common/types.h"
 
 namespace fastattn {
@@ -30,7 +31,8 @@ struct CacheStrides {
 // A layer's paged KV cache; see common/layout.h for the order inside a block. On a GPU, addresses
 // and strides of caches and dynamic scales are multiples of 16 bytes.
 struct PagedCache {
-  // D is head_dim here, and half of it where a byte holds two codes (CodesPerByte).
+  // D is head_dim here, and half of it where a byte holds two codes (CodesPerByte); of V it is
+  // ValueDim().
   void* key = nullptr;       // [num_blocks, KV, 64, D]
   void* value = nullptr;     // quantised [num_blocks, KV, D, 64] (fastattn), else [.., KV, 64, D]
   void* k_scales = nullptr;  // by granularity; null for CacheType::kNone
@@ -47,10 +49,13 @@ struct PagedCache {
   ScaleGranularity v_granularity = ScaleGranularity::kTensor;
   int num_blocks = 0;
   int num_kv_heads = 0;
-  int head_dim = 0;
+  int head_dim = 0;  // of K
 
-  // Elements of a token's K or V.
+  FASTATTN_HD int ValueDim() const { return fastattn::ValueDim(head_dim); }
+
+  // Elements of a token's K, and of its V.
   FASTATTN_HD int RowElements() const { return head_dim / CodesPerByte(type); }
+  FASTATTN_HD int ValueElements() const { return ValueDim() / CodesPerByte(type); }
 
   // Scales of a token's K or V, of dynamic types.
   FASTATTN_HD int TokenScales() const { return HasBlockScales(type) ? head_dim / kMxBlock : 1; }

@@ -32,7 +32,7 @@ struct ScoreShiftParams {
   const float* shifts = nullptr;        // [num_tokens, num_heads]
   const float* lse_in = nullptr;        // [num_heads, num_tokens], without sinks
   float* lse = nullptr;                 // the same shape, may be lse_in if there are no sinks; null
-  const float* partial = nullptr;       // [num_tokens, num_heads, head_dim], null without sinks
+  const float* partial = nullptr;       // [num_tokens, num_heads, value_dim], null without sinks
   const void* sinks = nullptr;          // [num_heads] or null
   const float* out_scale = nullptr;     // [1] or null
   void* out = nullptr;                  // the shape of `partial`
@@ -40,7 +40,7 @@ struct ScoreShiftParams {
   DType sinks_dtype = DType::kFloat32;  // fp32 or bf16
   int num_tokens = 0;
   int num_heads = 0;
-  int head_dim = 0;
+  int value_dim = 0;  // channels of the output
 };
 
 }  // namespace fastattn

@@ -12,7 +12,7 @@ import paddle
 
 from fastattn.backends.layer_cache import cache_type_of
 from fastattn.backends.scales import HeadShard
-from fastattn.functional._cache_types import HEAD_DIMS
+from fastattn.functional._cache_types import FUSED_HEAD_DIMS
 
 #: Tokens of a cache block.
 BLOCK_SIZE = 64
@@ -193,8 +193,8 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     block_size = read(fd_config, "cache_config.block_size", BLOCK_SIZE)
     if block_size != BLOCK_SIZE:
         no("cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
-    if head_dim not in HEAD_DIMS:
-        no("head_dim", head_dim, f"supported: {', '.join(map(str, HEAD_DIMS))}")
+    if head_dim not in FUSED_HEAD_DIMS:
+        no("head_dim", head_dim, f"supported: {', '.join(map(str, FUSED_HEAD_DIMS))}")
     refuse_disaggregation(fd_config, backend, no)
     level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
     if level > 0:

@@ -12,6 +12,7 @@ from fastattn.functional._cache_types import (
     check_cache_type,
     codes_per_byte,
     head_dims_of,
+    value_dim,
 )
 
 _OP = "convert_caches"
@@ -174,10 +175,13 @@ def _checked(
             )
         row = shape[2 if transposed else 3]
         head_dim = row * codes_per_byte(cache_quant_type)
-        if head_dim not in head_dims_of(cache_quant_type):
+        supported = head_dims_of(cache_quant_type)
+        if kind == "v":
+            supported = tuple(dim for dim in supported if value_dim(dim) == dim)
+        if head_dim not in supported:
             raise NotImplementedError(
                 f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: "
-                + ", ".join(map(str, head_dims_of(cache_quant_type)))
+                + ", ".join(map(str, supported))
             )
         if not cache.is_contiguous():
             raise ValueError(f"{_OP}: {name}: it is written in place and must be contiguous")

@@ -11,6 +11,7 @@ from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     check_cache_type,
     check_no_zero_points,
+    value_dim,
 )
 
 
@@ -98,14 +99,16 @@ class LayerCache:
             scales = [None, None]
         else:
             scales = [
-                cls._static_scales(layer, name, key, shard or HeadShard(), quant_type)
-                for name in ("cache_k_out_scale", "cache_v_out_scale")
+                cls._static_scales(layer, f"cache_{kind}_out_scale", key, shard, quant_type)
+                for kind in "kv"
             ]
         fp8_format = getattr(layer, "cache_fp8_format", "e4m3")
         return cls(key, value, scales[0], scales[1], quant_type, fp8_format)
 
     @staticmethod
-    def _static_scales(layer: Any, name: str, key: Any, shard: HeadShard, quant_type: str) -> Any:
+    def _static_scales(
+        layer: Any, name: str, key: Any, shard: HeadShard | None, quant_type: str
+    ) -> Any:
         scales = getattr(layer, name, None)
         if scales is None:
             raise ValueError(
@@ -116,12 +119,13 @@ class LayerCache:
                 "forward_meta.caches: expected a key cache of shape [num_blocks, KV, 64, D], got "
                 f"{list(key.shape)}"
             )
+        head_dim = int(key.shape[3])
         return local_scales(
             scales,
             name=f"layer.{name}",
             kv_heads=int(key.shape[1]),
-            head_dim=int(key.shape[3]),
-            shard=shard,
+            head_dim=head_dim if name == "cache_k_out_scale" else value_dim(head_dim),
+            shard=shard or HeadShard(),
             per_channel=quant_type == "cache_int8",
         )
 

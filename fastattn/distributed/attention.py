@@ -19,7 +19,7 @@ from fastattn.distributed._exchange import (
 )
 from fastattn.distributed.local_keys import LocalKeys, local_call
 from fastattn.functional import paged_attention
-from fastattn.functional._partial import check_results, check_tensor, value_dtype
+from fastattn.functional._partial import check_results, check_tensor, output_shape, value_dtype
 
 _OP = "paged_attention_dcp"
 
@@ -202,7 +202,7 @@ def paged_attention_dcp(
         results["out_dtype"] = out_dtype if out_scale is not None else dtype
         return store(paged_attention(*arguments, **{**options, **results}), out)
     partial = partial_dtype(exchange_dtype, dtype)
-    exchange = Exchange(q.shape, partial, q.place, world_size, group)
+    exchange = Exchange(output_shape(q), partial, q.place, world_size, group)
     if is_tensor(key_cache) and key_cache.ndim == 4:  # else the operator says what is wrong
         mask: dict[str, Any] = {
             "causal": causal,

@@ -14,15 +14,25 @@ DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", *NIBBLE_TYPES)
 #: Types with scales that the layer holds.
 STATIC_TYPES = ("cache_int8", "cache_fp8")
 
-#: Head dimensions of a cache.
-HEAD_DIMS = (64, 96, 128, 256)
+#: Head dimensions of a cache: channels of K. V has 128 where K has 192, else as many.
+HEAD_DIMS = (64, 96, 128, 192, 256)
+
+#: Those of fused projections, whose heads are of one size.
+FUSED_HEAD_DIMS = (64, 96, 128, 256)
 
 CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 
 def head_dims_of(cache_quant_type: str) -> tuple[int, ...]:
     """Head dimensions that caches of a type may have."""
-    return (64, 128) if cache_quant_type == "block_wise_mxfp4" else HEAD_DIMS
+    if cache_quant_type == "block_wise_mxfp4":
+        return (64, 128)
+    return FUSED_HEAD_DIMS if cache_quant_type == "block_wise_int4" else HEAD_DIMS
+
+
+def value_dim(head_dim: int) -> int:
+    """Channels of V, and of attention's output, where Q and K have `head_dim`."""
+    return 128 if head_dim == 192 else head_dim
 
 
 def codes_per_byte(cache_quant_type: str) -> int:

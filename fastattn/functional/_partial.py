@@ -8,6 +8,7 @@ import paddle
 from paddle import Tensor
 
 from fastattn._ops import is_tensor
+from fastattn.functional._cache_types import value_dim
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -20,6 +21,12 @@ def dtype_name(dtype: Any) -> str:
 def empty(shape: list[int], dtype: Any, place: Any) -> Tensor:
     """``paddle.empty`` on the given place."""
     return paddle._C_ops.empty(shape, dtype, place)
+
+
+def output_shape(q: Tensor) -> list[int]:
+    """Shape of the output of queries [T, H, D]: its channels are those of V."""
+    tokens, heads, head_dim = (int(size) for size in q.shape)
+    return [tokens, heads, value_dim(head_dim)]
 
 
 def value_dtype(
@@ -68,5 +75,5 @@ def check_results(
 ) -> None:
     """Check `out` and `out_scale`; `dtype` is that of :func:`value_dtype`."""
     allowed = (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn")
-    check_tensor(op, "out", out, list(q.shape), allowed)
+    check_tensor(op, "out", out, output_shape(q), allowed)
     check_tensor(op, "out_scale", out_scale, [1], ("float32",))

@@ -253,8 +253,9 @@ def paged_attention(
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64, 96, 128 or 256. For type ``"none"`` the dtype must be that of the caches. The last
-        dimension must be contiguous, the others may have any strides.
+        D is 64, 96, 128, 256, or 192 with values of 128 channels. For type ``"none"`` the dtype
+        must be that of the caches. The last dimension must be contiguous, the others may have any
+        strides.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16. KV
         divides H. The last dimension must be contiguous. The others, also those of `value_cache`
@@ -263,7 +264,8 @@ def paged_attention(
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
-        ``block_wise_int4`` and ``block_wise_mxfp4``: a byte has two channels.
+        ``block_wise_int4`` and ``block_wise_mxfp4``: a byte has two channels. 128 channels go with
+        192 of K, and otherwise as many as K has.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -301,7 +303,7 @@ def paged_attention(
         Return the output as e4m3 codes of ``out * (1 / out_scale)``.
     return_softmax_lse : bool
         Also return the LSE, the logarithm of the softmax's denominator.
-    out : Tensor, shape [T, H, D], optional
+    out : Tensor, shape [T, H, D] ([T, H, 128] where D is 192), optional
         Written in place and returned. Tokens that belong to no sequence (padding) keep their
         contents; in a new output they are 0.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
@@ -345,8 +347,8 @@ def paged_attention(
         or an option is out of range; also if `quantize_q` comes with queries that do not have 16
         bits, with `q_descale`, or with a cache that is not e4m3.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported, or what
-        `k_rotation` or `k_center` comes with.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 192, 256) is not supported, or
+        what `k_rotation` or `k_center` comes with.
 
     Notes
     -----

@@ -55,7 +55,8 @@ def write_cache_kv(
     Parameters
     ----------
     key, value : Tensor, shape [T, KV, D], float32, float16 or bfloat16
-        For type ``"none"`` the dtype of the caches, or float32, which is rounded to it.
+        For type ``"none"`` the dtype of the caches, or float32, which is rounded to it. D is 128
+        for `value` and its cache where it is 192 for `key` (unabsorbed MLA, whose RoPE is done).
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16.
         The last dimension must be contiguous. The others, also those of `value_cache` and of
@@ -105,7 +106,7 @@ def write_cache_kv(
         If shapes or places do not match, scales are missing or superfluous, a zero point
         is given, or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported,
+        If `cache_quant_type` or the head dimension (64, 96, 128, 192, 256) is not supported,
         `fp8_format` is not e4m3 for ``block_wise_fp8``, or a type takes no `k_rotation` or
         `k_center`.
 
@@ -193,7 +194,7 @@ def append_cache_kv_c8(
         For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D]; ``block_wise_int4`` and
         ``block_wise_mxfp4``, which have no such layout, have half of D in both caches.
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
-        Written in place.
+        Written in place. D is 128 for `value` where it is 192 for `key`.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence.
     seq_lens_decoder : Tensor, shape [B], int32
@@ -233,9 +234,9 @@ def append_cache_kv_c8(
         If shapes or places do not match, `dynamic_quant` does not agree with
         `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 256)
-        is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``, or what `k_rotation`
-        or `k_center` comes with.
+        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 192,
+        256) is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``, or what
+        `k_rotation` or `k_center` comes with.
 
     See Also
     --------
@@ -314,7 +315,8 @@ def convert_cache_layout(
     ValueError
         If `kind`, `src` or `dst` is unknown or the shape does not match them.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256, and 192 of K) is not
+        supported.
 
     See Also
     --------
@@ -382,7 +384,8 @@ def convert_cache_blocks(
         If `kind`, `src` or `dst` is unknown, the shape does not match them, or ``0 <= begin <= end
         <= num_blocks`` does not hold.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256) is not supported.
+        If `cache_quant_type` or the head dimension (64, 96, 128, 256, and 192 of K) is not
+        supported.
 
     See Also
     --------

@@ -13,7 +13,7 @@ from paddle import Tensor
 from fastattn._ops import is_tensor
 from fastattn.functional._attributes import as_int32
 from fastattn.functional._cache_types import check_no_zero_points
-from fastattn.functional._partial import check_results, empty, value_dtype
+from fastattn.functional._partial import check_results, empty, output_shape, value_dtype
 from fastattn.functional.attention import paged_attention
 from fastattn.functional.merge import merge_attn_states
 
@@ -406,7 +406,7 @@ def cascade_attention(
     )
     if out is None and out_scale is None:
         same = dtype == "float32"
-        out = prefix_out if same else empty(list(q.shape), getattr(paddle, dtype), q.place)
+        out = prefix_out if same else empty(output_shape(q), getattr(paddle, dtype), q.place)
     result, lse = merge_attn_states(
         prefix_out,
         lse,

@@ -283,6 +283,13 @@ def _dequantize_blocks(
     return values * multiplier.reshape(-1, 1, 1)
 
 
+def _head_dim(cache: Array, cache_quant_type: str) -> int:
+    """Channels of a K or V cache, whichever of its last two dimensions has the tokens."""
+    row = int(cache.shape[2]) * int(cache.shape[3]) // BLOCK_SIZE
+    nibbles = cache_quant_type != "none" and code_of(cache_quant_type) in NIBBLES
+    return 2 * row if nibbles else row
+
+
 def gather_seq(
     key_cache: Array,
     value_cache: Array,
@@ -299,13 +306,11 @@ def gather_seq(
     Returns
     -------
     k, v : array of float64, shape [num_keys, KV, D]
-        0 where no block is assigned.
+        0 where no block is assigned. D is 128 for V where it is 192 for K.
     assigned : array of bool, shape [num_keys]
         Whether the key's block is assigned, with an id in ``[0, num_blocks)``.
     """
-    num_blocks, kv_heads, _, row = key_cache.shape
-    nibbles = cache_quant_type != "none" and code_of(cache_quant_type, fp8_format) in NIBBLES
-    head_dim = 2 * row if nibbles else row
+    num_blocks, kv_heads = key_cache.shape[:2]
     needed = -(-num_keys // BLOCK_SIZE)
     ids = np.full(needed, -1)
     ids[: len(block_table)] = np.asarray(block_table)[:needed]
@@ -315,6 +320,7 @@ def gather_seq(
         ("k", key_cache, cache_k_scales),
         ("v", value_cache, cache_v_scales),
     ):
+        head_dim = _head_dim(cache, cache_quant_type)
         blocks = np.zeros((needed, kv_heads, BLOCK_SIZE, head_dim))
         if known.any():
             blocks[known] = _dequantize_blocks(
@@ -359,7 +365,8 @@ def paged_attention(
     Returns
     -------
     out : array, shape [T, H, D]
-        fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. 0 for tokens of no sequence.
+        D as V has. fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. 0 for tokens of
+        no sequence.
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
@@ -374,7 +381,7 @@ def paged_attention(
     if quantize_q:
         q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
-    out = np.zeros((tokens, heads, head_dim))
+    out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type)))
     lse = np.full((heads, tokens), -np.inf)
     for b in range(len(block_tables)):
         first = int(cu_seqlens_q[b])

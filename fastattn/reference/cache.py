@@ -49,6 +49,11 @@ def static_scales(scales: Array, kv_heads: int, head_dim: int) -> Array:
     return np.broadcast_to(scales.reshape(-1, 1), (kv_heads, head_dim))
 
 
+def _row(cache: Array) -> int:
+    """Elements of a token in K or V, whichever of its last two dimensions has the tokens."""
+    return int(cache.shape[2]) * int(cache.shape[3]) // BLOCK_SIZE
+
+
 def dynamic_scales(scales: Array, cache_quant_type: str) -> Array:
     """Dynamic scales as fp32, one more dimension for channels: of size 1, or D for MXFP4 blocks.
 
@@ -143,14 +148,13 @@ def write_cache_kv(
     The caches and dynamic scales, C-contiguous arrays, change in place.
     """
     num_blocks, kv_heads = key_cache.shape[:2]
-    row = key_cache.shape[3]  # D, or D / 2 bytes of two codes
     quantised = cache_quant_type != "none"
     value_layout = "fastattn" if quantised else "logical"
     if k_rotation != "none" or k_center is not None:
         key = transform_key(key, k_rotation, k_center)
     sides = (
-        (key, key_cache, cache_k_scales, key_offsets("fastattn", row)),
-        (value, value_cache, cache_v_scales, value_offsets(value_layout, row)),
+        (key, key_cache, cache_k_scales, key_offsets("fastattn", _row(key_cache))),
+        (value, value_cache, cache_v_scales, value_offsets(value_layout, _row(value_cache))),
     )
     for token, b, position in new_tokens(
         len(key), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
@@ -160,7 +164,7 @@ def write_cache_kv(
             continue
         slot = position % BLOCK_SIZE
         for x, cache, scales, offsets in sides:
-            flat = cache.reshape(num_blocks, kv_heads, BLOCK_SIZE * row)
+            flat = cache.reshape(num_blocks, kv_heads, offsets.size)
             if not quantised:
                 with np.errstate(over="ignore", invalid="ignore"):
                     flat[block][:, offsets[slot]] = x[token].astype(cache.dtype)

@@ -56,7 +56,7 @@ def test_the_calls_below_are_clusters_by_the_plan():
     assert launch["finds_seqs"] and 64 * launch["cluster_kv_tiles"] == LIMIT
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
 def test_every_cache_type(place, kind, dim):
     paged_problem(DECODE, dim=dim, kind=kind, seed=3).check(place)
@@ -171,7 +171,7 @@ def test_lengths_around_the_limit(place, kind, longest):
         assert_same_bits(got, again)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("seqs", [1, 2, 5, 17, 40, 200, 300])
 @pytest.mark.parametrize("longest", [200, 4500])
 def test_sequences_without_tokens_among_others(place, dim, seqs, longest):

@@ -101,7 +101,7 @@ def _launches_of(launches, tokens, group):
 
 
 @pytest.mark.parametrize("heads, kv_heads", GROUPS)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_every_seq_belongs_to_one_launch(heads, kv_heads, head_dim):
     """Sequences longer than the host was told, too."""
     lengths = [*range(1, 300), 1000, 4096, 10**6]
@@ -172,10 +172,11 @@ def test_large_calls_fill_the_gpu_once():
     assert launch["grid"] == 2 * SMS
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_workspace_holds_two_partial_results_of_every_cta(head_dim):
     (launch,) = plan(16, 1, 8192, head_dim=head_dim)
-    assert launch["workspace"] >= launch["grid"] * 2 * launch["columns"] * (head_dim + 2)
+    value_dim = 128 if head_dim == 192 else head_dim
+    assert launch["workspace"] >= launch["grid"] * 2 * launch["columns"] * (value_dim + 2)
 
 
 def test_workspace_does_not_grow_with_the_batch_or_the_context():
@@ -385,6 +386,11 @@ def test_one_long_sequence_with_scales_of_tokens_is_read_by_all(max_k, clusters)
         (192, E4M3, E4M3, "ragged", "wgmma_fp8"),
         (192, E4M3, E5M2, "ragged", "wgmma_fp8"),
         (192, BF16, E4M3, "ragged", "mma_sm80"),
+        (192, BF16, BF16, "none", "wgmma_fp16"),
+        (192, E4M3, E4M3, "cache_fp8", "wgmma_fp8"),
+        (192, E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
+        (192, BF16, E4M3, "block_wise_fp8", "mma_sm80"),
+        (192, E4M3, "int8", "cache_int8", "mma_sm80"),
         (256, BF16, BF16, "none", "wgmma_fp16"),
         (256, FP16, FP16, "ragged", "wgmma_fp16"),
         (256, BF16, E4M3, "cache_fp8", "wgmma_fp16"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import paddle
 import pytest
 
 import fastattn.functional as F
@@ -89,20 +90,38 @@ def arrays(problem, *names, place="cpu"):
     return [to_numpy(x) for x in tensors + [keywords[name] for name in names]]
 
 
-def test_paged_attention(place):
-    problem = paged_problem(SEQS)
+@pytest.mark.parametrize("dim", [64, 192])
+def test_paged_attention(place, dim):
+    problem = paged_problem(SEQS, dim=dim)
     outputs, _ = run_all_modes(paged, arrays(problem), place)
     expected = problem.check(place)
     assert_same_bits(outputs[0], expected[0], "out")
     assert_same_bits(outputs[1], expected[1], "lse")
 
 
-def test_paged_attention_saved_with_any_number_of_tokens(place):
-    problem = paged_problem(SEQS)
+@pytest.mark.parametrize("dim", [64, 192])
+def test_paged_attention_saved_with_any_number_of_tokens(place, dim):
+    problem = paged_problem(SEQS, dim=dim)
     outputs, _ = run_all_modes(
         paged_output_only, arrays(problem), place, modes=("saved",), dynamic=True
     )
     assert_same_bits(outputs[0], problem.run(place)[0], "out")
+
+
+@pytest.mark.parametrize("dim, value_dim", [(128, 128), (192, 128)])
+def test_a_program_knows_the_channels_of_values(dim, value_dim):
+    shapes = ([-1, 4, dim], [5, 2, 64, dim], [5, 2, 64, value_dim], [3, 4], [4], [3], [3])
+    paddle.enable_static()
+    try:
+        with paddle.static.program_guard(paddle.static.Program()):
+            inputs = [
+                paddle.static.data(f"x{i}", shape, "int32" if i > 2 else "bfloat16")
+                for i, shape in enumerate(shapes)
+            ]
+            out, lse = paged(*inputs)
+            assert list(out.shape) == [-1, 4, value_dim] and list(lse.shape) == [4, -1]
+    finally:
+        paddle.disable_static()
 
 
 def test_paged_attention_with_scales_and_options(place):

@@ -147,7 +147,7 @@ def run(positional, keywords):
 # --- the same bits in every batch ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_mixed_steps(place, kind, q_type, dim):
     """Prefill, speculation and decode in one step, and in steps of their own."""
@@ -292,7 +292,7 @@ def test_a_graph_gives_the_bits_of_eager_calls(kind):
 # --- right, too ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_error(place, kind, q_type, dim):
     problem = paged_problem(SEQS, kind=kind, q_type=q_type, dim=dim, seed=1, padding=5)

@@ -37,7 +37,7 @@ KINDS = [
 FEW = [KINDS[0], KINDS[3], KINDS[5], KINDS[6]]
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_every_kernel(place, kind, q_type, dim):
     paged_problem(SEQS, kind=kind, q_type=q_type, dim=dim, seed=1, padding=5).check(place)

@@ -54,7 +54,7 @@ def test_prefix_lengths(place, prefix, kind):
     paged_problem(seqs, kind=kind, heads=(2, 1), seed=prefix).check(place)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8], ids=str)
 def test_seqs_of_every_length_in_one_batch(place, kind, dim):
     seqs = [(0, n) for n in (65, 1000, 0, 63, 1, 64)]
@@ -195,7 +195,7 @@ def test_masks_and_logit_options(place, kind, options):
     paged_problem(SHORT, kind=kind, **options).check(place)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("q_type", ["float16", "float32", "e4m3:tensor", "e4m3:token_head"])
 @pytest.mark.parametrize("kind", QUANTISED, ids=str)
 def test_query_types(place, kind, q_type, dim):

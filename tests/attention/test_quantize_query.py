@@ -93,7 +93,7 @@ def test_codes_and_scales_of_the_model():
 
 
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_mixed_seqs(place, kind, dim, q_type):
     problem = paged_problem(

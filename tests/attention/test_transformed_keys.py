@@ -39,7 +39,7 @@ def centre(kv_heads: int, head_dim: int, seed: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
 @pytest.mark.parametrize("seqs", [MIXED, DECODE], ids=["mixed", "decode"])
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", [*KINDS, *FP8], ids=str)
 def test_rotated(place, kind, dim, seqs, q_type):
     if kind.code == "e2m1" and dim not in (64, 128):

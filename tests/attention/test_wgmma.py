@@ -57,7 +57,7 @@ def each(kinds_16, kinds_8, q_type):
     return pytest.mark.parametrize("kind, q_type", cases, ids=lambda x: str(x or "16 bits"))
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @each(KINDS_16, KINDS_8, "e4m3:token_head")
 def test_mixed_seqs(place, kind, q_type, dim):
     padding = 3 if q_type is None else 0

@@ -9,7 +9,7 @@ import fastattn.functional as F
 from fastattn import reference
 from tests.support.cache import is_dynamic, make_cache
 from tests.support.compare import assert_same_bits
-from tests.support.tensors import DTYPES, to_numpy, to_paddle
+from tests.support.tensors import DTYPES, to_numpy, to_paddle, value_dim
 
 TYPES = (
     *("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8", "block_wise_int4"),
@@ -31,7 +31,8 @@ def arguments(kind, head_dim, dtype, *, granularity="head", kv_heads=3):
     cache = make_cache(kind, sum(blocks) + 2, kv_heads, head_dim, granularity=granularity)
     if cache.key.dtype == np.uint8 and kind.endswith("fp8"):
         cache.key[(cache.key & 0x7F) == 0x7F] = 1  # the centre of a NaN is one
-    out = [np.full((365, kv_heads, head_dim), 7, DTYPES[dtype]) for _ in "kv"]
+    dims = (head_dim, value_dim(head_dim))
+    out = [np.full((365, kv_heads, dim), 7, DTYPES[dtype]) for dim in dims]
     lengths = (tables, np.array(CACHED, np.int32), np.array(STARTS, np.int32))
     return cache, out, lengths
 
@@ -58,7 +59,7 @@ def run(cache, out, lengths, place, **options):
     ("rotation", "centred"), [("hadamard", False), ("none", True), ("hadamard", True)]
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", TYPES)
 def test_bits(place, kind, head_dim, dtype, rotation, centred):
     if kind == "block_wise_mxfp4" and head_dim not in (64, 128):

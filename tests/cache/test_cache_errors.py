@@ -87,7 +87,34 @@ WRITE_ERRORS = [
         "block_wise_fp8",
         {"key_cache": lambda: _zeros([3, 2, 64, 80], "uint8")},
         NotImplementedError,
-        "key_cache: head_dim 80 is not supported; supported: 64, 96, 128, 256",
+        "key_cache: head_dim 80 is not supported; supported: 64, 96, 128, 192, 256",
+    ),
+    (
+        "block_wise_fp8",
+        {"key_cache": lambda: _zeros([3, 2, 64, 192], "uint8")},
+        ValueError,
+        r"value_cache: expected shape \[3, 2, 128, 64\], got \[3, 2, 64, 64\]",
+    ),
+    (
+        "block_wise_fp8",
+        {
+            "key_cache": lambda: _zeros([3, 2, 64, 192], "uint8"),
+            "value_cache": lambda: _zeros([3, 2, 128, 64], "uint8"),
+            "key": lambda: _zeros([5, 2, 192]),
+        },
+        ValueError,
+        r"value: expected shape \[\?, 2, 128\], got \[5, 2, 64\]",
+    ),
+    (
+        "cache_int8",
+        {
+            "key_cache": lambda: _zeros([3, 2, 64, 192], "uint8"),
+            "value_cache": lambda: _zeros([3, 2, 128, 64], "uint8"),
+            "cache_v_scales": lambda: _zeros([384]),
+        },
+        ValueError,
+        r"cache_v_scales: expected shape \[1\], \[2\] \(KV heads\) or \[256\] "
+        r"\(KV heads \* head_dim\), got \[384\]",
     ),
     (
         "block_wise_fp8",

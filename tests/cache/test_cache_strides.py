@@ -69,7 +69,7 @@ class StridedProblem(PagedProblem):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_paged_attention(place, kind, dim, layout):
     problem = paged_problem(SEQS, heads=(6, 3), dim=dim, kind=kind)
@@ -220,14 +220,14 @@ def test_rope_write_cache_kv(place, cache, norm, step, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
 def test_append_cache_kv_c8(place, cache_quant_type, fp8_format, head_dim, layout):
     _check_append(place, cache_quant_type, fp8_format, head_dim, layout, "fastattn")
 
 
 @pytest.mark.parametrize("layout", PLANE_LAYOUTS)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
 def test_append_cache_kv_c8_in_the_fastdeploy_layout(
     place, cache_quant_type, fp8_format, head_dim, layout
@@ -241,11 +241,11 @@ def _check_append(place, cache_quant_type, fp8_format, head_dim, layout, cache_l
     cached = [0, 1, 64, 200, 7]
     step, num_blocks = make_step(cached, [0] * len(cached))
     cache = make_cache(cache_quant_type, num_blocks, 3, head_dim, fp8_format=fp8_format)
-    cache = test_append_cache.in_layout(cache, cache_layout)
     cu = np.cumsum([0, *cached]).astype(np.int32)
-    marker = np.full((cu[-1], 3, head_dim), 77, BF16)
+    markers = test_append_cache.outputs(cache, cu[-1], BF16)
+    cache = test_append_cache.in_layout(cache, cache_layout)
     (key_cache, value_cache, k_scales, v_scales), placed = place_cache(cache, layout, place)
-    outputs = [to_paddle(a.copy(), place) for a in (marker, -marker)]
+    outputs = [to_paddle(a.copy(), place) for a in markers]
     F.append_cache_kv_c8(
         key_cache,
         value_cache,
@@ -258,7 +258,7 @@ def _check_append(place, cache_quant_type, fp8_format, head_dim, layout, cache_l
         **cache.options,
     )
     seqs = (step.block_tables, step.seq_lens_decoder, cu)
-    expected = test_append_cache.model(cache, marker, -marker, *seqs, cache_layout)
+    expected = test_append_cache.model(cache, *markers, *seqs, cache_layout)
     for name, actual, wanted in zip(("key", "value"), outputs, expected):
         assert_same_bits(to_numpy(actual), wanted, name)
     assert_written(placed, cache)  # only read

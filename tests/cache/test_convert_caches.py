@@ -14,7 +14,7 @@ from fastattn.backends import convert_caches
 from fastattn.reference.layout import LAYOUTS, pack
 from tests.support.compare import assert_same_bits
 from tests.support.static import run_all_modes
-from tests.support.tensors import BF16, to_numpy, to_paddle
+from tests.support.tensors import BF16, to_numpy, to_paddle, value_dim
 
 QUANTISED = ("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8")
 
@@ -114,6 +114,7 @@ def test_bad_options(changes, error, text):
     [
         ((2, 1, 32, 64), np.uint8, ValueError, "expected blocks of 64 tokens"),
         ((2, 1, 64, 80), np.uint8, NotImplementedError, "head_dim 80"),
+        ((2, 1, 64, 32), np.uint8, NotImplementedError, "supported: 64, 96, 128, 192, 256"),
         ((2, 64, 64), np.uint8, ValueError, "expected 4 dimensions"),
         ((2, 1, 64, 64), np.float32, TypeError, "expected dtype uint8"),
     ],
@@ -121,6 +122,13 @@ def test_bad_options(changes, error, text):
 def test_bad_tensors(shape, dtype, error, text):
     with pytest.raises(error, match=f"convert_cache_blocks: cache: .*{text}"):
         _convert(to_paddle(np.zeros(shape, dtype)), kind="k")
+
+
+def test_values_have_no_192_channels():
+    cache = to_paddle(_bytes((2, 1, 64, 192)))
+    with pytest.raises(NotImplementedError, match=r"head_dim 192 is .*: 64, 96, 128, 256"):
+        _convert(cache, kind="v")
+    assert to_numpy(_convert(cache, kind="k")).shape == (2, 1, 64, 192)
 
 
 def test_no_tensor():
@@ -137,8 +145,8 @@ def _server(cache_quant_type, layout, layers=3, blocks=5, head_dim=128):
     dynamic = cache_quant_type.startswith("block_wise")
     caches = []
     for layer in range(layers):
-        for kind in "kv":
-            codes = _bytes((blocks, 2, 64, head_dim), seed=10 * layer + ord(kind))
+        for kind, dim in zip("kv", (head_dim, value_dim(head_dim))):
+            codes = _bytes((blocks, 2, 64, dim), seed=10 * layer + ord(kind))
             caches.append(pack(codes, kind, layout, int8="int8" in cache_quant_type))
         if dynamic:
             rng = np.random.default_rng(layer)
@@ -146,7 +154,7 @@ def _server(cache_quant_type, layout, layers=3, blocks=5, head_dim=128):
     return caches
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("cache_quant_type", QUANTISED)
 def test_every_layer_both_ways(place, cache_quant_type, head_dim):
     theirs = _server(cache_quant_type, "fastdeploy", head_dim=head_dim)

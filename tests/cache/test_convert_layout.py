@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import paddle
@@ -19,8 +21,9 @@ def _bytes(shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("kind", ["k", "v"])
+@pytest.mark.parametrize(
+    "kind, head_dim", [*itertools.product("kv", (64, 96, 128, 256)), ("k", 192)]
+)
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "block_wise_fp8"])
 @pytest.mark.parametrize("dst", LAYOUTS)
 @pytest.mark.parametrize("src", LAYOUTS)

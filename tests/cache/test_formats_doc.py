@@ -138,7 +138,7 @@ def test_rounding_to_codes(code):
 # ---- caches ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", ["k", "v"])
 def test_offsets(kind, name, head_dim):

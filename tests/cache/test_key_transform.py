@@ -22,7 +22,7 @@ from tests.support.cache import (
 )
 from tests.support.compare import assert_same_bits
 from tests.support.rope import check, make_case, run
-from tests.support.tensors import DTYPES, to_numpy, to_paddle
+from tests.support.tensors import DTYPES, to_numpy, to_paddle, value_dim
 
 TYPES = (
     *("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8", "block_wise_int4"),
@@ -92,7 +92,7 @@ def model(cache: Cache, key, value, step, **options) -> Cache:
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", TYPES)
 def test_write(place, kind, head_dim, dtype, centred, rotation):
     if not centred and rotation == "none":
@@ -102,8 +102,9 @@ def test_write(place, kind, head_dim, dtype, centred, rotation):
     step, num_blocks = make_step(CACHED, NEW)
     granularity = "channel" if kind == "cache_int8" else "head"
     cache = make_cache(kind, num_blocks, 3, head_dim, granularity=granularity)
-    shape = (step.num_tokens, 3, head_dim)
-    key, value = (make_values(shape, DTYPES[dtype], seed) for seed in (1, 2))
+    shape = (step.num_tokens, 3)
+    key = make_values((*shape, head_dim), DTYPES[dtype], 1)
+    value = make_values((*shape, value_dim(head_dim)), DTYPES[dtype], 2)
     options = {"k_rotation": rotation, "k_center": centre(3, head_dim) if centred else None}
     actual = write(cache, key, value, step, place, **options)
     assert_same_cache(actual, model(cache, key, value, step, **options))

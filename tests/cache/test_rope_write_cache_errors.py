@@ -153,6 +153,15 @@ ERRORS = [
         {"cache_quant_type": "cache_int4_zp"},
     ),
     (
+        "heads of two sizes",
+        NotImplementedError,
+        "key_cache: head_dim 192 is not supported here; supported: 64, 96, 128, 256; write_",
+        {
+            "key_cache": zeros([2, 2, 64, 192], "float16"),
+            "value_cache": zeros([2, 2, 64, 128], "float16"),
+        },
+    ),
+    (
         "scales",
         ValueError,
         "cache_quant_type 'none' takes no scales",

@@ -23,7 +23,7 @@ from tests.support.cache import (
 )
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.static import run_all_modes
-from tests.support.tensors import BF16, DTYPES, EMPTY_OUTPUTS, to_numpy, to_paddle
+from tests.support.tensors import BF16, DTYPES, EMPTY_OUTPUTS, to_numpy, to_paddle, value_dim
 
 CACHED = [0, 1, 63, 64, 65, 100, 320, 7]
 NEW = [1, 0, 65, 64, 63, 1, 200, 5]
@@ -46,14 +46,14 @@ def model(cache: Cache, key, value, step: Step, batch_id_per_token=None) -> Cach
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
 def test_quantised(place, cache_quant_type, fp8_format, head_dim, dtype):
     step, num_blocks = make_step(CACHED, NEW)
     cache = make_cache(cache_quant_type, num_blocks, 2, head_dim, fp8_format=fp8_format)
-    shape = (step.num_tokens, 2, head_dim)
-    key = make_values(shape, DTYPES[dtype], 1)
-    value = make_values(shape, DTYPES[dtype], 2)
+    shape = (step.num_tokens, 2)
+    key = make_values((*shape, head_dim), DTYPES[dtype], 1)
+    value = make_values((*shape, value_dim(head_dim)), DTYPES[dtype], 2)
     assert_same_cache(write(cache, key, value, step, place), model(cache, key, value, step))
 
 
@@ -101,7 +101,7 @@ def test_dynamic_scales_in_bfloat16_are_rounded_before_the_codes(place, cache_qu
     assert_within(decoded, x, step_of_code)
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
     ("cache_dtype", "dtype"),
     [(BF16, BF16), (np.float16, np.float16), (BF16, np.float32), (np.float16, np.float32)],
@@ -109,9 +109,9 @@ def test_dynamic_scales_in_bfloat16_are_rounded_before_the_codes(place, cache_qu
 def test_none_stores_values(place, cache_dtype, dtype, head_dim):
     step, num_blocks = make_step(CACHED, NEW)
     cache = make_cache("none", num_blocks, 2, head_dim, dtype=cache_dtype)
-    shape = (step.num_tokens, 2, head_dim)
-    key = make_values(shape, dtype, 1)
-    value = make_values(shape, dtype, 2)
+    shape = (step.num_tokens, 2)
+    key = make_values((*shape, head_dim), dtype, 1)
+    value = make_values((*shape, value_dim(head_dim)), dtype, 2)
     key[0, 0, :4] = [np.nan, np.inf, -np.inf, -0.0]
     assert_same_cache(write(cache, key, value, step, place), model(cache, key, value, step))
 

@@ -18,6 +18,7 @@ from fastattn.backends import (
     FlashMaskAttentionBackend,
     ForwardMeta,
     ForwardMode,
+    HeadShard,
     LayerCache,
     make_config,
 )
@@ -311,6 +312,21 @@ def test_layer_cache_picks_by_index(cache):
     assert picked.arguments()["cache_quant_type"] == cache
 
 
+def test_channel_scales_of_values_are_as_many_as_their_channels():
+    """Of 192 channels of K and 128 of V; this process holds the second half of 4 heads."""
+    scales = {
+        "cache_k_out_scale": some_tensor([4 * 192]),
+        "cache_v_out_scale": some_tensor([4 * 128]),
+    }
+    meta = ForwardMeta(caches=[some_tensor([1, 2, 64, 192]), some_tensor([1, 2, 128, 64])])
+    shard = HeadShard(rank=1, size=2, num_heads=4)
+    picked = LayerCache.of(meta, AttentionLayer(0, "cache_int8", **scales), shard)
+    assert list(picked.k_scales.shape) == [384] and list(picked.v_scales.shape) == [256]
+    scales["cache_v_out_scale"] = scales["cache_k_out_scale"]
+    with pytest.raises(ValueError, match=r"cache_v_out_scale: .* of 128 channels, got 768"):
+        LayerCache.of(meta, AttentionLayer(0, "cache_int8", **scales), shard)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_static_scales_may_be_parameters(dtype):
     """FastDeploy's layers hold them as parameters of the model's dtype."""
@@ -428,8 +444,9 @@ def test_configurations_are_refused_by_name(backend, part, name, value):
 
 
 def test_head_dim_and_length_are_checked():
-    with pytest.raises(NotImplementedError, match="head_dim = 80"):
-        FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 80)
+    for dim in (80, 192):  # heads of a fused projection are of one size
+        with pytest.raises(NotImplementedError, match=f"head_dim = {dim} .*: 64, 96, 128, 256"):
+            FlashAttentionBackend(make_config(max_model_len=512), 2, 4, dim)
     with pytest.raises(ValueError, match="max_model_len"):
         FlashAttentionBackend(SimpleNamespace(), 2, 4, 64)
     with pytest.raises(ValueError, match=r"q_quant: expected none, .* or auto, got 'fp8'"):

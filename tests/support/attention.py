@@ -23,7 +23,15 @@ from tests.support.bounds import (
     assert_within,
     rounding_step,
 )
-from tests.support.tensors import BF16, E5M2, int32, to_numpy, to_paddle, ue8m0_byte
+from tests.support.tensors import (
+    BF16,
+    E5M2,
+    int32,
+    to_numpy,
+    to_paddle,
+    ue8m0_byte,
+    value_dim,
+)
 
 NUMPY_TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
@@ -484,9 +492,9 @@ def paged_problem(
     prefixes, new = (np.array([r[i] for r in seqs], np.int32).reshape(-1) for i in (0, 1))
     tables, num_blocks = _block_tables(rng, prefixes + new, prefixes, share)
     h, kv = heads
-    shape = (num_blocks, kv, 64, dim)
-    k = _store(_values(rng, shape), kind, "k", rng)
-    v = _store(_values(rng, shape, v_mean), kind, "v", rng)
+    shape = (num_blocks, kv, 64)
+    k = _store(_values(rng, (*shape, dim)), kind, "k", rng)
+    v = _store(_values(rng, (*shape, value_dim(dim)), v_mean), kind, "v", rng)
     written = np.zeros((num_blocks, 64), bool)
     for seq, keys in enumerate(prefixes + new):
         position = np.arange(keys)
@@ -580,7 +588,7 @@ def flash_problem(
     q, q_descale = _queries(rng, int(cu_q[-1]), h, dim, q_type)
     if kv_type is None:
         kv_type = "e4m3" if q_type.startswith("e4m3") else q_type
-    dims = (dim, 128 if dim == 192 else dim)
+    dims = (dim, value_dim(dim))
     k, v = (_values(rng, (int(cu_k[-1]), kv, d), m) for d, m in zip(dims, (0.0, v_mean)))
     if kv_type in NUMPY_TYPES:
         k, v = k.astype(NUMPY_TYPES[kv_type]), v.astype(NUMPY_TYPES[kv_type])

@@ -10,7 +10,7 @@ import fastattn.functional as F
 from fastattn.functional._cache_types import codes_per_byte, token_scales
 from fastattn.reference.layout import BLOCK_SIZE, cache_shape
 from tests.support.compare import assert_same_bits
-from tests.support.tensors import BF16, to_numpy, to_paddle
+from tests.support.tensors import BF16, to_numpy, to_paddle, value_dim
 
 #: (cache_quant_type, fp8_format) of every quantised cache.
 QUANTISED = (
@@ -72,25 +72,32 @@ def make_cache(
         Of static scales.
     """
     rng = np.random.default_rng(seed)
+    dims = (head_dim, value_dim(head_dim))
     if cache_quant_type == "none":
-        shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
-        key, value = (rng.integers(0, 1 << 16, shape, np.uint16).view(dtype) for _ in range(2))
+        key, value = (
+            rng.integers(0, 1 << 16, (num_blocks, kv_heads, BLOCK_SIZE, d), np.uint16).view(dtype)
+            for d in dims
+        )
         return Cache(key, value, None, None, "none", "e4m3")
-    row = head_dim // codes_per_byte(cache_quant_type)
+    rows = [d // codes_per_byte(cache_quant_type) for d in dims]
     key, value = (
         rng.integers(0, 256, cache_shape(kind, "fastattn", num_blocks, kv_heads, row), np.uint8)
-        for kind in "kv"
+        for kind, row in zip("kv", rows)
     )
-    if is_dynamic(cache_quant_type):
-        sizes: tuple[int, ...] = (num_blocks, kv_heads, BLOCK_SIZE)
-    else:
-        sizes = ({"tensor": 1, "head": kv_heads, "channel": kv_heads * head_dim}[granularity],)
+
+    def sizes(dim: int) -> tuple[int, ...]:
+        if is_dynamic(cache_quant_type):
+            return (num_blocks, kv_heads, BLOCK_SIZE)
+        return ({"tensor": 1, "head": kv_heads, "channel": kv_heads * dim}[granularity],)
+
     own, own_dtype = token_scales(cache_quant_type, head_dim)
     if own_dtype == "uint8":
-        k_scales, v_scales = (rng.integers(0, 256, (*sizes, *own), np.uint8) for _ in range(2))
+        shape = (*sizes(head_dim), *own)
+        k_scales, v_scales = (rng.integers(0, 256, shape, np.uint8) for _ in range(2))
         return Cache(key, value, k_scales, v_scales, cache_quant_type, fp8_format)
     k_scales, v_scales = (
-        rng.uniform(0.5, 2.0, sizes).astype(np.float32) * np.float32(factor) for factor in (0.02, 3)
+        rng.uniform(0.5, 2.0, sizes(d)).astype(np.float32) * np.float32(factor)
+        for d, factor in zip(dims, (0.02, 3))
     )
     return Cache(
         key,

@@ -155,6 +155,7 @@ KEYS = {
 CASES: dict[str, Case] = {
     **{f"type-{kind}": _case(SEQS, kind=kind, seed=3) for kind in CACHE_KINDS},
     **{f"dim128-{kind}": _case(SHORT, kind=kind, dim=128, heads=(6, 2)) for kind in FEW_KINDS},
+    **{f"dim192-{kind}": _case(SHORT, kind=kind, dim=192) for kind in (PLAIN, BLOCK_WISE_FP8)},
     **{
         f"{assign.__name__}-{kind}": _case(SEQS, assign, kind=kind, seed=4)
         for assign in (in_pairs, whole_seqs, all_on_the_last, at_random)

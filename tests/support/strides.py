@@ -22,11 +22,17 @@ Alloc = Callable[[Shape], np.ndarray]
 Views = list[np.ndarray]
 
 
+def _spans(shapes: Sequence[Shape]) -> list[slice]:
+    """Where a block of each tensor lies if they lie side by side."""
+    ends = np.cumsum([0, *(int(np.prod(shape[1:])) for shape in shapes)])
+    return [slice(begin, end) for begin, end in zip(ends, ends[1:])]
+
+
 def _interleaved(alloc: Alloc, shapes: Sequence[Shape]) -> Views:
-    """K and V of a block side by side: ``kv[:, 0]`` and ``kv[:, 1]``."""
-    blocks, size = shapes[0][0], int(np.prod(shapes[0][1:]))
-    pool = alloc((blocks, len(shapes), size))
-    return [pool[:, i].reshape(shape) for i, shape in enumerate(shapes)]
+    """K and V of a block side by side."""
+    spans = _spans(shapes)
+    pool = alloc((shapes[0][0], spans[-1].stop))
+    return [pool[:, span].reshape(shape) for span, shape in zip(spans, shapes)]
 
 
 def _tokens_first(alloc: Alloc, shapes: Sequence[Shape]) -> Views:
@@ -37,10 +43,11 @@ def _tokens_first(alloc: Alloc, shapes: Sequence[Shape]) -> Views:
 
 def _tokens_first_interleaved(alloc: Alloc, shapes: Sequence[Shape]) -> Views:
     """Both: ``[num_blocks, 2, 64, KV, D]``."""
-    blocks, size = shapes[0][0], int(np.prod(shapes[0][1:]))
-    pool = alloc((blocks, len(shapes), size))
+    spans = _spans(shapes)
+    pool = alloc((shapes[0][0], spans[-1].stop))
     order = [(s[0], s[2], s[1], *s[3:]) for s in shapes]
-    return [np.swapaxes(pool[:, i].reshape(shape), 1, 2) for i, shape in enumerate(order)]
+    views = [pool[:, span].reshape(shape) for span, shape in zip(spans, order)]
+    return [np.swapaxes(view, 1, 2) for view in views]
 
 
 def _head_slice(alloc: Alloc, shapes: Sequence[Shape]) -> Views:
@@ -50,9 +57,9 @@ def _head_slice(alloc: Alloc, shapes: Sequence[Shape]) -> Views:
 
 def _layers(alloc: Alloc, shapes: Sequence[Shape]) -> Views:
     """A layer of a pool whose blocks hold all layers."""
-    blocks, size = shapes[0][0], int(np.prod(shapes[0][1:]))
-    pool = alloc((blocks, 3, len(shapes), size))
-    return [pool[:, 1, i].reshape(shape) for i, shape in enumerate(shapes)]
+    spans = _spans(shapes)
+    pool = alloc((shapes[0][0], 3, spans[-1].stop))
+    return [pool[:, 1, span].reshape(shape) for span, shape in zip(spans, shapes)]
 
 
 def _heads_first(alloc: Alloc, shapes: Sequence[Shape]) -> Views:

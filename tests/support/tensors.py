@@ -49,6 +49,11 @@ def to_numpy(tensor: paddle.Tensor) -> np.ndarray:
     return array
 
 
+def value_dim(head_dim: int) -> int:
+    """Channels of V, and of attention's output, where Q and K have `head_dim`."""
+    return 128 if head_dim == 192 else head_dim
+
+
 def int32(values, place: str = "cpu") -> paddle.Tensor:
     return to_paddle(np.asarray(values, np.int32), place)
 

@@ -49,7 +49,11 @@ class Consumer {
       // Tiles of this warpgroup: number_ - turn, and every kConsumers-th from there.
       const int first = (number_ - turn + C::kConsumers) % C::kConsumers;
       stages_.Advance(min(first, tiles));
-      RunTiles(buffer, tile, first, tiles);
+      if constexpr (kLaneQueries) {
+        RunLaneQueries(buffer, tile, first, tiles);
+      } else {
+        RunTiles(buffer, tile, first, tiles);
+      }
       turn = (turn + tiles) % C::kConsumers;
       ArriveWarp(&shared_.query_empty[buffer]);
       segments.Advance();
@@ -58,6 +62,9 @@ class Consumer {
 
  private:
   static constexpr int kRegisters = C::kColumns / 2;  // accumulators of a product
+  // Each of the four lanes of a key writes one query's logits: its range is read once a segment.
+  // FP8 of contiguous keys only, where neither a key without a page nor a wide row can be.
+  static constexpr bool kLaneQueries = C::kFp8 && !C::kPaged && C::kQueries == 4;
 
   // x, in a register where these are not scarce: what follows from a lane's number would be
   // computed anew for each tile.
@@ -133,6 +140,46 @@ class Consumer {
     }
   }
 
+  // The same where lane i % 4 has query i % 4. A tile's logits are stored once the next tile's
+  // products have been issued: these would otherwise wait for the stores.
+  __device__ __forceinline__ void RunLaneQueries(int buffer, int tile, int first, int tiles) {
+    const uint64_t columns = QueryOperand(buffer);
+    const QueryCells cells = shared_.cells[buffer][lane_ % 4];
+    float sums[2], scales[2];  // of the lane's two keys
+    int key = -1;              // the first of these, of the tile before
+    const auto store = [&]() {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int at = key + 8 * h;
+        if (at >= cells.begin && at < cells.end) {
+          StoreHere(cells.origin + at, sums[h] * scales[h]);
+        }
+      }
+    };
+#pragma unroll 1
+    for (int i = first; i < tiles; i += C::kConsumers) {
+      const int stage = stages_.index;
+      Wait(&shared_.key_full[stage], stages_.phase);
+      float a[kRegisters];
+      FenceProducts();
+      MultiplyTile(a, KeyOperand(stage), columns);
+      if (key >= 0) store();
+      const float* tile_scales = reinterpret_cast<const float*>(shared_.Scales(stage));
+      scales[0] = tile_scales[row_], scales[1] = tile_scales[row_ + 8];
+      key = (tile + i) * kTileKeys + row_;
+      WaitProducts<0>(a);
+      ArriveWarp(&shared_.key_empty[stage]);
+      stages_.Advance(min(C::kConsumers, tiles - i));
+      SumLaneQueries(a, sums);
+    }
+    if (key >= 0) store();
+  }
+
+  // A store that stays where it is written, between products and the wait for them.
+  __device__ __forceinline__ static void StoreHere(float* to, float value) {
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+  }
+
   // MXFP4: lane i % 4 has block i % 4 of its two keys; its words are the steps of the product.
   __device__ __forceinline__ void LoadOperand(int stage, TileKeys* keys, uint32_t (&operand)[16]) {
     const uint32_t* scales = reinterpret_cast<const uint32_t*>(shared_.Scales(stage)) + row_;
@@ -181,28 +228,59 @@ class Consumer {
     return (bits | bits >> 1) & 0x11111111u;
   }
 
+  // The lane's share of a query's sums over heads: those of its columns, of both keys.
+  __device__ __forceinline__ float2 SumColumns(const float (&d)[kRegisters], int q) const {
+    constexpr int kBlocks = C::kHeads / 8;
+    float x[2][2] = {};
+#pragma unroll
+    for (int j = q * kBlocks; j < (q + 1) * kBlocks; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float w = weights_[2 * j + e];
+        x[0][e] = fmaf(Rectified(d[4 * j + e], j), w, x[0][e]);
+        x[1][e] = fmaf(Rectified(d[4 * j + 2 + e], j), w, x[1][e]);
+      }
+    }
+    return make_float2(x[0][0] + x[0][1], x[1][0] + x[1][1]);
+  }
+
+  // Sums of both keys for query lane % 4, by a transposition among the four lanes of a key: with
+  // lane ^ 1 a lane exchanges the queries of the other parity, with lane ^ 2 one of the two left.
+  // The order of the additions is that of SumHeads, and so are the bits.
+  __device__ __forceinline__ void SumLaneQueries(const float (&d)[kRegisters],
+                                                 float (&sums)[2]) const {
+    const bool odd = lane_ & 1, upper = lane_ & 2;
+    float shares[2][4];  // [key][query]
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float2 x = SumColumns(d, q);
+      shares[0][q] = x.x, shares[1][q] = x.y;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float pairs[2];  // over two lanes, of queries 2 i + (lane & 1)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float even = shares[h][2 * i], other = shares[h][2 * i + 1];
+        const float given = __shfl_xor_sync(~0u, odd ? even : other, 1);
+        pairs[i] = (odd ? other : even) + given;
+      }
+      const float given = __shfl_xor_sync(~0u, upper ? pairs[0] : pairs[1], 2);
+      sums[h] = (upper ? pairs[1] : pairs[0]) + given;
+    }
+  }
+
   // Writes a tile's logits. Lane i % 4 writes those of key (i & 1), of every other query from
   // (i >> 1 & 1) on, or of the one that there is.
   __device__ __forceinline__ void SumHeads(const float (&d)[kRegisters], const TileKeys& keys,
                                            int buffer) {
-    constexpr int kBlocks = C::kHeads / 8;
     const bool odd = lane_ & 1, upper = lane_ & 2;
     float sums[C::kQueries];
 #pragma unroll
     for (int q = 0; q < C::kQueries; ++q) {
-      float x[2][2] = {};
-#pragma unroll
-      for (int j = q * kBlocks; j < (q + 1) * kBlocks; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float w = weights_[2 * j + e];
-          x[0][e] = fmaf(Rectified(d[4 * j + e], j), w, x[0][e]);
-          x[1][e] = fmaf(Rectified(d[4 * j + 2 + e], j), w, x[1][e]);
-        }
-      }
-      const float first = x[0][0] + x[0][1], second = x[1][0] + x[1][1];
-      const float given = __shfl_xor_sync(~0u, odd ? first : second, 1);
-      sums[q] = (odd ? second : first) + given;
+      const float2 x = SumColumns(d, q);
+      const float given = __shfl_xor_sync(~0u, odd ? x.x : x.y, 1);
+      sums[q] = (odd ? x.y : x.x) + given;
     }
     const bool hidden = odd ? keys.unassigned & 2 : keys.unassigned & 1;
     const bool wide = !C::kFp8 && keys.wide >> ((lane_ & 28) + (odd ? 1 : 0)) & 1;

@@ -39,7 +39,7 @@ __device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_hea
                                             int d, float4 values, float factor) {
   float out[4] = {values.x * factor, values.y * factor, values.z * factor, values.w * factor};
   if (p.paged && p.cache.v_granularity == ScaleGranularity::kChannel && factor != 0.0f) {
-    const int64_t first = ChannelScaleIndex<int64_t>(kv_head, d, p.head_dim);
+    const int64_t first = ChannelScaleIndex<int64_t>(kv_head, d, p.cache.ValueDim());
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       out[i] *= LoadScale(p.cache.v_scales, p.cache.scale_dtype, first + i);

@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads)
   const Normaliser found = ShiftedNormaliser(p.lse_in[at], p.shifts[pair], sink);
   if (p.lse != nullptr && lane == 0) p.lse[at] = found.lse;
   const float inverse = p.out_scale == nullptr ? 1.0f : Div(1.0f, *p.out_scale);
-  const int64_t first = static_cast<int64_t>(pair) * p.head_dim;
-  for (int d = lane; d < p.head_dim; d += 32) {
+  const int64_t first = static_cast<int64_t>(pair) * p.value_dim;
+  for (int d = lane; d < p.value_dim; d += 32) {
     static_cast<typename E::Storage*>(p.out)[first + d] =
         E::Store(p.partial[first + d] * found.factor * inverse);
   }
@@ -139,7 +139,7 @@ cudaError_t LaunchTransformQuery(const QueryTransformParams& p, cudaStream_t str
   if (p.num_tokens <= 0 || p.num_heads <= 0) return status;
   if (p.rotated == nullptr && p.shifts == nullptr) return status;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.q_dtype, "q", [&](auto dtype) {
-    HeadDims::Dispatch(p.head_dim, [&](auto head_dim) {
+    AttentionHeadDims::Dispatch(p.head_dim, [&](auto head_dim) {
       status = LaunchTransform<decltype(dtype)::value, decltype(head_dim)::value>(p, stream);
     });
   });

@@ -1,7 +1,8 @@
 // Dequantises cached blocks into contiguous K and V.
 //
-// One CTA handles one block (64 tokens) of one KV head, K and V. Each thread loads 16-byte pieces
-// of codes, all of them before it uses the first.
+// One CTA handles one block (64 tokens) of one KV head, K and V, or one of both where they have
+// other numbers of channels. Each thread loads 16-byte pieces of codes, all of them before it uses
+// the first.
 //
 // K: a piece is 16 channels of one token, which its thread converts and stores.
 // V: a piece is 16 tokens of one channel. A thread takes the pieces of 4 neighbouring channels,
@@ -13,6 +14,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/dispatch.h"
@@ -43,7 +45,10 @@ struct AppendTraits {
   static constexpr DType kCode = kCode_;
   static constexpr bool kDynamicQuant = kDynamicQuant_;
   static constexpr CacheLayout kLayout = kLayout_;
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_;  // of K
+  // The same for V.
+  static constexpr bool kOwnValueDim = ValueDim(kHeadDim) != kHeadDim;
+  using Value = AppendTraits<kOut, kCode, kDynamicQuant, kLayout, ValueDim(kHeadDim)>;
 
   // FastDeploy adds 128 to int8 codes: flip the top bit of each byte.
   static constexpr uint32_t kBias =
@@ -200,16 +205,30 @@ __device__ __forceinline__ void StoreCodes(uint4 codes, const float (&static_sca
   }
 }
 
-template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
-    AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
+// Converts and stores a thread's pieces; codes_of(i) are those of the i-th, of token tokens[i].
+template <typename Traits, typename CodesOf>
+__device__ __forceinline__ void StorePieces(CodesOf&& codes_of,
+                                            const int (&tokens)[Traits::kPieces], int count,
+                                            const float (&static_scales)[16],
+                                            const float (&token_scales)[Traits::kPieces],
+                                            uint16_t* out, int64_t token_stride, int g) {
+#pragma unroll
+  for (int i = 0; i < Traits::kPieces; ++i) {
+    uint4 codes = codes_of(i);
+    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
+    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
+    StoreCodes<Traits>(codes, static_scales, token_scales[i], out + tokens[i] * token_stride, g,
+                       tokens[i] < count);
+  }
+}
+
+// A tile's K, its V or both; kThreads threads.
+template <typename Traits, bool kKeys, bool kValues>
+__device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const AppendTile& tile,
+                                           int head) {
   constexpr int kHeadDim = Traits::kHeadDim, kRow = Traits::kRow;
   __shared__ TokenMajorTile<kRow> value_tile;
   const PagedCache& cache = p.cache;
-  const int64_t slot = blockIdx.x / cache.num_kv_heads;
-  const int head = blockIdx.x % cache.num_kv_heads;
-  const AppendTile tile = BeginAppendTile(p, slot);
-  if (tile.block < 0) return;
   const int block = tile.block, count = tile.count;
   const uint8_t* key_codes =
       static_cast<const uint8_t*>(cache.key) + cache.key_strides.Plane(block, head);
@@ -229,9 +248,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
     const int r = tokens_of_thread[i];
-    k[i] = r < count ? *reinterpret_cast<const uint4*>(
-                           key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g))
-                     : make_uint4(0, 0, 0, 0);
+    k[i] = kKeys && r < count ? *reinterpret_cast<const uint4*>(
+                                    key_codes + KeyPieceIn<Traits>(cache.key_strides.row, r, g))
+                              : make_uint4(0, 0, 0, 0);
   }
   const int v_group = tid % 4;        // tokens [16 v_group, +16)
   const int v_channel = tid / 4 * 4;  // channels [v_channel, +4)
@@ -242,7 +261,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const int channel = v_channel + round * Traits::kThreads;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      v[round][i] = v_active(round)
+      v[round][i] = kValues && v_active(round)
                         ? *reinterpret_cast<const uint4*>(
                               value_codes +
                               ValuePieceIn<Traits>(cache.value_strides.row, channel + i, v_group))
@@ -263,46 +282,63 @@ __global__ void __launch_bounds__(Traits::kThreads)
           r < count ? PieceScale<Traits>(cache, cache.v_scales, v_plane, r, g) : 0.0f;
     }
   } else {
-    LoadStaticScales(p.cache.k_scales, p.cache.scale_dtype, p.cache.k_granularity, head, kHeadDim,
-                     g * 16, k_static);
-    LoadStaticScales(p.cache.v_scales, p.cache.scale_dtype, p.cache.v_granularity, head, kHeadDim,
-                     g * 16, v_static);
+    if constexpr (kKeys) {
+      LoadStaticScales(p.cache.k_scales, p.cache.scale_dtype, p.cache.k_granularity, head, kHeadDim,
+                       g * 16, k_static);
+    }
+    if constexpr (kValues) {
+      LoadStaticScales(p.cache.v_scales, p.cache.scale_dtype, p.cache.v_granularity, head, kHeadDim,
+                       g * 16, v_static);
+    }
   }
 
   // V is transposed on its way into shared memory.
 #pragma unroll
   for (int round = 0; round < Traits::kRounds; ++round) {
-    if (v_active(round)) {
+    if (kValues && v_active(round)) {
       ScatterPieces(v[round], v_channel + round * Traits::kThreads, v_group, value_tile);
     }
   }
 
   // K is converted and stored while V's writes settle.
-  uint16_t* key_out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride +
-                      static_cast<int64_t>(head) * kHeadDim;
-  uint16_t* value_out = static_cast<uint16_t*>(p.value) + tile.out_token * p.value_token_stride +
-                        static_cast<int64_t>(head) * kHeadDim;
-#pragma unroll
-  for (int i = 0; i < Traits::kPieces; ++i) {
-    const int r = tokens_of_thread[i];
-    uint4 codes = k[i];
-    if constexpr (Traits::kLayout == CacheLayout::kFastDeploy) codes = SlotsToOrder(codes);
-    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
-    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
-    StoreCodes<Traits>(codes, k_static, k_token_scale[i], key_out + r * p.key_token_stride, g,
-                       r < count);
+  if constexpr (kKeys) {
+    const auto codes_of = [&](int i) {
+      return Traits::kLayout == CacheLayout::kFastDeploy ? SlotsToOrder(k[i]) : k[i];
+    };
+    uint16_t* out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride;
+    StorePieces<Traits>(codes_of, tokens_of_thread, count, k_static, k_token_scale,
+                        out + static_cast<int64_t>(head) * kHeadDim, p.key_token_stride, g);
   }
 
   // V is read back by token, converted and stored.
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < Traits::kPieces; ++i) {
-    const int r = tokens_of_thread[i];
-    uint4 codes = *reinterpret_cast<const uint4*>(value_tile.codes + value_tile.Offset(r) + g * 16);
-    codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
-    codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
-    StoreCodes<Traits>(codes, v_static, v_token_scale[i], value_out + r * p.value_token_stride, g,
-                       r < count);
+  if constexpr (kValues) {
+    __syncthreads();
+    const auto codes_of = [&](int i) {
+      const uint8_t* row = value_tile.codes + value_tile.Offset(tokens_of_thread[i]);
+      return *reinterpret_cast<const uint4*>(row + g * 16);
+    };
+    uint16_t* out = static_cast<uint16_t*>(p.value) + tile.out_token * p.value_token_stride;
+    StorePieces<Traits>(codes_of, tokens_of_thread, count, v_static, v_token_scale,
+                        out + static_cast<int64_t>(head) * kHeadDim, p.value_token_stride, g);
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(std::max(Traits::kThreads, Traits::Value::kThreads))
+    AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
+  constexpr int kCtas = Traits::kOwnValueDim ? 2 : 1;  // of a block and head
+  const unsigned index = blockIdx.x / kCtas;
+  const int64_t slot = index / p.cache.num_kv_heads;
+  const int head = index % p.cache.num_kv_heads;
+  const AppendTile tile = BeginAppendTile(p, slot);
+  if (tile.block < 0) return;
+  if constexpr (!Traits::kOwnValueDim) {
+    GatherTile<Traits, true, true>(p, tile, head);
+  } else if (blockIdx.x % 2 == 0) {
+    if (threadIdx.x < Traits::kThreads) GatherTile<Traits, true, false>(p, tile, head);
+  } else {
+    static_assert(Traits::kThreads <= Traits::Value::kThreads, "V's CTAs take all threads");
+    GatherTile<typename Traits::Value, false, true>(p, tile, head);
   }
 }
 
@@ -317,7 +353,9 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
     CodeHeadDims<kCode>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
-      status = LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(ctas)), dim3(Traits::kThreads),
+      constexpr int kThreads = std::max(Traits::kThreads, Traits::Value::kThreads);
+      status = LaunchPdl(AppendCacheKernel<Traits>,
+                         dim3(GridSize(Traits::kOwnValueDim ? 2 * ctas : ctas)), dim3(kThreads),
                          stream, p);
     });
   });

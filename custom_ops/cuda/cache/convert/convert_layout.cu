@@ -170,8 +170,10 @@ cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t str
   cudaError_t status = cudaSuccess;
   const auto run = [&](auto row) {
     constexpr int kRow = decltype(row)::value;
-    const auto kernel = p.is_value ? ConvertValueKernel<kSrc, kDst, kRow, kInPlace>
-                                   : ConvertKeyKernel<kSrc, kDst, kRow, kInPlace>;
+    auto kernel = ConvertKeyKernel<kSrc, kDst, kRow, kInPlace>;
+    if constexpr (ValueDim(kRow) == kRow) {
+      if (p.is_value) kernel = ConvertValueKernel<kSrc, kDst, kRow, kInPlace>;
+    }
     status = LaunchPdl(kernel, dim3(grid), dim3(ConvertThreads(kRow)), stream, p, flip);
   };
   if constexpr (kSrc != CacheLayout::kFastDeploy && kDst != CacheLayout::kFastDeploy) {
@@ -180,7 +182,7 @@ cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t str
       return status;
     }
   }
-  HeadDims::Dispatch(p.row_elements, run);
+  AttentionHeadDims::Dispatch(p.row_elements, run);
   return status;
 }
 

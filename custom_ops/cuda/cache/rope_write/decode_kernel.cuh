@@ -462,32 +462,33 @@ template <typename Traits>
 __global__ void __launch_bounds__(kDecodeThreads)
     StepDecodeKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_token,
                      bool small_grid) {
-  using Lane = DecodeLane<Traits>;
+  using Value = typename Traits::Value;
+  constexpr int kHeads = DecodeLane<Traits>::kHeads, kValueHeads = DecodeLane<Value>::kHeads;
   const int q_heads = Traits::kRope ? p.rope.num_heads : 0;
   const int kv_heads = p.rope.cache.num_kv_heads;
-  const int q_groups = (q_heads + Lane::kHeads - 1) / Lane::kHeads;
-  const int kv_groups = (kv_heads + Lane::kHeads - 1) / Lane::kHeads;
+  const int k_groups = (kv_heads + kHeads - 1) / kHeads;
+  const int v_groups = (kv_heads + kValueHeads - 1) / kValueHeads;
   // A small step has warps to spare: the scattered stores of V are what takes longest.
   const int value_shares = Traits::kQuantized && small_grid ? kValueShares : 1;
-  const int value_groups = kv_groups * value_shares;
+  const int value_groups = v_groups * value_shares;
   const int group = blockIdx.x;
   const int token = blockIdx.y;
   DecodeSeq seq(p.rope.seqs, token, seqs_per_token);
   if (group < value_groups) {
-    DecodeHead at = HeadOfLane<Traits>(group >> (value_shares == kValueShares ? 2 : 0), kv_heads);
+    DecodeHead at = HeadOfLane<Value>(group >> (value_shares == kValueShares ? 2 : 0), kv_heads);
     at.share = group & (value_shares - 1);
     at.shares = value_shares;
     if constexpr (Traits::kQuantized) {
-      DecodeValue<Traits>(p, seq, small_grid, at);
+      DecodeValue<Value>(p, seq, small_grid, at);
     } else {
-      DecodeTokenMajor<Traits, HeadKind::kValue>(p, seq, small_grid, at);
+      DecodeTokenMajor<Value, HeadKind::kValue>(p, seq, small_grid, at);
     }
-  } else if (group < value_groups + kv_groups) {
+  } else if (group < value_groups + k_groups) {
     DecodeTokenMajor<Traits, HeadKind::kKey>(p, seq, small_grid,
                                              HeadOfLane<Traits>(group - value_groups, kv_heads));
   } else if constexpr (Traits::kRope) {
     DecodeQuery<Traits>(p, seq, small_grid,
-                        HeadOfLane<Traits>(group - value_groups - kv_groups, q_heads));
+                        HeadOfLane<Traits>(group - value_groups - k_groups, q_heads));
   }
   if (group == gridDim.x - 1 && token == 0) {
     for (int i = 4 * threadIdx.x; i < p.rope.num_arrivals; i += 4 * kDecodeThreads) {

@@ -20,10 +20,12 @@ template <typename Traits>
 cudaError_t LaunchDecode(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   using Lane = DecodeLane<Traits>;
   const SeqMeta& seqs = p.rope.seqs;
-  const int kv_groups = CeilDiv(p.rope.cache.num_kv_heads, Lane::kHeads);
-  const int groups = CeilDiv(p.rope.num_heads, Lane::kHeads) + 2 * kv_groups;
+  const int kv_heads = p.rope.cache.num_kv_heads;
+  const int v_groups = CeilDiv(kv_heads, DecodeLane<typename Traits::Value>::kHeads);
+  const int groups =
+      CeilDiv(p.rope.num_heads, Lane::kHeads) + CeilDiv(kv_heads, Lane::kHeads) + v_groups;
   const bool small = static_cast<int64_t>(groups) * seqs.num_tokens <= kSmallGrid;
-  const int more = small && Traits::kQuantized ? (kValueShares - 1) * kv_groups : 0;
+  const int more = small && Traits::kQuantized ? (kValueShares - 1) * v_groups : 0;
   const float seqs_per_token = static_cast<float>(seqs.batch) / static_cast<float>(seqs.num_tokens);
   return LaunchPdl(StepDecodeKernel<Traits>, dim3(groups + more, seqs.num_tokens),
                    dim3(kDecodeThreads), stream, p, seqs_per_token, small);
@@ -46,7 +48,7 @@ cudaError_t LaunchTiles(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   const SeqMeta& seqs = p.rope.seqs;
   const int kv_heads = p.rope.cache.num_kv_heads;
   const auto slots = static_cast<int>(NumTileSlots(seqs.num_tokens, seqs.batch, kBlockSize, 2));
-  const bool split = slots <= kSmallGrid / kv_heads;
+  const bool split = Traits::kOwnValueDim || slots <= kSmallGrid / kv_heads;
   const dim3 grid(kv_heads, std::min(slots, kTileRun), CeilDiv(slots, kTileRun) * (split ? 2 : 1));
   const float seqs_per_tile = static_cast<float>(seqs.batch) / static_cast<float>(slots);
   return LaunchPdl(StepTileKernel<Traits>, grid, dim3(kStreamThreads), stream, p, seqs_per_tile,
@@ -70,7 +72,8 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
   cudaError_t status = cudaErrorInvalidValue;
   CacheHeadDims<kType>::Dispatch(p.rope.cache.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
-    if constexpr (kIn != DType::kFloat32) {  // qkv is never fp32
+    // qkv is never fp32, and its heads are of one size.
+    if constexpr (kIn != DType::kFloat32 && HeadDims::Has(kHeadDim)) {
       if (p.rope.num_heads > 0) {
         const auto launch = [&](auto options) {
           using Traits = StepTraits<kIn, kType, kCode, kHeadDim, decltype(options), kTransformsKey>;

@@ -142,8 +142,18 @@ __global__ void __launch_bounds__(kStreamThreads, kTileCtas<Traits>)
                    bool split) {
   PdlWait();
   const int run = split ? blockIdx.z / 2 : blockIdx.z;
-  const TileOutput output = split ? static_cast<TileOutput>(blockIdx.z % 2) : TileOutput::kBoth;
-  WriteTile<Traits>(p, blockIdx.x, run * kTileRun + blockIdx.y, seqs_per_tile, output);
+  const int tile_slot = run * kTileRun + blockIdx.y;
+  if constexpr (Traits::kOwnValueDim) {  // always split
+    if (blockIdx.z % 2 == 0) {
+      WriteTile<typename Traits::Value>(p, blockIdx.x, tile_slot, seqs_per_tile,
+                                        TileOutput::kValues);
+    } else {
+      WriteTile<Traits>(p, blockIdx.x, tile_slot, seqs_per_tile, TileOutput::kKeys);
+    }
+  } else {
+    const TileOutput output = split ? static_cast<TileOutput>(blockIdx.z % 2) : TileOutput::kBoth;
+    WriteTile<Traits>(p, blockIdx.x, tile_slot, seqs_per_tile, output);
+  }
 }
 
 }  // namespace fastattn::cuda

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/fp4.h"
+#include "common/head_dims.h"
 #include "common/types.h"
 #include "params/rope.h"
 
@@ -123,6 +124,9 @@ struct StepTraits {
   static constexpr bool kQuantized = IsQuantized(kType);
   static constexpr bool kNibbles = CodesPerByte(kType) == 2;
   static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kType);  // of a token
+  // The same for heads of V, which may have fewer channels.
+  static constexpr bool kOwnValueDim = ValueDim(kHeadDim) != kHeadDim;
+  using Value = StepTraits<kIn, kType, kCode, ValueDim(kHeadDim), Options, kTransformsKey_>;
   // Dynamic scales of a token and KV head.
   static constexpr int kTokenScales = HasBlockScales(kType) ? kHeadDim / kMxBlock : 1;
   static constexpr bool kTransformsKey = kTransformsKey_;

@@ -75,7 +75,7 @@ ByteTensor RowTensor(const AttentionParams& p, const void* paged, const CacheStr
 ByteTensor ChannelTensor(const AttentionParams& p, BlockPlanes* planes) {
   ByteTensor tensor = PlaneTensor(p, p.cache.value, p.cache.value_strides, planes);
   tensor.size[0] = kBlockSize;
-  tensor.size[1] = static_cast<uint64_t>(p.cache.RowElements());
+  tensor.size[1] = static_cast<uint64_t>(p.cache.ValueElements());
   tensor.box[0] = kBlockSize;
   const int padded = PaddedDim(p.head_dim) / CodesPerByte(p.cache.dtype);
   tensor.box[1] = static_cast<uint32_t>(padded / CodeParts(p.head_dim));

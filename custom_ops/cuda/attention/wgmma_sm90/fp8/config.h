@@ -32,7 +32,7 @@ struct Config {
   // Each iteration's P * V starts from zero and is added in fp32: the tensor core's own sum of FP8
   // products keeps 14 bits.
   static constexpr bool kTwoLevel = kTwoLevel_;
-  static constexpr int kStages = kDim > 192 ? 2 : kDim > 128 ? 4 : 5;
+  static constexpr int kStages = kDim > 192 ? 2 : kDim > 128 ? (kPerTokenScales ? 3 : 4) : 5;
   // The outputs of a large head leave registers either for scores or for a product of half of its
   // channels: a consumer goes from one to the other, while the other consumer does the opposite.
   static constexpr bool kSerial = kValueDim > 128;
