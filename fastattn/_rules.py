@@ -12,7 +12,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, codes_per_byte
+from fastattn.functional._cache_types import (
+    CACHE_QUANT_TYPES,
+    DYNAMIC_TYPES,
+    NIBBLE_TYPES,
+    codes_per_byte,
+)
 
 _INT8_TYPES = ("cache_int8", "block_wise_int8")
 FLOATS = ("float32", "float16", "bfloat16")
@@ -229,7 +234,8 @@ def cache_scales(call: Call, name: str) -> None:
     if not given and not without_blocks:
         text = f"cache_quant_type '{cache_type}' needs scales, got None"
         call.fail(ValueError, name, text)
-    dtypes("float32", "bfloat16")(call, name)
+    allowed = ("uint8",) if cache_type == "block_wise_mxfp4" else ("float32", "bfloat16")
+    dtypes(*allowed)(call, name)
 
 
 def written_values(call: Call, name: str) -> None:
@@ -280,7 +286,7 @@ def append_layout(call: Call, name: str) -> None:
 def fastdeploy_type(call: Call, name: str) -> None:
     cache_type(call, name)
     kind, supported = call.attrs[name], "none, cache_int8, cache_fp8, block_wise_fp8"
-    if kind in ("block_wise_int8", "block_wise_int4"):
+    if kind in ("block_wise_int8", *NIBBLE_TYPES):
         text = f"FastDeploy has no '{kind}'; supported: {supported}"
         call.fail(NotImplementedError, name, text)
 

@@ -32,6 +32,7 @@ KINDS = [
     ("cache_fp8", "head"),
     ("block_wise_fp8", "head"),
     ("block_wise_int4", "head"),
+    ("block_wise_mxfp4", "head"),
 ]
 
 

@@ -75,17 +75,14 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
     Fail("ValueError", op, "cache", "expected blocks of ", kBlockSize, " tokens, shape ", expected,
          ", got ", ShapeText(shape));
   }
-  const bool nibbles = CodesPerByte(conversion.type) == 2;
   // Heads of K have 192 channels where those of V have 128.
-  const auto known = [&](auto dims) { return dims.Has(head_dim); };
-  if (!(nibbles               ? known(NibbleHeadDims{})
-        : conversion.is_value ? known(HeadDims{})
-                              : known(AttentionHeadDims{}))) {
+  const bool whole = ValueDim(static_cast<int>(head_dim)) == head_dim;
+  if (!HasHeadDim(conversion.type, head_dim) || (conversion.is_value && !whole)) {
+    const bool codes_share_bytes = CodesPerByte(conversion.type) == 2;
     Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
          " is not supported; supported: ",
-         nibbles               ? NibbleHeadDims::Text()
-         : conversion.is_value ? HeadDims::Text()
-                               : AttentionHeadDims::Text());
+         conversion.is_value && !codes_share_bytes ? HeadDims::Text()
+                                                   : HeadDimsText(conversion.type));
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone

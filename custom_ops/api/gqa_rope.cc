@@ -23,7 +23,7 @@ constexpr const char* kOp = "gqa_rope_write_cache";
 // Refuses the cache type that FastDeploy does not have.
 CacheType CheckType(const std::string& cache_quant_type) {
   const CacheType type = ParseCacheType(kOp, cache_quant_type);
-  if (type == CacheType::kBlockWiseInt8 || type == CacheType::kBlockWiseInt4) {
+  if (type == CacheType::kBlockWiseInt8 || CodesPerByte(type) == 2) {
     Fail("NotImplementedError", kOp, "cache_quant_type", "FastDeploy has no '", NameOf(type),
          "'; supported: none, cache_int8, cache_fp8, "
          "block_wise_fp8");

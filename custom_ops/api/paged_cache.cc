@@ -11,7 +11,8 @@ namespace fastattn::api {
 namespace {
 
 constexpr const char* kCacheTypes =
-    "none, cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, block_wise_int4";
+    "none, cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, block_wise_int4, "
+    "block_wise_mxfp4";
 
 // Dtype of a cache's codes. Every Paddle has uint8 tensors, which may hold any codes; a tensor of
 // an 8-bit type of its own must match.
@@ -19,7 +20,7 @@ DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, Cach
                      Fp8Format format) {
   if (CodesPerByte(type) == 2) {
     Arg(op, name, cache).Dtype({phi::DataType::UINT8});
-    return DType::kInt4;
+    return CodeOf(type);
   }
   const DType codes = IsInt8(type)                 ? DType::kInt8
                       : format == Fp8Format::kE5M2 ? DType::kE5M2
@@ -45,7 +46,14 @@ ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* sca
          "' needs scales, got None");
   }
   Arg arg(op, name, *scales);
-  arg.On(place).Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
+  arg.On(place);
+  if (HasBlockScales(cache.type)) {
+    arg.Dtype({phi::DataType::UINT8})
+        .Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize, cache.head_dim / kMxBlock});
+    *strides = ParseCacheStrides(op, name, *scales, true);
+    return ScaleGranularity::kToken;
+  }
+  arg.Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
   if (IsDynamic(cache.type)) {
     arg.Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize});
     *strides = ParseCacheStrides(op, name, *scales);
@@ -77,7 +85,7 @@ void RequireFits(const char* op, const char* name, int64_t size) {
 CacheType ParseCacheType(const char* op, const std::string& name) {
   for (CacheType type :
        {CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseInt8,
-        CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4}) {
+        CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4, CacheType::kBlockWiseMxfp4}) {
     if (name == NameOf(type)) return type;
   }
   Fail("NotImplementedError", op, "cache_quant_type", "'", name,
@@ -145,11 +153,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
     Fail("NotImplementedError", op, "cache_layout", "'fastdeploy' has no order for ",
          NameOf(cache.type), "; supported: fastattn");
   }
-  const bool nibbles = CodesPerByte(cache.type) == 2;
-  if (!(nibbles ? NibbleHeadDims::Has(head_dim) : AttentionHeadDims::Has(head_dim))) {
+  if (!HasHeadDim(cache.type, head_dim)) {
     Fail("NotImplementedError", op, "key_cache", "head_dim ", head_dim,
-         " is not supported; supported: ",
-         nibbles ? NibbleHeadDims::Text() : AttentionHeadDims::Text());
+         " is not supported; supported: ", HeadDimsText(cache.type));
   }
   if (shape[1] == 0) Fail("ValueError", op, "key_cache", "expected at least 1 KV head, got 0");
   cache.num_blocks = static_cast<int>(shape[0]);

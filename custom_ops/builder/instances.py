@@ -123,6 +123,7 @@ HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
 HEAD_DIMS = head_dims()  # of Q and K; V has 128 channels where they have 192
 NIBBLE_DIMS = _compiled(64, 96, 128, 256)  # of caches of 4-bit codes
+MX_DIMS = _compiled(64, 128)  # of those with a scale for 32 channels
 EITHER = (False, True)
 PREFILL_DIMS = _compiled(64, 128)  # of every wgmma kernel
 INDEX_HEADS = (8, 16, 32, 64)
@@ -144,6 +145,7 @@ FAMILIES = (
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, False, (8, 16, 64)),
             (("kE4M3", "kInt8"), HEAD_DIMS, True, True, (8, 16, 64)),
             ("kInt4", NIBBLE_DIMS, True, True, (8, 16, 64)),
+            ("kE2M1", MX_DIMS, True, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -163,6 +165,7 @@ FAMILIES = (
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, False, (8, 16, 64)),
             (("kE4M3", "kInt8"), HEAD_DIMS, True, (8, 16, 64)),
             ("kInt4", NIBBLE_DIMS, True, (8, 16, 64)),
+            ("kE2M1", MX_DIMS, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -209,7 +212,7 @@ FAMILIES = (
         rows=(
             ((*FP8, "kInt8"), False, ("kFastattn", "kFastDeploy")),
             (("kE4M3", "kInt8"), True, ("kFastattn", "kFastDeploy")),
-            ("kInt4", True, "kFastattn"),
+            (("kInt4", "kE2M1"), True, "kFastattn"),
         ),
     ),
     Family(
@@ -230,6 +233,7 @@ FAMILIES = (
             ("kFloat32", "kNone", HALF, False),
             ((*HALF, "kFloat32"), ("kInt8", "kBlockWiseInt8"), "kInt8", EITHER),
             ((*HALF, "kFloat32"), "kBlockWiseInt4", "kInt4", EITHER),
+            ((*HALF, "kFloat32"), "kBlockWiseMxfp4", "kE2M1", True),
             ((*HALF, "kFloat32"), ("kFp8", "kBlockWiseFp8"), "kE4M3", EITHER),
             ((*HALF, "kFloat32"), "kFp8", "kE5M2", False),
         ),

@@ -77,6 +77,14 @@ FASTATTN_HD float UE8M0ToFloat(uint8_t byte) {
   return byte == 0 ? 0x1p-127f : BitsFloat(static_cast<uint32_t>(byte) << 23);
 }
 
+// One code in a byte; a cache holds two.
+template <>
+struct Element<DType::kE2M1> {
+  using Storage = uint8_t;
+  static FASTATTN_HD float Load(uint8_t x) { return E2M1ToFloat(x); }
+  static FASTATTN_HD uint8_t Store(float x) { return static_cast<uint8_t>(FloatToE2M1(x)); }
+};
+
 // 2^-(byte - 127), exact, for a byte of MxScaleByte.
 FASTATTN_HD float UE8M0Inverse(uint8_t byte) {
   return BitsFloat((254u - static_cast<uint32_t>(byte)) << 23);

@@ -54,8 +54,30 @@ using HeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
 using AttentionHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 192, 256>::Type;
 // Of a cache of 4-bit codes.
 using NibbleHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
-template <int kCodesPerByte>
-using CacheHeadDims = std::conditional_t<kCodesPerByte == 2, NibbleHeadDims, AttentionHeadDims>;
+// Of one with a scale for 32 channels.
+using MxHeadDims = CompiledDims<HeadDimList<>, 64, 128>::Type;
+
+template <CacheType kType>
+using CacheHeadDims = std::conditional_t<
+    HasBlockScales(kType), MxHeadDims,
+    std::conditional_t<CodesPerByte(kType) == 2, NibbleHeadDims, AttentionHeadDims>>;
+// Of the type that has these codes.
+template <DType kCode>
+using CodeHeadDims = CacheHeadDims<kCode == DType::kE2M1   ? CacheType::kBlockWiseMxfp4
+                                   : kCode == DType::kInt4 ? CacheType::kBlockWiseInt4
+                                                           : CacheType::kInt8>;
+
+inline bool HasHeadDim(CacheType type, int64_t head_dim) {
+  return HasBlockScales(type)      ? MxHeadDims::Has(head_dim)
+         : CodesPerByte(type) == 2 ? NibbleHeadDims::Has(head_dim)
+                                   : AttentionHeadDims::Has(head_dim);
+}
+
+inline std::string HeadDimsText(CacheType type) {
+  return HasBlockScales(type)      ? MxHeadDims::Text()
+         : CodesPerByte(type) == 2 ? NibbleHeadDims::Text()
+                                   : AttentionHeadDims::Text();
+}
 
 // Channels of a head of V, and of the output, whose Q and K have so many: multi-head latent
 // attention without absorption has 128 of them beside 192.

@@ -24,16 +24,18 @@ enum class DType : int {
   kInt8,
   kUInt8,
   kInt4,  // two codes in a byte (common/int4.h)
+  kE2M1,  // the same (common/fp4.h)
 };
 
 // How a KV cache stores K and V (`cache_quant_type` of the Python API).
 enum class CacheType : int {
-  kNone,           // bf16 / fp16 values
-  kInt8,           // int8 codes, static scales
-  kFp8,            // e4m3 or e5m2 codes, static scales
-  kBlockWiseInt8,  // int8 codes, one dynamic scale a token and KV head
-  kBlockWiseFp8,   // e4m3 codes, one dynamic scale a token and KV head
-  kBlockWiseInt4,  // 4-bit codes, one dynamic scale a token and KV head
+  kNone,            // bf16 / fp16 values
+  kInt8,            // int8 codes, static scales
+  kFp8,             // e4m3 or e5m2 codes, static scales
+  kBlockWiseInt8,   // int8 codes, one dynamic scale a token and KV head
+  kBlockWiseFp8,    // e4m3 codes, one dynamic scale a token and KV head
+  kBlockWiseInt4,   // 4-bit codes, one dynamic scale a token and KV head
+  kBlockWiseMxfp4,  // E2M1 codes, one UE8M0 scale for 32 channels of a token
 };
 
 enum class Fp8Format : int { kE4M3, kE5M2 };
@@ -53,7 +55,7 @@ FASTATTN_HD constexpr bool IsQuantized(CacheType type) { return type != CacheTyp
 
 FASTATTN_HD constexpr bool IsDynamic(CacheType type) {
   return type == CacheType::kBlockWiseInt8 || type == CacheType::kBlockWiseFp8 ||
-         type == CacheType::kBlockWiseInt4;
+         type == CacheType::kBlockWiseInt4 || type == CacheType::kBlockWiseMxfp4;
 }
 
 FASTATTN_HD constexpr bool IsInt8(CacheType type) {
@@ -62,10 +64,25 @@ FASTATTN_HD constexpr bool IsInt8(CacheType type) {
 
 // Codes in one element of a cache: 4-bit ones share a byte.
 FASTATTN_HD constexpr int CodesPerByte(CacheType type) {
-  return type == CacheType::kBlockWiseInt4 ? 2 : 1;
+  return type == CacheType::kBlockWiseInt4 || type == CacheType::kBlockWiseMxfp4 ? 2 : 1;
 }
 
-FASTATTN_HD constexpr int CodesPerByte(DType dtype) { return dtype == DType::kInt4 ? 2 : 1; }
+FASTATTN_HD constexpr int CodesPerByte(DType dtype) {
+  return dtype == DType::kInt4 || dtype == DType::kE2M1 ? 2 : 1;
+}
+
+// Codes of a cache whose type has only one kind.
+FASTATTN_HD constexpr DType CodeOf(CacheType type) {
+  return type == CacheType::kBlockWiseMxfp4  ? DType::kE2M1
+         : type == CacheType::kBlockWiseInt4 ? DType::kInt4
+         : IsInt8(type)                      ? DType::kInt8
+                                             : DType::kE4M3;
+}
+
+// Elements of a dynamic scale's group: those of a whole head, or 32 channels.
+FASTATTN_HD constexpr bool HasBlockScales(CacheType type) {
+  return type == CacheType::kBlockWiseMxfp4;
+}
 
 // Bytes of one element of storage.
 FASTATTN_HD constexpr int SizeOf(DType dtype) {
@@ -93,6 +110,8 @@ inline const char* NameOf(DType dtype) {
       return "uint8";
     case DType::kInt4:
       return "int4";
+    case DType::kE2M1:
+      return "e2m1";
   }
   return "unknown";
 }
@@ -111,6 +130,8 @@ inline const char* NameOf(CacheType type) {
       return "block_wise_fp8";
     case CacheType::kBlockWiseInt4:
       return "block_wise_int4";
+    case CacheType::kBlockWiseMxfp4:
+      return "block_wise_mxfp4";
   }
   return "unknown";
 }

@@ -7,19 +7,6 @@
 // Each row of the tile sees an interval of key positions. Scores of masked keys become -inf, and
 // values of masked keys are never multiplied, because that memory may hold anything, NaN included.
 
-// Tokens in the order in which the columns of a score tile hold them: values stored by channel
-// ([D, 64]) keep their tokens in TokenSlot order, and the scores follow them.
-template <bool kByChannel>
-struct ColumnOrder {
-  alignas(64) int32_t token[kBlockSize];
-  constexpr ColumnOrder() : token() {
-    for (int i = 0; i < kBlockSize; ++i) token[i] = kByChannel ? TokenOfSlot(i) : i;
-  }
-};
-
-template <bool kByChannel>
-inline constexpr ColumnOrder<kByChannel> kColumnOrder{};
-
 template <int kDim, DType kKv, bool kByChannel>
 class TileKernel {
  public:
@@ -31,7 +18,10 @@ class TileKernel {
  private:
   using Code = typename Element<kKv>::Storage;
   static constexpr bool kNibbles = CodesPerByte(kKv) == 2;  // decoded before they are used
-  static constexpr int kKeyRow = kDim / CodesPerByte(kKv);  // elements of a key
+  // A scale for 32 channels of a token, which its values are multiplied by when they are decoded.
+  static constexpr bool kBlockScales = kKv == DType::kE2M1;
+  static constexpr int kScales = kBlockScales ? kDim / kMxBlock : 1;  // of a token
+  static constexpr int kKeyRow = kDim / CodesPerByte(kKv);            // elements of a key
   static constexpr int kValueDim = ValueDim(kDim);
 
   struct Chunk {
@@ -51,6 +41,7 @@ class TileKernel {
       : p_(p), seq_(seq), task_(task), b_(buffers), rows_(task.packed_count) {
     if (p.paged) {
       dynamic_ = IsDynamic(p.cache.type);
+      token_scales_ = dynamic_ && !kBlockScales;
       key_stride_ = p.cache.key_strides.row;
       value_stride_ = p.cache.value_strides.row;
     } else {
@@ -176,7 +167,7 @@ class TileKernel {
 
   void RunTile() {
     for (int c = 0; c < num_chunks_; ++c) {
-      if (dynamic_) LoadScales(c);
+      if (token_scales_) LoadScales(c);
       Scores(c);
     }
     for (int r = 0; r < rows_; ++r) Softmax(r);
@@ -219,7 +210,12 @@ class TileKernel {
       key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
     }
     if constexpr (kNibbles) {
-      for (int i = 0; i < kBlockSize; ++i) DecodeNibbles<kDim>(key[i], b_.keys + i * kDim);
+      for (int i = 0; i < kBlockSize; ++i) {
+        const int token = kColumnOrder<kByChannel>.token[i];
+        const int valid = token < chunk.valid ? token : chunk.valid - 1;
+        DecodeNibbles<kKv, kDim>(key[i], ScaleBytes(p_.cache.k_scales, chunk.k_scale, valid),
+                                 b_.keys + i * kDim);
+      }
     } else if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
       if (kByChannel && IsFinite<kDim, kBlockSize>(chunk.key, key_stride_)) {
         ScoreColumns<kKv, true>(c, key);
@@ -236,6 +232,11 @@ class TileKernel {
     ScoreColumns<DType::kFloat32, true>(c, decoded);
   }
 
+  // UE8M0 bytes of a token of a block whose first one has the index `plane`.
+  static const uint8_t* ScaleBytes(const void* scales, int64_t plane, int token) {
+    return kBlockScales ? static_cast<const uint8_t*>(scales) + plane + token * kScales : nullptr;
+  }
+
   // Whether a block of codes, kRows rows of kRow, may be read by the faster conversion.
   template <int kRow, int kRows>
   static bool IsFinite(const Code* codes, int64_t stride) {
@@ -247,23 +248,13 @@ class TileKernel {
   // computed, this prefetches as many of the next chunk's keys and of this chunk's values.
   FASTATTN_INLINE void Prefetch(int c, int i) const {
     if (!p_.paged) return;
-    if (chunks_[c + 1].key != nullptr) PrefetchRows<kKeyRow, 4>(chunks_[c + 1].key, key_stride_, i);
+    if (chunks_[c + 1].key != nullptr)
+      PrefetchRows<Code, kKeyRow, 4>(chunks_[c + 1].key, key_stride_, i);
     if constexpr (kByChannel) {
       constexpr int kRows = kValueDim / CodesPerByte(kKv) / (kBlockSize / 4);  // of as many codes
-      PrefetchRows<kBlockSize, kRows>(chunks_[c].value, value_stride_, i / 4 * kRows);
+      PrefetchRows<Code, kBlockSize, kRows>(chunks_[c].value, value_stride_, i / 4 * kRows);
     } else {
-      PrefetchRows<kValueDim, 4>(chunks_[c].value, value_stride_, i);
-    }
-  }
-
-  // kRows rows of kRow elements from the `first` on.
-  template <int kRow, int kRows>
-  FASTATTN_INLINE void PrefetchRows(const Code* codes, int64_t stride, int first) const {
-    constexpr int kBytes = kRow * static_cast<int>(sizeof(Code));
-    const char* from = reinterpret_cast<const char*>(codes + first * stride);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r, from += stride * sizeof(Code)) {
-      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+      PrefetchRows<Code, kValueDim, 4>(chunks_[c].value, value_stride_, i);
     }
   }
 
@@ -304,7 +295,7 @@ class TileKernel {
       for (int i = 0; i < kBlockSize; i += kLanes) {
         float* s = row + c * kBlockSize + i;
         Vec x = Load(s);
-        if (dynamic_) x = x * Load(b_.key_scales + c * kBlockSize + i);
+        if (token_scales_) x = x * Load(b_.key_scales + c * kBlockSize + i);
         x = x * factor;
         if (cap > 0.0f) x = Softcap(x, cap, inverse);
         if (!full) x = Visible(r, chunks_[c], i) ? x : Splat(-kInf);
@@ -324,7 +315,7 @@ class TileKernel {
         float* s = row + c * kBlockSize + i;
         Vec x = Exp2(Load(s) - shift);
         sum = sum + x;
-        if (dynamic_) {
+        if (token_scales_) {
           x = x * Load(b_.value_scales + c * kBlockSize + i);
           if (!full) x = Visible(r, chunks_[c], i) ? x : Vec{};
         }
@@ -473,25 +464,48 @@ class TileKernel {
     float* out = b_.values + c * kBlockSize * kValueDim;
     const VecInt keep = VecInt{} - (chunk.full ? 1 : 0);
     Vec check{};
+    if constexpr (kBlockScales) FindBlockScales(chunk);
     for (int i = 0; i < kBlockSize; i += kLanes) {
       const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
       const VecInt seen = (token >= first) & (token < last);
-      if constexpr (kNibbles) {  // a row is two channels; every code is finite
+      if constexpr (kNibbles && !kBlockScales) {  // a row is two channels; every code is finite
         for (int d = 0; d < kValueDim; d += 2) {
           const uint8_t* codes = chunk.value + d / 2 * value_stride_ + i;
-          Store(out + d * kBlockSize + i, seen ? NibblesAsFloats<false>(codes) : Vec{});
-          Store(out + (d + 1) * kBlockSize + i, seen ? NibblesAsFloats<true>(codes) : Vec{});
+          Store(out + d * kBlockSize + i, seen ? NibblesAsFloats<kKv, false>(codes) : Vec{});
+          Store(out + (d + 1) * kBlockSize + i, seen ? NibblesAsFloats<kKv, true>(codes) : Vec{});
         }
         continue;
       }
-      for (int d = 0; d < (kNibbles ? 0 : kValueDim); ++d) {
-        const Vec x = seen ? LoadAs<kKv>(chunk.value + d * value_stride_ + i) : Vec{};
+      for (int d = 0; d < (kNibbles && !kBlockScales ? 0 : kValueDim); ++d) {
+        const Vec x = seen ? LoadChannel(chunk, d, i) : Vec{};
         const Vec zero = x * 0.0f;  // NaN if x is infinite or NaN
         check = check + zero;
         Store(out + d * kBlockSize + i, keep | (zero == 0.0f) ? x : Vec{});
       }
     }
     return SumLanes(check) == 0.0f;
+  }
+
+  // V of the columns from `column` on of a channel.
+  FASTATTN_INLINE Vec LoadChannel(const Chunk& chunk, int d, int column) const {
+    if constexpr (kBlockScales) {
+      const uint8_t* codes = chunk.value + d / 2 * value_stride_ + column;
+      const Vec x =
+          d % 2 == 0 ? NibblesAsFloats<kKv, false>(codes) : NibblesAsFloats<kKv, true>(codes);
+      return x * Load(block_scales_[d / kMxBlock] + column);
+    } else {
+      return LoadAs<kKv>(chunk.value + d * value_stride_ + column);
+    }
+  }
+
+  void FindBlockScales(const Chunk& chunk) {
+    for (int i = 0; i < kBlockSize; ++i) {
+      const int token = kColumnOrder<kByChannel>.token[i];
+      const uint8_t* bytes = ScaleBytes(p_.cache.v_scales, chunk.v_scale, token);
+      for (int block = 0; block < kScales; ++block) {
+        block_scales_[block][i] = UE8M0ToFloat(bytes[block]);
+      }
+    }
   }
 
   template <DType kB>
@@ -547,9 +561,9 @@ class TileKernel {
   // NaN and infinite values that only some rows see are 0 in the matrix products, so that rows that
   // do not see them keep their bits. The rows that see them get them here.
   void AddNonFinite(int c) {
+    if constexpr (kBlockScales) FindBlockScales(chunks_[c]);
     for (int i = 0; i < kBlockSize * kValueDim; i += kLanes) {
-      const Code* channel = chunks_[c].value + i / kBlockSize * value_stride_;
-      const Vec values = LoadAs<kKv>(channel + i % kBlockSize);
+      const Vec values = LoadChannel(chunks_[c], i / kBlockSize, i % kBlockSize);
       if (SumLanes(values * 0.0f) == 0.0f) continue;
       for (int lane = i; lane < i + kLanes; ++lane) {
         const int column = lane % kBlockSize;
@@ -572,7 +586,9 @@ class TileKernel {
   TileBuffers& b_;
   const int rows_;
   bool dynamic_ = false;
-  int64_t key_stride_;                         // elements between tokens
+  bool token_scales_ = false;  // that scores and probabilities are multiplied by
+  alignas(64) float block_scales_[kScales][kBlockSize];  // of V, in the columns' order
+  int64_t key_stride_;                                   // elements between tokens
   int64_t value_stride_;                       // elements between tokens or, by channel, channels
   int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees
   int64_t common_begin_ = 0, common_end_ = 0;  // keys that every row sees

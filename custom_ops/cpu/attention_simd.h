@@ -190,12 +190,26 @@ FASTATTN_INLINE Vec LoadAs(const typename Element<kDType>::Storage* p) {
 }
 
 // kLanes bytes, of which the low (high) nibbles are 4-bit codes, as fp32.
-template <bool kHigh>
+template <DType kCode, bool kHigh>
 FASTATTN_INLINE Vec NibblesAsFloats(const uint8_t* p) {
   uint8_t __attribute__((vector_size(kLanes))) bytes;
   std::memcpy(&bytes, p, sizeof(bytes));
   const VecInt wide = __builtin_convertvector(bytes, VecInt);
-  return __builtin_convertvector((kHigh ? wide >> 4 : wide & 0xF) - kInt4Bias, Vec);
+  const VecInt code = kHigh ? wide >> 4 : wide & 0xF;
+  if constexpr (kCode == DType::kInt4) {
+    return __builtin_convertvector(code - kInt4Bias, Vec);
+  } else {
+    // From 1 on a magnitude's bits are an fp32's exponent and mantissa, less a bias.
+    const VecInt magnitude = code & 7;
+    const VecInt large = (magnitude << 22) + (126 << 23);
+    const Vec small = __builtin_convertvector(magnitude, Vec) * 0.5f;
+    VecInt bits;
+    std::memcpy(&bits, &small, sizeof(bits));
+    bits = (magnitude < 2 ? bits : large) | (code & 8) << 28;
+    Vec value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
 }
 
 // out[r][0..3] = a[r] . b[0..3] for kRows rows of n elements.
@@ -218,11 +232,18 @@ FASTATTN_INLINE void DotBlock(const float* a, int a_stride,
   }
 }
 
-// A key's 4-bit codes as fp32: the first of a byte's two is the even channel's.
-template <int kDim>
-FASTATTN_INLINE void DecodeNibbles(const uint8_t* in, float* out) {
+// A key's 4-bit codes as fp32: the first of a byte's two is the even channel's. E2M1 codes are
+// multiplied by the scales of their blocks.
+template <DType kCode, int kDim>
+FASTATTN_INLINE void DecodeNibbles(const uint8_t* in, const uint8_t* scales, float* out) {
+  static_assert(kMxBlock % (2 * kLanes) == 0, "channels of a step have one scale");
   for (int d = 0; d < kDim; d += 2 * kLanes) {
-    const Vec even = NibblesAsFloats<false>(in + d / 2), odd = NibblesAsFloats<true>(in + d / 2);
+    Vec even = NibblesAsFloats<kCode, false>(in + d / 2);
+    Vec odd = NibblesAsFloats<kCode, true>(in + d / 2);
+    if constexpr (kCode == DType::kE2M1) {
+      const float scale = UE8M0ToFloat(scales[d / kMxBlock]);
+      even = even * scale, odd = odd * scale;
+    }
     for (int i = 0; i < kLanes; ++i) out[d + 2 * i] = even[i], out[d + 2 * i + 1] = odd[i];
   }
 }
@@ -246,4 +267,15 @@ FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int rows, int64_t stride) 
   uint64_t any = 0;
   for (uint64_t word : words) any |= word;
   return any != 0;
+}
+
+// Prefetches kRows rows of kRow elements from the `first` on.
+template <typename Code, int kRow, int kRows>
+FASTATTN_INLINE void PrefetchRows(const Code* codes, int64_t stride, int first) {
+  constexpr int kBytes = kRow * static_cast<int>(sizeof(Code));
+  const char* from = reinterpret_cast<const char*>(codes + first * stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r, from += stride * sizeof(Code)) {
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+  }
 }

@@ -6,7 +6,9 @@
 #include <cstdlib>
 #include <memory>
 
+#include "common/fp4.h"
 #include "common/int4.h"
+#include "common/layout.h"
 #include "params/attention.h"
 
 namespace fastattn::cpu {
@@ -34,6 +36,19 @@ struct AttentionTask {
   int64_t key_begin = 0;
   int64_t key_end = 0;
 };
+
+// Tokens in the order in which the columns of a score tile hold them: values stored by channel
+// ([D, 64]) keep their tokens in TokenSlot order, and the scores follow them.
+template <bool kByChannel>
+struct ColumnOrder {
+  alignas(64) int32_t token[kBlockSize];
+  constexpr ColumnOrder() : token() {
+    for (int i = 0; i < kBlockSize; ++i) token[i] = kByChannel ? TokenOfSlot(i) : i;
+  }
+};
+
+template <bool kByChannel>
+inline constexpr ColumnOrder<kByChannel> kColumnOrder{};
 
 // 64-byte aligned floats, left uninitialised.
 class AlignedFloats {

@@ -31,7 +31,7 @@ struct CacheFormat {
 template <typename F>
 void DispatchCache(const PagedCache& cache, F&& f) {
   dispatch<CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseInt8,
-           CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4>(
+           CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4, CacheType::kBlockWiseMxfp4>(
       cache.type, "cache_quant_type", [&](auto type) {
         constexpr CacheType kType = decltype(type)::value;
         if constexpr (kType == CacheType::kNone) {
@@ -43,9 +43,7 @@ void DispatchCache(const PagedCache& cache, F&& f) {
             f(CacheFormat<kType, decltype(code)::value>{});
           });
         } else {
-          f(CacheFormat<kType, CodesPerByte(kType) == 2 ? DType::kInt4
-                               : IsInt8(kType)          ? DType::kInt8
-                                                        : DType::kE4M3>{});
+          f(CacheFormat<kType, CodeOf(kType)>{});
         }
       });
 }
@@ -79,6 +77,14 @@ inline void RestoreKey(const KeyTransform& transform, int head, int head_dim, fl
   for (int d = 0; d < head_dim; ++d) x[d] = x[d] + center[d];
 }
 
+// Index of the (first) dynamic scale of a token of a block and head.
+template <typename Format>
+int64_t DynamicScaleIndex(const PagedCache& cache, const CacheStrides& strides, int block, int head,
+                          int slot) {
+  const int count = HasBlockScales(Format::kType) ? cache.head_dim / kMxBlock : 1;
+  return strides.Plane(block, head) + slot * count;
+}
+
 // Writes tokens into a cache: quantises, or rounds for type none.
 //
 // Threads may share a writer: Key and Value touch only the bytes and the scale of their own slot.
@@ -95,7 +101,7 @@ class CacheWriter {
   // Stores x[0 .. D), token `slot` (0..63) of a block, as K of one head.
   void Key(int block, int head, int slot, const float* x) const {
     Storage* base = static_cast<Storage*>(cache_.key) + cache_.key_strides.Plane(block, head);
-    const int64_t scale = cache_.k_scale_strides.Plane(block, head) + slot;
+    const int64_t scale = ScaleIndex(cache_.k_scale_strides, block, head, slot);
     if constexpr (Format::kNibbles) {
       Storage codes[kMaxHeadDim];
       EncodeKey(scale, head, x, codes);
@@ -115,7 +121,7 @@ class CacheWriter {
   void Value(int block, int head, int slot, const float* x) const {
     Storage* base = static_cast<Storage*>(cache_.value) + cache_.value_strides.Plane(block, head);
     const int64_t row_stride = cache_.value_strides.row;
-    const int64_t scale = cache_.v_scale_strides.Plane(block, head) + slot;
+    const int64_t scale = ScaleIndex(cache_.v_scale_strides, block, head, slot);
     if constexpr (Format::kType == CacheType::kNone) {
       EncodeValue(scale, head, x, base + slot * row_stride);
     } else {
@@ -158,11 +164,22 @@ class CacheWriter {
            x, out);
   }
 
-  // n channels. `scale_index` is that of the token's dynamic scale.
+  int64_t ScaleIndex(const CacheStrides& strides, int block, int head, int slot) const {
+    return DynamicScaleIndex<Format>(cache_, strides, block, head, slot);
+  }
+
+  // n channels. `scale_index` is that of the token's first dynamic scale.
   void Encode(void* scales, int64_t scale_index, const std::vector<float>& inverses,
               ScaleGranularity granularity, int head, int n, const float* x, Storage* out) const {
     if constexpr (Format::kType == CacheType::kNone) {
       StoreRow<Format::kCode>(x, n, out);
+    } else if constexpr (HasBlockScales(Format::kType)) {
+      uint8_t* bytes = static_cast<uint8_t*>(scales) + scale_index;
+      for (int d = 0; d < n; d += kMxBlock) {
+        const uint8_t byte = MxScaleByte(MxAmaxBits(x + d));
+        bytes[d / kMxBlock] = byte;
+        EncodeRow<Format::kCode>(x + d, kMxBlock, UE8M0Inverse(byte), out + d);
+      }
     } else if constexpr (IsDynamic(Format::kType)) {
       const uint32_t amax = AmaxBits(x, n);
       float scale;
@@ -243,12 +260,12 @@ class CacheReader {
 
   // out[0 .. D) = the values of one token's codes.
   void DecodeKey(int block, int head, int slot, const Storage* codes, float* out) const {
-    const int64_t scale = cache_.k_scale_strides.Plane(block, head) + slot;
+    const int64_t scale = ScaleIndex(cache_.k_scale_strides, block, head, slot);
     Decode(cache_.k_scales, scale, cache_.k_granularity, head, cache_.head_dim, codes, out);
   }
 
   void DecodeValue(int block, int head, int slot, const Storage* codes, float* out) const {
-    const int64_t scale = cache_.v_scale_strides.Plane(block, head) + slot;
+    const int64_t scale = ScaleIndex(cache_.v_scale_strides, block, head, slot);
     Decode(cache_.v_scales, scale, cache_.v_granularity, head, value_dim_, codes, out);
   }
 
@@ -267,10 +284,22 @@ class CacheReader {
     }
   }
 
+  int64_t ScaleIndex(const CacheStrides& strides, int block, int head, int slot) const {
+    return DynamicScaleIndex<Format>(cache_, strides, block, head, slot);
+  }
+
   void Decode(const void* scales, int64_t scale_index, ScaleGranularity granularity, int head,
               int n, const Storage* codes, float* out) const {
     LoadRow<Format::kCode>(codes, n, out);
     if constexpr (Format::kType == CacheType::kNone) return;
+    if constexpr (HasBlockScales(Format::kType)) {
+      const uint8_t* bytes = static_cast<const uint8_t*>(scales) + scale_index;
+      for (int d = 0; d < n; d += kMxBlock) {
+        const float scale = UE8M0ToFloat(bytes[d / kMxBlock]);
+        for (int i = 0; i < kMxBlock; ++i) out[d + i] *= scale;
+      }
+      return;
+    }
     if constexpr (!IsDynamic(Format::kType)) {
       if (granularity == ScaleGranularity::kChannel) {
         const int64_t first = StaticScaleIndex(granularity, head, 0, n);

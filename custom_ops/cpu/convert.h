@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/fp4.h"
 #include "common/int4.h"
 #include "common/numeric.h"
 
@@ -117,12 +118,25 @@ struct Lane<DType::kInt4> {
   static float To(int32_t code) { return static_cast<float>(code - kInt4Bias); }
 };
 
+template <>
+struct Lane<DType::kE2M1> {
+  static int32_t From(float x) { return static_cast<int32_t>(FloatToE2M1(x)); }
+  static float To(int32_t code) { return E2M1ToFloat(static_cast<uint32_t>(code)); }
+};
+
 }  // namespace detail
 
 // Largest |x| as bits, NaN above all (see AbsBits).
 inline uint32_t AmaxBits(const float* x, int n) {
   int32_t amax = 0;  // signed: the comparison is a vector instruction on every x86-64
   for (int i = 0; i < n; ++i) amax = std::max(amax, static_cast<int32_t>(AbsBits(x[i])));
+  return static_cast<uint32_t>(amax);
+}
+
+// The same of an MXFP4 block, in which a NaN does not count.
+inline uint32_t MxAmaxBits(const float* x) {
+  int32_t amax = 0;
+  for (int i = 0; i < kMxBlock; ++i) amax = std::max(amax, static_cast<int32_t>(MxAbsBits(x[i])));
   return static_cast<uint32_t>(amax);
 }
 

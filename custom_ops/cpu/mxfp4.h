@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/fp4.h"
+#include "cpu/convert.h"
 #include "params/mxfp4.h"
 
 namespace fastattn::cpu {
@@ -15,11 +16,7 @@ void Mxfp4Dequantize(const Mxfp4DequantizeParams& p);
 inline void EncodeMxfp4(const float* x, int64_t n, uint8_t* codes, uint8_t* scales) {
   for (int64_t block = 0; block < n / kMxBlock; ++block) {
     const float* in = x + block * kMxBlock;
-    int32_t amax = 0;  // |x| as bits is never negative; x86 has a signed vector comparison only
-    for (int i = 0; i < kMxBlock; ++i) {
-      amax = std::max(amax, static_cast<int32_t>(MxAbsBits(in[i])));
-    }
-    scales[block] = MxScaleByte(static_cast<uint32_t>(amax));
+    scales[block] = MxScaleByte(MxAmaxBits(in));
     const float inverse = UE8M0Inverse(scales[block]);
     uint8_t one_a_byte[kMxBlock];
     for (int i = 0; i < kMxBlock; ++i) {

@@ -87,6 +87,7 @@ inline bool Fp8Ragged(const RaggedKv& kv) {
 inline bool Fp16Cache(const PagedCache& cache, DType query) {
   if (!IsTmaAligned(cache.key) || !IsTmaAligned(cache.value) || !PlanesFit(cache)) return false;
   if (!IsQuantized(cache.type)) return cache.dtype == query;
+  if (HasBlockScales(cache.type)) return false;
   // e5m2 reaches too far for fp16 times a token's scale.
   if (IsDynamic(cache.type) && cache.dtype == DType::kE5M2) return false;
   return SizeOf(cache.dtype) == 1 && cache.dtype != DType::kUInt8 &&

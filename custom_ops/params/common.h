@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/fp4.h"
 #include "common/head_dims.h"
 #include "common/types.h"
 
@@ -11,7 +12,8 @@ namespace fastattn {
 // Strides, in elements, of the planes of a cache tensor (one a block and KV head) and of the rows
 // of a plane. A row is the last dimension and contiguous: a token's channels, or a channel's tokens
 // where V is [.., D, 64]. The other dimensions may have any order, so that K and V may be views of
-// one pool. The rows of scales [num_blocks, KV, 64] are single elements.
+// one pool. The rows of scales [num_blocks, KV, 64] are single elements, those of the planes of
+// scales [num_blocks, KV, 64, D / 32] lie side by side (PagedCache::TokenScales).
 struct CacheStrides {
   int64_t block = 0;
   int64_t head = 0;
@@ -39,8 +41,8 @@ struct PagedCache {
   CacheStrides value_strides;
   CacheStrides k_scale_strides;  // of dynamic types
   CacheStrides v_scale_strides;
-  DType dtype = DType::kBFloat16;       // of key and value (codes: e4m3, e5m2, int8, int4)
-  DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V
+  DType dtype = DType::kBFloat16;       // of key and value (codes: e4m3, e5m2, int8, int4, e2m1)
+  DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V; uint8: UE8M0
   CacheType type = CacheType::kNone;
   CacheLayout layout = CacheLayout::kFastattn;
   ScaleGranularity k_granularity = ScaleGranularity::kTensor;
@@ -54,6 +56,9 @@ struct PagedCache {
   // Elements of a token's K, and of its V.
   FASTATTN_HD int RowElements() const { return head_dim / CodesPerByte(type); }
   FASTATTN_HD int ValueElements() const { return ValueDim() / CodesPerByte(type); }
+
+  // Scales of a token's K or V, of dynamic types.
+  FASTATTN_HD int TokenScales() const { return HasBlockScales(type) ? head_dim / kMxBlock : 1; }
 };
 
 // Which tokens of a step belong to which sequence, and where the sequences' blocks are.

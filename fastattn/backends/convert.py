@@ -39,7 +39,7 @@ def convert_caches(
         k_scales, v_scales}`` for the dynamic types.
     cache_quant_type : str
         ``cache_int8``, ``cache_fp8``, ``block_wise_int8``, ``block_wise_fp8`` or, between layouts
-        other than FastDeploy's, ``block_wise_int4``; with ``none`` all
+        other than FastDeploy's, ``block_wise_int4`` and ``block_wise_mxfp4``; with ``none`` all
         layouts are the same and nothing is done.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         See :func:`fastattn.functional.convert_cache_layout`.

@@ -25,7 +25,12 @@ from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
 from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
-from fastattn.functional._cache_types import DYNAMIC_TYPES, codes_per_byte, head_dims_of
+from fastattn.functional._cache_types import (
+    DYNAMIC_TYPES,
+    codes_per_byte,
+    head_dims_of,
+    token_scales,
+)
 from fastattn.functional._marker import unified
 
 #: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
@@ -174,11 +179,14 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> tuple[list[int], str] | None:
         """Shape and dtype of a layer's two scale tensors; None if its type has none in the cache.
 
-        float32 is the default; bfloat16 tensors of that shape are accepted too.
+        float32 is the default; bfloat16 tensors of that shape are accepted too. Those of
+        ``block_wise_mxfp4`` are uint8, D / 32 of a token.
         """
-        if cache_type_of(kv_cache_quant_type) not in DYNAMIC_TYPES:
+        quant_type = cache_type_of(kv_cache_quant_type)
+        if quant_type not in DYNAMIC_TYPES:
             return None
-        return [max_num_blocks, self.kv_num_heads, BLOCK_SIZE], "float32"
+        own, dtype = token_scales(quant_type, self.head_dim)
+        return [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, *own], dtype
 
     def init_attention_metadata(self, forward_meta: Any) -> None:
         """Prepare a step. Nothing is copied from the device."""

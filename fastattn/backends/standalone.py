@@ -81,7 +81,7 @@ class AttentionLayer:
         Dequantisation multipliers of the static cache types.
     cache_k_rotation : {"none", "hadamard"}, optional
         How K is rotated before it is quantised, not for e5m2; None: ``"hadamard"`` for
-        ``block_wise_int4``, ``"none"`` for every other.
+        ``block_wise_int4`` and ``block_wise_mxfp4``, ``"none"`` for every other.
     cache_k_center : Tensor, shape [KV, D], float32, optional
         What K is stored without.
     q_norm_weight, k_norm_weight : Tensor, optional

@@ -11,10 +11,16 @@ import numpy as np
 from fastattn.calibrate.calibration import LayerCalibration
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
-from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES, head_dims_of
+from fastattn.functional._cache_types import (
+    DYNAMIC_TYPES,
+    NIBBLE_TYPES,
+    STATIC_TYPES,
+    head_dims_of,
+)
 from fastattn.reference.attention import dense_attention
-from fastattn.reference.cache import code_of, static_scales
+from fastattn.reference.cache import code_of, dynamic_scales, static_scales
 from fastattn.reference.hadamard import restore_key, transform_key
+from fastattn.reference.mxfp4 import block_scales
 from fastattn.reference.numerics import QMAX, Array, from_codes, group_scale, quantize
 
 GRANULARITIES = ("tensor", "head", "channel")
@@ -24,7 +30,7 @@ TRANSFORMS = ("none", "center", "hadamard", "center+hadamard")
 
 #: Types that gain by a rotation. Codes with exponents do not: a large channel costs the others
 #: nothing there, and a rotation makes all of them as large.
-ROTATED_TYPES = ("cache_int8", "block_wise_int8", "block_wise_int4")
+ROTATED_TYPES = ("cache_int8", "block_wise_int8", *NIBBLE_TYPES)
 
 #: Floor of an amax, so that a channel of zeros has a scale.
 _FLOOR = 1e-6
@@ -77,7 +83,8 @@ def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
         return x.astype(np.float64)
     code = code_of(cache_quant_type)
     if cache_quant_type in DYNAMIC_TYPES:
-        multiplier = group_scale(x, code)[..., None]
+        scales = block_scales(x) if code == "e2m1" else group_scale(x, code)
+        multiplier = dynamic_scales(scales, cache_quant_type)
     else:
         assert scales is not None
         multiplier = static_scales(scales, *x.shape[1:])
@@ -204,9 +211,10 @@ def calibrate_layer(
         dimension.
     """
     dim = samples.key.shape[2]
-    if "block_wise_int4" in types and dim not in head_dims_of("block_wise_int4"):
-        dims = " or ".join(map(str, head_dims_of("block_wise_int4")))
-        raise CalibrationError(f"block_wise_int4 is for heads of {dims} channels, not of {dim}")
+    for kind in NIBBLE_TYPES:
+        if kind in types and dim not in head_dims_of(kind):
+            dims = " or ".join(map(str, head_dims_of(kind)))
+            raise CalibrationError(f"{kind} is for heads of {dims} channels, not of {dim}")
     rows = sampled_rows(samples, queries, seed)
     tried = candidates(types, transforms)
     if not tried:

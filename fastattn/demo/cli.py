@@ -19,11 +19,11 @@ from typing import Any
 #: ``fastattn.functional`` has the same names and brings Paddle with them.
 CACHE_QUANT_TYPES = (
     *("none", "cache_int8", "cache_fp8"),
-    *("block_wise_int8", "block_wise_fp8", "block_wise_int4"),
+    *("block_wise_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4"),
 )
 
 #: What K's rotation is compared with, by type: rows of their own.
-_OTHER_ROTATIONS = {"block_wise_int4": ("none",)}
+_OTHER_ROTATIONS = {"block_wise_int4": ("none",), "block_wise_mxfp4": ("none",)}
 
 DEFAULT_PROMPT = "The following statement "
 DEFAULT_NEW_TOKENS = 200

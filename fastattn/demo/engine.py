@@ -19,7 +19,6 @@ from fastattn.backends.config import BLOCK_SIZE
 from fastattn.demo.blocks import BlockPool
 from fastattn.demo.model import Config, Model, Trunk, rotary_table, to_bfloat16
 from fastattn.demo.scheduler import Request, ScheduledTokens, Scheduler
-from fastattn.functional._cache_types import DYNAMIC_TYPES
 from fastattn.reference.numerics import Array
 
 #: Static dequantisation scales of a layer, ``(k, v)``, fp32.
@@ -243,8 +242,8 @@ class Engine(Server):
         # Paddle's NumPy type of bfloat16 is uint16.
         dtype = np.uint16 if cache_quant_type == "none" else np.uint8
         arrays = [np.zeros(shape, dtype) for shape in shapes]
-        if cache_quant_type in DYNAMIC_TYPES:
-            slots = (num_blocks, config.kv_heads, BLOCK_SIZE)
-            arrays += [np.zeros(slots, np.float32) for _ in range(2)]
+        scales = self.backend.get_kv_cache_scale_shape(num_blocks, cache_quant_type)
+        if scales is not None:
+            arrays += [np.zeros(*scales) for _ in range(2)]
         self._cache_bytes = config.layers * sum(array.nbytes for array in arrays)
         return [self._tensor(array) for _ in range(config.layers) for array in arrays]

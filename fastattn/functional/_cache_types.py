@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Types with per-token scales (one for each token and KV head), computed while writing.
-DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", "block_wise_int4")
+#: Types whose two codes of a byte have 4 bits each.
+NIBBLE_TYPES = ("block_wise_int4", "block_wise_mxfp4")
+
+#: Types with scales of tokens (one for each token and KV head, or for each 32 of its channels),
+#: computed while writing.
+DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", *NIBBLE_TYPES)
 
 #: Types with scales that the layer holds.
 STATIC_TYPES = ("cache_int8", "cache_fp8")
@@ -21,6 +25,8 @@ CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 def head_dims_of(cache_quant_type: str) -> tuple[int, ...]:
     """Head dimensions that caches of a type may have."""
+    if cache_quant_type == "block_wise_mxfp4":
+        return (64, 128)
     return FUSED_HEAD_DIMS if cache_quant_type == "block_wise_int4" else HEAD_DIMS
 
 
@@ -31,7 +37,14 @@ def value_dim(head_dim: int) -> int:
 
 def codes_per_byte(cache_quant_type: str) -> int:
     """Codes in a byte of a quantised cache: 2 where they have 4 bits."""
-    return 2 if cache_quant_type == "block_wise_int4" else 1
+    return 2 if cache_quant_type in NIBBLE_TYPES else 1
+
+
+def token_scales(cache_quant_type: str, head_dim: int) -> tuple[list[int], str]:
+    """Shape of a token's dynamic scales of one KV head, and their dtype (float32: or bfloat16)."""
+    if cache_quant_type == "block_wise_mxfp4":
+        return [head_dim // 32], "uint8"
+    return [], "float32"
 
 
 #: FastDeploy's ``kv_cache_quant_type`` strings, and the type that each is.

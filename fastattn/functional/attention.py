@@ -264,8 +264,8 @@ def paged_attention(
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
-        ``block_wise_int4``: a byte has two channels. 128 channels go with 192 of K, and otherwise
-        as many as K has.
+        ``block_wise_int4`` and ``block_wise_mxfp4``: a byte has two channels. 128 channels go with
+        192 of K, and otherwise as many as K has.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -275,12 +275,13 @@ def paged_attention(
         Tokens cached before this step, and new tokens (0 for an inactive sequence).
     max_seqlen_q, max_seqlen_k : int
         Upper bounds of the sequences' new tokens and keys; they mask nothing.
-    cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16, optional
+    cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
         Dequantisation multipliers. Static types: [1], [KV] or, for ``cache_int8``, [KV * D].
-        Dynamic types: [num_blocks, KV, 64].
+        Dynamic types: [num_blocks, KV, 64], of ``block_wise_mxfp4`` uint8 [num_blocks, KV, 64,
+        D / 32].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional

@@ -65,7 +65,7 @@ def write_cache_kv(
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
-        ``block_wise_int4``: a byte has two channels.
+        ``block_wise_int4`` and ``block_wise_mxfp4``: a byte has two channels.
     block_tables : Tensor, shape [B, max_blocks], int32
         Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
         than B: slots of a server that do not run.
@@ -73,12 +73,13 @@ def write_cache_kv(
         First token of each sequence in `key`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
         Cached and new tokens of each sequence.
-    cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16, optional
+    cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
         Dequantisation multipliers (``x ~ code * scale``). Static types read them: [1], [KV] or, for
-        ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64].
+        ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64], of
+        ``block_wise_mxfp4`` uint8 [num_blocks, KV, 64, D / 32], exponents of two plus 127.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
@@ -190,8 +191,8 @@ def append_cache_kv_c8(
         ``write_cache_kv``; in layout ``"fastdeploy"`` the 64 * D codes of a block and head must be
         contiguous.
     value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
-        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D]; ``block_wise_int4``, which has no
-        such layout, has half of D in both caches.
+        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D]; ``block_wise_int4`` and
+        ``block_wise_mxfp4``, which have no such layout, have half of D in both caches.
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
         Written in place. D is 128 for `value` where it is 192 for `key`.
     block_tables : Tensor, shape [B, max_blocks], int32
@@ -200,14 +201,15 @@ def append_cache_kv_c8(
         Cached tokens of each sequence.
     cu_seqlens_k : Tensor, shape [B + 1], int32
         First token of each sequence in `key`.
-    cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16
+    cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8
         Dequantisation multipliers: static [1], [KV] or (``cache_int8``) [KV * D], dynamic
-        [num_blocks, KV, 64] in token order.
+        [num_blocks, KV, 64] in token order, of ``block_wise_mxfp4`` uint8 [num_blocks, KV, 64,
+        D / 32].
     dynamic_quant : bool
         Whether the cache has per-token scales. Must agree with `cache_quant_type`.
     cache_quant_type : str
         ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8``,
-        ``block_wise_fp8`` or ``block_wise_int4``.
+        ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     cache_layout : {"fastattn", "fastdeploy"}
         Byte layout of the caches; FastDeploy stores int8 codes with 128 added.
     fp8_format : {"e4m3", "e5m2"}
@@ -294,8 +296,9 @@ def convert_cache_layout(
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``, whose D is half of the head
-        dimension and which has no layout ``"fastdeploy"``. For ``"none"`` all layouts are the same.
+        ``block_wise_int8``, ``block_wise_fp8``, or ``block_wise_int4`` and ``block_wise_mxfp4``,
+        whose D is half of the head dimension and which have no layout ``"fastdeploy"``. For
+        ``"none"`` all layouts are the same.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes with
         128 added. ``fastattn.reference.layout`` has the formulas.
@@ -362,7 +365,7 @@ def convert_cache_blocks(
         Which of the two caches it is.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         As for :func:`convert_cache_layout`.
     begin, end : int

@@ -261,11 +261,11 @@ def cascade_attention(
         New tokens of each sequence.
     max_seqlen_q, max_seqlen_k : int
         Upper bounds of the sequences' new tokens and keys, prefix included; they mask nothing.
-    cache_k_scales, cache_v_scales : Tensor, float32 or bfloat16, optional
+    cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
         As for :func:`paged_attention`.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8`` or ``block_wise_int4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1] or [T, H], float32 or bfloat16, optional

@@ -11,10 +11,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from fastattn.reference.cache import code_of
+from fastattn.reference.cache import DYNAMIC_TYPES, code_of, dynamic_scales
 from fastattn.reference.hadamard import rotate_keys
 from fastattn.reference.layout import BLOCK_SIZE, unpack
-from fastattn.reference.numerics import Array, from_codes, quantize, round_to
+from fastattn.reference.numerics import NIBBLES, Array, from_codes, quantize, round_to
 from fastattn.reference.quantize import quantize_query
 
 #: Arithmetic of the model. ``bfloat16`` and ``float16`` compute in fp32 and round Q, K, V (after
@@ -271,12 +271,12 @@ def _dequantize_blocks(
     if quant_type == "none":
         return cache[blocks].astype(np.float64)
     code = code_of(quant_type, fp8_format)
-    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8", nibbles=code == "int4")
+    logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8", nibbles=code in NIBBLES)
     values = from_codes(logical, code).astype(np.float64)
     assert scales is not None, "a quantised cache has scales"
+    if quant_type in DYNAMIC_TYPES:
+        return values * dynamic_scales(scales[blocks], quant_type).astype(np.float64)
     multiplier = scales.astype(np.float64)
-    if quant_type.startswith("block_wise"):
-        return values * multiplier[blocks][..., None]
     kv_heads, head_dim = values.shape[1], values.shape[3]
     if multiplier.size == kv_heads * head_dim and quant_type == "cache_int8":
         return values * multiplier.reshape(kv_heads, 1, head_dim)
@@ -286,7 +286,8 @@ def _dequantize_blocks(
 def _head_dim(cache: Array, cache_quant_type: str) -> int:
     """Channels of a K or V cache, whichever of its last two dimensions has the tokens."""
     row = int(cache.shape[2]) * int(cache.shape[3]) // BLOCK_SIZE
-    return 2 * row if cache_quant_type == "block_wise_int4" else row
+    nibbles = cache_quant_type != "none" and code_of(cache_quant_type) in NIBBLES
+    return 2 * row if nibbles else row
 
 
 def gather_seq(

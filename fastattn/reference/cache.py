@@ -20,19 +20,22 @@ from fastattn.reference.layout import (
     unpack,
     value_offsets,
 )
-from fastattn.reference.numerics import Array, from_codes, group_scale, quantize
+from fastattn.reference.mxfp4 import block_scales, spread_scales
+from fastattn.reference.numerics import NIBBLES, Array, from_codes, group_scale, quantize
 
-DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", "block_wise_int4")
+DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4")
 
 
 def code_of(cache_quant_type: str, fp8_format: str = "e4m3") -> str:
-    """Format of a quantised cache's codes: ``"int8"``, ``"e4m3"``, ``"e5m2"`` or ``"int4"``."""
+    """Format of a quantised cache's codes: "int8", "e4m3", "e5m2", "int4" or "e2m1"."""
     if cache_quant_type in ("cache_int8", "block_wise_int8"):
         return "int8"
     if cache_quant_type == "block_wise_fp8":
         return "e4m3"
     if cache_quant_type == "block_wise_int4":
         return "int4"
+    if cache_quant_type == "block_wise_mxfp4":
+        return "e2m1"
     if cache_quant_type == "cache_fp8":
         return fp8_format
     raise NotImplementedError(f"cache_quant_type {cache_quant_type!r} stores no codes")
@@ -49,6 +52,19 @@ def static_scales(scales: Array, kv_heads: int, head_dim: int) -> Array:
 def _row(cache: Array) -> int:
     """Elements of a token in K or V, whichever of its last two dimensions has the tokens."""
     return int(cache.shape[2]) * int(cache.shape[3]) // BLOCK_SIZE
+
+
+def dynamic_scales(scales: Array, cache_quant_type: str) -> Array:
+    """Dynamic scales as fp32, one more dimension for channels: of size 1, or D for MXFP4 blocks.
+
+    Parameters
+    ----------
+    scales : array, shape [..., 64], or uint8 [..., 64, D / 32] of ``block_wise_mxfp4``
+    cache_quant_type : str
+    """
+    if cache_quant_type == "block_wise_mxfp4":
+        return spread_scales(scales)
+    return np.asarray(scales).astype(np.float32)[..., None]
 
 
 def block_of(block_table: Array, position: int, num_blocks: int) -> int | None:
@@ -95,17 +111,18 @@ def quantize_token(
     Returns
     -------
     codes : array of uint8, shape [KV, D], or [KV, D / 2] where two share a byte
-    token_scales : array, shape [KV], or None
+    token_scales : array, shape [KV] or [KV, D / 32], or None
         For dynamic types, ``max(amax, 1e-6) / QMAX`` of each head (of int4 with a sign), rounded to
-        the dtype of `scales` before the token is quantised.
+        the dtype of `scales` before the token is quantised. Of ``block_wise_mxfp4`` the UE8M0 byte
+        of each 32 channels.
     """
     code = code_of(cache_quant_type, fp8_format)
     x = np.asarray(x).astype(np.float32)
     if cache_quant_type not in DYNAMIC_TYPES:
         return quantize(x, static_scales(scales, *x.shape), code), None
-    stored: Array = group_scale(x, code).astype(scales.dtype)
-    codes = quantize(x, stored.astype(np.float32)[:, None], code)
-    return pack_nibbles(codes) if code == "int4" else codes, stored
+    stored: Array = block_scales(x) if code == "e2m1" else group_scale(x, code).astype(scales.dtype)
+    codes = quantize(x, dynamic_scales(stored, cache_quant_type), code)
+    return pack_nibbles(codes) if code in NIBBLES else codes, stored
 
 
 def write_cache_kv(
@@ -186,12 +203,12 @@ def append_cache_kv_c8(
         ("k", key_cache, cache_k_scales, key),
         ("v", value_cache, cache_v_scales, value),
     ):
-        codes = unpack(cache, kind, cache_layout, int8=code == "int8", nibbles=code == "int4")
+        codes = unpack(cache, kind, cache_layout, int8=code == "int8", nibbles=code in NIBBLES)
         values = from_codes(codes, code)
         num_blocks, kv_heads, _, head_dim = values.shape
         with np.errstate(over="ignore", invalid="ignore"):
             if cache_quant_type in DYNAMIC_TYPES:
-                values = values * scales.astype(np.float32)[..., None]
+                values = values * dynamic_scales(scales, cache_quant_type)
             else:
                 values = values * static_scales(scales, kv_heads, head_dim)[None, :, None]
             if kind == "k" and (k_rotation != "none" or k_center is not None):

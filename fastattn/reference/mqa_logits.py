@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn.reference.mxfp4 import from_e2m1, unpack_e2m1
-from fastattn.reference.numerics import Array, from_codes
+from fastattn.reference.mxfp4 import unpack_e2m1
+from fastattn.reference.numerics import Array, from_codes, from_e2m1
 
 _SCALE_BYTES = 4
 

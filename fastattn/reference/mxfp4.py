@@ -6,10 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.reference.numerics import Array
-
-#: Magnitude of each E2M1 code 0..7; code 8 + i is its negative.
-E2M1_VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+from fastattn.reference.numerics import Array, from_e2m1, to_e2m1
 
 #: Elements that share one exponent.
 BLOCK = 32
@@ -19,30 +16,6 @@ AMAX_FLOOR = np.float32(6.0) * np.float32(2.0**-126)
 
 #: The UE8M0 byte that means NaN.
 UE8M0_NAN = 255
-
-
-def to_e2m1(x: Array) -> Array:
-    """E2M1 codes 0..15 (uint8, one a byte) of fp32 values.
-
-    The nearest value, ties to the even code. Saturates, infinities included; the sign is the sign
-    bit, so that -0 is code 8; NaN is code 7.
-    """
-    x = np.asarray(x, np.float32)
-    magnitude = np.abs(x)
-    code = np.zeros(x.shape, np.uint8)
-    for low in range(7):
-        tie = (E2M1_VALUES[low] + E2M1_VALUES[low + 1]) / np.float32(2)
-        goes_up = magnitude >= tie if low % 2 else magnitude > tie
-        code += goes_up.astype(np.uint8)
-    code = np.where(np.signbit(x), code + np.uint8(8), code)
-    return np.where(np.isnan(x), np.uint8(7), code)
-
-
-def from_e2m1(codes: Array) -> Array:
-    """Values (float32) of E2M1 codes 0..15."""
-    codes = np.asarray(codes, np.uint8)
-    magnitude = E2M1_VALUES[codes & 7]
-    return np.where(codes & 8, -magnitude, magnitude)
 
 
 def block_exponent(amax: Array) -> Array:
@@ -74,6 +47,18 @@ def unpack_e2m1(pairs: Array) -> Array:
     return codes.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])
 
 
+def block_scales(x: Array) -> Array:
+    """UE8M0 bytes (uint8) [..., C / 32] of fp32 values [..., C]; a NaN does not count."""
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+    magnitude = np.where(np.isnan(blocks), np.float32(0), np.abs(blocks))
+    return (block_exponent(magnitude.max(axis=-1)) + 127).astype(np.uint8)
+
+
+def spread_scales(scales: Array) -> Array:
+    """Multipliers (float32) [..., C] of the elements whose UE8M0 bytes are [..., C / 32]."""
+    return np.repeat(block_scale(scales), BLOCK, axis=-1)
+
+
 def mxfp4_quantize(x: Array) -> tuple[Array, Array]:
     """Quantise to MXFP4; see :func:`fastattn.functional.mxfp4_quantize`.
 
@@ -83,18 +68,14 @@ def mxfp4_quantize(x: Array) -> tuple[Array, Array]:
     scales : array of uint8, shape [..., C / 32]
     """
     x = np.asarray(x, np.float32)
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
-    magnitude = np.where(np.isnan(blocks), np.float32(0), np.abs(blocks))
-    exponent = block_exponent(magnitude.max(axis=-1))
-    scaled = blocks * np.ldexp(np.float32(1), -exponent).astype(np.float32)[..., None]
-    codes = to_e2m1(scaled).reshape(x.shape)
-    return pack_e2m1(codes), (exponent + 127).astype(np.uint8)
+    scales = block_scales(x)
+    with np.errstate(invalid="ignore"):
+        scaled = x * (np.float32(1) / spread_scales(scales))
+    return pack_e2m1(to_e2m1(scaled)), scales
 
 
 def mxfp4_dequantize(codes: Array, scales: Array, dtype: Any = np.float32) -> Array:
     """Values of MXFP4 codes; see :func:`fastattn.functional.mxfp4_dequantize`."""
     values = from_e2m1(unpack_e2m1(np.asarray(codes, np.uint8)))
-    blocks = values.reshape(*values.shape[:-1], values.shape[-1] // BLOCK, BLOCK)
     with np.errstate(over="ignore", invalid="ignore"):
-        product = blocks * block_scale(scales)[..., None]
-        return product.reshape(values.shape).astype(dtype)
+        return (values * spread_scales(scales)).astype(dtype)

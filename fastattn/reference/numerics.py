@@ -17,6 +17,12 @@ Array = NDArray[Any]
 #: Largest finite value of each format, of int4 the lowest code's: the ``QMAX`` of a scale.
 QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 8.0}
 
+#: Magnitude of each E2M1 code 0..7; code 8 + i is its negative.
+E2M1_VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+
+#: Codes of 4 bits, of which two share a byte.
+NIBBLES = ("int4", "e2m1")
+
 #: Smallest amax of a cache token; keeps the scale of an all-zero token away from 0.
 CACHE_AMAX_FLOOR = 1e-6
 
@@ -25,21 +31,48 @@ _FP8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
 
+def to_e2m1(x: Array) -> Array:
+    """E2M1 codes 0..15 (uint8, one a byte) of fp32 values.
+
+    The nearest value, ties to the even code. Saturates, infinities included; the sign is the sign
+    bit, so that -0 is code 8; NaN is code 7.
+    """
+    x = np.asarray(x, np.float32)
+    magnitude = np.abs(x)
+    code = np.zeros(x.shape, np.uint8)
+    for low in range(7):
+        tie = (E2M1_VALUES[low] + E2M1_VALUES[low + 1]) / np.float32(2)
+        goes_up = magnitude >= tie if low % 2 else magnitude > tie
+        code += goes_up.astype(np.uint8)
+    code = np.where(np.signbit(x), code + np.uint8(8), code)
+    return np.where(np.isnan(x), np.uint8(7), code)
+
+
+def from_e2m1(codes: Array) -> Array:
+    """Values (float32) of E2M1 codes 0..15."""
+    codes = np.asarray(codes, np.uint8)
+    magnitude = E2M1_VALUES[codes & 7]
+    return np.where(codes & 8, -magnitude, magnitude)
+
+
 def to_codes(x: Array, code: str) -> Array:
     """Round fp32 values to codes, one in a byte.
 
     Parameters
     ----------
     x : array of float32
-    code : {"e4m3", "e5m2", "int8", "int4"}
+    code : {"e4m3", "e5m2", "int8", "int4", "e2m1"}
 
     Returns
     -------
     array of uint8
         The codes' bits. int8 codes lie in [-127, 127] and NaN becomes 0; FP8 saturates and NaN
-        becomes 0x7F. int4 codes lie in [-8, 7] and have 8 added; NaN becomes 8.
+        becomes 0x7F. int4 codes lie in [-8, 7] and have 8 added; NaN becomes 8. e2m1: see
+        :func:`to_e2m1`.
     """
     x = np.asarray(x, np.float32)
+    if code == "e2m1":
+        return to_e2m1(x)
     if code == "int4":
         rounded = np.rint(np.where(np.isnan(x), np.float32(0), np.clip(x, -8, 7)))
         return (rounded + 8).astype(np.uint8)
@@ -60,6 +93,8 @@ def from_codes(codes: Array, code: str) -> Array:
     bits = np.ascontiguousarray(codes).view(np.uint8)
     if code == "int4":
         return bits.astype(np.float32) - np.float32(8)
+    if code == "e2m1":
+        return from_e2m1(bits)
     return bits.view(np.int8 if code == "int8" else _FP8[code]).astype(np.float32)
 
 

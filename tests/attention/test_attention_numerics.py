@@ -11,7 +11,6 @@ import fastattn.functional as F
 from tests.support import bounds
 from tests.support.attention import (
     BLOCK_WISE_FP8,
-    BLOCK_WISE_INT4,
     BLOCK_WISE_INT8,
     CACHE_KINDS,
     FEW_KINDS,
@@ -31,10 +30,10 @@ def set_value(problem, value):
     if stored.scales is None:
         stored.elements[:] = value
         return
-    code = {"int8": 100, "e4m3": 0x70, "e5m2": 0x54, "int4": 15}[stored.kind.code]
-    size = {"int8": 100.0, "e4m3": 128.0, "e5m2": 64.0, "int4": 7.0}[stored.kind.code]
+    code = {"int8": 100, "e4m3": 0x70, "e5m2": 0x54, "int4": 15, "e2m1": 6}[stored.kind.code]
+    size = {"int8": 100.0, "e4m3": 128.0, "e5m2": 64.0, "int4": 7.0, "e2m1": 4.0}[stored.kind.code]
     stored.elements[:] = code
-    stored.scales[:] = np.float32(value / size)
+    stored.rescale(slice(None), np.float32(value / size))
 
 
 # Probabilities sum to 1.
@@ -84,10 +83,11 @@ def write_exactly(stored, block, x):
     if stored.scales is None:
         stored.elements[block] = x
         return
-    one, zero, size = {"int8": (64, 0, 64), "int4": (12, 8, 4)}.get(stored.kind.code, (0x68, 0, 64))
+    known = {"int8": (64, 0, 64), "int4": (12, 8, 4), "e2m1": (6, 0, 4)}
+    one, zero, size = known.get(stored.kind.code, (0x68, 0, 64))
     stored.elements[block] = np.where(x == 1, one, zero)
     if stored.kind.dynamic:
-        stored.scales[block] = 1 / size
+        stored.rescale(block, 1 / size)
     else:
         stored.scales[:] = 1 / 64
 
@@ -101,13 +101,14 @@ def test_one_large_key_anywhere_in_a_long_seq(place, kind, late):
     problem = paged_problem([(1397, 3)], kind=kind, heads=(2, 1))
     block, r = problem.slot(0, late)
     towards = problem.q[2, 0].astype(np.float32) >= 0  # the query that sees all of them
-    plus, minus = {"int8": (100, 0x9C), "e4m3": (0x76, 0xF6), "int4": (15, 1)}[kind.code]
+    codes = {"int8": (100, 0x9C), "e4m3": (0x76, 0xF6), "int4": (15, 1), "e2m1": (7, 15)}
+    plus, minus = codes[kind.code]
     if problem.k.scales is None:
         plus, minus = 4, -4
     problem.k.elements[block, :, r] = np.where(towards, plus, minus)
     if kind.dynamic:
-        scales = np.abs(problem.k.scales[block, :, r].astype(np.float32))  # of int4 with a sign
-        problem.k.scales[block, :, r] = 3 * scales
+        problem.k.scales[block, :, r] = np.abs(problem.k.scales[block, :, r])  # int4's have a sign
+        problem.k.grow((block, slice(None), r), 3)
     _, lse = problem.check(place)
     assert lse[0, 2] > 15
 
@@ -217,7 +218,7 @@ def test_every_scale_counts_by_itself(place, kind, letter):
     stored = problem.k if letter == "k" else problem.v
     if kind.dynamic:
         block, r = problem.slot(0, 70)
-        stored.scales[block, 1, r] *= 6
+        stored.grow((block, 1, r), 6)
         changed = np.zeros((3, 4), bool)
         changed[:2, 2:] = True
     else:
@@ -243,14 +244,14 @@ def test_query_scales_count(place, q_type):
     np.testing.assert_array_equal((after != before).any(axis=-1), changed)
 
 
-@pytest.mark.parametrize("kind", [BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4], ids=str)
+@pytest.mark.parametrize("kind", FEW_KINDS[2:], ids=str)
 def test_all_zero_tokens(place, kind):
     problem = paged_problem([(70, 3)], kind=kind)
     zero = 8 if kind.code == "int4" else 0
     for stored in (problem.k, problem.v):
         block, r = problem.slot(0, 5)
         stored.elements[block, :, r] = zero
-        stored.scales[block, :, r] = np.float32(1e-6) / np.float32(448)
+        stored.rescale((block, slice(None), r), np.float32(1e-6) / np.float32(448))
     out, lse = problem.check(place)
     assert np.isfinite(out.astype(np.float32)).all()
     problem.k.elements[:] = zero

@@ -32,6 +32,7 @@ KINDS = [
     (BLOCK_WISE_FP8, "e4m3:tensor"),
     (CacheKind("block_wise_int8"), "bfloat16"),
     (CacheKind("block_wise_int4"), "bfloat16"),
+    (CacheKind("block_wise_mxfp4"), "bfloat16"),
     (CacheKind("cache_int8", "channel"), "bfloat16"),
 ]
 #: (cached, new) tokens: decoding, speculative and long sequences, on both sides of every limit

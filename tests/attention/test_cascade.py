@@ -334,6 +334,7 @@ CACHES = [
     ("block_wise_int8", "e4m3"),
     ("block_wise_fp8", "e4m3"),
     ("block_wise_int4", "e4m3"),
+    ("block_wise_mxfp4", "e4m3"),
 ]
 
 

@@ -21,6 +21,7 @@ KINDS = [
     (CacheKind("cache_fp8", "tensor", "e5m2"), None),
     (CacheKind("block_wise_int8"), None),
     (CacheKind("block_wise_int4"), None),
+    (CacheKind("block_wise_mxfp4"), None),
     (CacheKind("block_wise_fp8"), None),
     (CacheKind("cache_fp8", "head"), "e4m3:token_head"),
     (CacheKind("block_wise_fp8"), "e4m3:tensor"),

@@ -27,6 +27,7 @@ FEW = [
     CacheKind("block_wise_fp8"),
     CacheKind("block_wise_int8"),
     CacheKind("block_wise_int4"),
+    CacheKind("block_wise_mxfp4"),
 ]
 GARBAGE = ("large", "huge", "nan", "inf")
 #: Codes of the largest magnitude, NaN and infinity of each code; none: the nearest thing.
@@ -35,10 +36,13 @@ CODES = {
     "e4m3": {"large": 0x7E, "huge": 0xFE, "nan": 0x7F, "inf": 0xFF},
     "e5m2": {"large": 0x7B, "huge": 0xFB, "nan": 0x7E, "inf": 0x7C},
     "int4": {"large": 0xF, "huge": 0x0, "nan": 0xF, "inf": 0x0},
+    "e2m1": {"large": 0x7, "huge": 0xF, "nan": 0x7, "inf": 0xF},
 }
 #: 16-bit values, and scales of tokens.
 VALUES = {"zero": 0.0, "large": 1e4, "huge": 3e38, "nan": np.nan, "inf": np.inf}
 SCALES = {"zero": 1e-6 / 448, "large": 1e4 / 448, "huge": 7e35, "nan": np.nan, "inf": np.inf}
+#: The same of MXFP4 blocks: UE8M0 bytes.
+BLOCK_SCALES = {"zero": 98, "large": 131, "huge": 246, "nan": 255, "inf": 254}
 
 #: (cached, new) tokens: for the kernels of many queries, of a few, and of one.
 LONG, SHORT = [(70, 200), (3, 77)], [(331, 5), (64, 3)]
@@ -55,7 +59,7 @@ def fill(elements: np.ndarray, scales, where, code: str | None, garbage: str) ->
     byte = zero if garbage == "zero" else CODES[code][garbage]
     elements.view(np.uint8)[where] = byte
     if scales is not None:
-        scales[where] = SCALES[garbage]
+        scales[where] = (BLOCK_SCALES if code == "e2m1" else SCALES)[garbage]
 
 
 def paged_with(problem, seq: int, positions, garbage: str):

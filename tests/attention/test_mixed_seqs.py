@@ -29,6 +29,7 @@ KINDS = [
     (CacheKind("cache_int8", "channel"), "bfloat16"),
     (CacheKind("block_wise_int8"), "bfloat16"),
     (CacheKind("block_wise_int4"), "bfloat16"),
+    (CacheKind("block_wise_mxfp4"), "bfloat16"),
     (TOKEN_FP8, "float16"),
     (FP8, "e4m3:token_head"),
     (TOKEN_FP8, "e4m3:tensor"),

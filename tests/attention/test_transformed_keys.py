@@ -25,6 +25,7 @@ KINDS = [
     CacheKind("cache_int8", "channel"),
     CacheKind("block_wise_int8"),
     CacheKind("block_wise_int4"),
+    CacheKind("block_wise_mxfp4"),
 ]
 FP8 = [CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")]
 #: (cached, new): chunks at odd offsets, a prompt, decode, speculative and resting sequences.
@@ -41,6 +42,8 @@ def centre(kv_heads: int, head_dim: int, seed: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", [*KINDS, *FP8], ids=str)
 def test_rotated(place, kind, dim, seqs, q_type):
+    if kind.code == "e2m1" and dim not in (64, 128):
+        pytest.skip("MXFP4 caches have heads of 64 and 128 channels")
     options = {"k_rotation": "hadamard", "k_center": centre(2, dim)}
     paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, heads=(6, 2), **options).check(place)
 

@@ -161,7 +161,11 @@ def test_reads_back_what_was_written(place, cache_quant_type, fp8_format):
     else:
         limit = [np.abs(x).max(axis=(0, 2))[None, :, None] * 1.1 for x in (key, value)]
     for out, x, top in zip(decoded, (key, value), limit):
-        if "int4" in cache_quant_type:  # beyond 7.5 steps the sign without code 8 loses up to one
+        if "mxfp4" in cache_quant_type:  # steps of 2 below the largest power of two, of 6 at most
+            block = np.abs(x.reshape(*x.shape[:-1], -1, 32)).max(-1).repeat(32, -1)
+            unit = 2.0 ** np.ceil(np.log2(block / 6))
+            bound = np.maximum(np.abs(x) / 4, 0.25 * unit) * 1.001 + np.abs(x) * 2.0**-8
+        elif "int4" in cache_quant_type:  # beyond 7.5 steps the sign without code 8 loses up to one
             bound = top * 0.501 / 8 + np.abs(x) * 2.0**-8
             bound += np.where(np.abs(x) > top * 7.5 / 8, top / 8, 0)
         elif "int8" in cache_quant_type:

@@ -106,7 +106,7 @@ def test_values_of_all_codes():
         assert_same_bits(np.float64([DOC["ue8m0_value"](code)]), expected)
     for code in range(16):
         assert_same_bits(
-            np.float32([DOC["e2m1_value"](code)]), mxfp4.from_e2m1(np.array([code], np.uint8))
+            np.float32([DOC["e2m1_value"](code)]), numerics.from_e2m1(np.array([code], np.uint8))
         )
 
 
@@ -129,7 +129,7 @@ def test_rounding_to_codes(code):
     some = [v * (1 + e) for v in values[::5] for e in (-1e-6, 1e-6)]
     special = [0.0, -0.0, math.nan, math.inf, -math.inf, 1e30, -1e30]
     numbers = np.float32(values + ties + some + special)
-    to_codes = mxfp4.to_e2m1 if code == "e2m1" else (lambda x: numerics.to_codes(x, code))
+    to_codes = numerics.to_e2m1 if code == "e2m1" else (lambda x: numerics.to_codes(x, code))
     got = to_codes(numbers)
     for x, c in zip(numbers.tolist(), got.tolist()):
         assert encode(x, code) == c, (x, c)
@@ -217,16 +217,18 @@ DYNAMIC = {
     "block_wise_int8": ("int8", 127.0),
     "block_wise_fp8": ("e4m3", 448.0),
     "block_wise_int4": ("int4", 8.0),
+    "block_wise_mxfp4": ("e2m1", 6.0),
 }
+NIBBLES = ("int4", "e2m1")
 
 
 def put_code(target, kind, block, r, d, head, heads, dim, code, cache_quant_type):
     """Store a code in a cache in layout fastattn, by the page's rules."""
-    if cache_quant_type != "block_wise_int4":
+    if DYNAMIC[cache_quant_type][0] not in NIBBLES:
         at = DOC["cache_byte"](block, head, DOC[f"fastattn_{kind}"](r, d, dim), heads, dim)
         target[at] = code
         return
-    row, byte, shift = dim // 2, DOC["int4_byte"](d), DOC["int4_shift"](d)
+    row, byte, shift = dim // 2, DOC["nibble_byte"](d), DOC["nibble_shift"](d)
     at = DOC["cache_byte"](block, head, DOC[f"fastattn_{kind}"](r, byte, row), heads, row)
     target[at] = target[at] & ~(15 << shift) | code << shift
 
@@ -240,10 +242,12 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
     new = {kind: x.astype(np.float32) for kind, x in new.items()}
     new["v"][1, 0] = 0
     block_table = [2, 0]
-    row = dim // 2 if code == "int4" else dim
+    row = dim // 2 if code in NIBBLES else dim
     size = 3 * heads * 64 * row
     want = {kind: bytearray(b"\xa5" * size) for kind in "kv"}
-    scales = {kind: np.zeros(3 * heads * 64, np.float32) for kind in "kv"}
+    mx = code == "e2m1"
+    size = 3 * heads * 64 * (dim // 32 if mx else 1)
+    scales = {kind: np.zeros(size, np.uint8 if mx else np.float32) for kind in "kv"}
     f = np.float32
     for kind in "kv":
         for i in range(4):
@@ -251,6 +255,17 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
             for head in range(heads):
                 x = new[kind][i, head]
                 scale = max(f(max(abs(v) for v in x)), f(1e-6)) / f(qmax)
+                if mx:
+                    for c in range(dim // 32):
+                        at = DOC["block_scale_index"](block, head, r, 32 * c, heads, dim)
+                        amax = max(abs(v) for v in x[32 * c :][:32])
+                        scales[kind][at] = 127 + power_of_two(amax, 6, 6 * 2.0**-126)
+                        scale = DOC["ue8m0_value"](int(scales[kind][at]))
+                        for d in range(32 * c, 32 * c + 32):
+                            where = (block, r, d, head, heads, dim)
+                            found = encode(float(x[d]) / scale, code)
+                            put_code(want[kind], kind, *where, found, cache_quant_type)
+                    continue
                 if code == "int4":
                     scale = f(DOC["int4_scale"]([float(v) for v in x], float(f(1e-6))))
                 scales[kind][DOC["dynamic_scale_index"](block, head, r, heads)] = scale
@@ -262,7 +277,9 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
         "k": to_paddle(np.full((3, heads, 64, row), 0xA5, np.uint8), place),
         "v": to_paddle(np.full((3, heads, row, 64), 0xA5, np.uint8), place),
     }
-    scale_tensors = {kind: to_paddle(np.zeros((3, heads, 64), np.float32), place) for kind in "kv"}
+    shape = (3, heads, 64, dim // 32) if mx else (3, heads, 64)
+    empty = np.zeros(shape, scales["k"].dtype)
+    scale_tensors = {kind: to_paddle(empty, place) for kind in "kv"}
     F.write_cache_kv(
         to_paddle(new["k"], place),
         to_paddle(new["v"], place),
@@ -286,10 +303,10 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8", *DYNAMIC])
 def test_append_cache_kv_c8_reads_the_packed_bytes(place, cache_quant_type, name):
     code = "int8" if "int8" in cache_quant_type else "e4m3"
-    if cache_quant_type == "block_wise_int4":
+    if cache_quant_type in DYNAMIC and DYNAMIC[cache_quant_type][0] in NIBBLES:
         if name == "fastdeploy":
             pytest.skip("no such layout")
-        code = "int4"
+        code = DYNAMIC[cache_quant_type][0]
     blocks, heads, dim, cached = 2, 2, 128, 70
     rng = RNG(7)
     values = CODES[code][0]
@@ -297,17 +314,21 @@ def test_append_cache_kv_c8_reads_the_packed_bytes(place, cache_quant_type, name
     for kind in "kv":
         codes[kind] = rng.choice(list(values), (blocks, heads, 64, dim)).astype(np.uint8)
         stored = codes[kind]
-        if code == "int4":
+        if code in NIBBLES:
             stored = np.zeros((*stored.shape[:3], dim // 2), np.uint8)
             for d in range(dim):
-                stored[..., DOC["int4_byte"](d)] |= codes[kind][..., d] << DOC["int4_shift"](d)
+                stored[..., DOC["nibble_byte"](d)] |= codes[kind][..., d] << DOC["nibble_shift"](d)
         packed = pack_cache(stored, kind, name, code == "int8")
         caches[kind] = packed.reshape(
             layout.cache_shape(kind, name, blocks, heads, stored.shape[3])
         )
         size = blocks * heads * 64 if cache_quant_type in DYNAMIC else heads
         scales[kind] = rng.uniform(0.5, 2, size).astype(np.float32)
+        if code == "e2m1":
+            scales[kind] = rng.integers(110, 140, size * dim // 32).astype(np.uint8)
     shape = (blocks, heads, 64) if cache_quant_type in DYNAMIC else (heads,)
+    if code == "e2m1":
+        shape = (*shape, dim // 32)
     out = {kind: to_paddle(np.zeros((cached, heads, dim), BF16), place) for kind in "kv"}
     F.append_cache_kv_c8(
         to_paddle(caches["k"], place),
@@ -331,6 +352,9 @@ def test_append_cache_kv_c8_reads_the_packed_bytes(place, cache_quant_type, name
                 index = DOC["dynamic_scale_index"](block, head, r, heads)
                 scale = scales[kind][index if cache_quant_type in DYNAMIC else head]
                 for d in range(dim):
+                    if code == "e2m1":
+                        at = DOC["block_scale_index"](block, head, r, d, heads, dim)
+                        scale = np.float32(DOC["ue8m0_value"](int(scales[kind][at])))
                     want[i, head, d] = scale * np.float32(values[codes[kind][block, head, r, d]])
         assert_same_bits(to_numpy(out[kind]), want.astype(BF16), kind)
 

@@ -131,7 +131,9 @@ def test_an_all_zero_token_has_codes_0_and_the_floor_scale(place, cache_quant_ty
     ):
         zero = 0x88 if "int4" in cache_quant_type else 0
         assert (unpack(bytes_, kind, "fastattn", int8=False)[block, :, 6] == zero).all()
-        if is_dynamic(cache_quant_type):
+        if cache_quant_type == "block_wise_mxfp4":
+            assert (scales[block, :, 6] == 1).all()
+        elif is_dynamic(cache_quant_type):
             qmax = {"int8": 127, "int4": 8}.get(cache_quant_type[-4:], 448)
             floor = np.full(2, np.float32(1e-6) / np.float32(qmax), np.float32)
             assert_same_bits(scales[block, :, 6], floor)
@@ -151,18 +153,24 @@ def test_nan_and_infinity(place, cache_quant_type, fp8_format):
     assert_same_cache(actual, model(cache, key, key, step))
     block = step.block_tables[0, 0]
     int8, int4 = "int8" in cache_quant_type, "int4" in cache_quant_type
+    mxfp4 = "mxfp4" in cache_quant_type
     for kind, bytes_, scales in (
         ("k", actual.key, actual.k_scales),
         ("v", actual.value, actual.v_scales),
     ):
-        codes = unpack(bytes_, kind, "fastattn", int8=int8, nibbles=int4)[block]
+        codes = unpack(bytes_, kind, "fastattn", int8=int8, nibbles=int4 or mxfp4)[block]
         largest = 127 if int8 else 0x7B if fp8_format == "e5m2" else 0x7E
         lowest = 0x81 if int8 else largest | 0x80
         zero = 0 if int8 else 8 if int4 else 0x7F  # of a NaN
         if int4:
             largest, lowest = 15, 0
+        if mxfp4:
+            zero, largest, lowest = 7, 7, 15
         assert codes[1, 1, 7:9].tolist() == [largest, lowest]
-        if is_dynamic(cache_quant_type):
+        if mxfp4:  # a NaN does not count in its block
+            assert codes[0, 0, 7] == zero and codes[1, 3, 63] == zero
+            assert codes[0, 0, 6] == 6 and (scales[block][:, :4] != 255).all()
+        elif is_dynamic(cache_quant_type):
             assert np.isnan(scales[block, 0, 0]) and np.isnan(scales[block, 1, 3])
             assert np.isfinite(scales[block, 1, 0]) and np.isfinite(scales[block, 1, 1])
             assert (codes[0, 0] == zero).all()

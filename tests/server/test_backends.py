@@ -36,6 +36,7 @@ TYPES = (
     ("block_wise_int8", "e4m3"),
     ("block_wise_fp8", "e4m3"),
     ("block_wise_int4", "e4m3"),
+    ("block_wise_mxfp4", "e4m3"),
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.__name__)
 each_type = pytest.mark.parametrize("cache", TYPES, ids="-".join)
@@ -393,16 +394,19 @@ def test_the_constructor_needs_no_operator(backend, monkeypatch):
         ("block_wise_fp8", True),
         ("block_wise_int8", True),
         ("block_wise_int4", True),
+        ("block_wise_mxfp4", True),
     ],
 )
 def test_shapes_of_every_type(name, scales):
     backend = FlashAttentionBackend(make_config(max_model_len=512), 2, 4, 128)
     key, value = backend.get_kv_cache_shape(5, name)
     plain = name in (None, "none")
-    row = 64 if name == "block_wise_int4" else 128
+    row = 64 if name in ("block_wise_int4", "block_wise_mxfp4") else 128
     assert key == [5, 2, 64, row]
     assert value == ([5, 2, 64, row] if plain else [5, 2, row, 64])
     expected = ([5, 2, 64], "float32") if scales else None
+    if name == "block_wise_mxfp4":
+        expected = ([5, 2, 64, 4], "uint8")
     assert backend.get_kv_cache_scale_shape(5, name) == expected
 
 
@@ -411,6 +415,9 @@ def test_shapes_of_4_bit_heads(dim):
     backend = FlashAttentionBackend(make_config(max_model_len=512), 2, 4, dim)
     key, value = backend.get_kv_cache_shape(5, "block_wise_int4")
     assert key == [5, 2, 64, dim // 2] and value == [5, 2, dim // 2, 64]
+    text = f"head_dim = {dim} is not supported for block_wise_mxfp4; supported: 64, 128"
+    with pytest.raises(NotImplementedError, match=text):
+        backend.get_kv_cache_shape(5, "block_wise_mxfp4")
 
 
 @pytest.mark.parametrize("name", ["int4_zp", "int8_zp", "float8_e4m3fn_zp", "fp4"])

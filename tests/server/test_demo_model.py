@@ -298,7 +298,8 @@ def demo(capsys, *arguments):
 
 def test_the_command_serves_the_shipped_model_at_once(few_windows, corpus, tmp_path, capsys):
     found, shown = demo(capsys)
-    check_report(found, (*CACHE_QUANT_TYPES, "block_wise_int4,k_rotation=none"))
+    rows = [f"{name},k_rotation=none" for name in ("block_wise_int4", "block_wise_mxfp4")]
+    check_report(found, (*CACHE_QUANT_TYPES[:-1], rows[0], CACHE_QUANT_TYPES[-1], rows[1]))
     assert found["model"]["origin"] == "shipped" and not found["model"]["trained"]
     assert Path(found["model"]["path"]) == shipped.MODEL_FILE
     assert found["text"]["held_out_characters"] == len(corpus.held_out)

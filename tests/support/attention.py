@@ -14,7 +14,8 @@ import numpy as np
 
 import fastattn.functional as F
 from fastattn import reference
-from fastattn.reference import layout, numerics
+from fastattn.reference import layout, mxfp4, numerics
+from fastattn.reference.cache import code_of, dynamic_scales
 from tests.support.bounds import (
     assert_codes,
     assert_error_ratio,
@@ -22,7 +23,15 @@ from tests.support.bounds import (
     assert_within,
     rounding_step,
 )
-from tests.support.tensors import BF16, E5M2, int32, to_numpy, to_paddle, value_dim
+from tests.support.tensors import (
+    BF16,
+    E5M2,
+    int32,
+    to_numpy,
+    to_paddle,
+    ue8m0_byte,
+    value_dim,
+)
 
 NUMPY_TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
@@ -42,9 +51,8 @@ class CacheKind:
 
     @property
     def code(self) -> str:
-        if self.quant_type.endswith(("int8", "int4")):
-            return self.quant_type[-4:]
-        return self.fp8_format
+        plain = self.quant_type == "none"
+        return self.fp8_format if plain else code_of(self.quant_type, self.fp8_format)
 
     @property
     def dynamic(self) -> bool:
@@ -53,6 +61,8 @@ class CacheKind:
     def __str__(self) -> str:
         if self.quant_type == "none":
             return f"none-{self.dtype}"
+        if self.code == "e2m1":
+            return self.quant_type
         parts = [self.quant_type, "token" if self.dynamic else self.granularity]
         if self.quant_type == "cache_fp8":
             parts.append(self.fp8_format)
@@ -63,6 +73,7 @@ PLAIN = CacheKind()
 BLOCK_WISE_FP8 = CacheKind("block_wise_fp8")
 BLOCK_WISE_INT8 = CacheKind("block_wise_int8")
 BLOCK_WISE_INT4 = CacheKind("block_wise_int4")
+BLOCK_WISE_MXFP4 = CacheKind("block_wise_mxfp4")
 
 CACHE_KINDS = [
     PLAIN,
@@ -72,18 +83,17 @@ CACHE_KINDS = [
         for kind in (
             *(("cache_int8", granularity) for granularity in ("tensor", "head", "channel")),
             *(("cache_fp8", g, f) for g in ("tensor", "head") for f in ("e4m3", "e5m2")),
-            ("block_wise_fp8",),
-            ("block_wise_int8",),
-            ("block_wise_int4",),
+            *((f"block_wise_{code}",) for code in ("fp8", "int8", "int4")),
         )
         for scale_dtype in ("float32", "bfloat16")
     ),
+    BLOCK_WISE_MXFP4,
 ]
 
 #: One kind for each way of reading codes; enough where the kind is not what is tested.
 FEW_KINDS = [
     *(PLAIN, CacheKind("cache_int8", "channel")),
-    *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4),
+    *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4, BLOCK_WISE_MXFP4),
 ]
 
 
@@ -100,19 +110,30 @@ class CacheTensor:
         if self.kind.quant_type == "none":
             return self.elements
         code = self.kind.code
-        nibbles = code == "int4"
+        nibbles = code in numerics.NIBBLES
         return layout.pack(
             self.elements, self.letter, "fastattn", int8=code == "int8", nibbles=nibbles
         )
 
     def poison(self, where) -> None:
-        """Plant NaN (int8: -128, and NaN scales where a token has its own) at [block, ..., r]."""
+        """Plant NaN (or the last code, and NaN scales where a token has its own) at [.., r]."""
         if self.kind.quant_type == "none":
             self.elements[where] = np.nan
             return
-        self.elements[where] = {"int8": 0x80, "int4": 0xF}.get(self.kind.code, 0x7F)
+        last = {"int8": 0x80, "int4": 0xF, "e2m1": 0xF}
+        self.elements[where] = last.get(self.kind.code, 0x7F)
         if self.kind.dynamic:
-            self.scales[where] = np.nan
+            self.rescale(where, np.nan)
+
+    def rescale(self, where, scale: float) -> None:
+        """Set dynamic scales at [block, ..., r]: of MXFP4 blocks, to the nearest power of two."""
+        self.scales[where] = ue8m0_byte(scale) if self.kind.code == "e2m1" else scale
+
+    def grow(self, where, factor: float) -> None:
+        """Multiply dynamic scales by a factor: those of MXFP4 blocks, by a power of two near it."""
+        before = self.scales[where]
+        exponents = self.kind.code == "e2m1"
+        self.scales[where] = before + round(np.log2(factor)) if exponents else before * factor
 
 
 def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
@@ -121,7 +142,10 @@ def _store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
         return CacheTensor(kind, letter, x.astype(NUMPY_TYPES[kind.dtype]), None)
     kv, dim = x.shape[1], x.shape[3]
     scale_type = NUMPY_TYPES[kind.scale_dtype]
-    if kind.dynamic:
+    if kind.code == "e2m1":
+        scales = mxfp4.block_scales(x)
+        multiplier = mxfp4.spread_scales(scales)
+    elif kind.dynamic:
         scales = numerics.group_scale(x, kind.code).astype(scale_type)
         multiplier = scales.astype(np.float32)[..., None]
     else:
@@ -331,7 +355,7 @@ class PagedProblem(Problem):
 
     def multiplies_fp8(self) -> bool:
         quantised = self.kind.quant_type != "none"
-        return self.has_fp8_queries() and quantised and self.kind.code[0] == "e"
+        return self.has_fp8_queries() and quantised and self.kind.code in ("e4m3", "e5m2")
 
     def multiplies_bf16(self) -> bool:
         return self.v.elements.dtype == BF16
@@ -343,7 +367,7 @@ class PagedProblem(Problem):
     def scale_spread(self) -> float:
         if not self.kind.dynamic:
             return 1.0
-        scales = self.v.scales.astype(np.float64)
+        scales = dynamic_scales(self.v.scales, self.kind.quant_type).astype(np.float64)
         scales = scales[np.isfinite(scales)]
         return float(scales.max() / scales.min()) if scales.size else 1.0
 

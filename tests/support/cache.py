@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 import fastattn.functional as F
-from fastattn.functional._cache_types import codes_per_byte
+from fastattn.functional._cache_types import codes_per_byte, token_scales
 from fastattn.reference.layout import BLOCK_SIZE, cache_shape
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, to_numpy, to_paddle, value_dim
@@ -20,6 +20,7 @@ QUANTISED = (
     ("block_wise_int8", "e4m3"),
     ("block_wise_fp8", "e4m3"),
     ("block_wise_int4", "e4m3"),
+    ("block_wise_mxfp4", "e4m3"),
 )
 
 
@@ -89,6 +90,11 @@ def make_cache(
             return (num_blocks, kv_heads, BLOCK_SIZE)
         return ({"tensor": 1, "head": kv_heads, "channel": kv_heads * dim}[granularity],)
 
+    own, own_dtype = token_scales(cache_quant_type, head_dim)
+    if own_dtype == "uint8":
+        shape = (*sizes(head_dim), *own)
+        k_scales, v_scales = (rng.integers(0, 256, shape, np.uint8) for _ in range(2))
+        return Cache(key, value, k_scales, v_scales, cache_quant_type, fp8_format)
     k_scales, v_scales = (
         rng.uniform(0.5, 2.0, sizes(d)).astype(np.float32) * np.float32(factor)
         for d, factor in zip(dims, (0.02, 3))

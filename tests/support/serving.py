@@ -10,10 +10,10 @@ import paddle
 import pytest
 
 from fastattn import _ops, backends, reference
-from fastattn.reference.cache import quantize_token, static_scales
+from fastattn.reference.cache import code_of, dynamic_scales, quantize_token, static_scales
 from fastattn.reference.hadamard import hadamard, hadamard_matrix, transform_key
 from fastattn.reference.layout import BLOCK_SIZE, unpack_nibbles
-from fastattn.reference.numerics import from_codes
+from fastattn.reference.numerics import NIBBLES, from_codes
 from fastattn.reference.rope import make_rotary_embs, quantize_q, rope_qkv
 from tests.support.bounds import assert_error_ratio
 from tests.support.tensors import BF16, to_numpy, to_paddle
@@ -89,16 +89,18 @@ class Model:
 
     def multiplies_fp8(self) -> bool:
         """Whether queries are e4m3, and keys and values FP8."""
-        return self.q_quant != "none" and self.code[0] == "e" and self.cache_quant_type != "none"
+        fp8 = self.code in ("e4m3", "e5m2") and self.cache_quant_type != "none"
+        return self.q_quant != "none" and fp8
 
     @property
     def code(self) -> str:
-        integers = self.cache_quant_type.endswith(("int8", "int4"))
-        return self.cache_quant_type[-4:] if integers else self.fp8_format
+        if self.cache_quant_type == "none":
+            return self.fp8_format
+        return code_of(self.cache_quant_type, self.fp8_format)
 
     @property
     def rotation(self) -> str:
-        return self.k_rotation or ("hadamard" if self.code == "int4" else "none")
+        return self.k_rotation or ("hadamard" if self.code in NIBBLES else "none")
 
     @property
     def dynamic(self) -> bool:
@@ -134,10 +136,11 @@ class Model:
         for i, token in enumerate(x):
             like = np.zeros(1, self.scale_dtype) if scales is None else scales
             codes, dynamic = quantize_token(token, like, self.cache_quant_type, self.fp8_format)
-            multiplier = (
-                static_scales(scales, *token.shape) if dynamic is None else dynamic[:, None]
-            )
-            if self.code == "int4":
+            if dynamic is None:
+                multiplier = static_scales(scales, *token.shape)
+            else:
+                multiplier = dynamic_scales(dynamic, self.cache_quant_type)
+            if self.code in NIBBLES:
                 codes = unpack_nibbles(codes)
             out[i] = from_codes(codes, self.code).astype(np.float64) * multiplier
         return out
@@ -253,7 +256,8 @@ class Server:
                 stale = np.full(shape, np.nan, model.dtype) if quant is None else None
                 caches.append(np.full(shape, 0x7F, np.uint8) if stale is None else stale)
             if scales is not None:
-                caches += [np.full(scales[0], np.nan, scales[1]) for _ in "kv"]
+                stale = 0xFF if scales[1] == "uint8" else np.nan
+                caches += [np.full(scales[0], stale, scales[1]) for _ in "kv"]
         return [self.on(c) for c in caches]
 
     def make_layer(self, layer_id: int) -> backends.AttentionLayer:

@@ -114,9 +114,13 @@ class Placed:
             self._pools.append(rng.integers(0, 256, count, np.uint8).view(dtype))
             return self._pools[-1].reshape(shape)
 
-        layouts = LAYOUTS if arrays[0].ndim == 4 else _SCALE_LAYOUTS
-        make = layouts.get(layout, _head_slice)
-        self._views = make(alloc, [a.shape for a in arrays])
+        shapes = [a.shape for a in arrays]
+        scales = arrays[0].ndim == 3 or arrays[0].shape[3] <= 8  # of a token, or of its blocks
+        if scales:
+            shapes = [(*s[:2], int(np.prod(s[2:]))) for s in shapes]
+        layouts = _SCALE_LAYOUTS if scales else LAYOUTS
+        made = layouts.get(layout, _head_slice)(alloc, shapes)
+        self._views = [view.reshape(a.shape) for view, a in zip(made, arrays)]
         for view, array in zip(self._views, arrays):
             assert any(np.shares_memory(view, pool) for pool in self._pools)
             view[...] = array

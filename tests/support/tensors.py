@@ -56,3 +56,8 @@ def value_dim(head_dim: int) -> int:
 
 def int32(values, place: str = "cpu") -> paddle.Tensor:
     return to_paddle(np.asarray(values, np.int32), place)
+
+
+def ue8m0_byte(scale: float) -> int:
+    """Exponent byte of the power of two that is nearest to a scale; 255 if it is not finite."""
+    return int(np.clip(127 + np.round(np.log2(scale)), 0, 254)) if np.isfinite(scale) else 255

@@ -538,7 +538,7 @@ def test_host_module_agrees_with_the_reference():
     assert host.block_size() == 64
     assert host.cache_types() == [
         *("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8"),
-        "block_wise_int4",
+        *("block_wise_int4", "block_wise_mxfp4"),
     ]
     assert host.token_slots() == layout.token_slot(np.arange(64)).tolist()
 

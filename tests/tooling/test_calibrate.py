@@ -102,6 +102,23 @@ def test_four_bits_of_heads_that_have_no_caches():
     assert calibrate_layer(samples, ["block_wise_int8"], bound=1).name == "block_wise_int8"
     with pytest.raises(CalibrationError, match="is for heads of 64 or 96 or 128 or 256 channels"):
         calibrate_layer(samples, ["block_wise_int8", "block_wise_int4"], bound=1)
+    samples = LayerSamples(*(np.ones((3, 2, 96), np.float32) for _ in range(3)))
+    with pytest.raises(CalibrationError, match="mxfp4 is for heads of 64 or 128 channels"):
+        calibrate_layer(samples, ["block_wise_int8", "block_wise_mxfp4"], bound=1)
+
+
+def test_blocks_of_four_bits():
+    x = layer().value
+    values = stored(x, "block_wise_mxfp4", None)
+    codes, scales = quantize_token(x[5], np.zeros(1, np.float32), "block_wise_mxfp4")
+    assert scales.shape == (KV, DIM // 32) and scales.dtype == np.uint8
+    low_first = np.stack([codes & 15, codes >> 4], -1).reshape(KV, DIM)
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    exact = np.where(low_first > 7, -1, 1) * sizes[low_first & 7]
+    exact *= np.exp2(scales.astype(np.float64) - 127).repeat(32, -1)
+    np.testing.assert_allclose(values[5], exact)
+    found = calibrate_layer(layer("large channel"), ["block_wise_mxfp4"], bound=0.0)
+    assert "hadamard" in found.name
 
 
 def test_a_bound_that_only_16_bits_keep():

@@ -42,8 +42,9 @@ _STEPS = {
 }  # fmt: skip
 _WRITTEN = {
     "cpu": ("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8",
-            "block_wise_int4"),
-    "gpu": ("none", "block_wise_fp8", "cache_fp8", "cache_int8", "block_wise_int4"),
+            "block_wise_int4", "block_wise_mxfp4"),
+    "gpu": ("none", "block_wise_fp8", "cache_fp8", "cache_int8", "block_wise_int4",
+            "block_wise_mxfp4"),
     "gpu quick": ("block_wise_fp8",),
 }  # fmt: skip
 #: Cache type, and how Q is returned.
@@ -53,7 +54,10 @@ _ROPE_WRITTEN = {
     "gpu": [(quant, q) for quant in _WRITTEN["gpu"] for q in ("none", "per_token_head")],
     "gpu quick": [("block_wise_fp8", "none"), ("block_wise_fp8", "per_token_head")],
 }  # fmt: skip
-_READ_TYPES = ("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8", "block_wise_int4")
+_READ_TYPES = (
+    *("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8", "block_wise_int4"),
+    "block_wise_mxfp4",
+)
 #: Cached tokens of all sequences.
 _READ = {"cpu": (8192,), "cpu quick": (1024,), "gpu": (32768, 262144), "gpu quick": (32768,)}
 #: Tokens at which other libraries' kernels were timed.

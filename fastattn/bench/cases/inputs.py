@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 import fastattn.functional as F
 from fastattn.bench.core.devices import Device
 from fastattn.bench.core.timing import Call, bind
-from fastattn.functional._cache_types import codes_per_byte
+from fastattn.functional._cache_types import codes_per_byte, token_scales
 from fastattn.reference.layout import BLOCK_SIZE
 
 HEADS, KV, DIM = 32, 8, 128
@@ -27,7 +27,9 @@ def is_dynamic(quant: str) -> bool:
 def token_bytes(quant: str, kv: int = KV, dim: int = DIM) -> int:
     """Bytes of K and V of a cached token, scales included where each token has its own."""
     values = dim * (BF16 if quant == "none" else CODE) // codes_per_byte(quant)
-    return 2 * kv * (values + 4 * is_dynamic(quant))
+    own, dtype = token_scales(quant, dim)
+    scales = 4 if dtype == "float32" else own[0]
+    return 2 * kv * (values + scales * is_dynamic(quant))
 
 
 def starts_of(counts: ArrayLike) -> NDArray[np.int64]:
@@ -41,7 +43,7 @@ class Cache:
     def __init__(
         self, device: Device, quant: str, blocks: int, kv: int = KV, dim: int = DIM
     ) -> None:
-        integers = quant.endswith(("int8", "int4"))
+        integers = quant.endswith(("int8", "int4", "mxfp4"))  # any bits
         code = "bfloat16" if quant == "none" else "int8" if integers else "e4m3"
         row = dim // codes_per_byte(quant)
         rest = (BLOCK_SIZE, row) if quant == "none" else (row, BLOCK_SIZE)
@@ -52,9 +54,13 @@ class Cache:
         self.tensors = (self.key, self.value)
         self.scales: list[paddle.Tensor | None] = [None, None]
         if quant != "none":
-            shape = (blocks, kv, BLOCK_SIZE) if is_dynamic(quant) else (kv,)
+            own, dtype = token_scales(quant, dim)
+            shape = (blocks, kv, BLOCK_SIZE, *own) if is_dynamic(quant) else (kv,)
             unit = 1 / 16 if code == "int8" else 1.0
             self.scales = [device.uniform(shape, 0.8 * unit, 1.2 * unit) for _ in "kv"]
+            if dtype == "uint8":
+                bytes_ = np.random.default_rng(0).integers(121, 124, shape)
+                self.scales = [device.array(bytes_, np.uint8) for _ in "kv"]
         self.options: dict[str, Any] = {
             "cache_k_scales": self.scales[0],
             "cache_v_scales": self.scales[1],

@@ -14,6 +14,7 @@ from fastattn.bench.core.devices import Cpu
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import Call, bind, medians
 from fastattn.reference import layout, numerics
+from fastattn.reference.cache import code_of, dynamic_scales
 
 Array = NDArray[Any]
 _PEER = "NumPy, K/V in fp32"
@@ -24,6 +25,7 @@ _DECODE = {  # cache type, batch, H, KV, D, context
         ("block_wise_fp8", 8, 32, 8, 128, 1024),
         ("block_wise_int8", 8, 32, 8, 128, 1024),
         ("block_wise_int4", 8, 32, 8, 128, 1024),
+        ("block_wise_mxfp4", 8, 32, 8, 128, 1024),
         ("cache_fp8", 8, 32, 8, 128, 1024),
         ("none", 8, 32, 8, 128, 1024),
         ("block_wise_fp8", 1, 32, 8, 128, 4096),
@@ -72,11 +74,14 @@ def _contiguous(cache: Any, scales: Any, kind: str, quant: str, tables: Array) -
     if quant == "none":
         values = _fp32(cache)
     else:
-        code = quant[-4:] if quant.endswith(("int8", "int4")) else "e4m3"
-        options = {"int8": code == "int8", "nibbles": code == "int4"}
+        code = code_of(quant)
+        options = {"int8": code == "int8", "nibbles": code in numerics.NIBBLES}
         codes = layout.unpack(cache.numpy(), kind, "fastattn", **options)
         multiplier = scales.numpy()
-        multiplier = multiplier[:, None, None] if multiplier.ndim == 1 else multiplier[..., None]
+        if multiplier.ndim == 1:
+            multiplier = multiplier[:, None, None]
+        else:
+            multiplier = dynamic_scales(multiplier, quant)
         values = numerics.from_codes(codes, code) * multiplier
     of_seqs = values[tables].swapaxes(1, 2)
     batch, kv, blocks, size, dim = of_seqs.shape

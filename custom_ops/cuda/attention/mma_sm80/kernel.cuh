@@ -40,6 +40,7 @@
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/mma_sm80/mx_scales.cuh"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
@@ -83,25 +84,6 @@ __device__ __forceinline__ void PackProbabilities(
     }
   }
 }
-
-// A warp pipeline's stages: where the next load goes and where the next computation reads.
-template <typename Traits>
-struct StageRing {
-  uint32_t base;
-  int load = 0;
-  int use = 0;
-
-  __device__ __forceinline__ uint32_t NextLoad() {
-    const uint32_t stage = base + load * Traits::kStageBytes;
-    load = load + 1 == Traits::kStages ? 0 : load + 1;
-    return stage;
-  }
-  __device__ __forceinline__ uint32_t NextUse() {
-    const uint32_t stage = base + use * Traits::kStageBytes;
-    use = use + 1 == Traits::kStages ? 0 : use + 1;
-    return stage;
-  }
-};
 
 // Starts the load of a KV tile's kIndex-th stage: those of K come before those of V.
 template <typename Traits, int kIndex>
@@ -203,7 +185,7 @@ __device__ __forceinline__ void Weigh(const AttentionParams& p, uint32_t stage,
                                       TileState<Traits>* state) {
   float value_scales[Traits::kGroup][2];
   if constexpr (Traits::kScalesAtOnce) {  // ahead of what takes time
-    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, value_scales);
+    LoadTokenScales<Traits>(stage, first, TokenScaleType<Traits>(p), value_scales);
   }
   RaiseMaximum<Traits>(scores, state);
   Exponentiate<Traits>(scores, state);
@@ -318,6 +300,11 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         __syncthreads();
       }
       if (!present) continue;
+      if constexpr (Traits::kBlockScales) {
+        PrepareBlockScales<Traits, true>(key_stage);
+        PrepareBlockScales<Traits, false>(value_stage);
+        SyncPipeline<Traits>();
+      }
 #pragma unroll 1
       for (int first = 0; first < Traits::kKeyTiles; first += Traits::kGroup) {
         Scores<Traits> scores;
@@ -344,12 +331,14 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       StartLoad<Traits, (Traits::kStages + 1) % 2>(cursor, ring);
       const uint32_t key_stage = ring->NextUse();
       const bool assigned = IsAssigned<Traits>(key_stage);
+      PrepareForWarp<Traits, true>(key_stage, assigned);
       if (assigned) Score<Traits>(p, key_stage, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
       StartLoad<Traits, Traits::kStages % 2>(cursor, ring);
       const uint32_t value_stage = ring->NextUse();
       if (!assigned) continue;
+      PrepareForWarp<Traits, false>(value_stage, true);
       if constexpr (Traits::kNibbles) {
         // Nothing to scrub, as above.
       } else if (mask.needs_mask) {
@@ -361,7 +350,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       Attend<Traits>(p, value_stage, mask, 0, scores, state);
     }
   }
-  if constexpr (Traits::kNibbles) DropBias<Traits>(state->out);
+  if constexpr (Traits::kBiased) DropBias<Traits>(state->out);
 }
 
 // The epilogue: merges the warp pipelines and writes the work tile's output, or this CTA's partial

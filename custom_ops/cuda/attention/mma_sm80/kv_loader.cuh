@@ -12,6 +12,25 @@
 
 namespace fastattn::cuda {
 
+// A warp pipeline's stages: where the next load goes and where the next computation reads.
+template <typename Traits>
+struct StageRing {
+  uint32_t base;
+  int load = 0;
+  int use = 0;
+
+  __device__ __forceinline__ uint32_t NextLoad() {
+    const uint32_t stage = base + load * Traits::kStageBytes;
+    load = load + 1 == Traits::kStages ? 0 : load + 1;
+    return stage;
+  }
+  __device__ __forceinline__ uint32_t NextUse() {
+    const uint32_t stage = base + use * Traits::kStageBytes;
+    use = use + 1 == Traits::kStages ? 0 : use + 1;
+    return stage;
+  }
+};
+
 // Walks over a pipeline's KV tiles ahead of the computation, K before V of each. The block id of
 // the next KV tile is read while the current one is loaded.
 template <typename Traits>
@@ -179,10 +198,11 @@ class KvLoader {
 
   __device__ __forceinline__ void CopyScales(uint32_t stage, const void* scales, int64_t element) {
     if constexpr (Traits::kPerTokenScales) {
-      const int bytes = SizeOf(p_.cache.scale_dtype);
-      if (Lane() * 16 < Traits::kKvTile * bytes) {
-        CopyAsync16(stage + Traits::kDataBytes + Lane() * 16,
-                    static_cast<const char*>(scales) + element * bytes + Lane() * 16, policy_);
+      constexpr int kOffset = Traits::kDataBytes + (Traits::kBlockScales ? Traits::kRawScales : 0);
+      const int size = Traits::kBlockScales ? 1 : SizeOf(p_.cache.scale_dtype);
+      if (Lane() * 16 < Traits::kKvTile * Traits::kTokenScales * size) {
+        CopyAsync16(stage + kOffset + Lane() * 16,
+                    static_cast<const char*>(scales) + element * size + Lane() * 16, policy_);
       }
     }
   }

@@ -59,6 +59,12 @@ struct KvTileMask {
   uint32_t columns;     // shared memory: ColumnInfo of this lane's first column
 };
 
+// How a stage holds the scales of tokens.
+template <typename Traits>
+__device__ __forceinline__ DType TokenScaleType(const AttentionParams& p) {
+  return Traits::kBlockScales ? DType::kBFloat16 : p.cache.scale_dtype;
+}
+
 template <typename Traits>
 __device__ __forceinline__ float TokenScale(uint32_t stage, int key, DType dtype) {
   if (dtype == DType::kFloat32) {
@@ -196,7 +202,7 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
   const int g = threadIdx.x % 32 / 4;
   float token_scales[Traits::kGroup][2];
   if constexpr (Traits::kScalesAtOnce) {
-    LoadTokenScales<Traits>(stage, first, p.cache.scale_dtype, token_scales);
+    LoadTokenScales<Traits>(stage, first, TokenScaleType<Traits>(p), token_scales);
   }
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
@@ -206,8 +212,8 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
     } else if constexpr (Traits::kPerTokenScales) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        scale[half] =
-            TokenScale<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half), p.cache.scale_dtype);
+        scale[half] = TokenScale<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half),
+                                         TokenScaleType<Traits>(p));
       }
     }
 #pragma unroll

@@ -1,6 +1,7 @@
 // The matrix products over 4-bit K and V.
 //
-// Codes are stored as code + 8, and operands are (code + 8) times a power of two
+// E2M1: operands are values times a power of two of their block (mx_scales.cuh). int4: codes are
+// stored as code + 8, and operands are (code + 8) times a power of two
 // (Format<kInt4>::Widen). What the 8 adds is a multiple of a sum: of a query's channels, so that
 // the accumulators of its scores begin with its negative; of a column's probabilities, which a tile
 // more of O^T counts as a product of its own with a V of nothing but 8.
@@ -8,6 +9,7 @@
 
 #include <cstdint>
 
+#include "cuda/attention/mma_sm80/mx_scales.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/mma.cuh"
 
@@ -56,12 +58,19 @@ __device__ __forceinline__ void MultiplyNibbles(
   for (int part = 0; part < Traits::kNibbleParts; ++part) {
     const int piece = Traits::NibbleChunk(Traits::KeyOf(0, g), 4 * part);
     uint32_t keys[Traits::kGroup][2][kWords];
+    uint32_t factors[Traits::kGroup][2];  // of the block that a lane's channels belong to
 #pragma unroll
     for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = Traits::NibbleRow(Traits::KeyOf(first + m, 8 * half));
         LoadNibbles(own + row * Traits::kRowBytes + piece * 16 + t * kWords * 4, keys[m][half]);
+        if constexpr (Traits::kBlockScales) {
+          static_assert(Traits::kNibbleParts == 1);
+          const int block = t * Traits::kHeadDim / (4 * kMxBlock);
+          const int key = Traits::KeyOf(first + m, g + 8 * half);
+          factors[m][half] = KeyFactors<Traits>(stage, key, block);
+        }
       }
     }
 #pragma unroll
@@ -75,8 +84,13 @@ __device__ __forceinline__ void MultiplyNibbles(
       uint32_t low[Traits::kGroup][4], high[Traits::kGroup][4];
 #pragma unroll
       for (int m = 0; m < Traits::kGroup; ++m) {
-        Format::Widen(keys[m][0][w], low[m]);
-        Format::Widen(keys[m][1][w], high[m]);
+        if constexpr (Traits::kBlockScales) {
+          Format::Widen(keys[m][0][w], factors[m][0], factors[m][0], low[m]);
+          Format::Widen(keys[m][1][w], factors[m][1], factors[m][1], high[m]);
+        } else {
+          Format::Widen(keys[m][0][w], low[m]);
+          Format::Widen(keys[m][1][w], high[m]);
+        }
       }
       // Products that follow each other add to other scores.
 #pragma unroll
@@ -103,26 +117,40 @@ __device__ __forceinline__ void AccumulateNibbles(
   using Format = typename Traits::Format;
   constexpr DType kOperand = Format::kOperand;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  uint32_t factors[Traits::kGroup];  // of the tokens of a word, for the block of two tiles
 #pragma unroll
   for (int i = 0; i < Traits::kDimTiles; ++i) {
     uint32_t words[Traits::kGroup];
     LoadNibbles(stage + (8 * i + g) * kBlockSize + 16 * t + 4 * first, words);
+    if constexpr (Traits::kBlockScales) {
+      if (i % 2 == 0) {
+        const int row = (i / 2 * 4 + t) * 16;
+        LoadNibbles(stage + Traits::kDataBytes + Traits::kBlockFactors + row + 4 * first, factors);
+      }
+    }
 #pragma unroll
     for (int m = 0; m < Traits::kGroup; ++m) {
       uint32_t a[4];
-      Format::Widen(words[m], a);
+      if constexpr (Traits::kBlockScales) {
+        Format::Widen(words[m], __byte_perm(factors[m], 0, 0x1404),
+                      __byte_perm(factors[m], 0, 0x3424), a);
+      } else {
+        Format::Widen(words[m], a);
+      }
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
         Mma<kOperand>(out[i][n], a[0], a[1], a[2], a[3], p[m][n][0], p[m][n][1]);
       }
     }
   }
+  if constexpr (Traits::kBiased) {
 #pragma unroll
-  for (int m = 0; m < Traits::kGroup; ++m) {
+    for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
-    for (int n = 0; n < Traits::kTiles; ++n) {
-      Mma<kOperand>(out[Traits::kDimTiles][n], Format::kLowBias, Format::kHighBias,
-                    Format::kLowBias, Format::kHighBias, p[m][n][0], p[m][n][1]);
+      for (int n = 0; n < Traits::kTiles; ++n) {
+        Mma<kOperand>(out[Traits::kDimTiles][n], Format::kLowBias, Format::kHighBias,
+                      Format::kLowBias, Format::kHighBias, p[m][n][0], p[m][n][1]);
+      }
     }
   }
 }

@@ -111,8 +111,8 @@ template <typename Traits>
 struct QueryTile {
   static constexpr int kKept = Traits::kQueryInRegisters ? Traits::kTiles : 1;
   uint32_t words[kKept][Traits::kMmaSteps][2];
-  uint32_t shared;                                       // a lane's words of tile n and step s
-  float bias[Traits::kNibbles ? Traits::kTiles : 1][2];  // FindQueryBias
+  uint32_t shared;                                      // a lane's words of tile n and step s
+  float bias[Traits::kBiased ? Traits::kTiles : 1][2];  // FindQueryBias
 
   // From shared memory to registers, if they live there.
   __device__ __forceinline__ void Fetch() {
@@ -126,7 +126,7 @@ struct QueryTile {
         }
       }
     }
-    if constexpr (Traits::kNibbles) {
+    if constexpr (Traits::kBiased) {
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
         FindQueryBias<Traits>([&](int s) { return At(n, s); }, bias[n]);
@@ -136,7 +136,7 @@ struct QueryTile {
 
   // What accumulator c of the scores of tile n begins with.
   __device__ __forceinline__ float Start(int n, int c) const {
-    if constexpr (Traits::kNibbles) return bias[n][c % 2];
+    if constexpr (Traits::kBiased) return bias[n][c % 2];
     return 0.0f;
   }
 
@@ -151,7 +151,7 @@ struct QueryTile {
 
 // Stores channels 4 * quad .. 4 * quad + 3 of column c as operands of 4-bit keys: a word of K is 8
 // channels, of which the first four are the low halves of two steps' operands. A lane has a quarter
-// of each part of a key. Channels whose codes lie lower count 2^4 as much.
+// of each part of a key. Channels whose int4 codes lie lower count 2^4 as much.
 template <typename Traits>
 __device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int quad,
                                                  char* queries) {
@@ -162,7 +162,8 @@ __device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int
       queries + ((c / 8 * Traits::kMmaSteps + 2 * word) * 32 + lane) * 8 + quad % 2 * 2;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const __half value = __float2half_rn(i % 2 == 0 ? x[i] * 16.0f : x[i]);
+    const bool low = Traits::kBiased && i % 2 == 0;
+    const __half value = __float2half_rn(low ? x[i] * 16.0f : x[i]);
     *reinterpret_cast<__half*>(to + i / 2 * 256 + i % 2 * 4) = value;
   }
 }
@@ -190,8 +191,8 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
   info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, column.token, segment.head,
                                           column.head, key_scale) *
                       kLog2E;
-  // The unit of a product of a query and 4-bit codes.
-  if constexpr (Traits::kNibbles) info.score_factor *= 0.0625f / Traits::Format::kUnit;
+  // The unit of a product of a query and int4 codes.
+  if constexpr (Traits::kBiased) info.score_factor *= 0.0625f / Traits::Format::kUnit;
   info.keys = KeysOfQuery(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);

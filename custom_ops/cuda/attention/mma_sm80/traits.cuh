@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/fp4.h"
 #include "common/types.h"
 #include "cuda/attention/shared/format.cuh"
 #include "heuristics/attention_plan.h"
@@ -79,6 +80,10 @@ struct AttentionTraits {
   static constexpr int kTiles = kColumns / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;
+  // E2M1: a scale for 32 channels of a token (mx_scales.cuh).
+  static constexpr bool kBlockScales = kElement == DType::kE2M1;
+  static constexpr int kTokenScales = kBlockScales ? kHeadDim / kMxBlock : 1;  // as they are stored
+  static constexpr bool kBiased = kNibbles && !kBlockScales;                   // codes of int4
   static constexpr bool kTransposedV = kQuantized && kPaged;  // V [D, 64] in TokenSlot order
   static constexpr int kRowBytes =
       kStageDim * Format::kBytes / CodesPerByte(kElement);  // of a key in a stage
@@ -87,8 +92,8 @@ struct AttentionTraits {
   // Key tiles (16 keys each) whose scores are in registers at the same time.
   static constexpr int kGroup = kTiles >= 4 ? 2 : kKeyTiles;
   static constexpr int kDimTiles = kValueDim / 16;
-  // 4-bit codes: a last one, what their bias of 8 adds to a column's output, the same in all rows.
-  static constexpr int kOutTiles = kDimTiles + (kNibbles ? 1 : 0);
+  // int4: a last one, what the codes' bias of 8 adds to a column's output, the same in all rows.
+  static constexpr int kOutTiles = kDimTiles + (kBiased ? 1 : 0);
   static constexpr int kStageDimTiles = std::min(kStageDim, kValueDim) / 16;
   static constexpr int kMmaSteps = kKeyDim / 16;  // of the product over channels
   static constexpr int kStageSteps = kStageDim / 16;
@@ -100,7 +105,13 @@ struct AttentionTraits {
   // A stage is a KV tile's K or V, or some channels of them, its per-token scales (of K in the last
   // stage, of V in the first), and whether its block is assigned (in the first stage of K).
   static constexpr int kDataBytes = kKvTile * kRowBytes;
-  static constexpr int kScaleBytes = kPerTokenScales ? kKvTile * 4 : 0;
+  // Block scales become a bf16 scale a token and a byte for each block, beside the bytes that they
+  // are in the cache.
+  static constexpr int kBlockFactors = kKvTile * 2;  // offset of those bytes behind the data
+  static constexpr int kRawScales = kBlockFactors + kKvTile * kTokenScales;
+  static constexpr int kScaleBytes = kBlockScales      ? kRawScales + kKvTile * kTokenScales
+                                     : kPerTokenScales ? kKvTile * 4
+                                                       : 0;
   static constexpr int kStageBytes = kDataBytes + kScaleBytes + 16;
   // With few columns the pipeline goes on by a K or a V at a time, and starts the load that lies
   // kStages - 1 ahead. With many, scores of only kGroup key tiles fit in registers at a time: it

@@ -78,8 +78,8 @@ template <typename Traits>
 __device__ __forceinline__ void ApplyColumnScales(
     const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
     float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
-  RaiseColumnExponents<Traits>(stage, p.cache.scale_dtype, mask.columns, mask.first_key, first,
-                               state->scale_exponent);
+  RaiseColumnExponents<Traits>(stage, TokenScaleType<Traits>(p), mask.columns, mask.first_key,
+                               first, state->scale_exponent);
   state->scale_exponent = kColumnExponents;
   const int g = Lane<true>() / 4;  // found again, as registers are short
   const uint32_t exponents = ColumnExponents<Traits>();
@@ -100,7 +100,7 @@ __device__ __forceinline__ void ApplyColumnScales(
       for (int i = 0; i < 2 * Traits::kGroup; ++i) {
         const int key = Traits::KeyOf(first + i / 2, g + 8 * (i % 2));
         scores[i / 2][n][2 * (i % 2) + c] *=
-            TokenScale<Traits>(stage, key, p.cache.scale_dtype) * inverse;
+            TokenScale<Traits>(stage, key, TokenScaleType<Traits>(p)) * inverse;
       }
     }
   }
@@ -146,7 +146,7 @@ __device__ __forceinline__ void ApplyCommonScales(
       if constexpr (Traits::kScalesAtOnce) {
         x = scale[m][half];
       } else {
-        x = TokenScale<Traits>(stage, key, p.cache.scale_dtype);
+        x = TokenScale<Traits>(stage, key, TokenScaleType<Traits>(p));
       }
       if (mask.needs_mask && (key < mask.begin || key >= mask.end)) x = 0.0f;
       scale[m][half] = x;

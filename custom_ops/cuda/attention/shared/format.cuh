@@ -117,6 +117,41 @@ struct Format<DType::kInt4> {
   static __device__ __forceinline__ uint32_t NonFinite(uint32_t) { return 0; }
 };
 
+// A byte is two codes: sign, two bits of exponent and one of mantissa. Moved to their places in a
+// half they are the fp16 number 2^-14 as large, subnormals included.
+template <>
+struct Format<DType::kE2M1> {
+  static constexpr DType kOperand = DType::kFloat16;
+  static constexpr int kBytes = 1;
+
+  // Pair n: nibbles n and n + 4 of a word, whose signs are kShift bits below those of halves.
+  template <int kShift>
+  static __device__ __forceinline__ uint32_t Place(uint32_t codes) {
+    const uint32_t sign = kShift == 0 ? codes : codes << kShift;
+    const uint32_t rest = kShift >= 3 ? codes << (kShift >= 3 ? kShift - 3 : 0)
+                                      : codes >> (kShift >= 3 ? 0 : 3 - kShift);
+    return (sign & 0x80008000u) | (rest & 0x0E000E00u);
+  }
+
+  static __device__ __forceinline__ uint32_t Times(uint32_t pair, uint32_t factors) {
+    const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&pair),
+                                    *reinterpret_cast<const __half2*>(&factors));
+    return *reinterpret_cast<const uint32_t*>(&product);
+  }
+
+  // Nibbles n of a word as four pairs (n, n + 4) of operands, times factors of the first two pairs
+  // and of the last two.
+  static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t first, uint32_t last,
+                                               uint32_t (&pairs)[4]) {
+    pairs[0] = Times(Place<12>(codes), first);
+    pairs[1] = Times(Place<8>(codes), first);
+    pairs[2] = Times(Place<4>(codes), last);
+    pairs[3] = Times(Place<0>(codes), last);
+  }
+
+  static __device__ __forceinline__ uint32_t NonFinite(uint32_t) { return 0; }
+};
+
 template <>
 struct Format<DType::kFloat16> {
   static constexpr DType kOperand = DType::kFloat16;

@@ -18,14 +18,15 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/fp4.h"
 #include "common/head_dims.h"
-#include "common/int4.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "common/types.h"
 #include "cuda/cache/append/launch.h"
 #include "cuda/cache/shared/append_tile.cuh"
 #include "cuda/cache/shared/block_pieces.cuh"
+#include "cuda/cache/shared/nibble_values.cuh"
 #include "cuda/cache/shared/seq_tiles.cuh"
 #include "cuda/common/bytes.cuh"
 #include "cuda/common/convert.cuh"
@@ -54,6 +55,7 @@ struct AppendTraits {
       kCode == DType::kInt8 && kLayout == CacheLayout::kFastDeploy ? 0x80808080u : 0u;
 
   static constexpr bool kNibbles = CodesPerByte(kCode) == 2;
+  static constexpr bool kBlockScales = kCode == DType::kE2M1;  // one for a piece of 32 channels
   static constexpr int kRow = kHeadDim / CodesPerByte(kCode);  // bytes of a token
   static constexpr int kThreads = AppendThreads(kHeadDim);
   static constexpr int kPiecesPerToken = kRow / 16;
@@ -132,6 +134,18 @@ __device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_sca
   halves[2] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
 }
 
+// Scale of piece g of token r of a block whose first scale is `scales`[plane].
+template <typename Traits>
+__device__ __forceinline__ float PieceScale(const PagedCache& cache, const void* scales,
+                                            int64_t plane, int r, int g) {
+  if constexpr (Traits::kBlockScales) {
+    return UE8M0ToFloat(
+        static_cast<const uint8_t*>(scales)[plane + r * Traits::kPiecesPerToken + g]);
+  } else {
+    return LoadScale(scales, cache.scale_dtype, plane + r);
+  }
+}
+
 // The same of 32 codes of 4 bits: channels [32 g, 32 g + 32).
 template <typename Traits>
 __device__ __forceinline__ void StoreNibblePiece(uint4 codes, float token_scale, uint16_t* out,
@@ -140,15 +154,11 @@ __device__ __forceinline__ void StoreNibblePiece(uint4 codes, float token_scale,
   uint32_t pairs[4][4];  // of a word's 8 channels
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
+    float x[8];
+    NibblesToFloat<Traits::kCode>(words[w], x);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float x[2];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int code = static_cast<int>(words[w] >> (8 * i + 4 * j) & 0xFu) - kInt4Bias;
-        x[j] = static_cast<float>(code) * token_scale;
-      }
-      pairs[w][i] = PackPair<Traits::kOut>(x[0], x[1]);
+      pairs[w][i] = PackPair<Traits::kOut>(x[2 * i] * token_scale, x[2 * i + 1] * token_scale);
     }
   }
   if constexpr (Traits::kPiecesPerToken % 2 != 0) {  // no lane to trade with
@@ -264,10 +274,12 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
 #pragma unroll
     for (int i = 0; i < Traits::kPieces; ++i) {
       const int r = tokens_of_thread[i];
-      const int64_t k_index = cache.k_scale_strides.Plane(block, head) + r;
-      const int64_t v_index = cache.v_scale_strides.Plane(block, head) + r;
-      k_token_scale[i] = r < count ? LoadScale(cache.k_scales, cache.scale_dtype, k_index) : 0.0f;
-      v_token_scale[i] = r < count ? LoadScale(cache.v_scales, cache.scale_dtype, v_index) : 0.0f;
+      const int64_t k_plane = cache.k_scale_strides.Plane(block, head);
+      const int64_t v_plane = cache.v_scale_strides.Plane(block, head);
+      k_token_scale[i] =
+          r < count ? PieceScale<Traits>(cache, cache.k_scales, k_plane, r, g) : 0.0f;
+      v_token_scale[i] =
+          r < count ? PieceScale<Traits>(cache, cache.v_scales, v_plane, r, g) : 0.0f;
     }
   } else {
     if constexpr (kKeys) {
@@ -338,7 +350,7 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
   }
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
-    CacheHeadDims<CodesPerByte(kCode)>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
+    CodeHeadDims<kCode>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
       constexpr int kThreads = std::max(Traits::kThreads, Traits::Value::kThreads);

@@ -17,14 +17,15 @@ cudaError_t LaunchRestoreKey(const AppendCacheParams& p, const KeyTransform& tra
   const int64_t ctas = NumTileSlots(p.num_out_tokens, p.batch) * p.cache.num_kv_heads;
   cudaError_t status = cudaErrorInvalidValue;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
-    dispatch<DType::kInt8, DType::kE4M3, DType::kInt4>(p.cache.dtype, "codes", [&](auto code) {
-      CacheHeadDims<CodesPerByte(decltype(code)::value)>::Dispatch(
-          p.cache.head_dim, [&](auto head_dim) {
-            status = LaunchPdl(RestoreKeyKernel<decltype(out)::value, decltype(code)::value,
-                                                decltype(head_dim)::value>,
-                               dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);
+    dispatch<DType::kInt8, DType::kE4M3, DType::kInt4, DType::kE2M1>(
+        p.cache.dtype, "codes", [&](auto code) {
+          constexpr DType kCode = decltype(code)::value;
+          CodeHeadDims<kCode>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
+            status =
+                LaunchPdl(RestoreKeyKernel<decltype(out)::value, kCode, decltype(head_dim)::value>,
+                          dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);
           });
-    });
+        });
   });
   return status;
 }

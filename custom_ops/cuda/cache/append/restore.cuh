@@ -7,10 +7,11 @@
 #include <cstdint>
 
 #include "common/exact.h"
-#include "common/int4.h"
+#include "common/fp4.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "cuda/cache/shared/append_tile.cuh"
+#include "cuda/cache/shared/nibble_values.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/hadamard.cuh"
 #include "cuda/common/pdl.cuh"
@@ -26,11 +27,7 @@ inline constexpr int kRestoreThreads = 128;
 template <DType kCode>
 __device__ __forceinline__ void LoadCodes(const uint8_t* from, float (&x)[kChunk]) {
   if constexpr (CodesPerByte(kCode) == 2) {
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      x[i] = static_cast<float>(static_cast<int>(word >> (4 * i) & 0xFu) - kInt4Bias);
-    }
+    NibblesToFloat<kCode>(*reinterpret_cast<const uint32_t*>(from), x);
   } else {
     const uint2 words = *reinterpret_cast<const uint2*>(from);
     float low[4], high[4];
@@ -82,7 +79,11 @@ __global__ void __launch_bounds__(kRestoreThreads)
     float token_scale = 1.0f;
     if (active) {
       LoadCodes<kCode>(codes + r * cache.key_strides.row, x);
-      if (cache.k_granularity == ScaleGranularity::kToken) {
+      if constexpr (kCode == DType::kE2M1) {
+        const int64_t index = cache.k_scale_strides.Plane(tile.block, head) +
+                              r * (kHeadDim / kMxBlock) + lane * kChunk / kMxBlock;
+        token_scale = UE8M0ToFloat(static_cast<const uint8_t*>(cache.k_scales)[index]);
+      } else if (cache.k_granularity == ScaleGranularity::kToken) {
         const int64_t index = cache.k_scale_strides.Plane(tile.block, head) + r;
         token_scale = LoadScale(cache.k_scales, cache.scale_dtype, index);
       }

@@ -13,7 +13,7 @@
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/key_transform.cuh"
-#include "cuda/cache/shared/nibbles.cuh"
+#include "cuda/cache/shared/mx_blocks.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
@@ -361,12 +361,14 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
   if constexpr (kKey && Traits::kTransformsKey) {
     StoreKey<Traits, Lane>(
         values.words, p, cache, inverse, at.head, at.lane, strides.Row(block, at.head, slot),
-        cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+        cache.k_scale_strides.Plane(block, at.head) + slot * Traits::kTokenScales,
+        at.active && block >= 0);
   } else {
     StoreTokenMajor<Traits, Lane>(
         values.words, cache, kKey ? cache.key : cache.value, cache.k_scales, cache.k_granularity,
         inverse, at.head, at.lane, strides.Row(block, at.head, slot),
-        cache.k_scale_strides.Plane(block, at.head) + slot, at.active && block >= 0);
+        cache.k_scale_strides.Plane(block, at.head) + slot * Traits::kTokenScales,
+        at.active && block >= 0);
   }
 }
 
@@ -430,10 +432,12 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   const int slot = place.position % kBlockSize;
   constexpr int kStores = Lane::kValues / CodesPerByte(Traits::kType);
   uint32_t codes[kStores / 4];
-  const int64_t scale_index = cache.v_scale_strides.Plane(block, at.head) + slot;
+  const int64_t scale_index =
+      cache.v_scale_strides.Plane(block, at.head) + slot * Traits::kTokenScales;
   const bool stores_scale = at.active && block >= 0 && at.share == 0;
   if constexpr (Traits::kNibbles) {
-    QuantizeNibbles<Lane>(words, cache, cache.v_scales, at.lane, scale_index, stores_scale, codes);
+    QuantizeFourBits<Traits, Lane, true>(words, cache, cache.v_scales, at.lane, scale_index,
+                                         stores_scale, codes);
   } else {
     QuantizeLane<Traits, Lane, Map>(words, cache, cache.v_scales, cache.v_granularity, inverse,
                                     at.head, at.lane, scale_index, stores_scale, codes);

@@ -12,9 +12,11 @@ namespace {
 cudaError_t Launch(const TransformStepParams& p, const char* dtype_name, cudaStream_t stream) {
   const PagedCache& cache = p.rope.cache;
   const bool e4m3 = cache.type == CacheType::kBlockWiseFp8;  // whatever fp8_format says
+  // Keys of this type are mostly rotated: those that are not have no kernels of their own.
+  const bool transforms = p.transform.Any() || HasBlockScales(cache.type);
   const std::tuple wanted{Wanted{dtype_name, p.rope.dtype}, Wanted{"cache_quant_type", cache.type},
                           Wanted{"cache dtype", e4m3 ? DType::kE4M3 : cache.dtype},
-                          Wanted{"k_rotation or k_center", p.transform.Any()}};
+                          Wanted{"k_rotation or k_center", transforms}};
   cudaError_t status = cudaErrorInvalidValue;
   dispatch(StepInstances{}, wanted, [&](auto... arguments) {
     status = LaunchStepVariant<decltype(arguments)::value...>(p, stream);

@@ -83,8 +83,8 @@ __device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int hea
       const int slot = i * kTokens + first_slot;
       if constexpr (Traits::kNibbles) {
         uint32_t nibbles[kNibbleWords<Lane>];
-        QuantizeNibbles<Lane>(words[i], cache, cache.v_scales, lane, v_scales + slot, owned[i],
-                              nibbles);
+        QuantizeFourBits<Traits, Lane>(words[i], cache, cache.v_scales, lane,
+                                       v_scales + slot * Traits::kTokenScales, owned[i], nibbles);
         if (Lane::IsActive(lane)) {
           StoreNibbles<Lane>(nibbles, tile.codes + tile.Offset(slot), lane);
         }
@@ -121,7 +121,8 @@ __device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int hea
     for (int i = 0; i < kPasses; ++i) {
       const int slot = i * kTokens + first_slot;
       StoreKey<Traits, Lane>(words[i], p, cache, k_scale, head, lane,
-                             k_plane + slot * cache.key_strides.row, k_scales + slot, owned[i]);
+                             k_plane + slot * cache.key_strides.row,
+                             k_scales + slot * Traits::kTokenScales, owned[i]);
     }
   }
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/fp4.h"
 #include "common/head_dims.h"
 #include "common/types.h"
 #include "params/rope.h"
@@ -126,6 +127,8 @@ struct StepTraits {
   // The same for heads of V, which may have fewer channels.
   static constexpr bool kOwnValueDim = ValueDim(kHeadDim) != kHeadDim;
   using Value = StepTraits<kIn, kType, kCode, ValueDim(kHeadDim), Options, kTransformsKey_>;
+  // Dynamic scales of a token and KV head.
+  static constexpr int kTokenScales = HasBlockScales(kType) ? kHeadDim / kMxBlock : 1;
   static constexpr bool kTransformsKey = kTransformsKey_;
   static_assert(kQuantized || !kTransformsKey, "K is transformed for its codes");
 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/cache/shared/head_lanes.cuh"
+#include "cuda/cache/shared/mx_blocks.cuh"
 #include "cuda/cache/shared/nibbles.cuh"
 
 namespace fastattn::cuda {
@@ -20,7 +21,7 @@ __device__ __forceinline__ void StoreTokenMajor(const uint32_t (&words)[Lane::kW
   const bool stores = store && Lane::IsActive(lane);
   if constexpr (Traits::kNibbles) {
     uint32_t nibbles[kNibbleWords<Lane>];
-    QuantizeNibbles<Lane>(words, cache, scales, lane, scale_index, store, nibbles);
+    QuantizeFourBits<Traits, Lane>(words, cache, scales, lane, scale_index, store, nibbles);
     if (stores) StoreNibbles<Lane>(nibbles, static_cast<uint8_t*>(codes_out) + row, lane);
   } else if constexpr (Traits::kQuantized) {
     uint32_t codes[Lane::kCodeWords];
