@@ -109,7 +109,7 @@ CASES = {
             "value_cache": zeros(7, 2, 64, 80, dtype="bfloat16"),
         },
         NotImplementedError,
-        "head_dim 80 is not supported; supported: 64, 96, 128, 256",
+        "head_dim 80 is not supported; supported: 64, 96, 128, 192, 256",
     ),
     # Keys and values
     "k_other": (flash, {"k": zeros(72, 2, 64)}, TypeError, "flash_attention: [kv]: expected dtype"),
