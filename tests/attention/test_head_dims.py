@@ -203,8 +203,9 @@ def test_outputs_have_the_channels_of_values(place):
     problem.check(place, results=problem.run(place, out=own))
 
 
-def test_4_bit_codes_have_no_192_channels(place):
-    problem = paged_problem([(70, 3)], kind=CacheKind("block_wise_int4"), dim=192)
+@pytest.mark.parametrize("kind", [INT4, CacheKind("block_wise_mxfp4")])
+def test_4_bit_codes_have_no_192_channels(kind, place):
+    problem = paged_problem([(70, 3)], kind=kind, dim=192)
     with pytest.raises(NotImplementedError, match="key_cache: head_dim 192 is not supported"):
         problem.run(place)
 
