@@ -1,4 +1,4 @@
-"""Caches of MXFP4 blocks: the operators of MXFP4 tensors, what is refused, layouts, attention."""
+"""Caches of MXFP4 blocks: the operators of MXFP4 tensors, and attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastattn.reference.layout import unpack
 from tests.support.attention import BLOCK_WISE_MXFP4, paged_problem
 from tests.support.cache import append, make_cache, make_step, make_values, write
 from tests.support.compare import assert_same_bits
-from tests.support.tensors import BF16, int32, to_numpy, to_paddle
+from tests.support.tensors import BF16, to_numpy, to_paddle
 
 KIND = "block_wise_mxfp4"
 
@@ -62,33 +62,6 @@ def test_append_gives_what_mxfp4_dequantize_gives(place, dim):
         assert_same_bits(x, reference.mxfp4_dequantize(codes, scales, BF16))
 
 
-def test_one_token_at_a_time_is_the_prompt(place):
-    """Decode steps write the bytes that a prompt does, and leave those of other tokens alone."""
-    key, value = (make_values((70, 2, 64), np.float32, seed) for seed in (1, 2))
-    step, num_blocks = make_step([0], [70])
-    whole = write(make_cache(KIND, num_blocks, 2, 64), key, value, step, place)
-    cache = make_cache(KIND, num_blocks, 2, 64)
-    for i in range(70):
-        one = type(step)(step.block_tables, np.int32([0, 1]), np.int32([i]), np.int32([1]))
-        cache = write(cache, key[i : i + 1], value[i : i + 1], one, place)
-    for name in ("key", "value", "k_scales", "v_scales"):
-        assert_same_bits(getattr(cache, name), getattr(whole, name), name)
-
-
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("kind", ["k", "v"])
-def test_logical_and_back(place, kind, dim):
-    cache = make_cache(KIND, 3, 2, dim)
-    stored = cache.key if kind == "k" else cache.value
-    options = {"kind": kind, "cache_quant_type": KIND}
-    logical = F.convert_cache_layout(
-        to_paddle(stored, place), src="fastattn", dst="logical", **options
-    )
-    assert_same_bits(to_numpy(logical), unpack(stored, kind, "fastattn", int8=False))
-    back = F.convert_cache_layout(logical, src="logical", dst="fastattn", **options)
-    assert_same_bits(to_numpy(back), stored)
-
-
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_blocks_of_unlike_sizes(place, dim, invariant):
@@ -117,71 +90,3 @@ def test_every_block_has_a_scale_of_its_own(place, dim):
     values = np.array([-sizes[c - 8] if c >= 8 else sizes[c] for c in codes])
     wanted = values * 4.0 ** (np.arange(dim) // 32)
     np.testing.assert_allclose(out.astype(np.float64)[0], [wanted, wanted], rtol=1e-3)
-
-
-def write_with(**changes):
-    cache = make_cache(KIND, 3, 2, 64)
-    arguments = {
-        "key": to_paddle(make_values((5, 2, 64), np.float32)),
-        "value": to_paddle(make_values((5, 2, 64), np.float32)),
-        "key_cache": to_paddle(cache.key),
-        "value_cache": to_paddle(cache.value),
-        "block_tables": int32([[0]]),
-        "cu_seqlens_q": int32([0, 5]),
-        "seq_lens_decoder": int32([0]),
-        "seq_lens_this_time": int32([5]),
-        "cache_k_scales": to_paddle(cache.k_scales),
-        "cache_v_scales": to_paddle(cache.v_scales),
-        "cache_quant_type": KIND,
-    }
-    return F.write_cache_kv(**{**arguments, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "text"),
-    [
-        (
-            {"key_cache": np.zeros((3, 2, 64, 48), np.uint8)},
-            NotImplementedError,
-            "key_cache: head_dim 96 is not supported; supported: 64, 128",
-        ),
-        (
-            {"key_cache": np.zeros((3, 2, 64, 32), np.int8)},
-            TypeError,
-            "key_cache: expected dtype uint8, got int8",
-        ),
-        (
-            {"cache_k_scales": np.zeros((3, 2, 64), np.uint8)},
-            ValueError,
-            r"cache_k_scales: expected shape \[3, 2, 64, 2\], got \[3, 2, 64\]",
-        ),
-        (
-            {"cache_v_scales": np.zeros((3, 2, 64, 4), np.uint8)},
-            ValueError,
-            r"cache_v_scales: expected shape \[3, 2, 64, 2\], got \[3, 2, 64, 4\]",
-        ),
-        (
-            {"cache_k_scales": np.zeros((3, 2, 64, 2), np.float32)},
-            TypeError,
-            "cache_k_scales: expected dtype uint8, got float32",
-        ),
-    ],
-)
-def test_what_is_refused(changes, error, text):
-    write_with()
-    with pytest.raises(error, match=f"write_cache_kv: {text}"):
-        write_with(**{name: to_paddle(value) for name, value in changes.items()})
-
-
-def test_other_types_take_no_bytes_as_scales():
-    cache = make_cache("block_wise_int4", 3, 2, 64)
-    scales = to_paddle(np.zeros(cache.k_scales.shape, np.uint8))
-    with pytest.raises(TypeError, match="cache_k_scales: expected dtype float32 or bfloat16"):
-        write_with(cache_quant_type="block_wise_int4", cache_k_scales=scales)
-
-
-def test_fastdeploy_has_no_such_layout():
-    cache = to_paddle(make_cache(KIND, 3, 2, 64).key)
-    options = {"kind": "k", "cache_quant_type": KIND}
-    with pytest.raises(NotImplementedError, match="src: 'fastdeploy' has no order for block_wise"):
-        F.convert_cache_layout(cache, src="fastdeploy", dst="logical", **options)
