@@ -187,28 +187,13 @@ class Converter {
 
   template <class Store>
   __device__ __forceinline__ int ConvertWhole(int offset, const Store& store) {
-    const int code_stage = code_stages_.Index();
-    Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
-    // Batches go round between the warps, from one KV tile to the next.
-    const int first = (warp_ + C::kHelperWarps - Turn()) % C::kHelperWarps;
-    const uint8_t* in = shared_.codes[code_stage] + offset + first * kBatch * kGroup;
-    uint4 codes[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int batch = first + round * C::kHelperWarps;
-      if (batch >= kBatches) break;
-      in += C::kHelperWarps * kBatch * kGroup;
+    return ConvertBatches(offset, [&](int batch, const uint4(&codes)[kBatch], const auto& next) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         store(batch * kBatch + i, i, codes[i]);
-        if (round + 1 < kRounds && batch + C::kHelperWarps < kBatches) {
-          codes[i] = *reinterpret_cast<const uint4*>(in + i * kGroup);
-        }
+        next(i);
       }
-    }
-    return shared_.code_flags[code_stage];
+    });
   }
 
   // Does so batch by batch: store(batch, codes, next) calls next(i) when it has used codes[i].
@@ -216,6 +201,7 @@ class Converter {
   __device__ __forceinline__ int ConvertBatches(int offset, const Store& store) {
     const int code_stage = code_stages_.Index();
     Wait(&shared_.codes_full[code_stage], code_stages_.Phase());
+    // Batches go round between the warps, from one KV tile to the next.
     const int first = (warp_ + C::kHelperWarps - Turn()) % C::kHelperWarps;
     const uint8_t* in = shared_.codes[code_stage] + offset + first * kBatch * kGroup;
     uint4 codes[kBatch];
