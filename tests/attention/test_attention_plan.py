@@ -6,6 +6,9 @@ import itertools
 
 import pytest
 
+from fastattn.functional._cache_types import CACHE_QUANT_TYPES, HEAD_DIMS, head_dims_of
+from tests.support import ROOT
+
 host = pytest.importorskip("fastattn._host")
 
 SMS = 132
@@ -409,6 +412,53 @@ def test_kernel_of_long_sequences_of_other_head_dims(head_dim, q, k, cache_type,
     value_dim = 128 if head_dim == 192 else head_dim
     assert workspace == splits + blocks * 8 * value_dim * 64 // 4
     assert decide(q, k, cache_type, head_dim=head_dim, major=8)[0] == "mma_sm80"
+
+
+#: Names of docs/kernels/plan.md.
+NAMES = {"bf16": BF16, "fp16": FP16, "e4m3": E4M3, "e5m2": E5M2, "int8": "int8"}
+#: The rule tells caches of 4-bit codes by their type alone, so bytes stand for them here.
+CODES = {"cache_fp8": ("e4m3", "e5m2"), "block_wise_fp8": ("e4m3",)}
+
+
+def _kernels_in_docs():
+    """Kernels of long sequences by keys, their codes, queries and head_dim: a page's table."""
+    text = (ROOT / "docs/kernels/plan.md").read_text(encoding="utf-8")
+    section = text.split("## Which kernel takes the long ones")[1].split("\n## ")[0]
+    head, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    )
+    assert [int(dim) for dim in head[2:]] == list(HEAD_DIMS)
+    found = {}
+    for keys, queries, *kernels in rows:
+        cache, _, named = keys.replace("`", "").replace("contiguous,", "contiguous").partition(" ")
+        own = cache == "none" or named == "16 bits"  # queries of the keys' type
+        codes = named.split(", ") if named and not own else CODES.get(cache, ("int8",))
+        for q, code, (dim, kernel) in itertools.product(
+            queries.split(", "), codes, zip(HEAD_DIMS, kernels)
+        ):
+            case = (cache, q if own else code, q, dim)
+            assert case not in found, case
+            found[case] = kernel
+    return found
+
+
+def test_the_table_of_kernels():
+    """Every combination that operators take, and nothing else, by the rule."""
+    names = {"wgmma_fp16": "fp16", "wgmma_fp8": "fp8", "mma_sm80": "mma"}
+    expected = {}
+    for cache in (*CACHE_QUANT_TYPES, "contiguous"):
+        codes = ("e4m3", "e5m2", "int8") if cache == "contiguous" else CODES.get(cache, ("int8",))
+        pairs = [] if cache == "none" else list(itertools.product(codes, ("bf16", "fp16", "e4m3")))
+        if cache in ("none", "contiguous"):
+            pairs += [("bf16", "bf16"), ("fp16", "fp16")]
+        for (k, q), dim in itertools.product(pairs, HEAD_DIMS):
+            where = "ragged" if cache == "contiguous" else cache
+            exists = cache == "contiguous" or dim in head_dims_of(cache)
+            found = decide(NAMES[q], NAMES[k], where, head_dim=dim)[0]
+            expected[cache, k, q, dim] = names[found] if exists else "-"
+    assert _kernels_in_docs() == expected
 
 
 def test_head_dims_without_a_kernel_are_left_to_the_checks():
