@@ -21,12 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_tables import attention, latent, latent_targets, memory, pages, targets
+from gpu_tables import attention, cache_types, latent, latent_targets, memory, pages, targets
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md",
-         "docs/dcp.md", "docs/kernels/invariant.md")  # fmt: skip
+         "docs/cache_types.md", "docs/backends.md", "docs/dcp.md",
+         "docs/kernels/invariant.md")  # fmt: skip
 #: Name of a table -> its text, from the results.
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
@@ -43,6 +44,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "head_dims": attention.head_dims,
     "signals": attention.signals,
     "dcp": attention.dcp,
+    "cache types": cache_types.cache_types,
+    "gain": cache_types.gain,
     "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,

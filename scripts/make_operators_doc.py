@@ -20,10 +20,14 @@ TARGET = ROOT / "docs" / "operators.md"
 
 INTRODUCTION = """# Operators
 
-Written by `scripts/make_operators_doc.py` from the signatures and docstrings; `help(function)` has
-notes and examples as well. T is the number of new tokens of a step, B of sequences, H and KV of
-query and KV heads, D the head dimension. The metadata of sequences has FastDeploy's names and is on
-the tensors' device; nothing copies it to the host. [glossary.md](glossary.md) explains the words.
+Signatures, shapes and errors, in alphabetical order. By subject: [README](../README.md#operators).
+Cache types: [cache_types.md](cache_types.md). Words: [glossary.md](glossary.md). `help(function)`
+has notes and examples as well. (`scripts/make_operators_doc.py` writes this page from docstrings.)
+
+- T is the number of new tokens of a step, B of sequences, H and KV of query and KV heads, D the
+  head dimension.
+- The metadata of sequences has FastDeploy's names and is on the tensors' device; nothing copies it
+  to the host.
 
 For all operators:
 

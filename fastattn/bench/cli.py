@@ -17,7 +17,7 @@ from typing import Any
 
 from fastattn.bench.core.plots import plot
 from fastattn.bench.core.report import Baseline, Report, ReportError
-from fastattn.bench.core.rows import Bench, benchmarks, family, is_of
+from fastattn.bench.core.rows import REGISTRY, Bench, benchmarks, family, is_of
 from fastattn.bench.core.tables import WIDTH, markdown, table
 
 
@@ -171,7 +171,9 @@ def _run_benchmarks(arguments: argparse.Namespace, console: Any) -> Report | int
     for wanted in arguments.op or list(known):
         found = {name: known[name] for name in known if is_of(name, wanted)}
         if not found:
-            console.print(f"bench: --op {wanted}: expected one of {', '.join(known)}",
+            elsewhere = any(is_of(name, wanted) for name in REGISTRY)
+            why = f"is not measured on a {device.kind.upper()}" if elsewhere else "is no benchmark"
+            console.print(f"bench: --op {wanted} {why}: expected one of {', '.join(known)}",
                           soft_wrap=True)  # fmt: skip
             return 2
         chosen.update(found)

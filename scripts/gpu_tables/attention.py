@@ -141,9 +141,9 @@ def mixed(results: Results) -> str:
 
 
 _MODELS = ("Qwen3-8B", "ERNIE-4.5-300B TP8", "gpt-oss-120b", "PaddleOCR-VL")
-_MIXED_STEP = "2048 behind 6144 + 32 x 8k"
-_STEPS = (*(f"decode {batch} x 8k" for batch in (1, 16, 64, 128)), _MIXED_STEP)
-_VLLM, _FASTDEPLOY, _GATHERED = "vLLM", "FastDeploy 32k", "FastDeploy + vLLM's FA3 32k"
+MIXED_STEP = "2048 behind 6144 + 32 x 8k"
+STEPS = (*(f"decode {batch} x 8k" for batch in (1, 16, 64, 128)), MIXED_STEP)
+_VLLM, FASTDEPLOY, GATHERED = "vLLM", "FastDeploy 32k", "FastDeploy + vLLM's FA3 32k"
 #: Part of the name of FastDeploy's row -> its mark.
 _MARKS = {"other rope": "r", "wrong output": "w"}
 
@@ -155,7 +155,7 @@ def _marked(row: Measured, peer: str) -> str:
     return cell(row.ratio(peer), ratio) + "".join(marks)
 
 
-def _right(row: Measured, peer: str) -> float | None:
+def right(row: Measured, peer: str) -> float | None:
     """Ratio of a way of FastDeploy's whose output is right."""
     names = [name for name in row.peers if name.startswith(peer)]
     return None if any("wrong output" in name for name in names) else row.ratio(peer)
@@ -164,9 +164,9 @@ def _right(row: Measured, peer: str) -> float | None:
 def _step_cell(row: Measured | None) -> str:
     if row is None:
         return NONE
-    ratios = [cell(row.ratio(_VLLM), ratio), _marked(row, _FASTDEPLOY)]
-    if row.ratio(_GATHERED):
-        ratios.append(_marked(row, _GATHERED))
+    ratios = [cell(row.ratio(_VLLM), ratio), _marked(row, FASTDEPLOY)]
+    if row.ratio(GATHERED):
+        ratios.append(_marked(row, GATHERED))
     return f"{_us(row.us)} ({', '.join(ratios)})"
 
 
@@ -181,11 +181,11 @@ def step(results: Results) -> str:
     lines, used = [], []
     for model in _MODELS:
         for quant in QUANTS:
-            shapes = [f"{model} {quant} {name}, graph" for name in _STEPS]
+            shapes = [f"{model} {quant} {name}, graph" for name in STEPS]
             rows = [results.get("layer step", shape) for shape in shapes]
             lines.append([f"{model}, `{quant}`", *map(_step_cell, rows)])
             used += rows
-    names = [name.removeprefix("decode ").replace(" + ", ", and ") for name in _STEPS]
+    names = [name.removeprefix("decode ").replace(" + ", ", and ") for name in STEPS]
     speeds = "of vLLM's sum, of FastDeploy's operator, of its prefill path; above 1 is faster"
     head = [f"us ({speeds})", *names]
     return grid(head, lines) + "\n" + links(used)
@@ -196,14 +196,14 @@ def step_ranges(results: Results) -> str:
     lines = []
     for quant in QUANTS:
         cells = []
-        for names in (_STEPS[:-1], [_MIXED_STEP]):
+        for names in (STEPS[:-1], [MIXED_STEP]):
             graph = step_rows(results, quant, names, "graph")
             cells.append(span((row.ratio(_VLLM) for row in graph), ratio))
-            cells.append(span((_right(row, _FASTDEPLOY) for row in graph), ratio))
-        cells.append(span((_right(row, _GATHERED) for row in graph), ratio))
-        graph = step_rows(results, quant, _STEPS, "graph")
+            cells.append(span((right(row, FASTDEPLOY) for row in graph), ratio))
+        cells.append(span((right(row, GATHERED) for row in graph), ratio))
+        graph = step_rows(results, quant, STEPS, "graph")
         cells.append(span((row.ratio("exact lengths") for row in graph), ratio))
-        eager = step_rows(results, quant, _STEPS, "eager")
+        eager = step_rows(results, quant, STEPS, "eager")
         cells.append(span((row.ratio("exact lengths") for row in eager), ratio))
         cells.append(span((row.peer_us("host") for row in eager), two_digits))
         lines.append([f"`{quant}`", *cells])

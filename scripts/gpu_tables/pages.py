@@ -155,8 +155,8 @@ def behind(results: Results) -> str:
         least, row = slower[0]
         shape = row.shape.removesuffix(", graph")
         parts.append(
-            f"{len(slower)} of {len(steps)} steps of a layer are slower than vLLM's kernels"
-            f" (least {least:.2f} of their speed: `{shape}`)"
+            f"{len(slower)} of {len(steps)} steps of a layer are slower than vLLM's kernels;"
+            f" the slowest has {least:.2f} of their speed (`{shape}`)"
         )
     latent = [
         (share, row)
@@ -168,16 +168,16 @@ def behind(results: Results) -> str:
     if slower:
         least, row = slower[0]
         parts.append(
-            f"{len(slower)} of {len(latent)} calls of latent attention are slower than FlashMLA's,"
-            " whose times have an empty kernel in them"
-            f" (least {least:.2f} of its speed: `{row.op}`, {row.shape})"
+            f"{len(slower)} of {len(latent)} calls of latent attention are slower than FlashMLA's"
+            " (whose times include an empty kernel);"
+            f" the slowest has {least:.2f} of its speed (`{row.op}`, {row.shape})"
         )
     wide = decode_row(results, "none", (64, "8192", "32/8"))
     fa3 = wide and wide.peer_us("vllm_fa3_bf16")
     if wide and fa3:
         parts.append(
-            f"decode of a 16-bit cache, 64 x 8k, takes {wide.us:.0f} us beside"
-            f" FlashAttention-3's {fa3:.0f}"
+            f"decode of a 16-bit cache, 64 x 8k, takes {wide.us:.0f} us, FlashAttention-3's"
+            f" {fa3:.0f}"
         )
     shares = []
     for prompts in ((16, 1024, "16/16"), _FOUR, (1, 16384, "16/16")):
@@ -188,12 +188,13 @@ def behind(results: Results) -> str:
         shares.append(pair[1].us / pair[0].us if pair[0] and pair[1] else None)
     if any(shares):
         parts.append(
-            "prefill of `block_wise_fp8` with bf16 queries runs at"
-            f" {span(shares, ratio)} of the speed over a bf16 cache"
+            "prefill over `block_wise_fp8` with bf16 queries has"
+            f" {span(shares, ratio)} of the speed of a bf16 cache"
         )
     if not parts:
         return NONE
-    return f"Not everything is ahead: {'; '.join(parts)} ([more](ROOT/docs/gpu.md))."
+    sentences = ". ".join(part[0].upper() + part[1:] for part in parts)
+    return f"Where peers are ahead ([more](ROOT/docs/gpu.md)): {sentences}."
 
 
 def cpu(results: Results) -> str:

@@ -16,7 +16,7 @@ from fastattn.bench.core import rows as registry
 from fastattn.bench.core.devices import Cpu
 from fastattn.bench.core.peers import READ, public_name
 from fastattn.bench.core.report import Baseline, Report, ReportError
-from fastattn.bench.core.rows import Row, benchmarks
+from fastattn.bench.core.rows import REGISTRY, Row, benchmarks
 from fastattn.bench.core.tables import WIDTH, markdown, table
 from fastattn.cli import main
 
@@ -35,7 +35,14 @@ def test_overhead_writes_a_report(tmp_path, capsys):
 
 def test_an_unknown_operator_is_named(capsys):
     assert main(["bench", "--op", "gemm"]) == 2
-    assert "gemm" in capsys.readouterr().out
+    assert "--op gemm is no benchmark" in capsys.readouterr().out
+
+
+def test_a_benchmark_of_another_device_is_told_from_an_unknown_one(capsys, monkeypatch):
+    monkeypatch.setitem(REGISTRY, "elsewhere", {"tpu": lambda device: iter(())})
+    assert main(["bench", "--op", "elsewhere"]) == 2
+    text = capsys.readouterr().out
+    assert "--op elsewhere is not measured on a " in text and "paged_attention" in text
 
 
 def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):

@@ -155,7 +155,7 @@ def test_the_step_table_has_the_benchmarks_models_and_steps():
     from gpu_tables import attention
 
     assert tuple(step.MODELS) == attention._MODELS
-    assert tuple(step.STEPS) == attention._STEPS
+    assert tuple(step.STEPS) == attention.STEPS
     assert sorted(attention.QUANTS) == sorted(step.QUANTS)
 
 
