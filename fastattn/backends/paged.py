@@ -7,7 +7,7 @@ from typing import Any
 
 import paddle
 
-from fastattn import _ops, env, functional
+from fastattn import _ops, _views, env, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.calibrated import Calibrated
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_graphs
@@ -285,7 +285,7 @@ class PagedAttentionBackend(AttentionBackend):
         lengths = metadata.host_lengths or self._guess_lengths(written[0], seqs, forward_meta)
         plan = _cascade_plan(forward_meta, metadata)
         attended = self._attend(written[0], key, value, seqs, lengths, options, plan)
-        return _ops.flat(attended)
+        return _views.flat(attended)
 
     def _step(
         self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata
