@@ -28,7 +28,8 @@ def flat(tensor: Any) -> Any:
 def view(tensor: Any, shape: list[int]) -> Any:
     """A tensor in another shape; the tensor itself where it has that shape in dygraph.
 
-    Over the same memory in dygraph, if the tensor is contiguous. A gradient passes.
+    Over the same memory in dygraph, if the tensor is contiguous. A gradient passes. A size may be
+    -1: what the others leave.
     """
     if not paddle.in_dynamic_mode():
         return tensor.reshape(shape)

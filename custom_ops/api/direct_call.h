@@ -186,6 +186,24 @@ inline Tensor FlatView(const Tensor& tensor) {
   return ViewOf(tensor, {tokens, tensor.numel() / tokens});
 }
 
+// A shape whose first -1 is what its other sizes leave of a tensor's elements. As it is where they
+// leave nothing whole.
+inline Sizes Resolved(const Sizes& shape, int64_t count) {
+  int64_t values[common::DDim::kMaxRank] = {}, others = 1;
+  int64_t* open = nullptr;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    values[i] = shape[i];
+    if (shape[i] == -1 && open == nullptr) {
+      open = &values[i];
+    } else if (shape[i] <= 0 || __builtin_mul_overflow(others, shape[i], &others)) {
+      return shape;
+    }
+  }
+  if (open == nullptr || count % others != 0) return shape;
+  *open = count / others;
+  return Sizes(values, shape.size());
+}
+
 // A contiguous tensor in another shape, or, with strides, some of its elements from number `first`
 // on; undefined where it has not that many. May throw.
 inline Tensor ViewOfSome(const Tensor& tensor, const Sizes& shape, const Sizes* strides,

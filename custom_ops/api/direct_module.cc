@@ -166,7 +166,7 @@ PyObject* Flat(PyObject*, PyObject* object) {
 
 // Sizes or strides from a list of ints; false for anything else.
 bool TakeSizes(PyObject* list, Sizes* sizes) {
-  if (!PyList_CheckExact(list) || PyList_GET_SIZE(list) > common::DDim::kMaxRank) return false;
+  if (!PyList_Check(list) || PyList_GET_SIZE(list) > common::DDim::kMaxRank) return false;
   int64_t values[common::DDim::kMaxRank];
   const Py_ssize_t count = PyList_GET_SIZE(list);
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -178,7 +178,7 @@ bool TakeSizes(PyObject* list, Sizes* sizes) {
   return true;
 }
 
-// view(tensor, shape) -> the tensor in that shape, itself where it has it.
+// view(tensor, shape) -> the tensor in that shape, itself where it has it. A size may be -1.
 // view(tensor, shape, strides, first) -> some of its elements.
 // None: declined, as a tensor that wants a gradient is, which a view would not pass on.
 PyObject* View(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -194,9 +194,12 @@ PyObject* View(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   try {
     const Tensor& tensor = paddle::pybind::CastPyArg2Tensor(args[0], 0);
-    if (count == 2 && tensor.defined() && tensor.is_dense_tensor() && SizesOf(tensor) == shape) {
-      Py_INCREF(args[0]);
-      return args[0];
+    if (count == 2 && tensor.defined() && tensor.is_dense_tensor()) {
+      shape = Resolved(shape, tensor.numel());
+      if (SizesOf(tensor) == shape) {
+        Py_INCREF(args[0]);
+        return args[0];
+      }
     }
     if (!WantsGradient(args[0], tensor)) {
       const Tensor view = ViewOfSome(tensor, shape, count == 4 ? &strides : nullptr, first.integer);

@@ -195,7 +195,7 @@ def paged_attention_dcp(
         )
     dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
     check_results(_OP, q, out, out_scale, dtype)
-    check_tensor(_OP, "sinks", sinks, shape[1:2], ("float32", "bfloat16"))
+    check_tensor(_OP, "sinks", sinks, list(shape[1:2]), ("float32", "bfloat16"))
     if out is not None:
         check_place_of_result(_OP, out, [*arguments, *options.values(), sinks, out_scale])
     if world_size == 1:

@@ -56,7 +56,7 @@ def _attend(
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"{op}: out_dtype: expected bfloat16 or float32, got {dtype!r}")
     check_tensor(op, "out", out, [*shape[:2], _VALUE_DIM], (dtype,))
-    check_tensor(op, "sinks", sinks, shape[1:2], ("float32",))
+    check_tensor(op, "sinks", sinks, list(shape[1:2]), ("float32",))
     if out is not None:
         check_place_of_result(op, out, [*arguments, *options.values(), sinks])
     if world_size == 1:

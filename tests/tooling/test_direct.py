@@ -276,10 +276,12 @@ def views(request, monkeypatch):
 ARRAY = np.arange(240, dtype=np.float32).reshape([4, 6, 10])
 
 
-@pytest.mark.parametrize("shape", [[24, 10], [4, 60], [240], [2, 2, 3, 1, 20]])
+@pytest.mark.parametrize(
+    "shape", [[24, 10], [4, 60], [240], [2, 2, 3, 1, 20], [-1], [-1, 10], [2, -1, 5], [4, 60, -1]]
+)
 def test_a_view_has_the_memory_of_its_source(views, shape):
     x = paddle.to_tensor(ARRAY)
-    half = [shape[0] // 2, *shape[1:]]
+    half = [-1 if shape[0] == -1 else shape[0] // 2, *shape[1:]]
     for source, array, wanted in ((x, ARRAY, shape), (x[1:3], ARRAY[1:3], half)):
         view = _views.view(source, wanted)
         assert_same_bits(to_numpy(view), array.reshape(wanted))
@@ -291,7 +293,11 @@ def test_a_view_has_the_memory_of_its_source(views, shape):
 def test_a_tensor_is_its_own_view():
     x = paddle.to_tensor(ARRAY)
     strided = x.transpose([1, 0, 2])
-    assert _views.view(x, [4, 6, 10]) is x and _views.view(strided, [6, 4, 10]) is strided
+    assert (
+        _views.view(x, [4, 6, 10]) is x
+        and _views.view(x, [4, -1, 10]) is x
+        and _views.view(strided, [6, 4, 10]) is strided
+    )
 
 
 def test_a_view_of_a_strided_tensor_has_its_elements_in_order(views):
@@ -353,6 +359,11 @@ def test_a_view_with_strides_of_a_view():
         ([239],),
         ([-240],),
         ([-2, -120],),
+        ([-1, -1],),
+        ([-1, 7],),
+        ([-1, 0],),
+        ([-1, 2**32, 2**32],),
+        ([-1, 480],),
         ([2**32, 2**32],),
         ([240.0],),
         ([240, True],),
