@@ -26,7 +26,7 @@ from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
 from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
-from fastattn.backends.step_masks import in_sot, layer_mask
+from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     codes_per_byte,
@@ -305,7 +305,9 @@ class PagedAttentionBackend(AttentionBackend):
         run = _ops.step_function()
         if run is None:
             return None
-        mask = layer_mask(forward_meta, metadata, facts.window, layer.layer_id)
+        mask = mask_offsets(forward_meta, metadata)
+        if mask is not None:
+            mask = layer_mask(mask, forward_meta, metadata, facts.window, layer.layer_id)
         plan = facts.step_plan if mask is None else facts.masked_step_plan(mask)
         caches = optional(forward_meta, "caches")
         if plan is None or caches is None:
@@ -348,8 +350,9 @@ class PagedAttentionBackend(AttentionBackend):
             "cache_k_scales": scales[0],
             "cache_v_scales": scales[1],
         }
-        mask = layer_mask(forward_meta, metadata, facts.window, layer_id)
+        mask = mask_offsets(forward_meta, metadata)
         if mask is not None:
+            mask = layer_mask(mask, forward_meta, metadata, facts.window, layer_id)
             options["mask_offsets"] = mask
             options.update(causal=False, window_size=(-1, -1))
         if q_descale is not None and options["out_scale"] is None:

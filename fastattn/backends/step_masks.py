@@ -26,20 +26,19 @@ def mask_offsets(forward_meta: Any, metadata: Any) -> Any:
     return pair[1]
 
 
-def layer_mask(forward_meta: Any, metadata: Any, window: int, layer_id: int) -> Any:
-    """Offsets [T, 2] of the keys that a layer sees, or None; the whole mask of the layer.
+def layer_mask(mask: Any, forward_meta: Any, metadata: Any, window: int, layer_id: int) -> Any:
+    """Offsets [T, 2] of the keys that a layer sees, of a step with the offsets `mask`.
 
     Those of a window are made by the first layer of the step that has it, for all of them. That
     layer makes them anew when it comes again: a server runs the same step once as it is and once
     more to capture a CUDA graph, which must contain them.
     """
-    mask = mask_offsets(forward_meta, metadata)
-    if mask is None or not window:
+    if not window:
         return mask
     if not paddle.in_dynamic_mode() or in_sot():
         return last_keys(mask, window)
     given = optional(forward_meta, "attn_mask_offsets")
-    version = given.inplace_version
+    version = getattr(given, "inplace_version", 0)
     known = metadata.windowed
     for index, (offsets, seen, size, maker, made) in enumerate(known):
         if offsets is given and size == window:
