@@ -20,6 +20,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn._views import view
+from fastattn.compat._paged import progression
 from fastattn.functional._marker import unified
 from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mla_sparse import call
@@ -122,8 +123,13 @@ def _dense(
         return view(out, [-1, s_q, heads, _VALUE_DIM]), lse
     # Upstream's lengths include the new tokens, of which those of a shorter sequence are the last.
     new = lengths.clip(0, s_q)
-    ends = paddle.arange(s_q, (batch + 1) * s_q, s_q, "int32")
-    starts = paddle.concat([ends - new, ends[-1:]])
+    if paddle.in_dynamic_mode():
+        ends = progression(s_q, s_q, batch, "int32", lengths)
+        last = progression(batch * s_q, 0, 1, "int32", lengths)
+    else:
+        ends = paddle.arange(s_q, (batch + 1) * s_q, s_q, "int32")
+        last = ends[-1:]
+    starts = paddle.concat([ends - new, last])
     out, lse = mla_attention(
         view(q, [-1, heads, dim]),
         _codes(k_cache, is_fp8),
@@ -139,7 +145,7 @@ def _dense(
         sinks=sinks,
         return_softmax_lse=True,
     )
-    lse = paddle.where(lse == -float("inf"), -lse, lse).reshape([heads, -1, s_q])
+    lse = view(paddle.where(lse == -float("inf"), -lse, lse), [heads, -1, s_q])
     return view(out, [-1, s_q, heads, _VALUE_DIM]), lse.transpose([1, 0, 2])
 
 
