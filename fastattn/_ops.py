@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
-import math
 import numbers
 import re
 import runpy
@@ -197,18 +196,6 @@ def _load_library() -> _Bound:
         signature = OpSignature(op, inputs, optional, names, outputs, inplace, types)
         operators[op] = _Direct(handle, signature, strided)
     return _Bound(module, operators)
-
-
-def flat(tensor: Any) -> Any:
-    """A contiguous tensor [T, ..] as [T, rest], over the same memory in dygraph."""
-    dynamic = paddle.in_dynamic_mode()
-    helper = helpers() if dynamic else None
-    result = None if helper is None else helper.flat(tensor)
-    if result is not None:
-        return result
-    tokens, *rest = tensor.shape
-    shape = [tokens, math.prod(rest)]
-    return paddle._C_ops.reshape(tensor, shape) if dynamic else tensor.reshape(shape)
 
 
 @functools.lru_cache(maxsize=1)

@@ -149,20 +149,78 @@ inline std::string RunWithoutGil(const DirectOp& op, const Inputs& inputs, const
   return message;
 }
 
-// A contiguous tensor [T, ..] as [T, rest] over the same memory, which takes reshape longer;
-// undefined where that cannot be. May throw.
-inline Tensor FlatView(const Tensor& tensor) {
-  if (!tensor.defined() || !tensor.is_dense_tensor() || !tensor.initialized()) return Tensor();
-  if (tensor.dims().size() < 2 || tensor.numel() == 0 || !IsContiguous(tensor)) return Tensor();
-  const int64_t tokens = tensor.dims()[0], rest = tensor.numel() / tokens;
+// The same memory in another shape, for which Paddle's reshape and as_strided take longer:
+// `strides` and `first` count elements. Nothing here looks at what a view reaches.
 #if __has_include("paddle/phi/core/dense_tensor.inl")
-  auto flat = std::make_shared<phi::DenseTensor>(
+inline Tensor ViewOf(const Tensor& tensor, const Sizes& shape, const Sizes* strides = nullptr,
+                     int64_t first = 0) {
+  auto view = std::make_shared<phi::DenseTensor>(
       *static_cast<const phi::DenseTensor*>(tensor.impl().get()));
-  flat->Resize(common::make_ddim({tokens, rest}));
-  return Tensor(flat);
+  view->Resize(common::DDim(shape.begin(), static_cast<int>(shape.size())));
+  if (strides != nullptr) {
+    phi::DenseTensorMeta meta = view->meta();
+    meta.strides = common::DDim(strides->begin(), static_cast<int>(strides->size()));
+    meta.offset += first * phi::SizeOf(tensor.dtype());
+    view->set_meta(meta);
+  }
+  return Tensor(view);
+}
 #else
-  return paddle::experimental::view_shape(tensor, {tokens, rest});
+inline Tensor ViewOf(const Tensor& tensor, const Sizes& shape, const Sizes* strides = nullptr,
+                     int64_t = 0) {
+  if (strides != nullptr) return Tensor();
+  return paddle::experimental::view_shape(tensor, shape.ToVector());
+}
 #endif
+
+// Whether a tensor's elements lie side by side, and there are some.
+inline bool HasView(const Tensor& tensor) {
+  return tensor.defined() && tensor.is_dense_tensor() && tensor.initialized() &&
+         tensor.numel() > 0 && IsContiguous(tensor);
+}
+
+// A contiguous tensor [T, ..] as [T, rest]; undefined where that cannot be. May throw.
+inline Tensor FlatView(const Tensor& tensor) {
+  if (!HasView(tensor) || tensor.dims().size() < 2) return Tensor();
+  const int64_t tokens = tensor.dims()[0];
+  return ViewOf(tensor, {tokens, tensor.numel() / tokens});
+}
+
+// A shape whose first -1 is what its other sizes leave of a tensor's elements. As it is where they
+// leave nothing whole.
+inline Sizes Resolved(const Sizes& shape, int64_t count) {
+  int64_t values[common::DDim::kMaxRank] = {}, others = 1;
+  int64_t* open = nullptr;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    values[i] = shape[i];
+    if (shape[i] == -1 && open == nullptr) {
+      open = &values[i];
+    } else if (shape[i] <= 0 || __builtin_mul_overflow(others, shape[i], &others)) {
+      return shape;
+    }
+  }
+  if (open == nullptr || count % others != 0) return shape;
+  *open = count / others;
+  return Sizes(values, shape.size());
+}
+
+// A contiguous tensor in another shape, or, with strides, some of its elements from number `first`
+// on; undefined where it has not that many. May throw.
+inline Tensor ViewOfSome(const Tensor& tensor, const Sizes& shape, const Sizes* strides,
+                         int64_t first) {
+  if (!HasView(tensor)) return Tensor();
+  int64_t count = 1, last = first;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (shape[i] <= 0 || __builtin_mul_overflow(count, shape[i], &count)) return Tensor();
+    int64_t reach = 0;
+    if (strides == nullptr) continue;
+    if ((*strides)[i] < 0 || __builtin_mul_overflow(shape[i] - 1, (*strides)[i], &reach) ||
+        __builtin_add_overflow(last, reach, &last)) {
+      return Tensor();
+    }
+  }
+  const bool fits = strides == nullptr ? count == tensor.numel() : last < tensor.numel();
+  return fits && first >= 0 ? ViewOf(tensor, shape, strides, first) : Tensor();
 }
 
 inline void CountWrites(const Handle& handle, const Inputs& inputs) {

@@ -164,6 +164,52 @@ PyObject* Flat(PyObject*, PyObject* object) {
   Py_RETURN_NONE;
 }
 
+// Sizes or strides from a list of ints; false for anything else.
+bool TakeSizes(PyObject* list, Sizes* sizes) {
+  if (!PyList_Check(list) || PyList_GET_SIZE(list) > common::DDim::kMaxRank) return false;
+  int64_t values[common::DDim::kMaxRank];
+  const Py_ssize_t count = PyList_GET_SIZE(list);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    DirectAttr attr;
+    if (!TakeInteger(PyList_GET_ITEM(list, i), true, &attr)) return false;
+    values[i] = attr.integer;
+  }
+  *sizes = Sizes(values, static_cast<size_t>(count));
+  return true;
+}
+
+// view(tensor, shape) -> the tensor in that shape, itself where it has it. A size may be -1.
+// view(tensor, shape, strides, first) -> some of its elements.
+// None: declined, as a tensor that wants a gradient is, which a view would not pass on.
+PyObject* View(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Sizes shape, strides;
+  DirectAttr first;
+  if ((count != 2 && count != 4) || !paddle::pybind::PyCheckTensor(args[0]) ||
+      !TakeSizes(args[1], &shape)) {
+    Py_RETURN_NONE;
+  }
+  if (count == 4 && (!TakeSizes(args[2], &strides) || strides.size() != shape.size() ||
+                     !TakeInteger(args[3], true, &first))) {
+    Py_RETURN_NONE;
+  }
+  try {
+    const Tensor& tensor = paddle::pybind::CastPyArg2Tensor(args[0], 0);
+    if (count == 2 && tensor.defined() && tensor.is_dense_tensor()) {
+      shape = Resolved(shape, tensor.numel());
+      if (SizesOf(tensor) == shape) {
+        Py_INCREF(args[0]);
+        return args[0];
+      }
+    }
+    if (!WantsGradient(args[0], tensor)) {
+      const Tensor view = ViewOfSome(tensor, shape, count == 4 ? &strides : nullptr, first.integer);
+      if (view.defined()) return paddle::pybind::ToPyObject(view);
+    }
+  } catch (const std::exception&) {
+  }
+  Py_RETURN_NONE;
+}
+
 // unchanged(own, kinds, names, seen): see HoldsStill.
 PyObject* Unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 4 || !PyDict_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]) ||
@@ -186,6 +232,8 @@ PyMethodDef methods[] = {
     {"step", Method(Step), METH_FASTCALL,
      "step(plan, own, caches, forward_meta, qkv, lengths, max_keys, scales) -> attention of a "
      "layer's step [T, H * D], or None: declined."},
+    {"view", Method(View), METH_FASTCALL,
+     "view(tensor, shape[, strides, first]) -> the same memory in that shape, or None."},
     {"unchanged", Method(Unchanged), METH_FASTCALL,
      "unchanged(own, kinds, names, seen) -> whether the dict's values are those seen before."},
 };

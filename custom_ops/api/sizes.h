@@ -15,6 +15,7 @@ class Sizes {
   Sizes() = default;
   Sizes(std::initializer_list<int64_t> values) { Assign(values.begin(), values.size()); }
   Sizes(const std::vector<int64_t>& values) { Assign(values.data(), values.size()); }
+  Sizes(const int64_t* values, size_t count) { Assign(values, count); }
   explicit Sizes(const common::DDim& dims) { Assign(dims.Get(), static_cast<size_t>(dims.size())); }
 
   size_t size() const { return size_; }

@@ -8,7 +8,7 @@ from typing import Any
 
 import paddle
 
-from fastattn import functional
+from fastattn import _views, functional
 from fastattn.backends import fastdeploy_models
 from fastattn.backends.config import PD_MODES, read
 from fastattn.backends.forward_meta import field, sequences
@@ -151,31 +151,32 @@ class DSAAttentionBackend(LatentAttentionBackend):
         tokens = queries.shape[0]
         if tokens == 0:
             return paddle.empty([0, topk], "int32")
-        self._check_row("keys", keys, tokens, INDEX_DIM)
-        self._check_row("weights", weights, tokens, heads)
+        keys = self._rows("keys", keys, tokens, INDEX_DIM)
+        weights = self._rows("weights", weights, tokens, heads)
         cache = field(forward_meta, "caches")[2 * layer_id + 1]
         blocks = cache.shape[0]
         maps = self._maps(tokens, blocks, layer_id, forward_meta, begin=True)
-        functional.indexer_k_write_cache(keys.reshape([-1, INDEX_DIM]), cache, maps.slots)
+        functional.indexer_k_write_cache(keys, cache, maps.slots)
         rows = self._query_rows(maps, forward_meta)
         codes, folded = functional.indexer_q_quant(
-            queries.reshape([tokens, heads, INDEX_DIM]),
-            weights.reshape([tokens, heads]),
+            _views.view(queries, [tokens, heads, INDEX_DIM]),
+            weights,
             (INDEX_DIM * heads) ** -0.5,
             token_of_query=rows.token_of_query,
         )
+        tables = sequences(forward_meta)[0]
         chosen = functional.paged_indexer_topk(
-            codes.reshape([*rows.lengths.shape, heads, INDEX_DIM]),
+            _views.view(codes, [*rows.lengths.shape, heads, INDEX_DIM]),
             cache,
             folded,
             rows.lengths,
             rows.tables,
-            self._most_keys(forward_meta),
+            self._most_keys(tables),
             topk,
         )
         slots, lengths = functional.topk_to_slots(
             chosen,
-            sequences(forward_meta)[0],
+            tables,
             maps.batch_ids,
             row_ids=rows.query_of_token,
             block_size=self.config.block_size,
@@ -242,21 +243,21 @@ class DSAAttentionBackend(LatentAttentionBackend):
         ValueError
             If the step lacks a field, or shapes do not match.
         """
-        queries = self._queries(q, compressed_kv, layer)
+        queries, latents = self._queries(q, compressed_kv, layer)
         tokens = queries.shape[0]
         if v is None:
             raise ValueError(f"{type(self).__name__}: v: expected indices of select(), got None")
         if tokens == 0:
             return paddle.empty([0, self.num_heads, LATENT_DIM], dtype=q.dtype)
-        self._check_row("v", v, tokens, self.indexer.topk)
+        chosen = self._rows("v", v, tokens, self.indexer.topk)
         cache = field(forward_meta, "caches")[2 * layer.layer_id]
         maps = self._maps(tokens, cache.shape[0], layer.layer_id, forward_meta, begin=False)
-        self._write(compressed_kv, k_pe, cache, maps.slots, "fp8_656", self.scale_rule)
+        self._write(latents, k_pe, cache, maps.slots, "fp8_656", self.scale_rule)
         made_for, lengths = self._metadata().chosen.get(layer.layer_id, (None, None))
         return functional.mla_sparse_attention(
             queries,
             cache,
-            v.reshape([tokens, -1]),
+            chosen,
             cache_format="fp8_656",
             topk_length=lengths if made_for is forward_meta else None,
             sinks=getattr(layer, "sinks", None),

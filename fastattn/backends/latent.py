@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any, NamedTuple
 
-from fastattn import functional
+from fastattn import _views, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.config import keep_out_of_graphs
 from fastattn.backends.forward_meta import (
@@ -132,63 +132,70 @@ class LatentAttentionBackend(AttentionBackend):
             raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
         return self.attention_metadata
 
-    def _queries(self, q: Any, compressed_kv: Any, layer: Any) -> Any:
-        """Absorbed queries [T, H, 576], of as many tokens as are written."""
+    def _queries(self, q: Any, compressed_kv: Any, layer: Any) -> tuple[Any, Any]:
+        """Absorbed queries [T, H, 576], and the latents [T, 512] of as many tokens."""
         name = type(self).__name__
         for what, tensor in (("q", q), ("compressed_kv", compressed_kv)):
             if tensor is None:
                 raise ValueError(f"{name}: {what}: expected a tensor, got None")
         if getattr(layer, "sliding_window", 0):
             raise NotImplementedError(f"{name}: layer.sliding_window is not supported")
-        width = self.num_heads * self.head_dim
-        if list(q.shape[1:]) not in ([width], [self.num_heads, self.head_dim]):
+        shape = list(q.shape)
+        width, whole = self.num_heads * self.head_dim, [self.num_heads, self.head_dim]
+        if shape[1:] not in ([width], whole):
             raise ValueError(
                 f"{name}: q: expected shape [T, {width}] or [T, {self.num_heads}, "
-                f"{self.head_dim}], got {list(q.shape)}"
+                f"{self.head_dim}], got {shape}"
             )
-        if q.shape[0] != compressed_kv.shape[0]:
+        if shape[0] != compressed_kv.shape[0]:
             raise ValueError(
                 f"{name}: q: expected the {compressed_kv.shape[0]} tokens of compressed_kv, got "
-                f"{q.shape[0]}"
+                f"{shape[0]}"
             )
-        self._check_row("compressed_kv", compressed_kv, q.shape[0], LATENT_DIM)
-        return q.reshape([-1, self.num_heads, self.head_dim])
+        latents = self._rows("compressed_kv", compressed_kv, shape[0], LATENT_DIM)
+        return _views.view(q, [shape[0], *whole]), latents
 
-    def _check_row(self, what: str, tensor: Any, tokens: int, width: int) -> None:
-        """Raise unless a tensor has `width` values for each of the step's tokens."""
+    def _rows(self, what: str, tensor: Any, tokens: int, width: int) -> Any:
+        """A tensor as rows of `width` values, one for each of the step's tokens.
+
+        Raises
+        ------
+        ValueError
+            If it has other values than those.
+        """
         shape = None if tensor is None else list(tensor.shape)
+        if shape == [tokens, width]:
+            return tensor
         if not shape or shape[0] != tokens or math.prod(shape) != tokens * width:
             raise ValueError(
                 f"{type(self).__name__}: {what}: expected shape [{tokens}, {width}], got {shape}"
             )
+        return _views.view(tensor, [tokens, width])
 
     def _write(
-        self, compressed_kv: Any, k_pe: Any, cache: Any, slots: Any, cache_format: str, rule: str
+        self, latents: Any, k_pe: Any, cache: Any, slots: Any, cache_format: str, rule: str
     ) -> None:
         """Write the step's tokens; padding tokens have no slot."""
-        self._check_row("k_pe", k_pe, compressed_kv.shape[0], ROPE_DIM)
         functional.mla_write_cache(
-            compressed_kv.reshape([-1, LATENT_DIM]),
-            k_pe.reshape([-1, ROPE_DIM]),
+            latents,
+            self._rows("k_pe", k_pe, latents.shape[0], ROPE_DIM),
             cache,
             slots,
             cache_format=cache_format,
             scale_rule=rule,
         )
 
-    def _most_keys(self, forward_meta: Any) -> int:
+    def _most_keys(self, tables: Any) -> int:
         """Keys of a sequence, at most; not what a server says, which drafts may exceed."""
-        tables = sequences(forward_meta)[0]
         longest = self.config.max_model_len + self.config.decode_tokens
         return min(longest, tables.shape[1] * self.config.block_size)
 
-    def _most_new_tokens(self, tokens: int, forward_meta: Any) -> int:
+    def _most_new_tokens(self, tokens: int, starts: Any, forward_meta: Any) -> int:
         """New tokens of a sequence; too small a number costs time only."""
         known = self._metadata().host_lengths
         if known is not None:
-            return known[0]
-        seqs = sequences(forward_meta)[1].shape[0] - 1
-        return guess_new_tokens(tokens, seqs, *self._kind(forward_meta))
+            return int(known[0])
+        return guess_new_tokens(tokens, starts.shape[0] - 1, *self._kind(forward_meta))
 
     def _kind(self, forward_meta: Any) -> tuple[int, bool]:
         """New tokens of a decoding sequence, and whether the server says that some prefill."""

@@ -185,14 +185,15 @@ class LayerFacts:
     def masked_step_plan(self, mask_offsets: Any) -> tuple[Any, ...] | None:
         """:attr:`step_plan` of a step with offsets, which are the whole mask of the layer."""
         plan = self.step_plan
-        if plan is None or self.window:
+        if plan is None:
             return None
         sinks, _, *others = self.attend_tensors
         return (*plan[:4], (sinks, mask_offsets, *others), self._masked_attrs, *plan[6:])
 
     @functools.cached_property
     def _masked_attrs(self) -> tuple[Any, ...]:
-        return _attend_attrs({**self.attend, "causal": False}, self.head_dim)
+        whole = {"causal": False, "window_size": (-1, -1)}
+        return _attend_attrs({**self.attend, **whole}, self.head_dim)
 
     @property
     def window(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fastattn import functional
+from fastattn import _views, functional
 from fastattn.backends import fastdeploy_models
 from fastattn.backends.forward_meta import field, sequences
 from fastattn.backends.latent import LatentAttentionBackend
@@ -98,27 +98,28 @@ class MLAAttentionBackend(LatentAttentionBackend):
                 "not supported; the model has to give absorbed queries, as it does by the "
                 "max_len_tensor_cpu that init_attention_metadata sets"
             )
-        queries = self._queries(q, compressed_kv, layer)
+        queries, latents = self._queries(q, compressed_kv, layer)
         tokens = queries.shape[0]
         if tokens == 0:
             return paddle.empty([0, self.num_heads * LATENT_DIM], dtype=q.dtype)
         cache = field(forward_meta, "caches")[layer.layer_id]
         maps = self._maps(tokens, cache.shape[0], layer.layer_id, forward_meta, begin=True)
-        self._write(compressed_kv, k_pe, cache, maps.slots, "bf16", "pow2")
+        self._write(latents, k_pe, cache, maps.slots, "bf16", "pow2")
         if self._signals is not None:
             self._signals.send(cache, cache, layer, forward_meta)
+        seqs = sequences(forward_meta)
         out = functional.mla_attention(
             queries,
             cache,
-            *sequences(forward_meta),
-            self._most_new_tokens(tokens, forward_meta),
-            self._most_keys(forward_meta),
+            *seqs,
+            self._most_new_tokens(tokens, seqs[1], forward_meta),
+            self._most_keys(seqs[0]),
             cache_format="bf16",
             softmax_scale=self.config.softmax_scale,
             causal=self.config.causal,
             sinks=getattr(layer, "sinks", None),
         )
-        return out.reshape([tokens, -1])
+        return _views.view(out, [tokens, self.num_heads * LATENT_DIM])
 
 
 def _absorbed_only() -> Any:

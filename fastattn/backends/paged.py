@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any
 
 import paddle
 
-from fastattn import _ops, env, functional
+from fastattn import _ops, _views, env, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.calibrated import Calibrated
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_graphs
@@ -25,6 +26,7 @@ from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
 from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
+from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     codes_per_byte,
@@ -49,11 +51,15 @@ class PagedAttentionMetadata(AttentionMetadata):
         Plan of a cascade, if the step's sequences share a prefix.
     mask : (Tensor, Tensor) or None
         Flat offsets that a layer was given, and the same as [T, 2].
+    windowed : list of (Tensor, int, int, int, Tensor)
+        Masks of layers with a window: the offsets and their version, the window, the layer that
+        made the mask, and the mask.
     """
 
     host_lengths: tuple[int, int] | None = None
     cascade_plan: Any = None
     mask: tuple[Any, Any] | None = None
+    windowed: list[tuple[Any, int, int, int, Any]] = dataclass_field(default_factory=list)
 
 
 class PagedAttentionBackend(AttentionBackend):
@@ -281,11 +287,11 @@ class PagedAttentionBackend(AttentionBackend):
         if self._signals is not None:
             self._signals.send(key, value, layer, forward_meta)
         descale = facts.q_descale(written)
-        options = self._options(facts, scales, descale, qkv, forward_meta, metadata)
+        options = self._options(facts, scales, descale, qkv, forward_meta, metadata, layer.layer_id)
         lengths = metadata.host_lengths or self._guess_lengths(written[0], seqs, forward_meta)
         plan = _cascade_plan(forward_meta, metadata)
         attended = self._attend(written[0], key, value, seqs, lengths, options, plan)
-        return _ops.flat(attended)
+        return _views.flat(attended)
 
     def _step(
         self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata
@@ -296,11 +302,15 @@ class PagedAttentionBackend(AttentionBackend):
             return None
         if self._signals is not None:  # they go between the step's two operators
             return None
-        mask = _mask_offsets(forward_meta, metadata)
         run = _ops.step_function()
+        if run is None:
+            return None
+        mask = mask_offsets(forward_meta, metadata)
+        if mask is not None:
+            mask = layer_mask(mask, forward_meta, metadata, facts.window, layer.layer_id)
         plan = facts.step_plan if mask is None else facts.masked_step_plan(mask)
         caches = optional(forward_meta, "caches")
-        if run is None or plan is None or caches is None:
+        if plan is None or caches is None:
             return None
         lengths = metadata.host_lengths
         if lengths is None and self.batch_invariant:  # no guess: see _guess_lengths
@@ -331,6 +341,7 @@ class PagedAttentionBackend(AttentionBackend):
         qkv: Any,
         forward_meta: Any,
         metadata: PagedAttentionMetadata,
+        layer_id: int,
     ) -> dict[str, Any]:
         """Keyword arguments of a step's attention."""
         options = {
@@ -339,9 +350,10 @@ class PagedAttentionBackend(AttentionBackend):
             "cache_k_scales": scales[0],
             "cache_v_scales": scales[1],
         }
-        mask = _mask_offsets(forward_meta, metadata)
-        if mask is not None:  # with the layer's window they are the whole mask
-            options["mask_offsets"] = _last_keys(mask, facts.window)
+        mask = mask_offsets(forward_meta, metadata)
+        if mask is not None:
+            mask = layer_mask(mask, forward_meta, metadata, facts.window, layer_id)
+            options["mask_offsets"] = mask
             options.update(causal=False, window_size=(-1, -1))
         if q_descale is not None and options["out_scale"] is None:
             options["out_dtype"] = _dtype_name(qkv)
@@ -381,7 +393,7 @@ class PagedAttentionBackend(AttentionBackend):
         there any sequence may have all tokens.
         """
         tokens = query.shape[0]
-        guessed = paddle.in_dynamic_mode() and not _in_sot()
+        guessed = paddle.in_dynamic_mode() and not in_sot()
         if guessed and not self.batch_invariant:  # whose bits may follow from too small a bound
             count = seqs[1].shape[0] - 1
             prefills = optional(forward_meta, "exist_prefill") is True
@@ -529,38 +541,6 @@ def _cascade_plan(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
     """The prepared step's plan, None for its micro-batches: the halves have none of their own."""
     plan = metadata.cascade_plan
     return None if plan is None or optional(forward_meta, "cascade_plan") is not plan else plan
-
-
-def _mask_offsets(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
-    """Offsets [T, 2] of what `forward` was given, or None.
-
-    Not those of the prepared step: two-batch overlap hands its micro-batches to `forward`.
-    """
-    offsets = optional(forward_meta, "attn_mask_offsets")
-    if offsets is None or len(offsets.shape) != 1:
-        return offsets
-    pair = metadata.mask
-    if pair is None or pair[0] is not offsets or 2 * pair[1].shape[0] != offsets.shape[0]:
-        metadata.mask = pair = offsets, offsets.reshape([-1, 2])
-    return pair[1]
-
-
-def _last_keys(mask_offsets: Any, window: int) -> Any:
-    """Offsets [T, 2] of the last `window` keys of each interval, of all for 0.
-
-    A window counts back from the interval's end, as in FastDeploy: queries of one image, which see
-    all of it, see the same keys in front of it.
-    """
-    if not window:
-        return mask_offsets
-    start, end = mask_offsets[:, :1], mask_offsets[:, 1:]
-    return paddle.concat([paddle.maximum(start, end - window), end], axis=1)
-
-
-def _in_sot() -> bool:
-    """Whether Paddle 3 translates the caller by SOT, which is dynamic mode, too."""
-    base = paddle.base.dygraph.base
-    return hasattr(base, "in_sot_simulation_mode") and bool(base.in_sot_simulation_mode())
 
 
 def _sees_all(mask: dict[str, Any]) -> bool:

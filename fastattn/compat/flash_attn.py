@@ -17,6 +17,7 @@ import paddle
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._views import view
 from fastattn.compat._paged import (
     BLOCK_SIZE,
     Blocks,
@@ -72,7 +73,7 @@ def _cache_scale(op: str, name: str, descale: Any, cache: Tensor, blocks: Blocks
     require_tensors(op, **{name: descale})
     shape = list(descale.shape)
     if len(shape) == 2 and shape[0] == 1:
-        return descale.reshape([shape[1]])
+        return view(descale, [shape[1]])
     if len(shape) == 2:
         refuse(
             op,
@@ -448,8 +449,8 @@ def flash_attn_with_kvcache(
     }
     if k is not None and v is not None:
         write_cache_kv(
-            k.reshape([batch * fresh, *k.shape[2:]]),
-            v.reshape([batch * fresh, *v.shape[2:]]),
+            view(k, [batch * fresh, *k.shape[2:]]),
+            view(v, [batch * fresh, *v.shape[2:]]),
             blocks.key,
             blocks.value,
             table,
@@ -460,7 +461,7 @@ def flash_attn_with_kvcache(
             **blocks.options(),
         )
     result = paged_attention(
-        q.reshape([batch * queries, heads, head_dim]),
+        view(q, [batch * queries, heads, head_dim]),
         blocks.key,
         blocks.value,
         table,
@@ -476,15 +477,15 @@ def flash_attn_with_kvcache(
         softcap=softcap,
         sinks=s_aux,
         return_softmax_lse=return_softmax_lse,
-        out=None if out is None else out.reshape([batch * queries, heads, head_dim]),
+        out=None if out is None else view(out, [batch * queries, heads, head_dim]),
         **scales,
         **blocks.options(),
     )
     shape = [batch, queries, heads, head_dim]
     if not return_softmax_lse:
-        return result.reshape(shape) if out is None else out
-    lse = result[1].reshape([heads, batch, queries]).transpose([1, 0, 2])
-    return (result[0].reshape(shape) if out is None else out), lse
+        return view(result, shape) if out is None else out
+    lse = view(result[1], [heads, batch, queries]).transpose([1, 0, 2])
+    return (view(result[0], shape) if out is None else out), lse
 
 
 def _rows_as_tables(op: str, cache: Tensor, batch: int) -> Tensor:

@@ -19,6 +19,8 @@ import paddle
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._views import view
+from fastattn.compat._paged import progression
 from fastattn.functional._marker import unified
 from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mla_sparse import call
@@ -115,16 +117,21 @@ def _dense(
         # All queries see all tokens, also where there are fewer of those: each is a sequence.
         tables = tables.unsqueeze(1).expand([-1, s_q, -1]).reshape([-1, blocks])
         lengths = lengths.unsqueeze(1).expand([-1, s_q]).reshape([-1])
-        q = q.reshape([-1, 1, heads, dim])
+        q = view(q, [-1, 1, heads, dim])
         out, lse = _dense(op, q, k_cache, tables, lengths, sinks, softmax_scale, True, is_fp8)
         lse = lse.reshape([-1, s_q, heads]).transpose([0, 2, 1])
-        return out.reshape([-1, s_q, heads, _VALUE_DIM]), lse
+        return view(out, [-1, s_q, heads, _VALUE_DIM]), lse
     # Upstream's lengths include the new tokens, of which those of a shorter sequence are the last.
     new = lengths.clip(0, s_q)
-    ends = paddle.arange(s_q, (batch + 1) * s_q, s_q, "int32")
-    starts = paddle.concat([ends - new, ends[-1:]])
+    if paddle.in_dynamic_mode():
+        ends = progression(s_q, s_q, batch, "int32", lengths)
+        last = progression(batch * s_q, 0, 1, "int32", lengths)
+    else:
+        ends = paddle.arange(s_q, (batch + 1) * s_q, s_q, "int32")
+        last = ends[-1:]
+    starts = paddle.concat([ends - new, last])
     out, lse = mla_attention(
-        q.reshape([-1, heads, dim]),
+        view(q, [-1, heads, dim]),
         _codes(k_cache, is_fp8),
         tables,
         starts,
@@ -138,8 +145,8 @@ def _dense(
         sinks=sinks,
         return_softmax_lse=True,
     )
-    lse = paddle.where(lse == -float("inf"), -lse, lse).reshape([heads, -1, s_q])
-    return out.reshape([-1, s_q, heads, _VALUE_DIM]), lse.transpose([1, 0, 2])
+    lse = view(paddle.where(lse == -float("inf"), -lse, lse), [heads, -1, s_q])
+    return view(out, [-1, s_q, heads, _VALUE_DIM]), lse.transpose([1, 0, 2])
 
 
 @unified
@@ -252,12 +259,12 @@ def flash_mla_with_kvcache(
         if extra_topk == 0:  # no second cache
             extra = extra_k_cache = extra_topk_length = None
         else:
-            extra = extra.reshape([-1, extra_topk])
+            extra = view(extra, [-1, extra_topk])
     out, lse, _ = call(
         (
-            q.reshape([-1, heads, dim]),
+            view(q, [-1, heads, dim]),
             _codes(k_cache, is_fp8_kvcache),
-            indices.reshape([-1, topk]),
+            view(indices, [-1, topk]),
             _of_each_query(op, "topk_length", topk_length, s_q),
             None,
         ),
@@ -274,10 +281,10 @@ def flash_mla_with_kvcache(
         (True, False, True),
     )
     # No copy of one query's LSE.
-    lse = lse.reshape([batch, heads, 1] if s_q == 1 else [batch, s_q, heads])
+    lse = view(lse, [batch, heads, 1] if s_q == 1 else [batch, s_q, heads])
     if s_q != 1:
         lse = lse.transpose([0, 2, 1])
-    return out.reshape([batch, s_q, heads, _VALUE_DIM]), lse
+    return view(out, [batch, s_q, heads, _VALUE_DIM]), lse
 
 
 def _prefill_order(results: tuple[Tensor, Any, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,7 +359,7 @@ def flash_mla_sparse_fwd(
     return _prefill_order(
         call(
             # The keys are pages of one token.
-            (q, kv, indices.reshape([-1, indices.shape[2]]), topk_length, None),
+            (q, kv, view(indices, [-1, indices.shape[2]]), topk_length, None),
             (None,) * 4,
             (attn_sink, None),
             ("bf16", None),

@@ -14,6 +14,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
+from fastattn._views import view
 from fastattn.compat._paged import (
     BLOCK_SIZE,
     dtype_name,
@@ -226,12 +227,12 @@ def block_multihead_attention(
         out_scale=_output_scale(qkv, out_scale, quant_max_bound, quant_min_bound),
         **scales,
     )
-    return out.reshape([-1, heads * head_dim]), qkv, key_cache, value_cache
+    return view(out, [-1, heads * head_dim]), qkv, key_cache, value_cache
 
 
 def _flat(tensor: Any) -> Any:
     """[B, 1] as [B]."""
-    return tensor if tensor is None or len(tensor.shape) == 1 else tensor.reshape([-1])
+    return tensor if tensor is None or len(tensor.shape) == 1 else view(tensor, [-1])
 
 
 def _sizes(qkv: Tensor, key_cache: Tensor, block_size: int) -> tuple[int, int, int]:

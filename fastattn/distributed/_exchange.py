@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,8 +12,11 @@ from paddle import Tensor
 
 from fastattn import env
 from fastattn._ops import is_tensor
+from fastattn._views import strided_view, view
 from fastattn.functional import merge_many_attn_states
 from fastattn.functional._partial import dtype_name, empty
+
+_LOGS_CALLS = env.log_level() > 1
 
 
 def ranks_of(op: str, group: Any) -> int:
@@ -49,10 +53,10 @@ def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[Any]) ->
         raise ValueError(f"{op}: out: expected a contiguous tensor")
     first, last = _span(out)
     for tensor in inputs:
-        if not is_tensor(tensor) or 0 in tensor.shape:
+        if tensor is None or not is_tensor(tensor):
             continue
         begin, end = _span(tensor)
-        if begin < last and first < end:
+        if begin < last and first < end and begin < end:
             raise ValueError(f"{op}: out: shares memory with an input")
 
 
@@ -68,24 +72,21 @@ def store(result: Any, out: Tensor) -> Any:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of a tensor's first byte and behind its last one."""
-    reach = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides)]
-    begin = tensor.data_ptr() + tensor.element_size() * sum(x for x in reach if x < 0)
-    items = sum(abs(x) for x in reach) + 1
-    return begin, begin + tensor.element_size() * items
+    """Addresses of a tensor's first byte and behind its last one; the same of an empty one."""
+    shape, size = tensor.shape, tensor.element_size()
+    if 0 in shape:
+        return 0, 0
+    if tensor.is_contiguous():
+        begin = tensor.data_ptr()
+        return begin, begin + size * math.prod(shape)
+    reach = [(count - 1) * stride for count, stride in zip(shape, tensor.strides)]
+    begin = tensor.data_ptr() + size * sum(x for x in reach if x < 0)
+    return begin, begin + size * (sum(abs(x) for x in reach) + 1)
 
 
 def partial_dtype(exchange_dtype: str, dtype: str) -> str:
     """Type of partial results for one of the whole of type `dtype`."""
     return "float32" if exchange_dtype == "float32" else dtype
-
-
-def _view(buffer: Tensor, shape: list[int], strides: list[int], first: int = 0) -> Tensor:
-    """Elements of a one-dimensional tensor that has memory of its own, from `first` on.
-
-    Not by slices: Paddle 2.6 may copy those. Paddle counts the offset in bytes.
-    """
-    return paddle.as_strided(buffer, shape, strides, first * buffer.element_size())
 
 
 class Exchange:
@@ -109,9 +110,10 @@ class Exchange:
         # The next rank's outputs begin at a multiple of 16 bytes.
         packed = dtype == "float32"
         self._slot = self._outputs + (-(-self._lses // 4) * 4 if packed else 0)
+        self._place = place
         self._own = empty([self._slot], getattr(paddle, dtype), place)
         #: Where this rank's partial output goes, shape [T, H, D].
-        self.out = _view(self._own, shape, [heads * dim, dim, 1])
+        self.out = strided_view(self._own, shape, [heads * dim, dim, 1])
 
     def gather(self, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [N, T, H, D] and LSEs [N, H, T] of all N ranks, in their order.
@@ -122,20 +124,21 @@ class Exchange:
         shapes = [self._ranks, tokens, heads, dim], [self._ranks, heads, tokens]
         strides = [self._slot, heads * dim, dim, 1], [self._slot, tokens, 1]
         if self._slot == self._outputs:
-            lses = self._all_gather(lse.reshape([self._lses])).reshape(shapes[1])
-            return self._all_gather(self._own).reshape(shapes[0]), lses
-        paddle.assign(lse, output=_view(self._own, shapes[1][1:], strides[1][1:], self._outputs))
+            lses = view(self._all_gather(view(lse, [self._lses])), shapes[1])
+            return view(self._all_gather(self._own), shapes[0]), lses
+        own = strided_view(self._own, shapes[1][1:], strides[1][1:], self._outputs)
+        paddle._C_ops.assign_out_(lse, own)  # paddle.assign without its checks
         slots = self._all_gather(self._own)
-        lses = _view(slots, shapes[1], strides[1], self._outputs)
-        return _view(slots, shapes[0], strides[0]), lses
+        lses = strided_view(slots, shapes[1], strides[1], self._outputs)
+        return strided_view(slots, shapes[0], strides[0]), lses
 
     def _all_gather(self, own: Tensor) -> Tensor:
         """`own` of every rank, one behind the other."""
-        if env.log_level() > 1:
+        if _LOGS_CALLS:
             from fastattn import _log
 
             _log.LOGGER.debug("all_gather among %d ranks: %s", self._ranks, _log.describe(own))
-        buffer = empty([self._ranks * own.shape[0]], own.dtype, own.place)
+        buffer = empty([self._ranks * own.shape[0]], own.dtype, self._place)
         # On a GPU the collective runs on the stream of the kernels around it, so that the host does
         # not wait and a CUDA graph can capture it.
         dist.stream.all_gather(
@@ -143,7 +146,7 @@ class Exchange:
             own,
             group=self._group,
             sync_op=True,
-            use_calc_stream=own.place.is_gpu_place(),
+            use_calc_stream=self._place.is_gpu_place(),
         )
         return buffer
 

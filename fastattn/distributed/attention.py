@@ -182,7 +182,8 @@ def paged_attention_dcp(
         "k_center": k_center,
     }
     alone = world_size == 1 and (out is None or not paddle.in_dynamic_mode())
-    if alone or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
+    shape = q.shape if is_tensor(q) else []
+    if alone or len(shape) != 3 or 0 in shape:
         return paged_attention(
             *arguments,
             **options,
@@ -194,8 +195,9 @@ def paged_attention_dcp(
         )
     dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
     check_results(_OP, q, out, out_scale, dtype)
-    check_tensor(_OP, "sinks", sinks, list(q.shape[1:2]), ("float32", "bfloat16"))
-    check_place_of_result(_OP, out, [*arguments, *options.values(), sinks, out_scale])
+    check_tensor(_OP, "sinks", sinks, list(shape[1:2]), ("float32", "bfloat16"))
+    if out is not None:
+        check_place_of_result(_OP, out, [*arguments, *options.values(), sinks, out_scale])
     if world_size == 1:
         results: dict[str, Any] = {"sinks": sinks, "out_scale": out_scale}
         results["return_softmax_lse"] = return_softmax_lse
@@ -203,13 +205,16 @@ def paged_attention_dcp(
         return store(paged_attention(*arguments, **{**options, **results}), out)
     partial = partial_dtype(exchange_dtype, dtype)
     exchange = Exchange(output_shape(q), partial, q.place, world_size, group)
-    if is_tensor(key_cache) and key_cache.ndim == 4:  # else the operator says what is wrong
-        mask: dict[str, Any] = {
-            "causal": causal,
-            "window_size": window_size,
-            "mask_offsets": mask_offsets,
-        }
-        arguments, masks = local_call(_OP, local_keys, arguments, block_size=64, **mask)
+    if is_tensor(key_cache) and len(key_cache.shape) == 4:  # else the operator says what is wrong
+        arguments, masks = local_call(
+            _OP,
+            local_keys,
+            arguments,
+            block_size=64,
+            causal=causal,
+            window_size=window_size,
+            mask_offsets=mask_offsets,
+        )
         if masks is not None:
             options.update(causal=False, window_size=(-1, -1), mask_offsets=masks)
     _, partial_lse = paged_attention(

@@ -50,17 +50,19 @@ def _attend(
     sinks, out, dtype = results["sinks"], results["out"], results["out_dtype"]
     # A choice of keys has no tokens of no sequence: its operator writes all of `out`.
     writes_all = out is None or attend is mla_sparse_attention or not paddle.in_dynamic_mode()
-    if (world_size == 1 and writes_all) or not is_tensor(q) or q.ndim != 3 or 0 in q.shape:
+    shape = q.shape if is_tensor(q) else []
+    if (world_size == 1 and writes_all) or len(shape) != 3 or 0 in shape:
         return attend(*arguments, **options, **results)
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"{op}: out_dtype: expected bfloat16 or float32, got {dtype!r}")
-    check_tensor(op, "out", out, [*q.shape[:2], _VALUE_DIM], (dtype,))
-    check_tensor(op, "sinks", sinks, list(q.shape[1:2]), ("float32",))
-    check_place_of_result(op, out, [*arguments, *options.values(), sinks])
+    check_tensor(op, "out", out, [*shape[:2], _VALUE_DIM], (dtype,))
+    check_tensor(op, "sinks", sinks, list(shape[1:2]), ("float32",))
+    if out is not None:
+        check_place_of_result(op, out, [*arguments, *options.values(), sinks])
     if world_size == 1:
         return store(attend(*arguments, **options, **{**results, "out": None}), out)
     partial = partial_dtype(exchange_dtype, dtype)
-    exchange = Exchange([*q.shape[:2], _VALUE_DIM], partial, q.place, world_size, group)
+    exchange = Exchange([*shape[:2], _VALUE_DIM], partial, q.place, world_size, group)
     if localized is not None:
         arguments = localized()
     _, partial_lse = attend(
@@ -73,11 +75,12 @@ def _attend(
 
 def _page_tokens(cache: Any, page_size: int | None) -> int:
     """Tokens of a page; 0 where the cache or `page_size` is one that the operator refuses."""
-    if not is_tensor(cache) or not 2 <= cache.ndim <= 4:
+    shape = cache.shape if is_tensor(cache) else []
+    if not 2 <= len(shape) <= 4:
         return 0
     own: Any = page_size
-    if cache.ndim > 2:
-        own = cache.shape[1 if cache.ndim == 3 or cache.shape[2] == 1 else 2]
+    if len(shape) > 2:
+        own = shape[1 if len(shape) == 3 or shape[2] == 1 else 2]
     return own if type(own) is int and own > 0 and page_size in (None, own) else 0
 
 

@@ -20,11 +20,12 @@ def _page_size(op: str, cache: Any, page_size: int | None) -> int:
         return page_size
     if not _ops.is_tensor(cache):
         return 1  # the operator raises for the cache
-    if len(cache.shape) < 3:
+    shape = cache.shape
+    if len(shape) < 3:
         raise ValueError(
-            f"{op}: page_size: a cache of shape {list(cache.shape)} does not tell it, got None"
+            f"{op}: page_size: a cache of shape {list(shape)} does not tell it, got None"
         )
-    return int(cache.shape[1])
+    return int(shape[1])
 
 
 @unified

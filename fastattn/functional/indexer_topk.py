@@ -17,9 +17,9 @@ WORKSPACE_BYTES = 1 << 27
 
 
 def _check_sizes(op: str, k: Any, workspace_bytes: Any) -> None:
-    for name, value in (("k", k), ("workspace_bytes", workspace_bytes)):
-        if type(value) is not int:
-            raise TypeError(f"{op}: {name}: expected int, got {type(value).__name__}")
+    if type(k) is not int or type(workspace_bytes) is not int:
+        name, value = ("k", k) if type(k) is not int else ("workspace_bytes", workspace_bytes)
+        raise TypeError(f"{op}: {name}: expected int, got {type(value).__name__}")
     if not 1 <= k <= MAX_K:  # a traced program needs the shape before the operator runs
         raise ValueError(f"{op}: k: expected 1 to {MAX_K}, got {k}")
 

@@ -11,13 +11,13 @@ from fastattn.functional._attributes import scale_of
 from fastattn.functional._marker import unified
 
 
-def _indices_of_extra(op: str, q: Any, cache: Any, indices: Any) -> Any:
+def _indices_of_extra(op: str, q: Any, indices: Any) -> Any:
     """Indices of a second cache; [T, 0] is None for the operator, which takes no empty tensor."""
-    if cache is not None and indices is None:
+    if indices is None:
         raise TypeError(f"{op}: extra_indices: expected a tensor with extra_cache, got None")
-    if _ops.is_tensor(q) and _ops.is_tensor(indices) and list(indices.shape) == [*q.shape[:1], 0]:
-        return None
-    return indices
+    if not _ops.is_tensor(indices) or 0 not in indices.shape or not _ops.is_tensor(q):
+        return indices
+    return None if list(indices.shape) == [*q.shape[:1], 0] else indices
 
 
 def call(
@@ -48,13 +48,14 @@ def call(
     """
     op = "mla_sparse_attention"
     cache_format, extra_format = formats
-    indices = _indices_of_extra(op, keys[0], *extra[:2])
+    page_size, extra_page_size = page_sizes
     if extra[0] is not None:
-        extra = (extra[0], indices, *extra[2:])
+        extra = (extra[0], _indices_of_extra(op, keys[0], extra[1]), *extra[2:])
     attrs = (
         cache_format,
         cache_format if extra_format is None else extra_format,
-        *(0 if size is None else size for size in page_sizes),
+        0 if page_size is None else page_size,
+        0 if extra_page_size is None else extra_page_size,
         scale_of(op, keys[0], softmax_scale),
         *flags,
         out_dtype,
@@ -194,5 +195,6 @@ def mla_sparse_attention(
         (return_softmax_lse, return_max_logits, False),
         out_dtype,
     )
-    more = (lse,) * return_softmax_lse + (max_logits,) * return_max_logits
-    return (result, *more) if more else result
+    if not (return_softmax_lse or return_max_logits):
+        return result
+    return (result, *(lse,) * return_softmax_lse, *(max_logits,) * return_max_logits)

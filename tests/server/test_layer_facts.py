@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 import pytest
 
-from fastattn import _ops
+from fastattn import _ops, _views
 from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta, make_config
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.compare import assert_same_bits
@@ -254,12 +254,12 @@ def test_facts_of_a_layer_among_many_are_kept(built, monkeypatch):
 
 def test_a_flat_view_shares_its_memory():
     x = tensor(RNG.normal(size=(5, 3, 64)))
-    flat = _ops.flat(x)
+    flat = _views.flat(x)
     assert list(flat.shape) == [5, 192] and flat.stop_gradient
     assert_same_bits(to_numpy(flat), to_numpy(x).reshape(5, 192))
     assert flat.data_ptr() == x.data_ptr()
     transposed = x.transpose([1, 0, 2])
-    assert_same_bits(to_numpy(_ops.flat(transposed)), to_numpy(transposed).reshape(3, 320))
+    assert_same_bits(to_numpy(_views.flat(transposed)), to_numpy(transposed).reshape(3, 320))
 
 
 def step_layer(kind):

@@ -12,7 +12,7 @@ import paddle
 import pytest
 
 import fastattn.functional as F
-from fastattn import _ops
+from fastattn import _ops, _views
 from tests.support.calls import CALLS, OPERATORS, make_call
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import to_numpy
@@ -260,10 +260,141 @@ def test_a_tensor_without_data_is_declined():
 
 def test_a_flat_view_keeps_what_its_source_had():
     x = paddle.arange(4096, dtype="float32").reshape([4, 2, 512])
-    flat = _ops.flat(x)
+    flat = _views.flat(x)
     x.cast_("float64")
     junk = [paddle.full([4, 2, 512], 9.0) for _ in range(20)]
     assert (flat.numpy().reshape(-1) == np.arange(4096)).all() and junk
+
+
+@pytest.fixture(params=["direct", "paddle"])
+def views(request, monkeypatch):
+    """Views as ``_direct`` makes them, and as Paddle does where that was not built."""
+    if request.param == "paddle":
+        monkeypatch.setattr(_ops, "helpers", lambda: None)
+
+
+ARRAY = np.arange(240, dtype=np.float32).reshape([4, 6, 10])
+
+
+@pytest.mark.parametrize(
+    "shape", [[24, 10], [4, 60], [240], [2, 2, 3, 1, 20], [-1], [-1, 10], [2, -1, 5], [4, 60, -1]]
+)
+def test_a_view_has_the_memory_of_its_source(views, shape):
+    x = paddle.to_tensor(ARRAY)
+    half = [-1 if shape[0] == -1 else shape[0] // 2, *shape[1:]]
+    for source, array, wanted in ((x, ARRAY, shape), (x[1:3], ARRAY[1:3], half)):
+        view = _views.view(source, wanted)
+        assert_same_bits(to_numpy(view), array.reshape(wanted))
+        assert view.data_ptr() == source.data_ptr()
+    x.zero_()
+    assert not to_numpy(_views.view(x, shape)).any()
+
+
+def test_a_tensor_is_its_own_view():
+    x = paddle.to_tensor(ARRAY)
+    strided = x.transpose([1, 0, 2])
+    assert (
+        _views.view(x, [4, 6, 10]) is x
+        and _views.view(x, [4, -1, 10]) is x
+        and _views.view(strided, [6, 4, 10]) is strided
+    )
+
+
+def test_a_view_of_a_strided_tensor_has_its_elements_in_order(views):
+    strided = paddle.to_tensor(ARRAY).transpose([2, 0, 1])
+    got = to_numpy(_views.view(strided, [5, 48]))
+    assert_same_bits(got, np.ascontiguousarray(ARRAY.transpose(2, 0, 1)).reshape(5, 48))
+
+
+def test_a_view_passes_a_gradient_on(views):
+    x, factors = paddle.to_tensor(ARRAY, stop_gradient=False), paddle.to_tensor(ARRAY[::-1].copy())
+    (_views.view(x, [24, 10]) * factors.reshape([24, 10])).sum().backward()
+    assert_same_bits(to_numpy(x.grad), ARRAY[::-1].copy())
+
+
+def test_a_view_outlives_what_its_source_was(views):
+    x = paddle.to_tensor(ARRAY)
+    view, some = _views.view(x, [240]), _views.strided_view(x, [2, 3], [100, 7], 5)
+    x.cast_("float64")
+    junk = [paddle.full([4, 6, 10], 9.0) for _ in range(20)]
+    assert_same_bits(to_numpy(view), ARRAY.reshape(240))
+    assert some.tolist() == [[5, 12, 19], [105, 112, 119]] and junk
+
+
+def check_strided_view(dtype: str, begin: int = 0) -> None:
+    """A view of what a buffer has from element `begin` on, read and written."""
+    values = np.arange(1, 301) % 128
+    buffer = paddle.to_tensor(values, "float32").astype(dtype)
+    view = _views.strided_view(buffer[begin:] if begin else buffer, [2, 3, 5], [100, 10, 2], 30)
+    assert list(view.shape) == [2, 3, 5] and list(view.strides) == [100, 10, 2]
+    i, j, k = np.indices([2, 3, 5])
+    where = begin + 30 + 100 * i + 10 * j + 2 * k
+    assert (view.astype("int32").numpy() == values[where]).all()
+    view.zero_()
+    values[where] = 0
+    assert (buffer.astype("int32").numpy() == values).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_a_view_with_strides(views, dtype):
+    check_strided_view(dtype)
+
+
+def test_a_view_with_strides_of_a_view():
+    check_strided_view("bfloat16", 7)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([2, 3], [10, 1], 228),  # ends one element behind the last
+        ([2, 3], [10, 1], -1),
+        ([2, 3], [-10, 1], 100),
+        ([2, 3], [10], 0),
+        ([2, 3], [2**62, 2**62], 0),
+        ([2, 0], [10, 1], 0),
+        ([2, 3], (10, 1), 0),
+        ([2, 3], [10, 1], 0.0),
+        ([2, 3], [10, 1]),
+        ([239],),
+        ([-240],),
+        ([-2, -120],),
+        ([-1, -1],),
+        ([-1, 7],),
+        ([-1, 0],),
+        ([-1, 2**32, 2**32],),
+        ([-1, 480],),
+        ([2**32, 2**32],),
+        ([240.0],),
+        ([240, True],),
+        ((240,),),
+        ([1] * 9 + [240],),
+        (None,),
+    ],
+)
+def test_what_is_no_view_is_declined(arguments):
+    x = paddle.to_tensor(ARRAY)
+    assert _ops.helpers().view(x, *arguments) is None
+    last = _ops.helpers().view(x, [2, 3], [10, 1], 227)
+    assert last.tolist() == [[227, 228, 229], [237, 238, 239]]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: ARRAY,
+        lambda: paddle.zeros([0, 240]),
+        lambda: paddle.to_tensor(ARRAY).transpose([1, 0, 2]),
+        lambda: paddle.to_tensor(ARRAY, stop_gradient=False),
+    ],
+)
+def test_what_has_no_view_is_declined(make):
+    assert _ops.helpers().view(make(), [240]) is None
+    assert _ops.helpers().view(make(), [2, 3], [10, 1], 0) is None
+    x = paddle.to_tensor(ARRAY)
+    x._clear_data()
+    assert _ops.helpers().view(x, [240]) is None
 
 
 def test_a_sparse_tensor_is_refused_by_name():

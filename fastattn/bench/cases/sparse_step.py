@@ -21,6 +21,7 @@ import numpy as np
 import paddle
 
 import fastattn.functional as F
+from fastattn._views import view
 from fastattn.backends.indexer import TILE
 from fastattn.bench.cases import sparse_models as facts
 from fastattn.bench.cases.sparse_models import INDEX_DIM, PAGE, Seqs, SparseModel
@@ -247,7 +248,7 @@ class SparseLayer:
         """Logits and their top-k: over pages, and for a chunk over keys that are gathered once."""
         step, outs = self.step, self.step.outs
         if step.is_decode:
-            q = codes.reshape([step.tokens, 1, -1, INDEX_DIM])
+            q = view(codes, [step.tokens, 1, -1, INDEX_DIM])
             return F.paged_indexer_topk(
                 q, self.index, weights, step.ends, step.tables, step.longest, step.topk,
                 out=outs["topk"],
@@ -296,25 +297,37 @@ class SparseLayer:
         dict
             What each part gave.
         """
-        found: dict[str, Any] = dict(given or {})
-        inputs: dict[str, Callable[[], tuple[Any, ...]]] = {
-            "selection": lambda: found["index query"],
-            "slots": lambda: (found["selection"],),
-            "attention": lambda: (found["write"], *found["slots"]),
-            "output": lambda: (found["attention"],),
-        }
-        for part in parts:
-            work = getattr(self, part.replace(" ", "_"))
-            found[part] = work(*inputs[part]()) if part in inputs else work()
-        return found
+        return _run(self._works(parts), given or {})
 
     def call(self, parts: Sequence[str], given: dict[str, Any] | None = None) -> Call:
         """A call of :meth:`run` that keeps nothing alive."""
+        works, known = self._works(parts), given or {}
 
         def work() -> None:
-            self.run(parts, given)
+            _run(works, known)
 
         return work
+
+    def _works(self, parts: Sequence[str]) -> list[tuple[str, Any, Any]]:
+        """Parts, what does them, and what takes their inputs from the results of others."""
+        return [(part, getattr(self, part.replace(" ", "_")), _INPUTS.get(part)) for part in parts]
+
+
+#: Arguments of parts, from what other parts gave.
+_INPUTS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
+    "selection": lambda found: found["index query"],
+    "slots": lambda found: (found["selection"],),
+    "attention": lambda found: (found["write"], *found["slots"]),
+    "output": lambda found: (found["attention"],),
+}
+
+
+def _run(works: list[tuple[str, Any, Any]], given: dict[str, Any]) -> dict[str, Any]:
+    """Results of parts beside those given. It does little else: a step's host time is measured."""
+    found = dict(given)
+    for part, work, inputs in works:
+        found[part] = work() if inputs is None else work(*inputs(found))
+    return found
 
 
 def _slot_ranges(device: Device, tokens: int) -> Iterator[tuple[paddle.Tensor, int]]:

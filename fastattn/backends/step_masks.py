@@ -1,0 +1,67 @@
+"""The mask of a step that comes as offsets, and what a layer with a window sees of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from fastattn.backends.forward_meta import optional
+
+#: Windowed masks that a step remembers: of two micro-batches and two sizes of windows.
+_MOST_WINDOWED = 4
+
+
+def mask_offsets(forward_meta: Any, metadata: Any) -> Any:
+    """Offsets [T, 2] of what `forward` was given, or None.
+
+    Not those of the prepared step: two-batch overlap hands its micro-batches to `forward`.
+    """
+    offsets = optional(forward_meta, "attn_mask_offsets")
+    if offsets is None or len(offsets.shape) != 1:
+        return offsets
+    pair = metadata.mask
+    if pair is None or pair[0] is not offsets or 2 * pair[1].shape[0] != offsets.shape[0]:
+        metadata.mask = pair = offsets, offsets.reshape([-1, 2])
+    return pair[1]
+
+
+def layer_mask(mask: Any, forward_meta: Any, metadata: Any, window: int, layer_id: int) -> Any:
+    """Offsets [T, 2] of the keys that a layer sees, of a step with the offsets `mask`.
+
+    Those of a window are made by the first layer of the step that has it, for all of them. That
+    layer makes them anew when it comes again: a server runs the same step once as it is and once
+    more to capture a CUDA graph, which must contain them.
+    """
+    if not window:
+        return mask
+    if not paddle.in_dynamic_mode() or in_sot():
+        return last_keys(mask, window)
+    given = optional(forward_meta, "attn_mask_offsets")
+    version = getattr(given, "inplace_version", 0)
+    known = metadata.windowed
+    for index, (offsets, seen, size, maker, made) in enumerate(known):
+        if offsets is given and size == window:
+            if maker != layer_id and seen == version:
+                return made
+            del known[index]
+            break
+    del known[: max(0, len(known) - _MOST_WINDOWED + 1)]
+    known.append((given, version, window, layer_id, last_keys(mask, window)))
+    return known[-1][-1]
+
+
+def last_keys(mask: Any, window: int) -> Any:
+    """Offsets [T, 2] of the last `window` keys of each interval.
+
+    A window counts back from the interval's end, as in FastDeploy: queries of one image, which see
+    all of it, see the same keys in front of it.
+    """
+    start, end = mask[:, :1], mask[:, 1:]
+    return paddle.concat([paddle.maximum(start, end - window), end], axis=1)
+
+
+def in_sot() -> bool:
+    """Whether Paddle 3 translates the caller by SOT, which is dynamic mode, too."""
+    base = paddle.base.dygraph.base
+    return hasattr(base, "in_sot_simulation_mode") and bool(base.in_sot_simulation_mode())
