@@ -104,6 +104,8 @@ def main() -> int:
     options = parser.parse_args()
     if not (options.tree / "fastdeploy" / "__init__.py").exists():
         parser.error(f"--tree {options.tree}: no package fastdeploy in there")
+    if not (options.tree / "custom_ops" / "gpu_ops").is_dir():
+        parser.error(f"--tree {options.tree}: no custom_ops/gpu_ops, whose sources tell versions")
     with tempfile.TemporaryDirectory(prefix="check_fastdeploy_") as scratch:
         tempfile.tempdir = scratch  # for FastDeploy's temporary files, too
         return run_cases(options)

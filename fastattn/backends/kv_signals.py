@@ -8,8 +8,12 @@ own, in the same stream, between the write and the attention.
 from __future__ import annotations
 
 import functools
+import mmap
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastattn import _ops
@@ -35,8 +39,8 @@ class KvSignals:
         Number of the backend's layer 0 among those of the main model and the draft model.
     begins_steps : bool
         Whether a step begins with this backend; the draft model's goes on with the main model's.
-    short_key : bool
-        Whether the queue has the key of FastDeploy 2.4.
+    key_rule : {"rank", "number", "wide"}
+        How the queue's key is made, see :func:`queue_key`.
     """
 
     mode: str
@@ -44,7 +48,7 @@ class KvSignals:
     device: str
     first_layer: int
     begins_steps: bool
-    short_key: bool
+    key_rule: str
 
     @classmethod
     def of(cls, fd_config: Any) -> KvSignals | None:
@@ -69,14 +73,14 @@ class KvSignals:
             device=listed[rank % len(listed)].strip(),
             first_layer=int(read(fd_config, "model_config.start_layer_index", 0)),
             begins_steps=read(fd_config, "speculative_config.model_type", "main") != "mtp",
-            short_key=not hasattr(parallel, "local_engine_worker_queue_port"),
+            key_rule=_key_rule(parallel) if mode == "per_chunk" else "wide",
         )
 
     @functools.cached_property
     def channel(self) -> str:
         """The receiver, as the operators name it. FastDeploy's worker sets its queue's number."""
         if self.mode == "per_chunk":
-            return f"queue:{queue_key(self.rank, short=self.short_key)}"
+            return f"queue:{queue_key(self.rank, self.key_rule)}"
         step, layer = shared_names(self.rank, self.device)
         return f"shm:{layer}:{step}"
 
@@ -104,26 +108,67 @@ def _send(key: Any, value: Any, layer_id: int, channel: str) -> None:
     _ops.call("send_kv_signal", (key, value), (layer_id, channel))
 
 
-def queue_key(rank: int, *, short: bool) -> int:
+def _key_rule(parallel: Any) -> str:
+    """The rule of the installed FastDeploy.
+
+    The receiver's half is in its compiled operators, which have two rules under one Python: those
+    of 2.5.0 took C's ``ftok``, of whose number 8 bits count, later builds have a function of their
+    own. A queue that nobody reads would fill up and hold the worker.
+    """
+    if not hasattr(parallel, "local_engine_worker_queue_port"):
+        return "rank"
+    known = [_told_by(path) for path in _operator_libraries()]
+    return "number" if "number" in known and "wide" not in known else "wide"
+
+
+def _operator_libraries() -> Iterator[Path]:
+    """FastDeploy's compiled operators for GPUs."""
+    name = "fastdeploy.model_executor.ops.gpu"
+    folders = [Path(path) for path in getattr(sys.modules.get(name), "__path__", None) or ()]
+    for root in getattr(sys.modules.get("fastdeploy"), "__path__", None) or ():
+        folders.append(Path(root, *name.split(".")[1:]))
+    for folder in dict.fromkeys(folders):
+        yield from sorted(folder.rglob("*.so"))
+
+
+@functools.lru_cache(maxsize=16)
+def _told_by(library: Path) -> str | None:
+    """The rule that a library's strings tell: the newer function has a message of its own."""
+    try:
+        with library.open("rb") as file:
+            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # it cannot be read, or is empty
+        return None
+    with text:
+        if text.find(b"[custom_ftok]") >= 0:
+            return "wide"
+        return "number" if text.find(b"INFERENCE_MSG_QUEUE_ID") >= 0 else None
+
+
+def queue_key(rank: int, rule: str = "wide") -> int:
     """Key of the System V queue of a rank, as both ends compute it.
 
     Parameters
     ----------
     rank : int
-    short : bool
-        Whether it is that of FastDeploy 2.4, C's ``ftok("/opt/", 1024 + rank)``, which is the same
-        for all servers of a node. Since 2.5 it has the server's ``INFERENCE_MSG_QUEUE_ID``.
+    rule : {"rank", "number", "wide"}
+        "rank": that of FastDeploy 2.4, C's ``ftok("/opt/", 1024 + rank)``, the same for all servers
+        of a node. "number": that of 2.5.0, ``ftok("/opt/", id + rank)``, where id is the server's
+        ``INFERENCE_MSG_QUEUE_ID``. "wide": that of later builds, with 20 bits of such a number.
     """
     try:
         place = os.stat("/opt/")
     except OSError:
         return -1
-    if short:
-        key = (rank & 0xFF) << 24 | (place.st_dev & 0xFF) << 16 | place.st_ino & 0xFFFF
-    else:
+    # 2.4 takes 1024, of whose sum with the rank C's ftok has the lower 8 bits.
+    number = 1024 if rule == "rank" else int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024"))
+    if rule == "wide":
         # FastDeploy means (id << 4) + rank; C reads id << (4 + rank).
-        number = int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024")) << (4 + rank)
-        key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number & 0xFFFFF
+        number = number << (4 + rank) & 0xFFFFF
+        key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number
+    else:
+        number = number + rank & 0xFF
+        key = number << 24 | (place.st_dev & 0xFF) << 16 | place.st_ino & 0xFFFF
     return key - (1 << 32) if key >= 1 << 31 else key  # as C's int
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import paddle
 from paddle import Tensor
 
 from fastattn.compat._flashinfer_wrapper import LN2, caches_as_blocks, check_layout
@@ -14,7 +15,7 @@ from fastattn.compat._paged import (
     refuse_given,
     require_tensors,
 )
-from fastattn.functional import merge_attn_states, write_cache_kv
+from fastattn.functional import merge_attn_states, merge_many_attn_states, write_cache_kv
 
 
 def append_paged_kv_cache(
@@ -94,6 +95,107 @@ def append_paged_kv_cache(
     )
 
 
+def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
+    """Keys of each sequence of a page table.
+
+    Parameters
+    ----------
+    kv_indptr : Tensor, shape [B + 1], int32
+    kv_last_page_len : Tensor, shape [B], int32
+    page_size : int
+
+    Returns
+    -------
+    Tensor, shape [B], int32
+        `kv_last_page_len` for a sequence without pages.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat.flashinfer import get_seq_lens
+    >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
+    >>> get_seq_lens(int32([0, 2, 3]), int32([7, 64]), 64).tolist()
+    [71, 64]
+    """
+    require_tensors("get_seq_lens", kv_indptr=kv_indptr, kv_last_page_len=kv_last_page_len)
+    pages = kv_indptr[1:] - kv_indptr[:-1]
+    return (pages - 1).clip(min=0) * page_size + kv_last_page_len
+
+
+def get_batch_indices_positions(
+    append_indptr: Tensor,
+    seq_lens: Tensor,
+    nnz: int,
+    batch_indices: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sequences and positions of new tokens, as :func:`append_paged_kv_cache` takes them.
+
+    Parameters
+    ----------
+    append_indptr : Tensor, shape [B + 1], int32
+        First new token of each sequence.
+    seq_lens : Tensor, shape [B], int32
+        Keys of each sequence, the new ones included.
+    nnz : int
+        Entries of the result; those behind ``append_indptr[-1]`` belong to no sequence.
+    batch_indices, positions : Tensor, shape [nnz], int32, optional
+        Written in place and returned.
+
+    Returns
+    -------
+    batch_indices : Tensor, shape [nnz], int32
+        -1 for a token of no sequence.
+    positions : Tensor, shape [nnz], int32
+        0 for a token of no sequence (FlashInfer: what was there before).
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor, or `nnz` is no int.
+    ValueError
+        If `batch_indices` or `positions` has another shape.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat.flashinfer import get_batch_indices_positions
+    >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
+    >>> [x.tolist() for x in get_batch_indices_positions(int32([0, 1, 3]), int32([5, 9]), 4)]
+    [[0, 1, 1, -1], [4, 7, 8, 0]]
+    """
+    op = "get_batch_indices_positions"
+    require_tensors(op, append_indptr=append_indptr, seq_lens=seq_lens)
+    if not isinstance(nnz, int):
+        raise TypeError(f"{op}: nnz: expected int, got {type(nnz).__name__}")
+    given = {"batch_indices": batch_indices, "positions": positions}
+    for name, tensor in given.items():
+        if tensor is not None:
+            require_tensors(op, **{name: tensor})
+            if list(tensor.shape) != [nnz]:
+                raise ValueError(f"{op}: {name}: expected shape [{nnz}], got {list(tensor.shape)}")
+    tokens = progression(0, 1, nnz, "int32", append_indptr)
+    if nnz == 0 or seq_lens.shape[0] == 0:
+        found = [tokens * 0 - 1, tokens * 0]
+    else:
+        ends = append_indptr[1:].astype("int32")
+        sequences = paddle.searchsorted(ends, tokens, out_int32=True, right=True)
+        inside = (sequences < int(ends.shape[0])).astype("int32")
+        rows = sequences * inside
+        last = seq_lens.astype("int32").gather(rows) - ends.gather(rows)
+        found = [rows - (1 - inside), (last + tokens) * inside]
+    for index, tensor in enumerate(given.values()):
+        if tensor is not None:
+            tensor.copy_(found[index], True)
+            found[index] = tensor
+    return found[0], found[1]
+
+
 def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two partial attentions of the same queries.
 
@@ -160,6 +262,43 @@ def merge_state_in_place(
     require_tensors(op, v=v, s=s, v_other=v_other, s_other=s_other)
     _, lse = merge_attn_states(v, _natural(s), v_other, _natural(s_other), output=v)
     s.copy_(lse.transpose([1, 0]) * (1 / LN2), True)
+
+
+def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge any number of partial attentions of the same queries.
+
+    Parameters
+    ----------
+    v : Tensor, shape [T, N, H, D], float32, float16 or bfloat16
+    s : Tensor, shape [T, N, H]
+        LSE in base 2.
+
+    Returns
+    -------
+    v : Tensor, shape [T, H, D]
+    s : Tensor, shape [T, H], float32
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`fastattn.functional.merge_many_attn_states`.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat.flashinfer import merge_states
+    >>> v, s = merge_states(paddle.ones([1, 4, 1, 64]), paddle.zeros([1, 4, 1]))
+    >>> v[0, 0, 0].item(), round(s.item(), 4)
+    (1.0, 2.0)
+    """
+    op = "merge_states"
+    require_tensors(op, v=v, s=s)
+    for name, tensor, rank in (("v", v, 4), ("s", s, 3)):
+        if len(tensor.shape) != rank:
+            raise ValueError(f"{op}: {name}: expected {rank} dimensions, got {list(tensor.shape)}")
+    lses = (s.astype("float32") * LN2).transpose([1, 2, 0])
+    merged, lse = merge_many_attn_states(v.transpose([1, 0, 2, 3]), lses)
+    return merged, lse.transpose([1, 0]) * (1 / LN2)
 
 
 def _natural(lse: Tensor) -> Tensor:

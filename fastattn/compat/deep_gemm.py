@@ -8,6 +8,8 @@ A program that calls them changes one line::
 They are :func:`fastattn.functional.mqa_logits` and :func:`fastattn.functional.paged_mqa_logits`:
 every cell that a query does not see is -inf, whatever `clean_logits` is. Any multiple of 8 heads,
 64 or 128 channels, pages of any number of tokens, and a schedule that nobody has to make.
+``fp8_fp4_`` functions take FP8 or MXFP4 queries and keys; the others are their older names, for
+FP8 alone.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from fastattn.functional._partial import dtype_name
 from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 
 __all__ = [
+    "fp8_fp4_mqa_logits",
+    "fp8_fp4_paged_mqa_logits",
     "fp8_mqa_logits",
     "fp8_paged_mqa_logits",
     "get_num_sms",
@@ -41,6 +45,191 @@ def _check_logits_dtype(op: str, dtype: Any) -> None:
     name = dtype if type(dtype) is str else dtype_name(dtype)
     if dtype is not None and name.lower() not in ("float32", "fp32"):
         raise NotImplementedError(f"{op}: logits_dtype: expected float32, got {name}")
+
+
+def _pair(op: str, name: str, value: Any, what: str) -> tuple[Any, Any]:
+    if type(value) not in (tuple, list) or len(value) != 2:
+        raise TypeError(f"{op}: {name}: expected {what}, got {type(value).__name__}")
+    return value[0], value[1]
+
+
+def _bytes(codes: Any) -> Any:
+    """Codes of MXFP4 pairs, for which other packages have int8 tensors."""
+    return codes.view("uint8") if str(getattr(codes, "dtype", "")).endswith(".int8") else codes
+
+
+def _check_indices(op: str, indices: Any, q: Any) -> None:
+    """Refuse indices that say anything but which rows of a step are of one sequence."""
+    if indices is None:
+        return
+    if not _ops.is_tensor(indices):
+        raise TypeError(f"{op}: indices: expected a tensor, got {type(indices).__name__}")
+    if not _ops.is_tensor(q):
+        return  # the operator refuses it
+    expected = [int(q.shape[0])]
+    if list(indices.shape) != expected and -1 not in (expected[0], *indices.shape):
+        raise ValueError(f"{op}: indices: expected shape {expected}, got {list(indices.shape)}")
+    if len(q.shape) > 1 and q.shape[1] not in (1, -1):
+        raise ValueError(f"{op}: indices: expected one query a row of q, got {int(q.shape[1])}")
+
+
+@unified
+def fp8_fp4_mqa_logits(
+    q: tuple[Tensor, Tensor | None],
+    kv: tuple[Tensor, Tensor],
+    weights: Tensor,
+    cu_seq_len_k_start: Tensor,
+    cu_seq_len_k_end: Tensor,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
+    logits_dtype: Any = None,
+) -> Tensor:
+    """Score contiguous FP8 or MXFP4 keys with the indexer's queries.
+
+    :func:`fastattn.functional.mqa_logits` under DeepGEMM's name. Differences from DeepGEMM's: as
+    for :func:`fp8_mqa_logits`.
+
+    Parameters
+    ----------
+    q : tuple of (Tensor, Tensor or None)
+        FP8: codes [M, H, D], float8_e4m3fn or uint8, and None. MXFP4: pairs of codes [M, H, D / 2],
+        uint8 or int8, and scales [M, H], int32 (byte b is the exponent of channels 32b and on).
+    kv : tuple of Tensor
+        FP8: keys [N, D] and float32 scales [N]. MXFP4: keys [N, D / 2] and int32 scales [N].
+    weights : Tensor, shape [M, H], float32
+        With the scales of FP8 queries as a factor.
+    cu_seq_len_k_start, cu_seq_len_k_end : Tensor, shape [M], int32
+        Keys that each query sees.
+    clean_logits : bool
+        Accepted; the logits are always clean.
+    max_seqlen_k : int
+        Above 0: columns of a compressed result, whose column j is key ``start + j``.
+    logits_dtype : optional
+        float32.
+
+    Returns
+    -------
+    Tensor, shape [M, N] or [M, max_seqlen_k], float32
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above, `q` or `kv` is no pair, or an argument has another
+        type.
+    ValueError
+        If shapes do not match, or `max_seqlen_k` is negative.
+    NotImplementedError
+        If heads, channels or `logits_dtype` are not supported.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat import deep_gemm
+    >>> ones = paddle.full([1, 8, 64], 0x22, "uint8"), paddle.full([1, 8], 0x7F7F7F7F, "int32")
+    >>> keys = paddle.full([2, 64], 0x22, "uint8"), paddle.to_tensor([0x7F7F7F7F] * 2, "int32")
+    >>> start, end = paddle.to_tensor([0], "int32"), paddle.to_tensor([1], "int32")
+    >>> deep_gemm.fp8_fp4_mqa_logits(ones, keys, paddle.ones([1, 8]), start, end).tolist()
+    [[1024.0, -inf]]
+    """
+    op = "fp8_fp4_mqa_logits"
+    codes, q_scales = _pair(op, "q", q, "queries and their scales or None")
+    keys, k_scales = _pair(op, "kv", kv, "keys and their scales")
+    _check_bool(op, "clean_logits", clean_logits)
+    _check_logits_dtype(op, logits_dtype)
+    if type(max_seqlen_k) is not int:
+        raise TypeError(f"{op}: max_seqlen_k: expected int, got {type(max_seqlen_k).__name__}")
+    packed = q_scales is not None
+    return mqa_logits(
+        _bytes(codes) if packed else codes,
+        _bytes(keys) if packed else keys,
+        weights,
+        cu_seq_len_k_start,
+        cu_seq_len_k_end,
+        k_scales=k_scales,
+        q_scales=q_scales,
+        quant="mxfp4" if packed else "fp8",
+        max_seqlen_k=max_seqlen_k or None,
+    )
+
+
+@unified
+def fp8_fp4_paged_mqa_logits(
+    q: tuple[Tensor, Tensor | None],
+    kv_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    schedule_meta: Any,
+    max_context_len: int,
+    clean_logits: bool = False,
+    logits_dtype: Any = None,
+    indices: Tensor | None = None,
+) -> Tensor:
+    """Score a paged cache of FP8 or MXFP4 index keys with the queries of a decode step.
+
+    :func:`fastattn.functional.paged_mqa_logits` under DeepGEMM's name. Differences from DeepGEMM's:
+    as for :func:`fp8_paged_mqa_logits`.
+
+    Parameters
+    ----------
+    q : tuple of (Tensor, Tensor or None)
+        FP8: codes [B, next_n, H, D], float8_e4m3fn or uint8, and None. MXFP4: pairs of codes
+        [B, next_n, H, D / 2], uint8 or int8, and scales [B, next_n, H], int32.
+    kv_cache : Tensor, shape [num_pages, page_size, 1, D + 4 or D / 2 + 4], uint8
+        Or without the third dimension. A page has its tokens' codes, then 4 bytes of scales each.
+    weights, context_lens, block_table, schedule_meta, max_context_len, clean_logits, logits_dtype
+        As for :func:`fp8_paged_mqa_logits`.
+    indices : Tensor, shape [B], int32, optional
+        Sequence of each row of a step whose sequences have different numbers of queries: next_n is
+        1, and each row has a length and a line of `block_table` of its own. Those say it all, so
+        the values are not used.
+
+    Returns
+    -------
+    Tensor, shape [B * next_n, max_context_len], float32
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above, `q` is no pair, or an argument has another type.
+    ValueError
+        If shapes do not match, pages are too small, or `indices` come with several queries a row.
+    NotImplementedError
+        If heads, channels or `logits_dtype` are not supported.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.compat import deep_gemm
+    >>> q = paddle.full([1, 1, 8, 64], 0x22, "uint8"), paddle.full([1, 1, 8], 0x7F7F7F7F, "int32")
+    >>> lens, table = paddle.to_tensor([2], "int32"), paddle.to_tensor([[0]], "int32")
+    >>> deep_gemm.fp8_fp4_paged_mqa_logits(
+    ...     q, paddle.zeros([1, 64, 1, 68], "uint8"), paddle.ones([1, 8]), lens, table, None, 3
+    ... ).tolist()
+    [[0.0, 0.0, -inf]]
+    """
+    op = "fp8_fp4_paged_mqa_logits"
+    codes, q_scales = _pair(op, "q", q, "queries and their scales or None")
+    _check_bool(op, "clean_logits", clean_logits)
+    _check_logits_dtype(op, logits_dtype)
+    _check_indices(op, indices, codes)
+    packed = q_scales is not None
+    return paged_mqa_logits(
+        _bytes(codes) if packed else codes,
+        kv_cache,
+        weights,
+        _contiguous(context_lens),
+        block_table,
+        max_context_len,
+        q_scales=q_scales,
+        quant="mxfp4" if packed else "fp8",
+    )
+
+
+def _contiguous(lengths: Any) -> Any:
+    if type(lengths) is paddle.Tensor and not lengths.is_contiguous():
+        return lengths.contiguous()
+    return lengths
 
 
 @unified
@@ -100,19 +289,18 @@ def fp8_mqa_logits(
     [[512.0, 768.0]]
     """
     op = "fp8_mqa_logits"
-    if type(kv) not in (tuple, list) or len(kv) != 2:
-        raise TypeError(f"{op}: kv: expected keys and their scales, got {type(kv).__name__}")
+    keys, k_scales = _pair(op, "kv", kv, "keys and their scales")
     _check_bool(op, "clean_logits", clean_logits)
     _check_logits_dtype(op, logits_dtype)
     if type(max_seqlen_k) is not int:
         raise TypeError(f"{op}: max_seqlen_k: expected int, got {type(max_seqlen_k).__name__}")
     return mqa_logits(
         q,
-        kv[0],
+        keys,
         weights,
         cu_seq_len_k_start,
         cu_seq_len_k_end,
-        k_scales=kv[1],
+        k_scales=k_scales,
         max_seqlen_k=max_seqlen_k or None,
     )
 
@@ -127,6 +315,8 @@ def fp8_paged_mqa_logits(
     schedule_meta: Any,
     max_context_len: int,
     clean_logits: bool = False,
+    indices: Tensor | None = None,
+    *,
     logits_dtype: Any = None,
 ) -> Tensor:
     """Score a paged cache of FP8 index keys with the queries of a decode step.
@@ -151,6 +341,8 @@ def fp8_paged_mqa_logits(
         Columns of the result.
     clean_logits : bool
         Accepted; the logits are always clean.
+    indices : Tensor, shape [B], int32, optional
+        As for :func:`fp8_fp4_paged_mqa_logits`.
     logits_dtype : optional
         float32.
 
@@ -163,7 +355,7 @@ def fp8_paged_mqa_logits(
     TypeError
         If a dtype is not one of those above, or an argument has another type.
     ValueError
-        If shapes do not match, or pages are too small.
+        If shapes do not match, pages are too small, or `indices` come with several queries a row.
     NotImplementedError
         If heads, channels or `logits_dtype` are not supported.
 
@@ -181,9 +373,9 @@ def fp8_paged_mqa_logits(
     op = "fp8_paged_mqa_logits"
     _check_bool(op, "clean_logits", clean_logits)
     _check_logits_dtype(op, logits_dtype)
-    if type(context_lens) is paddle.Tensor and not context_lens.is_contiguous():
-        context_lens = context_lens.contiguous()
-    return paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, max_context_len)
+    _check_indices(op, indices, q)
+    lengths = _contiguous(context_lens)
+    return paged_mqa_logits(q, kv_cache, weights, lengths, block_table, max_context_len)
 
 
 @functools.lru_cache(maxsize=64)

@@ -212,7 +212,8 @@ def flash_mla_with_kvcache(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an argument is not a tensor.
+        If a dtype is not one of those above, or an argument is not a tensor, or, as in the
+        positions of another package's function of this name, `causal` or `is_fp8_kvcache` no bool.
     ValueError
         If shapes do not match, `head_dim_v` is not 512, `causal` is given with `indices`, or an
         argument that belongs to `indices` without them.
@@ -233,6 +234,11 @@ def flash_mla_with_kvcache(
     ([1, 1, 16, 512], [1, 16, 1], 0.6931)
     """
     op = "flash_mla_with_kvcache"
+    for name, value in (("causal", causal), ("is_fp8_kvcache", is_fp8_kvcache)):
+        if not isinstance(value, (bool, int)):  # sgl-kernel has descale_q and descale_k between
+            text = f"expected bool, got {type(value).__name__}"
+            text += "; the packages' positions differ from here on, so pass arguments by name"
+            _refuse(op, name, text, TypeError)
     if indices is None:
         if head_dim_v != _VALUE_DIM:
             _refuse(op, "head_dim_v", f"expected {_VALUE_DIM}, got {head_dim_v}")

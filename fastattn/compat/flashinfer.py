@@ -30,8 +30,11 @@ from paddle import Tensor
 
 from fastattn.compat._flashinfer_pages import (
     append_paged_kv_cache,
+    get_batch_indices_positions,
+    get_seq_lens,
     merge_state,
     merge_state_in_place,
+    merge_states,
 )
 from fastattn.compat._flashinfer_plan import (
     dense_block_tables,
@@ -48,8 +51,11 @@ __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
     "append_paged_kv_cache",
     "dense_block_tables",
+    "get_batch_indices_positions",
+    "get_seq_lens",
     "merge_state",
     "merge_state_in_place",
+    "merge_states",
 ]
 
 

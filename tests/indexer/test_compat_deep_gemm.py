@@ -80,17 +80,26 @@ def test_positions_of_arguments_are_deepgemms():
         ),
         deep_gemm.fp8_paged_mqa_logits: (
             "q kv_cache weights context_lens block_table schedule_meta max_context_len "
-            "clean_logits logits_dtype"
+            "clean_logits indices logits_dtype"
+        ),
+        deep_gemm.fp8_fp4_mqa_logits: (
+            "q kv weights cu_seq_len_k_start cu_seq_len_k_end clean_logits max_seqlen_k "
+            "logits_dtype"
+        ),
+        deep_gemm.fp8_fp4_paged_mqa_logits: (
+            "q kv_cache weights context_lens block_table schedule_meta max_context_len "
+            "clean_logits logits_dtype indices"
         ),
         deep_gemm.get_paged_mqa_logits_metadata: "context_lens block_kv num_sms indices",
         deep_gemm.get_num_sms: "",
     }
     for function, order in orders.items():
         assert list(inspect.signature(function).parameters) == order.split(), function
-    defaults = inspect.signature(deep_gemm.fp8_mqa_logits).parameters
-    assert defaults["clean_logits"].default is True and defaults["max_seqlen_k"].default == 0
-    defaults = inspect.signature(deep_gemm.fp8_paged_mqa_logits).parameters
-    assert defaults["clean_logits"].default is False
+    for function in (deep_gemm.fp8_mqa_logits, deep_gemm.fp8_fp4_mqa_logits):
+        defaults = inspect.signature(function).parameters
+        assert defaults["clean_logits"].default is True and defaults["max_seqlen_k"].default == 0
+    for function in (deep_gemm.fp8_paged_mqa_logits, deep_gemm.fp8_fp4_paged_mqa_logits):
+        assert inspect.signature(function).parameters["clean_logits"].default is False
     assert sorted(f.__name__ for f in orders) == sorted(deep_gemm.__all__)
 
 
@@ -135,6 +144,88 @@ def test_codes_of_float8_tensors():
     fp8 = q.view(paddle.float8_e4m3fn), (codes.view(paddle.float8_e4m3fn), scales)
     logits = deep_gemm.fp8_mqa_logits(*fp8, *rest)
     check_logits(to_numpy(logits), case.model())
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize(("dim", "columns"), [(128, 0), (64, 180)])
+def test_prefill_of_fp4(place, dim, columns, dtype):
+    case, rng = Prefill(), RNG(12)
+    q, keys = Codes(rng, (70, 16), dim, "mxfp4"), Codes(rng, (179,), dim, "mxfp4")
+    weights = weights_of(rng, 70, 16)
+    queries, kv = (
+        (to_paddle(x.codes.view(dtype), place), to_paddle(x.scales, place)) for x in (q, keys)
+    )
+    ranges = int32(case.starts, place), int32(case.ends, place)
+    logits = deep_gemm.fp8_fp4_mqa_logits(
+        queries, kv, to_paddle(weights, place), *ranges, False, columns
+    )
+    model = reference.mqa_logits(
+        q.codes, keys.codes, weights, case.starts, case.ends, k_scales=keys.scales,
+        q_scales=q.scales, quant="mxfp4", max_seqlen_k=columns or None,
+    )  # fmt: skip
+    assert logits.shape == [70, columns or 179]
+    check_logits(to_numpy(logits), model)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize(("dim", "next_n"), [(128, 1), (64, 2)])
+def test_decode_of_fp4(place, dim, next_n, dtype):
+    rng = RNG(13)
+    pages = Pages(rng, LENGTHS, dim, "mxfp4", padding=0)
+    q = Codes(rng, (len(LENGTHS), next_n, 32), dim, "mxfp4")
+    weights = weights_of(rng, len(LENGTHS) * next_n, 32)
+    logits = deep_gemm.fp8_fp4_paged_mqa_logits(
+        (to_paddle(q.codes.view(dtype), place), to_paddle(q.scales, place)),
+        to_paddle(pages.cache.reshape(-1, 64, 1, dim // 2 + 4), place),
+        to_paddle(weights, place),
+        int32(LENGTHS, place),
+        int32(pages.tables, place),
+        None,
+        600,
+    )
+    check_logits(to_numpy(logits), paged_reference(q, pages, weights, LENGTHS, 600, "mxfp4"))
+
+
+def test_newer_names_take_fp8(place):
+    """Without scales of its own a query is FP8, and the results are those of the older names."""
+    prefill, decode = Prefill(), Decode(next_n=2)
+    q, *rest = prefill.arguments(place)
+    logits = deep_gemm.fp8_fp4_mqa_logits((q, None), *rest)
+    check_logits(to_numpy(logits), prefill.model())
+    logits = deep_gemm.fp8_fp4_paged_mqa_logits(
+        (to_paddle(decode.q.codes, place), None),
+        to_paddle(decode.pages.cache.reshape(-1, 64, 1, 132), place),
+        to_paddle(decode.weights, place),
+        int32(decode.lengths, place),
+        int32(decode.pages.tables, place),
+        None,
+        decode.columns,
+    )
+    check_logits(to_numpy(logits), decode.model())
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_sequences_of_different_numbers_of_queries(place, newer):
+    """Each query is a row with its length and its sequence's pages, which `indices` tell."""
+    counts = np.array([2, 1, 3])
+    indices = np.repeat(np.arange(3), counts)
+    rng, whole = RNG(14), np.array([131, 64, 400])
+    pages = Pages(rng, whole, 128, "fp8", padding=0)
+    lengths = np.concatenate([n - c + 1 + np.arange(c) for n, c in zip(whole, counts)])
+    pages.tables = pages.tables[indices]
+    q, weights = Codes(rng, (6, 1, 64), 128, "fp8"), weights_of(rng, 6, 64)
+    tensors = [to_paddle(x, place) for x in (pages.cache.reshape(-1, 64, 1, 132), weights)]
+    rows = (int32(lengths[:, None], place), int32(pages.tables, place), None, 450, False)
+    codes = to_paddle(q.codes, place)
+    if newer:
+        function, head, tail = deep_gemm.fp8_fp4_paged_mqa_logits, (codes, None), (None,)
+    else:
+        function, head, tail = deep_gemm.fp8_paged_mqa_logits, codes, ()
+    logits = function(head, *tensors, *rows, *tail, int32(indices, place))
+    want = reference.paged_mqa_logits(
+        q.codes, pages.cache, weights, lengths[:, None], pages.tables, 450, page_size=64
+    )
+    check_logits(to_numpy(logits), want)
 
 
 # ---- faults ------------------------------------------------------------------------------------
@@ -266,9 +357,32 @@ def test_wrong_arguments(change, error, text):
         deep_gemm.fp8_mqa_logits(**{**good, **change})
 
 
+def test_wrong_arguments_of_newer_names():
+    q, kv, *rest = Prefill().arguments("cpu")
+    for arguments, text in (
+        ((q, kv), "q: expected queries and their scales or None, got Tensor"),
+        (((q,), kv), "q: expected queries and their scales or None, got tuple"),
+        (((q, None), kv[0]), "kv: expected keys and their scales, got Tensor"),
+    ):
+        with pytest.raises(TypeError, match=f"^fp8_fp4_mqa_logits: {text}"):
+            deep_gemm.fp8_fp4_mqa_logits(*arguments, *rest)
+    codes = paddle.zeros([2, 1, 8, 128], "uint8")
+    pages = paddle.zeros([1, 64, 1, 132], "uint8"), paddle.zeros([2, 8])
+    rows = int32([1, 1], "cpu"), int32([[0], [0]], "cpu"), None, 4
+    with pytest.raises(TypeError, match=r"^fp8_fp4_paged_mqa_logits: q: expected queries"):
+        deep_gemm.fp8_fp4_paged_mqa_logits(codes, *pages, *rows)
+
+
 def test_wrong_arguments_of_pages():
     with pytest.raises(TypeError, match=r"^fp8_paged_mqa_logits: clean_logits: expected bool"):
         Decode().run("cpu", None)
+    for next_n, indices, error, text in (
+        (1, paddle.float32, TypeError, "expected a tensor, got"),
+        (1, int32([0, 0], "cpu"), ValueError, r"expected shape \[9\], got \[2\]"),
+        (2, int32([0] * 9, "cpu"), ValueError, "expected one query a row of q, got 2"),
+    ):
+        with pytest.raises(error, match=f"^fp8_paged_mqa_logits: indices: {text}"):
+            Decode(next_n=next_n).run("cpu", False, indices)
     lengths = paddle.zeros([3], "int32")
     for arguments, error, text in (
         ((None, 64, 4), TypeError, "context_lens: expected a tensor, got NoneType"),

@@ -358,6 +358,10 @@ WRONG = [
     ({"q": to_paddle(np.zeros((2, 1, 64, 640), BF16))}, ValueError, "q: expected 576 or 512"),
     ({"indices": int32(np.zeros((2, 64)))}, ValueError, "indices: expected 3 dimensions"),
     ({"is_fp8_kvcache": False}, TypeError, "cache: expected dtype bfloat16"),
+    # Positions of a package that has scales of Q and K before `is_fp8_kvcache`.
+    ({"is_fp8_kvcache": None}, TypeError, "is_fp8_kvcache: expected bool, got NoneType; the pack"),
+    ({"is_fp8_kvcache": to_paddle(np.ones(1, np.float32))}, TypeError, "is_fp8_kvcache: expected"),
+    ({"causal": None}, TypeError, "causal: expected bool, got NoneType"),
 ]
 
 

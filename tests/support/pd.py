@@ -36,7 +36,7 @@ def prefill(fastdeploy, monkeypatch):
     monkeypatch.setenv("INFERENCE_MSG_QUEUE_ID", str(0x8000 | uuid.uuid4().int & 0x7FFF))
     plugin.register()
     yield fastdeploy
-    opened = kv_receiver.LIBC.msgget(queue_key(0, short=False), 0)
+    opened = kv_receiver.LIBC.msgget(queue_key(0), 0)
     if opened >= 0:
         kv_receiver.LIBC.msgctl(opened, 0, None)  # IPC_RMID
     for name in shared_names(0, "0"):
@@ -84,7 +84,7 @@ class Receiver:
             "layers": [tensors[i : i + per_layer] for i in range(0, len(tensors), per_layer)],
         }
         if mode == "per_chunk":
-            order["key"] = queue_key(0, short=False)
+            order["key"] = queue_key(0)
         else:
             order["names"] = shared_names(0, "0")
         command = [sys.executable, kv_receiver.__file__, json.dumps(order)]

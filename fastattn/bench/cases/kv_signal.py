@@ -41,7 +41,7 @@ def _prefill_server() -> Iterator[None]:
         "SHM_UUID": uuid.uuid4().hex,
         "INFERENCE_MSG_QUEUE_ID": str(0x8000 | uuid.uuid4().int & 0x7FFF),  # of 16 bits
     }
-    with mock.patch.dict(os.environ, names), receiver(queue_key(0, short=False)):
+    with mock.patch.dict(os.environ, names), receiver(queue_key(0)):
         try:
             yield
         finally:
