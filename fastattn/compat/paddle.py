@@ -205,6 +205,9 @@ def block_multihead_attention(
         _flat(seq_lens_decoder),
         _flat(seq_lens_this_time),
     )
+    # What they refuse is refused before the cache is written.
+    longest = _longest(qkv, block_tables, max_enc_len_this_time, max_dec_len_this_time, max_seq_len)
+    output_scale = _output_scale(qkv, out_scale, quant_max_bound, quant_min_bound)
     q, _ = rope_write_cache_kv(
         qkv,
         key,
@@ -222,8 +225,8 @@ def block_multihead_attention(
         key,
         value,
         *seqs,
-        *_longest(qkv, block_tables, max_enc_len_this_time, max_dec_len_this_time, max_seq_len),
-        out_scale=_output_scale(qkv, out_scale, quant_max_bound, quant_min_bound),
+        *longest,
+        out_scale=output_scale,
         **scales,
     )
     return out.reshape([-1, heads * head_dim]), qkv, key_cache, value_cache
@@ -243,6 +246,8 @@ def _sizes(qkv: Tensor, key_cache: Tensor, block_size: int) -> tuple[int, int, i
     _, kv_heads, tokens, head_dim = (int(n) for n in key_cache.shape)
     if block_size != BLOCK_SIZE or tokens != BLOCK_SIZE:
         refuse(_OP, "block_size", f"{block_size}, caches of {tokens}; supported: {BLOCK_SIZE}")
+    if head_dim == 0:
+        raise ValueError(f"{_OP}: key_cache: expected channels, got shape {list(key_cache.shape)}")
     if len(qkv.shape) != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * kv_heads:
         raise ValueError(
             f"{_OP}: qkv: expected shape [T, (H + 2 * {kv_heads}) * {head_dim}], got "
@@ -305,6 +310,10 @@ def _longest(
     qkv: Tensor, block_tables: Tensor, encoder: Any, decoder: Any, max_seq_len: int
 ) -> tuple[int, int]:
     """Upper bounds of a sequence's new tokens and keys, without asking the device."""
+    if len(block_tables.shape) != 2:
+        raise ValueError(
+            f"{_OP}: block_tables: expected shape [B, max_blocks], got {list(block_tables.shape)}"
+        )
     tokens, room = int(qkv.shape[0]), int(block_tables.shape[1]) * BLOCK_SIZE
     if tokens < 0 or room < 0:  # a program of any number of tokens
         if max_seq_len < 1:
@@ -327,4 +336,6 @@ def _host_int(name: str, tensor: Any) -> int:
     require_tensors(_OP, **{name: tensor})
     if not tensor.place.is_cpu_place():
         raise ValueError(f"{_OP}: {name}: expected a tensor on the CPU, got {tensor.place}")
+    if 0 in tensor.shape:
+        raise ValueError(f"{_OP}: {name}: expected a number, got shape {list(tensor.shape)}")
     return int(tensor.numpy().reshape(-1)[0])
