@@ -315,7 +315,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="key_cache: expected channels, got shape"):
         step.run(key_cache=empty, value_cache=empty)
     with pytest.raises(
-        ValueError, match=r"block_tables: expected shape \[B, max_blocks\], got \[4\]"
+        ValueError, match=r"block_tables: expected shape .* got \[4\]"
     ):
         step.run(block_tables=int32([0, 1, 2, 3]))
     for name in ("max_enc_len_this_time", "max_dec_len_this_time"):
