@@ -177,6 +177,11 @@ def block_multihead_attention(
         cu_seqlens_q=cu_seqlens_q,
         block_tables=block_tables,
     )
+    given = {
+        "cache_k_dequant_scales": cache_k_dequant_scales,
+        "cache_v_dequant_scales": cache_v_dequant_scales,
+    }
+    require_tensors(_OP, **{name: x for name, x in given.items() if x is not None})
     refuse_given(
         _OP,
         pre_key_cache=pre_key_cache,

@@ -314,10 +314,10 @@ def test_wrong_arguments():
     empty = paddle.ones([3, 8, 64, 0], "float16")
     with pytest.raises(ValueError, match="key_cache: expected channels, got shape"):
         step.run(key_cache=empty, value_cache=empty)
-    with pytest.raises(
-        ValueError, match=r"block_tables: expected shape .* got \[4\]"
-    ):
+    with pytest.raises(ValueError, match=r"block_tables: expected shape .* got \[4\]"):
         step.run(block_tables=int32([0, 1, 2, 3]))
+    with pytest.raises(TypeError, match="cache_v_dequant_scales: expected a tensor, got float"):
+        step.run(cache_v_dequant_scales=0.5)
     for name in ("max_enc_len_this_time", "max_dec_len_this_time"):
         with pytest.raises(ValueError, match=rf"{name}: expected a number, got shape \[0\]"):
             step.run(**{name: int32([])})
