@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
-import numbers
+import math
 import re
 import runpy
 import threading
@@ -23,10 +23,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 import paddle
 
 from fastattn import env
+from fastattn._attrs import typed_attrs
 
 LIBRARY_NAME = "_fastattn_ops.so"
 PREFIX = "fastattn_"
@@ -335,6 +335,10 @@ _CACHES = frozenset(
 )
 
 
+#: Fewer elements fit 64 bits in any dtype that results may have: RequireBytesFit of api/check.h.
+_MOST_ELEMENTS = 2**63 // 16
+
+
 def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) -> None:
     """Refuse arguments that are not tensors and, with `copied`, those that a copy would break."""
     eager = paddle.base.core.eager.Tensor
@@ -349,6 +353,12 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) ->
         if isinstance(value, eager) and value._is_initialized() and not value.is_dense():
             kind = "distributed" if value.is_dist() else "sparse"
             raise TypeError(f"{sig.name}: {name}: expected a dense tensor, got a {kind} one")
+        # Paddle counts bytes in 64 bits: its copy of a view that repeats would lie in fewer.
+        if isinstance(value, eager) and math.prod(value.shape) >= _MOST_ELEMENTS:
+            raise ValueError(
+                f"{sig.name}: {name}: expected sizes whose product fits 64 bits, got shape "
+                f"{list(value.shape)}"
+            )
         if sig.optional[i] and 0 in value.shape and _is_lost(sig, i, values):
             raise ValueError(
                 f"{sig.name}: {name}: expected a tensor with elements, got shape "
@@ -360,36 +370,6 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) ->
                 f"{sig.name}: {name}: expected a contiguous tensor, got shape "
                 f"{list(value.shape)} with strides {list(value.strides)}"
             )
-
-
-#: Paddle's AttrType: INT, FLOAT, STRING, BOOLEAN and LONG.
-_ATTRIBUTE_KINDS: dict[int, tuple[type, Any]] = {
-    0: (int, numbers.Integral),
-    1: (float, numbers.Real),
-    2: (str, str),
-    6: (bool, (bool, np.bool_)),
-    9: (int, numbers.Integral),
-}
-
-
-def _typed_attrs(sig: OpSignature, attrs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Attributes as plain Python values of the types that the operator was built with.
-
-    While a program is traced, Paddle 3 ends the process where it otherwise raises, so wrong types
-    must not reach it.
-    """
-    checked = []
-    for name, attr_type, value in zip(sig.attrs, sig.attr_types, attrs):
-        kind, accepted = _ATTRIBUTE_KINDS[attr_type]
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise TypeError(
-                f"{sig.name}: {name}: expected {kind.__name__}, got {type(value).__name__}"
-            )
-        bits = {0: 32, 9: 64}.get(attr_type)
-        if bits and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
-            raise ValueError(f"{sig.name}: {name}: expected an int of {bits} bits, got {value}")
-        checked.append(kind(value))
-    return tuple(checked)
 
 
 def _reraise(sig: OpSignature, error: Exception) -> NoReturn:
@@ -451,7 +431,7 @@ def _call_unusual(
     """Make the call that ``_direct`` declined, or raise for its arguments."""
     sig = direct.signature
     _check_inputs(sig, inputs, copied=False)
-    attrs = _typed_attrs(sig, attrs)
+    attrs = typed_attrs(sig, attrs)
     if paddle.is_grad_enabled():
         _tell_no_gradient(sig, inputs)
     taken = tuple(
@@ -513,10 +493,10 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
         from fastattn import _tracing  # it imports this module
 
         _refuse_eager(sig, inputs)
-        attrs = _typed_attrs(sig, attrs)
+        attrs = typed_attrs(sig, attrs)
         _tracing.check(sig, inputs, attrs)
     elif any(type(value) is int and value.bit_length() > 31 for value in attrs):
-        attrs = _typed_attrs(sig, attrs)  # Paddle wraps some, and wrongly refuses others
+        attrs = typed_attrs(sig, attrs)  # Paddle wraps some, and wrongly refuses others
     if run is None:
         from fastattn import _programs  # it imports this module
 

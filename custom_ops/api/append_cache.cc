@@ -106,6 +106,7 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
       ParseLengths(kOp, "seq_lens_decoder", seq_lens_decoder, table[0], place, why);
   p.cu_seqlens_k = ParseLengths(kOp, "cu_seqlens_k", cu_seqlens_k, table[0] + 1, place, why);
   for (const Tensor* written : {&key, &value}) {
+    RequireNoOverlap(kOp, written == &key ? "key" : "value", *written);
     RequireApart(kOp, written == &key ? "key" : "value", *written,
                  {{"key_cache", &key_cache},
                   {"value_cache", &value_cache},

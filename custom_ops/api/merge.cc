@@ -81,6 +81,7 @@ struct Tensors {
 // lies apart.
 void CheckApart(const Tensors& t) {
   if (t.output != nullptr) {
+    RequireNoOverlap(kOp, "output", *t.output);
     RequireSameOrApart(kOp, "output", *t.output, "prefix_output", t.prefix_output);
     RequireSameOrApart(kOp, "output", *t.output, "suffix_output", t.suffix_output);
     RequireApart(kOp, "output", *t.output,
@@ -89,6 +90,7 @@ void CheckApart(const Tensors& t) {
                   {"output_scale", t.output_scale}});
   }
   if (t.output_lse != nullptr) {
+    RequireNoOverlap(kOp, "output_lse", *t.output_lse);
     RequireSameOrApart(kOp, "output_lse", *t.output_lse, "prefix_lse", t.prefix_lse);
     RequireSameOrApart(kOp, "output_lse", *t.output_lse, "suffix_lse", t.suffix_lse);
     RequireApart(kOp, "output_lse", *t.output_lse,

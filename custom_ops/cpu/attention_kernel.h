@@ -132,9 +132,9 @@ class TileKernel {
     }
   }
 
-  template <DType kDType>
+  template <DType kDType, int kChannels = kDim>
   static void DecodeRow(const typename Element<kDType>::Storage* in, float* out) {
-    for (int d = 0; d < kDim; d += kLanes) Store(out + d, LoadAs<kDType>(in + d));
+    for (int d = 0; d < kChannels; d += kLanes) Store(out + d, LoadAs<kDType>(in + d));
   }
 
   // Addresses of the keys from `start` on; false if their block is not assigned.
@@ -360,8 +360,8 @@ class TileKernel {
         const Chunk& chunk = chunks_[c];
         const int last = First(any_end_, chunk);
         for (int i = First(any_begin_, chunk); i < last; ++i) {
-          DecodeRow<kKv>(chunk.value + i * value_stride_,
-                         b_.values + (c * kBlockSize + i) * kValueDim);
+          DecodeRow<kKv, kValueDim>(chunk.value + i * value_stride_,
+                                    b_.values + (c * kBlockSize + i) * kValueDim);
         }
       }
     }

@@ -269,7 +269,7 @@ def flash_attn_varlen_func(
             q,
             blocks.key,
             blocks.value,
-            blocks_of_pages(block_table, blocks.per_page),
+            _blocks(op, block_table, blocks.per_page),
             cu_seqlens_q,
             cached,
             new,
@@ -435,8 +435,7 @@ def flash_attn_with_kvcache(
     if table is None:
         table = _rows_as_tables(op, k_cache, batch)
     else:
-        require_tensors(op, block_table=table)
-        table = blocks_of_pages(table, blocks.per_page)
+        table = _blocks(op, table, blocks.per_page)
     if out is not None and not out.is_contiguous():
         refuse(op, "out", "not contiguous: the result would go to a copy")
     room = int(table.shape[1]) * BLOCK_SIZE
@@ -486,6 +485,15 @@ def flash_attn_with_kvcache(
         return view(result, shape) if out is None else out
     lse = view(result[1], [heads, batch, queries]).transpose([1, 0, 2])
     return (view(result[0], shape) if out is None else out), lse
+
+
+def _blocks(op: str, block_table: Any, per_page: int) -> Tensor:
+    """Block table of a page table, whose rank is checked."""
+    require_tensors(op, block_table=block_table)
+    if len(block_table.shape) != 2:
+        shape = list(block_table.shape)
+        raise ValueError(f"{op}: block_table: expected shape [B, max_pages], got {shape}")
+    return blocks_of_pages(block_table, per_page)
 
 
 def _rows_as_tables(op: str, cache: Tensor, batch: int) -> Tensor:

@@ -178,6 +178,11 @@ def block_multihead_attention(
         cu_seqlens_q=cu_seqlens_q,
         block_tables=block_tables,
     )
+    given = {
+        "cache_k_dequant_scales": cache_k_dequant_scales,
+        "cache_v_dequant_scales": cache_v_dequant_scales,
+    }
+    require_tensors(_OP, **{name: x for name, x in given.items() if x is not None})
     refuse_given(
         _OP,
         pre_key_cache=pre_key_cache,
@@ -206,6 +211,9 @@ def block_multihead_attention(
         _flat(seq_lens_decoder),
         _flat(seq_lens_this_time),
     )
+    # What they refuse is refused before the cache is written.
+    longest = _longest(qkv, block_tables, max_enc_len_this_time, max_dec_len_this_time, max_seq_len)
+    output_scale = _output_scale(qkv, out_scale, quant_max_bound, quant_min_bound)
     q, _ = rope_write_cache_kv(
         qkv,
         key,
@@ -223,8 +231,8 @@ def block_multihead_attention(
         key,
         value,
         *seqs,
-        *_longest(qkv, block_tables, max_enc_len_this_time, max_dec_len_this_time, max_seq_len),
-        out_scale=_output_scale(qkv, out_scale, quant_max_bound, quant_min_bound),
+        *longest,
+        out_scale=output_scale,
         **scales,
     )
     return view(out, [-1, heads * head_dim]), qkv, key_cache, value_cache
@@ -244,6 +252,8 @@ def _sizes(qkv: Tensor, key_cache: Tensor, block_size: int) -> tuple[int, int, i
     _, kv_heads, tokens, head_dim = (int(n) for n in key_cache.shape)
     if block_size != BLOCK_SIZE or tokens != BLOCK_SIZE:
         refuse(_OP, "block_size", f"{block_size}, caches of {tokens}; supported: {BLOCK_SIZE}")
+    if head_dim == 0:
+        raise ValueError(f"{_OP}: key_cache: expected channels, got shape {list(key_cache.shape)}")
     if len(qkv.shape) != 2 or qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * kv_heads:
         raise ValueError(
             f"{_OP}: qkv: expected shape [T, (H + 2 * {kv_heads}) * {head_dim}], got "
@@ -306,6 +316,10 @@ def _longest(
     qkv: Tensor, block_tables: Tensor, encoder: Any, decoder: Any, max_seq_len: int
 ) -> tuple[int, int]:
     """Upper bounds of a sequence's new tokens and keys, without asking the device."""
+    if len(block_tables.shape) != 2:
+        raise ValueError(
+            f"{_OP}: block_tables: expected shape [B, max_blocks], got {list(block_tables.shape)}"
+        )
     tokens, room = int(qkv.shape[0]), int(block_tables.shape[1]) * BLOCK_SIZE
     if tokens < 0 or room < 0:  # a program of any number of tokens
         if max_seq_len < 1:
@@ -328,4 +342,6 @@ def _host_int(name: str, tensor: Any) -> int:
     require_tensors(_OP, **{name: tensor})
     if not tensor.place.is_cpu_place():
         raise ValueError(f"{_OP}: {name}: expected a tensor on the CPU, got {tensor.place}")
+    if 0 in tensor.shape:
+        raise ValueError(f"{_OP}: {name}: expected a number, got shape {list(tensor.shape)}")
     return int(tensor.numpy().reshape(-1)[0])

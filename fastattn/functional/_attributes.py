@@ -20,11 +20,16 @@ def as_float(op: str, name: str, value: Any) -> float:
     ------
     TypeError
         For anything else, booleans and tensors included.
+    ValueError
+        For an integer beyond what a float holds.
     """
     if type(value) is float:
         return value
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # of an integer
+            raise ValueError(f"{op}: {name}: expected a finite float, got {value}") from None
     raise TypeError(f"{op}: {name}: expected float, got {type(value).__name__}")
 
 

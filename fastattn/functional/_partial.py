@@ -76,6 +76,8 @@ def check_results(
     op: str, q: Tensor, out: Tensor | None, out_scale: Tensor | None, dtype: str
 ) -> None:
     """Check `out` and `out_scale`; `dtype` is that of :func:`value_dtype`."""
+    if len(q.shape) != 3:
+        raise ValueError(f"{op}: q: expected 3 dimensions, got shape {list(q.shape)}")
     if out is not None:
         allowed = (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn")
         check_tensor(op, "out", out, output_shape(q), allowed)

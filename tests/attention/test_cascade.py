@@ -269,6 +269,8 @@ def test_refused_lengths_and_queries():
             F.cascade_attention(q, key, value, problem.plan(), cu, new, 2, bad)
     with pytest.raises(TypeError, match="cascade_attention: q: expected a tensor, got None"):
         F.cascade_attention(None, key, value, problem.plan(), cu, new, 2, 200)
+    with pytest.raises(ValueError, match="cascade_attention: q: expected 3 dimensions, got shape"):
+        F.cascade_attention(q[0], key, value, problem.plan(), cu, new, 2, 200)
 
 
 def test_refused_in_a_static_program():

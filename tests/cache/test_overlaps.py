@@ -13,6 +13,7 @@ from fastattn import _ops, reference
 from fastattn.functional._marker import unified
 from tests.support.compare import assert_same_bits
 from tests.support.operators import calls, run, zeros
+from tests.support.strides import strided
 from tests.support.tensors import to_numpy, to_paddle
 
 
@@ -135,6 +136,31 @@ def test_what_is_written_lies_apart(op, written, read, shift, more):
         run(op, call.inputs, call.attrs)
 
 
+#: Outputs that may have any strides: operator, output, shape, dtype, the dimension that repeats.
+REPEATED = [
+    ("append_cache_kv_c8", "key", (2, 2, 64), FP16, 0),
+    ("append_cache_kv_c8", "value", (2, 2, 64), FP16, 0),
+    ("merge_attn_states", "output", (2, 4, 64), FP16, 0),
+    ("merge_attn_states", "output", (2, 4, 64), FP16, 1),
+    ("merge_attn_states", "output_lse", (4, 2), "float32", 0),
+    ("merge_attn_states", "output_lse", (4, 2), "float32", 1),
+    ("merge_many_attn_states", "output", (2, 4, 64), FP16, 1),
+    ("mla_gather_cache", "out", (3, 576), "bfloat16", 0),
+    ("mqa_logits", "out", (2, 5), "float32", 0),
+]
+
+
+@pytest.mark.parametrize(("op", "written", "shape", "dtype", "dim"), REPEATED)
+def test_what_is_written_does_not_repeat(op, written, shape, dtype, dim):
+    """Each row of an expanded view would be written over the one before."""
+    tensor = zeros(*shape, dtype=dtype)
+    strides = list(tensor.strides)
+    strides[dim] = 0
+    call = calls()[op].changed(**{written: strided(tensor, shape, strides)})
+    with pytest.raises(ValueError, match=f"^{op}: {written}: .* no two of its elements may share"):
+        run(op, call.inputs, call.attrs)
+
+
 @pytest.mark.parametrize("first", [1020, 1024])
 def test_q_descale_under_the_output(first):
     """e4m3 queries: their scale in the output's last bytes, or right behind them."""
@@ -203,6 +229,30 @@ def test_a_view_of_more_bytes_than_fit():
     call = calls()["flash_attention"].changed(q=q)
     with pytest.raises(ValueError, match="q: expected sizes whose product fits 64 bits"):
         run("flash_attention", call.inputs, call.attrs)
+
+
+@pytest.mark.parametrize("ways", ["direct", "registry"])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("query_rows", "batch_ids"),
+        ("paged_attention", "cu_seqlens_q"),
+        ("quantize_fp8", "x"),
+        ("write_cache_kv", "key"),
+    ],
+)
+def test_a_view_of_more_bytes_than_fit_is_not_copied(op, name, ways, monkeypatch):
+    """Paddle copies views that an operator does not take: of 2^62 int32s, 0 bytes."""
+    if ways == "registry" and paddle.__version__.startswith("2."):
+        pytest.skip("Paddle 2.6 copies slices on its way to here")
+    call = calls()[op]
+    tensor = call.inputs[name]
+    shape = [2**62, *tensor.shape[1:]]
+    call = call.changed(**{name: strided(tensor, shape, [0, *tensor.strides[1:]])})
+    if ways == "registry":
+        monkeypatch.setattr(_ops, "_load_direct", lambda: (None, {}))
+    with pytest.raises(ValueError, match=f"^{op}: {name}: expected sizes whose product fits 64"):
+        run(op, call.inputs, call.attrs)
 
 
 def test_mxfp4_columns_that_wrap():

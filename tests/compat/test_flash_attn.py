@@ -528,6 +528,12 @@ def test_wrong_lengths():
         call(Step([(1, 5)]), seqused_k=None)
     with pytest.raises(ValueError, match="cu_seqlens_k: given together with seqused_k"):
         call(Step([(1, 5)]), cu_seqlens_k=int32([0, 5]))
+    table = int32([0, 1])
+    with pytest.raises(ValueError, match="func: block_table: expected shape"):
+        call(Step([(1, 5)], page_size=128), block_table=table)
+    q, cache = paddle.ones([1, 1, H, D]), paddle.ones([2, 64, KV, D])
+    with pytest.raises(ValueError, match="kvcache: block_table: expected shape"):
+        flash_attn_with_kvcache(q, cache, cache, cache_seqlens=1, block_table=table)
     with pytest.raises(NotImplementedError, match="seqused_k: contiguous keys"):
         call(Step([(1, 5)]), block_table=None)
     with pytest.raises(ValueError, match="cu_seqlens_k: required without block_table"):

@@ -311,6 +311,25 @@ def test_wrong_arguments():
         step.run(seq_lens_decoder=None)
     with pytest.raises(ValueError, match="key_cache: expected shape"):
         step.run(key_cache=paddle.ones([3, 64, 64], "float16"))
+    empty = paddle.ones([3, 8, 64, 0], "float16")
+    with pytest.raises(ValueError, match="key_cache: expected channels, got shape"):
+        step.run(key_cache=empty, value_cache=empty)
+    with pytest.raises(ValueError, match=r"block_tables: expected shape .* got \[4\]"):
+        step.run(block_tables=int32([0, 1, 2, 3]))
+    with pytest.raises(TypeError, match="cache_v_dequant_scales: expected a tensor, got float"):
+        step.run(cache_v_dequant_scales=0.5)
+    for name in ("max_enc_len_this_time", "max_dec_len_this_time"):
+        with pytest.raises(ValueError, match=rf"{name}: expected a number, got shape \[0\]"):
+            step.run(**{name: int32([])})
+
+
+def test_what_is_refused_leaves_the_caches_as_they_are():
+    step = Step(SEQS)
+    shape = [step.tables.max() + 1, 8, 64, 64]
+    caches = [paddle.full(shape, x, "float16") for x in (3.0, 4.0)]
+    with pytest.raises(NotImplementedError, match="out_scale: an output of -127"):
+        step.run(key_cache=caches[0], value_cache=caches[1], out_scale=0.5)
+    assert bool((caches[0] == 3).all()) and bool((caches[1] == 4).all())
 
 
 @pytest.mark.gpu

@@ -113,6 +113,18 @@ def test_numbers_of_numpy_are_numbers():
         assert_same_bits(to_numpy(a), to_numpy(b))
 
 
+def test_integers_beyond_a_float_are_refused():
+    q, weights = paddle.ones([1, 2, 128], "bfloat16"), paddle.ones([1, 2])
+    text = "indexer_q_quant: factor: expected a finite float"
+    with pytest.raises(ValueError, match=text):
+        F.indexer_q_quant(q, weights, factor=10**400)
+    q, cu = paddle.ones([1, 1, 64]), paddle.to_tensor([0, 1], "int32")
+    with pytest.raises(ValueError, match="flash_attention: softmax_scale: expected a"):
+        F.flash_attention(q, q, q, cu, cu, 1, 1, softmax_scale=-(10**400))
+    with pytest.raises(ValueError, match=text):
+        _ops.call("indexer_q_quant", (q, weights, None), (10**400,))
+
+
 def test_memory_that_runs_out_is_a_memory_error():
     sig = _ops.signature("quantize_fp8")
     for text in ("\n\nResourceExhaustedError: Fail to alloc memory of 9 size.", "out of memory"):
