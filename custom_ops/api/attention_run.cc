@@ -72,7 +72,7 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
     p->workspace = MutableData<float>(workspace);
   }
   Guarded(op, [&] {
-    const cudaStream_t stream = out.stream();
+    const cudaStream_t stream = StreamOf(out);
     CheckCuda(op, cuda::LaunchTransformQuery(transform.before, stream));
     CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
     CheckCuda(op, cuda::LaunchAttention(*p, decision, stream));
@@ -102,7 +102,7 @@ std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, cons
   transform.Take(place, args.transform, p);
   if (args.quantize_q) query_codes = TakeQueryCodes(place, p, &query);  // rotated ones
 #if defined(FASTATTN_WITH_CUDA)
-  if (place.GetType() == phi::AllocationType::GPU) {
+  if (IsGpu(place)) {
     RunOnGpu(op, place, out, query, transform, p);
     return {out, lse};
   }

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "api/place.h"
 #include "api/sizes.h"
 #include "common/dispatch.h"
 #include "common/strided_view.h"
@@ -104,7 +105,7 @@ inline constexpr int64_t kVectorBytes = 16;
 inline void RequireAlignedAddress(const char* op, const char* name, const Tensor& tensor,
                                   int64_t bytes) {
   if (bytes < 2 || tensor.numel() == 0) return;
-  if (tensor.place().GetType() != phi::AllocationType::GPU) return;
+  if (!IsGpu(tensor.place())) return;
   const auto rest = static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.data()) % bytes);
   if (rest != 0) {
     Fail("ValueError", op, name, "expected an address of a multiple of ", bytes,
@@ -116,7 +117,7 @@ inline void RequireAlignedAddress(const char* op, const char* name, const Tensor
 // out, whose elements lie side by side.
 inline void RequireAligned(const char* op, const char* name, const Tensor& tensor, int64_t bytes,
                            size_t inner = 1) {
-  if (tensor.numel() == 0 || tensor.place().GetType() != phi::AllocationType::GPU) return;
+  if (tensor.numel() == 0 || !IsGpu(tensor.place())) return;
   RequireAlignedAddress(op, name, tensor, bytes);
   const Sizes shape = SizesOf(tensor), strides = StridesOf(tensor);
   const auto size = static_cast<int64_t>(phi::SizeOf(tensor.dtype()));
@@ -370,7 +371,7 @@ inline void RequireNoOverlap(const char* op, const char* name, const Tensor& ten
 
 // For operators without a CUDA kernel.
 inline void RequireCpu(const char* op, const phi::Place& place) {
-  if (place.GetType() != phi::AllocationType::CPU) {
+  if (place.GetType() != phi::AllocationType::CPU || IsGpu(place)) {
     PD_THROW(std::string("[NotImplementedError] ") + op + ": no CUDA kernel in this build");
   }
 }

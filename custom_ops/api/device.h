@@ -10,8 +10,16 @@
 
 namespace fastattn::api {
 
-inline bool OnGpu(const Tensor& tensor) {
-  return tensor.place().GetType() == phi::AllocationType::GPU;
+inline bool OnGpu(const Tensor& tensor) { return IsGpu(tensor.place()); }
+
+// Paddle's stream of a tensor's GPU.
+inline cudaStream_t StreamOf(const Tensor& tensor) {
+#if defined(FASTATTN_VIRTUAL_GPU)
+  static_cast<void>(tensor);
+  return nullptr;
+#else
+  return tensor.stream();
+#endif
 }
 
 // Throws for a failure, and clears it: the runtime would report it to whoever asks next.
@@ -36,7 +44,7 @@ class DeviceGuard {
 template <typename F>
 void LaunchOnGpu(const char* op, const Tensor& tensor, F&& launch) {
   DeviceGuard guard(op, tensor.place().GetDeviceId());
-  Guarded(op, [&] { CheckCuda(op, launch(tensor.stream())); });
+  Guarded(op, [&] { CheckCuda(op, launch(StreamOf(tensor))); });
 }
 
 }  // namespace fastattn::api

@@ -98,7 +98,7 @@ int32_t* LengthsFor(KvSignals* signals) {
 void BeginOnGpu(KvSignals* signals, const Tensor& new_tokens, const Tensor& cached_tokens,
                 int batch, bool silent) {
   DeviceGuard guard(kBegin, new_tokens.place().GetDeviceId());
-  const cudaStream_t stream = new_tokens.stream();
+  const cudaStream_t stream = StreamOf(new_tokens);
   CheckCuda(kBegin, cuda::JoinHostCalls(stream));
   if (silent) {
     HostCall* call = HostCallFor(signals, -1, nullptr);

@@ -106,7 +106,7 @@ void SetPages(const char* op, const Tensor& cache, int64_t page_size, const phi:
   p->num_pages = shape[0];
   p->page_size = page_size;
   p->page_stride = shape[0] > 1 && cache.numel() > 0 ? strides[0] : bytes;
-  if (cache.place().GetType() == phi::AllocationType::GPU) {
+  if (IsGpu(cache.place())) {
     RequireAlignedAddress(op, "cache", cache, kLogitsScaleBytes);
     if (p->page_stride % kLogitsScaleBytes != 0) {
       Fail("ValueError", op, "cache", "expected pages a multiple of 4 bytes apart on a GPU, ",

@@ -105,7 +105,7 @@ MlaCache ParseMlaCache(const char* op, const Tensor& cache, MlaFormat format, in
   if (CheckedProduct(op, name, {shape[0], size}) >= int64_t{1} << 31) {
     Fail("ValueError", op, name, "expected fewer than 2^31 tokens, got shape ", ShapeText(shape));
   }
-  const bool on_gpu = place.GetType() == phi::AllocationType::GPU;
+  const bool on_gpu = IsGpu(place);
   result.page_size = static_cast<int>(size);
   result.page_stride = strides[0] * element;
   result.row_stride = row_bytes;

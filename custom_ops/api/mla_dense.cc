@@ -51,7 +51,7 @@ void RunOnGpu(const phi::Place& place, const Tensor& anchor, MlaDenseParams* p) 
     workspace = paddle::empty({floats}, phi::DataType::FLOAT32, place);
     p->workspace = MutableData<float>(workspace);
   }
-  Guarded(kOp, [&] { CheckCuda(kOp, cuda::LaunchMlaDense(*p, anchor.stream())); });
+  Guarded(kOp, [&] { CheckCuda(kOp, cuda::LaunchMlaDense(*p, StreamOf(anchor))); });
 }
 #endif
 
@@ -66,7 +66,7 @@ std::vector<Tensor> RunMlaDense(const Tensor& out, bool return_softmax_lse, cons
   }
   if (out.numel() == 0) return {out, lse};
 #if defined(FASTATTN_WITH_CUDA)
-  if (place.GetType() == phi::AllocationType::GPU) {
+  if (IsGpu(place)) {
     RunOnGpu(place, out, p);
     return {out, lse};
   }

@@ -40,7 +40,8 @@ def install(arguments: list[str]) -> None:
 def run(arguments: list[str], builds: bool = True, fill_tree: bool = True) -> None:
     """Run setuptools' commands; with `fill_tree` the source tree gets what is compiled, too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--cuda", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--cuda", choices=("auto", "on", "off", "virtual"), default="auto")
+    parser.add_argument("--only", default="")
     options, arguments = parser.parse_known_args(arguments)
     # The build prints its own progress; setuptools would add a line for every file copied.
     if not {"-v", "--verbose"}.intersection(arguments):
@@ -48,7 +49,7 @@ def run(arguments: list[str], builds: bool = True, fill_tree: bool = True) -> No
     if not builds:  # sdist, for one: the sources fit every Paddle
         setuptools.setup(script_args=arguments, install_requires=requirements())
         return
-    build = Build(options.cuda)
+    build = Build(options.cuda, options.only)
     library = str(build.objects / "lib")
     build.objects.mkdir(parents=True, exist_ok=True)
     with open(build.objects / "lock", "w", encoding="utf-8") as lock, suppress_known_deprecation():
@@ -93,6 +94,8 @@ def build_command(build: Build, fill_tree: bool) -> type[build_ext]:
             if build.cuda:
                 instances.write(CUSTOM_OPS / toolchain.GENERATED)
             compiled = build.compile(self.extensions)
+            if build.virtual:
+                self.extensions[0].extra_objects = [build.missing_launchers()]
             compiler.compile = lambda sources, **_: [build.object_of[s] for s in sources]
             compiler.compiler_cxx = compiler.linker_exe = compiler.linker_exe_cxx = cxx
             compiler.linker_so = compiler.linker_so_cxx = [*cxx, "-shared"]

@@ -20,6 +20,8 @@ CUSTOM_OPS = ROOT / "custom_ops"
 LIBRARY = "fastattn._fastattn_ops"
 #: Python modules beside the library, and the source of each.
 MODULES = {"fastattn._host": "api/host_module.cc", "fastattn._direct": "api/direct_module.cc"}
+#: Where scripts/build_virtual_gpu.py puts the runtime that a build for it is linked with.
+VIRTUAL_GPU = ROOT / "build" / "virtual_gpu"
 # What Paddle's classes ask for and a wheel must not have: docs/install.md says why.
 _UNWANTED = ("-w", "-lcudart", "-Wl,--no-as-needed")
 
@@ -65,9 +67,13 @@ def requirements(paddle: str = "", numpy: str = "") -> list[str]:
 
 
 class Build:
-    """The tools that were found, and what is built with them; `cuda` is "auto", "on" or "off"."""
+    """The tools that were found, and what is built with them.
 
-    def __init__(self, cuda: str = "auto") -> None:
+    `cuda` is "auto", "on", "off" or "virtual": against a CPU build of Paddle, with kernels that the
+    interpreter in tests/virtual_gpu runs, and of these only those whose paths match `only`.
+    """
+
+    def __init__(self, cuda: str = "auto", only: str = "") -> None:
         try:
             import paddle
         except Exception as error:  # of many types: a missing library, a NumPy that does not fit
@@ -75,17 +81,20 @@ class Build:
                 f"Paddle does not import for {sys.executable} (Paddle 2.6 needs numpy<2): "
                 f"{type(error).__name__}: {error}"
             ) from error
-        with_cuda = paddle.is_compiled_with_cuda()
+        self.virtual = cuda == "virtual"
+        with_cuda = paddle.is_compiled_with_cuda() or self.virtual
         self.paddle = paddle.__version__
         self.archs = toolchain.find_archs() if cuda != "off" else []
+        if self.virtual:
+            self.archs = ["90a"]
         home = toolchain.find_cuda() if self.archs and with_cuda else None
         if self.archs and home is None:
             problem = "no nvcc; set CUDA_HOME or PATH" if with_cuda else "Paddle is a CPU build"
-            if cuda == "on":
-                raise BuildError(f"--cuda=on: {problem}")
+            if cuda in ("on", "virtual"):
+                raise BuildError(f"--cuda={cuda}: {problem}")
             print(f"building the CPU kernels only: {problem}")
             self.archs = []
-        self.cuda = toolchain.Cuda(home, self.archs) if home else None
+        self.cuda = toolchain.Cuda(home, self.archs, self.virtual) if home else None
         self.label = local_version(self.paddle, self.archs)
         self.cxx = toolchain.find_cxx()
         self.cxx_version = toolchain.output(*self.cxx, "--version").splitlines()[0]
@@ -97,20 +106,23 @@ class Build:
             dims = [f"-DFASTATTN_HEAD_DIM_BITS={instances.head_dim_bits()}"]
         self.flags["cxx"] += dims
         if self.cuda:
-            self.flags["cxx"] += ["-DPADDLE_WITH_CUDA", "-DFASTATTN_WITH_CUDA"]
+            of_gpu = "-DFASTATTN_VIRTUAL_GPU" if self.virtual else "-DPADDLE_WITH_CUDA"
+            self.flags["cxx"] += [of_gpu, "-DFASTATTN_WITH_CUDA"]
             self.flags["nvcc"] = [*self.cuda.flags, *dims]
             # The longest first: what begins last should not take long.
             written = [f"{GENERATED}/{name}" for name in instances.sources()]
             slow = [s for s in self.sources if s.startswith("cpu/attention_")]
             rest = [s for s in self.sources if s not in slow]
-            self.sources = [*slow, *written, *(s for s in found if s.endswith(".cu")), *rest]
+            kernels = [*written, *(s for s in found if s.endswith(".cu"))]
+            self.sources = [*slow, *(k for k in kernels if re.search(only, k)), *rest]
             os.environ["CUDA_HOME"] = self.cuda.home  # for Paddle: not where a wrapper of nvcc is
         # Paddle's own list would add targets that cannot run the "a" instructions.
         os.environ.pop("PADDLE_CUDA_ARCH_LIST", None)
         os.environ["PADDLE_SKIP_CHECK_ABI"] = "1"  # an old compiler has been refused
         self.num_cuda = sum(source.endswith(".cu") for source in self.sources)
-        tag = f"{'cuda' if self.cuda else 'cpu'}-{sys.implementation.cache_tag}"
-        self.objects = ROOT / "build" / "objects" / f"{self.paddle}-{tag}"
+        kind = "virtual" if self.virtual else "cuda" if self.cuda else "cpu"
+        tag = f"{self.paddle}-{kind}-{sys.implementation.cache_tag}"
+        self.objects = ROOT / "build" / "objects" / tag
         self.object_of: dict[str, str] = {}  # each source of an extension
         self.jobs = os.environ.get("MAX_JOBS", "").strip() or str(os.cpu_count())
         if not re.fullmatch(r"[1-9]\d*", self.jobs):
@@ -122,7 +134,10 @@ class Build:
 
         make, headers = cpp_extension.CppExtension, []
         link = ["-fopenmp", "-Wl,--exclude-libs,ALL"]
-        if self.cuda:
+        if self.cuda and self.virtual:
+            headers = [f"{self.cuda.home}/include", f"{self.cuda.home}/include/cccl"]
+            link += [f"-L{VIRTUAL_GPU}", "-lvirtual_gpu", "-Wl,-rpath,$ORIGIN"]
+        elif self.cuda:
             make, headers = cpp_extension.CUDAExtension, [f"{self.cuda.home}/include/cccl"]
             folders = ("lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")  # or lib64
             link += [f"-L{self.cuda.home}/{folder}" for folder in folders]
@@ -188,6 +203,19 @@ class Build:
         rows = [line.split("\t") for line in lines if not line.startswith("#")]
         times = [(int(end) - int(start), target) for start, end, _, target, _ in rows]
         return [(ms / 1000, name[len(folder) + 1 : -2]) for ms, name in sorted(times)[::-1]]
+
+    def missing_launchers(self) -> str:
+        """Object with the launchers that were not compiled: each returns cudaErrorStubLibrary."""
+        objects = [path for path in self.object_of.values() if "module.cc" not in path]
+        names = re.findall(r" ([UTWV]) (_ZN8fastattn4cuda\w+)", toolchain.output("nm", *objects))
+        missing = {name for kind, name in names if kind == "U"} - {n for k, n in names if k != "U"}
+        source = self.objects / "missing.c"
+        call = "int virtual_gpu_missing(const char*);\n"
+        stubs = (f'int {n}(void) {{ return virtual_gpu_missing("{n}"); }}\n' for n in missing)
+        source.write_text(call + "".join(sorted(stubs)), encoding="utf-8")
+        made = self.objects / "missing.o"
+        subprocess.check_call([*self.cxx, "-x", "c", "-fPIC", "-c", str(source), "-o", str(made)])
+        return str(made)
 
     def info(self) -> str:
         """Text of ``_build_info.py``. No time of day: the same build writes the same bytes."""

@@ -99,14 +99,18 @@ def find_cuda() -> str | None:
 
 
 class Cuda:
-    """A CUDA toolkit and its flags; one too old, or without one of `archs`, is refused."""
+    """A CUDA toolkit and its flags; one too old, or without one of `archs`, is refused.
 
-    def __init__(self, home: str, archs: list[str]) -> None:
+    With `virtual` the kernels stay PTX, which tests/virtual_gpu interprets.
+    """
+
+    def __init__(self, home: str, archs: list[str], virtual: bool = False) -> None:
         self.home, self.nvcc = home, f"{home}/bin/nvcc"
         text = output(self.nvcc, "--version")
         self.version = (re.findall(r"release (\d+\.\d+)", text) or ["0.0"])[0]
         flags = ["-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I.", f"-I{GENERATED}"]
-        flags += ["--expt-relaxed-constexpr", "-lineinfo", "-Xfatbin", "-compress-all"]
+        flags += ["--expt-relaxed-constexpr", "-Xfatbin"]
+        flags += ["-compress=false"] if virtual else ["-compress-all", "-lineinfo"]
         flags += ["--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage"]
         flags += ["-Xcompiler=-fPIC,-fopenmp,-ffp-contract=off,-fvisibility=hidden"]
         if float(self.version) >= 13:
@@ -114,7 +118,8 @@ class Cuda:
             flags.append("-static-global-template-stub=false")
         if os.environ.get("CXX"):
             flags += ["-ccbin", shlex.split(os.environ["CXX"])[0]]
-        flags += [f for a in archs for f in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+        kind = "compute" if virtual else "sm"
+        flags += [f for a in archs for f in ("-gencode", f"arch=compute_{a},code={kind}_{a}")]
         self.flags = flags
         dryrun = output(self.nvcc, *flags, "--dryrun", "-c", "-x", "cu", os.devnull)
         problem = "".join(re.findall(r"^nvcc fatal *: *(.*)", dryrun, re.M))

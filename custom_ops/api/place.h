@@ -1,0 +1,22 @@
+// Which tensors are on a GPU.
+#pragma once
+
+#include "paddle/phi/api/all.h"
+
+#if defined(FASTATTN_VIRTUAL_GPU)
+extern "C" int virtual_gpu_is_on();  // of tests/virtual_gpu
+#endif
+
+namespace fastattn::api {
+
+// Whether launchers take tensors of a place. The virtual GPU, of which Paddle does not know, takes
+// those of the CPU while a test says so.
+inline bool IsGpu(const phi::Place& place) {
+#if defined(FASTATTN_VIRTUAL_GPU)
+  return place.GetType() == phi::AllocationType::CPU && virtual_gpu_is_on() != 0;
+#else
+  return place.GetType() == phi::AllocationType::GPU;
+#endif
+}
+
+}  // namespace fastattn::api
