@@ -45,7 +45,7 @@ def run(body, arrays, threads, *, ctas=1, cluster=1, shared=0, declarations=""):
 
 
 def elementwise(instruction, dtype, *inputs):
-    """What an instruction makes of %r10 or %f10 and so on, into %r20 or %f20, element by element."""
+    """What an instruction makes of %r10, %f10 and so on, in %r20 or %f20, element by element."""
     out = np.zeros(inputs[0].shape, dtype)
     loads = ""
     for i, array in enumerate(inputs):
