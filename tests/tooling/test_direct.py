@@ -285,6 +285,7 @@ def views(request, monkeypatch):
         monkeypatch.setattr(_ops, "helpers", lambda: None)
 
 
+PADDLE_2 = paddle.__version__.startswith("2.")
 ARRAY = np.arange(240, dtype=np.float32).reshape([4, 6, 10])
 
 
@@ -352,6 +353,7 @@ def test_a_view_with_strides(views, dtype):
     check_strided_view(dtype)
 
 
+@pytest.mark.skipif(PADDLE_2, reason="Paddle 2.6 counts from the beginning of what is viewed")
 def test_a_view_with_strides_of_a_view():
     check_strided_view("bfloat16", 7)
 
@@ -388,7 +390,10 @@ def test_what_is_no_view_is_declined(arguments):
     x = paddle.to_tensor(ARRAY)
     assert _ops.helpers().view(x, *arguments) is None
     last = _ops.helpers().view(x, [2, 3], [10, 1], 227)
-    assert last.tolist() == [[227, 228, 229], [237, 238, 239]]
+    if PADDLE_2:  # has no strides that another tensor could be made with
+        assert last is None
+    else:
+        assert last.tolist() == [[227, 228, 229], [237, 238, 239]]
 
 
 @pytest.mark.parametrize(
