@@ -414,7 +414,7 @@ def test_kernel_of_long_sequences_of_other_head_dims(head_dim, q, k, cache_type,
     assert decide(q, k, cache_type, head_dim=head_dim, major=8)[0] == "mma_sm80"
 
 
-#: Names of docs/kernels/plan.md.
+#: Names of docs/architecture.md.
 NAMES = {"bf16": BF16, "fp16": FP16, "e4m3": E4M3, "e5m2": E5M2, "int8": "int8"}
 #: The rule tells caches of 4-bit codes by their type alone, so bytes stand for them here.
 CODES = {"cache_fp8": ("e4m3", "e5m2"), "block_wise_fp8": ("e4m3",)}
@@ -422,8 +422,8 @@ CODES = {"cache_fp8": ("e4m3", "e5m2"), "block_wise_fp8": ("e4m3",)}
 
 def _kernels_in_docs():
     """Kernels of long sequences by keys, their codes, queries and head_dim: a page's table."""
-    text = (ROOT / "docs/kernels/plan.md").read_text(encoding="utf-8")
-    section = text.split("## Which kernel takes the long ones")[1].split("\n## ")[0]
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    section = text.split("### Long sequences on Hopper")[1].split("\n#")[0]
     head, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in section.splitlines()
