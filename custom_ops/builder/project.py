@@ -82,6 +82,8 @@ class Build:
                 f"{type(error).__name__}: {error}"
             ) from error
         self.virtual = cuda == "virtual"
+        if only and not self.virtual:
+            raise BuildError("--only: other builds than --cuda=virtual have all kernels")
         with_cuda = paddle.is_compiled_with_cuda() or self.virtual
         self.paddle = paddle.__version__
         self.archs = toolchain.find_archs() if cuda != "off" else []

@@ -109,8 +109,8 @@ class Cuda:
         text = output(self.nvcc, "--version")
         self.version = (re.findall(r"release (\d+\.\d+)", text) or ["0.0"])[0]
         flags = ["-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I.", f"-I{GENERATED}"]
-        flags += ["--expt-relaxed-constexpr", "-Xfatbin"]
-        flags += ["-compress=false"] if virtual else ["-compress-all", "-lineinfo"]
+        flags += ["--expt-relaxed-constexpr", *([] if virtual else ["-lineinfo"])]
+        flags += ["-Xfatbin", "-compress=false" if virtual else "-compress-all"]
         flags += ["--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage"]
         flags += ["-Xcompiler=-fPIC,-fopenmp,-ffp-contract=off,-fvisibility=hidden"]
         if float(self.version) >= 13:

@@ -29,11 +29,11 @@ def mask_offsets(forward_meta: Any, metadata: Any) -> Any:
 def layer_mask(mask: Any, forward_meta: Any, metadata: Any, window: int, layer_id: int) -> Any:
     """Offsets [T, 2] of the keys that a layer sees, of a step with the offsets `mask`.
 
-    Those of a window are made by the first layer of the step that has it, for all of them. That
-    layer makes them anew when it comes again: a server runs the same step once as it is and once
-    more to capture a CUDA graph, which must contain them.
+    Those of a window are made by the first layer of the step that has it, for those behind it.
+    That layer, or one before it, makes them anew: a server runs the same step once as it is and
+    once more to capture a CUDA graph, which must contain them.
     """
-    if not window:
+    if not window or mask.shape[0] == 0:  # Paddle 2.6 has no concat of nothing
         return mask
     if not paddle.in_dynamic_mode() or in_sot():
         return last_keys(mask, window)
@@ -42,7 +42,7 @@ def layer_mask(mask: Any, forward_meta: Any, metadata: Any, window: int, layer_i
     known = metadata.windowed
     for index, (offsets, seen, size, maker, made) in enumerate(known):
         if offsets is given and size == window:
-            if maker != layer_id and seen == version:
+            if maker < layer_id and seen == version:
                 return made
             del known[index]
             break

@@ -159,7 +159,7 @@ def get_batch_indices_positions(
     TypeError
         If an argument is not a tensor, or `nnz` is no int.
     ValueError
-        If `batch_indices` or `positions` has another shape.
+        If `seq_lens`, `batch_indices` or `positions` has another shape, or `nnz` is negative.
 
     Examples
     --------
@@ -173,6 +173,15 @@ def get_batch_indices_positions(
     require_tensors(op, append_indptr=append_indptr, seq_lens=seq_lens)
     if not isinstance(nnz, int):
         raise TypeError(f"{op}: nnz: expected int, got {type(nnz).__name__}")
+    if nnz < 0:
+        raise ValueError(f"{op}: nnz: expected 0 or more, got {nnz}")
+    # A gather beyond its end would take a GPU's context down.
+    starts, lengths = list(append_indptr.shape), list(seq_lens.shape)
+    if len(lengths) != 1 or starts != [lengths[0] + 1]:
+        raise ValueError(
+            f"{op}: seq_lens: expected shape [B] beside append_indptr [B + 1], got {lengths} "
+            f"beside {starts}"
+        )
     given = {"batch_indices": batch_indices, "positions": positions}
     for name, tensor in given.items():
         if tensor is not None:

@@ -195,6 +195,10 @@ def pool_blocks(op: str, name: str, pool: Tensor, layout: str) -> Blocks:
     return Blocks(key, value, "none", "e4m3", per_page, 2 * per_page)
 
 
+#: Tensors of :func:`progression` that CUDA graphs read, by their ids.
+_CAPTURED: dict[int, Tensor] = {}
+
+
 @functools.lru_cache(maxsize=256)
 def _made(start: float, step: float, count: int, dtype: str, place: str, index: int) -> Tensor:
     where = paddle.CUDAPlace(index) if place == "gpu" else paddle.CPUPlace()
@@ -204,12 +208,21 @@ def _made(start: float, step: float, count: int, dtype: str, place: str, index: 
 def progression(start: float, step: float, count: int, dtype: str, like: Tensor) -> Tensor:
     """``start + step * i`` for i below `count`, on the place of `like`.
 
-    Made once: no call writes to it, and its address stays, as a CUDA graph needs it.
+    Made once: no call writes to it. What a CUDA graph captures, which knows its address alone, is
+    kept for good.
     """
     place = like.place
     gpu = place.is_gpu_place()
-    index = place.gpu_device_id() if gpu else 0
-    return _made(start, step, count, dtype, "gpu" if gpu else "cpu", index)
+    key = (start, step, count, dtype, "gpu" if gpu else "cpu", place.gpu_device_id() if gpu else 0)
+    made = _made(*key)
+    if gpu and _capturing():
+        _CAPTURED[id(made)] = made
+    return made
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return bool(paddle.base.core.is_cuda_graph_capturing())
 
 
 def blocks_of_pages(block_table: Tensor, per_page: int) -> Tensor:

@@ -64,7 +64,7 @@ def _check_indices(op: str, indices: Any, q: Any) -> None:
         return
     if not _ops.is_tensor(indices):
         raise TypeError(f"{op}: indices: expected a tensor, got {type(indices).__name__}")
-    if not _ops.is_tensor(q):
+    if not _ops.is_tensor(q) or len(q.shape) == 0:
         return  # the operator refuses it
     expected = [int(q.shape[0])]
     if list(indices.shape) != expected and -1 not in (expected[0], *indices.shape):

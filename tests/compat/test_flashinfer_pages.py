@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 
-from fastattn.compat import flashinfer
+from fastattn.compat import _paged, flashinfer
 from tests.support.compare import assert_within
 from tests.support.shims import values
 from tests.support.tensors import EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
@@ -129,10 +131,30 @@ def test_many_states(place, dtype, states):
     assert_within(lse[~empty], np.log2(total[~empty]), 4e-6)
 
 
+def test_what_a_cuda_graph_reads_is_kept(monkeypatch):
+    """The graph knows an address, and steps of other sizes would have the tensor forgotten."""
+    place = SimpleNamespace(is_gpu_place=lambda: True, gpu_device_id=lambda: 0)
+    make = functools.lru_cache(maxsize=1)(lambda *_: paddle.zeros([1]))
+    captured: dict = {}
+    monkeypatch.setattr(_paged, "_made", make)
+    monkeypatch.setattr(_paged, "_CAPTURED", captured)
+    for number, capturing in enumerate((False, True, True, False)):
+        monkeypatch.setattr(_paged, "_capturing", lambda now=capturing: now)
+        _paged.progression(0, 1, number, "int32", SimpleNamespace(place=place))
+    assert len(captured) == 2
+    monkeypatch.undo()
+    assert _paged._capturing() is False
+
+
 def test_wrong_arguments():
     starts, lengths = int32([0, 2], "cpu"), int32([2], "cpu")
     with pytest.raises(TypeError, match="get_batch_indices_positions: nnz: expected int, got flo"):
         flashinfer.get_batch_indices_positions(starts, lengths, 2.0)
+    with pytest.raises(ValueError, match="get_batch_indices_positions: nnz: expected 0 or more"):
+        flashinfer.get_batch_indices_positions(starts, lengths, -1)
+    for wrong in (int32([[2]], "cpu"), int32([2, 2], "cpu")):
+        with pytest.raises(ValueError, match=r"seq_lens: expected shape \[B\] beside"):
+            flashinfer.get_batch_indices_positions(starts, wrong, 2)
     for name in ("batch_indices", "positions"):
         with pytest.raises(ValueError, match=rf"{name}: expected shape \[2\], got \[3\]"):
             flashinfer.get_batch_indices_positions(

@@ -369,6 +369,9 @@ def test_wrong_arguments_of_newer_names():
     codes = paddle.zeros([2, 1, 8, 128], "uint8")
     pages = paddle.zeros([1, 64, 1, 132], "uint8"), paddle.zeros([2, 8])
     rows = int32([1, 1], "cpu"), int32([[0], [0]], "cpu"), None, 4
+    scalar = paddle.ones([])
+    with pytest.raises(ValueError, match=r"paged_mqa_logits: q: expected"):
+        deep_gemm.fp8_paged_mqa_logits(scalar, *pages, *rows, False, int32([0, 0], "cpu"))
     with pytest.raises(TypeError, match=r"^fp8_fp4_paged_mqa_logits: q: expected queries"):
         deep_gemm.fp8_fp4_paged_mqa_logits(codes, *pages, *rows)
 

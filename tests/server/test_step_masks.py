@@ -99,6 +99,21 @@ def test_windows_beside_offsets_need_no_python(place, taken):  # noqa: F811
     assert len(taken) == len(WINDOWS) and all(step is not None for step in taken)
 
 
+def test_a_step_without_tokens_has_nothing_to_cut(made):
+    """A rank of data parallelism that has no sequences runs its layers all the same."""
+    server, nothing = make_server("cpu", [40, 30]), np.zeros([0, 2], np.int32)
+    offsets = some_offsets(server, [40, 30])
+    server.run([40, 30], attn_mask_offsets=server.on(offsets))
+    made.clear()
+    meta = server.make_meta([40, 30], attn_mask_offsets=server.on(nothing))
+    server.backend.init_attention_metadata(meta)
+    for layer in range(len(WINDOWS)):
+        qkv = server.on(server.inputs(layer, [40, 30])[:0])
+        out = server.backend.forward(None, None, None, qkv, None, None, server.layers[layer], meta)
+        assert out.shape[0] == 0
+    assert made == []
+
+
 def test_a_step_that_begins_again_makes_its_masks_anew(place, made):
     """As in the capture of a CUDA graph, behind a run of the same step."""
     server, new = make_server(place, [40, 30]), [40, 30]
@@ -136,3 +151,8 @@ def test_micro_batches_have_masks_of_their_own(place, made):
                 check(server, layer, new, offsets, forward(server, layer, new, meta))
         assert not expected or made == expected
         assert len(server.backend.attention_metadata.windowed) <= 4
+    # Layer 6 has made some of them by now; the step begins again with layer 1.
+    made.clear()
+    for meta in metas:
+        forward(server, 1, new, meta)
+    assert made == [20] * 3

@@ -273,7 +273,7 @@ Outcome PackIntegers(Warp& warp, const Instruction& in, uint32_t lanes) {
 Handler FindCompare(Instruction& in) {
   const std::string& op = in.words[0];
   if (op == "selp") return Select;
-  if (op != "setp" && op != "set") return nullptr;
+  if ((op != "setp" && op != "set") || in.source.packed) return nullptr;  // no pairs
   bool unordered = false;
   in.detail[0] = CompareKind(in.words[1], &unordered);
   // "!=" of floating point is false for NaN, unlike that of C.

@@ -75,9 +75,10 @@ uint64_t Combine(const Instruction& in, uint64_t old, uint64_t a, uint64_t b) {
   const std::string op = names[in.detail[1]];
   if (op == "cas") return old == a ? b : old;
   if (op == "exch") return a;
-  if (type.kind == 'f' && op == "add") {
-    if (type.bits == 32) return AsBits(AsFloat(old) + AsFloat(a));
-    throw std::runtime_error("an atomic sum of this type");
+  if (type.kind == 'f' || type.kind == 'h') {
+    if (op == "add" && type.kind == 'f' && type.bits == 32)
+      return AsBits(AsFloat(old) + AsFloat(a));
+    throw std::runtime_error("an atomic operation on this type");
   }
   if (op == "add") return old + a;
   if (op == "and") return old & a;

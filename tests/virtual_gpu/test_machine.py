@@ -295,6 +295,8 @@ def test_a_product_of_tensor_cores():
         ("mbarrier.init.shared::cta.b64 [0], 1; LOOP: mbarrier.try_wait.parity.shared::cta.b64 "
          "%p1, [0], 0; @!%p1 bra LOOP;", "no thread goes on"),
         ("add.s31 %r1, %r1, %r1;", "does not know"),
+        ("setp.lt.f16x2 %p1|%p2, %r1, %r2;", "no such instruction"),
+        ("red.global.add.noftz.bf16x2 [%d1], %r1;", "an atomic operation on this type"),
     ],
 )  # fmt: skip
 def test_faults_are_told(body, message):
