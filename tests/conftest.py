@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import paddle
 import pytest
 
@@ -82,3 +84,13 @@ def pytest_runtest_call(item):
         if missing and _runs_on_gpu(item):
             pytest.skip(str(error))
         raise
+
+
+def pytest_sessionfinish(session):
+    """Fail where fewer tests passed than VIRTUAL_GPU_LEAST asks for: all may have been skipped."""
+    least = int(os.environ.get("VIRTUAL_GPU_LEAST", "0"))
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    passed = len(reporter.stats.get("passed", ())) if reporter else 0
+    if least > passed and session.exitstatus == pytest.ExitCode.OK:
+        print(f"\n{passed} tests passed on the virtual GPU, at least {least} should have")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
