@@ -4,10 +4,10 @@
     scripts/build_virtual_gpu.py [--python VENV/bin/python] [--only REGEX]
     FASTATTN_LIBRARY=build/virtual_gpu/_fastattn_ops.so python -m pytest tests/cache -k gpu
 
-Needs nvcc, a CPU build of Paddle and a CPU with AVX2, FMA and F16C. Some 300 sources take 2 to 20 s each;
-FASTATTN_HEAD_DIMS=128 leaves some of them out, `--only cuda/cache` all but some: launchers of the
-others return cudaErrorStubLibrary, and tests that need them are skipped. `--machine-only` builds
-the interpreter alone.
+Needs nvcc, a CPU build of Paddle and a CPU with AVX2, FMA and F16C. Some 300 sources take 2 to
+20 s each; FASTATTN_HEAD_DIMS=128 leaves some of them out, `--only cuda/cache` all but some:
+launchers of the others return cudaErrorStubLibrary, and tests that need them are skipped.
+`--machine-only` builds the interpreter alone.
 """
 
 from __future__ import annotations
