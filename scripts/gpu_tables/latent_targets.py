@@ -64,29 +64,29 @@ def _teraflops(heads: int, batch: int, keys: int) -> Callable[[Rows], str]:
 def _logits(results: Results) -> list[tuple[str, str, Rows, Callable[[Rows], str]]]:
     """Goals of the indexer's logits: every cell, as their shapes are few."""
 
-    def each(rows: Rows) -> str:
-        return " / ".join(cell(row.ratio("DeepGEMM"), ratio) for row in rows)
+    def cells(op: str, shapes: Iterable[str]) -> tuple[Rows, Callable[[Rows], str]]:
+        found = [results.get(op, shape) for shape in shapes]
+        ratios = (cell(row.ratio("DeepGEMM") if row else None, ratio) for row in found)
+        text = " / ".join(ratios)
+        return _known(found), lambda _: text
 
-    def steps(queries: int) -> Rows:
-        cells = ((b, k) for k in (8, 64) for b in (1, 16, 64, 128))
-        shapes = (f"batch {b}, {k}k keys, {queries} queries, fp8" for b, k in cells)
-        return _known(results.get(_PAGED, shape) for shape in shapes)
+    def chunks(tokens: int) -> tuple[Rows, Callable[[Rows], str]]:
+        return cells(_CHUNKS, [f"{tokens} tokens, {keys}k keys, fp8" for keys in (4, 32, 64)])
+
+    def steps(queries: int) -> tuple[Rows, Callable[[Rows], str]]:
+        many = [(batch, keys) for keys in (8, 64) for batch in (1, 16, 64, 128)]
+        return cells(_PAGED, [f"batch {b}, {k}k keys, {queries} queries, fp8" for b, k in many])
 
     def of_fp8(rows: Rows) -> str:
         return ratio(rows[0].us / rows[1].us) if len(rows) == 2 else NONE
 
-    goals: list[tuple[str, str, Rows, Callable[[Rows], str]]] = []
-    for tokens in (2048, 4096):
-        shapes = [f"{tokens} tokens, {keys}k keys, fp8" for keys in (4, 32, 64)]
-        rows = _known(results.get(_CHUNKS, shape) for shape in shapes)
-        what = f"`mqa_logits`, FP8, {tokens} x 4k / 32k / 64k, over DeepGEMM"
-        goals.append((what, "1.05", rows, each))
     last = [f"batch 128, 64k keys, 1 queries, {kind}" for kind in ("mxfp4", "fp8")]
     return [
-        *goals,
+        *((f"`mqa_logits`, FP8, {tokens} x 4k / 32k / 64k, over DeepGEMM", "1.05", *chunks(tokens))
+          for tokens in (2048, 4096)),
         ("`paged_mqa_logits`, FP8, 1 / 16 / 64 / 128 x 8k, then x 64k, over DeepGEMM", "1.00",
-         steps(1), each),
-        ("the same, two queries a sequence", "1.00", steps(2), each),
+         *steps(1)),
+        ("the same, two queries a sequence", "1.00", *steps(2)),
         ("`paged_mqa_logits`, MXFP4, 128 x 64k, of FP8's time", "0.62",
          _known(results.get(_PAGED, shape) for shape in last), of_fp8),
     ]  # fmt: skip
