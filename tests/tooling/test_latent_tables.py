@@ -110,7 +110,7 @@ def test_goals(lines):
 
 
 def test_goals_of_logits_have_every_cell(lines):
-    """In the order that the line names, whatever the order of the rows; a dash for a missing one."""
+    """In the order that the line names, whatever that of the rows; a dash for a missing one."""
 
     def paged(batch, keys, queries, kind, us):
         shape = f"batch {batch}, {keys}k keys, {queries} queries, {kind}"
