@@ -20,6 +20,8 @@ from gpu_tables.results import (
 )
 
 QUANTS = ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "none")
+#: Lines of the decode table, those of 4 bits with the rest.
+_DECODE_QUANTS = (*QUANTS[:-1], "block_wise_int4", "block_wise_mxfp4", QUANTS[-1])
 #: Batch, context, heads: columns of the decode table.
 _DECODE = [
     *((b, f"{k * 1024}", "32/8") for b, k in
@@ -52,7 +54,7 @@ def decode_row(results: Results, quant: str, column: tuple[int, str, str]) -> Me
 
 def decode(results: Results) -> str:
     """Times and fractions of reading K, V and scales once; then peers."""
-    rows = {q: [decode_row(results, q, column) for column in _DECODE] for q in QUANTS}
+    rows = {q: [decode_row(results, q, column) for column in _DECODE] for q in _DECODE_QUANTS}
     head = [
         f"{b} x {_context(context)}{'' if heads == '32/8' else ', MQA'}"
         for b, context, heads in _DECODE
@@ -93,6 +95,7 @@ _PREFILL = [
     ("`block_wise_fp8`, bf16 queries", "paged_attention", "bf16 q, block_wise_fp8", ()),
     ("`cache_int8`, bf16 queries", "paged_attention", "bf16 q, cache_int8", ()),
     ("`block_wise_int8`, bf16 queries", "paged_attention", "bf16 q, block_wise_int8", ()),
+    ("`block_wise_int4`, bf16 queries", "paged_attention", "bf16 q, block_wise_int4", ()),
     ("contiguous bf16", "flash_attention", "bf16 q, bf16", ()),
     ("vLLM FlashAttention-3 bf16, contiguous", "paged_attention", "bf16 q, bf16",
      ("vllm_fa3_bf16",)),
@@ -259,10 +262,32 @@ def batch_invariant(results: Results) -> str:
 
 
 _LARGE = [(96, "32/32"), (192, "16/16"), (256, "16/16"), (256, "32/2"), (256, "16/4")]
+_LARGE_PAGED = ("none", *QUANTS[:-1], "block_wise_int4")
 
 
 def head_dims(results: Results) -> str:
     """Head dimensions besides 64 and 128: prefill of 4 x 4k, decode of 64 x 8k."""
+    return f"{_large(results)}\n\n{_large_paged(results)}"
+
+
+def _large_paged(results: Results) -> str:
+    """Bf16 queries over caches of those with kernels for them."""
+    lines, used = [], []
+    for dim, heads in _LARGE:
+        shapes = [
+            f"prefill bf16 q, {quant} causal B 4 x 4096 H {heads} D {dim}" for quant in _LARGE_PAGED
+        ]
+        rows = [results.get("paged_attention", shape) for shape in shapes]
+        if any(rows):
+            cells = [cell(row and row.rate, "{:.0f}".format) for row in rows]
+            lines.append([f"{dim}, {heads}", *cells])
+            used += rows
+    head = ["prefill of bf16 queries, TFLOP/s; D, heads", *(f"`{x}`" for x in _LARGE_PAGED)]
+    return grid(head, lines or [[NONE] * len(head)]) + "\n" + links(used)
+
+
+def _large(results: Results) -> str:
+    """Prefill over contiguous keys, and decode."""
     lines, used = [], []
     for dim, heads in _LARGE:
         cells = []

@@ -43,7 +43,7 @@ def _perplexity(folder: Path) -> dict[str, str]:
 
 def cache_types(results: Results) -> str:
     """Bytes, speed and the demo's perplexity of every type; times are of one machine."""
-    rows = Results.read(Path(results.folder), ("h200-decode.json", "h200-prefill.json"))
+    rows = Results.read(Path(results.folder), ("h100-decode.json", "h100-prefill.json"))
     quality = _perplexity(Path(results.folder))
     lines, used = [], []
     for quant, size in _BYTES.items():

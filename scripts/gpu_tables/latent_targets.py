@@ -1,14 +1,27 @@
-"""The table of goals of latent attention: what its kernels should reach, and what an H100 gave."""
+"""The table of goals of latent attention and of the indexer's logits, beside what an H100 gave."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 from gpu_tables.latent import MISSING
-from gpu_tables.results import COPY, Measured, Results, digits, grid, links, percent, ratio, span
+from gpu_tables.results import (
+    COPY,
+    NONE,
+    Measured,
+    Results,
+    cell,
+    digits,
+    grid,
+    links,
+    percent,
+    ratio,
+    span,
+)
 
 Rows = list[Measured]
 _SPARSE, _DENSE, _WRITE = "mla_sparse_attention", "mla_attention", "mla_write_cache"
+_CHUNKS, _PAGED = "mqa_logits", "paged_mqa_logits"
 #: Products of a key and a row: scores over 576 channels, outputs over 512.
 _PRODUCTS = 576 + 512
 
@@ -48,8 +61,39 @@ def _teraflops(heads: int, batch: int, keys: int) -> Callable[[Rows], str]:
     return lambda rows: span((work / row.us / 1e6 for row in rows), "{:.0f}".format)
 
 
+def _logits(results: Results) -> list[tuple[str, str, Rows, Callable[[Rows], str]]]:
+    """Goals of the indexer's logits: every cell, as their shapes are few."""
+
+    def cells(op: str, shapes: Iterable[str]) -> tuple[Rows, Callable[[Rows], str]]:
+        found = [results.get(op, shape) for shape in shapes]
+        ratios = (cell(row.ratio("DeepGEMM") if row else None, ratio) for row in found)
+        text = " / ".join(ratios)
+        return _known(found), lambda _: text
+
+    def chunks(tokens: int) -> tuple[Rows, Callable[[Rows], str]]:
+        return cells(_CHUNKS, [f"{tokens} tokens, {keys}k keys, fp8" for keys in (4, 32, 64)])
+
+    def steps(queries: int) -> tuple[Rows, Callable[[Rows], str]]:
+        many = [(batch, keys) for keys in (8, 64) for batch in (1, 16, 64, 128)]
+        return cells(_PAGED, [f"batch {b}, {k}k keys, {queries} queries, fp8" for b, k in many])
+
+    def of_fp8(rows: Rows) -> str:
+        return ratio(rows[0].us / rows[1].us) if len(rows) == 2 else NONE
+
+    last = [f"batch 128, 64k keys, 1 queries, {kind}" for kind in ("mxfp4", "fp8")]
+    return [
+        *((f"`mqa_logits`, FP8, {tokens} x 4k / 32k / 64k, over DeepGEMM", "1.05", *chunks(tokens))
+          for tokens in (2048, 4096)),
+        ("`paged_mqa_logits`, FP8, 1 / 16 / 64 / 128 x 8k, then x 64k, over DeepGEMM", "1.00",
+         *steps(1)),
+        ("the same, two queries a sequence", "1.00", *steps(2)),
+        ("`paged_mqa_logits`, MXFP4, 128 x 64k, of FP8's time", "0.62",
+         _known(results.get(_PAGED, shape) for shape in last), of_fp8),
+    ]  # fmt: skip
+
+
 def latent_targets(results: Results) -> str:
-    """Goals of `mla_sparse_attention`, `mla_attention` and `mla_write_cache`."""
+    """Goals of latent attention and its writers, then of the indexer's logits."""
     v4 = r"512 \+ 128"
     many = _known(
         results.get(_WRITE, f"T {n}, {kind}")
@@ -80,6 +124,7 @@ def latent_targets(results: Results) -> str:
         ("16 and 128 heads, 1 x 4k, `bf16` and 8 bits", "20 us",
          _steps(results, 1, 4, "(16|128)", ".*"), _us),
         ("`mla_write_cache`, 8192 tokens and more, of a copy", "90 %", many, _of_copy),
+        *_logits(results),
     ]  # fmt: skip
     used = [row for _, _, rows, _ in goals for row in rows]
     if not used:

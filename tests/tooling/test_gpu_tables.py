@@ -216,3 +216,15 @@ def test_fractions_of_a_copy_are_of_the_same_run(tmp_path):
     text = MAKE["TABLES"]["operators"](RESULTS.read(tmp_path))
     line = next(x for x in text.splitlines() if "quantize_fp8" in x)
     assert line.endswith("| 100 / 2.00 / 50.0 | 60 / - / 80 |")
+
+
+def test_queries_over_caches_of_other_head_dimensions(tmp_path):
+    shape = "prefill bf16 q, {} causal B 4 x 4096 H {} D {}"
+    rows = [
+        row("paged_attention", shape.format(*where), 1.0, rate=rate)
+        for *where, rate in (("none", "32/32", 96, 471.6), ("block_wise_int4", "32/2", 256, 327.1))
+    ]
+    write(tmp_path, "h100-head-dims.json", "2026-01-01", *rows)
+    text = MAKE["TABLES"]["head_dims"](RESULTS.read(tmp_path))
+    assert "| 96, 32/32 | 472 | - | - | - | - | - |" in text
+    assert "| 256, 32/2 | - | - | - | - | - | 327 |" in text

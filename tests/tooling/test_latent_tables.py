@@ -109,6 +109,34 @@ def test_goals(lines):
     assert rows["`mla_write_cache`, 8192 tokens and more, of a copy"] == [" 90 % ", " 90 % "]
 
 
+def test_goals_of_logits_have_every_cell(lines):
+    """In the order that the line names, whatever that of the rows; a dash for a missing one."""
+
+    def paged(batch, keys, queries, kind, us):
+        shape = f"batch {batch}, {keys}k keys, {queries} queries, {kind}"
+        return Row("paged_mqa_logits", shape, us)
+
+    chunks = [
+        Row("mqa_logits", f"4096 tokens, {k}k keys, fp8", 100.0).beside("DeepGEMM", us)
+        for k, us in ((64, 103.0), (4, 110.0), (32, 99.0))
+    ]
+    found = lines("latent targets", [
+        *chunks,
+        paged(1, 64, 2, "fp8", 6.0).beside("DeepGEMM", 12.0),
+        paged(128, 8, 2, "fp8", 50.0).beside("DeepGEMM", 45.0),
+        paged(128, 64, 1, "fp8", 400.0), paged(128, 64, 1, "mxfp4", 250.0),
+    ])  # fmt: skip
+    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in found if "|" in line}
+    over = "over DeepGEMM"
+    assert rows[f"`mqa_logits`, FP8, 4096 x 4k / 32k / 64k, {over}"][1] == " 1.10 / 0.99 / 1.03 "
+    assert rows[f"`mqa_logits`, FP8, 2048 x 4k / 32k / 64k, {over}"] == [" 1.05 ", " - "]
+    assert rows["the same, two queries a sequence"] == [
+        " 1.00 ",
+        " - / - / - / 0.90 / 2.00 / - / - / - ",
+    ]
+    assert rows["`paged_mqa_logits`, MXFP4, 128 x 64k, of FP8's time"] == [" 0.62 ", " 0.62 "]
+
+
 def test_writers_stand_in_the_table_of_a_peer_that_was_measured(lines):
     row = Row("mla_write_cache", "T 128, fp8_656, amax", 1.5, peer="vLLM", peer_us=2.0)
     alone = Row("mla_write_cache", "T 128, bf16", 1.0)
