@@ -63,6 +63,13 @@ def test_long_decode(place, cache_format):
     problem.check(place)
 
 
+@pytest.mark.parametrize("heads", [3, 70])
+@pytest.mark.parametrize("cached", [500, 900, 1500, 2600, 6700, 13000])
+def test_parts_of_one_sequence(place, cached, heads):
+    """A GPU splits its keys among up to 68 groups of CTAs; how many decides how they are merged."""
+    Problem([cached], [1], heads=heads, seed=cached).check(place)
+
+
 @pytest.mark.parametrize("q_std", [0.0, 0.3, 2.0])
 def test_score_ranges(place, q_std):
     Problem([500, 0], [4, 40], q_std=q_std, heads=5).check(place)

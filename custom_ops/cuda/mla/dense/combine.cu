@@ -13,12 +13,18 @@ namespace fastattn::cuda::mla_dense {
 
 namespace {
 
-constexpr int kChannelThreads = 128;  // of a row, four channels each
-constexpr int kQuarters = 4;          // each has every fourth partial result
-constexpr int kThreads = kChannelThreads * kQuarters;
-// CTAs of a tile's rows: at least so many, and more where few items can be split.
-constexpr int kRowCtas = 16;
-constexpr int64_t kCtas = 2048;
+constexpr int kWarps = 16;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStrips = 4;  // of a row: 128 channels, four a lane, for a warp
+constexpr int kStripChannels = kMlaDenseChannels / kStrips;
+constexpr int kRowThreads = 32 * kStrips;
+static_assert(kStripChannels == 4 * 32);
+// Warps that share the partial results of a strip, where there are many. Other rows fill the CTA.
+constexpr int kMostPartWarps = kWarps / kStrips;
+// Partial results that a lane asks for together.
+constexpr int kChunk = 4;
+// CTAs of all tiles' rows, at most about so many.
+constexpr int64_t kCtas = 528;
 static_assert(kMlaDenseMaxGroups <= kThreads);
 
 // An item whose keys several groups took.
@@ -28,73 +34,141 @@ struct Noted {
 };
 
 struct Shared {
-  int noted[kThreads / 32];
+  int noted[kWarps];
   int4 note;
   int group;
-  float weights[kThreads];
-  float warps[kThreads / 32];
-  float4 parts[kQuarters - 1][kChannelThreads];
+  float weights[kWarps][kMlaDenseMaxGroups];
+  float4 parts[kMostPartWarps - 1][kRowThreads];
 };
 
-// In all threads. A NaN stays one.
-template <typename F>
-__device__ __forceinline__ float OfCta(float x, float (&warps)[kThreads / 32], F&& f) {
+// In all lanes. A NaN stays one.
+__device__ __forceinline__ float MaxOfWarp(float x) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = f(x, __shfl_xor_sync(kFullWarp, x, step));
-  __syncthreads();  // the values before are no longer read
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = warps[0];
-#pragma unroll
-  for (int i = 1; i < kThreads / 32; ++i) x = f(x, warps[i]);
+  for (int step = 16; step > 0; step /= 2) {
+    const float other = __shfl_xor_sync(kFullWarp, x, step);
+    x = x > other || x != x ? x : other;
+  }
   return x;
 }
 
-// Row `row` of the tile that CTA `sub` of a group has.
-__device__ __forceinline__ void CombineRow(const MlaDenseParams& p, const MlaDensePlan& plan,
-                                           const Workspace& workspace, int group, int sub, int row,
-                                           const int4& note, Shared& shared) {
-  const int count = note.x + 1, thread = threadIdx.x;
-  const int in_seq = note.z + sub * plan.tile_rows + row;
-  if (in_seq >= note.w) return;
-  const auto at_of = [&](int i) {
-    const int64_t cta = int64_t{group + i} * plan.group_ctas + sub;
-    return PartialSlot(cta, i > 0) * plan.tile_rows + row;
-  };
-  const float lse = thread < count ? workspace.lse[at_of(thread)] : -INFINITY;
-  const float maximum =
-      OfCta(lse, shared.warps, [](float a, float b) { return a > b || a != a ? a : b; });
-  const float weight = thread < count ? Exp2(lse - (maximum == -INFINITY ? 0.0f : maximum)) : 0.0f;
-  shared.weights[thread] = weight;
-  const float sum = OfCta(weight, shared.warps, [](float a, float b) { return a + b; });
-  const int quarter = thread / kChannelThreads, lane = thread % kChannelThreads;
-  float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-  for (int i = quarter; i < count; i += kQuarters) {
-    const float4 part =
-        reinterpret_cast<const float4*>(workspace.partial + at_of(i) * kMlaDenseChannels)[lane];
-    const float factor = shared.weights[i];
-    out.x += factor * part.x;
-    out.y += factor * part.y;
-    out.z += factor * part.z;
-    out.w += factor * part.w;
-  }
-  if (quarter > 0) shared.parts[quarter - 1][lane] = out;
-  __syncthreads();
-  if (quarter > 0) return;
+__device__ __forceinline__ float SumOfWarp(float x) {
 #pragma unroll
-  for (int i = 0; i < kQuarters - 1; ++i) {
-    const float4 part = shared.parts[i][lane];
-    out.x += part.x;
-    out.y += part.y;
-    out.z += part.z;
-    out.w += part.w;
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+
+// What a row's partial results count, found by each warp for itself: it has to wait for no other.
+struct Weights {
+  float maximum;
+  float sum;
+};
+
+// Leaves the weight of each of `count` partial results in `weights`. lse(i) loads an LSE.
+template <class Load>
+__device__ __forceinline__ Weights FindWeights(int count, const Load& lse, float* weights) {
+  const int lane = threadIdx.x % 32;
+  const float first = lane < count ? lse(lane) : -INFINITY;
+  float maximum = first;
+  for (int i = lane + 32; i < count; i += 32) {
+    const float other = lse(i);
+    weights[i] = other;
+    maximum = maximum > other || maximum != maximum ? maximum : other;
   }
-  const int head = in_seq % p.heads, token = note.y + in_seq / p.heads;
-  const Normaliser end = FinishRow(p, maximum, sum, head);
-  const int64_t at = (int64_t{token} * p.heads + head) * kMlaDenseChannels;
-  StoreFour(p, at + 4 * lane, out, end.factor);
-  if (lane == 0) StoreLse(p, token, head, end.lse);
+  maximum = MaxOfWarp(maximum);
+  const float shift = maximum == -INFINITY ? 0.0f : maximum;
+  float sum = Exp2(first - shift);
+  if (lane < count) weights[lane] = sum;
+  for (int i = lane + 32; i < count; i += 32) {
+    const float weight = Exp2(weights[i] - shift);
+    weights[i] = weight;
+    sum += weight;
+  }
+  sum = SumOfWarp(sum);
+  __syncwarp();
+  return {maximum, sum};
+}
+
+// Merges a CTA's rows, as many side by side as its warps can take, of the tile that CTA `sub` of a
+// group has. A row takes `part_warps` warps a strip: one function for any number of them, since
+// more code would be fetched where a call is hardly longer than that takes.
+__device__ __forceinline__ void CombineRows(const MlaDenseParams& p, const MlaDensePlan& plan,
+                                            const Workspace& workspace, const Noted& noted, int sub,
+                                            int row_ctas, Shared& shared) {
+  // Workspaces have few enough rows that an int counts their numbers.
+  static_assert(int64_t{kMlaDenseMaxGroups} * 2 * 2 * 128 * kMlaDenseChannels < INT32_MAX);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int count = noted.note.x + 1, first_row = noted.note.z + sub * plan.tile_rows;
+  const int part_warps = count <= kChunk ? 1 : count <= 2 * kChunk ? 2 : kMostPartWarps;
+  const int rows_at_once = kMostPartWarps / part_warps;
+  const int strip = warp % kStrips, strips_before = warp / kStrips;
+  const int part_warp = strips_before & (part_warps - 1), slot = strips_before / part_warps;
+  const int rows = min(plan.tile_rows, noted.note.w - first_row);
+  const int column = strip * kStripChannels + 4 * lane;
+  const int cta = noted.group * plan.group_ctas + sub, step = 2 * plan.group_ctas * plan.tile_rows;
+  // Row `i` of the workspace behind that of the first CTA: see PartialSlot.
+  const auto behind = [&](int i) { return i > 0 ? i * step : plan.tile_rows; };
+#pragma unroll 1
+  for (int begin = blockIdx.y * rows_at_once; begin < rows; begin += row_ctas * rows_at_once) {
+    const int row = begin + slot;
+    const bool present = row < rows;
+    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    Weights found = {};
+    if (present) {
+      // The first partial results are under way with the LSEs that tell what they count.
+      float4 parts[kChunk];
+      const int first = static_cast<int>(PartialSlot(cta, true)) * plan.tile_rows + row;
+      const float* partial = workspace.partial + first * kMlaDenseChannels + column;
+      const auto load = [&](int from) {
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          const int i = from + part_warps * k;
+          if (i < count) {
+            parts[k] = *reinterpret_cast<const float4*>(partial + behind(i) * kMlaDenseChannels);
+          }
+        }
+      };
+      load(part_warp);
+      float* weights = shared.weights[warp];
+      __syncwarp();  // the row before is no longer read
+      found = FindWeights(count, [&](int i) { return workspace.lse[first + behind(i)]; }, weights);
+#pragma unroll 1
+      for (int from = part_warp; from < count; from += part_warps * kChunk) {
+        if (from != part_warp) load(from);
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          const int i = from + part_warps * k;
+          if (i >= count) break;
+          const float weight = weights[i];
+          out.x += weight * parts[k].x;
+          out.y += weight * parts[k].y;
+          out.z += weight * parts[k].z;
+          out.w += weight * parts[k].w;
+        }
+      }
+    }
+    if (part_warps > 1) {
+      const int at = slot * kRowThreads + threadIdx.x % kRowThreads;
+      __syncthreads();  // the rows before are no longer read
+      if (part_warp > 0) shared.parts[part_warp - 1][at] = out;
+      __syncthreads();
+      if (part_warp > 0) continue;
+#pragma unroll 1
+      for (int i = 0; i < part_warps - 1; ++i) {
+        const float4 part = shared.parts[i][at];
+        out.x += part.x;
+        out.y += part.y;
+        out.z += part.z;
+        out.w += part.w;
+      }
+    }
+    if (!present) continue;
+    const int in_seq = first_row + row;
+    const int head = in_seq % p.heads, token = noted.note.y + in_seq / p.heads;
+    const Normaliser end = FinishRow(p, found.maximum, found.sum, head);
+    const int64_t at = (int64_t{token} * p.heads + head) * kMlaDenseChannels;
+    StoreFour(p, at + column, out, end.factor);
+    if (strip == 0 && lane == 0) StoreLse(p, token, head, end.lse);
+  }
 }
 
 // Clears a token if it belongs to no sequence. Every warp looks for itself.
@@ -109,7 +183,7 @@ __device__ __forceinline__ void ClearToken(const MlaDenseParams& p, int token) {
   if (__any_sync(kFullWarp, taken)) return;
   if (p.clear_padding) {
     const int64_t first = int64_t{token} * p.heads * kMlaDenseChannels;
-    for (int i = threadIdx.x; i < p.heads * kChannelThreads; i += kThreads) {
+    for (int i = threadIdx.x; i < p.heads * kRowThreads; i += kThreads) {
       StoreFour(p, first + 4 * i, make_float4(0.0f, 0.0f, 0.0f, 0.0f), 1.0f);
     }
   }
@@ -147,7 +221,7 @@ __device__ __forceinline__ Noted FindNoted(const Workspace& workspace, int group
 
 // CTAs (x, y): y of the rows' CTAs times the tile of x = item * group_ctas + sub, items counted as
 // they were noted. Those with y past them clear tokens.
-__global__ void __launch_bounds__(kThreads, 2048 / kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     CombineKernel(const __grid_constant__ MlaDenseParams p,
                   const __grid_constant__ MlaDensePlan plan, int row_ctas) {
   PdlWait();
@@ -169,9 +243,7 @@ __global__ void __launch_bounds__(kThreads, 2048 / kThreads)
                             ? Noted{item, LoadNote(workspace, item)}
                             : FindNoted(workspace, plan.groups, item, shared, &count);
     if (noted.group < 0 || noted.note.x == 0) return;
-    for (int row = blockIdx.y; row < plan.tile_rows; row += row_ctas) {
-      CombineRow(p, plan, workspace, noted.group, sub, row, noted.note, shared);
-    }
+    CombineRows(p, plan, workspace, noted, sub, row_ctas, shared);
   }
 }
 
@@ -185,8 +257,7 @@ cudaError_t LaunchCombine(const MlaDenseParams& p, const MlaDensePlan& plan, cud
   const int64_t most = tokens * p.heads + std::min<int64_t>(p.seqs.batch, tokens) * (tile - 1);
   const int64_t items = std::clamp<int64_t>(most / tile, 1, plan.groups);
   const int columns = static_cast<int>(items) * plan.group_ctas;
-  const int row_ctas =
-      static_cast<int>(std::min(rows, std::max<int64_t>(kRowCtas, kCtas / columns)));
+  const int row_ctas = static_cast<int>(std::min(rows, std::max<int64_t>(kCtas / columns, 1)));
   const bool clears = p.clear_padding || p.lse != nullptr;
   const int clearing =
       clears ? static_cast<int>(std::min<int64_t>((p.seqs.num_tokens + columns - 1) / columns, 16))
