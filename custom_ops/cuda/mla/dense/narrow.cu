@@ -204,92 +204,115 @@ struct Row {
   }
 };
 
-// Scores become weights. `partly`: there may be keys that are not seen.
+// Scores of a lane's two keys become weights. *keep: the factor of what the row has so far.
 template <class C>
-__device__ __forceinline__ void Weigh(int key0, int stage, float scale, bool partly,
-                                      Row<C> (&rows)[C::kTiles], Shared<C>& shared) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint16_t assigned = *reinterpret_cast<uint16_t*>(&shared.assigned[stage][2 * lane]);
-  float scales[2][4];
-  if constexpr (C::kScaled) {
+__device__ __forceinline__ void WeighRow(Row<C>& row, float most, float (&weights)[2],
+                                         float* keep) {
+  const float maximum = fmaxf(row.maximum, most - kUnit);
+  const float base = maximum == -INFINITY ? 0.0f : maximum;
+  *keep = WeightOf(row.maximum, maximum);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      *reinterpret_cast<float4*>(scales[i]) = *reinterpret_cast<const float4*>(
-          shared.keys[stage] + (2 * lane + i) * C::kPitch + 512);
+  for (float& w : weights) w = Exp2(w - base);
+  row.maximum = maximum;
+  row.sum = row.sum * *keep + (weights[0] + weights[1]);
+}
+
+// Weights times the scales of the two keys. `partly`: there may be keys that the row does not see.
+template <class C>
+__device__ __forceinline__ void StoreScaled(Row<C>& row, int r, bool partly,
+                                            const float (&scales)[2][4], const float (&weights)[2],
+                                            float keep, Shared<C>& shared) {
+  const int lane = threadIdx.x % 32;
+  float keeps[4] = {keep, keep, keep, keep}, scaled[2][4];
+  bool more = false;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) scaled[i][g] = scales[i][g] * row.inverse[g];
+    const float largest = fmaxf(fmaxf(fabsf(scaled[i][0]), fabsf(scaled[i][1])),
+                                fmaxf(fabsf(scaled[i][2]), fabsf(scaled[i][3])));
+    more = more || (largest >= 2.0f && weights[i] != 0.0f);
+  }
+  if (__any_sync(kFullWarp, more)) {
+    row.Raise(weights, scales, keeps);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scaled[i / 4][i % 4] = scales[i / 4][i % 4] * row.inverse[i % 4];
+  }
+  if (partly) {  // such a key may have any scale
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (weights[i / 4] == 0.0f) scaled[i / 4][i % 4] = 0.0f;
     }
   }
 #pragma unroll
+  for (int g = 0; g < 4; ++g) {
+    *reinterpret_cast<uint32_t*>(&shared.weights[g][r][2 * lane]) =
+        PackPair<kHalf>(weights[0] * scaled[0][g], weights[1] * scaled[1][g]);
+  }
+  if (lane == 0) {
+    *reinterpret_cast<float4*>(shared.keep[r]) =
+        make_float4(keeps[0], keeps[1], keeps[2], keeps[3]);
+  }
+}
+
+// The rows of a warp, two keys a lane.
+template <class C>
+__device__ __forceinline__ void Weigh(int key0, int stage, float scale, bool partly,
+                                      Row<C> (&rows)[C::kTiles], Shared<C>& shared) {
+  const int lane = threadIdx.x % 32, row0 = C::kTiles * (threadIdx.x / 32);
+  const uint16_t assigned = *reinterpret_cast<uint16_t*>(&shared.assigned[stage][2 * lane]);
+  float weights[C::kTiles][2], most[C::kTiles], keep[C::kTiles];
+#pragma unroll
   for (int t = 0; t < C::kTiles; ++t) {
-    const int r = C::kTiles * warp + t;
-    Row<C>& row = rows[t];
-    float weights[2] = {};
     float2 x[kQuarters];
 #pragma unroll
     for (int g = 0; g < kQuarters; ++g) {
-      x[g] = *reinterpret_cast<const float2*>(&shared.scores[g][r][2 * lane]);
+      x[g] = *reinterpret_cast<const float2*>(&shared.scores[g][row0 + t][2 * lane]);
     }
+    float(&w)[2] = weights[t];
     if constexpr (C::kScaled) {
-      weights[0] = ((x[0].x + x[1].x) + (x[2].x + x[3].x)) * scale;
-      weights[1] = ((x[0].y + x[1].y) + (x[2].y + x[3].y)) * scale;
+      w[0] = ((x[0].x + x[1].x) + (x[2].x + x[3].x)) * scale;
+      w[1] = ((x[0].y + x[1].y) + (x[2].y + x[3].y)) * scale;
     } else {
-      const float4 f = *reinterpret_cast<const float4*>(shared.inverse[r]);
-      weights[0] = fmaf(x[0].x, f.x, x[1].x * f.y) + fmaf(x[2].x, f.z, x[3].x * f.w);
-      weights[1] = fmaf(x[0].y, f.x, x[1].y * f.y) + fmaf(x[2].y, f.z, x[3].y * f.w);
+      const float4 f = *reinterpret_cast<const float4*>(shared.inverse[row0 + t]);
+      w[0] = fmaf(x[0].x, f.x, x[1].x * f.y) + fmaf(x[2].x, f.z, x[3].x * f.w);
+      w[1] = fmaf(x[0].y, f.x, x[1].y * f.y) + fmaf(x[2].y, f.z, x[3].y * f.w);
     }
-    const int seen = row.seen - key0;
-    if ((assigned & 0xFF) == 0 || 2 * lane >= seen) weights[0] = -INFINITY;
-    if ((assigned & 0xFF00) == 0 || 2 * lane + 1 >= seen) weights[1] = -INFINITY;
-    float most = fmaxf(weights[0], weights[1]);
+    const int seen = rows[t].seen - key0;
+    if ((assigned & 0xFF) == 0 || 2 * lane >= seen) w[0] = -INFINITY;
+    if ((assigned & 0xFF00) == 0 || 2 * lane + 1 >= seen) w[1] = -INFINITY;
+    most[t] = fmaxf(w[0], w[1]);
+  }
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, step));
+  for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+    for (int t = 0; t < C::kTiles; ++t) {
+      most[t] = fmaxf(most[t], __shfl_xor_sync(kFullWarp, most[t], step));
     }
-    const float maximum = fmaxf(row.maximum, most - kUnit);
-    float keep[C::kScales];
-    keep[0] = WeightOf(row.maximum, maximum);
-    const float base = maximum == -INFINITY ? 0.0f : maximum;
+  }
 #pragma unroll
-    for (float& w : weights) w = Exp2(w - base);
-    row.maximum = maximum;
-    row.sum = row.sum * keep[0] + (weights[0] + weights[1]);
-    if constexpr (C::kScaled) {
+  for (int t = 0; t < C::kTiles; ++t) WeighRow(rows[t], most[t], weights[t], &keep[t]);
+  if constexpr (C::kScaled) {
+    float scales[2][4];
 #pragma unroll
-      for (int g = 1; g < 4; ++g) keep[g] = keep[0];
-      float scaled[2][4];
-      bool more = false;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float largest = 0.0f;
-#pragma unroll
-        for (int g = 0; g < 4; ++g) {
-          scaled[i][g] = scales[i][g] * row.inverse[g];
-          largest = fmaxf(largest, fabsf(scaled[i][g]));
-        }
-        more = more || (largest >= 2.0f && weights[i] != 0.0f);
-      }
-      if (__any_sync(kFullWarp, more)) {
-        row.Raise(weights, scales, keep);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) scaled[i / 4][i % 4] = scales[i / 4][i % 4] * row.inverse[i % 4];
-      }
-      if (partly) {  // a key that the row does not see may have any scale
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (weights[i / 4] == 0.0f) scaled[i / 4][i % 4] = 0.0f;
-        }
-      }
-#pragma unroll
-      for (int g = 0; g < 4; ++g) {
-        *reinterpret_cast<uint32_t*>(&shared.weights[g][r][2 * lane]) =
-            PackPair<kHalf>(weights[0] * scaled[0][g], weights[1] * scaled[1][g]);
-      }
-    } else {
-      *reinterpret_cast<uint32_t*>(&shared.weights[0][r][2 * lane]) =
-          PackPair<kHalf>(weights[0], weights[1]);
+    for (int i = 0; i < 2; ++i) {
+      const float4 own = *reinterpret_cast<const float4*>(shared.keys[stage] +
+                                                          (2 * lane + i) * C::kPitch + 512);
+      scales[i][0] = own.x;
+      scales[i][1] = own.y;
+      scales[i][2] = own.z;
+      scales[i][3] = own.w;
     }
-    if (lane == 0) {
 #pragma unroll
-      for (int g = 0; g < C::kScales; ++g) shared.keep[r][g] = keep[g];
+    for (int t = 0; t < C::kTiles; ++t) {
+      StoreScaled(rows[t], row0 + t, partly, scales, weights[t], keep[t], shared);
+    }
+  } else {
+#pragma unroll
+    for (int t = 0; t < C::kTiles; ++t) {
+      *reinterpret_cast<uint32_t*>(&shared.weights[0][row0 + t][2 * lane]) =
+          PackPair<kHalf>(weights[t][0], weights[t][1]);
+      if (lane == 0) shared.keep[row0 + t][0] = keep[t];
     }
   }
 }

@@ -36,9 +36,9 @@ struct __align__(16) Shared {
   uint8_t keys[kStages][kTileKeys * C::kPitch];
   float scores[kQuarters][C::kRows][kScorePitch];        // of a quarter of the channels
   uint16_t weights[C::kScales][C::kRows][kWeightPitch];  // fp16
-  float inverse[C::kRows][kQuarters];   // not kScaled: what a quarter's scores are multiplied with
-  float keep[C::kRows][C::kScales];     // factor of the output so far
-  float factor[C::kRows][C::kScales];   // of the output at last
+  __align__(16) float inverse[C::kRows][kQuarters];  // not kScaled: what a quarter's scores are multiplied with
+  __align__(16) float keep[C::kRows][C::kScales];    // factor of the output so far
+  float factor[C::kRows][C::kScales];                // of the output at last
   uint8_t assigned[kStages][kTileKeys];
   int64_t sums[kWarps];
   Share share;
