@@ -43,8 +43,9 @@ struct Query {
   static constexpr int kSteps = C::kScaled ? 8 : 9;  // the last one's channels are rotated ones
 
   uint32_t halves[kSteps][C::kTiles][2];
-  uint32_t rope[C::kTiles][2];   // kScaled: bf16, as it is
-  float inverse[C::kTiles][2];   // kScaled: what the scores of this lane's columns are multiplied with
+  uint32_t rope[C::kTiles][2];  // kScaled: bf16, as it is
+  float inverse[C::kTiles]
+               [2];  // kScaled: what the scores of this lane's columns are multiplied with
 
   // Scores times `scale` are what is wanted: without scales of tokens the factors contain it.
   __device__ __forceinline__ void Load(const MlaDenseParams& p, const Segment& segment, int row0,
@@ -135,8 +136,7 @@ __device__ __forceinline__ void Score(const Query<C>& query, int stage, Shared<C
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if constexpr (C::kScaled) {
-      const uint4 k =
-          LoadMatrices(row + 528 + 32 * quarter + lane / 16 * 16 + half * kHalf16);
+      const uint4 k = LoadMatrices(row + 528 + 32 * quarter + lane / 16 * 16 + half * kHalf16);
       const uint8_t* own = keys + (16 * half + lane / 4) * C::kPitch + 512 + 4 * quarter;
       const float scales[2] = {*reinterpret_cast<const float*>(own),
                                *reinterpret_cast<const float*>(own + 8 * C::kPitch)};
@@ -269,7 +269,7 @@ __device__ __forceinline__ void Weigh(int key0, int stage, float scale, bool par
     for (int g = 0; g < kQuarters; ++g) {
       x[g] = *reinterpret_cast<const float2*>(&shared.scores[g][row0 + t][2 * lane]);
     }
-    float(&w)[2] = weights[t];
+    float (&w)[2] = weights[t];
     if constexpr (C::kScaled) {
       w[0] = ((x[0].x + x[1].x) + (x[2].x + x[3].x)) * scale;
       w[1] = ((x[0].y + x[1].y) + (x[2].y + x[3].y)) * scale;
@@ -296,8 +296,8 @@ __device__ __forceinline__ void Weigh(int key0, int stage, float scale, bool par
     float scales[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float4 own = *reinterpret_cast<const float4*>(shared.keys[stage] +
-                                                          (2 * lane + i) * C::kPitch + 512);
+      const float4 own =
+          *reinterpret_cast<const float4*>(shared.keys[stage] + (2 * lane + i) * C::kPitch + 512);
       scales[i][0] = own.x;
       scales[i][1] = own.y;
       scales[i][2] = own.z;
@@ -358,8 +358,8 @@ __device__ __forceinline__ void AddValues(int stage, const Shared<C>& shared,
     uint4 weights[C::kTiles];
 #pragma unroll
     for (int t = 0; t < C::kTiles; ++t) {
-      weights[t] = LoadMatrices(SharedAddress(
-          &shared.weights[quarter][8 * t + lane % 8][32 * half + lane / 8 * 8]));
+      weights[t] = LoadMatrices(
+          SharedAddress(&shared.weights[quarter][8 * t + lane % 8][32 * half + lane / 8 * 8]));
     }
     const uint32_t values =
         SharedAddress(shared.keys[stage] + (32 * half + lane) * C::kPitch + 64 * warp);
@@ -454,6 +454,7 @@ __device__ __forceinline__ void RunSegment(const MlaDenseParams& p, const MlaDen
   const int least = VisibleKeys(p, segment.seq, row0 / p.heads);
   const int begin = segment.begin;
   const int end = min(segment.end, TilesBefore(p, segment.seq, row0 + C::kRows));
+  copier.Begin();
   copier.Look(batch_idx, limit, begin);
   if (begin < end) copier.Copy(0);
   CommitCopies();
@@ -496,7 +497,8 @@ __device__ __forceinline__ void RunSegment(const MlaDenseParams& p, const MlaDen
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, 2)
-    NarrowKernel(const __grid_constant__ MlaDenseParams p, const __grid_constant__ MlaDensePlan plan,
+    NarrowKernel(const __grid_constant__ MlaDenseParams p,
+                 const __grid_constant__ MlaDensePlan plan,
                  const __grid_constant__ Divisor page_size) {
   extern __shared__ __align__(16) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);

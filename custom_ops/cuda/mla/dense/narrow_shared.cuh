@@ -14,7 +14,8 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kStages = 2;    // of tiles of kTileKeys
 inline constexpr int kQuarters = 4;  // of the channels, each with warps of its own for the scores
-inline constexpr int kScorePitch = kTileKeys + 4;   // a warp's four columns lie in banks of their own
+inline constexpr int kScorePitch =
+    kTileKeys + 4;  // a warp's four columns lie in banks of their own
 inline constexpr int kWeightPitch = kTileKeys + 8;  // rows begin 16 bytes further in the banks
 
 // kTiles: of eight rows, heads of new tokens.
@@ -36,9 +37,10 @@ struct __align__(16) Shared {
   uint8_t keys[kStages][kTileKeys * C::kPitch];
   float scores[kQuarters][C::kRows][kScorePitch];        // of a quarter of the channels
   uint16_t weights[C::kScales][C::kRows][kWeightPitch];  // fp16
-  __align__(16) float inverse[C::kRows][kQuarters];  // not kScaled: what a quarter's scores are multiplied with
-  __align__(16) float keep[C::kRows][C::kScales];    // factor of the output so far
-  float factor[C::kRows][C::kScales];                // of the output at last
+  __align__(16) float inverse[C::kRows][kQuarters];      // not kScaled: what a quarter's scores are
+                                                         // multiplied with
+  __align__(16) float keep[C::kRows][C::kScales];        // factor of the output so far
+  float factor[C::kRows][C::kScales];                    // of the output at last
   uint8_t assigned[kStages][kTileKeys];
   int64_t sums[kWarps];
   Share share;
@@ -86,7 +88,15 @@ class Copier {
  public:
   __device__ __forceinline__ Copier(const MlaDenseParams& p, const Divisor& page_size,
                                     Shared<C>& shared)
-      : p_(p), page_size_(page_size), shared_(shared), policy_(CachePolicy(false)) {}
+      : p_(p),
+        page_size_(page_size),
+        shared_(shared),
+        policy_(CachePolicy(false)),
+        first_(SharedAddress(shared.keys[0]) + Key(0) * C::kPitch + Sub() * 16),
+        target_(first_) {}
+
+  // The next tile copied is the first one of a segment, and goes to stage 0.
+  __device__ __forceinline__ void Begin() { target_ = first_; }
 
   // Keys of tile `tile`, which need not exist.
   __device__ __forceinline__ void Look(int batch_idx, int limit, int tile) {
@@ -102,7 +112,7 @@ class Copier {
     }
   }
 
-  // The tile that Look found; keys without a page are zeros.
+  // The tile that Look found; keys without a page are zeros. Stages alternate.
   __device__ __forceinline__ void Copy(int stage) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -110,7 +120,7 @@ class Copier {
       const uint8_t* source = static_cast<const uint8_t*>(p_.cache.data);
       if (there) source = MlaRowOf(p_.cache, C::kCache, page_[i], row_[i]).codes;
       source += Sub() * 16;  // nothing is read there if `bytes` is 0
-      const uint32_t target = SharedAddress(shared_.keys[stage]) + Key(i) * C::kPitch + Sub() * 16;
+      const uint32_t target = target_ + 32 * i * C::kPitch;
       const int bytes = there ? 16 : 0;
 #pragma unroll
       for (int j = 0; j < C::kChunks / 8; ++j) {
@@ -122,6 +132,9 @@ class Copier {
       }
       if (Sub() == 0) shared_.assigned[stage][Key(i)] = there;
     }
+    // Not an address made of `stage`: ptxas 13.0 adds a uniform register in the copy itself then,
+    // and an H100 knows no such instruction.
+    target_ = 2 * first_ + kTileKeys * C::kPitch - target_;
   }
 
  private:
@@ -132,6 +145,7 @@ class Copier {
   const Divisor& page_size_;
   Shared<C>& shared_;
   uint64_t policy_;
+  uint32_t first_, target_;  // of this lane in stage 0, and in the next tile's
   uint32_t row_[2] = {};
   int page_[2] = {-1, -1};
 };
