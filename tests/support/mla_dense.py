@@ -127,7 +127,7 @@ class Problem:
         return to_numpy(out), to_numpy(lse)
 
     def accept(self, place: str, got, **changes: Any) -> None:
-        """Check output and LSE; a GPU may multiply codes and scales without rounding their product."""
+        """Check output and LSE; a GPU may leave the products of codes and scales unrounded."""
         try:
             assert_close(got, self.want(**changes))
         except AssertionError:
