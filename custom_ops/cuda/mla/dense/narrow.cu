@@ -27,11 +27,6 @@ namespace narrow {
 
 namespace {
 
-constexpr DType kHalf = DType::kFloat16;
-// Weights are at most 2^kUnit, so that fp16 holds small ones too. Times a scale, less than two of
-// its units, they stay below 2^14.
-constexpr float kUnit = 13.0f;
-
 __device__ __forceinline__ float PowerOfTwo(int exponent) {
   return __int_as_float(max(exponent + 127, 0) << 23);
 }
@@ -500,6 +495,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     NarrowKernel(const __grid_constant__ MlaDenseParams p,
                  const __grid_constant__ MlaDensePlan plan,
                  const __grid_constant__ Divisor page_size) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(16) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   PdlWait();
@@ -530,6 +526,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     RunSegment<C>(p, plan, static_scale, copier, shared);
   }
   if (threadIdx.x == 0 && !noted) WriteNote(WorkspaceOf(p, plan), blockIdx.x, {});
+#else
+  __trap();  // launched on Hopper only
+#endif
 }
 
 template <MlaFormat kFormat, int kTiles>

@@ -18,6 +18,11 @@ inline constexpr int kScorePitch =
     kTileKeys + 4;  // a warp's four columns lie in banks of their own
 inline constexpr int kWeightPitch = kTileKeys + 8;  // rows begin 16 bytes further in the banks
 
+inline constexpr DType kHalf = DType::kFloat16;
+// Weights are at most 2^kUnit, so that fp16 holds small ones too. Times a scale, less than two of
+// its units, they stay below 2^14.
+inline constexpr float kUnit = 13.0f;
+
 // kTiles: of eight rows, heads of new tokens.
 template <MlaFormat kFormat, int kRowTiles>
 struct Config {
