@@ -27,10 +27,6 @@ namespace narrow {
 
 namespace {
 
-__device__ __forceinline__ float PowerOfTwo(int exponent) {
-  return __int_as_float(max(exponent + 127, 0) << 23);
-}
-
 // A warp's quarter of the query as right operands. In each step of 16 channels lane l has
 // channels 4 * (l % 4) to 4 * (l % 4) + 3, as HalvesOf gives those of the keys.
 template <class C>

@@ -14,9 +14,10 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kStages = 2;    // of tiles of kTileKeys
 inline constexpr int kQuarters = 4;  // of the channels, each with warps of its own for the scores
-inline constexpr int kScorePitch =
-    kTileKeys + 4;  // a warp's four columns lie in banks of their own
-inline constexpr int kWeightPitch = kTileKeys + 8;  // rows begin 16 bytes further in the banks
+// A warp's four columns of scores lie in banks of their own, rows of weights begin 16 bytes
+// further.
+inline constexpr int kScorePitch = kTileKeys + 4;
+inline constexpr int kWeightPitch = kTileKeys + 8;
 
 inline constexpr DType kHalf = DType::kFloat16;
 // Weights are at most 2^kUnit, so that fp16 holds small ones too. Times a scale, less than two of
@@ -53,6 +54,10 @@ struct __align__(16) Shared {
   Segment segment;
   int more;  // whether there is such a segment
 };
+
+__device__ __forceinline__ float PowerOfTwo(int exponent) {
+  return __int_as_float(max(exponent + 127, 0) << 23);
+}
 
 // Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8 and
 // gets elements (row l / 4, columns 2 * (l % 4) and the next) of each.
