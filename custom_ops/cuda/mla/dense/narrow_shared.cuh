@@ -101,7 +101,7 @@ class Copier {
       : p_(p),
         page_size_(page_size),
         shared_(shared),
-        policy_(CachePolicy(false)),
+        policy_(CachePolicy(true)),
         first_(SharedAddress(shared.keys[0]) + Key(0) * C::kPitch + Sub() * 16),
         target_(first_) {}
 
