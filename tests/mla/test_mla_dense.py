@@ -127,7 +127,7 @@ def test_scores_of_minus_infinity_are_no_keys(place, cache_format, heads):
         gone = np.isneginf(lse)
         assert gone[:, 0].all() and gone[3, 2] and gone.sum() == heads + 1
         assert not out[0].any() and not out[2, 3].any() and not np.isnan(out).any()
-        assert_close((out, lse), problem.want(**options))
+        problem.accept(place, (out, lse), **options)
 
 
 @pytest.mark.parametrize("heads", [3, 16, 128])
@@ -251,7 +251,7 @@ def test_strided_cache_and_queries(place, cache_format):
     wide = np.full((tokens, 6, 640), np.nan, BF16)
     wide[:, 1:5, 32:608] = problem.q
     q = strided(to_paddle(wide, place), [tokens, 4, 576], [6 * 640, 640, 1], 2 * (640 + 32))
-    assert_close(problem.run(place, q=q, cache=view), problem.want())
+    problem.accept(place, problem.run(place, q=q, cache=view))
 
 
 def test_slots_that_do_not_run(place):
@@ -340,7 +340,8 @@ def test_programs_that_write(place):
     sinks, out = np.arange(4, dtype=np.float32), np.zeros((5, 4, 512), BF16)
     arrays = [problem.q, problem.cache, *seqs, SCALE, sinks, out]
     outputs, inputs = run_all_modes(written_call, arrays, place)
-    want, _ = problem.want(softmax_scale=576**-0.5, sinks=sinks, causal=False)
+    options = {"softmax_scale": 576**-0.5, "sinks": sinks, "causal": False}
+    want, _ = problem.want(rounded=place == "cpu", **options)  # few rows: see accept
     assert_outputs_close(outputs[0], want)
     assert_outputs_close(inputs[-1], want)
 
