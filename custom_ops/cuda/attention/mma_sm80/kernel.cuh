@@ -299,12 +299,14 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         if (present && mask.needs_mask) ScrubValues<Traits>(value_stage, mask);
         __syncthreads();
       }
-      if (!present) continue;
       if constexpr (Traits::kBlockScales) {
-        PrepareBlockScales<Traits, true>(key_stage);
-        PrepareBlockScales<Traits, false>(value_stage);
-        SyncPipeline<Traits>();
+        if (present) {
+          PrepareBlockScales<Traits, true>(key_stage);
+          PrepareBlockScales<Traits, false>(value_stage);
+        }
+        __syncthreads();
       }
+      if (!present) continue;
 #pragma unroll 1
       for (int first = 0; first < Traits::kKeyTiles; first += Traits::kGroup) {
         Scores<Traits> scores;
