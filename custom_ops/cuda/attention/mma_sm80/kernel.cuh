@@ -166,7 +166,9 @@ __device__ __forceinline__ void Score(const AttentionParams& p, uint32_t stage,
                                       const float (&factors)[Traits::kTiles][2], int first,
                                       Scores<Traits>& scores) {
   StartScores<Traits>(query, scores);
-  if constexpr (Traits::kNibbles) {
+  if constexpr (Traits::kBlockScales) {
+    MultiplyBlocks<Traits>(stage, query, first, scores);
+  } else if constexpr (Traits::kNibbles) {
     MultiplyNibbles<Traits>(stage, query, first, scores);
   } else {
     Multiply<Traits>(stage, query, first, scores);
@@ -300,10 +302,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         __syncthreads();
       }
       if constexpr (Traits::kBlockScales) {
-        if (present) {
-          PrepareBlockScales<Traits, true>(key_stage);
-          PrepareBlockScales<Traits, false>(value_stage);
-        }
+        if (present) PrepareValueScales<Traits>(value_stage);
         __syncthreads();
       }
       if (!present) continue;
@@ -333,14 +332,13 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       StartLoad<Traits, (Traits::kStages + 1) % 2>(cursor, ring);
       const uint32_t key_stage = ring->NextUse();
       const bool assigned = IsAssigned<Traits>(key_stage);
-      PrepareForWarp<Traits, true>(key_stage, assigned);
       if (assigned) Score<Traits>(p, key_stage, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
       StartLoad<Traits, Traits::kStages % 2>(cursor, ring);
       const uint32_t value_stage = ring->NextUse();
       if (!assigned) continue;
-      PrepareForWarp<Traits, false>(value_stage, true);
+      PrepareForWarp<Traits>(value_stage);
       if constexpr (Traits::kNibbles) {
         // Nothing to scrub, as above.
       } else if (mask.needs_mask) {
