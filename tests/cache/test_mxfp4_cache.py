@@ -78,6 +78,31 @@ def test_blocks_of_unlike_sizes(place, dim, invariant):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
+def test_least_scales_of_keys_count(place, dim):
+    """K's scales of 2^-127 to 2^-125, and queries that make scores of some units of them."""
+    seqs = [(70, 3), (129, 1), (9, 30), (64, 7)]
+    problem = paged_problem(seqs, kind=BLOCK_WISE_MXFP4, dim=dim, heads=(4, 2))
+    written = problem.k.scales != 255
+    scales = np.random.default_rng(9).integers(0, 3, problem.k.scales.shape).astype(np.uint8)
+    problem.k.scales = np.where(written, scales, problem.k.scales)
+    problem.q = (problem.q.astype(np.float32) * np.float32(2.0**123)).astype(problem.q.dtype)
+    problem.check(place)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_scale_that_is_no_number_reaches_who_sees_it(place, dim):
+    """NaN, byte 255, in one block of a key, which 0 codes do not hide; not before that key."""
+    problem = paged_problem([(60, 9)], kind=BLOCK_WISE_MXFP4, dim=dim, heads=(2, 1))
+    block, r = problem.slot(0, 65)
+    problem.k.scales[block, 0, r, 1] = 255
+    problem.k.elements[block, 0, r] = 0
+    out, _ = problem.run(place)
+    sees = np.arange(60, 69) >= 65
+    np.testing.assert_array_equal(np.isnan(out.astype(np.float32)).all(axis=(1, 2)), sees)
+    np.testing.assert_array_equal(np.isnan(out.astype(np.float32)).any(axis=(1, 2)), sees)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
 def test_every_block_has_a_scale_of_its_own(place, dim):
     """V of one key: each 32 channels of the output are its codes times their scale."""
     problem = paged_problem([(0, 1)], kind=BLOCK_WISE_MXFP4, dim=dim, heads=(2, 1))

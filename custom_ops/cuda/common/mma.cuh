@@ -52,6 +52,16 @@ __device__ __forceinline__ uint4 LoadMatricesTransposed(uint32_t address) {
   return v;
 }
 
+// Four 8x8 matrices of 16-bit elements whose rows lie at the addresses of lanes 8 i .. 8 i + 7:
+// lane (g, t) gets elements 2 t and 2 t + 1 of row g of each.
+__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+
 // Transposes an 8x8 matrix of 16-bit elements that lies in a warp's registers, two a lane.
 __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t elements) {
   uint32_t v;

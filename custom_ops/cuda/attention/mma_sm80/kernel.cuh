@@ -166,7 +166,9 @@ __device__ __forceinline__ void Score(const AttentionParams& p, uint32_t stage,
                                       const float (&factors)[Traits::kTiles][2], int first,
                                       Scores<Traits>& scores) {
   StartScores<Traits>(query, scores);
-  if constexpr (Traits::kNibbles) {
+  if constexpr (Traits::kBlockScales) {
+    MultiplyBlocks<Traits>(stage, query, first, scores);
+  } else if constexpr (Traits::kNibbles) {
     MultiplyNibbles<Traits>(stage, query, first, scores);
   } else {
     Multiply<Traits>(stage, query, first, scores);
@@ -299,12 +301,11 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         if (present && mask.needs_mask) ScrubValues<Traits>(value_stage, mask);
         __syncthreads();
       }
-      if (!present) continue;
       if constexpr (Traits::kBlockScales) {
-        PrepareBlockScales<Traits, true>(key_stage);
-        PrepareBlockScales<Traits, false>(value_stage);
-        SyncPipeline<Traits>();
+        if (present) PrepareValueScales<Traits>(value_stage);
+        __syncthreads();
       }
+      if (!present) continue;
 #pragma unroll 1
       for (int first = 0; first < Traits::kKeyTiles; first += Traits::kGroup) {
         Scores<Traits> scores;
@@ -331,14 +332,13 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       StartLoad<Traits, (Traits::kStages + 1) % 2>(cursor, ring);
       const uint32_t key_stage = ring->NextUse();
       const bool assigned = IsAssigned<Traits>(key_stage);
-      PrepareForWarp<Traits, true>(key_stage, assigned);
       if (assigned) Score<Traits>(p, key_stage, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
       StartLoad<Traits, Traits::kStages % 2>(cursor, ring);
       const uint32_t value_stage = ring->NextUse();
       if (!assigned) continue;
-      PrepareForWarp<Traits, false>(value_stage, true);
+      PrepareForWarp<Traits>(value_stage);
       if constexpr (Traits::kNibbles) {
         // Nothing to scrub, as above.
       } else if (mask.needs_mask) {

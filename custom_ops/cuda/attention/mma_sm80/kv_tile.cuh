@@ -201,15 +201,16 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
                                              float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   const int g = threadIdx.x % 32 / 4;
   float token_scales[Traits::kGroup][2];
-  if constexpr (Traits::kScalesAtOnce) {
+  constexpr bool kTokenScaled = Traits::kPerTokenScales && !Traits::kBlockScales;
+  if constexpr (Traits::kScalesAtOnce && kTokenScaled) {
     LoadTokenScales<Traits>(stage, first, TokenScaleType<Traits>(p), token_scales);
   }
 #pragma unroll
   for (int m = 0; m < Traits::kGroup; ++m) {
     float scale[2] = {1.0f, 1.0f};
-    if constexpr (Traits::kScalesAtOnce) {
+    if constexpr (Traits::kScalesAtOnce && kTokenScaled) {
       scale[0] = token_scales[m][0], scale[1] = token_scales[m][1];
-    } else if constexpr (Traits::kPerTokenScales) {
+    } else if constexpr (kTokenScaled) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         scale[half] = TokenScale<Traits>(stage, Traits::KeyOf(first + m, g + 8 * half),
@@ -221,7 +222,7 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float x = scores[m][n][c];
-        if constexpr (Traits::kPerTokenScales) x *= scale[c / 2];
+        if constexpr (kTokenScaled) x *= scale[c / 2];
         scores[m][n][c] = x * factors[n][c % 2];
       }
     }

@@ -1,6 +1,7 @@
 // The matrix products over 4-bit K and V.
 //
-// E2M1: operands are values times a power of two of their block (mx_scales.cuh). int4: codes are
+// E2M1: operands of K are values, and scores of a block are summed apart; those of V are values
+// times a power of two of their block (mx_scales.cuh). int4: codes are
 // stored as code + 8, and operands are (code + 8) times a power of two
 // (Format<kInt4>::Widen). What the 8 adds is a multiple of a sum: of a query's channels, so that
 // the accumulators of its scores begin with its negative; of a column's probabilities, which a tile
@@ -58,19 +59,12 @@ __device__ __forceinline__ void MultiplyNibbles(
   for (int part = 0; part < Traits::kNibbleParts; ++part) {
     const int piece = Traits::NibbleChunk(Traits::KeyOf(0, g), 4 * part);
     uint32_t keys[Traits::kGroup][2][kWords];
-    uint32_t factors[Traits::kGroup][2];  // of the block that a lane's channels belong to
 #pragma unroll
     for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = Traits::NibbleRow(Traits::KeyOf(first + m, 8 * half));
         LoadNibbles(own + row * Traits::kRowBytes + piece * 16 + t * kWords * 4, keys[m][half]);
-        if constexpr (Traits::kBlockScales) {
-          static_assert(Traits::kNibbleParts == 1);
-          const int block = t * Traits::kHeadDim / (4 * kMxBlock);
-          const int key = Traits::KeyOf(first + m, g + 8 * half);
-          factors[m][half] = KeyFactors<Traits>(stage, key, block);
-        }
       }
     }
 #pragma unroll
@@ -84,13 +78,8 @@ __device__ __forceinline__ void MultiplyNibbles(
       uint32_t low[Traits::kGroup][4], high[Traits::kGroup][4];
 #pragma unroll
       for (int m = 0; m < Traits::kGroup; ++m) {
-        if constexpr (Traits::kBlockScales) {
-          Format::Widen(keys[m][0][w], factors[m][0], factors[m][0], low[m]);
-          Format::Widen(keys[m][1][w], factors[m][1], factors[m][1], high[m]);
-        } else {
-          Format::Widen(keys[m][0][w], low[m]);
-          Format::Widen(keys[m][1][w], high[m]);
-        }
+        Format::Widen(keys[m][0][w], low[m]);
+        Format::Widen(keys[m][1][w], high[m]);
       }
       // Products that follow each other add to other scores.
 #pragma unroll
@@ -102,6 +91,64 @@ __device__ __forceinline__ void MultiplyNibbles(
             Mma<Format::kOperand>(scores[m][n], low[m][2 * s], high[m][2 * s], low[m][2 * s + 1],
                                   high[m][2 * s + 1], b[s][n].x, b[s][n].y);
           }
+        }
+      }
+    }
+  }
+}
+
+// The same of keys with a scale for a block of 32 channels, the 16-byte pieces of a key: word t of
+// a piece is lane t's, of eight keys and a piece at a time. `query` has its steps in that order.
+template <typename Traits, typename Query>
+__device__ __forceinline__ void MultiplyBlocks(uint32_t stage, const Query& query, int first,
+                                               float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
+  using Format = typename Traits::Format;
+  constexpr int kBlocks = Traits::kTokenScales;
+  KeyScales<Traits> stored;
+  stored.Load(stage, first);
+  // More columns have no registers left for all of them.
+  constexpr int kAtOnce = Traits::kTiles == 1 ? kBlocks : 1;
+  float scales[kAtOnce][Traits::kGroup][2];
+  if constexpr (kAtOnce > 1) stored.Find(0, scales);
+  const int lane = threadIdx.x % 32;
+  // Lanes 8 j .. 8 j + 7 have the rows of key tile first + j / 2, of the half j % 2.
+  const int key = Traits::KeyOf(first + lane / 16, lane % 8 + lane / 8 % 2 * 8);
+  const uint32_t own = stage + Traits::NibbleRow(key) * Traits::kRowBytes;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    uint32_t keys[Traits::kGroup][2];
+    const uint32_t piece = own + Traits::NibbleChunk(key, block) * 16;
+#pragma unroll
+    for (int m = 0; m < Traits::kGroup; m += 2) {
+      const int row = Traits::NibbleRow(Traits::KeyOf(m, 0));
+      const uint4 four = LoadMatrices(piece + row * Traits::kRowBytes);
+      keys[m][0] = four.x, keys[m][1] = four.y, keys[m + 1][0] = four.z, keys[m + 1][1] = four.w;
+    }
+    uint32_t low[Traits::kGroup][4], high[Traits::kGroup][4];
+#pragma unroll
+    for (int m = 0; m < Traits::kGroup; ++m) {
+      Format::Widen(keys[m][0], low[m]);
+      Format::Widen(keys[m][1], high[m]);
+    }
+    if constexpr (kAtOnce == 1) stored.Find(block, scales);
+#pragma unroll
+    for (int n = 0; n < Traits::kTiles; ++n) {
+      float sums[Traits::kGroup][4] = {};
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const uint2 b = query.At(n, 2 * block + s);
+#pragma unroll
+        for (int m = 0; m < Traits::kGroup; ++m) {
+          Mma<Format::kOperand>(sums[m], low[m][2 * s], high[m][2 * s], low[m][2 * s + 1],
+                                high[m][2 * s + 1], b.x, b.y);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < Traits::kGroup; ++m) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float scale = scales[block % kAtOnce][m][c / 2];
+          scores[m][n][c] = __fmaf_rn(sums[m][c], scale, scores[m][n][c]);
         }
       }
     }

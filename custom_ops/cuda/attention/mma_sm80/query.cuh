@@ -151,13 +151,17 @@ struct QueryTile {
 
 // Stores channels 4 * quad .. 4 * quad + 3 of column c as operands of 4-bit keys: a word of K is 8
 // channels, of which the first four are the low halves of two steps' operands. A lane has a quarter
-// of each part of a key. Channels whose int4 codes lie lower count 2^4 as much.
+// of each part of a key, or of each block. Channels whose int4 codes lie lower count 2^4 as much.
 template <typename Traits>
 __device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int quad,
                                                  char* queries) {
   constexpr int kQuads = 2 * Traits::kNibbleWords;  // of a lane and part
-  const int lane = c % 8 * 4 + quad / kQuads % 4;
-  const int word = quad / (4 * kQuads) * Traits::kNibbleWords + quad % kQuads / 2;
+  int lane = c % 8 * 4 + quad / kQuads % 4;
+  int word = quad / (4 * kQuads) * Traits::kNibbleWords + quad % kQuads / 2;
+  if constexpr (Traits::kBlockScales) {  // a word of each block (MultiplyBlocks)
+    lane = c % 8 * 4 + quad / 2 % 4;
+    word = quad / 8;
+  }
   char* const to =
       queries + ((c / 8 * Traits::kMmaSteps + 2 * word) * 32 + lane) * 8 + quad % 2 * 2;
 #pragma unroll
@@ -193,6 +197,7 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
                       kLog2E;
   // The unit of a product of a query and int4 codes.
   if constexpr (Traits::kBiased) info.score_factor *= 0.0625f / Traits::Format::kUnit;
+  if constexpr (Traits::kBlockScales) info.score_factor *= 1.0f / Traits::Format::kUnit;
   info.keys = KeysOfQuery(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
@@ -301,7 +306,8 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       }
       if constexpr (Traits::kQuantized) {
         // fp16 has more mantissa than bf16 and less range: bring the largest channel to
-        // 2^9 .. 2^10.
+        // 2^9 .. 2^10; 2^14 .. 2^15 over E2M1, whose unit the score factor then has room for.
+        constexpr uint32_t kLargest = Traits::kBlockScales ? 14 : 9;
         float mine = LargestOf(x[0]);
 #pragma unroll
         for (int q = 1; q < kQuads; ++q) mine = fmaxf(mine, LargestOf(x[q]));
@@ -313,8 +319,8 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
         float grow = 1.0f;
         if (largest < 0x7F800000u) {
           const uint32_t exponent = max(largest >> 23, 19u);
-          const float shrink = __uint_as_float((254 + 9 - exponent) << 23);
-          grow = __uint_as_float((exponent - 9) << 23);
+          const float shrink = __uint_as_float((254 + kLargest - exponent) << 23);
+          grow = __uint_as_float((exponent - kLargest) << 23);
 #pragma unroll
           for (int q = 0; q < kQuads; ++q) {
 #pragma unroll

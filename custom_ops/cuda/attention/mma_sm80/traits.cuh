@@ -174,8 +174,10 @@ struct AttentionTraits {
   }
 
   // Where the 16-byte piece `chunk` of such a key lies: halves of a large key change places in
-  // every second row, as two rows together fill the banks twice.
+  // every second row, as two rows together fill the banks twice. With a scale for each piece, one
+  // piece of eight keys, 8 apart, is read at a time.
   static __device__ __forceinline__ constexpr int NibbleChunk(int key, int chunk) {
+    if constexpr (kBlockScales) return chunk ^ (kRowBytes == 64 ? key >> 4 & 3 : key >> 5 & 1);
     return kNibbleParts == 1 ? chunk : chunk ^ (key >> 1 & 4);
   }
 

@@ -123,14 +123,25 @@ template <>
 struct Format<DType::kE2M1> {
   static constexpr DType kOperand = DType::kFloat16;
   static constexpr int kBytes = 1;
+  static constexpr float kUnit = 0x1p-14f;  // of operands
 
-  // Pair n: nibbles n and n + 4 of a word, whose signs are kShift bits below those of halves.
-  template <int kShift>
-  static __device__ __forceinline__ uint32_t Place(uint32_t codes) {
-    const uint32_t sign = kShift == 0 ? codes : codes << kShift;
-    const uint32_t rest = kShift >= 3 ? codes << (kShift >= 3 ? kShift - 3 : 0)
-                                      : codes >> (kShift >= 3 ? 0 : 3 - kShift);
-    return (sign & 0x80008000u) | (rest & 0x0E000E00u);
+  // Bits of `a` where the bytes of halves have a sign, else those of `b`: one instruction.
+  static __device__ __forceinline__ uint32_t WithSigns(uint32_t a, uint32_t b) {
+    uint32_t bits;
+    asm("lop3.b32 %0, %1, %2, 0x80808080, 0xE4;" : "=r"(bits) : "r"(a), "r"(b));
+    return bits;
+  }
+
+  // Nibbles n of a word as four pairs (n, n + 4) of operands. The odd nibbles' signs and the rest
+  // of them are brought to their places in bytes, the even ones' too, with other bits beside them:
+  // an AND for each pair takes the bytes that are the upper ones of halves, and those bits off.
+  static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t (&pairs)[4]) {
+    constexpr uint32_t kBits = 0x8E008E00u;
+    const uint32_t odd = WithSigns(codes, codes >> 3), even = WithSigns(codes << 4, codes << 1);
+    pairs[0] = even << 8 & kBits;
+    pairs[1] = odd << 8 & kBits;
+    pairs[2] = even & kBits;
+    pairs[3] = odd & kBits;
   }
 
   static __device__ __forceinline__ uint32_t Times(uint32_t pair, uint32_t factors) {
@@ -143,10 +154,9 @@ struct Format<DType::kE2M1> {
   // and of the last two.
   static __device__ __forceinline__ void Widen(uint32_t codes, uint32_t first, uint32_t last,
                                                uint32_t (&pairs)[4]) {
-    pairs[0] = Times(Place<12>(codes), first);
-    pairs[1] = Times(Place<8>(codes), first);
-    pairs[2] = Times(Place<4>(codes), last);
-    pairs[3] = Times(Place<0>(codes), last);
+    Widen(codes, pairs);
+    pairs[0] = Times(pairs[0], first), pairs[1] = Times(pairs[1], first);
+    pairs[2] = Times(pairs[2], last), pairs[3] = Times(pairs[3], last);
   }
 
   static __device__ __forceinline__ uint32_t NonFinite(uint32_t) { return 0; }
