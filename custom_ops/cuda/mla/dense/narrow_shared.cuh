@@ -59,17 +59,7 @@ __device__ __forceinline__ float PowerOfTwo(int exponent) {
   return __int_as_float(max(exponent + 127, 0) << 23);
 }
 
-// Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8 and
-// gets elements (row l / 4, columns 2 * (l % 4) and the next) of each.
-__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address));
-  return v;
-}
-
-// Two, of the addresses of lanes 0 to 15.
+// Two 8x8 matrices as LoadMatrices has four, of the addresses of lanes 0 to 15.
 __device__ __forceinline__ uint2 LoadTwoMatrices(uint32_t address) {
   uint2 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
