@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support.mla_dense import UNASSIGNED, Problem, assert_close
+from tests.support.mla_dense import UNASSIGNED, Problem, assert_close, assert_outputs_close
 
 #: Heads and most new tokens: at most 16 rows a sequence.
 ROWS = [(16, 1), (8, 2), (5, 3), (8, 1), (1, 7)]
@@ -38,7 +38,7 @@ def set_scales(problem, scale_of):
         problem.cache[pages, i % problem.page_size, 512:528] = scales.view(np.uint8)
 
 
-@pytest.mark.parametrize("page_size", [64, 16, 7])
+@pytest.mark.parametrize("page_size", [64, 16, 7, 1, 256])
 @pytest.mark.parametrize(("heads", "most"), ROWS)
 @pytest.mark.parametrize("cache_format", CODES)
 def test_shapes(place, cache_format, heads, most, page_size):
@@ -96,6 +96,49 @@ def test_scales_near_the_ends_of_fp32(place):
         assert np.linalg.norm(part / 2.0**-60 - exact / 2.0**-60) <= (
             5e-3 * np.linalg.norm(exact / 2.0**-60)
         )
+
+
+@pytest.mark.parametrize("factor", [1e5, 1e6, 1e7, 3e7, 1e8, 1e12])
+@pytest.mark.parametrize("cache_format", CODES)
+def test_large_scores(place, cache_format, factor):
+    """Keys that are alike have like weights, also where 13 is next to nothing beside a score."""
+
+    def alike(rng, count, latent):
+        return np.broadcast_to(rng.normal(size=latent), (count, latent))
+
+    problem = Problem([300, 5], [1, 2], heads=4, cache_format=cache_format, latents=alike)
+    problem.q = (problem.q.astype(np.float32) * np.float32(factor)).astype(problem.q.dtype)
+    problem.q[..., 512:] = 0
+    out, lse = problem.run(place)
+    assert_outputs_close(out, problem.want()[0])
+    assert np.isfinite(lse[:, problem.starts[0] :]).all()
+
+
+def test_a_key_of_no_weight_has_any_scale(place):
+    """Its scale is infinite in units of the others', and all queries see it."""
+    problem = Problem([200], [1], heads=8, cache_format="fp8_656")
+    pages, rows = problem.tables[0, np.arange(201) // 64], np.arange(201) % 64
+    problem.cache[pages, rows, 128:256] = 0x38
+    problem.cache[pages[5], rows[5], 128:256] = 0xB8
+    problem.q[...] = 0
+    problem.q[..., 128:256] = 20
+
+    def scales(i, g):
+        return np.where(g > 0, 1.0, np.where(i == 5, 4.0, np.finfo(np.float32).tiny))
+
+    set_scales(problem, scales)
+    out, lse = problem.run(place)
+    assert np.isfinite(out.astype(np.float32)).all() and np.isfinite(lse).all()
+    problem.check(place)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_queries_without_keys_whatever_the_scale(place, scale):
+    problem = Problem([70, 9], [1, 2], heads=8, cache_format="fp8")
+    problem.tables[0] = -1
+    problem.scale = np.full_like(problem.scale, scale)
+    out, lse = problem.run(place)
+    assert not out[:1].astype(np.float32).any() and np.isneginf(lse[:, :1]).all()
 
 
 @pytest.mark.parametrize("cache_format", CODES)

@@ -139,7 +139,8 @@ __device__ __forceinline__ void Score(const Query<C>& query, int stage, Shared<C
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& sum = sums[half][t][i];
-          sum = fmaf(sum * query.inverse[t][i % 2], scales[i / 2], rotated[i]);
+          // Not the sum first: queries near the end of fp32's range would make it infinite.
+          sum = fmaf(sum, query.inverse[t][i % 2] * scales[i / 2], rotated[i]);
         }
       }
     } else {
@@ -163,8 +164,8 @@ __device__ __forceinline__ void Score(const Query<C>& query, int stage, Shared<C
 // A row of the softmax. Weights are in units of 2^-kUnit.
 template <class C>
 struct Row {
-  float maximum = -INFINITY;  // of the scores, less kUnit
-  float sum = 0.0f;           // of this lane's keys
+  float maximum = -INFINITY;  // of the scores
+  float sum = 0.0f;           // of the weights of this lane's keys
   int seen = 0;
   // Of a quarter of the channels: 1 over the power of two in units of which scales are.
   float inverse[C::kScales];
@@ -199,20 +200,22 @@ struct Row {
 template <class C>
 __device__ __forceinline__ void WeighRow(Row<C>& row, float most, float (&weights)[2],
                                          float* keep) {
-  const float maximum = fmaxf(row.maximum, most - kUnit);
+  const float maximum = fmaxf(row.maximum, most);
   const float base = maximum == -INFINITY ? 0.0f : maximum;
   *keep = WeightOf(row.maximum, maximum);
+  // The unit is added to a difference: a maximum less the unit is rounded, for large scores by more
+  // than weights have room for.
 #pragma unroll
-  for (float& w : weights) w = Exp2(w - base);
+  for (float& w : weights) w = Exp2((w - base) + kUnit);
   row.maximum = maximum;
   row.sum = row.sum * *keep + (weights[0] + weights[1]);
 }
 
-// Weights times the scales of the two keys. `partly`: there may be keys that the row does not see.
+// Weights times the scales of the two keys.
 template <class C>
-__device__ __forceinline__ void StoreScaled(Row<C>& row, int r, bool partly,
-                                            const float (&scales)[2][4], const float (&weights)[2],
-                                            float keep, Shared<C>& shared) {
+__device__ __forceinline__ void StoreScaled(Row<C>& row, int r, const float (&scales)[2][4],
+                                            const float (&weights)[2], float keep,
+                                            Shared<C>& shared) {
   const int lane = threadIdx.x % 32;
   float keeps[4] = {keep, keep, keep, keep}, scaled[2][4];
   bool more = false;
@@ -229,11 +232,10 @@ __device__ __forceinline__ void StoreScaled(Row<C>& row, int r, bool partly,
 #pragma unroll
     for (int i = 0; i < 8; ++i) scaled[i / 4][i % 4] = scales[i / 4][i % 4] * row.inverse[i % 4];
   }
-  if (partly) {  // such a key may have any scale
+  // A key without a weight, seen or not, may have a scale that is infinite in units of the others.
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (weights[i / 4] == 0.0f) scaled[i / 4][i % 4] = 0.0f;
-    }
+  for (int i = 0; i < 8; ++i) {
+    if (weights[i / 4] == 0.0f) scaled[i / 4][i % 4] = 0.0f;
   }
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
@@ -248,8 +250,8 @@ __device__ __forceinline__ void StoreScaled(Row<C>& row, int r, bool partly,
 
 // The rows of a warp, two keys a lane.
 template <class C>
-__device__ __forceinline__ void Weigh(int key0, int stage, float scale, bool partly,
-                                      Row<C> (&rows)[C::kTiles], Shared<C>& shared) {
+__device__ __forceinline__ void Weigh(int key0, int stage, float scale, Row<C> (&rows)[C::kTiles],
+                                      Shared<C>& shared) {
   const int lane = threadIdx.x % 32, row0 = C::kTiles * (threadIdx.x / 32);
   const uint16_t assigned = *reinterpret_cast<uint16_t*>(&shared.assigned[stage][2 * lane]);
   float weights[C::kTiles][2], most[C::kTiles], keep[C::kTiles];
@@ -296,7 +298,7 @@ __device__ __forceinline__ void Weigh(int key0, int stage, float scale, bool par
     }
 #pragma unroll
     for (int t = 0; t < C::kTiles; ++t) {
-      StoreScaled(rows[t], row0 + t, partly, scales, weights[t], keep[t], shared);
+      StoreScaled(rows[t], row0 + t, scales, weights[t], keep[t], shared);
     }
   } else {
 #pragma unroll
@@ -416,20 +418,23 @@ __device__ __forceinline__ void Finish(const MlaDenseParams& p, const Segment& s
     for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
     const int r = C::kTiles * (threadIdx.x / 32) + t, row = row0 + r;
     if (threadIdx.x % 32 != 0 || row >= segment.seq.q_len * p.heads) continue;
+    constexpr float kOne = 0x1p-13f;  // weights, and outputs with them, are in units of it
+    static_assert(kUnit == 13.0f);
     float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
     if (whole) {
       const int head = row % p.heads;
-      const Normaliser end = FinishRow(p, rows[t].maximum, sum, head);
-      factor = end.factor;
+      const Normaliser end = FinishRow(p, rows[t].maximum, sum * kOne, head);
+      factor = end.factor * kOne;
       StoreLse(p, segment.seq.q_begin + row / p.heads, head, end.lse);
     } else {
-      lse[r] = sum == 0.0f ? -INFINITY : rows[t].maximum + log2f(sum);
+      lse[r] = sum == 0.0f ? -INFINITY : rows[t].maximum + log2f(sum * kOne);
     }
 #pragma unroll
     for (int g = 0; g < C::kScales; ++g) {
       // The unit; 1 without scales.
       const float unit = __int_as_float((254 << 23) - __float_as_int(rows[t].inverse[g]));
-      shared.factor[r][g] = factor * (unit * static_scale);
+      // Whatever the scale is, a row without a key has no output.
+      shared.factor[r][g] = factor == 0.0f ? 0.0f : factor * (unit * static_scale);
     }
   }
 }
@@ -471,9 +476,8 @@ __device__ __forceinline__ void RunSegment(const MlaDenseParams& p, const MlaDen
     Score(query, stage, shared);
     __syncthreads();
     const int key0 = tile * kTileKeys;
-    const bool partly = key0 + kTileKeys > least;
-    if (partly) ScrubKeys<C>(least - key0, shared.keys[stage]);
-    Weigh(key0, stage, scale, partly, rows, shared);
+    if (key0 + kTileKeys > least) ScrubKeys<C>(least - key0, shared.keys[stage]);
+    Weigh(key0, stage, scale, rows, shared);
     __syncthreads();
     AddValues(stage, shared, out);
   }
