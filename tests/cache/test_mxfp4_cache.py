@@ -77,10 +77,16 @@ def test_blocks_of_unlike_sizes(place, dim, invariant):
     problem.check(place, results=results)
 
 
+#: Most new tokens of a call, with two query heads a KV head: 8, 16 or 64 columns at a time.
+COLUMNS = [1, 5, 30]
+
+
+@pytest.mark.parametrize("most", COLUMNS)
 @pytest.mark.parametrize("dim", [64, 128])
-def test_least_scales_of_keys_count(place, dim):
+def test_least_scales_of_keys_count(place, dim, most):
     """K's scales of 2^-127 to 2^-125, and queries that make scores of some units of them."""
     seqs = [(70, 3), (129, 1), (9, 30), (64, 7)]
+    seqs = [(cached, min(new, most)) for cached, new in seqs]
     problem = paged_problem(seqs, kind=BLOCK_WISE_MXFP4, dim=dim, heads=(4, 2))
     written = problem.k.scales != 255
     scales = np.random.default_rng(9).integers(0, 3, problem.k.scales.shape).astype(np.uint8)
@@ -89,15 +95,16 @@ def test_least_scales_of_keys_count(place, dim):
     problem.check(place)
 
 
+@pytest.mark.parametrize(("cached", "new"), [(60, 9), (60, 20), (62, 5), (65, 1)])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_a_scale_that_is_no_number_reaches_who_sees_it(place, dim):
+def test_a_scale_that_is_no_number_reaches_who_sees_it(place, dim, cached, new):
     """NaN, byte 255, in one block of a key, which 0 codes do not hide; not before that key."""
-    problem = paged_problem([(60, 9)], kind=BLOCK_WISE_MXFP4, dim=dim, heads=(2, 1))
+    problem = paged_problem([(cached, new)], kind=BLOCK_WISE_MXFP4, dim=dim, heads=(2, 1))
     block, r = problem.slot(0, 65)
     problem.k.scales[block, 0, r, 1] = 255
     problem.k.elements[block, 0, r] = 0
     out, _ = problem.run(place)
-    sees = np.arange(60, 69) >= 65
+    sees = np.arange(cached, cached + new) >= 65
     np.testing.assert_array_equal(np.isnan(out.astype(np.float32)).all(axis=(1, 2)), sees)
     np.testing.assert_array_equal(np.isnan(out.astype(np.float32)).any(axis=(1, 2)), sees)
 

@@ -87,7 +87,7 @@ __device__ __forceinline__ void PrepareForWarp(uint32_t stage) {
   }
 }
 
-// Whether the byte 0 or 255 is among those of `bytes`; sometimes also where it is not.
+// Whether the byte 0 or 255 is among those of `bytes`.
 __device__ __forceinline__ uint32_t HasOddScales(uint32_t bytes) {
   const uint32_t next = bytes + 0x01010101u;  // 0 or 1 for these
   return ((next & 0xFEFEFEFEu) - 0x01010101u) & ~next & 0x80808080u;

@@ -51,6 +51,7 @@ template <typename Traits, typename Query>
 __device__ __forceinline__ void MultiplyNibbles(
     uint32_t stage, const Query& query, int first,
     float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
+  static_assert(!Traits::kBlockScales, "MultiplyBlocks has K's scales");
   using Format = typename Traits::Format;
   constexpr int kWords = Traits::kNibbleWords;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;

@@ -105,8 +105,8 @@ struct AttentionTraits {
   // A stage is a KV tile's K or V, or some channels of them, its per-token scales (of K in the last
   // stage, of V in the first), and whether its block is assigned (in the first stage of K).
   static constexpr int kDataBytes = kKvTile * kRowBytes;
-  // Block scales become a bf16 scale a token and a byte for each block, beside the bytes that they
-  // are in the cache.
+  // V's block scales become a bf16 scale a token and a byte for each block, beside the bytes that
+  // they are in the cache.
   static constexpr int kBlockFactors = kKvTile * 2;  // offset of those bytes behind the data
   static constexpr int kRawScales = kBlockFactors + kKvTile * kTokenScales;
   static constexpr int kScaleBytes = kBlockScales      ? kRawScales + kKvTile * kTokenScales
