@@ -97,8 +97,7 @@ def test_flags_of_the_kernels(tmp_path, monkeypatch):
     for flags in (newer.flags, older.flags):
         assert "-O3" in flags and "-DFASTATTN_WITH_CUDA" in flags
         assert flags[flags.index("-ccbin") + 1] == "g++-12"
-        assert not any("use_fast_math" in f for f in flags)
-        assert "-lineinfo" not in flags  # 115 MB instead of 40
+        assert not any("use_fast_math" in f or "-lineinfo" in f for f in flags)  # 115 MB, not 40
 
 
 def test_jobs(monkeypatch):
