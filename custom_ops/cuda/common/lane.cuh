@@ -8,6 +8,13 @@ namespace fastattn::cuda {
 // All lanes, as the mask of warp instructions.
 inline constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
+// In all lanes.
+__device__ __forceinline__ float SumOfWarp(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+
 // With kAgain the index is read where it is needed, so that nothing derived from it stays in a
 // register until then. The read is volatile, or the compiler would move it to the front.
 template <bool kAgain>

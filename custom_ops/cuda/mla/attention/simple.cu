@@ -86,12 +86,6 @@ struct Head {
   float sum;
 };
 
-__device__ __forceinline__ float SumOfWarp(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
-  return x;
-}
-
 __device__ __forceinline__ void AttendTile(const Tile& tile, int dims, float factor, Head* head) {
   constexpr float kInf = __builtin_huge_valf();
   const int lane = threadIdx.x % 32;

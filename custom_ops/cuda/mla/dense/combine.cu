@@ -4,6 +4,7 @@
 
 #include "cuda/common/convert.cuh"
 #include "cuda/common/exp2.cuh"
+#include "cuda/common/lane.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mla/dense/finish.cuh"
 #include "cuda/mla/dense/launch.h"
@@ -48,12 +49,6 @@ __device__ __forceinline__ float MaxOfWarp(float x) {
     const float other = __shfl_xor_sync(kFullWarp, x, step);
     x = x > other || x != x ? x : other;
   }
-  return x;
-}
-
-__device__ __forceinline__ float SumOfWarp(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
   return x;
 }
 
