@@ -126,14 +126,18 @@ class Problem:
         )
         return to_numpy(out), to_numpy(lse)
 
+    def rounds_keys(self, place: str) -> bool:
+        """Whether products of codes and scales are rounded to bf16: not by Hopper's kernel of few
+        rows, which `launch.cu` chooses alike."""
+        if place == "cpu" or self.cache_format not in ("fp8", "fp8_656"):
+            return True
+        rows = int(self.new.max(initial=0)) * self.q.shape[1]
+        hopper = paddle.device.cuda.get_device_properties().major == 9
+        return not (hopper and len(self.cache) > 0 and 0 < rows <= 16)
+
     def accept(self, place: str, got, **changes: Any) -> None:
-        """Check output and LSE; a GPU may leave the products of codes and scales unrounded."""
-        try:
-            assert_close(got, self.want(**changes))
-        except AssertionError:
-            if place == "cpu" or self.cache_format not in ("fp8", "fp8_656"):
-                raise
-            assert_close(got, self.want(rounded=False, **changes))
+        """Check output and LSE."""
+        assert_close(got, self.want(rounded=self.rounds_keys(place), **changes))
 
     def check(self, place: str = "cpu", **changes: Any) -> None:
         self.accept(place, self.run(place, **changes), **changes)
