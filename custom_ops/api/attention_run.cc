@@ -1,6 +1,7 @@
 #include "api/attention_run.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
@@ -13,6 +14,7 @@
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
 #include "api/step_arrivals.h"
+#include "cuda/attention/dequantize_kv/launch.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/quantize_q/launch.h"
 #include "cuda/attention/query_transform/launch.h"
@@ -47,6 +49,24 @@ void CheckForGpu(const char* op, const AttentionParams& p) {
   if (p.paged) RequireAlignedCache(op, p.cache);
 }
 
+// The number in an environment variable; `otherwise` where there is none.
+double NumberIn(const char* variable, double otherwise) {
+  const char* const text = std::getenv(variable);
+  if (text == nullptr) return otherwise;
+  char* end = nullptr;
+  const double number = std::strtod(text, &end);
+  return end == text || !(number >= 0) ? otherwise : number;
+}
+
+DequantizeLimits LimitsAskedFor() {
+  constexpr double kMiB = 1 << 20, kMostMiB = 1 << 20;
+  DequantizeLimits limits;
+  const double mib = NumberIn("FASTATTN_DEQUANTIZED_MIB", kDequantizedBytes / kMiB);
+  limits.bytes = static_cast<int64_t>(std::min(mib, kMostMiB) * kMiB);
+  limits.operations = NumberIn("FASTATTN_DEQUANTIZED_FROM", limits.operations);
+  return limits;
+}
+
 // Tokens of no sequence are cleared by the kernels, as no memory operation is launched beside them.
 void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
               const QuantizeQueryParams& query, const QueryTransform& transform,
@@ -58,7 +78,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   CheckCuda(op, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
   int clusters = 0;
   CheckCuda(op, cuda::CountClusters(place.GetDeviceId(), facts, &clusters));
-  const AttentionDecision decision = DecideAttention(*p, {facts.major, facts.processors, clusters});
+  const AttentionDecision decision =
+      DecideAttention(*p, {facts.major, facts.processors, clusters, LimitsAskedFor()});
   if (StepArrivals* step = CurrentStep();
       step != nullptr && step->buffer.defined() && step->buffer.place() == place) {
     p->arrivals = MutableData<int>(step->buffer);
@@ -71,11 +92,18 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
     workspace = paddle::empty({decision.workspace}, phi::DataType::FLOAT32, place);
     p->workspace = MutableData<float>(workspace);
   }
+  Tensor dequantized;
+  DequantizedKv kv;
+  if (const int64_t bytes = DequantizedBytes(*p, decision.dequantize); bytes > 0) {
+    dequantized = paddle::empty({bytes}, phi::DataType::UINT8, place);
+    kv = DequantizedKvAt(dequantized.data(), *p, decision.dequantize);
+  }
   Guarded(op, [&] {
     const cudaStream_t stream = StreamOf(out);
     CheckCuda(op, cuda::LaunchTransformQuery(transform.before, stream));
     CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
-    CheckCuda(op, cuda::LaunchAttention(*p, decision, stream));
+    if (kv.key != nullptr) CheckCuda(op, cuda::LaunchDequantizeKv(*p, kv, stream));
+    CheckCuda(op, cuda::LaunchAttention(*p, decision, kv, stream));
     CheckCuda(op, cuda::LaunchShiftScores(transform.after, stream));
     CheckCuda(op, cuda::JoinHostCalls(stream));  // a layer's signal goes out beside its attention
   });

@@ -92,7 +92,7 @@ Launches PlanOf(int64_t num_tokens, int64_t batch, int64_t num_heads, int64_t nu
 
 DType NamedType(const std::string& name) {
   for (DType type : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
-                     DType::kInt8}) {
+                     DType::kInt8, DType::kInt4, DType::kE2M1}) {
     if (name == NameOf(type)) return type;
   }
   throw std::invalid_argument("unknown type " + name);
@@ -163,6 +163,25 @@ std::tuple<std::string, int64_t, Launches> Decide(
           LaunchesOf(decision.plan)};
 }
 
+// What becomes of the codes that a call's long sequences read.
+std::map<std::string, int64_t> DequantizePlanOf(
+    const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
+    int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
+    int max_seqlen_k, int compute_major, int window_left, bool batch_invariant, int64_t memory,
+    double operations) {
+  AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
+                             num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
+  p.window_left = window_left;
+  p.batch_invariant = batch_invariant;
+  const DequantizePlan plan =
+      DecideAttention(p, {compute_major, 132, 0, {memory, operations}}).dequantize;
+  return {{"blocks", plan.blocks},
+          {"table_width", plan.table_width},
+          {"min_tokens", plan.min_tokens},
+          {"min_rows", plan.min_rows},
+          {"bytes", DequantizedBytes(p, plan)}};
+}
+
 }  // namespace
 
 }  // namespace fastattn::api
@@ -188,6 +207,12 @@ PYBIND11_MODULE(_host, m) {
         arg("batch_invariant") = false,
         "Kernel of a call's whole tiles, floats of workspace, and launches on a GPU; cache_type "
         "ragged: flash_attention.");
+  m.def("dequantize_plan", &api::DequantizePlanOf, arg("q_dtype"), arg("k_dtype"),
+        arg("cache_type"), arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"),
+        arg("head_dim"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9,
+        arg("window_left") = -1, arg("batch_invariant") = false, arg("memory") = kDequantizedBytes,
+        arg("operations") = kDequantizedOperations,
+        "Room for 16-bit keys and values of a call's long sequences over a cache of codes.");
   m.def(
       "invariant_splits",
       [](int kv_tiles, int columns, int num_kv_heads) {

@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
+#include "common/ceil_div.h"
 #include "heuristics/attention_plan.h"
+#include "heuristics/dequantize_kv.h"
 #include "heuristics/invariant_plan.h"
 #include "heuristics/wgmma_support.h"
 #include "params/attention.h"
@@ -16,6 +18,7 @@ struct AttentionDevice {
   int major = 0;  // of the compute capability
   int num_sms = 0;
   int num_clusters = 0;  // of 8 CTAs that run at the same time; 0: unknown
+  DequantizeLimits dequantize;
 };
 
 // What takes the plan's whole tiles, those of sequences with many new tokens.
@@ -30,6 +33,7 @@ struct AttentionDecision {
   AttentionPlan plan;
   int64_t prefill_workspace = 0;  // floats; they come first
   int64_t workspace = 0;          // floats, those of the plan included
+  DequantizePlan dequantize;      // of sequences that whole tiles take; has memory of its own
 };
 
 inline PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionDevice& device) {
@@ -75,6 +79,11 @@ inline AttentionDecision DecideAttention(const AttentionParams& p, const Attenti
   if (decision.plan.Whole() != nullptr) decision.prefill = fitting;
   if (decision.prefill == PrefillKernel::kWgmmaFp8) {
     decision.prefill_workspace = WgmmaFp8Workspace(p);
+  }
+  if (const AttentionLaunch* whole = decision.plan.Whole(); whole != nullptr && device.major == 9) {
+    const int64_t min_tokens = CeilDiv<int64_t>(whole->min_pairs, p.num_heads / p.num_kv_heads);
+    decision.dequantize =
+        PlanDequantize(p, decision.prefill != PrefillKernel::kNone, min_tokens, device.dequantize);
   }
   decision.workspace = decision.prefill_workspace + decision.plan.workspace;
   return decision;

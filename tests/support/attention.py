@@ -281,6 +281,9 @@ class PagedProblem(Problem):
     seq_lens_this_time: np.ndarray
     options: dict[str, Any]
     max_seqlen_q: int | None = None  # what the operator is told; None: the largest
+    rounds_values: bool = (
+        False  # on a GPU K and V are rounded to bf16 (docs/kernels/dequantize_kv.md)
+    )
 
     @property
     def kind(self) -> CacheKind:
@@ -291,7 +294,7 @@ class PagedProblem(Problem):
         return self.has_fp8_queries() and quantised and self.kind.code in ("e4m3", "e5m2")
 
     def multiplies_bf16(self) -> bool:
-        return self.v.elements.dtype == BF16
+        return self.rounds_values or self.v.elements.dtype == BF16
 
     def with_magnitudes(self) -> PagedProblem:
         magnitudes = dataclasses.replace(self.v, elements=_magnitudes(self.v.elements))

@@ -37,6 +37,11 @@ CUDA = {
     ),
     "cuda/attention/shared": ("cuda/common", "cuda/merge/shared"),
     "cuda/attention/mma_sm80": ("cuda/common", "cuda/merge/shared", "cuda/attention/shared"),
+    "cuda/attention/dequantize_kv": (
+        "cuda/common",
+        "cuda/attention/shared",
+        "cuda/cache/append/launch.h",
+    ),
     "cuda/attention/quantize_q": ("cuda/common",),
     "cuda/attention/query_transform": ("cuda/common",),
     "cuda/attention/wgmma_sm90/common": ("cuda/common", "cuda/attention/shared"),

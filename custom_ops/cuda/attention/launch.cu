@@ -103,21 +103,23 @@ cudaError_t RunMerge(const AttentionParams& p, const AttentionLaunch& launch,
 }
 
 // The plan's launches over some sequences, but for the one that a prefill kernel does for all of
-// them, then the merges of their partial results. The launches work on different sequences, so each
-// may overlap the one ahead of it; the first one overlaps the kernel ahead of them all if
-// `overlaps_previous`. The first merge waits for all.
-cudaError_t LaunchSeqs(const AttentionParams& p, const AttentionPlan& plan, bool without_whole,
+// them, then the merges of their partial results. `whole` is the call over the sequences that whole
+// tiles take. The launches work on different sequences, so each may overlap the one ahead of it;
+// the first one overlaps the kernel ahead of them all if `overlaps_previous`. The first merge waits
+// for all.
+cudaError_t LaunchSeqs(const AttentionParams& p, const AttentionParams& whole,
+                       const AttentionPlan& plan, bool without_whole, bool clears_padding,
                        int first_seq, bool overlaps_previous, float* workspace,
                        cudaStream_t stream) {
   AttentionTask tasks[kMaxLaunches];
-  bool clear_padding = p.clear_padding || p.lse != nullptr;
+  bool clear_padding = clears_padding && (p.clear_padding || p.lse != nullptr);
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
     if (without_whole && !launch.split) continue;
     tasks[i] = MakeTask(p, launch, first_seq, &workspace);
     tasks[i].clear_padding = std::exchange(clear_padding, false);
     tasks[i].overlaps_previous = std::exchange(overlaps_previous, true);
-    const cudaError_t status = Run(p, launch, tasks[i], stream);
+    const cudaError_t status = Run(launch.split ? p : whole, launch, tasks[i], stream);
     if (status != cudaSuccess) return status;
   }
   overlaps_previous = false;
@@ -171,26 +173,39 @@ cudaError_t CountClusters(int device, const DeviceFacts& facts, int* count) {
 }
 
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& decision,
-                            cudaStream_t stream) {
+                            const DequantizedKv& kv, cudaStream_t stream) {
   const AttentionPlan& plan = decision.plan;
   if (plan.num_launches == 0) return LaunchClear(p, stream);
   float* workspace = p.workspace + decision.prefill_workspace;
   const bool prefills = decision.prefill != PrefillKernel::kNone;
+  const bool dequantized = decision.dequantize.blocks > 0;
+  // Whether whole tiles have other sequences besides those of 16-bit keys and values.
+  const bool others = !dequantized || p.paged;
+  const AttentionParams whole = dequantized ? OverOthers(p, kv) : p;
   // A prefill kernel goes first: its CTAs take a multiprocessor each, and the smaller ones of the
-  // others fill those that it leaves or does not need.
-  if (prefills) {
+  // others fill those that it leaves or does not need. Where there are two, the first finds little
+  // to do, or nothing.
+  cudaError_t status = cudaSuccess;
+  if (prefills && others) {
     const int64_t group = p.num_heads / p.num_kv_heads;
     const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_pairs, group));
-    const cudaError_t status = decision.prefill == PrefillKernel::kWgmmaFp8
-                                   ? LaunchWgmmaFp8(p, min_tokens, stream)
-                                   : LaunchWgmmaFp16(p, min_tokens, stream);
-    if (status != cudaSuccess) return status;
-    if (plan.num_launches == 1) return LaunchClearPadding(p, stream);  // else another one does
+    status = decision.prefill == PrefillKernel::kWgmmaFp8
+                 ? LaunchWgmmaFp8(whole, min_tokens, stream)
+                 : LaunchWgmmaFp16(whole, min_tokens, stream);
   }
+  if (status == cudaSuccess && dequantized) {
+    status = LaunchWgmmaFp16(OverDequantized(p, kv), kv.plan.min_tokens, stream);
+  }
+  if (status != cudaSuccess) return status;
+  // Else another kernel does that, which knows all sequences.
+  const bool clears = (prefills || dequantized) && plan.num_launches == 1;
+  if (clears) status = LaunchClearPadding(p, stream);
+  const bool without_whole = prefills || !others;
+  if (status != cudaSuccess || (clears && without_whole)) return status;
   for (int seq = 0; seq < p.seqs.batch; seq += kMaxPlanSeqs) {
-    const bool overlaps_previous = prefills && seq == 0;
-    const cudaError_t status =
-        LaunchSeqs(p, plan, prefills, seq, overlaps_previous, workspace, stream);
+    const bool overlaps_previous = (prefills || dequantized) && seq == 0;
+    status = LaunchSeqs(p, whole, plan, without_whole, !clears, seq, overlaps_previous, workspace,
+                        stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;

@@ -6,6 +6,7 @@
 #include "cuda/common/device_facts.h"
 #include "heuristics/attention.h"
 #include "params/attention.h"
+#include "params/dequantized_kv.h"
 
 namespace fastattn::cuda {
 
@@ -13,8 +14,9 @@ namespace fastattn::cuda {
 // clusters. The first call asks the runtime.
 cudaError_t CountClusters(int device, const DeviceFacts& facts, int* count);
 
-// p.workspace holds decision.workspace floats.
+// p.workspace holds decision.workspace floats. `kv`: what LaunchDequantizeKv filled, where the
+// decision has it.
 cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& decision,
-                            cudaStream_t stream);
+                            const DequantizedKv& kv, cudaStream_t stream);
 
 }  // namespace fastattn::cuda
