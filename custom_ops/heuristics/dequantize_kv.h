@@ -16,7 +16,7 @@
 namespace fastattn {
 
 // Of memory, at most, where nothing else is asked for (api/attention_run.cc).
-inline constexpr int64_t kDequantizedBytes = int64_t{256} << 20;
+inline constexpr int64_t kDequantizedBytes = int64_t{512} << 20;
 
 // Packed GQA rows that see a key of a sequence, on average, from which 16-bit keys pay; 0: they
 // never do. From the time that a key's codes cost a work tile beside its two copies (H100, tables

@@ -96,6 +96,7 @@ _PREFILL = [
     ("`cache_int8`, bf16 queries", "paged_attention", "bf16 q, cache_int8", ()),
     ("`block_wise_int8`, bf16 queries", "paged_attention", "bf16 q, block_wise_int8", ()),
     ("`block_wise_int4`, bf16 queries", "paged_attention", "bf16 q, block_wise_int4", ()),
+    ("`block_wise_mxfp4`, bf16 queries", "paged_attention", "bf16 q, block_wise_mxfp4", ()),
     ("contiguous bf16", "flash_attention", "bf16 q, bf16", ()),
     ("vLLM FlashAttention-3 bf16, contiguous", "paged_attention", "bf16 q, bf16",
      ("vllm_fa3_bf16",)),
@@ -262,7 +263,7 @@ def batch_invariant(results: Results) -> str:
 
 
 _LARGE = [(96, "32/32"), (192, "16/16"), (256, "16/16"), (256, "32/2"), (256, "16/4")]
-_LARGE_PAGED = ("none", *QUANTS[:-1], "block_wise_int4")
+_LARGE_PAGED = ("none", *QUANTS[:-1], "block_wise_int4", "block_wise_mxfp4")
 
 
 def head_dims(results: Results) -> str:

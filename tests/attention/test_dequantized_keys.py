@@ -302,12 +302,12 @@ def test_room():
     kind, chunk = DYNAMIC[0], [(6144, 2048)] + [(8000, 1)] * 32
     found = plan(kind, 128, chunk, (32, 8))
     block = 64 * 8 * 2 * 128 * 2
-    # As many sequences of 125 tokens as 2080 tokens can be, each as long as the longest, would take
-    # 16 * 128 blocks: more than 256 MiB.
+    # As many sequences of 125 tokens as 2080 tokens can be, each as long as the longest.
     assert found["min_tokens"] == 125
-    assert (found["blocks"], found["table_width"]) == (1024, 128)
+    assert (found["blocks"], found["table_width"]) == (16 * 128, 128)
     assert found["blocks"] * block <= found["bytes"] <= found["blocks"] * block + 33 * 132 * 4 + 4
     assert plan(kind, 128, chunk[:1], (32, 8))["blocks"] == 128
+    assert plan(kind, 128, [(131072, 2048)], (32, 8))["blocks"] * block == 512 << 20
     small = plan(kind, 128, chunk, (32, 8), memory=100 * block + 17)
     assert (small["blocks"], small["table_width"]) == (100, 100)
     huge = plan(kind, 128, [(2**30 - 2048, 2048)] * 4, (32, 8), memory=2**50)

@@ -13,20 +13,21 @@ from fastattn.bench.core.devices import Gpu
 from fastattn.bench.core.peers import READ, peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import bind
+from fastattn.functional._cache_types import head_dims_of, value_dim
 
 #: Head dimension, query and KV heads: Phi-3, and models with 256 channels.
 DECODE = {"gpu": [(96, 32, 32), (256, 16, 4), (256, 32, 2)], "gpu quick": [(256, 16, 4)]}
 TYPES = {
     "gpu": (
         *("none", "cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8"),
-        "block_wise_int4",
+        *("block_wise_int4", "block_wise_mxfp4"),
     ),
     "gpu quick": ("none", "block_wise_fp8"),
 }
 #: The same of prefill over contiguous keys; V of 192 channels has 128.
 PREFILL = {"gpu": [(96, 32, 32), (192, 16, 16), (256, 16, 16), (256, 32, 2)]}
 #: The same of prefill over caches.
-PAGED = {"gpu": [(96, 32, 32), (256, 16, 16), (256, 32, 2)]}
+PAGED = {"gpu": [(96, 32, 32), (192, 16, 16), (256, 16, 16), (256, 32, 2)]}
 BATCH, CONTEXT, SEQS, LENGTH = 64, 8192, 4, 4096
 LAYER_BYTES = 1.2e9
 
@@ -37,6 +38,8 @@ def decode(device: Gpu) -> Iterator[Row]:
     for dim, heads, kv in device.of(DECODE):
         step = Step(device, np.full(BATCH, CONTEXT - 1), [1] * BATCH)
         for quant in device.of(TYPES):
+            if dim not in head_dims_of(quant):
+                continue
             of_token = token_bytes(quant, kv, dim)
             copies = max(1, round(LAYER_BYTES / (step.blocks * 64 * of_token)))
             us = device.us(paged_calls(device, quant, step, heads, kv, copies=copies, dim=dim))
@@ -50,19 +53,18 @@ def decode(device: Gpu) -> Iterator[Row]:
 def prefill(device: Gpu) -> Iterator[Row]:
     """Causal prefill of 4 sequences of 4k tokens over contiguous keys, in bf16 and in FP8."""
     for dim, heads, kv in device.of({**PREFILL, "gpu quick": PREFILL["gpu"][1:3]}):
-        value_dim = 128 if dim == 192 else dim
         for dtype in ("bfloat16", "e4m3"):
             tokens = SEQS * LENGTH
-            shapes = [(tokens, heads, dim), (tokens, kv, dim), (tokens, kv, value_dim)]
+            shapes = [(tokens, heads, dim), (tokens, kv, dim), (tokens, kv, value_dim(dim))]
             qkv = [device.random(shape, dtype, seed) for seed, shape in enumerate(shapes)]
             starts = device.int32(np.arange(SEQS + 1) * LENGTH)
-            out = device.empty((tokens, heads, value_dim), "bfloat16")
+            out = device.empty((tokens, heads, value_dim(dim)), "bfloat16")
             call = bind(
                 F.flash_attention, *qkv, starts, starts, LENGTH, LENGTH, causal=True, out=out
             )
             us = device.us([call])
             pairs = SEQS * LENGTH * LENGTH / 2
-            rate = 2.0 * heads * (dim + value_dim) * pairs / us / 1e6
+            rate = 2.0 * heads * (dim + value_dim(dim)) * pairs / us / 1e6
             name = f"prefill {dtype} causal B {SEQS} x {LENGTH} H {heads}/{kv} D {dim}"
             row = Row("flash_attention", name, us, rate, "TFLOP/s")
             where = {"s": LENGTH, "h": heads, "hk": kv, "d": dim, "causal": True}
@@ -78,7 +80,9 @@ def prefill_caches(device: Gpu) -> Iterator[Row]:
     step = Step(device, [0] * SEQS, [LENGTH] * SEQS)
     for dim, heads, kv in device.of({**PAGED, "gpu quick": PAGED["gpu"][:2]}):
         for quant in device.of(TYPES):
+            if dim not in head_dims_of(quant):
+                continue
             us = device.us(paged_calls(device, quant, step, heads, kv, dim=dim, causal=True))
-            rate = 4.0 * heads * dim * SEQS * LENGTH * LENGTH / 2 / us / 1e6
+            rate = 2.0 * heads * (dim + value_dim(dim)) * SEQS * LENGTH * LENGTH / 2 / us / 1e6
             name = f"prefill bf16 q, {quant} causal B {SEQS} x {LENGTH} H {heads}/{kv} D {dim}"
             yield Row("paged_attention", name, us, rate, "TFLOP/s")

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 import fastattn.functional as F
 from fastattn.bench.core.devices import Device
 from fastattn.bench.core.timing import Call, bind
-from fastattn.functional._cache_types import codes_per_byte, token_scales
+from fastattn.functional._cache_types import codes_per_byte, token_scales, value_dim
 from fastattn.reference.layout import BLOCK_SIZE
 
 HEADS, KV, DIM = 32, 8, 128
@@ -45,8 +45,8 @@ class Cache:
     ) -> None:
         integers = quant.endswith(("int8", "int4", "mxfp4"))  # any bits
         code = "bfloat16" if quant == "none" else "int8" if integers else "e4m3"
-        row = dim // codes_per_byte(quant)
-        rest = (BLOCK_SIZE, row) if quant == "none" else (row, BLOCK_SIZE)
+        row, value_row = (d // codes_per_byte(quant) for d in (dim, value_dim(dim)))
+        rest = (BLOCK_SIZE, value_row) if quant == "none" else (value_row, BLOCK_SIZE)
         self.quant = quant
         self.blocks = blocks
         self.key = device.random((blocks, kv, BLOCK_SIZE, row), code, seed=1)
@@ -54,18 +54,21 @@ class Cache:
         self.tensors = (self.key, self.value)
         self.scales: list[paddle.Tensor | None] = [None, None]
         if quant != "none":
-            own, dtype = token_scales(quant, dim)
-            shape = (blocks, kv, BLOCK_SIZE, *own) if is_dynamic(quant) else (kv,)
-            unit = 1 / 16 if code == "int8" else 1.0
-            self.scales = [device.uniform(shape, 0.8 * unit, 1.2 * unit) for _ in "kv"]
-            if dtype == "uint8":
-                bytes_ = np.random.default_rng(0).integers(121, 124, shape)
-                self.scales = [device.array(bytes_, np.uint8) for _ in "kv"]
+            self.scales = [self._scales(device, kv, d) for d in (dim, value_dim(dim))]
         self.options: dict[str, Any] = {
             "cache_k_scales": self.scales[0],
             "cache_v_scales": self.scales[1],
             "cache_quant_type": quant,
         }
+
+    def _scales(self, device: Device, kv: int, dim: int) -> paddle.Tensor:
+        """Scales of K or of V, whose heads have so many channels."""
+        own, dtype = token_scales(self.quant, dim)
+        shape = (self.blocks, kv, BLOCK_SIZE, *own) if is_dynamic(self.quant) else (kv,)
+        if dtype == "uint8":
+            return device.array(np.random.default_rng(0).integers(121, 124, shape), np.uint8)
+        unit = 1 / 16 if self.quant.endswith(("int8", "int4")) else 1.0
+        return device.uniform(shape, 0.8 * unit, 1.2 * unit)
 
 
 class Step:
@@ -110,7 +113,8 @@ def paged_calls(
     calls: list[Call] = []
     for _ in range(copies):
         cache, q = Cache(device, quant, step.blocks, kv, dim), device.random(shape, queries)
-        of_call = {**cache.options, **options, "out": device.empty(shape, "bfloat16")}
+        out = device.empty((step.tokens, heads, value_dim(dim)), "bfloat16")
+        of_call = {**cache.options, **options, "out": out}
         calls.append(bind(F.paged_attention, q, *cache.tensors, *step.meta, **of_call))
     return calls
 
