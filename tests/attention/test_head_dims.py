@@ -173,9 +173,7 @@ def test_fp8_prefill_of_192_channels(place, kind, q_type):
     paged_problem(seqs, heads=(6, 3), kind=kind, dim=192, q_type=q_type, padding=3).check(place)
 
 
-@pytest.mark.parametrize(
-    "kind", [BF16, CacheKind(dtype="float16"), CHANNEL, TOKEN, MXFP4], ids=str
-)
+@pytest.mark.parametrize("kind", [BF16, CacheKind(dtype="float16"), CHANNEL, TOKEN, MXFP4], ids=str)
 def test_shared_prefix_of_192_channels(place, kind):
     """A cascade's partial results have the channels of V."""
     problem = paged_problem(

@@ -416,7 +416,8 @@ def test_shapes_of_4_bit_heads(dim):
     key, value = backend.get_kv_cache_shape(5, "block_wise_int4")
     assert key == [5, 2, 64, dim // 2] and value == [5, 2, dim // 2, 64]
     assert backend.get_kv_cache_shape(5, "block_wise_mxfp4") == (key, value)
-    assert backend.get_kv_cache_scale_shape(5, "block_wise_mxfp4") == ([5, 2, 64, dim // 32], "uint8")
+    scales = backend.get_kv_cache_scale_shape(5, "block_wise_mxfp4")
+    assert scales == ([5, 2, 64, dim // 32], "uint8")
 
 
 @pytest.mark.parametrize("name", ["int4_zp", "int8_zp", "float8_e4m3fn_zp", "fp4"])
