@@ -37,10 +37,8 @@ def pytest_collection_modifyitems(items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         dims = {params.get("head_dim"), params.get("dim")}
         names = [str(value) for value in params.values()]
-        if dims & {96, 192, 256} and any("block_wise_mxfp4" in name for name in names):
-            item.add_marker(pytest.mark.skip(reason="MXFP4 caches: 64 or 128 channels"))
         if 192 in dims and any("block_wise_int4" in name for name in names):
-            item.add_marker(pytest.mark.skip(reason="4-bit codes: as many channels of V as of K"))
+            item.add_marker(pytest.mark.skip(reason="int4 codes: as many channels of V as of K"))
 
 
 def pytest_generate_tests(metafunc):

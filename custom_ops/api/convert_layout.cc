@@ -78,11 +78,9 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   // Heads of K have 192 channels where those of V have 128.
   const bool whole = ValueDim(static_cast<int>(head_dim)) == head_dim;
   if (!HasHeadDim(conversion.type, head_dim) || (conversion.is_value && !whole)) {
-    const bool codes_share_bytes = CodesPerByte(conversion.type) == 2;
     Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
          " is not supported; supported: ",
-         conversion.is_value && !codes_share_bytes ? HeadDims::Text()
-                                                   : HeadDimsText(conversion.type));
+         conversion.is_value ? HeadDims::Text() : HeadDimsText(conversion.type));
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone

@@ -1,4 +1,5 @@
 #include "api/paged_cache.h"
+#include "common/fp4.h"
 #include "common/head_dims.h"
 
 #include <algorithm>
@@ -49,7 +50,7 @@ ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* sca
   arg.On(place);
   if (HasBlockScales(cache.type)) {
     arg.Dtype({phi::DataType::UINT8})
-        .Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize, cache.head_dim / kMxBlock});
+        .Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize, head_dim / kMxBlock});
     *strides = ParseCacheStrides(op, name, *scales, true);
     return ScaleGranularity::kToken;
   }

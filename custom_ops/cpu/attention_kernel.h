@@ -20,9 +20,10 @@ class TileKernel {
   static constexpr bool kNibbles = CodesPerByte(kKv) == 2;  // decoded before they are used
   // A scale for 32 channels of a token, which its values are multiplied by when they are decoded.
   static constexpr bool kBlockScales = kKv == DType::kE2M1;
-  static constexpr int kScales = kBlockScales ? kDim / kMxBlock : 1;  // of a token
-  static constexpr int kKeyRow = kDim / CodesPerByte(kKv);            // elements of a key
+  static constexpr int kKeyRow = kDim / CodesPerByte(kKv);  // elements of a key
   static constexpr int kValueDim = ValueDim(kDim);
+  static constexpr int kKeyBlocks = kDim / kMxBlock;
+  static constexpr int kValueBlocks = kBlockScales ? kValueDim / kMxBlock : 1;
 
   struct Chunk {
     const Code* key;
@@ -213,7 +214,8 @@ class TileKernel {
       for (int i = 0; i < kBlockSize; ++i) {
         const int token = kColumnOrder<kByChannel>.token[i];
         const int valid = token < chunk.valid ? token : chunk.valid - 1;
-        DecodeNibbles<kKv, kDim>(key[i], ScaleBytes(p_.cache.k_scales, chunk.k_scale, valid),
+        DecodeNibbles<kKv, kDim>(key[i],
+                                 ScaleBytes<kKeyBlocks>(p_.cache.k_scales, chunk.k_scale, valid),
                                  b_.keys + i * kDim);
       }
     } else if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
@@ -233,8 +235,9 @@ class TileKernel {
   }
 
   // UE8M0 bytes of a token of a block whose first one has the index `plane`.
+  template <int kBlocks>
   static const uint8_t* ScaleBytes(const void* scales, int64_t plane, int token) {
-    return kBlockScales ? static_cast<const uint8_t*>(scales) + plane + token * kScales : nullptr;
+    return kBlockScales ? static_cast<const uint8_t*>(scales) + plane + token * kBlocks : nullptr;
   }
 
   // Whether a block of codes, kRows rows of kRow, may be read by the faster conversion.
@@ -501,8 +504,8 @@ class TileKernel {
   void FindBlockScales(const Chunk& chunk) {
     for (int i = 0; i < kBlockSize; ++i) {
       const int token = kColumnOrder<kByChannel>.token[i];
-      const uint8_t* bytes = ScaleBytes(p_.cache.v_scales, chunk.v_scale, token);
-      for (int block = 0; block < kScales; ++block) {
+      const uint8_t* bytes = ScaleBytes<kValueBlocks>(p_.cache.v_scales, chunk.v_scale, token);
+      for (int block = 0; block < kValueBlocks; ++block) {
         block_scales_[block][i] = UE8M0ToFloat(bytes[block]);
       }
     }
@@ -587,8 +590,8 @@ class TileKernel {
   const int rows_;
   bool dynamic_ = false;
   bool token_scales_ = false;  // that scores and probabilities are multiplied by
-  alignas(64) float block_scales_[kScales][kBlockSize];  // of V, in the columns' order
-  int64_t key_stride_;                                   // elements between tokens
+  alignas(64) float block_scales_[kValueBlocks][kBlockSize];  // of V, in the columns' order
+  int64_t key_stride_;                                        // elements between tokens
   int64_t value_stride_;                       // elements between tokens or, by channel, channels
   int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees
   int64_t common_begin_ = 0, common_end_ = 0;  // keys that every row sees

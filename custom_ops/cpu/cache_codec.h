@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/fp4.h"
 #include "common/layout.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
@@ -77,11 +78,11 @@ inline void RestoreKey(const KeyTransform& transform, int head, int head_dim, fl
   for (int d = 0; d < head_dim; ++d) x[d] = x[d] + center[d];
 }
 
-// Index of the (first) dynamic scale of a token of a block and head.
+// Index of the (first) dynamic scale of a token of a block and head of `head_dim` channels.
 template <typename Format>
-int64_t DynamicScaleIndex(const PagedCache& cache, const CacheStrides& strides, int block, int head,
+int64_t DynamicScaleIndex(const CacheStrides& strides, int head_dim, int block, int head,
                           int slot) {
-  const int count = HasBlockScales(Format::kType) ? cache.head_dim / kMxBlock : 1;
+  const int count = HasBlockScales(Format::kType) ? head_dim / kMxBlock : 1;
   return strides.Plane(block, head) + slot * count;
 }
 
@@ -101,7 +102,8 @@ class CacheWriter {
   // Stores x[0 .. D), token `slot` (0..63) of a block, as K of one head.
   void Key(int block, int head, int slot, const float* x) const {
     Storage* base = static_cast<Storage*>(cache_.key) + cache_.key_strides.Plane(block, head);
-    const int64_t scale = ScaleIndex(cache_.k_scale_strides, block, head, slot);
+    const int64_t scale =
+        DynamicScaleIndex<Format>(cache_.k_scale_strides, cache_.head_dim, block, head, slot);
     if constexpr (Format::kNibbles) {
       Storage codes[kMaxHeadDim];
       EncodeKey(scale, head, x, codes);
@@ -121,7 +123,8 @@ class CacheWriter {
   void Value(int block, int head, int slot, const float* x) const {
     Storage* base = static_cast<Storage*>(cache_.value) + cache_.value_strides.Plane(block, head);
     const int64_t row_stride = cache_.value_strides.row;
-    const int64_t scale = ScaleIndex(cache_.v_scale_strides, block, head, slot);
+    const int64_t scale =
+        DynamicScaleIndex<Format>(cache_.v_scale_strides, cache_.ValueDim(), block, head, slot);
     if constexpr (Format::kType == CacheType::kNone) {
       EncodeValue(scale, head, x, base + slot * row_stride);
     } else {
@@ -162,10 +165,6 @@ class CacheWriter {
   void EncodeValue(int64_t scale_index, int head, const float* x, Storage* out) const {
     Encode(cache_.v_scales, scale_index, v_inverse_, cache_.v_granularity, head, cache_.ValueDim(),
            x, out);
-  }
-
-  int64_t ScaleIndex(const CacheStrides& strides, int block, int head, int slot) const {
-    return DynamicScaleIndex<Format>(cache_, strides, block, head, slot);
   }
 
   // n channels. `scale_index` is that of the token's first dynamic scale.
@@ -260,12 +259,14 @@ class CacheReader {
 
   // out[0 .. D) = the values of one token's codes.
   void DecodeKey(int block, int head, int slot, const Storage* codes, float* out) const {
-    const int64_t scale = ScaleIndex(cache_.k_scale_strides, block, head, slot);
+    const int64_t scale =
+        DynamicScaleIndex<Format>(cache_.k_scale_strides, cache_.head_dim, block, head, slot);
     Decode(cache_.k_scales, scale, cache_.k_granularity, head, cache_.head_dim, codes, out);
   }
 
   void DecodeValue(int block, int head, int slot, const Storage* codes, float* out) const {
-    const int64_t scale = ScaleIndex(cache_.v_scale_strides, block, head, slot);
+    const int64_t scale =
+        DynamicScaleIndex<Format>(cache_.v_scale_strides, cache_.ValueDim(), block, head, slot);
     Decode(cache_.v_scales, scale, cache_.v_granularity, head, value_dim_, codes, out);
   }
 
@@ -282,10 +283,6 @@ class CacheReader {
     for (int d = 0; d < elements; ++d) {
       codes[d] = static_cast<Storage>(token[channel[d]] ^ kFlip);
     }
-  }
-
-  int64_t ScaleIndex(const CacheStrides& strides, int block, int head, int slot) const {
-    return DynamicScaleIndex<Format>(cache_, strides, block, head, slot);
   }
 
   void Decode(const void* scales, int64_t scale_index, ScaleGranularity granularity, int head,

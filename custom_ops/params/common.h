@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "common/fp4.h"
 #include "common/head_dims.h"
 #include "common/types.h"
 
@@ -13,7 +12,7 @@ namespace fastattn {
 // of a plane. A row is the last dimension and contiguous: a token's channels, or a channel's tokens
 // where V is [.., D, 64]. The other dimensions may have any order, so that K and V may be views of
 // one pool. The rows of scales [num_blocks, KV, 64] are single elements, those of the planes of
-// scales [num_blocks, KV, 64, D / 32] lie side by side (PagedCache::TokenScales).
+// scales [num_blocks, KV, 64, D / 32] lie side by side.
 struct CacheStrides {
   int64_t block = 0;
   int64_t head = 0;
@@ -56,9 +55,6 @@ struct PagedCache {
   // Elements of a token's K, and of its V.
   FASTATTN_HD int RowElements() const { return head_dim / CodesPerByte(type); }
   FASTATTN_HD int ValueElements() const { return ValueDim() / CodesPerByte(type); }
-
-  // Scales of a token's K or V, of dynamic types.
-  FASTATTN_HD int TokenScales() const { return HasBlockScales(type) ? head_dim / kMxBlock : 1; }
 };
 
 // Which tokens of a step belong to which sequence, and where the sequences' blocks are.

@@ -25,8 +25,6 @@ CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 def head_dims_of(cache_quant_type: str) -> tuple[int, ...]:
     """Head dimensions that caches of a type may have."""
-    if cache_quant_type == "block_wise_mxfp4":
-        return (64, 128)
     return FUSED_HEAD_DIMS if cache_quant_type == "block_wise_int4" else HEAD_DIMS
 
 

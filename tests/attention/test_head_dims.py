@@ -27,7 +27,11 @@ STATIC = CacheKind("cache_fp8", "head")
 CHANNEL = CacheKind("cache_int8", "channel")
 TOKEN = CacheKind("block_wise_fp8")
 INT4 = CacheKind("block_wise_int4")
-KINDS = [BF16, STATIC, CHANNEL, TOKEN, CacheKind("block_wise_int8", scale_dtype="bfloat16"), INT4]
+MXFP4 = CacheKind("block_wise_mxfp4")
+KINDS = [
+    *(BF16, STATIC, CHANNEL, TOKEN, CacheKind("block_wise_int8", scale_dtype="bfloat16")),
+    *(INT4, MXFP4),
+]
 
 OPTIONS = [
     {"window_size": (100, 0)},
@@ -83,6 +87,13 @@ def test_more_tiles_than_processors(place, kind, dim):
 
 
 @each_option
+@pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:token_head"])
+def test_options_of_mxfp4_and_192_channels(place, q_type, options):
+    seqs = [(200, 100), (0, 150), (90, 1), (33, 4), (77, 57)]
+    paged_problem(seqs, kind=MXFP4, dim=192, q_type=q_type, **options).check(place)
+
+
+@each_option
 @pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:tensor"])
 @pytest.mark.parametrize("dim", [192, 256])
 def test_options_of_contiguous_keys(place, dim, q_type, options):
@@ -125,7 +136,7 @@ def test_nan_stays_with_the_seqs_that_see_it(place, kind, new, dim):
 
 
 @pytest.mark.parametrize("dim", [96, 192, 256])
-@pytest.mark.parametrize("kind", [BF16, TOKEN], ids=str)
+@pytest.mark.parametrize("kind", [BF16, TOKEN, MXFP4], ids=str)
 def test_blocks_that_are_not_assigned(place, kind, dim):
     problem = paged_problem([(300, 100), (0, 130), (200, 1)], kind=kind, dim=dim)
     problem.block_tables[0, [0, 3]] = [-1, 2**31 - 1]
@@ -162,7 +173,7 @@ def test_fp8_prefill_of_192_channels(place, kind, q_type):
     paged_problem(seqs, heads=(6, 3), kind=kind, dim=192, q_type=q_type, padding=3).check(place)
 
 
-@pytest.mark.parametrize("kind", [BF16, CacheKind(dtype="float16"), CHANNEL, TOKEN], ids=str)
+@pytest.mark.parametrize("kind", [BF16, CacheKind(dtype="float16"), CHANNEL, TOKEN, MXFP4], ids=str)
 def test_shared_prefix_of_192_channels(place, kind):
     """A cascade's partial results have the channels of V."""
     problem = paged_problem(
@@ -203,9 +214,8 @@ def test_outputs_have_the_channels_of_values(place):
     problem.check(place, results=problem.run(place, out=own))
 
 
-@pytest.mark.parametrize("kind", [INT4, CacheKind("block_wise_mxfp4")])
-def test_4_bit_codes_have_no_192_channels(kind, place):
-    problem = paged_problem([(70, 3)], kind=kind, dim=192)
+def test_int4_codes_have_no_192_channels(place):
+    problem = paged_problem([(70, 3)], kind=INT4, dim=192)
     with pytest.raises(NotImplementedError, match="key_cache: head_dim 192 is not supported"):
         problem.run(place)
 

@@ -62,8 +62,6 @@ def run(cache, out, lengths, place, **options):
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", TYPES)
 def test_bits(place, kind, head_dim, dtype, rotation, centred):
-    if kind == "block_wise_mxfp4" and head_dim not in (64, 128):
-        pytest.skip("MXFP4 caches have heads of 64 and 128 channels")
     granularity = "channel" if kind == "cache_int8" else "head"
     cache, out, lengths = arguments(kind, head_dim, dtype, granularity=granularity)
     center = np.random.default_rng(5).normal(size=(3, head_dim)).astype(np.float32)

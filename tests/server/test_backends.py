@@ -415,9 +415,9 @@ def test_shapes_of_4_bit_heads(dim):
     backend = FlashAttentionBackend(make_config(max_model_len=512), 2, 4, dim)
     key, value = backend.get_kv_cache_shape(5, "block_wise_int4")
     assert key == [5, 2, 64, dim // 2] and value == [5, 2, dim // 2, 64]
-    text = f"head_dim = {dim} is not supported for block_wise_mxfp4; supported: 64, 128"
-    with pytest.raises(NotImplementedError, match=text):
-        backend.get_kv_cache_shape(5, "block_wise_mxfp4")
+    assert backend.get_kv_cache_shape(5, "block_wise_mxfp4") == (key, value)
+    scales = backend.get_kv_cache_scale_shape(5, "block_wise_mxfp4")
+    assert scales == ([5, 2, 64, dim // 32], "uint8")
 
 
 @pytest.mark.parametrize("name", ["int4_zp", "int8_zp", "float8_e4m3fn_zp", "fp4"])

@@ -90,10 +90,9 @@ def make_cache(
             return (num_blocks, kv_heads, BLOCK_SIZE)
         return ({"tensor": 1, "head": kv_heads, "channel": kv_heads * dim}[granularity],)
 
-    own, own_dtype = token_scales(cache_quant_type, head_dim)
-    if own_dtype == "uint8":
-        shape = (*sizes(head_dim), *own)
-        k_scales, v_scales = (rng.integers(0, 256, shape, np.uint8) for _ in range(2))
+    if token_scales(cache_quant_type, head_dim)[1] == "uint8":
+        shapes = [(*sizes(d), *token_scales(cache_quant_type, d)[0]) for d in dims]
+        k_scales, v_scales = (rng.integers(0, 256, shape, np.uint8) for shape in shapes)
         return Cache(key, value, k_scales, v_scales, cache_quant_type, fp8_format)
     k_scales, v_scales = (
         rng.uniform(0.5, 2.0, sizes(d)).astype(np.float32) * np.float32(factor)

@@ -29,6 +29,7 @@ from fastattn.reference.rope import make_rotary_embs
 from tests.support.attention import (
     BLOCK_WISE_FP8,
     BLOCK_WISE_INT8,
+    BLOCK_WISE_MXFP4,
     CACHE_KINDS,
     FEW_KINDS,
     PLAIN,
@@ -155,7 +156,10 @@ KEYS = {
 CASES: dict[str, Case] = {
     **{f"type-{kind}": _case(SEQS, kind=kind, seed=3) for kind in CACHE_KINDS},
     **{f"dim128-{kind}": _case(SHORT, kind=kind, dim=128, heads=(6, 2)) for kind in FEW_KINDS},
-    **{f"dim192-{kind}": _case(SHORT, kind=kind, dim=192) for kind in (PLAIN, BLOCK_WISE_FP8)},
+    **{
+        f"dim192-{kind}": _case(SHORT, kind=kind, dim=192)
+        for kind in (PLAIN, BLOCK_WISE_FP8, BLOCK_WISE_MXFP4)
+    },
     **{
         f"{assign.__name__}-{kind}": _case(SEQS, assign, kind=kind, seed=4)
         for assign in (in_pairs, whole_seqs, all_on_the_last, at_random)

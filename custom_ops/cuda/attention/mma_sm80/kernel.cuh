@@ -234,7 +234,9 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
     const uint32_t stage = next(index);
     if constexpr (kStage == 0) assigned = IsAssigned<Traits>(stage);
     if (!assigned) return;
-    if constexpr (Traits::kNibbles) {
+    if constexpr (Traits::kBlockScales) {
+      MultiplyBlocks<Traits>(stage, query, 0, scores);
+    } else if constexpr (Traits::kNibbles) {
       MultiplyNibbles<Traits>(stage, query, 0, scores);
     } else {
       Multiply<Traits, kStage>(stage, query, 0, scores);
@@ -255,6 +257,10 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
       PropagateNonFinite<Traits, kStage>(stage, mask, state);
       SyncPipeline<Traits>();
       ScrubValues<Traits>(stage, mask);
+      SyncPipeline<Traits>();
+    }
+    if constexpr (Traits::kBlockScales) {
+      PrepareValueScales<Traits>(stage, SyncPipeline<Traits>);
       SyncPipeline<Traits>();
     }
     if constexpr (kStage == 0) {
@@ -302,7 +308,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         __syncthreads();
       }
       if constexpr (Traits::kBlockScales) {
-        if (present) PrepareValueScales<Traits>(value_stage);
+        if (present) PrepareValueScales<Traits>(value_stage, [] {});
         __syncthreads();
       }
       if (!present) continue;

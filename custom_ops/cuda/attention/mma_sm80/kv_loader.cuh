@@ -66,7 +66,7 @@ class KvLoader {
           const PagedCache& cache = p_.cache;
           CopyPlane<Traits::kRowBytes, true>(stage, cache.key, cache.key_strides, key_ + kFirst);
           if constexpr (kStage + 1 == Traits::kKeyStages) {
-            CopyScales(stage, cache.k_scales, key_scale_);
+            CopyScales<Traits::kKeyBlocks>(stage, cache.k_scales, key_scale_);
           }
         } else {
           CopyRagged(stage, p_.ragged.key, kFirst, p_.ragged.key_token_stride,
@@ -91,7 +91,9 @@ class KvLoader {
           first += kFirst * (Traits::kTransposedV ? cache.value_strides.row : 1);
         }
         CopyPlane<kRowBytes, kSwizzled>(stage, cache.value, cache.value_strides, first);
-        if constexpr (kStage == 0) CopyScales(stage, cache.v_scales, value_scale_);
+        if constexpr (kStage == 0) {
+          CopyScales<Traits::kValueBlocks>(stage, cache.v_scales, value_scale_);
+        }
       } else {
         CopyRagged(stage, p_.ragged.value, kFirst, p_.ragged.value_token_stride,
                    p_.ragged.value_head_stride);
@@ -159,7 +161,7 @@ class KvLoader {
   template <int kRowBytes, bool kSwizzled>
   __device__ __forceinline__ void CopyPlane(uint32_t stage, const void* tensor,
                                             const CacheStrides& strides, int64_t element) {
-    constexpr int kRowPieces = kRowBytes / 16;
+    constexpr int kRowPieces = kRowBytes == 96 ? 8 : kRowBytes / 16;  // and lanes without one
     // A transposed V has a row for each channel (of 4-bit codes, for two), else a stage is full.
     constexpr int kCodesPerByte = CodesPerByte(Traits::kElement);
     constexpr int kCopies =
@@ -173,7 +175,7 @@ class KvLoader {
     if constexpr (Traits::kNibbles && kSwizzled) {
       const uint32_t to = stage + Traits::NibbleRow(row) * kRowBytes;
 #pragma unroll
-      for (int i = 0; i < kPieces / Traits::kPipelineThreads; ++i, from += stride) {
+      for (int i = 0; i < Traits::kKvTile / kRows; ++i, from += stride) {
         const int piece = Traits::NibbleChunk(row + i * kRows, chunk);
         // What lies in channels past the head is any code: the query has none of them.
         if (kHeadPieces == kRowPieces || chunk < kHeadPieces) {
@@ -196,11 +198,14 @@ class KvLoader {
     }
   }
 
+  // `kBlocks`: scales of a token, where it has some for blocks of channels.
+  template <int kBlocks>
   __device__ __forceinline__ void CopyScales(uint32_t stage, const void* scales, int64_t element) {
     if constexpr (Traits::kPerTokenScales) {
       constexpr int kOffset = Traits::kDataBytes + (Traits::kBlockScales ? Traits::kRawScales : 0);
       const int size = Traits::kBlockScales ? 1 : SizeOf(p_.cache.scale_dtype);
-      if (Lane() * 16 < Traits::kKvTile * Traits::kTokenScales * size) {
+      constexpr int kTokenScales = Traits::kBlockScales ? kBlocks : 1;
+      if (Lane() * 16 < Traits::kKvTile * kTokenScales * size) {
         CopyAsync16(stage + kOffset + Lane() * 16,
                     static_cast<const char*>(scales) + element * size + Lane() * 16, policy_);
       }

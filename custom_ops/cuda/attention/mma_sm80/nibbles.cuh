@@ -104,13 +104,13 @@ template <typename Traits, typename Query>
 __device__ __forceinline__ void MultiplyBlocks(uint32_t stage, const Query& query, int first,
                                                float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   using Format = typename Traits::Format;
-  constexpr int kBlocks = Traits::kTokenScales;
+  constexpr int kBlocks = Traits::kKeyBlocks;
   KeyScales<Traits> stored;
   stored.Load(stage, first);
-  // More columns have no registers left for all of them.
-  constexpr int kAtOnce = Traits::kTiles == 1 ? kBlocks : 1;
+  // More columns have no registers left for many of them.
+  constexpr int kAtOnce = Traits::kTiles > 1 ? 1 : kBlocks > 4 ? 2 : kBlocks;
   float scales[kAtOnce][Traits::kGroup][2];
-  if constexpr (kAtOnce > 1) stored.Find(0, scales);
+  if constexpr (kAtOnce == kBlocks) stored.Find(0, scales);
   const int lane = threadIdx.x % 32;
   // Lanes 8 j .. 8 j + 7 have the rows of key tile first + j / 2, of the half j % 2.
   const int key = Traits::KeyOf(first + lane / 16, lane % 8 + lane / 8 % 2 * 8);
@@ -131,7 +131,9 @@ __device__ __forceinline__ void MultiplyBlocks(uint32_t stage, const Query& quer
       Format::Widen(keys[m][0], low[m]);
       Format::Widen(keys[m][1], high[m]);
     }
-    if constexpr (kAtOnce == 1) stored.Find(block, scales);
+    if constexpr (kAtOnce < kBlocks) {
+      if (block % kAtOnce == 0) stored.Find(block, scales);
+    }
 #pragma unroll
     for (int n = 0; n < Traits::kTiles; ++n) {
       float sums[Traits::kGroup][4] = {};

@@ -197,7 +197,6 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
                       kLog2E;
   // The unit of a product of a query and int4 codes.
   if constexpr (Traits::kBiased) info.score_factor *= 0.0625f / Traits::Format::kUnit;
-  if constexpr (Traits::kBlockScales) info.score_factor *= 1.0f / Traits::Format::kUnit;
   info.keys = KeysOfQuery(p, segment.shape, column.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
@@ -306,8 +305,10 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       }
       if constexpr (Traits::kQuantized) {
         // fp16 has more mantissa than bf16 and less range: bring the largest channel to
-        // 2^9 .. 2^10; 2^14 .. 2^15 over E2M1, whose unit the score factor then has room for.
-        constexpr uint32_t kLargest = Traits::kBlockScales ? 14 : 9;
+        // 2^9 .. 2^10; over E2M1 to 2^15 .. 2^16, so that the query's factor has room for the unit
+        // of K's operands, 2^14: it then is finite wherever the query times its scales is.
+        constexpr uint32_t kLargest = Traits::kBlockScales ? 15 : 9;
+        constexpr uint32_t kGrown = Traits::kBlockScales ? kLargest - 14 : kLargest;
         float mine = LargestOf(x[0]);
 #pragma unroll
         for (int q = 1; q < kQuads; ++q) mine = fmaxf(mine, LargestOf(x[q]));
@@ -320,7 +321,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
         if (largest < 0x7F800000u) {
           const uint32_t exponent = max(largest >> 23, 19u);
           const float shrink = __uint_as_float((254 + kLargest - exponent) << 23);
-          grow = __uint_as_float((exponent - kLargest) << 23);
+          grow = __uint_as_float((exponent - kGrown) << 23);
 #pragma unroll
           for (int q = 0; q < kQuads; ++q) {
 #pragma unroll

@@ -82,8 +82,9 @@ struct AttentionTraits {
   static constexpr bool kQuantized = Format::kBytes == 1;
   // E2M1: a scale for 32 channels of a token (mx_scales.cuh).
   static constexpr bool kBlockScales = kElement == DType::kE2M1;
-  static constexpr int kTokenScales = kBlockScales ? kHeadDim / kMxBlock : 1;  // as they are stored
-  static constexpr bool kBiased = kNibbles && !kBlockScales;                   // codes of int4
+  static constexpr int kKeyBlocks = kHeadDim / kMxBlock;
+  static constexpr int kValueBlocks = kValueDim / kMxBlock;
+  static constexpr bool kBiased = kNibbles && !kBlockScales;  // codes of int4
   static constexpr bool kTransposedV = kQuantized && kPaged;  // V [D, 64] in TokenSlot order
   static constexpr int kRowBytes =
       kStageDim * Format::kBytes / CodesPerByte(kElement);  // of a key in a stage
@@ -108,8 +109,11 @@ struct AttentionTraits {
   // V's block scales become a bf16 scale a token and a byte for each block, beside the bytes that
   // they are in the cache.
   static constexpr int kBlockFactors = kKvTile * 2;  // offset of those bytes behind the data
-  static constexpr int kRawScales = kBlockFactors + kKvTile * kTokenScales;
-  static constexpr int kScaleBytes = kBlockScales      ? kRawScales + kKvTile * kTokenScales
+  // Large heads have many, and the factors take the place of the bytes.
+  static constexpr bool kFactorsInPlace = kLarge;
+  static constexpr int kRawScales = kBlockFactors + (kFactorsInPlace ? 0 : kKvTile * kValueBlocks);
+  static constexpr int kScaleBytes = kBlockScales
+                                         ? kRawScales + kKvTile * std::max(kKeyBlocks, kValueBlocks)
                                      : kPerTokenScales ? kKvTile * 4
                                                        : 0;
   static constexpr int kStageBytes = kDataBytes + kScaleBytes + 16;
@@ -118,8 +122,12 @@ struct AttentionTraits {
   // goes on by a K and its V, and the warp pipelines do so together.
   static constexpr bool kPairsKv = kTiles >= 4;
   static constexpr bool kClusters = kColumns < 64;  // the kernel can run in clusters of CTAs
+  // So many scales that two CTAs would not fit a multiprocessor.
+  static constexpr bool kManyScales = kBlockScales && kHeadDim == 256 && kPipelines > 1;
   static constexpr int kManyStages = kPairsKv                           ? 4
-                                     : kLarge                           ? (kPipelines == 4 ? 3 : 6)
+                                     : kLarge && kPipelines == 4        ? 3
+                                     : kLarge && kManyScales            ? 5
+                                     : kLarge                           ? 6
                                      : kDataBytes * kPipelines <= 16384 ? 5
                                                                         : 3;
   static constexpr int kFewStages = kPairsKv          ? 4
@@ -130,7 +138,8 @@ struct AttentionTraits {
   static constexpr int kStages = kHasFewStages ? kFewStages : kManyStages;
 
   // Outputs of all pipelines are merged this many channels at a time.
-  static constexpr int kMergeDims = MergeDims(2048 / (kPipelines * kColumns), kValueDim);
+  static constexpr int kMergeDims =
+      MergeDims((kManyScales ? 1024 : 2048) / (kPipelines * kColumns), kValueDim);
   static constexpr int kMergeStride = kMergeDims + 4;  // floats; keeps banks apart
 
   static constexpr int kQueryBytes = kColumns * kKeyDim * 2;
@@ -158,7 +167,7 @@ struct AttentionTraits {
   static_assert(kMergeDims % 16 == 0 && kStageBytes % 16 == 0);
   // Swizzles and chunks of KV tiles assume it; the last channels would be dropped.
   static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256 ||
-                (kNibbles && kRowBytes == 32));
+                (kNibbles && kRowBytes == 32) || (kBlockScales && kRowBytes == 96));
   static_assert(!kNibbles || (kPaged && kPerTokenScales));
 
   // The 16-byte piece in which a row's piece `chunk` lies: no 8 lanes of a load meet in a bank.
@@ -177,7 +186,11 @@ struct AttentionTraits {
   // every second row, as two rows together fill the banks twice. With a scale for each piece, one
   // piece of eight keys, 8 apart, is read at a time.
   static __device__ __forceinline__ constexpr int NibbleChunk(int key, int chunk) {
-    if constexpr (kBlockScales) return chunk ^ (kRowBytes == 64 ? key >> 4 & 3 : key >> 5 & 1);
+    if constexpr (kBlockScales) {
+      return chunk ^ (kRowBytes == 128  ? key >> 3 & 7
+                      : kRowBytes == 64 ? key >> 4 & 3
+                                        : key >> 5 & 1);
+    }
     return kNibbleParts == 1 ? chunk : chunk ^ (key >> 1 & 4);
   }
 

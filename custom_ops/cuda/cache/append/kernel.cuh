@@ -277,9 +277,9 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
       const int64_t k_plane = cache.k_scale_strides.Plane(block, head);
       const int64_t v_plane = cache.v_scale_strides.Plane(block, head);
       k_token_scale[i] =
-          r < count ? PieceScale<Traits>(cache, cache.k_scales, k_plane, r, g) : 0.0f;
+          kKeys && r < count ? PieceScale<Traits>(cache, cache.k_scales, k_plane, r, g) : 0.0f;
       v_token_scale[i] =
-          r < count ? PieceScale<Traits>(cache, cache.v_scales, v_plane, r, g) : 0.0f;
+          kValues && r < count ? PieceScale<Traits>(cache, cache.v_scales, v_plane, r, g) : 0.0f;
     }
   } else {
     if constexpr (kKeys) {

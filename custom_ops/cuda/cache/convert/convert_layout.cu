@@ -178,7 +178,7 @@ cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t str
   };
   if constexpr (kSrc != CacheLayout::kFastDeploy && kDst != CacheLayout::kFastDeploy) {
     if (CodesPerByte(p.type) == 2) {
-      dispatch<32, 48, 64, 128>(p.row_elements, "bytes of a token", run);
+      dispatch<32, 48, 64, 96, 128>(p.row_elements, "bytes of a token", run);
       return status;
     }
   }

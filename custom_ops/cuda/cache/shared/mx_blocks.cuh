@@ -13,20 +13,75 @@
 namespace fastattn::cuda {
 
 // Which lanes share a block. A lane has values of kGroups blocks, kEach of every one. kPairs: the
-// lane's pairs of channels are kLanes pairs apart (StridedPairMap), else it has halves (HalvesMap).
+// lane's pairs of channels are Lane::kLanes pairs apart (StridedPairMap), else it has halves
+// (HalvesMap).
 template <typename Lane, bool kPairs>
 struct MxGroups {
   static constexpr int kBlocks = Lane::kHeadDim / kMxBlock;
-  static constexpr int kGroups = kPairs ? kBlocks : 2;
-  static constexpr int kEach = Lane::kValues / kGroups;
-  static constexpr int kLanes = kPairs ? Lane::kLanes : kMxBlock / Lane::kHalf;
-  static_assert(Lane::kActive == Lane::kLanes && kEach * kLanes == kMxBlock,
-                "every block is whole lanes' values");
+  static constexpr int kLanes = !kPairs              ? kMxBlock / Lane::kHalf
+                                : Lane::kLanes <= 16 ? Lane::kLanes
+                                                     : kMxBlock / 2;
+  static constexpr int kEach = kMxBlock / kLanes;
+  static constexpr int kGroups = kPairs ? Lane::kHeadDim / (kEach * Lane::kLanes) : 2;
+  // Half a head is no whole number of blocks: the one in the middle has lanes of both halves.
+  static constexpr bool kSplitBlock = !kPairs && kBlocks % 2 != 0;
+  static_assert(kGroups * kEach <= Lane::kValues && 32 % kLanes == 0);
 
   static __device__ __forceinline__ int Block(int lane, int group) {
-    return kPairs ? group : lane / kLanes + group * (kBlocks / 2);
+    return kPairs ? group * (Lane::kLanes / kLanes) + lane / kLanes
+                  : lane / kLanes + group * (kBlocks / 2);
   }
 };
+
+// |x| of the largest of kCount values, as bits; a NaN does not count.
+template <int kCount>
+__device__ __forceinline__ uint32_t LargestBits(const float* x) {
+  float largest = 0.0f;  // fmaxf passes over a NaN
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  return FloatBits(largest);
+}
+
+// Scales a lane's halves of a head with a block that lies in both, and stores the blocks' bytes.
+// Every lane finds all blocks' largest values. All lanes of the warp take part.
+template <typename Lane>
+__device__ __forceinline__ void ScaleSplitBlocks(float (&x)[Lane::kValues], uint8_t* scales,
+                                                 int lane, bool store) {
+  constexpr int kBlocks = Lane::kHeadDim / kMxBlock;
+  uint32_t amax[kBlocks] = {};
+  const auto block_of = [lane](int half) {
+    return (lane * Lane::kHalf + half * (Lane::kHeadDim / 2)) / kMxBlock;
+  };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t own = LargestBits<Lane::kHalf>(x + half * Lane::kHalf);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (block_of(half) == b) amax[b] = max(amax[b], own);
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+    for (int lanes = 1; lanes < Lane::kLanes; lanes *= 2) {
+      amax[b] = max(amax[b], __shfl_xor_sync(kFullWarp, amax[b], lanes));
+    }
+    const uint8_t byte = MxScaleByte(amax[b]);
+    if (store && lane == b) scales[b] = byte;
+    amax[b] = byte;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t byte = amax[kBlocks - 1];
+#pragma unroll
+    for (int b = 0; b < kBlocks - 1; ++b) {
+      if (block_of(half) == b) byte = amax[b];
+    }
+    const float inverse = UE8M0Inverse(static_cast<uint8_t>(byte));
+#pragma unroll
+    for (int i = half * Lane::kHalf; i < (half + 1) * Lane::kHalf; ++i) x[i] = Mul(x[i], inverse);
+  }
+}
 
 // Codes of a lane's K or V, `words` being the values as the input's type holds them. The blocks'
 // bytes go to scales[first_scale ..] if `store`. All lanes of the warp take part.
@@ -37,24 +92,25 @@ __device__ __forceinline__ void QuantizeMx(const uint32_t (&words)[Lane::kWords]
   using Groups = MxGroups<Lane, kPairs>;
   float x[Lane::kValues];
   UnpackWords<Lane>(words, x);
+  if constexpr (Groups::kSplitBlock) {
+    ScaleSplitBlocks<Lane>(x, static_cast<uint8_t*>(scales) + first_scale, lane, store);
+  } else {
 #pragma unroll
-  for (int group = 0; group < Groups::kGroups; ++group) {
-    float* const own = x + group * Groups::kEach;
-    float largest = 0.0f;  // fmaxf passes over a NaN
+    for (int group = 0; group < Groups::kGroups; ++group) {
+      float* const own = x + group * Groups::kEach;
+      uint32_t amax = LargestBits<Groups::kEach>(own);
 #pragma unroll
-    for (int i = 0; i < Groups::kEach; ++i) largest = fmaxf(largest, fabsf(own[i]));
-    uint32_t amax = FloatBits(largest);
+      for (int lanes = 1; lanes < Groups::kLanes; lanes *= 2) {
+        amax = max(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
+      }
+      const uint8_t byte = MxScaleByte(amax);
+      if (store && lane % Groups::kLanes == 0 && (kPairs || Lane::IsActive(lane))) {
+        static_cast<uint8_t*>(scales)[first_scale + Groups::Block(lane, group)] = byte;
+      }
+      const float inverse = UE8M0Inverse(byte);
 #pragma unroll
-    for (int lanes = 1; lanes < Groups::kLanes; lanes *= 2) {
-      amax = max(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
+      for (int i = 0; i < Groups::kEach; ++i) own[i] = Mul(own[i], inverse);
     }
-    const uint8_t byte = MxScaleByte(amax);
-    if (store && lane % Groups::kLanes == 0) {
-      static_cast<uint8_t*>(scales)[first_scale + Groups::Block(lane, group)] = byte;
-    }
-    const float inverse = UE8M0Inverse(byte);
-#pragma unroll
-    for (int i = 0; i < Groups::kEach; ++i) own[i] = Mul(own[i], inverse);
   }
 #pragma unroll
   for (int w = 0; w < kNibbleWords<Lane>; ++w) {
