@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <limits>
 
 #include "api/paged_cache.h"
@@ -58,13 +59,27 @@ double NumberIn(const char* variable, double otherwise) {
   return end == text || !(number >= 0) ? otherwise : number;
 }
 
-DequantizeLimits LimitsAskedFor() {
+// Decode steps do not pay for reading the environment.
+DequantizeLimits LimitsAskedFor(const AttentionParams& p) {
   constexpr double kMiB = 1 << 20, kMostMiB = 1 << 20;
   DequantizeLimits limits;
+  if (!MayDequantize(p)) return limits;
   const double mib = NumberIn("FASTATTN_DEQUANTIZED_MIB", kDequantizedBytes / kMiB);
   limits.bytes = static_cast<int64_t>(std::min(mib, kMostMiB) * kMiB);
   limits.operations = NumberIn("FASTATTN_DEQUANTIZED_FROM", limits.operations);
   return limits;
+}
+
+// Memory of 16-bit keys and values; without any left, codes are attended as they are.
+Tensor RoomFor(const AttentionParams& p, const phi::Place& place, DequantizePlan* plan) {
+  const int64_t bytes = DequantizedBytes(p, *plan);
+  if (bytes == 0) return {};
+  try {
+    return paddle::empty({bytes}, phi::DataType::UINT8, place);
+  } catch (const std::exception&) {
+    *plan = {};
+    return {};
+  }
 }
 
 // Tokens of no sequence are cleared by the kernels, as no memory operation is launched beside them.
@@ -78,8 +93,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   CheckCuda(op, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
   int clusters = 0;
   CheckCuda(op, cuda::CountClusters(place.GetDeviceId(), facts, &clusters));
-  const AttentionDecision decision =
-      DecideAttention(*p, {facts.major, facts.processors, clusters, LimitsAskedFor()});
+  AttentionDecision decision =
+      DecideAttention(*p, {facts.major, facts.processors, clusters, LimitsAskedFor(*p)});
   if (StepArrivals* step = CurrentStep();
       step != nullptr && step->buffer.defined() && step->buffer.place() == place) {
     p->arrivals = MutableData<int>(step->buffer);
@@ -92,11 +107,10 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
     workspace = paddle::empty({decision.workspace}, phi::DataType::FLOAT32, place);
     p->workspace = MutableData<float>(workspace);
   }
-  Tensor dequantized;
+  Tensor dequantized = RoomFor(*p, place, &decision.dequantize);
   DequantizedKv kv;
-  if (const int64_t bytes = DequantizedBytes(*p, decision.dequantize); bytes > 0) {
-    dequantized = paddle::empty({bytes}, phi::DataType::UINT8, place);
-    kv = DequantizedKvAt(dequantized.data(), *p, decision.dequantize);
+  if (dequantized.defined()) {
+    kv = DequantizedKvAt(MutableData(dequantized), *p, decision.dequantize);
   }
   Guarded(op, [&] {
     const cudaStream_t stream = StreamOf(out);

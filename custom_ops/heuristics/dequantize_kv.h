@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "common/ceil_div.h"
+#include "heuristics/attention_plan.h"
 #include "heuristics/wgmma_support.h"
 #include "params/attention.h"
 #include "params/dequantized_kv.h"
@@ -52,6 +53,11 @@ inline bool WorthDequantizing(const AttentionParams& p, double operations) {
          columns * (longest_k - longest_q / 2) >= 5 * operations;
 }
 
+// Whether a call may have sequences for that, by what is cheapest to look at.
+inline bool MayDequantize(const AttentionParams& p) {
+  return p.max_seqlen_q >= kLongSeq && p.q_dtype == DType::kBFloat16 && !p.batch_invariant;
+}
+
 // What the kernel of contiguous codes asks of them.
 inline bool DequantizesRagged(const RaggedKv& kv) {
   if (kv.dtype != DType::kE4M3 && kv.dtype != DType::kE5M2 && kv.dtype != DType::kInt8) {
@@ -69,7 +75,7 @@ inline DequantizePlan PlanDequantize(const AttentionParams& p, bool has_prefill_
                                      int64_t min_tokens, const DequantizeLimits& limits) {
   DequantizePlan plan;
   // fp16 does not hold the product of any code with any scale.
-  if (p.batch_invariant || p.q_dtype != DType::kBFloat16) return plan;
+  if (!MayDequantize(p)) return plan;
   if (p.window_left >= 0) return plan;  // most keys are not seen
   const bool codes = p.paged ? IsQuantized(p.cache.type) && p.cache.layout == CacheLayout::kFastattn
                              : DequantizesRagged(p.ragged);
