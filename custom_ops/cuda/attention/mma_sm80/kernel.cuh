@@ -1,11 +1,11 @@
 // The attention kernel of every call that no wgmma_sm90 kernel takes: mma.sync, from sm_80 on.
 //
-// Work tile: kColumns = 8, 16 or 64 packed GQA columns, (query token, query head) pairs of
-// one KV head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all
-// work tiles lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what
-// it has of a work tile is a Segment. A work tile that lies in several CTAs leaves partial results,
-// which merge_partials.cu merges, or the last of those CTAs (join_splits.cuh); in small calls the
-// CTAs of a cluster join them at once (cluster_join.cuh).
+// Work tile: kColumns = 8, 16 or 64 packed GQA columns, (query token, query head) pairs of one KV
+// head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all work tiles
+// lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what it has of
+// one is a Segment. A work tile that lies in several CTAs leaves partial results: merge_partials.cu
+// or the last of those CTAs (join_splits.cuh) merges them, in small calls a cluster's CTAs at once
+// (cluster_join.cuh).
 //
 // Warps: 4, without roles. They form warp pipelines of one or two warps (traits.cuh): each takes
 // every kPipelines-th KV tile of 64 (or 32) keys, copies it ahead with cp.async, and has a maximum,
@@ -23,9 +23,7 @@
 // epilogue. NaN scrubbing: where keys are masked, V is scrubbed in shared memory and NaNs are given
 // to the columns that see them (kv_tile.cuh).
 //
-// Reading order: traits.cuh, this file, schedule.cuh, query.cuh, kv_loader.cuh, kv_tile.cuh,
-// value_scales.cuh, join_pipelines.cuh, epilogue.cuh, cluster_join.cuh, merge_partials.cu,
-// join_splits.cuh.
+// Reading order: docs/kernels/mma_sm80.md.
 #pragma once
 
 #include <cuda_runtime.h>
