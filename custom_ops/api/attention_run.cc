@@ -1,6 +1,7 @@
 #include "api/attention_run.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -56,7 +57,7 @@ double NumberIn(const char* variable, double otherwise) {
   if (text == nullptr) return otherwise;
   char* end = nullptr;
   const double number = std::strtod(text, &end);
-  return end == text || !(number >= 0) ? otherwise : number;
+  return end == text || number != number ? otherwise : std::max(number, 0.0);
 }
 
 // Decode steps do not pay for reading the environment.
@@ -70,16 +71,21 @@ DequantizeLimits LimitsAskedFor(const AttentionParams& p) {
   return limits;
 }
 
-// Memory of 16-bit keys and values; without any left, codes are attended as they are.
+// Memory of 16-bit keys and values; without any left, codes are attended as they are. Paddle's
+// allocator waits for seconds before it gives up, so the process does not ask for as much again.
 Tensor RoomFor(const AttentionParams& p, const phi::Place& place, DequantizePlan* plan) {
+  static std::atomic<int64_t> too_much{std::numeric_limits<int64_t>::max()};
   const int64_t bytes = DequantizedBytes(p, *plan);
   if (bytes == 0) return {};
-  try {
-    return paddle::empty({bytes}, phi::DataType::UINT8, place);
-  } catch (const std::exception&) {
-    *plan = {};
-    return {};
+  if (bytes < too_much.load(std::memory_order_relaxed)) {
+    try {
+      return paddle::empty({bytes}, phi::DataType::UINT8, place);
+    } catch (const std::exception&) {
+      too_much.store(bytes, std::memory_order_relaxed);
+    }
   }
+  *plan = {};
+  return {};
 }
 
 // Tokens of no sequence are cleared by the kernels, as no memory operation is launched beside them.

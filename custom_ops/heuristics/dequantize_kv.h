@@ -31,10 +31,11 @@ inline int64_t DequantizeFrom(const AttentionParams& p, bool has_prefill_kernel)
   return p.cache.dtype == DType::kInt8 ? 450 : 500;
 }
 
-// Operations of a call (4 for a query, key, head and channel) that take about as long as the
-// launches, some 8 us, with the fewest keys that its queries can have; where nothing else is asked
-// for (api/attention_run.cc).
+// Operations (4 for a query, key, head and channel) that 16-bit keys save a third of what the
+// launches take: some 8 us. Where nothing else is asked for (api/attention_run.cc).
 inline constexpr double kDequantizedOperations = 4e9;
+// CTAs without work of append_cache_kv_c8's kernel that take as long.
+inline constexpr double kIdleCtas = 7000;
 
 // What a call may take, and has to have.
 struct DequantizeLimits {
@@ -42,15 +43,17 @@ struct DequantizeLimits {
   double operations = kDequantizedOperations;
 };
 
-// Whether there is enough to gain. Keys of a prefix are known by a bound only, which may be far
-// off: then a chunk without one is a little slower, and with one a quarter faster. With as many
-// keys as that bound lets it have, a call must have operations for the conversion, too.
-inline bool WorthDequantizing(const AttentionParams& p, double operations) {
+// Whether a call has operations enough to pay for launches and for CTAs that find no keys, which
+// there is room for. Keys of a prefix are known by a bound only, which may be far off. So an eighth
+// of it is reckoned with, and without a prefix at most half of the cost may be lost.
+inline bool WorthDequantizing(const AttentionParams& p, int64_t blocks, double operations) {
   const double columns =
       2.0 * p.seqs.num_tokens * p.num_heads * (p.head_dim + ValueDim(p.head_dim));
-  const double longest_q = p.max_seqlen_q, longest_k = std::max(p.max_seqlen_k, p.max_seqlen_q);
-  return columns * longest_q / 2 >= operations &&
-         columns * (longest_k - longest_q / 2) >= 5 * operations;
+  const double longest_q = std::min(p.max_seqlen_q, p.seqs.num_tokens);
+  const double longest_k = std::max<double>(p.max_seqlen_k, longest_q);
+  const double cost = operations * (3 + blocks * p.num_kv_heads / kIdleCtas);
+  const double least = columns * longest_q / 2, most = columns * (longest_k - longest_q / 2);
+  return least >= cost / 2 && least + (most - least) / 8 >= cost;
 }
 
 // Whether a call may have sequences for that, by what is cheapest to look at.
@@ -58,16 +61,37 @@ inline bool MayDequantize(const AttentionParams& p) {
   return p.max_seqlen_q >= kLongSeq && p.q_dtype == DType::kBFloat16 && !p.batch_invariant;
 }
 
-// What the kernel of contiguous codes asks of them.
+// What the kernel of contiguous codes asks of them: one scale for all sequences.
 inline bool DequantizesRagged(const RaggedKv& kv) {
   if (kv.dtype != DType::kE4M3 && kv.dtype != DType::kE5M2 && kv.dtype != DType::kInt8) {
     return false;
+  }
+  for (const Descale* scale : {&kv.k_descale, &kv.v_descale}) {
+    if (scale->data != nullptr && scale->batch_stride != 0) return false;
   }
   for (int64_t stride :
        {kv.key_token_stride, kv.key_head_stride, kv.value_token_stride, kv.value_head_stride}) {
     if (!IsTmaStride(stride, kv.dtype)) return false;
   }
   return IsTmaAligned(kv.key) && IsTmaAligned(kv.value);
+}
+
+// Room for the sequences of a paged call that may take part, as long as they may be; the bounds of
+// `plan` are set. A sequence's row of the block table has at most an eighth of the memory.
+inline void GiveRoom(const AttentionParams& p, int64_t block_bytes, int64_t memory,
+                     DequantizePlan* plan) {
+  const int64_t seqs = std::min<int64_t>(p.seqs.batch, p.seqs.num_tokens / plan->min_tokens);
+  const int64_t longest =
+      std::min<int64_t>(p.seqs.max_blocks, CeilDiv<int64_t>(p.max_seqlen_k, kBlockSize));
+  const int64_t row = static_cast<int64_t>(sizeof(int)) * p.seqs.batch;
+  const int64_t width = std::min(longest, memory / 8 / row);
+  // Planes and tokens are numbered in 32 bits.
+  const int64_t most = std::numeric_limits<int>::max() / (2 * kBlockSize * p.num_kv_heads);
+  const int64_t left = memory - row * (width + 5);
+  const int64_t blocks = std::min({seqs * width, left / block_bytes, most});
+  if (width < 1 || blocks < 1) return;
+  plan->blocks = blocks;
+  plan->table_width = std::min(width, blocks);
 }
 
 // `min_tokens`: of sequences that whole tiles take.
@@ -83,30 +107,26 @@ inline DequantizePlan PlanDequantize(const AttentionParams& p, bool has_prefill_
   if (!wgmma_support::Common(p) || !Wgmma16BitHeadDims::Has(p.head_dim)) return plan;
   const int64_t rows = DequantizeFrom(p, has_prefill_kernel);
   const int64_t group = p.num_heads / p.num_kv_heads;
-  if (rows == 0 || group * p.max_seqlen_q < rows || !WorthDequantizing(p, limits.operations)) {
-    return plan;
-  }
+  if (rows == 0 || group * p.max_seqlen_q < rows) return plan;
   plan.min_rows = rows;
-  plan.min_tokens = static_cast<int>(min_tokens);
-  const int64_t block_bytes = kBlockSize * p.num_kv_heads * (p.head_dim + ValueDim(p.head_dim)) *
-                              int64_t{SizeOf(p.q_dtype)};
-  if (!p.paged) {
-    const int64_t blocks = CeilDiv<int64_t>(p.ragged.num_tokens, kBlockSize);
-    if (blocks <= limits.bytes / block_bytes) plan.blocks = blocks;
-    return plan;
-  }
   // That many rows see a key only where a sequence has as many.
   plan.min_tokens = static_cast<int>(std::max(min_tokens, CeilDiv(rows, group)));
-  const int64_t seqs = std::min<int64_t>(p.seqs.batch, p.seqs.num_tokens / plan.min_tokens);
-  const int64_t longest =
-      std::min<int64_t>(p.seqs.max_blocks, CeilDiv<int64_t>(p.max_seqlen_k, kBlockSize));
-  // Planes and tokens are numbered in 32 bits.
-  const int64_t most = std::numeric_limits<int>::max() / (2 * kBlockSize * p.num_kv_heads);
-  const int64_t blocks = std::min({seqs * longest, limits.bytes / block_bytes, most});
-  if (blocks < 1) return plan;
-  plan.blocks = blocks;
-  plan.table_width = std::min(longest, blocks);
-  return plan;
+  const int64_t block_bytes = kBlockSize * p.num_kv_heads * (p.head_dim + ValueDim(p.head_dim)) *
+                              int64_t{SizeOf(p.q_dtype)};
+  if (p.paged) {
+    GiveRoom(p, block_bytes, limits.bytes, &plan);
+  } else {
+    // All sequences or none: as many rows must see a key on average.
+    plan.min_tokens = static_cast<int>(min_tokens);
+    const double pairs = static_cast<double>(group) * p.seqs.num_tokens * p.max_seqlen_k;
+    const int64_t blocks = CeilDiv<int64_t>(p.ragged.num_tokens, kBlockSize);
+    if (pairs >= static_cast<double>(rows) * p.ragged.num_tokens &&
+        blocks <= limits.bytes / block_bytes) {
+      plan.blocks = blocks;
+    }
+  }
+  const bool pays = plan.blocks > 0 && WorthDequantizing(p, plan.blocks, limits.operations);
+  return pays ? plan : DequantizePlan{};
 }
 
 }  // namespace fastattn

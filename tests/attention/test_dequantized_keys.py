@@ -63,6 +63,20 @@ def problem_of(seqs, kind: CacheKind, dim: int = 128, heads=HEADS, **options) ->
     return problem
 
 
+def check(problem, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
+    """Hold the result to the reference, and tell it from that over the codes; returns both."""
+    out, _ = problem.check("gpu")
+    with monkeypatch.context() as patch:
+        patch.setenv(MEMORY, "0")
+        codes, _ = problem.run("gpu")
+    assert (bits(out) != bits(codes)).any(), "codes were attended as they are"
+    return out, codes
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.itemsize}")
+
+
 def taking_part(kind: CacheKind, dim: int, seqs, heads) -> list[int]:
     """Sequences of a causal call of which enough rows see a key."""
     found, group = plan(kind, dim, seqs, heads, operations=0), heads[0] // heads[1]
@@ -76,18 +90,22 @@ def taking_part(kind: CacheKind, dim: int, seqs, heads) -> list[int]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", DYNAMIC, ids=str)
-def test_seqs_of_every_kind_in_one_call(kind):
+def test_seqs_of_every_kind_in_one_call(kind, monkeypatch):
     assert {0, 3} <= set(taking_part(kind, 128, MIXED, HEADS)) <= {0, 3, 6}
-    problem_of(MIXED, kind, seed=1, padding=5).check("gpu")
+    problem = problem_of(MIXED, kind, seed=1, padding=5)
+    out, codes = check(problem, monkeypatch)
+    for i, (first, new) in enumerate(zip(problem.cu_seqlens_q, problem.seq_lens_this_time)):
+        moved = (bits(out) != bits(codes))[first : first + new].any()
+        assert moved == (i in taking_part(kind, 128, MIXED, HEADS)), i
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 96, 192, 256])
 @pytest.mark.parametrize("kind", [*DYNAMIC, *STATIC], ids=str)
-def test_head_dims(kind, dim):
+def test_head_dims(kind, dim, monkeypatch):
     if dim not in (192, 256) and not kind.dynamic:
         pytest.skip("attended as they are")
-    problem_of([(0, 90), (130, 3), (201, 130)], kind, dim, seed=2).check("gpu")
+    check(problem_of([(0, 90), (130, 3), (201, 130)], kind, dim, seed=2), monkeypatch)
 
 
 @pytest.mark.gpu
@@ -102,12 +120,12 @@ def test_head_dims(kind, dim):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options(options):
-    problem_of([(90, 91), (257, 70)], DYNAMIC[0], seed=3, **options).check("gpu")
+def test_options(options, monkeypatch):
+    check(problem_of([(90, 91), (257, 70)], DYNAMIC[0], seed=3, **options), monkeypatch)
 
 
 @pytest.mark.gpu
-def test_masks():
+def test_masks(monkeypatch):
     seqs = [(90, 91), (257, 70)]
     rng = np.random.default_rng(4)
     masks = np.zeros((161, 2), np.int32)
@@ -116,7 +134,7 @@ def test_masks():
         masks[first : first + new, 0] = rng.integers(0, cached, new)
         masks[first : first + new, 1] = rng.integers(cached, cached + new + 9, new)
         first += new
-    problem_of(seqs, DYNAMIC[1], seed=4, mask_offsets=masks).check("gpu")
+    check(problem_of(seqs, DYNAMIC[1], seed=4, mask_offsets=masks), monkeypatch)
 
 
 @pytest.mark.gpu
@@ -156,8 +174,8 @@ def test_token_scales_far_apart(scale_dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("memory", [0, 2, 4, 6])
-def test_seqs_without_room_are_attended_as_they_lie(memory, monkeypatch):
+@pytest.mark.parametrize("memory, parts", [(0, []), (2, [1]), (4, [0]), (6, [0, 1, 2, 3])])
+def test_seqs_without_room_are_attended_as_they_lie(memory, parts, monkeypatch):
     """Some of a call's sequences as 16-bit values, the others as codes.
 
     Blocks of 64 KiB, of which the sequences have 42, 25, 16 and 3: none finds room; the second,
@@ -165,11 +183,17 @@ def test_seqs_without_room_are_attended_as_they_lie(memory, monkeypatch):
     """
     monkeypatch.setenv(MEMORY, str(memory))
     seqs = [(2580, 64), (1500, 70), (900, 80), (0, 130)]
-    problem_of(seqs, DYNAMIC[0], seed=8).check("gpu")
+    problem = problem_of(seqs, DYNAMIC[0], seed=8)
+    out, _ = problem.check("gpu")
+    monkeypatch.setenv(MEMORY, "0")
+    codes, _ = problem.run("gpu")
+    moved = (bits(out) != bits(codes)).any((1, 2))
+    found = [i for i, part in enumerate(np.split(moved, problem.cu_seqlens_q[1:-1])) if part.any()]
+    assert found == parts
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("descale_shape", ["tensor", "head", "batch"])
+@pytest.mark.parametrize("descale_shape", ["tensor", "head"])
 @pytest.mark.parametrize("kv_type", ["e4m3", "e5m2", "int8"])
 @pytest.mark.parametrize("dim", [96, 192, 256])
 def test_contiguous_codes(dim, kv_type, descale_shape, monkeypatch):
@@ -212,6 +236,7 @@ def test_wild_lengths_stay_in_bounds():
         positional, keywords = problem.arguments("gpu")
         positional[-1] = 500
         to_numpy(F.paged_attention(*positional, **keywords))
+    problem_of([(300, 100), (300, 110)], DYNAMIC[0]).check("gpu")
 
 
 @pytest.mark.gpu
@@ -302,13 +327,24 @@ def test_room():
     kind, chunk = DYNAMIC[0], [(6144, 2048)] + [(8000, 1)] * 32
     found = plan(kind, 128, chunk, (32, 8))
     block = 64 * 8 * 2 * 128 * 2
-    # As many sequences of 125 tokens as 2080 tokens can be, each as long as the longest.
+    # As many sequences of 125 tokens as 2080 tokens can be, each as long as the longest: 512 MiB,
+    # of which the block tables take some.
     assert found["min_tokens"] == 125
-    assert (found["blocks"], found["table_width"]) == (16 * 128, 128)
-    assert found["blocks"] * block <= found["bytes"] <= found["blocks"] * block + 33 * 132 * 4 + 4
+    assert (found["blocks"], found["table_width"]) == (16 * 128 - 1, 128)
+    assert found["blocks"] * block < found["bytes"] <= 512 << 20
     assert plan(kind, 128, chunk[:1], (32, 8))["blocks"] == 128
-    assert plan(kind, 128, [(131072, 2048)], (32, 8))["blocks"] * block == 512 << 20
-    small = plan(kind, 128, chunk, (32, 8), memory=100 * block + 17)
+    assert plan(kind, 128, [(131072, 2048)], (32, 8))["blocks"] == 2047
+    # Rows of a table of many sequences take an eighth of the memory, at most.
+    for batch, longest in ((256, 131072), (4096, 1 << 20), (65535, 1 << 20)):
+        seqs = [(longest - 8192, 8192 - batch)] + [(100, 1)] * (batch - 1)
+        many = (
+            plan(kind, 128, seqs, (8, 1), operations=0)
+            if batch < 8192
+            else plan(kind, 128, [(longest - 9000, 9000)] * batch, (8, 1), operations=0)
+        )
+        assert 0 < many["bytes"] <= 512 << 20
+        assert many["table_width"] * batch * 4 <= 64 << 20
+    small = plan(kind, 128, chunk, (32, 8), memory=100 * block + 4 * 33 * (128 + 5))
     assert (small["blocks"], small["table_width"]) == (100, 100)
-    huge = plan(kind, 128, [(2**30 - 2048, 2048)] * 4, (32, 8), memory=2**50)
+    huge = plan(kind, 128, [(2**30 - 2048, 2048)] * 4, (32, 8), memory=2**50, operations=0)
     assert 0 < huge["blocks"] * 64 * 8 * 2 <= 2**31

@@ -297,8 +297,9 @@ class PagedProblem(Problem):
         return self.rounds_values or self.v.elements.dtype == BF16
 
     def with_magnitudes(self) -> PagedProblem:
-        magnitudes = dataclasses.replace(self.v, elements=_magnitudes(self.v.elements))
-        return dataclasses.replace(self, v=magnitudes)
+        elements = self.v.elements
+        positive = elements & 7 if self.kind.code == "e2m1" else _magnitudes(elements)
+        return dataclasses.replace(self, v=dataclasses.replace(self.v, elements=positive))
 
     def scale_spread(self) -> float:
         if not self.kind.dynamic:

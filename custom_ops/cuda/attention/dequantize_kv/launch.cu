@@ -87,20 +87,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The sequence of a token of contiguous K and V: the last that begins at it or before.
-__device__ __forceinline__ int SeqOf(const AttentionParams& p, int64_t token) {
-  int low = 0, high = p.seqs.batch - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (p.ragged.cu_seqlens_k[middle] <= token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
 // A thread takes 16 channels of a token's head, of K or, where blockIdx.y is 1, of V.
 template <DType kCode>
 __global__ void __launch_bounds__(kThreads)
@@ -124,8 +110,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint4 codes =
       *reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(data) + from + channel);
   const Descale& descale = values ? ragged.v_descale : ragged.k_descale;
-  const bool of_seqs = descale.data != nullptr && descale.batch_stride != 0;
-  const float scale = LoadDescale(descale, 0, head, DescaleAt{of_seqs ? SeqOf(p, token) : 0, 0});
+  const float scale = LoadDescale(descale, 0, head, DescaleAt{0, 0});  // of all sequences
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
   uint32_t pairs[8];
 #pragma unroll
