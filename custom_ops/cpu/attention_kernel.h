@@ -22,7 +22,6 @@ class TileKernel {
   static constexpr bool kBlockScales = kKv == DType::kE2M1;
   static constexpr int kKeyRow = kDim / CodesPerByte(kKv);  // elements of a key
   static constexpr int kValueDim = ValueDim(kDim);
-  static constexpr int kKeyBlocks = kDim / kMxBlock;
   static constexpr int kValueBlocks = kBlockScales ? kValueDim / kMxBlock : 1;
 
   struct Chunk {
@@ -214,9 +213,8 @@ class TileKernel {
       for (int i = 0; i < kBlockSize; ++i) {
         const int token = kColumnOrder<kByChannel>.token[i];
         const int valid = token < chunk.valid ? token : chunk.valid - 1;
-        DecodeNibbles<kKv, kDim>(key[i],
-                                 ScaleBytes<kKeyBlocks>(p_.cache.k_scales, chunk.k_scale, valid),
-                                 b_.keys + i * kDim);
+        const uint8_t* scales = ScaleBytes<kDim>(p_.cache.k_scales, chunk.k_scale, valid);
+        DecodeNibbles<kKv, kDim>(key[i], scales, b_.keys + i * kDim);
       }
     } else if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
       if (kByChannel && IsFinite<kDim, kBlockSize>(chunk.key, key_stride_)) {
@@ -235,9 +233,10 @@ class TileKernel {
   }
 
   // UE8M0 bytes of a token of a block whose first one has the index `plane`.
-  template <int kBlocks>
+  template <int kChannels>
   static const uint8_t* ScaleBytes(const void* scales, int64_t plane, int token) {
-    return kBlockScales ? static_cast<const uint8_t*>(scales) + plane + token * kBlocks : nullptr;
+    const int64_t first = plane + token * (kChannels / kMxBlock);
+    return kBlockScales ? static_cast<const uint8_t*>(scales) + first : nullptr;
   }
 
   // Whether a block of codes, kRows rows of kRow, may be read by the faster conversion.
@@ -504,7 +503,7 @@ class TileKernel {
   void FindBlockScales(const Chunk& chunk) {
     for (int i = 0; i < kBlockSize; ++i) {
       const int token = kColumnOrder<kByChannel>.token[i];
-      const uint8_t* bytes = ScaleBytes<kValueBlocks>(p_.cache.v_scales, chunk.v_scale, token);
+      const uint8_t* bytes = ScaleBytes<kValueDim>(p_.cache.v_scales, chunk.v_scale, token);
       for (int block = 0; block < kValueBlocks; ++block) {
         block_scales_[block][i] = UE8M0ToFloat(bytes[block]);
       }

@@ -164,13 +164,7 @@ __device__ __forceinline__ void Score(const AttentionParams& p, uint32_t stage,
                                       const float (&factors)[Traits::kTiles][2], int first,
                                       Scores<Traits>& scores) {
   StartScores<Traits>(query, scores);
-  if constexpr (Traits::kBlockScales) {
-    MultiplyBlocks<Traits>(stage, query, first, scores);
-  } else if constexpr (Traits::kNibbles) {
-    MultiplyNibbles<Traits>(stage, query, first, scores);
-  } else {
-    Multiply<Traits>(stage, query, first, scores);
-  }
+  MultiplyKeys<Traits>(stage, query, first, scores);
   FinishScores<Traits>(p, stage, mask, factors, first, scores);
 }
 
@@ -232,13 +226,7 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
     const uint32_t stage = next(index);
     if constexpr (kStage == 0) assigned = IsAssigned<Traits>(stage);
     if (!assigned) return;
-    if constexpr (Traits::kBlockScales) {
-      MultiplyBlocks<Traits>(stage, query, 0, scores);
-    } else if constexpr (Traits::kNibbles) {
-      MultiplyNibbles<Traits>(stage, query, 0, scores);
-    } else {
-      Multiply<Traits, kStage>(stage, query, 0, scores);
-    }
+    MultiplyKeys<Traits, kStage>(stage, query, 0, scores);
     if constexpr (kStage + 1 == Traits::kKeyStages) {
       FinishScores<Traits>(p, stage, mask, factors, 0, scores);
     }

@@ -5,6 +5,7 @@
 
 #include "common/layout.h"
 #include "common/numeric.h"
+#include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/exp2.cuh"
@@ -166,6 +167,20 @@ __device__ __forceinline__ void Multiply(uint32_t stage, const QueryTile<Traits>
         }
       }
     }
+  }
+}
+
+// The same of keys of any type; those of 4 bits lie in one stage.
+template <typename Traits, int kStage = 0>
+__device__ __forceinline__ void MultiplyKeys(uint32_t stage, const QueryTile<Traits>& query,
+                                             int first,
+                                             float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
+  if constexpr (Traits::kBlockScales) {
+    MultiplyBlocks<Traits>(stage, query, first, scores);
+  } else if constexpr (Traits::kNibbles) {
+    MultiplyNibbles<Traits>(stage, query, first, scores);
+  } else {
+    Multiply<Traits, kStage>(stage, query, first, scores);
   }
 }
 
