@@ -114,6 +114,8 @@ __device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int hea
                                              cache.value_strides.row);
     }
   }
+  // The next kernel may be set up under the end of this one, where V is done.
+  if constexpr (!Traits::kRope) PdlLaunchDependents();
   if (output != TileOutput::kValues) {
     const int64_t k_plane = cache.key_strides.Plane(block, head);
     const int64_t k_scales = cache.k_scale_strides.Plane(block, head);
