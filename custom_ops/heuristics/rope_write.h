@@ -18,5 +18,7 @@ inline bool UseDecodeKernel(int num_tokens, int batch) {
 
 // A grid of at most this many CTAs leaves most of a GPU to the next kernel.
 inline constexpr int kSmallGrid = 256;
+// One of at most this many CTAs of a warp lets the next kernel be set up from its start on.
+inline constexpr int kReleasingGrid = 1536;
 
 }  // namespace fastattn

@@ -25,11 +25,11 @@ __device__ __forceinline__ void OwnButterflies(float (&x)[kValues]) {
 // Those whose other channel the lane at an XOR of `distance` holds at the same index.
 template <int kValues>
 __device__ __forceinline__ void LaneButterflies(int lane, int distance, float (&x)[kValues]) {
-  const uint32_t sign = (lane & distance) != 0 ? 0x80000000u : 0;
+  // The product is exact, so that one instruction rounds as a sum or a difference does.
+  const float sign = (lane & distance) != 0 ? -1.0f : 1.0f;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    const float other = __shfl_xor_sync(kFullWarp, x[i], distance);
-    x[i] = Add(other, BitsFloat(FloatBits(x[i]) ^ sign));
+    x[i] = __fmaf_rn(x[i], sign, __shfl_xor_sync(kFullWarp, x[i], distance));
   }
 }
 

@@ -19,6 +19,7 @@
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/common/parameters.cuh"
 #include "cuda/common/pdl.cuh"
+#include "heuristics/rope_write.h"
 
 namespace fastattn::cuda {
 
@@ -293,14 +294,14 @@ __device__ __forceinline__ float KeepFloat(float x) {
 
 // The wait for the kernel before. The next kernel's CTAs would gather where this one's finish
 // first, unless there is room.
-__device__ __forceinline__ void BeginDecode(bool small_grid) {
+__device__ __forceinline__ void BeginDecode() {
   PdlWait();
-  if (small_grid) PdlLaunchDependents();
+  if (gridDim.x * gridDim.y <= kReleasingGrid) PdlLaunchDependents();
 }
 
 template <typename Traits>
 __device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, DecodeSeq& seq,
-                                            bool small_grid, const DecodeHead& at) {
+                                            const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   RopeWriteCacheParams rope = p.rope;
   EarlyValues early;
@@ -309,7 +310,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, Decod
   early.Touch(p), seq.Compute(false, early), values.Compute(rope, early);
   scale.Compute(early), early.Hold(rope.q_quant);
   early.Finish();
-  BeginDecode(small_grid);
+  BeginDecode();
   WarpPlace place = seq.Find([&] { values.Load(rope, at.lane), scale.Load(); });
   values.MakeWait(early, place.position);
   float inverse;
@@ -329,7 +330,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, Decod
 // K, and V of type none.
 template <typename Traits, HeadKind kKind>
 __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, DecodeSeq& seq,
-                                                 bool small_grid, const DecodeHead& at) {
+                                                 const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   constexpr bool kKey = kKind == HeadKind::kKey;
   const PagedCache& cache = p.rope.cache;
@@ -341,7 +342,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
       DecodeScale::OfHead<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
   early.Touch(p), seq.Compute(true, early), values.Compute(rope, early), scale.Compute(early);
   early.Finish();
-  BeginDecode(small_grid);
+  BeginDecode();
   WarpPlace place = seq.Find([&] { values.Load(rope, at.lane), scale.Load(); });
   if constexpr (Traits::kRope) values.MakeWait(early, place.position);
   const int loaded_block = LoadBlock(seq.seqs, place);
@@ -373,7 +374,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
 }
 
 template <typename Traits>
-__device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq, bool small_grid,
+__device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
   using Map = std::conditional_t<Traits::kNibbles, StridedPairMap<Lane>, StridedMap<Lane>>;
@@ -390,7 +391,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   early.Touch(p), seq.Compute(true, early), early(source), scale.Compute(early);
   if constexpr (Options::kBias) bias_at.Compute(early);
   early.Finish();
-  BeginDecode(small_grid);
+  BeginDecode();
   Element loaded[Lane::kValues];
   RawParameters<Traits, Lane> bias;
   const WarpPlace place = seq.Find([&] {
@@ -479,16 +480,15 @@ __global__ void __launch_bounds__(kDecodeThreads)
     at.share = group & (value_shares - 1);
     at.shares = value_shares;
     if constexpr (Traits::kQuantized) {
-      DecodeValue<Value>(p, seq, small_grid, at);
+      DecodeValue<Value>(p, seq, at);
     } else {
-      DecodeTokenMajor<Value, HeadKind::kValue>(p, seq, small_grid, at);
+      DecodeTokenMajor<Value, HeadKind::kValue>(p, seq, at);
     }
   } else if (group < value_groups + k_groups) {
-    DecodeTokenMajor<Traits, HeadKind::kKey>(p, seq, small_grid,
+    DecodeTokenMajor<Traits, HeadKind::kKey>(p, seq,
                                              HeadOfLane<Traits>(group - value_groups, kv_heads));
   } else if constexpr (Traits::kRope) {
-    DecodeQuery<Traits>(p, seq, small_grid,
-                        HeadOfLane<Traits>(group - value_groups - k_groups, q_heads));
+    DecodeQuery<Traits>(p, seq, HeadOfLane<Traits>(group - value_groups - k_groups, q_heads));
   }
   if (group == gridDim.x - 1 && token == 0) {
     for (int i = 4 * threadIdx.x; i < p.rope.num_arrivals; i += 4 * kDecodeThreads) {

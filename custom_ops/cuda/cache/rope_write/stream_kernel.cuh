@@ -8,15 +8,16 @@
 
 #include "cuda/cache/rope_write/tile_kernel.cuh"
 #include "cuda/cache/shared/step_ring.cuh"
+#include "cuda/common/prefetch.cuh"
 
 namespace fastattn::cuda {
 
 // CTAs an SM: 64 registers a thread. An option that may lie anywhere, or be any, takes more, and so
-// do the tiles of large heads.
+// do the tiles of large heads. Rotations of K have more to do at once with 80.
 template <typename Traits>
-inline constexpr int kStreamCtas = Traits::kHeadDim > 128  ? 2
-                                   : Traits::Options::kAny ? 3
-                                                           : 4;
+inline constexpr int kStreamCtas = Traits::kHeadDim > 128                            ? 2
+                                   : Traits::Options::kAny || Traits::kTransformsKey ? 3
+                                                                                     : 4;
 
 // A bias of the input's type comes with the values, as it lies in memory.
 template <typename Options>
@@ -180,10 +181,28 @@ __device__ __forceinline__ void StreamToken(const StepParamsOf<Traits>& p, const
   }
 }
 
+// Asks for a warp's first steps ahead of the wait for the kernel before.
+template <typename Traits>
+__device__ __forceinline__ void PrefetchSteps(const StepParams& p, const StreamGrid& grid) {
+  constexpr int kHeadBytes = Traits::kHeadDim * 2;
+  constexpr int kStepBytes = StreamLane<Traits>::kHeads * kHeadBytes;
+  static_assert(kStepsAhead * kStepBytes <= 32 * 128, "a line a lane");
+  const int token = blockIdx.x / grid.shares * (kStreamThreads / 32) + threadIdx.x / 32;
+  const int line = threadIdx.x % 32 * 128;
+  const int first = blockIdx.x % grid.shares * grid.steps_per_share * kStepBytes;
+  const int heads = p.rope.num_heads + 2 * p.rope.cache.num_kv_heads;
+  if (token >= p.rope.seqs.num_tokens || line >= kStepsAhead * kStepBytes) return;
+  if (first + line >= heads * kHeadBytes) return;
+  PrefetchL2(static_cast<const char*>(p.q) + token * p.q_stride * 2 + first + line);
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(kStreamThreads, kStreamCtas<Traits>)
     StepStreamKernel(const __grid_constant__ StepParamsOf<Traits> p,
                      const __grid_constant__ StreamGrid grid) {
+  if constexpr (Traits::kTransformsKey) {
+    if (blockIdx.x < grid.stream_ctas) PrefetchSteps<Traits>(p, grid);
+  }
   PdlWait();
   PdlLaunchDependents();
   if (blockIdx.x < grid.stream_ctas) {

@@ -13,6 +13,8 @@
 
 namespace fastattn::cuda {
 
+inline constexpr int kTilesAtOnce = 512;  // CTAs that a GPU holds
+
 // Which of K and V a CTA writes.
 enum class TileOutput : int { kValues, kKeys, kBoth };
 
@@ -113,6 +115,11 @@ __device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int hea
       StoreValueTile<CacheLayout::kFastattn>(tile, static_cast<uint8_t*>(cache.value) + v_plane,
                                              cache.value_strides.row);
     }
+  }
+  // The next kernel may be set up under the end of this one. Where all CTAs are there at once and
+  // each still has K to write, its CTAs would gather where this one's finish first.
+  if constexpr (!Traits::kRope && Traits::kQuantized) {
+    if (output != TileOutput::kBoth || gridDim.x * gridDim.y > kTilesAtOnce) PdlLaunchDependents();
   }
   if (output != TileOutput::kValues) {
     const int64_t k_plane = cache.key_strides.Plane(block, head);

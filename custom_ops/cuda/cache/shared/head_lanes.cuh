@@ -209,6 +209,15 @@ __device__ __forceinline__ uint32_t MaxMagnitudes(uint32_t a, uint32_t b) {
 #endif
 }
 
+// x[0] becomes the result of all 2 * kCount. Not a loop: of 16 numbers the compiler kept one, and
+// the numbers in local memory.
+template <int kCount, typename Combine>
+__device__ __forceinline__ void Reduce(uint32_t* x, Combine combine) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = combine(x[i], x[i + kCount]);
+  if constexpr (kCount > 1) Reduce<kCount / 2>(x, combine);
+}
+
 // Maximum of |x| over a head as fp32 bits, in all of its lanes, which all take part.
 template <typename Lane>
 __device__ __forceinline__ uint32_t LaneAmaxBits(const uint32_t (&words)[Lane::kWords]) {
@@ -223,11 +232,7 @@ __device__ __forceinline__ uint32_t LaneAmaxBits(const uint32_t (&words)[Lane::k
   };
 #pragma unroll
   for (int i = 0; i < Lane::kWords; ++i) m[i] = kFloats ? words[i] & 0x7FFFFFFFu : words[i];
-#pragma unroll
-  for (int n = Lane::kWords / 2; n > 0; n /= 2) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) m[i] = larger(m[i], m[i + n]);
-  }
+  Reduce<Lane::kWords / 2>(m, larger);
 #pragma unroll
   for (int lanes = 1; lanes < Lane::kLanes; lanes *= 2) {
     m[0] = larger(m[0], __shfl_xor_sync(kFullWarp, m[0], lanes));

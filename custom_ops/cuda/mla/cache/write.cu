@@ -24,6 +24,10 @@ namespace {
 
 constexpr int kLaneChannels = 16;  // of a lane, where tiles have scales
 
+// Up to kFewTokens a CTA has fewer warps, so that more multiprocessors have one.
+constexpr int64_t kFewTokens = 512;
+constexpr int kFewWarps = 4;
+
 __device__ __forceinline__ uint4 Load16(const uint16_t* from, int chunk) {
   return *(reinterpret_cast<const uint4*>(from) + chunk);
 }
@@ -115,12 +119,16 @@ __device__ __forceinline__ void PrefetchToken(const MlaWriteParams& p, int64_t t
   if (lane < kLines) PrefetchL2(p.latent + token * p.latent_stride + lane * 64);
   if (lane == kLines) PrefetchL2(p.rope + token * p.rope_stride);
   if (lane == kLines + 1) PrefetchIndex(p.slots, token);
+  // Once: all warps load it, and requests for a line that is on its way go one after the other.
+  if constexpr (kFormat == MlaFormat::kFp8) {
+    if (lane == kLines + 2 && token == 0) PrefetchL2(p.scale);
+  }
 }
 
 template <MlaFormat kFormat, MlaScaleRule kRule>
 __global__ void __launch_bounds__(kMlaThreads)
     WriteKernel(const __grid_constant__ MlaWriteParams p, uint32_t slots, Divisor page_size) {
-  const int64_t token = WarpToken();
+  const int64_t token = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   PrefetchToken<kFormat>(p, token, lane);
   PdlWait();
@@ -141,10 +149,11 @@ cudaError_t LaunchMlaWriteCache(const MlaWriteParams& p, cudaStream_t stream) {
   const auto slots = static_cast<uint32_t>(p.cache.num_pages * p.cache.page_size);
   const Divisor page_size(static_cast<uint32_t>(p.cache.page_size));
   if (p.num_slots == 0 || slots == 0) return cudaSuccess;
-  const dim3 ctas(GridSize((p.num_slots + kMlaWarps - 1) / kMlaWarps));
+  const int warps = p.num_slots <= kFewTokens ? kFewWarps : kMlaWarps;
+  const dim3 ctas(GridSize((p.num_slots + warps - 1) / warps));
   cudaError_t status = cudaSuccess;
   const auto launch = [&](auto kernel) {
-    status = LaunchPdl(kernel, ctas, dim3(kMlaThreads), stream, p, slots, page_size);
+    status = LaunchPdl(kernel, ctas, dim3(32 * warps), stream, p, slots, page_size);
   };
   dispatch<MlaFormat::kBf16, MlaFormat::kFp8, MlaFormat::kFp8x656, MlaFormat::kFp8x584>(
       p.cache.format, "cache_format", [&](auto format) {
