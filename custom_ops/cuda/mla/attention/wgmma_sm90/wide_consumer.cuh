@@ -16,6 +16,16 @@ namespace fastattn::cuda::mla_sm90 {
 // A consumer's outputs: 64 heads x 256 channels, in halves of 128.
 using HalfOutput = float[2][64];
 
+// Softmax of one head in a lane.
+struct WideRow {
+  float largest = -INFINITY;    // score of this lane's, in base 2
+  float reference = -INFINITY;  // probabilities are in units of 2^reference
+  float sum = 0.0f;             // of this lane's
+};
+
+// A tile's P, of a lane, in halves of 32 keys.
+using Probabilities = uint32_t[2][8];
+
 __device__ __forceinline__ void Clear(HalfOutput& out) {
 #pragma unroll
   for (int i = 0; i < 128; ++i) out[i / 64][i % 64] = 0.0f;
@@ -24,6 +34,11 @@ __device__ __forceinline__ void Clear(HalfOutput& out) {
 __device__ __forceinline__ void Keep(HalfOutput& out) {
   KeepFloats(out[0]);
   KeepFloats(out[1]);
+}
+
+__device__ __forceinline__ void Keep(Probabilities& pairs) {
+  KeepRegisters(pairs[0]);
+  KeepRegisters(pairs[1]);
 }
 
 // Multiplies a consumer's outputs with one factor for each of a thread's two rows.
@@ -49,6 +64,8 @@ class WideConsumer {
   static constexpr DType kType = kOperand<kFormat>;
   static constexpr int kStages = kWideStages;
   static constexpr bool kHalf = kType == DType::kFloat16;
+  // By how much scores may exceed their row's reference, in base 2. P in fp16 has little room.
+  static constexpr float kGrowth = kHalf ? 1.0f : 8.0f;
 
   __device__ __forceinline__ WideConsumer(const Arguments& args, Shared& shared)
       : args_(args), shared_(shared), warp_(threadIdx.x / 32 % 4), lane_(threadIdx.x % 32) {}
@@ -72,7 +89,7 @@ class WideConsumer {
         SyncNamed<256>(1);
       }
       if constexpr (kIndex == 0) {
-        RowState rows[2];
+        WideRow rows[2];
         float scales[2] = {log2_scale, log2_scale};
         if constexpr (kHalf) {
           scales[0] *= shared_.query_powers[16 * warp_ + lane_ / 4];
@@ -105,7 +122,7 @@ class WideConsumer {
     const uint64_t left = OperandDescriptor<128>(SharedAddress(shared_.probabilities));
     for (int tile = work.begin; tile < work.end; ++tile) {
       WaitFull();
-      Wait(&shared_.probabilities_full, tiles_ & 1);
+      Wait(&shared_.probabilities_full[0], tiles_ & 1);
       const int row = 16 * warp_ + lane_ / 4;
       Rescale(out, shared_.rescale[row], shared_.rescale[row + 8]);
       Keep(out);
@@ -113,6 +130,10 @@ class WideConsumer {
       const uint32_t values = SharedAddress(shared_.stages.keys[stage_]) + 4 * kBlockBytes;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
+        if (k == 2) {
+          Wait(&shared_.probabilities_full[1], tiles_ & 1);
+          FenceProducts();
+        }
         const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
         Outputs<kType>(out[0], left + 2 * k, right);
         Outputs<kType>(out[1], left + 2 * k, right + 2 * kBlockBytes / 16);
@@ -131,14 +152,14 @@ class WideConsumer {
   // Consumer 0. With two stages the products of the next scores follow those of the outputs, so
   // that nothing but the softmax has the tensor cores wait.
   __device__ __forceinline__ void RunScores(const Work& work, const float (&scales)[2],
-                                            HalfOutput& out, RowState (&rows)[2]) {
+                                            HalfOutput& out, WideRow (&rows)[2]) {
     float scores[32];
     WaitFull();
     Score(scores);
     WaitGroups<0>();
     KeepFloats(scores);
     for (int tile = work.begin; tile + 1 < work.end; ++tile) {
-      uint32_t pairs[16];
+      Probabilities pairs;
       Weigh(scores, scales, out, rows, pairs);
       const int used = stage_;
       Advance();
@@ -151,13 +172,13 @@ class WideConsumer {
       WaitGroups<0>();
       Keep(out);
       KeepFloats(scores);
-      KeepRegisters(pairs);
+      Keep(pairs);
     }
-    uint32_t pairs[16];
+    Probabilities pairs;
     Weigh(scores, scales, out, rows, pairs);
     ReleaseHalves<1>(stage_);
     Keep(out);
-    KeepRegisters(pairs);
+    Keep(pairs);
     Advance();
   }
 
@@ -181,25 +202,46 @@ class WideConsumer {
     }
   }
 
-  // Softmax of a tile's scores, and issue of O += P V.
+  // Softmax of a tile's scores, and issue of O += P V: half of the keys after the other, so that
+  // the products over the first fill the exponentials of the second.
   __device__ __forceinline__ void Weigh(float (&scores)[32], const float (&scales)[2],
-                                        HalfOutput& out, RowState (&rows)[2],
-                                        uint32_t (&pairs)[16]) {
+                                        HalfOutput& out, WideRow (&rows)[2], Probabilities& pairs) {
+    ScaleScores(scores, scales);
+    float units = 1.0f, to_units = 1.0f;
+    if constexpr (kHalf) {
+      units = UpdateLargest();
+      to_units = ToUnits(largest_);
+    }
     float rescale[2];
-    Softmax(scores, scales, rows, rescale, pairs);
-    Wait(&shared_.probabilities_empty, (tiles_ + 1) & 1);
-    Share(pairs, rescale);
+    FollowScores(scores, rows, rescale);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      rows[h].sum *= rescale[h];
+      rescale[h] *= units;
+    }
     Rescale(out, rescale[0], rescale[1]);
+    Wait(&shared_.probabilities_empty, (tiles_ + 1) & 1);
+    if (lane_ % 4 == 0) {
+      shared_.rescale[16 * warp_ + lane_ / 4] = rescale[0];
+      shared_.rescale[16 * warp_ + lane_ / 4 + 8] = rescale[1];
+    }
     Keep(out);
-    KeepRegisters(pairs);
-    FenceProducts();
     const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint64_t right = TransposedDescriptor<kBlockBytes>(values) + k * (2048 / 16);
-      MultiplyHalfRegisters<kType, true, 1>(out[0], pairs + 4 * k, right);
-      MultiplyHalfRegisters<kType, true, 1>(out[1], pairs + 4 * k, right + 2 * kBlockBytes / 16);
-      if (k % 2 == 1) CommitProducts();  // half of the keys
+    for (int half = 0; half < 2; ++half) {
+      Exponentials(half, scores, to_units, rows, pairs[half]);
+      KeepRegisters(pairs[half]);
+      FenceProducts();
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t* left = pairs[half] + 4 * k;
+        const uint64_t right =
+            TransposedDescriptor<kBlockBytes>(values) + (2 * half + k) * (2048 / 16);
+        MultiplyHalfRegisters<kType, true, 1>(out[0], left, right);
+        MultiplyHalfRegisters<kType, true, 1>(out[1], left, right + 2 * kBlockBytes / 16);
+      }
+      CommitProducts();
+      Share(half, pairs[half]);
     }
   }
 
@@ -281,31 +323,50 @@ class WideConsumer {
     return units;
   }
 
-  __device__ __forceinline__ void Softmax(float (&scores)[32], const float (&scales)[2],
-                                          RowState (&rows)[2], float (&rescale)[2],
-                                          uint32_t (&pairs)[16]) {
-    ScaleScores(scores, scales);
-    float units = 1.0f, to_units = 1.0f;
-    if constexpr (kHalf) {
-      units = UpdateLargest();
-      to_units = ToUnits(largest_);
-    }
+  // Takes a tile's scores into account. rescale: what the sums and outputs so far are multiplied
+  // with. References follow only where a score exceeds one by more than kGrowth: multiplying all
+  // outputs takes longer than anything else here, and a larger P is as precise.
+  __device__ __forceinline__ void FollowScores(const float (&scores)[32], WideRow (&rows)[2],
+                                               float (&rescale)[2]) const {
+    bool grows = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float maximum = rows[h].maximum;
+      float even = rows[h].largest, odd = -INFINITY;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        maximum = fmaxf(maximum, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+        even = fmaxf(even, scores[4 * j + 2 * h]);
+        odd = fmaxf(odd, scores[4 * j + 2 * h + 1]);
       }
-      maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 1));
-      maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 2));
-      const float weight = WeightOf(rows[h].maximum, maximum);
-      rows[h].maximum = maximum;
-      rescale[h] = weight * units;
-      const float shift = ShiftOf(maximum);
+      rows[h].largest = fmaxf(even, odd);
+      rescale[h] = 1.0f;
+      grows = grows || rows[h].largest - rows[h].reference > kGrowth;
+    }
+    if (!__any_sync(kFullWarp, grows)) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float largest = OfRow(rows[h].largest);
+      if (largest - rows[h].reference > kGrowth) {
+        rescale[h] = WeightOf(rows[h].reference, largest);
+        rows[h].reference = largest;
+      }
+    }
+  }
+
+  // The largest value of the four lanes of a row.
+  static __device__ __forceinline__ float OfRow(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+    return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+  }
+
+  // P of half of a tile's keys.
+  __device__ __forceinline__ void Exponentials(int half, const float (&scores)[32], float to_units,
+                                               WideRow (&rows)[2], uint32_t (&pairs)[8]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float shift = ShiftOf(rows[h].reference);
       float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 4 * half; j < 4 * half + 4; ++j) {
         float a = Exp2(scores[4 * j + 2 * h] - shift);
         float b = Exp2(scores[4 * j + 2 * h + 1] - shift);
         sum += a + b;
@@ -315,42 +376,39 @@ class WideConsumer {
           b *= powers.y * to_units;
         }
         // Word 2 * (j % 2) + h of the operand of 16 keys.
-        pairs[4 * (j / 2) + 2 * (j % 2) + h] = PackPair<kType>(a, b);
+        pairs[4 * (j / 2 % 2) + 2 * (j % 2) + h] = PackPair<kType>(a, b);
       }
-      rows[h].sum = rows[h].sum * weight + sum;  // of this lane's columns
+      rows[h].sum += sum;
     }
   }
 
-  // Gives P and the rescaling factors to consumer 1.
-  __device__ __forceinline__ void Share(const uint32_t (&pairs)[16],
-                                        const float (&rescale)[2]) const {
+  // Gives P of half of a tile's keys to consumer 1.
+  __device__ __forceinline__ void Share(int half, const uint32_t (&pairs)[8]) const {
     const int row = 16 * warp_ + lane_ % 8 + (lane_ & 8);
     const uint32_t base = SharedAddress(shared_.probabilities) + row * 128;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 2; ++k) {
       const uint32_t words[4] = {pairs[4 * k], pairs[4 * k + 1], pairs[4 * k + 2],
                                  pairs[4 * k + 3]};
-      const int chunk = 2 * k + lane_ / 16;
+      const int chunk = 4 * half + 2 * k + lane_ / 16;
       StoreMatrices<false>(base + ((chunk ^ (row & 7)) << 4), words);
     }
-    if (lane_ % 4 == 0) {
-      shared_.rescale[16 * warp_ + lane_ / 4] = rescale[0];
-      shared_.rescale[16 * warp_ + lane_ / 4 + 8] = rescale[1];
-    }
     FenceAsyncProxy();
-    ArriveWarp(&shared_.probabilities_full);
+    ArriveWarp(&shared_.probabilities_full[half]);
   }
 
-  __device__ __forceinline__ void Finish(const Work& work, RowState (&rows)[2]) const {
+  __device__ __forceinline__ void Finish(const Work& work, WideRow (&rows)[2]) const {
     float common = StaticScales(args_.p).common;
     if constexpr (kHalf) common *= largest_ * (1.0f / kProbabilityScale);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 1);
       rows[h].sum += __shfl_xor_sync(kFullWarp, rows[h].sum, 2);
+      const float largest = OfRow(rows[h].largest);
       const int row = 16 * warp_ + lane_ / 4 + 8 * h;
       if (lane_ % 4 == 0 && work.head + row < args_.p.heads) {
-        shared_.factor[row] = FinishRow(args_, work, work.head + row, rows[h], common);
+        const RowState state = {rows[h].reference, rows[h].sum};
+        shared_.factor[row] = FinishRow(args_, work, work.head + row, state, largest, common);
       }
     }
   }

@@ -29,7 +29,7 @@ struct alignas(1024) WideShared {
   float factor[kWideHeads];
   float query_powers[kWideHeads];  // fp16: what the query's rows were divided by
   StageBarriers<kWideStages> barriers;
-  uint64_t probabilities_full;
+  uint64_t probabilities_full[2];  // halves, of 32 keys
   uint64_t probabilities_empty;
   alignas(16) uint8_t slots[kWideSlots<kFormat> * kWideProducers * kSlotBytes + 16];
 };
@@ -38,11 +38,14 @@ template <bool kPair, int kDim, MlaFormat kFormat>
 __device__ __forceinline__ void InitBarriers(WideShared<kDim, kFormat>& shared) {
   for (int i = 0; i < kWideStages; ++i) {
     InitBarrier(&shared.barriers.full[i], kPair ? 1 : kFullArrivals<kFormat, kWideProducers>);
-    InitBarrier(&shared.barriers.own[i], kFullArrivals<kFormat, kPairProducers>);
+    for (uint64_t& pass : shared.barriers.own[i]) {
+      InitBarrier(&pass, kFullArrivals<kFormat, kPairProducers>);
+    }
     InitBarrier(&shared.barriers.empty[i][0], (kPair ? 16 : 8) * kWarpArrivals);
     InitBarrier(&shared.barriers.empty[i][1], 8 * kWarpArrivals);
   }
-  InitBarrier(&shared.probabilities_full, 4 * kWarpArrivals);
+  InitBarrier(&shared.probabilities_full[0], 4 * kWarpArrivals);
+  InitBarrier(&shared.probabilities_full[1], 4 * kWarpArrivals);
   InitBarrier(&shared.probabilities_empty, 4 * kWarpArrivals);
   FenceBarrierInit();
 }
