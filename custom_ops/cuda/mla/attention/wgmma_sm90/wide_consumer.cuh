@@ -87,6 +87,11 @@ class WideConsumer {
                                          lane_);
         FenceAsyncProxy();
         SyncNamed<256>(1);
+      } else if (!(log2_scale > 0.0f)) {
+        MultiplyQuery<kDim * kWideHeads, 256>(shared_.query, log2_scale < 0.0f ? -1.0f : log2_scale,
+                                              threadIdx.x);
+        FenceAsyncProxy();
+        SyncNamed<256>(1);
       }
       if constexpr (kIndex == 0) {
         WideRow rows[2];
@@ -94,6 +99,10 @@ class WideConsumer {
         if constexpr (kHalf) {
           scales[0] *= shared_.query_powers[16 * warp_ + lane_ / 4];
           scales[1] *= shared_.query_powers[16 * warp_ + lane_ / 4 + 8];
+        } else {
+          // The query has the sign, and 0, so that the largest score is that of the largest
+          // product.
+          if (!(log2_scale > 0.0f)) scales[0] = log2_scale < 0.0f ? -log2_scale : 1.0f;
         }
         largest_ = 0.0f;
         if (work.begin < work.end) RunScores(work, scales, out, rows);
@@ -213,7 +222,8 @@ class WideConsumer {
       to_units = ToUnits(largest_);
     }
     float rescale[2];
-    FollowScores(scores, rows, rescale);
+    const float scale = kHalf ? 1.0f : scales[0];
+    FollowScores(scores, scale, rows, rescale);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       rows[h].sum *= rescale[h];
@@ -229,7 +239,7 @@ class WideConsumer {
     const uint32_t values = SharedAddress(shared_.stages.keys[stage_]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Exponentials(half, scores, to_units, rows, pairs[half]);
+      Exponentials(half, scores, scale, to_units, rows, pairs[half]);
       KeepRegisters(pairs[half]);
       FenceProducts();
 #pragma unroll
@@ -254,7 +264,7 @@ class WideConsumer {
   }
 
   // Issues S = Q K^T of a stage.
-  __device__ __forceinline__ void Score(float (&scores)[32]) const {
+  __device__ __forceinline__ void Score(float (&scores)[32]) {
     uint64_t query = OperandDescriptor<128>(SharedAddress(shared_.query));
     uint64_t keys = OperandDescriptor<128>(SharedAddress(shared_.stages.keys[stage_]));
     // Else the compiler keeps the descriptors of all products in registers, and has none left.
@@ -273,6 +283,8 @@ class WideConsumer {
       }
     }
     CommitProducts();
+    // While it is waited for anyway; with keys' powers no register is left.
+    if constexpr (!kHalf) all_valid_ = AllValid(ValidOf(shared_.barriers.valid[stage_]));
   }
 
   // Columns 8 * j + 2 * (lane % 4), + 1 of the powers of a tile's keys.
@@ -281,17 +293,21 @@ class WideConsumer {
         &shared_.barriers.powers[stage_][8 * j + 2 * (lane_ % 4)]);
   }
 
-  // Scores in base 2; those of masked keys are -inf.
+  // Scores in base 2, but for 16-bit keys, whose exponentials multiply. Those of masked keys are
+  // -inf.
   __device__ __forceinline__ void ScaleScores(float (&scores)[32], const float (&scales)[2]) const {
+    if constexpr (kHalf) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float2 powers = make_float2(1.0f, 1.0f);
-      if constexpr (kHalf) powers = PowersOf(j);
+      for (int j = 0; j < 8; ++j) {
+        const float2 powers = PowersOf(j);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scores[4 * j + 2 * h] *= scales[h] * powers.x;
-        scores[4 * j + 2 * h + 1] *= scales[h] * powers.y;
+        for (int h = 0; h < 2; ++h) {
+          scores[4 * j + 2 * h] *= scales[h] * powers.x;
+          scores[4 * j + 2 * h + 1] *= scales[h] * powers.y;
+        }
       }
+    } else if (all_valid_) {
+      return;
     }
     const uint4 valid = ValidOf(shared_.barriers.valid[stage_]);
     if (AllValid(valid)) return;
@@ -326,18 +342,18 @@ class WideConsumer {
   // Takes a tile's scores into account. rescale: what the sums and outputs so far are multiplied
   // with. References follow only where a score exceeds one by more than kGrowth: multiplying all
   // outputs takes longer than anything else here, and a larger P is as precise.
-  __device__ __forceinline__ void FollowScores(const float (&scores)[32], WideRow (&rows)[2],
-                                               float (&rescale)[2]) const {
+  __device__ __forceinline__ void FollowScores(const float (&scores)[32], float scale,
+                                               WideRow (&rows)[2], float (&rescale)[2]) const {
     bool grows = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float even = rows[h].largest, odd = -INFINITY;
+      float even = -INFINITY, odd = -INFINITY;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         even = fmaxf(even, scores[4 * j + 2 * h]);
         odd = fmaxf(odd, scores[4 * j + 2 * h + 1]);
       }
-      rows[h].largest = fmaxf(even, odd);
+      rows[h].largest = fmaxf(rows[h].largest, fmaxf(even, odd) * scale);
       rescale[h] = 1.0f;
       grows = grows || rows[h].largest - rows[h].reference > kGrowth;
     }
@@ -359,16 +375,17 @@ class WideConsumer {
   }
 
   // P of half of a tile's keys.
-  __device__ __forceinline__ void Exponentials(int half, const float (&scores)[32], float to_units,
-                                               WideRow (&rows)[2], uint32_t (&pairs)[8]) const {
+  __device__ __forceinline__ void Exponentials(int half, const float (&scores)[32], float scale,
+                                               float to_units, WideRow (&rows)[2],
+                                               uint32_t (&pairs)[8]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float shift = ShiftOf(rows[h].reference);
       float sum = 0.0f;
 #pragma unroll
       for (int j = 4 * half; j < 4 * half + 4; ++j) {
-        float a = Exp2(scores[4 * j + 2 * h] - shift);
-        float b = Exp2(scores[4 * j + 2 * h + 1] - shift);
+        float a = Exp2(fmaf(scores[4 * j + 2 * h], scale, -shift));
+        float b = Exp2(fmaf(scores[4 * j + 2 * h + 1], scale, -shift));
         sum += a + b;
         if constexpr (kHalf) {
           const float2 powers = PowersOf(j);
@@ -458,8 +475,9 @@ class WideConsumer {
   int warp_, lane_;
   int stage_ = 0;
   uint32_t parity_ = 0;
-  uint32_t tiles_ = 0;    // so far
-  float largest_ = 0.0f;  // fp16: power of the keys, so far
+  uint32_t tiles_ = 0;      // so far
+  bool all_valid_ = false;  // keys of the tile whose scores were issued last; 16 bits
+  float largest_ = 0.0f;    // fp16: power of the keys, so far
 };
 
 }  // namespace fastattn::cuda::mla_sm90
