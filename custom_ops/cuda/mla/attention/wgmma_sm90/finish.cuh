@@ -9,7 +9,7 @@
 
 namespace fastattn::cuda::mla_sm90 {
 
-// Softmax of one head. The maximum is one of scores in base 2.
+// Softmax of one head: probabilities are in units of 2^maximum.
 struct RowState {
   float maximum = -INFINITY;
   float sum = 0.0f;
@@ -20,9 +20,10 @@ __device__ __forceinline__ float ShiftOf(float maximum) {
   return maximum == -INFINITY ? 0.0f : maximum;
 }
 
-// Writes a head's LSE and largest logit, and returns what its output is multiplied with.
+// Writes a head's LSE and largest logit, and returns what its output is multiplied with. largest:
+// of its scores, in base 2.
 __device__ __forceinline__ float FinishRow(const Arguments& args, const Work& work, int head,
-                                           const RowState& row, float common_scale) {
+                                           const RowState& row, float largest, float common_scale) {
   const MlaSparseParams& p = args.p;
   const float shift = ShiftOf(row.maximum);
   const bool lonely = row.sum == 0.0f;
@@ -33,7 +34,7 @@ __device__ __forceinline__ float FinishRow(const Arguments& args, const Work& wo
   }
   const int64_t at = p.StatisticAt(work.token, head);
   if (p.lse != nullptr) p.lse[at] = lonely ? p.LonelyLse() : shift * kLn2 + logf(row.sum);
-  if (p.max_logits != nullptr) p.max_logits[at] = LargestLogit(row.maximum, row.sum);
+  if (p.max_logits != nullptr) p.max_logits[at] = LargestLogit(largest, row.sum);
   if (lonely) return 0.0f;
   float sum = row.sum;
   if (p.sinks != nullptr) sum += Exp2(p.sinks[head] * kLog2E - shift);

@@ -28,7 +28,7 @@ class Gather {
       : args_(args),
         barriers_(barriers),
         lane_(thread % 32),
-        first_row_(first_key + thread / 32 * kRows) {
+        first_row_(first_key + thread / 32 * (kPair ? 4 : kRows)) {
     const int row = first_row_ + lane_ / 8, share = lane_ % 8;
     const uint32_t address = SharedAddress(keys) + row * 128;
     raw_ = SharedAddress(keys) + first_row_ * 128 + lane_ * 16;
@@ -62,7 +62,11 @@ class Gather {
   static constexpr int kRows = kTileKeys / kWarps;  // of a warp
   static constexpr int kPasses = kRows / 4;
   static constexpr int kJoint = kPair ? kPasses : 1;  // passes that are converted side by side
-  static constexpr int kPassBytes = 4 * 128;          // of a pass in a block
+  static_assert(!kPair || kPasses == kPairPasses);
+  // Between the rows of a warp's passes. A pass of a pair's CTA lies together in all warps, so that
+  // it is copied to the other CTA at once.
+  static constexpr int kPassRows = kPair ? 4 * kWarps : 4;
+  static constexpr int kPassBytes = kPassRows * 128;  // in a block
   static constexpr int kLook = 32 / kRows;            // tiles whose slots are looked up at once
 
   // Where the key lies that this lane finds.
@@ -78,13 +82,19 @@ class Gather {
     uint32_t own;  // SplitScale of OwnScale times the factor
   };
 
+  // Row i of a warp's, from its first one.
+  static __device__ __forceinline__ int RowOf(int i) {
+    return kPassRows == 4 ? i : i / 4 * kPassRows + i % 4;
+  }
+
   // Of row lane % kRows of the warp's, kLook tiles from `first` on.
   __device__ __forceinline__ int FindSlot(const Work& work, int first) const {
     const int tile = first + lane_ / kRows;
     if (tile >= work.end) return -1;
     const bool extra = tile >= work.first_extra;
     const MlaSelection& s = extra ? args_.p.extra : args_.p.keys;
-    const int at = (extra ? tile - work.first_extra : tile) * kKeys + first_row_ + lane_ % kRows;
+    const int at =
+        (extra ? tile - work.first_extra : tile) * kKeys + first_row_ + RowOf(lane_ % kRows);
     if (at >= (extra ? work.lengths[1] : work.lengths[0])) return -1;
     return s.indices[work.token * s.index_stride + at];  // without __ldg: see prefetch.cuh
   }
@@ -312,7 +322,7 @@ class Gather {
     for (int i = 0; i < kCount; ++i) {
       if (lane_ % 8 == 0) {
         const float factor = scales[i].factor;
-        barriers_.powers[stage_][first_row_ + 4 * (pass + i) + lane_ / 8] =
+        barriers_.powers[stage_][first_row_ + kPassRows * (pass + i) + lane_ / 8] =
             factor == 0.0f ? 0.0f : Reciprocal(factor);
       }
       exact = exact && (scales[i].own & 0x7FFF0000u) == 0;
@@ -337,15 +347,20 @@ class Gather {
         StoreShared((piece_ ^ Turn(pass + i)) + rows + kBlock * kBlockBytes,
                     ToHalf(parts[i].rope, scales[i].factor));
       }
+      if constexpr (kPair) {
+        if (i + 1 < kCount) ArriveWarp(&barriers_.own[stage_][i]);  // the last one: RunCodes
+      }
     }
   }
 
   // Where the keys of a pass begin. A pass is four rows, half a swizzle pattern: in every other one
-  // the lanes' places are turned.
+  // of those that follow each other the lanes' places are turned.
   __device__ __forceinline__ uint32_t RowsOf(int pass) const {
-    return stage_ * kStageBytes + 512 * pass;
+    return stage_ * kStageBytes + kPassBytes * pass;
   }
-  static __device__ __forceinline__ uint32_t Turn(int pass) { return 64 * (pass % 2); }
+  static __device__ __forceinline__ uint32_t Turn(int pass) {
+    return kPassRows % 8 == 0 ? 0 : 64 * (pass % 2);
+  }
 
   __device__ __forceinline__ uint32_t ValidBits() const {
     return __ballot_sync(kFullWarp, place_.key != kMasked) >> at_;
@@ -355,7 +370,7 @@ class Gather {
   __device__ __forceinline__ void StoreValid(uint32_t valid) const {
     if (lane_ < kRows / 4) {
       reinterpret_cast<uint8_t*>(
-          &barriers_.valid[stage_][first_row_ / 32])[first_row_ % 32 / 4 + lane_] =
+          &barriers_.valid[stage_][first_row_ / 32])[first_row_ % 32 / 4 + kPassRows / 4 * lane_] =
           static_cast<uint8_t>(valid >> (4 * lane_) & 15);
     }
   }
@@ -369,7 +384,7 @@ class Gather {
     return &barriers_.empty[stage][kPair ? 0 : first_row_ / 32];
   }
   __device__ __forceinline__ uint64_t* Full() const {
-    return kPair ? &barriers_.own[stage_] : &barriers_.full[stage_];
+    return kPair ? &barriers_.own[stage_][kPairPasses - 1] : &barriers_.full[stage_];
   }
 
   // Starts to copy a tile that has been looked up into a free stage.

@@ -366,7 +366,7 @@ class NarrowConsumer {
 #pragma unroll
       for (int w = 0; w < 4; ++w) row.sum += shared_.exchange[group_][w][local];
       // Every thread of a head finishes it; the LSE is the same in all.
-      const float factor = FinishRow(args_, work, head, row, common);
+      const float factor = FinishRow(args_, work, head, row, row.maximum, common);
       const int64_t at = (work.token * p.heads + head) * kMlaValueDim + 16 * warp_ + lane_ / 4;
       if (args_.splits > 1) {
         float* target = args_.partial + work.split * p.tokens * p.heads * kMlaValueDim + at;

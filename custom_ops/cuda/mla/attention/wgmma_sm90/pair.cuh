@@ -1,5 +1,6 @@
 // Two CTAs of a cluster that share key tiles: CTA i gathers half i of each tile into its own stage,
-// and a warp of it copies that half into the other's.
+// and a warp of it copies that half into the other's, one pass of the conversion while the next is
+// converted.
 //
 // A half is free when the consumers of both CTAs have released it, so that a copy out of it has
 // ended, too, before it is filled again.
@@ -51,33 +52,41 @@ class PairSender {
 
   __device__ __forceinline__ void Run(const Work& work) {
     for (int tile = work.begin; tile < work.end; ++tile) {
-      Wait(&barriers_.own[stage_], parity_);
-      FenceAsyncProxy();
-      const int lane = threadIdx.x % 32;
-      if (lane == 0) ArriveExpect(&barriers_.full[stage_], kBytes);
-      __syncwarp();
-      uint32_t source = keys_ + stage_ * (kBlocks * kBlockBytes) + lane * kBlockBytes, bytes = 0;
-      if (lane < kBlocks) {
-        bytes = kHalfBytes;
-      } else if (lane == kBlocks) {
-        source = SharedAddress(&barriers_.valid[stage_][rank_]);
-        bytes = 16;
-      } else if (lane == kBlocks + 1) {
-        source = SharedAddress(&barriers_.powers[stage_][kKeys / 2 * rank_]);
-        bytes = 4 * kKeys / 2;
-      }
-      if (bytes != 0) {
-        CopyToPeer(AddressInCluster(rank_ ^ 1, source), source, bytes,
-                   AddressInCluster(rank_ ^ 1, SharedAddress(&barriers_.full[stage_])));
-      }
+#pragma unroll
+      for (int pass = 0; pass < kPairPasses; ++pass) Send(pass);
       stage_ = (stage_ + 1) % kStages;
       parity_ ^= stage_ == 0;
     }
   }
 
  private:
+  __device__ __forceinline__ void Send(int pass) const {
+    Wait(&barriers_.own[stage_][pass], parity_);
+    FenceAsyncProxy();
+    const int lane = threadIdx.x % 32;
+    const bool last = pass + 1 == kPairPasses;
+    if (last && lane == 0) ArriveExpect(&barriers_.full[stage_], kBytes);
+    __syncwarp();
+    uint32_t source = keys_ + stage_ * (kBlocks * kBlockBytes) + lane * kBlockBytes, bytes = 0;
+    if (lane < kBlocks) {
+      source += pass * kPassBytes;
+      bytes = kPassBytes;
+    } else if (last && lane == kBlocks) {
+      source = SharedAddress(&barriers_.valid[stage_][rank_]);
+      bytes = 16;
+    } else if (last && lane == kBlocks + 1) {
+      source = SharedAddress(&barriers_.powers[stage_][kKeys / 2 * rank_]);
+      bytes = 4 * kKeys / 2;
+    }
+    if (bytes != 0) {
+      CopyToPeer(AddressInCluster(rank_ ^ 1, source), source, bytes,
+                 AddressInCluster(rank_ ^ 1, SharedAddress(&barriers_.full[stage_])));
+    }
+  }
+
   static constexpr int kBlocks = kDim / 64;
   static constexpr int kHalfBytes = kKeys / 2 * 128;  // of a block
+  static constexpr int kPassBytes = kHalfBytes / kPairPasses;
   static constexpr uint32_t kBytes = kBlocks * kHalfBytes + 16 + 4 * kKeys / 2;
 
   StageBarriers<kStages>& barriers_;

@@ -64,6 +64,17 @@ __device__ __forceinline__ uint4 ToHalf(const uint4& x, float factor) {
                     ToHalf(x.w, factor));
 }
 
+// Multiplies kCount bf16 values in shared memory.
+template <int kCount, int kThreads>
+__device__ __forceinline__ void MultiplyQuery(uint8_t* query, float factor, int thread) {
+  auto* pairs = reinterpret_cast<uint32_t*>(query);
+#pragma unroll 1
+  for (int i = thread; i < kCount / 2; i += kThreads) {
+    pairs[i] = PackPair<DType::kBFloat16>(__uint_as_float(pairs[i] << 16) * factor,
+                                          __uint_as_float(pairs[i] & 0xFFFF0000u) * factor);
+  }
+}
+
 // Turns a query in shared memory (LoadQuery) into fp16; powers[row] is what its row was divided by.
 // Eight lanes have a row, four rows at a time: the exchanges of one would be a chain.
 template <int kDim, int kRows, int kWarps>

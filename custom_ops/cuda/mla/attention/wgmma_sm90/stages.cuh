@@ -16,6 +16,9 @@ struct Stages {
   uint8_t keys[kStages][kDim / 64 * kBlockBytes];
 };
 
+// In which a CTA of a pair converts its half of a tile.
+inline constexpr int kPairPasses = 2;
+
 // Key tiles that are ready, and stages that are free.
 template <int kStages>
 struct StageBarriers {
@@ -24,7 +27,8 @@ struct StageBarriers {
   float powers[kStages][kKeys];  // what fp16 keys were divided by; 0: masked
   uint64_t full[kStages];
   uint64_t empty[kStages][2];  // of a half; of a pair's CTA: [0]: its half, in both CTAs
-  uint64_t own[kStages];       // of a pair: the half that this CTA gathers is there
+  // Of a pair: a pass of the half that this CTA gathers is there.
+  uint64_t own[kStages][kPairPasses];
 };
 
 // Whether all keys of a tile exist.
