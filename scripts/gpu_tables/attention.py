@@ -262,7 +262,7 @@ def batch_invariant(results: Results) -> str:
     return grid(head, lines or [[NONE] * len(head)]) + more + "\n" + links(used)
 
 
-_LARGE = [(96, "32/32"), (192, "16/16"), (256, "16/16"), (256, "32/2"), (256, "16/4")]
+_LARGE = [(64, "64/8"), (96, "32/32"), (192, "16/16"), (256, "16/16"), (256, "32/2"), (256, "16/4")]
 _LARGE_PAGED = ("none", *QUANTS[:-1], "block_wise_int4", "block_wise_mxfp4")
 
 

@@ -27,7 +27,7 @@ TYPES = {
 #: The same of prefill over contiguous keys; V of 192 channels has 128.
 PREFILL = {"gpu": [(96, 32, 32), (192, 16, 16), (256, 16, 16), (256, 32, 2)]}
 #: The same of prefill over caches.
-PAGED = {"gpu": [(96, 32, 32), (192, 16, 16), (256, 16, 16), (256, 32, 2)]}
+PAGED = {"gpu": [(64, 64, 8), (96, 32, 32), (192, 16, 16), (256, 16, 16), (256, 32, 2)]}
 BATCH, CONTEXT, SEQS, LENGTH = 64, 8192, 4, 4096
 LAYER_BYTES = 1.2e9
 
