@@ -21,6 +21,7 @@ from tests.support.attention import (
     paged_problem,
 )
 from tests.support.compare import assert_same_bits
+from tests.support.graph import capture
 from tests.support.tensors import int32, to_numpy, to_paddle
 
 #: Cached and new tokens: for the kernels of many queries, of a few, and of one.
@@ -223,7 +224,6 @@ def test_drafts_see_a_nan_of_their_own(place):
 @pytest.mark.gpu
 def test_gpu_graph_follows_the_lengths():
     """Captured once; lengths, tables and masks of other steps are then copied in."""
-    from paddle.device.cuda.graphs import CUDAGraph
 
     def made(seed):
         rng = np.random.default_rng(seed)
@@ -261,10 +261,8 @@ def test_gpu_graph_follows_the_lengths():
         for _ in range(2):
             run(tensors, key, value, scales)
         paddle.device.cuda.synchronize()
-        graph = CUDAGraph()
-        graph.capture_begin()
-        out = run(tensors, key, value, scales)
-        graph.capture_end()
+        with capture() as graph:
+            out = run(tensors, key, value, scales)
         for seed in (1, 2, 3):
             other = arrays(made(seed))
             other["tables"] = np.where(other["tables"] < key.shape[0], other["tables"], -1)

@@ -27,6 +27,7 @@ from fastattn.reference import layout, numerics
 from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.flashinfer import DECODE, FP16, KV, PREFILL, D, H, Step, natural, workspace
+from tests.support.graph import capture
 from tests.support.shims import attend, check, poison, values
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
 
@@ -171,7 +172,6 @@ def test_plans_for_graphs_keep_their_memory(place):
 def test_a_captured_graph_follows_the_plan():
     if paddle.__version__.startswith("2."):
         pytest.skip("Paddle 2.6 has no code for this GPU")
-    from paddle.device.cuda.graphs import CUDAGraph
 
     steps = [Step(DECODE), Step([(1, n) for n in (3, 200, 1, 66, 65, 7, 140)], seed=1)]
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
@@ -182,10 +182,8 @@ def test_a_captured_graph_follows_the_plan():
     q = to_paddle(steps[0].q, "gpu")
     wrapper.plan(*steps[0].pages(), *steps[0].sizes())
     wrapper.run(q, tuple(caches))  # first calls allocate
-    graph = CUDAGraph()
-    graph.capture_begin()
-    out = wrapper.run(q, tuple(caches))
-    graph.capture_end()
+    with capture() as graph:
+        out = wrapper.run(q, tuple(caches))
     for step in steps[::-1]:
         wrapper.plan(*step.pages(), *step.sizes())
         q.copy_(to_paddle(step.q, "gpu"), True)

@@ -7,6 +7,7 @@ import paddle
 import pytest
 
 import fastattn.functional as F
+from tests.support.graph import capture
 from tests.support.latent import SCALE, width
 from tests.support.mla_dense import UNASSIGNED, Problem, assert_close, assert_outputs_close
 from tests.support.static import run_all_modes
@@ -451,7 +452,6 @@ def test_random_problems(seed):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("cache_format", "heads"), [("bf16", 16), ("bf16", 128), ("fp8_656", 5)])
 def test_lengths_change_between_replays_of_a_graph(cache_format, heads):
-    from paddle.device.cuda.graphs import CUDAGraph
 
     most = np.array([900, 70, 3000, 0, 300])
     problem = Problem(most, [1, 3, 1, 2, 70], cache_format=cache_format, heads=heads)
@@ -461,11 +461,8 @@ def test_lengths_change_between_replays_of_a_graph(cache_format, heads):
     options = problem.options(scale=scale, return_softmax_lse=True)
     results = F.mla_attention(q, cache, *held, 70, 3001, **options)
     assert_close([to_numpy(x) for x in results], problem.want())
-    paddle.device.cuda.synchronize()  # no memory with work pending may be freed meanwhile
-    graph = CUDAGraph()
-    graph.capture_begin()
-    results = F.mla_attention(q, cache, *held, 70, 3001, **options)
-    graph.capture_end()
+    with capture() as graph:
+        results = F.mla_attention(q, cache, *held, 70, 3001, **options)
     rng = np.random.default_rng(0)
     new = problem.new.copy()
     for _ in range(4):

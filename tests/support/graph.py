@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import paddle
 
 
 @contextlib.contextmanager
 def capture():
-    """Capture what runs inside; yields the graph."""
+    """Capture what runs inside; yields the graph.
+
+    Nothing of an older graph may be freed meanwhile, which Paddle 2.6 does not survive: neither
+    memory with work pending nor what Python's collector would find.
+    """
     from paddle.device.cuda.graphs import CUDAGraph
 
-    paddle.device.cuda.synchronize()  # no memory with work pending may be freed meanwhile
+    gc.collect()
+    paddle.device.cuda.synchronize()
     graph = CUDAGraph()
-    graph.capture_begin()
-    yield graph
-    graph.capture_end()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        graph.capture_begin()
+        yield graph
+        graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
