@@ -10,6 +10,7 @@ operators are registered when the first program is traced, or where ``_direct`` 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.machinery
 import importlib.util
@@ -126,6 +127,7 @@ def load() -> tuple[str, ...]:
     try:
         with _LOADING:
             load_op_meta_info_and_register_op(str(path))
+        limit_dequantized(*env.dequantized())
     except (OSError, RuntimeError, ValueError) as error:
         raise _cannot_load(path, error) from error
     from fastattn import _programs  # it imports this module
@@ -134,6 +136,13 @@ def load() -> tuple[str, ...]:
     # Paddle returns what is new to it: nothing where another library's registration, after ours was
     # loaded, took our operators along.
     return tuple(n for n in OpProtoHolder.instance().op_proto_map if n.startswith(PREFIX))
+
+
+def limit_dequantized(mib: float, operations: float) -> None:
+    """Set what docs/kernels/dequantize_kv.md calls by its variables; the library is loaded."""
+    limit = ctypes.CDLL(str(_checked_library())).fastattn_limit_dequantized
+    limit.argtypes, limit.restype = (ctypes.c_int64, ctypes.c_double), None
+    limit(int(min(mib, 2**20) * 2**20), operations)
 
 
 def _direct_module(library: Path) -> ModuleType | None:
@@ -185,6 +194,8 @@ def _load_library() -> _Bound:
     try:
         module = _direct_module(path)
         facts = {} if module is None else module.bind(str(path))
+        if module is not None:
+            limit_dequantized(*env.dequantized())
     except (ImportError, RuntimeError) as error:
         raise _cannot_load(path, error) from error
     operators = {}

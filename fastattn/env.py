@@ -11,6 +11,9 @@ variable                   meaning
                            Read at import.
 ``FASTATTN_CALIBRATION``   file of ``python -m fastattn calibrate`` whose rotations and centres
                            backends use (docs/calibrate.md). Read when a backend is made.
+``FASTATTN_DEQUANTIZED_*`` ``MIB``: GPU memory that an attention call takes for K and V of long
+                           sequences in bf16; ``FROM``: operations from which it does
+                           (docs/kernels/dequantize_kv.md). Read when the library is loaded.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
 ``FD_DETERMINISTIC_MODE``  FastDeploy's: an int that is not 0 makes backends batch-invariant
                            (docs/backends.md). Read when a backend is made.
@@ -54,6 +57,14 @@ def profile() -> bool:
     return _number("FASTATTN_PROFILE", ("0", "1")) == 1
 
 
+def dequantized() -> tuple[float, float]:
+    """MiB of 16-bit keys and values, and operations that a call must have for them.
+
+    Values that are no numbers, or negative, warn and count as the defaults.
+    """
+    return _amount("FASTATTN_DEQUANTIZED_MIB", 512), _amount("FASTATTN_DEQUANTIZED_FROM", 4e9)
+
+
 def deterministic() -> bool:
     """Whether FastDeploy's deterministic mode is on, as FastDeploy itself reads the variable.
 
@@ -67,6 +78,18 @@ def deterministic() -> bool:
         return bool(int(text))
     except ValueError:
         raise ValueError(f"FD_DETERMINISTIC_MODE: expected an int, got {text!r}") from None
+
+
+def _amount(name: str, default: float) -> float:
+    text = os.environ.get(name) or str(default)
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = -1.0
+    if not amount >= 0:
+        warnings.warn(f"{name}: expected a number from 0 on, got {text!r}", stacklevel=3)
+        return default
+    return amount
 
 
 def _number(name: str, values: tuple[str, ...]) -> int:

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -51,25 +50,9 @@ void CheckForGpu(const char* op, const AttentionParams& p) {
   if (p.paged) RequireAlignedCache(op, p.cache);
 }
 
-// The number in an environment variable; `otherwise` where there is none.
-double NumberIn(const char* variable, double otherwise) {
-  const char* const text = std::getenv(variable);
-  if (text == nullptr) return otherwise;
-  char* end = nullptr;
-  const double number = std::strtod(text, &end);
-  return end == text || number != number ? otherwise : std::max(number, 0.0);
-}
-
-// Decode steps do not pay for reading the environment.
-DequantizeLimits LimitsAskedFor(const AttentionParams& p) {
-  constexpr double kMiB = 1 << 20, kMostMiB = 1 << 20;
-  DequantizeLimits limits;
-  if (!MayDequantize(p)) return limits;
-  const double mib = NumberIn("FASTATTN_DEQUANTIZED_MIB", kDequantizedBytes / kMiB);
-  limits.bytes = static_cast<int64_t>(std::min(mib, kMostMiB) * kMiB);
-  limits.operations = NumberIn("FASTATTN_DEQUANTIZED_FROM", limits.operations);
-  return limits;
-}
+// What fastattn_limit_dequantized() set.
+std::atomic<int64_t> dequantized_bytes{kDequantizedBytes};
+std::atomic<double> dequantized_operations{kDequantizedOperations};
 
 // Memory of 16-bit keys and values; without any left, codes are attended as they are. Paddle's
 // allocator waits for seconds before it gives up, so the process does not ask for as much again.
@@ -99,8 +82,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   CheckCuda(op, cuda::GetDeviceFacts(place.GetDeviceId(), &facts));
   int clusters = 0;
   CheckCuda(op, cuda::CountClusters(place.GetDeviceId(), facts, &clusters));
-  AttentionDecision decision =
-      DecideAttention(*p, {facts.major, facts.processors, clusters, LimitsAskedFor(*p)});
+  AttentionDecision decision = DecideAttention(
+      *p, {facts.major, facts.processors, clusters, {dequantized_bytes, dequantized_operations}});
   if (StepArrivals* step = CurrentStep();
       step != nullptr && step->buffer.defined() && step->buffer.place() == place) {
     p->arrivals = MutableData<int>(step->buffer);
@@ -173,3 +156,13 @@ std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, cons
 }
 
 }  // namespace fastattn::api
+
+// Bytes that the 16-bit keys and values of a call may take, and operations that it must have for
+// them: of the process. Python reads them from the environment (fastattn/env.py).
+extern "C" __attribute__((visibility("default"))) void fastattn_limit_dequantized(
+    int64_t bytes, double operations) {
+#if defined(FASTATTN_WITH_CUDA)
+  fastattn::api::dequantized_bytes = bytes;
+  fastattn::api::dequantized_operations = operations;
+#endif
+}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastattn.functional as F
+from fastattn import _ops, env
 from tests.support.attention import CacheKind, PagedProblem, flash_problem, paged_problem
 from tests.support.compare import assert_same_bits
 from tests.support.graph import capture
@@ -25,7 +26,6 @@ STATIC = [
     CacheKind("cache_fp8", "tensor", "e5m2"),
     CacheKind("cache_int8", "channel"),
 ]
-MEMORY = "FASTATTN_DEQUANTIZED_MIB"
 
 #: Some that take part (the first and the fourth), some whose keys few rows see, that decode, that
 #: speculate, that rest.
@@ -33,9 +33,17 @@ MIXED = [(0, 100), (130, 33), (40, 3), (300, 95), (513, 1), (33, 0), (64, 64)]
 HEADS = (32, 2)
 
 
+def room(mib: float) -> None:
+    """Give calls of any size so much memory."""
+    _ops.prepare()
+    _ops.limit_dequantized(mib, 0)
+
+
 @pytest.fixture(autouse=True)
-def calls_of_any_size(monkeypatch):
-    monkeypatch.setenv("FASTATTN_DEQUANTIZED_FROM", "0")
+def calls_of_any_size():
+    room(512)
+    yield
+    _ops.limit_dequantized(*env.dequantized())
 
 
 def plan(kind: CacheKind, dim: int, seqs, heads, **options) -> dict[str, int]:
@@ -63,12 +71,11 @@ def problem_of(seqs, kind: CacheKind, dim: int = 128, heads=HEADS, **options) ->
     return problem
 
 
-def check(problem, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
+def check(problem: PagedProblem) -> tuple[np.ndarray, np.ndarray]:
     """Hold the result to the reference, and tell it from that over the codes; returns both."""
     out, _ = problem.check("gpu")
-    with monkeypatch.context() as patch:
-        patch.setenv(MEMORY, "0")
-        codes, _ = problem.run("gpu")
+    room(0)
+    codes, _ = problem.run("gpu")
     assert (bits(out) != bits(codes)).any(), "codes were attended as they are"
     return out, codes
 
@@ -90,10 +97,10 @@ def taking_part(kind: CacheKind, dim: int, seqs, heads) -> list[int]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", DYNAMIC, ids=str)
-def test_seqs_of_every_kind_in_one_call(kind, monkeypatch):
+def test_seqs_of_every_kind_in_one_call(kind):
     assert {0, 3} <= set(taking_part(kind, 128, MIXED, HEADS)) <= {0, 3, 6}
     problem = problem_of(MIXED, kind, seed=1, padding=5)
-    out, codes = check(problem, monkeypatch)
+    out, codes = check(problem)
     for i, (first, new) in enumerate(zip(problem.cu_seqlens_q, problem.seq_lens_this_time)):
         moved = (bits(out) != bits(codes))[first : first + new].any()
         assert moved == (i in taking_part(kind, 128, MIXED, HEADS)), i
@@ -102,10 +109,10 @@ def test_seqs_of_every_kind_in_one_call(kind, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 96, 192, 256])
 @pytest.mark.parametrize("kind", [*DYNAMIC, *STATIC], ids=str)
-def test_head_dims(kind, dim, monkeypatch):
+def test_head_dims(kind, dim):
     if dim not in (192, 256) and not kind.dynamic:
         pytest.skip("attended as they are")
-    check(problem_of([(0, 90), (130, 3), (201, 130)], kind, dim, seed=2), monkeypatch)
+    check(problem_of([(0, 90), (130, 3), (201, 130)], kind, dim, seed=2))
 
 
 @pytest.mark.gpu
@@ -120,12 +127,12 @@ def test_head_dims(kind, dim, monkeypatch):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options(options, monkeypatch):
-    check(problem_of([(90, 91), (257, 70)], DYNAMIC[0], seed=3, **options), monkeypatch)
+def test_options(options):
+    check(problem_of([(90, 91), (257, 70)], DYNAMIC[0], seed=3, **options))
 
 
 @pytest.mark.gpu
-def test_masks(monkeypatch):
+def test_masks():
     seqs = [(90, 91), (257, 70)]
     rng = np.random.default_rng(4)
     masks = np.zeros((161, 2), np.int32)
@@ -134,7 +141,7 @@ def test_masks(monkeypatch):
         masks[first : first + new, 0] = rng.integers(0, cached, new)
         masks[first : first + new, 1] = rng.integers(cached, cached + new + 9, new)
         first += new
-    check(problem_of(seqs, DYNAMIC[1], seed=4, mask_offsets=masks), monkeypatch)
+    check(problem_of(seqs, DYNAMIC[1], seed=4, mask_offsets=masks))
 
 
 @pytest.mark.gpu
@@ -175,17 +182,17 @@ def test_token_scales_far_apart(scale_dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory, parts", [(0, []), (2, [1]), (4, [0]), (6, [0, 1, 2, 3])])
-def test_seqs_without_room_are_attended_as_they_lie(memory, parts, monkeypatch):
+def test_seqs_without_room_are_attended_as_they_lie(memory, parts):
     """Some of a call's sequences as 16-bit values, the others as codes.
 
     Blocks of 64 KiB, of which the sequences have 42, 25, 16 and 3: none finds room; the second,
     as the first has too many; the first; all.
     """
-    monkeypatch.setenv(MEMORY, str(memory))
+    room(memory)
     seqs = [(2580, 64), (1500, 70), (900, 80), (0, 130)]
     problem = problem_of(seqs, DYNAMIC[0], seed=8)
     out, _ = problem.check("gpu")
-    monkeypatch.setenv(MEMORY, "0")
+    room(0)
     codes, _ = problem.run("gpu")
     moved = (bits(out) != bits(codes)).any((1, 2))
     found = [i for i, part in enumerate(np.split(moved, problem.cu_seqlens_q[1:-1])) if part.any()]
@@ -196,28 +203,28 @@ def test_seqs_without_room_are_attended_as_they_lie(memory, parts, monkeypatch):
 @pytest.mark.parametrize("descale_shape", ["tensor", "head"])
 @pytest.mark.parametrize("kv_type", ["e4m3", "e5m2", "int8"])
 @pytest.mark.parametrize("dim", [96, 192, 256])
-def test_contiguous_codes(dim, kv_type, descale_shape, monkeypatch):
+def test_contiguous_codes(dim, kv_type, descale_shape):
     seqs = [(100, 130), (0, 40), (3, 70), (90, 90)]
     sizes = dict(heads=HEADS, dim=dim, seed=11)
     problem = flash_problem(
         seqs, kv_type=kv_type, descale_shape=descale_shape, causal=True, **sizes
     )
     out, _ = problem.check("gpu")
-    monkeypatch.setenv(MEMORY, "0")  # the portable kernel's sums have another order
+    room(0)  # the portable kernel's sums have another order
     assert (problem.run("gpu")[0] != out).any()
 
 
 @pytest.mark.gpu
-def test_the_variable_turns_it_off(monkeypatch):
+def test_no_memory_turns_it_off():
     """Integers as codes have an fp32 output of fp32 scores; rounded to bf16 they have not."""
     problem = problem_of([(100, 150)], DYNAMIC[1], seed=9)
     exact, _ = problem.reference()
     error = {}
-    for memory in ("0", "64"):
-        monkeypatch.setenv(MEMORY, memory)
+    for memory in (0, 64):
+        room(memory)
         out, _ = problem.run("gpu", out_dtype="float32")
         error[memory] = np.sqrt(np.mean((out - exact) ** 2) / np.mean(exact**2))
-    assert error["0"] < 6e-4 and 8e-4 < error["64"] < 4e-3
+    assert error[0] < 6e-4 and 8e-4 < error[64] < 4e-3
 
 
 @pytest.mark.gpu
