@@ -33,12 +33,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-    for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        dims = {params.get("head_dim"), params.get("dim")}
-        names = [str(value) for value in params.values()]
-        if 192 in dims and any("block_wise_int4" in name for name in names):
-            item.add_marker(pytest.mark.skip(reason="int4 codes: as many channels of V as of K"))
 
 
 def pytest_generate_tests(metafunc):

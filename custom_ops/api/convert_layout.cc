@@ -77,10 +77,10 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   }
   // Heads of K have 192 channels where those of V have 128.
   const bool whole = ValueDim(static_cast<int>(head_dim)) == head_dim;
-  if (!HasHeadDim(conversion.type, head_dim) || (conversion.is_value && !whole)) {
+  if (!AttentionHeadDims::Has(head_dim) || (conversion.is_value && !whole)) {
     Fail("NotImplementedError", op, "cache", "head_dim ", head_dim,
          " is not supported; supported: ",
-         conversion.is_value ? HeadDims::Text() : HeadDimsText(conversion.type));
+         conversion.is_value ? HeadDims::Text() : AttentionHeadDims::Text());
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
   const bool fits = conversion.type == CacheType::kNone

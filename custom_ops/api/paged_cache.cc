@@ -154,9 +154,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
     Fail("NotImplementedError", op, "cache_layout", "'fastdeploy' has no order for ",
          NameOf(cache.type), "; supported: fastattn");
   }
-  if (!HasHeadDim(cache.type, head_dim)) {
+  if (!AttentionHeadDims::Has(head_dim)) {
     Fail("NotImplementedError", op, "key_cache", "head_dim ", head_dim,
-         " is not supported; supported: ", HeadDimsText(cache.type));
+         " is not supported; supported: ", AttentionHeadDims::Text());
   }
   if (shape[1] == 0) Fail("ValueError", op, "key_cache", "expected at least 1 KV head, got 0");
   cache.num_blocks = static_cast<int>(shape[0]);

@@ -122,7 +122,6 @@ ALL_HEAD_DIMS = (64, 96, 128, 192, 256)
 HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
 HEAD_DIMS = head_dims()  # of Q and K; V has 128 channels where they have 192
-INT4_DIMS = _compiled(64, 96, 128, 256)  # of caches of int4 codes
 EITHER = (False, True)
 PREFILL_DIMS = _compiled(64, 128)  # of every wgmma kernel
 INDEX_HEADS = (8, 16, 32, 64)
@@ -142,9 +141,7 @@ FAMILIES = (
         together="columns",
         rows=(
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, False, (8, 16, 64)),
-            (("kE4M3", "kInt8"), HEAD_DIMS, True, True, (8, 16, 64)),
-            ("kInt4", INT4_DIMS, True, True, (8, 16, 64)),
-            ("kE2M1", HEAD_DIMS, True, True, (8, 16, 64)),
+            (("kE4M3", "kInt8", "kInt4", "kE2M1"), HEAD_DIMS, True, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -162,9 +159,7 @@ FAMILIES = (
         together="columns",
         rows=(
             ((*HALF, *FP8, "kInt8"), HEAD_DIMS, False, (8, 16, 64)),
-            (("kE4M3", "kInt8"), HEAD_DIMS, True, (8, 16, 64)),
-            ("kInt4", INT4_DIMS, True, (8, 16, 64)),
-            ("kE2M1", HEAD_DIMS, True, (8, 16, 64)),
+            (("kE4M3", "kInt8", "kInt4", "kE2M1"), HEAD_DIMS, True, (8, 16, 64)),
         ),
     ),
     Family(
@@ -198,7 +193,7 @@ FAMILIES = (
             (("kFloat16", "kE4M3", "kInt8"), PREFILL_DIMS, "kRaggedCodes", False),
             (("kFloat16", "kE4M3", "kInt8"), _compiled(64, 96, 128), "kPagedCodes", EITHER),
             ("kFloat16", _compiled(256), "kPagedCodes", EITHER),
-            ("kFloat16", INT4_DIMS, "kPagedNibbles", True),
+            ("kFloat16", _compiled(64, 96, 128, 256), "kPagedNibbles", True),
         ),
     ),
     Family(

@@ -52,25 +52,6 @@ struct CompiledDims<HeadDimList<kKept...>, kFirst, kRest...>
 using HeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
 // Of attention's queries and keys, and so of K in a cache.
 using AttentionHeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 192, 256>::Type;
-// Of a cache of int4 codes.
-using Int4HeadDims = CompiledDims<HeadDimList<>, 64, 96, 128, 256>::Type;
-
-template <CacheType kType>
-using CacheHeadDims =
-    std::conditional_t<kType == CacheType::kBlockWiseInt4, Int4HeadDims, AttentionHeadDims>;
-// Of the type that has these codes.
-template <DType kCode>
-using CodeHeadDims =
-    CacheHeadDims<kCode == DType::kInt4 ? CacheType::kBlockWiseInt4 : CacheType::kInt8>;
-
-inline bool HasHeadDim(CacheType type, int64_t head_dim) {
-  return type == CacheType::kBlockWiseInt4 ? Int4HeadDims::Has(head_dim)
-                                           : AttentionHeadDims::Has(head_dim);
-}
-
-inline std::string HeadDimsText(CacheType type) {
-  return type == CacheType::kBlockWiseInt4 ? Int4HeadDims::Text() : AttentionHeadDims::Text();
-}
 
 // Channels of a head of V, and of the output, whose Q and K have so many: multi-head latent
 // attention without absorption has 128 of them beside 192.

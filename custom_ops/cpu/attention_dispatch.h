@@ -8,12 +8,8 @@ TileFunction FindTileFunction(const AttentionParams& p) {
     constexpr int kDim = decltype(dim)::value;
     if (by_channel) {
       dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8, DType::kInt4, DType::kE2M1>(
-          p.cache.dtype, "cache dtype", [&](auto dtype) {
-            constexpr DType kCode = decltype(dtype)::value;
-            if constexpr (CodeHeadDims<kCode>::Has(kDim)) {
-              result = &TileKernel<kDim, kCode, true>::Run;
-            }
-          });
+          p.cache.dtype, "cache dtype",
+          [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, true>::Run; });
     } else {
       dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
                DType::kInt8>(

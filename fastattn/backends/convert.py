@@ -9,9 +9,9 @@ from typing import Any
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
+    HEAD_DIMS,
     check_cache_type,
     codes_per_byte,
-    head_dims_of,
     value_dim,
 )
 
@@ -175,9 +175,7 @@ def _checked(
             )
         row = shape[2 if transposed else 3]
         head_dim = row * codes_per_byte(cache_quant_type)
-        supported = head_dims_of(cache_quant_type)
-        if kind == "v":
-            supported = tuple(dim for dim in supported if value_dim(dim) == dim)
+        supported = [dim for dim in HEAD_DIMS if kind == "k" or value_dim(dim) == dim]
         if head_dim not in supported:
             raise NotImplementedError(
                 f"{_OP}: {name}: head_dim {head_dim} is not supported; supported: "

@@ -30,7 +30,6 @@ from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     codes_per_byte,
-    head_dims_of,
     token_scales,
 )
 from fastattn.functional._marker import unified
@@ -166,14 +165,9 @@ class PagedAttentionBackend(AttentionBackend):
         Raises
         ------
         NotImplementedError
-            If the type is not supported, or not for this head dimension.
+            If the type is not supported.
         """
         quant_type = cache_type_of(kv_cache_quant_type)
-        if self.head_dim not in head_dims_of(quant_type):
-            raise NotImplementedError(
-                f"{type(self).__name__}: head_dim = {self.head_dim} is not supported for "
-                f"{quant_type}; supported: {', '.join(map(str, head_dims_of(quant_type)))}"
-            )
         row = self.head_dim // codes_per_byte(quant_type)
         key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, row]
         if quant_type == "none":

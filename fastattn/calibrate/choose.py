@@ -13,9 +13,9 @@ from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
+    HEAD_DIMS,
     NIBBLE_TYPES,
     STATIC_TYPES,
-    head_dims_of,
 )
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import code_of, dynamic_scales, static_scales
@@ -212,8 +212,8 @@ def calibrate_layer(
     """
     dim = samples.key.shape[2]
     for kind in NIBBLE_TYPES:
-        if kind in types and dim not in head_dims_of(kind):
-            dims = " or ".join(map(str, head_dims_of(kind)))
+        if kind in types and dim not in HEAD_DIMS:
+            dims = " or ".join(map(str, HEAD_DIMS))
             raise CalibrationError(f"{kind} is for heads of {dims} channels, not of {dim}")
     rows = sampled_rows(samples, queries, seed)
     tried = candidates(types, transforms)

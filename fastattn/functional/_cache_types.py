@@ -23,11 +23,6 @@ FUSED_HEAD_DIMS = (64, 96, 128, 256)
 CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 
-def head_dims_of(cache_quant_type: str) -> tuple[int, ...]:
-    """Head dimensions that caches of a type may have."""
-    return FUSED_HEAD_DIMS if cache_quant_type == "block_wise_int4" else HEAD_DIMS
-
-
 def value_dim(head_dim: int) -> int:
     """Channels of V, and of attention's output, where Q and K have `head_dim`."""
     return 128 if head_dim == 192 else head_dim

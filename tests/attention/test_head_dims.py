@@ -88,9 +88,10 @@ def test_more_tiles_than_processors(place, kind, dim):
 
 @each_option
 @pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:token_head"])
-def test_options_of_mxfp4_and_192_channels(place, q_type, options):
+@pytest.mark.parametrize("kind", [INT4, MXFP4], ids=str)
+def test_options_of_4_bits_and_192_channels(place, kind, q_type, options):
     seqs = [(200, 100), (0, 150), (90, 1), (33, 4), (77, 57)]
-    paged_problem(seqs, kind=MXFP4, dim=192, q_type=q_type, **options).check(place)
+    paged_problem(seqs, kind=kind, dim=192, q_type=q_type, **options).check(place)
 
 
 @each_option
@@ -136,7 +137,7 @@ def test_nan_stays_with_the_seqs_that_see_it(place, kind, new, dim):
 
 
 @pytest.mark.parametrize("dim", [96, 192, 256])
-@pytest.mark.parametrize("kind", [BF16, TOKEN, MXFP4], ids=str)
+@pytest.mark.parametrize("kind", [BF16, TOKEN, INT4, MXFP4], ids=str)
 def test_blocks_that_are_not_assigned(place, kind, dim):
     problem = paged_problem([(300, 100), (0, 130), (200, 1)], kind=kind, dim=dim)
     problem.block_tables[0, [0, 3]] = [-1, 2**31 - 1]
@@ -173,7 +174,9 @@ def test_fp8_prefill_of_192_channels(place, kind, q_type):
     paged_problem(seqs, heads=(6, 3), kind=kind, dim=192, q_type=q_type, padding=3).check(place)
 
 
-@pytest.mark.parametrize("kind", [BF16, CacheKind(dtype="float16"), CHANNEL, TOKEN, MXFP4], ids=str)
+@pytest.mark.parametrize(
+    "kind", [BF16, CacheKind(dtype="float16"), CHANNEL, TOKEN, INT4, MXFP4], ids=str
+)
 def test_shared_prefix_of_192_channels(place, kind):
     """A cascade's partial results have the channels of V."""
     problem = paged_problem(
@@ -212,12 +215,6 @@ def test_outputs_have_the_channels_of_values(place):
         problem.run(place, out=given)
     own = to_paddle(np.zeros((3, 4, 128), ml_dtypes.bfloat16), place)
     problem.check(place, results=problem.run(place, out=own))
-
-
-def test_int4_codes_have_no_192_channels(place):
-    problem = paged_problem([(70, 3)], kind=INT4, dim=192)
-    with pytest.raises(NotImplementedError, match="key_cache: head_dim 192 is not supported"):
-        problem.run(place)
 
 
 def test_values_of_128_channels_have_no_other_number(place):

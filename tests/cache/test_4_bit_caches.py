@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -35,10 +33,8 @@ def test_one_token_at_a_time_is_the_prompt(place, quant_type, scale_dtype):
         assert_same_bits(getattr(cache, name), getattr(whole, name), name)
 
 
-@pytest.mark.parametrize(
-    ("quant_type", "dim"),
-    [*itertools.product(KINDS, (64, 96, 128, 256)), (MXFP4, 192)],
-)
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("quant_type", KINDS)
 @pytest.mark.parametrize("kind", ["k", "v"])
 def test_logical_and_back(place, kind, quant_type, dim):
     cache = make_cache(quant_type, 3, 2, dim)
@@ -80,7 +76,7 @@ def write_with(quant_type, **changes):
             INT4,
             {"key_cache": np.zeros((3, 2, 64, 80), np.uint8)},
             NotImplementedError,
-            "key_cache: head_dim 160 is not supported; supported: 64, 96, 128, 256",
+            "key_cache: head_dim 160 is not supported; supported: 64, 96, 128, 192, 256",
         ),
         (
             INT4,

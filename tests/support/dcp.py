@@ -28,6 +28,7 @@ from fastattn.distributed.local_keys import LocalKeys
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.attention import (
     BLOCK_WISE_FP8,
+    BLOCK_WISE_INT4,
     BLOCK_WISE_INT8,
     BLOCK_WISE_MXFP4,
     CACHE_KINDS,
@@ -158,7 +159,7 @@ CASES: dict[str, Case] = {
     **{f"dim128-{kind}": _case(SHORT, kind=kind, dim=128, heads=(6, 2)) for kind in FEW_KINDS},
     **{
         f"dim192-{kind}": _case(SHORT, kind=kind, dim=192)
-        for kind in (PLAIN, BLOCK_WISE_FP8, BLOCK_WISE_MXFP4)
+        for kind in (PLAIN, BLOCK_WISE_FP8, BLOCK_WISE_INT4, BLOCK_WISE_MXFP4)
     },
     **{
         f"{assign.__name__}-{kind}": _case(SEQS, assign, kind=kind, seed=4)

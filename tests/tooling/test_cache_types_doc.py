@@ -53,7 +53,7 @@ def test_needs_has_the_head_dimensions():
     for kind, _, _, text in rows(PAGE, "What each type needs"):
         if text != "the same":
             dims = tuple(sorted(map(int, re.findall(r"\d+", text.replace("values of 128", "")))))
-        assert dims == types.head_dims_of(kind.strip("`")), kind
+        assert dims == types.HEAD_DIMS, kind
 
 
 @pytest.mark.parametrize("row", rows(PAGE, "Side by side"), ids=lambda row: row[0].strip("`"))

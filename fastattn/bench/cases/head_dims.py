@@ -13,7 +13,7 @@ from fastattn.bench.core.devices import Gpu
 from fastattn.bench.core.peers import READ, peers
 from fastattn.bench.core.rows import Row, register
 from fastattn.bench.core.timing import bind
-from fastattn.functional._cache_types import head_dims_of, value_dim
+from fastattn.functional._cache_types import value_dim
 
 #: Head dimension, query and KV heads: Phi-3, and models with 256 channels.
 DECODE = {"gpu": [(96, 32, 32), (256, 16, 4), (256, 32, 2)], "gpu quick": [(256, 16, 4)]}
@@ -38,8 +38,6 @@ def decode(device: Gpu) -> Iterator[Row]:
     for dim, heads, kv in device.of(DECODE):
         step = Step(device, np.full(BATCH, CONTEXT - 1), [1] * BATCH)
         for quant in device.of(TYPES):
-            if dim not in head_dims_of(quant):
-                continue
             of_token = token_bytes(quant, kv, dim)
             copies = max(1, round(LAYER_BYTES / (step.blocks * 64 * of_token)))
             us = device.us(paged_calls(device, quant, step, heads, kv, copies=copies, dim=dim))
@@ -80,8 +78,6 @@ def prefill_caches(device: Gpu) -> Iterator[Row]:
     step = Step(device, [0] * SEQS, [LENGTH] * SEQS)
     for dim, heads, kv in device.of({**PAGED, "gpu quick": PAGED["gpu"][:2]}):
         for quant in device.of(TYPES):
-            if dim not in head_dims_of(quant):
-                continue
             us = device.us(paged_calls(device, quant, step, heads, kv, dim=dim, causal=True))
             rate = 2.0 * heads * (dim + value_dim(dim)) * SEQS * LENGTH * LENGTH / 2 / us / 1e6
             name = f"prefill bf16 q, {quant} causal B {SEQS} x {LENGTH} H {heads}/{kv} D {dim}"

@@ -58,7 +58,7 @@ __device__ __forceinline__ void MultiplyNibbles(
   const uint32_t own = stage + Traits::NibbleRow(Traits::KeyOf(0, g)) * Traits::kRowBytes;
 #pragma unroll
   for (int part = 0; part < Traits::kNibbleParts; ++part) {
-    const int piece = Traits::NibbleChunk(Traits::KeyOf(0, g), 4 * part);
+    const int piece = Traits::NibbleChunk(Traits::KeyOf(0, g), kWords * part);
     uint32_t keys[Traits::kGroup][2][kWords];
 #pragma unroll
     for (int m = 0; m < Traits::kGroup; ++m) {

@@ -167,7 +167,7 @@ struct AttentionTraits {
   static_assert(kMergeDims % 16 == 0 && kStageBytes % 16 == 0);
   // Swizzles and chunks of KV tiles assume it; the last channels would be dropped.
   static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256 ||
-                (kNibbles && kRowBytes == 32) || (kBlockScales && kRowBytes == 96));
+                (kNibbles && (kRowBytes == 32 || kRowBytes == 96)));
   static_assert(!kNibbles || (kPaged && kPerTokenScales));
 
   // The 16-byte piece in which a row's piece `chunk` lies: no 8 lanes of a load meet in a bank.
@@ -182,16 +182,17 @@ struct AttentionTraits {
     return ((key >> 3) & 3) | (key & 7) << 2 | (key & 32);
   }
 
-  // Where the 16-byte piece `chunk` of such a key lies: halves of a large key change places in
-  // every second row, as two rows together fill the banks twice. With a scale for each piece, one
-  // piece of eight keys, 8 apart, is read at a time.
+  // Where the 16-byte piece `chunk` of such a key lies: halves of 256 channels change places in
+  // every second row, as two rows together fill the banks twice. (Thirds of 192 channels, 32 bytes,
+  // are in other banks in each of four rows of 96.) With a scale for each piece, one piece of eight
+  // keys, 8 apart, is read at a time.
   static __device__ __forceinline__ constexpr int NibbleChunk(int key, int chunk) {
     if constexpr (kBlockScales) {
       return chunk ^ (kRowBytes == 128  ? key >> 3 & 7
                       : kRowBytes == 64 ? key >> 4 & 3
                                         : key >> 5 & 1);
     }
-    return kNibbleParts == 1 ? chunk : chunk ^ (key >> 1 & 4);
+    return kNibbleParts == 2 ? chunk ^ (key >> 1 & 4) : chunk;
   }
 
   // Key of a KV tile that is row `r` (0..15) of key tile m in S^T. For V in TokenSlot order, the
@@ -221,9 +222,9 @@ struct AttentionTraits {
   static constexpr int kMmaStepsPerChunk = kNibbles ? kMmaSteps : kQuantized ? 4 : 2;
   static constexpr int kChunks =
       kStageSteps / kMmaStepsPerChunk;  // 16-byte pieces of a lane and row
-  // 4-bit codes: a lane reads a quarter of a key, 16 or 8 bytes, or of each half of a large key. A
-  // word is two steps.
-  static constexpr int kNibbleParts = kKeyDim > 128 ? 2 : 1;
+  // 4-bit codes: a lane reads a quarter of a key, 16 or 8 bytes, or of each half or third of a
+  // large key. A word is two steps.
+  static constexpr int kNibbleParts = kKeyDim / (kKeyDim % 128 == 0 ? 128 : 64);
   static constexpr int kNibbleWords = kKeyDim / 32 / kNibbleParts;  // that a lane reads of a part
 
   static __device__ __forceinline__ int ChunkOf(int t, int j) {

@@ -350,7 +350,7 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
   }
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
-    CodeHeadDims<kCode>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
+    AttentionHeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
       using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
                                   decltype(head_dim)::value>;
       constexpr int kThreads = std::max(Traits::kThreads, Traits::Value::kThreads);

@@ -20,7 +20,7 @@ cudaError_t LaunchRestoreKey(const AppendCacheParams& p, const KeyTransform& tra
     dispatch<DType::kInt8, DType::kE4M3, DType::kInt4, DType::kE2M1>(
         p.cache.dtype, "codes", [&](auto code) {
           constexpr DType kCode = decltype(code)::value;
-          CodeHeadDims<kCode>::Dispatch(p.cache.head_dim, [&](auto head_dim) {
+          AttentionHeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
             status =
                 LaunchPdl(RestoreKeyKernel<decltype(out)::value, kCode, decltype(head_dim)::value>,
                           dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);

@@ -70,7 +70,7 @@ cudaError_t LaunchStep(const StepParamsOf<Traits>& p, cudaStream_t stream) {
 template <DType kIn, CacheType kType, DType kCode, bool kTransformsKey>
 cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  CacheHeadDims<kType>::Dispatch(p.rope.cache.head_dim, [&](auto head_dim) {
+  AttentionHeadDims::Dispatch(p.rope.cache.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     // qkv is never fp32, and its heads are of one size.
     if constexpr (kIn != DType::kFloat32 && HeadDims::Has(kHeadDim)) {
