@@ -56,7 +56,7 @@ class Consumer {
     if (group_ == 0) SyncNamed<256>(kPingPongBarrier + 0);
   }
 
- private:
+ protected:
   // Scores and products of an iteration overlap.
   __device__ __forceinline__ void RunOverlapped() {
     PipelineState<2> queries;
@@ -129,6 +129,7 @@ class Consumer {
   }
 
   static constexpr int kPingPongBarrier = 1;
+  static constexpr float kShiftBelow = C::kLazy ? kLazyLogPeak : kLogPeak;  // the largest score
   static_assert(C::kTwoLevel || !(C::kValuesFirst || C::kSerial));
 
   // Ping-pong: the warpgroups take the exponentials in turn, so that the special function units are
@@ -163,9 +164,10 @@ class Consumer {
       end = min(end, visible.y);
     }
     LoadFactors(shared_, buffer_, factor_);
-    // Keys that all of the warp's queries see.
-    unmasked_begin_ = __reduce_max_sync(~0u, begin);
-    unmasked_end_ = __reduce_min_sync(~0u, end);
+    if constexpr (!C::kLazy) {
+      unmasked_begin_ = __reduce_max_sync(~0u, begin);
+      unmasked_end_ = __reduce_min_sync(~0u, end);
+    }
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
   }
@@ -433,7 +435,12 @@ class Consumer {
     ArriveWarp(&shared_.key_empty[at]);
     if constexpr (C::kPerTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
     if constexpr (C::kSoftcap) Softcap(at);
-    const bool full = start_ >= unmasked_begin_ && start_ + C::kKeys <= unmasked_end_;
+    bool full;
+    if constexpr (C::kLazy) {
+      full = !(flags_ & kNeedsScrub);  // by all of the work tile's queries: saves registers
+    } else {
+      full = start_ >= unmasked_begin_ && start_ + C::kKeys <= unmasked_end_;
+    }
     if (!full || (flags_ & (3 * kUnassigned))) MaskScores(shared_, buffer_, start_, flags_, s_);
     stage_ = at;
     stage_phase_ = keys_.phase;
@@ -470,7 +477,7 @@ class Consumer {
       largest[h] = MaxNaN(largest_of[2 * h], largest_of[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
-      wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -kLogPeak);
+      wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -kShiftBelow);
     }
     bool any_far = false;
     if constexpr (!C::kSoftcap) {

@@ -32,9 +32,12 @@
 // ../common/tile_scheduler.cuh; transpose.cu and launch.cu for ragged V and the tensor maps.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/attention/wgmma_sm90/common/launch_persistent.h"
 #include "cuda/attention/wgmma_sm90/common/roles.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/consumer.cuh"
+#include "cuda/attention/wgmma_sm90/fp8/lazy_consumer.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/producer.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/variant.h"
 
@@ -61,6 +64,9 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
     InitBarrier(&shared.value_empty[i], kConsumerWarps);
     shared.nan_found[i][3] = 0;
   }
+  if constexpr (C::kLazy) {
+    for (int i = 0; i < 16 * C::kConsumers; ++i) (&shared.failed[0][0][0])[i] = 0;
+  }
   FenceBarrierInit();
 }
 
@@ -82,7 +88,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   } else {
     ClaimRegisters<kConsumerRegisters>();
-    Consumer<C>(arguments, shared).Run();
+    std::conditional_t<C::kLazy, LazyConsumer<C>, Consumer<C>>(arguments, shared).Run();
   }
 #else
   __trap();  // a build for sm_90 without its own features: better than output left unwritten
