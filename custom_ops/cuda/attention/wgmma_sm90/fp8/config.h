@@ -64,10 +64,7 @@ struct Config {
 
 // Config::kLazy: the logarithm of a row's largest P where its maximum is found. It is below
 // kLogPeak, so that scores may grow before the row's shift has to move.
-#ifndef PEAK
-#define PEAK 5.0f
-#endif
-inline constexpr float kLazyLogPeak = PEAK;
+inline constexpr float kLazyLogPeak = 5.0f;
 
 // Outputs are relative to V's largest per-token scale, but not to one below this.
 inline constexpr float kMinVScale = 1e-18f;
