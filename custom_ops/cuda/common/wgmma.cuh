@@ -121,6 +121,18 @@ __device__ __forceinline__ void MultiplyRegisters(float (&d)[32], const uint32_t
   FASTATTN_FORMS(FASTATTN_REGISTERS64, kRight == DType::kE4M3, "e4m3", "e5m2")
 }
 
+// MultiplyRegisters of 64 x 128, which adds if `add`. A predicate and no branch: ptxas takes
+// products of two branches one by one.
+__device__ __forceinline__ void MultiplyRegistersIf(float (&d)[64], const uint32_t* a, uint64_t b,
+                                                    int add) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" FASTATTN_LIST64
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n\t}"
+      : FASTATTN_ACC64("+f", d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
 #undef FASTATTN_REGISTERS64
 #undef FASTATTN_REGISTERS128
 #undef FASTATTN_SHARED128

@@ -49,7 +49,16 @@ struct Epilogue {
                                                int buffer, const float (&o)[C::kOut],
                                                const float (&shift)[2], const float (&sum)[2],
                                                const float (&v_scale)[2]) {
-    const OutputRows rows(shared.tile[buffer], QueryIndex<S::kRecomputeLane>(0));
+    Write(p, shared, OutputRows(shared.tile[buffer], QueryIndex<S::kRecomputeLane>(0)), buffer, o,
+          shift, sum, v_scale);
+  }
+
+  // The same for `rows`, of which some may be left out.
+  template <class S>
+  __device__ __forceinline__ static void Write(const AttentionParams& p, const S& shared,
+                                               const OutputRows& rows, int buffer,
+                                               const float (&o)[C::kOut], const float (&shift)[2],
+                                               const float (&sum)[2], const float (&v_scale)[2]) {
     float scale[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

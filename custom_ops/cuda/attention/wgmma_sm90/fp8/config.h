@@ -42,6 +42,9 @@ struct Config {
   // whose products stand among the exponentials too, the first is faster, else the second; a
   // softcap needs the registers of P * V for itself.
   static constexpr bool kValuesFirst = kPerTokenScales || kSoftcap;
+  // Most iterations find no maximum, and the tensor cores sum the P * V of two (LazyConsumer).
+  static constexpr bool kLazy =
+      kHeadDim == 128 && kKvType == DType::kE4M3 && !kValuesFirst && kTwoLevel;
 
   static constexpr int kConsumers = 2;
   static constexpr int kQueries = 64 * kConsumers;
@@ -58,6 +61,10 @@ struct Config {
   static constexpr int kProduct = kSerial ? kOut / 2 : kOut;  // of them, those of one product
   static constexpr int kScores = kKeys / 2;
 };
+
+// Config::kLazy: the logarithm of a row's largest P where its maximum is found. It is below
+// kLogPeak, so that scores may grow before the row's shift has to move.
+inline constexpr float kLazyLogPeak = 5.0f;
 
 // Outputs are relative to V's largest per-token scale, but not to one below this.
 inline constexpr float kMinVScale = 1e-18f;
@@ -105,6 +112,11 @@ struct alignas(1024) Shared {
   uint64_t value_full[C::kStages];
   uint64_t value_ready[C::kStages];
   uint64_t value_empty[C::kStages];
+  // Config::kLazy, of a work tile: iterations, from the first, that find maxima; whether it is done
+  // again; the rows that have to be, votes of each consumer warp's lanes for both of their rows.
+  int exact_iterations[2];
+  bool is_again[2];
+  uint32_t failed[2][C::kLazy ? 4 * C::kConsumers : 1][2];
 };
 
 struct Arguments {

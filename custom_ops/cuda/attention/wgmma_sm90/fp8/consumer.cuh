@@ -1,14 +1,15 @@
 // A consumer warpgroup runs the mainloop: 64 queries of a work tile against each of its KV tiles.
 //
-// A thread holds rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight columns the
-// two from 2 * (lane % 4). V's tokens lie in TokenSlot order, so the scores' registers, packed to
-// e4m3, are the left operand of P * V as they stand.
+// A thread holds rows lane / 4 and + 8 of its warp's 16, and of every eight columns the two from
+// 2 * (lane % 4). V's tokens lie in TokenSlot order: the scores' registers, packed to e4m3, are the
+// left operand of P * V as they stand.
 #pragma once
 
 #include "common/bounds.h"
 #include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
+#include "cuda/attention/wgmma_sm90/fp8/arithmetic.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/config.h"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/softcap.cuh"
@@ -16,25 +17,6 @@
 #include "cuda/common/wgmma.cuh"
 
 namespace fastattn::cuda::wgmma_fp8 {
-
-// An FMA that the compiler keeps in its place among the exponentials.
-__device__ __forceinline__ float Fma(float a, float b, float c) {
-  float y;
-  asm volatile("fma.rn.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
-  return y;
-}
-
-// Four values as e4m3 codes, the first in the lowest byte.
-__device__ __forceinline__ uint32_t PackE4M3(float a, float b, float c, float d) {
-  uint32_t word;
-  asm("{\n\t.reg .b16 low, high;\n\t"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n\t"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n\t"
-      "mov.b32 %0, {low, high};\n\t}"
-      : "=r"(word)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return word;
-}
 
 template <class C>
 class Consumer {
@@ -56,7 +38,7 @@ class Consumer {
     if (group_ == 0) SyncNamed<256>(kPingPongBarrier + 0);
   }
 
- private:
+ protected:
   // Scores and products of an iteration overlap.
   __device__ __forceinline__ void RunOverlapped() {
     PipelineState<2> queries;
@@ -129,6 +111,7 @@ class Consumer {
   }
 
   static constexpr int kPingPongBarrier = 1;
+  static constexpr float kShiftBelow = C::kLazy ? kLazyLogPeak : kLogPeak;  // the largest score
   static_assert(C::kTwoLevel || !(C::kValuesFirst || C::kSerial));
 
   // Ping-pong: the warpgroups take the exponentials in turn, so that the special function units are
@@ -163,9 +146,10 @@ class Consumer {
       end = min(end, visible.y);
     }
     LoadFactors(shared_, buffer_, factor_);
-    // Keys that all of the warp's queries see.
-    unmasked_begin_ = __reduce_max_sync(~0u, begin);
-    unmasked_end_ = __reduce_min_sync(~0u, end);
+    if constexpr (!C::kLazy) {
+      unmasked_begin_ = __reduce_max_sync(~0u, begin);
+      unmasked_end_ = __reduce_min_sync(~0u, end);
+    }
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = 0.0f;
   }
@@ -433,7 +417,9 @@ class Consumer {
     ArriveWarp(&shared_.key_empty[at]);
     if constexpr (C::kPerTokenScales) Wait(&shared_.value_ready[at], keys_.phase);
     if constexpr (C::kSoftcap) Softcap(at);
-    const bool full = start_ >= unmasked_begin_ && start_ + C::kKeys <= unmasked_end_;
+    // LazyConsumer has no registers for its warps' own range.
+    const bool full = C::kLazy ? !(flags_ & kNeedsScrub)
+                               : start_ >= unmasked_begin_ && start_ + C::kKeys <= unmasked_end_;
     if (!full || (flags_ & (3 * kUnassigned))) MaskScores(shared_, buffer_, start_, flags_, s_);
     stage_ = at;
     stage_phase_ = keys_.phase;
@@ -470,7 +456,7 @@ class Consumer {
       largest[h] = MaxNaN(largest_of[2 * h], largest_of[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
-      wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -kLogPeak);
+      wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -kShiftBelow);
     }
     bool any_far = false;
     if constexpr (!C::kSoftcap) {

@@ -11,7 +11,8 @@
 //    scales with TMA; warps 1-3 (ValueScrubber) read the tile's scales and masks ahead, scrub NaNs
 //    out of V where keys are masked, and turn per-token scales into fp32.
 //  - two consumers of 64 queries each: S = Q K^T, softmax, P to e4m3, O += P V. They ping-pong:
-//    named barriers let one have its exponentials while the other's products run.
+//    named barriers let one have its exponentials while the other's products run. With
+//    Config::kLazy (head_dim 128, e4m3, constant scales) they are LazyConsumers.
 //
 // Barriers (mbarriers of Shared; full/empty pairs):
 //  - tile_found, query_full/query_empty: two buffers of a work tile, its queries, factors and
@@ -23,18 +24,23 @@
 // the scheduler knows. One CTA fills a multiprocessor.
 //
 // Numerics: scores in fp32, exp2 with a running maximum; P is 2^8 times its value before the cast.
-// Each KV tile's P V is added to fp32 registers (two-level accumulation, Config::kTwoLevel). Scales
+// Each KV tile's P V is added to fp32 registers (two-level accumulation, Config::kTwoLevel).
+// LazyConsumer: a shift that follows the maximum where it must, and two KV tiles at a time. Scales
 // of Q and K that are constant over a tile and the softmax scale are one factor; per-token K scales
 // multiply columns of scores, V scales columns of P, relative to the largest of the KV tile (or of
 // what the row sees, where some keys are masked); a constant V scale belongs to the epilogue.
 //
-// Reading order: config.h, this file, producer.cuh, consumer.cuh, ../common/{softmax,epilogue}.cuh,
-// ../common/tile_scheduler.cuh; transpose.cu and launch.cu for ragged V and the tensor maps.
+// Reading order: config.h, this file, producer.cuh, consumer.cuh, lazy_consumer.cuh, then
+// ../common/{softmax,epilogue,tile_scheduler}.cuh; transpose.cu and launch.cu for ragged V and the
+// tensor maps.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/attention/wgmma_sm90/common/launch_persistent.h"
 #include "cuda/attention/wgmma_sm90/common/roles.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/consumer.cuh"
+#include "cuda/attention/wgmma_sm90/fp8/lazy_consumer.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/producer.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/variant.h"
 
@@ -61,6 +67,9 @@ __device__ __forceinline__ void InitBarriers(Shared<C>& shared) {
     InitBarrier(&shared.value_empty[i], kConsumerWarps);
     shared.nan_found[i][3] = 0;
   }
+  if constexpr (C::kLazy) {
+    for (int i = 0; i < 16 * C::kConsumers; ++i) (&shared.failed[0][0][0])[i] = 0;
+  }
   FenceBarrierInit();
 }
 
@@ -82,7 +91,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   } else {
     ClaimRegisters<kConsumerRegisters>();
-    Consumer<C>(arguments, shared).Run();
+    std::conditional_t<C::kLazy, LazyConsumer<C>, Consumer<C>>(arguments, shared).Run();
   }
 #else
   __trap();  // a build for sm_90 without its own features: better than output left unwritten

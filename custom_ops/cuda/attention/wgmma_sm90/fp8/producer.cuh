@@ -24,10 +24,16 @@ class KvLoader {
     scheduler.Start();
     PipelineState<2> queries;
     PipelineState<C::kStages> stages;
+    bool ends = !C::kLazy;
     while (true) {
       Wait(&shared_.query_empty[queries.index], queries.phase ^ 1);
       WorkTile* tile = &shared_.tile[queries.index];
-      const bool found = scheduler.Next(tile);
+      bool found;
+      if constexpr (C::kLazy) {
+        found = Again(queries.index) || (!ends && FindExact(scheduler.Next(tile), queries.index));
+      } else {
+        found = scheduler.Next(tile);
+      }
       if (lane_ == 0) {
         if (found) {
           LoadQueries(*tile, queries.index);
@@ -38,13 +44,40 @@ class KvLoader {
         Arrive(&shared_.tile_found[queries.index]);
       }
       __syncwarp();
-      if (!found) return;
-      LoadKeys(*tile, &stages);
+      if (found) LoadKeys(*tile, &stages);
+      if (ends && (C::kLazy || !found)) return;
+      // The tile before this one may have to be done again, which is known when the consumers have
+      // seen that none follows.
+      if (C::kLazy) ends = !found;
       queries.Advance();
     }
   }
 
  private:
+  // Whether the buffer's work tile, which has been done, is done again, with maxima in each of its
+  // iterations (LazyConsumer).
+  __device__ bool Again(int buffer) {
+    const uint32_t* failed = shared_.failed[buffer][0];
+    const bool again = __any_sync(~0u, lane_ < 8 * C::kConsumers && failed[lane_] != 0);
+    if (lane_ == 0) {
+      shared_.is_again[buffer] = again;
+      if (again) shared_.exact_iterations[buffer] = shared_.tile[buffer].kv_tiles;
+    }
+    return again;
+  }
+
+  // Maxima are found in the first iteration, and behind those of which some query sees only a part,
+  // as they grow there. Returns `found`.
+  __device__ bool FindExact(bool found, int buffer) {
+    const WorkTile& tile = shared_.tile[buffer];
+    const int behind = (tile.last_kv_tile + 1) * C::kKeys - tile.unmasked_end;
+    if (lane_ == 0 && found) {
+      shared_.exact_iterations[buffer] =
+          min(1 + (max(behind, 0) + C::kKeys - 1) / C::kKeys, tile.kv_tiles);
+    }
+    return found;
+  }
+
   __device__ void LoadQueries(const volatile WorkTile& tile, int buffer) {
     uint64_t* barrier = &shared_.query_full[buffer];
     ArriveExpect(barrier, C::kQueries * C::kDim);
@@ -159,6 +192,7 @@ class ValueScrubber {
   __device__ void Run() {
     PipelineState<2> queries;
     PipelineState<C::kStages> stages;
+    bool ends = !C::kLazy;
     while (true) {
       Wait(&shared_.tile_found[queries.index], queries.phase);
       const WorkTile& tile = shared_.tile[queries.index];
@@ -166,7 +200,7 @@ class ValueScrubber {
       if (kv_tiles >= 0) FindFactors(tile, queries.index);
       ArriveWarp(&shared_.query_full[queries.index]);
       ArriveWarp(&shared_.query_empty[queries.index]);
-      if (kv_tiles < 0) return;
+      if (kv_tiles < 0 && ends) return;
       queries.Advance();
       float max_v_scale = 1.0f;  // V's largest one in the iteration before
 #pragma unroll 1
@@ -184,6 +218,10 @@ class ValueScrubber {
         FenceAsyncProxy();
         ArriveWarp(&shared_.value_ready[at]);
         stages.Advance();
+      }
+      if constexpr (C::kLazy) {
+        if (ends) return;
+        ends = kv_tiles < 0;
       }
     }
   }
