@@ -217,6 +217,22 @@ def test_nearly_equal_values(place, k):
         check(np.float32(sign) * bits.view(np.float32), [8191, 8190, 5001], k, place)
 
 
+@pytest.mark.parametrize("value", [0.7, 0.0])
+@pytest.mark.parametrize(
+    ("equals", "taken"), [(1, 1), (5, 1), (5, 3), (5, 5), (200, 40), (200, 200)]
+)
+@pytest.mark.parametrize(("columns", "start"), [(8192, None), (7003, 2)])
+def test_some_or_all_of_the_equal_ones(place, columns, start, equals, taken, value):
+    """Short rows: a value, zeros of both signs for one, whose first columns are chosen, or all."""
+    first, size = start or 0, columns - 701
+    logits = normal((1, columns))
+    at = first + RNG(10).permutation(size)[:equals]
+    logits[0, at] = value
+    logits[0, at[::2]] *= np.float32(-1 if value == 0 else 1)
+    larger = int((logits[0, first : first + size] > np.float32(value)).sum())
+    check(logits, [size], larger + taken, place, None if start is None else [start])
+
+
 @pytest.mark.parametrize("numbers", [0, 100, 2047, 2048, 2049])
 def test_numbers_run_out(place, numbers):
     logits = np.full((2, 8190), np.nan, np.float32)

@@ -28,7 +28,7 @@ struct alignas(16) TopkScratch {
   alignas(8) uint32_t before[2];  // chosen by the CTAs before this one: larger, and equal
   uint32_t window[2];             // the same, in the windows so far
   uint32_t number;                // of `few`
-  uint32_t few[kTopkFew];         // keys that are ranked in pairs
+  float few[kTopkFew];            // values that are ranked in pairs
 };
 
 // Keys low .. low + 2^bits - 1. None of the keys that are asked about wraps around the end.
@@ -48,10 +48,11 @@ __device__ __forceinline__ void ClearCounts(TopkScratch* scratch) {
   for (int i = 0; i < kTopkBins; i += kThreads) scratch->counts[i + threadIdx.x] = 0;
 }
 
-// Sum of `x` over the threads before this one. All threads of the CTA call it; they do so again
-// only behind another barrier.
-template <int kThreads>
-__device__ __forceinline__ uint32_t SumBefore(uint32_t x, uint32_t* warp_sums) {
+// Sum of `x` over the threads before this one. The first kThreads of the CTA call it, `barrier`
+// being theirs; they do so again only behind another barrier.
+template <int kThreads, typename Barrier>
+__device__ __forceinline__ uint32_t SumBefore(uint32_t x, uint32_t* warp_sums,
+                                              const Barrier& barrier) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint32_t sum = x;
 #pragma unroll
@@ -60,9 +61,14 @@ __device__ __forceinline__ uint32_t SumBefore(uint32_t x, uint32_t* warp_sums) {
     if (lane >= distance) sum += other;
   }
   if (lane == 31) warp_sums[warp] = sum;
-  __syncthreads();
+  barrier();
   const uint32_t earlier = lane < warp ? warp_sums[lane] : 0;
   return __reduce_add_sync(kFullWarp, earlier) + sum - x;
+}
+
+template <int kThreads>
+__device__ __forceinline__ uint32_t SumBefore(uint32_t x, uint32_t* warp_sums) {
+  return SumBefore<kThreads>(x, warp_sums, [] { __syncthreads(); });
 }
 
 // Finds, from the top, the bin in which the `wanted`-th key lies, and clears the counts. `counts`

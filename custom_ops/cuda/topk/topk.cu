@@ -19,11 +19,15 @@ bool AlignedRows(const TopkParams& p) {
          p.row_stride % 4 == 0;
 }
 
-template <int kThreads, int kVectors>
+// 16 columns a thread: with 8 of twice as many threads the instructions that every warp runs, and
+// waits at barriers, take longer, even where a row has a multiprocessor to itself.
+constexpr int kShortThreads = 512, kShortVectors = 4;
+constexpr int64_t kShortColumns = int64_t{4} * kShortThreads * kShortVectors;
+
+template <bool kAligned>
 cudaError_t LaunchShort(const TopkParams& p, cudaStream_t stream) {
-  static_assert(kVectors <= 4, "rows of TopkScratch::warp_sums");
-  return LaunchPdl(ShortTopkKernel<kThreads, kVectors>, dim3(GridSize(p.rows)), dim3(kThreads),
-                   stream, p);
+  return LaunchPdl(ShortTopkKernel<kShortThreads, kShortVectors, kAligned>, dim3(GridSize(p.rows)),
+                   dim3(kShortThreads), stream, p);
 }
 
 // CTAs of a row: so many that all rows together fill the GPU, each with a few thousand columns.
@@ -78,10 +82,9 @@ cudaError_t LaunchTopk(const TopkParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   const cudaError_t status = GetCurrentDevice(&device, &facts);
   if (status != cudaSuccess) return status;
+  if (AlignedRows(p) && p.columns <= kShortColumns) return LaunchShort<true>(p, stream);
+  if (p.columns + 3 <= kShortColumns) return LaunchShort<false>(p, stream);
   const bool few = p.rows <= facts.processors;  // a multiprocessor for each row
-  if (p.columns + (AlignedRows(p) ? 0 : 3) <= 8192) {
-    return few ? LaunchShort<1024, 2>(p, stream) : LaunchShort<512, 4>(p, stream);
-  }
   const TopkPlan plan = PlanOf(p, ClusterOf(p, facts), facts.max_shared_bytes);
   if (few || plan.Bytes() > kHalfShared) {
     return LaunchLong<1024>(p, plan, device, facts.max_shared_bytes, stream);
