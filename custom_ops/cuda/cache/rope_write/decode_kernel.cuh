@@ -1,8 +1,9 @@
-// Decode and speculative steps: a warp, alone in its CTA, takes two (D 64: four) heads of one
-// token, all Q, all K or all V, and runs only their code. Two rounds of loads: the sequences, the
-// values, the bias, the norm's weights and the scales; then the block and the angles. What they
-// need is computed before the kernel waits for its predecessor. The first round is free of
-// branches: loads whose results are used behind one are all waited for together.
+// Decode and speculative steps: a warp takes two (D 64: four) heads of one token, all Q, all K or
+// all V, and runs only their code. It is alone in its CTA, or beside those of the next tokens where
+// sequences have several. Two rounds of loads: the sequences, the values, the bias, the norm's
+// weights and the scales; then the block and the angles. What they need is computed before the
+// kernel waits for its predecessor. The first round is free of branches: loads whose results are
+// used behind one are all waited for together.
 #pragma once
 
 #include <type_traits>
@@ -11,6 +12,7 @@
 #include "common/layout.h"
 #include "common/static_scales.h"
 #include "cuda/cache/rope_write/launch.h"
+#include "cuda/cache/rope_write/token_columns.cuh"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/key_transform.cuh"
 #include "cuda/cache/shared/mx_blocks.cuh"
@@ -25,6 +27,10 @@ namespace fastattn::cuda {
 
 inline constexpr int kDecodeThreads = 32;
 inline constexpr int kValueShares = 4;
+
+// Whether there are CTAs of several tokens, for steps with several of a sequence.
+template <typename Traits>
+inline constexpr bool kTakesTogether = Traits::kQuantized && !Traits::Options::kAny;
 
 template <typename Traits>
 using DecodeLane = LaneShape<Traits::kIn, Traits::kHeadDim, 4>;
@@ -47,7 +53,8 @@ struct StridedPairMap {
 // Which heads a warp works on, and what does not depend on the token's sequence.
 struct DecodeHead {
   int token;
-  int lane;  // of the head
+  int lane;        // of the head
+  int first_head;  // of the warp
   int head;
   bool active;  // false: past the last head
   int share;    // of `shares` warps that share the stores of V
@@ -55,12 +62,13 @@ struct DecodeHead {
 };
 
 template <typename Traits>
-__device__ __forceinline__ DecodeHead HeadOfLane(int group, int num_heads) {
+__device__ __forceinline__ DecodeHead HeadOfLane(int token, int group, int num_heads) {
   using Lane = DecodeLane<Traits>;
   DecodeHead at;
-  at.token = blockIdx.y;
+  at.token = token;
   at.lane = threadIdx.x % Lane::kLanes;
-  const int head = group * Lane::kHeads + threadIdx.x % 32 / Lane::kLanes;
+  at.first_head = group * Lane::kHeads;
+  const int head = at.first_head + threadIdx.x % 32 / Lane::kLanes;
   at.active = head < num_heads;
   at.head = at.active ? head : 0;
   at.share = 0, at.shares = 1;
@@ -294,12 +302,14 @@ __device__ __forceinline__ float KeepFloat(float x) {
 
 // The wait for the kernel before. The next kernel's CTAs would gather where this one's finish
 // first, unless there is room.
+template <bool kTogether>
 __device__ __forceinline__ void BeginDecode() {
   PdlWait();
-  if (gridDim.x * gridDim.y <= kReleasingGrid) PdlLaunchDependents();
+  constexpr int kBound = kTogether ? kReleasingGridTogether : kReleasingGrid;
+  if (gridDim.x * gridDim.y <= kBound) PdlLaunchDependents();
 }
 
-template <typename Traits>
+template <typename Traits, bool kTogether>
 __device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, DecodeSeq& seq,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
@@ -310,7 +320,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, Decod
   early.Touch(p), seq.Compute(false, early), values.Compute(rope, early);
   scale.Compute(early), early.Hold(rope.q_quant);
   early.Finish();
-  BeginDecode();
+  BeginDecode<kTogether>();
   WarpPlace place = seq.Find([&] { values.Load(rope, at.lane), scale.Load(); });
   values.MakeWait(early, place.position);
   float inverse;
@@ -328,7 +338,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, Decod
 }
 
 // K, and V of type none.
-template <typename Traits, HeadKind kKind>
+template <typename Traits, HeadKind kKind, bool kTogether>
 __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, DecodeSeq& seq,
                                                  const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
@@ -342,7 +352,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
       DecodeScale::OfHead<Traits>(cache, cache.k_scales, cache.k_granularity, at.head);
   early.Touch(p), seq.Compute(true, early), values.Compute(rope, early), scale.Compute(early);
   early.Finish();
-  BeginDecode();
+  BeginDecode<kTogether>();
   WarpPlace place = seq.Find([&] { values.Load(rope, at.lane), scale.Load(); });
   if constexpr (Traits::kRope) values.MakeWait(early, place.position);
   const int loaded_block = LoadBlock(seq.seqs, place);
@@ -373,7 +383,8 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
   }
 }
 
-template <typename Traits>
+// kTogether: all warps of the CTA take part.
+template <typename Traits, bool kTogether>
 __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
@@ -391,7 +402,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   early.Touch(p), seq.Compute(true, early), early(source), scale.Compute(early);
   if constexpr (Options::kBias) bias_at.Compute(early);
   early.Finish();
-  BeginDecode();
+  BeginDecode<kTogether>();
   Element loaded[Lane::kValues];
   RawParameters<Traits, Lane> bias;
   const WarpPlace place = seq.Find([&] {
@@ -444,8 +455,17 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
                                     at.head, at.lane, scale_index, stores_scale, codes);
   }
   block = ValidBlock(p, block);
-  if (!at.active || block < 0) return;
   const CacheStrides& strides = cache.value_strides;
+  if constexpr (kTogether) {
+    __shared__ TokenColumns<Lane, Map, kStores, kMostTokensTogether> columns;
+    uint8_t* const column =
+        static_cast<uint8_t*>(cache.value) + strides.Plane(block, 0) + TokenSlot(slot);
+    columns.Put(codes, at.active && block >= 0 ? column : nullptr);  // lane 0 has an active head
+    __syncthreads();
+    columns.Store(strides, at.first_head, cache.num_kv_heads, at.share, at.shares);
+    return;
+  }
+  if (!at.active || block < 0) return;
   uint8_t* out =
       static_cast<uint8_t*>(cache.value) + strides.Row(block, at.head, at.lane) + TokenSlot(slot);
   const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
@@ -459,8 +479,14 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   }
 }
 
-template <typename Traits>
-__global__ void __launch_bounds__(kDecodeThreads)
+constexpr int MostDecodeThreads(bool together) {
+  return together ? kMostTokensTogether * kDecodeThreads : kDecodeThreads;
+}
+
+// Grid: groups of heads (of V, of K, of Q), and tokens. With kTogether a CTA has several tokens, a
+// warp each.
+template <typename Traits, bool kTogether>
+__global__ void __launch_bounds__(MostDecodeThreads(kTogether))
     StepDecodeKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_token,
                      bool small_grid) {
   using Value = typename Traits::Value;
@@ -473,22 +499,33 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int value_shares = Traits::kQuantized && small_grid ? kValueShares : 1;
   const int value_groups = v_groups * value_shares;
   const int group = blockIdx.x;
-  const int token = blockIdx.y;
+  int token = blockIdx.y;
+  bool past = false;  // a warp without a token, which V's warps need all the same
+  if constexpr (kTogether) {
+    token = static_cast<int>(blockIdx.y * blockDim.y + threadIdx.y);
+    past = token >= p.rope.seqs.num_tokens;
+    if (past) token = p.rope.seqs.num_tokens - 1;
+  }
   DecodeSeq seq(p.rope.seqs, token, seqs_per_token);
   if (group < value_groups) {
-    DecodeHead at = HeadOfLane<Value>(group >> (value_shares == kValueShares ? 2 : 0), kv_heads);
+    DecodeHead at =
+        HeadOfLane<Value>(token, group >> (value_shares == kValueShares ? 2 : 0), kv_heads);
     at.share = group & (value_shares - 1);
     at.shares = value_shares;
+    if (past) at.active = false;
     if constexpr (Traits::kQuantized) {
-      DecodeValue<Value>(p, seq, at);
+      DecodeValue<Value, kTogether>(p, seq, at);
     } else {
-      DecodeTokenMajor<Value, HeadKind::kValue>(p, seq, at);
+      DecodeTokenMajor<Value, HeadKind::kValue, kTogether>(p, seq, at);
     }
+  } else if (past) {
+    return;
   } else if (group < value_groups + k_groups) {
-    DecodeTokenMajor<Traits, HeadKind::kKey>(p, seq,
-                                             HeadOfLane<Traits>(group - value_groups, kv_heads));
+    DecodeTokenMajor<Traits, HeadKind::kKey, kTogether>(
+        p, seq, HeadOfLane<Traits>(token, group - value_groups, kv_heads));
   } else if constexpr (Traits::kRope) {
-    DecodeQuery<Traits>(p, seq, HeadOfLane<Traits>(group - value_groups - k_groups, q_heads));
+    DecodeQuery<Traits, kTogether>(
+        p, seq, HeadOfLane<Traits>(token, group - value_groups - k_groups, q_heads));
   }
   if (group == gridDim.x - 1 && token == 0) {
     for (int i = 4 * threadIdx.x; i < p.rope.num_arrivals; i += 4 * kDecodeThreads) {

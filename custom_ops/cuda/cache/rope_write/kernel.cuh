@@ -27,7 +27,15 @@ cudaError_t LaunchDecode(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   const bool small = static_cast<int64_t>(groups) * seqs.num_tokens <= kSmallGrid;
   const int more = small && Traits::kQuantized ? (kValueShares - 1) * v_groups : 0;
   const float seqs_per_token = static_cast<float>(seqs.batch) / static_cast<float>(seqs.num_tokens);
-  return LaunchPdl(StepDecodeKernel<Traits>, dim3(groups + more, seqs.num_tokens),
+  if constexpr (kTakesTogether<Traits>) {
+    const int tokens = TokensTogether(seqs.num_tokens, seqs.batch);
+    if (tokens > 1) {
+      const dim3 grid(groups + more, CeilDiv(seqs.num_tokens, tokens));
+      return LaunchPdl(StepDecodeKernel<Traits, true>, grid, dim3(kDecodeThreads, tokens), stream,
+                       p, seqs_per_token, small);
+    }
+  }
+  return LaunchPdl(StepDecodeKernel<Traits, false>, dim3(groups + more, seqs.num_tokens),
                    dim3(kDecodeThreads), stream, p, seqs_per_token, small);
 }
 

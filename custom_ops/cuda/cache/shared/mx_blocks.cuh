@@ -83,6 +83,45 @@ __device__ __forceinline__ void ScaleSplitBlocks(float (&x)[Lane::kValues], uint
   }
 }
 
+#if __CUDA_ARCH__ >= 900
+// QuantizeMx of bf16 where 8 neighbouring values of a lane share a block: scaled and rounded two at
+// a time.
+template <typename Lane, bool kPairs>
+__device__ __forceinline__ void QuantizeMxPairs(const uint32_t (&words)[Lane::kWords],
+                                                uint8_t* scales, int lane, bool store,
+                                                uint32_t (&nibbles)[kNibbleWords<Lane>]) {
+  using Groups = MxGroups<Lane, kPairs>;
+  constexpr int kWords = Groups::kEach / 2;  // of a block
+  const auto larger = [](uint32_t a, uint32_t b) {
+    uint32_t out;  // passes over a NaN
+    asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+  };
+#pragma unroll
+  for (int group = 0; group < Groups::kGroups; ++group) {
+    uint32_t amax[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) amax[i] = words[group * kWords + i];
+    Reduce<kWords / 2>(amax, larger);
+#pragma unroll
+    for (int lanes = 1; lanes < Groups::kLanes; lanes *= 2) {
+      amax[0] = larger(amax[0], __shfl_xor_sync(kFullWarp, amax[0], lanes));
+    }
+    const float both[2] = {BitsFloat(amax[0] << 16), BitsFloat(amax[0] & 0xFFFF0000u)};
+    const uint8_t byte = MxScaleByte(LargestBits<2>(both));
+    if (store && lane % Groups::kLanes == 0 && (kPairs || Lane::IsActive(lane))) {
+      scales[Groups::Block(lane, group)] = byte;
+    }
+    const uint32_t inverse = 0x00010001u * ((254u - byte) << 7);
+#pragma unroll
+    for (int w = group * kWords; w < (group + 1) * kWords; w += 4) {
+      nibbles[w / 4] =
+          PackE2M1OfBf16x8({words[w], words[w + 1], words[w + 2], words[w + 3]}, inverse);
+    }
+  }
+}
+#endif
+
 // Codes of a lane's K or V, `words` being the values as the input's type holds them. The blocks'
 // bytes go to scales[first_scale ..] if `store`. All lanes of the warp take part.
 template <typename Lane, bool kPairs>
@@ -90,6 +129,13 @@ __device__ __forceinline__ void QuantizeMx(const uint32_t (&words)[Lane::kWords]
                                            int lane, int64_t first_scale, bool store,
                                            uint32_t (&nibbles)[kNibbleWords<Lane>]) {
   using Groups = MxGroups<Lane, kPairs>;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (Lane::kIn == DType::kBFloat16 && !Groups::kSplitBlock && Groups::kEach % 8 == 0) {
+    QuantizeMxPairs<Lane, kPairs>(words, static_cast<uint8_t*>(scales) + first_scale, lane, store,
+                                  nibbles);
+    return;
+  }
+#endif
   float x[Lane::kValues];
   UnpackWords<Lane>(words, x);
   if constexpr (Groups::kSplitBlock) {

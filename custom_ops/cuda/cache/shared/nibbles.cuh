@@ -30,6 +30,38 @@ __device__ __forceinline__ uint32_t NibblesOf(const float* x) {
   }
 }
 
+// Whether any of a lane's values is -amax, amax being the largest magnitude of the head as fp32
+// bits. Of no meaning where that is 0 or NaN.
+template <typename Lane>
+__device__ __forceinline__ bool HoldsNegative(const uint32_t (&words)[Lane::kWords],
+                                              const float (&x)[Lane::kValues], uint32_t amax) {
+  const uint32_t wanted = amax | 0x80000000u;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (Lane::kIn != DType::kFloat32) {  // the least of pairs, half of the instructions
+    uint32_t least[Lane::kWords];
+#pragma unroll
+    for (int i = 0; i < Lane::kWords; ++i) least[i] = words[i];
+    Reduce<Lane::kWords / 2>(least, [](uint32_t a, uint32_t b) {
+      uint32_t out;
+      if constexpr (Lane::kIn == DType::kBFloat16) {
+        asm("min.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+      } else {
+        asm("min.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+      }
+      return out;
+    });
+    const auto value = [](uint32_t bits) {
+      return Element<Lane::kIn>::Load(static_cast<uint16_t>(bits));
+    };
+    return FloatBits(value(least[0])) == wanted || FloatBits(value(least[0] >> 16)) == wanted;
+  }
+#endif
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < Lane::kValues; ++i) found |= FloatBits(x[i]) == wanted;
+  return found;
+}
+
 // Codes of a lane's K or V, `words` being the values as the input's type holds them. The scale goes
 // to scales[scale_index] if `store`. All lanes of the warp take part.
 template <typename Lane>
@@ -40,12 +72,9 @@ __device__ __forceinline__ void QuantizeNibbles(const uint32_t (&words)[Lane::kW
   float x[Lane::kValues];
   const uint32_t amax = LaneAmaxBits<Lane>(words);
   UnpackWords<Lane>(words, x);
-  bool below = false;
-#pragma unroll
-  for (int i = 0; i < Lane::kValues; ++i) below |= FloatBits(x[i]) == (amax | 0x80000000u);
-  const uint32_t found = __ballot_sync(kFullWarp, below);
+  const uint32_t found = __ballot_sync(kFullWarp, HoldsNegative<Lane>(words, x, amax));
   constexpr uint32_t kHead = Lane::kLanes == 32 ? kFullWarp : (1u << (Lane::kLanes % 32)) - 1;
-  below = (found >> (threadIdx.x % 32 / Lane::kLanes * Lane::kLanes) & kHead) != 0;
+  const bool below = (found >> (threadIdx.x % 32 / Lane::kLanes * Lane::kLanes) & kHead) != 0;
   float scale = Int4Scale(amax, below, kCacheAmaxFloor);
   if (cache.scale_dtype == DType::kBFloat16) {
     const uint16_t rounded = FloatToBFloat16(scale);
@@ -55,10 +84,12 @@ __device__ __forceinline__ void QuantizeNibbles(const uint32_t (&words)[Lane::kW
     static_cast<float*>(scales)[scale_index] = scale;
   }
   Scale(x, ReciprocalOfNormal(scale));
-  const bool bounded = amax < 0x7F800000u;
+  if (amax < 0x7F800000u) {
 #pragma unroll
-  for (int i = 0; i < kNibbleWords<Lane>; ++i) {
-    nibbles[i] = bounded ? NibblesOf<true>(x + 8 * i) : NibblesOf<false>(x + 8 * i);
+    for (int i = 0; i < kNibbleWords<Lane>; ++i) nibbles[i] = NibblesOf<true>(x + 8 * i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kNibbleWords<Lane>; ++i) nibbles[i] = NibblesOf<false>(x + 8 * i);
   }
 }
 
