@@ -48,14 +48,20 @@ SEQS = [(300, 300), (771, 129), (0, 77)]
 FAR_BLOCKS = [0, 3, 4, 6, 9]
 
 
+def halves(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return (np.rint(2 * rng.normal(size=shape)) / 2).astype(np.float32)
+
+
 def jump_problem(jump: float, *, queries: str = "some", **options) -> PagedProblem:
-    """Scores of N(0, 1), plus `jump` in log2 units where a query and a block of keys ask for it."""
+    """Scores of about N(0, 1), plus `jump` in log2 units where a query and a block of keys ask.
+
+    Elements are multiples of 1/2: the 14 bits in which the tensor core sums hold these scores.
+    """
     problem = paged_problem(SEQS, kind=STATIC, dim=128, q_type="e4m3:tensor", **options)
     rng = np.random.default_rng(7)
-    problem.q = numerics.to_codes(rng.normal(size=problem.q.shape).astype(np.float32), "e4m3")
+    problem.q = numerics.to_codes(halves(rng, problem.q.shape), "e4m3")
     problem.q_descale = np.array([1.0], np.float32)
-    k = rng.normal(size=problem.k.elements.shape).astype(np.float32)
-    problem.k.elements = numerics.to_codes(k, "e4m3")
+    problem.k.elements = numerics.to_codes(halves(rng, problem.k.elements.shape), "e4m3")
     problem.k.scales = np.array([1.0, 1.25], np.float32)
     key = np.float32(jump / 8 / np.log2(np.e) * np.sqrt(128))
     problem.k.elements[..., 0] = 0
