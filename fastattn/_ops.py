@@ -140,7 +140,11 @@ def load() -> tuple[str, ...]:
 
 def limit_dequantized(mib: float, operations: float) -> None:
     """Set what docs/kernels/dequantize_kv.md calls by its variables; the library is loaded."""
-    limit = ctypes.CDLL(str(_checked_library())).fastattn_limit_dequantized
+    path = _checked_library()
+    try:
+        limit = ctypes.CDLL(str(path)).fastattn_limit_dequantized
+    except AttributeError as error:
+        raise _cannot_load(path, error) from error
     limit.argtypes, limit.restype = (ctypes.c_int64, ctypes.c_double), None
     limit(int(min(mib, 2**20) * 2**20), operations)
 

@@ -142,3 +142,31 @@ def test_rows_that_first_see_keys_late(place, jump):
     window = jump_problem(jump, window_size=(90, -1))
     window.block_tables[0, 8] = window.block_tables[1, 13] = -1
     window.check(place, "window")
+
+
+# --- a key that leads many of little weight ------------------------------------------------------
+
+
+@pytest.mark.parametrize("back", [1, 600, 8192], ids=["last", "600 back", "first"])
+def test_many_keys_of_little_weight(place, back):
+    # The leading key has 2^15.3 times the weight of any other, which have a sixth of it together.
+    keys, queries = 8192, 70
+    problem = paged_problem(
+        [(keys - queries, queries)],
+        kind=STATIC,
+        heads=(1, 1),
+        dim=128,
+        q_type="e4m3:tensor",
+        causal=False,
+    )
+    score = np.float32(15.3 / np.log2(np.e) * np.sqrt(128) / 8)
+    one = numerics.to_codes(np.float32(1.0), "e4m3")
+    problem.q[:] = 0
+    problem.q[..., 0] = numerics.to_codes(np.float32(8.0), "e4m3")
+    problem.q_descale = np.array([score / 8], np.float32)
+    problem.k.elements[:], problem.v.elements[:] = 0, one
+    problem.k.scales = problem.v.scales = np.ones(1, np.float32)
+    block, token = problem.slot(0, keys - back)
+    problem.k.elements[block, :, token, 0] = numerics.to_codes(np.float32(8.0), "e4m3")
+    out, _ = problem.check(place)
+    np.testing.assert_allclose(out.astype(np.float64), 1.0, atol=0.03)

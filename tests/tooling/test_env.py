@@ -1,10 +1,11 @@
 """Memory and size of dequantised calls, as the environment tells them (fastattn/env.py)."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from fastattn import env
+from fastattn import _ops, env
 
 MIB, FROM = "FASTATTN_DEQUANTIZED_MIB", "FASTATTN_DEQUANTIZED_FROM"
 
@@ -35,3 +36,11 @@ def test_what_is_no_amount_warns_and_is_the_default(name, text, monkeypatch):
     monkeypatch.setenv(name, text)
     with pytest.warns(UserWarning, match=f"{name}: expected a number from 0 on, got '{text}'"):
         assert env.dequantized() == (512, 4e9)
+
+
+def test_a_library_of_another_fastattn(monkeypatch):
+    monkeypatch.setattr(_ops, "_checked_library", lambda: Path("libc.so.6"))
+    with pytest.raises(
+        ImportError, match="libc.so.6 cannot be loaded .*fastattn_limit_dequantized"
+    ):
+        _ops.limit_dequantized(1.0, 1.0)

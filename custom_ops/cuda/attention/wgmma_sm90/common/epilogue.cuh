@@ -13,7 +13,8 @@
 namespace fastattn::cuda::wgmma_sm90 {
 
 // P is exp2(score - shift), with the shift kLogPeak below the maximum of the row's scores: P lies
-// in [0, kPeak]. Before a cast to e4m3 few small ones underflow then, and none saturates.
+// in [0, kPeak]. Before a cast to e4m3 few small ones underflow then, and none saturates. (With
+// Config::kLazy of wgmma_fp8 a row's shift may be anything that keeps P within e4m3.)
 inline constexpr float kLogPeak = 8.0f;
 inline constexpr float kPeak = 256.0f;
 
@@ -41,9 +42,10 @@ struct OutputRows {
 
 template <class C>
 struct Epilogue {
-  // `shift` is kLogPeak below a row's maximum in units of log2; `sum` is this thread's addend of
-  // the row's sum and, like o, kPeak times the true one. o is relative to `v_scale`. Shared (of any
-  // kernel) has `tile`, `sink`, `output_scale` and kRecomputeLane.
+  // `shift` is kLogPeak below a row's maximum in units of log2, or what P is relative to in its
+  // place; `sum` is this thread's addend of the row's sum and, like o, kPeak times the true one. o
+  // is relative to `v_scale`. Shared (of any kernel) has `tile`, `sink`, `output_scale` and
+  // kRecomputeLane.
   template <class S>
   __device__ __forceinline__ static void Write(const AttentionParams& p, const S& shared,
                                                int buffer, const float (&o)[C::kOut],

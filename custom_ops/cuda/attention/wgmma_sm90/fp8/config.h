@@ -63,7 +63,8 @@ struct Config {
 };
 
 // Config::kLazy: the logarithm of a row's largest P where its maximum is found. It is below
-// kLogPeak, so that scores may grow before the row's shift has to move.
+// kLogPeak, so that scores may grow before the row's shift has to move. Rows in which few keys have
+// most of the weight keep kLogPeak (LazyConsumer::IsOfFewKeys).
 inline constexpr float kLazyLogPeak = 5.0f;
 
 // Outputs are relative to V's largest per-token scale, but not to one below this.

@@ -111,7 +111,6 @@ class Consumer {
   }
 
   static constexpr int kPingPongBarrier = 1;
-  static constexpr float kShiftBelow = C::kLazy ? kLazyLogPeak : kLogPeak;  // the largest score
   static_assert(C::kTwoLevel || !(C::kValuesFirst || C::kSerial));
 
   // Ping-pong: the warpgroups take the exponentials in turn, so that the special function units are
@@ -439,6 +438,13 @@ class Consumer {
     }
   }
 
+  // The logarithm of a row's largest P.
+  __device__ __forceinline__ float LogPeak() const {
+    if constexpr (!C::kLazy) return kLogPeak;
+    const bool exact = shared_.exact_iterations[buffer_] == shared_.tile[buffer_].kv_tiles;
+    return exact ? kLogPeak : kLazyLogPeak;
+  }
+
   // Returns whether the factors are those of this KV tile only.
   __device__ __forceinline__ bool FindMaximum(float (&alpha)[2]) {
     float largest_of[4];
@@ -456,7 +462,7 @@ class Consumer {
       largest[h] = MaxNaN(largest_of[2 * h], largest_of[2 * h + 1]);
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 1));
       largest[h] = MaxNaN(largest[h], __shfl_xor_sync(~0u, largest[h], 2));
-      wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -kShiftBelow);
+      wanted[h] = C::kSoftcap ? ShiftBelow(largest[h]) : fmaf(largest[h], factor_[h], -LogPeak());
     }
     bool any_far = false;
     if constexpr (!C::kSoftcap) {

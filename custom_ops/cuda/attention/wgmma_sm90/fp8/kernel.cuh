@@ -25,7 +25,8 @@
 //
 // Numerics: scores in fp32, exp2 with a running maximum; P is 2^8 times its value before the cast.
 // Each KV tile's P V is added to fp32 registers (two-level accumulation, Config::kTwoLevel).
-// LazyConsumer: a shift that follows the maximum where it must, and two KV tiles at a time. Scales
+// LazyConsumer: a shift that follows the maximum where it must, so that P is 2^5 to 432 times its
+// value where it is largest, and two KV tiles at a time. Scales
 // of Q and K that are constant over a tile and the softmax scale are one factor; per-token K scales
 // multiply columns of scores, V scales columns of P, relative to the largest of the KV tile (or of
 // what the row sees, where some keys are masked); a constant V scale belongs to the epilogue.

@@ -9,7 +9,8 @@
 // NaN and a row that sees no key in the first iterations; a sum that is finite says that nothing of
 // the kind happened. Rows without a finite sum, and those whose scores are far from 0, are left out
 // of the output, and the producer brings the work tile again, for them alone, with maxima in all of
-// its iterations. So each row has the bits that follow from what it sees itself.
+// its iterations. So no query or key of another row moves a row's bits. The masks of its work tile
+// do: they say which iterations find maxima.
 #pragma once
 
 #include "cuda/attention/wgmma_sm90/fp8/consumer.cuh"
@@ -69,6 +70,7 @@ class LazyConsumer : private Consumer<C> {
       int more = shared_.tile[queries.index].kv_tiles - exact, holds = 0;
 #pragma unroll 1
       for (int i = 1; i < exact; ++i) Base::NextIteration();
+      if (more > 0) RaisePeaks();
 #pragma unroll 1
       while (more > 0) {
         LazyIteration<false>();
@@ -210,7 +212,8 @@ class LazyConsumer : private Consumer<C> {
       const bool moves = InRow(__ballot_sync(~0u, !(four <= kMost)));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-      const float by = moves ? fmaxf(__log2f(largest) - kLazyLogPeak, 0.0f) : 0.0f;
+      const float peak = IsOfFewKeys(sum_[h], largest) ? kLogPeak : kLazyLogPeak;
+      const float by = moves ? fmaxf(__log2f(largest) - peak, 0.0f) : 0.0f;
       alpha[h] = OrderedExp2(-by);
       shift_[h] += by;
       sum_[h] *= alpha[h];
@@ -226,6 +229,36 @@ class LazyConsumer : private Consumer<C> {
     for (int w = 0; w < C::kKeys / 8; ++w) Base::PackWord(w);
   }
 
+  // Makes the largest P of rows in which few keys have most of the weight kPeak, behind the
+  // iterations that have found their maxima.
+  __device__ __forceinline__ void RaisePeaks() {
+    constexpr float kLargest = 1 << static_cast<int>(kLazyLogPeak);
+    const bool few[2] = {IsOfFewKeys(sum_[0], kLargest), IsOfFewKeys(sum_[1], kLargest)};
+    if (!__any_sync(~0u, few[0] || few[1])) return;
+    float alpha[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      alpha[h] = few[h] ? kPeak / kLargest : 1.0f;
+      shift_[h] -= few[h] ? kLogPeak - kLazyLogPeak : 0.0f;
+      sum_[h] *= alpha[h];
+      pending_[h] *= alpha[h];
+    }
+#pragma unroll
+    for (int i = 0; i < C::kScores; ++i) s_[i] *= alpha[i / 2 % 2];
+#pragma unroll
+    for (int w = 0; w < C::kKeys / 8; ++w) Base::PackWord(w);
+  }
+
+  // Whether a row's sum so far, of which this thread has an addend, is that of few keys, relative
+  // to its largest P. Many keys of little weight beside them are lost below e4m3's least P: fewer
+  // of them if the largest P is kPeak. Where it is kPeak / 8, at least 8 times as much is the sum,
+  // and what is lost, relative to it, is no more.
+  __device__ __forceinline__ static bool IsOfFewKeys(float sum, float largest) {
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    return sum < kPeak / (1 << static_cast<int>(kLazyLogPeak)) * largest;
+  }
+
   // Whether one of the row's four lanes has voted.
   __device__ __forceinline__ static bool InRow(unsigned votes) {
     unsigned lane;  // read again: a register is kept by the loop
@@ -239,7 +272,7 @@ class LazyConsumer : private Consumer<C> {
 #pragma unroll
     for (int i = 0; i < C::kOut; ++i) o_[i] = fmaf(o_[i], pending_[i / 2 % 2], product_[i]);
     Base::ReleaseValues(start_);
-    OutputRows rows(shared_.tile[buffer], QueryIndex(0));
+    OutputRows rows(shared_.tile[buffer], QueryIndex<true>(0));
     LeaveOut(buffer, rows);
     RestoreNanFactors(shared_, buffer, sum_);
     const float v_scale[2] = {1.0f, 1.0f};

@@ -70,7 +70,8 @@ class KvLoader {
   // as they grow there. Returns `found`.
   __device__ bool FindExact(bool found, int buffer) {
     const WorkTile& tile = shared_.tile[buffer];
-    const int behind = (tile.last_kv_tile + 1) * C::kKeys - tile.unmasked_end;
+    // An end may be as low as INT_MIN.
+    const int behind = (tile.last_kv_tile + 1) * C::kKeys - max(tile.unmasked_end, 0);
     if (lane_ == 0 && found) {
       shared_.exact_iterations[buffer] =
           min(1 + (max(behind, 0) + C::kKeys - 1) / C::kKeys, tile.kv_tiles);
