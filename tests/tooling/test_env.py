@@ -40,7 +40,5 @@ def test_what_is_no_amount_warns_and_is_the_default(name, text, monkeypatch):
 
 def test_a_library_of_another_fastattn(monkeypatch):
     monkeypatch.setattr(_ops, "_checked_library", lambda: Path("libc.so.6"))
-    with pytest.raises(
-        ImportError, match="libc.so.6 cannot be loaded .*fastattn_limit_dequantized"
-    ):
+    with pytest.raises(ImportError, match=r"libc\.so\.6 cannot be loaded .*fastattn_limit_deq"):
         _ops.limit_dequantized(1.0, 1.0)
