@@ -127,9 +127,9 @@ def load() -> tuple[str, ...]:
     try:
         with _LOADING:
             load_op_meta_info_and_register_op(str(path))
-        limit_dequantized(*env.dequantized())
     except (OSError, RuntimeError, ValueError) as error:
         raise _cannot_load(path, error) from error
+    _read_limits()
     from fastattn import _programs  # it imports this module
 
     _programs.watch()
@@ -147,6 +147,12 @@ def limit_dequantized(mib: float, operations: float) -> None:
         raise _cannot_load(path, error) from error
     limit.argtypes, limit.restype = (ctypes.c_int64, ctypes.c_double), None
     limit(int(min(mib, 2**20) * 2**20), operations)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_limits() -> None:
+    """Set them as the environment tells, once, whichever way the library is loaded first."""
+    limit_dequantized(*env.dequantized())
 
 
 def _direct_module(library: Path) -> ModuleType | None:
@@ -198,10 +204,10 @@ def _load_library() -> _Bound:
     try:
         module = _direct_module(path)
         facts = {} if module is None else module.bind(str(path))
-        if module is not None:
-            limit_dequantized(*env.dequantized())
     except (ImportError, RuntimeError) as error:
         raise _cannot_load(path, error) from error
+    if module is not None:
+        _read_limits()
     operators = {}
     for name, (handle, inputs, optional, attrs, outputs, inplace, strided) in facts.items():
         pairs = [a.replace(" ", "").split(":", 1) for a in attrs]  # "causal: bool"
