@@ -52,7 +52,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
     InvariantKernel(const __grid_constant__ AttentionParams p,
                     const __grid_constant__ InvariantTask task) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32;
   const int pipeline = warp / Traits::kPipelineWarps;
   const int warp_column = warp % Traits::kPipelineWarps * Traits::kTiles * 8;

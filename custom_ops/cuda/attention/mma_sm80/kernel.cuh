@@ -132,16 +132,6 @@ __device__ __forceinline__ void SyncPipeline() {
   }
 }
 
-// Whether the block of the KV tile whose K lies in `stage` is assigned.
-template <typename Traits>
-__device__ __forceinline__ bool IsAssigned(uint32_t stage) {
-  uint32_t assigned;
-  asm volatile("ld.shared.u32 %0, [%1];"
-               : "=r"(assigned)
-               : "r"(stage + Traits::kDataBytes + Traits::kScaleBytes));
-  return assigned != 0;
-}
-
 template <typename Traits>
 using Scores = float[Traits::kGroup][Traits::kTiles][4];
 
@@ -224,7 +214,7 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
   ForStages<Traits::kKeyStages>([&](auto index) {
     constexpr int kStage = decltype(index)::value;
     const uint32_t stage = next(index);
-    if constexpr (kStage == 0) assigned = IsAssigned<Traits>(stage);
+    if constexpr (kStage == 0) assigned = cursor->UsesAssigned();
     if (!assigned) return;
     MultiplyKeys<Traits, kStage>(stage, query, 0, scores);
     if constexpr (kStage + 1 == Traits::kKeyStages) {
@@ -283,7 +273,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         cursor->LoadKeys(ring->NextLoad());
         cursor->LoadValues(ring->NextLoad());
         key_stage = ring->NextUse(), value_stage = ring->NextUse();
-        present = IsAssigned<Traits>(key_stage);
+        present = cursor->UsesAssigned();
       }
       if constexpr (Traits::kNibbles) {
         // They are finite whatever their bits are, and probabilities of masked keys are 0.
@@ -323,7 +313,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       __syncwarp();
       StartLoad<Traits, (Traits::kStages + 1) % 2>(cursor, ring);
       const uint32_t key_stage = ring->NextUse();
-      const bool assigned = IsAssigned<Traits>(key_stage);
+      const bool assigned = cursor->UsesAssigned();
       if (assigned) Score<Traits>(p, key_stage, mask, query, factors, 0, scores);
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
@@ -416,7 +406,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     AttentionKernel(const __grid_constant__ AttentionParams p,
                     const __grid_constant__ AttentionTask task) {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32;
   const int pipeline = warp / Traits::kPipelineWarps;
   const int warp_column = warp % Traits::kPipelineWarps * Traits::kTiles * 8;

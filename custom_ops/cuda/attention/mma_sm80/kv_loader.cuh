@@ -50,17 +50,10 @@ class KvLoader {
   // kStage-th stage of its K has, one after the other; V is the same one's.
   template <int kStage = 0>
   __device__ __forceinline__ void LoadKeys(uint32_t stage) {
-    if constexpr (kStage == 0) loading_ = segment_ != end_;
+    if constexpr (kStage == 0) loading_ = segment_ != end_, assigned_ <<= 1;
     if (loading_) {
-      if constexpr (kStage == 0) {
-        Place();
-        if (threadIdx.x % Traits::kPipelineThreads == 0) {
-          asm volatile(
-              "st.shared.u32 [%0], %1;" ::"r"(stage + Traits::kDataBytes + Traits::kScaleBytes),
-              "r"(assigned_ ? 1 : 0));
-        }
-      }
-      if (assigned_) {
+      if constexpr (kStage == 0) Place();
+      if (LoadsAssigned()) {
         constexpr int kFirst = kStage * Traits::kStageDim;
         if constexpr (Traits::kPaged) {
           const PagedCache& cache = p_.cache;
@@ -80,7 +73,7 @@ class KvLoader {
 
   template <int kStage = 0>
   __device__ __forceinline__ void LoadValues(uint32_t stage) {
-    if (loading_ && assigned_) {
+    if (loading_ && LoadsAssigned()) {
       constexpr int kFirst = kStage * Traits::kStageDim;
       if constexpr (Traits::kPaged) {
         const PagedCache& cache = p_.cache;
@@ -102,6 +95,12 @@ class KvLoader {
     CommitCopies();
   }
 
+  // Whether the block of the KV tile in use is assigned: the load of its K has been started, and
+  // those of the K of kTilesAhead KV tiles behind it.
+  __device__ __forceinline__ bool UsesAssigned() const {
+    return (assigned_ >> Traits::kTilesAhead & 1) != 0;
+  }
+
  private:
   static constexpr int kBytes = Traits::Format::kBytes;
   static constexpr int kPieces = Traits::kDataBytes / 16;
@@ -112,10 +111,13 @@ class KvLoader {
 
   __device__ __forceinline__ int Lane() const { return threadIdx.x % Traits::kPipelineThreads; }
 
+  // The same of the KV tile that is loaded.
+  __device__ __forceinline__ bool LoadsAssigned() const { return (assigned_ & 1) != 0; }
+
   // Finds where the current KV tile lies.
   __device__ __forceinline__ void Place() {
     if constexpr (Traits::kPaged) {
-      assigned_ = IsAssignedBlock(block_, p_.cache.num_blocks);
+      assigned_ |= IsAssignedBlock(block_, p_.cache.num_blocks) ? 1 : 0;
       // A plane holds 64 keys; a KV tile may be half of them.
       constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
       static_assert(kKvTilesPerBlock == 1 || !(Traits::kTransposedV || Traits::kPerTokenScales));
@@ -128,7 +130,7 @@ class KvLoader {
         value_scale_ = cache.v_scale_strides.Plane(block_, head);
       }
     } else {
-      assigned_ = true;
+      assigned_ |= 1;
       offset_ = segment_->shape.k_begin + static_cast<int64_t>(kv_tile_) * Traits::kKvTile;
       rows_ = segment_->shape.k_len - kv_tile_ * Traits::kKvTile;
       head_ = segment_->head;
@@ -253,7 +255,7 @@ class KvLoader {
   int pipeline_;
   int kv_tile_;
   bool loading_ = false;   // the current KV tile exists
-  bool assigned_ = false;  // and its block too
+  uint32_t assigned_ = 0;  // and its block too: bit 0; bit n: that of the KV tile n before it
   int block_ = -1;
   int rows_ = 0;
   int head_ = 0;
