@@ -175,13 +175,13 @@ class KvLoader {
         static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
     const int64_t stride = kRows * kBytes * strides.row;
     if constexpr (Traits::kNibbles && kSwizzled) {
-      const uint32_t to = stage + Traits::NibbleRow(row) * kRowBytes;
 #pragma unroll
       for (int i = 0; i < Traits::kKvTile / kRows; ++i, from += stride) {
-        const int piece = Traits::NibbleChunk(row + i * kRows, chunk);
+        const int key = row + i * kRows, piece = Traits::NibbleChunk(key, chunk);
+        const uint32_t to = stage + Traits::NibbleRow(key) * kRowBytes;
         // What lies in channels past the head is any code: the query has none of them.
         if (kHeadPieces == kRowPieces || chunk < kHeadPieces) {
-          CopyAsync16(to + Traits::NibbleRow(i * kRows) * kRowBytes + piece * 16, from, policy_);
+          CopyAsync16(to + piece * 16, from, policy_);
         }
       }
       return;

@@ -55,7 +55,13 @@ __device__ __forceinline__ void MultiplyNibbles(
   using Format = typename Traits::Format;
   constexpr int kWords = Traits::kNibbleWords;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const uint32_t own = stage + Traits::NibbleRow(Traits::KeyOf(0, g)) * Traits::kRowBytes;
+  // Of the keys KeyOf(0, g) and behind it that change places with each other.
+  constexpr int kSwaps = Traits::kNibbleSwaps;
+  uint32_t own[kSwaps];
+#pragma unroll
+  for (int i = 0; i < kSwaps; ++i) {
+    own[i] = stage + Traits::NibbleRow(Traits::KeyOf(0, g) + i) * Traits::kRowBytes;
+  }
 #pragma unroll
   for (int part = 0; part < Traits::kNibbleParts; ++part) {
     const int piece = Traits::NibbleChunk(Traits::KeyOf(0, g), kWords * part);
@@ -64,8 +70,10 @@ __device__ __forceinline__ void MultiplyNibbles(
     for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = Traits::NibbleRow(Traits::KeyOf(first + m, 8 * half));
-        LoadNibbles(own + row * Traits::kRowBytes + piece * 16 + t * kWords * 4, keys[m][half]);
+        const int behind = Traits::KeyOf(m, 8 * half);  // `first` is even: it swaps nothing
+        const int rows = Traits::KeyOf(first, 0) + behind - behind % kSwaps;
+        LoadNibbles(own[behind % kSwaps] + rows * Traits::kRowBytes + piece * 16 + t * kWords * 4,
+                    keys[m][half]);
       }
     }
 #pragma unroll

@@ -181,10 +181,11 @@ struct AttentionTraits {
   }
 
   // Where a key of 4-bit codes lies among those of its stage. The keys that neighbouring lanes read
-  // are 8 and 16 apart (KeyOf): here they lie side by side, so that no lanes of a load meet in a
-  // bank. A sum of what the bits of `key` give, so that a constant part of it stays one.
+  // are 8 and 16 apart (KeyOf): those change places inside of 128 bytes, so that no lanes of a load
+  // meet in a bank, and what lanes copy together lies in one line.
+  static constexpr int kNibbleSwaps = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 4;
   static __device__ __forceinline__ constexpr int NibbleRow(int key) {
-    return ((key >> 3) & 3) | (key & 7) << 2 | (key & 32);
+    return key ^ (key >> 3 & (kNibbleSwaps - 1));
   }
 
   // Where the 16-byte piece `chunk` of such a key lies: halves of 256 channels change places in

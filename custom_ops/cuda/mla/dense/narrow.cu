@@ -106,7 +106,10 @@ __device__ __forceinline__ void Score(const Query<C>& query, int stage, Shared<C
   const int key0 = threadIdx.x / 32 / kQuarters * 32;
   const uint8_t* keys = shared.keys[stage] + key0 * C::kPitch;
   const uint32_t row = SharedAddress(keys + lane % 16 * C::kPitch);
-  const uint32_t codes = row + 128 * quarter + lane / 16 * 16;
+  const uint32_t swizzle = C::Swizzle(lane % 16);
+  const auto codes = [&](int i) {
+    return row + 128 * quarter + i / 2 * 64 + ((i % 2 * 32 + lane / 16 * 16) ^ swizzle);
+  };
   float sums[2][C::kTiles][4] = {};
   const auto add = [&](int half, int step, uint32_t low, uint32_t high) {
     const uint2 a = HalvesOf(low), b = HalvesOf(high);
@@ -118,7 +121,7 @@ __device__ __forceinline__ void Score(const Query<C>& query, int stage, Shared<C
   };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint4 k[2] = {LoadMatrices(codes + 32 * i), LoadMatrices(codes + 32 * i + kHalf16)};
+    const uint4 k[2] = {LoadMatrices(codes(i)), LoadMatrices(codes(i) + kHalf16)};
     add(0, 2 * i, k[0].x, k[0].y);
     add(1, 2 * i, k[1].x, k[1].y);
     add(0, 2 * i + 1, k[0].z, k[0].w);
@@ -144,7 +147,7 @@ __device__ __forceinline__ void Score(const Query<C>& query, int stage, Shared<C
         }
       }
     } else {
-      const uint2 k = LoadTwoMatrices(row + 512 + 16 * quarter + half * kHalf16);
+      const uint2 k = LoadTwoMatrices(row + 512 + (16 * quarter ^ swizzle) + half * kHalf16);
       add(half, 8, k.x, k.y);
     }
   }
@@ -358,7 +361,7 @@ __device__ __forceinline__ void AddValues(int stage, const Shared<C>& shared,
         SharedAddress(shared.keys[stage] + (32 * half + lane) * C::kPitch + 64 * warp);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const uint4 v = LoadMatricesTransposed(values + 16 * c);
+      const uint4 v = LoadMatricesTransposed(values + (16 * c ^ C::Swizzle(lane)));
       // Of two keys each: codes of an even channel, codes of an odd one.
       const uint2 a = HalvesOf(__byte_perm(v.x, 0, 0x3120));
       const uint2 b = HalvesOf(__byte_perm(v.y, 0, 0x3120));
@@ -496,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                  const __grid_constant__ MlaDensePlan plan,
                  const __grid_constant__ Divisor page_size) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(16) uint8_t memory[];
+  extern __shared__ __align__(128) uint8_t memory[];
   Shared<C>& shared = *reinterpret_cast<Shared<C>*>(memory);
   PdlWait();
   PdlLaunchDependents();

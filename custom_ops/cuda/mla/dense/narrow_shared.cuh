@@ -34,12 +34,20 @@ struct Config {
   static constexpr bool kScaled = kFormat == MlaFormat::kFp8x656;
   static constexpr int kScales = kScaled ? kQuarters : 1;
   static constexpr int kChunks = FactsOf(kFormat).row_bytes / 16;
-  // Of a key in shared memory: an odd number of chunks, so that eight rows share no bank.
-  static constexpr int kPitch = (kChunks | 1) * 16;
+  // Keys lie in shared memory as they do in a page, so that 16-byte chunks of one line of memory
+  // become a line again: others would be copied in more requests. Of an odd number of chunks, the
+  // same one of eight keys shares no bank as it is, else by Swizzle.
+  static constexpr int kPitch = kChunks * 16;
+  static_assert(kPitch * kTileKeys % 128 == 0 && (kChunks % 2 == 1 || kChunks % 4 == 0));
+
+  // What the offset of a chunk in its key is xored with.
+  __device__ __forceinline__ static uint32_t Swizzle(uint32_t key) {
+    return kChunks % 2 == 1 ? 0 : (key >> 1 & 3) * 16;
+  }
 };
 
 template <class C>
-struct __align__(16) Shared {
+struct __align__(128) Shared {
   uint8_t keys[kStages][kTileKeys * C::kPitch];
   float scores[kQuarters][C::kRows][kScorePitch];        // of a quarter of the channels
   uint16_t weights[C::kScales][C::kRows][kWeightPitch];  // fp16
@@ -92,7 +100,8 @@ class Copier {
         page_size_(page_size),
         shared_(shared),
         policy_(CachePolicy(true)),
-        first_(SharedAddress(shared.keys[0]) + Key(0) * C::kPitch + Sub() * 16),
+        first_(SharedAddress(shared.keys[0]) + Key(0) * C::kPitch +
+               (Sub() * 16 ^ C::Swizzle(Key(0)))),  // of Key(1) as well
         target_(first_) {}
 
   // The next tile copied is the first one of a segment, and goes to stage 0.
