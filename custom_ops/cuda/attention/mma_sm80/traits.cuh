@@ -117,7 +117,7 @@ struct AttentionTraits {
                                      : kPerTokenScales ? kKvTile * 4
                                                        : 0;
   // 128 bytes that neighbouring lanes copy must lie in one line of shared memory: else the copy
-  // becomes two requests to the L2 cache, and large calls take 3 % longer.
+  // becomes several requests to the L2 cache, and large calls take 3 to 6 % longer.
   static constexpr int kStageBytes = kDataBytes + kScaleBytes;
   static_assert(kStageBytes % 128 == 0);
   // With few columns the pipeline goes on by a K or a V at a time, and starts the load that lies
@@ -182,7 +182,8 @@ struct AttentionTraits {
 
   // Where a key of 4-bit codes lies among those of its stage. The keys that neighbouring lanes read
   // are 8 and 16 apart (KeyOf): those change places inside of 128 bytes, so that no lanes of a load
-  // meet in a bank, and what lanes copy together lies in one line.
+  // meet in a bank, and what lanes copy together lies in one line. (Rows of 96 bytes: inside of
+  // three lines, and copies cross them.)
   static constexpr int kNibbleSwaps = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 4;
   static __device__ __forceinline__ constexpr int NibbleRow(int key) {
     return key ^ (key >> 3 & (kNibbleSwaps - 1));

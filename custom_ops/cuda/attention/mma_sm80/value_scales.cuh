@@ -17,7 +17,7 @@ namespace fastattn::cuda {
 // columns' maxima and sums when the segment ends.
 template <typename Traits>
 __device__ __forceinline__ uint32_t ColumnExponents() {
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   const int thread = Thread<true>(), warp = thread / 32, pipeline = warp / Traits::kPipelineWarps;
   const int column = warp % Traits::kPipelineWarps * Traits::kTiles * 8 + 2 * (thread % 4);
   return SharedAddress(shared) + Traits::kStateOffset + (pipeline * Traits::kColumns + column) * 8;

@@ -38,7 +38,7 @@ struct Config {
   // become a line again: others would be copied in more requests. Of an odd number of chunks, the
   // same one of eight keys shares no bank as it is, else by Swizzle.
   static constexpr int kPitch = kChunks * 16;
-  static_assert(kPitch * kTileKeys % 128 == 0 && (kChunks % 2 == 1 || kChunks % 4 == 0));
+  static_assert(kPitch * kTileKeys % 128 == 0 && (kChunks % 2 == 1 || kChunks % 8 == 4));
 
   // What the offset of a chunk in its key is xored with.
   __device__ __forceinline__ static uint32_t Swizzle(uint32_t key) {
