@@ -24,6 +24,9 @@ def call(
     attrs: tuple[Any, ...],
     gradients_count: Callable[[], bool] | None,
 ) -> list[Any] | None: ...
+def check(
+    handle: int, inputs: tuple[tuple[str, list[int]] | None, ...], attrs: tuple[Any, ...]
+) -> None: ...
 def step(
     plan: tuple[Any, ...],
     own: dict[str, Any],

@@ -393,7 +393,14 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) ->
             )
 
 
-def _reraise(sig: OpSignature, error: Exception) -> NoReturn:
+def is_memory_error(error: Exception) -> bool:
+    """Whether an operator ran out of memory."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "ResourceExhausted" in text or "out of memory" in text
+
+
+def reraise_of(sig: OpSignature, error: Exception) -> NoReturn:
+    """Raise what an error of Paddle's, or of ``fastattn._direct``, says in the operator's name."""
     match = _ATTRIBUTE_ERROR.search(str(error))
     if match is not None:
         # Paddle tells the position in the raw call, counted from 1 and with the operator's name.
@@ -402,14 +409,20 @@ def _reraise(sig: OpSignature, error: Exception) -> NoReturn:
             name, kind = sig.attrs[index].split(":")[0], {"long": "int"}.get(match[2], match[2])
             text = f"{sig.name}: {name}: expected {kind}, got {match[3]}"
             raise TypeError(text) from None
-    match = _ERROR.search(str(error))
-    if match is None:
-        if "ResourceExhausted" in str(error) or str(error) == "out of memory":
+    if _ERROR.search(str(error)) is None:
+        if is_memory_error(error):
             raise MemoryError(f"{sig.name}: {error}") from None
         if "output is not initialized" in str(error):  # Paddle 2.6; 3.x returns it
             raise NotImplementedError(
                 f"Paddle {paddle.__version__} cannot return an empty tensor from a custom operator"
             ) from None
+    reraise_named(error)
+
+
+def reraise_named(error: Exception) -> NoReturn:
+    """Raise what an error of a program's run says, if one of our operators made it."""
+    match = _ERROR.search(str(error))
+    if match is None:
         raise error
     raise _ERROR_TYPES[match[1]](match[2]) from None
 
@@ -439,7 +452,7 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
             try:
                 outputs = run(direct.handle, inputs, attrs, paddle.is_grad_enabled)
             except RuntimeError as error:
-                _reraise(direct.signature, error)
+                reraise_of(direct.signature, error)
             if outputs is None:
                 return _call_unusual(run, direct, inputs, attrs)
             return outputs  # type: ignore[no-any-return]
@@ -462,7 +475,7 @@ def _call_unusual(
     try:
         outputs = run(direct.handle, taken, attrs, None)
     except RuntimeError as error:
-        _reraise(sig, error)
+        reraise_of(sig, error)
     # Still declined: an undefined tensor, which Paddle's registry knows how to refuse.
     return call_registered(sig.name, inputs, attrs) if outputs is None else list(outputs)
 
@@ -526,8 +539,8 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
         _tell_no_gradient(sig, inputs)
     try:
         outputs = run(PREFIX + op, *inputs, *attrs)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        _reraise(sig, error)
+    except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reraise_of(sig, error)
     # An absent optional tensor leaves an empty tensor in the list, or (PIR) no place at all.
     absent = [i for i, source in sig.inplace.items() if inputs[source] is None]
     if not absent:
@@ -570,7 +583,7 @@ def reraise(error: RuntimeError) -> NoReturn:
     text, op = error.args if len(error.args) == 2 else ("", "")
     if not str(op).startswith(PREFIX):
         raise error
-    _reraise(signature(op[len(PREFIX) :]), RuntimeError(text))
+    reraise_of(signature(op[len(PREFIX) :]), RuntimeError(text))
 
 
 if env.profile():

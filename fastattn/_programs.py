@@ -111,7 +111,10 @@ def watch() -> None:
                 uses = known[self] = _uses(self)
             if uses:
                 _check_run(uses, self, inputs)
-            return run(self, inputs)
+            try:
+                return run(self, inputs)
+            except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+                _ops.reraise_named(error)
 
         return checked_run
 

@@ -162,7 +162,7 @@ PD_BUILD_OP(fastattn_append_cache_kv_c8)
     .Attrs({"dynamic_quant: bool", "cache_quant_type: std::string", "cache_layout: std::string",
             "fp8_format: std::string", "k_rotation: std::string"})
     .SetInplaceMap({{"key", "key_out"}, {"value", "value_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::AppendCacheKvC8))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::AppendCacheKvC8>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::AppendCacheKvC8InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::AppendCacheKvC8InferDtype));
 

@@ -1,5 +1,6 @@
 #include "api/attention_arguments.h"
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <utility>
@@ -8,6 +9,7 @@
 #include "api/quantize_query.h"
 #include "api/query_transform.h"
 #include "api/ranges.h"
+#include "api/softmax_scale.h"
 #include "common/bounds.h"
 #include "common/head_dims.h"
 
@@ -242,19 +244,18 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
     Arg(op, "out_scale", *args.out_scale).On(place).Dtype({phi::DataType::FLOAT32}).Dims({1});
     p->out_scale = Data<float>(*args.out_scale);
   }
-  if (!std::isfinite(args.softmax_scale)) {
-    Fail("ValueError", op, "softmax_scale", "expected a finite number, got ", args.softmax_scale);
-  }
   if (!std::isfinite(args.softcap) || args.softcap < 0) {
     Fail("ValueError", op, "softcap", "expected a finite number of at least 0, got ", args.softcap);
   }
-  p->softmax_scale = static_cast<float>(args.softmax_scale);
+  p->softmax_scale = ParseSoftmaxScale(op, args.softmax_scale, p->head_dim);
   p->softcap = static_cast<float>(args.softcap);
   CheckQueryTransform(op, args.transform, args.out, args.return_softmax_lse, *p);
   p->causal = args.causal;
   p->window_left = WindowSide(op, args.window_left);
   p->window_right = WindowSide(op, args.window_right);
-  p->max_seqlen_q = LengthBound(op, "max_seqlen_q", args.max_seqlen_q);
+  // A program that does not know its number of tokens gives a bound beyond any.
+  p->max_seqlen_q =
+      std::min(LengthBound(op, "max_seqlen_q", args.max_seqlen_q), std::max(p->seqs.num_tokens, 0));
   p->max_seqlen_k = LengthBound(op, "max_seqlen_k", args.max_seqlen_k);
   p->out_dtype = OutputType(op, args, *p);
   if (args.out != nullptr) {

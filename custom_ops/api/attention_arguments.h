@@ -22,7 +22,7 @@ struct AttentionArgs {
   const Tensor* out_scale;
   const Tensor* out;
   const std::string& out_dtype;
-  double softmax_scale;
+  float softmax_scale;
   double softcap;
   bool causal;
   int64_t window_left;

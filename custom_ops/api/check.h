@@ -369,8 +369,19 @@ inline void RequireNoOverlap(const char* op, const char* name, const Tensor& ten
   }
 }
 
-// For operators without a CUDA kernel.
+// Ends a call that only checks its arguments. It is no std::exception, so that no handler of errors
+// takes it for one.
+struct ArgumentsAreRight {};
+
+// Every operator comes here after the checks of its arguments, and before it reads or writes a
+// tensor.
+inline void EndOfChecks() {
+  if (checking_arguments) throw ArgumentsAreRight{};
+}
+
+// Ends the checks of an operator that runs on the CPU.
 inline void RequireCpu(const char* op, const phi::Place& place) {
+  EndOfChecks();
   if (place.GetType() != phi::AllocationType::CPU || IsGpu(place)) {
     PD_THROW(std::string("[NotImplementedError] ") + op + ": no CUDA kernel in this build");
   }

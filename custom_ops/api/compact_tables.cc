@@ -111,7 +111,7 @@ PD_BUILD_OP(fastattn_compact_block_tables)
     .Outputs({"tables", "seq_lens", "masks"})
     .Attrs({"num_tokens: int64_t", "num_blocks: int64_t", "block_size: int64_t", "causal: bool",
             "window_left: int64_t", "window_right: int64_t", "want_masks: bool"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::CompactBlockTables))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::CompactBlockTables>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::CompactInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::CompactInferDtype));
 

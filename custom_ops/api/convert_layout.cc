@@ -208,7 +208,7 @@ PD_BUILD_OP(fastattn_convert_cache_layout)
     .Outputs({"out"})
     .Attrs({"kind: std::string", "cache_quant_type: std::string", "src: std::string",
             "dst: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::ConvertCacheLayout))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::ConvertCacheLayout>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ConvertCacheLayoutInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ConvertCacheLayoutInferDtype));
 
@@ -218,7 +218,7 @@ PD_BUILD_OP(fastattn_convert_cache_blocks)
     .Attrs({"kind: std::string", "cache_quant_type: std::string", "src: std::string",
             "dst: std::string", "begin: int64_t", "end: int64_t"})
     .SetInplaceMap({{"cache", "cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::ConvertCacheBlocks))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::ConvertCacheBlocks>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ConvertCacheBlocksInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ConvertCacheBlocksInferDtype));
 

@@ -52,6 +52,22 @@ StepArrivals*& CurrentStep() {
   return current;
 }
 
+namespace {
+
+void CheckArguments(const DirectOp& op, Tensor* const* inputs, const DirectAttr* attrs) {
+  struct Scope {
+    Scope() { checking_arguments = true; }
+    ~Scope() { checking_arguments = false; }
+  } scope;
+  std::vector<Tensor> results;
+  try {
+    op.run(inputs, attrs, &results);
+  } catch (const ArgumentsAreRight&) {
+  }
+}
+
+}  // namespace
+
 }  // namespace fastattn::api
 
 // Asked for after the library was loaded, when all operators have been built.
@@ -64,7 +80,7 @@ fastattn_direct_table() {
       const auto found = built.find(op.name);
       if (found != built.end()) Describe(found->second.front(), &op);
     }
-    return DirectTable{kDirectVersion, sizeof(Tensor), &DirectOps(), &CurrentStep};
+    return DirectTable{kDirectVersion, sizeof(Tensor), &DirectOps(), &CurrentStep, &CheckArguments};
   }();
   return &table;
 }

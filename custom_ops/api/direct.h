@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "api/check.h"
+#include "api/errors.h"
 #include "api/step_arrivals.h"
 
 namespace fastattn::api {
@@ -48,10 +49,12 @@ struct DirectTable {
   size_t tensor_size;
   const std::vector<DirectOp>* ops;
   StepArrivals*& (*current_step)();
+  // Checks arguments as the operator's function does, and stops there.
+  void (*check)(const DirectOp& op, Tensor* const* inputs, const DirectAttr* attrs);
 };
 
 // Counts the changes of the structures above.
-constexpr int kDirectVersion = 3;
+constexpr int kDirectVersion = 4;
 constexpr char kDirectTableSymbol[] = "fastattn_direct_table";
 
 std::vector<DirectOp>& DirectOps();
@@ -184,19 +187,27 @@ bool AddDirect(const char* name, std::vector<const char*> strided = {}) {
   return true;
 }
 
-// Runs an operator's function for Paddle's registry, which wants a tensor for every output: one
-// that the function leaves undefined because nobody asked for it becomes an element.
+// Runs an operator's function for Paddle's registry. Its errors are Paddle's own (errors.h). Paddle
+// wants a tensor for every output: one that the function leaves undefined because nobody asked for
+// it becomes an element.
 template <auto kFunction>
 struct Registered;
 
-template <typename... Args, std::vector<Tensor> (*kFunction)(const Tensor&, Args...)>
+template <typename Result, typename First, typename... Args, Result (*kFunction)(First, Args...)>
 struct Registered<kFunction> {
-  static std::vector<Tensor> Run(const Tensor& first, Args... args) {
-    std::vector<Tensor> outputs = kFunction(first, args...);
-    for (Tensor& output : outputs) {
-      if (!output.defined()) output = paddle::empty({1}, phi::DataType::FLOAT32, first.place());
-    }
-    return outputs;
+  static Result Run(First first, Args... args) {
+    return WithPaddleErrors([&]() -> Result {
+      if constexpr (std::is_void_v<Result>) {
+        kFunction(first, args...);
+      } else {
+        Result outputs = kFunction(first, args...);
+        for (Tensor& output : outputs) {
+          if (output.defined()) continue;
+          output = paddle::empty({1}, phi::DataType::FLOAT32, first.place());
+        }
+        return outputs;
+      }
+    });
   }
 };
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "api/direct_call.h"
+#include "api/direct_check.h"
 #include "api/direct_step.h"
 
 namespace fastattn::api {
@@ -150,6 +151,7 @@ py::dict Bind(const std::string& path) {
   for (const DirectOp& op : *table->ops) found.push_back(MakeHandle(op));
   handles = std::move(found);
   current_step = table->current_step;
+  check_arguments = table->check;
   return AllFacts();
 }
 
@@ -248,6 +250,8 @@ PYBIND11_MODULE(_direct, m) {
   stop_gradient = PyUnicode_InternFromString("stop_gradient");
   InternStepNames();
   m.def("bind", &Bind, "Loads a library of operators; returns facts of each by its name.");
+  m.def("check", &Check,
+        "check(handle, inputs, attrs): checks arguments; an input is None or (dtype, shape).");
   for (PyMethodDef& method : methods) {
     m.add_object(method.ml_name,
                  py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr)));

@@ -174,7 +174,7 @@ PD_BUILD_OP(fastattn_gqa_rope_write_cache)
                     {"value_cache", "value_cache_out"},
                     {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
                     {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::GqaRopeWriteCache))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::GqaRopeWriteCache>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::GqaRopeWriteCacheInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::GqaRopeWriteCacheInferDtype));
 

@@ -294,7 +294,7 @@ PD_BUILD_OP(fastattn_topk_to_slots)
     .Outputs({"slots", "lengths"})
     .Attrs({"block_size: int64_t", "block_stride: int64_t", "num_blocks: int64_t", "compact: bool",
             "rank: int64_t", "world_size: int64_t", "interleave: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::TopkToSlots))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::TopkToSlots>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::TopkToSlotsInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::TopkToSlotsInferDtype));
 
@@ -303,7 +303,7 @@ PD_BUILD_OP(fastattn_window_indices)
              paddle::Optional("starts")})
     .Outputs({"indices", "lengths"})
     .Attrs({"window: int64_t", "block_size: int64_t", "num_blocks: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::WindowIndices))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::WindowIndices>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::WindowInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::WindowInferDtype));
 
@@ -311,7 +311,7 @@ PD_BUILD_OP(fastattn_short_context_indices)
     .Inputs({"positions", paddle::Optional("batch_ids")})
     .Outputs({"indices", "lengths"})
     .Attrs({"k: int64_t", "compress_ratio: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::ShortContextIndices))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::ShortContextIndices>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ShortContextInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ShortContextInferDtype));
 
@@ -320,7 +320,7 @@ PD_BUILD_OP(fastattn_combine_topk_window)
              paddle::Optional("batch_ids")})
     .Outputs({"indices", "lengths"})
     .Attrs({"seq_stride: int64_t", "window_offset: int64_t", "multiple: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::CombineTopkWindow))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::CombineTopkWindow>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::CombineInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::CombineInferDtype));
 

@@ -310,7 +310,7 @@ PD_BUILD_OP(fastattn_indexer_q_rope_quant)
     .Inputs({"positions", "q", "cos_sin_cache", "weights"})
     .Outputs({"codes", "scales", "weights_out"})
     .Attrs({"softmax_scale: float", "head_scale: float", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerQRopeQuant))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerQRopeQuant>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerQRopeQuantInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerQRopeQuantInferDtype));
 
@@ -318,7 +318,7 @@ PD_BUILD_OP(fastattn_indexer_q_quant)
     .Inputs({"q", "weights", paddle::Optional("token_of_query")})
     .Outputs({"codes", "weights_out"})
     .Attrs({"factor: float"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerQQuant))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerQQuant>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerQQuantInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerQQuantInferDtype));
 
@@ -328,7 +328,7 @@ PD_BUILD_OP(fastattn_indexer_kv_compress_insert)
     .Outputs({"kv_cache_out"})
     .Attrs({"compress_ratio: int", "page_size: int", "rms_norm_eps: float", "quant: std::string"})
     .SetInplaceMap({{"kv_cache", "kv_cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerKvCompressInsert))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerKvCompressInsert>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerKvCompressInsertInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerKvCompressInsertInferDtype));
 

@@ -231,7 +231,7 @@ PD_BUILD_OP(fastattn_indexer_k_write_cache)
     .Outputs({"cache_out"})
     .Attrs({"page_size: int64_t", "quant: std::string", "scale_rule: std::string"})
     .SetInplaceMap({{"cache", "cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerKWriteCache))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerKWriteCache>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerKWriteCacheInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerKWriteCacheInferDtype));
 
@@ -242,7 +242,7 @@ PD_BUILD_OP(fastattn_indexer_k_gather)
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")},
                     {paddle::Optional("out_scales"), paddle::Optional("out_scales_out")}})
     .Attrs({"num_tokens: int64_t", "page_size: int64_t", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerKGather))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerKGather>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerKGatherInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerKGatherInferDtype));
 

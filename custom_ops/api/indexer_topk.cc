@@ -195,7 +195,7 @@ PD_BUILD_OP(fastattn_indexer_topk)
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"k: int64_t", "max_seqlen_k: int64_t", "workspace_bytes: int64_t",
             "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::IndexerTopk))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerTopk>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerTopkInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerTopkInferDtype));
 
@@ -206,7 +206,7 @@ PD_BUILD_OP(fastattn_paged_indexer_topk)
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"k: int64_t", "max_context_len: int64_t", "page_size: int64_t",
             "workspace_bytes: int64_t", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::PagedIndexerTopk))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::PagedIndexerTopk>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedIndexerTopkInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedIndexerTopkInferDtype));
 

@@ -26,6 +26,7 @@ constexpr const char* kSend = "send_kv_signal";
 
 // The sender's end of a channel, or null. Raises what a signal sent before ran into.
 KvSignals* SignalsOf(const char* op, const std::string& channel) {
+  EndOfChecks();  // it may open a queue
   KvSignals* signals = nullptr;
   std::string error;
   try {
@@ -201,7 +202,7 @@ PD_BUILD_OP(fastattn_begin_kv_signals)
     .Inputs({"seq_lens_encoder", "seq_lens_decoder"})
     .Outputs({"opened"})
     .Attrs({"batch: int", "silent: bool", "channel: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::BeginKvSignals))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::BeginKvSignals>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::BeginKvSignalsInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::BeginKvSignalsInferDtype));
 
@@ -210,7 +211,7 @@ PD_BUILD_OP(fastattn_send_kv_signal)
     .Outputs({"key_cache_out", "value_cache_out"})
     .Attrs({"layer_id: int", "channel: std::string"})
     .SetInplaceMap({{"key_cache", "key_cache_out"}, {"value_cache", "value_cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::SendKvSignal))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::SendKvSignal>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::SendKvSignalInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::SendKvSignalInferDtype));
 

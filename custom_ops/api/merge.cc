@@ -243,7 +243,7 @@ PD_BUILD_OP(fastattn_merge_attn_states)
                     {paddle::Optional("output_lse"), paddle::Optional("output_lse_out")},
                     {paddle::Optional("output_scales"), paddle::Optional("output_scales_out")}})
     .Attrs({"prefill_tokens_with_context: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::MergeAttnStates))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MergeAttnStates>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergeInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergeInferDtype));
 

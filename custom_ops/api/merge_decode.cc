@@ -112,7 +112,8 @@ PD_BUILD_OP(fastattn_merge_prefill_decode_output)
     .Outputs({"encoder_res_out"})
     .Attrs({"head_num: int", "head_dim: int", "max_token: int"})
     .SetInplaceMap({{"encoder_res", "encoder_res_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::MergePrefillDecodeOutput))
+    .SetKernelFn(
+        PD_KERNEL(fastattn::api::Registered<&fastattn::api::MergePrefillDecodeOutput>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergePrefillDecodeOutputInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergePrefillDecodeOutputInferDtype));
 

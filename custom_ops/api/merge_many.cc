@@ -149,7 +149,7 @@ PD_BUILD_OP(fastattn_merge_many_attn_states)
     .Outputs({"merged", "merged_lse", paddle::Optional("output_out")})
     .SetInplaceMap({{paddle::Optional("output"), paddle::Optional("output_out")}})
     .Attrs({"sinks_in_lse: bool"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::MergeManyAttnStates))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MergeManyAttnStates>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergeManyInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergeManyInferDtype));
 

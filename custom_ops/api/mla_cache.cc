@@ -312,7 +312,7 @@ PD_BUILD_OP(fastattn_mla_write_cache)
     .Outputs({"cache_out"})
     .Attrs({"cache_format: std::string", "scale_rule: std::string", "page_size: int"})
     .SetInplaceMap({{"cache", "cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::MlaWriteCache))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaWriteCache>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaWriteCacheInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaWriteCacheInferDtype));
 
@@ -322,7 +322,7 @@ PD_BUILD_OP(fastattn_mla_gather_cache)
     .Outputs({"out_out"})
     .Attrs({"cache_format: std::string", "page_size: int"})
     .SetInplaceMap({{"out", "out_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::MlaGatherCache))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaGatherCache>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaGatherCacheInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaGatherCacheInferDtype));
 

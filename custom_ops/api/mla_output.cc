@@ -99,7 +99,7 @@ PD_BUILD_OP(fastattn_inverse_rope_quantize_fp8)
     .Inputs({"x", "positions", "cos_sin_cache"})
     .Outputs({"codes", "scales"})
     .Attrs({"num_groups: int"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::InverseRopeQuantizeFp8))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::InverseRopeQuantizeFp8>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::InverseRopeQuantizeFp8InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::InverseRopeQuantizeFp8InferDtype));
 

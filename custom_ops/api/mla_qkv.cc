@@ -171,7 +171,7 @@ PD_BUILD_OP(fastattn_mla_qkv_norm_rope_write)
     .Attrs({"cache_format: std::string", "page_size: int", "padded_heads: int",
             "rms_norm_eps: float"})
     .SetInplaceMap({{"cache", "cache_out"}, {paddle::Optional("out"), paddle::Optional("out_out")}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::MlaQkvNormRopeWrite))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaQkvNormRopeWrite>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaQkvNormRopeWriteInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaQkvNormRopeWriteInferDtype));
 

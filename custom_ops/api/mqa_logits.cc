@@ -140,7 +140,7 @@ PD_BUILD_OP(fastattn_mqa_logits)
     .Outputs({"logits", paddle::Optional("out_out")})
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"max_seqlen_k: int64_t", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::MqaLogits))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MqaLogits>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MqaLogitsInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MqaLogitsInferDtype));
 
@@ -150,7 +150,7 @@ PD_BUILD_OP(fastattn_paged_mqa_logits)
     .Outputs({"logits", paddle::Optional("out_out")})
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"max_context_len: int64_t", "page_size: int64_t", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::PagedMqaLogits))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::PagedMqaLogits>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedMqaLogitsInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedMqaLogitsInferDtype));
 

@@ -134,7 +134,7 @@ std::vector<phi::DataType> Mxfp4DequantizeInferDtype(const phi::DataType& codes,
 PD_BUILD_OP(fastattn_mxfp4_quantize)
     .Inputs({"x"})
     .Outputs({"codes", "scales"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Mxfp4Quantize))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::Mxfp4Quantize>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::Mxfp4QuantizeInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::Mxfp4QuantizeInferDtype));
 
@@ -142,7 +142,7 @@ PD_BUILD_OP(fastattn_mxfp4_dequantize)
     .Inputs({"codes", "scales"})
     .Outputs({"x"})
     .Attrs({"dtype: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Mxfp4Dequantize))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::Mxfp4Dequantize>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::Mxfp4DequantizeInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::Mxfp4DequantizeInferDtype));
 

@@ -117,7 +117,7 @@ PD_BUILD_OP(fastattn_save_partial_states)
     .Inputs({"kv_score", "ape", "positions", "state_cache", "state_slots"})
     .Outputs({"state_cache_out"})
     .SetInplaceMap({{"state_cache", "state_cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::SavePartialStates))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::SavePartialStates>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::SavePartialStatesInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::SavePartialStatesInferDtype));
 

@@ -9,11 +9,16 @@ extern "C" int virtual_gpu_is_on();  // of tests/virtual_gpu
 
 namespace fastattn::api {
 
+// Set while a call only checks its arguments (EndOfChecks in check.h). Its tensors have shapes and
+// dtypes, but no memory.
+inline thread_local bool checking_arguments = false;
+
 // Whether launchers take tensors of a place. The virtual GPU, of which Paddle does not know, takes
 // those of the CPU while a test says so.
 inline bool IsGpu(const phi::Place& place) {
 #if defined(FASTATTN_VIRTUAL_GPU)
-  return place.GetType() == phi::AllocationType::CPU && virtual_gpu_is_on() != 0;
+  return !checking_arguments && place.GetType() == phi::AllocationType::CPU &&
+         virtual_gpu_is_on() != 0;
 #else
   return place.GetType() == phi::AllocationType::GPU;
 #endif

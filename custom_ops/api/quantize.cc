@@ -145,7 +145,7 @@ PD_BUILD_OP(fastattn_quantize_fp8)
     .Outputs({"codes", "scales", paddle::Optional("output_out")})
     .SetInplaceMap({{paddle::Optional("output"), paddle::Optional("output_out")}})
     .Attrs({"granularity: std::string", "group_size: int"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::QuantizeFp8))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::QuantizeFp8>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::QuantizeFp8InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::QuantizeFp8InferDtype));
 

@@ -177,7 +177,8 @@ PD_BUILD_OP(fastattn_radix_topk_ragged_transform)
     .Outputs({"output_out"})
     .SetInplaceMap({{"output", "output_out"}})
     .Attrs({"top_k: int64_t", "q_num_heads: int64_t", "block_size: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::RadixTopkRaggedTransform))
+    .SetKernelFn(
+        PD_KERNEL(fastattn::api::Registered<&fastattn::api::RadixTopkRaggedTransform>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::RadixTopkInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::RadixTopkInferDtype));
 

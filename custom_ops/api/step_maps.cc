@@ -199,7 +199,7 @@ PD_BUILD_OP(fastattn_token_maps)
              paddle::Optional("position_ids")})
     .Outputs({"seqs", "positions", "slots"})
     .Attrs({"num_tokens: int64_t", "block_size: int64_t", "num_blocks: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::TokenMaps))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::TokenMaps>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::TokenMapsInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::TokenMapsInferDtype));
 
@@ -207,7 +207,7 @@ PD_BUILD_OP(fastattn_query_rows)
     .Inputs({"batch_ids", "positions", "block_tables", "cu_seqlens_q"})
     .Outputs({"lengths", "row_tables", "token_of_query", "query_of_token"})
     .Attrs({"tile: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::QueryRows))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::QueryRows>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::QueryRowsInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::QueryRowsInferDtype));
 

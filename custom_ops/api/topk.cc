@@ -98,7 +98,7 @@ PD_BUILD_OP(fastattn_topk_indices)
     .Outputs({"indices", paddle::Optional("out_out")})
     .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
     .Attrs({"k: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::TopkIndices))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::TopkIndices>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::TopkInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::TopkInferDtype));
 

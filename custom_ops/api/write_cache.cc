@@ -124,7 +124,7 @@ PD_BUILD_OP(fastattn_write_cache_kv)
                     {"value_cache", "value_cache_out"},
                     {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
                     {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::WriteCacheKv))
+    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::WriteCacheKv>::Run))
     .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::WriteCacheKvInferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::WriteCacheKvInferDtype));
 

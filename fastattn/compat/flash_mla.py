@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 _VALUE_DIM = 512
+#: A bound of lengths beyond any.
+_ANY_LENGTH = 2**31 - 1
 
 
 class FlashMLASchedMeta:
@@ -77,10 +79,17 @@ def _codes(cache: Tensor | None, is_fp8: bool) -> Tensor | None:
     return cache.view("uint8")
 
 
+def _require_queries(op: str, s_q: int) -> None:
+    """Refuse a number of queries that a traced program does not know."""
+    if s_q < 0:
+        _refuse(op, "q", "expected a number of queries a sequence that is known while tracing")
+
+
 def _of_each_query(op: str, name: str, lengths: Tensor | None, s_q: int) -> Any:
     """A length a sequence as one a query."""
     if lengths is None or s_q == 1:
         return lengths
+    _require_queries(op, s_q)
     _rank(op, name, lengths, 1)
     return lengths.reshape([-1, 1]).expand([-1, s_q]).reshape([-1])
 
@@ -111,11 +120,13 @@ def _dense(
     page_size = _rank(op, "k_cache", k_cache, 4)[1]
     _rank(op, "cache_seqlens", cache_seqlens, 1)
     tables, lengths = cast(Tensor, block_table), cast(Tensor, cache_seqlens)
+    _require_queries(op, s_q)
     if 0 in (batch, s_q):
         return q[..., :_VALUE_DIM], paddle.empty([batch, heads, s_q], "float32")
     if not causal and s_q > 1:
         # All queries see all tokens, also where there are fewer of those: each is a sequence.
-        tables = tables.unsqueeze(1).expand([-1, s_q, -1]).reshape([-1, blocks])
+        tables = tables.unsqueeze(1).expand([-1, s_q, -1])
+        tables = tables.reshape([-1, blocks]) if blocks >= 0 else tables.flatten(0, 1)
         lengths = lengths.unsqueeze(1).expand([-1, s_q]).reshape([-1])
         q = view(q, [-1, 1, heads, dim])
         out, lse = _dense(op, q, k_cache, tables, lengths, sinks, softmax_scale, True, is_fp8)
@@ -127,7 +138,8 @@ def _dense(
         ends = progression(s_q, s_q, batch, "int32", lengths)
         last = progression(batch * s_q, 0, 1, "int32", lengths)
     else:
-        ends = paddle.arange(s_q, (batch + 1) * s_q, s_q, "int32")
+        # A program may not know the number of sequences.
+        ends = paddle.cumsum(paddle.full_like(lengths, s_q), dtype="int32")
         last = ends[-1:]
     starts = paddle.concat([ends - new, last])
     out, lse = mla_attention(
@@ -138,7 +150,7 @@ def _dense(
         lengths - new,
         new,
         s_q,
-        blocks * page_size,
+        blocks * page_size if min(blocks, page_size) >= 0 else _ANY_LENGTH,
         cache_format=_format(op, dim, is_fp8),
         softmax_scale=softmax_scale,
         causal=causal,

@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 _MOST = 2**31 - 1
 
+#: kDefaultScale of custom_ops/api/softmax_scale.h: the lowest float.
+DEFAULT_SCALE = float(np.finfo(np.float32).min)
+
 
 def as_float(op: str, name: str, value: Any) -> float:
     """Value of a real number of any type, NumPy's included.
@@ -55,12 +58,12 @@ def block_count(op: str, num_blocks: int | None) -> int:
     return -1 if num_blocks is None else check_int(op, "num_blocks", num_blocks, 0)
 
 
-def scale_of(op: str, q: Any, softmax_scale: float | None) -> float:
-    """A `softmax_scale` that was given, or 1 / sqrt of the channels of `q`."""
-    if softmax_scale is not None:
-        return as_float(op, "softmax_scale", softmax_scale)
-    shape = getattr(q, "shape", None)  # the operator says what is wrong with a q that has none
-    return float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
+def scale_of(op: str, softmax_scale: float | None) -> float:
+    """A `softmax_scale` that was given, or what stands for one that was not.
+
+    The operator resolves that: a program may be traced without knowing the channels of its queries.
+    """
+    return DEFAULT_SCALE if softmax_scale is None else as_float(op, "softmax_scale", softmax_scale)
 
 
 def as_int32(

@@ -163,7 +163,7 @@ def flash_attention(
     attrs = (
         max_seqlen_q,
         max_seqlen_k,
-        scale_of("flash_attention", q, softmax_scale),
+        scale_of("flash_attention", softmax_scale),
         causal,
         *as_window("flash_attention", window_size),
         as_float("flash_attention", "softcap", softcap),
@@ -395,7 +395,7 @@ def paged_attention(
         k_center,
     )
     attrs = paged_attention_attrs(
-        scale_of("paged_attention", q, softmax_scale),
+        scale_of("paged_attention", softmax_scale),
         causal,
         window_size,
         cache_quant_type,

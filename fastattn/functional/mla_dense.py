@@ -7,7 +7,7 @@ from typing import Any
 from paddle import Tensor
 
 from fastattn import _ops
-from fastattn.functional._attributes import as_float
+from fastattn.functional._attributes import scale_of
 from fastattn.functional._marker import unified
 
 
@@ -120,9 +120,6 @@ def mla_attention(
     >>> list(out.shape), float(out[0, 0, 0])
     ([1, 16, 512], 1.0)
     """
-    if softmax_scale is None:
-        shape = getattr(q, "shape", None)  # the operator says what is wrong with a q without one
-        softmax_scale = float(shape[-1] ** -0.5) if shape and shape[-1] > 0 else 1.0
     result, lse, *_ = _ops.call(
         "mla_attention",
         (
@@ -132,7 +129,7 @@ def mla_attention(
         (
             max_seqlen_q,
             max_seqlen_k,
-            as_float("mla_attention", "softmax_scale", softmax_scale),
+            scale_of("mla_attention", softmax_scale),
             causal,
             return_softmax_lse,
             cache_format,

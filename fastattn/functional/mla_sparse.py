@@ -56,7 +56,7 @@ def call(
         cache_format if extra_format is None else extra_format,
         0 if page_size is None else page_size,
         0 if extra_page_size is None else extra_page_size,
-        scale_of(op, keys[0], softmax_scale),
+        scale_of(op, softmax_scale),
         *flags,
         out_dtype,
     )
