@@ -20,6 +20,9 @@ from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
 from fastattn.functional.attention import paged_attention_attrs
 from fastattn.functional.rope import rope_write_attrs
 
+#: Options of an attention whose mask is given as offsets.
+_OFFSETS_ALONE = {"causal": False, "window_size": (-1, -1)}
+
 #: Attributes of a layer that its operators' arguments depend on.
 _READ = (
     "cache_fp8_format",
@@ -79,6 +82,8 @@ class LayerFacts:
         Keyword arguments of ``paged_attention``, without the scales.
     attend_tensors, attend_attrs : tuple
         Arguments of the operator ``paged_attention`` in a plain step, less what a step brings.
+    masked_attrs : tuple
+        `attend_attrs` of a step with offsets, which are its whole mask.
     head_dim : int
     sources : tuple of Tensor or None
         The layer's scales of K and V if `k_scales` and `v_scales` were made from them: writes to
@@ -101,6 +106,7 @@ class LayerFacts:
     attend: dict[str, Any]
     attend_tensors: tuple[Any, ...]
     attend_attrs: tuple[Any, ...]
+    masked_attrs: tuple[Any, ...]
     head_dim: int
     sources: tuple[Any, Any] | None
     detached: bool
@@ -144,6 +150,7 @@ class LayerFacts:
             attend=attend,
             attend_tensors=(attend["sinks"], None, attend["out_scale"], None, attend["k_center"]),
             attend_attrs=_attend_attrs(attend, heads[2]),
+            masked_attrs=_attend_attrs({**attend, **_OFFSETS_ALONE}, heads[2]),
             head_dim=heads[2],
             sources=(given[0], given[1]) if made else None,
             detached=detached,
@@ -182,18 +189,17 @@ class LayerFacts:
             self.seen,
         )
 
-    def masked_step_plan(self, mask_offsets: Any) -> tuple[Any, ...] | None:
-        """:attr:`step_plan` of a step with offsets, which are the whole mask of the layer."""
-        plan = self.step_plan
+    def masked_step_plan(
+        self, plan: tuple[Any, ...] | None, mask_offsets: Any
+    ) -> tuple[Any, ...] | None:
+        """:attr:`step_plan` of a step with offsets, which are the whole mask of the layer.
+
+        The plan is an argument because SOT translates this method and sees no cached property.
+        """
         if plan is None:
             return None
         sinks, _, *others = self.attend_tensors
-        return (*plan[:4], (sinks, mask_offsets, *others), self._masked_attrs, *plan[6:])
-
-    @functools.cached_property
-    def _masked_attrs(self) -> tuple[Any, ...]:
-        whole = {"causal": False, "window_size": (-1, -1)}
-        return _attend_attrs({**self.attend, **whole}, self.head_dim)
+        return (*plan[:4], (sinks, mask_offsets, *others), self.masked_attrs, *plan[6:])
 
     @property
     def window(self) -> int:

@@ -37,6 +37,9 @@ from fastattn.functional._marker import unified
 #: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
 _BLOCK_SHAPES_Q = (-1, 16)
 
+#: A bound of lengths beyond any.
+_ANY_SIZE = 2**31 - 1
+
 
 @dataclass
 class PagedAttentionMetadata(AttentionMetadata):
@@ -302,7 +305,9 @@ class PagedAttentionBackend(AttentionBackend):
         mask = mask_offsets(forward_meta, metadata)
         if mask is not None:
             mask = layer_mask(mask, forward_meta, metadata, facts.window, layer.layer_id)
-        plan = facts.step_plan if mask is None else facts.masked_step_plan(mask)
+        plan = facts.step_plan
+        if mask is not None:
+            plan = facts.masked_step_plan(plan, mask)
         caches = optional(forward_meta, "caches")
         if plan is None or caches is None:
             return None
@@ -311,7 +316,7 @@ class PagedAttentionBackend(AttentionBackend):
             tables = optional(forward_meta, "block_tables")
             if tables is None:
                 return None
-            lengths = qkv.shape[0], self._most_keys(tables)
+            lengths = _size(qkv, 0), self._most_keys(tables)
         scales = None if facts.dynamic else facts.scales(forward_meta, layer, self.config.shard)
         try:
             return run(
@@ -386,7 +391,7 @@ class PagedAttentionBackend(AttentionBackend):
         Sequences may be longer: that costs time. A traced step serves steps of other kinds, too, so
         there any sequence may have all tokens.
         """
-        tokens = query.shape[0]
+        tokens = _size(query, 0)
         guessed = paddle.in_dynamic_mode() and not in_sot()
         if guessed and not self.batch_invariant:  # whose bits may follow from too small a bound
             count = seqs[1].shape[0] - 1
@@ -396,7 +401,7 @@ class PagedAttentionBackend(AttentionBackend):
 
     def _most_keys(self, block_tables: Any) -> int:
         """Keys of a sequence, at most."""
-        return min(self.config.max_model_len, block_tables.shape[1] * BLOCK_SIZE)
+        return min(self.config.max_model_len, _size(block_tables, 1) * BLOCK_SIZE)
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
         """Arguments of the layer's operators, reused if the layer is unchanged."""
@@ -525,6 +530,12 @@ class PagedAttentionBackend(AttentionBackend):
 def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]:
     """An operator's call that Paddle does not rewrite when it traces a backend."""
     return _ops.call(op, inputs, attrs)
+
+
+def _size(tensor: Any, dimension: int) -> int:
+    """Size of a dimension; a bound beyond any where a traced program does not know it."""
+    size = tensor.shape[dimension]
+    return size if isinstance(size, int) and size >= 0 else _ANY_SIZE
 
 
 def _dtype_name(qkv: Any) -> str:

@@ -10,7 +10,13 @@ import paddle
 import pytest
 
 from fastattn import _ops, _views
-from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta, make_config
+from fastattn.backends import (
+    AttentionLayer,
+    FlashAttentionBackend,
+    FlashMaskAttentionBackend,
+    ForwardMeta,
+    make_config,
+)
 from fastattn.reference.rope import make_rotary_embs
 from tests.support.compare import assert_same_bits
 from tests.support.serving import taken
@@ -64,8 +70,8 @@ def make_meta(caches):
 QKV = paddle.to_tensor(RNG.normal(size=(6, (H + 2 * KV) * D)).astype(np.float16))
 
 
-def step(backend, layer, caches):
-    meta = make_meta(caches)
+def step(backend, layer, caches, meta=None):
+    meta = make_meta(caches) if meta is None else meta
     backend.init_attention_metadata(meta)
     with paddle.no_grad():
         return to_numpy(backend.forward_mixed(None, None, None, QKV, None, None, layer, meta))
@@ -454,6 +460,26 @@ def test_a_backend_that_knows_a_layer_can_be_traced():
     with paddle.no_grad():
         traced = paddle.jit.to_static(program, full_graph=True)(QKV)
     assert_same_bits(to_numpy(traced), expected)
+
+
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2.6 has another SOT")
+@pytest.mark.parametrize("full_graph", [True, False])
+def test_a_step_with_offsets_can_be_traced(full_graph):
+    layer, caches = step_layer("block_wise_fp8")
+    kept = FlashMaskAttentionBackend(make_config(max_model_len=256), KV, H, D)
+    meta = make_meta(caches)
+    meta.attn_mask_offsets = paddle.to_tensor(
+        [[3, 71], [0, 1], [0, 2], [1, 3], [0, 4], [2, 5]], "int32"
+    )
+    expected = step(kept, layer, caches, meta)
+    plain = step(backend(), layer, caches)
+    assert not np.array_equal(plain, expected)
+    kept.init_attention_metadata(meta)
+    program = Program(kept, layer, meta)
+    with paddle.no_grad():
+        traced = paddle.jit.to_static(program, full_graph=full_graph)
+        for _ in range(2):  # SOT runs what it has translated
+            assert_same_bits(to_numpy(traced(QKV)), expected)
 
 
 @needs_step
