@@ -25,6 +25,10 @@ def _page_size(op: str, cache: Any, page_size: int | None) -> int:
         raise ValueError(
             f"{op}: page_size: a cache of shape {list(shape)} does not tell it, got None"
         )
+    if not isinstance(shape[1], int) or shape[1] < 0:  # of a program
+        raise ValueError(
+            f"{op}: page_size: the program does not know the cache's second dimension; give page_size"
+        )
     return int(shape[1])
 
 

@@ -8,6 +8,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._marker import unified
+from fastattn.functional.indexer_keys import _page_size
 
 
 def _whole(op: str, name: str, value: Any) -> int:
@@ -187,17 +188,7 @@ def paged_mqa_logits(
     [[0.0, 0.0, -inf]]
     """
     op = "paged_mqa_logits"
-    if page_size is None:
-        page_size = 1  # without a tensor of pages the operator raises for that
-        if _ops.is_tensor(cache):
-            if len(cache.shape) < 3:
-                raise ValueError(
-                    f"{op}: page_size: a cache of shape {list(cache.shape)} does not tell it, "
-                    "got None"
-                )
-            page_size = int(cache.shape[1])
-    elif type(page_size) is not int:
-        raise TypeError(f"{op}: page_size: expected int, got {type(page_size).__name__}")
+    page_size = _page_size(op, cache, page_size)
     if _ops.is_tensor(q) and len(q.shape) != 4:
         raise ValueError(f"{op}: q: expected 4 dimensions, got shape {list(q.shape)}")
     logits, _ = _ops.call(

@@ -6,6 +6,7 @@ error ends the process.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,18 @@ def test_the_comparison_sees_another_scale():
         return_softmax_lse=True,
     )
     assert np.abs(to_numpy(lse) - reference_lse(q, k)).max() > 0.5
+
+
+def test_a_page_size_that_a_program_does_not_know_is_asked_for():
+    cache = paddle.zeros([2, 64, 132], "uint8")
+    tensors = {
+        "cache": cache,
+        "block_tables": int32([[1]]),
+        "cu_seqlens_k": int32([0, 3]),
+        "out": paddle.zeros([3, 128], "uint8"),
+        "out_scales": paddle.zeros([3, 1], "float32"),
+    }
+    gather = partial(F.indexer_k_gather, num_tokens=3)
+    with pytest.raises(ValueError, match="page_size: the program does not know"):
+        program_of(gather, tensors).concrete_program  # noqa: B018
+    program_of(gather, tensors, cache=(1, 2))(tensors)
