@@ -5,6 +5,7 @@ from __future__ import annotations
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._foreign import not_a_tensor
 from fastattn.functional._marker import unified
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 
@@ -139,7 +140,7 @@ def cp_gather_indexer_k_quant_cache(
     _check_pages(op, kv_cache)
     for name, tensor in (("dst_k", dst_k), ("dst_scale", dst_scale)):
         if not _ops.is_tensor(tensor):
-            raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+            raise not_a_tensor(op, name, tensor)
     if len(dst_k.shape) != 2:
         raise ValueError(f"{op}: dst_k: expected shape [N, 128], got {list(dst_k.shape)}")
     rows = int(dst_k.shape[0])

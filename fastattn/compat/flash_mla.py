@@ -19,6 +19,7 @@ import paddle
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._foreign import not_a_tensor
 from fastattn._views import view
 from fastattn.compat._paged import progression
 from fastattn.functional._marker import unified
@@ -56,7 +57,7 @@ def _refuse(op: str, name: str, text: str, kind: type[Exception] = ValueError) -
 
 def _rank(op: str, name: str, tensor: Any, rank: int) -> list[int]:
     if not _ops.is_tensor(tensor):
-        _refuse(op, name, f"expected a tensor, got {type(tensor).__name__}", TypeError)
+        raise not_a_tensor(op, name, tensor)
     if len(tensor.shape) != rank:
         _refuse(op, name, f"expected {rank} dimensions, got shape {list(tensor.shape)}")
     return list(tensor.shape)
