@@ -490,9 +490,10 @@ def compress_ratio(call: Call, name: str) -> None:
 
 
 def key_scale_rule(call: Call, name: str) -> None:
-    names(ValueError, ("pow2", "amax"), "expected pow2 or amax, got '{}'")(call, name)
-    if call.attrs[name] == "amax" and call.attrs["quant"] == "mxfp4":
-        call.fail(ValueError, name, "expected pow2 with mxfp4, got 'amax'")
+    rules = ("pow2", "amax", "amax_div")
+    names(ValueError, rules, "expected pow2, amax or amax_div, got '{}'")(call, name)
+    if call.attrs[name] != "pow2" and call.attrs["quant"] == "mxfp4":
+        call.fail(ValueError, name, f"expected pow2 with mxfp4, got '{call.attrs[name]}'")
 
 
 def int32_from(least: int) -> Rule:

@@ -45,7 +45,8 @@ def indexer_k_quant_and_cache(
     quant_block_size : int
         128.
     scale_fmt : {"ue8m0", "", None}
-        "ue8m0": scales are powers of two. Otherwise ``max(amax, 1e-4) / 448``.
+        "ue8m0": scales are powers of two. Otherwise ``max(amax, 1e-4) / 448``, and codes are
+        ``e4m3(x / scale)``.
 
     Returns
     -------
@@ -79,7 +80,7 @@ def indexer_k_quant_and_cache(
     if scale_fmt not in ("ue8m0", "", None):
         raise ValueError(f"{op}: scale_fmt: expected 'ue8m0', '' or None, got {scale_fmt!r}")
     _check_pages(op, kv_cache)
-    rule = "pow2" if scale_fmt == "ue8m0" else "amax"
+    rule = "pow2" if scale_fmt == "ue8m0" else "amax_div"
     return indexer_k_write_cache(k, kv_cache, slot_mapping, scale_rule=rule)
 
 

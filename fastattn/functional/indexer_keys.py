@@ -45,8 +45,9 @@ def indexer_k_write_cache(
 
     .. math::
         \text{pow2:}\quad & s = 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-4}) / 448)\rceil} \\
-        \text{amax:}\quad & s = \max(\mathrm{amax}, 10^{-4}) / 448 \\
-        & \mathrm{codes} = \mathrm{e4m3}(x \cdot (1 / s))
+        \text{amax, amax\_div:}\quad & s = \max(\mathrm{amax}, 10^{-4}) / 448 \\
+        \text{pow2, amax:}\quad & \mathrm{codes} = \mathrm{e4m3}(x \cdot (1 / s)) \\
+        \text{amax\_div:}\quad & \mathrm{codes} = \mathrm{e4m3}(x / s)
 
     "mxfp4" has E2M1 codes with one UE8M0 exponent per 32 channels.
 
@@ -62,8 +63,9 @@ def indexer_k_write_cache(
         S <= T: only the first S keys are written. Row ``slot % page_size`` of page
         ``slot // page_size``; a negative slot, or one past the last page, is skipped.
     quant : {"fp8", "mxfp4"}
-    scale_rule : {"pow2", "amax"}
-        Scale of "fp8": FastDeploy's and vLLM's ``scale_fmt="ue8m0"`` is "pow2".
+    scale_rule : {"pow2", "amax", "amax_div"}
+        Scale of "fp8": FastDeploy's and vLLM's ``scale_fmt="ue8m0"`` is "pow2", their float32
+        scales are "amax_div".
     page_size : int, optional
         Tokens of a page. Default: the second dimension of a cache of 3 or more.
 
