@@ -144,6 +144,9 @@ def lengths_with_kvcache(
     enough = fresh >= queries or batch == 0
     if enough or (values is not None and int(values.min()) + fresh >= queries):
         return before, Lengths(cached, new, masks)
+    if queries == 1:  # fresh is 0
+        whole = paddle.stack([progression(0, 0, batch, "int32", like), before], axis=-1)
+        return before, Lengths(cached, new, {**masks, "mask_offsets": whole})
     keys = (before + fresh if fresh else before).unsqueeze(-1)
     position = keys - progression(queries, -1, queries, "int32", like)
     return before, Lengths(cached, new, _explicit(position, keys, masks))
@@ -158,8 +161,12 @@ def lengths_of_varlen(
     seq_lens_decoder: Tensor | None,
     causal: bool,
     window_size: Any,
+    single: bool = False,
 ) -> Lengths:
-    """Lengths of sequences whose queries lie one after the other, `starts` being cu_seqlens_q."""
+    """Lengths of sequences whose queries lie one after the other, `starts` being cu_seqlens_q.
+
+    `single` says that none has more than one query, and that one without keys may be left out.
+    """
     masks = _masks(op, causal, window_size)
     used, keys = seqused
     batch = int(starts.shape[0]) - 1
@@ -189,6 +196,8 @@ def lengths_of_varlen(
     if batch == 0 or tokens == 0 or (host is not None and bool((host >= 0).all())):
         cached = cached if seq_lens_decoder is None else seq_lens_decoder
         return Lengths(cached, queries if used is None else used, masks)
+    if single and used is None:
+        return Lengths(cached, keys, masks)  # the operator takes the fewer of keys and queries
     order = progression(0, 1, tokens, "int32", starts)
     rows = paddle.searchsorted(starts[1:], order, out_int32=True, right=True)
     rows = rows.clip(max=batch - 1)  # padding has no sequence

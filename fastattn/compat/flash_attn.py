@@ -198,9 +198,9 @@ def flash_attn_varlen_func(
         Sinks: a logit for each head that joins the denominator and the LSE.
     seq_lens_decoder : Tensor, shape [B], int32, optional
         An addition to the packages' arguments: ``seqused_k`` minus the queries of each sequence.
-        Given once a step, it saves each layer the ten small kernels that compute it and the masks
-        of sequences with fewer keys than queries. On a GPU it is taken as it is, and none of it may
-        be negative: every sequence then has as many keys as queries.
+        Given once a step, it saves each layer about ten small kernels, which compute it and the
+        masks of sequences with fewer keys than queries. On a GPU it is taken as it is, and none of
+        it may be negative: every sequence then has as many keys as queries.
     qv, q_v, attention_chunk, cp_world_size, cp_rank, cp_tot_seqused_k
         Refused, unless they have their default.
     scheduler_metadata, num_splits, pack_gqa, sm_margin, fa_version
@@ -290,6 +290,8 @@ def flash_attn_varlen_func(
             cu_seqlens_k,
             (seqused_q, seqused_k),
             seq_lens_decoder,
+            # A query of no sequence gives 0 and -inf, but leaves a given `out` as it is.
+            single=max_seqlen_q == 1 and out is None,
             **masks,
         )
         if "mask_offsets" in lengths.masks and type(max_seqlen_k) is type(max_seqlen_q):

@@ -127,12 +127,15 @@ def test_more_queries_than_the_cache_has_room_for(place):
 
 @pytest.mark.parametrize("masks", MASKS, ids=str)
 @pytest.mark.parametrize("used", [False, True])
-@pytest.mark.parametrize("decoder", [False, True])
-def test_varlen_with_few_keys(place, where, masks, used, decoder):
+def test_varlen_with_few_keys(place, where, masks, used):
     """One sequence without queries, and two tokens of padding."""
-    if decoder and (where == "device" or place != "cpu"):
-        pytest.skip("the caller's word is taken where the host does not know the lengths")
     skip_slices_on(place)
+    few_keys(place, masks, used, decoder=False)
+    if where == "host" and place == "cpu":  # elsewhere the caller's word is taken
+        few_keys(place, masks, used, decoder=True)
+
+
+def few_keys(place, masks, used, decoder):
     queries, keys = [4, 1, 0, 7, 3, 1], [2, 0, 5, 0, 80, 66]
     taken = [2, 1, 0, 5, 3, 0] if used else queries
     caches = Caches(keys, 0, seed=4)
@@ -164,6 +167,38 @@ def test_varlen_with_few_keys(place, where, masks, used, decoder):
     assert result.data_ptr() == out.data_ptr()
     left = np.delete(to_numpy(result).astype(np.float32), rows, axis=0)
     assert not left.any()
+
+
+@pytest.mark.parametrize("more", [{}, {"out": True}, {"s_aux": True}], ids=str)
+def test_varlen_decode_with_few_keys(place, where, more):
+    """At most one query each, also of sequences without keys."""
+    skip_slices_on(place)
+    queries, keys = [1, 1, 0, 1, 1], [0, 5, 3, 66, 0]
+    caches = Caches(keys, 0, seed=7)
+    starts = np.concatenate([[0], np.cumsum(queries)])
+    q = values(np.random.default_rng(8), (4, H, D))
+    sinks = np.array([0.5, -1.0, 2.0, 0.0], np.float32) if "s_aux" in more else None
+    result, lse = flash_attn_varlen_func(
+        *(to_paddle(x, place) for x in (q, *caches.held)),
+        int32(starts, place),
+        None,
+        1,
+        66,
+        block_table=int32(caches.tables, place),
+        seqused_k=int32(keys, place),
+        causal=True,
+        window_size=(3, -1),
+        out=to_paddle(np.full(q.shape, 7, BF16), place) if "out" in more else None,
+        s_aux=None if sinks is None else to_paddle(sinks, place),
+        return_softmax_lse=True,
+    )
+    masks = {"causal": True, "window_size": (3, -1)}
+    seqs = [
+        caches.sequences([q[s : s + 1]] * 5, keys, masks)[b]
+        for b, (s, n) in enumerate(zip(starts, queries))
+        if n
+    ]
+    check(seqs, to_numpy(result), to_numpy(lse), place, sinks=sinks)
 
 
 def kvcache(**changes):
