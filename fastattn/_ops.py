@@ -28,6 +28,7 @@ import paddle
 
 from fastattn import env
 from fastattn._attrs import typed_attrs
+from fastattn._foreign import not_a_tensor
 
 LIBRARY_NAME = "_fastattn_ops.so"
 PREFIX = "fastattn_"
@@ -370,7 +371,7 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) ->
                 raise TypeError(f"{sig.name}: {name}: expected a tensor, got None")
             continue
         if not is_tensor(value):
-            raise TypeError(f"{sig.name}: {name}: expected a tensor, got {type(value).__name__}")
+            raise not_a_tensor(sig.name, name, value)
         if isinstance(value, eager) and value._is_initialized() and not value.is_dense():
             kind = "distributed" if value.is_dist() else "sparse"
             raise TypeError(f"{sig.name}: {name}: expected a dense tensor, got a {kind} one")

@@ -80,6 +80,13 @@ void CheckGathered(const Tensor* out, const Tensor* out_scales, int64_t rows, in
   }
 }
 
+IndexerScaleRule ParseKeyScaleRule(const std::string& name) {
+  if (name == "pow2") return IndexerScaleRule::kPow2;
+  if (name == "amax") return IndexerScaleRule::kAmax;
+  if (name == "amax_div") return IndexerScaleRule::kAmaxDiv;
+  Fail("ValueError", kWriteOp, "scale_rule", "expected pow2, amax or amax_div, got '", name, "'");
+}
+
 phi::DataType KeyScaleDtype(const std::string& quant) {
   return quant == "fp8" ? phi::DataType::FLOAT32 : phi::DataType::INT32;
 }
@@ -103,13 +110,10 @@ void IndexerKWriteCache(const Tensor& key, Tensor& cache, const Tensor& slot_map
       .Contiguous();
   IndexerKWriteParams p;
   p.pages = ParsePages(kWriteOp, cache, page_size, quant, place);
-  if (scale_rule != "pow2" && scale_rule != "amax") {
-    Fail("ValueError", kWriteOp, "scale_rule", "expected pow2 or amax, got '", scale_rule, "'");
+  p.scale_rule = ParseKeyScaleRule(scale_rule);
+  if (p.scale_rule != IndexerScaleRule::kPow2 && p.pages.quant != IndexerQuant::kFp8) {
+    Fail("ValueError", kWriteOp, "scale_rule", "expected pow2 with mxfp4, got '", scale_rule, "'");
   }
-  if (scale_rule == "amax" && p.pages.quant != IndexerQuant::kFp8) {
-    Fail("ValueError", kWriteOp, "scale_rule", "expected pow2 with mxfp4, got 'amax'");
-  }
-  p.scale_rule = scale_rule == "pow2" ? IndexerScaleRule::kPow2 : IndexerScaleRule::kAmax;
   p.num_tokens = SizesOf(slot_mapping)[0];
   if (p.num_tokens > SizesOf(key)[0]) {
     Fail("ValueError", kWriteOp, "slot_mapping", "expected at most ", SizesOf(key)[0],

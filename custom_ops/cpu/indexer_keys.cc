@@ -12,10 +12,13 @@ namespace fastattn::cpu {
 namespace {
 
 // Writes the codes of a key with an arbitrary scale, and returns that.
-float EncodeFp8Amax(const float* x, uint8_t* codes) {
+float EncodeFp8Amax(const float* x, IndexerScaleRule rule, uint8_t* codes) {
   const float scale = IndexerAmaxScale(AmaxBits(x, kIndexerHeadDim));
+  const bool divides = rule == IndexerScaleRule::kAmaxDiv;
   const float inverse = Div(1.0f, scale);
-  for (int i = 0; i < kIndexerHeadDim; ++i) codes[i] = FloatToE4M3(Mul(x[i], inverse));
+  for (int i = 0; i < kIndexerHeadDim; ++i) {
+    codes[i] = FloatToE4M3(divides ? Div(x[i], scale) : Mul(x[i], inverse));
+  }
   return scale;
 }
 
@@ -34,8 +37,9 @@ void WriteToken(const IndexerKWriteParams& p, int64_t token) {
     EncodeMxfp4(x, kIndexerHeadDim, codes, scales);
     return;
   }
-  const float scale = p.scale_rule == IndexerScaleRule::kPow2 ? EncodeFp8(x, kIndexerHeadDim, codes)
-                                                              : EncodeFp8Amax(x, codes);
+  const float scale = p.scale_rule == IndexerScaleRule::kPow2
+                          ? EncodeFp8(x, kIndexerHeadDim, codes)
+                          : EncodeFp8Amax(x, p.scale_rule, codes);
   std::memcpy(scales, &scale, sizeof(scale));
 }
 

@@ -9,15 +9,17 @@
 
 namespace fastattn {
 
-// Scale of an FP8 key from its largest magnitude.
+// Scale of an FP8 key from its largest magnitude, and codes from that.
 enum class IndexerScaleRule : int {
-  kPow2,  // smallest power of two >= max(amax, 1e-4) / 448
-  kAmax,  // max(amax, 1e-4) / 448
+  kPow2,     // smallest power of two >= max(amax, 1e-4) / 448
+  kAmax,     // max(amax, 1e-4) / 448; channels are multiplied by its reciprocal
+  kAmaxDiv,  // the same; channels are divided by it, which rounds otherwise
 };
 
 inline constexpr float kIndexerAmaxFloor = 1e-4f;
 
-// The scale of kAmax. A NaN has one bit pattern, whatever the processor makes of its payload.
+// The scale of kAmax and kAmaxDiv. A NaN has one bit pattern, whatever the processor makes of its
+// payload.
 FASTATTN_HD float IndexerAmaxScale(uint32_t amax_bits) {
   if (amax_bits > 0x7F800000u) return BitsFloat(0x7FC00000u);
   return DynamicScale(amax_bits, kIndexerAmaxFloor, kE4M3Max);

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fastattn._foreign import not_a_tensor
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
@@ -159,7 +160,7 @@ def _checked(
         cache = caches[index]
         name = f"caches[{index}]"
         if not _ops.is_tensor(cache):
-            raise TypeError(f"{_OP}: {name}: expected a tensor, got {type(cache).__name__}")
+            raise not_a_tensor(_OP, name, cache)
         dtype = str(cache.dtype).rpartition(".")[2]
         if not dtype.startswith(codes):
             raise TypeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._foreign import not_a_tensor
 from fastattn.functional._marker import unified
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 
@@ -44,7 +45,8 @@ def indexer_k_quant_and_cache(
     quant_block_size : int
         128.
     scale_fmt : {"ue8m0", "", None}
-        "ue8m0": scales are powers of two. Otherwise ``max(amax, 1e-4) / 448``.
+        "ue8m0": scales are powers of two. Otherwise ``max(amax, 1e-4) / 448``, and codes are
+        ``e4m3(x / scale)``.
 
     Returns
     -------
@@ -78,7 +80,7 @@ def indexer_k_quant_and_cache(
     if scale_fmt not in ("ue8m0", "", None):
         raise ValueError(f"{op}: scale_fmt: expected 'ue8m0', '' or None, got {scale_fmt!r}")
     _check_pages(op, kv_cache)
-    rule = "pow2" if scale_fmt == "ue8m0" else "amax"
+    rule = "pow2" if scale_fmt == "ue8m0" else "amax_div"
     return indexer_k_write_cache(k, kv_cache, slot_mapping, scale_rule=rule)
 
 
@@ -139,7 +141,7 @@ def cp_gather_indexer_k_quant_cache(
     _check_pages(op, kv_cache)
     for name, tensor in (("dst_k", dst_k), ("dst_scale", dst_scale)):
         if not _ops.is_tensor(tensor):
-            raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+            raise not_a_tensor(op, name, tensor)
     if len(dst_k.shape) != 2:
         raise ValueError(f"{op}: dst_k: expected shape [N, 128], got {list(dst_k.shape)}")
     rows = int(dst_k.shape[0])

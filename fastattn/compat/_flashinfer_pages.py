@@ -10,6 +10,7 @@ from paddle import Tensor
 from fastattn.compat._flashinfer_wrapper import LN2, caches_as_blocks, check_layout
 from fastattn.compat._paged import (
     BLOCK_SIZE,
+    dtype_name,
     progression,
     refuse,
     refuse_given,
@@ -157,7 +158,7 @@ def get_batch_indices_positions(
     Raises
     ------
     TypeError
-        If an argument is not a tensor, or `nnz` is no int.
+        If an argument is not a tensor, a result's dtype is not int32, or `nnz` is no int.
     ValueError
         If `seq_lens`, `batch_indices` or `positions` has another shape, or `nnz` is negative.
 
@@ -186,6 +187,7 @@ def get_batch_indices_positions(
     for name, tensor in given.items():
         if tensor is not None:
             require_tensors(op, **{name: tensor})
+            _check_dtype(op, name, tensor, "int32")
             if list(tensor.shape) != [nnz]:
                 raise ValueError(f"{op}: {name}: expected shape [{nnz}], got {list(tensor.shape)}")
     tokens = progression(0, 1, nnz, "int32", append_indptr)
@@ -269,6 +271,7 @@ def merge_state_in_place(
     op = "merge_state_in_place"
     refuse_given(op, mask=mask)
     require_tensors(op, v=v, s=s, v_other=v_other, s_other=s_other)
+    _check_dtype(op, "s", s, "float32")  # before `v` is written
     _, lse = merge_attn_states(v, _natural(s), v_other, _natural(s_other), output=v)
     s.copy_(lse.transpose([1, 0]) * (1 / LN2), True)
 
@@ -308,6 +311,12 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     lses = (s.astype("float32") * LN2).transpose([1, 2, 0])
     merged, lse = merge_many_attn_states(v.transpose([1, 0, 2, 3]), lses)
     return merged, lse.transpose([1, 0]) * (1 / LN2)
+
+
+def _check_dtype(op: str, name: str, tensor: Tensor, expected: str) -> None:
+    if dtype_name(tensor.dtype) != expected:
+        got = dtype_name(tensor.dtype)
+        raise TypeError(f"{op}: {name}: expected dtype {expected}, got {got}")
 
 
 def _natural(lse: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _ops
+from fastattn._foreign import is_torch, not_a_tensor
 from fastattn.compat._paged import BLOCK_SIZE, refuse
 
 Ints = NDArray[np.int64]
@@ -42,9 +43,16 @@ class Step(NamedTuple):
         return np.diff(self.starts)
 
 
+def _array(op: str, name: str, values: Any) -> NDArray[Any]:
+    """A tensor on any place, or what NumPy makes an array of."""
+    if is_torch(values):
+        raise not_a_tensor(op, name, values)
+    return np.asarray(values.numpy() if _ops.is_tensor(values) else values)
+
+
 def on_host(op: str, name: str, values: Any) -> Ints:
     """Integers of a tensor on any place, or of an array."""
-    array = np.asarray(values.numpy() if _ops.is_tensor(values) else values)
+    array = _array(op, name, values)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise ValueError(f"{op}: {name}: expected integers in one dimension, got {array.shape}")
     return array.astype(np.int64)
@@ -139,7 +147,7 @@ def dense_block_tables(indptr: ArrayLike, indices: ArrayLike) -> NDArray[np.int3
 
 def intervals_of_mask(op: str, step: Step, mask: Any) -> Ints:
     """Keys ``[first, last + 1)`` that each query sees by a flattened boolean mask."""
-    flat = np.asarray(mask.numpy() if _ops.is_tensor(mask) else mask).reshape(-1).astype(bool)
+    flat = _array(op, "custom_mask", mask).reshape(-1).astype(bool)
     sizes = step.queries * step.keys
     if flat.size != sizes.sum():
         raise ValueError(f"{op}: custom_mask: expected {sizes.sum()} elements, got {flat.size}")

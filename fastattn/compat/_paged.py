@@ -10,6 +10,7 @@ import paddle
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._foreign import not_a_tensor
 
 BLOCK_SIZE = 64
 
@@ -32,7 +33,12 @@ def refuse_given(op: str, **arguments: Any) -> None:
 def require_tensors(op: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not _ops.is_tensor(value):
-            raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
+            raise not_a_tensor(op, name, value)
+
+
+def require_given(op: str, **arguments: Any) -> None:
+    """:func:`require_tensors` of those that are not None."""
+    require_tensors(op, **{name: value for name, value in arguments.items() if value is not None})
 
 
 def dtype_name(value: Any) -> str:
@@ -67,7 +73,7 @@ class Blocks(NamedTuple):
 
 def _check_cache(op: str, name: str, cache: Any, rank: int, text: str) -> None:
     if not _ops.is_tensor(cache):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(cache).__name__}")
+        raise not_a_tensor(op, name, cache)
     if len(cache.shape) != rank:
         raise ValueError(f"{op}: {name}: expected shape {text}, got {list(cache.shape)}")
 

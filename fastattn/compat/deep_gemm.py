@@ -22,6 +22,7 @@ import paddle
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._foreign import not_a_tensor
 from fastattn.functional._marker import unified
 from fastattn.functional._partial import dtype_name
 from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
@@ -63,7 +64,7 @@ def _check_indices(op: str, indices: Any, q: Any) -> None:
     if indices is None:
         return
     if not _ops.is_tensor(indices):
-        raise TypeError(f"{op}: indices: expected a tensor, got {type(indices).__name__}")
+        raise not_a_tensor(op, "indices", indices)
     if not _ops.is_tensor(q) or len(q.shape) == 0:
         return  # the operator refuses it
     expected = [int(q.shape[0])]
@@ -426,7 +427,7 @@ def get_paged_mqa_logits_metadata(
     """
     op = "get_paged_mqa_logits_metadata"
     if not _ops.is_tensor(context_lens):
-        raise TypeError(f"{op}: context_lens: expected a tensor, got {type(context_lens).__name__}")
+        raise not_a_tensor(op, "context_lens", context_lens)
     for name, value in (("block_kv", block_kv), ("num_sms", num_sms)):
         if type(value) is not int:
             raise TypeError(f"{op}: {name}: expected int, got {type(value).__name__}")

@@ -11,13 +11,19 @@ Paged caches ``[num_blocks, page_size, KV, D]`` are read where they lie.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any
 
-import paddle
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._foreign import is_torch, not_a_tensor
 from fastattn._views import view
+from fastattn.compat._flash_attn_steps import (
+    check_ahead,
+    lengths_of_varlen,
+    lengths_with_kvcache,
+)
 from fastattn.compat._paged import (
     BLOCK_SIZE,
     Blocks,
@@ -27,6 +33,7 @@ from fastattn.compat._paged import (
     progression,
     refuse,
     refuse_given,
+    require_given,
     require_tensors,
 )
 from fastattn.functional import flash_attention, paged_attention, write_cache_kv
@@ -40,6 +47,8 @@ _KV_DTYPES = {"float8_e5m2": "e5m2", "int8": "int8"}
 
 
 def _check_number(op: str, name: str, value: Any, expected: float, why: str) -> None:
+    if is_torch(value):
+        raise not_a_tensor(op, name, value)
     if not isinstance(value, numbers.Real):
         raise TypeError(
             f"{op}: {name}: expected a number, got {type(value).__name__}; the packages' positions "
@@ -51,6 +60,9 @@ def _check_number(op: str, name: str, value: Any, expected: float, why: str) -> 
 
 def _check_common(op: str, causal: Any, softmax_scale: Any) -> None:
     """Refuse what stands in the place of another argument when positions are mixed up."""
+    for name, value in (("causal", causal), ("softmax_scale", softmax_scale)):
+        if is_torch(value):
+            raise not_a_tensor(op, name, value)
     if not isinstance(causal, (bool, int)):
         raise TypeError(
             f"{op}: causal: expected bool, got {type(causal).__name__}; pass arguments by name"
@@ -85,7 +97,7 @@ def _cache_scale(op: str, name: str, descale: Any, cache: Tensor, blocks: Blocks
 
 
 def _window(window_size: Any) -> Any:
-    return (-1, -1) if window_size is None else tuple(window_size)
+    return (-1, -1) if window_size is None else window_size
 
 
 @unified
@@ -143,7 +155,8 @@ def flash_attn_varlen_func(
       :func:`fastattn.functional.write_cache_kv` writes it.
 
     Sequence b then has ``seqused_k[b]`` keys (or as many as `cu_seqlens_k` says), which include
-    those of its queries. Each has at least as many keys as queries.
+    those of its queries. The last query is at the last key, also where there are fewer keys than
+    queries: a query before the first key sees none with `causal`, and gives 0.
 
     Parameters
     ----------
@@ -185,7 +198,9 @@ def flash_attn_varlen_func(
         Sinks: a logit for each head that joins the denominator and the LSE.
     seq_lens_decoder : Tensor, shape [B], int32, optional
         An addition to the packages' arguments: ``seqused_k`` minus the queries of each sequence.
-        Given once a step, it saves each layer the small kernels that compute it.
+        Given once a step, it saves each layer about ten small kernels, which compute it and the
+        masks of sequences with fewer keys than queries. On a GPU it is taken as it is, and none of
+        it may be negative: every sequence then has as many keys as queries.
     qv, q_v, attention_chunk, cp_world_size, cp_rank, cp_tot_seqused_k
         Refused, unless they have their default.
     scheduler_metadata, num_splits, pack_gqa, sm_margin, fa_version
@@ -226,22 +241,22 @@ def flash_attn_varlen_func(
             max_seqlen_q,
         )
     require_tensors(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
+    require_given(op, cu_seqlens_k=cu_seqlens_k, s_aux=s_aux, q_descale=q_descale, out=out)
     _check_number(op, "dropout_p", dropout_p, 0, "dropout is for training")
     _check_common(op, causal, softmax_scale)
     if attention_chunk != 0 or cp_world_size != 1 or cp_rank != 0:
         name = "attention_chunk" if attention_chunk != 0 else "cp_world_size"
         refuse(op, name, "not supported")
     refuse_given(op, alibi_slopes=alibi_slopes, qv=qv, q_v=q_v, cp_tot_seqused_k=cp_tot_seqused_k)
-    options = {
+    options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
-        "causal": bool(causal),
-        "window_size": _window(window_size),
         "softcap": softcap,
         "sinks": s_aux,
         "q_descale": q_descale,
         "return_softmax_lse": return_softmax_lse or return_attn_probs,
         "out": out,
     }
+    masks: dict[str, Any] = {"causal": bool(causal), "window_size": _window(window_size)}
     if block_table is None:
         for name, value in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
             if value is not None:
@@ -259,60 +274,45 @@ def flash_attn_varlen_func(
             k_descale=k_descale,
             v_descale=v_descale,
             kv_dtype=_KV_DTYPES.get(dtype_name(k.dtype), "auto"),
+            **masks,
             **options,
         )
     else:
         blocks = nhd_blocks(op, k, v, ("k", "v"))
-        cached, new = _paged_lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-                                     seq_lens_decoder)  # fmt: skip
+        table = _blocks(op, block_table, blocks.per_page)
+        if len(cu_seqlens_q.shape) != 1 or cu_seqlens_q.shape[0] == 0:
+            shape = list(cu_seqlens_q.shape)
+            raise ValueError(f"{op}: cu_seqlens_q: expected shape [B + 1], got {shape}")
+        lengths = lengths_of_varlen(
+            op,
+            cu_seqlens_q,
+            int(q.shape[0]),
+            cu_seqlens_k,
+            (seqused_q, seqused_k),
+            seq_lens_decoder,
+            # A query of no sequence gives 0 and -inf, but leaves a given `out` as it is.
+            single=max_seqlen_q == 1 and out is None,
+            **masks,
+        )
+        if "mask_offsets" in lengths.masks and type(max_seqlen_k) is type(max_seqlen_q):
+            max_seqlen_k = max(max_seqlen_k, max_seqlen_q)
         result = paged_attention(
             q,
             blocks.key,
             blocks.value,
-            _blocks(op, block_table, blocks.per_page),
+            table,
             cu_seqlens_q,
-            cached,
-            new,
+            lengths.cached,
+            lengths.new,
             max_seqlen_q,
             max_seqlen_k,
             cache_k_scales=_cache_scale(op, "k_descale", k_descale, k, blocks),
             cache_v_scales=_cache_scale(op, "v_descale", v_descale, v, blocks),
             **blocks.options(),
+            **lengths.masks,
             **options,
         )
     return (*result, None) if return_attn_probs and not return_softmax_lse else result
-
-
-def _paged_lengths(
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    seq_lens_decoder: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Cached and new tokens of each sequence, as tensors on the device."""
-    op = _VARLEN
-    if seqused_k is None:
-        if cu_seqlens_k is None:
-            raise ValueError(f"{op}: seqused_k: required with block_table (or cu_seqlens_k)")
-        seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
-    elif cu_seqlens_k is not None:
-        raise ValueError(f"{op}: cu_seqlens_k: given together with seqused_k")
-    require_tensors(op, seqused_k=seqused_k)
-    if seq_lens_decoder is None:
-        queries = seqused_q
-        if queries is None:
-            queries = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
-        seq_lens_decoder = seqused_k - queries
-        if _is_on_cpu(seq_lens_decoder) and bool((seq_lens_decoder < 0).any()):
-            raise ValueError(f"{op}: seqused_k: a sequence has more queries than keys")
-    # The operator takes the fewer of these and of what cu_seqlens_q leaves room for; a sequence
-    # has at most as many queries as keys, and so no slot behind its last key is ever read.
-    return seq_lens_decoder, seqused_k if seqused_q is None else seqused_q
-
-
-def _is_on_cpu(tensor: Tensor) -> bool:
-    return paddle.in_dynamic_mode() and bool(tensor.place.is_cpu_place())
 
 
 @unified
@@ -358,7 +358,12 @@ def flash_attn_with_kvcache(
     Positions are those of flash-attn 2. FlashAttention-3 has the same first five; its other
     arguments go by name. The caches are read and written in place: paged ones as
     :func:`flash_attn_varlen_func` takes them, and, without a block table, contiguous ones
-    ``[B, S, KV, D]`` with S a multiple of 64. Each sequence has at least as many keys as queries.
+    ``[B, S, KV, D]`` with S a multiple of 64. The last query is at the last key, also where there
+    are fewer keys than queries: a query before the first key sees none with `causal`, and gives 0.
+
+    All arguments are checked before the caches are written. Lengths are checked where the host
+    knows them, as an int or on the CPU. On a GPU they are not read: what a negative one gives is
+    undefined, and a new token that the cache has no room for is left out.
 
     Parameters
     ----------
@@ -371,7 +376,8 @@ def flash_attn_with_kvcache(
     rotary_cos, rotary_sin : None
         :func:`fastattn.functional.rope_write_cache_kv` rotates and writes in one kernel.
     cache_seqlens : int or Tensor, shape [B], int32, optional
-        Keys in the cache, without those of `k`; default all that it has room for.
+        Keys in the cache, without those of `k`: from 0 to the cache's room, less that of `k`.
+        Default all that it has room for.
     cache_batch_idx, cache_leftpad, alibi_slopes : None
     block_table, page_table : Tensor, shape [B, max_pages], int32, optional
         Two names of one argument.
@@ -389,14 +395,15 @@ def flash_attn_with_kvcache(
     -------
     out : Tensor, shape [B, N, H, D]
     softmax_lse : Tensor, shape [B, H, N], float32
-        Only with `return_softmax_lse`. Natural logarithm.
+        Only with `return_softmax_lse`. Natural logarithm; -inf where a query sees no key.
 
     Raises
     ------
     NotImplementedError
         For what is refused above, or a cache that would have to be copied.
     TypeError, ValueError
-        As :func:`fastattn.functional.paged_attention` and ``write_cache_kv``.
+        As :func:`fastattn.functional.paged_attention` and ``write_cache_kv``; also for lengths that
+        are negative or beyond the cache's room, where the host knows them.
 
     Examples
     --------
@@ -411,6 +418,7 @@ def flash_attn_with_kvcache(
     """
     op = _KVCACHE
     require_tensors(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    require_given(op, q_descale=q_descale, s_aux=s_aux, out=out, page_table=page_table)
     _check_common(op, causal, softmax_scale)
     refuse_given(
         op,
@@ -436,17 +444,36 @@ def flash_attn_with_kvcache(
         table = _rows_as_tables(op, k_cache, batch)
     else:
         table = _blocks(op, table, blocks.per_page)
-    if out is not None and not out.is_contiguous():
-        refuse(op, "out", "not contiguous: the result would go to a copy")
+    _check_out(op, out, q)
     room = int(table.shape[1]) * BLOCK_SIZE
     fresh = _new_keys(op, k, v, batch)
-    if cache_seqlens is None:
-        cache_seqlens = room - fresh
-    scales = {
+    before, lengths = lengths_with_kvcache(
+        op, cache_seqlens, (batch, queries, fresh, room), bool(causal), _window(window_size), q
+    )
+    cache: dict[str, Any] = {
         "cache_k_scales": _cache_scale(op, "k_descale", k_descale, k_cache, blocks),
         "cache_v_scales": _cache_scale(op, "v_descale", v_descale, v_cache, blocks),
+        **blocks.options(),
     }
+    options: dict[str, Any] = {
+        "q_descale": q_descale,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "return_softmax_lse": return_softmax_lse,
+        "out": None if out is None else view(out, [batch * queries, heads, head_dim]),
+        **cache,
+    }
+    arguments: tuple[Any, ...] = (
+        view(q, [batch * queries, heads, head_dim]),
+        blocks.key,
+        blocks.value,
+        table,
+        _starts(batch, queries, q),
+    )
+    attend: Callable[..., Any] = paged_attention
     if k is not None and v is not None:
+        check_ahead(attend, arguments, options, batch)
         write_cache_kv(
             view(k, [batch * fresh, *k.shape[2:]]),
             view(v, [batch * fresh, *v.shape[2:]]),
@@ -454,37 +481,26 @@ def flash_attn_with_kvcache(
             blocks.value,
             table,
             _starts(batch, fresh, q),
-            _lengths(cache_seqlens, 0, batch, q),
+            before,
             progression(fresh, 0, batch, "int32", q),
-            **scales,
-            **blocks.options(),
+            **cache,
         )
-    result = paged_attention(
-        view(q, [batch * queries, heads, head_dim]),
-        blocks.key,
-        blocks.value,
-        table,
-        _starts(batch, queries, q),
-        _lengths(cache_seqlens, fresh - queries, batch, q),
-        progression(queries, 0, batch, "int32", q),
-        queries,
-        room,
-        q_descale=q_descale,
-        softmax_scale=softmax_scale,
-        causal=bool(causal),
-        window_size=_window(window_size),
-        softcap=softcap,
-        sinks=s_aux,
-        return_softmax_lse=return_softmax_lse,
-        out=None if out is None else view(out, [batch * queries, heads, head_dim]),
-        **scales,
-        **blocks.options(),
-    )
+    step = (lengths.cached, lengths.new, queries, max(room, queries))
+    result = attend(*arguments, *step, **lengths.masks, **options)
     shape = [batch, queries, heads, head_dim]
     if not return_softmax_lse:
         return view(result, shape) if out is None else out
     lse = view(result[1], [heads, batch, queries]).transpose([1, 0, 2])
     return (view(result[0], shape) if out is None else out), lse
+
+
+def _check_out(op: str, out: Tensor | None, q: Tensor) -> None:
+    if out is None:
+        return
+    if list(out.shape) != list(q.shape):
+        raise ValueError(f"{op}: out: expected shape {list(q.shape)}, got {list(out.shape)}")
+    if not out.is_contiguous():
+        refuse(op, "out", "not contiguous: the result would go to a copy")
 
 
 def _blocks(op: str, block_table: Any, per_page: int) -> Tensor:
@@ -520,14 +536,3 @@ def _new_keys(op: str, k: Any, v: Any, batch: int) -> int:
 
 def _starts(batch: int, tokens: int, like: Tensor) -> Tensor:
     return progression(0, tokens, batch + 1, "int32", like)
-
-
-def _lengths(lengths: int | Tensor, more: int, batch: int, like: Tensor) -> Tensor:
-    """``lengths + more`` of each sequence, on the device."""
-    if not _ops.is_tensor(lengths):
-        if type(lengths) is not int:
-            raise TypeError(
-                f"{_KVCACHE}: cache_seqlens: expected int or a tensor, got {type(lengths).__name__}"
-            )
-        return progression(lengths + more, 0, batch, "int32", like)
-    return lengths + more if more else lengths  # type: ignore[return-value]

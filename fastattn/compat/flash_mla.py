@@ -8,7 +8,8 @@ A program that calls them changes one line::
 Differences from FlashMLA: any number of heads from 1 to 128 and any number of indices; an index
 outside the cache is skipped and never read; ``topk_length`` and a second cache go with every
 format, bf16 caches with ``indices`` too; a float32 scale of a cache is not rounded to bf16. There
-is nothing to plan: the metadata object is empty and may serve any call.
+is nothing to plan: the metadata object is empty and may serve any call. float16, which
+FlashMLA's dense decode takes, is refused: the kernels read bfloat16 and FP8, and copy no cache.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import paddle
 from paddle import Tensor
 
 from fastattn import _ops
+from fastattn._foreign import not_a_tensor
 from fastattn._views import view
-from fastattn.compat._paged import progression
+from fastattn.compat._paged import dtype_name, progression
 from fastattn.functional._marker import unified
 from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mla_sparse import call
@@ -58,7 +60,7 @@ def _refuse(op: str, name: str, text: str, kind: type[Exception] = ValueError) -
 
 def _rank(op: str, name: str, tensor: Any, rank: int) -> list[int]:
     if not _ops.is_tensor(tensor):
-        _refuse(op, name, f"expected a tensor, got {type(tensor).__name__}", TypeError)
+        raise not_a_tensor(op, name, tensor)
     if len(tensor.shape) != rank:
         _refuse(op, name, f"expected {rank} dimensions, got shape {list(tensor.shape)}")
     return list(tensor.shape)
@@ -101,6 +103,15 @@ def _of_each(op: str, name: str, indices: Tensor, batch: int, s_q: int) -> int:
         if -1 not in (got, want) and got != want:
             _refuse(op, name, f"expected shape [{batch}, {s_q}, topk], got {sizes}")
     return sizes[-1]
+
+
+def _check_no_half(op: str, **tensors: Any) -> None:
+    """Refuse float16, which FlashMLA's dense decode takes, and say what to do instead."""
+    for name, tensor in tensors.items():
+        if _ops.is_tensor(tensor) and dtype_name(tensor.dtype) == "float16":
+            what = "keep the cache in bfloat16 or FP8: it is not copied here"
+            what = f'give {name}.astype("bfloat16")' if name == "q" else what
+            _refuse(op, name, f"expected dtype bfloat16, got float16; {what}", TypeError)
 
 
 def _dense(
@@ -190,7 +201,8 @@ def flash_mla_with_kvcache(
     q : Tensor, shape [B, s_q, H, 576 or 512], bfloat16
     k_cache : Tensor, shape [num_blocks, block_size, 1, W]
         With `is_fp8_kvcache` W is 656 (576 channels) or 584 (512 channels, blocks may be padded),
-        uint8, int8 or float8_e4m3fn. Else bfloat16 with W channels; without `indices` 576.
+        uint8, int8 or float8_e4m3fn. Else bfloat16 with W channels; without `indices` 576. float16
+        is refused: convert a cache when it is made.
     block_table : Tensor, shape [B, max_blocks], int32
         Blocks of each sequence. Not used with `indices`.
     cache_seqlens : Tensor, shape [B], int32
@@ -263,6 +275,7 @@ def flash_mla_with_kvcache(
         for name, tensor in others.items():
             if tensor is not None:
                 _refuse(op, name, "expected None without indices, got a tensor")
+        _check_no_half(op, k_cache=k_cache, q=q)
         lengths = block_table, cache_seqlens
         return _dense(op, q, k_cache, *lengths, attn_sink, softmax_scale, causal, is_fp8_kvcache)
     batch, s_q, heads, dim = _rank(op, "q", q, 4)

@@ -8,9 +8,11 @@ A program that calls it changes one line::
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor
 
@@ -309,7 +311,14 @@ def _output_scale(qkv: Tensor, out_scale: float, upper: float, lower: float) -> 
         refuse(_OP, "out_scale", f"an output of {lower} to {upper}; supported: e4m3, -448 to 448")
     if not paddle.in_dynamic_mode():
         refuse(_OP, "out_scale", "not supported in a static program")
-    return progression(1.0 / (_E4M3_MAX * float(out_scale)), 0, 1, "float32", qkv)
+    with np.errstate(over="ignore", under="ignore"):
+        scale = float(np.float32(1.0 / (_E4M3_MAX * float(out_scale))))  # what the operator gets
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"{_OP}: out_scale: expected a number whose multiple by {_E4M3_MAX:g} has a reciprocal "
+            f"in float32, got {out_scale:g}"
+        )
+    return progression(scale, 0, 1, "float32", qkv)
 
 
 def _longest(
@@ -334,7 +343,10 @@ def _longest(
         prompt = _host_int("max_enc_len_this_time", encoder)
         queries = min(tokens, prompt) if prompt > 0 else (tokens if several else min(tokens, 1))
     if decoder is not None:
-        room = min(room, _host_int("max_dec_len_this_time", decoder) + queries)
+        cached = _host_int("max_dec_len_this_time", decoder)
+        if cached < 0:
+            raise ValueError(f"{_OP}: max_dec_len_this_time: expected at least 0, got {cached}")
+        room = min(room, cached + queries)
     return queries, room
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
+from fastattn._foreign import not_a_tensor
 from fastattn._ops import is_tensor
 from fastattn.functional._cache_types import value_dim
 
@@ -63,7 +64,7 @@ def check_tensor(
     if tensor is None:
         return
     if not is_tensor(tensor):
-        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+        raise not_a_tensor(op, name, tensor)
     if list(tensor.shape) != shape:
         raise ValueError(f"{op}: {name}: expected shape {shape}, got {list(tensor.shape)}")
     if dtype_name(tensor.dtype) not in dtypes:

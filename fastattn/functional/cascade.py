@@ -10,6 +10,7 @@ import paddle
 from numpy.typing import ArrayLike, NDArray
 from paddle import Tensor
 
+from fastattn._foreign import not_a_tensor
 from fastattn._ops import is_tensor
 from fastattn.functional._attributes import as_int32
 from fastattn.functional._cache_types import check_no_zero_points
@@ -197,7 +198,7 @@ def _check(plan: Any, max_seqlen_k: Any, q: Any, q_descale: Any, window_size: An
             "cascade; use paged_attention"
         )
     if not is_tensor(q):
-        raise TypeError(f"{_OP}: q: expected a tensor, got {type(q).__name__}")
+        raise not_a_tensor(_OP, "q", q)
     if is_tensor(q_descale) and list(q_descale.shape) not in ([1], list(q.shape[:2])):
         raise ValueError(
             f"{_OP}: q_descale: expected shape [1] or {list(q.shape[:2])} (tokens, query heads; "

@@ -26,9 +26,7 @@ def _page_size(op: str, cache: Any, page_size: int | None) -> int:
             f"{op}: page_size: a cache of shape {list(shape)} does not tell it, got None"
         )
     if not isinstance(shape[1], int) or shape[1] < 0:  # of a program
-        raise ValueError(
-            f"{op}: page_size: the program does not know the cache's second dimension; give page_size"
-        )
+        raise ValueError(f"{op}: page_size: the program does not know it; give it, got None")
     return int(shape[1])
 
 
@@ -49,8 +47,9 @@ def indexer_k_write_cache(
 
     .. math::
         \text{pow2:}\quad & s = 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-4}) / 448)\rceil} \\
-        \text{amax:}\quad & s = \max(\mathrm{amax}, 10^{-4}) / 448 \\
-        & \mathrm{codes} = \mathrm{e4m3}(x \cdot (1 / s))
+        \text{amax, amax\_div:}\quad & s = \max(\mathrm{amax}, 10^{-4}) / 448 \\
+        \text{pow2, amax:}\quad & \mathrm{codes} = \mathrm{e4m3}(x \cdot (1 / s)) \\
+        \text{amax\_div:}\quad & \mathrm{codes} = \mathrm{e4m3}(x / s)
 
     "mxfp4" has E2M1 codes with one UE8M0 exponent per 32 channels.
 
@@ -66,8 +65,9 @@ def indexer_k_write_cache(
         S <= T: only the first S keys are written. Row ``slot % page_size`` of page
         ``slot // page_size``; a negative slot, or one past the last page, is skipped.
     quant : {"fp8", "mxfp4"}
-    scale_rule : {"pow2", "amax"}
-        Scale of "fp8": FastDeploy's and vLLM's ``scale_fmt="ue8m0"`` is "pow2".
+    scale_rule : {"pow2", "amax", "amax_div"}
+        Scale of "fp8": FastDeploy's and vLLM's ``scale_fmt="ue8m0"`` is "pow2", their float32
+        scales are "amax_div".
     page_size : int, optional
         Tokens of a page. Default: the second dimension of a cache of 3 or more.
 

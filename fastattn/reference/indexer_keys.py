@@ -8,7 +8,7 @@ import numpy as np
 
 from fastattn.reference.indexer import FP8_AMAX_FLOOR, PAGE_FORMATS, power_of_two_scale
 from fastattn.reference.mxfp4 import mxfp4_quantize
-from fastattn.reference.numerics import Array, amax, dynamic_scale, quantize
+from fastattn.reference.numerics import Array, amax, dynamic_scale, quantize, to_codes
 
 HEAD_DIM = 128
 
@@ -23,7 +23,12 @@ def key_bytes(x: Array, quant: str, scale_rule: str) -> tuple[Array, Array]:
     else:
         scale = dynamic_scale(largest, "e4m3", floor=FP8_AMAX_FLOOR)
     scale = np.where(np.isnan(scale), np.float32(np.nan), scale)
-    return quantize(x, scale, "e4m3"), np.asarray([scale], "<f4").view(np.uint8)
+    if scale_rule == "amax_div":
+        with np.errstate(all="ignore"):
+            codes = to_codes(np.asarray(x, np.float32) / scale, "e4m3")
+    else:
+        codes = quantize(x, scale, "e4m3")
+    return codes, np.asarray([scale], "<f4").view(np.uint8)
 
 
 def _pages(cache: Array, page_size: int | None) -> tuple[Array, int]:

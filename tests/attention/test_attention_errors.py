@@ -66,7 +66,7 @@ CASES = {
     "k_none": (flash, {"k": None}, TypeError, "flash_attention: k: expected a tensor, got None"),
     "tables_none": (paged, {"block_tables": None}, TypeError, "block_tables: expected a tensor"),
     "list": (flash, {"cu_seqlens_k": [0, 3]}, TypeError, "cu_seqlens_k: expected a tensor.* list"),
-    "array": (paged, {"q": np.zeros(3)}, TypeError, "q: expected a tensor, got ndarray"),
+    "array": (paged, {"q": np.zeros(3)}, TypeError, "q: expected a tensor, got numpy.ndarray"),
     # Queries
     "q_int": (paged, {"q": zeros(5, 4, 64, dtype="int32")}, TypeError, "q: dtype int32"),
     "q_int8": (flash, {"q": zeros(5, 4, 64, dtype="int8")}, TypeError, "q: expected dtype .*int8"),

@@ -52,7 +52,7 @@ WRITE_REQUIRED = (
 
 #: (type, changed arguments, exception, text)
 WRITE_ERRORS = [
-    ("block_wise_fp8", {"key": lambda: np.zeros(3)}, TypeError, "key: expected a tensor, got ndar"),
+    ("block_wise_fp8", {"key": lambda: np.zeros(3)}, TypeError, "key: expected a tensor, got num"),
     (
         "block_wise_fp8",
         {"key": lambda: _zeros([5, 2, 64], "int32")},

@@ -501,11 +501,11 @@ def test_indexer_page(place, quant, ratio):
         assert_same_bits(cache, want)
 
 
-@pytest.mark.parametrize("rule", ["pow2", "amax"])
+@pytest.mark.parametrize("rule", ["pow2", "amax", "amax_div"])
 @pytest.mark.parametrize("quant", ["fp8", "mxfp4"])
 def test_index_keys(place, quant, rule):
     """Pages of index keys by the page's formulas, and gathered again."""
-    if quant == "mxfp4" and rule == "amax":
+    if quant == "mxfp4" and rule != "pow2":
         pytest.skip("MXFP4 has powers of two only")
     n, slots, f = 3, [4, 2, 0], np.float32
     keys = some_rows(3, 128, 8)
@@ -516,7 +516,9 @@ def test_index_keys(place, quant, rule):
             codes, scales = page_token(key.tolist(), quant)
         else:
             scale = max(f(max(abs(v) for v in key)), f(1e-4)) / f(448)
-            codes = bytes(encode(float(v * (f(1) / scale)), "e4m3") for v in key)
+            divides = rule == "amax_div"
+            quotients = (v / scale if divides else v * (f(1) / scale) for v in key)
+            codes = bytes(encode(float(v), "e4m3") for v in quotients)
             scales = np.array([scale], "<f4").tobytes()
         tokens.append((codes, scales))
         page, row = slot // n, slot % n

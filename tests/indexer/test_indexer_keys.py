@@ -30,7 +30,7 @@ from tests.support.tensors import (
 )
 
 RNG = np.random.default_rng
-RULES = [("fp8", "pow2"), ("fp8", "amax"), ("mxfp4", "pow2")]
+RULES = [("fp8", "pow2"), ("fp8", "amax"), ("fp8", "amax_div"), ("mxfp4", "pow2")]
 
 
 def write(place, key, cache, slots, quant, rule, page_size=None):
@@ -528,7 +528,7 @@ WRONG_WRITES = [
     ({"slot_mapping": zeros(3, dtype="int16")}, TypeError, "slot_mapping: expected dtype int64"),
     ({"slot_mapping": zeros(3, 1, dtype="int64")}, ValueError, "slot_mapping: expected 1 dim"),
     ({"quant": "fp8_512"}, ValueError, "quant: expected fp8 or mxfp4, got 'fp8_512'"),
-    ({"scale_rule": "ue8m0"}, ValueError, "scale_rule: expected pow2 or amax, got 'ue8m0'"),
+    ({"scale_rule": "ue8m0"}, ValueError, "expected pow2, amax or amax_div, got 'ue8m0'"),
     ({"quant": "mxfp4", "scale_rule": "amax"}, ValueError, "scale_rule: expected pow2 with mxfp4"),
 ]
 

@@ -84,11 +84,12 @@ __device__ __forceinline__ uint32_t LaneAmax(const LaneKey<kIn>& key) {
   }
 }
 
-template <DType kIn>
+// `kDivides`: kAmaxDiv, whose division takes many instructions a channel.
+template <DType kIn, bool kDivides>
 __device__ __forceinline__ Encoded<IndexerQuant::kFp8> EncodeKeyFp8(const LaneKey<kIn>& key,
                                                                     IndexerScaleRule rule) {
   const uint32_t amax = LanesMax<kLanes>(LaneAmax<kIn, false>(key));
-  const bool pow2 = rule == IndexerScaleRule::kPow2;
+  const bool pow2 = !kDivides && rule == IndexerScaleRule::kPow2;
   const float scale = pow2 ? PowerOfTwoFp8Scale(amax) : IndexerAmaxScale(amax);
   const float inverse = pow2 ? PowerOfTwoInverse(scale) : Div(1.0f, scale);
   Encoded<IndexerQuant::kFp8> encoded;
@@ -97,7 +98,7 @@ __device__ __forceinline__ Encoded<IndexerQuant::kFp8> EncodeKeyFp8(const LaneKe
     float x[kChunk];
     Unpack<kIn>(key.chunks[c], x);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) x[i] = Mul(x[i], inverse);
+    for (int i = 0; i < kChunk; ++i) x[i] = kDivides ? Div(x[i], scale) : Mul(x[i], inverse);
     encoded.codes[2 * c] = PackCodes<DType::kE4M3>(x[0], x[1], x[2], x[3]);
     encoded.codes[2 * c + 1] = PackCodes<DType::kE4M3>(x[4], x[5], x[6], x[7]);
   }
@@ -133,11 +134,11 @@ __device__ __forceinline__ Encoded<IndexerQuant::kMxfp4> EncodeKeyMxfp4(const La
   return encoded;
 }
 
-template <IndexerQuant kQuant, DType kIn>
+template <IndexerQuant kQuant, DType kIn, bool kDivides>
 __device__ __forceinline__ Encoded<kQuant> EncodeKey(const LaneKey<kIn>& key,
                                                      IndexerScaleRule rule) {
   if constexpr (kQuant == IndexerQuant::kFp8) {
-    return EncodeKeyFp8<kIn>(key, rule);
+    return EncodeKeyFp8<kIn, kDivides>(key, rule);
   } else {
     return EncodeKeyMxfp4<kIn>(key);
   }
@@ -221,7 +222,7 @@ __device__ __forceinline__ void PrefetchKey(const IndexerKWriteParams& p, const 
   if (lane == kLines) PrefetchIndex(p.slots, token);
 }
 
-template <IndexerQuant kQuant, DType kIn, bool kAligned>
+template <IndexerQuant kQuant, DType kIn, bool kAligned, bool kDivides>
 __global__ void __launch_bounds__(kThreads)
     WriteKernel(const __grid_constant__ IndexerKWriteParams p, Alignment aligned,
                 Divisor page_size) {
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kThreads)
   const LaneKey<kIn> key =
       LoadKey<kIn, kAligned>(row + lane * (kChunks * kChunk * kSize), inside, aligned.keys);
   PdlLaunchDependents();
-  const Encoded<kQuant> encoded = EncodeKey<kQuant, kIn>(key, p.scale_rule);
+  const Encoded<kQuant> encoded = EncodeKey<kQuant, kIn, kDivides>(key, p.scale_rule);
   if (slot < 0) return;
   const int64_t page = PageOfSlot(p.pages, page_size, slot);
   if (page >= p.pages.num_pages) return;
@@ -244,12 +245,22 @@ __global__ void __launch_bounds__(kThreads)
                              aligned.words);
 }
 
-template <IndexerQuant kQuant, DType kIn, bool kAligned>
-cudaError_t LaunchVariant(const IndexerKWriteParams& p, Alignment aligned, cudaStream_t stream) {
+template <IndexerQuant kQuant, DType kIn, bool kAligned, bool kDivides>
+cudaError_t LaunchKernel(const IndexerKWriteParams& p, Alignment aligned, cudaStream_t stream) {
   const Divisor page_size(static_cast<uint32_t>(std::min<int64_t>(p.pages.page_size, 0x7FFFFFFF)));
-  return LaunchPdl(WriteKernel<kQuant, kIn, kAligned>,
+  return LaunchPdl(WriteKernel<kQuant, kIn, kAligned, kDivides>,
                    dim3(GridSize((p.num_tokens + kTokens - 1) / kTokens)), dim3(kThreads), stream,
                    p, aligned, page_size);
+}
+
+template <IndexerQuant kQuant, DType kIn, bool kAligned>
+cudaError_t LaunchVariant(const IndexerKWriteParams& p, Alignment aligned, cudaStream_t stream) {
+  if constexpr (kQuant == IndexerQuant::kFp8) {
+    if (p.scale_rule == IndexerScaleRule::kAmaxDiv) {
+      return LaunchKernel<kQuant, kIn, kAligned, true>(p, aligned, stream);
+    }
+  }
+  return LaunchKernel<kQuant, kIn, kAligned, false>(p, aligned, stream);
 }
 
 }  // namespace
