@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fastattn.calibrate.choose import (
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples, read_samples
 from fastattn.calibrate.tensor_files import check_suffix
+from fastattn.cli.outputs import problem_of_file
 from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, STATIC_TYPES
 
 _EPILOG = """\
@@ -141,13 +141,9 @@ def _check_output(path: Path) -> None:
     CalibrationError
     """
     check_suffix(path)
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise CalibrationError(f"{path}: cannot be written: it is a folder")
-    if not folder.is_dir():
-        raise CalibrationError(f"{path}: cannot be written: there is no folder {folder}")
-    if not (os.access(path, os.W_OK) if path.exists() else os.access(folder, os.W_OK | os.X_OK)):
-        raise CalibrationError(f"{path}: cannot be written: no permission")
+    problem = problem_of_file(path)
+    if problem is not None:
+        raise CalibrationError(f"{path}: cannot be written: {problem}")
 
 
 def _settle(arguments: argparse.Namespace) -> None:
