@@ -5,6 +5,7 @@ The work is done by custom_ops/builder; docs/install.md tells the options.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import re
@@ -65,6 +66,7 @@ def forget_borrowed() -> bool:
 def main() -> None:
     """Run setuptools, in a version that can read this package's metadata."""
     sys.path.insert(0, str(ROOT / "custom_ops"))
+    from builder import toolchain
     from builder.toolchain import NINJA, BuildError, find_ninja, require_paddle, require_pip
 
     borrowed = forget_borrowed()
@@ -76,6 +78,7 @@ def main() -> None:
     try:
         if builds:
             require_paddle()
+            toolchain.require_writable(ROOT)
         if missing and (borrowed or by_pip):
             needs = " and ".join(missing)
             raise BuildError(f"setup_ops.py needs {needs}:{install_line(missing)}")
@@ -83,7 +86,10 @@ def main() -> None:
             require_pip()
         if missing:
             sys.exit(run_with_borrowed(missing))
-        from builder import extension
+        try:
+            from builder import extension
+        except ValueError as error:  # FASTATTN_HEAD_DIMS decides what there is to build
+            raise BuildError(str(error)) from None
 
         if "install" in sys.argv:
             extension.install(sys.argv[1:])
@@ -91,6 +97,10 @@ def main() -> None:
             extension.run(sys.argv[1:], builds, fill_tree=by_pip)
     except BuildError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a file that another user's build left
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not error.filename:
+            raise
+        sys.exit(f"error: {toolchain.not_writable(error.filename, ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m fastattn``: see :mod:`fastattn.cli`."""
+"""``python -m fastattn``, and the command ``fastattn``: see :mod:`fastattn.cli`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import sys
 
 from fastattn.cli import main
 
-if __name__ == "__main__":
+
+def run() -> int:
+    """Run the command line; its exit status."""
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    sys.exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -103,8 +103,8 @@ def head_dims() -> tuple[int, ...]:
     known = [str(dim) for dim in ALL_HEAD_DIMS]
     if not set(names) <= set(known) or not {"64", "128"} & set(names):
         raise ValueError(
-            f"FASTATTN_HEAD_DIMS: expected some of {', '.join(known)}, 64 or 128 among them, got "
-            + ", ".join(names)
+            f"FASTATTN_HEAD_DIMS: expected some of {', '.join(known)}, and 64 or 128 among them, "
+            f"got {', '.join(names)}"
         )
     return tuple(dim for dim in ALL_HEAD_DIMS if str(dim) in names)
 

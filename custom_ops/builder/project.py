@@ -62,8 +62,11 @@ def requirements(paddle: str = "", numpy: str = "") -> list[str]:
     """Distributions that a wheel asks for, in versions that change no others."""
     # Paddle 2 was made for NumPy 1, which the newest ml_dtypes would have pip replace.
     old = paddle.startswith("2.") and numpy.startswith("1.")
-    # setuptools: Paddle imports it where it loads operators, and does not always ask for it.
-    return ["numpy>=1.21,<2" if old else "numpy>=1.21", "ml_dtypes>=0.4", "rich>=12", "setuptools"]
+    return [
+        "numpy>=1.21,<2" if old else "numpy>=1.21",
+        *("ml_dtypes>=0.4", "rich>=12", "safetensors>=0.4"),
+        "setuptools",  # Paddle imports it where it loads operators, and does not always ask for it
+    ]
 
 
 class Build:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 #: What to fetch where there is none; two versions of it do not read each other's logs.
 NINJA = "ninja>=1.10"
@@ -54,6 +55,26 @@ def require_pip() -> None:
             f"pip is missing for {sys.executable}: `{shlex.quote(sys.executable)} -m ensurepip` "
             "(or `uv pip install pip`) first"
         )
+
+
+def require_writable(root: Path) -> None:
+    """Refuse to go on in a source tree that cannot be written, which every build does."""
+    for name in ("build/objects", "fastattn.egg-info", "fastattn"):
+        path = root / name
+        while not path.exists():
+            path = path.parent
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise not_writable(path, root)
+
+
+def not_writable(path: object, root: Path) -> BuildError:
+    """What to do where a file or folder of the source tree cannot be written."""
+    copy = shlex.join(["cp", "-r", str(root), "fastattn-build"])
+    return BuildError(
+        f"{path} cannot be written, and a build writes into build/, fastattn/ and "
+        f"fastattn.egg-info/ of the source tree. Build in a copy of your own: {copy} && chmod -R "
+        "u+w fastattn-build && cd fastattn-build"
+    )
 
 
 def find_ninja() -> str | None:

@@ -36,7 +36,7 @@ class Calibrated:
         path = env.calibration()
         return None if path is None else cls(path)
 
-    def of(self, layer: Any, quant_type: str, place: Any) -> tuple[str, Any]:
+    def of(self, layer: Any, quant_type: str, place: Any) -> tuple[str | None, Any]:
         """(rotation, centre on `place` or None) of a layer.
 
         Raises

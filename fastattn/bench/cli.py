@@ -19,6 +19,10 @@ from fastattn.bench.core.plots import plot
 from fastattn.bench.core.report import Baseline, Report, ReportError
 from fastattn.bench.core.rows import REGISTRY, Bench, benchmarks, family, is_of
 from fastattn.bench.core.tables import WIDTH, markdown, table
+from fastattn.cli.outputs import problem_of_file, problem_of_folder
+
+#: What a plot may be.
+_PLOTS = (".png", ".svg", ".pdf")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -54,7 +58,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _ratio(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
     return value
@@ -173,8 +180,8 @@ def _run_benchmarks(arguments: argparse.Namespace, console: Any) -> Report | int
         if not found:
             elsewhere = any(is_of(name, wanted) for name in REGISTRY)
             why = f"is not measured on a {device.kind.upper()}" if elsewhere else "is no benchmark"
-            console.print(f"bench: --op {wanted} {why}: expected one of {', '.join(known)}",
-                          soft_wrap=True)  # fmt: skip
+            text = f"bench: --op {wanted} {why}: expected one of {', '.join(known)}"
+            console.print(text, markup=False, soft_wrap=True)
             return 2
         chosen.update(found)
     return _measure(chosen, device, console, arguments.json_dir)
@@ -196,13 +203,17 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     ReportError
     """
     for path in (arguments.json, arguments.markdown, arguments.plot):
-        if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
-            raise ReportError(f"{path}: cannot be written: no such folder, or a folder")
+        problem = None if path is None else problem_of_file(path)
+        if problem is not None:
+            raise ReportError(f"{path}: cannot be written: {problem}")
     if arguments.json_dir is not None:
         if arguments.load:
             raise ReportError("--json-dir: --load measures nothing")
-        if not arguments.json_dir.is_dir():
-            raise ReportError(f"{arguments.json_dir}: cannot be written: no such folder")
+        problem = problem_of_folder(arguments.json_dir)
+        if problem is not None:
+            raise ReportError(f"{arguments.json_dir}: cannot be written: {problem}")
+    if arguments.plot and arguments.plot.suffix not in _PLOTS:
+        raise ReportError(f"{arguments.plot}: expected {', '.join(_PLOTS[:-1])} or {_PLOTS[-1]}")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise ReportError("--plot needs matplotlib: pip install matplotlib")
 
@@ -252,7 +263,7 @@ def run(arguments: argparse.Namespace) -> int:
             status = max(status, int(not arguments.load))
         if arguments.plot:
             plot(report, arguments.plot, baseline)
-    except ReportError as error:
+    except (ReportError, OSError) as error:  # OSError: a disk that is full by now
         console.print(f"bench: {error}", markup=False, soft_wrap=True)
         return 2
     return status

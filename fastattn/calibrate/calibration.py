@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastattn.calibrate.checks import TENSORS, check_layers, layer_number
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.fastdeploy import read_scales, write_scales
-from fastattn.calibrate.tensor_files import read_tensors, write_tensors
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES, STATIC_TYPES
+from fastattn.calibrate.tensor_files import check_suffix, read_tensors, write_tensors
+from fastattn.functional._cache_types import STATIC_TYPES
 from fastattn.reference.numerics import Array
 
-#: First thing that a reader looks for.
-FORMAT = "fastattn-calibration-1"
+#: First thing that a reader looks for. Version 1 had no checksum.
+FORMAT = "fastattn-calibration-2"
 
-#: Tensors of a layer, by the attribute that a backend reads.
-_TENSORS = ("cache_k_out_scale", "cache_v_out_scale", "cache_k_center")
-
-#: Of a layer's K; null leaves it to the type.
-ROTATIONS = (None, "none", "hadamard")
+#: What is said about a layer beside its tensors.
+_ABOUT = ("cache_quant_type", "cache_k_rotation", "error", "errors")
 
 
 @dataclass
@@ -34,7 +32,8 @@ class LayerCalibration:
     cache_quant_type : str
     cache_k_out_scale, cache_v_out_scale : array of float32, shape [1], [KV] or [KV * D], or None
         Dequantisation multipliers of the static types.
-    cache_k_rotation : str
+    cache_k_rotation : {"none", "hadamard"} or None
+        None leaves it to the type.
     cache_k_center : array of float32, shape [KV, D], or None
     error : float or None
         Relative error of attention outputs; None if there were no queries.
@@ -45,7 +44,7 @@ class LayerCalibration:
     cache_quant_type: str
     cache_k_out_scale: Array | None = None
     cache_v_out_scale: Array | None = None
-    cache_k_rotation: str = "none"
+    cache_k_rotation: str | None = "none"
     cache_k_center: Array | None = None
     error: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
@@ -56,8 +55,8 @@ class LayerCalibration:
         parts = [self.cache_quant_type]
         if self.cache_k_center is not None:
             parts.append("center")
-        if self.cache_k_rotation != "none":
-            parts.append(self.cache_k_rotation)
+        if self.cache_k_rotation not in (None, "none"):
+            parts.append(str(self.cache_k_rotation))
         return "+".join(parts)
 
 
@@ -79,26 +78,25 @@ class Calibration:
         Raises
         ------
         CalibrationError
-            If the suffix is another one, or FastDeploy's file has no place for what was found.
+            If the suffix is another one, a layer has what no operator takes, or FastDeploy's file
+            has no place for what was found.
         """
         path = Path(path)
+        check_suffix(path)
+        layers = {n: _with_float32(layer) for n, layer in sorted(self.layers.items())}
+        _check(path, layers)
         if path.suffix == ".json":
             write_scales(path, self._static_scales(path), fastdeploy_prefix)
             return
         tensors: dict[str, Array] = {}
         about: dict[str, Any] = {}
-        for number, layer in self.layers.items():
-            about[str(number)] = {
-                "cache_quant_type": layer.cache_quant_type,
-                "cache_k_rotation": layer.cache_k_rotation,
-                "error": layer.error,
-                "errors": layer.errors,
-            }
-            for name in _TENSORS:
+        for number, layer in layers.items():
+            about[str(number)] = {name: getattr(layer, name) for name in _ABOUT}
+            for name in TENSORS:
                 tensor = getattr(layer, name)
                 if tensor is not None:
-                    tensors[f"layers.{number}.{name}"] = np.asarray(tensor, np.float32)
-        write_tensors(path, tensors, {"format": FORMAT, "layers": json.dumps(about)})
+                    tensors[f"layers.{number}.{name}"] = tensor
+        write_tensors(path, tensors, {"format": FORMAT, "layers": about})
 
     def _static_scales(self, path: Path) -> dict[int, tuple[str, Array, Array]]:
         found = {}
@@ -109,7 +107,7 @@ class Calibration:
                     f"{path}: FastDeploy's file holds static scales; layer {number} has type "
                     f"{layer.cache_quant_type}"
                 )
-            if layer.cache_k_rotation != "none" or layer.cache_k_center is not None:
+            if layer.cache_k_rotation == "hadamard" or layer.cache_k_center is not None:
                 raise CalibrationError(
                     f"{path}: FastDeploy's file has no place for a rotation or a centre, which "
                     f"layer {number} has"
@@ -130,7 +128,7 @@ class Calibration:
         Raises
         ------
         CalibrationError
-            If it is something else.
+            If it is something else, is damaged, or says what no layer can be run with.
         """
         path = Path(path)
         if path.suffix == ".json":
@@ -140,33 +138,11 @@ class Calibration:
                     f"{cache_quant_type}"
                 )
             scales = read_scales(path, cache_quant_type)
-            return cls(
-                {n: LayerCalibration(cache_quant_type, k, v) for n, (k, v) in scales.items()}
-            )
-        tensors, metadata = read_tensors(path)
-        if metadata.get("format") != FORMAT:
-            raise CalibrationError(f"{path}: not written by `python -m fastattn calibrate`")
-        layers = {}
-        try:
-            for number, about in json.loads(metadata["layers"]).items():
-                kind = about["cache_quant_type"]
-                if kind not in CACHE_QUANT_TYPES:
-                    raise CalibrationError(f"{path}: layer {number} has unknown type {kind!r}")
-                if about["cache_k_rotation"] not in ROTATIONS:
-                    raise CalibrationError(
-                        f"{path}: layer {number} has unknown rotation {about['cache_k_rotation']!r}"
-                    )
-                layers[int(number)] = LayerCalibration(
-                    kind,
-                    cache_k_rotation=about["cache_k_rotation"],
-                    error=about["error"],
-                    errors=about["errors"],
-                    **{name: tensors.get(f"layers.{number}.{name}") for name in _TENSORS},
-                )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, CalibrationError):
-                raise
-            raise CalibrationError(f"{path}: damaged: {error}") from None
+            layers = {n: LayerCalibration(cache_quant_type, k, v) for n, (k, v) in scales.items()}
+        else:
+            tensors, about = read_tensors(path)
+            layers = _layers_of(path, tensors, about)
+        _check(path, layers)
         return cls(layers)
 
     def apply(self, layer: Any, *, place: Any = None) -> None:
@@ -192,7 +168,48 @@ class Calibration:
             raise CalibrationError(f"layer {layer.layer_id} was not calibrated")
         layer.cache_quant_type_str = found.cache_quant_type
         layer.cache_k_rotation = found.cache_k_rotation
-        for name in _TENSORS:
+        for name in TENSORS:
             tensor = getattr(found, name)
             on = None if tensor is None else paddle.to_tensor(tensor, place=place)
             setattr(layer, name, on)
+
+
+def _with_float32(layer: LayerCalibration) -> LayerCalibration:
+    tensors: dict[str, Any] = {name: getattr(layer, name) for name in TENSORS}
+    with np.errstate(over="ignore"):  # what is too large is refused: it is not finite
+        for name, x in tensors.items():
+            tensors[name] = None if x is None else np.asarray(x, np.float32)
+    return replace(layer, **tensors)
+
+
+def _check(path: Path, layers: dict[int, LayerCalibration]) -> None:
+    try:
+        check_layers(layers)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from None
+
+
+def _layers_of(
+    path: Path, tensors: Mapping[str, Array], about: Mapping[str, Any]
+) -> dict[int, LayerCalibration]:
+    """Layers of a file's arrays and of what it says about them; all of both must have a place."""
+    if set(about) != {"format", "layers"} or about["format"] != FORMAT:
+        raise CalibrationError(
+            f"{path}: expected format {FORMAT!r}, got {about.get('format', 'none')!r:.40}"
+        )
+    if not isinstance(about["layers"], dict):
+        raise CalibrationError(f"{path}: expected layers by their number")
+    left = dict(tensors)
+    layers: dict[int, LayerCalibration] = {}
+    for text, told in about["layers"].items():
+        try:
+            number = layer_number(text)
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}") from None
+        if not (isinstance(told, dict) and set(told) == set(_ABOUT)):
+            raise CalibrationError(f"{path}: layer {number}: expected {', '.join(_ABOUT)}")
+        own: dict[str, Any] = {name: left.pop(f"layers.{number}.{name}", None) for name in TENSORS}
+        layers[number] = LayerCalibration(**told, **own)
+    if left:
+        raise CalibrationError(f"{path}: {min(left)!r:.80} belongs to no layer")
+    return layers

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastattn.calibrate.calibration import LayerCalibration
+from fastattn.calibrate.checks import check_head_dim, check_scales
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
-from fastattn.functional._cache_types import (
-    DYNAMIC_TYPES,
-    HEAD_DIMS,
-    NIBBLE_TYPES,
-    STATIC_TYPES,
-)
+from fastattn.functional._cache_types import DYNAMIC_TYPES, NIBBLE_TYPES, STATIC_TYPES
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import code_of, dynamic_scales, static_scales
 from fastattn.reference.hadamard import restore_key, transform_key
@@ -139,23 +135,13 @@ def try_candidate(
         k_scales, v_scales = scales or (
             scales_of(x, kind, granularity) for x in (key, samples.value)
         )
-        for name, given in (("K", k_scales), ("V", v_scales)):
-            _check_scales(name, given, samples.key.shape[1:], kind)
+        for name, given, x in (("K", k_scales, samples.key), ("V", v_scales, samples.value)):
+            check_scales(name, given.size, x.shape[1:], kind)
     found = LayerCalibration(kind, k_scales, v_scales, rotation, center)
     if rows is not None:
         k = restore_key(stored(key, kind, k_scales), rotation, center)
         found.error = attention_error(samples, k, stored(samples.value, kind, v_scales), rows)
     return found
-
-
-def _check_scales(name: str, scales: Array, shape: tuple[int, ...], kind: str) -> None:
-    heads, dim = shape
-    sizes = [1, heads, *([heads * dim] if kind == "cache_int8" else [])]
-    if scales.size not in sizes:
-        raise CalibrationError(
-            f"{name}: expected {' or '.join(map(str, sizes))} scales for {heads} KV heads of {dim} "
-            f"channels, got {scales.size}"
-        )
 
 
 def sampled_rows(samples: LayerSamples, count: int, seed: int = 0) -> Array | None:
@@ -207,14 +193,10 @@ def calibrate_layer(
     Raises
     ------
     CalibrationError
-        If there are no queries, but more than one candidate, or a type has no caches of this head
+        If there are no queries, but more than one candidate, or no operator has this head
         dimension.
     """
-    dim = samples.key.shape[2]
-    for kind in NIBBLE_TYPES:
-        if kind in types and dim not in HEAD_DIMS:
-            dims = " or ".join(map(str, HEAD_DIMS))
-            raise CalibrationError(f"{kind} is for heads of {dims} channels, not of {dim}")
+    check_head_dim("K", samples.key.shape[2])
     rows = sampled_rows(samples, queries, seed)
     tried = candidates(types, transforms)
     if not tried:

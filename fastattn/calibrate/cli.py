@@ -17,14 +17,17 @@ from fastattn.calibrate.choose import (
 )
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples, read_samples
+from fastattn.calibrate.tensor_files import check_suffix
+from fastattn.cli.outputs import problem_of_file
 from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, STATIC_TYPES
 
 _EPILOG = """\
 Samples hold, for each layer N, layers.N.key and layers.N.value [tokens, KV heads, channels] of one
 sequence, as they are written to a cache (K rotated by its position), and layers.N.query [queries,
-heads, channels] of its last tokens: an .npz file, or what paddle.save wrote of a dict with these
-names. Layers with static scales (cache_int8, cache_fp8, none) and with dynamic ones (block_wise_*)
-have lists of caches of different lengths: name types of one kind only.
+heads, channels] of its last tokens: an .npz or .safetensors file or, with --allow-pickle, what
+paddle.save wrote of a dict with these names. Such a dump is a pickle, which can run any code when
+it is read. Layers with static scales (cache_int8, cache_fp8, none) and with dynamic ones
+(block_wise_*) have lists of caches of different lengths: name types of one kind only.
 
 Examples:
   python -m fastattn calibrate samples.npz --bound 0.02 --output scales.safetensors
@@ -57,14 +60,17 @@ def _bound(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive int, got {text!r}")
-    return value
+def _int_from(least: int) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected an int from {least} on, got {text!r:.40}")
+        return value
+
+    return parse
 
 
 def add_parser(subparsers: Any) -> None:
@@ -77,7 +83,14 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("samples", nargs="?", type=Path, help="samples of the layers")
+    parser.add_argument(
+        "samples", nargs="?", type=Path, help="samples of the layers, .npz or .safetensors"
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read samples of paddle.save, too: pickles, which can run any code",
+    )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write .safetensors, .npz or FastDeploy's .json"
     )
@@ -114,10 +127,23 @@ def add_parser(subparsers: Any) -> None:
         help="what stands before a layer's number in FastDeploy's names; default ernie.layers",
     )
     parser.add_argument(
-        "--queries", type=_count, default=64, metavar="N", help="queries a layer; default 64"
+        "--queries", type=_int_from(1), default=64, metavar="N", help="queries a layer; default 64"
     )
-    parser.add_argument("--seed", type=int, default=0, help="which queries; default 0")
+    parser.add_argument("--seed", type=_int_from(0), default=0, help="which queries; default 0")
     parser.set_defaults(run=run)
+
+
+def _check_output(path: Path) -> None:
+    """Find out before the work that its result could not be written.
+
+    Raises
+    ------
+    CalibrationError
+    """
+    check_suffix(path)
+    problem = problem_of_file(path)
+    if problem is not None:
+        raise CalibrationError(f"{path}: cannot be written: {problem}")
 
 
 def _settle(arguments: argparse.Namespace) -> None:
@@ -130,6 +156,8 @@ def _settle(arguments: argparse.Namespace) -> None:
     """
     fastdeploy = arguments.output is not None and arguments.output.suffix == ".json"
     given = arguments.scales is not None
+    if arguments.output is not None:
+        _check_output(arguments.output)
     if arguments.samples is None and not given:
         raise CalibrationError("expected a file of samples, or --scales")
     if given and arguments.scales.suffix != ".json":
@@ -170,7 +198,7 @@ def calibrate(arguments: argparse.Namespace) -> tuple[Calibration, dict[int, Lay
     if arguments.samples is None:
         assert start is not None
         return start, {}
-    samples = read_samples(arguments.samples)
+    samples = read_samples(arguments.samples, allow_pickle=arguments.allow_pickle)
     if start is not None and set(start.layers) != set(samples):
         raise CalibrationError(
             f"{arguments.scales}: has layers {sorted(start.layers)}, the samples {sorted(samples)}"

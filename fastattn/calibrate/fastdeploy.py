@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.calibrate.errors import CalibrationError
+from fastattn.calibrate.checks import layer_number
+from fastattn.calibrate.errors import CalibrationError, reading
+from fastattn.calibrate.tensor_files import parse_json
 from fastattn.reference.numerics import QMAX, Array
 
-_NAME = re.compile(r"(?:^|\.)(\d+)\.self_attn\.cache([kv])_matmul\.activation_scale$")
+_NAME = re.compile(r"(?:^|\.)([0-9]+)\.self_attn\.cache([kv])_matmul\.activation_scale$")
 
 
 def _factor(cache_quant_type: str) -> float:
@@ -28,9 +30,12 @@ def _factor(cache_quant_type: str) -> float:
 
 def _values(path: Path, name: str, value: Any) -> Array:
     try:
-        array = np.asarray(value, np.float64).reshape(-1)
-    except (TypeError, ValueError):
-        raise CalibrationError(f"{path}: {name}: expected numbers") from None
+        array = np.asarray(value).reshape(-1)
+    except ValueError:  # lists of different lengths, or too deep
+        array = np.empty(0, object)
+    if array.dtype.kind not in "iuf":
+        raise CalibrationError(f"{path}: {name}: expected numbers")
+    array = array.astype(np.float64)
     if array.size == 0 or not (np.isfinite(array).all() and (array > 0).all()):
         raise CalibrationError(f"{path}: {name}: expected positive, finite numbers")
     return array
@@ -38,12 +43,10 @@ def _values(path: Path, name: str, value: Any) -> Array:
 
 def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Array]]:
     """(K's, V's) dequantisation multipliers, float32 [1], [KV] or [KV * D], by layer."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: no JSON: {error}") from None
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+    with reading(path, "no JSON"):
+        data = parse_json(text)
     found: dict[int, dict[str, Array]] = {}
     for name, value in data.items() if isinstance(data, dict) else ():
         match = _NAME.search(name)
@@ -53,7 +56,10 @@ def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Arr
                 scales = scales.astype(np.float32)
             if not (np.isfinite(scales).all() and (scales > 0).all()):
                 raise CalibrationError(f"{path}: {name}: expected numbers that fp32 holds")
-            pair = found.setdefault(int(match[1]), {})
+            try:
+                pair = found.setdefault(layer_number(match[1]), {})
+            except CalibrationError as error:
+                raise CalibrationError(f"{path}: {name:.80}: {error}") from None
             if match[2] in pair:
                 raise CalibrationError(
                     f"{path}: {name}: layer {match[1]} is there under another prefix, too"

@@ -1,4 +1,4 @@
-"""Samples of a model's layers: ``.npz`` files and dumps of ``paddle.save``."""
+"""Samples of a model's layers: ``.npz``, ``.safetensors`` and dumps of ``paddle.save``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fastattn.calibrate.errors import CalibrationError
-from fastattn.calibrate.tensor_files import DAMAGED
+from fastattn.calibrate.checks import layer_number
+from fastattn.calibrate.errors import CalibrationError, reading
+from fastattn.calibrate.tensor_files import read_npz, read_safetensors
+from fastattn.functional._cache_types import value_dim
 from fastattn.reference.numerics import Array
 
-_NAME = re.compile(r"(?:^|\.)(?:layers\.)?(\d+)\.(key|value|query)$")
+_NAME = re.compile(r"(?:^|\.)(?:layers\.)?([0-9]+)\.(key|value|query)$")
 _EXPECTED = "expected arrays named layers.0.key, layers.0.value, layers.0.query, layers.1.key, .."
 
 
@@ -27,7 +29,8 @@ class LayerSamples:
     Attributes
     ----------
     key, value : array of float32, shape [T, KV, D]
-        K after bias, norm and rotation, as it is written; V as it is written.
+        K after bias, norm and rotation, as it is written; V as it is written. V has 128 channels
+        where K has 192.
     query : array of float32, shape [n, H, D], or None
         The sequence's last n queries, rotated; n is at most T.
     """
@@ -55,14 +58,14 @@ class LayerSamples:
                 )
             if not np.isfinite(array).all():
                 raise CalibrationError(f"{name}.{kind}: not all numbers are finite")
-        if self.key.shape != self.value.shape:
+        tokens, kv_heads, dim = self.key.shape
+        if self.value.shape != (tokens, kv_heads, value_dim(dim)):
             raise CalibrationError(
-                f"{name}: expected key and value of one shape, got {list(self.key.shape)} and "
-                f"{list(self.value.shape)}"
+                f"{name}: expected key and value of one shape (of K with 192 channels, V has 128), "
+                f"got {list(self.key.shape)} and {list(self.value.shape)}"
             )
         if self.query is None:
             return self
-        tokens, kv_heads, dim = self.key.shape
         queries, heads, q_dim = self.query.shape
         if queries > tokens or heads % kv_heads or q_dim != dim:
             raise CalibrationError(
@@ -72,16 +75,19 @@ class LayerSamples:
         return self
 
 
-def _as_float32(name: str, array: Any) -> Array:
-    if hasattr(array, "numpy") and hasattr(array, "astype") and not isinstance(array, np.ndarray):
-        array = array.astype("float32").numpy()  # of Paddle: its NumPy arrays have no bfloat16
-    array = np.asarray(array)
+def _as_float32(path: Path, name: str, array: Any) -> Array:
+    with reading(path, f"{name}: expected an array of numbers"):
+        if hasattr(array, "numpy") and hasattr(array, "astype"):
+            array = array.astype("float32").numpy()  # of Paddle: its arrays have no bfloat16
+        array = np.asarray(array)
     if array.dtype == np.dtype("V2"):  # what a file makes of NumPy's bfloat16
         array = array.view(ml_dtypes.bfloat16)
     if array.dtype == object or not (
         np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16
     ):
-        raise CalibrationError(f"{name}: expected floating point numbers, got {array.dtype}")
+        raise CalibrationError(
+            f"{path}: {name}: expected floating point numbers, got {array.dtype}"
+        )
     with np.errstate(over="ignore"):
         return array.astype(np.float32)
 
@@ -90,48 +96,46 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(value, Mapping):
-            found.update(_flat(value, path))
-        else:
-            found[path] = value
+        below = _flat(value, path) if isinstance(value, Mapping) else {path: value}
+        for twice in found.keys() & below.keys():
+            raise ValueError(f"{twice} is there twice")
+        found.update(below)
     return found
 
 
-def _load(path: Path) -> Mapping[Any, Any]:
+def _load(path: Path, allow_pickle: bool) -> Mapping[Any, Any]:
     if not path.is_file():
         raise CalibrationError(f"{path}: no such file")
-    if zipfile.is_zipfile(path):
-        try:
-            with np.load(path) as file:
-                return {name: file[name] for name in file.files}
-        except DAMAGED as error:
-            raise CalibrationError(f"{path}: no .npz file: {error}") from None
-    if path.suffix == ".npz":
-        raise CalibrationError(f"{path}: no .npz file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    if path.suffix == ".npz" or zipfile.is_zipfile(path):
+        return read_npz(path)
+    if not allow_pickle:
+        raise CalibrationError(
+            f"{path}: expected an .npz or .safetensors file. Dumps of Paddle are pickles, which "
+            "can run any code: --allow-pickle (in Python allow_pickle=True) reads one, if you "
+            "trust whoever made it"
+        )
     import paddle
 
-    try:
+    with reading(path, "no dump of Paddle"):
         loaded = paddle.load(str(path))
-    except Exception as error:  # Paddle raises anything for a file that is not its own
-        reason = str(error).strip().splitlines() or ["no reason given"]
-        raise CalibrationError(
-            f"{path}: no .npz file, and no dump of Paddle: {reason[0]}"
-        ) from None
     if not isinstance(loaded, Mapping):
         raise CalibrationError(f"{path}: {_EXPECTED}, got a {type(loaded).__name__}")
     return loaded
 
 
-def read_samples(path: str | Path) -> dict[int, LayerSamples]:
+def read_samples(path: str | Path, *, allow_pickle: bool = False) -> dict[int, LayerSamples]:
     """Samples of a file, by layer.
 
     Parameters
     ----------
     path : str or Path
-        An ``.npz`` file, or what ``paddle.save`` wrote of a dict, flat or of dicts, with arrays
-        ``layers.N.key`` and ``layers.N.value``, [T, KV, D], and ``layers.N.query``, [n, H, D], of
-        the layers N. float32, float16 or bfloat16. Read dumps only of whom you trust: they are
-        pickles.
+        An ``.npz`` or ``.safetensors`` file, or what ``paddle.save`` wrote of a dict, flat or of
+        dicts, with arrays ``layers.N.key`` and ``layers.N.value``, [T, KV, D], and
+        ``layers.N.query``, [n, H, D], of the layers N. float32, float16 or bfloat16.
+    allow_pickle : bool
+        Whether to read dumps of Paddle: they are pickles, which can run any code.
 
     Raises
     ------
@@ -141,24 +145,29 @@ def read_samples(path: str | Path) -> dict[int, LayerSamples]:
     path = Path(path)
     found: dict[int, dict[str, Array]] = {}
     names: dict[tuple[int, str], str] = {}
-    for name, array in _flat(_load(path)).items():
+    loaded = _load(path, allow_pickle)
+    with reading(path):
+        arrays = _flat(loaded)
+    for name, array in arrays.items():
         match = _NAME.search(name)
         if match:
-            layer, kind = int(match[1]), match[2]
+            try:
+                layer, kind = layer_number(match[1]), match[2]
+            except CalibrationError as error:
+                raise CalibrationError(f"{path}: {name:.80}: {error}") from None
             first = names.setdefault((layer, kind), name)
             if first != name:
                 raise CalibrationError(
                     f"{path}: both {first} and {name} are the {kind} of layer {layer}"
                 )
-            found.setdefault(layer, {})[kind] = _as_float32(f"{path}: {name}", array)
+            found.setdefault(layer, {})[kind] = _as_float32(path, name, array)
     if not found:
         raise CalibrationError(f"{path}: {_EXPECTED}, found none")
     samples = {}
-    for layer, arrays in sorted(found.items()):
+    for layer, own in sorted(found.items()):
         name = f"{path}: layers.{layer}"
         for kind in ("key", "value"):
-            if kind not in arrays:
+            if kind not in own:
                 raise CalibrationError(f"{name}.{kind} is missing")
-        query = arrays.get("query")
-        samples[layer] = LayerSamples(arrays["key"], arrays["value"], query).check(name)
+        samples[layer] = LayerSamples(own["key"], own["value"], own.get("query")).check(name)
     return samples

@@ -1,98 +1,166 @@
-"""Named float32 arrays and strings in a file: ``.safetensors`` and ``.npz``."""
+"""Named arrays and what is said about them in a file: ``.safetensors`` and ``.npz``."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import math
-import struct
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from fastattn.calibrate.errors import CalibrationError
+from fastattn.calibrate.errors import CalibrationError, reading
 from fastattn.reference.numerics import Array
 
-_SUFFIXES = "expected .safetensors, .npz or .json"
-_METADATA = "__metadata__"
+_SUFFIXES = (".safetensors", ".npz", ".json")
 
-#: What NumPy, its archives and JSON raise for a file that is damaged.
-DAMAGED = (
-    *(OSError, ValueError, EOFError, RuntimeError, OverflowError, SyntaxError, MemoryError),
-    *(struct.error, zipfile.BadZipFile, zlib.error),
-)
+#: Entry of the metadata with everything but the arrays, in JSON. It is one entry because
+#: safetensors writes several in any order, and the same calibration should be the same bytes.
+_ENTRY = "fastattn-calibration"
+_CHECKSUM = "sha256"
+
+#: Where version 1, which had no checksum, said what it was.
+_OLD_ENTRIES = ("__metadata__", "format")
+
+#: dtypes of safetensors that are read; old versions of its own reader do not know bfloat16.
+_DTYPES: dict[str, Any] = {
+    **{f"F{8 * size}": f"<f{size}" for size in (2, 4, 8)},
+    **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
+    "BF16": ml_dtypes.bfloat16,
+}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write arrays and strings; the suffix decides.
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says.
 
-    A safetensors file is the length of its header in 8 bytes, the header in JSON, and the arrays.
+    Raises
+    ------
+    ValueError
+        If it is none, or an object has a name twice.
+    RecursionError
+        If it is too deep.
     """
-    if path.suffix == ".npz":
-        arrays: dict[str, Any] = {_METADATA: np.array(json.dumps(dict(metadata))), **tensors}
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
-        return
-    if path.suffix != ".safetensors":
-        raise CalibrationError(f"{path}: {_SUFFIXES}")
-    header: dict[str, Any] = {_METADATA: dict(metadata)}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + 4 * tensor.size
-        shape = list(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor, "<f4").tobytes())
+
+    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"{name!r} is there twice")
+            found[name] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """What :func:`write_tensors` wrote.
+def checksum(tensors: Mapping[str, Array], about: Mapping[str, Any]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of arrays, and of what is said about them."""
+    shapes = {name: [x.dtype.name, list(x.shape)] for name, x in tensors.items()}
+    rest = {name: value for name, value in about.items() if name != _CHECKSUM}
+    digest = hashlib.sha256(json.dumps([rest, shapes], sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = np.ascontiguousarray(tensors[name])
+        digest.update(x.astype(x.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file of another kind than the calibrator's and FastDeploy's.
 
     Raises
     ------
     CalibrationError
-        If the file is missing, damaged or of another kind.
     """
-    if path.suffix not in (".npz", ".safetensors"):
-        raise CalibrationError(f"{path}: {_SUFFIXES}")
-    try:
-        if path.suffix == ".npz":
-            tensors, about = _read_npz(path)
-        else:
-            tensors, about = _read_safetensors(path.read_bytes())
-    except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
-        raise CalibrationError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(about, dict):
-        raise CalibrationError(f"{path}: cannot be read: {_METADATA} is no object")
+    if path.suffix not in _SUFFIXES:
+        raise CalibrationError(
+            f"{path}: expected {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}, got "
+            f"{path.suffix or 'no suffix'}"
+        )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Array], about: Mapping[str, Any]) -> None:
+    """Write float32 arrays and what is said about them, with a checksum; the suffix decides."""
+    tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+    text = json.dumps({**about, _CHECKSUM: checksum(tensors, about)}, sort_keys=True)
+    if path.suffix == ".npz":
+        arrays: dict[str, Any] = {_ENTRY: np.array(text), **tensors}
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+        return
+    from safetensors.numpy import save
+
+    path.write_bytes(save(tensors, metadata={_ENTRY: text}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """What :func:`write_tensors` wrote: the arrays, and what is said about them.
+
+    Raises
+    ------
+    CalibrationError
+        If the file is missing, damaged or of another kind, or its checksum is another one.
+    """
+    check_suffix(path)
+    if path.suffix == ".npz":
+        tensors = read_npz(path)
+        text = tensors.pop(_ENTRY, None)
+        old = any(name in tensors for name in _OLD_ENTRIES)
+    else:
+        tensors, metadata = read_safetensors(path)
+        text = metadata.get(_ENTRY)
+        old = any(name in metadata for name in _OLD_ENTRIES)
+    if text is None and old:
+        raise CalibrationError(
+            f"{path}: cannot be read: it has no checksum, as an older version wrote it: calibrate "
+            "again"
+        )
+    if text is None:
+        raise CalibrationError(f"{path}: not written by `python -m fastattn calibrate`")
+    with reading(path):
+        about = parse_json(str(text))
+    if not isinstance(about, dict) or not isinstance(about.get(_CHECKSUM), str):
+        raise CalibrationError(f"{path}: cannot be read: it has no checksum")
+    if about.pop(_CHECKSUM) != checksum(tensors, about):
+        raise CalibrationError(f"{path}: damaged: its checksum is not that of its content")
     return tensors, about
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    with np.load(path) as file:
-        tensors = {name: file[name] for name in file.files if name != _METADATA}
-        about = json.loads(str(file[_METADATA])) if _METADATA in file.files else {}
-    return tensors, about
+def read_npz(path: Path) -> dict[str, Array]:
+    """All arrays of an ``.npz`` file; none of Python objects, which would be pickles."""
+    found: dict[str, Array] = {}
+    with reading(path), zipfile.ZipFile(path) as archive:
+        for entry in archive.namelist():
+            name, suffix = entry[:-4], entry[-4:]
+            if suffix != ".npy":
+                continue
+            if name in found:
+                raise ValueError(f"{name} is there twice")
+            # NumPy's own reader stops where the header says that an array ends. zipfile has the
+            # CRC of the whole entry, and looks at it only at the entry's end.
+            file = io.BytesIO(archive.read(entry))
+            found[name] = np.lib.format.read_array(file, allow_pickle=False)
+            if file.read(1):
+                raise ValueError(f"{name} is longer than its shape")
+    return found
 
 
-def _read_safetensors(data: bytes) -> tuple[dict[str, Array], dict[str, str]]:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ValueError("no safetensors file")
-    header = json.loads(data[8 : 8 + length])
-    metadata = header.pop(_METADATA, {})
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        shape = entry["shape"]
-        if entry["dtype"] != "F32" or end - begin != 4 * math.prod(shape):
-            raise ValueError(f"{name}: expected float32 of shape {shape}")
-        body = data[8 + length + begin : 8 + length + end]
-        tensors[name] = np.frombuffer(body, "<f4").reshape(shape)
+def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """All arrays of plain numbers of a ``.safetensors`` file, and its metadata."""
+    import safetensors
+
+    with reading(path):
+        data = path.read_bytes()
+        # The package has checked the header and where each array is; its metadata it gives only
+        # to who opens the file a second time.
+        entries = safetensors.deserialize(data)
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.get("__metadata__") or {}
+        tensors = {
+            name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in entries
+            if entry["dtype"] in _DTYPES
+        }
     return tensors, metadata

@@ -29,7 +29,7 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASS|KEY|CREDENTIAL|AUTH", re.I)
 
 _DISTRIBUTIONS = (
     *("fastattn", "paddlepaddle", "paddlepaddle-gpu", "fastdeploy-gpu", "fastdeploy-cpu"),
-    *("numpy", "ml_dtypes", "rich", "matplotlib", "setuptools", "pip"),
+    *("numpy", "ml_dtypes", "rich", "safetensors", "matplotlib", "setuptools", "pip"),
 )
 
 #: Runs in a process of its own; every answer is a line, so that a crash loses only the rest.

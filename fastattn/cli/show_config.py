@@ -24,7 +24,7 @@ from fastattn import env
 from fastattn.version import __version__
 
 LIBRARY_NAME = "_fastattn_ops.so"
-_DISTRIBUTIONS = ("numpy", "ml_dtypes", "rich")
+_DISTRIBUTIONS = ("numpy", "ml_dtypes", "rich", "safetensors")
 
 
 def _reason(error: BaseException) -> str:

@@ -135,7 +135,14 @@ def _calm_threads() -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
     _calm_threads()
+    from fastattn.cli.outputs import problem_of_file
     from fastattn.demo.report import Console
+
+    if args.json and args.json != "-":
+        problem = problem_of_file(Path(args.json))
+        if problem is not None:
+            print(f"fastattn demo: --json: {args.json}: {problem}", file=sys.stderr)
+            return 1
 
     console = Console(sys.stderr if args.json == "-" else sys.stdout)
     try:

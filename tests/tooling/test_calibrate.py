@@ -22,7 +22,6 @@ from fastattn.calibrate.choose import (
 )
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
-from fastattn.calibrate.tensor_files import read_tensors, write_tensors
 from fastattn.cli import main
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import quantize_token
@@ -97,13 +96,29 @@ def test_four_bits():
     assert 0.02 < np.sqrt(np.mean((values - x) ** 2)) < 0.2
 
 
-def test_four_bits_of_heads_that_have_no_caches():
-    samples = LayerSamples(*(np.ones((3, 2, 160), np.float32) for _ in range(3)))
-    assert calibrate_layer(samples, ["block_wise_int8"], bound=1).name == "block_wise_int8"
-    for kind in ("block_wise_int4", "block_wise_mxfp4"):
-        text = f"{kind} is for heads of 64 or 96 or 128 or 192 or 256 channels, not of 160"
-        with pytest.raises(CalibrationError, match=text):
-            calibrate_layer(samples, ["block_wise_int8", kind], bound=1)
+@pytest.mark.parametrize("dim", [80, 160, 512])
+@pytest.mark.parametrize("kind", ["none", "cache_int8", "block_wise_fp8", "block_wise_int4"])
+def test_heads_that_no_operator_takes(kind, dim):
+    samples = LayerSamples(*(np.ones((3, 2, dim), np.float32) for _ in range(3)))
+    text = f"expected heads of 64 or 96 or 128 or 192 or 256 channels, got {dim}"
+    with pytest.raises(CalibrationError, match=text):
+        calibrate_layer(samples, [kind], bound=1)
+
+
+def test_keys_of_192_channels():
+    """Their values have 128, as in the caches."""
+    rng = np.random.default_rng(3)
+    q, k = (rng.normal(size=(40, heads, 192)).astype(np.float32) for heads in (HEADS, KV))
+    v = rng.normal(size=(40, KV, 128)).astype(np.float32)
+    samples = LayerSamples(k, v, q).check("layers.0")
+    found = calibrate_layer(samples, ["cache_int8"], bound=0.05, granularity="channel")
+    assert found.cache_k_out_scale.shape == (KV * 192,)
+    np.testing.assert_allclose(
+        found.cache_v_out_scale, np.abs(v).max(axis=0).ravel() / 127, rtol=1e-6
+    )
+    assert 0 < found.error < 0.05
+    with pytest.raises(CalibrationError, match="of K with 192 channels, V has 128"):
+        LayerSamples(k, k, q).check("layers.0")
 
 
 def test_blocks_of_four_bits():
@@ -258,7 +273,7 @@ def test_dumps_of_paddle(tmp_path, dtype, nested):
         paddle.save({"layers": {2: tensors}}, str(path))
     else:
         paddle.save({f"model.layers.2.{name}": x for name, x in tensors.items()}, str(path))
-    read = read_samples(path)
+    read = read_samples(path, allow_pickle=True)
     assert list(read) == [2]
     np.testing.assert_array_equal(read[2].value, tensors["value"].astype("float32").numpy())
 
@@ -359,8 +374,8 @@ def wrong(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("text", "no .npz file"),
-        ("pickle", "no dump of Paddle"),
+        ("text", "wrong.npz: cannot be read: File is not a zip file"),
+        ("pickle", "expected an .npz or .safetensors file"),
         ("missing", "no such file"),
         ("names", "expected arrays named layers.0.key"),
         ("value", "layers.0.value is missing"),
@@ -475,24 +490,6 @@ def test_a_file_of_someone_else(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, a=np.zeros(3))
     with pytest.raises(CalibrationError, match="not written by"):
-        Calibration.read(path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"cache_k_rotation": "givens"}, "layer 0 has unknown rotation 'givens'"),
-        ({"cache_quant_type": "int2"}, "layer 0 has unknown type 'int2'"),
-    ],
-)
-def test_a_calibration_of_unknown_names(tmp_path, changes, text):
-    path = tmp_path / "found.npz"
-    Calibration({0: calibrate_layer(layer(), ["cache_int8"], bound=1)}).write(path)
-    tensors, about = read_tensors(path)
-    layers = json.loads(about["layers"])
-    layers["0"].update(changes)
-    write_tensors(path, tensors, {**about, "layers": json.dumps(layers)})
-    with pytest.raises(CalibrationError, match=text):
         Calibration.read(path)
 
 

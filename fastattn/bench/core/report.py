@@ -45,15 +45,29 @@ class Report:
         ReportError
             If it is something else, or cannot be read.
         """
-        names = {field.name for field in dataclasses.fields(Row)}
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            rows = [Row(**{k: v for k, v in row.items() if k in names}) for row in report["rows"]]
-            if not all(isinstance(row.us, (int, float)) for row in rows):
-                raise TypeError("a row without microseconds")
+            rows = [_row(fields) for fields in report["rows"]]
             return cls(dict(report.get("machine", {})), rows, dict(report.get("failed", {})))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            *(OSError, ValueError, KeyError, TypeError, AttributeError),
+            RecursionError,  # of JSON that is too deep
+        ) as error:
             raise ReportError(f"{path}: no report of this command: {error}") from None
+
+
+def _row(fields: Mapping[str, Any]) -> Row:
+    """A row of a file; other fields than a row's are left out."""
+    names = {field.name for field in dataclasses.fields(Row)}
+    row = Row(**{name: value for name, value in fields.items() if name in names})
+    if not all(isinstance(text, str) for text in (row.op, row.shape, row.unit, row.peer)):
+        raise TypeError("a row whose op, shape, unit or peer is no text")
+    numbers = (row.us, *(x for x in (row.rate, row.peer_us, row.error) if x is not None))
+    if not all(isinstance(x, (int, float)) for x in numbers):
+        raise TypeError("a row whose us, rate, peer_us or error is no number")
+    if not 0 < row.us < math.inf:
+        raise ValueError("a row without microseconds")
+    return row
 
 
 class Baseline:

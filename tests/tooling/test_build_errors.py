@@ -1,0 +1,83 @@
+"""What a user gets wrong about a build ends in one line."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+pytest.importorskip("custom_ops.builder.extension", reason="needs setuptools")
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+
+
+def run(tree, *arguments, before=None, **environ):
+    return subprocess.run(
+        [sys.executable, "setup_ops.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tree,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environ},
+        preexec_fn=before,
+    )
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What setup_ops.py runs of a source tree before it compiles."""
+    folder = tmp_path / "source tree"
+    shutil.copytree(ROOT / "custom_ops" / "builder", folder / "custom_ops" / "builder")
+    shutil.copy(ROOT / "setup_ops.py", folder)
+    (folder / "fastattn").mkdir()
+    yield folder
+    for path in (folder, folder / "fastattn", folder / "build", folder / "build" / "objects"):
+        if path.exists():
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize("value", ["80", "96", "64,80", "wide"])
+def test_head_dims_that_no_kernel_has(value):
+    done = run(ROOT, "build_ext", "--inplace", FASTATTN_HEAD_DIMS=value)
+    assert done.returncode == 1 and done.stdout == ""
+    got = value.replace(",", ", ")
+    assert done.stderr == (
+        "error: FASTATTN_HEAD_DIMS: expected some of 64, 96, 128, 192, 256, and 64 or 128 among "
+        f"them, got {got}\n"
+    )
+
+
+def obey_modes() -> None:
+    """Be a user whom modes bind, which root is not."""
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl")
+
+
+@pytest.mark.parametrize("command", ["install", "build_ext", "bdist_wheel", "dist_info"])
+@pytest.mark.parametrize("name", ["", "fastattn", "build/objects"])
+def test_a_tree_that_cannot_be_written(tree, command, name):
+    (tree / "build" / "objects").mkdir(parents=True)
+    (tree / name).chmod(0o555)
+    try:
+        done = run(tree, command, before=obey_modes)
+    except subprocess.SubprocessError:
+        pytest.skip("this process cannot give up its rights")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tree / name} cannot be written, and a build writes into")
+    assert f"cp -r '{tree}' fastattn-build" in line
+
+
+def test_a_file_that_another_user_left(tree):
+    stub = "def run(*_, **__):\n    raise PermissionError(13, 'Permission denied', 'left/lock')\n"
+    (tree / "custom_ops" / "builder" / "extension.py").write_text(stub)
+    done = run(tree, "build_ext")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: left/lock cannot be written, and a build writes into")
+    assert len(done.stderr.splitlines()) == 1
