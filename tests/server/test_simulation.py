@@ -145,6 +145,18 @@ def a_scale_of_v(sim, step, works):
     return False
 
 
+def a_scale_of_a_latent(sim, step, works):
+    """A tile of the latest cached token has twice its scale."""
+    for work in works:
+        if work.request.done >= 1 and work.request.done < 20:
+            arrays, at = sim.kind.read(), work.request.done - 1
+            page = arrays[0].reshape(-1, 64, 656)[work.request.blocks[at // BLOCK]]
+            page[at % BLOCK, 512:516] = (page[at % BLOCK, 512:516].view("<f4") * 2).view(np.uint8)
+            sim.kind.write(arrays)
+            return True
+    return False
+
+
 def other_rows(sim, step, works):
     """Rows of the step's tokens belong to the neighbour."""
     step.rows[:] = np.roll(step.rows, 1, axis=0)
@@ -177,6 +189,11 @@ def test_a_wrong_step_is_seen(name, fault):
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_a_wrong_scale_is_seen(name):
     assert_seen(name, a_scale_of_v, 2)
+
+
+@pytest.mark.parametrize("name", ["latent-fp8_656", "latent-sparse"])
+def test_a_wrong_scale_of_a_latent_is_seen(name):
+    assert_seen(name, a_scale_of_a_latent, 2)
 
 
 @pytest.mark.parametrize("name", ["cache_int8-e4m3", "cache_fp8-e4m3"])

