@@ -353,6 +353,8 @@ class Simulation:
         captured = decoding and self.captures and rng.random() < 0.7
         slots = MOST_SEQS if captured or rng.random() < 0.3 else len(works)
         tables = np.full((slots, COLUMNS), -1, np.int32)
+        if rng.random() < 0.3:  # entries that nobody needs may be left from other requests
+            tables[:] = rng.integers(0, self.pool.refs.size, tables.shape)
         cached, new = np.zeros((2, slots), np.int32)
         prefill = [False] * slots
         if slots > len(works):  # slots that rest may keep a length, without blocks
