@@ -136,7 +136,7 @@ def one_more(sim, step, works):
 def a_scale_of_v(sim, step, works):
     """The scale of the latest cached token's V is twice what it was."""
     for work in works:
-        if work.request.done >= 1 and work.request.done < 20:
+        if 1 <= work.request.done < 30:
             arrays, at = sim.kind.read(), work.request.done - 1
             place = arrays[3][work.request.blocks[at // BLOCK], :, at % BLOCK]
             place[...] = place + 1 if place.dtype == np.uint8 else place * 2
@@ -148,7 +148,7 @@ def a_scale_of_v(sim, step, works):
 def a_scale_of_a_latent(sim, step, works):
     """A tile of the latest cached token has twice its scale."""
     for work in works:
-        if work.request.done >= 1 and work.request.done < 20:
+        if 1 <= work.request.done < 30:
             arrays, at = sim.kind.read(), work.request.done - 1
             page = arrays[0].reshape(-1, 64, 656)[work.request.blocks[at // BLOCK]]
             page[at % BLOCK, 512:516] = (page[at % BLOCK, 512:516].view("<f4") * 2).view(np.uint8)
@@ -168,16 +168,18 @@ SEEN = (AssertionError, ValueError)
 SAYS = r"^sequence \d|^cache tensor \d|^ForwardMeta.for_step"
 
 
-def assert_seen(name, fault, episode, steps=60):
+def assert_seen(name, fault, episode):
     """Some step in which `fault` does something fails, the third one at the latest."""
     sim = Simulation(name, SEED, episode)
     sim.check_all_always = True
     done = []
     sim.spoil = lambda step, works: done.append(fault(sim, step, works))
     with pytest.raises(SEEN, match=SAYS):
-        for _ in range(steps):
+        for _ in range(2000):
+            if sum(done) == 3:
+                break
             sim.step()
-    assert 1 <= sum(done) <= 3, "it took too many steps"
+    assert sum(done) >= 1
 
 
 @pytest.mark.parametrize("fault", [other_block, one_less, one_more, other_rows])
@@ -206,17 +208,14 @@ def test_wrong_scales_of_a_layer_are_seen(name):
 
 
 def test_a_shared_block_that_is_not_copied_is_seen():
-    failed = 0
-    for episode in range(3):
-        sim = Simulation("none-e4m3", SEED, episode)
-        sim.check_all_always = sim.shares_parts = True
-        sim.copies_on_write = False
-        try:
+    """In some episode: the two requests must write other tokens at the same positions."""
+    with pytest.raises(SEEN, match=SAYS):
+        for episode in range(10):
+            sim = Simulation("none-e4m3", SEED, episode)
+            sim.check_all_always = sim.shares_parts = True
+            sim.copies_on_write = False
             for _ in range(80):
                 sim.step()
-        except SEEN:
-            failed += 1
-    assert failed == 3
 
 
 def test_blocks_that_come_back_without_their_scales_are_seen():
