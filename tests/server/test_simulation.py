@@ -22,6 +22,8 @@ from tests.support.simulation_kinds import KINDS
 
 #: Steps of the long run.
 STEPS = {"cpu": 100_000, "gpu": 10_000}
+#: Steps of an episode: options are drawn anew after them.
+LENGTH = {"cpu": 250, "gpu": 100}
 
 DYNAMIC = [name for name in KINDS if name.startswith("block_wise")]
 
@@ -41,7 +43,7 @@ def test_a_long_run(place, capsys):
     with capsys.disabled():
         print(f"\nsimulation on {place}: {steps} steps, seed {seed}", flush=True)
     only = setting("EPISODE", -1)
-    counts = simulate(steps, seed=seed, place=place, only=only)
+    counts = simulate(steps, seed=seed, place=place, length=LENGTH[place], only=only)
     with capsys.disabled():
         print("  " + ", ".join(f"{key} {value}" for key, value in counts.items()))
     if only < 0 and steps >= 10_000:
@@ -96,7 +98,7 @@ def test_replays_fill_the_tensors_of_the_capture(name):
 
 
 def test_every_kind_has_its_turn():
-    for steps, length in ((20 * len(KINDS), 20), (STEPS["gpu"], 250)):
+    for steps, length in ((20 * len(KINDS), 20), (STEPS["gpu"], LENGTH["gpu"])):
         runs = list(episodes(steps, length))
         assert {name for _, name, _ in runs} == set(KINDS)
         assert sum(count for _, _, count in runs) == steps

@@ -21,7 +21,6 @@ from tests.support.simulation_kinds import KINDS, make_kind
 
 BLOCK = 64
 SEED = 20261124
-EPISODE_STEPS = 250
 
 MOST_SEQS = 6
 MOST_DRAFTS = 3
@@ -472,7 +471,7 @@ def simulate(
     *,
     seed: int = SEED,
     place: str = "cpu",
-    length: int = EPISODE_STEPS,
+    length: int,
     only: int = -1,
 ) -> dict[str, int]:
     """Run `steps` steps in episodes of `length`; returns what happened, counted.
