@@ -85,8 +85,8 @@ def _draw(quant_type: str, fp8_format: str, rng: np.random.Generator) -> dict[st
         return options
     if quant_type.startswith("cache"):
         options["per_channel"] = quant_type == "cache_int8" and one_in(2)
-        if one_in(3):  # those of a layer may have the model's dtype
-            options["scale_dtype"] = options["dtype"]
+        if one_in(3):
+            options["scale_dtype"] = BF16
     elif quant_type != "block_wise_mxfp4" and one_in(4):
         options["scale_dtype"] = BF16
     if fp8_format != "e5m2":  # such keys are neither rotated nor centred
