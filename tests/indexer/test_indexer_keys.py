@@ -528,7 +528,11 @@ WRONG_WRITES = [
     ({"slot_mapping": zeros(3, dtype="int16")}, TypeError, "slot_mapping: expected dtype int64"),
     ({"slot_mapping": zeros(3, 1, dtype="int64")}, ValueError, "slot_mapping: expected 1 dim"),
     ({"quant": "fp8_512"}, ValueError, "quant: expected fp8 or mxfp4, got 'fp8_512'"),
-    ({"scale_rule": "ue8m0"}, ValueError, "expected pow2, amax or amax_div, got 'ue8m0'"),
+    (
+        {"scale_rule": "ue8m0"},
+        ValueError,
+        "scale_rule: expected pow2, amax or amax_div, got 'ue8m0'",
+    ),
     ({"quant": "mxfp4", "scale_rule": "amax"}, ValueError, "scale_rule: expected pow2 with mxfp4"),
 ]
 
