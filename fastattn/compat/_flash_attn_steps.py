@@ -243,7 +243,11 @@ def check_ahead(
         Number of sequences.
     """
     free = options.get("out") is None  # which must not share memory with an input
-    facts = tuple(_facts(x, free) for x in (*arguments, *options.values()))
+    # The writer checks the places of q and the caches. An option's address tells its place.
+    facts = (
+        *(_facts(x, aligned=free) for x in arguments),
+        *(_facts(x, aligned=False) for x in options.values()),
+    )
     try:
         known = facts in _TAKEN
     except TypeError:  # what cannot be hashed is no argument's type
