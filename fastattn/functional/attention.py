@@ -125,7 +125,7 @@ def flash_attention(
         is out of range; also if `quantize_q` comes with queries that do not have 16 bits, with
         `q_descale`, or with keys that are not e4m3.
     NotImplementedError
-        If D is neither 64 nor 128.
+        If D is not 64, 96, 128, 192 or 256.
 
     See Also
     --------

@@ -46,7 +46,9 @@ def merge_attn_states(
         value; NaN is 0x7F. The scale is read on the device. The CPU refuses one that is not finite
         and positive; on a GPU it is not checked.
     prefill_tokens_with_context : int, optional
-        Tokens from this one on (0 to T; default T) have no prefix and take the suffix as it is.
+        Tokens from this one on (0 to T; default T) have no prefix: their result is the
+        suffix, and 0 and -inf where the suffix is empty, whatever its output holds and also where
+        its LSE is +inf.
     output : Tensor, shape [T, H, D], optional
         Written in place and returned. The dtype of the inputs, for float32 inputs also float16 or
         bfloat16 (rounded to nearest even), and uint8 or float8_e4m3fn for FP8. It may be
