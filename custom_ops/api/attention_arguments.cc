@@ -8,6 +8,7 @@
 #include "api/quantize_query.h"
 #include "api/query_transform.h"
 #include "api/ranges.h"
+#include "api/softmax_scale.h"
 #include "common/bounds.h"
 #include "common/head_dims.h"
 
@@ -242,13 +243,10 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
     Arg(op, "out_scale", *args.out_scale).On(place).Dtype({phi::DataType::FLOAT32}).Dims({1});
     p->out_scale = Data<float>(*args.out_scale);
   }
-  if (!std::isfinite(args.softmax_scale)) {
-    Fail("ValueError", op, "softmax_scale", "expected a finite number, got ", args.softmax_scale);
-  }
   if (!std::isfinite(args.softcap) || args.softcap < 0) {
     Fail("ValueError", op, "softcap", "expected a finite number of at least 0, got ", args.softcap);
   }
-  p->softmax_scale = static_cast<float>(args.softmax_scale);
+  p->softmax_scale = ParseSoftmaxScale(op, args.softmax_scale);
   p->softcap = static_cast<float>(args.softcap);
   CheckQueryTransform(op, args.transform, args.out, args.return_softmax_lse, *p);
   p->causal = args.causal;

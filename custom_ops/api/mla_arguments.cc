@@ -1,7 +1,5 @@
 #include "api/mla_arguments.h"
 
-#include <cmath>
-
 namespace fastattn::api {
 
 int ParseMlaHeads(const char* op, const Sizes& q_shape) {
@@ -18,13 +16,6 @@ const float* ParseMlaSinks(const char* op, const Tensor* sinks, int heads,
   if (sinks == nullptr) return nullptr;
   Arg(op, "sinks", *sinks).On(place).Dtype({phi::DataType::FLOAT32}).Dims({heads}).Contiguous();
   return Data<float>(*sinks);
-}
-
-float ParseMlaSoftmaxScale(const char* op, float softmax_scale) {
-  if (!std::isfinite(softmax_scale)) {
-    Fail("ValueError", op, "softmax_scale", "expected a finite number, got ", softmax_scale);
-  }
-  return softmax_scale;
 }
 
 phi::DataType MlaOutDtype(const std::string& out_dtype) {

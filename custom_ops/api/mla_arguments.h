@@ -15,9 +15,6 @@ int ParseMlaHeads(const char* op, const Sizes& q_shape);
 // Null without sinks.
 const float* ParseMlaSinks(const char* op, const Tensor* sinks, int heads, const phi::Place& place);
 
-// The same number, if it is finite.
-float ParseMlaSoftmaxScale(const char* op, float softmax_scale);
-
 // Output [tokens, heads, 512] of type `out_dtype`, bfloat16 or float32: `given`, which lies apart
 // from `inputs`, or a new one. It fills the two fields of the parameters, of which one stays null.
 Tensor ParseMlaOut(const char* op, const Tensor* given, const std::string& out_dtype, Sizes shape,

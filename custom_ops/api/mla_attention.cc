@@ -9,6 +9,7 @@
 #include "api/mla_arguments.h"
 #include "api/mla_cache.h"
 #include "api/paged_cache.h"
+#include "api/softmax_scale.h"
 
 #if defined(FASTATTN_WITH_CUDA)
 #include "cuda/mla/attention/launch.h"
@@ -163,7 +164,7 @@ std::vector<Tensor> MlaSparseAttention(
                         Get(extra_scale), extra_cache_format, extra_page_size},
                        place, p);
   p.sinks = ParseMlaSinks(kOp, Get(sinks), p.heads, place);
-  p.softmax_scale = ParseMlaSoftmaxScale(kOp, softmax_scale);
+  p.softmax_scale = ParseSoftmaxScale(kOp, softmax_scale);
   p.flash_mla = flash_mla;
   Tensor result = ParseMlaOut(kOp, Get(out), out_dtype, {p.tokens, p.heads, kMlaValueDim}, place,
                               {{"q", &q},

@@ -13,6 +13,7 @@
 #include "api/mla_cache.h"
 #include "api/paged_cache.h"
 #include "api/ranges.h"
+#include "api/softmax_scale.h"
 
 #if defined(FASTATTN_WITH_CUDA)
 #include "cuda/mla/dense/launch.h"
@@ -102,7 +103,7 @@ std::vector<Tensor> MlaAttention(const Tensor& q, const Tensor& cache, const Ten
   p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, nullptr,
                      SizesOf(q)[0], place);
   p.sinks = ParseMlaSinks(kOp, Get(sinks), p.heads, place);
-  p.softmax_scale = ParseMlaSoftmaxScale(kOp, softmax_scale);
+  p.softmax_scale = ParseSoftmaxScale(kOp, softmax_scale);
   p.causal = causal;
   p.max_seqlen_q = LengthBound(kOp, "max_seqlen_q", max_seqlen_q);
   p.max_seqlen_k = LengthBound(kOp, "max_seqlen_k", max_seqlen_k);
