@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import paddle
 
-from fastattn import env
+from fastattn import _empty_inputs, env
 from fastattn._attrs import typed_attrs
 from fastattn._foreign import not_a_tensor
 
@@ -39,6 +39,8 @@ _ERROR = re.compile(
 )
 # Paddle's own check of an attribute's type.
 _ATTRIBUTE_ERROR = re.compile(r"position (\d+)\) must be (\w+), but got ([\w.]+)")
+# What is told of std::bad_alloc: by fastattn._direct and by Paddle.
+_OUT_OF_MEMORY = ("out of memory", "std::bad_alloc")
 _ERROR_TYPES = {
     "TypeError": TypeError,
     "ValueError": ValueError,
@@ -154,6 +156,13 @@ def limit_dequantized(mib: float, operations: float) -> None:
 def _read_limits() -> None:
     """Set them as the environment tells, once, whichever way the library is loaded first."""
     limit_dequantized(*env.dequantized())
+    path = _checked_library()
+    try:
+        set_mode = ctypes.CDLL(str(path)).fastattn_set_kv_signal_mode
+    except AttributeError as error:
+        raise _cannot_load(path, error) from error
+    set_mode.argtypes, set_mode.restype = (ctypes.c_int,), None
+    set_mode(env.kv_signal_mode())
 
 
 def _direct_module(library: Path) -> ModuleType | None:
@@ -301,68 +310,17 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, _tensor_types())
 
 
-# Optional inputs with one entry a token or a sequence: empty where the step has none.
-_PER_TOKEN = frozenset(
-    {
-        "batch_id_per_token",
-        "batch_ids",
-        "extra_indices",
-        "extra_topk_length",
-        "k_descale",
-        "mask_offsets",
-        "out",
-        "out_scales",
-        "output",
-        "output_lse",
-        "output_scales",
-        "q_descale",
-        "topk_length",
-        "topk_lengths",
-        "q_scales",
-        "v_descale",
-        "window_lengths",
-    }
-)
-
-
-def may_not_be_empty(sig: OpSignature, index: int) -> bool:
-    """Whether an optional input has elements in every step, even an empty one.
-
-    Paddle hands an empty optional tensor over as an absent one.
-    """
-    name = sig.inputs[index]
-    # A cache without blocks has empty scales; the operator checks.
-    return sig.optional[index] and name not in _PER_TOKEN and not name.startswith("cache_")
-
-
-def _is_lost(sig: OpSignature, index: int, values: tuple[Any, ...]) -> bool:
-    """Whether it matters that Paddle hands this empty optional tensor over as an absent one."""
-    name, shape = sig.inputs[index], values[index].shape
-    if name not in _PER_TOKEN:
-        return may_not_be_empty(sig, index)
-    if name.endswith("_descale") and len(shape) == 2 and shape[0] == 0:
-        # One entry a sequence: nothing is lost where there are none.
-        starts = values[sig.inputs.index("cu_seqlens_q")]
-        if is_tensor(starts) and list(starts.shape) == [1]:
-            return False
-    return not (is_tensor(values[0]) and 0 in values[0].shape)
-
-
-#: Never copied: a pool of gigabytes would be, at every call.
-_CACHES = frozenset(
-    {
-        *("cache", "key_cache", "value_cache", "cache_k_scales", "cache_v_scales"),
-        *("extra_cache", "kv_cache", "state_cache"),
-    }
-)
-
-
 #: Fewer elements fit 64 bits in any dtype that results may have: RequireBytesFit of api/check.h.
 _MOST_ELEMENTS = 2**63 // 16
 
 
-def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) -> None:
-    """Refuse arguments that are not tensors and, with `copied`, those that a copy would break."""
+def _check_inputs(
+    sig: OpSignature, values: tuple[Any, ...], attrs: tuple[Any, ...], *, copied: bool
+) -> None:
+    """Refuse arguments that are not tensors and, with `copied`, those that a copy would break.
+
+    `copied`: the call goes through Paddle's registry.
+    """
     eager = paddle.base.core.eager.Tensor
     inplace = sig.inplace.values()
     for i, (name, value) in enumerate(zip(sig.inputs, values)):
@@ -381,12 +339,13 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) ->
                 f"{sig.name}: {name}: expected sizes whose product fits 64 bits, got shape "
                 f"{list(value.shape)}"
             )
-        if sig.optional[i] and 0 in value.shape and _is_lost(sig, i, values):
+        empty = sig.optional[i] and 0 in value.shape
+        if empty and not _empty_inputs.may_be_empty(sig, i, values, attrs, registered=copied):
             raise ValueError(
                 f"{sig.name}: {name}: expected a tensor with elements, got shape "
                 f"{list(value.shape)}"
             )
-        stays = copied and (i in inplace or name in _CACHES)
+        stays = copied and (i in inplace or name in _empty_inputs.CACHES)
         if stays and isinstance(value, eager) and not value.is_contiguous():
             raise ValueError(
                 f"{sig.name}: {name}: expected a contiguous tensor, got shape "
@@ -397,7 +356,8 @@ def _check_inputs(sig: OpSignature, values: tuple[Any, ...], *, copied: bool) ->
 def is_memory_error(error: Exception) -> bool:
     """Whether an operator ran out of memory."""
     text = str(error)
-    return isinstance(error, MemoryError) or "ResourceExhausted" in text or "out of memory" in text
+    told = "ResourceExhausted" in text or any(words in text for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or told
 
 
 def reraise_of(sig: OpSignature, error: Exception) -> NoReturn:
@@ -465,7 +425,7 @@ def _call_unusual(
 ) -> list[Any]:
     """Make the call that ``_direct`` declined, or raise for its arguments."""
     sig = direct.signature
-    _check_inputs(sig, inputs, copied=False)
+    _check_inputs(sig, inputs, attrs, copied=False)
     attrs = typed_attrs(sig, attrs)
     if paddle.is_grad_enabled():
         _tell_no_gradient(sig, inputs)
@@ -522,7 +482,7 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
     """:func:`call` through Paddle's registry: in programs, and in dygraph without ``_direct``."""
     load()
     sig = signature(op)
-    _check_inputs(sig, inputs, copied=True)
+    _check_inputs(sig, inputs, attrs, copied=True)
     run = _runner()
     if run is not paddle.base.core.eager._run_custom_op:
         from fastattn import _tracing  # it imports this module

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import paddle
 
-from fastattn import _ops
+from fastattn import _empty_inputs, _ops
 
 _CUSTOM_OP = "custom_op." + _ops.PREFIX
 
@@ -28,6 +28,8 @@ class _Use(NamedTuple):
     op: str
     name: str
     written: bool  # else: optional, and not to be empty
+    # Place of the operator's first input, if it has one: where it is empty, the other may be.
+    counter: tuple[bool, int] | None = None
 
 
 def _operations(block: Any) -> Iterator[Any]:
@@ -39,6 +41,10 @@ def _operations(block: Any) -> Iterator[Any]:
 
 def _uses(runner: Any) -> list[_Use]:
     """Inputs of a program that its operators write, or that must not be empty."""
+
+    def place_of(value: Any) -> list[tuple[bool, int]]:
+        return [(kind, at) for kind, at, known in places if value.is_same(known)]
+
     places = [(False, i, v) for i, v in enumerate(runner._inputs.var_list)]
     places += [(True, i, v) for i, v in enumerate(runner._param_values)]
     uses = []
@@ -48,12 +54,16 @@ def _uses(runner: Any) -> list[_Use]:
         sig = _ops.signature(op.name()[len(_CUSTOM_OP) :].rstrip("_"))
         written = set(sig.inplace.values())
         for i, name in enumerate(sig.inputs):
-            if i not in written and not _ops.may_not_be_empty(sig, i):
-                continue
-            value = op.operand_source(i)
-            for is_parameter, position, known in places:
-                if value.is_same(known):
-                    uses.append(_Use(is_parameter, position, sig.name, name, i in written))
+            counter: tuple[bool, int] | None = None
+            if i not in written and not _empty_inputs.may_not_be_empty(sig, i):
+                found = (
+                    [] if not _empty_inputs.is_per_token(sig, i) else place_of(op.operand_source(0))
+                )
+                if not found:
+                    continue
+                counter = found[0]
+            for place in place_of(op.operand_source(i)):
+                uses.append(_Use(*place, sig.name, name, i in written, counter))
     return uses
 
 
@@ -85,6 +95,10 @@ def _check_run(uses: list[_Use], runner: Any, inputs: Any) -> None:
     place = paddle.framework._current_expected_place()
     for use in uses:
         tensor = (runner._params if use.is_parameter else tensors)[use.position]
+        if use.counter is not None:
+            is_parameter, position = use.counter
+            if 0 in (runner._params if is_parameter else tensors)[position].shape:
+                continue
         if isinstance(tensor, paddle.base.core.eager.Tensor):
             _check(use, tensor, place)
 

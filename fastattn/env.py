@@ -14,6 +14,9 @@ variable                   meaning
 ``FASTATTN_DEQUANTIZED_*`` ``MIB``: GPU memory that an attention call takes for K and V of long
                            sequences in bf16; ``FROM``: operations from which it does
                            (docs/kernels/dequantize_kv.md). Read when the library is loaded.
+``FASTATTN_SIGNAL_MODE``   who may use the queues and the shared memory of a prefill server's
+                           signals that this process makes: a file's mode in octal, default 600,
+                           which is this user. Read when the library is loaded.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
 ``FD_DETERMINISTIC_MODE``  FastDeploy's: an int that is not 0 makes backends batch-invariant
                            (docs/backends.md). Read when a backend is made.
@@ -26,6 +29,7 @@ Those that FastDeploy sets for its own processes are read where their words are 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -63,6 +67,19 @@ def dequantized() -> tuple[float, float]:
     Values that are no numbers, or negative, warn and count as the defaults.
     """
     return _amount("FASTATTN_DEQUANTIZED_MIB", 512), _amount("FASTATTN_DEQUANTIZED_FROM", 4e9)
+
+
+def kv_signal_mode() -> int:
+    """Mode of the queues and the shared memory that signals go through.
+
+    What is no mode that lets this user read and write warns and counts as 600.
+    """
+    name = "FASTATTN_SIGNAL_MODE"
+    text = os.environ.get(name) or "600"
+    if re.fullmatch("0?[67][0-7][0-7]", text) is None:
+        warnings.warn(f"{name}: expected 600 to 777 in octal, got {text!r}", stacklevel=2)
+        return 0o600
+    return int(text, 8)
 
 
 def deterministic() -> bool:

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <limits>
 
 #include "api/paged_cache.h"
@@ -21,6 +23,7 @@
 #include "cuda/attention/query_transform/launch.h"
 #include "cuda/compat/kv_signal/launch.h"
 #include "heuristics/attention.h"
+#include "heuristics/refused_bytes.h"
 #endif
 
 namespace fastattn::api {
@@ -54,17 +57,30 @@ void CheckForGpu(const char* op, const AttentionParams& p) {
 std::atomic<int64_t> dequantized_bytes{kDequantizedBytes};
 std::atomic<double> dequantized_operations{kDequantizedOperations};
 
-// Memory of 16-bit keys and values; without any left, codes are attended as they are. Paddle's
-// allocator waits for seconds before it gives up, so the process does not ask for as much again.
+// What the allocator of a device did not have. Devices from the last on share one.
+RefusedBytes& RefusedOn(const phi::Place& place) {
+  static RefusedBytes devices[64];
+  const int last = static_cast<int>(std::size(devices)) - 1;
+  return devices[std::clamp<int>(place.GetDeviceId(), 0, last)];
+}
+
+RefusedBytes::Time Now() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<RefusedBytes::Time>(now);
+}
+
+// Memory of 16-bit keys and values; without any left, codes are attended as they are.
 Tensor RoomFor(const AttentionParams& p, const phi::Place& place, DequantizePlan* plan) {
-  static std::atomic<int64_t> too_much{std::numeric_limits<int64_t>::max()};
   const int64_t bytes = DequantizedBytes(p, *plan);
   if (bytes == 0) return {};
-  if (bytes < too_much.load(std::memory_order_relaxed)) {
+  RefusedBytes& refused = RefusedOn(place);
+  if (refused.MayAsk(bytes, Now())) {
     try {
-      return paddle::empty({bytes}, phi::DataType::UINT8, place);
+      Tensor room = paddle::empty({bytes}, phi::DataType::UINT8, place);
+      refused.Grant(bytes);
+      return room;
     } catch (const std::exception&) {
-      too_much.store(bytes, std::memory_order_relaxed);
+      refused.Refuse(bytes, Now());
     }
   }
   *plan = {};

@@ -3,8 +3,11 @@
 // call() declines whatever is out of the ordinary (returns None), and fastattn/_ops.py then finds
 // out what it is: a wrong argument, a tensor to be copied first, a tensor that wants a gradient.
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <exception>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -13,6 +16,7 @@
 #include "api/direct_call.h"
 #include "api/direct_check.h"
 #include "api/direct_step.h"
+#include "api/process.h"
 
 namespace fastattn::api {
 
@@ -46,6 +50,8 @@ PyObject* CallChecked(PyObject* const* args, Py_ssize_t count);
 PyObject* Call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     return CallChecked(args, count);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
@@ -134,6 +140,35 @@ py::dict AllFacts() {
   return facts;
 }
 
+// What a signal's handler raised while an operator waited. Only the main thread, with the GIL,
+// comes here.
+PyObject* interrupt[3] = {};
+
+// Run by the interpreter as soon as the operator's call has returned to it.
+int RaiseInterrupt(void*) {
+  if (interrupt[0] == nullptr) return 0;
+  PyErr_Restore(interrupt[0], interrupt[1], interrupt[2]);
+  for (PyObject*& part : interrupt) part = nullptr;
+  return -1;
+}
+
+// Lets Python handle the signals that have come; whether a handler raised. Python's handlers run in
+// the main thread only, and that one may wait for the GIL: it is here, so nobody who has the GIL
+// waits for what this thread holds.
+bool HandleSignals() {
+  if (syscall(SYS_gettid) != getpid() || !Py_IsInitialized()) return false;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool raised = PyErr_CheckSignals() != 0;
+  if (raised) {
+    // The operator may have been called by a program, whose executor must see no exception.
+    for (PyObject* part : interrupt) Py_XDECREF(part);
+    PyErr_Fetch(&interrupt[0], &interrupt[1], &interrupt[2]);
+    if (Py_AddPendingCall(RaiseInterrupt, nullptr) != 0) PyErr_SetInterrupt();
+  }
+  PyGILState_Release(state);
+  return raised;
+}
+
 // Facts of every operator of the library at `path`, by its name.
 py::dict Bind(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -145,6 +180,10 @@ py::dict Bind(const std::string& path) {
   if (table->version != kDirectVersion || table->tensor_size != sizeof(Tensor)) {
     throw std::runtime_error(path + " is of another build than fastattn._direct");
   }
+  const auto watch = reinterpret_cast<decltype(&fastattn_set_interrupt_check)>(
+      dlsym(library, "fastattn_set_interrupt_check"));
+  if (watch == nullptr) throw std::runtime_error(path + " is of another build");
+  watch(HandleSignals);
   // Calls may be under way with the handles of a table that is bound already.
   if (!handles.empty() && handles.front().op == table->ops->data()) return AllFacts();
   std::vector<Handle> found;

@@ -261,6 +261,8 @@ inline PyObject* Step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   try {
     return RunStep(args);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;

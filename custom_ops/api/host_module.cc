@@ -16,6 +16,7 @@
 #include "cpu/isa.h"
 #include "heuristics/attention.h"
 #include "heuristics/indexer_topk.h"
+#include "heuristics/refused_bytes.h"
 #include "heuristics/step_lengths.h"
 
 namespace fastattn::api {
@@ -234,6 +235,14 @@ PYBIND11_MODULE(_host, m) {
       },
       arg("rows"), arg("columns"), arg("workspace_bytes"), arg("makes_lengths") = true,
       "Rows of a tile of indexer_topk, and bytes of its workspace.");
+  pybind11::class_<RefusedBytes>(m, "RefusedBytes",
+                                 "When to ask an allocator again; times are milliseconds.")
+      .def(pybind11::init<>())
+      .def("may_ask", [](const RefusedBytes& self, int64_t bytes,
+                         int64_t now) { return self.MayAsk(bytes, RefusedBytes::Time(now)); })
+      .def("refuse", [](RefusedBytes& self, int64_t bytes,
+                        int64_t now) { self.Refuse(bytes, RefusedBytes::Time(now)); })
+      .def("grant", &RefusedBytes::Grant);
   m.def("cuda_enabled", [] { return FASTATTN_CUDA != 0; }, "Whether CUDA kernels are compiled.");
   m.def("archs", &api::Archs, "CUDA architectures compiled for.");
   m.def(

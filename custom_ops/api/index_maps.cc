@@ -185,7 +185,7 @@ std::vector<Tensor> WindowIndices(const Tensor& positions, const OptionalTensor&
     if (Get(block_tables) != nullptr) {
       Fail("ValueError", kWindowOp, "starts", "expected block_tables or starts, got both");
     }
-    p.starts = Data<int32_t>(*Get(starts));
+    p.starts = GivenData<int32_t>(*Get(starts));
     p.num_starts = SizesOf(*Get(starts))[0];
   }
   p.window = window;

@@ -1,5 +1,6 @@
 #include "params/indexer_topk.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -51,6 +52,16 @@ Tensor SetIndices(const char* op, const OptionalTensor& out, const phi::Place& p
 // Whether the lengths of rows are nowhere as they are.
 bool MakesLengths(const LogitsParams& p) { return !p.paged || (!p.lens_per_row && p.next_n > 1); }
 
+// Columns of the longest row. A CPU has the lengths and makes no others, whatever the bound is.
+int64_t ColumnsInUse(const LogitsParams& p) {
+  int64_t columns = 0;
+  for (int64_t row = 0; row < p.rows && columns < p.columns; ++row) {
+    const bool absolute = !p.paged && !p.relative;
+    columns = std::max(columns, absolute ? p.RangeOf(row).end : TopkLengthOf(p, row));
+  }
+  return std::min(columns, p.columns);
+}
+
 // Calls run(tile) for each tile, until one fails.
 template <typename Run>
 auto ForEachTile(const IndexerTopkParams& p, Run&& run) {
@@ -63,9 +74,13 @@ auto ForEachTile(const IndexerTopkParams& p, Run&& run) {
   return status;
 }
 
-void RunTiles(const char* op, const LogitsParams& logits, int64_t k, int64_t workspace_bytes,
+void RunTiles(const char* op, LogitsParams logits, int64_t k, int64_t workspace_bytes,
               const Tensor& q, Tensor* indices) {
   if (logits.rows == 0) return;
+  if (!IsGpu(q.place())) {
+    RequireCpu(op, q.place());
+    logits.columns = ColumnsInUse(logits);
+  }
   const bool makes_lengths = MakesLengths(logits);
   const IndexerTopkPlan plan =
       PlanIndexerTopk(logits.rows, logits.columns, workspace_bytes, makes_lengths);
@@ -94,13 +109,12 @@ void RunTiles(const char* op, const LogitsParams& logits, int64_t k, int64_t wor
     return;
   }
 #endif
-  RequireCpu(op, q.place());
   Guarded(op, [&] {
     for (int64_t row = 0; makes_lengths && row < logits.rows; ++row) {
       made[row] = static_cast<int32_t>(TopkLengthOf(logits, row));
     }
     ForEachTile(p, [&](const IndexerTopkTile& tile) {
-      cpu::MqaLogits(tile.logits);
+      cpu::MqaLogits(tile.logits, tile.topk.lengths);
       cpu::TopkIndices(tile.topk);
       return 0;
     });

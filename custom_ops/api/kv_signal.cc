@@ -1,4 +1,5 @@
 // FastDeploy's signals that a layer's cache is complete, in the order of the stream that writes it.
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -9,6 +10,7 @@
 #include "api/check.h"
 #include "api/device.h"
 #include "api/direct.h"
+#include "api/process.h"
 #include "cpu/kv_signal.h"
 
 #if defined(FASTATTN_WITH_CUDA)
@@ -23,6 +25,9 @@ using cpu::KvSignals;
 
 constexpr const char* kBegin = "begin_kv_signals";
 constexpr const char* kSend = "send_kv_signal";
+
+// What fastattn_set_interrupt_check() set.
+std::atomic<bool (*)()> interrupt_check{nullptr};
 
 // The sender's end of a channel, or null. Raises what a signal sent before ran into.
 KvSignals* SignalsOf(const char* op, const std::string& channel) {
@@ -181,7 +186,7 @@ void SendKvSignal(Tensor& key_cache, Tensor& value_cache, int layer_id,
   }
 #endif
   RequireCpu(kSend, key_cache.place());
-  signals->Send(layer_id);
+  signals->Send(layer_id, interrupt_check);
 }
 
 // Both caches come back: nothing reads them, but a program keeps what it does to them in order.
@@ -226,3 +231,7 @@ const bool kDirect =
 }  // namespace
 
 }  // namespace fastattn::api
+
+void fastattn_set_interrupt_check(bool (*check)()) { fastattn::api::interrupt_check = check; }
+
+void fastattn_set_kv_signal_mode(int mode) { fastattn::cpu::KvSignals::SetMode(mode); }

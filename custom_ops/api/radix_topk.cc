@@ -49,7 +49,8 @@ const int32_t* ParseStep(const Tensor& offsets, const Tensor& lengths,
   const int32_t* row_lengths = ParseVector("lengths", lengths, decode ? 0 : slots, place);
   if (Get(batch_id_per_token) != nullptr) {
     const Tensor& ids = *Get(batch_id_per_token);
-    params->batch_ids = ParseVector("batch_id_per_token", ids, 0, place);
+    ParseVector("batch_id_per_token", ids, 0, place);
+    params->batch_ids = GivenData<int32_t>(ids);
     params->num_tokens = SizesOf(ids)[0];
     RequireFits(kOp, "batch_id_per_token", params->num_tokens);
   }

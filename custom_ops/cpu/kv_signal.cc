@@ -1,21 +1,101 @@
 #include "cpu/kv_signal.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/ipc.h>
 #include <sys/mman.h>
 #include <sys/msg.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
+#include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <thread>
 
 namespace fastattn::cpu {
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// A wait for a queue that is full. At first it looks often: a receiver that works makes room soon.
+constexpr auto kImpatience = std::chrono::milliseconds(5);
+constexpr auto kShortSleep = std::chrono::microseconds(50);
+constexpr auto kLongSleep = std::chrono::milliseconds(1);
+constexpr auto kTellAfter = std::chrono::seconds(5);
+
+std::atomic<int> new_mode{0600};
+
+// Ctrl-C while a thread waits that Python's handlers do not run in: that of a program, or of a
+// GPU's driver. Python's own handler only notes that the signal came, and its main thread sees to
+// that once the program or the GPU is done, which would be never. So a handler is put ahead of it
+// for the time of the wait. Where the signal ends the process, or is ignored, nothing is changed.
+class InterruptWatch {
+ public:
+  InterruptWatch() {
+    const std::lock_guard<std::mutex> lock(Mutex());
+    if (watches++ > 0) return;
+    struct sigaction action = {};
+    installed = false;
+    if (sigaction(SIGINT, nullptr, &before) != 0) return;
+    if ((before.sa_flags & SA_SIGINFO) == 0 &&
+        (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN)) {
+      return;
+    }
+    action = before;
+    action.sa_flags |= SA_SIGINFO;
+    action.sa_sigaction = Note;
+    installed = sigaction(SIGINT, &action, nullptr) == 0;
+  }
+
+  ~InterruptWatch() {
+    const std::lock_guard<std::mutex> lock(Mutex());
+    struct sigaction now = {};
+    if (--watches > 0 || !installed) return;
+    // Another handler may have come meanwhile, which stays.
+    const bool ours = sigaction(SIGINT, nullptr, &now) == 0 && now.sa_sigaction == Note;
+    if (ours) sigaction(SIGINT, &before, nullptr);
+  }
+
+  InterruptWatch(const InterruptWatch&) = delete;
+  InterruptWatch& operator=(const InterruptWatch&) = delete;
+
+  bool Interrupted() const { return count.load() != first_; }
+
+ private:
+  static std::mutex& Mutex() {
+    static auto& mutex = *new std::mutex;
+    return mutex;
+  }
+
+  static void Note(int number, siginfo_t* info, void* context) {
+    ++count;
+    if ((before.sa_flags & SA_SIGINFO) != 0) {
+      before.sa_sigaction(number, info, context);
+    } else {
+      before.sa_handler(number);
+    }
+  }
+
+  static std::atomic<int> count;
+  static struct sigaction before;
+  static int watches;
+  static bool installed;
+
+  const int first_ = count.load();
+};
+
+std::atomic<int> InterruptWatch::count{0};
+struct sigaction InterruptWatch::before = {};
+int InterruptWatch::watches = 0;
+bool InterruptWatch::installed = false;
 
 std::string WithErrno(const std::string& what) { return what + ": " + std::strerror(errno); }
 
@@ -23,7 +103,7 @@ std::string WithErrno(const std::string& what) { return what + ": " + std::strer
 // cached and new tokens. The receiver takes messages of one size only.
 class QueueSignals : public KvSignals {
  public:
-  explicit QueueSignals(key_t key) : queue_(msgget(key, IPC_CREAT | 0666)) {
+  explicit QueueSignals(key_t key) : queue_(msgget(key, IPC_CREAT | new_mode.load())) {
     if (queue_ < 0) throw std::runtime_error(WithErrno("msgget"));
   }
 
@@ -35,8 +115,7 @@ class QueueSignals : public KvSignals {
     int32_t text[kHeader + kFields * kMostSeqs] = {};
   };
 
-  // Waits while the queue is full: it has room for a few messages, and none may be lost.
-  void SendLayer(int layer) override {
+  bool TrySendLayer(int layer) override {
     int32_t* text = message_.text;
     *text++ = static_cast<int32_t>(prefills().size());
     *text++ = layer;
@@ -45,11 +124,10 @@ class QueueSignals : public KvSignals {
       *text++ = prefill.cached_tokens;
       *text++ = prefill.new_tokens;
     }
-    while (msgsnd(queue_, &message_, sizeof(message_.text), 0) != 0) {
-      if (errno == EINTR) continue;
-      Fail(WithErrno("msgsnd"));
-      return;
-    }
+    if (msgsnd(queue_, &message_, sizeof(message_.text), IPC_NOWAIT) == 0) return true;
+    if (errno == EAGAIN || errno == EINTR) return false;
+    Fail(WithErrno("msgsnd"));
+    return true;  // it will never have room
   }
 
   int queue_;
@@ -60,7 +138,7 @@ class QueueSignals : public KvSignals {
 class SharedInteger {
  public:
   explicit SharedInteger(const std::string& name) {
-    const int file = shm_open(("/" + name).c_str(), O_CREAT | O_RDWR, 0666);
+    const int file = shm_open(("/" + name).c_str(), O_CREAT | O_RDWR, new_mode.load());
     if (file < 0) throw std::runtime_error(WithErrno("shm_open " + name));
     void* memory = MAP_FAILED;
     if (ftruncate(file, sizeof(int32_t)) == 0) {
@@ -94,7 +172,10 @@ class SharedSignals : public KvSignals {
     layer_.Set(-1);
     step_.Set((step_.Get() + 1) % kSteps);
   }
-  void SendLayer(int layer) override { layer_.Set(layer); }
+  bool TrySendLayer(int layer) override {
+    layer_.Set(layer);
+    return true;
+  }
 
   SharedInteger layer_;
   SharedInteger step_;
@@ -149,9 +230,12 @@ KvSignals* KvSignals::Of(const std::string& channel) {
       throw;
     }
     signals->prefills_.reserve(kMostSeqs);
+    signals->channel_ = channel;
   }
   return signals.get();
 }
+
+void KvSignals::SetMode(int mode) { new_mode = mode; }
 
 void KvSignals::Begin(const int32_t* new_tokens, const int32_t* cached_tokens, int batch) noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -165,11 +249,45 @@ void KvSignals::Begin(const int32_t* new_tokens, const int32_t* cached_tokens, i
 
 void KvSignals::BeginSilent() noexcept { Begin(nullptr, nullptr, 0); }
 
-void KvSignals::Send(int layer) noexcept {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (prefills_.empty() || layer < next_layer_) return;
-  next_layer_ = layer + 1;
-  SendLayer(layer);
+void KvSignals::Send(int layer, bool (*interrupted)()) noexcept {
+  const Clock::time_point begin = Clock::now();
+  std::unique_ptr<InterruptWatch> watch;
+  while (true) {
+    const Clock::duration waited = Clock::now() - begin;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (prefills_.empty() || layer < next_layer_) return;
+      if (TrySendLayer(layer)) {
+        next_layer_ = layer + 1;
+        return;
+      }
+      if (waited >= kTellAfter && !told_full_) {
+        told_full_ = true;
+        std::fprintf(stderr,
+                     "fastattn: send_kv_signal: layer %d has waited for 5 s: %s is full, as its "
+                     "receiver takes no messages\n",
+                     layer, channel_.c_str());
+      }
+    }
+    if (interrupted != nullptr && interrupted()) return;
+    if (waited < kImpatience) {
+      std::this_thread::sleep_for(kShortSleep);
+      continue;
+    }
+    std::this_thread::sleep_for(kLongSleep);
+    if (syscall(SYS_gettid) == getpid()) continue;
+    if (watch == nullptr) watch = std::make_unique<InterruptWatch>();
+    if (watch->Interrupted()) {
+      // Signals of later layers may be queued already, and would wait as well.
+      const std::lock_guard<std::mutex> lock(mutex_);
+      prefills_.clear();
+      std::fprintf(stderr,
+                   "fastattn: send_kv_signal: interrupted: layers from %d on of this step are not "
+                   "signalled\n",
+                   layer);
+      return;
+    }
+  }
 }
 
 void KvSignals::Fail(const std::string& what) {

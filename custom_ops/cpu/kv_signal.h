@@ -31,6 +31,10 @@ class KvSignals {
   // channel of neither form, std::runtime_error if it cannot be opened.
   static KvSignals* Of(const std::string& channel);
 
+  // Who may use the queues and the shared memory that this process makes from now on: a file's
+  // mode, 0600 at first. What the receiver has made already keeps its own.
+  static void SetMode(int mode);
+
   // A step begins. Its sequences that prefill are those with new_tokens[i] > 0; a step without any
   // sends nothing.
   void Begin(const int32_t* new_tokens, const int32_t* cached_tokens, int batch) noexcept;
@@ -40,7 +44,12 @@ class KvSignals {
 
   // The caches of a layer are complete. Layers come in ascending order; one that has been signalled
   // in this step, or is below one, is not signalled again.
-  void Send(int layer) noexcept;
+  //
+  // Waits while the queue is full: it has room for a few messages, and none may be lost.
+  // `interrupted` (may be null) is asked again and again meanwhile, without a lock held. Once it
+  // says yes, the wait ends, and the layer counts as not signalled. Once SIGINT has come while a
+  // thread waits that is not the main one, the step's signals end. After 5 s a line is logged.
+  void Send(int layer, bool (*interrupted)() = nullptr) noexcept;
 
   // What went wrong since the last call, empty if nothing did. Senders on a GPU's stream have
   // nobody to throw at.
@@ -54,7 +63,8 @@ class KvSignals {
   };
 
   virtual void SendBegin() {}
-  virtual void SendLayer(int layer) = 0;
+  // False where there is no room now.
+  virtual bool TrySendLayer(int layer) = 0;
   void Fail(const std::string& what);
   const std::vector<Prefill>& prefills() const { return prefills_; }
 
@@ -62,7 +72,9 @@ class KvSignals {
   std::mutex mutex_;
   std::vector<Prefill> prefills_;  // empty: the step sends nothing
   int next_layer_ = 0;
+  bool told_full_ = false;
   std::string error_;
+  std::string channel_;
 };
 
 }  // namespace fastattn::cpu

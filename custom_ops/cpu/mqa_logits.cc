@@ -85,14 +85,20 @@ void ScoreTile(const LogitsParams& p, int64_t row, const float* q, const KeyTile
   }
 }
 
-void ScoreRow(const LogitsParams& p, int64_t row, std::vector<float>* q, KeyTile* tile) {
+void ScoreRow(const LogitsParams& p, const int32_t* lengths, int64_t row, std::vector<float>* q,
+              KeyTile* tile) {
   float* out = p.out + row * p.row_stride;
   const LogitsRange range = p.RangeOf(row);
   const int64_t first = p.FirstKey(row);
   const int64_t begin = std::clamp<int64_t>(range.begin - first, 0, p.columns);
   const int64_t end = std::clamp<int64_t>(range.end - first, begin, p.columns);
-  std::fill(out, out + begin, kHidden);
-  std::fill(out + end, out + p.columns, kHidden);
+  int64_t from = 0, to = p.columns;
+  if (lengths != nullptr) {
+    from = p.paged || p.relative ? 0 : begin;
+    to = std::clamp<int64_t>(from + lengths[row], end, p.columns);
+  }
+  std::fill(out + from, out + begin, kHidden);
+  std::fill(out + end, out + to, kHidden);
   if (begin == end) return;
   q->resize(static_cast<size_t>(p.num_heads) * p.head_dim);
   for (int h = 0; h < p.num_heads; ++h) {
@@ -113,13 +119,13 @@ void ScoreRow(const LogitsParams& p, int64_t row, std::vector<float>* q, KeyTile
 
 }  // namespace
 
-void MqaLogits(const LogitsParams& p) {
+void MqaLogits(const LogitsParams& p, const int32_t* lengths) {
   // About 0.2 ns a product.
   const int64_t work = p.columns * p.num_heads * p.head_dim / 5;
   ParallelFor(p.columns == 0 ? 0 : p.rows, work, [&](int64_t begin, int64_t end) {
     std::vector<float> q;
     std::vector<KeyTile> tile(1);
-    for (int64_t row = begin; row < end; ++row) ScoreRow(p, row, &q, tile.data());
+    for (int64_t row = begin; row < end; ++row) ScoreRow(p, lengths, row, &q, tile.data());
   });
 }
 

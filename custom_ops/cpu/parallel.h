@@ -10,7 +10,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace fastattn::cpu {
 
@@ -27,18 +29,43 @@ inline int64_t ThreadsFor(int64_t iterations, int64_t work) {
   return threads <= 1 ? 1 : std::min(threads, MaxThreads());
 }
 
+// The first exception of a region's threads. One that leaves an OpenMP region ends the process, so
+// it is kept, and the thread that made the call throws it again.
+class RegionError {
+ public:
+  // From a handler of a thread.
+  void Keep() noexcept {
+    if (!taken_.test_and_set()) error_ = std::current_exception();
+  }
+
+  // After the region.
+  void Rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
+  std::exception_ptr error_;
+};
+
 // Runs f(begin, end) over [0, n) in contiguous ranges, one a thread. `work` is that of an
-// iteration.
+// iteration. Throws what a range threw; the others run to their end.
 template <typename F>
 void ParallelFor(int64_t n, int64_t work, F&& f) {
   if (n <= 0) return;
 #if defined(_OPENMP)
   const int threads = static_cast<int>(ThreadsFor(n, work));
   if (threads > 1) {
+    RegionError error;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < threads; ++t) {
-      f(n * t / threads, n * (t + 1) / threads);
+      try {
+        f(n * t / threads, n * (t + 1) / threads);
+      } catch (...) {
+        error.Keep();
+      }
     }
+    error.Rethrow();
     return;
   }
 #endif

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import paddle
@@ -11,10 +12,9 @@ import paddle.distributed as dist
 from paddle import Tensor
 
 from fastattn import env
-from fastattn._ops import is_tensor
 from fastattn._views import strided_view, view
 from fastattn.functional import merge_many_attn_states
-from fastattn.functional._partial import dtype_name, empty
+from fastattn.functional._partial import check_apart, dtype_name, empty
 
 _LOGS_CALLS = env.log_level() > 1
 
@@ -39,7 +39,20 @@ def ranks_of(op: str, group: Any) -> int:
     return int(group.nranks)
 
 
-def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[Any]) -> None:
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def named(
+    function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Arguments of a call with their names."""
+    yield from zip(_parameters(function), arguments)
+    yield from options.items()
+
+
+def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[tuple[str, Any]]) -> None:
     """Refuse an `out` that another operator than the caller's would write wrongly, or over inputs.
 
     Raises
@@ -51,13 +64,7 @@ def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[Any]) ->
         return
     if not out.is_contiguous():
         raise ValueError(f"{op}: out: expected a contiguous tensor")
-    first, last = _span(out)
-    for tensor in inputs:
-        if tensor is None or not is_tensor(tensor):
-            continue
-        begin, end = _span(tensor)
-        if begin < last and first < end and begin < end:
-            raise ValueError(f"{op}: out: shares memory with an input")
+    check_apart(op, out, inputs)
 
 
 def store(result: Any, out: Tensor) -> Any:
@@ -69,19 +76,6 @@ def store(result: Any, out: Tensor) -> Any:
     fresh, *lse = result if isinstance(result, (list, tuple)) else (result,)
     out.copy_(fresh, False)
     return (out, *lse) if lse else out
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of a tensor's first byte and behind its last one; the same of an empty one."""
-    shape, size = tensor.shape, tensor.element_size()
-    if 0 in shape:
-        return 0, 0
-    if tensor.is_contiguous():
-        begin = tensor.data_ptr()
-        return begin, begin + size * math.prod(shape)
-    reach = [(count - 1) * stride for count, stride in zip(shape, tensor.strides)]
-    begin = tensor.data_ptr() + size * sum(x for x in reach if x < 0)
-    return begin, begin + size * (sum(abs(x) for x in reach) + 1)
 
 
 def partial_dtype(exchange_dtype: str, dtype: str) -> str:

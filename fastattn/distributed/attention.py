@@ -13,6 +13,7 @@ from fastattn.distributed._exchange import (
     check_call,
     check_place_of_result,
     merge_ranks,
+    named,
     partial_dtype,
     ranks_of,
     store,
@@ -197,7 +198,8 @@ def paged_attention_dcp(
     check_results(_OP, q, out, out_scale, dtype)
     check_tensor(_OP, "sinks", sinks, list(shape[1:2]), ("float32", "bfloat16"))
     if out is not None:
-        check_place_of_result(_OP, out, [*arguments, *options.values(), sinks, out_scale])
+        others = {**options, "sinks": sinks, "out_scale": out_scale}
+        check_place_of_result(_OP, out, named(paged_attention, arguments, others))
     if world_size == 1:
         results: dict[str, Any] = {"sinks": sinks, "out_scale": out_scale}
         results["return_softmax_lse"] = return_softmax_lse

@@ -14,6 +14,7 @@ from fastattn.distributed._exchange import (
     check_call,
     check_place_of_result,
     merge_ranks,
+    named,
     partial_dtype,
     ranks_of,
     store,
@@ -58,7 +59,8 @@ def _attend(
     check_tensor(op, "out", out, [*shape[:2], _VALUE_DIM], (dtype,))
     check_tensor(op, "sinks", sinks, list(shape[1:2]), ("float32",))
     if out is not None:
-        check_place_of_result(op, out, [*arguments, *options.values(), sinks])
+        others = {**options, "sinks": sinks}
+        check_place_of_result(op, out, named(attend, arguments, others))
     if world_size == 1:
         return store(attend(*arguments, **options, **{**results, "out": None}), out)
     partial = partial_dtype(exchange_dtype, dtype)

@@ -36,7 +36,7 @@ def as_float(op: str, name: str, value: Any) -> float:
     raise TypeError(f"{op}: {name}: expected float, got {type(value).__name__}")
 
 
-def check_int(op: str, name: str, value: Any, least: int) -> int:
+def check_int(op: str, name: str, value: Any, least: int, most: int = _MOST) -> int:
     """An integer that sizes of results, or arithmetic on the device, rely on.
 
     Raises
@@ -44,12 +44,12 @@ def check_int(op: str, name: str, value: Any, least: int) -> int:
     TypeError
         For anything but a Python integer.
     ValueError
-        If it is less than `least`, or does not fit int32.
+        If it is not from `least` to `most`, the largest int32 by default.
     """
     if type(value) is not int:
         raise TypeError(f"{op}: {name}: expected int, got {type(value).__name__}")
-    if not least <= value <= _MOST:
-        raise ValueError(f"{op}: {name}: expected {least} to {_MOST}, got {value}")
+    if not least <= value <= most:
+        raise ValueError(f"{op}: {name}: expected {least} to {most}, got {value}")
     return value
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import paddle
@@ -83,3 +85,30 @@ def check_results(
         allowed = (dtype,) if out_scale is None else ("uint8", "float8_e4m3fn")
         check_tensor(op, "out", out, output_shape(q), allowed)
     check_tensor(op, "out_scale", out_scale, [1], ("float32",))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and behind its last one; the same of an empty one."""
+    shape, size = tensor.shape, tensor.element_size()
+    if 0 in shape:
+        return 0, 0
+    if tensor.is_contiguous():
+        begin = tensor.data_ptr()
+        return begin, begin + size * math.prod(shape)
+    reach = [(count - 1) * stride for count, stride in zip(shape, tensor.strides)]
+    begin = tensor.data_ptr() + size * sum(x for x in reach if x < 0)
+    return begin, begin + size * (sum(abs(x) for x in reach) + 1)
+
+
+def check_apart(op: str, out: Tensor, inputs: Iterable[tuple[str, Any]]) -> None:
+    """Refuse an `out` in the memory of an input, as the operators do.
+
+    From the first to the last element of each: strides in between are not looked at.
+    """
+    first, last = _span(out)
+    for name, tensor in inputs:
+        if tensor is None or not is_tensor(tensor):
+            continue
+        begin, end = _span(tensor)
+        if begin < last and first < end and begin < end:
+            raise ValueError(f"{op}: out: it is written and must not share memory with {name}")

@@ -14,7 +14,13 @@ from fastattn._foreign import not_a_tensor
 from fastattn._ops import is_tensor
 from fastattn.functional._attributes import as_int32
 from fastattn.functional._cache_types import check_no_zero_points
-from fastattn.functional._partial import check_results, empty, output_shape, value_dtype
+from fastattn.functional._partial import (
+    check_apart,
+    check_results,
+    empty,
+    output_shape,
+    value_dtype,
+)
 from fastattn.functional.attention import paged_attention
 from fastattn.functional.merge import merge_attn_states
 
@@ -366,6 +372,12 @@ def cascade_attention(
         "k_rotation": k_rotation,
         "k_center": k_center,
     }
+    if out is not None and 0 not in out.shape:
+        # The merge writes it, which knows nothing of what the attention reads. Queries may be in
+        # it: they have been read by then.
+        read = {**options, "key_cache": key_cache, "value_cache": value_cache, "sinks": sinks}
+        read.update(cu_seqlens_q=cu_seqlens_q, seq_lens_this_time=seq_lens_this_time)
+        check_apart(_OP, out, (*read.items(), *zip(plan._fields, plan)))
     suffix = (
         plan.suffix_block_tables,
         cu_seqlens_q,

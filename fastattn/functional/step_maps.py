@@ -160,6 +160,6 @@ def query_rows(
     lengths, row_tables, token_of_query, query_of_token = _ops.call(
         op,
         (batch_ids, positions, block_tables, cu_seqlens_q),
-        (check_int(op, "tile", tile, 1),),
+        (check_int(op, "tile", tile, 1, 64),),
     )
     return lengths, row_tables, token_of_query, query_of_token

@@ -245,7 +245,7 @@ def test_no_sequences(place):
         (1, np.zeros((4, 1), np.int32), 8, "positions: expected 1 dimensions"),
         (2, np.zeros((2, 3), np.int64), 8, "block_tables: expected dtype int32"),
         (3, np.zeros(0, np.int32), 8, r"cu_seqlens_q: expected shape \[B \+ 1\]"),
-        (None, None, 0, "tile: expected 1 to"),
+        (None, None, 0, "tile: expected 1 to 64, got 0"),
         (None, None, 65, "tile: expected 1 to 64, got 65"),
         (None, None, True, "tile: expected int, got bool"),
     ],

@@ -247,11 +247,12 @@ def test_a_result_over_an_input_is_refused():
     """With several ranks another operator writes it, which knows nothing of the inputs."""
     memory = paddle.zeros([4, 4, 512], "bfloat16")
     cache, apart = memory[:2], paddle.zeros([4, 512], "bfloat16")
-    check_place_of_result("op", None, [memory])
-    check_place_of_result("op", apart, [memory, None, 3, paddle.zeros([0, 512])])
+    check_place_of_result("op", None, [("cache", memory)])
+    others = [("a", None), ("b", 3), ("c", paddle.zeros([0, 512]))]
+    check_place_of_result("op", apart, [("cache", memory), *others])
     for out in (cache, cache[1], memory[1, 1:3]):
-        with pytest.raises(ValueError, match="out: shares memory with an input"):
-            check_place_of_result("op", out, [apart, memory])
+        with pytest.raises(ValueError, match="out: it is written and must not share memory with b"):
+            check_place_of_result("op", out, [("a", apart), ("b", memory)])
     strided = paddle.as_strided(apart, [2, 512], [1024, 1])
     with pytest.raises(ValueError, match="out: expected a contiguous tensor"):
         check_place_of_result("op", strided, [])

@@ -328,7 +328,7 @@ def test_descales_of_no_sequences(place, tokens):
 
 
 def test_descales_of_no_sequences_are_of_a_sequence_otherwise():
-    with pytest.raises(ValueError, match="q_descale: expected a tensor with elements"):
+    with pytest.raises(ValueError, match="q_descale: expected shape"):
         F.flash_attention(
             zeros(2, 4, 64, dtype="uint8"),
             *[zeros(2, 2, 64, dtype="uint8")] * 2,
