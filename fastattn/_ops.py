@@ -573,6 +573,10 @@ def reraise(error: RuntimeError) -> NoReturn:
     _reraise(signature(op[len(PREFIX) :]), RuntimeError(text))
 
 
+if env.check():
+    from fastattn import _check
+
+    call = _check.checked(call, signature, env.check())
 if env.profile():
     from fastattn import _profile
 

@@ -1,4 +1,4 @@
-"""ForwardMeta.for_step refuses lengths and block tables that would give wrong results in silence."""
+"""What ForwardMeta.for_step refuses: lengths and tables that would give wrong results."""
 
 import numpy as np
 import paddle
@@ -115,9 +115,7 @@ def test_every_shape_of_a_rotary_table(shape):
     tables = [[0, 1], [2, 3], [4, 5]]
     table = paddle.zeros(shape)
     step(cached=[89, 0, 0], block_tables=tables, rotary_embs=table)
-    assert "at most 90 tokens" in refusal(
-        cached=[90, 0, 0], block_tables=tables, rotary_embs=table
-    )
+    assert "at most 90 tokens" in refusal(cached=[90, 0, 0], block_tables=tables, rotary_embs=table)
 
 
 def test_pages_of_a_latent_cache():
