@@ -6,6 +6,8 @@ the tokens that the call reads.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import paddle
 
@@ -41,16 +43,14 @@ def check_static(args: Arguments) -> None:
 def _of_blocks(args: Arguments, name: str, blocks: Array) -> Array:
     """Scales of some blocks, [blocks, KV, 64, ...], as fp32 or uint8."""
     tensor = args.tensor(name)
-    if tensor.place.is_cpu_place():
-        if tensor.dtype == paddle.bfloat16:
-            return (tensor.numpy()[blocks].astype(np.uint32) << 16).view(np.float32)
-        chosen: Array = tensor.numpy()[blocks]
-        return chosen
-    tensor = paddle.index_select(tensor, paddle.to_tensor(blocks, place=tensor.place))
-    if tensor.dtype == paddle.bfloat16:
-        tensor = tensor.astype("float32")
-    moved: Array = tensor.numpy()
-    return moved
+    bits = tensor.dtype == paddle.bfloat16
+    if not tensor.place.is_cpu_place():
+        chosen = paddle.to_tensor(blocks, place=tensor.place)
+        # So that only those blocks cross to the host; but not every Paddle gathers every dtype.
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            tensor, blocks = paddle.gather(tensor, chosen), np.arange(len(blocks))
+    values: Array = tensor.numpy()[blocks]
+    return (values.astype(np.uint32) << 16).view(np.float32) if bits else values
 
 
 def check_dynamic(

@@ -79,9 +79,10 @@ def int8(name, values):
     return {"quant": "cache_int8", **pair, name: scales(values)}
 
 
-def fp8(name, index, value):
+def fp8(name, index, value, dtype="float32"):
     pair = {"cache_k_scales": dynamic(), "cache_v_scales": dynamic()}
     pair[name][index] = value
+    pair = {side: tensor.astype(dtype) for side, tensor in pair.items()}
     return {"quant": "block_wise_fp8", **pair}
 
 
@@ -123,6 +124,42 @@ def maps(tables, num_blocks=9, **options):
     return F.token_maps(
         ids, int32(tables), starts, cached, num_tokens=4, num_blocks=num_blocks, **options
     )
+
+
+def append(tables, starts):
+    cache, out = paged({}, "block_wise_fp8"), [floats(70, KV, D) for _ in range(2)]
+    pair = {"cache_k_scales": dynamic(), "cache_v_scales": dynamic(), "dynamic_quant": True}
+    seqs = [int32(x) for x in (tables, [70], starts)]
+    caches = cache["key_cache"], cache["value_cache"]
+    return F.append_cache_kv_c8(*caches, *out, *seqs, cache_quant_type="block_wise_fp8", **pair)
+
+
+def gather_keys(tables, starts):
+    cache = paddle.zeros([3, 64, 132], "uint8")
+    return F.indexer_k_gather(cache, int32(tables), int32(starts), 80)
+
+
+def save_states(slots):
+    states = paddle.zeros([2, 4, 512])
+    x, ape = paddle.ones([2, 512]), paddle.ones([4, 256])
+    return F.save_partial_states(x, ape, int32([0, 1]), states, int32(slots))
+
+
+def compress(tables, slots):
+    tokens = int32(np.arange(8))
+    return F.indexer_kv_compress_insert(
+        paddle.ones([2, 4, 512]),
+        *(int32(tables), int32(np.zeros(8)), tokens, tokens, int32(slots)),
+        *(paddle.ones([128]), paddle.ones([8, 64]), paddle.zeros([1, 132 * 16], "uint8")),
+        compress_ratio=4,
+        page_size=16,
+    )
+
+
+def logits(starts, ends):
+    q, keys = paddle.zeros([1, 8, 64], "uint8"), paddle.zeros([3, 64], "uint8")
+    ends = int32(starts), int32(ends)
+    return F.mqa_logits(q, keys, paddle.ones([1, 8]), *ends, k_scales=scales([1, 1, 1]))
 
 
 def flash(starts):
@@ -218,6 +255,11 @@ WRONG = {
         "sequence 1, KV head 0, got 0.0 in block 1",
         lambda: attend(**fp8("cache_k_scales", (1, 0, 7), 0)),
     ),
+    "dynamic bf16": (
+        "cache_k_scales: expected a finite scale other than 0 of token 2 of sequence 1, KV head 0, "
+        "got inf in block 1",
+        lambda: attend(**fp8("cache_k_scales", (1, 0, 2), np.inf, "bfloat16")),
+    ),
     "latent page": (
         "mla_attention: block_tables: expected a block in [0, 5) for tokens 16 to 31 of sequence "
         "0, got 5 at entry 1",
@@ -226,6 +268,40 @@ WRONG = {
     "latent table": (
         "mla_attention: block_tables: expected at least 3 entries for the 41 tokens of sequence 0",
         lambda: latent([[0, 1]], [40]),
+    ),
+    "gathered key": (
+        "append_cache_kv_c8: block_tables: expected a block in [0, 7) for tokens 64 to 69 of "
+        "sequence 0, got -1 at entry 1",
+        lambda: append([[0, -1]], [0, 70]),
+    ),
+    "room for gathered keys": (
+        "append_cache_kv_c8: cu_seqlens_k: expected at most 70 at entry 1, got 71",
+        lambda: append([[0, 1]], [0, 71]),
+    ),
+    "gathered index key": (
+        "indexer_k_gather: block_tables: expected at least 2 entries for the 70 tokens of sequence",
+        lambda: gather_keys([[0]], [0, 70]),
+    ),
+    "starts of gathered keys": (
+        "indexer_k_gather: cu_seqlens_k: expected at least 70 at entry 2, got 60",
+        lambda: gather_keys([[0, 1], [1, 2]], [0, 70, 60]),
+    ),
+    "state slot": (
+        "save_partial_states: state_slots: expected a slot below 8 for token 1, got 8",
+        lambda: save_states([0, 8]),
+    ),
+    "state of a group": (
+        "indexer_kv_compress_insert: block_tables: expected a block in [0, 2) for tokens 0 to 3 of "
+        "sequence 0, got 2 at entry 0",
+        lambda: compress([[2, 0]], np.arange(8) // 4),
+    ),
+    "compressed slot": (
+        "indexer_kv_compress_insert: kv_slots: expected a slot below 16 for token 7, got 16",
+        lambda: compress([[1, 0]], [0] * 4 + [16] * 4),
+    ),
+    "range of keys": (
+        "mqa_logits: ends: expected 0 to 3 of query 0, got 4",
+        lambda: logits([0], [4]),
     ),
     "latent slot": (
         "mla_write_cache: slot_mapping: expected a slot below 128 for token 1, got 128",
