@@ -200,10 +200,7 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
         console.line(f"model from {origin['path']}")
     model = kind.model(config, weights, places.model)
     compare = _compare if args.attention == "gqa" else _compare_latent
-    from fastattn import _check
-
-    with _check.checking():  # the engines' tables, lengths and scales
-        results, serving = compare(args, console, corpus, model, weights, places.cache)
+    results, serving = compare(args, console, corpus, model, weights, places.cache)
     console.line()
     console.line(
         "served {requests} requests in {steps} steps, {mixed_steps} of them with prefill and "
