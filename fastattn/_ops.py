@@ -547,6 +547,10 @@ def reraise(error: RuntimeError) -> NoReturn:
     reraise_of(signature(op[len(PREFIX) :]), RuntimeError(text))
 
 
+if env.check():
+    from fastattn import _check
+
+    call = _check.checked(call, signature, env.check())
 if env.profile():
     from fastattn import _profile
 

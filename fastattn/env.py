@@ -9,6 +9,9 @@ variable                   meaning
                            call with all its inputs, before its kernel starts. Read at import.
 ``FASTATTN_PROFILE``       1: a range around every operator call, for ``paddle.profiler`` and NVTX.
                            Read at import.
+``FASTATTN_CHECK``         1: refuse wrong block tables, lengths, slots and scales on the device,
+                           before every operator call; ``partial``: tables may leave out needed
+                           blocks (docs/backends.md). Every call waits. Read at import.
 ``FASTATTN_CALIBRATION``   file of ``python -m fastattn calibrate`` whose rotations and centres
                            backends use (docs/calibrate.md). Read when a backend is made.
 ``FASTATTN_DEQUANTIZED_*`` ``MIB``: GPU memory that an attention call takes for K and V of long
@@ -59,6 +62,15 @@ def log_level() -> int:
 def profile() -> bool:
     """Whether operator calls are ranges of a profiler; values but 0 and 1 warn and count as 0."""
     return _number("FASTATTN_PROFILE", ("0", "1")) == 1
+
+
+def check() -> int:
+    """What is checked on the device: 0 nothing, 1 all, 2 all but blocks that tables leave out."""
+    text = os.environ.get("FASTATTN_CHECK") or "0"
+    if text not in ("0", "1", "partial"):
+        warnings.warn(f"FASTATTN_CHECK: expected 0, 1 or partial, got {text!r}", stacklevel=2)
+        return 0
+    return 2 if text == "partial" else int(text)
 
 
 def dequantized() -> tuple[float, float]:

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 
 from fastattn._ops import is_tensor
+from fastattn._table_checks import check_needed, check_writers
 from fastattn.functional import plan_cascade
-from fastattn.functional._attributes import as_int32
+from fastattn.functional._attributes import as_int32, check_int
+from fastattn.reference.layout import BLOCK_SIZE
 
 
 class ForwardMode(IntEnum):
@@ -281,6 +284,9 @@ class ForwardMeta:
         num_tokens: int | None = None,
         shared_prefix_tokens: int = 0,
         place: Any = None,
+        num_blocks: int | None = None,
+        max_model_len: int | None = None,
+        partial_tables: bool = False,
         **fields: Any,
     ) -> ForwardMeta:
         """Build the metadata of a step from a scheduler's lengths and block tables.
@@ -290,7 +296,8 @@ class ForwardMeta:
         cached, new : sequence of int
             Cached tokens and new tokens of each sequence. ``new[b] = 0``: an inactive sequence.
         block_tables : array of int, shape [B, max_blocks]
-            Physical block of each 64 tokens of a sequence; -1 where there is none.
+            Physical block of each 64 tokens of a sequence (of a latent cache, of each page); -1
+            where there is none. Two sequences may share a block that both only read.
         caches : sequence of Tensor
             ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v, k_scales, v_scales}`` for the
             dynamic types.
@@ -305,6 +312,13 @@ class ForwardMeta:
             The backends then read it once for all sequences; by default (0) once for each.
         place : optional
             Where the tensors are made; default CPU.
+        num_blocks : int, optional
+            Blocks of every cache; by default those of the smallest one in `caches`.
+        max_model_len : int, optional
+            Most tokens of a sequence; by default only the rows of `rotary_embs` count.
+        partial_tables : bool
+            Whether -1 may stand for a block that a sequence needs: one of another rank, where the
+            cache is spread over ranks, or one that no query sees any more, with a window.
         **fields
             Further attributes.
 
@@ -314,14 +328,17 @@ class ForwardMeta:
             If a number is not an integer.
         ValueError
             If shapes do not match, a number does not fit int32 or is negative, `num_tokens` is less
-            than ``sum(new)``, or sequences do not share the prefix.
+            than ``sum(new)``, or sequences do not share the prefix. Of a sequence with new tokens
+            also if its table is too short, a block that it needs is not in the pool, it writes to a
+            block that another entry of the step writes to, or it has more tokens than
+            `max_model_len` or the rows of `rotary_embs`.
         """
         op = "ForwardMeta.for_step"
         place = paddle.CPUPlace() if place is None else place
         lens = as_int32(op, "new", new, (-1,), "[B]")
         batch = len(lens)
         cached_lens = as_int32(op, "cached", cached, (batch,), f"[{batch}]")
-        tables = as_int32(op, "block_tables", block_tables, (batch, -1), f"[{batch}, max_blocks]")
+        tables = _block_tables(op, block_tables, batch)
         for name, lengths in (("cached", cached_lens), ("new", lens)):
             if (lengths < 0).any():
                 raise ValueError(f"{op}: {name}: expected at least 0, got {lengths.min()}")
@@ -337,6 +354,10 @@ class ForwardMeta:
             raise ValueError(
                 f"{op}: num_tokens: expected at least {starts[-1]}, the sum of new, got {total}"
             )
+        rotary = None if fields.get("rope_already_applied") else rotary_embs
+        most = _most_tokens(op, rotary, max_model_len)
+        pool = _pool_of(op, caches, num_blocks)
+        _check_sequences(op, tables, cached_lens, lens, most, pool, partial_tables)
         batch_ids = np.full(total, -1, np.int32)
         batch_ids[: starts[-1]] = np.repeat(np.arange(len(lens), dtype=np.int32), lens)
 
@@ -364,6 +385,78 @@ class ForwardMeta:
         if plan is not None and meta.cascade_plan is plan:
             _record_plan(meta, plan)
         return meta
+
+
+def _block_tables(op: str, block_tables: Any, batch: int) -> NDArray[np.int32]:
+    """Block tables [batch, max_blocks] of a scheduler, given as an array or as lists."""
+    if isinstance(block_tables, (list, tuple)):
+        lengths = [np.size(row) for row in block_tables]
+        other = next((i for i, n in enumerate(lengths) if n != lengths[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{op}: block_tables: expected rows of one length, the short ones filled with -1, "
+                f"got {lengths[0]} entries of sequence 0 and {lengths[other]} of sequence {other}"
+            )
+        if not block_tables and not batch:  # an empty step
+            block_tables = np.zeros((0, 0), np.int32)
+    return as_int32(op, "block_tables", block_tables, (batch, -1), f"[{batch}, max_blocks]")
+
+
+def _most_tokens(op: str, rotary_embs: Any, max_model_len: int | None) -> tuple[int, str] | None:
+    """Most tokens of a sequence and what says so; None where nothing does."""
+    limits = []
+    if max_model_len is not None:
+        limits.append((check_int(op, "max_model_len", max_model_len, 0), "max_model_len"))
+    shape = list(rotary_embs.shape) if is_tensor(rotary_embs) else []
+    if 3 <= len(shape) <= 6:  # [2, rows, columns] or [2, 1, rows, 1, columns], or one a sequence
+        rows = int(shape[-2 if len(shape) < 5 else -3])
+        limits += [(rows, "the rows of rotary_embs")] if rows >= 0 else []
+    return min(limits, default=None)
+
+
+def _pool_of(op: str, caches: Sequence[Any], num_blocks: int | None) -> tuple[int | None, int]:
+    """Blocks of a step's caches, None if they are not known, and tokens of a block."""
+    shapes = [list(cache.shape) for cache in caches if is_tensor(cache)]
+    first = shapes[0] if shapes else []
+    size = BLOCK_SIZE
+    if 3 <= len(first) <= 4:  # a latent cache has its own: [pages, tokens, (1,) bytes]
+        size = int(first[1 if len(first) == 3 or first[2] == 1 else 2])
+    if num_blocks is not None:
+        return check_int(op, "num_blocks", num_blocks, 0), max(size, 1)
+    counts = [int(shape[0]) for shape in shapes if len(shape) > 1 and shape[0] >= 0]
+    return min(counts, default=None), max(size, 1)
+
+
+def _check_sequences(
+    op: str,
+    tables: NDArray[np.int32],
+    cached: NDArray[np.int32],
+    new: NDArray[np.int32],
+    most: tuple[int, str] | None,
+    pool: tuple[int | None, int],
+    partial: bool,
+) -> None:
+    """Refuse sequences that are too long, and tables that would lose or mix up their tokens."""
+    begin = cached.astype(np.int64)
+    end = np.where(new > 0, begin + new, 0)
+    if most is not None and end.max(initial=0) > most[0]:
+        seq = int(np.argmax(end > most[0]))
+        raise ValueError(
+            f"{op}: cached: expected at most {most[0]} tokens of a sequence, {most[1]}, got "
+            f"{cached[seq]} and {new[seq]} new ones of sequence {seq}"
+        )
+    num_blocks, size = pool
+    check_needed(
+        f"{op}: block_tables",
+        tables,
+        np.zeros_like(begin),
+        end,
+        block_size=size,
+        num_blocks=num_blocks,
+        partial=partial,
+        hint="partial_tables=True permits -1",
+    )
+    check_writers(f"{op}: block_tables", tables, begin, end, size)
 
 
 def max_len_tensor(cached: Any, new: Any, encoder: Any) -> Any:

@@ -18,7 +18,7 @@ from paddle import Tensor
 
 from fastattn._foreign import not_a_tensor
 from fastattn._ops import is_tensor
-from fastattn.compat._paged import dtype_name, progression
+from fastattn.compat._paged import capturing, dtype_name, progression
 from fastattn.functional.attention import as_window
 
 #: A window of more keys than any sequence has is none.
@@ -100,6 +100,20 @@ def _explicit(position: Tensor, keys: Tensor, masks: dict[str, Any]) -> dict[str
     return {"causal": False, "mask_offsets": offsets.reshape([-1, 2])}
 
 
+def _host_intervals(
+    position: NDArray[np.int32], keys: NDArray[np.int32], masks: dict[str, Any]
+) -> NDArray[np.int32]:
+    """:func:`_explicit` of lengths on the host, shape [T, 2]."""
+    left, right = masks["window_size"]
+    end = np.broadcast_to(keys, position.shape)
+    if masks["causal"]:
+        end = position + 1
+    elif 0 <= right < _MOST_WINDOW:
+        end = np.minimum(position + (right + 1), keys)
+    begin = position - left if 0 <= left < _MOST_WINDOW else np.zeros_like(position)
+    return np.stack([begin, end], axis=-1).clip(0).reshape(-1, 2).astype(np.int32)
+
+
 def lengths_with_kvcache(
     op: str,
     cache_seqlens: int | Tensor | None,
@@ -139,7 +153,10 @@ def lengths_with_kvcache(
         raise not_a_tensor(op, "cache_seqlens", cache_seqlens, "int or a tensor")
     if values is not None:
         _check_room(op, values, fresh, room)
-    cached = before + (fresh - queries) if fresh != queries else before
+    if type(cache_seqlens) is int:
+        cached = progression(cache_seqlens + fresh - queries, 0, batch, "int32", like)
+    else:
+        cached = before + (fresh - queries) if fresh != queries else before
     new = progression(queries, 0, batch, "int32", like)
     enough = fresh >= queries or batch == 0
     if enough or (values is not None and int(values.min()) + fresh >= queries):
@@ -147,6 +164,12 @@ def lengths_with_kvcache(
     if queries == 1:  # fresh is 0
         whole = paddle.stack([progression(0, 0, batch, "int32", like), before], axis=-1)
         return before, Lengths(cached, new, {**masks, "mask_offsets": whole})
+    if type(cache_seqlens) is int and not capturing():
+        # The host has all lengths, so no kernel of Paddle's runs. A graph keeps no copy from there.
+        ends = np.full((batch, 1), cache_seqlens + fresh, np.int32)
+        offsets = _host_intervals(ends - np.arange(queries, 0, -1, dtype=np.int32), ends, masks)
+        mask = paddle.to_tensor(offsets, place=like.place)
+        return before, Lengths(cached, new, {"causal": False, "mask_offsets": mask})
     keys = (before + fresh if fresh else before).unsqueeze(-1)
     position = keys - progression(queries, -1, queries, "int32", like)
     return before, Lengths(cached, new, _explicit(position, keys, masks))

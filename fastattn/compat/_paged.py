@@ -221,14 +221,14 @@ def progression(start: float, step: float, count: int, dtype: str, like: Tensor)
     gpu = place.is_gpu_place()
     key = (start, step, count, dtype, "gpu" if gpu else "cpu", place.gpu_device_id() if gpu else 0)
     made = _made(*key)
-    if gpu and _capturing():
+    if gpu and capturing():
         _CAPTURED[id(made)] = made
     return made
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return bool(paddle.base.core.is_cuda_graph_capturing())
+    return bool(paddle.base.core.is_cuda_graphcapturing())
 
 
 def blocks_of_pages(block_table: Tensor, per_page: int) -> Tensor:

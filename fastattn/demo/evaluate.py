@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fastattn import _check
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.demo.engine import Engine, LayerScales, Server, Statistics
 from fastattn.demo.gradient import cross_entropy, forward
@@ -24,6 +27,9 @@ CALIBRATION_WINDOWS = 16
 HELD_OUT_WINDOWS = 40
 
 _CALIBRATION_BATCH = 4
+
+#: Of the steps whose time is measured, one in so many is checked on the device.
+_STEPS_A_CHECK = 8
 
 Progress = Callable[[int], None]
 
@@ -160,7 +166,8 @@ def score_with(
         engine.submit(Request(list(window[:-1]), max_new_tokens=0, keep_logits=True))
         for window in held_out
     ]
-    engine.run(progress)
+    with _check.checking():
+        engine.run(progress)
     logits = np.stack([np.concatenate(request.logits) for request in requests])
     loss, _ = cross_entropy(logits.reshape(-1, logits.shape[-1]), held_out[:, 1:].reshape(-1))
     return Score(logits, math.exp(loss)), requests
@@ -206,7 +213,10 @@ def serve_with(
         for i, (prompt, new_tokens) in enumerate(jobs)
     ]
     generated = 0
-    while engine.step():
+    for steps in itertools.count():
+        with nullcontext() if steps % _STEPS_A_CHECK else _check.checking():
+            if not engine.step():
+                break
         before, generated = generated, sum(len(r.generated) for r in requests)
         if progress is not None:
             progress(generated - before)

@@ -7,6 +7,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
+from fastattn._check import partial_tables
 from fastattn._ops import is_tensor
 from fastattn.distributed._exchange import (
     Exchange,
@@ -219,9 +220,10 @@ def paged_attention_dcp(
         )
         if masks is not None:
             options.update(causal=False, window_size=(-1, -1), mask_offsets=masks)
-    _, partial_lse = paged_attention(
-        *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
-    )
+    with partial_tables():
+        _, partial_lse = paged_attention(
+            *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
+        )
     states = exchange.gather(partial_lse)
     result, lse = merge_ranks(states, sinks, dtype, out, out_scale, in_lse=True)
     return (result, lse) if return_softmax_lse else result

@@ -8,6 +8,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
+from fastattn._check import partial_tables
 from fastattn._ops import is_tensor
 from fastattn.distributed._exchange import (
     Exchange,
@@ -67,9 +68,10 @@ def _attend(
     exchange = Exchange([*shape[:2], _VALUE_DIM], partial, q.place, world_size, group)
     if localized is not None:
         arguments = localized()
-    _, partial_lse = attend(
-        *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
-    )
+    with partial_tables():
+        _, partial_lse = attend(
+            *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
+        )
     states = exchange.gather(partial_lse)
     result, lse = merge_ranks(states, sinks, dtype, out, None, in_lse=False)
     return (result, lse) if results["return_softmax_lse"] else result

@@ -10,6 +10,7 @@ import paddle
 from numpy.typing import ArrayLike, NDArray
 from paddle import Tensor
 
+from fastattn._check import partial_tables
 from fastattn._foreign import not_a_tensor
 from fastattn._ops import is_tensor
 from fastattn.functional._attributes import as_int32
@@ -403,20 +404,22 @@ def cascade_attention(
         q, key_cache, value_cache, *suffix, **suffix_options, out_dtype="float32"
     )
     num_tokens = int(q.shape[0])
-    prefix_out, lse = paged_attention(
-        q,
-        key_cache,
-        value_cache,
-        plan.prefix_block_table,
-        plan.prefix_cu_seqlens_q,
-        plan.prefix_seq_lens_decoder,
-        plan.prefix_seq_lens_this_time,
-        num_tokens,
-        max(plan.tokens, num_tokens),
-        **options,
-        causal=False,  # every key of the prefix comes before every query
-        out_dtype="float32",
-    )
+    # All new tokens are one sequence, which may be longer than the prefix and its table.
+    with partial_tables():
+        prefix_out, lse = paged_attention(
+            q,
+            key_cache,
+            value_cache,
+            plan.prefix_block_table,
+            plan.prefix_cu_seqlens_q,
+            plan.prefix_seq_lens_decoder,
+            plan.prefix_seq_lens_this_time,
+            num_tokens,
+            max(plan.tokens, num_tokens),
+            **options,
+            causal=False,  # every key of the prefix comes before every query
+            out_dtype="float32",
+        )
     if out is None and out_scale is None:
         same = dtype == "float32"
         out = prefix_out if same else empty(output_shape(q), getattr(paddle, dtype), q.place)
