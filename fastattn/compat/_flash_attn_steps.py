@@ -101,7 +101,7 @@ def _explicit(position: Tensor, keys: Tensor, masks: dict[str, Any]) -> dict[str
 
 
 def _host_intervals(
-    position: NDArray[np.int32], keys: NDArray[np.int32], masks: dict[str, Any]
+    position: NDArray[Any], keys: NDArray[Any], masks: dict[str, Any]
 ) -> NDArray[np.int32]:
     """:func:`_explicit` of lengths on the host, shape [T, 2]."""
     left, right = masks["window_size"]
@@ -167,7 +167,8 @@ def lengths_with_kvcache(
     if type(cache_seqlens) is int and not capturing():
         # The host has all lengths, so no kernel of Paddle's runs. A graph keeps no copy from there.
         ends = np.full((batch, 1), cache_seqlens + fresh, np.int32)
-        offsets = _host_intervals(ends - np.arange(queries, 0, -1, dtype=np.int32), ends, masks)
+        position = ends - np.arange(queries, 0, -1)
+        offsets = _host_intervals(position, ends, masks)
         mask = paddle.to_tensor(offsets, place=like.place)
         return before, Lengths(cached, new, {"causal": False, "mask_offsets": mask})
     keys = (before + fresh if fresh else before).unsqueeze(-1)

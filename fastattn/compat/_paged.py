@@ -228,7 +228,7 @@ def progression(start: float, step: float, count: int, dtype: str, like: Tensor)
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return bool(paddle.base.core.is_cuda_graphcapturing())
+    return bool(paddle.base.core.is_cuda_graph_capturing())
 
 
 def blocks_of_pages(block_table: Tensor, per_page: int) -> Tensor:
