@@ -461,6 +461,7 @@ def test_nothing_is_read_while_a_graph_is_captured(monkeypatch):
     attend({"block_tables": [[-1, 0], [1, 0], [0, 0]]})
 
 
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2.6 traces otherwise")
 def test_traced_calls_are_not_checked():
     caches = [paddle.zeros([BLOCKS, KV, 64, D], "bfloat16") for _ in range(2)]
 
