@@ -31,8 +31,8 @@ def _axes(item, chosen: tuple[str, ...]) -> tuple[list[int], list[int]]:
         if chosen and not set(chosen).intersection(names):
             continue
         mine = [item.callspec.params[name] for name in names]
-        rows = [getattr(row, "values", row) if hasattr(row, "marks") else row for row in rows]
-        rows = [[row] for row in rows] if len(names) == 1 else rows
+        single = len(names) == 1
+        rows = [r.values if hasattr(r, "marks") else (r,) if single else r for r in rows]
         place.append([all(map(_same, mine, row)) for row in rows].index(True))
         sizes.append(len(rows))
     return place, sizes
