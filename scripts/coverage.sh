@@ -4,8 +4,8 @@
 #   scripts/coverage.sh [PYTEST ARGUMENTS]
 #
 # Measures the last commit, in a clone under build/coverage whose library is compiled with gcov's
-# counters. Needs g++ with gcov, and the .venv that scripts/test.sh makes; coverage and gcovr go to
-# an environment of their own. Takes three times as long as the tests.
+# counters. Needs g++ with gcov, and the .venv that scripts/test.sh makes; the package coverage goes
+# to an environment of its own. Takes three times as long as the tests.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -13,10 +13,10 @@ work=$PWD/build/coverage
 rm -rf "$work/tree" "$work/data"
 mkdir -p "$work/data"
 git clone -q . "$work/tree"
-if [ ! -x "$work/venv/bin/gcovr" ]; then
+if [ ! -x "$work/venv/bin/coverage" ]; then
   .venv/bin/python -m venv "$work/venv"
   "$work/venv/bin/python" -m pip install -q --disable-pip-version-check \
-    "coverage>=7.10" gcovr "setuptools>=77,<86"
+    "coverage>=7.10" "setuptools>=77,<86"
   paths='import site; print(site.getsitepackages()[0])'
   .venv/bin/python -c "$paths" >"$("$work/venv/bin/python" -c "$paths")/paddle.pth"
 fi
@@ -37,17 +37,15 @@ CXX="${CXX:-g++} --coverage -fprofile-update=atomic" "$python" setup_ops.py buil
 find build -name '*.gcda' -delete # what the build itself ran
 "$python" -m coverage run -m pytest -n auto --maxprocesses 8 --dist worksteal "$@" || failed=1
 "$python" -m coverage combine -q
-echo "Python:"
-"$python" -m coverage report --format=total --precision=2
 "$python" -m coverage json -q -o "$work/python.json"
-"$python" -c "
-import json
-t = json.load(open('$work/python.json'))['totals']
-for kind, found, of in ('lines', t['covered_lines'], t['num_statements']), (
-    'branches', t['covered_branches'], t['num_branches']):
-    print(f'{kind}: {found / of:.2%} ({found} out of {of})')"
-echo "C++:"
-"$work/venv/bin/gcovr" --root . --filter custom_ops/ --exclude-throw-branches \
-  --merge-mode-functions merge-use-line-min --json-summary "$work/cpp.json" --print-summary \
-  --output "$work/cpp.txt" -j 2 build/objects | tail -n 3
+echo "Python"
+"$python" - "$work/python.json" <<'END'
+import json, sys
+totals = json.load(open(sys.argv[1]))["totals"]
+for kind, ran, of in (("lines", "covered_lines", "num_statements"),
+                      ("branches", "covered_branches", "num_branches")):
+    print(f"{kind}: {totals[ran] / totals[of]:.2%} ({totals[ran]} of {totals[of]})")
+END
+echo "C++"
+"$python" scripts/gcov_totals.py build/objects custom_ops --missed "$work/cpp_missed.txt"
 exit "${failed:-0}"
