@@ -8,7 +8,7 @@ import paddle
 import pytest
 
 from fastattn import _ops
-from tests.support import virtual_gpu
+from tests.support import grid, virtual_gpu
 
 # Tests without a `place` run here, and so do tensors made while tests are collected, whatever
 # Paddle's default is.
@@ -27,8 +27,14 @@ def _places() -> list[str]:
     return ["cpu"]
 
 
-def pytest_collection_modifyitems(items):
-    """Tests of the mark `gpu`, which -k gpu chooses as well, are skipped where there is no GPU."""
+def pytest_collection_modifyitems(config, items):
+    """Tests of the mark `gpu`, which -k gpu chooses as well, are skipped where there is no GPU.
+
+    What the mark `few_on_cpu` leaves out is slow, unless a case was asked for by its whole name.
+    """
+    if not any("[" in argument for argument in config.args):
+        for item in grid.left_out_on_cpu(items):
+            item.add_marker(pytest.mark.slow)
     if "gpu" not in _places():
         for item in items:
             if item.get_closest_marker("gpu"):

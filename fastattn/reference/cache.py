@@ -100,18 +100,18 @@ def new_tokens(
 def quantize_token(
     x: Array, scales: Array, cache_quant_type: str, fp8_format: str = "e4m3"
 ) -> tuple[Array, Array | None]:
-    """Codes of one token's K or V.
+    """Codes of a token's K or V, or of several tokens'.
 
     Parameters
     ----------
-    x : array, shape [KV, D]
+    x : array, shape [..., KV, D]
     scales : array
         Static scales; for dynamic types any array of the dtype in which scales are stored.
 
     Returns
     -------
-    codes : array of uint8, shape [KV, D], or [KV, D / 2] where two share a byte
-    token_scales : array, shape [KV] or [KV, D / 32], or None
+    codes : array of uint8, shape [..., KV, D], or [..., KV, D / 2] where two share a byte
+    token_scales : array, shape [..., KV] or [..., KV, D / 32], or None
         For dynamic types, ``max(amax, 1e-6) / QMAX`` of each head (of int4 with a sign), rounded to
         the dtype of `scales` before the token is quantised. Of ``block_wise_mxfp4`` the UE8M0 byte
         of each 32 channels.
@@ -119,7 +119,7 @@ def quantize_token(
     code = code_of(cache_quant_type, fp8_format)
     x = np.asarray(x).astype(np.float32)
     if cache_quant_type not in DYNAMIC_TYPES:
-        return quantize(x, static_scales(scales, *x.shape), code), None
+        return quantize(x, static_scales(scales, *x.shape[-2:]), code), None
     stored: Array = block_scales(x) if code == "e2m1" else group_scale(x, code).astype(scales.dtype)
     codes = quantize(x, dynamic_scales(stored, cache_quant_type), code)
     return pack_nibbles(codes) if code in NIBBLES else codes, stored
@@ -156,24 +156,28 @@ def write_cache_kv(
         (key, key_cache, cache_k_scales, key_offsets("fastattn", _row(key_cache))),
         (value, value_cache, cache_v_scales, value_offsets(value_layout, _row(value_cache))),
     )
+    found = []  # token, block and slot of all that is written
     for token, b, position in new_tokens(
         len(key), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
     ):
         block = block_of(block_tables[b], position, num_blocks)
-        if block is None:
-            continue
-        slot = position % BLOCK_SIZE
-        for x, cache, scales, offsets in sides:
-            flat = cache.reshape(num_blocks, kv_heads, offsets.size)
-            if not quantised:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    flat[block][:, offsets[slot]] = x[token].astype(cache.dtype)
-                continue
+        if block is not None:
+            found.append((token, block, position % BLOCK_SIZE))
+    tokens = [token for token, _, _ in found]
+    for x, cache, scales, offsets in sides:
+        flat = cache.reshape(num_blocks, kv_heads, offsets.size)
+        token_scales = None
+        if quantised:
             assert scales is not None
-            codes, token_scales = quantize_token(x[token], scales, cache_quant_type, fp8_format)
-            flat.view(np.uint8)[block][:, offsets[slot]] = codes
-            if token_scales is not None:
-                scales[block, :, slot] = token_scales
+            written, token_scales = quantize_token(x[tokens], scales, cache_quant_type, fp8_format)
+            flat = flat.view(np.uint8)
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):
+                written = x[tokens].astype(cache.dtype)
+        for i, (_, block, slot) in enumerate(found):
+            flat[block][:, offsets[slot]] = written[i]
+            if token_scales is not None and scales is not None:
+                scales[block, :, slot] = token_scales[i]
 
 
 def append_cache_kv_c8(

@@ -8,6 +8,8 @@ added.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from fastattn.reference.numerics import Array
@@ -64,6 +66,13 @@ def offsets(kind: str, layout: str, head_dim: int) -> Array:
     return key_offsets(layout, head_dim) if kind == "k" else value_offsets(layout, head_dim)
 
 
+@functools.lru_cache(maxsize=64)
+def _order(kind: str, layout: str, head_dim: int) -> tuple[Array, Array]:
+    """The offsets of a block's elements in logical order, and the inverse permutation."""
+    to_bytes = offsets(kind, layout, head_dim).ravel()
+    return to_bytes, np.argsort(to_bytes)
+
+
 def cache_shape(
     kind: str, layout: str, num_blocks: int, kv_heads: int, head_dim: int
 ) -> tuple[int, ...]:
@@ -99,11 +108,10 @@ def pack(logical: Array, kind: str, layout: str, *, int8: bool, nibbles: bool = 
     if nibbles:
         logical = pack_nibbles(logical)
     num_blocks, kv_heads, _, head_dim = logical.shape
-    flat = np.empty((num_blocks, kv_heads, BLOCK_SIZE * head_dim), np.uint8)
-    codes = logical.view(np.uint8)
+    codes = logical.view(np.uint8).reshape(num_blocks, kv_heads, BLOCK_SIZE * head_dim)
     if layout == "fastdeploy" and int8:
         codes = codes ^ np.uint8(0x80)  # adding 128 to an int8 flips its top bit
-    flat[:, :, offsets(kind, layout, head_dim)] = codes
+    flat = np.take(codes, _order(kind, layout, head_dim)[1], axis=-1)
     return flat.reshape(cache_shape(kind, layout, num_blocks, kv_heads, head_dim))
 
 
@@ -113,7 +121,8 @@ def unpack(cache: Array, kind: str, layout: str, *, int8: bool, nibbles: bool = 
     size = cache.shape[2] * cache.shape[3]
     head_dim = size // BLOCK_SIZE
     flat = np.ascontiguousarray(cache).view(np.uint8).reshape(num_blocks, kv_heads, size)
-    codes = flat[:, :, offsets(kind, layout, head_dim)]
+    codes = np.take(flat, _order(kind, layout, head_dim)[0], axis=-1)
+    codes = codes.reshape(num_blocks, kv_heads, BLOCK_SIZE, head_dim)
     if layout == "fastdeploy" and int8:
         codes = codes ^ np.uint8(0x80)
     return unpack_nibbles(codes) if nibbles else codes

@@ -56,12 +56,14 @@ def test_the_calls_below_are_clusters_by_the_plan():
     assert launch["finds_seqs"] and 64 * launch["cluster_kv_tiles"] == LIMIT
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
 def test_every_cache_type(place, kind, dim):
     paged_problem(DECODE, dim=dim, kind=kind, seed=3).check(place)
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (8, 1), (16, 1), (32, 8), (64, 8)], ids=str)
 @pytest.mark.parametrize("seqs", [1, 2, 5, 17, 40])
 def test_clusters_of_every_size(place, heads, seqs):
@@ -157,6 +159,7 @@ def _sixty(longest: int, *, resting=(), new: int = 1) -> list[tuple[int, int]]:
     return seqs
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
 @pytest.mark.parametrize("longest", [LIMIT - 1, LIMIT, LIMIT + 1, 3000])
 def test_lengths_around_the_limit(place, kind, longest):
@@ -171,6 +174,7 @@ def test_lengths_around_the_limit(place, kind, longest):
         assert_same_bits(got, again)
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("seqs", [1, 2, 5, 17, 40, 200, 300])
 @pytest.mark.parametrize("longest", [200, 4500])
@@ -189,6 +193,7 @@ def test_sequences_without_tokens_among_others(place, dim, seqs, longest):
         np.testing.assert_allclose(lse, want_lse, atol=1e-3)
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("new", [2, 9, 40, 300])
 @pytest.mark.parametrize("seqs, padding", [(2, 0), (5, 3), (60, 0), (600, 0)])
 @pytest.mark.parametrize("kind, q_type", [(PLAIN, None), (BLOCK_WISE_FP8, "e4m3:token_head")])

@@ -147,6 +147,7 @@ def run(positional, keywords):
 # --- the same bits in every batch ----------------------------------------------------------------
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_mixed_steps(place, kind, q_type, dim):
@@ -292,6 +293,7 @@ def test_a_graph_gives_the_bits_of_eager_calls(kind):
 # --- right, too ----------------------------------------------------------------------------------
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_error(place, kind, q_type, dim):

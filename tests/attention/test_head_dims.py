@@ -55,6 +55,7 @@ def test_options_of_a_cache(place, dim, q_type, options):
     paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, **options).check(place)
 
 
+@pytest.mark.few_on_cpu("kind", "options")
 @each_option
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
 @pytest.mark.parametrize("dim", [96, 256])
@@ -65,6 +66,7 @@ def test_options_of_codes(place, kind, dim, q_type, options):
     paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, **options).check(place)
 
 
+@pytest.mark.few_on_cpu("kind", "q_type")
 @pytest.mark.parametrize("dim", [96, 256])
 @pytest.mark.parametrize(
     "kind", [*KINDS[1:], CacheKind("block_wise_fp8", scale_dtype="bfloat16")], ids=str
@@ -78,6 +80,7 @@ def test_queries_of_any_size(place, kind, q_type, dim):
     problem.check(place)
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [96, 256])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_more_tiles_than_processors(place, kind, dim):
@@ -102,6 +105,7 @@ def test_options_of_contiguous_keys(place, dim, q_type, options):
     flash_problem(seqs, dim=dim, q_type=q_type, **{"causal": True, **options}).check(place)
 
 
+@pytest.mark.few_on_cpu("kind", "heads")
 @pytest.mark.parametrize("heads", [(1, 1), (10, 1), (32, 2), (40, 2), (5, 5)], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dim", [192, 256])
@@ -112,6 +116,7 @@ def test_groups_of_decoding_seqs(place, dim, kind, heads):
         paged_problem(seqs, kind=kind, heads=heads, dim=dim, seed=new).check(place)
 
 
+@pytest.mark.few_on_cpu("kind", "dim")
 @pytest.mark.parametrize("dim", [96, 192, 256])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("batch_invariant", [False, True])

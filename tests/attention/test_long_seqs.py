@@ -56,6 +56,7 @@ def test_more_seqs_than_are_listed_at_once(place, kind, q_type):
     paged_problem(seqs, kind=kind, heads=(1, 1), q_type=q_type, seed=14).check(place)
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @each_kind
 def test_softcap(place, kind, q_type, dim):

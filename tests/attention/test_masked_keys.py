@@ -133,6 +133,7 @@ def query_types(kind: CacheKind) -> list[str | None]:
     return [None, "e4m3:token_head"] if fp8 else [None]
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("seqs", [LONG, SHORT], ids=["long", "short"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -145,6 +146,7 @@ def test_keys_behind_a_query(place, kind, seqs, dim):
             assert check_paged(place, problem, np.arange(prefix + query + 1, prefix + new))
 
 
+@pytest.mark.few_on_cpu("kind", "options")
 @pytest.mark.parametrize("seqs", [LONG, SHORT], ids=["long", "short"])
 @pytest.mark.parametrize("kind", FEW, ids=str)
 @pytest.mark.parametrize(
@@ -238,6 +240,7 @@ FLASH_TYPES = [
 ]
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
     "seqs", [[(200, 270), (77, 80)], [(5, 333), (3, 9)]], ids=["long", "short"]

@@ -37,6 +37,7 @@ KINDS = [
 FEW = [KINDS[0], KINDS[3], KINDS[5], KINDS[6]]
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind, q_type", KINDS, ids=str)
 def test_every_kernel(place, kind, q_type, dim):

@@ -92,6 +92,7 @@ def test_codes_and_scales_of_the_model():
 # Both references.
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -57,6 +57,7 @@ def each(kinds_16, kinds_8, q_type):
     return pytest.mark.parametrize("kind, q_type", cases, ids=lambda x: str(x or "16 bits"))
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @each(KINDS_16, KINDS_8, "e4m3:token_head")
 def test_mixed_seqs(place, kind, q_type, dim):
@@ -81,6 +82,7 @@ def test_prefix_lengths(place, prefix, new, kind, q_type):
     problem.check(place)
 
 
+@pytest.mark.few_on_cpu
 @each(FEW_16, FEW_8, "e4m3:token_head")
 @pytest.mark.parametrize(
     "options",
@@ -130,6 +132,7 @@ def test_nan_stays_with_the_seqs_that_see_it(place, kind, q_type):
     assert seen[250:, 2:].all() and not seen[:250, 2:].any()
 
 
+@pytest.mark.few_on_cpu("types", "dim")
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class StridedProblem(PagedProblem):
         return positional, keywords
 
 
+@pytest.mark.few_on_cpu("kind", "dim")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", KINDS, ids=str)

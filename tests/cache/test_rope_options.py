@@ -45,6 +45,7 @@ ROTARY_DIMS = {
 }
 
 
+@pytest.mark.few_on_cpu("option", "cache", "head_dim")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
@@ -57,6 +58,7 @@ def test_options_with_every_cache(place, option, cache, head_dim, step):
         check(case, place)
 
 
+@pytest.mark.few_on_cpu("neox", "step")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("neox", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

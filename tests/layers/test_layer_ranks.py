@@ -22,7 +22,8 @@ NAMES = pytest.mark.parametrize("name", RANK_CONFIGS)
 TIES = [name for name in RANK_CONFIGS if name.endswith("_ties")]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+#: What two ranks do, four do as well, and have ranks that are neither the first nor the last.
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
 def ranks(request, tmp_path_factory):
     """Results of every rank, by configuration."""
     folder = tmp_path_factory.mktemp("layer_ranks")

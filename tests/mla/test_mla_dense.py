@@ -131,6 +131,7 @@ def test_scores_of_minus_infinity_are_no_keys(place, cache_format, heads):
         problem.accept(place, (out, lse), **options)
 
 
+@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("heads", [3, 16, 128])
 @pytest.mark.parametrize("cache_format", FORMATS)
 def test_fp32_output(place, cache_format, heads):

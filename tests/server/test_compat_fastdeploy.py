@@ -156,18 +156,23 @@ class Step:
         for side, new in enumerate((k, v)):
             cache, scale = self._side(side)
             out = np.zeros((int(self.cu_k[-1]), self.kv, self.dim), self.qkv.dtype)
-            for seq, prefix in enumerate(np.where(self.encoder > 0, self.decoder, 0)):
-                for i in range(prefix):
-                    block = block_of(self.tables[seq], i, len(cache))
-                    if block is not None:
-                        out[self.cu_k[seq] + i] = self._read(cache, scale, block, i % 64)
+            cached = [
+                (self.cu_k[seq] + i, block_of(self.tables[seq], i, len(cache)), i % 64)
+                for seq, prefix in enumerate(np.where(self.encoder > 0, self.decoder, 0))
+                for i in range(prefix)
+            ]
+            rows, blocks, slots = self._columns([at for at in cached if at[1] is not None])
+            out[rows] = self._read(cache, scale, blocks, slots)
+            written = []
             for token, seq, position in owners:
                 prefix = self.decoder[seq] if self.encoder[seq] > 0 else 0
                 out[self.cu_k[seq] + prefix + token - self.cu_q[seq]] = new[token]
                 if self.encoder[seq] > 0:
                     block = block_of(self.tables[seq], position, len(cache))
                     if block is not None:
-                        self._write(cache, scale, block, position % 64, new[token])
+                        written.append((token, block, position % 64))
+            tokens, blocks, slots = self._columns(written)
+            self._write(cache, scale, blocks, slots, new[tokens])
             if self.type != "none":
                 cache = pack(cache, "kv"[side], "fastdeploy", int8=self.code == "int8")
             outs.append(out)
@@ -182,24 +187,29 @@ class Step:
             scale = self.scales[side].copy()
         return cache, scale
 
-    def _read(self, cache, scale, block, slot):
-        codes = cache[block, :, slot]
+    @staticmethod
+    def _columns(places):
+        """A list of (row, block, slot) as three arrays."""
+        return np.array(places, np.int64).reshape(-1, 3).T
+
+    def _read(self, cache, scale, blocks, slots):
+        codes = cache[blocks, :, slots]
         if self.type == "none":
             return codes
         if self.type == "block_wise_fp8":
-            multiplier = scale[block, :, slot].astype(np.float32)[:, None]
+            multiplier = scale[blocks, :, slots].astype(np.float32)[..., None]
         else:
             multiplier = static_scales(scale, self.kv, self.dim)
         return (from_codes(codes, self.code).astype(np.float32) * multiplier).astype(self.qkv.dtype)
 
-    def _write(self, cache, scale, block, slot, x):
+    def _write(self, cache, scale, blocks, slots, x):
         if self.type == "none":
-            cache[block, :, slot] = x
+            cache[blocks, :, slots] = x
             return
         codes, dynamic = quantize_token(x, scale, self.type)
-        cache[block, :, slot] = codes.view(np.uint8)
+        cache[blocks, :, slots] = codes.view(np.uint8)
         if dynamic is not None:
-            scale[block, :, slot] = dynamic
+            scale[blocks, :, slots] = dynamic
 
     def run_and_check(self, place="cpu", **options):
         outputs = ops.gqa_rope_write_cache(*self.arguments(place, **options))
@@ -268,6 +278,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.few_on_cpu("heads", "dim")
 @pytest.mark.parametrize("cache_quant_type", TYPES)
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 3), (20, 5)])

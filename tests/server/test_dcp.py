@@ -44,8 +44,11 @@ LSE_BOUND = 1e-5
 
 
 def modes():
-    """(place, world size): processes on the CPU, and through NCCL where there are two GPUs."""
-    found = [("cpu", 2), ("cpu", 4)]
+    """(place, world size): processes on the CPU, and through NCCL where there are two GPUs.
+
+    What two ranks do, four do as well, and have ranks that are neither the first nor the last.
+    """
+    found = [pytest.param(("cpu", 2), marks=pytest.mark.slow), ("cpu", 4)]
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 1:
         found.append(("gpu", 2))
     return found

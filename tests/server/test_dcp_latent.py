@@ -24,8 +24,11 @@ CASES = {**dcp_latent.CASES, **dcp_latent.SINK_CASES}
 
 
 def modes():
-    """(place, world size): processes on the CPU, and through NCCL where there are two GPUs."""
-    found = [("cpu", 2), ("cpu", 3)]
+    """(place, world size): processes on the CPU, and through NCCL where there are two GPUs.
+
+    What two ranks do, three do as well, and have one that is neither the first nor the last.
+    """
+    found = [pytest.param(("cpu", 2), marks=pytest.mark.slow), ("cpu", 3)]
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 1:
         found.append(("gpu", 2))
     return found

@@ -133,18 +133,15 @@ class Model:
     def _stored(self, x: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
         if self.cache_quant_type == "none":
             return x.astype(np.float64)
-        out = np.empty(x.shape)
-        for i, token in enumerate(x):
-            like = np.zeros(1, self.scale_dtype) if scales is None else scales
-            codes, dynamic = quantize_token(token, like, self.cache_quant_type, self.fp8_format)
-            if dynamic is None:
-                multiplier = static_scales(scales, *token.shape)
-            else:
-                multiplier = dynamic_scales(dynamic, self.cache_quant_type)
-            if self.code in NIBBLES:
-                codes = unpack_nibbles(codes)
-            out[i] = from_codes(codes, self.code).astype(np.float64) * multiplier
-        return out
+        like = np.zeros(1, self.scale_dtype) if scales is None else scales
+        codes, dynamic = quantize_token(x, like, self.cache_quant_type, self.fp8_format)
+        if dynamic is None:
+            multiplier = static_scales(scales, *x.shape[1:])
+        else:
+            multiplier = dynamic_scales(dynamic, self.cache_quant_type)
+        if self.code in NIBBLES:
+            codes = unpack_nibbles(codes)
+        return from_codes(codes, self.code).astype(np.float64) * multiplier
 
     def attention(self, qkv: np.ndarray, first: int, precision: str, **mask: Any) -> np.ndarray:
         """Outputs [n - first, H * D] of a sequence's tokens from `first` on."""
