@@ -56,7 +56,6 @@ def test_the_calls_below_are_clusters_by_the_plan():
     assert launch["finds_seqs"] and 64 * launch["cluster_kv_tiles"] == LIMIT
 
 
-@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
 def test_every_cache_type(place, kind, dim):

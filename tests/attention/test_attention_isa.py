@@ -31,7 +31,6 @@ def test_the_limit_is_what_the_processor_has(isa):
     assert [limit(i) for i in range(isa + 1)] == list(range(isa + 1))
 
 
-@pytest.mark.few_on_cpu("kind", "dim")
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", CACHE_KINDS[::2], ids=str)
 def test_paged_attention(isa, kind, dim):

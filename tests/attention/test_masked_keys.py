@@ -133,7 +133,7 @@ def query_types(kind: CacheKind) -> list[str | None]:
     return [None, "e4m3:token_head"] if fp8 else [None]
 
 
-@pytest.mark.few_on_cpu
+@pytest.mark.few_on_cpu("kind", "seqs")
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("seqs", [LONG, SHORT], ids=["long", "short"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -240,7 +240,6 @@ FLASH_TYPES = [
 ]
 
 
-@pytest.mark.few_on_cpu
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
     "seqs", [[(200, 270), (77, 80)], [(5, 333), (3, 9)]], ids=["long", "short"]

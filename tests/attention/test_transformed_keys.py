@@ -37,7 +37,6 @@ def centre(kv_heads: int, head_dim: int, seed: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.7, (kv_heads, head_dim)).astype(np.float32)
 
 
-@pytest.mark.few_on_cpu("kind", "dim")
 @pytest.mark.parametrize("q_type", ["bfloat16", "float16"])
 @pytest.mark.parametrize("seqs", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])

@@ -132,7 +132,6 @@ def test_nan_stays_with_the_seqs_that_see_it(place, kind, q_type):
     assert seen[250:, 2:].all() and not seen[:250, 2:].any()
 
 
-@pytest.mark.few_on_cpu("types", "dim")
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ ROTARY_DIMS = {
 }
 
 
-@pytest.mark.few_on_cpu("option", "cache", "head_dim")
+@pytest.mark.few_on_cpu("option", "step")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
