@@ -254,15 +254,15 @@ def call_raw(changes: dict[str, Any]) -> Any:
     ids=[e[0] for e in ERRORS if e[0] != "list"],
 )
 def test_raw_operator_raises_as_well(changes):
-    with pytest.raises((OSError, ValueError, RuntimeError)):
+    with pytest.raises((OSError, TypeError, ValueError, RuntimeError)):
         call_raw(changes)
 
 
 @pytest.mark.parametrize("name", REQUIRED)
 def test_raw_operator_survives_none_and_empty(name):
-    with pytest.raises((OSError, ValueError, RuntimeError)):
+    with pytest.raises((OSError, TypeError, ValueError, RuntimeError)):
         call_raw({name: None})
-    with pytest.raises((OSError, ValueError, RuntimeError)):
+    with pytest.raises((OSError, TypeError, ValueError, RuntimeError)):
         call_raw({name: zeros([0], "int32")})
 
 

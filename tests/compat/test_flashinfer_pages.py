@@ -139,11 +139,11 @@ def test_what_a_cuda_graph_reads_is_kept(monkeypatch):
     monkeypatch.setattr(_paged, "_made", make)
     monkeypatch.setattr(_paged, "_CAPTURED", captured)
     for number, capturing in enumerate((False, True, True, False)):
-        monkeypatch.setattr(_paged, "_capturing", lambda now=capturing: now)
+        monkeypatch.setattr(_paged, "capturing", lambda now=capturing: now)
         _paged.progression(0, 1, number, "int32", SimpleNamespace(place=place))
     assert len(captured) == 2
     monkeypatch.undo()
-    assert _paged._capturing() is False
+    assert _paged.capturing() is False
 
 
 def test_wrong_arguments():

@@ -129,7 +129,7 @@ def test_memory_that_runs_out_is_a_memory_error():
     sig = _ops.signature("quantize_fp8")
     for text in ("\n\nResourceExhaustedError: Fail to alloc memory of 9 size.", "out of memory"):
         with pytest.raises(MemoryError, match="quantize_fp8"):
-            _ops._reraise(sig, RuntimeError(text))
+            _ops.reraise_of(sig, RuntimeError(text))
 
 
 def test_a_library_of_another_build_is_refused(tmp_path):
