@@ -70,19 +70,20 @@ def _check_room(op: str, values: NDArray[Any], fresh: int, room: int) -> None:
         )
 
 
-def _intervals(
-    position: Tensor, keys: Tensor, causal: bool, window_size: tuple[int, int]
-) -> Tensor:
-    """Keys [begin, end) that queries at `position` see of `keys`, shape [.., 2]."""
-    left, right = window_size
-    if causal:
+def _intervals(of: Any, position: Any, keys: Any, masks: dict[str, Any]) -> Any:
+    """Keys [begin, end) that queries at `position` see of `keys`, shape [T, 2].
+
+    `of` is the module of both, ``numpy`` or ``paddle``.
+    """
+    left, right = masks["window_size"]
+    if masks["causal"]:
         end = position + 1
     elif 0 <= right < _MOST_WINDOW:
-        end = paddle.minimum(position + (right + 1), keys)
+        end = of.minimum(position + (right + 1), keys)
     else:
-        end = keys + paddle.zeros_like(position)
-    begin = position - left if 0 <= left < _MOST_WINDOW else paddle.zeros_like(position)
-    return paddle.stack([begin, end], axis=-1).clip(min=0)
+        end = keys + of.zeros_like(position)
+    begin = position - left if 0 <= left < _MOST_WINDOW else of.zeros_like(position)
+    return of.stack([begin, end], axis=-1).clip(min=0).reshape([-1, 2])
 
 
 def _masks(op: str, causal: bool, window_size: Any) -> dict[str, Any]:
@@ -96,22 +97,7 @@ def _masks(op: str, causal: bool, window_size: Any) -> dict[str, Any]:
 
 
 def _explicit(position: Tensor, keys: Tensor, masks: dict[str, Any]) -> dict[str, Any]:
-    offsets = _intervals(position, keys, masks["causal"], masks["window_size"])
-    return {"causal": False, "mask_offsets": offsets.reshape([-1, 2])}
-
-
-def _host_intervals(
-    position: NDArray[Any], keys: NDArray[Any], masks: dict[str, Any]
-) -> NDArray[np.int32]:
-    """:func:`_explicit` of lengths on the host, shape [T, 2]."""
-    left, right = masks["window_size"]
-    end = np.broadcast_to(keys, position.shape)
-    if masks["causal"]:
-        end = position + 1
-    elif 0 <= right < _MOST_WINDOW:
-        end = np.minimum(position + (right + 1), keys)
-    begin = position - left if 0 <= left < _MOST_WINDOW else np.zeros_like(position)
-    return np.stack([begin, end], axis=-1).clip(0).reshape(-1, 2).astype(np.int32)
+    return {"causal": False, "mask_offsets": _intervals(paddle, position, keys, masks)}
 
 
 def lengths_with_kvcache(
@@ -168,7 +154,7 @@ def lengths_with_kvcache(
         # The host has all lengths, so no kernel of Paddle's runs. A graph keeps no copy from there.
         ends = np.full((batch, 1), cache_seqlens + fresh, np.int32)
         position = ends - np.arange(queries, 0, -1)
-        offsets = _host_intervals(position, ends, masks)
+        offsets = _intervals(np, position, ends, masks).astype(np.int32)
         mask = paddle.to_tensor(offsets, place=like.place)
         return before, Lengths(cached, new, {"causal": False, "mask_offsets": mask})
     keys = (before + fresh if fresh else before).unsqueeze(-1)
