@@ -27,6 +27,7 @@ from fastattn.backends.peers import guard
 from fastattn.backends.scales import local_center
 from fastattn.backends.stale_starts import StaleStarts
 from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
+from fastattn.functional._attributes import ANY_LENGTH
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     codes_per_byte,
@@ -36,9 +37,6 @@ from fastattn.functional._marker import unified
 
 #: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
 _BLOCK_SHAPES_Q = (-1, 16)
-
-#: A bound of lengths beyond any.
-_ANY_SIZE = 2**31 - 1
 
 
 @dataclass
@@ -535,7 +533,7 @@ def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]
 def _size(tensor: Any, dimension: int) -> int:
     """Size of a dimension; a bound beyond any where a traced program does not know it."""
     size = tensor.shape[dimension]
-    return size if isinstance(size, int) and size >= 0 else _ANY_SIZE
+    return size if isinstance(size, int) and size >= 0 else ANY_LENGTH
 
 
 def _dtype_name(qkv: Any) -> str:

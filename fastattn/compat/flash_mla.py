@@ -23,6 +23,7 @@ from fastattn import _ops
 from fastattn._foreign import not_a_tensor
 from fastattn._views import view
 from fastattn.compat._paged import dtype_name, progression
+from fastattn.functional._attributes import ANY_LENGTH
 from fastattn.functional._marker import unified
 from fastattn.functional.mla_dense import mla_attention
 from fastattn.functional.mla_sparse import call
@@ -35,8 +36,6 @@ __all__ = [
 ]
 
 _VALUE_DIM = 512
-#: A bound of lengths beyond any.
-_ANY_LENGTH = 2**31 - 1
 
 
 class FlashMLASchedMeta:
@@ -161,7 +160,7 @@ def _dense(
         lengths - new,
         new,
         s_q,
-        blocks * page_size if min(blocks, page_size) >= 0 else _ANY_LENGTH,
+        blocks * page_size if min(blocks, page_size) >= 0 else ANY_LENGTH,
         cache_format=_format(op, dim, is_fp8),
         softmax_scale=softmax_scale,
         causal=causal,

@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 _MOST = 2**31 - 1
 
+#: A bound of lengths beyond any: of a size that a traced program does not know.
+ANY_LENGTH = _MOST
+
 #: kDefaultScale of custom_ops/api/softmax_scale.h: the lowest float.
 DEFAULT_SCALE = float(np.finfo(np.float32).min)
 
