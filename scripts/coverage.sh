@@ -31,7 +31,7 @@ END
 
 cd "$work/tree"
 export PYTHONPATH=$work/tree COVERAGE_RCFILE=$work/coveragerc FASTATTN_ARCHS=none
-export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python=$work/venv/bin/python
 CXX="${CXX:-g++} --coverage -fprofile-update=atomic" "$python" setup_ops.py build_ext --inplace
 find build -name '*.gcda' -delete # what the build itself ran

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh
 setup_env "[test]"
-# NumPy's matrix products wait busily on a machine with other work, and so do threads of OpenMP.
-export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+# Each process has a core, so it needs one thread. tests/tooling/test_openmp.py sets more.
+export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A process takes 1 GB. It gets neighbouring tests, so that few files are shared by two.
 exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"

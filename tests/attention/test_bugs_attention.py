@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 
@@ -133,25 +131,6 @@ def test_bug22_results_are_the_same_bits_every_time(place, kind):
     for out, lse in runs[1:]:
         assert_same_bits(to_numpy(out), to_numpy(runs[0][0]), "out")
         assert_same_bits(to_numpy(lse), to_numpy(runs[0][1]), "lse")
-
-
-def test_bug22_results_do_not_depend_on_the_number_of_threads():
-    try:
-        openmp = ctypes.CDLL("libgomp.so.1")
-    except OSError:
-        pytest.skip("not built with GNU OpenMP")
-    problem = paged_problem([(4500, 1), (3, 1), (64, 66)], heads=(2, 1), kind=CACHE_KINDS[-1])
-    threads = openmp.omp_get_max_threads()
-    results = []
-    try:
-        for n in (1, 2, 3, 7):
-            openmp.omp_set_num_threads(n)
-            results.append(problem.run("cpu"))
-    finally:
-        openmp.omp_set_num_threads(threads)
-    for out, lse in results[1:]:
-        assert_same_bits(out, results[0][0], "out")
-        assert_same_bits(lse, results[0][1], "lse")
 
 
 @pytest.mark.parametrize("kind", [CACHE_KINDS[2], CACHE_KINDS[-1]], ids=str)

@@ -102,53 +102,6 @@ def test_a_forked_process_may_be_the_first_to_call(tmp_path, load_first):
     subprocess.run(run, check=True, timeout=120, env=environment)
 
 
-# A CPU kernel's bits do not depend on the number of threads: each operator is large enough here for
-# four of them (see custom_ops/cpu/parallel.h).
-_EVERY_OPERATOR = """
-    import hashlib
-    import numpy as np
-    import paddle
-    import fastattn.functional as F
-    from tests.support.tensors import int32, to_numpy, to_paddle
-    paddle.set_device("cpu")
-    rng = np.random.default_rng(0)
-    digest = hashlib.sha256()
-
-    def add(*tensors):
-        for tensor in tensors:
-            digest.update(to_numpy(tensor).tobytes())
-
-    def values(*shape):
-        return to_paddle(rng.normal(size=shape).astype(np.float16), "cpu")
-
-    x = values(2048, 4096)
-    add(*F.quantize_fp8(x), *F.quantize_fp8(x, granularity="token"), *F.mxfp4_quantize(x))
-    lse = [to_paddle(rng.normal(size=(16, 4096)).astype(np.float32), "cpu") for _ in range(2)]
-    states = [values(4096, 16, 128) for _ in range(2)]
-    add(*F.merge_attn_states(states[0], lse[0], states[1], lse[1]))
-    lengths = int32([0, 700], "cpu")
-    q, k, v = values(700, 8, 64), values(700, 4, 64), values(700, 4, 64)
-    add(F.flash_attention(q, k, v, lengths, lengths, 700, 700, causal=True))
-    one = int32([0, 1], "cpu")
-    keys = int32([0, 60000], "cpu")
-    k, v = values(60000, 4, 64), values(60000, 4, 64)
-    add(F.flash_attention(q[:1], k, v, one, keys, 1, 60000))
-    print("digest", digest.hexdigest())
-"""
-
-
-def test_results_do_not_depend_on_the_number_of_threads():
-    digests = set()
-    for threads in (1, 2, 4):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        run = [sys.executable, "-c", textwrap.dedent(_EVERY_OPERATOR)]
-        done = subprocess.run(
-            run, check=True, timeout=300, env=environment, capture_output=True, text=True
-        )
-        digests.add(done.stdout.split("digest ")[1].strip())
-    assert len(digests) == 1
-
-
 TRACED_ERRORS = {
     "shape function": "F.quantize_fp8(x, granularity='row')",
     "group": "F.quantize_fp8(x, granularity='group', group_size=7)",
