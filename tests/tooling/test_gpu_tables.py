@@ -16,6 +16,9 @@ from tests.support import ROOT
 SCRIPT = ROOT / "scripts" / "make_gpu_tables.py"
 MAKE = runpy.run_path(str(SCRIPT))
 RESULTS = MAKE["Results"]
+#: Has most of the tables.
+MEASUREMENTS = "docs/measurements.md"
+PAGES = tuple(dict.fromkeys((*MAKE["PAGES"], MEASUREMENTS)))
 
 
 def check(root):
@@ -38,8 +41,14 @@ def test_pages_are_up_to_date():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_page_of_measurements_is_up_to_date():
+    text = (ROOT / MEASUREMENTS).read_text(encoding="utf-8")
+    results = RESULTS.read(ROOT / "benchmarks" / "results")
+    assert MAKE["written"](text, results, "../") == text
+
+
 def test_every_table_has_a_place_and_every_place_a_table():
-    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in MAKE["PAGES"])
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
     places = [match[2] for match in MAKE["_BLOCK"].finditer(text)]
     assert sorted(places) == sorted(MAKE["TABLES"])
     assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(places)
@@ -58,7 +67,7 @@ def test_check_finds_a_changed_number(copy, page):
 
 
 def test_check_finds_changed_results(copy):
-    path = copy / "benchmarks" / "results" / "h100-step.json"
+    path = copy / "benchmarks" / "results" / "h100-decode.json"
     report = json.loads(path.read_text())
     for row in report["rows"]:
         row["us"] *= 1.5
@@ -66,6 +75,10 @@ def test_check_finds_changed_results(copy):
     done = check(copy)
     assert done.returncode == 1 and "gpu.md: out of date" in done.stdout
     assert "host.md" not in done.stdout
+
+    results = RESULTS.read(copy / "benchmarks" / "results")
+    text = (ROOT / MEASUREMENTS).read_text(encoding="utf-8")
+    assert MAKE["written"](text, results, "../") != text
 
 
 def test_results_that_are_missing_are_dashes(copy):
