@@ -25,8 +25,8 @@ from gpu_tables import attention, cache_types, latent, latent_targets, memory, p
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md",
-         "docs/cache_types.md", "docs/backends.md", "docs/dcp.md",
+PAGES = ("README.md", "docs/gpu.md", "docs/measurements.md", "docs/host.md",
+         "docs/benchmarks.md", "docs/cache_types.md", "docs/backends.md", "docs/dcp.md",
          "docs/kernels/invariant.md")  # fmt: skip
 #: Name of a table -> its text, from the results.
 TABLES: dict[str, Callable[[Results], str]] = {
