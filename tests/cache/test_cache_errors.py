@@ -289,6 +289,15 @@ def test_written_caches_must_be_contiguous():
         F.write_cache_kv(**arguments)
 
 
+def test_heads_of_a_token_must_be_contiguous():
+    arguments = _write_arguments()
+    arguments["key"] = _zeros([5, 2, 128])[:, :, ::2]
+    if arguments["key"].is_contiguous():
+        pytest.skip("this Paddle copies on slicing")
+    with pytest.raises(ValueError, match="write_cache_kv: key: expected the heads of a token"):
+        F.write_cache_kv(**arguments)
+
+
 @pytest.mark.parametrize("name", ["key_cache", "value_cache"])
 def test_written_caches_take_no_gradient(name):
     arguments = _write_arguments("none")
@@ -352,6 +361,12 @@ def _append_arguments(cache_quant_type: str = "block_wise_fp8") -> dict:
 
 
 APPEND_ERRORS = [
+    (
+        "block_wise_int4",
+        {"cache_layout": lambda: "fastdeploy"},
+        NotImplementedError,
+        "cache_layout: 'fastdeploy' has no order for block_wise_int4; supported: fastattn",
+    ),
     ("cache_fp8", {"key": lambda: "x"}, TypeError, "key: expected a tensor, got str"),
     (
         "cache_fp8",

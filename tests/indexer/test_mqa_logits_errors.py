@@ -60,6 +60,11 @@ WRONG_PAGED = [
     ({"cache": paddle.zeros([4, 8448], "uint8")}, ValueError, "page_size: a cache of shape"),
     ({"cache": paddle.zeros([4, 64, 131], "uint8")}, ValueError, "cache: expected pages of at le"),
     ({"cache": paddle.zeros([4, 64, 132])}, TypeError, "cache: expected dtype uint8"),
+    (
+        {"cache": paddle.zeros([4], "uint8"), "page_size": 64},
+        ValueError,
+        "cache: expected .num_pag",
+    ),
     ({"page_size": 65}, ValueError, "cache: expected pages of at least 8580 bytes"),
     ({"page_size": 0}, ValueError, "page_size: expected a positive number of tokens, got 0"),
     ({"page_size": 64.0}, TypeError, "page_size: expected int, got float"),
@@ -84,6 +89,14 @@ def test_wrong_arguments(change, error, text):
 def test_wrong_paged_arguments(change, error, text):
     with pytest.raises(error, match=f"paged_mqa_logits: {text}"):
         F.paged_mqa_logits(**{**good_paged(), **change})
+
+
+def test_bytes_of_a_page_must_be_contiguous():
+    cache = paddle.zeros([4, 64, 264], "uint8")[:, :, ::2]
+    if cache.is_contiguous():
+        pytest.skip("this Paddle copies on slicing")
+    with pytest.raises(ValueError, match="paged_mqa_logits: cache: expected the bytes of a page"):
+        F.paged_mqa_logits(**{**good_paged(), "cache": cache})
 
 
 def test_out_apart_from_the_inputs():
