@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -197,15 +198,26 @@ def compiled(source, target, *flags):
     return target
 
 
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    """Compiles the file of a folder that dispatches, once for all families that it starts."""
+    instances.write(CUSTOM_OPS / toolchain.GENERATED)
+
+    @functools.cache
+    def compile_launcher(folder):
+        target = tmp_path_factory.mktemp("launch") / "launch.o"
+        # Not optimised: a fifth of the time, and the same symbols.
+        return compiled(f"{folder}/launch.cu", target, "-O0")
+
+    return compile_launcher
+
+
 @needs_nvcc
 @pytest.mark.parametrize("family", instances.FAMILIES, ids=list(FAMILIES))
-def test_launchers_need_what_is_listed(tmp_path, family):
+def test_launchers_need_what_is_listed(launcher, family):
     """Undefined symbols of the file that dispatches are the instances of the table."""
-    instances.write(CUSTOM_OPS / toolchain.GENERATED)
     folder = "cuda/attention" if "/mma_sm80" in family.folder else family.folder
-    # Not optimised: a fifth of the time, and the same symbols.
-    launch = compiled(f"{folder}/launch.cu", tmp_path / "launch.o", "-O0")
-    found = symbols(launch, "U", family)
+    found = symbols(launcher(folder), "U", family)
     assert found == {family.spell(values) for values in family.arguments()}
 
 
