@@ -106,7 +106,7 @@ def dense_attention(
     softcap : float
         0 for none.
     sinks : array, shape [H], optional
-        A logit for each head that joins the denominator, but has no value.
+        A logit for each head. It counts in the denominator, but has no value.
     shifts : array, shape [n, H], optional
         What all scores of a query lack: sinks and LSE count as if they did not.
     precision : str
