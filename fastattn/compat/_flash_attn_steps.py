@@ -224,7 +224,7 @@ _MOST_TAKEN = 4096
 
 
 def _facts(value: Any, aligned: bool) -> Any:
-    """What an operator's checks see of an argument; with `aligned`, only alignments of addresses."""
+    """What an operator's checks see of an argument; `aligned`: only the alignment of addresses."""
     if not is_tensor(value):
         return type(value), value
     address = value.data_ptr()
