@@ -164,7 +164,7 @@ def _checked(
         dtype = str(cache.dtype).rpartition(".")[2]
         if not dtype.startswith(codes):
             raise TypeError(
-                f"{_OP}: {name}: expected dtype uint8 or that of the codes for "
+                f"{_OP}: {name}: expected dtype uint8 or the dtype of the codes for "
                 f"{cache_quant_type!r}, got {dtype}"
             )
         shape = [int(size) for size in cache.shape]

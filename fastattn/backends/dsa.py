@@ -95,7 +95,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
             ("cache_config.num_cpu_blocks", swapped, bool(swapped)),
         ):
             if moves:
-                self._refuse(f"{what} = {value!r}, which leaves index keys behind,")
+                self._refuse(f"{what} = {value!r}, which does not move index keys,")
 
     def get_kv_cache_shape(  # type: ignore[override]
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None

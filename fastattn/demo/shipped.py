@@ -129,7 +129,7 @@ def load(config: Sizes, files: Files | None = None) -> Weights:
         raise ValueError(_damaged(path, str(error))) from None
     shapes = {name: weight.shape for name, weight in weights.items()}
     if shapes != weight_shapes(config):
-        raise ValueError(_damaged(path, f"its sizes are not those of {config}"))
+        raise ValueError(_damaged(path, f"its sizes do not match {config}"))
     return weights
 
 

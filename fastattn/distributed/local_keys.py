@@ -155,10 +155,10 @@ def check_local_keys(op: str, local: Any, max_seqlen_q: int, expected: dict[str,
     for name, value in expected.items():
         if getattr(local, name) != value:
             raise ValueError(
-                f"{op}: local_keys: expected those of {name} {value}, got {getattr(local, name)}"
+                f"{op}: local_keys: expected keys for {name} {value}, got {getattr(local, name)}"
             )
     if max_seqlen_q > 1 and local.masks is None:
-        raise ValueError(f"{op}: local_keys: expected those of max_seqlen_q > 1")
+        raise ValueError(f"{op}: local_keys: expected keys for max_seqlen_q > 1")
     return local
 
 

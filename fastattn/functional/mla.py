@@ -83,8 +83,8 @@ def mla_write_cache(
 
     See Also
     --------
-    mla_gather_cache : the inverse. fastattn.reference.mla_write_cache : the same in NumPy, bit by
-    bit.
+    mla_gather_cache : the inverse.
+    fastattn.reference.mla_write_cache : the same in NumPy, bit by bit.
 
     Examples
     --------
