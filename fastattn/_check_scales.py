@@ -1,7 +1,7 @@
 """Checks of scales that would lose their values: NaN, infinite, 0, or negative for unsigned scales.
 
 Static scales are checked completely. Of a cache's dynamic scales (one per token and head), only
-those of tokens that the call reads are checked.
+scales of tokens that the call reads are checked.
 """
 
 from __future__ import annotations
