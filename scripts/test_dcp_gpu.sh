@@ -4,8 +4,8 @@
 #   scripts/test_dcp_gpu.sh [--library build/gpu/_fastattn_ops.so] [--python python3]
 #
 # tests/server/test_dcp.py and test_dcp_latent.py run in CPU processes through gloo, and on the GPUs
-# ("gpu2"). Only collectives and fastattn's operators run on the GPUs, so a Paddle without kernels for
-# them is sufficient.
+# ("gpu2"). Only collectives and fastattn's operators run on the GPUs, so a Paddle without kernels
+# for them is sufficient.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

@@ -4,9 +4,9 @@
 #   scripts/test_gpu.sh [--library build/gpu/_fastattn_ops.so] [--log FILE]
 #                       [--python python3] [--sanitize "PYTEST ARGUMENTS"]
 #
-# It runs all tests on the CPU and on the GPU, then compute-sanitizer's memcheck and racecheck on the
-# tests that --sanitize selects. The log has the machine and all commands. The status is 0 if all
-# passed.
+# It runs all tests on the CPU and on the GPU, then compute-sanitizer's memcheck and racecheck on
+# the tests that --sanitize selects. The log has the machine and all commands. The status is 0 if
+# all passed.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

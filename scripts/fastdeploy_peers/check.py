@@ -60,8 +60,8 @@ def misread_table(table: torch.Tensor, sequence: int) -> torch.Tensor:
     """Rotary table (2, 1, L, 1, D) with which FastDeploy's decode mistakenly rotates a sequence.
 
     With block_wise_fp8, neox and one table per sequence, FastDeploy reads the cosines of a sequence
-    L * D floats after the cosines of the previous one. At that offset are the sines; the next table is at
-    twice the offset. The fault is in `append_decode_cache_T_int8_neox_rope_kernel` in
+    L * D floats after the cosines of the previous one. At that offset are the sines; the next table
+    is at twice the offset. The fault is in `append_decode_cache_T_int8_neox_rope_kernel` in
     `decoder_write_cache_with_rope_impl.cuh` (lines 952 and 1042 of FastDeploy 2.6, 933 and 1021 of
     2.4 and 2.5; its other neox kernels have `HeadDim * 2` there). Every sequence but the first is
     rotated wrongly.
