@@ -58,7 +58,7 @@ def may_not_be_empty(sig: OpSignature, index: int) -> bool:
 
 
 def is_per_token(sig: OpSignature, index: int) -> bool:
-    """Whether an optional input has entries exactly if the operator's first input has.
+    """Whether an optional input has entries whenever the operator's first input has.
 
     Descales may have one entry per sequence, and extra indices may have no column. The first input
     may be a cache.

@@ -294,7 +294,6 @@ FAMILIES = (
 
 
 def _source(family: Family, instances: list[tuple[Value, ...]]) -> str:
-    """Text of a ``.cu`` file."""
     lines = [
         f"template cudaError_t {family.launcher}<{family.spell(values)}>(\n    {family.takes});\n"
         for values in instances
@@ -307,7 +306,6 @@ def _source(family: Family, instances: list[tuple[Value, ...]]) -> str:
 
 
 def _list(family: Family) -> str:
-    """Text of ``instances.h``."""
     declared = family.header(family.declared)
     rows = ",\n".join(f"    Instance<{family.spell(values)}>" for values in family.arguments())
     return (
@@ -319,7 +317,6 @@ def _list(family: Family) -> str:
 
 
 def _texts() -> Iterator[tuple[str, str]]:
-    """Names and contents of all files."""
     for family in FAMILIES:
         yield f"{family.folder}/instances.h", _list(family)
         for name, instances in family.files().items():

@@ -165,7 +165,7 @@ def queue_key(rank: int, rule: str = "wide") -> int:
     # FastDeploy 2.4 adds the rank to 1024, and C's ftok takes the lower 8 bits of the sum.
     number = 1024 if rule == "rank" else int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024"))
     if rule == "wide":
-        # FastDeploy means (id << 4) + rank, but C parses it as id << (4 + rank).
+        # FastDeploy means (id << 4) + rank, but C evaluates it as id << (4 + rank).
         number = number << (4 + rank) & 0xFFFFF
         key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number
     else:

@@ -186,9 +186,7 @@ class LatentAttentionBackend(AttentionBackend):
         )
 
     def _most_keys(self, tables: Any) -> int:
-        """Maximum number of keys of a sequence. A server's own limit is not used: draft tokens may
-        exceed it.
-        """
+        """Maximum number of keys of a sequence; draft tokens may exceed a server's own limit."""
         longest = self.config.max_model_len + self.config.decode_tokens
         return min(longest, tables.shape[1] * self.config.block_size)
 

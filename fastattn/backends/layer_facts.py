@@ -236,7 +236,6 @@ class LayerFacts:
 
 
 def _attend_attrs(attend: dict[str, Any], head_dim: int) -> tuple[Any, ...]:
-    """Attributes of the operator ``paged_attention``."""
     return paged_attention_attrs(
         softmax_scale=float(head_dim**-0.5),
         **{name: x for name, x in attend.items() if name not in _ATTEND_TENSORS},

@@ -341,7 +341,6 @@ class PagedAttentionBackend(AttentionBackend):
         metadata: PagedAttentionMetadata,
         layer_id: int,
     ) -> dict[str, Any]:
-        """Keyword arguments of a step's attention."""
         options = {
             **facts.attend,
             "q_descale": q_descale,
@@ -399,7 +398,6 @@ class PagedAttentionBackend(AttentionBackend):
         return tokens, self._most_keys(seqs[0])
 
     def _most_keys(self, block_tables: Any) -> int:
-        """Maximum number of keys of a sequence."""
         return min(self.config.max_model_len, _size(block_tables, 1) * BLOCK_SIZE)
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:

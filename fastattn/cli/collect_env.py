@@ -75,7 +75,6 @@ except BaseException as error:
 
 
 def _guarded(find: Callable[[], Any]) -> Any:
-    """The result of `find`, or its error as text."""
     try:
         return find()
     except Exception as error:
@@ -84,7 +83,6 @@ def _guarded(find: Callable[[], Any]) -> Any:
 
 
 def _output(command: Sequence[str], timeout: float = 20.0) -> str:
-    """The output of a command, or its error as text."""
     if shutil.which(command[0]) is None:
         return f"{command[0]}: not found"
     try:

@@ -28,7 +28,6 @@ _DISTRIBUTIONS = ("numpy", "ml_dtypes", "rich", "safetensors")
 
 
 def _reason(error: BaseException) -> str:
-    """One line about an exception."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 

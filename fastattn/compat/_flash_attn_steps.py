@@ -255,7 +255,7 @@ def check_ahead(
     batch : int
         Number of sequences.
     """
-    free = options.get("out") is None  # must not share memory with an input
+    free = options.get("out") is None  # a given `out` must not share memory
     # The writer checks the places of q and the caches. The address of an option tells its place.
     facts = (
         *(_facts(x, aligned=free) for x in arguments),

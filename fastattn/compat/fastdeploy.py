@@ -243,9 +243,7 @@ def _check_rope_3d(rope_3d: bool, rotary_embs: Any) -> None:
 
 
 def _static(scales: Any, name: str, key_cache: Any, cache_quant_type: str) -> Any:
-    """Static scales as the operator takes them. The operator itself refuses scales that are not
-    tensors.
-    """
+    """Static scales for the operator, which itself refuses scales that are not tensors."""
     if not _ops.is_tensor(scales) or not _ops.is_tensor(key_cache) or len(key_cache.shape) != 4:
         return scales
     return local_scales(

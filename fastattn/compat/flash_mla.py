@@ -88,7 +88,6 @@ def _require_queries(op: str, s_q: int) -> None:
 
 
 def _of_each_query(op: str, name: str, lengths: Tensor | None, s_q: int) -> Any:
-    """Expand lengths per sequence to lengths per query."""
     if lengths is None or s_q == 1:
         return lengths
     _require_queries(op, s_q)

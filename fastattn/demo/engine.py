@@ -206,7 +206,6 @@ class Engine(Server):
         self._rotary = self._tensor(rotary_table(config))
 
     def _forward(self, scheduled: list[ScheduledTokens]) -> Array:
-        """Logits of all tokens of a step, fp32 ``[T, vocabulary]``."""
         tokens = [t for run in scheduled for t in run.tokens]
         meta = ForwardMeta.for_step(
             cached=[run.start for run in scheduled],

@@ -12,9 +12,7 @@ from fastattn.functional._marker import unified
 
 
 def _indices_of_extra(op: str, q: Any, indices: Any) -> Any:
-    """The indices of a second cache. [T, 0] becomes None, because the operator takes no empty
-    tensor.
-    """
+    """Indices of a second cache; None for [T, 0], because the operator takes no empty tensor."""
     if indices is None:
         raise TypeError(f"{op}: extra_indices: expected a tensor with extra_cache, got None")
     if not _ops.is_tensor(indices) or 0 not in indices.shape or not _ops.is_tensor(q):

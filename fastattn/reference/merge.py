@@ -76,5 +76,4 @@ def merge_attn_states(
 
 
 def _per_channel(x: Array) -> Array:
-    """[H, T] as [T, H, 1]."""
     return x.T[:, :, None]

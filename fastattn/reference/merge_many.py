@@ -76,5 +76,4 @@ def _total(states: Array, sink: Array) -> tuple[Array, Array]:
 
 
 def _per_channel(x: Array) -> Array:
-    """[H, T] as [T, H, 1]."""
     return x.T[:, :, None]

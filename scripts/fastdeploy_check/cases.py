@@ -308,7 +308,6 @@ def _split(server: Serving, meta: Any) -> list[Any]:
 
 
 def _by_parts(server: Serving, index: int, new: list[int], parts: list[Any]) -> Any:
-    """Output of a layer for a step in parts, one after the other."""
     fused, outs, start = server.fused(index, new), [], 0
     for part in parts:
         count = sum_of(part)

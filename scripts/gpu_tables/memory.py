@@ -204,7 +204,6 @@ _SMALL = 10e6  # bytes
 
 
 def _merge_bytes(shape: str) -> int:
-    """Bytes that a fused merge moves."""
     match = re.match(r"(\d+) tokens, H (\d+), D (\d+), (\w+) to e4m3", shape)
     assert match, shape
     tokens, heads, dim = (int(match[i]) for i in (1, 2, 3))
