@@ -36,8 +36,8 @@ def convert_caches(
     Parameters
     ----------
     caches : sequence of Tensor
-        As in ``forward_meta.caches``: ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v,
-        k_scales, v_scales}`` for the dynamic types.
+        As in ``forward_meta.caches``: ``2 * layer + {0: k, 1: v}``, or
+        ``4 * layer + {k, v, k_scales, v_scales}`` for the dynamic types.
     cache_quant_type : str
         ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
         ``block_wise_int4`` and ``block_wise_mxfp4`` are supported between layouts other than

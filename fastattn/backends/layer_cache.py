@@ -51,9 +51,10 @@ class LayerCache:
     def of(cls, forward_meta: Any, layer: Any, shard: HeadShard | None = None) -> LayerCache:
         """Select a layer's tensors from ``forward_meta.caches``.
 
-        Types with one scale per token hold four tensors per layer, ``4 * layer_id + {k, v,
-        k_scales, v_scales}``. Every other type holds two, ``2 * layer_id + {k, v}``, and static
-        scales come from the layer (``cache_k_out_scale``, ``cache_v_out_scale``).
+        Types with one scale per token hold four tensors per layer,
+        ``4 * layer_id + {k, v, k_scales, v_scales}``. Every other type holds two,
+        ``2 * layer_id + {k, v}``, and static scales come from the layer (``cache_k_out_scale``,
+        ``cache_v_out_scale``).
 
         Parameters
         ----------

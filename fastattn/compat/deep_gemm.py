@@ -105,8 +105,8 @@ def fp8_fp4_mqa_logits(
     clean_logits : bool
         Accepted. The logits are always clean.
     max_seqlen_k : int
-        If above 0, the number of columns of a compressed result, whose column j is key ``start +
-        j``.
+        If above 0, the number of columns of a compressed result, whose column j is key
+        ``start + j``.
     logits_dtype : optional
         Must be float32.
 
@@ -268,8 +268,8 @@ def fp8_mqa_logits(
     clean_logits : bool
         Accepted. The logits are always clean.
     max_seqlen_k : int
-        If above 0, the number of columns of a compressed result, whose column j is key ``start +
-        j``.
+        If above 0, the number of columns of a compressed result, whose column j is key
+        ``start + j``.
     logits_dtype : optional
         Must be float32.
 

@@ -143,9 +143,9 @@ def flash_attn_varlen_func(
     r"""Attention of ragged sequences over contiguous keys, or over a paged cache.
 
     Positional arguments are in the order of flash-attn 2. FlashAttention-3 has the same first
-    seven. vLLM's first seven, ``(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k,
-    cu_seqlens_k)``, are recognised by an int in the fourth place. All other arguments are passed by
-    name, for any of the three packages.
+    seven. vLLM's first seven,
+    ``(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k)``, are recognised by an int
+    in the fourth place. All other arguments are passed by name, for any of the three packages.
 
     With `block_table`, `k` and `v` are a paged cache, which is read in place and never copied:
 

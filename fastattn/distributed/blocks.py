@@ -1,8 +1,9 @@
 """Distribution of a sequence's blocks over the ranks: pure host functions in NumPy.
 
 The logical blocks of a sequence (tokens 0 to 63, 64 to 127, ...) are dealt to the ranks
-round-robin, ``interleave`` at a time: logical block j belongs to rank ``(j // interleave) %
-world_size``. Long sequences therefore load all ranks equally, in decode and in prefill.
+round-robin, ``interleave`` at a time: logical block j belongs to rank
+``(j // interleave) % world_size``. Long sequences therefore load all ranks equally, in decode and
+in prefill.
 
 Only these helpers need this convention. The operators need two things. Entry j of a sequence in a
 rank's table is the block *of that rank's own cache* that holds logical block j, or -1 for a block

@@ -67,8 +67,8 @@ def flash_attention(
         and `v` must be contiguous; the others may have any strides.
     k, v : Tensor, shape [sum k, KV, D]
         If D is 192, `v` has the shape [sum k, KV, 128]. Dtype of `q`, or 8-bit codes: uint8 (see
-        `kv_dtype`), float8_e4m3fn, float8_e5m2, int8. KV divides H. Query head h reads KV head ``h
-        // (H / KV)``.
+        `kv_dtype`), float8_e4m3fn, float8_e5m2, int8. KV divides H. Query head h reads KV head
+        ``h // (H / KV)``.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
         Index of the first query and of the first key token of each sequence. The last entry is the
         end of the last sequence.
@@ -262,8 +262,8 @@ def paged_attention(
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 (or the int8 / float8 dtype of the codes); bfloat16 or float16 for ``"none"``. KV
         divides H. The last dimension must be contiguous. The other dimensions may have any strides,
-        as may `value_cache` and dynamic scales: a cache may be a transposed ``[num_blocks, 64, KV,
-        D]`` or half of a pool that holds K and V. No cache is ever copied.
+        as may `value_cache` and dynamic scales: a cache may be a transposed
+        ``[num_blocks, 64, KV, D]`` or half of a pool that holds K and V. No cache is ever copied.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         Type ``"none"`` has the shape [num_blocks, KV, 64, D]. In both shapes, D is half of the head

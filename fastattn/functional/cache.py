@@ -48,8 +48,8 @@ def write_cache_kv(
     The attention must be called with matching arguments.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
-    tokens. Its i-th new token is token ``cu_seqlens_q[b] + i`` of `key`. It goes to position ``p =
-    seq_lens_decoder[b] + i``, which is slot ``p % 64`` of block ``block_tables[b, p // 64]``.
+    tokens. Its i-th new token is token ``cu_seqlens_q[b] + i`` of `key`. It goes to position
+    ``p = seq_lens_decoder[b] + i``, which is slot ``p % 64`` of block ``block_tables[b, p // 64]``.
     Tokens of no sequence and tokens without an assigned block (an id outside ``[0, num_blocks)``)
     are skipped. All other slots keep their bytes.
 
@@ -384,8 +384,8 @@ def convert_cache_blocks(
     TypeError
         If `cache` is not a tensor or its dtype does not match `cache_quant_type`.
     ValueError
-        If `kind`, `src` or `dst` is unknown, the shape does not match them, or ``0 <= begin <= end
-        <= num_blocks`` does not hold.
+        If `kind`, `src` or `dst` is unknown, the shape does not match them, or
+        ``0 <= begin <= end <= num_blocks`` does not hold.
     NotImplementedError
         If `cache_quant_type` or the head dimension is not supported. Supported are 64, 96, 128 and
         256, and 192 for K.

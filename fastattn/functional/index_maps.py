@@ -254,8 +254,8 @@ def combine_topk_window(
 
     The workspace has `seq_stride` rows for each sequence: compressed entries from its first row on,
     and the tokens of the window from row `window_offset` on. Index i of the top-k of sequence b
-    becomes ``b * seq_stride + i``. Index i of its window becomes ``b * seq_stride + window_offset +
-    i``. Negative indices are left out, and the list has no gaps.
+    becomes ``b * seq_stride + i``. Index i of its window becomes
+    ``b * seq_stride + window_offset + i``. Negative indices are left out, and the list has no gaps.
 
     Parameters
     ----------

@@ -22,8 +22,8 @@ def indexer_q_rope_quant(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Rotate, round to bf16 and quantise the indexer's queries; fold constants into the weights.
 
-    The last 64 channels are rotated in fp32, in interleaved pairs (GPT-J style): :math:`e' = e\,c -
-    o\,s,\ o' = o\,c + e\,s`. The whole head is rounded to bf16. Then
+    The last 64 channels are rotated in fp32, in interleaved pairs (GPT-J style):
+    :math:`e' = e\,c - o\,s,\ o' = o\,c + e\,s`. The whole head is rounded to bf16. Then
 
     .. math::
         \text{fp8:}\quad & s = 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-4}) / 448)\rceil},\quad

@@ -62,9 +62,9 @@ def indexer_k_write_cache(
         [num_pages, 64, 1, 132]). Pages hold at least 132 bytes ("fp8") or 68 ("mxfp4") per token.
         They may have any larger stride, and bytes after the scales are never written.
     slot_mapping : Tensor, shape [S], int64 or int32
-        Slots of the first S keys, S <= T; further keys are not written. A slot is row ``slot %
-        page_size`` of page ``slot // page_size``. A key with a negative slot, or with a slot past
-        the last page, is skipped.
+        Slots of the first S keys, S <= T; further keys are not written. A slot is row
+        ``slot % page_size`` of page ``slot // page_size``. A key with a negative slot, or with a
+        slot past the last page, is skipped.
     quant : {"fp8", "mxfp4"}
     scale_rule : {"pow2", "amax", "amax_div"}
         Scale of "fp8". "pow2" is ``scale_fmt="ue8m0"`` of FastDeploy and vLLM; "amax_div" gives

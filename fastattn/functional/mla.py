@@ -54,9 +54,9 @@ def mla_write_cache(
         requires `page_size`; bytes after the tokens are padding. ``docs/formats.md`` describes the
         bytes.
     slot_mapping : Tensor, shape [n], int32 or int64
-        Slots of the first n tokens, n <= T. Token i goes to row ``slot % page_size`` of page ``slot
-        // page_size``. A token with a negative slot, or with a slot past the last page, is skipped.
-        No two tokens may share a slot.
+        Slots of the first n tokens, n <= T. Token i goes to row ``slot % page_size`` of page
+        ``slot // page_size``. A token with a negative slot, or with a slot past the last page, is
+        skipped. No two tokens may share a slot.
     cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
     scale_rule : {"pow2", "amax"}
         "amax" is supported for "fp8_656" only.
@@ -123,9 +123,9 @@ def mla_gather_cache(
         \mathrm{out}[\mathrm{cu\_seqlens\_k}_b + i] = \mathrm{bf16}(c_{b,i} \cdot s_{b,i})
 
     c is the code and s the scale of position i of sequence b. The fp32 product is rounded to bf16.
-    Channels that the cache has in bf16 are copied. A sequence gives at most ``cu_seqlens_k[b + 1] -
-    cu_seqlens_k[b]`` tokens. All other tokens of `out` keep their contents, also tokens whose page
-    is not assigned (an id outside ``[0, num_pages)``).
+    Channels that the cache has in bf16 are copied. A sequence gives at most
+    ``cu_seqlens_k[b + 1] - cu_seqlens_k[b]`` tokens. All other tokens of `out` keep their contents,
+    also tokens whose page is not assigned (an id outside ``[0, num_pages)``).
 
     Parameters
     ----------

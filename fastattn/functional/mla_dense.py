@@ -47,8 +47,9 @@ def mla_attention(
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
     tokens, which start at token ``cu_seqlens_q[b]`` of `q`. It has ``seq_lens_decoder[b] + n``
-    keys. The key at position p is in row ``p % page_size`` of page ``block_tables[b, p //
-    page_size]``. The key is masked if this block id is outside ``[0, num_pages)``.
+    keys. The key at position p is in row ``p % page_size`` of page
+    ``block_tables[b, p // page_size]``. The key is masked if this block id is outside
+    ``[0, num_pages)``.
 
     Parameters
     ----------

@@ -20,9 +20,9 @@ def inverse_rope_quantize_fp8(
     r"""Rotate the output of DeepSeek-V4's attention back and quantise it for the output projection.
 
     V4 uses its keys as values, including rotated channels. So the last 64 channels of the output
-    are rotated back by the query's position, in pairs (GPT-J style): :math:`e' = e\,c + o\,s,\ o' =
-    o\,c - e\,s`. All arithmetic is fp32, without an intermediate rounding to bf16. Each group of
-    128 channels then gets a scale
+    are rotated back by the query's position, in pairs (GPT-J style):
+    :math:`e' = e\,c + o\,s,\ o' = o\,c - e\,s`. All arithmetic is fp32, without an intermediate
+    rounding to bf16. Each group of 128 channels then gets a scale
 
     .. math:: s = 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-10}) / 448)\rceil}, \qquad
               c = \mathrm{e4m3}(x / s)
@@ -120,9 +120,9 @@ def mla_qkv_norm_rope_write(
     cache : Tensor, uint8
         Written in place. As for :func:`mla_write_cache` with "fp8_584".
     slot_mapping : Tensor, shape [n], int32 or int64
-        Slots of the first n keys, n <= T. Key i goes to row ``slot % page_size`` of page ``slot //
-        page_size``. A key with a negative slot, or with a slot past the last page, is skipped. No
-        two keys may share a slot. The queries of all T tokens are processed.
+        Slots of the first n keys, n <= T. Key i goes to row ``slot % page_size`` of page
+        ``slot // page_size``. A key with a negative slot, or with a slot past the last page, is
+        skipped. No two keys may share a slot. The queries of all T tokens are processed.
     positions : Tensor, shape [T], int32 or int64
         Clamped to ``[0, max_positions)``.
     cos_sin_cache : Tensor, shape [max_positions, 64], float32 or bfloat16

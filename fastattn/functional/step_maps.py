@@ -24,9 +24,10 @@ def token_maps(
     """Position of each token of a step in its sequence, and its slot of a paged cache.
 
     Token t of sequence b has position ``seq_lens_decoder[b] + t - cu_seqlens_q[b]``, or its entry
-    in `position_ids`. Its slot is ``block_tables[b, p // block_size] * block_size + p %
-    block_size``. Buffers of a server may have any shape, and more elements than the step has tokens
-    or sequences; only the first elements count.
+    in `position_ids`. Its slot is
+    ``block_tables[b, p // block_size] * block_size + p % block_size``. Buffers of a server may have
+    any shape, and more elements than the step has tokens or sequences; only the first elements
+    count.
 
     Parameters
     ----------

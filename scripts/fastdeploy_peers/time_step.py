@@ -6,8 +6,8 @@
 The script needs a Hopper GPU, torch with CUDA, and the library from
 `scripts/build_fastdeploy_peers.py`, but no Paddle. A layer's time is one call of
 `append_attention_with_output`: rotation, cache write, attention and merge of its chunks, in a CUDA
-graph with as many layers as the benchmark. With vLLM's FlashAttention-3 (`--vllm`, or `--peers
-FILE` as for `scripts/vllm_step_peers.py`), steps with prefill are timed a second time, as
+graph with as many layers as the benchmark. With vLLM's FlashAttention-3 (`--vllm`, or
+`--peers FILE` as for `scripts/vllm_step_peers.py`), steps with prefill are timed a second time, as
 FastDeploy's FLASH_ATTN backend runs them (`prefill.py`). Rows are merged into the file, which may
 have rows of other libraries; name it in FASTATTN_BENCH_PEERS.
 """
